@@ -1,0 +1,64 @@
+# The two commands of the README are `make demo` and `make test`. Each sets up what it needs by itself, needs the
+# network only for that, and is quick the second time: the set-up is redone when pyproject.toml, constraints.txt,
+# the Python or the folder changes, and only then.
+#
+#   make demo PYTHON=python3.12        another Python (3.11 or newer)
+#   make demo TORCH="torch FLAGS"      another build of PyTorch: whatever pip is told to install for it
+#   make test JOBS=4 ARGS="-k laws"    more processes; arguments for pytest
+
+PYTHON ?= python3
+TORCH  ?= torch
+JOBS   ?= 2
+ARGS   ?=
+OUT    ?= demo
+VENV   := .venv
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip --quiet --disable-pip-version-check install --constraint constraints.txt
+
+# Everything that would make an existing environment the wrong one. Its checksum is part of the stamp's name.
+KEY    := $(shell { cat pyproject.toml constraints.txt; $(PYTHON) --version; echo '$(TORCH)'; pwd; } 2>&1 | cksum | tr ' ' -)
+READY  := $(VENV)/.ready-$(KEY)
+
+# One thread per process (the tests run in $(JOBS) of them), and no look at the network from any library.
+QUIET  := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 DO_NOT_TRACK=1
+
+.PHONY: help demo test lint types docs bench clean
+
+help:
+	@echo "make demo    fine-tune a language model with LoRA here, offline; writes $(OUT)/report.html"
+	@echo "make test    every test, including the README, the docs and the examples"
+	@echo "make lint    ruff: rules and format        make types   mypy --strict"
+	@echo "make docs    the pages, to build/docs      make bench   the measurements of the README"
+	@echo "make clean   remove what these made, the environment in $(VENV) included"
+
+demo: $(READY)
+	@$(OFFLINE) $(VENV)/bin/lorary demo --out $(OUT) $(ARGS)
+
+test: $(READY)
+	@$(QUIET) $(OFFLINE) $(PY) -m pytest -n $(JOBS) --dist worksteal --verbosity=0 $(ARGS)
+
+lint: $(READY)
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
+
+types: $(READY)
+	@$(PY) -m mypy
+
+docs: $(READY)
+	@$(PY) -m sphinx --quiet --fail-on-warning --keep-going -b html docs build/docs && echo "build/docs/index.html"
+
+bench: $(READY)
+	@$(OFFLINE) $(PY) benchmarks/step.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist $(OUT) .pytest_cache .mypy_cache .ruff_cache
+	find src tests scripts benchmarks examples docs -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# PyTorch first and by itself, pinned: an unpinned one may bring gigabytes of another accelerator's libraries.
+$(READY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "error: lorary needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)"; \
+	  echo "hint: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
+	@start=$$(date +%s); echo "Setting up $(VENV): once, with the network ..."; rm -f $(VENV)/.ready-*; \
+	$(PYTHON) -m venv $(VENV) || { echo "hint: Debian and Ubuntu keep it in the package python3-venv"; exit 1; }; \
+	$(PIP) $(TORCH) && $(PIP) --editable '.[dev]' && touch $@ && echo "Set up in $$(( $$(date +%s) - start )) s."
