@@ -1,0 +1,1 @@
+"""Bytes on disk: lorary's own folders, PEFT's, and the atomic writing under both."""

@@ -1,0 +1,86 @@
+"""JSON from a stranger: bounded, and refused where Python's reader would quietly choose.
+
+Python's `json` keeps the last of two equal keys, accepts `NaN` and `Infinity`, turns `1e999` into infinity,
+and answers deep nesting and huge integers with errors of its own. Here each of these is a `ValueError` with a
+sentence.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import unicodedata
+from typing import Any
+
+
+def parse(data: bytes, limit: int) -> Any:
+    """The value that `data` spells.
+
+    Args:
+        data: the file's bytes, UTF-8.
+        limit: the most bytes that are accepted.
+
+    Raises:
+        ValueError: the bytes are too many, not UTF-8, not JSON, too deeply nested, name a key twice, or hold
+            a number that is not finite.
+    """
+    if len(data) > limit:
+        raise ValueError(f"{len(data):,} bytes of JSON, more than the {limit:,} that are accepted")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: byte {data[error.start]:#04x} at offset {error.start}") from None
+    try:
+        return json.loads(
+            text,
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+            parse_int=_whole,
+        )
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"not JSON: {error.msg.lower()} (line {error.lineno}, column {error.colno})"
+        ) from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def show(name: object, most: int = 96) -> str:
+    """A name from a stranger's file as it may go into a message: quoted, escaped, cut.
+
+    Control characters, escape sequences and marks that reverse the reading direction never reach a terminal.
+
+    >>> show("a\\x1b[31m")
+    "'a\\\\x1b[31m'"
+    """
+    text = name if isinstance(name, str) else json.dumps(name, default=str)
+    cut = text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters)"
+    quoted = repr(cut) if isinstance(name, str) else cut
+    return "".join(c if unicodedata.category(c)[0] != "C" else f"\\u{ord(c):04x}" for c in quoted)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {show(key)} appears twice")
+        found[key] = value
+    return found
+
+
+def _no_constant(word: str) -> float:
+    raise ValueError(f"{word} is not a JSON number")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {show(digits)} is too large for a float")
+    return value
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > 20:
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits)
