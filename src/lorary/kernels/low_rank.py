@@ -1,0 +1,151 @@
+"""`y + s · (drop(x)·Aᵀ)·Bᵀ`: what a low-rank adapter adds to its layer's output, in time and memory.
+
+The plain composition, as autograd records it, keeps for backward a copy of the activation in the adapters'
+dtype and the dropout mask. Here the factors are cast, never the activations; what is kept is `x` itself, as
+it came and shared with whoever else keeps it, the `R` wide `z = drop(x)·Aᵀ` and the masters of `A` and `B`. A
+dropout mask is drawn again from its seed, and the product is accumulated in place into `y`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float = 0.0) -> Tensor:
+    """Adds `s · (drop(x)·Aᵀ)·Bᵀ` to a layer's output, computed in the dtype of that output.
+
+    Args:
+        y: [..., out] the frozen layer's output, given up by the caller: its memory becomes the result's where
+            that is safe. A leaf that wants a gradient, or a `y` that shares memory with `x`, stays untouched.
+        x: [..., in] the layer's input, of any floating dtype.
+        A: [R, in] first factor, usually a float32 master; cast for the product, in forward and in backward.
+        B: [out, R] second factor.
+        s: scale of the product, α/r for LoRA.
+        dropout: probability in [0, 1) that an element of `x` is dropped from the adapter's input; 0 when not
+            training. The mask depends on the state of torch's default CPU generator alone, on every device.
+
+    Returns:
+        [..., out] the sum, in `y`'s dtype. Its gradient can be taken once, not twice. The input is kept for
+        backward only where `A` trains.
+
+    Example:
+        >>> y = torch.nn.functional.linear(x, W)
+        >>> y = add_low_rank(y, x, A, B, s=alpha / r)
+    """
+    if torch.compiler.is_compiling():  # it fuses and recomputes by itself
+        return add_low_rank_reference(y, x, A, B, s, dropout)
+    seed = _draw_seed() if dropout > 0.0 else None
+    total: Tensor = _AddLowRank.apply(y, x, A, B, s, dropout, seed)  # type: ignore[no-untyped-call]
+    return total
+
+
+def add_low_rank_reference(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float = 0.0
+) -> Tensor:
+    """The same sum as plain operations: the specification of `add_low_rank`, and what the compiler is given.
+
+    Outside a compiled region it drops the very elements that `add_low_rank` drops from the same random state.
+    """
+    with _without_autocast(y.device):
+        dropped = x.to(y.dtype)
+        if dropout > 0.0 and torch.compiler.is_compiling():
+            dropped = F.dropout(dropped, dropout)
+        elif dropout > 0.0:
+            kept = _kept(dropped.shape, dropped, dropout, _draw_seed())
+            dropped = dropped * kept / (1.0 - dropout)
+        return y + s * F.linear(F.linear(dropped, A.to(y.dtype)), B.to(y.dtype))
+
+
+class _AddLowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float, seed: int | None
+    ) -> Tensor:
+        dtype = y.dtype
+        with _without_autocast(y.device):
+            rows = x.reshape(-1, x.shape[-1]).to(dtype)  # [T, in]
+            if seed is not None:
+                rows = rows * _kept(rows.shape, rows, dropout, seed)
+            z = rows @ A.to(dtype).t()  # [T, R]
+            # 1/(1-p) of inverted dropout rides on the scale: one pass over the activation less.
+            scale = s / (1.0 - dropout)
+            if _may_overwrite(y, x):
+                # detach() shares memory and version counter with y. Autograd sees a new tensor, so that a y
+                # that is a view is no obstacle; and a layer that had kept y for its own backward fails loudly
+                # on the version instead of computing with a changed value.
+                total = y.detach()
+                total.view(-1, B.shape[0]).addmm_(z, B.to(dtype).t(), alpha=scale)
+            else:
+                flat = y.reshape(-1, B.shape[0])
+                total = torch.addmm(flat, z, B.to(dtype).t(), alpha=scale).view(y.shape)
+        _, x_wants, a_wants, b_wants, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            x if a_wants else None,
+            z if b_wants else None,
+            A if x_wants else None,
+            B if x_wants or a_wants else None,
+        )
+        ctx.x_shape, ctx.x_dtype, ctx.factor_dtypes = x.shape, x.dtype, (A.dtype, B.dtype)
+        ctx.scale, ctx.dropout, ctx.seed = scale, dropout, seed
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        x, z, A, B = ctx.saved_tensors
+        dtype, width = gy.dtype, ctx.x_shape[-1]
+        _, x_wants, a_wants, b_wants, *_ = ctx.needs_input_grad
+        gx = gA = gB = None
+        with _without_autocast(gy.device):
+            g = gy.reshape(-1, gy.shape[-1])  # [T, out]
+            kept = None
+            if ctx.seed is not None and (x_wants or a_wants):
+                kept = _kept((g.shape[0], width), g, ctx.dropout, ctx.seed)
+            if b_wants:
+                gB = (g.t() @ z).mul_(ctx.scale).to(ctx.factor_dtypes[1])  # [out, R]
+            if x_wants or a_wants:
+                gz = (g @ B.to(dtype)).mul_(ctx.scale)  # [T, R]
+            if a_wants:
+                rows = x.reshape(-1, width).to(dtype)
+                gA = (gz.t() @ (rows if kept is None else rows * kept)).to(ctx.factor_dtypes[0])  # [R, in]
+            if x_wants:
+                gx = gz @ A.to(dtype)  # [T, in]
+                gx = (gx if kept is None else gx.mul_(kept)).view(ctx.x_shape).to(ctx.x_dtype)
+        return gy, gx, gA, gB, None, None, None
+
+
+def _may_overwrite(y: Tensor, x: Tensor) -> bool:
+    """Whether y's memory may hold the result: nobody but the caller, who gives it up, can be reading it."""
+    if not y.is_contiguous() or (y.is_leaf and y.requires_grad):
+        return False
+    if y.is_inference() and not torch.is_inference_mode_enabled():
+        return False
+    return bool(y.untyped_storage()._cdata != x.untyped_storage()._cdata)
+
+
+def _draw_seed() -> int:
+    """A seed from torch's default CPU generator, whose state checkpointing and a resumed run restore."""
+    return int(torch.randint(2**62, ()).item())
+
+
+def _kept(shape: tuple[int, ...] | torch.Size, like: Tensor, dropout: float, seed: int) -> Tensor:
+    """The mask of the kept elements, 1 or 0 in `like`'s dtype; the same for the same seed and shape."""
+    mask = torch.empty(shape, dtype=like.dtype, device=like.device)
+    if like.device.type == "meta":  # has shapes but no randomness
+        return mask
+    generator = torch.Generator(device=like.device)
+    generator.manual_seed(seed)
+    return mask.bernoulli_(1.0 - dropout, generator=generator)
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The dtypes here are chosen; autocast would choose others, and it does not know every device."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
