@@ -1,0 +1,1 @@
+"""Training: configurations, data, and the loop (the only floor that touches TRL)."""

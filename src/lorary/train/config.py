@@ -1,0 +1,254 @@
+"""What a training run is, as one strict value: `Config`, read from YAML by `lorary.train.config_file`.
+
+Every field has a range, a default and a sentence; `lorary init`, the JSON schema and the documentation are
+generated from these models, so they cannot disagree. Nothing is ignored: an unknown key is an error, and so
+is a key that would have no effect beside another one (`lorary.train.contradictions`).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, Strict
+
+_DECIMAL = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads `2e-4` as text; whoever writes it means the number."""
+    return float(value) if isinstance(value, str) and _DECIMAL.fullmatch(value) else value
+
+
+def _words(value: Any) -> Any:
+    """`"lora, rslora"` is the list of its words."""
+    return [word.strip() for word in value.split(",")] if isinstance(value, str) else value
+
+
+def _one(value: Any) -> Any:
+    """One path stands for the list of it."""
+    return [value] if isinstance(value, str) else value
+
+
+Whole = Annotated[int, Strict()]  # a boolean, a text or 4.5 is not a whole number
+Real = Annotated[float, BeforeValidator(_number), Strict(), Field(allow_inf_nan=False)]
+Rank = Annotated[Whole, Field(ge=1, le=65_536)]
+Alpha = Annotated[Real, Field(gt=0, le=1e6)]
+Count = Annotated[Whole, Field(ge=1, le=1_000_000_000)]
+Words = Annotated[tuple[str, ...], BeforeValidator(_words), Field(min_length=1)]
+Sources = Annotated[tuple[str, ...], BeforeValidator(_one), Field(min_length=1)]
+Tracker = Literal["none", "tensorboard", "wandb", "trackio"]
+
+
+class _Section(BaseModel):
+    """What every section is: closed and frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelSection(_Section):
+    """The base model."""
+
+    id: str = Field(
+        min_length=1, description="Hub id, folder, or builtin:base (shipped with lorary, works offline)"
+    )
+    revision: str | None = Field(default=None, description="Hub branch, tag or commit")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="dtype of the frozen weights; auto: as saved (float32 where 16-bit arithmetic is slow)",
+    )
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = Field(
+        default=None, description="attention kernel; empty: what Transformers chooses"
+    )
+    trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
+
+
+class MethodSection(_Section):
+    """What is learnt, and where."""
+
+    name: Words = Field(
+        default=("lora",), description="presets that combine, such as lora, rslora; see `lorary methods`"
+    )
+    r: Rank = Field(default=16, description="rank of every adapter")
+    alpha: Alpha = Field(
+        default=32.0, description="the adapter's output is scaled by alpha/r (rslora: alpha/sqrt(r))"
+    )
+    dropout: Annotated[Real, Field(ge=0, lt=1)] = Field(default=0.0, description="dropout of its input")
+    targets: Words = Field(
+        default=("all-linear",),
+        description="all-linear, attention, attention-qv, mlp, embedding, conv, component names, or globs",
+    )
+    exclude: Annotated[tuple[str, ...], BeforeValidator(_words)] = Field(
+        default=(), description="component names or globs that stay frozen although targets names them"
+    )
+    ranks: dict[str, Rank] = Field(
+        default={}, description='ranks of single sites by glob, such as {"*.down_proj": 4}'
+    )
+    alphas: dict[str, Alpha] = Field(default={}, description="alphas of single sites by glob")
+    options: dict[str, Any] = Field(
+        default={}, description="parameters of the presets themselves, such as {ratio: 16} for lora+"
+    )
+
+
+class DataSection(_Section):
+    """What it is learnt from."""
+
+    train: Sources = Field(
+        description="file (jsonl, json, csv, parquet), folder, Hub id, builtin:NAME, or a list of them"
+    )
+    validation: Sources | None = Field(default=None, description="the same for held-out data")
+    validation_split: Annotated[Real, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="share of the training rows that is held out when validation is empty"
+    )
+    subset: str | None = Field(default=None, description="configuration name of a Hub data set")
+    format: Literal["auto", "text", "prompt-completion", "messages", "alpaca", "sharegpt", "preference"] = (
+        Field("auto", description="shape of a row; auto: detected from its fields, and shown")
+    )
+    columns: dict[str, str] = Field(
+        default={}, description="your names of a shape's fields, such as {prompt: question}"
+    )
+    max_length: Annotated[Whole, Field(ge=8, le=10_000_000)] = Field(
+        default=1024, description="longest row, in tokens"
+    )
+    overlong: Literal["auto", "error", "drop", "truncate", "split"] = Field(
+        default="auto",
+        description="a row beyond max_length; auto: text is split into rows, anything else is an error",
+    )
+    packing: bool = Field(default=False, description="fill rows of max_length with several examples")
+    loss: Literal["auto", "completion", "all"] = Field(
+        default="auto",
+        description="tokens that are learnt; auto: the answers alone, in plain text everything",
+    )
+    chat_template: str | None = Field(
+        default=None, description="Jinja file or builtin:chatml; empty: the tokenizer's own template"
+    )
+
+
+class TrainingSection(_Section):
+    """How it is learnt."""
+
+    epochs: Annotated[Real, Field(gt=0, le=100_000)] | None = Field(
+        default=None, description="passes over the training data; 3 when max_steps is empty too"
+    )
+    max_steps: Count | None = Field(default=None, description="optimizer steps, instead of epochs")
+    batch_size: Annotated[Whole, Field(ge=1, le=65_536)] = Field(
+        default=4, description="rows per device and forward pass"
+    )
+    gradient_accumulation_steps: Annotated[Whole, Field(ge=1, le=65_536)] = Field(
+        default=4, description="forward passes per optimizer step"
+    )
+    eval_batch_size: Annotated[Whole, Field(ge=1, le=65_536)] | None = Field(
+        default=None, description="rows per device in evaluation; empty: batch_size"
+    )
+    lr: Annotated[Real, Field(gt=0, le=1)] | None = Field(
+        default=None, description="learning rate; empty: 2e-4 (SFT) or 5e-6 (DPO), times the method's factor"
+    )
+    schedule: Literal["cosine", "linear", "constant", "polynomial", "inverse_sqrt"] = Field(
+        default="cosine", description="learning rate after the warmup"
+    )
+    warmup: Annotated[Real, Field(ge=0, le=1_000_000_000)] = Field(
+        default=0.03, description="share of the steps when below 1, otherwise their number"
+    )
+    optimizer: Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adafactor", "sgd"] = Field(
+        default="adamw_torch", description="as Transformers names it"
+    )
+    weight_decay: Annotated[Real, Field(ge=0, le=1)] = Field(default=0.0, description="decoupled decay")
+    max_grad_norm: Annotated[Real, Field(ge=0, le=1e6)] = Field(
+        default=1.0, description="gradients are clipped to this norm; 0: never"
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="recompute activations: less memory, a third more time"
+    )
+    seed: Annotated[Whole, Field(ge=0, le=2**32 - 1)] = Field(
+        default=42, description="of the data order, the start and dropout"
+    )
+    logging_steps: Count = Field(default=10, description="optimizer steps between two lines of the log")
+    eval_steps: Count | None = Field(
+        default=None, description="optimizer steps between evaluations; empty: once per epoch"
+    )
+    save_steps: Count | None = Field(
+        default=None, description="optimizer steps between checkpoints; empty: once per epoch"
+    )
+    save_total_limit: Count = Field(default=2, description="checkpoints that are kept")
+    early_stopping_patience: Count | None = Field(
+        default=None, description="stop after this many evaluations without a better loss, and keep the best"
+    )
+    report_to: Annotated[tuple[Tracker, ...], BeforeValidator(_words), Field(min_length=1)] = Field(
+        default=("none",), description="tensorboard, wandb, trackio; metrics.jsonl is always written"
+    )
+    dpo_beta: Annotated[Real, Field(gt=0, le=1000)] | None = Field(
+        default=None, description="strength of the pull to the base model in DPO; 0.1 when empty"
+    )
+
+
+class Config(_Section):
+    """One training run.
+
+    Build it from a file with `lorary.train.config_file.load`, from a dictionary with
+    `lorary.train.config_file.from_dict` (both explain every mistake at once), or from its sections.
+    """
+
+    model: ModelSection
+    task: Literal["sft", "dpo"] = Field(default="sft", description="sft: next tokens; dpo: preference pairs")
+    method: MethodSection = MethodSection()
+    data: DataSection
+    training: TrainingSection = TrainingSection()
+    output: str = Field(
+        default="out", min_length=1, description="run folder: config, metrics, plots, checkpoints, adapter"
+    )
+
+    _notes: tuple[str, ...] = PrivateAttr(())
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How the file was read where not word for word: other tools' names, defaults of `resolve`."""
+        return self._notes
+
+    def noted(self, *notes: str) -> Config:
+        """The same configuration with further notes."""
+        copy = self.model_copy()
+        copy._notes = (*self._notes, *notes)
+        return copy
+
+    def __eq__(self, other: object) -> bool:
+        """Two configurations are equal when they ask for the same; notes do not count."""
+        return isinstance(other, Config) and self.model_dump() == other.model_dump()
+
+    def resolve(self) -> Config:
+        """The same run with every default that depends on other fields filled in."""
+        training: dict[str, Any] = {}
+        notes: list[str] = []
+        if self.training.epochs is None and self.training.max_steps is None:
+            training["epochs"] = 3.0
+        if self.training.eval_batch_size is None:
+            training["eval_batch_size"] = self.training.batch_size
+        if self.training.lr is None:
+            training["lr"] = default_lr(self.task, self.method.name)
+            of = f"{self.task} with {', '.join(self.method.name)}"
+            notes.append(f"training.lr: {training['lr']:g}, the default of {of}")
+        if self.task == "dpo" and self.training.dpo_beta is None:
+            training["dpo_beta"] = 0.1
+        output = str(Path(self.output).expanduser())
+        section = self.training.model_copy(update=training)
+        return self.model_copy(update={"training": section, "output": output}).noted(*notes)
+
+    def to_yaml(self) -> str:
+        """This configuration as YAML that `load` reads back equal; notes stand above it as comments."""
+        head = "".join(f"# {note}\n" for note in self.notes)
+        body = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+        return head + body
+
+
+def default_lr(task: str, names: tuple[str, ...]) -> float:
+    """The learning rate that `task` and the presets `names` start from when none is given.
+
+    2e-4 (SFT) and 5e-6 (DPO) are ten times what full fine-tuning takes. LoRA+ asks for a lower rate of A
+    beside the higher rate of B (arXiv 2402.12354, section 4); biases alone bear more (arXiv 2106.10199).
+    """
+    factors = {"lora+": 0.5, "bitfit": 5.0, "full": 0.1}
+    rate = {"sft": 2e-4, "dpo": 5e-6}[task]
+    for name in names:
+        rate *= factors.get(name, 1.0)
+    return float(f"{rate:.6g}")

@@ -1,0 +1,99 @@
+"""Fields of a configuration that cannot be obeyed together, or whose obedience would destroy something."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lorary.errors import Problem
+from lorary.train.config import Config
+
+Found = list[tuple[str, Problem]]
+
+
+def contradictions(config: Config) -> Found:
+    """Every one: (the key to point at, the problem)."""
+    return [*_unused(config), *_steps(config), *_paths(config)]
+
+
+def _unused(c: Config) -> Found:
+    """Fields that would have no effect."""
+    found: Found = []
+    held_out = c.data.validation is not None or c.data.validation_split > 0
+
+    def refuse(key: str, what: str, fix: str) -> None:
+        found.append((key, Problem("", what, fix)))
+
+    if c.data.validation is not None and c.data.validation_split > 0:
+        refuse("data.validation_split", "has no effect beside `data.validation`", "keep one of the two")
+    for key in ("eval_steps", "early_stopping_patience"):
+        if getattr(c.training, key) is not None and not held_out:
+            refuse(
+                f"training.{key}",
+                "has no effect without held-out data",
+                "set data.validation or data.validation_split",
+            )
+    if c.training.epochs is not None and c.training.max_steps is not None:
+        refuse("training.epochs", "`epochs` and `max_steps` both say when to stop", "keep one of the two")
+    if c.task == "sft" and c.training.dpo_beta is not None:
+        refuse("training.dpo_beta", "has no effect when task is `sft`", "remove it, or set task: dpo")
+    if c.task == "dpo" and c.data.packing:
+        refuse("data.packing", "preference pairs are not packed", "remove it, or set task: sft")
+    if c.task == "dpo" and c.data.loss != "auto":
+        refuse("data.loss", "has no effect when task is `dpo`: only the answers are compared", "remove it")
+    if c.task == "dpo" and c.data.format not in ("auto", "preference"):
+        refuse(
+            "data.format",
+            f"task `dpo` learns from preference pairs, not `{c.data.format}`",
+            "use `preference` or task: sft",
+        )
+    if c.task == "sft" and c.data.format == "preference":
+        refuse(
+            "data.format",
+            "task `sft` does not learn from preference pairs",
+            "set task: dpo, or map the answer with data.columns",
+        )
+    if len(c.training.report_to) > 1 and "none" in c.training.report_to:
+        refuse("training.report_to", "`none` beside a tracker", "remove one of the two")
+    return found
+
+
+def _steps(c: Config) -> Found:
+    """Step counts that do not fit together."""
+    t = c.training
+    found: Found = []
+    if t.warmup >= 1 and t.warmup != int(t.warmup):
+        what = f"from 1 on it is a number of steps, and {t.warmup:g} is not whole"
+        found.append(("training.warmup", Problem("", what, "0.03 is three percent of the steps")))
+    if t.max_steps is not None and t.warmup > t.max_steps:
+        what = f"{t.warmup:g} warmup steps, but the run ends after {t.max_steps}"
+        found.append(("training.warmup", Problem("", what, "a value below 1 is a share of the steps")))
+    if t.early_stopping_patience is not None and t.eval_steps != t.save_steps:
+        unaligned = t.eval_steps is None or t.save_steps is None or t.save_steps % t.eval_steps
+        if unaligned:
+            what = "the best model can only be kept when every checkpoint falls on an evaluation"
+            fix = "make save_steps a multiple of eval_steps, or leave both empty"
+            found.append(("training.early_stopping_patience", Problem("", what, fix)))
+    return found
+
+
+def _paths(c: Config) -> Found:
+    """An output folder that holds, or is, something that must not be overwritten."""
+    if "\0" in c.output:
+        return [("output", Problem("", "contains a NUL character"))]
+    output = Path(c.output).expanduser().absolute()
+    if output in (Path("/"), Path.home(), Path.cwd()):
+        what = f"`{c.output}` is the root, home or working folder"
+        return [("output", Problem("", what, "name a folder of its own, such as runs/first"))]
+    inputs = {
+        "the base model": (c.model.id,),
+        "the training data": c.data.train,
+        "the validation data": c.data.validation,
+    }
+    for what, sources in inputs.items():
+        for source in sources or ():
+            path = Path(source.partition("#")[0]).absolute()
+            if path.exists() and (path == output or output in path.parents):
+                return [
+                    ("output", Problem("", f"`{c.output}` holds {what} (`{source}`)", "name another folder"))
+                ]
+    return []
