@@ -1,0 +1,1 @@
+"""Looking at adapters and runs: numbers, pictures and one page that holds them."""
