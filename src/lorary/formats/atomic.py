@@ -76,9 +76,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def atomic_directory(
-    path: str | os.PathLike[str], *, replace: bool = False, keep: bool = False
-) -> Iterator[Path]:
+def atomic_directory(path: str | os.PathLike[str], *, replace: bool = False, keep: bool = False) -> Iterator[Path]:
     """Gives an empty folder to fill; at the end of the block it becomes `path`, whole or not at all.
 
     Args:
@@ -183,9 +181,7 @@ def refused(path: Path, error: OSError, needed: int | None = None) -> FileError:
         fix = "choose a folder that you may write to"
     elif error.errno == errno.ENOTDIR:
         fix = "a part of this path is a file, not a folder"
-    return FileError(
-        f"cannot write {str(path)!r}; what was there before is unchanged", [Problem("", what, fix)]
-    )
+    return FileError(f"cannot write {str(path)!r}; what was there before is unchanged", [Problem("", what, fix)])
 
 
 def _resolved(path: str | os.PathLike[str]) -> Path:

@@ -44,9 +44,7 @@ def write_manifest(folder: str | os.PathLike[str], facts: Mapping[str, Any] | No
             problems.append(Problem(name, "neither a plain file nor a folder"))
     if problems:
         raise FileError(f"cannot describe {str(folder)!r} in a manifest", problems)
-    text = json.dumps(
-        {"format": _FORMAT, "facts": dict(facts or {}), "files": files}, indent=1, sort_keys=True
-    )
+    text = json.dumps({"format": _FORMAT, "facts": dict(facts or {}), "files": files}, indent=1, sort_keys=True)
     (folder / NAME).write_text(text + "\n", encoding="utf-8")
     fault_point("manifest.written")
     return folder / NAME
@@ -75,9 +73,7 @@ def verify_manifest(folder: str | os.PathLike[str], *, hashes: bool = True) -> d
         fix = "the folder was not written completely: use an older one"
         raise FileError(headline, [Problem(NAME, what, fix)]) from error
     problems = [p for name, entry in files.items() for p in _compare(folder, name, entry, hashes)]
-    present = {
-        e.relative_to(folder).as_posix() for e in folder.rglob("*") if not e.is_dir() or e.is_symlink()
-    }
+    present = {e.relative_to(folder).as_posix() for e in folder.rglob("*") if not e.is_dir() or e.is_symlink()}
     problems += [Problem(show(n), "not in the manifest") for n in sorted(present - set(files) - {NAME})]
     if problems:
         raise FileError(headline, problems)

@@ -39,9 +39,7 @@ def parse(data: bytes, limit: int) -> Any:
             parse_int=_whole,
         )
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"not JSON: {error.msg.lower()} (line {error.lineno}, column {error.colno})"
-        ) from None
+        raise ValueError(f"not JSON: {error.msg.lower()} (line {error.lineno}, column {error.colno})") from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

@@ -1,0 +1,119 @@
+"""A safetensors file: opened and checked once, its tensors read from that same descriptor; and written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lorary.errors import FileError, Problem
+from lorary.formats.atomic import refused
+from lorary.formats.folder import open_inside, read_exactly
+from lorary.formats.safetensors_header import Entry, Header, read_header
+from lorary.formats.strict_json import show
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_MOST_BYTES = 2**40  # the header and the memory set the real limits; this one only keeps numbers sane
+
+
+class TensorFile:
+    """An open safetensors file whose header has been checked. A context manager.
+
+    Args:
+        folder: the resolved folder that the file has to stay in.
+        name: the file's name there.
+
+    Raises:
+        FileError: the file or its header is not acceptable; no tensor has been read.
+    """
+
+    header: Header
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.name = name
+        self._file: BinaryIO
+        self._file, size = open_inside(folder, name, _MOST_BYTES)
+        try:
+            self.header = read_header(self._file, size, name)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Reads the tensors of these names, each into memory of its own, in their own dtype.
+
+        Raises:
+            FileError: they need more memory than the machine has, or the file was cut short meanwhile.
+        """
+        entries = {name: self.header.tensors[name] for name in names}
+        needed, memory = sum(e.stop - e.start for e in entries.values()), _memory()
+        if needed > memory:
+            what = f"its tensors need {needed:,} bytes, this machine has {memory:,} of memory"
+            raise FileError("", [Problem(self.name, what)])
+        return {name: self._tensor(entry) for name, entry in sorted(entries.items(), key=lambda i: i[1].start)}
+
+    def _tensor(self, entry: Entry) -> Tensor:
+        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        if tensor.numel():
+            self._file.seek(self.header.data + entry.start)
+            raw = tensor.reshape(-1).view(torch.uint8).numpy()
+            read_exactly(self._file, raw.data, self.name)
+        return tensor
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a safetensors file; the bytes depend on the tensors and their names alone.
+
+    Raises:
+        FileError: the disk is full, or the system refuses.
+    """
+    plain = {name: t.detach().to("cpu").contiguous() for name, t in sorted(tensors.items())}
+    shared = {t.untyped_storage().data_ptr() for t in plain.values() if t.numel()}
+    if len(shared) < sum(1 for t in plain.values() if t.numel()):  # views of one memory: the format wants copies
+        plain = {name: t.clone() for name, t in plain.items()}
+    needed = sum(t.nbytes for t in plain.values())
+    try:
+        save_file(plain, path, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        path.unlink(missing_ok=True)
+        raise refused(path, _as_os_error(error, path, needed), needed) from error
+
+
+def finite_problems(tensors: Mapping[str, Tensor]) -> list[Problem]:
+    """One problem for every tensor that holds NaN or infinity, with how many and where the first is."""
+    problems = []
+    for name, tensor in tensors.items():
+        bad = ~torch.isfinite(tensor)
+        if bad.any():
+            first = tuple(int(i) for i in bad.nonzero()[0])
+            count = f"{int(bad.sum()):,} of {tensor.numel():,}"
+            what = f"{count} values are NaN or infinite, the first at {list(first)}"
+            problems.append(Problem(show(name), what))
+    return problems
+
+
+def _as_os_error(error: OSError | SafetensorError, path: Path, needed: int) -> OSError:
+    """The library reports what the system said as text only; the error number is in it."""
+    if isinstance(error, OSError):
+        return error
+    for number in (28, 27, 122, 13, 30, 5):  # no space, too large, quota, permission, read-only, input/output
+        if f"os error {number}" in str(error):
+            return OSError(number, os.strerror(number), str(path))
+    return OSError(0, str(error), str(path))
+
+
+def _memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
