@@ -45,9 +45,7 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: 
     return total
 
 
-def add_low_rank_reference(
-    y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float = 0.0
-) -> Tensor:
+def add_low_rank_reference(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float = 0.0) -> Tensor:
     """The same sum as plain operations: the specification of `add_low_rank`, and what the compiler is given.
 
     Outside a compiled region it drops the very elements that `add_low_rank` drops from the same random state.
@@ -71,7 +69,7 @@ class _AddLowRank(torch.autograd.Function):
         with _without_autocast(y.device):
             rows = x.reshape(-1, x.shape[-1]).to(dtype)  # [T, in]
             if seed is not None:
-                rows = rows * _kept(rows.shape, rows, dropout, seed)
+                rows = _kept(rows.shape, rows, dropout, seed).mul_(rows)
             z = rows @ A.to(dtype).t()  # [T, R]
             # 1/(1-p) of inverted dropout rides on the scale: one pass over the activation less.
             scale = s / (1.0 - dropout)
@@ -111,12 +109,13 @@ class _AddLowRank(torch.autograd.Function):
                 gB = (g.t() @ z).mul_(ctx.scale).to(ctx.factor_dtypes[1])  # [out, R]
             if x_wants or a_wants:
                 gz = (g @ B.to(dtype)).mul_(ctx.scale)  # [T, R]
-            if a_wants:
-                rows = x.reshape(-1, width).to(dtype)
-                gA = (gz.t() @ (rows if kept is None else rows * kept)).to(ctx.factor_dtypes[0])  # [R, in]
             if x_wants:
                 gx = gz @ A.to(dtype)  # [T, in]
                 gx = (gx if kept is None else gx.mul_(kept)).view(ctx.x_shape).to(ctx.x_dtype)
+            if a_wants:
+                rows = x.reshape(-1, width).to(dtype)
+                rows = rows if kept is None else kept.mul_(rows)  # the mask is not needed any more
+                gA = (gz.t() @ rows).to(ctx.factor_dtypes[0])  # [R, in]
         return gy, gx, gA, gB, None, None, None
 
 
@@ -131,7 +130,7 @@ def _may_overwrite(y: Tensor, x: Tensor) -> bool:
 
 def _draw_seed() -> int:
     """A seed from torch's default CPU generator, whose state checkpointing and a resumed run restore."""
-    return int(torch.randint(2**62, ()).item())
+    return int(torch.randint(2**62, (), device="cpu").item())
 
 
 def _kept(shape: tuple[int, ...] | torch.Size, like: Tensor, dropout: float, seed: int) -> Tensor:
