@@ -9,10 +9,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, Strict
+from pydantic.fields import FieldInfo
+
+from lorary.train.yaml_source import dump
+
+if TYPE_CHECKING:
+    from lorary.words import Method
+
+LORA_LR = 2e-4
 
 _DECIMAL = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
@@ -51,9 +58,7 @@ class _Section(BaseModel):
 class ModelSection(_Section):
     """The base model."""
 
-    id: str = Field(
-        min_length=1, description="Hub id, folder, or builtin:base (shipped with lorary, works offline)"
-    )
+    id: str = Field(min_length=1, description="Hub id, folder, or builtin:base (shipped with lorary, works offline)")
     revision: str | None = Field(default=None, description="Hub branch, tag or commit")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
@@ -71,11 +76,13 @@ class MethodSection(_Section):
     name: Words = Field(
         default=("lora",), description="presets that combine, such as lora, rslora; see `lorary methods`"
     )
-    r: Rank = Field(default=16, description="rank of every adapter")
-    alpha: Alpha = Field(
-        default=32.0, description="the adapter's output is scaled by alpha/r (rslora: alpha/sqrt(r))"
+    r: Rank | None = Field(default=None, description="rank of every adapter; empty: the method's own, 16 for lora")
+    alpha: Alpha | None = Field(
+        default=None, description="adapters are scaled by alpha/r (rslora: alpha/sqrt(r)); empty: 32 for lora"
     )
-    dropout: Annotated[Real, Field(ge=0, lt=1)] = Field(default=0.0, description="dropout of its input")
+    dropout: Annotated[Real, Field(ge=0, lt=1)] | None = Field(
+        default=None, description="dropout of an adapter's input; empty: 0"
+    )
     targets: Words = Field(
         default=("all-linear",),
         description="all-linear, attention, attention-qv, mlp, embedding, conv, component names, or globs",
@@ -83,13 +90,24 @@ class MethodSection(_Section):
     exclude: Annotated[tuple[str, ...], BeforeValidator(_words)] = Field(
         default=(), description="component names or globs that stay frozen although targets names them"
     )
-    ranks: dict[str, Rank] = Field(
-        default={}, description='ranks of single sites by glob, such as {"*.down_proj": 4}'
-    )
+    ranks: dict[str, Rank] = Field(default={}, description='ranks of single sites by glob, such as {"*.down_proj": 4}')
     alphas: dict[str, Alpha] = Field(default={}, description="alphas of single sites by glob")
     options: dict[str, Any] = Field(
         default={}, description="parameters of the presets themselves, such as {ratio: 16} for lora+"
     )
+
+    def build(self) -> Method:
+        """The method that this section asks for.
+
+        Raises:
+            MethodError: unknown presets or options, and every contradiction between them.
+        """
+        from lorary import methods  # noqa: F401 (registers the presets)
+        from lorary.words import method
+
+        given = {key: getattr(self, key) for key in ("r", "alpha", "dropout")}
+        options = {key: value for key, value in given.items() if value is not None}
+        return method(*self.name, **options, **self.options)
 
 
 class DataSection(_Section):
@@ -103,15 +121,13 @@ class DataSection(_Section):
         default=0.0, description="share of the training rows that is held out when validation is empty"
     )
     subset: str | None = Field(default=None, description="configuration name of a Hub data set")
-    format: Literal["auto", "text", "prompt-completion", "messages", "alpaca", "sharegpt", "preference"] = (
-        Field("auto", description="shape of a row; auto: detected from its fields, and shown")
+    format: Literal["auto", "text", "prompt-completion", "messages", "alpaca", "sharegpt", "preference"] = Field(
+        "auto", description="shape of a row; auto: detected from its fields, and shown"
     )
     columns: dict[str, str] = Field(
         default={}, description="your names of a shape's fields, such as {prompt: question}"
     )
-    max_length: Annotated[Whole, Field(ge=8, le=10_000_000)] = Field(
-        default=1024, description="longest row, in tokens"
-    )
+    max_length: Annotated[Whole, Field(ge=8, le=10_000_000)] = Field(default=1024, description="longest row, in tokens")
     overlong: Literal["auto", "error", "drop", "truncate", "split"] = Field(
         default="auto",
         description="a row beyond max_length; auto: text is split into rows, anything else is an error",
@@ -230,25 +246,46 @@ class Config(_Section):
             notes.append(f"training.lr: {training['lr']:g}, the default of {of}")
         if self.task == "dpo" and self.training.dpo_beta is None:
             training["dpo_beta"] = 0.1
-        output = str(Path(self.output).expanduser())
-        section = self.training.model_copy(update=training)
-        return self.model_copy(update={"training": section, "output": output}).noted(*notes)
+        sections = {
+            "training": self.training.model_copy(update=training),
+            "method": self.method.model_copy(update=self._method_defaults()),
+            "output": str(Path(self.output).expanduser()),
+        }
+        return self.model_copy(update=sections).noted(*notes)
+
+    def _method_defaults(self) -> dict[str, float]:
+        """r, alpha and dropout where they are empty and the method has them."""
+        from lorary.words import speakers
+
+        found: dict[str, float] = {}
+        for preset in speakers(self.method.name):
+            found |= {key: preset.parameters[key] for key in ("r", "alpha", "dropout") if key in preset.parameters}
+        return {key: value for key, value in found.items() if getattr(self.method, key) is None}
 
     def to_yaml(self) -> str:
         """This configuration as YAML that `load` reads back equal; notes stand above it as comments."""
         head = "".join(f"# {note}\n" for note in self.notes)
-        body = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
-        return head + body
+        return head + dump(self.model_dump(mode="json"))
 
 
 def default_lr(task: str, names: tuple[str, ...]) -> float:
-    """The learning rate that `task` and the presets `names` start from when none is given.
+    """The peak learning rate that `task` and the presets `names` start from when none is given.
 
-    2e-4 (SFT) and 5e-6 (DPO) are ten times what full fine-tuning takes. LoRA+ asks for a lower rate of A
-    beside the higher rate of B (arXiv 2402.12354, section 4); biases alone bear more (arXiv 2106.10199).
+    2e-4 for SFT and 5e-6 for DPO, ten times what full fine-tuning takes; a preset that asks for another rate
+    (`lorary.method.Preset.lr`) scales both, and among several such presets the lowest rate counts.
     """
-    factors = {"lora+": 0.5, "bitfit": 5.0, "full": 0.1}
-    rate = {"sft": 2e-4, "dpo": 5e-6}[task]
-    for name in names:
-        rate *= factors.get(name, 1.0)
-    return float(f"{rate:.6g}")
+    from lorary.words import speakers
+
+    rates = [preset.lr for preset in speakers(names) if preset.adapts] or [p.lr for p in speakers(names)]
+    asked = [rate for rate in rates if rate != LORA_LR] or [LORA_LR]
+    return float(f"{min(asked) * {'sft': 1.0, 'dpo': 5e-6 / LORA_LR}[task]:.6g}")
+
+
+# Section -> its keys; "" is the top level.
+SECTIONS: dict[str, dict[str, FieldInfo]] = {
+    "": dict(Config.model_fields),
+    "model": dict(ModelSection.model_fields),
+    "method": dict(MethodSection.model_fields),
+    "data": dict(DataSection.model_fields),
+    "training": dict(TrainingSection.model_fields),
+}

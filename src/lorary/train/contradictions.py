@@ -93,7 +93,5 @@ def _paths(c: Config) -> Found:
         for source in sources or ():
             path = Path(source.partition("#")[0]).absolute()
             if path.exists() and (path == output or output in path.parents):
-                return [
-                    ("output", Problem("", f"`{c.output}` holds {what} (`{source}`)", "name another folder"))
-                ]
+                return [("output", Problem("", f"`{c.output}` holds {what} (`{source}`)", "name another folder"))]
     return []

@@ -1,0 +1,70 @@
+"""pydantic's complaints in the user's words, at the place where the value was written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from lorary.errors import Problem, did_you_mean
+from lorary.train.names import Canonical, show
+from lorary.train.yaml_source import Place
+
+_EXAMPLES: dict[Place, str] = {
+    ("model",): "model: builtin:base",
+    ("model", "id"): "id: builtin:base",
+    ("data",): "data: builtin:docstrings",
+    ("data", "train"): "train: builtin:docstrings",
+}
+_KINDS = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "a text",
+    "tuple_type": "a list",
+    "dict_type": "keys and values",
+    "model_type": "keys and values",
+    "finite_number": "a finite number",
+}
+_BOUNDS = {
+    "greater_than": ("gt", "above"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "below"),
+    "less_than_equal": ("le", "at most"),
+}
+
+
+def explain(error: ValidationError, read_: Canonical) -> list[Problem]:
+    """One problem per complaint, in the order of the fields."""
+    return [_problem(dict(complaint), read_) for complaint in error.errors(include_url=False)]
+
+
+def _problem(complaint: dict[str, Any], read_: Canonical) -> Problem:
+    place: Place = tuple(part for part in complaint["loc"] if part != "[key]")
+    key = read_.spelt.get(place) or _dotted(place)
+    kind, value, limits = complaint["type"], complaint["input"], complaint.get("ctx", {})
+    where = read_.find(place)
+    if kind == "missing":
+        return Problem(where, f"`{_dotted(place)}` is missing", f"for example `{_EXAMPLES[place]}`")
+    if kind in _BOUNDS:
+        name, words = _BOUNDS[kind]
+        return Problem(where, f"`{key}` must be {words} {limits[name]:,g}, not {show(value)}")
+    if kind == "literal_error":
+        return _choice(where, key, value, str(limits["expected"]))
+    if kind in ("too_short", "string_too_short"):
+        return Problem(where, f"`{key}` is empty")
+    return Problem(where, f"`{key}` must be {_KINDS[kind]}, not {show(value)}")
+
+
+def _choice(where: str, key: str, value: object, expected: str) -> Problem:
+    words = [word.strip("'") for word in expected.replace(" or ", ", ").split(", ")]
+    hint = did_you_mean(value, words) if isinstance(value, str) else ""
+    listed = ", ".join(f"`{word}`" for word in words)
+    return Problem(
+        where, f"`{key}` must be one of {listed}, not {show(value)}", "" if hint.startswith("known") else hint
+    )
+
+
+def _dotted(place: Place) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
