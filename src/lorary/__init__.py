@@ -1,3 +1,79 @@
-"""lorary, the LoRA library."""
+"""lorary, the LoRA library: every method of the family, trained, combined, compared, exported and served.
+
+The names below are loaded when they are first used, so that `import lorary` and `lorary --help` stay quick. No
+module may have the name of a function here: importing it would hide the function.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Adapted": "adapted",
+    "Adapter": "adapter",
+    "Fingerprint": "fingerprint",
+    "LowRankForm": "adapter",
+    "Method": "words",
+    "Placed": "placed",
+    "Plan": "planning",
+    "Preset": "words",
+    "Site": "sites",
+    "Tuning": "loop",
+    "attach": "surgery",
+    "detach": "surgery",
+    "disabled": "surgery",
+    "groups": "loop",
+    "load": "adapter",
+    "merge": "surgery",
+    "method": "words",
+    "plan": "planning",
+    "presets": "words",
+    "save": "adapter",
+    "switch": "adapter",
+    "tuning": "loop",
+    "unmerge": "surgery",
+}
+
+__all__ = ["__version__", *sorted(_HOMES)]
+
+if TYPE_CHECKING:
+    from lorary.adapted import Adapted as Adapted
+    from lorary.adapter import Adapter as Adapter
+    from lorary.adapter import LowRankForm as LowRankForm
+    from lorary.adapter import load as load
+    from lorary.adapter import save as save
+    from lorary.adapter import switch as switch
+    from lorary.surgery import attach as attach
+    from lorary.surgery import detach as detach
+    from lorary.surgery import disabled as disabled
+    from lorary.surgery import merge as merge
+    from lorary.surgery import unmerge as unmerge
+    from lorary.fingerprint import Fingerprint as Fingerprint
+    from lorary.words import Method as Method
+    from lorary.words import Preset as Preset
+    from lorary.words import method as method
+    from lorary.words import presets as presets
+    from lorary.placed import Placed as Placed
+    from lorary.planning import Plan as Plan
+    from lorary.planning import plan as plan
+    from lorary.sites import Site as Site
+    from lorary.loop import Tuning as Tuning
+    from lorary.loop import groups as groups
+    from lorary.loop import tuning as tuning
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'lorary' has no attribute {name!r}")
+    importlib.import_module("lorary.methods")  # the presets register themselves
+    value = getattr(importlib.import_module(f"lorary.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

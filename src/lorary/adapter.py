@@ -1,0 +1,291 @@
+"""Adapter: a trained adapter as a value. What files hold, what mixing maps over, what serving loads."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorary.adapted import adapted
+from lorary.surgery import attached, base_parameter, base_parameters, detach, mismatch, place, require
+from lorary.errors import FileError, MethodError, Problem, StateError
+from lorary.fingerprint import Fingerprint
+from lorary.words import Delta, Method
+from lorary.methods.lora import Add, Fixed, Kaiming, LowRank
+from lorary.placed import Placed
+
+
+class LowRankForm(NamedTuple):
+    """An adapter at one site as everything downstream sees it: y = gain * (W x + B A x) + b + shift.
+
+    Args:
+        B: [out, R], with the scale in it.
+        A: [R, inp].
+        gain: [out], or None for 1.
+        shift: [out], or None for 0.
+    """
+
+    B: Tensor
+    A: Tensor
+    gain: Tensor | None = None
+    shift: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A trained adapter as a value: method, tensors, and the fingerprint of its base.
+
+    Args:
+        method: the method, at the rank that sites without one of their own take.
+        placed: the adapted sites, each with the method there.
+        tensors: site -> role -> tensor.
+        full: base parameter -> its trained value.
+        base: the fingerprint of the base that it was trained on.
+        notes: what the reader of its file found worth knowing.
+    """
+
+    method: Method
+    placed: tuple[Placed, ...]
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    full: Mapping[str, Tensor] = field(default_factory=dict)
+    base: Fingerprint = field(default_factory=Fingerprint)
+    notes: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(model: nn.Module) -> Adapter:
+        """A copy of what is attached to a model.
+
+        Raises:
+            StateError: nothing is.
+        """
+        state = require(model, "take from the model")
+        tensors = {name: {role: _whole(t) for role, t in layer.p.items()} for name, layer in adapted(model).items()}
+        full = {name: _whole(base_parameter(model, name)) for name in state.full}
+        return Adapter(state.method, state.placed, tensors, full, Fingerprint.of(model))
+
+    @staticmethod
+    def load(path: str | PathLike[str], *, strict: bool = True) -> Adapter:
+        """Read an adapter folder, lorary's or PEFT's.
+
+        Args:
+            path: the folder.
+            strict: refuse whatever is missing, left over, malformed or not finite; False tolerates what PEFT does.
+
+        Raises:
+            FileError: every reason at once.
+        """
+        from lorary import formats  # the one import that goes up: files are made of adapters
+
+        return formats.load_adapter(path, strict=strict)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write an adapter folder; a killed process leaves the old one or the new one."""
+        from lorary import formats
+
+        formats.save_adapter(self, path)
+
+    def low_rank(self) -> dict[str, LowRankForm]:
+        """site -> (B, A, gain, shift) on the unmodified base, in fp32: how everything downstream sees any method.
+
+        Raises:
+            MethodError: the join has no such form.
+        """
+        forms = {}
+        for p in self.placed:
+            if not isinstance(p.method.join, Add):
+                what = f"{type(p.method.join).__name__} has no low-rank form without the base weight"
+                raise MethodError("this adapter is not low-rank:", [Problem(p.site.name, what)])
+            B, A = cast(Delta, p.method.delta).factors(p.site, self.tensors[p.site.name])
+            forms[p.site.name] = LowRankForm(p.scale * B.float(), A.float())
+        return forms
+
+    @property
+    def size(self) -> int:
+        """Bytes of all its tensors."""
+        every = [t for roles in self.tensors.values() for t in roles.values()] + list(self.full.values())
+        return sum(t.numel() * t.element_size() for t in every)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A detached copy on the CPU, gathered from all ranks if it is sharded."""
+    tensor = tensor.detach()
+    if hasattr(tensor, "full_tensor"):  # a DTensor under FSDP2
+        tensor = cast(Any, tensor).full_tensor()
+    return tensor.to("cpu", copy=True)
+
+
+def save(model: nn.Module, path: str | PathLike[str]) -> None:
+    """Write what is attached to a model as an adapter folder.
+
+    Raises:
+        StateError: nothing is attached.
+        FileError: the folder cannot be written.
+    """
+    Adapter.of(model).save(path)
+
+
+def load(
+    base: nn.Module,
+    path: str | PathLike[str],
+    *,
+    strict: bool = True,
+    force: bool = False,
+    trainable: bool = False,
+) -> nn.Module:
+    """Attach a saved adapter, lorary's or PEFT's, to its base, in place.
+
+    Args:
+        base: the model that it was trained on.
+        path: the adapter folder.
+        strict: refuse whatever is missing, left over, malformed or not finite; False tolerates what PEFT does.
+        force: accept a base that is not the one it was trained on, so long as every tensor fits.
+        trainable: whether its parameters require gradients, to go on training.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FileError: every reason why the folder cannot be used on this base.
+        StateError: something is attached already.
+    """
+    from lorary import formats  # as in Adapter.load
+
+    if attached(base) is not None:
+        raise StateError(
+            "cannot load:", [Problem("model", "something is attached already", "lorary.switch replaces it")]
+        )
+    adapter = formats.load_adapter(path, model=base, strict=strict)
+    _check_base(base, adapter, Fingerprint.of(base), str(path), force=force or not strict)
+    _install(base, adapter, trainable=trainable)
+    return base
+
+
+def switch(model: nn.Module, adapters: Adapter | Sequence[Adapter] | None, *, force: bool = False) -> nn.Module:
+    """Another task on the same base: take off what is attached and put these on, their sum if there are several.
+
+    Takes time in proportion to the adapters, not to the model. Parameters do not require gradients afterwards.
+
+    Args:
+        model: the base, with or without an adapter.
+        adapters: one, several (their updates add up), or None for the base alone.
+        force: accept adapters of another base, so long as every tensor fits.
+
+    Raises:
+        FileError: an adapter does not fit the base; the model is as it was.
+        MethodError: several adapters have no sum.
+        StateError: the model's adapter is merged.
+    """
+    several = [adapters] if isinstance(adapters, Adapter) else list(adapters or [])
+    if attached(model) is not None:
+        require(model, "switch")
+    here = _fingerprint(model) if several else Fingerprint()
+    for a in several:
+        _check_base(model, a, here, "the adapter", force=force)
+    chosen = several[0] if len(several) == 1 else stacked(several, model) if several else None
+    if attached(model) is not None:
+        detach(model)
+    if chosen is not None:
+        _install(model, chosen, trainable=False)
+        require(model, "switch").fingerprint = here
+    return model
+
+
+def _fingerprint(model: nn.Module) -> Fingerprint:
+    """The base's fingerprint, asked for once while one switch follows another."""
+    state = attached(model)
+    known = state.fingerprint if state is not None else None
+    return known if isinstance(known, Fingerprint) else Fingerprint.of(model)
+
+
+def _check_base(model: nn.Module, adapter: Adapter, here: Fingerprint, where: str, *, force: bool) -> None:
+    modules = _plain_modules(model)
+    problems = [problem for p in adapter.placed for problem in mismatch(p.site, modules.get(p.site.name))]
+    for p in adapter.placed:
+        problems += _shape_problems(p.site.name, p.shapes, adapter.tensors.get(p.site.name, {}))
+    parameters = {name: tuple(t.shape) for name, t in base_parameters(model)}
+    for name, tensor in adapter.full.items():
+        if parameters.get(name) != tuple(tensor.shape):
+            found = f"it is {parameters[name]}" if name in parameters else "it has no such parameter"
+            problems.append(Problem(name, f"the adapter holds {tuple(tensor.shape)} for it; in this model {found}"))
+    if not force:
+        fix = "load the base that it was trained on, or say force=True"
+        problems += [Problem(p.where, p.what, fix) for p in adapter.base.disagreements(here)]
+    if problems:
+        raise FileError(f"{where} does not fit this model:", problems)
+
+
+def _plain_modules(model: nn.Module) -> dict[str, nn.Module]:
+    layers = adapted(model)
+    return {name: layers[name].base if name in layers else m for name, m in model.named_modules()}
+
+
+def _shape_problems(name: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor]) -> list[Problem]:
+    shapes = {role: tuple(t.shape) for role, t in found.items()}
+    return [
+        Problem(name, f"{role} is {shapes.get(role, 'missing')}, expected {expected.get(role, 'no such tensor')}")
+        for role in sorted(expected.keys() | shapes.keys())
+        if expected.get(role) != shapes.get(role)
+    ]
+
+
+def _install(model: nn.Module, adapter: Adapter, *, trainable: bool) -> None:
+    place(model, adapter.method, adapter.placed, list(adapter.full), tensors=adapter.tensors)
+    with torch.no_grad():
+        for name, value in adapter.full.items():
+            base_parameter(model, name).copy_(value)
+    if not trainable:
+        model.requires_grad_(False)
+
+
+def stacked(adapters: Sequence[Adapter], model: nn.Module, weights: Sequence[float] | None = None) -> Adapter:
+    """The weighted sum of adapters' updates as one adapter: exact, by stacking their factors along the rank.
+
+    Args:
+        adapters: any methods whose update is B A and nothing more.
+        model: the base, for the values of parameters that some of them trained in full.
+        weights: one for each; 1 where silent.
+
+    Raises:
+        MethodError: one of them is no plain sum (gains, shifts).
+    """
+    weights = weights or [1.0] * len(adapters)
+    factors: dict[str, list[LowRankForm]] = {}
+    sites: dict[str, Placed] = {}
+    for adapter, w in zip(adapters, weights, strict=True):
+        for p in adapter.placed:
+            sites.setdefault(p.site.name, p)
+        for name, form in adapter.low_rank().items():
+            if form.gain is not None or form.shift is not None:
+                raise MethodError("these adapters have no sum:", [Problem(name, "its output has a gain or a shift")])
+            factors.setdefault(name, []).append(LowRankForm(w * form.B, form.A))
+    full = _summed_full(adapters, weights, model)
+    placed, tensors = [], {}
+    for name, forms in factors.items():
+        B, A = torch.cat([f.B for f in forms], 1), torch.cat([f.A for f in forms], 0)
+        site = dataclasses.replace(sites[name].site, parts=())  # the parts are in B's zeros now
+        placed.append(Placed(site, _plain(A.shape[0])))
+        tensors[name] = {"A": A, "B": B}
+    method = _plain(max((p.r for p in placed), default=1)) if placed else Method(full=tuple(full))
+    return Adapter(method, tuple(placed), tensors, full, adapters[0].base)
+
+
+def _plain(r: int) -> Method:
+    """LoRA of rank r whose scale is in B already."""
+    return Method(LowRank(r), Kaiming(), Fixed(1.0), Add())
+
+
+def _summed_full(adapters: Sequence[Adapter], weights: Sequence[float], model: nn.Module) -> dict[str, Tensor]:
+    """Fully trained parameters: the base's value and the weighted changes that the adapters made to it."""
+    state = attached(model)
+    total: dict[str, Tensor] = {}
+    for adapter, w in zip(adapters, weights, strict=True):
+        for name, value in adapter.full.items():
+            kept = state.full.get(name) if state is not None else None
+            before = (kept if kept is not None else base_parameter(model, name).detach()).float().cpu()
+            total[name] = total.get(name, before) + w * (value.float() - before)
+    return {name: value.to(base_parameter(model, name).dtype) for name, value in total.items()}

@@ -1,0 +1,89 @@
+"""Fingerprint: which base an adapter was trained on, small enough for a file and quick enough to ask every time."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lorary.surgery import attached, base_parameters
+from lorary.errors import Problem
+
+_SAMPLES = 64  # numbers read from each parameter
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What identifies a base model.
+
+    Args:
+        architecture: the model's class.
+        structure: SHA-256 over the names and shapes of all parameters.
+        weights: SHA-256 over 64 numbers of every floating parameter, evenly spread and rounded to bfloat16, so that
+            the same checkpoint has the same fingerprint in fp32 and in bf16; empty for a model without values.
+        name: the Hub id or folder's last name that the model was loaded from; empty where it does not say.
+    """
+
+    architecture: str = ""
+    structure: str = ""
+    weights: str = ""
+    name: str = ""
+
+    @staticmethod
+    def of(model: nn.Module) -> Fingerprint:
+        """The fingerprint of a model's base: adapters that are attached do not change it."""
+        state = attached(model)
+        kept = state.full if state is not None else {}
+        structure, weights = hashlib.sha256(), hashlib.sha256()
+        empty = False
+        for name, tensor in sorted(base_parameters(model), key=lambda pair: pair[0]):
+            structure.update(f"{name} {tuple(tensor.shape)}\n".encode())
+            value = kept.get(name, tensor.detach())
+            if value.is_meta:
+                empty = True
+            elif value.is_floating_point():
+                weights.update(_sample(value))
+        config = getattr(model, "config", None)
+        return Fingerprint(
+            type(model).__name__,
+            structure.hexdigest(),
+            "" if empty else weights.hexdigest(),
+            base_name(str(getattr(config, "_name_or_path", "") or "")),
+        )
+
+    def disagreements(self, other: Fingerprint) -> list[Problem]:
+        """How another base differs from this one; what either does not know is not compared."""
+        problems = []
+        for field, what in (("architecture", "another architecture"), ("structure", "other layers or sizes")):
+            mine, its = getattr(self, field), getattr(other, field)
+            if mine and its and mine != its:
+                text = f"{what}: {_short(mine)} when it was trained, {_short(its)} here"
+                problems.append(Problem("base", text))
+        if not problems and self.weights and other.weights and self.weights != other.weights:
+            was = f" (it was trained on `{self.name}`)" if self.name else ""
+            what = f"other weights: {_short(self.weights)} when it was trained, {_short(other.weights)} here{was}"
+            problems.append(Problem("base", what))
+        return problems
+
+
+def base_name(path: str) -> str:
+    """A Hub id whole; of a folder only its last name, which says nothing about the machine.
+
+    >>> base_name("org/model"), base_name("/home/me/models/small/")
+    ('org/model', 'small')
+    """
+    components = path.replace("\\", "/").rstrip("/").split("/")
+    return path if len(components) == 2 and all(components) else components[-1]
+
+
+def _short(text: str) -> str:
+    return text[:12] if len(text) == 64 else text
+
+
+def _sample(tensor: Tensor) -> bytes:
+    flat = tensor.reshape(-1)
+    at = torch.linspace(0, max(flat.numel() - 1, 0), min(_SAMPLES, flat.numel()), dtype=torch.float64).long()
+    values = flat[at.to(flat.device)].to(torch.bfloat16).cpu()
+    return values.view(torch.int16).numpy().tobytes()

@@ -1,0 +1,3 @@
+"""One file per paper. Importing a file makes its words and its preset known: a new method is one line here."""
+
+from lorary.methods import lora, rslora, loraplus, lora_fa, bitfit, full  # noqa: F401, I001 (reading order)

@@ -1,0 +1,13 @@
+"""Full fine-tuning: every base parameter trains. What the family is measured against."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorary.words import preset
+
+
+@preset("full", citation="the baseline", aliases=("full-fine-tuning", "fft"), adapts=False, lr=2e-5)
+def full() -> dict[str, Any]:
+    """y = W x + b, everything trains"""
+    return {"full": ("*",)}

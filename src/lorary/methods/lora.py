@@ -1,0 +1,140 @@
+"""LoRA: y = W x + b + s B A x with s = alpha / r.
+
+A low-rank update is learnt beside the frozen weight: A [r, inp] goes down to r numbers, B [out, r] comes back up.
+Everything here is the default of every other method.
+
+Hu et al. 2021, arXiv:2106.09685, section 4.1; A's distribution is that of the authors' code (the paper only says
+Gaussian), and so is the reversed start of embeddings.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorary.words import COUNT, POSITIVE, Layer, Shapes, Tensors, preset, word
+from lorary.sites import Site
+
+
+@word
+@dataclass(frozen=True)
+class LowRank:
+    """B [out, r] and A [r, inp]. A fused site learns a pair of its own for every part."""
+
+    r: int = field(metadata=COUNT)
+
+    roles = frozenset({"A", "B"})
+
+    def shapes(self, site: Site) -> Shapes:
+        if not site.parts:
+            return {"A": (self.r, site.inp), "B": (site.out, self.r)}
+        rows = sum(part.size * part.count for part in site.parts)
+        return {"A": (self.r * len(site.parts), site.inp), "B": (rows, self.r)}
+
+    def factors(self, site: Site, p: Tensors) -> tuple[Tensor, Tensor]:
+        return (site.place(p["B"]) if site.parts else p["B"]), p["A"]
+
+
+@word
+@dataclass(frozen=True)
+class Kaiming:
+    """A ~ U(-1/sqrt(inp), 1/sqrt(inp)), B = 0. An embedding starts the other way round: A = 0, B ~ N(0, 1)."""
+
+    fills = frozenset({"A", "B"})
+    moves_base = False
+
+    def zeros(self, site: Site) -> frozenset[str]:
+        return frozenset("A" if site.kind == "embedding" else "B")
+
+    def __call__(self, p: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
+        if site.kind == "embedding":
+            nn.init.zeros_(p["A"])
+            nn.init.normal_(p["B"], generator=generator)
+        else:
+            nn.init.kaiming_uniform_(p["A"], a=math.sqrt(5), generator=generator)
+            nn.init.zeros_(p["B"])
+
+
+@word
+@dataclass(frozen=True)
+class Gaussian:
+    """A ~ N(0, 1/r^2), B = 0: PEFT's reading of the paper's Gaussian. Embeddings start as under `Kaiming`."""
+
+    fills = frozenset({"A", "B"})
+    moves_base = False
+
+    def zeros(self, site: Site) -> frozenset[str]:
+        return Kaiming().zeros(site)
+
+    def __call__(self, p: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
+        Kaiming()(p, W, site, scale, generator)
+        if site.kind != "embedding":
+            rank = p["A"].shape[0] // max(len(site.parts), 1)
+            nn.init.normal_(p["A"], std=1 / rank, generator=generator)
+
+
+@word
+@dataclass(frozen=True)
+class ByRank:
+    """s = alpha / r."""
+
+    alpha: float = field(metadata=POSITIVE)
+
+    def __call__(self, r: int) -> float:
+        return self.alpha / r
+
+
+@word
+@dataclass(frozen=True)
+class Fixed:
+    """s itself, whatever the rank: what is left of a scale after adapters are added or converted."""
+
+    s: float = field(metadata=POSITIVE)
+
+    def __call__(self, r: int) -> float:
+        return self.s
+
+
+@word
+@dataclass(frozen=True)
+class Add:
+    """W' = W + s B A, b' = b."""
+
+    roles = frozenset[str]()
+
+    def shapes(self, site: Site) -> Shapes:
+        return {}
+
+    def setup(self, p: Tensors, W: Tensor) -> None:
+        pass
+
+    def forward(self, layer: Layer, x: Tensor) -> Tensor:
+        return layer.add_delta(layer.base(x), x)
+
+    def merged(
+        self, p: Tensors, W: Tensor, b: Tensor | None, BA: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        B, A = BA
+        return torch.addmm(W, B, A), b
+
+
+@preset("lora", citation="Hu et al. 2021, arXiv:2106.09685")
+def lora(r: int = 16, alpha: float = 32.0, dropout: float = 0.0) -> dict[str, Any]:
+    """y = W x + b + (alpha / r) B A x
+
+    Args:
+        r: the rank.
+        alpha: set once, at the first rank tried; it is not a knob for every rank.
+        dropout: probability of dropping an input of A in training.
+    """
+    return {
+        "delta": LowRank(r),
+        "init": Kaiming(),
+        "scale": ByRank(alpha),
+        "join": Add(),
+        "dropout": dropout,
+    }

@@ -1,0 +1,73 @@
+"""Placed: one site and the method that it takes there, with its own rank and scale."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+from lorary.errors import Problem
+from lorary.words import Delta, Init, Join, Method, Scale, Shapes, braces
+from lorary.sites import Site
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One adapted site: where, and the method there. A plan lists them, an adapter holds tensors for them."""
+
+    site: Site
+    method: Method
+
+    @property
+    def delta(self) -> Delta:
+        return cast(Delta, self.method.delta)
+
+    @property
+    def r(self) -> int:
+        """The rank at this site."""
+        return self.delta.r
+
+    @property
+    def alpha(self) -> float | None:
+        """The alpha at this site; None for a scale that has none."""
+        return getattr(self.method.scale, "alpha", None)
+
+    @property
+    def scale(self) -> float:
+        """The factor s at this site."""
+        return cast(Scale, self.method.scale)(self.r)
+
+    @property
+    def shapes(self) -> Shapes:
+        """role -> shape of every tensor at this site."""
+        return self.delta.shapes(self.site) | cast(Join, self.method.join).shapes(self.site)
+
+    @property
+    def trainable(self) -> int:
+        """How many numbers train at this site."""
+        return sum(math.prod(shape) for role, shape in self.shapes.items() if role in self.method.trained)
+
+    def problems(self) -> list[Problem]:
+        """Why this method cannot work at this site."""
+        found = []
+        zeros = cast(Init, self.method.init).zeros(self.site)
+        if zeros and not zeros & self.method.trained:
+            what = f"{braces(zeros)} starts at zero on an {self.site.kind} and is frozen: nothing could be learnt"
+            found.append(Problem(self.site.name, what, "exclude it, or say another init"))
+        return found
+
+
+def with_rank(method: Method, r: int | None = None, alpha: float | None = None) -> Method:
+    """The method with another rank or alpha, every other word as it is.
+
+    Raises:
+        MethodError: the rank or alpha is out of range.
+        TypeError: the scale has no alpha to change.
+    """
+    words: dict[str, object] = {}
+    if r is not None:
+        words["delta"] = dataclasses.replace(cast(Any, method.delta), r=r)
+    if alpha is not None:
+        words["scale"] = dataclasses.replace(cast(Any, method.scale), alpha=alpha)
+    return method.but(**words) if words else method

@@ -1,0 +1,269 @@
+"""Where an adapter sits: any layer with a weight, seen as an [out, inp] matrix, each kind as a few verbs.
+
+Nothing outside this file knows how a convolution, an embedding or GPT-2's transposed linear keeps its weight.
+A kind is six verbs on a layer of its sort; a `Site` is the pure data that a plan and a file need to know about one.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorary.kernels.low_rank import add_low_rank
+
+
+@dataclass(frozen=True)
+class Part:
+    """One projection inside a fused weight: `count` runs of `size` output rows, `step` rows apart.
+
+    GPT-2 keeps q, k, v as three runs (count 1); GPT-NeoX interleaves them per head (count = heads).
+    """
+
+    name: str
+    start: int
+    size: int
+    step: int = 0
+    count: int = 1
+
+    def rows(self, device: torch.device | None = None) -> Tensor:
+        """The output rows of this part, in order: [count * size] integers."""
+        runs = torch.arange(self.count, device=device) * self.step + self.start
+        return (runs[:, None] + torch.arange(self.size, device=device)).flatten()
+
+
+@dataclass(frozen=True)
+class Site:
+    """One layer that is adapted, as data.
+
+    Args:
+        name: the module's path in the model, such as `model.layers.0.self_attn.q_proj`.
+        kind: `linear`, `transposed` (GPT-2's Conv1D), `conv1d`, `conv2d`, `conv3d` or `embedding`.
+        out: rows of the weight matrix: output features, channels, or the embedding's width.
+        inp: columns: input features, input channels per group times the kernel's size, or the vocabulary.
+        bias: whether the layer has a bias.
+        parts: the projections of a fused weight that are adapted one by one; empty for the whole weight.
+        groups: the convolution's groups; 1 elsewhere.
+        window: the convolution's kernel size; empty elsewhere.
+    """
+
+    name: str
+    kind: str
+    out: int
+    inp: int
+    bias: bool
+    parts: tuple[Part, ...] = ()
+    groups: int = 1
+    window: tuple[int, ...] = ()
+
+    def place(self, B: Tensor) -> Tensor:
+        """Stacked part factors [rows of the parts, r] as one factor [out, parts * r], zero off the blocks."""
+        blocks = torch.block_diag(*B.split([part.size * part.count for part in self.parts]))
+        rows = torch.cat([part.rows(B.device) for part in self.parts])
+        return blocks.new_zeros(self.out, blocks.shape[1]).index_copy(0, rows, blocks)
+
+
+class Kind(Protocol):
+    """A sort of layer, as what an [out, inp] matrix needs. B is [out, R], A is [R, inp], M is [out, inp]."""
+
+    def size(self, layer: Any) -> tuple[int, int]:
+        """(out, inp)."""
+        ...
+
+    def matrix(self, layer: Any) -> Tensor:
+        """The weight as [out, inp], a view."""
+        ...
+
+    def weight(self, layer: Any, M: Tensor) -> Tensor:
+        """A matrix [out, inp] in the layout of the layer's own weight."""
+        ...
+
+    def along(self, v: Tensor) -> Tensor:
+        """A vector [out], shaped to broadcast over the layer's output."""
+        ...
+
+    def run(self, layer: Any, x: Tensor, M: Tensor, b: Tensor | None) -> Tensor:
+        """The layer's function of x with another matrix and bias: the specification of every fast path."""
+        ...
+
+    def add(self, layer: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float) -> Tensor:
+        """y + s * layer(dropout(x); B A) by way of the R-wide middle, never forming B A."""
+        ...
+
+
+@dataclass(frozen=True)
+class Linear:
+    """nn.Linear, and with `transposed` GPT-2's Conv1D, which stores [inp, out]."""
+
+    transposed: bool = False
+
+    def size(self, layer: Any) -> tuple[int, int]:
+        rows, columns = layer.weight.shape
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    def matrix(self, layer: Any) -> Tensor:
+        return cast(Tensor, layer.weight.T if self.transposed else layer.weight)
+
+    def weight(self, layer: Any, M: Tensor) -> Tensor:
+        return M.T.contiguous() if self.transposed else M
+
+    def along(self, v: Tensor) -> Tensor:
+        return v
+
+    def run(self, layer: Any, x: Tensor, M: Tensor, b: Tensor | None) -> Tensor:
+        return F.linear(x, M, b)
+
+    def add(self, layer: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float) -> Tensor:
+        return add_low_rank(y, x, A, B, s, dropout)
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """nn.Conv1d, nn.Conv2d, nn.Conv3d: A is R filters with the layer's own geometry, B a 1x1 convolution.
+
+    With groups the same A serves every group and the rows of B that belong to a group act on that group, so that
+    the delta is a kernel of the layer's own shape and merges exactly.
+    """
+
+    dims: int
+
+    def size(self, layer: Any) -> tuple[int, int]:
+        return layer.out_channels, layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+
+    def matrix(self, layer: Any) -> Tensor:
+        return cast(Tensor, layer.weight.flatten(1))
+
+    def weight(self, layer: Any, M: Tensor) -> Tensor:
+        return M.reshape(layer.weight.shape)
+
+    def along(self, v: Tensor) -> Tensor:
+        return v.reshape(-1, *[1] * self.dims)
+
+    def run(self, layer: Any, x: Tensor, M: Tensor, b: Tensor | None) -> Tensor:
+        return self._slide(layer, x, M.reshape(M.shape[0], *layer.weight.shape[1:]), b, layer.groups)
+
+    def add(self, layer: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float) -> Tensor:
+        unbatched = x.dim() == self.dims + 1
+        x = F.dropout(x.unsqueeze(0) if unbatched else x, dropout)
+        filters = A.to(y.dtype).reshape(-1, *layer.weight.shape[1:])  # [R, C_in / groups, *window]
+        x = x.to(y.dtype)
+        # each group is a sample of its own while A slides over it, then they stand side by side again for B
+        folded = x.reshape(-1, x.shape[1] // layer.groups, *x.shape[2:])
+        z = self._slide(layer, folded, filters, None, 1)
+        z = z.reshape(x.shape[0], -1, *z.shape[2:])  # [N, groups * R, *]
+        pointwise = B.to(y.dtype).reshape(*B.shape, *[1] * self.dims)
+        delta = self._function()(z, pointwise, groups=layer.groups)
+        return torch.add(y, delta.squeeze(0) if unbatched else delta, alpha=s)
+
+    def _slide(self, layer: Any, x: Tensor, kernel: Tensor, b: Tensor | None, groups: int) -> Tensor:
+        padding = layer.padding
+        if layer.padding_mode != "zeros":
+            x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+            padding = 0
+        return cast(Tensor, self._function()(x, kernel, b, layer.stride, padding, layer.dilation, groups))
+
+    def _function(self) -> Any:
+        return (F.conv1d, F.conv2d, F.conv3d)[self.dims - 1]
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """nn.Embedding [vocabulary, width], seen as the matrix [width, vocabulary] that meets one-hot vectors.
+
+    Dropout does not apply: there is no activation before A, only token ids. Tables that scale what they look up
+    (Gemma, BART: `embed_scale`) scale the delta too.
+    """
+
+    def size(self, layer: Any) -> tuple[int, int]:
+        return layer.embedding_dim, layer.num_embeddings
+
+    def matrix(self, layer: Any) -> Tensor:
+        return cast(Tensor, layer.weight.T)
+
+    def weight(self, layer: Any, M: Tensor) -> Tensor:
+        return M.T.contiguous()
+
+    def along(self, v: Tensor) -> Tensor:
+        return v
+
+    def run(self, layer: Any, x: Tensor, M: Tensor, b: Tensor | None) -> Tensor:
+        return F.embedding(x, M.T) * _embed_scale(layer)
+
+    def add(self, layer: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float) -> Tensor:
+        z = F.embedding(x, A.T).to(y.dtype)  # [..., R]
+        return torch.add(y, F.linear(z, B.to(y.dtype)) * _embed_scale(layer), alpha=s)
+
+
+KINDS: dict[str, Kind] = {
+    "linear": Linear(),
+    "transposed": Linear(transposed=True),
+    "conv1d": Convolution(1),
+    "conv2d": Convolution(2),
+    "conv3d": Convolution(3),
+    "embedding": Embedding(),
+}
+
+_CLASSES: dict[str, type[nn.Module]] = {
+    "linear": nn.Linear,
+    "conv1d": nn.Conv1d,
+    "conv2d": nn.Conv2d,
+    "conv3d": nn.Conv3d,
+    "embedding": nn.Embedding,
+}
+
+
+def kind_of(layer: nn.Module) -> str | None:
+    """The kind of a layer, or None for a module that is no layer with a weight matrix."""
+    # transformers is only looked up, never imported: without it loaded there can be no Conv1D
+    gpt2 = sys.modules.get("transformers.pytorch_utils")
+    if gpt2 is not None and isinstance(layer, gpt2.Conv1D):
+        return "transposed"
+    return next((kind for kind, cls in _CLASSES.items() if isinstance(layer, cls)), None)
+
+
+def obstacle(layer: nn.Module) -> str | None:
+    """Why a layer of a known kind cannot be adapted all the same, or None where it can."""
+    kind = kind_of(layer)
+    if kind is None:
+        return f"a {type(layer).__name__} has no weight matrix that lorary knows"
+    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
+        return "its max_norm rewrites the weight in every forward pass"
+    cls = _CLASSES.get(kind)
+    if cls is None or type(layer).forward is cls.forward or _embed_scale(layer) is not _ONE:
+        return None
+    return f"{type(layer).__name__} computes its forward pass in a way of its own, not as W x + b"
+
+
+def site(name: str, layer: nn.Module, parts: tuple[Part, ...] = ()) -> Site:
+    """The site of a layer of a known kind."""
+    kind = kind_of(layer)
+    if kind is None:
+        raise TypeError(f"{name}: {obstacle(layer)}")
+    out, inp = KINDS[kind].size(layer)
+    conv: Any = layer if kind.startswith("conv") else None
+    return Site(
+        name=name,
+        kind=kind,
+        out=out,
+        inp=inp,
+        bias=getattr(layer, "bias", None) is not None,
+        parts=parts,
+        groups=conv.groups if conv else 1,
+        window=tuple(conv.kernel_size) if conv else (),
+    )
+
+
+_ONE = 1.0
+
+
+def _embed_scale(layer: nn.Module) -> Any:
+    """What a scaled embedding multiplies its rows by: a number or a tensor; exactly `_ONE` for any other layer."""
+    if isinstance(layer, nn.Embedding) and type(layer).forward is not nn.Embedding.forward:
+        scale = getattr(layer, "embed_scale", _ONE)
+        return scale.to(layer.weight.dtype) if isinstance(scale, Tensor) else scale
+    return _ONE

@@ -1,0 +1,299 @@
+"""Which layers: names, globs and presets, resolved against a model; whole components, never substrings.
+
+A target is one of
+- a preset: `all-linear`, `attention`, `attention-qv`, `mlp`, `embedding`, `conv`;
+- one or more whole components at the end of a module's path: `q_proj`, `self_attn.q_proj`;
+- a glob over the path, `*` and `?` only: `model.layers.1?.mlp.*`;
+and may name projections of a fused weight: `c_attn[q,v]`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from lorary.errors import Problem, did_you_mean, nearest
+from lorary.sites import Part, kind_of, obstacle
+
+
+@dataclass(frozen=True)
+class Found:
+    """A layer that a target names, and the projections of it that are meant (empty: all of the weight)."""
+
+    name: str
+    layer: nn.Module
+    parts: tuple[Part, ...] = ()
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern names this path: its whole last components, or a glob over the path or its end."""
+    if "*" in pattern or "?" in pattern:
+        return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+    return name == pattern or name.endswith(f".{pattern}")
+
+
+def collapse(names: Iterable[str]) -> list[tuple[str, list[str]]]:
+    """Paths that differ only in numbers, as one: `layers.{0-31}.q_proj` and the names that it stands for."""
+    shapes: dict[tuple[str, ...], list[str]] = {}
+    for name in names:
+        shapes.setdefault(tuple(re.split(r"(?:(?<=\.)|^)\d+(?=\.|$)", name)), []).append(name)
+    return [(_joined(shape, members), members) for shape, members in shapes.items()]
+
+
+def _joined(shape: tuple[str, ...], members: list[str]) -> str:
+    columns = list(zip(*(re.findall(r"(?:(?<=\.)|^)\d+(?=\.|$)", m) for m in members), strict=True))
+    text = shape[0]
+    for column, rest in zip(columns, shape[1:], strict=True):
+        text += _span(sorted({int(n) for n in column})) + rest
+    return text
+
+
+def _span(numbers: list[int]) -> str:
+    if len(numbers) == 1:
+        return str(numbers[0])
+    if numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{{{numbers[0]}-{numbers[-1]}}}"
+    return "{" + ",".join(map(str, numbers)) + "}"
+
+
+def tree(model: nn.Module, most: int = 40) -> str:
+    """The model's layers that can be adapted, one line for each that repeats."""
+    layers = {name: m for name, m in model.named_modules() if kind_of(m) is not None}
+    lines = []
+    for text, members in collapse(layers):
+        lines.append(f"{text}  {_shape(layers[members[0]])}" + (f"  x{len(members)}" if len(members) > 1 else ""))
+    hidden = len(lines) - most
+    return "\n".join(lines[:most] + ([f"... and {hidden} more"] if hidden > 0 else []))
+
+
+def _shape(layer: nn.Module) -> str:
+    weight: Any = layer.weight
+    return f"{type(layer).__name__} {'x'.join(str(n) for n in weight.shape)}"
+
+
+# --- presets --------------------------------------------------------------------------------------------------
+
+_QV = {"q", "q_proj", "query", "query_proj", "q_lin", "wq", "to_q", "v", "v_proj", "value", "value_proj", "v_lin"}
+_QV |= {"wv", "to_v"}
+_K = {"k", "k_proj", "key", "key_proj", "k_lin", "wk", "to_k"}
+_FUSED = {"c_attn", "qkv", "qkv_proj", "query_key_value", "Wqkv", "in_proj_qkv", "wqkv"}
+_OUT = {"o", "o_proj", "out_proj", "out_lin", "to_out", "o_lin"}
+_PLAIN = {"dense", "c_proj", "proj", "0"}  # an output projection only where the path says attention
+_MLP = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "fc_in", "fc_out", "c_fc", "wi", "wi_0"}
+_MLP |= {"wi_1", "wo", "w1", "w2", "w3", "lin1", "lin2", "dense_h_to_4h", "dense_4h_to_h", "ff_proj", "ff_out"}
+_ATTENTION_WORD = re.compile(
+    r"^(attn|attention|self_attn|self_attention|selfattention|cross_attn|crossattention|"
+    r"encoder_attn|encdecattention|mha|to_out|attn\d)$",
+    re.IGNORECASE,
+)
+
+
+def _in_attention(path: Sequence[str]) -> bool:
+    return any(_ATTENTION_WORD.match(component) for component in path)
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    return kind_of(layer) in ("linear", "transposed")
+
+
+def _is_attention(name: str, layer: nn.Module) -> bool:
+    *path, last = name.split(".")
+    if not _is_linear(layer):
+        return False
+    return last in _QV | _K | _FUSED | _OUT or (last in _PLAIN and _in_attention(path))
+
+
+def _is_mlp(name: str, layer: nn.Module) -> bool:
+    *path, last = name.split(".")
+    if not _is_linear(layer) or _in_attention(path):
+        return False
+    return last in _MLP or (last in {"dense", "c_proj", "proj"} and any(p in _MLP_WORDS for p in path))
+
+
+_MLP_WORDS = {"mlp", "ffn", "intermediate", "output", "feed_forward", "ff"}
+
+_PRESETS: dict[str, Callable[[str, nn.Module], bool]] = {
+    "all-linear": lambda name, layer: _is_linear(layer),
+    "attention": _is_attention,
+    "attention-qv": lambda name, layer: _is_linear(layer) and name.rpartition(".")[2] in _QV | _FUSED,
+    "mlp": _is_mlp,
+    "embedding": lambda name, layer: kind_of(layer) == "embedding",
+    "conv": lambda name, layer: (kind_of(layer) or "").startswith("conv"),
+}
+PRESET_NAMES = tuple(_PRESETS)
+
+
+def head_names(model: Any) -> set[str]:
+    """Layers that turn hidden states into answers: the language-model head, or all that is outside the base model."""
+    names = dict(model.named_modules())
+    heads: set[str] = set()
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    heads |= {name for name, module in names.items() if output is not None and module is output}
+    prefix = getattr(model, "base_model_prefix", "")
+    if prefix and isinstance(getattr(model, prefix, None), nn.Module):
+        heads |= {name for name in names if name and name != prefix and not name.startswith(f"{prefix}.")}
+    return heads
+
+
+# --- fused projections ----------------------------------------------------------------------------------------
+
+
+def fused_parts(name: str, layer: nn.Module, config: Any) -> dict[str, Part]:
+    """The projections inside a fused weight by name, or {} for a layer that is not known to be fused."""
+    last = name.rpartition(".")[2]
+    weight: Any = layer.weight
+    rows = weight.shape[1] if kind_of(layer) == "transposed" else weight.shape[0]
+    if last == "gate_up_proj" and rows % 2 == 0:
+        return {"gate": Part("gate", 0, rows // 2), "up": Part("up", rows // 2, rows // 2)}
+    if last not in _FUSED:
+        return {}
+    if last == "query_key_value" and getattr(config, "model_type", "") in ("gpt_neox", "bloom"):
+        heads = config.num_attention_heads
+        size = rows // (3 * heads)
+        return {p: Part(p, i * size, size, 3 * size, heads) for i, p in enumerate("qkv")}
+    heads = getattr(config, "num_attention_heads", None)
+    kv = getattr(config, "num_key_value_heads", None) or heads
+    if heads and kv != heads and rows % (heads + 2 * kv) == 0:  # grouped queries, laid out q, k, v
+        size = rows // (heads + 2 * kv)
+        q, k = heads * size, kv * size
+        return {"q": Part("q", 0, q), "k": Part("k", q, k), "v": Part("v", q + k, k)}
+    if rows % 3 or last == "query_key_value":  # other models interleave in ways of their own
+        return {}
+    return {p: Part(p, i * (rows // 3), rows // 3) for i, p in enumerate("qkv")}
+
+
+# --- resolution -----------------------------------------------------------------------------------------------
+
+
+def resolve(
+    model: nn.Module, targets: str | Sequence[str], exclude: str | Sequence[str] = ()
+) -> tuple[list[Found], list[Problem]]:
+    """The layers that the targets name, in the model's order, and every problem with naming them."""
+    targets, exclude = _listed(targets), _listed(exclude)
+    problems = [Problem("targets", "no target is given", _known())] if not targets else []
+    modules = {name: module for name, module in model.named_modules() if name}
+    dropped: set[str] = set()
+    for entry in exclude:
+        hit = {f.name for f in _entry(model, modules, entry, "exclude", problems)}
+        hit |= {name for name in modules if any(name.startswith(f"{h}.") for h in hit)}
+        dropped |= hit
+    found: dict[str, Found] = {}
+    for entry in targets:
+        for f in _entry(model, modules, entry, "targets", problems):
+            before = found.get(f.name)
+            parts = before.parts + f.parts if before and before.parts and f.parts else f.parts
+            found[f.name] = Found(f.name, f.layer, tuple(dict.fromkeys(parts)) if not before or before.parts else ())
+    kept = [found[name] for name in modules if name in found and name not in dropped]
+    if found and not kept and not problems:
+        problems.append(Problem("exclude", "excludes every layer that the targets name"))
+    for f in kept:
+        reason = obstacle(f.layer) or _parent_obstacle(modules, f.name)
+        if reason:
+            problems.append(Problem(f.name, reason, "exclude it"))
+    return kept, problems
+
+
+def _listed(entries: str | Sequence[str]) -> list[Any]:
+    return [entries] if isinstance(entries, str) else list(entries)
+
+
+def _known() -> str:
+    return "presets: " + ", ".join(PRESET_NAMES)
+
+
+def _entry(
+    model: nn.Module, modules: dict[str, nn.Module], entry: Any, field: str, problems: list[Problem]
+) -> list[Found]:
+    """The layers of one entry; a problem where there is none."""
+    if not isinstance(entry, str) or not entry.strip():
+        problems.append(Problem(field, f"{entry!r} is no name of a layer", _known()))
+        return []
+    config = getattr(model, "config", None)
+    if entry in _PRESETS:
+        return _preset(model, modules, entry, field, config, problems)
+    pattern, wanted = _bracket(entry)
+    hits = {name: m for name, m in modules.items() if matches(pattern, name)}
+    layers = {name: m for name, m in hits.items() if kind_of(m) is not None}
+    if not layers and field == "exclude" and hits:
+        return [Found(name, m) for name, m in hits.items()]  # whole blocks may be excluded
+    if not layers:
+        problems.append(_nothing(model, modules, entry, pattern, field, hits))
+    found = []
+    for name, layer in layers.items():
+        parts = fused_parts(name, layer, config) if wanted else {}
+        strange = [w for w in wanted if w not in parts]
+        if strange and field == "targets":
+            known = f"it has {', '.join(parts)}" if parts else "it is not known to be fused"
+            problems.append(Problem(name, f"has no projection {', '.join(strange)}", known))
+        else:
+            found.append(Found(name, layer, tuple(parts[w] for w in wanted)))
+    return found
+
+
+def _bracket(entry: str) -> tuple[str, list[str]]:
+    match = re.fullmatch(r"([^\[\]]+)\[([^\[\]]+)\]", entry)
+    return (match[1], [w.strip() for w in match[2].split(",")]) if match else (entry, [])
+
+
+def _preset(
+    model: nn.Module, modules: dict[str, nn.Module], entry: str, field: str, config: Any, problems: list[Problem]
+) -> list[Found]:
+    heads = head_names(model) if entry in ("all-linear", "mlp", "attention", "attention-qv") else set()
+    chosen = {n: m for n, m in modules.items() if n not in heads and _PRESETS[entry](n, m)}
+    if entry == "embedding" and hasattr(model, "get_input_embeddings"):
+        tokens = model.get_input_embeddings()  # type: ignore[operator]  # not the tables of positions and types
+        chosen = {n: m for n, m in chosen.items() if m is tokens} or chosen
+    if entry == "all-linear":  # what it cannot adapt it was not told to adapt by name
+        chosen = {n: m for n, m in chosen.items() if not obstacle(m) and not _parent_obstacle(modules, n)}
+    if not chosen:
+        layers = f"this model's layers:\n{_indent(tree(model))}"
+        problems.append(Problem(field, f"`{entry}` matches no layer of this model", layers))
+    found = []
+    for name, layer in chosen.items():
+        parts: dict[str, Part] = {}
+        if entry in ("attention", "attention-qv") and name.rpartition(".")[2] in _FUSED:
+            parts = fused_parts(name, layer, config)
+            if not parts and entry == "attention-qv":
+                what = "is fused, and how its q, k and v lie in it is not known"
+                problems.append(Problem(name, what, "target the whole of it by its name"))
+        picked = [p for n, p in parts.items() if entry == "attention" or n in ("q", "v")]
+        found.append(Found(name, layer, tuple(picked)))
+    return found
+
+
+def _nothing(
+    model: nn.Module, modules: dict[str, nn.Module], entry: str, pattern: str, field: str, hits: dict[str, nn.Module]
+) -> Problem:
+    if hits:
+        name, module = next(iter(hits.items()))
+        inside = sorted({n.rpartition(".")[2] for n, m in modules.items() if n.startswith(f"{name}.") and kind_of(m)})
+        fix = f"inside it are {', '.join(inside)}" if inside else f"this model's layers:\n{_indent(tree(model))}"
+        return Problem(field, f"`{entry}` is a {type(module).__name__}, not a layer with a weight matrix", fix)
+    layers = [n for n, m in modules.items() if kind_of(m) is not None]
+    words = list(dict.fromkeys([n.rpartition(".")[2] for n in layers])) + list(PRESET_NAMES)
+    near = nearest(pattern.rpartition(".")[2], words)
+    hint = f"{did_you_mean(pattern.rpartition('.')[2], words)} " if near else ""
+    return Problem(field, f"`{entry}` matches no layer", f"{hint}this model's layers:\n{_indent(tree(model))}")
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"        {line}" for line in text.splitlines())
+
+
+def _parent_obstacle(modules: dict[str, nn.Module], name: str) -> str | None:
+    parent = modules.get(name.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
+        return "nn.MultiheadAttention reads its weight and never calls it: an adapter there would do nothing"
+    return None
+
+
+def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All layers of a known kind with their paths, every path of a shared one included."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if kind_of(module) is not None:
+            yield name, module

@@ -1,0 +1,565 @@
+"""A method of the LoRA family is a value: a record of words, one per axis, checked when it is said.
+
+The protocols say what a word of each axis must be able to do. A word is a frozen dataclass, marked `@word`, so that
+a method can be printed, compared, hashed and written to a file. A preset is a paper's name for some words.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from lorary.errors import MethodError, Problem, did_you_mean
+from lorary.sites import Site
+
+Tensors = Mapping[str, Tensor]
+Shapes = dict[str, tuple[int, ...]]
+
+
+class Layer(Protocol):
+    """What the words see of an adapted layer (`lorary.adapted.Adapted` is the one that exists)."""
+
+    site: Site
+    scale: float
+    p: Any  # role -> Parameter
+    base: nn.Module
+
+    def factors(self) -> tuple[Tensor, Tensor]: ...
+    def add_delta(self, y: Tensor, x: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class Delta(Protocol):
+    """What is learnt: the tensors of a site, and the two factors that they stand for."""
+
+    @property
+    def r(self) -> int: ...
+    @property
+    def roles(self) -> frozenset[str]: ...
+    def shapes(self, site: Site) -> Shapes: ...
+    def factors(self, site: Site, p: Tensors) -> tuple[Tensor, Tensor]:
+        """(B [out, R], A [R, inp]) with delta = scale * B A."""
+        ...
+
+
+@runtime_checkable
+class Join(Protocol):
+    """How the delta joins the frozen weight W [out, inp] and bias b [out]."""
+
+    @property
+    def roles(self) -> frozenset[str]: ...
+    def shapes(self, site: Site) -> Shapes: ...
+    def setup(self, p: Tensors, W: Tensor) -> None:
+        """Fill the join's own tensors from W + s B A, so that nothing moves at step 0."""
+        ...
+
+    def forward(self, layer: Layer, x: Tensor) -> Tensor: ...
+    def merged(
+        self, p: Tensors, W: Tensor, b: Tensor | None, BA: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """(W', b') with the same function as `forward`; BA is (s B, A). The specification of `forward`."""
+        ...
+
+
+@runtime_checkable
+class Init(Protocol):
+    """Where the delta starts."""
+
+    @property
+    def fills(self) -> frozenset[str]: ...
+    @property
+    def moves_base(self) -> bool:
+        """Whether s B A is not zero at the start, so that the base must give it up."""
+        ...
+
+    def zeros(self, site: Site) -> frozenset[str]:
+        """The roles that start at zero: were they all frozen, nothing could ever be learnt."""
+        ...
+
+    def __call__(self, p: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None: ...
+
+
+@runtime_checkable
+class Scale(Protocol):
+    """The factor s before B A, as a function of the rank."""
+
+    def __call__(self, r: int) -> float: ...
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """What happens while training: a frozen specification; its state is carried by `lorary.tuning`."""
+
+    @property
+    def needs(self) -> frozenset[str]: ...
+    @property
+    def writes_base(self) -> bool: ...
+    def start(self, layers: Sequence[Layer], steps: int) -> dict[str, Tensor]: ...
+    def penalty(self, layers: Sequence[Layer], state: dict[str, Tensor]) -> Tensor | float:
+        """Added to the training loss."""
+        ...
+
+    def after_backward(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
+        """Gradients of optimizer step `step` (from 1) are complete and unclipped."""
+        ...
+
+    def after_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
+        """Parameters have moved; gradients are still there."""
+        ...
+
+
+@runtime_checkable
+class Storage(Protocol):
+    """How the frozen weight is kept."""
+
+    @property
+    def writable(self) -> bool:
+        """Whether a rule may write the weight while training."""
+        ...
+
+    def pack(self, layer: nn.Module) -> nn.Module: ...
+
+
+# --- words ----------------------------------------------------------------------------------------------------
+
+WORDS: dict[str, type] = {}
+W_ = TypeVar("W_", bound=type)
+
+
+def word(cls: W_) -> W_:
+    """Make a frozen dataclass known by its name, so that files can hold it and read it back."""
+    if not dataclasses.is_dataclass(cls) or WORDS.get(cls.__name__, cls) is not cls:
+        raise TypeError(f"{cls.__name__} must be a dataclass with a name of its own to be a word")
+    WORDS[cls.__name__] = cls
+    return cls
+
+
+@word
+@dataclass(frozen=True)
+class AsIs:
+    """The base layer keeps the weight that it came with."""
+
+    writable = True
+
+    def pack(self, layer: nn.Module) -> nn.Module:
+        return layer
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+
+# What a field of a word may hold, as dataclass metadata: `r: int = field(metadata=COUNT)`. The record checks it.
+COUNT = {"check": _is_count, "expects": "a whole number of at least 1"}
+POSITIVE = {"check": _is_positive, "expects": "a positive finite number"}
+
+
+# --- the record -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Method:
+    """The record of words that is a method.
+
+    Args:
+        delta: what is learnt, or None where only base parameters train (BitFit, full fine-tuning).
+        init, scale, join: where the delta starts, its size, how it joins the weight; None without a delta.
+        frozen: roles that do not train.
+        lr: role -> multiplier of the learning rate; 1 where silent.
+        rules: what happens while training.
+        storage: how the frozen weight is kept.
+        full: patterns over base parameters that train in full (whole-component names or globs).
+        dropout: probability with which the adapter's input is dropped in training, before A.
+
+    Raises:
+        MethodError: every contradiction between the words, each with its reason.
+    """
+
+    delta: Delta | None = None
+    init: Init | None = None
+    scale: Scale | None = None
+    join: Join | None = None
+    frozen: frozenset[str] = frozenset()
+    lr: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
+    rules: tuple[Rule, ...] = ()
+    storage: Storage = field(default_factory=AsIs)
+    full: tuple[str, ...] = ()
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        rates = self.lr.items() if isinstance(self.lr, Mapping) else self.lr
+        object.__setattr__(self, "lr", tuple(sorted((str(role), rate) for role, rate in rates)))
+        object.__setattr__(self, "frozen", frozenset(self.frozen))
+        object.__setattr__(self, "rules", tuple(self.rules))
+        object.__setattr__(self, "full", (self.full,) if isinstance(self.full, str) else tuple(self.full))
+        problems = self._word_problems()
+        if not problems:  # the words are words: now whether they agree
+            problems = [*self._own_problems(), *(self._delta_problems() if self.delta else self._bare_problems())]
+        if problems:
+            raise MethodError("these words do not make a method:", problems)
+
+    @property
+    def roles(self) -> frozenset[str]:
+        """The names of all tensors of a site."""
+        return (self.delta.roles if self.delta else frozenset()) | (self.join.roles if self.join else frozenset())
+
+    @property
+    def trained(self) -> frozenset[str]:
+        """The names of the tensors of a site that train."""
+        return self.roles - self.frozen
+
+    def rate(self, role: str) -> float:
+        """The learning-rate multiplier of a role."""
+        return dict(cast("tuple[tuple[str, float], ...]", self.lr)).get(role, 1.0)
+
+    def but(self, **words: Any) -> Method:
+        """The same method with some words changed."""
+        unknown = set(words) - set(AXES)
+        if unknown:
+            raise MethodError(
+                "these words do not make a method:",
+                [Problem(name, "is not an axis of a method", did_you_mean(name, AXES)) for name in sorted(unknown)],
+            )
+        return dataclasses.replace(self, **words)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain data for a file: axis -> {"word": name, its fields} or a plain value."""
+        return {
+            "delta": _written(self.delta),
+            "init": _written(self.init),
+            "scale": _written(self.scale),
+            "join": _written(self.join),
+            "frozen": sorted(self.frozen),
+            "lr": dict(cast("tuple[tuple[str, float], ...]", self.lr)),
+            "rules": [_written(rule) for rule in self.rules],
+            "storage": _written(self.storage),
+            "full": list(self.full),
+            "dropout": self.dropout,
+        }
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Method:
+        """The method that `to_dict` wrote.
+
+        Raises:
+            MethodError: unknown axes, words or fields, and every contradiction.
+        """
+        problems: list[Problem] = []
+        if not isinstance(data, Mapping):
+            raise MethodError("a method's record is a mapping", [Problem("method", f"found {type(data).__name__}")])
+        words = {}
+        for axis, value in data.items():
+            if axis not in AXES:
+                problems.append(Problem(str(axis), "is not an axis of a method", did_you_mean(str(axis), AXES)))
+            else:
+                words[axis] = _read_axis(axis, value, problems)
+        if problems:
+            raise MethodError("this record is no method:", problems)
+        return Method(**words)
+
+    def __str__(self) -> str:
+        silent = {"frozen": frozenset(), "lr": (), "rules": (), "storage": AsIs(), "full": (), "dropout": 0.0}
+        lines = []
+        for axis in AXES:
+            value = getattr(self, axis)
+            if value is None or silent.get(axis) == value:
+                continue
+            text = braces(value) if axis == "frozen" else value
+            if axis == "lr":
+                text = ", ".join(f"{role} x{rate:g}" for role, rate in value)
+            if axis == "scale" and self.delta is not None:
+                text = f"{value} -> s = {value(self.delta.r):g}"
+            lines.append(f"  {axis:<8} {text}")
+        trains = [braces(self.trained)] if self.trained else []
+        trains += [f"base parameters {', '.join(self.full)}"] if self.full else []
+        return "\n".join(["Method", *lines, f"  trains   {' and '.join(trains)}"])
+
+    def _word_problems(self) -> list[Problem]:
+        """Whether each axis holds a word of that axis, and each word's fields hold what they may."""
+        problems = []
+        for axis, value in [(axis, getattr(self, axis)) for axis in _PROTOCOLS] + [("rules", r) for r in self.rules]:
+            if value is None and axis != "storage":
+                continue
+            name = type(value).__name__
+            if WORDS.get(name) is not type(value) or not isinstance(value, _PROTOCOLS.get(axis, Rule)):
+                problems.append(Problem(axis, f"{value!r} is no word of this axis"))
+                continue
+            for f in dataclasses.fields(value):
+                content = getattr(value, f.name)
+                if "check" in f.metadata and not f.metadata["check"](content):
+                    what = f"{name} has {f.name} = {content!r}; it takes {f.metadata['expects']}"
+                    problems.append(Problem(axis, what))
+        return problems
+
+    def _own_problems(self) -> list[Problem]:
+        problems = []
+        drop = self.dropout
+        if isinstance(drop, bool) or not isinstance(drop, int | float) or not 0 <= drop < 1:
+            problems.append(Problem("dropout", f"{drop!r} is no probability in [0, 1)"))
+        for role, rate in cast("tuple[tuple[str, float], ...]", self.lr):
+            if not _is_positive(rate):
+                problems.append(Problem("lr", f"the multiplier of {role} is {rate!r}, not a positive number"))
+        for pattern in self.full:
+            if not isinstance(pattern, str) or not pattern:
+                problems.append(Problem("full", f"{pattern!r} is no pattern over parameter names"))
+        return problems
+
+    def _delta_problems(self) -> list[Problem]:
+        delta, init, join = self.delta, self.init, self.join
+        missing = [axis for axis in ("init", "scale", "join") if getattr(self, axis) is None]
+        if delta is None or init is None or join is None or missing:
+            return [Problem(axis, "is not said, and a delta needs it") for axis in missing]
+        name = type(delta).__name__
+        problems = []
+        if init.fills != delta.roles:
+            what = f"{type(init).__name__} fills {braces(init.fills)}; {name} has {braces(delta.roles)}"
+            problems.append(Problem("init", what))
+        if self.frozen - self.roles:
+            what = f"{braces(self.frozen - self.roles)} cannot be frozen: the tensors are {braces(self.roles)}"
+            problems.append(Problem("frozen", what))
+        idle = {role for role, _ in cast("tuple[tuple[str, float], ...]", self.lr)} - self.trained
+        if idle:
+            what = f"a learning rate for {braces(idle)}, but what trains is {braces(self.trained)}"
+            problems.append(Problem("lr", what))
+        if not self.trained and not self.full:
+            problems.append(Problem("frozen", "everything is frozen: nothing would train"))
+        if init.moves_base and self.dropout:
+            what = f"{type(init).__name__} moves part of W into B A, and dropout would drop that part of W"
+            problems.append(Problem("dropout", what, "say dropout=0"))
+        if "*" in self.full:
+            what = f"every base weight trains in full, which leaves nothing for {name} to learn"
+            problems.append(Problem("full", what, "take one of the two"))
+        for rule in self.rules:
+            problems += self._rule_problems(rule, name)
+        return problems
+
+    def _rule_problems(self, rule: Rule, delta: str) -> list[Problem]:
+        problems, name = [], type(rule).__name__
+        if rule.needs - self.roles:
+            what = f"{name} needs {braces(rule.needs - self.roles)}; {delta} has {braces(self.roles)}"
+            problems.append(Problem("rules", what))
+        if rule.writes_base and not self.storage.writable:
+            what = f"{name} writes the base weight, which {type(self.storage).__name__} cannot take"
+            problems.append(Problem("rules", what))
+        return problems
+
+    def _bare_problems(self) -> list[Problem]:
+        problems = []
+        for axis in ("init", "scale", "join", "frozen", "lr", "rules", "dropout"):
+            if getattr(self, axis):
+                problems.append(Problem(axis, "is said of a delta, and this method has none"))
+        if not self.full:
+            problems.append(Problem("full", "there is neither a delta nor a base parameter that trains"))
+        return problems
+
+
+_PROTOCOLS: dict[str, Any] = {"delta": Delta, "init": Init, "scale": Scale, "join": Join, "storage": Storage}
+AXES: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(Method))
+
+
+def braces(names: Iterable[str]) -> str:
+    """Names as a set is written: {A, B}."""
+    return "{" + ", ".join(sorted(names)) + "}"
+
+
+def _written(value: Any) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    return {"word": type(value).__name__} | {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+
+
+def _read_axis(axis: str, value: Any, problems: list[Problem]) -> Any:
+    if axis in ("delta", "init", "scale", "join", "storage"):
+        return None if value is None and axis != "storage" else _read_word(axis, value, problems)
+    plain: dict[str, tuple[type, ...]] = {"frozen": (list,), "rules": (list,), "full": (list,), "lr": (dict,)}
+    if not isinstance(value, plain.get(axis, (int, float))):
+        expected = " or ".join(t.__name__ for t in plain.get(axis, (int, float)))
+        problems.append(Problem(axis, f"expected {expected}, found {type(value).__name__}"))
+        return getattr(_DEFAULT, axis)
+    if axis == "rules":
+        return tuple(_read_word(f"rules[{i}]", rule, problems) for i, rule in enumerate(value))
+    return value
+
+
+def _read_word(where: str, value: Any, problems: list[Problem]) -> Any:
+    name = value.get("word") if isinstance(value, Mapping) else None
+    cls = WORDS.get(name) if isinstance(name, str) else None
+    if cls is None:
+        problems.append(Problem(where, f"{name!r} is no word that lorary knows", did_you_mean(str(name), list(WORDS))))
+        return None
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items() if k != "word"}
+    known = {f.name for f in dataclasses.fields(cls)}
+    for key in sorted(set(fields) - known):
+        problems.append(Problem(where, f"{name} has no field `{key}`", did_you_mean(key, sorted(known))))
+    try:
+        return cls(**{k: v for k, v in fields.items() if k in known})
+    except TypeError as error:  # a field without a default is missing
+        problems.append(Problem(where, str(error).partition("__init__() ")[2] or str(error)))
+        return None
+
+
+# --- presets --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A paper's name for some words.
+
+    Args:
+        name: how it is said, such as `lora+`.
+        words: the function that gives the words, axis -> word; its parameters are the preset's options.
+        citation: the paper.
+        adapts: whether it learns a delta beside the frozen weight; False for what trains base weights only.
+        lr: the peak learning rate to start from when fine-tuning a language model with AdamW.
+    """
+
+    name: str
+    words: Callable[..., dict[str, Any]]
+    citation: str
+    adapts: bool = True
+    lr: float = 2e-4
+
+    @property
+    def summary(self) -> str:
+        """The first line of its documentation: the equation."""
+        return (inspect.getdoc(self.words) or "").partition("\n")[0]
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Its options and their defaults."""
+        return {name: p.default for name, p in inspect.signature(self.words).parameters.items()}
+
+
+PRESETS: dict[str, Preset] = {}
+_ALIASES: dict[str, str] = {}
+F_ = TypeVar("F_", bound=Callable[..., dict[str, Any]])
+
+
+def preset(
+    name: str, *, citation: str, aliases: Sequence[str] = (), adapts: bool = True, lr: float = 2e-4
+) -> Callable[[F_], F_]:
+    """Give words a paper's name, so that `lorary.method`, the command line, files and the laws find them."""
+
+    def register(words: F_) -> F_:
+        if PRESETS.get(name) is not None:
+            raise TypeError(f"there is a preset {name} already")
+        PRESETS[name] = Preset(name, words, citation, adapts, lr)
+        _ALIASES.update({_plain(alias): name for alias in (name, *aliases)})
+        return words
+
+    return register
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name.lower())
+
+
+# What two presets may both say, because the union is meant; on any other axis one must be silent.
+_UNITES: dict[str, Callable[[Any, Any], Any]] = {
+    "frozen": lambda a, b: frozenset(a) | frozenset(b),
+    "rules": lambda a, b: (*a, *b),
+    "full": lambda a, b: (*a, *(pattern for pattern in b if pattern not in a)),
+}
+
+
+def method(*names: str, **options: Any) -> Method:
+    """The method that some presets and words make together.
+
+    >>> print(method("lora", "rslora", r=16, alpha=32).scale)
+    BySqrtRank(alpha=32)
+
+    Args:
+        names: presets, such as "lora", "rslora", "lora+"; what they are silent about is LoRA's.
+        options: the presets' parameters (`r`, `alpha`, `dropout`, `ratio`, ...) and words by axis (`init=Gaussian()`).
+
+    Raises:
+        MethodError: unknown names or options (with the nearest known one), two that speak on the same axis, and
+            every contradiction between the words.
+    """
+    problems: list[Problem] = []
+    speaking = _speaking(_chosen(names, problems))
+    known = {option for p in speaking for option in p.parameters}
+    for option in sorted(set(options) - known - set(AXES)):
+        hint = did_you_mean(option, sorted(known | set(AXES)))
+        problems.append(Problem(option, f"is no option of {' + '.join(p.name for p in speaking)}", hint))
+    if problems:
+        raise MethodError("this method cannot be made:", problems)
+    said: dict[str, tuple[str, Any]] = {}
+    for p in speaking:
+        words = p.words(**{k: v for k, v in options.items() if k in p.parameters})
+        _unite(said, p.name, words, problems)
+    _unite(said, "you", {k: v for k, v in options.items() if k in AXES and k not in known}, problems)
+    if problems:
+        raise MethodError("this method cannot be made:", problems)
+    return Method(**{axis: value for axis, (_, value) in said.items()})
+
+
+def speakers(names: Sequence[str]) -> tuple[Preset, ...]:
+    """The presets that `method(*names)` unites, in the order in which they speak: LoRA first where any adapts.
+
+    Raises:
+        MethodError: a name that lorary does not know.
+    """
+    problems: list[Problem] = []
+    chosen = _chosen(names, problems)
+    if problems:
+        raise MethodError("this method cannot be made:", problems)
+    return tuple(_speaking(chosen))
+
+
+def _speaking(chosen: Sequence[Preset]) -> list[Preset]:
+    adapts = any(p.adapts for p in chosen) or not chosen
+    return ([PRESETS["lora"]] if adapts else []) + [p for p in chosen if p.name != "lora"]
+
+
+def _chosen(names: Sequence[str], problems: list[Problem]) -> list[Preset]:
+    chosen = []
+    for name in dict.fromkeys(names):
+        known = _ALIASES.get(_plain(name)) if isinstance(name, str) else None
+        if known is None:
+            problems.append(
+                Problem(repr(name), "is no method that lorary knows", did_you_mean(str(name), list(PRESETS)))
+            )
+        elif PRESETS[known] not in chosen:
+            chosen.append(PRESETS[known])
+    return chosen
+
+
+def _unite(said: dict[str, tuple[str, Any]], speaker: str, words: dict[str, Any], problems: list[Problem]) -> None:
+    for axis, value in words.items():
+        before, old = said.get(axis, ("lora", None))
+        if axis == "lr" and old is not None:
+            twice = sorted(set(dict(old)) & set(dict(value)))
+            problems += [Problem("lr", f"{before} and {speaker} both set the rate of {role}") for role in twice]
+            value = dict(old) | dict(value)
+        elif old is not None and axis in _UNITES:
+            value = _UNITES[axis](old, value)
+        elif before != "lora":  # LoRA's own words are the defaults: whoever speaks replaces them
+            what = (
+                f"{before} says {old}; {speaker} said {value}"
+                if speaker == "you"
+                else (f"{before} says {old}; {speaker} says {value}")
+            )
+            problems.append(Problem(axis, what, "a method has one word on this axis"))
+            continue
+        said[axis] = (speaker if before == "lora" else f"{before} + {speaker}", value)
+
+
+def presets() -> dict[str, Preset]:
+    """All presets by name, in the order of the methods' files."""
+    return dict(PRESETS)
+
+
+_DEFAULT = Method(full=("*",))
