@@ -30,8 +30,8 @@ def _number(value: Any) -> Any:
 
 
 def _words(value: Any) -> Any:
-    """`"lora, rslora"` is the list of its words."""
-    return [word.strip() for word in value.split(",")] if isinstance(value, str) else value
+    """`"lora, rslora"` is the list of its words; the comma in `c_attn[q,v]` divides nothing."""
+    return [word.strip() for word in re.split(r",(?![^\[]*\])", value)] if isinstance(value, str) else value
 
 
 def _one(value: Any) -> Any:
@@ -255,6 +255,7 @@ class Config(_Section):
 
     def _method_defaults(self) -> dict[str, float]:
         """r, alpha and dropout where they are empty and the method has them."""
+        from lorary import methods  # noqa: F401 (registers the presets)
         from lorary.words import speakers
 
         found: dict[str, float] = {}
@@ -274,6 +275,7 @@ def default_lr(task: str, names: tuple[str, ...]) -> float:
     2e-4 for SFT and 5e-6 for DPO, ten times what full fine-tuning takes; a preset that asks for another rate
     (`lorary.method.Preset.lr`) scales both, and among several such presets the lowest rate counts.
     """
+    from lorary import methods  # noqa: F401 (registers the presets)
     from lorary.words import speakers
 
     rates = [preset.lr for preset in speakers(names) if preset.adapts] or [p.lr for p in speakers(names)]

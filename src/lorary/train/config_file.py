@@ -14,12 +14,12 @@ from pydantic import ValidationError
 
 from lorary import methods  # noqa: F401 (registers the presets)
 from lorary.errors import ConfigError, MethodError, Problem
-from lorary.method import presets
 from lorary.train.config import SECTIONS, Config, MethodSection
 from lorary.train.contradictions import contradictions
 from lorary.train.explain import explain
 from lorary.train.names import Canonical, apply_flags, canonical
 from lorary.train.yaml_source import Place, Source, parse, read
+from lorary.words import presets
 
 
 def load(path: str | Path, sets: Sequence[str] = ()) -> Config:
@@ -80,9 +80,6 @@ def overrides(sets: Sequence[str]) -> list[Source]:
 
 
 def _config(sources: Sequence[Source], name: str) -> Config:
-    from lorary import methods  # noqa: F401 (registers the presets)
-    from lorary.words import presets
-
     options = frozenset(key for preset in presets().values() for key in preset.parameters) - set(SECTIONS["method"])
     read_ = _merged([canonical(source, options) for source in sources])
     apply_flags(read_)

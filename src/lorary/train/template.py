@@ -8,11 +8,11 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from lorary.method import presets
 from lorary.train.config import SECTIONS, Config
 from lorary.train.config_file import from_dict
 from lorary.train.names import CANONICAL_AT_TOP, PRESET_OF, SHORTHAND
 from lorary.train.yaml_source import dump
+from lorary.words import presets
 
 _START = {"id": "builtin:base", "train": "builtin:docstrings", "validation": "builtin:docstrings"}
 _LISTS = ("name", "targets", "exclude", "train", "validation", "report_to")  # where one text stands for the list of it
@@ -96,9 +96,6 @@ def _or_text(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _allow_presets_options(method: dict[str, Any]) -> None:
-    from lorary import methods  # noqa: F401 (registers the presets)
-    from lorary.words import presets
-
     for preset in presets().values():
         for key, default in preset.parameters.items():
             said = {"description": f"option of {preset.name}; default {json.dumps(default, default=str)}"}
