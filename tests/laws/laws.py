@@ -1,0 +1,164 @@
+"""The laws that hold for every method of the family. Each raises AssertionError where it is broken."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import lorary
+from lorary.adapted import adapted
+from lorary.sites import KINDS
+
+from .cases import Case
+
+
+def close(a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
+    """Equal up to rounding in this dtype, relative to the largest value."""
+    steps = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
+    gap = (a.double() - b.double()).abs().max().item()
+    size = max(a.double().abs().max().item(), b.double().abs().max().item())
+    assert gap <= steps * size, f"off by {gap:.2e} at a size of {size:.2e}"
+
+
+def nothing_moves_at_step_0(case: Case) -> None:
+    x = case.x()
+    assert torch.equal(case.attached()(x), case.base()(x))
+
+
+def merged_is_forward(case: Case) -> None:
+    x, model = case.x(), case.trained()
+    y = model(x)
+    assert not torch.equal(y, case.base()(x)), "training changed nothing: the law would hold of anything"
+    for layer in adapted(model).values():  # the specification, before anything is rounded to the weight's dtype
+        W, b = layer.merged()
+        exact = KINDS[layer.site.kind].run(layer.base, x.to(W.dtype) if x.is_floating_point() else x, W, None)
+        exact = exact if b is None else exact + layer.kind.along(b)
+        close(exact, layer(x), case.dtype)
+    lorary.merge(model)
+    assert not adapted(model)
+    close(model(x), y, case.dtype)
+
+
+def only_what_should_train_trains(case: Case) -> None:
+    model = case.trained()  # at step 0 some gradients are zero by design; a zero is a gradient all the same
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model(case.x()).square().sum().backward()
+    for layer in adapted(model).values():
+        for role, p in layer.p.items():
+            expected = role not in case.method.frozen
+            has = p.grad is not None and bool((p.grad != 0).any())
+            assert has == expected, f"{role}: gradient {has}, expected {expected}"
+    allowed = {id(p) for layer in adapted(model).values() for p in layer.p.values()}
+    full = {f.name for f in lorary.plan(case.base(), case.method, targets=[case.kind.target]).full}
+    for name, p in model.named_parameters():
+        if id(p) not in allowed:
+            assert (p.grad is not None) == (name.replace(".base.", ".") in full), name
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = lorary.groups(model, lr=0.1)
+    assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in trainable}
+    torch.optim.SGD(groups).step()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name, p in model.named_parameters() if p.requires_grad}
+    if case.method.delta is not None:
+        assert sum(p.numel() for p in adapter_parameters(model)) == expected_numbers(case)
+
+
+def adapter_parameters(model: torch.nn.Module) -> list[Tensor]:
+    return [p for layer in adapted(model).values() for p in layer.p.values() if p.requires_grad]
+
+
+def expected_numbers(case: Case) -> int:
+    """The paper's formula, computed from the layer alone; LoRA-FA's is r times the outputs."""
+    r = case.method.delta.r
+    everything = case.kind.numbers(r)
+    if "A" not in case.method.frozen:
+        return everything
+    site = lorary.plan(case.base(), case.method, targets=[case.kind.target]).placed[0].site
+    return everything - r * site.inp * max(len(site.parts), 1)
+
+
+def factors_are_the_delta(case: Case) -> None:
+    x, model = case.x(), case.trained().eval()
+    for layer in adapted(model).values():
+        B, A = layer.factors()
+        y = layer.base(x).detach()
+        if layer.bias is not None:
+            y = y - layer.kind.along(layer.bias.detach())
+        delta = layer.add_delta(torch.zeros_like(y), x)
+        M = (layer.scale * (B.double() @ A.double())).detach()
+        exact = layer.kind.run(layer.base, x.double() if x.is_floating_point() else x, M, None)
+        close(exact, delta, case.dtype)
+        assert torch.linalg.matrix_rank(M) <= min(M.shape[0], M.shape[1], A.shape[0])
+
+
+def saved_and_loaded_is_equal(case: Case, folder: Path) -> None:
+    x, model = case.x(), case.trained().eval()
+    lorary.save(model, folder)
+    other = lorary.load(case.base(), folder).eval()
+    theirs = dict(other.named_parameters())
+    assert set(theirs) == {name for name, _ in model.named_parameters()}
+    for name, p in model.named_parameters():
+        assert torch.equal(p, theirs[name]) and p.dtype == theirs[name].dtype, name
+    assert torch.equal(other(x), model(x))
+    assert lorary.Adapter.load(folder).method == case.method
+
+
+def detach_gives_the_base_back(case: Case) -> None:
+    model = case.base()
+    before = {name: p for name, p in model.named_parameters()}
+    values = copy.deepcopy(model.state_dict())
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    lorary.attach(model, lorary.plan(model, case.method, targets=[case.kind.target]))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(1.0)
+    with lorary.disabled(model):
+        assert torch.equal(model(case.x()), case.base()(case.x()))
+    lorary.detach(model)
+    after = dict(model.named_parameters())
+    assert list(after) == list(before)
+    for name in before:
+        assert after[name] is before[name] and after[name].requires_grad == flags[name], name
+        assert torch.equal(after[name], values[name]), name
+
+
+def compiles_whole(case: Case) -> None:
+    torch._dynamo.reset()
+    x, model = case.x(), case.trained()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    close(compiled(x), model(x), case.dtype)
+    compiled(x).square().sum().backward()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        close(compiled(x), model(x), case.dtype)
+
+
+def learns(case: Case) -> None:
+    """A few optimizer steps bring the layer nearer to another one, and all is finite."""
+    model, x = case.attached(), case.x()
+    torch.manual_seed(4)
+    target = case.base()(x).detach() + 0.1 * torch.randn_like(case.base()(x))
+    optimizer = torch.optim.AdamW(lorary.groups(model, lr=1e-3))
+    losses = []
+    for _ in range(12):
+        loss = (model(x) - target).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert all(math.isfinite(loss) for loss in losses)
+    assert losses[-1] < losses[0], losses
+
+
+LAWS = [
+    nothing_moves_at_step_0,
+    merged_is_forward,
+    only_what_should_train_trains,
+    factors_are_the_delta,
+    detach_gives_the_base_back,
+    learns,
+]

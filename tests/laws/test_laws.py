@@ -1,0 +1,69 @@
+"""Every law, over every preset and legal pair x kind of layer x dtype."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from . import laws
+from .cases import KINDS, Case, Kind, methods, possible
+
+METHODS = methods()
+DTYPES = [torch.float32, torch.bfloat16]
+CASES = [
+    pytest.param(Case(method, kind, dtype), id=f"{name}-{kind.name}-{str(dtype)[6:]}")
+    for (name, method), kind, dtype in itertools.product(METHODS.items(), KINDS, DTYPES)
+    if possible(method, kind)
+]
+
+
+@pytest.mark.parametrize("law", laws.LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize("case", CASES)
+def test_law(law: Callable[[Case], None], case: Case) -> None:
+    law(case)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_saved_and_loaded_is_equal(case: Case, tmp_path: Path) -> None:
+    laws.saved_and_loaded_is_equal(case, tmp_path / "adapter")
+
+
+SINGLE = [p for p in CASES if "+" not in p.id.replace("lora+", "") and p.values[0].dtype == torch.float32]
+
+
+@pytest.mark.parametrize("case", SINGLE)
+def test_compiles_whole(case: Case) -> None:
+    laws.compiles_whole(case)
+
+
+def test_every_preset_is_covered_on_every_kind_or_says_why() -> None:
+    covered = {(id(p.values[0].method), p.values[0].kind.name) for p in CASES}
+    missing = {
+        (name, kind.name)
+        for name, method in METHODS.items()
+        for kind in KINDS
+        if (id(method), kind.name) not in covered
+    }
+    without_bias = {k.name for k in KINDS if getattr(k.make(), "bias", None) is None}
+    embeddings = {k.name for k in KINDS if k.name.startswith("embedding")}
+    expected = {("bitfit", k) for k in without_bias}
+    for name, method in METHODS.items():
+        if "A" in method.frozen:  # an embedding starts with A = 0
+            expected |= {(name, k) for k in embeddings}
+        if "bias" in method.full:
+            expected |= {(name, k) for k in without_bias}
+    assert missing == expected
+
+
+def test_the_kinds_are_all_kinds() -> None:
+    from lorary.sites import KINDS as known
+    from lorary.sites import kind_of
+
+    def kind(k: Kind) -> str | None:
+        return kind_of(k.make())
+
+    assert {kind(k) for k in KINDS} == set(known)
