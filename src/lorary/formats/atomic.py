@@ -19,7 +19,7 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -76,7 +76,9 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def atomic_directory(path: str | os.PathLike[str], *, replace: bool = False, keep: bool = False) -> Iterator[Path]:
+def atomic_directory(
+    path: str | os.PathLike[str], *, replace: bool = False, keep: bool = False, drop: Collection[str] = ()
+) -> Iterator[Path]:
     """Gives an empty folder to fill; at the end of the block it becomes `path`, whole or not at all.
 
     Args:
@@ -84,6 +86,7 @@ def atomic_directory(path: str | os.PathLike[str], *, replace: bool = False, kee
         replace: whether a folder that already holds something may be replaced.
         keep: whether the files of the replaced folder that were not written anew stay in it. Its subfolders
             are refused then, since they could not be carried over in one step.
+        drop: names of files that do not stay, even so.
 
     Raises:
         FileError: `path` holds something and may not be replaced, the disk is full, or the system refuses.
@@ -112,7 +115,7 @@ def atomic_directory(path: str | os.PathLike[str], *, replace: bool = False, kee
         filling = False
         fault_point("directory.written")
         if keep and path.is_dir():
-            _carry_over(path, temporary)
+            _carry_over(path, temporary, drop)
         _sync_tree(temporary)
         fault_point("directory.before-rename")
         _commit(temporary, path)
@@ -220,9 +223,9 @@ def _check_target(path: Path, replace: bool, keep: bool) -> None:
         raise FileError(f"cannot write {str(path)!r}", [problem])
 
 
-def _carry_over(old: Path, new: Path) -> None:
+def _carry_over(old: Path, new: Path, drop: Collection[str]) -> None:
     for entry in old.iterdir():
-        if not (new / entry.name).exists():
+        if entry.name not in drop and not (new / entry.name).exists():
             try:
                 os.link(entry, new / entry.name)
             except OSError:  # a file system without hard links

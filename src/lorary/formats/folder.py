@@ -22,7 +22,7 @@ def existing_folder(path: str | os.PathLike[str]) -> Path:
     Raises:
         FileError: there is none, or it is something else than a folder.
     """
-    headline = f"cannot load the adapter {show(os.fspath(path), most=400)}"
+    headline = f"cannot load {subject(path)}"
     try:
         folder = Path(path).resolve(strict=True)
     except FileNotFoundError:
@@ -35,6 +35,11 @@ def existing_folder(path: str | os.PathLike[str]) -> Path:
     if not folder.is_dir():
         raise FileError(headline, [Problem("", "it is a file, and an adapter is a folder", "name its folder")])
     return folder
+
+
+def subject(path: str | os.PathLike[str]) -> str:
+    """What is read, as messages name it."""
+    return f"the adapter {show(os.fspath(path), most=400)}"
 
 
 def open_inside(folder: Path, name: str, limit: int) -> tuple[BinaryIO, int]:

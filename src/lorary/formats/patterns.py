@@ -13,16 +13,34 @@ from __future__ import annotations
 import re
 import re._constants as op  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import re._parser as reader  # type: ignore[import-untyped, import-not-found, unused-ignore]
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-MOST_CHARACTERS = 4_000
+MOST_CHARACTERS = 20_000
 MOST_STATES = 20_000
-MOST_STEPS = 20_000_000
+MOST_WORK = 10_000_000  # states visited: some seconds
 
 Test = Callable[[str], bool]
 Condition = Callable[[str, int], bool]
+
+
+@dataclass
+class Budget:
+    """The work that all patterns of one file may take together, in states made and visited."""
+
+    left: int = MOST_WORK
+
+    def spend(self, work: int) -> None:
+        """Takes `work` from what is left.
+
+        Raises:
+            ValueError: there is not enough left.
+        """
+        self.left -= work
+        if self.left < 0:
+            raise ValueError("its patterns take too much work to match")
 
 
 @dataclass
@@ -40,6 +58,7 @@ class Pattern:
 
     Args:
         text: the expression, as Python spells them.
+        budget: shared by the patterns of one file; one of its own if silent.
 
     Raises:
         ValueError: it is not a regular expression, too long or too large, or uses what is not supported.
@@ -48,27 +67,20 @@ class Pattern:
     True
     """
 
-    def __init__(self, text: str) -> None:
-        if len(text) > MOST_CHARACTERS:
-            raise ValueError(f"a pattern of {len(text):,} characters, more than {MOST_CHARACTERS:,}")
+    def __init__(self, text: str, budget: Budget | None = None) -> None:
+        self._budget = budget or Budget()
+        self._states: list[_State] = []
+        end = self._add(_State())
         try:
-            tree = reader.parse(text)
-        except (re.error, OverflowError) as error:
-            raise ValueError(f"not a regular expression: {error}") from None
+            self._start, self._end = self._sequence(_parsed(text), end), end
         except RecursionError:
             raise ValueError("a pattern nested too deeply") from None
-        if tree.state.flags & ~re.UNICODE:
-            raise ValueError("flags inside a pattern are not supported")
-        self._states: list[_State] = []
-        self._steps = 0
-        end = self._add(_State())
-        self._start, self._end = self._sequence(tree, end), end
 
     def fullmatch(self, name: str) -> bool:
         """Whether the expression matches the whole name.
 
         Raises:
-            ValueError: this pattern has used up its share of work over all its calls.
+            ValueError: the budget is used up.
         """
         return self._run(self._start, self._end, name, 0, whole=True)
 
@@ -91,14 +103,13 @@ class Pattern:
             if state.test is None and (state.condition is None or state.condition(name, at)):
                 waiting += (new := set(state.then) - seen)
                 seen |= new
-        self._steps += len(seen)
-        if self._steps > MOST_STEPS:
-            raise ValueError("this pattern takes too much work to match")
+        self._budget.spend(len(seen))
         return seen
 
     def _add(self, state: _State) -> int:
         if len(self._states) >= MOST_STATES:
             raise ValueError(f"a pattern of more than {MOST_STATES:,} states: its repetitions are too large")
+        self._budget.spend(1)
         self._states.append(state)
         return len(self._states) - 1
 
@@ -152,6 +163,62 @@ class Pattern:
             return self._run(start, end, name, at, whole=False) == wanted
 
         return self._add(_State(condition=condition, then=[then]))
+
+
+class Tail:
+    """A regular expression that matches whole components at the end of a path, as PEFT's `rank_pattern` does.
+
+    What it matches is `(.*\\.)?(text)`. Most such texts match paths of one length only (a name, with or without the
+    dots escaped); those are compared character by character, which is what keeps hundreds of them quick.
+
+    Raises:
+        ValueError: as for `Pattern`.
+
+    >>> Tail("q_proj").fullmatch("layers.0.q_proj"), Tail("q_proj").fullmatch("layers.0.eq_proj")
+    (True, False)
+    """
+
+    def __init__(self, text: str, budget: Budget | None = None) -> None:
+        self._budget = budget or Budget()
+        items = list(_parsed(text))  # on its own first: `a)|(b` would make sense inside the brackets below
+        self._anchored = bool(items) and items[0] == (op.AT, op.AT_BEGINNING)
+        single = items[self._anchored :]
+        self._tests: list[Test] | None = None
+        self._pattern: Pattern | None = None
+        if all(code in (op.LITERAL, op.NOT_LITERAL, op.ANY, op.IN) for code, _ in single):
+            self._tests = [_character(code, value) for code, value in single]
+        else:
+            self._pattern = Pattern(rf"(.*\.)?({text})", self._budget)
+
+    def fullmatch(self, name: str) -> bool:
+        """Whether the expression matches the end of the path, from the start of a component on.
+
+        Raises:
+            ValueError: the budget is used up.
+        """
+        if self._tests is None:
+            return self._pattern is not None and self._pattern.fullmatch(name)
+        at = len(name) - len(self._tests)
+        self._budget.spend(1)
+        if at < 0 or (at > 0 and (self._anchored or name[at - 1] != ".")):
+            return False
+        return all(test(c) for test, c in zip(self._tests, name[at:], strict=True))
+
+
+def _parsed(text: str) -> Any:
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"a pattern of {len(text):,} characters, more than {MOST_CHARACTERS:,}")
+    try:
+        with warnings.catch_warnings():  # of what may become a set of sets one day
+            warnings.simplefilter("ignore", FutureWarning)
+            tree = reader.parse(text)
+    except (re.error, OverflowError) as error:
+        raise ValueError(f"not a regular expression: {error}") from None
+    except RecursionError:
+        raise ValueError("a pattern nested too deeply") from None
+    if tree.state.flags & ~re.UNICODE:
+        raise ValueError("flags inside a pattern are not supported")
+    return tree
 
 
 def _character(code: Any, value: Any) -> Test:

@@ -109,7 +109,7 @@ def _checked(written: Any, data_size: int, data: int, where: str, dtypes: tuple[
         raise FileError("", [Problem(where, what)])
     tensors = {}
     for name, fields in written.items():
-        what = _name_problem(name) or _entry_problem(fields, dtypes)
+        what = name_problem(name) or _entry_problem(fields, dtypes)
         if what:
             problems.append(Problem(show(name), what))
         else:
@@ -131,7 +131,8 @@ def _check_metadata(metadata: Any, problems: list[Problem]) -> None:
         problems.append(Problem("__metadata__", f"more than the {MOST_METADATA:,} characters that are accepted"))
 
 
-def _name_problem(name: str) -> str:
+def name_problem(name: str) -> str:
+    """What is wrong with a tensor's name; empty where nothing is."""
     if len(name) > MOST_NAME:
         return f"a tensor's name has at most {MOST_NAME} characters"
     if not _NAME.fullmatch(name):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from safetensors import SafetensorError
@@ -16,7 +17,6 @@ from lorary.errors import FileError, Problem
 from lorary.formats.atomic import refused
 from lorary.formats.folder import open_inside, read_exactly
 from lorary.formats.safetensors_header import Entry, Header, read_header
-from lorary.formats.strict_json import show
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MOST_BYTES = 2**40  # the header and the memory set the real limits; this one only keeps numbers sane
@@ -38,9 +38,9 @@ class TensorFile:
     def __init__(self, folder: Path, name: str) -> None:
         self.name = name
         self._file: BinaryIO
-        self._file, size = open_inside(folder, name, _MOST_BYTES)
+        self._file, self.size = open_inside(folder, name, _MOST_BYTES)
         try:
-            self.header = read_header(self._file, size, name)
+            self.header = read_header(self._file, self.size, name)
         except BaseException:
             self._file.close()
             raise
@@ -63,6 +63,11 @@ class TensorFile:
             what = f"its tensors need {needed:,} bytes, this machine has {memory:,} of memory"
             raise FileError("", [Problem(self.name, what)])
         return {name: self._tensor(entry) for name, entry in sorted(entries.items(), key=lambda i: i[1].start)}
+
+    def sha256(self) -> str:
+        """The SHA-256 of the whole file, from the descriptor that the tensors are read from."""
+        self._file.seek(0)
+        return hashlib.file_digest(cast(Any, self._file), "sha256").hexdigest()
 
     def _tensor(self, entry: Entry) -> Tensor:
         tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
@@ -89,19 +94,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     except (OSError, SafetensorError) as error:
         path.unlink(missing_ok=True)
         raise refused(path, _as_os_error(error, path, needed), needed) from error
-
-
-def finite_problems(tensors: Mapping[str, Tensor]) -> list[Problem]:
-    """One problem for every tensor that holds NaN or infinity, with how many and where the first is."""
-    problems = []
-    for name, tensor in tensors.items():
-        bad = ~torch.isfinite(tensor)
-        if bad.any():
-            first = tuple(int(i) for i in bad.nonzero()[0])
-            count = f"{int(bad.sum()):,} of {tensor.numel():,}"
-            what = f"{count} values are NaN or infinite, the first at {list(first)}"
-            problems.append(Problem(show(name), what))
-    return problems
 
 
 def _as_os_error(error: OSError | SafetensorError, path: Path, needed: int) -> OSError:

@@ -1,0 +1,167 @@
+"""PEFT's `adapter_config.json` of a LoRA, read field by field; nothing in it is ignored silently.
+
+A field is one of four: a word that this reader understands and checks; one that only matters while training or for
+book-keeping, checked for its type; a feature that changes what the adapter computes and is not supported, which may
+only have the value that switches it off; or unknown, which is refused. Absent fields take PEFT's defaults, so that
+files of 2023 are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lorary.errors import Problem, did_you_mean
+from lorary.formats.findings import Findings
+from lorary.formats.patterns import Budget, Pattern, Tail
+from lorary.formats.peft_fields import BOOK_KEEPING, UNSUPPORTED, TolerableError, spelled, understood
+from lorary.formats.strict_json import show
+
+NAME = "adapter_config.json"
+MOST_RANK = 2**16
+_MOST_ENTRIES = 20_000
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """What a PEFT LoRA's configuration says about its sites.
+
+    Args:
+        r: the rank of sites without one of their own.
+        alpha: likewise.
+        dropout: probability with which A's input is dropped in training.
+        rslora: whether the scale is alpha / sqrt(r) instead of alpha / r.
+        targets: the module names (whole tails of paths), one pattern, or None where the file does not say.
+        exclude: what is not adapted, written likewise.
+        layers: the layer numbers that are adapted; None for all.
+        layers_pattern: the names that a layer number follows; empty for any.
+        ranks: (pattern over paths, rank), the first match wins.
+        alphas: (pattern over paths, alpha), likewise.
+        modules_to_save: endings of the paths of modules that are kept whole.
+        bias: `none`, `all` or `lora_only`: the base biases that the file holds.
+        transposed: PEFT's `fan_in_fan_out`: the layers store their weight as [in, out], GPT-2's Conv1D.
+        base: the Hub id or path of the base model; empty where unknown.
+    """
+
+    r: int = 8
+    alpha: float = 8.0
+    dropout: float = 0.0
+    rslora: bool = False
+    targets: tuple[str, ...] | Pattern | None = None
+    exclude: tuple[str, ...] | Pattern = ()
+    layers: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] = ()
+    ranks: tuple[tuple[Tail, int], ...] = ()
+    alphas: tuple[tuple[Tail, float], ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+    bias: str = "none"
+    transposed: bool = False
+    base: str = ""
+
+    def targets_module(self, path: str) -> bool:
+        """Whether PEFT would adapt the module at this path, were it of a kind that can be.
+
+        Raises:
+            ValueError: a pattern takes too much work.
+        """
+        if _names(self.exclude, path) or _inside(path, self.modules_to_save):
+            return False
+        if self.targets is None:
+            return True
+        return _names(self.targets, path) and (self.layers is None or self._layer(path) in self.layers)
+
+    def rank(self, path: str) -> int:
+        """The rank of the site at this path."""
+        return next((r for pattern, r in self.ranks if pattern.fullmatch(path)), self.r)
+
+    def alpha_at(self, path: str) -> float:
+        """The alpha of the site at this path."""
+        return next((alpha for pattern, alpha in self.alphas if pattern.fullmatch(path)), self.alpha)
+
+    def keeps(self, path: str) -> bool:
+        """Whether the base parameter at this path belongs to a module of `modules_to_save`."""
+        components = path.split(".")
+        ancestors = [".".join(components[:i]) for i in range(1, len(components))]
+        return any(a.endswith(m) for a in ancestors for m in self.modules_to_save)
+
+    def _layer(self, path: str) -> int | None:
+        """The number of the layer that a path lies in, by PEFT's rule: the first number in the right place."""
+        components = path.split(".")
+        for i, component in enumerate(components[:-1]):
+            if component.isdecimal() and (
+                any(components[i - 1 :: -1][: n.count(".") + 1] == n.split(".")[::-1] for n in self.layers_pattern)
+                if self.layers_pattern
+                else i >= 2
+            ):
+                return int(component)
+        return None
+
+
+def read_config(data: object, findings: Findings) -> PeftConfig | None:
+    """The configuration that a parsed `adapter_config.json` holds; None where it is no LoRA's.
+
+    Args:
+        data: the parsed JSON.
+        findings: where everything wrong goes.
+    """
+    if not isinstance(data, dict):
+        findings.fatal.append(Problem(NAME, "is not a JSON object"))
+        return None
+    kind = data.get("peft_type")
+    if kind != "LORA":
+        what = "has no `peft_type`" if kind is None else f"holds a {show(kind)} adapter"
+        findings.fatal.append(Problem(NAME, what, "lorary reads PEFT's LORA adapters"))
+        return None
+    words: dict[str, Any] = {}
+    fields = understood(Budget())
+    for key, value in data.items():
+        if key in fields:
+            _take(words, key, *fields[key], value, findings)
+        elif key in UNSUPPORTED:
+            if value not in (None, False, [], {}, 0):
+                findings.fatal.append(Problem(f"{NAME}: {key}", f"is {show(value)}: {UNSUPPORTED[key]}"))
+        elif key in BOOK_KEEPING:
+            if value is not None and not isinstance(value, BOOK_KEEPING[key]):
+                findings.fatal.append(Problem(f"{NAME}: {key}", f"is {show(value)}, not {spelled(BOOK_KEEPING[key])}"))
+        else:
+            known = [*fields, *UNSUPPORTED, *BOOK_KEEPING]
+            near = did_you_mean(key, known)
+            fix = near if near.startswith("did") else "a newer PEFT may have written it; strict=False ignores it"
+            findings.tolerable.append(Problem(f"{NAME}: {show(key)}", "is no field that lorary knows", fix))
+    _check_together(words, findings)
+    return PeftConfig(**words)
+
+
+def _take(
+    words: dict[str, Any], key: str, name: str, read: Callable[[object], Any], value: object, findings: Findings
+) -> None:
+    try:
+        if not name:
+            read(value)
+        elif value is not None or key == "target_modules":
+            words[name] = read(value)
+    except TolerableError as error:
+        findings.tolerable.append(Problem(f"{NAME}: {key}", str(error)))
+        words[name] = error.value
+    except ValueError as error:
+        findings.fatal.append(Problem(f"{NAME}: {key}", str(error)))
+
+
+def _check_together(words: Mapping[str, Any], findings: Findings) -> None:
+    if isinstance(words.get("targets"), Pattern) and words.get("layers") is not None:
+        what = "cannot be said together with a pattern in `target_modules`"
+        findings.fatal.append(Problem(f"{NAME}: layers_to_transform", what))
+    if words.get("layers_pattern") and words.get("layers") is None:
+        findings.fatal.append(Problem(f"{NAME}: layers_pattern", "needs `layers_to_transform`"))
+
+
+def _names(entries: tuple[str, ...] | Pattern, path: str) -> bool:
+    if isinstance(entries, Pattern):
+        return entries.fullmatch(path)
+    return any(path == entry or path.endswith(f".{entry}") for entry in entries)
+
+
+def _inside(path: str, modules: tuple[str, ...]) -> bool:
+    """Whether a path is that of one of these modules, or below it, by whole components."""
+    return any(f".{m}." in f".{path}." for m in modules)

@@ -1,0 +1,240 @@
+"""A PEFT LoRA folder as an `Adapter`: strict about every tensor, from the header before any is read.
+
+With the model at hand, the sites are those that PEFT would adapt in it, and every one of them must have its two
+factors in the file. Without, they are those that the file has factors for; a layer's kind beyond what a shape says
+(GPT-2's Conv1D, biases) is only known to the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorary.adapted import adapted
+from lorary.adapter import Adapter
+from lorary.errors import FileError, Problem
+from lorary.fingerprint import Fingerprint, base_name
+from lorary.formats import peft_keys, strict_json
+from lorary.formats.compare import compare, mixed_dtypes
+from lorary.formats.findings import Findings
+from lorary.formats.folder import read_bytes
+from lorary.formats.peft_config import NAME, PeftConfig, read_config
+from lorary.formats.peft_fulls import Fulls, full_tensors
+from lorary.formats.strict_json import show
+from lorary.formats.tensor_file import TensorFile
+from lorary.formats.values import absurd, does_nothing, not_finite
+from lorary.methods.lora import Add, ByRank, Fixed, Kaiming, LowRank
+from lorary.methods.rslora import BySqrtRank
+from lorary.placed import Placed
+from lorary.sites import Site, kind_of, site
+from lorary.words import Method, Scale
+
+WEIGHTS = "adapter_model.safetensors"
+MOST_JSON = 4 * 2**20
+NO_OP = "every update is zero: this adapter changes nothing"
+
+
+def read_peft(folder: Path, model: nn.Module | None, findings: Findings) -> Adapter:
+    """Reads the adapter that PEFT saved in `folder`.
+
+    Args:
+        folder: a resolved folder.
+        model: the base, plain or adapted; it is only looked at.
+        findings: what is wrong goes there, and is raised from there.
+
+    Raises:
+        FileError: every reason why it cannot be used.
+    """
+    config = None
+    with findings.gathering(NAME):
+        config = read_config(parsed_json(folder, NAME), findings)
+    with TensorFile(folder, weights_name(folder)) as file:
+        if config is None:
+            raise FileError("")  # the reasons are among the findings
+        return _Reader(config, model, findings, file).adapter()
+
+
+def parsed_json(folder: Path, name: str) -> object:
+    """The value in a folder's JSON file.
+
+    Raises:
+        FileError: the file or its JSON is not acceptable.
+    """
+    try:
+        return strict_json.parse(read_bytes(folder, name, MOST_JSON), MOST_JSON)
+    except ValueError as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError("", [Problem(name, str(error))]) from None
+
+
+def weights_name(folder: Path) -> str:
+    """The name of the tensor file, after making sure that it is not a pickle.
+
+    Raises:
+        FileError: there are only pickles, which are never opened.
+    """
+    pickles = [n for n in ("adapter_model.bin", "adapter_model.pt") if (folder / n).exists()]
+    if pickles and not (folder / WEIGHTS).exists():
+        fix = "where you trust its author, load it with PEFT and save it again: PEFT writes safetensors"
+        what = "is a pickle, which can run code when it is read; it was not opened"
+        raise FileError("", [Problem(pickles[0], what, fix)])
+    return WEIGHTS
+
+
+class _Reader:
+    """One reading of one folder; its steps share what they know."""
+
+    def __init__(self, config: PeftConfig, model: nn.Module | None, findings: Findings, file: TensorFile) -> None:
+        self.config, self.findings, self.file = config, findings, file
+        self.layers = dict(plain_modules(model)) if model is not None else None
+        self.model = model
+        self.names: dict[str, str] = {}  # without prefix -> as in the file
+        for name in file.header.tensors:
+            short = name.removeprefix(peft_keys.PREFIX)
+            if short in self.names:
+                findings.fatal.append(Problem(show(name), "is there twice, with and without its prefix"))
+            self.names[short] = name
+        self.found = {short: file.header.tensors[name] for short, name in self.names.items()}
+
+    def adapter(self) -> Adapter:
+        """The adapter, or every reason why there is none."""
+        placed = self._placed()
+        fulls = full_tensors(self.config, self.model, {p.site.name for p in placed}, self.found, self.findings)
+        expected = {name: shape for p in placed for name, shape in peft_keys.shapes(p.site, peft_keys.rank(p)).values()}
+        expected |= fulls.expected
+        found = {name: entry for name, entry in self.found.items() if name not in fulls.copies}
+        usable = compare(expected, found, self.findings, self._explain)
+        if not placed and not self.findings.fatal:
+            self.findings.fatal.append(Problem(WEIGHTS, "holds no factor of any site"))
+        self.findings.settle()
+        values = self._values(usable, fulls)
+        tensors = {p.site.name: peft_keys.decoded(p, _filled(p, values)) for p in placed}
+        full = {parameter: values[name] for name, parameter in fulls.parameters.items() if name in values}
+        if does_nothing(placed, tensors):
+            self.findings.alerts.append(NO_OP)
+        self.findings.notes += mixed_dtypes(self.found)
+        method = self._method(self.config.r, self.config.alpha, tuple(full))
+        base = Fingerprint(name=base_name(self.config.base))
+        return Adapter(method, placed, tensors, full, base, self.findings.conclude())
+
+    def _placed(self) -> tuple[Placed, ...]:
+        try:
+            sites = list(self._sites_of_model() if self.layers is not None else self._sites_of_file())
+            return tuple(Placed(s, self._method(self.config.rank(s.name), self.config.alpha_at(s.name))) for s in sites)
+        except ValueError as error:  # the patterns' budget
+            self.findings.fatal.append(Problem(NAME, str(error)))
+            return ()
+
+    def _sites_of_model(self) -> Iterator[Site]:
+        modules = cast("dict[str, nn.Module]", self.layers)
+        for name, layer in modules.items():
+            if not name or kind_of(layer) is None or not self.config.targets_module(name):
+                continue
+            parent = modules.get(name.rpartition(".")[0])
+            if isinstance(parent, nn.MultiheadAttention):
+                what = "nn.MultiheadAttention reads its weight and never calls it: an adapter there would do nothing"
+                self.findings.fatal.append(Problem(name, what))
+                continue
+            found = site(name, layer)
+            if found.groups > 1:
+                what = f"PEFT's LoRA of a convolution with {found.groups} groups is no change of its weight"
+                self.findings.fatal.append(Problem(name, what, "it can neither be merged nor read here"))
+            else:
+                yield found
+
+    def _sites_of_file(self) -> Iterator[Site]:
+        for name in dict.fromkeys(key.site for n in self.found if (key := peft_keys.parsed(n))):
+            if not name or not self.config.targets_module(name):
+                continue
+            embedding = f"{name}.lora_embedding_A" in self.found
+            leaves = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+            pair = [f"{name}.{leaf}" for leaf in leaves]
+            lonely = [n for n in pair if n not in self.found]
+            if lonely:
+                self.findings.tolerable.append(Problem(lonely[0], "is missing, and its partner alone says nothing"))
+                for n in set(pair) - set(lonely):
+                    del self.found[n]
+                continue
+            A, B = (self.found[n].shape for n in pair)
+            if len(A) not in (2, 3, 4, 5) or len(B) != len(A):
+                what = f"has the shape {list(A)} and its partner {list(B)}: no layer has such factors"
+                self.findings.fatal.append(Problem(pair[0], what))
+                continue
+            yield _site_of_shapes(name, A, B, embedding, self.config.transposed)
+
+    def _method(self, r: int, alpha: float, full: tuple[str, ...] = ()) -> Method:
+        by = BySqrtRank if self.config.rslora else ByRank
+        # PEFT computes with an alpha of zero or below, which lorary's own words refuse
+        scale: Scale = by(alpha) if alpha > 0 else Fixed(alpha / (r**0.5 if self.config.rslora else r))
+        return Method(LowRank(r), Kaiming(), scale, Add(), dropout=self.config.dropout, full=full)
+
+    def _values(self, usable: list[str], fulls: Fulls) -> dict[str, Tensor]:
+        wanted = [*usable, *fulls.copies]
+        raw = self.file.read(self.names[name] for name in wanted)
+        values = {name: raw[self.names[name]] for name in wanted}
+        self.findings.tolerable += [*not_finite(values), *absurd({n: values[n] for n in usable})]
+        fulls.check_copies(values, self.findings)
+        self.findings.settle()
+        return values
+
+    def _explain(self, name: str) -> str:
+        key = peft_keys.parsed(name)
+        if key is None:
+            return _strange(name, self.layers)
+        if self.layers is not None and key.site not in self.layers:
+            return "adapts a module that the model does not have"
+        return "adapts a module that `target_modules` does not name, or not one of this kind"
+
+
+def plain_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules of the plain model by path, whatever is attached to it."""
+    layers = adapted(model)
+    inside = tuple(f"{name}." for name in layers)
+    for name, module in model.named_modules():
+        if name in layers:
+            yield name, layers[name].base
+        elif not name.startswith(inside):
+            yield name, module
+
+
+def _site_of_shapes(name: str, A: tuple[int, ...], B: tuple[int, ...], embedding: bool, transposed: bool) -> Site:
+    """A site as far as the shapes of its two factors tell."""
+    inp = int(torch.Size(A[1:]).numel())
+    if embedding:
+        return Site(name, "embedding", B[0], inp, bias=False)
+    if len(A) == 2:
+        return Site(name, "transposed" if transposed else "linear", B[0], inp, bias=False)
+    return Site(name, f"conv{len(A) - 2}d", B[0], inp, bias=False, window=A[2:])
+
+
+def _filled(p: Placed, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a site; where one is missing, zeros: no change there."""
+    return {
+        name: values[name] if name in values else torch.zeros(shape)
+        for name, shape in peft_keys.shapes(p.site, peft_keys.rank(p)).values()
+    }
+
+
+_FEATURES = {
+    "lora_magnitude_vector": "belongs to DoRA, which the configuration does not say it is",
+    "lora_B.bias": "is a bias beside B, which is not supported",
+    "lora_E": "belongs to AdaLoRA, which the configuration does not say it is",
+    "lora_diag": "belongs to KaSA, which is not supported",
+}
+
+
+def _strange(name: str, layers: Mapping[str, Any] | None) -> str:
+    for leaf, what in _FEATURES.items():
+        if name.endswith((f".{leaf}", f".{leaf}.weight")):
+            return what
+    if ".lora_A." in name or ".lora_B." in name:
+        return "has an adapter's name inside, which PEFT's files never have"
+    path = name.replace(".base_layer.", ".").rpartition(".")[0]
+    if (layers is not None and path in layers) or name.endswith((".weight", ".bias")):
+        return "would overwrite a weight of the base, and `modules_to_save` does not list it"
+    return "is no tensor of this adapter"

@@ -1,0 +1,114 @@
+"""Sites as JSON and back: what `lorary.json` says about where an adapter sits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+from lorary.errors import MethodError, Problem
+from lorary.formats.findings import Findings
+from lorary.formats.safetensors_header import MOST_EXTENT
+from lorary.formats.strict_json import show
+from lorary.placed import Placed, with_rank
+from lorary.sites import KINDS, Part, Site
+from lorary.words import Method
+
+_MOST_SITES = 20_000
+_EXTRA = {"r", "alpha", "method"}
+_NEEDED = {"name", "kind", "out", "inp", "bias"}
+
+
+def site_record(p: Placed, method: Method) -> dict[str, Any]:
+    """A site as plain data: its fields that are not at their defaults, and how its method differs from `method`."""
+    defaults = {f.name: f.default for f in fields(Site)}
+    record = {k: v for k, v in asdict(p.site).items() if k in _NEEDED or v != defaults[k]}
+    if p.method == method:
+        return record
+    own: dict[str, Any] = {}
+    if p.r != getattr(method.delta, "r", None):
+        own["r"] = p.r
+    if p.alpha is not None and p.alpha != getattr(method.scale, "alpha", None):
+        own["alpha"] = p.alpha
+    return record | (own if _varied(method, own) == p.method else {"method": p.method.to_dict()})
+
+
+def read_sites(records: list[Any], findings: Findings) -> list[Site]:
+    """The sites that `site_record` wrote; every malformed one becomes a finding."""
+    if len(records) > _MOST_SITES:
+        findings.fatal.append(Problem("lorary.json: sites", f"{len(records):,}, more than {_MOST_SITES:,}"))
+        return []
+    sites: dict[str, Site] = {}
+    for i, record in enumerate(records):
+        try:
+            found = _site(record)
+            if found.name in sites:
+                raise ValueError(f"{show(found.name)} is there twice")
+            sites[found.name] = found
+        except ValueError as error:
+            findings.fatal.append(Problem(f"lorary.json: sites[{i}]", str(error)))
+    return list(sites.values())
+
+
+def placed_from(sites: list[Site], records: list[Any], method: Method, findings: Findings) -> tuple[Placed, ...]:
+    """The sites with their methods."""
+    placed = []
+    for found, record in zip(sites, records, strict=True):
+        try:
+            if method.delta is None:
+                raise ValueError("the method has no delta, so it adapts no site")
+            own = record.get("method")
+            varied = Method.from_dict(own) if own is not None else _varied(method, record)
+            placed.append(Placed(found, varied))
+        except MethodError as error:
+            findings.fatal += [Problem(f"lorary.json: {found.name}: {p.where}", p.what) for p in error.problems]
+        except (ValueError, TypeError) as error:
+            findings.fatal.append(Problem(f"lorary.json: {found.name}", str(error)))
+    return tuple(placed)
+
+
+def _varied(method: Method, own: Mapping[str, Any]) -> Method:
+    return with_rank(method, own.get("r"), own.get("alpha"))
+
+
+def _site(record: Any) -> Site:
+    known = {f.name for f in fields(Site)} | _EXTRA
+    if not isinstance(record, dict) or not _NEEDED <= set(record) <= known:
+        raise ValueError(f"is {show(record)}; a site has the fields {', '.join(sorted(_NEEDED))}")
+    name, kind, bias = record["name"], record["kind"], record["bias"]
+    if not isinstance(name, str) or not isinstance(bias, bool):
+        raise ValueError("`name` is a text and `bias` true or false")
+    if kind not in KINDS:
+        raise ValueError(f"{show(kind)} is no kind of site; they are {', '.join(KINDS)}")
+    window = record.get("window", [])
+    if not isinstance(window, list) or len(window) != {"conv1d": 1, "conv2d": 2, "conv3d": 3}.get(kind, 0):
+        raise ValueError(f"the window {show(window)} is not that of a {kind}")
+    out, inp, groups = (_count(record.get(key, 1), key) for key in ("out", "inp", "groups"))
+    window = tuple(_count(n, "window") for n in window)
+    extent = 1
+    for n in window:
+        extent *= n
+    if inp % extent or out % groups:
+        raise ValueError(f"a window of {extent} and {groups} groups do not divide {inp} inputs and {out} outputs")
+    parts = record.get("parts", [])
+    if not isinstance(parts, list):
+        raise ValueError(f"`parts` is {show(parts)}")
+    return Site(name, kind, out, inp, bias, tuple(_part(part, out) for part in parts), groups, window)
+
+
+def _part(record: Any, out: int) -> Part:
+    if not isinstance(record, dict) or set(record) != {f.name for f in fields(Part)}:
+        raise ValueError(f"a part is {show(record)}")
+    name, start, step = record["name"], record["start"], record["step"]
+    size, count = _count(record["size"], "size"), _count(record["count"], "count")
+    if not isinstance(name, str) or type(start) is not int or type(step) is not int or start < 0 or step < 0:
+        raise ValueError(f"a part is {show(record)}")
+    if start + step * (count - 1) + size > out or (count > 1 and step < size):
+        raise ValueError(f"the part {show(name)} does not lie within {out} rows")
+    return Part(name, start, size, step, count)
+
+
+def _count(value: Any, key: str) -> int:
+    if type(value) is not int or not 1 <= value <= MOST_EXTENT:
+        raise ValueError(f"`{key}` is {show(value)}, no whole number of at least 1")
+    return value

@@ -1,0 +1,42 @@
+"""Checks of what a file's tensors hold, once it is known that they are the right ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lorary.errors import Problem
+from lorary.formats.strict_json import show
+from lorary.placed import Placed
+
+_LARGEST = 1e6  # a trained factor's entries lie below 1e2; where this is passed, a file is damaged or hostile
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[Problem]:
+    """One problem for every tensor that holds NaN or infinity: how many, and where the first is."""
+    problems = []
+    for name, tensor in tensors.items():
+        bad = ~torch.isfinite(tensor)
+        if bad.any():
+            count = f"{int(bad.sum()):,} of {tensor.numel():,}"
+            what = f"{count} values are NaN or infinite, the first at {bad.nonzero()[0].tolist()}"
+            problems.append(Problem(show(name), what))
+    return problems
+
+
+def absurd(tensors: Mapping[str, Tensor]) -> list[Problem]:
+    """One problem for every tensor with a value that no training produces."""
+    problems = []
+    for name, tensor in tensors.items():
+        largest = tensor.abs().nan_to_num(0, 0, 0).max().item() if tensor.numel() else 0.0
+        if largest > _LARGEST:
+            what = f"its largest value is {largest:.3g}; a trained adapter's stay far below {_LARGEST:g}"
+            problems.append(Problem(show(name), what))
+    return problems
+
+
+def does_nothing(placed: tuple[Placed, ...], tensors: Mapping[str, Mapping[str, Tensor]]) -> bool:
+    """Whether every site has a factor that is all zeros, so that the adapter changes nothing."""
+    return bool(placed) and all(any(not t.any() for t in tensors[p.site.name].values()) for p in placed)
