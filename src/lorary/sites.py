@@ -195,7 +195,8 @@ class Embedding:
         return F.embedding(x, M.T) * _embed_scale(layer)
 
     def add(self, layer: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float) -> Tensor:
-        z = F.embedding(x, A.T).to(y.dtype)  # [..., R]
+        # the padding row gets no gradient from the layer either
+        z = F.embedding(x, A.T, layer.padding_idx).to(y.dtype)  # [..., R]
         return torch.add(y, F.linear(z, B.to(y.dtype)) * _embed_scale(layer), alpha=s)
 
 
@@ -207,6 +208,9 @@ KINDS: dict[str, Kind] = {
     "conv3d": Convolution(3),
     "embedding": Embedding(),
 }
+
+# Linear layers of other libraries with a forward pass of their own that is W x + b all the same.
+_PLAIN_FORWARD = {"FalconLinear"}
 
 _CLASSES: dict[str, type[nn.Module]] = {
     "linear": nn.Linear,
@@ -233,8 +237,15 @@ def obstacle(layer: nn.Module) -> str | None:
         return f"a {type(layer).__name__} has no weight matrix that lorary knows"
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
         return "its max_norm rewrites the weight in every forward pass"
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed from other parameters (weight_norm, spectral_norm or another parametrization)"
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return "its weight has no shape before the model has seen its first input"
     cls = _CLASSES.get(kind)
-    if cls is None or type(layer).forward is cls.forward or _embed_scale(layer) is not _ONE:
+    if cls is None or type(layer).forward is cls.forward or type(layer).__name__ in _PLAIN_FORWARD:
+        return None
+    if isinstance(layer, nn.Embedding) and hasattr(layer, "embed_scale"):
         return None
     return f"{type(layer).__name__} computes its forward pass in a way of its own, not as W x + b"
 
@@ -258,12 +269,9 @@ def site(name: str, layer: nn.Module, parts: tuple[Part, ...] = ()) -> Site:
     )
 
 
-_ONE = 1.0
-
-
 def _embed_scale(layer: nn.Module) -> Any:
-    """What a scaled embedding multiplies its rows by: a number or a tensor; exactly `_ONE` for any other layer."""
+    """What a scaled embedding multiplies its rows by: a number or a tensor; 1 for any other layer."""
     if isinstance(layer, nn.Embedding) and type(layer).forward is not nn.Embedding.forward:
-        scale = getattr(layer, "embed_scale", _ONE)
+        scale = getattr(layer, "embed_scale", 1.0)
         return scale.to(layer.weight.dtype) if isinstance(scale, Tensor) else scale
-    return _ONE
+    return 1.0
