@@ -28,7 +28,8 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: 
         B: [out, R] second factor.
         s: scale of the product, α/r for LoRA.
         dropout: probability in [0, 1) that an element of `x` is dropped from the adapter's input; 0 when not
-            training. The mask depends on the state of torch's default CPU generator alone, on every device.
+            training, in steps of 2⁻¹⁶. The mask depends on the state of torch's default CPU generator alone, on
+            every device.
 
     Returns:
         [..., out] the sum, in `y`'s dtype. Its gradient can be taken once, not twice. The input is kept for
@@ -40,6 +41,7 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: 
     """
     if torch.compiler.is_compiling():  # it fuses and recomputes by itself
         return add_low_rank_reference(y, x, A, B, s, dropout)
+    dropout = _in_steps(dropout)
     seed = _draw_seed() if dropout > 0.0 else None
     total: Tensor = _AddLowRank.apply(y, x, A, B, s, dropout, seed)  # type: ignore[no-untyped-call]
     return total
@@ -55,6 +57,7 @@ def add_low_rank_reference(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float,
         if dropout > 0.0 and torch.compiler.is_compiling():
             dropped = F.dropout(dropped, dropout)
         elif dropout > 0.0:
+            dropout = _in_steps(dropout)
             kept = _kept(dropped.shape, dropped, dropout, _draw_seed())
             dropped = dropped * kept / (1.0 - dropout)
         return y + s * F.linear(F.linear(dropped, A.to(y.dtype)), B.to(y.dtype))
@@ -134,13 +137,26 @@ def _draw_seed() -> int:
 
 
 def _kept(shape: tuple[int, ...] | torch.Size, like: Tensor, dropout: float, seed: int) -> Tensor:
-    """The mask of the kept elements, 1 or 0 in `like`'s dtype; the same for the same seed and shape."""
+    """The mask of the kept elements, 1 or 0 in `like`'s dtype; the same for the same seed, shape and device.
+
+    Sixteen random bits decide on an element, `dropout` being a multiple of 2⁻¹⁶. Where `bernoulli_` draws one
+    number per element (a CPU without MKL's generators) this is three times as quick, so that drawing the mask
+    twice takes less time than drawing and keeping it once.
+    """
     mask = torch.empty(shape, dtype=like.dtype, device=like.device)
     if like.device.type == "meta":  # has shapes but no randomness
         return mask
     generator = torch.Generator(device=like.device)
     generator.manual_seed(seed)
-    return mask.bernoulli_(1.0 - dropout, generator=generator)
+    words = torch.empty(-(-mask.numel() // 4), dtype=torch.int64, device=like.device)
+    words.random_(-(2**63), None, generator=generator)
+    bits = words.view(torch.int16)[: mask.numel()].view(shape)
+    return torch.ge(bits, round(dropout * 2**16) - 2**15, out=mask)
+
+
+def _in_steps(dropout: float) -> float:
+    """The nearest probability below 1 that is a multiple of 2⁻¹⁶."""
+    return min(round(dropout * 2**16), 2**16 - 1) / 2**16
 
 
 def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
