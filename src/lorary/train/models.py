@@ -1,0 +1,190 @@
+"""Base models and tokenizers by name: a Hub id, a folder or the built-in base. Only this file calls from_pretrained.
+
+Code and pickles that come with a model are not run: weights are read from safetensors, and a model that brings
+Python of its own is refused unless `trust_remote_code` says otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorary.errors import FileError, LoraryError, Problem, did_you_mean, nearest
+from lorary.train.config import ModelSection
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+BUILTIN = ("builtin:base",)
+
+
+def load_model(section: ModelSection) -> PreTrainedModel:
+    """The base model with its weights, in evaluation mode, on the CPU.
+
+    Raises:
+        FileError: there is no such model, it brings code or pickles, or its weights are not all there.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(section)
+    words: dict[str, Any] = {"dtype": dtype(section, config), "use_safetensors": True, "output_loading_info": True}
+    if section.attn_implementation is not None:
+        words["attn_implementation"] = section.attn_implementation
+    model, info = _from_pretrained(AutoModelForCausalLM, section, **words)
+    lost = sorted({str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind]})
+    if lost:
+        more = f" and {len(lost) - 5:,} more" if len(lost) > 5 else ""
+        what = f"no weights of the right shape for {', '.join(lost[:5])}{more}"
+        fix = "the folder is incomplete, or not of a model that generates text"
+        raise FileError(f"cannot load the model {section.id}:", [Problem(section.id, what, fix)])
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; EOS pads where it has no padding token.
+
+    Raises:
+        FileError: the model has none, or none that is fast.
+    """
+    from transformers import AutoTokenizer
+
+    _check(section)
+    tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, section)
+    if not tokenizer.is_fast:
+        what = "its tokenizer has no `tokenizer.json`, so answers cannot be told from prompts"
+        raise FileError(f"cannot load the tokenizer of {section.id}:", [Problem(section.id, what)])
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def skeleton(section: ModelSection) -> PreTrainedModel:
+    """The model without its weights, on the meta device: enough to plan with, and read from one small file.
+
+    Raises:
+        FileError: there is no such model, or it brings code.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(section)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype(section, config), trust_remote_code=section.trust_remote_code
+            )
+    except (ValueError, ImportError) as error:
+        raise _refused(section, "model", error) from None
+    return model
+
+
+def load_config(section: ModelSection) -> PretrainedConfig:
+    """The model's own configuration.
+
+    Raises:
+        FileError: there is no such model, or it brings code.
+    """
+    from transformers import AutoConfig
+
+    _check(section)
+    config: PretrainedConfig = _from_pretrained(AutoConfig, section)
+    return config
+
+
+def dtype(section: ModelSection, config: PretrainedConfig) -> torch.dtype:
+    """What the frozen weights are kept in. `auto` is what they were saved in, but float32 on a CPU without 16-bit
+    arithmetic, where a 16-bit product takes several times as long."""
+    import torch
+
+    if section.dtype != "auto":
+        chosen: torch.dtype = getattr(torch, section.dtype)
+        return chosen
+    saved = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    accelerated = torch.cuda.is_available() or torch.backends.mps.is_available() or _cpu_is_quick(saved)
+    return saved if accelerated else torch.float32
+
+
+def _cpu_is_quick(dtype: torch.dtype) -> bool:
+    flags = Path("/proc/cpuinfo")
+    wanted = {"torch.bfloat16": ("avx512_bf16", "amx_bf16"), "torch.float16": ("avx512_fp16", "amx_fp16")}.get(
+        str(dtype), ()
+    )
+    try:
+        return any(flag in flags.read_text() for flag in wanted)
+    except OSError:
+        return False
+
+
+def location(section: ModelSection) -> str:
+    """What Transformers calls the model: a folder or a Hub id.
+
+    Raises:
+        FileError: there is no built-in model of that name.
+    """
+    if not section.id.startswith("builtin:"):
+        return str(Path(section.id).expanduser()) if section.id.startswith("~") else section.id
+    if section.id not in BUILTIN:
+        raise FileError(
+            f"cannot load {section.id}:", [Problem("model.id", "no such model", did_you_mean(section.id, BUILTIN))]
+        )
+    from lorary import builtin
+
+    return str(builtin.path())
+
+
+def _check(section: ModelSection) -> None:
+    """Refuse a folder that is no model, or that would run code."""
+    folder = Path(location(section))
+    headline = f"cannot load the model {section.id}:"
+    if not folder.exists():
+        if section.id.startswith((".", "/", "~")) or section.id.count("/") > 1:
+            raise FileError(headline, [Problem(section.id, "there is no such folder", _near(folder))])
+        return  # a Hub id
+    if not (folder / "config.json").is_file():
+        adapter = any((folder / name).is_file() for name in ("adapter_config.json", "lorary.json"))
+        what = "it is an adapter, not a model" if adapter else "there is no config.json in it"
+        raise FileError(headline, [Problem(section.id, what)])
+    problems = []
+    try:
+        written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FileError(headline, [Problem("config.json", f"is no JSON: {error}")]) from None
+    if isinstance(written, dict) and "auto_map" in written and not section.trust_remote_code:
+        fix = "read that code, then set model.trust_remote_code: true"
+        problems.append(Problem("config.json", "`auto_map`: the model would run Python code of its own", fix))
+    pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
+    if pickles and not any(folder.glob("*.safetensors")):
+        what = "weights as a pickle, which can run code when it is opened"
+        problems.append(Problem(pickles[0].name, what, "convert it to safetensors where you trust it"))
+    if problems:
+        raise FileError(headline, problems)
+
+
+def _near(path: Path) -> str:
+    beside = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
+    near = nearest(path.name, beside)
+    return f"did you mean {' or '.join(f'`{path.parent / n}`' for n in near)}?" if near else ""
+
+
+def _from_pretrained(kind: Any, section: ModelSection, **words: Any) -> Any:
+    try:
+        return kind.from_pretrained(
+            location(section), revision=section.revision or "main", trust_remote_code=section.trust_remote_code, **words
+        )
+    except LoraryError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise _refused(
+            section, {"AutoConfig": "model", "AutoTokenizer": "tokenizer"}.get(kind.__name__, "model"), error
+        ) from error
+
+
+def _refused(section: ModelSection, what: str, error: Exception) -> FileError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    fix = ""
+    if not Path(location(section)).exists():
+        fix = "no folder has that name either; the Hub needs a network, and HF_TOKEN for gated models"
+    return FileError(f"cannot load the {what} {section.id}:", [Problem(section.id, reason, fix)])
