@@ -1,0 +1,19 @@
+"""How the pages are built: `make docs`. Nothing in them is fetched from elsewhere."""
+
+from importlib import metadata
+
+project = "lorary"
+author = "The lorary authors"
+copyright = author
+version = release = metadata.version("lorary")
+
+extensions = ["myst_parser"]
+exclude_patterns = ["_build"]
+myst_enable_extensions = ["colon_fence", "deflist"]
+myst_heading_anchors = 3
+nitpicky = True
+
+html_theme = "furo"
+html_title = f"lorary {version}"
+html_copy_source = False
+html_theme_options = {"top_of_page_buttons": []}

@@ -1,0 +1,88 @@
+"""The pages: every block of Python runs, every preset has its page, and the whole builds without a warning."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lorary
+from tests import pages
+
+DOCS = pages.ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(DOCS))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_python_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pages.run(page)
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, pages.ROOT / "README.md", pages.ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name
+)
+def test_every_block_says_its_language(page: Path) -> None:
+    known = {"python", "console", "text", "yaml", "json", "toctree", "{toctree}", "toml", "bibtex"}
+    unknown = [f"{page.name}:{b.line}: {b.language!r}" for b in pages.blocks(page) if b.language not in known]
+    fences = re.findall(r"^```", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert unknown == []
+    assert len(fences) % 2 == 0
+
+
+def test_every_preset_has_a_page() -> None:
+    index = (DOCS / "methods" / "index.md").read_text(encoding="utf-8")
+    for preset in lorary.presets().values():
+        file = preset.name.replace("+", "-plus") + ".md"
+        page = (DOCS / "methods" / file).read_text(encoding="utf-8")
+        assert f"({file})" in index, f"methods/index.md does not lead to {file}"
+        for heading in ("## Use", "## Defaults", "## What trains", "## Combines with"):
+            assert heading in page, f"{file} has no {heading!r}"
+        arxiv = re.search(r"\d{4}\.\d{5}", preset.citation)
+        assert arxiv is None or arxiv[0] in page, f"{file} does not cite {preset.citation}"
+        for option in preset.parameters:
+            assert f"`{option}`" in page, f"{file} does not mention the option {option}"
+
+
+def test_every_method_page_is_of_a_preset() -> None:
+    known = {preset.replace("+", "-plus") for preset in lorary.presets()} | {"index"}
+    assert {page.stem for page in (DOCS / "methods").glob("*.md")} == known
+
+
+def test_every_public_name_is_documented() -> None:
+    page = (DOCS / "reference" / "python.md").read_text(encoding="utf-8")
+    missing = [word for word in lorary.__all__ if f"`{word}" not in page and f"lorary.{word}" not in page]
+    assert missing == []
+
+
+@pytest.mark.slow
+def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-q",
+        "-W",
+        "--keep-going",
+        "-b",
+        "html",
+        str(DOCS),
+        str(tmp_path / "html"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    fetched = [
+        f"{html.name}: {target}"
+        for html in (tmp_path / "html").glob("**/*.html")
+        for target in re.findall(
+            r'<(?:script|link|img)[^>]+(?:src|href)="(https?:[^"]+)"', html.read_text(encoding="utf-8")
+        )
+    ]
+    assert fetched == [], "a page fetches something"
