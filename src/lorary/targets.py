@@ -10,7 +10,7 @@ and may name projections of a fused weight: `c_attn[q,v]`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from lorary.errors import Problem, did_you_mean, nearest
+from lorary.fused import FUSED, fused_parts
 from lorary.sites import Part, kind_of, obstacle
 
 
@@ -81,7 +82,6 @@ def _shape(layer: nn.Module) -> str:
 _QV = {"q", "q_proj", "query", "query_proj", "q_lin", "wq", "to_q", "v", "v_proj", "value", "value_proj", "v_lin"}
 _QV |= {"wv", "to_v"}
 _K = {"k", "k_proj", "key", "key_proj", "k_lin", "wk", "to_k"}
-_FUSED = {"c_attn", "qkv", "qkv_proj", "query_key_value", "Wqkv", "in_proj_qkv", "wqkv"}
 _OUT = {"o", "o_proj", "out_proj", "out_lin", "to_out", "o_lin"}
 _PLAIN = {"dense", "c_proj", "proj", "0"}  # an output projection only where the path says attention
 _MLP = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "fc_in", "fc_out", "c_fc", "wi", "wi_0"}
@@ -105,7 +105,7 @@ def _is_attention(name: str, layer: nn.Module) -> bool:
     *path, last = name.split(".")
     if not _is_linear(layer):
         return False
-    return last in _QV | _K | _FUSED | _OUT or (last in _PLAIN and _in_attention(path))
+    return last in _QV | _K | FUSED | _OUT or (last in _PLAIN and _in_attention(path))
 
 
 def _is_mlp(name: str, layer: nn.Module) -> bool:
@@ -120,7 +120,7 @@ _MLP_WORDS = {"mlp", "ffn", "intermediate", "output", "feed_forward", "ff"}
 _PRESETS: dict[str, Callable[[str, nn.Module], bool]] = {
     "all-linear": lambda name, layer: _is_linear(layer),
     "attention": _is_attention,
-    "attention-qv": lambda name, layer: _is_linear(layer) and name.rpartition(".")[2] in _QV | _FUSED,
+    "attention-qv": lambda name, layer: _is_linear(layer) and name.rpartition(".")[2] in _QV | FUSED,
     "mlp": _is_mlp,
     "embedding": lambda name, layer: kind_of(layer) == "embedding",
     "conv": lambda name, layer: (kind_of(layer) or "").startswith("conv"),
@@ -138,33 +138,6 @@ def head_names(model: Any) -> set[str]:
     if prefix and isinstance(getattr(model, prefix, None), nn.Module):
         heads |= {name for name in names if name and name != prefix and not name.startswith(f"{prefix}.")}
     return heads
-
-
-# --- fused projections ----------------------------------------------------------------------------------------
-
-
-def fused_parts(name: str, layer: nn.Module, config: Any) -> dict[str, Part]:
-    """The projections inside a fused weight by name, or {} for a layer that is not known to be fused."""
-    last = name.rpartition(".")[2]
-    weight: Any = layer.weight
-    rows = weight.shape[1] if kind_of(layer) == "transposed" else weight.shape[0]
-    if last == "gate_up_proj" and rows % 2 == 0:
-        return {"gate": Part("gate", 0, rows // 2), "up": Part("up", rows // 2, rows // 2)}
-    if last not in _FUSED:
-        return {}
-    if last == "query_key_value" and getattr(config, "model_type", "") in ("gpt_neox", "bloom"):
-        heads = config.num_attention_heads
-        size = rows // (3 * heads)
-        return {p: Part(p, i * size, size, 3 * size, heads) for i, p in enumerate("qkv")}
-    heads = getattr(config, "num_attention_heads", None)
-    kv = getattr(config, "num_key_value_heads", None) or heads
-    if heads and kv != heads and rows % (heads + 2 * kv) == 0:  # grouped queries, laid out q, k, v
-        size = rows // (heads + 2 * kv)
-        q, k = heads * size, kv * size
-        return {"q": Part("q", 0, q), "k": Part("k", q, k), "v": Part("v", q + k, k)}
-    if rows % 3 or last == "query_key_value":  # other models interleave in ways of their own
-        return {}
-    return {p: Part(p, i * (rows // 3), rows // 3) for i, p in enumerate("qkv")}
 
 
 # --- resolution -----------------------------------------------------------------------------------------------
@@ -217,12 +190,15 @@ def _entry(
     if entry in _PRESETS:
         return _preset(model, modules, entry, field, config, problems)
     pattern, wanted = _bracket(entry)
-    hits = {name: m for name, m in modules.items() if matches(pattern, name)}
+    hits = _hits(model, pattern)
     layers = {name: m for name, m in hits.items() if kind_of(m) is not None}
     if not layers and field == "exclude" and hits:
         return [Found(name, m) for name, m in hits.items()]  # whole blocks may be excluded
     if not layers:
         problems.append(_nothing(model, modules, entry, pattern, field, hits))
+    if wanted and field == "exclude":
+        fix = "target the projections that you want"
+        problems.append(Problem(field, f"`{entry}` names projections, and layers are excluded whole", fix))
     found = []
     for name, layer in layers.items():
         parts = fused_parts(name, layer, config) if wanted else {}
@@ -235,6 +211,17 @@ def _entry(
     return found
 
 
+def _hits(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
+    """The modules that a pattern names, each by its first path though another may have matched."""
+    first: dict[int, str] = {}
+    hits: dict[str, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        first.setdefault(id(module), name)
+        if name and matches(pattern, name):
+            hits[first[id(module)]] = module
+    return hits
+
+
 def _bracket(entry: str) -> tuple[str, list[str]]:
     match = re.fullmatch(r"([^\[\]]+)\[([^\[\]]+)\]", entry)
     return (match[1], [w.strip() for w in match[2].split(",")]) if match else (entry, [])
@@ -245,9 +232,8 @@ def _preset(
 ) -> list[Found]:
     heads = head_names(model) if entry in ("all-linear", "mlp", "attention", "attention-qv") else set()
     chosen = {n: m for n, m in modules.items() if n not in heads and _PRESETS[entry](n, m)}
-    if entry == "embedding" and hasattr(model, "get_input_embeddings"):
-        tokens = model.get_input_embeddings()  # type: ignore[operator]  # not the tables of positions and types
-        chosen = {n: m for n, m in chosen.items() if m is tokens} or chosen
+    if entry == "embedding":
+        chosen = _token_tables(model, chosen)
     if entry == "all-linear":  # what it cannot adapt it was not told to adapt by name
         chosen = {n: m for n, m in chosen.items() if not obstacle(m) and not _parent_obstacle(modules, n)}
     if not chosen:
@@ -256,7 +242,7 @@ def _preset(
     found = []
     for name, layer in chosen.items():
         parts: dict[str, Part] = {}
-        if entry in ("attention", "attention-qv") and name.rpartition(".")[2] in _FUSED:
+        if entry in ("attention", "attention-qv") and name.rpartition(".")[2] in FUSED:
             parts = fused_parts(name, layer, config)
             if not parts and entry == "attention-qv":
                 what = "is fused, and how its q, k and v lie in it is not known"
@@ -264,6 +250,17 @@ def _preset(
         picked = [p for n, p in parts.items() if entry == "attention" or n in ("q", "v")]
         found.append(Found(name, layer, tuple(picked)))
     return found
+
+
+def _token_tables(model: Any, chosen: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Of a model's embeddings those that look up token ids, not the tables of positions and types."""
+    try:
+        tokens = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return chosen
+    # an encoder-decoder only keeps the table that it names; its two halves look up in modules tied to it
+    tied = {n: m for n, m in chosen.items() if m is not tokens and m.weight is getattr(tokens, "weight", None)}
+    return tied or {n: m for n, m in chosen.items() if m is tokens} or chosen
 
 
 def _nothing(
@@ -289,11 +286,6 @@ def _parent_obstacle(modules: dict[str, nn.Module], name: str) -> str | None:
     parent = modules.get(name.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads its weight and never calls it: an adapter there would do nothing"
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        return "nn.TransformerEncoderLayer reads its weight when it evaluates: an adapter would act in training only"
     return None
-
-
-def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All layers of a known kind with their paths, every path of a shared one included."""
-    for name, module in model.named_modules(remove_duplicate=False):
-        if kind_of(module) is not None:
-            yield name, module
