@@ -23,7 +23,7 @@ class Fulls:
 
     Args:
         expected: name -> shape of those that replace the base's value.
-        parameters: name -> the base parameter's path.
+        parameters: name -> the base parameter's path; tied parameters go by the first of their paths.
         copies: name -> the base parameter's path, for the copies of adapted embeddings' tables that PEFT adds by
             itself; they must be what the base has, and are then dropped.
         base: the model's parameters by path; None without a model.
@@ -33,6 +33,18 @@ class Fulls:
     parameters: dict[str, str] = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)
     base: Mapping[str, Tensor] | None = None
+
+    def values(self, values: Mapping[str, Tensor], findings: Findings) -> dict[str, Tensor]:
+        """Base parameter -> its value; two names of one tied parameter have to agree."""
+        full: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            if name not in values:
+                continue
+            if parameter in full and not torch.equal(full[parameter], values[name]):
+                what = f"differs from {parameter}, to which it is tied in this model"
+                findings.fatal.append(Problem(name, what, "untie the base's weights before loading"))
+            full.setdefault(parameter, values[name])
+        return full
 
     def check_copies(self, values: Mapping[str, Tensor], findings: Findings) -> None:
         """Compares the copies with the base; where they differ, PEFT would overwrite the base with them."""
@@ -62,6 +74,7 @@ def full_tensors(
     """
     base = dict(base_parameters(model)) if model is not None else None
     fulls = Fulls(base=base)
+    first = _first_names(base or {})
     for name, entry in found.items():
         site, inside, leaf = name.rpartition(_BASE)
         parameter = f"{site}.{leaf}" if inside and site in sites else name
@@ -69,13 +82,13 @@ def full_tensors(
             if base is None or (parameter in base and base[parameter].shape == entry.shape):
                 fulls.copies[name] = parameter
         elif _meant(config, parameter, site in sites) and (base is None or parameter in base):
-            fulls.parameters[name] = parameter
+            fulls.parameters[name] = first.get(parameter, parameter)
             fulls.expected[name] = entry.shape if base is None else tuple(base[parameter].shape)
-    if base is not None:
-        for parameter, tensor in base.items():
-            if config.keeps(parameter) and parameter not in fulls.parameters.values():
-                fulls.expected[parameter], fulls.parameters[parameter] = tuple(tensor.shape), parameter
-        _check_ties(fulls, base, findings)
+    for parameter, tensor in (base or {}).items():
+        if config.keeps(parameter):
+            fulls.parameters.setdefault(parameter, first[parameter])
+            fulls.expected[parameter] = tuple(tensor.shape)
+    _check_ties(config, fulls, first, findings)
     return fulls
 
 
@@ -84,10 +97,16 @@ def _meant(config: PeftConfig, parameter: str, at_site: bool) -> bool:
     return config.keeps(parameter) or (is_bias and (config.bias == "all" or (config.bias == "lora_only" and at_site)))
 
 
-def _check_ties(fulls: Fulls, base: Mapping[str, Tensor], findings: Findings) -> None:
-    taken = set(fulls.parameters.values())
-    for name, parameter in fulls.parameters.items():
-        others = [n for n, t in base.items() if t is base[parameter] and n not in taken]
+def _first_names(base: Mapping[str, Tensor]) -> dict[str, str]:
+    """Every path of every parameter -> the first of the paths that lead to it."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in base.items()}
+
+
+def _check_ties(config: PeftConfig, fulls: Fulls, first: Mapping[str, str], findings: Findings) -> None:
+    """PEFT trains a copy of a module that it keeps, so that what was tied to it stays what it was."""
+    for name in sorted(n for n in fulls.parameters if config.keeps(n) and n in first):
+        others = [n for n, f in first.items() if f == first[name] and n not in fulls.parameters]
         if others:
             what = f"is tied to {', '.join(others)} in this model, and PEFT trained a copy of its own"
             findings.fatal.append(Problem(name, what, "untie the base's weights before loading"))

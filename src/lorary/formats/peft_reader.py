@@ -114,7 +114,7 @@ class _Reader:
         self.findings.settle()
         values = self._values(usable, fulls)
         tensors = {p.site.name: peft_keys.decoded(p, _filled(p, values)) for p in placed}
-        full = {parameter: values[name] for name, parameter in fulls.parameters.items() if name in values}
+        full = fulls.values(values, self.findings)
         if does_nothing(placed, tensors):
             self.findings.alerts.append(NO_OP)
         self.findings.notes += mixed_dtypes(self.found)
