@@ -1,0 +1,190 @@
+"""What a trainer keeps and finds again: the adapter in the model, and everything that decides how it goes on."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import nn
+from transformers.trainer_callback import ExportableState
+
+import lorary
+from lorary.adapted import adapted
+from lorary.adapter import Adapter
+from lorary.errors import FileError, LoraryError, Problem, TrainingError
+from lorary.fingerprint import Fingerprint
+from lorary.formats.findings import AdapterWarning
+from lorary.surgery import base_parameter, require
+from lorary.train import checkpoint, moments, rng
+
+_log = logging.getLogger("lorary.train")
+
+
+def taken(model: nn.Module, fingerprint: Fingerprint) -> Adapter:
+    """A copy of the adapter in a model. Under FSDP every rank has to call this: it gathers.
+
+    Args:
+        model: with a method attached, its parameters whole or sharded.
+        fingerprint: of the base, taken while it was whole.
+    """
+    state = require(model, "save")
+    tensors = {name: {k: moments.whole(t) for k, t in layer.p.items()} for name, layer in adapted(model).items()}
+    full = {name: moments.whole(base_parameter(model, name)) for name in state.full}
+    return Adapter(state.method, state.placed, tensors, full, fingerprint)
+
+
+def adapter_of(path: Path) -> Adapter:
+    """The adapter of a checkpoint. It may well change nothing yet, as after a first step of the warmup."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AdapterWarning)
+        return Adapter.load(path / checkpoint.ADAPTER)
+
+
+def put(model: nn.Module, value: Adapter) -> None:
+    """Copies an adapter's tensors into those of a model, which stay the objects that an optimizer knows.
+
+    Raises:
+        FileError: it is another method's, or for other sites; every difference.
+    """
+    state, layers = require(model, "load"), adapted(model)
+    here = {name: {role: tuple(t.shape) for role, t in layer.p.items()} for name, layer in layers.items()}
+    there = {name: {role: tuple(t.shape) for role, t in roles.items()} for name, roles in value.tensors.items()}
+    problems = [
+        Problem(name, f"{there.get(name, 'nothing')} in the checkpoint, {here.get(name, 'nothing')} here")
+        for name in sorted(here.keys() | there.keys())
+        if here.get(name) != there.get(name)
+    ]
+    only = sorted(set(value.full) ^ set(state.full))
+    problems += [Problem(name, f"trains only {'here' if name in state.full else 'there'}") for name in only]
+    if problems:
+        raise FileError("the checkpoint's adapter is another one:", problems)
+    for name, layer in layers.items():
+        for role, parameter in layer.p.items():
+            moments.put(parameter, value.tensors[name][role])
+    for name, tensor in value.full.items():
+        moments.put(base_parameter(model, name), tensor)
+
+
+def save(trainer: Any, path: Path) -> None:
+    """Writes a checkpoint; every rank calls it and gives what it alone knows, the first one writes.
+
+    Raises:
+        LoraryError: on every rank, if the first one could not write: nobody is left to wait.
+    """
+    model = trainer.plain_model()
+    state = _state(trainer, model)
+    adapter = taken(model, trainer.fingerprint)
+    failure: list[LoraryError | None] = [None]
+    if trainer.args.should_save:
+        facts = {"step": trainer.state.global_step, "lorary": lorary.__version__}
+        try:
+            checkpoint.write(path, adapter, state, facts, lambda folder: _record(trainer, folder))
+            best = trainer.state.best_model_checkpoint
+            checkpoint.rotate(path.parent, trainer.args.save_total_limit, best)
+        except LoraryError as error:
+            failure = [error]
+    broadcast_object_list(failure)
+    if failure[0] is not None:
+        raise failure[0]
+
+
+def choose(trainer: Any, wanted: str | bool) -> Path:
+    """The checkpoint to resume from, the same on every rank; the log says which newer ones were passed over.
+
+    Args:
+        trainer: the trainer.
+        wanted: a checkpoint folder, or True for the newest complete one in the trainer's output folder.
+
+    Raises:
+        FileError: there is none, or it is incomplete.
+    """
+    found: list[Any] = [None, ()]
+    if trainer.args.process_index == 0:
+        if isinstance(wanted, bool):
+            found = list(checkpoint.newest(Path(trainer.args.output_dir)))
+        elif Path(wanted).is_dir():
+            found = [Path(wanted), ()]
+    path, skipped = broadcast_object_list(found)
+    for sentence in skipped:
+        _log.warning("%s", sentence)
+    if path is None:
+        where = trainer.args.output_dir if isinstance(wanted, bool) else wanted
+        problem = Problem(str(where), "holds no complete checkpoint", "start without resuming")
+        raise FileError("there is nothing to resume from:", [problem])
+    _log.info("resuming from %s", path.name)
+    chosen: Path = path
+    return chosen
+
+
+def restore_optimizer(trainer: Any, state: dict[str, Any]) -> None:
+    """Puts the optimizer, the schedule and the scaler back, if the data goes on where it was left.
+
+    Raises:
+        TrainingError: rows, batches or the optimizer are not those of the checkpoint.
+    """
+    there, here = state["data"], _geometry(trainer)
+    problems = [Problem(k, f"{there[k]} in the checkpoint, {here[k]} here") for k in here if there[k] != here[k]]
+    if problems:
+        raise TrainingError("this checkpoint belongs to another run:", problems)
+    moments.restore(_inner(trainer.optimizer), trainer.plain_model(), state["optimizer"])
+    trainer.lr_scheduler.load_state_dict(state["scheduler"])
+    if trainer.accelerator.scaler is not None and state["scaler"]:
+        trainer.accelerator.scaler.load_state_dict(state["scaler"])
+
+
+def restore_log(trainer: Any, log: dict[str, Any]) -> None:
+    """Puts back what has been summed since the last line of the log, so that the next line is the same."""
+    trainer._tr_loss += log["loss"]
+    trainer._total_loss_scalar, trainer._globalstep_last_logged = log["total"], log["at"]
+    trainer._metrics["train"].update({k: list(v) for k, v in log["metrics"].items()})
+    trainer._total_train_tokens = log["tokens"]
+
+
+def _state(trainer: Any, model: nn.Module) -> dict[str, Any]:
+    scaler = trainer.accelerator.scaler
+    return {
+        "optimizer": moments.capture(_inner(trainer.optimizer), model),
+        "scheduler": trainer.lr_scheduler.state_dict(),
+        "scaler": scaler.state_dict() if scaler is not None else {},
+        "rng": gather_object([rng.capture()]),
+        "rules": {k: moments.whole(t) for k, t in trainer.tuning.state_dict().items()},
+        "data": _geometry(trainer),
+        "log": {
+            "loss": float(trainer._tr_loss),
+            "total": trainer._total_loss_scalar,
+            "at": trainer._globalstep_last_logged,
+            "metrics": {k: [float(v) for v in values] for k, values in trainer._metrics["train"].items()},
+            "tokens": trainer._total_train_tokens,
+        },
+    }
+
+
+def _geometry(trainer: Any) -> dict[str, int]:
+    """What decides which rows come next."""
+    sampler = trainer.sampler
+    return {
+        "rows": sampler.rows if sampler is not None else -1,
+        "seed": sampler.seed if sampler is not None else -1,
+        "batch_size": trainer._train_batch_size,
+        "gradient_accumulation_steps": trainer.args.gradient_accumulation_steps,
+        "ranks": trainer.args.world_size,
+    }
+
+
+def _record(trainer: Any, folder: Path) -> None:
+    """Transformers' own record of the run, with the counters of its callbacks (early stopping)."""
+    exported: dict[str, list[Any]] = {}
+    for callback in [*trainer.callback_handler.callbacks, trainer.control]:
+        if isinstance(callback, ExportableState):
+            exported.setdefault(type(callback).__name__, []).append(callback.state())
+    # one of a kind stands alone, several in a list: that is how Transformers reads them
+    trainer.state.stateful_callbacks = {k: v[0] if len(v) == 1 else v for k, v in exported.items()}
+    trainer.state.save_to_json(str(folder / checkpoint.RECORD))
+
+
+def _inner(optimizer: Any) -> Any:
+    """The optimizer that accelerate has wrapped."""
+    return getattr(optimizer, "optimizer", optimizer)

@@ -1,0 +1,328 @@
+"""lorary in TRL's trainers: one mixin, and `SFTTrainer` made with it (`lorary.train.dpo` has the other).
+
+Everything that Transformers, TRL and accelerate can do stays as it is: packing, completion-only loss, gradient
+accumulation and checkpointing, mixed precision, evaluation, early stopping, loggers, DDP and FSDP2. The mixin
+changes what an adapter needs, in the order of a step:
+
+    loss            of labelled tokens only, through an adapted head too (`lorary.train.loss`)
+    + penalties     of the method's rules: in training, never in evaluation, once per optimizer step
+    backward
+    guard           stops every rank if a loss or a gradient is not finite (`lorary.train.guard`)
+    after_backward  of the rules, on the gradients of the whole accumulated step, reduced over the ranks and not yet
+                    clipped: what a rule learns about one parameter shall not depend on the size of the others
+    clipping
+    optimizer       one group for each learning-rate multiplier (`lorary.groups`), of any class Transformers knows
+    after_step      of the rules, before the gradients are cleared
+
+and what is written: checkpoints hold the adapter, never the base, and are whole or not there at all
+(`lorary.train.checkpoint`); a run that resumes goes on bit for bit. TRL's telemetry is off.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import trl
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.trainer_optimizer import is_optimizer_factory
+
+import lorary
+from lorary.errors import Problem, TrainingError
+from lorary.surgery import require
+from lorary.train import checkpoint, rng, saving
+from lorary.train.guard import Guard
+from lorary.train.loss import LabelledHead
+from lorary.train.order import Position, Shuffled, rows_of
+from lorary.train.signals import Interruption
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Loop
+else:
+    _Loop = object  # in earnest the trainer comes second in the bases of whoever uses the mixin
+
+
+class AdapterTraining(_Loop):  # type: ignore[misc]  # Transformers has no types
+    """Mixin over a TRL trainer, for a model with a method attached.
+
+    Args:
+        model: a causal language model, after `lorary.attach`.
+        args: the trainer's own configuration.
+        callbacks: Transformers' callbacks.
+        rest: what else the trainer takes: data sets, tokenizer.
+
+    Attributes:
+        tuning: the method's rules at work, once training has begun.
+        head: what computes losses from labelled tokens.
+        interruption: the signal that ended training, if one did.
+        sampler: the order of the rows; None for a stream.
+        fingerprint: of the base.
+
+    Raises:
+        StateError: nothing is attached.
+        TrainingError: settings that cannot be combined with an adapter; all of them.
+    """
+
+    statistics: tuple[str, ...] = ("entropy", "is_top1")
+
+    def __init__(self, *, model: Any, args: Any, callbacks: list[Any] | None = None, **rest: Any) -> None:
+        require(model, "train")
+        _check_arguments(args)
+        args.logging_nan_inf_filter = False  # it would hide NaN in the log; the guard stops instead
+        args.restore_callback_states_from_checkpoint = True  # early stopping goes on counting
+        if args.gradient_checkpointing:
+            # With the embeddings frozen, nothing before the first adapter requires a gradient otherwise.
+            model.enable_input_require_grads()
+        self.tuning: Any = None
+        self.interruption = Interruption()
+        self.guard = Guard(lambda: self.interruption.received)
+        self.fingerprint = lorary.Fingerprint.of(model)  # now, while no rank holds only a shard of it
+        self.sampler: Shuffled | None = None
+        self._resumed: dict[str, Any] = {}
+        self._batches = 0
+        self.optimizer: Any
+        before = model.__dict__.get("forward")
+        super().__init__(model=model, args=args, callbacks=[_Events(self), *(callbacks or [])], **rest)
+        _check_strategy(self.accelerator)
+        del model.__dict__["forward"]  # TRL's own head
+        if before is not None:
+            model.__dict__["forward"] = before
+        self.head = LabelledHead(model, self.statistics).install()
+
+    def _send_telemetry(self) -> None:
+        """TRL reports every run to its makers from here. lorary does not."""
+
+    # --- the step ---------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The trainer's loss, and in training the rules' penalties."""
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        rules = self.tuning.rules if self.tuning is not None and self.model.training else ()
+        if not rules or not self.accelerator.sync_gradients:
+            return result
+        # Once per step, with the last micro-batch. Where the trainer still divides every loss by the number of
+        # micro-batches, the penalty is multiplied by it before.
+        penalty = torch.as_tensor(self.tuning.penalty())
+        self._metrics["train"]["penalty"].append(float(penalty))
+        penalty = penalty * (1 if self.loss_is_scaled_for_ga else self.current_gradient_accumulation_steps)
+        return (result[0] + penalty, result[1]) if return_outputs else result + penalty
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of one micro-batch; after the last one the guard and the rules' `after_backward`."""
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self.guard.note(loss)
+        if self.accelerator.sync_gradients:
+            scaled = self.accelerator.scaler is not None
+            self.guard.check(self.model, self.state.global_step + 1, self._rows, scaled)
+            self.tuning.after_backward()
+        return loss
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """An optimizer of the class that `args.optim` names, over `lorary.groups`."""
+        if self.optimizer is None:
+            model = model if model is not None else self.model
+            kind, settings = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
+            if is_optimizer_factory(kind) or {"params", "model", "optimizer_dict"} & settings.keys():
+                what = f"{self.args.optim} makes its own groups: the method's learning rates would be lost"
+                problem = Problem("optim", what, "use adamw_torch")
+                raise TrainingError("this optimizer cannot train adapters:", [problem])
+            rows = lorary.groups(model, lr=self.args.learning_rate, weight_decay=self.args.weight_decay)
+            self.optimizer = kind(rows, **settings)
+        return self.optimizer
+
+    def begin(self, steps: int) -> None:
+        """Starts the rules for a run of so many optimizer steps, or goes on where the checkpoint left them."""
+        self.tuning = lorary.tuning(self.plain_model(), steps)
+        if self.tuning.rules and self.accelerator.scaler is not None:
+            what = "the rules would see gradients that are scaled"
+            raise TrainingError("this method cannot train in float16:", [Problem("fp16", what, "use bf16")])
+        if self._resumed:
+            self.tuning.load_state_dict(self._resumed["rules"])
+            saving.restore_log(self, self._resumed["log"])
+
+    def plain_model(self) -> nn.Module:
+        """The model itself, without what DDP or `torch.compile` put around it."""
+        model: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return model
+
+    # --- the data ---------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """An order that is a function of the seed and the epoch; Transformers' own for its other strategies."""
+        rows = train_dataset if train_dataset is not None else self.train_dataset
+        strategy = self.args.train_sampling_strategy
+        if strategy not in ("random", "sequential") or not hasattr(rows, "__len__"):
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        self.sampler = Shuffled(len(rows), seed, shuffle=strategy == "random")
+        return self.sampler
+
+    def get_train_dataloader(self) -> Any:
+        """The trainer's loader."""
+        loader = super().get_train_dataloader()
+        self._batches = len(loader) if hasattr(loader, "__len__") else 0
+        return loader
+
+    def start_epoch(self, epoch: float) -> None:
+        """Tells the sampler: resumed in the middle of an epoch, accelerate's loaders of several ranks do not."""
+        if self.sampler is not None:
+            self.sampler.set_epoch(int(epoch))
+
+    def _rows(self, micro_batch: int) -> str:
+        """Which rows a micro-batch of the present step holds on this rank, in words."""
+        if self.sampler is None or not self._batches:
+            return "rows of a stream, which have no numbers"
+        many, ranks = self.args.gradient_accumulation_steps, self.args.world_size
+        epoch, step = divmod(self.state.global_step, -(-self._batches // many))
+        at = Position(epoch, step * many + micro_batch, self.args.process_index)
+        rows = rows_of(self.sampler, at, self._train_batch_size, ranks, self.args.dataloader_drop_last)
+        return f"rows {', '.join(map(str, rows))} of the training data (the first is 0)"
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluation, which leaves no trace in the random numbers: how often it happens changes nothing."""
+        with rng.untouched():
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        return metrics
+
+    # --- saving and resuming ----------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains. SIGTERM and SIGINT finish the step, save a checkpoint and return; a second one kills.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder, or True for the newest complete one in `args.output_dir`.
+            args: passed on.
+            kwargs: passed on.
+
+        Raises:
+            FileError: there is no complete checkpoint, or its adapter is another one.
+            TrainingError: the checkpoint is of another run; or training met numbers that are not finite.
+        """
+        chosen = str(saving.choose(self, resume_from_checkpoint)) if resume_from_checkpoint else None
+        with self.interruption:
+            output = super().train(chosen, *args, **kwargs)
+        return output._replace(training_loss=output.metrics["train_loss"])
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Passes a line on to the loggers; the mean loss at the end is that of the whole run, resumed or not."""
+        if "train_loss" in logs:
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+        super().log(logs, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the adapter folder, with the tokenizer and its chat template."""
+        adapter = saving.taken(self.plain_model(), self.fingerprint)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            adapter.save(folder)
+            self.processing_class.save_pretrained(str(folder))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        path = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.state.best_global_step:
+            best = path.with_name(f"checkpoint-{self.state.best_global_step}")
+            if best == path or best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+        self.store_flos()
+        saving.save(self, path)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self._resumed = checkpoint.read(Path(resume_from_checkpoint))
+        self._take_adapter(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, path: str | None) -> None:
+        if path is not None:
+            saving.restore_optimizer(self, self._resumed)
+
+    def _load_scaler(self, path: str | None) -> None:
+        """`restore_optimizer` has done it."""
+
+    def _load_rng_state(self, path: str | None) -> None:
+        if path is not None:
+            rng.restore(self._resumed["rng"][self.args.process_index])
+
+    def _load_best_model(self) -> None:
+        self._take_adapter(self.state.best_model_checkpoint)
+
+    def _take_adapter(self, path: str) -> None:
+        saving.put(self.plain_model(), saving.adapter_of(Path(path)))
+
+
+class SFTTrainer(AdapterTraining, trl.SFTTrainer):  # type: ignore[misc]  # TRL has no types
+    """TRL's `SFTTrainer` for a model with a method attached.
+
+    The evaluation loss is the mean over all labelled tokens, where TRL's is a mean over batches and changes with
+    their size.
+    """
+
+    loss_is_scaled_for_ga = True  # divided by the labels of the whole step, over accumulation and ranks
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        # The head shifts and counts the labels itself, whatever the model's own `forward` would do.
+        self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
+        self._held_out: list[Tensor] = []
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """One batch of evaluation; notes the sum of its losses and the number of its labels."""
+        result = super().prediction_step(*args, **kwargs)
+        self._held_out.append(self.accelerator.gather_for_metrics(self.head.rows).double().sum(0))
+        return result
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluation over a loader."""
+        self._held_out = []
+        output = super().evaluation_loop(*args, **kwargs)
+        total, labels = torch.stack(self._held_out).sum(0).tolist()
+        output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = total / max(labels, 1)
+        return output
+
+
+class _Events(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
+    """Passes the loop's events on to the trainer."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.begin(state.max_steps)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.start_epoch(state.epoch or 0)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.tuning.after_step()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.trainer.guard.stop:
+            control.should_save = control.should_training_stop = True
+
+
+def _check_arguments(args: Any) -> None:
+    found = []
+    if args.push_to_hub:
+        found.append(Problem("push_to_hub", "checkpoints stay on this machine", "upload the adapter folder"))
+    if args.auto_find_batch_size:
+        found.append(Problem("auto_find_batch_size", "would change the order of the data", "say a batch size"))
+    if args.use_liger_kernel:
+        found.append(Problem("use_liger_kernel", "replaces the layers that are adapted", "leave it out"))
+    if getattr(args, "sync_ref_model", False):
+        found.append(Problem("sync_ref_model", "the reference is the frozen base itself", "leave it out"))
+    if found:
+        raise TrainingError("these settings cannot be combined with an adapter:", found)
+
+
+def _check_strategy(accelerator: Any) -> None:
+    found = []
+    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
+    if fsdp is not None and fsdp.fsdp_version != 2:
+        fix = "set fsdp_version: 2"
+        found.append(Problem("fsdp", "version 1 flattens adapter and base into one parameter", fix))
+    if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
+        found.append(Problem("deepspeed", "its shards cannot be put into lorary's checkpoints", "use FSDP2"))
+    if found:
+        raise TrainingError("this way of distributing cannot train an adapter:", found)
