@@ -201,12 +201,14 @@ class Method:
     def __post_init__(self) -> None:
         rates = self.lr.items() if isinstance(self.lr, Mapping) else self.lr
         object.__setattr__(self, "lr", tuple(sorted((str(role), rate) for role, rate in rates)))
-        object.__setattr__(self, "frozen", frozenset(self.frozen))
+        object.__setattr__(self, "frozen", frozenset([self.frozen] if isinstance(self.frozen, str) else self.frozen))
         object.__setattr__(self, "rules", tuple(self.rules))
         object.__setattr__(self, "full", (self.full,) if isinstance(self.full, str) else tuple(self.full))
         problems = self._word_problems()
-        if not problems:  # the words are words: now whether they agree
-            problems = [*self._own_problems(), *(self._delta_problems() if self.delta else self._bare_problems())]
+        agreed = not problems  # the words are words: now whether they agree
+        problems += self._own_problems()
+        if agreed:
+            problems += self._delta_problems() if self.delta else self._bare_problems()
         if problems:
             raise MethodError("these words do not make a method:", problems)
 
@@ -277,6 +279,8 @@ class Method:
             if value is None or silent.get(axis) == value:
                 continue
             text = braces(value) if axis == "frozen" else value
+            if axis in ("rules", "full"):
+                text = ", ".join(map(str, value))
             if axis == "lr":
                 text = ", ".join(f"{role} x{rate:g}" for role, rate in value)
             if axis == "scale" and self.delta is not None:
@@ -293,7 +297,10 @@ class Method:
             if value is None and axis != "storage":
                 continue
             name = type(value).__name__
-            if WORDS.get(name) is not type(value) or not isinstance(value, _PROTOCOLS.get(axis, Rule)):
+            fits = isinstance(value, _PROTOCOLS.get(axis, Rule))
+            if axis == "scale" and isinstance(value, Init):  # which can be called as well
+                fits = False
+            if WORDS.get(name) is not type(value) or not fits:
                 problems.append(Problem(axis, f"{value!r} is no word of this axis"))
                 continue
             for f in dataclasses.fields(value):
@@ -333,6 +340,10 @@ class Method:
         if idle:
             what = f"a learning rate for {braces(idle)}, but what trains is {braces(self.trained)}"
             problems.append(Problem("lr", what))
+        elif self.lr and len(self.trained) == 1:
+            (role,) = self.trained
+            what = f"{role} would learn faster or slower than nothing: {braces(self.frozen)} is frozen"
+            problems.append(Problem("lr", what, "give the rate itself, without a multiplier"))
         if not self.trained and not self.full:
             problems.append(Problem("frozen", "everything is frozen: nothing would train"))
         if init.moves_base and self.dropout:
@@ -359,7 +370,7 @@ class Method:
         problems = []
         for axis in ("init", "scale", "join", "frozen", "lr", "rules", "dropout"):
             if getattr(self, axis):
-                problems.append(Problem(axis, "is said of a delta, and this method has none"))
+                problems.append(Problem(axis, "makes sense for a delta only, and this method has none"))
         if not self.full:
             problems.append(Problem("full", "there is neither a delta nor a base parameter that trains"))
         return problems
@@ -371,7 +382,7 @@ AXES: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(Method))
 
 def braces(names: Iterable[str]) -> str:
     """Names as a set is written: {A, B}."""
-    return "{" + ", ".join(sorted(names)) + "}"
+    return "{" + ", ".join(sorted(map(str, names))) + "}"
 
 
 def _written(value: Any) -> dict[str, Any] | None:
@@ -388,6 +399,9 @@ def _read_axis(axis: str, value: Any, problems: list[Problem]) -> Any:
         expected = " or ".join(t.__name__ for t in plain.get(axis, (int, float)))
         problems.append(Problem(axis, f"expected {expected}, found {type(value).__name__}"))
         return getattr(_DEFAULT, axis)
+    if axis in ("frozen", "full") and not all(isinstance(name, str) for name in value):
+        problems.append(Problem(axis, f"expected names, found {value!r}"))
+        return getattr(_DEFAULT, axis)
     if axis == "rules":
         return tuple(_read_word(f"rules[{i}]", rule, problems) for i, rule in enumerate(value))
     return value
@@ -397,7 +411,8 @@ def _read_word(where: str, value: Any, problems: list[Problem]) -> Any:
     name = value.get("word") if isinstance(value, Mapping) else None
     cls = WORDS.get(name) if isinstance(name, str) else None
     if cls is None:
-        problems.append(Problem(where, f"{name!r} is no word that lorary knows", did_you_mean(str(name), list(WORDS))))
+        said = value if name is None else name
+        problems.append(Problem(where, f"{said!r} is no word that lorary knows", did_you_mean(str(said), list(WORDS))))
         return None
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items() if k != "word"}
     known = {f.name for f in dataclasses.fields(cls)}
