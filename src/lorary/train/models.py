@@ -7,6 +7,9 @@ Python of its own is refused unless `trust_remote_code` says otherwise.
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +35,8 @@ def load_model(section: ModelSection) -> PreTrainedModel:
     words: dict[str, Any] = {"dtype": dtype(section, config), "use_safetensors": True, "output_loading_info": True}
     if section.attn_implementation is not None:
         words["attn_implementation"] = section.attn_implementation
-    model, info = _from_pretrained(AutoModelForCausalLM, section, **words)
+    with quiet():
+        model, info = _from_pretrained(AutoModelForCausalLM, section, **words)
     lost = sorted({str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind]})
     if lost:
         more = f" and {len(lost) - 5:,} more" if len(lost) > 5 else ""
@@ -40,6 +44,8 @@ def load_model(section: ModelSection) -> PreTrainedModel:
         fix = "the folder is incomplete, or not of a model that generates text"
         raise FileError(f"cannot load the model {section.id}:", [Problem(section.id, what, fix)])
     loaded: PreTrainedModel = model.eval()
+    if section.id in BUILTIN:
+        loaded.config._name_or_path = section.id  # what an adapter says about its base; the folder differs by machine
     return loaded
 
 
@@ -116,6 +122,21 @@ def _cpu_is_quick(dtype: torch.dtype) -> bool:
         return any(flag in flags.read_text() for flag in wanted)
     except OSError:
         return False
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bar where nobody watches it."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def location(section: ModelSection) -> str:

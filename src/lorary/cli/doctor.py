@@ -1,0 +1,178 @@
+"""lorary doctor: what this machine has, and what will not work on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import typer
+
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "safetensors", "numpy", "pydantic")
+GIB = 2**30
+
+
+class Finding(NamedTuple):
+    """One line of the report: `ok`, `warn` (works, but) or `fail` (will not work)."""
+
+    level: str
+    what: str
+    detail: str
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check this machine: versions, devices, threads, memory, disk, and combinations known to fail.
+
+    Exits with 1 where something will not work.
+    """
+    findings = [*versions(), *conflicts(), *devices(), *resources(), *writing(), *environment()]
+    if as_json:
+        print(json.dumps([finding._asdict() for finding in findings], indent=2))
+    else:
+        for level, what, detail in findings:
+            print(f"{level:<5} {what:<12} {detail}")
+    failures = sum(finding.level == "fail" for finding in findings)
+    if failures:
+        print(f"{failures} of {len(findings)} checks failed", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def versions() -> Iterator[Finding]:
+    """Python's and the packages'."""
+    yield Finding("ok", "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    for name in ("lorary", *PACKAGES):
+        found = _installed(name)
+        if found is not None:
+            yield Finding("ok", name, found)
+        elif name not in ("peft", "lorary"):
+            yield Finding("fail", name, "is not installed; install lorary again")
+
+
+def conflicts() -> Iterator[Finding]:
+    """What lorary and its packages ask of each other, and do not have."""
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    for owner in ("lorary", *PACKAGES):
+        for line in _requirements(owner):
+            try:
+                asked = Requirement(line)
+            except InvalidRequirement:
+                continue
+            if asked.marker is not None and not asked.marker.evaluate({"extra": ""}):
+                continue
+            found = _installed(asked.name)
+            if found is not None and not asked.specifier.contains(found, prereleases=True):
+                fix = f"pip install '{asked.name}{asked.specifier}'"
+                yield Finding("fail", owner, f"needs {asked.name}{asked.specifier}, found {found}: {fix}")
+
+
+def devices() -> Iterator[Finding]:
+    """What torch can compute on, and with how many threads."""
+    import torch
+
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(i)
+            bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16"
+            detail = f"{torch.cuda.get_device_name(i)}, {free / GIB:.1f} of {total / GIB:.1f} GiB free, {bf16}"
+            yield Finding("ok", f"cuda:{i}", detail)
+    elif torch.version.cuda:
+        yield Finding(
+            "warn", "cuda", f"torch is built for CUDA {torch.version.cuda}, but sees no device: check the driver"
+        )
+    elif torch.backends.mps.is_available():
+        yield Finding("ok", "mps", "Apple GPU")
+    else:
+        yield Finding("ok", "device", "CPU; 16-bit models compute in float32 where the CPU has no 16-bit arithmetic")
+    cores, threads = _cores(), torch.get_num_threads()
+    level = "warn" if threads > cores else "ok"
+    fix = f"; set OMP_NUM_THREADS={cores}" if threads > cores else ""
+    yield Finding(level, "threads", f"{threads} on {cores} cores{fix}")
+
+
+def resources() -> Iterator[Finding]:
+    """Memory and disk that are left."""
+    memory = _memory()
+    if memory is not None:
+        yield Finding("warn" if memory < 2 * GIB else "ok", "memory", f"{memory / GIB:.1f} GiB free")
+    for what, folder in (("disk here", Path.cwd()), ("disk cache", _cache())):
+        free = shutil.disk_usage(folder).free
+        yield Finding("warn" if free < 5 * GIB else "ok", what, f"{free / GIB:.1f} GiB free")
+
+
+def writing() -> Iterator[Finding]:
+    """Whether files can be written where runs write them."""
+    for what, folder in (("write here", Path.cwd()), ("write tmp", Path(tempfile.gettempdir()))):
+        try:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(b"lorary")
+                file.flush()
+                os.fsync(file.fileno())
+            yield Finding("ok", what, str(folder))
+        except OSError as error:
+            yield Finding("fail", what, f"{folder}: {error.strerror or error}")
+
+
+def environment() -> Iterator[Finding]:
+    """Variables that change what happens."""
+    if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"):
+        yield Finding("ok", "offline", "HF_HUB_OFFLINE is set: only what is cached, built in or in files can be used")
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") == "":
+        yield Finding("warn", "devices", "CUDA_VISIBLE_DEVICES is empty: every GPU is hidden")
+    if _installed("bitsandbytes") is not None and not _has_cuda():
+        yield Finding("warn", "bitsandbytes", "works on a CPU, but 8-bit optimizers are slower than torch's there")
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _requirements(name: str) -> list[str]:
+    try:
+        return metadata.requires(name) or []
+    except metadata.PackageNotFoundError:
+        return []
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory() -> int | None:
+    """Bytes that are free, within a container's limit where there is one."""
+    try:
+        with open("/proc/meminfo") as file:
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        return min(free, max(limit - used, 0))
+    except (OSError, ValueError):  # no limit is written as `max`
+        return free
+
+
+def _cache() -> Path:
+    """The folder where the Hub's files are kept, or the nearest that exists above it."""
+    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    path = Path(home).expanduser().absolute()
+    return next(parent for parent in (path, *path.parents) if parent.is_dir())

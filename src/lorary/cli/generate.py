@@ -1,0 +1,78 @@
+"""lorary generate: a model's continuation of a text, with or without an adapter."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="Adapter or run folder, Hub id, model folder, or builtin:base.")],
+    prompt: Annotated[str | None, typer.Argument(help="The text to continue; read from stdin if left out.")] = None,
+    base: Annotated[str | None, typer.Option("--base", help="Base model; else the one the adapter names.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask as a user, through the chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, max=1_000_000)] = 128,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, max=10.0, help="0: always the likeliest.")
+    ] = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p", min=0.01, max=1.0, help="Share of probability drawn from.")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the drawing, where temperature is above 0.")] = 0,
+) -> None:
+    """Continue a text.
+
+    lorary generate out/ "def parse(text):" uses the adapter of a run; lorary generate builtin:base the base alone.
+    """
+    import torch
+
+    import lorary
+    from lorary.cli.adapters import adapter_folder, base_of
+    from lorary.errors import ConfigError
+    from lorary.train.config_file import from_dict
+    from lorary.train.models import load_model, load_tokenizer
+
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise ConfigError("there is no prompt: give one as an argument, or on stdin")
+        prompt = sys.stdin.read()
+    folder = adapter_folder(Path(model))
+    section = (
+        base_of(folder, base) if folder else from_dict({"model": base or model, "data": "builtin:docstrings"}).model
+    )
+    tokenizer = load_tokenizer(section)
+    ids = _ids(tokenizer, prompt, chat)
+    loaded = load_model(section)
+    if folder:
+        lorary.load(loaded, folder)
+    torch.manual_seed(seed)
+    drawing: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        drawing |= {"temperature": temperature, "top_p": top_p}
+    row = torch.tensor([ids])
+    with torch.inference_mode():
+        made = loaded.generate(
+            row,
+            attention_mask=torch.ones_like(row),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            **drawing,
+        )
+    print(tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True))
+
+
+def _ids(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
+    """The prompt's tokens, as they were in training."""
+    from lorary.errors import DataError, Problem
+    from lorary.train.chat import render, require_template
+    from lorary.train.encode import plain
+
+    if chat:
+        require_template(tokenizer, "--chat")
+        text = render(tokenizer, [{"role": "user", "content": prompt}], prompt=True)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = plain(tokenizer, prompt) or [i for i in (tokenizer.bos_token_id,) if i is not None]
+    if not ids:
+        raise DataError("there is nothing to continue:", [Problem("prompt", "is empty, and the tokenizer has no BOS")])
+    return ids
