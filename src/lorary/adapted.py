@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lorary.words import Delta, Join, Method
 from lorary.placed import Placed
 from lorary.sites import KINDS, Kind
+from lorary.words import Delta, Join, Method
 
 
 class Adapted(nn.Module):
@@ -122,3 +123,14 @@ class Adapted(nn.Module):
 def adapted(model: nn.Module) -> dict[str, Adapted]:
     """The adapted layers of a model by site name, in the model's order."""
     return {m.site.name: m for m in model.modules() if isinstance(m, Adapted)}
+
+
+def base_parameters(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
+    """All base parameters by their paths in the plain model, tied ones under each of their names."""
+    if isinstance(model, Adapted):
+        yield from base_parameters(model.base, prefix)
+        return
+    for name, parameter in model.named_parameters(recurse=False):
+        yield f"{prefix}{name}", parameter
+    for name, child in model.named_children():
+        yield from base_parameters(child, f"{prefix}{name}.")

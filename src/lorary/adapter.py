@@ -11,13 +11,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from lorary.adapted import adapted
-from lorary.surgery import attached, base_parameter, base_parameters, detach, mismatch, place, require
+from lorary.adapted import adapted, base_parameters
 from lorary.errors import FileError, MethodError, Problem, StateError
 from lorary.fingerprint import Fingerprint
-from lorary.words import Delta, Method
 from lorary.methods.lora import Add, Fixed, Kaiming, LowRank
 from lorary.placed import Placed
+from lorary.surgery import attached, base_parameter, detach, mismatch, place, require
+from lorary.words import Delta, Method
 
 
 class LowRankForm(NamedTuple):
@@ -183,7 +183,7 @@ def switch(model: nn.Module, adapters: Adapter | Sequence[Adapter] | None, *, fo
     several = [adapters] if isinstance(adapters, Adapter) else list(adapters or [])
     if attached(model) is not None:
         require(model, "switch")
-    here = _fingerprint(model) if several else Fingerprint()
+    here = Fingerprint.of(model)
     for a in several:
         _check_base(model, a, here, "the adapter", force=force)
     chosen = several[0] if len(several) == 1 else stacked(several, model) if several else None
@@ -191,15 +191,7 @@ def switch(model: nn.Module, adapters: Adapter | Sequence[Adapter] | None, *, fo
         detach(model)
     if chosen is not None:
         _install(model, chosen, trainable=False)
-        require(model, "switch").fingerprint = here
     return model
-
-
-def _fingerprint(model: nn.Module) -> Fingerprint:
-    """The base's fingerprint, asked for once while one switch follows another."""
-    state = attached(model)
-    known = state.fingerprint if state is not None else None
-    return known if isinstance(known, Fingerprint) else Fingerprint.of(model)
 
 
 def _check_base(model: nn.Module, adapter: Adapter, here: Fingerprint, where: str, *, force: bool) -> None:

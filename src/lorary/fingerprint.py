@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorary.surgery import attached, base_parameters
+from lorary.adapted import base_parameters
 from lorary.errors import Problem
 
+STATE = "_lorary"  # where a model remembers what is attached to it, and the fingerprint that its base had then
 _SAMPLES = 64  # numbers read from each parameter
 
 
@@ -34,13 +35,14 @@ class Fingerprint:
     @staticmethod
     def of(model: nn.Module) -> Fingerprint:
         """The fingerprint of a model's base: adapters that are attached do not change it."""
-        state = attached(model)
-        kept = state.full if state is not None else {}
+        remembered = getattr(getattr(model, STATE, None), "fingerprint", None)
+        if isinstance(remembered, Fingerprint):
+            return remembered
         structure, weights = hashlib.sha256(), hashlib.sha256()
         empty = False
         for name, tensor in sorted(base_parameters(model), key=lambda pair: pair[0]):
             structure.update(f"{name} {tuple(tensor.shape)}\n".encode())
-            value = kept.get(name, tensor.detach())
+            value = tensor.detach()
             if value.is_meta:
                 empty = True
             elif value.is_floating_point():

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from lorary.adapted import Adapted, adapted
 from lorary.errors import PlanError, Problem, StateError
-from lorary.words import Method
+from lorary.fingerprint import STATE, Fingerprint
 from lorary.placed import Placed
 from lorary.planning import Plan
 from lorary.sites import Site, kind_of, site
+from lorary.words import Method
 
 
 @dataclass
@@ -28,7 +29,7 @@ class Attached:
         full: base parameters that train in full -> their values before training.
         trained: the names of parameters that required gradients before.
         paths: site -> every path of its layer, more than one for a shared layer.
-        fingerprint: of the base, where `switch` has asked for it; the base cannot change while this is attached.
+        fingerprint: of the base, taken before anything changed or was sharded.
         merged: once merged, site -> what the merge replaced: weight, bias and the adapted layer.
         tied: what the model's configuration said of tied embeddings before a merge untied them.
     """
@@ -38,17 +39,14 @@ class Attached:
     full: dict[str, Tensor]
     trained: frozenset[str]
     paths: dict[str, list[str]]
-    fingerprint: object = None
+    fingerprint: Fingerprint
     merged: dict[str, tuple[nn.Parameter, nn.Parameter | None, Adapted]] | None = None
     tied: bool | None = None
 
 
-_KEY = "_lorary"
-
-
 def attached(model: nn.Module) -> Attached | None:
     """What is attached to a model, or None."""
-    return cast("Attached | None", getattr(model, _KEY, None))
+    return cast("Attached | None", getattr(model, STATE, None))
 
 
 def require(model: nn.Module, verb: str) -> Attached:
@@ -111,6 +109,7 @@ def place(
     if problems:
         raise PlanError("this does not fit the model:", problems)
     paths = _paths(model, placed)
+    fingerprint = Fingerprint.of(model)
     trained = frozenset(name for name, t in parameters.items() if t.requires_grad)
     model.requires_grad_(False)
     for p in placed:
@@ -124,7 +123,7 @@ def place(
     for name in full:
         kept[name] = parameters[name].detach().to("cpu" if not parameters[name].is_meta else "meta", copy=True)
         parameters[name].requires_grad_(True)
-    object.__setattr__(model, _KEY, Attached(method, placed, kept, trained, paths))
+    object.__setattr__(model, STATE, Attached(method, placed, kept, trained, paths, fingerprint))
 
 
 def mismatch(expected: Site, layer: nn.Module | None) -> list[Problem]:
@@ -166,17 +165,6 @@ def base_parameter(model: nn.Module, name: str) -> nn.Parameter:
     return cast(nn.Parameter, getattr(module, last))
 
 
-def base_parameters(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
-    """All base parameters by their paths in the plain model, tied ones under each of their names."""
-    if isinstance(model, Adapted):
-        yield from base_parameters(model.base, prefix)
-        return
-    for name, parameter in model.named_parameters(recurse=False):
-        yield f"{prefix}{name}", parameter
-    for name, child in model.named_children():
-        yield from base_parameters(child, f"{prefix}{name}.")
-
-
 def detach(model: nn.Module) -> nn.Module:
     """Take the adapters off: the very base, bit for bit, with the layers, values and flags that it had.
 
@@ -190,7 +178,7 @@ def detach(model: nn.Module) -> nn.Module:
     for name, layer in adapted(model).items():
         for path in state.paths[name]:
             _set(model, path, layer.base)
-    object.__delattr__(model, _KEY)
+    object.__delattr__(model, STATE)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in state.trained)
     return model
@@ -255,7 +243,7 @@ def merge(model: nn.Module, *, keep: bool = False) -> nn.Module:
         if keep:
             state.merged[name] = (weight, bias, layer)
     if not keep:
-        object.__delattr__(model, _KEY)
+        object.__delattr__(model, STATE)
     return model
 
 

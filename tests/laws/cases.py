@@ -133,7 +133,7 @@ def methods() -> dict[str, lorary.Method]:
     for chosen in [(n,) for n in names] + list(itertools.combinations(names, 2)):
         adapts = any(lorary.presets()[n].adapts for n in chosen)
         try:
-            made["+".join(chosen)] = lorary.method(*chosen, **(dict(r=3, alpha=6.0) if adapts else {}))
+            made["+".join(chosen)] = lorary.method(*chosen, **({"r": 3, "alpha": 6.0} if adapts else {}))
         except MethodError:
             continue
     return made

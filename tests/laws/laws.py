@@ -102,14 +102,15 @@ def saved_and_loaded_is_equal(case: Case, folder: Path) -> None:
     theirs = dict(other.named_parameters())
     assert set(theirs) == {name for name, _ in model.named_parameters()}
     for name, p in model.named_parameters():
-        assert torch.equal(p, theirs[name]) and p.dtype == theirs[name].dtype, name
+        assert torch.equal(p, theirs[name]), name
+        assert p.dtype == theirs[name].dtype, name
     assert torch.equal(other(x), model(x))
     assert lorary.Adapter.load(folder).method == case.method
 
 
 def detach_gives_the_base_back(case: Case) -> None:
     model = case.base()
-    before = {name: p for name, p in model.named_parameters()}
+    before = dict(model.named_parameters())
     values = copy.deepcopy(model.state_dict())
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     lorary.attach(model, lorary.plan(model, case.method, targets=[case.kind.target]))
@@ -117,13 +118,15 @@ def detach_gives_the_base_back(case: Case) -> None:
         for p in model.parameters():
             if p.requires_grad:
                 p.add_(1.0)
+    model(case.x())
     with lorary.disabled(model):
         assert torch.equal(model(case.x()), case.base()(case.x()))
     lorary.detach(model)
     after = dict(model.named_parameters())
     assert list(after) == list(before)
     for name in before:
-        assert after[name] is before[name] and after[name].requires_grad == flags[name], name
+        assert after[name] is before[name], name
+        assert after[name].requires_grad == flags[name], name
         assert torch.equal(after[name], values[name]), name
 
 

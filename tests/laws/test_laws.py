@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lorary import sites
+
 from . import laws
-from .cases import KINDS, Case, Kind, methods, possible
+from .cases import KINDS, Case, methods, possible
 
 METHODS = methods()
 DTYPES = [torch.float32, torch.bfloat16]
@@ -60,10 +62,4 @@ def test_every_preset_is_covered_on_every_kind_or_says_why() -> None:
 
 
 def test_the_kinds_are_all_kinds() -> None:
-    from lorary.sites import KINDS as known
-    from lorary.sites import kind_of
-
-    def kind(k: Kind) -> str | None:
-        return kind_of(k.make())
-
-    assert {kind(k) for k in KINDS} == set(known)
+    assert {sites.kind_of(kind.make()) for kind in KINDS} == set(sites.KINDS)

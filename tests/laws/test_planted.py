@@ -1,0 +1,234 @@
+"""A law that cannot fail is no law: each one catches a method that was made wrong on purpose."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lorary
+from lorary import sites, words
+from lorary.methods.lora import Add, Fixed, Kaiming, LowRank
+from lorary.words import COUNT
+
+from . import laws
+from .cases import KINDS, Case
+
+
+def kind(name: str) -> Any:
+    return next(k for k in KINDS if k.name == name)
+
+
+@contextlib.contextmanager
+def known(*classes: type) -> Iterator[None]:
+    """Make planted words known for as long as a test runs."""
+    for cls in classes:
+        words.word(cls)
+    try:
+        yield
+    finally:
+        for cls in classes:
+            del words.WORDS[cls.__name__]
+
+
+def case(kind_name: str = "linear", **said: Any) -> Case:
+    return Case(dataclasses.replace(lorary.method("lora", r=3, alpha=6.0), **said), kind(kind_name))
+
+
+def caught(law: Callable[..., None], *arguments: Any) -> None:
+    with pytest.raises((AssertionError, torch._dynamo.exc.TorchDynamoException)):
+        law(*arguments)
+
+
+@dataclass(frozen=True)
+class StartsMoving(Kaiming):
+    """B is not zero at the start, and the base is not told."""
+
+    def __call__(self, p: Any, W: Tensor, site: Any, scale: float, generator: torch.Generator) -> None:
+        super().__call__(p, W, site, scale, generator)
+        p["B"].add_(0.1)
+
+
+def test_a_start_that_moves_is_caught() -> None:
+    with known(StartsMoving):
+        caught(laws.nothing_moves_at_step_0, case(init=StartsMoving()))
+
+
+@dataclass(frozen=True)
+class ScalesTheBias(Add):
+    """torchtune's DoRA: the gain of the weight reaches the bias in forward, not in the merge."""
+
+    def forward(self, layer: Any, x: Tensor) -> Tensor:
+        return layer.add_delta(1.5 * layer.base(x), x)
+
+    def merged(self, p: Any, W: Tensor, b: Tensor | None, BA: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+        return 1.5 * W + BA[0] @ BA[1], b
+
+
+def test_a_bias_scaled_on_one_side_only_is_caught() -> None:
+    with known(ScalesTheBias):
+        caught(laws.merged_is_forward, case(join=ScalesTheBias()))
+
+
+@dataclass(frozen=True)
+class ForgetsTheScale(Add):
+    """The merge leaves out s."""
+
+    def merged(self, p: Any, W: Tensor, b: Tensor | None, BA: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+        return W + 0.5 * BA[0] @ BA[1], b
+
+
+def test_a_merge_without_the_scale_is_caught() -> None:
+    with known(ForgetsTheScale):
+        caught(laws.merged_is_forward, case(join=ForgetsTheScale()))
+
+
+@dataclass(frozen=True)
+class CutsTheGradient:
+    """A is read as a constant, so that it never learns, though nobody froze it."""
+
+    r: int = field(metadata=COUNT)
+    roles = frozenset({"A", "B"})
+
+    def shapes(self, site: Any) -> dict[str, tuple[int, ...]]:
+        return LowRank(self.r).shapes(site)
+
+    def factors(self, site: Any, p: Any) -> tuple[Tensor, Tensor]:
+        return p["B"], p["A"].detach()
+
+
+def test_a_factor_that_never_learns_is_caught() -> None:
+    with known(CutsTheGradient):
+        caught(laws.only_what_should_train_trains, case(delta=CutsTheGradient(3)))
+
+
+@dataclass(frozen=True)
+class TrainsTooMuch:
+    """adapter-hub's VeRA: a diagonal kept as a full matrix, all of it trained."""
+
+    r: int = field(metadata=COUNT)
+    roles = frozenset({"A", "B"})
+
+    def shapes(self, site: Any) -> dict[str, tuple[int, ...]]:
+        return {"A": (self.r, site.inp), "B": (site.out, site.out)}
+
+    def factors(self, site: Any, p: Any) -> tuple[Tensor, Tensor]:
+        return p["B"][:, : self.r] + 0 * p["B"].sum(), p["A"]
+
+
+def test_a_count_beyond_the_papers_is_caught() -> None:
+    with known(TrainsTooMuch):
+        caught(laws.only_what_should_train_trains, case(delta=TrainsTooMuch(3)))
+
+
+@dataclass(frozen=True)
+class ForgetsDilation(sites.Convolution):
+    """PEFT's convolution: A slides without the base's dilation where padding makes the shapes fit."""
+
+    def add(self, layer: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float) -> Tensor:
+        undilated = torch.nn.Conv2d(6, 10, layer.kernel_size, dilation=1, padding=0)
+        padded = torch.nn.functional.pad(x, layer._reversed_padding_repeated_twice, mode="reflect")
+        z = torch.nn.functional.conv2d(padded, A.reshape(-1, *undilated.weight.shape[1:]))
+        z = z[..., : y.shape[-2], : y.shape[-1]]
+        return y + s * torch.nn.functional.conv2d(z, B[:, :, None, None])
+
+
+def test_a_convolution_with_another_geometry_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sites.KINDS, "conv2d", ForgetsDilation(2))
+    subject = case("conv2d, dilated, reflecting")
+    caught(laws.factors_are_the_delta, subject)
+    caught(laws.merged_is_forward, subject)
+
+
+@dataclass(frozen=True)
+class RedrawsItsProjection:
+    """Part of A is random and belongs to this object alone: files do not hold it."""
+
+    r: int = field(metadata=COUNT)
+    roles = frozenset({"A", "B"})
+
+    def shapes(self, site: Any) -> dict[str, tuple[int, ...]]:
+        return LowRank(self.r).shapes(site)
+
+    def factors(self, site: Any, p: Any) -> tuple[Tensor, Tensor]:
+        own = torch.randn(p["A"].shape, generator=torch.Generator().manual_seed(id(self)))
+        return p["B"], p["A"] + own
+
+
+def test_what_files_do_not_hold_is_caught(tmp_path: Path) -> None:
+    with known(RedrawsItsProjection):
+        caught(laws.saved_and_loaded_is_equal, case(delta=RedrawsItsProjection(3)), tmp_path / "adapter")
+
+
+@dataclass(frozen=True)
+class WritesTheBase(Add):
+    """A join that changes the base when it runs, and tells nobody."""
+
+    def forward(self, layer: Any, x: Tensor) -> Tensor:
+        layer.base.weight.data.mul_(1.001)
+        return super().forward(layer, x)
+
+
+def test_a_base_that_was_written_is_caught() -> None:
+    with known(WritesTheBase):
+        caught(laws.detach_gives_the_base_back, case(join=WritesTheBase()))
+        caught(laws.nothing_moves_at_step_0, case(join=WritesTheBase()))
+
+
+@dataclass(frozen=True)
+class BreaksTheGraph(Add):
+    """A forward pass that asks a tensor for a number."""
+
+    def forward(self, layer: Any, x: Tensor) -> Tensor:
+        y = super().forward(layer, x)
+        return y * 1.0 if y.sum().item() != 0.5 else y
+
+
+def test_a_graph_break_is_caught() -> None:
+    with known(BreaksTheGraph):
+        caught(laws.compiles_whole, case(join=BreaksTheGraph()))
+
+
+@dataclass(frozen=True)
+class CountsItsCalls(Add):
+    """A forward pass that depends on how often it has been called."""
+
+    def forward(self, layer: Any, x: Tensor) -> Tensor:
+        layer.calls = getattr(layer, "calls", 0) + 1
+        return super().forward(layer, x) * (1.0 if layer.calls < 10**6 else 2.0)
+
+
+def test_a_recompilation_is_caught() -> None:
+    with known(CountsItsCalls):
+        caught(laws.compiles_whole, case(join=CountsItsCalls()))
+
+
+@dataclass(frozen=True)
+class LearnsUphill(Add):
+    """The gradient of the delta is turned round."""
+
+    def forward(self, layer: Any, x: Tensor) -> Tensor:
+        y = layer.base(x).detach()
+        delta = super().forward(layer, x) - y
+        return y + 2 * delta.detach() - delta
+
+
+def test_learning_uphill_is_caught() -> None:
+    with known(LearnsUphill):
+        caught(laws.learns, case(join=LearnsUphill()))
+
+
+def test_the_honest_method_passes_what_the_planted_ones_fail(tmp_path: Path) -> None:
+    honest = case(scale=Fixed(2.0))
+    for law in laws.LAWS:
+        law(honest)
+    laws.saved_and_loaded_is_equal(honest, tmp_path / "adapter")
+    laws.compiles_whole(honest)
+    laws.factors_are_the_delta(case("conv2d, dilated, reflecting"))

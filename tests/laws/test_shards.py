@@ -1,0 +1,113 @@
+"""Law: sharded over two ranks with FSDP2, a model gives the forward pass and the gradients of one process."""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+import lorary
+from lorary import words
+from lorary.adapted import adapted
+from lorary.methods.lora import Add
+
+METHODS = [("lora",), ("rslora",), ("lora+",), ("lora-fa",), ("bitfit",), ("full",), ("rslora", "lora+", "bitfit")]
+
+
+class Block(nn.Module):
+    """A linear layer, a convolution and an embedding in one unit of sharding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(16, 8)
+        self.conv = nn.Conv1d(8, 8, 3, padding=1)
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.conv(self.table(ids).transpose(1, 2)).transpose(1, 2)
+        return h + self.linear(torch.tanh(h))
+
+
+def build(names: tuple[str, ...]) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(Block())
+    targets = ["linear", "conv"] if "lora-fa" in names else ["linear", "conv", "table"]
+    options: dict[str, Any] = {"r": 2, "alpha": 4.0} if names[0] not in ("bitfit", "full") else {}
+    method = lorary.method(*names, **options)
+    lorary.attach(model, lorary.plan(model, method, targets=targets))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.2)
+    return model
+
+
+class _DependsOnTheRank(Add):
+    """A join that is not the same on every rank, and on none what it is in one process."""
+
+    def forward(self, layer: Any, x: Tensor) -> Tensor:
+        return super().forward(layer, x) * (2.0 + dist.get_rank())
+
+
+def shards_exactly(model: nn.Module, reference: nn.Module) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    ids = torch.arange(12).reshape(2, 6)
+    y, expected = model(ids), reference(ids)
+    assert (y - expected).abs().max() <= 1e-6, "forward"
+    y.square().mean().backward()
+    expected.square().mean().backward()
+    for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if q.grad is not None:
+            assert (p.grad.full_tensor() - q.grad).abs().max() <= 1e-6, name
+    whole, alone = lorary.Adapter.of(model), lorary.Adapter.of(reference)  # gathered from all ranks
+    for site, roles in alone.tensors.items():
+        assert all(torch.equal(whole.tensors[site][role], t) for role, t in roles.items()), site
+    assert all(torch.equal(whole.full[name], t) for name, t in alone.full.items())
+
+
+def work(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    try:
+        for names in METHODS:
+            shards_exactly(build(names), build(names))
+            Path(folder, f"{rank} {'+'.join(names)}").touch()
+        broken = build(("lora",))
+        words.WORDS["_DependsOnTheRank"] = _DependsOnTheRank
+        for layer in adapted(broken).values():
+            object.__setattr__(layer, "method", layer.method.but(join=_DependsOnTheRank()))
+        try:
+            shards_exactly(broken, build(("lora",)))
+        except AssertionError:
+            Path(folder, f"{rank} caught").touch()
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_shards_exactly(tmp_path: Path) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(work, args=(port, str(tmp_path)), nprocs=2)
+    done = {path.name for path in tmp_path.iterdir()}
+    assert {f"{rank} {'+'.join(names)}" for rank in (0, 1) for names in METHODS} <= done
+    assert {"0 caught", "1 caught"} <= done
