@@ -1,0 +1,117 @@
+"""Tiny, randomly initialised models of real architectures, made from their configurations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+_SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+_GPT2 = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 4}
+
+# Kind of model -> its configuration at a tiny size.
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "Bert": _SMALL | {"intermediate_size": 24},
+    "Bloom": {"vocab_size": 40, "hidden_size": 16, "n_layer": 2, "n_head": 4},
+    "CodeGen": _GPT2 | {"rotary_dim": 4, "n_positions": 32},
+    "Dbrx": {
+        "vocab_size": 40,
+        "d_model": 16,
+        "n_heads": 4,
+        "n_layers": 2,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 2, "moe_top_k": 1},
+    },
+    "DistilBert": {"vocab_size": 40, "dim": 16, "n_layers": 2, "n_heads": 4, "hidden_dim": 24},
+    "Falcon": _SMALL,
+    "GPT2": _GPT2,
+    "GPTBigCode": _GPT2,
+    "GPTNeoX": _SMALL | {"intermediate_size": 24},
+    "GPTNeoXJapanese": _SMALL | {"intermediate_multiple_size": 1},
+    "Gemma3": _SMALL | {"intermediate_size": 24, "num_key_value_heads": 2, "head_dim": 4},
+    "Llama": _SMALL | {"intermediate_size": 24, "num_key_value_heads": 2},
+    "Mistral": _SMALL | {"intermediate_size": 24, "num_key_value_heads": 2},
+    "Mixtral": _SMALL | {"intermediate_size": 24, "num_key_value_heads": 2, "num_local_experts": 4},
+    "MobileNetV2": {"num_channels": 3, "depth_multiplier": 0.35, "image_size": 32, "tf_padding": True},
+    "ModernBert": _SMALL
+    | {"intermediate_size": 24}
+    | dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0),
+    "Mpt": {"vocab_size": 40, "d_model": 16, "n_layers": 2, "n_heads": 4},
+    "OpenAIGPT": _GPT2,
+    "Persimmon": _SMALL | {"intermediate_size": 24},
+    "Phi3": _SMALL | {"intermediate_size": 24, "num_key_value_heads": 2, "pad_token_id": 0},
+    "Qwen2": _SMALL | {"intermediate_size": 24, "num_key_value_heads": 2},
+    "Roberta": _SMALL | {"intermediate_size": 24, "max_position_embeddings": 40},
+    "T5": {"vocab_size": 40, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4},
+    "ViT": {k: v for k, v in _SMALL.items() if k != "vocab_size"}
+    | {"intermediate_size": 24, "image_size": 8, "patch_size": 4},
+}
+
+
+def config(kind: str, **changes: Any) -> Any:
+    """The configuration of a tiny model, such as `config("Llama", tie_word_embeddings=True)`."""
+    name = "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config"
+    return getattr(transformers, name)(**_SETTINGS[kind] | changes)
+
+
+def model(name: str, device: str = "cpu", **changes: Any) -> Any:
+    """A tiny model in evaluation mode by its class, such as `model("LlamaForCausalLM")`."""
+    kind = max((k for k in _SETTINGS if name.startswith(k)), key=len)
+    with torch.device(device):
+        return getattr(transformers, name)(config(kind, **changes)).eval()
+
+
+def llama(**changes: Any) -> Any:
+    """The language model that most tests use."""
+    return model("LlamaForCausalLM", **changes)
+
+
+def ids() -> Tensor:
+    """Token ids [2, 5] that every tiny vocabulary holds, one of them twice."""
+    return torch.tensor([[1, 5, 7, 5, 2], [3, 9, 0, 4, 38]])
+
+
+def logits(model: Any, **inputs: Any) -> Tensor:
+    """What a model answers to `ids()`, without gradients."""
+    with torch.no_grad():
+        out: Tensor = model(**(inputs or {"input_ids": ids()})).logits
+    return out
+
+
+class ConvNet(nn.Module):
+    """Three kinds of convolution and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding="same", groups=8, padding_mode="reflect")
+        self.pointwise = nn.Conv2d(8, 12, 1)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pointwise(self.depthwise(self.norm(self.stem(x)).relu())).relu()
+        y: Tensor = self.head(x.mean((-2, -1)))
+        return y
+
+
+def shaken(model: nn.Module, size: float = 0.3) -> nn.Module:
+    """As after training: everything that trains has moved at random."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape).to(p) * size)
+    return model
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether two state dicts are equal bit for bit."""
+    return list(a) == list(b) and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+def frozen_copy(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of a model's state dict."""
+    return {k: v.clone() for k, v in model.state_dict().items()}
