@@ -16,10 +16,10 @@ _HOMES = {
     "Adapter": "adapter",
     "Fingerprint": "fingerprint",
     "LowRankForm": "adapter",
-    "Method": "words",
+    "Method": "record",
     "Placed": "placed",
     "Plan": "planning",
-    "Preset": "words",
+    "Preset": "preset",
     "Site": "sites",
     "Tuning": "loop",
     "attach": "surgery",
@@ -28,9 +28,9 @@ _HOMES = {
     "groups": "loop",
     "load": "adapter",
     "merge": "surgery",
-    "method": "words",
+    "method": "preset",
     "plan": "planning",
-    "presets": "words",
+    "presets": "preset",
     "save": "adapter",
     "switch": "adapter",
     "tuning": "loop",
@@ -46,23 +46,23 @@ if TYPE_CHECKING:
     from lorary.adapter import load as load
     from lorary.adapter import save as save
     from lorary.adapter import switch as switch
+    from lorary.fingerprint import Fingerprint as Fingerprint
+    from lorary.loop import Tuning as Tuning
+    from lorary.loop import groups as groups
+    from lorary.loop import tuning as tuning
+    from lorary.placed import Placed as Placed
+    from lorary.planning import Plan as Plan
+    from lorary.planning import plan as plan
+    from lorary.preset import Preset as Preset
+    from lorary.preset import method as method
+    from lorary.preset import presets as presets
+    from lorary.record import Method as Method
+    from lorary.sites import Site as Site
     from lorary.surgery import attach as attach
     from lorary.surgery import detach as detach
     from lorary.surgery import disabled as disabled
     from lorary.surgery import merge as merge
     from lorary.surgery import unmerge as unmerge
-    from lorary.fingerprint import Fingerprint as Fingerprint
-    from lorary.words import Method as Method
-    from lorary.words import Preset as Preset
-    from lorary.words import method as method
-    from lorary.words import presets as presets
-    from lorary.placed import Placed as Placed
-    from lorary.planning import Plan as Plan
-    from lorary.planning import plan as plan
-    from lorary.sites import Site as Site
-    from lorary.loop import Tuning as Tuning
-    from lorary.loop import groups as groups
-    from lorary.loop import tuning as tuning
 
 
 def __getattr__(name: str) -> object:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lorary.placed import Placed
+from lorary.record import Method
 from lorary.sites import KINDS, Kind
-from lorary.words import Delta, Join, Method
+from lorary.words import Delta, Join
 
 
 class Adapted(nn.Module):

@@ -16,8 +16,9 @@ from lorary.errors import FileError, MethodError, Problem, StateError
 from lorary.fingerprint import Fingerprint
 from lorary.methods.lora import Add, Fixed, Kaiming, LowRank
 from lorary.placed import Placed
+from lorary.record import Method
 from lorary.surgery import attached, base_parameter, detach, mismatch, place, require
-from lorary.words import Delta, Method
+from lorary.words import Delta
 
 
 class LowRankForm(NamedTuple):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lorary.adapted import Adapted, adapted
-from lorary.surgery import base_parameter, require
 from lorary.errors import ConfigError, Problem, StateError
+from lorary.surgery import base_parameter, require
 
 
 def groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from lorary.errors import Problem
-from lorary.words import Delta, Init, Join, Method, Scale, Shapes, braces
+from lorary.record import Method, braces
 from lorary.sites import Site
+from lorary.words import Delta, Init, Join, Scale, Shapes
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from lorary.errors import MethodError, PlanError, Problem, nearest
-from lorary.words import Method
 from lorary.placed import Placed, with_rank
+from lorary.record import Method
 from lorary.sites import site
 from lorary.targets import Found, collapse, head_names, matches, resolve
 

@@ -15,8 +15,8 @@ from lorary.errors import PlanError, Problem, StateError
 from lorary.fingerprint import STATE, Fingerprint
 from lorary.placed import Placed
 from lorary.planning import Plan
+from lorary.record import Method
 from lorary.sites import Site, kind_of, site
-from lorary.words import Method
 
 
 @dataclass

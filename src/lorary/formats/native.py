@@ -34,7 +34,7 @@ from lorary.formats.strict_json import show
 from lorary.formats.tensor_file import TensorFile
 from lorary.formats.values import absurd, does_nothing, not_finite
 from lorary.placed import Placed
-from lorary.words import Method
+from lorary.record import Method
 
 NAME = "lorary.json"
 TENSORS = "adapter.safetensors"

@@ -30,8 +30,9 @@ from lorary.formats.values import absurd, does_nothing, not_finite
 from lorary.methods.lora import Add, ByRank, Fixed, Kaiming, LowRank
 from lorary.methods.rslora import BySqrtRank
 from lorary.placed import Placed
+from lorary.record import Method
 from lorary.sites import Site, kind_of, site
-from lorary.words import Method, Scale
+from lorary.words import Scale
 
 WEIGHTS = "adapter_model.safetensors"
 MOST_JSON = 4 * 2**20

@@ -11,8 +11,8 @@ from lorary.formats.findings import Findings
 from lorary.formats.safetensors_header import MOST_EXTENT
 from lorary.formats.strict_json import show
 from lorary.placed import Placed, with_rank
+from lorary.record import Method
 from lorary.sites import KINDS, Part, Site
-from lorary.words import Method
 
 _MOST_SITES = 20_000
 _EXTRA = {"r", "alpha", "method"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorary.words import preset
+from lorary.preset import preset
 
 
 @preset("bitfit", citation="Ben Zaken et al. 2021, arXiv:2106.10199", adapts=False, lr=1e-3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorary.words import preset
+from lorary.preset import preset
 
 
 @preset("full", citation="the baseline", aliases=("full-fine-tuning", "fft"), adapts=False, lr=2e-5)

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorary.words import COUNT, POSITIVE, Layer, Shapes, Tensors, preset, word
+from lorary.preset import preset
 from lorary.sites import Site
+from lorary.words import COUNT, POSITIVE, Layer, Shapes, Tensors, word
 
 
 @word

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorary.words import preset
+from lorary.preset import preset
 
 
 @preset("lora-fa", citation="Zhang et al. 2023, arXiv:2308.03303", lr=4e-4)

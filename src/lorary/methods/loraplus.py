@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorary.words import preset
+from lorary.preset import preset
 
 
 @preset("lora+", citation="Hayou et al. 2024, arXiv:2402.12354", aliases=("loraplus",), lr=1e-4)

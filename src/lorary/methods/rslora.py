@@ -12,7 +12,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorary.words import POSITIVE, preset, word
+from lorary.preset import preset
+from lorary.words import POSITIVE, word
 
 
 @word

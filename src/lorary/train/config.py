@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from lorary.train.yaml_source import dump
 
 if TYPE_CHECKING:
-    from lorary.words import Method
+    from lorary.record import Method
 
 LORA_LR = 2e-4
 
@@ -103,7 +103,7 @@ class MethodSection(_Section):
             MethodError: unknown presets or options, and every contradiction between them.
         """
         from lorary import methods  # noqa: F401 (registers the presets)
-        from lorary.words import method
+        from lorary.preset import method
 
         given = {key: getattr(self, key) for key in ("r", "alpha", "dropout")}
         options = {key: value for key, value in given.items() if value is not None}
@@ -256,7 +256,7 @@ class Config(_Section):
     def _method_defaults(self) -> dict[str, float]:
         """r, alpha and dropout where they are empty and the method has them."""
         from lorary import methods  # noqa: F401 (registers the presets)
-        from lorary.words import speakers
+        from lorary.preset import speakers
 
         found: dict[str, float] = {}
         for preset in speakers(self.method.name):
@@ -276,7 +276,7 @@ def default_lr(task: str, names: tuple[str, ...]) -> float:
     (`lorary.method.Preset.lr`) scales both, and among several such presets the lowest rate counts.
     """
     from lorary import methods  # noqa: F401 (registers the presets)
-    from lorary.words import speakers
+    from lorary.preset import speakers
 
     rates = [preset.lr for preset in speakers(names) if preset.adapts] or [p.lr for p in speakers(names)]
     asked = [rate for rate in rates if rate != LORA_LR] or [LORA_LR]

@@ -14,12 +14,12 @@ from pydantic import ValidationError
 
 from lorary import methods  # noqa: F401 (registers the presets)
 from lorary.errors import ConfigError, MethodError, Problem
+from lorary.preset import presets
 from lorary.train.config import SECTIONS, Config, MethodSection
 from lorary.train.contradictions import contradictions
 from lorary.train.explain import explain
 from lorary.train.names import Canonical, apply_flags, canonical
 from lorary.train.yaml_source import Place, Source, parse, read
-from lorary.words import presets
 
 
 def load(path: str | Path, sets: Sequence[str] = ()) -> Config:

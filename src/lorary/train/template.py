@@ -8,11 +8,11 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
+from lorary.preset import presets
 from lorary.train.config import SECTIONS, Config
 from lorary.train.config_file import from_dict
 from lorary.train.names import CANONICAL_AT_TOP, PRESET_OF, SHORTHAND
 from lorary.train.yaml_source import dump
-from lorary.words import presets
 
 _START = {"id": "builtin:base", "train": "builtin:docstrings", "validation": "builtin:docstrings"}
 _LISTS = ("name", "targets", "exclude", "train", "validation", "report_to")  # where one text stands for the list of it

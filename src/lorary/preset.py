@@ -1,0 +1,161 @@
+"""Presets: a paper's name for some words, and `method`, which unites them."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from lorary.errors import MethodError, Problem, did_you_mean
+from lorary.record import AXES, Method
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A paper's name for some words.
+
+    Args:
+        name: how it is said, such as `lora+`.
+        words: the function that gives the words, axis -> word; its parameters are the preset's options.
+        citation: the paper.
+        adapts: whether it learns a delta beside the frozen weight; False for what trains base weights only.
+        lr: the peak learning rate to start from when fine-tuning a language model with AdamW.
+    """
+
+    name: str
+    words: Callable[..., dict[str, Any]]
+    citation: str
+    adapts: bool = True
+    lr: float = 2e-4
+
+    @property
+    def summary(self) -> str:
+        """The first line of its documentation: the equation."""
+        return (inspect.getdoc(self.words) or "").partition("\n")[0]
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Its options and their defaults."""
+        return {name: p.default for name, p in inspect.signature(self.words).parameters.items()}
+
+
+PRESETS: dict[str, Preset] = {}
+_ALIASES: dict[str, str] = {}
+F_ = TypeVar("F_", bound=Callable[..., dict[str, Any]])
+
+
+def preset(
+    name: str, *, citation: str, aliases: Sequence[str] = (), adapts: bool = True, lr: float = 2e-4
+) -> Callable[[F_], F_]:
+    """Give words a paper's name, so that `lorary.method`, the command line, files and the laws find them."""
+
+    def register(words: F_) -> F_:
+        if PRESETS.get(name) is not None:
+            raise TypeError(f"there is a preset {name} already")
+        PRESETS[name] = Preset(name, words, citation, adapts, lr)
+        _ALIASES.update({_plain(alias): name for alias in (name, *aliases)})
+        return words
+
+    return register
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name.lower())
+
+
+# What two presets may both say, because the union is meant; on any other axis one must be silent.
+_UNITES: dict[str, Callable[[Any, Any], Any]] = {
+    "frozen": lambda a, b: frozenset(a) | frozenset(b),
+    "rules": lambda a, b: (*a, *b),
+    "full": lambda a, b: (*a, *(pattern for pattern in b if pattern not in a)),
+}
+
+
+def method(*names: str, **options: Any) -> Method:
+    """The method that some presets and words make together.
+
+    >>> print(method("lora", "rslora", r=16, alpha=32).scale)
+    BySqrtRank(alpha=32)
+
+    Args:
+        names: presets, such as "lora", "rslora", "lora+"; what they are silent about is LoRA's.
+        options: the presets' parameters (`r`, `alpha`, `dropout`, `ratio`, ...) and words by axis (`init=Gaussian()`).
+
+    Raises:
+        MethodError: unknown names or options (with the nearest known one), two that speak on the same axis, and
+            every contradiction between the words.
+    """
+    problems: list[Problem] = []
+    speaking = _speaking(_chosen(names, problems))
+    known = {option for p in speaking for option in p.parameters}
+    for option in sorted(set(options) - known - set(AXES)):
+        hint = did_you_mean(option, sorted(known | set(AXES)))
+        problems.append(Problem(option, f"is no option of {' + '.join(p.name for p in speaking)}", hint))
+    if problems:
+        raise MethodError("this method cannot be made:", problems)
+    said: dict[str, tuple[str, Any]] = {}
+    for p in speaking:
+        words = p.words(**{k: v for k, v in options.items() if k in p.parameters})
+        _unite(said, p.name, words, problems)
+    _unite(said, "you", {k: v for k, v in options.items() if k in AXES and k not in known}, problems)
+    if problems:
+        raise MethodError("this method cannot be made:", problems)
+    return Method(**{axis: value for axis, (_, value) in said.items()})
+
+
+def speakers(names: Sequence[str]) -> tuple[Preset, ...]:
+    """The presets that `method(*names)` unites, in the order in which they speak: LoRA first where any adapts.
+
+    Raises:
+        MethodError: a name that lorary does not know.
+    """
+    problems: list[Problem] = []
+    chosen = _chosen(names, problems)
+    if problems:
+        raise MethodError("this method cannot be made:", problems)
+    return tuple(_speaking(chosen))
+
+
+def _speaking(chosen: Sequence[Preset]) -> list[Preset]:
+    adapts = any(p.adapts for p in chosen) or not chosen
+    return ([PRESETS["lora"]] if adapts else []) + [p for p in chosen if p.name != "lora"]
+
+
+def _chosen(names: Sequence[str], problems: list[Problem]) -> list[Preset]:
+    chosen = []
+    for name in dict.fromkeys(names):
+        known = _ALIASES.get(_plain(name)) if isinstance(name, str) else None
+        if known is None:
+            problems.append(
+                Problem(repr(name), "is no method that lorary knows", did_you_mean(str(name), list(PRESETS)))
+            )
+        elif PRESETS[known] not in chosen:
+            chosen.append(PRESETS[known])
+    return chosen
+
+
+def _unite(said: dict[str, tuple[str, Any]], speaker: str, words: dict[str, Any], problems: list[Problem]) -> None:
+    for axis, value in words.items():
+        before, old = said.get(axis, ("lora", None))
+        if axis == "lr" and old is not None:
+            twice = sorted(set(dict(old)) & set(dict(value)))
+            problems += [Problem("lr", f"{before} and {speaker} both set the rate of {role}") for role in twice]
+            value = dict(old) | dict(value)
+        elif old is not None and axis in _UNITES:
+            value = _UNITES[axis](old, value)
+        elif before != "lora":  # LoRA's own words are the defaults: whoever speaks replaces them
+            what = (
+                f"{before} says {old}; {speaker} said {value}"
+                if speaker == "you"
+                else (f"{before} says {old}; {speaker} says {value}")
+            )
+            problems.append(Problem(axis, what, "a method has one word on this axis"))
+            continue
+        said[axis] = (speaker if before == "lora" else f"{before} + {speaker}", value)
+
+
+def presets() -> dict[str, Preset]:
+    """All presets by name, in the order of the methods' files."""
+    return dict(PRESETS)

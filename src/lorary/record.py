@@ -1,0 +1,270 @@
+"""Method: the record of words that a method of the family is, checked as a whole when it is said."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from lorary.errors import MethodError, Problem, did_you_mean
+from lorary.words import POSITIVE, WORDS, AsIs, Delta, Init, Join, Rule, Scale, Storage
+
+
+@dataclass(frozen=True)
+class Method:
+    """The record of words that is a method.
+
+    Args:
+        delta: what is learnt, or None where only base parameters train (BitFit, full fine-tuning).
+        init, scale, join: where the delta starts, its size, how it joins the weight; None without a delta.
+        frozen: roles that do not train.
+        lr: role -> multiplier of the learning rate; 1 where silent.
+        rules: what happens while training.
+        storage: how the frozen weight is kept.
+        full: patterns over base parameters that train in full (whole-component names or globs).
+        dropout: probability with which the adapter's input is dropped in training, before A.
+
+    Raises:
+        MethodError: every contradiction between the words, each with its reason.
+    """
+
+    delta: Delta | None = None
+    init: Init | None = None
+    scale: Scale | None = None
+    join: Join | None = None
+    frozen: frozenset[str] = frozenset()
+    lr: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
+    rules: tuple[Rule, ...] = ()
+    storage: Storage = field(default_factory=AsIs)
+    full: tuple[str, ...] = ()
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        rates = self.lr.items() if isinstance(self.lr, Mapping) else self.lr
+        object.__setattr__(self, "lr", tuple(sorted((str(role), rate) for role, rate in rates)))
+        object.__setattr__(self, "frozen", frozenset([self.frozen] if isinstance(self.frozen, str) else self.frozen))
+        object.__setattr__(self, "rules", tuple(self.rules))
+        object.__setattr__(self, "full", (self.full,) if isinstance(self.full, str) else tuple(self.full))
+        problems = self._word_problems()
+        agreed = not problems  # the words are words: now whether they agree
+        problems += self._own_problems()
+        if agreed:
+            problems += self._delta_problems() if self.delta else self._bare_problems()
+        if problems:
+            raise MethodError("these words do not make a method:", problems)
+
+    @property
+    def roles(self) -> frozenset[str]:
+        """The names of all tensors of a site."""
+        return (self.delta.roles if self.delta else frozenset()) | (self.join.roles if self.join else frozenset())
+
+    @property
+    def trained(self) -> frozenset[str]:
+        """The names of the tensors of a site that train."""
+        return self.roles - self.frozen
+
+    def rate(self, role: str) -> float:
+        """The learning-rate multiplier of a role."""
+        return dict(cast("tuple[tuple[str, float], ...]", self.lr)).get(role, 1.0)
+
+    def but(self, **words: Any) -> Method:
+        """The same method with some words changed."""
+        unknown = set(words) - set(AXES)
+        if unknown:
+            raise MethodError(
+                "these words do not make a method:",
+                [Problem(name, "is not an axis of a method", did_you_mean(name, AXES)) for name in sorted(unknown)],
+            )
+        return dataclasses.replace(self, **words)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain data for a file: axis -> {"word": name, its fields} or a plain value."""
+        return {
+            "delta": _written(self.delta),
+            "init": _written(self.init),
+            "scale": _written(self.scale),
+            "join": _written(self.join),
+            "frozen": sorted(self.frozen),
+            "lr": dict(cast("tuple[tuple[str, float], ...]", self.lr)),
+            "rules": [_written(rule) for rule in self.rules],
+            "storage": _written(self.storage),
+            "full": list(self.full),
+            "dropout": self.dropout,
+        }
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Method:
+        """The method that `to_dict` wrote.
+
+        Raises:
+            MethodError: unknown axes, words or fields, and every contradiction.
+        """
+        problems: list[Problem] = []
+        if not isinstance(data, Mapping):
+            raise MethodError("a method's record is a mapping", [Problem("method", f"found {type(data).__name__}")])
+        words = {}
+        for axis, value in data.items():
+            if axis not in AXES:
+                problems.append(Problem(str(axis), "is not an axis of a method", did_you_mean(str(axis), AXES)))
+            else:
+                words[axis] = _read_axis(axis, value, problems)
+        if problems:
+            raise MethodError("this record is no method:", problems)
+        return Method(**words)
+
+    def __str__(self) -> str:
+        silent = {"frozen": frozenset(), "lr": (), "rules": (), "storage": AsIs(), "full": (), "dropout": 0.0}
+        lines = []
+        for axis in AXES:
+            value = getattr(self, axis)
+            if value is None or silent.get(axis) == value:
+                continue
+            text = braces(value) if axis == "frozen" else value
+            if axis in ("rules", "full"):
+                text = ", ".join(map(str, value))
+            if axis == "lr":
+                text = ", ".join(f"{role} x{rate:g}" for role, rate in value)
+            if axis == "scale" and self.delta is not None:
+                text = f"{value} -> s = {value(self.delta.r):g}"
+            lines.append(f"  {axis:<8} {text}")
+        trains = [braces(self.trained)] if self.trained else []
+        trains += [f"base parameters {', '.join(self.full)}"] if self.full else []
+        return "\n".join(["Method", *lines, f"  trains   {' and '.join(trains)}"])
+
+    def _word_problems(self) -> list[Problem]:
+        """Whether each axis holds a word of that axis, and each word's fields hold what they may."""
+        problems = []
+        for axis, value in [(axis, getattr(self, axis)) for axis in _PROTOCOLS] + [("rules", r) for r in self.rules]:
+            if value is None and axis != "storage":
+                continue
+            name = type(value).__name__
+            fits = isinstance(value, _PROTOCOLS.get(axis, Rule))
+            if axis == "scale" and isinstance(value, Init):  # which can be called as well
+                fits = False
+            if WORDS.get(name) is not type(value) or not fits:
+                problems.append(Problem(axis, f"{value!r} is no word of this axis"))
+                continue
+            for f in dataclasses.fields(value):
+                content = getattr(value, f.name)
+                if "check" in f.metadata and not f.metadata["check"](content):
+                    what = f"{name} has {f.name} = {content!r}; it takes {f.metadata['expects']}"
+                    problems.append(Problem(axis, what))
+        return problems
+
+    def _own_problems(self) -> list[Problem]:
+        problems = []
+        drop = self.dropout
+        if isinstance(drop, bool) or not isinstance(drop, int | float) or not 0 <= drop < 1:
+            problems.append(Problem("dropout", f"{drop!r} is no probability in [0, 1)"))
+        for role, rate in cast("tuple[tuple[str, float], ...]", self.lr):
+            if not POSITIVE["check"](rate):
+                problems.append(Problem("lr", f"the multiplier of {role} is {rate!r}, not a positive number"))
+        for pattern in self.full:
+            if not isinstance(pattern, str) or not pattern:
+                problems.append(Problem("full", f"{pattern!r} is no pattern over parameter names"))
+        return problems
+
+    def _delta_problems(self) -> list[Problem]:
+        delta, init, join = self.delta, self.init, self.join
+        missing = [axis for axis in ("init", "scale", "join") if getattr(self, axis) is None]
+        if delta is None or init is None or join is None or missing:
+            return [Problem(axis, "is not said, and a delta needs it") for axis in missing]
+        name = type(delta).__name__
+        problems = []
+        if init.fills != delta.roles:
+            what = f"{type(init).__name__} fills {braces(init.fills)}; {name} has {braces(delta.roles)}"
+            problems.append(Problem("init", what))
+        if self.frozen - self.roles:
+            what = f"{braces(self.frozen - self.roles)} cannot be frozen: the tensors are {braces(self.roles)}"
+            problems.append(Problem("frozen", what))
+        idle = {role for role, _ in cast("tuple[tuple[str, float], ...]", self.lr)} - self.trained
+        if idle:
+            what = f"a learning rate for {braces(idle)}, but what trains is {braces(self.trained)}"
+            problems.append(Problem("lr", what))
+        elif self.lr and len(self.trained) == 1:
+            (role,) = self.trained
+            what = f"{role} would learn faster or slower than nothing: {braces(self.frozen)} is frozen"
+            problems.append(Problem("lr", what, "give the rate itself, without a multiplier"))
+        if not self.trained and not self.full:
+            problems.append(Problem("frozen", "everything is frozen: nothing would train"))
+        if init.moves_base and self.dropout:
+            what = f"{type(init).__name__} moves part of W into B A, and dropout would drop that part of W"
+            problems.append(Problem("dropout", what, "say dropout=0"))
+        if "*" in self.full:
+            what = f"every base weight trains in full, which leaves nothing for {name} to learn"
+            problems.append(Problem("full", what, "take one of the two"))
+        for rule in self.rules:
+            problems += self._rule_problems(rule, name)
+        return problems
+
+    def _rule_problems(self, rule: Rule, delta: str) -> list[Problem]:
+        problems, name = [], type(rule).__name__
+        if rule.needs - self.roles:
+            what = f"{name} needs {braces(rule.needs - self.roles)}; {delta} has {braces(self.roles)}"
+            problems.append(Problem("rules", what))
+        if rule.writes_base and not self.storage.writable:
+            what = f"{name} writes the base weight, which {type(self.storage).__name__} cannot take"
+            problems.append(Problem("rules", what))
+        return problems
+
+    def _bare_problems(self) -> list[Problem]:
+        problems = []
+        for axis in ("init", "scale", "join", "frozen", "lr", "rules", "dropout"):
+            if getattr(self, axis):
+                problems.append(Problem(axis, "makes sense for a delta only, and this method has none"))
+        if not self.full:
+            problems.append(Problem("full", "there is neither a delta nor a base parameter that trains"))
+        return problems
+
+
+_PROTOCOLS: dict[str, Any] = {"delta": Delta, "init": Init, "scale": Scale, "join": Join, "storage": Storage}
+AXES: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(Method))
+
+
+def braces(names: Iterable[str]) -> str:
+    """Names as a set is written: {A, B}."""
+    return "{" + ", ".join(sorted(map(str, names))) + "}"
+
+
+def _written(value: Any) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    return {"word": type(value).__name__} | {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+
+
+def _read_axis(axis: str, value: Any, problems: list[Problem]) -> Any:
+    if axis in ("delta", "init", "scale", "join", "storage"):
+        return None if value is None and axis != "storage" else _read_word(axis, value, problems)
+    plain: dict[str, tuple[type, ...]] = {"frozen": (list,), "rules": (list,), "full": (list,), "lr": (dict,)}
+    if not isinstance(value, plain.get(axis, (int, float))):
+        expected = " or ".join(t.__name__ for t in plain.get(axis, (int, float)))
+        problems.append(Problem(axis, f"expected {expected}, found {type(value).__name__}"))
+        return getattr(_DEFAULT, axis)
+    if axis in ("frozen", "full") and not all(isinstance(name, str) for name in value):
+        problems.append(Problem(axis, f"expected names, found {value!r}"))
+        return getattr(_DEFAULT, axis)
+    if axis == "rules":
+        return tuple(_read_word(f"rules[{i}]", rule, problems) for i, rule in enumerate(value))
+    return value
+
+
+def _read_word(where: str, value: Any, problems: list[Problem]) -> Any:
+    name = value.get("word") if isinstance(value, Mapping) else None
+    cls = WORDS.get(name) if isinstance(name, str) else None
+    if cls is None:
+        said = value if name is None else name
+        problems.append(Problem(where, f"{said!r} is no word that lorary knows", did_you_mean(str(said), list(WORDS))))
+        return None
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items() if k != "word"}
+    known = {f.name for f in dataclasses.fields(cls)}
+    for key in sorted(set(fields) - known):
+        problems.append(Problem(where, f"{name} has no field `{key}`", did_you_mean(key, sorted(known))))
+    try:
+        return cls(**{k: v for k, v in fields.items() if k in known})
+    except TypeError as error:  # a field without a default is missing
+        problems.append(Problem(where, str(error).partition("__init__() ")[2] or str(error)))
+        return None
+
+
+_DEFAULT = Method(full=("*",))
