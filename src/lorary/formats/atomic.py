@@ -155,9 +155,11 @@ def recover(path: str | os.PathLike[str]) -> bool:
     Returns:
         whether anything had to be done.
     """
-    path = Path(path)
+    path = Path(os.path.abspath(path))
     left = sorted(path.parent.glob(f"{_replaced_name(path)}*")) if path.parent.is_dir() else []
-    if left and not path.exists():
+    if not left or not all(_abandoned(entry) for entry in path.parent.glob(f"{TEMPORARY}*")):
+        return False  # nothing to do, or a writer is at it this moment
+    if not path.exists():
         left.pop().rename(path)
         _sync_folder(path.parent)
         return True
@@ -182,7 +184,7 @@ def refused(path: Path, error: OSError, needed: int | None = None) -> FileError:
         fix = "free some space (or raise the quota or file-size limit) or choose another folder"
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         fix = "choose a folder that you may write to"
-    elif error.errno == errno.ENOTDIR:
+    elif error.errno in (errno.ENOTDIR, errno.EEXIST):
         fix = "a part of this path is a file, not a folder"
     return FileError(f"cannot write {str(path)!r}; what was there before is unchanged", [Problem("", what, fix)])
 

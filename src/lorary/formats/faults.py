@@ -3,8 +3,8 @@
 A crash test has to die *between* two particular system calls. The writers of this package name those places
 with `fault_point("directory.before-rename")`; the environment variable
 
-    LORARY_FAULT="directory.before-rename:kill"        at the first passage
-    LORARY_FAULT="directory.before-rename:3:kill"      at the third passage
+    LORARY_FAULT="directory.before-rename:kill"        at every passage
+    LORARY_FAULT="directory.before-rename:3:kill"      at the third passage only
 
 says what happens there: `kill` (SIGKILL to this very process, as the kernel's OOM killer would), `enospc`
 (the disk is full) or `raise` (an ordinary error). Without the variable a fault point is one dictionary
@@ -31,9 +31,9 @@ def fault_point(name: str) -> None:
     wanted = os.environ.get("LORARY_FAULT")
     if not wanted or wanted.split(":", 1)[0] != name:
         return
-    *_, nth, action = (wanted if wanted.count(":") == 2 else wanted.replace(":", ":1:")).split(":")
+    *nth, action = wanted.split(":")[1:]
     _passages[name] = _passages.get(name, 0) + 1
-    if _passages[name] != int(nth):
+    if nth and _passages[name] != int(nth[0]):
         return
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)

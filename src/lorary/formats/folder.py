@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lorary.errors import FileError, Problem, did_you_mean
+from lorary.formats.atomic import recover
 from lorary.formats.strict_json import show
 
 
@@ -24,6 +25,7 @@ def existing_folder(path: str | os.PathLike[str]) -> Path:
     """
     headline = f"cannot load {subject(path)}"
     try:
+        recover(path)
         folder = Path(path).resolve(strict=True)
     except FileNotFoundError:
         parent, name = Path(path).parent, Path(path).name
