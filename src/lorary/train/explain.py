@@ -49,7 +49,7 @@ def _problem(complaint: dict[str, Any], read_: Canonical) -> Problem:
         return Problem(where, f"`{_dotted(place)}` is missing", f"for example `{_EXAMPLES[place]}`")
     if kind in _BOUNDS:
         name, words = _BOUNDS[kind]
-        return Problem(where, f"`{key}` must be {words} {limits[name]:,g}, not {show(value)}")
+        return Problem(where, f"`{key}` must be {words} {_limit(limits[name])}, not {show(value)}")
     if kind == "literal_error":
         return _choice(where, key, value, str(limits["expected"]))
     if kind in ("too_short", "string_too_short"):
@@ -66,5 +66,11 @@ def _choice(where: str, key: str, value: object, expected: str) -> Problem:
     )
 
 
+def _limit(value: float) -> str:
+    return f"{int(value):,}" if value == int(value) else f"{value:g}"
+
+
 def _dotted(place: Place) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
+    """`training.lr`, `method.targets[1]`, `method.ranks['*.q_proj']`."""
+    parts = [f".{p}" if isinstance(p, str) and p.isidentifier() else f"[{p!r}]" for p in place]
+    return "".join(parts).lstrip(".")

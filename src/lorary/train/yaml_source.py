@@ -146,7 +146,11 @@ def _syntax(error: yaml.MarkedYAMLError, name: str, text: str) -> Problem:
     if "\t" in line[: mark.column + 1]:
         return Problem(where, "a tab", "YAML indents with spaces")
     what = " ".join(part for part in (error.context, error.problem) if part)
-    return Problem(where, f"this is not YAML: {what}", "quote a text that holds `: `, `#`, `*`, `%` or `@`")
+    return Problem(
+        where,
+        f"this is not YAML: {what}",
+        "close every bracket, and quote a text that holds `: `, `#`, `*`, `%` or `@`",
+    )
 
 
 class _Builder:
