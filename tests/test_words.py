@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lorary
-from lorary import words
+from lorary import preset, words
 from lorary.errors import MethodError, PlanError
 from lorary.methods.lora import Add, ByRank, Fixed, Gaussian, Kaiming, LowRank
 from lorary.methods.rslora import BySqrtRank
@@ -29,7 +29,7 @@ def said(*names: Any, **options: Any) -> str:
 def shortened(error: MethodError) -> str:
     """An error's message with `...` for the lists that grow with every method."""
     text = str(error).replace(", ".join(sorted(words.WORDS)), "...")
-    return text.replace(", ".join(sorted(words.PRESETS)), "...")
+    return text.replace(", ".join(sorted(preset.PRESETS)), "...")
 
 
 # --- presets --------------------------------------------------------------------------------------------------
@@ -107,16 +107,16 @@ def test_the_table_of_presets_is_a_copy() -> None:
 
 
 def test_speakers_put_lora_first_where_anything_adapts() -> None:
-    assert [p.name for p in words.speakers(["lora+", "rslora"])] == ["lora", "lora+", "rslora"]
-    assert [p.name for p in words.speakers(["bitfit"])] == ["bitfit"]
-    assert [p.name for p in words.speakers([])] == ["lora"]
+    assert [p.name for p in preset.speakers(["lora+", "rslora"])] == ["lora", "lora+", "rslora"]
+    assert [p.name for p in preset.speakers(["bitfit"])] == ["bitfit"]
+    assert [p.name for p in preset.speakers([])] == ["lora"]
     with pytest.raises(MethodError, match="did you mean `rslora`"):
-        words.speakers(["rslorra"])
+        preset.speakers(["rslorra"])
 
 
 def test_a_preset_cannot_be_registered_twice() -> None:
     with pytest.raises(TypeError, match="there is a preset lora already"):
-        words.preset("lora", citation="nobody")(lambda: {})
+        preset.preset("lora", citation="nobody")(lambda: {})
 
 
 def test_a_word_is_a_dataclass_with_a_name_of_its_own() -> None:

@@ -14,8 +14,8 @@ from torch import nn
 from lorary.errors import MethodError, PlanError, Problem, nearest
 from lorary.placed import Placed, with_rank
 from lorary.record import Method
-from lorary.sites import site
-from lorary.targets import Found, collapse, head_names, matches, resolve
+from lorary.sites import kind_of, site
+from lorary.targets import Found, blocked, collapse, head_names, matches, resolve
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Plan:
             s = p.site
             key = (re.sub(r"\d+", "#", s.name), s.kind, s.out, s.inp, s.parts, p.r, p.scale)
             rows.setdefault(key, []).append(s.name)
-        table = [("site", "kind", "out x in", "tensors", "s", "trains")]
+        table: list[tuple[str, ...]] = [("site", "kind", "out x in", "tensors", "s", "trains")]
         for names in rows.values():
             p = by_name[names[0]]
             parts = f"[{','.join(part.name for part in p.site.parts)}]" if p.site.parts else ""
@@ -158,14 +158,16 @@ def plan(
     Raises:
         PlanError: every problem at once, with the nearest names and the model's layers where a target names none.
     """
-    problems: list[Problem] = []
-    if any(True for m in model.modules() if type(m).__name__ == "Adapted"):
-        raise PlanError(
-            "this model is adapted already:", [Problem("model", "has adapters attached", "detach them first")]
-        )
+    problems = _not_ready(model)
+    if problems:
+        raise PlanError("this model cannot be planned for:", problems)
     found: list[Found] = []
     if method.delta is not None:
         found, problems = resolve(model, targets, exclude)
+    else:  # targets have a default, so only what was certainly said can be wrong
+        for field, value in (("ranks", ranks), ("alphas", alphas), ("exclude", exclude)):
+            if value:
+                problems.append(Problem(field, "makes sense for adapted layers only, and this method adapts none"))
     placed = _place(found, method, ranks or {}, alphas or {}, problems)
     full = _full_parameters(model, method, placed, problems)
     for p in placed:
@@ -175,7 +177,22 @@ def plan(
     unique = {id(p): p for p in model.parameters()}.values()
     total, size = sum(p.numel() for p in unique), sum(p.numel() * p.element_size() for p in unique)
     notes = [*_rank_notes(placed), *_tie_notes(model, placed), *_head_notes(model, method, full)]
+    if "all-linear" in ([targets] if isinstance(targets, str) else targets):
+        notes += _reach_notes(model, placed, total)
     return Plan(method, tuple(placed), tuple(full), total, size, tuple(notes))
+
+
+def _not_ready(model: nn.Module) -> list[Problem]:
+    """Why nothing can be planned for this model at all."""
+    if any(type(m).__name__ == "Adapted" for m in model.modules()):
+        return [Problem("model", "has adapters attached", "detach them first")]
+    if kind_of(model) is not None:
+        return [Problem("model", f"is a single {type(model).__name__}", "put it into a module: nn.Sequential(layer)")]
+    return [
+        Problem(name, "has no shape before the model has seen its first input", "run the model once")
+        for name, parameter in model.named_parameters()
+        if isinstance(parameter, nn.parameter.UninitializedParameter)
+    ]
 
 
 def _place(
@@ -192,7 +209,7 @@ def _place(
                 near = nearest(str(pattern).rpartition(".")[2], list({n.rpartition(".")[2] for n in names}))
                 hint = f"did you mean {' or '.join(near)}?" if near else ""
                 problems.append(Problem(field, f"`{pattern}` matches no adapted site", hint))
-    if alphas and not hasattr(method.scale, "alpha"):
+    if found and alphas and not hasattr(method.scale, "alpha"):
         problems.append(Problem("alphas", f"{method.scale} has no alpha"))
         alphas = {}
     placed = []
@@ -214,16 +231,19 @@ def _full_parameters(
 ) -> list[FullParameter]:
     """The base parameters that train in full: those of the method's patterns, and a new head where there is one."""
     parameters = dict(model.named_parameters())
+    first = {id(parameter): name for name, parameter in parameters.items()}
+    paths = [(name, first[id(p)]) for name, p in model.named_parameters(remove_duplicate=False)]
     names: set[str] = set()
     for pattern in method.full:
-        hits = {name for name in parameters if matches(pattern, name)}
+        hits = {known for name, known in paths if matches(pattern, name)}  # a tied one under each of its names
         if not hits:
             problems.append(_no_parameter(pattern, list(parameters)))
         names |= hits
-    if _NEW_HEAD.search(type(model).__name__) and method.delta is not None:
+    if _NEW_HEAD.search(type(model).__name__):
         heads = head_names(model)
         names |= {name for name in parameters if any(name.startswith(f"{head}.") for head in heads)}
-    weights = {f"{p.site.name}.weight" for p in placed}
+    sites = {f"{p.site.name}.weight" for p in placed}
+    weights = {known for name, known in paths if name in sites}
     for name in sorted(names & weights):
         what = "is adapted and trains in full as well: the adapter would have nothing of its own to learn"
         problems.append(Problem(name, what, "exclude the site, or narrow `full`"))
@@ -251,20 +271,37 @@ def _rank_notes(placed: list[Placed]) -> list[str]:
 
 
 def _tie_notes(model: nn.Module, placed: list[Placed]) -> list[str]:
-    """Adapted weights that other modules share: the adapter acts on one use, so merging gives that use its own copy."""
-    uses: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        uses.setdefault(id(parameter), []).append(name)
-    shared = {name: names for names in uses.values() if len(names) > 1 for name in names}
+    """Adapted weights that other layers hold too: an adapter acts on one use, so merging gives that use its own copy."""
+    holders: dict[int, list[str]] = {}
+    for path, module in model.named_modules():  # a layer under two paths is one layer, and adapted under both
+        for name, parameter in module.named_parameters(path, recurse=False):
+            holders.setdefault(id(parameter), []).append(name)
     notes = []
     for p in placed:
-        others = [n for n in shared.get(f"{p.site.name}.weight", []) if n != f"{p.site.name}.weight"]
+        own = f"{p.site.name}.weight"
+        others = [n for n in holders[id(model.get_parameter(own))] if n != own]
         if others:
             notes.append(
-                f"{p.site.name} shares its weight with {', '.join(others)}: only {p.site.name} is adapted, "
-                "and merging unties the two"
+                f"{p.site.name} shares its weight with {', '.join(others)}: the adapter acts on {p.site.name} alone, "
+                "and merging gives it a weight of its own"
             )
     return notes
+
+
+def _reach_notes(model: nn.Module, placed: list[Placed], total: int) -> list[str]:
+    """Matrices that no target can name: fused experts, nn.MultiheadAttention and other weights outside of layers."""
+    modules = dict(model.named_modules())
+    beyond = {}
+    for path, module in modules.items():
+        if kind_of(module) is not None and not blocked(modules, path):
+            continue
+        for name, parameter in module.named_parameters(path, recurse=False):
+            if parameter.dim() > 1 and parameter.numel() > total / 100:
+                beyond[name] = parameter.numel()
+    if not beyond:
+        return []
+    names = ", ".join(text for text, _ in collapse(beyond))
+    return [f"no adapter reaches {names} ({sum(beyond.values()) / total:.0%} of the model)"]
 
 
 def _head_notes(model: nn.Module, method: Method, full: list[FullParameter]) -> list[str]:

@@ -145,7 +145,7 @@ class Method:
             if WORDS.get(name) is not type(value) or not fits:
                 problems.append(Problem(axis, f"{value!r} is no word of this axis"))
                 continue
-            for f in dataclasses.fields(value):
+            for f in dataclasses.fields(cast(Any, value)):
                 content = getattr(value, f.name)
                 if "check" in f.metadata and not f.metadata["check"](content):
                     what = f"{name} has {f.name} = {content!r}; it takes {f.metadata['expects']}"
@@ -237,7 +237,8 @@ def _read_axis(axis: str, value: Any, problems: list[Problem]) -> Any:
     if axis in ("delta", "init", "scale", "join", "storage"):
         return None if value is None and axis != "storage" else _read_word(axis, value, problems)
     plain: dict[str, tuple[type, ...]] = {"frozen": (list,), "rules": (list,), "full": (list,), "lr": (dict,)}
-    if not isinstance(value, plain.get(axis, (int, float))):
+    fits = isinstance(value, plain.get(axis, (int, float)))
+    if not fits:
         expected = " or ".join(t.__name__ for t in plain.get(axis, (int, float)))
         problems.append(Problem(axis, f"expected {expected}, found {type(value).__name__}"))
         return getattr(_DEFAULT, axis)

@@ -63,7 +63,7 @@ class Site:
 
     def place(self, B: Tensor) -> Tensor:
         """Stacked part factors [rows of the parts, r] as one factor [out, parts * r], zero off the blocks."""
-        blocks = torch.block_diag(*B.split([part.size * part.count for part in self.parts]))
+        blocks: Tensor = torch.block_diag(*B.split([part.size * part.count for part in self.parts]))
         rows = torch.cat([part.rows(B.device) for part in self.parts])
         return blocks.new_zeros(self.out, blocks.shape[1]).index_copy(0, rows, blocks)
 
@@ -192,7 +192,7 @@ class Embedding:
         return v
 
     def run(self, layer: Any, x: Tensor, M: Tensor, b: Tensor | None) -> Tensor:
-        return F.embedding(x, M.T) * _embed_scale(layer)
+        return cast(Tensor, F.embedding(x, M.T) * _embed_scale(layer))
 
     def add(self, layer: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float) -> Tensor:
         # the padding row gets no gradient from the layer either

@@ -259,7 +259,10 @@ def unmerge(model: nn.Module) -> nn.Module:
         raise StateError("cannot unmerge:", [Problem("model", what, "merge with keep=True")])
     for name, (weight, bias, layer) in state.merged.items():
         layer.base.weight = weight
-        layer.base.bias = bias
+        if bias is not None:
+            layer.base.bias = bias
+        elif getattr(layer.base, "bias", None) is not None:
+            layer.base.bias = cast(Any, None)
         for path in state.paths[name]:
             _set(model, path, layer)
     if state.tied is not None:

@@ -157,5 +157,5 @@ def _is_positive(value: object) -> bool:
 
 
 # What a field of a word may hold, as dataclass metadata: `r: int = field(metadata=COUNT)`. The record checks it.
-COUNT = {"check": _is_count, "expects": "a whole number of at least 1"}
-POSITIVE = {"check": _is_positive, "expects": "a positive finite number"}
+COUNT: dict[str, Any] = {"check": _is_count, "expects": "a whole number of at least 1"}
+POSITIVE: dict[str, Any] = {"check": _is_positive, "expects": "a positive finite number"}
