@@ -45,6 +45,7 @@ types: $(READY)
 	@$(PY) -m mypy
 
 docs: $(READY)
+	@$(PY) docs/generate.py
 	@$(PY) -m sphinx --quiet --fail-on-warning --keep-going -b html docs build/docs && echo "build/docs/index.html"
 
 bench: $(READY)

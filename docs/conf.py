@@ -12,6 +12,7 @@ exclude_patterns = ["_build"]
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 nitpicky = True
+smartquotes = False  # `--set` is two hyphens
 
 html_theme = "furo"
 html_title = f"lorary {version}"

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 _BLOCK = re.compile(
     r"^(?:<!-- not run: (?P<reason>.+?) -->\n\n?)?"
-    r"(?P<fence>`{3,})(?P<language>[\w+-]*)[^\n]*\n(?P<code>.*?)^(?P=fence)$",
+    r"(?P<fence>`{3,})(?P<language>[\w+{}-]*)[^\n]*\n(?P<code>.*?)^(?P=fence)$",
     re.MULTILINE | re.DOTALL,
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -60,6 +61,16 @@ def test_every_public_name_is_documented() -> None:
     page = (DOCS / "reference" / "python.md").read_text(encoding="utf-8")
     missing = [word for word in lorary.__all__ if f"`{word}" not in page and f"lorary.{word}" not in page]
     assert missing == []
+
+
+def test_the_generated_pages_are_what_the_code_says() -> None:
+    spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
+    assert spec
+    assert spec.loader
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    for name, page in generate.PAGES.items():
+        assert (DOCS / name).read_text(encoding="utf-8") == page(), f"docs/{name} is out of date: make docs"
 
 
 @pytest.mark.slow
