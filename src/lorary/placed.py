@@ -54,7 +54,8 @@ class Placed:
         found = []
         zeros = cast(Init, self.method.init).zeros(self.site)
         if zeros and not zeros & self.method.trained:
-            what = f"{braces(zeros)} starts at zero on an {self.site.kind} and is frozen: nothing could be learnt"
+            where = f"{braces(zeros)} starts at zero in a layer of kind {self.site.kind}"
+            what = f"{where} and is frozen: nothing could be learnt"
             found.append(Problem(self.site.name, what, "exclude it, or say another init"))
         return found
 

@@ -271,7 +271,7 @@ def _rank_notes(placed: list[Placed]) -> list[str]:
 
 
 def _tie_notes(model: nn.Module, placed: list[Placed]) -> list[str]:
-    """Adapted weights that other layers hold too: an adapter acts on one use, so merging gives that use its own copy."""
+    """Adapted weights that other layers hold too: an adapter acts on one use, which gets its own copy when merged."""
     holders: dict[int, list[str]] = {}
     for path, module in model.named_modules():  # a layer under two paths is one layer, and adapted under both
         for name, parameter in module.named_parameters(path, recurse=False):

@@ -34,6 +34,7 @@ class Found:
 def matches(pattern: str, name: str) -> bool:
     """Whether a pattern names this path: its whole last components, or a glob over the path or its end."""
     if "*" in pattern or "?" in pattern:
+        pattern = pattern.replace("[", "[[]")  # nothing but * and ? is special
         return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
     return name == pattern or name.endswith(f".{pattern}")
 
@@ -83,9 +84,9 @@ _QV = {"q", "q_proj", "query", "query_proj", "q_lin", "wq", "to_q", "v", "v_proj
 _QV |= {"wv", "to_v"}
 _K = {"k", "k_proj", "key", "key_proj", "k_lin", "wk", "to_k"}
 _OUT = {"o", "o_proj", "out_proj", "out_lin", "to_out", "o_lin"}
-_PLAIN = {"dense", "c_proj", "proj", "0"}  # an output projection only where the path says attention
+_PLAIN = {"dense", "c_proj", "proj", "Wo", "0"}  # an output projection only where the path says attention
 _MLP = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "fc_in", "fc_out", "c_fc", "wi", "wi_0"}
-_MLP |= {"wi_1", "wo", "w1", "w2", "w3", "lin1", "lin2", "dense_h_to_4h", "dense_4h_to_h", "ff_proj", "ff_out"}
+_MLP |= {"wi_1", "wo", "w1", "w2", "w3", "lin1", "lin2", "dense_h_to_4h", "dense_4h_to_h", "ff_proj", "ff_out", "Wi"}
 _ATTENTION_WORD = re.compile(
     r"^(attn|attention|self_attn|self_attention|selfattention|cross_attn|crossattention|"
     r"encoder_attn|encdecattention|mha|to_out|attn\d)$",
@@ -112,7 +113,7 @@ def _is_mlp(name: str, layer: nn.Module) -> bool:
     *path, last = name.split(".")
     if not _is_linear(layer) or _in_attention(path):
         return False
-    return last in _MLP or (last in {"dense", "c_proj", "proj"} and any(p in _MLP_WORDS for p in path))
+    return last in _MLP or (last in {"dense", "c_proj", "proj", "Wo"} and any(p in _MLP_WORDS for p in path))
 
 
 _MLP_WORDS = {"mlp", "ffn", "intermediate", "output", "feed_forward", "ff"}
@@ -165,14 +166,14 @@ def resolve(
     if found and not kept and not problems:
         problems.append(Problem("exclude", "excludes every layer that the targets name"))
     for f in kept:
-        reason = obstacle(f.layer) or _parent_obstacle(modules, f.name)
+        reason = blocked(modules, f.name)
         if reason:
             problems.append(Problem(f.name, reason, "exclude it"))
     return kept, problems
 
 
-def _listed(entries: str | Sequence[str]) -> list[Any]:
-    return [entries] if isinstance(entries, str) else list(entries)
+def _listed(entries: str | Sequence[str] | None) -> list[Any]:
+    return [entries] if isinstance(entries, str) else list(entries or ())
 
 
 def _known() -> str:
@@ -195,7 +196,9 @@ def _entry(
     if not layers and field == "exclude" and hits:
         return [Found(name, m) for name, m in hits.items()]  # whole blocks may be excluded
     if not layers:
-        problems.append(_nothing(model, modules, entry, pattern, field, hits))
+        what, fix = _nothing(modules, entry, pattern, hits)
+        fix = fix if fix.startswith("inside") else f"{fix} {_layers(model, problems)}".strip()
+        problems.append(Problem(field, what, fix))
     if wanted and field == "exclude":
         fix = "target the projections that you want"
         problems.append(Problem(field, f"`{entry}` names projections, and layers are excluded whole", fix))
@@ -235,10 +238,9 @@ def _preset(
     if entry == "embedding":
         chosen = _token_tables(model, chosen)
     if entry == "all-linear":  # what it cannot adapt it was not told to adapt by name
-        chosen = {n: m for n, m in chosen.items() if not obstacle(m) and not _parent_obstacle(modules, n)}
+        chosen = {n: m for n, m in chosen.items() if not blocked(modules, n)}
     if not chosen:
-        layers = f"this model's layers:\n{_indent(tree(model))}"
-        problems.append(Problem(field, f"`{entry}` matches no layer of this model", layers))
+        problems.append(Problem(field, f"`{entry}` matches no layer of this model", _layers(model, problems)))
     found = []
     for name, layer in chosen.items():
         parts: dict[str, Part] = {}
@@ -263,26 +265,32 @@ def _token_tables(model: Any, chosen: dict[str, nn.Module]) -> dict[str, nn.Modu
     return tied or {n: m for n, m in chosen.items() if m is tokens} or chosen
 
 
-def _nothing(
-    model: nn.Module, modules: dict[str, nn.Module], entry: str, pattern: str, field: str, hits: dict[str, nn.Module]
-) -> Problem:
+def _nothing(modules: dict[str, nn.Module], entry: str, pattern: str, hits: dict[str, nn.Module]) -> tuple[str, str]:
+    """What is wrong with an entry that names no layer, and a hint."""
     if hits:
         name, module = next(iter(hits.items()))
         inside = sorted({n.rpartition(".")[2] for n, m in modules.items() if n.startswith(f"{name}.") and kind_of(m)})
-        fix = f"inside it are {', '.join(inside)}" if inside else f"this model's layers:\n{_indent(tree(model))}"
-        return Problem(field, f"`{entry}` is a {type(module).__name__}, not a layer with a weight matrix", fix)
+        what = f"`{entry}` is a {type(module).__name__}, not a layer with a weight matrix"
+        return what, f"inside it are {', '.join(inside)}" if inside else ""
     layers = [n for n, m in modules.items() if kind_of(m) is not None]
     words = list(dict.fromkeys([n.rpartition(".")[2] for n in layers])) + list(PRESET_NAMES)
-    near = nearest(pattern.rpartition(".")[2], words)
-    hint = f"{did_you_mean(pattern.rpartition('.')[2], words)} " if near else ""
-    return Problem(field, f"`{entry}` matches no layer", f"{hint}this model's layers:\n{_indent(tree(model))}")
+    last = pattern.rpartition(".")[2]
+    return f"`{entry}` matches no layer", did_you_mean(last, words) if nearest(last, words) else ""
 
 
-def _indent(text: str) -> str:
-    return "\n".join(f"        {line}" for line in text.splitlines())
+def _layers(model: nn.Module, problems: list[Problem]) -> str:
+    """The model's layers for a hint, unless one of the problems has shown them already."""
+    if any("this model's layers:" in problem.fix for problem in problems):
+        return ""
+    lines = tree(model).splitlines() or ["none that can be adapted"]
+    return "this model's layers:\n" + "\n".join(f"        {line}" for line in lines)
 
 
-def _parent_obstacle(modules: dict[str, nn.Module], name: str) -> str | None:
+def blocked(modules: dict[str, nn.Module], name: str) -> str | None:
+    """Why a layer of a known kind cannot be adapted where it is, or None where it can."""
+    reason = obstacle(modules[name])
+    if reason:
+        return reason
     parent = modules.get(name.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads its weight and never calls it: an adapter there would do nothing"
