@@ -17,7 +17,7 @@ from lorary.formats.folder import existing_folder, subject
 from lorary.formats.peft_config import NAME as PEFT_CONFIG
 from lorary.formats.peft_reader import WEIGHTS, read_peft, weights_name
 from lorary.formats.safetensors_header import name_problem
-from lorary.formats.strict_json import show
+from lorary.formats.strict_json import named, show
 from lorary.formats.tensor_file import DTYPES, write_tensors
 from lorary.formats.values import not_finite
 
@@ -130,15 +130,15 @@ def _low_rank_tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 def _check_values(tensors: dict[str, Tensor], folder: str | os.PathLike[str]) -> None:
     """Refuses to write what would be refused when read."""
-    problems = [Problem(show(name), what) for name in tensors if (what := name_problem(name))]
+    problems = [Problem(named(name), what) for name in tensors if (what := name_problem(name))]
     known = tuple(DTYPES.values())
     accepted = ", ".join(str(d).removeprefix("torch.") for d in known)
     for name, tensor in tensors.items():
         if tensor.dtype not in known:
             what = f"is {str(tensor.dtype).removeprefix('torch.')}; adapters are saved as {accepted}"
-            problems.append(Problem(show(name), what))
+            problems.append(Problem(named(name), what))
         elif tensor.is_meta:
-            problems.append(Problem(show(name), "has no values: its model is on the meta device"))
+            problems.append(Problem(named(name), "has no values: its model is on the meta device"))
     if not problems:
         with torch.no_grad():
             problems = not_finite(tensors)

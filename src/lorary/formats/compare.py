@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from lorary.errors import Problem, nearest
 from lorary.formats.findings import Findings
 from lorary.formats.safetensors_header import Entry
-from lorary.formats.strict_json import show
+from lorary.formats.strict_json import named
 
 
 def compare(
@@ -30,15 +30,15 @@ def compare(
         entry = found.get(name)
         if entry is None:
             near = nearest(name, left_over, most=1)
-            fix = f"the file has {show(near[0])}" if near else ""
-            findings.tolerable.append(Problem(name, "is missing", fix))
+            fix = f"the file has {named(near[0])}" if near else ""
+            findings.tolerable.append(Problem(named(name), "is missing", fix))
         elif entry.shape != shape:
             what = f"has the shape {list(entry.shape)}, expected {list(shape)}"
             fix = "it is transposed" if entry.shape == shape[::-1] else ""
-            findings.fatal.append(Problem(name, what, fix))
+            findings.fatal.append(Problem(named(name), what, fix))
         else:
             usable.append(name)
-    findings.tolerable += [Problem(show(name), explain(name)) for name in left_over]
+    findings.tolerable += [Problem(named(name), explain(name)) for name in left_over]
     return usable
 
 

@@ -7,6 +7,7 @@ process.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -108,8 +109,11 @@ def _contained(folder: Path, name: str) -> Path:
     except FileNotFoundError:
         what = "is a link to nothing" if (folder / name).is_symlink() else "is missing"
         raise FileError("", [Problem(name, what)]) from None
-    except (OSError, RuntimeError) as error:
-        raise FileError("", [Problem(name, f"cannot be followed: {error}")]) from None
+    except RuntimeError:  # how Python < 3.13 reports a loop of links
+        raise FileError("", [Problem(name, "is a link to itself")]) from None
+    except OSError as error:
+        what = "is a link to itself" if error.errno == errno.ELOOP else f"cannot be followed: {error.strerror}"
+        raise FileError("", [Problem(name, what)]) from None
     inside = path.is_relative_to(folder)
     # The Hugging Face cache keeps a snapshot's files as links into the repository's own `blobs` folder.
     if folder.parent.name == "snapshots":

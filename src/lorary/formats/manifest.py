@@ -13,7 +13,7 @@ from typing import Any
 from lorary.errors import FileError, Problem
 from lorary.formats import strict_json
 from lorary.formats.faults import fault_point
-from lorary.formats.strict_json import show
+from lorary.formats.strict_json import named, show
 
 NAME = "MANIFEST.json"
 _FORMAT = 1
@@ -74,7 +74,7 @@ def verify_manifest(folder: str | os.PathLike[str], *, hashes: bool = True) -> d
         raise FileError(headline, [Problem(NAME, what, fix)]) from error
     problems = [p for name, entry in files.items() for p in _compare(folder, name, entry, hashes)]
     present = {e.relative_to(folder).as_posix() for e in folder.rglob("*") if not e.is_dir() or e.is_symlink()}
-    problems += [Problem(show(n), "not in the manifest") for n in sorted(present - set(files) - {NAME})]
+    problems += [Problem(named(n), "not in the manifest") for n in sorted(present - set(files) - {NAME})]
     if problems:
         raise FileError(headline, problems)
     return facts
@@ -109,11 +109,11 @@ def _compare(folder: Path, name: str, entry: dict[str, Any], hashes: bool) -> li
         status = path.lstat()
         inside = path.parent.resolve().is_relative_to(folder.resolve())
         if not stat.S_ISREG(status.st_mode) or not inside:
-            return [Problem(show(name), "not a plain file of this folder")]
+            return [Problem(named(name), "not a plain file of this folder")]
         if status.st_size != entry["size"]:
-            return [Problem(show(name), f"{status.st_size:,} bytes, the manifest says {show(entry['size'])}")]
+            return [Problem(named(name), f"{status.st_size:,} bytes, the manifest says {show(entry['size'])}")]
         if hashes and sha256(path) != entry["sha256"]:
-            return [Problem(show(name), "its contents are not those that were written (SHA-256 differs)")]
+            return [Problem(named(name), "its contents are not those that were written (SHA-256 differs)")]
     except OSError as error:
-        return [Problem(show(name), os.strerror(error.errno).lower() if error.errno else str(error))]
+        return [Problem(named(name), os.strerror(error.errno).lower() if error.errno else str(error))]
     return []

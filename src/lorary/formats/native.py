@@ -30,7 +30,7 @@ from lorary.formats.manifest import sha256
 from lorary.formats.peft_config import NAME as PEFT_CONFIG
 from lorary.formats.peft_reader import NO_OP, WEIGHTS, parsed_json
 from lorary.formats.records import placed_from, read_sites, site_record
-from lorary.formats.strict_json import show
+from lorary.formats.strict_json import named, show
 from lorary.formats.tensor_file import TensorFile
 from lorary.formats.values import absurd, does_nothing, not_finite
 from lorary.placed import Placed
@@ -39,6 +39,7 @@ from lorary.record import Method
 NAME = "lorary.json"
 TENSORS = "adapter.safetensors"
 FORMAT = 1
+_DIGEST = {"size", "sha256"}
 _KEYS = {"format", "lorary", "method", "base", "full", "files", "sites"}
 
 
@@ -118,22 +119,24 @@ def _check_record(record: object, findings: Findings) -> None:
         return
     for key in sorted(_KEYS ^ set(record)):
         what = "is missing" if key in _KEYS else "is no field of the format"
-        (findings.fatal if key in _KEYS else findings.tolerable).append(Problem(f"{NAME}: {show(key)}", what))
+        (findings.fatal if key in _KEYS else findings.tolerable).append(Problem(f"{NAME}: {named(key)}", what))
     if findings.fatal:
         return
     base, files, full = record["base"], record["files"], record["full"]
     names = set(Fingerprint.__dataclass_fields__)
+    listed = ({PEFT_CONFIG, WEIGHTS}, {TENSORS})
+    texts = isinstance(base, dict) and all(isinstance(v, str) for v in base.values())
+    unique = isinstance(full, list) and all(isinstance(n, str) for n in full) and len(set(full)) == len(full)
+    digests = isinstance(files, dict) and all(isinstance(e, dict) and set(e) == _DIGEST for e in files.values())
     checks = {
-        "format": written == FORMAT,
-        "lorary": isinstance(record["lorary"], str),
-        "base": isinstance(base, dict) and set(base) == names and all(isinstance(v, str) for v in base.values()),
-        "full": isinstance(full, list) and all(isinstance(n, str) for n in full) and len(set(full)) == len(full),
-        "files": isinstance(files, dict)
-        and set(files) in ({PEFT_CONFIG, WEIGHTS}, {TENSORS})
-        and all(isinstance(e, dict) and set(e) == {"size", "sha256"} for e in files.values()),
-        "sites": isinstance(record["sites"], list),
+        "format": (type(written) is int and written == FORMAT, f"is {show(written)}; this version reads {FORMAT}"),
+        "lorary": (isinstance(record["lorary"], str), "is no version"),
+        "base": (texts and set(base) == names, f"has to hold the texts {', '.join(sorted(names))}"),
+        "full": (unique, "has to be a list of different names"),
+        "files": (digests and set(files) in listed, f"has to be about {PEFT_CONFIG} and {WEIGHTS}, or {TENSORS}"),
+        "sites": (isinstance(record["sites"], list), "has to be a list"),
     }
-    findings.fatal += [Problem(f"{NAME}: {k}", f"is {show(record[k])}") for k, good in checks.items() if not good]
+    findings.fatal += [Problem(f"{NAME}: {key}", what) for key, (good, what) in checks.items() if not good]
 
 
 def _method(record: Any, findings: Findings) -> Method | None:
@@ -154,8 +157,10 @@ def _check_file(folder: Path, name: str, files: Mapping[str, Any], findings: Fin
 def _check_digest(name: str, size: int, digest: str, files: Mapping[str, Any], findings: Findings) -> None:
     if {"size": size, "sha256": digest} != files[name]:
         changed = "is missing" if size < 0 else "is not the file that was saved (SHA-256 differs)"
-        fix = f"if another program wrote it, remove {NAME}: the folder is then read as PEFT's"
-        findings.fatal.append(Problem(name, changed, fix if name != TENSORS else "restore it, or save again"))
+        fix = "restore it, or save the adapter again"
+        if name != TENSORS and size >= 0:
+            fix += f"; if PEFT wrote it since, remove {NAME} and the folder is read as PEFT's"
+        findings.fatal.append(Problem(name, changed, fix))
 
 
 def _tensors(
@@ -165,12 +170,14 @@ def _tensors(
     findings.settle()
     expected = _expected(placed, as_peft)
     sites = {p.site.name for p in placed}
-    keys = {name: peft_keys.PREFIX + peft_keys.full_name(name, sites) if as_peft else name for name in full}
-    found = file.header.tensors
+    keys = {name: peft_keys.full_name(name, sites) if as_peft else name for name in full}
+    names = {name.removeprefix(peft_keys.PREFIX) if as_peft else name: name for name in file.header.tensors}
+    found = {name: file.header.tensors[written] for name, written in names.items()}
     expected |= {key: found[key].shape if key in found else () for key in keys.values()}
     usable = compare(expected, found, findings, lambda name: "belongs to no site and no parameter of the record")
     findings.settle()
-    values = file.read(usable)
+    raw = file.read(names[name] for name in usable)
+    values = {name: raw[names[name]] for name in usable}
     findings.tolerable += [*not_finite(values), *absurd({n: values[n] for n in usable if n not in keys.values()})]
     findings.notes += mixed_dtypes(found)
     findings.settle()
@@ -182,7 +189,7 @@ def _expected(placed: tuple[Placed, ...], as_peft: bool) -> dict[str, tuple[int,
     if not as_peft:
         return {f"{p.site.name}|{role}": shape for p in placed for role, shape in p.shapes.items()}
     layouts = (peft_keys.shapes(p.site, peft_keys.rank(p)).values() for p in placed)
-    return {peft_keys.PREFIX + name: shape for layout in layouts for name, shape in layout}
+    return {name: shape for layout in layouts for name, shape in layout}
 
 
 def _roles(p: Placed, values: Mapping[str, Tensor], as_peft: bool) -> dict[str, Tensor]:
@@ -190,7 +197,7 @@ def _roles(p: Placed, values: Mapping[str, Tensor], as_peft: bool) -> dict[str, 
         names = {role: f"{p.site.name}|{role}" for role in p.shapes}
         return {role: values[n] if n in values else torch.zeros(p.shapes[role]) for role, n in names.items()}
     layout = peft_keys.shapes(p.site, peft_keys.rank(p)).values()
-    here = {name: values.get(peft_keys.PREFIX + name, torch.zeros(shape)) for name, shape in layout}
+    here = {name: values.get(name, torch.zeros(shape)) for name, shape in layout}
     try:
         return peft_keys.decoded(p, here)
     except FileError as error:

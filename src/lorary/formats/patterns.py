@@ -232,7 +232,7 @@ def _character(code: Any, value: Any) -> Test:
         negated = value[0][0] is op.NEGATE
         tests = [_member(*item) for item in value[negated:]]
         return lambda c: any(test(c) for test in tests) != negated
-    raise ValueError(f"{str(code).lower()} is not supported in a pattern")
+    raise ValueError("references to groups, conditions and atomic groups are not supported in a pattern")
 
 
 def _member(code: Any, value: Any) -> Test:

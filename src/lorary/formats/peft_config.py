@@ -15,8 +15,8 @@ from typing import Any
 from lorary.errors import Problem, did_you_mean
 from lorary.formats.findings import Findings
 from lorary.formats.patterns import Budget, Pattern, Tail
-from lorary.formats.peft_fields import BOOK_KEEPING, UNSUPPORTED, TolerableError, spelled, understood
-from lorary.formats.strict_json import show
+from lorary.formats.peft_fields import BOOK_KEEPING, NULLABLE, UNSUPPORTED, TolerableError, spelled, understood
+from lorary.formats.strict_json import named, show
 
 NAME = "adapter_config.json"
 MOST_RANK = 2**16
@@ -110,7 +110,7 @@ def read_config(data: object, findings: Findings) -> PeftConfig | None:
         return None
     kind = data.get("peft_type")
     if kind != "LORA":
-        what = "has no `peft_type`" if kind is None else f"holds a {show(kind)} adapter"
+        what = "has no `peft_type`" if kind is None else f"is of type {show(kind)}"
         findings.fatal.append(Problem(NAME, what, "lorary reads PEFT's LORA adapters"))
         return None
     words: dict[str, Any] = {}
@@ -128,7 +128,7 @@ def read_config(data: object, findings: Findings) -> PeftConfig | None:
             known = [*fields, *UNSUPPORTED, *BOOK_KEEPING]
             near = did_you_mean(key, known)
             fix = near if near.startswith("did") else "a newer PEFT may have written it; strict=False ignores it"
-            findings.tolerable.append(Problem(f"{NAME}: {show(key)}", "is no field that lorary knows", fix))
+            findings.tolerable.append(Problem(f"{NAME}: {named(key)}", "is no field that lorary knows", fix))
     _check_together(words, findings)
     return PeftConfig(**words)
 
@@ -139,7 +139,7 @@ def _take(
     try:
         if not name:
             read(value)
-        elif value is not None or key == "target_modules":
+        elif value is not None or key not in NULLABLE:
             words[name] = read(value)
     except TolerableError as error:
         findings.tolerable.append(Problem(f"{NAME}: {key}", str(error)))

@@ -32,10 +32,8 @@ def _rank(value: object) -> int:
 
 
 def _alpha(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"is {show(value)}; alpha is a positive number")
-    if value <= 0:
-        raise TolerableError(f"is {show(value)}; alpha is a positive number", float(value))
     if value > 1e6:
         raise ValueError(f"is {show(value)}; an alpha above a million makes an adapter that is all noise")
     return float(value)
@@ -93,12 +91,14 @@ def _patterns(read: Callable[[object], Any], budget: Budget) -> Callable[[object
             raise ValueError(f"is {show(value)}, not an object of patterns and values")
         if len(value) > _MOST_ENTRIES:
             raise ValueError(f"has {len(value):,} entries, more than {_MOST_ENTRIES:,}")
-        pairs = []
+        pairs, wrong = [], []
         for key, entry in value.items():
             try:
                 pairs.append((Tail(key, budget), read(entry)))
             except ValueError as error:
-                raise ValueError(f"{show(key)}: {error}") from None
+                wrong.append(f"{show(key)}: {error}")
+        if wrong:
+            raise ValueError("; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""))
         return tuple(pairs)
 
     return reader
@@ -154,6 +154,17 @@ def understood(budget: Budget) -> dict[str, tuple[str, Callable[[object], Any]]]
         "init_lora_weights": ("", _init),
     }
 
+
+# What may be null: not said. (`target_modules` may be absent, where the tensors alone say it.)
+NULLABLE = {
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "base_model_name_or_path",
+}
 
 # What changes the adapter's function, and is off in a file that can be read.
 UNSUPPORTED = {

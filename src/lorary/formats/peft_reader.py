@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from lorary.adapted import adapted
+from lorary.adapted import adapted, base_parameters
 from lorary.adapter import Adapter
-from lorary.errors import FileError, Problem
+from lorary.errors import FileError, Problem, nearest
 from lorary.fingerprint import Fingerprint, base_name
 from lorary.formats import peft_keys, strict_json
 from lorary.formats.compare import compare, mixed_dtypes
@@ -24,10 +24,10 @@ from lorary.formats.findings import Findings
 from lorary.formats.folder import read_bytes
 from lorary.formats.peft_config import NAME, PeftConfig, read_config
 from lorary.formats.peft_fulls import Fulls, full_tensors
-from lorary.formats.strict_json import show
+from lorary.formats.strict_json import named
 from lorary.formats.tensor_file import TensorFile
 from lorary.formats.values import absurd, does_nothing, not_finite
-from lorary.methods.lora import Add, ByRank, Fixed, Kaiming, LowRank
+from lorary.methods.lora import Add, ByRank, Kaiming, LowRank
 from lorary.methods.rslora import BySqrtRank
 from lorary.placed import Placed
 from lorary.record import Method
@@ -54,8 +54,8 @@ def read_peft(folder: Path, model: nn.Module | None, findings: Findings) -> Adap
     with findings.gathering(NAME):
         config = read_config(parsed_json(folder, NAME), findings)
     with TensorFile(folder, weights_name(folder)) as file:
-        if config is None:
-            raise FileError("")  # the reasons are among the findings
+        if config is None or findings.fatal:  # what would follow from a wrong configuration says nothing
+            raise FileError("")
         return _Reader(config, model, findings, file).adapter()
 
 
@@ -98,7 +98,7 @@ class _Reader:
         for name in file.header.tensors:
             short = name.removeprefix(peft_keys.PREFIX)
             if short in self.names:
-                findings.fatal.append(Problem(show(name), "is there twice, with and without its prefix"))
+                findings.fatal.append(Problem(named(name), "is there twice, with and without its prefix"))
             self.names[short] = name
         self.found = {short: file.header.tensors[name] for short, name in self.names.items()}
 
@@ -111,7 +111,7 @@ class _Reader:
         found = {name: entry for name, entry in self.found.items() if name not in fulls.copies}
         usable = compare(expected, found, self.findings, self._explain)
         if not placed and not self.findings.fatal:
-            self.findings.fatal.append(Problem(WEIGHTS, "holds no factor of any site"))
+            self.findings.fatal.append(self._nothing())
         self.findings.settle()
         values = self._values(usable, fulls)
         tensors = {p.site.name: peft_keys.decoded(p, _filled(p, values)) for p in placed}
@@ -133,8 +133,11 @@ class _Reader:
 
     def _sites_of_model(self) -> Iterator[Site]:
         modules = cast("dict[str, nn.Module]", self.layers)
+        named_in_file = {key.site for name in self.found if (key := peft_keys.parsed(name))}
         for name, layer in modules.items():
             if not name or kind_of(layer) is None or not self.config.targets_module(name):
+                continue
+            if self.config.targets is None and name not in named_in_file:
                 continue
             parent = modules.get(name.rpartition(".")[0])
             if isinstance(parent, nn.MultiheadAttention):
@@ -169,9 +172,7 @@ class _Reader:
             yield _site_of_shapes(name, A, B, embedding, self.config.transposed)
 
     def _method(self, r: int, alpha: float, full: tuple[str, ...] = ()) -> Method:
-        by = BySqrtRank if self.config.rslora else ByRank
-        # PEFT computes with an alpha of zero or below, which lorary's own words refuse
-        scale: Scale = by(alpha) if alpha > 0 else Fixed(alpha / (r**0.5 if self.config.rslora else r))
+        scale: Scale = BySqrtRank(alpha) if self.config.rslora else ByRank(alpha)
         return Method(LowRank(r), Kaiming(), scale, Add(), dropout=self.config.dropout, full=full)
 
     def _values(self, usable: list[str], fulls: Fulls) -> dict[str, Tensor]:
@@ -183,13 +184,25 @@ class _Reader:
         self.findings.settle()
         return values
 
+    def _nothing(self) -> Problem:
+        """Why there is no site at all."""
+        if self.layers is None:
+            return Problem(WEIGHTS, "holds no pair of factors of any module that `target_modules` names")
+        tails = sorted({n.rpartition(".")[2] for n, layer in self.layers.items() if n and kind_of(layer) is not None})
+        asked = self.config.targets if isinstance(self.config.targets, tuple) else ()
+        near = [name for entry in asked[:5] for name in nearest(entry.rpartition(".")[2], tails, most=1)]
+        fix = f"the nearest here are {', '.join(sorted(set(near)))}" if near else f"its layers: {', '.join(tails[:20])}"
+        return Problem(f"{NAME}: target_modules", "names no layer of this model", fix)
+
     def _explain(self, name: str) -> str:
         key = peft_keys.parsed(name)
         if key is None:
-            return _strange(name, self.layers)
+            return _strange(name, None if self.model is None else {n for n, _ in base_parameters(self.model)})
         if self.layers is not None and key.site not in self.layers:
             return "adapts a module that the model does not have"
-        return "adapts a module that `target_modules` does not name, or not one of this kind"
+        if not self.config.targets_module(key.site):
+            return "adapts a module that the configuration does not name"
+        return "is a factor of another kind of layer than is there"
 
 
 def plain_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -229,13 +242,13 @@ _FEATURES = {
 }
 
 
-def _strange(name: str, layers: Mapping[str, Any] | None) -> str:
+def _strange(name: str, base: set[str] | None) -> str:
     for leaf, what in _FEATURES.items():
         if name.endswith((f".{leaf}", f".{leaf}.weight")):
             return what
     if ".lora_A." in name or ".lora_B." in name:
         return "has an adapter's name inside, which PEFT's files never have"
-    path = name.replace(".base_layer.", ".").rpartition(".")[0]
-    if (layers is not None and path in layers) or name.endswith((".weight", ".bias")):
+    plain = name.replace(".base_layer.", ".")
+    if plain in base if base is not None else plain.endswith((".weight", ".bias")):
         return "would overwrite a weight of the base, and `modules_to_save` does not list it"
     return "is no tensor of this adapter"

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from lorary.errors import FileError, Problem
 from lorary.formats import strict_json
 from lorary.formats.folder import read_exactly
-from lorary.formats.strict_json import show
+from lorary.formats.strict_json import named, show
 
 ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 ADAPTER_DTYPES = ("F32", "F16", "BF16")
@@ -111,7 +111,7 @@ def _checked(written: Any, data_size: int, data: int, where: str, dtypes: tuple[
     for name, fields in written.items():
         what = name_problem(name) or _entry_problem(fields, dtypes)
         if what:
-            problems.append(Problem(show(name), what))
+            problems.append(Problem(named(name), what))
         else:
             tensors[name] = Entry(fields["dtype"], tuple(fields["shape"]), *fields["data_offsets"])
     if not problems:  # where an entry is unreadable, so are the distances between entries
@@ -167,7 +167,7 @@ def _span_problems(tensors: dict[str, Entry], data_size: int) -> list[Problem]:
     for name, entry in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != end:
             gap = "overlaps the tensor before it" if entry.start < end else "leaves a hole before it"
-            problems.append(Problem(show(name), f"begins at byte {entry.start:,} and {gap}, which ends at {end:,}"))
+            problems.append(Problem(named(name), f"begins at byte {entry.start:,} and {gap}, which ends at {end:,}"))
         end = max(end, entry.stop)
     if end > data_size:
         problems.append(Problem("", f"the tensors need {end:,} bytes, the file has {data_size:,}: it is cut short"))

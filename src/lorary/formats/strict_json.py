@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import unicodedata
 from typing import Any
+
+_HARMLESS = re.compile(r"[A-Za-z0-9_.|\-]{1,200}")
 
 
 def parse(data: bytes, limit: int) -> Any:
@@ -56,6 +59,15 @@ def show(name: object, most: int = 96) -> str:
     cut = text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters)"
     quoted = repr(cut) if isinstance(name, str) else cut
     return "".join(c if unicodedata.category(c)[0] != "C" else f"\\u{ord(c):04x}" for c in quoted)
+
+
+def named(name: str) -> str:
+    """A tensor's or field's name at the head of a message: bare where it is harmless, else as `show` gives it.
+
+    >>> named("layers.0.q_proj.lora_A.weight"), named("a b")
+    ('layers.0.q_proj.lora_A.weight', "'a b'")
+    """
+    return name if _HARMLESS.fullmatch(name) else show(name)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lorary.errors import Problem
-from lorary.formats.strict_json import show
+from lorary.formats.strict_json import named
 from lorary.placed import Placed
 
 _LARGEST = 1e6  # a trained factor's entries lie below 1e2; where this is passed, a file is damaged or hostile
@@ -22,7 +22,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[Problem]:
         if bad.any():
             count = f"{int(bad.sum()):,} of {tensor.numel():,}"
             what = f"{count} values are NaN or infinite, the first at {bad.nonzero()[0].tolist()}"
-            problems.append(Problem(show(name), what))
+            problems.append(Problem(named(name), what))
     return problems
 
 
@@ -32,8 +32,8 @@ def absurd(tensors: Mapping[str, Tensor]) -> list[Problem]:
     for name, tensor in tensors.items():
         largest = tensor.abs().nan_to_num(0, 0, 0).max().item() if tensor.numel() else 0.0
         if largest > _LARGEST:
-            what = f"its largest value is {largest:.3g}; a trained adapter's stay far below {_LARGEST:g}"
-            problems.append(Problem(show(name), what))
+            what = f"its largest value is {largest:.3g}; a trained adapter's stay far below {_LARGEST:,.0f}"
+            problems.append(Problem(named(name), what))
     return problems
 
 

@@ -1,0 +1,104 @@
+"""A good adapter folder to spoil, and safetensors files built byte by byte."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import lorary
+from lorary.formats import export_peft
+from tests.formats.models import BASES, adapted
+
+PREFIX = "base_model.model.model.layers."
+
+
+def safetensors(header: object, data: bytes = b"", length: int | None = None) -> bytes:
+    """A file of the format, right or wrong.
+
+    Args:
+        header: bytes as they are, a text as UTF-8, all else as JSON.
+        data: what follows the header.
+        length: what the first eight bytes say; the truth if silent.
+    """
+    if isinstance(header, bytes):
+        raw = header
+    else:
+        raw = header.encode() if isinstance(header, str) else json.dumps(header).encode()
+    return (len(raw) if length is None else length).to_bytes(8, "little") + raw + data
+
+
+def entry(shape: Any = (2,), start: Any = 0, stop: Any = 8, dtype: Any = "F32") -> dict[str, Any]:
+    """One tensor's entry in a header."""
+    return {"dtype": dtype, "shape": list(shape) if isinstance(shape, tuple) else shape, "data_offsets": [start, stop]}
+
+
+class Spoiled:
+    """An adapter folder of its own, good until something is done to it.
+
+    Args:
+        folder: where.
+        native: whether lorary's record lies beside PEFT's two files.
+    """
+
+    def __init__(self, folder: Path, native: bool = False) -> None:
+        shutil.copytree(_good(native), folder)
+        self.folder = folder
+        self.weights = folder / "adapter_model.safetensors"
+        self.config = folder / "adapter_config.json"
+        self.record = folder / "lorary.json"
+
+    def say(self, **words: Any) -> None:
+        """Changes fields of the configuration."""
+        self.config.write_text(json.dumps(json.loads(self.config.read_text()) | words))
+
+    def note(self, change: Callable[[dict[str, Any]], Any]) -> None:
+        """Changes lorary's record in place."""
+        record = json.loads(self.record.read_text())
+        change(record)
+        self.record.write_text(json.dumps(record))
+
+    def tensors(self, change: Callable[[dict[str, Tensor]], Any]) -> None:
+        """Changes the tensors in place; names in full."""
+        tensors = load_file(self.weights)
+        change(tensors)
+        save_file(tensors, self.weights)
+
+    def value(self, value: float, name: str = "0.self_attn.q_proj.lora_A.weight") -> None:
+        """Puts one number into one tensor."""
+
+        def change(tensors: dict[str, Tensor]) -> None:
+            tensors[PREFIX + name][1, 2] = value
+
+        self.tensors(change)
+
+    def rename(self, old: str, new: str) -> None:
+        """Renames a tensor; names without `PREFIX`."""
+        self.tensors(lambda tensors: tensors.update({new: tensors.pop(PREFIX + old)}))
+
+    def drop(self, *names: str) -> None:
+        """Removes tensors; names without `PREFIX`."""
+        self.tensors(lambda tensors: [tensors.pop(PREFIX + name) for name in names])
+
+    def add(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> None:
+        """Adds a tensor of ones; the name in full."""
+        self.tensors(lambda tensors: tensors.update({name: torch.ones(shape, dtype=dtype)}))
+
+
+@functools.cache
+def _good(native: bool) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="lorary-tests-")) / "good"
+    model = adapted(BASES[0], targets=["q_proj", "v_proj"])
+    if native:
+        lorary.save(model, folder)
+    else:
+        export_peft(lorary.Adapter.of(model), folder, model=BASES[0].model())
+    return folder
