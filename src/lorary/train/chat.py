@@ -41,15 +41,13 @@ def use_template(tokenizer: Any, name: str | None) -> None:
     if name in TEMPLATES:
         tokenizer.chat_template = TEMPLATES[name]
         return
-    path = Path(name).expanduser()
     try:
-        text = path.read_text(encoding="utf-8")
+        text = Path(name).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        hint = did_you_mean(name, list(TEMPLATES)) if name.startswith("builtin:") else f"or use {', '.join(TEMPLATES)}"
+        known = did_you_mean(name, list(TEMPLATES)) if name.startswith("builtin:") else f"or use {', '.join(TEMPLATES)}"
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise DataError(
-            f"cannot read the chat template {name}: {reason}", [Problem("data.chat_template", "", hint)]
-        ) from None
+        problem = Problem("data.chat_template", f"cannot read `{name}`: {reason}", known)
+        raise DataError("there is no such chat template:", [problem]) from None
     tokenizer.chat_template = text
 
 

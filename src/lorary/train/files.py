@@ -60,7 +60,7 @@ def _json(path: Path, offenders: Offenders) -> Iterator[Record]:
         rows = decode(text)
     except ValueError as error:
         if text.lstrip().startswith("["):
-            return offenders.add(path.name, str(error))
+            raise _unreadable(path, str(error)) from None
         yield from _jsonl(path, offenders)  # JSON lines under the name of JSON are common
         return
     rows = rows if isinstance(rows, list) else [rows]
@@ -97,9 +97,10 @@ def _table(name: str, rows: Any, offenders: Offenders) -> Iterator[Record]:
             twice = sorted({column for column in row if row.count(column) > 1})
             if twice or "" in row:
                 what = f"two columns are named `{twice[0]}`" if twice and twice[0] else "a column has no name"
-                return offenders.add(where, what)
+                raise DataError(f"cannot read {name}:", [Problem(where, what)])
         elif row and len(row) != len(header):
-            offenders.add(where, f"{len(row)} fields, but the header has {len(header)}")
+            fields = f"{len(row)} field{'s' if len(row) > 1 else ''}"
+            offenders.add(where, f"{fields}, but the header has {len(header)}")
         elif row:
             yield Record(dict(zip(header, row, strict=True)), where)
 
@@ -111,7 +112,7 @@ def _parquet(path: Path, offenders: Offenders) -> Iterator[Record]:
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except pyarrow.ArrowException as error:
-        return offenders.add(path.name, f"is no parquet file: {str(error).splitlines()[0]}")
+        raise _unreadable(path, "is no parquet file, or a damaged one") from error
     yield from (Record(row, f"{path.name}: row {i}") for i, row in enumerate(rows, 1))
 
 
@@ -124,11 +125,15 @@ READERS: dict[str, Callable[[Path, Offenders], Iterator[Record]]] = {
 }
 
 
+def _unreadable(path: Path, what: str, fix: str = "") -> DataError:
+    return DataError(f"cannot read {path}:", [Problem(path.name, what, fix)])
+
+
 def _lines(path: Path, offenders: Offenders, keep_ends: bool = False) -> Iterator[tuple[int, str]]:
     """The text lines of a file, counted from 1; a UTF-8 byte order mark is passed over."""
     with path.open("rb") as file:
         if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
-            return offenders.add(path.name, "is UTF-16", "save it as UTF-8")
+            raise _unreadable(path, "is UTF-16", "save it as UTF-8")
         file.seek(0)
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), 1):
             if len(line) > MAX_LINE:
@@ -155,7 +160,7 @@ def decode(text: str) -> Any:
         ValueError: with the reason in the user's words.
     """
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_whole)
     except json.JSONDecodeError as error:
         at = f"line {error.lineno}, column {error.colno}" if "\n" in text.strip() else f"column {error.colno}"
         raise ValueError(f"is no JSON: {error.msg} at {at}") from None
@@ -169,6 +174,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         raise ValueError(f"holds the key `{next(k for k in keys if keys.count(k) > 1)}` twice")
     return values
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > 300:
+        raise ValueError(f"holds a number of {len(digits):,} digits")
+    return int(digits)
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -75,7 +75,13 @@ def lint(tokens: Tokens, tokenizer: Any, vocabulary: int, held_out: Tokens | Non
     ]
     ends, end_notes = _ends(tokens, rows, tokenizer)
     cut = (tokens.truncated + tokens.dropped) / max(len(tokens.lengths), 1)
-    notes = [*_lengths(tokens), *end_notes, *_repeats(rows, others), *_padding(tokenizer)]
+    notes = [
+        *_lengths(tokens),
+        *_missing_starts(tokens, rows, tokenizer),
+        *end_notes,
+        *_repeats(rows, others),
+        *_padding(tokenizer),
+    ]
     return Lint(
         rows=len(rows),
         held_out=len(others),
@@ -107,7 +113,7 @@ def _flat(row: Row) -> Flat:
 
 def _emptiness(tokens: Tokens, rows: list[Flat], labelled: float) -> list[Problem]:
     if not rows:
-        what = f"no row is left: all {tokens.dropped:,} are longer than data.max_length"
+        what = f"no row is left: {tokens.dropped:,} of {len(tokens.lengths):,} are longer than data.max_length"
         return [Problem("", what, "raise data.max_length")]
     # the first token of a row is predicted from nothing, so a label there teaches nothing
     silent = sum(all(label == IGNORED for label in labels[1:]) for _, labels in rows)
@@ -133,7 +139,7 @@ def _vocabulary(rows: list[Flat], vocabulary: int, tokenizer: Any) -> list[Probl
 
 
 def _starts(rows: list[Flat], tokenizer: Any) -> list[Problem]:
-    """More than one BOS; or none, from a tokenizer that puts one."""
+    """More than one BOS."""
     bos = tokenizer.bos_token_id
     if bos is None or bos == tokenizer.eos_token_id:
         return []
@@ -142,6 +148,15 @@ def _starts(rows: list[Flat], tokenizer: Any) -> list[Problem]:
         return []
     what = f"{twice:,} of {len(rows):,} rows hold more than one BOS ({tokenizer.bos_token!r})"
     return [Problem("", what, "the text or the chat template writes one that the tokenizer adds as well")]
+
+
+def _missing_starts(tokens: Tokens, rows: list[Flat], tokenizer: Any) -> list[str]:
+    """Rows without the BOS that the tokenizer would put: chat templates leave it out by mistake."""
+    bos = tokenizer.bos_token_id
+    if bos is None or tokens.split or tokenizer("a")["input_ids"][:1] != [bos]:
+        return []
+    without = sum(ids[:1] != [bos] for ids, _ in rows)
+    return [f"{without:,} of {len(rows):,} rows begin without the BOS that this tokenizer puts"] if without else []
 
 
 def _ends(tokens: Tokens, rows: list[Flat], tokenizer: Any) -> tuple[list[Problem], list[str]]:

@@ -148,7 +148,7 @@ def _text(row: Mapping[str, Any], where: str) -> Text:
 
 
 def _pair(row: Mapping[str, Any], where: str) -> Example:
-    if isinstance(row["prompt"], str) and isinstance(row["completion"], str):
+    if isinstance(row["prompt"], str) or isinstance(row["completion"], str):
         return Pair(_string(row, "prompt", empty=True), _string(row, "completion"), where)
     prompt, completion = messages(row["prompt"], "prompt"), messages(row["completion"], "completion")
     return _chat(prompt + completion, row, where, first=len(prompt))
@@ -183,7 +183,7 @@ _SHAREGPT_ROLES |= {"system": "system", "observation": "tool", "tool": "tool"}
 
 def _sharegpt(row: Mapping[str, Any], where: str) -> Chat:
     said = row["conversations"]
-    if not isinstance(said, list) or not said:
+    if not isinstance(said, list):
         raise ValueError(f"`conversations` must be a list of turns, not {_kind(said)}")
     turns: Messages = [{"role": "system", "content": _string(row, "system")}] if row.get("system") else []
     for i, turn in enumerate(said):
@@ -239,8 +239,10 @@ def messages(value: Any, name: str) -> Messages:
     Raises:
         ValueError: it is none; says which message is wrong, and how.
     """
-    if not isinstance(value, list) or not value:
+    if not isinstance(value, list):
         raise ValueError(f"`{name}` must be a list of messages, not {_kind(value)}")
+    if not value:
+        raise ValueError(f"`{name}` is empty")
     checked = []
     for i, turn in enumerate(value):
         at = f"`{name}[{i}]`"
