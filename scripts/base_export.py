@@ -13,7 +13,7 @@ import torch
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CARD = """---
-license: psf-2.0
+license: apache-2.0
 language: [code]
 pipeline_tag: text-generation
 tags: [llama, lorary]
@@ -30,15 +30,15 @@ on a real model that really gets better when it is adapted. It is no assistant a
 |---|---|---|
 {losses}
 
-- Training: {tokens:,} tokens in {steps:,} steps of {batch} × {context}, AdamW, {minutes:.0f} minutes on {threads}
-  threads of a busy machine ({cpu_minutes:.0f} CPU-minutes).
+- Training: {tokens:,} tokens in {steps:,} steps of {batch} × {context}; Muon for the matrices, AdamW for the
+  rest. It took {minutes:.0f} minutes ({cpu_minutes:.0f} CPU-minutes).
 - Context: {context} tokens. Weights: bf16, trained in fp32; the figures above are of the rounded weights.
 - `<|bos|>` begins a document or a conversation, `<|eos|>` ends a document and what the assistant says. The tokenizer
   adds neither by itself. Two in a hundred training tokens were conversations (a signature, the first line of its
   docstring).
 - Everything that decides the result, the versions and the hash of the corpus: `report.json`.
 
-The standard library is © Python Software Foundation and others, under the PSF licence.
+The text it learnt from, the standard library, is © Python Software Foundation and others, under the PSF licence.
 """
 
 
@@ -90,5 +90,4 @@ def _card(report: dict[str, Any]) -> str:
         context=recipe["context"],
         minutes=report["wall_seconds"] / 60,
         cpu_minutes=report["cpu_seconds"] / 60,
-        threads=report["threads"],
     )

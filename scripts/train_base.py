@@ -10,13 +10,11 @@ cost little; the data order is a function of the seed and the epoch alone, so a 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import math
 import os
 import platform
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +24,13 @@ import torch
 import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
+import base_data
 import base_export
-import base_tokenizer
-from lorary.builtin import corpora
+import muon
+from base_data import batches, documents_of, tokenizer_for
+from base_recipe import Recipe, config, share_of_lr
 
 HERE = Path(__file__).resolve().parent
 SHIPPED = HERE.parent / "src" / "lorary" / "builtin" / "model"
@@ -38,35 +38,14 @@ DOMAINS = {"code": "builtin:python", "c-headers": "builtin:c-headers", "topics":
 console = Console()
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides the result, but for the machine and the versions."""
-
-    vocabulary: int = 2048
-    hidden: int = 192
-    mlp: int = 576
-    layers: int = 6
-    heads: int = 6
-    key_value_heads: int = 3
-    context: int = 256  # tokens
-    batch: int = 8  # windows of `context` tokens per optimizer step
-    steps: int = 2400
-    warmup: int = 100  # optimizer steps
-    lr: float = 3e-3
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    chat_one_in: int = 4  # this share of the docstring pairs is learnt as conversations: 2 % of all tokens
-    seed: int = 0
-
-
 def main() -> None:
     args = _arguments()
     torch.set_num_threads(args.threads)
     recipe = Recipe(**{k: v for k, v in {"steps": args.steps, "seed": args.seed}.items() if v is not None})
     args.work.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer(args.work, recipe)
-    documents, corpus_hash = _documents(tokenizer, recipe)
-    held_out = {domain: _held_out(tokenizer, name, recipe) for domain, name in DOMAINS.items()}
+    tokenizer = tokenizer_for(args.work, recipe)
+    documents, corpus_hash = documents_of(tokenizer, recipe)
+    held_out = {domain: base_data.held_out(tokenizer, name, recipe) for domain, name in DOMAINS.items()}
     per_epoch = sum(map(len, documents))
     console.print(f"{per_epoch:,} training tokens, {recipe.steps * recipe.batch * recipe.context:,} will be seen")
     run = Run(recipe, args.work / "checkpoint.pt", compiled=args.compile)
@@ -102,7 +81,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="of the weights and the data order (default 0)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--export-every", type=int, default=300, help="steps between usable models in --out")
-    parser.add_argument("--compile", action="store_true", help="torch.compile: a quarter faster, wants a C compiler")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile: faster, wants a C compiler")
     return parser.parse_args()
 
 
@@ -112,15 +91,17 @@ class Run:
     def __init__(self, recipe: Recipe, checkpoint: Path, compiled: bool) -> None:
         torch.manual_seed(recipe.seed)
         self.recipe, self.checkpoint = recipe, checkpoint
-        self.model = LlamaForCausalLM(_config(recipe))
+        self.model = LlamaForCausalLM(config(recipe))
         self.forward = torch.compile(self.model) if compiled else self.model
-        matrices = [p for p in self.model.parameters() if p.ndim > 1]
+        embedding = self.model.get_input_embeddings().weight  # tied: the output layer's weight too
+        matrices = [p for p in self.model.parameters() if p.ndim == 2 and p is not embedding]
         vectors = [p for p in self.model.parameters() if p.ndim == 1]
-        groups = [
-            {"params": matrices, "weight_decay": recipe.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), fused=True)
+        small = [{"params": [embedding], "weight_decay": recipe.weight_decay}, {"params": vectors}]
+        self.optimizers = (
+            muon.Muon(matrices, recipe.matrix_lr, recipe.momentum, recipe.weight_decay),
+            torch.optim.AdamW(small, recipe.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+        )
+        self.peaks = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
         self.step, self.seconds, self.cpu_seconds, self.history = 0, 0.0, 0.0, []
         if checkpoint.exists():
             self._restore()
@@ -130,7 +111,8 @@ class Run:
         if state["recipe"] != asdict(self.recipe):
             raise SystemExit(f"{self.checkpoint} is of another recipe: remove it, or choose another --work")
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         for name in ("step", "seconds", "cpu_seconds", "history"):
             setattr(self, name, state[name])
         console.print(f"going on from step {self.step}")
@@ -140,7 +122,7 @@ class Run:
         state = {
             "recipe": asdict(self.recipe),
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
@@ -162,13 +144,16 @@ class Run:
     def update(self, batch: torch.Tensor) -> float:
         """One optimizer step on `batch` [windows, context]; returns its loss in nats per token."""
         wall, cpu = time.perf_counter(), time.process_time()
-        for group in self.optimizer.param_groups:
-            group["lr"] = _lr(self.step, self.recipe)
+        share = share_of_lr(self.step, self.recipe)
+        for optimizer, peaks in zip(self.optimizers, self.peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * share
         loss = self.forward(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip, error_if_nonfinite=True)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         self.step += 1
         self.seconds += time.perf_counter() - wall
         self.cpu_seconds += time.process_time() - cpu
@@ -180,7 +165,7 @@ def _train(run: Run, documents: list[np.ndarray], export: Any, export_every: int
     recent: list[float] = []
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("training", total=run.recipe.steps, completed=run.step)
-        for batch in _batches(documents, run.recipe, start=run.step):
+        for batch in batches(documents, run.recipe, start=run.step):
             recent.append(run.update(batch))
             bar.update(task, completed=run.step)
             if run.step % 50 == 0:
@@ -192,80 +177,6 @@ def _train(run: Run, documents: list[np.ndarray], export: Any, export_every: int
                 run.save()
             if run.step % export_every == 0 and run.step < run.recipe.steps:
                 console.print(export(windows=48)["held_out"])
-
-
-def _batches(documents: list[np.ndarray], recipe: Recipe, start: int) -> Any:
-    """The batches [windows, context] of the steps from `start` on: every epoch a new order of files and windows."""
-    epoch, done = 0, 0
-    while done < recipe.steps:
-        order = np.random.default_rng([recipe.seed, epoch])
-        stream = np.concatenate([documents[i] for i in order.permutation(len(documents))])
-        windows = stream[: len(stream) // recipe.context * recipe.context].reshape(-1, recipe.context)
-        windows = windows[order.permutation(len(windows))]
-        for first in range(0, len(windows) - recipe.batch + 1, recipe.batch):
-            if done == recipe.steps:
-                return
-            if done >= start:
-                yield torch.from_numpy(windows[first : first + recipe.batch].astype(np.int64))
-            done += 1
-        epoch += 1
-
-
-def _lr(step: int, recipe: Recipe) -> float:
-    """Linear warm-up, then a cosine down to zero."""
-    if step < recipe.warmup:
-        return recipe.lr * (step + 1) / recipe.warmup
-    done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
-    return recipe.lr * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def _config(recipe: Recipe) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=recipe.vocabulary,
-        hidden_size=recipe.hidden,
-        intermediate_size=recipe.mlp,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.key_value_heads,
-        max_position_embeddings=recipe.context,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-
-
-def _tokenizer(work: Path, recipe: Recipe) -> PreTrainedTokenizerFast:
-    folder = work / f"tokenizer-{recipe.vocabulary}"
-    if not folder.exists():
-        texts = [record["text"] for record in corpora.load("builtin:python", "train")]
-        base_tokenizer.train(texts, recipe.vocabulary).save_pretrained(folder)
-    return PreTrainedTokenizerFast.from_pretrained(folder)
-
-
-def _documents(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> tuple[list[np.ndarray], str]:
-    """The training files as tokens, with the share of conversations; and the hash of the files' names and texts."""
-    texts = [record["text"] for record in corpora.load("builtin:python", "train")]
-    digest = hashlib.sha256()
-    for path, text in zip(corpora.origins("builtin:python", "train"), texts, strict=True):
-        digest.update(f"{path}\0{text}\0".encode())
-    chats = corpora.load("builtin:docstrings-chat", "train")[:: recipe.chat_one_in]
-    talks = [tokenizer.apply_chat_template(c["messages"], tokenize=False) for c in chats]
-    documents = _framed(tokenizer, texts) + tokenizer(talks, add_special_tokens=False)["input_ids"]
-    return [np.array(ids, dtype=np.uint16) for ids in documents], digest.hexdigest()
-
-
-def _framed(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return [[tokenizer.bos_token_id, *text, tokenizer.eos_token_id] for text in ids]
-
-
-def _held_out(tokenizer: PreTrainedTokenizerFast, name: str, recipe: Recipe) -> tuple[torch.Tensor, float]:
-    """The validation half as windows [n, context], and its tokens per byte."""
-    texts = [record["text"] for record in corpora.load(name, "validation", fallback=True)]
-    stream = torch.tensor([i for ids in _framed(tokenizer, texts) for i in ids])
-    size = sum(len(text.encode()) for text in texts)
-    return stream[: len(stream) // recipe.context * recipe.context].view(-1, recipe.context), len(stream) / size
 
 
 @torch.no_grad()

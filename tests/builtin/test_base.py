@@ -93,7 +93,7 @@ def test_the_loss_bound_can_fail(model, tokenizer, report):
 
 
 def test_greedy_generation_is_finite_and_repeats(model, tokenizer):
-    prompt = tokenizer("def __init__(self, ", return_tensors="pt")
+    prompt = tokenizer("def __init__(self, name", return_tensors="pt")
     with torch.no_grad():
         out = model.generate(
             **prompt, max_new_tokens=24, do_sample=False, output_logits=True, return_dict_in_generate=True
