@@ -42,7 +42,8 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.
     tensors = native.native_tensors(adapter)
     _check_values(tensors, folder)
     as_peft = not peft_writer.obstacles(adapter, model)
-    with atomic_directory(folder, replace=True, keep=True, drop=_OWN) as temporary:
+    needed = sum(t.nbytes for t in tensors.values())
+    with atomic_directory(folder, replace=True, keep=True, drop=_OWN, needed=needed) as temporary:
         if as_peft:
             words = peft_writer.config(adapter, model, *peft_writer.scales(adapter))
             (temporary / PEFT_CONFIG).write_text(peft_writer.config_text(words), encoding="utf-8")
@@ -110,7 +111,8 @@ def export_peft(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.M
     else:
         (sizes, root), tensors = peft_writer.scales(adapter), native.peft_tensors(adapter)
     _check_values(tensors, folder)
-    with atomic_directory(folder, replace=True, keep=True, drop=_OWN) as temporary:
+    needed = sum(t.nbytes for t in tensors.values())
+    with atomic_directory(folder, replace=True, keep=True, drop=_OWN, needed=needed) as temporary:
         words = peft_writer.config(adapter, model, sizes, root)
         (temporary / PEFT_CONFIG).write_text(peft_writer.config_text(words), encoding="utf-8")
         write_tensors(temporary / WEIGHTS, tensors)

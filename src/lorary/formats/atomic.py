@@ -77,7 +77,12 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 @contextmanager
 def atomic_directory(
-    path: str | os.PathLike[str], *, replace: bool = False, keep: bool = False, drop: Collection[str] = ()
+    path: str | os.PathLike[str],
+    *,
+    replace: bool = False,
+    keep: bool = False,
+    drop: Collection[str] = (),
+    needed: int | None = None,
 ) -> Iterator[Path]:
     """Gives an empty folder to fill; at the end of the block it becomes `path`, whole or not at all.
 
@@ -87,6 +92,7 @@ def atomic_directory(
         keep: whether the files of the replaced folder that were not written anew stay in it. Its subfolders
             are refused then, since they could not be carried over in one step.
         drop: names of files that do not stay, even so.
+        needed: how many bytes will be written, where that is known, for the message of a full disk.
 
     Raises:
         FileError: `path` holds something and may not be replaced, the disk is full, or the system refuses.
@@ -124,7 +130,7 @@ def atomic_directory(
     except BaseException as error:
         # The caller's own errors pass as they are, but for a full disk.
         if isinstance(error, OSError) and (not filling or error.errno in _FULL):
-            raise refused(path, error) from error
+            raise refused(path, error, needed) from error
         raise
     finally:
         if lock >= 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -14,7 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorary.errors import FileError, Problem
-from lorary.formats.atomic import refused
 from lorary.formats.folder import open_inside, read_exactly
 from lorary.formats.safetensors_header import Entry, Header, read_header
 
@@ -58,9 +58,9 @@ class TensorFile:
             FileError: they need more memory than the machine has, or the file was cut short meanwhile.
         """
         entries = {name: self.header.tensors[name] for name in names}
-        needed, memory = sum(e.stop - e.start for e in entries.values()), _memory()
-        if needed > memory:
-            what = f"its tensors need {needed:,} bytes, this machine has {memory:,} of memory"
+        needed, most = sum(e.stop - e.start for e in entries.values()), memory()
+        if needed > most:
+            what = f"its tensors need {needed:,} bytes, this machine has {most:,} of memory"
             raise FileError("", [Problem(self.name, what)])
         return {name: self._tensor(entry) for name, entry in sorted(entries.items(), key=lambda i: i[1].start)}
 
@@ -82,30 +82,24 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes a safetensors file; the bytes depend on the tensors and their names alone.
 
     Raises:
-        FileError: the disk is full, or the system refuses.
+        OSError: the disk is full, or the system refuses.
     """
     plain = {name: t.detach().to("cpu").contiguous() for name, t in sorted(tensors.items())}
     shared = {t.untyped_storage().data_ptr() for t in plain.values() if t.numel()}
     if len(shared) < sum(1 for t in plain.values() if t.numel()):  # views of one memory: the format wants copies
         plain = {name: t.clone() for name, t in plain.items()}
-    needed = sum(t.nbytes for t in plain.values())
     try:
         save_file(plain, path, metadata={"format": "pt"})
-    except (OSError, SafetensorError) as error:
-        path.unlink(missing_ok=True)
-        raise refused(path, _as_os_error(error, path, needed), needed) from error
+    except SafetensorError as error:
+        raise _as_os_error(error, path) from error
 
 
-def _as_os_error(error: OSError | SafetensorError, path: Path, needed: int) -> OSError:
-    """The library reports what the system said as text only; the error number is in it."""
-    if isinstance(error, OSError):
-        return error
-    for number in (28, 27, 122, 13, 30, 5):  # no space, too large, quota, permission, read-only, input/output
-        if f"os error {number}" in str(error):
-            return OSError(number, os.strerror(number), str(path))
-    return OSError(0, str(error), str(path))
+def _as_os_error(error: SafetensorError, path: Path) -> OSError:
+    """The library gives what the system said as text only; the error's number is in it."""
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1])), str(path)) if number else OSError(0, str(error))
 
 
-def _memory() -> int:
+def memory() -> int:
     """Bytes of memory of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
