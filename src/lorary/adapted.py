@@ -27,11 +27,15 @@ class Adapted(nn.Module):
         p: role -> parameter. A and B for LoRA; the papers' letters for the others.
         enabled: whether forward adds what was learnt; `lorary.disabled` clears it for a while.
 
-    `weight` and `bias` are those of the base, because foreign code reads them (weight tying, dtype look-ups).
+    `weight` and `bias` are those of the base, because foreign code reads them (weight tying, dtype look-ups), and so
+    are its plain attributes, such as `in_features`, `stride` or `padding_idx`.
     """
 
     def __init__(self, base: nn.Module, placed: Placed, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
+        for name, value in vars(base).items():
+            if not (name.startswith("_") or name == "training" or hasattr(Adapted, name)):
+                vars(self)[name] = value
         self.site = placed.site
         self.method: Method = placed.method
         self.scale = placed.scale

@@ -227,7 +227,8 @@ def _shape_problems(name: str, expected: Mapping[str, tuple[int, ...]], found: M
 
 
 def _install(model: nn.Module, adapter: Adapter, *, trainable: bool) -> None:
-    place(model, adapter.method, adapter.placed, list(adapter.full), tensors=adapter.tensors)
+    full = {name: tuple(value.shape) for name, value in adapter.full.items()}
+    place(model, adapter.method, adapter.placed, full, tensors=adapter.tensors)
     with torch.no_grad():
         for name, value in adapter.full.items():
             base_parameter(model, name).copy_(value)

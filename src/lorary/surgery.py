@@ -31,7 +31,8 @@ class Attached:
         paths: site -> every path of its layer, more than one for a shared layer.
         fingerprint: of the base, taken before anything changed or was sharded.
         merged: once merged, site -> what the merge replaced: weight, bias and the adapted layer.
-        tied: what the model's configuration said of tied embeddings before a merge untied them.
+        tied: the parameters that a merge untied from each other: module, name, and what it held there before.
+        off: how many `disabled` blocks the model is in.
     """
 
     method: Method
@@ -41,7 +42,8 @@ class Attached:
     paths: dict[str, list[str]]
     fingerprint: Fingerprint
     merged: dict[str, tuple[nn.Parameter, nn.Parameter | None, Adapted]] | None = None
-    tied: bool | None = None
+    tied: list[tuple[nn.Module, str, nn.Parameter]] | None = None
+    off: int = 0
 
 
 def attached(model: nn.Module) -> Attached | None:
@@ -53,7 +55,7 @@ def require(model: nn.Module, verb: str) -> Attached:
     """What is attached to a model.
 
     Raises:
-        StateError: nothing is, or it has been merged.
+        StateError: nothing is, it has been merged, or it is disabled for now.
     """
     state = attached(model)
     if state is None:
@@ -62,6 +64,9 @@ def require(model: nn.Module, verb: str) -> Attached:
         )
     if state.merged is not None:
         raise StateError(f"cannot {verb}:", [Problem("model", "the adapter is merged", "unmerge it first")])
+    if state.off and verb != "disable":
+        what, fix = "the adapter is disabled, and the model has the base's values", "leave the `disabled` block first"
+        raise StateError(f"cannot {verb}:", [Problem("model", what, fix)])
     return state
 
 
@@ -81,8 +86,7 @@ def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = 
         StateError: something is attached already.
         PlanError: the plan was made for another model; every mismatch.
     """
-    names = [f.name for f in plan.full]
-    place(model, plan.method, plan.placed, names, dtype=dtype)
+    place(model, plan.method, plan.placed, {f.name: f.shape for f in plan.full}, dtype=dtype)
     for layer in adapted(model).values():
         layer.initialise(seed)
     return model
@@ -92,7 +96,7 @@ def place(
     model: nn.Module,
     method: Method,
     placed: tuple[Placed, ...],
-    full: list[str],
+    full: Mapping[str, tuple[int, ...]],
     *,
     dtype: torch.dtype = torch.float32,
     tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
@@ -102,10 +106,14 @@ def place(
         what = "something is attached already"
         raise StateError("cannot attach:", [Problem("model", what, "detach it first, or use lorary.switch")])
     modules, problems = dict(model.named_modules()), []
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for p in placed:
         problems += mismatch(p.site, modules.get(p.site.name))
-    problems += [Problem(name, "is no parameter of this model") for name in full if name not in parameters]
+    for name, shape in full.items():
+        if name not in parameters:
+            problems.append(Problem(name, "the model has no such parameter"))
+        elif tuple(parameters[name].shape) != tuple(shape):
+            problems.append(Problem(name, f"is {tuple(parameters[name].shape)}, expected {tuple(shape)}"))
     if problems:
         raise PlanError("this does not fit the model:", problems)
     paths = _paths(model, placed)
@@ -131,7 +139,7 @@ def mismatch(expected: Site, layer: nn.Module | None) -> list[Problem]:
     if layer is None:
         return [Problem(expected.name, "the model has no such module")]
     if kind_of(layer) is None:
-        return [Problem(expected.name, f"is a {type(layer).__name__}, expected {expected.kind}")]
+        return [Problem(expected.name, f"is of class {type(layer).__name__}, expected a layer of kind {expected.kind}")]
     found = site(expected.name, layer)
     problems = []
     # a linear layer and GPT-2's transposed one are the same matrix
@@ -142,6 +150,8 @@ def mismatch(expected: Site, layer: nn.Module | None) -> list[Problem]:
             words = {"out": "output features", "inp": "input features", "groups": "groups"}[side]
             what = f"has {getattr(found, side)} {words}, expected {getattr(expected, side)}"
             problems.append(Problem(expected.name, what))
+    if expected.window and found.window and expected.window != found.window:
+        problems.append(Problem(expected.name, f"has a window of {found.window}, expected {expected.window}"))
     return problems
 
 
@@ -173,8 +183,10 @@ def detach(model: nn.Module) -> nn.Module:
     """
     state = require(model, "detach")
     for name, value in state.full.items():
+        parameter = base_parameter(model, name)
+        parameter.grad = None  # it was that of another value
         with torch.no_grad():
-            base_parameter(model, name).copy_(value)
+            parameter.copy_(value)
     for name, layer in adapted(model).items():
         for path in state.paths[name]:
             _set(model, path, layer.base)
@@ -192,26 +204,27 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     before = [layer.enabled for layer in layers]
     tuned = {name: base_parameter(model, name) for name in state.full}
     values = {name: parameter.data for name, parameter in tuned.items()}
+    state.off += 1
     try:
         for layer in layers:
             layer.enabled = False
-        if all(before):  # nested: the old values are in already
-            for name, parameter in tuned.items():
-                parameter.data = state.full[name].to(parameter.device)
+        for name, parameter in tuned.items():
+            parameter.data = state.full[name].to(parameter)
         yield model
     finally:
         for layer, enabled in zip(layers, before, strict=True):
             layer.enabled = enabled
         for name, parameter in tuned.items():
             parameter.data = values[name]
+        state.off -= 1
 
 
 def merge(model: nn.Module, *, keep: bool = False) -> nn.Module:
     """Fold the adapters into plain layers: W' and b' in fp32 or better, rounded once to the weight's own precision.
 
     All or nothing: every merged weight is computed and checked before the first layer changes. Where an adapted
-    weight was shared (tied embeddings), the adapted use gets a weight of its own and the model's configuration says
-    that the two are no longer tied.
+    weight was shared (tied embeddings), every use gets a weight of its own and the model's configuration says that
+    they are no longer tied.
 
     Args:
         model: a model with adapters attached.
@@ -229,7 +242,7 @@ def merge(model: nn.Module, *, keep: bool = False) -> nn.Module:
             problems.append(Problem(name, f"merged, the weight is not finite in {W.dtype}"))
     if problems:
         raise StateError("cannot merge:", problems)
-    shared, state.merged = _shared(model), {}
+    shared, untied, state.merged = _shared(model), False, {}
     for name, layer in layers.items():
         weight, bias = cast(nn.Parameter, layer.base.weight), cast("nn.Parameter | None", layer.bias)
         W, b = _rounded(layer)
@@ -238,10 +251,10 @@ def merge(model: nn.Module, *, keep: bool = False) -> nn.Module:
             layer.base.bias = nn.Parameter(b, requires_grad=False)
         for path in state.paths[name]:
             _set(model, path, layer.base)
-        if id(weight) in shared and state.tied is None:
-            state.tied = _untie(model)
+        untied |= id(weight) in shared
         if keep:
             state.merged[name] = (weight, bias, layer)
+    state.tied = _untie(model) if untied else None
     if not keep:
         object.__delattr__(model, STATE)
     return model
@@ -266,7 +279,9 @@ def unmerge(model: nn.Module) -> nn.Module:
         for path in state.paths[name]:
             _set(model, path, layer)
     if state.tied is not None:
-        _config(model).tie_word_embeddings = state.tied
+        _config(model).tie_word_embeddings = True
+        for module, name, parameter in state.tied:
+            setattr(module, name, parameter)
     state.merged, state.tied = None, None
     return model
 
@@ -291,10 +306,22 @@ def _config(model: nn.Module) -> Any:
     return getattr(model, "config", None)
 
 
-def _untie(model: nn.Module) -> bool | None:
-    """Say in the model's configuration that its embeddings are no longer tied; returns what it said before."""
+def _untie(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]] | None:
+    """Say in the model's configuration that nothing is tied, and make it true: whoever shared now has its own copy.
+
+    A checkpoint of the model is read by what its configuration says; BERT's ties its output bias, too.
+    """
     config = _config(model)
-    before = getattr(config, "tie_word_embeddings", None)
-    if before:
-        config.tie_word_embeddings = False
-    return cast("bool | None", before)
+    if not getattr(config, "tie_word_embeddings", False):
+        return None
+    config.tie_word_embeddings = False
+    seen: set[int] = set()
+    shared: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                shared.append((module, name, parameter))
+            seen.add(id(parameter))
+    for module, name, parameter in shared:
+        setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad))
+    return shared
