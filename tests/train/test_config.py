@@ -173,6 +173,22 @@ def test_overrides_win_in_their_order(tmp_path: Path) -> None:
     assert config.data.train == ("a.jsonl",)
 
 
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("method.exclude=*.1.*", "method.exclude", ("*.1.*",)),
+        ("method.exclude=['*.1.*', lm_head]", "method.exclude", ("*.1.*", "lm_head")),
+        ("data.train=my data: a #1.jsonl", "data.train", ("my data: a #1.jsonl",)),
+        ("output='5'", "output", "5"),
+        ("training.lr=", "training.lr", None),
+        ("method.ranks={}", "method.ranks", {}),
+        ("training.lr = 3e-4", "training.lr", 3e-4),
+    ],
+)
+def test_an_overrides_value_is_meant_as_it_stands(text: str, key: str, value: object) -> None:
+    assert field(from_dict(LEAST, [text]), key) == value
+
+
 def test_a_mistake_in_the_file_can_be_overridden_away(tmp_path: Path) -> None:
     assert read(dump(LEAST) + "method: {r: 0}\n", "method.r=4", folder=tmp_path).method.r == 4
 

@@ -14,7 +14,9 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="The text to continue; read from stdin if left out.")] = None,
     base: Annotated[str | None, typer.Option("--base", help="Base model; else the one the adapter names.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Ask as a user, through the chat template.")] = False,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, max=1_000_000)] = 128,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, max=1_000_000, help="Longest answer.")
+    ] = 128,
     temperature: Annotated[
         float, typer.Option("--temperature", min=0.0, max=10.0, help="0: always the likeliest.")
     ] = 0.0,

@@ -19,7 +19,9 @@ from lorary.train.config import SECTIONS, Config, MethodSection
 from lorary.train.contradictions import contradictions
 from lorary.train.explain import explain
 from lorary.train.names import Canonical, apply_flags, canonical
-from lorary.train.yaml_source import Place, Source, parse, read
+from lorary.train.yaml_source import Place, Source, parse, read, scalar
+
+_YAML = ("[", "{", "'", '"')  # a value that begins otherwise is meant as it stands: *.q_proj is no alias
 
 
 def load(path: str | Path, sets: Sequence[str] = ()) -> Config:
@@ -27,7 +29,8 @@ def load(path: str | Path, sets: Sequence[str] = ()) -> Config:
 
     Args:
         path: the file.
-        sets: `key=value` each; the key is dotted, the value is YAML. Later ones win over earlier ones and the file.
+        sets: `key=value` each; the key is dotted, the value as in YAML, but that a glob needs no quotes. Later ones win
+            over earlier ones and over the file.
 
     Raises:
         ConfigError: every mistake in the file and the overrides, each with file:line:column or `--set key`.
@@ -65,7 +68,7 @@ def overrides(sets: Sequence[str]) -> list[Source]:
             problems.append(Problem(f"--set {text}", "is not key=value", fix))
             continue
         try:
-            tree = parse(value, where).tree
+            tree = parse(value, where).tree if value.lstrip()[:1] in _YAML else scalar(value.strip())
         except ConfigError as error:
             problems += [Problem(where, problem.what, problem.fix) for problem in error.problems]
             continue

@@ -1,0 +1,260 @@
+"""Each command on real input."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import lorary
+from lorary.cli import doctor
+from lorary.cli.methods import PLANNED
+from lorary.train.config_file import load
+from tests.cli.command import Command
+from tests.train.small import PLAIN_CHAT, tokenizer
+
+
+def base(folder: Path) -> LlamaForCausalLM:
+    """A Llama of 300 tokens in bf16, with its tokenizer, saved as Transformers saves it."""
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    model.save_pretrained(folder)
+    tokenizer(template=PLAIN_CHAT).save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+
+
+def adapter(model: LlamaForCausalLM, folder: Path) -> LlamaForCausalLM:
+    """A LoRA of random tensors on `model`, saved."""
+    lorary.attach(model, lorary.plan(model, lorary.method("lora", r=4, alpha=8)))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    lorary.save(model, folder)
+    return model
+
+
+# --- init -------------------------------------------------------------------------------------------------------
+
+
+def test_init_writes_a_configuration_that_plan_reads(command: Command) -> None:
+    ran = command("init")
+    assert (ran.code, ran.out) == (0, "")
+    assert ran.err == "wrote train.yaml; try it with: lorary train train.yaml --dry-run\n"
+    assert load("train.yaml").model.id == "builtin:base"
+    assert command("init", "-").out == Path("train.yaml").read_text()
+
+
+def test_init_leaves_a_file_that_is_there(command: Command) -> None:
+    Path("mine.yaml").write_text("model: mine\n")
+    ran = command("init", "mine.yaml")
+    assert ran == (
+        4,
+        "",
+        "error: nothing was written:\n  - mine.yaml: is there already, and was left as it is\n"
+        "      hint: give --force, or another name\n",
+    )
+    assert Path("mine.yaml").read_text() == "model: mine\n"
+    assert command("init", "mine.yaml", "--force").code == 0
+    assert load("mine.yaml").model.id == "builtin:base"
+
+
+def test_init_prints_the_schema(command: Command) -> None:
+    schema = json.loads(command("init", "--schema").out)
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    assert not list(Path().iterdir())
+
+
+# --- methods ----------------------------------------------------------------------------------------------------
+
+
+def test_methods_shows_what_is_there_and_what_is_to_come(command: Command) -> None:
+    rows = json.loads(command("methods", "--json").out)
+    assert [row["name"] for row in rows if row["available"]] == list(lorary.presets())
+    assert {row["name"] for row in rows if not row["available"]} == set(PLANNED) - set(lorary.presets())
+    assert next(row for row in rows if row["name"] == "lora+")["options"] == {"ratio": 16.0}
+    text = command("methods").out
+    assert "lora+\n    lr_B = ratio * lr_A\n    Hayou et al. 2024, arXiv:2402.12354\n    options: ratio=16.0\n" in text
+    assert "dora (planned)\n" in text or "dora" in lorary.presets()
+
+
+# --- plan -------------------------------------------------------------------------------------------------------
+
+
+def test_plan_reads_no_weights(command: Command) -> None:
+    base(Path("model"))
+    Path("model/model.safetensors").unlink()
+    ran = command(
+        "plan", "model", "--method", "lora,rslora", "--r", "4", "--targets", "q_proj,v_proj", "--exclude", "*.1.*"
+    )
+    assert (ran.code, ran.err) == (0, "")
+    assert "BySqrtRank" in ran.out
+    assert "trains    448 of" in ran.out  # layer 0: q 4 (32 + 32), v 4 (16 + 32)
+
+
+def test_plan_takes_a_configuration_and_overrides(command: Command) -> None:
+    base(Path("model"))
+    Path("run.yaml").write_text("model: model\ndata: builtin:docstrings\nlora_r: 2\nmethod: {targets: q_proj}\n")
+    assert "trains    256 of" in command("plan", "run.yaml").out
+    ran = command("plan", "run.yaml", "--set", "method.r=4", "--alpha", "8")
+    assert "trains    512 of" in ran.out
+    assert ran.err == "note: `lora_r` is read as `method.r`\n"
+
+
+def test_plan_lists_every_mistake(command: Command) -> None:
+    ran = command("plan", "builtin:base", "--r", "0", "--method", "lorra", "--set", "training.lr=9")
+    assert ran == (
+        2,
+        "",
+        "error: the configuration does not describe a run:\n"
+        "  - --set method.r: `r` must be at least 1, not 0\n"
+        "  - --set training.lr: `lr` must be at most 1, not 9\n",
+    )
+    assert "`lorra` is no method that lorary knows" in command("plan", "builtin:base", "--method", "lorra").err
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        ({}, "model: there is no config.json in it"),
+        ({"adapter_config.json": "{}"}, "model: it is an adapter, not a model"),
+        ({"config.json": "{"}, "config.json: is no JSON"),
+        (
+            {
+                "config.json": '{"model_type": "llama", "auto_map": {"AutoModel": "evil.Model"}}',
+                "evil.py": "raise SystemExit",
+            },
+            "config.json: `auto_map`: the model would run Python code of its own\n"
+            "      hint: read that code, then set model.trust_remote_code: true",
+        ),
+        (
+            {"config.json": '{"model_type": "llama"}', "pytorch_model.bin": "x"},
+            "pytorch_model.bin: weights as a pickle, which can run code when it is opened\n"
+            "      hint: convert it to safetensors where you trust it",
+        ),
+    ],
+)
+def test_a_folder_that_is_no_model_or_would_run_code_is_refused(
+    command: Command, make: dict[str, str], said: str
+) -> None:
+    Path("model").mkdir()
+    for name, content in make.items():
+        Path("model", name).write_text(content)
+    ran = command("plan", "model")
+    assert (ran.code, ran.out) == (4, "")
+    assert ran.err.startswith("error: cannot load the model model:\n  - " + said)
+
+
+def test_a_model_that_is_nowhere_is_said_to_be_so(command: Command) -> None:
+    Path("modle").mkdir()
+    said = "  - ./model: there is no such folder\n      hint: did you mean `modle`?\n"
+    assert command("plan", "./model").err == f"error: cannot load the model ./model:\n{said}"
+    ran = command("plan", "no-one/no-model")
+    assert ran.code == 4
+    assert "no folder has that name either; the Hub needs a network" in ran.err
+    assert "did you mean `builtin:base`?" in command("plan", "builtin:bse").err
+
+
+# --- merge and generate -----------------------------------------------------------------------------------------
+
+
+def test_merge_writes_the_model_that_the_adapter_made(command: Command) -> None:
+    model = adapter(base(Path("model")), Path("run/adapter"))
+    ids = torch.randint(300, (1, 20))
+    with torch.no_grad():
+        live = model(input_ids=ids).logits
+    ran = command("merge", "run", "merged", "--base", "model", "--dtype", "float32")
+    assert (ran.code, ran.out) == (0, "merged\n")
+    assert "logits differ by at most" in ran.err
+    merged = AutoModelForCausalLM.from_pretrained("merged", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.allclose(merged(input_ids=ids).logits, live.float(), atol=0.05)
+    assert json.loads(Path("merged/config.json").read_text())["dtype"] == "float32"
+    assert Path("merged/tokenizer.json").is_file()
+
+
+def test_merge_keeps_the_dtype_on_disk_and_refuses_a_folder_in_use(command: Command) -> None:
+    adapter(base(Path("model")), Path("run"))
+    assert command("merge", "run", "merged", "--base", "model").code == 0
+    assert json.loads(Path("merged/config.json").read_text())["dtype"] == "bfloat16"
+    before = sorted(Path().rglob("*"))
+    ran = command("merge", "run", "merged", "--base", "model")
+    assert ran.code == 4
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_merge_names_what_is_missing(command: Command) -> None:
+    adapter(base(Path("model")), Path("away/run"))
+    Path("empty").mkdir()
+    assert (
+        command("merge", "empty", "merged").err == "error: cannot merge empty:\n  - empty: there is no adapter in it\n"
+    )
+    Path("model").rename("moved")
+    assert command("merge", "away/run", "merged").err == (
+        "error: cannot find the base of away/run:\n"
+        "  - it was trained on `model`, which is no Hub id\n      hint: give --base MODEL\n"
+    )
+    assert not Path("merged").exists()
+
+
+def test_generate_continues_with_the_base_and_with_the_adapter(command: Command) -> None:
+    adapter(base(Path("model")), Path("run"))
+    plain = command("generate", "model", "hello", "--max-new-tokens", "8")
+    adapted = command("generate", "run", "hello", "--base", "model", "--max-new-tokens", "8")
+    assert (plain.code, adapted.code) == (0, 0)
+    assert plain.out.strip() != adapted.out.strip()
+    merged = AutoModelForCausalLM.from_pretrained("model", dtype=torch.float32)
+    ids = torch.tensor([tokenizer()("hello")["input_ids"]])
+    expected = merged.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+    assert plain.out == tokenizer().decode(expected[0, ids.shape[1] :], skip_special_tokens=True) + "\n"
+
+
+def test_generate_reads_stdin_and_draws_by_its_seed(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    base(Path("model"))
+
+    def draw(seed: int) -> str:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("hello"))
+        return command(
+            "generate", "model", "--temperature", "2", "--seed", str(seed), "--max-new-tokens", "8", "--chat"
+        ).out
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+# --- doctor -----------------------------------------------------------------------------------------------------
+
+
+def test_doctor_reports_this_machine(command: Command) -> None:
+    ran = command("doctor", "--json")
+    findings = {finding["what"]: finding for finding in json.loads(ran.out)}
+    assert findings["torch"] == {"level": "ok", "what": "torch", "detail": torch.__version__}
+    assert {"python", "threads", "disk here", "write here"} <= set(findings)
+    text = command("doctor").out.splitlines()
+    assert all(line.split()[0] in ("ok", "warn", "fail") for line in text)
+
+
+def test_doctor_fails_on_versions_that_do_not_fit(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = doctor.metadata.version
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: "4.30.0" if name == "transformers" else real(name))
+    ran = command("doctor")
+    assert ran.code == 1
+    assert "fail  lorary       needs transformers>=5" in ran.out
+    assert "checks failed" in ran.err
+
+
+def test_doctor_fails_where_nothing_can_be_written(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(**_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(doctor.tempfile, "TemporaryFile", refuses)
+    ran = command("doctor")
+    assert ran.code == 1
+    assert "Permission denied" in ran.out

@@ -1,0 +1,178 @@
+"""The program as a whole: start, help, mistakes, exit codes, streams."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from lorary import __version__
+from lorary.cli import COMMANDS, app, printable
+from lorary.errors import ConfigError, DataError, FileError, LoraryError, Problem
+from tests.cli.command import Command
+
+
+def program(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "lorary", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        timeout=120,
+        check=False,
+    )
+
+
+# Every option of every command: a new one is a promise, so it is made here on purpose.
+OPTIONS = {
+    "": ["--debug", "--install-completion", "--show-completion", "--version"],
+    "demo": ["--out", "--steps"],
+    "doctor": ["--json"],
+    "generate": ["--base", "--chat", "--max-new-tokens", "--seed", "--temperature", "--top-p"],
+    "init": ["--force", "--schema"],
+    "merge": ["--base", "--dtype", "--force"],
+    "methods": ["--json"],
+    "train": ["--dry-run", "--overwrite", "--quiet", "--resume", "--set", "-q"],
+    "plan": ["--alpha", "--exclude", "--method", "--r", "--set", "--targets", "-m", "-t"],
+}
+
+
+def test_every_option_is_known() -> None:
+    group = typer.main.get_command(app())
+    commands = {"": group} | group.commands  # type: ignore[attr-defined]
+    found = {
+        name: sorted(option for p in command.params for option in p.opts if option.startswith("-"))
+        for name, command in commands.items()
+    }
+    assert sorted(found) == sorted(["", *COMMANDS])
+    for name, options in found.items():
+        assert options == OPTIONS[name], name
+
+
+def test_every_option_and_command_is_explained() -> None:
+    group = typer.main.get_command(app())
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        assert command.help, name
+        for parameter in command.params:
+            assert getattr(parameter, "help", None), (name, parameter.name)
+
+
+def test_help_is_there_in_half_a_second_and_without_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['lorary', '--help']\n"
+        "from lorary.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'trl', 'datasets', 'numpy', 'matplotlib'} & set(sys.modules)))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[-1] == "[]"
+    for name in COMMANDS:
+        assert f"\n  {name} " in ran.stdout
+    seconds = []
+    for _ in range(5):
+        start = os.times()
+        assert program("--help").returncode == 0
+        end = os.times()
+        seconds.append(end.children_user + end.children_system - start.children_user - start.children_system)
+    assert min(seconds) < 0.5, seconds  # processor time: the clock of a busy machine says nothing about the program
+
+
+def test_version() -> None:
+    assert program("--version").stdout == f"lorary {__version__}\n"
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_help_fits_the_terminal(command: Command, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    for name in ("methods", "--help", "plan"):
+        shown = command(name, *(["--help"] if name == "plan" else []))
+        assert shown.code == 0
+        assert max(map(len, shown.out.splitlines())) <= max(width, 80 if name != "methods" else width)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["methds"], "Did you mean 'methods'?"),
+        (["methods", "--jsn"], "--json"),
+        (["plan"], "Missing argument"),
+        (["generate", "builtin:base", "x", "--seed", "many"], "Invalid value for '--seed'"),
+        (["generate", "builtin:base", "x", "--temperature", "-1"], "Invalid value for '--temperature'"),
+    ],
+)
+def test_a_mistyped_command_line_is_answered_with_what_is_near(
+    command: Command, arguments: list[str], said: str
+) -> None:
+    ran = command(*arguments)
+    assert (ran.code, ran.out) == (2, "")
+    assert said in ran.err
+    assert "Traceback" not in ran.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("no", [Problem("here", "wrong", "right it")]), 2),
+        (DataError("no", [Problem("here", "wrong", "right it")]), 3),
+        (FileError("no", [Problem("here", "wrong", "right it")]), 4),
+        (LoraryError("no", [Problem("here", "wrong", "right it")]), 1),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_errors_have_a_message_and_an_exit_code_but_no_traceback(
+    command: Command, monkeypatch: pytest.MonkeyPatch, error: LoraryError, code: int
+) -> None:
+    def fails() -> None:
+        raise error
+
+    monkeypatch.setattr("lorary.cli.methods.table", fails)
+    assert command("methods") == (code, "", "error: no\n  - here: wrong\n      hint: right it\n")
+    shown = command("methods", "--debug")
+    assert shown.code == code
+    assert "Traceback (most recent call last)" in shown.err
+    assert shown.err.endswith("error: no\n  - here: wrong\n      hint: right it\n")
+
+
+def test_the_systems_errors_are_one_line(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise OSError(28, "No space left on device", "/run/x")
+
+    monkeypatch.setattr("lorary.cli.methods.table", fails)
+    assert command("methods") == (1, "", "error: No space left on device: /run/x\n")
+
+
+def test_an_interrupt_exits_with_130(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stops() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lorary.cli.methods.table", stops)
+    ran = command("methods")
+    assert ran.code == 130
+    assert "Traceback" not in ran.err
+
+
+def test_a_files_own_words_do_not_steer_the_terminal() -> None:
+    assert printable("a\x1b[31mb\u202ec\nd\te") == "a\\x1b[31mb\\x202ec\nd\te"
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    script = f"{sys.executable} -m lorary methods --json | head -c 1"
+    ran = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert ran.stdout == "["
+    assert "Traceback" not in ran.stderr
+
+
+def test_nothing_is_coloured_in_a_pipe() -> None:
+    for environment in ({}, {"NO_COLOR": "1"}):
+        ran = program("pln", **environment)
+        assert "\x1b" not in ran.stdout + ran.stderr
+
+
+def test_every_command_is_there() -> None:
+    folder = Path(sys.modules["lorary.cli"].__file__ or "").parent
+    assert {name for name in COMMANDS if (folder / f"{name}.py").is_file()} == set(COMMANDS)
