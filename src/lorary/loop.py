@@ -25,7 +25,8 @@ def groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[
         Groups as torch.optim takes them, each with a `name` that says what is in it.
 
     Raises:
-        StateError: nothing is attached, or some parameter that requires a gradient is neither an adapter's nor planned.
+        StateError: nothing is attached, nothing of it trains, or some parameter that requires a gradient is neither
+            an adapter's nor planned.
         ConfigError: the rate or the decay is out of range.
     """
     state = require(model, "train")
@@ -46,8 +47,9 @@ def groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[
         for role, parameter in layer.p.items():
             if parameter.requires_grad:
                 put(role, parameter, layer.method.rate(role))
-    for name in state.full:
-        put("full", base_parameter(model, name), 1.0)
+    for parameter in {id(p): p for p in (base_parameter(model, name) for name in state.full)}.values():
+        if parameter.requires_grad:
+            put("full", parameter, 1.0)
     _check_cover(model, [p for row in rows.values() for p in row["params"]])
     for (rate, decay), row in rows.items():
         row["name"] = " ".join(row.pop("roles")) + (f" x{rate:g}" if rate != 1 else "") + (" decayed" if decay else "")
@@ -57,11 +59,14 @@ def groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[
 def _check_cover(model: nn.Module, grouped: list[nn.Parameter]) -> None:
     """Every parameter that trains is in exactly one group."""
     ids = {id(p) for p in grouped}
+    what, fix = "requires a gradient, but no plan trains it", "freeze it, or say it in `full`"
     stray = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in ids]
-    if stray or len(ids) != len(grouped):
-        what, fix = "requires a gradient, but no plan trains it", "freeze it, or say it in `full`"
+    if stray:
         problems = [Problem(name, what, fix) for name in stray]
         raise StateError("the groups would not cover what trains exactly:", problems)
+    if not grouped:
+        what, fix = "no parameter requires a gradient", "load the adapter with trainable=True"
+        raise StateError("there is nothing to train:", [Problem("model", what, fix)])
 
 
 @dataclass
@@ -120,7 +125,7 @@ class Tuning:
         self.step = int(flat["step"])
         for i, state in enumerate(self.states):
             for name in state:
-                state[name] = flat[f"{i}.{name}"].to(state[name].device)
+                state[name] = flat[f"{i}.{name}"].to(state[name].device, copy=True)
 
 
 def tuning(model: nn.Module, steps: int) -> Tuning:
