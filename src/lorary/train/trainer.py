@@ -33,6 +33,7 @@ import lorary
 from lorary.errors import Problem, TrainingError
 from lorary.surgery import require
 from lorary.train import checkpoint, rng, saving
+from lorary.train.distributed import check_strategy, fsdp_on_cpus, resharded
 from lorary.train.guard import Guard
 from lorary.train.loss import LabelledHead
 from lorary.train.order import Position, Shuffled, rows_of
@@ -85,11 +86,17 @@ class AdapterTraining(_Loop):  # type: ignore[misc]  # Transformers has no types
         self.optimizer: Any
         before = model.__dict__.get("forward")
         super().__init__(model=model, args=args, callbacks=[_Events(self), *(callbacks or [])], **rest)
-        _check_strategy(self.accelerator)
+        check_strategy(self.accelerator.state)
         del model.__dict__["forward"]  # TRL's own head
         if before is not None:
             model.__dict__["forward"] = before
         self.head = LabelledHead(model, self.statistics).install()
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Transformers' own, and FSDP2 on CPUs, where accelerate would give DDP without a word."""
+        super().create_accelerator_and_postprocess()
+        if fsdp_on_cpus(self.accelerator.state, self.args.fsdp_plugin_args):
+            self.is_fsdp_enabled = True
 
     def _send_telemetry(self) -> None:
         """TRL reports every run to its makers from here. lorary does not."""
@@ -147,7 +154,7 @@ class AdapterTraining(_Loop):  # type: ignore[misc]  # Transformers has no types
     def plain_model(self) -> nn.Module:
         """The model itself, without what DDP or `torch.compile` put around it."""
         model: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        return model
+        return resharded(model) if self.is_fsdp_enabled else model
 
     # --- the data ---------------------------------------------------------------------------------------------
 
@@ -314,15 +321,3 @@ def _check_arguments(args: Any) -> None:
         found.append(Problem("sync_ref_model", "the reference is the frozen base itself", "leave it out"))
     if found:
         raise TrainingError("these settings cannot be combined with an adapter:", found)
-
-
-def _check_strategy(accelerator: Any) -> None:
-    found = []
-    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
-    if fsdp is not None and fsdp.fsdp_version != 2:
-        fix = "set fsdp_version: 2"
-        found.append(Problem("fsdp", "version 1 flattens adapter and base into one parameter", fix))
-    if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
-        found.append(Problem("deepspeed", "its shards cannot be put into lorary's checkpoints", "use FSDP2"))
-    if found:
-        raise TrainingError("this way of distributing cannot train an adapter:", found)

@@ -1,0 +1,78 @@
+"""lorary train: a run from a configuration."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from lorary.train.config import Config
+    from lorary.train.preparation import Prepared
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="Configuration (YAML); `lorary init` writes one to start from.")],
+    sets: Annotated[list[str] | None, typer.Option("--set", help="key=value over the file; may be repeated.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the run in the output folder first.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would happen; write nothing.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; warnings and errors only.")] = False,
+) -> None:
+    """Train an adapter.
+
+    lorary train my.yaml --set training.lr=1e-4. SIGINT or SIGTERM finish the step and save a checkpoint.
+    """
+    from lorary.train.config_file import load
+
+    described = load(config, sets or [])
+    _speak(quiet)
+    if dry_run:
+        _dry_run(described)
+        return
+    from lorary.train.runner import run
+
+    done = run(described, resume=resume, overwrite=overwrite, quiet=quiet)
+    if done.interrupted:
+        raise typer.Exit(128 + done.interrupted)
+    print(done.adapter)
+
+
+def _speak(quiet: bool) -> None:
+    """lorary's own messages go to stderr, without the time."""
+    import logging
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setLevel(logging.WARNING if quiet else logging.INFO)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("lorary")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def _dry_run(config: Config) -> None:
+    import os
+
+    from lorary.train.preparation import prepare
+
+    prepared = prepare(config, processes=int(os.environ.get("WORLD_SIZE", "1")))
+    _show(prepared)
+
+
+def _show(prepared: Prepared) -> None:
+    from rich.console import Console
+
+    from lorary.train.lint import rich_text, text
+
+    print(prepared.config.to_yaml())
+    print(prepared.plan)
+    print()
+    print(prepared.memory)
+    print(f"\nsteps     {prepared.steps:,}")
+    if sys.stdout.isatty():
+        Console(highlight=False, soft_wrap=True).print(rich_text(prepared.lint))
+    else:
+        print(text(prepared.lint))

@@ -1,0 +1,210 @@
+"""A run's folder: everything that one needs to know about a run, in one place, written by one process at a time.
+
+config.resolved.yaml   the configuration with every default filled in
+env.json               versions and machine
+sample.txt             the first row as the model sees it, what is learnt marked
+metrics.jsonl          one line for each logged step and evaluation
+events.log             what happened, with the time
+plots/loss.svg         the loss over the steps
+checkpoints/           to resume from
+adapter/               the result
+README.md              its model card
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import yaml
+
+from lorary.errors import ConfigError, Problem, StateError
+from lorary.formats.atomic import atomic_file, remove_stale
+from lorary.train.config import Config
+
+CONFIG, ENVIRONMENT, SAMPLE = "config.resolved.yaml", "env.json", "sample.txt"
+METRICS, EVENTS, PLOTS = "metrics.jsonl", "events.log", "plots"
+CHECKPOINTS, ADAPTER, CARD, LOCK = "checkpoints", "adapter", "README.md", ".lock"
+TRACKERS = ("runs", "wandb", "trackio")  # what loggers may leave here
+OWN = (CONFIG, ENVIRONMENT, SAMPLE, METRICS, EVENTS, PLOTS, CHECKPOINTS, ADAPTER, CARD, LOCK, *TRACKERS)
+
+# What may differ between a run and its resumption without changing a number.
+_FREE = {"output", "training.save_total_limit", "training.report_to", "training.eval_batch_size"}
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        path: where it is, or will be.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).expanduser()
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @contextmanager
+    def opened(self, config: Config, *, resume: bool, overwrite: bool) -> Iterator[None]:
+        """Inside, this process alone writes here; the folder is empty, or holds the run that is resumed.
+
+        Raises:
+            ConfigError: the folder holds something, and neither resuming nor overwriting was asked for; or what it
+                holds is not a run, or another one.
+            StateError: another process is at work in it.
+        """
+        if resume and overwrite:
+            problem = Problem("", "`resume` keeps what is there, `overwrite` removes it", "choose one")
+            raise ConfigError("these contradict each other:", [problem])
+        self._check(config, resume=resume, overwrite=overwrite)
+        self.path.mkdir(parents=True, exist_ok=True)
+        with _lock(self / LOCK):
+            self._check(config, resume=resume, overwrite=overwrite)  # a run may have ended here just now
+            if overwrite:
+                self._clear()
+            for folder in (self.path, self / CHECKPOINTS):
+                if folder.is_dir():
+                    remove_stale(folder)
+            yield
+
+    def _check(self, config: Config, *, resume: bool, overwrite: bool) -> None:
+        name = f"cannot train into {str(self.path)!r}:"
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(name, [Problem("output", "is a file", "name a folder")])
+        there = sorted(p.name for p in self.path.iterdir() if p.name != LOCK) if self.path.is_dir() else []
+        foreign = [n for n in there if n not in OWN and not n.startswith(".lorary-")]
+        if not there:
+            return
+        if foreign and (overwrite or resume):
+            what = f"holds what no run of lorary wrote: {', '.join(foreign[:5])}"
+            raise ConfigError(name, [Problem("output", what, "name another folder")])
+        if not resume and not overwrite:
+            fix = "say --resume to go on with it, --overwrite to remove it, or name another folder"
+            raise ConfigError(name, [Problem("output", f"is not empty: it holds {', '.join(there[:5])}", fix)])
+        if resume and CONFIG in there:
+            changed = _changed(yaml.safe_load((self / CONFIG).read_text(encoding="utf-8")), config)
+            if changed:
+                raise ConfigError("this is another run than the one in the folder:", changed)
+
+    def _clear(self) -> None:
+        for name in OWN:
+            path = self / name
+            if name == LOCK:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def write(self, name: str, text: str) -> None:
+        """A small file, whole or not at all."""
+        path = self / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as file:
+            file.write(text.encode())
+
+    def history(self) -> list[dict[str, Any]]:
+        """The records of `metrics.jsonl`; a last line that a killed process did not finish is left out."""
+        try:
+            lines = (self / METRICS).read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return []
+        records = []
+        for line in lines:
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+        return records
+
+    def go_back_to(self, step: int) -> None:
+        """Takes out of `metrics.jsonl` what was logged after a step: it will be logged again."""
+        kept = [record for record in self.history() if record["step"] <= step and "train_loss" not in record]
+        self.write(METRICS, "".join(line(record) for record in kept))
+
+
+def line(record: dict[str, Any]) -> str:
+    """One record as a line of JSON; a number that is not finite has no place there and becomes null."""
+    plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(plain) + "\n"
+
+
+def _changed(there: Any, config: Config) -> Sequence[Problem]:
+    old, new = _flat(there), _flat(config.model_dump(mode="json"))
+    return [
+        Problem(key, f"{old.get(key)!r} in the run, {new.get(key)!r} here", "resume with the run's own configuration")
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key not in _FREE
+    ]
+
+
+def _flat(tree: Any, place: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict) or not tree:
+        return {place: tree}
+    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{place}.{key}".lstrip(".")).items()}
+
+
+# --- the lock -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Holds a lock file. The system lets go of it when the process ends, however it ends.
+
+    Raises:
+        StateError: another process holds it, or it was taken on another machine.
+    """
+    file = _taken(path)
+    try:
+        holder = {"pid": os.getpid(), "host": socket.gethostname()}
+        file.truncate(0)
+        file.write(json.dumps(holder).encode())
+        file.flush()
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is still held: nobody takes it in between
+        file.close()
+
+
+def _taken(path: Path) -> BinaryIO:
+    while True:
+        file = open(path, "a+b")  # noqa: SIM115 (held until the run ends)
+        free = _flock(file)
+        file.seek(0)
+        try:
+            holder = json.loads(file.read() or b"{}")
+        except ValueError:
+            holder = {}  # its writer was killed in the middle
+        elsewhere = holder.get("host") not in (None, socket.gethostname())
+        if not free or elsewhere:
+            file.close()
+            who = f"process {holder.get('pid', '?')} on {holder.get('host', 'this machine')}"
+            fix = f"if that process is gone, remove {path}" if elsewhere else "wait for it, or name another folder"
+            raise StateError("the run folder is in use:", [Problem(str(path.parent), f"{who} trains here", fix)])
+        try:
+            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                return file
+        except FileNotFoundError:
+            pass
+        file.close()  # its holder has just ended and removed it: take the new one
+
+
+def _flock(file: BinaryIO) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # no advisory locks on this system: whoever finds the file gone may begin
+        file.seek(0)
+        return not file.read()
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,126 @@
+"""Everything about a run that can be known before the weights are read: rows, lint, plan, memory, steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import lorary
+from lorary.errors import ConfigError, Problem
+from lorary.planning import Plan
+from lorary.train.config import Config
+from lorary.train.contradictions import contradictions
+from lorary.train.data import load
+from lorary.train.lint import Lint, lint
+from lorary.train.memory import Memory, estimate
+from lorary.train.models import dtype, load_tokenizer, skeleton
+from lorary.train.tokens import Tokens, tokenize
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run before its first step.
+
+    Args:
+        config: resolved.
+        tokenizer: of the base, with the chat template of the run.
+        train: the rows that are learnt.
+        held_out: the rows that are not; None where there are none.
+        lint: what the rows are like.
+        plan: what will be attached.
+        memory: what it will take.
+        steps: optimizer steps.
+        notes: what is worth knowing, of the configuration and the data.
+    """
+
+    config: Config
+    tokenizer: Any
+    train: Tokens
+    held_out: Tokens | None
+    lint: Lint
+    plan: Plan
+    memory: Memory
+    steps: int
+    notes: tuple[str, ...]
+
+
+def prepare(config: Config, *, processes: int = 1) -> Prepared:
+    """Reads configuration, tokenizer and data, and plans; reads no weights and writes nothing.
+
+    Args:
+        config: of the run.
+        processes: how many will train.
+
+    Raises:
+        LoraryError: whatever is wrong with the configuration, the method, the model or the data.
+    """
+    config = config.resolve()
+    problems = [Problem(key, p.what, p.fix) for key, p in contradictions(config)]
+    if problems:
+        raise ConfigError("the configuration contradicts itself:", problems)
+    section, bare = config.method, skeleton(config.model)
+    plan = lorary.plan(
+        bare,
+        section.build(),
+        section.targets,
+        ranks=section.ranks,
+        alphas=section.alphas,
+        exclude=section.exclude,
+    )
+    tokenizer = load_tokenizer(config.model)
+    data = load(config.data, config.task, config.training.seed)
+    train = tokenize(data.train, tokenizer, config.data)
+    held_out = tokenize(data.validation, tokenizer, config.data) if data.validation else None
+    found = lint(train, tokenizer, bare.get_input_embeddings().num_embeddings, held_out)
+    found.refuse()
+    memory = _memory(config, bare, plan, found)
+    notes = (*config.notes, *data.notes, *found.notes, *plan.notes, *_dtype_note(config, bare))
+    return Prepared(config, tokenizer, train, held_out, found, plan, memory, _steps(config, train, processes), notes)
+
+
+def _memory(config: Config, bare: Any, plan: Plan, found: Lint) -> Memory:
+    """For the longest row in every place of a batch."""
+    t = config.training
+    longest = (
+        config.data.max_length if config.data.packing else min(config.data.max_length, max(found.lengths.values()))
+    )
+    sides = 2 if config.task == "dpo" else 1  # a pair has two answers
+    return estimate(
+        bare,
+        plan,
+        batch=sides * t.batch_size,
+        length=longest,
+        dtype=dtype(config.model, bare.config),
+        gradient_checkpointing=t.gradient_checkpointing,
+        labelled=found.labelled,
+    )
+
+
+def _steps(config: Config, train: Tokens, processes: int) -> int:
+    t, rows = config.training, len(train.rows)
+    if t.max_steps is not None:
+        return t.max_steps
+    if config.data.packing:
+        rows = _packed_rows(config, train)
+    batches = math.ceil(rows / (t.batch_size * processes))
+    return math.ceil((t.epochs or 1) * math.ceil(batches / t.gradient_accumulation_steps))
+
+
+def _packed_rows(config: Config, train: Tokens) -> int:
+    """How many rows are left after packing: TRL's own packing, on the lengths alone."""
+    from datasets import Dataset
+    from trl import pack_dataset
+
+    lengths = [{"input_ids": [0] * len(row["input_ids"])} for row in train.rows]
+    return len(pack_dataset(Dataset.from_list(lengths), config.data.max_length, "bfd"))
+
+
+def _dtype_note(config: Config, bare: Any) -> list[str]:
+    import torch
+
+    saved, chosen = bare.config.dtype, dtype(config.model, bare.config)
+    if config.model.dtype != "auto" or saved == chosen or not isinstance(saved, torch.dtype):
+        return []
+    name = str(saved).removeprefix("torch.")
+    return [f"the weights are saved in {name} and compute in float32: this CPU has no {name} arithmetic"]
