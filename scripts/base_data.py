@@ -62,7 +62,7 @@ def batches(documents: list[np.ndarray], recipe: Recipe, start: int) -> Iterator
                 return
             if done >= start:
                 batch = windows[first : first + recipe.batch].astype(np.int64)
-                yield torch.from_numpy(_echoed(batch, done, recipe) if done < recipe.steps // 3 else batch)
+                yield torch.from_numpy(_echoed(batch, done, recipe) if done < recipe.cycle // 3 else batch)
             done += 1
         epoch += 1
 

@@ -27,6 +27,7 @@ RECIPE = base_recipe.Recipe(
     context=8,
     batch=2,
     steps=12,
+    cycle=12,
     warmup=2,
     echoes=1,
 )
@@ -61,13 +62,16 @@ def test_the_learning_rate_warms_up_and_comes_down():
     assert shares[1] == shares[2] == 1.0
     assert shares[2:] == sorted(shares[2:], reverse=True)
     assert shares[-1] < 0.05
+    twice = replace(RECIPE, steps=24)
+    again = [base_recipe.share_of_lr(step, twice) for step in range(12, 24)]
+    assert again == pytest.approx([twice.again * share for share in shares])
 
 
 def test_the_first_windows_of_early_batches_echo():
     for step, batch in enumerate(batches(0)):
         for row, window in enumerate(batch):
             periods = [p for p in range(1, RECIPE.context // 2 + 1) if torch.equal(window[p:], window[:-p])]
-            assert bool(periods) is (row < RECIPE.echoes and step < RECIPE.steps // 3)
+            assert bool(periods) is (row < RECIPE.echoes and step < RECIPE.cycle // 3)
 
 
 def test_muon_steps_along_the_nearest_orthogonal_matrix():
