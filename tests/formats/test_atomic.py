@@ -285,7 +285,7 @@ def damage(folder: Path, how: str) -> None:
         ("one bit", "'inner/weights': its contents are not those that were written (SHA-256 differs)"),
         ("cut short", "'inner/weights': 3 bytes, the manifest says 10"),
         ("removed", "'inner/weights': no such file or directory"),
-        ("added", "'extra': not in the manifest"),
+        ("added", "extra: not in the manifest"),
         ("a link", "'inner/weights': not a plain file of this folder"),
         ("a linked folder", "'inner/weights': not a plain file of this folder"),
         ("no manifest", "MANIFEST.json: no such file or directory"),

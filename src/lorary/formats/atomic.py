@@ -12,12 +12,10 @@ A temporary name starts with `.lorary-tmp-` and is held under an advisory lock w
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import hashlib
 import os
 import shutil
-import sys
 import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -25,12 +23,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lorary.errors import FileError, Problem
+from lorary.formats.disk import abandoned, exchange, hold, sync_folder, sync_tree
 from lorary.formats.faults import fault_point
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: no advisory locks, so nothing is ever held to be stale
-    fcntl = None  # type: ignore[assignment]
 
 TEMPORARY = ".lorary-tmp-"
 REPLACED = ".lorary-old-"
@@ -59,7 +53,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:12]}")
     try:
         with open(temporary, "xb") as file:
-            _hold(file.fileno())
+            hold(file.fileno())
             yield file
             fault_point("file.written")
             file.flush()
@@ -67,7 +61,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             fault_point("file.before-rename")
             os.replace(temporary, path)
         fault_point("file.after-rename")
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
@@ -114,7 +108,7 @@ def atomic_directory(
         _check_target(path, replace, keep)
         temporary.mkdir()
         lock = os.open(temporary, os.O_RDONLY)
-        _hold(lock)
+        hold(lock)
         fault_point("directory.begin")
         filling = True
         yield temporary
@@ -122,11 +116,11 @@ def atomic_directory(
         fault_point("directory.written")
         if keep and path.is_dir():
             _carry_over(path, temporary, drop)
-        _sync_tree(temporary)
+        sync_tree(temporary)
         fault_point("directory.before-rename")
         _commit(temporary, path)
         fault_point("directory.after-rename")
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except BaseException as error:
         # The caller's own errors pass as they are, but for a full disk.
         if isinstance(error, OSError) and (not filling or error.errno in _FULL):
@@ -146,7 +140,7 @@ def remove_stale(parent: str | os.PathLike[str]) -> list[Path]:
     """
     removed = []
     for entry in sorted(Path(parent).glob(f"{TEMPORARY}*")):
-        if _abandoned(entry):
+        if abandoned(entry):
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry, ignore_errors=True)
             else:
@@ -163,11 +157,11 @@ def recover(path: str | os.PathLike[str]) -> bool:
     """
     path = Path(os.path.abspath(path))
     left = sorted(path.parent.glob(f"{_replaced_name(path)}*")) if path.parent.is_dir() else []
-    if not left or not all(_abandoned(entry) for entry in path.parent.glob(f"{TEMPORARY}*")):
+    if not left or not all(abandoned(entry) for entry in path.parent.glob(f"{TEMPORARY}*")):
         return False  # nothing to do, or a writer is at it this moment
     if not path.exists():
         left.pop().rename(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
         return True
     for entry in left:  # the new folder is in its place: the old one only waits for its removal
         shutil.rmtree(entry, ignore_errors=True)
@@ -243,70 +237,12 @@ def _carry_over(old: Path, new: Path, drop: Collection[str]) -> None:
 def _commit(new: Path, path: Path) -> None:
     if not path.exists() or not any(path.iterdir()):
         os.rename(new, path)  # rename(2) may take the place of an empty folder
-    elif not _exchange(new, path):
+    elif not exchange(new, path):
         old = path.parent / f"{_replaced_name(path)}{uuid.uuid4().hex[:12]}"
         os.rename(path, old)
         fault_point("directory.between-renames")
         os.rename(new, path)
         shutil.rmtree(old, ignore_errors=True)
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    """Exchanges two names in one system call; False where the system or the file system has none."""
-    if os.environ.get("LORARY_NO_EXCHANGE"):  # lets the tests walk the other way on any system
-        return False
-    libc = ctypes.CDLL(None, use_errno=True)
-    paths = os.fsencode(a), os.fsencode(b)
-    if sys.platform == "linux" and hasattr(libc, "renameat2"):
-        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-        return bool(libc.renameat2(here, paths[0], here, paths[1], exchange) == 0)
-    if sys.platform == "darwin" and hasattr(libc, "renamex_np"):
-        return bool(libc.renamex_np(*paths, 2) == 0)  # RENAME_SWAP
-    return False
-
-
-def _sync_tree(folder: Path) -> None:
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            _sync_tree(entry)
-        elif entry.is_file():
-            with open(entry, "rb") as file:
-                os.fsync(file.fileno())
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":  # elsewhere a folder cannot be opened for this
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _hold(descriptor: int) -> None:
-    if fcntl is not None:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # a file system without locks: then nothing there can be told to be stale
-            return
-
-
-def _abandoned(entry: Path) -> bool:
-    if fcntl is None:
-        return False
-    try:
-        descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True
 
 
 def _replaced_name(path: Path) -> str:

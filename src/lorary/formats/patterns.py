@@ -2,8 +2,9 @@
 
 An adapter's configuration may name its modules by a regular expression, and Python's own matcher can be made
 to run for days by fifteen characters of it. Here the expression is read by Python's parser and run as an
-automaton (Thompson 1968): all its states at once, one step per character, whatever is nested in what. What an
-automaton cannot do (references back to a group, looking behind) is refused with a sentence.
+automaton (Thompson 1968): all its states at once, one step per character, whatever is nested in what, and every step
+that was taken once is remembered. What an automaton cannot do (references back to a group, looking behind) is refused
+with a sentence.
 
 The answer is the one that `re.fullmatch` gives; `tests/formats/test_patterns.py` holds it to that.
 """
@@ -20,7 +21,8 @@ from typing import Any
 
 MOST_CHARACTERS = 20_000
 MOST_STATES = 20_000
-MOST_WORK = 10_000_000  # states visited: some seconds
+_ROOM = 200_000  # states kept of results
+MOST_WORK = 20_000_000  # states and characters visited: some seconds
 
 Test = Callable[[str], bool]
 Condition = Callable[[str, int], bool]
@@ -28,7 +30,7 @@ Condition = Callable[[str, int], bool]
 
 @dataclass
 class Budget:
-    """The work that all patterns of one file may take together, in states made and visited."""
+    """The work that all patterns of one file may take together, in states and characters visited."""
 
     left: int = MOST_WORK
 
@@ -70,11 +72,16 @@ class Pattern:
     def __init__(self, text: str, budget: Budget | None = None) -> None:
         self._budget = budget or Budget()
         self._states: list[_State] = []
+        self._steps: dict[Any, frozenset[int]] = {}
+        self._reaches: dict[Any, frozenset[int]] = {}
+        self._room = _ROOM
+        self._looks_ahead = False
         end = self._add(_State())
         try:
-            self._start, self._end = self._sequence(_parsed(text), end), end
+            self._start, self._end = self._sequence(parsed(text), end), end
         except RecursionError:
             raise ValueError("a pattern nested too deeply") from None
+        self._looks = any(state.condition is not None for state in self._states)
 
     def fullmatch(self, name: str) -> bool:
         """Whether the expression matches the whole name.
@@ -85,31 +92,58 @@ class Pattern:
         return self._run(self._start, self._end, name, 0, whole=True)
 
     def _run(self, start: int, end: int, name: str, at: int, whole: bool) -> bool:
-        current = self._reach({start}, name, at)
+        self._budget.spend(len(name) - at + 1)
+        current = self._reach(frozenset([start]), name, at)
         while at < len(name) and current:
             if end in current and not whole:
                 return True
-            states = [self._states[s] for s in current]
-            after = {t for s in states if s.test is not None and s.test(name[at]) for t in s.then}
+            current = self._reach(self._step(current, name[at]), name, at + 1)
             at += 1
-            current = self._reach(after, name, at)
         return end in current
 
-    def _reach(self, states: set[int], name: str, at: int) -> set[int]:
+    def _step(self, current: frozenset[int], c: str) -> frozenset[int]:
+        """The states after eating a character."""
+        after = self._steps.get((current, c))
+        if after is None:
+            states = [self._states[s] for s in current]
+            after = frozenset(t for s in states if s.test is not None and s.test(c) for t in s.then)
+            self._remember(self._steps, (current, c), after, len(current))
+        return after
+
+    def _reach(self, states: frozenset[int], name: str, at: int) -> frozenset[int]:
         """All states that can be reached without eating a character."""
-        seen, waiting = set(states), list(states)
-        while waiting:
-            state = self._states[waiting.pop()]
-            if state.test is None and (state.condition is None or state.condition(name, at)):
-                waiting += (new := set(state.then) - seen)
-                seen |= new
-        self._budget.spend(len(seen))
-        return seen
+        around = self._around(name, at)
+        reached = self._reaches.get((states, around))
+        if reached is None:
+            seen, waiting = set(states), list(states)
+            while waiting:
+                state = self._states[waiting.pop()]
+                if state.test is None and (state.condition is None or state.condition(name, at)):
+                    waiting += (new := set(state.then) - seen)
+                    seen |= new
+            reached = frozenset(seen)
+            self._remember(self._reaches, (states, around), reached, len(seen))
+        return reached
+
+    def _around(self, name: str, at: int) -> object:
+        """All that the conditions of this expression can see at a position."""
+        if self._looks_ahead:
+            return name, at
+        if not self._looks:
+            return None
+        return at == 0, _is_word(name[at - 1 : at]), name[at : at + 1], len(name) - at < 2
+
+    def _remember(self, memory: dict[Any, frozenset[int]], key: object, value: frozenset[int], work: int) -> None:
+        """Keeps a result, so that the automaton is determined as far as it is used, while there is room."""
+        self._budget.spend(work + 1)
+        self._room -= len(value) + 1
+        if self._room > 0:
+            memory[key] = value
 
     def _add(self, state: _State) -> int:
         if len(self._states) >= MOST_STATES:
             raise ValueError(f"a pattern of more than {MOST_STATES:,} states: its repetitions are too large")
-        self._budget.spend(1)
+        self._budget.spend(20)  # making one takes as long as visiting some
         self._states.append(state)
         return len(self._states) - 1
 
@@ -138,7 +172,7 @@ class Pattern:
             return self._look_ahead(body, code is op.ASSERT, then)
         if code is op.AT:
             return self._add(_State(condition=_position(value), then=[then]))
-        return self._add(_State(test=_character(code, value), then=[then]))
+        return self._add(_State(test=character(code, value), then=[then]))
 
     def _repeat(self, least: int, most: Any, body: Any, then: int) -> int:
         if most is op.MAXREPEAT:
@@ -156,6 +190,7 @@ class Pattern:
         return then
 
     def _look_ahead(self, body: Any, wanted: bool, then: int) -> int:
+        self._looks_ahead = True
         end = self._add(_State())
         start = self._sequence(body, end)
 
@@ -165,47 +200,12 @@ class Pattern:
         return self._add(_State(condition=condition, then=[then]))
 
 
-class Tail:
-    """A regular expression that matches whole components at the end of a path, as PEFT's `rank_pattern` does.
-
-    What it matches is `(.*\\.)?(text)`. Most such texts match paths of one length only (a name, with or without the
-    dots escaped); those are compared character by character, which is what keeps hundreds of them quick.
+def parsed(text: str) -> Any:
+    """What Python's parser makes of an expression: (operation, value) pairs.
 
     Raises:
-        ValueError: as for `Pattern`.
-
-    >>> Tail("q_proj").fullmatch("layers.0.q_proj"), Tail("q_proj").fullmatch("layers.0.eq_proj")
-    (True, False)
+        ValueError: it is not an expression, too long, too deep, or has flags.
     """
-
-    def __init__(self, text: str, budget: Budget | None = None) -> None:
-        self._budget = budget or Budget()
-        items = list(_parsed(text))  # on its own first: `a)|(b` would make sense inside the brackets below
-        self._anchored = bool(items) and items[0] == (op.AT, op.AT_BEGINNING)
-        single = items[self._anchored :]
-        self._tests: list[Test] | None = None
-        self._pattern: Pattern | None = None
-        if all(code in (op.LITERAL, op.NOT_LITERAL, op.ANY, op.IN) for code, _ in single):
-            self._tests = [_character(code, value) for code, value in single]
-        else:
-            self._pattern = Pattern(rf"(.*\.)?({text})", self._budget)
-
-    def fullmatch(self, name: str) -> bool:
-        """Whether the expression matches the end of the path, from the start of a component on.
-
-        Raises:
-            ValueError: the budget is used up.
-        """
-        if self._tests is None:
-            return self._pattern is not None and self._pattern.fullmatch(name)
-        at = len(name) - len(self._tests)
-        self._budget.spend(1)
-        if at < 0 or (at > 0 and (self._anchored or name[at - 1] != ".")):
-            return False
-        return all(test(c) for test, c in zip(self._tests, name[at:], strict=True))
-
-
-def _parsed(text: str) -> Any:
     if len(text) > MOST_CHARACTERS:
         raise ValueError(f"a pattern of {len(text):,} characters, more than {MOST_CHARACTERS:,}")
     try:
@@ -221,7 +221,12 @@ def _parsed(text: str) -> Any:
     return tree
 
 
-def _character(code: Any, value: Any) -> Test:
+def character(code: Any, value: Any) -> Test:
+    """Whether a character is one that a single-character operation of the parser accepts.
+
+    Raises:
+        ValueError: the operation is not of that sort, and none that an automaton has.
+    """
     if code is op.LITERAL:
         return lambda c: ord(c) == value
     if code is op.NOT_LITERAL:
@@ -250,7 +255,7 @@ def _member(code: Any, value: Any) -> Test:
         }[value]
         compiled = re.compile(letter)
         return lambda c: compiled.match(c) is not None
-    return _character(code, value)
+    return character(code, value)
 
 
 def _position(where: Any) -> Condition:

@@ -14,9 +14,10 @@ from typing import Any
 
 from lorary.errors import Problem, did_you_mean
 from lorary.formats.findings import Findings
-from lorary.formats.patterns import Budget, Pattern, Tail
+from lorary.formats.patterns import Budget, Pattern
 from lorary.formats.peft_fields import BOOK_KEEPING, NULLABLE, UNSUPPORTED, TolerableError, spelled, understood
 from lorary.formats.strict_json import named, show
+from lorary.formats.tails import Tail
 
 NAME = "adapter_config.json"
 MOST_RANK = 2**16

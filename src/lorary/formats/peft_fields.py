@@ -10,8 +10,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from lorary.formats.patterns import Budget, Pattern, Tail
+from lorary.formats.patterns import Budget, Pattern
 from lorary.formats.strict_json import show
+from lorary.formats.tails import Tail
 
 MOST_RANK = 2**16
 _MOST_ENTRIES = 20_000

@@ -79,7 +79,7 @@ class TensorFile:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a safetensors file; the bytes depend on the tensors and their names alone.
+    """Writes a new safetensors file; the bytes depend on the tensors and their names alone.
 
     Raises:
         OSError: the disk is full, or the system refuses.
@@ -88,10 +88,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     shared = {t.untyped_storage().data_ptr() for t in plain.values() if t.numel()}
     if len(shared) < sum(1 for t in plain.values() if t.numel()):  # views of one memory: the format wants copies
         plain = {name: t.clone() for name, t in plain.items()}
+    with open(path, "xb") as file:
+        mode = os.fstat(file.fileno()).st_mode  # the library's own file would be readable by its owner alone
     try:
         save_file(plain, path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise _as_os_error(error, path) from error
+    os.chmod(path, mode)
 
 
 def _as_os_error(error: SafetensorError, path: Path) -> OSError:
