@@ -43,7 +43,7 @@ def kept_for_backward(run: Callable[[], object], beyond: Iterable[Tensor] = ()) 
         return sum(storage.nbytes() for storage in kept.values())
 
 
-class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class LiveBytes(TorchDispatchMode):
     """Follows the bytes of all living tensors that were made inside, and the most there were at once.
 
     Attributes:

@@ -144,10 +144,8 @@ def _kept(shape: tuple[int, ...] | torch.Size, like: Tensor, dropout: float, see
     twice takes less time than drawing and keeping it once.
     """
     mask = torch.empty(shape, dtype=like.dtype, device=like.device)
-    if like.device.type == "meta":  # has shapes but no randomness
-        return mask
-    generator = torch.Generator(device=like.device)
-    generator.manual_seed(seed)
+    # the meta device has shapes but no randomness
+    generator = None if like.is_meta else torch.Generator(device=like.device).manual_seed(seed)
     words = torch.empty(-(-mask.numel() // 4), dtype=torch.int64, device=like.device)
     words.random_(-(2**63), None, generator=generator)
     bits = words.view(torch.int16)[: mask.numel()].view(shape)
