@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,8 @@ def test_plan_reads_no_weights(command: Command) -> None:
         "plan", "model", "--method", "lora,rslora", "--r", "4", "--targets", "q_proj,v_proj", "--exclude", "*.1.*"
     )
     assert (ran.code, ran.err) == (0, "")
+    assert "\nactivations " in ran.out
+    assert "4 x 1024 tokens, weights in" in ran.out
     assert "BySqrtRank" in ran.out
     assert "trains    448 of" in ran.out  # layer 0: q 4 (32 + 32), v 4 (16 + 32)
 
@@ -242,8 +245,8 @@ def test_doctor_reports_this_machine(command: Command) -> None:
 
 
 def test_doctor_fails_on_versions_that_do_not_fit(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = doctor.metadata.version
-    monkeypatch.setattr(doctor.metadata, "version", lambda name: "4.30.0" if name == "transformers" else real(name))
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "4.30.0" if name == "transformers" else real(name))
     ran = command("doctor")
     assert ran.code == 1
     assert "fail  lorary       needs transformers>=5" in ran.out

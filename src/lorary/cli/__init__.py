@@ -7,7 +7,6 @@ Exit codes: 0 done, 1 it failed while running, 2 the command line, configuration
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from typing import Annotated
 
@@ -22,7 +21,7 @@ COMMANDS = ("train", "plan", "init", "methods", "merge", "generate", "demo", "do
 def main() -> None:
     """Run the command line and exit with its code; `--debug`, anywhere, adds the traceback of an error."""
     arguments = sys.argv[1:]
-    debug = "--debug" in arguments or bool(os.environ.get("LORARY_DEBUG"))
+    debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         app()(args=arguments, prog_name="lorary")

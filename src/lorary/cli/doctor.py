@@ -9,7 +9,6 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -139,6 +138,8 @@ def _has_cuda() -> bool:
 
 
 def _installed(name: str) -> str | None:
+    from importlib import metadata
+
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -146,6 +147,8 @@ def _installed(name: str) -> str | None:
 
 
 def _requirements(name: str) -> list[str]:
+    from importlib import metadata
+
     try:
         return metadata.requires(name) or []
     except metadata.PackageNotFoundError:

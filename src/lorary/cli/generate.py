@@ -27,8 +27,6 @@ def generate(
 
     lorary generate out/ "def parse(text):" uses the adapter of a run; lorary generate builtin:base the base alone.
     """
-    import torch
-
     import lorary
     from lorary.cli.adapters import adapter_folder, base_of
     from lorary.errors import ConfigError
@@ -48,20 +46,22 @@ def generate(
     loaded = load_model(section)
     if folder:
         lorary.load(loaded, folder)
-    torch.manual_seed(seed)
-    drawing: dict[str, Any] = {"do_sample": temperature > 0}
+    drawing: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
-        drawing |= {"temperature": temperature, "top_p": top_p}
+        drawing = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    made = _continued(loaded, ids, seed, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **drawing)
+    print(tokenizer.decode(made, skip_special_tokens=True))
+
+
+def _continued(model: Any, ids: list[int], seed: int, **words: Any) -> list[int]:
+    """The tokens that the model puts after `ids`."""
+    import torch
+
+    torch.manual_seed(seed)
     row = torch.tensor([ids])
     with torch.inference_mode():
-        made = loaded.generate(
-            row,
-            attention_mask=torch.ones_like(row),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-            **drawing,
-        )
-    print(tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True))
+        made: list[int] = model.generate(row, attention_mask=torch.ones_like(row), **words)[0, len(ids) :].tolist()
+    return made
 
 
 def _ids(tokenizer: Any, prompt: str, chat: bool) -> list[int]:

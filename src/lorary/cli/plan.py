@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from lorary.train.config import Config
 
 
 def plan(
@@ -28,9 +31,7 @@ def plan(
 
     Reads the model's configuration, not its weights: lorary plan Qwen/Qwen3-8B --method lora --r 16
     """
-    import lorary
     from lorary.train.config_file import from_dict, load
-    from lorary.train.models import skeleton
 
     words = {"name": method, "r": r, "alpha": alpha, "targets": targets, "exclude": exclude}
     given = [f"method.{key}={value}" for key, value in words.items() if value is not None] + (sets or [])
@@ -38,15 +39,32 @@ def plan(
         config = load(model, given)
     else:
         config = from_dict({"model": model, "data": "builtin:docstrings"}, given)
-    section = config.method
+    _show(config)
+    for note in config.notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def _show(config: Config) -> None:
+    import lorary
+    from lorary.train.memory import estimate
+    from lorary.train.models import dtype, skeleton
+
+    section, training = config.method, config.training
+    bare = skeleton(config.model)
     planned = lorary.plan(
-        skeleton(config.model),
+        bare,
         section.build(),
         section.targets,
         ranks=section.ranks,
         alphas=section.alphas,
         exclude=section.exclude,
     )
-    print(planned)
-    for note in config.notes:
-        print(f"note: {note}", file=sys.stderr)
+    memory = estimate(
+        bare,
+        planned,
+        batch=training.batch_size * (2 if config.task == "dpo" else 1),
+        length=config.data.max_length,
+        dtype=dtype(config.model, bare.config),
+        gradient_checkpointing=training.gradient_checkpointing,
+    )
+    print(f"{planned}\n\nin training, at the fullest moment\n{memory}")
