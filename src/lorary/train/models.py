@@ -33,11 +33,14 @@ def load_model(section: ModelSection) -> PreTrainedModel:
 
     config = load_config(section)
     words: dict[str, Any] = {"dtype": dtype(section, config), "use_safetensors": True, "output_loading_info": True}
+    words["ignore_mismatched_sizes"] = True  # refused below, with every name
     if section.attn_implementation is not None:
         words["attn_implementation"] = section.attn_implementation
     with quiet():
         model, info = _from_pretrained(AutoModelForCausalLM, section, **words)
-    lost = sorted({str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind]})
+    lost = sorted(
+        {key if isinstance(key, str) else key[0] for k in ("missing_keys", "mismatched_keys") for key in info[k]}
+    )
     if lost:
         more = f" and {len(lost) - 5:,} more" if len(lost) > 5 else ""
         what = f"no weights of the right shape for {', '.join(lost[:5])}{more}"
@@ -58,6 +61,10 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     _check(section)
+    folder = Path(location(section))
+    if folder.is_dir() and not any(folder.glob("token*")) and not any(folder.glob("vocab*")):
+        what = "there is no tokenizer.json in it"
+        raise FileError(f"cannot load the tokenizer of {section.id}:", [Problem(section.id, what)])
     tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, section)
     if not tokenizer.is_fast:
         what = "its tokenizer has no `tokenizer.json`, so answers cannot be told from prompts"
@@ -191,16 +198,16 @@ def _near(path: Path) -> str:
 
 
 def _from_pretrained(kind: Any, section: ModelSection, **words: Any) -> Any:
+    from safetensors import SafetensorError
+
+    words |= {"revision": section.revision or "main", "trust_remote_code": section.trust_remote_code}
     try:
-        return kind.from_pretrained(
-            location(section), revision=section.revision or "main", trust_remote_code=section.trust_remote_code, **words
-        )
+        return kind.from_pretrained(location(section), **words)
     except LoraryError:
         raise
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise _refused(
-            section, {"AutoConfig": "model", "AutoTokenizer": "tokenizer"}.get(kind.__name__, "model"), error
-        ) from error
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
+        what = "tokenizer" if kind.__name__ == "AutoTokenizer" else "model"
+        raise _refused(section, what, error) from error
 
 
 def _refused(section: ModelSection, what: str, error: Exception) -> FileError:
