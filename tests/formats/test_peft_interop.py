@@ -239,7 +239,8 @@ def test_a_file_without_prefix_and_with_few_fields(tmp_path: Path) -> None:
     theirs = saved_by_peft(BASES[0], tmp_path, r=8, target_modules=["q_proj"])
     path = tmp_path / "adapter_model.safetensors"
     save_file({k.removeprefix("base_model.model."): t for k, t in load_file(path).items()}, path)
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["q_proj"]}')
+    old = {"peft_type": "LORA", "target_modules": ["q_proj"], "enable_lora": None, "merge_weights": False}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(old))
     close(outputs(lorary.load(BASES[0].model(), tmp_path)), theirs)
 
 

@@ -121,9 +121,10 @@ def _base(value: object) -> str:
 
 
 def _init(value: object) -> None:
-    if isinstance(value, bool | None) or value in ("gaussian", "eva", "orthogonal"):
+    word = value.lower() if isinstance(value, str) else value
+    if isinstance(word, bool | None) or word in ("gaussian", "eva", "orthogonal"):
         return
-    if isinstance(value, str) and value.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+    if isinstance(word, str) and word.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         raise ValueError(
             f"is {show(value)}: these factors belong to a base that PEFT changes while loading; let PEFT convert the "
             "adapter (save_pretrained with path_initial_model_for_weight_conversion)"
@@ -169,6 +170,7 @@ NULLABLE = {
 
 # What changes the adapter's function, and is off in a file that can be read.
 UNSUPPORTED = {
+    "enable_lora": "adapters on parts of a fused weight (files of 2023) are not supported",
     "use_dora": "DoRA's magnitudes are not read by this version",
     "use_qalora": "QA-LoRA pools its input, which is not supported",
     "use_bdlora": "block-diagonal factors are not supported",
@@ -193,6 +195,7 @@ BOOK_KEEPING: dict[str, tuple[type, ...]] = {
     "revision": (str,),
     "peft_version": (str,),
     "inference_mode": (bool,),
+    "merge_weights": (bool,),
     "megatron_core": (str,),
     "qalora_group_size": (int,),
     "runtime_config": (dict,),

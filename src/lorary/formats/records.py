@@ -78,7 +78,7 @@ def _site(record: Any) -> Site:
     name, kind, bias = record["name"], record["kind"], record["bias"]
     if not isinstance(name, str) or not isinstance(bias, bool):
         raise ValueError("`name` is a text and `bias` true or false")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"{show(kind)} is no kind of site; they are {', '.join(KINDS)}")
     window = record.get("window", [])
     if not isinstance(window, list) or len(window) != {"conv1d": 1, "conv2d": 2, "conv3d": 3}.get(kind, 0):

@@ -146,7 +146,7 @@ def _entry_problem(fields: Any, dtypes: tuple[str, ...]) -> str:
         return "its entry has to have exactly the fields dtype, shape and data_offsets"
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if dtype not in dtypes:
-        known = dtype in ITEM_SIZES
+        known = isinstance(dtype, str) and dtype in ITEM_SIZES
         return f"{'is' if known else 'has the unknown dtype'} {show(dtype)}; accepted are {', '.join(dtypes)}"
     if not _are_counts(shape, MOST_EXTENT) or len(shape) > MOST_DIMENSIONS:
         return f"the shape {show(shape)} is not at most {MOST_DIMENSIONS} whole numbers up to {MOST_EXTENT:,}"
