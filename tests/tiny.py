@@ -50,6 +50,19 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+FUSED = ("c_attn", "qkv_proj", "query_key_value", "Wqkv")  # the last names of fused projections in these models
+
+
+def kind_of(name: str) -> str:
+    """The kind of a class: `Llama` for `LlamaForCausalLM`."""
+    return max((kind for kind in _SETTINGS if name.startswith(kind)), key=len)
+
+
+def settings(name: str) -> dict[str, Any]:
+    """What the configuration of a tiny model is made from."""
+    return _SETTINGS[kind_of(name)]
+
+
 def config(kind: str, **changes: Any) -> Any:
     """The configuration of a tiny model, such as `config("Llama", tie_word_embeddings=True)`."""
     name = "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config"
@@ -58,9 +71,8 @@ def config(kind: str, **changes: Any) -> Any:
 
 def model(name: str, device: str = "cpu", **changes: Any) -> Any:
     """A tiny model in evaluation mode by its class, such as `model("LlamaForCausalLM")`."""
-    kind = max((k for k in _SETTINGS if name.startswith(k)), key=len)
     with torch.device(device):
-        return getattr(transformers, name)(config(kind, **changes)).eval()
+        return getattr(transformers, name)(config(kind_of(name), **changes)).eval()
 
 
 def llama(**changes: Any) -> Any:

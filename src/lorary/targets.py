@@ -202,6 +202,7 @@ def _entry(
     if wanted and field == "exclude":
         fix = "target the projections that you want"
         problems.append(Problem(field, f"`{entry}` names projections, and layers are excluded whole", fix))
+        return []
     found = []
     for name, layer in layers.items():
         parts = fused_parts(name, layer, config) if wanted else {}
