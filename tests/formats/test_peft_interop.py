@@ -260,3 +260,20 @@ def test_an_update_that_is_a_sum_exports_as_one_lora(tmp_path: Path) -> None:
     model = lorary.switch(base.model(), both)
     export_peft(lorary.Adapter.of(model), tmp_path / "sum")
     close(by_peft(base, tmp_path / "sum"), outputs(model))
+
+
+def test_a_new_head_goes_to_peft_with_the_model_at_hand(tmp_path: Path) -> None:
+    """A classifier's head trains in full beside the LoRA; PEFT keeps it as a module to save."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+    base = Base("classifier", lambda: BertForSequenceClassification(BertConfig(**sizes, vocab_size=30)), (), "", "")
+    model = adapted(base, targets=["query", "value"])
+    fill(p for n, p in model.named_parameters() if n.startswith("classifier"))
+    save_adapter(lorary.Adapter.of(model), tmp_path, model=model)
+    words = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert words["modules_to_save"] == ["classifier"]
+    assert words["target_modules"] == ["query", "value"]
+    close(by_peft(base, tmp_path), outputs(model))
+    (tmp_path / "lorary.json").unlink()
+    close(outputs(lorary.load(base.model(), tmp_path)), outputs(model))
