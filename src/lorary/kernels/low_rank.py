@@ -109,9 +109,9 @@ class _AddLowRank(torch.autograd.Function):
             if ctx.seed is not None and (x_wants or a_wants):
                 kept = _kept((g.shape[0], width), g, ctx.dropout, ctx.seed)
             if b_wants:
-                gB = (g.t() @ z).mul_(ctx.scale).to(ctx.factor_dtypes[1])  # [out, R]
+                gB = _scaled(ctx.scale, g.t(), z).to(ctx.factor_dtypes[1])  # [out, R]
             if x_wants or a_wants:
-                gz = (g @ B.to(dtype)).mul_(ctx.scale)  # [T, R]
+                gz = _scaled(ctx.scale, g, B.to(dtype))  # [T, R]
             if x_wants:
                 gx = gz @ A.to(dtype)  # [T, in]
                 gx = (gx if kept is None else gx.mul_(kept)).view(ctx.x_shape).to(ctx.x_dtype)
@@ -120,6 +120,11 @@ class _AddLowRank(torch.autograd.Function):
                 rows = rows if kept is None else kept.mul_(rows)  # the mask is not needed any more
                 gA = (gz.t() @ rows).to(ctx.factor_dtypes[0])  # [R, in]
         return gy, gx, gA, gB, None, None, None
+
+
+def _scaled(s: float, left: Tensor, right: Tensor) -> Tensor:
+    """s · left·right in one kernel (with beta = 0 the first argument gives nothing but its dtype)."""
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=s)
 
 
 def _may_overwrite(y: Tensor, x: Tensor) -> bool:
@@ -158,7 +163,7 @@ def _in_steps(dropout: float) -> float:
 
 
 def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The dtypes here are chosen; autocast would choose others, and it does not know every device."""
-    if torch.amp.is_autocast_available(device.type):
+    """The dtypes here are chosen; autocast would choose others. (It does not know every device.)"""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
