@@ -44,7 +44,7 @@ from lorary.train.models import load_model
 from lorary.train.packing import check_packing
 from lorary.train.preparation import Prepared, prepare
 from lorary.train.progress import ProgressLines
-from lorary.train.trainer import SFTTrainer
+from lorary.train.sft import SFTTrainer
 
 _log = logging.getLogger("lorary.train")
 T = TypeVar("T")

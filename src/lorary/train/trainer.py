@@ -1,4 +1,4 @@
-"""lorary in TRL's trainers: one mixin, and `SFTTrainer` made with it (`lorary.train.dpo` has the other).
+"""lorary in TRL's trainers: the one mixin of `lorary.train.sft` and `lorary.train.dpo`.
 
 Everything that Transformers, TRL and accelerate can do stays as it is: packing, completion-only loss, gradient
 accumulation and checkpointing, mixed precision, evaluation, early stopping, loggers, DDP and FSDP2. The mixin
@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import trl
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_optimizer import is_optimizer_factory
@@ -114,7 +113,7 @@ class AdapterTraining(_Loop):  # type: ignore[misc]  # Transformers has no types
         # Once per step, with the last micro-batch. Where the trainer still divides every loss by the number of
         # micro-batches, the penalty is multiplied by it before.
         penalty = torch.as_tensor(self.tuning.penalty())
-        self._metrics["train"]["penalty"].append(float(penalty))
+        self._metrics["train"]["penalty"].append(float(penalty.detach()))
         penalty = penalty * (1 if self.loss_is_scaled_for_ga else self.current_gradient_accumulation_steps)
         return (result[0] + penalty, result[1]) if return_outputs else result + penalty
 
@@ -134,7 +133,8 @@ class AdapterTraining(_Loop):  # type: ignore[misc]  # Transformers has no types
             model = model if model is not None else self.model
             kind, settings = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
             if is_optimizer_factory(kind) or {"params", "model", "optimizer_dict"} & settings.keys():
-                what = f"{self.args.optim} makes its own groups: the method's learning rates would be lost"
+                name = getattr(self.args.optim, "value", self.args.optim)
+                what = f"{name} makes its own groups: the method's learning rates would be lost"
                 problem = Problem("optim", what, "use adamw_torch")
                 raise TrainingError("this optimizer cannot train adapters:", [problem])
             rows = lorary.groups(model, lr=self.args.learning_rate, weight_decay=self.args.weight_decay)
@@ -257,36 +257,6 @@ class AdapterTraining(_Loop):  # type: ignore[misc]  # Transformers has no types
 
     def _take_adapter(self, path: str) -> None:
         saving.put(self.plain_model(), saving.adapter_of(Path(path)))
-
-
-class SFTTrainer(AdapterTraining, trl.SFTTrainer):  # type: ignore[misc]  # TRL has no types
-    """TRL's `SFTTrainer` for a model with a method attached.
-
-    The evaluation loss is the mean over all labelled tokens, where TRL's is a mean over batches and changes with
-    their size.
-    """
-
-    loss_is_scaled_for_ga = True  # divided by the labels of the whole step, over accumulation and ranks
-
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        # The head shifts and counts the labels itself, whatever the model's own `forward` would do.
-        self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
-        self._held_out: list[Tensor] = []
-
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        """One batch of evaluation; notes the sum of its losses and the number of its labels."""
-        result = super().prediction_step(*args, **kwargs)
-        self._held_out.append(self.accelerator.gather_for_metrics(self.head.rows).double().sum(0))
-        return result
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluation over a loader."""
-        self._held_out = []
-        output = super().evaluation_loop(*args, **kwargs)
-        total, labels = torch.stack(self._held_out).sum(0).tolist()
-        output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = total / max(labels, 1)
-        return output
 
 
 class _Events(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
