@@ -127,7 +127,9 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
         StateError: nothing is attached.
         FileError: the folder cannot be written.
     """
-    Adapter.of(model).save(path)
+    from lorary import formats  # as in Adapter.load
+
+    formats.save_adapter(Adapter.of(model), path, model=model)  # the model tells which modules were trained whole
 
 
 def load(
