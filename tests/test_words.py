@@ -32,7 +32,7 @@ def shortened(error: MethodError) -> str:
     return text.replace(", ".join(sorted(preset.PRESETS)), "...")
 
 
-# --- presets --------------------------------------------------------------------------------------------------
+# --- presets ---------------------------------------------------------------------------------------------------------
 
 
 def test_lora_is_the_default() -> None:
@@ -91,11 +91,11 @@ def test_words_are_said_like_options() -> None:
 
 def test_every_preset_says_what_it_is() -> None:
     assert list(lorary.presets())[:6] == ["lora", "rslora", "lora+", "lora-fa", "bitfit", "full"]
-    for name, preset in lorary.presets().items():
-        assert preset.name == name
-        assert preset.summary
-        assert preset.citation
-        assert preset.lr > 0
+    for name, known in lorary.presets().items():
+        assert known.name == name
+        assert known.summary
+        assert known.citation
+        assert known.lr > 0
     assert lorary.presets()["lora"].parameters == {"r": 16, "alpha": 32.0, "dropout": 0.0}
     assert lorary.presets()["rslora"].parameters == {"alpha": 32.0}
     assert lorary.presets()["lora"].summary == "y = W x + b + (alpha / r) B A x"
@@ -126,7 +126,7 @@ def test_a_word_is_a_dataclass_with_a_name_of_its_own() -> None:
         words.word(int)
 
 
-# --- contradictions, each with its whole sentence ---------------------------------------------------------------
+# --- contradictions, each with its whole sentence --------------------------------------------------------------------
 
 _UNKNOWN = "this method cannot be made:\n  - "
 _WRONG = "these words do not make a method:\n  - "
@@ -321,7 +321,7 @@ def test_contradictions_between_words_of_other_papers() -> None:
     )
 
 
-# --- a value ----------------------------------------------------------------------------------------------------
+# --- a value ---------------------------------------------------------------------------------------------------------
 
 METHODS = [
     lorary.method("lora"),
@@ -432,7 +432,7 @@ def test_printed(method: Method, text: str) -> None:
     assert str(method) == text
 
 
-# --- records from files -------------------------------------------------------------------------------------------
+# --- records from files ----------------------------------------------------------------------------------------------
 
 _LORA = lorary.method("lora").to_dict()
 _RECORD = "this record is no method:\n  - "

@@ -79,7 +79,7 @@ class Plan:
         return 12 * sum(p.trainable for p in self.placed) + 3 * sum(f.bytes for f in self.full)
 
     def __str__(self) -> str:
-        lines = [str(self.method), *self._site_lines(), *self._full_lines()]
+        lines = [str(self.method), *self._site_lines(), *self._full_lines(), ""]
         lines.append(f"trains    {self.trainable:,} of {self.total:,} parameters ({self.share:.4%})")
         sizes = (self.base_bytes, self.adapter_bytes, self.training_bytes)
         base, adapters, training = (human_bytes(n) for n in sizes)
@@ -119,7 +119,7 @@ class Plan:
 def _aligned(table: list[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     rows = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
-    return ["", rows[0], "-" * max(map(len, rows)), *rows[1:], ""]
+    return ["", rows[0], "-" * max(map(len, rows)), *rows[1:]]
 
 
 def human_bytes(n: float) -> str:
@@ -235,7 +235,7 @@ def _full_parameters(
     paths = [(name, first[id(p)]) for name, p in model.named_parameters(remove_duplicate=False)]
     names: set[str] = set()
     for pattern in method.full:
-        hits = {known for name, known in paths if matches(pattern, name)}  # a tied one under each of its names
+        hits = {known for name, known in paths if _covers(pattern, name)}  # a tied one under each of its names
         if not hits:
             problems.append(_no_parameter(pattern, list(parameters)))
         names |= hits
@@ -251,6 +251,12 @@ def _full_parameters(
         if not torch.is_floating_point(parameters[name]):
             problems.append(Problem(name, f"is {parameters[name].dtype} and cannot train in full"))
     return [FullParameter(n, tuple(t.shape), t.numel() * t.element_size()) for n, t in parameters.items() if n in names]
+
+
+def _covers(pattern: str, name: str) -> bool:
+    """Whether a pattern names this parameter, or a module that holds it."""
+    components = name.split(".")
+    return any(matches(pattern, ".".join(components[: i + 1])) for i in range(len(components)))
 
 
 def _no_parameter(pattern: str, names: list[str]) -> Problem:
@@ -305,6 +311,6 @@ def _reach_notes(model: nn.Module, placed: list[Placed], total: int) -> list[str
 
 
 def _head_notes(model: nn.Module, method: Method, full: list[FullParameter]) -> list[str]:
-    asked = {f.name for f in full if any(matches(pattern, f.name) for pattern in method.full)}
+    asked = {f.name for f in full if any(_covers(pattern, f.name) for pattern in method.full)}
     heads = [f.name for f in full if f.name not in asked]
     return [f"the new head trains in full: {', '.join(heads)}"] if heads else []

@@ -22,7 +22,8 @@ class Method:
         lr: role -> multiplier of the learning rate; 1 where silent.
         rules: what happens while training.
         storage: how the frozen weight is kept.
-        full: patterns over base parameters that train in full (whole-component names or globs).
+        full: patterns over base parameters that train in full, and over modules that hold them (whole-component
+            names or globs).
         dropout: probability with which the adapter's input is dropped in training, before A.
 
     Raises:
