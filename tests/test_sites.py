@@ -102,7 +102,7 @@ def test_what_cannot_be_adapted_all_the_same(layer: nn.Module, reason: str | Non
     assert obstacle(layer) == reason
 
 
-# --- the verbs, against the layers themselves -----------------------------------------------------------------------
+# --- the verbs, against the layers themselves ------------------------------------------------------------------------
 
 
 def _conv(dims: int, **options: object) -> Callable[[], nn.Module]:
@@ -250,7 +250,7 @@ def test_dropout_touches_the_adapters_input_only(make: Callable[[], nn.Module]) 
     assert torch.equal(layer(x), layer.base(x))
 
 
-# --- parts of a fused weight ----------------------------------------------------------------------------------------
+# --- parts of a fused weight -----------------------------------------------------------------------------------------
 
 
 def test_rows_of_a_part() -> None:

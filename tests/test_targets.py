@@ -31,7 +31,7 @@ def refused(model: nn.Module, targets: Any, exclude: Any = (), **options: Any) -
     return str(refusal.value)
 
 
-# --- names --------------------------------------------------------------------------------------------------------
+# --- names -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_a_shared_layer_can_be_named_by_each_of_its_paths() -> None:
     assert found(Shared(), "a") == found(Shared(), "b.0") == found(Shared(), ["a", "b.*"]) == ["a"]
 
 
-# --- presets on real architectures ----------------------------------------------------------------------------------
+# --- presets on real architectures -----------------------------------------------------------------------------------
 
 _LLAMA = {
     "attention": ["model.layers.{0-1}.self_attn." + p for p in ("q_proj", "k_proj", "v_proj", "o_proj")],
@@ -284,7 +284,7 @@ def test_why_the_encoder_layer_of_pytorch_is_refused() -> None:
     assert called == []
 
 
-# --- fused projections ------------------------------------------------------------------------------------------------
+# --- fused projections -----------------------------------------------------------------------------------------------
 
 FUSED: list[tuple[str, dict[str, Any]]] = [
     ("GPT2LMHeadModel", {}),
@@ -392,7 +392,7 @@ def test_the_cross_attention_of_gpt_2_has_no_queries_in_it() -> None:
     assert "transformer.h.0.crossattention.c_attn: is fused, and how" in refused(model, "attention-qv")
 
 
-# --- excluding ----------------------------------------------------------------------------------------------------
+# --- excluding -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -411,7 +411,7 @@ def test_exclude(exclude: Any, expected: list[str]) -> None:
     assert found(tiny.model("LlamaForCausalLM", "meta"), "all-linear", exclude) == expected
 
 
-# --- what is said when nothing matches --------------------------------------------------------------------------------
+# --- what is said when nothing matches -------------------------------------------------------------------------------
 
 _TREE = """this model's layers:
         model.embed_tokens  Embedding 40x16

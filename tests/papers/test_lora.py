@@ -40,7 +40,7 @@ LAYERS: list[tuple[str, Callable[[], nn.Module], Callable[[], Tensor]]] = [
 EACH = pytest.mark.parametrize(("make", "x"), [row[1:] for row in LAYERS], ids=[row[0] for row in LAYERS])
 
 
-# --- step 0 -----------------------------------------------------------------------------------------------------
+# --- step 0 ----------------------------------------------------------------------------------------------------------
 
 
 def signature(layer: Adapted, x: Tensor) -> dict[str, str]:
@@ -99,7 +99,7 @@ def test_the_start_is_that_of_the_authors_code(make: Callable[[], nn.Module], x:
     assert layer.p["A"].var().item() == pytest.approx(1 / (3 * inp), rel=0.25)
 
 
-# --- closed forms -----------------------------------------------------------------------------------------------
+# --- closed forms ----------------------------------------------------------------------------------------------------
 
 
 @EACH
