@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,24 @@ def nearest(word: str, known: Iterable[str], most: int = 3) -> list[str]:
     return [lowered[m] for m in difflib.get_close_matches(word.lower(), lowered, n=most, cutoff=0.6)]
 
 
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """A hint that names the nearest known words, or lists them all where none is near."""
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """A hint that names the nearest known words; empty where none is near.
+
+    >>> suggestion("q_porj", ["q_proj", "k_proj", "norm"])
+    'did you mean `q_proj` or `k_proj`?'
+    """
     near = nearest(word, known)
-    if near:
-        return "did you mean " + " or ".join(f"`{n}`" for n in near) + "?"
-    return "known: " + ", ".join(sorted(known))
+    return "did you mean " + " or ".join(f"`{n}`" for n in near) + "?" if near else ""
+
+
+def suggested_path(path: Path, *, folders: bool = False) -> str:
+    """A hint that names what lies beside a path that is not there and is called nearly so; only folders if asked."""
+    beside = [p.name for p in path.parent.iterdir() if p.is_dir() or not folders] if path.parent.is_dir() else []
+    near = nearest(path.name, beside)
+    return "did you mean " + " or ".join(f"`{path.parent / n}`" for n in near) + "?" if near else ""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint that names the nearest known words, or lists them all where none is near."""
+    known = list(known)
+    return suggestion(word, known) or "known: " + ", ".join(sorted(known))

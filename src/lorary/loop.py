@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lorary.adapted import Adapted, adapted
 from lorary.errors import ConfigError, Problem, StateError
 from lorary.surgery import base_parameter, require
+from lorary.words import Rule
 
 
 def groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -76,14 +77,18 @@ class Tuning:
     Args:
         layers: the adapted layers.
         steps: how many optimizer steps the run has.
+
+    Attributes:
         step: optimizer steps done.
+        rules: the method's.
         states: one for each rule, its tensors by name.
     """
 
     layers: list[Adapted]
     steps: int
-    step: int = 0
-    states: list[dict[str, Tensor]] = field(default_factory=list)
+    step: int = field(default=0, init=False)
+    rules: tuple[Rule, ...] = field(init=False)
+    states: list[dict[str, Tensor]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.rules = self.layers[0].method.rules if self.layers else ()

@@ -146,11 +146,8 @@ def _unite(said: dict[str, tuple[str, Any]], speaker: str, words: dict[str, Any]
         elif old is not None and axis in _UNITES:
             value = _UNITES[axis](old, value)
         elif before != "lora":  # LoRA's own words are the defaults: whoever speaks replaces them
-            what = (
-                f"{before} says {old}; {speaker} said {value}"
-                if speaker == "you"
-                else (f"{before} says {old}; {speaker} says {value}")
-            )
+            verb = "said" if speaker == "you" else "says"
+            what = f"{before} says {old}; {speaker} {verb} {value}"
             problems.append(Problem(axis, what, "a method has one word on this axis"))
             continue
         said[axis] = (speaker if before == "lora" else f"{before} + {speaker}", value)

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from lorary.errors import Problem, did_you_mean, nearest
+from lorary.errors import Problem, suggestion
 from lorary.fused import FUSED, fused_parts
 from lorary.sites import Part, kind_of, obstacle
 
@@ -276,7 +276,7 @@ def _nothing(modules: dict[str, nn.Module], entry: str, pattern: str, hits: dict
     layers = [n for n, m in modules.items() if kind_of(m) is not None]
     words = list(dict.fromkeys([n.rpartition(".")[2] for n in layers])) + list(PRESET_NAMES)
     last = pattern.rpartition(".")[2]
-    return f"`{entry}` matches no layer", did_you_mean(last, words) if nearest(last, words) else ""
+    return f"`{entry}` matches no layer", suggestion(last, words)
 
 
 def _layers(model: nn.Module, problems: list[Problem]) -> str:

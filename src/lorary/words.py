@@ -1,7 +1,7 @@
-"""A method of the LoRA family is a value: a record of words, one per axis, checked when it is said.
+"""The words that a method is made of: for each axis a protocol that says what a word there must be able to do.
 
-The protocols say what a word of each axis must be able to do. A word is a frozen dataclass, marked `@word`, so that
-a method can be printed, compared, hashed and written to a file. A preset is a paper's name for some words.
+A word is a frozen dataclass, marked `@word`, so that a method can be printed, compared, hashed and written to a
+file. `lorary.record` holds the words of a method together, `lorary.preset` gives some of them a paper's name.
 """
 
 from __future__ import annotations

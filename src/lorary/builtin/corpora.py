@@ -19,13 +19,12 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 from lorary.builtin import sources, syntax
 from lorary.errors import DataError, Problem, did_you_mean
 
 Record = dict[str, Any]
-Split = Literal["train", "validation"]
 Origins = tuple[tuple[str, Record], ...]  # (the file that a record is from, the record)
 
 

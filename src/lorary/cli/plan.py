@@ -45,20 +45,11 @@ def plan(
 
 
 def _show(config: Config) -> None:
-    import lorary
     from lorary.train.memory import estimate
     from lorary.train.models import dtype, skeleton
 
-    section, training = config.method, config.training
-    bare = skeleton(config.model)
-    planned = lorary.plan(
-        bare,
-        section.build(),
-        section.targets,
-        ranks=section.ranks,
-        alphas=section.alphas,
-        exclude=section.exclude,
-    )
+    training, bare = config.training, skeleton(config.model)
+    planned = config.method.plan(bare)
     memory = estimate(
         bare,
         planned,

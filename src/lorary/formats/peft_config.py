@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorary.errors import Problem, did_you_mean
+from lorary.errors import Problem, suggestion
 from lorary.formats.findings import Findings
 from lorary.formats.patterns import Budget, Pattern
 from lorary.formats.peft_fields import BOOK_KEEPING, NULLABLE, UNSUPPORTED, TolerableError, spelled, understood
@@ -20,8 +20,6 @@ from lorary.formats.strict_json import named, show
 from lorary.formats.tails import Tail
 
 NAME = "adapter_config.json"
-MOST_RANK = 2**16
-_MOST_ENTRIES = 20_000
 
 
 @dataclass(frozen=True)
@@ -127,8 +125,7 @@ def read_config(data: object, findings: Findings) -> PeftConfig | None:
                 findings.fatal.append(Problem(f"{NAME}: {key}", f"is {show(value)}, not {spelled(BOOK_KEEPING[key])}"))
         else:
             known = [*fields, *UNSUPPORTED, *BOOK_KEEPING]
-            near = did_you_mean(key, known)
-            fix = near if near.startswith("did") else "a newer PEFT may have written it; strict=False ignores it"
+            fix = suggestion(key, known) or "a newer PEFT may have written it; strict=False ignores it"
             findings.tolerable.append(Problem(f"{NAME}: {named(key)}", "is no field that lorary knows", fix))
     _check_together(words, findings)
     return PeftConfig(**words)

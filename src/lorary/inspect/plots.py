@@ -84,8 +84,7 @@ def _points(history: Sequence[Mapping[str, object]], key: str) -> Points:
     points = [
         (float(step), float(value))
         for record in history
-        if isinstance(step := record.get("step"), int | float)
-        and isinstance(value := record.get(key), int | float)
+        if isinstance(step := record.get("step"), int | float) and isinstance(value := record.get(key), int | float)
     ]
     return [(step, value if math.isfinite(value) else math.nan) for step, value in points]
 

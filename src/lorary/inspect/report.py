@@ -74,9 +74,7 @@ class Table:
 
     def html(self) -> str:
         head = "".join(f"<th scope='col'>{escape(word)}</th>" for word in self.head)
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in self.rows
-        )
+        rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in self.rows)
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
         return f"<div class='wide' tabindex='0'>{table}</div>"
 

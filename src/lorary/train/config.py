@@ -17,6 +17,9 @@ from pydantic.fields import FieldInfo
 from lorary.train.yaml_source import dump
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from lorary.planning import Plan
     from lorary.record import Method
 
 LORA_LR = 2e-4
@@ -108,6 +111,12 @@ class MethodSection(_Section):
         given = {key: getattr(self, key) for key in ("r", "alpha", "dropout")}
         options = {key: value for key, value in given.items() if value is not None}
         return method(*self.name, **options, **self.options)
+
+    def plan(self, model: nn.Module) -> Plan:
+        """Where that method goes in a model; nothing is touched. Raises what `build` and `lorary.plan` raise."""
+        from lorary.planning import plan
+
+        return plan(model, self.build(), self.targets, ranks=self.ranks, alphas=self.alphas, exclude=self.exclude)
 
 
 class DataSection(_Section):
@@ -273,7 +282,7 @@ def default_lr(task: str, names: tuple[str, ...]) -> float:
     """The peak learning rate that `task` and the presets `names` start from when none is given.
 
     2e-4 for SFT and 5e-6 for DPO, ten times what full fine-tuning takes; a preset that asks for another rate
-    (`lorary.method.Preset.lr`) scales both, and among several such presets the lowest rate counts.
+    (`lorary.preset.Preset.lr`) scales both, and among several such presets the lowest rate counts.
     """
     from lorary import methods  # noqa: F401 (registers the presets)
     from lorary.preset import speakers

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lorary.errors import Problem, did_you_mean
+from lorary.errors import Problem, suggestion
 from lorary.train.names import Canonical, show
 from lorary.train.yaml_source import Place
 
@@ -59,11 +59,9 @@ def _problem(complaint: dict[str, Any], read_: Canonical) -> Problem:
 
 def _choice(where: str, key: str, value: object, expected: str) -> Problem:
     words = [word.strip("'") for word in expected.replace(" or ", ", ").split(", ")]
-    hint = did_you_mean(value, words) if isinstance(value, str) else ""
+    hint = suggestion(value, words) if isinstance(value, str) else ""
     listed = ", ".join(f"`{word}`" for word in words)
-    return Problem(
-        where, f"`{key}` must be one of {listed}, not {show(value)}", "" if hint.startswith("known") else hint
-    )
+    return Problem(where, f"`{key}` must be one of {listed}, not {show(value)}", hint)
 
 
 def _limit(value: float) -> str:

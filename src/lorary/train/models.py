@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorary.errors import FileError, LoraryError, Problem, did_you_mean, nearest
+from lorary.errors import FileError, LoraryError, Problem, did_you_mean, suggested_path
 from lorary.train.config import ModelSection
 
 if TYPE_CHECKING:
@@ -169,7 +169,9 @@ def _check(section: ModelSection) -> None:
     headline = f"cannot load the model {section.id}:"
     if not folder.exists():
         if section.id.startswith((".", "/", "~")) or section.id.count("/") > 1:
-            raise FileError(headline, [Problem(section.id, "there is no such folder", _near(folder))])
+            raise FileError(
+                headline, [Problem(section.id, "there is no such folder", suggested_path(folder, folders=True))]
+            )
         return  # a Hub id
     if not (folder / "config.json").is_file():
         adapter = any((folder / name).is_file() for name in ("adapter_config.json", "lorary.json"))
@@ -189,12 +191,6 @@ def _check(section: ModelSection) -> None:
         problems.append(Problem(pickles[0].name, what, "convert it to safetensors where you trust it"))
     if problems:
         raise FileError(headline, problems)
-
-
-def _near(path: Path) -> str:
-    beside = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
-    near = nearest(path.name, beside)
-    return f"did you mean {' or '.join(f'`{path.parent / n}`' for n in near)}?" if near else ""
 
 
 def _from_pretrained(kind: Any, section: ModelSection, **words: Any) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorary.errors import Problem, did_you_mean, nearest
+from lorary.errors import Problem, did_you_mean, nearest, suggestion
 from lorary.train.config import SECTIONS
 from lorary.train.yaml_source import Place, Source
 
@@ -227,8 +227,8 @@ class _Translation:
     def _nearest(self, section: str, key: str) -> str:
         own = list(SECTIONS.get(section, {}))
         own += [alias for alias, to in CANONICAL.items() if to.startswith(f"{section}.")] if section else []
-        if nearest(key, own):
-            return did_you_mean(key, own)
+        if hint := suggestion(key, own):
+            return hint
         elsewhere = {inner: name for name, keys in SECTIONS.items() if name for inner in keys} | {
             alias: to.partition(".")[0] for alias, to in CANONICAL.items() if "." in to
         }

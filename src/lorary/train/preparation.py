@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import lorary
 from lorary.errors import ConfigError, Problem
 from lorary.planning import Plan
 from lorary.train.config import Config
@@ -59,15 +58,8 @@ def prepare(config: Config, *, processes: int = 1) -> Prepared:
     problems = [Problem(key, p.what, p.fix) for key, p in contradictions(config)]
     if problems:
         raise ConfigError("the configuration contradicts itself:", problems)
-    section, bare = config.method, skeleton(config.model)
-    plan = lorary.plan(
-        bare,
-        section.build(),
-        section.targets,
-        ranks=section.ranks,
-        alphas=section.alphas,
-        exclude=section.exclude,
-    )
+    bare = skeleton(config.model)
+    plan = config.method.plan(bare)
     tokenizer = load_tokenizer(config.model)
     data = load(config.data, config.task, config.training.seed)
     train = tokenize(data.train, tokenizer, config.data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lorary.errors import DataError, LoraryError, Problem, nearest
+from lorary.errors import DataError, LoraryError, Problem, suggested_path
 from lorary.train.files import READERS, read_file
 from lorary.train.records import Record
 
@@ -38,14 +38,8 @@ def read_source(source: str, split: str, subset: str | None = None) -> list[Reco
             raise DataError(f"cannot read {source}:", [Problem("", f"{name} is one file and has no split `{chosen}`")])
         return read_file(path)
     if path.suffix.lower() in READERS or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise DataError(f"cannot read {name}:", [Problem("", "there is no such file or folder", _near(path))])
+        raise DataError(f"cannot read {name}:", [Problem("", "there is no such file or folder", suggested_path(path))])
     return _hub(name, subset, split)
-
-
-def _near(path: Path) -> str:
-    beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = nearest(path.name, beside)
-    return f"did you mean {' or '.join(f'`{path.parent / n}`' for n in near)}?" if near else ""
 
 
 def _builtin(name: str, split: str) -> list[Record]:
