@@ -27,14 +27,14 @@ _HOMES = {
     "disabled": "surgery",
     "groups": "loop",
     "load": "adapter",
-    "merge": "surgery",
+    "merge": "merging",
     "method": "preset",
     "plan": "planning",
     "presets": "preset",
     "save": "adapter",
     "switch": "adapter",
     "tuning": "loop",
-    "unmerge": "surgery",
+    "unmerge": "merging",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]
@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from lorary.loop import Tuning as Tuning
     from lorary.loop import groups as groups
     from lorary.loop import tuning as tuning
+    from lorary.merging import merge as merge
+    from lorary.merging import unmerge as unmerge
     from lorary.placed import Placed as Placed
     from lorary.planning import Plan as Plan
     from lorary.planning import plan as plan
@@ -61,8 +63,6 @@ if TYPE_CHECKING:
     from lorary.surgery import attach as attach
     from lorary.surgery import detach as detach
     from lorary.surgery import disabled as disabled
-    from lorary.surgery import merge as merge
-    from lorary.surgery import unmerge as unmerge
 
 
 def __getattr__(name: str) -> object:

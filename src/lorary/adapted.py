@@ -130,6 +130,17 @@ def adapted(model: nn.Module) -> dict[str, Adapted]:
     return {m.site.name: m for m in model.modules() if isinstance(m, Adapted)}
 
 
+def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of the plain model by path, whatever is attached to it."""
+    layers = adapted(model)
+    inside = tuple(f"{name}." for name in layers)
+    return {
+        name: layers[name].base if name in layers else module
+        for name, module in model.named_modules()
+        if name in layers or not name.startswith(inside)
+    }
+
+
 def base_parameters(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
     """All base parameters by their paths in the plain model, tied ones under each of their names."""
     if isinstance(model, Adapted):

@@ -11,14 +11,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from lorary.adapted import adapted, base_parameters
+from lorary.adapted import adapted, base_parameters, plain_modules
 from lorary.errors import FileError, MethodError, Problem, StateError
 from lorary.fingerprint import Fingerprint
 from lorary.methods.lora import Add, Fixed, Kaiming, LowRank
 from lorary.placed import Placed
 from lorary.record import Method
 from lorary.surgery import attached, base_parameter, detach, mismatch, place, require
-from lorary.words import Delta
 
 
 class LowRankForm(NamedTuple):
@@ -101,7 +100,7 @@ class Adapter:
             if not isinstance(p.method.join, Add):
                 what = f"{type(p.method.join).__name__} has no low-rank form without the base weight"
                 raise MethodError("this adapter is not low-rank:", [Problem(p.site.name, what)])
-            B, A = cast(Delta, p.method.delta).factors(p.site, self.tensors[p.site.name])
+            B, A = p.delta.factors(p.site, self.tensors[p.site.name])
             forms[p.site.name] = LowRankForm(p.scale * B.float(), A.float())
         return forms
 
@@ -163,8 +162,9 @@ def load(
             "cannot load:", [Problem("model", "something is attached already", "lorary.switch replaces it")]
         )
     adapter = formats.load_adapter(path, model=base, strict=strict)
-    _check_base(base, adapter, Fingerprint.of(base), str(path), force=force or not strict)
-    _install(base, adapter, trainable=trainable)
+    here = Fingerprint.of(base)
+    _check_base(base, adapter, here, str(path), force=force or not strict)
+    _install(base, adapter, here, trainable=trainable)
     return base
 
 
@@ -193,12 +193,12 @@ def switch(model: nn.Module, adapters: Adapter | Sequence[Adapter] | None, *, fo
     if attached(model) is not None:
         detach(model)
     if chosen is not None:
-        _install(model, chosen, trainable=False)
+        _install(model, chosen, here, trainable=False)
     return model
 
 
 def _check_base(model: nn.Module, adapter: Adapter, here: Fingerprint, where: str, *, force: bool) -> None:
-    modules = _plain_modules(model)
+    modules = plain_modules(model)
     problems = [problem for p in adapter.placed for problem in mismatch(p.site, modules.get(p.site.name))]
     for p in adapter.placed:
         problems += _shape_problems(p.site.name, p.shapes, adapter.tensors.get(p.site.name, {}))
@@ -214,11 +214,6 @@ def _check_base(model: nn.Module, adapter: Adapter, here: Fingerprint, where: st
         raise FileError(f"{where} does not fit this model:", problems)
 
 
-def _plain_modules(model: nn.Module) -> dict[str, nn.Module]:
-    layers = adapted(model)
-    return {name: layers[name].base if name in layers else m for name, m in model.named_modules()}
-
-
 def _shape_problems(name: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor]) -> list[Problem]:
     shapes = {role: tuple(t.shape) for role, t in found.items()}
     return [
@@ -228,9 +223,9 @@ def _shape_problems(name: str, expected: Mapping[str, tuple[int, ...]], found: M
     ]
 
 
-def _install(model: nn.Module, adapter: Adapter, *, trainable: bool) -> None:
+def _install(model: nn.Module, adapter: Adapter, here: Fingerprint, *, trainable: bool) -> None:
     full = {name: tuple(value.shape) for name, value in adapter.full.items()}
-    place(model, adapter.method, adapter.placed, full, tensors=adapter.tensors)
+    place(model, adapter.method, adapter.placed, full, tensors=adapter.tensors, base=here)
     with torch.no_grad():
         for name, value in adapter.full.items():
             base_parameter(model, name).copy_(value)

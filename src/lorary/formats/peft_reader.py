@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lorary.adapted import adapted, base_parameters
+from lorary.adapted import base_parameters, plain_modules
 from lorary.adapter import Adapter
 from lorary.errors import FileError, Problem, nearest
 from lorary.fingerprint import Fingerprint, base_name
@@ -92,7 +92,7 @@ class _Reader:
 
     def __init__(self, config: PeftConfig, model: nn.Module | None, findings: Findings, file: TensorFile) -> None:
         self.config, self.findings, self.file = config, findings, file
-        self.layers = dict(plain_modules(model)) if model is not None else None
+        self.layers = plain_modules(model) if model is not None else None
         self.model = model
         self.names: dict[str, str] = {}  # without prefix -> as in the file
         for name in file.header.tensors:
@@ -203,17 +203,6 @@ class _Reader:
         if not self.config.targets_module(key.site):
             return "adapts a module that the configuration does not name"
         return "is a factor of another kind of layer than is there"
-
-
-def plain_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The modules of the plain model by path, whatever is attached to it."""
-    layers = adapted(model)
-    inside = tuple(f"{name}." for name in layers)
-    for name, module in model.named_modules():
-        if name in layers:
-            yield name, layers[name].base
-        elif not name.startswith(inside):
-            yield name, module
 
 
 def _site_of_shapes(name: str, A: tuple[int, ...], B: tuple[int, ...], embedding: bool, transposed: bool) -> Site:

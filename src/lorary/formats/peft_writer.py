@@ -16,12 +16,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lorary.adapted import base_parameters
+from lorary.adapted import base_parameters, plain_modules
 from lorary.adapter import Adapter
 from lorary.errors import Problem
 from lorary.formats import peft_keys
 from lorary.formats.patterns import MOST_CHARACTERS
-from lorary.formats.peft_reader import plain_modules
 from lorary.methods.lora import Add, ByRank, LowRank
 from lorary.methods.rslora import BySqrtRank
 from lorary.placed import Placed
@@ -74,7 +73,7 @@ def full_words(adapter: Adapter, model: nn.Module | None) -> Full:
     if model is None:
         what = "is trained in full, and whether its module is trained whole only the model can tell"
         return Full([], bias, [Problem(name, what, "give the model too") for name in others])
-    modules, parameters = dict(plain_modules(model)), dict(base_parameters(model))
+    modules, parameters = plain_modules(model), dict(base_parameters(model))
     kept = sorted({name.rpartition(".")[0] for name in others})
     problems = [p for path in kept for p in _module_problems(path, modules, parameters, adapter)]
     saved = [n for n in biases if n.rpartition(".")[0] not in kept]
@@ -170,7 +169,7 @@ def targets(sites: list[str], model: nn.Module | None) -> list[str] | str:
         # a name of one component is the tail of many
         exact = all("." in name for name in whole) or len(pattern) > MOST_CHARACTERS
         return whole if exact else pattern
-    modules = [name for name, _ in plain_modules(model)]
+    modules = list(plain_modules(model))
     for entries in (sorted({name.rpartition(".")[2] for name in whole}), whole):
         if {m for m in modules if any(m == e or m.endswith(f".{e}") for e in entries)} == set(whole):
             return entries

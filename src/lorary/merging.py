@@ -1,0 +1,120 @@
+"""merge, unmerge: adapters folded into plain layers, and the way back, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from lorary.adapted import Adapted, adapted
+from lorary.errors import Problem, StateError
+from lorary.fingerprint import STATE
+from lorary.surgery import attached, require, set_layer
+
+
+def merge(model: nn.Module, *, keep: bool = False) -> nn.Module:
+    """Fold the adapters into plain layers: W' and b' in fp32 or better, rounded once to the weight's own precision.
+
+    All or nothing: every merged weight is computed and checked before the first layer changes. Where an adapted
+    weight was shared (tied embeddings), every use gets a weight of its own and the model's configuration says that
+    they are no longer tied.
+
+    Args:
+        model: a model with adapters attached.
+        keep: keep the pristine weights and the adapters, so that `unmerge` can put them back; otherwise they go.
+
+    Raises:
+        StateError: nothing is attached or it is merged already; or a merged weight is not finite, naming every one.
+    """
+    state = require(model, "merge")
+    layers = adapted(model)
+    problems = []
+    for name, layer in layers.items():
+        W, b = _rounded(layer)
+        if not W.is_meta and not (W.isfinite().all() and (b is None or b.isfinite().all())):
+            problems.append(Problem(name, f"merged, the weight is not finite in {W.dtype}"))
+    if problems:
+        raise StateError("cannot merge:", problems)
+    shared, untied, state.merged = _shared(model), False, {}
+    for name, layer in layers.items():
+        weight, bias = cast(nn.Parameter, layer.base.weight), cast("nn.Parameter | None", layer.bias)
+        W, b = _rounded(layer)
+        layer.base.weight = nn.Parameter(W, requires_grad=False)
+        if b is not None:
+            layer.base.bias = nn.Parameter(b, requires_grad=False)
+        for path in state.paths[name]:
+            set_layer(model, path, layer.base)
+        untied |= id(weight) in shared
+        if keep:
+            state.merged[name] = (weight, bias, layer)
+    state.tied = _untie(model) if untied else None
+    if not keep:
+        object.__delattr__(model, STATE)
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Undo `merge(model, keep=True)`: the kept weights and adapters go back, bit for bit.
+
+    Raises:
+        StateError: nothing was merged, or it was not kept.
+    """
+    state = attached(model)
+    if state is None or state.merged is None:
+        what = "nothing is merged here, or the merge did not keep what it replaced"
+        raise StateError("cannot unmerge:", [Problem("model", what, "merge with keep=True")])
+    for name, (weight, bias, layer) in state.merged.items():
+        layer.base.weight = weight
+        if bias is not None:
+            layer.base.bias = bias
+        elif getattr(layer.base, "bias", None) is not None:
+            layer.base.bias = cast(Any, None)
+        for path in state.paths[name]:
+            set_layer(model, path, layer)
+    if state.tied is not None:
+        _config(model).tie_word_embeddings = True
+        for module, name, parameter in state.tied:
+            setattr(module, name, parameter)
+    state.merged, state.tied = None, None
+    return model
+
+
+def _rounded(layer: Adapted) -> tuple[Tensor, Tensor | None]:
+    """(W', b') in the layout and precision of the layer's own weight, in memory of their own."""
+    W, b = layer.merged()
+    dtype = layer.weight.dtype
+    return layer.kind.weight(layer.base, W).to(dtype), None if b is None else b.to(dtype, copy=True)
+
+
+def _shared(model: nn.Module) -> set[int]:
+    """The parameters that more than one layer holds."""
+    holders: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+    return {key for key, count in holders.items() if count > 1}
+
+
+def _config(model: nn.Module) -> Any:
+    return getattr(model, "config", None)
+
+
+def _untie(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]] | None:
+    """Say in the model's configuration that nothing is tied, and make it true: whoever shared now has its own copy.
+
+    A checkpoint of the model is read by what its configuration says; BERT's ties its output bias, too.
+    """
+    config = _config(model)
+    if not getattr(config, "tie_word_embeddings", False):
+        return None
+    config.tie_word_embeddings = False
+    seen: set[int] = set()
+    shared: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                shared.append((module, name, parameter))
+            seen.add(id(parameter))
+    for module, name, parameter in shared:
+        setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad))
+    return shared
