@@ -50,9 +50,9 @@ class Adapter:
     """
 
     method: Method
-    placed: tuple[Placed, ...]
-    tensors: Mapping[str, Mapping[str, Tensor]]
-    full: Mapping[str, Tensor] = field(default_factory=dict)
+    placed: tuple[Placed, ...] = field(repr=False)
+    tensors: Mapping[str, Mapping[str, Tensor]] = field(repr=False)
+    full: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     base: Fingerprint = field(default_factory=Fingerprint)
     notes: tuple[str, ...] = ()
 

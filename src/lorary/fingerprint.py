@@ -73,7 +73,7 @@ class Fingerprint:
 def base_name(path: str) -> str:
     """A Hub id whole; of a folder only its last name, which says nothing about the machine.
 
-    >>> base_name("org/model"), base_name("/home/me/models/small/")
+    >>> base_name("org/model"), base_name("/data/models/small/")
     ('org/model', 'small')
     """
     components = path.replace("\\", "/").rstrip("/").split("/")

@@ -84,7 +84,7 @@ class Tuning:
         states: one for each rule, its tensors by name.
     """
 
-    layers: list[Adapted]
+    layers: list[Adapted] = field(repr=False)
     steps: int
     step: int = field(default=0, init=False)
     rules: tuple[Rule, ...] = field(init=False)

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["load_model", "load_tokenizer", "path"]
+__all__ = ["NAME", "load_model", "load_tokenizer", "path"]
 
+NAME = "builtin:base"  # what configurations, commands and adapters call it
 _MODEL = Path(__file__).parent / "model"
 
 
@@ -46,6 +47,7 @@ def load_model(dtype: torch.dtype | str = "float32") -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path(), dtype=dtype)
+    model.config._name_or_path = NAME  # what an adapter says about its base; the folder differs by machine
     return model
 
 

@@ -194,11 +194,7 @@ def _end(prepared: Prepared, folder: RunFolder, done: Run, tokens: int) -> None:
 
 def _model(prepared: Prepared) -> Any:
     """The base with its method attached."""
-    section = prepared.config.model
-    model = load_model(section)
-    if section.id.startswith("builtin:"):
-        model.config._name_or_path = section.id  # the adapter shall say this, not where the package is installed
-    return lorary.attach(model, prepared.plan, seed=prepared.config.training.seed)
+    return lorary.attach(load_model(prepared.config.model), prepared.plan, seed=prepared.config.training.seed)
 
 
 def _trainer(prepared: Prepared, model: Any, output: Path, resumed: bool, callbacks: list[TrainerCallback]) -> Any:
