@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 
 import torch
@@ -77,7 +78,8 @@ def base_name(path: str) -> str:
     ('org/model', 'small')
     """
     components = path.replace("\\", "/").rstrip("/").split("/")
-    return path if len(components) == 2 and all(components) else components[-1]
+    hub = len(components) == 2 and re.fullmatch(r"[A-Za-z0-9][\w.-]*", components[0])  # not `.`, `..`, `~` or `C:`
+    return path if hub and components[1] else components[-1]
 
 
 def _short(text: str) -> str:
