@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,24 +46,27 @@ def blocks(page: Path) -> list[Block]:
     ]
 
 
-def run(page: Path) -> int:
-    """Run a page's Python blocks one after another, as a reader would in one session; how many there were."""
+def run(page: Path, lorary: Callable[..., object] | None = None) -> int:
+    """Run a page's blocks one after another, as a reader would in one session; how many there were.
+
+    Args:
+        page: the file. Its Python blocks share one session.
+        lorary: runs a command line; without it the page's console blocks are left out.
+    """
     session: dict[str, object] = {"__name__": "__main__"}
-    runnable = [block for block in blocks(page) if block.language == "python" and not block.reason]
-    for block in runnable:
-        # Blank lines before it, so that a traceback names the page's own line.
-        code = compile("\n" * (block.line - 1) + block.code, str(page), "exec")
-        exec(code, session)
-    return len(runnable)
-
-
-def commands(page: Path) -> Iterator[list[str]]:
-    """The arguments of every `$ lorary ...` line in a page's console blocks, in order."""
-    import shlex
-
+    count = 0
     for block in blocks(page):
-        if block.language == "console" and not block.reason:
-            joined = block.code.replace("\\\n", " ")
-            for line in joined.splitlines():
-                if line.startswith("$ lorary "):
-                    yield shlex.split(line.removeprefix("$ lorary "), comments=True)
+        if block.language == "python" and not block.reason:
+            # Blank lines before it, so that a traceback names the page's own line.
+            exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), session)
+            count += 1
+        elif block.language == "console" and not block.reason and lorary is not None:
+            for arguments in commands(block):
+                lorary(*arguments)
+    return count
+
+
+def commands(block: Block) -> list[list[str]]:
+    """The arguments of every `$ lorary ...` line in a console block."""
+    lines = block.code.replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True)[2:] for line in lines if line.startswith("$ lorary ")]

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer
 
 import lorary
+from lorary.cli import app
 from tests import pages
+from tests.cli.command import Command
 
 DOCS = pages.ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -22,9 +28,34 @@ def name(page: Path) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_every_python_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_block_runs(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
-    pages.run(page)
+    command = Command(monkeypatch, capsys)
+
+    def lorary(*arguments: str) -> None:
+        ran = command(*arguments)
+        assert ran.code == 0, f"$ lorary {shlex.join(arguments)}\n{ran.err}"
+
+    pages.run(page, lorary)
+
+
+def lines() -> Iterator[tuple[str, list[str]]]:
+    """Every `$ lorary ...` line of every page, those that are not run here included."""
+    for page in [*PAGES, pages.ROOT / "README.md"]:
+        for block in pages.blocks(page):
+            if block.language == "console":
+                for arguments in pages.commands(block):
+                    yield f"{page.name}:{block.line}", arguments
+
+
+@pytest.mark.parametrize(("where", "arguments"), [pytest.param(*line, id=shlex.join(line[1])) for line in lines()])
+def test_every_command_is_one(where: str, arguments: list[str]) -> None:
+    known = typer.main.get_command(app()).commands  # type: ignore[attr-defined]
+    assert arguments[0] in known, where
+    with contextlib.suppress(typer.Exit, SystemExit):  # `--help` ends after it has been read
+        known[arguments[0]].make_context(arguments[0], arguments[1:])
 
 
 @pytest.mark.parametrize(
