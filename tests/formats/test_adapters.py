@@ -96,9 +96,10 @@ def test_saved_and_loaded_is_the_same(make: Callable[[], nn.Module], base: Base,
     same(lorary.Adapter.load(tmp_path / "a"), adapter)
     again = lorary.load(base.model(), tmp_path / "a")
     assert torch.equal(outputs(again), outputs(model))
-    lorary.save(again, tmp_path / "b")
-    for path in (tmp_path / "a").iterdir():
-        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+    lorary.save(model, tmp_path / "b")
+    lorary.save(again, tmp_path / "c")
+    for path in (tmp_path / "b").iterdir():
+        assert path.read_bytes() == (tmp_path / "c" / path.name).read_bytes()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -56,13 +56,7 @@ def app() -> typer.Typer:
     )
     program.callback()(_program)
     for name in COMMANDS:
-        try:
-            module = importlib.import_module(f"lorary.cli.{name}")
-        except ModuleNotFoundError as error:
-            if error.name != f"lorary.cli.{name}":
-                raise
-            continue
-        program.command(name)(getattr(module, name))
+        program.command(name)(getattr(importlib.import_module(f"lorary.cli.{name}"), name))
     return program
 
 
