@@ -1,0 +1,340 @@
+"""groups and tuning: every trained tensor in one group, and rules that meet any training loop."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lorary
+from lorary import words
+from lorary.adapted import adapted
+from lorary.adapter import Adapter
+from lorary.errors import ConfigError, StateError
+from lorary.words import Layer
+
+from . import tiny
+
+
+def attached(*names: str, targets: Any = "all-linear", model: Any = None, **options: Any) -> Any:
+    model = model or tiny.seeded("LlamaForCausalLM")
+    return lorary.attach(model, lorary.plan(model, lorary.method(*names, **options), targets))
+
+
+def step(model: Any, optimizer: torch.optim.Optimizer, tuning: lorary.Tuning | None = None) -> float:
+    """One step of a loop: forward, penalty, backward, rules, optimizer, rules."""
+    loss = model(input_ids=tiny.ids(), labels=tiny.ids()).loss + (tuning.penalty() if tuning else 0.0)
+    loss.backward()
+    if tuning:
+        tuning.after_backward()
+    optimizer.step()
+    if tuning:
+        tuning.after_step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+# --- groups -----------------------------------------------------------------------------------------------------------
+
+SETTINGS: list[tuple[tuple[str, ...], dict[str, Any], Any, dict[str, tuple[float, float]]]] = [
+    (("lora",), {}, "all-linear", {"A B decayed": (1, 0.1)}),
+    (("lora-fa",), {}, "mlp", {"B decayed": (1, 0.1)}),
+    (("lora+",), {"ratio": 4}, ["embedding", "q_proj"], {"A decayed": (1, 0.1), "B x4 decayed": (4, 0.1)}),
+    (("lora",), {"lr": {"A": 0.5}}, "q_proj", {"A x0.5 decayed": (0.5, 0.1), "B decayed": (1, 0.1)}),
+    (("lora",), {"full": "norm"}, "q_proj", {"A B decayed": (1, 0.1), "full": (1, 0.0)}),
+    (
+        ("lora+",),
+        {"full": ("norm", "lm_head")},
+        "q_proj",
+        {"A full decayed": (1, 0.1), "B x16 decayed": (16, 0.1), "full": (1, 0.0)},
+    ),
+    (("full",), {}, "all-linear", {"full decayed": (1, 0.1), "full": (1, 0.0)}),
+]
+
+
+@pytest.mark.parametrize(("names", "options", "targets", "expected"), SETTINGS)
+def test_groups_cover_what_trains_exactly(
+    names: tuple[str, ...], options: dict[str, Any], targets: Any, expected: dict[str, tuple[float, float]]
+) -> None:
+    model = attached(*names, targets=targets, **options)
+    rows = lorary.groups(model, lr=0.002, weight_decay=0.1)
+    assert {row["name"]: (row["lr"] / 0.002, row["weight_decay"]) for row in rows} == expected
+    grouped = [id(p) for row in rows for p in row["params"]]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == {id(p) for p in model.parameters() if p.requires_grad}
+    for row in rows:
+        assert all((p.dim() > 1) == (row["weight_decay"] > 0) for p in row["params"])
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adafactor])
+def test_optimizers_take_them_as_they_are(make: Any) -> None:
+    model = attached("lora+", full="norm")
+    optimizer = make(lorary.groups(model, lr=0.01, weight_decay=0.1))
+    before = tiny.frozen_copy(model)
+    for _ in range(3):
+        step(model, optimizer)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == trained
+
+
+def test_without_decay_there_is_one_group_per_rate() -> None:
+    model = attached("lora+", full=("norm", "lm_head"))
+    assert [row["name"] for row in lorary.groups(model, lr=1e-3)] == ["A full", "B x16"]
+    assert all(row["weight_decay"] == 0 for row in lorary.groups(model, lr=1e-3))
+
+
+def test_groups_do_not_share_anything_with_the_next_call() -> None:
+    model = attached("lora")
+    one, other = lorary.groups(model, lr=1e-3), lorary.groups(model, lr=1e-3)
+    one[0]["params"].clear()
+    one[0]["lr"] = 5
+    assert len(other[0]["params"]) == 28
+    assert other[0]["lr"] == 1e-3
+
+
+def test_a_stray_parameter_is_refused() -> None:
+    model = attached("lora", targets="q_proj")
+    model.lm_head.weight.requires_grad_(True)
+    model.model.norm.weight.requires_grad_(True)
+    with pytest.raises(StateError) as refusal:
+        lorary.groups(model, lr=1e-3)
+    assert str(refusal.value) == (
+        "the groups would not cover what trains exactly:\n"
+        "  - model.norm.weight: requires a gradient, but no plan trains it\n"
+        "      hint: freeze it, or say it in `full`\n"
+        "  - lm_head.weight: requires a gradient, but no plan trains it\n"
+        "      hint: freeze it, or say it in `full`"
+    )
+
+
+def test_what_was_frozen_by_hand_is_left_out() -> None:
+    model = attached("lora", full="norm", targets="q_proj")
+    layers = list(adapted(model).values())
+    layers[0].p["A"].requires_grad_(False)
+    model.model.norm.weight.requires_grad_(False)
+    (row,) = lorary.groups(model, lr=1e-3)
+    assert len(row["params"]) == 3
+
+
+def test_nothing_to_train() -> None:
+    model = tiny.seeded("LlamaForCausalLM")
+    lorary.switch(model, Adapter.of(attached("lora", full="norm")))
+    with pytest.raises(StateError) as refusal:
+        lorary.groups(model, lr=1e-3)
+    assert str(refusal.value) == (
+        "there is nothing to train:\n"
+        "  - model: no parameter requires a gradient\n"
+        "      hint: load the adapter with trainable=True"
+    )
+
+
+@pytest.mark.parametrize(
+    ("lr", "decay", "message"),
+    [
+        (0, 0, "lr: 0 is not a positive finite number"),
+        (-1e-3, 0, "lr: -0.001 is not a positive finite number"),
+        (float("nan"), 0, "lr: nan is not a positive finite number"),
+        (float("inf"), 0, "lr: inf is not a positive finite number"),
+        (1e-3, -1, "weight_decay: -1 is not a finite number of at least 0"),
+        (1e-3, float("nan"), "weight_decay: nan is not a finite number of at least 0"),
+        (
+            0,
+            float("inf"),
+            "lr: 0 is not a positive finite number\n  - weight_decay: inf is not a finite number of at least 0",
+        ),
+    ],
+)
+def test_settings_that_are_none(lr: float, decay: float, message: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        lorary.groups(attached("lora", targets="q_proj"), lr=lr, weight_decay=decay)
+    assert str(refusal.value) == f"these are no optimizer settings:\n  - {message}"
+
+
+def test_a_decay_moves_factors_that_have_no_gradient_yet() -> None:
+    """At step 0 the gradient of A is zero; decoupled decay moves A all the same, and no decay leaves it."""
+    for decay, moves in ((0.0, False), (0.1, True)):
+        model = attached("lora", targets="q_proj")
+        A = next(iter(adapted(model).values())).p["A"]
+        before = A.clone()
+        step(model, torch.optim.AdamW(lorary.groups(model, lr=0.01, weight_decay=decay)))
+        assert torch.equal(A, before) is not moves
+
+
+# --- rules ------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Pull:
+    """A rule for tests: pulls B to `to`, scales gradients of B by `factor`, and counts what it saw.
+
+    penalty: weight * sum (B - to)^2, the weight growing with the steps done.
+    """
+
+    to: float = 1.0
+    factor: float = 0.5
+    needs = frozenset({"B"})
+    writes_base = False
+
+    def start(self, layers: Sequence[Layer], steps: int) -> dict[str, Tensor]:
+        return {"seen": torch.zeros(3, dtype=torch.int64), "weight": torch.tensor(1.0 / steps)}
+
+    def penalty(self, layers: Sequence[Layer], state: dict[str, Tensor]) -> Tensor:
+        state["seen"][0] += 1
+        return state["weight"] * sum(((layer.p["B"] - self.to) ** 2).sum() for layer in layers)
+
+    def after_backward(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
+        state["seen"][1] = step
+        for layer in layers:
+            layer.p["B"].grad.mul_(self.factor)
+
+    def after_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
+        state["seen"][2] = step
+        assert all(layer.p["B"].grad is not None for layer in layers)
+        state["weight"] *= 2
+        for layer in layers:
+            layer.p["B"].clamp_(max=0.9 * self.to)
+
+
+@pytest.fixture
+def _known() -> Iterator[None]:
+    words.word(Pull)
+    yield
+    del words.WORDS["Pull"]
+
+
+pulled = pytest.mark.usefixtures("_known")
+
+
+@pulled
+def test_a_rule_at_work() -> None:
+    model = attached("lora", rules=[Pull()], r=2, targets="q_proj")
+    tuning = lorary.tuning(model, steps=10)
+    layers = list(adapted(model).values())
+    numbers = sum(layer.p["B"].numel() for layer in layers)
+    assert tuning.penalty().item() == pytest.approx(numbers / 10)  # B = 0
+    optimizer = torch.optim.SGD(lorary.groups(model, lr=1e-9))
+    model(input_ids=tiny.ids(), labels=tiny.ids()).loss.backward()
+    plain = [layer.p["B"].grad.clone() for layer in layers]
+    for layer, grad in zip(layers, plain, strict=True):
+        layer.p["B"].grad = grad.clone()
+    tuning.after_backward()
+    for layer, grad in zip(layers, plain, strict=True):
+        assert torch.equal(layer.p["B"].grad, grad / 2)
+    optimizer.step()
+    tuning.after_step()
+    assert tuning.step == 1
+    assert tuning.states[0]["seen"].tolist() == [1, 1, 1]
+    assert tuning.states[0]["weight"].item() == pytest.approx(0.2)
+
+
+@pulled
+def test_a_rule_changes_where_training_goes() -> None:
+    model = attached("lora", rules=[Pull(to=2.0)], r=2, targets="q_proj")
+    tuning, optimizer = lorary.tuning(model, steps=1), torch.optim.SGD(lorary.groups(model, lr=0.2))
+    for _ in range(8):
+        step(model, optimizer, tuning)
+    for layer in adapted(model).values():
+        torch.testing.assert_close(layer.p["B"].detach(), torch.full((16, 2), 1.8))  # pulled to 2, held at 90 %
+
+
+@pulled
+def test_several_rules_add_up_and_keep_to_themselves() -> None:
+    model = attached("lora", rules=[Pull(), Pull(to=3.0)], r=2, targets="q_proj")
+    tuning = lorary.tuning(model, steps=10)
+    assert tuning.penalty().item() == pytest.approx(sum(p.numel() for p in _factors(model)) * (1 + 9) / 10)
+    tuning.states[0]["weight"].zero_()
+    assert tuning.penalty().item() == pytest.approx(sum(p.numel() for p in _factors(model)) * 9 / 10)
+
+
+def _factors(model: nn.Module) -> list[Tensor]:
+    return [layer.p["B"] for layer in adapted(model).values()]
+
+
+@pulled
+def test_a_run_that_is_interrupted_goes_on_as_if_it_was_not() -> None:
+    def start() -> tuple[Any, torch.optim.Optimizer, lorary.Tuning]:
+        model = attached("lora", "lora+", rules=[Pull(to=0.1)], r=2, targets="q_proj")
+        return model, torch.optim.AdamW(lorary.groups(model, lr=0.01)), lorary.tuning(model, steps=100)
+
+    model, optimizer, tuning = start()
+    whole = [step(model, optimizer, tuning) for _ in range(6)]
+    model, optimizer, tuning = start()
+    first = [step(model, optimizer, tuning) for _ in range(3)]
+    kept = [tiny.frozen_copy(model), optimizer.state_dict(), {k: v.clone() for k, v in tuning.state_dict().items()}]
+    model, optimizer, tuning = start()
+    model.load_state_dict(kept[0])
+    optimizer.load_state_dict(kept[1])
+    tuning.load_state_dict(kept[2])
+    assert tuning.step == 3
+    assert first + [step(model, optimizer, tuning) for _ in range(3)] == whole
+    model, optimizer, tuning = start()  # without the rules' state it is another run
+    model.load_state_dict(kept[0])
+    optimizer.load_state_dict(kept[1])
+    assert first + [step(model, optimizer, tuning) for _ in range(3)] != whole
+
+
+@pulled
+def test_the_state_is_flat_tensors_and_not_shared_with_a_checkpoint() -> None:
+    model = attached("lora", rules=[Pull(), Pull(to=3.0)], r=2, targets="q_proj")
+    tuning = lorary.tuning(model, steps=10)
+    flat = {key: value.clone() for key, value in tuning.state_dict().items()}
+    assert list(flat) == ["0.seen", "0.weight", "1.seen", "1.weight", "step"]
+    other = lorary.tuning(model, steps=10)
+    other.load_state_dict(flat)
+    other.states[0]["weight"].fill_(7)
+    assert flat["0.weight"] != 7
+    assert tuning.states[0]["weight"] != 7
+
+
+@pulled
+@pytest.mark.parametrize(
+    ("change", "keys"),
+    [
+        (lambda flat: flat.pop("1.seen"), ["1.seen"]),
+        (lambda flat: flat.update({"2.seen": torch.ones(1)}), ["2.seen"]),
+        (lambda flat: flat.update({"0.seen": torch.ones(2)}), ["0.seen"]),
+        (lambda flat: (flat.pop("step"), flat.update({"0.weight": torch.ones(2)})), ["step", "0.weight"]),
+    ],
+)
+def test_another_methods_state_is_refused(change: Any, keys: list[str]) -> None:
+    model = attached("lora", rules=[Pull(), Pull(to=3.0)], r=2, targets="q_proj")
+    tuning = lorary.tuning(model, steps=10)
+    flat = {key: value.clone() for key, value in tuning.state_dict().items()}
+    change(flat)
+    before = {key: value.clone() for key, value in tuning.state_dict().items()}
+    with pytest.raises(StateError) as refusal:
+        tuning.load_state_dict(flat)
+    problems = "".join(f"\n  - {key}: is missing, unknown or of another shape" for key in keys)
+    assert str(refusal.value) == f"this is another method's training state:{problems}"
+    assert tiny.same(tuning.state_dict(), before)
+
+
+def test_without_rules_every_call_does_nothing() -> None:
+    model = attached("lora", targets="q_proj")
+    tuning = lorary.tuning(model, steps=10)
+    before = tiny.frozen_copy(model)
+    assert tuning.penalty() == 0.0
+    tuning.after_backward()
+    tuning.after_step()
+    assert tiny.same(tiny.frozen_copy(model), before)
+    assert tuning.state_dict() == {"step": torch.tensor(1)}
+    tuning.load_state_dict({"step": torch.tensor(5)})
+    assert tuning.step == 5
+
+
+def test_base_parameters_alone_have_no_layers() -> None:
+    tuning = lorary.tuning(attached("full"), steps=10)
+    assert tuning.layers == []
+    assert tuning.penalty() == 0.0
+
+
+@pulled
+def test_rules_are_written_and_read_with_the_method() -> None:
+    method = lorary.method("lora", rules=[Pull(to=2.5)])
+    assert lorary.Method.from_dict(method.to_dict()) == method
+    assert "  rules    Pull(to=2.5, factor=0.5)" in str(method)
