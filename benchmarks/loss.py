@@ -75,7 +75,7 @@ def main() -> None:
         labels = ids.clone()
         labels[:, : int(ids.shape[1] * (1 - share))] = -100
         best = dict.fromkeys(named, float("inf"))
-        for name, step in named.items():
+        for step in named.values():
             step(ids, labels)  # the first call looks at the model
         for _ in range(options.repeats):
             for name, step in named.items():

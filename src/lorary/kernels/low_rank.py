@@ -92,8 +92,7 @@ class _AddLowRank(torch.autograd.Function):
             A if x_wants else None,
             B if x_wants or a_wants else None,
         )
-        ctx.x_shape, ctx.x_dtype, ctx.factor_dtypes = x.shape, x.dtype, (A.dtype, B.dtype)
-        ctx.scale, ctx.dropout, ctx.seed = scale, dropout, seed
+        ctx.x_shape, ctx.scale, ctx.dropout, ctx.seed = x.shape, scale, dropout, seed
         return total
 
     @staticmethod
@@ -109,17 +108,17 @@ class _AddLowRank(torch.autograd.Function):
             if ctx.seed is not None and (x_wants or a_wants):
                 kept = _kept((g.shape[0], width), g, ctx.dropout, ctx.seed)
             if b_wants:
-                gB = _scaled(ctx.scale, g.t(), z).to(ctx.factor_dtypes[1])  # [out, R]
+                gB = _scaled(ctx.scale, g.t(), z)  # [out, R]
             if x_wants or a_wants:
                 gz = _scaled(ctx.scale, g, B.to(dtype))  # [T, R]
             if x_wants:
                 gx = gz @ A.to(dtype)  # [T, in]
-                gx = (gx if kept is None else gx.mul_(kept)).view(ctx.x_shape).to(ctx.x_dtype)
+                gx = (gx if kept is None else gx.mul_(kept)).view(ctx.x_shape)
             if a_wants:
                 rows = x.reshape(-1, width).to(dtype)
                 rows = rows if kept is None else kept.mul_(rows)  # the mask is not needed any more
-                gA = (gz.t() @ rows).to(ctx.factor_dtypes[0])  # [R, in]
-        return gy, gx, gA, gB, None, None, None
+                gA = gz.t() @ rows  # [R, in]
+        return gy, gx, gA, gB, None, None, None  # autograd casts each to the dtype of its tensor
 
 
 def _scaled(s: float, left: Tensor, right: Tensor) -> Tensor:
