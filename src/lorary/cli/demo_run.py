@@ -158,7 +158,10 @@ def _data() -> str:
 def _config(data: str, steps: int, output: Path) -> Config:
     return from_dict(
         {
-            "model": "builtin:base",
+            "model": {
+                "id": "builtin:base",
+                "dtype": "float32",
+            },  # some CPUs would take bfloat16: exactness is shown here
             "method": {"name": "lora", "r": 16, "alpha": 32},
             "data": {"train": data, "validation": data, "max_length": WINDOW},
             "training": {
