@@ -1,0 +1,79 @@
+"""One process of a distributed run: `torchrun … distributed_worker.py OUT`.
+
+Trains in each of `MODES`, and writes what the first process saw to OUT/MODE.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+from accelerate.state import AcceleratorState
+from torch.distributed.tensor import DTensor
+
+from lorary.train import saving
+from tests.train.runs import adapted, dpo, llama, log, rows, sft
+
+torch.set_num_threads(1)
+
+MODES = ("ddp", "fsdp", "dpo-fsdp")
+
+FSDP: dict[str, Any] = {
+    "fsdp": True,
+    "fsdp_config": {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+    },
+}
+
+
+def train(folder: Path, mode: str, ranks: int) -> dict[str, Any]:
+    """16 rows in batches of 4, whatever the number of ranks; the head in chunks of 5 tokens, so that ranks differ."""
+    model = adapted("lora", "lora+", targets=["all-linear", "lm_head"], model=llama(tie_word_embeddings=False))
+    words: dict[str, Any] = dict(FSDP) if "fsdp" in mode else {}
+    if "dpo" in mode:
+        t: Any = dpo(folder, model, per_device_train_batch_size=4 // ranks, learning_rate=1e-2, **words)
+        t.train_dataset = t.train_dataset.select(range(8))
+    else:
+        words |= {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+        size = {"per_device_train_batch_size": 4 // ranks, "gradient_accumulation_steps": 2}
+        t = sft(folder, model, train=rows(16), held_out=rows(5), **size, **words)
+    t.head.chunk = 5
+    t.train()
+    sharded = sum(isinstance(p, DTensor) for p in t.model.parameters())
+    adapter = saving.taken(t.plain_model(), t.fingerprint)
+    found = {"log": log(t), "sharded": sharded, "adapter": _plain(adapter)}
+    if "dpo" not in mode:
+        found["resumed"] = _resumed(folder, t, words)
+    return found
+
+
+def _resumed(folder: Path, before: Any, words: dict[str, Any]) -> dict[str, Any]:
+    """The second half again, from the checkpoint after the first."""
+    model = adapted("lora", "lora+", targets=["all-linear", "lm_head"], model=llama(tie_word_embeddings=False))
+    size = {k: getattr(before.args, k) for k in ("per_device_train_batch_size", "gradient_accumulation_steps")}
+    t = sft(folder, model, train=rows(16), held_out=rows(5), **size, **words)
+    t.head.chunk = 5
+    t.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    return {"log": log(t), "adapter": _plain(saving.taken(t.plain_model(), t.fingerprint))}
+
+
+def _plain(adapter: Any) -> dict[str, Any]:
+    return {f"{site}.{role}": t.tolist() for site, roles in adapter.tensors.items() for role, t in roles.items()}
+
+
+if __name__ == "__main__":
+    out = Path(sys.argv[1])
+    for mode in MODES:
+        AcceleratorState._reset_state(reset_partial_state=True)  # what accelerate remembers of the last one
+        result = train(out / mode, mode, int(os.environ["WORLD_SIZE"]))
+        if int(os.environ["RANK"]) == 0:
+            (out / f"{mode}.json").write_text(json.dumps(result))
+    torch.distributed.destroy_process_group()

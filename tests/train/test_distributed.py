@@ -1,0 +1,75 @@
+"""Two processes give the numbers of one: DDP and FSDP2 over gloo, launched as a user would."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorary.errors import TrainingError
+from lorary.train.distributed import check_strategy
+from tests.train.distributed_worker import MODES, train
+
+ROOT = Path(__file__).parents[2]
+FIELDS = ("loss", "eval_loss", "grad_norm", "learning_rate", "rewards/margins")
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What two processes found, mode by mode."""
+    folder = tmp_path_factory.mktemp("two")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "tests.train.distributed_worker", str(folder)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    return {mode: json.loads((folder / f"{mode}.json").read_text()) for mode in MODES}
+
+
+def _numbers(log: list[dict[str, Any]]) -> list[float]:
+    return [record[key] for record in log for key in FIELDS if key in record]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("mode", MODES)
+def test_two_processes_train_as_one(tmp_path: Path, launched: dict[str, Any], mode: str) -> None:
+    two = launched[mode]
+    one = train(tmp_path / "one", mode.replace("fsdp", "one"), 1)
+    assert (two["sharded"] > 40) is ("fsdp" in mode)
+    assert _numbers(two["log"]) == pytest.approx(_numbers(one["log"]), rel=1e-5, abs=1e-5)
+    assert len(_numbers(one["log"])) > 8
+    for name, values in one["adapter"].items():
+        for mine, theirs in zip(values, two["adapter"][name], strict=True):
+            assert theirs == pytest.approx(mine, abs=1e-4)
+    if "resumed" in two:  # bit for bit
+        assert two["resumed"] == {"log": two["log"], "adapter": two["adapter"]}
+        assert one["resumed"] == {"log": one["log"], "adapter": one["adapter"]}
+
+
+def test_other_ways_of_dividing_are_refused() -> None:
+    class State:
+        class fsdp_plugin:  # noqa: N801
+            fsdp_version = 1
+
+        deepspeed_plugin = object()
+
+    with pytest.raises(TrainingError) as caught:
+        check_strategy(State())
+    assert str(caught.value) == (
+        "this way of distributing cannot train an adapter:\n"
+        "  - fsdp: version 1 flattens adapter and base into one parameter\n"
+        "      hint: set version: 2 in fsdp_config\n"
+        "  - deepspeed: its shards cannot be put into lorary's checkpoints\n"
+        "      hint: use FSDP2"
+    )
