@@ -36,7 +36,7 @@ demo: $(READY)
 	@$(OFFLINE) $(VENV)/bin/lorary demo --out $(OUT) $(ARGS)
 
 test: $(READY)
-	@$(QUIET) $(OFFLINE) $(PY) -m pytest -n $(JOBS) --dist worksteal --verbosity=0 $(ARGS)
+	@$(QUIET) $(OFFLINE) $(PY) -m pytest -n $(JOBS) --dist loadgroup --verbosity=0 $(ARGS)
 
 lint: $(READY)
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
@@ -52,7 +52,7 @@ bench: $(READY)
 	@$(OFFLINE) $(PY) benchmarks/step.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist $(OUT) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache
 	find src tests scripts benchmarks examples docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # PyTorch first and by itself, pinned: an unpinned one may bring gigabytes of another accelerator's libraries.

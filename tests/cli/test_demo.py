@@ -19,7 +19,7 @@ from lorary.cli.demo import demo
 from lorary.cli.demo_folder import make_room
 from lorary.errors import DataError, FileError
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("demo")]  # one run serves them all
 
 
 @pytest.fixture(scope="module")
