@@ -19,6 +19,9 @@ ROOT = Path(__file__).parents[2]
 FIELDS = ("loss", "eval_loss", "grad_norm", "learning_rate", "rewards/margins")
 
 
+pytestmark = pytest.mark.xdist_group("distributed")  # one process: the fixture is a whole run
+
+
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What two processes found, mode by mode."""

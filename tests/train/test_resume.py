@@ -69,6 +69,9 @@ def _forked(work: Callable[[], Any]) -> tuple[int, Any]:
     return status, json.loads(text) if text else None
 
 
+pytestmark = pytest.mark.xdist_group("resume")  # one process: the fixture is a whole run
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("whole")
