@@ -8,6 +8,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+import lorary
+
 _SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
 _GPT2 = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 4}
 
@@ -125,6 +127,25 @@ def shaken(model: nn.Module, size: float = 0.3, seed: int = 3) -> nn.Module:
     return model
 
 
+LORA = lorary.method("lora", r=2, alpha=8.0)
+
+
+def trained(model: Any, method: lorary.Method = LORA, targets: Any = "all-linear", **options: Any) -> Any:
+    """The model as after training with a method."""
+    lorary.attach(model, lorary.plan(model, method, targets), **options)
+    return shaken(model)
+
+
+def everything(model: nn.Module) -> tuple[Any, ...]:
+    """What must be the same after a detach: modules and parameters themselves, flags, modes, values."""
+    return (
+        [(name, id(m), m.training) for name, m in model.named_modules(remove_duplicate=False)],
+        [(name, id(p), p.requires_grad, p.grad is None) for name, p in model.named_parameters(remove_duplicate=False)],
+        [(name, id(b)) for name, b in model.named_buffers(remove_duplicate=False)],
+        [sorted(vars(m)) for m in model.modules()],
+    )
+
+
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """Whether two state dicts are equal bit for bit."""
     return list(a) == list(b) and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
@@ -133,3 +154,29 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def frozen_copy(model: nn.Module) -> dict[str, Tensor]:
     """A copy of a model's state dict."""
     return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+class Twice(nn.Module):
+    """One layer under two paths, and its weight tied to a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4, bias=False)
+        self.inner = nn.ModuleList([self.a])
+        self.c = nn.Linear(4, 4, bias=False)
+        self.c.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + 10 * self.inner[0](x) + 100 * self.c(x)
+
+
+# Models with every kind of layer between them, and what to adapt in each.
+MODELS: dict[str, list[str]] = {
+    "LlamaForCausalLM": ["all-linear"],
+    "GPT2LMHeadModel": ["attention-qv", "embedding"],
+    "T5ForConditionalGeneration": ["embedding", "all-linear", "lm_head"],
+    "BertForSequenceClassification": ["attention", "embedding"],
+    "MixtralForCausalLM": ["attention"],
+    "Gemma3ForCausalLM": ["embedding", "lm_head"],
+    "MobileNetV2ForImageClassification": ["conv"],
+}
