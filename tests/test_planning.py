@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from torch import nn
 
 import lorary
+from lorary import words
 from lorary.adapted import adapted
 from lorary.errors import PlanError
-from lorary.methods.lora import Fixed
+from lorary.methods.lora import Fixed, Kaiming
 from lorary.planning import human_bytes
 
 from . import tiny
@@ -469,3 +471,34 @@ def test_gpt_2s_layer_is_a_linear_layer() -> None:
     plan = lorary.plan(nn.Sequential(Conv1D(6, 4)), lorary.method(r=1), "0")
     model = lorary.attach(nn.Sequential(nn.Linear(4, 6)), plan)
     assert model(torch.zeros(1, 4)).shape == (1, 6)
+
+
+# --- words that attaching does not obey yet --------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Moves(Kaiming):
+    """An init that takes a part of W."""
+
+    moves_base = True
+
+
+@dataclasses.dataclass(frozen=True)
+class _Packed:
+    """A storage that keeps the weight in another form."""
+
+    writable = False
+
+    def pack(self, layer: nn.Module) -> nn.Module:
+        return layer
+
+
+def test_words_that_attaching_would_pass_over_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cls in (_Moves, _Packed):
+        monkeypatch.setitem(words.WORDS, cls.__name__, cls)
+    method = lorary.method("lora", r=2).but(init=_Moves(), storage=_Packed())
+    assert refused(tiny.llama(), method) == (
+        "this model cannot be planned for:\n"
+        "  - init: _Moves() moves a part of W into the adapter; bases are never moved yet\n"
+        "  - storage: _Packed() packs the weight; bases are kept as they are for now"
+    )

@@ -16,6 +16,7 @@ from lorary.placed import Placed, with_rank
 from lorary.record import Method
 from lorary.sites import kind_of, site
 from lorary.targets import Found, blocked, collapse, head_names, matches, resolve
+from lorary.words import AsIs
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def plan(
     Raises:
         PlanError: every problem at once, with the nearest names and the model's layers where a target names none.
     """
-    problems = _not_ready(model)
+    problems = _not_ready(model) + _not_words(method, ranks, alphas)
     if problems:
         raise PlanError("this model cannot be planned for:", problems)
     found: list[Found] = []
@@ -184,6 +185,8 @@ def plan(
 
 def _not_ready(model: nn.Module) -> list[Problem]:
     """Why nothing can be planned for this model at all."""
+    if not isinstance(model, nn.Module):
+        return [Problem("model", f"is a {type(model).__name__}, not a torch.nn.Module")]
     if any(type(m).__name__ == "Adapted" for m in model.modules()):
         return [Problem("model", "has adapters attached", "detach them first")]
     if kind_of(model) is not None:
@@ -193,6 +196,36 @@ def _not_ready(model: nn.Module) -> list[Problem]:
         for name, parameter in model.named_parameters()
         if isinstance(parameter, nn.parameter.UninitializedParameter)
     ]
+
+
+def _not_words(method: Any, ranks: Any, alphas: Any) -> list[Problem]:
+    """What is not of the sort that a plan is made from."""
+    problems = []
+    if not isinstance(method, Method):
+        fix = 'make one: lorary.method("lora", r=16)'
+        problems.append(Problem("method", f"is a {type(method).__name__}, not a Method", fix))
+    else:
+        problems += _not_obeyed(method)
+    for field, value in (("ranks", ranks), ("alphas", alphas)):
+        if value is not None and not isinstance(value, Mapping):
+            fix = f'write {field}={{"*.down_proj": 4}}; one for all sites is the method\'s own'
+            problems.append(Problem(field, f"is {value!r}, not a mapping from site patterns to numbers", fix))
+    return problems
+
+
+def _not_obeyed(method: Method) -> list[Problem]:
+    """Words that can be said and that attaching does not obey: refused, for they would be passed over in silence."""
+    problems = []
+    if method.init is not None and method.init.moves_base:
+        problems.append(Problem("init", f"{method.init} moves a part of W into the adapter; bases are never moved yet"))
+    if not isinstance(method.storage, AsIs):
+        problems.append(Problem("storage", f"{method.storage} packs the weight; bases are kept as they are for now"))
+    problems += [
+        Problem("rules", f"{rule} writes the base weight; bases are never written yet")
+        for rule in method.rules
+        if rule.writes_base
+    ]
+    return problems
 
 
 def _place(
@@ -299,7 +332,7 @@ def _reach_notes(model: nn.Module, placed: list[Placed], total: int) -> list[str
     modules = dict(model.named_modules())
     beyond = {}
     for path, module in modules.items():
-        if kind_of(module) is not None and not blocked(modules, path):
+        if kind_of(module) is not None and not blocked(model, path):
             continue
         for name, parameter in module.named_parameters(path, recurse=False):
             if parameter.dim() > 1 and parameter.numel() > total / 100:

@@ -104,6 +104,8 @@ def perform(folder: Path, steps: int) -> Demo:
     _say(console, f"Training: {steps} steps of {config.training.batch_size} × {WINDOW} tokens")
     trained = _Trained()
     done = run(config, callbacks=[trained])
+    if done.interrupted:
+        raise SystemExit(128 + done.interrupted)
 
     _say(console, "Before and after")
     after = _perplexity(trained.model, rows)
