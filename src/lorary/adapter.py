@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, NamedTuple, cast
@@ -114,6 +114,8 @@ class Adapter:
 def _whole(tensor: Tensor) -> Tensor:
     """A detached copy on the CPU, gathered from all ranks if it is sharded."""
     tensor = tensor.detach()
+    if tensor.is_meta:
+        return tensor
     if hasattr(tensor, "full_tensor"):  # a DTensor under FSDP2
         tensor = cast(Any, tensor).full_tensor()
     return tensor.to("cpu", copy=True)
@@ -183,7 +185,7 @@ def switch(model: nn.Module, adapters: Adapter | Sequence[Adapter] | None, *, fo
         MethodError: several adapters have no sum.
         StateError: the model's adapter is merged.
     """
-    several = [adapters] if isinstance(adapters, Adapter) else list(adapters or [])
+    several = _adapters(adapters)
     if attached(model) is not None:
         require(model, "switch")
     here = Fingerprint.of(model)
@@ -195,6 +197,21 @@ def switch(model: nn.Module, adapters: Adapter | Sequence[Adapter] | None, *, fo
     if chosen is not None:
         _install(model, chosen, here, trainable=False)
     return model
+
+
+def _adapters(adapters: Any) -> list[Adapter]:
+    """A list of them, whichever way they were given.
+
+    Raises:
+        FileError: something among them is no adapter.
+    """
+    alone = isinstance(adapters, (Adapter, str, PathLike)) or not isinstance(adapters or (), Iterable)
+    several = [adapters] if alone else list(adapters or ())
+    fix = "read one with lorary.Adapter.load(path)"
+    wrong = [Problem(repr(a), "is no adapter", fix) for a in several if not isinstance(a, Adapter)]
+    if wrong:
+        raise FileError("cannot switch to these:", wrong)
+    return several
 
 
 def _check_base(model: nn.Module, adapter: Adapter, here: Fingerprint, where: str, *, force: bool) -> None:
@@ -220,7 +237,15 @@ def _shape_problems(name: str, expected: Mapping[str, tuple[int, ...]], found: M
         Problem(name, f"{role} is {shapes.get(role, 'missing')}, expected {expected.get(role, 'no such tensor')}")
         for role in sorted(expected.keys() | shapes.keys())
         if expected.get(role) != shapes.get(role)
-    ]
+    ] + [Problem(name, what) for role, t in found.items() if (what := _unusable(role, t))]
+
+
+def _unusable(role: str, tensor: Tensor) -> str:
+    if tensor.is_meta:
+        return f"{role} has no values: it is on the meta device"
+    if tensor.layout != torch.strided or not tensor.is_floating_point():
+        return f"{role} is a {tensor.layout} tensor of {tensor.dtype}, expected a dense one of floating-point numbers"
+    return ""
 
 
 def _install(model: nn.Module, adapter: Adapter, here: Fingerprint, *, trainable: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -31,8 +32,10 @@ def groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[
         ConfigError: the rate or the decay is out of range.
     """
     state = require(model, "train")
-    problems = [Problem("lr", f"{lr!r} is not a positive finite number")] if not 0 < lr < float("inf") else []
-    if not 0 <= weight_decay < float("inf"):
+    problems = []
+    if not (_number(lr) and 0 < lr < float("inf")):
+        problems.append(Problem("lr", f"{lr!r} is not a positive finite number"))
+    if not (_number(weight_decay) and 0 <= weight_decay < float("inf")):
         problems.append(Problem("weight_decay", f"{weight_decay!r} is not a finite number of at least 0"))
     if problems:
         raise ConfigError("these are no optimizer settings:", problems)
@@ -55,6 +58,10 @@ def groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[
     for (rate, decay), row in rows.items():
         row["name"] = " ".join(row.pop("roles")) + (f" x{rate:g}" if rate != 1 else "") + (" decayed" if decay else "")
     return list(rows.values())
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _check_cover(model: nn.Module, grouped: list[nn.Parameter]) -> None:

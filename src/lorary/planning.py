@@ -202,14 +202,14 @@ def _not_words(method: Any, ranks: Any, alphas: Any) -> list[Problem]:
     """What is not of the sort that a plan is made from."""
     problems = []
     if not isinstance(method, Method):
-        fix = 'make one: lorary.method("lora", r=16)'
-        problems.append(Problem("method", f"is a {type(method).__name__}, not a Method", fix))
+        what = f"is a {type(method).__name__}, not a Method"
+        problems.append(Problem("method", what, 'make one: lorary.method("lora", r=16)'))
     else:
         problems += _not_obeyed(method)
     for field, value in (("ranks", ranks), ("alphas", alphas)):
         if value is not None and not isinstance(value, Mapping):
-            fix = f'write {field}={{"*.down_proj": 4}}; one for all sites is the method\'s own'
-            problems.append(Problem(field, f"is {value!r}, not a mapping from site patterns to numbers", fix))
+            what = f"is {value!r}, not a mapping from site patterns to numbers"
+            problems.append(Problem(field, what, f'write {field}={{"*.down_proj": 4}}'))
     return problems
 
 

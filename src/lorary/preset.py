@@ -124,8 +124,8 @@ def _speaking(chosen: Sequence[Preset]) -> list[Preset]:
 
 
 def _chosen(names: Sequence[str], problems: list[Problem]) -> list[Preset]:
-    chosen = []
-    for name in dict.fromkeys(names):
+    chosen: list[Preset] = []
+    for name in names:
         known = _ALIASES.get(_plain(name)) if isinstance(name, str) else None
         if known is None:
             problems.append(

@@ -18,6 +18,8 @@ from lorary.planning import Plan
 from lorary.record import Method
 from lorary.sites import Site, kind_of, site
 
+MASTERS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # what adapters may be learnt in
+
 
 @dataclass
 class Attached:
@@ -84,11 +86,25 @@ def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = 
 
     Raises:
         StateError: something is attached already.
-        PlanError: the plan was made for another model; every mismatch.
+        PlanError: the plan was made for another model; every mismatch. Or it is no plan, or the dtype cannot learn.
     """
+    problems = []
+    if not isinstance(plan, Plan):
+        problems.append(
+            Problem("plan", f"is a {type(plan).__name__}, not a Plan", "make one: lorary.plan(model, method)")
+        )
+    if dtype not in MASTERS:
+        known = ", ".join(str(d) for d in MASTERS)
+        problems.append(Problem("dtype", f"{dtype!r} is no precision to learn in", f"known: {known}"))
+    if problems:
+        raise PlanError("cannot attach:", problems)
     place(model, plan.method, plan.placed, {f.name: f.shape for f in plan.full}, dtype=dtype)
-    for layer in adapted(model).values():
-        layer.initialise(seed)
+    try:
+        for layer in adapted(model).values():
+            layer.initialise(seed)
+    except BaseException:
+        detach(model)  # all or nothing
+        raise
     return model
 
 
@@ -122,17 +138,19 @@ def place(
         raise PlanError("this does not fit the model:", problems)
     paths, fingerprint = _paths(model, placed), base or Fingerprint.of(model)
     trained = frozenset(name for name, t in parameters.items() if t.requires_grad)
-    model.requires_grad_(False)
+    layers, kept = {}, {}  # all of them before the model changes: memory may run out on the way
     for p in placed:
-        layer = Adapted(modules[p.site.name], p, dtype)
+        layer = layers[p.site.name] = Adapted(modules[p.site.name], p, dtype)
         layer.train(modules[p.site.name].training)
         if tensors is not None:
             layer.load(dict(tensors[p.site.name]))
-        for path in paths[p.site.name]:
-            set_layer(model, path, layer)
-    kept = {}
     for name in full:
         kept[name] = parameters[name].detach().to("cpu" if not parameters[name].is_meta else "meta", copy=True)
+    model.requires_grad_(False)
+    for name, layer in layers.items():
+        for path in paths[name]:
+            set_layer(model, path, layer)
+    for name in full:
         parameters[name].requires_grad_(True)
     object.__setattr__(model, STATE, Attached(method, placed, kept, trained, paths, fingerprint))
 

@@ -166,14 +166,16 @@ def resolve(
     if found and not kept and not problems:
         problems.append(Problem("exclude", "excludes every layer that the targets name"))
     for f in kept:
-        reason = blocked(modules, f.name)
+        reason = blocked(model, f.name)
         if reason:
             problems.append(Problem(f.name, reason, "exclude it"))
     return kept, problems
 
 
 def _listed(entries: str | Sequence[str] | None) -> list[Any]:
-    return [entries] if isinstance(entries, str) else list(entries or ())
+    if isinstance(entries, str) or (entries is not None and not isinstance(entries, Iterable)):
+        return [entries]
+    return list(entries or ())
 
 
 def _known() -> str:
@@ -239,7 +241,7 @@ def _preset(
     if entry == "embedding":
         chosen = _token_tables(model, chosen)
     if entry == "all-linear":  # what it cannot adapt it was not told to adapt by name
-        chosen = {n: m for n, m in chosen.items() if not blocked(modules, n)}
+        chosen = {n: m for n, m in chosen.items() if not blocked(model, n)}
     if not chosen:
         problems.append(Problem(field, f"`{entry}` matches no layer of this model", _layers(model, problems)))
     found = []
@@ -287,12 +289,12 @@ def _layers(model: nn.Module, problems: list[Problem]) -> str:
     return "this model's layers:\n" + "\n".join(f"        {line}" for line in lines)
 
 
-def blocked(modules: dict[str, nn.Module], name: str) -> str | None:
+def blocked(model: nn.Module, name: str) -> str | None:
     """Why a layer of a known kind cannot be adapted where it is, or None where it can."""
-    reason = obstacle(modules[name])
+    reason = obstacle(model.get_submodule(name))
     if reason:
         return reason
-    parent = modules.get(name.rpartition(".")[0])
+    parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads its weight and never calls it: an adapter there would do nothing"
     if isinstance(parent, nn.TransformerEncoderLayer):

@@ -90,9 +90,20 @@ class RunFolder:
             fix = "say --resume to go on with it, --overwrite to remove it, or name another folder"
             raise ConfigError(name, [Problem("output", f"is not empty: it holds {', '.join(there[:5])}", fix)])
         if resume and CONFIG in there:
-            changed = _changed(yaml.safe_load((self / CONFIG).read_text(encoding="utf-8")), config)
+            changed = _changed(self._resolved(name), config)
             if changed:
                 raise ConfigError("this is another run than the one in the folder:", changed)
+
+    def _resolved(self, name: str) -> dict[str, Any]:
+        """The configuration that the run in the folder was started with."""
+        try:
+            there = yaml.safe_load((self / CONFIG).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, ValueError, RecursionError):
+            there = None
+        if not isinstance(there, dict):
+            fix = "restore it, or say --overwrite to begin again"
+            raise ConfigError(name, [Problem(CONFIG, "is damaged: what was run here cannot be told", fix)])
+        return there
 
     def _clear(self) -> None:
         for name in OWN:
@@ -112,17 +123,20 @@ class RunFolder:
             file.write(text.encode())
 
     def history(self) -> list[dict[str, Any]]:
-        """The records of `metrics.jsonl`; a last line that a killed process did not finish is left out."""
+        """The records of `metrics.jsonl`; it ends where a line is damaged, by a killed process or otherwise."""
         try:
-            lines = (self / METRICS).read_text(encoding="utf-8").splitlines()
+            lines = (self / METRICS).read_text(encoding="utf-8", errors="replace").splitlines()
         except FileNotFoundError:
             return []
         records = []
         for line in lines:
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
             except ValueError:
                 break
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                break
+            records.append(record)
         return records
 
     def go_back_to(self, step: int) -> None:
@@ -183,6 +197,7 @@ def _taken(path: Path) -> BinaryIO:
             holder = json.loads(file.read() or b"{}")
         except ValueError:
             holder = {}  # its writer was killed in the middle
+        holder = holder if isinstance(holder, dict) else {}
         elsewhere = holder.get("host") not in (None, socket.gethostname())
         if not free or elsewhere:
             file.close()

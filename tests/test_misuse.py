@@ -1,0 +1,152 @@
+"""What is said when the library is called in the wrong way, and that the model is as it was afterwards."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lorary
+from lorary.adapter import Adapter
+from lorary.errors import ConfigError, FileError, MethodError, PlanError
+from lorary.surgery import attached
+
+LORA = lorary.method("lora", r=2, alpha=4)
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
+def adapter() -> Adapter:
+    model = net()
+    return Adapter.of(lorary.attach(model, lorary.plan(model, LORA)))
+
+
+def outline(model: nn.Module) -> list[Any]:
+    parameters = [(name, p.requires_grad, p.detach().clone().tolist()) for name, p in model.named_parameters()]
+    return [[type(m) for m in model.modules()], parameters, attached(model)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "said"),
+    [
+        ((None, LORA), {}, ["model: is a NoneType, not a torch.nn.Module"]),
+        (("gpt2", "lora"), {}, ["model: is a str, not", "method: is a str, not a Method", "lorary.method("]),
+        ((LORA, net()), {}, ["model: is a Method, not", "method: is a Sequential, not a Method"]),
+        ((net(), LORA, 3), {}, ["targets: 3 is no name of a layer"]),
+        ((net(), LORA), {"exclude": 3}, ["exclude: 3 is no name of a layer"]),
+        ((net(), LORA), {"ranks": 4, "alphas": [4]}, ["ranks: is 4, not a mapping", "alphas: is [4], not a mapping"]),
+    ],
+)
+def test_plan(arguments: Any, options: Any, said: list[str]) -> None:
+    with pytest.raises(PlanError) as refusal:
+        lorary.plan(*arguments, **options)
+    assert all(words in str(refusal.value) for words in said), str(refusal.value)
+
+
+@pytest.mark.parametrize("name", [["lora"], {"lora": 1}, 3, None])
+def test_method(name: Any) -> None:
+    with pytest.raises(MethodError, match="is no method that lorary knows"):
+        lorary.method(name)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn, "bf16"])
+def test_attach_names_everything_and_changes_nothing(dtype: Any) -> None:
+    model = net()
+    before = outline(model)
+    with pytest.raises(PlanError) as refusal:
+        lorary.attach(model, LORA, dtype=dtype)  # type: ignore[arg-type]
+    assert "plan: is a Method, not a Plan" in str(refusal.value)
+    assert "is no precision to learn in" in str(refusal.value)
+    assert outline(model) == before
+
+
+def test_memory_that_runs_out_leaves_the_model_alone() -> None:
+    model = net()
+    before = outline(model)
+    plan = lorary.plan(model, LORA, ranks={"2": 10**15})  # the first layer still fits
+    with pytest.raises(RuntimeError):
+        lorary.attach(model, plan)
+    assert outline(model) == before
+
+
+def test_a_start_that_fails_leaves_the_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net()
+    before = outline(model)
+    plan = lorary.plan(model, LORA)
+    initialise = lorary.Adapted.initialise
+
+    def second_fails(layer: lorary.Adapted, seed: int) -> None:
+        if layer.site.name == "2":
+            raise KeyboardInterrupt
+        initialise(layer, seed)
+
+    monkeypatch.setattr(lorary.Adapted, "initialise", second_fails)
+    with pytest.raises(KeyboardInterrupt):
+        lorary.attach(model, plan)
+    assert outline(model) == before
+
+
+@pytest.mark.parametrize("what", ["folder", ["folder"], 3, {"a": 1}])
+def test_switch_to_what_is_no_adapter(what: Any) -> None:
+    model = net()
+    lorary.switch(model, adapter())
+    before = attached(model)
+    with pytest.raises(FileError, match=r"is no adapter\n.*lorary.Adapter.load"):
+        lorary.switch(model, what)
+    assert attached(model) is before
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda t: t.int(), "expected a dense one of floating-point numbers"),
+        (lambda t: t.to(torch.complex64), "expected a dense one of floating-point numbers"),
+        (lambda t: t.to_sparse(), "expected a dense one of floating-point numbers"),
+        (lambda t: t.to("meta"), "has no values: it is on the meta device"),
+    ],
+)
+def test_switch_to_tensors_that_cannot_be_used(spoil: Any, said: str) -> None:
+    good = adapter()
+    bad = {site: {role: spoil(t) for role, t in roles.items()} for site, roles in good.tensors.items()}
+    model = net()
+    lorary.switch(model, good)
+    before = attached(model)
+    with pytest.raises(FileError) as refusal:
+        lorary.switch(model, dataclasses.replace(good, tensors=bad))
+    assert str(refusal.value).count(said) == 4
+    assert attached(model) is before
+
+
+def test_a_meta_model_has_nothing_to_save(tmp_path: Any) -> None:
+    with torch.device("meta"):
+        model = net()
+    lorary.attach(model, lorary.plan(model, LORA))
+    with pytest.raises(FileError, match="its model is on the meta device"):
+        lorary.save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number", ["x", None, True, float("nan")])
+def test_rates_that_are_no_numbers(number: Any) -> None:
+    model = net()
+    lorary.attach(model, lorary.plan(model, LORA))
+    with pytest.raises(ConfigError) as refusal:
+        lorary.groups(model, number, number)
+    assert [problem.where for problem in refusal.value.problems] == ["lr", "weight_decay"]
+
+
+@pytest.mark.parametrize(
+    "model", [nn.MultiheadAttention(8, 2), nn.TransformerEncoderLayer(8, 2, 16)], ids=["attention", "encoder layer"]
+)
+def test_a_model_that_reads_the_weights_of_its_own_layers(model: nn.Module) -> None:
+    with pytest.raises(PlanError, match="matches no layer"):
+        lorary.plan(model, LORA)
+    name = "out_proj" if isinstance(model, nn.MultiheadAttention) else "linear1"
+    with pytest.raises(PlanError, match="reads its weight"):
+        lorary.plan(model, LORA, targets=name)
