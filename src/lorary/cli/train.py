@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,19 +30,20 @@ def train(
     from lorary.train.config_file import load
 
     described = load(config, sets or [])
-    _speak(quiet)
-    if dry_run:
-        _dry_run(described)
-        return
-    from lorary.train.runner import run
+    with _speaking(quiet):
+        if dry_run:
+            _dry_run(described)
+            return
+        from lorary.train.runner import run
 
-    done = run(described, resume=resume, overwrite=overwrite, quiet=quiet)
+        done = run(described, resume=resume, overwrite=overwrite, quiet=quiet)
     if done.interrupted:
         raise typer.Exit(128 + done.interrupted)
     print(done.adapter)
 
 
-def _speak(quiet: bool) -> None:
+@contextmanager
+def _speaking(quiet: bool) -> Iterator[None]:
     """lorary's own messages go to stderr, without the time."""
     import logging
 
@@ -48,9 +51,16 @@ def _speak(quiet: bool) -> None:
     handler.setLevel(logging.WARNING if quiet else logging.INFO)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("lorary")
+    before = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
 
 
 def _dry_run(config: Config) -> None:
@@ -72,6 +82,10 @@ def _show(prepared: Prepared) -> None:
     print()
     print(prepared.memory)
     print(f"\nsteps     {prepared.steps:,}")
+    said = {*prepared.lint.notes, *prepared.plan.notes}  # these stand beside the lint and the plan
+    for note in prepared.notes:
+        if note not in said:
+            print(f"note      {note}")
     if sys.stdout.isatty():
         Console(highlight=False, soft_wrap=True).print(rich_text(prepared.lint))
     else:

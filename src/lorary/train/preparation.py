@@ -13,7 +13,7 @@ from lorary.train.contradictions import contradictions
 from lorary.train.data import load
 from lorary.train.lint import Lint, lint
 from lorary.train.memory import Memory, estimate
-from lorary.train.models import dtype, load_tokenizer, skeleton
+from lorary.train.models import dtype, load_config, load_tokenizer, skeleton
 from lorary.train.tokens import Tokens, tokenize
 
 
@@ -67,7 +67,7 @@ def prepare(config: Config, *, processes: int = 1) -> Prepared:
     found = lint(train, tokenizer, bare.get_input_embeddings().num_embeddings, held_out)
     found.refuse()
     memory = _memory(config, bare, plan, found)
-    notes = (*config.notes, *data.notes, *found.notes, *plan.notes, *_dtype_note(config, bare))
+    notes = (*config.notes, *data.notes, *found.notes, *plan.notes, *_dtype_note(config))
     return Prepared(config, tokenizer, train, held_out, found, plan, memory, _steps(config, train, processes), notes)
 
 
@@ -83,7 +83,7 @@ def _memory(config: Config, bare: Any, plan: Plan, found: Lint) -> Memory:
         plan,
         batch=sides * t.batch_size,
         length=longest,
-        dtype=dtype(config.model, bare.config),
+        dtype=bare.dtype,
         gradient_checkpointing=t.gradient_checkpointing,
         labelled=found.labelled,
     )
@@ -108,10 +108,11 @@ def _packed_rows(config: Config, train: Tokens) -> int:
     return len(pack_dataset(Dataset.from_list(lengths), config.data.max_length, "bfd"))
 
 
-def _dtype_note(config: Config, bare: Any) -> list[str]:
+def _dtype_note(config: Config) -> list[str]:
     import torch
 
-    saved, chosen = bare.config.dtype, dtype(config.model, bare.config)
+    own = load_config(config.model)
+    saved, chosen = own.dtype, dtype(config.model, own)
     if config.model.dtype != "auto" or saved == chosen or not isinstance(saved, torch.dtype):
         return []
     name = str(saved).removeprefix("torch.")

@@ -6,6 +6,7 @@ import json
 import logging
 import platform
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -107,6 +108,9 @@ def run(
     prepared = prepare(config)
     folder = RunFolder(prepared.config.output)
     with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        # TRL asks Transformers by a name that is going.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         _first(lambda: stack.enter_context(folder.opened(prepared.config, resume=resume, overwrite=overwrite)))
         if PartialState().is_main_process:
             stack.enter_context(_events(folder / EVENTS))
