@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import platform
+import re
 from importlib import metadata
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Column
 from rich.table import Table as Columns
 
 from lorary.cli.demo_folder import MERGED, RUN
@@ -20,7 +22,7 @@ def tell(found: Demo, report: Path) -> None:
     """The result, on the terminal."""
     console = Console(highlight=False)
     console.print(f"perplexity on held-out {ABOUT[found.data]}: {found.before:.1f} → [bold]{found.after:.1f}[/bold]\n")
-    columns = Columns("base", "adapted", expand=True)
+    columns = Columns(*(Column(name, overflow="fold", ratio=1) for name in ("base", "adapted")), expand=True)
     for sample in found.samples:
         columns.add_row(*(_shown(sample.prompt + text) for text in (sample.base, sample.adapted)), end_section=True)
     console.print(columns, markup=False)
@@ -78,12 +80,14 @@ def _samples(found: Demo) -> list[Block]:
 
 
 def _plan(found: Demo) -> Table:
-    head = ("site", "out × in", "tensors", "s", "trains")
-    rows = []
+    """One row for the sites that differ in nothing but the number of their block."""
+    rows: dict[tuple[str, ...], list[int]] = {}
     for p in found.plan.placed:
+        name = re.sub(r"\d+", "*", p.site.name)
         tensors = ", ".join(f"{role} [{' × '.join(map(str, shape))}]" for role, shape in p.shapes.items())
-        rows.append((p.site.name, f"{p.site.out} × {p.site.inp}", tensors, f"{p.scale:g}", f"{p.trainable:,}"))
-    return Table(head, rows)
+        rows.setdefault((name, f"{p.site.out} × {p.site.inp}", tensors, f"{p.scale:g}"), []).append(p.trainable)
+    head = ("site", "out × in", "tensors", "s", "sites", "trains")
+    return Table(head, [(*key, str(len(sizes)), f"{sum(sizes):,}") for key, sizes in rows.items()])
 
 
 def _checks(found: Demo) -> list[tuple[str, str]]:

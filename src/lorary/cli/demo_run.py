@@ -27,9 +27,10 @@ from lorary.train.runner import run
 WINDOW = 128  # tokens per row, in training and in measuring
 ABOUT = {"builtin:c-headers": "C headers", "builtin:topics": "English prose about Python"}
 PROMPTS = {
-    "builtin:c-headers": ("PyAPI_FUNC(PyObject *) Py", "typedef struct {\n    ", "/* Return "),
-    "builtin:topics": ("The ", "If the ", "A class "),
+    "builtin:c-headers": ("PyAPI_FUNC(PyObject *)", "#ifndef Py_LIMITED_API", "static inline int"),
+    "builtin:topics": ("The", "If the", "A class"),
 }
+DRAWN = {"do_sample": True, "temperature": 0.6, "top_k": 40, "repetition_penalty": 1.1, "max_new_tokens": 56}
 
 
 @dataclass(frozen=True)
@@ -215,6 +216,6 @@ def _continued(model: Any, tokenizer: Any, prompts: tuple[str, ...]) -> list[str
     for prompt in prompts:
         row = tokenizer(prompt, return_tensors="pt")
         torch.manual_seed(0)
-        ids = model.generate(**row, do_sample=True, temperature=0.7, top_k=40, max_new_tokens=56)
+        ids = model.generate(**row, **DRAWN)
         made.append(tokenizer.decode(ids[0, row["input_ids"].shape[1] :], skip_special_tokens=True))
     return made
