@@ -128,15 +128,14 @@ def test_nothing_is_attached(action: Any, verb: str) -> None:
     )
 
 
-def test_the_modes_of_training_and_evaluation_reach_the_base() -> None:
-    model = tiny.llama().train()
-    lorary.attach(model, lorary.plan(model, tiny.LORA, "q_proj"))
-    layer = adapted(model)["model.layers.0.self_attn.q_proj"]
-    assert layer.training
-    model.eval()
-    assert not layer.training
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_is_the_models_before_and_after(training: bool) -> None:
+    model = tiny.llama().train(training)
+    lorary.attach(model, lorary.plan(model, lorary.method(dropout=0.5), "q_proj"))
+    assert {m.training for m in model.modules()} == {training}
+    model.train(not training)
     lorary.detach(model)
-    assert not model.model.layers[0].self_attn.q_proj.training
+    assert {m.training for m in model.modules()} == {not training}
 
 
 def test_a_gradient_of_another_value_does_not_stay() -> None:

@@ -1,0 +1,59 @@
+"""One site and the method there: its tensors, its scale, and what it costs."""
+
+from __future__ import annotations
+
+import pytest
+
+import lorary
+from lorary.errors import MethodError
+from lorary.methods.lora import ByRank, Fixed, Gaussian, LowRank
+from lorary.placed import Placed, with_rank
+from lorary.sites import Part, Site
+
+LINEAR = Site("x", "linear", 5, 3, True)
+FUSED = Site("x", "linear", 12, 3, True, (Part("q", 0, 2, 6, 2), Part("v", 4, 2, 6, 2)))
+TABLE = Site("x", "embedding", 4, 9, False)
+
+
+@pytest.mark.parametrize(
+    ("site", "A", "B"),
+    [(LINEAR, (2, 3), (5, 2)), (FUSED, (4, 3), (8, 2)), (TABLE, (2, 9), (4, 2))],
+    ids=["linear", "fused", "embedding"],
+)
+def test_the_tensors_of_a_site(site: Site, A: tuple[int, int], B: tuple[int, int]) -> None:
+    placed = Placed(site, lorary.method(r=2))
+    assert placed.shapes == {"A": A, "B": B}
+    assert placed.trainable == A[0] * A[1] + B[0] * B[1]
+    assert Placed(site, lorary.method("lora-fa", r=2)).trainable == B[0] * B[1]
+
+
+def test_what_it_says_of_its_method() -> None:
+    placed = Placed(LINEAR, lorary.method("rslora", r=4, alpha=6))
+    assert (placed.r, placed.alpha, placed.scale) == (4, 6, 3.0)
+    fixed = Placed(LINEAR, lorary.method("lora", r=4, scale=Fixed(0.25)))
+    assert (fixed.alpha, fixed.scale) == (None, 0.25)
+
+
+def test_another_rank_or_alpha_and_every_other_word_as_it_is() -> None:
+    method = lorary.method("lora+", "lora", r=4, alpha=6, init=Gaussian(), dropout=0.5, full="norm")
+    assert with_rank(method) is method
+    assert with_rank(method, r=2) == method.but(delta=LowRank(2))
+    assert with_rank(method, r=2, alpha=1.5) == method.but(delta=LowRank(2), scale=ByRank(1.5))
+    with pytest.raises(MethodError, match="LowRank has r = 0; it takes a whole number of at least 1"):
+        with_rank(method, r=0)
+    with pytest.raises(TypeError):
+        with_rank(lorary.method(scale=Fixed(1.0)), alpha=3)
+
+
+@pytest.mark.parametrize(
+    ("site", "frozen", "problem"),
+    [
+        (LINEAR, "A", None),
+        (TABLE, "B", None),
+        (LINEAR, "B", "x: {B} starts at zero in a layer of kind linear and is frozen: nothing could be learnt"),
+        (TABLE, "A", "x: {A} starts at zero in a layer of kind embedding and is frozen: nothing could be learnt"),
+    ],
+)
+def test_a_factor_that_starts_at_zero_must_train(site: Site, frozen: str, problem: str | None) -> None:
+    problems = Placed(site, lorary.method(frozen=frozen)).problems()
+    assert [str(p).partition("\n")[0] for p in problems] == ([problem] if problem else [])
