@@ -1,6 +1,6 @@
 """One process of a distributed run: `torchrun … distributed_worker.py OUT`.
 
-Trains in each of `MODES`, and writes what the first process saw to OUT/MODE.json.
+Trains in each of `MODES` and from a configuration, and writes what the first process saw to OUT/MODE.json.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from accelerate.state import AcceleratorState
 from torch.distributed.tensor import DTensor
 
-from lorary.train import saving
+from lorary.train import run, saving
+from lorary.train.config_file import from_dict
 from tests.train.runs import adapted, dpo, llama, log, rows, sft
 
 torch.set_num_threads(1)
@@ -65,6 +66,21 @@ def _resumed(folder: Path, before: Any, words: dict[str, Any]) -> dict[str, Any]
     return {"log": log(t), "adapter": _plain(saving.taken(t.plain_model(), t.fingerprint))}
 
 
+def from_configuration(out: Path, batch_size: int) -> list[dict[str, Any]]:
+    """The history of a run of the built-in base, on rows that every process writes alike."""
+    data = out / f"data-{os.environ.get('RANK', '0')}.jsonl"
+    rows = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(20)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree = {
+        "model": "builtin:base",
+        "method": {"r": 4},
+        "data": {"train": str(data), "validation_split": 0.2, "max_length": 32},
+        "training": {"max_steps": 3, "batch_size": batch_size, "gradient_accumulation_steps": 1, "logging_steps": 1},
+        "output": str(out / "run"),
+    }
+    return list(run(from_dict(tree), quiet=True).history)
+
+
 def _plain(adapter: Any) -> dict[str, Any]:
     return {f"{site}.{role}": t.tolist() for site, roles in adapter.tensors.items() for role, t in roles.items()}
 
@@ -76,4 +92,9 @@ if __name__ == "__main__":
         result = train(out / mode, mode, int(os.environ["WORLD_SIZE"]))
         if int(os.environ["RANK"]) == 0:
             (out / f"{mode}.json").write_text(json.dumps(result))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    del os.environ["ACCELERATE_USE_FSDP"]  # accelerate's own note of the runs before
+    history = from_configuration(out, 2)
+    if history:  # the first process has it
+        (out / "run.json").write_text(json.dumps(history))
     torch.distributed.destroy_process_group()

@@ -13,7 +13,7 @@ import pytest
 
 from lorary.errors import TrainingError
 from lorary.train.distributed import check_strategy
-from tests.train.distributed_worker import MODES, train
+from tests.train.distributed_worker import MODES, from_configuration, train
 
 ROOT = Path(__file__).parents[2]
 FIELDS = ("loss", "eval_loss", "grad_norm", "learning_rate", "rewards/margins")
@@ -36,7 +36,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         timeout=900,
     )
     assert done.returncode == 0, done.stderr[-6000:]
-    return {mode: json.loads((folder / f"{mode}.json").read_text()) for mode in MODES}
+    return {mode: json.loads((folder / f"{mode}.json").read_text()) for mode in (*MODES, "run")}
 
 
 def _numbers(log: list[dict[str, Any]]) -> list[float]:
@@ -58,6 +58,13 @@ def test_two_processes_train_as_one(tmp_path: Path, launched: dict[str, Any], mo
     if "resumed" in two:  # bit for bit
         assert two["resumed"] == {"log": two["log"], "adapter": two["adapter"]}
         assert one["resumed"] == {"log": one["log"], "adapter": one["adapter"]}
+
+
+@pytest.mark.slow
+def test_a_configuration_runs_in_two_processes_as_in_one(tmp_path: Path, launched: dict[str, Any]) -> None:
+    one = from_configuration(tmp_path, 4)
+    assert _numbers(launched["run"]) == pytest.approx(_numbers(one), rel=1e-5, abs=1e-5)
+    assert len([r for r in one if "loss" in r]) == 3
 
 
 def test_other_ways_of_dividing_are_refused() -> None:

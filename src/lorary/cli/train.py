@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,7 +40,8 @@ def train(
         done = run(described, resume=resume, overwrite=overwrite, quiet=quiet)
     if done.interrupted:
         raise typer.Exit(128 + done.interrupted)
-    print(done.adapter)
+    if os.environ.get("RANK", "0") == "0":  # one line, however many processes
+        print(done.adapter)
 
 
 @contextmanager
@@ -64,8 +66,6 @@ def _speaking(quiet: bool) -> Iterator[None]:
 
 
 def _dry_run(config: Config) -> None:
-    import os
-
     from lorary.train.preparation import prepare
 
     prepared = prepare(config, processes=int(os.environ.get("WORLD_SIZE", "1")))

@@ -9,6 +9,7 @@ import torch
 from trl import DPOConfig, SFTConfig
 
 from lorary.train.config import Config
+from lorary.train.distributed import on_cpus
 
 
 def arguments(config: Config, output: Path, *, held_out: bool, resumed: bool) -> Any:
@@ -43,6 +44,7 @@ def arguments(config: Config, output: Path, *, held_out: bool, resumed: bool) ->
         "gradient_checkpointing": None,  # the older name of the same, which TRL sets
         # The frozen weights are in the dtype that computes; the adapters' masters are cast to it, not the activations.
         "bf16": False,
+        "use_cpu": on_cpus(),  # else accelerate sees one process where torchrun has started several
         "disable_tqdm": True,
         "log_level": "error",  # Transformers' own messages; lorary has its own
         "log_level_replica": "error",

@@ -5,12 +5,23 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from lorary.errors import Problem, TrainingError
+
+
+def processes() -> PartialState:
+    """Which process this is, of how many. Without an accelerator accelerate has to be told to go by CPUs."""
+    return PartialState(cpu=on_cpus())
+
+
+def on_cpus() -> bool:
+    """Whether there is nothing here but CPUs."""
+    return not torch.accelerator.is_available()
 
 
 def check_strategy(state: Any) -> None:

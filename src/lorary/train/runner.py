@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
@@ -26,6 +25,7 @@ from lorary.train import checkpoint, usage
 from lorary.train.arguments import arguments
 from lorary.train.card import Facts, card, versions
 from lorary.train.config import Config
+from lorary.train.distributed import processes
 from lorary.train.dpo import DPOTrainer
 from lorary.train.folder import (
     ADAPTER,
@@ -112,7 +112,7 @@ def run(
         # TRL asks Transformers by a name that is going.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         _first(lambda: stack.enter_context(folder.opened(prepared.config, resume=resume, overwrite=overwrite)))
-        if PartialState().is_main_process:
+        if processes().is_main_process:
             stack.enter_context(_events(folder / EVENTS))
         try:
             return _run(prepared, folder, resume=resume, quiet=quiet, callbacks=callbacks)
@@ -124,7 +124,7 @@ def run(
 def _run(
     prepared: Prepared, folder: RunFolder, *, resume: bool, quiet: bool, callbacks: Sequence[TrainerCallback]
 ) -> Run:
-    first = PartialState().is_main_process
+    first = processes().is_main_process
     found: tuple[Path | None, tuple[str, ...]] = (None, ())
     if resume:
         found = _first(lambda: checkpoint.newest(folder / CHECKPOINTS))
@@ -231,7 +231,7 @@ def environment() -> dict[str, Any]:
         "packages": versions(),
         "devices": devices,
         "threads": torch.get_num_threads(),
-        "processes": PartialState().num_processes,
+        "processes": processes().num_processes,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
 
@@ -263,12 +263,12 @@ class LastEvaluation(TrainerCallback):  # type: ignore[misc]  # Transformers has
 def _first(work: Callable[[], T]) -> T:
     """Does some work in the first process alone and gives its result, or its error, to all."""
     outcome: list[Any] = [None, None]
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         try:
             outcome = [work(), None]
         except LoraryError as error:
             outcome = [None, error]
-    if PartialState().num_processes > 1:
+    if processes().num_processes > 1:
         broadcast_object_list(outcome)
     result, failure = outcome
     if failure is not None:
