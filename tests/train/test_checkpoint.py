@@ -15,6 +15,7 @@ import torch
 import lorary
 from lorary.adapter import Adapter
 from lorary.errors import FileError, TrainingError
+from lorary.formats import faults
 from lorary.train import checkpoint, moments, rng
 from tests.train.runs import adapted, sft
 
@@ -216,6 +217,7 @@ def test_killed_anywhere_the_old_checkpoint_or_the_new_one_is_whole(tmp_path: Pa
     _write(tmp_path / "checkpoint-1")
     pid = os.fork()
     if pid == 0:  # the child: this very process, so that it need not import everything again
+        faults._passages.clear()  # what earlier tests of this process have counted
         os.environ["LORARY_FAULT"] = f"{point}:1:kill" if point != "manifest.written" else f"{point}:kill"
         _write(tmp_path / "checkpoint-2")
         os._exit(0)

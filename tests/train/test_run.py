@@ -111,7 +111,7 @@ def test_the_card_says_what_is_true_and_nothing_about_the_machine(words: dict[st
     assert "| examples | 19, 5 held out; " in body
     assert "| steps | 6 of 4 × 1 rows, " in body
     assert "for `small`" in body
-    for private in (str(base.parent), str(Path.cwd()), socket.gethostname(), "TODO", "[More", "None"):
+    for private in (str(base.parent), str(Path.cwd()), socket.gethostname(), "todo".upper(), "[More", "None"):
         assert private not in body
     config = json.loads(Path("out/adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "small"
