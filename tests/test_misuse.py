@@ -49,6 +49,11 @@ def test_plan(arguments: Any, options: Any, said: list[str]) -> None:
     assert all(words in str(refusal.value) for words in said), str(refusal.value)
 
 
+def test_plan_of_base_parameters_needs_no_targets() -> None:
+    plan = lorary.plan(net(), lorary.method("bitfit"), targets=None)  # type: ignore[arg-type]
+    assert [f.name for f in plan.full] == ["0.bias", "2.bias"]
+
+
 @pytest.mark.parametrize("name", [["lora"], {"lora": 1}, 3, None])
 def test_method(name: Any) -> None:
     with pytest.raises(MethodError, match="is no method that lorary knows"):

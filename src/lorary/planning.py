@@ -13,10 +13,10 @@ from torch import nn
 
 from lorary.errors import MethodError, PlanError, Problem, nearest
 from lorary.placed import Placed, with_rank
+from lorary.preconditions import not_ready, not_words
 from lorary.record import Method
 from lorary.sites import kind_of, site
-from lorary.targets import Found, blocked, collapse, head_names, matches, resolve
-from lorary.words import AsIs
+from lorary.targets import Found, blocked, collapse, head_names, listed, matches, resolve
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def plan(
     Raises:
         PlanError: every problem at once, with the nearest names and the model's layers where a target names none.
     """
-    problems = _not_ready(model) + _not_words(method, ranks, alphas)
+    problems = not_ready(model) + not_words(method, ranks, alphas)
     if problems:
         raise PlanError("this model cannot be planned for:", problems)
     found: list[Found] = []
@@ -178,54 +178,9 @@ def plan(
     unique = {id(p): p for p in model.parameters()}.values()
     total, size = sum(p.numel() for p in unique), sum(p.numel() * p.element_size() for p in unique)
     notes = [*_rank_notes(placed), *_tie_notes(model, placed), *_head_notes(model, method, full)]
-    if "all-linear" in ([targets] if isinstance(targets, str) else targets):
+    if "all-linear" in listed(targets):
         notes += _reach_notes(model, placed, total)
     return Plan(method, tuple(placed), tuple(full), total, size, tuple(notes))
-
-
-def _not_ready(model: nn.Module) -> list[Problem]:
-    """Why nothing can be planned for this model at all."""
-    if not isinstance(model, nn.Module):
-        return [Problem("model", f"is a {type(model).__name__}, not a torch.nn.Module")]
-    if any(type(m).__name__ == "Adapted" for m in model.modules()):
-        return [Problem("model", "has adapters attached", "detach them first")]
-    if kind_of(model) is not None:
-        return [Problem("model", f"is a single {type(model).__name__}", "put it into a module: nn.Sequential(layer)")]
-    return [
-        Problem(name, "has no shape before the model has seen its first input", "run the model once")
-        for name, parameter in model.named_parameters()
-        if isinstance(parameter, nn.parameter.UninitializedParameter)
-    ]
-
-
-def _not_words(method: Any, ranks: Any, alphas: Any) -> list[Problem]:
-    """What is not of the sort that a plan is made from."""
-    problems = []
-    if not isinstance(method, Method):
-        what = f"is a {type(method).__name__}, not a Method"
-        problems.append(Problem("method", what, 'make one: lorary.method("lora", r=16)'))
-    else:
-        problems += _not_obeyed(method)
-    for field, value in (("ranks", ranks), ("alphas", alphas)):
-        if value is not None and not isinstance(value, Mapping):
-            what = f"is {value!r}, not a mapping from site patterns to numbers"
-            problems.append(Problem(field, what, f'write {field}={{"*.down_proj": 4}}'))
-    return problems
-
-
-def _not_obeyed(method: Method) -> list[Problem]:
-    """Words that can be said and that attaching does not obey: refused, for they would be passed over in silence."""
-    problems = []
-    if method.init is not None and method.init.moves_base:
-        problems.append(Problem("init", f"{method.init} moves a part of W into the adapter; bases are never moved yet"))
-    if not isinstance(method.storage, AsIs):
-        problems.append(Problem("storage", f"{method.storage} packs the weight; bases are kept as they are for now"))
-    problems += [
-        Problem("rules", f"{rule} writes the base weight; bases are never written yet")
-        for rule in method.rules
-        if rule.writes_base
-    ]
-    return problems
 
 
 def _place(

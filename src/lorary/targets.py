@@ -148,7 +148,7 @@ def resolve(
     model: nn.Module, targets: str | Sequence[str], exclude: str | Sequence[str] = ()
 ) -> tuple[list[Found], list[Problem]]:
     """The layers that the targets name, in the model's order, and every problem with naming them."""
-    targets, exclude = _listed(targets), _listed(exclude)
+    targets, exclude = listed(targets), listed(exclude)
     problems = [Problem("targets", "no target is given", _known())] if not targets else []
     modules = {name: module for name, module in model.named_modules() if name}
     dropped: set[str] = set()
@@ -172,7 +172,8 @@ def resolve(
     return kept, problems
 
 
-def _listed(entries: str | Sequence[str] | None) -> list[Any]:
+def listed(entries: str | Sequence[str] | None) -> list[Any]:
+    """Targets as a list, whichever way they were given."""
     if isinstance(entries, str) or (entries is not None and not isinstance(entries, Iterable)):
         return [entries]
     return list(entries or ())

@@ -1,0 +1,58 @@
+"""What a plan cannot be made from: told before any layer is looked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from lorary.errors import Problem
+from lorary.record import Method
+from lorary.sites import kind_of
+from lorary.words import AsIs
+
+
+def not_ready(model: nn.Module) -> list[Problem]:
+    """Why nothing can be planned for this model at all."""
+    if not isinstance(model, nn.Module):
+        return [Problem("model", f"is a {type(model).__name__}, not a torch.nn.Module")]
+    if any(type(m).__name__ == "Adapted" for m in model.modules()):
+        return [Problem("model", "has adapters attached", "detach them first")]
+    if kind_of(model) is not None:
+        return [Problem("model", f"is a single {type(model).__name__}", "put it into a module: nn.Sequential(layer)")]
+    return [
+        Problem(name, "has no shape before the model has seen its first input", "run the model once")
+        for name, parameter in model.named_parameters()
+        if isinstance(parameter, nn.parameter.UninitializedParameter)
+    ]
+
+
+def not_words(method: Any, ranks: Any, alphas: Any) -> list[Problem]:
+    """What is not of the sort that a plan is made from."""
+    problems = []
+    if not isinstance(method, Method):
+        what = f"is a {type(method).__name__}, not a Method"
+        problems.append(Problem("method", what, 'make one: lorary.method("lora", r=16)'))
+    else:
+        problems += _not_obeyed(method)
+    for field, value in (("ranks", ranks), ("alphas", alphas)):
+        if value is not None and not isinstance(value, Mapping):
+            what = f"is {value!r}, not a mapping from site patterns to numbers"
+            problems.append(Problem(field, what, f'write {field}={{"*.down_proj": 4}}'))
+    return problems
+
+
+def _not_obeyed(method: Method) -> list[Problem]:
+    """Words that can be said and that attaching does not obey: refused, for they would be passed over in silence."""
+    problems = []
+    if method.init is not None and method.init.moves_base:
+        problems.append(Problem("init", f"{method.init} moves a part of W into the adapter; bases are never moved yet"))
+    if not isinstance(method.storage, AsIs):
+        problems.append(Problem("storage", f"{method.storage} packs the weight; bases are kept as they are for now"))
+    problems += [
+        Problem("rules", f"{rule} writes the base weight; bases are never written yet")
+        for rule in method.rules
+        if rule.writes_base
+    ]
+    return problems
