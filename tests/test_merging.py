@@ -72,6 +72,21 @@ def test_merged_and_unmerged_again_is_the_same_bit_for_bit(dtype: torch.dtype) -
     lorary.detach(model)
 
 
+def test_the_model_may_change_while_it_is_merged() -> None:
+    model = tiny.llama(tie_word_embeddings=True).train()
+    tiny.trained(model, lorary.method("lora", r=2, dropout=0.5), ["all-linear", "embedding"])
+    before = tiny.everything(model)
+    lorary.merge(model, keep=True)
+    model.eval().to(torch.bfloat16)
+    lorary.unmerge(model)
+    assert {m.training for m in model.modules()} == {False}
+    assert {p.dtype for p in lorary.detach(model).parameters()} == {torch.bfloat16}
+    assert torch.equal(tiny.logits(model), tiny.logits(model))
+    assert [row[1] for row in before[1] if ".p." not in row[0]] == [
+        id(p) for _, p in model.named_parameters(remove_duplicate=False)
+    ]
+
+
 def test_one_weight_that_is_not_finite_and_nothing_is_merged() -> None:
     model = tiny.trained(tiny.llama())
     with torch.no_grad():

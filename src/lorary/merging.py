@@ -64,6 +64,12 @@ def unmerge(model: nn.Module) -> nn.Module:
         what = "nothing is merged here, or the merge did not keep what it replaced"
         raise StateError("cannot unmerge:", [Problem("model", what, "merge with keep=True")])
     for name, (weight, bias, layer) in state.merged.items():
+        here = cast(Tensor, layer.base.weight)
+        layer.train(layer.base.training)  # the model may have changed its mode, device or precision meanwhile
+        layer.p.to(here.device)
+        for parameter in (weight, bias):
+            if parameter is not None:
+                parameter.data = parameter.data.to(here)
         layer.base.weight = weight
         if bias is not None:
             layer.base.bias = bias
@@ -74,6 +80,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     if state.tied is not None:
         _config(model).tie_word_embeddings = True
         for module, name, parameter in state.tied:
+            parameter.data = parameter.data.to(getattr(module, name))
             setattr(module, name, parameter)
     state.merged, state.tied = None, None
     return model
