@@ -15,11 +15,11 @@ README = pages.ROOT / "README.md"
 TEXT = README.read_text(encoding="utf-8")
 
 # The methods that lorary is made to hold.
-MISSION = (
-    """LoRA QLoRA AdaLoRA LoRA+ DoRA GLoRA LongLoRA S-LoRA LoRA-FA Delta-LoRA LoRAHub MELoRA MultiLoRA rsLoRA PiSSA O-LoRA
-OLoRA VeRA LoRA-drop BitFit""".split()
-    + ["full fine-tuning", "Houlsby adapters", "prefix tuning", "prompt tuning"]
-)
+MISSION = [
+    *("LoRA", "QLoRA", "AdaLoRA", "LoRA+", "DoRA", "GLoRA", "LongLoRA", "S-LoRA", "LoRA-FA", "Delta-LoRA", "LoRAHub"),
+    *("MELoRA", "MultiLoRA", "rsLoRA", "PiSSA", "O-LoRA", "OLoRA", "VeRA", "LoRA-drop", "BitFit"),
+    *("full fine-tuning", "Houlsby adapters", "prefix tuning", "prompt tuning"),
+]
 
 
 def table() -> dict[str, str]:
