@@ -218,8 +218,12 @@ def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
         "this checkpoint belongs to another run:\n"
         "  - rows: 23 in the checkpoint, 21 here\n"
         "  - seed: 42 in the checkpoint, 5 here\n"
-        "  - batch_size: 2 in the checkpoint, 1 here"
+        "  - batch_size: 2 in the checkpoint, 1 here\n"
+        "  - contents: the training rows are not those of the checkpoint\n"
+        "      hint: put the data back that the run began with, or begin again"
     )
+    with pytest.raises(TrainingError, match="contents: the training rows are not"):  # as many, and others
+        sft(tmp_path, train=rows(masked=2)).train(resume_from_checkpoint=True)
     with pytest.raises(FileError, match="the checkpoint's adapter is another one"):
         sft(tmp_path, adapted(targets=["q_proj"])).train(resume_from_checkpoint=True)
 

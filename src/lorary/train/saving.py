@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import warnings
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Dataset
 from torch import nn
 from transformers.trainer_callback import ExportableState
 
@@ -126,7 +129,11 @@ def restore_optimizer(trainer: Any, state: dict[str, Any]) -> None:
         TrainingError: rows, batches or the optimizer are not those of the checkpoint.
     """
     there, here = state["data"], _geometry(trainer)
-    problems = [Problem(k, f"{there[k]} in the checkpoint, {here[k]} here") for k in here if there[k] != here[k]]
+    differ = [k for k in here if there[k] != here[k]]
+    problems = [Problem(k, f"{there[k]} in the checkpoint, {here[k]} here") for k in differ if k != "contents"]
+    if "contents" in differ:
+        fix = "put the data back that the run began with, or begin again"
+        problems.append(Problem("contents", "the training rows are not those of the checkpoint", fix))
     if problems:
         raise TrainingError("this checkpoint belongs to another run:", problems)
     moments.restore(_inner(trainer.optimizer), trainer.plain_model(), state["optimizer"])
@@ -162,16 +169,35 @@ def _state(trainer: Any, model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _geometry(trainer: Any) -> dict[str, int]:
-    """What decides which rows come next."""
+def _geometry(trainer: Any) -> dict[str, Any]:
+    """What decides which rows come next, and what is in them."""
     sampler = trainer.sampler
     return {
         "rows": sampler.rows if sampler is not None else -1,
+        "contents": _digest(trainer),
         "seed": sampler.seed if sampler is not None else -1,
         "batch_size": trainer._train_batch_size,
         "gradient_accumulation_steps": trainer.args.gradient_accumulation_steps,
         "ranks": trainer.args.world_size,
     }
+
+
+def _digest(trainer: Any) -> str:
+    """SHA-256 over all training rows, taken once; empty for rows that are no table (a stream)."""
+    rows = trainer.train_dataset
+    if not isinstance(rows, Dataset):
+        return ""
+    known: tuple[Any, str] = getattr(trainer, "_digest", (None, ""))
+    if known[0] is not rows:
+        digest = hashlib.sha256()
+        for part in rows.with_format("arrow").iter(1000):
+            plain = part.replace_schema_metadata(None).combine_chunks()
+            sink = pyarrow.BufferOutputStream()
+            with pyarrow.ipc.new_stream(sink, plain.schema) as stream:
+                stream.write_table(plain)
+            digest.update(sink.getvalue())
+        known = trainer._digest = (rows, digest.hexdigest())
+    return known[1]
 
 
 def _record(trainer: Any, folder: Path) -> None:
