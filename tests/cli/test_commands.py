@@ -43,6 +43,12 @@ def adapter(model: LlamaForCausalLM, folder: Path) -> LlamaForCausalLM:
     return model
 
 
+def short(model: LlamaForCausalLM, folder: Path) -> None:
+    """Leaves a saved model 32 positions."""
+    model.config.max_position_embeddings = 32
+    model.config.save_pretrained(folder)
+
+
 # --- init -------------------------------------------------------------------------------------------------------
 
 
@@ -230,6 +236,28 @@ def test_generate_reads_stdin_and_draws_by_its_seed(command: Command, monkeypatc
         ).out
 
     assert draw(1) == draw(1) != draw(2)
+
+
+def test_generate_refuses_what_cannot_be_continued(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    short(base(Path("model")), Path("model"))
+    long = command("generate", "model", "hello " * 40)
+    assert long.code == 3
+    assert "prompt: has " in long.err
+    assert "tokens, and the model knows " in long.err
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    for ran in (command("generate", "model", "caf\udce9"), command("generate", "model")):
+        expected = (
+            "error: cannot read the prompt:\n  - prompt: holds bytes that are not UTF-8\n      hint: save it as UTF-8\n"
+        )
+        assert ran == (3, "", expected)
+
+
+def test_generate_stops_where_the_positions_end(command: Command) -> None:
+    short(base(Path("model")), Path("model"))
+    full, most = command("generate", "model", "hello"), command("generate", "model", "hello", "--max-new-tokens", "1")
+    assert (full.code, most.code) == (0, 0)
+    again = command("generate", "model", "hello", "--max-new-tokens", "1000000")
+    assert again.out == full.out != most.out  # both end with the last position
 
 
 # --- doctor -----------------------------------------------------------------------------------------------------

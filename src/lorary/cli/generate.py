@@ -29,14 +29,10 @@ def generate(
     """
     import lorary
     from lorary.cli.adapters import adapter_folder, base_of
-    from lorary.errors import ConfigError
     from lorary.train.config_file import from_dict
     from lorary.train.models import load_model, load_tokenizer
 
-    if prompt is None:
-        if sys.stdin.isatty():
-            raise ConfigError("there is no prompt: give one as an argument, or on stdin")
-        prompt = sys.stdin.read()
+    prompt = _text(prompt)
     folder = adapter_folder(Path(model))
     section = (
         base_of(folder, base) if folder else from_dict({"model": base or model, "data": "builtin:docstrings"}).model
@@ -46,11 +42,41 @@ def generate(
     loaded = load_model(section)
     if folder:
         lorary.load(loaded, folder)
+    most = _room(loaded, len(ids), max_new_tokens)
     drawing: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         drawing = {"do_sample": True, "temperature": temperature, "top_p": top_p}
-    made = _continued(loaded, ids, seed, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **drawing)
+    made = _continued(loaded, ids, seed, max_new_tokens=most, pad_token_id=tokenizer.pad_token_id, **drawing)
     print(tokenizer.decode(made, skip_special_tokens=True))
+
+
+def _text(prompt: str | None) -> str:
+    """The prompt, from the argument or from stdin. Bytes that are no text reach a program as half characters."""
+    from lorary.errors import ConfigError, DataError, Problem
+
+    try:
+        if prompt is None:
+            if sys.stdin.isatty():
+                raise ConfigError("there is no prompt: give one as an argument, or on stdin")
+            prompt = sys.stdin.read()
+        prompt.encode()
+    except UnicodeError as error:
+        problem = Problem("prompt", "holds bytes that are not UTF-8", "save it as UTF-8")
+        raise DataError("cannot read the prompt:", [problem]) from error
+    return prompt
+
+
+def _room(model: Any, tokens: int, wanted: int) -> int:
+    """How many tokens may follow a prompt: a model has learnt nothing about positions beyond its own."""
+    from lorary.errors import DataError, Problem
+
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if known is None:
+        return wanted
+    if tokens >= known:
+        what = f"has {tokens:,} tokens, and the model knows {known:,} positions"
+        raise DataError("there is no room for an answer:", [Problem("prompt", what, "shorten it")])
+    return int(min(wanted, known - tokens))
 
 
 def _continued(model: Any, ids: list[int], seed: int, **words: Any) -> list[int]:
