@@ -154,16 +154,18 @@ def test_checkpointing_activations_changes_no_gradient(tmp_path: Path) -> None:
 
 
 def test_packed_rows_are_learnt_as_if_they_stood_alone(tmp_path: Path) -> None:
-    """One step over all rows: packed into few, and row by row."""
-    first = []
+    """One step over all rows: packed into few, and row by row; and the held-out loss of both ways."""
+    found = []
     for packing in (False, True):
-        words: dict[str, Any] = {"packing": True, "max_length": 32} if packing else {}
-        t = sft(tmp_path, per_device_train_batch_size=23, max_steps=1, gradient_accumulation_steps=1, **words)
-        module_rows = len(t.train_dataset)
+        words: dict[str, Any] = {"packing": True, "max_length": 32, "eval_packing": False} if packing else {}
+        sizes = {"per_device_train_batch_size": 23, "gradient_accumulation_steps": 1, "per_device_eval_batch_size": 3}
+        t = sft(tmp_path, max_steps=1, held_out=rows(7), eval_on_start=True, **sizes, **words)
+        count = len(t.train_dataset)
         t.train()
-        first.append((losses(t)[0], module_rows))
-    assert first[1][1] < first[0][1] / 2
-    assert first[0][0] == pytest.approx(first[1][0], abs=1e-5)
+        found.append((count, losses(t)[0], next(r["eval_loss"] for r in log(t) if "eval_loss" in r)))
+    (whole, *apart), (packed, *together) = found
+    assert packed < whole / 2
+    assert together == pytest.approx(apart, abs=1e-5)
 
 
 def test_a_model_whose_packed_rows_see_each_other_is_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import datasets
 import torch
 import transformers
 from accelerate.utils import broadcast_object_list
@@ -34,17 +35,16 @@ from lorary.train.folder import (
     CONFIG,
     ENVIRONMENT,
     EVENTS,
-    METRICS,
     PLOTS,
     SAMPLE,
     RunFolder,
-    line,
 )
 from lorary.train.lint import text
 from lorary.train.models import load_model
 from lorary.train.packing import check_packing
 from lorary.train.preparation import Prepared, prepare
 from lorary.train.progress import ProgressLines
+from lorary.train.recording import LastEvaluation, Recorder
 from lorary.train.sft import SFTTrainer
 
 _log = logging.getLogger("lorary.train")
@@ -208,14 +208,15 @@ def _trainer(prepared: Prepared, model: Any, output: Path, resumed: bool, callba
     if patience is not None:
         callbacks = [*callbacks, EarlyStoppingCallback(early_stopping_patience=patience)]
     kind = DPOTrainer if prepared.config.task == "dpo" else SFTTrainer
-    trainer = kind(
-        model=model,
-        args=args,
-        train_dataset=Dataset.from_list(list(prepared.train.rows)),
-        eval_dataset=Dataset.from_list(list(prepared.held_out.rows)) if prepared.held_out and held_out else None,
-        processing_class=prepared.tokenizer,
-        callbacks=callbacks,
-    )
+    with _no_bars():
+        trainer = kind(
+            model=model,
+            args=args,
+            train_dataset=Dataset.from_list(list(prepared.train.rows)),
+            eval_dataset=Dataset.from_list(list(prepared.held_out.rows)) if prepared.held_out and held_out else None,
+            processing_class=prepared.tokenizer,
+            callbacks=callbacks,
+        )
     trainer.remove_callback(PrinterCallback)
     if prepared.config.data.packing:
         check_packing(model, trainer.data_collator)
@@ -236,30 +237,6 @@ def environment() -> dict[str, Any]:
     }
 
 
-class Recorder(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
-    """Writes every record of the log to `metrics.jsonl`, as soon as there is one.
-
-    Args:
-        folder: of the run.
-    """
-
-    def __init__(self, folder: RunFolder) -> None:
-        self.path = folder / METRICS
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        if state.is_world_process_zero and logs:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(line({"step": state.global_step, **logs}))
-
-
-class LastEvaluation(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
-    """Evaluates after the last step too, where evaluations go by steps and it is not their turn."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if args.eval_strategy == "steps" and state.global_step >= state.max_steps:
-            control.should_evaluate = True
-
-
 def _first(work: Callable[[], T]) -> T:
     """Does some work in the first process alone and gives its result, or its error, to all."""
     outcome: list[Any] = [None, None]
@@ -275,6 +252,18 @@ def _first(work: Callable[[], T]) -> T:
         raise failure
     found: T = result
     return found
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without datasets' own progress bars, for what takes a moment."""
+    before = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not before:
+            datasets.enable_progress_bars()
 
 
 @contextmanager
