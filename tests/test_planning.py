@@ -150,6 +150,14 @@ def test_bytes() -> None:
     assert plan.share == plan.trainable / plan.total
 
 
+def test_a_tied_parameter_counts_once() -> None:
+    tied, untied = (lorary.plan(tiny.llama(tie_word_embeddings=t), lorary.method(r=1)) for t in (True, False))
+    assert untied.total - tied.total == 40 * 16
+    assert untied.base_bytes - tied.base_bytes == 4 * 40 * 16
+    everything = lorary.plan(tiny.llama(tie_word_embeddings=True), lorary.method("full"))
+    assert everything.trainable == everything.total == tied.total
+
+
 # --- ranks and alphas ------------------------------------------------------------------------------------------------
 
 
