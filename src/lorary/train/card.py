@@ -95,7 +95,7 @@ def _training(facts: Facts) -> dict[str, str]:
         "steps": f"{facts.steps:,} of {t.batch_size} × {t.gradient_accumulation_steps} rows, {facts.tokens:,} tokens",
         "learning rate": f"{t.lr:g}, {t.schedule}, warmup {t.warmup:g}, {t.optimizer}",
         "seed": str(t.seed),
-        "time": f"{facts.seconds:,.0f} s",
+        "time": f"{facts.seconds:,.0f} s in the last session",
         "memory": f"{human_bytes(facts.measured)} measured"
         + (f", {human_bytes(facts.predicted)} predicted" if facts.predicted is not None else ""),
     }
