@@ -32,7 +32,8 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: 
             every device.
 
     Returns:
-        [..., out] the sum, in `y`'s dtype. The input is kept for backward only where `A` trains.
+        [..., out] the sum, in `y`'s dtype. Its gradient can be taken once, not twice. The input is kept for
+        backward only where `A` trains.
 
     Example:
         >>> y = torch.nn.functional.linear(x, W)
@@ -40,16 +41,6 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: 
     """
     if torch.compiler.is_compiling():  # it fuses and recomputes by itself
         return add_low_rank_reference(y, x, A, B, s, dropout)
-    one_dtype = x.dtype == y.dtype == A.dtype == B.dtype and not _autocasting(y.device)
-    if one_dtype and dropout == 0.0 and x.is_contiguous():
-        # Here autograd keeps no more by itself, and takes a tenth less time in models so small that Python's counts.
-        z = x.reshape(-1, x.shape[-1]) @ A.t()
-        return torch.addmm(y.reshape(-1, B.shape[0]), z, B.t(), alpha=s).view(y.shape)
-    return add_low_rank_lean(y, x, A, B, s, dropout)
-
-
-def add_low_rank_lean(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float = 0.0) -> Tensor:
-    """The sum that keeps least, whatever the dtypes. Its gradient can be taken once, not twice."""
     dropout = _in_steps(dropout)
     seed = _draw_seed() if dropout > 0.0 else None
     total: Tensor = _AddLowRank.apply(y, x, A, B, s, dropout, seed)  # type: ignore[no-untyped-call]
@@ -170,11 +161,8 @@ def _in_steps(dropout: float) -> float:
     return min(round(dropout * 2**16), 2**16 - 1) / 2**16
 
 
-def _autocasting(device: torch.device) -> bool:
-    """Whether autocast is on for a device. (It does not know every device.)"""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-
-
 def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The dtypes here are chosen; autocast would choose others."""
-    return torch.autocast(device.type, enabled=False) if _autocasting(device) else contextlib.nullcontext()
+    """The dtypes here are chosen; autocast would choose others. (It does not know every device.)"""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
