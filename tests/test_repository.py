@@ -21,7 +21,7 @@ SOURCE = ROOT / "src" / "lorary"
 # From the ground up. A module imports from the floors below its own and from its own package, never from above.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("kernels", "accounting", "builtin"),
+    ("kernels", "accounting", "builtin", "memo"),
     ("sites",),
     ("words",),
     ("record",),
@@ -33,7 +33,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("planning",),
     ("fingerprint",),
     ("surgery",),
-    ("merging", "loop", "adapter"),
+    ("merging", "loop", "forms"),
+    ("adapter",),
     ("formats",),
     ("inspect",),
     ("train",),

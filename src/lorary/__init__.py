@@ -15,7 +15,7 @@ _HOMES = {
     "Adapted": "adapted",
     "Adapter": "adapter",
     "Fingerprint": "fingerprint",
-    "LowRankForm": "adapter",
+    "LowRankForm": "forms",
     "Method": "record",
     "Placed": "placed",
     "Plan": "planning",
@@ -42,11 +42,11 @@ __all__ = ["__version__", *sorted(_HOMES)]
 if TYPE_CHECKING:
     from lorary.adapted import Adapted as Adapted
     from lorary.adapter import Adapter as Adapter
-    from lorary.adapter import LowRankForm as LowRankForm
     from lorary.adapter import load as load
     from lorary.adapter import save as save
     from lorary.adapter import switch as switch
     from lorary.fingerprint import Fingerprint as Fingerprint
+    from lorary.forms import LowRankForm as LowRankForm
     from lorary.loop import Tuning as Tuning
     from lorary.loop import groups as groups
     from lorary.loop import tuning as tuning

@@ -1,18 +1,58 @@
-"""Adapted: the one adapter module. A frozen layer, and what is being learnt about it."""
+"""Adapted: the one adapter module. A frozen layer, and what is being learnt about it; and what all of them share."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lorary.placed import Placed
+from lorary.memo import Memo
+from lorary.placed import Placed, start_of
 from lorary.record import Method
 from lorary.sites import KINDS, Kind
-from lorary.words import Delta, Join
+from lorary.words import Delta, Fused, Init, Join
+
+
+class Shared(nn.Module):
+    """The frozen tensors of which every adapted layer holds a part: one bank for the whole model.
+
+    They are buffers of one module that all layers have in common, so that they are no parameters of any optimizer,
+    move with the model as one tensor, and stay one when it is copied.
+
+    Args:
+        placed: all sites; each tensor is as large as the largest of them asks for.
+        dtype: of the tensors.
+        device: where they are.
+    """
+
+    def __init__(self, placed: Sequence[Placed], dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        sizes: dict[str, tuple[int, ...]] = {}
+        for p in placed:
+            for role in p.delta.shared:
+                shape = p.shapes[role]
+                sizes[role] = tuple(map(max, shape, sizes.get(role, shape)))
+        for role, size in sizes.items():
+            self.register_buffer(role, torch.zeros(size, dtype=dtype, device=device), persistent=False)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """role -> tensor, whole."""
+        return dict(self.named_buffers(recurse=False))
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy values into the leading corner of each tensor."""
+        with torch.no_grad():
+            for role, tensor in tensors.items():
+                corner(self.tensors[role], tuple(tensor.shape)).copy_(tensor)
+
+
+def corner(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The leading corner of a tensor, a view of this shape."""
+    return tensor[tuple(slice(n) for n in shape)]
 
 
 class Adapted(nn.Module):
@@ -22,16 +62,20 @@ class Adapted(nn.Module):
         base: the layer; it is kept as it is, and its parameters are expected to be frozen already.
         placed: the site and the method that it takes there, with the site's own rank and scale.
         dtype: of the learnt tensors; 32-bit masters keep small steps that a 16-bit weight would round away.
+        shared: what all layers of the model share, where the method has such tensors.
 
     Attributes:
         p: role -> parameter. A and B for LoRA; the papers' letters for the others.
+        start: role -> its start, on the CPU, where the base gave up s B A for it.
         enabled: whether forward adds what was learnt; `lorary.disabled` clears it for a while.
 
     `weight` and `bias` are those of the base, because foreign code reads them (weight tying, dtype look-ups), and so
     are its plain attributes, such as `in_features`, `stride` or `padding_idx`.
     """
 
-    def __init__(self, base: nn.Module, placed: Placed, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, base: nn.Module, placed: Placed, dtype: torch.dtype = torch.float32, shared: Shared | None = None
+    ) -> None:
         super().__init__()
         for name, value in vars(base).items():
             if not (name.startswith("_") or name == "training" or hasattr(Adapted, name)):
@@ -41,6 +85,9 @@ class Adapted(nn.Module):
         self.scale = placed.scale
         self.enabled = True
         self.base = base
+        self.shared = shared
+        self.remember = Memo()
+        self.start: dict[str, Tensor] = {}
         like = cast(Tensor, base.weight)
         self.p = nn.ParameterDict(
             {
@@ -48,8 +95,11 @@ class Adapted(nn.Module):
                     torch.zeros(shape, dtype=dtype, device=like.device), requires_grad=role not in self.method.frozen
                 )
                 for role, shape in placed.shapes.items()
+                if role not in placed.delta.shared
             }
         )
+        # role -> the corner of the shared tensor that is this site's
+        self.corners = {role: placed.shapes[role] for role in sorted(placed.delta.shared)}
 
     @property
     def kind(self) -> Kind:
@@ -66,6 +116,20 @@ class Adapted(nn.Module):
         """The base layer's bias."""
         return getattr(self.base, "bias", None)
 
+    @property
+    def dropout(self) -> float:
+        """The probability of dropping an input of the adapter now."""
+        return self.method.dropout if self.training else 0.0
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """role -> tensor: its own parameters, and its part of what all layers share."""
+        own: dict[str, Tensor] = dict(self.p.items())
+        if self.shared is None:
+            return own
+        whole = self.shared.tensors
+        return own | {role: corner(whole[role], shape) for role, shape in self.corners.items()}
+
     def __setattr__(self, name: str, value: Any) -> None:
         # tying code assigns `module.weight`: the base is meant
         if name in ("weight", "bias"):
@@ -80,31 +144,48 @@ class Adapted(nn.Module):
         digest = hashlib.sha256(f"{seed}/{self.site.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         init = self.method.init
+        delta, init = cast(Delta, self.method.delta), cast(Init, self.method.init)
         with torch.no_grad():
-            W = self.kind.matrix(self.base).detach()
-            cpu = {role: torch.zeros(t.shape, dtype=t.dtype) for role, t in self.p.items()}
-            if init is not None:
-                init(cpu, W, self.site, self.scale, generator)
+            own = [role for role in self.p if role in delta.roles]
+            cpu = {role: torch.zeros(self.p[role].shape, dtype=self.p[role].dtype) for role in own}
+            init(cpu, self.kind.matrix(self.base).detach(), self.site, self.scale, generator)
+            if init.moves_base:
+                cpu |= {start_of(role): t for role, t in cpu.items()}
             self.load(cpu)
-            join = cast(Join, self.method.join)
-            if join.roles:
-                B, A = self.factors()
-                join.setup(cast(Any, self.p), torch.addmm(W.float(), B.float(), A.float(), alpha=self.scale))
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy values in, role by role; shapes have been checked by whoever read them."""
         with torch.no_grad():
             for role, tensor in tensors.items():
-                self.p[role].copy_(tensor)
+                if role in self.p:
+                    self.p[role].copy_(tensor)
+                elif role not in self.corners:
+                    self.start[role] = tensor.detach().to("cpu", copy=True)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(B [out, R], A [R, inp]), without the scale."""
-        return cast(Delta, self.method.delta).factors(self.site, cast(Any, self.p))
+        return cast(Delta, self.method.delta).factors(self.site, self.tensors)
 
-    def add_delta(self, y: Tensor, x: Tensor) -> Tensor:
-        """y + s * B A x: the seam where fused kernels plug in. May write into y."""
+    def start_factors(self) -> tuple[Tensor, Tensor] | None:
+        """(B [out, R], A [R, inp]) at the start, without the scale, where the base gave up s B A for them."""
+        if not self.start:
+            return None
+        delta = cast(Delta, self.method.delta)
+        return delta.factors(self.site, {role: self.start[start_of(role)] for role in delta.roles})
+
+    def add_delta(self, y: Tensor, x: Tensor, dropout: float | None = None) -> Tensor:
+        """y + s * B A x: the seam where fused kernels plug in. May write into y.
+
+        Args:
+            y: the layer's output, or what stands for it.
+            x: its input.
+            dropout: of the input; the method's where nothing is said.
+        """
+        dropout = self.dropout if dropout is None else dropout
+        delta = self.method.delta
+        if isinstance(delta, Fused) and self.kind.rowwise and not self.site.parts:
+            return delta.add(y, x, self.tensors, self.site, self.scale, dropout)
         B, A = self.factors()
-        dropout = self.method.dropout if self.training else 0.0
         return self.kind.add(self.base, y, x, A, B, self.scale, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,7 +200,7 @@ class Adapted(nn.Module):
         exact = torch.promote_types(W.dtype, torch.float32)
         B, A = (factor.to(exact) for factor in self.factors())
         b = None if self.bias is None else self.bias.to(exact)
-        return cast(Join, self.method.join).merged(cast(Any, self.p), W.to(exact), b, (self.scale * B, A))
+        return cast(Join, self.method.join).merged(self.tensors, W.to(exact), b, (self.scale * B, A))
 
     def extra_repr(self) -> str:
         return f"{self.site.name}, r={cast(Delta, self.method.delta).r}, s={self.scale:g}"

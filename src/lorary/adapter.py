@@ -6,34 +6,19 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lorary.adapted import adapted, base_parameters, plain_modules
+from lorary.adapted import Adapted, adapted, base_parameters, corner, plain_modules
 from lorary.errors import FileError, MethodError, Problem, StateError
 from lorary.fingerprint import Fingerprint
+from lorary.forms import LowRankForm, low_rank_forms
 from lorary.methods.lora import Add, Fixed, Kaiming, LowRank
 from lorary.placed import Placed
 from lorary.record import Method
 from lorary.surgery import attached, base_parameter, detach, mismatch, place, require
-
-
-class LowRankForm(NamedTuple):
-    """An adapter at one site as everything downstream sees it: y = gain * (W x + B A x) + b + shift.
-
-    Args:
-        B: [out, R], with the scale in it.
-        A: [R, inp].
-        gain: [out], or None for 1.
-        shift: [out], or None for 0.
-    """
-
-    B: Tensor
-    A: Tensor
-    gain: Tensor | None = None
-    shift: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +49,7 @@ class Adapter:
             StateError: nothing is.
         """
         state = require(model, "take from the model")
-        tensors = {name: {role: _whole(t) for role, t in layer.p.items()} for name, layer in adapted(model).items()}
+        tensors = _taken(adapted(model))
         full = {name: _whole(base_parameter(model, name)) for name in state.full}
         return Adapter(state.method, state.placed, tensors, full, Fingerprint.of(model))
 
@@ -89,26 +74,38 @@ class Adapter:
 
         formats.save_adapter(self, path)
 
-    def low_rank(self) -> dict[str, LowRankForm]:
+    def low_rank(self, base: nn.Module | None = None) -> dict[str, LowRankForm]:
         """site -> (B, A, gain, shift) on the unmodified base, in fp32: how everything downstream sees any method.
 
+        What the base gave up at the start (PiSSA, OLoRA) is subtracted: such an adapter has twice its rank here.
+
+        Args:
+            base: the base, for the methods whose gain or shift depends on its weights (DoRA, GLoRA).
+
         Raises:
-            MethodError: the join has no such form.
+            MethodError: a method has no such form, or none without the base, with every site.
         """
-        forms = {}
-        for p in self.placed:
-            if not isinstance(p.method.join, Add):
-                what = f"{type(p.method.join).__name__} has no low-rank form without the base weight"
-                raise MethodError("this adapter is not low-rank:", [Problem(p.site.name, what)])
-            B, A = p.delta.factors(p.site, self.tensors[p.site.name])
-            forms[p.site.name] = LowRankForm(p.scale * B.float(), A.float())
-        return forms
+        return low_rank_forms(self.placed, self.tensors, base)
 
     @property
     def size(self) -> int:
-        """Bytes of all its tensors."""
+        """Bytes of all its tensors; what sites share counts once."""
         every = [t for roles in self.tensors.values() for t in roles.values()] + list(self.full.values())
-        return sum(t.numel() * t.element_size() for t in every)
+        return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in every}.values())
+
+
+def _taken(layers: Mapping[str, Adapted]) -> dict[str, dict[str, Tensor]]:
+    """site -> role -> a copy of everything that belongs to the adapter; what is shared is copied once."""
+    bank: dict[str, Tensor] = {}
+    for layer in layers.values():
+        if not bank and layer.shared is not None:
+            bank = {role: _whole(t) for role, t in layer.shared.tensors.items()}
+    return {
+        name: {role: _whole(t) for role, t in layer.p.items()}
+        | {role: corner(bank[role], shape) for role, shape in layer.corners.items()}
+        | {role: t.clone() for role, t in layer.start.items()}
+        for name, layer in layers.items()
+    }
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -218,7 +215,7 @@ def _check_base(model: nn.Module, adapter: Adapter, here: Fingerprint, where: st
     modules = plain_modules(model)
     problems = [problem for p in adapter.placed for problem in mismatch(p.site, modules.get(p.site.name))]
     for p in adapter.placed:
-        problems += _shape_problems(p.site.name, p.shapes, adapter.tensors.get(p.site.name, {}))
+        problems += _shape_problems(p.site.name, p.stored, adapter.tensors.get(p.site.name, {}))
     parameters = {name: tuple(t.shape) for name, t in base_parameters(model)}
     for name, tensor in adapter.full.items():
         if parameters.get(name) != tuple(tensor.shape):

@@ -44,7 +44,7 @@ def merge(model: nn.Module, *, keep: bool = False) -> nn.Module:
             layer.base.bias = nn.Parameter(b, requires_grad=False)
         for path in state.paths[name]:
             set_layer(model, path, layer.base)
-        untied |= id(weight) in shared
+        untied |= id(weight) in shared or isinstance(state.moved.get(name), nn.Parameter)
         if keep:
             state.merged[name] = (weight, bias, layer)
     state.tied = _untie(model) if untied else None

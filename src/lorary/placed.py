@@ -45,19 +45,37 @@ class Placed:
         return self.delta.shapes(self.site) | cast(Join, self.method.join).shapes(self.site)
 
     @property
+    def stored(self) -> Shapes:
+        """role -> shape of everything that a file holds of this site: where a moved base's delta started, too."""
+        return self.shapes | {start_of(role): shape for role, shape in self.starts.items()}
+
+    @property
+    def starts(self) -> Shapes:
+        """role -> shape of the tensors whose start is kept, because the base gave up s B A for it."""
+        moves = cast(Init, self.method.init).moves_base
+        return self.delta.shapes(self.site) if moves else {}
+
+    @property
     def trainable(self) -> int:
         """How many numbers train at this site."""
         return sum(math.prod(shape) for role, shape in self.shapes.items() if role in self.method.trained)
 
     def problems(self) -> list[Problem]:
         """Why this method cannot work at this site."""
-        found = []
-        zeros = cast(Init, self.method.init).zeros(self.site)
+        init, join = cast(Init, self.method.init), cast(Join, self.method.join)
+        why = self.delta.problems(self.site) + init.problems(self.site, self.r) + join.problems(self.site)
+        found = [Problem(self.site.name, what) for what in why]
+        zeros = init.zeros(self.site)
         if zeros and not zeros & self.method.trained:
             where = f"{braces(zeros)} starts at zero in a layer of kind {self.site.kind}"
             what = f"{where} and is frozen: nothing could be learnt"
             found.append(Problem(self.site.name, what, "exclude it, or say another init"))
         return found
+
+
+def start_of(role: str) -> str:
+    """The name of a role's start: `A0` for `A`."""
+    return f"{role}0"
 
 
 def with_rank(method: Method, r: int | None = None, alpha: float | None = None) -> Method:

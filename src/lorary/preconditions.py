@@ -46,8 +46,6 @@ def not_words(method: Any, ranks: Any, alphas: Any) -> list[Problem]:
 def _not_obeyed(method: Method) -> list[Problem]:
     """Words that can be said and that attaching does not obey: refused, for they would be passed over in silence."""
     problems = []
-    if method.init is not None and method.init.moves_base:
-        problems.append(Problem("init", f"{method.init} moves a part of W into the adapter; bases are never moved yet"))
     if not isinstance(method.storage, AsIs):
         problems.append(Problem("storage", f"{method.storage} packs the weight; bases are kept as they are for now"))
     problems += [

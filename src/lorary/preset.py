@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from lorary.errors import MethodError, Problem, did_you_mean
-from lorary.record import AXES, Method
+from lorary.record import AXES, Method, braces
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,9 @@ def method(*names: str, **options: Any) -> Method:
         words = p.words(**{k: v for k, v in options.items() if k in p.parameters})
         _unite(said, p.name, words, problems)
     _unite(said, "you", {k: v for k, v in options.items() if k in AXES and k not in known}, problems)
+    if "alpha" in options and not hasattr(said.get("scale", ("", None))[1], "alpha"):
+        speaker, scale = said.get("scale", ("", None))
+        problems.append(Problem("alpha", f"{speaker} says {scale}, which has no alpha", "leave it out"))
     if problems:
         raise MethodError("this method cannot be made:", problems)
     return Method(**{axis: value for axis, (_, value) in said.items()})
@@ -143,6 +146,9 @@ def _unite(said: dict[str, tuple[str, Any]], speaker: str, words: dict[str, Any]
             twice = sorted(set(dict(old)) & set(dict(value)))
             problems += [Problem("lr", f"{before} and {speaker} both set the rate of {role}") for role in twice]
             value = dict(old) | dict(value)
+        elif axis == "frozen" and old and old >= frozenset(value):
+            what = f"{speaker} freezes {braces(value)}, which {before} freezes already"
+            problems.append(Problem(axis, what, f"{speaker} would change nothing: leave it out"))
         elif old is not None and axis in _UNITES:
             value = _UNITES[axis](old, value)
         elif before != "lora":  # LoRA's own words are the defaults: whoever speaks replaces them

@@ -189,6 +189,17 @@ class Method:
             problems.append(Problem("lr", what, "give the rate itself, without a multiplier"))
         if not self.trained and not self.full:
             problems.append(Problem("frozen", "everything is frozen: nothing would train"))
+        if init.moves_base and not delta.free:
+            what = f"{type(init).__name__} starts B A at a part of W; the factors of {name} cannot be any matrices"
+            problems.append(Problem("init", what))
+        if join.reads != delta.extras:
+            what = (
+                f"{type(join).__name__} reads {braces(join.reads)} of a delta; {name} gives it {braces(delta.extras)}"
+            )
+            problems.append(Problem("join", what))
+        if delta.shared - self.frozen:
+            what = f"{braces(delta.shared - self.frozen)} of {name} belong to all sites and cannot train"
+            problems.append(Problem("frozen", what))
         if init.moves_base and self.dropout:
             what = f"{type(init).__name__} moves part of W into B A, and dropout would drop that part of W"
             problems.append(Problem("dropout", what, "say dropout=0"))

@@ -61,15 +61,33 @@ class Site:
     groups: int = 1
     window: tuple[int, ...] = ()
 
+    @property
+    def rows(self) -> list[int]:
+        """How many output rows each part has: one part for a whole weight."""
+        return [part.size * part.count for part in self.parts] or [self.out]
+
+    def split(self, W: Tensor) -> list[Tensor]:
+        """The rows [., inp] of a weight [out, inp] that belong to each part."""
+        return [W[part.rows(W.device)] for part in self.parts] or [W]
+
     def place(self, B: Tensor) -> Tensor:
         """Stacked part factors [rows of the parts, r] as one factor [out, parts * r], zero off the blocks."""
-        blocks: Tensor = torch.block_diag(*B.split([part.size * part.count for part in self.parts]))
+        if not self.parts:
+            return B
+        blocks: Tensor = torch.block_diag(*B.split(self.rows))
         rows = torch.cat([part.rows(B.device) for part in self.parts])
         return blocks.new_zeros(self.out, blocks.shape[1]).index_copy(0, rows, blocks)
 
 
 class Kind(Protocol):
-    """A sort of layer, as what an [out, inp] matrix needs. B is [out, R], A is [R, inp], M is [out, inp]."""
+    """A sort of layer, as what an [out, inp] matrix needs. B is [out, R], A is [R, inp], M is [out, inp].
+
+    Attributes:
+        rowwise: whether its input comes in rows [..., inp], one for every row of its output.
+    """
+
+    @property
+    def rowwise(self) -> bool: ...
 
     def size(self, layer: Any) -> tuple[int, int]:
         """(out, inp)."""
@@ -101,6 +119,7 @@ class Linear:
     """nn.Linear, and with `transposed` GPT-2's Conv1D, which stores [inp, out]."""
 
     transposed: bool = False
+    rowwise = True
 
     def size(self, layer: Any) -> tuple[int, int]:
         rows, columns = layer.weight.shape
@@ -131,6 +150,7 @@ class Convolution:
     """
 
     dims: int
+    rowwise = False
 
     def size(self, layer: Any) -> tuple[int, int]:
         return layer.out_channels, layer.in_channels // layer.groups * math.prod(layer.kernel_size)
@@ -178,6 +198,8 @@ class Embedding:
     Dropout does not apply: there is no activation before A, only token ids. Tables that scale what they look up
     (Gemma, BART: `embed_scale`) scale the delta too.
     """
+
+    rowwise = False
 
     def size(self, layer: Any) -> tuple[int, int]:
         return layer.embedding_dim, layer.num_embeddings

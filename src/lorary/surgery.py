@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from lorary.adapted import Adapted, adapted
+from lorary.adapted import Adapted, Shared, adapted
 from lorary.errors import PlanError, Problem, StateError
 from lorary.fingerprint import STATE, Fingerprint
 from lorary.placed import Placed
 from lorary.planning import Plan
 from lorary.record import Method
 from lorary.sites import Site, kind_of, site
+from lorary.words import Init, Join
 
 MASTERS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # what adapters may be learnt in
 
@@ -31,6 +32,8 @@ class Attached:
         full: base parameters that train in full -> their values before training.
         trained: the names of parameters that required gradients before.
         paths: site -> every path of its layer, more than one for a shared layer.
+        moved: site -> what its weight was before the base gave up a part of it: the values, on the CPU, or the
+            parameter itself where others hold it too and the layer got one of its own.
         fingerprint: of the base, taken before anything changed or was sharded.
         merged: once merged, site -> what the merge replaced: weight, bias and the adapted layer.
         tied: the parameters that a merge untied from each other: module, name, and what it held there before.
@@ -43,6 +46,7 @@ class Attached:
     trained: frozenset[str]
     paths: dict[str, list[str]]
     fingerprint: Fingerprint
+    moved: dict[str, Tensor] = field(default_factory=dict)
     merged: dict[str, tuple[nn.Parameter, nn.Parameter | None, Adapted]] | None = None
     tied: list[tuple[nn.Module, str, nn.Parameter]] | None = None
     off: int = 0
@@ -100,8 +104,14 @@ def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = 
         raise PlanError("cannot attach:", problems)
     place(model, plan.method, plan.placed, {f.name: f.shape for f in plan.full}, dtype=dtype)
     try:
-        for layer in adapted(model).values():
+        layers = list(adapted(model).values())
+        if layers and layers[0].shared is not None:
+            cast(Init, plan.method.init).share(layers[0].shared.tensors)
+        for layer in layers:
             layer.initialise(seed)
+            _give_up(model, layer)
+            with torch.no_grad():
+                cast(Join, layer.method.join).setup(layer)
     except BaseException:
         detach(model)  # all or nothing
         raise
@@ -139,11 +149,14 @@ def place(
     paths, fingerprint = _paths(model, placed), base or Fingerprint.of(model)
     trained = frozenset(name for name, t in parameters.items() if t.requires_grad)
     layers, kept = {}, {}  # all of them before the model changes: memory may run out on the way
+    shared = _shared(model, placed, dtype)
     for p in placed:
-        layer = layers[p.site.name] = Adapted(modules[p.site.name], p, dtype)
+        layer = layers[p.site.name] = Adapted(modules[p.site.name], p, dtype, shared)
         layer.train(modules[p.site.name].training)
         if tensors is not None:
-            layer.load(dict(tensors[p.site.name]))
+            layer.load(tensors[p.site.name])
+        if tensors is not None and shared is not None:
+            shared.load({role: tensors[p.site.name][role] for role in p.delta.shared})
     for name in full:
         kept[name] = parameters[name].detach().to("cpu" if not parameters[name].is_meta else "meta", copy=True)
     model.requires_grad_(False)
@@ -153,6 +166,49 @@ def place(
     for name in full:
         parameters[name].requires_grad_(True)
     object.__setattr__(model, STATE, Attached(method, placed, kept, trained, paths, fingerprint))
+    if tensors is not None:
+        for layer in layers.values():
+            _give_up(model, layer)
+
+
+def _shared(model: nn.Module, placed: tuple[Placed, ...], dtype: torch.dtype) -> Shared | None:
+    """The bank of what all sites share, or None where they share nothing."""
+    if not any(p.delta.shared for p in placed):
+        return None
+    first = base_parameter(model, f"{placed[0].site.name}.weight")
+    return Shared(placed, dtype, first.device)
+
+
+def _give_up(model: nn.Module, layer: Adapted) -> None:
+    """Where the delta does not start at zero, the base becomes W - s B A of its start; what it was is kept.
+
+    A weight that other layers hold as well stays theirs, and this one gets its own.
+    """
+    factors = layer.start_factors()
+    weight = cast(nn.Parameter, layer.weight)
+    if factors is None or weight.is_meta:
+        return
+    state, kind = cast(Attached, attached(model)), layer.kind
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    with torch.no_grad():
+        B, A = (factor.to(weight.device, exact) for factor in factors)
+        rest = torch.addmm(kind.matrix(layer.base).to(exact), B, A, alpha=-layer.scale)
+        rest = kind.weight(layer.base, rest).to(weight.dtype)
+        if sum(held is weight for m in model.modules() for held in m._parameters.values()) > 1:
+            state.moved[layer.site.name] = weight
+            layer.base.weight = nn.Parameter(rest, requires_grad=False)
+        else:
+            state.moved[layer.site.name] = weight.detach().to("cpu", copy=True)
+            weight.copy_(rest)
+
+
+def take_back(layer: Adapted, before: Tensor) -> None:
+    """Give a layer the weight that it had before it gave up a part of it."""
+    if isinstance(before, nn.Parameter):
+        layer.base.weight = before
+    else:
+        with torch.no_grad():
+            cast(nn.Parameter, layer.weight).copy_(before)
 
 
 def mismatch(expected: Site, layer: nn.Module | None) -> list[Problem]:
@@ -210,6 +266,8 @@ def detach(model: nn.Module) -> nn.Module:
         with torch.no_grad():
             parameter.copy_(value)
     for name, layer in adapted(model).items():
+        if name in state.moved:
+            take_back(layer, state.moved[name])
         for path in state.paths[name]:
             set_layer(model, path, layer.base)
     object.__delattr__(model, STATE)
@@ -220,22 +278,23 @@ def detach(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Within, the model is its base: adapters do nothing, and parameters that train in full have their old values."""
+    """Within, the model is its base: adapters do nothing, and parameters that were changed have their old values."""
     state = require(model, "disable")
     layers = list(adapted(model).values())
-    before = [layer.enabled for layer in layers]
-    tuned = {name: base_parameter(model, name) for name in state.full}
-    values = {name: parameter.data for name, parameter in tuned.items()}
+    enabled = [layer.enabled for layer in layers]
+    tuned = [(base_parameter(model, name), before) for name, before in state.full.items()]
+    tuned += [(base_parameter(model, f"{site}.weight"), before) for site, before in state.moved.items()]
+    values = [parameter.data for parameter, _ in tuned]
     state.off += 1
     try:
         for layer in layers:
             layer.enabled = False
-        for name, parameter in tuned.items():
-            parameter.data = state.full[name].to(parameter)
+        for parameter, before in tuned:
+            parameter.data = before.data.to(parameter)
         yield model
     finally:
-        for layer, enabled in zip(layers, before, strict=True):
-            layer.enabled = enabled
-        for name, parameter in tuned.items():
-            parameter.data = values[name]
+        for layer, was in zip(layers, enabled, strict=True):
+            layer.enabled = was
+        for (parameter, _), value in zip(tuned, values, strict=True):
+            parameter.data = value
         state.off -= 1

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from lorary.sites import Site
+from lorary.sites import Kind, Site
 
 Tensors = Mapping[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
@@ -28,17 +28,48 @@ class Layer(Protocol):
     scale: float
     p: Any  # role -> Parameter
     base: nn.Module
+    training: bool
+
+    @property
+    def kind(self) -> Kind: ...
+    @property
+    def bias(self) -> Tensor | None: ...
+    @property
+    def tensors(self) -> Tensors:
+        """role -> tensor: what is the layer's own, and its share of what all layers share."""
+        ...
+
+    @property
+    def dropout(self) -> float:
+        """The probability of dropping an input of the adapter now: 0 outside training."""
+        ...
 
     def factors(self) -> tuple[Tensor, Tensor]: ...
-    def add_delta(self, y: Tensor, x: Tensor) -> Tensor: ...
+    def add_delta(self, y: Tensor, x: Tensor, dropout: float | None = None) -> Tensor: ...
+    def remember(self, name: str, of: Sequence[Tensor], make: Callable[[], Tensor]) -> Tensor:
+        """make(), or what it gave before while none of these tensors has changed since."""
+        ...
+
+
+# A word says that it is one of its axis by deriving from the axis' protocol, and inherits what it is silent on.
 
 
 @runtime_checkable
 class Delta(Protocol):
-    """What is learnt: the tensors of a site, and the two factors that they stand for."""
+    """What is learnt: the tensors of a site, and the two factors that they stand for.
 
-    @property
-    def r(self) -> int: ...
+    Attributes:
+        r: the rank that the scale is taken of.
+        shared: roles of which all sites hold a part of one tensor, its leading corner. They never train.
+        free: whether the factors can be any two matrices, so that an init may choose them.
+        extras: roles that are no part of the factors; the join reads them.
+    """
+
+    r: int
+    shared: frozenset[str] = frozenset()
+    free: bool = False
+    extras: frozenset[str] = frozenset()
+
     @property
     def roles(self) -> frozenset[str]: ...
     def shapes(self, site: Site) -> Shapes: ...
@@ -46,17 +77,39 @@ class Delta(Protocol):
         """(B [out, R], A [R, inp]) with delta = scale * B A."""
         ...
 
+    def problems(self, site: Site) -> list[str]:
+        """Why it cannot be at this site."""
+        return []
+
+
+@runtime_checkable
+class Fused(Protocol):
+    """A delta with a path of its own through layers that take rows [..., inp]; its factors stay the specification."""
+
+    def add(self, y: Tensor, x: Tensor, p: Tensors, site: Site, s: float, dropout: float) -> Tensor:
+        """y + s * B A dropout(x). May write into y."""
+        ...
+
 
 @runtime_checkable
 class Join(Protocol):
-    """How the delta joins the frozen weight W [out, inp] and bias b [out]."""
+    """How the delta joins the frozen weight W [out, inp] and bias b [out].
 
-    @property
-    def roles(self) -> frozenset[str]: ...
-    def shapes(self, site: Site) -> Shapes: ...
-    def setup(self, p: Tensors, W: Tensor) -> None:
-        """Fill the join's own tensors from W + s B A, so that nothing moves at step 0."""
-        ...
+    Attributes:
+        roles: its own tensors.
+        reads: the delta's extra roles that it makes use of.
+    """
+
+    roles: frozenset[str] = frozenset()
+    reads: frozenset[str] = frozenset()
+
+    def shapes(self, site: Site) -> Shapes:
+        """role -> shape of its own tensors."""
+        return {}
+
+    def setup(self, layer: Layer) -> None:
+        """Fill the join's own tensors once the delta has started, so that nothing moves at step 0."""
+        return None
 
     def forward(self, layer: Layer, x: Tensor) -> Tensor: ...
     def merged(
@@ -65,23 +118,53 @@ class Join(Protocol):
         """(W', b') with the same function as `forward`; BA is (s B, A). The specification of `forward`."""
         ...
 
+    def on_output(
+        self, p: Tensors, W: Callable[[], Tensor], b: Callable[[], Tensor | None], BA: tuple[Tensor, Tensor]
+    ) -> tuple[tuple[Tensor, Tensor], Tensor | None, Tensor | None]:
+        """((B, A), gain, shift) with `forward` = gain * (W x + B A x) + b + shift; None is 1, and 0.
+
+        Args:
+            p, BA: as for `merged`.
+            W, b: give the weight and the bias, and raise MethodError where the base is not at hand.
+
+        Raises:
+            MethodError: it has no such form.
+        """
+        ...
+
+    def problems(self, site: Site) -> list[str]:
+        """Why it cannot be at this site."""
+        return []
+
 
 @runtime_checkable
 class Init(Protocol):
-    """Where the delta starts."""
+    """Where the delta starts.
+
+    Attributes:
+        fills: the delta's roles, all of them.
+        moves_base: whether s B A is not zero at the start, so that the base must give it up.
+    """
+
+    moves_base: bool = False
 
     @property
     def fills(self) -> frozenset[str]: ...
-    @property
-    def moves_base(self) -> bool:
-        """Whether s B A is not zero at the start, so that the base must give it up."""
-        ...
-
     def zeros(self, site: Site) -> frozenset[str]:
         """The roles that start at zero: were they all frozen, nothing could ever be learnt."""
+        return frozenset()
+
+    def share(self, shared: Tensors) -> None:
+        """Fill the tensors that all sites share."""
+        return None
+
+    def __call__(self, p: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
+        """Fill a site's own tensors; W [out, inp] is its weight."""
         ...
 
-    def __call__(self, p: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None: ...
+    def problems(self, site: Site, r: int) -> list[str]:
+        """Why it cannot start a delta of rank r at this site."""
+        return []
 
 
 @runtime_checkable
@@ -159,3 +242,16 @@ def _is_positive(value: object) -> bool:
 # What a field of a word may hold, as dataclass metadata: `r: int = field(metadata=COUNT)`. The record checks it.
 COUNT: dict[str, Any] = {"check": _is_count, "expects": "a whole number of at least 1"}
 POSITIVE: dict[str, Any] = {"check": _is_positive, "expects": "a positive finite number"}
+SEED: dict[str, Any] = {
+    "check": lambda value: type(value) is int and 0 <= value < 2**63,
+    "expects": "a whole number of at least 0",
+}
+FLAG: dict[str, Any] = {"check": lambda value: type(value) is bool, "expects": "true or false"}
+
+
+def optional(field: dict[str, Any]) -> dict[str, Any]:
+    """The same, or None."""
+    return {
+        "check": lambda value: value is None or field["check"](value),
+        "expects": f"{field['expects']}, or None",
+    }

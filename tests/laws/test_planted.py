@@ -16,7 +16,7 @@ from torch import Tensor
 import lorary
 from lorary import sites, words
 from lorary.methods.lora import Add, Fixed, Kaiming, LowRank
-from lorary.words import COUNT
+from lorary.words import COUNT, Delta
 
 from . import laws
 from .cases import KINDS, Case
@@ -91,7 +91,7 @@ def test_a_merge_without_the_scale_is_caught() -> None:
 
 
 @dataclass(frozen=True)
-class CutsTheGradient:
+class CutsTheGradient(Delta):
     """A is read as a constant, so that it never learns, though nobody froze it."""
 
     r: int = field(metadata=COUNT)
@@ -110,7 +110,7 @@ def test_a_factor_that_never_learns_is_caught() -> None:
 
 
 @dataclass(frozen=True)
-class TrainsTooMuch:
+class TrainsTooMuch(Delta):
     """adapter-hub's VeRA: a diagonal kept as a full matrix, all of it trained."""
 
     r: int = field(metadata=COUNT)
@@ -148,7 +148,7 @@ def test_a_convolution_with_another_geometry_is_caught(monkeypatch: pytest.Monke
 
 
 @dataclass(frozen=True)
-class RedrawsItsProjection:
+class RedrawsItsProjection(Delta):
     """Part of A is random and belongs to this object alone: files do not hold it."""
 
     r: int = field(metadata=COUNT)

@@ -17,7 +17,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float = 0.0) -> Tensor:
+def add_low_rank(
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    s: float,
+    dropout: float = 0.0,
+    *,
+    b: Tensor | None = None,
+    d: Tensor | None = None,
+) -> Tensor:
     """Adds `s · (drop(x)·Aᵀ)·Bᵀ` to a layer's output, computed in the dtype of that output.
 
     Args:
@@ -30,6 +40,8 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: 
         dropout: probability in [0, 1) that an element of `x` is dropped from the adapter's input; 0 when not
             training, in steps of 2⁻¹⁶. The mask depends on the state of torch's default CPU generator alone, on
             every device.
+        b: [out] and
+        d: [R], both or neither: B stands for diag(b)·B·diag(d), which is then made anew wherever it is needed.
 
     Returns:
         [..., out] the sum, in `y`'s dtype. Its gradient can be taken once, not twice. The input is kept for
@@ -40,10 +52,10 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: 
         >>> y = add_low_rank(y, x, A, B, s=alpha / r)
     """
     if torch.compiler.is_compiling():  # it fuses and recomputes by itself
-        return add_low_rank_reference(y, x, A, B, s, dropout)
-    dropout = _in_steps(dropout)
-    seed = _draw_seed() if dropout > 0.0 else None
-    total: Tensor = _AddLowRank.apply(y, x, A, B, s, dropout, seed)  # type: ignore[no-untyped-call]
+        return add_low_rank_reference(y, x, A, _spanned(B, b, d), s, dropout)
+    dropout = in_steps(dropout)
+    seed = draw_seed() if dropout > 0.0 else None
+    total: Tensor = _AddLowRank.apply(y, x, A, B, s, dropout, seed, b, d)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -52,13 +64,13 @@ def add_low_rank_reference(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float,
 
     Outside a compiled region it drops the very elements that `add_low_rank` drops from the same random state.
     """
-    with _without_autocast(y.device):
+    with without_autocast(y.device):
         dropped = x.to(y.dtype)
         if dropout > 0.0 and torch.compiler.is_compiling():
             dropped = F.dropout(dropped, dropout)
         elif dropout > 0.0:
-            dropout = _in_steps(dropout)
-            kept = _kept(dropped.shape, dropped, dropout, _draw_seed())
+            dropout = in_steps(dropout)
+            kept = kept_mask(dropped.shape, dropped, dropout, draw_seed())
             dropped = dropped * kept / (1.0 - dropout)
         return y + s * F.linear(F.linear(dropped, A.to(y.dtype)), B.to(y.dtype))
 
@@ -66,31 +78,43 @@ def add_low_rank_reference(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float,
 class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float, seed: int | None
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        s: float,
+        dropout: float,
+        seed: int | None,
+        b: Tensor | None,
+        d: Tensor | None,
     ) -> Tensor:
         dtype = y.dtype
-        with _without_autocast(y.device):
+        with without_autocast(y.device):
             rows = x.reshape(-1, x.shape[-1]).to(dtype)  # [T, in]
             if seed is not None:
-                rows = _kept(rows.shape, rows, dropout, seed).mul_(rows)
+                rows = kept_mask(rows.shape, rows, dropout, seed).mul_(rows)
             z = rows @ A.to(dtype).t()  # [T, R]
+            up = _spanned(B, b, d).to(dtype).t()  # [R, out]
             # 1/(1-p) of inverted dropout rides on the scale: one pass over the activation less.
             scale = s / (1.0 - dropout)
-            if _may_overwrite(y, x):
+            if may_overwrite(y, x):
                 # detach() shares memory and version counter with y. Autograd sees a new tensor, so that a y
                 # that is a view is no obstacle; and a layer that had kept y for its own backward fails loudly
                 # on the version instead of computing with a changed value.
                 total = y.detach()
-                total.view(-1, B.shape[0]).addmm_(z, B.to(dtype).t(), alpha=scale)
+                total.view(-1, B.shape[0]).addmm_(z, up, alpha=scale)
             else:
                 flat = y.reshape(-1, B.shape[0])
-                total = torch.addmm(flat, z, B.to(dtype).t(), alpha=scale).view(y.shape)
-        _, x_wants, a_wants, b_wants, *_ = ctx.needs_input_grad
+                total = torch.addmm(flat, z, up, alpha=scale).view(y.shape)
+        x_wants, a_wants, b_wants, spans_want = _wants(ctx)
         ctx.save_for_backward(
             x if a_wants else None,
-            z if b_wants else None,
+            z if b_wants or spans_want else None,
             A if x_wants else None,
-            B if x_wants or a_wants else None,
+            B if x_wants or a_wants or spans_want else None,
+            b,
+            d,
         )
         ctx.x_shape, ctx.scale, ctx.dropout, ctx.seed = x.shape, scale, dropout, seed
         return total
@@ -98,19 +122,22 @@ class _AddLowRank(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        x, z, A, B = ctx.saved_tensors
+        x, z, A, B, b, d = ctx.saved_tensors
         dtype, width = gy.dtype, ctx.x_shape[-1]
-        _, x_wants, a_wants, b_wants, *_ = ctx.needs_input_grad
-        gx = gA = gB = None
-        with _without_autocast(gy.device):
+        x_wants, a_wants, b_wants, spans_want = _wants(ctx)
+        gx = gA = gB = gb = gd = None
+        with without_autocast(gy.device):
             g = gy.reshape(-1, gy.shape[-1])  # [T, out]
             kept = None
             if ctx.seed is not None and (x_wants or a_wants):
-                kept = _kept((g.shape[0], width), g, ctx.dropout, ctx.seed)
-            if b_wants:
+                kept = kept_mask((g.shape[0], width), g, ctx.dropout, ctx.seed)
+            if b_wants or spans_want:
                 gB = _scaled(ctx.scale, g.t(), z)  # [out, R]
+            if spans_want:
+                gb, gd = _span_gradients(gB, B, b, d)
+                gB = _spanned(gB, b, d) if b_wants else None
             if x_wants or a_wants:
-                gz = _scaled(ctx.scale, g, B.to(dtype))  # [T, R]
+                gz = _scaled(ctx.scale, g, _spanned(B, b, d).to(dtype))  # [T, R]
             if x_wants:
                 gx = gz @ A.to(dtype)  # [T, in]
                 gx = (gx if kept is None else gx.mul_(kept)).view(ctx.x_shape)
@@ -118,7 +145,24 @@ class _AddLowRank(torch.autograd.Function):
                 rows = x.reshape(-1, width).to(dtype)
                 rows = rows if kept is None else kept.mul_(rows)  # the mask is not needed any more
                 gA = gz.t() @ rows  # [R, in]
-        return gy, gx, gA, gB, None, None, None  # autograd casts each to the dtype of its tensor
+        return gy, gx, gA, gB, None, None, None, gb, gd  # autograd casts each to the dtype of its tensor
+
+
+def _wants(ctx: Any) -> tuple[bool, bool, bool, bool]:
+    """Whether x, A, B, and b or d want a gradient."""
+    _, x, A, B, *_, b, d = ctx.needs_input_grad
+    return x, A, B, b or d
+
+
+def _spanned(B: Any, b: Tensor | None, d: Tensor | None) -> Any:
+    """diag(b)·B·diag(d), or B itself without the two."""
+    return B if b is None or d is None else b[:, None] * B * d
+
+
+def _span_gradients(gB: Any, B: Tensor, b: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of b [out] and d [R] from that of diag(b)·B·diag(d)."""
+    each = gB.to(B.dtype) * B
+    return each @ d, b @ each
 
 
 def _scaled(s: float, left: Tensor, right: Tensor) -> Tensor:
@@ -126,7 +170,7 @@ def _scaled(s: float, left: Tensor, right: Tensor) -> Tensor:
     return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=s)
 
 
-def _may_overwrite(y: Tensor, x: Tensor) -> bool:
+def may_overwrite(y: Tensor, x: Tensor) -> bool:
     """Whether y's memory may hold the result: nobody but the caller, who gives it up, can be reading it."""
     if not y.is_contiguous() or (y.is_leaf and y.requires_grad):
         return False
@@ -135,12 +179,12 @@ def _may_overwrite(y: Tensor, x: Tensor) -> bool:
     return bool(y.untyped_storage()._cdata != x.untyped_storage()._cdata)
 
 
-def _draw_seed() -> int:
+def draw_seed() -> int:
     """A seed from torch's default CPU generator, whose state checkpointing and a resumed run restore."""
     return int(torch.randint(2**62, (), device="cpu").item())
 
 
-def _kept(shape: tuple[int, ...] | torch.Size, like: Tensor, dropout: float, seed: int) -> Tensor:
+def kept_mask(shape: tuple[int, ...] | torch.Size, like: Tensor, dropout: float, seed: int) -> Tensor:
     """The mask of the kept elements, 1 or 0 in `like`'s dtype; the same for the same seed, shape and device.
 
     Sixteen random bits decide on an element, `dropout` being a multiple of 2⁻¹⁶. Where `bernoulli_` draws one
@@ -156,12 +200,12 @@ def _kept(shape: tuple[int, ...] | torch.Size, like: Tensor, dropout: float, see
     return torch.ge(bits, round(dropout * 2**16) - 2**15, out=mask)
 
 
-def _in_steps(dropout: float) -> float:
+def in_steps(dropout: float) -> float:
     """The nearest probability below 1 that is a multiple of 2⁻¹⁶."""
     return min(round(dropout * 2**16), 2**16 - 1) / 2**16
 
 
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """The dtypes here are chosen; autocast would choose others. (It does not know every device.)"""
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)

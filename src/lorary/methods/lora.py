@@ -10,6 +10,7 @@ Gaussian), and so is the reversed start of embeddings.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,35 +19,35 @@ from torch import Tensor, nn
 
 from lorary.preset import preset
 from lorary.sites import Site
-from lorary.words import COUNT, POSITIVE, Layer, Shapes, Tensors, word
+from lorary.words import COUNT, POSITIVE, Delta, Init, Join, Layer, Shapes, Tensors, word
 
 
 @word
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(Delta):
     """B [out, r] and A [r, inp]. A fused site learns a pair of its own for every part."""
 
     r: int = field(metadata=COUNT)
 
     roles = frozenset({"A", "B"})
+    free = True
 
     def shapes(self, site: Site) -> Shapes:
-        if not site.parts:
-            return {"A": (self.r, site.inp), "B": (site.out, self.r)}
-        rows = sum(part.size * part.count for part in site.parts)
-        return {"A": (self.r * len(site.parts), site.inp), "B": (rows, self.r)}
+        return {"A": (self.r * len(site.rows), site.inp), "B": (sum(site.rows), self.r)}
 
     def factors(self, site: Site, p: Tensors) -> tuple[Tensor, Tensor]:
-        return (site.place(p["B"]) if site.parts else p["B"]), p["A"]
+        return site.place(p["B"]), p["A"]
 
 
 @word
 @dataclass(frozen=True)
-class Kaiming:
-    """A ~ U(-1/sqrt(inp), 1/sqrt(inp)), B = 0. An embedding starts the other way round: A = 0, B ~ N(0, 1)."""
+class Kaiming(Init):
+    """A ~ U(-1/sqrt(inp), 1/sqrt(inp)), B = 0. An embedding starts the other way round: A = 0, B ~ N(0, 1).
+
+    inp is the number of inputs that a row of A meets: those of a slice where A consists of blocks.
+    """
 
     fills = frozenset({"A", "B"})
-    moves_base = False
 
     def zeros(self, site: Site) -> frozenset[str]:
         return frozenset("A" if site.kind == "embedding" else "B")
@@ -62,11 +63,10 @@ class Kaiming:
 
 @word
 @dataclass(frozen=True)
-class Gaussian:
+class Gaussian(Init):
     """A ~ N(0, 1/r^2), B = 0: PEFT's reading of the paper's Gaussian. Embeddings start as under `Kaiming`."""
 
     fills = frozenset({"A", "B"})
-    moves_base = False
 
     def zeros(self, site: Site) -> frozenset[str]:
         return Kaiming().zeros(site)
@@ -74,7 +74,7 @@ class Gaussian:
     def __call__(self, p: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
         Kaiming()(p, W, site, scale, generator)
         if site.kind != "embedding":
-            rank = p["A"].shape[0] // max(len(site.parts), 1)
+            rank = p["B"].shape[1]
             nn.init.normal_(p["A"], std=1 / rank, generator=generator)
 
 
@@ -102,16 +102,8 @@ class Fixed:
 
 @word
 @dataclass(frozen=True)
-class Add:
+class Add(Join):
     """W' = W + s B A, b' = b."""
-
-    roles = frozenset[str]()
-
-    def shapes(self, site: Site) -> Shapes:
-        return {}
-
-    def setup(self, p: Tensors, W: Tensor) -> None:
-        pass
 
     def forward(self, layer: Layer, x: Tensor) -> Tensor:
         return layer.add_delta(layer.base(x), x)
@@ -121,6 +113,11 @@ class Add:
     ) -> tuple[Tensor, Tensor | None]:
         B, A = BA
         return torch.addmm(W, B, A), b
+
+    def on_output(
+        self, p: Tensors, W: Callable[[], Tensor], b: Callable[[], Tensor | None], BA: tuple[Tensor, Tensor]
+    ) -> tuple[tuple[Tensor, Tensor], Tensor | None, Tensor | None]:
+        return BA, None, None
 
 
 @preset("lora", citation="Hu et al. 2021, arXiv:2106.09685")

@@ -1,0 +1,98 @@
+"""LowRankForm: a site of any adapter as everything downstream sees it, as a change of the unmodified base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorary.adapted import plain_modules
+from lorary.errors import MethodError, Problem
+from lorary.placed import Placed, start_of
+from lorary.sites import KINDS
+from lorary.surgery import attached
+from lorary.words import Join
+
+
+class LowRankForm(NamedTuple):
+    """An adapter at one site as everything downstream sees it: y = gain * (W x + B A x) + b + shift.
+
+    Args:
+        B: [out, R], with the scale in it.
+        A: [R, inp].
+        gain: [out], or None for 1.
+        shift: [out], or None for 0.
+    """
+
+    B: Tensor
+    A: Tensor
+    gain: Tensor | None = None
+    shift: Tensor | None = None
+
+
+def low_rank_forms(
+    placed: Sequence[Placed], tensors: Mapping[str, Mapping[str, Tensor]], base: nn.Module | None = None
+) -> dict[str, LowRankForm]:
+    """site -> its form, in fp32. What the base gave up at the start is subtracted: such a site has twice its rank.
+
+    Args:
+        placed: the sites.
+        tensors: site -> role -> tensor.
+        base: the base, plain or with an adapter attached, for the joins whose gain or shift depends on its weights.
+
+    Raises:
+        MethodError: a join has no such form, or none without the base, with every site.
+    """
+    forms, problems = {}, []
+    modules = plain_modules(base) if base is not None else {}
+    for p in placed:
+        own = tensors[p.site.name]
+        W, b = _given(base, p, modules.get(p.site.name), own)
+        try:
+            BA, gain, shift = cast(Join, p.method.join).on_output(own, W, b, _factors(p, own))
+        except MethodError as error:
+            problems += [Problem(p.site.name, q.what, q.fix) for q in error.problems]
+            continue
+        forms[p.site.name] = LowRankForm(*BA, gain, shift)
+    if problems:
+        raise MethodError("this adapter has no low-rank form:", problems)
+    return forms
+
+
+def _factors(p: Placed, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(s B, A) in fp32 on the unmodified base."""
+    B, A = (factor.float() for factor in p.delta.factors(p.site, tensors))
+    if p.starts:
+        start = {role: tensors[start_of(role)] for role in p.starts}
+        B0, A0 = (factor.float() for factor in p.delta.factors(p.site, start))
+        B, A = torch.cat([B, -B0], 1), torch.cat([A, A0])
+    return p.scale * B, A
+
+
+def _given(
+    base: nn.Module | None, p: Placed, layer: nn.Module | None, tensors: Mapping[str, Tensor]
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor | None]]:
+    """What gives the base's own weight [out, inp] and bias [out] at a site, in fp32 on the CPU."""
+
+    def found() -> Any:
+        if layer is None:
+            what, fix = f"{type(p.method.join).__name__} has no such form without the base's weight", "give the base"
+            raise MethodError("", [Problem(p.site.name, what, fix)])
+        return layer
+
+    def weight() -> Tensor:
+        W = KINDS[p.site.kind].matrix(found()).detach().float().cpu()
+        state = attached(cast(nn.Module, base))
+        if state is None or p.site.name not in state.moved:
+            return W
+        B, A = _factors(p, tensors)  # the base has given up a part of W: [s B, -s B0] [A; A0] holds it
+        r = A.shape[0] // 2
+        return torch.addmm(W, B[:, r:], A[r:], alpha=-1)
+
+    def bias() -> Tensor | None:
+        b = getattr(found(), "bias", None)
+        return None if b is None else b.detach().float().cpu()
+
+    return weight, bias

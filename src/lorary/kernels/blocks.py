@@ -1,0 +1,104 @@
+"""`y + s · drop(x)·blockdiag(A)ᵀ·blockdiag(B)ᵀ` as batched products of the blocks, never as dense matrices.
+
+n blocks of rank r cost what one pair of rank r costs, and n times less than the dense pair of rank n·r that they
+stand for. What is kept for backward is `x` itself, the n·r wide middle and the masters.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lorary.kernels.low_rank import (
+    add_low_rank_reference,
+    draw_seed,
+    in_steps,
+    kept_mask,
+    may_overwrite,
+    without_autocast,
+)
+
+
+def add_blocks(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float = 0.0) -> Tensor:
+    """Adds `s · B_i·A_i·drop(x)_i` to the i-th slice of a layer's output, computed in the dtype of that output.
+
+    Args:
+        y: [..., out] the frozen layer's output, given up by the caller as for `add_low_rank`.
+        x: [..., in] the layer's input; n divides in and out.
+        A: [n, r, in/n] first factors.
+        B: [n, out/n, r] second factors.
+        s: scale of the product.
+        dropout: probability in [0, 1) that an element of `x` is dropped, as for `add_low_rank`.
+
+    Returns:
+        [..., out] the sum, in `y`'s dtype. The input is kept for backward only where `A` trains.
+    """
+    if torch.compiler.is_compiling():
+        return add_low_rank_reference(y, x, torch.block_diag(*A), torch.block_diag(*B), s, dropout)
+    dropout = in_steps(dropout)
+    seed = draw_seed() if dropout > 0.0 else None
+    total: Tensor = _AddBlocks.apply(y, x, A, B, s, dropout, seed)  # type: ignore[no-untyped-call]
+    return total
+
+
+class _AddBlocks(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float, seed: int | None
+    ) -> Tensor:
+        dtype, n = y.dtype, A.shape[0]
+        with without_autocast(y.device):
+            rows = x.reshape(-1, x.shape[-1]).to(dtype)  # [T, in]
+            if seed is not None:
+                rows = kept_mask(rows.shape, rows, dropout, seed).mul_(rows)
+            z = torch.bmm(_slices(rows, n), A.to(dtype).mT)  # [n, T, r]
+            scale = s / (1.0 - dropout)
+            total = y.detach() if may_overwrite(y, x) else y.clone(memory_format=torch.contiguous_format)
+            flat = total.view(-1, y.shape[-1])
+            # a slice of the output at a time: n is small, and each product goes straight to where it belongs
+            for part, z_i, B_i in zip(flat.chunk(n, 1), z, B.to(dtype), strict=True):
+                part.addmm_(z_i, B_i.t(), alpha=scale)
+        _, x_wants, a_wants, b_wants, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            x if a_wants else None,
+            z if b_wants else None,
+            A if x_wants else None,
+            B if x_wants or a_wants else None,
+        )
+        ctx.x_shape, ctx.n, ctx.scale, ctx.dropout, ctx.seed = x.shape, n, scale, dropout, seed
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        x, z, A, B = ctx.saved_tensors
+        dtype, n, width = gy.dtype, ctx.n, ctx.x_shape[-1]
+        _, x_wants, a_wants, b_wants, *_ = ctx.needs_input_grad
+        gx = gA = gB = None
+        with without_autocast(gy.device):
+            g = _slices(gy.reshape(-1, gy.shape[-1]), n)  # [n, T, out/n]
+            mask = None
+            if ctx.seed is not None and (x_wants or a_wants):
+                mask = kept_mask((g.shape[1], width), gy, ctx.dropout, ctx.seed)
+            if b_wants:
+                gB = torch.bmm(g.mT, z).mul_(ctx.scale)  # [n, out/n, r]
+            if x_wants or a_wants:
+                gz = torch.bmm(g, B.to(dtype)).mul_(ctx.scale)  # [n, T, r]
+            if x_wants:
+                gx = gy.new_empty(g.shape[1], width)
+                for part, gz_i, A_i in zip(gx.chunk(n, 1), gz, A.to(dtype), strict=True):
+                    part.copy_(gz_i @ A_i)
+                gx = (gx if mask is None else gx.mul_(mask)).view(ctx.x_shape)
+            if a_wants:
+                rows = x.reshape(-1, width).to(dtype)
+                rows = rows if mask is None else mask.mul_(rows)
+                gA = torch.bmm(gz.mT, _slices(rows, n))  # [n, r, in/n]
+        return gy, gx, gA, gB, None, None, None
+
+
+def _slices(rows: Tensor, n: int) -> Tensor:
+    """[T, width] as n slices side by side: [n, T, width/n], a view."""
+    return rows.view(rows.shape[0], n, -1).transpose(0, 1)

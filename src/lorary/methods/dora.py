@@ -1,0 +1,93 @@
+"""DoRA: W' = diag(m) (W + s B A) / ||W + s B A||, the norm taken of every output row.
+
+The weight is split into a magnitude per output, m, which trains by itself, and a direction, which LoRA updates. The
+norm counts as a constant in the backward pass, as published; `exact` differentiates through it.
+
+Liu et al. 2024, arXiv:2402.09353, equations 5 and 11 (whose W is the transpose of ours: its columns are our rows).
+
+The norm comes from the factors (`lorary.kernels.direction`), once for every change of them, from the weight as it is
+stored. Dropout acts on the input of all that the magnitude scales: y = W x + b + (g - 1) W x~ + g s B A x~ with
+g = m / ||W + s B A||, as in the authors' code. The bias is no part of the direction and is never scaled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorary.kernels.direction import gained, row_norms, square_norms
+from lorary.preset import preset
+from lorary.sites import Site
+from lorary.words import FLAG, Join, Layer, Shapes, Tensors, word
+
+
+@word
+@dataclass(frozen=True)
+class Direction(Join):
+    """W' = diag(m) V / ||V|| with V = W + s B A, a norm and a magnitude for every output row.
+
+    Args:
+        exact: differentiate through the norm, instead of holding it constant: the gradient of V then has no part
+            along V.
+    """
+
+    exact: bool = field(default=False, metadata=FLAG)
+
+    roles = frozenset({"m"})
+
+    def shapes(self, site: Site) -> Shapes:
+        return {"m": (site.out,)}
+
+    def setup(self, layer: Layer) -> None:
+        layer.p["m"].copy_(self._norms(layer))
+
+    def forward(self, layer: Layer, x: Tensor) -> Tensor:
+        gain: Tensor = layer.p["m"] / self._norms(layer)
+        along, bias = layer.kind.along, layer.bias
+        shaped = along(gain), None if bias is None else along(bias)
+        if not layer.dropout or not x.is_floating_point():
+            return gained(layer.add_delta(layer.base(x), x), *shaped)
+        dropped = F.dropout(x, layer.dropout)
+        v = layer.base(dropped)
+        undropped: Tensor = layer.base(x) - v  # W (x - x~): not scaled
+        return undropped + gained(layer.add_delta(v, dropped, dropout=0.0), *shaped)
+
+    def merged(
+        self, p: Tensors, W: Tensor, b: Tensor | None, BA: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        B, A = BA
+        gain = p["m"].to(W.dtype) / row_norms(W, square_norms(W), B, A, 1.0)
+        return gain[:, None] * (W + B @ A), b
+
+    def on_output(
+        self, p: Tensors, W: Callable[[], Tensor], b: Callable[[], Tensor | None], BA: tuple[Tensor, Tensor]
+    ) -> tuple[tuple[Tensor, Tensor], Tensor | None, Tensor | None]:
+        weight = W()
+        return BA, p["m"].to(weight.dtype) / row_norms(weight, square_norms(weight), *BA, 1.0), None
+
+    def _norms(self, layer: Layer) -> Tensor:
+        W = layer.kind.matrix(layer.base).detach()
+        square = layer.remember("square norms", [W], lambda: square_norms(W))
+        tensors = list(layer.tensors.values())
+        if self.exact:
+            return row_norms(W, square, *layer.factors(), layer.scale)
+
+        def norms() -> Tensor:
+            B, A = (factor.detach() for factor in layer.factors())
+            return row_norms(W, square, B, A, layer.scale)
+
+        return layer.remember("norms", [W, *(t for t in tensors if t is not layer.p["m"])], norms)
+
+
+@preset("dora", citation="Liu et al. 2024, arXiv:2402.09353", lr=1e-4)
+def dora(exact: bool = False) -> dict[str, Any]:
+    """y = diag(m) (W + s B A) x / ||W + s B A|| + b
+
+    Args:
+        exact: differentiate through the norm, instead of holding it constant as the paper does.
+    """
+    return {"join": Direction(exact)}

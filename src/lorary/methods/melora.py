@@ -1,0 +1,69 @@
+"""MELoRA: n small LoRAs side by side, each from its slice of the inputs to its slice of the outputs.
+
+B = blockdiag(B_1 ... B_n), A = blockdiag(A_1 ... A_n): the rank of B A is up to n r, for the numbers of rank r,
+whatever n is. s = alpha / r with the r of one of them.
+
+Ren et al. 2024, arXiv:2402.17263, equation 4.
+
+Differs from the authors' code: inputs of any number of dimensions, and a merge that works (theirs indexes a list of
+modules by a name); sizes that n does not divide are refused, where theirs drop the remainder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorary.kernels.blocks import add_blocks
+from lorary.preset import preset
+from lorary.sites import Site
+from lorary.words import COUNT, Delta, Shapes, Tensors, word
+
+
+@word
+@dataclass(frozen=True)
+class Minis(Delta):
+    """A_i [r, inp / n] and B_i [out / n, r], stacked: A [n r, inp / n] and B [out, r]."""
+
+    r: int = field(metadata=COUNT)
+    n: int = field(metadata=COUNT)
+
+    roles = frozenset({"A", "B"})
+
+    def shapes(self, site: Site) -> Shapes:
+        return {"A": (len(site.rows) * self.n * self.r, site.inp // self.n), "B": (sum(site.rows), self.r)}
+
+    def factors(self, site: Site, p: Tensors) -> tuple[Tensor, Tensor]:
+        downs = p["A"].split(self.n * self.r)  # of every part of a fused site
+        ups = p["B"].split(site.rows)
+        A = torch.cat([torch.block_diag(*down.chunk(self.n)) for down in downs])
+        B = torch.cat([torch.block_diag(*up.chunk(self.n)) for up in ups])
+        return site.place(B), A
+
+    def add(self, y: Tensor, x: Tensor, p: Tensors, site: Site, s: float, dropout: float) -> Tensor:
+        A = p["A"].view(self.n, self.r, -1)
+        B = p["B"].view(self.n, -1, self.r)
+        return add_blocks(y, x, A, B, s, dropout)
+
+    def problems(self, site: Site) -> list[str]:
+        sizes = {"input": [site.inp], "output": site.rows}
+        return [
+            f"n = {self.n} does not divide its {size} {side} features"
+            for side, each in sizes.items()
+            for size in sorted(set(each))
+            if size % self.n
+        ]
+
+
+@preset("melora", citation="Ren et al. 2024, arXiv:2402.17263", lr=3e-4)
+def melora(r: int = 8, n: int = 2) -> dict[str, Any]:
+    """y = W x + b + s blockdiag(B_1 A_1, ..., B_n A_n) x
+
+    Args:
+        r: the rank of each small LoRA; s is taken of it.
+        n: how many there are; it must divide the inputs and outputs of every layer.
+    """
+    return {"delta": Minis(r, n)}

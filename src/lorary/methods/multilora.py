@@ -1,0 +1,71 @@
+"""MultiLoRA: n parallel LoRAs of full width, each scaled per output by what is learnt.
+
+W' = W + s (diag(gamma_1) B_1 A_1 + ... + diag(gamma_n) B_n A_n). All of A and B start at random and gamma at zero, so
+that several directions weigh equally, where one LoRA's update is ruled by a few of its singular values.
+
+Wang et al. 2023, arXiv:2311.11501, section 3.2. The authors have published no code: that gamma is a vector over the
+outputs is our reading.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorary.preset import preset
+from lorary.sites import Site
+from lorary.words import COUNT, Delta, Init, Shapes, Tensors, word
+
+
+@word
+@dataclass(frozen=True)
+class Parallel(Delta):
+    """A_i [r, inp], B_i [out, r] and gamma_i [out], stacked: A [n r, inp], B [out, n r], gamma [out n], row by row."""
+
+    r: int = field(metadata=COUNT)
+    n: int = field(metadata=COUNT)
+
+    roles = frozenset({"A", "B", "gamma"})
+
+    def shapes(self, site: Site) -> Shapes:
+        rows = sum(site.rows)
+        wide = self.n * self.r
+        return {"A": (len(site.rows) * wide, site.inp), "B": (rows, wide), "gamma": (rows * self.n,)}
+
+    def factors(self, site: Site, p: Tensors) -> tuple[Tensor, Tensor]:
+        gamma = p["gamma"].view(-1, self.n, 1)
+        B = p["B"].view(-1, self.n, self.r) * gamma
+        return site.place(B.flatten(1)), p["A"]
+
+
+@word
+@dataclass(frozen=True)
+class Balanced(Init):
+    """A_i ~ U(-1/sqrt(inp), 1/sqrt(inp)), B_i ~ U(-1/sqrt(r), 1/sqrt(r)), gamma = 0."""
+
+    fills = frozenset({"A", "B", "gamma"})
+
+    def zeros(self, site: Site) -> frozenset[str]:
+        return frozenset({"gamma"})
+
+    def __call__(self, p: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
+        n = p["gamma"].numel() // p["B"].shape[0]
+        nn.init.kaiming_uniform_(p["A"], a=math.sqrt(5), generator=generator)
+        bound = 1 / math.sqrt(p["B"].shape[1] // n)
+        nn.init.uniform_(p["B"], -bound, bound, generator=generator)
+        nn.init.zeros_(p["gamma"])
+
+
+@preset("multilora", citation="Wang et al. 2023, arXiv:2311.11501")
+def multilora(r: int = 16, n: int = 3) -> dict[str, Any]:
+    """y = W x + b + s (diag(gamma_1) B_1 A_1 + ... + diag(gamma_n) B_n A_n) x
+
+    Args:
+        r: the rank of each LoRA; s is taken of it.
+        n: how many there are.
+    """
+    return {"delta": Parallel(r, n), "init": Balanced()}

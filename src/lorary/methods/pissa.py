@@ -1,0 +1,86 @@
+"""PiSSA: B A starts at W's r principal singular directions, and the base keeps the rest.
+
+With W = U S V^T: B = U_r (S_r / s)^(1/2), A = (S_r / s)^(1/2) V_r^T, and the base becomes W - s B A. What trains are
+the directions that matter most, from the first step on; the update is s (B A - B0 A0).
+
+Meng et al. 2024, arXiv:2404.02948, equations 2 to 4; the division by s, so that any alpha works, is PEFT's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorary.preset import preset
+from lorary.sites import Site
+from lorary.words import COUNT, Init, Tensors, optional, word
+
+
+@word
+@dataclass(frozen=True)
+class Principal(Init):
+    """B A starts at the best approximation of W of rank r; a fused weight's parts are taken one by one.
+
+    Args:
+        niter: power iterations of a randomised decomposition, or None for the exact one. Whatever its error, nothing
+            moves at the start: the base gives up just what the factors hold.
+        oversample: directions that the randomised decomposition follows beyond r.
+    """
+
+    niter: int | None = field(default=None, metadata=optional(COUNT))
+    oversample: int = field(default=16, metadata=COUNT)
+
+    fills = frozenset({"A", "B"})
+    moves_base = True
+
+    def __call__(self, p: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
+        r = p["B"].shape[1]
+        left, right = [], []
+        for part in site.split(W.float()):
+            U, S, Vh = _exact(part, r) if self.niter is None else self._randomised(part, r, generator)
+            root = (S / scale).sqrt()
+            left.append(U * root)
+            right.append(root[:, None] * Vh)
+        p["B"].copy_(torch.cat(left))
+        p["A"].copy_(torch.cat(right))
+
+    def problems(self, site: Site, r: int) -> list[str]:
+        return too_small(site, r, "singular directions")
+
+    def _randomised(self, W: Tensor, r: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Halko et al. 2011, arXiv:0909.4061, algorithms 4.4 and 5.1, on W's shorter side."""
+        if W.shape[0] < W.shape[1]:
+            U, S, Vh = self._randomised(W.T, r, generator)
+            return Vh.T, S, U.T
+        width = min(r + self.oversample, W.shape[1])
+        Q = torch.randn(W.shape[1], width, generator=generator).to(W)
+        Q, _ = torch.linalg.qr(W @ Q)  # [out, width]
+        for _ in range(self.niter or 0):
+            Q, _ = torch.linalg.qr(W.T @ Q)
+            Q, _ = torch.linalg.qr(W @ Q)
+        U, S, Vh = torch.linalg.svd(Q.T @ W, full_matrices=False)
+        return Q @ U[:, :r], S[:r], Vh[:r]
+
+
+def _exact(W: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    return U[:, :r], S[:r], Vh[:r]
+
+
+def too_small(site: Site, r: int, what: str) -> list[str]:
+    """Why a start in W's own directions is impossible: it has fewer than r."""
+    most = min(*site.rows, site.inp)
+    return [f"has {most} {what}, and r is {r}"] if r > most else []
+
+
+@preset("pissa", citation="Meng et al. 2024, arXiv:2404.02948")
+def pissa(niter: int | None = None) -> dict[str, Any]:
+    """y = (W - s B0 A0) x + b + s B A x, B0 A0 = W's r principal directions / s
+
+    Args:
+        niter: power iterations of the fast randomised decomposition (4 is plenty); None decomposes exactly.
+    """
+    return {"init": Principal(niter)}

@@ -1,0 +1,95 @@
+"""VeRA: W' = W + diag(b) B diag(d) A, where A and B are random, frozen and shared by all layers.
+
+Only two vectors train at every site. A [r, the largest inp] and B [the largest out, r] are one pair for the whole
+model, of which a layer takes the leading columns and rows. There is no alpha: the size is in b and d.
+
+Kopiczko et al. 2023, arXiv:2310.11454, equation 2; start and slicing are those of PEFT, to which the authors' own
+code points.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorary.kernels.low_rank import add_low_rank
+from lorary.methods.lora import Fixed
+from lorary.preset import preset
+from lorary.sites import Site
+from lorary.words import COUNT, FLAG, POSITIVE, SEED, Delta, Init, Shapes, Tensors, word
+
+
+@word
+@dataclass(frozen=True)
+class Vectors(Delta):
+    """b [out] and d [r], around B [out, r] and A [r, inp] that all sites share; a fused site's parts each have both."""
+
+    r: int = field(metadata=COUNT)
+
+    roles = frozenset({"A", "B", "b", "d"})
+    shared = frozenset({"A", "B"})
+
+    def shapes(self, site: Site) -> Shapes:
+        rows = site.rows
+        return {"A": (self.r, site.inp), "B": (max(rows), self.r), "b": (sum(rows),), "d": (self.r * len(rows),)}
+
+    def factors(self, site: Site, p: Tensors) -> tuple[Tensor, Tensor]:
+        rows = site.rows
+        pairs = zip(p["b"].split(rows), p["d"].split(self.r), strict=True)
+        B = torch.cat([b[:, None] * p["B"][: len(b)] * d for b, d in pairs])
+        return site.place(B), p["A"].repeat(len(rows), 1)
+
+    def add(self, y: Tensor, x: Tensor, p: Tensors, site: Site, s: float, dropout: float) -> Tensor:
+        return add_low_rank(y, x, p["A"], p["B"], s, dropout, b=p["b"], d=p["d"])
+
+
+@word
+@dataclass(frozen=True)
+class Projections(Init):
+    """A, B ~ U(-sqrt(6 / fan), sqrt(6 / fan)) over all layers from one seed, d as given, b = 0.
+
+    Args:
+        seed: of A and B. Adapters of one seed, r and set of layers have the same A and B.
+        d: where every number of d starts.
+        saved: whether a file holds A and B; without them they are drawn again, and held to a checksum.
+    """
+
+    seed: int = field(default=0, metadata=SEED)
+    d: float = field(default=0.1, metadata=POSITIVE)
+    saved: bool = field(default=True, metadata=FLAG)
+
+    fills = frozenset({"A", "B", "b", "d"})
+
+    def zeros(self, site: Site) -> frozenset[str]:
+        return frozenset({"b"})
+
+    def share(self, shared: Tensors) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        for role in ("A", "B"):  # in this order, on the CPU, in 32 bits: the same numbers on every machine
+            drawn = nn.init.kaiming_uniform_(torch.empty(shared[role].shape), generator=generator)
+            shared[role].copy_(drawn)
+
+    def __call__(self, p: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
+        nn.init.zeros_(p["b"])
+        nn.init.constant_(p["d"], self.d)
+
+
+@preset("vera", citation="Kopiczko et al. 2023, arXiv:2310.11454", lr=4e-3)
+def vera(r: int = 256, seed: int = 0, d: float = 0.1, save_projections: bool = True) -> dict[str, Any]:
+    """y = W x + b + diag(b) B diag(d) A x, A and B random, frozen, shared
+
+    Args:
+        r: the rank, much larger than LoRA's: what trains grows by one number for each.
+        seed: of A and B.
+        d: where d starts.
+        save_projections: keep A and B in the file; otherwise they are drawn again from the seed.
+    """
+    return {
+        "delta": Vectors(r),
+        "init": Projections(seed, d, save_projections),
+        "scale": Fixed(1.0),
+        "frozen": frozenset({"A", "B"}),
+    }
