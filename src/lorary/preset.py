@@ -22,6 +22,7 @@ class Preset:
         citation: the paper.
         adapts: whether it learns a delta beside the frozen weight; False for what trains base weights only.
         lr: the peak learning rate to start from when fine-tuning a language model with AdamW.
+        when: one sentence that says when to use it.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Preset:
     citation: str
     adapts: bool = True
     lr: float = 2e-4
+    when: str = ""
 
     @property
     def summary(self) -> str:
@@ -40,6 +42,44 @@ class Preset:
         """Its options and their defaults."""
         return {name: p.default for name, p in inspect.signature(self.words).parameters.items()}
 
+    @property
+    def meanings(self) -> dict[str, str]:
+        """Its options and what they mean, from its documentation."""
+        _, _, text = (inspect.getdoc(self.words) or "").partition("Args:")
+        found = re.findall(r"^    (\w+): (.+(?:\n      .+)*)", text, re.MULTILINE)
+        return {name: " ".join(words.split()) for name, words in found}
+
+    @property
+    def title(self) -> str:
+        """The method's name as its paper writes it: how the documentation of its file begins."""
+        title, colon, _ = (getattr(inspect.getmodule(self.words), "__doc__", "") or "").partition(":")
+        return title if colon and "\n" not in title else self.name
+
+    @property
+    def year(self) -> int | None:
+        """The year of the paper; None for what no paper is cited for."""
+        found = re.search(r"\b(?:19|20)\d\d\b(?!\.)", self.citation)
+        return int(found[0]) if found else None
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """In plain words, the axes on which it speaks."""
+        return tuple(_IN_PLAIN_WORDS[axis] for axis in self.words())
+
+
+# What a word of each axis decides.
+_IN_PLAIN_WORDS = {
+    "delta": "what is learnt",
+    "init": "where it starts",
+    "scale": "its size",
+    "join": "how it joins the weight",
+    "frozen": "what stays frozen",
+    "lr": "how fast each part learns",
+    "rules": "what happens while training",
+    "storage": "how the weight is kept",
+    "full": "which base parameters train",
+    "dropout": "dropout",
+}
 
 PRESETS: dict[str, Preset] = {}
 _ALIASES: dict[str, str] = {}
@@ -47,14 +87,14 @@ F_ = TypeVar("F_", bound=Callable[..., dict[str, Any]])
 
 
 def preset(
-    name: str, *, citation: str, aliases: Sequence[str] = (), adapts: bool = True, lr: float = 2e-4
+    name: str, *, citation: str, aliases: Sequence[str] = (), adapts: bool = True, lr: float = 2e-4, when: str = ""
 ) -> Callable[[F_], F_]:
     """Give words a paper's name, so that `lorary.method`, the command line, files and the laws find them."""
 
     def register(words: F_) -> F_:
         if PRESETS.get(name) is not None:
             raise TypeError(f"there is a preset {name} already")
-        PRESETS[name] = Preset(name, words, citation, adapts, lr)
+        PRESETS[name] = Preset(name, words, citation, adapts, lr, when)
         _ALIASES.update({_plain(alias): name for alias in (name, *aliases)})
         return words
 
@@ -146,9 +186,8 @@ def _unite(said: dict[str, tuple[str, Any]], speaker: str, words: dict[str, Any]
             twice = sorted(set(dict(old)) & set(dict(value)))
             problems += [Problem("lr", f"{before} and {speaker} both set the rate of {role}") for role in twice]
             value = dict(old) | dict(value)
-        elif axis == "frozen" and old and old >= frozenset(value):
-            what = f"{speaker} freezes {braces(value)}, which {before} freezes already"
-            problems.append(Problem(axis, what, f"{speaker} would change nothing: leave it out"))
+        elif axis in ("frozen", "full") and old and (idle := _idle(axis, before, old, speaker, value)):
+            problems.append(idle)
         elif old is not None and axis in _UNITES:
             value = _UNITES[axis](old, value)
         elif before != "lora":  # LoRA's own words are the defaults: whoever speaks replaces them
@@ -157,6 +196,19 @@ def _unite(said: dict[str, tuple[str, Any]], speaker: str, words: dict[str, Any]
             problems.append(Problem(axis, what, "a method has one word on this axis"))
             continue
         said[axis] = (speaker if before == "lora" else f"{before} + {speaker}", value)
+
+
+def _idle(axis: str, before: str, old: Any, speaker: str, value: Any) -> Problem | None:
+    """Where one of two speakers says nothing that the other one has not said, whichever came first."""
+    for less, some, more, everything in ((speaker, value, before, old), (before, old, speaker, value)):
+        if axis == "frozen" and frozenset(some) <= frozenset(everything):
+            what = f"{braces(some)}, which {less} would freeze, is frozen by {more} already"
+        elif axis == "full" and "*" in everything:
+            what = f"{', '.join(some)}, which {less} would train, trains with everything of {more} already"
+        else:
+            continue
+        return Problem(axis, what, "leave it out: it would change nothing")
+    return None
 
 
 def presets() -> dict[str, Preset]:

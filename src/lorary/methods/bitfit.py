@@ -11,7 +11,13 @@ from typing import Any
 from lorary.preset import preset
 
 
-@preset("bitfit", citation="Ben Zaken et al. 2021, arXiv:2106.10199", adapts=False, lr=1e-3)
+@preset(
+    "bitfit",
+    citation="Ben Zaken et al. 2021, arXiv:2106.10199",
+    adapts=False,
+    lr=1e-3,
+    when="For little data on a model that has biases, or beside an adapter.",
+)
 def bitfit() -> dict[str, Any]:
     """y = W x + b, b trains"""
     return {"full": ("bias",)}

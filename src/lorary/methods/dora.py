@@ -83,7 +83,12 @@ class Direction(Join):
         return layer.remember("norms", [W, *(t for t in tensors if t is not layer.p["m"])], norms)
 
 
-@preset("dora", citation="Liu et al. 2024, arXiv:2402.09353", lr=1e-4)
+@preset(
+    "dora",
+    citation="Liu et al. 2024, arXiv:2402.09353",
+    lr=1e-4,
+    when="When quality counts for more than the time of a step; half of LoRA's rank is often enough.",
+)
 def dora(exact: bool = False) -> dict[str, Any]:
     """y = diag(m) (W + s B A) x / ||W + s B A|| + b
 

@@ -120,7 +120,11 @@ class Add(Join):
         return BA, None, None
 
 
-@preset("lora", citation="Hu et al. 2021, arXiv:2106.09685")
+@preset(
+    "lora",
+    citation="Hu et al. 2021, arXiv:2106.09685",
+    when="The place to begin, and what every other method is compared with.",
+)
 def lora(r: int = 16, alpha: float = 32.0, dropout: float = 0.0) -> dict[str, Any]:
     """y = W x + b + (alpha / r) B A x
 

@@ -13,7 +13,12 @@ from typing import Any
 from lorary.preset import preset
 
 
-@preset("lora-fa", citation="Zhang et al. 2023, arXiv:2308.03303", lr=4e-4)
+@preset(
+    "lora-fa",
+    citation="Zhang et al. 2023, arXiv:2308.03303",
+    lr=4e-4,
+    when="When memory for activations is what runs out.",
+)
 def lora_fa() -> dict[str, Any]:
     """y = W x + b + s B A x, A frozen"""
     return {"frozen": frozenset({"A"})}

@@ -16,7 +16,13 @@ from typing import Any
 from lorary.preset import preset
 
 
-@preset("lora+", citation="Hayou et al. 2024, arXiv:2402.12354", aliases=("loraplus",), lr=1e-4)
+@preset(
+    "lora+",
+    citation="Hayou et al. 2024, arXiv:2402.12354",
+    aliases=("loraplus",),
+    lr=1e-4,
+    when="For fewer steps at no cost, where the learning rate can be tuned.",
+)
 def loraplus(ratio: float = 16.0) -> dict[str, Any]:
     """lr_B = ratio * lr_A
 

@@ -58,7 +58,12 @@ class Minis(Delta):
         ]
 
 
-@preset("melora", citation="Ren et al. 2024, arXiv:2402.17263", lr=3e-4)
+@preset(
+    "melora",
+    citation="Ren et al. 2024, arXiv:2402.17263",
+    lr=3e-4,
+    when="For a high rank at the price of a low one.",
+)
 def melora(r: int = 8, n: int = 2) -> dict[str, Any]:
     """y = W x + b + s blockdiag(B_1 A_1, ..., B_n A_n) x
 

@@ -60,7 +60,7 @@ class Balanced(Init):
         nn.init.zeros_(p["gamma"])
 
 
-@preset("multilora", citation="Wang et al. 2023, arXiv:2311.11501")
+@preset("multilora", citation="Wang et al. 2023, arXiv:2311.11501", when="For a mixture of many tasks in one adapter.")
 def multilora(r: int = 16, n: int = 3) -> dict[str, Any]:
     """y = W x + b + s (diag(gamma_1) B_1 A_1 + ... + diag(gamma_n) B_n A_n) x
 

@@ -52,7 +52,11 @@ class Orthonormal(Init):
         return too_small(site, r, "orthonormal columns")
 
 
-@preset("olora", citation="Buyukakyuz 2024, arXiv:2406.01775")
+@preset(
+    "olora",
+    citation="Buyukakyuz 2024, arXiv:2406.01775",
+    when="As PiSSA, where decomposing every weight takes too long.",
+)
 def olora(divide: bool = False) -> dict[str, Any]:
     """y = (W - s B0 A0) x + b + s B A x, B0 = Q_r, A0 = R_r of W = Q R
 

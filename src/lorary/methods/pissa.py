@@ -76,7 +76,11 @@ def too_small(site: Site, r: int, what: str) -> list[str]:
     return [f"has {most} {what}, and r is {r}"] if r > most else []
 
 
-@preset("pissa", citation="Meng et al. 2024, arXiv:2404.02948")
+@preset(
+    "pissa",
+    citation="Meng et al. 2024, arXiv:2404.02948",
+    when="For fast convergence, with one adapter at a time on the base.",
+)
 def pissa(niter: int | None = None) -> dict[str, Any]:
     """y = (W - s B0 A0) x + b + s B A x, B0 A0 = W's r principal directions / s
 

@@ -27,7 +27,11 @@ class BySqrtRank:
         return self.alpha / math.sqrt(r)
 
 
-@preset("rslora", citation="Kalajdzievski 2023, arXiv:2312.03732")
+@preset(
+    "rslora",
+    citation="Kalajdzievski 2023, arXiv:2312.03732",
+    when="For a high rank, 64 and more, where LoRA's update fades.",
+)
 def rslora(alpha: float = 32.0) -> dict[str, Any]:
     """y = W x + b + (alpha / sqrt(r)) B A x
 

@@ -77,7 +77,12 @@ class Projections(Init):
         nn.init.constant_(p["d"], self.d)
 
 
-@preset("vera", citation="Kopiczko et al. 2023, arXiv:2310.11454", lr=4e-3)
+@preset(
+    "vera",
+    citation="Kopiczko et al. 2023, arXiv:2310.11454",
+    lr=4e-3,
+    when="For very many adapters on one base, each of them tiny.",
+)
 def vera(r: int = 256, seed: int = 0, d: float = 0.1, save_projections: bool = True) -> dict[str, Any]:
     """y = W x + b + diag(b) B diag(d) A x, A and B random, frozen, shared
 
