@@ -393,17 +393,16 @@ def test_a_tied_parameter_under_its_other_name() -> None:
     assert tiny.same(tiny.frozen_copy(model), before)
 
 
-def test_what_has_no_low_rank_form() -> None:
-    class Other:
-        """A join of another paper."""
-
-    value = made(targets="layers.0.self_attn.q_proj")
-    method = value.placed[0].method
-    object.__setattr__(method, "join", Other())
+def test_what_has_no_low_rank_form_without_the_base() -> None:
+    value = made("LlamaForCausalLM", "dora", targets=["layers.0.self_attn.q_proj", "layers.1.self_attn.v_proj"])
     assert refused(MethodError, value.low_rank) == (
-        "this adapter is not low-rank:\n"
-        "  - model.layers.0.self_attn.q_proj: Other has no low-rank form without the base weight"
+        "this adapter has no low-rank form:\n"
+        "  - model.layers.0.self_attn.q_proj: Direction has no such form without the base's weight\n"
+        "      hint: give the base\n"
+        "  - model.layers.1.self_attn.v_proj: Direction has no such form without the base's weight\n"
+        "      hint: give the base"
     )
+    assert list(value.low_rank(tiny.seeded("LlamaForCausalLM"))) == list(value.tensors)
 
 
 def test_a_merged_model_is_not_switched() -> None:

@@ -15,7 +15,7 @@ import lorary
 from lorary import words
 from lorary.adapted import adapted
 from lorary.errors import PlanError
-from lorary.methods.lora import Fixed, Kaiming
+from lorary.methods.lora import Fixed
 from lorary.planning import human_bytes
 
 from . import tiny
@@ -485,28 +485,45 @@ def test_gpt_2s_layer_is_a_linear_layer() -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Moves(Kaiming):
-    """An init that takes a part of W."""
-
-    moves_base = True
-
-
-@dataclasses.dataclass(frozen=True)
 class _Packed:
     """A storage that keeps the weight in another form."""
 
-    writable = False
+    writable = True
 
     def pack(self, layer: nn.Module) -> nn.Module:
         return layer
 
 
+@dataclasses.dataclass(frozen=True)
+class _Writes:
+    """A rule that writes the base."""
+
+    needs = frozenset({"A"})
+    writes_base = True
+
+    def start(self, layers: Any, steps: int) -> dict[str, torch.Tensor]:
+        return {}
+
+    def penalty(self, layers: Any, state: Any) -> float:
+        return 0.0
+
+    def after_backward(self, layers: Any, state: Any, step: int) -> None: ...
+
+    def after_step(self, layers: Any, state: Any, step: int) -> None: ...
+
+
 def test_words_that_attaching_would_pass_over_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for cls in (_Moves, _Packed):
+    for cls in (_Writes, _Packed):
         monkeypatch.setitem(words.WORDS, cls.__name__, cls)
-    method = lorary.method("lora", r=2).but(init=_Moves(), storage=_Packed())
+    method = lorary.method("lora", r=2).but(rules=(_Writes(),), storage=_Packed())
     assert refused(tiny.llama(), method) == (
         "this model cannot be planned for:\n"
-        "  - init: _Moves() moves a part of W into the adapter; bases are never moved yet\n"
-        "  - storage: _Packed() packs the weight; bases are kept as they are for now"
+        "  - storage: _Packed() packs the weight; bases are kept as they are for now\n"
+        "  - rules: _Writes() writes the base weight; bases are never written yet"
     )
+
+
+def test_words_of_every_other_axis_are_obeyed() -> None:
+    for names in (("dora",), ("pissa",), ("olora", "dora"), ("vera",), ("melora",), ("multilora",)):
+        plan = lorary.plan(tiny.llama(), lorary.method(*names, r=2))
+        assert len(plan.placed) == 14

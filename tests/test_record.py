@@ -151,7 +151,7 @@ def test_a_delta_needs_the_other_three() -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Triple:
+class Triple(words.Delta):
     """A delta with a third tensor, which no init of the library fills."""
 
     r: int = 1
@@ -165,14 +165,11 @@ class Triple:
 
 
 @dataclasses.dataclass(frozen=True)
-class Halved:
+class Halved(words.Init):
     """An init that starts away from zero: A is ones and B a half, so the base must give it up."""
 
     fills = frozenset({"A", "B"})
     moves_base = True
-
-    def zeros(self, site: Any) -> frozenset[str]:
-        return frozenset()
 
     def __call__(self, p: Any, W: torch.Tensor, site: Any, scale: float, generator: torch.Generator) -> None:
         p["A"].fill_(1.0)
@@ -235,6 +232,11 @@ METHODS = [
     lorary.method("lora", scale=Fixed(2.5), init=Gaussian(), lr={"A": 0.5, "B": 8}),
     lorary.method("bitfit"),
     lorary.method("full"),
+    lorary.method("dora", "pissa", "rslora", "lora+", r=3, niter=2, exact=True),
+    lorary.method("olora", "lora-fa", divide=True),
+    lorary.method("vera", "dora", r=5, seed=7, d=0.5, save_projections=False),
+    lorary.method("melora", "lora+", r=3, n=4),
+    lorary.method("multilora", "rslora", r=3, n=4),
 ]
 
 
@@ -378,7 +380,7 @@ _WORDS = "      hint: known: ..."
         (_LORA | {"lr": {"B": "fast"}}, f"{_WRONG}lr: the multiplier of B is 'fast', not a positive number"),
         (_LORA | {"lr": {"B": float("inf")}}, f"{_WRONG}lr: the multiplier of B is inf, not a positive number"),
         (_LORA | {"rules": {}}, f"{_RECORD}rules: expected list, found dict"),
-        (_LORA | {"rules": ["Orthogonal"]}, f"{_RECORD}rules[0]: 'Orthogonal' is no word that lorary knows\n{_WORDS}"),
+        (_LORA | {"rules": ["Xylograph"]}, f"{_RECORD}rules[0]: 'Xylograph' is no word that lorary knows\n{_WORDS}"),
         (_LORA | {"dropout": "0.1"}, f"{_RECORD}dropout: expected int or float, found str"),
         (_LORA | {"dropout": None}, f"{_RECORD}dropout: expected int or float, found NoneType"),
         (_LORA | {"dropout": float("nan")}, f"{_WRONG}dropout: nan is no probability in [0, 1)"),
