@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("record",),
     ("preset",),
     ("methods",),
-    ("placed", "fused"),
+    ("placed", "fused", "combinations"),
     ("targets",),
     ("adapted", "preconditions"),
     ("planning",),

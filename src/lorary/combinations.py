@@ -1,0 +1,80 @@
+"""Which presets go together: one verdict for every pair, which the tests hold to be true and the pages show.
+
+What a pair makes is decided by the words alone. This table says what was meant: `tests/test_combinations.py` trains
+every pair that it allows and sees the others refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lorary import methods  # noqa: F401 (registers the presets)
+from lorary.errors import MethodError
+from lorary.preset import PRESETS, method
+
+# Y: they go together. r: they do, with a restriction, below. N: refused, for the reason that the refusal gives.
+# One letter for every preset further down the list, in its order.
+_TABLE = {
+    "lora": "Y Y Y Y Y Y Y Y Y Y N",
+    "rslora": "Y Y Y Y Y N r Y Y N",
+    "lora+": "N r r r N Y r Y N",
+    "lora-fa": "r Y Y N Y Y Y N",
+    "dora": "Y Y Y Y Y Y N",
+    "pissa": "N N N N Y N",
+    "olora": "N N N Y N",
+    "vera": "N N Y N",
+    "melora": "N Y N",
+    "multilora": "Y N",
+    "bitfit": "N",
+    "full": "",
+}
+
+_RESTRICTIONS = {
+    ("rslora", "melora"): "the rank in the root is that of one small LoRA",
+    ("lora+", "dora"): "the ratio is between B and A; m learns at A's rate",
+    ("lora+", "pissa"): "the ratio was derived for a B that starts at zero: tune it anew",
+    ("lora+", "olora"): "the ratio was derived for a B that starts at zero: tune it anew",
+    ("lora+", "multilora"): "the ratio was derived for a B that starts at zero: tune it anew; gamma learns at A's rate",
+    ("lora-fa", "dora"): "most of the memory saved is lost: the magnitude's gradient needs the layer's output",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether two presets go together.
+
+    Args:
+        letter: `Y`, `r` (with a restriction) or `N`.
+        why: the restriction, or the reasons of the refusal; empty for `Y`.
+    """
+
+    letter: str
+    why: str = ""
+
+
+def verdict(one: str, other: str) -> Verdict:
+    """Whether two presets go together, in either order.
+
+    Raises:
+        KeyError: the table has no such pair.
+    """
+    names = list(_TABLE)
+    first, second = sorted((one, other), key=names.index)
+    letter = dict(zip(names[names.index(first) + 1 :], _TABLE[first].split(), strict=True))[second]
+    if letter == "N":
+        return Verdict(letter, "; ".join(refusal(first, second)))
+    return Verdict(letter, _RESTRICTIONS[first, second] if letter == "r" else "")
+
+
+def refusal(*names: str) -> list[str]:
+    """Why these presets make no method, in the words of the refusal; empty where they make one."""
+    try:
+        method(*names)
+    except MethodError as error:
+        return [problem.what for problem in error.problems]
+    return []
+
+
+def partners(name: str) -> dict[str, Verdict]:
+    """The verdict on a preset with every other one, in the order of the presets."""
+    return {other: verdict(name, other) for other in PRESETS if other != name}

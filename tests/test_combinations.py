@@ -1,0 +1,76 @@
+"""The table of combinations is true: what it allows trains, what it refuses is refused, and no preset is missing."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+import lorary
+from lorary import combinations
+from lorary.adapted import adapted
+from lorary.combinations import partners, refusal, verdict
+from tests import tiny
+
+NAMES = list(lorary.presets())
+PAIRS = list(itertools.combinations(NAMES, 2))
+
+
+def test_every_preset_has_a_row() -> None:
+    assert list(combinations._TABLE) == NAMES
+    for name in NAMES:
+        assert list(partners(name)) == [other for other in NAMES if other != name]
+    restricted = {pair for pair in PAIRS if verdict(*pair).letter == "r"}
+    assert set(combinations._RESTRICTIONS) == restricted
+    assert {verdict(*pair).letter for pair in PAIRS} == {"Y", "r", "N"}
+
+
+def test_a_preset_without_a_row_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(combinations.PRESETS, "new", lorary.presets()["lora"])
+    with pytest.raises((KeyError, ValueError)):
+        partners("lora")
+
+
+@pytest.mark.parametrize("pair", [p for p in PAIRS if verdict(*p).letter != "N"], ids="+".join)
+def test_what_is_allowed_trains(pair: tuple[str, str]) -> None:
+    adapts = any(lorary.presets()[name].adapts for name in pair)
+    method = lorary.method(*pair, **({"r": 4} if adapts else {}))
+    assert lorary.method(*reversed(pair), **({"r": 4} if adapts else {})) == method
+    model = tiny.seeded("GPT2LMHeadModel")  # it has biases, and its weights are transposed
+    base = tiny.logits(model)
+    lorary.attach(model, lorary.plan(model, method))
+    assert torch.allclose(tiny.logits(model), base, atol=1e-5)
+    optimizer = torch.optim.AdamW(lorary.groups(model, lr=1e-3))
+    losses = []
+    for _ in range(3):
+        loss = model(tiny.ids(), labels=tiny.ids()).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert all(map(math.isfinite, losses))
+    assert losses[-1] < losses[0]
+    assert bool(adapted(model)) == adapts
+
+
+@pytest.mark.parametrize("pair", [p for p in PAIRS if verdict(*p).letter == "N"], ids="+".join)
+def test_what_is_refused_says_why(pair: tuple[str, str]) -> None:
+    with pytest.raises(lorary.errors.MethodError) as refused:
+        lorary.method(*pair)
+    with pytest.raises(lorary.errors.MethodError):
+        lorary.method(*reversed(pair))
+    why = verdict(*pair).why
+    assert why
+    assert all(part in str(refused.value) for part in why.split("; "))
+
+
+def test_a_verdict_is_the_same_in_either_order() -> None:
+    for one, other in PAIRS:
+        assert verdict(one, other) == verdict(other, one)
+
+
+def test_refusal_of_what_is_possible_is_empty() -> None:
+    assert refusal("rslora", "dora", "pissa", "lora+") == []
+    assert refusal("vera", "melora") == ["vera says Vectors(r=256); melora says Minis(r=8, n=2)"]
