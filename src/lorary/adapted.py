@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorary.memo import Memo
-from lorary.placed import Placed, start_of
+from lorary.placed import Placed, shared_shapes, start_of
 from lorary.record import Method
 from lorary.sites import KINDS, Kind
 from lorary.words import Delta, Fused, Init, Join
@@ -30,12 +30,7 @@ class Shared(nn.Module):
 
     def __init__(self, placed: Sequence[Placed], dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        sizes: dict[str, tuple[int, ...]] = {}
-        for p in placed:
-            for role in p.delta.shared:
-                shape = p.shapes[role]
-                sizes[role] = tuple(map(max, shape, sizes.get(role, shape)))
-        for role, size in sizes.items():
+        for role, size in shared_shapes(placed).items():
             self.register_buffer(role, torch.zeros(size, dtype=dtype, device=device), persistent=False)
 
     @property

@@ -37,7 +37,9 @@ class Memo:
             return make()
         state = (_steps, *((t._version, t.untyped_storage()._cdata, t.dtype, t.shape) for t in of))
         if name not in self._kept or self._kept[name][0] != state:
-            self._kept[name] = (state, make())
+            # constants, and normal tensors even in inference mode: the next backward pass may save them
+            with torch.inference_mode(False), torch.no_grad():
+                self._kept[name] = (state, make())
         return self._kept[name][1]
 
     def clear(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -71,6 +72,16 @@ class Placed:
             what = f"{where} and is frozen: nothing could be learnt"
             found.append(Problem(self.site.name, what, "exclude it, or say another init"))
         return found
+
+
+def shared_shapes(placed: Iterable[Placed]) -> Shapes:
+    """role -> shape of what all sites share: in every direction as large as the largest of them asks for."""
+    sizes: Shapes = {}
+    for p in placed:
+        for role in sorted(p.delta.shared):
+            shape = p.shapes[role]
+            sizes[role] = tuple(map(max, shape, sizes.get(role, shape)))
+    return sizes
 
 
 def start_of(role: str) -> str:

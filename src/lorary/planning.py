@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lorary.errors import MethodError, PlanError, Problem, nearest
-from lorary.placed import Placed, with_rank
+from lorary.placed import Placed, shared_shapes, with_rank
 from lorary.preconditions import not_ready, not_words
 from lorary.record import Method
 from lorary.sites import kind_of, site
@@ -71,8 +71,9 @@ class Plan:
 
     @property
     def adapter_bytes(self) -> int:
-        """What the adapters' tensors take, as 32-bit masters."""
-        return 4 * sum(math.prod(shape) for p in self.placed for shape in p.shapes.values())
+        """What the adapters' tensors take, as 32-bit masters; what sites share counts once."""
+        own = [shape for p in self.placed for role, shape in p.shapes.items() if role not in p.delta.shared]
+        return 4 * sum(map(math.prod, [*own, *shared_shapes(self.placed).values()]))
 
     @property
     def training_bytes(self) -> int:

@@ -283,7 +283,9 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     layers = list(adapted(model).values())
     enabled = [layer.enabled for layer in layers]
     tuned = [(base_parameter(model, name), before) for name, before in state.full.items()]
-    tuned += [(base_parameter(model, f"{site}.weight"), before) for site, before in state.moved.items()]
+    # weights that others hold come last: they may have moved for these, and have their values back by then
+    moved = sorted(state.moved.items(), key=lambda item: isinstance(item[1], nn.Parameter))
+    tuned += [(base_parameter(model, f"{site}.weight"), before) for site, before in moved]
     values = [parameter.data for parameter, _ in tuned]
     state.off += 1
     try:
