@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,54 +31,69 @@ class Net(nn.Module):
 
 @dataclass(frozen=True)
 class Kind:
-    """A sort of layer: how to make one, an input for it, what to target, and what the paper says r costs."""
+    """A sort of layer: how to make one, an input for it, what to target, and its sizes as the papers count them."""
 
     name: str
     make: Callable[[], nn.Module]
     x: Callable[[], Tensor]
-    numbers: Callable[[int], int]  # trained by LoRA of rank r
+    inp: int  # inputs of an output: channels of a group times the window; a vocabulary
+    out: int
     target: str = "layer"
+    adapted: tuple[int, ...] = ()  # rows of the parts that are adapted, where it is not all of them
 
     @property
     def layer(self) -> str:
         return self.target.partition("[")[0]
 
+    @property
+    def parts(self) -> int:
+        return max(len(self.adapted), 1)
+
+    @property
+    def rows(self) -> int:
+        return sum(self.adapted) or self.out
+
 
 KINDS = [
-    Kind("linear", lambda: nn.Linear(24, 40), lambda: torch.randn(3, 5, 24), lambda r: r * (24 + 40)),
-    Kind("linear without bias", lambda: nn.Linear(24, 8, bias=False), lambda: torch.randn(7, 24), lambda r: r * 32),
-    Kind("GPT-2 Conv1D", lambda: Conv1D(40, 24), lambda: torch.randn(3, 5, 24), lambda r: r * (24 + 40)),
-    Kind("fused q, v", lambda: Conv1D(48, 16), lambda: torch.randn(2, 5, 16), lambda r: 2 * r * 32, "c_attn[q,v]"),
+    Kind("linear", lambda: nn.Linear(24, 40), lambda: torch.randn(3, 5, 24), 24, 40),
+    Kind("linear without bias", lambda: nn.Linear(24, 8, bias=False), lambda: torch.randn(7, 24), 24, 8),
+    Kind("GPT-2 Conv1D", lambda: Conv1D(40, 24), lambda: torch.randn(3, 5, 24), 24, 40),
+    Kind("fused q, v", lambda: Conv1D(48, 16), lambda: torch.randn(2, 5, 16), 16, 48, "c_attn[q,v]", (16, 16)),
     Kind(
         "conv1d, grouped, strided",
         lambda: nn.Conv1d(8, 12, 3, stride=2, padding=1, groups=4),
         lambda: torch.randn(2, 8, 11),
-        lambda r: r * (2 * 3 + 12),
+        2 * 3,
+        12,
     ),
     Kind(
         "conv2d, dilated, reflecting",
         lambda: nn.Conv2d(6, 10, (3, 2), dilation=2, padding=1, padding_mode="reflect"),
         lambda: torch.randn(2, 6, 9, 8),
-        lambda r: r * (6 * 6 + 10),
+        6 * 6,
+        10,
     ),
     Kind(
         "conv2d, depthwise, same",
         lambda: nn.Conv2d(6, 6, 3, padding="same", groups=6, padding_mode="circular", bias=False),
         lambda: torch.randn(6, 7, 7),  # without a batch
-        lambda r: r * (9 + 6),
+        9,
+        6,
     ),
-    Kind("conv3d", lambda: nn.Conv3d(3, 5, 2), lambda: torch.randn(2, 3, 4, 4, 3), lambda r: r * (3 * 8 + 5)),
+    Kind("conv3d", lambda: nn.Conv3d(3, 5, 2), lambda: torch.randn(2, 3, 4, 4, 3), 3 * 8, 5),
     Kind(
         "embedding",
         lambda: nn.Embedding(30, 12, padding_idx=3),
         lambda: torch.randint(0, 30, (3, 7)),
-        lambda r: r * (30 + 12),
+        30,
+        12,
     ),
     Kind(
         "embedding, scaled",
         lambda: Gemma3TextScaledWordEmbedding(30, 12, 0, embed_scale=3.5),
         lambda: torch.randint(0, 30, (3, 7)),
-        lambda r: r * (30 + 12),
+        30,
+        12,
     ),
 ]
 
@@ -116,6 +132,20 @@ class Case:
         return model
 
 
+def numbers(method: lorary.Method, kind: Kind) -> int:
+    """How many numbers a method trains at a layer, by the papers' formulas."""
+    delta: Any = method.delta
+    A, B = kind.parts * kind.inp, kind.rows  # what a rank of one costs
+    each = {
+        "LowRank": lambda r: {"A": r * A, "B": r * B},
+        "Minis": lambda r: {"A": r * A, "B": r * B},  # whatever n is
+        "Parallel": lambda r: {"A": delta.n * r * A, "B": delta.n * r * B, "gamma": delta.n * B},
+        "Vectors": lambda r: {"A": 0, "B": 0, "b": B, "d": kind.parts * r},
+    }.get(type(delta).__name__, lambda r: {"A": r * A, "B": r * B})(delta.r)
+    magnitudes = kind.out if "m" in method.roles else 0
+    return sum(count for role, count in each.items() if role not in method.frozen) + magnitudes
+
+
 def possible(method: lorary.Method, kind: Kind) -> bool:
     """Whether the method says that it can work on this kind; its refusals are pinned elsewhere."""
     layer = Net(kind.layer, kind.make())
@@ -127,13 +157,25 @@ def possible(method: lorary.Method, kind: Kind) -> bool:
 
 
 def methods() -> dict[str, lorary.Method]:
-    """Every preset and every pair of presets that is a method."""
+    """Every preset and every pair of presets that is a method; a pair that says what one says alone is left out."""
     names = list(lorary.presets())
-    made = {}
+    made: dict[str, lorary.Method] = {}
     for chosen in [(n,) for n in names] + list(itertools.combinations(names, 2)):
         adapts = any(lorary.presets()[n].adapts for n in chosen)
         try:
-            made["+".join(chosen)] = lorary.method(*chosen, **({"r": 3, "alpha": 6.0} if adapts else {}))
+            method = made_of(*chosen, r=3, alpha=6.0) if adapts else lorary.method(*chosen)
         except MethodError:
             continue
+        if method not in made.values():
+            made["+".join(chosen)] = method
     return made
+
+
+def made_of(*names: str, alpha: float, **options: Any) -> lorary.Method:
+    """The method of these presets; without alpha where its scale has none."""
+    try:
+        return lorary.method(*names, alpha=alpha, **options)
+    except MethodError as error:
+        if any(p.where == "alpha" for p in error.problems):
+            return lorary.method(*names, **options)
+        raise

@@ -11,9 +11,10 @@ from torch import Tensor
 
 import lorary
 from lorary.adapted import adapted
+from lorary.errors import MethodError
 from lorary.sites import KINDS
 
-from .cases import Case
+from .cases import Case, numbers
 
 
 def close(a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
@@ -73,21 +74,11 @@ def only_what_should_train_trains(case: Case) -> None:
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name, p in model.named_parameters() if p.requires_grad}
     if case.method.delta is not None:
-        assert sum(p.numel() for p in adapter_parameters(model)) == expected_numbers(case)
+        assert sum(p.numel() for p in adapter_parameters(model)) == numbers(case.method, case.kind)
 
 
 def adapter_parameters(model: torch.nn.Module) -> list[Tensor]:
     return [p for layer in adapted(model).values() for p in layer.p.values() if p.requires_grad]
-
-
-def expected_numbers(case: Case) -> int:
-    """The paper's formula, computed from the layer alone; LoRA-FA's is r times the outputs."""
-    r = case.method.delta.r
-    everything = case.kind.numbers(r)
-    if "A" not in case.method.frozen:
-        return everything
-    site = lorary.plan(case.base(), case.method, targets=[case.kind.target]).placed[0].site
-    return everything - r * site.inp * max(len(site.parts), 1)
 
 
 def factors_are_the_delta(case: Case) -> None:
@@ -168,11 +159,34 @@ def learns(case: Case) -> None:
     assert losses[-1] < losses[0], losses
 
 
+def low_rank_form_is_forward(case: Case) -> None:
+    """On the base as it was, y = gain * (W x + B A x) + b + shift, wherever the method has that form."""
+    x, model = case.x(), case.trained().eval()
+    adapter, base = lorary.Adapter.of(model), case.base()
+    if any(name.rpartition(".")[0] == case.kind.layer for name in adapter.full):
+        return  # the layer's own bias has moved as well
+    try:
+        forms = adapter.low_rank(base)
+    except MethodError:
+        assert type(case.method.join).__name__ == "Supports", "every other join has this form"
+        return
+    with torch.no_grad():
+        for name, layer in adapted(model).items():
+            form, kind, plain = forms[name], layer.kind, base.get_submodule(name)
+            xx = x.float() if x.is_floating_point() else x
+            y = kind.run(plain, xx, kind.matrix(plain).float() + form.B @ form.A, None)
+            y = y if form.gain is None else y * kind.along(form.gain)
+            for shift in (getattr(plain, "bias", None), form.shift):
+                y = y if shift is None else y + kind.along(shift.float())
+            close(y, layer(x), case.dtype)
+
+
 LAWS = [
     nothing_moves_at_step_0,
     merged_is_forward,
     only_what_should_train_trains,
     factors_are_the_delta,
+    low_rank_form_is_forward,
     detach_gives_the_base_back,
     learns,
 ]

@@ -15,7 +15,11 @@ from torch import Tensor
 
 import lorary
 from lorary import sites, words
+from lorary.methods.dora import Direction
 from lorary.methods.lora import Add, Fixed, Kaiming, LowRank
+from lorary.methods.melora import Minis
+from lorary.methods.pissa import Principal
+from lorary.methods.vera import Vectors
 from lorary.words import COUNT, Delta
 
 from . import laws
@@ -223,6 +227,105 @@ class LearnsUphill(Add):
 def test_learning_uphill_is_caught() -> None:
     with known(LearnsUphill):
         caught(laws.learns, case(join=LearnsUphill()))
+
+
+@dataclass(frozen=True)
+class StartsElsewhereUnsaid(Principal):
+    """B A starts at a part of W, and the base is not told to give it up."""
+
+    moves_base = False
+
+
+def test_a_start_that_the_base_does_not_give_up_is_caught() -> None:
+    with known(StartsElsewhereUnsaid):
+        caught(laws.nothing_moves_at_step_0, case(init=StartsElsewhereUnsaid()))
+
+
+@dataclass(frozen=True)
+class MovesTheBaseForNothing(Kaiming):
+    """Says that the base must move, and starts at zero."""
+
+    moves_base = True
+
+
+def test_a_base_that_moves_for_nothing_is_caught() -> None:
+    with known(MovesTheBaseForNothing):
+        caught(laws.nothing_moves_at_step_0, case(init=MovesTheBaseForNothing()))
+
+
+@dataclass(frozen=True)
+class NormOfColumns(Direction):
+    """Merges with a norm for every input, as the paper's transposed layout invites to."""
+
+    def merged(self, p: Any, W: Tensor, b: Any, BA: Any) -> Any:
+        V = W + BA[0] @ BA[1]
+        return p["m"][:, None] * V / V.norm(dim=0), b
+
+
+@dataclass(frozen=True)
+class ForgetsTheGain(Direction):
+    """Exports its factors alone."""
+
+    def on_output(self, p: Any, W: Any, b: Any, BA: Any) -> Any:
+        return BA, None, None
+
+
+@dataclass(frozen=True)
+class NormOfTheStart(Direction):
+    """Never takes the norm again."""
+
+    def _norms(self, layer: Any) -> Tensor:
+        return layer.remember("first norms", [], lambda: super(NormOfTheStart, self)._norms(layer).detach())
+
+
+def test_wrong_magnitudes_are_caught() -> None:
+    with known(NormOfColumns, ForgetsTheGain, NormOfTheStart):
+        caught(laws.merged_is_forward, case(join=NormOfColumns()))
+        caught(laws.low_rank_form_is_forward, case(join=ForgetsTheGain()))
+        caught(laws.merged_is_forward, StartedAndTrained(case(join=NormOfTheStart())))
+
+
+class StartedAndTrained:
+    """A case whose model has run once before it was trained."""
+
+    def __init__(self, case: Case) -> None:
+        self._case = case
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._case, name)
+
+    def trained(self) -> Any:
+        model = self._case.attached()
+        model(self._case.x())
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.add_(torch.randn_like(p) * 0.3)
+        return model
+
+
+@dataclass(frozen=True)
+class MixesTheBlocks(Minis):
+    """A fast path whose blocks meet the wrong slices of the input."""
+
+    def add(self, y: Tensor, x: Tensor, p: Any, site: Any, s: float, dropout: float) -> Tensor:
+        return super().add(y, x.roll(x.shape[-1] // self.n, -1), p, site, s, dropout)
+
+
+@dataclass(frozen=True)
+class KeepsABankOfItsOwn(Vectors):
+    """Takes the trailing corner of what is shared, and its factors the leading one."""
+
+    def add(self, y: Tensor, x: Tensor, p: Any, site: Any, s: float, dropout: float) -> Tensor:
+        return super().add(y, x, {**p, "A": p["A"].flip(0)}, site, s, dropout)
+
+
+def test_fast_paths_of_their_own_are_caught() -> None:
+    with known(MixesTheBlocks, KeepsABankOfItsOwn):
+        caught(laws.factors_are_the_delta, case(delta=MixesTheBlocks(3, 2)))
+        vera = lorary.method("vera", r=3).but(delta=KeepsABankOfItsOwn(3))
+        caught(laws.factors_are_the_delta, Case(vera, kind("linear")))
+        laws.factors_are_the_delta(Case(lorary.method("vera", r=3), kind("linear")))
 
 
 def test_the_honest_method_passes_what_the_planted_ones_fail(tmp_path: Path) -> None:

@@ -19,7 +19,15 @@ from lorary import words
 from lorary.adapted import adapted
 from lorary.methods.lora import Add
 
-METHODS = [("lora",), ("rslora",), ("lora+",), ("lora-fa",), ("bitfit",), ("full",), ("rslora", "lora+", "bitfit")]
+from .cases import made_of
+
+METHODS = [
+    *((name,) for name in lorary.presets()),
+    ("rslora", "lora+", "bitfit"),
+    ("dora", "rslora", "pissa", "lora+"),
+    ("vera", "dora"),
+    ("melora", "dora", "lora-fa"),
+]
 
 
 class Block(nn.Module):
@@ -40,8 +48,7 @@ def build(names: tuple[str, ...]) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(Block())
     targets = ["linear", "conv"] if "lora-fa" in names else ["linear", "conv", "table"]
-    options: dict[str, Any] = {"r": 2, "alpha": 4.0} if names[0] not in ("bitfit", "full") else {}
-    method = lorary.method(*names, **options)
+    method = lorary.method(*names) if names[0] in ("bitfit", "full") else made_of(*names, r=2, alpha=4.0)
     lorary.attach(model, lorary.plan(model, method, targets=targets))
     with torch.no_grad():
         for p in model.parameters():
