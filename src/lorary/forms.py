@@ -51,7 +51,7 @@ def low_rank_forms(
         own = tensors[p.site.name]
         W, b = _given(base, p, modules.get(p.site.name), own)
         try:
-            BA, gain, shift = cast(Join, p.method.join).on_output(own, W, b, _factors(p, own))
+            BA, gain, shift = cast(Join, p.method.join).on_output(own, W, b, factors_on_base(p, own))
         except MethodError as error:
             problems += [Problem(p.site.name, q.what, q.fix) for q in error.problems]
             continue
@@ -61,8 +61,8 @@ def low_rank_forms(
     return forms
 
 
-def _factors(p: Placed, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(s B, A) in fp32 on the unmodified base."""
+def factors_on_base(p: Placed, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(s B [out, R], A [R, inp]) of a site in fp32, as a change of the unmodified weight; what joins it is left out."""
     B, A = (factor.float() for factor in p.delta.factors(p.site, tensors))
     if p.starts:
         start = {role: tensors[start_of(role)] for role in p.starts}
@@ -87,7 +87,7 @@ def _given(
         state = attached(cast(nn.Module, base))
         if state is None or p.site.name not in state.moved:
             return W
-        B, A = _factors(p, tensors)  # the base has given up a part of W: [s B, -s B0] [A; A0] holds it
+        B, A = factors_on_base(p, tensors)  # the base has given up a part of W: [s B, -s B0] [A; A0] holds it
         r = A.shape[0] // 2
         return torch.addmm(W, B[:, r:], A[r:], alpha=-1)
 

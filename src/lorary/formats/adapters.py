@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from lorary.adapter import Adapter
 from lorary.errors import FileError, Problem
 from lorary.formats import native, peft_keys, peft_writer
 from lorary.formats.atomic import atomic_directory
+from lorary.formats.banks import gathered, torn
 from lorary.formats.findings import Findings
 from lorary.formats.folder import existing_folder, subject
 from lorary.formats.peft_config import NAME as PEFT_CONFIG
@@ -20,6 +22,9 @@ from lorary.formats.safetensors_header import name_problem
 from lorary.formats.strict_json import named, show
 from lorary.formats.tensor_file import DTYPES, write_tensors
 from lorary.formats.values import not_finite
+from lorary.forms import factors_on_base, low_rank_forms
+from lorary.methods.dora import Direction
+from lorary.placed import Placed
 
 _OWN = (native.NAME, native.TENSORS, PEFT_CONFIG, WEIGHTS, "adapter_model.bin")
 
@@ -40,12 +45,12 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.
         FileError: the adapter holds what no reader would accept (NaN, other dtypes), or the folder cannot be written.
     """
     tensors = native.native_tensors(adapter)
-    _check_values(tensors, folder)
+    _check_values(tensors, folder, adapter)
     as_peft = not peft_writer.obstacles(adapter, model)
     needed = sum(t.nbytes for t in tensors.values())
     with atomic_directory(folder, replace=True, keep=True, drop=_OWN, needed=needed) as temporary:
         if as_peft:
-            words = peft_writer.config(adapter, model, *peft_writer.scales(adapter))
+            words = peft_writer.config(adapter, model)
             (temporary / PEFT_CONFIG).write_text(peft_writer.config_text(words), encoding="utf-8")
             write_tensors(temporary / WEIGHTS, native.peft_tensors(adapter))
         else:
@@ -87,51 +92,72 @@ def load_adapter(folder: str | os.PathLike[str], *, model: nn.Module | None = No
 def export_peft(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.Module | None = None) -> None:
     """Writes an adapter as a plain PEFT LoRA with the same function, whatever method trained it.
 
-    LoRA and its kin keep their tensors; every other method is written as the two factors that its update stands for,
-    with the scale in B.
+    LoRA and DoRA keep their tensors; every other method is written as the two factors that its update of the
+    unmodified base stands for, with the scale in B, and magnitudes beside them where it has them.
 
     Args:
         adapter: what to export.
         folder: a new folder, or one that holds a PEFT adapter to be replaced.
-        model: the base, where it is at hand, as for `save_adapter`.
+        model: the base, where it is at hand, as for `save_adapter`; some methods have no such form without it.
 
     Raises:
         FileError: PEFT has no LoRA with this function, with every reason; or the folder cannot be written.
         MethodError: the method has no low-rank form.
     """
-    problems = [*peft_writer.site_obstacles(adapter), *peft_writer.full_words(adapter, model).problems]
+    problems = [*peft_writer.site_obstacles(adapter, model), *peft_writer.full_words(adapter, model).problems]
     if (Path(folder) / native.NAME).exists():
         what = f"it holds {native.NAME}: the adapter there would be lost"
         problems.append(Problem("", what, "export to another folder"))
     if problems:
-        raise FileError(f"cannot export an adapter to {show(os.fspath(folder), most=400)} for PEFT", problems)
-    if peft_writer.obstacles(adapter, model):  # not a LoRA, but its update is one
-        sizes = {name: (form.A.shape[0], float(form.A.shape[0])) for name, form in adapter.low_rank().items()}
-        root, tensors = False, _low_rank_tensors(adapter)
+        raise FileError(_cannot_export(folder), problems)
+    if peft_writer.sort_of(adapter) in ("LoRA", "DoRA"):
+        words, tensors = peft_writer.config(adapter, model), native.peft_tensors(adapter)
     else:
-        (sizes, root), tensors = peft_writer.scales(adapter), native.peft_tensors(adapter)
+        words, tensors = _as_lora(adapter, model, folder)
     _check_values(tensors, folder)
     needed = sum(t.nbytes for t in tensors.values())
     with atomic_directory(folder, replace=True, keep=True, drop=_OWN, needed=needed) as temporary:
-        words = peft_writer.config(adapter, model, sizes, root)
         (temporary / PEFT_CONFIG).write_text(peft_writer.config_text(words), encoding="utf-8")
         write_tensors(temporary / WEIGHTS, tensors)
 
 
-def _low_rank_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    forms = adapter.low_rank()
-    moved = [name for name, form in forms.items() if form.gain is not None or form.shift is not None]
-    if moved:
-        what = "its output has a gain or a shift, which a plain LoRA has not"
-        raise FileError("cannot export this adapter for PEFT", [Problem(name, what) for name in moved])
-    sites = {p.site.name: p.site for p in adapter.placed}
-    tensors = {k: t for name, form in forms.items() for k, t in peft_keys.encoded(sites[name], form.A, form.B).items()}
-    tensors |= {peft_keys.full_name(name, set(sites)): t for name, t in adapter.full.items()}
-    return {peft_keys.PREFIX + name: t for name, t in tensors.items()}
+def _as_lora(
+    adapter: Adapter, model: nn.Module | None, folder: str | os.PathLike[str]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(configuration, tensors) of the LoRA, or the DoRA, that an adapter of another method is."""
+    forms = low_rank_forms([p for p in adapter.placed if not _magnified(p)], adapter.tensors, model)
+    problems = [
+        Problem(name, "its output has a gain or a shift, which PEFT's LoRA has not")
+        for name, form in forms.items()
+        if form.gain is not None or form.shift is not None
+    ]
+    if forms and len(forms) < len(adapter.placed):
+        problems.append(Problem("sites", "some have DoRA's magnitudes and some not; PEFT's adapters have all or none"))
+    if problems:
+        raise FileError(_cannot_export(folder), problems)
+    tensors: dict[str, Tensor] = {}
+    sizes: dict[str, tuple[int, float]] = {}
+    for p in adapter.placed:
+        name, own = p.site.name, adapter.tensors[p.site.name]
+        # DoRA's gain follows from the factors and the magnitudes, which PEFT keeps as they are
+        B, A = factors_on_base(p, own) if _magnified(p) else forms[name][:2]
+        tensors |= peft_keys.encoded(p.site, A, B, own["m"] if _magnified(p) else None)
+        sizes[name] = (A.shape[0], float(A.shape[0]))
+    tensors |= {peft_keys.full_name(name, set(sizes)): t for name, t in adapter.full.items()}
+    words = peft_writer.lora_config(adapter, model, sizes, root=False, magnitudes=not forms)
+    return words, {peft_keys.full(name): t for name, t in tensors.items()}
 
 
-def _check_values(tensors: dict[str, Tensor], folder: str | os.PathLike[str]) -> None:
-    """Refuses to write what would be refused when read."""
+def _magnified(p: Placed) -> bool:
+    return isinstance(p.method.join, Direction)
+
+
+def _cannot_export(folder: str | os.PathLike[str]) -> str:
+    return f"cannot export an adapter to {show(os.fspath(folder), most=400)} for PEFT"
+
+
+def _check_values(tensors: dict[str, Tensor], folder: str | os.PathLike[str], adapter: Adapter | None = None) -> None:
+    """Refuses to write what would be refused when read, and an adapter whose sites do not share what they must."""
     problems = [Problem(named(name), what) for name in tensors if (what := name_problem(name))]
     known = tuple(DTYPES.values())
     accepted = ", ".join(str(d).removeprefix("torch.") for d in known)
@@ -144,6 +170,8 @@ def _check_values(tensors: dict[str, Tensor], folder: str | os.PathLike[str]) ->
     if not problems:
         with torch.no_grad():
             problems = not_finite(tensors)
+    if not problems and adapter is not None:
+        problems = torn(adapter, gathered(adapter.placed, adapter.tensors))
     if problems:
         raise FileError(f"cannot save an adapter to {show(os.fspath(folder), most=400)}", problems)
 

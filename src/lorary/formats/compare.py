@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from lorary.errors import Problem, nearest
 from lorary.formats.findings import Findings
@@ -15,6 +15,7 @@ def compare(
     found: Mapping[str, Entry],
     findings: Findings,
     explain: Callable[[str], str],
+    vital: Collection[str] = (),
 ) -> list[str]:
     """The names that are both expected and there in the right shape; all else becomes a finding.
 
@@ -23,6 +24,7 @@ def compare(
         found: what the file's header announces.
         findings: where it goes: a wrong shape is fatal, a missing or left-over tensor is what PEFT tolerates.
         explain: what a left-over name is, for the message.
+        vital: the names that nothing can stand for: where one is missing, that is fatal too.
     """
     left_over = [name for name in found if name not in expected]
     usable = []
@@ -31,7 +33,8 @@ def compare(
         if entry is None:
             near = nearest(name, left_over, most=1)
             fix = f"the file has {named(near[0])}" if near else ""
-            findings.tolerable.append(Problem(named(name), "is missing", fix))
+            missing = findings.fatal if name in vital else findings.tolerable
+            missing.append(Problem(named(name), "is missing", fix))
         elif entry.shape != shape:
             what = f"has the shape {list(entry.shape)}, expected {list(shape)}"
             fix = "it is transposed" if entry.shape == shape[::-1] else ""

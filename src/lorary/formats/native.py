@@ -3,7 +3,9 @@
     lorary.json                  format, version, method record, sites, base fingerprint, SHA-256 of the other files
     adapter_config.json          } where PEFT computes the very same function: the folder is a PEFT adapter too
     adapter_model.safetensors    }
-    adapter.safetensors          otherwise: `site|role` -> tensor, and base parameters by their own paths
+    adapter.safetensors          otherwise: `site|role` -> tensor, and base parameters by their own paths; where the
+                                 base gave up a part of its weight, where it started as `site|role0`; what all sites
+                                 share, once, as `|role`
 
 Which of the two it is stands in `lorary.json`; the tensors are the same numbers either way.
 """
@@ -23,7 +25,7 @@ from lorary import __version__
 from lorary.adapter import Adapter
 from lorary.errors import FileError, MethodError, Problem
 from lorary.fingerprint import Fingerprint
-from lorary.formats import peft_keys
+from lorary.formats import banks, peft_keys
 from lorary.formats.compare import compare, mixed_dtypes
 from lorary.formats.findings import Findings
 from lorary.formats.manifest import sha256
@@ -33,7 +35,7 @@ from lorary.formats.records import placed_from, read_sites, site_record
 from lorary.formats.strict_json import named, show
 from lorary.formats.tensor_file import TensorFile
 from lorary.formats.values import absurd, does_nothing, not_finite
-from lorary.placed import Placed
+from lorary.placed import Placed, shared_shapes
 from lorary.record import Method
 
 NAME = "lorary.json"
@@ -41,6 +43,7 @@ TENSORS = "adapter.safetensors"
 FORMAT = 1
 _DIGEST = {"size", "sha256"}
 _KEYS = {"format", "lorary", "method", "base", "full", "files", "sites"}
+_DRAWN = "drawn"  # only where what the sites share is drawn again from its seed
 
 
 def write_record(folder: Path, adapter: Adapter) -> None:
@@ -54,6 +57,9 @@ def write_record(folder: Path, adapter: Adapter) -> None:
         "full": sorted(adapter.full),
         "files": {name: entry for name, entry in files.items() if name in (PEFT_CONFIG, WEIGHTS, TENSORS)},
     }
+    shared = banks.gathered(adapter.placed, adapter.tensors)
+    if banks.left_out(adapter, shared):
+        head[_DRAWN] = banks.checksums(shared)
     lines = [json.dumps(site_record(p, adapter.method)) for p in adapter.placed]
     sites = "\n    " + ",\n    ".join(lines) + "\n  " if lines else ""
     text = json.dumps(head, indent=2).removesuffix("\n}") + f',\n  "sites": [{sites}]\n}}\n'
@@ -62,19 +68,33 @@ def write_record(folder: Path, adapter: Adapter) -> None:
 
 def native_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """The contents of `adapter.safetensors`."""
-    tensors = {f"{site}|{role}": t for site, roles in adapter.tensors.items() for role, t in roles.items()}
-    return tensors | dict(adapter.full)
+    tensors = {
+        f"{p.site.name}|{role}": t
+        for p in adapter.placed
+        for role, t in adapter.tensors[p.site.name].items()
+        if role not in p.delta.shared
+    }
+    return tensors | {f"|{role}": t for role, t in _banks(adapter).items()} | dict(adapter.full)
 
 
 def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """The same numbers as PEFT's `adapter_model.safetensors`, with prefix."""
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {peft_keys.BANKS[role]: t for role, t in _banks(adapter).items()}
     for p in adapter.placed:
         roles = adapter.tensors[p.site.name]
-        tensors |= peft_keys.encoded(p.site, roles["A"], roles["B"])
+        if p.delta.shared:
+            tensors |= {name: roles[role] for role, (name, _) in peft_keys.layout(p).items()}
+        else:
+            tensors |= peft_keys.encoded(p.site, roles["A"], roles["B"], roles.get("m"))
     sites = {p.site.name for p in adapter.placed}
     tensors |= {peft_keys.full_name(name, sites): t for name, t in adapter.full.items()}
-    return {peft_keys.PREFIX + name: t for name, t in tensors.items()}
+    return {peft_keys.full(name): t for name, t in tensors.items()}
+
+
+def _banks(adapter: Adapter) -> dict[str, Tensor]:
+    """What the sites share, unless the file can do without."""
+    shared = banks.gathered(adapter.placed, adapter.tensors)
+    return {} if banks.left_out(adapter, shared) else shared
 
 
 def read_native(folder: Path, findings: Findings) -> Adapter:
@@ -96,11 +116,15 @@ def read_native(folder: Path, findings: Findings) -> Adapter:
     findings.settle()
     placed = placed_from(sites, data["sites"], cast(Method, method), findings)
     findings.settle()
+    if _DRAWN in data and (what := banks.malformed(data[_DRAWN], placed)):
+        findings.fatal.append(Problem(f"{NAME}: {_DRAWN}", what))
+    findings.settle()
     as_peft = WEIGHTS in data["files"]
     _check_file(folder, PEFT_CONFIG, data["files"], findings)
     with TensorFile(folder, WEIGHTS if as_peft else TENSORS) as file:
         _check_digest(file.name, file.size, file.sha256(), data["files"], findings)
-        tensors, full = _tensors(file, placed, data["full"], as_peft, findings)
+        values, tensors, full = _tensors(file, placed, data["full"], as_peft, _DRAWN not in data, findings)
+    tensors = _with_shared(tensors, values, placed, cast(Method, method), data.get(_DRAWN), findings)
     if does_nothing(placed, tensors):
         findings.alerts.append(NO_OP)
     base = Fingerprint(**data["base"])
@@ -117,7 +141,7 @@ def _check_record(record: object, findings: Findings) -> None:
         what = f"has format {written}, written by lorary {show(record.get('lorary'))}; this version reads {FORMAT}"
         findings.fatal.append(Problem(NAME, what, "update lorary"))
         return
-    for key in sorted(_KEYS ^ set(record)):
+    for key in sorted(_KEYS ^ (set(record) - {_DRAWN})):
         what = "is missing" if key in _KEYS else "is no field of the format"
         (findings.fatal if key in _KEYS else findings.tolerable).append(Problem(f"{NAME}: {named(key)}", what))
     if findings.fatal:
@@ -164,41 +188,75 @@ def _check_digest(name: str, size: int, digest: str, files: Mapping[str, Any], f
 
 
 def _tensors(
-    file: TensorFile, placed: tuple[Placed, ...], full: list[str], as_peft: bool, findings: Findings
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """site -> role -> tensor, and base parameter -> tensor."""
+    file: TensorFile, placed: tuple[Placed, ...], full: list[str], as_peft: bool, shared: bool, findings: Findings
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """What the file shares between sites by role, site -> role -> tensor, and base parameter -> tensor."""
     findings.settle()
-    expected = _expected(placed, as_peft)
+    own = _expected(placed, as_peft)
+    sizes = shared_shapes(placed) if shared else {}
+    common = {role: peft_keys.BANKS[role] if as_peft else f"|{role}" for role in sizes}
     sites = {p.site.name for p in placed}
     keys = {name: peft_keys.full_name(name, sites) if as_peft else name for name in full}
-    names = {name.removeprefix(peft_keys.PREFIX) if as_peft else name: name for name in file.header.tensors}
+    names = {peft_keys.short(name) if as_peft else name: name for name in file.header.tensors}
     found = {name: file.header.tensors[written] for name, written in names.items()}
+    expected = {name: shape for layout in own.values() for name, shape in layout.values()}
+    expected |= {common[role]: size for role, size in sizes.items()}
     expected |= {key: found[key].shape if key in found else () for key in keys.values()}
-    usable = compare(expected, found, findings, lambda name: "belongs to no site and no parameter of the record")
+    vital = {layout[role][0] for p in placed if (layout := own[p.site.name]) for role in layout if _vital(p, role)}
+    explain = "belongs to no site and no parameter of the record"
+    usable = compare(expected, found, findings, lambda name: explain, vital | set(common.values()))
     findings.settle()
     raw = file.read(names[name] for name in usable)
     values = {name: raw[names[name]] for name in usable}
     findings.tolerable += [*not_finite(values), *absurd({n: values[n] for n in usable if n not in keys.values()})]
     findings.notes += mixed_dtypes(found)
     findings.settle()
-    tensors = {p.site.name: _roles(p, values, as_peft) for p in placed}
-    return tensors, {name: values[key] for name, key in keys.items() if key in values}
+    tensors = {p.site.name: _roles(p, own[p.site.name], values, as_peft) for p in placed}
+    parameters = {name: values[key] for name, key in keys.items() if key in values}
+    return {role: values[name] for role, name in common.items()}, tensors, parameters
 
 
-def _expected(placed: tuple[Placed, ...], as_peft: bool) -> dict[str, tuple[int, ...]]:
+def _with_shared(
+    tensors: Mapping[str, dict[str, Tensor]],
+    shared: Mapping[str, Tensor],
+    placed: tuple[Placed, ...],
+    method: Method,
+    record: Mapping[str, Any] | None,
+    findings: Findings,
+) -> dict[str, dict[str, Tensor]]:
+    """The sites' tensors, and of each what it has of those that all share, drawn again where the file has none."""
+    if record is not None:
+        shared, problems = banks.drawn_again(record, method, placed)
+        findings.fatal += [Problem(f"{NAME}: {_DRAWN}: {p.where}", p.what, p.fix) for p in problems]
+        findings.settle()
+    corners = banks.corners(placed, shared)
+    return {name: roles | corners[name] for name, roles in tensors.items()}
+
+
+def _vital(p: Placed, role: str) -> bool:
+    """Whether nothing can stand for a tensor that is missing: zero would not be "no change" there."""
+    return bool(p.starts) or role not in p.delta.roles
+
+
+def _expected(placed: tuple[Placed, ...], as_peft: bool) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
+    """site -> role -> (name, shape) of its own tensors."""
+    if as_peft:
+        return {p.site.name: peft_keys.layout(p) for p in placed}
+    return {
+        p.site.name: {
+            role: (f"{p.site.name}|{role}", shape) for role, shape in p.stored.items() if role not in p.delta.shared
+        }
+        for p in placed
+    }
+
+
+def _roles(
+    p: Placed, layout: Mapping[str, tuple[str, tuple[int, ...]]], values: Mapping[str, Tensor], as_peft: bool
+) -> dict[str, Tensor]:
+    here = {role: values[name] if name in values else torch.zeros(shape) for role, (name, shape) in layout.items()}
     if not as_peft:
-        return {f"{p.site.name}|{role}": shape for p in placed for role, shape in p.shapes.items()}
-    layouts = (peft_keys.shapes(p.site, peft_keys.rank(p)).values() for p in placed)
-    return {name: shape for layout in layouts for name, shape in layout}
-
-
-def _roles(p: Placed, values: Mapping[str, Tensor], as_peft: bool) -> dict[str, Tensor]:
-    if not as_peft:
-        names = {role: f"{p.site.name}|{role}" for role in p.shapes}
-        return {role: values[n] if n in values else torch.zeros(p.shapes[role]) for role, n in names.items()}
-    layout = peft_keys.shapes(p.site, peft_keys.rank(p)).values()
-    here = {name: values.get(name, torch.zeros(shape)) for name, shape in layout}
+        return here
     try:
-        return peft_keys.decoded(p, here)
+        return peft_keys.decoded(p, {name: here[role] for role, (name, _) in layout.items()})
     except FileError as error:
         raise FileError("", [Problem(f"{WEIGHTS}: {q.where}", q.what) for q in error.problems]) from None

@@ -1,4 +1,4 @@
-"""PEFT's `adapter_config.json` of a LoRA, read field by field; nothing in it is ignored silently.
+"""PEFT's `adapter_config.json` of a LoRA, a DoRA or a VeRA, read field by field; nothing in it is ignored silently.
 
 A field is one of four: a word that this reader understands and checks; one that only matters while training or for
 book-keeping, checked for its type; a feature that changes what the adapter computes and is not supported, which may
@@ -20,13 +20,15 @@ from lorary.formats.strict_json import named, show
 from lorary.formats.tails import Tail
 
 NAME = "adapter_config.json"
+_DEFAULTS: dict[str, dict[str, Any]] = {"LORA": {}, "VERA": {"sort": "VeRA", "r": 256}}  # of the types that are read
 
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """What a PEFT LoRA's configuration says about its sites.
+    """What a PEFT configuration says about an adapter's sites.
 
     Args:
+        sort: `LoRA`, `DoRA` or `VeRA`.
         r: the rank of sites without one of their own.
         alpha: likewise.
         dropout: probability with which A's input is dropped in training.
@@ -41,8 +43,12 @@ class PeftConfig:
         bias: `none`, `all` or `lora_only`: the base biases that the file holds.
         transposed: PEFT's `fan_in_fan_out`: the layers store their weight as [in, out], GPT-2's Conv1D.
         base: the Hub id or path of the base model; empty where unknown.
+        seed: of VeRA's projections.
+        start: where VeRA's d started.
+        saved: whether the file holds VeRA's projections.
     """
 
+    sort: str = "LoRA"
     r: int = 8
     alpha: float = 8.0
     dropout: float = 0.0
@@ -57,6 +63,9 @@ class PeftConfig:
     bias: str = "none"
     transposed: bool = False
     base: str = ""
+    seed: int = 0
+    start: float = 0.1
+    saved: bool = True
 
     def targets_module(self, path: str) -> bool:
         """Whether PEFT would adapt the module at this path, were it of a kind that can be.
@@ -98,7 +107,7 @@ class PeftConfig:
 
 
 def read_config(data: object, findings: Findings) -> PeftConfig | None:
-    """The configuration that a parsed `adapter_config.json` holds; None where it is no LoRA's.
+    """The configuration that a parsed `adapter_config.json` holds; None where it is of a type that is not read.
 
     Args:
         data: the parsed JSON.
@@ -108,16 +117,16 @@ def read_config(data: object, findings: Findings) -> PeftConfig | None:
         findings.fatal.append(Problem(NAME, "is not a JSON object"))
         return None
     kind = data.get("peft_type")
-    if kind != "LORA":
+    if not isinstance(kind, str) or kind not in _DEFAULTS:
         what = "has no `peft_type`" if kind is None else f"is of type {show(kind)}"
-        findings.fatal.append(Problem(NAME, what, "lorary reads PEFT's LORA adapters"))
+        findings.fatal.append(Problem(NAME, what, f"lorary reads PEFT's {' and '.join(_DEFAULTS)} adapters"))
         return None
-    words: dict[str, Any] = {}
-    fields = understood(Budget())
+    words: dict[str, Any] = dict(_DEFAULTS[kind])
+    fields = understood(kind, Budget())
     for key, value in data.items():
         if key in fields:
             _take(words, key, *fields[key], value, findings)
-        elif key in UNSUPPORTED:
+        elif key in UNSUPPORTED and kind == "LORA":
             if value not in (None, False, [], {}, 0):
                 findings.fatal.append(Problem(f"{NAME}: {key}", f"is {show(value)}: {UNSUPPORTED[key]}"))
         elif key in BOOK_KEEPING:
@@ -128,6 +137,8 @@ def read_config(data: object, findings: Findings) -> PeftConfig | None:
             fix = suggestion(key, known) or "a newer PEFT may have written it; strict=False ignores it"
             findings.tolerable.append(Problem(f"{NAME}: {named(key)}", "is no field that lorary knows", fix))
     _check_together(words, findings)
+    if words.pop("dora", False):
+        words["sort"] = "DoRA"
     return PeftConfig(**words)
 
 

@@ -1,4 +1,4 @@
-"""The single fields of PEFT's LoRA configuration: which are understood, and how each value is checked.
+"""The single fields of PEFT's configurations: which are understood, and how each value is checked.
 
 A reader takes a field's value from the JSON and returns it as lorary keeps it, or says in a `ValueError` what is
 wrong with it; the caller adds where.
@@ -50,6 +50,18 @@ def _flag(value: object) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"is {show(value)}, neither true nor false")
     return value
+
+
+def _seed(value: object) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"is {show(value)}; a seed is a whole number from 0 to 2^63 - 1")
+    return value
+
+
+def _start(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"is {show(value)}; d starts at a positive number")
+    return float(value)
 
 
 def _names_or_pattern(budget: Budget) -> Callable[[object], tuple[str, ...] | Pattern | None]:
@@ -132,29 +144,43 @@ def _init(value: object) -> None:
     raise ValueError(f"is {show(value)}, an initialisation that lorary does not know")
 
 
-def understood(budget: Budget) -> dict[str, tuple[str, Callable[[object], Any]]]:
+def understood(kind: str, budget: Budget) -> dict[str, tuple[str, Callable[[object], Any]]]:
     """PEFT's field -> (the name of ours, its reader); a field with no name of ours is only checked.
 
     Args:
+        kind: PEFT's type of adapter, `LORA` or `VERA`.
         budget: the work that all patterns of the file may take together.
     """
-    return {
+    shared = {
         "r": ("r", _rank),
-        "lora_alpha": ("alpha", _alpha),
-        "lora_dropout": ("dropout", _probability),
-        "use_rslora": ("rslora", _flag),
         "target_modules": ("targets", _names_or_pattern(budget)),
-        "exclude_modules": ("exclude", _names_or_pattern(budget)),
         "layers_to_transform": ("layers", _numbers),
         "layers_pattern": ("layers_pattern", _plain_names),
-        "rank_pattern": ("ranks", _patterns(_rank, budget)),
-        "alpha_pattern": ("alphas", _patterns(_alpha, budget)),
         "modules_to_save": ("modules_to_save", _plain_names),
-        "bias": ("bias", _one_of("none", "all", "lora_only")),
+        "bias": ("bias", _one_of("none", "all", f"{kind.lower()}_only")),
         "fan_in_fan_out": ("transposed", _flag),
         "base_model_name_or_path": ("base", _base),
-        "init_lora_weights": ("", _init),
     }
+    own: dict[str, dict[str, tuple[str, Callable[[object], Any]]]] = {
+        "LORA": {
+            "lora_alpha": ("alpha", _alpha),
+            "lora_dropout": ("dropout", _probability),
+            "use_rslora": ("rslora", _flag),
+            "use_dora": ("dora", _flag),
+            "exclude_modules": ("exclude", _names_or_pattern(budget)),
+            "rank_pattern": ("ranks", _patterns(_rank, budget)),
+            "alpha_pattern": ("alphas", _patterns(_alpha, budget)),
+            "init_lora_weights": ("", _init),
+        },
+        "VERA": {
+            "vera_dropout": ("dropout", _probability),
+            "projection_prng_key": ("seed", _seed),
+            "save_projection": ("saved", _flag),
+            "d_initial": ("start", _start),
+            "init_weights": ("", _flag),
+        },
+    }
+    return shared | own[kind]
 
 
 # What may be null: not said. (`target_modules` may be absent, where the tensors alone say it.)
@@ -166,12 +192,12 @@ NULLABLE = {
     "alpha_pattern",
     "modules_to_save",
     "base_model_name_or_path",
+    "use_dora",
 }
 
 # What changes the adapter's function, and is off in a file that can be read.
 UNSUPPORTED = {
     "enable_lora": "adapters on parts of a fused weight (files of 2023) are not supported",
-    "use_dora": "DoRA's magnitudes are not read by this version",
     "use_qalora": "QA-LoRA pools its input, which is not supported",
     "use_bdlora": "block-diagonal factors are not supported",
     "lora_bias": "biases beside B are not supported",

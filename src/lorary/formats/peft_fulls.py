@@ -94,7 +94,9 @@ def full_tensors(
 
 def _meant(config: PeftConfig, parameter: str, at_site: bool) -> bool:
     is_bias = "bias" in parameter.rpartition(".")[2]
-    return config.keeps(parameter) or (is_bias and (config.bias == "all" or (config.bias == "lora_only" and at_site)))
+    return config.keeps(parameter) or (
+        is_bias and (config.bias == "all" or (config.bias.endswith("_only") and at_site))
+    )
 
 
 def _first_names(base: Mapping[str, Tensor]) -> dict[str, str]:

@@ -1,8 +1,8 @@
-"""A PEFT LoRA folder as an `Adapter`: strict about every tensor, from the header before any is read.
+"""A PEFT folder (LoRA, DoRA, VeRA) as an `Adapter`: strict about every tensor, from the header before any is read.
 
 With the model at hand, the sites are those that PEFT would adapt in it, and every one of them must have its two
 factors in the file. Without, they are those that the file has factors for; a layer's kind beyond what a shape says
-(GPT-2's Conv1D, biases) is only known to the model.
+(GPT-2's Conv1D, biases) is only known to the model, and so is how many inputs a layer of a VeRA has.
 """
 
 from __future__ import annotations
@@ -19,20 +19,24 @@ from lorary.adapter import Adapter
 from lorary.errors import FileError, Problem, nearest
 from lorary.fingerprint import Fingerprint, base_name
 from lorary.formats import peft_keys, strict_json
+from lorary.formats.banks import corners, drawn
 from lorary.formats.compare import compare, mixed_dtypes
 from lorary.formats.findings import Findings
 from lorary.formats.folder import read_bytes
 from lorary.formats.peft_config import NAME, PeftConfig, read_config
 from lorary.formats.peft_fulls import Fulls, full_tensors
+from lorary.formats.peft_writer import VERA_KINDS, sliding
 from lorary.formats.strict_json import named
 from lorary.formats.tensor_file import TensorFile
 from lorary.formats.values import absurd, does_nothing, not_finite
-from lorary.methods.lora import Add, ByRank, Kaiming, LowRank
+from lorary.methods.dora import Direction
+from lorary.methods.lora import Add, ByRank, Fixed, Kaiming, LowRank
 from lorary.methods.rslora import BySqrtRank
-from lorary.placed import Placed
+from lorary.methods.vera import Projections, Vectors
+from lorary.placed import Placed, shared_shapes
 from lorary.record import Method
 from lorary.sites import Site, kind_of, site
-from lorary.words import Scale
+from lorary.words import Join, Scale
 
 WEIGHTS = "adapter_model.safetensors"
 MOST_JSON = 4 * 2**20
@@ -96,7 +100,9 @@ class _Reader:
         self.model = model
         self.names: dict[str, str] = {}  # without prefix -> as in the file
         for name in file.header.tensors:
-            short = name.removeprefix(peft_keys.PREFIX)
+            short = peft_keys.short(name)
+            if config.sort == "DoRA" and short.endswith(f".{peft_keys.MAGNITUDE}.weight"):
+                short = short.removesuffix(".weight")  # as a module's weight, which PEFT's files leave out
             if short in self.names:
                 findings.fatal.append(Problem(named(name), "is there twice, with and without its prefix"))
             self.names[short] = name
@@ -106,15 +112,16 @@ class _Reader:
         """The adapter, or every reason why there is none."""
         placed = self._placed()
         fulls = full_tensors(self.config, self.model, {p.site.name for p in placed}, self.found, self.findings)
-        expected = {name: shape for p in placed for name, shape in peft_keys.shapes(p.site, peft_keys.rank(p)).values()}
+        expected, vital = self._expected(placed)
         expected |= fulls.expected
         found = {name: entry for name, entry in self.found.items() if name not in fulls.copies}
-        usable = compare(expected, found, self.findings, self._explain)
+        usable = compare(expected, found, self.findings, self._explain, vital)
         if not placed and not self.findings.fatal:
             self.findings.fatal.append(self._nothing())
         self.findings.settle()
         values = self._values(usable, fulls)
-        tensors = {p.site.name: peft_keys.decoded(p, _filled(p, values)) for p in placed}
+        shared = corners(placed, self._banks(placed, values))
+        tensors = {p.site.name: peft_keys.decoded(p, _filled(p, values)) | shared[p.site.name] for p in placed}
         full = fulls.values(values, self.findings)
         if does_nothing(placed, tensors):
             self.findings.alerts.append(NO_OP)
@@ -123,7 +130,45 @@ class _Reader:
         base = Fingerprint(name=base_name(self.config.base))
         return Adapter(method, placed, tensors, full, base, self.findings.conclude())
 
+    def _expected(self, placed: tuple[Placed, ...]) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+        """name -> shape of all that the sites need, and those of them that nothing can stand for."""
+        expected: dict[str, tuple[int, ...]] = {}
+        vital = set()
+        for p in placed:
+            for role, (name, shape) in peft_keys.layout(p).items():
+                expected[name] = shape
+                if role == "m":
+                    vital.add(name)
+                    expected[name] = self._magnitudes(p.site, name)
+        if self.config.saved:
+            expected |= {peft_keys.BANKS[role]: size for role, size in shared_shapes(placed).items()}
+        return expected, vital | set(peft_keys.BANKS.values())
+
+    def _magnitudes(self, at: Site, name: str) -> tuple[int, ...]:
+        """The shape of a site's magnitudes: whichever the file has of those that are in use."""
+        known = peft_keys.magnitudes(at)
+        shape = self.found[name].shape if name in self.found else known[0]
+        if shape in known:
+            return shape
+        if shape[:1] == (1,) and torch.Size(shape).numel() == at.inp:
+            what = f"has a magnitude for each of {at.inp} inputs; DoRA as it was published has one for each output"
+            self.findings.fatal.append(Problem(name, what, "another program normalised the columns: it cannot be read"))
+            return shape
+        return known[0]
+
+    def _banks(self, placed: tuple[Placed, ...], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """role -> what the sites share, from the file or as PEFT draws it."""
+        if self.config.saved or not placed:
+            return {role: values[peft_keys.BANKS[role]] for role in shared_shapes(placed)}
+        method, sizes = placed[0].method, shared_shapes(placed)
+        self.findings.notes.append(f"its projections were drawn from the seed {self.config.seed}: the file has none")
+        return drawn(method, placed, dict.fromkeys(sizes, torch.float32))
+
     def _placed(self) -> tuple[Placed, ...]:
+        if self.config.sort == "VeRA" and self.layers is None:
+            what = "how many inputs each layer of a VeRA has is only known to the model"
+            self.findings.fatal.append(Problem("", what, "read it onto its base: lorary.load(model, folder)"))
+            return ()
         try:
             sites = list(self._sites_of_model() if self.layers is not None else self._sites_of_file())
             return tuple(Placed(s, self._method(self.config.rank(s.name), self.config.alpha_at(s.name))) for s in sites)
@@ -133,7 +178,7 @@ class _Reader:
 
     def _sites_of_model(self) -> Iterator[Site]:
         modules = cast("dict[str, nn.Module]", self.layers)
-        named_in_file = {key.site for name in self.found if (key := peft_keys.parsed(name))}
+        named_in_file = self._named()
         for name, layer in modules.items():
             if not name or kind_of(layer) is None or not self.config.targets_module(name):
                 continue
@@ -145,14 +190,23 @@ class _Reader:
                 self.findings.fatal.append(Problem(name, what))
                 continue
             found = site(name, layer)
-            if found.groups > 1:
+            if self.config.sort == "VeRA" and found.kind not in VERA_KINDS:
+                self.findings.fatal.append(Problem(name, f"is of kind {found.kind}, which PEFT's VeRA never adapts"))
+            elif found.groups > 1:
                 what = f"PEFT's LoRA of a convolution with {found.groups} groups is no change of its weight"
                 self.findings.fatal.append(Problem(name, what, "it can neither be merged nor read here"))
+            elif what := sliding(layer):
+                self.findings.fatal.append(Problem(name, f"is {what}", "it can neither be merged nor read here"))
             else:
                 yield found
 
+    def _named(self) -> dict[str, None]:
+        """The sites that the file has tensors for, in its order."""
+        keys = (peft_keys.parsed(name, self.config.sort) for name in self.found)
+        return dict.fromkeys(key.site for key in keys if key is not None)
+
     def _sites_of_file(self) -> Iterator[Site]:
-        for name in dict.fromkeys(key.site for n in self.found if (key := peft_keys.parsed(n))):
+        for name in self._named():
             if not name or not self.config.targets_module(name):
                 continue
             embedding = f"{name}.lora_embedding_A" in self.found
@@ -172,8 +226,14 @@ class _Reader:
             yield _site_of_shapes(name, A, B, embedding, self.config.transposed)
 
     def _method(self, r: int, alpha: float, full: tuple[str, ...] = ()) -> Method:
-        scale: Scale = BySqrtRank(alpha) if self.config.rslora else ByRank(alpha)
-        return Method(LowRank(r), Kaiming(), scale, Add(), dropout=self.config.dropout, full=full)
+        config = self.config
+        if config.sort == "VeRA":
+            init = Projections(config.seed, config.start, config.saved)
+            frozen = Vectors.shared
+            return Method(Vectors(r), init, Fixed(1.0), Add(), frozen=frozen, dropout=config.dropout, full=full)
+        scale: Scale = BySqrtRank(alpha) if config.rslora else ByRank(alpha)
+        join: Join = Direction() if config.sort == "DoRA" else Add()
+        return Method(LowRank(r), Kaiming(), scale, join, dropout=config.dropout, full=full)
 
     def _values(self, usable: list[str], fulls: Fulls) -> dict[str, Tensor]:
         wanted = [*usable, *fulls.copies]
@@ -195,7 +255,9 @@ class _Reader:
         return Problem(f"{NAME}: target_modules", "names no layer of this model", fix)
 
     def _explain(self, name: str) -> str:
-        key = peft_keys.parsed(name)
+        key = peft_keys.parsed(name, self.config.sort)
+        if name in peft_keys.BANKS.values() and not self.config.saved:
+            return "is there, and the configuration says that it is drawn from its seed"
         if key is None:
             return _strange(name, None if self.model is None else {n for n, _ in base_parameters(self.model)})
         if self.layers is not None and key.site not in self.layers:
@@ -218,8 +280,7 @@ def _site_of_shapes(name: str, A: tuple[int, ...], B: tuple[int, ...], embedding
 def _filled(p: Placed, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a site; where one is missing, zeros: no change there."""
     return {
-        name: values[name] if name in values else torch.zeros(shape)
-        for name, shape in peft_keys.shapes(p.site, peft_keys.rank(p)).values()
+        name: values[name] if name in values else torch.zeros(shape) for name, shape in peft_keys.layout(p).values()
     }
 
 

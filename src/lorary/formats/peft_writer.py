@@ -12,19 +12,25 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
 from lorary.adapted import base_parameters, plain_modules
 from lorary.adapter import Adapter
 from lorary.errors import Problem
 from lorary.formats import peft_keys
+from lorary.formats.banks import gathered, left_out
 from lorary.formats.patterns import MOST_CHARACTERS
+from lorary.methods.dora import Direction
 from lorary.methods.lora import Add, ByRank, LowRank
 from lorary.methods.rslora import BySqrtRank
+from lorary.methods.vera import Projections, Vectors
 from lorary.placed import Placed
+from lorary.sites import kind_of
 
+VERA_KINDS = ("linear", "transposed")  # the layers that PEFT's VeRA has
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
 
 
@@ -36,31 +42,71 @@ class Full(NamedTuple):
     problems: list[Problem]
 
 
+def sort_of(adapter: Adapter) -> str:
+    """What PEFT has with these very tensors: `LoRA`, `DoRA` or `VeRA`; empty for neither."""
+    words = {(type(p.delta), type(p.method.join)) for p in adapter.placed}
+    if len(words) != 1 or any(p.starts for p in adapter.placed):
+        return ""
+    sorts: dict[Any, str] = {(LowRank, Add): "LoRA", (LowRank, Direction): "DoRA", (Vectors, Add): "VeRA"}
+    return sorts.get(next(iter(words)), "")
+
+
 def obstacles(adapter: Adapter, model: nn.Module | None) -> list[Problem]:
     """Why PEFT cannot compute this adapter's function from its very tensors; empty where it can.
 
     Args:
         adapter: any adapter.
-        model: the base, where it is at hand: only it tells whether a module is trained whole.
+        model: the base, where it is at hand: only it tells whether a module is trained whole, and how a convolution
+            slides.
     """
+    sort = sort_of(adapter)
+    what = "PEFT has no adapter with these tensors and this function"
+    problems = [] if sort else [Problem("method", what)]
+    if sort == "VeRA":
+        problems += vera_obstacles(adapter)
+    return problems + site_obstacles(adapter, model) + full_words(adapter, model).problems
+
+
+def vera_obstacles(adapter: Adapter) -> list[Problem]:
+    """Why an adapter of VeRA's tensors is none that PEFT has."""
     problems = []
-    if not isinstance(adapter.method.delta, LowRank) or not isinstance(adapter.method.join, Add):
-        what = "PEFT's LoRA adds s B A to a weight; this method does something else"
-        problems.append(Problem("method", what))
-    return problems + site_obstacles(adapter) + full_words(adapter, model).problems
+    if len({p.r for p in adapter.placed}) > 1 or any(p.scale != 1 for p in adapter.placed):
+        problems.append(Problem("method", "PEFT's VeRA has one rank for all layers, and no scale"))
+    for p in adapter.placed:
+        if p.site.kind not in VERA_KINDS or p.site.parts:
+            problems.append(Problem(p.site.name, "PEFT's VeRA adapts whole linear layers only"))
+    banks = gathered(adapter.placed, adapter.tensors)
+    if left_out(adapter, banks) and any(bank.dtype != torch.float32 for bank in banks.values()):
+        problems.append(Problem("method", "PEFT draws VeRA's projections in 32 bits"))
+    return problems
 
 
-def site_obstacles(adapter: Adapter) -> list[Problem]:
+def site_obstacles(adapter: Adapter, model: nn.Module | None = None) -> list[Problem]:
     """Why PEFT has no LoRA at some of the sites."""
     problems = []
     if not adapter.placed:
         what = "it trains base parameters only, and PEFT's adapters adapt at least one layer"
         problems.append(Problem("sites", what))
+    modules = plain_modules(model) if model is not None else {}
     for p in adapter.placed:
         if p.site.groups > 1:
             what = f"a convolution with {p.site.groups} groups: PEFT's LoRA of it is no change of its weight"
             problems.append(Problem(p.site.name, what))
+        elif what := sliding(modules.get(p.site.name)):
+            problems.append(Problem(p.site.name, what))
     return problems
+
+
+def sliding(layer: nn.Module | None) -> str:
+    """Why PEFT's filters do not slide over a convolution's input as its own do; empty where they do."""
+    if layer is None or not (kind_of(layer) or "").startswith("conv"):
+        return ""
+    conv = cast(nn.Conv1d, layer)
+    if any(d != 1 and n != 1 for d, n in zip(conv.dilation, conv.kernel_size, strict=True)):
+        return f"a convolution of dilation {conv.dilation}, which PEFT's LoRA of it leaves out"
+    if conv.padding_mode != "zeros" and any(conv._reversed_padding_repeated_twice):
+        return f"a convolution with {conv.padding_mode} padding, for which PEFT's LoRA of it pads with zeros"
+    return ""
 
 
 def full_words(adapter: Adapter, model: nn.Module | None) -> Full:
@@ -112,40 +158,73 @@ def _alpha(p: Placed, root: bool) -> float:
     return p.scale * peft_keys.rank(p)
 
 
-def config(
-    adapter: Adapter, model: nn.Module | None, sizes: Mapping[str, tuple[int, float]], root: bool
+def config(adapter: Adapter, model: nn.Module | None) -> dict[str, Any]:
+    """The contents of `adapter_config.json` for an adapter's own tensors."""
+    sort = sort_of(adapter)
+    if sort == "VeRA":
+        return _vera_config(adapter, model)
+    return lora_config(adapter, model, *scales(adapter), magnitudes=sort == "DoRA")
+
+
+def lora_config(
+    adapter: Adapter,
+    model: nn.Module | None,
+    sizes: Mapping[str, tuple[int, float]],
+    root: bool,
+    magnitudes: bool,
 ) -> dict[str, Any]:
-    """The contents of `adapter_config.json`.
+    """The contents of `adapter_config.json` for a LoRA.
 
     Args:
         adapter: the adapter; only its sites, full parameters, dropout and base are looked at.
         model: the base, where it is at hand: it makes for shorter target lists.
         sizes: site -> (rank, alpha).
         root: whether the scale is alpha / sqrt(rank).
+        magnitudes: whether it is a DoRA.
     """
     r, alpha = (Counter(pair[i] for pair in sizes.values()).most_common(1)[0][0] for i in (0, 1))
+    return _shared_words(adapter, model) | {
+        "peft_type": "LORA",
+        "r": r,
+        "lora_alpha": _number(alpha),
+        "lora_dropout": adapter.method.dropout,
+        "use_rslora": root,
+        "use_dora": magnitudes,
+        "lora_bias": False,
+        "init_lora_weights": True,
+        "exclude_modules": None,
+        "rank_pattern": patterns({name: size[0] for name, size in sizes.items()}, r),
+        "alpha_pattern": patterns({name: _number(size[1]) for name, size in sizes.items()}, _number(alpha)),
+    }
+
+
+def _vera_config(adapter: Adapter, model: nn.Module | None) -> dict[str, Any]:
+    init = adapter.method.init
+    start = init if isinstance(init, Projections) else Projections()
+    return _shared_words(adapter, model) | {
+        "peft_type": "VERA",
+        "r": adapter.placed[0].r,
+        "vera_dropout": adapter.method.dropout,
+        "d_initial": start.d,
+        "projection_prng_key": start.seed,
+        "save_projection": not left_out(adapter, gathered(adapter.placed, adapter.tensors)),
+        "init_weights": True,
+    }
+
+
+def _shared_words(adapter: Adapter, model: nn.Module | None) -> dict[str, Any]:
+    """The fields that all of PEFT's adapters have."""
     kept, bias, _ = full_words(adapter, model)
     architecture = adapter.base.architecture
     return {
-        "peft_type": "LORA",
         "task_type": next((task for end, task in _TASKS.items() if architecture.endswith(end)), None),
         "auto_mapping": None,
         "base_model_name_or_path": adapter.base.name or None,
         "revision": None,
         "inference_mode": True,
-        "r": r,
-        "lora_alpha": _number(alpha),
-        "lora_dropout": adapter.method.dropout,
-        "use_rslora": root,
-        "use_dora": False,
-        "lora_bias": False,
-        "init_lora_weights": True,
         "target_modules": targets([p.site.name for p in adapter.placed], model),
-        "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
-        "rank_pattern": patterns({name: size[0] for name, size in sizes.items()}, r),
-        "alpha_pattern": patterns({name: _number(size[1]) for name, size in sizes.items()}, _number(alpha)),
         "fan_in_fan_out": any(p.site.kind == "transposed" for p in adapter.placed),
         "modules_to_save": kept or None,
         "bias": bias,

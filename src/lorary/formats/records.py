@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from typing import Any
+from typing import Any, cast
 
 from lorary.errors import MethodError, Problem
 from lorary.formats.findings import Findings
@@ -13,6 +13,7 @@ from lorary.formats.strict_json import show
 from lorary.placed import Placed, with_rank
 from lorary.record import Method
 from lorary.sites import KINDS, Part, Site
+from lorary.words import Join
 
 _MOST_SITES = 20_000
 _EXTRA = {"r", "alpha", "method"}
@@ -59,12 +60,19 @@ def placed_from(sites: list[Site], records: list[Any], method: Method, findings:
                 raise ValueError("the method has no delta, so it adapts no site")
             own = record.get("method")
             varied = Method.from_dict(own) if own is not None else _varied(method, record)
-            placed.append(Placed(found, varied))
+            there = Placed(found, varied)
+            findings.fatal += [Problem(f"lorary.json: {found.name}", what) for what in _unfit(there)]
+            placed.append(there)
         except MethodError as error:
             findings.fatal += [Problem(f"lorary.json: {found.name}: {p.where}", p.what) for p in error.problems]
         except (ValueError, TypeError) as error:
             findings.fatal.append(Problem(f"lorary.json: {found.name}", str(error)))
     return tuple(placed)
+
+
+def _unfit(p: Placed) -> list[str]:
+    """Why a method cannot be at a site, as far as its tensors' shapes and its function are concerned."""
+    return p.delta.problems(p.site) + cast(Join, p.method.join).problems(p.site)
 
 
 def _varied(method: Method, own: Mapping[str, Any]) -> Method:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lorary.errors import Problem
 from lorary.formats.strict_json import named
-from lorary.placed import Placed
+from lorary.methods.lora import Add
+from lorary.placed import Placed, start_of
 
 _LARGEST = 1e6  # a trained factor's entries lie below 1e2; where this is passed, a file is damaged or hostile
 
@@ -38,5 +39,13 @@ def absurd(tensors: Mapping[str, Tensor]) -> list[Problem]:
 
 
 def does_nothing(placed: tuple[Placed, ...], tensors: Mapping[str, Mapping[str, Tensor]]) -> bool:
-    """Whether every site has a factor that is all zeros, so that the adapter changes nothing."""
-    return bool(placed) and all(any(not t.any() for t in tensors[p.site.name].values()) for p in placed)
+    """Whether the adapter can be told to change nothing: every site only adds B A, and that is zero."""
+    return bool(placed) and all(_adds_zero(p, tensors[p.site.name]) for p in placed)
+
+
+def _adds_zero(p: Placed, tensors: Mapping[str, Tensor]) -> bool:
+    if not isinstance(p.method.join, Add):
+        return False
+    if p.starts:  # its update is what it has moved since
+        return all(torch.equal(tensors[role], tensors[start_of(role)]) for role in p.starts)
+    return not all(factor.any() for factor in p.delta.factors(p.site, tensors))
