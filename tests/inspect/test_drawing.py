@@ -1,0 +1,75 @@
+"""The pictures show what the words say: every tensor, its shape and whether it trains, and where they meet."""
+
+from __future__ import annotations
+
+import re
+from xml.etree import ElementTree
+
+import pytest
+
+import lorary
+from lorary.inspect.drawing import EXAMPLE, method_svg, pieces
+from lorary.placed import Placed
+
+SVG = "{http://www.w3.org/2000/svg}"
+PRESETS = lorary.presets()
+
+
+def words(svg: str) -> list[str]:
+    return [element.text or "" for element in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+
+
+def fills(svg: str) -> list[str]:
+    """The fill of every tensor and swatch, in the order in which they are drawn."""
+    known = {"trains", "frozen", "shared", "base", "moved"}
+    return [e.get("class", "") for e in ElementTree.fromstring(svg).iter() if e.get("class") in known]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_tensor_is_there(name: str) -> None:
+    method = lorary.method(name)
+    svg = method_svg(method, PRESETS[name].title)
+    assert svg == method_svg(method, PRESETS[name].title)
+    said = words(svg)
+    shapes = Placed(EXAMPLE, method).shapes if method.delta else {}
+    for role, shape in shapes.items():
+        assert (role in said and str(list(shape)) in said) or f"{role} {list(shape)}" in said, role
+    assert ("trains" in said) == bool(method.trained or method.full)
+    assert ElementTree.fromstring(svg).find(f"{SVG}title").text == PRESETS[name].title  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_picture_needs_nothing_else(name: str) -> None:
+    svg = method_svg(lorary.method(name), "A < B & C")
+    assert not re.findall(r"(?:href|src|@import|url\((?!#lorary-))", svg)
+    assert "nan" not in svg
+    width, height = (float(ElementTree.fromstring(svg).get(side, "0")) for side in ("width", "height"))
+    for element in ElementTree.fromstring(svg).iter(f"{SVG}text"):
+        assert 0 < float(element.get("x", "-1")) < width
+        assert 0 < float(element.get("y", "-1")) < height
+
+
+def test_colours_tell_what_trains() -> None:
+    assert fills(method_svg(lorary.method("lora-fa"), ""))[:4] == ["frozen", "trains", "base", "base"]
+    assert fills(method_svg(lorary.method("vera"), ""))[:4] == ["shared", "trains", "shared", "trains"]
+    assert fills(method_svg(lorary.method("bitfit"), ""))[:2] == ["base", "trains"]
+    assert fills(method_svg(lorary.method("full"), ""))[:2] == ["trains", "trains"]
+    assert fills(method_svg(lorary.method("pissa"), ""))[2] == "moved"
+
+
+def test_the_way_from_x_to_y() -> None:
+    def way(*names: str, **options: int) -> list[tuple[str, int, int, int, int]]:
+        found = pieces(Placed(EXAMPLE, lorary.method(*names, **options)))
+        return [(p.role, p.left, p.right, p.blocks, p.copies) for p in found]
+
+    assert way("lora", r=4) == [("A", 1024, 4, 1, 1), ("B", 4, 2048, 1, 1)]
+    assert way("vera", r=8) == [("A", 1024, 8, 1, 1), ("d", 8, 8, 1, 1), ("B", 8, 2048, 1, 1), ("b", 2048, 2048, 1, 1)]
+    assert way("melora", r=4, n=2) == [("A", 1024, 8, 2, 1), ("B", 8, 2048, 2, 1)]
+    assert way("multilora", r=4, n=3) == [("A", 1024, 4, 1, 3), ("B", 4, 2048, 1, 3), ("gamma", 2048, 2048, 1, 3)]
+
+
+def test_the_join_the_scale_and_the_rates_are_said() -> None:
+    said = words(method_svg(lorary.method("dora", "pissa", "rslora", "lora+", r=16, alpha=32, ratio=4), ""))
+    for expected in ("Direction", "m [2048]", "s = 8", "learns 4 times faster", "W \N{MINUS SIGN} s B0 A0"):
+        assert expected in said
+    assert "dropout 0.1" in words(method_svg(lorary.method("lora", dropout=0.1), ""))
