@@ -63,6 +63,7 @@ class Adapted(nn.Module):
         p: role -> parameter. A and B for LoRA; the papers' letters for the others.
         start: role -> its start, on the CPU, where the base gave up s B A for it.
         enabled: whether forward adds what was learnt; `lorary.disabled` clears it for a while.
+        chosen: what a rule has drawn for the present optimizer step; None where none draws.
 
     `weight` and `bias` are those of the base, because foreign code reads them (weight tying, dtype look-ups), and so
     are its plain attributes, such as `in_features`, `stride` or `padding_idx`.
@@ -79,6 +80,7 @@ class Adapted(nn.Module):
         self.method: Method = placed.method
         self.scale = placed.scale
         self.enabled = True
+        self.chosen: Any = None
         self.base = base
         self.shared = shared
         self.remember = Memo()

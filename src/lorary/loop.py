@@ -100,6 +100,11 @@ class Tuning:
     def __post_init__(self) -> None:
         self.rules = self.layers[0].method.rules if self.layers else ()
         self.states = [rule.start(self.layers, self.steps) for rule in self.rules]
+        self._before_step()
+
+    def _before_step(self) -> None:
+        for rule, state in zip(self.rules, self.states, strict=True):
+            rule.before_step(self.layers, state, self.step + 1)
 
     def penalty(self) -> Tensor | float:
         """What the rules add to the training loss."""
@@ -117,6 +122,7 @@ class Tuning:
         self.step += 1
         for rule, state in zip(self.rules, self.states, strict=True):
             rule.after_step(self.layers, state, self.step)
+        self._before_step()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Flat tensors, for a checkpoint."""
@@ -138,6 +144,7 @@ class Tuning:
         for i, state in enumerate(self.states):
             for name in state:
                 state[name] = flat[f"{i}.{name}"].to(state[name].device, copy=True)
+        self._before_step()
 
 
 def tuning(model: nn.Module, steps: int) -> Tuning:

@@ -232,6 +232,7 @@ def _full_parameters(
         heads = head_names(model)
         names |= {name for name in parameters if any(name.startswith(f"{head}.") for head in heads)}
     sites = {f"{p.site.name}.weight" for p in placed}
+    sites |= {f"{p.site.name}.bias" for p in placed if p.delta.biases}
     weights = {known for name, known in paths if name in sites}
     for name in sorted(names & weights):
         what = "is adapted and trains in full as well: the adapter would have nothing of its own to learn"

@@ -203,6 +203,12 @@ class Method:
         if init.moves_base and self.dropout:
             what = f"{type(init).__name__} moves part of W into B A, and dropout would drop that part of W"
             problems.append(Problem("dropout", what, "say dropout=0"))
+        if self.dropout and not join.drops:
+            what = f"{type(join).__name__} scales W x itself: there is no input of the adapter alone to drop from"
+            problems.append(Problem("dropout", what, "say dropout=0"))
+        if delta.biases and "bias" in self.full:
+            what = f"{name} learns a change of every adapted layer's bias; trained in full, it would be learnt twice"
+            problems.append(Problem("full", what, "take one of the two"))
         if "*" in self.full:
             what = f"every base weight trains in full, which leaves nothing for {name} to learn"
             problems.append(Problem("full", what, "take one of the two"))

@@ -26,9 +26,11 @@ class Layer(Protocol):
 
     site: Site
     scale: float
+    method: Any  # Method, whose words these are
     p: Any  # role -> Parameter
     base: nn.Module
     training: bool
+    chosen: Any  # what a rule has drawn for the present step; None: nothing
 
     @property
     def kind(self) -> Kind: ...
@@ -72,6 +74,11 @@ class Delta(Protocol):
 
     @property
     def roles(self) -> frozenset[str]: ...
+    @property
+    def biases(self) -> bool:
+        """Whether the layer's bias changes, too: then it cannot train in full as well."""
+        return False
+
     def shapes(self, site: Site) -> Shapes: ...
     def factors(self, site: Site, p: Tensors) -> tuple[Tensor, Tensor]:
         """(B [out, R], A [R, inp]) with delta = scale * B A."""
@@ -98,10 +105,12 @@ class Join(Protocol):
     Attributes:
         roles: its own tensors.
         reads: the delta's extra roles that it makes use of.
+        drops: whether there is an input of the adapter, apart from the layer's own, of which dropout can drop some.
     """
 
     roles: frozenset[str] = frozenset()
     reads: frozenset[str] = frozenset()
+    drops: bool = True
 
     def shapes(self, site: Site) -> Shapes:
         """role -> shape of its own tensors."""
@@ -182,18 +191,25 @@ class Rule(Protocol):
     def needs(self) -> frozenset[str]: ...
     @property
     def writes_base(self) -> bool: ...
-    def start(self, layers: Sequence[Layer], steps: int) -> dict[str, Tensor]: ...
+    def start(self, layers: Sequence[Layer], steps: int) -> dict[str, Tensor]:
+        """Its state at the start of a run of so many optimizer steps."""
+        return {}
+
+    def before_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
+        """Optimizer step `step` (from 1) is next: the first one of a run, of a resumed run, or the one after."""
+        return None
+
     def penalty(self, layers: Sequence[Layer], state: dict[str, Tensor]) -> Tensor | float:
         """Added to the training loss."""
-        ...
+        return 0.0
 
     def after_backward(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
         """Gradients of optimizer step `step` (from 1) are complete and unclipped."""
-        ...
+        return None
 
     def after_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
         """Parameters have moved; gradients are still there."""
-        ...
+        return None
 
 
 @runtime_checkable

@@ -1,5 +1,5 @@
 """One file per paper. Importing a file makes its words and its preset known: a new method is one line here."""
 
 from lorary.methods import lora, rslora, loraplus, lora_fa  # noqa: F401, I001 (reading order)
-from lorary.methods import dora, pissa, olora, vera, melora, multilora  # noqa: F401
+from lorary.methods import dora, glora, pissa, olora, vera, melora, multilora  # noqa: F401
 from lorary.methods import bitfit, full  # noqa: F401

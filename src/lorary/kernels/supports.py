@@ -1,0 +1,122 @@
+"""`x·(W + W⊙(Ad·Au))ᵀ`: a weight that a low-rank matrix scales element by element, and nothing of its size is kept.
+
+`W⊙(Ad·Au)` has full rank, so there is no narrow middle to go through. The scaled weight is made where it is needed, in
+forward and again in backward, and given up at once: what is kept is `x`, the weight itself and the two factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from lorary.kernels.low_rank import without_autocast
+
+_FEW = 2  # rows of input for which r more products with W take less time than making the scaled weight
+
+
+def supported(x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor, b: Tensor | None = None) -> Tensor:
+    """`x·(W + W⊙(Ad·Au))ᵀ + b` in one product, for a weight in 32 bits or more.
+
+    Args:
+        x: [..., in] the input, in W's dtype.
+        W: [out, in] the frozen weight, in any layout.
+        Ad: [out, r], Au: [r, in] the factors of what scales it.
+        b: [out] a bias, or None.
+
+    Returns:
+        [..., out]. Where Ad is zero it is the frozen layer's own output, bit for bit.
+    """
+    if torch.compiler.is_compiling():
+        return supported_reference(x, W, Ad, Au, b)
+    out: Tensor = _Supported.apply(x, W, Ad, Au, b, W.dtype, True)  # type: ignore[no-untyped-call]
+    return out
+
+
+def supported_reference(x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor, b: Tensor | None = None) -> Tensor:
+    """The same as plain operations."""
+    return F.linear(x, W + W * (Ad.to(W.dtype) @ Au.to(W.dtype)), b)
+
+
+def add_supported(y: Tensor, x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor) -> Tensor:
+    """`y + x·(W⊙(Ad·Au))ᵀ`, in y's dtype.
+
+    In 16 bits `W + W⊙(Ad·Au)` would round away what has been learnt, so long as it is small beside W: there the two
+    terms are two products.
+
+    Args:
+        y: [..., out] the frozen layer's output.
+        x, W, Ad, Au: as for `supported`, of any floating dtypes.
+    """
+    if torch.compiler.is_compiling():
+        return add_supported_reference(y, x, W, Ad, Au)
+    term: Tensor = _Supported.apply(x, W, Ad, Au, None, y.dtype, False)  # type: ignore[no-untyped-call]
+    return y + term
+
+
+def add_supported_reference(y: Tensor, x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor) -> Tensor:
+    """The same as plain operations."""
+    with without_autocast(y.device):
+        return y + F.linear(x.to(y.dtype), W.to(y.dtype) * (Ad.to(y.dtype) @ Au.to(y.dtype)))
+
+
+def recomputed(make: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """make(*tensors), which keeps nothing but these for backward and runs once more there. It must draw nothing."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # the compiler recomputes by itself
+        return make(*tensors)
+    return cast(Tensor, checkpoint(make, *tensors, use_reentrant=False, preserve_rng_state=False))
+
+
+class _Supported(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        Ad: Tensor,
+        Au: Tensor,
+        b: Tensor | None,
+        dtype: torch.dtype,
+        whole: bool,
+    ) -> Tensor:
+        _, _, d_wants, u_wants, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if d_wants or u_wants else None, W, Ad, Au)
+        ctx.x_shape, ctx.dtype, ctx.whole = x.shape, dtype, whole
+        with without_autocast(x.device):
+            x, few = x.to(dtype), x.numel() <= _FEW * x.shape[-1]
+            if not few:
+                return F.linear(x, _scaled(W, Ad, Au, dtype, whole), b)
+            # (W⊙(d·u))·x = d⊙(W·(u⊙x)): W is read, never written
+            W = W.to(dtype)
+            terms = F.linear(x.unsqueeze(-2) * Au.to(dtype), W)  # [..., r, out]
+            scaled = (terms * Ad.to(dtype).t()).sum(-2)
+            return F.linear(x, W, b) + scaled if whole else scaled
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, Ad, Au = ctx.saved_tensors
+        x_wants, _, d_wants, u_wants, b_wants, *_ = ctx.needs_input_grad
+        gx = gAd = gAu = None
+        with without_autocast(gy.device):
+            g = gy.reshape(-1, gy.shape[-1])  # [T, out]
+            if x_wants:
+                gx = (g @ _scaled(W, Ad, Au, ctx.dtype, ctx.whole)).view(ctx.x_shape)
+            if d_wants or u_wants:
+                rows = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
+                each = (g.t() @ rows).mul_(W)  # [out, in], the gradient of Ad·Au
+                gAd = each @ Au.to(ctx.dtype).t() if d_wants else None
+                gAu = Ad.to(ctx.dtype).t() @ each if u_wants else None
+            gb = g.sum(0) if b_wants else None
+        return gx, None, gAd, gAu, gb, None, None  # autograd casts each to the dtype of its tensor
+
+
+def _scaled(W: Tensor, Ad: Tensor, Au: Tensor, dtype: torch.dtype, whole: bool) -> Tensor:
+    """W⊙(Ad·Au), with W itself if `whole`: [out, in] in W's own layout, so that the product is the layer's own."""
+    scaled = torch.mm(Ad.to(dtype), Au.to(dtype), out=torch.empty_like(W, dtype=dtype, requires_grad=False))
+    return torch.addcmul(W, W, scaled, out=scaled) if whole else scaled.mul_(W)

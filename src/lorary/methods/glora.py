@@ -1,0 +1,251 @@
+"""GLoRA: y = (W + W * A + B) x + b + b * D + E + W C, where * multiplies element by element.
+
+Five terms change the weight, the bias and what reaches them. Each of them takes one of a few forms: a low-rank matrix
+(its down part times its up part), a vector over the outputs, a scalar, or none: 4 * 4 * 3 * 3 * 3 = 432 structures for
+a layer. The scale of every term is what it learns; there is no alpha.
+
+Chavan et al. 2023, arXiv:2306.07967, equation 3; that the product with A is element by element, the forms and the
+start are those of the authors' code.
+
+In a supernet one set of tensors serves all structures of a layer (`glora_terms`). Every optimizer step trains a
+structure drawn at random for every layer (`RandomStructures`); `lorary.search` then looks for those that do best.
+
+What acts on the outputs alone (every form but a low-rank A) reads the weight through the layer's own forward pass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorary.errors import MethodError, Problem
+from lorary.kernels.supports import add_supported, recomputed, supported
+from lorary.methods.glora_terms import DOWN, OWN, ROLES, Terms, pair, structures
+from lorary.methods.lora import Fixed
+from lorary.preset import preset
+from lorary.sites import Site
+from lorary.words import SEED, Init, Join, Layer, Rule, Tensors, word
+
+
+@word
+@dataclass(frozen=True)
+class ZeroDown(Init):
+    """Down parts, vectors and scalars 0; up parts [r, columns] ~ U(-v, v) with v = sqrt(6 / (r + columns)) (Xavier)."""
+
+    fills = ROLES
+
+    def zeros(self, site: Site) -> frozenset[str]:
+        return frozenset(DOWN.values())
+
+    def __call__(self, p: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
+        for role, tensor in p.items():
+            if role.endswith("u"):
+                nn.init.xavier_uniform_(tensor, generator=generator)
+            else:
+                nn.init.zeros_(tensor)
+
+
+@word
+@dataclass(frozen=True)
+class Supports(Join):
+    """W' = W + W * A + s B, b' = b + b * D + E + W C. The weight of a convolution is its kernel as [out, inp]."""
+
+    reads = OWN
+    drops = False
+
+    def forward(self, layer: Layer, x: Tensor) -> Tensor:
+        p, idle = layer.tensors, []
+        if layer.training and layer.chosen is not None:
+            whole, p = p, layer.chosen.slices(p)
+            idle = [t for role, t in whole.items() if role not in p]
+        y = self._supported(layer, x, p, _shift(layer, x, p, idle))
+        if "Bd" not in p:
+            return y
+        B, A = pair(layer.site, p)
+        return layer.kind.add(layer.base, y, x, A, B, layer.scale, 0.0)
+
+    def _supported(self, layer: Layer, x: Tensor, p: Tensors, shift: Tensor | None) -> Tensor:
+        """(W + W * A) x + b + shift."""
+        along, b, a = layer.kind.along, layer.bias, p.get("Ad")
+        if a is not None and a.dim() == 2:
+            return _low_rank_support(layer, x, a, p["Au"], shift)
+        y: Tensor = layer.base(x)
+        if a is None:
+            return y if shift is None else y + along(shift.to(y.dtype))
+        # (1 + a) W x + b + shift = (1 + a) (W x + b) + (shift - a b)
+        gain = along(1 + a)
+        if b is not None:
+            shift = (0 if shift is None else shift) - a * b
+        return (y * gain if shift is None else torch.addcmul(along(shift), y, gain)).to(y.dtype)
+
+    def merged(
+        self, p: Tensors, W: Tensor, b: Tensor | None, BA: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        p = {role: t.to(W.dtype) for role, t in p.items()}
+        merged, a = torch.addmm(W, *BA), p.get("Ad")
+        if a is not None:
+            merged = torch.addcmul(merged, W, a @ p["Au"] if a.dim() == 2 else a[:, None])
+        shift = _change(p, b, lambda c: W @ c)
+        if shift is None:
+            return merged, b
+        return merged, W.new_zeros(W.shape[0]) + shift if b is None else b + shift
+
+    def on_output(
+        self, p: Tensors, W: Callable[[], Tensor], b: Callable[[], Tensor | None], BA: tuple[Tensor, Tensor]
+    ) -> tuple[tuple[Tensor, Tensor], Tensor | None, Tensor | None]:
+        (B, A), p = BA, {role: t.to(BA[0].dtype) for role, t in p.items()}
+        gain, out = None, B.shape[0]
+        if "Ad" in p:
+            gain = _gain(p["Ad"], out)
+            B = B / gain[:, None]
+        shift = _change(p, b() if "D" in p else None, lambda c: W() @ c)
+        return (B, A), gain, None if shift is None else shift.expand(out)
+
+
+def _gain(a: Tensor, out: int) -> Tensor:
+    """1 + a, for every output, where A acts on the outputs alone and can be undone.
+
+    Raises:
+        MethodError: it cannot.
+    """
+    if a.dim() == 2:
+        what = "A is low-rank: W * A has full rank, so this is no low-rank change of W with a gain for every output"
+        raise MethodError("", [Problem("A", what, "merge it into the base")])
+    gain = (1 + a).expand(out)
+    silent = int((gain == 0).sum())
+    if silent:
+        what = f"A is -1 at {silent} of {out} outputs, where nothing of W is left to add B to"
+        raise MethodError("", [Problem("A", what, "merge it into the base")])
+    return gain
+
+
+def _column(p: Tensors) -> Tensor | None:
+    """C [inp]: a product of its factors, or a vector."""
+    Cd = p.get("Cd")
+    return Cd if Cd is None or Cd.dim() == 1 else (Cd @ p["Cu"])[:, 0]
+
+
+def _change(p: Tensors, b: Tensor | None, Wc: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """b * D + E + W C, [out] or [1]; None without these terms."""
+    terms = [b * p["D"]] if "D" in p and b is not None else []
+    terms += [p["E"]] if "E" in p else []
+    c = _column(p)
+    terms += [Wc(c)] if c is not None else []
+    return sum(terms[1:], start=terms[0]) if terms else None
+
+
+def _shift(layer: Layer, x: Tensor, p: Tensors, idle: Sequence[Tensor]) -> Tensor | None:
+    """The change of the bias, once for a whole batch; without gradients, once for all batches.
+
+    The tensors of a supernet that the structure of this step has no use for take part with nothing of them, so that
+    each has a gradient on every rank, whatever was drawn.
+    """
+
+    def through(c: Tensor) -> Tensor:
+        if not layer.kind.rowwise:
+            return layer.kind.matrix(layer.base).to(c.dtype) @ c
+        row: Tensor = layer.base(c.to(x.dtype)[None])[0].to(c.dtype)
+        return row if layer.bias is None else row - layer.bias
+
+    b = layer.bias
+    of = [p[role] for role in ("Cd", "Cu", "D", "E") if role in p]
+    if of and not torch.is_grad_enabled():
+        weights = [t for t in (layer.base.weight, b) if isinstance(t, Tensor)]
+        return layer.remember("shift", [*of, *weights], lambda: torch.as_tensor(_change(p, b, through)))
+    change = _change(p, b, through)
+    if not idle:
+        return change
+    nothing = torch.stack([t.flatten()[:0].sum() for t in idle]).sum()
+    return nothing[None] if change is None else change + nothing
+
+
+def _low_rank_support(layer: Layer, x: Tensor, Ad: Tensor, Au: Tensor, shift: Tensor | None) -> Tensor:
+    """(W + W * (Ad Au)) x + b + shift, without keeping a matrix of W's size for backward."""
+    kind, base, b = layer.kind, layer.base, layer.bias
+    W = kind.matrix(base)
+    if layer.site.kind == "embedding":  # a column of W for every token: scale those that are looked up
+        y: Tensor = base(x)
+        y = torch.addcmul(y, y, F.linear(F.embedding(x, Au.T), Ad).to(y.dtype))
+    elif W.dtype.itemsize < 4 or W.dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
+        y = base(x)
+        if kind.rowwise:
+            y = add_supported(y, x, W, Ad, Au)
+        else:
+            y = y + recomputed(lambda x, Ad, Au: kind.run(base, x, W * (Ad @ Au).to(W.dtype), None), x, Ad, Au)
+    else:
+        bias, shift = (b, shift) if b is None or shift is None else ((b + shift).to(W.dtype), None)
+        if kind.rowwise:
+            y = supported(x, W, Ad, Au, bias)
+        else:
+            y = recomputed(
+                lambda x, Ad, Au: kind.run(base, x, torch.addcmul(W, W, (Ad @ Au).to(W.dtype)), bias), x, Ad, Au
+            )
+    return y if shift is None else y + kind.along(shift.to(y.dtype))
+
+
+@word
+@dataclass(frozen=True)
+class RandomStructures(Rule):
+    """Every optimizer step trains one structure of every layer, drawn from all that its tensors hold.
+
+    What is drawn depends on the seed, the step and the layer's name alone: all ranks agree, and a run that resumes
+    goes on as it would have. Outside training the layer is its most general structure.
+
+    Args:
+        seed: of the draws.
+    """
+
+    seed: int = field(default=0, metadata=SEED)
+
+    needs = ROLES
+    writes_base = False
+
+    def before_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
+        for layer in layers:
+            terms = layer.method.delta
+            if isinstance(terms, Terms):
+                layer.chosen = self.drawn(terms, layer.site, step)
+
+    def drawn(self, terms: Terms, site: Site, step: int) -> Terms:
+        """The structure of a site at an optimizer step (from 1)."""
+        every = structures(terms, site.bias)
+        digest = hashlib.sha256(f"{self.seed}/{step}/{site.name}".encode()).digest()
+        return every[int.from_bytes(digest, "little") % len(every)]
+
+
+@preset(
+    "glora",
+    citation="Chavan et al. 2023, arXiv:2306.07967",
+    lr=1e-4,
+    when="When layers differ in what they need: a search finds the terms that each of them is worth.",
+)
+def glora(
+    r: int = 4,
+    A: str = "lora",
+    B: str = "lora",
+    C: str = "lora",
+    D: str = "vector",
+    E: str = "vector",
+    supernet: bool = False,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """y = (W + W * A + B) x + b + b * D + E + W C, * element by element
+
+    Args:
+        r: the rank of the terms that are low-rank.
+        A: what scales W, element by element: lora, vector (over the outputs), scalar or none.
+        B: what is added to W, likewise.
+        C: what W is applied to once more, to shift the bias: lora, vector (over the inputs) or none.
+        D: what scales the bias: vector, scalar or none.
+        E: what is added to the bias, likewise.
+        supernet: train a random structure of every layer in every step, for `lorary search` to choose from.
+        seed: of the random structures.
+    """
+    words = {"delta": Terms(r, A, B, C, D, E), "init": ZeroDown(), "scale": Fixed(1.0), "join": Supports()}
+    return words | ({"rules": (RandomStructures(seed),)} if supernet else {})

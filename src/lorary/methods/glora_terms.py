@@ -1,0 +1,127 @@
+"""GLoRA's terms: what a layer may learn, in which form, and which tensors that takes.
+
+A supernet's tensors serve every structure of a layer: the vector of a term is the first column of its down part, its
+scalar that column's first number (the authors' weight entanglement).
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorary.sites import Site
+from lorary.words import COUNT, Delta, Shapes, Tensors, word
+
+# term -> its forms, the most general first: each is a part of the one before it
+FORMS: dict[str, tuple[str, ...]] = {
+    "A": ("lora", "vector", "scalar", "none"),
+    "B": ("lora", "vector", "scalar", "none"),
+    "C": ("lora", "vector", "none"),
+    "D": ("vector", "scalar", "none"),
+    "E": ("vector", "scalar", "none"),
+}
+DOWN = {"A": "Ad", "B": "Bd", "C": "Cd", "D": "D", "E": "E"}  # term -> the role that holds every form of it
+ROLES = frozenset({"Ad", "Au", "Bd", "Bu", "Cd", "Cu", "D", "E"})
+OWN = ROLES - {"Bd", "Bu"}  # what the join reads; B alone is a low-rank change of W
+
+
+def _one_of(term: str) -> dict[str, Any]:
+    forms = FORMS[term]
+    return {"check": lambda value: value in forms, "expects": f"one of {', '.join(forms)}"}
+
+
+@word
+@dataclass(frozen=True)
+class Terms(Delta):
+    """Ad [out, r] Au [r, inp], Bd Bu likewise, Cd [inp, r] Cu [r, 1], D and E [out]; a scalar is a vector of one.
+
+    A vector of A, B, D or E has one number for every output, of C one for every input. A layer without a bias has no
+    D, which would multiply it.
+    """
+
+    r: int = field(metadata=COUNT)
+    A: str = field(default="lora", metadata=_one_of("A"))
+    B: str = field(default="lora", metadata=_one_of("B"))
+    C: str = field(default="lora", metadata=_one_of("C"))
+    D: str = field(default="vector", metadata=_one_of("D"))
+    E: str = field(default="vector", metadata=_one_of("E"))
+
+    roles = ROLES
+    extras = OWN
+
+    @property
+    def biases(self) -> bool:
+        return {self.C, self.D, self.E} != {"none"}
+
+    def form(self, term: str) -> str:
+        """The form of a term."""
+        return str(getattr(self, term))
+
+    def shapes(self, site: Site) -> Shapes:
+        shapes: Shapes = {}
+        for term, down in DOWN.items():
+            rows, columns = (site.inp, 1) if term == "C" else (site.out, site.inp)
+            match self.form(term):
+                case "lora":
+                    shapes |= {down: (rows, self.r), f"{term}u": (self.r, columns)}
+                case "vector":
+                    shapes[down] = (rows,)
+                case "scalar":
+                    shapes[down] = (1,)
+        if not site.bias:
+            shapes.pop("D", None)
+        return shapes
+
+    def factors(self, site: Site, p: Tensors) -> tuple[Tensor, Tensor]:
+        return pair(site, p)
+
+    def problems(self, site: Site) -> list[str]:
+        if site.parts:
+            return ["its projections cannot be adapted one by one: GLoRA's terms are over all rows; adapt it whole"]
+        if site.kind == "embedding" and self.biases:
+            return ["C, D and E change a bias, which an embedding has none of: say C='none', D='none', E='none' for it"]
+        if not self.shapes(site):
+            return ["every term that this layer could have is none: nothing could be learnt"]
+        return []
+
+    def slices(self, p: Tensors) -> dict[str, Tensor]:
+        """The tensors of this structure as parts of a more general one's: views, so that they learn as one."""
+        found: dict[str, Tensor] = {}
+        for term, down in DOWN.items():
+            whole, form = p.get(down), self.form(term)
+            if whole is None or form == "none":
+                continue
+            if form == "lora":
+                found |= {down: whole, f"{term}u": p[f"{term}u"]}
+                continue
+            vector = whole[:, 0] if whole.dim() == 2 else whole
+            found[down] = vector if form == "vector" else vector[:1]
+        return found
+
+
+@cache
+def structures(terms: Terms, bias: bool = True) -> tuple[Terms, ...]:
+    """Every structure whose terms are parts of these: 432 of the most general ones.
+
+    Args:
+        terms: the most general form of every term.
+        bias: whether the layer has a bias; without one there is no D to choose.
+    """
+    forms = {term: some[some.index(terms.form(term)) :] for term, some in FORMS.items()}
+    if not bias:
+        forms["D"] = ("none",)
+    return tuple(Terms(terms.r, *chosen) for chosen in itertools.product(*forms.values()))
+
+
+def pair(site: Site, p: Tensors) -> tuple[Tensor, Tensor]:
+    """B as two factors, [out, R] and [R, inp]: a vector or a scalar adds its multiple of the sum of all inputs."""
+    Bd = p.get("Bd")
+    if Bd is None:
+        like = next(iter(p.values()), torch.empty(0))
+        return like.new_zeros(site.out, 0), like.new_zeros(0, site.inp)
+    return (Bd, p["Bu"]) if Bd.dim() == 2 else (Bd.expand(site.out)[:, None], Bd.new_ones(1, site.inp))
