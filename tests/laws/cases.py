@@ -46,6 +46,10 @@ class Kind:
         return self.target.partition("[")[0]
 
     @property
+    def bias(self) -> bool:
+        return getattr(self.make(), "bias", None) is not None
+
+    @property
     def parts(self) -> int:
         return max(len(self.adapted), 1)
 
@@ -54,11 +58,18 @@ class Kind:
         return sum(self.adapted) or self.out
 
 
+def gpt2(out: int, inp: int) -> nn.Module:
+    """A Conv1D whose bias is not zero, as after pretraining: a zero would hide what is done to it."""
+    layer = Conv1D(out, inp)
+    nn.init.normal_(layer.bias, std=0.1)
+    return layer
+
+
 KINDS = [
     Kind("linear", lambda: nn.Linear(24, 40), lambda: torch.randn(3, 5, 24), 24, 40),
     Kind("linear without bias", lambda: nn.Linear(24, 8, bias=False), lambda: torch.randn(7, 24), 24, 8),
-    Kind("GPT-2 Conv1D", lambda: Conv1D(40, 24), lambda: torch.randn(3, 5, 24), 24, 40),
-    Kind("fused q, v", lambda: Conv1D(48, 16), lambda: torch.randn(2, 5, 16), 16, 48, "c_attn[q,v]", (16, 16)),
+    Kind("GPT-2 Conv1D", lambda: gpt2(40, 24), lambda: torch.randn(3, 5, 24), 24, 40),
+    Kind("fused q, v", lambda: gpt2(48, 16), lambda: torch.randn(2, 5, 16), 16, 48, "c_attn[q,v]", (16, 16)),
     Kind(
         "conv1d, grouped, strided",
         lambda: nn.Conv1d(8, 12, 3, stride=2, padding=1, groups=4),
@@ -141,6 +152,9 @@ def numbers(method: lorary.Method, kind: Kind) -> int:
         "Minis": lambda r: {"A": r * A, "B": r * B},  # whatever n is
         "Parallel": lambda r: {"A": delta.n * r * A, "B": delta.n * r * B, "gamma": delta.n * B},
         "Vectors": lambda r: {"A": 0, "B": 0, "b": B, "d": kind.parts * r},
+        # A, B and C low-rank, D (where there is a bias) and E vectors
+        "Terms": lambda r: {"Ad": r * B, "Au": r * A, "Bd": r * B, "Bu": r * A, "Cd": r * A, "Cu": r, "E": B}
+        | ({"D": B} if kind.bias else {}),
     }.get(type(delta).__name__, lambda r: {"A": r * A, "B": r * B})(delta.r)
     magnitudes = kind.out if "m" in method.roles else 0
     return sum(count for role, count in each.items() if role not in method.frozen) + magnitudes

@@ -11,6 +11,7 @@ import torch
 
 import lorary
 from lorary import sites
+from lorary.methods.glora import Supports
 from lorary.methods.lora import Kaiming
 from lorary.methods.melora import Minis
 
@@ -65,6 +66,8 @@ def test_every_preset_is_covered_on_every_kind_or_says_why() -> None:
         if isinstance(method.delta, Minis):
             odd = {k.name for k in KINDS if any(size % method.delta.n for size in (k.inp, *(k.adapted or (k.out,))))}
             expected |= {(name, k) for k in odd}
+        if isinstance(method.join, Supports):  # over all rows of a weight, and over its bias
+            expected |= {(name, k.name) for k in KINDS if k.adapted or k.name in embeddings}
     assert missing == expected
 
 
