@@ -168,6 +168,109 @@ def test_activation_checkpointing_replays_the_same_masks() -> None:
     assert not torch.allclose(lost, plain)
 
 
+# --- a factor between two vectors ---------------------------------------------------------------------------------
+
+
+def _spanned_tensors(*shape: int, **options: Any) -> dict[str, Tensor]:
+    """As `_tensors`, and u [out], v [rank]: the vectors around B."""
+    t = _tensors(*shape, **options)
+    torch.manual_seed(9)
+    dtype = t["B"].dtype
+    return t | {"u": torch.randn(t["B"].shape[0]).to(dtype), "v": torch.randn(t["B"].shape[1]).to(dtype)}
+
+
+def _spanned(t: dict[str, Tensor], dropout: float = 0.0) -> Tensor:
+    torch.manual_seed(11)
+    y = F.linear(t["x"], t["W"], t["b"])
+    return add_low_rank(y, t["x"], t["A"], t["B"], 0.7, dropout, b=t["u"], d=t["v"])
+
+
+def _spanned_reference(t: dict[str, Tensor], dropout: float = 0.0) -> Tensor:
+    return _adapted({**t, "B": t["u"][:, None] * t["B"] * t["v"]}, add_low_rank_reference, dropout)
+
+
+def _spanned_gradients(t: dict[str, Tensor], wanted: tuple[str, ...], run: Any, dropout: float) -> dict[str, Tensor]:
+    t = {name: tensor.detach().clone().requires_grad_(name in wanted) for name, tensor in t.items()}
+    run(t, dropout).pow(2).sum().backward()
+    assert all(tensor.grad is None for name, tensor in t.items() if name not in wanted)
+    return {name: t[name].grad for name in wanted}  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("shape", [(5,), (6, 5), (2, 3, 5), (0, 5)])
+def test_vectors_span_the_factor(shape: tuple[int, ...]) -> None:
+    t = _spanned_tensors(*shape)
+    M = torch.diag(t["u"]) @ t["B"] @ torch.diag(t["v"]) @ t["A"]
+    torch.testing.assert_close(_spanned(t), F.linear(t["x"], t["W"] + 0.7 * M, t["b"]))
+
+
+@DROPOUTS
+def test_gradients_with_vectors_are_those_of_the_function(dropout: float) -> None:
+    t = _spanned_tensors(2, 3, 5)
+    inputs = tuple(tensor.requires_grad_() for tensor in t.values())
+    assert torch.autograd.gradcheck(lambda *values: _spanned(dict(zip(t, values, strict=True)), dropout), inputs)
+
+
+SPANNED = [w for count in range(1, 6) for w in itertools.combinations(("x", "A", "B", "u", "v"), count)]
+
+
+@DROPOUTS
+@pytest.mark.parametrize("wanted", SPANNED, ids="".join)
+def test_every_combination_with_vectors_agrees_with_the_reference(wanted: tuple[str, ...], dropout: float) -> None:
+    t = _spanned_tensors(6, 5)
+    ours = _spanned_gradients(t, wanted, _spanned, dropout)
+    theirs = _spanned_gradients(t, wanted, _spanned_reference, dropout)
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 4e-3), (torch.bfloat16, 3e-2), (torch.float32, 1e-5)])
+@DROPOUTS
+def test_float32_vectors_serve_every_dtype(dtype: torch.dtype, tolerance: float, dropout: float) -> None:
+    full = _spanned_tensors(32, 64, out=16, rank=4, dtype=torch.float32)
+    t = full | {name: full[name].to(dtype) for name in ("x", "W", "b")}
+    assert _spanned(t, dropout).dtype == dtype
+    wanted = ("x", "u", "v")
+    ours = _spanned_gradients(t, wanted, _spanned, dropout)
+    theirs = _spanned_gradients({n: tensor.double() for n, tensor in t.items()}, wanted, _spanned_reference, dropout)
+    for name in wanted:
+        assert ours[name].dtype == t[name].dtype
+        error = (ours[name].double() - theirs[name]).norm() / theirs[name].norm()
+        assert error < tolerance, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("b", [True, False])
+def test_one_vector_alone_is_no_use(b: bool) -> None:
+    t = _spanned_tensors(6, 5)
+    one: dict[str, Any] = {"b": t["u"]} if b else {"d": t["v"]}
+    with pytest.raises(ValueError, match="b and d come together or not at all"):
+        add_low_rank(F.linear(t["x"], t["W"]), t["x"], t["A"], t["B"], 0.7, **one)
+
+
+@DROPOUTS
+def test_the_factor_between_the_vectors_is_not_kept(dropout: float) -> None:
+    """Frozen A and B in 32 bits, of rank 256: what is kept is z alone, no [out, r] that autograd would record."""
+    t = _spanned_tensors(1024, 1024, out=1024, rank=256, dtype=torch.float32)
+    t |= {name: t[name].bfloat16() for name in ("x", "W", "b")}
+    for name in ("x", "u", "v"):
+        t[name].requires_grad_()
+    kept = kept_for_backward(lambda: _spanned(t, dropout), beyond=[v for n, v in t.items() if n != "x"])
+    assert kept == 1024 * 256 * 2  # not even x: A is frozen
+    plain = kept_for_backward(lambda: _spanned_reference(t, dropout), beyond=t.values())
+    assert plain > kept + 1024 * 256 * 4  # the negative control
+
+
+def test_vectors_compile_whole() -> None:
+    t = {name: tensor.requires_grad_() for name, tensor in _spanned_tensors(6, 5, dtype=torch.float32).items()}
+    torch.compiler.reset()
+
+    def run(x: Tensor) -> Tensor:
+        return add_low_rank(F.linear(x, t["W"]), x, t["A"], t["B"], 0.7, b=t["u"], d=t["v"])
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled(t["x"]).sum().backward()
+        torch.testing.assert_close(compiled(t["x"]), run(t["x"]))
+
+
 # --- whose memory is used -----------------------------------------------------------------------------------------
 
 

@@ -101,4 +101,4 @@ class _AddBlocks(torch.autograd.Function):
 
 def _slices(rows: Tensor, n: int) -> Tensor:
     """[T, width] as n slices side by side: [n, T, width/n], a view."""
-    return rows.view(rows.shape[0], n, -1).transpose(0, 1)
+    return rows.view(rows.shape[0], n, rows.shape[1] // n).transpose(0, 1)  # of no rows -1 would mean anything

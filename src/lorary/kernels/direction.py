@@ -34,11 +34,32 @@ def row_norms(W: Tensor, square: Tensor, B: Tensor, A: Tensor, s: float) -> Tens
     with without_autocast(W.device):
         exact = square.dtype
         A, B = A.to(exact), B.to(exact)
-        WA = torch.cat([rows.to(exact) @ A.T for rows in _chunks(W)])  # [out, R]
+        product: Any = _times if torch.compiler.is_compiling() else _Times.apply
+        WA: Tensor = product(W, A)  # [out, R]
         # both terms have B on their right: rowsum((2s·W·Aᵀ + s²·B·(A·Aᵀ))⊙B)
         bent = torch.addmm(WA, B, A @ A.T, beta=2 * s, alpha=s * s)
         squared = square + (bent * B).sum(1)
         return squared.clamp_min(torch.finfo(exact).tiny).sqrt()
+
+
+def _times(W: Tensor, A: Tensor) -> Tensor:
+    return torch.cat([rows.to(A.dtype) @ A.T for rows in _chunks(W)])
+
+
+class _Times(torch.autograd.Function):
+    """W·Aᵀ in A's precision for a frozen W, which is kept as it is stored: autograd would keep it in 32 bits."""
+
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, A: Tensor) -> Tensor:
+        ctx.save_for_backward(W)
+        return _times(W, A)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor]:
+        (W,) = ctx.saved_tensors
+        pieces = _chunks(W)
+        gA = [of.T @ rows.to(g.dtype) for of, rows in zip(g.split([len(p) for p in pieces]), pieces, strict=True)]
+        return None, torch.stack(gA).sum(0)
 
 
 def _chunks(W: Tensor) -> tuple[Tensor, ...]:

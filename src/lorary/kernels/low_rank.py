@@ -47,10 +47,15 @@ def add_low_rank(
         [..., out] the sum, in `y`'s dtype. Its gradient can be taken once, not twice. The input is kept for
         backward only where `A` trains.
 
+    Raises:
+        ValueError: b without d, or d without b.
+
     Example:
         >>> y = torch.nn.functional.linear(x, W)
         >>> y = add_low_rank(y, x, A, B, s=alpha / r)
     """
+    if (b is None) != (d is None):
+        raise ValueError("b and d come together or not at all")
     if torch.compiler.is_compiling():  # it fuses and recomputes by itself
         return add_low_rank_reference(y, x, A, _spanned(B, b, d), s, dropout)
     dropout = in_steps(dropout)
@@ -135,7 +140,7 @@ class _AddLowRank(torch.autograd.Function):
                 gB = _scaled(ctx.scale, g.t(), z)  # [out, R]
             if spans_want:
                 gb, gd = _span_gradients(gB, B, b, d)
-                gB = _spanned(gB, b, d) if b_wants else None
+            gB = _spanned(gB, b, d) if b_wants else None
             if x_wants or a_wants:
                 gz = _scaled(ctx.scale, g, _spanned(B, b, d).to(dtype))  # [T, R]
             if x_wants:
