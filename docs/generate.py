@@ -1,19 +1,30 @@
 """Writes the reference pages that the code knows best: `python docs/generate.py` (a part of `make docs`).
 
 The configuration's page is made from the models in `lorary.train.config`, the commands' from the command line itself,
-so neither can disagree with what it describes; a test fails where a committed page is not what this would write.
+the head of every method's page from its preset, and the combinations from their table, so that none can disagree with
+what it describes; a test fails where a committed page is not what this would write.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
+import math
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import typer
 from pydantic import BaseModel
 
+import lorary
 from lorary.cli import COMMANDS, app
+from lorary.combinations import partners, verdict
+from lorary.inspect.drawing import EXAMPLE, method_svg, state
+from lorary.placed import Placed
+from lorary.preset import Preset
+from lorary.sites import Site
 from lorary.train.config import Config
 
 HERE = Path(__file__).resolve().parent
@@ -112,12 +123,168 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;").strip()
 
 
-PAGES = {"reference/config.md": config_page, "reference/cli.md": cli_page}
+# Below this line a method's page is written by hand; above it, here.
+BY_HAND = "<!-- By hand from here on; what stands above is written by docs/generate.py. -->"
+
+# LLaMA-2-7B's linear layers: how many, inputs, outputs.
+LLAMA = [(4 * 32, 4096, 4096), (2 * 32, 4096, 11008), (32, 11008, 4096)]
+
+
+def stem(name: str) -> str:
+    """The file of a preset's page, without its ending."""
+    return name.replace("+", "-plus")
+
+
+def method_page(name: str) -> str:
+    """A method's page: a head from its preset, and what is written by hand below it."""
+    preset, file = lorary.presets()[name], HERE / "methods" / f"{stem(name)}.md"
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    parts = [_opening(preset), _options(preset), _tensors(preset), _partners(name), BY_HAND]
+    _, known, body = text.partition(BY_HAND)
+    return "\n".join(parts) + (body if known else f"\n\n{text}")
+
+
+def _opening(preset: Preset) -> str:
+    documented = inspect.getdoc(inspect.getmodule(preset.words)) or ""
+    paragraphs = [" ".join(p.split()) for p in documented.partition(":")[2].split("\n\n")]
+    lead = [p.replace("*", "\\*").replace("<", "&lt;") for p in paragraphs[:2] if "arXiv:" not in p]
+    paper = re.sub(r"arXiv:(\S+)", r"[arXiv:\1](https://arxiv.org/abs/\1)", preset.citation)
+    return "\n".join(
+        [
+            f"# {preset.title}\n",
+            f"```text\n{preset.summary}\n```\n",
+            *(f"{paragraph}\n" for paragraph in lead),
+            f"![{preset.title}: what is frozen, what trains, and how they meet](pictures/{stem(preset.name)}.svg)\n",
+            "| | |\n|---|---|",
+            f"| paper | {paper} |",
+            f"| changes | {', '.join(preset.changes)} |",
+            f"| when | {_cell(preset.when)} |",
+            f"| say | `{preset.name}` |\n",
+        ]
+    )
+
+
+def _options(preset: Preset) -> str:
+    rows = [
+        f"| `{name}` | `{_yaml(default)}` | {_cell(preset.meanings[name])} |"
+        for name, default in preset.parameters.items()
+    ]
+    rows.append(f"| learning rate | {_rate(preset.lr)} | the peak to start from: a language model, AdamW |")
+    return "## Options\n\n| option | default | meaning |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+
+
+def _rate(lr: float) -> str:
+    return f"{lr:.0e}".replace("e-0", "e-")
+
+
+def _tensors(preset: Preset) -> str:
+    method = lorary.method(preset.name)
+    if method.delta is None:
+        return "## What trains\n\nBase parameters: " + ", ".join(f"`{p}`" for p in method.full) + "\n"
+    placed = Placed(EXAMPLE, method)
+    said = {"trains": "trains", "frozen": "frozen", "shared": "frozen, one for all layers"}
+    rows = [
+        f"| `{role}` | `{list(shape)}` | {math.prod(shape):,} | {said[state(placed, role)]} |"
+        for role, shape in placed.shapes.items()
+    ]
+    llama = sum(n * Placed(Site("", "linear", out, inp, False), method).trainable for n, inp, out in LLAMA)
+    return (
+        f"## What trains\n\nOn a linear layer of {EXAMPLE.inp:,} inputs and {EXAMPLE.out:,} outputs, with the default "
+        "options:\n\n| tensor | shape | numbers | |\n|---|---|---|---|\n" + "\n".join(rows) + "\n\n"
+        f"{placed.trainable:,} numbers train there, and {llama:,} on all linear layers of LLaMA-2-7B but its head.\n"
+    )
+
+
+def _partners(name: str) -> str:
+    by_letter: dict[str, list[str]] = {"Y": [], "r": [], "N": []}
+    for other, found in partners(name).items():
+        link = f"[{lorary.presets()[other].title}]({stem(other)}.md)"
+        by_letter[found.letter].append(f"- {link}: {_cell(found.why)}" if found.why else link)
+    text = "## Combines with\n\n"
+    if by_letter["Y"]:
+        text += ", ".join(by_letter["Y"]) + ".\n\n"
+    if by_letter["r"]:
+        text += "With a restriction:\n\n" + "\n".join(by_letter["r"]) + "\n\n"
+    if by_letter["N"]:
+        text += "Refused, in the words of the refusal:\n\n" + "\n".join(by_letter["N"]) + "\n\n"
+    return text + "The whole [table of combinations](../combinations.md).\n"
+
+
+def picture(name: str) -> str:
+    """A method's picture."""
+    return method_svg(lorary.method(name), lorary.presets()[name].title)
+
+
+COMBINATIONS_HEAD = """# Combinations
+
+Presets combine by union: each is a name for some words, and silent on the rest. **Y**: they go together. **r**: they
+do, with the restriction below. **N**: refused, for the reason below, which is what the refusal itself says. Every Y and
+r of this page trains in the tests, and every N is refused there.
+
+More than two combine where each pair does, such as `dora,rslora,pissa,lora+`.
+
+"""
+
+
+def combinations_page() -> str:
+    """The page of the table of combinations."""
+    names = list(lorary.presets())
+    linked = {name: f"[`{name}`](methods/{stem(name)}.md)" for name in names}
+    rows = [["", *(f"`{name}`" for name in names[1:])], ["---"] * len(names)]
+    whys: dict[str, dict[str, list[str]]] = {"r": {}, "N": {}}
+    for i, one in enumerate(names[:-1]):
+        row = [""] * i
+        for other in names[i + 1 :]:
+            found = verdict(one, other)
+            row.append(found.letter)
+            if found.why:
+                whys[found.letter].setdefault(found.why, []).append(f"{linked[one]} with {linked[other]}")
+        rows.append([linked[one], *row])
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    listed = {
+        letter: "\n".join(f"- {', '.join(pairs)}: {_cell(why)}" for why, pairs in found.items())
+        for letter, found in whys.items()
+    }
+    return f"{COMBINATIONS_HEAD}{table}\n\n## Restrictions\n\n{listed['r']}\n\n## Refusals\n\n{listed['N']}\n"
+
+
+def index_page() -> str:
+    """The page over the methods' pages."""
+    file = HERE / "methods" / "index.md"
+    presets = lorary.presets().values()
+    rows = [
+        f"| [`{p.name}`]({stem(p.name)}.md) | `{p.summary.replace('|', chr(92) + '|')}` | {p.year or ''} | "
+        f"{', '.join(p.changes)} | {_cell(p.when)} |"
+        for p in presets
+    ]
+    head = """# The methods
+
+A method is a record of words, one per axis. A preset is a paper's name for some of them and silent on the rest, where
+LoRA's words stand. Presets combine by union; [which go together](../combinations.md) is a table of its own.
+
+| preset | equation | year | what it changes | when |
+|---|---|---|---|---|
+"""
+    toctree = "\n\n```{toctree}\n:hidden:\n\n" + "\n".join(stem(p.name) for p in presets) + "\n```\n\n"
+    return head + "\n".join(rows) + toctree + BY_HAND + file.read_text(encoding="utf-8").partition(BY_HAND)[2]
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "reference/config.md": config_page,
+    "reference/cli.md": cli_page,
+    "combinations.md": combinations_page,
+    "methods/index.md": index_page,
+    **{f"methods/{stem(name)}.md": functools.partial(method_page, name) for name in lorary.presets()},
+    **{f"methods/pictures/{stem(name)}.svg": functools.partial(picture, name) for name in lorary.presets()},
+}
 
 
 def main() -> None:
+    """Write every page. A method that has no page yet gets one, to be continued by hand."""
     for name, page in PAGES.items():
-        (HERE / name).write_text(page(), encoding="utf-8")
+        file = HERE / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -66,6 +66,13 @@ def test_what_is_refused_says_why(pair: tuple[str, str]) -> None:
     assert all(part in str(refused.value) for part in why.split("; "))
 
 
+def test_three_combine_where_each_pair_does() -> None:
+    allowed = {pair for pair in PAIRS if verdict(*pair).letter != "N"}
+    for three in itertools.combinations(NAMES, 3):
+        if set(itertools.combinations(three, 2)) <= allowed:
+            assert refusal(*three) == [], three
+
+
 def test_a_verdict_is_the_same_in_either_order() -> None:
     for one, other in PAIRS:
         assert verdict(one, other) == verdict(other, one)

@@ -75,7 +75,7 @@ def test_every_preset_has_a_page() -> None:
         file = preset.name.replace("+", "-plus") + ".md"
         page = (DOCS / "methods" / file).read_text(encoding="utf-8")
         assert f"({file})" in index, f"methods/index.md does not lead to {file}"
-        for heading in ("## Use", "## Defaults", "## What trains", "## Combines with"):
+        for heading in ("## Options", "## What trains", "## Combines with", "## Use"):
             assert heading in page, f"{file} has no {heading!r}"
         arxiv = re.search(r"\d{4}\.\d{5}", preset.citation)
         assert arxiv is None or arxiv[0] in page, f"{file} does not cite {preset.citation}"
@@ -86,6 +86,14 @@ def test_every_preset_has_a_page() -> None:
 def test_every_method_page_is_of_a_preset() -> None:
     known = {preset.replace("+", "-plus") for preset in lorary.presets()} | {"index"}
     assert {page.stem for page in (DOCS / "methods").glob("*.md")} == known
+
+
+def test_every_preset_says_what_its_page_shows() -> None:
+    for preset in lorary.presets().values():
+        assert set(preset.meanings) == set(preset.parameters), f"{preset.name} does not explain its options"
+        assert preset.when.endswith("."), f"{preset.name} does not say when to use it"
+        assert preset.changes, preset.name
+        assert preset.title.replace(" ", "").lower().startswith(preset.name[:4]), preset.title
 
 
 def test_every_public_name_is_documented() -> None:

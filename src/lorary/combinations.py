@@ -15,11 +15,12 @@ from lorary.preset import PRESETS, method
 # Y: they go together. r: they do, with a restriction, below. N: refused, for the reason that the refusal gives.
 # One letter for every preset further down the list, in its order.
 _TABLE = {
-    "lora": "Y Y Y Y Y Y Y Y Y Y N",
-    "rslora": "Y Y Y Y Y N r Y Y N",
-    "lora+": "N r r r N Y r Y N",
-    "lora-fa": "r Y Y N Y Y Y N",
-    "dora": "Y Y Y Y Y Y N",
+    "lora": "Y Y Y Y Y Y Y Y Y Y Y N",
+    "rslora": "Y Y Y N Y Y N r Y Y N",
+    "lora+": "N r N r r N Y r Y N",
+    "lora-fa": "r N Y Y N Y Y Y N",
+    "dora": "N Y Y Y Y Y Y N",
+    "glora": "N N N N N N N",
     "pissa": "N N N N Y N",
     "olora": "N N N Y N",
     "vera": "N N Y N",

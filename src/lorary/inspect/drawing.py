@@ -213,7 +213,7 @@ class _Drawing:
         y = draw.low + 30
         for axis, value in (("start", self.method.init), ("join", self.method.join)):
             said = (inspect.getdoc(type(value)) or "") if value is not None else ""
-            sentence = re.split(r"[.;](?:\s|$)", said)[0]
+            sentence = re.split(r"\.(?:\s|$)", said)[0]
             for i, line in enumerate(textwrap.wrap(sentence, int((end - 20) / 6.8))):
                 draw.text(24, y, axis if i == 0 else "", "soft left")
                 draw.text(60, y, line, "left")
