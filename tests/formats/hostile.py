@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import shutil
 import tempfile
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import lorary
 from lorary.formats import export_peft
@@ -41,18 +42,24 @@ def entry(shape: Any = (2,), start: Any = 0, stop: Any = 8, dtype: Any = "F32") 
     return {"dtype": dtype, "shape": list(shape) if isinstance(shape, tuple) else shape, "data_offsets": [start, stop]}
 
 
+def lora() -> nn.Module:
+    """The adapter that is spoiled unless another is asked for."""
+    return adapted(BASES[0], targets=["q_proj", "v_proj"])
+
+
 class Spoiled:
     """An adapter folder of its own, good until something is done to it.
 
     Args:
         folder: where.
         native: whether lorary's record lies beside PEFT's two files.
+        make: makes the model whose adapter it is; a function with a name, which is called once.
     """
 
-    def __init__(self, folder: Path, native: bool = False) -> None:
-        shutil.copytree(_good(native), folder)
+    def __init__(self, folder: Path, native: bool = False, make: Callable[[], nn.Module] = lora) -> None:
+        shutil.copytree(_good(native, make), folder)
         self.folder = folder
-        self.weights = folder / "adapter_model.safetensors"
+        self.weights = next(folder.glob("*.safetensors"))
         self.config = folder / "adapter_config.json"
         self.record = folder / "lorary.json"
 
@@ -65,6 +72,16 @@ class Spoiled:
         record = json.loads(self.record.read_text())
         change(record)
         self.record.write_text(json.dumps(record))
+
+    def sign(self) -> None:
+        """Makes lorary's record agree with the files as they are now."""
+
+        def change(record: dict[str, Any]) -> None:
+            for name in record["files"]:
+                data = (self.folder / name).read_bytes()
+                record["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+        self.note(change)
 
     def tensors(self, change: Callable[[dict[str, Tensor]], Any]) -> None:
         """Changes the tensors in place; names in full."""
@@ -94,9 +111,9 @@ class Spoiled:
 
 
 @functools.cache
-def _good(native: bool) -> Path:
+def _good(native: bool, make: Callable[[], nn.Module]) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="lorary-tests-")) / "good"
-    model = adapted(BASES[0], targets=["q_proj", "v_proj"])
+    model = make()
     if native:
         lorary.save(model, folder)
     else:

@@ -125,3 +125,12 @@ def adapted(base: Base, *names: str, targets: Any = None, **options: Any) -> nn.
     lorary.attach(model, lorary.plan(model, method, targets=targets or base.targets, **words))
     fill(p for n, p in model.named_parameters() if ".p." in n)
     return model.eval()
+
+
+def vera(base: Base, *names: str, targets: Any = None, **options: Any) -> nn.Module:
+    """The base with a filled VeRA on it, which has no alpha."""
+    model = base.model()
+    method = lorary.method("vera", *names, **({"r": 6} | options))
+    lorary.attach(model, lorary.plan(model, method, targets=targets or base.targets))
+    fill(p for n, p in model.named_parameters() if ".p." in n)
+    return model.eval()

@@ -389,12 +389,12 @@ PEFT: list[tuple[str, Spoil, str]] = [
     (
         "no peft_type",
         without("peft_type"),
-        ("  - adapter_config.json: has no `peft_type`\n      hint: lorary reads PEFT's LORA adapters"),
+        ("  - adapter_config.json: has no `peft_type`\n      hint: lorary reads PEFT's LORA and VERA adapters"),
     ),
     (
         "another peft_type",
         say(peft_type="EVIL"),
-        ("  - adapter_config.json: is of type 'EVIL'\n      hint: lorary reads PEFT's LORA adapters"),
+        ("  - adapter_config.json: is of type 'EVIL'\n      hint: lorary reads PEFT's LORA and VERA adapters"),
     ),
     ("a field twice", raw("r", "8"), "  - adapter_config.json: the key 'r' appears twice"),
     ("alpha NaN", raw("alpha", "NaN"), "  - adapter_config.json: NaN is not a JSON number"),
@@ -450,9 +450,13 @@ PEFT: list[tuple[str, Spoil, str]] = [
     ),
     ("a wrong type in a book-keeping field", say(task_type=3), "  - adapter_config.json: task_type: is 3, not a text"),
     (
-        "DoRA",
+        "DoRA without magnitudes",
         say(use_dora=True),
-        "  - adapter_config.json: use_dora: is true: DoRA's magnitudes are not read by this version",
+        "\n".join(
+            f"  - model.layers.{i}.self_attn.{name}_proj.lora_magnitude_vector: is missing"
+            for i in (0, 1)
+            for name in "qv"
+        ),
     ),
     (
         "biases beside B",
@@ -716,10 +720,10 @@ PEFT: list[tuple[str, Spoil, str]] = [
     ),
     (
         "everything at once",
-        lambda s: (s.say(r="4", use_dora=True, lora_ranl=4), s.weights.write_bytes(b"")),
+        lambda s: (s.say(r="4", use_dora="yes", lora_ranl=4), s.weights.write_bytes(b"")),
         (
             "  - adapter_config.json: r: is '4'; a rank is a whole number from 1 to 65,536\n"
-            "  - adapter_config.json: use_dora: is true: DoRA's magnitudes are not read by this version\n"
+            "  - adapter_config.json: use_dora: is 'yes', neither true nor false\n"
             "  - adapter_model.safetensors: is empty\n"
             "  - adapter_config.json: lora_ranl: is no field that lorary knows\n"
             "      hint: did you mean `lora_alpha` or `lora_bias` or `lora_ga_config`?"

@@ -22,16 +22,17 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
     pytest.mark.filterwarnings("ignore:Could not identify embedding layer:UserWarning"),
 ]
-VARIANTS = ("LoRA", "rsLoRA", "patterns", "embedding")
+VARIANTS = ("LoRA", "rsLoRA", "DoRA", "patterns", "patterns of a DoRA", "embedding", "embedding of a DoRA")
 
 
 def peft_words(base: Base, variant: str) -> dict[str, Any]:
     words: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": list(base.targets)}
     if variant == "rsLoRA":
         words["use_rslora"] = True
-    if variant == "patterns":
+    words["use_dora"] = "DoRA" in variant
+    if variant.startswith("patterns"):
         words |= {"rank_pattern": {base.special: 2}, "alpha_pattern": {base.targets[0].replace(".", r"\."): 10}}
-    if variant == "embedding":
+    if variant.startswith("embedding"):
         words["target_modules"] = [base.embedding, base.targets[0]]
     return words
 
@@ -50,15 +51,17 @@ def by_peft(base: Base, folder: Path) -> torch.Tensor:
 
 def ours(base: Base, variant: str) -> nn.Module:
     words: dict[str, Any] = {}
-    if variant == "patterns":
+    if variant.startswith("patterns"):
         words = {"ranks": {base.special: 2}, "alphas": {base.targets[0]: 10}}
-    targets = (base.embedding, base.targets[0]) if variant == "embedding" else None
-    return adapted(base, "rslora" if variant == "rsLoRA" else "lora", targets=targets, **words)
+    targets = (base.embedding, base.targets[0]) if variant.startswith("embedding") else None
+    name = "rslora" if variant == "rsLoRA" else "dora" if "DoRA" in variant else "lora"
+    return adapted(base, name, targets=targets, **words)
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    """Equal to a millionth of the largest logit."""
     assert torch.isfinite(a).all()
-    torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-6 * max(1.0, b.abs().max().item()))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -118,7 +121,7 @@ class Nested(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("names", [("lora",), ("rslora",)])
+@pytest.mark.parametrize("names", [("lora",), ("rslora",), ("dora",)])
 def test_projections_of_a_fused_weight(names: tuple[str, ...], tmp_path: Path) -> None:
     base = BASES[1]
     model = adapted(base, *names, targets=["c_attn[q,v]", "c_fc"])
@@ -152,7 +155,7 @@ def test_projections_that_interleave(tmp_path: Path) -> None:
     close(outputs(lorary.load(base.model(), tmp_path)), outputs(model))
 
 
-@pytest.mark.parametrize("names", [("lora+", "rslora"), ("lora-fa",)])
+@pytest.mark.parametrize("names", [("lora+", "rslora"), ("lora-fa",), ("dora", "lora-fa", "rslora")])
 def test_methods_that_only_train_differently_are_peft_adapters(names: tuple[str, ...], tmp_path: Path) -> None:
     model = adapted(BASES[0], *names, dropout=0.25)
     lorary.save(model, tmp_path)

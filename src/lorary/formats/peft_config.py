@@ -122,18 +122,18 @@ def read_config(data: object, findings: Findings) -> PeftConfig | None:
         findings.fatal.append(Problem(NAME, what, f"lorary reads PEFT's {' and '.join(_DEFAULTS)} adapters"))
         return None
     words: dict[str, Any] = dict(_DEFAULTS[kind])
-    fields = understood(kind, Budget())
+    fields, unsupported = understood(kind, Budget()), UNSUPPORTED if kind == "LORA" else {}
     for key, value in data.items():
         if key in fields:
             _take(words, key, *fields[key], value, findings)
-        elif key in UNSUPPORTED and kind == "LORA":
+        elif key in unsupported:
             if value not in (None, False, [], {}, 0):
-                findings.fatal.append(Problem(f"{NAME}: {key}", f"is {show(value)}: {UNSUPPORTED[key]}"))
+                findings.fatal.append(Problem(f"{NAME}: {key}", f"is {show(value)}: {unsupported[key]}"))
         elif key in BOOK_KEEPING:
             if value is not None and not isinstance(value, BOOK_KEEPING[key]):
                 findings.fatal.append(Problem(f"{NAME}: {key}", f"is {show(value)}, not {spelled(BOOK_KEEPING[key])}"))
         else:
-            known = [*fields, *UNSUPPORTED, *BOOK_KEEPING]
+            known = [*fields, *unsupported, *BOOK_KEEPING]
             fix = suggestion(key, known) or "a newer PEFT may have written it; strict=False ignores it"
             findings.tolerable.append(Problem(f"{NAME}: {named(key)}", "is no field that lorary knows", fix))
     _check_together(words, findings)

@@ -25,6 +25,7 @@ from lorary.formats.findings import Findings
 from lorary.formats.folder import read_bytes
 from lorary.formats.peft_config import NAME, PeftConfig, read_config
 from lorary.formats.peft_fulls import Fulls, full_tensors
+from lorary.formats.peft_strangers import strange
 from lorary.formats.peft_writer import VERA_KINDS, sliding
 from lorary.formats.strict_json import named
 from lorary.formats.tensor_file import TensorFile
@@ -104,7 +105,8 @@ class _Reader:
             if config.sort == "DoRA" and short.endswith(f".{peft_keys.MAGNITUDE}.weight"):
                 short = short.removesuffix(".weight")  # as a module's weight, which PEFT's files leave out
             if short in self.names:
-                findings.fatal.append(Problem(named(name), "is there twice, with and without its prefix"))
+                other = "prefix" if name == peft_keys.PREFIX + short or name == short else "ending"
+                findings.fatal.append(Problem(named(name), f"is there twice, with and without its {other}"))
             self.names[short] = name
         self.found = {short: file.header.tensors[name] for short, name in self.names.items()}
 
@@ -151,8 +153,11 @@ class _Reader:
         if shape in known:
             return shape
         if shape[:1] == (1,) and torch.Size(shape).numel() == at.inp:
-            what = f"has a magnitude for each of {at.inp} inputs; DoRA as it was published has one for each output"
-            self.findings.fatal.append(Problem(name, what, "another program normalised the columns: it cannot be read"))
+            what = (
+                f"has the shape {list(shape)}, that of a magnitude for each input; DoRA as published has one per output"
+            )
+            fix = f"where they are the outputs' all the same, write them as [{at.out}]"
+            self.findings.fatal.append(Problem(name, what, fix))
             return shape
         return known[0]
 
@@ -168,7 +173,7 @@ class _Reader:
         if self.config.sort == "VeRA" and self.layers is None:
             what = "how many inputs each layer of a VeRA has is only known to the model"
             self.findings.fatal.append(Problem("", what, "read it onto its base: lorary.load(model, folder)"))
-            return ()
+            self.findings.settle()
         try:
             sites = list(self._sites_of_model() if self.layers is not None else self._sites_of_file())
             return tuple(Placed(s, self._method(self.config.rank(s.name), self.config.alpha_at(s.name))) for s in sites)
@@ -259,7 +264,8 @@ class _Reader:
         if name in peft_keys.BANKS.values() and not self.config.saved:
             return "is there, and the configuration says that it is drawn from its seed"
         if key is None:
-            return _strange(name, None if self.model is None else {n for n, _ in base_parameters(self.model)})
+            base = None if self.model is None else {n for n, _ in base_parameters(self.model)}
+            return strange(name, self.config.sort, base)
         if self.layers is not None and key.site not in self.layers:
             return "adapts a module that the model does not have"
         if not self.config.targets_module(key.site):
@@ -282,23 +288,3 @@ def _filled(p: Placed, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
         name: values[name] if name in values else torch.zeros(shape) for name, shape in peft_keys.layout(p).values()
     }
-
-
-_FEATURES = {
-    "lora_magnitude_vector": "belongs to DoRA, which the configuration does not say it is",
-    "lora_B.bias": "is a bias beside B, which is not supported",
-    "lora_E": "belongs to AdaLoRA, which the configuration does not say it is",
-    "lora_diag": "belongs to KaSA, which is not supported",
-}
-
-
-def _strange(name: str, base: set[str] | None) -> str:
-    for leaf, what in _FEATURES.items():
-        if name.endswith((f".{leaf}", f".{leaf}.weight")):
-            return what
-    if ".lora_A." in name or ".lora_B." in name:
-        return "has an adapter's name inside, which PEFT's files never have"
-    plain = name.replace(".base_layer.", ".")
-    if plain in base if base is not None else plain.endswith((".weight", ".bias")):
-        return "would overwrite a weight of the base, and `modules_to_save` does not list it"
-    return "is no tensor of this adapter"

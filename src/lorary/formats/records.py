@@ -59,6 +59,8 @@ def placed_from(sites: list[Site], records: list[Any], method: Method, findings:
             if method.delta is None:
                 raise ValueError("the method has no delta, so it adapts no site")
             own = record.get("method")
+            if own is None and "alpha" in record and not hasattr(method.scale, "alpha"):
+                raise ValueError(f"its scale, {type(method.scale).__name__}, has no alpha")
             varied = Method.from_dict(own) if own is not None else _varied(method, record)
             there = Placed(found, varied)
             findings.fatal += [Problem(f"lorary.json: {found.name}", what) for what in _unfit(there)]

@@ -89,7 +89,9 @@ def read_header(file: BinaryIO, size: int, where: str, dtypes: tuple[str, ...] =
 
 
 def _length_problem(start: bytes, length: int, size: int) -> str:
-    if start.startswith(b"PK\x03\x04") or start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+    pickled = start.startswith(b"PK\x03\x04") or start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+    fits = length <= min(size - 8, MOST_HEADER_BYTES) and start[8:] == b"{"
+    if pickled and not fits:  # a header of 1,152 bytes begins as a pickle does
         return "is a pickle under another name; pickles can run code and are never opened"
     if length > MOST_HEADER_BYTES:
         return f"announces a header of {length:,} bytes, more than the {MOST_HEADER_BYTES:,} that are accepted"
