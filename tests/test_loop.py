@@ -15,7 +15,7 @@ from lorary import words
 from lorary.adapted import adapted
 from lorary.adapter import Adapter
 from lorary.errors import ConfigError, StateError
-from lorary.words import Layer
+from lorary.words import Layer, Rule
 
 from . import tiny
 
@@ -169,7 +169,7 @@ def test_a_decay_moves_factors_that_have_no_gradient_yet() -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pull:
+class Pull(Rule):
     """A rule for tests: pulls B to `to`, scales gradients of B by `factor`, and counts what it saw.
 
     penalty: weight * sum (B - to)^2, the weight growing with the steps done.

@@ -495,7 +495,7 @@ class _Packed:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Writes:
+class _Writes(words.Rule):
     """A rule that writes the base."""
 
     needs = frozenset({"A"})

@@ -15,7 +15,7 @@ from lorary import preset, words
 from lorary.errors import MethodError, PlanError
 from lorary.methods.lora import ByRank, Fixed, Gaussian, Kaiming, LowRank
 from lorary.record import Method
-from lorary.words import AsIs
+from lorary.words import AsIs, Rule
 
 
 def said(*names: Any, **options: Any) -> str:
@@ -44,7 +44,7 @@ _WRONG = "these words do not make a method:\n  - "
             ["lroa"],
             {},
             f"{_UNKNOWN}'lroa': is no method that lorary knows\n"
-            "      hint: did you mean `lora` or `lora+` or `rslora`?",
+            "      hint: did you mean `lora` or `lora+` or `glora`?",
         ),
         (
             ["houlsby"],
@@ -177,7 +177,7 @@ class Halved(words.Init):
 
 
 @dataclasses.dataclass(frozen=True)
-class Writer:
+class Writer(Rule):
     """A rule that writes the base and wants a tensor E."""
 
     needs = frozenset({"E"})

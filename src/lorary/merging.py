@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from lorary.adapted import Adapted, adapted
+from lorary.biases import BiasWarning, Room, homeless, make_room, take_back_room
 from lorary.errors import Problem, StateError
 from lorary.fingerprint import STATE
 from lorary.surgery import attached, require, set_layer
@@ -17,7 +19,8 @@ def merge(model: nn.Module, *, keep: bool = False) -> nn.Module:
 
     All or nothing: every merged weight is computed and checked before the first layer changes. Where an adapted
     weight was shared (tied embeddings), every use gets a weight of its own and the model's configuration says that
-    they are no longer tied.
+    they are no longer tied. A layer that had no bias gets one where the method changes it (GLoRA), and the
+    configuration says so, if it can: otherwise a warning names the biases that a checkpoint would lose.
 
     Args:
         model: a model with adapters attached.
@@ -35,19 +38,25 @@ def merge(model: nn.Module, *, keep: bool = False) -> nn.Module:
             problems.append(Problem(name, f"merged, the weight is not finite in {W.dtype}"))
     if problems:
         raise StateError("cannot merge:", problems)
-    shared, untied, state.merged = _shared(model), False, {}
+    shared, untied, state.merged, created = _shared(model), False, {}, set()
     for name, layer in layers.items():
         weight, bias = cast(nn.Parameter, layer.base.weight), cast("nn.Parameter | None", layer.bias)
         W, b = _rounded(layer)
         layer.base.weight = nn.Parameter(W, requires_grad=False)
         if b is not None:
             layer.base.bias = nn.Parameter(b, requires_grad=False)
+        if b is not None and bias is None:
+            created |= {f"{path}.bias" for path in state.paths[name]}
         for path in state.paths[name]:
             set_layer(model, path, layer.base)
         untied |= id(weight) in shared or isinstance(state.moved.get(name), nn.Parameter)
         if keep:
             state.merged[name] = (weight, bias, layer)
     state.tied = _untie(model) if untied else None
+    state.room = make_room(model, created)
+    if created and (lost := homeless(model)):
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        warnings.warn(f"{lost[0].where}{more}: {lost[0].what}", BiasWarning, stacklevel=2)
     if not keep:
         object.__delattr__(model, STATE)
     return model
@@ -82,7 +91,8 @@ def unmerge(model: nn.Module) -> nn.Module:
         for module, name, parameter in state.tied:
             parameter.data = parameter.data.to(getattr(module, name))
             setattr(module, name, parameter)
-    state.merged, state.tied = None, None
+    take_back_room(model, state.room)
+    state.merged, state.tied, state.room = None, None, Room()
     return model
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lorary.adapted import Adapted, Shared, adapted
+from lorary.biases import Room
 from lorary.errors import PlanError, Problem, StateError
 from lorary.fingerprint import STATE, Fingerprint
 from lorary.placed import Placed
@@ -37,6 +38,7 @@ class Attached:
         fingerprint: of the base, taken before anything changed or was sharded.
         merged: once merged, site -> what the merge replaced: weight, bias and the adapted layer.
         tied: the parameters that a merge untied from each other: module, name, and what it held there before.
+        room: what a merge did to the model so that it may have biases which it had not.
         off: how many `disabled` blocks the model is in.
     """
 
@@ -49,6 +51,7 @@ class Attached:
     moved: dict[str, Tensor] = field(default_factory=dict)
     merged: dict[str, tuple[nn.Parameter, nn.Parameter | None, Adapted]] | None = None
     tied: list[tuple[nn.Module, str, nn.Parameter]] | None = None
+    room: Room = field(default_factory=Room)
     off: int = 0
 
 

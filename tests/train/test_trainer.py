@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM, TrainerCallback
 import lorary
 from lorary.errors import StateError, TrainingError
 from lorary.train import trainer as module
-from lorary.words import WORDS
+from lorary.words import WORDS, Rule
 from tests.train.runs import adapted, dpo, frozen, llama, log, losses, pairs, rows, sft, trained
 
 TRL_ASKS_BY_AN_OLD_NAME = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
@@ -223,7 +223,7 @@ SEEN: list[tuple[Any, ...]] = []
 
 
 @dataclass(frozen=True)
-class Diary:
+class Diary(Rule):
     """A rule that adds a multiple of 1 + |B|² to the loss, and writes down what it sees."""
 
     weight: float = 0.0

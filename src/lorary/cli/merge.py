@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,8 +26,9 @@ def merge(
     The sum is taken in fp32 and rounded once; what rounding costs is measured and shown.
     """
     import lorary
+    from lorary.biases import BiasWarning, homeless
     from lorary.cli.adapters import adapter_folder, base_of
-    from lorary.errors import FileError, Problem
+    from lorary.errors import FileError, Problem, StateError
     from lorary.formats.atomic import atomic_directory
     from lorary.train.models import load_config, load_model, load_tokenizer, quiet
 
@@ -41,7 +43,11 @@ def merge(
         model = load_model(section)
         lorary.load(model, folder, force=force)
         before = probe(model)
-        lorary.merge(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", BiasWarning)  # refused below, with every name
+            lorary.merge(model)
+        if lost := homeless(model):
+            raise StateError("this model cannot be kept merged:", lost)
         after = probe(model)
         with quiet():
             model.save_pretrained(target)
