@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import lorary
 from lorary.cli import doctor
-from lorary.cli.methods import PLANNED
 from lorary.train.config_file import load
 from tests.cli.command import Command
 from tests.train.small import PLAIN_CHAT, tokenizer
@@ -78,19 +77,6 @@ def test_init_prints_the_schema(command: Command) -> None:
     schema = json.loads(command("init", "--schema").out)
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert not list(Path().iterdir())
-
-
-# --- methods ----------------------------------------------------------------------------------------------------
-
-
-def test_methods_shows_what_is_there_and_what_is_to_come(command: Command) -> None:
-    rows = json.loads(command("methods", "--json").out)
-    assert [row["name"] for row in rows if row["available"]] == list(lorary.presets())
-    assert {row["name"] for row in rows if not row["available"]} == set(PLANNED) - set(lorary.presets())
-    assert next(row for row in rows if row["name"] == "lora+")["options"] == {"ratio": 16.0}
-    text = command("methods").out
-    assert "lora+\n    lr_B = ratio * lr_A\n    Hayou et al. 2024, arXiv:2402.12354\n    options: ratio=16.0\n" in text
-    assert "dora (planned)\n" in text or "dora" in lorary.presets()
 
 
 # --- plan -------------------------------------------------------------------------------------------------------

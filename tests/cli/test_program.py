@@ -32,10 +32,11 @@ OPTIONS = {
     "": ["--debug", "--install-completion", "--show-completion", "--version"],
     "demo": ["--out", "--steps"],
     "doctor": ["--json"],
+    "export": ["--base", "--to"],
     "generate": ["--base", "--chat", "--max-new-tokens", "--seed", "--temperature", "--top-p"],
     "init": ["--force", "--schema"],
     "merge": ["--base", "--dtype", "--force"],
-    "methods": ["--json"],
+    "methods": ["--answers", "--choose", "--json"],
     "train": ["--dry-run", "--overwrite", "--quiet", "--resume", "--set", "-q"],
     "plan": ["--alpha", "--exclude", "--method", "--r", "--set", "--targets", "-m", "-t"],
 }

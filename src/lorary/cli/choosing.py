@@ -1,0 +1,214 @@
+"""Which method to take: a few questions, and the configuration that the answers lead to.
+
+Every answer but the first of a question asks for something. What it takes is a word on some axis where that method is
+here, and the nearest that is where it is planned; the configuration's first lines say which and why.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorary.errors import ConfigError, Problem, did_you_mean
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question.
+
+    Args:
+        key: its name on the command line.
+        text: the question.
+        answers: answer -> what it means; the first one asks for nothing.
+    """
+
+    key: str
+    text: str
+    answers: Mapping[str, str]
+
+    @property
+    def default(self) -> str:
+        return next(iter(self.answers))
+
+
+QUESTIONS = (
+    Question(
+        "memory",
+        "Does the model fit, with a batch in training?",
+        {
+            "enough": "yes",
+            "tight": "the weights do, the activations hardly",
+            "short": "not even its weights in 16 bits",
+        },
+    ),
+    Question(
+        "quality",
+        "Is the best result worth longer steps?",
+        {"good": "LoRA's is good enough", "best": "yes"},
+    ),
+    Question(
+        "layers",
+        "Do some layers matter more than others?",
+        {"alike": "no, or nobody knows", "differ": "yes"},
+    ),
+    Question(
+        "context",
+        "Is the text longer than what the model was trained on?",
+        {"usual": "no", "long": "yes"},
+    ),
+    Question(
+        "adapters",
+        "How many adapters are there to be on one base?",
+        {"few": "one, or a few", "many": "very many, so that each must be tiny"},
+    ),
+    Question(
+        "tasks",
+        "How many tasks does one adapter learn?",
+        {"one": "one", "mixed": "several at once", "sequence": "one after another"},
+    ),
+    Question(
+        "convergence",
+        "Must it converge in few steps?",
+        {"usual": "no", "fast": "yes"},
+    ),
+)
+
+
+@dataclass
+class Choice:
+    """What the answers lead to.
+
+    Attributes:
+        names: presets.
+        method, training, data, model: keys of these sections of the configuration.
+        why: what each word is for.
+        planned: what would fit better, and is not here yet.
+    """
+
+    names: list[str] = field(default_factory=list)
+    method: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    why: list[str] = field(default_factory=list)
+    planned: list[str] = field(default_factory=list)
+
+    def yaml(self) -> str:
+        """A configuration that `lorary train` takes, with the reasons above it."""
+        from lorary.train.yaml_source import dump
+
+        names = self.names or ["lora"]
+        tree = {
+            "model": {"id": "builtin:base"} | self.model,
+            "method": {"name": names if len(names) > 1 else names[0]} | self.method,
+            "data": {"train": "builtin:docstrings"} | self.data,
+            "training": self.training,
+        }
+        why = "; ".join(self.why) or "LoRA, since nothing that you say asks for more"
+        said = [f"Why: {why}.", *(f"Planned: {text}." for text in self.planned), "Put your own model and data here."]
+        head = [textwrap.fill(text, 100, initial_indent="# ", subsequent_indent="#   ") for text in said]
+        return "\n".join(head) + "\n" + dump({key: value for key, value in tree.items() if value})
+
+
+def choose(answers: Mapping[str, str]) -> Choice:
+    """The method for these answers; a question without one takes its first.
+
+    Raises:
+        ConfigError: a question or an answer that is not known, every one of them.
+    """
+    said = {question.key: question.default for question in QUESTIONS} | _known(answers)
+    choice = Choice()
+    _what_is_learnt(choice, said)
+    _memory(choice, said)
+    _quality(choice, said)
+    _convergence(choice, said)
+    _layers(choice, said)
+    _context(choice, said)
+    return choice
+
+
+def _known(answers: Mapping[str, str]) -> dict[str, str]:
+    questions = {question.key: question for question in QUESTIONS}
+    problems = []
+    for key, answer in answers.items():
+        if key not in questions:
+            problems.append(Problem(key, "is no question", did_you_mean(key, list(questions))))
+        elif answer not in questions[key].answers:
+            fix = "known: " + ", ".join(questions[key].answers)
+            problems.append(Problem(key, f"{answer!r} is no answer to: {questions[key].text}", fix))
+    if problems:
+        raise ConfigError("these answers cannot be read:", problems)
+    return dict(answers)
+
+
+def _what_is_learnt(choice: Choice, said: Mapping[str, str]) -> None:
+    if said["adapters"] == "many":
+        choice.names.append("vera")
+        choice.method["options"] = {"save_projections": False}
+        choice.why.append("VeRA, since an adapter is two vectors a layer")
+        choice.planned.append("serving thousands of adapters in one batch (S-LoRA)")
+    elif said["tasks"] == "mixed":
+        choice.names.append("multilora")
+        choice.why.append("MultiLoRA, since its parallel parts weigh equally in a mixture of tasks")
+    if said["tasks"] == "sequence":
+        choice.planned.append("keeping each task away from those before it (O-LoRA)")
+        choice.why.append("one adapter for each task, changed with lorary.switch, so that no task is forgotten")
+
+
+def _memory(choice: Choice, said: Mapping[str, str]) -> None:
+    if said["memory"] == "enough":
+        return
+    choice.training |= {"batch_size": 1, "gradient_accumulation_steps": 16, "gradient_checkpointing": True}
+    if "vera" in choice.names:
+        choice.why.append("activations are recomputed, to save memory")
+    else:
+        choice.names.append("lora-fa")
+        choice.why.append("LoRA-FA, since without a gradient for A the layers' inputs need not be kept")
+    if said["memory"] == "short":
+        choice.model["dtype"] = "bfloat16"
+        choice.planned.append("keeping the weights in 4 bits (QLoRA); until then a smaller model, or a larger machine")
+
+
+def _quality(choice: Choice, said: Mapping[str, str]) -> None:
+    if said["quality"] != "best":
+        return
+    if "lora-fa" in choice.names:
+        choice.why.append("no DoRA, with which most of the memory saved would be lost")
+    else:
+        choice.names.append("dora")
+        choice.why.append("DoRA, since magnitude and direction learn apart, as in full fine-tuning")
+
+
+def _convergence(choice: Choice, said: Mapping[str, str]) -> None:
+    if said["convergence"] != "fast":
+        return
+    if "vera" in choice.names:
+        choice.why.append("no faster start, since VeRA has one of its own")
+    elif "multilora" not in choice.names:
+        choice.names.append("pissa")
+        choice.why.append("PiSSA, since it starts at the directions that matter most")
+    elif "lora-fa" not in choice.names:
+        choice.names.append("lora+")
+        choice.why.append("LoRA+, since B then learns faster than A; tune the ratio")
+    else:
+        choice.why.append("no LoRA+, since A does not learn")
+
+
+def _layers(choice: Choice, said: Mapping[str, str]) -> None:
+    if said["layers"] != "differ":
+        return
+    r = 256 if "vera" in choice.names else 16
+    choice.method |= {"r": r, "ranks": {"*.mlp.*": 2 * r}}
+    choice.why.append("ranks by hand: put your own globs in place of the MLP's")
+    choice.planned.append("finding out which layers matter, while training (AdaLoRA) or before (LoRA-drop)")
+
+
+def _context(choice: Choice, said: Mapping[str, str]) -> None:
+    if said["context"] != "long":
+        return
+    choice.training["gradient_checkpointing"] = True
+    choice.data["max_length"] = 8192
+    choice.why.append("long rows with full attention, activations recomputed")
+    choice.planned.append("attention within shifted groups in training (LongLoRA)")

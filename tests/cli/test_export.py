@@ -1,0 +1,79 @@
+"""lorary export: PEFT's files with the same function, measured where the base is given."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import lorary
+from tests.cli.command import Command
+from tests.cli.test_commands import base
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+IDS = torch.arange(12)[None] * 7
+
+
+def trained(*names: str, **options: object) -> torch.Tensor:
+    """Saves a base as `model` and an adapter as `run/adapter`; returns their logits in fp32."""
+    base(Path("model"))
+    model = AutoModelForCausalLM.from_pretrained("model", dtype=torch.float32)
+    lorary.attach(model, lorary.plan(model, lorary.method(*names, **options)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+        lorary.save(model, "run/adapter")
+        return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("names", [("lora",), ("pissa", "rslora"), ("dora",), ("vera",)], ids="+".join)
+def test_export_gives_peft_the_same_logits(names: tuple[str, ...], command: Command) -> None:
+    expected = trained(*names, r=4)
+    ran = command("export", "run", "--to", "peft", "out", "--base", "model")
+    assert (ran.code, ran.out) == (0, "out\n")
+    assert ran.err.startswith("against the adapter itself: logits differ by at most ")
+    plain = AutoModelForCausalLM.from_pretrained("model", dtype=torch.float32)
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(plain, "out").eval()(input_ids=IDS).logits
+    torch.testing.assert_close(theirs, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def test_export_needs_no_base_where_the_method_needs_none(command: Command) -> None:
+    trained("olora", r=4)
+    assert command("export", "run", "out") == (0, "out\n", "")
+    words = json.loads(Path("out/adapter_config.json").read_text())
+    assert (words["r"], words["init_lora_weights"]) == (8, True)
+
+
+def test_export_refuses_what_peft_has_not(command: Command) -> None:
+    base(Path("model"))
+    model = AutoModelForCausalLM.from_pretrained("model", dtype=torch.float32)
+    lorary.attach(model, lorary.plan(model, lorary.Method(full=("*norm*",))))
+    lorary.save(model, "adapter")
+    ran = command("export", "adapter", "out")
+    assert ran.code == 4
+    assert ran.err.startswith(
+        "error: cannot export an adapter to 'out' for PEFT\n"
+        "  - sites: it trains base parameters only, and PEFT's adapters adapt at least one layer\n"
+    )
+    assert not Path("out").exists()
+
+
+def test_export_names_what_is_wrong(command: Command) -> None:
+    Path("empty").mkdir()
+    assert command("export", "empty", "out") == (
+        4,
+        "",
+        "error: cannot export empty:\n  - empty: there is no adapter in it\n",
+    )
+    assert command("export", "empty", "out", "--to", "pfet") == (
+        2,
+        "",
+        "error: cannot export empty:\n  - --to pfet: is nothing that an adapter can be written as\n"
+        "      hint: did you mean `peft`?\n",
+    )
