@@ -1,0 +1,50 @@
+"""lorary export: an adapter as another program reads it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+FORMS = ("peft",)
+
+
+def export(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder, or a run folder that holds one.")],
+    output: Annotated[Path, typer.Argument(help="Folder for what is written.")],
+    to: Annotated[str, typer.Option("--to", help="peft: a plain LoRA, or a DoRA, in PEFT's two files.")] = "peft",
+    base: Annotated[
+        str | None, typer.Option("--base", help="Base model: some methods need it, and with it the result is measured.")
+    ] = None,
+) -> None:
+    """Write an adapter for other programs: the same function of the same, unmodified base, in their words.
+
+    PiSSA and OLoRA take twice their rank there; a method that has no such form is refused with the reason.
+    """
+    import lorary
+    from lorary.cli.adapters import adapter_folder, base_of
+    from lorary.cli.merge import probe
+    from lorary.errors import ConfigError, FileError, Problem, did_you_mean
+    from lorary.formats import export_peft, load_adapter
+    from lorary.train.models import load_model
+
+    if to not in FORMS:
+        what, fix = "is nothing that an adapter can be written as", did_you_mean(to, FORMS)
+        raise ConfigError(f"cannot export {adapter}:", [Problem(f"--to {to}", what, fix)])
+    folder = adapter_folder(adapter)
+    if folder is None:
+        raise FileError(f"cannot export {adapter}:", [Problem(str(adapter), "there is no adapter in it")])
+    if base is None:
+        export_peft(load_adapter(folder), output)
+    else:
+        model = load_model(base_of(folder, base, "float32"))
+        lorary.load(model, folder)
+        before = probe(model)
+        lorary.detach(model)
+        export_peft(load_adapter(folder, model=model), output, model=model)
+        lorary.load(model, output)
+        far = (before - probe(model)).abs().max().item()
+        print(f"against the adapter itself: logits differ by at most {far:.2g} in fp32", file=sys.stderr)
+    print(output)
