@@ -21,7 +21,7 @@ SOURCE = ROOT / "src" / "lorary"
 # From the ground up. A module imports from the floors below its own and from its own package, never from above.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("kernels", "accounting", "builtin", "memo"),
+    ("kernels", "accounting", "biases", "builtin", "memo"),
     ("sites",),
     ("words",),
     ("record",),
@@ -32,9 +32,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("adapted", "preconditions"),
     ("planning",),
     ("fingerprint",),
+    ("state",),
+    ("residual",),
     ("surgery",),
     ("merging", "loop", "forms"),
     ("adapter",),
+    ("evolution",),
     ("formats",),
     ("inspect",),
     ("train",),

@@ -14,7 +14,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "Adapted": "adapted",
     "Adapter": "adapter",
+    "Evolution": "evolution",
     "Fingerprint": "fingerprint",
+    "Found": "evolution",
     "LowRankForm": "forms",
     "Method": "record",
     "Placed": "placed",
@@ -32,6 +34,7 @@ _HOMES = {
     "plan": "planning",
     "presets": "preset",
     "save": "adapter",
+    "search": "evolution",
     "switch": "adapter",
     "tuning": "loop",
     "unmerge": "merging",
@@ -45,6 +48,9 @@ if TYPE_CHECKING:
     from lorary.adapter import load as load
     from lorary.adapter import save as save
     from lorary.adapter import switch as switch
+    from lorary.evolution import Evolution as Evolution
+    from lorary.evolution import Found as Found
+    from lorary.evolution import search as search
     from lorary.fingerprint import Fingerprint as Fingerprint
     from lorary.forms import LowRankForm as LowRankForm
     from lorary.loop import Tuning as Tuning
