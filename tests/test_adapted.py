@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import lorary
 from lorary.adapted import Adapted
-from lorary.surgery import attached, base_parameter
+from lorary.state import attached, base_parameter
 
 from . import tiny
 

@@ -17,7 +17,7 @@ from lorary.adapter import Adapter, stacked
 from lorary.errors import FileError, MethodError, StateError
 from lorary.fingerprint import Fingerprint
 from lorary.methods.lora import Fixed
-from lorary.surgery import attached
+from lorary.state import attached
 
 from . import tiny
 

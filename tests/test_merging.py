@@ -14,7 +14,7 @@ import lorary
 from lorary.adapted import adapted
 from lorary.adapter import Adapter
 from lorary.errors import StateError
-from lorary.surgery import attached
+from lorary.state import attached
 
 from . import tiny
 

@@ -12,7 +12,7 @@ from torch import nn
 import lorary
 from lorary.adapter import Adapter
 from lorary.errors import ConfigError, FileError, MethodError, PlanError
-from lorary.surgery import attached
+from lorary.state import attached
 
 LORA = lorary.method("lora", r=2, alpha=4)
 

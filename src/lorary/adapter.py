@@ -18,7 +18,8 @@ from lorary.forms import LowRankForm, low_rank_forms
 from lorary.methods.lora import Add, Fixed, Kaiming, LowRank
 from lorary.placed import Placed
 from lorary.record import Method
-from lorary.surgery import attached, base_parameter, detach, mismatch, place, require
+from lorary.state import attached, base_parameter, require
+from lorary.surgery import detach, mismatch, place
 
 
 @dataclass(frozen=True)

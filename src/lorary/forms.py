@@ -12,7 +12,7 @@ from lorary.adapted import plain_modules
 from lorary.errors import MethodError, Problem
 from lorary.placed import Placed, start_of
 from lorary.sites import KINDS
-from lorary.surgery import attached
+from lorary.state import attached
 from lorary.words import Join
 
 

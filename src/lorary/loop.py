@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lorary.adapted import Adapted, adapted
 from lorary.errors import ConfigError, Problem, StateError
-from lorary.surgery import base_parameter, require
+from lorary.state import base_parameter, require
 from lorary.words import Rule
 
 

@@ -11,7 +11,8 @@ from lorary.adapted import Adapted, adapted
 from lorary.biases import BiasWarning, Room, homeless, make_room, take_back_room
 from lorary.errors import Problem, StateError
 from lorary.fingerprint import STATE
-from lorary.surgery import attached, require, set_layer
+from lorary.state import attached, require
+from lorary.surgery import set_layer
 
 
 def merge(model: nn.Module, *, keep: bool = False) -> nn.Module:

@@ -3,80 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from typing import cast
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor, nn
 
 from lorary.adapted import Adapted, Shared, adapted
-from lorary.biases import Room
 from lorary.errors import PlanError, Problem, StateError
 from lorary.fingerprint import STATE, Fingerprint
 from lorary.placed import Placed
 from lorary.planning import Plan
 from lorary.record import Method
+from lorary.residual import give_up, take_back
 from lorary.sites import Site, kind_of, site
+from lorary.state import Attached, attached, base_parameter, require
 from lorary.words import Init, Join
 
 MASTERS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # what adapters may be learnt in
-
-
-@dataclass
-class Attached:
-    """What a model remembers while adapters are attached, so that everything can be put back.
-
-    Args:
-        method: the method.
-        placed: the adapted sites.
-        full: base parameters that train in full -> their values before training.
-        trained: the names of parameters that required gradients before.
-        paths: site -> every path of its layer, more than one for a shared layer.
-        moved: site -> what its weight was before the base gave up a part of it: the values, on the CPU, or the
-            parameter itself where others hold it too and the layer got one of its own.
-        fingerprint: of the base, taken before anything changed or was sharded.
-        merged: once merged, site -> what the merge replaced: weight, bias and the adapted layer.
-        tied: the parameters that a merge untied from each other: module, name, and what it held there before.
-        room: what a merge did to the model so that it may have biases which it had not.
-        off: how many `disabled` blocks the model is in.
-    """
-
-    method: Method
-    placed: tuple[Placed, ...]
-    full: dict[str, Tensor]
-    trained: frozenset[str]
-    paths: dict[str, list[str]]
-    fingerprint: Fingerprint
-    moved: dict[str, Tensor] = field(default_factory=dict)
-    merged: dict[str, tuple[nn.Parameter, nn.Parameter | None, Adapted]] | None = None
-    tied: list[tuple[nn.Module, str, nn.Parameter]] | None = None
-    room: Room = field(default_factory=Room)
-    off: int = 0
-
-
-def attached(model: nn.Module) -> Attached | None:
-    """What is attached to a model, or None."""
-    return cast("Attached | None", getattr(model, STATE, None))
-
-
-def require(model: nn.Module, verb: str) -> Attached:
-    """What is attached to a model.
-
-    Raises:
-        StateError: nothing is, it has been merged, or it is disabled for now.
-    """
-    state = attached(model)
-    if state is None:
-        raise StateError(
-            f"there is nothing to {verb}:", [Problem("model", "no adapter is attached", "attach one first")]
-        )
-    if state.merged is not None:
-        raise StateError(f"cannot {verb}:", [Problem("model", "the adapter is merged", "unmerge it first")])
-    if state.off and verb != "disable":
-        what, fix = "the adapter is disabled, and the model has the base's values", "leave the `disabled` block first"
-        raise StateError(f"cannot {verb}:", [Problem("model", what, fix)])
-    return state
 
 
 def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -110,9 +57,9 @@ def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = 
         layers = list(adapted(model).values())
         if layers and layers[0].shared is not None:
             cast(Init, plan.method.init).share(layers[0].shared.tensors)
-        for layer in layers:
+        for layer in _shown(layers):
             layer.initialise(seed)
-            _give_up(model, layer)
+            give_up(model, layer)
             with torch.no_grad():
                 cast(Join, layer.method.join).setup(layer)
     except BaseException:
@@ -171,7 +118,13 @@ def place(
     object.__setattr__(model, STATE, Attached(method, placed, kept, trained, paths, fingerprint))
     if tensors is not None:
         for layer in layers.values():
-            _give_up(model, layer)
+            give_up(model, layer)
+
+
+def _shown(layers: list[Adapted]) -> Iterable[Adapted]:
+    """With a progress bar on a terminal, where a start has to decompose every weight."""
+    slow = sys.stderr.isatty() and any(cast(Init, layer.method.init).moves_base for layer in layers)
+    return track(layers, "starting", console=Console(stderr=True), transient=True) if slow else layers
 
 
 def _shared(model: nn.Module, placed: tuple[Placed, ...], dtype: torch.dtype) -> Shared | None:
@@ -180,38 +133,6 @@ def _shared(model: nn.Module, placed: tuple[Placed, ...], dtype: torch.dtype) ->
         return None
     first = base_parameter(model, f"{placed[0].site.name}.weight")
     return Shared(placed, dtype, first.device)
-
-
-def _give_up(model: nn.Module, layer: Adapted) -> None:
-    """Where the delta does not start at zero, the base becomes W - s B A of its start; what it was is kept.
-
-    A weight that other layers hold as well stays theirs, and this one gets its own.
-    """
-    factors = layer.start_factors()
-    weight = cast(nn.Parameter, layer.weight)
-    if factors is None or weight.is_meta:
-        return
-    state, kind = cast(Attached, attached(model)), layer.kind
-    exact = torch.promote_types(weight.dtype, torch.float32)
-    with torch.no_grad():
-        B, A = (factor.to(weight.device, exact) for factor in factors)
-        rest = torch.addmm(kind.matrix(layer.base).to(exact), B, A, alpha=-layer.scale)
-        rest = kind.weight(layer.base, rest).to(weight.dtype)
-        if sum(held is weight for m in model.modules() for held in m._parameters.values()) > 1:
-            state.moved[layer.site.name] = weight
-            layer.base.weight = nn.Parameter(rest, requires_grad=False)
-        else:
-            state.moved[layer.site.name] = weight.detach().to("cpu", copy=True)
-            weight.copy_(rest)
-
-
-def take_back(layer: Adapted, before: Tensor) -> None:
-    """Give a layer the weight that it had before it gave up a part of it."""
-    if isinstance(before, nn.Parameter):
-        layer.base.weight = before
-    else:
-        with torch.no_grad():
-            cast(nn.Parameter, layer.weight).copy_(before)
 
 
 def mismatch(expected: Site, layer: nn.Module | None) -> list[Problem]:
@@ -247,13 +168,6 @@ def set_layer(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put a module at a path of the model."""
     parent, _, last = path.rpartition(".")
     setattr(model.get_submodule(parent), last, module)
-
-
-def base_parameter(model: nn.Module, name: str) -> nn.Parameter:
-    """A base parameter by its path in the plain model, wherever an adapter has moved it to."""
-    path, _, last = name.rpartition(".")
-    module = model.get_submodule(path)
-    return cast(nn.Parameter, getattr(module, last))
 
 
 def detach(model: nn.Module) -> nn.Module:

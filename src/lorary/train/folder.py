@@ -8,6 +8,7 @@ events.log             what happened, with the time
 plots/loss.svg         the loss over the steps
 checkpoints/           to resume from
 adapter/               the result
+searched/              what a search made of it, where it is a supernet
 README.md              its model card
 """
 
@@ -32,8 +33,9 @@ from lorary.train.config import Config
 CONFIG, ENVIRONMENT, SAMPLE = "config.resolved.yaml", "env.json", "sample.txt"
 METRICS, EVENTS, PLOTS = "metrics.jsonl", "events.log", "plots"
 CHECKPOINTS, ADAPTER, CARD, LOCK = "checkpoints", "adapter", "README.md", ".lock"
+SEARCHED = "searched"
 TRACKERS = ("runs", "wandb", "trackio")  # what loggers may leave here
-OWN = (CONFIG, ENVIRONMENT, SAMPLE, METRICS, EVENTS, PLOTS, CHECKPOINTS, ADAPTER, CARD, LOCK, *TRACKERS)
+OWN = (CONFIG, ENVIRONMENT, SAMPLE, METRICS, EVENTS, PLOTS, CHECKPOINTS, ADAPTER, SEARCHED, CARD, LOCK, *TRACKERS)
 
 # What may differ between a run and its resumption without changing a number.
 _FREE = {"output", "training.save_total_limit", "training.report_to", "training.eval_batch_size"}
@@ -73,6 +75,16 @@ class RunFolder:
             for folder in (self.path, self / CHECKPOINTS):
                 if folder.is_dir():
                     remove_stale(folder)
+            yield
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, no other process of lorary writes here.
+
+        Raises:
+            StateError: one does.
+        """
+        with _lock(self / LOCK):
             yield
 
     def _check(self, config: Config, *, resume: bool, overwrite: bool) -> None:

@@ -136,7 +136,7 @@ def _run(
     model = _model(prepared)
     bar = ProgressLines()
     shown = [Recorder(folder), LastEvaluation(), *([] if quiet else [bar]), *callbacks]
-    trainer = _trainer(prepared, model, folder / CHECKPOINTS, resumed is not None, shown)
+    trainer = trainer_of(prepared, model, folder / CHECKPOINTS, resumed=resumed is not None, callbacks=shown)
     start = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
@@ -201,7 +201,16 @@ def _model(prepared: Prepared) -> Any:
     return lorary.attach(load_model(prepared.config.model), prepared.plan, seed=prepared.config.training.seed)
 
 
-def _trainer(prepared: Prepared, model: Any, output: Path, resumed: bool, callbacks: list[TrainerCallback]) -> Any:
+def trainer_of(prepared: Prepared, model: Any, output: Path, *, resumed: bool, callbacks: list[TrainerCallback]) -> Any:
+    """The trainer of a run.
+
+    Args:
+        prepared: the run.
+        model: with its method attached.
+        output: the folder of the checkpoints.
+        resumed: whether the run goes on.
+        callbacks: Transformers' callbacks.
+    """
     held_out = bool(prepared.held_out and prepared.held_out.rows)
     args = arguments(prepared.config, output, held_out=held_out, resumed=resumed)
     patience = prepared.config.training.early_stopping_patience

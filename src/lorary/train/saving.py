@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import warnings
@@ -20,7 +21,8 @@ from lorary.adapter import Adapter
 from lorary.errors import FileError, LoraryError, Problem, TrainingError
 from lorary.fingerprint import Fingerprint
 from lorary.formats.findings import AdapterWarning
-from lorary.surgery import base_parameter, require
+from lorary.residual import restart
+from lorary.state import base_parameter, require
 from lorary.train import checkpoint, moments, rng
 
 _log = logging.getLogger("lorary.train")
@@ -33,10 +35,7 @@ def taken(model: nn.Module, fingerprint: Fingerprint) -> Adapter:
         model: with a method attached, its parameters whole or sharded.
         fingerprint: of the base, taken while it was whole.
     """
-    state = require(model, "save")
-    tensors = {name: {k: moments.whole(t) for k, t in layer.p.items()} for name, layer in adapted(model).items()}
-    full = {name: moments.whole(base_parameter(model, name)) for name in state.full}
-    return Adapter(state.method, state.placed, tensors, full, fingerprint)
+    return dataclasses.replace(Adapter.of(model), base=fingerprint)
 
 
 def adapter_of(path: Path) -> Adapter:
@@ -53,7 +52,7 @@ def put(model: nn.Module, value: Adapter) -> None:
         FileError: it is another method's, or for other sites; every difference.
     """
     state, layers = require(model, "load"), adapted(model)
-    here = {name: {role: tuple(t.shape) for role, t in layer.p.items()} for name, layer in layers.items()}
+    here = {p.site.name: p.stored for p in state.placed}
     there = {name: {role: tuple(t.shape) for role, t in roles.items()} for name, roles in value.tensors.items()}
     problems = [
         Problem(name, f"{there.get(name, 'nothing')} in the checkpoint, {here.get(name, 'nothing')} here")
@@ -67,6 +66,7 @@ def put(model: nn.Module, value: Adapter) -> None:
     for name, layer in layers.items():
         for role, parameter in layer.p.items():
             moments.put(parameter, value.tensors[name][role])
+        restart(model, layer, value.tensors[name])
     for name, tensor in value.full.items():
         moments.put(base_parameter(model, name), tensor)
 

@@ -30,7 +30,7 @@ from transformers.trainer_optimizer import is_optimizer_factory
 
 import lorary
 from lorary.errors import Problem, TrainingError
-from lorary.surgery import require
+from lorary.state import require
 from lorary.train import checkpoint, rng, saving
 from lorary.train.distributed import check_strategy, fsdp_on_cpus, resharded
 from lorary.train.guard import Guard
