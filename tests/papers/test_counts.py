@@ -155,3 +155,116 @@ def test_an_embedding_costs_r_for_every_token_and_every_feature() -> None:
 def test_a_convolution_costs_r_for_every_weight_of_a_filter_and_every_channel() -> None:
     model = nn.Sequential(nn.Conv2d(64, 128, (3, 5), groups=4))
     assert count(model, "conv", 8) == 8 * (64 // 4 * 15 + 128)
+
+
+# --- the methods that join, start or learn in another way -------------------------------------------------------------
+
+
+def counted(model: nn.Module, targets: Any, *names: str, **options: Any) -> int:
+    return lorary.plan(model, lorary.method(*names, **options), targets).trainable
+
+
+DORAS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+
+
+def test_dora_on_llama_2_7b() -> None:
+    """LoRA's numbers, and a magnitude for every output."""
+    model = llama_2_7b()
+    assert counted(model, DORAS, "lora", r=32) == 56_098_816
+    plan = lorary.plan(model, lorary.method("dora", r=32), DORAS)
+    assert plan.trainable == 56_098_816 + 876_544 == 56_975_360
+    assert f"{plan.share:.4%}" == "0.8455%"
+    assert counted(model, "all-linear", "dora", r=16) == 39_976_960 + 1_359_872
+
+
+@pytest.mark.parametrize("names", [("pissa",), ("olora",), ("pissa", "rslora", "lora+"), ("olora", "rslora")])
+def test_another_start_trains_what_lora_trains(names: tuple[str, ...]) -> None:
+    assert counted(llama_2_7b(), "all-linear", *names, r=16) == 39_976_960
+    assert counted(bert("large", "Roberta"), "attention-qv", *names, r=8) == 786_432
+    assert counted(gpt_3(), "attention-qv", *names, r=8) == 37_748_736
+
+
+def test_a_start_in_the_weights_directions_with_lora_fa_trains_b_alone() -> None:
+    assert counted(llama_2_7b(), "attention-qv", "pissa", "lora-fa", r=16) == 4_194_304
+
+
+@pytest.mark.parametrize(("targets", "r", "expected"), [("all-linear", 256, 1_417_216), ("attention-qv", 256, 278_528)])
+def test_vera_on_llama_2_7b(targets: str, r: int, expected: int) -> None:
+    assert counted(llama_2_7b(), targets, "vera", r=r) == expected
+
+
+def test_vera_on_gpt_3_trains_less_than_the_papers_table_says() -> None:
+    """The table's 2.8M and 8.7M are reached only with the frozen pair that all layers share."""
+    for r, trained, table in ((16, 2_362_368, 2_755_584), (256, 2_408_448, 8_699_904)):
+        plan = lorary.plan(Separate(), lorary.method("vera", r=r), "attention-qv")
+        assert plan.trainable == 192 * (12288 + r) == trained
+        assert plan.trainable + r * (12288 + 12288) == table
+        assert plan.adapter_bytes == 4 * table  # the pair counts once
+    assert counted(gpt_3(), "c_attn[q,v]", "vera", r=16) == 2_362_368
+
+
+@pytest.mark.parametrize(("size", "r", "expected"), [("base", 1024, 43_008), ("large", 256, 61_440)])
+def test_vera_on_roberta(size: str, r: int, expected: int) -> None:
+    """As in the paper's table: 0.043M and 0.061M."""
+    assert counted(bert(size, "Roberta"), "attention-qv", "vera", r=r) == expected
+
+
+def test_dvora_on_llama_2_7b() -> None:
+    assert counted(llama_2_7b(), "all-linear", "vera", "dora", r=256) == 1_417_216 + 1_359_872
+
+
+@pytest.mark.parametrize("n", [1, 2, 8, 32])
+def test_melora_trains_the_same_whatever_n_is(n: int) -> None:
+    assert counted(llama_2_7b(), "attention-qv", "melora", r=1, n=n) == 524_288
+    assert counted(bert("base", "Roberta"), "attention-qv", "melora", r=8, n=n) == 294_912
+
+
+def test_melora_against_lora_of_its_rank() -> None:
+    assert counted(llama_2_7b(), "attention-qv", "lora", r=8) == 8 * 524_288
+
+
+@pytest.mark.parametrize(("n", "r"), [(1, 8), (3, 32), (3, 96)])
+def test_multilora_on_llama_2_7b(n: int, r: int) -> None:
+    """n (r (in + out) + out) a layer."""
+    expected = sum(
+        n * (r * (p.site.inp + p.site.out) + p.site.out)
+        for p in lorary.plan(llama_2_7b(), lorary.method("lora", r=1)).placed
+    )
+    assert counted(llama_2_7b(), "all-linear", "multilora", r=r, n=n) == expected
+    if (n, r) == (3, 32):
+        assert expected == 3 * (2 * 39_976_960 + 1_359_872) == 243_941_376
+
+
+def test_multilora_on_gpt_3_and_roberta() -> None:
+    assert counted(gpt_3(), "attention-qv", "multilora", r=4, n=3) == 192 * 3 * (4 * 2 * 12288 + 12288)
+    assert counted(bert("large", "Roberta"), "attention-qv", "multilora", r=8, n=3) == 3 * (786_432 + 48 * 1024)
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "expected"),
+    [
+        (("dora",), {"r": 4}, 4 * (32000 + 4096) + 4096),
+        (("vera",), {"r": 4}, 4 + 4096),
+        (("melora",), {"r": 4, "n": 8}, 4 * (32000 + 4096)),
+        (("multilora",), {"r": 4, "n": 2}, 2 * (4 * (32000 + 4096) + 4096)),
+        (("pissa",), {"r": 4}, 4 * (32000 + 4096)),
+    ],
+)
+def test_an_embedding(names: tuple[str, ...], options: dict[str, int], expected: int) -> None:
+    assert counted(llama_2_7b(), "embedding", *names, **options) == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "expected"),
+    [
+        (("dora",), {"r": 8}, 8 * (240 + 128) + 128),
+        (("vera",), {"r": 8}, 8 + 128),
+        (("melora",), {"r": 8, "n": 4}, 8 * (240 + 128)),
+        (("multilora",), {"r": 8, "n": 2}, 2 * (8 * (240 + 128) + 128)),
+        (("olora",), {"r": 8}, 8 * (240 + 128)),
+    ],
+)
+def test_a_convolution(names: tuple[str, ...], options: dict[str, int], expected: int) -> None:
+    """16 channels of a group times a window of 3 x 5, and 128 filters."""
+    model = nn.Sequential(nn.Conv2d(64, 128, (3, 5), groups=4))
+    assert counted(model, "conv", *names, **options) == expected

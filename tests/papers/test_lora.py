@@ -10,44 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lorary
-from lorary.adapted import Adapted, adapted
+from lorary.adapted import adapted
 
-
-def attached(layer: nn.Module, *names: str, r: int = 3, alpha: float = 6.0) -> Adapted:
-    """One layer in double precision with a method attached at step 0."""
-    model = nn.Sequential(layer.double())
-    lorary.attach(model, lorary.plan(model, lorary.method(*names, r=r, alpha=alpha), "0"), dtype=torch.float64)
-    return adapted(model)["0"]
-
-
-def shake(layer: Adapted) -> Adapted:
-    with torch.no_grad():
-        for p in layer.p.values():
-            p.normal_()
-    return layer
-
-
-def loss_of(y: Tensor) -> Tensor:
-    """Some loss whose gradient is different for every output."""
-    return (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)).sum() + (y**2).sum() / 7
-
-
-LAYERS: list[tuple[str, Callable[[], nn.Module], Callable[[], Tensor]]] = [
-    ("linear", lambda: nn.Linear(5, 4), lambda: torch.randn(6, 5).double()),
-    ("conv2d", lambda: nn.Conv2d(4, 6, 3, stride=2, groups=2), lambda: torch.randn(2, 4, 7, 7).double()),
-    ("embedding", lambda: nn.Embedding(9, 4), lambda: torch.tensor([[1, 5, 5], [0, 8, 1]])),
-]
-EACH = pytest.mark.parametrize(("make", "x"), [row[1:] for row in LAYERS], ids=[row[0] for row in LAYERS])
-
+from .layers import EACH, LAYERS, attached, loss_of, shake, signature
 
 # --- step 0 ----------------------------------------------------------------------------------------------------------
-
-
-def signature(layer: Adapted, x: Tensor) -> dict[str, str]:
-    """role -> "zero" or "some" gradient, or "none" at all, after the first backward pass."""
-    loss_of(layer(x)).backward()
-    grads = {role: p.grad for role, p in layer.p.items()}
-    return {role: "none" if g is None else "some" if g.abs().max() > 0 else "zero" for role, g in grads.items()}
 
 
 @pytest.mark.parametrize(
