@@ -37,6 +37,7 @@ OPTIONS = {
     "init": ["--force", "--schema"],
     "merge": ["--base", "--dtype", "--force"],
     "methods": ["--answers", "--choose", "--json"],
+    "search": ["--ceiling", "--generations", "--overwrite", "--population", "--quiet", "--seed", "-q"],
     "train": ["--dry-run", "--overwrite", "--quiet", "--resume", "--set", "-q"],
     "plan": ["--alpha", "--exclude", "--method", "--r", "--set", "--targets", "-m", "-t"],
 }

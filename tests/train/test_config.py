@@ -310,3 +310,10 @@ def test_the_schema_knows_every_key_and_every_familiar_name() -> None:
     rate = schema["$defs"]["TrainingSection"]["properties"]["lr"]["anyOf"][0]
     assert (rate["exclusiveMinimum"], rate["maximum"]) == (0, 1)
     assert "ratio" in schema["$defs"]["MethodSection"]["properties"]
+
+
+@pytest.mark.parametrize("name", ["vera", "glora"])
+def test_a_method_whose_scale_has_no_alpha_is_given_none(name: str) -> None:
+    config = from_dict(LEAST | {"method": {"name": name}}).resolve()
+    assert config.method.alpha is None
+    assert config.method.r == config.method.build().delta.r

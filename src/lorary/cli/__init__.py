@@ -15,7 +15,7 @@ import typer
 from lorary import __version__
 from lorary.errors import LoraryError
 
-COMMANDS = ("train", "plan", "init", "methods", "merge", "export", "generate", "demo", "doctor")
+COMMANDS = ("train", "plan", "init", "methods", "search", "merge", "export", "generate", "demo", "doctor")
 
 
 def main() -> None:

@@ -270,6 +270,8 @@ class Config(_Section):
         found: dict[str, float] = {}
         for preset in speakers(self.method.name):
             found |= {key: preset.parameters[key] for key in ("r", "alpha", "dropout") if key in preset.parameters}
+        if not hasattr(self.method.build().scale, "alpha"):  # another preset's scale has taken the place of LoRA's
+            found.pop("alpha", None)
         return {key: value for key, value in found.items() if getattr(self.method, key) is None}
 
     def to_yaml(self) -> str:
