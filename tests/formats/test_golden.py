@@ -15,6 +15,8 @@ from torch import Tensor
 
 import lorary
 from lorary import Adapter, Fingerprint, Placed, Site
+from lorary.formats.banks import corners
+from lorary.placed import shared_shapes
 from lorary.sites import Part
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -24,6 +26,18 @@ FILES = {
     "lora-0.1.0/lorary.json": "eb129f67d5c9ea58c68be35ad0f93987af619e8f1e8fbb3e13702643b19d7d5c",
     "grouped-0.1.0/adapter.safetensors": "d6a91fc931fc5f19e49770779e83fa644cb1fdad83a290f6ac2f443e56aa49b6",
     "grouped-0.1.0/lorary.json": "fc0d9c43744d7a53b4d56c4227a250e5e7f752e5eda5e8a8f038e12206cbbb67",
+    "dora-0.2.0/adapter_config.json": "6c9f6b69d9261101d2fd211f600e1e193a003b6e0a9ec5864f502b44ee06af6d",
+    "dora-0.2.0/adapter_model.safetensors": "87862a68a92035ad1f88ff02b30b3663af0d7f423e61678512974bf44ff0fe2f",
+    "dora-0.2.0/lorary.json": "1dcd177ed25968df9b554e4fa5fd2c3498cfb923057caf3f246a43fc4ef4a6a9",
+    "pissa-0.2.0/adapter.safetensors": "54ddccef7a7afcc2836b30c90e467e03fc0989fb13a4272c4ef3430748b1b521",
+    "pissa-0.2.0/lorary.json": "01c1bc8ac1115170ae5adf3885553befa557a26e42bd88c72c8f8938c47430e8",
+    "several-0.2.0/adapter.safetensors": "5efd153ba4bd31414337da5ac93b07d241ab171e1018d5b2f8735aaabd62d81f",
+    "several-0.2.0/lorary.json": "9d3dbd0f2827a4fb99c2e0227a6df7d7566c73029200591c65f9e67153e5303b",
+    "vera-0.2.0/adapter_config.json": "36b380be468a0d035bed2779c0a0c33d8dead456d45d91ebb577aba62a4005c1",
+    "vera-0.2.0/adapter_model.safetensors": "79a5effdcf130b7335889d551722610830b913e20c6df0e2ba8a901eac7e213a",
+    "vera-0.2.0/lorary.json": "8f4d2db780caae32122851f00de8b2600cb546027241c75e901dd913d57cfeae",
+    "vera-drawn-0.2.0/adapter.safetensors": "406136568c5be88054b84a65a144b5a3d62b9305bbf4a7264bced0601421b3dd",
+    "vera-drawn-0.2.0/lorary.json": "7e67a88e4a2dcba3bc2966b6f0db4e29c7908b444d5a89b26193830b82791feb",
 }
 
 
@@ -65,7 +79,81 @@ def grouped() -> Adapter:
     return Adapter(method, placed, tensors, {"norm.weight": numbers(6)}, Fingerprint("Net"))
 
 
-ADAPTERS = {"lora-0.1.0": lora, "grouped-0.1.0": grouped}
+def filled(placed: tuple[Placed, ...]) -> dict[str, dict[str, Tensor]]:
+    """Numbers for every tensor of every site; what they share is one tensor, drawn or not."""
+    method = placed[0].method
+    banks = {role: numbers(*shape) for role, shape in shared_shapes(placed).items()}
+    if not getattr(method.init, "saved", True):
+        assert method.init is not None
+        method.init.share(banks)
+    parts = corners(placed, banks)
+    return {
+        p.site.name: {r: numbers(*shape) for r, shape in p.stored.items() if r not in banks} | parts[p.site.name]
+        for p in placed
+    }
+
+
+def dora() -> Adapter:
+    """PEFT's magnitudes of every kind of site."""
+    method = lorary.method("dora", "rslora", r=2, alpha=3)
+    sites = (
+        Site("wte", "embedding", 4, 9, bias=False),
+        Site("attn.c_attn", "transposed", 12, 4, bias=True, parts=(Part("q", 0, 4), Part("v", 8, 4))),
+        Site("conv", "conv2d", 3, 12, bias=False, window=(3, 2)),
+        Site("head.1", "linear", 5, 4, bias=False),
+    )
+    placed = tuple(Placed(site, method) for site in sites)
+    return Adapter(method, placed, filled(placed), {}, Fingerprint("Net"))
+
+
+def pissa() -> Adapter:
+    """Starts beside the factors, of one site with a rank of its own, and magnitudes."""
+    method, small = (lorary.method("pissa", "dora", r=r, alpha=3, niter=4) for r in (2, 1))
+    sites = (
+        Site("attn.c_attn", "transposed", 12, 4, bias=True, parts=(Part("q", 0, 4), Part("v", 8, 4))),
+        Site("mlp.c_fc", "transposed", 8, 4, bias=True),
+    )
+    placed = (Placed(sites[0], method), Placed(sites[1], small))
+    return Adapter(method, placed, filled(placed), {"mlp.c_fc.bias": numbers(8)}, Fingerprint("Net"))
+
+
+def vera() -> Adapter:
+    """PEFT's VeRA, with its projections."""
+    method = lorary.method("vera", r=3, seed=7, d=0.5)
+    sites = (Site("model.q", "linear", 4, 6, bias=False), Site("model.down", "linear", 6, 5, bias=True))
+    placed = tuple(Placed(site, method) for site in sites)
+    return Adapter(method, placed, filled(placed), {}, Fingerprint("Net"))
+
+
+def vera_drawn() -> Adapter:
+    """Ranks that differ, which PEFT's VeRA has not, and no projections."""
+    method, small = (lorary.method("vera", r=r, seed=7, save_projections=False) for r in (3, 2))
+    sites = (Site("model.q", "linear", 4, 6, bias=False), Site("conv", "conv1d", 6, 8, bias=True, window=(2,)))
+    placed = (Placed(sites[0], method), Placed(sites[1], small))
+    return Adapter(method, placed, filled(placed), {}, Fingerprint("Net"))
+
+
+def several() -> Adapter:
+    """A site of MELoRA, one of MultiLoRA and one of OLoRA."""
+    melora, multilora, olora = (lorary.method(name, r=2, alpha=3) for name in ("melora", "multilora", "olora"))
+    sites = (
+        Site("q", "linear", 4, 6, bias=False),
+        Site("conv", "conv1d", 6, 4, bias=True, groups=2, window=(2,)),
+        Site("wte", "embedding", 4, 9, bias=False),
+    )
+    placed = tuple(Placed(site, method) for site, method in zip(sites, (melora, multilora, olora), strict=True))
+    return Adapter(melora, placed, filled(placed), {}, Fingerprint("Net"))
+
+
+ADAPTERS = {
+    "lora-0.1.0": lora,
+    "grouped-0.1.0": grouped,
+    "dora-0.2.0": dora,
+    "pissa-0.2.0": pissa,
+    "vera-0.2.0": vera,
+    "vera-drawn-0.2.0": vera_drawn,
+    "several-0.2.0": several,
+}
 
 
 @pytest.mark.parametrize("path", FILES)
