@@ -212,7 +212,7 @@ def test_a_scale_without_an_alpha() -> None:
     method = lorary.method("lora", scale=Fixed(0.5))
     assert lorary.plan(tiny.llama(), method, "q_proj").placed[0].alpha is None
     message = refused(tiny.llama(), method, "q_proj", alphas={"q_proj": 3})
-    assert message == "this plan cannot work:\n  - alphas: Fixed(s=0.5) has no alpha"
+    assert message == "this plan cannot work:\n  - alphas: Fixed(s=0.5) has no alpha\n      hint: leave them out"
 
 
 def test_every_problem_is_told_at_once() -> None:

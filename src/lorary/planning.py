@@ -199,7 +199,7 @@ def _place(
                 hint = f"did you mean {' or '.join(near)}?" if near else ""
                 problems.append(Problem(field, f"`{pattern}` matches no adapted site", hint))
     if found and alphas and not hasattr(method.scale, "alpha"):
-        problems.append(Problem("alphas", f"{method.scale} has no alpha"))
+        problems.append(Problem("alphas", f"{method.scale} has no alpha", "leave them out"))
         alphas = {}
     placed = []
     for f in found:

@@ -73,7 +73,7 @@ def _exact(W: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
 def too_small(site: Site, r: int, what: str) -> list[str]:
     """Why a start in W's own directions is impossible: it has fewer than r."""
     most = min(*site.rows, site.inp)
-    return [f"has {most} {what}, and r is {r}"] if r > most else []
+    return [f"its matrix has no more than {most} {what}, and r is {r}"] if r > most else []
 
 
 @preset(
