@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from lorary import words
 from tests import pages
 
 PAGE = pages.ROOT / "CONTRIBUTING.md"
@@ -30,30 +32,43 @@ def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def laws(folder: Path, file: str, chosen: str) -> subprocess.CompletedProcess[str]:
     """Runs the chosen laws with `file` as one method more."""
-    (folder / "asymmetry.py").write_text(file, encoding="utf-8")
-    return python(folder, "-m", "pytest", "-p", "asymmetry", "-p", "no:cacheprovider", "tests/laws", "-k", chosen)
+    (folder / "lora_xs.py").write_text(file, encoding="utf-8")
+    return python(folder, "-m", "pytest", "-p", "lora_xs", "-p", "no:cacheprovider", "tests/laws", "-k", chosen)
 
 
 def test_the_file_works_as_shown(tmp_path: Path) -> None:
     file, use = example()
-    assert "src/lorary/methods/asymmetry.py" in PAGE.read_text(encoding="utf-8")
-    (tmp_path / "asymmetry.py").write_text(file, encoding="utf-8")
-    done = python(tmp_path, "-c", f"import asymmetry\n{use}")
+    assert "src/lorary/methods/lora_xs.py" in PAGE.read_text(encoding="utf-8")
+    (tmp_path / "lora_xs.py").write_text(file, encoding="utf-8")
+    done = python(tmp_path, "-c", f"import lora_xs\n{use}")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("protocol", [words.Delta, words.Join, words.Init, words.Rule, words.Storage, words.Scale])
+def test_the_table_of_words_names_all_that_a_word_may_have(protocol: type) -> None:
+    """And nothing that no protocol of `words.py` has."""
+    members = {name for name in {*vars(protocol), *protocol.__annotations__} if not name.startswith("_")}
+    shown = {words.Delta: "what is learnt", words.Join: "how it joins", words.Init: "where it starts"}
+    shown |= {words.Rule: "what happens", words.Storage: "how the weight", words.Scale: "its size"}
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    (row,) = [line for line in lines if line.startswith(f"| {shown[protocol]}")]
+    must, may = row.split("|")[3:5]
+    named = set(re.findall(r"`(\w+)", must + may))
+    assert named - {"add", "Fused"} == members
 
 
 @pytest.mark.slow
 def test_the_laws_find_it_and_hold(tmp_path: Path) -> None:
-    done = laws(tmp_path, example()[0], "[asymmetry- and float32")  # alone, on every kind of layer
+    done = laws(tmp_path, example()[0], "[lora-xs- and float32")  # alone, on every kind of layer
     assert done.returncode == 0, done.stdout
     assert int(done.stdout.split(" passed")[0].split()[-1]) > 50, done.stdout
 
 
 @pytest.mark.slow
 def test_the_laws_notice_a_mistake(tmp_path: Path) -> None:
-    """B that does not start at zero moves the model at step 0."""
-    wrong = example()[0].replace('nn.init.orthogonal_(p["A"]', 'nn.init.orthogonal_(p["B"]')
+    """R that does not start at zero moves the model at step 0."""
+    wrong = example()[0].replace('p["R"].zero_()', 'p["R"].fill_(0.1)')
     assert wrong != example()[0]
-    done = laws(tmp_path, wrong, "[asymmetry-linear-float32-nothing_moves")
+    done = laws(tmp_path, wrong, "[lora-xs-linear-float32-nothing_moves")
     assert done.returncode == 1
     assert "nothing_moves_at_step_0" in done.stdout

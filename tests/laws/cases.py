@@ -144,18 +144,25 @@ class Case:
 
 
 def numbers(method: lorary.Method, kind: Kind) -> int:
-    """How many numbers a method trains at a layer, by the papers' formulas."""
+    """How many numbers a method trains at a layer, by the papers' formulas; by its plan where there is none here."""
     delta: Any = method.delta
     A, B = kind.parts * kind.inp, kind.rows  # what a rank of one costs
-    each = {
+    formulas: dict[str, Callable[[int], dict[str, int]]] = {
         "LowRank": lambda r: {"A": r * A, "B": r * B},
         "Minis": lambda r: {"A": r * A, "B": r * B},  # whatever n is
         "Parallel": lambda r: {"A": delta.n * r * A, "B": delta.n * r * B, "gamma": delta.n * B},
         "Vectors": lambda r: {"A": 0, "B": 0, "b": B, "d": kind.parts * r},
         # A, B and C low-rank, D (where there is a bias) and E vectors
-        "Terms": lambda r: {"Ad": r * B, "Au": r * A, "Bd": r * B, "Bu": r * A, "Cd": r * A, "Cu": r, "E": B}
-        | ({"D": B} if kind.bias else {}),
-    }.get(type(delta).__name__, lambda r: {"A": r * A, "B": r * B})(delta.r)
+        "Terms": lambda r: (
+            {"Ad": r * B, "Au": r * A, "Bd": r * B, "Bu": r * A, "Cd": r * A, "Cu": r, "E": B}
+            | ({"D": B} if kind.bias else {})
+        ),
+    }
+    name = type(delta).__name__ if type(delta).__name__ in formulas else "LowRank"
+    if name == "LowRank" and delta.roles != {"A", "B"}:
+        plan = lorary.plan(Net(kind.layer, kind.make()), method, targets=[kind.target])
+        return sum(placed.trainable for placed in plan.placed)
+    each = formulas[name](delta.r)
     magnitudes = kind.out if "m" in method.roles else 0
     return sum(count for role, count in each.items() if role not in method.frozen) + magnitudes
 
