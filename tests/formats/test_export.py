@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lorary
-from lorary.errors import FileError
+from lorary.errors import FileError, MethodError
 from lorary.formats import export_peft
 from tests.formats import models
 from tests.formats.models import BASES, Base, adapted, outputs
@@ -202,3 +202,44 @@ def test_a_dilated_adapter_of_peft_is_refused(tmp_path: Path) -> None:
         "  - conv: is a convolution of dilation (2,), which PEFT's LoRA of it leaves out",
         "      hint: it can neither be merged nor read here",
     ]
+
+
+# --- GLoRA -----------------------------------------------------------------------------------------------------
+
+
+def glora(base: Base, **words: Any) -> nn.Module:
+    """The base with a filled GLoRA on it, which has no alpha."""
+    model = base.model()
+    lorary.attach(model, lorary.plan(model, lorary.method("glora", **words), targets=base.targets))
+    models.fill(p for n, p in model.named_parameters() if ".p." in n)
+    return model.eval()
+
+
+@pytest.mark.parametrize("words", [{}, {"A": "vector", "C": "vector", "D": "scalar"}, {"supernet": True}], ids=str)
+@pytest.mark.parametrize("base", BASES, ids=str)
+def test_all_terms_are_saved(base: Base, words: dict[str, Any], tmp_path: Path) -> None:
+    model = glora(base, **words)
+    lorary.save(model, tmp_path)
+    same(lorary.Adapter.load(tmp_path), lorary.Adapter.of(model))
+    assert torch.equal(outputs(lorary.load(base.model(), tmp_path)), outputs(model))
+
+
+def test_terms_that_only_add_are_a_lora(tmp_path: Path) -> None:
+    model = glora(LLAMA, A="none", C="none", D="none", E="none")
+    export_peft(lorary.Adapter.of(model), tmp_path)
+    close(by_peft(LLAMA, tmp_path), outputs(model))
+
+
+@pytest.mark.parametrize("words", [{"A": "vector"}, {"A": "none", "E": "vector"}], ids=str)
+def test_a_gain_or_a_shift_is_refused(words: dict[str, Any], tmp_path: Path) -> None:
+    model = glora(LLAMA, **({"C": "none", "D": "none", "E": "none"} | words))
+    what = "its output has a gain or a shift, which PEFT's LoRA has not"
+    lines = [f"  - {name}: {what}" for name in lorary.Adapter.of(model).tensors]
+    assert refused(lorary.Adapter.of(model), tmp_path / "a", LLAMA.model()) == "\n".join(lines)
+
+
+def test_what_has_no_low_rank_form_is_refused(tmp_path: Path) -> None:
+    adapter = lorary.Adapter.of(glora(LLAMA))
+    with pytest.raises(MethodError, match="A is low-rank"):
+        export_peft(adapter, tmp_path / "a", model=LLAMA.model())
+    assert not (tmp_path / "a").exists()

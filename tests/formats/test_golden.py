@@ -38,6 +38,8 @@ FILES = {
     "vera-0.2.0/lorary.json": "8f4d2db780caae32122851f00de8b2600cb546027241c75e901dd913d57cfeae",
     "vera-drawn-0.2.0/adapter.safetensors": "406136568c5be88054b84a65a144b5a3d62b9305bbf4a7264bced0601421b3dd",
     "vera-drawn-0.2.0/lorary.json": "7e67a88e4a2dcba3bc2966b6f0db4e29c7908b444d5a89b26193830b82791feb",
+    "glora-0.2.0/adapter.safetensors": "44592a4db0b57f97a4ba3d1fc48a143809dc36a894fa2eb5ae044d3c324d1a4c",
+    "glora-0.2.0/lorary.json": "d49d17e5aa5a547f1fa547b8a9fd928fdfcd456a7ee8d3840ed8f828d032bda8",
 }
 
 
@@ -145,7 +147,16 @@ def several() -> Adapter:
     return Adapter(melora, placed, filled(placed), {}, Fingerprint("Net"))
 
 
+def glora() -> Adapter:
+    """Every form of a term, each site with a structure of its own."""
+    method, vectors = lorary.method("glora", r=2), lorary.method("glora", r=1, A="vector", B="scalar", D="scalar")
+    sites = (Site("q", "linear", 4, 6, bias=True), Site("mlp.c_fc", "transposed", 8, 4, bias=True))
+    placed = (Placed(sites[0], method), Placed(sites[1], vectors))
+    return Adapter(method, placed, filled(placed), {}, Fingerprint("Net"))
+
+
 ADAPTERS = {
+    "glora-0.2.0": glora,
     "lora-0.1.0": lora,
     "grouped-0.1.0": grouped,
     "dora-0.2.0": dora,
