@@ -14,10 +14,11 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+import lorary
 from lorary.errors import FileError, TrainingError
 from lorary.train import checkpoint, rng
 from lorary.train.trainer import AdapterTraining
-from tests.train.runs import adapted, log, rows, sft, trained
+from tests.train.runs import adapted, frozen, log, rows, sft, trained
 
 # Dropout in the model and in the adapters, shuffling, accumulation, a schedule, a log line over several steps that no
 # checkpoint is aligned with, and evaluations: whatever a resumption could forget.
@@ -30,7 +31,15 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def _run(folder: Path, *, stop: int = 0, with_signal: int = 0, resume: bool | str = False, **settings: Any) -> Any:
+def _run(
+    folder: Path,
+    *,
+    method: tuple[str, ...] = ("lora", "lora+"),
+    stop: int = 0,
+    with_signal: int = 0,
+    resume: bool | str = False,
+    **settings: Any,
+) -> Any:
     """Trains 12 steps, 6 in an epoch. `stop`: sends itself a signal at the end of that step."""
 
     class Stop(TrainerCallback):
@@ -38,7 +47,8 @@ def _run(folder: Path, *, stop: int = 0, with_signal: int = 0, resume: bool | st
             if state.global_step == stop:
                 os.kill(os.getpid(), with_signal)
 
-    model = adapted("lora", "lora+", dropout=0.2, attention_dropout=0.2, targets=["all-linear", "lm_head"])
+    dropout = 0.0 if {"pissa", "olora", "glora"} & set(method) else 0.2
+    model = adapted(*method, dropout=dropout, attention_dropout=0.2, targets=["all-linear", "lm_head"])
     t = sft(folder, model, held_out=rows(4), **(SETTINGS | settings))
     t.add_callback(Stop())
     t.train(resume_from_checkpoint=resume)
@@ -94,6 +104,30 @@ def test_killed_in_the_middle_and_resumed_it_is_the_same_run(
     status, resumed = _forked(lambda: _result(_run(tmp_path, resume=True)))
     assert status == 0
     assert resumed == uninterrupted
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        *[(name,) for name, preset in lorary.presets().items() if preset.adapts and name not in ("lora", "lora+")],
+        ("dora", "rslora", "pissa", "lora+"),
+        ("vera", "dora"),
+    ],
+    ids="+".join,
+)
+def test_every_method_resumes_bit_for_bit(tmp_path: Path, method: tuple[str, ...]) -> None:
+    """Killed at the end of step 7 of 12, before its checkpoint; also what never trains is as it was."""
+
+    def whole(t: Any) -> dict[str, Any]:
+        return _result(t) | {"frozen": frozen(t.model)}
+
+    status, straight = _forked(lambda: whole(_run(tmp_path / "straight", method=method)))
+    assert status == 0
+    status, _ = _forked(lambda: _run(tmp_path / "killed", method=method, stop=7, with_signal=signal.SIGKILL))
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    status, resumed = _forked(lambda: whole(_run(tmp_path / "killed", method=method, resume=True)))
+    assert status == 0
+    assert resumed == straight
 
 
 def _forget(monkeypatch: pytest.MonkeyPatch, what: str) -> None:

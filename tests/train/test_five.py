@@ -1,0 +1,89 @@
+"""Five at once - DoRA, rsLoRA, PiSSA, LoRA+ and a rank for every kind of site - through the whole job."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import yaml
+
+import lorary
+from lorary import builtin
+from lorary.train import checkpoint
+
+CONFIG: dict[str, Any] = {
+    "model": "builtin:base",
+    "method": {
+        "name": ["dora", "rslora", "pissa", "lora+"],
+        "r": 4,
+        "alpha": 4,
+        "ranks": {"*.down_proj": 2, "*.q_proj": 6},
+        "options": {"ratio": 4},
+    },
+    "data": {"train": "builtin:docstrings", "max_length": 128},
+    "training": {
+        "max_steps": 6,
+        "batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "lr": 1e-3,
+        "save_steps": 2,
+    },
+}
+
+
+def _train(folder: Path, *arguments: str, kill_at: int = 0) -> int:
+    """`lorary train`; with `kill_at`, killed as soon as that step's checkpoint is there."""
+    (folder / "run.yaml").write_text(yaml.safe_dump(CONFIG | {"output": "out"}))
+    command = [sys.executable, "-m", "lorary", "train", "run.yaml", *arguments]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if kill_at:
+        while process.poll() is None and not (folder / f"out/checkpoints/checkpoint-{kill_at}").exists():
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode in (0, -signal.SIGKILL), errors
+    return process.returncode
+
+
+@torch.no_grad()
+def _logits(model: Any) -> torch.Tensor:
+    ids = torch.arange(5, 69).reshape(2, 32)
+    result: torch.Tensor = model.eval()(ids).logits
+    return result
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> None:
+    assert ((a - b).abs().max() / b.abs().max()).item() <= 1e-5
+
+
+@pytest.mark.xdist_group("five")
+def test_five_at_once_train_resume_merge_and_reload(tmp_path: Path) -> None:
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    for folder in (straight, killed):
+        folder.mkdir()
+    assert _train(straight) == 0
+    assert _train(killed, kill_at=2) == -signal.SIGKILL
+    assert checkpoint.newest(killed / "out/checkpoints")[0] is not None
+    assert _train(killed, "--resume") == 0
+    one, other = (lorary.Adapter.load(folder / "out/adapter") for folder in (straight, killed))
+    for site, roles in one.tensors.items():
+        assert all(torch.equal(other.tensors[site][role], t) for role, t in roles.items()), site
+    ranks = {p.site.name.rpartition(".")[2]: p.r for p in one.placed}
+    assert (ranks["down_proj"], ranks["q_proj"], ranks["v_proj"]) == (2, 6, 4)
+
+    before = _logits(builtin.load_model())
+    live = lorary.load(builtin.load_model(), straight / "out/adapter")
+    trained = _logits(live)
+    assert (trained - before).abs().max() > 0.01, "training changed nothing"
+    lorary.merge(live)
+    _close(_logits(live), trained)
+    live.save_pretrained(tmp_path / "merged")
+    _close(_logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), trained)
