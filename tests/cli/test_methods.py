@@ -72,7 +72,7 @@ def test_every_outcome_is_a_configuration_that_plans(tmp_path: Path) -> None:
             plans.add(planned)
             assert config.method.plan(bare).trainable > 0, answers
         assert text.startswith("# Why: ")
-    assert named == {"lora", "lora+", "lora-fa", "dora", "pissa", "vera", "multilora"}
+    assert named == {"lora", "lora+", "lora-fa", "dora", "glora", "pissa", "vera", "multilora"}
 
 
 def test_every_answer_counts() -> None:

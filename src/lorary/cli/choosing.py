@@ -199,10 +199,16 @@ def _convergence(choice: Choice, said: Mapping[str, str]) -> None:
 def _layers(choice: Choice, said: Mapping[str, str]) -> None:
     if said["layers"] != "differ":
         return
+    choice.planned.append("finding out which layers matter, while training (AdaLoRA) or before (LoRA-drop)")
+    if not choice.names:
+        choice.names.append("glora")
+        choice.method["options"] = {"supernet": True}
+        choice.data["validation"] = "builtin:docstrings"
+        choice.why.append("GLoRA, since `lorary search` then finds the terms that each layer is worth on held-out rows")
+        return
     r = 256 if "vera" in choice.names else 16
     choice.method |= {"r": r, "ranks": {"*.mlp.*": 2 * r}}
     choice.why.append("ranks by hand: put your own globs in place of the MLP's")
-    choice.planned.append("finding out which layers matter, while training (AdaLoRA) or before (LoRA-drop)")
 
 
 def _context(choice: Choice, said: Mapping[str, str]) -> None:
