@@ -23,11 +23,11 @@ from lorary.errors import FileError
 from lorary.formats import AdapterWarning, export_peft, load_adapter, save_adapter, tensor_file
 from lorary.formats.tensor_file import TensorFile
 from tests.formats.hostile import PREFIX, Spoiled
-from tests.formats.models import BASES, Base, adapted, fill, outputs
+from tests.formats.models import BASES, Base, adapted, fill, outputs, vera
 from tests.formats.test_atomic import largest_file, litter
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-LLAMA, _, BERT, CONV = BASES
+LLAMA, GPT2, BERT, CONV = BASES
 A0 = PREFIX + "0.self_attn.q_proj.lora_A.weight"
 
 
@@ -71,6 +71,16 @@ SAVED: dict[str, tuple[Callable[[], nn.Module], Base, str]] = {
     "LoRA and biases": (lambda: adapted(BERT, full=("bias",)), BERT, "adapter_model.safetensors"),
     "LoRA and norms": (lambda: adapted(BERT, full=("*.LayerNorm.weight",)), BERT, "adapter.safetensors"),
     "grouped convolution": (lambda: adapted(GROUPED), GROUPED, "adapter.safetensors"),
+    "DoRA": (lambda: adapted(LLAMA, "dora", "rslora", ranks={"down_proj": 2}), LLAMA, "adapter_model.safetensors"),
+    "DoRA of convolutions": (lambda: adapted(CONV, "dora"), CONV, "adapter_model.safetensors"),
+    "DoRA of a grouped convolution": (lambda: adapted(GROUPED, "dora"), GROUPED, "adapter.safetensors"),
+    "PiSSA": (lambda: adapted(LLAMA, "pissa", "dora", ranks={"down_proj": 2}), LLAMA, "adapter.safetensors"),
+    "PiSSA of a fused weight": (lambda: adapted(GPT2, "pissa", targets=["c_attn[q,v]"]), GPT2, "adapter.safetensors"),
+    "PiSSA of a grouped convolution": (lambda: adapted(GROUPED, "pissa"), GROUPED, "adapter.safetensors"),
+    "OLoRA and biases": (lambda: adapted(BERT, "olora", full=("bias",)), BERT, "adapter.safetensors"),
+    "VeRA": (lambda: vera(LLAMA), LLAMA, "adapter_model.safetensors"),
+    "VeRA of a grouped convolution": (lambda: vera(GROUPED), GROUPED, "adapter.safetensors"),
+    "VeRA and biases": (lambda: vera(BERT, full=("bias",)), BERT, "adapter_model.safetensors"),
     "BitFit": (lambda: bare("bitfit"), BERT, "adapter.safetensors"),
     "full fine-tuning": (lambda: bare("full"), BERT, "adapter.safetensors"),
 }

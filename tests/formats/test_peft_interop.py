@@ -167,7 +167,8 @@ def test_methods_that_only_train_differently_are_peft_adapters(names: tuple[str,
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_biases_of_peft(bias: str, tmp_path: Path) -> None:
     base = BASES[2]
-    model = get_peft_model(base.model(), LoraConfig(r=4, target_modules=["query"], bias=bias)).eval()
+    words = LoraConfig(r=4, target_modules=["query"], bias=bias, use_dora=bias == "all")
+    model = get_peft_model(base.model(), words).eval()
     fill(p for n, p in model.named_parameters() if p.requires_grad)
     model.save_pretrained(str(tmp_path))
     close(outputs(lorary.load(base.model(), tmp_path)), outputs(model))
@@ -202,9 +203,10 @@ def test_our_biases_and_whole_modules_in_peft(tmp_path: Path) -> None:
     close(outputs(lorary.load(base.model(), tmp_path / "both")), outputs(model))
 
 
-def test_modules_to_save_of_peft(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_modules_to_save_of_peft(dora: bool, tmp_path: Path) -> None:
     base = BASES[0]
-    words = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head", "model.norm"])
+    words = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head", "model.norm"], use_dora=dora)
     model = get_peft_model(base.model(), words).eval()
     fill(p for n, p in model.named_parameters() if p.requires_grad)
     model.save_pretrained(str(tmp_path))

@@ -103,6 +103,18 @@ def test_biases_of_peft(bias: str, tmp_path: Path) -> None:
     assert any("query" in name for name in lorary.Adapter.of(model).full)
 
 
+def test_our_biases_and_whole_modules_in_peft(tmp_path: Path) -> None:
+    model = vera(BERT, targets=["query"], full=("bias", "*.output.LayerNorm.*"))
+    fill(p for p in model.parameters() if p.requires_grad)
+    lorary.save(model, tmp_path)
+    words = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert words["bias"] == "all"
+    assert "bert.encoder.layer.0.output.LayerNorm" in words["modules_to_save"]
+    close(by_peft(BERT, tmp_path), outputs(model))
+    (tmp_path / "lorary.json").unlink()
+    close(outputs(lorary.load(BERT.model(), tmp_path)), outputs(model))
+
+
 NOT_PEFTS: dict[str, Any] = {
     "parts of a fused weight": lambda: vera(GPT2, targets=["c_attn[q,v]"]),
     "a convolution": lambda: vera(CONV),
