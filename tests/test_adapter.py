@@ -27,9 +27,15 @@ def made(
 ) -> Adapter:
     """An adapter as after training on a fresh copy of the base, which is always the same."""
     model = tiny.seeded(name)
-    method = lorary.method(*names, **({"r": 2, "alpha": 8.0} if names not in (("bitfit",), ("full",)) else {}))
-    lorary.attach(model, lorary.plan(model, method, targets), **options)
+    lorary.attach(model, lorary.plan(model, said(*names), targets), **options)
     return Adapter.of(tiny.shaken(model, seed=seed))
+
+
+def said(*names: str) -> lorary.Method:
+    """The method of these presets at rank 2, with an alpha where its scale has one."""
+    if names in (("bitfit",), ("full",)):
+        return lorary.method(*names)
+    return lorary.method(*names, r=2, **({} if "vera" in names else {"alpha": 8.0}))
 
 
 def refused(kind: type[Exception], action: Any, *arguments: Any, **options: Any) -> str:
@@ -102,6 +108,13 @@ LLAMAS = {
     "lora-fa on mlp": lambda: made("LlamaForCausalLM", "lora-fa", targets="mlp", seed=3),
     "lora on the embedding": lambda: made(targets=["embedding", "lm_head"], seed=4),
     "full": lambda: made("LlamaForCausalLM", "full", seed=5),
+    "dora": lambda: made("LlamaForCausalLM", "dora", targets=["attention", "embedding"], seed=6),
+    "pissa on all": lambda: made("LlamaForCausalLM", "pissa", targets=["all-linear", "lm_head"], seed=7),
+    "olora and dora": lambda: made("LlamaForCausalLM", "olora", "dora", targets="mlp", seed=8),
+    "vera": lambda: made("LlamaForCausalLM", "vera", targets=["all-linear", "embedding"], seed=9),
+    "vera and dora on attention": lambda: made("LlamaForCausalLM", "vera", "dora", targets="attention", seed=10),
+    "melora": lambda: made("LlamaForCausalLM", "melora", seed=11),
+    "multilora": lambda: made("LlamaForCausalLM", "multilora", "rslora", targets="v_proj", seed=12),
 }
 
 
@@ -210,8 +223,11 @@ def densely(name: str, values: list[Adapter], weights: list[float] | None = None
         for value, weight in zip(values, weights or [1.0] * len(values), strict=True):
             for p in value.placed:
                 layer = model.get_submodule(p.site.name)
-                B, A = p.method.delta.factors(p.site, {k: t.double() for k, t in value.tensors[p.site.name].items()})
+                tensors = {k: t.double() for k, t in value.tensors[p.site.name].items()}
+                B, A = p.method.delta.factors(p.site, tensors)
                 update = weight * p.scale * B @ A
+                if "A0" in tensors:
+                    update -= weight * p.scale * tensors["B0"] @ tensors["A0"]
                 layer.weight += update if layer.weight.shape == update.shape and p.site.kind == "linear" else update.T
             for path, tensor in value.full.items():
                 model.get_parameter(path).add_(weight * (tensor.double() - clean[path]))
@@ -245,6 +261,22 @@ SUMS: dict[str, tuple[str, Any]] = {
     "everything and factors": (
         "LlamaForCausalLM",
         lambda: [made("LlamaForCausalLM", "full", seed=1), made(targets=["q_proj", "embedding"], seed=2)],
+    ),
+    "what the bases gave up": (
+        "LlamaForCausalLM",
+        lambda: [
+            made("LlamaForCausalLM", "pissa", targets=["attention", "embedding"], seed=1),
+            made("LlamaForCausalLM", "olora", "rslora", targets=["q_proj", "mlp"], seed=2),
+            made(targets="v_proj", seed=3),
+        ],
+    ),
+    "one of every delta": (
+        "LlamaForCausalLM",
+        lambda: [
+            made("LlamaForCausalLM", "vera", targets=["all-linear", "embedding"], seed=1),
+            made("LlamaForCausalLM", "melora", targets=["q_proj", "embedding"], seed=2),
+            made("LlamaForCausalLM", "multilora", "rslora", targets=["q_proj", "mlp"], seed=3),
+        ],
     ),
     "one twice": ("LlamaForCausalLM", lambda: [made(seed=1)] * 2),
     "a list of one": ("LlamaForCausalLM", lambda: [made(seed=1)]),
@@ -301,6 +333,111 @@ def test_a_sum_is_an_adapter_that_can_be_taken_and_put_back() -> None:
     assert torch.equal(answers(total), expected)
     lorary.merge(model)
     torch.testing.assert_close(tiny.logits(model), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("names", [("dora",), ("dora", "pissa"), ("vera", "dora")])
+def test_what_has_gains_has_no_sum(names: tuple[str, ...]) -> None:
+    values = [made(), made("LlamaForCausalLM", *names, targets="q_proj")]
+    model = tiny.seeded("LlamaForCausalLM")
+    before = tiny.everything(model)
+    assert refused(MethodError, lorary.switch, model, values) == (
+        "these adapters have no sum:\n"
+        "  - model.layers.0.self_attn.q_proj: one of them gives its output a gain or a shift of its own\n"
+        "  - model.layers.1.self_attn.q_proj: one of them gives its output a gain or a shift of its own"
+    )
+    assert tiny.everything(model) == before
+
+
+# --- a base that has given up a part ----------------------------------------------------------------------------------
+
+MOVING = [("pissa",), ("olora",), ("pissa", "dora"), ("olora", "lora-fa", "rslora")]
+WIDE = ["all-linear", "embedding", "lm_head"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("names", MOVING, ids=" ".join)
+def test_there_and_back_again(names: tuple[str, ...], tied: bool) -> None:
+    """From an adapter that moves the base to one that does not, and to none: the base is the very base."""
+    model = tiny.seeded("LlamaForCausalLM", tie_word_embeddings=tied)
+    targets = [t for t in WIDE if names != ("lora-fa",)]
+    lorary.attach(model, lorary.plan(model, said(*names), targets))
+    moving, expected = Adapter.of(tiny.shaken(model)), tiny.logits(model)
+    model = tiny.seeded("LlamaForCausalLM", tie_word_embeddings=tied)
+    base, before, values = tiny.logits(model), tiny.everything(model), tiny.frozen_copy(model)
+    twin = tiny.seeded("LlamaForCausalLM", tie_word_embeddings=tied)
+    plain = Adapter.of(tiny.trained(twin))
+    lorary.switch(twin, plain)
+    answer = tiny.logits(twin)
+    for _ in range(2):
+        lorary.switch(model, moving)
+        torch.testing.assert_close(tiny.logits(model), expected, rtol=1e-4, atol=1e-4)
+        lorary.switch(model, plain)
+        assert torch.equal(tiny.logits(model), answer)
+    lorary.switch(model, moving)
+    lorary.switch(model, None)
+    assert torch.equal(tiny.logits(model), base)
+    assert tiny.everything(model) == before
+    assert tiny.same(tiny.frozen_copy(model), values)
+
+
+ALL = [*MOVING, ("dora",), ("vera",), ("vera", "dora"), ("melora",), ("multilora",), ("melora", "dora", "lora+")]
+
+
+@pytest.mark.parametrize("names", ALL, ids=" ".join)
+def test_loaded_to_go_on_training(names: tuple[str, ...], tmp_path: Path) -> None:
+    """One more step after a reload is the step that would have come without it."""
+    batch = {"input_ids": tiny.ids(), "labels": tiny.ids()}
+
+    def step(model: Any) -> Tensor:
+        optimizer = torch.optim.SGD(lorary.groups(model, lr=0.05))
+        model(**batch).loss.backward()
+        optimizer.step()
+        return tiny.logits(model)
+
+    model = tiny.seeded("LlamaForCausalLM")
+    lorary.attach(model, lorary.plan(model, said(*names)))
+    tiny.shaken(model, size=0.1)
+    lorary.save(model, tmp_path / "out")
+    before = tiny.logits(model)
+    again = lorary.load(tiny.seeded("LlamaForCausalLM"), tmp_path / "out", trainable=True)
+    assert torch.equal(tiny.logits(again), before)
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
+    after = step(model)
+    assert not torch.allclose(after, before, rtol=1e-3)
+    torch.testing.assert_close(step(again), after, rtol=1e-5, atol=1e-6)
+    # the optimizer reached A, B, m, ... and nothing of what never trains
+    value, first = Adapter.of(again), Adapter.load(tmp_path / "out")
+    for name, roles in value.tensors.items():
+        for role, t in roles.items():
+            never = role in ("A0", "B0") or role in value.method.frozen
+            assert torch.equal(t, first.tensors[name][role]) == never, role
+
+
+@pytest.mark.parametrize("names", ALL, ids=" ".join)
+@pytest.mark.parametrize("targets", ["all-linear", ["embedding", "lm_head"]], ids=str)
+def test_on_the_unmodified_base(names: tuple[str, ...], targets: Any) -> None:
+    """gain * (W x + B A x) + b of `low_rank` is the adapted layer, for every site of a tied model."""
+    base = tiny.seeded("LlamaForCausalLM", tie_word_embeddings=True)
+    model = tiny.seeded("LlamaForCausalLM", tie_word_embeddings=True)
+    lorary.attach(model, lorary.plan(model, said(*names), targets))
+    tiny.shaken(model)
+    value = Adapter.of(model)
+    for given in (base, model):  # the plain base, or one with the adapter on it
+        forms = value.low_rank(given)
+        assert list(forms) == list(value.tensors)
+        with torch.no_grad():
+            dense = copy.deepcopy(base)
+            dense.lm_head.weight = nn.Parameter(dense.lm_head.weight.clone())  # untied: each has its own update
+            for name, form in forms.items():
+                layer: Any = dense.get_submodule(name)
+                W = layer.weight.T if isinstance(layer, nn.Embedding) else layer.weight
+                new = W + form.B @ form.A
+                new = new if form.gain is None else form.gain[:, None] * new
+                layer.weight.copy_(new.T if isinstance(layer, nn.Embedding) else new)
+        expected = tiny.logits(model)
+        torch.testing.assert_close(tiny.logits(dense), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -424,11 +561,16 @@ def test_a_merged_model_is_not_switched() -> None:
         ("GPT2LMHeadModel", ("rslora",), ["c_attn[q,v]", "embedding"]),
         ("BertForSequenceClassification", ("lora-fa",), "attention"),
         ("BertForSequenceClassification", ("bitfit",), "attention"),
+        ("GPT2LMHeadModel", ("pissa", "dora"), ["c_attn[q,v]", "embedding", "lm_head"]),
+        ("LlamaForCausalLM", ("olora", "rslora"), ["all-linear", "lm_head"]),
+        ("GPT2LMHeadModel", ("vera",), ["c_attn[q,v]", "mlp", "embedding"]),
+        ("LlamaForCausalLM", ("melora", "dora"), "all-linear"),
+        ("BertForSequenceClassification", ("multilora", "bitfit"), "attention"),
     ],
 )
 def test_saved_and_loaded(name: str, names: tuple[str, ...], targets: Any, tmp_path: Path) -> None:
     model = tiny.seeded(name)
-    lorary.attach(model, lorary.plan(model, lorary.method(*names), targets))
+    lorary.attach(model, lorary.plan(model, said(*names), targets))
     expected = tiny.logits(tiny.shaken(model))
     lorary.save(model, tmp_path / "out")
     fresh = tiny.seeded(name)

@@ -270,13 +270,16 @@ def stacked(adapters: Sequence[Adapter], model: nn.Module, weights: Sequence[flo
     weights = weights or [1.0] * len(adapters)
     factors: dict[str, list[LowRankForm]] = {}
     sites: dict[str, Placed] = {}
+    problems: dict[str, Problem] = {}
     for adapter, w in zip(adapters, weights, strict=True):
         for p in adapter.placed:
             sites.setdefault(p.site.name, p)
-        for name, form in adapter.low_rank().items():
+        for name, form in adapter.low_rank(model).items():
             if form.gain is not None or form.shift is not None:
-                raise MethodError("these adapters have no sum:", [Problem(name, "its output has a gain or a shift")])
+                problems[name] = Problem(name, "one of them gives its output a gain or a shift of its own")
             factors.setdefault(name, []).append(LowRankForm(w * form.B, form.A))
+    if problems:
+        raise MethodError("these adapters have no sum:", problems.values())
     full = _summed_full(adapters, weights, model)
     placed, tensors = [], {}
     for name, forms in factors.items():

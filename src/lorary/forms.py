@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from lorary.adapted import plain_modules
 from lorary.errors import MethodError, Problem
 from lorary.placed import Placed, start_of
-from lorary.sites import KINDS
-from lorary.state import attached
+from lorary.residual import pristine
+from lorary.sites import KINDS, kind_of
 from lorary.words import Join
 
 
@@ -49,7 +50,7 @@ def low_rank_forms(
     modules = plain_modules(base) if base is not None else {}
     for p in placed:
         own = tensors[p.site.name]
-        W, b = _given(base, p, modules.get(p.site.name), own)
+        W, b = _given(base, p, modules.get(p.site.name))
         try:
             BA, gain, shift = cast(Join, p.method.join).on_output(own, W, b, factors_on_base(p, own))
         except MethodError as error:
@@ -72,7 +73,7 @@ def factors_on_base(p: Placed, tensors: Mapping[str, Tensor]) -> tuple[Tensor, T
 
 
 def _given(
-    base: nn.Module | None, p: Placed, layer: nn.Module | None, tensors: Mapping[str, Tensor]
+    base: nn.Module | None, p: Placed, layer: nn.Module | None
 ) -> tuple[Callable[[], Tensor], Callable[[], Tensor | None]]:
     """What gives the base's own weight [out, inp] and bias [out] at a site, in fp32 on the CPU."""
 
@@ -83,13 +84,9 @@ def _given(
         return layer
 
     def weight() -> Tensor:
-        W = KINDS[p.site.kind].matrix(found()).detach().float().cpu()
-        state = attached(cast(nn.Module, base))
-        if state is None or p.site.name not in state.moved:
-            return W
-        B, A = factors_on_base(p, tensors)  # the base has given up a part of W: [s B, -s B0] [A; A0] holds it
-        r = A.shape[0] // 2
-        return torch.addmm(W, B[:, r:], A[r:], alpha=-1)
+        kind = KINDS[cast(str, kind_of(found()))]
+        W = pristine(cast(nn.Module, base), p.site.name)  # whatever has been attached and moved
+        return kind.matrix(SimpleNamespace(weight=W)).float().cpu()
 
     def bias() -> Tensor | None:
         b = getattr(found(), "bias", None)

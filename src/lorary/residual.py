@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lorary.adapted import Adapted
 from lorary.errors import Problem, StateError
-from lorary.state import Attached, attached
+from lorary.state import Attached, attached, base_parameter
 
 
 def give_up(model: nn.Module, layer: Adapted) -> None:
@@ -58,6 +58,17 @@ def restart(model: nn.Module, layer: Adapted, tensors: Mapping[str, Tensor]) -> 
     take_back(layer, cast(Attached, attached(model)).moved[layer.site.name])
     layer.load({role: tensors[role] for role in layer.start})
     give_up(model, layer)
+
+
+def pristine(model: nn.Module, name: str) -> Tensor:
+    """The weight of a layer as it was before it gave up a part of it, in the layer's own layout."""
+    moved = cast(Attached, attached(model)).moved if attached(model) is not None else {}
+    before = moved.get(name, base_parameter(model, f"{name}.weight"))
+    if isinstance(before, nn.Parameter):  # of other layers, too: one of them may have given up a part for itself
+        for other, values in moved.items():
+            if not isinstance(values, nn.Parameter) and base_parameter(model, f"{other}.weight") is before:
+                return values
+    return before.detach()
 
 
 def take_back(layer: Adapted, before: Tensor) -> None:

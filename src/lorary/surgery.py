@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import cast
@@ -96,6 +97,7 @@ def place(
             problems.append(Problem(name, f"is {tuple(parameters[name].shape)}, expected {tuple(shape)}"))
     if problems:
         raise PlanError("this does not fit the model:", problems)
+    placed = tuple(_as_it_is(p, modules[p.site.name]) for p in placed)
     paths, fingerprint = _paths(model, placed), base or Fingerprint.of(model)
     trained = frozenset(name for name, t in parameters.items() if t.requires_grad)
     layers, kept = {}, {}  # all of them before the model changes: memory may run out on the way
@@ -133,6 +135,11 @@ def _shared(model: nn.Module, placed: tuple[Placed, ...], dtype: torch.dtype) ->
         return None
     first = base_parameter(model, f"{placed[0].site.name}.weight")
     return Shared(placed, dtype, first.device)
+
+
+def _as_it_is(p: Placed, layer: nn.Module) -> Placed:
+    """The same for the layer that is here: a linear one, or GPT-2's, which keeps the same matrix transposed."""
+    return dataclasses.replace(p, site=dataclasses.replace(p.site, kind=cast(str, kind_of(layer))))
 
 
 def mismatch(expected: Site, layer: nn.Module | None) -> list[Problem]:
