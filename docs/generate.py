@@ -230,7 +230,7 @@ def combinations_page() -> str:
     """The page of the table of combinations."""
     names = list(lorary.presets())
     linked = {name: f"[`{name}`](methods/{stem(name)}.md)" for name in names}
-    rows = [["", *(f"`{name}`" for name in names[1:])], ["---"] * len(names)]
+    rows = [["", *names[1:]], ["---"] * len(names)]
     whys: dict[str, dict[str, list[str]]] = {"r": {}, "N": {}}
     for i, one in enumerate(names[:-1]):
         row = [""] * i
