@@ -213,6 +213,78 @@ def test_tied_embeddings(name: str, targets: Any, tmp_path: Path) -> None:
     assert torch.equal(tiny.logits(model, **inputs), base)
 
 
+WAYS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "dora": (("dora",), {"r": 2}),
+    "pissa": (("pissa",), {"r": 2}),
+    "olora, dora": (("olora", "dora"), {"r": 2}),
+    "vera": (("vera",), {"r": 8}),
+    "vera, dora": (("vera", "dora"), {"r": 8}),
+    "melora": (("melora",), {"r": 2, "n": 2}),
+    "multilora": (("multilora",), {"r": 2, "n": 2}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [row for row in TIED if row[0] in ("LlamaForCausalLM", "T5ForConditionalGeneration")]
+    + [("GPT2LMHeadModel", ["attention-qv", "lm_head"]), ("BertForMaskedLM", ["attention", "decoder"])],
+)
+def test_tied_embeddings_whatever_the_method(way: str, name: str, targets: Any, tmp_path: Path) -> None:
+    """Merged is unmerged, what is saved of it is what is loaded, unmerged is as before, and detached is the base."""
+    names, options = WAYS[way]
+    model = tiny.model(name, tie_word_embeddings=True)
+    inputs = {"input_ids": tiny.ids()} | ({"decoder_input_ids": tiny.ids()} if name.startswith("T5") else {})
+    base, plain, values = tiny.logits(model, **inputs), tiny.everything(model), tiny.frozen_copy(model)
+    tiny.trained(model, lorary.method(*names, **options), targets)
+    before, expected = tiny.everything(model), tiny.logits(model, **inputs)
+    for _ in range(2):
+        lorary.merge(model, keep=True)
+        merged = tiny.logits(model, **inputs)
+        torch.testing.assert_close(merged, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+        assert not model.config.tie_word_embeddings
+        model.tie_weights()
+        assert torch.equal(tiny.logits(model, **inputs), merged)
+        lorary.unmerge(model)
+        assert tiny.everything(model) == before
+        assert torch.equal(tiny.logits(model, **inputs), expected)
+        with lorary.disabled(model):
+            assert torch.equal(tiny.logits(model, **inputs), base)
+    twin = copy.deepcopy(model)
+    lorary.merge(twin)
+    twin.save_pretrained(tmp_path)
+    loaded = type(twin).from_pretrained(tmp_path).eval()
+    assert torch.equal(tiny.logits(loaded, **inputs), tiny.logits(twin, **inputs))
+    torch.testing.assert_close(tiny.logits(loaded, **inputs), merged)
+    lorary.detach(model)
+    assert tiny.everything(model) == plain
+    assert tiny.same(tiny.frozen_copy(model), values)
+    assert model.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_merged_base_in_16_bits_is_rounded_once(way: str) -> None:
+    names, options = WAYS[way]
+    model = tiny.trained(tiny.llama().to(torch.bfloat16), lorary.method(*names, **options), dtype=torch.float32)
+    exact = {name: layer.merged()[0] for name, layer in adapted(model).items()}
+    assert {W.dtype for W in exact.values()} == {torch.float32}
+    lorary.merge(model)
+    for name, W in exact.items():
+        assert torch.equal(model.get_submodule(name).weight, W.bfloat16())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_unmerged_in_another_precision(way: str) -> None:
+    names, options = WAYS[way]
+    model = tiny.trained(tiny.llama(tie_word_embeddings=True), lorary.method(*names, **options), ["mlp", "lm_head"])
+    low = copy.deepcopy(model).to(torch.bfloat16)
+    lorary.merge(model, keep=True)
+    model.to(torch.bfloat16)
+    lorary.unmerge(model)
+    assert {p.dtype for n, p in model.named_parameters() if ".p." not in n} == {torch.bfloat16}
+    torch.testing.assert_close(tiny.logits(model).float(), tiny.logits(low).float(), rtol=0.1, atol=0.1)
+
+
 def test_a_merge_elsewhere_leaves_tied_embeddings_tied(tmp_path: Path) -> None:
     model = tiny.trained(tiny.llama(tie_word_embeddings=True))
     lorary.merge(model)

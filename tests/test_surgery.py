@@ -184,6 +184,162 @@ def test_an_attached_model_can_be_pickled() -> None:
     assert not adapted(again)
 
 
+# --- methods that join, start or learn in another way -----------------------------------------------------------------
+
+METHODS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "dora": (("dora",), {}),
+    "dora, exact": (("dora",), {"exact": True}),
+    "pissa": (("pissa",), {}),
+    "pissa, fast": (("pissa", "lora-fa"), {"niter": 1}),
+    "olora, dora": (("olora", "dora", "rslora"), {}),
+    "vera": (("vera",), {}),
+    "vera, dora": (("vera", "dora"), {}),
+    "melora": (("melora",), {"n": 1}),
+    "multilora": (("multilora",), {"n": 2}),
+}
+MOVING = ["pissa", "pissa, fast", "olora, dora"]
+
+
+def method(name: str) -> lorary.Method:
+    names, options = METHODS[name]
+    return lorary.method(*names, r=1, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", tiny.MODELS)
+@pytest.mark.parametrize("which", METHODS)
+def test_detach_gives_the_very_base_back_whatever_the_method(which: str, name: str, dtype: torch.dtype) -> None:
+    model = tiny.model(name).to(dtype).train()
+    before, values = tiny.everything(model), tiny.frozen_copy(model)
+    tied = getattr(model.config, "tie_word_embeddings", None)
+    tiny.trained(model, method(which), tiny.MODELS[name])
+    assert not tiny.same(tiny.frozen_copy(model), values)
+    lorary.detach(model)
+    assert tiny.everything(model) == before
+    assert tiny.same(tiny.frozen_copy(model), values)
+    assert getattr(model.config, "tie_word_embeddings", None) == tied
+
+
+@pytest.mark.parametrize("which", METHODS)
+def test_disabled_is_the_base_whatever_the_method(which: str) -> None:
+    model = tiny.model("GPT2LMHeadModel")
+    base = tiny.logits(model)
+    tiny.trained(model, method(which), ["attention-qv", "mlp", "embedding", "lm_head"])
+    tuned, values = tiny.logits(model), tiny.frozen_copy(model)
+    assert not torch.allclose(tuned, base, rtol=1e-3)
+    with lorary.disabled(model):
+        assert torch.equal(tiny.logits(model), base)
+        with lorary.disabled(model):
+            assert torch.equal(tiny.logits(model), base)
+        assert torch.equal(tiny.logits(model), base)
+    assert torch.equal(tiny.logits(model), tuned)
+    assert tiny.same(tiny.frozen_copy(model), values)
+
+
+@pytest.mark.parametrize("which", METHODS)
+def test_a_reference_between_a_policy_and_its_gradients(which: str) -> None:
+    """Weights that were swapped meanwhile are back when the backward pass reads them."""
+    model = tiny.trained(tiny.llama(), method(which))
+
+    def gradients(disable: bool) -> dict[str, Tensor]:
+        policy = model(input_ids=tiny.ids()).logits
+        if disable:
+            with torch.no_grad(), lorary.disabled(model):
+                model(input_ids=tiny.ids())
+        policy.square().mean().backward()
+        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return found
+
+    expected, found = gradients(False), gradients(True)
+    assert expected.keys() == found.keys() != set()
+    assert all(torch.equal(expected[n], found[n]) for n in expected)
+
+
+@pytest.mark.parametrize("which", METHODS)
+def test_copies_and_pickles_whatever_the_method(which: str) -> None:
+    model = tiny.llama(tie_word_embeddings=True)
+    base = tiny.logits(model)
+    tiny.trained(model, method(which), ["all-linear", "embedding"])
+    expected = tiny.logits(model)
+    twin, again = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    lorary.detach(model)
+    assert torch.equal(tiny.logits(model), base)
+    for other in (twin, again):
+        assert torch.equal(tiny.logits(other), expected)
+        lorary.detach(other)
+        assert torch.equal(tiny.logits(other), base)
+        assert other.lm_head.weight is other.model.embed_tokens.weight is not model.lm_head.weight
+
+
+@pytest.mark.parametrize("which", MOVING)
+def test_a_moved_base_changes_its_precision(which: str) -> None:
+    """Detached, it has the pristine weights of the new precision, not what rounding has left of W - s B0 A0."""
+    model = tiny.llama(tie_word_embeddings=True)
+    plain = copy.deepcopy(model).to(torch.bfloat16)
+    tiny.trained(model, method(which), ["all-linear", "embedding"])
+    model.to(torch.bfloat16)
+    assert tiny.logits(model).dtype == torch.bfloat16
+    with lorary.disabled(model):
+        assert torch.equal(tiny.logits(model), tiny.logits(plain))
+    lorary.detach(model)
+    assert tiny.same(tiny.frozen_copy(model), tiny.frozen_copy(plain))
+
+
+TABLES: list[Any] = ["embedding", "lm_head", ["embedding", "lm_head"], ["lm_head", "embedding"]]
+
+
+@pytest.mark.parametrize("targets", TABLES, ids=str)
+@pytest.mark.parametrize("which", MOVING)
+def test_tied_tables_that_give_up_a_part(which: str, targets: Any) -> None:
+    """Each gives up its own part of one weight; disabled and detached they share the very weight again."""
+    model = tiny.llama(tie_word_embeddings=True)
+    base, before, values = tiny.logits(model), tiny.everything(model), tiny.frozen_copy(model)
+    lorary.attach(model, lorary.plan(model, method(which), targets))
+    torch.testing.assert_close(tiny.logits(model), base, rtol=1e-4, atol=1e-5)
+    tiny.shaken(model)
+    tuned = tiny.logits(model)
+    with lorary.disabled(model):
+        assert torch.equal(tiny.logits(model), base)
+    assert torch.equal(tiny.logits(model), tuned)
+    model.tie_weights()  # as libraries do that place or load a model: nothing may be tied over a part given up
+    assert torch.equal(tiny.logits(model), tuned)
+    lorary.detach(model)
+    assert tiny.everything(model) == before
+    assert tiny.same(tiny.frozen_copy(model), values)
+    assert model.config.tie_word_embeddings
+    model.tie_weights()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_an_attach_that_fails_half_way_gives_everything_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.llama(tie_word_embeddings=True)
+    before, values = tiny.everything(model), tiny.frozen_copy(model)
+    plan = lorary.plan(model, lorary.method("pissa", "dora", r=2), ["embedding", "all-linear", "lm_head"])
+    initialise = lorary.Adapted.initialise
+
+    def fails(layer: lorary.Adapted, seed: int) -> None:
+        if layer.site.name.endswith("layers.1.mlp.up_proj"):
+            raise KeyboardInterrupt
+        initialise(layer, seed)
+
+    monkeypatch.setattr(lorary.Adapted, "initialise", fails)
+    with pytest.raises(KeyboardInterrupt):
+        lorary.attach(model, plan)
+    assert tiny.everything(model) == before
+    assert tiny.same(tiny.frozen_copy(model), values)
+    assert model.config.tie_word_embeddings
+
+
+def test_on_the_meta_device_nothing_is_decomposed() -> None:
+    for which in METHODS:
+        model = tiny.model("LlamaForCausalLM", device="meta")
+        lorary.attach(model, lorary.plan(model, method(which)))
+        assert model(input_ids=tiny.ids().to("meta")).logits.is_meta
+        lorary.detach(model)
+        assert not adapted(model)
+
+
 # --- disabled ---------------------------------------------------------------------------------------------------------
 
 

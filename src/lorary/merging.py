@@ -53,7 +53,7 @@ def merge(model: nn.Module, *, keep: bool = False) -> nn.Module:
         untied |= id(weight) in shared or isinstance(state.moved.get(name), nn.Parameter)
         if keep:
             state.merged[name] = (weight, bias, layer)
-    state.tied = _untie(model) if untied else None
+    state.tied = _untie(model, state.untied) if untied else None
     state.room = make_room(model, created)
     if created and (lost := homeless(model)):
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
@@ -88,7 +88,7 @@ def unmerge(model: nn.Module) -> nn.Module:
         for path in state.paths[name]:
             set_layer(model, path, layer)
     if state.tied is not None:
-        _config(model).tie_word_embeddings = True
+        _config(model).tie_word_embeddings = not state.untied
         for module, name, parameter in state.tied:
             parameter.data = parameter.data.to(getattr(module, name))
             setattr(module, name, parameter)
@@ -117,13 +117,14 @@ def _config(model: nn.Module) -> Any:
     return getattr(model, "config", None)
 
 
-def _untie(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]] | None:
+def _untie(model: nn.Module, already: bool) -> list[tuple[nn.Module, str, nn.Parameter]] | None:
     """Say in the model's configuration that nothing is tied, and make it true: whoever shared now has its own copy.
 
-    A checkpoint of the model is read by what its configuration says; BERT's ties its output bias, too.
+    A checkpoint of the model is read by what its configuration says; BERT's ties its output bias, too. An adapter
+    that has moved one of the weights has said so `already`.
     """
     config = _config(model)
-    if not getattr(config, "tie_word_embeddings", False):
+    if not (already or getattr(config, "tie_word_embeddings", False)):
         return None
     config.tie_word_embeddings = False
     seen: set[int] = set()

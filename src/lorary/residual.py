@@ -35,6 +35,8 @@ def give_up(model: nn.Module, layer: Adapted) -> None:
         if sum(held is weight for m in model.modules() for held in m._parameters.values()) > 1:
             state.moved[layer.site.name] = weight
             layer.base.weight = nn.Parameter(rest, requires_grad=False)
+            if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+                model.config.tie_word_embeddings, state.untied = False, True  # type: ignore[union-attr]
         else:
             state.moved[layer.site.name] = weight.detach().to("cpu", copy=True)
             weight.copy_(rest)

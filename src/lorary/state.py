@@ -27,6 +27,8 @@ class Attached:
         paths: site -> every path of its layer, more than one for a shared layer.
         moved: site -> what its weight was before the base gave up a part of it: the values, on the CPU, or the
             parameter itself where others hold it too and the layer got one of its own.
+        untied: whether the model's configuration says that its embeddings are no longer tied, because one of them
+            has got a weight of its own: else the next `tie_weights` would take it away again.
         fingerprint: of the base, taken before anything changed or was sharded.
         merged: once merged, site -> what the merge replaced: weight, bias and the adapted layer.
         tied: the parameters that a merge untied from each other: module, name, and what it held there before.
@@ -41,6 +43,7 @@ class Attached:
     paths: dict[str, list[str]]
     fingerprint: Fingerprint
     moved: dict[str, Tensor] = field(default_factory=dict)
+    untied: bool = False
     merged: dict[str, tuple[nn.Parameter, nn.Parameter | None, Adapted]] | None = None
     tied: list[tuple[nn.Module, str, nn.Parameter]] | None = None
     room: Room = field(default_factory=Room)

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -194,6 +194,8 @@ def detach(model: nn.Module) -> nn.Module:
             take_back(layer, state.moved[name])
         for path in state.paths[name]:
             set_layer(model, path, layer.base)
+    if state.untied:
+        cast(Any, model).config.tie_word_embeddings = True
     object.__delattr__(model, STATE)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in state.trained)
