@@ -159,6 +159,81 @@ def test_autocast() -> None:
         torch.testing.assert_close(low[name], grad, rtol=0.1, atol=0.05 * grad.abs().max().item())
 
 
+METHODS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "dora": (("dora",), {"r": 2, "dropout": 0.5}),
+    "dora, exact": (("dora",), {"r": 2, "exact": True}),
+    "pissa, dora": (("pissa", "dora"), {"r": 2}),
+    "vera": (("vera",), {"r": 6, "dropout": 0.5}),
+    "melora": (("melora",), {"r": 2, "n": 2, "dropout": 0.5}),
+    "multilora": (("multilora",), {"r": 2, "n": 2}),
+}
+
+
+@pytest.mark.parametrize("way", METHODS)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_whatever_the_method(way: str, reentrant: bool) -> None:
+    names, options = METHODS[way]
+    model = tiny.trained(tiny.llama(), lorary.method(*names, **options), ["all-linear", "embedding"]).train()
+    inputs = {"input_ids": tiny.ids(), "labels": tiny.ids()}
+    torch.manual_seed(0)
+    model(**inputs).loss.backward()
+    expected = grads(model)
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    torch.manual_seed(0)
+    model(**inputs, use_cache=False).loss.backward()
+    got = grads(model)
+    assert got.keys() == expected.keys() != set()
+    for name, grad in expected.items():
+        torch.testing.assert_close(got[name], grad)
+
+
+@pytest.mark.parametrize("way", METHODS)
+def test_autocast_whatever_the_method(way: str) -> None:
+    names, options = METHODS[way]
+    model = tiny.trained(tiny.llama(), lorary.method(*names, **{k: v for k, v in options.items() if k != "dropout"}))
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(input_ids=tiny.ids(), labels=tiny.ids())
+    full = model(input_ids=tiny.ids(), labels=tiny.ids())
+    assert low.logits.dtype == torch.bfloat16
+    torch.testing.assert_close(low.loss, full.loss, rtol=0.05, atol=0.05)
+    low.loss.backward()
+    found = grads(model)
+    assert {grad.dtype for grad in found.values()} == {torch.float32}
+    full.loss.backward()
+    exact = torch.cat([grad.flatten() for grad in grads(model).values()])
+    assert (torch.cat([grad.flatten() for grad in found.values()]) - exact).norm() < 0.1 * exact.norm()
+
+
+@pytest.mark.parametrize("way", METHODS)
+def test_generation_whatever_the_method(way: str) -> None:
+    names, options = METHODS[way]
+    model = tiny.trained(tiny.llama(), lorary.method(*names, **options)).eval()
+    prompt = tiny.ids()[:, :2]
+    chosen = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    cached, plain = (model.generate(prompt, use_cache=cache, **chosen) for cache in (True, False))
+    assert torch.equal(cached, plain)
+
+
+@pytest.mark.parametrize("way", METHODS)
+def test_a_state_dict_comes_back_whatever_the_method(way: str) -> None:
+    names, options = METHODS[way]
+    model = tiny.trained(tiny.llama(), lorary.method(*names, **options)).eval()
+    values, expected = tiny.frozen_copy(model), tiny.logits(model)
+    tiny.shaken(model, seed=9)
+    assert not torch.equal(tiny.logits(model), expected)
+    model.load_state_dict(values)
+    assert torch.equal(tiny.logits(model), expected)
+
+
+def test_what_all_layers_share_is_no_part_of_a_state_dict() -> None:
+    """It is one for the whole model, and never trains: a checkpoint would hold it once for every layer."""
+    model = tiny.trained(tiny.llama(), lorary.method("vera", r=6))
+    assert not [name for name in model.state_dict() if "shared" in name]
+    assert len({id(b) for name, b in model.named_buffers() if "shared" in name}) == 2
+
+
 def test_inference_mode() -> None:
     model = tiny.trained(tiny.llama())
     expected = tiny.logits(model)

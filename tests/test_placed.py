@@ -7,7 +7,7 @@ import pytest
 import lorary
 from lorary.errors import MethodError
 from lorary.methods.lora import ByRank, Fixed, Gaussian, LowRank
-from lorary.placed import Placed, with_rank
+from lorary.placed import Placed, shared_shapes, start_of, with_rank
 from lorary.sites import Part, Site
 
 LINEAR = Site("x", "linear", 5, 3, True)
@@ -57,3 +57,59 @@ def test_another_rank_or_alpha_and_every_other_word_as_it_is() -> None:
 def test_a_factor_that_starts_at_zero_must_train(site: Site, frozen: str, problem: str | None) -> None:
     problems = Placed(site, lorary.method(frozen=frozen)).problems()
     assert [str(p).partition("\n")[0] for p in problems] == ([problem] if problem else [])
+
+
+# --- methods that join, start or learn in another way -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "shapes", "trainable"),
+    [
+        (("dora",), {"r": 2}, {"A": (2, 3), "B": (5, 2), "m": (5,)}, 21),
+        (("pissa",), {"r": 2}, {"A": (2, 3), "B": (5, 2)}, 16),
+        (("vera",), {"r": 4}, {"A": (4, 3), "B": (5, 4), "b": (5,), "d": (4,)}, 9),
+        (("vera", "dora"), {"r": 4}, {"A": (4, 3), "B": (5, 4), "b": (5,), "d": (4,), "m": (5,)}, 14),
+        (("multilora",), {"r": 2, "n": 3}, {"A": (6, 3), "B": (5, 6), "gamma": (15,)}, 63),
+        (("dora", "lora-fa"), {"r": 2}, {"A": (2, 3), "B": (5, 2), "m": (5,)}, 15),
+    ],
+)
+def test_the_tensors_of_other_methods(
+    names: tuple[str, ...], options: dict[str, int], shapes: dict[str, tuple[int, ...]], trainable: int
+) -> None:
+    placed = Placed(LINEAR, lorary.method(*names, **options))
+    assert placed.shapes == shapes
+    assert placed.trainable == trainable
+    assert placed.problems() == []
+
+
+def test_the_tensors_of_slices() -> None:
+    even = Site("x", "linear", 4, 6, False)
+    assert Placed(even, lorary.method("melora", r=3, n=2)).shapes == {"A": (6, 3), "B": (4, 3)}
+    assert Placed(FUSED, lorary.method("vera", r=3)).shapes == {"A": (3, 3), "B": (4, 3), "b": (8,), "d": (6,)}
+    assert Placed(FUSED, lorary.method("dora", r=1)).shapes["m"] == (12,)  # of every output, adapted or not
+
+
+def test_a_file_holds_the_start_of_a_moved_base_as_well() -> None:
+    placed = Placed(LINEAR, lorary.method("pissa", "dora", r=2))
+    assert placed.starts == {"A": (2, 3), "B": (5, 2)}
+    assert placed.stored == {"A": (2, 3), "B": (5, 2), "m": (5,), "A0": (2, 3), "B0": (5, 2)}
+    assert start_of("A") == "A0"
+    plain = Placed(LINEAR, lorary.method("dora", r=2))
+    assert plain.starts == {}
+    assert plain.stored == plain.shapes
+
+
+def test_what_all_share_is_as_large_as_the_largest_asks_for() -> None:
+    vera = lorary.method("vera", r=4)
+    placed = [Placed(LINEAR, vera), Placed(TABLE, with_rank(vera, r=2)), Placed(FUSED, with_rank(vera, r=6))]
+    assert shared_shapes(placed) == {"A": (6, 9), "B": (5, 6)}
+    assert shared_shapes([Placed(LINEAR, lorary.method())]) == {}
+    assert shared_shapes([]) == {}
+
+
+def test_an_alpha_for_what_has_none() -> None:
+    assert Placed(LINEAR, lorary.method("vera", r=4)).alpha is None
+    assert Placed(LINEAR, lorary.method("vera", r=4)).scale == 1.0
+    with pytest.raises(TypeError):
+        with_rank(lorary.method("vera"), alpha=3)
+    assert with_rank(lorary.method("melora", r=3, n=2), r=5) == lorary.method("melora", r=5, n=2)

@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 
 from lorary import words
-from lorary.words import COUNT, POSITIVE
+from lorary.sites import Site
+from lorary.words import COUNT, FLAG, POSITIVE, SEED, optional
 
 
 def test_a_word_is_a_dataclass_with_a_name_of_its_own() -> None:
@@ -31,6 +32,63 @@ def test_no_count(value: object) -> None:
 @pytest.mark.parametrize("value", [0, -1.5, True, "3", None, float("nan"), float("inf"), 1 + 0j])
 def test_no_positive_number(value: object) -> None:
     assert not POSITIVE["check"](value)
+
+
+@pytest.mark.parametrize("value", [0, 1, 2**63 - 1])
+def test_a_seed(value: object) -> None:
+    assert SEED["check"](value)
+
+
+@pytest.mark.parametrize("value", [-1, 2**63, True, 1.0, "3", None])
+def test_no_seed(value: object) -> None:
+    assert not SEED["check"](value)
+
+
+@pytest.mark.parametrize(("value", "fits"), [(True, True), (False, True), (1, False), (0, False), ("yes", False)])
+def test_a_flag(value: object, fits: bool) -> None:
+    assert FLAG["check"](value) == fits
+
+
+@pytest.mark.parametrize(("value", "fits"), [(None, True), (4, True), (0, False), ("four", False)])
+def test_an_optional_count(value: object, fits: bool) -> None:
+    assert optional(COUNT)["check"](value) == fits
+    assert optional(COUNT)["expects"] == "a whole number of at least 1, or None"
+
+
+AXES = {"delta": words.Delta, "init": words.Init, "join": words.Join}
+
+
+@pytest.mark.parametrize("name", sorted(words.WORDS))
+def test_a_word_of_an_axis_is_of_no_other(name: str) -> None:
+    """The protocols are told apart by what a word derives from, so that `isinstance` is enough."""
+    cls = words.WORDS[name]
+    assert sum(axis in cls.__mro__ for axis in AXES.values()) <= 1
+
+
+def test_what_a_word_is_silent_on_it_inherits() -> None:
+    """A word that says no more than it must can be used at once."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Quiet(words.Delta):
+        r: int = 1
+        roles = frozenset({"A", "B"})
+
+    @dataclasses.dataclass(frozen=True)
+    class Still(words.Join):
+        pass
+
+    @dataclasses.dataclass(frozen=True)
+    class Silent(words.Init):
+        fills = frozenset({"A", "B"})
+
+    delta, join, init = Quiet(), Still(), Silent()
+    assert isinstance(delta, words.Delta)
+    assert (delta.shared, delta.extras, delta.free) == (frozenset(), frozenset(), False)
+    assert (join.roles, join.reads) == (frozenset(), frozenset())
+    site = Site("x", "linear", 3, 2, False)
+    assert join.shapes(site) == {}
+    assert (init.moves_base, init.zeros(site)) == (False, frozenset())
+    assert delta.problems(site) == join.problems(site) == init.problems(site, 1) == []
 
 
 def test_every_word_is_frozen_and_says_what_its_fields_take() -> None:
