@@ -47,7 +47,7 @@ class Block(nn.Module):
 def build(names: tuple[str, ...]) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(Block())
-    targets = ["linear", "conv"] if "lora-fa" in names else ["linear", "conv", "table"]
+    targets = ["linear", "conv"] if {"lora-fa", "glora"} & set(names) else ["linear", "conv", "table"]
     method = lorary.method(*names) if names[0] in ("bitfit", "full") else made_of(*names, r=2, alpha=4.0)
     lorary.attach(model, lorary.plan(model, method, targets=targets))
     with torch.no_grad():

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import socket
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 import lorary
@@ -187,3 +192,48 @@ def test_evaluation_is_of_the_whole_supernet(tmp_path: Path) -> None:
     for layer in adapted(model).values():
         layer.chosen = Terms(2, *["none"] * 5)
     assert trainer.evaluate()["eval_loss"] == one
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+def stepped(model: nn.Module, forward: Any, x: torch.Tensor) -> None:
+    """Three steps of the first stage."""
+    optimizer, tuning = torch.optim.AdamW(lorary.groups(model, 1e-2)), lorary.tuning(model, 10)
+    for _ in range(3):
+        forward(x).square().mean().backward()
+        optimizer.step()
+        tuning.after_step()
+        optimizer.zero_grad()
+
+
+def supernet() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6, bias=False))
+    return lorary.attach(model, lorary.plan(model, lorary.method("glora", supernet=True)))
+
+
+def work(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", address, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    try:
+        model, alone, x = supernet(), supernet(), torch.randn(8, 6)
+        dist.broadcast(x, 0)
+        stepped(model, nn.parallel.DistributedDataParallel(model), x[4 * rank : 4 * rank + 4])
+        stepped(alone, alone, x)
+        for (name, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6, msg=name)
+        Path(folder, str(rank)).touch()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_structures_that_one_would(tmp_path: Path) -> None:
+    """DDP waits for every gradient: tensors that a step has no use for must have one, too."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(work, args=(port, str(tmp_path)), nprocs=2)
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
