@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lorary.kernels.vectors import Once
 from lorary.memo import Memo
 from lorary.placed import Placed, shared_shapes, start_of
 from lorary.record import Method
@@ -32,6 +33,7 @@ class Shared(nn.Module):
         super().__init__()
         for role, size in shared_shapes(placed).items():
             self.register_buffer(role, torch.zeros(size, dtype=dtype, device=device), persistent=False)
+        self.once = Once()
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -181,7 +183,7 @@ class Adapted(nn.Module):
         dropout = self.dropout if dropout is None else dropout
         delta = self.method.delta
         if isinstance(delta, Fused) and self.kind.rowwise and not self.site.parts:
-            return delta.add(y, x, self.tensors, self.site, self.scale, dropout)
+            return delta.add(self, y, x, dropout)
         B, A = self.factors()
         return self.kind.add(self.base, y, x, A, B, self.scale, dropout)
 

@@ -29,6 +29,7 @@ class Layer(Protocol):
     method: Any  # Method, whose words these are
     p: Any  # role -> Parameter
     base: nn.Module
+    shared: Any  # the bank of what all layers share, or None
     training: bool
     chosen: Any  # what a rule has drawn for the present step; None: nothing
 
@@ -93,7 +94,7 @@ class Delta(Protocol):
 class Fused(Protocol):
     """A delta with a path of its own through layers that take rows [..., inp]; its factors stay the specification."""
 
-    def add(self, y: Tensor, x: Tensor, p: Tensors, site: Site, s: float, dropout: float) -> Tensor:
+    def add(self, layer: Layer, y: Tensor, x: Tensor, dropout: float) -> Tensor:
         """y + s * B A dropout(x). May write into y."""
         ...
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import lorary
 from lorary import sites, words
+from lorary.kernels.vectors import add_vectors
 from lorary.methods.dora import Direction
 from lorary.methods.lora import Add, Fixed, Kaiming, LowRank
 from lorary.methods.melora import Minis
@@ -308,16 +309,17 @@ class StartedAndTrained:
 class MixesTheBlocks(Minis):
     """A fast path whose blocks meet the wrong slices of the input."""
 
-    def add(self, y: Tensor, x: Tensor, p: Any, site: Any, s: float, dropout: float) -> Tensor:
-        return super().add(y, x.roll(x.shape[-1] // self.n, -1), p, site, s, dropout)
+    def add(self, layer: Any, y: Tensor, x: Tensor, dropout: float) -> Tensor:
+        return super().add(layer, y, x.roll(x.shape[-1] // self.n, -1), dropout)
 
 
 @dataclass(frozen=True)
 class KeepsABankOfItsOwn(Vectors):
-    """Takes the trailing corner of what is shared, and its factors the leading one."""
+    """Takes the rows of what is shared in another order than its factors do."""
 
-    def add(self, y: Tensor, x: Tensor, p: Any, site: Any, s: float, dropout: float) -> Tensor:
-        return super().add(y, x, {**p, "A": p["A"].flip(0)}, site, s, dropout)
+    def add(self, layer: Any, y: Tensor, x: Tensor, dropout: float) -> Tensor:
+        p = layer.tensors
+        return add_vectors(y, x, p["A"].flip(0), p["B"], p["b"], p["d"], layer.scale, dropout)
 
 
 def test_fast_paths_of_their_own_are_caught() -> None:

@@ -17,17 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def add_low_rank(
-    y: Tensor,
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    s: float,
-    dropout: float = 0.0,
-    *,
-    b: Tensor | None = None,
-    d: Tensor | None = None,
-) -> Tensor:
+def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float = 0.0) -> Tensor:
     """Adds `s · (drop(x)·Aᵀ)·Bᵀ` to a layer's output, computed in the dtype of that output.
 
     Args:
@@ -40,27 +30,20 @@ def add_low_rank(
         dropout: probability in [0, 1) that an element of `x` is dropped from the adapter's input; 0 when not
             training, in steps of 2⁻¹⁶. The mask depends on the state of torch's default CPU generator alone, on
             every device.
-        b: [out] and
-        d: [R], both or neither: B stands for diag(b)·B·diag(d), which is then made anew wherever it is needed.
 
     Returns:
         [..., out] the sum, in `y`'s dtype. Its gradient can be taken once, not twice. The input is kept for
         backward only where `A` trains.
 
-    Raises:
-        ValueError: b without d, or d without b.
-
     Example:
         >>> y = torch.nn.functional.linear(x, W)
         >>> y = add_low_rank(y, x, A, B, s=alpha / r)
     """
-    if (b is None) != (d is None):
-        raise ValueError("b and d come together or not at all")
     if torch.compiler.is_compiling():  # it fuses and recomputes by itself
-        return add_low_rank_reference(y, x, A, _spanned(B, b, d), s, dropout)
+        return add_low_rank_reference(y, x, A, B, s, dropout)
     dropout = in_steps(dropout)
     seed = draw_seed() if dropout > 0.0 else None
-    total: Tensor = _AddLowRank.apply(y, x, A, B, s, dropout, seed, b, d)  # type: ignore[no-untyped-call]
+    total: Tensor = _AddLowRank.apply(y, x, A, B, s, dropout, seed)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -83,16 +66,7 @@ def add_low_rank_reference(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float,
 class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        y: Tensor,
-        x: Tensor,
-        A: Tensor,
-        B: Tensor,
-        s: float,
-        dropout: float,
-        seed: int | None,
-        b: Tensor | None,
-        d: Tensor | None,
+        ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float, seed: int | None
     ) -> Tensor:
         dtype = y.dtype
         with without_autocast(y.device):
@@ -100,7 +74,6 @@ class _AddLowRank(torch.autograd.Function):
             if seed is not None:
                 rows = kept_mask(rows.shape, rows, dropout, seed).mul_(rows)
             z = rows @ A.to(dtype).t()  # [T, R]
-            up = _spanned(B, b, d).to(dtype).t()  # [R, out]
             # 1/(1-p) of inverted dropout rides on the scale: one pass over the activation less.
             scale = s / (1.0 - dropout)
             if may_overwrite(y, x):
@@ -108,18 +81,16 @@ class _AddLowRank(torch.autograd.Function):
                 # that is a view is no obstacle; and a layer that had kept y for its own backward fails loudly
                 # on the version instead of computing with a changed value.
                 total = y.detach()
-                total.view(-1, B.shape[0]).addmm_(z, up, alpha=scale)
+                total.view(-1, B.shape[0]).addmm_(z, B.to(dtype).t(), alpha=scale)
             else:
                 flat = y.reshape(-1, B.shape[0])
-                total = torch.addmm(flat, z, up, alpha=scale).view(y.shape)
-        x_wants, a_wants, b_wants, spans_want = _wants(ctx)
+                total = torch.addmm(flat, z, B.to(dtype).t(), alpha=scale).view(y.shape)
+        _, x_wants, a_wants, b_wants, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
             x if a_wants else None,
-            z if b_wants or spans_want else None,
+            z if b_wants else None,
             A if x_wants else None,
-            B if x_wants or a_wants or spans_want else None,
-            b,
-            d,
+            B if x_wants or a_wants else None,
         )
         ctx.x_shape, ctx.scale, ctx.dropout, ctx.seed = x.shape, scale, dropout, seed
         return total
@@ -127,22 +98,19 @@ class _AddLowRank(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        x, z, A, B, b, d = ctx.saved_tensors
+        x, z, A, B = ctx.saved_tensors
         dtype, width = gy.dtype, ctx.x_shape[-1]
-        x_wants, a_wants, b_wants, spans_want = _wants(ctx)
-        gx = gA = gB = gb = gd = None
+        _, x_wants, a_wants, b_wants, *_ = ctx.needs_input_grad
+        gx = gA = gB = None
         with without_autocast(gy.device):
             g = gy.reshape(-1, gy.shape[-1])  # [T, out]
             kept = None
             if ctx.seed is not None and (x_wants or a_wants):
                 kept = kept_mask((g.shape[0], width), g, ctx.dropout, ctx.seed)
-            if b_wants or spans_want:
-                gB = _scaled(ctx.scale, g.t(), z)  # [out, R]
-            if spans_want:
-                gb, gd = _span_gradients(gB, B, b, d)
-            gB = _spanned(gB, b, d) if b_wants else None
+            if b_wants:
+                gB = _scaled(ctx.scale, z.t(), g).t()  # [out, R]: faster this way round
             if x_wants or a_wants:
-                gz = _scaled(ctx.scale, g, _spanned(B, b, d).to(dtype))  # [T, R]
+                gz = _scaled(ctx.scale, g, B.to(dtype))  # [T, R]
             if x_wants:
                 gx = gz @ A.to(dtype)  # [T, in]
                 gx = (gx if kept is None else gx.mul_(kept)).view(ctx.x_shape)
@@ -150,24 +118,7 @@ class _AddLowRank(torch.autograd.Function):
                 rows = x.reshape(-1, width).to(dtype)
                 rows = rows if kept is None else kept.mul_(rows)  # the mask is not needed any more
                 gA = gz.t() @ rows  # [R, in]
-        return gy, gx, gA, gB, None, None, None, gb, gd  # autograd casts each to the dtype of its tensor
-
-
-def _wants(ctx: Any) -> tuple[bool, bool, bool, bool]:
-    """Whether x, A, B, and b or d want a gradient."""
-    _, x, A, B, *_, b, d = ctx.needs_input_grad
-    return x, A, B, b or d
-
-
-def _spanned(B: Any, b: Tensor | None, d: Tensor | None) -> Any:
-    """diag(b)·B·diag(d), or B itself without the two."""
-    return B if b is None or d is None else b[:, None] * B * d
-
-
-def _span_gradients(gB: Any, B: Tensor, b: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of b [out] and d [R] from that of diag(b)·B·diag(d)."""
-    each = gB.to(B.dtype) * B
-    return each @ d, b @ each
+        return gy, gx, gA, gB, None, None, None  # autograd casts each to the dtype of its tensor
 
 
 def _scaled(s: float, left: Tensor, right: Tensor) -> Tensor:

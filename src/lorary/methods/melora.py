@@ -20,7 +20,7 @@ from torch import Tensor
 from lorary.kernels.blocks import add_blocks
 from lorary.preset import preset
 from lorary.sites import Site
-from lorary.words import COUNT, Delta, Shapes, Tensors, word
+from lorary.words import COUNT, Delta, Layer, Shapes, Tensors, word
 
 
 @word
@@ -43,10 +43,10 @@ class Minis(Delta):
         B = torch.cat([torch.block_diag(*up.chunk(self.n)) for up in ups])
         return site.place(B), A
 
-    def add(self, y: Tensor, x: Tensor, p: Tensors, site: Site, s: float, dropout: float) -> Tensor:
-        A = p["A"].view(self.n, self.r, -1)
-        B = p["B"].view(self.n, -1, self.r)
-        return add_blocks(y, x, A, B, s, dropout)
+    def add(self, layer: Layer, y: Tensor, x: Tensor, dropout: float) -> Tensor:
+        A = layer.p["A"].view(self.n, self.r, -1)
+        B = layer.p["B"].view(self.n, -1, self.r)
+        return add_blocks(y, x, A, B, layer.scale, dropout)
 
     def problems(self, site: Site) -> list[str]:
         sizes = {"input": [site.inp], "output": site.rows}

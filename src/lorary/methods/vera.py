@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorary.kernels.low_rank import add_low_rank
+from lorary.kernels.vectors import add_vectors
 from lorary.methods.lora import Fixed
 from lorary.preset import preset
 from lorary.sites import Site
-from lorary.words import COUNT, FLAG, POSITIVE, SEED, Delta, Init, Shapes, Tensors, word
+from lorary.words import COUNT, FLAG, POSITIVE, SEED, Delta, Init, Layer, Shapes, Tensors, word
 
 
 @word
@@ -42,8 +42,9 @@ class Vectors(Delta):
         B = torch.cat([b[:, None] * p["B"][: len(b)] * d for b, d in pairs])
         return site.place(B), p["A"].repeat(len(rows), 1)
 
-    def add(self, y: Tensor, x: Tensor, p: Tensors, site: Site, s: float, dropout: float) -> Tensor:
-        return add_low_rank(y, x, p["A"], p["B"], s, dropout, b=p["b"], d=p["d"])
+    def add(self, layer: Layer, y: Tensor, x: Tensor, dropout: float) -> Tensor:
+        p = layer.tensors
+        return add_vectors(y, x, p["A"], p["B"], p["b"], p["d"], layer.scale, dropout, layer.shared.once)
 
 
 @word
