@@ -163,9 +163,10 @@ METHODS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "dora": (("dora",), {"r": 2, "dropout": 0.5}),
     "dora, exact": (("dora",), {"r": 2, "exact": True}),
     "pissa, dora": (("pissa", "dora"), {"r": 2}),
-    "vera": (("vera",), {"r": 6, "dropout": 0.5}),
+    "vera": (("vera",), {"r": 6}),
+    "vera, dora": (("vera", "dora"), {"r": 6, "dropout": 0.5}),
     "melora": (("melora",), {"r": 2, "n": 2, "dropout": 0.5}),
-    "multilora": (("multilora",), {"r": 2, "n": 2}),
+    "multilora": (("multilora",), {"r": 2, "n": 2, "alpha": 4.0}),
 }
 
 

@@ -43,8 +43,7 @@ _WRONG = "these words do not make a method:\n  - "
         (
             ["lroa"],
             {},
-            f"{_UNKNOWN}'lroa': is no method that lorary knows\n"
-            "      hint: did you mean `lora` or `lora+` or `glora`?",
+            f"{_UNKNOWN}'lroa': is no method that lorary knows\n      hint: did you mean `lora` or `lora+` or `glora`?",
         ),
         (
             ["houlsby"],
