@@ -158,12 +158,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=512, help="tokens")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--only", default="", help="names of cases, separated by semicolons")
     parser.add_argument("--out", type=Path, help="default: results/step-LENGTH.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     base = llama(arguments)
-    chosen = [case for case in CASES if arguments.only in case.name]
+    only = [name.strip() for name in arguments.only.split(";") if name.strip()]
+    chosen = [case for case in CASES if not only or case.name in only]
     found = {case.name: one_case(base, case, arguments) for case in track(chosen, "steps")}
     Console().print(table(found, arguments))
     out = arguments.out or Path(__file__).parent / "results" / f"step-{arguments.length}.json"

@@ -158,7 +158,7 @@ class _AddVectors(torch.autograd.Function):
             if ctx.few and b_wants:
                 gb = s * (g * u).sum(0, dtype=b.dtype)
             if z_wants or (ctx.few and d_wants):
-                through = (g * (s * b).to(dtype)) @ B.to(dtype)  # [T, R], before d
+                through = g @ ((s * b)[:, None] * B).to(dtype)  # [T, R], before d
                 if ctx.few and d_wants:
                     gd = (through * z).sum(0, dtype=d.dtype)
                 gz = through.mul_(d.to(dtype)) if z_wants else None
