@@ -77,6 +77,8 @@ def unmerge(model: nn.Module) -> nn.Module:
         here = cast(Tensor, layer.base.weight)
         layer.train(layer.base.training)  # the model may have changed its mode, device or precision meanwhile
         layer.p.to(here.device)
+        if layer.shared is not None:
+            layer.shared.to(here.device)
         for parameter in (weight, bias):
             if parameter is not None:
                 parameter.data = parameter.data.to(here)
