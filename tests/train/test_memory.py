@@ -100,6 +100,15 @@ def _second_step(model: Any, plan: Plan, batch: int, checkpointing: bool = False
         (("lora",), 0.1, torch.bfloat16, False, 0.001),
         (("lora-fa",), 0.1, torch.float32, False, 0.001),
         (("full",), 0.0, torch.float32, False, 0.001),
+        (("dora",), 0.0, torch.float32, False, 0.01),
+        (("dora",), 0.1, torch.bfloat16, False, 0.01),
+        (("pissa", "rslora", "lora+", "dora"), 0.0, torch.float32, False, 0.01),
+        (("olora",), 0.0, torch.bfloat16, False, 0.01),
+        (("vera",), 0.0, torch.float32, False, 0.01),
+        (("vera",), 0.1, torch.bfloat16, False, 0.01),
+        (("melora",), 0.1, torch.float32, False, 0.01),
+        (("multilora",), 0.0, torch.float32, False, 0.01),
+        (("glora",), 0.0, torch.float32, False, 0.01),
         # a checkpoint keeps the state of the random numbers, 5 kB, and a comparison its result of one byte each:
         # both outside the count, and seen because the blocks here are as small as that
         (("lora",), 0.0, torch.float32, True, 0.01),

@@ -162,7 +162,10 @@ def in_steps(dropout: float) -> float:
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The dtypes here are chosen; autocast would choose others. (It does not know every device.)"""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+    """The dtypes here are chosen; autocast would choose others."""
+    return torch.autocast(device.type, enabled=False) if autocasting(device) else contextlib.nullcontext()
+
+
+def autocasting(device: torch.device) -> bool:
+    """Whether autocast chooses dtypes on this device now. (It does not know every device.)"""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorary.errors import MethodError, Problem
+from lorary.kernels.low_rank import autocasting
 from lorary.kernels.supports import add_supported, recomputed, supported
 from lorary.methods.glora_terms import DOWN, OWN, ROLES, Terms, pair, structures
 from lorary.methods.lora import Fixed
@@ -172,7 +173,7 @@ def _low_rank_support(layer: Layer, x: Tensor, Ad: Tensor, Au: Tensor, shift: Te
     if layer.site.kind == "embedding":  # a column of W for every token: scale those that are looked up
         y: Tensor = base(x)
         y = torch.addcmul(y, y, F.linear(F.embedding(x, Au.T), Ad).to(y.dtype))
-    elif W.dtype.itemsize < 4 or W.dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
+    elif W.dtype.itemsize < 4 or W.dtype != x.dtype or autocasting(x.device):
         y = base(x)
         if kind.rowwise:
             y = add_supported(y, x, W, Ad, Au)
