@@ -57,5 +57,6 @@ def _show(config: Config) -> None:
         length=config.data.max_length,
         dtype=dtype(config.model, bare.config),
         gradient_checkpointing=training.gradient_checkpointing,
+        padding=not config.data.packing and training.batch_size > 1,
     )
     print(f"{planned}\n\nin training, at the fullest moment\n{memory}")

@@ -86,6 +86,7 @@ def _memory(config: Config, bare: Any, plan: Plan, found: Lint) -> Memory:
         dtype=bare.dtype,
         gradient_checkpointing=t.gradient_checkpointing,
         labelled=found.labelled,
+        padding=not config.data.packing and sides * t.batch_size > 1,
     )
 
 
