@@ -281,6 +281,17 @@ def test_a_precision_that_rounds_and_back_without_a_look_in_between(times: int) 
     correct(model)
 
 
+@pytest.mark.parametrize("times", range(5))
+def test_two_assigned_state_dicts_in_a_row(times: int) -> None:
+    """The second one's tensors may lie where the first remembered ones did."""
+    model = made(seed=times)
+    for _ in range(5):
+        model(X)
+        an_assigned_state_dict(model)
+        an_assigned_state_dict(model)
+        correct(model)
+
+
 def test_a_restored_checkpoint_and_a_switch(tmp_path: Path) -> None:
     model = tiny.seeded("LlamaForCausalLM")
     lorary.attach(model, lorary.plan(model, lorary.method("dora", r=2)))

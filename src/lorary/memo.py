@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _steps = 0
@@ -26,20 +26,25 @@ class Memo:
     """Results by name, each with the state of the tensors that it came from."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, tuple[Any, Tensor]] = {}
+        # the weak references own nothing but an address each: no other storage can be where one of these has been
+        self._kept: dict[str, tuple[Any, Tensor, list[StorageWeakRef]]] = {}
+
+    def __reduce__(self) -> Any:  # a copy of a layer has other tensors
+        return Memo, ()
 
     def __call__(self, name: str, of: Sequence[Tensor], make: Callable[[], Tensor]) -> Tensor:
         """make(), or what it gave before, if no optimizer has stepped and none of the tensors changed since.
 
-        A tensor changed by way of its `.data` outside of an optimizer's step is not noticed.
+        A tensor whose numbers are changed by way of its `.data` outside of an optimizer's step is not noticed.
         """
         if not _trusted(of):
             return make()
-        state = (_steps, *((t._version, t.untyped_storage()._cdata, t.dtype, t.shape) for t in of))
+        where = ((t._version, t.untyped_storage()._cdata, t.storage_offset(), t.dtype, t.shape) for t in of)
+        state = (_steps, *where)
         if name not in self._kept or self._kept[name][0] != state:
             # constants, and normal tensors even in inference mode: the next backward pass may save them
             with torch.inference_mode(False), torch.no_grad():
-                self._kept[name] = (state, make())
+                self._kept[name] = (state, make(), [StorageWeakRef(t.untyped_storage()) for t in of])
         return self._kept[name][1]
 
     def clear(self) -> None:
@@ -52,6 +57,4 @@ def _trusted(tensors: Sequence[Tensor]) -> bool:
     the parameters are gathered into the same memory time and again (FSDP keeps the versions as they were)."""
     if torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):
         return False
-    with contextlib.suppress(AttributeError):  # a build of torch without distributed
-        return not (torch.distributed.is_available() and torch.distributed.is_initialized())
-    return True
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized())
