@@ -155,3 +155,122 @@ def test_a_model_that_reads_the_weights_of_its_own_layers(model: nn.Module) -> N
     name = "out_proj" if isinstance(model, nn.MultiheadAttention) else "linear1"
     with pytest.raises(PlanError, match="reads its weight"):
         lorary.plan(model, LORA, targets=name)
+
+
+@pytest.mark.parametrize(("method", "word"), [("pissa", "Principal"), ("olora", "Orthonormal")])
+def test_a_start_in_a_damaged_weight_names_every_layer_and_changes_nothing(method: str, word: str) -> None:
+    model = net()
+    with torch.no_grad():
+        model[0].weight[0, :2] = float("nan")
+        model[2].weight[1, 3] = float("inf")
+    before, values = [type(m) for m in model.modules()], {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(PlanError) as refusal:
+        lorary.attach(model, lorary.plan(model, lorary.method(method, r=2)))
+    assert str(refusal.value) == (
+        "cannot attach:\n"
+        f"  - 0: 2 of 24 numbers of its weight are NaN or infinite; {word} starts at its directions\n"
+        "      hint: repair the base, or exclude the layer\n"
+        f"  - 2: 1 of 18 numbers of its weight are NaN or infinite; {word} starts at its directions\n"
+        "      hint: repair the base, or exclude the layer"
+    )
+    assert [type(m) for m in model.modules()] == before
+    assert attached(model) is None
+    assert all(torch.equal(t, values[k]) or t.isnan().any() for k, t in model.state_dict().items())
+
+
+def test_a_start_in_a_weight_of_zeros() -> None:
+    model = net()
+    torch.nn.init.zeros_(model[2].weight)
+    before = outline(model)
+    with pytest.raises(PlanError) as refusal:
+        lorary.attach(model, lorary.plan(model, lorary.method("pissa", r=2)))
+    assert str(refusal.value) == (
+        "cannot attach:\n  - 2: its weight is zero, and so is the start that Principal makes of it: nothing could be "
+        "learnt\n      hint: exclude it, or say another init"
+    )
+    assert outline(model) == before
+    lorary.attach(model, lorary.plan(model, lorary.method("olora", r=2)))  # its B is not zero: A can learn
+
+
+def test_a_base_that_cannot_give_up_its_start() -> None:
+    model = net().half()
+    before = outline(model)
+    with pytest.raises(PlanError) as refusal:
+        lorary.attach(model, lorary.plan(model, lorary.method("olora", r=2, alpha=1e9)))
+    assert str(refusal.value) == (
+        "cannot attach:\n  - 0: what is left of its weight, W - s B A with s = 5e+08, is not finite in torch.float16\n"
+        "      hint: say a smaller alpha, or look at the base"
+    )
+    assert outline(model) == before
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "pissa", "vera", "glora"])
+def test_weights_from_inference_mode_are_refused_outside_of_it(method: str) -> None:
+    with torch.inference_mode():
+        model = net()
+    before, said = outline(model), lorary.method(method, r=2)
+    with pytest.raises(PlanError) as refusal:
+        lorary.attach(model, lorary.plan(model, said))
+    assert str(refusal.value) == (
+        "this does not fit the model:\n  - model: its weights were made in torch.inference_mode() and cannot be "
+        "changed or trained with outside of it\n      hint: make the model outside of it"
+    )
+    assert outline(model) == before
+    with torch.inference_mode():  # inside, they can be used
+        lorary.detach(lorary.attach(model, lorary.plan(model, said)))
+        assert outline(model) == before
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "pissa", "vera", "multilora", "glora"])
+def test_what_is_attached_in_inference_mode_can_train(method: str) -> None:
+    model, x = net(), torch.ones(2, 4)
+    with torch.inference_mode():
+        before = model(x)
+        lorary.attach(model, lorary.plan(model, lorary.method(method, r=2)))
+        assert torch.allclose(model(x), before, atol=1e-5)
+    (model(x) - 1).square().sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def tied_by_memory() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model[2].weight.data = model[0].weight.data  # two parameters, one memory
+    return model
+
+
+def lent_out() -> nn.Sequential:
+    model = net()
+    model.register_buffer("alias", model[2].weight.data)
+    return model
+
+
+def one_number() -> nn.Sequential:
+    model = net()
+    model[2].weight = nn.Parameter(torch.tensor([[0.5]]).expand(3, 6))
+    return model
+
+
+@pytest.mark.parametrize("make", [tied_by_memory, lent_out, one_number])
+@pytest.mark.parametrize("targets", ["all-linear", "2"])
+@pytest.mark.parametrize("method", ["pissa", "olora"])
+def test_a_start_in_memory_that_others_use(make: Any, targets: str, method: str) -> None:
+    model, x = make(), torch.randn(5, 4)
+    before, y = outline(model), model(x)
+    lorary.attach(model, lorary.plan(model, lorary.method(method, r=2), targets))
+    assert torch.allclose(model(x), y, atol=1e-4)
+    with lorary.disabled(model):
+        assert torch.equal(model(x), y)
+    lorary.merge(model, keep=True)
+    assert torch.allclose(model(x), y, atol=1e-4)
+    lorary.detach(lorary.unmerge(model))
+    assert outline(model) == before
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa", "dora", "vera", "glora"])
+def test_an_empty_batch_of_images(method: str) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2))
+    lorary.attach(model, lorary.plan(model, lorary.method(method, r=2), "conv"))
+    y = model(torch.ones(0, 4, 6, 6))
+    assert y.shape == (0, 8, 4, 4)
+    y.sum().backward()

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lorary.adapted import Adapted
-from lorary.errors import Problem, StateError
+from lorary.errors import PlanError, Problem, StateError
 from lorary.state import Attached, attached, base_parameter
+from lorary.words import Init
 
 
 def give_up(model: nn.Module, layer: Adapted) -> None:
@@ -32,7 +33,12 @@ def give_up(model: nn.Module, layer: Adapted) -> None:
         B, A = (factor.to(weight.device, exact) for factor in factors)
         rest = torch.addmm(kind.matrix(layer.base).to(exact), B, A, alpha=-layer.scale)
         rest = kind.weight(layer.base, rest).to(weight.dtype)
-        if sum(held is weight for m in model.modules() for held in m._parameters.values()) > 1:
+        if not rest.isfinite().all():
+            what = f"what is left of its weight, W - s B A with s = {layer.scale:g}, is not finite in {weight.dtype}"
+            raise PlanError(
+                "cannot attach:", [Problem(layer.site.name, what, "say a smaller alpha, or look at the base")]
+            )
+        if not _alone(model, weight, state):
             state.moved[layer.site.name] = weight
             layer.base.weight = nn.Parameter(rest, requires_grad=False)
             if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
@@ -40,6 +46,49 @@ def give_up(model: nn.Module, layer: Adapted) -> None:
         else:
             state.moved[layer.site.name] = weight.detach().to("cpu", copy=True)
             weight.copy_(rest)
+
+
+def unsound(layer: Adapted) -> list[Problem]:
+    """Why a layer's own weight is nothing that a delta could start from, where it starts at a part of it."""
+    init, weight = cast(Init, layer.method.init), layer.weight
+    if not init.moves_base or weight.is_meta:
+        return []
+    bad, name = int((~weight.isfinite()).sum()), type(init).__name__
+    if bad:
+        what = (
+            f"{bad:,} of {weight.numel():,} numbers of its weight are NaN or infinite; {name} starts at its directions"
+        )
+        return [Problem(layer.site.name, what, "repair the base, or exclude the layer")]
+    return []
+
+
+def idle(layer: Adapted) -> list[Problem]:
+    """Why a layer would never learn: both of its factors start at zero, as the weight does whose part they are."""
+    if not layer.start or any(t.any() for t in layer.start.values()):
+        return []
+    what = f"its weight is zero, and so is the start that {type(layer.method.init).__name__} makes of it"
+    return [Problem(layer.site.name, f"{what}: nothing could be learnt", "exclude it, or say another init")]
+
+
+def _alone(model: nn.Module, weight: nn.Parameter, state: Attached) -> bool:
+    """Whether nothing else would change if a weight were written: nobody else holds it or its memory."""
+    if any(step == 0 and n > 1 for step, n in zip(weight.stride(), weight.shape, strict=True)):
+        return False  # its own numbers lie in the same memory
+    held = [t for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+    # what another layer will be given back, but for the very same parameter: its values are kept apart
+    held += [t for t in state.moved.values() if isinstance(t, nn.Parameter) and t is not weight]
+    return sum(t is weight or _overlap(t, weight) for t in held) == 1
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have memory in common, such as a weight that was tied by its `.data`."""
+    if torch.strided not in (one.layout, other.layout) or one.device != other.device or not one.data_ptr():
+        return False
+    spans = []
+    for t in (one, other):
+        last = sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
+        spans.append((t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()))
+    return spans[0][0] < spans[1][1] and spans[1][0] < spans[0][1]
 
 
 def restart(model: nn.Module, layer: Adapted, tensors: Mapping[str, Tensor]) -> None:
@@ -76,6 +125,7 @@ def pristine(model: nn.Module, name: str) -> Tensor:
 def take_back(layer: Adapted, before: Tensor) -> None:
     """Give a layer the weight that it had before it gave up a part of it."""
     if isinstance(before, nn.Parameter):
+        before.data = before.data.to(layer.weight)  # where nobody else has moved it along
         layer.base.weight = before
     else:
         with torch.no_grad():

@@ -173,9 +173,9 @@ class Convolution:
         filters = A.to(y.dtype).reshape(-1, *layer.weight.shape[1:])  # [R, C_in / groups, *window]
         x = x.to(y.dtype)
         # each group is a sample of its own while A slides over it, then they stand side by side again for B
-        folded = x.reshape(-1, x.shape[1] // layer.groups, *x.shape[2:])
+        folded = x.reshape(x.shape[0] * layer.groups, x.shape[1] // layer.groups, *x.shape[2:])
         z = self._slide(layer, folded, filters, None, 1)
-        z = z.reshape(x.shape[0], -1, *z.shape[2:])  # [N, groups * R, *]
+        z = z.reshape(x.shape[0], layer.groups * z.shape[1], *z.shape[2:])  # of an empty batch -1 would mean anything
         pointwise = B.to(y.dtype).reshape(*B.shape, *[1] * self.dims)
         delta = self._function()(z, pointwise, groups=layer.groups)
         return torch.add(y, delta.squeeze(0) if unbatched else delta, alpha=s)

@@ -19,7 +19,7 @@ from lorary.fingerprint import STATE, Fingerprint
 from lorary.placed import Placed
 from lorary.planning import Plan
 from lorary.record import Method
-from lorary.residual import give_up, take_back
+from lorary.residual import give_up, idle, take_back, unsound
 from lorary.sites import Site, kind_of, site
 from lorary.state import Attached, attached, base_parameter, require
 from lorary.words import Init, Join
@@ -55,18 +55,35 @@ def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = 
         raise PlanError("cannot attach:", problems)
     place(model, plan.method, plan.placed, {f.name: f.shape for f in plan.full}, dtype=dtype)
     try:
-        layers = list(adapted(model).values())
-        if layers and layers[0].shared is not None:
-            cast(Init, plan.method.init).share(layers[0].shared.tensors)
-        for layer in _shown(layers):
-            layer.initialise(seed)
-            give_up(model, layer)
-            with torch.no_grad():
-                cast(Join, layer.method.join).setup(layer)
+        with _mode(model):
+            _start(model, seed)
     except BaseException:
         detach(model)  # all or nothing
         raise
     return model
+
+
+def _start(model: nn.Module, seed: int) -> None:
+    """Fill all adapters, so that nothing moves at step 0."""
+    layers = list(adapted(model).values())
+    if layers and layers[0].shared is not None:
+        cast(Init, layers[0].method.init).share(layers[0].shared.tensors)
+    if problems := [problem for layer in layers for problem in unsound(layer)]:
+        raise PlanError("cannot attach:", problems)
+    for layer in _shown(layers):
+        layer.initialise(seed)
+        give_up(model, layer)
+        with torch.no_grad():
+            cast(Join, layer.method.join).setup(layer)
+    if problems := [problem for layer in layers for problem in idle(layer)]:
+        raise PlanError("cannot attach:", problems)
+
+
+def _mode(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """In inference mode new tensors could never be trained, and so they are made outside of it; unless the base's
+    own weights come from there, which can be used nowhere else."""
+    inside = torch.is_inference_mode_enabled() and any(t.is_inference() for t in model.parameters())
+    return cast("contextlib.AbstractContextManager[None]", torch.inference_mode(inside))
 
 
 def place(
@@ -95,15 +112,20 @@ def place(
             problems.append(Problem(name, "the model has no such parameter"))
         elif tuple(parameters[name].shape) != tuple(shape):
             problems.append(Problem(name, f"is {tuple(parameters[name].shape)}, expected {tuple(shape)}"))
+    if not torch.is_inference_mode_enabled() and any(t.is_inference() for t in parameters.values()):
+        what = "its weights were made in torch.inference_mode() and cannot be changed or trained with outside of it"
+        problems.append(Problem("model", what, "make the model outside of it"))
     if problems:
         raise PlanError("this does not fit the model:", problems)
     placed = tuple(_as_it_is(p, modules[p.site.name]) for p in placed)
     paths, fingerprint = _paths(model, placed), base or Fingerprint.of(model)
     trained = frozenset(name for name, t in parameters.items() if t.requires_grad)
-    layers, kept = {}, {}  # all of them before the model changes: memory may run out on the way
-    shared = _shared(model, placed, dtype)
+    kept = {}  # and the layers: all of them before the model changes: memory may run out on the way
+    with _mode(model):
+        shared = _shared(model, placed, dtype)
+        layers = {p.site.name: Adapted(modules[p.site.name], p, dtype, shared) for p in placed}
     for p in placed:
-        layer = layers[p.site.name] = Adapted(modules[p.site.name], p, dtype, shared)
+        layer = layers[p.site.name]
         layer.train(modules[p.site.name].training)
         if tensors is not None:
             layer.load(tensors[p.site.name])
@@ -118,9 +140,12 @@ def place(
     for name in full:
         parameters[name].requires_grad_(True)
     object.__setattr__(model, STATE, Attached(method, placed, kept, trained, paths, fingerprint))
-    if tensors is not None:
+    try:
         for layer in layers.values():
-            give_up(model, layer)
+            give_up(model, layer)  # where tensors were given: there is a start already
+    except BaseException:
+        detach(model)  # all or nothing
+        raise
 
 
 def _shown(layers: list[Adapted]) -> Iterable[Adapted]:
