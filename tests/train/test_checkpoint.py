@@ -232,6 +232,19 @@ def test_killed_anywhere_the_old_checkpoint_or_the_new_one_is_whole(tmp_path: Pa
     assert checkpoint.newest(tmp_path)[0] == tmp_path / "checkpoint-2"
 
 
+def test_the_adapter_is_written_as_lorary_save_writes_it(tmp_path: Path) -> None:
+    """With the model at hand, which alone tells what PEFT can read: here, a head that trains as a whole."""
+    model = adapted(targets=["q_proj"], full=("lm_head",))
+    sft(tmp_path, model, save_strategy="steps", save_steps=1, max_steps=1).train()
+    lorary.save(model, tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_proj"]
+    assert config["modules_to_save"] == ["lm_head"]
+    written = tmp_path / "checkpoint-1" / checkpoint.ADAPTER
+    for file in sorted((tmp_path / "saved").iterdir()):
+        assert (written / file.name).read_bytes() == file.read_bytes(), file.name
+
+
 def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: Any) -> None:
     t = sft(tmp_path, save_strategy="steps", save_steps=1, max_steps=4)
     from lorary.formats import faults

@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorary.adapter import Adapter
 from lorary.errors import FileError, Problem, TrainingError
-from lorary.formats import atomic, manifest
+from lorary.formats import atomic, manifest, save_adapter
 
 ADAPTER, TENSORS, STATE = "adapter", "state.safetensors", "state.json"
 RECORD = "trainer_state.json"  # where Transformers looks for it
@@ -36,7 +36,12 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def write(
-    path: Path, adapter: Adapter, state: dict[str, Any], facts: dict[str, Any], also: Callable[[Path], None]
+    path: Path,
+    adapter: Adapter,
+    state: dict[str, Any],
+    facts: dict[str, Any],
+    also: Callable[[Path], None],
+    model: nn.Module | None = None,
 ) -> None:
     """Writes a checkpoint folder; a killed process or a full disk leaves none, or the one that was there.
 
@@ -46,6 +51,7 @@ def write(
         state: nested dicts, lists, tuples, tensors, numbers, text, None.
         facts: of the manifest: step, versions.
         also: writes further files into the folder that it is given.
+        model: what the adapter is attached to, as for `save_adapter`.
 
     Raises:
         FileError: the disk is full, or the system refuses.
@@ -55,7 +61,7 @@ def write(
     tensors: dict[str, Tensor] = {}
     plain = pack(state, tensors)
     with atomic.atomic_directory(path, replace=True) as folder:
-        adapter.save(folder / ADAPTER)
+        save_adapter(adapter, folder / ADAPTER, model=model)
         save_file(tensors, folder / TENSORS)
         text = json.dumps({"format": FORMAT, "state": plain}, allow_nan=False)
         (folder / STATE).write_text(text, encoding="utf-8")

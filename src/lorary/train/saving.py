@@ -84,7 +84,7 @@ def save(trainer: Any, path: Path) -> None:
     if trainer.args.should_save:
         facts = {"step": trainer.state.global_step, "lorary": lorary.__version__}
         try:
-            checkpoint.write(path, adapter, state, facts, lambda folder: _record(trainer, folder))
+            checkpoint.write(path, adapter, state, facts, lambda folder: _record(trainer, folder), model)
             best = trainer.state.best_model_checkpoint
             checkpoint.rotate(path.parent, trainer.args.save_total_limit, best)
         except LoraryError as error:

@@ -30,6 +30,7 @@ from transformers.trainer_optimizer import is_optimizer_factory
 
 import lorary
 from lorary.errors import Problem, TrainingError
+from lorary.formats import save_adapter
 from lorary.state import require
 from lorary.train import checkpoint, rng, saving
 from lorary.train.distributed import check_strategy, fsdp_on_cpus, resharded
@@ -225,7 +226,7 @@ class AdapterTraining(_Loop):  # type: ignore[misc]  # Transformers has no types
         adapter = saving.taken(self.plain_model(), self.fingerprint)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
-            adapter.save(folder)
+            save_adapter(adapter, folder, model=self.plain_model())
             self.processing_class.save_pretrained(str(folder))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
