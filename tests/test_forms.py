@@ -94,8 +94,10 @@ def test_without_the_base(name: str) -> None:
 
 def test_a_base_that_lacks_the_layer() -> None:
     adapter = Adapter.of(made(lorary.method("dora", r=2), LAYERS["linear"][0]))
-    with pytest.raises(MethodError, match="has no such form without the base's weight"):
+    with pytest.raises(MethodError, match="0: the model has no such module"):
         adapter.low_rank(nn.ModuleDict({"other": nn.Linear(6, 4)}))
+    with pytest.raises(MethodError, match="0: has 5 output features, expected 4"):
+        adapter.low_rank(nn.Sequential(nn.Linear(6, 5)))
 
 
 @pytest.mark.parametrize("here", [("lora",), ("pissa",), ("olora", "dora"), ("dora",)], ids=" ".join)

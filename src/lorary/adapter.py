@@ -84,7 +84,7 @@ class Adapter:
             base: the base, for the methods whose gain or shift depends on its weights (DoRA, GLoRA).
 
         Raises:
-            MethodError: a method has no such form, or none without the base, with every site.
+            MethodError: a method has no such form, or none without the base; the base lacks a layer. Each reason once.
         """
         return low_rank_forms(self.placed, self.tensors, base)
 

@@ -27,6 +27,21 @@ class Problem:
         return f"{text}\n      hint: {self.fix}" if self.fix else text
 
 
+def once(problems: Iterable[Problem]) -> list[Problem]:
+    """Each reason once, with the first place that it holds at and how many more there are.
+
+    >>> print(once([Problem("q", "is too small"), Problem("k", "is too small"), Problem("v", "is missing")])[0])
+    q and 1 more: is too small
+    """
+    places: dict[tuple[str, str], list[str]] = {}
+    for problem in problems:
+        places.setdefault((problem.what, problem.fix), []).append(problem.where)
+    return [
+        Problem(f"{first} and {len(more)} more" if more else first, what, fix)
+        for (what, fix), (first, *more) in places.items()
+    ]
+
+
 class LoraryError(Exception):
     """What the library raises for anything a user can cause.
 

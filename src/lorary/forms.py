@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lorary.adapted import plain_modules
-from lorary.errors import MethodError, Problem
+from lorary.errors import MethodError, Problem, once
 from lorary.placed import Placed, start_of
 from lorary.residual import pristine
 from lorary.sites import KINDS, kind_of
+from lorary.surgery import mismatch
 from lorary.words import Join
 
 
@@ -44,7 +45,7 @@ def low_rank_forms(
         base: the base, plain or with an adapter attached, for the joins whose gain or shift depends on its weights.
 
     Raises:
-        MethodError: a join has no such form, or none without the base, with every site.
+        MethodError: a join has no such form, or none without the base; the base lacks a layer. Each reason once.
     """
     forms, problems = {}, []
     modules = plain_modules(base) if base is not None else {}
@@ -58,7 +59,7 @@ def low_rank_forms(
             continue
         forms[p.site.name] = LowRankForm(*BA, gain, shift)
     if problems:
-        raise MethodError("this adapter has no low-rank form:", problems)
+        raise MethodError("this adapter has no low-rank form:", once(problems))
     return forms
 
 
@@ -78,9 +79,11 @@ def _given(
     """What gives the base's own weight [out, inp] and bias [out] at a site, in fp32 on the CPU."""
 
     def found() -> Any:
-        if layer is None:
+        if base is None:
             what, fix = f"{type(p.method.join).__name__} has no such form without the base's weight", "give the base"
             raise MethodError("", [Problem(p.site.name, what, fix)])
+        if wrong := mismatch(p.site, layer):
+            raise MethodError("", wrong)
         return layer
 
     def weight() -> Tensor:

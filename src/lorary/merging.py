@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lorary.adapted import Adapted, adapted
 from lorary.biases import BiasWarning, Room, homeless, make_room, take_back_room
-from lorary.errors import Problem, StateError
+from lorary.errors import Problem, StateError, once
 from lorary.fingerprint import STATE
 from lorary.state import attached, require
 from lorary.surgery import set_layer
@@ -56,8 +56,8 @@ def merge(model: nn.Module, *, keep: bool = False) -> nn.Module:
     state.tied = _untie(model, state.untied) if untied else None
     state.room = make_room(model, created)
     if created and (lost := homeless(model)):
-        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-        warnings.warn(f"{lost[0].where}{more}: {lost[0].what}", BiasWarning, stacklevel=2)
+        for problem in once(lost):
+            warnings.warn(f"{problem.where}: {problem.what}", BiasWarning, stacklevel=2)
     if not keep:
         object.__delattr__(model, STATE)
     return model

@@ -312,8 +312,7 @@ def test_what_has_no_low_rank_form_says_why() -> None:
         lorary.Adapter.of(model).low_rank(model)
     what = "A is low-rank: W * A has full rank, so this is no low-rank change of W with a gain for every output"
     assert str(refused.value) == (
-        "this adapter has no low-rank form:\n"
-        f"  - 0 and 1 more: {what}\n      hint: merge it into the base"
+        f"this adapter has no low-rank form:\n  - 0 and 1 more: {what}\n      hint: merge it into the base"
     )
     lorary.detach(model)
     lorary.attach(model, lorary.plan(model, lorary.method("glora", A="vector"), "0"))
