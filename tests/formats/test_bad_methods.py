@@ -282,6 +282,20 @@ NATIVE: list[tuple[str, Callable[[], nn.Module], Spoil, str]] = [
         "a SHA-256",
     ),
     (
+        "a checksum of a list of precisions",
+        drawn,
+        note(lambda r: r["drawn"]["A"].update(dtype=["F32"], sha256="0")),
+        '  - lorary.json: drawn: has {"dtype": ["F32"], "sha256": "0"}; an entry is a dtype, one of F32, F16, BF16, and '
+        "a SHA-256",
+    ),
+    (
+        "a rank beyond all integers of the machine",
+        drawn,
+        note(lambda r: r["method"]["delta"].update(r=2**63)),
+        "  - lorary.json: drawn: takes 1,180,591,620,717,411,303,424 bytes to draw, more than the 1,073,741,824 that "
+        "are accepted",
+    ),
+    (
         "another checksum",
         drawn,
         note(lambda r: r["drawn"]["A"].update(sha256="0" * 64)),

@@ -11,6 +11,7 @@ The SHA-256 is that of the numbers in 32 bits, little end first, zero where no s
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -83,9 +84,9 @@ def malformed(record: Any, placed: Sequence[Placed]) -> str:
     if not isinstance(record, dict) or set(record) != set(sizes) or not sizes:
         return f"has to be about what the sites share: {', '.join(sorted(sizes)) or 'nothing'}"
     for entry in record.values():
-        if not isinstance(entry, dict) or set(entry) != {"dtype", "sha256"} or entry["dtype"] not in DTYPES:
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "sha256"} or entry["dtype"] not in list(DTYPES):
             return f"has {show(entry)}; an entry is a dtype, one of {', '.join(DTYPES)}, and a SHA-256"
-    needed, most = sum(4 * torch.Size(size).numel() for size in sizes.values()), min(_MOST_DRAWN, memory())
+    needed, most = sum(4 * math.prod(size) for size in sizes.values()), min(_MOST_DRAWN, memory())
     return f"takes {needed:,} bytes to draw, more than the {most:,} that are accepted" if needed > most else ""
 
 
