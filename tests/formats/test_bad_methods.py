@@ -285,8 +285,8 @@ NATIVE: list[tuple[str, Callable[[], nn.Module], Spoil, str]] = [
         "a checksum of a list of precisions",
         drawn,
         note(lambda r: r["drawn"]["A"].update(dtype=["F32"], sha256="0")),
-        '  - lorary.json: drawn: has {"dtype": ["F32"], "sha256": "0"}; an entry is a dtype, one of F32, F16, BF16, and '
-        "a SHA-256",
+        '  - lorary.json: drawn: has {"dtype": ["F32"], "sha256": "0"}; an entry is a dtype, one of F32, F16, BF16, '
+        "and a SHA-256",
     ),
     (
         "a rank beyond all integers of the machine",
