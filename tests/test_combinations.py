@@ -80,4 +80,4 @@ def test_a_verdict_is_the_same_in_either_order() -> None:
 
 def test_refusal_of_what_is_possible_is_empty() -> None:
     assert refusal("rslora", "dora", "pissa", "lora+") == []
-    assert refusal("vera", "melora") == ["vera says Vectors(r=256); melora says Minis(r=8, n=2)"]
+    assert refusal("vera", "melora") == ["vera says Vectors; melora says Minis"]

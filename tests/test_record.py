@@ -69,8 +69,7 @@ _WRONG = "these words do not make a method:\n  - "
         (
             ["rslora"],
             {"scale": ByRank(3)},
-            f"{_UNKNOWN}scale: rslora says BySqrtRank(alpha=32.0); you said ByRank(alpha=3)\n"
-            "      hint: a method has one word on this axis",
+            f"{_UNKNOWN}scale: rslora says BySqrtRank; you said ByRank\n      hint: a method has one word on this axis",
         ),
         (["lora+"], {"lr": {"B": 2}}, f"{_UNKNOWN}lr: lora+ and you both set the rate of B"),
         (

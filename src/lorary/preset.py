@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from lorary.errors import MethodError, Problem, did_you_mean
 from lorary.record import AXES, Method, braces
+from lorary.words import WORDS
 
 
 @dataclass(frozen=True)
@@ -140,9 +141,9 @@ def method(*names: str, **options: Any) -> Method:
         words = p.words(**{k: v for k, v in options.items() if k in p.parameters})
         _unite(said, p.name, words, problems)
     _unite(said, "you", {k: v for k, v in options.items() if k in AXES and k not in known}, problems)
-    if "alpha" in options and not hasattr(said.get("scale", ("", None))[1], "alpha"):
-        speaker, scale = said.get("scale", ("", None))
-        problems.append(Problem("alpha", f"{speaker} says {scale}, which has no alpha", "leave it out"))
+    speaker, scale = said.get("scale", ("", None))
+    if "alpha" in options and not hasattr(scale, "alpha"):
+        problems.append(Problem("alpha", f"{_says(speaker, scale)}, which has no alpha", "leave it out"))
     if problems:
         raise MethodError("this method cannot be made:", problems)
     return Method(**{axis: value for axis, (_, value) in said.items()})
@@ -191,11 +192,20 @@ def _unite(said: dict[str, tuple[str, Any]], speaker: str, words: dict[str, Any]
         elif old is not None and axis in _UNITES:
             value = _UNITES[axis](old, value)
         elif before != "lora":  # LoRA's own words are the defaults: whoever speaks replaces them
-            verb = "said" if speaker == "you" else "says"
-            what = f"{before} says {old}; {speaker} {verb} {value}"
+            what = f"{_says(before, _brief(old, value))}; {_says(speaker, _brief(value, old))}"
             problems.append(Problem(axis, what, "a method has one word on this axis"))
             continue
         said[axis] = (speaker if before == "lora" else f"{before} + {speaker}", value)
+
+
+def _says(speaker: str, word: Any) -> str:
+    return f"{speaker} {'said' if speaker == 'you' else 'says'} {word}"
+
+
+def _brief(word: Any, other: Any) -> Any:
+    """A word by its name, where that tells it from the other one."""
+    known = type(word) is not type(other) and WORDS.get(type(word).__name__) is type(word)
+    return type(word).__name__ if known else word
 
 
 def _idle(axis: str, before: str, old: Any, speaker: str, value: Any) -> Problem | None:
