@@ -261,3 +261,59 @@ def test_settings_that_are_none() -> None:
     method = lorary.method("glora", A="none", B="none", C="vector", D="none", E="none", supernet=True)
     with pytest.raises(MethodError, match="5 numbers are less than the smallest structure of any layer, 6"):
         lorary.search(supernet(method=method), lambda model: 0.0, Evolution(ceiling=5))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        ({"population": "x"}, "population: 'x' is no whole number"),
+        ({"keep": None}, "keep: None is no whole number"),
+        ({"keep": 1.5}, "keep: 1.5 is no whole number"),
+        ({"crossovers": 2.5}, "crossovers: 2.5 is no whole number"),
+        ({"mutations": True}, "mutations: True is no whole number"),
+        ({"generations": "3"}, "generations: '3' is no whole number"),
+        ({"ceiling": 1.5}, "ceiling: 1.5 is no whole number"),
+        ({"seed": None}, "seed: None is no whole number"),
+        ({"p": "x"}, "p: 'x' is no number"),
+        ({"p": float("nan")}, "p: nan is no probability above 0"),
+    ],
+)
+def test_numbers_of_a_search_that_are_none(numbers: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        Evolution(**numbers)
+    assert str(refused.value) == f"this is no search:\n  - {said}"
+
+
+@pytest.mark.parametrize("score", [None, "x", 1j, torch.ones(3)])
+def test_a_fitness_that_is_no_number(score: Any) -> None:
+    model = supernet().train()
+    before = everything(model)
+    with pytest.raises(ConfigError) as refused:
+        lorary.search(model, lambda _: score)
+    assert str(refused.value) == (
+        f"cannot search:\n  - fitness: gave a {type(score).__name__} that is no number\n"
+        "      hint: let it return one number"
+    )
+    assert everything(model) == before
+
+
+def test_what_is_no_fitness_and_no_evolution() -> None:
+    with pytest.raises(ConfigError) as refused:
+        lorary.search(supernet(), 3, {"population": 2})  # type: ignore[arg-type]
+    assert str(refused.value) == (
+        "cannot search:\n  - fitness: is 3, no function of a model\n  - evolution: is a dict, not an Evolution"
+    )
+
+
+def test_a_search_ends_when_everything_has_been_judged() -> None:
+    tiny = lorary.method("glora", r=1, supernet=True, A="vector", B="none", C="none", D="none", E="none")
+    found = lorary.search(supernet(net(1), method=tiny), lambda _: 0.0, Evolution(generations=100_000))
+    assert found.judged == 2  # a vector, a scalar: with none there would be no adapter
+    assert len(found.history) == 1
+
+
+@pytest.mark.parametrize("supernet", ["no", "false", 1, None])
+def test_a_supernet_is_said_as_true_or_false(supernet: Any) -> None:
+    with pytest.raises(MethodError) as refused:
+        lorary.method("glora", supernet=supernet)
+    assert str(refused.value) == (f"this method cannot be made:\n  - supernet: is {supernet!r}; it takes true or false")

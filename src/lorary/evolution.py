@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lorary.adapted import Adapted, adapted
 from lorary.adapter import Adapter
 from lorary.errors import ConfigError, MethodError, Problem, StateError
+from lorary.loop import evaluating
 from lorary.methods.glora import RandomStructures
 from lorary.methods.glora_terms import FORMS, Terms, structures
 from lorary.placed import Placed
@@ -46,7 +47,7 @@ class Evolution:
         seed: of all draws: the same seed and the same fitness find the same adapter.
 
     Raises:
-        ConfigError: every number that is out of range.
+        ConfigError: every field that is no number, or out of range.
     """
 
     population: int = 50
@@ -59,7 +60,8 @@ class Evolution:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        problems = []
+        if problems := self._no_numbers():
+            raise ConfigError("this is no search:", problems)
         for name, least in (("population", 1), ("keep", 1), ("crossovers", 0), ("mutations", 0), ("generations", 1)):
             if (value := getattr(self, name)) < least:
                 problems.append(Problem(name, f"{value} is less than {least}"))
@@ -73,6 +75,17 @@ class Evolution:
         if problems:
             raise ConfigError("this is no search:", problems)
 
+    def _no_numbers(self) -> list[Problem]:
+        """What is not of the sort that a field holds."""
+        problems = []
+        for f in dataclasses.fields(self):
+            value, whole = getattr(self, f.name), f.name != "p"
+            if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+                if f.name == "ceiling" and value is None:
+                    continue
+                problems.append(Problem(f.name, f"{value!r} is no {'whole ' if whole else ''}number"))
+        return problems
+
 
 @dataclass(frozen=True)
 class Found:
@@ -83,7 +96,7 @@ class Found:
         fitness: of it.
         size: how many numbers it holds.
         structures: site -> its terms, sites that are left alone included.
-        history: the best fitness after each generation.
+        history: the best fitness after each generation; it ends where nothing new was left to judge.
         judged: how many different candidates were judged.
     """
 
@@ -114,19 +127,23 @@ def search(
     Raises:
         StateError: no supernet is attached.
         MethodError: no candidate is within the ceiling, or none has a finite fitness.
+        ConfigError: the fitness is no function, or gives no number.
     """
     evolution = evolution or Evolution()
+    _check_words(fitness, evolution)
     layers = _layers(model)
     pool = _Pool(layers, evolution)
     judged: dict[Genes, float] = {}
     history: list[float] = []
     total = evolution.population * evolution.generations
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for _ in range(evolution.generations):
             candidates = pool.next_generation(_ranked(judged)[: evolution.keep], judged)
+            if not candidates:  # all that there are have been judged
+                break
             for genes in candidates:
                 with structured(layers, genes):
-                    score = float(fitness(model))
+                    score = _number(fitness(model))
                 judged[genes] = score if math.isfinite(score) else -math.inf
                 if progress is not None:
                     progress(len(judged), total, max(judged.values()))
@@ -138,6 +155,24 @@ def search(
     names = [layer.site.name for layer in layers]
     chosen = dict(zip(names, best, strict=True))
     return Found(_adapter(model, chosen), judged[best], pool.size(best), chosen, tuple(history), len(judged))
+
+
+def _check_words(fitness: object, evolution: object) -> None:
+    problems = []
+    if not callable(fitness):
+        problems.append(Problem("fitness", f"is {fitness!r}, no function of a model"))
+    if not isinstance(evolution, Evolution):
+        problems.append(Problem("evolution", f"is a {type(evolution).__name__}, not an Evolution"))
+    if problems:
+        raise ConfigError("cannot search:", problems)
+
+
+def _number(score: object) -> float:
+    try:
+        return float(score)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        problem = Problem("fitness", f"gave a {type(score).__name__} that is no number", "let it return one number")
+        raise ConfigError("cannot search:", [problem]) from None
 
 
 @contextmanager
@@ -214,7 +249,7 @@ class _Pool:
         for terms, choices in zip(genes, self.choices, strict=True):
             anew = self.random.choice(choices)
             some = {term: anew.form(term) for term in FORMS if self.random.random() < self.evolution.p}
-            changed.append(Terms(**{**{term: terms.form(term) for term in FORMS}, **some}, r=terms.r))
+            changed.append(dataclasses.replace(terms, **some))  # type: ignore[arg-type]
         return tuple(changed)
 
     def _within(self, genes: list[Terms]) -> Genes:
@@ -269,15 +304,3 @@ def _adapter(model: nn.Module, chosen: Mapping[str, Terms]) -> Adapter:
         views = chosen[p.site.name].slices(whole.tensors[p.site.name])
         tensors[p.site.name] = {role: view.clone(memory_format=torch.contiguous_format) for role, view in views.items()}
     return dataclasses.replace(whole, method=whole.method.but(rules=()), placed=tuple(placed), tensors=tensors)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode inside; afterwards every module is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

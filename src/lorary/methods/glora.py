@@ -31,7 +31,7 @@ from lorary.methods.glora_terms import DOWN, OWN, ROLES, Terms, pair, structures
 from lorary.methods.lora import Fixed
 from lorary.preset import preset
 from lorary.sites import Site
-from lorary.words import SEED, Init, Join, Layer, Rule, Tensors, word
+from lorary.words import FLAG, SEED, Init, Join, Layer, Rule, Tensors, word
 
 
 @word
@@ -158,7 +158,8 @@ def _shift(layer: Layer, x: Tensor, p: Tensors, idle: Sequence[Tensor]) -> Tenso
     of = [p[role] for role in ("Cd", "Cu", "D", "E") if role in p]
     if of and not torch.is_grad_enabled():
         weights = [t for t in (layer.base.weight, b) if isinstance(t, Tensor)]
-        return layer.remember("shift", [*of, *weights], lambda: torch.as_tensor(_change(p, b, through)))
+        precision = f"{x.dtype}, autocast {torch.is_autocast_enabled(x.device.type)}"  # W c is taken in it
+        return layer.remember(f"shift {precision}", [*of, *weights], lambda: torch.as_tensor(_change(p, b, through)))
     change = _change(p, b, through)
     if not idle:
         return change
@@ -248,5 +249,8 @@ def glora(
         supernet: train a random structure of every layer in every step, for `lorary search` to choose from.
         seed: of the random structures.
     """
+    if type(supernet) is not bool:  # whatever is said in words, "no" among it, would count as true
+        problem = Problem("supernet", f"is {supernet!r}; it takes {FLAG['expects']}")
+        raise MethodError("this method cannot be made:", [problem])
     words = {"delta": Terms(r, A, B, C, D, E), "init": ZeroDown(), "scale": Fixed(1.0), "join": Supports()}
     return words | ({"rules": (RandomStructures(seed),)} if supernet else {})
