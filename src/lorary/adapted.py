@@ -142,7 +142,6 @@ class Adapted(nn.Module):
             return
         digest = hashlib.sha256(f"{seed}/{self.site.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        init = self.method.init
         delta, init = cast(Delta, self.method.delta), cast(Init, self.method.init)
         with torch.no_grad():
             own = [role for role in self.p if role in delta.roles]

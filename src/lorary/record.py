@@ -176,19 +176,7 @@ class Method:
         if init.fills != delta.roles:
             what = f"{type(init).__name__} fills {braces(init.fills)}; {name} has {braces(delta.roles)}"
             problems.append(Problem("init", what))
-        if self.frozen - self.roles:
-            what = f"{braces(self.frozen - self.roles)} cannot be frozen: the tensors are {braces(self.roles)}"
-            problems.append(Problem("frozen", what))
-        idle = {role for role, _ in cast("tuple[tuple[str, float], ...]", self.lr)} - self.trained
-        if idle:
-            what = f"a learning rate for {braces(idle)}, but what trains is {braces(self.trained)}"
-            problems.append(Problem("lr", what))
-        elif self.lr and len(self.trained) == 1:
-            (role,) = self.trained
-            what = f"{role} would learn faster or slower than nothing: {braces(self.frozen)} is frozen"
-            problems.append(Problem("lr", what, "give the rate itself, without a multiplier"))
-        if not self.trained and not self.full:
-            problems.append(Problem("frozen", "everything is frozen: nothing would train"))
+        problems += self._training_problems()
         if init.moves_base and not delta.free:
             what = f"{type(init).__name__} starts B A at a part of W; the factors of {name} cannot be any matrices"
             problems.append(Problem("init", what))
@@ -214,6 +202,24 @@ class Method:
             problems.append(Problem("full", what, "take one of the two"))
         for rule in self.rules:
             problems += self._rule_problems(rule, name)
+        return problems
+
+    def _training_problems(self) -> list[Problem]:
+        """Whether what is frozen, and what has a rate of its own, are tensors that there are and that train."""
+        problems = []
+        if self.frozen - self.roles:
+            what = f"{braces(self.frozen - self.roles)} cannot be frozen: the tensors are {braces(self.roles)}"
+            problems.append(Problem("frozen", what))
+        idle = {role for role, _ in cast("tuple[tuple[str, float], ...]", self.lr)} - self.trained
+        if idle:
+            what = f"a learning rate for {braces(idle)}, but what trains is {braces(self.trained)}"
+            problems.append(Problem("lr", what))
+        elif self.lr and len(self.trained) == 1:
+            (role,) = self.trained
+            what = f"{role} would learn faster or slower than nothing: {braces(self.frozen)} is frozen"
+            problems.append(Problem("lr", what, "give the rate itself, without a multiplier"))
+        if not self.trained and not self.full:
+            problems.append(Problem("frozen", "everything is frozen: nothing would train"))
         return problems
 
     def _rule_problems(self, rule: Rule, delta: str) -> list[Problem]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorary.methods.pissa import too_small
+from lorary.methods.pissa import start_by_parts, too_small
 from lorary.preset import preset
 from lorary.sites import Site
 from lorary.words import FLAG, Init, Tensors, word
@@ -40,13 +40,12 @@ class Orthonormal(Init):
 
     def __call__(self, p: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
         r = p["B"].shape[1]
-        left, right = [], []
-        for part in site.split(W.float()):
+
+        def orthonormal(part: Tensor) -> tuple[Tensor, Tensor]:
             Q, _ = torch.linalg.qr(part[:, :r])
-            left.append(Q)
-            right.append(Q.T @ part / (scale if self.divide else 1.0))
-        p["B"].copy_(torch.cat(left))
-        p["A"].copy_(torch.cat(right))
+            return Q, Q.T @ part / (scale if self.divide else 1.0)
+
+        start_by_parts(p, W, site, orthonormal)
 
     def problems(self, site: Site, r: int) -> list[str]:
         return too_small(site, r, "orthonormal columns")

@@ -8,6 +8,7 @@ Meng et al. 2024, arXiv:2404.02948, equations 2 to 4; the division by s, so that
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,14 +39,13 @@ class Principal(Init):
 
     def __call__(self, p: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
         r = p["B"].shape[1]
-        left, right = [], []
-        for part in site.split(W.float()):
+
+        def principal(part: Tensor) -> tuple[Tensor, Tensor]:
             U, S, Vh = _exact(part, r) if self.niter is None else self._randomised(part, r, generator)
             root = (S / scale).sqrt()
-            left.append(U * root)
-            right.append(root[:, None] * Vh)
-        p["B"].copy_(torch.cat(left))
-        p["A"].copy_(torch.cat(right))
+            return U * root, root[:, None] * Vh
+
+        start_by_parts(p, W, site, principal)
 
     def problems(self, site: Site, r: int) -> list[str]:
         return too_small(site, r, "singular directions")
@@ -68,6 +68,13 @@ class Principal(Init):
 def _exact(W: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     return U[:, :r], S[:r], Vh[:r]
+
+
+def start_by_parts(p: Tensors, W: Tensor, site: Site, start: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+    """Fill B and A with start(part) = (B_i [rows, r], A_i [r, inp]) of every part of W, in 32 bits."""
+    pairs = [start(part) for part in site.split(W.float())]
+    p["B"].copy_(torch.cat([B for B, _ in pairs]))
+    p["A"].copy_(torch.cat([A for _, A in pairs]))
 
 
 def too_small(site: Site, r: int, what: str) -> list[str]:
