@@ -30,8 +30,7 @@ class Once:
     """
 
     def __init__(self) -> None:
-        self._last: tuple[TensorWeakRef, TensorWeakRef, Any] | None = None
-        self._takers: set[int] = set()
+        self._last: tuple[TensorWeakRef, TensorWeakRef, Any, set[int]] | None = None  # x, z, state, who took z
 
     def __reduce__(self) -> Any:  # a copy begins anew
         return Once, ()
@@ -44,15 +43,14 @@ class Once:
             taker: tells the layers apart.
         """
         state = (x._version, A._version, A.data_ptr(), A.shape, dtype)
-        known = self._last is not None and self._last[2] == state and self._last[0]() is x
-        if known and self._last is not None and taker not in self._takers:
-            last: Tensor | None = self._last[1]()
-            if last is not None:
-                self._takers.add(taker)
-                return last
+        last = self._last  # read once: another thread may be at work
+        if last is not None and last[2] == state and last[0]() is x and taker not in last[3]:
+            known: Tensor | None = last[1]()
+            if known is not None:
+                last[3].add(taker)
+                return known
         z = _project(x, A, dtype, 0.0)
-        self._takers = {taker}
-        self._last = TensorWeakRef(x), TensorWeakRef(z), state
+        self._last = TensorWeakRef(x), TensorWeakRef(z), state, {taker}
         return z
 
 
