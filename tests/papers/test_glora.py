@@ -548,3 +548,17 @@ def test_merging_twice_is_refused() -> None:
     lorary.merge(model, keep=True)
     with pytest.raises(StateError, match="the adapter is merged"):
         lorary.merge(model)
+
+
+def test_the_shift_is_remembered_for_the_precision_that_it_was_worked_out_in() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16))
+    lorary.attach(model, lorary.plan(model, lorary.method("glora", A="none", B="none", D="none", E="none"), "0"))
+    tiny.shaken(model)
+    x = torch.randn(2, 16)
+    with torch.no_grad():
+        exact = model(x)
+        adapted(model)["0"].remember.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not torch.equal(model(x).float(), exact)
+        assert torch.equal(model(x), exact)

@@ -32,6 +32,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
+from lorary.loop import evaluating
+
 LOGITS = 2**24
 """Logits per call of the head (64 MiB in fp32), unless that would be fewer than `TOKENS` tokens."""
 TOKENS = 512
@@ -177,7 +179,7 @@ class LabelledHead:
             if ids is None or head is None or backbone is self.model:
                 raise ValueError("the model has no separate backbone and LM head")
             ids = ids[:1, :tokens]
-            with _evaluating(self.model):
+            with evaluating(self.model):
                 largest = float(self.original(input_ids=ids, use_cache=False).logits.abs().max())
                 with _scaled_output(backbone, size / max(largest, 1e-6)):
                     own = self.original(input_ids=ids, use_cache=False).logits
@@ -212,18 +214,6 @@ def _score(
         if "entropy" in statistics:
             scores["entropy"] = -torch.linalg.vecdot(log_p.exp(), log_p)
     return scores
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout inside; afterwards every module is in the mode it was in."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager
