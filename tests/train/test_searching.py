@@ -125,6 +125,23 @@ def test_a_search_needs_held_out_rows(words: dict[str, Any]) -> None:
     assert not (done.folder / "searched").exists()
 
 
+def test_a_search_needs_the_rows_of_the_run(words: dict[str, Any]) -> None:
+    done = run(from_dict(words), quiet=True)
+    data = Path("data.jsonl").read_text()
+    Path("data.jsonl").write_text("\n".join(reversed(data.splitlines())) + "\n")  # others are held out now
+    with pytest.raises(ConfigError) as refused:
+        search_run(done.folder, FEW)
+    assert str(refused.value) == (
+        f"cannot search in {str(done.folder)!r}:\n"
+        "  - data.train: the training rows are not those of the run, and so the rows held out may be among those that "
+        "it learnt\n"
+        "      hint: put the data back that the run began with"
+    )
+    assert not (done.folder / "searched").exists()
+    Path("data.jsonl").write_text(data)
+    search_run(done.folder, FEW)
+
+
 def test_what_is_no_finished_supernet_run(words: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"holds no config.resolved.yaml and no adapter"):
         search_run(tmp_path, FEW)

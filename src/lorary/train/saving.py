@@ -142,6 +142,12 @@ def restore_optimizer(trainer: Any, state: dict[str, Any]) -> None:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
 
 
+def has_rows(trainer: Any, state: dict[str, Any]) -> bool:
+    """Whether the training rows are those of the checkpoint, which held the same others out then."""
+    same: bool = state["data"]["contents"] == _digest(trainer)
+    return same
+
+
 def restore_log(trainer: Any, log: dict[str, Any]) -> None:
     """Puts back what has been summed since the last line of the log, so that the next line is the same."""
     trainer._tr_loss += log["loss"]

@@ -16,9 +16,10 @@ import lorary
 from lorary.errors import ConfigError, FileError, Problem
 from lorary.evolution import Evolution, Found
 from lorary.formats.atomic import remove_stale
+from lorary.train import checkpoint, saving
 from lorary.train.config import Config
 from lorary.train.config_file import load
-from lorary.train.folder import ADAPTER, CONFIG, SEARCHED, RunFolder
+from lorary.train.folder import ADAPTER, CHECKPOINTS, CONFIG, SEARCHED, RunFolder
 from lorary.train.models import load_model
 from lorary.train.preparation import prepare
 from lorary.train.runner import trainer_of
@@ -48,7 +49,7 @@ def search_run(
 
     Raises:
         FileError: it is no folder of a finished run.
-        ConfigError: the run held nothing out, or something was found before.
+        ConfigError: the run held nothing out, its data has changed since, or something was found before.
         StateError: the run trained no supernet; or another process is at work in the folder.
     """
     transformers.logging.set_verbosity_error()
@@ -66,6 +67,7 @@ def search_run(
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         trainer = trainer_of(prepared, model, scratch, resumed=True, callbacks=[])
         stack.callback(trainer.head.remove)
+        _check_rows(folder, trainer)
         # the trainer has the model: what is judged is what the candidate has made of it
         found = lorary.search(model, lambda _: -float(trainer.evaluate()["eval_loss"]), evolution, progress=progress)
         target = folder / SEARCHED
@@ -86,6 +88,20 @@ def _config(path: Path, *, overwrite: bool) -> Config:
         what, fix = f"holds what was found before, in {SEARCHED}", "say --overwrite to replace it"
         raise ConfigError(headline, [Problem("", what, fix)])
     return load(path / CONFIG)
+
+
+def _check_rows(folder: RunFolder, trainer: Any) -> None:
+    """Where the data has changed since, what is held out may be what was learnt; the newest checkpoint can tell.
+
+    Raises:
+        ConfigError: the training rows are others.
+    """
+    newest, _ = checkpoint.newest(folder / CHECKPOINTS)
+    if newest is None or saving.has_rows(trainer, checkpoint.read(newest)):
+        return
+    what = "the training rows are not those of the run, and so the rows held out may be among those that it learnt"
+    fix = "put the data back that the run began with"
+    raise ConfigError(f"cannot search in {str(folder.path)!r}:", [Problem("data.train", what, fix)])
 
 
 def _record(evolution: Evolution, found: Found) -> dict[str, Any]:
