@@ -411,3 +411,16 @@ def test_nothing_is_taken_or_changed_meanwhile(action: Any, verb: str) -> None:
             "      hint: leave the `disabled` block first"
         )
     assert torch.equal(tiny.logits(model), tuned)
+
+
+def test_what_layers_share_lies_on_one_device() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, device="meta"))
+    plan = lorary.plan(model, lorary.method("vera", r=2))
+    with pytest.raises(lorary.errors.PlanError) as refused:
+        lorary.attach(model, plan)
+    assert str(refused.value) == (
+        "this does not fit the model:\n"
+        "  - model: its layers lie on cpu, meta, and what they share can lie on one only\n"
+        "      hint: adapt the layers of one device, or take another method"
+    )
+    assert attached(model) is None

@@ -54,11 +54,10 @@ class Verdict:
 
 
 def verdict(one: str, other: str) -> Verdict:
-    """Whether two presets go together, in either order.
-
-    Raises:
-        KeyError: the table has no such pair.
-    """
+    """Whether two presets go together, in either order. A preset without a row is judged by its words alone."""
+    if one not in _TABLE or other not in _TABLE:
+        why = refusal(one, other)
+        return Verdict("N", "; ".join(why)) if why else Verdict("Y")
     names = list(_TABLE)
     first, second = sorted((one, other), key=names.index)
     letter = dict(zip(names[names.index(first) + 1 :], _TABLE[first].split(), strict=True))[second]

@@ -115,6 +115,10 @@ def place(
     if not torch.is_inference_mode_enabled() and any(t.is_inference() for t in parameters.values()):
         what = "its weights were made in torch.inference_mode() and cannot be changed or trained with outside of it"
         problems.append(Problem("model", what, "make the model outside of it"))
+    devices = {parameters[f"{p.site.name}.weight"].device for p in placed if p.delta.shared} if not problems else set()
+    if len(devices) > 1:
+        what = f"its layers lie on {', '.join(sorted(map(str, devices)))}, and what they share can lie on one only"
+        problems.append(Problem("model", what, "adapt the layers of one device, or take another method"))
     if problems:
         raise PlanError("this does not fit the model:", problems)
     placed = tuple(_as_it_is(p, modules[p.site.name]) for p in placed)

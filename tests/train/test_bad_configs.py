@@ -327,7 +327,7 @@ method: lora,rslorra
 """, """\
 train.yaml does not describe a run:
   - train.yaml:3:1: `rslorra` is no method that lorary knows
-      hint: did you mean `rslora` or `lora` or `lora+`?"""),
+      hint: did you mean `rslora` or `lora` or `olora`?"""),
 Bad('an option of another method', """\
 model: builtin:base
 data: builtin:docstrings
@@ -343,7 +343,7 @@ method: {name: bitfit, r: 8}
 """, """\
 train.yaml does not describe a run:
   - train.yaml:3:24: `r` is no option of bitfit
-      hint: it is an option of lora"""),
+      hint: it is an option of lora, glora, vera, melora, multilora"""),
 Bad('methods that contradict', """\
 model: builtin:base
 data: builtin:docstrings
