@@ -1,0 +1,101 @@
+"""The figures as a table, and as a picture of the paired differences."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+from matplotlib import rc_context
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from claims import ROWS, Row
+from protocol import Bench, Difference, Missing, loss_at
+from training import Arm
+
+_COLOURS = {"yes": "#1a7f4b", "no": "#c2410c", "no difference seen": "#57606a"}
+Found = list[tuple[Row, Difference]]
+
+
+def found(bench: Bench) -> Found:
+    """The rows whose runs are all there."""
+    pairs = []
+    for rows in ROWS.values():
+        for row in rows:
+            try:
+                pairs.append((row, row.difference(bench)))
+            except Missing:
+                continue
+    return pairs
+
+
+def table(bench: Bench, rows: Found) -> str:
+    """The rows, the learning rates that were chosen, and what LoRA-FA keeps: three Markdown tables."""
+    lines = [
+        "| method | the paper claims | measured | against | difference, 95 % interval | pairs | holds here |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row, d in rows:
+        digits = 1 if row.unit == "steps" else 3
+        figure = f"{d.mean:+.{digits}f} ({d.low:+.{digits}f} to {d.high:+.{digits}f}) {row.unit}"
+        claim = f"{row.claim} ({row.source})"
+        cells = (row.method.name, claim, row.what, row.against.name, figure, str(d.n), row.verdict(d))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *_rates(bench, rows)])
+
+
+def _rates(bench: Bench, rows: Found) -> list[str]:
+    lines = ["| runs of | numbers trained | learns | steps | learning rate | mean loss at the end |", "|---|---|---|---|---|---|"]
+    seen: dict[tuple[str, int], Arm] = {}
+    for row, _ in rows:
+        horizon = row.horizon(bench)
+        seen |= {(arm.name, horizon): arm for arm in (row.against, row.method)}
+    for (name, horizon), arm in seen.items():
+        runs = bench.runs(arm, horizon)
+        mean = sum(loss_at(run, arm.task, horizon) for run in runs) / len(runs)
+        cells = (name, f"{runs[0]['numbers']:,}", arm.task, str(horizon), f"{runs[0]['lr']:g}", f"{mean:.3f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def kept(sizes: dict[str, int]) -> str:
+    """The bytes kept for backward."""
+    lines = ["| method | kept for backward, MiB | LoRA keeps |", "|---|---|---|"]
+    for name, size in sizes.items():
+        lines.append(f"| {name} | {size / 2**20:.1f} | {sizes['LoRA'] / size:.2f} x |")
+    return "\n".join(lines)
+
+
+def picture(rows: Found) -> str:
+    """Mean and interval of every row, as SVG: one panel for each unit, left of the line is better."""
+    units = sorted({row.unit for row, _ in rows}, reverse=True)
+    sizes = [sum(row.unit == unit for row, _ in rows) for unit in units]
+    style = {"svg.hashsalt": "lorary", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
+    with rc_context(style):
+        figure = Figure(figsize=(8, 1.2 + 0.36 * sum(sizes)), layout="constrained")
+        panels = figure.subplots(len(units), 1, squeeze=False, height_ratios=sizes)[:, 0]
+        for axes, unit in zip(panels, units, strict=True):
+            shown = [(row, d) for row, d in rows if row.unit == unit]
+            for place, (row, d) in enumerate(shown):
+                colour = _COLOURS[row.verdict(d)]
+                axes.plot([d.low, d.high], [place, place], color=colour, linewidth=2)
+                axes.plot([d.mean], [place], "o", color=colour, markersize=5)
+            axes.axvline(0, color="#8b949e", linewidth=0.8)
+            axes.set_yticks(range(len(shown)), [f"{r.method.name} - {r.against.name}: {r.what}" for r, _ in shown])
+            axes.set_ylim(len(shown) - 0.5, -0.5)
+            axes.set_xlabel(f"paired difference, {unit} (less is better)")
+            axes.spines[["top", "right"]].set_visible(False)
+        text = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(text, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    return re.sub(r"\s*<metadata>.*?</metadata>", "", text.getvalue(), flags=re.DOTALL)
+
+
+def into(page: Path, text: str) -> None:
+    """Put the text between the marks of a page."""
+    begin, end = "<!-- claims: written by benchmarks/claims -->", "<!-- end of claims -->"
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, mark, after = rest.partition(end)
+    if not mark:
+        raise SystemExit(f"{page} has no place for the table: {begin} ... {end}")
+    page.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")

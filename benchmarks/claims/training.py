@@ -1,0 +1,151 @@
+"""One run: a plain loop around lorary's words, with the losses on held-out windows along the way."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lorary
+from lorary import builtin
+from tasks import REPORT, TUNING, batches, held_out
+
+WARM_UP = 5  # optimizer steps over which the learning rate rises; it is constant afterwards
+CLIP = 1.0  # the gradients' norm
+TUNING_SEEDS = (1000, 1001)  # never reported
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is done.
+
+    Args:
+        steps: optimizer steps of a run that is judged by what it reaches.
+        short: optimizer steps of a run that is judged by how fast it is.
+        windows: held-out windows of an evaluation.
+        every: optimizer steps from one evaluation to the next.
+        rungs: learning rates tried at first.
+        tuning_seeds: runs at each of them.
+        seeds: pairs of runs that are compared.
+    """
+
+    steps: int = 120
+    short: int = 60
+    windows: int = 24
+    every: int = 10
+    rungs: int = 3
+    tuning_seeds: int = 2
+    seeds: int = 5
+
+
+FULL = Size()
+QUICK = Size(steps=4, short=4, windows=2, every=2, rungs=1, tuning_seeds=1, seeds=2)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training.
+
+    Args:
+        name: of it.
+        build: (seed, size) -> a model with a method attached.
+        task: what it learns.
+        watched: the tasks whose held-out loss is followed.
+        first: the lowest learning rate tried at first, an index into `protocol.LADDER`.
+        short: whether it is judged by how fast it is.
+    """
+
+    name: str
+    build: Callable[[int, Size], nn.Module]
+    task: str
+    watched: tuple[str, ...]
+    first: int
+    short: bool = False
+
+    def steps(self, size: Size) -> int:
+        """Optimizer steps of a run."""
+        return size.short if self.short else size.steps
+
+
+def attached(method: lorary.Method, **words: Any) -> Callable[[int, Size], nn.Module]:
+    """What builds the built-in base with a method in all of its linear layers."""
+
+    def build(seed: int, size: Size) -> nn.Module:
+        model = builtin.load_model()
+        return lorary.attach(model, lorary.plan(model, method, **words), seed=seed)
+
+    return build
+
+
+@torch.no_grad()
+def loss_on(model: nn.Module, windows: Tensor) -> float:
+    """Mean loss per token, nats."""
+    model.eval()
+    losses = [model(input_ids=part, labels=part).loss.item() * len(part) for part in windows.split(8)]
+    model.train()
+    return sum(losses) / len(windows)
+
+
+def trained_numbers(model: nn.Module) -> int:
+    """How many numbers train, each once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def train(model: nn.Module, task: str, lr: float, seed: int, steps: int, look: Callable[[int], None]) -> None:
+    """Train in place; `look` is called with the number of steps done, from 0."""
+    optimizer = torch.optim.AdamW(lorary.groups(model, lr=lr))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARM_UP))
+    tuning = lorary.tuning(model, steps)
+    torch.manual_seed(seed)  # dropout
+    model.train()
+    look(0)
+    for step, batch in zip(range(1, steps + 1), batches(task, seed), strict=False):
+        loss = model(input_ids=batch, labels=batch).loss + tuning.penalty()
+        loss.backward()
+        tuning.after_backward()
+        torch.nn.utils.clip_grad_norm_((p for p in model.parameters() if p.requires_grad), CLIP)
+        optimizer.step()
+        tuning.after_step()
+        optimizer.zero_grad()
+        schedule.step()
+        look(step)
+
+
+def run(arm: Arm, lr: float, seed: int, size: Size) -> dict[str, Any]:
+    """Train one model and follow its losses.
+
+    Returns:
+        A record for the ledger: `losses` holds [step, loss] pairs by task; a loss is None once it is not finite.
+    """
+    start = time.process_time()
+    steps, part = arm.steps(size), TUNING if seed in TUNING_SEEDS else REPORT
+    model = arm.build(seed, size)
+    numbers = trained_numbers(model)
+    losses: dict[str, list[tuple[int, float | None]]] = {task: [] for task in arm.watched}
+
+    def look(step: int) -> None:
+        if step % size.every == 0 or step == steps:
+            for task in arm.watched:
+                loss = loss_on(model, held_out(task, part, size.windows))
+                losses[task].append((step, round(loss, 5) if math.isfinite(loss) else None))
+
+    train(model, arm.task, lr, seed, steps, look)
+    return {
+        "arm": arm.name,
+        "lr": lr,
+        "seed": seed,
+        "steps": steps,
+        "numbers": numbers,
+        "cpu_seconds": round(time.process_time() - start, 1),
+        "losses": losses,
+    }
+
+
+def chosen(arms: Iterable[Arm], name: str) -> Arm:
+    """The arm of that name."""
+    return next(arm for arm in arms if arm.name == name)
