@@ -21,7 +21,7 @@ SOURCE = ROOT / "src" / "lorary"
 # From the ground up. A module imports from the floors below its own and from its own package, never from above.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("kernels", "accounting", "biases", "builtin", "memo"),
+    ("kernels", "accounting", "biases", "builtin", "memo", "grid"),
     ("sites",),
     ("words",),
     ("record",),
@@ -37,7 +37,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("surgery",),
     ("merging", "loop", "forms"),
     ("adapter",),
-    ("evolution",),
+    ("evolution", "probing"),
     ("formats",),
     ("inspect",),
     ("train",),

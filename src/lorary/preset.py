@@ -102,6 +102,14 @@ def preset(
     return register
 
 
+_ELSEWHERE: dict[str, Problem] = {}
+
+
+def no_preset(name: str, *, what: str, fix: str) -> None:
+    """Let whoever says this paper's name among the presets learn what it is instead: a function, not words."""
+    _ELSEWHERE[_plain(name)] = Problem(name, what, fix)
+
+
 def _plain(name: str) -> str:
     return re.sub(r"[\s_-]", "", name.lower())
 
@@ -171,7 +179,9 @@ def _chosen(names: Sequence[str], problems: list[Problem]) -> list[Preset]:
     chosen: list[Preset] = []
     for name in names:
         known = _ALIASES.get(_plain(name)) if isinstance(name, str) else None
-        if known is None:
+        if isinstance(name, str) and (elsewhere := _ELSEWHERE.get(_plain(name))):
+            problems.append(Problem(repr(name), elsewhere.what, elsewhere.fix))
+        elif known is None:
             problems.append(
                 Problem(repr(name), "is no method that lorary knows", did_you_mean(str(name), list(PRESETS)))
             )
