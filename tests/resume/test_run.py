@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +12,11 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-import lorary
 from lorary.errors import FileError, TrainingError
 from lorary.train import checkpoint, rng
 from lorary.train.trainer import AdapterTraining
-from tests.train.runs import adapted, frozen, log, rows, sft, trained
+from tests.resume.processes import forked
+from tests.train.runs import adapted, log, rows, sft, trained
 
 # Dropout in the model and in the adapters, shuffling, accumulation, a schedule, a log line over several steps that no
 # checkpoint is aligned with, and evaluations: whatever a resumption could forget.
@@ -34,7 +32,6 @@ SETTINGS: dict[str, Any] = {
 def _run(
     folder: Path,
     *,
-    method: tuple[str, ...] = ("lora", "lora+"),
     stop: int = 0,
     with_signal: int = 0,
     resume: bool | str = False,
@@ -47,8 +44,7 @@ def _run(
             if state.global_step == stop:
                 os.kill(os.getpid(), with_signal)
 
-    dropout = 0.0 if {"pissa", "olora", "glora"} & set(method) else 0.2
-    model = adapted(*method, dropout=dropout, attention_dropout=0.2, targets=["all-linear", "lm_head"])
+    model = adapted("lora", "lora+", dropout=0.2, attention_dropout=0.2, targets=["all-linear", "lm_head"])
     t = sft(folder, model, held_out=rows(4), **(SETTINGS | settings))
     t.add_callback(Stop())
     t.train(resume_from_checkpoint=resume)
@@ -59,33 +55,13 @@ def _result(t: Any) -> dict[str, Any]:
     return {"adapter": trained(t.model), "log": log(t), "tokens": t._total_train_tokens}
 
 
-def _forked(work: Callable[[], Any]) -> tuple[int, Any]:
-    """Does something in a process of its own: its exit status, and its result if it came to one."""
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        os.close(read)
-        status = 1
-        try:
-            with os.fdopen(write, "w") as file:
-                file.write(json.dumps(work()))
-            status = 0
-        finally:
-            os._exit(status)
-    os.close(write)
-    with os.fdopen(read) as file:
-        text = file.read()
-    _, status = os.waitpid(pid, 0)
-    return status, json.loads(text) if text else None
-
-
 pytestmark = pytest.mark.xdist_group("resume")  # one process: the fixture is a whole run
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("whole")
-    status, result = _forked(lambda: _result(_run(folder)))
+    status, result = forked(lambda: _result(_run(folder)))
     assert status == 0
     return result
 
@@ -98,36 +74,12 @@ def test_killed_in_the_middle_and_resumed_it_is_the_same_run(
 
     6 is the end of an epoch, so a run resumes before, at and behind it.
     """
-    status, _ = _forked(lambda: _run(tmp_path, stop=killed, with_signal=signal.SIGKILL))
+    status, _ = forked(lambda: _run(tmp_path, stop=killed, with_signal=signal.SIGKILL))
     assert os.WTERMSIG(status) == signal.SIGKILL
     assert checkpoint.newest(tmp_path)[0] == tmp_path / f"checkpoint-{after}"
-    status, resumed = _forked(lambda: _result(_run(tmp_path, resume=True)))
+    status, resumed = forked(lambda: _result(_run(tmp_path, resume=True)))
     assert status == 0
     assert resumed == uninterrupted
-
-
-@pytest.mark.parametrize(
-    "method",
-    [
-        *[(name,) for name, preset in lorary.presets().items() if preset.adapts and name not in ("lora", "lora+")],
-        ("dora", "rslora", "pissa", "lora+"),
-        ("vera", "dora"),
-    ],
-    ids="+".join,
-)
-def test_every_method_resumes_bit_for_bit(tmp_path: Path, method: tuple[str, ...]) -> None:
-    """Killed at the end of step 7 of 12, before its checkpoint; also what never trains is as it was."""
-
-    def whole(t: Any) -> dict[str, Any]:
-        return _result(t) | {"frozen": frozen(t.model)}
-
-    status, straight = _forked(lambda: whole(_run(tmp_path / "straight", method=method)))
-    assert status == 0
-    status, _ = _forked(lambda: _run(tmp_path / "killed", method=method, stop=7, with_signal=signal.SIGKILL))
-    assert os.WTERMSIG(status) == signal.SIGKILL
-    status, resumed = _forked(lambda: whole(_run(tmp_path / "killed", method=method, resume=True)))
-    assert status == 0
-    assert resumed == straight
 
 
 def _forget(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
@@ -164,9 +116,9 @@ def test_the_comparison_notices_whatever_is_forgotten(
     tmp_path: Path, uninterrupted: Any, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The negative control: the very same test, with one thing not restored, must not find the runs equal."""
-    _forked(lambda: _run(tmp_path, stop=9, with_signal=signal.SIGKILL))
+    forked(lambda: _run(tmp_path, stop=9, with_signal=signal.SIGKILL))
     _forget(monkeypatch, what)
-    status, resumed = _forked(lambda: _result(_run(tmp_path, resume=True)))
+    status, resumed = forked(lambda: _result(_run(tmp_path, resume=True)))
     assert status == 0
     assert resumed != uninterrupted
     if what == "log":
@@ -178,7 +130,7 @@ def test_the_comparison_notices_whatever_is_forgotten(
 def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(
     tmp_path: Path, uninterrupted: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    _forked(lambda: _run(tmp_path, stop=9, with_signal=signal.SIGKILL))
+    forked(lambda: _run(tmp_path, stop=9, with_signal=signal.SIGKILL))
     newest = tmp_path / "checkpoint-8" / checkpoint.TENSORS
     newest.write_bytes(newest.read_bytes()[:-7])
     with caplog.at_level("INFO", logger="lorary.train"):
@@ -214,7 +166,7 @@ def test_asked_twice_it_leaves_at_once(tmp_path: Path) -> None:
         t.train()
 
     start = time.monotonic()
-    status, _ = _forked(work)
+    status, _ = forked(work)
     assert os.WTERMSIG(status) == signal.SIGTERM
     assert time.monotonic() - start < 30
     assert list(tmp_path.iterdir()) == []
