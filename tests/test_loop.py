@@ -192,7 +192,7 @@ class Pull(Rule):
         for layer in layers:
             layer.p["B"].grad.mul_(self.factor)
 
-    def after_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
+    def after_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int, run: Any) -> None:
         state["seen"][2] = step
         assert all(layer.p["B"].grad is not None for layer in layers)
         state["weight"] *= 2

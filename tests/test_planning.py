@@ -16,7 +16,7 @@ from lorary import words
 from lorary.adapted import adapted
 from lorary.errors import PlanError
 from lorary.methods.lora import Fixed
-from lorary.planning import human_bytes
+from lorary.plans import human_bytes
 
 from . import tiny
 
@@ -494,32 +494,11 @@ class _Packed:
         return layer
 
 
-@dataclasses.dataclass(frozen=True)
-class _Writes(words.Rule):
-    """A rule that writes the base."""
-
-    needs = frozenset({"A"})
-    writes_base = True
-
-    def start(self, layers: Any, steps: int) -> dict[str, torch.Tensor]:
-        return {}
-
-    def penalty(self, layers: Any, state: Any) -> float:
-        return 0.0
-
-    def after_backward(self, layers: Any, state: Any, step: int) -> None: ...
-
-    def after_step(self, layers: Any, state: Any, step: int) -> None: ...
-
-
 def test_words_that_attaching_would_pass_over_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for cls in (_Writes, _Packed):
-        monkeypatch.setitem(words.WORDS, cls.__name__, cls)
-    method = lorary.method("lora", r=2).but(rules=(_Writes(),), storage=_Packed())
+    monkeypatch.setitem(words.WORDS, "_Packed", _Packed)
+    method = lorary.method("lora", r=2).but(storage=_Packed())
     assert refused(tiny.llama(), method) == (
-        "this model cannot be planned for:\n"
-        "  - storage: _Packed() packs the weight; bases are kept as they are for now\n"
-        "  - rules: _Writes() writes the base weight; bases are never written yet"
+        "this model cannot be planned for:\n  - storage: _Packed() packs the weight; bases are kept as they are for now"
     )
 
 

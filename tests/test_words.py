@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 
 from lorary import words
+from lorary.fields import COUNT, FLAG, POSITIVE, SEED, optional
 from lorary.sites import Site
-from lorary.words import COUNT, FLAG, POSITIVE, SEED, optional
 
 
 def test_a_word_is_a_dataclass_with_a_name_of_its_own() -> None:

@@ -59,8 +59,8 @@ if TYPE_CHECKING:
     from lorary.merging import merge as merge
     from lorary.merging import unmerge as unmerge
     from lorary.placed import Placed as Placed
-    from lorary.planning import Plan as Plan
     from lorary.planning import plan as plan
+    from lorary.plans import Plan as Plan
     from lorary.preset import Preset as Preset
     from lorary.preset import method as method
     from lorary.preset import presets as presets

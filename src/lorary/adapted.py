@@ -60,6 +60,7 @@ class Adapted(nn.Module):
         placed: the site and the method that it takes there, with the site's own rank and scale.
         dtype: of the learnt tensors; 32-bit masters keep small steps that a 16-bit weight would round away.
         shared: what all layers of the model share, where the method has such tensors.
+        p: the tensors of another layer, where the plan says that the two share what they learn.
 
     Attributes:
         p: role -> parameter. A and B for LoRA; the papers' letters for the others.
@@ -72,7 +73,12 @@ class Adapted(nn.Module):
     """
 
     def __init__(
-        self, base: nn.Module, placed: Placed, dtype: torch.dtype = torch.float32, shared: Shared | None = None
+        self,
+        base: nn.Module,
+        placed: Placed,
+        dtype: torch.dtype = torch.float32,
+        shared: Shared | None = None,
+        p: nn.ParameterDict | None = None,
     ) -> None:
         super().__init__()
         for name, value in vars(base).items():
@@ -87,15 +93,19 @@ class Adapted(nn.Module):
         self.shared = shared
         self.remember = Memo()
         self.start: dict[str, Tensor] = {}
-        like = cast(Tensor, base.weight)
-        self.p = nn.ParameterDict(
-            {
-                role: nn.Parameter(
-                    torch.zeros(shape, dtype=dtype, device=like.device), requires_grad=role not in self.method.frozen
-                )
-                for role, shape in placed.shapes.items()
-                if role not in placed.delta.shared
-            }
+        like, trained = cast(Tensor, base.weight), placed.method.trained
+        self.p = (
+            p
+            if p is not None
+            else nn.ParameterDict(
+                {
+                    role: nn.Parameter(
+                        torch.zeros(shape, dtype=dtype, device=like.device), requires_grad=role in trained
+                    )
+                    for role, shape in placed.shapes.items()
+                    if role not in placed.delta.shared
+                }
+            )
         )
         # role -> the corner of the shared tensor that is this site's
         self.corners = {role: placed.shapes[role] for role in sorted(placed.delta.shared)}
@@ -144,7 +154,7 @@ class Adapted(nn.Module):
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         delta, init = cast(Delta, self.method.delta), cast(Init, self.method.init)
         with torch.no_grad():
-            own = [role for role in self.p if role in delta.roles]
+            own = [role for role in self.p if role in delta.roles - delta.given]
             cpu = {role: torch.zeros(self.p[role].shape, dtype=self.p[role].dtype) for role in own}
             init(cpu, self.kind.matrix(self.base).detach(), self.site, self.scale, generator)
             if init.moves_base:
@@ -181,7 +191,7 @@ class Adapted(nn.Module):
         """
         dropout = self.dropout if dropout is None else dropout
         delta = self.method.delta
-        if isinstance(delta, Fused) and self.kind.rowwise and not self.site.parts:
+        if isinstance(delta, Fused) and (delta.everywhere or (self.kind.rowwise and not self.site.parts)):
             return delta.add(self, y, x, dropout)
         B, A = self.factors()
         return self.kind.add(self.base, y, x, A, B, self.scale, dropout)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from lorary.forms import LowRankForm, low_rank_forms
 from lorary.methods.lora import Add, Fixed, Kaiming, LowRank
 from lorary.placed import Placed
 from lorary.record import Method
+from lorary.shards import whole
+from lorary.shrinking import compact
 from lorary.state import attached, base_parameter, require
 from lorary.surgery import detach, mismatch, place
 
@@ -51,7 +53,7 @@ class Adapter:
         """
         state = require(model, "take from the model")
         tensors = _taken(adapted(model))
-        full = {name: _whole(base_parameter(model, name)) for name in state.full}
+        full = {name: whole(base_parameter(model, name)) for name in state.full}
         return Adapter(state.method, state.placed, tensors, full, Fingerprint.of(model))
 
     @staticmethod
@@ -88,6 +90,11 @@ class Adapter:
         """
         return low_rank_forms(self.placed, self.tensors, base)
 
+    def compact(self) -> Adapter:
+        """The same function without the directions that do nothing (AdaLoRA's masked ones)."""
+        placed, tensors = compact(self.placed, self.tensors)
+        return dataclasses.replace(self, placed=placed, tensors=tensors)
+
     @property
     def size(self) -> int:
         """Bytes of all its tensors; what sites share counts once."""
@@ -98,25 +105,18 @@ class Adapter:
 def _taken(layers: Mapping[str, Adapted]) -> dict[str, dict[str, Tensor]]:
     """site -> role -> a copy of everything that belongs to the adapter; what is shared is copied once."""
     bank: dict[str, Tensor] = {}
+    own: dict[int, dict[str, Tensor]] = {}  # layers may train one set of tensors in common
     for layer in layers.values():
         if not bank and layer.shared is not None:
-            bank = {role: _whole(t) for role, t in layer.shared.tensors.items()}
+            bank = {role: whole(t) for role, t in layer.shared.tensors.items()}
+        if id(layer.p) not in own:
+            own[id(layer.p)] = {role: whole(t) for role, t in layer.p.items()}
     return {
-        name: {role: _whole(t) for role, t in layer.p.items()}
+        name: own[id(layer.p)]
         | {role: corner(bank[role], shape) for role, shape in layer.corners.items()}
         | {role: t.clone() for role, t in layer.start.items()}
         for name, layer in layers.items()
     }
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """A detached copy on the CPU, gathered from all ranks if it is sharded."""
-    tensor = tensor.detach()
-    if tensor.is_meta:
-        return tensor
-    if hasattr(tensor, "full_tensor"):  # a DTensor under FSDP2
-        tensor = cast(Any, tensor).full_tensor()
-    return tensor.to("cpu", copy=True)
 
 
 def save(model: nn.Module, path: str | PathLike[str]) -> None:

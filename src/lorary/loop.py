@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from lorary.adapted import Adapted, adapted
 from lorary.errors import ConfigError, Problem, StateError
+from lorary.shards import like
+from lorary.shrinking import shrink
 from lorary.state import base_parameter, require
 from lorary.words import Rule
 
@@ -49,10 +51,12 @@ def groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[
         row["params"].append(parameter)
         row["roles"][role] = None
 
+    seen: set[int] = set()  # layers may train one set of tensors in common
     for layer in adapted(model).values():
         for role, parameter in layer.p.items():
-            if parameter.requires_grad:
+            if parameter.requires_grad and id(parameter) not in seen:
                 put(role, parameter, layer.method.rate(role))
+                seen.add(id(parameter))
     for parameter in {id(p): p for p in (base_parameter(model, name) for name in state.full)}.values():
         if parameter.requires_grad:
             put("full", parameter, 1.0)
@@ -84,69 +88,102 @@ class Tuning:
     """A method's rules at work in a training run. Without rules every call does nothing.
 
     Args:
-        layers: the adapted layers.
+        model: with a method attached.
         steps: how many optimizer steps the run has.
+        optimizer: the one that trains, for the rules that reach into its state.
 
     Attributes:
         step: optimizer steps done.
+        layers: the adapted layers.
         rules: the method's.
         states: one for each rule, its tensors by name.
     """
 
-    layers: list[Adapted] = field(repr=False)
+    model: nn.Module = field(repr=False)
     steps: int
+    optimizer: torch.optim.Optimizer | None = field(default=None, repr=False)
     step: int = field(default=0, init=False)
+    layers: list[Adapted] = field(init=False, repr=False)
     rules: tuple[Rule, ...] = field(init=False)
-    states: list[dict[str, Tensor]] = field(init=False)
+    states: list[dict[str, Tensor]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self.layers = list(adapted(self.model).values())
         self.rules = self.layers[0].method.rules if self.layers else ()
+        _check_optimizer(self.rules, self.optimizer)
         self.states = [rule.start(self.layers, self.steps) for rule in self.rules]
         self._before_step()
 
+    @property
+    def _at_work(self) -> Iterator[tuple[Rule, dict[str, Tensor]]]:
+        return zip(self.rules, self.states, strict=True)
+
     def _before_step(self) -> None:
-        for rule, state in zip(self.rules, self.states, strict=True):
+        for rule, state in self._at_work:
             rule.before_step(self.layers, state, self.step + 1)
 
     def penalty(self) -> Tensor | float:
         """What the rules add to the training loss."""
-        terms = [rule.penalty(self.layers, state) for rule, state in zip(self.rules, self.states, strict=True)]
+        terms = [rule.penalty(self.layers, state) for rule, state in self._at_work]
         return sum(terms[1:], start=terms[0]) if terms else 0.0
 
     def after_backward(self) -> None:
         """Call when the gradients of an optimizer step are complete, before they are clipped."""
-        for rule, state in zip(self.rules, self.states, strict=True):
+        for rule, state in self._at_work:
             rule.after_backward(self.layers, state, self.step + 1)
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Call after the optimizer has stepped, before the gradients are cleared."""
         self.step += 1
-        for rule, state in zip(self.rules, self.states, strict=True):
-            rule.after_step(self.layers, state, self.step)
+        for rule, state in self._at_work:
+            rule.after_step(self.layers, state, self.step, self)
         self._before_step()
 
+    def report(self) -> dict[str, Any]:
+        """Figures of the rules for the log: numbers, or numbers by site."""
+        return {name: value for rule, state in self._at_work for name, value in rule.report(self.layers, state).items()}
+
+    def shrink(self, keep: Mapping[str, Tensor]) -> bool:
+        """Keep these directions alone (site -> bool [R]); see `lorary.words.Run`.
+
+        DDP and FSDP hold on to the parameters that they were given: with them the adapter shrinks when it is saved.
+        """
+        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        return alone and self.optimizer is not None and shrink(self.model, keep, self.optimizer)
+
     def state_dict(self) -> dict[str, Tensor]:
-        """Flat tensors, for a checkpoint."""
+        """Flat tensors, for a checkpoint; under FSDP they may be sharded."""
         flat = {f"{i}.{name}": t for i, state in enumerate(self.states) for name, t in state.items()}
         return flat | {"step": torch.tensor(self.step)}
 
-    def load_state_dict(self, flat: dict[str, Tensor]) -> None:
-        """Put back what `state_dict` gave.
+    def load_state_dict(self, flat: Mapping[str, Tensor]) -> None:
+        """Put back what `state_dict` gave, whole tensors also where the state is sharded here.
 
         Raises:
             StateError: it was another method's: names or shapes differ.
         """
         mine = self.state_dict()
-        wrong = sorted(set(mine) ^ set(flat)) + [k for k in mine.keys() & flat.keys() if mine[k].shape != flat[k].shape]
+        wrong = sorted(set(mine) ^ set(flat))
+        # what a rule needs no more it gives back: nothing is left of it
+        wrong += [k for k in mine.keys() & flat.keys() if mine[k].shape != flat[k].shape and flat[k].numel()]
         if wrong:
             problems = [Problem(key, "is missing, unknown or of another shape") for key in wrong]
             raise StateError("this is another method's training state:", problems)
         self.step = int(flat["step"])
         for i, state in enumerate(self.states):
             for name in state:
-                state[name] = flat[f"{i}.{name}"].to(state[name].device, copy=True)
+                value = flat[f"{i}.{name}"]
+                fits = value.shape == state[name].shape
+                state[name] = like(state[name], value.clone()) if fits else value.to(state[name].device, copy=True)
         self._before_step()
+
+
+def _check_optimizer(rules: tuple[Rule, ...], optimizer: torch.optim.Optimizer | None) -> None:
+    what, fix = "reaches into the optimizer's state", "lorary.tuning(model, steps, optimizer)"
+    problems = [Problem(type(rule).__name__, what, fix) for rule in rules if rule.steers and optimizer is None]
+    if problems:
+        raise StateError("these rules need the optimizer:", problems)
 
 
 @contextmanager
@@ -161,11 +198,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def tuning(model: nn.Module, steps: int) -> Tuning:
+def tuning(
+    model: nn.Module,
+    steps: int,
+    optimizer: torch.optim.Optimizer | None = None,
+    state: Mapping[str, Tensor] | None = None,
+) -> Tuning:
     """The rules of the attached method, for a run of so many optimizer steps.
 
+    Args:
+        model: with a method attached, as it is at the start of the run, or where the run was left.
+        steps: optimizer steps of the whole run.
+        optimizer: the one that trains. Some rules need it (O-LoRA's hard mode), and AdaLoRA takes less memory with it.
+        state: what `Tuning.state_dict` gave, to go on from there.
+
     Raises:
-        StateError: nothing is attached.
+        StateError: nothing is attached; a rule needs the optimizer; the state is another method's.
+        ConfigError: so many steps leave no room for a rule.
     """
     require(model, "train")
-    return Tuning(list(adapted(model).values()), steps)
+    rules = Tuning(model, steps, optimizer)
+    if state is not None:
+        rules.load_state_dict(state)
+    return rules

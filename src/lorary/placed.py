@@ -16,10 +16,17 @@ from lorary.words import Delta, Init, Join, Scale, Shapes
 
 @dataclass(frozen=True)
 class Placed:
-    """One adapted site: where, and the method there. A plan lists them, an adapter holds tensors for them."""
+    """One adapted site: where, and the method there. A plan lists them, an adapter holds tensors for them.
+
+    Args:
+        site: where.
+        method: the method there, with the site's own rank and scale.
+        share: the name of a set of tensors that all sites of that name train in common; empty for its own.
+    """
 
     site: Site
     method: Method
+    share: str = ""
 
     @property
     def delta(self) -> Delta:
@@ -72,6 +79,14 @@ class Placed:
             what = f"{where} and is frozen: nothing could be learnt"
             found.append(Problem(self.site.name, what, "exclude it, or say another init"))
         return found
+
+
+def distinct(placed: Iterable[Placed]) -> list[Placed]:
+    """One site for each set of tensors: of those that train one in common the first."""
+    first: dict[tuple[str, str], Placed] = {}
+    for p in placed:
+        first.setdefault(("share", p.share) if p.share else ("site", p.site.name), p)
+    return list(first.values())
 
 
 def shared_shapes(placed: Iterable[Placed]) -> Shapes:

@@ -2,139 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from lorary.errors import MethodError, PlanError, Problem, nearest
-from lorary.placed import Placed, shared_shapes, with_rank
+from lorary.past import with_past
+from lorary.placed import Placed, with_rank
+from lorary.plans import FullParameter, Plan
 from lorary.preconditions import not_ready, not_words
 from lorary.record import Method
 from lorary.sites import kind_of, site
 from lorary.targets import Found, blocked, collapse, head_names, listed, matches, resolve
 
-
-@dataclass(frozen=True)
-class FullParameter:
-    """A base parameter that trains in full.
-
-    Args:
-        name: its path in the model.
-        shape: its shape.
-        bytes: what it takes at the model's precision.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    bytes: int
-
-    @property
-    def size(self) -> int:
-        """How many numbers it holds."""
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What `attach` will do, as a value.
-
-    Args:
-        method: the method, at the rank that sites without one of their own take.
-        placed: the adapted sites in the model's order, each with its own rank and scale.
-        full: the base parameters that train in full.
-        total: parameters of the base model, tied ones counted once.
-        base_bytes: what they take.
-        notes: what is worth knowing before training.
-    """
-
-    method: Method
-    placed: tuple[Placed, ...]
-    full: tuple[FullParameter, ...]
-    total: int
-    base_bytes: int
-    notes: tuple[str, ...] = ()
-
-    @property
-    def trainable(self) -> int:
-        """How many numbers train."""
-        return sum(p.trainable for p in self.placed) + sum(f.size for f in self.full)
-
-    @property
-    def share(self) -> float:
-        """Trained numbers over the base model's parameters."""
-        return self.trainable / self.total
-
-    @property
-    def adapter_bytes(self) -> int:
-        """What the adapters' tensors take, as 32-bit masters; what sites share counts once."""
-        own = [shape for p in self.placed for role, shape in p.shapes.items() if role not in p.delta.shared]
-        return 4 * sum(map(math.prod, [*own, *shared_shapes(self.placed).values()]))
-
-    @property
-    def training_bytes(self) -> int:
-        """Gradients and AdamW's two moments: 12 bytes for each trained 32-bit number, 3 copies of a full parameter."""
-        return 12 * sum(p.trainable for p in self.placed) + 3 * sum(f.bytes for f in self.full)
-
-    def __str__(self) -> str:
-        lines = [str(self.method), *self._site_lines(), *self._full_lines(), ""]
-        lines.append(f"trains    {self.trainable:,} of {self.total:,} parameters ({self.share:.4%})")
-        sizes = (self.base_bytes, self.adapter_bytes, self.training_bytes)
-        base, adapters, training = (human_bytes(n) for n in sizes)
-        lines.append(
-            f"memory    base {base}, adapters {adapters}, gradients and AdamW {training}; activations come on top"
-        )
-        lines += [f"note      {note}" for note in self.notes]
-        return "\n".join(lines)
-
-    def _site_lines(self) -> list[str]:
-        by_name = {p.site.name: p for p in self.placed}
-        rows: dict[tuple[Any, ...], list[str]] = {}
-        for p in self.placed:  # one row for the sites that differ in nothing but a number in their path
-            s = p.site
-            key = (re.sub(r"\d+", "#", s.name), s.kind, s.out, s.inp, s.parts, p.r, p.scale)
-            rows.setdefault(key, []).append(s.name)
-        table: list[tuple[str, ...]] = [("site", "kind", "out x in", "tensors", "s", "trains")]
-        for names in rows.values():
-            p = by_name[names[0]]
-            parts = f"[{','.join(part.name for part in p.site.parts)}]" if p.site.parts else ""
-            times = f" x{len(names)}" if len(names) > 1 else ""
-            tensors = " ".join(f"{role}[{'x'.join(map(str, shape))}]" for role, shape in p.shapes.items())
-            text = collapse(names)[0][0] + parts + times
-            counts = f"{p.trainable * len(names):,}"
-            table.append((text, p.site.kind, f"{p.site.out}x{p.site.inp}", tensors, f"{p.scale:g}", counts))
-        return _aligned(table) if len(table) > 1 else []
-
-    def _full_lines(self) -> list[str]:
-        lines = []
-        sizes = {f.name: f.size for f in self.full}
-        for text, names in collapse(sizes):
-            lines.append((text + (f" x{len(names)}" if len(names) > 1 else ""), f"{sum(sizes[n] for n in names):,}"))
-        shown = lines[:20] + ([(f"... and {len(lines) - 20} more", "")] if len(lines) > 20 else [])
-        return _aligned([("base parameter, in full", "trains"), *shown]) if lines else []
-
-
-def _aligned(table: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    rows = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
-    return ["", rows[0], "-" * max(map(len, rows)), *rows[1:]]
-
-
-def human_bytes(n: float) -> str:
-    """A size for people: 1,536 -> `1.5 KiB`.
-
-    >>> human_bytes(1536)
-    '1.5 KiB'
-    """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n < 1024 or unit == "GiB":
-            return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1024
-    raise AssertionError("unreachable")
+if TYPE_CHECKING:
+    from lorary.adapter import Adapter
 
 
 def plan(
@@ -145,6 +31,7 @@ def plan(
     ranks: Mapping[str, int] | None = None,
     alphas: Mapping[str, float] | None = None,
     exclude: str | Sequence[str] = (),
+    after: Sequence[Adapter] = (),
 ) -> Plan:
     """Where a method goes in a model, and what that costs. Touches nothing; works on a meta-device model.
 
@@ -156,6 +43,7 @@ def plan(
         ranks: site pattern -> rank; the first pattern that matches wins.
         alphas: site pattern -> alpha, likewise.
         exclude: what not to adapt, written like targets.
+        after: the adapters of earlier tasks, which stay as they are beneath the new one (O-LoRA).
 
     Raises:
         PlanError: every problem at once, with the nearest names and the model's layers where a target names none.
@@ -171,6 +59,8 @@ def plan(
             if value:
                 problems.append(Problem(field, "makes sense for adapted layers only, and this method adapts none"))
     placed = _place(found, method, ranks or {}, alphas or {}, problems)
+    placed, given, past = with_past(model, placed, after)
+    problems += past
     full = _full_parameters(model, method, placed, problems)
     for p in placed:
         problems += p.problems()
@@ -181,7 +71,7 @@ def plan(
     notes = [*_rank_notes(placed), *_tie_notes(model, placed), *_head_notes(model, method, full)]
     if "all-linear" in listed(targets):
         notes += _reach_notes(model, placed, total)
-    return Plan(method, tuple(placed), tuple(full), total, size, tuple(notes))
+    return Plan(method, tuple(placed), tuple(full), total, size, tuple(notes), given)
 
 
 def _place(
@@ -240,7 +130,28 @@ def _full_parameters(
     for name in sorted(names):
         if not torch.is_floating_point(parameters[name]):
             problems.append(Problem(name, f"is {parameters[name].dtype} and cannot train in full"))
-    return [FullParameter(n, tuple(t.shape), t.numel() * t.element_size()) for n, t in parameters.items() if n in names]
+    written = _written(model, method, placed, problems)
+    return [
+        FullParameter(n, tuple(t.shape), t.numel() * t.element_size(), n in names)
+        for n, t in parameters.items()
+        if n in names | written
+    ]
+
+
+def _written(model: nn.Module, method: Method, placed: list[Placed], problems: list[Problem]) -> set[str]:
+    """The adapted weights, where a rule of the method writes them: in 32 bits at least, and nobody else's."""
+    writers = [type(rule).__name__ for rule in method.rules if rule.writes_base]
+    names = {f"{p.site.name}.weight" for p in placed} if writers else set()
+    held = Counter(id(t) for _, t in model.named_parameters(remove_duplicate=False))
+    for name in sorted(names):
+        weight = model.get_parameter(name)
+        if weight.dtype.itemsize < 4:
+            what = f"is {str(weight.dtype).removeprefix('torch.')}, and {writers[0]} adds small changes to it"
+            problems.append(Problem(name, f"{what}: rounding would lose most of them", "load the base in float32"))
+        if held[id(weight)] > 1:
+            what = f"is shared with another layer, and {writers[0]} writes it"
+            problems.append(Problem(name, what, "exclude the site, or untie the weights"))
+    return names
 
 
 def _covers(pattern: str, name: str) -> bool:

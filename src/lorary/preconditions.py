@@ -48,9 +48,4 @@ def _not_obeyed(method: Method) -> list[Problem]:
     problems = []
     if not isinstance(method.storage, AsIs):
         problems.append(Problem("storage", f"{method.storage} packs the weight; bases are kept as they are for now"))
-    problems += [
-        Problem("rules", f"{rule} writes the base weight; bases are never written yet")
-        for rule in method.rules
-        if rule.writes_base
-    ]
     return problems

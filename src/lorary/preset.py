@@ -96,7 +96,8 @@ def preset(
         if PRESETS.get(name) is not None:
             raise TypeError(f"there is a preset {name} already")
         PRESETS[name] = Preset(name, words, citation, adapts, lr, when)
-        _ALIASES.update({_plain(alias): name for alias in (name, *aliases)})
+        for alias in (name, *aliases):
+            _ALIASES.setdefault(_plain(alias), name)
         return words
 
     return register
@@ -112,6 +113,12 @@ def no_preset(name: str, *, what: str, fix: str) -> None:
 
 def _plain(name: str) -> str:
     return re.sub(r"[\s_-]", "", name.lower())
+
+
+def _known(name: str) -> str | None:
+    """The preset that a name means; hyphens count where they tell one from another: O-LoRA is not OLoRA."""
+    exact = re.sub(r"[\s_]", "-", name.lower())
+    return exact if exact in PRESETS else _ALIASES.get(_plain(name))
 
 
 # What two presets may both say, because the union is meant; on any other axis one must be silent.
@@ -178,7 +185,7 @@ def _speaking(chosen: Sequence[Preset]) -> list[Preset]:
 def _chosen(names: Sequence[str], problems: list[Problem]) -> list[Preset]:
     chosen: list[Preset] = []
     for name in names:
-        known = _ALIASES.get(_plain(name)) if isinstance(name, str) else None
+        known = _known(name) if isinstance(name, str) else None
         if isinstance(name, str) and (elsewhere := _ELSEWHERE.get(_plain(name))):
             problems.append(Problem(repr(name), elsewhere.what, elsewhere.fix))
         elif known is None:

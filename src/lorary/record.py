@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from lorary.errors import MethodError, Problem, did_you_mean
-from lorary.words import POSITIVE, WORDS, AsIs, Delta, Init, Join, Rule, Scale, Storage
+from lorary.fields import POSITIVE
+from lorary.words import WORDS, AsIs, Delta, Init, Join, Rule, Scale, Storage
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,10 @@ class Method:
 
     def __post_init__(self) -> None:
         rates = self.lr.items() if isinstance(self.lr, Mapping) else self.lr
-        object.__setattr__(self, "lr", tuple(sorted((str(role), rate) for role, rate in rates)))
-        object.__setattr__(self, "frozen", frozenset([self.frozen] if isinstance(self.frozen, str) else self.frozen))
+        frozen = frozenset([self.frozen] if isinstance(self.frozen, str) else self.frozen)
+        own = getattr(self.delta, "known_as", {})  # presets speak of A and B, whatever a delta calls them
+        object.__setattr__(self, "lr", tuple(sorted((own.get(str(role), str(role)), rate) for role, rate in rates)))
+        object.__setattr__(self, "frozen", frozenset(own.get(role, role) for role in frozen))
         object.__setattr__(self, "rules", tuple(self.rules))
         object.__setattr__(self, "full", (self.full,) if isinstance(self.full, str) else tuple(self.full))
         problems = self._word_problems()
@@ -63,7 +66,7 @@ class Method:
     @property
     def trained(self) -> frozenset[str]:
         """The names of the tensors of a site that train."""
-        return self.roles - self.frozen
+        return self.roles - self.frozen - (self.delta.given if self.delta else frozenset())
 
     def rate(self, role: str) -> float:
         """The learning-rate multiplier of a role."""
@@ -173,8 +176,8 @@ class Method:
             return [Problem(axis, "is not said, and a delta needs it") for axis in missing]
         name = type(delta).__name__
         problems = []
-        if init.fills != delta.roles:
-            what = f"{type(init).__name__} fills {braces(init.fills)}; {name} has {braces(delta.roles)}"
+        if init.fills != delta.roles - delta.given:
+            what = f"{type(init).__name__} fills {braces(init.fills)}; {name} has {braces(delta.roles - delta.given)}"
             problems.append(Problem("init", what))
         problems += self._training_problems()
         if init.moves_base and not delta.free:
@@ -230,7 +233,7 @@ class Method:
         if rule.writes_base and not self.storage.writable:
             what = f"{name} writes the base weight, which {type(self.storage).__name__} cannot take"
             problems.append(Problem("rules", what))
-        return problems
+        return problems + ([] if problems else [Problem("rules", what) for what in rule.problems(self)])
 
     def _bare_problems(self) -> list[Problem]:
         problems = []

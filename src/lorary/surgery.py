@@ -17,7 +17,7 @@ from lorary.adapted import Adapted, Shared, adapted
 from lorary.errors import PlanError, Problem, StateError
 from lorary.fingerprint import STATE, Fingerprint
 from lorary.placed import Placed
-from lorary.planning import Plan
+from lorary.plans import Plan
 from lorary.record import Method
 from lorary.residual import give_up, idle, take_back, unsound
 from lorary.sites import Site, kind_of, site
@@ -56,22 +56,24 @@ def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = 
     place(model, plan.method, plan.placed, {f.name: f.shape for f in plan.full}, dtype=dtype)
     try:
         with _mode(model):
-            _start(model, seed)
+            _start(model, seed, plan.given)
     except BaseException:
         detach(model)  # all or nothing
         raise
     return model
 
 
-def _start(model: nn.Module, seed: int) -> None:
-    """Fill all adapters, so that nothing moves at step 0."""
-    layers = list(adapted(model).values())
+def _start(model: nn.Module, seed: int, given: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Fill all adapters, so that nothing moves at step 0 but for what earlier tasks have given."""
+    # of layers that train one set of tensors in common the first one fills it
+    layers = list({id(layer.p): layer for layer in reversed(adapted(model).values())}.values())[::-1]
     if layers and layers[0].shared is not None:
         cast(Init, layers[0].method.init).share(layers[0].shared.tensors)
     if problems := [problem for layer in layers for problem in unsound(layer)]:
         raise PlanError("cannot attach:", problems)
     for layer in _shown(layers):
         layer.initialise(seed)
+        layer.load(given.get(layer.site.name, {}))
         give_up(model, layer)
         with torch.no_grad():
             cast(Join, layer.method.join).setup(layer)
@@ -115,6 +117,7 @@ def place(
     if not torch.is_inference_mode_enabled() and any(t.is_inference() for t in parameters.values()):
         what = "its weights were made in torch.inference_mode() and cannot be changed or trained with outside of it"
         problems.append(Problem("model", what, "make the model outside of it"))
+    problems += _unlike(placed)
     devices = {parameters[f"{p.site.name}.weight"].device for p in placed if p.delta.shared} if not problems else set()
     if len(devices) > 1:
         what = f"its layers lie on {', '.join(sorted(map(str, devices)))}, and what they share can lie on one only"
@@ -127,7 +130,10 @@ def place(
     kept = {}  # and the layers: all of them before the model changes: memory may run out on the way
     with _mode(model):
         shared = _shared(model, placed, dtype)
-        layers = {p.site.name: Adapted(modules[p.site.name], p, dtype, shared) for p in placed}
+        layers: dict[str, Adapted] = {}
+        for p in placed:
+            first = next((layers[q.site.name].p for q in placed if q.share == p.share and q.site.name in layers), None)
+            layers[p.site.name] = Adapted(modules[p.site.name], p, dtype, shared, first if p.share else None)
     for p in placed:
         layer = layers[p.site.name]
         layer.train(modules[p.site.name].training)
@@ -141,7 +147,7 @@ def place(
     for name, layer in layers.items():
         for path in paths[name]:
             set_layer(model, path, layer)
-    for name in full:
+    for name in full.keys() - {f"{p.site.name}.weight" for p in placed}:  # an adapted weight is a rule's to write
         parameters[name].requires_grad_(True)
     object.__setattr__(model, STATE, Attached(method, placed, kept, trained, paths, fingerprint))
     try:
@@ -150,6 +156,21 @@ def place(
     except BaseException:
         detach(model)  # all or nothing
         raise
+
+
+def _unlike(placed: tuple[Placed, ...]) -> list[Problem]:
+    """The sites that are to train one set of tensors with another site, and cannot."""
+    first: dict[str, Placed] = {}
+    problems = []
+    for p in placed:
+        other = first.setdefault(p.share, p) if p.share else p
+        if p.shapes != other.shapes or p.method != other.method:
+            what = f"shares what it learns with {other.site.name}, which has other shapes or another method"
+            problems.append(Problem(p.site.name, what, "let it learn its own"))
+        elif p.share and cast(Init, p.method.init).moves_base:
+            what = f"shares what it learns, and {type(p.method.init).__name__} starts at the weight of each layer"
+            problems.append(Problem(p.site.name, what, "say another init"))
+    return problems
 
 
 def _shown(layers: list[Adapted]) -> Iterable[Adapted]:

@@ -7,9 +7,9 @@ file. `lorary.record` holds the words of a method together, `lorary.preset` give
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -64,14 +64,20 @@ class Delta(Protocol):
     Attributes:
         r: the rank that the scale is taken of.
         shared: roles of which all sites hold a part of one tensor, its leading corner. They never train.
+        given: roles that no init fills: zero until a plan or a rule gives them their values. They never train.
         free: whether the factors can be any two matrices, so that an init may choose them.
         extras: roles that are no part of the factors; the join reads them.
+        known_as: how presets that speak of A and B reach its roles, such as {"A": "Q", "B": "P"}.
+        everywhere: whether its own path (`Fused`) goes through layers of every kind.
     """
 
     r: int
     shared: frozenset[str] = frozenset()
+    given: frozenset[str] = frozenset()
     free: bool = False
     extras: frozenset[str] = frozenset()
+    known_as: Mapping[str, str] = MappingProxyType({})
+    everywhere: bool = False
 
     @property
     def roles(self) -> frozenset[str]: ...
@@ -94,8 +100,28 @@ class Delta(Protocol):
 class Fused(Protocol):
     """A delta with a path of its own through layers that take rows [..., inp]; its factors stay the specification."""
 
+    everywhere: bool
+
     def add(self, layer: Layer, y: Tensor, x: Tensor, dropout: float) -> Tensor:
         """y + s * B A dropout(x). May write into y."""
+        ...
+
+
+@runtime_checkable
+class Sequential(Protocol):
+    """A delta with a place for what earlier tasks have learnt, beneath what is being learnt now."""
+
+    def after(self, past: Sequence[tuple[Tensor, Tensor]], scale: float) -> tuple[Delta, dict[str, Tensor]]:
+        """The delta of the next task, and the values of its roles that are given.
+
+        Args:
+            past: (B [out, R], A [R, inp]) of each earlier task, the first one first, scales within B.
+            scale: the new task's s.
+        """
+        ...
+
+    def tasks(self, B: Tensor, A: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The factors of all tasks, taken apart, the first one first."""
         ...
 
 
@@ -184,16 +210,51 @@ class Scale(Protocol):
     def __call__(self, r: int) -> float: ...
 
 
+class Run(Protocol):
+    """What a rule may do to the run beside its layers (`lorary.loop.Tuning` is the one that exists).
+
+    Attributes:
+        optimizer: the one that trains; None where the loop has kept it to itself.
+    """
+
+    optimizer: torch.optim.Optimizer | None
+
+    def shrink(self, keep: Mapping[str, Tensor]) -> bool:
+        """Keep these directions alone (site -> bool [R]) in the tensors and in the optimizer's state, for good.
+
+        Returns:
+            whether it could be done: not without the optimizer, and not where its state or the parameters are in
+            other hands (several ranks).
+        """
+        ...
+
+
 @runtime_checkable
 class Rule(Protocol):
-    """What happens while training: a frozen specification; its state is carried by `lorary.tuning`."""
+    """What happens while training: a frozen specification; its state is carried by `lorary.tuning`.
+
+    Attributes:
+        needs: the roles that it works on.
+        writes_base: whether it writes the base weights of the adapted layers.
+        steers: whether it has to reach into the optimizer's state.
+    """
+
+    steers: bool = False
 
     @property
     def needs(self) -> frozenset[str]: ...
     @property
     def writes_base(self) -> bool: ...
+    def problems(self, method: Any) -> list[str]:
+        """Why it cannot go together with the other words of a method."""
+        return []
+
     def start(self, layers: Sequence[Layer], steps: int) -> dict[str, Tensor]:
-        """Its state at the start of a run of so many optimizer steps."""
+        """Its state at the start of a run of so many optimizer steps.
+
+        Raises:
+            ConfigError: so many steps leave no room for it.
+        """
         return {}
 
     def before_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
@@ -208,9 +269,13 @@ class Rule(Protocol):
         """Gradients of optimizer step `step` (from 1) are complete and unclipped."""
         return None
 
-    def after_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
+    def after_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int, run: Run) -> None:
         """Parameters have moved; gradients are still there."""
         return None
+
+    def report(self, layers: Sequence[Layer], state: dict[str, Tensor]) -> dict[str, Any]:
+        """Figures of the present moment for the log: numbers, or numbers by site."""
+        return {}
 
 
 @runtime_checkable
@@ -246,29 +311,3 @@ class AsIs:
 
     def pack(self, layer: nn.Module) -> nn.Module:
         return layer
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-
-
-# What a field of a word may hold, as dataclass metadata: `r: int = field(metadata=COUNT)`. The record checks it.
-COUNT: dict[str, Any] = {"check": _is_count, "expects": "a whole number of at least 1"}
-POSITIVE: dict[str, Any] = {"check": _is_positive, "expects": "a positive finite number"}
-SEED: dict[str, Any] = {
-    "check": lambda value: type(value) is int and 0 <= value < 2**63,
-    "expects": "a whole number of at least 0",
-}
-FLAG: dict[str, Any] = {"check": lambda value: type(value) is bool, "expects": "true or false"}
-
-
-def optional(field: dict[str, Any]) -> dict[str, Any]:
-    """The same, or None."""
-    return {
-        "check": lambda value: value is None or field["check"](value),
-        "expects": f"{field['expects']}, or None",
-    }

@@ -15,13 +15,14 @@ from torch import Tensor
 
 import lorary
 from lorary import sites, words
+from lorary.fields import COUNT
 from lorary.kernels.vectors import add_vectors
 from lorary.methods.dora import Direction
 from lorary.methods.lora import Add, Fixed, Kaiming, LowRank
 from lorary.methods.melora import Minis
 from lorary.methods.pissa import Principal
 from lorary.methods.vera import Vectors
-from lorary.words import COUNT, Delta
+from lorary.words import Delta
 
 from . import laws
 from .cases import KINDS, Case

@@ -27,7 +27,7 @@ from transformers import (
 
 import lorary
 from lorary.errors import PlanError, StateError
-from lorary.planning import Plan
+from lorary.plans import Plan
 from lorary.train.loss import LabelledHead
 from lorary.train.memory import Memory, by_formula, estimate
 from lorary.train.simulation import simulate

@@ -243,7 +243,7 @@ class Diary(Rule):
     def after_backward(self, layers: Sequence[Any], state: dict[str, Tensor], step: int) -> None:
         SEEN.append(("after_backward", step, _norm(layers), _sizes(layers)))
 
-    def after_step(self, layers: Sequence[Any], state: dict[str, Tensor], step: int) -> None:
+    def after_step(self, layers: Sequence[Any], state: dict[str, Tensor], step: int, run: Any) -> None:
         state["calls"] = state["calls"] + 1
         SEEN.append(("after_step", step, _norm(layers), _sizes(layers)))
 

@@ -19,7 +19,7 @@ from lorary import builtin
 from lorary.builtin import corpora
 from lorary.cli.demo_folder import MERGED, RUN
 from lorary.errors import DataError
-from lorary.planning import Plan
+from lorary.plans import Plan
 from lorary.train.config import Config
 from lorary.train.config_file import from_dict
 from lorary.train.runner import run

@@ -19,10 +19,11 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorary.fields import FLAG
 from lorary.kernels.direction import gained, row_norms, square_norms
 from lorary.preset import preset
 from lorary.sites import Site
-from lorary.words import FLAG, Join, Layer, Shapes, Tensors, word
+from lorary.words import Join, Layer, Shapes, Tensors, word
 
 
 @word

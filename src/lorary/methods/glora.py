@@ -25,13 +25,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorary.errors import MethodError, Problem
+from lorary.fields import FLAG, SEED
 from lorary.kernels.low_rank import autocasting
 from lorary.kernels.supports import add_supported, recomputed, supported
 from lorary.methods.glora_terms import DOWN, OWN, ROLES, Terms, pair, structures
 from lorary.methods.lora import Fixed
 from lorary.preset import preset
 from lorary.sites import Site
-from lorary.words import FLAG, SEED, Init, Join, Layer, Rule, Tensors, word
+from lorary.words import Init, Join, Layer, Rule, Tensors, word
 
 
 @word

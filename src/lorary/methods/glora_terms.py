@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorary.fields import COUNT
 from lorary.sites import Site
-from lorary.words import COUNT, Delta, Shapes, Tensors, word
+from lorary.words import Delta, Shapes, Tensors, word
 
 # term -> its forms, the most general first: each is a part of the one before it
 FORMS: dict[str, tuple[str, ...]] = {

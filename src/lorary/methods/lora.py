@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorary.fields import COUNT, POSITIVE
 from lorary.preset import preset
 from lorary.sites import Site
-from lorary.words import COUNT, POSITIVE, Delta, Init, Join, Layer, Shapes, Tensors, word
+from lorary.words import Delta, Init, Join, Layer, Shapes, Tensors, word
 
 
 @word

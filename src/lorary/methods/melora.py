@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorary.fields import COUNT
 from lorary.kernels.blocks import add_blocks
 from lorary.preset import preset
 from lorary.sites import Site
-from lorary.words import COUNT, Delta, Layer, Shapes, Tensors, word
+from lorary.words import Delta, Layer, Shapes, Tensors, word
 
 
 @word

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorary.fields import COUNT
 from lorary.preset import preset
 from lorary.sites import Site
-from lorary.words import COUNT, Delta, Init, Shapes, Tensors, word
+from lorary.words import Delta, Init, Shapes, Tensors, word
 
 
 @word

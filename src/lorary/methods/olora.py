@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorary.fields import FLAG
 from lorary.methods.pissa import start_by_parts, too_small
 from lorary.preset import preset
 from lorary.sites import Site
-from lorary.words import FLAG, Init, Tensors, word
+from lorary.words import Init, Tensors, word
 
 
 @word

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorary.fields import COUNT, optional
 from lorary.preset import preset
 from lorary.sites import Site
-from lorary.words import COUNT, Init, Tensors, optional, word
+from lorary.words import Init, Tensors, word
 
 
 @word

@@ -12,8 +12,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from lorary.fields import POSITIVE
 from lorary.preset import preset
-from lorary.words import POSITIVE, word
+from lorary.words import word
 
 
 @word

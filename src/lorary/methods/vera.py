@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorary.fields import COUNT, FLAG, POSITIVE, SEED
 from lorary.kernels.vectors import add_vectors
 from lorary.methods.lora import Fixed
 from lorary.preset import preset
 from lorary.sites import Site
-from lorary.words import COUNT, FLAG, POSITIVE, SEED, Delta, Init, Layer, Shapes, Tensors, word
+from lorary.words import Delta, Init, Layer, Shapes, Tensors, word
 
 
 @word

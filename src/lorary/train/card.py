@@ -14,7 +14,7 @@ import yaml
 import lorary
 from lorary.fingerprint import base_name
 from lorary.formats.peft_config import NAME as PEFT_CONFIG
-from lorary.planning import Plan, human_bytes
+from lorary.plans import Plan, human_bytes
 from lorary.train.config import Config
 
 

@@ -19,7 +19,7 @@ from lorary.train.yaml_source import dump
 if TYPE_CHECKING:
     from torch import nn
 
-    from lorary.planning import Plan
+    from lorary.plans import Plan
     from lorary.record import Method
 
 LORA_LR = 2e-4

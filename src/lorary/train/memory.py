@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorary.errors import LoraryError, PlanError, Problem
 from lorary.placed import Placed
-from lorary.planning import Plan, human_bytes
+from lorary.plans import Plan, human_bytes
 from lorary.train.loss import LOGITS, TOKENS
 from lorary.train.simulation import Activations, simulate
 

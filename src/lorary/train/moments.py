@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorary.errors import Problem, TrainingError
+from lorary.shards import like, whole
 
 
 def capture(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
@@ -54,31 +55,8 @@ def restore(optimizer: torch.optim.Optimizer, model: nn.Module, saved: dict[str,
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A copy on the CPU, gathered from all ranks if it is sharded."""
-    tensor = tensor.detach()
-    if hasattr(tensor, "full_tensor"):  # a DTensor under FSDP2
-        tensor = tensor.full_tensor()
-    return tensor.to("cpu", copy=True).contiguous()
-
-
-def put(parameter: Tensor, value: Tensor) -> None:
-    """Copies a whole tensor into a parameter, or into this rank's shard of it."""
-    with torch.no_grad():
-        parameter.copy_(_sharded(parameter, value.to(parameter.dtype)))
-
-
 def _as(parameter: Tensor, value: Any) -> Any:
-    return _sharded(parameter, value) if isinstance(value, Tensor) and value.shape == parameter.shape else value
-
-
-def _sharded(parameter: Tensor, value: Tensor) -> Tensor:
-    if not hasattr(parameter, "full_tensor"):
-        return value
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    spec: DTensor = parameter  # type: ignore[assignment]
-    return distribute_tensor(value.to(spec.device), spec.device_mesh, spec.placements)
+    return like(parameter, value) if isinstance(value, Tensor) and value.shape == parameter.shape else value
 
 
 def _differences(mine: list[list[str]], theirs: list[list[str]]) -> list[Problem]:

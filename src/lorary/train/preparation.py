@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorary.errors import ConfigError, Problem
-from lorary.planning import Plan
+from lorary.plans import Plan
 from lorary.train.config import Config
 from lorary.train.contradictions import contradictions
 from lorary.train.data import load

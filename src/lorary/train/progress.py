@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from transformers import TrainerCallback
 
-from lorary.planning import human_bytes
+from lorary.plans import human_bytes
 from lorary.train import usage
 
 

@@ -22,6 +22,8 @@ from lorary.errors import FileError, LoraryError, Problem, TrainingError
 from lorary.fingerprint import Fingerprint
 from lorary.formats.findings import AdapterWarning
 from lorary.residual import restart
+from lorary.shards import put as put_into
+from lorary.shards import whole
 from lorary.state import base_parameter, require
 from lorary.train import checkpoint, moments, rng
 
@@ -65,10 +67,10 @@ def put(model: nn.Module, value: Adapter) -> None:
         raise FileError("the checkpoint's adapter is another one:", problems)
     for name, layer in layers.items():
         for role, parameter in layer.p.items():
-            moments.put(parameter, value.tensors[name][role])
+            put_into(parameter, value.tensors[name][role])
         restart(model, layer, value.tensors[name])
     for name, tensor in value.full.items():
-        moments.put(base_parameter(model, name), tensor)
+        put_into(base_parameter(model, name), tensor)
 
 
 def save(trainer: Any, path: Path) -> None:
@@ -136,7 +138,7 @@ def restore_optimizer(trainer: Any, state: dict[str, Any]) -> None:
         problems.append(Problem("contents", "the training rows are not those of the checkpoint", fix))
     if problems:
         raise TrainingError("this checkpoint belongs to another run:", problems)
-    moments.restore(_inner(trainer.optimizer), trainer.plain_model(), state["optimizer"])
+    moments.restore(inner(trainer.optimizer), trainer.plain_model(), state["optimizer"])
     trainer.lr_scheduler.load_state_dict(state["scheduler"])
     if trainer.accelerator.scaler is not None and state["scaler"]:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
@@ -159,11 +161,11 @@ def restore_log(trainer: Any, log: dict[str, Any]) -> None:
 def _state(trainer: Any, model: nn.Module) -> dict[str, Any]:
     scaler = trainer.accelerator.scaler
     return {
-        "optimizer": moments.capture(_inner(trainer.optimizer), model),
+        "optimizer": moments.capture(inner(trainer.optimizer), model),
         "scheduler": trainer.lr_scheduler.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else {},
         "rng": gather_object([rng.capture()]),
-        "rules": {k: moments.whole(t) for k, t in trainer.tuning.state_dict().items()},
+        "rules": {k: whole(t) for k, t in trainer.tuning.state_dict().items()},
         "data": _geometry(trainer),
         "log": {
             "loss": float(trainer._tr_loss),
@@ -217,6 +219,6 @@ def _record(trainer: Any, folder: Path) -> None:
     trainer.state.save_to_json(str(folder / checkpoint.RECORD))
 
 
-def _inner(optimizer: Any) -> Any:
+def inner(optimizer: Any) -> Any:
     """The optimizer that accelerate has wrapped."""
     return getattr(optimizer, "optimizer", optimizer)

@@ -22,7 +22,7 @@ from torch.library import _scoped_library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorary.accounting import LiveBytes
-from lorary.planning import Plan
+from lorary.plans import Plan
 from lorary.surgery import attach
 from lorary.train.loss import LabelledHead
 

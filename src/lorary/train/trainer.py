@@ -31,6 +31,7 @@ from transformers.trainer_optimizer import is_optimizer_factory
 import lorary
 from lorary.errors import Problem, TrainingError
 from lorary.formats import save_adapter
+from lorary.shrinking import fit
 from lorary.state import require
 from lorary.train import checkpoint, rng, saving
 from lorary.train.distributed import check_strategy, fsdp_on_cpus, resharded
@@ -38,9 +39,12 @@ from lorary.train.guard import Guard
 from lorary.train.loss import LabelledHead
 from lorary.train.order import Position, Shuffled, rows_of
 from lorary.train.signals import Interruption
+from lorary.train.stopping import explained
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Loop
+
+    from lorary.train.memory import Memory
 else:
     _Loop = object  # in earnest the trainer comes second in the bases of whoever uses the mixin
 
@@ -59,6 +63,8 @@ class AdapterTraining(_Loop):  # type: ignore[misc]  # Transformers has no types
         head: what computes losses from labelled tokens.
         interruption: the signal that ended training, if one did.
         sampler: the order of the rows; None for a stream.
+        batch: the shape of the latest micro-batch, and whether it was for training.
+        predicted: the memory that the run was expected to take, where somebody has said it.
         fingerprint: of the base.
 
     Raises:
@@ -81,6 +87,8 @@ class AdapterTraining(_Loop):  # type: ignore[misc]  # Transformers has no types
         self.guard = Guard(lambda: self.interruption.received)
         self.fingerprint = lorary.Fingerprint.of(model)  # now, while no rank holds only a shard of it
         self.sampler: Shuffled | None = None
+        self.batch: tuple[tuple[int, ...], bool] | None = None
+        self.predicted: Memory | None = None
         self._resumed: dict[str, Any] = {}
         self._batches = 0
         self.optimizer: Any
@@ -107,6 +115,7 @@ class AdapterTraining(_Loop):  # type: ignore[misc]  # Transformers has no types
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The trainer's loss, and in training the rules' penalties."""
+        self.batch = tuple(inputs["input_ids"].shape), self.model.training
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         rules = self.tuning.rules if self.tuning is not None and self.model.training else ()
         if not rules or not self.accelerator.sync_gradients:
@@ -144,12 +153,12 @@ class AdapterTraining(_Loop):  # type: ignore[misc]  # Transformers has no types
 
     def begin(self, steps: int) -> None:
         """Starts the rules for a run of so many optimizer steps, or goes on where the checkpoint left them."""
-        self.tuning = lorary.tuning(self.plain_model(), steps)
+        state = self._resumed["rules"] if self._resumed else None
+        self.tuning = lorary.tuning(self.plain_model(), steps, saving.inner(self.optimizer), state)
         if self.tuning.rules and self.accelerator.scaler is not None:
             what = "the rules would see gradients that are scaled"
             raise TrainingError("this method cannot train in float16:", [Problem("fp16", what, "use bf16")])
         if self._resumed:
-            self.tuning.load_state_dict(self._resumed["rules"])
             saving.restore_log(self, self._resumed["log"])
 
     def plain_model(self) -> nn.Module:
@@ -208,10 +217,13 @@ class AdapterTraining(_Loop):  # type: ignore[misc]  # Transformers has no types
 
         Raises:
             FileError: there is no complete checkpoint, or its adapter is another one.
-            TrainingError: the checkpoint is of another run; or training met numbers that are not finite.
+            TrainingError: the checkpoint is of another run; or training met numbers that are not finite, or ran out
+                of memory.
         """
         chosen = str(saving.choose(self, resume_from_checkpoint)) if resume_from_checkpoint else None
-        with self.interruption:
+        if chosen is not None:  # while the model is whole, and nobody holds its parameters
+            fit(self.plain_model(), saving.adapter_of(Path(chosen)).placed)
+        with self.interruption, explained(self):
             output = super().train(chosen, *args, **kwargs)
         return output._replace(training_loss=output.metrics["train_loss"])
 
@@ -224,6 +236,8 @@ class AdapterTraining(_Loop):  # type: ignore[misc]  # Transformers has no types
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the adapter folder, with the tokenizer and its chat template."""
         adapter = saving.taken(self.plain_model(), self.fingerprint)
+        if self.tuning is not None and self.tuning.step >= self.tuning.steps:
+            adapter = adapter.compact()
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             save_adapter(adapter, folder, model=self.plain_model())

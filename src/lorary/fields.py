@@ -1,0 +1,62 @@
+"""What a field of a word may hold, as dataclass metadata: `r: int = field(metadata=COUNT)`. The record checks it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+
+WHOLE: dict[str, Any] = {
+    "check": lambda value: _is_count(value) or (value == 0 and type(value) is int),
+    "expects": "a whole number of at least 0",
+}
+COUNT: dict[str, Any] = {"check": _is_count, "expects": "a whole number of at least 1"}
+POSITIVE: dict[str, Any] = {"check": _is_positive, "expects": "a positive finite number"}
+SEED: dict[str, Any] = {
+    "check": lambda value: type(value) is int and 0 <= value < 2**63,
+    "expects": "a whole number of at least 0",
+}
+FLAG: dict[str, Any] = {"check": lambda value: type(value) is bool, "expects": "true or false"}
+AMOUNT: dict[str, Any] = {
+    "check": lambda value: _is_positive(value) or (value == 0 and not isinstance(value, bool)),
+    "expects": "a finite number of at least 0",
+}
+SHARE: dict[str, Any] = {
+    "check": lambda value: _is_positive(value) and value < 1,
+    "expects": "a number between 0 and 1",
+}
+# Of a run's optimizer steps: a share below 1, or their number.
+STEPS: dict[str, Any] = {
+    "check": lambda value: AMOUNT["check"](value) and (value < 1 or value == int(value)),
+    "expects": "a share of the steps below 1, or a whole number of them",
+}
+SIZES: dict[str, Any] = {
+    "check": lambda value: isinstance(value, tuple) and all(map(_is_count, value)),
+    "expects": "whole numbers of at least 1",
+}
+
+
+def one_of(*names: str) -> dict[str, Any]:
+    """One of these texts."""
+    return {"check": lambda value: isinstance(value, str) and value in names, "expects": " or ".join(names)}
+
+
+def steps_of(said: float, steps: int) -> int:
+    """What `STEPS` says of a run of so many optimizer steps, as a number of them."""
+    return round(said * steps) if said < 1 else int(said)
+
+
+def optional(field: dict[str, Any]) -> dict[str, Any]:
+    """The same, or None."""
+    return {
+        "check": lambda value: value is None or field["check"](value),
+        "expects": f"{field['expects']}, or None",
+    }

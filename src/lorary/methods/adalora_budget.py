@@ -1,0 +1,177 @@
+"""RankBudget: the rule by which AdaLoRA's directions compete for a budget (`methods/adalora.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorary.errors import ConfigError, Problem
+from lorary.fields import COUNT, SHARE, STEPS, steps_of
+from lorary.methods.lora import Add
+from lorary.shards import like, own, put, together
+from lorary.words import Layer, Rule, Run, word
+
+_ROLES = ("P", "E", "Q")
+
+
+@word
+@dataclass(frozen=True)
+class RankBudget(Rule):
+    """The directions of all layers compete for a budget that falls from their number to `target` for each layer.
+
+    It counts optimizer steps. Up to `start` of them all directions stay, then the budget falls along a cubic curve,
+    and for the last `final` ones the choice stands: the masked directions leave the tensors and the optimizer's
+    state (where several ranks hold them: when the adapter is saved), and what the scores took is given back.
+
+    Args:
+        target: directions that are left, on average over the layers.
+        start: t_i, steps before any is masked: a share of the run's below 1, or their number.
+        final: t_f, steps for which the choice stands, likewise.
+        every: Delta T, steps between two masks.
+        beta1: how slowly the sensitivity follows.
+        beta2: how slowly its uncertainty does.
+    """
+
+    target: int = field(metadata=COUNT)
+    start_at: float = field(default=0.1, metadata=STEPS)
+    final: float = field(default=0.3, metadata=STEPS)
+    every: int = field(default=1, metadata=COUNT)
+    beta1: float = field(default=0.85, metadata=SHARE)
+    beta2: float = field(default=0.85, metadata=SHARE)
+
+    needs = frozenset(_ROLES)
+    writes_base = False
+
+    def problems(self, method: Any) -> list[str]:
+        found = []
+        if not isinstance(method.join, Add):
+            name = type(method.join).__name__
+            found.append(f"{name} holds the norm of what it joins, which changes whenever a direction is masked")
+        if frozen := self.needs - method.trained:
+            found.append(f"the scores need the gradients of P, E and Q, and {', '.join(sorted(frozen))} is frozen")
+        if self.target > method.delta.r:
+            found.append(f"a target of {self.target} is more than the {method.delta.r} directions of the start")
+        return found
+
+    def times(self, steps: int) -> tuple[int, int]:
+        """(t_i, t_f) of a run of so many optimizer steps."""
+        return steps_of(self.start_at, steps), steps_of(self.final, steps)
+
+    def budget(self, step: int, steps: int, ranks: Sequence[int]) -> int:
+        """b(t): how many directions the whole model has after an optimizer step (from 1).
+
+        Args:
+            step: t.
+            steps: T, of the run.
+            ranks: of each layer at the start.
+        """
+        (t_i, t_f), most, least = self.times(steps), sum(ranks), min(self.target * len(ranks), sum(ranks))
+        if step <= t_i:
+            return most
+        if step >= steps - t_f:
+            return least
+        return int(least + (most - least) * (1 - (step - t_i) / (steps - t_i - t_f)) ** 3)
+
+    def start(self, layers: Sequence[Layer], steps: int) -> dict[str, Tensor]:
+        t_i, t_f = self.times(steps)
+        if t_i + t_f >= steps:
+            what = f"{t_i} steps before and {t_f} after leave none of the run's {steps} for the budget to fall"
+            raise ConfigError(
+                "AdaLoRA's budget does not fit this run:", [Problem("rules", what, "lower start or final")]
+            )
+        state = {"steps": torch.tensor(steps)}
+        for layer in layers:
+            name = layer.site.name
+            for role in _ROLES:
+                for mean in "IU":  # smoothed sensitivity, and its uncertainty
+                    state[f"{mean}|{name}|{role}"] = torch.zeros_like(layer.p[role], dtype=torch.float32)
+            state[f"alive|{name}"] = torch.ones(layer.p["E"].shape[0], dtype=torch.bool)
+        return state
+
+    def before_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
+        for layer in layers:
+            alive = state[f"alive|{layer.site.name}"]
+            stands = self._stands(state, step - 1) and not bool(alive.all())
+            layer.chosen = alive.to(layer.p["E"].device) if stands else None
+
+    def after_backward(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
+        if not self._stands(state, step - 1):
+            self._observe(layers, state)
+            return
+        for layer in layers:  # the masked ones are no part of the model any more: nor of the gradient's norm
+            if layer.chosen is not None and layer.p["E"].grad is not None:
+                layer.p["E"].grad.mul_(like(layer.p["E"], layer.chosen.to(layer.p["E"].dtype)))
+
+    def after_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int, run: Run) -> None:
+        steps = int(state["steps"])
+        t_i, t_f = self.times(steps)
+        if not self._stands(state, step - 1) and (step == steps - t_f or (step > t_i and step % self.every == 0)):
+            self._choose(layers, state, self.budget(step, steps, [layer.method.delta.r for layer in layers]))
+            self._mask(layers, state)
+        elif step > t_i and self._stands(state, step - 1):
+            self._mask(layers, state)
+        if self._stands(state, step):
+            self._settle(layers, state, run)
+
+    def report(self, layers: Sequence[Layer], state: dict[str, Tensor]) -> dict[str, Any]:
+        ranks = {layer.site.name: int(state[f"alive|{layer.site.name}"].sum()) for layer in layers}
+        return {"rank_budget": sum(ranks.values()), "ranks": ranks}
+
+    def _stands(self, state: dict[str, Tensor], step: int) -> bool:
+        """Whether the choice stands after so many steps."""
+        steps = int(state["steps"])
+        return step >= steps - self.times(steps)[1]
+
+    @torch.no_grad()
+    def _observe(self, layers: Sequence[Layer], state: dict[str, Tensor]) -> None:
+        """Equations 9-11: I <- b1 I + (1 - b1) |w g|, then U <- b2 U + (1 - b2) | |w g| - I |."""
+        places = [(layer, role) for layer in layers for role in _ROLES if layer.p[role].grad is not None]
+        if not places:
+            return
+        weights = [own(layer.p[role]).float() for layer, role in places]
+        gradients = [own(layer.p[role].grad).float() for layer, role in places]
+        means, doubts = ([own(state[f"{m}|{layer.site.name}|{role}"]) for layer, role in places] for m in "IU")
+        now = torch._foreach_mul(weights, gradients)
+        torch._foreach_abs_(now)
+        torch._foreach_lerp_(means, now, 1 - self.beta1)
+        torch._foreach_sub_(now, means)
+        torch._foreach_abs_(now)
+        torch._foreach_lerp_(doubts, now, 1 - self.beta2)
+
+    def scores(self, layer: Layer, state: dict[str, Tensor]) -> Tensor:
+        """[R]: of each direction, that of its E and the means of those of its column of P and row of Q (equation 8)."""
+        s = {
+            role: state[f"I|{layer.site.name}|{role}"] * state[f"U|{layer.site.name}|{role}"] for role in _ROLES
+        }  # equation 12
+        out, inp = layer.site.out, layer.site.inp
+        return together(s["E"]) + together(s["P"].sum(0)) / out + together(s["Q"].sum(1)) / inp
+
+    def _choose(self, layers: Sequence[Layer], state: dict[str, Tensor], budget: int) -> None:
+        """The best `budget` directions of the whole model; of equal ones those that come first."""
+        sizes = [layer.p["E"].shape[0] for layer in layers]
+        scores = torch.cat([self.scores(layer, state).cpu() for layer in layers])
+        best = torch.sort(scores, descending=True, stable=True).indices[:budget]
+        alive = torch.zeros(sum(sizes), dtype=torch.bool).index_fill(0, best, True)
+        for layer, own_part in zip(layers, alive.split(sizes), strict=True):
+            state[f"alive|{layer.site.name}"] = own_part.clone()
+
+    @staticmethod
+    def _mask(layers: Sequence[Layer], state: dict[str, Tensor]) -> None:
+        for layer in layers:
+            E, alive = layer.p["E"], state[f"alive|{layer.site.name}"]
+            if not bool(alive.all()):
+                put(E, together(E.detach()) * alive.to(E.device))
+
+    def _settle(self, layers: Sequence[Layer], state: dict[str, Tensor], run: Run) -> None:
+        """The choice stands: the scores have done their work, and the masked directions can go."""
+        for name in state:
+            if name[0] in "IU":
+                state[name] = torch.zeros(0)
+        alive = {layer.site.name: state[f"alive|{layer.site.name}"] for layer in layers}
+        if not all(bool(mask.all()) for mask in alive.values()) and run.shrink(alive):
+            for site, mask in alive.items():
+                state[f"alive|{site}"] = mask[mask]

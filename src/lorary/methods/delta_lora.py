@@ -1,0 +1,198 @@
+"""Delta-LoRA: the weight follows the product of the factors. W_(t+1) = W_t + lambda s (B_(t+1) A_(t+1) - B_t A_t).
+
+That is done after every optimizer step t > K. As lambda is constant the sum telescopes: with the product at step K
+kept, the update of the untouched base is s (1 + lambda) B A - lambda s B_K A_K. That is what `mode="closed"` computes:
+no weight is written, so that the base may be quantised or shared, and the update has rank 2r at most (r with K = 0).
+The gradients of A and B are those of the paper's model, s B A beside W_t: the factor 1 + lambda is taken out of them.
+
+`mode="paper"` writes the weights step by step, as algorithm 1 does. It is there to be compared with.
+
+Zi et al. 2023, arXiv:2309.02411, algorithm 1. The authors have published no code.
+
+Differs from the paper: its claim that the accumulated update has full rank does not hold for a constant lambda; with
+K = 0 and an optimizer that does not see the scale of gradients, Delta-LoRA is LoRA with (1 + lambda) alpha.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lorary.errors import ConfigError, MethodError, Problem
+from lorary.fields import COUNT, FLAG, POSITIVE, WHOLE
+from lorary.kernels.low_rank import add_low_rank
+from lorary.methods.lora import Add, LowRank
+from lorary.preset import preset
+from lorary.shards import put, together
+from lorary.sites import Site
+from lorary.words import Delta, Layer, Rule, Run, Shapes, Tensors, word
+
+
+@word
+@dataclass(frozen=True)
+class Propagated(Delta):
+    """(1 + lambda) B A - lambda B_K A_K of B [out, r] and A [r, inp].
+
+    Args:
+        r: the rank of B A; s is taken of it.
+        ratio: lambda.
+        late: whether the weight begins to follow after the first step only. Then there are the product of that
+            moment, A_K [r, inp] and B_K [out, r], and lam [1]: zero before, and lambda from then on.
+    """
+
+    r: int = field(metadata=COUNT)
+    ratio: float = field(metadata=POSITIVE)
+    late: bool = field(default=True, metadata=FLAG)
+
+    @property
+    def roles(self) -> frozenset[str]:
+        return frozenset({"A", "B"}) | self.given
+
+    @property
+    def given(self) -> frozenset[str]:  # type: ignore[override]  # a constant of most deltas
+        return frozenset({"A_K", "B_K", "lam"} if self.late else ())
+
+    def shapes(self, site: Site) -> Shapes:
+        now = LowRank(self.r).shapes(site)
+        return now | ({"A_K": now["A"], "B_K": now["B"], "lam": (1,)} if self.late else {})
+
+    def factors(self, site: Site, p: Tensors) -> tuple[Tensor, Tensor]:
+        if not self.late:
+            return (1 + self.ratio) * site.place(p["B"]), p["A"]
+        B, B_K = (1 + p["lam"]) * p["B"], -p["lam"] * p["B_K"]
+        return torch.cat([site.place(B), site.place(B_K)], 1), torch.cat([p["A"], p["A_K"]])
+
+    def add(self, layer: Layer, y: Tensor, x: Tensor, dropout: float) -> Tensor:
+        if self.late:
+            B, A = layer.factors()
+            return add_low_rank(y, x, A, B, layer.scale, dropout)
+        return add_low_rank(y, x, layer.p["A"], layer.p["B"], layer.scale * (1 + self.ratio), dropout)
+
+
+def _no_dropout(method: Any, name: str) -> list[str]:
+    found = []
+    if method.dropout:
+        found.append(f"{name} takes the gradient of B A for that of W, which it is not with dropout: say dropout=0")
+    if not isinstance(method.join, Add):
+        found.append(
+            f"{name} takes the gradient of B A for that of W, which it is not under {type(method.join).__name__}"
+        )
+    return found
+
+
+@word
+@dataclass(frozen=True)
+class FollowProduct(Rule):
+    """The weight follows the product B A after every optimizer step beyond the first K: in closed form.
+
+    Args:
+        ratio: lambda.
+        after: K, optimizer steps.
+    """
+
+    ratio: float = field(metadata=POSITIVE)
+    after: int = field(default=0, metadata=WHOLE)
+
+    needs = frozenset({"A", "B"})
+    writes_base = False
+
+    def problems(self, method: Any) -> list[str]:
+        found = _no_dropout(method, "Delta-LoRA")
+        delta = method.delta
+        if not isinstance(delta, Propagated) or (delta.ratio, delta.late) != (self.ratio, self.after > 0):
+            found.append(f"{self} goes with Propagated(r, ratio={self.ratio}, late={self.after > 0}), not with {delta}")
+        return found
+
+    def start(self, layers: Sequence[Layer], steps: int) -> dict[str, Tensor]:
+        _check_start(self.after, steps)
+        return {}
+
+    @torch.no_grad()
+    def after_backward(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
+        """The paper's gradients: those of s B A alone, where forward has s (1 + lambda) B A."""
+        if step > self.after:
+            gradients = [g for layer in layers for role in "AB" if (g := layer.p[role].grad) is not None]
+            if gradients:
+                torch._foreach_mul_(gradients, 1 / (1 + self.ratio))
+
+    def after_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int, run: Run) -> None:
+        if step == self.after:
+            for layer in layers:
+                for role in "AB":
+                    layer.p[f"{role}_K"].detach().copy_(layer.p[role])
+                layer.p["lam"].detach().fill_(self.ratio)
+
+
+@word
+@dataclass(frozen=True)
+class WriteProduct(Rule):
+    """The weight follows the product B A after every optimizer step beyond the first K: written, as in the paper.
+
+    Args:
+        ratio: lambda.
+        after: K, optimizer steps.
+    """
+
+    ratio: float = field(metadata=POSITIVE)
+    after: int = field(default=0, metadata=WHOLE)
+
+    needs = frozenset({"A", "B"})
+    writes_base = True
+
+    def problems(self, method: Any) -> list[str]:
+        return _no_dropout(method, "Delta-LoRA")
+
+    def start(self, layers: Sequence[Layer], steps: int) -> dict[str, Tensor]:
+        _check_start(self.after, steps)
+        return {f"{role}|{layer.site.name}": layer.p[role].detach().clone() for layer in layers for role in "AB"}
+
+    def before_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
+        with torch.no_grad():
+            for layer in layers:
+                for role in "AB":
+                    state[f"{role}|{layer.site.name}"].copy_(layer.p[role])
+
+    @torch.no_grad()
+    def after_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int, run: Run) -> None:
+        if step <= self.after:
+            return
+        for layer in layers:
+            before = {role: together(state[f"{role}|{layer.site.name}"]) for role in "AB"}
+            W, W_t = layer.kind.matrix(layer.base), cast(Tensor, layer.base.weight)
+            B, A = layer.method.delta.factors(layer.site, {role: together(layer.p[role].detach()) for role in "AB"})
+            B_t, A_t = layer.method.delta.factors(layer.site, before)
+            change = torch.addmm(B @ A, B_t, A_t, alpha=-1).to(W.dtype)
+            moved = together(W_t.detach()) + layer.kind.weight(layer.base, self.ratio * layer.scale * change)
+            put(W_t, moved)
+
+
+def _check_start(after: int, steps: int) -> None:
+    if steps <= after:
+        what = f"the weight would begin to follow after step {after}, and the run has {steps}: it would be LoRA"
+        raise ConfigError("Delta-LoRA does not fit this run:", [Problem("rules", what, "say a smaller start")])
+
+
+@preset(
+    "delta-lora",
+    citation="Zi et al. 2023, arXiv:2309.02411",
+    when="To see whether a weight that follows its update helps; with Adam it is close to LoRA with a larger alpha.",
+)
+def delta_lora(r: int = 16, ratio: float = 2.0, start: int = 500, mode: str = "closed") -> dict[str, Any]:
+    """y = W x + b + s ((1 + lambda) B A - lambda B_K A_K) x
+
+    Args:
+        r: the rank of B A.
+        ratio: lambda, how far the weight follows the product.
+        start: K, the optimizer steps before it begins to.
+        mode: `closed` leaves the weights alone; `paper` writes them, in 32 bits.
+    """
+    if mode not in ("closed", "paper"):
+        raise MethodError("this method cannot be made:", [Problem("mode", f"is {mode!r}; it takes closed or paper")])
+    if mode == "paper":
+        return {"delta": LowRank(r), "rules": (WriteProduct(ratio, start),)}
+    late = type(start) is not int or start > 0  # whatever is no number is told by the rule
+    return {"delta": Propagated(r, ratio, late), "rules": (FollowProduct(ratio, start),)}

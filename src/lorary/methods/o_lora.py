@@ -1,0 +1,219 @@
+"""O-LoRA: one LoRA for every task in turn, each kept away from the directions of the ones before.
+
+y = W x + b + s (B_1 A_1 + ... + B_t A_t) x; only A_t and B_t train. Where the rows of A_t are orthogonal to those of
+A_i, the new task leaves everything as it is for inputs that lie in the row space of A_i. Nothing is asked of B: its
+orthogonality would be neither needed nor enough.
+
+Wang et al. 2023, arXiv:2310.14152, equations 7 and 8.
+
+Differs from the paper: its penalty is on the raising matrix, which it calls A and which is the input side's in the
+authors' code; both forms here are on the input side. The penalty is a mean over its entries, so that its weight does
+not depend on the number of layers and tasks (`mean=False` for the sum). What earlier tasks have learnt is never dropped
+from by dropout. `hard` is ours: A_t is projected onto the complement of the earlier A's after every step, together
+with the optimizer's momentum, so that the penalty is zero all along.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorary.fields import AMOUNT, COUNT, FLAG, SIZES, one_of
+from lorary.methods.lora import Add
+from lorary.preset import preset
+from lorary.shards import own, together
+from lorary.sites import Site
+from lorary.words import Delta, Layer, Rule, Run, Shapes, Tensors, word
+
+_MOMENTA = ("exp_avg", "momentum_buffer")  # an optimizer's running means of gradients
+
+
+@word
+@dataclass(frozen=True)
+class Tasks(Delta):
+    """B [out, r] and A [r, inp] of this task; B_past [out, R] and A_past [R, inp] of all earlier ones.
+
+    Args:
+        r: the rank of this task.
+        past: the ranks of the earlier ones, the first one first; R is their sum.
+    """
+
+    r: int = field(metadata=COUNT)
+    past: tuple[int, ...] = field(default=(), metadata=SIZES)
+
+    everywhere = True
+
+    @property
+    def roles(self) -> frozenset[str]:
+        return frozenset({"A", "B"}) | self.given
+
+    @property
+    def given(self) -> frozenset[str]:  # type: ignore[override]  # a constant of most deltas
+        return frozenset({"A_past", "B_past"} if self.past else ())
+
+    def shapes(self, site: Site) -> Shapes:
+        now: Shapes = {"A": (self.r * len(site.rows), site.inp), "B": (sum(site.rows), self.r)}
+        before: Shapes = {"A_past": (sum(self.past), site.inp), "B_past": (site.out, sum(self.past))}
+        return now | (before if self.past else {})
+
+    def factors(self, site: Site, p: Tensors) -> tuple[Tensor, Tensor]:
+        B, A = site.place(p["B"]), p["A"]
+        return (torch.cat([B, p["B_past"]], 1), torch.cat([A, p["A_past"]])) if self.past else (B, A)
+
+    def add(self, layer: Layer, y: Tensor, x: Tensor, dropout: float) -> Tensor:
+        p, add = layer.tensors, layer.kind.add
+        if self.past and not dropout:
+            B, A = layer.factors()
+            return add(layer.base, y, x, A, B, layer.scale, 0.0)
+        if self.past:
+            y = add(layer.base, y, x, p["A_past"], p["B_past"], layer.scale, 0.0)
+        return add(layer.base, y, x, p["A"], layer.site.place(p["B"]), layer.scale, dropout)
+
+    def after(self, past: Sequence[tuple[Tensor, Tensor]], scale: float) -> tuple[Delta, dict[str, Tensor]]:
+        delta = dataclasses.replace(self, past=tuple(A.shape[0] for _, A in past))
+        B, A = torch.cat([B for B, _ in past], 1), torch.cat([A for _, A in past])
+        return delta, {"A_past": A, "B_past": B / scale}
+
+    def tasks(self, B: Tensor, A: Tensor) -> list[tuple[Tensor, Tensor]]:
+        sizes = [A.shape[0] - sum(self.past), *self.past]
+        now, *before = zip(B.split(sizes, 1), A.split(sizes), strict=True)
+        return [*before, now]
+
+    def problems(self, site: Site) -> list[str]:
+        rank = self.r * len(site.rows)
+        left = site.inp - sum(self.past)
+        if not self.past or rank <= left:
+            return []
+        room = f"of its {site.inp} input directions {len(self.past)} earlier tasks have taken {sum(self.past)}"
+        return [f"{room}: there is no room for {rank} more that are orthogonal to them"]
+
+
+@word
+@dataclass(frozen=True)
+class AwayFrom(Rule):
+    """The rows of A are kept away from those of A_past: by a penalty on their products, or by projection.
+
+    Args:
+        weight: of the penalty, lambda_1 in the paper.
+        form: `authors`: absolute products, as their code has it; `paper`: squared products.
+        mean: the mean over all products of all layers, instead of their sum.
+        hard: no penalty; A and the optimizer's momentum stay in the orthogonal complement of A_past.
+        norms: lambda_2 of the authors' code, of the sum of the norms of A and B; 0 there, too.
+    """
+
+    weight: float = field(default=0.5, metadata=AMOUNT)
+    form: str = field(default="authors", metadata=one_of("authors", "paper"))
+    mean: bool = field(default=True, metadata=FLAG)
+    hard: bool = field(default=False, metadata=FLAG)
+    norms: float = field(default=0.0, metadata=AMOUNT)
+
+    needs = frozenset({"A", "B"})
+    writes_base = False
+
+    @property
+    def steers(self) -> bool:  # type: ignore[override]  # a constant of most rules
+        return self.hard
+
+    def problems(self, method: Any) -> list[str]:
+        found = []
+        if not isinstance(method.join, Add):
+            found.append(f"the tasks of O-LoRA add up, and {type(method.join).__name__} is no sum")
+        if "A" not in method.trained and not self.hard:
+            found.append("the penalty is on A, which is frozen; hard=True lets A start in the complement instead")
+        return found
+
+    def start(self, layers: Sequence[Layer], steps: int) -> dict[str, Tensor]:
+        if not self.hard:
+            return {}
+        return {f"basis|{layer.site.name}": _basis_of(layer) for layer in _later(layers)}
+
+    def before_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
+        """A starts in the complement; B is zero still, so that nothing moves."""
+        if self.hard and step == 1:
+            for layer in _later(layers):
+                _project(layer.p["A"], state[f"basis|{layer.site.name}"])
+
+    def penalty(self, layers: Sequence[Layer], state: dict[str, Tensor]) -> Tensor | float:
+        value: Tensor | float = 0.0
+        if self.norms:
+            value = self.norms * sum(torch.linalg.vector_norm(together(layer.p[r])) for layer in layers for r in "AB")
+        later = _later(layers)
+        if self.hard or not later or not self.weight:
+            return value
+        products = [together(layer.p["A_past"]) @ together(layer.p["A"]).T for layer in later]
+        total = sum(P.abs().sum() if self.form == "authors" else P.square().sum() for P in products)
+        return value + self.weight * total / (sum(P.numel() for P in products) if self.mean else 1)
+
+    def after_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int, run: Run) -> None:
+        if not self.hard:
+            return
+        for layer in _later(layers):
+            A, Q = layer.p["A"], state[f"basis|{layer.site.name}"]
+            if not A.requires_grad:
+                continue
+            _project(A, Q)
+            moments = run.optimizer.state.get(A, {}) if run.optimizer is not None else {}
+            for name in _MOMENTA:
+                if isinstance(moments.get(name), Tensor):
+                    _project(moments[name], Q)
+
+
+def _later(layers: Sequence[Layer]) -> list[Layer]:
+    """The layers that an earlier task has adapted."""
+    return [layer for layer in layers if "A_past" in layer.p]
+
+
+def _basis_of(layer: Layer) -> Tensor:
+    """The basis of what all earlier tasks span in a layer, grown task by task."""
+    A = together(layer.p["A_past"]).detach()
+    Q = A.new_zeros(0, A.shape[1])
+    for rows in A.split(layer.method.delta.past):
+        Q = basis(rows, Q)
+    return Q
+
+
+@torch.no_grad()
+def basis(A: Tensor, Q: Tensor) -> Tensor:
+    """Orthonormal rows [k, inp] that span those of a basis Q [., inp], which come first, and those of A [R, inp]."""
+    rest = A - (A @ Q.T) @ Q
+    rest = rest - (rest @ Q.T) @ Q  # twice is enough (Kahan)
+    _, sizes, rows = torch.linalg.svd(rest, full_matrices=False)
+    longest = torch.linalg.vector_norm(A, dim=1).max() if len(A) else 0.0
+    new = rows[sizes > 10 * max(A.shape) * torch.finfo(A.dtype).eps * longest]
+    return torch.cat([Q, new])
+
+
+def _project(tensor: Tensor, Q: Tensor) -> None:
+    """Takes out of every row what lies in the span of the orthonormal rows Q, unless that is rounding only."""
+    with torch.no_grad():
+        rows = own(tensor)
+        within = rows.to(Q.dtype) @ Q.T
+        rounding = 16 * torch.finfo(rows.dtype).eps * torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        if bool((within.abs() > rounding).any()):
+            rows.sub_((within @ Q).to(rows.dtype))
+
+
+@preset(
+    "o-lora",
+    citation="Wang et al. 2023, arXiv:2310.14152",
+    aliases=("orthogonal-lora",),
+    when="For one task after the other on the same model, when the earlier ones must not be forgotten.",
+)
+def o_lora(
+    r: int = 8, weight: float = 0.5, form: str = "authors", mean: bool = True, hard: bool = False
+) -> dict[str, Any]:
+    """y = W x + b + s (B_1 A_1 + ... + B_t A_t) x, A_t away from A_1 ... A_(t-1)
+
+    Args:
+        r: the rank of every task.
+        weight: of the penalty on the products of A_t with earlier A's.
+        form: of the penalty: `authors` takes absolute products, `paper` squared ones.
+        mean: the mean of the products, instead of their sum.
+        hard: no penalty, but A_t kept in the orthogonal complement of the earlier A's.
+    """
+    return {"delta": Tasks(r), "rules": (AwayFrom(weight, form, mean, hard),)}

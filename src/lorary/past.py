@@ -1,0 +1,104 @@
+"""The past of a plan: what earlier adapters have learnt, put beneath a new one that leaves it as it is (O-LoRA)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lorary.errors import MethodError, Problem, once
+from lorary.fingerprint import Fingerprint
+from lorary.placed import Placed
+from lorary.words import Sequential
+
+if TYPE_CHECKING:
+    from lorary.adapter import Adapter
+
+Pair = tuple[Tensor, Tensor]
+Given = dict[str, dict[str, Tensor]]
+
+
+def with_past(
+    model: nn.Module, placed: list[Placed], after: Sequence[Adapter]
+) -> tuple[list[Placed], Given, list[Problem]]:
+    """The same sites with what earlier adapters have learnt there, the values that this gives them, and what is wrong.
+
+    A task that several of the adapters hold, because one was trained after the other, counts once.
+    """
+    if not after:
+        return placed, {}, []
+    problems = [problem for p in placed[:1] for problem in _no_place(p)]
+    problems += [problem for i, adapter in enumerate(after) for problem in _unfit(model, placed, adapter, i)]
+    if problems:
+        return placed, {}, once(problems)
+    tasks: dict[str, list[Pair]] = {p.site.name: [] for p in placed}
+    for adapter in after:
+        for name, found in _tasks(adapter).items():
+            tasks[name] += [task for task in found if not _known(tasks[name], task)]
+    following, given = [], {}
+    for p in placed:
+        if tasks[p.site.name]:
+            delta, given[p.site.name] = _sequential(p).after(tasks[p.site.name], p.scale)
+            p = dataclasses.replace(p, method=p.method.but(delta=delta))
+        following.append(p)
+    return following, given, []
+
+
+def _sequential(p: Placed) -> Any:
+    return p.delta
+
+
+def _no_place(p: Placed) -> list[Problem]:
+    if isinstance(p.delta, Sequential):
+        return []
+    what = f"{type(p.delta).__name__} has no place for what earlier tasks have learnt"
+    return [Problem("after", what, "take o-lora")]
+
+
+def _unfit(model: nn.Module, placed: list[Placed], adapter: Any, i: int) -> list[Problem]:
+    """Why an adapter cannot be the past of this plan."""
+    where = f"after[{i}]"
+    if not hasattr(adapter, "low_rank"):
+        what = f"{adapter!r} is no adapter"
+        return [Problem(where, what, "read one with lorary.Adapter.load(path)")]
+    problems = [Problem(where, p.what, p.fix) for p in adapter.base.disagreements(Fingerprint.of(model))]
+    if adapter.full:
+        what = f"it trained base parameters in full ({', '.join(sorted(adapter.full)[:3])})"
+        problems.append(Problem(where, f"{what}; what earlier tasks have learnt must be updates that add up"))
+    here = {p.site.name: p.site for p in placed}
+    for p in adapter.placed:
+        site = here.get(p.site.name)
+        if site is None:
+            what = f"it adapts {p.site.name}, which this plan does not: its update there would be lost"
+            problems.append(Problem(where, what, "name the same targets"))
+        elif (site.out, site.inp) != (p.site.out, p.site.inp):
+            what = f"{p.site.name} is {p.site.out}x{p.site.inp} there and {site.out}x{site.inp} here"
+            problems.append(Problem(where, what))
+    try:
+        forms = adapter.low_rank()
+    except MethodError as error:
+        return problems + [
+            Problem(where, f"{q.where}: {q.what}", "merge it into the base first") for q in error.problems
+        ]
+    if any(form.gain is not None or form.shift is not None for form in forms.values()):
+        problems.append(Problem(where, "it gives outputs a gain or a shift, which do not add up", "merge it first"))
+    return problems
+
+
+def _tasks(adapter: Adapter) -> dict[str, list[Pair]]:
+    """site -> (B, A) of each task that an adapter holds there, in fp32 on the CPU, the first one first."""
+    forms: Mapping[str, Any] = adapter.low_rank()
+    found = {}
+    for p in adapter.placed:
+        B, A = forms[p.site.name][:2]
+        found[p.site.name] = p.delta.tasks(B, A) if isinstance(p.delta, Sequential) else [(B, A)]
+    return found
+
+
+def _known(tasks: list[Pair], task: Pair) -> bool:
+    """Whether a task is there already: with the very A, and B up to the rounding of a scale."""
+    B, A = task
+    return any(torch.equal(a, A) and b.shape == B.shape and torch.allclose(b, B, rtol=1e-5) for b, a in tasks)

@@ -1,0 +1,120 @@
+"""Shrinking: directions that a rule has given up leave the tensors and the optimizer's state; or an adapter, later."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from lorary.adapted import Adapted, adapted
+from lorary.placed import Placed
+from lorary.state import Attached, attached
+from lorary.words import Delta, Tensors
+
+
+@runtime_checkable
+class Shrinkable(Protocol):
+    """A delta that is a sum of directions, each of which can be taken out.
+
+    Attributes:
+        directions: role -> the dimension of its tensor along which the directions lie.
+    """
+
+    directions: Mapping[str, int]
+
+    def left(self, R: int) -> Delta:
+        """The same with R directions left."""
+        ...
+
+    def alive(self, p: Tensors) -> Tensor:
+        """[R] of which directions the update consists."""
+        ...
+
+
+def shrink(model: nn.Module, keep: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> bool:
+    """Keep these directions alone (site -> bool [R]), in the tensors and in the optimizer's state.
+
+    Returns:
+        False, and nothing is touched, where the optimizer keeps a state of another shape than its parameters.
+    """
+    layers = {name: layer for name, layer in adapted(model).items() if not bool(keep[name].all())}
+    old = [layer.p[role] for layer in layers.values() for role in layer.p]
+    if not all(_sliceable(p, value) for p in old for value in optimizer.state.get(p, {}).values()):
+        return False
+    new: dict[int, nn.Parameter] = {}
+    for name, layer in layers.items():
+        where = torch.nonzero(keep[name]).flatten()
+        for role, p in list(layer.p.items()):
+            dim = cast(Shrinkable, layer.method.delta).directions[role]
+            small = nn.Parameter(_taken(p.detach(), where, dim), requires_grad=p.requires_grad)
+            if p in optimizer.state:
+                state = optimizer.state.pop(p)
+                optimizer.state[small] = {k: _taken(v, where, dim) if _alike(p, v) else v for k, v in state.items()}
+            layer.p[role] = new[id(p)] = small
+        _say(model, layer, len(where))
+    for group in optimizer.param_groups:
+        group["params"] = [new.get(id(p), p) for p in group["params"]]
+    return True
+
+
+def fit(model: nn.Module, placed: tuple[Placed, ...]) -> None:
+    """Give a model's layers the sizes of an adapter that has been shrunk, before its values are put in.
+
+    Layers of other methods, or of other sites, stay as they are: whoever puts the values in says what differs.
+    """
+    there = {p.site.name: p for p in placed}
+    for name, layer in adapted(model).items():
+        delta, other = layer.method.delta, there.get(name)
+        if other is None or not isinstance(delta, Shrinkable) or delta == other.delta:
+            continue
+        R = min(other.shapes[role][dim] for role, dim in delta.directions.items() if role in other.shapes)
+        if delta.left(R) != other.delta:
+            continue
+        for role, shape in other.shapes.items():
+            p = layer.p[role]
+            layer.p[role] = nn.Parameter(p.detach().new_zeros(shape), requires_grad=p.requires_grad)
+        _say(model, layer, R)
+
+
+def _say(model: nn.Module, layer: Adapted, R: int) -> None:
+    """Note in the layer and in what the model remembers how many directions are left."""
+    layer.method = _left(layer.method, R)
+    state = cast(Attached, attached(model))
+    state.placed = tuple(
+        dataclasses.replace(p, method=layer.method) if p.site.name == layer.site.name else p for p in state.placed
+    )
+
+
+def _left(method: Any, R: int) -> Any:
+    return method.but(delta=cast(Shrinkable, method.delta).left(R))
+
+
+def compact(
+    placed: tuple[Placed, ...], tensors: Mapping[str, Mapping[str, Tensor]]
+) -> tuple[tuple[Placed, ...], dict[str, Mapping[str, Tensor]]]:
+    """The same adapter without the directions of which its update does not consist."""
+    small, values = [], {}
+    for p in placed:
+        own = tensors[p.site.name]
+        if isinstance(p.delta, Shrinkable) and not bool((alive := p.delta.alive(own)).all()):
+            where = torch.nonzero(alive).flatten()
+            own = {role: _taken(t, where, p.delta.directions[role]) for role, t in own.items()}
+            p = dataclasses.replace(p, method=_left(p.method, len(where)))
+        small.append(p)
+        values[p.site.name] = own
+    return tuple(small), values
+
+
+def _taken(tensor: Tensor, where: Tensor, dim: int) -> Tensor:
+    return tensor.index_select(dim, where.to(tensor.device))
+
+
+def _alike(p: Tensor, value: Any) -> bool:
+    return isinstance(value, Tensor) and value.shape == p.shape
+
+
+def _sliceable(p: Tensor, value: Any) -> bool:
+    return not isinstance(value, Tensor) or value.dim() == 0 or value.shape == p.shape
