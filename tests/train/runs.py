@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,42 @@ def adapted(*presets: str, targets: Any = "all-linear", seed: int = 0, model: An
     model = model if model is not None else llama(attention_dropout=options.pop("attention_dropout", 0.0))
     method = lorary.method(*(presets or ("lora",)), **({"r": 4} | options))
     return lorary.attach(model, lorary.plan(model, method, targets), seed=seed)
+
+
+def base_folder(folder: Path) -> Path:
+    """That Llama on disk, in bfloat16, with its tokenizer."""
+    llama(bos_token_id=0, eos_token_id=1, pad_token_id=1).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+WORDS = ("hello", "world", "the", "answer", "is", "two", "three")
+
+
+def configuration(base: Path, data: Path) -> dict[str, Any]:
+    """A configuration as it is in a file: 20 questions, 4 held out, 6 steps; the questions are written here."""
+    asked = [{"prompt": f"{WORDS[i % 7]} {WORDS[i % 5]}", "completion": f" {WORDS[i % 3]} {i}"} for i in range(24)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    return {
+        "model": str(base),
+        "method": {"name": "lora", "r": 4},
+        "data": {"train": str(data), "validation_split": 0.2, "max_length": 64},
+        "training": {
+            "max_steps": 6,
+            "batch_size": 4,
+            "gradient_accumulation_steps": 1,
+            "lr": 1e-3,
+            "logging_steps": 2,
+            "eval_steps": 3,
+            "save_steps": 2,
+        },
+        "output": "out",
+    }
+
+
+def changed(words: dict[str, Any], section: str, **changes: Any) -> dict[str, Any]:
+    """A configuration with other values in one section."""
+    return words | {section: words[section] | changes}
 
 
 def rows(count: int = 23, masked: int = 3) -> Dataset:

@@ -49,7 +49,8 @@ def test_a_poisoned_row_stops_the_run_before_its_step(tmp_path: Path, logging_st
         f"  - micro-batch {MICRO}: the loss is nan; it held rows {HELD[0]}, {HELD[1]} of the training data "
         "(the first is 0)\n"
         "      hint: look at these rows; if they are sound, a lower learning rate or bfloat16 instead of float16 "
-        "may help"
+        "may help\n"
+        "  - checkpoint: none had been written yet"
     )
     assert trained(t.model) == trained(before.model)  # where the step before had left it
 

@@ -26,46 +26,19 @@ from lorary.train import run
 from lorary.train.config_file import from_dict
 from lorary.train.folder import RunFolder
 from lorary.train.progress import ProgressLines
-from tests.train.runs import llama
-from tests.train.small import tokenizer
-
-WORDS = ("hello", "world", "the", "answer", "is", "two", "three")
-
+from tests.train.runs import WORDS, base_folder, changed, configuration
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny base model on disk, in bfloat16, with its tokenizer."""
-    folder = tmp_path_factory.mktemp("models") / "small"
-    llama(bos_token_id=0, eos_token_id=1, pad_token_id=1).to(torch.bfloat16).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
+    return base_folder(tmp_path_factory.mktemp("models") / "small")
 
 
 @pytest.fixture
 def words(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A configuration: 20 questions, 4 held out, 6 steps."""
+    """A configuration, in the folder that it will run in."""
     monkeypatch.chdir(tmp_path)
-    rows = [{"prompt": f"{WORDS[i % 7]} {WORDS[i % 5]}", "completion": f" {WORDS[i % 3]} {i}"} for i in range(24)]
-    Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {
-        "model": str(base),
-        "method": {"name": "lora", "r": 4},
-        "data": {"train": "data.jsonl", "validation_split": 0.2, "max_length": 64},
-        "training": {
-            "max_steps": 6,
-            "batch_size": 4,
-            "gradient_accumulation_steps": 1,
-            "lr": 1e-3,
-            "logging_steps": 2,
-            "eval_steps": 3,
-            "save_steps": 2,
-        },
-        "output": "out",
-    }
-
-
-def _changed(words: dict[str, Any], section: str, **changes: Any) -> dict[str, Any]:
-    return words | {section: words[section] | changes}
+    return configuration(base, Path("data.jsonl"))
 
 
 def test_a_run_leaves_everything_about_itself(words: dict[str, Any], base: Path) -> None:
@@ -122,7 +95,7 @@ def test_weights_saved_in_16_bits_compute_in_32_where_the_cpu_has_no_other(
 ) -> None:
     monkeypatch.setattr("lorary.train.models._cpu_is_quick", lambda dtype: False)
     with caplog.at_level(logging.INFO, logger="lorary.train"):
-        run(from_dict(_changed(words, "training", max_steps=1, eval_steps=1, save_steps=1)), quiet=True)
+        run(from_dict(changed(words, "training", max_steps=1, eval_steps=1, save_steps=1)), quiet=True)
     said = "the weights are saved in bfloat16 and compute in float32: this CPU has no bfloat16 arithmetic"
     if not torch.cuda.is_available():
         assert said in [r.getMessage() for r in caplog.records]
@@ -149,7 +122,7 @@ def test_a_folder_that_is_not_empty_is_refused(words: dict[str, Any]) -> None:
 
 def test_overwriting_removes_the_run_that_was_there(words: dict[str, Any]) -> None:
     run(from_dict(words), quiet=True)
-    again = run(from_dict(_changed(words, "training", max_steps=3)), overwrite=True, quiet=True)
+    again = run(from_dict(changed(words, "training", max_steps=3)), overwrite=True, quiet=True)
     assert again.steps == 3
     assert max(r["step"] for r in again.history) == 3
     assert sorted(p.name for p in Path("out/checkpoints").iterdir()) == ["checkpoint-2", "checkpoint-3"]
@@ -243,7 +216,7 @@ def test_a_killed_run_is_resumed_to_the_very_same_folder(words: dict[str, Any]) 
 
 def test_resuming_with_another_configuration_is_refused(words: dict[str, Any]) -> None:
     run(from_dict(words), quiet=True)
-    other = _changed(_changed(words, "training", lr=5e-4, save_total_limit=5), "method", r=8)
+    other = changed(changed(words, "training", lr=5e-4, save_total_limit=5), "method", r=8)
     with pytest.raises(ConfigError) as caught:
         run(from_dict(other), resume=True, quiet=True)
     fix = "      hint: resume with the run's own configuration"
@@ -319,14 +292,14 @@ def test_steps_are_counted_as_the_trainer_counts_them(words: dict[str, Any]) -> 
     from lorary.train.preparation import prepare
 
     for packing in (False, True):
-        tree = _changed(_changed(words, "data", packing=packing), "training", max_steps=None, epochs=1.5, eval_steps=1)
+        tree = changed(changed(words, "data", packing=packing), "training", max_steps=None, epochs=1.5, eval_steps=1)
         assert run(from_dict(tree), overwrite=True, quiet=True).steps == prepare(from_dict(tree)).steps
 
 
 def test_dpo_from_a_configuration(words: dict[str, Any]) -> None:
     rows = [{"prompt": f"{w} {i}", "chosen": " two", "rejected": " three"} for i, w in enumerate(WORDS * 2)]
     Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = run(from_dict(_changed(words | {"task": "dpo"}, "training", lr=1e-2)), quiet=True)
+    done = run(from_dict(changed(words | {"task": "dpo"}, "training", lr=1e-2)), quiet=True)
     losses = [r["loss"] for r in done.history if "loss" in r]
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)
     assert losses[-1] < 0.65

@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lorary.adapter import Adapter
 from lorary.errors import FileError, Problem, TrainingError
 from lorary.formats import atomic, manifest, save_adapter
+from lorary.formats.tensor_file import write_tensors
 
 ADAPTER, TENSORS, STATE = "adapter", "state.safetensors", "state.json"
 RECORD = "trainer_state.json"  # where Transformers looks for it
@@ -62,7 +63,7 @@ def write(
     plain = pack(state, tensors)
     with atomic.atomic_directory(path, replace=True) as folder:
         save_adapter(adapter, folder / ADAPTER, model=model)
-        save_file(tensors, folder / TENSORS)
+        write_tensors(folder / TENSORS, tensors)
         text = json.dumps({"format": FORMAT, "state": plain}, allow_nan=False)
         (folder / STATE).write_text(text, encoding="utf-8")
         also(folder)

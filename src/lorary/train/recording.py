@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from lorary.formats.atomic import refused
 from lorary.train.folder import METRICS, RunFolder, line
 
 
@@ -21,8 +22,11 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # Transformers has no ty
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if state.is_world_process_zero and logs:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(line({"step": state.global_step, **logs}))
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(line({"step": state.global_step, **logs}))
+            except OSError as error:
+                raise refused(self.path, error) from error
 
 
 class LastEvaluation(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
