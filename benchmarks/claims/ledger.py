@@ -14,7 +14,7 @@ Record = dict[str, Any]
 KEY = ("arm", "lr", "seed", "steps")  # what a run is known by
 
 
-@dataclass
+@dataclass(eq=False)
 class Ledger:
     """The runs of one file.
 

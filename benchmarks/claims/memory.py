@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import lorary
-from arms import ALPHA, RANK
-from ledger import Ledger
-from lorary.accounting import kept_for_backward
+from arms import lora
+from protocol import Bench
 from tasks import HEADERS, batches
 from training import FULL, attached
 
+from lorary.accounting import kept_for_backward
+
 DROPOUT = 0.1
 METHODS = {
-    "LoRA": lorary.method("lora", r=RANK, alpha=ALPHA),
-    "LoRA, dropout": lorary.method("lora", r=RANK, alpha=ALPHA, dropout=DROPOUT),
-    "LoRA-FA": lorary.method("lora-fa", r=RANK, alpha=ALPHA),
-    "LoRA-FA, dropout": lorary.method("lora-fa", r=RANK, alpha=ALPHA, dropout=DROPOUT),
+    "LoRA": lora("lora"),
+    "LoRA, dropout": lora("lora", dropout=DROPOUT),
+    "LoRA-FA": lora("lora-fa"),
+    "LoRA-FA, dropout": lora("lora-fa", dropout=DROPOUT),
 }
 
 
-def measured(ledger: Ledger) -> dict[str, int]:
+def measured(bench: Bench) -> dict[str, int]:
     """Bytes by method, of the whole model, without its parameters and buffers; exact, so once is enough."""
-    missing = [name for name in METHODS if name not in ledger.bytes_kept]
-    batch = next(batches(HEADERS, seed=0)) if missing else None
+    missing = [name for name in METHODS if name not in bench.ledger.bytes_kept]
+    batch = next(batches(HEADERS, 0, FULL.batch)) if missing else None
     for name in missing:
-        model = attached(METHODS[name])(0, FULL).train()
+        model = attached(METHODS[name])(bench, 0).train()
         known = [batch, *model.parameters(), *model.buffers()]
-        ledger.bytes_kept[name] = kept_for_backward(lambda m=model: m(input_ids=batch, labels=batch).loss, known)
+        bench.ledger.bytes_kept[name] = kept_for_backward(lambda m=model: m(input_ids=batch, labels=batch).loss, known)
     if missing:
-        ledger.write()
-    return ledger.bytes_kept
+        bench.ledger.write()
+    return bench.ledger.bytes_kept

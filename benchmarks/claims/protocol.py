@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ledger import Ledger, Record
 from training import TUNING_SEEDS, Arm, Size, run
@@ -43,24 +44,27 @@ class Bench:
             if self.reads:
                 raise Missing
             print(f"{arm.name}, lr {lr:g}, seed {seed} ...", flush=True)
-            self.ledger.add(run(arm, lr, seed, self.size))
+            self.ledger.add(run(self, arm, lr, seed))
         return self.ledger.runs[key]
 
     def rate(self, arm: Arm, horizon: int) -> float:
-        """The learning rate with the least held-out loss after `horizon` steps, of the tuning seeds."""
+        """The learning rate with the least held-out loss after `horizon` steps, over the tuning seeds and the tasks."""
+        if self.size.rungs == 1:
+            return LADDER[arm.first]
         tried: dict[int, float] = {}
         new = list(range(arm.first, arm.first + self.size.rungs))
         while new:
             tried |= {rung: self._tuned(arm, LADDER[rung], horizon) for rung in new}
             best = min(tried, key=tried.__getitem__)
             new = [rung for rung in (best - 1, best + 1) if 0 <= rung < len(LADDER) and rung not in tried]
-            if self.size.rungs == 1 or len(tried) >= MOST_RUNGS:
+            if len(tried) >= MOST_RUNGS:
                 break
         return LADDER[best]
 
     def _tuned(self, arm: Arm, lr: float, horizon: int) -> float:
-        seeds = TUNING_SEEDS[: self.size.tuning_seeds]
-        return sum(loss_at(self.record(arm, lr, seed), arm.task, horizon) for seed in seeds) / len(seeds)
+        runs = [self.record(arm, lr, seed) for seed in TUNING_SEEDS]
+        losses = [loss_at(run, task, horizon) for run in runs for task in arm.watched]
+        return sum(losses) / len(losses)
 
     def runs(self, arm: Arm, horizon: int) -> list[Record]:
         """The runs that are reported, at the arm's own learning rate, one for each seed."""
@@ -71,7 +75,7 @@ class Bench:
 def loss_at(record: Record, task: str, step: float) -> float:
     """The loss after so many steps, between two evaluations on the straight line; inf once it is not finite."""
     points = [(s, math.inf if loss is None else loss) for s, loss in record["losses"][task]]
-    for (s0, l0), (s1, l1) in zip(points, points[1:], strict=False):
+    for (s0, l0), (s1, l1) in pairwise(points):
         if s0 <= step <= s1:
             return l1 if step == s1 else l0 if step == s0 else l0 + (l1 - l0) * (step - s0) / (s1 - s0)
     raise ValueError(f"the run of {record['arm']} has no loss at step {step}")
@@ -82,7 +86,7 @@ def steps_to(record: Record, task: str, target: float, horizon: int) -> float:
     points = [(s, math.inf if loss is None else loss) for s, loss in record["losses"][task] if s <= horizon]
     if points[0][1] <= target:
         return float(points[0][0])
-    for (s0, l0), (s1, l1) in zip(points, points[1:], strict=False):
+    for (s0, l0), (s1, l1) in pairwise(points):
         if l1 <= target:
             return s0 + (s1 - s0) * (l0 - target) / (l0 - l1) if math.isfinite(l0) else float(s1)
     return float(horizon)

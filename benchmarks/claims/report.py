@@ -6,13 +6,14 @@ import io
 import re
 from pathlib import Path
 
+import continual
 from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-
-from claims import ROWS, Row
 from protocol import Bench, Difference, Missing, loss_at
 from training import Arm
+
+from claims import ROWS, Row
 
 _COLOURS = {"yes": "#1a7f4b", "no": "#c2410c", "no difference seen": "#57606a"}
 Found = list[tuple[Row, Difference]]
@@ -30,8 +31,13 @@ def found(bench: Bench) -> Found:
     return pairs
 
 
-def table(bench: Bench, rows: Found) -> str:
+def page(bench: Bench) -> str:
     """The rows, the learning rates that were chosen, and what LoRA-FA keeps: three Markdown tables."""
+    rows = found(bench)
+    return "\n\n".join([_claims(rows), _rates(bench, rows), _weights(bench), _kept(bench.ledger.bytes_kept)])
+
+
+def _claims(rows: Found) -> str:
     lines = [
         "| method | the paper claims | measured | against | difference, 95 % interval | pairs | holds here |",
         "|---|---|---|---|---|---|---|",
@@ -39,28 +45,40 @@ def table(bench: Bench, rows: Found) -> str:
     for row, d in rows:
         digits = 1 if row.unit == "steps" else 3
         figure = f"{d.mean:+.{digits}f} ({d.low:+.{digits}f} to {d.high:+.{digits}f}) {row.unit}"
-        claim = f"{row.claim} ({row.source})"
-        cells = (row.method.name, claim, row.what, row.against.name, figure, str(d.n), row.verdict(d))
+        cells = (row.method.name, row.claim, row.what, row.against.name, figure, str(d.n), row.verdict(d))
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *_rates(bench, rows)])
+    return "\n".join(lines)
 
 
-def _rates(bench: Bench, rows: Found) -> list[str]:
-    lines = ["| runs of | numbers trained | learns | steps | learning rate | mean loss at the end |", "|---|---|---|---|---|---|"]
+def _rates(bench: Bench, rows: Found) -> str:
+    lines = [
+        "| runs of | numbers trained | learns | steps | learning rate | mean loss: before, in the end |",
+        "|---|---|---|---|---|---|",
+    ]
     seen: dict[tuple[str, int], Arm] = {}
     for row, _ in rows:
         horizon = row.horizon(bench)
         seen |= {(arm.name, horizon): arm for arm in (row.against, row.method)}
     for (name, horizon), arm in seen.items():
         runs = bench.runs(arm, horizon)
-        mean = sum(loss_at(run, arm.task, horizon) for run in runs) / len(runs)
-        cells = (name, f"{runs[0]['numbers']:,}", arm.task, str(horizon), f"{runs[0]['lr']:g}", f"{mean:.3f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        losses = (sum(loss_at(run, arm.task, step) for run in runs) / len(runs) for step in (0, horizon))
+        numbers = " to ".join(f"{n:,}" for n in dict.fromkeys((runs[0]["numbers"], runs[0]["numbers_left"])))
+        means = ", ".join(f"{loss:.3f}" for loss in losses)
+        lines.append("| " + " | ".join((name, numbers, arm.task, str(horizon), f"{runs[0]['lr']:g}", means)) + " |")
+    return "\n".join(lines)
 
 
-def kept(sizes: dict[str, int]) -> str:
-    """The bytes kept for backward."""
+def _weights(bench: Bench) -> str:
+    lines = ["| O-LoRA's weight | loss of the first task | of the second | overlap of A |", "|---|---|---|---|"]
+    try:
+        for weight, (first, second, overlap) in continual.weights(bench).items():
+            lines.append(f"| {weight:g} | {first:.3f} | {second:.3f} | {overlap:.4f} |")
+    except Missing:
+        lines.append("| not all measured yet | - | - | - |")
+    return "\n".join(lines)
+
+
+def _kept(sizes: dict[str, int]) -> str:
     lines = ["| method | kept for backward, MiB | LoRA keeps |", "|---|---|---|"]
     for name, size in sizes.items():
         lines.append(f"| {name} | {size / 2**20:.1f} | {sizes['LoRA'] / size:.2f} x |")

@@ -13,7 +13,6 @@ from lorary.builtin import corpora
 
 HEADERS, TOPICS, CODE = "builtin:c-headers", "builtin:topics", "builtin:python"
 WIDTH = 128  # tokens of a window
-BATCH = 4  # windows of a step
 TUNING, REPORT = 0, 1  # the two sets of held-out windows
 
 
@@ -37,10 +36,10 @@ def held_out(task: str, part: int, count: int) -> Tensor:
     return windows[torch.linspace(0, len(windows) - 1, count).long()]
 
 
-def batches(task: str, seed: int) -> Iterator[Tensor]:
-    """Random windows of the training half without end; the same for every method. [BATCH, WIDTH]"""
+def batches(task: str, seed: int, count: int) -> Iterator[Tensor]:
+    """Random windows of the training half without end; the same for every method. [count, WIDTH]"""
     ids = tokens(task, "train")
     generator = torch.Generator().manual_seed(seed)
     while True:
-        starts = torch.randint(len(ids) - WIDTH, (BATCH,), generator=generator)
+        starts = torch.randint(len(ids) - WIDTH, (count,), generator=generator)
         yield torch.stack([ids[start : start + WIDTH] for start in starts])

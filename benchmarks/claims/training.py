@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from tasks import REPORT, TUNING, batches, held_out
 from torch import Tensor, nn
 
 import lorary
 from lorary import builtin
-from tasks import REPORT, TUNING, batches, held_out
+
+if TYPE_CHECKING:
+    from protocol import Bench
 
 WARM_UP = 5  # optimizer steps over which the learning rate rises; it is constant afterwards
 CLIP = 1.0  # the gradients' norm
@@ -25,26 +28,26 @@ class Size:
     """How much is done.
 
     Args:
-        steps: optimizer steps of a run that is judged by what it reaches.
-        short: optimizer steps of a run that is judged by how fast it is.
+        steps: optimizer steps of a run that needs time for what its method does on the way.
+        short: optimizer steps of most runs.
+        batch: windows of a step.
         windows: held-out windows of an evaluation.
         every: optimizer steps from one evaluation to the next.
-        rungs: learning rates tried at first.
-        tuning_seeds: runs at each of them.
+        rungs: learning rates tried at first; 1: the first one is taken untried.
         seeds: pairs of runs that are compared.
     """
 
-    steps: int = 120
+    steps: int = 90
     short: int = 60
+    batch: int = 4
     windows: int = 24
     every: int = 10
     rungs: int = 3
-    tuning_seeds: int = 2
     seeds: int = 5
 
 
 FULL = Size()
-QUICK = Size(steps=4, short=4, windows=2, every=2, rungs=1, tuning_seeds=1, seeds=2)
+QUICK = Size(steps=4, short=2, batch=1, windows=1, every=2, rungs=1, seeds=2)
 
 
 @dataclass(frozen=True)
@@ -53,29 +56,31 @@ class Arm:
 
     Args:
         name: of it.
-        build: (seed, size) -> a model with a method attached.
+        build: (bench, seed) -> a model with a method attached.
         task: what it learns.
         watched: the tasks whose held-out loss is followed.
         first: the lowest learning rate tried at first, an index into `protocol.LADDER`.
-        short: whether it is judged by how fast it is.
+        short: whether it takes the fewer steps.
+        also: what else is noted of the trained model.
     """
 
     name: str
-    build: Callable[[int, Size], nn.Module]
+    build: Callable[[Bench, int], nn.Module]
     task: str
     watched: tuple[str, ...]
     first: int
-    short: bool = False
+    short: bool = True
+    also: Callable[[nn.Module], dict[str, Any]] = lambda model: {}
 
     def steps(self, size: Size) -> int:
         """Optimizer steps of a run."""
         return size.short if self.short else size.steps
 
 
-def attached(method: lorary.Method, **words: Any) -> Callable[[int, Size], nn.Module]:
+def attached(method: lorary.Method, **words: Any) -> Callable[[Bench, int], nn.Module]:
     """What builds the built-in base with a method in all of its linear layers."""
 
-    def build(seed: int, size: Size) -> nn.Module:
+    def build(bench: Bench, seed: int) -> nn.Module:
         model = builtin.load_model()
         return lorary.attach(model, lorary.plan(model, method, **words), seed=seed)
 
@@ -96,16 +101,24 @@ def trained_numbers(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def train(model: nn.Module, task: str, lr: float, seed: int, steps: int, look: Callable[[int], None]) -> None:
-    """Train in place; `look` is called with the number of steps done, from 0."""
+def train(
+    model: nn.Module,
+    task: str,
+    lr: float,
+    seed: int,
+    steps: int,
+    batch: int,
+    look: Callable[[int], None] = lambda step: None,
+) -> None:
+    """Train in place on batches of so many windows; `look` is called with the number of steps done, from 0."""
     optimizer = torch.optim.AdamW(lorary.groups(model, lr=lr))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARM_UP))
-    tuning = lorary.tuning(model, steps)
+    tuning = lorary.tuning(model, steps, optimizer)
     torch.manual_seed(seed)  # dropout
     model.train()
     look(0)
-    for step, batch in zip(range(1, steps + 1), batches(task, seed), strict=False):
-        loss = model(input_ids=batch, labels=batch).loss + tuning.penalty()
+    for step, ids in zip(range(1, steps + 1), batches(task, seed, batch), strict=False):
+        loss = model(input_ids=ids, labels=ids).loss + tuning.penalty()
         loss.backward()
         tuning.after_backward()
         torch.nn.utils.clip_grad_norm_((p for p in model.parameters() if p.requires_grad), CLIP)
@@ -116,15 +129,15 @@ def train(model: nn.Module, task: str, lr: float, seed: int, steps: int, look: C
         look(step)
 
 
-def run(arm: Arm, lr: float, seed: int, size: Size) -> dict[str, Any]:
+def run(bench: Bench, arm: Arm, lr: float, seed: int) -> dict[str, Any]:
     """Train one model and follow its losses.
 
     Returns:
         A record for the ledger: `losses` holds [step, loss] pairs by task; a loss is None once it is not finite.
     """
-    start = time.process_time()
+    start, size = time.process_time(), bench.size
     steps, part = arm.steps(size), TUNING if seed in TUNING_SEEDS else REPORT
-    model = arm.build(seed, size)
+    model = arm.build(bench, seed)
     numbers = trained_numbers(model)
     losses: dict[str, list[tuple[int, float | None]]] = {task: [] for task in arm.watched}
 
@@ -134,18 +147,15 @@ def run(arm: Arm, lr: float, seed: int, size: Size) -> dict[str, Any]:
                 loss = loss_on(model, held_out(task, part, size.windows))
                 losses[task].append((step, round(loss, 5) if math.isfinite(loss) else None))
 
-    train(model, arm.task, lr, seed, steps, look)
+    train(model, arm.task, lr, seed, steps, size.batch, look)
     return {
         "arm": arm.name,
         "lr": lr,
         "seed": seed,
         "steps": steps,
         "numbers": numbers,
+        "numbers_left": trained_numbers(model),
+        "also": arm.also(model),
         "cpu_seconds": round(time.process_time() - start, 1),
         "losses": losses,
     }
-
-
-def chosen(arms: Iterable[Arm], name: str) -> Arm:
-    """The arm of that name."""
-    return next(arm for arm in arms if arm.name == name)

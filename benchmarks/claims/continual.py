@@ -1,0 +1,114 @@
+"""One task after the other: C headers first, then prose. What the second one does to the first.
+
+All ways begin from the very same adapter of the first task. What is started anew for the second one starts from a
+seed of its own: from the same seed it would start where the first one did.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from arms import LORA, lora
+from ledger import Record
+from measures import Figures
+from protocol import Bench, loss_at, steps_to
+from tasks import HEADERS, TOPICS
+from torch import nn
+from training import TUNING_SEEDS, Arm, train
+
+import lorary
+from lorary import builtin
+
+SECOND_SEED = 10_000  # added to the first task's
+
+
+@cache
+def _learnt(bench: Bench, seed: int) -> nn.Module:
+    """The model with a LoRA that has learnt the first task."""
+    model, steps = LORA.build(bench, seed), bench.size.short
+    train(model, HEADERS, bench.rate(LORA, steps), seed, steps, bench.size.batch)
+    return model
+
+
+def _same_adapter(bench: Bench, seed: int) -> nn.Module:
+    return copy.deepcopy(_learnt(bench, seed))
+
+
+def _another(**options: object) -> Callable[[Bench, int], nn.Module]:
+    def build(bench: Bench, seed: int) -> nn.Module:
+        method, model = lora("o-lora", **options), builtin.load_model()
+        plan = lorary.plan(model, method, after=[lorary.Adapter.of(_learnt(bench, seed))])
+        return lorary.attach(model, plan, seed=seed + SECOND_SEED)
+
+    return build
+
+
+def overlap(model: nn.Module) -> dict[str, float]:
+    """Which share of A (its squared norm) lies in the directions of the first task's, on average over the layers."""
+    shares = []
+    for layer in (m for m in model.modules() if isinstance(m, lorary.Adapted)):
+        if "A_past" in layer.p:
+            Q = torch.linalg.qr(layer.p["A_past"].detach().T).Q  # [inp, r]
+            A = layer.p["A"].detach()
+            shares.append(((A @ Q).square().sum() / A.square().sum()).item())
+    return {"overlap": round(sum(shares) / len(shares), 5)} if shares else {}
+
+
+def _arm(name: str, build: Callable[[Bench, int], nn.Module], first: int = 3) -> Arm:
+    return Arm(name, build, TOPICS, (TOPICS, HEADERS), first, also=overlap)
+
+
+SAME = _arm("LoRA, the same one again", _same_adapter)
+ANOTHER = _arm("LoRA, one for each task", _another(weight=0.0))
+SOFT = _arm("O-LoRA", _another(weight=1000.0))
+HARD = _arm("O-LoRA, hard", _another(hard=True))
+WEIGHTS = {0.0: ANOTHER} | {w: _arm(f"O-LoRA, weight {w:g}", _another(weight=w)) for w in (0.5, 30.0, 1e3, 3e4)}
+
+
+def weights(bench: Bench) -> dict[float, tuple[float, float, float]]:
+    """weight -> means over the tuning seeds: the first task's loss in the end, the second one's, the overlap.
+
+    All at the rate that is best for no weight at all.
+    """
+    rate, steps, found = bench.rate(ANOTHER, bench.size.short), bench.size.short, {}
+    for weight, arm in WEIGHTS.items():
+        runs = [bench.record(arm, rate, seed) for seed in TUNING_SEEDS]
+        rows = [(loss_at(r, HEADERS, steps), loss_at(r, TOPICS, steps), r["also"]["overlap"]) for r in runs]
+        found[weight] = tuple(sum(column) / len(rows) for column in zip(*rows, strict=True))
+    return found
+
+
+def both(method: list[Record], against: list[Record], horizon: int) -> Figures:
+    """The mean loss over both tasks in the end, nats."""
+    ours, theirs = (
+        [(loss_at(run, HEADERS, horizon) + loss_at(run, TOPICS, horizon)) / 2 for run in runs]
+        for runs in (method, against)
+    )
+    return ours, theirs
+
+
+def forgotten(method: list[Record], against: list[Record], horizon: int) -> Figures:
+    """By how much the first task's loss has risen in the end, nats."""
+    return [_rise(run, horizon) for run in method], [_rise(run, horizon) for run in against]
+
+
+def forgotten_equally_good(method: list[Record], against: list[Record], horizon: int) -> Figures:
+    """The same when both have learnt the second task equally well: as well as the worse of the two in the end."""
+    figures: Figures = ([], [])
+    for pair in zip(method, against, strict=True):
+        target = max(loss_at(run, TOPICS, horizon) for run in pair)
+        for run, into in zip(pair, figures, strict=True):
+            into.append(_rise(run, steps_to(run, TOPICS, target, horizon)))
+    return figures
+
+
+def learnt(method: list[Record], against: list[Record], horizon: int) -> Figures:
+    """The second task's loss in the end, nats."""
+    return [loss_at(run, TOPICS, horizon) for run in method], [loss_at(run, TOPICS, horizon) for run in against]
+
+
+def _rise(run: Record, step: float) -> float:
+    return loss_at(run, HEADERS, step) - loss_at(run, HEADERS, 0)
