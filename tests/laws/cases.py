@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from transformers.pytorch_utils import Conv1D
 
 import lorary
+from lorary.adapted import adapted
 from lorary.errors import MethodError
+from lorary.methods.o_lora import Tasks
 
 
 class Net(nn.Module):
@@ -109,6 +112,12 @@ KINDS = [
 ]
 
 
+def seed(number: int) -> None:
+    """Seed the CPU's generator alone: for every other sort of device `torch.manual_seed` writes down the call stack,
+    which takes longer than the arithmetic of a whole law."""
+    torch.default_generator.manual_seed(number)
+
+
 @dataclass(frozen=True)
 class Case:
     """One law's subject."""
@@ -119,28 +128,39 @@ class Case:
 
     def base(self) -> Net:
         """The base, the same at every call."""
-        torch.manual_seed(1)
+        seed(1)
         return Net(self.kind.layer, self.kind.make()).to(self.dtype)
 
     def x(self) -> Tensor:
-        torch.manual_seed(2)
+        seed(2)
         x = self.kind.x()
         return x.to(self.dtype) if x.is_floating_point() else x
 
+    @cached_property
+    def plan(self) -> lorary.Plan:
+        """What every model of this case is attached by."""
+        return lorary.plan(self.base(), self.method, targets=[self.kind.target])
+
     def attached(self) -> Net:
         """The base with the method attached, at step 0."""
-        model = self.base()
-        return lorary.attach(model, lorary.plan(model, self.method, targets=[self.kind.target]))
+        return lorary.attach(self.base(), self.plan)
 
     def trained(self) -> Net:
-        """As after training: everything that trains has moved."""
+        """As after training: everything that trains has moved, and what a rule or a plan gives is there."""
         model = self.attached()
-        torch.manual_seed(3)
+        layers = adapted(model).values()
+        given = {id(layer.p[role]) for layer in layers for role in layer.method.delta.given}
+        seed(3)
         with torch.no_grad():
             for p in model.parameters():
-                if p.requires_grad:
+                if p.requires_grad or id(p) in given:
                     p.add_(torch.randn_like(p) * 0.3)
         return model
+
+    @cached_property
+    def finished(self) -> Net:
+        """One trained model in evaluation mode for all laws that only look at it."""
+        return self.trained().eval()
 
 
 def numbers(method: lorary.Method, kind: Kind) -> int:
@@ -149,6 +169,9 @@ def numbers(method: lorary.Method, kind: Kind) -> int:
     A, B = kind.parts * kind.inp, kind.rows  # what a rank of one costs
     formulas: dict[str, Callable[[int], dict[str, int]]] = {
         "LowRank": lambda r: {"A": r * A, "B": r * B},
+        "Propagated": lambda r: {"A": r * A, "B": r * B},  # the product of step K stays as it is
+        "Tasks": lambda r: {"A": r * A, "B": r * B},  # and so do the earlier tasks
+        "Spectral": lambda r: {"P": r * B, "E": r, "Q": r * A},
         "Minis": lambda r: {"A": r * A, "B": r * B},  # whatever n is
         "Parallel": lambda r: {"A": delta.n * r * A, "B": delta.n * r * B, "gamma": delta.n * B},
         "Vectors": lambda r: {"A": 0, "B": 0, "b": B, "d": kind.parts * r},
@@ -167,36 +190,46 @@ def numbers(method: lorary.Method, kind: Kind) -> int:
     return sum(count for role, count in each.items() if role not in method.frozen) + magnitudes
 
 
-def possible(method: lorary.Method, kind: Kind) -> bool:
-    """Whether the method says that it can work on this kind; its refusals are pinned elsewhere."""
-    layer = Net(kind.layer, kind.make())
+def possible(case: Case) -> bool:
+    """Whether the method says that it can work here; its refusals are pinned elsewhere."""
     try:
-        lorary.plan(layer, method, targets=[kind.target])
+        return bool(case.plan)
     except lorary.errors.PlanError:
         return False
-    return True
+
+
+# What presets need to be told at this size and for so short a run.
+OPTIONS: dict[str, dict[str, Any]] = {"adalora": {"target": 2, "orthogonality": 0.001}, "delta-lora": {"start": 2}}
 
 
 def methods() -> dict[str, lorary.Method]:
-    """Every preset and every pair of presets that is a method; a pair that says what one says alone is left out."""
+    """Every preset, every pair of presets that is a method, and forms of them that no preset has by default.
+
+    A pair that says what one of the two says alone is left out.
+    """
     names = list(lorary.presets())
     made: dict[str, lorary.Method] = {}
     for chosen in [(n,) for n in names] + list(itertools.combinations(names, 2)):
-        adapts = any(lorary.presets()[n].adapts for n in chosen)
         try:
-            method = made_of(*chosen, r=3, alpha=6.0) if adapts else lorary.method(*chosen)
+            method = made_of(*chosen)
         except MethodError:
             continue
         if method not in made.values():
             made["+".join(chosen)] = method
+    made["delta-lora at once"] = made_of("delta-lora", start=0)
+    made["delta-lora, written"] = made_of("delta-lora", mode="paper")
+    made["o-lora, third task"] = made_of("o-lora").but(delta=Tasks(3, past=(2, 1)))
     return made
 
 
-def made_of(*names: str, alpha: float, **options: Any) -> lorary.Method:
-    """The method of these presets; without alpha where its scale has none."""
+def made_of(*names: str, **options: Any) -> lorary.Method:
+    """The method of these presets, of rank 3 and with alpha where their words have such."""
+    if not any(lorary.presets()[n].adapts for n in names):
+        return lorary.method(*names, **options)
+    options = {"r": 3, "alpha": 6.0} | {k: v for n in names for k, v in OPTIONS.get(n, {}).items()} | options
     try:
-        return lorary.method(*names, alpha=alpha, **options)
+        return lorary.method(*names, **options)
     except MethodError as error:
         if any(p.where == "alpha" for p in error.problems):
-            return lorary.method(*names, **options)
+            return lorary.method(*names, **{k: v for k, v in options.items() if k != "alpha"})
         raise

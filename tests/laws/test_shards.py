@@ -48,7 +48,7 @@ def build(names: tuple[str, ...]) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(Block())
     targets = ["linear", "conv"] if {"lora-fa", "glora"} & set(names) else ["linear", "conv", "table"]
-    method = lorary.method(*names) if names[0] in ("bitfit", "full") else made_of(*names, r=2, alpha=4.0)
+    method = made_of(*names) if names[0] in ("bitfit", "full") else made_of(*names, r=2, alpha=4.0)
     lorary.attach(model, lorary.plan(model, method, targets=targets))
     with torch.no_grad():
         for p in model.parameters():
