@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tests import tiny
 
 NAMES = list(lorary.presets())
 PAIRS = list(itertools.combinations(NAMES, 2))
+SHORT: dict[str, dict[str, Any]] = {"adalora": {"target": 2}, "delta-lora": {"start": 2}}  # for a rank and run so small
 
 
 def test_every_preset_has_a_row() -> None:
@@ -38,18 +40,24 @@ def test_a_preset_without_a_row_is_judged_by_its_words(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("pair", [p for p in PAIRS if verdict(*p).letter != "N"], ids="+".join)
 def test_what_is_allowed_trains(pair: tuple[str, str]) -> None:
     adapts = any(lorary.presets()[name].adapts for name in pair)
-    method = lorary.method(*pair, **({"r": 4} if adapts else {}))
-    assert lorary.method(*reversed(pair), **({"r": 4} if adapts else {})) == method
+    options = dict(verdict(*pair).options) | ({"r": 4} if adapts else {})
+    for name in pair:
+        options |= SHORT.get(name, {})
+    method = lorary.method(*pair, **options)
+    assert lorary.method(*reversed(pair), **options) == method
     model = tiny.seeded("GPT2LMHeadModel")  # it has biases, and its weights are transposed
     base = tiny.logits(model)
     lorary.attach(model, lorary.plan(model, method))
     assert torch.allclose(tiny.logits(model), base, atol=1e-5)
     optimizer = torch.optim.AdamW(lorary.groups(model, lr=1e-3))
+    tuning = lorary.tuning(model, 5, optimizer)
     losses = []
-    for _ in range(3):
+    for _ in range(5):
         loss = model(tiny.ids(), labels=tiny.ids()).loss
-        loss.backward()
+        (loss + tuning.penalty()).backward()
+        tuning.after_backward()
         optimizer.step()
+        tuning.after_step()
         optimizer.zero_grad()
         losses.append(loss.item())
     assert all(map(math.isfinite, losses))
@@ -72,7 +80,17 @@ def test_three_combine_where_each_pair_does() -> None:
     allowed = {pair for pair in PAIRS if verdict(*pair).letter != "N"}
     for three in itertools.combinations(NAMES, 3):
         if set(itertools.combinations(three, 2)) <= allowed:
-            assert refusal(*three) == [], three
+            options = {k: v for pair in itertools.combinations(three, 2) for k, v in verdict(*pair).options.items()}
+            assert refusal(*three, **options) == [], three
+
+
+def test_what_has_to_be_said_makes_the_difference() -> None:
+    said = {pair for pair in PAIRS if verdict(*pair).options}
+    assert said == set(combinations._WITH) == {("lora-fa", "o-lora")}
+    for pair in said:
+        assert verdict(*pair).letter == "r"
+        assert refusal(*pair) != []
+        assert refusal(*pair, **verdict(*pair).options) == []
 
 
 def test_a_verdict_is_the_same_in_either_order() -> None:

@@ -6,7 +6,9 @@ every pair that it allows and sees the others refused.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from lorary import methods  # noqa: F401 (registers the presets)
 from lorary.errors import MethodError
@@ -15,17 +17,20 @@ from lorary.preset import PRESETS, method
 # Y: they go together. r: they do, with a restriction, below. N: refused, for the reason that the refusal gives.
 # One letter for every preset further down the list, in its order.
 _TABLE = {
-    "lora": "Y Y Y Y Y Y Y Y Y Y Y N",
-    "rslora": "Y Y Y N Y Y N r Y Y N",
-    "lora+": "N r N r r N Y r Y N",
-    "lora-fa": "r N Y Y N Y Y Y N",
-    "dora": "N Y Y Y Y Y Y N",
-    "glora": "N N N N N N N",
-    "pissa": "N N N N Y N",
-    "olora": "N N N Y N",
-    "vera": "N N Y N",
-    "melora": "N Y N",
-    "multilora": "Y N",
+    "lora": "Y Y Y Y Y Y Y Y Y Y Y Y Y Y N",
+    "rslora": "Y Y Y N Y Y N r Y N Y Y Y N",
+    "lora+": "N r N r r N Y r r Y Y Y N",
+    "lora-fa": "r N Y Y N Y Y N Y r Y N",
+    "dora": "N Y Y Y Y Y N N N Y N",
+    "glora": "N N N N N N N N N N",
+    "pissa": "N N N N N N N Y N",
+    "olora": "N N N N N N Y N",
+    "vera": "N N N N N Y N",
+    "melora": "N N N N Y N",
+    "multilora": "N N N Y N",
+    "adalora": "N N Y N",
+    "delta-lora": "N Y N",
+    "o-lora": "r N",
     "bitfit": "N",
     "full": "",
 }
@@ -36,8 +41,15 @@ _RESTRICTIONS = {
     ("lora+", "pissa"): "the ratio was derived for a B that starts at zero: tune it anew",
     ("lora+", "olora"): "the ratio was derived for a B that starts at zero: tune it anew",
     ("lora+", "multilora"): "the ratio was derived for a B that starts at zero: tune it anew; gamma learns at A's rate",
+    ("lora+", "adalora"): "the ratio is between P and Q, and was derived for a B that starts at zero: tune it anew; "
+    "E learns at Q's rate",
     ("lora-fa", "dora"): "most of the memory saved is lost: the magnitude's gradient needs the layer's output",
+    ("lora-fa", "o-lora"): "with hard=True alone: A is frozen where it starts, in the complement of the earlier tasks",
+    ("o-lora", "bitfit"): "for the last task alone: biases that were trained cannot stay beneath a further one",
 }
+
+# What has to be said besides, where two presets go together with a restriction.
+_WITH: dict[tuple[str, str], dict[str, Any]] = {("lora-fa", "o-lora"): {"hard": True}}
 
 
 @dataclass(frozen=True)
@@ -47,10 +59,12 @@ class Verdict:
     Args:
         letter: `Y`, `r` (with a restriction) or `N`.
         why: the restriction, or the reasons of the refusal; empty for `Y`.
+        options: what has to be said for them to go together.
     """
 
     letter: str
     why: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def verdict(one: str, other: str) -> Verdict:
@@ -63,13 +77,15 @@ def verdict(one: str, other: str) -> Verdict:
     letter = dict(zip(names[names.index(first) + 1 :], _TABLE[first].split(), strict=True))[second]
     if letter == "N":
         return Verdict(letter, "; ".join(refusal(first, second)))
-    return Verdict(letter, _RESTRICTIONS[first, second] if letter == "r" else "")
+    if letter == "r":
+        return Verdict(letter, _RESTRICTIONS[first, second], _WITH.get((first, second), {}))
+    return Verdict(letter)
 
 
-def refusal(*names: str) -> list[str]:
+def refusal(*names: str, **options: Any) -> list[str]:
     """Why these presets make no method, in the words of the refusal; empty where they make one."""
     try:
-        method(*names)
+        method(*names, **options)
     except MethodError as error:
         return [problem.what for problem in error.problems]
     return []
