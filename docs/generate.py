@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import typer
 from pydantic import BaseModel
 
@@ -26,6 +27,7 @@ from lorary.placed import Placed
 from lorary.preset import Preset
 from lorary.sites import Site
 from lorary.train.config import Config
+from lorary.words import Sequential
 
 HERE = Path(__file__).resolve().parent
 
@@ -211,8 +213,13 @@ def _partners(name: str) -> str:
 
 
 def picture(name: str) -> str:
-    """A method's picture."""
-    return method_svg(lorary.method(name), lorary.presets()[name].title)
+    """A method's picture; where tasks come one after another, that of the third."""
+    method, title = lorary.method(name), lorary.presets()[name].title
+    if not isinstance(method.delta, Sequential):
+        return method_svg(method, title)
+    before = (torch.zeros(EXAMPLE.out, method.delta.r), torch.zeros(method.delta.r, EXAMPLE.inp))
+    delta, _ = method.delta.after([before, before], 1.0)
+    return method_svg(method.but(delta=delta), f"{title}: the third task")
 
 
 COMBINATIONS_HEAD = """# Combinations

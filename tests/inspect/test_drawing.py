@@ -8,7 +8,8 @@ from xml.etree import ElementTree
 import pytest
 
 import lorary
-from lorary.inspect.drawing import EXAMPLE, method_svg, pieces
+from lorary.inspect.drawing import EXAMPLE, lanes, method_svg
+from lorary.methods.o_lora import Tasks
 from lorary.placed import Placed
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -59,13 +60,32 @@ def test_colours_tell_what_trains() -> None:
 
 def test_the_way_from_x_to_y() -> None:
     def way(*names: str, **options: int) -> list[tuple[str, int, int, int, int]]:
-        found = pieces(Placed(EXAMPLE, lorary.method(*names, **options)))
+        (found,) = lanes(Placed(EXAMPLE, lorary.method(*names, **options)))
         return [(p.role, p.left, p.right, p.blocks, p.copies) for p in found]
 
     assert way("lora", r=4) == [("A", 1024, 4, 1, 1), ("B", 4, 2048, 1, 1)]
     assert way("vera", r=8) == [("A", 1024, 8, 1, 1), ("d", 8, 8, 1, 1), ("B", 8, 2048, 1, 1), ("b", 2048, 2048, 1, 1)]
     assert way("melora", r=4, n=2) == [("A", 1024, 8, 2, 1), ("B", 8, 2048, 2, 1)]
     assert way("multilora", r=4, n=3) == [("A", 1024, 4, 1, 3), ("B", 4, 2048, 1, 3), ("gamma", 2048, 2048, 1, 3)]
+    assert way("adalora", r=4, target=2) == [("Q", 1024, 4, 1, 1), ("E", 4, 4, 1, 1), ("P", 4, 2048, 1, 1)]
+
+
+def test_what_is_given_has_a_lane_of_its_own() -> None:
+    def way(method: lorary.Method) -> list[list[tuple[str, int, int, int, str]]]:
+        found = lanes(Placed(EXAMPLE, method))
+        return [[(p.role, p.left, p.right, p.copies, p.state) for p in lane] for lane in found]
+
+    assert way(lorary.method("delta-lora", r=4)) == [
+        [("A", 1024, 4, 1, "trains"), ("B", 4, 2048, 1, "trains")],
+        [("A_K", 1024, 4, 1, "frozen"), ("lam", 4, 4, 1, "frozen"), ("B_K", 4, 2048, 1, "frozen")],
+    ]
+    assert way(lorary.method("o-lora").but(delta=Tasks(4, past=(4, 4)))) == [
+        [("A", 1024, 4, 1, "trains"), ("B", 4, 2048, 1, "trains")],
+        [("A_past", 1024, 4, 2, "frozen"), ("B_past", 4, 2048, 2, "frozen")],
+    ]
+    assert "The weight follows the product B A after every optimizer step" in " ".join(
+        words(method_svg(lorary.method("delta-lora"), ""))
+    )
 
 
 def test_the_join_the_scale_and_the_rates_are_said() -> None:

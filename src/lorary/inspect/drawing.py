@@ -58,12 +58,23 @@ class Piece:
         return 84 if len(self.shape) == 2 else 14
 
 
-def pieces(placed: Placed) -> list[Piece]:
-    """The tensors that make the two factors, in the order in which the input meets them."""
+def lanes(placed: Placed) -> list[list[Piece]]:
+    """The tensors that make the two factors, in the order in which the input meets them.
+
+    Those that are given have a lane of their own beneath the others.
+    """
+    delta = placed.delta
+    factors = set(delta.shapes(placed.site)) - delta.extras
+    return [_lane(placed, roles) for roles in (factors - delta.given, factors & delta.given) if roles]
+
+
+def _lane(placed: Placed, roles: set[str]) -> list[Piece]:
+    """The lane of these roles alone: what the factors are while all others are zero."""
     delta, site = placed.delta, placed.site
-    shapes = {role: shape for role, shape in delta.shapes(site).items() if role not in delta.extras}
-    everything = {role: torch.ones(shape) for role, shape in delta.shapes(site).items()}
-    A = delta.factors(site, everything)[1]
+    shapes = {role: shape for role, shape in delta.shapes(site).items() if role in roles}
+    alone = {role: torch.full(shape, float(role in roles | delta.extras)) for role, shape in delta.shapes(site).items()}
+    A = delta.factors(site, alone)[1]
+    A = A[(A != 0).any(1)]
     width = A.shape[0]
     blocks = len(torch.unique(A != 0, dim=0))
     copies = 1 if blocks > 1 else max(width // delta.r, 1)
@@ -76,8 +87,9 @@ def pieces(placed: Placed) -> list[Piece]:
             left = site.inp if shape[1] * blocks == site.inp or shape[1] == site.inp else inner
             right = site.out if shape[0] == site.out and left != site.inp else inner
         many = blocks if len(shape) == 2 and left != right else 1
-        note = f"{copies} side by side" if copies > 1 else f"{many} blocks" if many > 1 else ""
-        found.append(Piece(role, shape, left, right, state(placed, role), many, copies, note))
+        several = copies if shape != (1,) else 1
+        note = f"{several} side by side" if several > 1 else f"{many} blocks" if many > 1 else ""
+        found.append(Piece(role, shape, left, right, state(placed, role), many, several, note))
     return sorted(found, key=lambda piece: _place(piece, site))
 
 
@@ -143,28 +155,52 @@ class _Drawing:
         return draw.svg(end + 60, self._words(end), self.title, self._aloud())
 
     def _update(self, placed: Placed) -> float:
-        """The lane of the update; where it ends."""
-        x: float = _START
-        draw = self.canvas
-        draw.line(f"M{x - 18} {_TOP}V{_LANE}H{x + 20}", x + 22, _LANE)
-        x += 22
-        for piece in pieces(placed):
-            for copy in reversed(range(piece.copies)):
-                for kind in ("page", piece.state):  # the page under it, so that cards behind it do not shine through
-                    corner, sizes = (x + 5 * copy, _LANE - 5 * copy), (piece.left, piece.right)
-                    draw.matrix(kind, *corner, piece.width, sizes, piece.blocks)
-            rate = self.method.rate(piece.role)
-            notes = [piece.note] * bool(piece.note) + [f"learns {rate:g} times faster"] * (rate != 1)
-            foot = _LANE + height(max(piece.left, piece.right)) / 2
-            draw.label(x + piece.width / 2, foot, piece.role, piece.shape, notes)
-            x += piece.width + 5 * (piece.copies - 1)
-            draw.line(f"M{x + 2:g} {_LANE}H{x + 34:g}", x + 36, _LANE)
-            x += 36
+        """The lanes of the update, and where they meet; where it ends."""
+        draw, y, ends = self.canvas, float(_LANE), []
+        for lane in lanes(placed):
+            if ends:
+                y = draw.low + height(max(piece.right for piece in lane)) / 2 + 14
+            ends.append((self._lane(lane, y), y))
+        x = max(x for x, _ in ends)
+        if len(ends) > 1:
+            for end, y in ends:
+                up = "" if y == _LANE else f"V{_LANE + 16}"
+                draw.line(
+                    f"M{end + 2:g} {y:g}H{x + 50 if up else x + 34:g}{up}",
+                    x + (50 if up else 36),
+                    _LANE + 14 if up else _LANE,
+                    bool(up),
+                )
+            draw.node(x + 50, _LANE, "+")
+            x += 64
+        draw.line(f"M{x + 2:g} {_LANE}H{x + 34:g}", x + 36, _LANE)
+        x += 36
         draw.node(x + 16, _LANE, "\N{MULTIPLICATION SIGN}s")
         draw.text(x + 16, _LANE + 32, f"s = {placed.scale:g}", "soft")
         if self.method.dropout:
             draw.text(_START - 18, _LANE + 18, f"dropout {self.method.dropout:g}", "soft")
         return x + 62
+
+    def _lane(self, lane: list[Piece], y: float) -> float:
+        """One lane from the input on, at this height; where its last piece ends."""
+        x: float = _START
+        draw = self.canvas
+        draw.line(f"M{x - 18} {_TOP}V{y:g}H{x + 20}", x + 22, y)
+        x += 22
+        for i, piece in enumerate(lane):
+            if i:
+                draw.line(f"M{x + 2:g} {y:g}H{x + 34:g}", x + 36, y)
+                x += 36
+            for copy in reversed(range(piece.copies)):
+                for kind in ("page", piece.state):  # the page under it, so that cards behind it do not shine through
+                    corner, sizes = (x + 5 * copy, y - 5 * copy), (piece.left, piece.right)
+                    draw.matrix(kind, *corner, piece.width, sizes, piece.blocks)
+            rate = self.method.rate(piece.role)
+            notes = [piece.note] * bool(piece.note) + [f"learns {rate:g} times faster"] * (rate != 1)
+            foot = y + height(max(piece.left, piece.right)) / 2
+            draw.label(x + piece.width / 2, foot, piece.role, piece.shape, notes)
+            x += piece.width + 5 * (piece.copies - 1)
+        return x
 
     def _ending(self, end: float, start: float) -> float:
         """From where base and update meet to y; where that is."""
@@ -211,9 +247,10 @@ class _Drawing:
         """What the words say about themselves, and what the colours mean; where the picture ends."""
         draw = self.canvas
         y = draw.low + 30
-        for axis, value in (("start", self.method.init), ("join", self.method.join)):
+        speaking: list[tuple[str, object]] = [("start", self.method.init), ("join", self.method.join)]
+        for axis, value in speaking + [("rule", rule) for rule in self.method.rules]:
             said = (inspect.getdoc(type(value)) or "") if value is not None else ""
-            sentence = re.split(r"\.(?:\s|$)", said)[0]
+            sentence = re.split(r"\.(?:\s|$)", said)[0].replace("`", "")
             for i, line in enumerate(textwrap.wrap(sentence, int((end - 20) / 6.8))):
                 draw.text(24, y, axis if i == 0 else "", "soft left")
                 draw.text(60, y, line, "left")
