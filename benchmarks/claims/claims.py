@@ -86,6 +86,7 @@ ROWS: dict[str, list[Row]] = {
         *_continual(_O, continual.SOFT, continual.SAME),
         *_continual(_O, continual.SOFT, continual.ANOTHER),
         *_continual(_HARD, continual.HARD, continual.SOFT),
+        *_continual(_O, continual.STRONG, continual.SAME),
     ],
     "adalora": [Row(_ADA, arms.ADALORA, arms.LORA, "loss in the end", loss)],
     "lora-drop": [

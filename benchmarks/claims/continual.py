@@ -63,9 +63,9 @@ def _arm(name: str, build: Callable[[Bench, int], nn.Module], first: int = 3) ->
 
 SAME = _arm("LoRA, the same one again", _same_adapter)
 ANOTHER = _arm("LoRA, one for each task", _another(weight=0.0))
-SOFT = _arm("O-LoRA", _another(weight=1000.0))
 HARD = _arm("O-LoRA, hard", _another(hard=True))
 WEIGHTS = {0.0: ANOTHER} | {w: _arm(f"O-LoRA, weight {w:g}", _another(weight=w)) for w in (0.5, 30.0, 1e3, 3e4)}
+SOFT, STRONG = WEIGHTS[0.5], WEIGHTS[30.0]  # the default, and one at which learning begins to suffer: see `weights`
 
 
 def weights(bench: Bench) -> dict[float, tuple[float, float, float]]:
