@@ -7,12 +7,14 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import lorary
 from lorary.cli.choosing import QUESTIONS, choose
-from lorary.cli.methods import PLANNED
+from lorary.cli.methods import FUNCTIONS, PLANNED, table
+from lorary.errors import MethodError
 from lorary.train.config_file import load
 from lorary.train.models import skeleton
 from tests.cli.command import Command
@@ -20,7 +22,7 @@ from tests.cli.command import Command
 
 def test_methods_shows_what_is_there_and_what_is_to_come(command: Command) -> None:
     rows = json.loads(command("methods", "--json").out)
-    assert [row["name"] for row in rows if row["available"]] == list(lorary.presets())
+    assert [row["name"] for row in rows if row["available"]] == [*lorary.presets(), *FUNCTIONS]
     assert {row["name"] for row in rows if not row["available"]} == set(PLANNED)
     assert not set(PLANNED) & set(lorary.presets())
     assert next(row for row in rows if row["name"] == "lora+") == {
@@ -31,8 +33,11 @@ def test_methods_shows_what_is_there_and_what_is_to_come(command: Command) -> No
         "citation": "Hayou et al. 2024, arXiv:2402.12354",
         "changes": ["how fast each part learns"],
         "when": lorary.presets()["lora+"].when,
+        "say": "lora+",
         "options": {"ratio": 16.0},
         "lr": 1e-4,
+        "numbers": 16 * (4096 + 4096),
+        "bytes": 16 * 16 * (4096 + 4096),
     }
     assert all(row["year"] or row["name"] == "full" for row in rows)
 
@@ -44,12 +49,45 @@ def test_methods_as_text(command: Command) -> None:
     When quality counts for more than the time of a step; half of LoRA's rank is often enough.
     Liu et al. 2024, arXiv:2402.09353
     changes: how it joins the weight
+    trains: 135,168 numbers beside a weight of 4096 x 4096; 2.06 MiB with gradients, AdamW and rules
     options: exact=False
 """
     assert expected in ran.out
     assert "qlora (2023, planned)\n" in ran.out
     assert "full (the baseline)\n" in ran.out
-    assert ran.err == f"{len(lorary.presets())} methods, {len(PLANNED)} planned\n"
+    assert ran.err == f"{len(lorary.presets()) + len(FUNCTIONS)} methods, {len(PLANNED)} planned\n"
+
+
+def test_one_method(command: Command) -> None:
+    ran = command("methods", "DoRA")
+    assert ran.out.startswith("dora (2024)\n")
+    assert len(ran.out.splitlines()) == 7
+    (row,) = json.loads(command("methods", "--json", "qlora").out)
+    assert not row["available"]
+    ran = command("methods", "adalor")
+    assert (ran.code, ran.out) == (2, "")
+    assert "adalor: is no method that lorary knows\n      hint: did you mean `adalora`" in ran.err
+
+
+def test_a_method_that_is_a_function_tells_how_it_is_said(command: Command) -> None:
+    ran = command("methods", "lora-drop")
+    assert "say: method: {drop: {threshold: 0.9}} in a configuration, or lorary.dropped(plan, importance)" in ran.out
+    for name in FUNCTIONS:
+        with pytest.raises(MethodError, match="is none itself"):
+            lorary.method(name)
+
+
+def test_what_a_method_takes_in_training() -> None:
+    size = {row["name"]: (row["numbers"], row["bytes"]) for row in table()}
+    n = 4096 + 4096
+    assert size["lora"] == (16 * n, 16 * 16 * n)
+    assert size["lora-fa"] == (8 * n, 16 * 8 * n + 4 * 8 * n)
+    assert size["pissa"] == (16 * n, 16 * 16 * n + 4 * 16 * n)  # where it started is kept
+    assert size["vera"] == (4096 + 256, 16 * (4096 + 256))  # what all layers share is not the layer's
+    assert size["delta-lora"] == (16 * n, 16 * 16 * n + 4 * (16 * n + 1))  # the product of step K, and lambda
+    smoothed = 2 * 4 * 12 * (n + 1)  # the scores are two more numbers for each, until the choice stands
+    assert size["adalora"] == (12 * (n + 1), 16 * 12 * (n + 1) + smoothed + 12 + 8)
+    assert size["full"] == size["bitfit"] == size["lora-drop"] == (None, None)
 
 
 def every_answer() -> Iterator[dict[str, str]]:
@@ -72,7 +110,9 @@ def test_every_outcome_is_a_configuration_that_plans(tmp_path: Path) -> None:
             plans.add(planned)
             assert config.method.plan(bare).trainable > 0, answers
         assert text.startswith("# Why: ")
-    assert named == {"lora", "lora+", "lora-fa", "dora", "glora", "pissa", "vera", "multilora"}
+    assert named == {
+        *("lora", "lora+", "lora-fa", "dora", "glora", "pissa", "vera", "multilora", "adalora", "o-lora"),
+    }
 
 
 def test_every_answer_counts() -> None:
@@ -86,14 +126,26 @@ def test_every_answer_counts() -> None:
 def test_what_is_planned_is_said() -> None:
     for answers, name in (
         ({"memory": "short"}, "QLoRA"),
-        ({"layers": "differ"}, "AdaLoRA"),
         ({"context": "long"}, "LongLoRA"),
         ({"adapters": "many"}, "S-LoRA"),
-        ({"tasks": "sequence"}, "O-LoRA"),
     ):
         assert name in "\n".join(choose(answers).planned)
         assert name.lower() in PLANNED
     assert choose({"quality": "best", "convergence": "fast"}).planned == []
+    assert choose({"layers": "differ", "tasks": "sequence"}).planned == []
+
+
+def test_layers_that_differ_find_out_as_the_other_answers_allow() -> None:
+    def said(**answers: str) -> tuple[list[str], dict[str, Any]]:
+        found = choose(answers)
+        return found.names, found.method
+
+    assert said(layers="differ") == (["adalora"], {})
+    assert said(layers="search") == (["glora"], {"options": {"supernet": True}})
+    assert said(layers="differ", memory="tight") == (["lora-fa"], {"drop": {"threshold": 0.9}})
+    assert said(layers="differ", convergence="fast")[1] == {"r": 16, "ranks": {"*.mlp.*": 32}}
+    assert said(tasks="sequence", memory="tight") == (["o-lora", "lora-fa"], {"options": {"hard": True}})
+    assert said(tasks="sequence", quality="best", convergence="fast")[0] == ["o-lora", "lora+"]
 
 
 def test_answers_on_the_command_line(command: Command) -> None:

@@ -7,7 +7,7 @@ here, and the nearest that is where it is planned; the configuration's first lin
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,7 +51,11 @@ QUESTIONS = (
     Question(
         "layers",
         "Do some layers matter more than others?",
-        {"alike": "no, or nobody knows", "differ": "yes"},
+        {
+            "alike": "no, or nobody knows",
+            "differ": "yes; let the training find out",
+            "search": "yes, and there is time to search for what each of them needs",
+        },
     ),
     Question(
         "context",
@@ -152,8 +156,12 @@ def _what_is_learnt(choice: Choice, said: Mapping[str, str]) -> None:
     elif said["tasks"] == "mixed":
         choice.names.append("multilora")
         choice.why.append("MultiLoRA, since its parallel parts weigh equally in a mixture of tasks")
-    if said["tasks"] == "sequence":
-        choice.planned.append("keeping each task away from those before it (O-LoRA)")
+    elif said["tasks"] == "sequence":
+        choice.names.append("o-lora")
+        choice.why.append(
+            "O-LoRA, since each task stays away from those before it: `lorary train --after` names their adapters"
+        )
+    if said["tasks"] == "sequence" and "vera" in choice.names:
         choice.why.append("one adapter for each task, changed with lorary.switch, so that no task is forgotten")
 
 
@@ -166,6 +174,9 @@ def _memory(choice: Choice, said: Mapping[str, str]) -> None:
     else:
         choice.names.append("lora-fa")
         choice.why.append("LoRA-FA, since without a gradient for A the layers' inputs need not be kept")
+    if {"o-lora", "lora-fa"} <= set(choice.names):
+        choice.method["options"] = {"hard": True}
+        choice.why.append("hard, since a frozen A has to start away from the earlier tasks")
     if said["memory"] == "short":
         choice.model["dtype"] = "bfloat16"
         choice.planned.append("keeping the weights in 4 bits (QLoRA); until then a smaller model, or a larger machine")
@@ -176,6 +187,8 @@ def _quality(choice: Choice, said: Mapping[str, str]) -> None:
         return
     if "lora-fa" in choice.names:
         choice.why.append("no DoRA, with which most of the memory saved would be lost")
+    elif "o-lora" in choice.names:
+        choice.why.append("no DoRA, since tasks have to add up")
     else:
         choice.names.append("dora")
         choice.why.append("DoRA, since magnitude and direction learn apart, as in full fine-tuning")
@@ -186,7 +199,7 @@ def _convergence(choice: Choice, said: Mapping[str, str]) -> None:
         return
     if "vera" in choice.names:
         choice.why.append("no faster start, since VeRA has one of its own")
-    elif "multilora" not in choice.names:
+    elif not {"multilora", "o-lora"} & set(choice.names):
         choice.names.append("pissa")
         choice.why.append("PiSSA, since it starts at the directions that matter most")
     elif "lora-fa" not in choice.names:
@@ -197,18 +210,32 @@ def _convergence(choice: Choice, said: Mapping[str, str]) -> None:
 
 
 def _layers(choice: Choice, said: Mapping[str, str]) -> None:
-    if said["layers"] != "differ":
+    if said["layers"] == "alike":
         return
-    choice.planned.append("finding out which layers matter, while training (AdaLoRA) or before (LoRA-drop)")
-    if not choice.names:
+    if not choice.names and said["layers"] == "search":
         choice.names.append("glora")
         choice.method["options"] = {"supernet": True}
         choice.data["validation"] = "builtin:docstrings"
         choice.why.append("GLoRA, since `lorary search` then finds the terms that each layer is worth on held-out rows")
-        return
-    r = 256 if "vera" in choice.names else 16
-    choice.method |= {"r": r, "ranks": {"*.mlp.*": 2 * r}}
-    choice.why.append("ranks by hand: put your own globs in place of the MLP's")
+    elif not choice.names:
+        choice.names.append("adalora")
+        choice.why.append("AdaLoRA, since the directions of all layers then compete for one budget while it trains")
+    elif _can_share(choice.names):
+        choice.method["drop"] = {"threshold": 0.9}
+        choice.why.append("LoRA-drop, since a probe then finds the layers that are worth tensors of their own")
+    else:
+        r = 256 if "vera" in choice.names else 16
+        choice.method |= {"r": r, "ranks": {"*.mlp.*": 2 * r}}
+        choice.why.append("ranks by hand: put your own globs in place of the MLP's")
+
+
+def _can_share(names: Sequence[str]) -> bool:
+    """Whether LoRA-drop can be told what each layer of this method is worth, and let some of them share."""
+    import lorary
+    from lorary.methods.lora_drop import shareable
+
+    options = {"hard": True} if {"o-lora", "lora-fa"} <= set(names) else {}
+    return not shareable(lorary.method(*names, **options))
 
 
 def _context(choice: Choice, said: Mapping[str, str]) -> None:

@@ -13,10 +13,6 @@ import typer
 # The rest of the family: name, equation, citation. A method moves out of here when its file arrives.
 PLANNED = {
     "qlora": ("y = NF4(W) x + b + s B A x", "Dettmers et al. 2023, arXiv:2305.14314"),
-    "adalora": ("W' = W + s P E Q, with a budget for the rank", "Zhang et al. 2023, arXiv:2303.10512"),
-    "delta-lora": ("W itself follows the change of B A", "Zi et al. 2023, arXiv:2309.02411"),
-    "o-lora": ("A stays orthogonal to earlier tasks' A", "Wang et al. 2023, arXiv:2310.14152"),
-    "lora-drop": ("B A only where its output is large", "Zhou et al. 2024, arXiv:2402.07721"),
     "longlora": ("shifted sparse attention, norms and embeddings in full", "Chen et al. 2023, arXiv:2309.12307"),
     "lorahub": (
         "the weighted sum of many adapters, weights found without gradients",
@@ -25,8 +21,22 @@ PLANNED = {
     "s-lora": ("thousands of adapters served on one base", "Sheng et al. 2023, arXiv:2311.03285"),
 }
 
+# What is here, but is a function and not words: name, equation, citation, when to use it, how it is said.
+FUNCTIONS = {
+    "lora-drop": (
+        "g_l = sum over x of |s B_l A_l x_l|^2; layers with a small share of it share one LoRA",
+        "Zhou et al. 2024, arXiv:2402.07721",
+        "For fewer numbers than LoRA's, where a short probe on the same data is affordable.",
+        "method: {drop: {threshold: 0.9}} in a configuration, or lorary.dropped(plan, importance)",
+    ),
+}
+
+# A layer to count at: an attention projection of LLaMA-2-7B.
+WIDE = 4096
+
 
 def methods(
+    name: Annotated[str | None, typer.Argument(help="A method; empty: all of them.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every option and its default.")] = False,
     choosing: Annotated[bool, typer.Option("--choose", help="Ask a few questions; print a configuration.")] = False,
     answers: Annotated[
@@ -42,7 +52,7 @@ def methods(
 
         print(choose(_asked() if answers is None else _given(answers)).yaml(), end="")
         return
-    rows = table()
+    rows = table() if name is None else [_named(name, table())]
     if as_json:
         print(json.dumps(rows, indent=2))
         return
@@ -53,9 +63,12 @@ def methods(
         options = ", ".join(f"{key}={value}" for key, value in row["options"].items())
         lines = [row["equation"], row["when"], row["citation"] if row["year"] else ""]
         lines += [f"changes: {', '.join(row['changes'])}" if row["changes"] else ""]
+        lines += [_costs(row) if row["numbers"] else "", f"say: {row['say']}" if row["say"] != row["name"] else ""]
         for line in (*lines, f"options: {options}" if options else ""):
             if line:
                 print(textwrap.fill(line, width, initial_indent="    ", subsequent_indent="        "))
+    if name is not None:
+        return
     ready = sum(row["available"] for row in rows)
     print(f"{ready} methods, {len(rows) - ready} planned", file=sys.stderr)
 
@@ -74,20 +87,75 @@ def table() -> list[dict[str, Any]]:
             "citation": preset.citation,
             "changes": list(preset.changes),
             "when": preset.when,
+            "say": name,
             "options": preset.parameters,
             "lr": preset.lr,
         }
+        | _size(lorary.method(name))
         for name, preset in presets.items()
     ]
-    silent: dict[str, Any] = {"changes": [], "when": "", "options": {}, "lr": None}
+    silent: dict[str, Any] = {"options": {}, "lr": None, "numbers": None, "bytes": None}
+
+    def year(citation: str) -> int | None:
+        return lorary.Preset("", dict, citation).year
+
+    functions = [
+        {"name": name, "available": True, "equation": equation, "year": year(citation), "citation": citation}
+        | {"changes": ["which layers share what they learn"], "when": when, "say": say}
+        | silent
+        for name, (equation, citation, when, say) in FUNCTIONS.items()
+    ]
     planned = [
-        {"name": name, "available": False, "equation": equation}
-        | {"year": lorary.Preset(name, dict, citation).year, "citation": citation}
+        {"name": name, "available": False, "equation": equation, "year": year(citation), "citation": citation}
+        | {"changes": [], "when": "", "say": name}
         | silent
         for name, (equation, citation) in PLANNED.items()
         if name not in presets
     ]
-    return ready + planned
+    return ready + functions + planned
+
+
+def _size(method: Any) -> dict[str, int | None]:
+    """How many numbers train at a square linear layer, and the bytes that they take in training.
+
+    In 32 bits: the number, its gradient and AdamW's two moments; what the layer has that is frozen, such as where it
+    started; and the state of the rules. What all layers share is left out.
+    """
+    import math
+    from types import SimpleNamespace
+
+    import torch
+
+    from lorary.placed import Placed
+    from lorary.sites import Site
+
+    if method.delta is None:
+        return {"numbers": None, "bytes": None}
+    placed = Placed(Site("layer", "linear", WIDE, WIDE, False), method)
+    own = {role: shape for role, shape in placed.shapes.items() if role not in placed.delta.shared}
+    tensors = {role: torch.empty(shape, device="meta") for role, shape in own.items()}
+    layer: Any = SimpleNamespace(site=placed.site, method=method, p=tensors, scale=placed.scale)
+    states = [rule.start([layer], 10_000) for rule in method.rules]
+    held = sum(math.prod(shape) for shape in (*own.values(), *placed.starts.values()))
+    state = sum(t.nbytes for found in states for t in found.values())
+    return {"numbers": placed.trainable, "bytes": 4 * held + 12 * placed.trainable + state}
+
+
+def _costs(row: dict[str, Any]) -> str:
+    held = f"{row['bytes'] / 2**20:.2f} MiB with gradients, AdamW and rules"
+    return f"trains: {row['numbers']:,} numbers beside a weight of {WIDE} x {WIDE}; {held}"
+
+
+def _named(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row of one method."""
+    from lorary.errors import ConfigError, Problem, did_you_mean
+
+    said = name.lower().replace("_", "-").replace(" ", "-")
+    for row in rows:
+        if row["name"] == said:
+            return row
+    hint = did_you_mean(said, [row["name"] for row in rows])
+    raise ConfigError("there is no such method:", [Problem(name, "is no method that lorary knows", hint)])
 
 
 def _asked() -> dict[str, str]:
