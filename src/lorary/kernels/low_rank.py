@@ -16,8 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+Pair = tuple[Tensor, Tensor]
 
-def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float = 0.0) -> Tensor:
+
+def add_low_rank(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float = 0.0, still: Pair | None = None
+) -> Tensor:
     """Adds `s · (drop(x)·Aᵀ)·Bᵀ` to a layer's output, computed in the dtype of that output.
 
     Args:
@@ -30,6 +34,7 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: 
         dropout: probability in [0, 1) that an element of `x` is dropped from the adapter's input; 0 when not
             training, in steps of 2⁻¹⁶. The mask depends on the state of torch's default CPU generator alone, on
             every device.
+        still: (A [R', in], B [out, R']) that do not learn, whose product is added as well; not with dropout.
 
     Returns:
         [..., out] the sum, in `y`'s dtype. Its gradient can be taken once, not twice. The input is kept for
@@ -40,14 +45,19 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: 
         >>> y = add_low_rank(y, x, A, B, s=alpha / r)
     """
     if torch.compiler.is_compiling():  # it fuses and recomputes by itself
-        return add_low_rank_reference(y, x, A, B, s, dropout)
+        return add_low_rank_reference(y, x, A, B, s, dropout, still)
     dropout = in_steps(dropout)
     seed = draw_seed() if dropout > 0.0 else None
-    total: Tensor = _AddLowRank.apply(y, x, A, B, s, dropout, seed)  # type: ignore[no-untyped-call]
+    if still is not None and (dropout > 0.0 or any(t.requires_grad for t in still)):
+        raise ValueError("`still` is neither dropped from nor trained")
+    fixed = still or (None, None)
+    total: Tensor = _AddLowRank.apply(y, x, A, B, s, dropout, seed, *fixed)  # type: ignore[no-untyped-call]
     return total
 
 
-def add_low_rank_reference(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float = 0.0) -> Tensor:
+def add_low_rank_reference(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float = 0.0, still: Pair | None = None
+) -> Tensor:
     """The same sum as plain operations: the specification of `add_low_rank`, and what the compiler is given.
 
     Outside a compiled region it drops the very elements that `add_low_rank` drops from the same random state.
@@ -60,20 +70,32 @@ def add_low_rank_reference(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float,
             dropout = in_steps(dropout)
             kept = kept_mask(dropped.shape, dropped, dropout, draw_seed())
             dropped = dropped * kept / (1.0 - dropout)
+        if still is not None:
+            A, B = torch.cat([A, still[0].detach()]), torch.cat([B, still[1].detach()], 1)
         return y + s * F.linear(F.linear(dropped, A.to(y.dtype)), B.to(y.dtype))
 
 
 class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float, seed: int | None
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        s: float,
+        dropout: float,
+        seed: int | None,
+        still_A: Tensor | None,
+        still_B: Tensor | None,
     ) -> Tensor:
-        dtype = y.dtype
+        dtype, r = y.dtype, A.shape[0]
         with without_autocast(y.device):
+            down, up = _joined(A, still_A, 0, dtype), _joined(B, still_B, 1, dtype)
             rows = x.reshape(-1, x.shape[-1]).to(dtype)  # [T, in]
             if seed is not None:
                 rows = kept_mask(rows.shape, rows, dropout, seed).mul_(rows)
-            z = rows @ A.to(dtype).t()  # [T, R]
+            z = rows @ down.t()  # [T, R + R']
             # 1/(1-p) of inverted dropout rides on the scale: one pass over the activation less.
             scale = s / (1.0 - dropout)
             if may_overwrite(y, x):
@@ -81,16 +103,18 @@ class _AddLowRank(torch.autograd.Function):
                 # that is a view is no obstacle; and a layer that had kept y for its own backward fails loudly
                 # on the version instead of computing with a changed value.
                 total = y.detach()
-                total.view(-1, B.shape[0]).addmm_(z, B.to(dtype).t(), alpha=scale)
+                total.view(-1, B.shape[0]).addmm_(z, up.t(), alpha=scale)
             else:
                 flat = y.reshape(-1, B.shape[0])
-                total = torch.addmm(flat, z, B.to(dtype).t(), alpha=scale).view(y.shape)
+                total = torch.addmm(flat, z, up.t(), alpha=scale).view(y.shape)
         _, x_wants, a_wants, b_wants, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
             x if a_wants else None,
-            z if b_wants else None,
+            (z if still_A is None else z[:, :r].clone()) if b_wants else None,
             A if x_wants else None,
             B if x_wants or a_wants else None,
+            still_A if x_wants else None,
+            still_B if x_wants else None,
         )
         ctx.x_shape, ctx.scale, ctx.dropout, ctx.seed = x.shape, scale, dropout, seed
         return total
@@ -98,7 +122,7 @@ class _AddLowRank(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        x, z, A, B = ctx.saved_tensors
+        x, z, A, B, still_A, still_B = ctx.saved_tensors
         dtype, width = gy.dtype, ctx.x_shape[-1]
         _, x_wants, a_wants, b_wants, *_ = ctx.needs_input_grad
         gx = gA = gB = None
@@ -110,15 +134,19 @@ class _AddLowRank(torch.autograd.Function):
             if b_wants:
                 gB = _scaled(ctx.scale, z.t(), g).t()  # [out, R]: faster this way round
             if x_wants or a_wants:
-                gz = _scaled(ctx.scale, g, B.to(dtype))  # [T, R]
+                gz = _scaled(ctx.scale, g, _joined(B, still_B, 1, dtype))  # [T, R + R']
             if x_wants:
-                gx = gz @ A.to(dtype)  # [T, in]
+                gx = gz @ _joined(A, still_A, 0, dtype)  # [T, in]
                 gx = (gx if kept is None else gx.mul_(kept)).view(ctx.x_shape)
             if a_wants:
                 rows = x.reshape(-1, width).to(dtype)
                 rows = rows if kept is None else kept.mul_(rows)  # the mask is not needed any more
-                gA = gz.t() @ rows  # [R, in]
-        return gy, gx, gA, gB, None, None, None  # autograd casts each to the dtype of its tensor
+                gA = gz[:, : B.shape[1]].t() @ rows  # [R, in]
+        return gy, gx, gA, gB, None, None, None, None, None  # autograd casts each to the dtype of its tensor
+
+
+def _joined(factor: Tensor, still: Tensor | None, dim: int, dtype: torch.dtype) -> Tensor:
+    return factor.to(dtype) if still is None else torch.cat([factor.to(dtype), still.to(dtype)], dim)
 
 
 def _scaled(s: float, left: Tensor, right: Tensor) -> Tensor:

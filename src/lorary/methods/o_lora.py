@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lorary.fields import AMOUNT, COUNT, FLAG, SIZES, one_of
+from lorary.kernels.low_rank import add_low_rank
 from lorary.methods.lora import Add
 from lorary.preset import preset
 from lorary.shards import own, together
@@ -67,12 +68,12 @@ class Tasks(Delta):
 
     def add(self, layer: Layer, y: Tensor, x: Tensor, dropout: float) -> Tensor:
         p, add = layer.tensors, layer.kind.add
-        if self.past and not dropout:
-            B, A = layer.factors()
-            return add(layer.base, y, x, A, B, layer.scale, 0.0)
-        if self.past:
+        B = layer.site.place(p["B"])
+        if self.past and layer.kind.rowwise and not dropout:
+            return add_low_rank(y, x, p["A"], B, layer.scale, still=(p["A_past"], p["B_past"]))
+        if self.past:  # by itself, for it is never dropped from
             y = add(layer.base, y, x, p["A_past"], p["B_past"], layer.scale, 0.0)
-        return add(layer.base, y, x, p["A"], layer.site.place(p["B"]), layer.scale, dropout)
+        return add(layer.base, y, x, p["A"], B, layer.scale, dropout)
 
     def after(self, past: Sequence[tuple[Tensor, Tensor]], scale: float) -> tuple[Delta, dict[str, Tensor]]:
         delta = dataclasses.replace(self, past=tuple(A.shape[0] for _, A in past))
