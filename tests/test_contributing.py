@@ -33,7 +33,8 @@ def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def laws(folder: Path, file: str, chosen: str) -> subprocess.CompletedProcess[str]:
     """Runs the chosen laws with `file` as one method more."""
     (folder / "lora_xs.py").write_text(file, encoding="utf-8")
-    return python(folder, "-m", "pytest", "-p", "lora_xs", "-p", "no:cacheprovider", "tests/laws", "-k", chosen)
+    tests = ["-p", "no:cacheprovider", "tests/laws/test_laws.py", "-k", chosen]
+    return python(folder, "-m", "pytest", "-p", "lora_xs", *tests)
 
 
 def test_the_file_works_as_shown(tmp_path: Path) -> None:
@@ -61,7 +62,7 @@ def test_the_table_of_words_names_all_that_a_word_may_have(protocol: type) -> No
 def test_the_laws_find_it_and_hold(tmp_path: Path) -> None:
     done = laws(tmp_path, example()[0], "[lora-xs- and float32")  # alone, on every kind of layer
     assert done.returncode == 0, done.stdout
-    assert int(done.stdout.split(" passed")[0].split()[-1]) > 50, done.stdout
+    assert int(done.stdout.split(" passed")[0].split()[-1]) > 15, done.stdout
 
 
 @pytest.mark.slow
@@ -69,6 +70,6 @@ def test_the_laws_notice_a_mistake(tmp_path: Path) -> None:
     """R that does not start at zero moves the model at step 0."""
     wrong = example()[0].replace('p["R"].zero_()', 'p["R"].fill_(0.1)')
     assert wrong != example()[0]
-    done = laws(tmp_path, wrong, "[lora-xs-linear-float32-nothing_moves")
+    done = laws(tmp_path, wrong, "law_holds and [lora-xs-linear-float32")
     assert done.returncode == 1
-    assert "nothing_moves_at_step_0" in done.stdout
+    assert "the law: nothing_moves_at_step_0" in done.stdout
