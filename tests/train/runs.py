@@ -27,7 +27,7 @@ def llama(**changes: Any) -> LlamaForCausalLM:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=VOCABULARY, **changes))
+        return LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, vocab_size=VOCABULARY, **(sizes | changes)))
 
 
 def adapted(*presets: str, targets: Any = "all-linear", seed: int = 0, model: Any = None, **options: Any) -> Any:

@@ -202,6 +202,14 @@ def shareable(method: Method) -> list[Problem]:
     return problems
 
 
+def announced(threshold: float, sample: float) -> str:
+    """What a probe will do to a plan, for whoever looks at the plan before."""
+    return (
+        f"LoRA-drop: a probe on {sample:.3g} of the training rows will choose which layers keep tensors of their own "
+        f"(T = {threshold:g}); the others of a module kind will share one set"
+    )
+
+
 def unknown_sites(found: Iterable[str], planned: Iterable[str]) -> list[Problem]:
     """How the layers that were measured are not those of a plan."""
     here, there = set(planned), set(found)

@@ -7,13 +7,14 @@ is a key that would have no effect beside another one (`lorary.train.contradicti
 
 from __future__ import annotations
 
-import re
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, Strict
+from pydantic import BeforeValidator, Field, PrivateAttr
 from pydantic.fields import FieldInfo
 
+from lorary.train.fields import Alpha, Count, Rank, Real, Section, Sources, Tracker, Whole, Words, words_of
 from lorary.train.yaml_source import dump
 
 if TYPE_CHECKING:
@@ -24,41 +25,8 @@ if TYPE_CHECKING:
 
 LORA_LR = 2e-4
 
-_DECIMAL = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads `2e-4` as text; whoever writes it means the number."""
-    return float(value) if isinstance(value, str) and _DECIMAL.fullmatch(value) else value
-
-
-def _words(value: Any) -> Any:
-    """`"lora, rslora"` is the list of its words; the comma in `c_attn[q,v]` divides nothing."""
-    return [word.strip() for word in re.split(r",(?![^\[]*\])", value)] if isinstance(value, str) else value
-
-
-def _one(value: Any) -> Any:
-    """One path stands for the list of it."""
-    return [value] if isinstance(value, str) else value
-
-
-Whole = Annotated[int, Strict()]  # a boolean, a text or 4.5 is not a whole number
-Real = Annotated[float, BeforeValidator(_number), Strict(), Field(allow_inf_nan=False)]
-Rank = Annotated[Whole, Field(ge=1, le=65_536)]
-Alpha = Annotated[Real, Field(gt=0, le=1e6)]
-Count = Annotated[Whole, Field(ge=1, le=1_000_000_000)]
-Words = Annotated[tuple[str, ...], BeforeValidator(_words), Field(min_length=1)]
-Sources = Annotated[tuple[str, ...], BeforeValidator(_one), Field(min_length=1)]
-Tracker = Literal["none", "tensorboard", "wandb", "trackio"]
-
-
-class _Section(BaseModel):
-    """What every section is: closed and frozen."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class ModelSection(_Section):
+class ModelSection(Section):
     """The base model."""
 
     id: str = Field(min_length=1, description="Hub id, folder, or builtin:base (shipped with lorary, works offline)")
@@ -73,7 +41,21 @@ class ModelSection(_Section):
     trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
 
 
-class MethodSection(_Section):
+class DropSection(Section):
+    """LoRA-drop: layers in which a short probe learns little share one LoRA."""
+
+    threshold: Annotated[Real, Field(gt=0, lt=1)] = Field(
+        default=0.9, description="layers are kept until they have this share of their module kind's importance"
+    )
+    sample: Annotated[Real, Field(gt=0, le=1)] = Field(
+        default=0.1, description="share of the training rows that the probe learns from"
+    )
+    steps: Annotated[Whole, Field(ge=2, le=1_000_000_000)] | None = Field(
+        default=None, description="optimizer steps of the probe; empty: one pass over its rows"
+    )
+
+
+class MethodSection(Section):
     """What is learnt, and where."""
 
     name: Words = Field(
@@ -90,13 +72,16 @@ class MethodSection(_Section):
         default=("all-linear",),
         description="all-linear, attention, attention-qv, mlp, embedding, conv, component names, or globs",
     )
-    exclude: Annotated[tuple[str, ...], BeforeValidator(_words)] = Field(
+    exclude: Annotated[tuple[str, ...], BeforeValidator(words_of)] = Field(
         default=(), description="component names or globs that stay frozen although targets names them"
     )
     ranks: dict[str, Rank] = Field(default={}, description='ranks of single sites by glob, such as {"*.down_proj": 4}')
     alphas: dict[str, Alpha] = Field(default={}, description="alphas of single sites by glob")
     options: dict[str, Any] = Field(
         default={}, description="parameters of the presets themselves, such as {ratio: 16} for lora+"
+    )
+    drop: DropSection | None = Field(
+        default=None, description="LoRA-drop, such as {threshold: 0.9, sample: 0.1}; empty: every layer has its own"
     )
 
     def build(self) -> Method:
@@ -116,10 +101,15 @@ class MethodSection(_Section):
         """Where that method goes in a model; nothing is touched. Raises what `build` and `lorary.plan` raise."""
         from lorary.planning import plan
 
-        return plan(model, self.build(), self.targets, ranks=self.ranks, alphas=self.alphas, exclude=self.exclude)
+        made = plan(model, self.build(), self.targets, ranks=self.ranks, alphas=self.alphas, exclude=self.exclude)
+        if self.drop is None:
+            return made
+        from lorary.methods.lora_drop import announced
+
+        return dataclasses.replace(made, notes=(*made.notes, announced(self.drop.threshold, self.drop.sample)))
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """What it is learnt from."""
 
     train: Sources = Field(
@@ -151,7 +141,7 @@ class DataSection(_Section):
     )
 
 
-class TrainingSection(_Section):
+class TrainingSection(Section):
     """How it is learnt."""
 
     epochs: Annotated[Real, Field(gt=0, le=100_000)] | None = Field(
@@ -186,6 +176,9 @@ class TrainingSection(_Section):
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations: less memory, a third more time"
     )
+    bf16: bool = Field(
+        default=False, description="compute in bfloat16 where the weights are kept in float32 (autocast)"
+    )
     seed: Annotated[Whole, Field(ge=0, le=2**32 - 1)] = Field(
         default=42, description="of the data order, the start and dropout"
     )
@@ -200,7 +193,10 @@ class TrainingSection(_Section):
     early_stopping_patience: Count | None = Field(
         default=None, description="stop after this many evaluations without a better loss, and keep the best"
     )
-    report_to: Annotated[tuple[Tracker, ...], BeforeValidator(_words), Field(min_length=1)] = Field(
+    keep_best: bool = Field(
+        default=False, description="the result is the adapter of the best evaluation, not of the last step"
+    )
+    report_to: Annotated[tuple[Tracker, ...], BeforeValidator(words_of), Field(min_length=1)] = Field(
         default=("none",), description="tensorboard, wandb, trackio; metrics.jsonl is always written"
     )
     dpo_beta: Annotated[Real, Field(gt=0, le=1000)] | None = Field(
@@ -208,7 +204,7 @@ class TrainingSection(_Section):
     )
 
 
-class Config(_Section):
+class Config(Section):
     """One training run.
 
     Build it from a file with `lorary.train.config_file.load`, from a dictionary with

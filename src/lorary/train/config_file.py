@@ -21,6 +21,7 @@ from lorary.train.explain import explain
 from lorary.train.names import Canonical, apply_flags, canonical
 from lorary.train.yaml_source import Place, Source, parse, read, scalar
 
+_BY_KEY = (("method", "options"), ("method", "drop"))  # what a later source changes key by key
 _YAML = ("[", "{", "'", '"')  # a value that begins otherwise is meant as it stands: *.q_proj is no alias
 
 
@@ -110,7 +111,7 @@ def _position(problem: Problem) -> tuple[int, int, int]:
 
 
 def _merged(parts: Sequence[Canonical]) -> Canonical:
-    """Later parts over earlier ones: sections and preset options by key, everything else as a whole."""
+    """Later parts over earlier ones: sections, preset options and LoRA-drop by key, everything else as a whole."""
     whole = Canonical()
     for part in parts:
         for key, value in part.tree.items():
@@ -119,8 +120,9 @@ def _merged(parts: Sequence[Canonical]) -> Canonical:
                 continue
             section = whole.tree.setdefault(key, {})
             for inner, inner_value in value.items():
-                if (key, inner) == ("method", "options"):
-                    section["options"] = section.get("options", {}) | inner_value
+                if (key, inner) in _BY_KEY and isinstance(inner_value, dict):
+                    before = section.get(inner)
+                    section[inner] = (before if isinstance(before, dict) else {}) | inner_value
                 else:
                     section[inner] = inner_value
                     _forget(whole, (key, inner))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lorary.errors import Problem
+from lorary.errors import MethodError, Problem
 from lorary.train.config import Config
 
 Found = list[tuple[str, Problem]]
@@ -12,7 +12,7 @@ Found = list[tuple[str, Problem]]
 
 def contradictions(config: Config) -> Found:
     """Every one: (the key to point at, the problem)."""
-    return [*_unused(config), *_steps(config), *_paths(config)]
+    return [*_unused(config), *_steps(config), *_drop(config), *_paths(config)]
 
 
 def _unused(c: Config) -> Found:
@@ -25,8 +25,8 @@ def _unused(c: Config) -> Found:
 
     if c.data.validation is not None and c.data.validation_split > 0:
         refuse("data.validation_split", "has no effect beside `data.validation`", "keep one of the two")
-    for key in ("eval_steps", "early_stopping_patience"):
-        if getattr(c.training, key) is not None and not held_out:
+    for key in ("eval_steps", "early_stopping_patience", "keep_best"):
+        if getattr(c.training, key) not in (None, False) and not held_out:
             refuse(
                 f"training.{key}",
                 "has no effect without held-out data",
@@ -34,6 +34,14 @@ def _unused(c: Config) -> Found:
             )
     if c.training.epochs is not None and c.training.max_steps is not None:
         refuse("training.epochs", "`epochs` and `max_steps` both say when to stop", "keep one of the two")
+    if c.training.bf16 and c.model.dtype == "bfloat16":
+        refuse("training.bf16", "has no effect: weights in bfloat16 compute in bfloat16", "remove it")
+    if c.training.bf16 and c.model.dtype == "float16":
+        refuse("training.bf16", "the weights are in float16, and compute in it", "keep one of the two")
+    if c.training.keep_best and c.training.early_stopping_patience is not None:
+        refuse(
+            "training.keep_best", "has no effect beside `early_stopping_patience`, which keeps the best", "remove it"
+        )
     if c.task == "sft" and c.training.dpo_beta is not None:
         refuse("training.dpo_beta", "has no effect when task is `sft`", "remove it, or set task: dpo")
     if c.task == "dpo" and c.data.packing:
@@ -67,13 +75,27 @@ def _steps(c: Config) -> Found:
     if t.max_steps is not None and t.warmup > t.max_steps:
         what = f"{t.warmup:g} warmup steps, but the run ends after {t.max_steps}"
         found.append(("training.warmup", Problem("", what, "a value below 1 is a share of the steps")))
-    if t.early_stopping_patience is not None and t.eval_steps != t.save_steps:
+    best = "keep_best" if t.keep_best else "early_stopping_patience" if t.early_stopping_patience is not None else ""
+    if best and t.eval_steps != t.save_steps:
         unaligned = t.eval_steps is None or t.save_steps is None or t.save_steps % t.eval_steps
         if unaligned:
             what = "the best model can only be kept when every checkpoint falls on an evaluation"
             fix = "make save_steps a multiple of eval_steps, or leave both empty"
-            found.append(("training.early_stopping_patience", Problem("", what, fix)))
+            found.append((f"training.{best}", Problem("", what, fix)))
     return found
+
+
+def _drop(c: Config) -> Found:
+    """A method whose layers cannot share."""
+    if c.method.drop is None:
+        return []
+    from lorary.methods.lora_drop import shareable
+
+    try:
+        method = c.method.build()
+    except MethodError:  # told where its words were written
+        return []
+    return [("method.drop", Problem("", problem.what, problem.fix)) for problem in shareable(method)]
 
 
 def _paths(c: Config) -> Found:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, broadcast_object_list
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from lorary.errors import Problem, TrainingError
+from lorary.errors import LoraryError, Problem, TrainingError
+
+T = TypeVar("T")
 
 
 def processes() -> PartialState:
@@ -22,6 +25,36 @@ def processes() -> PartialState:
 def on_cpus() -> bool:
     """Whether there is nothing here but CPUs."""
     return not torch.accelerator.is_available()
+
+
+def by_first(work: Callable[[], T]) -> T:
+    """Does some work in the first process alone and gives its result, or its error, to all."""
+    outcome: list[Any] = [None, None]
+    if processes().is_main_process:
+        try:
+            outcome = [work(), None]
+        except LoraryError as error:
+            outcome = [None, error]
+    if processes().num_processes > 1:
+        broadcast_object_list(outcome)
+    result, failure = outcome
+    if failure is not None:
+        raise failure
+    found: T = result
+    return found
+
+
+def refuse_shares() -> None:
+    """Layers that train one set of tensors in common cannot be sharded.
+
+    FSDP2 shards the tensors of a layer together with the layer: what two layers hold it would have to shard twice.
+
+    Raises:
+        TrainingError: always.
+    """
+    what = "shards every layer with its tensors, and those of layers that share (LoRA-drop) would be in two shards"
+    problem = Problem("fsdp", what, "train with DDP, or without LoRA-drop")
+    raise TrainingError("this way of distributing cannot train an adapter:", [problem])
 
 
 def check_strategy(state: Any) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lorary.errors import Problem, suggestion
+from lorary.errors import Problem, did_you_mean, suggestion
+from lorary.train.config import DropSection
 from lorary.train.names import Canonical, show
 from lorary.train.yaml_source import Place
 
@@ -52,6 +53,11 @@ def _problem(complaint: dict[str, Any], read_: Canonical) -> Problem:
         return Problem(where, f"`{key}` must be {words} {_limit(limits[name])}, not {show(value)}")
     if kind == "literal_error":
         return _choice(where, key, value, str(limits["expected"]))
+    if kind == "extra_forbidden":  # in a section within a section; the others' keys have been looked at before
+        known = list(DropSection.model_fields)
+        return Problem(
+            where, f"unknown key `{place[-1]}` in `{_dotted(place[:-1])}`", did_you_mean(str(place[-1]), known)
+        )
     if kind in ("too_short", "string_too_short"):
         return Problem(where, f"`{key}` is empty")
     return Problem(where, f"`{key}` must be {_KINDS[kind]}, not {show(value)}")

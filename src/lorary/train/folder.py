@@ -6,6 +6,7 @@ sample.txt             the first row as the model sees it, what is learnt marked
 metrics.jsonl          one line for each logged step and evaluation
 events.log             what happened, with the time
 plots/loss.svg         the loss over the steps
+importance.json        what LoRA-drop's probe found, and plots/importance.svg; only with method.drop
 checkpoints/           to resume from
 adapter/               the result
 searched/              what a search made of it, where it is a supernet
@@ -33,9 +34,23 @@ from lorary.train.config import Config
 CONFIG, ENVIRONMENT, SAMPLE = "config.resolved.yaml", "env.json", "sample.txt"
 METRICS, EVENTS, PLOTS = "metrics.jsonl", "events.log", "plots"
 CHECKPOINTS, ADAPTER, CARD, LOCK = "checkpoints", "adapter", "README.md", ".lock"
-SEARCHED = "searched"
+SEARCHED, IMPORTANCE = "searched", "importance.json"
 TRACKERS = ("runs", "wandb", "trackio")  # what loggers may leave here
-OWN = (CONFIG, ENVIRONMENT, SAMPLE, METRICS, EVENTS, PLOTS, CHECKPOINTS, ADAPTER, SEARCHED, CARD, LOCK, *TRACKERS)
+OWN = (
+    CONFIG,
+    ENVIRONMENT,
+    SAMPLE,
+    METRICS,
+    EVENTS,
+    PLOTS,
+    CHECKPOINTS,
+    ADAPTER,
+    SEARCHED,
+    IMPORTANCE,
+    CARD,
+    LOCK,
+    *TRACKERS,
+)
 
 # What may differ between a run and its resumption without changing a number.
 _FREE = {"output", "training.save_total_limit", "training.report_to", "training.eval_batch_size"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +70,13 @@ def prepare(config: Config, *, processes: int = 1) -> Prepared:
     memory = _memory(config, bare, plan, found)
     notes = (*config.notes, *data.notes, *found.notes, *plan.notes, *_dtype_note(config))
     return Prepared(config, tokenizer, train, held_out, found, plan, memory, _steps(config, train, processes), notes)
+
+
+def replanned(prepared: Prepared, plan: Plan) -> Prepared:
+    """The same run with another plan for the same model: what it will take, and its notes, are those of that plan."""
+    memory = _memory(prepared.config, skeleton(prepared.config.model), plan, prepared.lint)
+    notes = [note for note in prepared.notes if note not in prepared.plan.notes]
+    return dataclasses.replace(prepared, plan=plan, memory=memory, notes=(*notes, *plan.notes))
 
 
 def _memory(config: Config, bare: Any, plan: Plan, found: Lint) -> Memory:

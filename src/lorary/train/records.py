@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +49,15 @@ class Offenders:
         more = [Problem("", f"and {self.count - SHOWN:,} more")] if self.count > SHOWN else []
         of = f"{self.count:,} of {rows:,} rows" if rows >= self.count else f"{self.count:,} rows"
         raise DataError(f"{of} of {name} cannot be used:", [*self.shown, *more])
+
+
+def source_of(where: str) -> str:
+    """The file or data set that a row is from, by where it is.
+
+    >>> source_of("train.jsonl:12"), source_of("builtin:docstrings: row 3")
+    ('train.jsonl', 'builtin:docstrings')
+    """
+    return re.sub(r":(?: row )?\d+$", "", where)
 
 
 def texts(value: Any) -> Iterator[str]:

@@ -5,29 +5,27 @@ from __future__ import annotations
 import json
 import logging
 import platform
+import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import datasets
 import torch
 import transformers
-from accelerate.utils import broadcast_object_list
-from datasets import Dataset
-from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 
-import lorary
 from lorary.errors import LoraryError
+from lorary.shrinking import directions_of
 from lorary.train import checkpoint, usage
-from lorary.train.arguments import arguments
+from lorary.train.assembly import model_of, trainer_of
 from lorary.train.card import Facts, card, versions
 from lorary.train.config import Config
-from lorary.train.distributed import processes
-from lorary.train.dpo import DPOTrainer
+from lorary.train.distributed import by_first, processes
+from lorary.train.dropping import chosen
 from lorary.train.folder import (
     ADAPTER,
     CARD,
@@ -40,15 +38,12 @@ from lorary.train.folder import (
     RunFolder,
 )
 from lorary.train.lint import text
-from lorary.train.models import load_model
-from lorary.train.packing import check_packing
 from lorary.train.preparation import Prepared, prepare
 from lorary.train.progress import ProgressLines
 from lorary.train.recording import LastEvaluation, Recorder
-from lorary.train.sft import SFTTrainer
+from lorary.train.saving import adapter_of
 
 _log = logging.getLogger("lorary.train")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -111,7 +106,7 @@ def run(
         stack.enter_context(warnings.catch_warnings())
         # TRL asks Transformers by a name that is going.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        _first(lambda: stack.enter_context(folder.opened(prepared.config, resume=resume, overwrite=overwrite)))
+        by_first(lambda: stack.enter_context(folder.opened(prepared.config, resume=resume, overwrite=overwrite)))
         if processes().is_main_process:
             stack.enter_context(_events(folder / EVENTS))
         try:
@@ -127,16 +122,23 @@ def _run(
     first = processes().is_main_process
     found: tuple[Path | None, tuple[str, ...]] = (None, ())
     if resume:
-        found = _first(lambda: checkpoint.newest(folder / CHECKPOINTS))
+        found = by_first(lambda: checkpoint.newest(folder / CHECKPOINTS))
     resumed, skipped = found
     if first:
         _begin(prepared, folder, resumed, skipped, resume)
+    if prepared.config.method.drop is not None:
+        prepared, signal = chosen(prepared, folder, resumed=resumed is not None, quiet=quiet)
+        if signal:
+            _log.info("interrupted in the probe, which begins anew with --resume")
+            return Run(folder.path, 0, (), signal, 0.0, None, 0)
     usage.restart()
     before = usage.now()
-    model = _model(prepared)
+    model = model_of(prepared)
     bar = ProgressLines()
-    shown = [Recorder(folder), LastEvaluation(), *([] if quiet else [bar]), *callbacks]
+    recorder = Recorder(folder)
+    shown = [recorder, LastEvaluation(), *([] if quiet else [bar]), *callbacks]
     trainer = trainer_of(prepared, model, folder / CHECKPOINTS, resumed=resumed is not None, callbacks=shown)
+    trainer.predicted, recorder.figures = prepared.memory, trainer.figures
     start = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
@@ -173,6 +175,8 @@ def _end(prepared: Prepared, folder: RunFolder, done: Run, tokens: int) -> None:
     from lorary.inspect.plots import loss_svg  # matplotlib takes a second to import
 
     folder.write(f"{PLOTS}/loss.svg", loss_svg(done.history))
+    if any("ranks" in record for record in done.history) and not done.interrupted:
+        _draw_ranks(folder)
     if done.interrupted:
         _log.info("interrupted at step %d; resume with --resume", done.steps)
         return
@@ -196,40 +200,13 @@ def _end(prepared: Prepared, folder: RunFolder, done: Run, tokens: int) -> None:
     _log.info("done: %d steps in %.0f s, adapter in %s", done.steps, done.seconds, done.adapter)
 
 
-def _model(prepared: Prepared) -> Any:
-    """The base with its method attached."""
-    return lorary.attach(load_model(prepared.config.model), prepared.plan, seed=prepared.config.training.seed)
+def _draw_ranks(folder: RunFolder) -> None:
+    """The ranks that are left, of the adapter as it has been saved."""
+    from lorary.inspect.heatmap import ranks_svg
 
-
-def trainer_of(prepared: Prepared, model: Any, output: Path, *, resumed: bool, callbacks: list[TrainerCallback]) -> Any:
-    """The trainer of a run.
-
-    Args:
-        prepared: the run.
-        model: with its method attached.
-        output: the folder of the checkpoints.
-        resumed: whether the run goes on.
-        callbacks: Transformers' callbacks.
-    """
-    held_out = bool(prepared.held_out and prepared.held_out.rows)
-    args = arguments(prepared.config, output, held_out=held_out, resumed=resumed)
-    patience = prepared.config.training.early_stopping_patience
-    if patience is not None:
-        callbacks = [*callbacks, EarlyStoppingCallback(early_stopping_patience=patience)]
-    kind = DPOTrainer if prepared.config.task == "dpo" else SFTTrainer
-    with _no_bars():
-        trainer = kind(
-            model=model,
-            args=args,
-            train_dataset=Dataset.from_list(list(prepared.train.rows)),
-            eval_dataset=Dataset.from_list(list(prepared.held_out.rows)) if prepared.held_out and held_out else None,
-            processing_class=prepared.tokenizer,
-            callbacks=callbacks,
-        )
-    trainer.remove_callback(PrinterCallback)
-    if prepared.config.data.packing:
-        check_packing(model, trainer.data_collator)
-    return trainer
+    placed = adapter_of(folder.path).placed
+    ranks = {p.site.name: directions_of(p) for p in placed}
+    folder.write(f"{PLOTS}/ranks.svg", ranks_svg(ranks, max(p.r for p in placed)))
 
 
 def environment() -> dict[str, Any]:
@@ -246,39 +223,10 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _first(work: Callable[[], T]) -> T:
-    """Does some work in the first process alone and gives its result, or its error, to all."""
-    outcome: list[Any] = [None, None]
-    if processes().is_main_process:
-        try:
-            outcome = [work(), None]
-        except LoraryError as error:
-            outcome = [None, error]
-    if processes().num_processes > 1:
-        broadcast_object_list(outcome)
-    result, failure = outcome
-    if failure is not None:
-        raise failure
-    found: T = result
-    return found
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Without datasets' own progress bars, for what takes a moment."""
-    before = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not before:
-            datasets.enable_progress_bars()
-
-
 @contextmanager
 def _events(path: Path) -> Iterator[None]:
     """What lorary says goes to `events.log` too, with the time."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _Events(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     _log.addHandler(handler)
     level = _log.level
@@ -288,4 +236,13 @@ def _events(path: Path) -> Iterator[None]:
     finally:
         _log.removeHandler(handler)
         _log.setLevel(level)
-        handler.close()
+        with suppress(OSError):
+            handler.close()
+
+
+class _Events(logging.FileHandler):
+    """A file that a full disk may cut short: the run's own error, which nobody must miss, says that it is full."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)

@@ -17,12 +17,12 @@ from lorary.errors import ConfigError, FileError, Problem
 from lorary.evolution import Evolution, Found
 from lorary.formats.atomic import remove_stale
 from lorary.train import checkpoint, saving
+from lorary.train.assembly import trainer_of
 from lorary.train.config import Config
 from lorary.train.config_file import load
 from lorary.train.folder import ADAPTER, CHECKPOINTS, CONFIG, SEARCHED, RunFolder
 from lorary.train.models import load_model
 from lorary.train.preparation import prepare
-from lorary.train.runner import trainer_of
 
 RECORD = "search.json"
 

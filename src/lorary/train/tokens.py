@@ -13,7 +13,7 @@ from typing import Any
 from lorary.errors import DataError, Problem
 from lorary.train import chat, encode
 from lorary.train.config import DataSection
-from lorary.train.records import Offenders
+from lorary.train.records import Offenders, source_of
 from lorary.train.shapes import Chat, Example, Pair, Preference, Text
 
 IGNORED = -100
@@ -33,6 +33,7 @@ class Tokens:
         split: examples that became several rows.
         joined: examples whose prompt ends in a token that the answer shares.
         plain: whether everything is learnt, as in plain text.
+        sources: of every row, the file or data set that it is from.
     """
 
     rows: tuple[Row, ...]
@@ -42,6 +43,7 @@ class Tokens:
     split: int = 0
     joined: int = 0
     plain: bool = False
+    sources: tuple[str, ...] = ()
 
 
 def tokenize(examples: Sequence[Example], tokenizer: Any, section: DataSection) -> Tokens:
@@ -117,8 +119,9 @@ def _fitted(rows: list[Row], examples: Sequence[Example], section: DataSection, 
     if policy == "error":
         _refuse_overlong(lengths, examples, section)
     fitted: list[Row] = []
+    sources: list[str] = []
     truncated = dropped = split = 0
-    for row, length in zip(rows, lengths, strict=True):
+    for example, row, length in zip(examples, rows, lengths, strict=True):
         if length <= most:
             fitted.append(row)
         elif policy == "split":
@@ -130,7 +133,8 @@ def _fitted(rows: list[Row], examples: Sequence[Example], section: DataSection, 
             fitted.append({key: ids[:most] for key, ids in row.items()})
         else:
             dropped += 1
-    return Tokens(tuple(fitted), lengths, truncated, dropped, split, joined, plain)
+        sources += [source_of(example.where)] * (len(fitted) - len(sources))
+    return Tokens(tuple(fitted), lengths, truncated, dropped, split, joined, plain, tuple(sources))
 
 
 def _refuse_overlong(lengths: Sequence[int], examples: Sequence[Example], section: DataSection) -> None:
@@ -171,9 +175,10 @@ def _preferences(examples: Sequence[Example], tokenizer: Any, section: DataSecti
     if section.overlong == "split":
         what = "`split` makes several rows of one, and only plain text can be divided anywhere"
         raise DataError("cannot shorten the data:", [Problem("data.overlong", what, "use drop or truncate")])
-    fitted = []
+    fitted: list[Row] = []
+    sources: list[str] = []
     truncated = dropped = 0
-    for row, length in zip(rows, lengths, strict=True):
+    for example, row, length in zip(examples, rows, lengths, strict=True):
         room = most - len(row["prompt_ids"])
         if length <= most:
             fitted.append(row)
@@ -182,4 +187,5 @@ def _preferences(examples: Sequence[Example], tokenizer: Any, section: DataSecti
             fitted.append(row | {key: row[key][:room] for key in answers})
         else:
             dropped += 1
-    return Tokens(tuple(fitted), lengths, truncated, dropped, 0, joined)
+        sources += [source_of(example.where)] * (len(fitted) - len(sources))
+    return Tokens(tuple(fitted), lengths, truncated, dropped, 0, joined, sources=tuple(sources))
