@@ -30,6 +30,8 @@ def _arm(name: str, method: lorary.Method, first: int) -> Arm:
 
 
 LORA = replace(_arm("LoRA", lora("lora"), first=4), short=False)
+SAME_RATE = 2e-3  # PiSSA's best and OLoRA's: the papers give LoRA the rate that they take themselves
+LORA_SAME = replace(LORA, name=f"LoRA at {SAME_RATE:g}, too", short=True, rate=SAME_RATE)
 LORA_PLUS = _arm("LoRA+", lora("lora+"), first=2)
 PISSA = _arm("PiSSA", lora("pissa"), first=3)
 OLORA = _arm("OLoRA", lora("olora"), first=3)

@@ -42,7 +42,8 @@ class Row:
     def difference(self, bench: Bench) -> Difference:
         """The method's figure less the other's, each at its own best learning rate."""
         horizon = self.horizon(bench)
-        return paired(*self.measure(bench.runs(self.method, horizon), bench.runs(self.against, horizon), horizon))
+        runs = list(zip(bench.runs(self.method, horizon), bench.runs(self.against, horizon), strict=False))
+        return paired(*self.measure([ours for ours, _ in runs], [theirs for _, theirs in runs], horizon))
 
     def verdict(self, found: Difference) -> str:
         """Whether the claim holds at this size."""
@@ -51,11 +52,12 @@ class Row:
         return "no" if found.low > 0 else "no difference seen"
 
 
-def _faster(claim: str, method: Arm) -> list[Row]:
-    return [
-        Row(claim, method, arms.LORA, "steps to a loss", speed, unit="steps"),
-        Row(claim, method, arms.LORA, "loss in the end", loss),
-    ]
+def _faster(claim: str, method: Arm, *against: Arm) -> list[Row]:
+    rows = []
+    for other in against:
+        rows.append(Row(claim, method, other, "steps to a loss", speed, unit="steps"))
+        rows.append(Row(claim, method, other, "loss in the end", loss))
+    return rows
 
 
 def _continual(claim: str, method: Arm, against: Arm) -> list[Row]:
@@ -79,9 +81,9 @@ _DROP_SAME = "none: better than to spend the same numbers everywhere"
 _FULL = "as good as full fine-tuning (arXiv:2106.09685)"
 
 ROWS: dict[str, list[Row]] = {
-    "lora+": _faster(_PLUS, arms.LORA_PLUS),
-    "pissa": _faster(_PISSA, arms.PISSA),
-    "olora": _faster(_OLORA, arms.OLORA),
+    "lora+": _faster(_PLUS, arms.LORA_PLUS, arms.LORA),
+    "pissa": _faster(_PISSA, arms.PISSA, arms.LORA, arms.LORA_SAME),
+    "olora": _faster(_OLORA, arms.OLORA, arms.LORA, arms.LORA_SAME),
     "o-lora": [
         *_continual(_O, continual.SOFT, continual.SAME),
         *_continual(_O, continual.SOFT, continual.ANOTHER),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 from ledger import Ledger, Record
 from training import TUNING_SEEDS, Arm, Size, run
@@ -39,7 +39,7 @@ class Bench:
 
     def record(self, arm: Arm, lr: float, seed: int) -> Record:
         """The run, from the ledger or made now."""
-        key = (arm.name, lr, seed, arm.steps(self.size))
+        key = self._key(arm, lr, seed)
         if key not in self.ledger.runs:
             if self.reads:
                 raise Missing
@@ -47,10 +47,13 @@ class Bench:
             self.ledger.add(run(self, arm, lr, seed))
         return self.ledger.runs[key]
 
+    def _key(self, arm: Arm, lr: float, seed: int) -> tuple[object, ...]:
+        return (arm.name, lr, seed, arm.steps(self.size))
+
     def rate(self, arm: Arm, horizon: int) -> float:
         """The learning rate with the least held-out loss after `horizon` steps, over the tuning seeds and the tasks."""
-        if self.size.rungs == 1:
-            return LADDER[arm.first]
+        if arm.rate is not None or self.size.rungs == 1:
+            return arm.rate or LADDER[arm.first]
         tried: dict[int, float] = {}
         new = list(range(arm.first, arm.first + self.size.rungs))
         while new:
@@ -67,8 +70,11 @@ class Bench:
         return sum(losses) / len(losses)
 
     def runs(self, arm: Arm, horizon: int) -> list[Record]:
-        """The runs that are reported, at the arm's own learning rate, one for each seed."""
+        """The runs that are reported, at the arm's own learning rate, one for each seed; reading, all there are."""
         lr = self.rate(arm, horizon)
+        if self.reads:
+            seeds = takewhile(lambda seed: self._key(arm, lr, seed) in self.ledger.runs, range(MOST_SEEDS))
+            return [self.record(arm, lr, seed) for seed in range(max(self.size.seeds, len(list(seeds))))]
         return [self.record(arm, lr, seed) for seed in range(self.size.seeds)]
 
 

@@ -10,12 +10,14 @@ import continual
 from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from protocol import Bench, Difference, Missing, loss_at
 from training import Arm
 
 from claims import ROWS, Row
 
 _COLOURS = {"yes": "#1a7f4b", "no": "#c2410c", "no difference seen": "#57606a"}
+_MEANING = {"yes": "the claim holds", "no": "it does not", "no difference seen": "no difference seen"}
 Found = list[tuple[Row, Difference]]
 
 
@@ -91,7 +93,7 @@ def picture(rows: Found) -> str:
     sizes = [sum(row.unit == unit for row, _ in rows) for unit in units]
     style = {"svg.hashsalt": "lorary", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
     with rc_context(style):
-        figure = Figure(figsize=(8, 1.2 + 0.36 * sum(sizes)), layout="constrained")
+        figure = Figure(figsize=(8, 1.2 + 0.42 * sum(sizes)), layout="constrained")
         panels = figure.subplots(len(units), 1, squeeze=False, height_ratios=sizes)[:, 0]
         for axes, unit in zip(panels, units, strict=True):
             shown = [(row, d) for row, d in rows if row.unit == unit]
@@ -100,10 +102,12 @@ def picture(rows: Found) -> str:
                 axes.plot([d.low, d.high], [place, place], color=colour, linewidth=2)
                 axes.plot([d.mean], [place], "o", color=colour, markersize=5)
             axes.axvline(0, color="#8b949e", linewidth=0.8)
-            axes.set_yticks(range(len(shown)), [f"{r.method.name} - {r.against.name}: {r.what}" for r, _ in shown])
+            axes.set_yticks(range(len(shown)), [f"{r.method.name} vs {r.against.name}:\n{r.what}" for r, _ in shown])
             axes.set_ylim(len(shown) - 0.5, -0.5)
             axes.set_xlabel(f"paired difference, {unit} (less is better)")
             axes.spines[["top", "right"]].set_visible(False)
+        marks = [Line2D([], [], color=colour, marker="o", label=_MEANING[v]) for v, colour in _COLOURS.items()]
+        figure.legend(handles=marks, loc="outside upper right", ncols=3, frameon=False)
         text = io.StringIO()
         FigureCanvasSVG(figure).print_svg(text, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return re.sub(r"\s*<metadata>.*?</metadata>", "", text.getvalue(), flags=re.DOTALL)

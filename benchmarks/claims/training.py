@@ -61,6 +61,7 @@ class Arm:
         watched: the tasks whose held-out loss is followed.
         first: the lowest learning rate tried at first, an index into `protocol.LADDER`.
         short: whether it takes the fewer steps.
+        rate: the learning rate, where it is given and not tuned.
         also: what else is noted of the trained model.
     """
 
@@ -70,6 +71,7 @@ class Arm:
     watched: tuple[str, ...]
     first: int
     short: bool = True
+    rate: float | None = None
     also: Callable[[nn.Module], dict[str, Any]] = lambda model: {}
 
     def steps(self, size: Size) -> int:
