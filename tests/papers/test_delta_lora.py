@@ -1,0 +1,344 @@
+"""Delta-LoRA: the weight follows the product; in closed form it is two LoRAs on a base that nobody writes."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lorary
+from lorary.adapted import adapted
+from lorary.adapter import Adapter
+from lorary.errors import ConfigError, MethodError, PlanError
+from lorary.formats import export_peft
+from lorary.methods.delta_lora import FollowProduct, Propagated
+
+from .layers import EACH, attached, dense_gradient, exactly, gradients, loss_of, shake, signature
+
+STEPS = 7
+SGD = (torch.optim.SGD, {"lr": 0.05, "weight_decay": 0.0})
+DECAYED = (torch.optim.SGD, {"lr": 0.05, "weight_decay": 0.1})
+ADAM = (torch.optim.AdamW, {"lr": 0.02, "weight_decay": 0.0})
+EACH_OPTIMIZER = pytest.mark.parametrize(
+    ("make", "settings"),
+    [SGD, DECAYED, ADAM, (torch.optim.AdamW, {"lr": 0.02, "weight_decay": 0.3})],
+    ids=["SGD", "SGD with decay", "Adam", "AdamW with decay"],
+)
+
+
+def net(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 7, bias=False), nn.Tanh(), nn.Linear(7, 5)).to(dtype)
+
+
+def started(*names: str, dtype: torch.dtype = torch.float64, **options: Any) -> nn.Module:
+    model = net(dtype)
+    made = lorary.method(*(names or ("delta-lora",)), **{"r": 2, "alpha": 3.0} | options)
+    return lorary.attach(model, lorary.plan(model, made), dtype=dtype)
+
+
+def data(model: nn.Module) -> tuple[Tensor, Tensor]:
+    generator, dtype = torch.Generator().manual_seed(0), next(model.parameters()).dtype
+    return torch.randn(9, 6, generator=generator).to(dtype), torch.randn(9, 5, generator=generator).to(dtype)
+
+
+def train(model: nn.Module, make: Any, settings: dict[str, Any], steps: int = STEPS, clip: float = 0.0) -> nn.Module:
+    optimizer = make(lorary.groups(model, settings["lr"], settings["weight_decay"]), **settings)
+    tuning = lorary.tuning(model, steps, optimizer)
+    x, y = data(model)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        tuning.after_backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        tuning.after_step()
+    return model
+
+
+def algorithm(make: Any, settings: dict[str, Any], K: int, ratio: float = 2.0, clip: float = 0.0) -> list[Tensor]:
+    """The paper's algorithm 1 on plain tensors: the effective weights W_T + s B_T A_T."""
+    start, s = started(start=K, ratio=ratio), 3.0 / 2
+    base = net()
+    W = [m.weight.detach().clone() for m in base if isinstance(m, nn.Linear)]
+    A, B = ([layer.p[role].detach().clone().requires_grad_() for layer in adapted(start).values()] for role in "AB")
+    x, y = data(base)
+    optimizer = make([*A, *B], **settings)
+    for t in range(1, STEPS + 1):
+        optimizer.zero_grad()
+        h = x
+        for i, bias in enumerate((base[0].bias, None, base[4].bias)):
+            h = h @ W[i].T + s * h @ A[i].T @ B[i].T + (0 if bias is None else bias)
+            h = h if i == 2 else h.tanh()
+        (h - y).square().mean().backward()
+        if clip:
+            nn.utils.clip_grad_norm_([*A, *B], clip)
+        before = [(b @ a).detach() for a, b in zip(A, B, strict=True)]
+        optimizer.step()
+        if t > K:
+            W = [w + ratio * s * ((b @ a).detach() - was) for w, a, b, was in zip(W, A, B, before, strict=True)]
+    return [w + s * (b @ a).detach() for w, a, b in zip(W, A, B, strict=True)]
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    """The effective weight of every layer."""
+    return [layer.merged()[0] for layer in adapted(model).values()]
+
+
+# --- the start --------------------------------------------------------------------------------------------------------
+
+
+@EACH
+@pytest.mark.parametrize("start", [0, 3])
+def test_at_the_start_the_layer_is_its_base_and_learns_as_lora(make: Any, x: Any, start: int) -> None:
+    layer, inputs = attached(make(), "delta-lora", start=start), x()
+    assert torch.equal(layer(inputs), layer.base(inputs))
+    one, other = ("A", "B") if layer.site.kind == "embedding" else ("B", "A")
+    given = {"A_K": "none", "B_K": "none", "lam": "none"} if start else {}
+    assert signature(layer, inputs) == {one: "some", other: "zero"} | given
+
+
+def test_what_a_rule_gives_is_zero_and_does_not_train() -> None:
+    layer = attached(nn.Linear(5, 4), "delta-lora", start=3)
+    assert set(layer.p) == {"A", "B", "A_K", "B_K", "lam"}
+    for role in ("A_K", "B_K", "lam"):
+        assert not layer.p[role].requires_grad
+        assert not layer.p[role].any()
+    assert set(attached(nn.Linear(5, 4), "delta-lora", start=0).p) == {"A", "B"}
+
+
+# --- the closed form --------------------------------------------------------------------------------------------------
+
+
+@EACH_OPTIMIZER
+@pytest.mark.parametrize("K", [0, 1, 4])
+@pytest.mark.parametrize("mode", ["closed", "paper"])
+def test_it_is_the_papers_loop(make: Any, settings: dict[str, Any], K: int, mode: str) -> None:
+    """To 1e-12 in double precision, whatever the optimizer makes of gradients and decay."""
+    model = train(started(start=K, mode=mode), make, settings)
+    for mine, theirs in zip(weights(model), algorithm(make, settings, K), strict=True):
+        assert (mine - theirs).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("K", [0, 3])
+def test_clipping_sees_the_papers_gradients(K: int) -> None:
+    for mode in ("closed", "paper"):
+        model = train(started(start=K, mode=mode), *SGD, clip=0.05)
+        for mine, theirs in zip(weights(model), algorithm(*SGD, K=K, clip=0.05), strict=True):
+            assert (mine - theirs).abs().max() < 1e-12
+    far = algorithm(*SGD, K=K)
+    assert (weights(model)[0] - far[0]).abs().max() > 1e-4, "nothing was clipped"
+
+
+def test_gradients_that_keep_their_factor_are_caught() -> None:
+    """Without the rule's division SGD steps 1 + lambda times too far."""
+    model = started(start=0)
+    x, y = data(model)
+    (model(x) - y).square().mean().backward()
+    kept = [layer.p["B"].grad.clone() for layer in adapted(model).values()]
+    lorary.tuning(model, STEPS).after_backward()
+    for layer, before in zip(adapted(model).values(), kept, strict=True):
+        exactly(layer.p["B"].grad, before / 3)
+
+
+@pytest.mark.parametrize(("K", "rank"), [(0, 2), (3, 4)])
+def test_the_rank_of_the_update_is_r_or_2r(K: int, rank: int) -> None:
+    """The paper calls it unbounded; with a constant ratio it is not."""
+    for mode in ("closed", "paper"):
+        model = train(started(start=K, mode=mode), *ADAM)
+        for W, base in zip(weights(model), (m for m in net() if isinstance(m, nn.Linear)), strict=True):
+            sizes = torch.linalg.svdvals(W - base.weight)
+            assert (sizes > 1e-9 * sizes[0]).sum() == rank
+
+
+@pytest.mark.parametrize("ratio", [0.5, 2.0])
+def test_with_adam_from_the_first_step_it_is_lora_with_a_larger_alpha(ratio: float) -> None:
+    settings = {"lr": 0.02, "eps": 1e-30, "weight_decay": 0.0}
+    mine = train(started(start=0, ratio=ratio), torch.optim.AdamW, settings)
+    lora = train(started("lora", alpha=3.0 * (1 + ratio)), torch.optim.AdamW, settings)
+    for one, other in zip(weights(mine), weights(lora), strict=True):
+        assert (one - other).abs().max() < 1e-12
+    late = train(started(start=2, ratio=ratio), torch.optim.AdamW, settings)
+    assert (weights(late)[0] - weights(lora)[0]).abs().max() > 1e-3
+
+
+@EACH_OPTIMIZER
+def test_before_k_it_is_lora(make: Any, settings: dict[str, Any]) -> None:
+    def run(model: nn.Module, steps: int) -> nn.Module:
+        optimizer = make(lorary.groups(model, settings["lr"], settings["weight_decay"]), **settings)
+        tuning = lorary.tuning(model, 100, optimizer)
+        x, y = data(model)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            (model(x) - y).square().mean().backward()
+            tuning.after_backward()
+            optimizer.step()
+            tuning.after_step()
+        return model
+
+    lora = run(started("lora"), 4)
+    for mode in ("closed", "paper"):
+        mine = run(started(start=4, mode=mode), 4)
+        for one, other in zip(weights(mine), weights(lora), strict=True):
+            exactly(one, other)
+        after = run(started(start=4, mode=mode), 5)
+        assert (weights(after)[0] - weights(run(started("lora"), 5))[0]).abs().max() > 1e-4
+
+
+def test_a_small_ratio_is_nearly_lora_and_none_is_refused() -> None:
+    mine, lora = train(started(start=2, ratio=1e-9), *SGD), train(started("lora"), *SGD)
+    for one, other in zip(weights(mine), weights(lora), strict=True):
+        assert (one - other).abs().max() < 1e-8
+    with pytest.raises(MethodError, match="has ratio = 0; it takes a positive finite number"):
+        lorary.method("delta-lora", ratio=0)
+
+
+@EACH
+def test_the_gradient_of_the_input_has_the_whole_update(make: Any, x: Any) -> None:
+    """A and B learn as if the weight was not theirs; what lies below sees s (1 + lambda) B A."""
+    layer, inputs = shake(attached(make(), "delta-lora", start=0)), x()
+    W = layer.kind.matrix(layer.base).detach() + 2.0 * 3 * layer.p["B"].detach() @ layer.p["A"].detach()
+    G = dense_gradient(layer, inputs, W)
+    got = gradients(layer, inputs)
+    exactly(got["B"], 2.0 * 3 * G @ layer.p["A"].detach().T)
+    exactly(got["A"], 2.0 * 3 * layer.p["B"].detach().T @ G)
+    if inputs.is_floating_point():
+        mine, theirs = inputs.clone().requires_grad_(), inputs.clone().requires_grad_()
+        loss_of(layer(mine)).backward()
+        loss_of(layer.kind.run(layer.base, theirs, W, layer.bias)).backward()
+        exactly(mine.grad, theirs.grad)
+
+
+# --- the weights ------------------------------------------------------------------------------------------------------
+
+
+def test_the_closed_form_writes_no_weight_and_the_papers_loop_does() -> None:
+    before = [m.weight.detach().clone() for m in net() if isinstance(m, nn.Linear)]
+    for mode in ("closed", "paper"):
+        model = train(started(start=1, mode=mode), *ADAM)
+        now = [layer.base.weight for layer in adapted(model).values()]
+        assert all(torch.equal(w, b) for w, b in zip(now, before, strict=True)) == (mode == "closed")
+        assert not any(w.requires_grad for w in now)
+        lorary.detach(model)
+        back = [m.weight for m in model if isinstance(m, nn.Linear)]
+        assert all(torch.equal(w, b) for w, b in zip(back, before, strict=True))
+
+
+def test_a_written_weight_is_in_no_optimizer() -> None:
+    model = started(mode="paper", start=1)
+    grouped = {id(p) for group in lorary.groups(model, 0.1) for p in group["params"]}
+    assert grouped == {id(layer.p[role]) for layer in adapted(model).values() for role in "AB"}
+
+
+# --- what is left -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"start": 0}, {"start": 3}, {"start": 3, "mode": "paper"}], ids=str)
+def test_every_form_of_the_finished_adapter_is_the_same_function(options: dict[str, Any], tmp_path: Path) -> None:
+    single = torch.float32
+    model = train(started(dtype=single, **options), *ADAM)
+    x, _ = data(model)
+    y = model(x).detach()
+    assert (y - net(single)(x)).abs().max() > 0.1
+
+    def near(other: nn.Module) -> None:
+        assert (other(x) - y).abs().max() < 2e-6
+
+    lorary.save(model, tmp_path / "own")
+    assert torch.equal(lorary.load(net(single), tmp_path / "own")(x), y)
+    near(lorary.merge(copy.deepcopy(model)))
+    if "mode" not in options:
+        adapter = Adapter.of(model)
+        assert {form.A.shape[0] for form in adapter.low_rank().values()} == {4 if options["start"] else 2}
+        export_peft(adapter, tmp_path / "peft")
+        near(lorary.load(net(single), tmp_path / "peft"))
+
+
+def test_an_interrupted_run_is_the_same_run(tmp_path: Path) -> None:
+    for options in ({"start": 3}, {"start": 0}, {"start": 3, "mode": "paper"}):
+        straight = train(started(dtype=torch.float32, **options), *ADAM)
+        for stop in (2, 3, 5):
+            model = started(dtype=torch.float32, **options)
+            optimizer = torch.optim.AdamW(lorary.groups(model, 0.02))
+            tuning = lorary.tuning(model, STEPS, optimizer)
+            x, y = data(model)
+            for step in range(STEPS):
+                if step == stop:
+                    lorary.save(model, tmp_path / "a")
+                    state, moments = tuning.state_dict(), optimizer.state_dict()
+                    model = lorary.load(net(torch.float32), tmp_path / "a", trainable=True)
+                    optimizer = torch.optim.AdamW(lorary.groups(model, 0.02))
+                    optimizer.load_state_dict(moments)
+                    tuning = lorary.tuning(model, STEPS, optimizer, state)
+                optimizer.zero_grad()
+                (model(x) - y).square().mean().backward()
+                tuning.after_backward()
+                optimizer.step()
+                tuning.after_step()
+            assert torch.equal(model(x), straight(x)), (options, stop)
+
+
+# --- what does not go together ----------------------------------------------------------------------------------------
+
+
+def refusal(*names: str, **options: Any) -> list[str]:
+    with pytest.raises(MethodError) as error:
+        lorary.method(*names, **options)
+    return [problem.what for problem in error.value.problems]
+
+
+@pytest.mark.parametrize("mode", ["closed", "paper"])
+def test_refusals(mode: str) -> None:
+    gradient = "Delta-LoRA takes the gradient of B A for that of W, which it is not"
+    assert refusal("delta-lora", mode=mode, dropout=0.1) == [f"{gradient} with dropout: say dropout=0"]
+    assert refusal("delta-lora", "dora", mode=mode) == [f"{gradient} under Direction"]
+    assert refusal("delta-lora", mode="loop") == ["is 'loop'; it takes closed or paper"]
+    assert refusal("delta-lora", start=-1, mode=mode)[0].endswith("it takes a whole number of at least 0")
+
+
+def test_a_rule_and_a_delta_of_different_minds_are_refused() -> None:
+    said = lorary.method("delta-lora", r=4).rules
+    (what,) = refusal("lora", r=4, delta=Propagated(4, 3.0), rules=said)
+    assert "goes with Propagated(r, ratio=2.0, late=True)" in what
+    (what,) = refusal("lora", r=4, delta=Propagated(4, 2.0, late=False), rules=said)
+    assert "late=True" in what
+    assert lorary.method("lora", delta=Propagated(4, 2.0), rules=[FollowProduct(2.0, 9)])
+
+
+@pytest.mark.parametrize("mode", ["closed", "paper"])
+def test_a_run_that_ends_before_it_begins_is_refused(mode: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        lorary.tuning(started(start=7, mode=mode), 7)
+    assert str(error.value) == (
+        "Delta-LoRA does not fit this run:\n"
+        "  - rules: the weight would begin to follow after step 7, and the run has 7: it would be LoRA\n"
+        "      hint: say a smaller start"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_weights_are_written_by_nobody(dtype: torch.dtype) -> None:
+    """Rounding would lose most of every small change; the closed form takes such a base as it is."""
+    model = net(dtype)
+    with pytest.raises(PlanError) as error:
+        lorary.plan(model, lorary.method("delta-lora", mode="paper"), "0")
+    name = str(dtype).removeprefix("torch.")
+    assert str(error.value) == (
+        "this plan cannot work:\n"
+        f"  - 0.weight: is {name}, and WriteProduct adds small changes to it: rounding would lose most of them\n"
+        "      hint: load the base in float32"
+    )
+    assert lorary.plan(model, lorary.method("delta-lora"), "0").trainable == 16 * (6 + 8)
+
+
+def test_a_weight_that_two_layers_hold_is_not_written() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    with pytest.raises(PlanError, match="is shared with another layer, and WriteProduct writes it"):
+        lorary.plan(model, lorary.method("delta-lora", mode="paper"), "0")
+    assert lorary.plan(model, lorary.method("delta-lora"), "0")
