@@ -54,14 +54,23 @@ def shrink(model: nn.Module, keep: Mapping[str, Tensor], optimizer: torch.optim.
                 state = optimizer.state.pop(p)
                 optimizer.state[small] = {k: _taken(v, where, dim) if _alike(p, v) else v for k, v in state.items()}
             layer.p[role] = new[id(p)] = small
-        _say(model, layer, len(where))
+        _say(model, layer, _left(layer.method, len(where)))
     for group in optimizer.param_groups:
         group["params"] = [new.get(id(p), p) for p in group["params"]]
     return True
 
 
+def directions_of(p: Placed) -> int:
+    """How many directions the update has at a site: the rank, where none can be taken out."""
+    if not isinstance(p.delta, Shrinkable):
+        return p.r
+    return min(p.shapes[role][dim] for role, dim in p.delta.directions.items() if role in p.shapes)
+
+
 def fit(model: nn.Module, placed: tuple[Placed, ...]) -> None:
-    """Give a model's layers the sizes of an adapter that has been shrunk, before its values are put in.
+    """Give a model's layers the sizes that they have in an adapter, before its values are put in.
+
+    It has been shrunk, and they have not been yet; or they have been, and it is from before.
 
     Layers of other methods, or of other sites, stay as they are: whoever puts the values in says what differs.
     """
@@ -70,18 +79,18 @@ def fit(model: nn.Module, placed: tuple[Placed, ...]) -> None:
         delta, other = layer.method.delta, there.get(name)
         if other is None or not isinstance(delta, Shrinkable) or delta == other.delta:
             continue
-        R = min(other.shapes[role][dim] for role, dim in delta.directions.items() if role in other.shapes)
-        if delta.left(R) != other.delta:
+        R = directions_of(other)
+        if not isinstance(other.delta, Shrinkable) or delta.left(R) != other.delta.left(R):
             continue
         for role, shape in other.shapes.items():
             p = layer.p[role]
             layer.p[role] = nn.Parameter(p.detach().new_zeros(shape), requires_grad=p.requires_grad)
-        _say(model, layer, R)
+        _say(model, layer, layer.method.but(delta=other.delta))
 
 
-def _say(model: nn.Module, layer: Adapted, R: int) -> None:
+def _say(model: nn.Module, layer: Adapted, method: Any) -> None:
     """Note in the layer and in what the model remembers how many directions are left."""
-    layer.method = _left(layer.method, R)
+    layer.method = method
     state = cast(Attached, attached(model))
     state.placed = tuple(
         dataclasses.replace(p, method=layer.method) if p.site.name == layer.site.name else p for p in state.placed

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import TrainerCallback
 
 import lorary
+from lorary.adapted import adapted as adapters
 from lorary.train import checkpoint
 from tests.resume.processes import contents, forked
-from tests.train.runs import adapted, frozen, rows, sft
+from tests.train.runs import adapted, frozen, llama, rows, sft
 
 # An epoch has 12 steps: the run resumes in the middle of the first and ends in the second.
 SETTINGS: dict[str, Any] = {
@@ -26,22 +28,44 @@ SETTINGS: dict[str, Any] = {
     "eval_strategy": "steps",
     "eval_steps": 8,
 }
-START_ELSEWHERE = {"pissa", "olora", "glora"}  # they take no dropout
+NO_DROPOUT = {"pissa", "olora", "glora", "delta-lora"}
+TARGETS = ["all-linear", "lm_head"]
 
 
 def _model(*presets: str, **options: Any) -> Any:
-    dropout = {} if START_ELSEWHERE & set(presets) else {"dropout": 0.2}
-    return adapted(*presets, attention_dropout=0.2, targets=["all-linear", "lm_head"], **dropout, **options)
+    dropout = {} if NO_DROPOUT & set(presets) else {"dropout": 0.2}
+    return adapted(*presets, attention_dropout=0.2, targets=TARGETS, **dropout, **options)
+
+
+def _second_task(**options: Any) -> Any:
+    """O-LoRA on what an earlier task has left behind."""
+    first = adapted("o-lora", targets=TARGETS, seed=7)
+    with torch.no_grad():
+        for layer in adapters(first).values():
+            layer.p["B"].normal_(std=0.02)
+    model = llama(attention_dropout=0.2)
+    method = lorary.method("o-lora", r=3, dropout=0.2, **options)
+    return lorary.attach(model, lorary.plan(model, method, TARGETS, after=[lorary.Adapter.of(first)]))
 
 
 def _cases() -> dict[str, Callable[[], Any]]:
     """Every preset that makes adapters, and what else goes on in another way."""
     names = [name for name, preset in lorary.presets().items() if preset.adapts]
-    cases: dict[str, Callable[[], Any]] = {name: lambda name=name: _model(name) for name in names}
+    options: dict[str, dict[str, Any]] = {
+        "delta-lora": {"start": 6},
+        "adalora": {"target": 2},  # the choice stands from step 14 on: after the resumption
+    }
+    cases: dict[str, Callable[[], Any]] = {n: lambda n=n: _model(n, **options.get(n, {})) for n in names}
     return cases | {
         "dora+rslora+pissa+lora+": lambda: _model("dora", "rslora", "pissa", "lora+"),
         "vera+dora": lambda: _model("vera", "dora"),
         "glora supernet": lambda: _model("glora", supernet=True),
+        "adalora, shrunk before": lambda: _model("adalora", target=2, start=2, final=13, every=2, form="paper"),
+        "delta-lora from step 15": lambda: _model("delta-lora", start=15),
+        "delta-lora from the start": lambda: _model("delta-lora", start=0),
+        "delta-lora as in the paper": lambda: _model("delta-lora", start=6, mode="paper"),
+        "o-lora, second task": lambda: _second_task(weight=5.0),
+        "o-lora, second task, hard": lambda: _second_task(hard=True),
     }
 
 

@@ -28,6 +28,7 @@ from lorary.train.folder import RunFolder
 from lorary.train.progress import ProgressLines
 from tests.train.runs import WORDS, base_folder, changed, configuration
 
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny base model on disk, in bfloat16, with its tokenizer."""

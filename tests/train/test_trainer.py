@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import trl
-from torch import Tensor
 from transformers import LlamaForCausalLM, TrainerCallback
 
 import lorary
 from lorary.errors import StateError, TrainingError
 from lorary.train import trainer as module
-from lorary.words import WORDS, Rule
 from tests.train.runs import adapted, dpo, frozen, llama, log, losses, pairs, rows, sft, trained
 
 TRL_ASKS_BY_AN_OLD_NAME = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
@@ -214,124 +210,6 @@ def test_early_stopping_keeps_the_best_adapter(tmp_path: Path) -> None:
     assert len(curve) < 12
     assert curve.index(min(curve)) == len(curve) - 3
     assert t.evaluate()["eval_loss"] == pytest.approx(min(curve), abs=1e-7)
-
-
-# --- rules ----------------------------------------------------------------------------------------------------------
-
-
-SEEN: list[tuple[Any, ...]] = []
-
-
-@dataclass(frozen=True)
-class Diary(Rule):
-    """A rule that adds a multiple of 1 + |B|² to the loss, and writes down what it sees."""
-
-    weight: float = 0.0
-
-    needs = frozenset({"B"})
-    writes_base = False
-
-    def start(self, layers: Sequence[Any], steps: int) -> dict[str, Tensor]:
-        SEEN.append(("start", len(layers), steps))
-        return {"calls": torch.zeros(())}
-
-    def penalty(self, layers: Sequence[Any], state: dict[str, Tensor]) -> Tensor | float:
-        SEEN.append(("penalty",))
-        total: Tensor = sum(layer.p["B"].square().sum() for layer in layers)
-        return self.weight * (1 + total)
-
-    def after_backward(self, layers: Sequence[Any], state: dict[str, Tensor], step: int) -> None:
-        SEEN.append(("after_backward", step, _norm(layers), _sizes(layers)))
-
-    def after_step(self, layers: Sequence[Any], state: dict[str, Tensor], step: int, run: Any) -> None:
-        state["calls"] = state["calls"] + 1
-        SEEN.append(("after_step", step, _norm(layers), _sizes(layers)))
-
-
-@pytest.fixture
-def diary(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """The rule as a word for the time of a test, and what it sees."""
-    monkeypatch.setitem(WORDS, "Diary", Diary)
-    SEEN.clear()
-    return SEEN
-
-
-def _norm(layers: Sequence[Any]) -> float:
-    return float(torch.stack([p.grad.norm() for layer in layers for p in layer.p.values()]).norm())
-
-
-def _sizes(layers: Sequence[Any]) -> float:
-    return float(sum(layer.p["B"].detach().square().sum() for layer in layers))
-
-
-def _with_rule(weight: float = 0.0) -> Any:
-    return adapted(rules=(Diary(weight),))
-
-
-def test_rules_are_called_around_the_clipping_and_the_step(tmp_path: Path, diary: list[tuple[Any, ...]]) -> None:
-    t = sft(tmp_path, _with_rule(), max_grad_norm=1e-3, max_steps=3, warmup_steps=0)
-    t.train()
-    start, *others = diary
-    assert start == ("start", 14, 3)
-    assert [e[0] for e in others] == ["penalty", "after_backward", "after_step"] * 3
-    for i, (_, before, after) in enumerate(zip(*[iter(others)] * 3, strict=True), start=1):
-        assert before[1] == after[1] == i
-        assert before[2] == pytest.approx(log(t)[i - 1]["grad_norm"], rel=1e-5)  # of the whole step, not clipped
-        assert before[2] > 1e-2
-        assert after[2] == pytest.approx(1e-3, rel=1e-2)  # clipped, and still there
-        assert after[3] != before[3]  # the parameters have moved
-    assert float(t.tuning.states[0]["calls"]) == 3
-
-
-@pytest.mark.parametrize("many", [1, 2, 4])
-@pytest.mark.usefixtures("diary")
-def test_a_penalty_is_added_once_per_step(tmp_path: Path, many: int) -> None:
-    curves = []
-    for weight in (0.0, 5.0):
-        t = sft(tmp_path, _with_rule(weight), gradient_accumulation_steps=many, max_steps=1)
-        t.train()
-        curves.append(losses(t)[0])
-    assert curves[1] - curves[0] == pytest.approx(5.0, abs=1e-5)
-    assert [r["penalty"] for r in log(t) if "penalty" in r] == [5.0]
-
-
-@pytest.mark.usefixtures("diary")
-def test_a_penalty_has_its_whole_gradient(tmp_path: Path) -> None:
-    """B is pulled to zero by the gradient 2 · weight · B, however many micro-batches there are."""
-    norms = []
-    for many in (1, 2):
-        model = _with_rule(1e4)
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if name.endswith("p.B"):
-                    p.fill_(1.0)
-        t = sft(tmp_path, model, gradient_accumulation_steps=many, per_device_train_batch_size=4 // many, max_steps=1)
-        t.train()
-        norms.append(log(t)[0]["grad_norm"])
-    size = sum(p.numel() for n, p in model.named_parameters() if n.endswith("p.B"))
-    assert norms == pytest.approx([2e4 * size**0.5] * 2, rel=1e-3)
-
-
-@pytest.mark.usefixtures("diary")
-def test_evaluation_knows_no_penalty(tmp_path: Path) -> None:
-    found = []
-    for weight in (0.0, 5.0):
-        t = sft(tmp_path, _with_rule(weight), held_out=rows(5), max_steps=1, eval_on_start=True, warmup_steps=5)
-        t.train()
-        found.append([r["eval_loss"] for r in log(t) if "eval_loss" in r])
-    assert found[0] == found[1]
-    assert len(found[0]) == 1
-
-
-@pytest.mark.filterwarnings(TRL_ASKS_BY_AN_OLD_NAME)
-@pytest.mark.usefixtures("diary")
-def test_dpo_has_penalties_too(tmp_path: Path) -> None:
-    curves = []
-    for weight in (0.0, 5.0):
-        t = dpo(tmp_path, _with_rule(weight), gradient_accumulation_steps=3, max_steps=1)
-        t.train()
-        curves.append(losses(t)[0])
-    assert curves[1] - curves[0] == pytest.approx(5.0, abs=1e-5)
 
 
 # --- DPO ------------------------------------------------------------------------------------------------------------

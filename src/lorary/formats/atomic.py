@@ -28,7 +28,7 @@ from lorary.formats.faults import fault_point
 
 TEMPORARY = ".lorary-tmp-"
 REPLACED = ".lorary-old-"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -123,7 +123,7 @@ def atomic_directory(
         sync_folder(path.parent)
     except BaseException as error:
         # The caller's own errors pass as they are, but for a full disk.
-        if isinstance(error, OSError) and (not filling or error.errno in _FULL):
+        if isinstance(error, OSError) and (not filling or error.errno in FULL):
             raise refused(path, error, needed) from error
         raise
     finally:
@@ -178,7 +178,7 @@ def refused(path: Path, error: OSError, needed: int | None = None) -> FileError:
     """
     what = os.strerror(error.errno).lower() if error.errno else str(error)
     fix = ""
-    if error.errno in _FULL:
+    if error.errno in FULL:
         free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.is_dir())).free
         what += f": {free:,} bytes are free" + (f", {needed:,} are needed" if needed is not None else "")
         fix = "free some space (or raise the quota or file-size limit) or choose another folder"

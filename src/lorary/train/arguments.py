@@ -42,8 +42,9 @@ def arguments(config: Config, output: Path, *, held_out: bool, resumed: bool) ->
         "save_total_limit": t.save_total_limit,
         "activation_checkpointing": t.gradient_checkpointing,
         "gradient_checkpointing": None,  # the older name of the same, which TRL sets
-        # The frozen weights are in the dtype that computes; the adapters' masters are cast to it, not the activations.
-        "bf16": False,
+        # The frozen weights are in the dtype that computes, unless autocast is asked for; the adapters' float32 masters
+        # are cast to that dtype, not the activations.
+        "bf16": t.bf16,
         "use_cpu": on_cpus(),  # else accelerate sees one process where torchrun has started several
         "disable_tqdm": True,
         "log_level": "error",  # Transformers' own messages; lorary has its own
@@ -57,7 +58,7 @@ def arguments(config: Config, output: Path, *, held_out: bool, resumed: bool) ->
         words["num_train_epochs"] = t.epochs
     words |= _interval("save", t.save_steps)
     words |= _interval("eval", t.eval_steps) | {"eval_on_start": not resumed} if held_out else {"eval_strategy": "no"}
-    if t.early_stopping_patience is not None:
+    if t.early_stopping_patience is not None or t.keep_best:
         words |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
     if config.task == "dpo":
         return DPOConfig(**words, beta=t.dpo_beta, max_length=None)

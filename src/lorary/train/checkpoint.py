@@ -62,7 +62,12 @@ def write(
     tensors: dict[str, Tensor] = {}
     plain = pack(state, tensors)
     with atomic.atomic_directory(path, replace=True) as folder:
-        save_adapter(adapter, folder / ADAPTER, model=model)
+        try:
+            save_adapter(adapter, folder / ADAPTER, model=model)
+        except FileError as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in atomic.FULL:
+                raise error.__cause__ from None  # the checkpoint could not be written, not a folder of no name
+            raise
         write_tensors(folder / TENSORS, tensors)
         text = json.dumps({"format": FORMAT, "state": plain}, allow_nan=False)
         (folder / STATE).write_text(text, encoding="utf-8")

@@ -39,9 +39,7 @@ def _unused(c: Config) -> Found:
     if c.training.bf16 and c.model.dtype == "float16":
         refuse("training.bf16", "the weights are in float16, and compute in it", "keep one of the two")
     if c.training.keep_best and c.training.early_stopping_patience is not None:
-        refuse(
-            "training.keep_best", "has no effect beside `early_stopping_patience`, which keeps the best", "remove it"
-        )
+        refuse("training.keep_best", "`early_stopping_patience` keeps the best anyhow", "remove it")
     if c.task == "sft" and c.training.dpo_beta is not None:
         refuse("training.dpo_beta", "has no effect when task is `sft`", "remove it, or set task: dpo")
     if c.task == "dpo" and c.data.packing:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lorary.errors import Problem, TrainingError
+from lorary.shards import own, together
 
 
 class Guard:
@@ -49,12 +50,13 @@ class Guard:
             TrainingError: on every rank, if any of them has met a number that is not finite.
         """
         losses, self.losses = torch.stack(self.losses).float(), []
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        # Every rank looks at its own shards; those of a layer that has no direction left are empty.
+        gradients = [own(p.grad) for p in model.parameters() if p.grad is not None and own(p.grad).numel()]
         sound = torch.isfinite(losses).all()
         if gradients and not scaled:
             # The largest entry: a sum of squares could overflow although no gradient did.
             largest = torch.nn.utils.get_total_norm(gradients, norm_type=float("inf"))
-            sound = sound & torch.isfinite(local(largest))
+            sound = sound & torch.isfinite(largest).to(sound.device)
         flags = _largest(torch.stack([(~sound).int(), torch.tensor(self.signalled()).to(sound.device).int()]))
         failed, self.stop = flags.tolist()
         if failed:
@@ -62,11 +64,6 @@ class Guard:
                 f"training stopped before optimizer step {step}: the numbers are no longer finite",
                 gathered(_reasons(model, losses, rows)),
             )
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The value itself, of a tensor that FSDP holds as a distributed one."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def gathered(problems: list[Problem]) -> list[Problem]:
@@ -88,7 +85,7 @@ def _reasons(model: nn.Module, losses: Tensor, rows: Callable[[int], str]) -> li
         if loss - loss != 0
     ]
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    bad = [name for name, g in found.items() if not torch.isfinite(local(g)).all()]
+    bad = [name for name, g in found.items() if not torch.isfinite(together(g)).all()]
     if bad and not problems:
         held = "; ".join(f"micro-batch {i} held {rows(i)}" for i in range(len(losses)))
         shown = f"{bad[0]} and {len(bad) - 1} more" if len(bad) > 1 else bad[0]

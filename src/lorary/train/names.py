@@ -41,6 +41,7 @@ ALIASES = {
     "training.warmup": "warmup_ratio warmup_steps",
     "training.optimizer": "optim",
     "training.max_grad_norm": "gradient_clipping",
+    "training.keep_best": "load_best_model_at_end",
     "training.dpo_beta": "beta",
     "output": "output_dir",
 }
@@ -50,7 +51,7 @@ CANONICAL = {alias: key for key, aliases in ALIASES.items() for alias in aliases
 FLAT = {
     "model": "attn_implementation trust_remote_code dtype",
     "data": "max_length packing",
-    "training": "max_steps weight_decay max_grad_norm gradient_checkpointing gradient_accumulation_steps seed "
+    "training": "max_steps weight_decay max_grad_norm gradient_checkpointing gradient_accumulation_steps seed bf16 "
     "eval_steps save_steps save_total_limit logging_steps report_to",
 }
 CANONICAL_AT_TOP = CANONICAL | {key: f"{name}.{key}" for name, keys in FLAT.items() for key in keys.split()}
@@ -67,7 +68,6 @@ HINTS = {
     "modules_to_save": "base weights stay frozen; the methods `bitfit` and `full` train them",
     "bias": "biases stay frozen; the method `bitfit` trains them",
     "task_type": "`task` is sft or dpo; the kind of model is read from the model",
-    "bf16": "write model.dtype: bfloat16",
     "fp16": "write model.dtype: float16",
     "loraplus_lr_ratio": "write method: {name: lora+, ratio: 16}",
     "eval_strategy": "evaluation runs every training.eval_steps, or once per epoch",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback
@@ -15,16 +16,20 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # Transformers has no ty
 
     Args:
         folder: of the run.
+
+    Attributes:
+        figures: gives what the method's rules report; it stands beside the training loss.
     """
 
     def __init__(self, folder: RunFolder) -> None:
         self.path = folder / METRICS
+        self.figures: Callable[[], dict[str, Any]] = dict
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if state.is_world_process_zero and logs:
             try:
                 with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(line({"step": state.global_step, **logs}))
+                    file.write(line({"step": state.global_step, **logs, **(self.figures() if "loss" in logs else {})}))
             except OSError as error:
                 raise refused(self.path, error) from error
 

@@ -1,8 +1,7 @@
-"""What is said when training has to stop: what happened at which step, what would help, and which checkpoint is left."""
+"""What is said when training has to stop: what happened at which step, what would help, what checkpoint is left."""
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,14 +10,13 @@ from typing import Any
 import torch
 
 from lorary.errors import FileError, LoraryError, Problem, TrainingError
-from lorary.formats.atomic import refused
+from lorary.formats.atomic import FULL, refused
 from lorary.plans import human_bytes
 from lorary.train import checkpoint
 from lorary.train.memory import Memory
 
 # How allocators that raise a plain RuntimeError say it: PyTorch's for CPUs, its one for Apple's GPUs, and C++ itself.
 _SPENT = ("DefaultCPUAllocator: can't allocate memory", "MPS backend out of memory", "std::bad_alloc")
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
@@ -42,7 +40,7 @@ def explained(trainer: Any) -> Iterator[None]:
             raise
         raise _with_checkpoint(_spent(error, trainer), trainer) from error
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in FULL:
             raise
         raise _with_checkpoint(refused(Path(trainer.args.output_dir), error), trainer) from error
 
@@ -57,7 +55,9 @@ def out_of_memory(error: BaseException) -> bool:
 def too_large(error: BaseException, predicted: Memory) -> TrainingError:
     """The error of a model whose weights alone are too much."""
     fix = "set model.dtype: bfloat16 for half of the weights' bytes, or take a smaller model"
-    return TrainingError("the model does not fit into memory:", [Problem("model", reason(error), fix), _shown(predicted)])
+    return TrainingError(
+        "the model does not fit into memory:", [Problem("model", reason(error), fix), _shown(predicted)]
+    )
 
 
 def reason(error: BaseException) -> str:

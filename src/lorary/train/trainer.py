@@ -34,7 +34,7 @@ from lorary.formats import save_adapter
 from lorary.shrinking import fit
 from lorary.state import require
 from lorary.train import checkpoint, rng, saving
-from lorary.train.distributed import check_strategy, fsdp_on_cpus, resharded
+from lorary.train.distributed import check_strategy, fsdp_on_cpus, refuse_shares, resharded
 from lorary.train.guard import Guard
 from lorary.train.loss import LabelledHead
 from lorary.train.order import Position, Shuffled, rows_of
@@ -95,6 +95,8 @@ class AdapterTraining(_Loop):  # type: ignore[misc]  # Transformers has no types
         before = model.__dict__.get("forward")
         super().__init__(model=model, args=args, callbacks=[_Events(self), *(callbacks or [])], **rest)
         check_strategy(self.accelerator.state)
+        if self.is_fsdp_enabled and any(p.share for p in require(model, "train").placed):
+            refuse_shares()
         del model.__dict__["forward"]  # TRL's own head
         if before is not None:
             model.__dict__["forward"] = before
@@ -231,12 +233,18 @@ class AdapterTraining(_Loop):  # type: ignore[misc]  # Transformers has no types
         """Passes a line on to the loggers; the mean loss at the end is that of the whole run, resumed or not."""
         if "train_loss" in logs:
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+        if "loss" in logs:
+            logs.update({name: value for name, value in self.figures().items() if isinstance(value, int | float)})
         super().log(logs, *args, **kwargs)
+
+    def figures(self) -> dict[str, Any]:
+        """What the rules report of the present moment: numbers, or numbers by site."""
+        return self.tuning.report() if self.tuning is not None else {}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the adapter folder, with the tokenizer and its chat template."""
         adapter = saving.taken(self.plain_model(), self.fingerprint)
-        if self.tuning is not None and self.tuning.step >= self.tuning.steps:
+        if self.tuning is not None and self.tuning.step:  # what has been masked is no part of it
             adapter = adapter.compact()
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
@@ -268,6 +276,7 @@ class AdapterTraining(_Loop):  # type: ignore[misc]  # Transformers has no types
             rng.restore(self._resumed["rng"][self.args.process_index])
 
     def _load_best_model(self) -> None:
+        fit(self.plain_model(), saving.adapter_of(Path(self.state.best_model_checkpoint)).placed)
         self._take_adapter(self.state.best_model_checkpoint)
 
     def _take_adapter(self, path: str) -> None:
