@@ -89,6 +89,21 @@ def distinct(placed: Iterable[Placed]) -> list[Placed]:
     return list(first.values())
 
 
+def unlike(placed: Iterable[Placed]) -> list[Problem]:
+    """The sites that are to train one set of tensors with another site, and cannot."""
+    first: dict[str, Placed] = {}
+    problems = []
+    for p in placed:
+        other = first.setdefault(p.share, p) if p.share else p
+        if p.shapes != other.shapes or p.method != other.method:
+            what = f"shares what it learns with {other.site.name}, which has other shapes or another method"
+            problems.append(Problem(p.site.name, what, "let it learn its own"))
+        elif p.share and cast(Init, p.method.init).moves_base:
+            what = f"shares what it learns, and {type(p.method.init).__name__} starts at the weight of each layer"
+            problems.append(Problem(p.site.name, what, "say another init"))
+    return problems
+
+
 def shared_shapes(placed: Iterable[Placed]) -> Shapes:
     """role -> shape of what all sites share: in every direction as large as the largest of them asks for."""
     sizes: Shapes = {}

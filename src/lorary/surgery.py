@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorary.adapted import Adapted, Shared, adapted
 from lorary.errors import PlanError, Problem, StateError
 from lorary.fingerprint import STATE, Fingerprint
-from lorary.placed import Placed
+from lorary.placed import Placed, unlike
 from lorary.plans import Plan
 from lorary.record import Method
 from lorary.residual import give_up, idle, take_back, unsound
@@ -117,7 +117,7 @@ def place(
     if not torch.is_inference_mode_enabled() and any(t.is_inference() for t in parameters.values()):
         what = "its weights were made in torch.inference_mode() and cannot be changed or trained with outside of it"
         problems.append(Problem("model", what, "make the model outside of it"))
-    problems += _unlike(placed)
+    problems += unlike(placed)
     devices = {parameters[f"{p.site.name}.weight"].device for p in placed if p.delta.shared} if not problems else set()
     if len(devices) > 1:
         what = f"its layers lie on {', '.join(sorted(map(str, devices)))}, and what they share can lie on one only"
@@ -156,21 +156,6 @@ def place(
     except BaseException:
         detach(model)  # all or nothing
         raise
-
-
-def _unlike(placed: tuple[Placed, ...]) -> list[Problem]:
-    """The sites that are to train one set of tensors with another site, and cannot."""
-    first: dict[str, Placed] = {}
-    problems = []
-    for p in placed:
-        other = first.setdefault(p.share, p) if p.share else p
-        if p.shapes != other.shapes or p.method != other.method:
-            what = f"shares what it learns with {other.site.name}, which has other shapes or another method"
-            problems.append(Problem(p.site.name, what, "let it learn its own"))
-        elif p.share and cast(Init, p.method.init).moves_base:
-            what = f"shares what it learns, and {type(p.method.init).__name__} starts at the weight of each layer"
-            problems.append(Problem(p.site.name, what, "say another init"))
-    return problems
 
 
 def _shown(layers: list[Adapted]) -> Iterable[Adapted]:

@@ -180,9 +180,11 @@ class Init(Protocol):
     Attributes:
         fills: the delta's roles, all of them.
         moves_base: whether s B A is not zero at the start, so that the base must give it up.
+        saved: whether a file holds what all sites share, even where the init can draw it again.
     """
 
     moves_base: bool = False
+    saved: bool = True
 
     @property
     def fills(self) -> frozenset[str]: ...

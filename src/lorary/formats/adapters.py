@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,14 @@ from torch import Tensor, nn
 
 from lorary.adapter import Adapter
 from lorary.errors import FileError, Problem
-from lorary.formats import native, peft_keys, peft_writer
+from lorary.formats import native, peft_keys, peft_writer, shares
 from lorary.formats.atomic import atomic_directory
-from lorary.formats.banks import gathered, torn
+from lorary.formats.banks import Banks, gathered, torn
 from lorary.formats.findings import Findings
 from lorary.formats.folder import existing_folder, subject
 from lorary.formats.peft_config import NAME as PEFT_CONFIG
 from lorary.formats.peft_reader import WEIGHTS, read_peft, weights_name
+from lorary.formats.peft_sorts import sort_of
 from lorary.formats.safetensors_header import name_problem
 from lorary.formats.strict_json import named, show
 from lorary.formats.tensor_file import DTYPES, write_tensors
@@ -44,18 +47,19 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.
     Raises:
         FileError: the adapter holds what no reader would accept (NaN, other dtypes), or the folder cannot be written.
     """
-    tensors = native.native_tensors(adapter)
-    _check_values(tensors, folder, adapter)
-    as_peft = not peft_writer.obstacles(adapter, model)
+    shared = gathered(adapter)
+    tensors = native.native_tensors(adapter, shared)
+    _check_values(tensors, folder, lambda: _torn(adapter, shared))
+    as_peft = not peft_writer.obstacles(adapter, model, shared)
+    if as_peft:
+        tensors = native.peft_tensors(adapter, shared)
     needed = sum(t.nbytes for t in tensors.values())
     with atomic_directory(folder, replace=True, keep=True, drop=_OWN, needed=needed) as temporary:
         if as_peft:
-            words = peft_writer.config(adapter, model)
+            words = peft_writer.config(adapter, model, shared)
             (temporary / PEFT_CONFIG).write_text(peft_writer.config_text(words), encoding="utf-8")
-            write_tensors(temporary / WEIGHTS, native.peft_tensors(adapter))
-        else:
-            write_tensors(temporary / native.TENSORS, tensors)
-        native.write_record(temporary, adapter)
+        write_tensors(temporary / (WEIGHTS if as_peft else native.TENSORS), tensors)
+        native.write_record(temporary, adapter, shared)
 
 
 def load_adapter(folder: str | os.PathLike[str], *, model: nn.Module | None = None, strict: bool = True) -> Adapter:
@@ -110,8 +114,9 @@ def export_peft(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.M
         problems.append(Problem("", what, "export to another folder"))
     if problems:
         raise FileError(_cannot_export(folder), problems)
-    if peft_writer.sort_of(adapter) in ("LoRA", "DoRA"):
-        words, tensors = peft_writer.config(adapter, model), native.peft_tensors(adapter)
+    if sort_of(adapter) in ("LoRA", "DoRA"):
+        shared = gathered(adapter)
+        words, tensors = peft_writer.config(adapter, model, shared), native.peft_tensors(adapter, shared)
     else:
         words, tensors = _as_lora(adapter, model, folder)
     _check_values(tensors, folder)
@@ -125,6 +130,7 @@ def _as_lora(
     adapter: Adapter, model: nn.Module | None, folder: str | os.PathLike[str]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(configuration, tensors) of the LoRA, or the DoRA, that an adapter of another method is."""
+    adapter = _with_directions(adapter, folder)
     forms = low_rank_forms([p for p in adapter.placed if not _magnified(p)], adapter.tensors, model)
     problems = [
         Problem(name, "its output has a gain or a shift, which PEFT's LoRA has not")
@@ -148,6 +154,16 @@ def _as_lora(
     return words, {peft_keys.full(name): t for name, t in tensors.items()}
 
 
+def _with_directions(adapter: Adapter, folder: str | os.PathLike[str]) -> Adapter:
+    """The same function without directions that do nothing, and without sites where none is left (AdaLoRA)."""
+    small = adapter.compact()
+    left = tuple(p for p in small.placed if any(min(shape) for shape in p.shapes.values()))
+    if not left:
+        what = "no layer has a direction left, and PEFT's adapters adapt at least one layer"
+        raise FileError(_cannot_export(folder), [Problem("sites", what)])
+    return dataclasses.replace(small, placed=left)
+
+
 def _magnified(p: Placed) -> bool:
     return isinstance(p.method.join, Direction)
 
@@ -156,8 +172,21 @@ def _cannot_export(folder: str | os.PathLike[str]) -> str:
     return f"cannot export an adapter to {show(os.fspath(folder), most=400)} for PEFT"
 
 
-def _check_values(tensors: dict[str, Tensor], folder: str | os.PathLike[str], adapter: Adapter | None = None) -> None:
-    """Refuses to write what would be refused when read, and an adapter whose sites do not share what they must."""
+def _torn(adapter: Adapter, shared: Banks) -> list[Problem]:
+    """The sites that cannot share what they say they do, or have something else."""
+    return shares.problems(adapter.placed) or torn(adapter, shared.whole) + shares.torn(adapter)
+
+
+def _check_values(
+    tensors: dict[str, Tensor], folder: str | os.PathLike[str], torn: Callable[[], list[Problem]] = list
+) -> None:
+    """Refuses to write what would be refused when read.
+
+    Args:
+        tensors: by their names in the file.
+        folder: where to.
+        torn: gives what is wrong about what sites share; it is asked where the tensors themselves are good.
+    """
     problems = [Problem(named(name), what) for name in tensors if (what := name_problem(name))]
     known = tuple(DTYPES.values())
     accepted = ", ".join(str(d).removeprefix("torch.") for d in known)
@@ -169,9 +198,7 @@ def _check_values(tensors: dict[str, Tensor], folder: str | os.PathLike[str], ad
             problems.append(Problem(named(name), "has no values: its model is on the meta device"))
     if not problems:
         with torch.no_grad():
-            problems = not_finite(tensors)
-    if not problems and adapter is not None:
-        problems = torn(adapter, gathered(adapter.placed, adapter.tensors))
+            problems = not_finite(tensors) or torn()
     if problems:
         raise FileError(f"cannot save an adapter to {show(os.fspath(folder), most=400)}", problems)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -31,7 +31,28 @@ _MOST_DRAWN = 2**30  # bytes; VeRA of rank 1,024 on the widest layers in use tak
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
-def gathered(placed: Sequence[Placed], tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+class Banks(NamedTuple):
+    """What all sites of an adapter share, put together once for everything that is written about it.
+
+    Args:
+        whole: role -> the whole of it.
+        kept: whether a file has to hold it; otherwise the init's seed gives it bit for bit.
+    """
+
+    whole: dict[str, Tensor]
+    kept: bool = True
+
+
+def gathered(adapter: Adapter) -> Banks:
+    """The banks of an adapter."""
+    whole = _gathered(adapter.placed, adapter.tensors)
+    if not whole or cast(Init, adapter.method.init).saved:
+        return Banks(whole)
+    again = drawn(adapter.method, adapter.placed, {role: t.dtype for role, t in whole.items()})
+    return Banks(whole, kept=not all(torch.equal(again[role], bank) for role, bank in whole.items()))
+
+
+def _gathered(placed: Sequence[Placed], tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """role -> the whole of what the sites share, put together from the corner of each; zero where none reaches."""
     banks: dict[str, Tensor] = {}
     sizes = shared_shapes(placed)
@@ -57,20 +78,12 @@ def drawn(method: Method, placed: Sequence[Placed], dtypes: Mapping[str, torch.d
     """role -> the bank that the method's seed gives, in these precisions."""
     whole = {role: torch.zeros(size) for role, size in shared_shapes(placed).items()}
     cast(Init, method.init).share(whole)
-    return gathered(placed, corners(placed, {role: t.to(dtypes[role]) for role, t in whole.items()}))
+    return _gathered(placed, corners(placed, {role: t.to(dtypes[role]) for role, t in whole.items()}))
 
 
 def corners(placed: Sequence[Placed], banks: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """site -> role -> its part of each bank, a view."""
     return {p.site.name: {role: corner(banks[role], p.shapes[role]) for role in sorted(p.delta.shared)} for p in placed}
-
-
-def left_out(adapter: Adapter, banks: Mapping[str, Tensor]) -> bool:
-    """Whether a file can do without the banks: the init asks for that, and its seed gives them bit for bit."""
-    if not banks or getattr(adapter.method.init, "saved", True):
-        return False
-    again = drawn(adapter.method, adapter.placed, {role: t.dtype for role, t in banks.items()})
-    return all(torch.equal(again[role], bank) for role, bank in banks.items())
 
 
 def checksums(banks: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:

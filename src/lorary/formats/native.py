@@ -5,9 +5,12 @@
     adapter_model.safetensors    }
     adapter.safetensors          otherwise: `site|role` -> tensor, and base parameters by their own paths; where the
                                  base gave up a part of its weight, where it started as `site|role0`; what all sites
-                                 share, once, as `|role`
+                                 share, once, as `|role`; what the sites of a share train in common (LoRA-drop),
+                                 once, as `|share|role`
 
-Which of the two it is stands in `lorary.json`; the tensors are the same numbers either way.
+Which of the two it is stands in `lorary.json`; the tensors are the same numbers either way. PEFT knows no shares: in
+its files every site has a copy, which a reader holds to the others and then drops. What earlier tasks have learnt
+(O-LoRA) stands below the new task's factors there, as further directions; the record tells how many are whose.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from lorary import __version__
 from lorary.adapter import Adapter
 from lorary.errors import FileError, MethodError, Problem
 from lorary.fingerprint import Fingerprint
-from lorary.formats import banks, peft_keys
+from lorary.formats import banks, peft_keys, shares
+from lorary.formats.banks import Banks
 from lorary.formats.compare import compare, mixed_dtypes
 from lorary.formats.findings import Findings
 from lorary.formats.manifest import sha256
@@ -35,7 +39,7 @@ from lorary.formats.records import placed_from, read_sites, site_record
 from lorary.formats.strict_json import named, show
 from lorary.formats.tensor_file import TensorFile
 from lorary.formats.values import absurd, does_nothing, not_finite
-from lorary.placed import Placed, shared_shapes
+from lorary.placed import Placed, distinct, shared_shapes
 from lorary.record import Method
 
 NAME = "lorary.json"
@@ -46,7 +50,7 @@ _KEYS = {"format", "lorary", "method", "base", "full", "files", "sites"}
 _DRAWN = "drawn"  # only where what the sites share is drawn again from its seed
 
 
-def write_record(folder: Path, adapter: Adapter) -> None:
+def write_record(folder: Path, adapter: Adapter, shared: Banks) -> None:
     """Writes `lorary.json` over the files that are in `folder` already."""
     files = {p.name: {"size": p.stat().st_size, "sha256": sha256(p)} for p in sorted(folder.iterdir())}
     head = {
@@ -57,44 +61,37 @@ def write_record(folder: Path, adapter: Adapter) -> None:
         "full": sorted(adapter.full),
         "files": {name: entry for name, entry in files.items() if name in (PEFT_CONFIG, WEIGHTS, TENSORS)},
     }
-    shared = banks.gathered(adapter.placed, adapter.tensors)
-    if banks.left_out(adapter, shared):
-        head[_DRAWN] = banks.checksums(shared)
+    if not shared.kept:
+        head[_DRAWN] = banks.checksums(shared.whole)
     lines = [json.dumps(site_record(p, adapter.method)) for p in adapter.placed]
     sites = "\n    " + ",\n    ".join(lines) + "\n  " if lines else ""
     text = json.dumps(head, indent=2).removesuffix("\n}") + f',\n  "sites": [{sites}]\n}}\n'
     (folder / NAME).write_text(text, encoding="utf-8")
 
 
-def native_tensors(adapter: Adapter) -> dict[str, Tensor]:
+def native_tensors(adapter: Adapter, shared: Banks) -> dict[str, Tensor]:
     """The contents of `adapter.safetensors`."""
     tensors = {
-        f"{p.site.name}|{role}": t
-        for p in adapter.placed
+        shares.key(p, role): t
+        for p in distinct(adapter.placed)
         for role, t in adapter.tensors[p.site.name].items()
         if role not in p.delta.shared
     }
-    return tensors | {f"|{role}": t for role, t in _banks(adapter).items()} | dict(adapter.full)
+    return tensors | {f"|{role}": t for role, t in _in_file(shared).items()} | dict(adapter.full)
 
 
-def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
+def peft_tensors(adapter: Adapter, shared: Banks) -> dict[str, Tensor]:
     """The same numbers as PEFT's `adapter_model.safetensors`, with prefix."""
-    tensors: dict[str, Tensor] = {peft_keys.BANKS[role]: t for role, t in _banks(adapter).items()}
+    tensors: dict[str, Tensor] = {peft_keys.BANKS[role]: t for role, t in _in_file(shared).items()}
     for p in adapter.placed:
-        roles = adapter.tensors[p.site.name]
-        if p.delta.shared:
-            tensors |= {name: roles[role] for role, (name, _) in peft_keys.layout(p).items()}
-        else:
-            tensors |= peft_keys.encoded(p.site, roles["A"], roles["B"], roles.get("m"))
+        tensors |= peft_keys.written(p, adapter.tensors[p.site.name])
     sites = {p.site.name for p in adapter.placed}
     tensors |= {peft_keys.full_name(name, sites): t for name, t in adapter.full.items()}
     return {peft_keys.full(name): t for name, t in tensors.items()}
 
 
-def _banks(adapter: Adapter) -> dict[str, Tensor]:
-    """What the sites share, unless the file can do without."""
-    shared = banks.gathered(adapter.placed, adapter.tensors)
-    return {} if banks.left_out(adapter, shared) else shared
+def _in_file(shared: Banks) -> dict[str, Tensor]:
+    return shared.whole if shared.kept else {}
 
 
 def read_native(folder: Path, findings: Findings) -> Adapter:
@@ -124,6 +121,8 @@ def read_native(folder: Path, findings: Findings) -> Adapter:
     with TensorFile(folder, WEIGHTS if as_peft else TENSORS) as file:
         _check_digest(file.name, file.size, file.sha256(), data["files"], findings)
         values, tensors, full = _tensors(file, placed, data["full"], as_peft, _DRAWN not in data, findings)
+    tensors, torn = shares.rejoined(placed, tensors)
+    findings.fatal += [Problem(f"{file.name}: {p.where}", p.what) for p in torn]
     tensors = _with_shared(tensors, values, placed, cast(Method, method), data.get(_DRAWN), findings)
     if does_nothing(placed, tensors):
         findings.alerts.append(NO_OP)
@@ -244,7 +243,7 @@ def _expected(placed: tuple[Placed, ...], as_peft: bool) -> dict[str, dict[str, 
         return {p.site.name: peft_keys.layout(p) for p in placed}
     return {
         p.site.name: {
-            role: (f"{p.site.name}|{role}", shape) for role, shape in p.stored.items() if role not in p.delta.shared
+            role: (shares.key(p, role), shape) for role, shape in p.stored.items() if role not in p.delta.shared
         }
         for p in placed
     }

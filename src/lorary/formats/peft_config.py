@@ -1,4 +1,4 @@
-"""PEFT's `adapter_config.json` of a LoRA, a DoRA or a VeRA, read field by field; nothing in it is ignored silently.
+"""PEFT's `adapter_config.json` (LoRA, DoRA, AdaLoRA, VeRA), read field by field; nothing in it is ignored silently.
 
 A field is one of four: a word that this reader understands and checks; one that only matters while training or for
 book-keeping, checked for its type; a feature that changes what the adapter computes and is not supported, which may
@@ -9,7 +9,7 @@ files of 2023 are read.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lorary.errors import Problem, suggestion
@@ -20,7 +20,11 @@ from lorary.formats.strict_json import named, show
 from lorary.formats.tails import Tail
 
 NAME = "adapter_config.json"
-_DEFAULTS: dict[str, dict[str, Any]] = {"LORA": {}, "VERA": {"sort": "VeRA", "r": 256}}  # of the types that are read
+_DEFAULTS: dict[str, dict[str, Any]] = {  # of the types that are read
+    "LORA": {},
+    "ADALORA": {"sort": "AdaLoRA", "r": 12},
+    "VERA": {"sort": "VeRA", "r": 256},
+}
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,8 @@ class PeftConfig:
     """What a PEFT configuration says about an adapter's sites.
 
     Args:
-        sort: `LoRA`, `DoRA` or `VeRA`.
-        r: the rank of sites without one of their own.
+        sort: `LoRA`, `DoRA`, `AdaLoRA` or `VeRA`.
+        r: the rank of sites without one of their own; AdaLoRA's at the start.
         alpha: likewise.
         dropout: probability with which A's input is dropped in training.
         rslora: whether the scale is alpha / sqrt(r) instead of alpha / r.
@@ -46,6 +50,12 @@ class PeftConfig:
         seed: of VeRA's projections.
         start: where VeRA's d started.
         saved: whether the file holds VeRA's projections.
+        kept: site -> how many directions AdaLoRA has left there; where it is silent, all.
+        target: AdaLoRA's, on average.
+        first, final: its optimizer steps before any is dropped, and for which the choice stands.
+        every: its steps between two choices.
+        beta1, beta2: of its scores.
+        orthogonality: the weight of its penalty.
     """
 
     sort: str = "LoRA"
@@ -66,6 +76,19 @@ class PeftConfig:
     seed: int = 0
     start: float = 0.1
     saved: bool = True
+    kept: Mapping[str, int] = field(default_factory=dict)
+    target: int = 8
+    first: int = 0
+    final: int = 0
+    every: int = 1
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orthogonality: float = 0.5
+
+    @property
+    def phases(self) -> tuple[int, int]:
+        """AdaLoRA's optimizer steps before any direction is dropped, and those for which the choice stands."""
+        return self.first, self.final
 
     def targets_module(self, path: str) -> bool:
         """Whether PEFT would adapt the module at this path, were it of a kind that can be.
@@ -119,10 +142,10 @@ def read_config(data: object, findings: Findings) -> PeftConfig | None:
     kind = data.get("peft_type")
     if not isinstance(kind, str) or kind not in _DEFAULTS:
         what = "has no `peft_type`" if kind is None else f"is of type {show(kind)}"
-        findings.fatal.append(Problem(NAME, what, f"lorary reads PEFT's {' and '.join(_DEFAULTS)} adapters"))
+        findings.fatal.append(Problem(NAME, what, f"lorary reads PEFT's {', '.join(_DEFAULTS)} adapters"))
         return None
     words: dict[str, Any] = dict(_DEFAULTS[kind])
-    fields, unsupported = understood(kind, Budget()), UNSUPPORTED if kind == "LORA" else {}
+    fields, unsupported = understood(kind, Budget()), UNSUPPORTED if kind != "VERA" else {}
     for key, value in data.items():
         if key in fields:
             _take(words, key, *fields[key], value, findings)
@@ -157,10 +180,16 @@ def _take(
         findings.fatal.append(Problem(f"{NAME}: {key}", str(error)))
 
 
-def _check_together(words: Mapping[str, Any], findings: Findings) -> None:
+def _check_together(words: dict[str, Any], findings: Findings) -> None:
     if isinstance(words.get("targets"), Pattern) and words.get("layers") is not None:
         what = "cannot be said together with a pattern in `target_modules`"
         findings.fatal.append(Problem(f"{NAME}: layers_to_transform", what))
+    masks, r = words.pop("masks", {}), words.get("r")
+    for name, mask in masks.items():
+        if len(mask) != r:
+            what = f"has {len(mask)} entries for {show(name)}, and there were {r} directions at the start"
+            findings.fatal.append(Problem(f"{NAME}: rank_pattern", what))
+    words |= {"kept": {name: sum(mask) for name, mask in masks.items()}} if masks else {}
     if words.get("layers_pattern") and words.get("layers") is None:
         findings.fatal.append(Problem(f"{NAME}: layers_pattern", "needs `layers_to_transform`"))
 

@@ -16,6 +16,7 @@ from lorary.formats.tails import Tail
 
 MOST_RANK = 2**16
 _MOST_ENTRIES = 20_000
+_MASK = ".lora_E"
 
 
 class TolerableError(ValueError):
@@ -62,6 +63,52 @@ def _start(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"is {show(value)}; d starts at a positive number")
     return float(value)
+
+
+def _count(least: int) -> Callable[[object], int]:
+    def reader(value: object) -> int:
+        if type(value) is not int or not least <= value < 2**63:
+            raise ValueError(f"is {show(value)}, no whole number of at least {least}")
+        return value
+
+    return reader
+
+
+def _share(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        raise ValueError(f"is {show(value)}; it lies between 0 and 1")
+    return float(value)
+
+
+def _amount(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValueError(f"is {show(value)}, no finite number of at least 0")
+    return float(value)
+
+
+def _masks(value: object) -> dict[str, list[bool]]:
+    """AdaLoRA's: site -> for every direction at the start whether it is left."""
+    if not isinstance(value, dict) or len(value) > _MOST_ENTRIES:
+        raise ValueError(f"is {show(value)}, not an object of names and masks")
+    for name, mask in value.items():
+        if not name.endswith(_MASK) or not isinstance(mask, list) or not all(isinstance(m, bool) for m in mask):
+            raise ValueError(f"has {show(mask)} for {show(name)}; an entry is a module's {_MASK}, and true and false")
+    return {name.removesuffix(_MASK): mask for name, mask in value.items()}
+
+
+def _unused(*off: object) -> Callable[[object], None]:
+    """A field of LoRA's that AdaLoRA has inherited and does not look at."""
+
+    def reader(value: object) -> None:
+        if not any(value == o and type(value) is type(o) for o in off):
+            raise TolerableError(f"is {show(value)}, and PEFT's AdaLoRA computes without it", None)
+
+    return reader
+
+
+def _no_magnitudes(value: object) -> None:
+    if value not in (None, False):
+        raise ValueError(f"is {show(value)}, and PEFT's AdaLoRA has no magnitudes")
 
 
 def _names_or_pattern(budget: Budget) -> Callable[[object], tuple[str, ...] | Pattern | None]:
@@ -148,7 +195,7 @@ def understood(kind: str, budget: Budget) -> dict[str, tuple[str, Callable[[obje
     """PEFT's field -> (the name of ours, its reader); a field with no name of ours is only checked.
 
     Args:
-        kind: PEFT's type of adapter, `LORA` or `VERA`.
+        kind: PEFT's type of adapter, `LORA`, `ADALORA` or `VERA`.
         budget: the work that all patterns of the file may take together.
     """
     shared = {
@@ -157,7 +204,7 @@ def understood(kind: str, budget: Budget) -> dict[str, tuple[str, Callable[[obje
         "layers_to_transform": ("layers", _numbers),
         "layers_pattern": ("layers_pattern", _plain_names),
         "modules_to_save": ("modules_to_save", _plain_names),
-        "bias": ("bias", _one_of("none", "all", f"{kind.lower()}_only")),
+        "bias": ("bias", _one_of("none", "all", "vera_only" if kind == "VERA" else "lora_only")),
         "fan_in_fan_out": ("transposed", _flag),
         "base_model_name_or_path": ("base", _base),
     }
@@ -171,6 +218,26 @@ def understood(kind: str, budget: Budget) -> dict[str, tuple[str, Callable[[obje
             "rank_pattern": ("ranks", _patterns(_rank, budget)),
             "alpha_pattern": ("alphas", _patterns(_alpha, budget)),
             "init_lora_weights": ("", _init),
+        },
+        "ADALORA": {
+            "r": ("", _rank),  # it is LoRA's; `init_r` is meant
+            "init_r": ("r", _rank),
+            "lora_alpha": ("alpha", _alpha),
+            "lora_dropout": ("dropout", _probability),
+            "exclude_modules": ("exclude", _names_or_pattern(budget)),
+            "rank_pattern": ("masks", _masks),
+            "target_r": ("target", _rank),
+            "tinit": ("first", _count(0)),
+            "tfinal": ("final", _count(0)),
+            "deltaT": ("every", _count(1)),
+            "beta1": ("beta1", _share),
+            "beta2": ("beta2", _share),
+            "orth_reg_weight": ("orthogonality", _amount),
+            "total_step": ("", _count(1)),
+            "use_rslora": ("", _unused(False)),
+            "use_dora": ("", _no_magnitudes),
+            "alpha_pattern": ("", _unused({}, None)),
+            "init_lora_weights": ("", _unused(True, False, None)),
         },
         "VERA": {
             "vera_dropout": ("dropout", _probability),

@@ -4,11 +4,13 @@
     embedding            <site>.lora_embedding_A (R, vocabulary)  <site>.lora_embedding_B (width, R)
     convolution          <site>.lora_A.weight (R, in, *window)  <site>.lora_B.weight (out, R, 1, ...)
     DoRA                 and <site>.lora_magnitude_vector (out,), of a convolution (1, out, 1, ...)
+    AdaLoRA              <site>.lora_A (R, inp)                 <site>.lora_B (out, R), and <site>.lora_E (R, 1)
     VeRA                 <site>.vera_lambda_b (out,)            <site>.vera_lambda_d (r,)
                          and for all sites base_model.vera_A (r, widest inp), base_model.vera_B (widest out, r)
 
 A site whose fused weight is adapted part by part is, for PEFT, one LoRA of rank R = parts * r whose B is zero off
-the parts' blocks: the same update, number for number. Every other name in a file begins with `base_model.model.`;
+the parts' blocks: the same update, number for number. What earlier tasks have learnt there (O-LoRA) follows as further
+directions. Every other name in a file begins with `base_model.model.`;
 files written from a bare module have no such prefix, and both are read.
 """
 
@@ -23,11 +25,13 @@ import torch
 from torch import Tensor
 
 from lorary.errors import FileError, Problem
+from lorary.methods.adalora import Spectral
 from lorary.methods.dora import Direction
 from lorary.methods.vera import Vectors
 from lorary.placed import Placed
 from lorary.sites import Site
 
+_PAST = {"A": "A_past", "B": "B_past"}  # what earlier tasks have learnt, below the new task's
 PREFIX = "base_model.model."
 MAGNITUDE = "lora_magnitude_vector"
 BANKS = {"A": "vera_A", "B": "vera_B"}
@@ -39,6 +43,7 @@ _LORA = {
     "lora_embedding_B": "B",
 }
 LEAVES = {  # of each sort of adapter: the end of a name -> the role
+    "AdaLoRA": {"lora_A": "Q", "lora_B": "P", "lora_E": "E"},
     "LoRA": _LORA,
     "DoRA": _LORA | {MAGNITUDE: "m"},
     "VeRA": {"vera_lambda_b": "b", "vera_lambda_d": "d"},
@@ -70,19 +75,25 @@ def parsed(name: str, sort: str) -> Key | None:
 
 
 def rank(p: Placed) -> int:
-    """The rank that PEFT sees at a site: r for each part."""
-    return p.r * max(1, len(p.site.parts))
+    """The rank that PEFT sees at a site: r for each part, and that of each earlier task."""
+    return sum(p.shapes[role][0] for role in ("A", _PAST["A"]) if role in p.shapes)
 
 
 def layout(p: Placed) -> dict[str, tuple[str, tuple[int, ...]]]:
     """role -> (the short name, the shape) of a site's own tensors, as PEFT has them."""
-    if isinstance(p.delta, Vectors):
-        names = {role: leaf for leaf, role in LEAVES["VeRA"].items()}
-        return {role: (f"{p.site.name}.{leaf}", p.shapes[role]) for role, leaf in names.items()}
+    if sort := own_sort(p):
+        names = {role: leaf for leaf, role in LEAVES[sort].items()}
+        sizes = p.shapes | ({"E": (*p.shapes["E"], 1)} if "E" in names else {})
+        return {role: (f"{p.site.name}.{leaf}", sizes[role]) for role, leaf in names.items()}
     found = shapes(p.site, rank(p))
     if isinstance(p.method.join, Direction):
         found["m"] = (f"{p.site.name}.{MAGNITUDE}", magnitudes(p.site)[0])
     return found
+
+
+def own_sort(p: Placed) -> str:
+    """The sort of a site whose tensors PEFT has one by one, as we do; empty for a LoRA's factors."""
+    return next((sort for delta, sort in ((Vectors, "VeRA"), (Spectral, "AdaLoRA")) if isinstance(p.delta, delta)), "")
 
 
 def shapes(site: Site, r: int) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -110,6 +121,17 @@ def magnitudes(site: Site) -> list[tuple[int, ...]]:
     return [(site.out,), column] + ([row] if site.out != site.inp else [])
 
 
+def written(p: Placed, roles: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that a PEFT file has of a site, short names."""
+    if own_sort(p):
+        return {name: roles[role].reshape(shape) for role, (name, shape) in layout(p).items()}
+    A, B = roles["A"], roles["B"]
+    if _PAST["A"] in roles:
+        B = torch.cat([p.site.place(B), roles[_PAST["B"]]], 1)
+        A = torch.cat([A, roles[_PAST["A"]]])
+    return encoded(p.site, A, B, roles.get("m"))
+
+
 def encoded(site: Site, A: Tensor, B: Tensor, m: Tensor | None = None) -> dict[str, Tensor]:
     """The tensors of a PEFT LoRA at one site, short names.
 
@@ -132,11 +154,16 @@ def decoded(p: Placed, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         FileError: B is not zero off the blocks of a fused site's parts.
     """
     site, names = p.site, {role: name for role, (name, _) in layout(p).items()}
-    if isinstance(p.delta, Vectors):
-        return {role: tensors[name] for role, name in names.items()}
+    if own_sort(p):
+        return {role: tensors[name].reshape(p.shapes[role]) for role, name in names.items()}
     found = {"m": tensors[names["m"]].reshape(site.out)} if "m" in names else {}
     A = tensors[names["A"]].reshape(rank(p), site.inp)
     B = tensors[names["B"]].reshape(site.out, rank(p))
+    if _PAST["A"] in p.shapes:
+        sizes = [p.shapes["A"][0], p.shapes[_PAST["A"]][0]]
+        (A, found[_PAST["A"]]), (B, found[_PAST["B"]]) = A.split(sizes), B.split(sizes, 1)
+        found = {role: t.clone() for role, t in found.items()}
+        A, B = A.clone(), B.clone()
     if not site.parts:
         return {"A": A, "B": B} | found
     blocks = [B[part.rows(), i * p.r : (i + 1) * p.r] for i, part in enumerate(site.parts)]

@@ -1,4 +1,4 @@
-"""A PEFT folder (LoRA, DoRA, VeRA) as an `Adapter`: strict about every tensor, from the header before any is read.
+"""A PEFT folder (LoRA, DoRA, AdaLoRA, VeRA) as an `Adapter`: strict about every tensor, before any is read.
 
 With the model at hand, the sites are those that PEFT would adapt in it, and every one of them must have its two
 factors in the file. Without, they are those that the file has factors for; a layer's kind beyond what a shape says
@@ -25,11 +25,14 @@ from lorary.formats.findings import Findings
 from lorary.formats.folder import read_bytes
 from lorary.formats.peft_config import NAME, PeftConfig, read_config
 from lorary.formats.peft_fulls import Fulls, full_tensors
+from lorary.formats.peft_sorts import KINDS
 from lorary.formats.peft_strangers import strange
-from lorary.formats.peft_writer import VERA_KINDS, sliding
-from lorary.formats.strict_json import named
+from lorary.formats.peft_writer import sliding
+from lorary.formats.strict_json import named, show
 from lorary.formats.tensor_file import TensorFile
 from lorary.formats.values import absurd, does_nothing, not_finite
+from lorary.methods.adalora import ByStartRank, Orthogonal, SmallNormal, Spectral
+from lorary.methods.adalora_budget import RankBudget
 from lorary.methods.dora import Direction
 from lorary.methods.lora import Add, ByRank, Fixed, Kaiming, LowRank
 from lorary.methods.rslora import BySqrtRank
@@ -176,7 +179,13 @@ class _Reader:
             self.findings.settle()
         try:
             sites = list(self._sites_of_model() if self.layers is not None else self._sites_of_file())
-            return tuple(Placed(s, self._method(self.config.rank(s.name), self.config.alpha_at(s.name))) for s in sites)
+            names = {s.name for s in sites}
+            self.findings.fatal += [
+                Problem(f"{NAME}: rank_pattern", f"is about {show(name)}, which is not adapted")
+                for name in self.config.kept
+                if name not in names
+            ]
+            return tuple(Placed(s, self._method_at(s.name)) for s in sites)
         except ValueError as error:  # the patterns' budget
             self.findings.fatal.append(Problem(NAME, str(error)))
             return ()
@@ -195,12 +204,13 @@ class _Reader:
                 self.findings.fatal.append(Problem(name, what))
                 continue
             found = site(name, layer)
-            if self.config.sort == "VeRA" and found.kind not in VERA_KINDS:
-                self.findings.fatal.append(Problem(name, f"is of kind {found.kind}, which PEFT's VeRA never adapts"))
+            if found.kind not in KINDS.get(self.config.sort, (found.kind,)):
+                what = f"is of kind {found.kind}, which PEFT's {self.config.sort} never adapts"
+                self.findings.fatal.append(Problem(name, what))
             elif found.groups > 1:
                 what = f"PEFT's LoRA of a convolution with {found.groups} groups is no change of its weight"
                 self.findings.fatal.append(Problem(name, what, "it can neither be merged nor read here"))
-            elif what := sliding(layer):
+            elif what := sliding(layer, self.config.sort):
                 self.findings.fatal.append(Problem(name, f"is {what}", "it can neither be merged nor read here"))
             else:
                 yield found
@@ -215,7 +225,8 @@ class _Reader:
             if not name or not self.config.targets_module(name):
                 continue
             embedding = f"{name}.lora_embedding_A" in self.found
-            leaves = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+            ending = "" if self.config.sort == "AdaLoRA" else ".weight"
+            leaves = ("lora_embedding_A", "lora_embedding_B") if embedding else (f"lora_A{ending}", f"lora_B{ending}")
             pair = [f"{name}.{leaf}" for leaf in leaves]
             lonely = [n for n in pair if n not in self.found]
             if lonely:
@@ -230,13 +241,24 @@ class _Reader:
                 continue
             yield _site_of_shapes(name, A, B, embedding, self.config.transposed)
 
+    def _method_at(self, name: str) -> Method:
+        method = self._method(self.config.rank(name), self.config.alpha_at(name))
+        kept = self.config.kept.get(name)
+        return method if kept is None else method.but(delta=Spectral(self.config.r, kept))
+
     def _method(self, r: int, alpha: float, full: tuple[str, ...] = ()) -> Method:
         config = self.config
+        if config.sort == "AdaLoRA":
+            # PEFT accepts a target above the start, which asks for nothing
+            budget = RankBudget(min(config.target, r), *config.phases, config.every, config.beta1, config.beta2)
+            rules = (budget, Orthogonal(config.orthogonality))
+            scale: Scale = ByStartRank(alpha)
+            return Method(Spectral(r), SmallNormal(), scale, Add(), rules=rules, dropout=config.dropout, full=full)
         if config.sort == "VeRA":
             init = Projections(config.seed, config.start, config.saved)
             frozen = Vectors.shared
             return Method(Vectors(r), init, Fixed(1.0), Add(), frozen=frozen, dropout=config.dropout, full=full)
-        scale: Scale = BySqrtRank(alpha) if config.rslora else ByRank(alpha)
+        scale = BySqrtRank(alpha) if config.rslora else ByRank(alpha)
         join: Join = Direction() if config.sort == "DoRA" else Add()
         return Method(LowRank(r), Kaiming(), scale, join, dropout=config.dropout, full=full)
 

@@ -6,7 +6,6 @@ from lorary.formats.peft_keys import LEAVES
 
 _FEATURES = {
     "lora_B.bias": "is a bias beside B, which is not supported",
-    "lora_E": "belongs to AdaLoRA, which the configuration does not say it is",
     "lora_diag": "belongs to KaSA, which is not supported",
 }
 

@@ -14,23 +14,20 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
 
 from lorary.adapted import base_parameters, plain_modules
 from lorary.adapter import Adapter
 from lorary.errors import Problem
 from lorary.formats import peft_keys
-from lorary.formats.banks import gathered, left_out
+from lorary.formats.banks import Banks
 from lorary.formats.patterns import MOST_CHARACTERS
-from lorary.methods.dora import Direction
-from lorary.methods.lora import Add, ByRank, LowRank
+from lorary.formats.peft_sorts import adalora_words, sort_obstacles, sort_of, vera_words
+from lorary.methods.lora import ByRank
 from lorary.methods.rslora import BySqrtRank
-from lorary.methods.vera import Projections, Vectors
 from lorary.placed import Placed
 from lorary.sites import kind_of
 
-VERA_KINDS = ("linear", "transposed")  # the layers that PEFT's VeRA has
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
 
 
@@ -42,43 +39,20 @@ class Full(NamedTuple):
     problems: list[Problem]
 
 
-def sort_of(adapter: Adapter) -> str:
-    """What PEFT has with these very tensors: `LoRA`, `DoRA` or `VeRA`; empty for neither."""
-    words = {(type(p.delta), type(p.method.join)) for p in adapter.placed}
-    if len(words) != 1 or any(p.starts for p in adapter.placed):
-        return ""
-    sorts: dict[Any, str] = {(LowRank, Add): "LoRA", (LowRank, Direction): "DoRA", (Vectors, Add): "VeRA"}
-    return sorts.get(next(iter(words)), "")
-
-
-def obstacles(adapter: Adapter, model: nn.Module | None) -> list[Problem]:
+def obstacles(adapter: Adapter, model: nn.Module | None, shared: Banks) -> list[Problem]:
     """Why PEFT cannot compute this adapter's function from its very tensors; empty where it can.
 
     Args:
         adapter: any adapter.
         model: the base, where it is at hand: only it tells whether a module is trained whole, and how a convolution
             slides.
+        shared: what its sites share.
     """
     sort = sort_of(adapter)
     what = "PEFT has no adapter with these tensors and this function"
     problems = [] if sort else [Problem("method", what)]
-    if sort == "VeRA":
-        problems += vera_obstacles(adapter)
+    problems += sort_obstacles(adapter, sort, shared)
     return problems + site_obstacles(adapter, model) + full_words(adapter, model).problems
-
-
-def vera_obstacles(adapter: Adapter) -> list[Problem]:
-    """Why an adapter of VeRA's tensors is none that PEFT has."""
-    problems = []
-    if len({p.r for p in adapter.placed}) > 1 or any(p.scale != 1 for p in adapter.placed):
-        problems.append(Problem("method", "PEFT's VeRA has one rank for all layers, and no scale"))
-    for p in adapter.placed:
-        if p.site.kind not in VERA_KINDS or p.site.parts:
-            problems.append(Problem(p.site.name, "PEFT's VeRA adapts whole linear layers only"))
-    banks = gathered(adapter.placed, adapter.tensors)
-    if left_out(adapter, banks) and any(bank.dtype != torch.float32 for bank in banks.values()):
-        problems.append(Problem("method", "PEFT draws VeRA's projections in 32 bits"))
-    return problems
 
 
 def site_obstacles(adapter: Adapter, model: nn.Module | None = None) -> list[Problem]:
@@ -97,12 +71,13 @@ def site_obstacles(adapter: Adapter, model: nn.Module | None = None) -> list[Pro
     return problems
 
 
-def sliding(layer: nn.Module | None) -> str:
+def sliding(layer: nn.Module | None, sort: str = "LoRA") -> str:
     """Why PEFT's filters do not slide over a convolution's input as its own do; empty where they do."""
     if layer is None or not (kind_of(layer) or "").startswith("conv"):
         return ""
     conv = cast(nn.Conv1d, layer)
-    if any(d != 1 and n != 1 for d, n in zip(conv.dilation, conv.kernel_size, strict=True)):
+    dilated = any(d != 1 and n != 1 for d, n in zip(conv.dilation, conv.kernel_size, strict=True))
+    if dilated and sort != "AdaLoRA":
         return f"a convolution of dilation {conv.dilation}, which PEFT's LoRA of it leaves out"
     if conv.padding_mode != "zeros" and any(conv._reversed_padding_repeated_twice):
         return f"a convolution with {conv.padding_mode} padding, for which PEFT's LoRA of it pads with zeros"
@@ -111,6 +86,11 @@ def sliding(layer: nn.Module | None) -> str:
 
 def full_words(adapter: Adapter, model: nn.Module | None) -> Full:
     """`modules_to_save` and `bias` for an adapter's full parameters."""
+    sites = {p.site.name for p in adapter.placed}
+    written = [name for name in sorted(adapter.full) if name.removesuffix(".weight") in sites]
+    if written:  # Delta-LoRA's
+        what = "is changed beside the adapter there, and PEFT leaves the weights alone that it adapts"
+        return Full([], "none", [Problem(name, what, "merge the adapter, and save the model") for name in written])
     biases = {name for name in adapter.full if name.rpartition(".")[2] == "bias"}
     others = sorted(set(adapter.full) - biases)
     bias = "all" if biases else "none"
@@ -152,17 +132,20 @@ def scales(adapter: Adapter) -> tuple[dict[str, tuple[int, float]], bool]:
 
 
 def _alpha(p: Placed, root: bool) -> float:
-    parts = max(1, len(p.site.parts))
+    rank = peft_keys.rank(p)
     if p.alpha is not None and isinstance(p.method.scale, BySqrtRank if root else ByRank):
-        return p.alpha * (math.sqrt(parts) if root else parts)
-    return p.scale * peft_keys.rank(p)
+        return p.alpha * (math.sqrt(rank / p.r) if root else rank / p.r)
+    return p.scale * rank
 
 
-def config(adapter: Adapter, model: nn.Module | None) -> dict[str, Any]:
+def config(adapter: Adapter, model: nn.Module | None, shared: Banks) -> dict[str, Any]:
     """The contents of `adapter_config.json` for an adapter's own tensors."""
     sort = sort_of(adapter)
     if sort == "VeRA":
-        return _vera_config(adapter, model)
+        return _shared_words(adapter, model) | vera_words(adapter, shared)
+    if sort == "AdaLoRA":
+        words = _shared_words(adapter, model) | adalora_words(adapter)
+        return words | {"lora_alpha": _number(words["lora_alpha"])}
     return lora_config(adapter, model, *scales(adapter), magnitudes=sort == "DoRA")
 
 
@@ -195,20 +178,6 @@ def lora_config(
         "exclude_modules": None,
         "rank_pattern": patterns({name: size[0] for name, size in sizes.items()}, r),
         "alpha_pattern": patterns({name: _number(size[1]) for name, size in sizes.items()}, _number(alpha)),
-    }
-
-
-def _vera_config(adapter: Adapter, model: nn.Module | None) -> dict[str, Any]:
-    init = adapter.method.init
-    start = init if isinstance(init, Projections) else Projections()
-    return _shared_words(adapter, model) | {
-        "peft_type": "VERA",
-        "r": adapter.placed[0].r,
-        "vera_dropout": adapter.method.dropout,
-        "d_initial": start.d,
-        "projection_prng_key": start.seed,
-        "save_projection": not left_out(adapter, gathered(adapter.placed, adapter.tensors)),
-        "init_weights": True,
     }
 
 

@@ -7,16 +7,18 @@ from dataclasses import asdict, fields
 from typing import Any, cast
 
 from lorary.errors import MethodError, Problem
+from lorary.formats import shares
 from lorary.formats.findings import Findings
 from lorary.formats.safetensors_header import MOST_EXTENT
 from lorary.formats.strict_json import show
 from lorary.placed import Placed, with_rank
 from lorary.record import Method
+from lorary.shrinking import Shrinkable
 from lorary.sites import KINDS, Part, Site
 from lorary.words import Join
 
 _MOST_SITES = 20_000
-_EXTRA = {"r", "alpha", "method"}
+_EXTRA = {"r", "alpha", "kept", "method", "share"}
 _NEEDED = {"name", "kind", "out", "inp", "bias"}
 
 
@@ -24,14 +26,22 @@ def site_record(p: Placed, method: Method) -> dict[str, Any]:
     """A site as plain data: its fields that are not at their defaults, and how its method differs from `method`."""
     defaults = {f.name: f.default for f in fields(Site)}
     record = {k: v for k, v in asdict(p.site).items() if k in _NEEDED or v != defaults[k]}
+    return record | _own(p, method) | ({"share": p.share} if p.share else {})
+
+
+def _own(p: Placed, method: Method) -> dict[str, Any]:
+    """How a site's method differs: in its rank, its alpha or what is left of its directions alone, or as a whole."""
     if p.method == method:
-        return record
+        return {}
     own: dict[str, Any] = {}
     if p.r != getattr(method.delta, "r", None):
         own["r"] = p.r
     if p.alpha is not None and p.alpha != getattr(method.scale, "alpha", None):
         own["alpha"] = p.alpha
-    return record | (own if _varied(method, own) == p.method else {"method": p.method.to_dict()})
+    if isinstance(p.delta, Shrinkable) and isinstance(method.delta, Shrinkable):
+        kept = getattr(p.delta, "kept", None)
+        own |= {"kept": kept} if kept is not None and kept != getattr(method.delta, "kept", None) else {}
+    return own if _varied(method, own) == p.method else {"method": p.method.to_dict()}
 
 
 def read_sites(records: list[Any], findings: Findings) -> list[Site]:
@@ -62,13 +72,14 @@ def placed_from(sites: list[Site], records: list[Any], method: Method, findings:
             if own is None and "alpha" in record and not hasattr(method.scale, "alpha"):
                 raise ValueError(f"its scale, {type(method.scale).__name__}, has no alpha")
             varied = Method.from_dict(own) if own is not None else _varied(method, record)
-            there = Placed(found, varied)
+            there = Placed(found, varied, record.get("share", ""))
             findings.fatal += [Problem(f"lorary.json: {found.name}", what) for what in _unfit(there)]
             placed.append(there)
         except MethodError as error:
             findings.fatal += [Problem(f"lorary.json: {found.name}: {p.where}", p.what) for p in error.problems]
         except (ValueError, TypeError) as error:
             findings.fatal.append(Problem(f"lorary.json: {found.name}", str(error)))
+    findings.fatal += [Problem(f"lorary.json: {p.where}", p.what) for p in shares.problems(placed)]
     return tuple(placed)
 
 
@@ -78,7 +89,12 @@ def _unfit(p: Placed) -> list[str]:
 
 
 def _varied(method: Method, own: Mapping[str, Any]) -> Method:
-    return with_rank(method, own.get("r"), own.get("alpha"))
+    varied, kept = with_rank(method, own.get("r"), own.get("alpha")), own.get("kept")
+    if kept is None:
+        return varied
+    if not isinstance(varied.delta, Shrinkable):
+        raise ValueError(f"`kept` is {show(kept)}, and no direction of {type(varied.delta).__name__} can be dropped")
+    return varied.but(delta=varied.delta.left(kept))
 
 
 def _site(record: Any) -> Site:
@@ -90,6 +106,8 @@ def _site(record: Any) -> Site:
         raise ValueError("`name` is a text and `bias` true or false")
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"{show(kind)} is no kind of site; they are {', '.join(KINDS)}")
+    if "share" in record:
+        shares.named_share(record["share"])
     window = record.get("window", [])
     if not isinstance(window, list) or len(window) != {"conv1d": 1, "conv2d": 2, "conv3d": 3}.get(kind, 0):
         raise ValueError(f"the window {show(window)} is not that of a {kind}")

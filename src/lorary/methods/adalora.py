@@ -1,4 +1,4 @@
-"""AdaLoRA: the rank goes where it is worth most. W' = W + s P diag(E) Q, directions dropped one by one.
+"""AdaLoRA: W' = W + s P diag(E) Q, with directions dropped one by one, so that the rank goes where it is worth most.
 
 P [out, r], E [r] and Q [r, inp] have the shape of a singular value decomposition; a penalty keeps P and Q near to
 orthonormal. A direction is worth what its numbers would change the loss by (sensitivity, smoothed, times how unsure
@@ -70,9 +70,10 @@ class Spectral(Delta):
         return p["E"] != 0
 
     def problems(self, site: Site) -> list[str]:
-        if not site.parts:
-            return []
-        return ["its projections cannot have a spectrum each: adapt the fused weight as a whole"]
+        found = [f"{self.kept} of {self.r} directions cannot be left"] if self.R > self.r else []
+        if site.parts:
+            found.append("its projections cannot have a spectrum each: adapt the fused weight as a whole")
+        return found
 
 
 @word
