@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -391,3 +392,84 @@ def test_the_count_is_the_papers() -> None:
     assert plan.trainable == 4_194_304
     large = [f"layers.{i}." for i in range(0, 28, 2)]
     assert dropped(plan, flat(plan, *large), 0.98).trainable == 1_966_080
+
+
+# --- layers that share ----------------------------------------------------------------------------------------------
+
+
+def sharing(dtype: torch.dtype = torch.float64) -> Any:
+    """A Llama of four layers, trained a little: layer 1 has its own, the other three share, of two kinds."""
+    model = tiny.seeded("LlamaForCausalLM", num_hidden_layers=4).to(dtype)
+    plan = lorary.plan(model, lorary.method("lora", r=2), ["q_proj", "down_proj"])
+    lorary.attach(model, dropped(plan, flat(plan, "layers.1."), 0.9), dtype=dtype)
+    return shaken(model)
+
+
+def _stepped(model: Any, lr: float = 0.1) -> None:
+    optimizer = torch.optim.SGD(lorary.groups(model, lr=lr), lr=lr)
+    for _ in range(3):
+        model(**BATCH, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_shared_tensors_stay_one_are_trained_once_and_counted_once() -> None:
+    model = sharing()
+    layers = [block.self_attn.q_proj for block in model.model.layers]
+    assert layers[0].p["A"] is layers[2].p["A"] is layers[3].p["A"] is not layers[1].p["A"]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    grouped = [p for row in lorary.groups(model, lr=1.0) for p in row["params"]]
+    assert sorted(map(id, grouped)) == sorted(map(id, trained))
+    assert len(grouped) == 2 * 2 * 2
+    assert sum(p.numel() for p in grouped) == 2 * 2 * (16 + 16 + 24 + 16)
+    before = layers[0].p["B"].detach().clone()
+    _stepped(model)
+    assert layers[0].p["B"] is layers[3].p["B"]
+    assert not torch.equal(layers[0].p["B"], before)
+
+
+def test_a_shared_gradient_is_the_sum_over_its_layers() -> None:
+    model, apart = sharing(), sharing()
+    for layer in adapted(apart).values():  # the same function with tensors of their own
+        layer.p = nn.ParameterDict({role: nn.Parameter(p.detach().clone()) for role, p in layer.p.items()})
+    for m in (model, apart):
+        m(**BATCH, labels=IDS).loss.backward()
+    for role in ("A", "B"):
+        for module in ("self_attn.q_proj", "mlp.down_proj"):
+            single = [block.get_submodule(module).p[role].grad for block in apart.model.layers]
+            shared = model.model.layers[0].get_submodule(module).p[role].grad
+            assert torch.allclose(shared, single[0] + single[2] + single[3], rtol=1e-9, atol=1e-15)
+            assert torch.allclose(model.model.layers[1].get_submodule(module).p[role].grad, single[1])
+
+
+def test_one_step_is_that_of_the_written_out_rule() -> None:
+    model, apart = sharing(), sharing()
+    _stepped(model, lr=0.05)
+    for layer in adapted(apart).values():
+        layer.p = nn.ParameterDict({role: nn.Parameter(p.detach().clone()) for role, p in layer.p.items()})
+    for _ in range(3):
+        apart(**BATCH, labels=IDS).loss.backward()
+        with torch.no_grad():
+            for module in ("self_attn.q_proj", "mlp.down_proj"):
+                for role in ("A", "B"):
+                    tensors = [block.get_submodule(module).p[role] for block in apart.model.layers]
+                    total = sum(tensors[i].grad for i in (0, 2, 3))
+                    for i, tensor in enumerate(tensors):
+                        tensor -= 0.05 * (tensor.grad if i == 1 else total)
+            apart.zero_grad()
+    for name, layer in adapted(apart).items():
+        for role, p in layer.p.items():
+            assert torch.allclose(p, adapted(model)[name].p[role], rtol=1e-8, atol=1e-12)
+
+
+def test_what_shares_is_saved_merged_and_detached_like_anything_else(tmp_path: Path) -> None:
+    model, base = sharing(torch.float32), tiny.seeded("LlamaForCausalLM", num_hidden_layers=4)
+    _stepped(model)
+    before, plain = tiny.logits(model, **BATCH), tiny.logits(base, **BATCH)
+    lorary.save(model, tmp_path / "adapter")
+    again = lorary.load(base, tmp_path / "adapter")
+    assert torch.equal(tiny.logits(again, **BATCH), before)
+    lorary.merge(model)
+    assert torch.allclose(tiny.logits(model, **BATCH), before, atol=1e-5)
+    lorary.unmerge(model)
+    assert torch.equal(tiny.logits(lorary.detach(model), **BATCH), plain)

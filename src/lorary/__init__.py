@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _HOMES = {
     "Adapted": "adapted",
@@ -17,6 +17,7 @@ _HOMES = {
     "Evolution": "evolution",
     "Fingerprint": "fingerprint",
     "Found": "evolution",
+    "Importance": "methods.lora_drop",
     "LowRankForm": "forms",
     "Method": "record",
     "Placed": "placed",
@@ -27,7 +28,9 @@ _HOMES = {
     "attach": "surgery",
     "detach": "surgery",
     "disabled": "surgery",
+    "dropped": "probing",
     "groups": "loop",
+    "importance": "probing",
     "load": "adapter",
     "merge": "merging",
     "method": "preset",
@@ -58,12 +61,15 @@ if TYPE_CHECKING:
     from lorary.loop import tuning as tuning
     from lorary.merging import merge as merge
     from lorary.merging import unmerge as unmerge
+    from lorary.methods.lora_drop import Importance as Importance
     from lorary.placed import Placed as Placed
     from lorary.planning import plan as plan
     from lorary.plans import Plan as Plan
     from lorary.preset import Preset as Preset
     from lorary.preset import method as method
     from lorary.preset import presets as presets
+    from lorary.probing import dropped as dropped
+    from lorary.probing import importance as importance
     from lorary.record import Method as Method
     from lorary.sites import Site as Site
     from lorary.surgery import attach as attach

@@ -17,13 +17,16 @@ import torch
 from accelerate.state import AcceleratorState
 from torch.distributed.tensor import DTensor
 
+import lorary
+from lorary.errors import TrainingError
+from lorary.methods.lora_drop import Measured
 from lorary.train import run, saving
 from lorary.train.config_file import from_dict
 from tests.train.runs import adapted, dpo, llama, log, rows, sft
 
 torch.set_num_threads(1)
 
-MODES = ("ddp", "fsdp", "dpo-fsdp")
+MODES = ("ddp", "ddp-shares", "fsdp", "dpo-fsdp")
 
 FSDP: dict[str, Any] = {
     "fsdp": True,
@@ -37,7 +40,7 @@ FSDP: dict[str, Any] = {
 
 def train(folder: Path, mode: str, ranks: int) -> dict[str, Any]:
     """16 rows in batches of 4, whatever the number of ranks; the head in chunks of 5 tokens, so that ranks differ."""
-    model = adapted("lora", "lora+", targets=["all-linear", "lm_head"], model=llama(tie_word_embeddings=False))
+    model = _model(mode)
     words: dict[str, Any] = dict(FSDP) if "fsdp" in mode else {}
     if "dpo" in mode:
         t: Any = dpo(folder, model, per_device_train_batch_size=4 // ranks, learning_rate=1e-2, **words)
@@ -52,13 +55,32 @@ def train(folder: Path, mode: str, ranks: int) -> dict[str, Any]:
     adapter = saving.taken(t.plain_model(), t.fingerprint)
     found = {"log": log(t), "sharded": sharded, "adapter": _plain(adapter)}
     if "dpo" not in mode:
-        found["resumed"] = _resumed(folder, t, words)
+        found["resumed"] = _resumed(folder, t, words, mode)
     return found
 
 
-def _resumed(folder: Path, before: Any, words: dict[str, Any]) -> dict[str, Any]:
+def _model(mode: str) -> Any:
+    if "shares" not in mode:
+        model = llama(tie_word_embeddings=False)
+        return adapted("lora", "lora+", targets=["all-linear", "lm_head"], model=model)
+    model = llama(tie_word_embeddings=False, num_hidden_layers=3)  # of each kind one layer keeps its own, two share
+    plan = lorary.plan(model, lorary.method("lora", "lora+", r=4), ["q_proj", "down_proj"])
+    learnt = lorary.Importance(tuple(Measured(p.site.name, 1.0, 1.0) for p in plan.placed))
+    return lorary.attach(model, lorary.dropped(plan, learnt, 0.3), seed=0)
+
+
+def refusal(folder: Path) -> str:
+    """What is said to layers that share and are to be sharded."""
+    try:
+        sft(folder, _model("shares"), train=rows(4), **FSDP)
+    except TrainingError as error:
+        return str(error)
+    return ""
+
+
+def _resumed(folder: Path, before: Any, words: dict[str, Any], mode: str) -> dict[str, Any]:
     """The second half again, from the checkpoint after the first."""
-    model = adapted("lora", "lora+", targets=["all-linear", "lm_head"], model=llama(tie_word_embeddings=False))
+    model = _model(mode)
     size = {k: getattr(before.args, k) for k in ("per_device_train_batch_size", "gradient_accumulation_steps")}
     t = sft(folder, model, train=rows(16), held_out=rows(5), **size, **words)
     t.head.chunk = 5
@@ -66,19 +88,20 @@ def _resumed(folder: Path, before: Any, words: dict[str, Any]) -> dict[str, Any]
     return {"log": log(t), "adapter": _plain(saving.taken(t.plain_model(), t.fingerprint))}
 
 
-def from_configuration(out: Path, batch_size: int) -> list[dict[str, Any]]:
-    """The history of a run of the built-in base, on rows that every process writes alike."""
+def from_configuration(out: Path, batch_size: int) -> dict[str, Any]:
+    """A run of the built-in base with a probe before it, on rows that every process writes alike."""
     data = out / f"data-{os.environ.get('RANK', '0')}.jsonl"
     rows = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(20)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tree = {
         "model": "builtin:base",
-        "method": {"r": 4},
+        "method": {"r": 4, "targets": "q_proj, down_proj", "drop": {"threshold": 0.5, "sample": 0.5}},
         "data": {"train": str(data), "validation_split": 0.2, "max_length": 32},
         "training": {"max_steps": 3, "batch_size": batch_size, "gradient_accumulation_steps": 1, "logging_steps": 1},
         "output": str(out / "run"),
     }
-    return list(run(from_dict(tree), quiet=True).history)
+    history = run(from_dict(tree), quiet=True).history
+    return {"history": history, "probe": json.loads((out / "run" / "importance.json").read_text())}
 
 
 def _plain(adapter: Any) -> dict[str, Any]:
@@ -94,7 +117,11 @@ if __name__ == "__main__":
             (out / f"{mode}.json").write_text(json.dumps(result))
     AcceleratorState._reset_state(reset_partial_state=True)
     del os.environ["ACCELERATE_USE_FSDP"]  # accelerate's own note of the runs before
-    history = from_configuration(out, 2)
-    if history:  # the first process has it
-        (out / "run.json").write_text(json.dumps(history))
+    ended = from_configuration(out, 2)
+    if int(os.environ["RANK"]) == 0:
+        (out / "run.json").write_text(json.dumps(ended))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    said = refusal(out / "refused")
+    if int(os.environ["RANK"]) == 0:
+        (out / "refusal.json").write_text(json.dumps(said))
     torch.distributed.destroy_process_group()

@@ -36,7 +36,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         timeout=900,
     )
     assert done.returncode == 0, done.stderr[-6000:]
-    return {mode: json.loads((folder / f"{mode}.json").read_text()) for mode in (*MODES, "run")}
+    return {mode: json.loads((folder / f"{mode}.json").read_text()) for mode in (*MODES, "run", "refusal")}
 
 
 def _numbers(log: list[dict[str, Any]]) -> list[float]:
@@ -62,9 +62,23 @@ def test_two_processes_train_as_one(tmp_path: Path, launched: dict[str, Any], mo
 
 @pytest.mark.slow
 def test_a_configuration_runs_in_two_processes_as_in_one(tmp_path: Path, launched: dict[str, Any]) -> None:
-    one = from_configuration(tmp_path, 4)
-    assert _numbers(launched["run"]) == pytest.approx(_numbers(one), rel=1e-5, abs=1e-5)
-    assert len([r for r in one if "loss" in r]) == 3
+    one, two = from_configuration(tmp_path, 4), launched["run"]
+    assert _numbers(two["history"]) == pytest.approx(_numbers(one["history"]), rel=1e-5, abs=1e-5)
+    assert len([r for r in one["history"] if "loss" in r]) == 3
+    assert two["probe"]["shares"] == one["probe"]["shares"], "both chose the same layers"
+    assert "" in two["probe"]["shares"].values()
+    assert two["probe"]["tokens"] == one["probe"]["tokens"]
+    for site, figures in one["probe"]["sites"].items():
+        assert two["probe"]["sites"][site] == pytest.approx(figures, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_layers_that_share_are_not_sharded(launched: dict[str, Any]) -> None:
+    assert launched["refusal"] == (
+        "this way of distributing cannot train an adapter:\n"
+        "  - fsdp: shards every layer with its tensors, and those of layers that share (LoRA-drop) would be in two "
+        "shards\n      hint: train with DDP, or without LoRA-drop"
+    )
 
 
 def test_other_ways_of_dividing_are_refused() -> None:
