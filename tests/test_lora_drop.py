@@ -469,7 +469,7 @@ def test_what_shares_is_saved_merged_and_detached_like_anything_else(tmp_path: P
     lorary.save(model, tmp_path / "adapter")
     again = lorary.load(base, tmp_path / "adapter")
     assert torch.equal(tiny.logits(again, **BATCH), before)
-    lorary.merge(model)
+    lorary.merge(model, keep=True)
     assert torch.allclose(tiny.logits(model, **BATCH), before, atol=1e-5)
     lorary.unmerge(model)
     assert torch.equal(tiny.logits(lorary.detach(model), **BATCH), plain)

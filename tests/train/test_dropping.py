@@ -215,6 +215,35 @@ def test_an_interrupted_probe_leaves_nothing_and_begins_anew(words: Tree, monkey
     assert run(from_dict(words), resume=True, quiet=True).steps == 4
 
 
+def _probe(words: Tree) -> Importance:
+    """What a probe of two steps finds, without the run after it."""
+    prepared = prepare(from_dict(words, ["method.drop.steps=2"]))
+    found, stopped = dropping._probed(prepared, prepared.config.method.drop, Path("scratch"), quiet=True)  # type: ignore[arg-type]
+    assert found is not None
+    assert stopped == 0
+    assert not Path("scratch").exists()
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_pairs_of_answers_are_probed_too(words: Tree) -> None:
+    rows = [{"prompt": f"the {i}", "chosen": f" is {i}", "rejected": f" is not {i} two"} for i in range(12)]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree = _with(words, "data", train="pairs.jsonl") | {"task": "dpo"}
+    found = _probe(tree)
+    prepared = prepare(from_dict(tree))
+    picked = [prepared.train.rows[i] for i in sample(prepared.train, 0.5, prepared.config.training.seed)]
+    prompts = 2 * sum(len(row["prompt_ids"]) for row in picked)
+    assert found.tokens == prompts + sum(len(row[side]) for row in picked for side in ("chosen_ids", "rejected_ids"))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_the_head_is_probed_where_it_is_adapted(words: Tree) -> None:
+    found = _probe(_with(words, "method", targets="q_proj, lm_head"))
+    assert found.g["lm_head"] > 0
+    assert "lm_head" in found.kept(0.1), "the only one of its kind"
+
+
 # --- the sample -----------------------------------------------------------------------------------------------------
 
 
