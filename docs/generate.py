@@ -21,6 +21,7 @@ from pydantic import BaseModel
 
 import lorary
 from lorary.cli import COMMANDS, app
+from lorary.cli.methods import FUNCTIONS
 from lorary.combinations import partners, verdict
 from lorary.inspect.drawing import EXAMPLE, method_svg, state
 from lorary.placed import Placed
@@ -272,7 +273,8 @@ LoRA's words stand. Presets combine by union; [which go together](../combination
 | preset | equation | year | what it changes | when |
 |---|---|---|---|---|
 """
-    toctree = "\n\n```{toctree}\n:hidden:\n\n" + "\n".join(stem(p.name) for p in presets) + "\n```\n\n"
+    pages = [*(stem(p.name) for p in presets), *FUNCTIONS]
+    toctree = "\n\n```{toctree}\n:hidden:\n\n" + "\n".join(pages) + "\n```\n\n"
     return head + "\n".join(rows) + toctree + BY_HAND + file.read_text(encoding="utf-8").partition(BY_HAND)[2]
 
 

@@ -16,6 +16,7 @@ import typer
 
 import lorary
 from lorary.cli import app
+from lorary.cli.methods import FUNCTIONS
 from tests import pages
 from tests.cli.command import Command
 
@@ -84,8 +85,19 @@ def test_every_preset_has_a_page() -> None:
 
 
 def test_every_method_page_is_of_a_preset() -> None:
-    known = {preset.replace("+", "-plus") for preset in lorary.presets()} | {"index"}
+    known = {preset.replace("+", "-plus") for preset in lorary.presets()} | {"index", *FUNCTIONS}
     assert {page.stem for page in (DOCS / "methods").glob("*.md")} == known
+
+
+def test_every_method_that_is_a_function_has_a_page() -> None:
+    index = (DOCS / "methods" / "index.md").read_text(encoding="utf-8")
+    for name, (_, citation, when, _) in FUNCTIONS.items():
+        page = (DOCS / "methods" / f"{name}.md").read_text(encoding="utf-8")
+        assert f"({name}.md)" in index
+        assert f"| when | {when} |" in page
+        arxiv = re.search(r"\d{4}\.\d{5}", citation)
+        assert arxiv
+        assert arxiv[0] in page
 
 
 def test_every_preset_says_what_its_page_shows() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 import lorary
 from lorary.cli import COMMANDS
+from lorary.cli.methods import FUNCTIONS
 from tests import pages
 
 README = pages.ROOT / "README.md"
@@ -49,7 +50,12 @@ def test_the_table_holds_every_method_of_the_mission() -> None:
 def test_the_table_tells_what_is_here() -> None:
     here = {match[1] for status in table().values() if (match := re.fullmatch(r"here: `([^`]+)`", status))}
     assert here == set(lorary.presets())
+    functions = {m[1] for s in table().values() if (m := re.fullmatch(r"here, a function of a plan: `([^`]+)`", s))}
+    assert functions == set(FUNCTIONS)
     assert {status for status in table().values() if not status.startswith("here")} == {"planned"}
+    said = re.search(r"and (\w+) methods that combine", TEXT)
+    assert said
+    assert said[1] == {17: "seventeen"}.get(len(here | functions))
 
 
 def test_the_table_cites_what_the_presets_cite() -> None:

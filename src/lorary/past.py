@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +14,26 @@ from lorary.fingerprint import Fingerprint
 from lorary.placed import Placed
 from lorary.words import Sequential
 
-if TYPE_CHECKING:
-    from lorary.adapter import Adapter
-
 Pair = tuple[Tensor, Tensor]
 Given = dict[str, dict[str, Tensor]]
 
 
+class Learnt(Protocol):
+    """What an earlier task has to be able to say (`lorary.Adapter` is the one that exists)."""
+
+    @property
+    def placed(self) -> Sequence[Placed]: ...
+    @property
+    def base(self) -> Fingerprint: ...
+    @property
+    def full(self) -> Mapping[str, Tensor]: ...
+    def low_rank(self) -> Mapping[str, Any]:
+        """site -> (B, A, gain, shift)."""
+        ...
+
+
 def with_past(
-    model: nn.Module, placed: list[Placed], after: Sequence[Adapter]
+    model: nn.Module, placed: list[Placed], after: Sequence[Learnt]
 ) -> tuple[list[Placed], Given, list[Problem]]:
     """The same sites with what earlier adapters have learnt there, the values that this gives them, and what is wrong.
 
@@ -88,7 +99,7 @@ def _unfit(model: nn.Module, placed: list[Placed], adapter: Any, i: int) -> list
     return problems
 
 
-def _tasks(adapter: Adapter) -> dict[str, list[Pair]]:
+def _tasks(adapter: Learnt) -> dict[str, list[Pair]]:
     """site -> (B, A) of each task that an adapter holds there, in fp32 on the CPU, the first one first."""
     forms: Mapping[str, Any] = adapter.low_rank()
     found = {}

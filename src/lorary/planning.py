@@ -5,22 +5,18 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from lorary.errors import MethodError, PlanError, Problem, nearest
-from lorary.past import with_past
+from lorary.past import Learnt, with_past
 from lorary.placed import Placed, with_rank
 from lorary.plans import FullParameter, Plan
 from lorary.preconditions import not_ready, not_words
 from lorary.record import Method
 from lorary.sites import kind_of, site
 from lorary.targets import Found, blocked, collapse, head_names, listed, matches, resolve
-
-if TYPE_CHECKING:
-    from lorary.adapter import Adapter
 
 
 def plan(
@@ -31,7 +27,7 @@ def plan(
     ranks: Mapping[str, int] | None = None,
     alphas: Mapping[str, float] | None = None,
     exclude: str | Sequence[str] = (),
-    after: Sequence[Adapter] = (),
+    after: Sequence[Learnt] = (),
 ) -> Plan:
     """Where a method goes in a model, and what that costs. Touches nothing; works on a meta-device model.
 

@@ -156,7 +156,8 @@ class _Drawing:
 
     def _update(self, placed: Placed) -> float:
         """The lanes of the update, and where they meet; where it ends."""
-        draw, y, ends = self.canvas, float(_LANE), []
+        draw, y = self.canvas, float(_LANE)
+        ends: list[tuple[float, float]] = []
         for lane in lanes(placed):
             if ends:
                 y = draw.low + height(max(piece.right for piece in lane)) / 2 + 14

@@ -1,4 +1,4 @@
-"""Delta-LoRA: the weight follows the product of the factors. W_(t+1) = W_t + lambda s (B_(t+1) A_(t+1) - B_t A_t).
+"""Delta-LoRA: W_(t+1) = W_t + lambda s (B_(t+1) A_(t+1) - B_t A_t), so that the weight follows the product B A.
 
 That is done after every optimizer step t > K. As lambda is constant the sum telescopes: with the product at step K
 kept, the update of the untouched base is s (1 + lambda) B A - lambda s B_K A_K. That is what `mode="closed"` computes:

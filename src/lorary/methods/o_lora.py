@@ -1,8 +1,8 @@
-"""O-LoRA: one LoRA for every task in turn, each kept away from the directions of the ones before.
+"""O-LoRA: y = W x + b + s (B_1 A_1 + ... + B_t A_t) x, a LoRA for every task in turn, kept away from those before.
 
-y = W x + b + s (B_1 A_1 + ... + B_t A_t) x; only A_t and B_t train. Where the rows of A_t are orthogonal to those of
-A_i, the new task leaves everything as it is for inputs that lie in the row space of A_i. Nothing is asked of B: its
-orthogonality would be neither needed nor enough.
+Only A_t and B_t train. Where the rows of A_t are orthogonal to those of A_i, the new task leaves everything as it is
+for inputs that lie in the row space of A_i. Nothing is asked of B: its orthogonality would be neither needed nor
+enough.
 
 Wang et al. 2023, arXiv:2310.14152, equations 7 and 8.
 
