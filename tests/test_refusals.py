@@ -41,12 +41,21 @@ def told(headline: str, *problems: str) -> str:
 RSLORA, BY_VERA = "rslora says BySqrtRank", "vera says Fixed(s=1.0)"
 PISSA, OLORA = "pissa says Principal", "olora says Orthonormal"
 TERMS = "glora says Terms"
+SPECTRAL, PROPAGATED, TASKS = "adalora says Spectral", "delta-lora says Propagated", "o-lora says Tasks"
 PROJECTIONS = "vera says Projections"
 BY_GLORA = "{Ad, Au, Bd, Bu, Cd, Cu, D, E}"
 
 
 def everything_trains(delta: str) -> str:
     return f"full: every base weight trains in full, which leaves nothing for {delta} to learn{ONE_OF_TWO}"
+
+
+def at_the_weight(init: str, delta: str) -> str:
+    return told(WRONG, f"init: {init} starts B A at a part of W; the factors of {delta} cannot be any matrices")
+
+
+def two(axis: str, one: str, other: str) -> str:
+    return f"{axis}: {one}; {other}{ONE_WORD}"
 
 
 PAIRS: dict[tuple[str, str], str] = {
@@ -105,6 +114,56 @@ PAIRS: dict[tuple[str, str], str] = {
         "full: Terms learns a change of every adapted layer's bias; trained in full, it would be learnt twice"
         + ONE_OF_TWO,
     ),
+    # AdaLoRA's directions have a scale, a start and gradients of their own, and leave one by one
+    ("rslora", "adalora"): told(UNMADE, two("scale", RSLORA, "adalora says ByStartRank")),
+    ("lora-fa", "adalora"): told(WRONG, "rules: the scores need the gradients of P, E and Q, and Q is frozen"),
+    ("dora", "adalora"): told(
+        WRONG, "rules: Direction holds the norm of what it joins, which changes whenever a direction is masked"
+    ),
+    ("glora", "adalora"): told(
+        UNMADE,
+        two("delta", TERMS, SPECTRAL),
+        two("init", "glora says ZeroDown", "adalora says SmallNormal"),
+        two("scale", "glora says Fixed", "adalora says ByStartRank"),
+    ),
+    ("pissa", "adalora"): told(UNMADE, two("init", PISSA, "adalora says SmallNormal")),
+    ("olora", "adalora"): told(UNMADE, two("init", OLORA, "adalora says SmallNormal")),
+    ("vera", "adalora"): told(
+        UNMADE,
+        two("delta", "vera says Vectors", SPECTRAL),
+        two("init", PROJECTIONS, "adalora says SmallNormal"),
+        two("scale", "vera says Fixed", "adalora says ByStartRank"),
+    ),
+    ("melora", "adalora"): told(UNMADE, two("delta", "melora says Minis", SPECTRAL)),
+    ("multilora", "adalora"): told(
+        UNMADE,
+        two("delta", "multilora says Parallel", SPECTRAL),
+        two("init", "multilora says Balanced", "adalora says SmallNormal"),
+    ),
+    # Delta-LoRA follows B A, and O-LoRA adds B A to those of earlier tasks
+    ("dora", "delta-lora"): told(
+        WRONG,
+        "rules: Delta-LoRA takes the gradient of B A for that of W, which it is not under Direction",
+    ),
+    ("glora", "delta-lora"): told(UNMADE, two("delta", TERMS, PROPAGATED)),
+    ("pissa", "delta-lora"): at_the_weight("Principal", "Propagated"),
+    ("olora", "delta-lora"): at_the_weight("Orthonormal", "Propagated"),
+    ("vera", "delta-lora"): told(UNMADE, two("delta", "vera says Vectors", PROPAGATED)),
+    ("melora", "delta-lora"): told(UNMADE, two("delta", "melora says Minis", PROPAGATED)),
+    ("multilora", "delta-lora"): told(UNMADE, two("delta", "multilora says Parallel", PROPAGATED)),
+    ("adalora", "delta-lora"): told(UNMADE, two("delta", SPECTRAL, PROPAGATED)),
+    ("lora-fa", "o-lora"): told(
+        WRONG, "rules: the penalty is on A, which is frozen; hard=True lets A start in the complement instead"
+    ),
+    ("dora", "o-lora"): told(WRONG, "rules: the tasks of O-LoRA add up, and Direction is no sum"),
+    ("glora", "o-lora"): told(UNMADE, two("delta", TERMS, TASKS)),
+    ("pissa", "o-lora"): at_the_weight("Principal", "Tasks"),
+    ("olora", "o-lora"): at_the_weight("Orthonormal", "Tasks"),
+    ("vera", "o-lora"): told(UNMADE, two("delta", "vera says Vectors", TASKS)),
+    ("melora", "o-lora"): told(UNMADE, two("delta", "melora says Minis", TASKS)),
+    ("multilora", "o-lora"): told(UNMADE, two("delta", "multilora says Parallel", TASKS)),
+    ("adalora", "o-lora"): told(UNMADE, two("delta", SPECTRAL, TASKS)),
+    ("delta-lora", "o-lora"): told(UNMADE, two("delta", PROPAGATED, TASKS)),
     # nothing is left to learn beside a base that trains as a whole
     ("lora", "full"): told(WRONG, everything_trains("LowRank")),
     ("rslora", "full"): told(WRONG, everything_trains("LowRank")),
@@ -117,6 +176,9 @@ PAIRS: dict[tuple[str, str], str] = {
     ("vera", "full"): told(WRONG, everything_trains("Vectors")),
     ("melora", "full"): told(WRONG, everything_trains("Minis")),
     ("multilora", "full"): told(WRONG, everything_trains("Parallel")),
+    ("adalora", "full"): told(WRONG, everything_trains("Spectral")),
+    ("delta-lora", "full"): told(WRONG, everything_trains("Propagated")),
+    ("o-lora", "full"): told(WRONG, everything_trains("Tasks")),
     ("bitfit", "full"): told(
         UNMADE, f"full: bias, which bitfit would train, trains with everything of full already{NEEDLESS}"
     ),

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lorary
 from lorary.adapted import adapted
+from lorary.combinations import verdict
 from lorary.errors import MethodError
 from lorary.methods.o_lora import Tasks
 
@@ -211,14 +212,15 @@ def methods() -> dict[str, lorary.Method]:
     made: dict[str, lorary.Method] = {}
     for chosen in [(n,) for n in names] + list(itertools.combinations(names, 2)):
         try:
-            method = made_of(*chosen)
+            method = made_of(*chosen, **(verdict(*chosen).options if len(chosen) > 1 else {}))
         except MethodError:
             continue
         if method not in made.values():
             made["+".join(chosen)] = method
     made["delta-lora at once"] = made_of("delta-lora", start=0)
     made["delta-lora, written"] = made_of("delta-lora", mode="paper")
-    made["o-lora, third task"] = made_of("o-lora").but(delta=Tasks(3, past=(2, 1)))
+    for kind, hard in (("", False), (", hard", True)):
+        made[f"o-lora{kind}, third task"] = made_of("o-lora", hard=hard).but(delta=Tasks(3, past=(2, 1)))
     return made
 
 
