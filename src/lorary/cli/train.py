@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 def train(
     config: Annotated[Path, typer.Argument(help="Configuration (YAML); `lorary init` writes one to start from.")],
     sets: Annotated[list[str] | None, typer.Option("--set", help="key=value over the file; may be repeated.")] = None,
+    after: Annotated[
+        list[str] | None,
+        typer.Option("--after", help="Adapter folders of the tasks before this one (o-lora), with commas."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the run in the output folder first.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would happen; write nothing.")] = False,
@@ -30,7 +35,8 @@ def train(
     """
     from lorary.train.config_file import load
 
-    described = load(config, sets or [])
+    past = [json.dumps([path for text in after for path in text.split(",")])] if after else []
+    described = load(config, [*(sets or []), *(f"method.after={paths}" for paths in past)])
     with _speaking(quiet):
         if dry_run:
             _dry_run(described)

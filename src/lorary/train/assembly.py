@@ -16,6 +16,7 @@ from lorary.train.arguments import arguments
 from lorary.train.dpo import DPOTrainer
 from lorary.train.models import load_model
 from lorary.train.packing import check_packing
+from lorary.train.past import check_base
 from lorary.train.preparation import Prepared
 from lorary.train.sft import SFTTrainer
 from lorary.train.stopping import out_of_memory, too_large
@@ -24,7 +25,9 @@ from lorary.train.stopping import out_of_memory, too_large
 def model_of(prepared: Prepared) -> Any:
     """The base with its method attached."""
     try:
-        return lorary.attach(load_model(prepared.config.model), prepared.plan, seed=prepared.config.training.seed)
+        base = load_model(prepared.config.model)
+        check_base(prepared.config.method.after, prepared.past, base)
+        return lorary.attach(base, prepared.plan, seed=prepared.config.training.seed)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise

@@ -8,6 +8,7 @@ is a key that would have no effect beside another one (`lorary.train.contradicti
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,6 +21,7 @@ from lorary.train.yaml_source import dump
 if TYPE_CHECKING:
     from torch import nn
 
+    from lorary.adapter import Adapter
     from lorary.plans import Plan
     from lorary.record import Method
 
@@ -80,6 +82,9 @@ class MethodSection(Section):
     options: dict[str, Any] = Field(
         default={}, description="parameters of the presets themselves, such as {ratio: 16} for lora+"
     )
+    after: Annotated[tuple[str, ...], BeforeValidator(words_of)] = Field(
+        default=(), description="adapter folders of the tasks before this one, the first one first (o-lora)"
+    )
     drop: DropSection | None = Field(
         default=None, description="LoRA-drop, such as {threshold: 0.9, sample: 0.1}; empty: every layer has its own"
     )
@@ -97,11 +102,21 @@ class MethodSection(Section):
         options = {key: value for key, value in given.items() if value is not None}
         return method(*self.name, **options, **self.options)
 
-    def plan(self, model: nn.Module) -> Plan:
-        """Where that method goes in a model; nothing is touched. Raises what `build` and `lorary.plan` raise."""
+    def plan(self, model: nn.Module, past: Sequence[Adapter] | None = None) -> Plan:
+        """Where that method goes in a model; nothing is touched. Raises what `build` and `lorary.plan` raise.
+
+        Args:
+            model: the base; it may be on the meta device.
+            past: the adapters of `after`, where they have been read before.
+        """
         from lorary.planning import plan
 
-        made = plan(model, self.build(), self.targets, ranks=self.ranks, alphas=self.alphas, exclude=self.exclude)
+        if past is None and self.after:
+            from lorary.train.past import past_of
+
+            past = past_of(self.after)
+        words: dict[str, Any] = {"ranks": self.ranks, "alphas": self.alphas, "exclude": self.exclude}
+        made = plan(model, self.build(), self.targets, **words, after=past or ())
         if self.drop is None:
             return made
         from lorary.methods.lora_drop import announced

@@ -12,7 +12,7 @@ Found = list[tuple[str, Problem]]
 
 def contradictions(config: Config) -> Found:
     """Every one: (the key to point at, the problem)."""
-    return [*_unused(config), *_steps(config), *_drop(config), *_paths(config)]
+    return [*_unused(config), *_steps(config), *_drop(config), *_after(config), *_paths(config)]
 
 
 def _unused(c: Config) -> Found:
@@ -96,6 +96,22 @@ def _drop(c: Config) -> Found:
     return [("method.drop", Problem("", problem.what, problem.fix)) for problem in shareable(method)]
 
 
+def _after(c: Config) -> Found:
+    """Earlier tasks for a method that has no place for them."""
+    if not c.method.after:
+        return []
+    from lorary.words import Sequential
+
+    try:
+        delta = c.method.build().delta
+    except MethodError:  # told where its words were written
+        return []
+    if isinstance(delta, Sequential):
+        return []
+    name = ", ".join(c.method.name)
+    return [("method.after", Problem("", f"`{name}` has no place for earlier tasks", "set method.name: o-lora"))]
+
+
 def _paths(c: Config) -> Found:
     """An output folder that holds, or is, something that must not be overwritten."""
     if "\0" in c.output:
@@ -108,6 +124,7 @@ def _paths(c: Config) -> Found:
         "the base model": (c.model.id,),
         "the training data": c.data.train,
         "the validation data": c.data.validation,
+        "the adapter of an earlier task": c.method.after,
     }
     for what, sources in inputs.items():
         for source in sources or ():

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from lorary.adapter import Adapter
 from lorary.errors import ConfigError, Problem
 from lorary.plans import Plan
 from lorary.train.config import Config
@@ -15,6 +16,7 @@ from lorary.train.data import load
 from lorary.train.lint import Lint, lint
 from lorary.train.memory import Memory, estimate
 from lorary.train.models import dtype, load_config, load_tokenizer, skeleton
+from lorary.train.past import past_of, with_digests
 from lorary.train.tokens import Tokens, tokenize
 
 
@@ -32,6 +34,7 @@ class Prepared:
         memory: what it will take.
         steps: optimizer steps.
         notes: what is worth knowing, of the configuration and the data.
+        past: the adapters of earlier tasks.
     """
 
     config: Config
@@ -43,6 +46,7 @@ class Prepared:
     memory: Memory
     steps: int
     notes: tuple[str, ...]
+    past: tuple[Adapter, ...] = ()
 
 
 def prepare(config: Config, *, processes: int = 1) -> Prepared:
@@ -59,8 +63,10 @@ def prepare(config: Config, *, processes: int = 1) -> Prepared:
     problems = [Problem(key, p.what, p.fix) for key, p in contradictions(config)]
     if problems:
         raise ConfigError("the configuration contradicts itself:", problems)
+    past = past_of(config.method.after)
+    config = with_digests(config, past)
     bare = skeleton(config.model)
-    plan = config.method.plan(bare)
+    plan = config.method.plan(bare, past)
     tokenizer = load_tokenizer(config.model)
     data = load(config.data, config.task, config.training.seed)
     train = tokenize(data.train, tokenizer, config.data)
@@ -69,7 +75,8 @@ def prepare(config: Config, *, processes: int = 1) -> Prepared:
     found.refuse()
     memory = _memory(config, bare, plan, found)
     notes = (*config.notes, *data.notes, *found.notes, *plan.notes, *_dtype_note(config))
-    return Prepared(config, tokenizer, train, held_out, found, plan, memory, _steps(config, train, processes), notes)
+    steps = _steps(config, train, processes)
+    return Prepared(config, tokenizer, train, held_out, found, plan, memory, steps, notes, tuple(past))
 
 
 def replanned(prepared: Prepared, plan: Plan) -> Prepared:

@@ -1,0 +1,73 @@
+"""The adapters of earlier tasks that a configuration names (`method.after`): read, and told apart by what they hold."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from torch import nn
+
+from lorary.adapter import Adapter
+from lorary.errors import ConfigError, FileError, Problem
+from lorary.fingerprint import Fingerprint
+from lorary.train.config import Config
+
+_DIGITS = 16
+
+
+def path_of(name: str) -> str:
+    """The folder in `FOLDER` or `FOLDER#DIGEST`."""
+    return name.partition("#")[0]
+
+
+def past_of(names: Sequence[str]) -> list[Adapter]:
+    """The adapters that `method.after` names, each as it was when it was named with its digest.
+
+    Raises:
+        FileError: there is none, or it is damaged.
+        ConfigError: one is another than the one whose digest stands behind its name; all of them.
+    """
+    adapters = [Adapter.load(path_of(name)) for name in names]
+    problems = []
+    for name, adapter in zip(names, adapters, strict=True):
+        path, _, wanted = name.partition("#")
+        if wanted and wanted != (found := digest(adapter)):
+            what = f"{path} holds another adapter: {found}, and the configuration was made with {wanted}"
+            problems.append(Problem("method.after", what, f"write {path} alone to take it as it is now"))
+    if problems:
+        raise ConfigError("an earlier task is not what it was:", problems)
+    return adapters
+
+
+def check_base(names: Sequence[str], adapters: Sequence[Adapter], base: nn.Module) -> None:
+    """Refuses earlier tasks of other weights, which a plan without any could not tell.
+
+    Raises:
+        FileError: each of them.
+    """
+    here = Fingerprint.of(base) if adapters else Fingerprint()
+    problems = [
+        Problem(path_of(name), problem.what, problem.fix)
+        for name, adapter in zip(names, adapters, strict=True)
+        for problem in adapter.base.disagreements(here)
+    ]
+    if problems:
+        raise FileError("an earlier task was learnt on another model:", problems)
+
+
+def with_digests(config: Config, adapters: Sequence[Adapter]) -> Config:
+    """The same configuration, in which every earlier task stands with its digest."""
+    if not adapters:
+        return config
+    names = tuple(f"{path_of(n)}#{digest(a)}" for n, a in zip(config.method.after, adapters, strict=True))
+    return config.model_copy(update={"method": config.method.model_copy(update={"after": names})})
+
+
+def digest(adapter: Adapter) -> str:
+    """The first 16 digits of a SHA-256 over the values, whatever file they are kept in."""
+    hashed = hashlib.sha256()
+    for p in adapter.placed:
+        hashed.update(f"{p.site.name} {p.scale!r}".encode())
+        for role, tensor in sorted(adapter.tensors[p.site.name].items()):
+            hashed.update(f"{role} {tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
+    return hashed.hexdigest()[:_DIGITS]
