@@ -33,6 +33,54 @@ method:
 train.yaml does not describe a run:
   - train.yaml:5:3: unknown key `alhpa` in `method`
       hint: did you mean `alpha` or `alphas`?"""),
+Bad('bf16 where the weights are in another half precision', """\
+model: {id: builtin:base, dtype: float16}
+data: builtin:docstrings
+training: {bf16: true}
+""", """\
+train.yaml does not describe a run:
+  - train.yaml:3:12: `training.bf16`: the weights are in float16, and compute in it
+      hint: keep one of the two"""),
+Bad('bf16 twice', """\
+model: {id: builtin:base, dtype: bfloat16}
+data: builtin:docstrings
+training: {bf16: true}
+""", """\
+train.yaml does not describe a run:
+  - train.yaml:3:12: `training.bf16`: has no effect: weights in bfloat16 compute in bfloat16
+      hint: remove it"""),
+Bad('the best of nothing', """\
+model: builtin:base
+data: builtin:docstrings
+training: {keep_best: true}
+""", """\
+train.yaml does not describe a run:
+  - train.yaml:3:12: `training.keep_best`: has no effect without held-out data
+      hint: set data.validation or data.validation_split"""),
+Bad('the best between two evaluations', """\
+model: builtin:base
+data: {train: builtin:docstrings, validation_split: 0.1}
+training: {keep_best: true, eval_steps: 2, save_steps: 3}
+""", """\
+train.yaml does not describe a run:
+  - train.yaml:3:12: `training.keep_best`: the best model can only be kept when every checkpoint falls on an evaluation
+      hint: make save_steps a multiple of eval_steps, or leave both empty"""),
+Bad('the best twice', """\
+model: builtin:base
+data: {train: builtin:docstrings, validation_split: 0.1}
+training: {keep_best: true, early_stopping_patience: 2}
+""", """\
+train.yaml does not describe a run:
+  - train.yaml:3:12: `training.keep_best`: `early_stopping_patience` keeps the best anyhow
+      hint: remove it"""),
+Bad('earlier tasks for a method without a place for them', """\
+model: builtin:base
+data: builtin:docstrings
+method: {name: lora, after: runs/first/adapter}
+""", """\
+train.yaml does not describe a run:
+  - train.yaml:3:22: `method.after`: `lora` has no place for earlier tasks
+      hint: set method.name: o-lora"""),
 Bad('a key like nothing', """\
 model: builtin:base
 data: builtin:docstrings
@@ -41,7 +89,7 @@ training:
 """, """\
 train.yaml does not describe a run:
   - train.yaml:4:3: unknown key `zzz` in `training`
-      hint: known: batch_size, dpo_beta, early_stopping_patience, epochs, eval_batch_size, eval_steps, gradient_accumulation_steps, gradient_checkpointing, logging_steps, lr, max_grad_norm, max_steps, optimizer, report_to, save_steps, save_total_limit, schedule, seed, warmup, weight_decay"""),
+      hint: known: batch_size, bf16, dpo_beta, early_stopping_patience, epochs, eval_batch_size, eval_steps, gradient_accumulation_steps, gradient_checkpointing, keep_best, logging_steps, lr, max_grad_norm, max_steps, optimizer, report_to, save_steps, save_total_limit, schedule, seed, warmup, weight_decay"""),
 Bad('a mistyped key of another section', """\
 model: builtin:base
 data: builtin:docstrings
@@ -335,7 +383,7 @@ method: {name: rslora, ratio: 4}
 """, """\
 train.yaml does not describe a run:
   - train.yaml:3:24: `ratio` is no option of lora + rslora
-      hint: it is an option of lora+"""),
+      hint: it is an option of lora+, delta-lora"""),
 Bad('a rank for a method without one', """\
 model: builtin:base
 data: builtin:docstrings
@@ -343,7 +391,7 @@ method: {name: bitfit, r: 8}
 """, """\
 train.yaml does not describe a run:
   - train.yaml:3:24: `r` is no option of bitfit
-      hint: it is an option of lora, glora, vera, melora, multilora"""),
+      hint: it is an option of lora, glora, vera, melora, multilora, adalora, delta-lora, o-lora"""),
 Bad('methods that contradict', """\
 model: builtin:base
 data: builtin:docstrings

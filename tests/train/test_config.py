@@ -113,7 +113,7 @@ def test_every_familiar_name_is_understood_and_noted() -> None:
         "training.max_grad_norm": 0.75, "output": "elsewhere",
     }  # fmt: skip
     for alias, key in names.CANONICAL.items():
-        if key in ("data.loss", "training.dpo_beta"):
+        if key in ("data.loss", "training.dpo_beta", "training.keep_best"):
             continue
         value = values[key]
         flat = {"model": LEAST["model"], "data": LEAST["data"]} | {
@@ -141,6 +141,8 @@ def test_every_familiar_name_is_understood_and_noted() -> None:
         ({"use_rslora": True}, "method.name", ("lora", "rslora")),
         ({"use_rslora": False}, "method.name", ("lora",)),
         ({"method": "lora+", "use_rslora": True}, "method.name", ("lora+", "rslora")),
+        ({"bf16": True}, "training.bf16", True),
+        ({"load_best_model_at_end": True, "val_set_size": 0.2}, "training.keep_best", True),
         ({"beta": 0.5, "task": "dpo"}, "training.dpo_beta", 0.5),
     ],
 )

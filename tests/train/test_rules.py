@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +17,13 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 import lorary
 from lorary.adapted import adapted as layers_of
+from lorary.inspect.heatmap import ranks_svg
 from lorary.methods.adalora_budget import RankBudget
+from lorary.train import run
+from lorary.train.config_file import from_dict
 from lorary.words import WORDS, Rule
-from tests.train.runs import adapted, dpo, log, losses, rows, sft
+from tests.resume.processes import forked
+from tests.train.runs import TIMES, adapted, base_folder, changed, configuration, dpo, log, losses, rows, sft
 
 TRL_ASKS_BY_AN_OLD_NAME = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 MIXED = pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
@@ -238,3 +245,41 @@ def test_the_best_adapter_has_the_ranks_of_its_own_step(tmp_path: Path, best_at:
 
     saved = lorary.Adapter.load(tmp_path / "result")
     assert {p.site.name: p.delta.R for p in saved.placed} == ranks
+
+
+# --- from a configuration -------------------------------------------------------------------------------------------
+
+
+class Kill(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_run_tells_its_ranks_and_goes_on_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With bf16, checkpointed activations, accumulation and the best adapter kept; killed after the last mask."""
+    monkeypatch.chdir(tmp_path)
+    words = configuration(base_folder(Path("small").absolute()), Path("data.jsonl"))
+    words |= {"method": {"name": "adalora", "r": 4, "options": {"target": 2, "start": 1, "final": 3}}}
+    training = {"max_steps": 8, "gradient_accumulation_steps": 3, "logging_steps": 1, "eval_steps": 3, "save_steps": 3}
+    words = changed(words, "training", bf16=True, gradient_checkpointing=True, keep_best=True, **training)
+    done = run(from_dict(words | {"output": "whole"}), quiet=True)
+    lines = [record for record in done.history if "loss" in record]
+    rule = RankBudget(2, 1, 3)
+    assert [r["rank_budget"] for r in lines] == [rule.budget(step, 8, [4] * 14) for step in range(1, 9)]
+    assert all(sum(r["ranks"].values()) == r["rank_budget"] for r in lines)
+    saved = {p.site.name: p.delta.R for p in lorary.Adapter.load(done.adapter).placed}
+    best = json.loads(next(Path("whole/checkpoints").glob("*-8/trainer_state.json")).read_text())["best_global_step"]
+    assert saved == lines[best - 1]["ranks"]
+    picture = (done.folder / "plots" / "ranks.svg").read_text()
+    assert picture == ranks_svg(saved, 4)
+    status, _ = forked(lambda: bool(run(from_dict(words), quiet=True, callbacks=[Kill()])))
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    again = run(from_dict(words), resume=True, quiet=True)
+
+    def plain(history: Any) -> list[dict[str, Any]]:
+        return [{k: v for k, v in record.items() if not k.endswith(TIMES)} for record in history]
+
+    assert plain(again.history) == plain(done.history)
+    for name in ("plots/ranks.svg", "adapter/lorary.json"):
+        assert Path("out", name).read_bytes() == Path("whole", name).read_bytes()
