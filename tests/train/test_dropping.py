@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import LlamaForCausalLM, TrainerCallback
 from typer.testing import CliRunner
 
 import lorary
@@ -23,6 +24,7 @@ from lorary.probing import dropped
 from lorary.train import Run, dropping, run
 from lorary.train.config_file import from_dict
 from lorary.train.dropping import sample
+from lorary.train.folder import RunFolder
 from lorary.train.preparation import prepare
 from lorary.train.tokens import Tokens
 from tests.train.runs import llama
@@ -218,11 +220,13 @@ def test_an_interrupted_probe_leaves_nothing_and_begins_anew(words: Tree, monkey
 def _probe(words: Tree) -> Importance:
     """What a probe of two steps finds, without the run after it."""
     prepared = prepare(from_dict(words, ["method.drop.steps=2"]))
-    found, stopped = dropping._probed(prepared, prepared.config.method.drop, Path("scratch"), quiet=True)  # type: ignore[arg-type]
-    assert found is not None
+    new, stopped = dropping.chosen(prepared, RunFolder("probe"), resumed=False, quiet=True)
     assert stopped == 0
-    assert not Path("scratch").exists()
-    return found
+    assert new.memory.total < prepared.memory.total
+    assert sorted(p.name for p in Path("probe").rglob("*")) == ["importance.json", "importance.svg", "plots"]
+    alive = [o for o in gc.get_objects() if type(o) is LlamaForCausalLM and not o.lm_head.weight.is_meta]
+    assert not alive, "the run would have to do with less memory"
+    return Importance.from_dict(json.loads(Path("probe/importance.json").read_text()))
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils.memory import clear_device_cache
 from transformers.trainer_utils import SaveStrategy
 
 from lorary.adapted import Adapted
@@ -75,9 +76,10 @@ def chosen(prepared: Prepared, folder: RunFolder, *, resumed: bool, quiet: bool)
         raise FileError("cannot resume this run:", [Problem(str(path), what, fix)])
     else:
         found, signal = _probed(prepared, drop, folder / SCRATCH, quiet=quiet)
+        clear_device_cache(garbage_collection=True)  # the run needs the memory: a trainer holds itself alive
         if found is None:
             return prepared, signal
-        new = dropped(plan, found, drop.threshold)
+        new = dropped(plan, by_first(lambda: found), drop.threshold)  # no rank may choose another way
         by_first(lambda: _write(folder, found, new))
     _log.info("%s", new.notes[-1])
     return replanned(prepared, new), 0
