@@ -38,7 +38,7 @@ OPTIONS = {
     "merge": ["--base", "--dtype", "--force"],
     "methods": ["--answers", "--choose", "--json"],
     "search": ["--ceiling", "--generations", "--overwrite", "--population", "--quiet", "--seed", "-q"],
-    "train": ["--dry-run", "--overwrite", "--quiet", "--resume", "--set", "-q"],
+    "train": ["--after", "--dry-run", "--overwrite", "--quiet", "--resume", "--set", "-q"],
     "plan": ["--alpha", "--exclude", "--method", "--r", "--set", "--targets", "-m", "-t"],
 }
 
