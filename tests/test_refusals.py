@@ -15,10 +15,13 @@ from transformers.pytorch_utils import Conv1D
 
 import lorary
 from lorary.errors import MethodError, PlanError
+from lorary.methods.adalora import Spectral
+from lorary.methods.adalora_budget import RankBudget
 from lorary.methods.dora import Direction
 from lorary.methods.lora import Add, ByRank, Fixed, Gaussian, Kaiming, LowRank
 from lorary.methods.melora import Minis
 from lorary.methods.multilora import Balanced, Parallel
+from lorary.methods.o_lora import Tasks
 from lorary.methods.olora import Orthonormal
 from lorary.methods.pissa import Principal
 from lorary.methods.vera import Projections, Vectors
@@ -212,6 +215,8 @@ COUNTED, POSITIVE, SEEDED, FLAGGED = (
     "a whole number of at least 0",
     "true or false",
 )
+STEPPED = "a share of the steps below 1, or a whole number of them"
+AMOUNT = "a finite number of at least 0"
 KNOWN = "alpha, delta, dropout, frozen, full, init, join, lr"
 
 SAID: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
@@ -231,6 +236,42 @@ SAID: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     (("dora",), {"exact": "yes"}, told(WRONG, f"join: Direction has exact = 'yes'; it takes {FLAGGED}")),
     (("olora",), {"divide": 1}, told(WRONG, f"init: Orthonormal has divide = 1; it takes {FLAGGED}")),
     (("dora",), {"lr": {"m": -1}}, told(WRONG, "lr: the multiplier of m is -1, not a positive number")),
+    (("adalora",), {"r": 0}, told(WRONG, f"delta: Spectral has r = 0; it takes {COUNTED}")),
+    (("lora",), {"delta": Spectral(4, -1)}, told(WRONG, f"delta: Spectral has kept = -1; it takes {SEEDED}, or None")),
+    (("adalora",), {"target": 0}, told(WRONG, f"rules: RankBudget has target = 0; it takes {COUNTED}")),
+    (("adalora",), {"every": 0}, told(WRONG, f"rules: RankBudget has every = 0; it takes {COUNTED}")),
+    (("adalora",), {"start": 1.5}, told(WRONG, f"rules: RankBudget has start_at = 1.5; it takes {STEPPED}")),
+    (("adalora",), {"final": "half"}, told(WRONG, f"rules: RankBudget has final = 'half'; it takes {STEPPED}")),
+    (("adalora",), {"alpha": 0}, told(WRONG, f"scale: ByStartRank has alpha = 0; it takes {POSITIVE}")),
+    (("adalora",), {"orthogonality": -0.1}, told(WRONG, f"rules: Orthogonal has weight = -0.1; it takes {AMOUNT}")),
+    (("adalora",), {"form": "both"}, told(WRONG, "rules: Orthogonal has form = 'both'; it takes authors or paper")),
+    (
+        ("delta-lora",),
+        {"ratio": -2},
+        told(
+            WRONG,
+            f"delta: Propagated has ratio = -2; it takes {POSITIVE}",
+            f"rules: FollowProduct has ratio = -2; it takes {POSITIVE}",
+        ),
+    ),
+    (("delta-lora",), {"start": 2.5}, told(WRONG, f"rules: FollowProduct has after = 2.5; it takes {SEEDED}")),
+    (("delta-lora",), {"mode": "fast"}, told(UNMADE, "mode: is 'fast'; it takes closed or paper")),
+    (("o-lora",), {"weight": -1}, told(WRONG, f"rules: AwayFrom has weight = -1; it takes {AMOUNT}")),
+    (("o-lora",), {"mean": 1}, told(WRONG, f"rules: AwayFrom has mean = 1; it takes {FLAGGED}")),
+    (("o-lora",), {"hard": "yes"}, told(WRONG, f"rules: AwayFrom has hard = 'yes'; it takes {FLAGGED}")),
+    (("o-lora",), {"form": "l1"}, told(WRONG, "rules: AwayFrom has form = 'l1'; it takes authors or paper")),
+    (
+        ("lora",),
+        {"delta": Tasks(2, past=(0,))},
+        told(WRONG, "delta: Tasks has past = (0,); it takes whole numbers of at least 1"),
+    ),
+    # rules for other tensors, and rates of what a rule gives
+    (("lora",), {"rules": [RankBudget(2)]}, told(WRONG, "rules: RankBudget needs {E, P, Q}; LowRank has {A, B}")),
+    (
+        ("delta-lora",),
+        {"lr": {"lam": 2.0}},
+        told(WRONG, "lr: a learning rate for {lam}, but what trains is {A, B}"),
+    ),
     # options of other papers, and of other libraries
     (("vera",), {"alpha": 3}, told(UNMADE, f"alpha: {BY_VERA}, which has no alpha\n      hint: leave it out")),
     (
