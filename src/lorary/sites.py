@@ -168,6 +168,8 @@ class Convolution:
         return self._slide(layer, x, M.reshape(M.shape[0], *layer.weight.shape[1:]), b, layer.groups)
 
     def add(self, layer: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float) -> Tensor:
+        if not len(A):  # no direction is left (AdaLoRA), and a convolution needs a filter
+            return y
         unbatched = x.dim() == self.dims + 1
         x = F.dropout(x.unsqueeze(0) if unbatched else x, dropout)
         filters = A.to(y.dtype).reshape(-1, *layer.weight.shape[1:])  # [R, C_in / groups, *window]

@@ -56,6 +56,10 @@ def sort_obstacles(adapter: Adapter, sort: str, shared: Banks) -> list[Problem]:
         if len({(p.r, p.method.scale) for p in adapter.placed}) > 1:
             what = "PEFT's AdaLoRA has one rank at the start, and one alpha, for all layers"
             problems.append(Problem("method", what))
+        for name in _masks(adapter):
+            if "default" in name:
+                what = "PEFT's AdaLoRA takes `default` within a path for the name that it gives an adapter"
+                problems.append(Problem(name.rpartition(".")[0], what))
         if any(not isinstance(p.method.scale, ByStartRank) for p in adapter.placed):
             problems.append(Problem("method", "PEFT's AdaLoRA has alpha / (r + 1e-5) for its scale, and no other"))
     return problems
