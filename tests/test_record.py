@@ -13,7 +13,9 @@ import torch
 import lorary
 from lorary import preset, words
 from lorary.errors import MethodError, PlanError
+from lorary.methods.adalora import Spectral
 from lorary.methods.lora import ByRank, Fixed, Gaussian, Kaiming, LowRank
+from lorary.methods.o_lora import AwayFrom, Tasks
 from lorary.record import Method
 from lorary.words import AsIs, Rule
 
@@ -235,6 +237,12 @@ METHODS = [
     lorary.method("vera", "dora", r=5, seed=7, d=0.5, save_projections=False),
     lorary.method("melora", "lora+", r=3, n=4),
     lorary.method("multilora", "rslora", r=3, n=4),
+    lorary.method("adalora", "lora+", r=6, target=3, start=0.25, final=40, every=10, form="paper"),
+    lorary.method("adalora", target=2).but(delta=Spectral(12, kept=0)),
+    lorary.method("delta-lora", "rslora", r=3, ratio=0.5, start=7),
+    lorary.method("delta-lora", mode="paper", start=0),
+    lorary.method("o-lora", "lora-fa", r=3, hard=True),
+    lorary.method("o-lora", weight=2, form="paper", mean=False).but(delta=Tasks(3, past=(8, 2))),
 ]
 
 
@@ -262,8 +270,29 @@ def test_methods_differ_in_every_axis() -> None:
         one.but(lr={"B": 2}),
         one.but(full="bias"),
         one.but(dropout=0.1),
+        one.but(rules=[AwayFrom()]),
     ]
-    assert len({one, *others}) == 8
+    assert len({one, *others}) == 9
+
+
+def test_a_delta_that_calls_a_and_b_by_other_names_takes_presets_that_speak_of_them() -> None:
+    """AdaLoRA's Q is A and its P is B, in rates and in what is frozen; its own names are taken as they are."""
+    words = lorary.method("adalora").but(rules=())
+    assert words.but(lr={"B": 4, "A": 2}) == words.but(lr={"P": 4, "Q": 2})
+    assert words.but(frozen="A") == words.but(frozen="Q")
+    assert words.but(frozen="A").trained == {"P", "E"}
+    assert Method.from_dict(words.but(lr={"B": 4}).to_dict()).lr == (("P", 4),)
+
+
+def test_what_is_given_is_no_inits_to_fill_and_never_trains() -> None:
+    method = lorary.method("delta-lora")
+    assert method.roles == {"A", "B", "A_K", "B_K", "lam"}
+    assert method.trained == {"A", "B"}
+    assert method.delta.given == {"A_K", "B_K", "lam"}
+    assert lorary.method("delta-lora", start=0).delta.given == frozenset()
+    later = lorary.method("o-lora").but(delta=Tasks(8, past=(8,)))
+    assert later.trained == {"A", "B"}
+    assert later.delta.given == {"A_past", "B_past"}
 
 
 def test_the_order_of_rates_and_frozen_roles_does_not_matter() -> None:
@@ -367,6 +396,23 @@ _WORDS = "      hint: known: ..."
         (
             _LORA | {"delta": {"word": "LowRank", "r": [3]}},
             f"{_WRONG}delta: LowRank has r = (3,); it takes a whole number of at least 1",
+        ),
+        (
+            _LORA | {"delta": {"word": "Tasks", "r": 3, "past": 8}},
+            f"{_WRONG}delta: Tasks has past = 8; it takes whole numbers of at least 1",
+        ),
+        (
+            _LORA | {"delta": {"word": "Tasks", "r": 3, "past": [8, [8]]}},
+            f"{_WRONG}delta: Tasks has past = (8, [8]); it takes whole numbers of at least 1",
+        ),
+        (
+            _LORA | {"rules": [{"word": "AwayFrom", "form": ["paper"]}]},
+            f"{_WRONG}rules: AwayFrom has form = ('paper',); it takes authors or paper",
+        ),
+        (
+            _LORA | {"rules": [{"word": "RankBudget", "target": 3, "until": 5}]},
+            f"{_RECORD}rules[0]: RankBudget has no field `until`\n"
+            "      hint: known: beta1, beta2, every, final, start_at, target",
         ),
         (_LORA | {"delta": {"word": "Kaiming"}}, f"{_WRONG}delta: Kaiming() is no word of this axis"),
         (_LORA | {"scale": {"word": "Kaiming"}}, f"{_WRONG}scale: Kaiming() is no word of this axis"),

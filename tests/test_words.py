@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from lorary import words
-from lorary.fields import COUNT, FLAG, POSITIVE, SEED, optional
+from lorary.fields import AMOUNT, COUNT, FLAG, POSITIVE, SEED, SHARE, SIZES, STEPS, WHOLE, one_of, optional, steps_of
 from lorary.sites import Site
 
 
@@ -55,6 +55,30 @@ def test_an_optional_count(value: object, fits: bool) -> None:
     assert optional(COUNT)["expects"] == "a whole number of at least 1, or None"
 
 
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("field", "fitting", "others"),
+    [
+        (WHOLE, [0, 1, 10**9], [-1, True, False, 1.0, 0.0, "1", None, NAN]),
+        (AMOUNT, [0, 0.0, 1e-9, 7], [-1e-9, True, False, "0", None, NAN, INF]),
+        (SHARE, [1e-9, 0.85, 0.999], [0, 1, 1.5, -0.1, True, "0.5", None, NAN, INF]),
+        (STEPS, [0, 0.1, 0.999, 1, 50, 50.0], [1.5, 50.5, -1, True, "1", None, NAN, INF]),
+        (SIZES, [(), (1,), (8, 2)], [(0,), (8, 2.0), (True,), [8], 8, None, ("8",)]),
+        (one_of("authors", "paper"), ["authors", "paper"], ["", "Paper", None, 1, ["paper"], ("paper",)]),
+    ],
+    ids=["whole", "amount", "share", "steps", "sizes", "one of"],
+)
+def test_what_fields_take(field: dict[str, object], fitting: list[object], others: list[object]) -> None:
+    assert [value for value in fitting if not field["check"](value)] == []
+    assert [value for value in others if field["check"](value)] == []
+
+
+def test_steps_as_a_share_and_as_a_number() -> None:
+    assert [steps_of(said, 90) for said in (0, 0.1, 0.5, 0.999, 1, 30.0)] == [0, 9, 45, 90, 1, 30]
+
+
 AXES = {"delta": words.Delta, "init": words.Init, "join": words.Join}
 
 
@@ -84,11 +108,26 @@ def test_what_a_word_is_silent_on_it_inherits() -> None:
     delta, join, init = Quiet(), Still(), Silent()
     assert isinstance(delta, words.Delta)
     assert (delta.shared, delta.extras, delta.free) == (frozenset(), frozenset(), False)
+    assert (delta.given, dict(delta.known_as), delta.everywhere) == (frozenset(), {}, False)
     assert (join.roles, join.reads) == (frozenset(), frozenset())
     site = Site("x", "linear", 3, 2, False)
     assert join.shapes(site) == {}
     assert (init.moves_base, init.zeros(site)) == (False, frozenset())
     assert delta.problems(site) == join.problems(site) == init.problems(site, 1) == []
+
+
+def test_a_rule_that_is_silent_does_nothing() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Idle(words.Rule):
+        needs = frozenset()
+        writes_base = False
+
+    rule = Idle()
+    state = rule.start([], 10)
+    assert (state, rule.penalty([], state), rule.report([], state), rule.problems(None)) == ({}, 0.0, {}, [])
+    assert not rule.steers
+    done = [rule.before_step([], state, 1), rule.after_backward([], state, 1), rule.after_step([], state, 1, None)]
+    assert done == [None] * 3
 
 
 def test_every_word_is_frozen_and_says_what_its_fields_take() -> None:
