@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -338,3 +340,113 @@ def test_rules_are_written_and_read_with_the_method() -> None:
     method = lorary.method("lora", rules=[Pull(to=2.5)])
     assert lorary.Method.from_dict(method.to_dict()) == method
     assert "  rules    Pull(to=2.5, factor=0.5)" in str(method)
+
+
+# --- what rules do to the optimizer -----------------------------------------------------------------------------------
+
+MASKING = {"r": 4, "target": 2, "start": 2, "final": 3}
+
+
+def masked(make: Any, *names: str, steps: int = 8, **options: Any) -> tuple[Any, Any, lorary.Tuning]:
+    """A model under AdaLoRA after step 4: the next one is that from which its choice stands."""
+    model = attached("adalora", *names, **MASKING, **options)
+    optimizer = make(lorary.groups(model, lr=0.01, weight_decay=0.1))
+    tuning = lorary.tuning(model, steps, optimizer)
+    for _ in range(4):
+        step(model, optimizer, tuning)
+    return model, optimizer, tuning
+
+
+def test_the_optimizer_keeps_its_groups_and_their_order_when_tensors_shrink() -> None:
+    model, optimizer, tuning = masked(torch.optim.AdamW, "lora+", ratio=4, full=("norm", "lm_head"))
+    names = {id(p): name for name, p in model.named_parameters()}
+    before = [{**group, "params": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
+    objects = list(optimizer.param_groups)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 0.5**done)
+    untouched = {name: p for name, p in model.named_parameters() if p.requires_grad and ".p." not in name}
+    step(model, optimizer, tuning)
+    schedule.step()
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert all(now is was for now, was in zip(optimizer.param_groups, objects, strict=True))
+    for group, was in zip(optimizer.param_groups, before, strict=True):
+        assert [names[id(p)] for p in group["params"]] == was["params"]
+        assert group["lr"] == was["lr"] / 2
+        assert (group["name"], group["weight_decay"]) == (was["name"], was["weight_decay"])
+    assert list(untouched) == ["model.norm.weight", "lm_head.weight"]
+    assert all(dict(model.named_parameters())[name] is p for name, p in untouched.items())
+    assert sum(layer.p["E"].numel() for layer in adapted(model).values()) == 2 * len(adapted(model))
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        assert p.requires_grad
+        assert all(value.shape == p.shape for name, value in optimizer.state[p].items() if name != "step")
+    whole = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert whole == sum(p.numel() for group in lorary.groups(model, 0.1) for p in group["params"])
+    for _ in range(3):
+        assert math.isfinite(step(model, optimizer, tuning))
+
+
+def test_sites_that_are_shrunk_say_so_to_whoever_takes_the_adapter() -> None:
+    model, optimizer, tuning = masked(torch.optim.AdamW)
+    step(model, optimizer, tuning)
+    ranks = tuning.report()["ranks"]
+    adapter = Adapter.of(model)
+    assert {p.site.name: p.delta.kept for p in adapter.placed if p.delta.kept is not None} == {
+        name: rank for name, rank in ranks.items() if rank < 4
+    }
+    assert {name: roles["P"].shape[1] for name, roles in adapter.tensors.items()} == ranks
+
+
+def test_where_the_optimizer_keeps_sums_over_rows_nothing_shrinks() -> None:
+    """Adafactor's state has other shapes than the parameters, and cannot be cut: the masks do the work alone."""
+    model, optimizer, tuning = masked(torch.optim.Adafactor)
+    for _ in range(4):
+        step(model, optimizer, tuning)
+    assert all(layer.p["E"].numel() == 4 for layer in adapted(model).values())
+    alive = sum(int(layer.p["E"].count_nonzero()) for layer in adapted(model).values())
+    assert alive == tuning.report()["rank_budget"] == 2 * len(adapted(model))
+    small = Adapter.of(model).compact()
+    assert {p.site.name: p.delta.R for p in small.placed} == tuning.report()["ranks"]
+
+
+def test_where_several_ranks_may_hold_the_parameters_nothing_shrinks() -> None:
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model, optimizer, tuning = masked(torch.optim.AdamW)
+        step(model, optimizer, tuning)
+    finally:
+        dist.destroy_process_group()
+    assert all(layer.p["E"].numel() == 4 for layer in adapted(model).values())
+    step(model, optimizer, tuning)  # and as soon as it can be done it is
+    assert sum(layer.p["E"].numel() for layer in adapted(model).values()) == 2 * len(adapted(model))
+
+
+@pytest.mark.parametrize("done", [2, 5, 7])
+def test_a_run_goes_on_from_its_state(done: int, tmp_path: Path) -> None:
+    """`tuning(state=...)`, before the first mask, after the tensors have shrunk, and later."""
+
+    def begin() -> tuple[Any, Any, lorary.Tuning]:
+        model = attached("adalora", **MASKING)
+        optimizer = torch.optim.AdamW(lorary.groups(model, lr=0.01))
+        return model, optimizer, lorary.tuning(model, 8, optimizer)
+
+    model, optimizer, tuning = begin()
+    whole = [step(model, optimizer, tuning) for _ in range(8)]
+    model, optimizer, tuning = begin()
+    first = [step(model, optimizer, tuning) for _ in range(done)]
+    lorary.save(model, tmp_path)
+    state = {name: t.clone() for name, t in tuning.state_dict().items()}
+    again = lorary.load(tiny.seeded("LlamaForCausalLM"), tmp_path, trainable=True)
+    fresh = torch.optim.AdamW(lorary.groups(again, lr=0.01))
+    fresh.load_state_dict(optimizer.state_dict())
+    resumed = lorary.tuning(again, 8, fresh, state)
+    assert resumed.step == done
+    assert first + [step(again, fresh, resumed) for _ in range(8 - done)] == whole
+
+
+@pulled
+def test_reports_of_all_rules_are_one() -> None:
+    assert lorary.tuning(attached("lora", targets="q_proj"), 5).report() == {}
+    assert lorary.tuning(attached("lora", rules=[Pull()], targets="q_proj"), 5).report() == {}
+    report = lorary.tuning(attached("adalora", **MASKING, targets="q_proj"), 8).report()
+    sites = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
+    assert report == {"rank_budget": 8, "ranks": dict.fromkeys(sites, 4)}
