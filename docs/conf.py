@@ -1,11 +1,11 @@
 """How the pages are built: `make docs`. Nothing in them is fetched from elsewhere."""
 
-from importlib import metadata
+import lorary
 
 project = "lorary"
 author = "The lorary authors"
 copyright = author
-version = release = metadata.version("lorary")
+version = release = lorary.__version__
 
 extensions = ["myst_parser"]
 exclude_patterns = ["_build"]

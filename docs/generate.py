@@ -229,7 +229,8 @@ Presets combine by union: each is a name for some words, and silent on the rest.
 do, with the restriction below. **N**: refused, for the reason below, which is what the refusal itself says. Every Y and
 r of this page trains in the tests, and every N is refused there.
 
-More than two combine where each pair does, such as `dora,rslora,pissa,lora+`.
+More than two combine where each pair does, such as `dora,rslora,pissa,lora+`. The numbers above the columns are
+those of the rows.
 
 """
 
@@ -238,16 +239,16 @@ def combinations_page() -> str:
     """The page of the table of combinations."""
     names = list(lorary.presets())
     linked = {name: f"[`{name}`](methods/{stem(name)}.md)" for name in names}
-    rows = [["", *names[1:]], ["---"] * len(names)]
+    rows = [["", "", *map(str, range(2, len(names) + 1))], ["---"] * (len(names) + 1)]
     whys: dict[str, dict[str, list[str]]] = {"r": {}, "N": {}}
-    for i, one in enumerate(names[:-1]):
-        row = [""] * i
+    for i, one in enumerate(names):
+        row = [""] * min(i, len(names) - 1)
         for other in names[i + 1 :]:
             found = verdict(one, other)
             row.append(found.letter)
             if found.why:
                 whys[found.letter].setdefault(found.why, []).append(f"{linked[one]} with {linked[other]}")
-        rows.append([linked[one], *row])
+        rows.append([str(i + 1), linked[one], *row])
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     listed = {
         letter: "\n".join(f"- {', '.join(pairs)}: {_cell(why)}" for why, pairs in found.items())
