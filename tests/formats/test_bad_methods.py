@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import lorary
 from lorary.errors import FileError
 from lorary.formats.tensor_file import TensorFile
+from lorary.methods.adalora import Spectral
 from tests.formats import models
 from tests.formats.hostile import PREFIX, Spoiled, entry, safetensors
 from tests.formats.models import BASES, adapted, outputs
@@ -52,6 +54,33 @@ def dvora() -> nn.Module:
 def drawn() -> nn.Module:
     """Its projections are not."""
     return models.vera(LLAMA, "dora", targets=QV, save_projections=False)
+
+
+def adalora() -> nn.Module:
+    """Of one layer one of its four directions is left; and an embedding, which PEFT's has not."""
+    model = LLAMA.model()
+    plan = lorary.plan(model, lorary.method("adalora", r=4, target=2), targets=["embed_tokens", "q_proj"])
+    small = plan.placed[1].method.but(delta=Spectral(4, kept=1))
+    placed = (plan.placed[0], dataclasses.replace(plan.placed[1], method=small), *plan.placed[2:])
+    lorary.attach(model, dataclasses.replace(plan, placed=placed))
+    models.fill(p for n, p in model.named_parameters() if ".p." in n)
+    return model.eval()
+
+
+def delta() -> nn.Module:
+    return adapted(LLAMA, "delta-lora", targets=QV)
+
+
+def tasks() -> nn.Module:
+    """A task after another, in bits that do not fit together in one tensor of PEFT's."""
+    model = LLAMA.model()
+    first = lorary.Adapter.of(adapted(LLAMA, "o-lora", r=2, targets=["q_proj"]))
+    lorary.attach(model, lorary.plan(model, lorary.method("o-lora", r=4), targets=["q_proj"], after=[first]))
+    models.fill(p for n, p in model.named_parameters() if ".p." in n and p.requires_grad)
+    for name, p in model.named_parameters():
+        if name.endswith("_past"):
+            p.data = p.data.bfloat16()
+    return model.eval()
 
 
 def put(name: str, *shape: int, value: float = 1.0) -> Spoil:
@@ -312,6 +341,128 @@ NATIVE: list[tuple[str, Callable[[], nn.Module], Spoil, str]] = [
 ]
 
 
+def said(**words: Any) -> Spoil:
+    """Changes the second site of the record, which is the first q_proj of `adalora`, or the last of `tasks`."""
+    return note(lambda r: r["sites"][1].update(words))
+
+
+WHOLE = "it takes a whole number of at least 0, or None"
+Q1 = "model.layers.1.self_attn.q_proj"
+TASKS = "it takes whole numbers of at least 1"
+NATIVE += [
+    ("fewer than none left", adalora, said(kept=-1), f"  - lorary.json: {Q}: delta: Spectral has kept = -1; {WHOLE}"),
+    ("true left", adalora, said(kept=True), f"  - lorary.json: {Q}: delta: Spectral has kept = True; {WHOLE}"),
+    (
+        "half a direction left",
+        adalora,
+        said(kept=0.5),
+        f"  - lorary.json: {Q}: delta: Spectral has kept = 0.5; {WHOLE}",
+    ),
+    ("a list left", adalora, said(kept=[1]), f"  - lorary.json: {Q}: delta: Spectral has kept = (1,); {WHOLE}"),
+    ("more left than there were", adalora, said(kept=5), f"  - lorary.json: {Q}: 5 of 4 directions cannot be left"),
+    (
+        "another number left",
+        adalora,
+        said(kept=2),
+        f"  - {Q}|P: has the shape [16, 1], expected [16, 2]\n"
+        f"  - {Q}|E: has the shape [1], expected [2]\n"
+        f"  - {Q}|Q: has the shape [1, 16], expected [2, 16]",
+    ),
+    (
+        "none left, and tensors",
+        adalora,
+        said(kept=0),
+        f"  - {Q}|P: has the shape [16, 1], expected [16, 0]\n"
+        f"  - {Q}|E: has the shape [1], expected [0]\n"
+        f"  - {Q}|Q: has the shape [1, 16], expected [0, 16]",
+    ),
+    (
+        "some left of a LoRA",
+        melora,
+        note(lambda r: r["sites"][0].update(kept=1)),
+        f"  - lorary.json: {Q}: `kept` is 1, and Minis has no such field",
+    ),
+    (
+        "E of NaN",
+        adalora,
+        put(f"{Q}|E", 1, value=float("nan")),
+        f"  - {Q}|E: 1 of 1 values are NaN or infinite, the first at [0]",
+    ),
+    (
+        "a target above the start",
+        adalora,
+        note(lambda r: r["method"]["rules"][0].update(target=5)),
+        "  - lorary.json: method: rules: a target of 5 is more than the 4 directions of the start",
+    ),
+    (
+        "two lambdas",
+        delta,
+        put(f"{Q}|lam", 2),
+        f"  - {Q}|lam: has the shape [2], expected [1]",
+    ),
+    (
+        "a lambda of no dimension",
+        delta,
+        put(f"{Q}|lam"),
+        f"  - {Q}|lam: has the shape [], expected [1]",
+    ),
+    (
+        "a lambda of NaN",
+        delta,
+        put(f"{Q}|lam", 1, value=float("nan")),
+        f"  - {Q}|lam: 1 of 1 values are NaN or infinite, the first at [0]",
+    ),
+    ("a product missing", delta, drop(f"{Q}|A_K"), f"  - {Q}|A_K: is missing"),
+    (
+        "a product of another rank",
+        delta,
+        put(f"{Q}|B_K", 16, 3),
+        f"  - {Q}|B_K: has the shape [16, 3], expected [16, 4]",
+    ),
+    (
+        "a product that the record denies",
+        delta,
+        note(lambda r: r["method"]["delta"].update(late=False) or r["method"]["rules"][0].update(after=0)),
+        "\n".join(
+            f"  - model.layers.{i}.self_attn.{name}_proj|{role}: belongs to no site and no parameter of the record"
+            for i in (0, 1)
+            for name in "qv"
+            for role in ("A_K", "B_K", "lam")
+        ),
+    ),
+    (
+        "a past of another rank",
+        tasks,
+        said(past=[3]),
+        f"  - {Q1}|A_past: has the shape [2, 16], expected [3, 16]\n"
+        f"  - {Q1}|B_past: has the shape [16, 2], expected [16, 3]",
+    ),
+    (
+        "a past that is denied",
+        tasks,
+        said(past=[]),
+        "\n".join(f"  - {Q1}|{role}_past: belongs to no site and no parameter of the record" for role in "AB"),
+    ),
+    ("a past of nothing", tasks, said(past=[2, 0]), f"  - lorary.json: {Q1}: delta: Tasks has past = (2, 0); {TASKS}"),
+    ("a past below zero", tasks, said(past=[-2]), f"  - lorary.json: {Q1}: delta: Tasks has past = (-2,); {TASKS}"),
+    ("a true past", tasks, said(past=[True]), f"  - lorary.json: {Q1}: delta: Tasks has past = (True,); {TASKS}"),
+    ("a past that is a number", tasks, said(past=2), f"  - lorary.json: {Q1}: delta: Tasks has past = 2; {TASKS}"),
+    (
+        "a past without end",
+        tasks,
+        said(past=[2**62]),
+        f"  - lorary.json: {Q1}: of its 16 input directions 1 earlier tasks have taken 4611686018427387904: there is "
+        "no room for 4 more that are orthogonal to them",
+    ),
+    (
+        "a past of NaN",
+        tasks,
+        put(f"{Q}|A_past", 2, 16, value=float("inf")),
+        f"  - {Q}|A_past: 32 of 32 values are NaN or infinite, the first at [0, 0]",
+    ),
+]
+
+
 @pytest.mark.parametrize(("make", "spoil", "message"), [c[1:] for c in NATIVE], ids=[c[0] for c in NATIVE])
 def test_a_bad_native_adapter_is_refused(
     make: Callable[[], nn.Module], spoil: Spoil, message: str, tmp_path: Path
@@ -351,7 +502,9 @@ def test_a_header_that_begins_as_a_pickle_does_is_read(length: int, tmp_path: Pa
         assert torch.equal(file.read("a")["a"], torch.ones(2))
 
 
-@pytest.mark.parametrize("make", [dora, pissa, melora, multilora, dvora, drawn], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [dora, pissa, melora, multilora, dvora, drawn, adalora, delta, tasks], ids=lambda make: make.__name__
+)
 def test_unspoiled_it_is_read(make: Callable[[], nn.Module], tmp_path: Path) -> None:
     spoiled = Spoiled(tmp_path / "adapter", native=True, make=make)
     spoiled.sign()

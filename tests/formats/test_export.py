@@ -100,6 +100,19 @@ def test_a_site_with_a_method_of_its_own_is_saved_and_exported(tmp_path: Path) -
     close(by_peft(LLAMA, tmp_path / "b"), outputs(base))
 
 
+def test_a_site_whose_scale_has_an_alpha_that_the_others_lack_is_saved(tmp_path: Path) -> None:
+    """O-LoRA after another task in one layer, VeRA in the others."""
+    base = LLAMA.model()
+    vera, task = lorary.method("vera", r=4), lorary.method("o-lora", r=4)
+    planned = lorary.plan(base, vera, targets=["q_proj"])
+    own = (planned.placed[0], dataclasses.replace(planned.placed[1], method=task))
+    lorary.attach(base, dataclasses.replace(planned, placed=own))
+    models.fill(p for n, p in base.named_parameters() if ".p." in n)
+    adapter = lorary.Adapter.of(base.eval())
+    adapter.save(tmp_path)
+    same(lorary.Adapter.load(tmp_path), adapter)
+
+
 def test_sixteen_bit_starts_stay_sixteen_bits(tmp_path: Path) -> None:
     adapter = lorary.Adapter.of(adapted(LLAMA, "pissa"))
     half = {site: {role: t.bfloat16() for role, t in roles.items()} for site, roles in adapter.tensors.items()}

@@ -207,7 +207,7 @@ def test_a_past_beyond_the_tensors_is_refused(tmp_path: Path) -> None:
     lorary.save(after(LLAMA, ["q_proj"], ranks=(4, 2)), tmp_path)
     record = json.loads((tmp_path / "lorary.json").read_text())
     for site in record["sites"]:
-        site["method"]["delta"]["past"] = [5]
+        site["past"] = [5]
     (tmp_path / "lorary.json").write_text(json.dumps(record))
     with pytest.raises(FileError) as caught:
         lorary.Adapter.load(tmp_path)

@@ -16,6 +16,8 @@ from torch import Tensor
 import lorary
 from lorary import Adapter, Fingerprint, Placed, Site
 from lorary.formats.banks import corners
+from lorary.methods.adalora import Spectral
+from lorary.methods.o_lora import Tasks
 from lorary.placed import shared_shapes
 from lorary.sites import Part
 
@@ -40,6 +42,19 @@ FILES = {
     "vera-drawn-0.2.0/lorary.json": "7e67a88e4a2dcba3bc2966b6f0db4e29c7908b444d5a89b26193830b82791feb",
     "glora-0.2.0/adapter.safetensors": "44592a4db0b57f97a4ba3d1fc48a143809dc36a894fa2eb5ae044d3c324d1a4c",
     "glora-0.2.0/lorary.json": "d49d17e5aa5a547f1fa547b8a9fd928fdfcd456a7ee8d3840ed8f828d032bda8",
+    "adalora-0.3.0/adapter_config.json": "5b8ecdf9d1ae2fedde6fcb5f33426bb542d346dfcc4a1e6e0ff5be48341ece72",
+    "adalora-0.3.0/adapter_model.safetensors": "8203f2e97a4a15bd5b676340b7ec255b60116ac3f93be5c03e5c55e5a9e69554",
+    "adalora-0.3.0/lorary.json": "97c7669d8b164f18cb1c4c45c1e50234bffe4a030fe83d8df77a3275bdf3e948",
+    "o-lora-0.3.0/adapter_config.json": "ecb3f08bbeed00919eb7202746d2761c23ca02d9b251ebc969557fded3f9b320",
+    "o-lora-0.3.0/adapter_model.safetensors": "cf591a6f9368539842c95e33dfcc17ab02a548781b9c3edb002258fd2a0bef41",
+    "o-lora-0.3.0/lorary.json": "13415cbb298095463eb970f21e493b76b7cb09ab580a4bf5b0d423c15dbd5de9",
+    "delta-lora-0.3.0/adapter.safetensors": "df3f0600506f27d7f19676ca9726f97efca54768be6195dec7ff4cd3d6419024",
+    "delta-lora-0.3.0/lorary.json": "beb4fed20c0fcf0767f3b7686bef349b4e437c74c07eb86109fcf1a68c6f65f9",
+    "shared-0.3.0/adapter_config.json": "ad6476a8ad75ac8a822c5e890388691f9377f6331ec35b0d66924d2ba2f865f7",
+    "shared-0.3.0/adapter_model.safetensors": "c70d1597971b586ea6230500c4b878e9968341bbfeff6c456f22d07886ba026b",
+    "shared-0.3.0/lorary.json": "f628e27b548307334b69fffe48b177302bbd7c07baa63aaa497a4205eb7f9239",
+    "shared-own-0.3.0/adapter.safetensors": "0a40de2f140983e0ddd72e07f10360c62ea0928532e9a03232077bb61a4329d5",
+    "shared-own-0.3.0/lorary.json": "35dc2ca489c7ae2cc8413741763721be4fbf2be67299ce70ab9d201e4ec0e122",
 }
 
 
@@ -85,8 +100,7 @@ def filled(placed: tuple[Placed, ...]) -> dict[str, dict[str, Tensor]]:
     """Numbers for every tensor of every site; what they share is one tensor, drawn or not."""
     method = placed[0].method
     banks = {role: numbers(*shape) for role, shape in shared_shapes(placed).items()}
-    if not getattr(method.init, "saved", True):
-        assert method.init is not None
+    if method.init is not None and not method.init.saved:
         method.init.share(banks)
     parts = corners(placed, banks)
     return {
@@ -155,7 +169,66 @@ def glora() -> Adapter:
     return Adapter(method, placed, filled(placed), {}, Fingerprint("Net"))
 
 
+def adalora() -> Adapter:
+    """PEFT's AdaLoRA: all directions of one layer, one of another, none of the last."""
+    method = lorary.method("adalora", r=3, target=1, alpha=6, start=2, final=3)
+    sites = (
+        Site("model.q", "linear", 4, 6, bias=False),
+        Site("model.down", "linear", 6, 5, bias=True),
+        Site("conv", "conv2d", 3, 12, bias=False, window=(3, 2)),
+    )
+    deltas = (Spectral(3), Spectral(3, kept=1), Spectral(3, kept=0))
+    placed = tuple(Placed(site, method.but(delta=delta)) for site, delta in zip(sites, deltas, strict=True))
+    return Adapter(method, placed, filled(placed), {}, Fingerprint("Net"))
+
+
+def o_lora() -> Adapter:
+    """Three tasks in every kind of site, as one LoRA for PEFT; and a site that has no past."""
+    method = lorary.method("o-lora", r=1, alpha=3)
+    sites = (
+        Site("wte", "embedding", 4, 9, bias=False),
+        Site("attn.c_attn", "transposed", 12, 8, bias=True, parts=(Part("q", 0, 4), Part("v", 8, 4))),
+        Site("conv", "conv2d", 3, 12, bias=False, window=(3, 2)),
+        Site("head.1", "linear", 5, 4, bias=False),
+    )
+    past = ((1, 2), (2, 4), (1, 2), ())
+    placed = tuple(Placed(s, method.but(delta=Tasks(1, p))) for s, p in zip(sites, past, strict=True))
+    return Adapter(method, placed, filled(placed), {}, Fingerprint("Net"))
+
+
+def delta_lora() -> Adapter:
+    """The product of step K beside that of now, and at one site no such product."""
+    late, soon = (lorary.method("delta-lora", r=2, alpha=3, ratio=0.5, start=start) for start in (4, 0))
+    sites = (Site("mlp.c_fc", "transposed", 8, 4, bias=True), Site("head.1", "linear", 5, 4, bias=False))
+    placed = (Placed(sites[0], late), Placed(sites[1], soon))
+    return Adapter(late, placed, filled(placed), {"norm.weight": numbers(4)}, Fingerprint("Net"))
+
+
+def shared() -> Adapter:
+    """Two layers that train one LoRA, and one with its own, in a file of PEFT's."""
+    return _sharing(lorary.method("lora", r=2, alpha=3))
+
+
+def shared_own() -> Adapter:
+    """The same in our own file, where what they share is there once."""
+    return _sharing(lorary.method("melora", r=2, alpha=3))
+
+
+def _sharing(method: lorary.Method) -> Adapter:
+    sites = tuple(Site(f"layers.{i}.q", "linear", 4, 6, bias=False) for i in range(3))
+    placed = tuple(Placed(site, method, share) for site, share in zip(sites, ("q 2", "", "q 2"), strict=True))
+    tensors = filled(placed)
+    tensors["layers.2.q"] = tensors["layers.0.q"]
+    tensors["layers.1.q"] = {role: -t for role, t in tensors["layers.1.q"].items()}
+    return Adapter(method, placed, tensors, {}, Fingerprint("Net"))
+
+
 ADAPTERS = {
+    "adalora-0.3.0": adalora,
+    "o-lora-0.3.0": o_lora,
+    "delta-lora-0.3.0": delta_lora,
+    "shared-0.3.0": shared,
+    "shared-own-0.3.0": shared_own,
     "glora-0.2.0": glora,
     "lora-0.1.0": lora,
     "grouped-0.1.0": grouped,
@@ -183,6 +256,9 @@ def test_an_old_folder_loads_to_the_last_bit(name: str) -> None:
     for site, roles in expected.tensors.items():
         assert {role: t.dtype for role, t in read.tensors[site].items()} == {r: t.dtype for r, t in roles.items()}
         assert all(torch.equal(read.tensors[site][role], t) for role, t in roles.items())
+    for p in read.placed:  # what sites share is one tensor
+        alike = [q.site.name for q in read.placed if q.share and q.share == p.share]
+        assert all(read.tensors[name][r] is t for name in alike for r, t in read.tensors[p.site.name].items())
     assert read.full.keys() == expected.full.keys()
     assert all(torch.equal(read.full[key], t) for key, t in expected.full.items())
 

@@ -22,7 +22,6 @@ from lorary.methods.adalora_budget import RankBudget
 from lorary.methods.rslora import BySqrtRank
 from tests.formats.models import BASES, Base, fill, outputs
 from tests.formats.test_adapters import same
-from tests.formats.test_export import Slides
 from tests.formats.test_peft_interop import close
 
 pytestmark = [
@@ -193,9 +192,10 @@ def test_where_nothing_is_left_there_is_nothing_to_export(tmp_path: Path) -> Non
 def test_a_dilated_convolution_is_one_in_pefts_adalora(tmp_path: Path) -> None:
     """Unlike in its LoRA: the change of the weight is made, and slides as the weight does."""
 
-    class Flat(Slides):
+    class Flat(nn.Module):
         def __init__(self) -> None:
             super().__init__()
+            self.embed = nn.Embedding(30, 8)
             self.conv = nn.Conv2d(1, 6, (3, 2), dilation=(2, 1))
 
         def forward(self, tokens: torch.Tensor) -> torch.Tensor:

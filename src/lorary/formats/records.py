@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any, cast
 
 from lorary.errors import MethodError, Problem
@@ -13,12 +13,12 @@ from lorary.formats.safetensors_header import MOST_EXTENT
 from lorary.formats.strict_json import show
 from lorary.placed import Placed, with_rank
 from lorary.record import Method
-from lorary.shrinking import Shrinkable
 from lorary.sites import KINDS, Part, Site
 from lorary.words import Join
 
 _MOST_SITES = 20_000
-_EXTRA = {"r", "alpha", "kept", "method", "share"}
+_VARIED = ("kept", "past")  # what a delta may have differently at each site, beside its rank
+_EXTRA = {"r", "alpha", *_VARIED, "method", "share"}
 _NEEDED = {"name", "kind", "out", "inp", "bias"}
 
 
@@ -30,17 +30,19 @@ def site_record(p: Placed, method: Method) -> dict[str, Any]:
 
 
 def _own(p: Placed, method: Method) -> dict[str, Any]:
-    """How a site's method differs: in its rank, its alpha or what is left of its directions alone, or as a whole."""
+    """How a site's method differs: in its rank, its alpha, what is left there or came before alone; or as a whole."""
     if p.method == method:
         return {}
+    if (type(p.delta), type(p.method.scale)) != (type(method.delta), type(method.scale)):
+        return {"method": p.method.to_dict()}
     own: dict[str, Any] = {}
     if p.r != getattr(method.delta, "r", None):
         own["r"] = p.r
     if p.alpha is not None and p.alpha != getattr(method.scale, "alpha", None):
         own["alpha"] = p.alpha
-    if isinstance(p.delta, Shrinkable) and isinstance(method.delta, Shrinkable):
-        kept = getattr(p.delta, "kept", None)
-        own |= {"kept": kept} if kept is not None and kept != getattr(method.delta, "kept", None) else {}
+    for name in _VARIED:
+        if (value := getattr(p.delta, name, None)) != getattr(method.delta, name, None):
+            own[name] = value
     return own if _varied(method, own) == p.method else {"method": p.method.to_dict()}
 
 
@@ -89,12 +91,13 @@ def _unfit(p: Placed) -> list[str]:
 
 
 def _varied(method: Method, own: Mapping[str, Any]) -> Method:
-    varied, kept = with_rank(method, own.get("r"), own.get("alpha")), own.get("kept")
-    if kept is None:
-        return varied
-    if not isinstance(varied.delta, Shrinkable):
-        raise ValueError(f"`kept` is {show(kept)}, and no direction of {type(varied.delta).__name__} can be dropped")
-    return varied.but(delta=varied.delta.left(kept))
+    varied = with_rank(method, own.get("r"), own.get("alpha"))
+    words = {name: own[name] for name in _VARIED if name in own}
+    for name, value in words.items():
+        if not hasattr(varied.delta, name):
+            raise ValueError(f"`{name}` is {show(value)}, and {type(varied.delta).__name__} has no such field")
+    words = {name: tuple(value) if isinstance(value, list) else value for name, value in words.items()}
+    return varied.but(delta=replace(cast(Any, varied.delta), **words)) if words else varied
 
 
 def _site(record: Any) -> Site:
