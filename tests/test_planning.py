@@ -503,6 +503,68 @@ def test_words_that_attaching_would_pass_over_are_refused(monkeypatch: pytest.Mo
 
 
 def test_words_of_every_other_axis_are_obeyed() -> None:
-    for names in (("dora",), ("pissa",), ("olora", "dora"), ("vera",), ("melora",), ("multilora",)):
+    every = [
+        ("dora",),
+        ("pissa",),
+        ("olora", "dora"),
+        ("vera",),
+        ("melora",),
+        ("multilora",),
+        ("delta-lora",),
+        ("o-lora",),
+    ]
+    for names in every:
         plan = lorary.plan(tiny.llama(), lorary.method(*names, r=2))
         assert len(plan.placed) == 14
+
+
+# --- while training ---------------------------------------------------------------------------------------------------
+
+
+def test_a_rank_below_the_budgets_target_is_refused_at_its_site() -> None:
+    assert refused(tiny.llama(), lorary.method("adalora", r=4, target=2), "q_proj", ranks={"*.1.*": 1}) == (
+        "this plan cannot work:\n"
+        "  - model.layers.1.self_attn.q_proj: a target of 2 is more than the 1 directions of the start"
+    )
+    plan = lorary.plan(tiny.llama(), lorary.method("adalora", r=4, target=2), "q_proj", ranks={"*.1.*": 6})
+    assert [p.r for p in plan.placed] == [4, 6]
+
+
+def test_parts_of_a_fused_weight_have_no_spectrum_each() -> None:
+    method = lorary.method("adalora", r=4, target=2)
+    why = "its projections cannot have a spectrum each: adapt the fused weight as a whole"
+    sites = "".join(f"\n  - transformer.h.{i}.attn.c_attn: {why}" for i in range(2))
+    assert refused(tiny.model("GPT2LMHeadModel"), method, "c_attn[q,v]") == f"this plan cannot work:{sites}"
+    assert len(lorary.plan(tiny.model("GPT2LMHeadModel"), method, "c_attn").placed) == 2
+
+
+def test_written_weights_are_in_the_plan_and_train_in_no_optimizer() -> None:
+    plan = lorary.plan(tiny.llama(), lorary.method("delta-lora", r=2, mode="paper", full="norm"), "q_proj")
+    assert {f.name: f.trains for f in plan.full} == {
+        "model.layers.0.self_attn.q_proj.weight": False,
+        "model.layers.1.self_attn.q_proj.weight": False,
+        "model.norm.weight": True,
+    }
+    assert plan.trainable == 2 * 2 * (16 + 16) + 16
+    both = lorary.method("delta-lora", r=2, mode="paper", full="q_proj")
+    assert "is adapted and trains in full as well" in refused(tiny.llama(), both, "q_proj")
+
+
+def test_layers_that_share_are_printed_and_counted_as_one() -> None:
+    plan = lorary.plan(tiny.llama(), lorary.method(r=2, alpha=4.0), "q_proj")
+    shared = dataclasses.replace(plan, placed=tuple(dataclasses.replace(p, share="q_proj") for p in plan.placed))
+    assert shared.trainable == plan.trainable / 2 == 64
+    assert shared.adapter_bytes == plan.adapter_bytes / 2
+    row = next(line for line in str(shared).splitlines() if "q_proj" in line)
+    expected = "model.layers.{0-1}.self_attn.q_proj x2 share one linear 16x16 A[2x16] B[16x2] 2 64"
+    assert " ".join(row.split()) == expected
+
+
+def test_a_past_can_be_planned_for_on_the_meta_device() -> None:
+    first = tiny.trained(tiny.seeded("LlamaForCausalLM"), lorary.method("o-lora", r=2), "q_proj")
+    adapter = lorary.Adapter.of(first)
+    meta = tiny.model("LlamaForCausalLM", device="meta")
+    plan = lorary.plan(meta, lorary.method("o-lora", r=3), "q_proj", after=[adapter])
+    assert {p.delta.past for p in plan.placed} == {(2,)}
+    model = lorary.attach(tiny.seeded("LlamaForCausalLM"), plan)
+    assert torch.allclose(tiny.logits(model), tiny.logits(first), atol=1e-5)

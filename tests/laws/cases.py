@@ -182,7 +182,7 @@ def numbers(method: lorary.Method, kind: Kind) -> int:
             | ({"D": B} if kind.bias else {})
         ),
     }
-    name = type(delta).__name__ if type(delta).__name__ in formulas else "LowRank"
+    name = next((cls.__name__ for cls in type(delta).__mro__ if cls.__name__ in formulas), "LowRank")
     if name == "LowRank" and delta.roles != {"A", "B"}:
         plan = lorary.plan(Net(kind.layer, kind.make()), method, targets=[kind.target])
         return sum(placed.trainable for placed in plan.placed)

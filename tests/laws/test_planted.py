@@ -17,15 +17,18 @@ import lorary
 from lorary import sites, words
 from lorary.fields import COUNT
 from lorary.kernels.vectors import add_vectors
+from lorary.methods.adalora import Spectral
+from lorary.methods.delta_lora import Propagated
 from lorary.methods.dora import Direction
 from lorary.methods.lora import Add, Fixed, Kaiming, LowRank
 from lorary.methods.melora import Minis
+from lorary.methods.o_lora import Tasks
 from lorary.methods.pissa import Principal
 from lorary.methods.vera import Vectors
 from lorary.words import Delta
 
 from . import laws
-from .cases import KINDS, Case
+from .cases import KINDS, Case, made_of
 
 
 def kind(name: str) -> Any:
@@ -329,6 +332,89 @@ def test_fast_paths_of_their_own_are_caught() -> None:
         vera = lorary.method("vera", r=3).but(delta=KeepsABankOfItsOwn(3))
         caught(laws.factors_are_the_delta, Case(vera, kind("linear")))
         laws.factors_are_the_delta(Case(lorary.method("vera", r=3), kind("linear")))
+
+
+@dataclass(frozen=True)
+class FollowsUnsaid(Propagated):
+    """Delta-LoRA whose snapshot is one more thing that is learnt."""
+
+    given = frozenset()
+    roles = frozenset({"A", "B", "A_K", "B_K", "lam"})
+
+
+@dataclass(frozen=True)
+class FillsAll(Kaiming):
+    """Starts the snapshot as well, at zero."""
+
+    fills = FollowsUnsaid.roles
+
+
+def test_what_is_given_and_trains_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = Case(made_of("delta-lora"), kind("linear"))
+    laws.only_what_should_train_trains(honest)
+    with known(FollowsUnsaid, FillsAll):
+        unsaid = honest.method.but(delta=FollowsUnsaid(3, 2.0), init=FillsAll(), rules=())
+        caught(laws.only_what_should_train_trains, Case(unsaid, kind("linear")))
+    monkeypatch.setattr(lorary.Method, "trained", property(lambda self: self.roles - self.frozen))
+    caught(laws.only_what_should_train_trains, Case(made_of("delta-lora"), kind("linear")))
+
+
+@dataclass(frozen=True)
+class ForgetsThePast(Tasks):
+    """The earlier tasks are missing where the input is dropped from, or never is."""
+
+    def add(self, layer: Any, y: Tensor, x: Tensor, dropout: float) -> Tensor:
+        p = layer.tensors
+        return layer.kind.add(layer.base, y, x, p["A"], layer.site.place(p["B"]), layer.scale, dropout)
+
+
+@dataclass(frozen=True)
+class ForgetsTheFactor(Propagated):
+    """Forward adds B A as LoRA does; what is exported has followed the product."""
+
+    def add(self, layer: Any, y: Tensor, x: Tensor, dropout: float) -> Tensor:
+        p = layer.tensors
+        return layer.kind.add(layer.base, y, x, p["A"], p["B"], layer.scale, dropout)
+
+
+def test_a_past_that_is_missing_in_forward_is_caught() -> None:
+    with known(ForgetsThePast, ForgetsTheFactor):
+        third = made_of("o-lora").but(delta=ForgetsThePast(3, past=(2, 1)))
+        followed = made_of("delta-lora").but(delta=ForgetsTheFactor(3, 2.0), rules=())
+        for method in (third, followed):
+            for law in (laws.factors_are_the_delta, laws.merged_is_forward, laws.low_rank_form_is_forward):
+                caught(law, Case(method, kind("linear")))
+
+
+@dataclass(frozen=True)
+class KeepsTheWrongRole(Spectral):
+    """Counts a number for each output among what trains, as if E stood in a square."""
+
+    def shapes(self, site: Any) -> dict[str, tuple[int, ...]]:
+        return super().shapes(site) | {"E": (self.R, self.R)}
+
+    def factors(self, site: Any, p: Any) -> tuple[Tensor, Tensor]:
+        return p["P"] @ p["E"], p["Q"]
+
+
+def test_a_full_matrix_of_singular_values_is_caught() -> None:
+    with known(KeepsTheWrongRole):
+        subject = Case(made_of("adalora").but(delta=KeepsTheWrongRole(3), rules=()), kind("linear"))
+        laws.factors_are_the_delta(subject)
+        caught(laws.only_what_should_train_trains, subject)
+
+
+def test_the_laws_that_are_broken_are_told_by_name(tmp_path: Path) -> None:
+    """And only those; the others have been looked at all the same."""
+    with known(ForgetsTheScale), pytest.raises(ExceptionGroup) as told:
+        laws.hold(case(join=ForgetsTheScale()), tmp_path / "adapter")
+    assert told.value.message == "broken: merged_is_forward"
+    (error,) = told.value.exceptions
+    assert error.__notes__ == ["the law: merged_is_forward"]
+    with known(WritesTheBase), pytest.raises(ExceptionGroup) as told:
+        laws.hold(case(join=WritesTheBase()), tmp_path / "other")
+    assert {"nothing_moves_at_step_0", "detach_gives_the_base_back"} <= set(told.value.message[8:].split(", "))
+    laws.hold(case(), tmp_path / "honest")
 
 
 def test_the_honest_method_passes_what_the_planted_ones_fail(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from functools import cache
@@ -13,6 +14,9 @@ import transformers
 from torch import nn
 
 import lorary
+from lorary.methods.adalora import Spectral
+from lorary.methods.o_lora import Tasks
+from lorary.placed import Placed
 
 
 @pytest.fixture(autouse=True)
@@ -268,3 +272,56 @@ def test_a_convolution(names: tuple[str, ...], options: dict[str, int], expected
     """16 channels of a group times a window of 3 x 5, and 128 filters."""
     model = nn.Sequential(nn.Conv2d(64, 128, (3, 5), groups=4))
     assert counted(model, "conv", *names, **options) == expected
+
+
+# --- the methods that do something while they train -------------------------------------------------------------------
+
+
+@cache
+def deberta_v3_base() -> Any:
+    config = transformers.DebertaV2Config(
+        vocab_size=128100, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072
+    )
+    with torch.device("meta"):
+        return transformers.DebertaV2Model(config)
+
+
+SIX = ["query_proj", "key_proj", "value_proj", "attention.output.dense", "intermediate.dense", "output.dense"]
+
+
+@pytest.mark.parametrize(
+    ("options", "start", "end"),
+    [({"r": 12, "target": 8}, 1_991_520, 1_327_680), ({"r": 3, "target": 2}, 497_880, 331_920)],
+)
+def test_adalora_on_deberta_v3_base(options: dict[str, int], start: int, end: int) -> None:
+    """At the start, and with as many directions left as the target says, whichever layers they are in."""
+    method = lorary.method("adalora", **options)
+    plan = lorary.plan(deberta_v3_base(), method, SIX)
+    assert len(plan.placed) == 72
+    assert plan.trainable == start
+    left = method.but(delta=Spectral(options["r"], kept=options["target"]))
+    assert sum(Placed(p.site, left).trainable for p in plan.placed) == end
+
+
+def test_adalora_on_llama_7b() -> None:
+    assert counted(llama_2_7b(), "attention-qv", "adalora", r=12) == 6_292_224
+
+
+def test_what_follows_the_product_trains_what_lora_trains() -> None:
+    plan = lorary.plan(llama_2_7b(), lorary.method("delta-lora", r=8), "attention-qv")
+    assert plan.trainable == 4_194_304
+    assert plan.adapter_bytes == 4 * (2 * 4_194_304 + 64)  # the product of step K besides, and lambda
+    paper = lorary.plan(llama_2_7b(), lorary.method("delta-lora", r=8, mode="paper"), "attention-qv")
+    assert paper.trainable == 4_194_304
+    assert [f.trains for f in paper.full] == [False] * 64
+    assert paper.training_bytes == 12 * 4_194_304
+
+
+def test_a_task_of_o_lora_trains_what_lora_trains() -> None:
+    method = lorary.method("o-lora", r=8)
+    plan = lorary.plan(llama_2_7b(), method, "attention-qv")
+    assert plan.trainable == plan.adapter_bytes // 4 == 4_194_304
+    fourth = method.but(delta=Tasks(8, past=(8, 8, 8)))
+    placed = [Placed(p.site, fourth) for p in plan.placed]
+    assert sum(p.trainable for p in placed) == 4_194_304
+    assert sum(math.prod(shape) for p in placed for shape in p.shapes.values()) == 4 * 4_194_304
