@@ -10,7 +10,6 @@ from torch import nn
 from lorary.adapter import Adapter
 from lorary.errors import ConfigError, FileError, Problem
 from lorary.fingerprint import Fingerprint
-from lorary.train.config import Config
 
 _DIGITS = 16
 
@@ -55,12 +54,9 @@ def check_base(names: Sequence[str], adapters: Sequence[Adapter], base: nn.Modul
         raise FileError("an earlier task was learnt on another model:", problems)
 
 
-def with_digests(config: Config, adapters: Sequence[Adapter]) -> Config:
-    """The same configuration, in which every earlier task stands with its digest."""
-    if not adapters:
-        return config
-    names = tuple(f"{path_of(n)}#{digest(a)}" for n, a in zip(config.method.after, adapters, strict=True))
-    return config.model_copy(update={"method": config.method.model_copy(update={"after": names})})
+def with_digests(names: Sequence[str], adapters: Sequence[Adapter]) -> tuple[str, ...]:
+    """The same names, each with the digest of its adapter."""
+    return tuple(f"{path_of(name)}#{digest(adapter)}" for name, adapter in zip(names, adapters, strict=True))
 
 
 def digest(adapter: Adapter) -> str:

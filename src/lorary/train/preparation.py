@@ -64,7 +64,8 @@ def prepare(config: Config, *, processes: int = 1) -> Prepared:
     if problems:
         raise ConfigError("the configuration contradicts itself:", problems)
     past = past_of(config.method.after)
-    config = with_digests(config, past)
+    method = config.method.model_copy(update={"after": with_digests(config.method.after, past)})
+    config = config.model_copy(update={"method": method})
     bare = skeleton(config.model)
     plan = config.method.plan(bare, past)
     tokenizer = load_tokenizer(config.model)
