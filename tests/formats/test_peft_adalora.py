@@ -109,6 +109,28 @@ def test_saved_by_peft_loads_here(base: Base, left: tuple[int, ...], tmp_path: P
     close(by_peft(base, tmp_path / "again"), theirs)
 
 
+@pytest.mark.parametrize("words", [{"bias": "all"}, {"bias": "lora_only"}, {"modules_to_save": ["decoder"]}], ids=str)
+def test_biases_and_whole_modules_of_peft(words: dict[str, Any], tmp_path: Path) -> None:
+    words = {"init_r": 4, "lora_alpha": 60, "total_step": 9, "target_modules": ["query"]} | words
+    there: Any = get_peft_model(BERT.model(), AdaLoraConfig(**words)).eval()
+    fill(p for _, p in there.named_parameters() if p.requires_grad)
+    there.save_pretrained(str(tmp_path))
+    model = BERT.model()
+    if "modules_to_save" in words:  # in BERT it is tied to the embedding, of which PEFT trained a copy
+        model.cls.predictions.decoder.weight = nn.Parameter(model.cls.predictions.decoder.weight.detach().clone())
+        model.cls.predictions.decoder.bias = nn.Parameter(model.cls.predictions.decoder.bias.detach().clone())
+    close(outputs(lorary.load(model, tmp_path)), outputs(there))
+    assert lorary.Adapter.of(model).full
+
+
+def test_our_biases_in_peft(tmp_path: Path) -> None:
+    model = adalora(BERT, (), targets=["query"], full=("bias",))
+    fill(p for n, p in model.named_parameters() if n.endswith("bias"))
+    lorary.save(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["bias"] == "all"
+    close(by_peft(BERT, tmp_path), outputs(model))
+
+
 def test_masked_but_not_yet_dropped_directions_are_kept(tmp_path: Path) -> None:
     """In the middle of a run E is zero where a direction is masked; it may come back."""
     model = adalora(LLAMA, ())

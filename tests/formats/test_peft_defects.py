@@ -1,13 +1,14 @@
 """What PEFT 0.21.2 gets wrong about the methods that are here, and that lorary does not: one test for each.
 
 Where it is cheap and stable the same test shows the defect in PEFT, in that release only: a later one may have mended
-it. Fused experts, AdaLoRA, CorDA and LoftQ are not here, nor are adapters with names: a model has one adapter at a
+it. Fused experts, CorDA and LoftQ are not here, nor are adapters with names: a model has one adapter at a
 time, or the sum of several.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from peft.optimizers import create_lorafa_optimizer
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
@@ -24,6 +25,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import lorary
 from lorary.errors import FileError, MethodError, PlanError, StateError
+from lorary.methods.adalora import Spectral
 from tests.formats import models
 from tests.formats.models import BASES, Base, adapted, fill, outputs
 from tests.formats.test_export import Slides
@@ -536,3 +538,165 @@ def test_names_made_of_the_formats_own_parts_are_read_back(name: str, tmp_path: 
         (folder / "lorary.json").unlink()
         if (folder / "adapter_config.json").exists():
             close(outputs(lorary.load(base.model(), folder)), outputs(model))
+
+
+# --- AdaLoRA -----------------------------------------------------------------------------------------------------
+
+
+def adalora(**words: Any) -> nn.Module:
+    """The base with a filled AdaLoRA on it, in evaluation mode."""
+    model = LLAMA.model()
+    method = lorary.method("adalora", **({"r": 4, "target": 2} | words))
+    lorary.attach(model, lorary.plan(model, method, targets=["q_proj"]))
+    fill(p for n, p in model.named_parameters() if ".p." in n)
+    return model.eval()
+
+
+def ada_peft(**words: Any) -> Any:
+    """The same in PEFT."""
+    words = {"init_r": 4, "target_r": 2, "lora_alpha": 32, "total_step": 10, "target_modules": ["q_proj"]} | words
+    model = cast(Any, get_peft_model(LLAMA.model(), AdaLoraConfig(**words))).eval()
+    fill(p for n, p in model.named_parameters() if "lora_" in n)
+    return model
+
+
+def loss(model: Any) -> Tensor:
+    with torch.no_grad():
+        return cast(Tensor, model(models.ids(), labels=models.ids()).loss)
+
+
+def entropy(model: nn.Module) -> Tensor:
+    """What the loss has to be: of the logits alone."""
+    logits = outputs(model)[:, :-1]
+    return nn.functional.cross_entropy(logits.flatten(0, 1), models.ids()[:, 1:].flatten())
+
+
+def test_the_orthogonality_term_trains_whatever_a_models_task_is() -> None:
+    """There, it is left out where no task is named, without a word."""
+    model = adalora(orthogonality=0.5)
+    penalty = lorary.tuning(model, 10, torch.optim.SGD(lorary.groups(model, lr=0.1))).penalty()
+    adapter = lorary.Adapter.of(model)
+    gaps = [
+        torch.linalg.matrix_norm(M @ M.T - torch.eye(4))
+        for roles in adapter.tensors.values()
+        for M in (roles["P"].T, roles["Q"])
+    ]
+    torch.testing.assert_close(torch.as_tensor(penalty), 0.5 * torch.stack(gaps).mean())
+    if AS_MEASURED:
+        silent, named = (loss(ada_peft(orth_reg_weight=0.5, task_type=task)) for task in (None, "CAUSAL_LM"))
+        assert torch.equal(silent, loss(ada_peft(orth_reg_weight=0.0)))
+        assert named - silent > 0.1
+
+
+def test_a_loss_that_is_looked_at_holds_no_term_of_training() -> None:
+    """There, with a task named, the term is in the loss of an evaluation, too."""
+    model = adalora(orthogonality=5.0)
+    torch.testing.assert_close(loss(model), entropy(model))
+    if AS_MEASURED:
+        there = ada_peft(orth_reg_weight=5.0, task_type="CAUSAL_LM")
+        assert loss(there) - entropy(there) > 1
+
+
+def test_an_adalora_for_inference_gives_a_loss(tmp_path: Path) -> None:
+    """There, one that was loaded for inference fails as soon as it is given labels."""
+    model = adalora()
+    lorary.save(model, tmp_path / "a")
+    torch.testing.assert_close(loss(lorary.load(LLAMA.model(), tmp_path / "a")), loss(model))
+    if AS_MEASURED:
+        ada_peft(task_type="CAUSAL_LM").save_pretrained(str(tmp_path / "b"))
+        there = PeftModel.from_pretrained(LLAMA.model(), str(tmp_path / "b"))
+        with pytest.raises(AttributeError, match="trainable_adapter_name"):
+            loss(there)
+
+
+def test_adaloras_add_up() -> None:
+    """There, adapters of this method can neither be summed nor be chosen by name for each row of a batch."""
+    first, second = lorary.Adapter.of(adalora()), lorary.Adapter.of(adalora(r=3, alpha=7))
+    total = lorary.Adapter.of(lorary.switch(LLAMA.model(), [first, second]))
+    torch.testing.assert_close(update(total), update(first) + update(second))
+    if AS_MEASURED:
+        there = ada_peft()
+        with pytest.raises(TypeError, match="does not support add_weighted_adapter"):
+            there.add_weighted_adapter(["default"], [1.0], "sum")
+        with pytest.raises(TypeError, match="adapter_names"):
+            there(models.ids(), adapter_names=["default", "default"])
+
+
+IGNORED: list[tuple[dict[str, Any], str]] = [
+    ({"use_rslora": True}, "use_rslora: is true, and PEFT's AdaLoRA computes without it"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights: is 'pissa', and PEFT's AdaLoRA computes without it"),
+    ({"alpha_pattern": {"q_proj": 99}}, 'alpha_pattern: is {"q_proj": 99}, and PEFT\'s AdaLoRA computes without it'),
+]
+
+
+@pytest.mark.parametrize(("words", "what"), IGNORED, ids=[next(iter(words)) for words, _ in IGNORED])
+def test_what_adalora_would_ignore_is_told(words: dict[str, Any], what: str, tmp_path: Path) -> None:
+    """There, another scale, another start and alphas of layers are taken and left out without a word."""
+    there = ada_peft(**words)
+    there.save_pretrained(str(tmp_path))
+    with pytest.raises(FileError) as caught:
+        lorary.load(LLAMA.model(), tmp_path)
+    assert str(caught.value).splitlines()[1:] == [f"  - adapter_config.json: {what}"]
+    model = lorary.load(LLAMA.model(), tmp_path, strict=False)
+    close(outputs(model), outputs(there))
+    if AS_MEASURED:
+        assert torch.equal(outputs(there), outputs(ada_peft()))
+
+
+def test_another_scale_or_start_of_adalora_is_refused_or_taken() -> None:
+    """Here they are words of a method: two on one axis contradict each other, and an alpha of a layer is its own."""
+    for other, axis in (("rslora", "scale"), ("pissa", "init")):
+        with pytest.raises(MethodError, match=axis):
+            lorary.method("adalora", other)
+    model = LLAMA.model()
+    plan = lorary.plan(model, lorary.method("adalora", r=4, target=2), ["q_proj"], alphas={"layers.1.*": 99})
+    assert [p.scale for p in plan.placed] == [32 / 4.00001, 99 / 4.00001]
+
+
+def test_the_rank_of_adalora_is_the_one_that_was_said(tmp_path: Path) -> None:
+    """There, `r` is another method's, and the number that counts is `init_r`; the file holds both."""
+    there = ada_peft(r=6)
+    there.save_pretrained(str(tmp_path))
+    model = lorary.load(LLAMA.model(), tmp_path)
+    close(outputs(model), outputs(there))
+    assert {p.r for p in lorary.Adapter.of(model).placed} == {4}
+    assert {p.r for p in lorary.Adapter.of(adalora(r=6)).placed} == {6}
+
+
+def test_a_budgets_statistics_are_part_of_a_runs_state() -> None:
+    """There, what the scores are made of is not saved, and a run that goes on starts them anew."""
+    model = adalora().train()
+    optimizer = torch.optim.AdamW(lorary.groups(model, lr=1e-2))
+    rules = lorary.tuning(model, 10, optimizer)
+    (cast(Any, model)(models.ids(), labels=models.ids()).loss + rules.penalty()).backward()
+    rules.after_backward()
+    optimizer.step()
+    rules.after_step()
+    state = rules.state_dict()
+    sensitivity = [t for name, t in state.items() if "I|" in name]
+    assert len(sensitivity) == 6
+    assert all(t.any() for t in sensitivity)
+    again = lorary.tuning(model, 10, optimizer, state=state).state_dict()
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[name], t) for name, t in state.items())
+    if AS_MEASURED:
+        assert not any("ipt" in name for name in ada_peft().state_dict())
+
+
+def test_names_in_paths_are_never_taken_for_an_adapters(tmp_path: Path) -> None:
+    """There, a mask of a layer whose path holds the adapter's name is looked for one module too high."""
+    base = Base("named", Named, ("lora.default", "lora.base_layer"), "", "")
+    model = base.model()
+    plan = lorary.plan(model, lorary.method("adalora", r=4, target=2), targets=["lora.default", "lora.base_layer"])
+    small = tuple(dataclasses.replace(p, method=p.method.but(delta=Spectral(4, kept=2))) for p in plan.placed)
+    lorary.attach(model, dataclasses.replace(plan, placed=small))
+    fill(p for n, p in model.named_parameters() if ".p." in n)
+    lorary.save(model.eval(), tmp_path)
+    assert not (tmp_path / "adapter_config.json").exists(), "PEFT could not load it"
+    assert torch.equal(outputs(lorary.load(base.model(), tmp_path)), outputs(model))
+    if AS_MEASURED:
+        there = get_peft_model(base.model(), AdaLoraConfig(init_r=4, total_step=10, target_modules=["lora.default"]))
+        with pytest.raises(AttributeError):
+            cast(Any, there).base_model.resize_modules_by_rank_pattern(
+                {"lora.default.lora_E": [True, True, False, False]}, "default"
+            )

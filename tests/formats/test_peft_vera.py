@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import lorary
 from lorary.errors import FileError
+from lorary.formats import banks
 from tests.formats.models import BASES, Base, fill, outputs, vera
 from tests.formats.test_adapters import same
 from tests.formats.test_peft_interop import close
@@ -154,6 +155,17 @@ def test_the_parts_that_were_read_are_views_of_one_tensor(tmp_path: Path) -> Non
         assert len({roles[role].untyped_storage().data_ptr() for roles in adapter.tensors.values()}) == 1
     own = sum(t.nbytes for roles in adapter.tensors.values() for role, t in roles.items() if role in "bd")
     assert adapter.size == own + 4 * (6 * 24 + 16 * 6)
+
+
+@pytest.mark.parametrize(("saved", "times"), [(True, 1), (False, 2)], ids=["saved", "drawn"])
+def test_the_parts_are_put_together_once(
+    saved: bool, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And once more where they are compared with what the seed gives."""
+    adapter, calls, original = lorary.Adapter.of(vera(LLAMA, save_projections=saved)), [], banks._gathered
+    monkeypatch.setattr(banks, "_gathered", lambda *words: calls.append(words) or original(*words))
+    adapter.save(tmp_path)
+    assert len(calls) == times
 
 
 # --- drawn again -----------------------------------------------------------------------------------------------

@@ -175,7 +175,7 @@ def _take(
             words[name] = read(value)
     except TolerableError as error:
         findings.tolerable.append(Problem(f"{NAME}: {key}", str(error)))
-        words[name] = error.value
+        words |= {name: error.value} if name else {}
     except ValueError as error:
         findings.fatal.append(Problem(f"{NAME}: {key}", str(error)))
 
