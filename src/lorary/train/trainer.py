@@ -5,7 +5,8 @@ accumulation and checkpointing, mixed precision, evaluation, early stopping, log
 changes what an adapter needs, in the order of a step:
 
     loss            of labelled tokens only, through an adapted head too (`lorary.train.loss`)
-    + penalties     of the method's rules: in training, never in evaluation, once per optimizer step
+    + penalties     of the method's rules: in training, never in evaluation, once per optimizer step; the log has them
+                    as `penalty`, and the task's loss alone as `loss`
     backward
     guard           stops every rank if a loss or a gradient is not finite (`lorary.train.guard`)
     after_backward  of the rules, on the gradients of the whole accumulated step, reduced over the ranks and not yet
@@ -116,7 +117,7 @@ class AdapterTraining(_Loop):  # type: ignore[misc]  # Transformers has no types
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The trainer's loss, and in training the rules' penalties."""
+        """The trainer's loss; in training with the gradient of the rules' penalties, whose value the log has beside."""
         self.batch = tuple(inputs["input_ids"].shape), self.model.training
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         rules = self.tuning.rules if self.tuning is not None and self.model.training else ()
@@ -127,7 +128,8 @@ class AdapterTraining(_Loop):  # type: ignore[misc]  # Transformers has no types
         penalty = torch.as_tensor(self.tuning.penalty())
         self._metrics["train"]["penalty"].append(float(penalty.detach()))
         penalty = penalty * (1 if self.loss_is_scaled_for_ga else self.current_gradient_accumulation_steps)
-        return (result[0] + penalty, result[1]) if return_outputs else result + penalty
+        still = penalty - penalty.detach()  # zero: the loss that is logged stays that of the task
+        return (result[0] + still, result[1]) if return_outputs else result + still
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch; after the last one the guard and the rules' `after_backward`."""
