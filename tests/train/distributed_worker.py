@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 from torch.distributed.tensor import DTensor
 
 import lorary
+from lorary.adapted import adapted as layers_of
 from lorary.errors import TrainingError
 from lorary.methods.lora_drop import Measured
 from lorary.train import run, saving
@@ -26,7 +27,13 @@ from tests.train.runs import adapted, dpo, llama, log, rows, sft
 
 torch.set_num_threads(1)
 
-MODES = ("ddp", "ddp-shares", "fsdp", "dpo-fsdp")
+RULES: dict[str, dict[str, Any]] = {  # for four steps
+    "adalora": {"target": 2, "start": 1, "final": 1},
+    "delta-lora": {"start": 1},
+    "o-lora": {"weight": 50.0},
+    "o-lora-hard": {"hard": True},
+}
+MODES = ("ddp", "ddp-shares", "ddp-adalora", "fsdp", "dpo-fsdp", *(f"fsdp-{name}" for name in RULES))
 
 FSDP: dict[str, Any] = {
     "fsdp": True,
@@ -52,14 +59,28 @@ def train(folder: Path, mode: str, ranks: int) -> dict[str, Any]:
     t.head.chunk = 5
     t.train()
     sharded = sum(isinstance(p, DTensor) for p in t.model.parameters())
-    adapter = saving.taken(t.plain_model(), t.fingerprint)
-    found = {"log": log(t), "sharded": sharded, "adapter": _plain(adapter)}
+    found = {"log": log(t), "sharded": sharded, "adapter": _plain(t), "figures": t.figures()}
     if "dpo" not in mode:
         found["resumed"] = _resumed(folder, t, words, mode)
     return found
 
 
+def _ruled(name: str) -> Any:
+    """A method with rules; O-LoRA's after a task before."""
+    model, method = llama(tie_word_embeddings=False), lorary.method(name.removesuffix("-hard"), r=4, **RULES[name])
+    past = []
+    if "o-lora" in name:
+        first = adapted("o-lora", targets=["all-linear", "lm_head"], model=llama(tie_word_embeddings=False), seed=7)
+        for i, layer in enumerate(layers_of(first).values()):
+            layer.p["B"].data.normal_(std=0.02, generator=torch.Generator().manual_seed(i))
+        past = [lorary.Adapter.of(first)]
+    return lorary.attach(model, lorary.plan(model, method, ["all-linear", "lm_head"], after=past), seed=0)
+
+
 def _model(mode: str) -> Any:
+    name = mode.partition("-")[2]
+    if name in RULES:
+        return _ruled(name)
     if "shares" not in mode:
         model = llama(tie_word_embeddings=False)
         return adapted("lora", "lora+", targets=["all-linear", "lm_head"], model=model)
@@ -85,7 +106,7 @@ def _resumed(folder: Path, before: Any, words: dict[str, Any], mode: str) -> dic
     t = sft(folder, model, train=rows(16), held_out=rows(5), **size, **words)
     t.head.chunk = 5
     t.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
-    return {"log": log(t), "adapter": _plain(saving.taken(t.plain_model(), t.fingerprint))}
+    return {"log": log(t), "adapter": _plain(t), "figures": t.figures()}
 
 
 def from_configuration(out: Path, batch_size: int) -> dict[str, Any]:
@@ -104,7 +125,9 @@ def from_configuration(out: Path, batch_size: int) -> dict[str, Any]:
     return {"history": history, "probe": json.loads((out / "run" / "importance.json").read_text())}
 
 
-def _plain(adapter: Any) -> dict[str, Any]:
+def _plain(trainer: Any) -> dict[str, Any]:
+    """The adapter as it would be saved: without the directions that a rule has masked."""
+    adapter = saving.taken(trainer.plain_model(), trainer.fingerprint).compact()
     return {f"{site}.{role}": t.tolist() for site, roles in adapter.tensors.items() for role, t in roles.items()}
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from lorary.train.distributed import check_strategy
 from tests.train.distributed_worker import MODES, from_configuration, train
 
 ROOT = Path(__file__).parents[2]
-FIELDS = ("loss", "eval_loss", "grad_norm", "learning_rate", "rewards/margins")
+FIELDS = ("loss", "eval_loss", "grad_norm", "learning_rate", "rewards/margins", "penalty", "rank_budget")
 
 
 pytestmark = pytest.mark.xdist_group("distributed")  # one process: the fixture is a whole run
@@ -39,6 +41,12 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {mode: json.loads((folder / f"{mode}.json").read_text()) for mode in (*MODES, "run", "refusal")}
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """The same run in one process, once for all ways of dividing it."""
+    return functools.cache(lambda name: train(tmp_path_factory.mktemp("one"), f"one-{name}", 1))
+
+
 def _numbers(log: list[dict[str, Any]]) -> list[float]:
     return [record[key] for record in log for key in FIELDS if key in record]
 
@@ -46,18 +54,26 @@ def _numbers(log: list[dict[str, Any]]) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("mode", MODES)
-def test_two_processes_train_as_one(tmp_path: Path, launched: dict[str, Any], mode: str) -> None:
+def test_two_processes_train_as_one(
+    launched: dict[str, Any], alone: Callable[[str], dict[str, Any]], mode: str
+) -> None:
     two = launched[mode]
-    one = train(tmp_path / "one", mode.replace("fsdp", "one"), 1)
+    one = alone("-".join(part for part in mode.split("-") if part not in ("ddp", "fsdp")))
     assert (two["sharded"] > 40) is ("fsdp" in mode)
     assert _numbers(two["log"]) == pytest.approx(_numbers(one["log"]), rel=1e-5, abs=1e-5)
     assert len(_numbers(one["log"])) > 8
+    assert two["figures"] == one["figures"], "the same directions are left"
+    if "adalora" in mode:
+        assert one["figures"]["rank_budget"] == 2 * len(one["figures"]["ranks"]), "half of them have gone"
+    if "o-lora" in mode and "hard" not in mode:
+        assert all(record["penalty"] > 0.1 for record in one["log"] if "loss" in record)
+    assert two["adapter"].keys() == one["adapter"].keys()
     for name, values in one["adapter"].items():
         for mine, theirs in zip(values, two["adapter"][name], strict=True):
             assert theirs == pytest.approx(mine, abs=1e-4)
     if "resumed" in two:  # bit for bit
-        assert two["resumed"] == {"log": two["log"], "adapter": two["adapter"]}
-        assert one["resumed"] == {"log": one["log"], "adapter": one["adapter"]}
+        for run in (one, two):
+            assert run["resumed"] == {name: run[name] for name in ("log", "adapter", "figures")}
 
 
 @pytest.mark.slow
