@@ -70,7 +70,7 @@ class Spectral(Delta):
         return p["E"] != 0
 
     def problems(self, site: Site) -> list[str]:
-        found = [f"{self.kept} of {self.r} directions cannot be left"] if self.R > self.r else []
+        found = [f"{self.kept} of {self.r} directions cannot be left"] if self.r < self.R else []
         if site.parts:
             found.append("its projections cannot have a spectrum each: adapt the fused weight as a whole")
         return found
@@ -131,8 +131,8 @@ class Orthogonal(Rule):
         gaps = [self._gaps(torch.stack(several)) for several in alike.values()]
         if not gaps or not self.weight:
             return 0.0
-        together_ = torch.cat([g.to(gaps[0]) for g in gaps])
-        return self.weight * (together_.mean() if self.form == "authors" else together_.sum())
+        of_all = torch.cat([gap.to(gaps[0]) for gap in gaps])
+        return self.weight * (of_all.mean() if self.form == "authors" else of_all.sum())
 
     def _gaps(self, M: Tensor) -> Tensor:
         """[n]: how far the rows of each of n matrices [n, R, .] are from orthonormal."""
