@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 import lorary
 from lorary.adapted import adapted as adapters
+from lorary.loop import Tuning
 from lorary.train import checkpoint
 from tests.resume.processes import contents, forked
 from tests.train.runs import adapted, frozen, llama, rows, sft
@@ -107,3 +108,16 @@ def test_killed_and_resumed_it_is_the_same_run(tmp_path: Path, case: str) -> Non
     assert whole.keys() == again.keys()
     assert [name for name in whole if whole[name] != again[name]] == []
     assert contents(straight / "checkpoint-10")[checkpoint.TENSORS] != whole[checkpoint.TENSORS]
+
+
+def test_the_comparison_notices_a_rule_that_forgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control: AdaLoRA goes on counting its steps, but its scores begin anew."""
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    forked(lambda: _run(straight, "adalora"))
+    forked(lambda: _run(killed, "adalora", kill=13))
+    monkeypatch.setattr(Tuning, "load_state_dict", lambda self, flat: setattr(self, "step", int(flat["step"])))
+    status, _ = forked(lambda: _run(killed, "adalora", resume=True))
+    assert status == 0
+    whole, again = (contents(folder / "checkpoint-20") for folder in (straight, killed))
+    assert [name for name in whole if whole[name] != again.get(name)] != []
+    assert whole["log"] != again["log"]
