@@ -281,6 +281,17 @@ def test_a_run_that_is_interrupted_goes_on_as_if_it_was_not() -> None:
 
 
 @pulled
+def test_a_run_that_goes_on_does_not_begin_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a rule does before the first step would be done twice."""
+    begun: list[int] = []
+    monkeypatch.setattr(Pull, "before_step", lambda self, layers, state, step: begun.append(step))
+    model = attached("lora", rules=[Pull()], r=2, targets="q_proj")
+    tuning = lorary.tuning(model, steps=10)
+    lorary.tuning(model, 10, state=tuning.state_dict() | {"step": torch.tensor(4)})
+    assert begun == [1, 5]
+
+
+@pulled
 def test_the_state_is_flat_tensors_and_not_shared_with_a_checkpoint() -> None:
     model = attached("lora", rules=[Pull(), Pull(to=3.0)], r=2, targets="q_proj")
     tuning = lorary.tuning(model, steps=10)

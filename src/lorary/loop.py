@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from numbers import Real
 from typing import Any
 
@@ -91,6 +91,7 @@ class Tuning:
         model: with a method attached.
         steps: how many optimizer steps the run has.
         optimizer: the one that trains, for the rules that reach into its state.
+        state: what `state_dict` gave, to go on from there.
 
     Attributes:
         step: optimizer steps done.
@@ -102,17 +103,21 @@ class Tuning:
     model: nn.Module = field(repr=False)
     steps: int
     optimizer: torch.optim.Optimizer | None = field(default=None, repr=False)
+    state: InitVar[Mapping[str, Tensor] | None] = None
     step: int = field(default=0, init=False)
     layers: list[Adapted] = field(init=False, repr=False)
     rules: tuple[Rule, ...] = field(init=False)
     states: list[dict[str, Tensor]] = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, state: Mapping[str, Tensor] | None) -> None:
         self.layers = list(adapted(self.model).values())
         self.rules = self.layers[0].method.rules if self.layers else ()
         _check_optimizer(self.rules, self.optimizer)
         self.states = [rule.start(self.layers, self.steps) for rule in self.rules]
-        self._before_step()
+        if state is None:
+            self._before_step()
+        else:  # what a rule does before the first step it has done
+            self.load_state_dict(state)
 
     @property
     def _at_work(self) -> Iterator[tuple[Rule, dict[str, Tensor]]]:
@@ -217,7 +222,4 @@ def tuning(
         ConfigError: so many steps leave no room for a rule.
     """
     require(model, "train")
-    rules = Tuning(model, steps, optimizer)
-    if state is not None:
-        rules.load_state_dict(state)
-    return rules
+    return Tuning(model, steps, optimizer, state)

@@ -110,7 +110,8 @@ def compact(
         own = tensors[p.site.name]
         if isinstance(p.delta, Shrinkable) and not bool((alive := p.delta.alive(own)).all()):
             where = torch.nonzero(alive).flatten()
-            own = {role: _taken(t, where, p.delta.directions[role]) for role, t in own.items()}
+            along = p.delta.directions  # a join's tensors have none
+            own = {role: _taken(t, where, along[role]) if role in along else t for role, t in own.items()}
             p = dataclasses.replace(p, method=_left(p.method, len(where)))
         small.append(p)
         values[p.site.name] = own

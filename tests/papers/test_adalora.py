@@ -20,6 +20,7 @@ from lorary.errors import ConfigError, MethodError
 from lorary.formats import export_peft
 from lorary.methods.adalora import ByStartRank, Orthogonal, SmallNormal, Spectral
 from lorary.methods.adalora_budget import RankBudget
+from lorary.methods.dora import Direction
 
 from .layers import EACH, attached, exactly, gradients, signature
 
@@ -490,6 +491,20 @@ def test_every_form_of_the_finished_adapter_is_the_same_function(tell: bool, tmp
     assert ranks == [p.delta.kept for p in adapter.compact().placed]
     near(lorary.merge(copy.deepcopy(model)))
     near(lorary.unmerge(lorary.merge(copy.deepcopy(model), keep=True)))
+
+
+def test_what_joins_the_directions_stays_whole() -> None:
+    """The magnitude of DoRA has no directions that could be taken out."""
+    model = nn.Sequential(nn.Linear(6, 5))
+    method = lorary.method("adalora", r=4, target=2).but(rules=(), join=Direction())
+    lorary.attach(model, lorary.plan(model, method))
+    with torch.no_grad():
+        model[0].p["E"][1:3] = 0.5
+    x = torch.randn(3, 6)
+    y = model(x)
+    small = Adapter.of(model).compact()
+    assert small.placed[0].delta.kept == 2
+    assert torch.allclose(lorary.switch(model, small)(x), y, rtol=1e-5, atol=1e-6)
 
 
 def test_the_scale_outlives_the_directions(tmp_path: Path) -> None:

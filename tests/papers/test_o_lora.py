@@ -277,6 +277,16 @@ def test_hard_starts_in_the_complement_and_needs_the_optimizer() -> None:
     assert torch.equal(model(x), y), "B is zero still"
 
 
+def test_hard_works_on_masters_of_16_bits() -> None:
+    """The basis is found and kept in 32."""
+    model = started(tasks(1, dtype=torch.bfloat16), seed=1, hard=True, dtype=torch.bfloat16)
+    train(model, 1)
+    for layer in layers(model).values():
+        A, past = layer.p["A"].detach().float(), layer.p["A_past"].detach().float()
+        angles = nn.functional.normalize(A) @ nn.functional.normalize(past).T
+        assert angles.abs().max() < torch.finfo(torch.bfloat16).eps
+
+
 def test_a_frozen_a_goes_with_hard_alone() -> None:
     with pytest.raises(MethodError) as error:
         lorary.method("o-lora", "lora-fa")

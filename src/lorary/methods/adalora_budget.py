@@ -112,7 +112,7 @@ class RankBudget(Rule):
         if not self._stands(state, step - 1) and (step == steps - t_f or (step > t_i and step % self.every == 0)):
             self._choose(layers, state, self.budget(step, steps, [layer.method.delta.r for layer in layers]))
             self._mask(layers, state)
-        elif step > t_i and self._stands(state, step - 1):
+        elif self._stands(state, step - 1):
             self._mask(layers, state)
         if self._stands(state, step):
             self._settle(layers, state, run)
@@ -153,7 +153,8 @@ class RankBudget(Rule):
     def _choose(self, layers: Sequence[Layer], state: dict[str, Tensor], budget: int) -> None:
         """The best `budget` directions of the whole model; of equal ones those that come first."""
         sizes = [layer.p["E"].shape[0] for layer in layers]
-        scores = torch.cat([self.scores(layer, state).cpu() for layer in layers])
+        found = [self.scores(layer, state) for layer in layers]
+        scores = torch.cat([score.to(found[0].device) for score in found]).cpu()  # waits for the device once
         best = torch.sort(scores, descending=True, stable=True).indices[:budget]
         alive = torch.zeros(sum(sizes), dtype=torch.bool).index_fill(0, best, True)
         for layer, own_part in zip(layers, alive.split(sizes), strict=True):

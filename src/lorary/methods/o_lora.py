@@ -16,7 +16,7 @@ with the optimizer's momentum, so that the penalty is zero all along.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,12 +142,12 @@ class AwayFrom(Rule):
     def penalty(self, layers: Sequence[Layer], state: dict[str, Tensor]) -> Tensor | float:
         value: Tensor | float = 0.0
         if self.norms:
-            value = self.norms * sum(torch.linalg.vector_norm(together(layer.p[r])) for layer in layers for r in "AB")
+            value = self.norms * _sum(torch.linalg.vector_norm(together(layer.p[r])) for layer in layers for r in "AB")
         later = _later(layers)
         if self.hard or not later or not self.weight:
             return value
         products = [together(layer.p["A_past"]) @ together(layer.p["A"]).T for layer in later]
-        total = sum(P.abs().sum() if self.form == "authors" else P.square().sum() for P in products)
+        total = _sum(P.abs().sum() if self.form == "authors" else P.square().sum() for P in products)
         return value + self.weight * total / (sum(P.numel() for P in products) if self.mean else 1)
 
     def after_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int, run: Run) -> None:
@@ -169,9 +169,16 @@ def _later(layers: Sequence[Layer]) -> list[Layer]:
     return [layer for layer in layers if "A_past" in layer.p]
 
 
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    """On the device of the first layer, wherever the others lie."""
+    first, *others = terms
+    return sum((term.to(first.device) for term in others), start=first)
+
+
 def _basis_of(layer: Layer) -> Tensor:
-    """The basis of what all earlier tasks span in a layer, grown task by task."""
+    """The basis of what all earlier tasks span in a layer, grown task by task; in at least 32 bits."""
     A = together(layer.p["A_past"]).detach()
+    A = A.to(torch.promote_types(A.dtype, torch.float32))
     Q = A.new_zeros(0, A.shape[1])
     for rows in A.split(layer.method.delta.past):
         Q = basis(rows, Q)
@@ -190,13 +197,10 @@ def basis(A: Tensor, Q: Tensor) -> Tensor:
 
 
 def _project(tensor: Tensor, Q: Tensor) -> None:
-    """Takes out of every row what lies in the span of the orthonormal rows Q, unless that is rounding only."""
+    """Takes out of every row what lies in the span of the orthonormal rows Q."""
     with torch.no_grad():
         rows = own(tensor)
-        within = rows.to(Q.dtype) @ Q.T
-        rounding = 16 * torch.finfo(rows.dtype).eps * torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        if bool((within.abs() > rounding).any()):
-            rows.sub_((within @ Q).to(rows.dtype))
+        rows.sub_((rows.to(Q.dtype) @ Q.T @ Q).to(rows.dtype))
 
 
 @preset(
