@@ -568,3 +568,17 @@ def test_a_past_can_be_planned_for_on_the_meta_device() -> None:
     assert {p.delta.past for p in plan.placed} == {(2,)}
     model = lorary.attach(tiny.seeded("LlamaForCausalLM"), plan)
     assert torch.allclose(tiny.logits(model), tiny.logits(first), atol=1e-5)
+
+
+def test_a_past_that_is_no_list_or_holds_no_numbers() -> None:
+    """An iterator would be used up by the checks, and the tasks in it would be lost."""
+    model, method = tiny.model("LlamaForCausalLM"), lorary.method("o-lora", r=2)
+    adapter = lorary.Adapter.of(tiny.trained(tiny.model("LlamaForCausalLM"), lorary.method("lora", r=2), "q_proj"))
+    for after, name in [(iter([adapter]), "list_iterator"), (adapter, "Adapter"), ("first", "str"), (None, "NoneType")]:
+        assert refused(model, method, "q_proj", after=after) == (
+            f"this plan cannot work:\n  - after: is a {name}, not a list of adapters\n"
+            "      hint: after=[lorary.Adapter.load(path), ...]"
+        )
+    next(iter(adapter.tensors.values()))["A"][0, 0] = math.nan
+    told = refused(tiny.model("LlamaForCausalLM"), method, "q_proj", after=[adapter])
+    assert "after[0]: holds numbers that are not finite" in told

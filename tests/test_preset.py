@@ -53,6 +53,11 @@ def test_more_aliases(alias: str, name: str) -> None:
     assert lorary.method(alias) == lorary.method(name)
 
 
+@pytest.mark.parametrize("said", ["O-LoRA", " o-lora", "o_lora ", "o-lora\n"])
+def test_o_lora_is_not_olora_whatever_stands_around_it(said: str) -> None:
+    assert lorary.method(said) == lorary.method("o-lora") != lorary.method("olora")
+
+
 def test_saying_a_preset_twice_changes_nothing() -> None:
     assert lorary.method("rslora", "rsLoRA", "lora", "lora") == lorary.method("rslora")
 

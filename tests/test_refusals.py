@@ -17,6 +17,7 @@ import lorary
 from lorary.errors import MethodError, PlanError
 from lorary.methods.adalora import Spectral
 from lorary.methods.adalora_budget import RankBudget
+from lorary.methods.delta_lora import Propagated, WriteProduct
 from lorary.methods.dora import Direction
 from lorary.methods.lora import Add, ByRank, Fixed, Gaussian, Kaiming, LowRank
 from lorary.methods.melora import Minis
@@ -256,6 +257,22 @@ SAID: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     ),
     (("delta-lora",), {"start": 2.5}, told(WRONG, f"rules: FollowProduct has after = 2.5; it takes {SEEDED}")),
     (("delta-lora",), {"mode": "fast"}, told(UNMADE, "mode: is 'fast'; it takes closed or paper")),
+    (
+        ("lora",),
+        {"rules": (WriteProduct(2.0), WriteProduct(1.0))},
+        told(WRONG, "rules: WriteProduct is said 2 times, and each would undo the other's work"),
+    ),
+    (
+        ("multilora",),
+        {"rules": (WriteProduct(2.0),)},
+        told(WRONG, "rules: the product of A and B is written, and gamma would have a part in it"),
+    ),
+    (
+        ("lora",),
+        {"delta": Propagated(4, 2.0, late=False), "rules": (WriteProduct(2.0),)},
+        told(WRONG, "rules: Propagated follows the product already: a weight that is written goes with LowRank"),
+    ),
+    (("lora",), {"rules": None}, told(WRONG, "rules: None is no word of this axis")),
     (("o-lora",), {"weight": -1}, told(WRONG, f"rules: AwayFrom has weight = -1; it takes {AMOUNT}")),
     (("o-lora",), {"mean": 1}, told(WRONG, f"rules: AwayFrom has mean = 1; it takes {FLAGGED}")),
     (("o-lora",), {"hard": "yes"}, told(WRONG, f"rules: AwayFrom has hard = 'yes'; it takes {FLAGGED}")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
 from lorary import words
 from lorary.fields import AMOUNT, COUNT, FLAG, POSITIVE, SEED, SHARE, SIZES, STEPS, WHOLE, one_of, optional, steps_of
@@ -56,19 +57,22 @@ def test_an_optional_count(value: object, fits: bool) -> None:
 
 
 NAN, INF = float("nan"), float("inf")
+ENDLESS = 10**400  # no float holds it
+SEVERAL = torch.tensor([1, 2])  # neither true nor false
 
 
 @pytest.mark.parametrize(
     ("field", "fitting", "others"),
     [
-        (WHOLE, [0, 1, 10**9], [-1, True, False, 1.0, 0.0, "1", None, NAN]),
-        (AMOUNT, [0, 0.0, 1e-9, 7], [-1e-9, True, False, "0", None, NAN, INF]),
-        (SHARE, [1e-9, 0.85, 0.999], [0, 1, 1.5, -0.1, True, "0.5", None, NAN, INF]),
-        (STEPS, [0, 0.1, 0.999, 1, 50, 50.0], [1.5, 50.5, -1, True, "1", None, NAN, INF]),
-        (SIZES, [(), (1,), (8, 2)], [(0,), (8, 2.0), (True,), [8], 8, None, ("8",)]),
+        (WHOLE, [0, 1, 10**9], [-1, True, False, 1.0, 0.0, "1", None, NAN, ENDLESS, SEVERAL]),
+        (POSITIVE, [1, 0.5, 1e308], [0, -1, True, "1", None, NAN, INF, ENDLESS, -ENDLESS, SEVERAL]),
+        (AMOUNT, [0, 0.0, 1e-9, 7], [-1e-9, True, False, "0", None, NAN, INF, ENDLESS, SEVERAL]),
+        (SHARE, [1e-9, 0.85, 0.999], [0, 1, 1.5, -0.1, True, "0.5", None, NAN, INF, ENDLESS]),
+        (STEPS, [0, 0.1, 0.999, 1, 50, 50.0], [1.5, 50.5, -1, True, "1", None, NAN, INF, ENDLESS, SEVERAL]),
+        (SIZES, [(), (1,), (8, 2)], [(0,), (8, 2.0), (True,), [8], 8, None, ("8",), (ENDLESS,)]),
         (one_of("authors", "paper"), ["authors", "paper"], ["", "Paper", None, 1, ["paper"], ("paper",)]),
     ],
-    ids=["whole", "amount", "share", "steps", "sizes", "one of"],
+    ids=["whole", "positive", "amount", "share", "steps", "sizes", "one of"],
 )
 def test_what_fields_take(field: dict[str, object], fitting: list[object], others: list[object]) -> None:
     assert [value for value in fitting if not field["check"](value)] == []

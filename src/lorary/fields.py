@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
+import sys
+from typing import Any, TypeGuard
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**63
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    return _is_number(value) and 0 < value <= sys.float_info.max
 
 
 WHOLE: dict[str, Any] = {
-    "check": lambda value: _is_count(value) or (value == 0 and type(value) is int),
+    "check": lambda value: _is_count(value) or (type(value) is int and value == 0),
     "expects": "a whole number of at least 0",
 }
 COUNT: dict[str, Any] = {"check": _is_count, "expects": "a whole number of at least 1"}
@@ -26,7 +30,7 @@ SEED: dict[str, Any] = {
 }
 FLAG: dict[str, Any] = {"check": lambda value: type(value) is bool, "expects": "true or false"}
 AMOUNT: dict[str, Any] = {
-    "check": lambda value: _is_positive(value) or (value == 0 and not isinstance(value, bool)),
+    "check": lambda value: _is_positive(value) or (_is_number(value) and value == 0),
     "expects": "a finite number of at least 0",
 }
 SHARE: dict[str, Any] = {

@@ -39,6 +39,9 @@ def with_past(
 
     A task that several of the adapters hold, because one was trained after the other, counts once.
     """
+    if isinstance(after, str | bytes) or not isinstance(after, Sequence):
+        what, fix = f"is a {type(after).__name__}, not a list of adapters", "after=[lorary.Adapter.load(path), ...]"
+        return placed, {}, [Problem("after", what, fix)]
     if not after:
         return placed, {}, []
     problems = [problem for p in placed[:1] for problem in _no_place(p)]
@@ -96,6 +99,8 @@ def _unfit(model: nn.Module, placed: list[Placed], adapter: Any, i: int) -> list
         ]
     if any(form.gain is not None or form.shift is not None for form in forms.values()):
         problems.append(Problem(where, "it gives outputs a gain or a shift, which do not add up", "merge it first"))
+    if any(not t.is_meta and not bool(t.isfinite().all()) for form in forms.values() for t in form[:2]):
+        problems.append(Problem(where, "holds numbers that are not finite"))
     return problems
 
 

@@ -117,7 +117,7 @@ def _plain(name: str) -> str:
 
 def _known(name: str) -> str | None:
     """The preset that a name means; hyphens count where they tell one from another: O-LoRA is not OLoRA."""
-    exact = re.sub(r"[\s_]", "-", name.lower())
+    exact = re.sub(r"[\s_]", "-", name.strip().lower())
     return exact if exact in PRESETS else _ALIASES.get(_plain(name))
 
 

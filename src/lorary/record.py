@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -48,7 +49,7 @@ class Method:
         own = getattr(self.delta, "known_as", {})  # presets speak of A and B, whatever a delta calls them
         object.__setattr__(self, "lr", tuple(sorted((own.get(str(role), str(role)), rate) for role, rate in rates)))
         object.__setattr__(self, "frozen", frozenset(own.get(role, role) for role in frozen))
-        object.__setattr__(self, "rules", tuple(self.rules))
+        object.__setattr__(self, "rules", tuple(self.rules) if isinstance(self.rules, Iterable) else (self.rules,))
         object.__setattr__(self, "full", (self.full,) if isinstance(self.full, str) else tuple(self.full))
         problems = self._word_problems()
         agreed = not problems  # the words are words: now whether they agree
@@ -140,7 +141,7 @@ class Method:
         """Whether each axis holds a word of that axis, and each word's fields hold what they may."""
         problems = []
         for axis, value in [(axis, getattr(self, axis)) for axis in _PROTOCOLS] + [("rules", r) for r in self.rules]:
-            if value is None and axis != "storage":
+            if value is None and axis not in ("storage", "rules"):
                 continue
             name = type(value).__name__
             fits = isinstance(value, _PROTOCOLS.get(axis, Rule))
@@ -205,6 +206,9 @@ class Method:
             problems.append(Problem("full", what, "take one of the two"))
         for rule in self.rules:
             problems += self._rule_problems(rule, name)
+        for kind, count in Counter(type(rule).__name__ for rule in self.rules).items():
+            if count > 1:
+                problems.append(Problem("rules", f"{kind} is said {count} times, and each would undo the other's work"))
         return problems
 
     def _training_problems(self) -> list[Problem]:

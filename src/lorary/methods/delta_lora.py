@@ -15,6 +15,7 @@ K = 0 and an optimizer that does not see the scale of gradients, Delta-LoRA is L
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -144,11 +145,19 @@ class WriteProduct(Rule):
     writes_base = True
 
     def problems(self, method: Any) -> list[str]:
-        return _no_dropout(method, "Delta-LoRA")
+        found = _no_dropout(method, "Delta-LoRA")
+        if others := method.delta.roles - self.needs:
+            found.append(f"the product of A and B is written, and {', '.join(sorted(others))} would have a part in it")
+        if isinstance(method.delta, Propagated):
+            found.append("Propagated follows the product already: a weight that is written goes with LowRank")
+        return found
 
     def start(self, layers: Sequence[Layer], steps: int) -> dict[str, Tensor]:
         _check_start(self.after, steps)
         return {f"{role}|{layer.site.name}": layer.p[role].detach().clone() for layer in layers for role in "AB"}
+
+    def holds(self, shapes: Shapes) -> int:
+        return sum(4 * math.prod(shapes[role]) for role in "AB")
 
     def before_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
         with torch.no_grad():
