@@ -259,6 +259,10 @@ class Rule(Protocol):
         """
         return {}
 
+    def holds(self, shapes: Shapes) -> int:
+        """Bytes of its state, at most, for a site with tensors of these shapes."""
+        return 0
+
     def before_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
         """Optimizer step `step` (from 1) is next: the first one of a run, of a resumed run, or the one after."""
         return None

@@ -86,7 +86,7 @@ def test_what_a_method_takes_in_training() -> None:
     assert size["vera"] == (4096 + 256, 16 * (4096 + 256))  # what all layers share is not the layer's
     assert size["delta-lora"] == (16 * n, 16 * 16 * n + 4 * (16 * n + 1))  # the product of step K, and lambda
     smoothed = 2 * 4 * 12 * (n + 1)  # the scores are two more numbers for each, until the choice stands
-    assert size["adalora"] == (12 * (n + 1), 16 * 12 * (n + 1) + smoothed + 12 + 8)
+    assert size["adalora"] == (12 * (n + 1), 16 * 12 * (n + 1) + smoothed)
     assert size["full"] == size["bitfit"] == size["lora-drop"] == (None, None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -109,6 +110,9 @@ def _second_step(model: Any, plan: Plan, batch: int, checkpointing: bool = False
         (("melora",), 0.1, torch.float32, False, 0.01),
         (("multilora",), 0.0, torch.float32, False, 0.01),
         (("glora",), 0.0, torch.float32, False, 0.01),
+        (("adalora",), 0.1, torch.float32, False, 0.01),
+        (("delta-lora",), 0.0, torch.float32, False, 0.01),
+        (("o-lora",), 0.0, torch.bfloat16, False, 0.01),
         # a checkpoint keeps the state of the random numbers, 5 kB, and a comparison its result of one byte each:
         # both outside the count, and seen because the blocks here are as small as that
         (("lora",), 0.0, torch.float32, True, 0.01),
@@ -140,6 +144,30 @@ def test_the_comparison_can_fail() -> None:
     found = estimate(model, plan, batch=BATCH, length=LENGTH)
     measured = _second_step(model, plan, BATCH + 1)
     assert found.total - found.fixed < 0.9 * measured
+
+
+def test_what_rules_keep_is_counted() -> None:
+    model = _llama()
+    plan = _plan(model, "adalora", r=8, target=4)
+    found = estimate(model, plan, batch=BATCH, length=LENGTH)
+    lorary.attach(model, plan)
+    state = lorary.tuning(model, 100).state_dict()
+    scores = sum(t.nbytes for name, t in state.items() if t.dtype == torch.float32)
+    assert found.rules == scores == 8 * plan.trainable
+    assert "rules" in str(found)
+
+
+def test_weights_that_a_rule_writes_have_no_gradient_and_sets_in_common_count_once() -> None:
+    model = _llama()
+    plain = estimate(model, _plan(model, "lora", r=8), batch=BATCH, length=LENGTH)
+    plan = _plan(model, "delta-lora", r=8, start=0, mode="paper")
+    found = estimate(model, plan, batch=BATCH, length=LENGTH)
+    assert (found.gradients, found.optimizer) == (plain.gradients, plain.optimizer)
+    assert found.rules == 4 * plan.trainable
+    shared = tuple(dataclasses.replace(p, share=p.site.name.rpartition(".")[2]) for p in plan.placed)
+    halved = estimate(model, dataclasses.replace(_plan(model, "lora", r=8), placed=shared), batch=BATCH, length=LENGTH)
+    layers = model.config.num_hidden_layers
+    assert halved.gradients * layers == plain.gradients
 
 
 def test_fixed_costs_are_those_of_the_tensors() -> None:

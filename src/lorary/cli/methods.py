@@ -122,9 +122,6 @@ def _size(method: Any) -> dict[str, int | None]:
     started; and the state of the rules. What all layers share is left out.
     """
     import math
-    from types import SimpleNamespace
-
-    import torch
 
     from lorary.placed import Placed
     from lorary.sites import Site
@@ -132,12 +129,9 @@ def _size(method: Any) -> dict[str, int | None]:
     if method.delta is None:
         return {"numbers": None, "bytes": None}
     placed = Placed(Site("layer", "linear", WIDE, WIDE, False), method)
-    own = {role: shape for role, shape in placed.shapes.items() if role not in placed.delta.shared}
-    tensors = {role: torch.empty(shape, device="meta") for role, shape in own.items()}
-    layer: Any = SimpleNamespace(site=placed.site, method=method, p=tensors, scale=placed.scale)
-    states = [rule.start([layer], 10_000) for rule in method.rules]
-    held = sum(math.prod(shape) for shape in (*own.values(), *placed.starts.values()))
-    state = sum(t.nbytes for found in states for t in found.values())
+    own = [shape for role, shape in placed.shapes.items() if role not in placed.delta.shared]
+    held = sum(math.prod(shape) for shape in (*own, *placed.starts.values()))
+    state = sum(rule.holds(placed.shapes) for rule in method.rules)
     return {"numbers": placed.trainable, "bytes": 4 * held + 12 * placed.trainable + state}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from lorary.errors import ConfigError, Problem
 from lorary.fields import COUNT, SHARE, STEPS, steps_of
 from lorary.methods.lora import Add
 from lorary.shards import like, own, put, together
-from lorary.words import Layer, Rule, Run, word
+from lorary.words import Layer, Rule, Run, Shapes, word
 
 _ROLES = ("P", "E", "Q")
 
@@ -91,6 +92,9 @@ class RankBudget(Rule):
                     state[f"{mean}|{name}|{role}"] = torch.zeros_like(layer.p[role], dtype=torch.float32)
             state[f"alive|{name}"] = torch.ones(layer.p["E"].shape[0], dtype=torch.bool)
         return state
+
+    def holds(self, shapes: Shapes) -> int:
+        return sum(2 * 4 * math.prod(shapes[role]) for role in _ROLES)  # I and U, in 32 bits
 
     def before_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
         for layer in layers:

@@ -16,6 +16,7 @@ with the optimizer's momentum, so that the penalty is zero all along.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -132,6 +133,9 @@ class AwayFrom(Rule):
         if not self.hard:
             return {}
         return {f"basis|{layer.site.name}": _basis_of(layer) for layer in _later(layers)}
+
+    def holds(self, shapes: Shapes) -> int:
+        return 4 * math.prod(shapes["A_past"]) if self.hard and "A_past" in shapes else 0  # the basis
 
     def before_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
         """A starts in the complement; B is zero still, so that nothing moves."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorary.errors import LoraryError, PlanError, Problem
-from lorary.placed import Placed
+from lorary.placed import Placed, distinct
 from lorary.plans import Plan, human_bytes
 from lorary.train.loss import LOGITS, TOKENS
 from lorary.train.simulation import Activations, simulate
@@ -30,6 +30,7 @@ class Memory:
         adapters: the adapters' tensors, as float32 masters.
         gradients: of everything that trains, in its own dtype.
         optimizer: the optimizer's state.
+        rules: what the method's rules keep from step to step.
         activations: kept by the forward pass for the backward pass; None where it could not be found out.
         logits: what LM head and loss hold on top for a moment; None likewise.
         working: what the backward pass holds on top for a moment, one block at a time; None likewise.
@@ -44,11 +45,12 @@ class Memory:
     logits: int | None
     working: int | None
     notes: tuple[str, ...] = ()
+    rules: int = 0
 
     @property
     def fixed(self) -> int:
         """What is there from the second step on, whatever the batch: all but activations, logits and working."""
-        return self.weights + self.adapters + self.gradients + self.optimizer
+        return self.weights + self.adapters + self.gradients + self.optimizer + self.rules
 
     @property
     def total(self) -> int:
@@ -56,7 +58,7 @@ class Memory:
         return self.fixed + (self.activations or 0) + max(self.logits or 0, self.working or 0)
 
     def __str__(self) -> str:
-        names = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "working")
+        names = ("weights", "adapters", "gradients", "optimizer", "rules", "activations", "logits", "working")
         texts = {
             name: "unknown" if value is None else human_bytes(value)
             for name in names
@@ -109,12 +111,13 @@ def estimate(
     given = _inputs(model, batch, length) if inputs is None else dict(inputs)
     if padding and "input_ids" in given:
         given["attention_mask"] = torch.empty_like(given["input_ids"], device="meta")
-    adapter_numbers = sum(p.trainable for p in plan.placed)
+    adapter_numbers = sum(p.trainable for p in distinct(plan.placed))
     sizes = {id(t): (t.numel(), t.element_size(), t.is_floating_point()) for t in _tensors(model)}
     width = None if dtype is None else dtype.itemsize
     weights = sum(n * (width if width and floating else size) for n, size, floating in sizes.values())
     full = sum(f.size * width if width else f.bytes for f in plan.full)
-    gradients = 4 * adapter_numbers + full
+    gradients = 4 * adapter_numbers + sum(f.size * width if width else f.bytes for f in plan.full if f.trains)
+    rules = sum(rule.holds(p.shapes) for p in plan.placed for rule in plan.method.rules)
     if optimizer_bytes_per_parameter is None:
         optimizer = 2 * gradients
     else:
@@ -137,10 +140,10 @@ def estimate(
         what = "the activations are unknown" if found is None else "the activations follow a formula for Llama's block"
         notes.append(f"{type(model).__name__} cannot run without values ({why}): {what}")
     if full:
-        text = f"the starting values of what trains in full are kept on the CPU for `detach`: {human_bytes(full)} more"
+        text = f"the starting values of what changes in full are kept on the CPU for `detach`: {human_bytes(full)} more"
         notes.append(text)
     activations, logits, working = (None,) * 3 if found is None else (found.kept, found.loss, found.working)
-    return Memory(weights, plan.adapter_bytes, gradients, optimizer, activations, logits, working, tuple(notes))
+    return Memory(weights, plan.adapter_bytes, gradients, optimizer, activations, logits, working, tuple(notes), rules)
 
 
 def by_formula(
