@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from typing import Any
 
@@ -413,9 +414,12 @@ def test_nothing_is_taken_or_changed_meanwhile(action: Any, verb: str) -> None:
     assert torch.equal(tiny.logits(model), tuned)
 
 
-def test_what_layers_share_lies_on_one_device() -> None:
+@pytest.mark.parametrize(("name", "share"), [("vera", ""), ("lora", "linear")])
+def test_what_layers_share_lies_on_one_device(name: str, share: str) -> None:
+    """The bank of all layers, or the tensors that some of them train in common."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, device="meta"))
-    plan = lorary.plan(model, lorary.method("vera", r=2))
+    plan = lorary.plan(model, lorary.method(name, r=2))
+    plan = dataclasses.replace(plan, placed=tuple(dataclasses.replace(p, share=share) for p in plan.placed))
     with pytest.raises(lorary.errors.PlanError) as refused:
         lorary.attach(model, plan)
     assert str(refused.value) == (

@@ -105,42 +105,21 @@ def place(
     if attached(model) is not None:
         what = "something is attached already"
         raise StateError("cannot attach:", [Problem("model", what, "detach it first, or use lorary.switch")])
-    modules, problems = dict(model.named_modules()), []
+    modules = dict(model.named_modules())
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    for p in placed:
-        problems += mismatch(p.site, modules.get(p.site.name))
-    for name, shape in full.items():
-        if name not in parameters:
-            problems.append(Problem(name, "the model has no such parameter"))
-        elif tuple(parameters[name].shape) != tuple(shape):
-            problems.append(Problem(name, f"is {tuple(parameters[name].shape)}, expected {tuple(shape)}"))
-    if not torch.is_inference_mode_enabled() and any(t.is_inference() for t in parameters.values()):
-        what = "its weights were made in torch.inference_mode() and cannot be changed or trained with outside of it"
-        problems.append(Problem("model", what, "make the model outside of it"))
-    problems += unlike(placed)
-    devices = {parameters[f"{p.site.name}.weight"].device for p in placed if p.delta.shared} if not problems else set()
-    if len(devices) > 1:
-        what = f"its layers lie on {', '.join(sorted(map(str, devices)))}, and what they share can lie on one only"
-        problems.append(Problem("model", what, "adapt the layers of one device, or take another method"))
-    if problems:
+    if problems := _unfit(modules, parameters, placed, full):
         raise PlanError("this does not fit the model:", problems)
     placed = tuple(_as_it_is(p, modules[p.site.name]) for p in placed)
     paths, fingerprint = _paths(model, placed), base or Fingerprint.of(model)
     trained = frozenset(name for name, t in parameters.items() if t.requires_grad)
     kept = {}  # and the layers: all of them before the model changes: memory may run out on the way
-    with _mode(model):
-        shared = _shared(model, placed, dtype)
-        layers: dict[str, Adapted] = {}
+    layers = _layers(model, modules, placed, dtype)
+    if tensors is not None:
         for p in placed:
-            first = next((layers[q.site.name].p for q in placed if q.share == p.share and q.site.name in layers), None)
-            layers[p.site.name] = Adapted(modules[p.site.name], p, dtype, shared, first if p.share else None)
-    for p in placed:
-        layer = layers[p.site.name]
-        layer.train(modules[p.site.name].training)
-        if tensors is not None:
+            layer = layers[p.site.name]
             layer.load(tensors[p.site.name])
-        if tensors is not None and shared is not None:
-            shared.load({role: tensors[p.site.name][role] for role in p.delta.shared})
+            if layer.shared is not None:
+                layer.shared.load({role: tensors[p.site.name][role] for role in p.delta.shared})
     for name in full:
         kept[name] = parameters[name].detach().to("cpu" if not parameters[name].is_meta else "meta", copy=True)
     model.requires_grad_(False)
@@ -158,13 +137,59 @@ def place(
         raise
 
 
+def _unfit(
+    modules: Mapping[str, nn.Module],
+    parameters: Mapping[str, nn.Parameter],
+    placed: tuple[Placed, ...],
+    full: Mapping[str, tuple[int, ...]],
+) -> list[Problem]:
+    """Why adapters cannot be put at these sites of a model, or these base parameters train."""
+    problems = []
+    for p in placed:
+        problems += mismatch(p.site, modules.get(p.site.name))
+    for name, shape in full.items():
+        if name not in parameters:
+            problems.append(Problem(name, "the model has no such parameter"))
+        elif tuple(parameters[name].shape) != tuple(shape):
+            problems.append(Problem(name, f"is {tuple(parameters[name].shape)}, expected {tuple(shape)}"))
+    if not torch.is_inference_mode_enabled() and any(t.is_inference() for t in parameters.values()):
+        what = "its weights were made in torch.inference_mode() and cannot be changed or trained with outside of it"
+        problems.append(Problem("model", what, "make the model outside of it"))
+    problems += unlike(placed)
+    devices: dict[str, set[str]] = {}
+    for p in placed if not problems else ():
+        if p.share or p.delta.shared:
+            devices.setdefault(p.share, set()).add(str(parameters[f"{p.site.name}.weight"].device))
+    for several in (found for found in devices.values() if len(found) > 1):
+        what = f"its layers lie on {', '.join(sorted(several))}, and what they share can lie on one only"
+        problems.append(Problem("model", what, "adapt the layers of one device, or take another method"))
+    return problems
+
+
+def _layers(
+    model: nn.Module, modules: Mapping[str, nn.Module], placed: tuple[Placed, ...], dtype: torch.dtype
+) -> dict[str, Adapted]:
+    """site -> its adapted layer, zero and not yet in the model; sites that share have one set of tensors."""
+    layers: dict[str, Adapted] = {}
+    sets: dict[str, nn.ParameterDict] = {}
+    with _mode(model):
+        bank = _bank(model, placed, dtype)
+        for p in placed:
+            base = modules[p.site.name]
+            layer = layers[p.site.name] = Adapted(base, p, dtype, bank, sets.get(p.share))
+            layer.train(base.training)
+            if p.share:
+                sets[p.share] = layer.p
+    return layers
+
+
 def _shown(layers: list[Adapted]) -> Iterable[Adapted]:
     """With a progress bar on a terminal, where a start has to decompose every weight."""
     slow = sys.stderr.isatty() and any(cast(Init, layer.method.init).moves_base for layer in layers)
     return track(layers, "starting", console=Console(stderr=True), transient=True) if slow else layers
 
 
-def _shared(model: nn.Module, placed: tuple[Placed, ...], dtype: torch.dtype) -> Shared | None:
+def _bank(model: nn.Module, placed: tuple[Placed, ...], dtype: torch.dtype) -> Shared | None:
     """The bank of what all sites share, or None where they share nothing."""
     if not any(p.delta.shared for p in placed):
         return None
