@@ -48,6 +48,25 @@ def _gradients(t: dict[str, Tensor], wanted: tuple[str, ...], add: Any, dropout:
 
 
 @BOTH
+@pytest.mark.parametrize("wanted", ["x", "A", "B", "AB", "xAB"])
+def test_what_stands_still_is_added_and_gets_no_gradient(add: Any, wanted: str) -> None:
+    """Not even where it would take one; the input's gradient goes through it all the same."""
+    t = _tensors(2, 3, 5)
+    past = torch.randn(2, 5).double().requires_grad_(), torch.randn(4, 2).double().requires_grad_()
+    found = []
+    for product in (add, lambda y, x, A, B, s, still: y + s * (x @ A.T @ B.T + x @ still[0].T @ still[1].T)):
+        here = {name: tensor.clone().requires_grad_(name in wanted) for name, tensor in t.items()}
+        y = product(F.linear(here["x"], here["W"]), here["x"], here["A"], here["B"], 0.7, still=past)
+        if product is add:
+            y.pow(2).sum().backward()
+            assert past[0].grad is past[1].grad is None
+        else:
+            y.pow(2).sum().backward(inputs=[here[name] for name in wanted])
+        found.append([y, *(here[name].grad for name in wanted)])
+    torch.testing.assert_close(*found)
+
+
+@BOTH
 @pytest.mark.parametrize("shape", [(5,), (6, 5), (2, 3, 5), (2, 3, 2, 5), (0, 5), (2, 0, 5)])
 def test_it_is_the_layer_with_the_delta_added_to_its_weight(add: Any, shape: tuple[int, ...]) -> None:
     t = _tensors(*shape)

@@ -34,7 +34,7 @@ def add_low_rank(
         dropout: probability in [0, 1) that an element of `x` is dropped from the adapter's input; 0 when not
             training, in steps of 2⁻¹⁶. The mask depends on the state of torch's default CPU generator alone, on
             every device.
-        still: (A [R', in], B [out, R']) that do not learn, whose product is added as well; not with dropout.
+        still: (A [R', in], B [out, R']) that get no gradient, whose product is added as well; not with dropout.
 
     Returns:
         [..., out] the sum, in `y`'s dtype. Its gradient can be taken once, not twice. The input is kept for
@@ -48,8 +48,8 @@ def add_low_rank(
         return add_low_rank_reference(y, x, A, B, s, dropout, still)
     dropout = in_steps(dropout)
     seed = draw_seed() if dropout > 0.0 else None
-    if still is not None and (dropout > 0.0 or any(t.requires_grad for t in still)):
-        raise ValueError("`still` is neither dropped from nor trained")
+    if still is not None and dropout > 0.0:
+        raise ValueError("`still` is not dropped from")
     fixed = still or (None, None)
     total: Tensor = _AddLowRank.apply(y, x, A, B, s, dropout, seed, *fixed)  # type: ignore[no-untyped-call]
     return total
