@@ -72,6 +72,17 @@ def test_the_next_task_holds_those_before_it_as_they_were(
     assert all(record["penalty"] > 0 for record in history if "loss" in record)
 
 
+def test_a_digest_is_of_the_values_in_whatever_precision() -> None:
+    digests = []
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        lorary.attach(model, lorary.plan(model, lorary.method("lora", r=2)), dtype=dtype)
+        digests.append(digest(lorary.Adapter.of(model)))
+        model[0].p["B"].data[0, 0] = 1
+        digests.append(digest(lorary.Adapter.of(model)))
+    assert len(set(digests)) == 6
+
+
 def test_tasks_that_stand_apart_are_listed_with_commas(words: dict[str, Any], past: list[str]) -> None:
     tree = changed(words, "method", after=f"{past[0]},{past[1]}")
     plan = prepare(from_dict(tree)).plan

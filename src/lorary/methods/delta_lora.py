@@ -74,15 +74,10 @@ class Propagated(Delta):
         return add_low_rank(y, x, layer.p["A"], layer.p["B"], layer.scale * (1 + self.ratio), dropout)
 
 
-def _no_dropout(method: Any, name: str) -> list[str]:
-    found = []
-    if method.dropout:
-        found.append(f"{name} takes the gradient of B A for that of W, which it is not with dropout: say dropout=0")
-    if not isinstance(method.join, Add):
-        found.append(
-            f"{name} takes the gradient of B A for that of W, which it is not under {type(method.join).__name__}"
-        )
-    return found
+def _same_gradient(method: Any) -> list[str]:
+    where = ["with dropout: say dropout=0"] if method.dropout else []
+    where += [] if isinstance(method.join, Add) else [f"under {type(method.join).__name__}"]
+    return [f"Delta-LoRA takes the gradient of B A for that of W, which it is not {text}" for text in where]
 
 
 @word
@@ -102,7 +97,7 @@ class FollowProduct(Rule):
     writes_base = False
 
     def problems(self, method: Any) -> list[str]:
-        found = _no_dropout(method, "Delta-LoRA")
+        found = _same_gradient(method)
         delta = method.delta
         if not isinstance(delta, Propagated) or (delta.ratio, delta.late) != (self.ratio, self.after > 0):
             found.append(f"{self} goes with Propagated(r, ratio={self.ratio}, late={self.after > 0}), not with {delta}")
@@ -145,7 +140,7 @@ class WriteProduct(Rule):
     writes_base = True
 
     def problems(self, method: Any) -> list[str]:
-        found = _no_dropout(method, "Delta-LoRA")
+        found = _same_gradient(method)
         if others := method.delta.roles - self.needs:
             found.append(f"the product of A and B is written, and {', '.join(sorted(others))} would have a part in it")
         if isinstance(method.delta, Propagated):

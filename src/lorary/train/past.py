@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from lorary.adapter import Adapter
@@ -65,5 +66,6 @@ def digest(adapter: Adapter) -> str:
     for p in adapter.placed:
         hashed.update(f"{p.site.name} {p.scale!r}".encode())
         for role, tensor in sorted(adapter.tensors[p.site.name].items()):
-            hashed.update(f"{role} {tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
+            numbers = tensor.flatten().view(torch.uint8).numpy()  # numpy has no bfloat16
+            hashed.update(f"{role} {tuple(tensor.shape)}".encode() + numbers.tobytes())
     return hashed.hexdigest()[:_DIGITS]
