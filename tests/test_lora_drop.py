@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,9 @@ def test_what_cannot_be_measured_is_refused() -> None:
         importance(fresh, [])
     with pytest.raises(DataError, match=r"attention_mask: is of the shape \[2, 1, 5, 5\], expected \[batch, tokens\]"):
         importance(fresh, [{"input_ids": IDS, "attention_mask": torch.ones(2, 1, 5, 5)}])
+    added = torch.zeros(2, 5).masked_fill(torch.tensor([[0, 0, 0, 1, 1]]).bool(), -1e9)  # 0 where there is a token
+    with pytest.raises(DataError, match="attention_mask: holds other values than 0 and 1"):
+        importance(fresh, [{"input_ids": IDS, "attention_mask": added}])
     broken = trained(tiny.llama())
     with torch.no_grad():
         broken.model.layers[0].self_attn.v_proj.p["B"].fill_(torch.inf)
@@ -369,6 +373,14 @@ def test_a_threshold_that_is_none_is_refused(threshold: Any) -> None:
     plan = deep(targets=["q_proj"])
     with pytest.raises(LoraryError, match="is no number above 0 and at most 1"):
         dropped(plan, flat(plan), threshold)
+
+
+@pytest.mark.parametrize("g", [float("nan"), float("inf"), -1.0])
+def test_an_importance_that_is_no_size_is_refused(g: float) -> None:
+    plan = deep(targets=["q_proj"])
+    site = plan.placed[1].site.name
+    with pytest.raises(PlanError, match=re.escape(f"{site}: its importance is {g!r}, no finite number of at least 0")):
+        dropped(plan, made({p.site.name: g if p.site.name == site else 1.0 for p in plan.placed}))
 
 
 def test_the_importance_of_another_model_is_refused() -> None:

@@ -177,6 +177,8 @@ def _check_masks(masks: Mapping[str, Tensor], model: nn.Module) -> None:
         if mask.dim() != 2:
             what = f"is of the shape {list(mask.shape)}, expected [batch, tokens]"
             raise _unmatched(name, what, "give the mask that marks padding")
+        if bool(((mask != 0) & (mask != 1)).any()):  # one that is added to scores has 0 where there is a token
+            raise _unmatched(name, "holds other values than 0 and 1", "give the mask that marks padding")
     two_sided = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     if two_sided and len(masks) == 1:
         (missing,) = set(_MASKS) - set(masks)
@@ -199,13 +201,16 @@ def dropped(plan: Plan, importance: Importance, threshold: float = THRESHOLD) ->
         threshold: the paper's T, above 0 and at most 1; 1 keeps all layers.
 
     Raises:
-        PlanError: the method cannot be shared, the importance is that of other sites, or T is out of range.
+        PlanError: the method cannot be shared, the importance is that of other sites or no size, or T is out of range.
 
     >>> print(dropped(plan, importance(model, batches)))
     """
     problems = shareable(plan.method) + unknown_sites(importance.g, (p.site.name for p in plan.placed))
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 < threshold <= 1:
         problems.append(Problem("threshold", f"{threshold!r} is no number above 0 and at most 1"))
+    for site, g in importance.g.items():
+        if not 0 <= g < float("inf"):
+            problems.append(Problem(site, f"its importance is {g!r}, no finite number of at least 0"))
     if problems:
         raise PlanError("layers cannot be dropped from this plan:", problems)
     kept = importance.kept(threshold)
