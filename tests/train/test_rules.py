@@ -220,7 +220,9 @@ def test_evaluations_between_the_steps_change_no_rank(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("best_at", [4, 16])
-def test_the_best_adapter_has_the_ranks_of_its_own_step(tmp_path: Path, best_at: int) -> None:
+def test_the_best_adapter_has_the_ranks_of_its_own_step(
+    tmp_path: Path, best_at: int, caplog: pytest.LogCaptureFixture
+) -> None:
     """Before the tensors have shrunk, and after: the model holds what it held then."""
 
     class Worse(TrainerCallback):  # type: ignore[misc]
@@ -242,6 +244,11 @@ def test_the_best_adapter_has_the_ranks_of_its_own_step(tmp_path: Path, best_at:
     assert t.state.global_step == min(best_at + 12, 20)
     ranks = {site: int((layer.p["E"] != 0).sum()) for site, layer in layers_of(t.model).items()}
     assert ranks == seen[best_at - 1]["ranks"]
+    here, there = sum(seen[-1]["ranks"].values()), sum(ranks.values())
+    told = [r.getMessage() for r in caplog.records if r.getMessage().startswith("the best checkpoint")]
+    text = f"the best checkpoint is that of step {best_at}, when there were {there} directions"
+    assert told == ([f"{text}; the run has ended with {here}"] if there > here else [])
+    assert bool(told) == (best_at == 4)  # later the choice stands
     assert t.evaluate()["eval_loss"] == pytest.approx(found[best_at], abs=1e-6)
     t.save_model(str(tmp_path / "result"))
 

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import logging
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from lorary.formats.findings import AdapterWarning
 from lorary.residual import restart
 from lorary.shards import put as put_into
 from lorary.shards import whole
+from lorary.shrinking import directions_of
 from lorary.state import base_parameter, require
 from lorary.train import checkpoint, moments, rng
 
@@ -45,6 +47,20 @@ def adapter_of(path: Path) -> Adapter:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AdapterWarning)
         return Adapter.load(path / checkpoint.ADAPTER)
+
+
+def tell_directions(best: Adapter, step: int, ranks: Mapping[str, int]) -> None:
+    """Says so where the best checkpoint is from before a rule had taken directions out (AdaLoRA's budget).
+
+    Args:
+        best: its adapter.
+        step: when it was written.
+        ranks: site -> how many directions the run has ended with; empty where no rule takes any out.
+    """
+    here, there = sum(ranks.values()), sum(map(directions_of, best.compact().placed))
+    if ranks and there > here:
+        text = "the best checkpoint is that of step %d, when there were %d directions; the run has ended with %d"
+        _log.warning(text, step, there, here)
 
 
 def put(model: nn.Module, value: Adapter) -> None:

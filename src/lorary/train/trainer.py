@@ -278,8 +278,10 @@ class AdapterTraining(_Loop):  # type: ignore[misc]  # Transformers has no types
             rng.restore(self._resumed["rng"][self.args.process_index])
 
     def _load_best_model(self) -> None:
-        fit(self.plain_model(), saving.adapter_of(Path(self.state.best_model_checkpoint)).placed)
-        self._take_adapter(self.state.best_model_checkpoint)
+        best = saving.adapter_of(Path(self.state.best_model_checkpoint))
+        saving.tell_directions(best, self.state.best_global_step, self.tuning.report().get("ranks", {}))
+        fit(self.plain_model(), best.placed)
+        saving.put(self.plain_model(), best)
 
     def _take_adapter(self, path: str) -> None:
         saving.put(self.plain_model(), saving.adapter_of(Path(path)))
