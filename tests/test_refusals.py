@@ -260,7 +260,12 @@ SAID: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     (
         ("lora",),
         {"rules": (WriteProduct(2.0), WriteProduct(1.0))},
-        told(WRONG, "rules: WriteProduct is said 2 times, and each would undo the other's work"),
+        told(WRONG, *["rules: the weight can follow the product once only"] * 2),
+    ),
+    (
+        ("adalora",),
+        {"rules": (RankBudget(4),)},
+        told(WRONG, *["rules: there can be one budget only: two would undo each other's masks"] * 2),
     ),
     (
         ("multilora",),

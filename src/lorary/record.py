@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -206,9 +205,6 @@ class Method:
             problems.append(Problem("full", what, "take one of the two"))
         for rule in self.rules:
             problems += self._rule_problems(rule, name)
-        for kind, count in Counter(type(rule).__name__ for rule in self.rules).items():
-            if count > 1:
-                problems.append(Problem("rules", f"{kind} is said {count} times, and each would undo the other's work"))
         return problems
 
     def _training_problems(self) -> list[Problem]:

@@ -38,10 +38,14 @@ def shrink(model: nn.Module, keep: Mapping[str, Tensor], optimizer: torch.optim.
     """Keep these directions alone (site -> bool [R]), in the tensors and in the optimizer's state.
 
     Returns:
-        False, and nothing is touched, where the optimizer keeps a state of another shape than its parameters.
+        False, and nothing is touched, where the optimizer keeps a state of another shape than its parameters, or
+        does not train all of them: whoever does would go on with the old ones.
     """
     layers = {name: layer for name, layer in adapted(model).items() if not bool(keep[name].all())}
     old = [layer.p[role] for layer in layers.values() for role in layer.p]
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not all(id(p) in held for p in old if p.requires_grad):
+        return False
     if not all(_sliceable(p, value) for p in old for value in optimizer.state.get(p, {}).values()):
         return False
     new: dict[int, nn.Parameter] = {}

@@ -455,6 +455,23 @@ def test_the_optimizer_shrinks_with_the_tensors() -> None:
     assert set(map(id, shrunk.optimizer.state)) == grouped
 
 
+def test_nothing_shrinks_under_an_optimizer_that_trains_other_parameters() -> None:
+    """One of two optimizers: the other one would go on with tensors that are no part of the model any more."""
+    model = started()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizers = [torch.optim.AdamW(half, lr=1e-2) for half in (parameters[:2], parameters[2:])]
+    tuning = lorary.tuning(model, STEPS, optimizers[0])
+    for _ in range(STEPS):
+        (model(torch.randn(4, 6, dtype=torch.float64)).square().mean() + tuning.penalty()).backward()
+        tuning.after_backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        tuning.after_step()
+        model.zero_grad()
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in parameters}
+    assert nonzero(model) == tuning.report()["rank_budget"] < sum(len(layer.p["E"]) for layer in layers(model))
+
+
 def test_what_the_scores_took_is_given_back() -> None:
     before, after = (
         sum(t.numel() for t in Run(started()).to(step).tuning.state_dict().values()) for step in (STEPS - 7, STEPS - 6)

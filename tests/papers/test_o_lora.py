@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,26 @@ def test_hard_leaves_what_earlier_tasks_see_as_it_is(make: Any) -> None:
         momentum = state["exp_avg"] if "exp_avg" in state else state["momentum_buffer"]
         assert (momentum @ layer.p["A_past"].T).abs().max() < 1e-12
         assert momentum.abs().max() > 1e-6
+
+
+def test_hard_takes_steps_of_the_usual_size_where_an_input_is_always_zero() -> None:
+    """Adam divides by the size of the gradients, which is nothing there: it must have no momentum there, either."""
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    first = lorary.attach(copy.deepcopy(base), lorary.plan(base, lorary.method("lora", r=2)))
+    plan = lorary.plan(base, lorary.method("o-lora", r=2, hard=True), after=[lorary.Adapter.of(first)])
+    model = lorary.attach(base, plan)
+    optimizer = torch.optim.AdamW(lorary.groups(model, lr=0.01))
+    tuning, A = lorary.tuning(model, 20, optimizer), model[0].p["A"]
+    start, x = A.detach().clone(), torch.randn(16, 8) * torch.tensor([0.0, 1e-6, 1, 1, 1, 1, 1, 1])
+    for _ in range(20):
+        optimizer.zero_grad()
+        (model(x) - 1).square().mean().backward()
+        tuning.after_backward()
+        optimizer.step()
+        tuning.after_step()
+    assert 0.01 < (A - start).abs().max() < 1
+    assert (A @ model[0].p["A_past"].T).abs().max() < 1e-6
 
 
 def test_the_soft_penalty_only_keeps_away() -> None:

@@ -52,6 +52,8 @@ class RankBudget(Rule):
         if not isinstance(method.join, Add):
             name = type(method.join).__name__
             found.append(f"{name} holds the norm of what it joins, which changes whenever a direction is masked")
+        if sum(isinstance(rule, RankBudget) for rule in method.rules) > 1:
+            found.append("there can be one budget only: two would undo each other's masks")
         if frozen := self.needs - method.trained:
             found.append(f"the scores need the gradients of P, E and Q, and {', '.join(sorted(frozen))} is frozen")
         if self.target > method.delta.r:

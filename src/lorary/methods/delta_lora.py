@@ -80,6 +80,11 @@ def _same_gradient(method: Any) -> list[str]:
     return [f"Delta-LoRA takes the gradient of B A for that of W, which it is not {text}" for text in where]
 
 
+def _alone(method: Any) -> list[str]:
+    several = sum(isinstance(rule, FollowProduct | WriteProduct) for rule in method.rules) > 1
+    return ["the weight can follow the product once only"] if several else []
+
+
 @word
 @dataclass(frozen=True)
 class FollowProduct(Rule):
@@ -97,7 +102,7 @@ class FollowProduct(Rule):
     writes_base = False
 
     def problems(self, method: Any) -> list[str]:
-        found = _same_gradient(method)
+        found = _same_gradient(method) + _alone(method)
         delta = method.delta
         if not isinstance(delta, Propagated) or (delta.ratio, delta.late) != (self.ratio, self.after > 0):
             found.append(f"{self} goes with Propagated(r, ratio={self.ratio}, late={self.after > 0}), not with {delta}")
@@ -140,7 +145,7 @@ class WriteProduct(Rule):
     writes_base = True
 
     def problems(self, method: Any) -> list[str]:
-        found = _same_gradient(method)
+        found = _same_gradient(method) + _alone(method)
         if others := method.delta.roles - self.needs:
             found.append(f"the product of A and B is written, and {', '.join(sorted(others))} would have a part in it")
         if isinstance(method.delta, Propagated):

@@ -154,6 +154,17 @@ class AwayFrom(Rule):
         total = _sum(P.abs().sum() if self.form == "authors" else P.square().sum() for P in products)
         return value + self.weight * total / (sum(P.numel() for P in products) if self.mean else 1)
 
+    def after_backward(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
+        """The gradients, too: an optimizer that divides by their size must not see other ones than its momentum is of.
+
+        Where an input is always zero, so is the gradient, and projecting the momentum alone would move A there by the
+        momentum of other inputs over nothing.
+        """
+        if self.hard:
+            for layer in _later(layers):
+                if layer.p["A"].grad is not None:
+                    _project(layer.p["A"].grad, state[f"basis|{layer.site.name}"])
+
     def after_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int, run: Run) -> None:
         if not self.hard:
             return
