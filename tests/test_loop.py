@@ -461,3 +461,20 @@ def test_reports_of_all_rules_are_one() -> None:
     report = lorary.tuning(attached("adalora", **MASKING, targets="q_proj"), 8).report()
     sites = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
     assert report == {"rank_budget": 8, "ranks": dict.fromkeys(sites, 4)}
+
+
+@pytest.mark.parametrize("steps", [-1, 1.5, float("nan"), True, None, "5"])
+def test_what_is_no_number_of_steps_is_refused(steps: Any) -> None:
+    model = tiny.llama()
+    lorary.attach(model, lorary.plan(model, lorary.method("o-lora", r=2)))
+    with pytest.raises(ConfigError) as caught:
+        lorary.tuning(model, steps)
+    assert str(caught.value) == f"this is no run:\n  - steps: {steps!r} is no number of optimizer steps"
+
+
+@pytest.mark.parametrize("state", [5, {"step": 3}, {"step": torch.tensor(9)}, {"step": torch.tensor(2.5)}])
+def test_a_state_that_no_run_of_these_steps_has_is_refused(state: Any) -> None:
+    model = tiny.llama()
+    lorary.attach(model, lorary.plan(model, lorary.method("lora", r=2)))
+    with pytest.raises(StateError, match=r"this is no training state|this is another run's training state"):
+        lorary.tuning(model, 8, state=state)

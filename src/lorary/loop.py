@@ -168,14 +168,20 @@ class Tuning:
         Raises:
             StateError: it was another method's: names or shapes differ.
         """
+        if not isinstance(flat, Mapping) or not all(isinstance(t, Tensor) for t in flat.values()):
+            problem = Problem("state", "is no mapping of names to tensors", "give what Tuning.state_dict gave")
+            raise StateError("this is no training state:", [problem])
         mine = self.state_dict()
-        wrong = sorted(set(mine) ^ set(flat))
+        wrong = sorted(set(mine) ^ set(flat), key=str)
         # what a rule needs no more it gives back: nothing is left of it
         wrong += [k for k in mine.keys() & flat.keys() if mine[k].shape != flat[k].shape and flat[k].numel()]
         if wrong:
             problems = [Problem(key, "is missing, unknown or of another shape") for key in wrong]
             raise StateError("this is another method's training state:", problems)
-        self.step = int(flat["step"])
+        if not 0 <= (step := float(flat["step"])) <= self.steps or step != int(step):
+            problem = Problem("step", f"is {step:g}, and the run has {self.steps} steps", "say the run's own steps")
+            raise StateError("this is another run's training state:", [problem])
+        self.step = int(step)
         for i, state in enumerate(self.states):
             for name in state:
                 value = flat[f"{i}.{name}"]
@@ -222,4 +228,7 @@ def tuning(
         ConfigError: so many steps leave no room for a rule.
     """
     require(model, "train")
+    if type(steps) is not int or steps < 0:
+        problem = Problem("steps", f"{steps!r} is no number of optimizer steps")
+        raise ConfigError("this is no run:", [problem])
     return Tuning(model, steps, optimizer, state)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,7 +12,7 @@ from lorary.errors import MethodError, PlanError, Problem, nearest
 from lorary.past import Learnt, with_past
 from lorary.placed import Placed, with_rank
 from lorary.plans import FullParameter, Plan
-from lorary.preconditions import not_ready, not_words
+from lorary.preconditions import not_ready, not_words, unwritable
 from lorary.record import Method
 from lorary.sites import kind_of, site
 from lorary.targets import Found, blocked, collapse, head_names, listed, matches, resolve
@@ -135,18 +134,9 @@ def _full_parameters(
 
 
 def _written(model: nn.Module, method: Method, placed: list[Placed], problems: list[Problem]) -> set[str]:
-    """The adapted weights, where a rule of the method writes them: in 32 bits at least, and nobody else's."""
-    writers = [type(rule).__name__ for rule in method.rules if rule.writes_base]
-    names = {f"{p.site.name}.weight" for p in placed} if writers else set()
-    held = Counter(id(t) for _, t in model.named_parameters(remove_duplicate=False))
-    for name in sorted(names):
-        weight = model.get_parameter(name)
-        if weight.dtype.itemsize < 4:
-            what = f"is {str(weight.dtype).removeprefix('torch.')}, and {writers[0]} adds small changes to it"
-            problems.append(Problem(name, f"{what}: rounding would lose most of them", "load the base in float32"))
-        if held[id(weight)] > 1:
-            what = f"is shared with another layer, and {writers[0]} writes it"
-            problems.append(Problem(name, what, "exclude the site, or untie the weights"))
+    """The adapted weights, where a rule of the method writes them."""
+    names = {f"{p.site.name}.weight" for p in placed} if any(rule.writes_base for rule in method.rules) else set()
+    problems += unwritable(model, method, names)
     return names
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -48,4 +49,21 @@ def _not_obeyed(method: Method) -> list[Problem]:
     problems = []
     if not isinstance(method.storage, AsIs):
         problems.append(Problem("storage", f"{method.storage} packs the weight; bases are kept as they are for now"))
+    return problems
+
+
+def unwritable(model: nn.Module, method: Method, names: Iterable[str]) -> list[Problem]:
+    """Why a rule of the method cannot write these weights: it needs 32 bits at least, and a weight that is its own."""
+    writer = next((type(rule).__name__ for rule in method.rules if rule.writes_base), "a rule")
+    held = Counter(id(t) for _, t in model.named_parameters(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    problems = []
+    for name in sorted(parameters.keys() & set(names)):
+        weight = parameters[name]
+        if weight.dtype.itemsize < 4:
+            what = f"is {str(weight.dtype).removeprefix('torch.')}, and {writer} adds small changes to it"
+            problems.append(Problem(name, f"{what}: rounding would lose most of them", "load the base in float32"))
+        if held[id(weight)] > 1:
+            what = f"is shared with another layer, and {writer} writes it"
+            problems.append(Problem(name, what, "exclude the site, or untie the weights"))
     return problems

@@ -18,6 +18,7 @@ from lorary.errors import PlanError, Problem, StateError
 from lorary.fingerprint import STATE, Fingerprint
 from lorary.placed import Placed, unlike
 from lorary.plans import Plan
+from lorary.preconditions import unwritable
 from lorary.record import Method
 from lorary.residual import give_up, idle, take_back, unsound
 from lorary.sites import Site, kind_of, site
@@ -51,6 +52,8 @@ def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = 
     if dtype not in MASTERS:
         known = ", ".join(str(d) for d in MASTERS)
         problems.append(Problem("dtype", f"{dtype!r} is no precision to learn in", f"known: {known}"))
+    if not problems:
+        problems += unwritable(model, plan.method, [f.name for f in plan.full if not f.trains])
     if problems:
         raise PlanError("cannot attach:", problems)
     place(model, plan.method, plan.placed, {f.name: f.shape for f in plan.full}, dtype=dtype)

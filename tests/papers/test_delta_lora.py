@@ -17,6 +17,7 @@ from lorary.errors import ConfigError, MethodError, PlanError
 from lorary.formats import export_peft
 from lorary.methods.delta_lora import FollowProduct, Propagated
 
+from .. import tiny
 from .layers import EACH, attached, dense_gradient, exactly, gradients, loss_of, shake, signature
 
 STEPS = 7
@@ -342,3 +343,14 @@ def test_a_weight_that_two_layers_hold_is_not_written() -> None:
     with pytest.raises(PlanError, match="is shared with another layer, and WriteProduct writes it"):
         lorary.plan(model, lorary.method("delta-lora", mode="paper"), "0")
     assert lorary.plan(model, lorary.method("delta-lora"), "0")
+
+
+def test_weights_that_turn_coarse_after_the_plan_are_not_written() -> None:
+    """Planned in 32 bits, and then the base, or the model, is one of 16."""
+    method = lorary.method("delta-lora", r=2, start=0, mode="paper")
+    plan = lorary.plan(tiny.llama(), method, ["q_proj"])
+    with pytest.raises(PlanError, match=r"q_proj.weight: is bfloat16, and WriteProduct adds small changes to it"):
+        lorary.attach(tiny.llama().bfloat16(), plan)
+    model = lorary.attach(tiny.llama(), plan).bfloat16()
+    with pytest.raises(ConfigError, match=r"q_proj: is torch.bfloat16 by now: rounding would lose most"):
+        lorary.tuning(model, 5)

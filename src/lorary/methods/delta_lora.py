@@ -154,6 +154,11 @@ class WriteProduct(Rule):
 
     def start(self, layers: Sequence[Layer], steps: int) -> dict[str, Tensor]:
         _check_start(self.after, steps)
+        coarse = [layer for layer in layers if cast(Tensor, layer.base.weight).dtype.itemsize < 4]
+        if coarse:
+            what = f"is {coarse[0].base.weight.dtype} by now: rounding would lose most of what is added to it"
+            problems = [Problem(layer.site.name, what, "keep the base in float32") for layer in coarse]
+            raise ConfigError("Delta-LoRA cannot write these weights:", problems)
         return {f"{role}|{layer.site.name}": layer.p[role].detach().clone() for layer in layers for role in "AB"}
 
     def holds(self, shapes: Shapes) -> int:
