@@ -147,12 +147,13 @@ class Adapted(nn.Module):
             super().__setattr__(name, value)
 
     def initialise(self, seed: int) -> None:
-        """Fill the tensors so that nothing moves at step 0. The draw depends on the seed and the site's name only."""
+        """Fill the tensors so that nothing moves at step 0. The draw depends on the seed, the site's name and turn."""
         if self.weight.is_meta:
             return
-        digest = hashlib.sha256(f"{seed}/{self.site.name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         delta, init = cast(Delta, self.method.delta), cast(Init, self.method.init)
+        turn = f"/{delta.turn}" if delta.turn else ""
+        digest = hashlib.sha256(f"{seed}/{self.site.name}{turn}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         with torch.no_grad():
             own = [role for role in self.p if role in delta.roles - delta.given]
             cpu = {role: torch.zeros(self.p[role].shape, dtype=self.p[role].dtype) for role in own}

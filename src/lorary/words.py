@@ -69,6 +69,7 @@ class Delta(Protocol):
         extras: roles that are no part of the factors; the join reads them.
         known_as: how presets that speak of A and B reach its roles, such as {"A": "Q", "B": "P"}.
         everywhere: whether its own path (`Fused`) goes through layers of every kind.
+        turn: how many tasks have gone before: each starts at a draw of its own, whatever the seed.
     """
 
     r: int
@@ -78,6 +79,7 @@ class Delta(Protocol):
     extras: frozenset[str] = frozenset()
     known_as: Mapping[str, str] = MappingProxyType({})
     everywhere: bool = False
+    turn: int = 0
 
     @property
     def roles(self) -> frozenset[str]: ...

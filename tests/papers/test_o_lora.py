@@ -17,6 +17,7 @@ from lorary.errors import MethodError, PlanError, StateError
 from lorary.formats import export_peft
 from lorary.methods.o_lora import AwayFrom, Tasks, basis
 
+from .. import tiny
 from .layers import EACH, attached, exactly, signature
 
 R = 2
@@ -426,3 +427,18 @@ def test_an_interrupted_run_is_the_same_run(tmp_path: Path) -> None:
                 tuning.after_step()
             ends.append(model(x))
         assert torch.equal(*ends)
+
+
+def test_a_task_starts_elsewhere_than_the_ones_before_whatever_the_seed() -> None:
+    method = lorary.method("o-lora", r=2)
+    past: list[lorary.Adapter] = []
+    starts = []
+    for _ in range(3):
+        model = tiny.llama()
+        lorary.attach(model, lorary.plan(model, method, ["q_proj"], after=past), seed=7)
+        layer = next(iter(adapted(model).values()))
+        starts.append(layer.p["A"].detach().clone())
+        with torch.no_grad():
+            layer.p["B"].normal_()
+        past = [lorary.Adapter.of(model)]
+    assert not any(torch.equal(starts[i], starts[j]) for i, j in ((0, 1), (0, 2), (1, 2)))

@@ -58,6 +58,10 @@ class Tasks(Delta):
     def given(self) -> frozenset[str]:  # type: ignore[override]  # a constant of most deltas
         return frozenset({"A_past", "B_past"} if self.past else ())
 
+    @property
+    def turn(self) -> int:  # type: ignore[override]  # a constant of most deltas
+        return len(self.past)
+
     def shapes(self, site: Site) -> Shapes:
         now: Shapes = {"A": (self.r * len(site.rows), site.inp), "B": (sum(site.rows), self.r)}
         before: Shapes = {"A_past": (sum(self.past), site.inp), "B_past": (site.out, sum(self.past))}
