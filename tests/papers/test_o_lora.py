@@ -431,10 +431,10 @@ def test_an_interrupted_run_is_the_same_run(tmp_path: Path) -> None:
 
 def test_a_task_starts_elsewhere_than_the_ones_before_whatever_the_seed() -> None:
     method = lorary.method("o-lora", r=2)
-    past: list[lorary.Adapter] = []
+    base, past = tiny.llama(), list[lorary.Adapter]()
     starts = []
     for _ in range(3):
-        model = tiny.llama()
+        model = copy.deepcopy(base)
         lorary.attach(model, lorary.plan(model, method, ["q_proj"], after=past), seed=7)
         layer = next(iter(adapted(model).values()))
         starts.append(layer.p["A"].detach().clone())
