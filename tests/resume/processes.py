@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lorary.train import checkpoint
 
 
@@ -32,6 +34,9 @@ def child(work: Callable[[], Any]) -> int:
     pid = os.fork()
     if pid == 0:
         gc.freeze()  # what the parent has made need not be looked through again
+        # PyTorch makes its pool anew in a child at first use, and several threads at once (those in which Transformers
+        # reads weights) may meet it half made
+        torch.set_num_threads(torch.get_num_threads())
         status = 1
         try:
             work()

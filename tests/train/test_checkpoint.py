@@ -17,6 +17,7 @@ from lorary.adapter import Adapter
 from lorary.errors import FileError, TrainingError
 from lorary.formats import faults
 from lorary.train import checkpoint, moments, rng
+from tests.resume.processes import child
 from tests.train.runs import adapted, sft
 
 
@@ -215,13 +216,13 @@ POINTS = (
 @pytest.mark.parametrize("point", POINTS)
 def test_killed_anywhere_the_old_checkpoint_or_the_new_one_is_whole(tmp_path: Path, point: str) -> None:
     _write(tmp_path / "checkpoint-1")
-    pid = os.fork()
-    if pid == 0:  # the child: this very process, so that it need not import everything again
+
+    def work() -> None:
         faults._passages.clear()  # what earlier tests of this process have counted
         os.environ["LORARY_FAULT"] = f"{point}:1:kill" if point != "manifest.written" else f"{point}:kill"
         _write(tmp_path / "checkpoint-2")
-        os._exit(0)
-    _, status = os.waitpid(pid, 0)
+
+    _, status = os.waitpid(child(work), 0)
     assert os.WIFSIGNALED(status)
     assert os.WTERMSIG(status) == signal.SIGKILL
     path, skipped = checkpoint.newest(tmp_path)

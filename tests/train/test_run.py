@@ -26,6 +26,7 @@ from lorary.train import run
 from lorary.train.config_file import from_dict
 from lorary.train.folder import RunFolder
 from lorary.train.progress import ProgressLines
+from tests.resume.processes import child
 from tests.train.runs import WORDS, base_folder, changed, configuration
 
 
@@ -198,10 +199,7 @@ def _plain(history: tuple[dict[str, Any], ...]) -> list[dict[str, Any]]:
 
 def test_a_killed_run_is_resumed_to_the_very_same_folder(words: dict[str, Any]) -> None:
     whole = run(from_dict(words | {"output": "whole"}), quiet=True)
-    pid = os.fork()
-    if pid == 0:
-        run(from_dict(words), quiet=True, callbacks=[Kill(5, signal.SIGKILL)])
-        os._exit(0)
+    pid = child(lambda: run(from_dict(words), quiet=True, callbacks=[Kill(5, signal.SIGKILL)]))
     _, status = os.waitpid(pid, 0)
     assert os.WTERMSIG(status) == signal.SIGKILL
     assert RunFolder("out").history()[-1]["step"] == 4

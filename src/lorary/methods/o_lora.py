@@ -60,7 +60,7 @@ class Tasks(Delta):
 
     @property
     def turn(self) -> int:  # type: ignore[override]  # a constant of most deltas
-        return len(self.past)
+        return len(self.past) if isinstance(self.past, tuple) else 0  # the record has yet to check what it is
 
     def shapes(self, site: Site) -> Shapes:
         now: Shapes = {"A": (self.r * len(site.rows), site.inp), "B": (sum(site.rows), self.r)}
