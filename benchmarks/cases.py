@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import copy
 import platform
+import statistics
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -111,6 +113,33 @@ def llama(arguments: argparse.Namespace) -> LlamaForCausalLM:
     )
     model = LlamaForCausalLM(config).to(arguments.device, getattr(torch, arguments.dtype))
     return model.requires_grad_(False)
+
+
+def parser(doc: str | None, of: str, out: str) -> argparse.ArgumentParser:
+    """The options of a script that times training steps.
+
+    Args:
+        doc: of the script.
+        of: what `--only` names.
+        out: the file in `results/` that it writes.
+    """
+    made = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    made.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    made.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    made.add_argument("--threads", type=int, default=1, help="of the CPU; more are noisier on a shared machine")
+    made.add_argument("--repeats", type=int, default=12)
+    made.add_argument("--hidden", type=int, default=1024)
+    made.add_argument("--layers", type=int, default=4)
+    made.add_argument("--batch", type=int, default=1)
+    made.add_argument("--length", type=int, default=512, help="tokens")
+    made.add_argument("--only", default="", help=f"names of {of}, separated by semicolons")
+    made.add_argument("--out", type=Path, help=f"default: results/{out}")
+    return made
+
+
+def ratio(a: list[float], b: list[float]) -> list[float]:
+    """The lower quartile, median and upper quartile of a / b within a repeat."""
+    return statistics.quantiles([x / y for x, y in zip(a, b, strict=True)], n=4)
 
 
 def machine(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from rich.progress import track
 from torch import Tensor
 
 import lorary
-from cases import ALL_LINEAR, ALPHA, RANK, llama, machine, new_table
+from cases import ALL_LINEAR, ALPHA, RANK, llama, machine, new_table, parser, ratio
 from lorary.adapted import adapted
 
 STEPS = 1000  # of the run that the rules are told of: all that is measured lies in the middle of it
@@ -129,7 +129,7 @@ CASES: dict[str, Callable[[Any], dict[str, Runner]]] = {
 
 def measured(runners: dict[str, Runner], arguments: argparse.Namespace) -> dict[str, Any]:
     """variant -> its time in ms, and the quartiles of its ratio to the first one."""
-    ids = torch.randint(2048, (arguments.batch, arguments.length))
+    ids = torch.randint(2048, (arguments.batch, arguments.length), device=arguments.device)
     order = list(runners.values())
     for turn in range(arguments.repeats + 2):
         first = turn % len(order)
@@ -141,25 +141,14 @@ def measured(runners: dict[str, Runner], arguments: argparse.Namespace) -> dict[
     return {
         name: {
             "ms": 1e3 * statistics.median(wall),
-            "ratio": statistics.quantiles([a / b for a, b in zip(wall, reference, strict=True)], n=4),
+            "ratio": ratio(wall, reference),
         }
         for name, wall in times.items()
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--threads", type=int, default=1, help="more are noisier on a shared machine")
-    parser.add_argument("--repeats", type=int, default=12)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--length", type=int, default=512, help="tokens")
-    parser.add_argument("--only", default="", help="names of methods, separated by semicolons")
-    parser.add_argument("--out", type=Path, help="default: results/rules-LENGTH.json")
-    arguments = parser.parse_args()
+    arguments = parser(__doc__, "methods", "rules-LENGTH.json").parse_args()
     torch.set_num_threads(arguments.threads)
     base = llama(arguments)
     only = [name.strip() for name in arguments.only.split(";") if name.strip()]

@@ -28,7 +28,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import lorary
-from cases import CASES, Case, MiB, llama, machine, new_table
+from cases import CASES, Case, MiB, llama, machine, new_table, parser, ratio
 from lorary.accounting import LiveBytes
 from lorary.adapted import adapted
 
@@ -93,18 +93,13 @@ def one_case(base: nn.Module, case: Case, arguments: argparse.Namespace) -> dict
     times = [runner.wall[1:] for runner in runners]
     result = {
         "ms": [1e3 * statistics.median(t) for t in times],
-        "over_base": _ratio(times[1], times[0]),
-        "peft_over_base": _ratio(times[2], times[0]) if theirs is not None else None,
-        "over_peft": _ratio(times[1], times[2]) if theirs is not None else None,
+        "over_base": ratio(times[1], times[0]),
+        "peft_over_base": ratio(times[2], times[0]) if theirs is not None else None,
+        "over_peft": ratio(times[1], times[2]) if theirs is not None else None,
         "peak_bytes": peaks,
     }
     assert all(math.isfinite(loss) for runner in runners for loss in runner.losses)
     return result
-
-
-def _ratio(a: list[float], b: list[float]) -> list[float]:
-    """The lower quartile, median and upper quartile of a / b within a repeat."""
-    return statistics.quantiles([x / y for x, y in zip(a, b, strict=True)], n=4)
 
 
 def _same_start(case: Case, ours: Any, theirs: Any) -> None:
@@ -149,18 +144,7 @@ def table(found: dict[str, Any], arguments: argparse.Namespace) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU; more are noisier on a shared machine")
-    parser.add_argument("--repeats", type=int, default=12)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--length", type=int, default=512, help="tokens")
-    parser.add_argument("--only", default="", help="names of cases, separated by semicolons")
-    parser.add_argument("--out", type=Path, help="default: results/step-LENGTH.json")
-    arguments = parser.parse_args()
+    arguments = parser(__doc__, "cases", "step-LENGTH.json").parse_args()
     torch.set_num_threads(arguments.threads)
     base = llama(arguments)
     only = [name.strip() for name in arguments.only.split(";") if name.strip()]

@@ -93,20 +93,7 @@ class Adapted(nn.Module):
         self.shared = shared
         self.remember = Memo()
         self.start: dict[str, Tensor] = {}
-        like, trained = cast(Tensor, base.weight), placed.method.trained
-        self.p = (
-            p
-            if p is not None
-            else nn.ParameterDict(
-                {
-                    role: nn.Parameter(
-                        torch.zeros(shape, dtype=dtype, device=like.device), requires_grad=role in trained
-                    )
-                    for role, shape in placed.shapes.items()
-                    if role not in placed.delta.shared
-                }
-            )
-        )
+        self.p = p if p is not None else _zeros(placed, dtype, cast(Tensor, base.weight).device)
         # role -> the corner of the shared tensor that is this site's
         self.corners = {role: placed.shapes[role] for role in sorted(placed.delta.shared)}
 
@@ -213,6 +200,18 @@ class Adapted(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.site.name}, r={cast(Delta, self.method.delta).r}, s={self.scale:g}"
+
+
+def _zeros(placed: Placed, dtype: torch.dtype, device: torch.device) -> nn.ParameterDict:
+    """role -> parameter, all zero, of everything that is a site's own."""
+    own = {role: shape for role, shape in placed.shapes.items() if role not in placed.delta.shared}
+    trained = placed.method.trained
+    return nn.ParameterDict(
+        {
+            role: nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad=role in trained)
+            for role, shape in own.items()
+        }
+    )
 
 
 def adapted(model: nn.Module) -> dict[str, Adapted]:

@@ -24,10 +24,7 @@ WHOLE: dict[str, Any] = {
 }
 COUNT: dict[str, Any] = {"check": _is_count, "expects": "a whole number of at least 1"}
 POSITIVE: dict[str, Any] = {"check": _is_positive, "expects": "a positive finite number"}
-SEED: dict[str, Any] = {
-    "check": lambda value: type(value) is int and 0 <= value < 2**63,
-    "expects": "a whole number of at least 0",
-}
+SEED = WHOLE
 FLAG: dict[str, Any] = {"check": lambda value: type(value) is bool, "expects": "true or false"}
 AMOUNT: dict[str, Any] = {
     "check": lambda value: _is_positive(value) or (_is_number(value) and value == 0),

@@ -55,8 +55,8 @@ def _not_obeyed(method: Method) -> list[Problem]:
 def unwritable(model: nn.Module, method: Method, names: Iterable[str]) -> list[Problem]:
     """Why a rule of the method cannot write these weights: it needs 32 bits at least, and a weight that is its own."""
     writer = next((type(rule).__name__ for rule in method.rules if rule.writes_base), "a rule")
-    held = Counter(id(t) for _, t in model.named_parameters(remove_duplicate=False))
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    held = Counter(map(id, parameters.values()))
     problems = []
     for name in sorted(parameters.keys() & set(names)):
         weight = parameters[name]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lorary.adapted import Adapted
 from lorary.errors import PlanError, Problem, StateError
+from lorary.shards import is_sharded
 from lorary.state import Attached, attached, base_parameter
 from lorary.words import Init
 
@@ -103,7 +104,7 @@ def restart(model: nn.Module, layer: Adapted, tensors: Mapping[str, Tensor]) -> 
         layer.shared.load({role: tensors[role] for role in layer.corners})
     if all(torch.equal(t, tensors[role].to(t)) for role, t in layer.start.items()):
         return
-    if hasattr(layer.weight, "full_tensor"):
+    if is_sharded(layer.weight):
         what = "began at other tensors here, and its weight is sharded already"
         raise StateError("cannot go on from this adapter:", [Problem(layer.site.name, what, "load it before sharding")])
     take_back(layer, cast(Attached, attached(model)).moved[layer.site.name])

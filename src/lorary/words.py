@@ -102,8 +102,6 @@ class Delta(Protocol):
 class Fused(Protocol):
     """A delta with a path of its own through layers that take rows [..., inp]; its factors stay the specification."""
 
-    everywhere: bool
-
     def add(self, layer: Layer, y: Tensor, x: Tensor, dropout: float) -> Tensor:
         """y + s * B A dropout(x). May write into y."""
         ...

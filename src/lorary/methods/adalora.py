@@ -24,13 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from lorary.fields import AMOUNT, COUNT, POSITIVE, WHOLE, one_of, optional
-from lorary.methods.adalora_budget import RankBudget
+from lorary.methods.adalora_budget import ROLES, RankBudget
 from lorary.preset import preset
 from lorary.shards import together
 from lorary.sites import Site
 from lorary.words import Delta, Init, Layer, Rule, Shapes, Tensors, word
-
-_ROLES = ("P", "E", "Q")
 
 
 @word
@@ -46,7 +44,7 @@ class Spectral(Delta):
     r: int = field(metadata=COUNT)
     kept: int | None = field(default=None, metadata=optional(WHOLE))
 
-    roles = frozenset(_ROLES)
+    roles = frozenset(ROLES)
     known_as = {"A": "Q", "B": "P"}  # noqa: RUF012 (never written)
     directions = {"P": 1, "E": 0, "Q": 0}  # noqa: RUF012
 
@@ -83,7 +81,7 @@ class SmallNormal(Init):
 
     std: float = field(default=0.02, metadata=POSITIVE)
 
-    fills = frozenset(_ROLES)
+    fills = frozenset(ROLES)
 
     def zeros(self, site: Site) -> frozenset[str]:
         return frozenset({"E"})

@@ -16,7 +16,7 @@ from lorary.methods.lora import Add
 from lorary.shards import like, own, put, together
 from lorary.words import Layer, Rule, Run, Shapes, word
 
-_ROLES = ("P", "E", "Q")
+ROLES = ("P", "E", "Q")
 
 
 @word
@@ -44,7 +44,7 @@ class RankBudget(Rule):
     beta1: float = field(default=0.85, metadata=SHARE)
     beta2: float = field(default=0.85, metadata=SHARE)
 
-    needs = frozenset(_ROLES)
+    needs = frozenset(ROLES)
     writes_base = False
 
     def problems(self, method: Any) -> list[str]:
@@ -89,14 +89,14 @@ class RankBudget(Rule):
         state = {"steps": torch.tensor(steps)}
         for layer in layers:
             name = layer.site.name
-            for role in _ROLES:
+            for role in ROLES:
                 for mean in "IU":  # smoothed sensitivity, and its uncertainty
                     state[f"{mean}|{name}|{role}"] = torch.zeros_like(layer.p[role], dtype=torch.float32)
             state[f"alive|{name}"] = torch.ones(layer.p["E"].shape[0], dtype=torch.bool)
         return state
 
     def holds(self, shapes: Shapes) -> int:
-        return sum(2 * 4 * math.prod(shapes[role]) for role in _ROLES)  # I and U, in 32 bits
+        return sum(2 * 4 * math.prod(shapes[role]) for role in ROLES)  # I and U, in 32 bits
 
     def before_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
         for layer in layers:
@@ -135,7 +135,7 @@ class RankBudget(Rule):
     @torch.no_grad()
     def _observe(self, layers: Sequence[Layer], state: dict[str, Tensor]) -> None:
         """Equations 9-11: I <- b1 I + (1 - b1) |w g|, then U <- b2 U + (1 - b2) | |w g| - I |."""
-        places = [(layer, role) for layer in layers for role in _ROLES if layer.p[role].grad is not None]
+        places = [(layer, role) for layer in layers for role in ROLES if layer.p[role].grad is not None]
         if not places:
             return
         weights = [own(layer.p[role]).float() for layer, role in places]
@@ -151,7 +151,7 @@ class RankBudget(Rule):
     def scores(self, layer: Layer, state: dict[str, Tensor]) -> Tensor:
         """[R]: of each direction, that of its E and the means of those of its column of P and row of Q (equation 8)."""
         s = {
-            role: state[f"I|{layer.site.name}|{role}"] * state[f"U|{layer.site.name}|{role}"] for role in _ROLES
+            role: state[f"I|{layer.site.name}|{role}"] * state[f"U|{layer.site.name}|{role}"] for role in ROLES
         }  # equation 12
         out, inp = layer.site.out, layer.site.inp
         return together(s["E"]) + together(s["P"].sum(0)) / out + together(s["Q"].sum(1)) / inp
@@ -176,7 +176,7 @@ class RankBudget(Rule):
     def _settle(self, layers: Sequence[Layer], state: dict[str, Tensor], run: Run) -> None:
         """The choice stands: the scores have done their work, and the masked directions can go."""
         for name in state:
-            if name[0] in "IU":
+            if name[0] in "IU" and state[name].numel():
                 state[name] = torch.zeros(0)
         alive = {layer.site.name: state[f"alive|{layer.site.name}"] for layer in layers}
         if not all(bool(mask.all()) for mask in alive.values()) and run.shrink(alive):

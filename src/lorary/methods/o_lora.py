@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lorary.fields import AMOUNT, COUNT, FLAG, SIZES, one_of
 from lorary.kernels.low_rank import add_low_rank
-from lorary.methods.lora import Add
+from lorary.methods.lora import Add, LowRank
 from lorary.preset import preset
 from lorary.shards import own, together
 from lorary.sites import Site
@@ -63,7 +63,7 @@ class Tasks(Delta):
         return len(self.past) if isinstance(self.past, tuple) else 0  # the record has yet to check what it is
 
     def shapes(self, site: Site) -> Shapes:
-        now: Shapes = {"A": (self.r * len(site.rows), site.inp), "B": (sum(site.rows), self.r)}
+        now = LowRank(self.r).shapes(site)
         before: Shapes = {"A_past": (sum(self.past), site.inp), "B_past": (site.out, sum(self.past))}
         return now | (before if self.past else {})
 
