@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,29 @@ from lorary.adapted import base_parameters
 from lorary.errors import Problem
 
 STATE = "_lorary"  # where a model remembers what is attached to it, and the fingerprint that its base had then
+_PLAIN = "_lorary_base"  # where a packed model remembers the fingerprint that it had before
 _SAMPLES = 64  # numbers read from each parameter
+
+
+class Sample(NamedTuple):
+    """What a fingerprint knows of one parameter. A packed layer remembers it of the weight that it was made of, as
+    `origin`: so a base has the same fingerprint before and after, and also where it was never there in full.
+
+    Args:
+        shape: of the parameter in the plain model.
+        values: 64 numbers, evenly spread, in bfloat16; None of a parameter without values.
+    """
+
+    shape: tuple[int, ...]
+    values: bytes | None
+
+    @staticmethod
+    def of(tensor: Tensor) -> Sample:
+        """The sample of a parameter; whole numbers and truth values have none."""
+        value = tensor.detach()
+        if value.is_meta:
+            return Sample(tuple(value.shape), None)
+        return Sample(tuple(value.shape), _sample(value) if value.is_floating_point() else b"")
 
 
 @dataclass(frozen=True)
@@ -35,19 +58,18 @@ class Fingerprint:
 
     @staticmethod
     def of(model: nn.Module) -> Fingerprint:
-        """The fingerprint of a model's base: adapters that are attached do not change it."""
-        remembered = getattr(getattr(model, STATE, None), "fingerprint", None)
-        if isinstance(remembered, Fingerprint):
-            return remembered
+        """The fingerprint of a model's base: neither adapters that are attached nor packing change it."""
+        for remembered in (getattr(getattr(model, STATE, None), "fingerprint", None), getattr(model, _PLAIN, None)):
+            if isinstance(remembered, Fingerprint):
+                return remembered
         structure, weights = hashlib.sha256(), hashlib.sha256()
         empty = False
+        origins = {id(m.weight): m.origin for m in model.modules() if isinstance(getattr(m, "origin", None), Sample)}
         for name, tensor in sorted(base_parameters(model), key=lambda pair: pair[0]):
-            structure.update(f"{name} {tuple(tensor.shape)}\n".encode())
-            value = tensor.detach()
-            if value.is_meta:
-                empty = True
-            elif value.is_floating_point():
-                weights.update(_sample(value))
+            shape, values = origins.get(id(tensor)) or Sample.of(tensor)
+            structure.update(f"{name} {shape}\n".encode())
+            empty = empty or values is None
+            weights.update(values or b"")
         config = getattr(model, "config", None)
         return Fingerprint(
             type(model).__name__,
@@ -55,6 +77,10 @@ class Fingerprint:
             "" if empty else weights.hexdigest(),
             base_name(str(getattr(config, "_name_or_path", "") or "")),
         )
+
+    def remember(self, model: nn.Module) -> None:
+        """Let this be the model's fingerprint from now on, whatever its weights are packed into."""
+        object.__setattr__(model, _PLAIN, self)
 
     def disagreements(self, other: Fingerprint) -> list[Problem]:
         """How another base differs from this one; what either does not know is not compared."""
