@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,8 +20,8 @@ _SAMPLES = 64  # numbers read from each parameter
 
 
 class Sample(NamedTuple):
-    """What a fingerprint knows of one parameter. A packed layer remembers it of the weight that it was made of, as
-    `origin`: so a base has the same fingerprint before and after, and also where it was never there in full.
+    """What a fingerprint reads of one parameter: taken while a checkpoint streams by, of a weight that is never there
+    in full once the model is.
 
     Args:
         shape: of the parameter in the plain model.
@@ -57,16 +58,21 @@ class Fingerprint:
     name: str = ""
 
     @staticmethod
-    def of(model: nn.Module) -> Fingerprint:
-        """The fingerprint of a model's base: neither adapters that are attached nor packing change it."""
+    def of(model: nn.Module, known: Mapping[str, Sample] | None = None) -> Fingerprint:
+        """The fingerprint of a model's base: neither adapters that are attached nor packing change it.
+
+        Args:
+            model: the model.
+            known: samples of parameters as they were, where the model has them in another form; what it remembers is
+                not asked then.
+        """
         for remembered in (getattr(getattr(model, STATE, None), "fingerprint", None), getattr(model, _PLAIN, None)):
-            if isinstance(remembered, Fingerprint):
+            if isinstance(remembered, Fingerprint) and known is None:
                 return remembered
         structure, weights = hashlib.sha256(), hashlib.sha256()
         empty = False
-        origins = {id(m.weight): m.origin for m in model.modules() if isinstance(getattr(m, "origin", None), Sample)}
         for name, tensor in sorted(base_parameters(model), key=lambda pair: pair[0]):
-            shape, values = origins.get(id(tensor)) or Sample.of(tensor)
+            shape, values = (known or {}).get(name) or Sample.of(tensor)
             structure.update(f"{name} {shape}\n".encode())
             empty = empty or values is None
             weights.update(values or b"")
