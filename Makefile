@@ -13,7 +13,8 @@ ARGS   ?=
 OUT    ?= demo
 VENV   := .venv
 PY     := $(VENV)/bin/python
-PIP    := $(PY) -m pip --quiet --disable-pip-version-check install --constraint constraints.txt
+# Modules are compiled when they are first imported: pip would compile all that there are, one after another.
+PIP    := $(PY) -m pip --quiet --disable-pip-version-check install --no-compile --constraint constraints.txt
 
 # Everything that would make an existing environment the wrong one. Its checksum is part of the stamp's name.
 KEY    := $(shell { cat pyproject.toml constraints.txt; $(PYTHON) --version; echo '$(TORCH)'; pwd; } 2>&1 | cksum | tr ' ' -)
@@ -55,11 +56,12 @@ clean:
 	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache
 	find src tests scripts benchmarks examples docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# PyTorch first and by itself, pinned: an unpinned one may bring gigabytes of another accelerator's libraries.
+# A new pip first: that of a Python takes twice as long. Then PyTorch by itself, pinned: an unpinned one may bring
+# gigabytes of another accelerator's libraries.
 $(READY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "error: lorary needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)"; \
 	  echo "hint: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
 	@start=$$(date +%s); echo "Setting up $(VENV): once, with the network ..."; rm -f $(VENV)/.ready-*; \
 	$(PYTHON) -m venv $(VENV) || { echo "hint: Debian and Ubuntu keep it in the package python3-venv"; exit 1; }; \
-	$(PIP) $(TORCH) && $(PIP) --editable '.[dev]' && touch $@ && echo "Set up in $$(( $$(date +%s) - start )) s."
+	$(PIP) pip && $(PIP) $(TORCH) && $(PIP) --editable '.[dev]' && touch $@ && echo "Set up in $$(( $$(date +%s) - start )) s."
