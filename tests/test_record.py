@@ -17,7 +17,8 @@ from lorary.methods.adalora import Spectral
 from lorary.methods.lora import ByRank, Fixed, Gaussian, Kaiming, LowRank
 from lorary.methods.o_lora import AwayFrom, Tasks
 from lorary.record import Method
-from lorary.words import AsIs, Rule
+from lorary.storage.as_is import AsIs
+from lorary.words import Rule
 
 
 def said(*names: Any, **options: Any) -> str:

@@ -20,6 +20,7 @@ _HOMES = {
     "Importance": "methods.lora_drop",
     "LowRankForm": "forms",
     "Method": "record",
+    "NF4": "storage.nf4",
     "Placed": "placed",
     "Plan": "planning",
     "Preset": "preset",
@@ -34,6 +35,7 @@ _HOMES = {
     "load": "adapter",
     "merge": "merging",
     "method": "preset",
+    "pack": "packing",
     "plan": "planning",
     "presets": "preset",
     "save": "adapter",
@@ -41,6 +43,7 @@ _HOMES = {
     "switch": "adapter",
     "tuning": "loop",
     "unmerge": "merging",
+    "unpack": "packing",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]
@@ -62,6 +65,8 @@ if TYPE_CHECKING:
     from lorary.merging import merge as merge
     from lorary.merging import unmerge as unmerge
     from lorary.methods.lora_drop import Importance as Importance
+    from lorary.packing import pack as pack
+    from lorary.packing import unpack as unpack
     from lorary.placed import Placed as Placed
     from lorary.planning import plan as plan
     from lorary.plans import Plan as Plan
@@ -72,6 +77,7 @@ if TYPE_CHECKING:
     from lorary.probing import importance as importance
     from lorary.record import Method as Method
     from lorary.sites import Site as Site
+    from lorary.storage.nf4 import NF4 as NF4
     from lorary.surgery import attach as attach
     from lorary.surgery import detach as detach
     from lorary.surgery import disabled as disabled

@@ -9,11 +9,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lorary.kernels.direction import times
 from lorary.kernels.vectors import Once
 from lorary.memo import Memo
 from lorary.placed import Placed, shared_shapes, start_of
 from lorary.record import Method
 from lorary.sites import KINDS, Kind
+from lorary.weights import is_packed, weight
 from lorary.words import Delta, Fused, Init, Join
 
 
@@ -104,8 +106,18 @@ class Adapted(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight, in its own layout."""
+        """The base layer's weight as the layer keeps it: in its own layout, or packed."""
         return cast(Tensor, self.base.weight)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the base layer's dense weight."""
+        return weight(self.base).dtype if is_packed(self.base) else self.weight.dtype
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """The tensors in which the base layer keeps its weight."""
+        return [self.weight, *self.base.buffers()] if is_packed(self.base) else [self.weight]
 
     @property
     def bias(self) -> Tensor | None:
@@ -133,8 +145,13 @@ class Adapted(nn.Module):
         else:
             super().__setattr__(name, value)
 
-    def initialise(self, seed: int) -> None:
-        """Fill the tensors so that nothing moves at step 0. The draw depends on the seed, the site's name and turn."""
+    def initialise(self, seed: int, W: Tensor | None = None) -> None:
+        """Fill the tensors so that nothing moves at step 0. The draw depends on the seed, the site's name and turn.
+
+        Args:
+            seed: of the draw.
+            W: [out, inp] what to start at instead of the layer's own weight.
+        """
         if self.weight.is_meta:
             return
         delta, init = cast(Delta, self.method.delta), cast(Init, self.method.init)
@@ -144,7 +161,8 @@ class Adapted(nn.Module):
         with torch.no_grad():
             own = [role for role in self.p if role in delta.roles - delta.given]
             cpu = {role: torch.zeros(self.p[role].shape, dtype=self.p[role].dtype) for role in own}
-            init(cpu, self.kind.matrix(self.base).detach(), self.site, self.scale, generator)
+            W = self.kind.matrix(self.base).detach() if W is None else W
+            init(cpu, W, self.site, self.scale, generator)
             if init.moves_base:
                 cpu |= {start_of(role): t for role, t in cpu.items()}
             self.load(cpu)
@@ -169,6 +187,13 @@ class Adapted(nn.Module):
         delta = cast(Delta, self.method.delta)
         return delta.factors(self.site, {role: self.start[start_of(role)] for role in delta.roles})
 
+    def product(self, A: Tensor) -> Tensor:
+        """W A^T [out, R] of A [R, inp], in A's precision, differentiable in A; keeps W as the base keeps it."""
+        lean: Any = getattr(self.base, "product", None)
+        if lean is not None:
+            return cast(Tensor, lean(A)).T
+        return times(self.kind.matrix(self.base).detach(), A)
+
     def add_delta(self, y: Tensor, x: Tensor, dropout: float | None = None) -> Tensor:
         """y + s * B A x: the seam where fused kernels plug in. May write into y.
 
@@ -186,8 +211,17 @@ class Adapted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
-            return cast(Tensor, self.base(x))
+            return self.without(x)
         return cast(Join, self.method.join).forward(self, x)
+
+    def without(self, x: Tensor) -> Tensor:
+        """The base's function of x; a packed base keeps what it gave up at the start in the start's factors alone."""
+        y: Tensor = self.base(x)
+        factors = self.start_factors() if is_packed(self.base) else None
+        if factors is None:
+            return y
+        B, A = (factor.to(y.device) for factor in factors)
+        return self.kind.add(self.base, y, x, A, B, self.scale, 0.0)
 
     @torch.no_grad()
     def merged(self) -> tuple[Tensor, Tensor | None]:

@@ -16,6 +16,7 @@ from lorary.errors import FileError, MethodError, Problem, StateError
 from lorary.fingerprint import Fingerprint
 from lorary.forms import LowRankForm, low_rank_forms
 from lorary.methods.lora import Add, Fixed, Kaiming, LowRank
+from lorary.packing import packable
 from lorary.placed import Placed
 from lorary.record import Method
 from lorary.shards import whole
@@ -248,7 +249,8 @@ def _unusable(role: str, tensor: Tensor) -> str:
 
 def _install(model: nn.Module, adapter: Adapter, here: Fingerprint, *, trainable: bool) -> None:
     full = {name: tuple(value.shape) for name, value in adapter.full.items()}
-    place(model, adapter.method, adapter.placed, full, tensors=adapter.tensors, base=here)
+    packed = packable(model, adapter.method.storage, full)
+    place(model, adapter.method, adapter.placed, full, adapter.tensors, base=here, packed=packed)
     with torch.no_grad():
         for name, value in adapter.full.items():
             base_parameter(model, name).copy_(value)

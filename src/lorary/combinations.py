@@ -17,10 +17,11 @@ from lorary.preset import PRESETS, method
 # Y: they go together. r: they do, with a restriction, below. N: refused, for the reason that the refusal gives.
 # One letter for every preset further down the list, in its order.
 _TABLE = {
-    "lora": "Y Y Y Y Y Y Y Y Y Y Y Y Y Y N",
-    "rslora": "Y Y Y N Y Y N r Y N Y Y Y N",
-    "lora+": "N r N r r N Y r r Y Y Y N",
-    "lora-fa": "r N Y Y N Y Y N Y r Y N",
+    "lora": "Y Y Y Y Y Y Y Y Y Y Y Y Y Y Y N",
+    "rslora": "Y Y Y Y N Y Y N r Y N Y Y Y N",
+    "lora+": "N Y r N r r N Y r r Y Y Y N",
+    "lora-fa": "Y r N Y Y N Y Y N Y r Y N",
+    "qlora": "Y r r r Y Y Y Y Y Y r N",
     "dora": "N Y Y Y Y Y N N N Y N",
     "glora": "N N N N N N N N N N",
     "pissa": "N N N N N N N Y N",
@@ -45,11 +46,18 @@ _RESTRICTIONS = {
     "E learns at Q's rate",
     ("lora-fa", "dora"): "most of the memory saved is lost: the magnitude's gradient needs the layer's output",
     ("lora-fa", "o-lora"): "with hard=True alone: A is frozen where it starts, in the complement of the earlier tasks",
+    ("qlora", "glora"): "where A is a vector, a scalar or none, and acts on the output: there is no dense weight",
+    ("qlora", "pissa"): "on a base in full precision alone: what is left of each weight is packed",
+    ("qlora", "olora"): "on a base in full precision alone: what is left of each weight is packed",
+    ("qlora", "bitfit"): "the biases train, beside weights that are packed",
     ("o-lora", "bitfit"): "for the last task alone: biases that were trained cannot stay beneath a further one",
 }
 
 # What has to be said besides, where two presets go together with a restriction.
-_WITH: dict[tuple[str, str], dict[str, Any]] = {("lora-fa", "o-lora"): {"hard": True}}
+_WITH: dict[tuple[str, str], dict[str, Any]] = {
+    ("lora-fa", "o-lora"): {"hard": True},
+    ("qlora", "glora"): {"A": "vector"},
+}
 
 
 @dataclass(frozen=True)

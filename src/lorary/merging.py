@@ -5,17 +5,20 @@ from __future__ import annotations
 import warnings
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from lorary.adapted import Adapted, adapted
 from lorary.biases import BiasWarning, Room, homeless, make_room, take_back_room
 from lorary.errors import Problem, StateError, once
 from lorary.fingerprint import STATE
-from lorary.state import attached, require
+from lorary.packing import plain
+from lorary.state import Merged, attached, require
 from lorary.surgery import set_layer
+from lorary.weights import is_packed
 
 
-def merge(model: nn.Module, *, keep: bool = False) -> nn.Module:
+def merge(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = None) -> nn.Module:
     """Fold the adapters into plain layers: W' and b' in fp32 or better, rounded once to the weight's own precision.
 
     All or nothing: every merged weight is computed and checked before the first layer changes. Where an adapted
@@ -23,9 +26,13 @@ def merge(model: nn.Module, *, keep: bool = False) -> nn.Module:
     they are no longer tied. A layer that had no bias gets one where the method changes it (GLoRA), and the
     configuration says so, if it can: otherwise a warning names the biases that a checkpoint would lose.
 
+    A packed layer becomes a plain one, Dq(Wq) + s B A, which is what was trained: packing the sum anew would lose what
+    the adapter has learnt. Layers without an adapter stay packed; `lorary.unpack` makes them plain as well.
+
     Args:
         model: a model with adapters attached.
         keep: keep the pristine weights and the adapters, so that `unmerge` can put them back; otherwise they go.
+        dtype: of the merged weights; None for each weight's own, of a packed one the precision that it came in.
 
     Raises:
         StateError: nothing is attached or it is merged already; or a merged weight is not finite, naming every one.
@@ -34,7 +41,7 @@ def merge(model: nn.Module, *, keep: bool = False) -> nn.Module:
     layers = adapted(model)
     problems = []
     for name, layer in layers.items():
-        W, b = _rounded(layer)
+        W, b = _rounded(layer, dtype)
         if not W.is_meta and not (W.isfinite().all() and (b is None or b.isfinite().all())):
             problems.append(Problem(name, f"merged, the weight is not finite in {W.dtype}"))
     if problems:
@@ -42,17 +49,21 @@ def merge(model: nn.Module, *, keep: bool = False) -> nn.Module:
     shared, untied, state.merged, created = _shared(model), False, {}, set()
     for name, layer in layers.items():
         weight, bias = cast(nn.Parameter, layer.base.weight), cast("nn.Parameter | None", layer.bias)
-        W, b = _rounded(layer)
-        layer.base.weight = nn.Parameter(W, requires_grad=False)
-        if b is not None:
-            layer.base.bias = nn.Parameter(b, requires_grad=False)
+        W, b = _rounded(layer, dtype)
+        merged = layer.base
+        if is_packed(layer.base):
+            merged = plain(layer.base, W, b)
+        else:
+            merged.weight = nn.Parameter(W, requires_grad=False)
+            if b is not None:
+                merged.bias = nn.Parameter(b, requires_grad=False)
         if b is not None and bias is None:
             created |= {f"{path}.bias" for path in state.paths[name]}
         for path in state.paths[name]:
-            set_layer(model, path, layer.base)
+            set_layer(model, path, merged)
         untied |= id(weight) in shared or isinstance(state.moved.get(name), nn.Parameter)
         if keep:
-            state.merged[name] = (weight, bias, layer)
+            state.merged[name] = Merged(weight, bias, layer, merged)
     state.tied = _untie(model, state.untied) if untied else None
     state.room = make_room(model, created)
     if created and (lost := homeless(model)):
@@ -73,20 +84,23 @@ def unmerge(model: nn.Module) -> nn.Module:
     if state is None or state.merged is None:
         what = "nothing is merged here, or the merge did not keep what it replaced"
         raise StateError("cannot unmerge:", [Problem("model", what, "merge with keep=True")])
-    for name, (weight, bias, layer) in state.merged.items():
-        here = cast(Tensor, layer.base.weight)
-        layer.train(layer.base.training)  # the model may have changed its mode, device or precision meanwhile
+    for name, (weight, bias, layer, merged) in state.merged.items():
+        here = cast(Tensor, merged.weight)
+        layer.train(merged.training)  # the model may have changed its mode, device or precision meanwhile
         layer.p.to(here.device)
         if layer.shared is not None:
             layer.shared.to(here.device)
-        for parameter in (weight, bias):
-            if parameter is not None:
-                parameter.data = parameter.data.to(here)
-        layer.base.weight = weight
-        if bias is not None:
-            layer.base.bias = bias
-        elif getattr(layer.base, "bias", None) is not None:
-            layer.base.bias = cast(Any, None)
+        if merged is not layer.base:
+            layer.base.to(here)
+        else:
+            for parameter in (weight, bias):
+                if parameter is not None:
+                    parameter.data = parameter.data.to(here)
+            layer.base.weight = weight
+            if bias is not None:
+                layer.base.bias = bias
+            elif getattr(layer.base, "bias", None) is not None:
+                layer.base.bias = cast(Any, None)
         for path in state.paths[name]:
             set_layer(model, path, layer)
     if state.tied is not None:
@@ -99,10 +113,10 @@ def unmerge(model: nn.Module) -> nn.Module:
     return model
 
 
-def _rounded(layer: Adapted) -> tuple[Tensor, Tensor | None]:
-    """(W', b') in the layout and precision of the layer's own weight, in memory of their own."""
+def _rounded(layer: Adapted, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+    """(W', b') in the layout of the plain layer, in this precision or the weight's own, in memory of their own."""
     W, b = layer.merged()
-    dtype = layer.weight.dtype
+    dtype = layer.dtype if dtype is None else dtype
     return layer.kind.weight(layer.base, W).to(dtype), None if b is None else b.to(dtype, copy=True)
 
 

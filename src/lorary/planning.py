@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import nn
 
 from lorary.errors import MethodError, PlanError, Problem, nearest
+from lorary.packing import packable
 from lorary.past import Learnt, with_past
 from lorary.placed import Placed, with_rank
-from lorary.plans import FullParameter, Plan
+from lorary.plans import FullParameter, Plan, human_bytes
 from lorary.preconditions import not_ready, not_words, unwritable
 from lorary.record import Method
-from lorary.sites import kind_of, site
+from lorary.sites import KINDS, kind_of, site
 from lorary.targets import Found, blocked, collapse, head_names, listed, matches, resolve
+from lorary.weights import is_packed
+from lorary.words import Init, Storage
 
 
 def plan(
@@ -59,14 +64,16 @@ def plan(
     full = _full_parameters(model, method, placed, problems)
     for p in placed:
         problems += p.problems()
+    packed = packable(model, method.storage, {f.name for f in full})
+    problems += _pack_problems(model, method, placed, packed)
     if problems:
         raise PlanError("this plan cannot work:", problems)
-    unique = {id(p): p for p in model.parameters()}.values()
-    total, size = sum(p.numel() for p in unique), sum(p.numel() * p.element_size() for p in unique)
+    total, size = _sizes(model, method.storage, packed)
     notes = [*_rank_notes(placed), *_tie_notes(model, placed), *_head_notes(model, method, full)]
+    notes += _pack_notes(model, placed, method.storage, packed)
     if "all-linear" in listed(targets):
         notes += _reach_notes(model, placed, total)
-    return Plan(method, tuple(placed), tuple(full), total, size, tuple(notes), given)
+    return Plan(method, tuple(placed), tuple(full), total, size, tuple(notes), given, tuple(packed))
 
 
 def _place(
@@ -138,6 +145,52 @@ def _written(model: nn.Module, method: Method, placed: list[Placed], problems: l
     names = {f"{p.site.name}.weight" for p in placed} if any(rule.writes_base for rule in method.rules) else set()
     problems += unwritable(model, method, names)
     return names
+
+
+def _pack_problems(model: nn.Module, method: Method, placed: list[Placed], packed: list[str]) -> list[Problem]:
+    """Why the base cannot be kept as the method says, or an init cannot take a part of it."""
+    problems = []
+    layers = dict(model.named_modules())
+    for p in placed:
+        if cast(Init, method.init).moves_base and is_packed(layers[p.site.name]):
+            what = f"is packed already, and {type(method.init).__name__} would take a part of it"
+            fix = "load the base in full precision and say qlora: then what is left is packed"
+            problems.append(Problem(p.site.name, what, fix))
+    if not method.storage.writable and not packed and not any(map(is_packed, layers.values())):
+        what = f"{type(method.storage).__name__} has nothing to pack: plain linear layers, without the output head"
+        problems.append(Problem("storage", what))
+    return problems
+
+
+def _sizes(model: nn.Module, storage: Storage, packed: Sequence[str]) -> tuple[int, int]:
+    """(numbers, bytes) of the base, these layers packed; tied parameters count once."""
+    layers = [m for m in model.modules() if is_packed(m)]
+    before = {id(getattr(m, "weight", None)): math.prod(KINDS[str(kind_of(m))].size(m)) for m in layers}
+    unique = {id(p): p for p in model.parameters()}.values()
+    total = sum(before.get(id(p), p.numel()) for p in unique)
+    size = sum(t.numel() * t.element_size() for t in [*unique, *(b for m in layers for b in m.buffers())])
+    for name in packed:
+        weight = model.get_parameter(f"{name}.weight")
+        n, width = weight.numel(), weight.element_size()
+        size += storage.bytes(n, width) - n * width
+    return total, size
+
+
+def _pack_notes(model: nn.Module, placed: list[Placed], storage: Storage, packed: list[str]) -> list[str]:
+    if storage.writable:
+        return []
+    name, notes = type(storage).__name__, []
+    if packed:
+        weights = [model.get_parameter(f"{layer}.weight") for layer in packed]
+        now = human_bytes(sum(storage.bytes(w.numel(), w.element_size()) for w in weights))
+        was = human_bytes(sum(w.numel() * w.element_size() for w in weights))
+        notes.append(f"{name} packs {len(packed)} layers, in {now} instead of {was}")
+    there = {name for name, module in model.named_modules() if is_packed(module)}
+    rest = [p.site.name for p in placed if p.site.name not in there | set(packed)]
+    if rest:
+        sites = ", ".join(text for text, _ in collapse(rest))
+        notes.append(f"{sites} stays as it is: {name} packs linear layers whose weight is theirs alone")
+    return notes
 
 
 def _covers(pattern: str, name: str) -> bool:

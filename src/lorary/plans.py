@@ -46,7 +46,8 @@ class Plan:
         placed: the adapted sites in the model's order, each with its own rank and scale.
         full: the base parameters that train in full.
         total: parameters of the base model, tied ones counted once.
-        base_bytes: what they take.
+        base_bytes: what they take, once packed.
+        packed: the layers that attaching packs, adapted or not.
         notes: what is worth knowing before training.
         given: site -> role -> values that the adapters begin with, of earlier tasks (`plan(after=...)`).
     """
@@ -58,6 +59,7 @@ class Plan:
     base_bytes: int
     notes: tuple[str, ...] = ()
     given: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    packed: tuple[str, ...] = ()
 
     @property
     def trainable(self) -> int:

@@ -11,7 +11,6 @@ from torch import nn
 from lorary.errors import Problem
 from lorary.record import Method
 from lorary.sites import kind_of
-from lorary.words import AsIs
 
 
 def not_ready(model: nn.Module) -> list[Problem]:
@@ -35,20 +34,10 @@ def not_words(method: Any, ranks: Any, alphas: Any) -> list[Problem]:
     if not isinstance(method, Method):
         what = f"is a {type(method).__name__}, not a Method"
         problems.append(Problem("method", what, 'make one: lorary.method("lora", r=16)'))
-    else:
-        problems += _not_obeyed(method)
     for field, value in (("ranks", ranks), ("alphas", alphas)):
         if value is not None and not isinstance(value, Mapping):
             what = f"is {value!r}, not a mapping from site patterns to numbers"
             problems.append(Problem(field, what, f'write {field}={{"*.down_proj": 4}}'))
-    return problems
-
-
-def _not_obeyed(method: Method) -> list[Problem]:
-    """Words that can be said and that attaching does not obey: refused, for they would be passed over in silence."""
-    problems = []
-    if not isinstance(method.storage, AsIs):
-        problems.append(Problem("storage", f"{method.storage} packs the weight; bases are kept as they are for now"))
     return problems
 
 

@@ -9,7 +9,8 @@ from typing import Any, cast
 
 from lorary.errors import MethodError, Problem, did_you_mean
 from lorary.fields import POSITIVE
-from lorary.words import WORDS, AsIs, Delta, Init, Join, Rule, Scale, Storage
+from lorary.storage.as_is import AsIs
+from lorary.words import WORDS, Delta, Init, Join, Rule, Scale, Storage
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,9 @@ class Method:
 
     def _own_problems(self) -> list[Problem]:
         problems = []
+        if "*" in self.full and not getattr(self.storage, "writable", True):
+            what = f"{type(self.storage).__name__} keeps weights frozen, and `full` trains every one of them"
+            problems.append(Problem("storage", what))
         drop = self.dropout
         if isinstance(drop, bool) or not isinstance(drop, int | float) or not 0 <= drop < 1:
             problems.append(Problem("dropout", f"{drop!r} is no probability in [0, 1)"))
@@ -194,6 +198,7 @@ class Method:
         if init.moves_base and self.dropout:
             what = f"{type(init).__name__} moves part of W into B A, and dropout would drop that part of W"
             problems.append(Problem("dropout", what, "say dropout=0"))
+        problems += self._storage_problems(delta, init)
         if self.dropout and not join.drops:
             what = f"{type(join).__name__} scales W x itself: there is no input of the adapter alone to drop from"
             problems.append(Problem("dropout", what, "say dropout=0"))
@@ -223,6 +228,16 @@ class Method:
             problems.append(Problem("lr", what, "give the rate itself, without a multiplier"))
         if not self.trained and not self.full:
             problems.append(Problem("frozen", "everything is frozen: nothing would train"))
+        return problems
+
+    def _storage_problems(self, delta: Delta, init: Init) -> list[Problem]:
+        problems, name = [], type(self.storage).__name__
+        if delta.weighs and not self.storage.writable:
+            what = f"{type(delta).__name__} takes W element by element in every step, and {name} keeps no dense W"
+            problems.append(Problem("storage", what, "say A='vector', 'scalar' or 'none', which act on the output"))
+        if init.rounds > 1 and self.storage.writable:
+            what = f"{type(init).__name__} starts {init.rounds} times at what packing loses, and {name} loses nothing"
+            problems.append(Problem("init", what, "say rounds=1, or qlora"))
         return problems
 
     def _rule_problems(self, rule: Rule, delta: str) -> list[Problem]:

@@ -2,6 +2,9 @@
 
 Where s B A is not zero at the start, the base becomes W - s B0 A0. What it was is kept, so that detaching and merging
 stay exact; B0 and A0 are kept as well, so that the adapter can always be had on the unmodified base.
+
+A base that is packed keeps the packed rest alone (QPiSSA): what it was is had again from it and from B0 and A0, up to
+what packing has lost.
 """
 
 from __future__ import annotations
@@ -14,9 +17,52 @@ from torch import Tensor, nn
 
 from lorary.adapted import Adapted
 from lorary.errors import PlanError, Problem, StateError
+from lorary.packing import plain
 from lorary.shards import is_sharded
 from lorary.state import Attached, attached, base_parameter
+from lorary.weights import is_packed, weight
 from lorary.words import Init
+
+
+def start(layer: Adapted, seed: int, *, packs: bool) -> None:
+    """Fill a layer's tensors; where its base will be packed and the init says so, again at what packing loses."""
+    layer.initialise(seed)
+    if packs and layer.start:
+        W = _exact(layer)
+        for _ in range(cast(Init, layer.method.init).rounds - 1):
+            held = layer.kind.matrix(layer.method.storage.pack(layer.base, _rest(layer)))
+            layer.initialise(seed, W - held.to(W.dtype))
+
+
+def settle(model: nn.Module, layer: Adapted, *, packs: bool) -> None:
+    """Let the base give up what the delta starts at, and pack it."""
+    if not packs:
+        give_up(model, layer)
+    elif not layer.weight.is_meta:
+        rest = _rest(layer) if layer.start else None
+        _check(layer, rest)
+        layer.base = layer.method.storage.pack(layer.base, rest)
+    else:
+        layer.base = layer.method.storage.pack(layer.base)
+
+
+def _exact(layer: Adapted) -> Tensor:
+    """The base's matrix [out, inp], in at least 32 bits."""
+    W = layer.kind.matrix(layer.base).detach()
+    return W.to(torch.promote_types(W.dtype, torch.float32))
+
+
+def _rest(layer: Adapted, sign: int = -1) -> Tensor:
+    """W - s B0 A0 [out, inp] of the base's W, in at least 32 bits; with sign=1 what W was before."""
+    W = _exact(layer)
+    B, A = (factor.to(W) for factor in cast("tuple[Tensor, Tensor]", layer.start_factors()))
+    return torch.addmm(W, B, A, alpha=sign * layer.scale)
+
+
+def _check(layer: Adapted, rest: Tensor | None) -> None:
+    if rest is not None and not rest.isfinite().all():
+        what = f"what is left of its weight, W - s B A with s = {layer.scale:g}, is not finite in {rest.dtype}"
+        raise PlanError("cannot attach:", [Problem(layer.site.name, what, "say a smaller alpha, or look at the base")])
 
 
 def give_up(model: nn.Module, layer: Adapted) -> None:
@@ -24,21 +70,13 @@ def give_up(model: nn.Module, layer: Adapted) -> None:
 
     A weight that other layers hold as well stays theirs, and this one gets its own.
     """
-    factors = layer.start_factors()
     weight = cast(nn.Parameter, layer.weight)
-    if factors is None or weight.is_meta:
+    if not layer.start or weight.is_meta:
         return
-    state, kind = cast(Attached, attached(model)), layer.kind
-    exact = torch.promote_types(weight.dtype, torch.float32)
+    state = cast(Attached, attached(model))
     with torch.no_grad():
-        B, A = (factor.to(weight.device, exact) for factor in factors)
-        rest = torch.addmm(kind.matrix(layer.base).to(exact), B, A, alpha=-layer.scale)
-        rest = kind.weight(layer.base, rest).to(weight.dtype)
-        if not rest.isfinite().all():
-            what = f"what is left of its weight, W - s B A with s = {layer.scale:g}, is not finite in {weight.dtype}"
-            raise PlanError(
-                "cannot attach:", [Problem(layer.site.name, what, "say a smaller alpha, or look at the base")]
-            )
+        rest = layer.kind.weight(layer.base, _rest(layer)).to(weight.dtype)
+        _check(layer, rest)
         if not _alone(model, weight, state):
             state.moved[layer.site.name] = weight
             layer.base.weight = nn.Parameter(rest, requires_grad=False)
@@ -54,6 +92,10 @@ def unsound(layer: Adapted) -> list[Problem]:
     init, weight = cast(Init, layer.method.init), layer.weight
     if not init.moves_base or weight.is_meta:
         return []
+    if is_packed(layer.base):
+        what = f"is packed already, and {type(init).__name__} would take a part of it"
+        fix = "load the base in full precision and say qlora: then what is left is packed"
+        return [Problem(layer.site.name, what, fix)]
     bad, name = int((~weight.isfinite()).sum()), type(init).__name__
     if bad:
         what = (
@@ -104,16 +146,26 @@ def restart(model: nn.Module, layer: Adapted, tensors: Mapping[str, Tensor]) -> 
         layer.shared.load({role: tensors[role] for role in layer.corners})
     if all(torch.equal(t, tensors[role].to(t)) for role, t in layer.start.items()):
         return
-    if is_sharded(layer.weight):
-        what = "began at other tensors here, and its weight is sharded already"
-        raise StateError("cannot go on from this adapter:", [Problem(layer.site.name, what, "load it before sharding")])
+    if is_sharded(layer.weight) or is_packed(layer.base):
+        done = "packed" if is_packed(layer.base) else "sharded"
+        what, fix = f"began at other tensors here, and its weight is {done} already", "load it onto the plain base"
+        raise StateError("cannot go on from this adapter:", [Problem(layer.site.name, what, fix)])
     take_back(layer, cast(Attached, attached(model)).moved[layer.site.name])
     layer.load({role: tensors[role] for role in layer.start})
     give_up(model, layer)
 
 
 def pristine(model: nn.Module, name: str) -> Tensor:
-    """The weight of a layer as it was before it gave up a part of it, in the layer's own layout."""
+    """The weight of a layer as it was before it gave up a part of it, in the layer's own layout.
+
+    Of a packed one it is what has been packed, as it is had from there.
+    """
+    layer = model.get_submodule(name)
+    if isinstance(layer, Adapted) and is_packed(layer.base):
+        W = _rest(layer, 1) if layer.start else layer.kind.matrix(layer.base)
+        return layer.kind.weight(layer.base, W)
+    if is_packed(layer):
+        return weight(layer)
     moved = cast(Attached, attached(model)).moved if attached(model) is not None else {}
     before = moved.get(name, base_parameter(model, f"{name}.weight"))
     if isinstance(before, nn.Parameter):  # of other layers, too: one of them may have given up a part for itself
@@ -121,6 +173,14 @@ def pristine(model: nn.Module, name: str) -> Tensor:
             if not isinstance(values, nn.Parameter) and base_parameter(model, f"{other}.weight") is before:
                 return values
     return before.detach()
+
+
+def bare(layer: Adapted) -> nn.Module:
+    """The base of a layer, for itself: a packed one that had given up a part of its weight as a plain one with it."""
+    if not (layer.start and is_packed(layer.base)):
+        return layer.base
+    with torch.no_grad():
+        return plain(layer.base, layer.kind.weight(layer.base, _rest(layer, 1)).to(layer.dtype))
 
 
 def take_back(layer: Adapted, before: Tensor) -> None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorary.kernels.low_rank import add_low_rank
+from lorary.weights import is_packed, kept, weight
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Kind(Protocol):
         ...
 
     def matrix(self, layer: Any) -> Tensor:
-        """The weight as [out, inp], a view."""
+        """The weight as [out, inp]: a view, or of a packed layer made anew."""
         ...
 
     def weight(self, layer: Any, M: Tensor) -> Tensor:
@@ -116,17 +117,20 @@ class Kind(Protocol):
 
 @dataclass(frozen=True)
 class Linear:
-    """nn.Linear, and with `transposed` GPT-2's Conv1D, which stores [inp, out]."""
+    """nn.Linear, and with `transposed` GPT-2's Conv1D, which stores [inp, out]; and linear layers that are packed."""
 
     transposed: bool = False
     rowwise = True
 
     def size(self, layer: Any) -> tuple[int, int]:
+        if is_packed(layer):
+            return layer.out_features, layer.in_features
         rows, columns = layer.weight.shape
         return (columns, rows) if self.transposed else (rows, columns)
 
     def matrix(self, layer: Any) -> Tensor:
-        return cast(Tensor, layer.weight.T if self.transposed else layer.weight)
+        W = weight(layer)
+        return W.T if self.transposed else W
 
     def weight(self, layer: Any, M: Tensor) -> Tensor:
         return M.T.contiguous() if self.transposed else M
@@ -207,7 +211,7 @@ class Embedding:
         return layer.embedding_dim, layer.num_embeddings
 
     def matrix(self, layer: Any) -> Tensor:
-        return cast(Tensor, layer.weight.T)
+        return weight(layer).T
 
     def weight(self, layer: Any, M: Tensor) -> Tensor:
         return M.T.contiguous()
@@ -247,6 +251,8 @@ _CLASSES: dict[str, type[nn.Module]] = {
 
 def kind_of(layer: nn.Module) -> str | None:
     """The kind of a layer, or None for a module that is no layer with a weight matrix."""
+    if how := kept(layer):
+        return how.kind
     # transformers is only looked up, never imported: without it loaded there can be no Conv1D
     gpt2 = sys.modules.get("transformers.pytorch_utils")
     if gpt2 is not None and isinstance(layer, gpt2.Conv1D):
@@ -259,6 +265,8 @@ def obstacle(layer: nn.Module) -> str | None:
     kind = kind_of(layer)
     if kind is None:
         return f"a {type(layer).__name__} has no weight matrix that lorary knows"
+    if is_packed(layer):
+        return None
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
         return "its max_norm rewrites the weight in every forward pass"
     weight = layer._parameters.get("weight")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import cast
+from typing import NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -13,6 +13,15 @@ from lorary.errors import Problem, StateError
 from lorary.fingerprint import STATE, Fingerprint
 from lorary.placed import Placed
 from lorary.record import Method
+
+
+class Merged(NamedTuple):
+    """What a merge replaced at a site: the weight and bias of the base, the adapted layer; and the layer there now."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    layer: Adapted
+    plain: nn.Module
 
 
 @dataclass
@@ -30,7 +39,7 @@ class Attached:
         untied: whether the model's configuration says that its embeddings are no longer tied, because one of them
             has got a weight of its own: else the next `tie_weights` would take it away again.
         fingerprint: of the base, taken before anything changed or was sharded.
-        merged: once merged, site -> what the merge replaced: weight, bias and the adapted layer.
+        merged: once merged, site -> what the merge replaced, and by what.
         tied: the parameters that a merge untied from each other: module, name, and what it held there before.
         room: what a merge did to the model so that it may have biases which it had not.
         off: how many `disabled` blocks the model is in.
@@ -44,7 +53,7 @@ class Attached:
     fingerprint: Fingerprint
     moved: dict[str, Tensor] = field(default_factory=dict)
     untied: bool = False
-    merged: dict[str, tuple[nn.Parameter, nn.Parameter | None, Adapted]] | None = None
+    merged: dict[str, Merged] | None = None
     tied: list[tuple[nn.Module, str, nn.Parameter]] | None = None
     room: Room = field(default_factory=Room)
     off: int = 0

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from lorary.adapted import Adapted, Shared, adapted
 from lorary.errors import PlanError, Problem, StateError
 from lorary.fingerprint import STATE, Fingerprint
+from lorary.packing import remember, replace, shown, unfit
 from lorary.placed import Placed, unlike
 from lorary.plans import Plan
 from lorary.preconditions import unwritable
 from lorary.record import Method
-from lorary.residual import give_up, idle, take_back, unsound
+from lorary.residual import bare, idle, settle, start, take_back, unsound
 from lorary.sites import Site, kind_of, site
 from lorary.state import Attached, attached, base_parameter, require
 from lorary.words import Init, Join
@@ -33,7 +31,7 @@ def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = 
 
     Args:
         model: the model that was planned, or one of the same shapes (a plan made on the meta device fits).
-        plan: what `lorary.plan` made.
+        plan: what `lorary.plan` made. Where its method packs the base, the weights that were are given up.
         seed: of the adapters' start; each site draws from the seed and its own name.
         dtype: of the learnt tensors.
 
@@ -54,19 +52,24 @@ def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = 
         problems.append(Problem("dtype", f"{dtype!r} is no precision to learn in", f"known: {known}"))
     if not problems:
         problems += unwritable(model, plan.method, [f.name for f in plan.full if not f.trains])
+        problems += unfit(model, [name for name in plan.packed if name in dict(model.named_modules())])
     if problems:
         raise PlanError("cannot attach:", problems)
-    place(model, plan.method, plan.placed, {f.name: f.shape for f in plan.full}, dtype=dtype)
+    full = {f.name: f.shape for f in plan.full}
+    _put(model, plan.method, plan.placed, full, dtype=dtype, packed=plan.packed)
     try:
         with _mode(model):
-            _start(model, seed, plan.given)
+            _start(model, seed, plan.given, plan.packed)
+            _pack(model, plan.packed)
     except BaseException:
         detach(model)  # all or nothing
         raise
     return model
 
 
-def _start(model: nn.Module, seed: int, given: Mapping[str, Mapping[str, Tensor]]) -> None:
+def _start(
+    model: nn.Module, seed: int, given: Mapping[str, Mapping[str, Tensor]], packed: Collection[str] = ()
+) -> None:
     """Fill all adapters, so that nothing moves at step 0 but for what earlier tasks have given."""
     # of layers that train one set of tensors in common the first one fills it
     layers = list({id(layer.p): layer for layer in reversed(adapted(model).values())}.values())[::-1]
@@ -75,9 +78,10 @@ def _start(model: nn.Module, seed: int, given: Mapping[str, Mapping[str, Tensor]
     if problems := [problem for layer in layers for problem in unsound(layer)]:
         raise PlanError("cannot attach:", problems)
     for layer in _shown(layers):
-        layer.initialise(seed)
+        packs = layer.site.name in packed
+        start(layer, seed, packs=packs)
         layer.load(given.get(layer.site.name, {}))
-        give_up(model, layer)
+        settle(model, layer, packs=packs)
         with torch.no_grad():
             cast(Join, layer.method.join).setup(layer)
     if problems := [problem for layer in layers for problem in idle(layer)]:
@@ -91,7 +95,39 @@ def _mode(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     return cast("contextlib.AbstractContextManager[None]", torch.inference_mode(inside))
 
 
+def _pack(model: nn.Module, packed: Collection[str]) -> None:
+    """Pack the layers of these names, one at a time, that are neither adapted nor packed yet."""
+    layers = adapted(model)
+    storage = cast(Attached, attached(model)).method.storage
+    for name in shown([name for name in packed if name not in layers], "packing"):
+        replace(model, name, storage.pack(model.get_submodule(name)))
+
+
 def place(
+    model: nn.Module,
+    method: Method,
+    placed: tuple[Placed, ...],
+    full: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    *,
+    base: Fingerprint | None = None,
+    packed: Collection[str] = (),
+) -> None:
+    """Put adapters with these tensors at the sites, freeze and pack the rest, and remember the way back.
+
+    Whoever has the base's fingerprint already gives it along: taking it reads a little of every parameter.
+    """
+    _put(model, method, placed, full, tensors=tensors, base=base, packed=packed)
+    try:
+        for layer in shown(list(adapted(model).values()), "packing") if packed else adapted(model).values():
+            settle(model, layer, packs=layer.site.name in packed)  # there is a start already
+        _pack(model, packed)
+    except BaseException:
+        detach(model)  # all or nothing
+        raise
+
+
+def _put(
     model: nn.Module,
     method: Method,
     placed: tuple[Placed, ...],
@@ -100,20 +136,21 @@ def place(
     dtype: torch.dtype = torch.float32,
     tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
     base: Fingerprint | None = None,
+    packed: Collection[str] = (),
 ) -> None:
-    """Put adapters at the sites, zero or with the given tensors, freeze the rest, and remember the way back.
-
-    Whoever has the base's fingerprint already gives it along: taking it reads a little of every parameter.
-    """
+    """Put adapters at the sites, zero or with the given tensors, freeze the rest, and remember the way back."""
     if attached(model) is not None:
         what = "something is attached already"
         raise StateError("cannot attach:", [Problem("model", what, "detach it first, or use lorary.switch")])
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    if problems := _unfit(modules, parameters, placed, full):
+    gone = [Problem(name, "the model has no such module") for name in packed if name not in modules]
+    if problems := _unfit(modules, parameters, placed, full) + gone:
         raise PlanError("this does not fit the model:", problems)
     placed = tuple(_as_it_is(p, modules[p.site.name]) for p in placed)
     paths, fingerprint = _paths(model, placed), base or Fingerprint.of(model)
+    if packed:
+        remember(model)
     trained = frozenset(name for name, t in parameters.items() if t.requires_grad)
     kept = {}  # and the layers: all of them before the model changes: memory may run out on the way
     layers = _layers(model, modules, placed, dtype)
@@ -132,12 +169,6 @@ def place(
     for name in full.keys() - {f"{p.site.name}.weight" for p in placed}:  # an adapted weight is a rule's to write
         parameters[name].requires_grad_(True)
     object.__setattr__(model, STATE, Attached(method, placed, kept, trained, paths, fingerprint))
-    try:
-        for layer in layers.values():
-            give_up(model, layer)  # where tensors were given: there is a start already
-    except BaseException:
-        detach(model)  # all or nothing
-        raise
 
 
 def _unfit(
@@ -187,9 +218,9 @@ def _layers(
 
 
 def _shown(layers: list[Adapted]) -> Iterable[Adapted]:
-    """With a progress bar on a terminal, where a start has to decompose every weight."""
-    slow = sys.stderr.isatty() and any(cast(Init, layer.method.init).moves_base for layer in layers)
-    return track(layers, "starting", console=Console(stderr=True), transient=True) if slow else layers
+    """With a progress bar on a terminal, where a start has to decompose or to pack every weight."""
+    slow = any(cast(Init, layer.method.init).moves_base or not layer.method.storage.writable for layer in layers)
+    return shown(layers, "starting") if slow else layers
 
 
 def _bank(model: nn.Module, placed: tuple[Placed, ...], dtype: torch.dtype) -> Shared | None:
@@ -243,6 +274,9 @@ def set_layer(model: nn.Module, path: str, module: nn.Module) -> None:
 def detach(model: nn.Module) -> nn.Module:
     """Take the adapters off: the very base, bit for bit, with the layers, values and flags that it had.
 
+    A base that has been packed stays so: a packed layer that had given up a part of its weight (PiSSA) becomes a plain
+    one, equal to what it was up to what packing has lost.
+
     Raises:
         StateError: nothing is attached, or it has been merged (unmerge first).
     """
@@ -255,13 +289,15 @@ def detach(model: nn.Module) -> nn.Module:
     for name, layer in adapted(model).items():
         if name in state.moved:
             take_back(layer, state.moved[name])
+        base = bare(layer)
         for path in state.paths[name]:
-            set_layer(model, path, layer.base)
+            set_layer(model, path, base)
     if state.untied:
         cast(Any, model).config.tie_word_embeddings = True
     object.__delattr__(model, STATE)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in state.trained)
+        if parameter.is_floating_point():
+            parameter.requires_grad_(name in state.trained)
     return model
 
 

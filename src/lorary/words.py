@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -36,6 +35,11 @@ class Layer(Protocol):
     @property
     def kind(self) -> Kind: ...
     @property
+    def kept(self) -> Sequence[Tensor]:
+        """The tensors in which the base keeps its weight, for `remember`."""
+        ...
+
+    @property
     def bias(self) -> Tensor | None: ...
     @property
     def tensors(self) -> Tensors:
@@ -48,15 +52,17 @@ class Layer(Protocol):
         ...
 
     def factors(self) -> tuple[Tensor, Tensor]: ...
+    def product(self, A: Tensor) -> Tensor:
+        """W A^T [out, R] of A [R, inp], in A's precision, differentiable in A; keeps W as the base keeps it."""
+        ...
+
     def add_delta(self, y: Tensor, x: Tensor, dropout: float | None = None) -> Tensor: ...
     def remember(self, name: str, of: Sequence[Tensor], make: Callable[[], Tensor]) -> Tensor:
         """make(), or what it gave before while none of these tensors has changed since."""
         ...
 
 
-# A word says that it is one of its axis by deriving from the axis' protocol, and inherits what it is silent on.
-
-
+# A word derives from its axis' protocol, and inherits what it is silent on.
 @runtime_checkable
 class Delta(Protocol):
     """What is learnt: the tensors of a site, and the two factors that they stand for.
@@ -70,6 +76,7 @@ class Delta(Protocol):
         known_as: how presets that speak of A and B reach its roles, such as {"A": "Q", "B": "P"}.
         everywhere: whether its own path (`Fused`) goes through layers of every kind.
         turn: how many tasks have gone before: each starts at a draw of its own, whatever the seed.
+        weighs: whether every step takes the dense weight itself, element by element.
     """
 
     r: int
@@ -80,6 +87,7 @@ class Delta(Protocol):
     known_as: Mapping[str, str] = MappingProxyType({})
     everywhere: bool = False
     turn: int = 0
+    weighs: bool = False
 
     @property
     def roles(self) -> frozenset[str]: ...
@@ -181,10 +189,12 @@ class Init(Protocol):
         fills: the delta's roles, all of them.
         moves_base: whether s B A is not zero at the start, so that the base must give it up.
         saved: whether a file holds what all sites share, even where the init can draw it again.
+        rounds: how often it starts: from the second time on at what a packed base has lost, W - Dq(Q(W - s B A)).
     """
 
     moves_base: bool = False
     saved: bool = True
+    rounds: int = 1
 
     @property
     def fills(self) -> frozenset[str]: ...
@@ -286,14 +296,25 @@ class Rule(Protocol):
 
 @runtime_checkable
 class Storage(Protocol):
-    """How the frozen weight is kept."""
+    """How the frozen weights of the base are kept.
 
-    @property
-    def writable(self) -> bool:
-        """Whether a rule may write the weight while training."""
-        ...
+    Attributes:
+        writable: whether a rule may write a weight while training; False for what packs.
+    """
 
-    def pack(self, layer: nn.Module) -> nn.Module: ...
+    writable: bool = True
+
+    def packs(self, layer: nn.Module) -> bool:
+        """Whether it keeps the weight of such a layer in another form than the layer does."""
+        return False
+
+    def pack(self, layer: nn.Module, W: Tensor | None = None) -> nn.Module:
+        """A frozen layer that does what this one does, with the matrix W [out, inp] packed: the layer's own for None."""
+        return layer
+
+    def bytes(self, numbers: int, width: int) -> int:
+        """What a weight of so many numbers takes, once packed; `width` is the bytes of each before."""
+        return numbers * width
 
 
 WORDS: dict[str, type] = {}
@@ -306,14 +327,3 @@ def word(cls: W_) -> W_:
         raise TypeError(f"{cls.__name__} must be a dataclass with a name of its own to be a word")
     WORDS[cls.__name__] = cls
     return cls
-
-
-@word
-@dataclass(frozen=True)
-class AsIs:
-    """The base layer keeps the weight that it came with."""
-
-    writable = True
-
-    def pack(self, layer: nn.Module) -> nn.Module:
-        return layer

@@ -22,24 +22,30 @@ def square_norms(W: Tensor) -> Tensor:
     return torch.cat([rows.to(exact).square().sum(1) for rows in _chunks(W)])
 
 
-def row_norms(W: Tensor, square: Tensor, B: Tensor, A: Tensor, s: float) -> Tensor:
+def row_norms(WA: Tensor, square: Tensor, B: Tensor, A: Tensor, s: float) -> Tensor:
     """‖W + s·B·A‖ of every row, where it is not zero: [out], differentiable in A and B.
 
     Args:
-        W: [out, inp] the weight, of any precision.
-        square: [out] its squared row norms, from `square_norms`.
+        WA: [out, R] W·Aᵀ, in square's precision.
+        square: [out] the squared row norms of W, from `square_norms`.
         B: [out, R], A: [R, inp] the factors.
         s: their scale.
     """
-    with without_autocast(W.device):
+    with without_autocast(WA.device):
         exact = square.dtype
         A, B = A.to(exact), B.to(exact)
-        product: Any = _times if torch.compiler.is_compiling() else _Times.apply
-        WA: Tensor = product(W, A)  # [out, R]
         # both terms have B on their right: rowsum((2s·W·Aᵀ + s²·B·(A·Aᵀ))⊙B)
         bent = torch.addmm(WA, B, A @ A.T, beta=2 * s, alpha=s * s)
         squared = square + (bent * B).sum(1)
         return squared.clamp_min(torch.finfo(exact).tiny).sqrt()
+
+
+def times(W: Tensor, A: Tensor) -> Tensor:
+    """W·Aᵀ [out, R] of a frozen W [out, inp] of any precision, in A's [R, inp]; differentiable in A."""
+    with without_autocast(W.device):
+        product: Any = _times if torch.compiler.is_compiling() else _Times.apply
+        WA: Tensor = product(W, A)
+        return WA
 
 
 def _times(W: Tensor, A: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorary.fields import FLAG
-from lorary.kernels.direction import gained, row_norms, square_norms
+from lorary.kernels.direction import gained, row_norms, square_norms, times
 from lorary.preset import preset
 from lorary.sites import Site
 from lorary.words import Join, Layer, Shapes, Tensors, word
@@ -61,27 +61,35 @@ class Direction(Join):
         self, p: Tensors, W: Tensor, b: Tensor | None, BA: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor | None]:
         B, A = BA
-        gain = p["m"].to(W.dtype) / row_norms(W, square_norms(W), B, A, 1.0)
+        gain = p["m"].to(W.dtype) / _row_norms(W, BA)
         return gain[:, None] * (W + B @ A), b
 
     def on_output(
         self, p: Tensors, W: Callable[[], Tensor], b: Callable[[], Tensor | None], BA: tuple[Tensor, Tensor]
     ) -> tuple[tuple[Tensor, Tensor], Tensor | None, Tensor | None]:
         weight = W()
-        return BA, p["m"].to(weight.dtype) / row_norms(weight, square_norms(weight), *BA, 1.0), None
+        return BA, p["m"].to(weight.dtype) / _row_norms(weight, BA), None
 
     def _norms(self, layer: Layer) -> Tensor:
-        W = layer.kind.matrix(layer.base).detach()
-        square = layer.remember("square norms", [W], lambda: square_norms(W))
-        tensors = list(layer.tensors.values())
+        def square() -> Tensor:
+            return square_norms(layer.kind.matrix(layer.base).detach())
+
+        def norms(*factors: Tensor) -> Tensor:
+            B, A = factors
+            squares = layer.remember("square norms", layer.kept, square)
+            return row_norms(layer.product(A.to(squares.dtype)), squares, B, A, layer.scale)
+
         if self.exact:
-            return row_norms(W, square, *layer.factors(), layer.scale)
+            return norms(*layer.factors())
+        others = [t for t in layer.tensors.values() if t is not layer.p["m"]]
+        return layer.remember(
+            "norms", [*layer.kept, *others], lambda: norms(*(factor.detach() for factor in layer.factors()))
+        )
 
-        def norms() -> Tensor:
-            B, A = (factor.detach() for factor in layer.factors())
-            return row_norms(W, square, B, A, layer.scale)
 
-        return layer.remember("norms", [W, *(t for t in tensors if t is not layer.p["m"])], norms)
+def _row_norms(W: Tensor, BA: tuple[Tensor, Tensor]) -> Tensor:
+    """The norms [out] of the rows of W + B A."""
+    return row_norms(times(W, BA[1]), square_norms(W), *BA, 1.0)
 
 
 @preset(

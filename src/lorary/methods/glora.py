@@ -151,14 +151,14 @@ def _shift(layer: Layer, x: Tensor, p: Tensors, idle: Sequence[Tensor]) -> Tenso
 
     def through(c: Tensor) -> Tensor:
         if not layer.kind.rowwise:
-            return layer.kind.matrix(layer.base).to(c.dtype) @ c
+            return layer.product(c[None])[:, 0]
         row: Tensor = layer.base(c.to(x.dtype)[None])[0].to(c.dtype)
         return row if layer.bias is None else row - layer.bias
 
     b = layer.bias
     of = [p[role] for role in ("Cd", "Cu", "D", "E") if role in p]
     if of and not torch.is_grad_enabled():
-        weights = [t for t in (layer.base.weight, b) if isinstance(t, Tensor)]
+        weights = [*layer.kept, *([] if b is None else [b])]
         precision = f"{x.dtype}, autocast {torch.is_autocast_enabled(x.device.type)}"  # W c is taken in it
         return layer.remember(f"shift {precision}", [*of, *weights], lambda: torch.as_tensor(_change(p, b, through)))
     change = _change(p, b, through)

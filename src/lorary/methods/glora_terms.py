@@ -59,6 +59,10 @@ class Terms(Delta):
     def biases(self) -> bool:
         return {self.C, self.D, self.E} != {"none"}
 
+    @property
+    def weighs(self) -> bool:  # type: ignore[override]
+        return self.A == "lora"
+
     def form(self, term: str) -> str:
         """The form of a term."""
         return str(getattr(self, term))

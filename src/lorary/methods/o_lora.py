@@ -219,7 +219,7 @@ def _project(tensor: Tensor, Q: Tensor) -> None:
     """Takes out of every row what lies in the span of the orthonormal rows Q."""
     with torch.no_grad():
         rows = own(tensor)
-        rows.sub_((rows.to(Q.dtype) @ Q.T @ Q).to(rows.dtype))
+        rows.sub_((rows.to(Q) @ Q.T @ Q).to(rows))  # paged momenta are not where Q is
 
 
 @preset(

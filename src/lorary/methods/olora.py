@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorary.fields import FLAG
+from lorary.fields import COUNT, FLAG
 from lorary.methods.pissa import start_by_parts, too_small
 from lorary.preset import preset
 from lorary.sites import Site
@@ -32,9 +32,11 @@ class Orthonormal(Init):
     Args:
         divide: start with s B A = Q_r R_r, by dividing A by s, instead of s Q_r R_r: with a large s the latter makes
             the base and the delta large terms that cancel.
+        rounds: as for PiSSA's `Principal`.
     """
 
     divide: bool = field(default=False, metadata=FLAG)
+    rounds: int = field(default=1, metadata=COUNT)
 
     fills = frozenset({"A", "B"})
     moves_base = True
@@ -57,10 +59,11 @@ class Orthonormal(Init):
     citation="Buyukakyuz 2024, arXiv:2406.01775",
     when="As PiSSA, where decomposing every weight takes too long.",
 )
-def olora(divide: bool = False) -> dict[str, Any]:
+def olora(divide: bool = False, rounds: int = 1) -> dict[str, Any]:
     """y = (W - s B0 A0) x + b + s B A x, B0 = Q_r, A0 = R_r of W = Q R
 
     Args:
         divide: start A at R_r / s, so that the start does not grow with alpha.
+        rounds: with qlora, how often the columns are looked for in what packing loses.
     """
-    return {"init": Orthonormal(divide)}
+    return {"init": Orthonormal(divide, rounds)}

@@ -30,10 +30,13 @@ class Principal(Init):
         niter: power iterations of a randomised decomposition, or None for the exact one. Whatever its error, nothing
             moves at the start: the base gives up just what the factors hold.
         oversample: directions that the randomised decomposition follows beyond r.
+        rounds: on a base that is packed, how often the directions are looked for: once in W, then in what is lost by
+            packing W - s B A.
     """
 
     niter: int | None = field(default=None, metadata=optional(COUNT))
     oversample: int = field(default=16, metadata=COUNT)
+    rounds: int = field(default=1, metadata=COUNT)
 
     fills = frozenset({"A", "B"})
     moves_base = True
@@ -89,10 +92,11 @@ def too_small(site: Site, r: int, what: str) -> list[str]:
     citation="Meng et al. 2024, arXiv:2404.02948",
     when="For fast convergence, with one adapter at a time on the base.",
 )
-def pissa(niter: int | None = None) -> dict[str, Any]:
+def pissa(niter: int | None = None, rounds: int = 1) -> dict[str, Any]:
     """y = (W - s B0 A0) x + b + s B A x, B0 A0 = W's r principal directions / s
 
     Args:
         niter: power iterations of the fast randomised decomposition (4 is plenty); None decomposes exactly.
+        rounds: with qlora, how often the directions are looked for in what packing loses (the authors take 5).
     """
-    return {"init": Principal(niter)}
+    return {"init": Principal(niter, rounds=rounds)}

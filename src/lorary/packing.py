@@ -1,0 +1,159 @@
+"""pack, unpack: the layers of a model in another storage and back, one at a time."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Collection, Iterable
+from typing import Any, TypeVar, cast
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from lorary.errors import Problem, StateError
+from lorary.fingerprint import STATE, Fingerprint
+from lorary.sites import kind_of
+from lorary.storage.nf4 import NF4
+from lorary.targets import blocked, head_names
+from lorary.weights import is_packed, weight
+from lorary.words import Storage
+
+T = TypeVar("T")
+
+
+def pack(model: nn.Module, storage: Storage | None = None) -> nn.Module:
+    """Pack every linear layer of a model but its output head, in place, one at a time.
+
+    What it was is given up: that is what saves the memory. Adapters of the plain model still fit.
+
+    Args:
+        model: a model without adapters. Attaching a method that packs (`qlora`) does the same by itself.
+        storage: how; NF4 with double quantisation where nothing is said.
+
+    Returns:
+        The same model.
+
+    Raises:
+        StateError: adapters are attached, a weight is not finite, or there is nothing to pack. Every reason.
+    """
+    storage = NF4() if storage is None else storage
+    problems = [] if isinstance(model, nn.Module) else [Problem("model", f"is a {type(model).__name__}")]
+    if not isinstance(storage, Storage) or storage.writable:
+        problems.append(Problem("storage", f"{storage!r} packs nothing", "say NF4()"))
+    if not problems and hasattr(model, STATE):
+        problems.append(Problem("model", "has adapters attached", "detach them first"))
+    names = [] if problems else packable(model, storage)
+    if not problems and not names:
+        problems.append(Problem("model", "has no layer to pack: plain linear ones, without the output head"))
+    problems += unfit(model, names)
+    if problems:
+        raise StateError("cannot pack:", problems)
+    remember(model)
+    for name in shown(names, "packing"):
+        replace(model, name, storage.pack(model.get_submodule(name)))
+    return model
+
+
+def unpack(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Make every packed layer a plain one that computes the same, in place: W = Dq(Wq).
+
+    Args:
+        model: a model without adapters.
+        dtype: of the plain weights; None for the precision that each was packed from.
+
+    Raises:
+        StateError: adapters are attached.
+    """
+    if hasattr(model, STATE):
+        fix = "merge or detach them first"
+        raise StateError("cannot unpack:", [Problem("model", "has adapters attached", fix)])
+    names = [name for name, module in model.named_modules() if is_packed(module)]
+    for name in shown(names, "unpacking"):
+        layer = model.get_submodule(name)
+        W = weight(layer)
+        replace(model, name, plain(layer, W if dtype is None else W.to(dtype)))
+    return model
+
+
+def packable(model: nn.Module, storage: Storage, full: Collection[str] = ()) -> list[str]:
+    """The layers that a storage packs, in the model's order.
+
+    Not the output head, nothing that other modules hold or read as well, nothing that trains in full, and nothing that
+    the architecture wants in 32 bits.
+
+    Args:
+        model: the model.
+        storage: the word.
+        full: the base parameters that train in full.
+    """
+    heads = head_names(model)
+    held = Counter(id(t) for m in model.modules() for t in m.parameters(recurse=False))
+    exact = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    exact |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    return [
+        name
+        for name, module in model.named_modules()
+        if name not in heads
+        and storage.packs(module)
+        and held[id(module.weight)] == 1
+        and f"{name}.weight" not in full
+        and not exact & set(name.split("."))
+        and blocked(model, name) is None
+    ]
+
+
+def unfit(model: nn.Module, names: Iterable[str]) -> list[Problem]:
+    """Why these layers cannot be packed: their weights are not finite."""
+    problems = []
+    for name in names:
+        W = cast(Tensor, model.get_submodule(name).weight)
+        bad = 0 if W.is_meta else int((~W.isfinite()).sum())
+        if bad:
+            what = f"{bad:,} of {W.numel():,} numbers of its weight are NaN or infinite, and cannot be packed"
+            problems.append(Problem(name, what, "repair the base, or leave the layer out"))
+    return problems
+
+
+def remember(model: nn.Module) -> None:
+    """Let a model keep the fingerprint that it has, for packing changes every parameter that is packed."""
+    Fingerprint.of(model).remember(model)
+
+
+def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put a layer wherever the model holds the one at this path."""
+    old = model.get_submodule(name)
+    paths = [path for path, module in model.named_modules(remove_duplicate=False) if module is old]
+    for path in paths:
+        parent, _, last = path.rpartition(".")
+        setattr(model.get_submodule(parent), last, layer)
+
+
+def plain(layer: nn.Module, W: Tensor, b: Tensor | None = None) -> nn.Module:
+    """A plain frozen layer like a packed one, with the weight W in the layout of the plain layer.
+
+    Args:
+        layer: the packed layer.
+        W: its weight from now on.
+        b: its bias; None for its own.
+    """
+    own: Any = layer
+    made: nn.Module
+    if kind_of(layer) == "embedding":
+        with torch.device("meta"):
+            made = nn.Embedding(own.num_embeddings, own.embedding_dim, own.padding_idx)
+    else:
+        with torch.device("meta"):
+            made = nn.Linear(own.in_features, own.out_features, bias=False)
+        b = getattr(layer, "bias", None) if b is None else b
+        made.bias = None if b is None else nn.Parameter(b.detach(), requires_grad=False)  # type: ignore[assignment]
+    made.weight = nn.Parameter(W.detach(), requires_grad=False)
+    return made.train(layer.training)
+
+
+def shown(things: list[T], doing: str) -> Iterable[T]:
+    """With a progress bar on a terminal."""
+    if not sys.stderr.isatty():
+        return things
+    return track(things, doing, console=Console(stderr=True), transient=True)
