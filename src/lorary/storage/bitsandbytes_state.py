@@ -32,11 +32,11 @@ def written_state(packed: Packed, dtype: torch.dtype) -> dict[str, Tensor]:
         "dtype": str(dtype).removeprefix("torch."),
         "shape": list(packed.shape),
     }
-    tensors = {"absmax": packed.absmax, "quant_map": CODE.to(device)}
+    tensors = {"absmax": packed.absmax, "quant_map": CODE.to(device, copy=True)}  # each its own: files refuse shared ones
     if packed.nested_absmax is not None and packed.nested_offset is not None:
         offset = math.nan if packed.nested_offset.is_meta else packed.nested_offset.item()
         said |= {"nested_blocksize": _NESTED, "nested_dtype": "float32", "nested_offset": offset}
-        tensors |= {"nested_absmax": packed.nested_absmax, "nested_quant_map": DYNAMIC.to(device)}
+        tensors |= {"nested_absmax": packed.nested_absmax, "nested_quant_map": DYNAMIC.to(device, copy=True)}
     text = json.dumps(said).encode()
     return tensors | {STATE: torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)}
 
