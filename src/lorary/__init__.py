@@ -33,12 +33,14 @@ _HOMES = {
     "groups": "loop",
     "importance": "probing",
     "load": "adapter",
+    "load_base": "train.models",
     "merge": "merging",
     "method": "preset",
     "pack": "packing",
     "plan": "planning",
     "presets": "preset",
     "save": "adapter",
+    "save_base": "bases.bitsandbytes_files",
     "search": "evolution",
     "switch": "adapter",
     "tuning": "loop",
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
     from lorary.adapter import load as load
     from lorary.adapter import save as save
     from lorary.adapter import switch as switch
+    from lorary.bases.bitsandbytes_files import save_base as save_base
     from lorary.evolution import Evolution as Evolution
     from lorary.evolution import Found as Found
     from lorary.evolution import search as search
@@ -81,6 +84,7 @@ if TYPE_CHECKING:
     from lorary.surgery import attach as attach
     from lorary.surgery import detach as detach
     from lorary.surgery import disabled as disabled
+    from lorary.train.models import load_base as load_base
 
 
 def __getattr__(name: str) -> object:

@@ -7,8 +7,9 @@ Python of its own is refused unless `trust_remote_code` says otherwise.
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,16 +21,32 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from lorary.words import Storage
+
 BUILTIN = ("builtin:base",)
 
 
-def load_model(section: ModelSection) -> PreTrainedModel:
+def load_model(
+    section: ModelSection,
+    storage: Storage | None = None,
+    layers: Collection[str] | None = None,
+    kind: Any = None,
+) -> PreTrainedModel:
     """The base model with its weights, in evaluation mode, on the CPU.
+
+    Args:
+        section: which model.
+        storage: NF4 packs weights as they are read, so that the plain model is never there as a whole. Any other word
+            leaves them as they are. A checkpoint in bitsandbytes' NF4 is taken as it is in every case.
+        layers: paths of the layers that are packed; None for every linear one but the output head.
+        kind: the class of Transformers that loads it; None for AutoModelForCausalLM.
 
     Raises:
         FileError: there is no such model, it brings code or pickles, or its weights are not all there.
     """
     from transformers import AutoModelForCausalLM
+
+    from lorary.targets import head_names
 
     config = load_config(section)
     words: dict[str, Any] = {"dtype": dtype(section, config), "use_safetensors": True, "output_loading_info": True}
@@ -37,19 +54,61 @@ def load_model(section: ModelSection) -> PreTrainedModel:
     if section.attn_implementation is not None:
         words["attn_implementation"] = section.attn_implementation
     with quiet():
-        model, info = _from_pretrained(AutoModelForCausalLM, section, **words)
-    lost = sorted(
-        {key if isinstance(key, str) else key[0] for k in ("missing_keys", "mismatched_keys") for key in info[k]}
-    )
+        loader = _loader(section, config, storage, layers)
+        model, info = _from_pretrained(kind or AutoModelForCausalLM, section, loader, **words)
+    lost = {key if isinstance(key, str) else key[0] for k in ("missing_keys", "mismatched_keys") for key in info[k]}
+    if kind is not None:  # a new head may start at random, as Transformers would have it
+        heads = tuple(f"{name}." for name in head_names(model))
+        lost -= {key for key in info["missing_keys"] if key.startswith(heads)}
     if lost:
         more = f" and {len(lost) - 5:,} more" if len(lost) > 5 else ""
-        what = f"no weights of the right shape for {', '.join(lost[:5])}{more}"
+        what = f"no weights of the right shape for {', '.join(sorted(lost)[:5])}{more}"
         fix = "the folder is incomplete, or not of a model that generates text"
         raise FileError(f"cannot load the model {section.id}:", [Problem(section.id, what, fix)])
     loaded: PreTrainedModel = model.eval()
     if section.id in BUILTIN:
         loaded.config._name_or_path = section.id  # what an adapter says about its base; the folder differs by machine
     return loaded
+
+
+def load_base(
+    source: str | os.PathLike[str],
+    storage: Storage | None = None,
+    *,
+    kind: Any = None,
+    layers: Collection[str] | None = None,
+    **words: Any,
+) -> PreTrainedModel:
+    """A base model in 4 bits, packed as its checkpoint is read: the plain model is never there as a whole.
+
+    It is the same as if the model had been loaded in full and packed with `pack`, bit for bit, and has the plain
+    model's fingerprint: adapters of either fit. A checkpoint in bitsandbytes' NF4 is taken as it is, without
+    bitsandbytes.
+
+    Args:
+        source: a folder, a Hub id or builtin:base.
+        storage: how weights are packed; NF4 with double quantisation where nothing is said.
+        kind: the class of Transformers that loads it; None for AutoModelForCausalLM.
+        layers: paths of the layers that are packed; None for every linear one but the output head.
+        words: `dtype`, `revision`, `attn_implementation` and `trust_remote_code`, as in the model section of a
+            configuration.
+
+    Returns:
+        The model in evaluation mode, on the CPU.
+
+    Raises:
+        FileError: there is no such model, it brings code or pickles, its weights are not all there or cannot be packed.
+        ConfigError: another word.
+
+    Example:
+        >>> base = lorary.load_base("org/model", dtype="bfloat16")
+        >>> lorary.attach(base, lorary.plan(base, lorary.method("qlora")))
+    """
+    from lorary.storage.nf4 import NF4
+    from lorary.train.config_file import from_dict
+
+    section = from_dict({"model": {"id": os.fspath(source), **words}, "data": "builtin:docstrings"}).model
+    return load_model(section, NF4() if storage is None else storage, layers, kind)
 
 
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
@@ -193,11 +252,38 @@ def _check(section: ModelSection) -> None:
         raise FileError(headline, problems)
 
 
-def _from_pretrained(kind: Any, section: ModelSection, **words: Any) -> Any:
+def _loader(
+    section: ModelSection, config: Any, storage: Storage | None, layers: Collection[str] | None
+) -> Callable[..., Any] | None:
+    """What loads the weights, if it is not Transformers alone: what packs them, or knows them as they are packed.
+
+    Raises:
+        FileError: they are to be packed, and are already, in another way.
+    """
+    from lorary.storage.nf4 import NF4
+
+    saved, packs = getattr(config, "quantization_config", None), isinstance(storage, NF4)
+    if saved is None and not packs:
+        return None
+    from lorary.bases import loading
+    from lorary.bases.bitsandbytes_files import unreadable
+
+    problems = [] if saved is None else unreadable(config)
+    if problems and packs:
+        raise FileError(f"cannot load the model {section.id}:", problems)
+    if problems:
+        return None  # Transformers and the library that has packed it, if that is there
+    word = storage if isinstance(storage, NF4) else NF4()
+    return lambda kind, source, **words: loading.load(kind, source, config, word, layers, **words)
+
+
+def _from_pretrained(kind: Any, section: ModelSection, loader: Callable[..., Any] | None = None, **words: Any) -> Any:
     from safetensors import SafetensorError
 
     words |= {"revision": section.revision or "main", "trust_remote_code": section.trust_remote_code}
     try:
+        if loader is not None:
+            return loader(kind, location(section), **words)
         return kind.from_pretrained(location(section), **words)
     except LoraryError:
         raise
