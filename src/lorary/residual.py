@@ -9,6 +9,7 @@ what packing has lost.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import cast
 
@@ -19,6 +20,7 @@ from lorary.adapted import Adapted
 from lorary.errors import PlanError, Problem, StateError
 from lorary.packing import plain
 from lorary.shards import is_sharded
+from lorary.sites import kind_of
 from lorary.state import Attached, attached, base_parameter
 from lorary.weights import is_packed, weight
 from lorary.words import Init
@@ -41,9 +43,15 @@ def settle(model: nn.Module, layer: Adapted, *, packs: bool) -> None:
     elif not layer.weight.is_meta:
         rest = _rest(layer) if layer.start else None
         _check(layer, rest)
-        layer.base = layer.method.storage.pack(layer.base, rest)
+        _keep(layer, layer.method.storage.pack(layer.base, rest))
     else:
-        layer.base = layer.method.storage.pack(layer.base)
+        _keep(layer, layer.method.storage.pack(layer.base))
+
+
+def _keep(layer: Adapted, base: nn.Module) -> None:
+    """Let a layer have another base, which may be of another kind: GPT-2's layer is packed into a linear one."""
+    layer.base = base
+    layer.site = dataclasses.replace(layer.site, kind=cast(str, kind_of(base)))
 
 
 def _exact(layer: Adapted) -> Tensor:

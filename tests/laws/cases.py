@@ -132,6 +132,15 @@ class Case:
         seed(1)
         return Net(self.kind.layer, self.kind.make()).to(self.dtype)
 
+    @property
+    def packed(self) -> bool:
+        """Whether attaching packs the base."""
+        return bool(self.plan.packed)
+
+    def kept(self) -> Net:
+        """The base as the method keeps it: packed, where it packs."""
+        return lorary.pack(self.base(), self.method.storage) if self.packed else self.base()
+
     def x(self) -> Tensor:
         seed(2)
         x = self.kind.x()
@@ -176,9 +185,10 @@ def numbers(method: lorary.Method, kind: Kind) -> int:
         "Minis": lambda r: {"A": r * A, "B": r * B},  # whatever n is
         "Parallel": lambda r: {"A": delta.n * r * A, "B": delta.n * r * B, "gamma": delta.n * B},
         "Vectors": lambda r: {"A": 0, "B": 0, "b": B, "d": kind.parts * r},
-        # A, B and C low-rank, D (where there is a bias) and E vectors
+        # A (on a packed base a vector), B and C low-rank, D (where there is a bias) and E vectors
         "Terms": lambda r: (
-            {"Ad": r * B, "Au": r * A, "Bd": r * B, "Bu": r * A, "Cd": r * A, "Cu": r, "E": B}
+            {"Bd": r * B, "Bu": r * A, "Cd": r * A, "Cu": r, "E": B}
+            | ({"Ad": r * B, "Au": r * A} if delta.A == "lora" else {"Ad": B})
             | ({"D": B} if kind.bias else {})
         ),
     }
