@@ -1,0 +1,180 @@
+/* NF4 on the CPU: what nf4_values.py says in plain operations, bit for bit, at the speed of the memory.
+ *
+ * Compiled once on the user's machine for its own processor (nf4_native.py), and called without the interpreter's lock.
+ * A block of numbers has 16 possible values: its magnitude times each of the 16 codes, rounded to the wanted type. These
+ * are computed once a block; a number is then a look-up, one instruction for 16 or 32 numbers with AVX-512.
+ *
+ * Products must not be fused with sums (-ffp-contract=off): the results would differ in the last bit.
+ */
+#include <float.h>
+#include <math.h>
+#include <pthread.h>
+#include <stdlib.h>
+
+#include "nf4_lanes.h"
+
+enum { NESTED = 256, MOST_THREADS = 64 };
+
+typedef struct {
+    const uint8_t *codes; /* two a byte, the first in the high nibble */
+    const float *absmax;  /* one a block, or NULL */
+    const uint8_t *coded; /* with double quantisation: one byte a block, */
+    const float *nested;  /* one for 256 blocks, */
+    const float *offset;  /* and one */
+    const float *code;    /* the 16 values */
+    const float *dynamic; /* the 256 values */
+    int64_t block;        /* numbers in a block, even */
+} Packed;
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static inline Wide numbers_of(const Packed *w, int64_t block) {
+    if (w->absmax) return scaled(w->code, w->absmax[block]);
+    const float product = w->dynamic[w->coded[block]] * w->nested[block / NESTED];
+    return scaled(w->code, product + *w->offset);
+}
+
+/* --- a share of the work for each thread ----------------------------------------------------------------------------- */
+
+typedef struct {
+    void (*work)(const void *job, int64_t first, int64_t last);
+    const void *job;
+    int64_t first, last;
+} Share;
+
+static void *run_share(void *given) {
+    const Share *share = given;
+    share->work(share->job, share->first, share->last);
+    return NULL;
+}
+
+/* Threads live for one call: none is left to be lost in a fork, and none competes with the pool that torch has. */
+static void split(void (*work)(const void *, int64_t, int64_t), const void *job, int64_t count, int threads) {
+    Share shares[MOST_THREADS];
+    pthread_t ids[MOST_THREADS];
+    int started[MOST_THREADS];
+    const int n = threads < 2 || count < 2 ? 1 : (int)smaller(smaller(threads, MOST_THREADS), count);
+    for (int i = 0; i < n; i++) shares[i] = (Share){work, job, count * i / n, count * (i + 1) / n};
+    for (int i = 1; i < n; i++) started[i] = !pthread_create(&ids[i], NULL, run_share, &shares[i]);
+    run_share(&shares[0]);
+    for (int i = 1; i < n; i++) {
+        if (started[i]) pthread_join(ids[i], NULL);
+        else run_share(&shares[i]);
+    }
+}
+
+/* --- unpacking ------------------------------------------------------------------------------------------------------- */
+
+/* `count` numbers of one block from place `start`: an odd one first, 32 at a time, and the rest. */
+#define PUT(NAME, TYPE, TABLE, PUT32, SPILL)                                                              \
+    static inline void NAME(const uint8_t *codes, int64_t start, int64_t count, TABLE t, TYPE *out) {     \
+        TYPE each[16];                                                                                    \
+        const uint8_t *bytes = codes + start / 2;                                                         \
+        if (count % 32 || start % 2) SPILL(t, each);                                                      \
+        if (start % 2) *out++ = each[*bytes++ & 15], count--;                                             \
+        for (; count >= 32; count -= 32, bytes += 16, out += 32) PUT32(bytes, t, out);                    \
+        for (; count >= 2; count -= 2, bytes++) *out++ = each[*bytes >> 4], *out++ = each[*bytes & 15];   \
+        if (count) *out = each[*bytes >> 4];                                                              \
+    }
+PUT(put_floats, float, Wide, put_wide, spill_wide)
+PUT(put_halves, uint16_t, Narrow, put_narrow, spill_narrow)
+
+/* `count` numbers from place `start` of the flattened weight, whatever blocks they lie in. */
+static void unpack_range(const Packed *w, int64_t start, int64_t count, int type, char *out) {
+    int64_t block = start / w->block, here = smaller(count, (block + 1) * w->block - start);
+    for (; count > 0; block++, here = smaller(count, w->block)) { /* `here` lie in this block */
+        if (type == FLOAT32) put_floats(w->codes, start, here, numbers_of(w, block), (float *)(void *)out);
+        else put_halves(w->codes, start, here, narrow(numbers_of(w, block), type), (uint16_t *)(void *)out);
+        start += here, count -= here, out += here * (type == FLOAT32 ? 4 : 2);
+    }
+}
+
+typedef struct {
+    const Packed *w;
+    const int64_t *list;                   /* the numbers of the rows, or NULL where they follow each other */
+    int64_t start, width, columns, stride; /* a row begins `width` numbers after the one before it, and `stride` in out */
+    int type;
+    char *out;
+} Unpacking;
+
+static void unpack_share(const void *given, int64_t first, int64_t last) {
+    const Unpacking *j = given;
+    const int64_t size = j->type == FLOAT32 ? 4 : 2;
+    const int one = !j->list && j->columns == j->width && j->stride == j->width; /* one range */
+    const int64_t step = one ? last - first : 1, count = one ? step * j->width : j->columns;
+    for (int64_t row = first; row < last; row += step) {
+        const int64_t place = j->start + (j->list ? j->list[row] : row) * j->width;
+        unpack_range(j->w, place, count, j->type, j->out + row * j->stride * size);
+    }
+}
+
+/* A rectangle of a matrix of `width` columns: `rows` by `columns` numbers, the first at place `start`; or, of the rows
+ * whose numbers are listed, the columns from `start`. */
+void lorary_nf4_unpack(const Packed *w, const int64_t *list, int64_t start, int64_t rows, int64_t columns,
+                       int64_t width, void *out, int64_t stride, int type, int threads) {
+    const Unpacking job = {w, list, start, width, columns, stride, type, out};
+    split(unpack_share, &job, rows, threads);
+}
+
+/* --- the product with few rows --------------------------------------------------------------------------------------- */
+
+typedef struct {
+    const Packed *w;
+    const float *x; /* [tokens, width], in each 32 the even ones first */
+    float *y;       /* [tokens, height] */
+    int64_t height, width;
+    int tokens, type;
+} Product;
+
+static inline void dot(const Product *j, int64_t row, int token, const int tokens, const int type) {
+    const Packed *w = j->w;
+    const uint8_t *bytes = w->codes + row * (j->width / 2);
+    const float *x = j->x + token * j->width;
+    const int64_t blocks = j->width / w->block, first = row * blocks;
+    Sum a[4], b[4]; /* two chains of sums, so that none waits for the other */
+    for (int i = 0; i < tokens; i++) a[i] = b[i] = nothing();
+    for (int64_t block = first; block < first + blocks; block++) {
+        const Wide t = rounded(numbers_of(w, block), type);
+        for (int64_t k = 0; k < w->block; k += 64, bytes += 32, x += 64) {
+            add(bytes, t, x, j->width, tokens, a);
+            add(bytes + 16, t, x + 32, j->width, tokens, b);
+        }
+    }
+    for (int i = 0; i < tokens; i++) j->y[(token + i) * j->height + row] = total(plus(a[i], b[i]));
+}
+
+static inline void dots(const Product *j, int64_t first, int64_t last, const int type) {
+    const int rest = j->tokens % 4;
+    for (int64_t row = first; row < last; row++) {
+        for (int token = 0; token + 4 <= j->tokens; token += 4) dot(j, row, token, 4, type);
+        if (rest == 3) dot(j, row, j->tokens - 3, 3, type);
+        if (rest == 2) dot(j, row, j->tokens - 2, 2, type);
+        if (rest == 1) dot(j, row, j->tokens - 1, 1, type);
+    }
+}
+
+static void product_share(const void *given, int64_t first, int64_t last) {
+    const Product *j = given;
+    if (j->type == FLOAT32) dots(j, first, last, FLOAT32);
+    else if (j->type == BFLOAT16) dots(j, first, last, BFLOAT16);
+    else dots(j, first, last, FLOAT16);
+}
+
+/* y = x·Wᵀ summed in 32 bits, W rounded to `type`, for blocks of multiples of 64 that lie within rows.
+ * Returns 0, or 1 where there is no memory. */
+int lorary_nf4_times(const Packed *w, const float *x, float *y, int tokens, int64_t height, int64_t width, int type,
+                     int threads) {
+    float *arranged = malloc(sizeof(float) * (size_t)tokens * (size_t)width + 1);
+    if (!arranged) return 1;
+    for (int64_t from = 0; from < tokens * width; from += 32)
+        for (int k = 0; k < 16; k++) {
+            arranged[from + k] = x[from + 2 * k];
+            arranged[from + 16 + k] = x[from + 2 * k + 1];
+        }
+    const Product job = {w, arranged, y, height, width, tokens, type};
+    split(product_share, &job, height, threads);
+    free(arranged);
+    return 0;
+}
+
+const char *lorary_nf4_isa(void) { return ISA; }

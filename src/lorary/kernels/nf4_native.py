@@ -1,0 +1,222 @@
+"""The compiled code for packed weights on the CPU: made once, for this very processor, by the C compiler that is there.
+
+The first call compiles `nf4.c`, in about a second, into the user's cache folder (`$XDG_CACHE_HOME/lorary` or
+`~/.cache/lorary`); later processes load what is there. The file's name is a digest of the source, the compiler, its
+options and the processor. Where there is no compiler or no place to write, or what was compiled does not give the
+numbers of the table, the table is used. `LORARY_NATIVE=0` asks for the table.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorary.kernels.nf4_values import CODE, DYNAMIC, Packed, matrix_shape, pack, region
+
+SOURCE, HEADER = Path(__file__).with_name("nf4.c"), Path(__file__).with_name("nf4_lanes.h")
+OPTIONS = ("-O3", "-std=c11", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SHARE = 2**19  # numbers that are worth a thread of their own
+
+
+class _Packed(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("codes", "absmax", "coded", "nested", "offset", "code", "dynamic")),
+        ("block", ctypes.c_int64),
+    ]
+
+
+class Native:
+    """The functions of one compiled library.
+
+    Raises:
+        OSError: if the file is not a library.
+        AttributeError: if it is another library.
+    """
+
+    def __init__(self, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
+        number, address, flag = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
+        self._unpack, self._times = library.lorary_nf4_unpack, library.lorary_nf4_times
+        self._unpack.argtypes = [address, address, *[number] * 4, address, number, flag, flag]
+        self._unpack.restype = None
+        self._times.argtypes = [address, address, address, flag, number, number, flag, flag]
+        self._times.restype = ctypes.c_int
+        library.lorary_nf4_isa.restype = ctypes.c_char_p
+        self.isa: str = library.lorary_nf4_isa().decode()
+
+    def unpack(self, packed: Packed, rows: tuple[int, int], columns: tuple[int, int], out: Tensor) -> None:
+        """Writes a rectangle of the weight; `out` [rows, columns] of a type in `TYPES`, dense along its rows."""
+        width = matrix_shape(packed.shape)[1]
+        height, across = rows[1] - rows[0], columns[1] - columns[0]
+        self._unpack(
+            ctypes.byref(_addresses(packed)),
+            None,
+            rows[0] * width + columns[0],
+            height,
+            across,
+            width,
+            out.data_ptr(),
+            out.stride(0),
+            TYPES[out.dtype],
+            _threads(height * across),
+        )
+
+    def unpack_rows(self, packed: Packed, rows: Tensor, out: Tensor) -> None:
+        """Writes the rows of the weight with these numbers (int64 [m], all of them there) to `out` [m, width]."""
+        rows, width = rows.contiguous(), out.shape[1]
+        self._unpack(
+            ctypes.byref(_addresses(packed)),
+            rows.data_ptr(),
+            0,
+            rows.numel(),
+            width,
+            width,
+            out.data_ptr(),
+            width,
+            TYPES[out.dtype],
+            _threads(out.numel()),
+        )
+
+    def times(self, x: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor:
+        """float32 [tokens, height]: x·Wᵀ with W rounded to `dtype`; x float32 [tokens, width], contiguous."""
+        height, width = packed.shape
+        y = x.new_empty((x.shape[0], height))
+        failed = self._times(
+            ctypes.byref(_addresses(packed)),
+            x.data_ptr(),
+            y.data_ptr(),
+            x.shape[0],
+            height,
+            width,
+            TYPES[dtype],
+            _threads(height * width),
+        )
+        if failed:
+            raise MemoryError(f"no memory for {x.numel()} numbers")
+        return y
+
+
+def _addresses(packed: Packed) -> _Packed:
+    codes, absmax, nested, offset = packed[:4]
+    double = nested is not None and offset is not None
+    return _Packed(
+        codes.data_ptr(),
+        None if double else absmax.data_ptr(),
+        absmax.data_ptr() if double else None,
+        nested.data_ptr() if double and nested is not None else None,
+        offset.data_ptr() if double and offset is not None else None,
+        CODE.data_ptr(),
+        DYNAMIC.data_ptr(),
+        packed.block,
+    )
+
+
+def _threads(numbers: int) -> int:
+    return max(1, min(torch.get_num_threads(), numbers // SHARE))
+
+
+def readable(packed: Packed) -> bool:
+    """Whether the compiled code may read these tensors: on the CPU, whole, and of the sizes that the shape asks for."""
+    height, width = matrix_shape(packed.shape)
+    n = height * width
+    blocks = -(-n // packed.block)
+    wanted = [(packed.codes, torch.uint8, -(-n // 2))]
+    if packed.nested_absmax is None or packed.nested_offset is None:
+        wanted += [(packed.absmax, torch.float32, blocks)]
+    else:
+        wanted += [(packed.absmax, torch.uint8, blocks), (packed.nested_absmax, torch.float32, -(-blocks // 256))]
+        wanted += [(packed.nested_offset, torch.float32, 1)]
+    return packed.block % 2 == 0 and all(
+        t.device.type == "cpu" and t.dtype is dtype and t.numel() == numbers and t.is_contiguous()
+        for t, dtype, numbers in wanted
+    )
+
+
+# --- making it --------------------------------------------------------------------------------------------------------
+
+
+@lru_cache
+def native() -> Native | None:
+    """The compiled library, made if it is not there; None where it cannot be had."""
+    if os.environ.get("LORARY_NATIVE") == "0":
+        return None
+    for options in (("-march=native",), ("-mcpu=native",), ()):
+        try:
+            made = Native(library(OPTIONS + options))
+        except (OSError, AttributeError, subprocess.SubprocessError):
+            continue
+        if _agrees(made):
+            return made
+    return None
+
+
+def library(options: tuple[str, ...]) -> Path:
+    """The compiled file in the user's cache folder, compiled if it is not there.
+
+    Raises:
+        OSError: where there is no compiler, or no folder of this user's own to write to.
+        subprocess.SubprocessError: where the compiler fails.
+    """
+    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+    if compiler is None:
+        raise FileNotFoundError("there is no C compiler")
+    source, seen = SOURCE.read_bytes() + HEADER.read_bytes(), os.stat(compiler)
+    key = (source, os.path.realpath(compiler), seen.st_size, seen.st_mtime_ns, options, _processor())
+    folder = _cache()
+    path = folder / f"nf4-{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.so"
+    if not path.exists():
+        # Under another name first: a process beside this one sees the whole file or none.
+        handle, name = tempfile.mkstemp(suffix=".so", dir=folder)
+        os.close(handle)
+        try:
+            command = [compiler, *options, "-o", name, str(SOURCE)]
+            subprocess.run(command, check=True, capture_output=True, timeout=120, stdin=subprocess.DEVNULL)
+            os.replace(name, path)
+        finally:
+            Path(name).unlink(missing_ok=True)
+    return path
+
+
+def _cache() -> Path:
+    """The folder for compiled files: of this user alone, since what lies there is run."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    folder = (Path(base) if base else Path("~").expanduser() / ".cache") / "lorary"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    seen = folder.stat()
+    if hasattr(os, "getuid") and (seen.st_uid != os.getuid() or seen.st_mode & 0o022):
+        raise PermissionError(f"{folder} can be written by others")
+    return folder
+
+
+def _processor() -> str:
+    """What the processor can do: a folder may be shared by machines that differ."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    features = {line for line in lines if line.startswith(("flags", "Features", "model name"))}
+    return "\n".join([platform.machine(), platform.processor(), *sorted(features)])
+
+
+def _agrees(made: Native) -> bool:
+    """Whether it gives the table's numbers, of each type, with blocks that straddle rows and without."""
+    for shape in ((6, 128), (5, 67)):
+        ramp = torch.arange(shape[0] * shape[1], dtype=torch.float32, device="cpu").reshape(shape)
+        packed = pack(torch.sin(ramp))
+        for dtype in TYPES:
+            ours, table = torch.empty(shape, dtype=dtype, device="cpu"), torch.empty(shape, dtype=dtype, device="cpu")
+            made.unpack(packed, (0, shape[0]), (0, shape[1]), ours)
+            if not torch.equal(ours, region(packed, (0, shape[0]), (0, shape[1]), table)):
+                return False
+    return True
