@@ -21,7 +21,7 @@ SOURCE = ROOT / "src" / "lorary"
 # From the ground up. A module imports from the floors below its own and from its own package, never from above.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("kernels", "accounting", "biases", "builtin", "memo", "grid", "fields", "shards", "weights"),
+    ("kernels", "accounting", "biases", "builtin", "memo", "grid", "fields", "shards", "lanes", "weights"),
     ("sites",),
     ("words",),
     ("storage",),

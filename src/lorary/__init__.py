@@ -15,12 +15,15 @@ _HOMES = {
     "Adapted": "adapted",
     "Adapter": "adapter",
     "Evolution": "evolution",
+    "Fidelity": "fidelity",
     "Fingerprint": "fingerprint",
     "Found": "evolution",
     "Importance": "methods.lora_drop",
+    "Live": "fidelity",
     "LowRankForm": "forms",
     "Method": "record",
     "NF4": "storage.nf4",
+    "PagedAdamW": "paged",
     "Placed": "placed",
     "Plan": "planning",
     "Preset": "preset",
@@ -60,6 +63,8 @@ if TYPE_CHECKING:
     from lorary.evolution import Evolution as Evolution
     from lorary.evolution import Found as Found
     from lorary.evolution import search as search
+    from lorary.fidelity import Fidelity as Fidelity
+    from lorary.fidelity import Live as Live
     from lorary.fingerprint import Fingerprint as Fingerprint
     from lorary.forms import LowRankForm as LowRankForm
     from lorary.loop import Tuning as Tuning
@@ -70,6 +75,7 @@ if TYPE_CHECKING:
     from lorary.methods.lora_drop import Importance as Importance
     from lorary.packing import pack as pack
     from lorary.packing import unpack as unpack
+    from lorary.paged import PagedAdamW as PagedAdamW
     from lorary.placed import Placed as Placed
     from lorary.planning import plan as plan
     from lorary.plans import Plan as Plan

@@ -14,7 +14,8 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 import lorary
 from lorary.train.arguments import arguments
 from lorary.train.dpo import DPOTrainer
-from lorary.train.models import load_model
+from lorary.train.models import kept_as, load_model
+from lorary.train.optimizers import own
 from lorary.train.packing import check_packing
 from lorary.train.past import check_base
 from lorary.train.preparation import Prepared
@@ -25,9 +26,10 @@ from lorary.train.stopping import out_of_memory, too_large
 def model_of(prepared: Prepared) -> Any:
     """The base with its method attached."""
     try:
-        base = load_model(prepared.config.model)
+        plan = prepared.plan
+        base = load_model(prepared.config.model, kept_as(plan.method), plan.packed)
         check_base(prepared.config.method.after, prepared.past, base)
-        return lorary.attach(base, prepared.plan, seed=prepared.config.training.seed)
+        return lorary.attach(base, plan, seed=prepared.config.training.seed)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
@@ -59,6 +61,7 @@ def trainer_of(prepared: Prepared, model: Any, output: Path, *, resumed: bool, c
             processing_class=prepared.tokenizer,
             callbacks=callbacks,
         )
+    trainer.optimizer_cls_and_kwargs = own(prepared.config.training.optimizer, args)
     trainer.remove_callback(PrinterCallback)
     if prepared.config.data.packing:
         check_packing(model, trainer.data_collator)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, PrivateAttr
 from pydantic.fields import FieldInfo
 
-from lorary.train.fields import Alpha, Count, Rank, Real, Section, Sources, Tracker, Whole, Words, words_of
+from lorary.train.fields import Alpha, Count, Optimizer, Rank, Real, Section, Sources, Tracker, Whole, Words, words_of
 from lorary.train.yaml_source import dump
 
 if TYPE_CHECKING:
@@ -181,8 +181,10 @@ class TrainingSection(Section):
     warmup: Annotated[Real, Field(ge=0, le=1_000_000_000)] = Field(
         default=0.03, description="share of the steps when below 1, otherwise their number"
     )
-    optimizer: Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adafactor", "sgd"] = Field(
-        default="adamw_torch", description="as Transformers names it"
+    optimizer: Optimizer = Field(
+        default="adamw_torch",
+        description="as Transformers names it; paged_adamw keeps its state in host memory (paged_adamw_torch: without "
+        "bitsandbytes, wherever it runs)",
     )
     weight_decay: Annotated[Real, Field(ge=0, le=1)] = Field(default=0.0, description="decoupled decay")
     max_grad_norm: Annotated[Real, Field(ge=0, le=1e6)] = Field(

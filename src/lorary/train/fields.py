@@ -33,6 +33,16 @@ Count = Annotated[Whole, Field(ge=1, le=1_000_000_000)]
 Words = Annotated[tuple[str, ...], BeforeValidator(words_of), Field(min_length=1)]
 Sources = Annotated[tuple[str, ...], BeforeValidator(_one), Field(min_length=1)]
 Tracker = Literal["none", "tensorboard", "wandb", "trackio"]
+Optimizer = Literal[
+    "adamw_torch",
+    "adamw_torch_fused",
+    "paged_adamw",
+    "paged_adamw_torch",
+    "paged_adamw_32bit",
+    "adamw_bnb_8bit",
+    "adafactor",
+    "sgd",
+]
 
 
 class Section(BaseModel):

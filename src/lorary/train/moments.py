@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorary.errors import Problem, TrainingError
-from lorary.shards import like, whole
+from lorary.shards import is_sharded, like, whole
 
 
 def capture(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
@@ -56,7 +56,9 @@ def restore(optimizer: torch.optim.Optimizer, model: nn.Module, saved: dict[str,
 
 
 def _as(parameter: Tensor, value: Any) -> Any:
-    return like(parameter, value) if isinstance(value, Tensor) and value.shape == parameter.shape else value
+    """In shards like its parameter. What is whole the optimizer itself puts where it belongs, which may be the host."""
+    sharded = is_sharded(parameter) and isinstance(value, Tensor) and value.shape == parameter.shape
+    return like(parameter, value) if sharded else value
 
 
 def _differences(mine: list[list[str]], theirs: list[list[str]]) -> list[Problem]:
