@@ -21,6 +21,7 @@ from lorary.record import Method
 from lorary.residual import bare, idle, settle, start, take_back, unsound
 from lorary.sites import Site, kind_of, site
 from lorary.state import Attached, attached, base_parameter, require
+from lorary.weights import is_packed
 from lorary.words import Init, Join
 
 MASTERS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # what adapters may be learnt in
@@ -51,16 +52,18 @@ def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = 
         known = ", ".join(str(d) for d in MASTERS)
         problems.append(Problem("dtype", f"{dtype!r} is no precision to learn in", f"known: {known}"))
     if not problems:
+        modules = dict(model.named_modules())
+        packed = [name for name in plan.packed if not is_packed(modules.get(name))]  # a base may be loaded packed
         problems += unwritable(model, plan.method, [f.name for f in plan.full if not f.trains])
-        problems += unfit(model, [name for name in plan.packed if name in dict(model.named_modules())])
+        problems += unfit(model, [name for name in packed if name in modules])
     if problems:
         raise PlanError("cannot attach:", problems)
     full = {f.name: f.shape for f in plan.full}
-    _put(model, plan.method, plan.placed, full, dtype=dtype, packed=plan.packed)
+    _put(model, plan.method, plan.placed, full, dtype=dtype, packed=packed)
     try:
         with _mode(model):
-            _start(model, seed, plan.given, plan.packed)
-            _pack(model, plan.packed)
+            _start(model, seed, plan.given, packed)
+            _pack(model, packed)
     except BaseException:
         detach(model)  # all or nothing
         raise
@@ -96,7 +99,7 @@ def _mode(model: nn.Module) -> contextlib.AbstractContextManager[None]:
 
 
 def _pack(model: nn.Module, packed: Collection[str]) -> None:
-    """Pack the layers of these names, one at a time, that are neither adapted nor packed yet."""
+    """Pack the layers of these names, one at a time, that are not adapted: those are packed."""
     layers = adapted(model)
     storage = cast(Attached, attached(model)).method.storage
     for name in shown([name for name in packed if name not in layers], "packing"):

@@ -37,7 +37,7 @@ _loading = threading.Lock()
 
 def load(
     kind: Any, source: str, config: PretrainedConfig, storage: NF4, layers: Collection[str] | None, **words: Any
-) -> tuple[PreTrainedModel, dict[str, Any]]:
+) -> Any:
     """A checkpoint with its weights packed: `kind.from_pretrained`, without the whole of it ever in memory.
 
     Args:
@@ -49,7 +49,7 @@ def load(
         words: for `from_pretrained`.
 
     Returns:
-        (the model, what `output_loading_info` says of keys).
+        What `from_pretrained` returns: the model, or with `output_loading_info` the model and what is said of keys.
 
     Raises:
         FileError: weights that cannot be packed or unpacked, all of them.
@@ -61,8 +61,7 @@ def load(
         storage = dataclasses.replace(storage, compute=storage.compute or compute_of(config))
         config.quantization_config = {"quant_method": PACKED, "storage": storage}
     with one_at_a_time():
-        model, info = kind.from_pretrained(source, config=config, output_loading_info=True, **words)
-    return model, info
+        return kind.from_pretrained(source, config=config, **words)
 
 
 @contextmanager
@@ -131,7 +130,7 @@ class PackingQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def quantized_element_size(self) -> float:
-        return float(self.storage.bytes(2**20)) / 2**20
+        return float(self.storage.bytes(2**20, 2)) / 2**20
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Pack(self)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lorary.errors import FileError, LoraryError, Problem, did_you_mean, suggested_path
 from lorary.train.config import ModelSection
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from lorary.words import Storage
+    from lorary.record import Method
+    from lorary.words import Init, Storage
 
 BUILTIN = ("builtin:base",)
 
@@ -69,6 +70,12 @@ def load_model(
     if section.id in BUILTIN:
         loaded.config._name_or_path = section.id  # what an adapter says about its base; the folder differs by machine
     return loaded
+
+
+def kept_as(method: Method) -> Storage | None:
+    """The storage into which `load_model` may read a method's base: None where the method needs the plain weights, to
+    take a part of them first."""
+    return None if cast("Init", method.init).moves_base else method.storage
 
 
 def load_base(

@@ -21,7 +21,7 @@ from lorary.train.assembly import trainer_of
 from lorary.train.config import Config
 from lorary.train.config_file import load
 from lorary.train.folder import ADAPTER, CHECKPOINTS, CONFIG, SEARCHED, RunFolder
-from lorary.train.models import load_model
+from lorary.train.models import kept_as, load_model
 from lorary.train.preparation import prepare
 
 RECORD = "search.json"
@@ -63,7 +63,8 @@ def search_run(
     with ExitStack() as stack:
         stack.enter_context(folder.held())
         remove_stale(folder.path)
-        model: Any = lorary.load(load_model(prepared.config.model), folder / ADAPTER)
+        base = load_model(prepared.config.model, kept_as(prepared.plan.method), prepared.plan.packed)
+        model: Any = lorary.load(base, folder / ADAPTER)
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         trainer = trainer_of(prepared, model, scratch, resumed=True, callbacks=[])
         stack.callback(trainer.head.remove)
