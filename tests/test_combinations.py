@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from typing import Any
@@ -43,12 +44,18 @@ def test_what_is_allowed_trains(pair: tuple[str, str]) -> None:
     options = dict(verdict(*pair).options) | ({"r": 4} if adapts else {})
     for name in pair:
         options |= SHORT.get(name, {})
+    if pair == ("qlora", "olora"):  # with s Q R there would be more left than there was
+        options |= {"divide": True}
     method = lorary.method(*pair, **options)
     assert lorary.method(*reversed(pair), **options) == method
     model = tiny.seeded("GPT2LMHeadModel")  # it has biases, and its weights are transposed
-    base = tiny.logits(model)
-    lorary.attach(model, lorary.plan(model, method))
-    assert torch.allclose(tiny.logits(model), base, atol=1e-5)
+    plain = tiny.logits(model)
+    plan = lorary.plan(model, method)
+    base = tiny.logits(lorary.pack(copy.deepcopy(model), method.storage)) if plan.packed else plain
+    lorary.attach(model, plan)
+    # what is left of a weight that gives up its start loses other numbers in packing than the weight does
+    lost = 3 * (plain - base).abs().max().item() if plan.packed and method.init and method.init.moves_base else 1e-5
+    assert torch.allclose(tiny.logits(model), base, rtol=1e-5, atol=lost)
     optimizer = torch.optim.AdamW(lorary.groups(model, lr=1e-3))
     tuning = lorary.tuning(model, 5, optimizer)
     losses = []
@@ -86,7 +93,7 @@ def test_three_combine_where_each_pair_does() -> None:
 
 def test_what_has_to_be_said_makes_the_difference() -> None:
     said = {pair for pair in PAIRS if verdict(*pair).options}
-    assert said == set(combinations._WITH) == {("lora-fa", "o-lora")}
+    assert said == set(combinations._WITH) == {("lora-fa", "o-lora"), ("qlora", "glora")}
     for pair in said:
         assert verdict(*pair).letter == "r"
         assert refusal(*pair) != []

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 import lorary
-from lorary import words
 from lorary.adapted import adapted
 from lorary.errors import PlanError
 from lorary.methods.lora import Fixed
@@ -484,22 +483,31 @@ def test_gpt_2s_layer_is_a_linear_layer() -> None:
 # --- words that attaching does not obey yet --------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class _Packed:
-    """A storage that keeps the weight in another form."""
-
-    writable = True
-
-    def pack(self, layer: nn.Module) -> nn.Module:
-        return layer
-
-
-def test_words_that_attaching_would_pass_over_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(words.WORDS, "_Packed", _Packed)
-    method = lorary.method("lora", r=2).but(storage=_Packed())
-    assert refused(tiny.llama(), method) == (
-        "this model cannot be planned for:\n  - storage: _Packed() packs the weight; bases are kept as they are for now"
+def test_a_storage_that_finds_nothing_to_pack_is_refused() -> None:
+    model = nn.Sequential(nn.Conv1d(4, 4, 3))
+    assert refused(model, lorary.method("qlora", r=2), targets="conv") == (
+        "this plan cannot work:\n  - storage: NF4 has nothing to pack: plain linear layers, without the output head"
     )
+
+
+def test_what_is_packed_is_in_the_plan() -> None:
+    model = tiny.llama()
+    plan = lorary.plan(model, lorary.method("qlora", r=2), targets=["q_proj", "embed_tokens"])
+    assert len(plan.packed) == 14  # adapted or not
+    assert not any("lm_head" in name or "embed" in name for name in plan.packed)
+    numbers = [model.get_parameter(f"{name}.weight").numel() for name in plan.packed]
+    blocks = [-(-n // 64) for n in numbers]
+    packed = sum(n // 2 + b + 4 * -(-b // 256) + 4 for n, b in zip(numbers, blocks, strict=True))
+    assert plan.base_bytes == sum(p.numel() * 4 for p in model.parameters()) - 4 * sum(numbers) + packed
+    text = str(plan)
+    assert "NF4 packs 14 layers" in text
+    assert "model.embed_tokens stays as it is: NF4 packs linear layers whose weight is theirs alone" in text
+    assert plan.total == sum(p.numel() for p in model.parameters())
+    lorary.attach(model, plan)
+    held = lorary.detach(model)
+    again = lorary.plan(held, lorary.method("qlora", r=2))
+    assert again.packed == ()
+    assert (again.total, again.base_bytes) == (plan.total, plan.base_bytes)
 
 
 def test_words_of_every_other_axis_are_obeyed() -> None:

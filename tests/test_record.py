@@ -46,7 +46,7 @@ _WRONG = "these words do not make a method:\n  - "
         (
             ["lroa"],
             {},
-            f"{_UNKNOWN}'lroa': is no method that lorary knows\n      hint: did you mean `lora` or `lora+` or `glora`?",
+            f"{_UNKNOWN}'lroa': is no method that lorary knows\n      hint: did you mean `lora` or `qlora` or `lora+`?",
         ),
         (
             ["houlsby"],
@@ -196,13 +196,10 @@ class Writer(Rule):
 
 
 @dataclasses.dataclass(frozen=True)
-class Sealed:
+class Sealed(words.Storage):
     """A storage that cannot be written."""
 
     writable = False
-
-    def pack(self, layer: torch.nn.Module) -> torch.nn.Module:
-        return layer
 
 
 @pytest.fixture
@@ -235,6 +232,8 @@ METHODS = [
     lorary.method("full"),
     lorary.method("dora", "pissa", "rslora", "lora+", r=3, niter=2, exact=True),
     lorary.method("olora", "lora-fa", divide=True),
+    lorary.method("qlora", "dora", "pissa", r=3, double=False, block=128, compute="bfloat16", rounds=5),
+    lorary.method("qlora", "vera", r=3, embeddings=True),
     lorary.method("vera", "dora", r=5, seed=7, d=0.5, save_projections=False),
     lorary.method("melora", "lora+", r=3, n=4),
     lorary.method("multilora", "rslora", r=3, n=4),

@@ -169,6 +169,17 @@ PAIRS: dict[tuple[str, str], str] = {
     ("adalora", "o-lora"): told(UNMADE, two("delta", SPECTRAL, TASKS)),
     ("delta-lora", "o-lora"): told(UNMADE, two("delta", PROPAGATED, TASKS)),
     # nothing is left to learn beside a base that trains as a whole
+    # a packed weight is frozen, and there is no dense one to take element by element
+    ("qlora", "full"): told(
+        WRONG,
+        "storage: NF4 keeps weights frozen, and `full` trains every one of them",
+        everything_trains("LowRank"),
+    ),
+    ("qlora", "glora"): told(
+        WRONG,
+        "storage: Terms takes W element by element in every step, and NF4 keeps no dense W\n"
+        "      hint: say A='vector', 'scalar' or 'none', which act on the output",
+    ),
     ("lora", "full"): told(WRONG, everything_trains("LowRank")),
     ("rslora", "full"): told(WRONG, everything_trains("LowRank")),
     ("lora+", "full"): told(WRONG, everything_trains("LowRank")),
@@ -228,6 +239,30 @@ SAID: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     (("vera",), {"r": 0}, told(WRONG, f"delta: Vectors has r = 0; it takes {COUNTED}")),
     (("pissa",), {"niter": 0}, told(WRONG, f"init: Principal has niter = 0; it takes {COUNTED}, or None")),
     (("pissa",), {"niter": "fast"}, told(WRONG, f"init: Principal has niter = 'fast'; it takes {COUNTED}, or None")),
+    (
+        ("pissa",),
+        {"rounds": 5},
+        told(
+            WRONG,
+            "init: Principal starts 5 times at what packing loses, and AsIs loses nothing\n"
+            "      hint: say rounds=1, or qlora",
+        ),
+    ),
+    (
+        ("qlora", "delta-lora"),
+        {"mode": "paper"},
+        told(WRONG, "rules: WriteProduct writes the base weight, which NF4 cannot take"),
+    ),
+    (
+        ("qlora",),
+        {"block": 48, "double": 1, "compute": "int8"},
+        told(
+            WRONG,
+            "storage: NF4 has block = 48; it takes a power of two from 32 to 4096",
+            "storage: NF4 has double = 1; it takes true or false",
+            "storage: NF4 has compute = 'int8'; it takes float32 or bfloat16 or float16, or None",
+        ),
+    ),
     (("lora",), {"init": Principal(4, 0)}, told(WRONG, f"init: Principal has oversample = 0; it takes {COUNTED}")),
     (("vera",), {"d": -1}, told(WRONG, f"init: Projections has d = -1; it takes {POSITIVE}")),
     (("vera",), {"d": 0.0}, told(WRONG, f"init: Projections has d = 0.0; it takes {POSITIVE}")),
@@ -367,11 +402,15 @@ SAID: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     (
         ("lora",),
         {"scale": Principal()},
-        told(WRONG, "scale: Principal(niter=None, oversample=16) is no word of this axis"),
+        told(WRONG, "scale: Principal(niter=None, oversample=16, rounds=1) is no word of this axis"),
     ),
     (("lora",), {"scale": LowRank(2)}, told(WRONG, "scale: LowRank(r=2) is no word of this axis")),
     (("lora",), {"storage": Direction()}, told(WRONG, "storage: Direction(exact=False) is no word of this axis")),
-    (("lora",), {"rules": (Orthonormal(),)}, told(WRONG, "rules: Orthonormal(divide=False) is no word of this axis")),
+    (
+        ("lora",),
+        {"rules": (Orthonormal(),)},
+        told(WRONG, "rules: Orthonormal(divide=False, rounds=1) is no word of this axis"),
+    ),
     (("dora",), {"join": Add()}, told(UNMADE, f"join: dora says Direction; you said Add{ONE_WORD}")),
     (("vera",), {"scale": Fixed(2.0)}, told(UNMADE, f"scale: {BY_VERA}; you said Fixed(s=2.0){ONE_WORD}")),
     # an init for other tensors
