@@ -234,9 +234,9 @@ def test_a_model_that_does_not_fit_is_said_before_anything_trains(words: dict[st
     def work() -> tuple[int, str]:
         load = assembly.load_model
 
-        def limited(section: Any) -> Any:
+        def limited(*words: Any) -> Any:
             _limit(16 * MIB)
-            return load(section)
+            return load(*words)
 
         assembly.load_model = limited
         return _command(words | {"model": str(large)})

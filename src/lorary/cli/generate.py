@@ -30,7 +30,7 @@ def generate(
     import lorary
     from lorary.cli.adapters import adapter_folder, base_of
     from lorary.train.config_file import from_dict
-    from lorary.train.models import load_model, load_tokenizer
+    from lorary.train.models import kept_as, load_model, load_tokenizer
 
     prompt = _text(prompt)
     folder = adapter_folder(Path(model))
@@ -39,7 +39,8 @@ def generate(
     )
     tokenizer = load_tokenizer(section)
     ids = _ids(tokenizer, prompt, chat)
-    loaded = load_model(section)
+    adapter = lorary.Adapter.load(folder) if folder else None
+    loaded = load_model(section, kept_as(adapter.method, adapter.full) if adapter else None)
     if folder:
         lorary.load(loaded, folder)
     most = _room(loaded, len(ids), max_new_tokens)

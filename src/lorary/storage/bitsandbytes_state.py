@@ -32,7 +32,8 @@ def written_state(packed: Packed, dtype: torch.dtype) -> dict[str, Tensor]:
         "dtype": str(dtype).removeprefix("torch."),
         "shape": list(packed.shape),
     }
-    tensors = {"absmax": packed.absmax, "quant_map": CODE.to(device, copy=True)}  # each its own: files refuse shared ones
+    # each weight has maps of its own: files refuse tensors that share memory
+    tensors = {"absmax": packed.absmax, "quant_map": CODE.to(device, copy=True)}
     if packed.nested_absmax is not None and packed.nested_offset is not None:
         offset = math.nan if packed.nested_offset.is_meta else packed.nested_offset.item()
         said |= {"nested_blocksize": _NESTED, "nested_dtype": "float32", "nested_offset": offset}

@@ -72,10 +72,14 @@ def load_model(
     return loaded
 
 
-def kept_as(method: Method) -> Storage | None:
-    """The storage into which `load_model` may read a method's base: None where the method needs the plain weights, to
-    take a part of them first."""
-    return None if cast("Init", method.init).moves_base else method.storage
+def kept_as(method: Method, full: Collection[str] = ()) -> Storage | None:
+    """The storage into which `load_model` may read the base of a method, or of an adapter of it.
+
+    Args:
+        method: it may need the plain weights, to take a part of them first: then None.
+        full: base parameters that an adapter holds in full: where there are any, attaching it packs the others.
+    """
+    return None if full or cast("Init", method.init).moves_base else method.storage
 
 
 def load_base(
