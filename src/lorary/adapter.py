@@ -139,6 +139,7 @@ def load(
     strict: bool = True,
     force: bool = False,
     trainable: bool = False,
+    pack: bool = True,
 ) -> nn.Module:
     """Attach a saved adapter, lorary's or PEFT's, to its base, in place.
 
@@ -148,6 +149,8 @@ def load(
         strict: refuse whatever is missing, left over, malformed or not finite; False tolerates what PEFT does.
         force: accept a base that is not the one it was trained on, so long as every tensor fits.
         trainable: whether its parameters require gradients, to go on training.
+        pack: pack the layers that its method packs (QLoRA). False leaves the base's own weights, which are not those
+            that such an adapter was trained on.
 
     Returns:
         The same model.
@@ -165,7 +168,7 @@ def load(
     adapter = formats.load_adapter(path, model=base, strict=strict)
     here = Fingerprint.of(base)
     _check_base(base, adapter, here, str(path), force=force or not strict)
-    _install(base, adapter, here, trainable=trainable)
+    _install(base, adapter, here, trainable=trainable, pack=pack)
     return base
 
 
@@ -247,9 +250,9 @@ def _unusable(role: str, tensor: Tensor) -> str:
     return ""
 
 
-def _install(model: nn.Module, adapter: Adapter, here: Fingerprint, *, trainable: bool) -> None:
+def _install(model: nn.Module, adapter: Adapter, here: Fingerprint, *, trainable: bool, pack: bool = True) -> None:
     full = {name: tuple(value.shape) for name, value in adapter.full.items()}
-    packed = packable(model, adapter.method.storage, full)
+    packed = packable(model, adapter.method.storage, full) if pack else []
     place(model, adapter.method, adapter.placed, full, adapter.tensors, base=here, packed=packed)
     with torch.no_grad():
         for name, value in adapter.full.items():

@@ -88,6 +88,11 @@ class Fingerprint:
         """Let this be the model's fingerprint from now on, whatever its weights are packed into."""
         object.__setattr__(model, _PLAIN, self)
 
+    @staticmethod
+    def forget(model: nn.Module) -> None:
+        """Undo `remember`: the model's fingerprint is that of the weights that it has."""
+        vars(model).pop(_PLAIN, None)
+
     def disagreements(self, other: Fingerprint) -> list[Problem]:
         """How another base differs from this one; what either does not know is not compared."""
         problems = []

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from lorary.adapted import Adapted, adapted
 from lorary.biases import BiasWarning, Room, homeless, make_room, take_back_room
 from lorary.errors import Problem, StateError, once
-from lorary.fingerprint import STATE
+from lorary.fingerprint import STATE, Fingerprint
 from lorary.packing import plain
 from lorary.state import Merged, attached, require
 from lorary.surgery import set_layer
 from lorary.weights import is_packed
+
+LOSSY = "the steps between 4-bit or 8-bit numbers are coarser than what an adapter changes, and rounding would undo it"
 
 
 def merge(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = None) -> nn.Module:
@@ -35,9 +37,13 @@ def merge(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = N
         dtype: of the merged weights; None for each weight's own, of a packed one the precision that it came in.
 
     Raises:
-        StateError: nothing is attached or it is merged already; or a merged weight is not finite, naming every one.
+        StateError: nothing is attached or it is merged already; the dtype cannot hold what was learnt; or a merged
+            weight is not finite, naming every one.
     """
     state = require(model, "merge")
+    if dtype is not None and not (dtype.is_floating_point and dtype.itemsize > 1):
+        fix = "say torch.bfloat16 or torch.float32"
+        raise StateError("cannot merge:", [Problem("dtype", f"is {dtype}: {LOSSY}", fix)])
     layers = adapted(model)
     problems = []
     for name, layer in layers.items():
@@ -71,6 +77,7 @@ def merge(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = N
             warnings.warn(f"{problem.where}: {problem.what}", BiasWarning, stacklevel=2)
     if not keep:
         object.__delattr__(model, STATE)
+        Fingerprint.forget(model)  # its weights are others now
     return model
 
 

@@ -74,6 +74,8 @@ def unpack(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         layer = model.get_submodule(name)
         W = weight(layer)
         replace(model, name, plain(layer, W if dtype is None else W.to(dtype)))
+    if (quantiser := getattr(model, "hf_quantizer", None)) is not None:
+        quantiser.remove_quantization_config(model)  # of Transformers: its checkpoints would be read as packed ones
     return model
 
 

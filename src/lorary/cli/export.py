@@ -25,8 +25,9 @@ def export(
     """
     import lorary
     from lorary.cli.adapters import adapter_folder, base_of
-    from lorary.cli.merge import probe
+    from lorary.cli.held_out import random_rows
     from lorary.errors import ConfigError, FileError, Problem, did_you_mean
+    from lorary.fidelity import logits
     from lorary.formats import export_peft, load_adapter
     from lorary.train.models import load_model
 
@@ -41,10 +42,11 @@ def export(
     else:
         model = load_model(base_of(folder, base, "float32"))
         lorary.load(model, folder)
-        before = probe(model)
+        (row,) = random_rows(model.config.get_text_config().vocab_size, 1, 64)
+        before = logits(model, row)
         lorary.detach(model)
         export_peft(load_adapter(folder, model=model), output, model=model)
         lorary.load(model, output)
-        far = (before - probe(model)).abs().max().item()
+        far = (before - logits(model, row)).abs().max().item()
         print(f"against the adapter itself: logits differ by at most {far:.2g} in fp32", file=sys.stderr)
     print(output)

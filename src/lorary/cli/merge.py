@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
     from transformers import PreTrainedModel
+
+    from lorary.adapter import Adapter
+    from lorary.cli.held_out import Rows
+    from lorary.fidelity import Fidelity
+    from lorary.train.config import ModelSection
+
+DTYPES, ONTO = ("auto", "float32", "bfloat16", "float16"), ("trained", "original")
+REPORT = "fidelity.json"
 
 
 def merge(
@@ -19,52 +29,208 @@ def merge(
     output: Annotated[Path, typer.Argument(help="Folder for the merged model; must not hold anything.")],
     base: Annotated[str | None, typer.Option("--base", help="Base model; else the one the adapter names.")] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="auto (the base's own), float32, bfloat16, float16.")] = "auto",
+    onto: Annotated[
+        str,
+        typer.Option(
+            "--onto", help="trained: the weights that it was trained on; original: those before they were quantised."
+        ),
+    ] = "trained",
+    rows: Annotated[int, typer.Option("--rows", min=1, max=100_000, help="How many rows to compare on.")] = 8,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Rows to compare on; else those that the run held out, or built-in.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Accept a base it was not trained on, if it fits.")] = False,
 ) -> None:
     """Fold an adapter into its base: a plain Transformers model, for any program that reads one.
 
-    The sum is taken in fp32 and rounded once; what rounding costs is measured and shown.
+    The sum is taken in fp32 and rounded once. What that costs is measured against the live adapter, shown, and kept
+    in fidelity.json. A base in 4 bits is written in 16 or 32: the adapter would not survive being packed again.
     """
-    import lorary
-    from lorary.biases import BiasWarning, homeless
+    from lorary.adapter import Adapter
     from lorary.cli.adapters import adapter_folder, base_of
-    from lorary.errors import FileError, Problem, StateError
+    from lorary.errors import FileError, Problem
     from lorary.formats.atomic import atomic_directory
-    from lorary.train.models import load_config, load_model, load_tokenizer, quiet
+    from lorary.train.models import quiet
 
+    _check(adapter, dtype, onto)
     folder = adapter_folder(adapter)
     if folder is None:
         raise FileError(f"cannot merge {adapter}:", [Problem(str(adapter), "there is no adapter in it")])
-    section = base_of(folder, base, dtype)
-    if dtype == "auto":  # what is kept on disk, whatever this machine would compute in
-        saved = str(load_config(section).dtype or "float32").removeprefix("torch.")
-        section = section.model_copy(update={"dtype": saved})
-    with atomic_directory(output) as target:
-        model = load_model(section)
-        lorary.load(model, folder, force=force)
-        before = probe(model)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", BiasWarning)  # refused below, with every name
-            lorary.merge(model)
-        if lost := homeless(model):
-            raise StateError("this model cannot be kept merged:", lost)
-        after = probe(model)
+    value = Adapter.load(folder)
+    section, target = _precisions(adapter, value, base_of(folder, base), dtype, onto)
+    with atomic_directory(output) as written:
+        tokenizer = _tokenizer(section)
+        shown = _rows(adapter, tokenizer, section, rows, data)
+        model, fidelity = _merged(folder, value, section, target, onto, shown, force)
         with quiet():
-            model.save_pretrained(target)
-        load_tokenizer(section).save_pretrained(target)
-    same = (before.argmax(-1) == after.argmax(-1)).float().mean().item()
-    far = (before - after).abs().max().item()
-    print(f"merged into {output}, {section.dtype}", file=sys.stderr)
-    print(f"against the live adapter: logits differ by at most {far:.2g}, top-1 agrees at {same:.1%}", file=sys.stderr)
+            model.save_pretrained(written)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(written)
+        name = str(target).removeprefix("torch.")
+        record = {"dtype": name, "onto": onto, "rows": shown.source} | fidelity.to_dict()
+        (written / REPORT).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    _tell(fidelity, f"merged into {output}, {name}", shown)
     print(output)
 
 
-def probe(model: PreTrainedModel) -> Tensor:
-    """Logits [64, vocabulary] in fp32 on a fixed row of tokens."""
+def _check(adapter: Path, dtype: str, onto: str) -> None:
+    """Refuse what cannot be merged into; back into a few bits most of all.
+
+    Raises:
+        ConfigError: every such option.
+    """
+    from lorary.errors import ConfigError, Problem, did_you_mean
+    from lorary.merging import LOSSY
+
+    problems = []
+    for option, given, known in (("--dtype", dtype, DTYPES), ("--onto", onto, ONTO)):
+        if given in known:
+            continue
+        if re.search(r"(?<!\d)[48](?!\d)|quant|packed", given.lower()):  # nf4, 4bit, int8, fp8, ...
+            fix = "merge into bfloat16 or float32, or keep the 4-bit base and the adapter beside it"
+            problems.append(Problem(f"{option} {given}", f"would quantise the merged weights: {LOSSY}", fix))
+        else:
+            problems.append(Problem(f"{option} {given}", "is unknown", did_you_mean(given, known)))
+    if problems:
+        raise ConfigError(f"cannot merge {adapter}:", problems)
+
+
+def _precisions(
+    path: Path, adapter: Adapter, section: ModelSection, dtype: str, onto: str
+) -> tuple[ModelSection, torch.dtype]:
+    """What the base is loaded in and what is written, whatever this machine would compute in.
+
+    The base is never narrower than on disk or than what is written, so that everything is rounded once; but where the
+    run had it rounded before it was packed, it is again.
+
+    Raises:
+        FileError: the original weights are asked for of a base that is quantised on disk.
+    """
     import torch
 
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(vocabulary, (1, 64), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        logits: Tensor = model(input_ids=ids).logits[0].float()
-    return logits
+    from lorary.errors import FileError, Problem
+    from lorary.train.models import load_config
+
+    config = load_config(section)
+    if onto == "original" and getattr(config, "quantization_config", None) is not None:
+        fix = "name the model that it was made from with --base, and say --force"
+        what = "is quantised itself, and what its weights were before is not there"
+        raise FileError(f"cannot merge {path} onto the original weights:", [Problem(section.id, what, fix)])
+    saved = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    target = saved if dtype == "auto" else getattr(torch, dtype)
+    wide = torch.promote_types(saved, target)
+    if not adapter.method.storage.writable and onto == "trained":
+        trained = getattr(torch, _run_dtype(path), saved)
+        wide = wide if torch.promote_types(trained, saved) == trained else trained
+    return section.model_copy(update={"dtype": str(wide).removeprefix("torch.")}), target
+
+
+def _run_dtype(path: Path) -> str:
+    """What the base was loaded in by the run that made the adapter; `auto` where that cannot be told."""
+    from lorary.cli.held_out import run_config
+    from lorary.errors import LoraryError
+
+    try:
+        run = run_config(path)
+    except (LoraryError, OSError):
+        return "auto"
+    return "auto" if run is None else run.model.dtype
+
+
+def _tokenizer(section: ModelSection) -> Any:
+    """The base's tokenizer, or None where it has none."""
+    from lorary.errors import FileError
+    from lorary.train.models import load_tokenizer
+
+    try:
+        return load_tokenizer(section)
+    except FileError as error:
+        print(f"note: {error.problems[0] if error.problems else error}", file=sys.stderr)
+        return None
+
+
+def _rows(adapter: Path, tokenizer: Any, section: ModelSection, rows: int, data: str | None) -> Rows:
+    from lorary.cli.held_out import held_out
+    from lorary.train.models import load_config
+
+    return held_out(adapter, tokenizer, load_config(section), rows, data)
+
+
+def _merged(
+    folder: Path, adapter: Adapter, section: ModelSection, target: torch.dtype, onto: str, rows: Rows, force: bool
+) -> tuple[PreTrainedModel, Fidelity]:
+    """The merged model and its report. There is one model at a time."""
+    import lorary
+    from lorary.biases import BiasWarning, homeless
+    from lorary.errors import StateError
+    from lorary.fidelity import Live
+
+    model = loaded(adapter, section)
+    lorary.load(model, folder, force=force)
+    live = Live.of(model, rows.ids)
+    if onto == "original" and live.packed:
+        from lorary.train.models import load_model
+
+        del model
+        model = load_model(section)
+        lorary.load(model, folder, force=force, pack=False)
+    sites = live.sites(model, target)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BiasWarning)  # refused below, with every name
+        lorary.merge(model, dtype=target)
+    if lost := homeless(model):
+        raise StateError("this model cannot be kept merged:", lost)
+    lorary.unpack(model, target)
+    _round(model, target)
+    return model, live.against(model, sites)
+
+
+def loaded(adapter: Adapter, section: ModelSection) -> PreTrainedModel:
+    """The base for an adapter: packed as it is read, where the adapter's method packs it.
+
+    A layer that gave up a part of its weight before it was packed (PiSSA) has to be there in full until it does.
+    """
+    from lorary.packing import packable
+    from lorary.train.models import load_model, skeleton
+
+    storage = adapter.method.storage
+    if storage.writable:
+        return load_model(section)
+    whole = {p.site.name for p in adapter.placed if p.starts}
+    layers = [name for name in packable(skeleton(section), storage, adapter.full) if name not in whole]
+    return load_model(section, storage, layers) if layers else load_model(section)
+
+
+def _round(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Every weight in this precision, but for those that the architecture wants in 32 bits. Buffers stay: positions
+    are computed from them."""
+    exact = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not exact & set(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+
+
+def _tell(fidelity: Fidelity, done: str, rows: Rows) -> None:
+    """The report, on standard error: a table on a terminal, plain text elsewhere."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from lorary.fidelity import HEAD
+
+    for note in rows.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(done, file=sys.stderr)
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        print(fidelity, f"compared on {len(rows.ids):,} {rows.source}", sep="\n", file=sys.stderr)
+        return
+    table = Table(*HEAD[:1], title="against the live adapter", title_justify="left")
+    for name in HEAD[1:]:
+        table.add_column(name, justify="right")
+    for row in fidelity.rows():
+        table.add_row(*row)
+    console.print(table, markup=False)
+    for line in (fidelity.compared, f"compared on {len(rows.ids):,} {rows.source}"):
+        console.print(line, markup=False)
+    for text in fidelity.advice:
+        console.print(f"advice: {text}", style="yellow", markup=False)

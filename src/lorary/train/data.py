@@ -68,6 +68,18 @@ def load(section: DataSection, task: str = "sft", seed: int = 42) -> Data:
     return Data(tuple(examples), tuple(held_out), shape, tuple(notes))
 
 
+def validation(section: DataSection) -> list[Example]:
+    """The rows of `section.validation` alone, without reading what is learnt.
+
+    Raises:
+        DataError: a source that cannot be read, or rows without a common shape.
+    """
+    sources = section.validation or ()
+    rows, name = _read(sources, "validation", section), ", ".join(sources)
+    shape = section.format if section.format != "auto" else detect(rows, name)
+    return normalise(_without_blanks(rows, shape, name)[0], shape, name)
+
+
 def _read(sources: Sequence[str], split: str, section: DataSection) -> list[Record]:
     records = [record for source in sources for record in read_source(source, split, section.subset)]
     return [_renamed(record, section) for record in records] if section.columns else records
