@@ -12,7 +12,6 @@ import typer
 
 # The rest of the family: name, equation, citation. A method moves out of here when its file arrives.
 PLANNED = {
-    "qlora": ("y = NF4(W) x + b + s B A x", "Dettmers et al. 2023, arXiv:2305.14314"),
     "longlora": ("shifted sparse attention, norms and embeddings in full", "Chen et al. 2023, arXiv:2309.12307"),
     "lorahub": (
         "the weighted sum of many adapters, weights found without gradients",
