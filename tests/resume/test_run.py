@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -66,6 +67,15 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return result
 
 
+@pytest.fixture(scope="module")
+def killed_at_9(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run leaves behind that was killed at the end of step 9; each test goes on with a copy."""
+    folder = tmp_path_factory.mktemp("killed")
+    status, _ = forked(lambda: _run(folder, stop=9, with_signal=signal.SIGKILL))
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    return folder
+
+
 @pytest.mark.parametrize(("killed", "after"), [(2, 1), (6, 5), (7, 6), (10, 9)])
 def test_killed_in_the_middle_and_resumed_it_is_the_same_run(
     tmp_path: Path, uninterrupted: Any, killed: int, after: int
@@ -113,10 +123,10 @@ FORGOTTEN = ("random numbers", "place in the epoch", "order of the rows", "adapt
 
 @pytest.mark.parametrize("what", FORGOTTEN)
 def test_the_comparison_notices_whatever_is_forgotten(
-    tmp_path: Path, uninterrupted: Any, what: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, uninterrupted: Any, killed_at_9: Path, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The negative control: the very same test, with one thing not restored, must not find the runs equal."""
-    forked(lambda: _run(tmp_path, stop=9, with_signal=signal.SIGKILL))
+    shutil.copytree(killed_at_9, tmp_path, dirs_exist_ok=True)
     _forget(monkeypatch, what)
     status, resumed = forked(lambda: _result(_run(tmp_path, resume=True)))
     assert status == 0
@@ -128,9 +138,9 @@ def test_the_comparison_notices_whatever_is_forgotten(
 
 
 def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(
-    tmp_path: Path, uninterrupted: Any, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, uninterrupted: Any, killed_at_9: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    forked(lambda: _run(tmp_path, stop=9, with_signal=signal.SIGKILL))
+    shutil.copytree(killed_at_9, tmp_path, dirs_exist_ok=True)
     newest = tmp_path / "checkpoint-8" / checkpoint.TENSORS
     newest.write_bytes(newest.read_bytes()[:-7])
     with caplog.at_level("INFO", logger="lorary.train"):
