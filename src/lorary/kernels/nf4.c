@@ -79,13 +79,17 @@ static void split(void (*work)(const void *, int64_t, int64_t), const void *job,
 PUT(put_floats, float, Wide, put_wide, spill_wide)
 PUT(put_halves, uint16_t, Narrow, put_narrow, spill_narrow)
 
+static inline int64_t size_of(int type) { return type == FLOAT32 || type >= WIDE ? 4 : 2; }
+
 /* `count` numbers from place `start` of the flattened weight, whatever blocks they lie in. */
 static void unpack_range(const Packed *w, int64_t start, int64_t count, int type, char *out) {
     int64_t block = start / w->block, here = smaller(count, (block + 1) * w->block - start);
     for (; count > 0; block++, here = smaller(count, w->block)) { /* `here` lie in this block */
-        if (type == FLOAT32) put_floats(w->codes, start, here, numbers_of(w, block), (float *)(void *)out);
-        else put_halves(w->codes, start, here, narrow(numbers_of(w, block), type), (uint16_t *)(void *)out);
-        start += here, count -= here, out += here * (type == FLOAT32 ? 4 : 2);
+        const Wide t = numbers_of(w, block);
+        if (type == FLOAT32) put_floats(w->codes, start, here, t, (float *)(void *)out);
+        else if (type >= WIDE) put_floats(w->codes, start, here, rounded(t, type - WIDE), (float *)(void *)out);
+        else put_halves(w->codes, start, here, narrow(t, type), (uint16_t *)(void *)out);
+        start += here, count -= here, out += here * size_of(type);
     }
 }
 
@@ -99,7 +103,7 @@ typedef struct {
 
 static void unpack_share(const void *given, int64_t first, int64_t last) {
     const Unpacking *j = given;
-    const int64_t size = j->type == FLOAT32 ? 4 : 2;
+    const int64_t size = size_of(j->type);
     const int one = !j->list && j->columns == j->width && j->stride == j->width; /* one range */
     const int64_t step = one ? last - first : 1, count = one ? step * j->width : j->columns;
     for (int64_t row = first; row < last; row += step) {

@@ -11,7 +11,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, WIDE = 4 }; /* a 16-bit type + WIDE: rounded to it, but 32 bits */
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__F16C__)
 #include <immintrin.h>

@@ -2,8 +2,9 @@
 
 The first call compiles `nf4.c`, in about a second, into the user's cache folder (`$XDG_CACHE_HOME/lorary` or
 `~/.cache/lorary`); later processes load what is there. The file's name is a digest of the source, the compiler, its
-options and the processor. Where there is no compiler or no place to write, or what was compiled does not give the
-numbers of the table, the table is used. `LORARY_NATIVE=0` asks for the table.
+options and the processor: a folder may be shared by machines that differ. Where there is no compiler or no place to
+write, or what was compiled does not give the numbers of the table, the table is used. `LORARY_NATIVE=0` asks for the
+table.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from lorary.kernels.nf4_values import CODE, DYNAMIC, Packed, matrix_shape, pack,
 SOURCE, HEADER = Path(__file__).with_name("nf4.c"), Path(__file__).with_name("nf4_lanes.h")
 OPTIONS = ("-O3", "-std=c11", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+WIDE = 4  # on top of a 16-bit type: numbers rounded to it, kept in 32 bits
 SHARE = 2**19  # numbers that are worth a thread of their own
 
 
@@ -55,8 +57,24 @@ class Native:
         library.lorary_nf4_isa.restype = ctypes.c_char_p
         self.isa: str = library.lorary_nf4_isa().decode()
 
-    def unpack(self, packed: Packed, rows: tuple[int, int], columns: tuple[int, int], out: Tensor) -> None:
-        """Writes a rectangle of the weight; `out` [rows, columns] of a type in `TYPES`, dense along its rows."""
+    def unpack(
+        self,
+        packed: Packed,
+        rows: tuple[int, int],
+        columns: tuple[int, int],
+        out: Tensor,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Writes a rectangle of the weight.
+
+        Args:
+            packed: `readable`.
+            rows: (first, behind the last) in the matrix of the weight's last dimension.
+            columns: likewise.
+            out: [rows, columns] of a dtype in `TYPES`, dense along its rows.
+            dtype: of 16 bits, that numbers are rounded to where `out` is float32.
+        """
+        kind = TYPES[out.dtype] if dtype in (None, out.dtype) else TYPES[dtype] + WIDE
         width = matrix_shape(packed.shape)[1]
         height, across = rows[1] - rows[0], columns[1] - columns[0]
         self._unpack(
@@ -68,7 +86,7 @@ class Native:
             width,
             out.data_ptr(),
             out.stride(0),
-            TYPES[out.dtype],
+            kind,
             _threads(height * across),
         )
 
@@ -172,7 +190,15 @@ def library(options: tuple[str, ...]) -> Path:
     if compiler is None:
         raise FileNotFoundError("there is no C compiler")
     source, seen = SOURCE.read_bytes() + HEADER.read_bytes(), os.stat(compiler)
-    key = (source, os.path.realpath(compiler), seen.st_size, seen.st_mtime_ns, options, _processor())
+    key = (
+        source,
+        os.path.realpath(compiler),
+        seen.st_size,
+        seen.st_mtime_ns,
+        options,
+        platform.machine(),
+        sorted(features()),
+    )
     folder = _cache()
     path = folder / f"nf4-{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.so"
     if not path.exists():
@@ -199,24 +225,27 @@ def _cache() -> Path:
     return folder
 
 
-def _processor() -> str:
-    """What the processor can do: a folder may be shared by machines that differ."""
+@lru_cache
+def features() -> frozenset[str]:
+    """What the processor can do, in Linux's words; empty where it is not told."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        lines = []
-    features = {line for line in lines if line.startswith(("flags", "Features", "model name"))}
-    return "\n".join([platform.machine(), platform.processor(), *sorted(features)])
+        return frozenset()
+    return frozenset(word for line in lines if line.startswith(("flags", "Features")) for word in line.split())
 
 
 def _agrees(made: Native) -> bool:
     """Whether it gives the table's numbers, of each type, with blocks that straddle rows and without."""
-    for shape in ((6, 128), (5, 67)):
-        ramp = torch.arange(shape[0] * shape[1], dtype=torch.float32, device="cpu").reshape(shape)
-        packed = pack(torch.sin(ramp))
+    for height, width in ((6, 128), (5, 67)):
+        packed = pack(torch.sin(torch.arange(height * width, dtype=torch.float32, device="cpu")).view(height, width))
         for dtype in TYPES:
-            ours, table = torch.empty(shape, dtype=dtype, device="cpu"), torch.empty(shape, dtype=dtype, device="cpu")
-            made.unpack(packed, (0, shape[0]), (0, shape[1]), ours)
-            if not torch.equal(ours, region(packed, (0, shape[0]), (0, shape[1]), table)):
+            ours, table, wide = (
+                torch.empty((height, width), dtype=t, device="cpu") for t in (dtype, dtype, torch.float32)
+            )
+            region(packed, (0, height), (0, width), table)
+            made.unpack(packed, (0, height), (0, width), ours)
+            made.unpack(packed, (0, height), (0, width), wide, dtype)
+            if not (torch.equal(ours, table) and torch.equal(wide, table.to(torch.float32))):
                 return False
     return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import threading
 from functools import lru_cache
 from typing import Any
 
@@ -16,12 +17,19 @@ import torch
 from torch import Tensor
 
 from lorary.kernels.low_rank import without_autocast
-from lorary.kernels.nf4_native import TYPES, native, readable
+from lorary.kernels.nf4_native import TYPES, features, native, readable
 from lorary.kernels.nf4_values import NESTED, Packed, magnitudes, matrix_shape, region, shapes_only
 
-TILE = 2**20  # numbers of the weight that are there at once
+TILE = 2**21  # numbers of the weight that are there at once, about
 TILE_GPU = 2**26  # on a GPU, whose cache holds no tile: 128 MiB in 16 bits
-FEW = 8  # rows of x up to which the compiled code takes the product without writing the weight down
+FEW = 16  # rows of x up to which the compiled code takes the product without writing the weight down
+EVEN = 64  # a tile is of a multiple of so many rows or columns
+# what /proc/cpuinfo calls products of 16-bit numbers; without them they take longer than those of 32 bits
+_SHORT = {
+    torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16"},
+    torch.float16: {"avx512_fp16", "amx_fp16", "asimdhp"},
+}
+Span = tuple[int, int]
 
 
 @lru_cache
@@ -32,8 +40,28 @@ def triton_kernels() -> Any:
     return importlib.import_module("lorary.kernels.nf4_triton")
 
 
-def read(packed: Packed, rows: tuple[int, int], columns: tuple[int, int], out: Tensor) -> Tensor:
-    """Writes a rectangle of the weight, as a matrix of its last dimension, to `out` [rows, columns]; returns it."""
+@lru_cache
+def working_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
+    """What a product of this dtype is taken in: float32 for 16-bit numbers on processors that cannot multiply them."""
+    if device != "cpu" or dtype not in _SHORT or not features():
+        return dtype
+    return dtype if _SHORT[dtype] & features() else torch.float32
+
+
+def read(packed: Packed, rows: Span, columns: Span, out: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Writes a rectangle of the weight, as a matrix of its last dimension.
+
+    Args:
+        packed: the weight.
+        rows: (first, behind the last).
+        columns: likewise.
+        out: [rows, columns] of any floating dtype.
+        dtype: what the numbers are rounded to, if not to `out`'s.
+
+    Returns:
+        `out`.
+    """
+    dtype = dtype or out.dtype
     if shapes_only(out, packed.codes) or out.numel() == 0:
         return out
     width = matrix_shape(packed.shape)[1]
@@ -41,23 +69,26 @@ def read(packed: Packed, rows: tuple[int, int], columns: tuple[int, int], out: T
         kernels.unpack(rows_of(packed, *rows), out.dtype, out)
         return out
     compiled = native() if out.device.type == "cpu" and out.stride(1) == 1 and readable(packed) else None
-    if compiled is None:
-        return region(packed, rows, columns, out)
-    if out.dtype in TYPES:
-        compiled.unpack(packed, rows, columns, out)
+    if compiled is not None and out.dtype in TYPES:
+        compiled.unpack(packed, rows, columns, out, dtype)
         return out
-    wide = torch.empty(out.shape, dtype=torch.float32, device=out.device)
-    compiled.unpack(packed, rows, columns, wide)
-    return out.copy_(wide)
+    first = torch.float32 if compiled is not None and dtype not in TYPES else dtype
+    made = out if out.dtype == first else torch.empty(out.shape, dtype=first, device=out.device)
+    if compiled is None:
+        region(packed, rows, columns, made)
+    else:
+        compiled.unpack(packed, rows, columns, made)
+    return out if made is out else out.copy_(made)
 
 
 def unpack_into(packed: Packed, out: Tensor) -> Tensor:
     """Writes the whole weight to `out` [height, width]."""
     height, width = matrix_shape(packed.shape)
-    # the compiled code and the kernels need no tiles, other means do, for what they make on the way
-    step = max(1, height) if out.dtype in TYPES and readable(packed) and native() else _rows(packed, out.device)
-    for top in range(0, height, step):
-        bottom = min(height, top + step)
+    if out.is_cuda:
+        whole = triton_kernels() is not None
+    else:
+        whole = out.dtype in TYPES and readable(packed) and native() is not None
+    for top, bottom in [(0, height)] if whole else _spans(height, width):  # other means make more on the way
         read(packed, (top, bottom), (0, width), out[top:bottom])
     return out
 
@@ -70,16 +101,22 @@ def product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         y = _with_few_rows(flat, packed, bias)
         if y is None:
             y = flat.new_empty((flat.shape[0], height))
-            step = _rows(packed, x.device)
-            tile = y.new_empty((min(step, height), width))
-            for top in range(0, height, step):
-                bottom = min(height, top + step)
-                W = read(packed, (top, bottom), (0, width), tile[: bottom - top])
-                if bias is None:
-                    torch.mm(flat, W.t(), out=y[:, top:bottom])
-                else:
-                    torch.addmm(bias[top:bottom], flat, W.t(), out=y[:, top:bottom])
+            work = flat.to(working_dtype(x.dtype, x.device.type))
+            for top, bottom in _row_spans(packed, x.device):
+                tile = _scratch(work, bottom - top, width)
+                W = read(packed, (top, bottom), (0, width), tile, x.dtype)
+                _multiply(work, W.t(), y[:, top:bottom], None if bias is None else bias[top:bottom])
     return y.view(*x.shape[:-1], height)
+
+
+def _multiply(left: Tensor, right: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
+    """out = left·right + bias, rounded to out's dtype where that is another."""
+    if left.dtype != out.dtype:
+        out.copy_(left @ right if bias is None else torch.addmm(bias.to(left.dtype), left, right))
+    elif bias is None:
+        torch.mm(left, right, out=out)
+    else:
+        torch.addmm(bias, left, right, out=out)
 
 
 def _with_few_rows(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor | None:
@@ -109,36 +146,66 @@ def gradient(gy: Tensor, packed: Packed) -> Tensor:
 def _by_columns(gy: Tensor, packed: Packed) -> Tensor:
     height, width = packed.shape
     gx = gy.new_empty((gy.shape[0], width))
-    step = max(1, TILE // max(1, height) // packed.block) * packed.block
-    tile = gy.new_empty(height * min(step, width))
-    for left in range(0, width, step):
-        right = min(width, left + step)
-        part = tile[: height * (right - left)].view(height, right - left)
-        torch.mm(gy, read(packed, (0, height), (left, right), part), out=gx[:, left:right])
+    work = gy.to(working_dtype(gy.dtype, gy.device.type))
+    for left, right in _spans(width, height):
+        tile = _scratch(work, height, right - left)
+        _multiply(work, read(packed, (0, height), (left, right), tile, gy.dtype), gx[:, left:right])
     return gx
 
 
 def _by_rows(gy: Tensor, packed: Packed) -> Tensor:
     """The sum over tiles is taken in 32 bits."""
     height, width = packed.shape
-    step = _rows(packed, gy.device)
-    tile, sum_ = gy.new_empty((min(step, height), width)), None
-    for top in range(0, height, step):
-        bottom = min(height, top + step)
-        part = gy[:, top:bottom] @ read(packed, (top, bottom), (0, width), tile[: bottom - top])
-        if step >= height:
+    sum_: Tensor | None = None
+    for top, bottom in _row_spans(packed, gy.device):
+        tile = _scratch(gy, bottom - top, width)
+        part = gy[:, top:bottom] @ read(packed, (top, bottom), (0, width), tile)
+        if bottom - top == height:
             return part
         sum_ = part.to(torch.promote_types(part.dtype, torch.float32)) if sum_ is None else sum_.add_(part)
     return gy.new_zeros((gy.shape[0], width)) if sum_ is None else sum_.to(gy.dtype)
 
 
-def _rows(packed: Packed, device: torch.device) -> int:
-    """How many rows are a tile; on a GPU a number of them that second-level blocks fit, so that a tile is a view."""
+# --- tiles ------------------------------------------------------------------------------------------------------------
+
+
+def _spans(total: int, across: int) -> list[Span]:
+    """(first, behind the last) of about equal pieces of `total` rows of `across` numbers."""
+    pieces = max(1, -(-total * across // TILE))
+    size = max(EVEN, -(-total // (pieces * EVEN)) * EVEN)
+    return [(start, min(total, start + size)) for start in range(0, total, size)]
+
+
+def _row_spans(packed: Packed, device: torch.device) -> list[Span]:
+    """Pieces of rows; on a GPU of so many that second-level blocks begin with them, so that a tile is a view."""
     height, width = matrix_shape(packed.shape)
     if device.type == "cpu":
-        return max(1, TILE // max(1, width))
+        return _spans(height, width)
     fit = packed.block * NESTED // math.gcd(packed.block * NESTED, max(1, width))
-    return max(1, min(height, max(1, TILE_GPU // max(1, width) // fit) * fit))
+    size = max(1, TILE_GPU // max(1, width) // fit) * fit
+    return [(start, min(height, start + size)) for start in range(0, height, size)]
+
+
+class _Kept(threading.local):
+    memory: Tensor | None = None
+
+
+_kept = _Kept()
+
+
+def _scratch(like: Tensor, rows: int, columns: int) -> Tensor:
+    """[rows, columns] memory for one tile of `like`'s dtype, which the next call takes again.
+
+    On the CPU a thread keeps its last one: fresh memory has to be cleared by the system, page by page, which takes
+    longer than filling it.
+    """
+    if like.device.type != "cpu" or shapes_only(like):
+        return like.new_empty((rows, columns))
+    bytes_ = rows * columns * like.element_size()
+    if _kept.memory is None or _kept.memory.numel() < bytes_:
+        with torch.inference_mode(False):
+            _kept.memory = torch.empty(bytes_, dtype=torch.uint8, device="cpu")
+    return _kept.memory[:bytes_].view(like.dtype).view(rows, columns)
 
 
 def rows_of(packed: Packed, top: int, bottom: int) -> Packed:

@@ -199,7 +199,7 @@ def numbers_at(packed: Packed, index: Tensor) -> Tensor:
 def region(packed: Packed, rows: tuple[int, int], columns: tuple[int, int], out: Tensor) -> Tensor:
     """Writes a rectangle of a weight of `[height, width]` (flattened from `packed.shape`) to `out`, by a table.
 
-    Where blocks lie within rows, a byte is looked up as the pair of values it stands for; elsewhere each number.
+    A byte is looked up as the pair of values that it stands for, where pairs lie within rows and blocks.
 
     Args:
         packed: the weight; a shape of more or fewer dimensions is taken as a matrix of its last one.
@@ -207,18 +207,17 @@ def region(packed: Packed, rows: tuple[int, int], columns: tuple[int, int], out:
         columns: likewise.
         out: [rows, columns] of any floating dtype and strides; the product of value and magnitude is rounded once.
     """
-    width, block = matrix_shape(packed.shape)[1], packed.block
+    width = matrix_shape(packed.shape)[1]
     (top, bottom), (left, right) = rows, columns
-    if width % block or left % block or right % block:
-        places = torch.arange(top, bottom, device=out.device).unsqueeze(1) * width
-        places = places + torch.arange(left, right, device=out.device)
-        return out.copy_(numbers_at(packed, places))
+    group = math.gcd(packed.block, width, left, right)  # so many neighbours share a magnitude
+    starts = torch.arange(top, bottom, device=out.device).unsqueeze(1) * width
+    starts = starts + torch.arange(left, right, group, device=out.device)
+    if group == 1:
+        return out.copy_(numbers_at(packed, starts))
     codes = packed.codes.view(-1, width // 2)[top:bottom, left // 2 : right // 2].int()
-    pairs = on(out.device)[2][codes]  # [rows, columns / 2, 2]
-    blocks = torch.arange(top, bottom, device=out.device).unsqueeze(1) * (width // block)
-    blocks = blocks + torch.arange(left // block, right // block, device=out.device)
-    scale = magnitudes(packed, blocks).unsqueeze(2)  # [rows, blocks, 1]
-    return out.copy_(pairs.view(*scale.shape[:2], block).mul_(scale).view(out.shape))
+    scale = magnitudes(packed, starts // packed.block).unsqueeze(2)  # [rows, groups, 1]
+    numbers = on(out.device)[2][codes].view(*scale.shape[:2], group)  # from [rows, columns / 2, 2]
+    return out.copy_(numbers.mul_(scale).view(out.shape))
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
