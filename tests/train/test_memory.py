@@ -28,6 +28,7 @@ from transformers import (
 
 import lorary
 from lorary.errors import PlanError, StateError
+from lorary.footprint.workload import Workload
 from lorary.plans import Plan
 from lorary.train.loss import LabelledHead
 from lorary.train.memory import Memory, by_formula, estimate
@@ -215,10 +216,11 @@ def test_the_formula_agrees_with_the_count(preset: str, targets: str, dtype: tor
     plan = _plan(model, preset, targets=targets, r=8)
     inputs = {"input_ids": torch.zeros(4, 256, dtype=torch.long)}
     count = simulate(model, plan, inputs, dtype=dtype, gradient_checkpointing=checkpointing)
-    formula = by_formula(model, plan, inputs, dtype, checkpointing)
+    formula = by_formula(model, plan, Workload(4, 256, dtype, checkpointing=checkpointing))
     assert formula is not None
-    assert formula.kept == pytest.approx(count.kept, rel=0.04)
-    assert formula.loss == pytest.approx(count.loss, rel=0.3)
+    assert formula.kept == pytest.approx(count.kept, rel=0.004)
+    assert formula.loss == pytest.approx(count.loss, rel=0.004)
+    assert formula.working == pytest.approx(count.working, rel=0.004)
 
 
 def test_checkpointing_labels_and_length_move_what_they_should() -> None:

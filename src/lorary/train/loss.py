@@ -32,12 +32,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
+from lorary.footprint.chunks import chunk as chunk_of
 from lorary.loop import evaluating
-
-LOGITS = 2**24
-"""Logits per call of the head (64 MiB in fp32), unless that would be fewer than `TOKENS` tokens."""
-TOKENS = 512
-"""The least number of tokens per call. On a CPU smaller ones cost time: 64 instead of 512 tokens, +80 %."""
 
 STATISTICS = ("entropy", "is_top1", "mean_logits", "log_sum_sq_probs")
 
@@ -86,7 +82,7 @@ class LabelledHead:
     def __init__(self, model: Any, statistics: tuple[str, ...] = STATISTICS[:2], chunk: int | None = None) -> None:
         self.model = model
         self.statistics = statistics
-        self.chunk = chunk or max(TOKENS, LOGITS // model.config.get_text_config().vocab_size)
+        self.chunk = chunk or chunk_of(model.config.get_text_config().vocab_size)
         self.plain: bool | None = None  # whether logits = head(hidden states); None: not yet known
         self.rows: Tensor | None = None  # of the last batch without gradients: [batch, (sum of losses, labels)]
         self.original: Callable[..., Any] = model.forward

@@ -1,76 +1,29 @@
 """What a training run will need in memory, item by item, before it starts: on any machine, without the weights.
 
 Parameters, gradients and the optimizer's state follow from the plan. What the activations take is counted in one
-step on the meta device (`simulation`), and computed from a formula where a model's code cannot run there.
+step on the meta device (`simulation`), for whatever model; where a model's code cannot run there, and wherever an
+answer has to come at once, it is computed in closed form (`lorary.footprint`).
 """
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lorary.errors import LoraryError, PlanError, Problem
-from lorary.placed import Placed, distinct
+from lorary.footprint.architecture import architecture
+from lorary.footprint.fixed import fixed
+from lorary.footprint.memory import Memory
+from lorary.footprint.step import Activations, activations
+from lorary.footprint.workload import Workload
 from lorary.plans import Plan, human_bytes
-from lorary.train.loss import LOGITS, TOKENS
-from lorary.train.simulation import Activations, simulate
+from lorary.train.simulation import simulate
 
-
-@dataclass(frozen=True)
-class Memory:
-    """What the fullest moment of a training step holds, in bytes.
-
-    Args:
-        weights: the base model's parameters and buffers.
-        adapters: the adapters' tensors, as float32 masters.
-        gradients: of everything that trains, in its own dtype.
-        optimizer: the optimizer's state.
-        rules: what the method's rules keep from step to step.
-        activations: kept by the forward pass for the backward pass; None where it could not be found out.
-        logits: what LM head and loss hold on top for a moment; None likewise.
-        working: what the backward pass holds on top for a moment, one block at a time; None likewise.
-        notes: what the figures assume.
-    """
-
-    weights: int
-    adapters: int
-    gradients: int
-    optimizer: int
-    activations: int | None
-    logits: int | None
-    working: int | None
-    notes: tuple[str, ...] = ()
-    rules: int = 0
-
-    @property
-    def fixed(self) -> int:
-        """What is there from the second step on, whatever the batch: all but activations, logits and working."""
-        return self.weights + self.adapters + self.gradients + self.optimizer + self.rules
-
-    @property
-    def total(self) -> int:
-        """The fullest moment. The loss and the backward pass come one after the other: the larger one counts."""
-        return self.fixed + (self.activations or 0) + max(self.logits or 0, self.working or 0)
-
-    def __str__(self) -> str:
-        names = ("weights", "adapters", "gradients", "optimizer", "rules", "activations", "logits", "working")
-        texts = {
-            name: "unknown" if value is None else human_bytes(value)
-            for name in names
-            if (value := getattr(self, name)) != 0
-        }
-        unknown = self.activations is None
-        texts["total"] = f"more than {human_bytes(self.total)}" if unknown else human_bytes(self.total)
-        if self.logits and self.working:
-            smaller = "logits" if self.logits < self.working else "working"
-            texts[smaller] += "  (at another moment than the fullest)"
-        lines = [f"{name:<12}{text}" for name, text in texts.items()]
-        return "\n".join(lines + [f"{'note':<12}{note}" for note in self.notes])
+__all__ = ["Memory", "by_formula", "estimate"]
 
 
 def estimate(
@@ -111,17 +64,7 @@ def estimate(
     given = _inputs(model, batch, length) if inputs is None else dict(inputs)
     if padding and "input_ids" in given:
         given["attention_mask"] = torch.empty_like(given["input_ids"], device="meta")
-    adapter_numbers = sum(p.trainable for p in distinct(plan.placed))
-    sizes = {id(t): (t.numel(), t.element_size(), t.is_floating_point()) for t in _tensors(model)}
-    width = None if dtype is None else dtype.itemsize
-    weights = sum(n * (width if width and floating else size) for n, size, floating in sizes.values())
-    full = sum(f.size * width if width else f.bytes for f in plan.full)
-    gradients = 4 * adapter_numbers + sum(f.size * width if width else f.bytes for f in plan.full if f.trains)
-    rules = sum(rule.holds(p.shapes) for p in plan.placed for rule in plan.method.rules)
-    if optimizer_bytes_per_parameter is None:
-        optimizer = 2 * gradients
-    else:
-        optimizer = math.ceil(optimizer_bytes_per_parameter * plan.trainable)
+    memory = fixed(model, plan, dtype, per_parameter=optimizer_bytes_per_parameter)
     notes = [_described(given, dtype or _dtype(model), gradient_checkpointing)]
     found: Activations | None
     try:
@@ -133,69 +76,30 @@ def estimate(
     except LoraryError:
         raise
     except Exception as error:  # whatever foreign model code raises without values
-        found, why = (
-            by_formula(model, plan, given, dtype or _dtype(model), gradient_checkpointing, labelled),
-            _why(error),
-        )
+        work = _workload(given, dtype or _dtype(model), gradient_checkpointing, labelled)
+        found, why = by_formula(model, plan, work), _why(error)
         what = "the activations are unknown" if found is None else "the activations follow a formula for Llama's block"
         notes.append(f"{type(model).__name__} cannot run without values ({why}): {what}")
-    if full:
-        text = f"the starting values of what changes in full are kept on the CPU for `detach`: {human_bytes(full)} more"
-        notes.append(text)
-    activations, logits, working = (None,) * 3 if found is None else (found.kept, found.loss, found.working)
-    return Memory(weights, plan.adapter_bytes, gradients, optimizer, activations, logits, working, tuple(notes), rules)
+    if plan.full:
+        size = human_bytes(sum(f.size * dtype.itemsize if dtype else f.bytes for f in plan.full))
+        notes.append(f"the starting values of what changes in full are kept on the CPU for `detach`: {size} more")
+    items = (None,) * 3 if found is None else (found.kept, found.loss, found.working)
+    words = dict(zip(("activations", "logits", "working"), items, strict=True))
+    return dataclasses.replace(memory, notes=tuple(notes), **cast(Any, words))
 
 
-def by_formula(
-    model: nn.Module,
-    plan: Plan,
-    inputs: Mapping[str, Tensor],
-    dtype: torch.dtype,
-    gradient_checkpointing: bool = False,
-    labelled: float = 1.0,
-) -> Activations | None:
-    """The same in closed form for blocks as Llama has them; None for a model that does not say that it has any.
+def by_formula(model: nn.Module, plan: Plan, work: Workload | None) -> Activations | None:
+    """The same in closed form; None for a model that does not say that its blocks are Llama's or GPT-2's."""
+    sizes = architecture(getattr(model, "config", None), guess=True)
+    return None if sizes is None or work is None else activations(sizes, plan, work)
 
-    Per token and block: the inputs of two norms in float32, the rotated q and k, v, attention's output and its
-    log-sum-exp, three vectors of the gated MLP; then the inputs of adapted layers whose A trains (q, k, v share
-    one, gate and up another, o reads what attention keeps anyway) and, where B trains, their z.
-    """
-    config: Any = getattr(model, "config", None)
-    try:
-        H, M, layers, heads = (
-            int(getattr(config, key))
-            for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        )
-        V, T = int(config.vocab_size), inputs["input_ids"].numel()
-    except (AttributeError, KeyError, TypeError, ValueError):
+
+def _workload(given: Mapping[str, Tensor], dtype: torch.dtype, again: bool, labelled: float) -> Workload | None:
+    if "input_ids" not in given:
         return None
-    head_width = getattr(config, "head_dim", None) or H // heads
-    Q = heads * head_width
-    K = (getattr(config, "num_key_value_heads", None) or heads) * head_width
-    e = dtype.itemsize
-    block = T * (8 * H + 4 * heads + e * (2 * Q + 2 * K + 3 * M))
-    adapted = T * e * sum(_kept_by_sites(plan.placed, H, M).values())
-    rows = math.ceil(T * labelled)
-    loss = e * rows * H + min(rows, max(TOKENS, LOGITS // V)) * V * 16
-    ends = T * H * (e + 4)
-    if gradient_checkpointing:
-        return Activations(T * H * e * layers + ends, loss, block + adapted // max(1, layers) + 2 * T * e * M)
-    return Activations(block * layers + adapted + ends, loss, 3 * T * e * M)
-
-
-_SHARED = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "mlp", "up_proj": "mlp"}
-
-
-def _kept_by_sites(placed: tuple[Placed, ...], hidden: int, mlp: int) -> dict[str, int]:
-    """Numbers per token kept for the adapters' sake: each input once, and every site's z."""
-    kept: dict[str, int] = {}
-    for p in placed:
-        block, _, name = p.site.name.rpartition(".")
-        if "B" in p.method.trained:
-            kept[f"{p.site.name} z"] = p.r
-        if "A" in p.method.trained and name != "o_proj":
-            kept[f"{block} {_SHARED.get(name, name)}"] = p.site.inp
-    return kept
+    batch, length = given["input_ids"].shape
+    padding = "attention_mask" in given
+    return Workload(batch, length, dtype, padding=padding, labelled=labelled, checkpointing=again)
 
 
 def _inputs(model: nn.Module, batch: int, length: int) -> dict[str, Tensor]:
@@ -210,10 +114,6 @@ def _inputs(model: nn.Module, batch: int, length: int) -> dict[str, Tensor]:
     if problems:
         raise PlanError("the memory of this training cannot be predicted:", problems)
     return {"input_ids": torch.empty(batch, length, dtype=torch.long, device="meta")}
-
-
-def _tensors(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

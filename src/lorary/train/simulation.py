@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,27 +21,13 @@ from torch.library import _scoped_library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorary.accounting import LiveBytes
+from lorary.footprint.step import Activations
 from lorary.plans import Plan
 from lorary.surgery import attach
 from lorary.train.loss import LabelledHead
 
 CHANGED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Settings of models that change the logits after the head: those take part in the loss in full."""
-
-
-@dataclass(frozen=True)
-class Activations:
-    """What a training step holds beside parameters, their gradients and the optimizer's state, in bytes.
-
-    Args:
-        kept: alive when the forward pass has reached the last hidden states: kept for the backward pass.
-        loss: what head and loss hold on top of that at their fullest moment.
-        working: what the backward pass through the model holds on top of that at its fullest moment.
-    """
-
-    kept: int
-    loss: int
-    working: int
 
 
 def simulate(
