@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from lorary import words
-from tests import pages
+from tests import fresh, pages
 
+pytestmark = pytest.mark.xdist_group(fresh.GROUP)
 PAGE = pages.ROOT / "CONTRIBUTING.md"
 
 
@@ -22,27 +20,25 @@ def example() -> tuple[str, str]:
     return file, use
 
 
-def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A new Python that finds modules in `folder` first."""
-    env = os.environ | {"PYTHONPATH": str(folder)}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=pages.ROOT, env=env, capture_output=True, text=True, check=False
-    )
+def python(folder: Path, *arguments: str) -> tuple[int, str, str]:
+    """A new Python that finds modules in `folder` first: its exit status and what it prints."""
+    return fresh.Program(*arguments, folder=pages.ROOT, beside=folder, path=folder).ended()
 
 
-def laws(folder: Path, file: str, chosen: str) -> subprocess.CompletedProcess[str]:
+def laws(folder: Path, file: str, chosen: str) -> tuple[int, str]:
     """Runs the chosen laws with `file` as one method more."""
     (folder / "lora_xs.py").write_text(file, encoding="utf-8")
     tests = ["-p", "no:cacheprovider", "tests/laws/test_laws.py", "-k", chosen]
-    return python(folder, "-m", "pytest", "-p", "lora_xs", *tests)
+    tests += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of plugins that a library has brought along
+    return python(folder, "-m", "pytest", "-p", "lora_xs", *tests)[:2]
 
 
 def test_the_file_works_as_shown(tmp_path: Path) -> None:
     file, use = example()
     assert "src/lorary/methods/lora_xs.py" in PAGE.read_text(encoding="utf-8")
     (tmp_path / "lora_xs.py").write_text(file, encoding="utf-8")
-    done = python(tmp_path, "-c", f"import lora_xs\n{use}")
-    assert done.returncode == 0, done.stderr
+    status, _, errors = python(tmp_path, "-c", f"import lora_xs\n{use}")
+    assert status == 0, errors
 
 
 @pytest.mark.parametrize("protocol", [words.Delta, words.Join, words.Init, words.Rule, words.Storage, words.Scale])
@@ -60,9 +56,9 @@ def test_the_table_of_words_names_all_that_a_word_may_have(protocol: type) -> No
 
 @pytest.mark.slow
 def test_the_laws_find_it_and_hold(tmp_path: Path) -> None:
-    done = laws(tmp_path, example()[0], "[lora-xs- and float32")  # alone, on every kind of layer
-    assert done.returncode == 0, done.stdout
-    assert int(done.stdout.split(" passed")[0].split()[-1]) > 15, done.stdout
+    status, printed = laws(tmp_path, example()[0], "[lora-xs- and float32")  # alone, on every kind of layer
+    assert status == 0, printed
+    assert int(printed.split(" passed")[0].split()[-1]) > 15, printed
 
 
 @pytest.mark.slow
@@ -70,6 +66,6 @@ def test_the_laws_notice_a_mistake(tmp_path: Path) -> None:
     """R that does not start at zero moves the model at step 0."""
     wrong = example()[0].replace('p["R"].zero_()', 'p["R"].fill_(0.1)')
     assert wrong != example()[0]
-    done = laws(tmp_path, wrong, "law_holds and [lora-xs-linear-float32")
-    assert done.returncode == 1
-    assert "the law: nothing_moves_at_step_0" in done.stdout
+    status, printed = laws(tmp_path, wrong, "law_holds and [lora-xs-linear-float32")
+    assert status == 1
+    assert "the law: nothing_moves_at_step_0" in printed

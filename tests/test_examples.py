@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests import pages
+from tests import fresh, pages
 
 FOLDER = pages.ROOT / "examples"
 EXAMPLES = sorted(path.name for path in FOLDER.glob("*.py"))
 
 
+pytestmark = pytest.mark.xdist_group(fresh.GROUP)
+
+
 def output(name: str, folder: Path) -> str:
-    env = os.environ | {"PYTHONWARNINGS": "error", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, str(FOLDER / name)], cwd=folder, env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert list(folder.iterdir()) == [], "an example leaves nothing behind"
-    return done.stdout
+    (folder / "here").mkdir()
+    program = fresh.Program(str(FOLDER / name), folder=folder / "here", strict=True)
+    status, printed, errors = program.ended()
+    assert status == 0, errors
+    assert list((folder / "here").iterdir()) == [], "an example leaves nothing behind"
+    return printed
 
 
 def test_there_is_a_test_for_every_example() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 import signal
 import subprocess
 import sys
@@ -18,6 +18,7 @@ import yaml
 import lorary
 from lorary import builtin
 from lorary.train import checkpoint
+from tests import fresh
 
 CONFIG: dict[str, Any] = {
     "model": "builtin:base",
@@ -28,7 +29,7 @@ CONFIG: dict[str, Any] = {
         "ranks": {"*.down_proj": 2, "*.q_proj": 6},
         "options": {"ratio": 4},
     },
-    "data": {"train": "builtin:docstrings", "max_length": 128},
+    "data": {"train": "rows.jsonl", "max_length": 128},
     "training": {
         "max_steps": 6,
         "batch_size": 2,
@@ -39,18 +40,34 @@ CONFIG: dict[str, Any] = {
 }
 
 
+def _rows() -> str:
+    """Forty questions and answers of some thirty tokens, and no two alike."""
+    rows = [
+        {"prompt": f"def add_{i}(x):\n", "completion": f"    return x + {i}  # and {i * i} more"} for i in range(40)
+    ]
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir()
+    (path / "rows.jsonl").write_text(_rows())
+    (path / "run.yaml").write_text(yaml.safe_dump(CONFIG | {"output": "out"}))
+    return path
+
+
+COMMAND = ["-m", "lorary", "train", "run.yaml"]
+
+
 def _train(folder: Path, *arguments: str, kill_at: int = 0) -> int:
     """`lorary train`; with `kill_at`, killed as soon as that step's checkpoint is there."""
-    (folder / "run.yaml").write_text(yaml.safe_dump(CONFIG | {"output": "out"}))
-    command = [sys.executable, "-m", "lorary", "train", "run.yaml", *arguments]
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    program = fresh.Program(*COMMAND, *arguments, folder=folder)
     if kill_at:
-        while process.poll() is None and not (folder / f"out/checkpoints/checkpoint-{kill_at}").exists():
+        while program.running and not (folder / f"out/checkpoints/checkpoint-{kill_at}").exists():
             time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode in (0, -signal.SIGKILL), errors
-    return process.returncode
+        program.kill()
+    status, _, errors = program.ended()
+    assert status in (0, -signal.SIGKILL), errors
+    return status
 
 
 @torch.no_grad()
@@ -64,12 +81,12 @@ def _close(a: torch.Tensor, b: torch.Tensor) -> None:
     assert ((a - b).abs().max() / b.abs().max()).item() <= 1e-5
 
 
-@pytest.mark.xdist_group("five")
+@pytest.mark.slow
+@pytest.mark.xdist_group(fresh.GROUP)
 def test_five_at_once_train_resume_merge_and_reload(tmp_path: Path) -> None:
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    for folder in (straight, killed):
-        folder.mkdir()
-    assert _train(straight) == 0
+    straight, killed = _folder(tmp_path / "straight"), _folder(tmp_path / "killed")
+    done = subprocess.run([sys.executable, *COMMAND], cwd=straight, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
     assert _train(killed, kill_at=2) == -signal.SIGKILL
     assert checkpoint.newest(killed / "out/checkpoints")[0] is not None
     assert _train(killed, "--resume") == 0
