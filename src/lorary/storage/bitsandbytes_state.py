@@ -1,10 +1,10 @@
 """The tensors beside a weight's codes in bitsandbytes' 4-bit checkpoints: written and read, without bitsandbytes.
 
-    <name>.weight                                    uint8 [ceil(n / 2), 1]     codes, two a byte
-    <name>.weight.absmax                             fp32, or uint8 where it is quantised itself
-    <name>.weight.quant_map                          fp32 [16]                  the codes' values
-    <name>.weight.nested_absmax, .nested_quant_map   fp32 [...], fp32 [256]     of the quantised absmax
-    <name>.weight.quant_state.bitsandbytes__nf4      uint8: JSON with sizes, precision and the nested offset
+<name>.weight                                    uint8 [ceil(n / 2), 1]     codes, two a byte
+<name>.weight.absmax                             fp32, or uint8 where it is quantised itself
+<name>.weight.quant_map                          fp32 [16]                  the codes' values
+<name>.weight.nested_absmax, .nested_quant_map   fp32 [...], fp32 [256]     of the quantised absmax
+<name>.weight.quant_state.bitsandbytes__nf4      uint8: JSON with sizes, precision and the nested offset
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from lorary.kernels.nf4 import CODE, DYNAMIC, Packed
 
 STATE = "quant_state.bitsandbytes__nf4"
+KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state")  # below `<name>.weight.`
 _NESTED = 256  # largest values in a block of their own
 
 
@@ -94,7 +95,7 @@ def _said(found: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[str]]:
         problems.append(f"{STATE}: shape is {shape!r}")
     if type(block) is not int or block not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
         problems.append(f"{STATE}: blocksize is {block!r}")
-    if said.get("dtype") not in ("float32", "bfloat16", "float16"):
+    if said.get("dtype") not in ("float32", "bfloat16", "float16", "float64"):
         problems.append(f"{STATE}: dtype is {said.get('dtype')!r}")
     if said.get("quant_type", "nf4") != "nf4":
         problems.append(f"{STATE}: quant_type is {said['quant_type']!r}")

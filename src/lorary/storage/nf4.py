@@ -20,7 +20,7 @@ from lorary.kernels.low_rank import autocasting
 from lorary.kernels.nf4 import Packed, times, unpack, unpack_rows
 from lorary.kernels.nf4 import pack as pack_matrix
 from lorary.sites import KINDS, kind_of, obstacle
-from lorary.storage.bitsandbytes_state import read_state, written_state
+from lorary.storage.bitsandbytes_state import KEYS, read_state, written_state
 from lorary.weights import is_packed, keeps
 from lorary.words import Storage, word
 
@@ -130,6 +130,8 @@ class _Packed(nn.Module):
     ) -> None:
         start = f"{prefix}weight."
         found = {key.removeprefix(start): state_dict.pop(key) for key in list(state_dict) if key.startswith(start)}
+        if strict:
+            unexpected_keys += [f"{start}{key}" for key in found if key.partition(".")[0] not in KEYS]
         codes = state_dict.get(f"{prefix}weight")
         if codes is not None:
             packed, dtype, problems = read_state(codes, found)
@@ -139,9 +141,10 @@ class _Packed(nn.Module):
             error_msgs += [f"{prefix}weight: {problem}" for problem in problems]
             if packed is not None and not problems:
                 self.dtype = dtype
+                place = codes.device if local_metadata.get("assign_to_params_buffers") else self.weight.device
                 for name in _SCALES:
                     value = getattr(packed, name)
-                    setattr(self, name, None if value is None else value.to(self.weight.device, copy=True))
+                    setattr(self, name, None if value is None else value.to(place, copy=True))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
