@@ -10,6 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from lorary.train.config import Config
+    from lorary.train.forecast import Forecast
 
 
 def plan(
@@ -26,11 +27,20 @@ def plan(
     sets: Annotated[
         list[str] | None, typer.Option("--set", help="key=value, as in a configuration; may be repeated.")
     ] = None,
+    memory: Annotated[
+        float | None, typer.Option("--memory", min=0.1, help="Your GPU's memory in GB: what to change to fit into it.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Run one step without data as well; takes 10 to 30 seconds.")
+    ] = False,
 ) -> None:
-    """Show what would be trained: sites, shapes, parameters, memory.
+    """Show what would be trained: sites, shapes, parameters, memory, and which GPUs it fits on.
 
     Reads the model's configuration, not its weights: lorary plan Qwen/Qwen3-8B --method lora --r 16
     """
+    import gc
+
+    gc.disable()  # imports make many objects and no garbage: a tenth of the time less
     from lorary.train.config_file import from_dict, load
 
     words = {"name": method, "r": r, "alpha": alpha, "targets": targets, "exclude": exclude}
@@ -39,24 +49,63 @@ def plan(
         config = load(model, given)
     else:
         config = from_dict({"model": model, "data": "builtin:docstrings"}, given)
-    _show(config)
+    gc.enable()
+    _show(config, memory, check)
     for note in config.notes:
         print(f"note: {note}", file=sys.stderr)
 
 
-def _show(config: Config) -> None:
-    from lorary.train.memory import estimate
-    from lorary.train.models import dtype, skeleton
+def _show(config: Config, size: float | None, check: bool) -> None:
+    from lorary.footprint.room import SIZES
+    from lorary.train.forecast import forecast
+    from lorary.train.models import outline
 
-    training, bare = config.training, skeleton(config.model)
-    planned = config.method.plan(bare)
-    memory = estimate(
-        bare,
-        planned,
-        batch=training.batch_size * (2 if config.task == "dpo" else 1),
-        length=config.data.max_length,
-        dtype=dtype(config.model, bare.config),
-        gradient_checkpointing=training.gradient_checkpointing,
-        padding=not config.data.packing and training.batch_size > 1,
-    )
-    print(f"{planned}\n\nin training, at the fullest moment\n{memory}")
+    found = forecast(config, outline(config.model))
+    print(f"{found.plan}\n\nin training, at the fullest moment\n{found.memory}")
+    if found.memory.activations is None:
+        return
+    print(_room(found))
+    wanted = size or SIZES[-1]
+    if found.need.room(wanted) < 0:
+        print(_advice(config, found, wanted))
+    if check:
+        print(_checked(config, found))
+
+
+def _room(found: Forecast) -> str:
+    """Which GPUs it fits on."""
+    from lorary.footprint.room import SIZES, gigabytes
+
+    need = found.need
+    of = f"{gigabytes(need.total)} as nvidia-smi counts: {gigabytes(need.overhead)} of it CUDA and fragmentation"
+    lines = [f"\non a GPU {of}"]
+    for size in SIZES:
+        room = need.room(size)
+        answer = f"fits, {gigabytes(room)} free" if room >= 0 else f"{gigabytes(-room)} too much"
+        lines.append(f"{size:>4} GB    {answer}")
+    return "\n".join(lines)
+
+
+def _advice(config: Config, found: Forecast, size: float) -> str:
+    from lorary.footprint.room import gigabytes
+    from lorary.train.advice import proposals
+
+    lines = [f"\nto fit into {size:g} GB"]
+    for proposal in proposals(config, found, size):
+        fits = "fits" if proposal.need.room(size) >= 0 else "not enough"
+        lines += [f"{gigabytes(proposal.need.total):>9}  {fits:<11}{proposal.what}", f"{'':22}{proposal.how}"]
+    return "\n".join(lines)
+
+
+def _checked(config: Config, found: Forecast) -> str:
+    from lorary.plans import human_bytes
+    from lorary.train.forecast import simulated
+    from lorary.train.models import skeleton
+
+    if found.simulated:
+        return "\nthe activations above were counted in a step without data: no formula knows this model"
+    counted = simulated(config, skeleton(config.model), found.plan)
+    if counted.activations is None:
+        return f"\na step without data cannot be run: {counted.notes[-1]}"
+    off = found.memory.total / counted.total - 1
+    return f"\na step without data: {human_bytes(counted.total)}; the formula is off by {off:+.1%}"

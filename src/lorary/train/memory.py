@@ -35,6 +35,7 @@ def estimate(
     inputs: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
     gradient_checkpointing: bool = False,
+    optimizer: str = "adamw_torch",
     optimizer_bytes_per_parameter: float | None = None,
     labelled: float = 1.0,
     padding: bool = False,
@@ -49,8 +50,8 @@ def estimate(
         inputs: what the model is called with, where it is no language model; only shapes and dtypes matter.
         dtype: of the frozen weights; None: as they are.
         gradient_checkpointing: whether every block is computed again in the backward pass.
-        optimizer_bytes_per_parameter: bytes of state for each number that trains; None: AdamW's two moments in
-            the parameter's own dtype (8 bytes for an adapter).
+        optimizer: as Transformers names it; AdamW keeps two moments in the parameter's own dtype.
+        optimizer_bytes_per_parameter: bytes of state for each number that trains, in place of the optimizer's own.
         labelled: share of the tokens that have a label and reach the LM head.
         padding: whether shorter sequences are padded: attention then takes a mask, and keeps more.
 
@@ -64,7 +65,7 @@ def estimate(
     given = _inputs(model, batch, length) if inputs is None else dict(inputs)
     if padding and "input_ids" in given:
         given["attention_mask"] = torch.empty_like(given["input_ids"], device="meta")
-    memory = fixed(model, plan, dtype, per_parameter=optimizer_bytes_per_parameter)
+    memory = fixed(model, plan, dtype, optimizer, optimizer_bytes_per_parameter)
     notes = [_described(given, dtype or _dtype(model), gradient_checkpointing)]
     found: Activations | None
     try:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 from lorary.errors import FileError, LoraryError, Problem, did_you_mean, suggested_path
@@ -19,6 +20,7 @@ from lorary.train.config import ModelSection
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from lorary.record import Method
@@ -144,6 +146,36 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def outline(section: ModelSection) -> nn.Module:
+    """The model's layers without its weights: of known families without Transformers, at once, else `skeleton`.
+
+    Raises:
+        FileError: there is no such model, or it brings code.
+    """
+    from lorary.footprint import skeleton as fast
+
+    _check(section)
+    file = Path(location(section)) / "config.json"
+    if file.is_file():
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(settings, dict) and "auto_map" not in settings:
+            settings["dtype"] = _saved(settings)
+            settings["_attn_implementation"] = section.attn_implementation
+            made = fast.skeleton(settings, dtype(section, SimpleNamespace(**settings)))
+            if made is not None:
+                return made
+    return skeleton(section)
+
+
+def _saved(settings: dict[str, Any]) -> torch.dtype:
+    """The precision that a `config.json` says its weights have."""
+    import torch
+
+    name = settings.get("dtype") or settings.get("torch_dtype")
+    found = getattr(torch, str(name).removeprefix("torch."), None)
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
 def skeleton(section: ModelSection) -> PreTrainedModel:
     """The model without its weights, on the meta device: enough to plan with, and read from one small file.
 
@@ -177,7 +209,7 @@ def load_config(section: ModelSection) -> PretrainedConfig:
     return config
 
 
-def dtype(section: ModelSection, config: PretrainedConfig) -> torch.dtype:
+def dtype(section: ModelSection, config: PretrainedConfig | SimpleNamespace) -> torch.dtype:
     """What the frozen weights are kept in. `auto` is what they were saved in, but float32 on a CPU without 16-bit
     arithmetic, where a 16-bit product takes several times as long."""
     import torch
