@@ -12,10 +12,13 @@ import runpy
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.multiprocessing
 
 GROUP = "fresh"  # the xdist group of the tests that start programs: one server serves them all
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -63,6 +66,11 @@ class Program:
             self.process.join()
         out, err = (path.read_text(encoding="utf-8") for path in self._said)
         return self.process.exitcode or 0, out, err
+
+
+def together(work: Callable[..., None], *arguments: Any, count: int = 2) -> None:
+    """Does `work(number, *arguments)` in so many processes at once; raises what one of them raises."""
+    torch.multiprocessing.start_processes(work, args=arguments, nprocs=count, start_method="forkserver")
 
 
 def _run(

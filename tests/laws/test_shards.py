@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import lorary
 from lorary import words
 from lorary.adapted import adapted
 from lorary.methods.lora import Add
+from tests import fresh
 
 from .cases import made_of
 
@@ -109,12 +109,13 @@ def work(rank: int, port: int, folder: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group(fresh.GROUP)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 def test_shards_exactly(tmp_path: Path) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(work, args=(port, str(tmp_path)), nprocs=2)
+    fresh.together(work, port, str(tmp_path))
     done = {path.name for path in tmp_path.iterdir()}
     assert {f"{rank} {'+'.join(names)}" for rank in (0, 1) for names in METHODS} <= done
     assert {"0 caught", "1 caught"} <= done

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -24,6 +23,7 @@ from lorary.methods.glora_terms import Terms
 from lorary.train import run
 from lorary.train.config_file import from_dict
 from lorary.train.searching import search_run
+from tests import fresh
 from tests.cli.command import Command
 from tests.train.runs import adapted as attached
 from tests.train.runs import llama, rows, sft, trained
@@ -247,10 +247,11 @@ def work(rank: int, port: int, folder: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group(fresh.GROUP)
 def test_two_processes_train_the_structures_that_one_would(tmp_path: Path) -> None:
     """DDP waits for every gradient: tensors that a step has no use for must have one, too."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(work, args=(port, str(tmp_path)), nprocs=2)
+    fresh.together(work, port, str(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
