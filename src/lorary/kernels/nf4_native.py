@@ -164,11 +164,13 @@ def readable(packed: Packed) -> bool:
 # --- making it --------------------------------------------------------------------------------------------------------
 
 
-@lru_cache
 def native() -> Native | None:
-    """The compiled library, made if it is not there; None where it cannot be had."""
-    if os.environ.get("LORARY_NATIVE") == "0":
-        return None
+    """The compiled library, made if it is not there; None where it cannot be had or is not wanted."""
+    return None if os.environ.get("LORARY_NATIVE") == "0" else _made()
+
+
+@lru_cache
+def _made() -> Native | None:
     for options in (("-march=native",), ("-mcpu=native",), ()):
         try:
             made = Native(library(OPTIONS + options))
@@ -236,16 +238,19 @@ def features() -> frozenset[str]:
 
 
 def _agrees(made: Native) -> bool:
-    """Whether it gives the table's numbers, of each type, with blocks that straddle rows and without."""
+    """Whether it gives the table's numbers, of each type, from a place within a block; and their products."""
     for height, width in ((6, 128), (5, 67)):
         packed = pack(torch.sin(torch.arange(height * width, dtype=torch.float32, device="cpu")).view(height, width))
+        rows, columns, shape = (1, height), (3, width), (height - 1, width - 3)
         for dtype in TYPES:
-            ours, table, wide = (
-                torch.empty((height, width), dtype=t, device="cpu") for t in (dtype, dtype, torch.float32)
-            )
-            region(packed, (0, height), (0, width), table)
-            made.unpack(packed, (0, height), (0, width), ours)
-            made.unpack(packed, (0, height), (0, width), wide, dtype)
+            table, ours = (torch.empty(shape, dtype=dtype, device="cpu") for _ in range(2))
+            wide = torch.empty(shape, dtype=torch.float32, device="cpu")
+            region(packed, rows, columns, table)
+            made.unpack(packed, rows, columns, ours)
+            made.unpack(packed, rows, columns, wide, dtype)
             if not (torch.equal(ours, table) and torch.equal(wide, table.to(torch.float32))):
                 return False
-    return True
+    packed = pack(torch.sin(torch.arange(5 * 128, dtype=torch.float32, device="cpu")).view(5, 128))
+    W = region(packed, (0, 5), (0, 128), torch.empty((5, 128), dtype=torch.float32, device="cpu"))
+    x = torch.cos(torch.arange(8 * 128, dtype=torch.float32, device="cpu")).view(8, 128)
+    return torch.allclose(made.times(x, packed, torch.float32), x @ W.T, rtol=1e-4, atol=1e-4)
