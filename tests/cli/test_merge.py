@@ -54,7 +54,7 @@ def run(command: Command, trained: Path) -> Path:
 
 def test_a_qlora_adapter_becomes_a_plain_model(command: Command, run: Path) -> None:
     live = torch.load(run / "live.pt")
-    ran = command("merge", "run", "merged", "--dtype", "float32")
+    ran = command("merge", "run", "merged", "--dtype", "float32", "--rows", "2")
     assert (ran.code, ran.out) == (0, "merged\n")
     config = json.loads(Path("merged/config.json").read_text())
     assert config["dtype"] == "float32"
@@ -74,7 +74,7 @@ def test_a_qlora_adapter_becomes_a_plain_model(command: Command, run: Path) -> N
 
 
 def test_it_keeps_the_dtype_of_the_base_on_disk(command: Command, run: Path) -> None:
-    ran = command("merge", "run", "merged")
+    ran = command("merge", "run", "merged", "--rows", "1")
     assert ran.err.startswith("merged into merged, bfloat16\nsite ")
     merged = AutoModelForCausalLM.from_pretrained("merged", dtype="auto")
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
@@ -171,7 +171,7 @@ def test_rows_that_cannot_be_read_are_told_and_replaced(command: Command) -> Non
 
 def test_rows_of_ones_own(command: Command, run: Path) -> None:
     Path("mine.jsonl").write_text('{"text": "def f(x): return x"}\n{"text": "import os"}\n')
-    ran = command("merge", "run", "merged", "--data", "mine.jsonl")
+    ran = command("merge", "run", "merged", "--data", "mine.jsonl", "--dtype", "float32")
     assert "compared on 2 rows of mine.jsonl\n" in ran.err
     ids = builtin.load_tokenizer()(["def f(x): return x", "import os"])["input_ids"]
     assert rows_of() == ("rows of mine.jsonl", sum(len(row) + 1 for row in ids))  # each with its end
@@ -209,10 +209,10 @@ def test_a_base_that_the_run_rounded_is_rounded_before_it_is_packed(command: Com
     tokenizer().save_pretrained("wide")
     text = Path("run/config.resolved.yaml").read_text()
     Path("run/config.resolved.yaml").write_text(text.replace("model: model\n", "model: {id: wide, dtype: bfloat16}\n"))
-    assert command("merge", "run", "narrow", "--base", "wide", "--force", "--dtype", "float32").code == 0
+    assert command("merge", "run", "narrow", "--base", "wide", "--force", "--rows", "1", "--dtype", "float32").code == 0
     shutil.rmtree("model")
     Path("run/config.resolved.yaml").unlink()
-    assert command("merge", "run", "full", "--base", "wide", "--force", "--dtype", "float32").code == 0
+    assert command("merge", "run", "full", "--base", "wide", "--force", "--rows", "1", "--dtype", "float32").code == 0
     for folder, dtype in (("narrow", torch.bfloat16), ("full", torch.float32)):
         merged = AutoModelForCausalLM.from_pretrained(folder)
         assert merged.dtype == torch.float32
@@ -230,8 +230,8 @@ def test_nothing_is_merged_back_into_a_few_bits(command: Command, options: list[
     assert ran == (
         2,
         "",
-        f"error: cannot merge run:\n  - {' '.join(options)}: would quantise the merged weights: the steps between 4-bit "
-        "or 8-bit numbers are coarser than what an adapter changes, and rounding would undo it\n"
+        f"error: cannot merge run:\n  - {' '.join(options)}: would quantise the merged weights: the steps between "
+        "4-bit or 8-bit numbers are coarser than what an adapter changes, and rounding would undo it\n"
         "      hint: merge into bfloat16 or float32, or keep the 4-bit base and the adapter beside it\n",
     )
 

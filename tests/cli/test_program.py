@@ -35,7 +35,7 @@ OPTIONS = {
     "export": ["--base", "--to"],
     "generate": ["--base", "--chat", "--max-new-tokens", "--seed", "--temperature", "--top-p"],
     "init": ["--force", "--schema"],
-    "merge": ["--base", "--dtype", "--force"],
+    "merge": ["--base", "--data", "--dtype", "--force", "--onto", "--rows"],
     "methods": ["--answers", "--choose", "--json"],
     "search": ["--ceiling", "--generations", "--overwrite", "--population", "--quiet", "--seed", "-q"],
     "train": ["--after", "--dry-run", "--overwrite", "--quiet", "--resume", "--set", "-q"],
