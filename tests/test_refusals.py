@@ -249,6 +249,15 @@ SAID: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
         ),
     ),
     (
+        ("qlora", "olora"),
+        {"rounds": 5},
+        told(
+            WRONG,
+            "init: Orthonormal starts at s times what it finds, and in 5 rounds that would grow\n"
+            "      hint: say divide=True",
+        ),
+    ),
+    (
         ("qlora", "delta-lora"),
         {"mode": "paper"},
         told(WRONG, "rules: WriteProduct writes the base weight, which NF4 cannot take"),

@@ -238,6 +238,9 @@ class Method:
         if init.rounds > 1 and self.storage.writable:
             what = f"{type(init).__name__} starts {init.rounds} times at what packing loses, and {name} loses nothing"
             problems.append(Problem("init", what, "say rounds=1, or qlora"))
+        elif init.rounds > 1 and not init.within:
+            what = f"{type(init).__name__} starts at s times what it finds, and in {init.rounds} rounds that would grow"
+            problems.append(Problem("init", what, "say divide=True"))
         return problems
 
     def _rule_problems(self, rule: Rule, delta: str) -> list[Problem]:

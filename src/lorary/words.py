@@ -37,7 +37,6 @@ class Layer(Protocol):
     @property
     def kept(self) -> Sequence[Tensor]:
         """The tensors in which the base keeps its weight, for `remember`."""
-        ...
 
     @property
     def bias(self) -> Tensor | None: ...
@@ -190,11 +189,13 @@ class Init(Protocol):
         moves_base: whether s B A is not zero at the start, so that the base must give it up.
         saved: whether a file holds what all sites share, even where the init can draw it again.
         rounds: how often it starts: from the second time on at what a packed base has lost, W - Dq(Q(W - s B A)).
+        within: whether s B A starts at a part of W, however large s is, so that it may start several times.
     """
 
     moves_base: bool = False
     saved: bool = True
     rounds: int = 1
+    within: bool = True
 
     @property
     def fills(self) -> frozenset[str]: ...
@@ -309,7 +310,7 @@ class Storage(Protocol):
         return False
 
     def pack(self, layer: nn.Module, W: Tensor | None = None) -> nn.Module:
-        """A frozen layer that does what this one does, with the matrix W [out, inp] packed: the layer's own for None."""
+        """A frozen layer that does what this one does, with the matrix W [out, inp] packed; None for its own."""
         return layer
 
     def bytes(self, numbers: int, width: int) -> int:

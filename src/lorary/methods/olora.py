@@ -32,7 +32,7 @@ class Orthonormal(Init):
     Args:
         divide: start with s B A = Q_r R_r, by dividing A by s, instead of s Q_r R_r: with a large s the latter makes
             the base and the delta large terms that cancel.
-        rounds: as for PiSSA's `Principal`.
+        rounds: as for PiSSA's `Principal`; more than one with `divide` alone: what is lost would grow by s in each.
     """
 
     divide: bool = field(default=False, metadata=FLAG)
@@ -40,6 +40,10 @@ class Orthonormal(Init):
 
     fills = frozenset({"A", "B"})
     moves_base = True
+
+    @property
+    def within(self) -> bool:  # type: ignore[override]  # a plain attribute of the others
+        return self.divide
 
     def __call__(self, p: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
         r = p["B"].shape[1]
