@@ -15,7 +15,7 @@ from lorary.memo import Memo
 from lorary.placed import Placed, shared_shapes, start_of
 from lorary.record import Method
 from lorary.sites import KINDS, Kind
-from lorary.weights import is_packed, weight
+from lorary.weights import held, is_packed, weight
 from lorary.words import Delta, Fused, Init, Join
 
 
@@ -95,7 +95,7 @@ class Adapted(nn.Module):
         self.shared = shared
         self.remember = Memo()
         self.start: dict[str, Tensor] = {}
-        self.p = p if p is not None else _zeros(placed, dtype, cast(Tensor, base.weight).device)
+        self.p = p if p is not None else _zeros(placed, dtype, held(base)[0].device)
         # role -> the corner of the shared tensor that is this site's
         self.corners = {role: placed.shapes[role] for role in sorted(placed.delta.shared)}
 
@@ -106,8 +106,8 @@ class Adapted(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight as the layer keeps it: in its own layout, or packed."""
-        return cast(Tensor, self.base.weight)
+        """The base layer's weight as the layer keeps it: in its own layout, or the first tensor of a packed one."""
+        return held(self.base)[0]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -117,7 +117,7 @@ class Adapted(nn.Module):
     @property
     def kept(self) -> list[Tensor]:
         """The tensors in which the base layer keeps its weight."""
-        return [self.weight, *self.base.buffers()] if is_packed(self.base) else [self.weight]
+        return held(self.base)
 
     @property
     def bias(self) -> Tensor | None:

@@ -18,8 +18,9 @@ from lorary.plans import FullParameter, Plan, human_bytes
 from lorary.preconditions import not_ready, not_words, unwritable
 from lorary.record import Method
 from lorary.sites import KINDS, kind_of, site
+from lorary.storage.foreign import stored
 from lorary.targets import Found, blocked, collapse, head_names, listed, matches, resolve
-from lorary.weights import is_packed
+from lorary.weights import held, is_packed
 from lorary.words import Init, Storage
 
 
@@ -130,7 +131,10 @@ def _full_parameters(
         what = "is adapted and trains in full as well: the adapter would have nothing of its own to learn"
         problems.append(Problem(name, what, "exclude the site, or narrow `full`"))
     for name in sorted(names):
-        if not torch.is_floating_point(parameters[name]):
+        path, _, last = name.rpartition(".")
+        if last != "bias" and is_packed(model.get_submodule(path)):
+            problems.append(Problem(name, "is packed and cannot train in full", "leave it out of `full`"))
+        elif not torch.is_floating_point(parameters[name]):
             problems.append(Problem(name, f"is {parameters[name].dtype} and cannot train in full"))
     written = _written(model, method, placed, problems)
     return [
@@ -164,11 +168,11 @@ def _pack_problems(model: nn.Module, method: Method, placed: list[Placed], packe
 
 def _sizes(model: nn.Module, storage: Storage, packed: Sequence[str]) -> tuple[int, int]:
     """(numbers, bytes) of the base, these layers packed; tied parameters count once."""
-    layers = [m for m in model.modules() if is_packed(m)]
-    before = {id(getattr(m, "weight", None)): math.prod(KINDS[str(kind_of(m))].size(m)) for m in layers}
-    unique = {id(p): p for p in model.parameters()}.values()
-    total = sum(before.get(id(p), p.numel()) for p in unique)
-    size = sum(t.numel() * t.element_size() for t in [*unique, *(b for m in layers for b in m.buffers())])
+    layers = {id(held(m)[0]): m for m in model.modules() if is_packed(m)}.values()
+    theirs = {id(t) for m in layers for t in held(m)}
+    unique = {id(p): p for p in model.parameters() if id(p) not in theirs}.values()
+    total = sum(p.numel() for p in unique) + sum(math.prod(KINDS[str(kind_of(m))].size(m)) for m in layers)
+    size = sum(p.numel() * p.element_size() for p in unique) + sum(map(stored, layers))
     for name in packed:
         weight = model.get_parameter(f"{name}.weight")
         n, width = weight.numel(), weight.element_size()
@@ -225,7 +229,8 @@ def _tie_notes(model: nn.Module, placed: list[Placed]) -> list[str]:
     notes = []
     for p in placed:
         own = f"{p.site.name}.weight"
-        others = [n for n in holders[id(model.get_parameter(own))] if n != own]
+        W = model.get_submodule(p.site.name)._parameters.get("weight")  # a packed layer may have none
+        others = [n for n in holders.get(id(W), []) if n != own]
         if others:
             notes.append(
                 f"{p.site.name} shares its weight with {', '.join(others)}: the adapter acts on {p.site.name} alone, "

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from lorary.errors import Problem
 from lorary.record import Method
 from lorary.sites import kind_of
+from lorary.weights import held, is_packed, weight
 
 
 def not_ready(model: nn.Module) -> list[Problem]:
@@ -45,14 +49,44 @@ def unwritable(model: nn.Module, method: Method, names: Iterable[str]) -> list[P
     """Why a rule of the method cannot write these weights: it needs 32 bits at least, and a weight that is its own."""
     writer = next((type(rule).__name__ for rule in method.rules if rule.writes_base), "a rule")
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    held = Counter(map(id, parameters.values()))
+    holders = Counter(map(id, parameters.values()))
+    layers = dict(model.named_modules(remove_duplicate=False))
     problems = []
-    for name in sorted(parameters.keys() & set(names)):
-        weight = parameters[name]
-        if weight.dtype.itemsize < 4:
-            what = f"is {str(weight.dtype).removeprefix('torch.')}, and {writer} adds small changes to it"
+    for name in sorted(set(names)):
+        if is_packed(layers.get(name.rpartition(".")[0])):
+            problems.append(Problem(name, f"is packed, and {writer} writes it", "load the base in float32"))
+            continue
+        if name not in parameters:
+            continue
+        W = parameters[name]
+        if W.dtype.itemsize < 4:
+            what = f"is {str(W.dtype).removeprefix('torch.')}, and {writer} adds small changes to it"
             problems.append(Problem(name, f"{what}: rounding would lose most of them", "load the base in float32"))
-        if held[id(weight)] > 1:
+        if holders[id(W)] > 1:
             what = f"is shared with another layer, and {writer} writes it"
             problems.append(Problem(name, what, "exclude the site, or untie the weights"))
+    return problems
+
+
+def deaf(model: nn.Module, names: Iterable[str]) -> list[Problem]:
+    """Why packed layers of other libraries cannot be trained through: some kernels let no gradient pass, silently.
+
+    One layer of each class is asked, a copy of it, for some turn into another form by being used.
+    """
+    problems, asked = [], set()
+    for name in names:
+        layer = model.get_submodule(name)
+        sort = (type(layer), type(getattr(layer, "weight", None)))
+        foreign = is_packed(layer) and not type(layer).__module__.startswith("lorary.")
+        if sort in asked or not foreign or kind_of(layer) != "linear" or held(layer)[0].is_meta:
+            continue
+        asked.add(sort)
+        with contextlib.suppress(Exception), torch.enable_grad():  # what cannot run here says so when it is used
+            own: Any = copy.deepcopy(layer).train()
+            W = weight(layer)
+            y = own(torch.zeros(1, own.in_features, dtype=W.dtype, device=W.device, requires_grad=True))
+            if not y.requires_grad:
+                kind = getattr(layer, "weight", layer) if type(layer) is nn.Linear else layer
+                what = f"{type(kind).__name__} lets no gradient through: the layers before it could not be trained"
+                problems.append(Problem(name, what, "load the base in a form that can be trained on"))
     return problems

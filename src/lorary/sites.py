@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorary.kernels.low_rank import add_low_rank
-from lorary.weights import is_packed, kept, weight
+from lorary.weights import is_packed, kept, strange, unknown, weight
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,8 @@ _CLASSES: dict[str, type[nn.Module]] = {
 
 def kind_of(layer: nn.Module) -> str | None:
     """The kind of a layer, or None for a module that is no layer with a weight matrix."""
-    if how := kept(layer):
+    how = kept(layer)
+    if how is not None and how.kind != "weight":
         return how.kind
     # transformers is only looked up, never imported: without it loaded there can be no Conv1D
     gpt2 = sys.modules.get("transformers.pytorch_utils")
@@ -263,6 +264,8 @@ def kind_of(layer: nn.Module) -> str | None:
 def obstacle(layer: nn.Module) -> str | None:
     """Why a layer of a known kind cannot be adapted all the same, or None where it can."""
     kind = kind_of(layer)
+    if strange(layer):
+        return unknown(layer)
     if kind is None:
         return f"a {type(layer).__name__} has no weight matrix that lorary knows"
     if is_packed(layer):

@@ -16,12 +16,12 @@ from lorary.fingerprint import STATE, Fingerprint
 from lorary.packing import remember, replace, shown, unfit
 from lorary.placed import Placed, unlike
 from lorary.plans import Plan
-from lorary.preconditions import unwritable
+from lorary.preconditions import deaf, unwritable
 from lorary.record import Method
 from lorary.residual import bare, idle, settle, start, take_back, unsound
 from lorary.sites import Site, kind_of, site
 from lorary.state import Attached, attached, base_parameter, require
-from lorary.weights import is_packed
+from lorary.weights import held, is_packed
 from lorary.words import Init, Join
 
 MASTERS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # what adapters may be learnt in
@@ -56,6 +56,7 @@ def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = 
         packed = [name for name in plan.packed if not is_packed(modules.get(name))]  # a base may be loaded packed
         problems += unwritable(model, plan.method, [f.name for f in plan.full if not f.trains])
         problems += unfit(model, [name for name in packed if name in modules])
+        problems += deaf(model, [p.site.name for p in plan.placed if p.site.name in modules])
     if problems:
         raise PlanError("cannot attach:", problems)
     full = {f.name: f.shape for f in plan.full}
@@ -196,7 +197,7 @@ def _unfit(
     devices: dict[str, set[str]] = {}
     for p in placed if not problems else ():
         if p.share or p.delta.shared:
-            devices.setdefault(p.share, set()).add(str(parameters[f"{p.site.name}.weight"].device))
+            devices.setdefault(p.share, set()).add(str(held(modules[p.site.name])[0].device))
     for several in (found for found in devices.values() if len(found) > 1):
         what = f"its layers lie on {', '.join(sorted(several))}, and what they share can lie on one only"
         problems.append(Problem("model", what, "adapt the layers of one device, or take another method"))
@@ -230,8 +231,7 @@ def _bank(model: nn.Module, placed: tuple[Placed, ...], dtype: torch.dtype) -> S
     """The bank of what all sites share, or None where they share nothing."""
     if not any(p.delta.shared for p in placed):
         return None
-    first = base_parameter(model, f"{placed[0].site.name}.weight")
-    return Shared(placed, dtype, first.device)
+    return Shared(placed, dtype, held(model.get_submodule(placed[0].site.name))[0].device)
 
 
 def _as_it_is(p: Placed, layer: nn.Module) -> Placed:

@@ -19,7 +19,8 @@ from torch import nn
 
 from lorary.errors import Problem, suggestion
 from lorary.fused import FUSED, fused_parts
-from lorary.sites import Part, kind_of, obstacle
+from lorary.sites import KINDS, Part, kind_of, obstacle
+from lorary.weights import is_packed, strange, unknown
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,9 @@ def tree(model: nn.Module, most: int = 40) -> str:
 
 
 def _shape(layer: nn.Module) -> str:
-    weight: Any = layer.weight
-    return f"{type(layer).__name__} {'x'.join(str(n) for n in weight.shape)}"
+    own: Any = layer
+    shape = KINDS[str(kind_of(layer))].size(layer) if is_packed(layer) else own.weight.shape
+    return f"{type(layer).__name__} {'x'.join(str(n) for n in shape)}"
 
 
 # --- presets --------------------------------------------------------------------------------------------------
@@ -127,6 +129,7 @@ _PRESETS: dict[str, Callable[[str, nn.Module], bool]] = {
     "conv": lambda name, layer: (kind_of(layer) or "").startswith("conv"),
 }
 PRESET_NAMES = tuple(_PRESETS)
+_OF_LINEAR = {"all-linear", "mlp", "attention", "attention-qv"}
 
 
 def head_names(model: Any) -> set[str]:
@@ -163,6 +166,9 @@ def resolve(
             parts = before.parts + f.parts if before and before.parts and f.parts else f.parts
             found[f.name] = Found(f.name, f.layer, tuple(dict.fromkeys(parts)) if not before or before.parts else ())
     kept = [found[name] for name in modules if name in found and name not in dropped]
+    if any(entry in _OF_LINEAR for entry in targets):
+        without = dropped | head_names(model)
+        problems += _strangers({n: m for n, m in modules.items() if n not in without})
     if found and not kept and not problems:
         problems.append(Problem("exclude", "excludes every layer that the targets name"))
     for f in kept:
@@ -170,6 +176,12 @@ def resolve(
         if reason:
             problems.append(Problem(f.name, reason, "exclude it"))
     return kept, problems
+
+
+def _strangers(modules: dict[str, nn.Module]) -> list[Problem]:
+    """Packed layers that nobody has made known: to pass over them in silence would leave most of a model untrained."""
+    packed = collapse(name for name, module in modules.items() if strange(module))
+    return [Problem(text, unknown(modules[names[0]]), "or exclude it") for text, names in packed]
 
 
 def listed(entries: str | Sequence[str] | None) -> list[Any]:
@@ -237,13 +249,13 @@ def _bracket(entry: str) -> tuple[str, list[str]]:
 def _preset(
     model: nn.Module, modules: dict[str, nn.Module], entry: str, field: str, config: Any, problems: list[Problem]
 ) -> list[Found]:
-    heads = head_names(model) if entry in ("all-linear", "mlp", "attention", "attention-qv") else set()
+    heads = head_names(model) if entry in _OF_LINEAR else set()
     chosen = {n: m for n, m in modules.items() if n not in heads and _PRESETS[entry](n, m)}
     if entry == "embedding":
         chosen = _token_tables(model, chosen)
     if entry == "all-linear":  # what it cannot adapt it was not told to adapt by name
         chosen = {n: m for n, m in chosen.items() if not blocked(model, n)}
-    if not chosen:
+    if not chosen and not (field == "targets" and any(map(strange, modules.values()))):
         problems.append(Problem(field, f"`{entry}` matches no layer of this model", _layers(model, problems)))
     found = []
     for name, layer in chosen.items():
@@ -265,7 +277,11 @@ def _token_tables(model: Any, chosen: dict[str, nn.Module]) -> dict[str, nn.Modu
     except (AttributeError, NotImplementedError):
         return chosen
     # an encoder-decoder only keeps the table that it names; its two halves look up in modules tied to it
-    tied = {n: m for n, m in chosen.items() if m is not tokens and m.weight is getattr(tokens, "weight", None)}
+    tied = {
+        n: m
+        for n, m in chosen.items()
+        if m is not tokens and getattr(m, "weight", m) is getattr(tokens, "weight", None)
+    }
     return tied or {n: m for n, m in chosen.items() if m is tokens} or chosen
 
 
@@ -273,6 +289,8 @@ def _nothing(modules: dict[str, nn.Module], entry: str, pattern: str, hits: dict
     """What is wrong with an entry that names no layer, and a hint."""
     if hits:
         name, module = next(iter(hits.items()))
+        if strange(module):
+            return unknown(module), ""
         inside = sorted({n.rpartition(".")[2] for n, m in modules.items() if n.startswith(f"{name}.") and kind_of(m)})
         what = f"`{entry}` is a {type(module).__name__}, not a layer with a weight matrix"
         return what, f"inside it are {', '.join(inside)}" if inside else ""

@@ -1,0 +1,107 @@
+"""Layers that other libraries have packed: how the dense weight of each is had. None of them is imported here.
+
+    bitsandbytes    Linear4bit (NF4, FP4), Linear8bitLt, Embedding4bit, Embedding8bit
+    torchao         any of its tensors, as the weight of nn.Linear or nn.Embedding
+    GPT-QModel      GPTQ and AWQ, as Transformers loads them
+
+Each class is named by the module that it is defined in. A class that is not named here is named by its user, with
+`lorary.weights.keeps`.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lorary.weights import by_forward, held, keeps
+
+_BITSANDBYTES = "bitsandbytes.nn.modules"
+_GPTQ = "gptqmodel.nn_modules.qlinear"
+
+
+@keeps("linear", f"{_BITSANDBYTES}.Linear4bit")
+@keeps("embedding", f"{_BITSANDBYTES}.Embedding4bit")
+def _four_bit(layer: Any) -> Tensor:
+    """Dq(Wq) in the precision that the weight came in."""
+    state = getattr(layer.weight, "quant_state", None) or layer.quant_state
+    codes, functional = layer.weight.data, sys.modules["bitsandbytes.functional"]
+    if getattr(state, "packing_format_for_cpu", False):  # what evaluating on a CPU with AVX512-BF16 has made of it
+        absmax = state.absmax.T.reshape(-1).float().contiguous()
+        codes, state = cast(Any, functional)._convert_weight_packed_for_cpu_inverse(codes, copy.copy(state))
+        state.absmax, state.nested = absmax, False
+    W = cast(Any, functional).dequantize_4bit(codes.reshape(-1, 1), state)
+    return cast(Tensor, W if getattr(layer, "dtype", None) is None else W.to(layer.dtype))
+
+
+@keeps("linear", f"{_BITSANDBYTES}.Linear8bitLt")
+@keeps("embedding", f"{_BITSANDBYTES}.Embedding8bit")
+def _eight_bit(layer: Any) -> Tensor:
+    """Each row's codes times its largest value / 127, in 32 bits: what the precision was is not kept."""
+    state = getattr(layer, "state", None)
+    scales = layer.weight.SCB if getattr(layer.weight, "SCB", None) is not None else getattr(state, "SCB", None)
+    if scales is None:  # has_fp16_weights: the weight is dense, and is rounded as it is used
+        return cast(Tensor, layer.weight.data)
+    W = cast(Any, sys.modules["bitsandbytes.functional"]).int8_vectorwise_dequant(layer.weight.data, scales)
+    return cast(Tensor, W if getattr(layer, "dtype", None) is None else W.to(layer.dtype))
+
+
+@keeps("weight", "torchao.utils.TorchAOBaseTensor", "torchao.quantization.TorchAOBaseTensor")
+def _tensor(layer: Any) -> Tensor:
+    """What the tensor itself says that it stands for."""
+    return cast(Tensor, layer.weight.dequantize())
+
+
+@keeps("linear", f"{_GPTQ}.PackableQuantLinear")
+def _gptq(layer: Any) -> Tensor:
+    """scales * (codes - zeros) [inp, out] of each group, transposed: GPT-QModel's own."""
+    if getattr(layer, "linear_mode", None) == "inference":  # evaluating has laid the codes out anew
+        return by_forward(layer)
+    return cast(Tensor, layer.dequantize_weight().T)
+
+
+# the order in which AWQ lays eight numbers into a word, inverted: number i lies at the bits of _AWQ[i]
+_AWQ = (0, 4, 1, 5, 2, 6, 3, 7)
+
+
+@keeps("linear", f"{_GPTQ}.torch_awq.AwqTorchLinear", f"{_GPTQ}.gemm_awq.AwqGEMMLinear")
+@keeps("linear", f"{_GPTQ}.gemm_awq_triton.AwqGEMMTritonLinear")
+def _awq(layer: Any) -> Tensor:
+    """scales * (codes - zeros) of AWQ's GEMM layout: qweight int32 [inp, out / 8], qzeros and scales a row a group."""
+    if layer.bits != 4:
+        return by_forward(layer)
+    shifts = 4 * torch.tensor(_AWQ, device=layer.qweight.device)
+
+    def codes(words: Tensor) -> Tensor:
+        return (words[..., None] >> shifts & 15).flatten(-2)  # [rows, out]
+
+    group = layer.in_features // layer.scales.shape[0]
+    zeros, scales = (t.repeat_interleave(group, 0) for t in (codes(layer.qzeros), layer.scales))
+    return ((codes(layer.qweight) - zeros) * scales).T
+
+
+# kernels that lay the weight out anew, each in its own way: what they multiply by is asked of themselves
+keeps("linear", f"{_GPTQ}.GPTQQuantLinear", f"{_GPTQ}.AWQuantLinear")(by_forward)
+
+
+def stored(layer: Any) -> int:
+    """Bytes of the memory in which a layer keeps its weight: codes, scales and tables, whoever has packed it."""
+    todo: list[Any] = [*held(layer), getattr(layer, "state", None)]
+    met: list[Any] = []  # objects, kept alive while their addresses stand for them
+    memory: dict[int, int] = {}
+    while todo:
+        one = todo.pop()
+        if any(one is other for other in met):
+            continue
+        met.append(one)
+        if isinstance(one, Tensor) and hasattr(one, "__tensor_flatten__"):
+            todo += [getattr(one, name) for name in cast(Any, one).__tensor_flatten__()[0]]
+        elif isinstance(one, Tensor):
+            memory[one.untyped_storage()._cdata] = one.numel() * one.element_size()
+            todo += [vars(one)[name] for name in ("quant_state", "CB", "SCB") if name in vars(one)]
+        elif type(one).__module__.startswith("bitsandbytes."):
+            todo += vars(one).values()
+    return sum(memory.values())
