@@ -11,11 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorary.adapted import base_parameters
+from lorary.adapted import base_parameters, plain_modules
 from lorary.errors import Problem
+from lorary.sites import KINDS, kind_of
+from lorary.weights import is_foreign
 
 STATE = "_lorary"  # where a model remembers what is attached to it, and the fingerprint that its base had then
 _PLAIN = "_lorary_base"  # where a packed model remembers the fingerprint that it had before
+_OTHERS = "unpacked:"  # before what is known of the weights of a base that has been packed by others
 _SAMPLES = 64  # numbers read from each parameter
 
 
@@ -48,7 +51,9 @@ class Fingerprint:
         architecture: the model's class.
         structure: SHA-256 over the names and shapes of all parameters.
         weights: SHA-256 over 64 numbers of every floating parameter, evenly spread and rounded to bfloat16, so that
-            the same checkpoint has the same fingerprint in fp32 and in bf16; empty for a model without values.
+            the same checkpoint has the same fingerprint in fp32 and in bf16; empty for a model without values. Where
+            another library has packed layers it is that of the other parameters, and says so: it is compared with
+            those of bases that are packed as well, in whichever way.
         name: the Hub id or folder's last name that the model was loaded from; empty where it does not say.
     """
 
@@ -71,8 +76,9 @@ class Fingerprint:
                 return remembered
         structure, weights = hashlib.sha256(), hashlib.sha256()
         empty = False
-        for name, tensor in sorted(base_parameters(model), key=lambda pair: pair[0]):
-            shape, values = (known or {}).get(name) or Sample.of(tensor)
+        parameters, packed = _plain_parameters(model)
+        for name, tensor in sorted(parameters.items()):
+            shape, values = (known or {}).get(name) or tensor
             structure.update(f"{name} {shape}\n".encode())
             empty = empty or values is None
             weights.update(values or b"")
@@ -80,7 +86,7 @@ class Fingerprint:
         return Fingerprint(
             type(model).__name__,
             structure.hexdigest(),
-            "" if empty else weights.hexdigest(),
+            "" if empty else (_OTHERS if packed else "") + weights.hexdigest(),
             base_name(str(getattr(config, "_name_or_path", "") or "")),
         )
 
@@ -101,11 +107,25 @@ class Fingerprint:
             if mine and its and mine != its:
                 text = f"{what}: {_short(mine)} when it was trained, {_short(its)} here"
                 problems.append(Problem("base", text))
-        if not problems and self.weights and other.weights and self.weights != other.weights:
+        alike = self.weights.startswith(_OTHERS) == other.weights.startswith(_OTHERS)
+        if not problems and self.weights and other.weights and alike and self.weights != other.weights:
             was = f" (it was trained on `{self.name}`)" if self.name else ""
             what = f"other weights: {_short(self.weights)} when it was trained, {_short(other.weights)} here{was}"
             problems.append(Problem("base", what))
         return problems
+
+
+def _plain_parameters(model: nn.Module) -> tuple[dict[str, Sample], bool]:
+    """(path in the plain model -> sample, whether another library has packed some: these are shapes alone)."""
+    foreign = {name: m for name, m in plain_modules(model).items() if is_foreign(m)}
+    theirs = {id(t) for m in foreign.values() for t in m.parameters()}
+    found = {name: Sample.of(t) for name, t in base_parameters(model) if id(t) not in theirs}
+    for name, layer in foreign.items():
+        out, inp = KINDS[str(kind_of(layer))].size(layer)
+        found[f"{name}.weight"] = Sample((inp, out) if kind_of(layer) == "embedding" else (out, inp), b"")
+        if getattr(layer, "bias", None) is not None:  # GPTQ's is a buffer
+            found[f"{name}.bias"] = Sample((out,), b"")
+    return found, bool(foreign)
 
 
 def base_name(path: str) -> str:
@@ -120,6 +140,7 @@ def base_name(path: str) -> str:
 
 
 def _short(text: str) -> str:
+    text = text.removeprefix(_OTHERS)
     return text[:12] if len(text) == 64 else text
 
 

@@ -12,7 +12,7 @@ from lorary.adapted import Adapted, adapted
 from lorary.biases import BiasWarning, Room, homeless, make_room, take_back_room
 from lorary.errors import Problem, StateError, once
 from lorary.fingerprint import STATE, Fingerprint
-from lorary.packing import plain
+from lorary.packing import plain, precision, settle_config
 from lorary.state import Merged, attached, require
 from lorary.surgery import set_layer
 from lorary.weights import is_packed
@@ -34,7 +34,8 @@ def merge(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = N
     Args:
         model: a model with adapters attached.
         keep: keep the pristine weights and the adapters, so that `unmerge` can put them back; otherwise they go.
-        dtype: of the merged weights; None for each weight's own, of a packed one the precision that it came in.
+        dtype: of the merged weights; None for each weight's own, of a packed one the precision that it came in,
+            or where another library has packed it, that of the model's plain weights.
 
     Raises:
         StateError: nothing is attached or it is merged already; the dtype cannot hold what was learnt; or a merged
@@ -47,15 +48,15 @@ def merge(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = N
     layers = adapted(model)
     problems = []
     for name, layer in layers.items():
-        W, b = _rounded(layer, dtype)
+        W, b = _rounded(model, layer, dtype)
         if not W.is_meta and not (W.isfinite().all() and (b is None or b.isfinite().all())):
             problems.append(Problem(name, f"merged, the weight is not finite in {W.dtype}"))
     if problems:
         raise StateError("cannot merge:", problems)
     shared, untied, state.merged, created = _shared(model), False, {}, set()
     for name, layer in layers.items():
-        weight, bias = cast(nn.Parameter, layer.base.weight), cast("nn.Parameter | None", layer.bias)
-        W, b = _rounded(layer, dtype)
+        weight, bias = cast(nn.Parameter, layer.weight), cast("nn.Parameter | None", layer.bias)
+        W, b = _rounded(model, layer, dtype)
         merged = layer.base
         if is_packed(layer.base):
             merged = plain(layer.base, W, b)
@@ -78,6 +79,7 @@ def merge(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = N
     if not keep:
         object.__delattr__(model, STATE)
         Fingerprint.forget(model)  # its weights are others now
+        settle_config(model)
     return model
 
 
@@ -120,10 +122,10 @@ def unmerge(model: nn.Module) -> nn.Module:
     return model
 
 
-def _rounded(layer: Adapted, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+def _rounded(model: nn.Module, layer: Adapted, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
     """(W', b') in the layout of the plain layer, in this precision or the weight's own, in memory of their own."""
     W, b = layer.merged()
-    dtype = layer.dtype if dtype is None else dtype
+    dtype = (precision(model, layer.base) or layer.dtype) if dtype is None else dtype
     return layer.kind.weight(layer.base, W).to(dtype), None if b is None else b.to(dtype, copy=True)
 
 

@@ -17,7 +17,7 @@ from lorary.fingerprint import STATE, Fingerprint
 from lorary.sites import kind_of
 from lorary.storage.nf4 import NF4
 from lorary.targets import blocked, head_names
-from lorary.weights import is_packed, weight
+from lorary.weights import is_foreign, is_packed, weight
 from lorary.words import Storage
 
 T = TypeVar("T")
@@ -61,7 +61,8 @@ def unpack(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
     Args:
         model: a model without adapters.
-        dtype: of the plain weights; None for the precision that each was packed from.
+        dtype: of the plain weights; None for the precision that each was packed from, or where another library has
+            packed it, for that of the model's plain weights.
 
     Raises:
         StateError: adapters are attached.
@@ -73,9 +74,8 @@ def unpack(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     for name in shown(names, "unpacking"):
         layer = model.get_submodule(name)
         W = weight(layer)
-        replace(model, name, plain(layer, W if dtype is None else W.to(dtype)))
-    if (quantiser := getattr(model, "hf_quantizer", None)) is not None:
-        quantiser.remove_quantization_config(model)  # of Transformers: its checkpoints would be read as packed ones
+        replace(model, name, plain(layer, W.to(dtype or precision(model, layer) or W.dtype)))
+    settle_config(model)
     return model
 
 
@@ -132,6 +132,29 @@ def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
         setattr(model.get_submodule(parent), last, layer)
 
 
+def precision(model: nn.Module, layer: nn.Module) -> torch.dtype | None:
+    """What a layer becomes that another library has packed: the precision of the model's plain weights.
+
+    Not all of them keep the precision that they were packed from, and those that do may compute in another one.
+    None for a layer that is plain or that lorary has packed, and for a model without plain weights.
+    """
+    if not is_foreign(layer):
+        return None
+    plains = (m for m in model.modules() if not is_packed(m))
+    own = (p for m in plains for p in m.parameters(recurse=False) if p.is_floating_point())
+    return next((p.dtype for p in own if p.dtype.itemsize > 1), None)
+
+
+def settle_config(model: nn.Module) -> None:
+    """Let a Transformers model in which nothing is packed any more not say that it is: it would be read as such."""
+    quantiser: Any = getattr(model, "hf_quantizer", None)
+    if quantiser is None or any(map(is_packed, model.modules())):
+        return
+    quantiser.remove_quantization_config(model)
+    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+        vars(model).pop(flag, None)
+
+
 def plain(layer: nn.Module, W: Tensor, b: Tensor | None = None) -> nn.Module:
     """A plain frozen layer like a packed one, with the weight W in the layout of the plain layer.
 
@@ -149,7 +172,8 @@ def plain(layer: nn.Module, W: Tensor, b: Tensor | None = None) -> nn.Module:
         with torch.device("meta"):
             made = nn.Linear(own.in_features, own.out_features, bias=False)
         b = getattr(layer, "bias", None) if b is None else b
-        made.bias = None if b is None else nn.Parameter(b.detach(), requires_grad=False)  # type: ignore[assignment]
+        b = None if b is None else b.detach().to(W.dtype)
+        made.bias = None if b is None else nn.Parameter(b, requires_grad=False)  # type: ignore[assignment]
     made.weight = nn.Parameter(W.detach(), requires_grad=False)
     return made.train(layer.training)
 

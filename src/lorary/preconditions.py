@@ -14,7 +14,7 @@ from torch import nn
 from lorary.errors import Problem
 from lorary.record import Method
 from lorary.sites import kind_of
-from lorary.weights import held, is_packed, weight
+from lorary.weights import held, is_foreign, is_packed, weight
 
 
 def not_ready(model: nn.Module) -> list[Problem]:
@@ -77,8 +77,7 @@ def deaf(model: nn.Module, names: Iterable[str]) -> list[Problem]:
     for name in names:
         layer = model.get_submodule(name)
         sort = (type(layer), type(getattr(layer, "weight", None)))
-        foreign = is_packed(layer) and not type(layer).__module__.startswith("lorary.")
-        if sort in asked or not foreign or kind_of(layer) != "linear" or held(layer)[0].is_meta:
+        if sort in asked or not is_foreign(layer) or kind_of(layer) != "linear" or held(layer)[0].is_meta:
             continue
         asked.add(sort)
         with contextlib.suppress(Exception), torch.enable_grad():  # what cannot run here says so when it is used

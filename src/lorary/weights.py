@@ -84,6 +84,11 @@ def is_packed(layer: object) -> bool:
     return kept(layer) is not None
 
 
+def is_foreign(layer: object) -> bool:
+    """Whether a layer's weight has been packed by another library."""
+    return is_packed(layer) and not type(layer).__module__.startswith("lorary.")
+
+
 def weight(layer: nn.Module) -> Tensor:
     """The dense weight of a layer, in the layout of the plain layer: its own, or made anew of a packed one's."""
     how = kept(layer)
