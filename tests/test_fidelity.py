@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import lorary
 from lorary.adapted import Adapted, adapted
 from lorary.errors import StateError
-from lorary.fidelity import Fidelity, Live, SiteFidelity, logits
+from lorary.fidelity import Fidelity, SiteFidelity
+from lorary.live import Live, logits
 from lorary.storage.nf4 import NF4, NF4Linear
 from tests import tiny
 
@@ -179,9 +180,28 @@ def test_measuring_leaves_the_model_as_it_is() -> None:
     live.sites(model, torch.float16)
     assert tiny.everything(model) == before
     assert tiny.same(tiny.frozen_copy(model), values)
-    found = live.merge(model, keep=True)
+
+
+def test_a_merge_of_ones_own_is_measured_in_two_steps() -> None:
+    model = tiny.trained(llama(), lorary.method("qlora", r=2))
+    live = Live.of(model, ROWS)
+    sites = live.sites(model)
+    found = live.against(lorary.merge(model, keep=True), sites)
     lorary.unmerge(model)
     assert live.merge(model) == found
+
+
+@pytest.mark.parametrize("names", [("lora",), ("qlora",)], ids="+".join)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_another_precision_is_that_of_the_whole_model(names: tuple[str, ...], dtype: torch.dtype) -> None:
+    other = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
+    model = tiny.trained(llama().to(other), lorary.method(*names, r=2))
+    positions = model.model.rotary_emb.inv_freq
+    found = Live.of(model, ROWS).merge(model, dtype=dtype)
+    assert {p.dtype for p in model.parameters() if p.is_floating_point()} == {dtype}
+    assert model.model.rotary_emb.inv_freq is positions
+    assert found.tokens == 10
+    assert {s.dtype for s in found.sites} == {str(dtype).removeprefix("torch.")}
 
 
 # --- what is said of it ---------------------------------------------------------------------------------------------

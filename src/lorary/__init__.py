@@ -19,7 +19,7 @@ _HOMES = {
     "Fingerprint": "fingerprint",
     "Found": "evolution",
     "Importance": "methods.lora_drop",
-    "Live": "fidelity",
+    "Live": "live",
     "LowRankForm": "forms",
     "Method": "record",
     "NF4": "storage.nf4",
@@ -64,9 +64,9 @@ if TYPE_CHECKING:
     from lorary.evolution import Found as Found
     from lorary.evolution import search as search
     from lorary.fidelity import Fidelity as Fidelity
-    from lorary.fidelity import Live as Live
     from lorary.fingerprint import Fingerprint as Fingerprint
     from lorary.forms import LowRankForm as LowRankForm
+    from lorary.live import Live as Live
     from lorary.loop import Tuning as Tuning
     from lorary.loop import groups as groups
     from lorary.loop import tuning as tuning

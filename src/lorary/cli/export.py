@@ -27,8 +27,8 @@ def export(
     from lorary.cli.adapters import adapter_folder, base_of
     from lorary.cli.held_out import random_rows
     from lorary.errors import ConfigError, FileError, Problem, did_you_mean
-    from lorary.fidelity import logits
     from lorary.formats import export_peft, load_adapter
+    from lorary.live import logits
     from lorary.train.models import load_model
 
     if to not in FORMS:

@@ -163,7 +163,7 @@ def _merged(
     import lorary
     from lorary.biases import BiasWarning, homeless
     from lorary.errors import StateError
-    from lorary.fidelity import Live
+    from lorary.live import Live, round_weights
 
     model = loaded(adapter, section)
     lorary.load(model, folder, force=force)
@@ -181,7 +181,7 @@ def _merged(
     if lost := homeless(model):
         raise StateError("this model cannot be kept merged:", lost)
     lorary.unpack(model, target)
-    _round(model, target)
+    round_weights(model, target)
     return model, live.against(model, sites)
 
 
@@ -199,15 +199,6 @@ def loaded(adapter: Adapter, section: ModelSection) -> PreTrainedModel:
     whole = {p.site.name for p in adapter.placed if p.starts}
     layers = [name for name in packable(skeleton(section), storage, adapter.full) if name not in whole]
     return load_model(section, storage, layers) if layers else load_model(section)
-
-
-def _round(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Every weight in this precision, but for those that the architecture wants in 32 bits. Buffers stay: positions
-    are computed from them."""
-    exact = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not exact & set(name.split(".")):
-            parameter.data = parameter.data.to(dtype)
 
 
 def _tell(fidelity: Fidelity, done: str, rows: Rows) -> None:
