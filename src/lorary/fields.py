@@ -61,3 +61,8 @@ def optional(field: dict[str, Any]) -> dict[str, Any]:
         "check": lambda value: value is None or field["check"](value),
         "expects": f"{field['expects']}, or None",
     }
+
+
+def later(field: dict[str, Any]) -> dict[str, Any]:
+    """The same for a field that older files do not have: it is written only where it is not what it is by default."""
+    return field | {"later": True}

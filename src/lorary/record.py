@@ -275,7 +275,9 @@ def braces(names: Iterable[str]) -> str:
 def _written(value: Any) -> dict[str, Any] | None:
     if value is None:
         return None
-    return {"word": type(value).__name__} | {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    fields = {f: getattr(value, f.name) for f in dataclasses.fields(value)}
+    told = {f.name: content for f, content in fields.items() if content != f.default or "later" not in f.metadata}
+    return {"word": type(value).__name__} | told
 
 
 def _read_axis(axis: str, value: Any, problems: list[Problem]) -> Any:

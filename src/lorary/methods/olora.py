@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorary.fields import COUNT, FLAG
+from lorary.fields import COUNT, FLAG, later
 from lorary.methods.pissa import start_by_parts, too_small
 from lorary.preset import preset
 from lorary.sites import Site
@@ -36,7 +36,7 @@ class Orthonormal(Init):
     """
 
     divide: bool = field(default=False, metadata=FLAG)
-    rounds: int = field(default=1, metadata=COUNT)
+    rounds: int = field(default=1, metadata=later(COUNT))
 
     fills = frozenset({"A", "B"})
     moves_base = True

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorary.fields import COUNT, optional
+from lorary.fields import COUNT, later, optional
 from lorary.preset import preset
 from lorary.sites import Site
 from lorary.words import Init, Tensors, word
@@ -36,7 +36,7 @@ class Principal(Init):
 
     niter: int | None = field(default=None, metadata=optional(COUNT))
     oversample: int = field(default=16, metadata=COUNT)
-    rounds: int = field(default=1, metadata=COUNT)
+    rounds: int = field(default=1, metadata=later(COUNT))
 
     fills = frozenset({"A", "B"})
     moves_base = True
