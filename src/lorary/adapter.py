@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,13 @@ from lorary.methods.lora import Add, Fixed, Kaiming, LowRank
 from lorary.packing import packable
 from lorary.placed import Placed
 from lorary.record import Method
+from lorary.residual import packed_already
 from lorary.shards import whole
 from lorary.shrinking import compact
 from lorary.state import attached, base_parameter, require
 from lorary.surgery import detach, mismatch, place
+from lorary.weights import is_packed
+from lorary.words import Init
 
 
 @dataclass(frozen=True)
@@ -219,7 +222,10 @@ def _adapters(adapters: Any) -> list[Adapter]:
 def _check_base(model: nn.Module, adapter: Adapter, here: Fingerprint, where: str, *, force: bool) -> None:
     modules = plain_modules(model)
     problems = [problem for p in adapter.placed for problem in mismatch(p.site, modules.get(p.site.name))]
+    given_up = {name for name, layer in adapted(model).items() if layer.start}  # detaching makes them plain
     for p in adapter.placed:
+        if p.starts and is_packed(modules.get(p.site.name)) and p.site.name not in given_up:
+            problems.append(packed_already(p.site.name, cast(Init, p.method.init)))
         problems += _shape_problems(p.site.name, p.stored, adapter.tensors.get(p.site.name, {}))
     parameters = {name: tuple(t.shape) for name, t in base_parameters(model)}
     for name, tensor in adapter.full.items():

@@ -70,7 +70,7 @@ def merge(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = N
             set_layer(model, path, merged)
         untied |= id(weight) in shared or isinstance(state.moved.get(name), nn.Parameter)
         if keep:
-            state.merged[name] = Merged(weight, bias, layer, merged)
+            state.merged[name] = Merged(weight, bias, layer, merged, W.dtype)
     state.tied = _untie(model, state.untied) if untied else None
     state.room = make_room(model, created)
     if created and (lost := homeless(model)):
@@ -93,18 +93,19 @@ def unmerge(model: nn.Module) -> nn.Module:
     if state is None or state.merged is None:
         what = "nothing is merged here, or the merge did not keep what it replaced"
         raise StateError("cannot unmerge:", [Problem("model", what, "merge with keep=True")])
-    for name, (weight, bias, layer, merged) in state.merged.items():
+    for name, (weight, bias, layer, merged, rounded) in state.merged.items():
         here = cast(Tensor, merged.weight)
+        place: Any = here.device if here.dtype == rounded else here  # a precision said to merge is not to stay
         layer.train(merged.training)  # the model may have changed its mode, device or precision meanwhile
         layer.p.to(here.device)
         if layer.shared is not None:
             layer.shared.to(here.device)
         if merged is not layer.base:
-            layer.base.to(here)
+            layer.base.to(place)
         else:
             for parameter in (weight, bias):
                 if parameter is not None:
-                    parameter.data = parameter.data.to(here)
+                    parameter.data = parameter.data.to(place)
             layer.base.weight = weight
             if bias is not None:
                 layer.base.bias = bias

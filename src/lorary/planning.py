@@ -17,6 +17,7 @@ from lorary.placed import Placed, with_rank
 from lorary.plans import FullParameter, Plan, human_bytes
 from lorary.preconditions import not_ready, not_words, unwritable
 from lorary.record import Method
+from lorary.residual import packed_already
 from lorary.sites import KINDS, kind_of, site
 from lorary.storage.foreign import stored
 from lorary.targets import Found, blocked, collapse, head_names, listed, matches, resolve
@@ -157,9 +158,7 @@ def _pack_problems(model: nn.Module, method: Method, placed: list[Placed], packe
     layers = dict(model.named_modules())
     for p in placed:
         if cast(Init, method.init).moves_base and is_packed(layers[p.site.name]):
-            what = f"is packed already, and {type(method.init).__name__} would take a part of it"
-            fix = "load the base in full precision and say qlora: then what is left is packed"
-            problems.append(Problem(p.site.name, what, fix))
+            problems.append(packed_already(p.site.name, cast(Init, method.init)))
     if not method.storage.writable and not packed and not any(map(is_packed, layers.values())):
         what = f"{type(method.storage).__name__} has nothing to pack: plain linear layers, without the output head"
         problems.append(Problem("storage", what))

@@ -101,9 +101,7 @@ def unsound(layer: Adapted) -> list[Problem]:
     if not init.moves_base or weight.is_meta:
         return []
     if is_packed(layer.base):
-        what = f"is packed already, and {type(init).__name__} would take a part of it"
-        fix = "load the base in full precision and say qlora: then what is left is packed"
-        return [Problem(layer.site.name, what, fix)]
+        return [packed_already(layer.site.name, init)]
     bad, name = int((~weight.isfinite()).sum()), type(init).__name__
     if bad:
         what = (
@@ -111,6 +109,12 @@ def unsound(layer: Adapted) -> list[Problem]:
         )
         return [Problem(layer.site.name, what, "repair the base, or exclude the layer")]
     return []
+
+
+def packed_already(name: str, init: Init) -> Problem:
+    """Why an init cannot start at a part of this layer's weight."""
+    what = f"is packed already, and {type(init).__name__} would take a part of it"
+    return Problem(name, what, "load the base in full precision: with qlora what is left of it is packed")
 
 
 def idle(layer: Adapted) -> list[Problem]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
 from lorary.adapted import Adapted
@@ -16,12 +17,14 @@ from lorary.record import Method
 
 
 class Merged(NamedTuple):
-    """What a merge replaced at a site: the weight and bias of the base, the adapted layer; and the layer there now."""
+    """What a merge replaced at a site: the weight and bias of the base, the adapted layer; and the layer there now,
+    with the precision that the merge gave it."""
 
     weight: nn.Parameter
     bias: nn.Parameter | None
     layer: Adapted
     plain: nn.Module
+    dtype: torch.dtype
 
 
 @dataclass
