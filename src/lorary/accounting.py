@@ -62,6 +62,10 @@ class LiveBytes(TorchDispatchMode):
         self.peak = 0
         self._sizes: dict[int, int] = {}  # address of a storage alive: its bytes, 0 if it was there before
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # otherwise the first operation inside imports the compiler, which takes seconds
+
     def restart_peak(self) -> None:
         """Begins a new search for the highest point, from what is alive now."""
         self.peak = self.now

@@ -104,9 +104,7 @@ def _box(layers: tuple[Layer, ...], inp: int, weights: torch.dtype) -> nn.Module
     """The layers on the meta device, packed and adapted as they will be."""
     box = nn.ModuleDict()
     for i, layer in enumerate(layers):
-        linear = nn.Linear(inp, layer.out, bias=layer.bias, device="meta", dtype=weights)
-        linear.requires_grad_(layer.full)
-        box[str(i)] = linear
+        box[str(i)] = linear(inp, layer.out, layer.bias, weights).requires_grad_(layer.full)
     packed = {str(i): layer.storage for i, layer in enumerate(layers) if layer.storage is not None}
     placed = [
         dataclasses.replace(layer.placed, site=dataclasses.replace(layer.placed.site, name=str(i), kind="linear"))
@@ -122,6 +120,17 @@ def _box(layers: tuple[Layer, ...], inp: int, weights: torch.dtype) -> nn.Module
         for name, storage in packed.items():
             box[name] = storage.pack(box[name])
     return box.train()
+
+
+def linear(inp: int, out: int, bias: bool = False, dtype: torch.dtype | None = None) -> nn.Linear:
+    """A linear layer on the meta device. nn.Linear itself draws its numbers even there, which takes its time."""
+    layer = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(layer)
+    layer.in_features, layer.out_features = inp, out
+    layer.weight = nn.Parameter(torch.empty(out, inp, dtype=dtype, device="meta"))
+    made = nn.Parameter(torch.empty(out, dtype=dtype, device="meta")) if bias else None
+    layer.register_parameter("bias", made)
+    return layer
 
 
 def _weight(layer: Any) -> nn.Parameter:

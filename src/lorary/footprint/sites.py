@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorary.footprint.adapters import Held, Layer, held
+from lorary.footprint.adapters import Held, Layer
 from lorary.footprint.architecture import Architecture
 from lorary.footprint.block import Groups
+from lorary.footprint.known import holds
 from lorary.footprint.workload import Workload
 from lorary.plans import Plan
 
@@ -109,7 +110,7 @@ def _held(
     outs |= {"gate": a.M, "up": a.M, "gate_up": 2 * a.M, "down": a.H}
     inp = {"qkv": a.H, "o": a.Q, "up": a.H, "down": a.M}[group]
     of = tuple(Layer(outs[place], **layers.get((index, place), {})) for place in places)
-    return held(of, inp, work.tokens, work.computes, work.computes)
+    return holds(of, inp, work.tokens, work.computes)
 
 
 def _nameless(placed: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorary.footprint.adapters import linear
 from lorary.footprint.architecture import Architecture, architecture
 
 KNOWN = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "smollm3")
@@ -40,7 +41,7 @@ class Skeleton(nn.Module):
         super().__init__()
         self.config = SimpleNamespace(**settings)
         self.model = nn.Module()
-        self.model.embed_tokens = nn.Embedding(a.V, a.H)
+        self.model.embed_tokens = nn.Embedding(a.V, a.H, _weight=torch.empty(a.V, a.H))
         self.model.layers = nn.ModuleList(_block(settings, a) for _ in range(a.L))
         self.model.norm = Norm(a.H)
         self.model.rotary_emb = nn.Module()
@@ -49,7 +50,7 @@ class Skeleton(nn.Module):
             self.model.rotary_emb.register_buffer(f"{name}inv_freq", torch.empty(a.head_width // 2), persistent=False)
             original = torch.empty(a.head_width // 2)
             self.model.rotary_emb.register_buffer(f"{name}original_inv_freq", original, persistent=False)
-        self.lm_head = nn.Linear(a.H, a.V, bias=False)
+        self.lm_head = linear(a.H, a.V)
         if a.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -82,14 +83,14 @@ def skeleton(settings: Mapping[str, Any], dtype: torch.dtype) -> Skeleton | None
 def _block(settings: Mapping[str, Any], a: Architecture) -> nn.Module:
     qkv, out, mlp = _biases(settings, a.model_type)
     block, attention, wide = nn.Module(), nn.Module(), nn.Module()
-    attention.q_proj = _linear(a.H, a.Q, qkv)
-    attention.k_proj = _linear(a.H, a.K, qkv)
-    attention.v_proj = _linear(a.H, a.K, qkv)
-    attention.o_proj = _linear(a.Q, a.H, out)
+    attention.q_proj = linear(a.H, a.Q, qkv)
+    attention.k_proj = linear(a.H, a.K, qkv)
+    attention.v_proj = linear(a.H, a.K, qkv)
+    attention.o_proj = linear(a.Q, a.H, out)
     if a.head_norm:
         attention.q_norm, attention.k_norm = Norm(a.head_width), Norm(a.head_width)
-    wide.gate_proj, wide.up_proj = _linear(a.H, a.M, mlp), _linear(a.H, a.M, mlp)
-    wide.down_proj = _linear(a.M, a.H, mlp)
+    wide.gate_proj, wide.up_proj = linear(a.H, a.M, mlp), linear(a.H, a.M, mlp)
+    wide.down_proj = linear(a.M, a.H, mlp)
     block.self_attn, block.mlp = attention, wide
     block.input_layernorm, block.post_attention_layernorm = Norm(a.H), Norm(a.H)
     if a.four_norms:
@@ -105,12 +106,3 @@ def _biases(settings: Mapping[str, Any], kind: str) -> tuple[bool, bool, bool]:
         return False, False, False
     both = bool(settings.get("attention_bias", False))
     return both, both, bool(settings.get("mlp_bias", False)) and kind in ("llama", "smollm3")
-
-
-def _linear(inp: int, out: int, bias: bool) -> nn.Linear:
-    layer = nn.Linear.__new__(nn.Linear)  # without drawing numbers for weights that have none
-    nn.Module.__init__(layer)
-    layer.in_features, layer.out_features = inp, out
-    layer.weight = nn.Parameter(torch.empty(out, inp))
-    layer.register_parameter("bias", nn.Parameter(torch.empty(out)) if bias else None)
-    return layer

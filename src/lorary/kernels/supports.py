@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from lorary.kernels.low_rank import without_autocast
 
@@ -69,6 +68,8 @@ def recomputed(make: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """make(*tensors), which keeps nothing but these for backward and runs once more there. It must draw nothing."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # the compiler recomputes by itself
         return make(*tensors)
+    from torch.utils.checkpoint import checkpoint  # here: it takes a fifth of a second to import
+
     return cast(Tensor, checkpoint(make, *tensors, use_reentrant=False, preserve_rng_state=False))
 
 

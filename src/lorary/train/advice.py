@@ -75,8 +75,9 @@ def _rank(config: Config) -> int | None:
 
 def _tried(config: Config, changes: dict[str, Any], now: Forecast) -> Forecast | None:
     """The forecast of a changed run; None where the change does not go with the rest."""
+    same = not any(key.startswith("method.") for key in changes)
     try:
-        return forecast(_changed(config, changes), now.model)
+        return forecast(_changed(config, changes), now.model, now.plan if same else None)
     except (LoraryError, ValueError):
         return None
 

@@ -27,6 +27,7 @@ class Forecast:
         plan: what the method does to it.
         memory: of the fullest moment.
         work: the micro-batch.
+        need: of a GPU.
         simulated: whether a step was run without data, because no formula knows the model.
     """
 
@@ -34,26 +35,29 @@ class Forecast:
     plan: Plan
     memory: Memory
     work: Workload
+    need: Need
     simulated: bool = False
 
-    @property
-    def need(self) -> Need:
-        """Of a GPU."""
-        return need(self.memory, tensors(self.model, self.plan))
 
-
-def forecast(config: Config, model: nn.Module) -> Forecast:
+def forecast(config: Config, model: nn.Module, planned: Plan | None = None) -> Forecast:
     """The memory of this run, in closed form; by a step on the meta device where no formula knows the model.
 
     Args:
         config: of the run.
         model: the base's shapes.
+        planned: what the method does to it, where that is known.
     """
-    planned, work = config.method.plan(model), workload(config, model)
+    planned, work = planned or config.method.plan(model), workload(config, model)
     memory = predict(model, planned, work, config.training.optimizer)
-    if memory.activations is None and hasattr(model, "forward"):
-        return Forecast(model, planned, simulated(config, model, planned), work, True)
-    return Forecast(model, planned, memory, work)
+    steps = memory.activations is None and _can_run(model)
+    if steps:
+        memory = simulated(config, model, planned)
+    return Forecast(model, planned, memory, work, need(memory, tensors(model, planned)), steps)
+
+
+def _can_run(model: nn.Module) -> bool:
+    """Whether it is a model, and not shapes alone."""
+    return type(model).forward is not nn.Module.forward
 
 
 def simulated(config: Config, model: nn.Module, planned: Plan) -> Memory:
