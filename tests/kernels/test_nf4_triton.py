@@ -1,4 +1,4 @@
-"""The Triton kernels give the table's numbers and its products: interpreted on the CPU, in earnest where there is a GPU."""
+"""The Triton kernels give the table's numbers and products: interpreted on the CPU, in earnest where there is a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.fresh import GROUP, Program
 
 pytest.importorskip("triton")
 
-from lorary.kernels import nf4_triton  # noqa: E402
+from lorary.kernels import nf4_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU tests/conftest.py asks for the interpreter
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -135,7 +135,7 @@ def test_what_does_not_suit_is_refused() -> None:
         nf4_triton.gemv(torch.ones(1, 96, device=DEVICE), packed(4, 96))
 
 
-# --- for a GPU that is not here -----------------------------------------------------------------------------------------
+# --- for a GPU that is not here ---------------------------------------------------------------------------------------
 
 COMPILE = """
 import re
@@ -163,7 +163,8 @@ for kernel, sizes, fused in (
         ASTSource(kernel, kinds, values), target=GPUTarget("cuda", 80, 32), options={"enable_fp_fusion": fused}
     )
     ptx = made.asm["ptx"]
-    print(kernel.__name__, len(made.asm["cubin"]) > 1000, *(len(re.findall(word, ptx)) for word in ("fma", "ftz", "mma")))
+    counts = [len(re.findall(word, ptx)) for word in ("fma", "ftz", "mma")]
+    print(kernel.__name__, len(made.asm["cubin"]) > 1000, *counts)
 """
 
 
