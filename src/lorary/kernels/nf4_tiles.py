@@ -121,13 +121,13 @@ def _multiply(left: Tensor, right: Tensor, out: Tensor, bias: Tensor | None = No
 
 def _with_few_rows(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor | None:
     """[tokens, out] where there is a kernel that looks the weight up while it multiplies, else None."""
-    width, block = packed.shape[1], packed.block
-    if not 0 < x.shape[0] <= FEW or x.dtype not in TYPES or width % block or block % 64 or shapes_only(x, packed.codes):
+    if not 0 < x.shape[0] <= FEW or x.dtype not in TYPES or shapes_only(x, packed.codes):
         return None
-    if x.is_cuda and (kernels := triton_kernels()) is not None:
-        made: Tensor = kernels.gemv(x, packed, bias)
-        return made
-    compiled = native() if x.device.type == "cpu" and readable(packed) else None
+    if x.is_cuda:
+        kernels = triton_kernels()
+        return kernels.gemv(x, packed, bias) if kernels is not None and kernels.suits(packed) else None
+    suits = packed.shape[1] % packed.block == 0 and packed.block % 64 == 0
+    compiled = native() if suits and readable(packed) else None
     if compiled is None:
         return None
     y = compiled.times(x.to(torch.float32).contiguous(), packed, x.dtype)
