@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -210,10 +211,24 @@ def test_ci_runs_the_readme_s_commands() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
-    targets = re.search(r"^for target in (.+?);", script.read_text(), re.MULTILINE)
-    assert targets
-    assert {"demo", "test", "lint", "types"} <= set(targets[1].split())
+    targets = re.findall(r"\btarget (\w+)", script.read_text())
+    assert sorted(targets) == ["demo", "lint", "test", "types"]
     makefile = (ROOT / "Makefile").read_text()
-    for target in targets[1].split():
+    for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
         assert f"`make {target}`" in (ROOT / "CONTRIBUTING.md").read_text()
+
+
+@pytest.mark.parametrize("broken", ["", "lint", "types", "demo", "test"])
+def test_ci_fails_where_a_target_fails_and_ends_with_the_tests(tmp_path: Path, broken: str) -> None:
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
+    made = ["#!/usr/bin/env bash", 'echo "made $2"', f'[ "$2" != "{broken}" ]']
+    (tmp_path / "make").write_text("\n".join(made))
+    (tmp_path / "make").chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(["bash", ".ci/run"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == bool(broken)
+    said = re.sub(r": \d+ s$", "", done.stdout, flags=re.MULTILINE).splitlines()
+    expected = [line for name in ("lint", "types", "demo", "test") for line in (f"made {name}", f"make {name}")]
+    assert said == expected + [f"failed: make {broken}"] * bool(broken)
