@@ -17,6 +17,7 @@ import lorary
 from lorary import words
 from lorary.adapted import adapted
 from lorary.methods.lora import Add
+from lorary.weights import is_packed
 from tests import fresh
 
 from .cases import made_of
@@ -27,6 +28,8 @@ METHODS = [
     ("dora", "rslora", "pissa", "lora+"),
     ("vera", "dora"),
     ("melora", "dora", "lora-fa"),
+    ("qlora", "dora"),
+    ("qlora", "dora", "rslora", "pissa", "lora+"),
 ]
 
 
@@ -50,6 +53,7 @@ def build(names: tuple[str, ...]) -> nn.Module:
     targets = ["linear", "conv"] if {"lora-fa", "glora"} & set(names) else ["linear", "conv", "table"]
     method = made_of(*names) if names[0] in ("bitfit", "full") else made_of(*names, r=2, alpha=4.0)
     lorary.attach(model, lorary.plan(model, method, targets=targets))
+    assert is_packed(getattr(model[0].linear, "base", None)) == ("qlora" in names)
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
