@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import lorary
 from lorary import builtin
+from lorary.bases.bitsandbytes_files import save_base
 from lorary.cli.held_out import held_out
 from lorary.storage.nf4 import NF4Linear
 from lorary.train.yaml_source import dump
@@ -259,3 +260,25 @@ def test_a_base_that_is_quantised_itself_has_no_original(command: Command) -> No
         "  - model: is quantised itself, and what its weights were before is not there\n"
         "      hint: name the model that it was made from with --base, and say --force\n",
     )
+
+
+@pytest.mark.parametrize("name", ["lora", "qlora"])
+def test_a_checkpoint_in_4_bits_becomes_a_plain_one(command: Command, name: str) -> None:
+    """Whether the method has a word for it or not."""
+    runs.base_folder(Path("model"))
+    save_base(lorary.pack(AutoModelForCausalLM.from_pretrained("model", dtype=torch.float32)), Path("packed"))
+    tokenizer().save_pretrained("packed")
+    model = runs.adapted(name, model=lorary.load_base("packed"))
+    for p in model.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.05)
+    lorary.save(model, "adapter")
+    ids = IDS % 300
+    with torch.no_grad():
+        live = model(input_ids=ids).logits
+    assert command("merge", "adapter", "merged", "--base", "packed", "--rows", "2").code == 0
+    assert "quantization_config" not in json.loads(Path("merged/config.json").read_text())
+    merged = AutoModelForCausalLM.from_pretrained("merged")
+    assert {p.dtype for p in merged.parameters()} == {torch.float32}
+    with torch.no_grad():
+        torch.testing.assert_close(merged(input_ids=ids).logits, live, rtol=1e-4, atol=1e-5)
