@@ -12,8 +12,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from lorary.errors import MethodError, Problem, did_you_mean
 from lorary.preset import preset
+from lorary.storage.bnb_nf4 import BnbNF4
 from lorary.storage.nf4 import NF4
+
+_BACKENDS = ["lorary", "bitsandbytes"]
 
 
 @preset(
@@ -21,7 +25,13 @@ from lorary.storage.nf4 import NF4
     citation="Dettmers et al. 2023, arXiv:2305.14314",
     when="When the base does not fit in memory: it takes a quarter of what it takes in 16 bits.",
 )
-def qlora(double: bool = True, block: int = 64, compute: str | None = None, embeddings: bool = False) -> dict[str, Any]:
+def qlora(
+    double: bool = True,
+    block: int = 64,
+    compute: str | None = None,
+    embeddings: bool = False,
+    backend: str = "lorary",
+) -> dict[str, Any]:
     """y = Dq(Wq) x + b + s B A x, Wq = W in 4 bits a number
 
     Args:
@@ -29,5 +39,20 @@ def qlora(double: bool = True, block: int = 64, compute: str | None = None, embe
         block: how many numbers share a largest value.
         compute: the precision of the products (float32, bfloat16, float16); None takes that of the input.
         embeddings: pack the token embeddings, too, where no other layer has the same weight.
+        backend: who computes with the same codes: `lorary`, or `bitsandbytes` where it is installed.
     """
+    if problems := _problems(embeddings, backend):
+        raise MethodError("this method cannot be made:", problems)
+    if backend == "bitsandbytes":
+        return {"storage": BnbNF4(block, double, compute)}
     return {"storage": NF4(block, double, compute, embeddings)}
+
+
+def _problems(embeddings: bool, backend: str) -> list[Problem]:
+    """What a backend does not know."""
+    if backend not in _BACKENDS:
+        return [Problem("backend", f"{backend!r} is unknown", did_you_mean(str(backend), _BACKENDS))]
+    if embeddings and backend == "bitsandbytes":
+        what = "bitsandbytes cannot save an embedding that it has packed"
+        return [Problem("embeddings", what, "say backend='lorary', or leave the embeddings plain")]
+    return []

@@ -27,7 +27,9 @@ _GPTQ = "gptqmodel.nn_modules.qlinear"
 @keeps("embedding", f"{_BITSANDBYTES}.Embedding4bit")
 def _four_bit(layer: Any) -> Tensor:
     """Dq(Wq) in the precision that the weight came in."""
-    state = getattr(layer.weight, "quant_state", None) or layer.quant_state
+    state = getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
+    if state is None:  # it is packed by being moved to a device with values, and has not been
+        return cast(Tensor, layer.weight.data)
     codes, functional = layer.weight.data, sys.modules["bitsandbytes.functional"]
     if getattr(state, "packing_format_for_cpu", False):  # what evaluating on a CPU with AVX512-BF16 has made of it
         absmax = state.absmax.T.reshape(-1).float().contiguous()

@@ -24,11 +24,11 @@ from lorary.storage.bitsandbytes_state import KEYS, read_state, written_state
 from lorary.weights import is_packed, keeps
 from lorary.words import Storage, word
 
-_BLOCKS: dict[str, Any] = {
+BLOCKS: dict[str, Any] = {
     "check": lambda value: type(value) is int and value in (32, 64, 128, 256, 512, 1024, 2048, 4096),
     "expects": "a power of two from 32 to 4096",
 }
-_COMPUTES = one_of("float32", "bfloat16", "float16")
+COMPUTES = one_of("float32", "bfloat16", "float16")
 
 
 @word
@@ -43,9 +43,9 @@ class NF4(Storage):
         embeddings: pack token embeddings, too, unless another layer has the same weight.
     """
 
-    block: int = field(default=64, metadata=_BLOCKS)
+    block: int = field(default=64, metadata=BLOCKS)
     double: bool = field(default=True, metadata=FLAG)
-    compute: str | None = field(default=None, metadata=optional(_COMPUTES))
+    compute: str | None = field(default=None, metadata=optional(COMPUTES))
     embeddings: bool = field(default=False, metadata=FLAG)
 
     writable = False
