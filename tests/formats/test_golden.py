@@ -55,6 +55,11 @@ FILES = {
     "shared-0.3.0/lorary.json": "f628e27b548307334b69fffe48b177302bbd7c07baa63aaa497a4205eb7f9239",
     "shared-own-0.3.0/adapter.safetensors": "0a40de2f140983e0ddd72e07f10360c62ea0928532e9a03232077bb61a4329d5",
     "shared-own-0.3.0/lorary.json": "35dc2ca489c7ae2cc8413741763721be4fbf2be67299ce70ab9d201e4ec0e122",
+    "qlora-0.4.0/adapter_config.json": "aa237b48862e5b6088101b57b259090f9421ae29ac60ff05ba9be118530069d5",
+    "qlora-0.4.0/adapter_model.safetensors": "17a4b9feb2baebd85a9efd18efa4e8e729d6db5bd5e1d197f2fed561ad31d79f",
+    "qlora-0.4.0/lorary.json": "f2618042c4f3692f35d70810ae0264c9991ce7d13ce61e13414284554603809f",
+    "qpissa-0.4.0/adapter.safetensors": "9a7882370a3e66b7d31216d1697fa00bf73291d0ae80d2e74dd5a13dca3e7e76",
+    "qpissa-0.4.0/lorary.json": "337baca1d10cf7c14972d61906787ad29dbc26309be3d3ca61b36315a47b215d",
 }
 
 
@@ -131,6 +136,24 @@ def pissa() -> Adapter:
     )
     placed = (Placed(sites[0], method), Placed(sites[1], small))
     return Adapter(method, placed, filled(placed), {"mlp.c_fc.bias": numbers(8)}, Fingerprint("Net"))
+
+
+def qlora() -> Adapter:
+    """How the base was kept, beside PEFT's plain files, which do not say it."""
+    words = {"double": False, "block": 128, "compute": "bfloat16", "embeddings": True}
+    method = lorary.method("qlora", "dora", "rslora", r=2, alpha=3, dropout=0.125, **words)
+    sites = (Site("model.q", "linear", 4, 6, bias=False), Site("model.down", "linear", 6, 5, bias=True))
+    placed = tuple(Placed(site, method) for site in sites)
+    return Adapter(method, placed, filled(placed), {}, Fingerprint("Net", "0" * 64, "1" * 64))
+
+
+def qpissa() -> Adapter:
+    """Starts that were looked for in several rounds."""
+    method = lorary.method("qlora", "pissa", r=2, alpha=3, rounds=5)
+    placed = (Placed(Site("model.q", "linear", 4, 6, bias=False), method),)
+    tensors = filled(placed)
+    tensors["model.q"]["A0"] = -tensors["model.q"]["A0"]  # it has moved since
+    return Adapter(method, placed, tensors, {}, Fingerprint("Net"))
 
 
 def vera() -> Adapter:
@@ -224,6 +247,8 @@ def _sharing(method: lorary.Method) -> Adapter:
 
 
 ADAPTERS = {
+    "qlora-0.4.0": qlora,
+    "qpissa-0.4.0": qpissa,
     "adalora-0.3.0": adalora,
     "o-lora-0.3.0": o_lora,
     "delta-lora-0.3.0": delta_lora,
