@@ -68,8 +68,8 @@ class Fingerprint:
 
         Args:
             model: the model.
-            known: samples of parameters as they were, where the model has them in another form; what it remembers is
-                not asked then.
+            known: samples of parameters as they were, where the model has them in another form, without values of
+                those that another library has packed; what the model remembers is not asked then.
         """
         for remembered in (getattr(getattr(model, STATE, None), "fingerprint", None), getattr(model, _PLAIN, None)):
             if isinstance(remembered, Fingerprint) and known is None:
@@ -77,6 +77,7 @@ class Fingerprint:
         structure, weights = hashlib.sha256(), hashlib.sha256()
         empty = False
         parameters, packed = _plain_parameters(model)
+        packed = packed or any(not sample.values for sample in (known or {}).values())
         for name, tensor in sorted(parameters.items()):
             shape, values = (known or {}).get(name) or tensor
             structure.update(f"{name} {shape}\n".encode())

@@ -26,7 +26,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lorary.bases.bitsandbytes_files import KEYS, base_of, compute_of, layer_of
 from lorary.errors import FileError, Problem
 from lorary.fingerprint import Fingerprint, Sample
-from lorary.kernels.nf4 import unpack
 from lorary.packing import packable
 from lorary.storage.nf4 import NF4
 from lorary.words import Storage
@@ -165,8 +164,7 @@ class PackingQuantizer(HfQuantizer):  # type: ignore[misc]
         made, problems = layer_of(layer, tensors, self.storage.compute)
         self.problems += [Problem(name, problem) for problem in problems]
         if made is not None:
-            W = unpack(made.packed, made.dtype)
-            self.known[name] = Sample.of(W if W.shape == layer.weight.shape else W.T)
+            self.known[name] = Sample(tuple(layer.weight.shape), b"")
             self._place(model, path, made)
 
     def _place(self, model: PreTrainedModel, path: str, made: Any) -> None:

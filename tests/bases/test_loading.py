@@ -1,0 +1,216 @@
+"""Bases that are packed as they are read: the same as if they had been packed in memory, and never there in full."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, modeling_utils
+
+import lorary
+from lorary.bases.loading import PackedConfig
+from lorary.errors import ConfigError, FileError
+from lorary.fingerprint import Fingerprint
+from lorary.storage.nf4 import NF4Embedding, NF4Linear
+from lorary.train import models
+from tests import tiny
+from tests.resume.processes import forked
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="the peak of resident memory is asked of Linux's kernel")
+
+
+def saved(folder: Path, name: str = "LlamaForCausalLM", dtype: str = "float32", **changes: Any) -> Path:
+    """A tiny checkpoint in several shards."""
+    tiny.seeded(name, **changes).to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="10KB")
+    return folder
+
+
+def in_memory(folder: Path, dtype: str = "float32", storage: lorary.NF4 | None = None) -> Any:
+    """What it is compared with: loaded in full, then packed."""
+    return lorary.pack(AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)), storage)
+
+
+@pytest.mark.parametrize(
+    ("name", "saved_in", "dtype", "changes"),
+    [
+        ("LlamaForCausalLM", "float32", "float32", {}),
+        ("LlamaForCausalLM", "float32", "bfloat16", {}),
+        ("LlamaForCausalLM", "float16", "float32", {}),
+        ("Qwen2ForCausalLM", "bfloat16", "bfloat16", {"tie_word_embeddings": True}),  # biases
+        ("GPT2LMHeadModel", "float32", "float32", {}),  # the transposed layers
+        ("MixtralForCausalLM", "float32", "float32", {}),  # experts become one tensor on the way
+    ],
+)
+def test_it_is_what_packing_in_memory_gives(
+    tmp_path: Path, name: str, saved_in: str, dtype: str, changes: dict[str, Any]
+) -> None:
+    folder = saved(tmp_path / "base", name, saved_in, **changes)
+    straight, packed = lorary.load_base(folder, dtype=dtype), in_memory(folder, dtype)
+    assert tiny.same(straight.state_dict(), packed.state_dict())
+    assert torch.equal(tiny.logits(straight), tiny.logits(packed))
+    names = [n for n, m in packed.named_modules() if isinstance(m, NF4Linear)]
+    assert names == [n for n, m in straight.named_modules() if isinstance(m, NF4Linear)]
+    assert not any("lm_head" in n for n in names)
+    assert Fingerprint.of(straight) == Fingerprint.of(packed)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    assert Fingerprint.of(straight) == Fingerprint.of(plain)
+
+
+def test_nothing_of_the_loader_stays_on_the_model(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "base", "GPT2LMHeadModel")
+    straight, packed = lorary.load_base(folder), in_memory(folder)
+    assert [sorted(vars(m)) for m in straight.modules()] == [sorted(vars(m)) for m in packed.modules()]
+    assert [m._non_persistent_buffers_set for m in straight.modules()] == [
+        m._non_persistent_buffers_set for m in packed.modules()
+    ]
+    assert straight.config.to_dict() == packed.config.to_dict()
+    assert not straight.training
+    straight.half()  # which Transformers refuses of models that it takes for quantised
+
+
+@pytest.mark.parametrize(
+    "storage",
+    [lorary.NF4(block=128, double=False), lorary.NF4(compute="bfloat16"), lorary.NF4(embeddings=True)],
+    ids=str,
+)
+def test_the_word_says_how(tmp_path: Path, storage: lorary.NF4) -> None:
+    folder = saved(tmp_path / "base")
+    straight, packed = lorary.load_base(folder, storage), in_memory(folder, storage=storage)
+    assert tiny.same(straight.state_dict(), packed.state_dict())
+    assert torch.equal(tiny.logits(straight), tiny.logits(packed))
+    assert isinstance(straight.get_input_embeddings(), NF4Embedding) == storage.embeddings
+
+
+def test_a_tied_embedding_is_not_packed(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "base", tie_word_embeddings=True)
+    model = lorary.load_base(folder, lorary.NF4(embeddings=True))
+    assert type(model.get_input_embeddings()) is nn.Embedding
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def test_only_the_layers_that_are_named(tmp_path: Path) -> None:
+    model = lorary.load_base(saved(tmp_path / "base"), layers=["model.layers.1.mlp.up_proj"])
+    assert [n for n, m in model.named_modules() if isinstance(m, NF4Linear)] == ["model.layers.1.mlp.up_proj"]
+
+
+def test_transformers_own_classes_load_it_too(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=PackedConfig(lorary.NF4()))
+    assert torch.equal(tiny.logits(model), tiny.logits(in_memory(folder)))
+    headed = lorary.load_base(folder, kind=AutoModelForSequenceClassification)  # its new head starts at random
+    assert type(headed.score) is nn.Linear
+    assert isinstance(headed.model.layers[0].mlp.up_proj, NF4Linear)
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+def test_adapters_of_either_fit_the_other(tmp_path: Path, name: str) -> None:
+    folder = saved(tmp_path / "base", name)
+    plan = lorary.plan(tiny.model(name, device="meta"), lorary.method("qlora", "dora", r=2))
+    straight = lorary.attach(lorary.load_base(folder, layers=plan.packed), plan, seed=3)
+    other = lorary.attach(AutoModelForCausalLM.from_pretrained(folder), plan, seed=3)
+    assert tiny.same(straight.state_dict(), other.state_dict())
+    lorary.save(tiny.shaken(straight), tmp_path / "straight")
+    lorary.save(tiny.shaken(other), tmp_path / "other")
+    expected = tiny.logits(straight)
+    for adapter in ("straight", "other"):
+        for base in (lorary.load_base(folder), AutoModelForCausalLM.from_pretrained(folder), in_memory(folder)):
+            assert torch.equal(tiny.logits(lorary.load(base, tmp_path / adapter)), expected)
+
+
+def test_what_is_wrong_with_the_weights_is_told_at_once(tmp_path: Path) -> None:
+    tiny.seeded("LlamaForCausalLM").save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.0.mlp.up_proj.weight"][1, 2] = float("nan")
+    weights["model.layers.1.self_attn.q_proj.weight"][0, 0] = float("inf")
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(FileError) as refused:
+        lorary.load_base(tmp_path / "base")
+    assert [p.where for p in refused.value.problems] == [
+        "model.layers.0.mlp.up_proj.weight",
+        "model.layers.1.self_attn.q_proj.weight",
+    ]
+    assert "NaN, infinite" in str(refused.value)
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    weights["model.layers.1.self_attn.q_proj.weight"] = torch.zeros(3, 4)
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(FileError) as refused:
+        lorary.load_base(tmp_path / "base")
+    lost = "model.layers.0.mlp.up_proj.weight, model.layers.1.self_attn.q_proj.weight"
+    assert f"no weights of the right shape for {lost}\n" in str(refused.value)
+
+
+def test_the_loader_is_put_back_also_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_DEACTIVATE_ASYNC_LOAD", raising=False)
+    opened = modeling_utils.safe_open
+    with pytest.raises(FileError, match="there is no such folder"):
+        lorary.load_base(tmp_path / "nothing")
+    folder = saved(tmp_path / "base")
+    shard = next(iter(folder.glob("*.safetensors")))
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(FileError, match="cannot load the model"):
+        lorary.load_base(folder)
+    assert modeling_utils.safe_open is opened
+    assert "HF_DEACTIVATE_ASYNC_LOAD" not in models.os.environ
+    with pytest.raises(ConfigError, match="dtpye"):
+        lorary.load_base(folder, dtpye="bfloat16")
+
+
+def test_a_pickle_or_code_is_refused_as_everywhere(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "theirs.Model"}}))
+    with pytest.raises(FileError, match="Python code of its own"):
+        lorary.load_base(folder)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def _resident(field: str) -> int:
+    return 1024 * int(Path("/proc/self/status").read_text().partition(f"{field}:")[2].split()[0])
+
+
+def _peak(load: Any, small: Path, folder: Path) -> tuple[int, int]:
+    """(bytes of the model, the most bytes that were resident at once while it was loaded)."""
+
+    def work() -> tuple[int, int]:
+        ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed goes back at once
+        load(small)  # what is made at first use
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _resident("VmRSS")
+        model = load(folder)
+        size = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+        return size, _resident("VmHWM") - before
+
+    status, found = forked(work)
+    assert status == 0
+    size, peak = found
+    return size, peak
+
+
+@linux
+def test_the_host_never_holds_more_than_the_packed_model_and_one_tensor(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 2, "vocab_size": 256}
+    wide, MiB = tiny.model("LlamaForCausalLM", device="meta", **sizes).to_empty(device="cpu"), 2**20
+    with torch.no_grad():
+        for parameter in wide.parameters():
+            parameter.uniform_(-0.1, 0.1)
+    wide.save_pretrained(tmp_path / "base", max_shard_size="20MB")
+    del wide
+    folder, small = tmp_path / "base", saved(tmp_path / "small")
+    size, straight = _peak(lorary.load_base, small, folder)
+    _, in_full = _peak(lambda path: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float16), small, folder)
+    largest, slack = 8 * MiB, 16 * MiB  # packing works on 2^20 numbers at a time
+    assert size < 12 * MiB
+    assert straight < size + largest + slack
+    assert in_full > 2 * (size + largest + slack)  # the test would see it
