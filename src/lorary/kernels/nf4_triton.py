@@ -4,7 +4,7 @@
     gemv     y = x·Wᵀ + b for 1 to 16 rows of x, summed in float32; the weight is looked up while it is multiplied
              with, and 4 bits a number are all that is read of it
 
-`unpack` gives the numbers of `nf4_values.region`, bit for bit: the kernels are compiled without contraction, so that
+`unpack` gives the numbers of `nf4_values.region`, bit for bit: its kernel is compiled without contraction, so that
 the magnitude is a product and a sum, each rounded, as it is there. One row of x meets the weight in float32, in which
 it is more exact than a product with a weight rounded to 16 bits; more rows take the tensor cores, and the rounding.
 
@@ -105,7 +105,7 @@ def gemv(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     given = (*_parts(packed), x, bias.detach().contiguous() if bias is not None else x, y)
     constants = {"NESTED": NESTED, "ROWS": rows, "PIECES": pieces, "HALF": PIECE // 2}
     with _on(x):
-        flags = _flags(packed) | {"BIAS": bias is not None}
+        flags = _flags(packed) | {"BIAS": bias is not None, "enable_fp_fusion": True}
         kernel = _one if tokens == 1 else _few
         more = {} if tokens == 1 else {"tokens": tokens, "TOKENS": MOST}
         kernel[(-(-out // rows),)](*given, out, inp // PIECE, packed.block // PIECE, **more, **constants, **flags)
