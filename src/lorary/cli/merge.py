@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import sys
@@ -164,14 +165,14 @@ def _merged(
     from lorary.biases import BiasWarning, homeless
     from lorary.errors import StateError
     from lorary.live import Live, round_weights
+    from lorary.train.models import kept_as, load_model
 
-    model = loaded(adapter, section)
+    model = load_model(section, kept_as(adapter.method, adapter.full))
     lorary.load(model, folder, force=force)
     live = Live.of(model, rows.ids)
     if onto == "original" and live.packed:
-        from lorary.train.models import load_model
-
         del model
+        gc.collect()  # a model holds itself in circles
         model = load_model(section)
         lorary.load(model, folder, force=force, pack=False)
     sites = live.sites(model, target)
@@ -183,22 +184,6 @@ def _merged(
     lorary.unpack(model, target)
     round_weights(model, target)
     return model, live.against(model, sites)
-
-
-def loaded(adapter: Adapter, section: ModelSection) -> PreTrainedModel:
-    """The base for an adapter: packed as it is read, where the adapter's method packs it.
-
-    A layer that gave up a part of its weight before it was packed (PiSSA) has to be there in full until it does.
-    """
-    from lorary.packing import packable
-    from lorary.train.models import load_model, skeleton
-
-    storage = adapter.method.storage
-    if storage.writable:
-        return load_model(section)
-    whole = {p.site.name for p in adapter.placed if p.starts}
-    layers = [name for name in packable(skeleton(section), storage, adapter.full) if name not in whole]
-    return load_model(section, storage, layers) if layers else load_model(section)
 
 
 def _tell(fidelity: Fidelity, done: str, rows: Rows) -> None:
