@@ -1,8 +1,8 @@
-"""How other libraries keep house: what they would hold for the same model, so that their published peaks can be computed.
+"""How other libraries keep house: what they would hold for the same model, so that their peaks can be computed.
 
-The formulas of `block` are lorary's own. Others keep more: PEFT the input of every adapter in the adapter's precision and
-a dropout mask, Transformers' loss all logits in 32 bits and their gradients. Bytes for each token, H, M, Q, K, n, V as in
-`architecture`; counted from autograd's saved tensors, layer by layer.
+The formulas of `block` are lorary's own. Others keep more: PEFT the input of every adapter in the adapter's precision
+and a dropout mask, Transformers' loss all logits in 32 bits and their gradients. Bytes for each token, H, M, Q, K, n, V
+as in `architecture`; counted from autograd's saved tensors, layer by layer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Convention:
         checkpointing: whether blocks are computed again.
         padding: whether batches are padded: keys and values are then expanded to all heads.
         fused_qkv: whether q, k and v are views of one tensor, which is kept whole.
-        compiled: whether blocks and loss are compiled: norms and activations are computed again, logits kept in 16 bits.
+        compiled: whether blocks and loss are compiled: norms and activations are made again, logits stay in 16 bits.
         state: bytes of optimizer state for each number that trains; None: two of the parameter's own size.
         gradients_first: whether gradients are there when the loss is computed (accumulation), or freed at every step.
         fused_norms: whether a norm is one kernel, which keeps its input as it comes.

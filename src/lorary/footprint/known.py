@@ -1,10 +1,11 @@
 """What layers hold whose words are well known, as formulas: the same as `adapters` finds by asking them, at once.
 
-u is the size of the input, [T, inp] in the precision of the products, v that of the output, z that of the R wide middle:
+u is the size of the input, [T, inp] in the precision of the products, v that of the output, z of the R wide middle:
 
-    kept        z for every layer whose B trains, the input once if any A trains, and the output under a magnitude (DoRA)
+    kept        z for every layer whose B trains, the input once if any A trains, the output under a magnitude (DoRA)
     backward    3 u - z: the gradient's part from the adapter, the one from the weight, and their sum; a single layer
-                gives its input back before that: 2 u - z; and under a magnitude not less than 2 v
+                gives its input back before that: 2 u - z; under a magnitude its output, too, but not less than 2 v.
+                A packed layer: at least u and one tile of the weight
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from lorary.footprint.adapters import Held, Layer, held
-from lorary.kernels.nf4 import TILE
+from lorary.kernels.nf4_tiles import TILE
 from lorary.placed import Placed
 
 # the delta's word -> (the width R of its middle, whether its B is made anew of other tensors and kept)
@@ -54,15 +55,14 @@ def by_words(layers: tuple[Layer, ...], inp: int, rows: int, dtype: torch.dtype)
         extra += 4 * layer.out if magnitude else 0
         outputs.append(magnitude)
     adapted = any(layer.placed is not None for layer in layers)
+    takes = 3 * u - z
     if len(layers) == 1:
-        takes = (3 * u - z - (u if keeps else 0)) if adapted else u
-    else:
-        takes = 3 * u - z
-    if any(outputs):
-        takes = max(takes, 2 * rows * max(layer.out for layer in layers) * e)
-    if any(layer.storage is not None for layer in layers):
-        takes = max(takes, u + 2 * TILE * e)
-    return Held(keeps, tuple(outputs), extra, takes)
+        takes = takes - (u if keeps else 0) if adapted else u
+    v = rows * max(layer.out for layer in layers) * e
+    if any(outputs):  # the output that was kept is given back first
+        takes = max(takes - v, 2 * v)
+    tiles = [min(TILE, layer.out * inp) * e for layer in layers if layer.storage is not None]
+    return Held(keeps, tuple(outputs), extra, max([takes, *(u + tile for tile in tiles)]))
 
 
 def _known(placed: Placed) -> bool:

@@ -67,7 +67,7 @@ def _lit(r: int, nf4: bool = False) -> Convention:
 
 
 _QWEN = Convention(r=64, loss=12, checkpointing=True, fused_norms=True)
-_LOADED = "16 GB of 16-bit weights are on the GPU while they are packed: the peak is that of loading"
+_LOADED = "no formula of a step gives that much; 16 GB of 16-bit weights on the GPU while they are packed would"
 
 CASES = (
     Published(

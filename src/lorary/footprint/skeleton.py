@@ -45,8 +45,7 @@ class Skeleton(nn.Module):
         self.model.layers = nn.ModuleList(_block(settings, a) for _ in range(a.L))
         self.model.norm = Norm(a.H)
         self.model.rotary_emb = nn.Module()
-        # Gemma 3 turns by two angles, one for its windows
-        for name in ("sliding_attention_", "full_attention_") if a.model_type == "gemma3_text" else ("",):
+        for name in _rotations(settings, a):
             self.model.rotary_emb.register_buffer(f"{name}inv_freq", torch.empty(a.head_width // 2), persistent=False)
             original = torch.empty(a.head_width // 2)
             self.model.rotary_emb.register_buffer(f"{name}original_inv_freq", original, persistent=False)
@@ -61,6 +60,14 @@ class Skeleton(nn.Module):
     def get_output_embeddings(self) -> nn.Module:
         """The LM head."""
         return self.lm_head
+
+
+def _rotations(settings: Mapping[str, Any], a: Architecture) -> list[str]:
+    """Gemma 3 turns by two angles: one for its windows, one for every sixth block, which sees everything."""
+    if a.model_type != "gemma3_text":
+        return [""]
+    kinds = settings.get("layer_types") or ["sliding_attention"] + ["full_attention"] * (a.L >= 6)
+    return [f"{kind}_" for kind in sorted(set(kinds))]
 
 
 def skeleton(settings: Mapping[str, Any], dtype: torch.dtype) -> Skeleton | None:

@@ -164,7 +164,8 @@ def outline(section: ModelSection) -> nn.Module:
             made = fast.skeleton(settings, dtype(section, SimpleNamespace(**settings)))
             if made is not None:
                 return made
-    return skeleton(section)
+    whole: nn.Module = skeleton(section)
+    return whole
 
 
 def _saved(settings: dict[str, Any]) -> torch.dtype:
