@@ -80,9 +80,10 @@ def test_the_values_of_magnitudes_are_bitsandbytes() -> None:
 # --- packing ----------------------------------------------------------------------------------------------------------
 
 
+@VIA
 @pytest.mark.parametrize("shape", [(64, 64), (33, 63), (1,), (5,), (127,), (17, 100), (3, 5, 7), (8, 512)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_codes_and_magnitudes_are_bitsandbytes_to_the_bit(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_codes_and_magnitudes_are_bitsandbytes_to_the_bit(via: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     for name, W in sorts(shape).items():
         if dtype == torch.float16:
             W = W.clamp(-6e4, 6e4)
@@ -142,7 +143,8 @@ def test_packing_what_was_unpacked_changes_nothing() -> None:
 
 @pytest.mark.parametrize("W", [torch.randn(96, 130).T, torch.randn(64, 3, 40).permute(1, 2, 0), torch.randn(())])
 @pytest.mark.parametrize("tile", [64, 1000, 2**20])
-def test_strides_and_tiles_make_no_difference(W: Tensor, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@VIA
+def test_strides_and_tiles_make_no_difference(via: str, W: Tensor, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = theirs(W.contiguous(), 64)
     monkeypatch.setattr(nf4_values, "TILE", tile)
     ours = pack(W, 64, double=False)
@@ -150,7 +152,8 @@ def test_strides_and_tiles_make_no_difference(W: Tensor, tile: int, monkeypatch:
     assert torch.equal(ours.absmax, whole.absmax)
 
 
-def test_packing_takes_a_few_tiles_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+@VIA
+def test_packing_takes_a_few_tiles_of_memory(via: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nf4_values, "TILE", 2**14)
     for W in (torch.randn(1024, 512).bfloat16(), torch.randn(512, 1024).bfloat16().T):
         with LiveBytes() as live:
@@ -158,10 +161,12 @@ def test_packing_takes_a_few_tiles_of_memory(monkeypatch: pytest.MonkeyPatch) ->
         assert live.peak < 0.75 * W.numel() + 10 * 4 * 2**14, live.peak  # codes, magnitudes of 32 bits, tiles
 
 
+@VIA
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_numbers_that_are_not_finite_are_refused(bad: float) -> None:
+@pytest.mark.parametrize("place", [(0, 0), (1, 30), (4, 32)])
+def test_numbers_that_are_not_finite_are_refused(via: str, bad: float, place: tuple[int, int]) -> None:
     W = torch.randn(5, 33)
-    W[4, 32] = bad
+    W[place] = bad
     with pytest.raises(ValueError, match="a number of the weight is NaN, infinite or outside the range of float32"):
         pack(W)
 

@@ -63,6 +63,67 @@ static void split(void (*work)(const void *, int64_t, int64_t), const void *job,
     }
 }
 
+/* --- packing --------------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    const float *x, *middles; /* the numbers, from the first of a block; the 15 places between two values */
+    int64_t n, block;
+    uint8_t *codes;
+    float *absmax;
+} Packing;
+
+/* The largest magnitude of up to a block of numbers; NaN if one is not finite. */
+static float largest_of(const float *x, int64_t n) {
+    float lane[16] = {0}, most = 0;
+    int bad = 0;
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16)
+        for (int j = 0; j < 16; j++) {
+            const float size = fabsf(x[i + j]);
+            lane[j] = size > lane[j] ? size : lane[j];
+            bad |= !(size <= FLT_MAX);
+        }
+    for (; i < n; i++) {
+        lane[0] = fabsf(x[i]) > lane[0] ? fabsf(x[i]) : lane[0];
+        bad |= !(fabsf(x[i]) <= FLT_MAX);
+    }
+    for (int j = 0; j < 16; j++) most = lane[j] > most ? lane[j] : most;
+    return bad ? NAN : most;
+}
+
+/* Up to 64 numbers: how many of the middles lie below each. A whole block is multiplied, a short one divided. */
+static void code_of(const float *x, int64_t n, const float *middles, float by, int divide, uint8_t *codes) {
+    float v[64] = {0};
+    int32_t index[64] = {0};
+    for (int64_t j = 0; j < n; j++) {
+        const float scaled_x = divide ? x[j] / by : x[j] * by;
+        v[j] = scaled_x < -1 ? -1 : scaled_x > 1 ? 1 : scaled_x;
+    }
+    for (int i = 0; i < 15; i++)
+        for (int j = 0; j < 64; j++) index[j] += v[j] > middles[i];
+    for (int64_t j = 0; j < (n + 1) / 2; j++) codes[j] = (uint8_t)(index[2 * j] << 4 | index[2 * j + 1]);
+}
+
+static void pack_share(const void *given, int64_t first, int64_t last) {
+    const Packing *j = given;
+    for (int64_t block = first; block < last; block++) {
+        const int64_t start = block * j->block, count = smaller(j->block, j->n - start);
+        const int divide = count < j->block;
+        const float most = largest_of(j->x + start, count), bound = most < 1e-38f ? 1e-38f : most;
+        const float by = divide ? bound : 1.0f / bound;
+        for (int64_t k = 0; k < count; k += 64)
+            code_of(j->x + start + k, smaller(64, count - k), j->middles, by, divide, j->codes + (start + k) / 2);
+        j->absmax[block] = divide ? bound : most;
+    }
+}
+
+/* Codes and magnitudes of n numbers; the magnitude of a block with one that is not finite is NaN. */
+void lorary_nf4_pack(const float *x, int64_t n, int64_t block, const float *middles, uint8_t *codes, float *absmax,
+                     int threads) {
+    const Packing job = {x, middles, n, block, codes, absmax};
+    split(pack_share, &job, (n + block - 1) / block, threads);
+}
+
 /* --- unpacking ------------------------------------------------------------------------------------------------------- */
 
 /* `count` numbers of one block from place `start`: an odd one first, 32 at a time, and the rest. */

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorary.kernels import nf4_ops
+from lorary.kernels import nf4_ops, nf4_values
 from lorary.kernels.low_rank import autocasting
 from lorary.kernels.nf4_native import TYPES, native, readable
 from lorary.kernels.nf4_tiles import gradient, product, unpack_into
-from lorary.kernels.nf4_values import CODE, DYNAMIC, TILE, Packed, matrix_shape, numbers_at, pack, shapes_only
+from lorary.kernels.nf4_values import CODE, DYNAMIC, TILE, Packed, matrix_shape, numbers_at, pack_piece, shapes_only
 
 __all__ = ["CODE", "DYNAMIC", "Packed", "backend", "pack", "times", "unpack", "unpack_rows"]
 
@@ -24,6 +24,25 @@ def backend() -> str:
     """How packed weights are read on the CPU: `compiled, AVX-512`, `..., AVX2` or `..., plain C`, else `table`."""
     compiled = native()
     return "table" if compiled is None else f"compiled, {compiled.isa}"
+
+
+def pack(W: Tensor, block: int = 64, double: bool = True) -> Packed:
+    """Packs a weight to 4 bits a number, some rows at a time: no copy of it is made in any precision.
+
+    Args:
+        W: a weight of any shape, strides and floating dtype.
+        block: numbers that share a magnitude, a power of two from 2.
+        double: whether to keep the magnitudes as bytes too: 4.127 bits a number in all instead of 4.5.
+
+    Raises:
+        ValueError: if a number is infinite or NaN or outside float32's range, or `block` is not a power of two.
+
+    Example:
+        >>> pack(torch.randn(8, 64)).codes.shape
+        torch.Size([256, 1])
+    """
+    compiled = native() if W.device.type == "cpu" else None
+    return nf4_values.pack(W, block, double, pack_piece if compiled is None else compiled.pack_piece)
 
 
 def unpack(packed: Packed, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorary.kernels.nf4_values import CODE, DYNAMIC, Packed, matrix_shape, pack, region
+from lorary.kernels.nf4_values import CODE, DYNAMIC, MIDDLES, Packed, matrix_shape, pack, pack_piece, region
 
 SOURCE, HEADER = Path(__file__).with_name("nf4.c"), Path(__file__).with_name("nf4_lanes.h")
 OPTIONS = ("-O3", "-std=c11", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
@@ -49,13 +49,22 @@ class Native:
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
         number, address, flag = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
-        self._unpack, self._times = library.lorary_nf4_unpack, library.lorary_nf4_times
+        self._pack, self._unpack = library.lorary_nf4_pack, library.lorary_nf4_unpack
+        self._times = library.lorary_nf4_times
+        self._pack.argtypes = [address, number, number, address, address, address, flag]
+        self._pack.restype = None
         self._unpack.argtypes = [address, address, *[number] * 4, address, number, flag, flag]
         self._unpack.restype = None
         self._times.argtypes = [address, address, address, flag, number, number, flag, flag]
         self._times.restype = ctypes.c_int
         library.lorary_nf4_isa.restype = ctypes.c_char_p
         self.isa: str = library.lorary_nf4_isa().decode()
+
+    def pack_piece(self, w: Tensor, block: int, codes: Tensor, absmax: Tensor) -> None:
+        """As `nf4_values.pack_piece`; `codes` dense or of a single column."""
+        w, codes = w.contiguous(), codes.view(-1)
+        addresses = (MIDDLES.data_ptr(), codes.data_ptr(), absmax.data_ptr())
+        self._pack(w.data_ptr(), w.numel(), block, *addresses, _threads(w.numel()))
 
     def unpack(
         self,
@@ -240,7 +249,10 @@ def features() -> frozenset[str]:
 def _agrees(made: Native) -> bool:
     """Whether it gives the table's numbers, of each type, from a place within a block; and their products."""
     for height, width in ((6, 128), (5, 67)):
-        packed = pack(torch.sin(torch.arange(height * width, dtype=torch.float32, device="cpu")).view(height, width))
+        W = torch.sin(torch.arange(height * width, dtype=torch.float32, device="cpu")).view(height, width)
+        packed, same = pack(W, 64, True, pack_piece), pack(W, 64, True, made.pack_piece)
+        if not all(torch.equal(a, b) for a, b in zip(packed[:4], same[:4], strict=True) if a is not None is not b):
+            return False
         rows, columns, shape = (1, height), (3, width), (height - 1, width - 3)
         for dtype in TYPES:
             table, ours = (torch.empty(shape, dtype=dtype, device="cpu") for _ in range(2))
@@ -250,7 +262,9 @@ def _agrees(made: Native) -> bool:
             made.unpack(packed, rows, columns, wide, dtype)
             if not (torch.equal(ours, table) and torch.equal(wide, table.to(torch.float32))):
                 return False
-    packed = pack(torch.sin(torch.arange(5 * 128, dtype=torch.float32, device="cpu")).view(5, 128))
+    packed = pack(
+        torch.sin(torch.arange(5 * 128, dtype=torch.float32, device="cpu")).view(5, 128), 64, True, pack_piece
+    )
     W = region(packed, (0, 5), (0, 128), torch.empty((5, 128), dtype=torch.float32, device="cpu"))
     x = torch.cos(torch.arange(8 * 128, dtype=torch.float32, device="cpu")).view(8, 128)
     return torch.allclose(made.times(x, packed, torch.float32), x @ W.T, rtol=1e-4, atol=1e-4)

@@ -10,7 +10,7 @@ order of the codes in a byte and the rounding are those of bitsandbytes, bit for
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -41,6 +41,7 @@ CODE = torch.tensor(
     dtype=torch.float32,
     device="cpu",
 )
+MIDDLES = (CODE[:-1] + CODE[1:]) / 2  # [15]
 NESTED = 256  # magnitudes that share one second-level magnitude
 TILE = 2**20  # numbers that are packed or looked up at a time
 _SMALLEST = 1e-38  # an absmax below it divides as if it were this
@@ -57,6 +58,9 @@ def _dynamic() -> Tensor:
 
 
 DYNAMIC = _dynamic()
+
+
+Piece = Callable[[Tensor, int, Tensor, Tensor], None]  # as `pack_piece`
 
 
 class Packed(NamedTuple):
@@ -95,21 +99,9 @@ def on(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 # --- from numbers to codes --------------------------------------------------------------------------------------------
 
 
-def pack(W: Tensor, block: int = 64, double: bool = True) -> Packed:
-    """Packs a weight to 4 bits a number, some rows at a time: no copy of it is made in any precision.
-
-    Args:
-        W: a weight of any shape and floating dtype.
-        block: numbers that share a magnitude, a power of two from 2.
-        double: whether to keep the magnitudes as bytes too: 4.127 bits a number in all instead of 4.5.
-
-    Raises:
-        ValueError: if a number is infinite or NaN or outside float32's range, or `block` is not a power of two.
-
-    Example:
-        >>> pack(torch.randn(8, 64)).codes.shape
-        torch.Size([256, 1])
-    """
+def pack(W: Tensor, block: int = 64, double: bool = True, piece: Piece | None = None) -> Packed:
+    """Packs a weight, some rows at a time, each by `pack_piece` or by what is faster. See `nf4.pack`."""
+    piece = piece or pack_piece
     if block < 2 or block & (block - 1):
         raise ValueError(f"block is {block}; it has to be a power of two from 2")
     if not W.dtype.is_floating_point:
@@ -121,7 +113,7 @@ def pack(W: Tensor, block: int = 64, double: bool = True) -> Packed:
         for start, numbers in _pieces(W.detach(), block):
             end = start + numbers.numel()
             bytes_, magnitudes = codes[start // 2 : -(-end // 2), 0], absmax[start // block : -(-end // block)]
-            _pack_piece(numbers, block, bytes_, magnitudes)
+            piece(numbers, block, bytes_, magnitudes)
         if not bool(absmax.isfinite().all()):
             raise ValueError("a number of the weight is NaN, infinite or outside the range of float32")
     if not double:
@@ -141,8 +133,8 @@ def _pieces(W: Tensor, block: int) -> Iterator[tuple[int, Tensor]]:
         yield first * width, rows[first : first + step].reshape(-1).to(torch.float32)
 
 
-def _pack_piece(w: Tensor, block: int, codes: Tensor, absmax: Tensor) -> None:
-    """Writes the codes and magnitudes of some numbers; the last block may be short."""
+def pack_piece(w: Tensor, block: int, codes: Tensor, absmax: Tensor) -> None:
+    """Writes the codes uint8 [ceil(m / 2)] and magnitudes [ceil(m / block)] of w, float32 [m]; its end may be short."""
     whole = w.numel() - w.numel() % block
     blocks = w[:whole].view(-1, block)
     largest = blocks.abs().amax(1) if whole else w.new_empty(0)
@@ -150,9 +142,8 @@ def _pack_piece(w: Tensor, block: int, codes: Tensor, absmax: Tensor) -> None:
     if whole < w.numel():  # bitsandbytes divides here where it multiplies above, and keeps the bound
         rest = w[whole:].abs().amax().clamp(min=_SMALLEST).view(1)
         largest, v = torch.cat([largest, rest]), torch.cat([v, w[whole:] / rest])
-    code = on(w.device)[0]
     # how many of the middles between two values lie below v: in the middle the lower value is taken
-    index = torch.bucketize(v.clamp_(-1, 1), (code[:-1] + code[1:]) / 2, out_int32=True).to(torch.uint8)
+    index = torch.bucketize(v.clamp_(-1, 1), MIDDLES.to(w.device), out_int32=True).to(torch.uint8)
     if index.numel() % 2:
         index = torch.cat([index, index.new_full((1,), 7)])
     codes.copy_(index[0::2] << 4 | index[1::2])
