@@ -18,7 +18,7 @@ from lorary.sites import kind_of
 from lorary.storage.nf4 import NF4
 from lorary.targets import blocked, head_names
 from lorary.weights import is_foreign, is_packed, weight
-from lorary.words import Storage
+from lorary.words import Init, Storage
 
 T = TypeVar("T")
 
@@ -116,6 +116,12 @@ def unfit(model: nn.Module, names: Iterable[str]) -> list[Problem]:
             what = f"{bad:,} of {W.numel():,} numbers of its weight are NaN or infinite, and cannot be packed"
             problems.append(Problem(name, what, "repair the base, or leave the layer out"))
     return problems
+
+
+def packed_already(name: str, init: Init) -> Problem:
+    """Why an init cannot start at a part of this layer's weight."""
+    what = f"is packed already, and {type(init).__name__} would take a part of it"
+    return Problem(name, what, "load the base in full precision: with qlora what is left of it is packed")
 
 
 def remember(model: nn.Module) -> None:

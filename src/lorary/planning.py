@@ -11,13 +11,12 @@ import torch
 from torch import nn
 
 from lorary.errors import MethodError, PlanError, Problem, nearest
-from lorary.packing import packable
+from lorary.packing import packable, packed_already
 from lorary.past import Learnt, with_past
 from lorary.placed import Placed, with_rank
 from lorary.plans import FullParameter, Plan, human_bytes
 from lorary.preconditions import not_ready, not_words, unwritable
 from lorary.record import Method
-from lorary.residual import packed_already
 from lorary.sites import KINDS, kind_of, site
 from lorary.storage.foreign import stored
 from lorary.targets import Found, blocked, collapse, head_names, listed, matches, resolve

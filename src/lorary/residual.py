@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lorary.adapted import Adapted
 from lorary.errors import PlanError, Problem, StateError
-from lorary.packing import plain
+from lorary.packing import packed_already, plain
 from lorary.shards import is_sharded
 from lorary.sites import kind_of
 from lorary.state import Attached, attached, base_parameter
@@ -109,12 +109,6 @@ def unsound(layer: Adapted) -> list[Problem]:
         )
         return [Problem(layer.site.name, what, "repair the base, or exclude the layer")]
     return []
-
-
-def packed_already(name: str, init: Init) -> Problem:
-    """Why an init cannot start at a part of this layer's weight."""
-    what = f"is packed already, and {type(init).__name__} would take a part of it"
-    return Problem(name, what, "load the base in full precision: with qlora what is left of it is packed")
 
 
 def idle(layer: Adapted) -> list[Problem]:
