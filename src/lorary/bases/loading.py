@@ -225,6 +225,9 @@ class _Take(ConversionOps):  # type: ignore[misc]
     def __init__(self, quantizer: PackingQuantizer) -> None:
         self.hf_quantizer = quantizer  # by this name, so that the loader leaves the precision of what it reads
 
+    def __deepcopy__(self, memo: Any) -> _Take:
+        return self  # the loader copies it for every weight, and there is one quantiser
+
     def convert(
         self, input_dict: dict[str, Any], *, model: Any, full_layer_name: str, missing_keys: Any, **_: Any
     ) -> dict[str, Tensor]:
