@@ -16,10 +16,9 @@ from lorary.errors import FileError, MethodError, Problem, StateError
 from lorary.fingerprint import Fingerprint
 from lorary.forms import LowRankForm, low_rank_forms
 from lorary.methods.lora import Add, Fixed, Kaiming, LowRank
-from lorary.packing import packable
+from lorary.packing import packable, packed_already
 from lorary.placed import Placed
 from lorary.record import Method
-from lorary.residual import packed_already
 from lorary.shards import whole
 from lorary.shrinking import compact
 from lorary.state import attached, base_parameter, require
