@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -90,7 +92,7 @@ def test_plan_reads_no_weights(command: Command) -> None:
     )
     assert (ran.code, ran.err) == (0, "")
     assert "\nactivations " in ran.out
-    assert "4 x 1024 tokens, weights in" in ran.out
+    assert "4 x 1,024 tokens (some padding), weights in" in ran.out
     assert "BySqrtRank" in ran.out
     assert "trains    448 of" in ran.out  # layer 0: q 4 (32 + 32), v 4 (16 + 32)
 
@@ -102,6 +104,53 @@ def test_plan_takes_a_configuration_and_overrides(command: Command) -> None:
     ran = command("plan", "run.yaml", "--set", "method.r=4", "--alpha", "8")
     assert "trains    512 of" in ran.out
     assert ran.err == "note: `lora_r` is read as `method.r`\n"
+
+
+def test_plan_says_which_gpus_it_fits_on_and_what_to_change_where_it_does_not(command: Command) -> None:
+    base(Path("model"))
+    fits = command("plan", "model", "--memory", "12", "--set", "data.max_length=128")
+    assert (fits.code, fits.err) == (0, "")
+    assert "\n    8 GB    fits, 6.6 GB free\n   12 GB    fits, 10.6 GB free\n" in fits.out
+    assert "to fit into" not in fits.out
+    ran = command("plan", "model", "--memory", "1.7", "--set", "data.max_length=65536")
+    assert (ran.code, ran.err) == (0, "")
+    assert "too much\n    8 GB" in ran.out
+    said = ran.out.partition("to fit into 1.7 GB\n")[2].splitlines()
+    assert "gradient checkpointing" in "".join(said[:6])
+    assert any("--set training.gradient_checkpointing=true" in line for line in said)
+    peaks = [float(line.split()[0]) for line in said if " GB  " in line]
+    assert len(peaks) >= 3
+    alone = [peak for peak, line in zip(peaks, said[::2], strict=False) if "together" not in line]
+    enough = [peak for peak in alone if peak <= 1.7]
+    assert alone == sorted(enough) + sorted(peak for peak in alone if peak > 1.7)
+
+
+def test_a_plan_can_be_checked_by_a_step_without_data(command: Command) -> None:
+    base(Path("model"))
+    ran = command("plan", "model", "--check", "--set", "data.max_length=64")
+    assert ran.code == 0, ran.err
+    off = re.search(r"a step without data: .*; the formula is off by ([+-]\d+\.\d)%", ran.out)
+    assert off is not None
+    assert abs(float(off[1])) < 5
+
+
+@pytest.mark.parametrize("size", ["-3", "0", "much"])
+def test_a_memory_that_is_none_is_refused(command: Command, size: str) -> None:
+    ran = command("plan", "builtin:base", "--memory", size)
+    assert (ran.code, ran.out) == (2, "")
+    assert "Invalid value for '--memory'" in ran.err
+
+
+def test_plan_needs_no_transformers_for_a_known_family() -> None:
+    code = (
+        "import sys; sys.argv = ['lorary', 'plan', 'builtin:base', '--memory', '1']\n"
+        "from lorary.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'transformers', 'trl', 'datasets', 'sympy', 'torch._dynamo'} & set(sys.modules)))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[-1] == "[]"
 
 
 def test_plan_lists_every_mistake(command: Command) -> None:

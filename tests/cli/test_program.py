@@ -39,7 +39,7 @@ OPTIONS = {
     "methods": ["--answers", "--choose", "--json"],
     "search": ["--ceiling", "--generations", "--overwrite", "--population", "--quiet", "--seed", "-q"],
     "train": ["--after", "--dry-run", "--overwrite", "--quiet", "--resume", "--set", "-q"],
-    "plan": ["--alpha", "--exclude", "--method", "--r", "--set", "--targets", "-m", "-t"],
+    "plan": ["--alpha", "--check", "--exclude", "--memory", "--method", "--r", "--set", "--targets", "-m", "-t"],
 }
 
 

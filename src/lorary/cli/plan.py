@@ -56,45 +56,15 @@ def plan(
 
 
 def _show(config: Config, size: float | None, check: bool) -> None:
-    from lorary.footprint.room import SIZES
+    from lorary.cli.memory_table import show
     from lorary.train.forecast import forecast
     from lorary.train.models import outline
 
     found = forecast(config, outline(config.model))
-    print(f"{found.plan}\n\nin training, at the fullest moment\n{found.memory}")
-    if found.memory.activations is None:
-        return
-    print(_room(found))
-    wanted = size or SIZES[-1]
-    if found.need.room(wanted) < 0:
-        print(_advice(config, found, wanted))
+    print(found.plan)
+    show(config, found, size)
     if check:
         print(_checked(config, found))
-
-
-def _room(found: Forecast) -> str:
-    """Which GPUs it fits on."""
-    from lorary.footprint.room import SIZES, gigabytes
-
-    need = found.need
-    of = f"{gigabytes(need.total)} as nvidia-smi counts: {gigabytes(need.overhead)} of it CUDA and fragmentation"
-    lines = [f"\non a GPU {of}"]
-    for size in SIZES:
-        room = need.room(size)
-        answer = f"fits, {gigabytes(room)} free" if room >= 0 else f"{gigabytes(-room)} too much"
-        lines.append(f"{size:>4} GB    {answer}")
-    return "\n".join(lines)
-
-
-def _advice(config: Config, found: Forecast, size: float) -> str:
-    from lorary.footprint.room import gigabytes
-    from lorary.train.advice import proposals
-
-    lines = [f"\nto fit into {size:g} GB"]
-    for proposal in proposals(config, found, size):
-        fits = "fits" if proposal.need.room(size) >= 0 else "not enough"
-        lines += [f"{gigabytes(proposal.need.total):>9}  {fits:<11}{proposal.what}", f"{'':22}{proposal.how}"]
-    return "\n".join(lines)
 
 
 def _checked(config: Config, found: Forecast) -> str:
