@@ -59,6 +59,7 @@ def _cases() -> dict[str, Callable[[], Any]]:
     cases: dict[str, Callable[[], Any]] = {n: lambda n=n: _model(n, **options.get(n, {})) for n in names}
     return cases | {
         "dora+rslora+pissa+lora+": lambda: _model("dora", "rslora", "pissa", "lora+"),
+        "qlora+dora+rslora+pissa+lora+": lambda: _model("qlora", "dora", "rslora", "pissa", "lora+", rounds=3),
         "vera+dora": lambda: _model("vera", "dora"),
         "glora supernet": lambda: _model("glora", supernet=True),
         "adalora, shrunk before": lambda: _model("adalora", target=2, start=2, final=13, every=2, form="paper"),
