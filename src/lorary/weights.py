@@ -117,8 +117,9 @@ def by_forward(layer: Any, rows: int = 256) -> Tensor:
         layer: with `in_features` and `out_features`; it has been moved to where it works.
         rows: how many rows it is given at a time.
     """
-    like = next(t for t in [*layer.parameters(), *layer.buffers()] if t.is_floating_point())
-    zero = torch.zeros(1, layer.in_features, dtype=like.dtype, device=like.device)
+    own = [*layer.parameters(), *layer.buffers()]
+    dtype = next((t.dtype for t in own if t.is_floating_point() and t.dtype.itemsize > 1), torch.get_default_dtype())
+    zero = torch.zeros(1, layer.in_features, dtype=dtype, device=own[0].device)
     columns = []
     with torch.enable_grad():  # some layers turn into another form, for good, where no gradient is asked for
         b = layer(zero.clone().requires_grad_()).detach()
