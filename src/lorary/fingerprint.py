@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -94,6 +94,13 @@ class Fingerprint:
     def remember(self, model: nn.Module) -> None:
         """Let this be the model's fingerprint from now on, whatever its weights are packed into."""
         object.__setattr__(model, _PLAIN, self)
+
+    @staticmethod
+    def rename(model: nn.Module, name: str) -> None:
+        """Let a model of Transformers say another name than that of the folder from which it was read."""
+        model.config._name_or_path = name  # type: ignore[union-attr]
+        if isinstance(remembered := getattr(model, _PLAIN, None), Fingerprint):
+            replace(remembered, name=base_name(name)).remember(model)
 
     @staticmethod
     def forget(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorary.errors import FileError
 from lorary.fingerprint import Fingerprint
+from lorary.storage.nf4 import NF4
 from lorary.train import models
 from lorary.train.config import ModelSection
 from lorary.train.models import dtype, load_config, load_model, load_tokenizer, skeleton
@@ -98,3 +99,8 @@ def test_pickles_beside_safetensors_are_not_read(folder: Path) -> None:
 
 def test_the_built_in_base_says_what_it_is_and_not_where() -> None:
     assert Fingerprint.of(load_model(ModelSection(id="builtin:base"))).name == "builtin:base"
+
+
+def test_so_does_a_base_that_was_packed_as_it_was_read() -> None:
+    plain, packed = (load_model(ModelSection(id="builtin:base"), storage) for storage in (None, NF4()))
+    assert Fingerprint.of(packed) == Fingerprint.of(plain)

@@ -49,6 +49,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
+    from lorary.fingerprint import Fingerprint
     from lorary.targets import head_names
 
     config = load_config(section)
@@ -70,7 +71,7 @@ def load_model(
         raise FileError(f"cannot load the model {section.id}:", [Problem(section.id, what, fix)])
     loaded: PreTrainedModel = model.eval()
     if section.id in BUILTIN:
-        loaded.config._name_or_path = section.id  # what an adapter says about its base; the folder differs by machine
+        Fingerprint.rename(loaded, section.id)  # what an adapter says about its base; the folder differs by machine
     return loaded
 
 
