@@ -49,6 +49,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
+    from lorary.bases.reading import reader
     from lorary.fingerprint import Fingerprint
     from lorary.targets import head_names
 
@@ -58,7 +59,7 @@ def load_model(
     if section.attn_implementation is not None:
         words["attn_implementation"] = section.attn_implementation
     with quiet():
-        loader = _loader(section, config, storage, layers)
+        loader = reader(section.id, config, storage, layers)
         model, info = _from_pretrained(kind or AutoModelForCausalLM, section, loader, **words)
     lost = {key if isinstance(key, str) else key[0] for k in ("missing_keys", "mismatched_keys") for key in info[k]}
     if kind is not None:  # a new head may start at random, as Transformers would have it
@@ -295,31 +296,6 @@ def _check(section: ModelSection) -> None:
         problems.append(Problem(pickles[0].name, what, "convert it to safetensors where you trust it"))
     if problems:
         raise FileError(headline, problems)
-
-
-def _loader(
-    section: ModelSection, config: Any, storage: Storage | None, layers: Collection[str] | None
-) -> Callable[..., Any] | None:
-    """What loads the weights, if it is not Transformers alone: what packs them, or knows them as they are packed.
-
-    Raises:
-        FileError: they are to be packed, and are already, in another way.
-    """
-    from lorary.storage.nf4 import NF4
-
-    saved, packs = getattr(config, "quantization_config", None), isinstance(storage, NF4)
-    if saved is None and not packs:
-        return None
-    from lorary.bases import loading
-    from lorary.bases.bitsandbytes_files import unreadable
-
-    problems = [] if saved is None else unreadable(config)
-    if problems and packs:
-        raise FileError(f"cannot load the model {section.id}:", problems)
-    if problems:
-        return None  # Transformers and the library that has packed it, if that is there
-    word = storage if isinstance(storage, NF4) else NF4()
-    return lambda kind, source, **words: loading.load(kind, source, config, word, layers, **words)
 
 
 def _from_pretrained(kind: Any, section: ModelSection, loader: Callable[..., Any] | None = None, **words: Any) -> Any:
