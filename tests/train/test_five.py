@@ -1,4 +1,4 @@
-"""Five at once - DoRA, rsLoRA, PiSSA, LoRA+ and a rank for every kind of site - through the whole job."""
+"""Five at once - QLoRA, DoRA, rsLoRA, PiSSA and LoRA+, and a rank for every kind of site - through the whole job."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ import yaml
 
 import lorary
 from lorary import builtin
+from lorary.adapted import adapted
 from lorary.train import checkpoint
+from lorary.weights import is_packed
 from tests import fresh
 
 CONFIG: dict[str, Any] = {
     "model": "builtin:base",
     "method": {
-        "name": ["dora", "rslora", "pissa", "lora+"],
+        "name": ["qlora", "dora", "rslora", "pissa", "lora+"],
         "r": 4,
         "alpha": 4,
         "ranks": {"*.down_proj": 2, "*.q_proj": 6},
@@ -58,11 +60,11 @@ def _folder(path: Path) -> Path:
 COMMAND = ["-m", "lorary", "train", "run.yaml"]
 
 
-def _train(folder: Path, *arguments: str, kill_at: int = 0) -> int:
-    """`lorary train`; with `kill_at`, killed as soon as that step's checkpoint is there."""
+def _train(folder: Path, *arguments: str, kill: bool = False) -> int:
+    """`lorary train`; or killed as soon as a checkpoint is there."""
     program = fresh.Program(*COMMAND, *arguments, folder=folder)
-    if kill_at:
-        while program.running and not (folder / f"out/checkpoints/checkpoint-{kill_at}").exists():
+    if kill:  # the first checkpoint goes when the third comes
+        while program.running and not any((folder / "out/checkpoints").glob("checkpoint-[0-9]")):
             time.sleep(0.01)
         program.kill()
     status, _, errors = program.ended()
@@ -87,7 +89,8 @@ def test_five_at_once_train_resume_merge_and_reload(tmp_path: Path) -> None:
     straight, killed = _folder(tmp_path / "straight"), _folder(tmp_path / "killed")
     done = subprocess.run([sys.executable, *COMMAND], cwd=straight, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert _train(killed, kill_at=2) == -signal.SIGKILL
+    assert _train(killed, kill=True) == -signal.SIGKILL
+    assert not (killed / "out/adapter").exists()
     assert checkpoint.newest(killed / "out/checkpoints")[0] is not None
     assert _train(killed, "--resume") == 0
     one, other = (lorary.Adapter.load(folder / "out/adapter") for folder in (straight, killed))
@@ -98,9 +101,13 @@ def test_five_at_once_train_resume_merge_and_reload(tmp_path: Path) -> None:
 
     before = _logits(builtin.load_model())
     live = lorary.load(builtin.load_model(), straight / "out/adapter")
+    assert all(is_packed(layer.base) for layer in adapted(live).values())
     trained = _logits(live)
-    assert (trained - before).abs().max() > 0.01, "training changed nothing"
+    with lorary.disabled(live):
+        assert (trained - _logits(live)).abs().max() > 0.01, "training changed nothing"
+    assert (trained - before).abs().max() > 0.01
     lorary.merge(live)
+    assert not any(map(is_packed, live.modules()))
     _close(_logits(live), trained)
     live.save_pretrained(tmp_path / "merged")
     _close(_logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), trained)
