@@ -45,6 +45,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("formats",),
     ("bases",),
     ("inspect",),
+    ("footprint",),
     ("train",),
     ("cli",),
     ("__main__",),
