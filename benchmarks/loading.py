@@ -2,7 +2,7 @@
 
     python benchmarks/loading.py
 
-A Llama of 134 million parameters with random weights is written to a temporary folder, and each way loads it in a
+A Llama of 130 million parameters with random weights is written to a temporary folder, and each way loads it in a
 process of its own. Linux only: the peak is the kernel's high-water mark of resident memory.
 """
 
