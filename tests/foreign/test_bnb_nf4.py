@@ -33,7 +33,8 @@ def test_the_codes_are_ours(double: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     layer = torch.nn.Linear(128, 64, dtype=dtype)
     ours, theirs = NF4(double=double).pack(layer), BnbNF4(double=double).pack(layer)
-    assert type(theirs) is bnb.nn.Linear4bit and theirs.bias is layer.bias
+    assert type(theirs) is bnb.nn.Linear4bit
+    assert theirs.bias is layer.bias
     assert torch.equal(theirs.weight, ours.weight)
     assert torch.equal(theirs.weight.quant_state.absmax, ours.absmax)
     dense = weights.weight(theirs)
@@ -67,7 +68,7 @@ def test_plan_and_the_meta_device() -> None:
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(MethodError, match="backend: 'bitsandbites' is unknown\n.*did you mean `bitsandbytes`"):
+    with pytest.raises(MethodError, match=r"backend: 'bitsandbites' is unknown\n.*did you mean `bitsandbytes`"):
         lorary.method("qlora", backend="bitsandbites")
     with pytest.raises(MethodError, match="embeddings: bitsandbytes cannot save an embedding that it has packed"):
         lorary.method("qlora", backend="bitsandbytes", embeddings=True)

@@ -53,7 +53,9 @@ def test_the_dense_weight_and_its_bytes(plain: Path) -> None:
     model = load(plain, CONFIGS["int8"])
     layer = model.model.layers[0].mlp.down_proj
     W = weights.weight(layer)
-    assert type(W) is torch.Tensor and not W.requires_grad and weights.is_packed(layer)
+    assert type(W) is torch.Tensor
+    assert not W.requires_grad
+    assert weights.is_packed(layer)
     torch.testing.assert_close(W, weights.by_forward(layer), rtol=0, atol=1e-6)
     base = lorary.plan(tiny.seeded("LlamaForCausalLM"), lorary.method("lora", r=2))
     plan = lorary.plan(model, lorary.method("lora", r=2))

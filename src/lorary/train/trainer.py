@@ -39,6 +39,7 @@ from lorary.train.distributed import check_strategy, fsdp_on_cpus, refuse_shares
 from lorary.train.guard import Guard
 from lorary.train.loss import LabelledHead
 from lorary.train.order import Position, Shuffled, rows_of
+from lorary.train.packed import taken_for_plain
 from lorary.train.signals import Interruption
 from lorary.train.stopping import explained
 
@@ -94,7 +95,8 @@ class AdapterTraining(_Loop):  # type: ignore[misc]  # Transformers has no types
         self._batches = 0
         self.optimizer: Any
         before = model.__dict__.get("forward")
-        super().__init__(model=model, args=args, callbacks=[_Events(self), *(callbacks or [])], **rest)
+        with taken_for_plain(model):
+            super().__init__(model=model, args=args, callbacks=[_Events(self), *(callbacks or [])], **rest)
         check_strategy(self.accelerator.state)
         if self.is_fsdp_enabled and any(p.share for p in require(model, "train").placed):
             refuse_shares()
