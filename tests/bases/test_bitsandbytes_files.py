@@ -128,6 +128,14 @@ def test_a_model_that_transformers_cast_is_read_in_the_precision_that_is_asked(t
     assert here.model.layers[0].mlp.up_proj.dtype is torch.float32
 
 
+def test_codes_in_the_bytes_of_floats(tmp_path: Path) -> None:
+    """As FSDP wants them."""
+    live = theirs(plain(tmp_path / "plain"), bnb_4bit_quant_storage=torch.bfloat16)
+    live.save_pretrained(tmp_path / "theirs")
+    assert load_file(tmp_path / "theirs/model.safetensors")[UP + "weight"].dtype is torch.bfloat16
+    close(tiny.logits(lorary.load_base(tmp_path / "theirs")), tiny.logits(live))
+
+
 # --- damage -----------------------------------------------------------------------------------------------------------
 
 
