@@ -57,3 +57,13 @@ def test_switch_tasks(tmp_path: Path) -> None:
     assert rows["c"][0] < rows["base"][0], "the C adapter is better at C"
     assert rows["prose"][1] < rows["base"][1], "the prose adapter is better at prose"
     assert rows["both"] not in (rows["base"], rows["c"], rows["prose"])
+
+
+@pytest.mark.slow
+def test_qlora(tmp_path: Path) -> None:
+    printed = output("qlora.py", tmp_path)
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", printed)]
+    assert losses[-1] < losses[0]
+    assert "42 layers" not in printed, "nothing is left to pack: it was loaded packed"
+    assert float(re.search(r"together +[\d.]+% +([\d.]+)%", printed)[1]) < 5
+    assert float(re.search(r"top-1 agrees at ([\d.]+)%", printed)[1]) > 95
