@@ -18,11 +18,12 @@ from lorary.forms import LowRankForm, low_rank_forms
 from lorary.methods.lora import Add, Fixed, Kaiming, LowRank
 from lorary.packing import packable, packed_already
 from lorary.placed import Placed
+from lorary.preconditions import mismatch
 from lorary.record import Method
 from lorary.shards import whole
 from lorary.shrinking import compact
 from lorary.state import attached, base_parameter, require
-from lorary.surgery import detach, mismatch, place
+from lorary.surgery import detach, place
 from lorary.weights import is_packed
 from lorary.words import Init
 

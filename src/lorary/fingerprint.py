@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lorary.adapted import base_parameters, plain_modules
 from lorary.errors import Problem
-from lorary.sites import KINDS, kind_of
+from lorary.sites import KINDS, kind_of, was_transposed
 from lorary.weights import is_foreign
 
 STATE = "_lorary"  # where a model remembers what is attached to it, and the fingerprint that its base had then
@@ -130,7 +130,8 @@ def _plain_parameters(model: nn.Module) -> tuple[dict[str, Sample], bool]:
     found = {name: Sample.of(t) for name, t in base_parameters(model) if id(t) not in theirs}
     for name, layer in foreign.items():
         out, inp = KINDS[str(kind_of(layer))].size(layer)
-        found[f"{name}.weight"] = Sample((inp, out) if kind_of(layer) == "embedding" else (out, inp), b"")
+        turned = kind_of(layer) == "embedding" or was_transposed(layer)
+        found[f"{name}.weight"] = Sample((inp, out) if turned else (out, inp), b"")
         if getattr(layer, "bias", None) is not None:  # GPTQ's is a buffer
             found[f"{name}.bias"] = Sample((out,), b"")
     return found, bool(foreign)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from lorary.adapted import plain_modules
 from lorary.errors import MethodError, Problem, once
 from lorary.placed import Placed, start_of
+from lorary.preconditions import mismatch
 from lorary.residual import pristine
 from lorary.sites import KINDS, kind_of
-from lorary.surgery import mismatch
 from lorary.words import Join
 
 

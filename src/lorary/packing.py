@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lorary.errors import Problem, StateError
 from lorary.fingerprint import STATE, Fingerprint
-from lorary.sites import kind_of
+from lorary.sites import kind_of, was_transposed
 from lorary.storage.nf4 import NF4
 from lorary.targets import blocked, head_names
 from lorary.weights import is_foreign, is_packed, weight
@@ -162,26 +162,30 @@ def settle_config(model: nn.Module) -> None:
 
 
 def plain(layer: nn.Module, W: Tensor, b: Tensor | None = None) -> nn.Module:
-    """A plain frozen layer like a packed one, with the weight W in the layout of the plain layer.
+    """A plain frozen layer of the class that a packed one took the place of.
 
     Args:
         layer: the packed layer.
-        W: its weight from now on.
+        W: its weight from now on, as `weight(layer)` gives it.
         b: its bias; None for its own.
     """
-    own: Any = layer
-    made: nn.Module
-    if kind_of(layer) == "embedding":
-        with torch.device("meta"):
-            made = nn.Embedding(own.num_embeddings, own.embedding_dim, own.padding_idx)
-    else:
-        with torch.device("meta"):
-            made = nn.Linear(own.in_features, own.out_features, bias=False)
+    made = _without_values(layer)
+    if kind_of(layer) == "linear":
+        W = W.T.contiguous() if was_transposed(layer) else W
         b = getattr(layer, "bias", None) if b is None else b
-        b = None if b is None else b.detach().to(W.dtype)
-        made.bias = None if b is None else nn.Parameter(b, requires_grad=False)  # type: ignore[assignment]
+        made.bias = None if b is None else nn.Parameter(b.detach().to(W.dtype), requires_grad=False)
     made.weight = nn.Parameter(W.detach(), requires_grad=False)
-    return made.train(layer.training)
+    return cast(nn.Module, made.train(layer.training))
+
+
+def _without_values(layer: Any) -> Any:
+    """The plain layer that a packed one took the place of: GPT-2's own, or files would hold its weights transposed."""
+    with torch.device("meta"):
+        if kind_of(layer) == "embedding":
+            return nn.Embedding(layer.num_embeddings, layer.embedding_dim, layer.padding_idx)
+        if was_transposed(layer):
+            return layer.source_cls(layer.out_features, layer.in_features)
+        return nn.Linear(layer.in_features, layer.out_features, bias=False)
 
 
 def shown(things: list[T], doing: str) -> Iterable[T]:

@@ -1,4 +1,4 @@
-"""What a plan cannot be made from: told before any layer is looked for."""
+"""What a plan cannot be made from, or attached to: told before anything changes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from lorary.errors import Problem
+from lorary.placed import Placed, unlike
 from lorary.record import Method
-from lorary.sites import kind_of
+from lorary.sites import Site, kind_of, site
 from lorary.weights import held, is_foreign, is_packed, weight
 
 
@@ -88,4 +89,54 @@ def deaf(model: nn.Module, names: Iterable[str]) -> list[Problem]:
                 kind = getattr(layer, "weight", layer) if type(layer) is nn.Linear else layer
                 what = f"{type(kind).__name__} lets no gradient through: the layers before it could not be trained"
                 problems.append(Problem(name, what, "load the base in a form that can be trained on"))
+    return problems
+
+
+def misfits(
+    modules: Mapping[str, nn.Module],
+    parameters: Mapping[str, nn.Parameter],
+    placed: tuple[Placed, ...],
+    full: Mapping[str, tuple[int, ...]],
+) -> list[Problem]:
+    """Why adapters cannot be put at these sites of a model, or these base parameters train."""
+    problems = []
+    for p in placed:
+        problems += mismatch(p.site, modules.get(p.site.name))
+    for name, shape in full.items():
+        if name not in parameters:
+            problems.append(Problem(name, "the model has no such parameter"))
+        elif tuple(parameters[name].shape) != tuple(shape):
+            problems.append(Problem(name, f"is {tuple(parameters[name].shape)}, expected {tuple(shape)}"))
+    if not torch.is_inference_mode_enabled() and any(t.is_inference() for t in parameters.values()):
+        what = "its weights were made in torch.inference_mode() and cannot be changed or trained with outside of it"
+        problems.append(Problem("model", what, "make the model outside of it"))
+    problems += unlike(placed)
+    devices: dict[str, set[str]] = {}
+    for p in placed if not problems else ():
+        if p.share or p.delta.shared:
+            devices.setdefault(p.share, set()).add(str(held(modules[p.site.name])[0].device))
+    for several in (found for found in devices.values() if len(found) > 1):
+        what = f"its layers lie on {', '.join(sorted(several))}, and what they share can lie on one only"
+        problems.append(Problem("model", what, "adapt the layers of one device, or take another method"))
+    return problems
+
+
+def mismatch(expected: Site, layer: nn.Module | None) -> list[Problem]:
+    """How a model's layer differs from the site that was planned or saved."""
+    if layer is None:
+        return [Problem(expected.name, "the model has no such module")]
+    if kind_of(layer) is None:
+        return [Problem(expected.name, f"is of class {type(layer).__name__}, expected a layer of kind {expected.kind}")]
+    found = site(expected.name, layer)
+    problems = []
+    # a linear layer and GPT-2's transposed one are the same matrix
+    if found.kind != expected.kind and {found.kind, expected.kind} != {"linear", "transposed"}:
+        problems.append(Problem(expected.name, f"is {found.kind}, expected {expected.kind}"))
+    for side in ("out", "inp", "groups"):
+        if getattr(found, side) != getattr(expected, side):
+            words = {"out": "output features", "inp": "input features", "groups": "groups"}[side]
+            what = f"has {getattr(found, side)} {words}, expected {getattr(expected, side)}"
+            problems.append(Problem(expected.name, what))
+    if expected.window and found.window and expected.window != found.window:
+        problems.append(Problem(expected.name, f"has a window of {found.window}, expected {expected.window}"))
     return problems

@@ -254,11 +254,21 @@ def kind_of(layer: nn.Module) -> str | None:
     how = kept(layer)
     if how is not None and how.kind != "weight":
         return how.kind
-    # transformers is only looked up, never imported: without it loaded there can be no Conv1D
-    gpt2 = sys.modules.get("transformers.pytorch_utils")
-    if gpt2 is not None and isinstance(layer, gpt2.Conv1D):
+    if _is_conv1d(type(layer)):
         return "transposed"
     return next((kind for kind, cls in _CLASSES.items() if isinstance(layer, cls)), None)
+
+
+def _is_conv1d(cls: type) -> bool:
+    # transformers is only looked up, never imported: without it loaded there can be no Conv1D
+    gpt2 = sys.modules.get("transformers.pytorch_utils")
+    return gpt2 is not None and issubclass(cls, gpt2.Conv1D)
+
+
+def was_transposed(layer: nn.Module) -> bool:
+    """Whether a packed linear layer took the place of GPT-2's Conv1D. Who packs it keeps the class as `source_cls`:
+    lorary as Transformers does."""
+    return _is_conv1d(getattr(layer, "source_cls", nn.Linear))
 
 
 def obstacle(layer: nn.Module) -> str | None:

@@ -14,12 +14,12 @@ from lorary.adapted import Adapted, Shared, adapted
 from lorary.errors import PlanError, Problem, StateError
 from lorary.fingerprint import STATE, Fingerprint
 from lorary.packing import remember, replace, shown, unfit
-from lorary.placed import Placed, unlike
+from lorary.placed import Placed
 from lorary.plans import Plan
-from lorary.preconditions import deaf, unwritable
+from lorary.preconditions import deaf, misfits, unwritable
 from lorary.record import Method
 from lorary.residual import bare, idle, settle, start, take_back, unsound
-from lorary.sites import Site, kind_of, site
+from lorary.sites import kind_of
 from lorary.state import Attached, attached, base_parameter, require
 from lorary.weights import held, is_packed
 from lorary.words import Init, Join
@@ -43,22 +43,7 @@ def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = 
         StateError: something is attached already.
         PlanError: the plan was made for another model; every mismatch. Or it is no plan, or the dtype cannot learn.
     """
-    problems = []
-    if not isinstance(plan, Plan):
-        problems.append(
-            Problem("plan", f"is a {type(plan).__name__}, not a Plan", "make one: lorary.plan(model, method)")
-        )
-    if dtype not in MASTERS:
-        known = ", ".join(str(d) for d in MASTERS)
-        problems.append(Problem("dtype", f"{dtype!r} is no precision to learn in", f"known: {known}"))
-    if not problems:
-        modules = dict(model.named_modules())
-        packed = [name for name in plan.packed if not is_packed(modules.get(name))]  # a base may be loaded packed
-        problems += unwritable(model, plan.method, [f.name for f in plan.full if not f.trains])
-        problems += unfit(model, [name for name in packed if name in modules])
-        problems += deaf(model, [p.site.name for p in plan.placed if p.site.name in modules])
-    if problems:
-        raise PlanError("cannot attach:", problems)
+    packed = _to_pack(model, plan, dtype)
     full = {f.name: f.shape for f in plan.full}
     _put(model, plan.method, plan.placed, full, dtype=dtype, packed=packed)
     try:
@@ -69,6 +54,34 @@ def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = 
         detach(model)  # all or nothing
         raise
     return model
+
+
+def _to_pack(model: nn.Module, plan: Plan, dtype: torch.dtype) -> list[str]:
+    """The layers that are still to be packed: a base may have been loaded so.
+
+    By name: whoever kept the layers while others are packed would keep all dense weights.
+
+    Raises:
+        PlanError: the plan cannot be obeyed; every reason.
+    """
+    problems = []
+    if not isinstance(plan, Plan):
+        problems.append(
+            Problem("plan", f"is a {type(plan).__name__}, not a Plan", "make one: lorary.plan(model, method)")
+        )
+    if dtype not in MASTERS:
+        known = ", ".join(str(d) for d in MASTERS)
+        problems.append(Problem("dtype", f"{dtype!r} is no precision to learn in", f"known: {known}"))
+    packed: list[str] = []
+    if not problems:
+        modules = dict(model.named_modules())
+        packed = [name for name in plan.packed if not is_packed(modules.get(name))]
+        problems += unwritable(model, plan.method, [f.name for f in plan.full if not f.trains])
+        problems += unfit(model, [name for name in packed if name in modules])
+        problems += deaf(model, [p.site.name for p in plan.placed if p.site.name in modules])
+    if problems:
+        raise PlanError("cannot attach:", problems)
+    return packed
 
 
 def _start(
@@ -149,7 +162,7 @@ def _put(
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters(remove_duplicate=False))
     gone = [Problem(name, "the model has no such module") for name in packed if name not in modules]
-    if problems := _unfit(modules, parameters, placed, full) + gone:
+    if problems := misfits(modules, parameters, placed, full) + gone:
         raise PlanError("this does not fit the model:", problems)
     placed = tuple(_as_it_is(p, modules[p.site.name]) for p in placed)
     paths, fingerprint = _paths(model, placed), base or Fingerprint.of(model)
@@ -173,35 +186,6 @@ def _put(
     for name in full.keys() - {f"{p.site.name}.weight" for p in placed}:  # an adapted weight is a rule's to write
         parameters[name].requires_grad_(True)
     object.__setattr__(model, STATE, Attached(method, placed, kept, trained, paths, fingerprint))
-
-
-def _unfit(
-    modules: Mapping[str, nn.Module],
-    parameters: Mapping[str, nn.Parameter],
-    placed: tuple[Placed, ...],
-    full: Mapping[str, tuple[int, ...]],
-) -> list[Problem]:
-    """Why adapters cannot be put at these sites of a model, or these base parameters train."""
-    problems = []
-    for p in placed:
-        problems += mismatch(p.site, modules.get(p.site.name))
-    for name, shape in full.items():
-        if name not in parameters:
-            problems.append(Problem(name, "the model has no such parameter"))
-        elif tuple(parameters[name].shape) != tuple(shape):
-            problems.append(Problem(name, f"is {tuple(parameters[name].shape)}, expected {tuple(shape)}"))
-    if not torch.is_inference_mode_enabled() and any(t.is_inference() for t in parameters.values()):
-        what = "its weights were made in torch.inference_mode() and cannot be changed or trained with outside of it"
-        problems.append(Problem("model", what, "make the model outside of it"))
-    problems += unlike(placed)
-    devices: dict[str, set[str]] = {}
-    for p in placed if not problems else ():
-        if p.share or p.delta.shared:
-            devices.setdefault(p.share, set()).add(str(held(modules[p.site.name])[0].device))
-    for several in (found for found in devices.values() if len(found) > 1):
-        what = f"its layers lie on {', '.join(sorted(several))}, and what they share can lie on one only"
-        problems.append(Problem("model", what, "adapt the layers of one device, or take another method"))
-    return problems
 
 
 def _layers(
@@ -237,27 +221,6 @@ def _bank(model: nn.Module, placed: tuple[Placed, ...], dtype: torch.dtype) -> S
 def _as_it_is(p: Placed, layer: nn.Module) -> Placed:
     """The same for the layer that is here: a linear one, or GPT-2's, which keeps the same matrix transposed."""
     return dataclasses.replace(p, site=dataclasses.replace(p.site, kind=cast(str, kind_of(layer))))
-
-
-def mismatch(expected: Site, layer: nn.Module | None) -> list[Problem]:
-    """How a model's layer differs from the site that was planned or saved."""
-    if layer is None:
-        return [Problem(expected.name, "the model has no such module")]
-    if kind_of(layer) is None:
-        return [Problem(expected.name, f"is of class {type(layer).__name__}, expected a layer of kind {expected.kind}")]
-    found = site(expected.name, layer)
-    problems = []
-    # a linear layer and GPT-2's transposed one are the same matrix
-    if found.kind != expected.kind and {found.kind, expected.kind} != {"linear", "transposed"}:
-        problems.append(Problem(expected.name, f"is {found.kind}, expected {expected.kind}"))
-    for side in ("out", "inp", "groups"):
-        if getattr(found, side) != getattr(expected, side):
-            words = {"out": "output features", "inp": "input features", "groups": "groups"}[side]
-            what = f"has {getattr(found, side)} {words}, expected {getattr(expected, side)}"
-            problems.append(Problem(expected.name, what))
-    if expected.window and found.window and expected.window != found.window:
-        problems.append(Problem(expected.name, f"has a window of {found.window}, expected {expected.window}"))
-    return problems
 
 
 def _paths(model: nn.Module, placed: tuple[Placed, ...]) -> dict[str, list[str]]:

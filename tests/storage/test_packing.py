@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -145,8 +146,37 @@ def test_gpt2s_transposed_layer_is_packed_as_the_matrix_that_it_is() -> None:
     assert torch.equal(weight(layer), weight(NF4().pack(_linear(W))))
     expected = tiny.logits(model)
     lorary.unpack(model)
-    assert type(model.transformer.h[0].attn.c_attn) is nn.Linear
+    plain = model.transformer.h[0].attn.c_attn
+    assert torch.equal(plain.weight, weight(NF4().pack(_linear(W))).T)
     torch.testing.assert_close(tiny.logits(model), expected)
+
+
+@pytest.mark.parametrize("back", [lorary.merge, lorary.detach])
+def test_what_has_been_gpt2s_layer_becomes_that_again(back: Callable[[nn.Module], nn.Module]) -> None:
+    """A file of the model would else hold its weights the wrong way round, unnoticed where they are square."""
+    model = tiny.seeded("GPT2LMHeadModel")
+    lorary.attach(model, lorary.plan(model, lorary.method("qlora", "pissa", r=2)))
+    expected = tiny.logits(model)
+    state = back(model).state_dict()
+    again = tiny.model("GPT2LMHeadModel")
+    again.load_state_dict(state)
+    torch.testing.assert_close(tiny.logits(again), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("words", [("qlora",), ("qlora", "pissa")])
+def test_no_dense_weight_outlives_its_packing(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever kept the layers while attaching would keep all of them until it is done."""
+    model = nn.Sequential(*(nn.Linear(128, 128) for _ in range(4)), nn.Linear(128, 4))
+    dense = [weakref.ref(layer.weight) for layer in model]
+    left, pack = [], NF4.pack
+
+    def counted(self: NF4, layer: nn.Module, W: Tensor | None = None) -> nn.Module:
+        left.append(sum(ref() is not None for ref in dense))
+        return pack(self, layer, W)
+
+    monkeypatch.setattr(NF4, "pack", counted)
+    lorary.attach(model, lorary.plan(model, lorary.method(*words, r=2), ["0", "2"]))
+    assert left == [5, 4, 3, 2, 1]
 
 
 def _linear(W: Tensor, dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Linear:

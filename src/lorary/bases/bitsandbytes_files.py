@@ -94,7 +94,7 @@ def layer_of(
     if packed is None or problems:
         return None, problems
     bias = cast("nn.Parameter | None", getattr(layer, "bias", None))
-    return NF4Linear(packed, own.dtype, bias, compute).train(layer.training), []
+    return NF4Linear(packed, own.dtype, bias, compute, type(layer)).train(layer.training), []
 
 
 def base_of(config: PretrainedConfig) -> Fingerprint | None:

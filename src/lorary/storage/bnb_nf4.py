@@ -62,7 +62,7 @@ class BnbNF4(Storage):
         made.weight = weight.to(matrix.device)  # packs it, unless there are no values
         if made.weight.quant_state is not None:
             made.weight.quant_state.dtype = own.dtype
-        made.bias = getattr(layer, "bias", None)
+        made.bias, made.source_cls = getattr(layer, "bias", None), type(layer)
         return cast(nn.Module, made.train(layer.training))
 
     def bytes(self, numbers: int, width: int = 0) -> int:

@@ -67,7 +67,7 @@ class NF4(Storage):
             matrix = kind.matrix(layer) if W is None else W
             bias = cast("nn.Parameter | None", getattr(layer, "bias", None))
             packed = pack_matrix(matrix.detach().contiguous(), self.block, self.double)
-            made = NF4Linear(packed, own.dtype, bias, self.compute)
+            made = NF4Linear(packed, own.dtype, bias, self.compute, type(layer))
         return made.train(layer.training)
 
     def bytes(self, numbers: int, width: int = 0) -> int:
@@ -161,14 +161,20 @@ class NF4Linear(_Packed):
         dtype: of the weight that was packed.
         bias: [out], the layer's own, or None.
         compute: the precision of the product; None for that of the input.
+        source_cls: the class of the layer that was packed, by Transformers' name for it.
     """
 
     def __init__(
-        self, packed: Packed, dtype: torch.dtype, bias: nn.Parameter | None = None, compute: str | None = None
+        self,
+        packed: Packed,
+        dtype: torch.dtype,
+        bias: nn.Parameter | None = None,
+        compute: str | None = None,
+        source_cls: type[nn.Module] = nn.Linear,
     ) -> None:
         super().__init__(packed, dtype)
         self.out_features, self.in_features = packed.shape
-        self.compute = compute
+        self.compute, self.source_cls = compute, source_cls
         self.bias: nn.Parameter | None
         self.register_parameter("bias", bias)
 
@@ -181,7 +187,7 @@ class NF4Linear(_Packed):
         return times(A, self.packed)
 
     def _times(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if self.compute is not None and not autocasting(x.device):
+        if self.compute is not None and x.is_floating_point() and not autocasting(x.device):
             x = x.to(getattr(torch, self.compute))
         return times(x, self.packed, bias)
 
