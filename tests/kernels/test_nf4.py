@@ -178,6 +178,10 @@ def test_what_cannot_be_packed_is_refused() -> None:
         pack(torch.arange(4))
     with pytest.raises(ValueError, match="outside the range of float32"):
         pack(torch.tensor([1e300], dtype=torch.float64))
+    large = torch.full((4, 64), 3e38)  # so that the sum of their magnitudes is infinite
+    assert unpack(pack(large, double=False)).isfinite().all()
+    with pytest.raises(ValueError, match="the mean magnitude is outside the range of float32: pack it without double"):
+        pack(large)
 
 
 # --- double quantisation ----------------------------------------------------------------------------------------------
@@ -246,6 +250,9 @@ def test_some_rows(via: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyP
     for bad in (-1, 40):
         with pytest.raises(IndexError, match=f"row {bad} or {bad} of a matrix of 40 rows"):
             unpack_rows(packed, torch.tensor([bad]))
+    for dtype in (torch.float32, torch.bool, torch.complex64):
+        with pytest.raises(TypeError, match=f"rows are of {dtype}; they have to be whole numbers"):
+            unpack_rows(packed, torch.zeros(1, dtype=dtype))
 
 
 @VIA

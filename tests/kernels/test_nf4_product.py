@@ -181,11 +181,35 @@ def test_inputs_of_all_strides_and_none(via: str) -> None:
     assert empty.grad.shape == empty.shape
 
 
+@pytest.mark.parametrize("shape", [(0, 64), (3, 0), (0, 0)], ids=str)
+def test_weights_without_numbers(via: str, shape: tuple[int, int]) -> None:
+    x, b = torch.randn(2, 5, shape[1], requires_grad=True), torch.randn(shape[0], requires_grad=True)
+    y = times(x, pack(torch.randn(shape)), b)
+    y.sum().backward()
+    assert torch.equal(y, F.linear(x, torch.zeros(shape), b))
+    assert x.grad is not None
+    assert b.grad is not None
+    assert torch.equal(x.grad, torch.zeros_like(x))
+    assert torch.equal(b.grad, torch.full_like(b, 10.0))
+
+
 def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"x is \[5, 3\] and the weight \[64, 64\]; the last dimensions have to agree"):
         times(torch.randn(5, 3), pack(torch.randn(64, 64)))
     with pytest.raises(ValueError, match=r"the weight \[64\]"):
         times(torch.randn(5, 64), pack(torch.randn(64)))
+    packed = pack(torch.randn(40, 64))
+    with pytest.raises(ValueError, match=r"x is \[\] and the weight \[40, 64\]"):
+        times(torch.tensor(1.0), packed)
+    for b in (torch.randn(41), torch.randn(1), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match=r"the bias is \[.*\] and the weight \[40, 64\]; a bias is \[out\]"):
+            times(torch.randn(30, 64), packed, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_inputs_that_are_no_numbers_of_16_bits_are_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=f"x is of {dtype}; it has to be of floating numbers of 16 bits or more"):
+        times(torch.ones(2, 64, dtype=dtype), pack(torch.randn(40, 64)))
 
 
 # --- compiled by torch ------------------------------------------------------------------------------------------------

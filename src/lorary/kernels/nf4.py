@@ -87,8 +87,11 @@ def unpack_rows(packed: Packed, rows: Tensor, dtype: torch.dtype = torch.float32
         [..., width]
 
     Raises:
+        TypeError: if `rows` are no whole numbers.
         IndexError: on the CPU, if there is no such row.
     """
+    if rows.dtype is torch.bool or rows.is_floating_point() or rows.is_complex():
+        raise TypeError(f"rows are of {rows.dtype}; they have to be whole numbers")
     height, width = matrix_shape(packed.shape)
     out = torch.empty((*rows.shape, width), dtype=dtype, device=packed.codes.device)
     if shapes_only(out, rows) or out.numel() == 0:
@@ -119,13 +122,18 @@ def times(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
         [..., out]. The gradient reaches `x` and `bias`, and can be taken once, not twice.
 
     Raises:
-        ValueError: if the last dimension of `x` is not `inp`, or W is not a matrix.
+        TypeError: if `x` is not of floating numbers of 16 bits or more.
+        ValueError: if the last dimension of `x` is not `inp`, the bias is not [out], or W is not a matrix.
 
     Example:
         >>> y = times(x, pack(W))  # x·W', where W' = unpack(pack(W)) is never there as a whole
     """
-    if len(packed.shape) != 2 or x.shape[-1] != packed.shape[1]:
+    if not x.is_floating_point() or x.dtype.itemsize < 2:
+        raise TypeError(f"x is of {x.dtype}; it has to be of floating numbers of 16 bits or more")
+    if len(packed.shape) != 2 or tuple(x.shape[-1:]) != (packed.shape[1],):
         raise ValueError(f"x is {list(x.shape)} and the weight {list(packed.shape)}; the last dimensions have to agree")
+    if bias is not None and tuple(bias.shape) != (packed.shape[0],):
+        raise ValueError(f"the bias is {list(bias.shape)} and the weight {list(packed.shape)}; a bias is [out]")
     if autocasting(x.device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if bias is not None:
@@ -153,4 +161,4 @@ class _Times(torch.autograd.Function):
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         x_wants, bias_wants, *_ = ctx.needs_input_grad
         gx = gradient(gy, nf4_ops.packed_of(*[*ctx.saved_tensors, ctx.shape, ctx.block])) if x_wants else None
-        return gx, gy.reshape(-1, gy.shape[-1]).sum(0) if bias_wants else None, *[None] * 6
+        return gx, gy.sum_to_size(gy.shape[-1]) if bias_wants else None, *[None] * 6

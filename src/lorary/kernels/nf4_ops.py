@@ -63,7 +63,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradients(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
     x_wants, bias_wants = ctx.needs_input_grad[0], ctx.needs_input_grad[7]
     gx = times_backward(gy, *ctx.saved_tensors, ctx.shape, ctx.block) if x_wants else None
-    return gx, *[None] * 6, gy.reshape(-1, gy.shape[-1]).sum(0) if bias_wants else None
+    return gx, *[None] * 6, gy.sum_to_size(gy.shape[-1]) if bias_wants else None
 
 
 times.register_autograd(_gradients, setup_context=_setup)

@@ -96,7 +96,10 @@ def unpack_into(packed: Packed, out: Tensor) -> Tensor:
 def product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     """[..., out] x·Wᵀ + b: some columns from each tile of rows of the weight."""
     height, width = packed.shape
-    flat = x.reshape(-1, width)
+    flat = x.reshape(math.prod(x.shape[:-1]), width)
+    if width == 0:  # PyTorch's sum of nothing and a bias would not be written to a view
+        none = flat.new_zeros((*x.shape[:-1], height))
+        return none if bias is None else none + bias
     with without_autocast(x.device):
         y = _with_few_rows(flat, packed, bias)
         if y is None:
@@ -137,7 +140,7 @@ def _with_few_rows(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor | N
 def gradient(gy: Tensor, packed: Packed) -> Tensor:
     """[..., inp] gy·W: some columns from each tile of columns of the weight; on a GPU, a sum over tiles of rows."""
     height, width = packed.shape
-    flat = gy.reshape(-1, height)
+    flat = gy.reshape(math.prod(gy.shape[:-1]), height)
     with without_autocast(gy.device):
         made = _by_rows(flat, packed) if gy.is_cuda else _by_columns(flat, packed)
     return made.view(*gy.shape[:-1], width)

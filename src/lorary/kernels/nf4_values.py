@@ -118,7 +118,10 @@ def pack(W: Tensor, block: int = 64, double: bool = True, piece: Piece | None = 
             raise ValueError("a number of the weight is NaN, infinite or outside the range of float32")
     if not double:
         return Packed(codes, absmax, None, None, tuple(W.shape), block)
-    return Packed(codes, *nest(absmax), tuple(W.shape), block)
+    nested = nest(absmax)
+    if not shapes_only(absmax) and not bool(nested[2].isfinite()):
+        raise ValueError("the mean magnitude is outside the range of float32: pack it without double quantisation")
+    return Packed(codes, *nested, tuple(W.shape), block)
 
 
 def _pieces(W: Tensor, block: int) -> Iterator[tuple[int, Tensor]]:
