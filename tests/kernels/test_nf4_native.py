@@ -205,6 +205,24 @@ def test_two_that_compile_at_once(empty: Path) -> None:
     assert nf4_native.library((*OPTIONS, "-O0")).stat().st_mtime_ns == seen  # and not again
 
 
+@pytest.mark.parametrize("damage", ["cut short", "another", "a folder", "others may write"])
+def test_a_file_that_is_not_as_it_was_written_is_made_anew(damage: str, empty: Path) -> None:
+    """Loading it could end the process, in the middle of whatever it does."""
+    made = nf4_native.library((*OPTIONS, "-O0"))
+    content = made.read_bytes()
+    if damage == "a folder":
+        made.rename(made.with_name("aside"))
+        made.with_name(made.name.replace(made.stem[-8:], "0" * 8)).mkdir()
+    elif damage == "others may write":
+        made.chmod(0o777)
+    else:
+        made.write_bytes(content[:5000] if damage == "cut short" else content[::-1])
+    again = nf4_native.library((*OPTIONS, "-O0"))
+    assert again.read_bytes() == content
+    assert again.stat().st_mode & 0o777 == 0o700
+    assert Native(again).isa == "plain C"
+
+
 FAULTS = {
     "the upper of two codes": ("v[j] > middles[i]", "v[j] >= middles[i] - 1e-3f"),
     "no offset": ("product + *w->offset", "product"),

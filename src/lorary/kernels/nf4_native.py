@@ -2,9 +2,9 @@
 
 The first call compiles `nf4.c`, in about a second, into the user's cache folder (`$XDG_CACHE_HOME/lorary` or
 `~/.cache/lorary`); later processes load what is there. The file's name is a digest of the source, the compiler, its
-options and the processor: a folder may be shared by machines that differ. Where there is no compiler or no place to
-write, or what was compiled does not give the numbers of the table, the table is used. `LORARY_NATIVE=0` asks for the
-table.
+options and the processor: a folder may be shared by machines that differ; and one of the file itself: a damaged one
+would end the process that runs it. Where there is no compiler or no place to write, or what was compiled does not give
+the numbers of the table, the table is used. `LORARY_NATIVE=0` asks for the table.
 """
 
 from __future__ import annotations
@@ -211,18 +211,38 @@ def library(options: tuple[str, ...]) -> Path:
         sorted(features()),
     )
     folder = _cache()
-    path = folder / f"nf4-{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.so"
-    if not path.exists():
-        # Under another name first: a process beside this one sees the whole file or none.
-        handle, name = tempfile.mkstemp(suffix=".so", dir=folder)
-        os.close(handle)
-        try:
-            command = [compiler, *options, "-o", name, str(SOURCE)]
-            subprocess.run(command, check=True, capture_output=True, timeout=120, stdin=subprocess.DEVNULL)
-            os.replace(name, path)
-        finally:
-            Path(name).unlink(missing_ok=True)
+    start = f"nf4-{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}-"
+    if whole := [path for path in sorted(folder.glob(f"{start}*.so")) if _is_whole(path)]:
+        return whole[0]
+    # Under another name first: a process beside this one sees the whole file or none.
+    handle, name = tempfile.mkstemp(suffix=".so", dir=folder)
+    os.close(handle)
+    try:
+        command = [compiler, *options, "-o", name, str(SOURCE)]
+        subprocess.run(command, check=True, capture_output=True, timeout=120, stdin=subprocess.DEVNULL)
+        os.chmod(name, 0o700)
+        path = folder / f"{start}{_digest(Path(name))}.so"
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
     return path
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether it is a file of this user alone, as it was written."""
+    try:
+        return path.is_file() and _is_own(path) and path.stem.endswith(f"-{_digest(path)}")
+    except OSError:
+        return False
+
+
+def _is_own(path: Path) -> bool:
+    seen = path.stat()
+    return not hasattr(os, "getuid") or (seen.st_uid == os.getuid() and not seen.st_mode & 0o022)
 
 
 def _cache() -> Path:
@@ -230,8 +250,7 @@ def _cache() -> Path:
     base = os.environ.get("XDG_CACHE_HOME")
     folder = (Path(base) if base else Path("~").expanduser() / ".cache") / "lorary"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    seen = folder.stat()
-    if hasattr(os, "getuid") and (seen.st_uid != os.getuid() or seen.st_mode & 0o022):
+    if not _is_own(folder):
         raise PermissionError(f"{folder} can be written by others")
     return folder
 
