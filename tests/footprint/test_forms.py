@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import time
 from typing import Any
 
 import pytest
@@ -220,3 +221,19 @@ def test_what_cannot_be_is_refused() -> None:
         "  - length: -2 is not a positive number\n"
         "  - labelled: 1.5 is no share of the tokens"
     )
+
+
+# --- at once ----------------------------------------------------------------------------------------------------
+
+
+def test_seven_billion_parameters_are_answered_for_in_a_second() -> None:
+    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    settings = {"model_type": "llama", "vocab_size": 32000, **sizes}
+    start = time.process_time()
+    model = skeleton(settings, bf16)
+    assert model is not None
+    found = predict(model, planned(model, "qlora", r=64), Workload(1, 512, bf16, checkpointing=True), "paged_adamw")
+    assert time.process_time() - start < 1
+    packed = 6_476_005_376 * (4 + 8 / 64 + 32 / (64 * 256)) / 8
+    assert found.weights == pytest.approx(packed + 2 * (2 * 32000 * 4096 + 65 * 4096), rel=1e-4)
+    assert found.total < 6e9

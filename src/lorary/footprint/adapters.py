@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from lorary.accounting import LiveBytes
 from lorary.placed import Placed
 from lorary.plans import Plan
-from lorary.surgery import attach
 from lorary.words import Storage
 
 
@@ -102,6 +101,8 @@ def held(layers: tuple[Layer, ...], inp: int, rows: int, stream: torch.dtype, we
 
 def _box(layers: tuple[Layer, ...], inp: int, weights: torch.dtype) -> nn.ModuleDict:
     """The layers on the meta device, packed and adapted as they will be."""
+    from lorary.surgery import attach  # here: a plan of well-known words has no need of it
+
     box = nn.ModuleDict()
     for i, layer in enumerate(layers):
         box[str(i)] = linear(inp, layer.out, layer.bias, weights).requires_grad_(layer.full)

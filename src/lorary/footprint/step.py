@@ -71,7 +71,8 @@ def _loss(a: Architecture, work: Workload, ends: frozenset[str]) -> tuple[int, i
     through = gradient if a.tied else 0
     logits = -(-rows // -(-rows // chunk(a.V))) * a.V
     cast = 2 * a.V * a.H if work.autocast else 0
-    return rows * a.H * work.w + max(16 * logits, 4 * logits + gradient) + cast, through
+    made = (18 if work.autocast else 16) * logits  # autocast's own, in 16 bits, are there as well
+    return rows * a.H * work.w + max(made, 4 * logits + gradient) + cast, through
 
 
 def _casts(a: Architecture, plan: Plan, work: Workload) -> int:
