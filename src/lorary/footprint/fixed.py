@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lorary.footprint.memory import Memory
+from lorary.paged import THRESHOLD
 from lorary.placed import distinct
 from lorary.plans import Plan
-
-GPU_ROUNDING = 512
-"""Every tensor on a GPU takes a multiple of so many bytes."""
 
 
 def fixed(
@@ -61,9 +59,9 @@ def _state(optimizer: str, numbers: int, size: int) -> float:
     """Bytes of state on the device for each number of a tensor, whose numbers have this size.
 
     AdamW keeps two moments in the parameter's precision; in 8 bits a scale for every 256 of each, but not of tensors
-    below 4,096 numbers; a paged one keeps them in the host's memory. Adafactor keeps a row and a column.
+    below 4,096 numbers; a paged one keeps those of large tensors on the host. Adafactor keeps a row and a column.
     """
-    if optimizer.startswith("paged") or optimizer == "sgd":
+    if optimizer == "sgd" or (optimizer.startswith("paged") and numbers >= THRESHOLD):
         return 0.0
     if "8bit" in optimizer:
         return 2 * (1 + 4 / 256) if numbers >= 4096 else 8.0
