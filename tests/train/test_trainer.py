@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM, TrainerCallback
 
 import lorary
 from lorary.errors import StateError, TrainingError
+from lorary.train import saving
 from lorary.train import trainer as module
 from tests.train.runs import adapted, dpo, frozen, llama, log, losses, pairs, rows, sft, trained
 
@@ -272,3 +273,24 @@ def test_save_model_writes_the_adapter_and_the_tokenizer_and_no_pickle(tmp_path:
     assert not [n for n in names if n.endswith((".bin", ".pt"))]
     again = lorary.load(llama(), tmp_path / "adapter", trainable=True)
     assert trained(again) == trained(model)
+
+
+@pytest.mark.parametrize("words", [("pissa",), ("qlora", "pissa")])
+def test_a_run_goes_on_from_the_start_in_its_checkpoint_where_another_would_be_found(
+    tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    """As on a machine with other threads: a base that is packed by then could not give up another part."""
+    model, again = llama(), llama()
+    plan = lorary.plan(model, lorary.method(*words, r=2, niter=1))
+    lorary.attach(model, plan, seed=0)
+    lorary.save(model, tmp_path / "adapter")
+    if "qlora" in words:
+        other = lorary.attach(llama(), plan, seed=1)
+        with pytest.raises(StateError, match="began at other tensors here, and its weight is packed already"):
+            saving.put(other, saving.adapter_of(tmp_path))
+    lorary.attach(again, saving.begun(plan, tmp_path), seed=1)
+    saving.put(again, saving.adapter_of(tmp_path))
+    assert trained(again) == trained(model)
+    assert frozen(again) == frozen(model)
+    ids = torch.arange(8)[None]
+    assert torch.equal(again(ids).logits, model(ids).logits)

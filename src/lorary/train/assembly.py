@@ -19,14 +19,15 @@ from lorary.train.optimizers import own
 from lorary.train.packing import check_packing
 from lorary.train.past import check_base
 from lorary.train.preparation import Prepared
+from lorary.train.saving import begun
 from lorary.train.sft import SFTTrainer
 from lorary.train.stopping import out_of_memory, too_large
 
 
-def model_of(prepared: Prepared) -> Any:
-    """The base with its method attached."""
+def model_of(prepared: Prepared, resumed: Path | None = None) -> Any:
+    """The base with its method attached; of a run that goes on from a checkpoint, where its adapters started."""
     try:
-        plan = prepared.plan
+        plan = prepared.plan if resumed is None else begun(prepared.plan, resumed)
         base = load_model(prepared.config.model, kept_as(plan.method), plan.packed)
         check_base(prepared.config.method.after, prepared.past, base)
         return lorary.attach(base, plan, seed=prepared.config.training.seed)

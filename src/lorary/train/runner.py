@@ -133,7 +133,7 @@ def _run(
             return Run(folder.path, 0, (), signal, 0.0, None, 0)
     usage.restart()
     before = usage.now()
-    model = model_of(prepared)
+    model = model_of(prepared, resumed)
     bar = ProgressLines()
     recorder = Recorder(folder)
     shown = [recorder, LastEvaluation(), *([] if quiet else [bar]), *callbacks]

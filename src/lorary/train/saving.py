@@ -22,6 +22,8 @@ from lorary.adapter import Adapter
 from lorary.errors import FileError, LoraryError, Problem, TrainingError
 from lorary.fingerprint import Fingerprint
 from lorary.formats.findings import AdapterWarning
+from lorary.placed import start_of
+from lorary.plans import Plan
 from lorary.residual import restart
 from lorary.shards import put as put_into
 from lorary.shards import whole
@@ -47,6 +49,23 @@ def adapter_of(path: Path) -> Adapter:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AdapterWarning)
         return Adapter.load(path / checkpoint.ADAPTER)
+
+
+def begun(plan: Plan, path: Path) -> Plan:
+    """The plan with the start that a checkpoint's adapter had, where the base gives up a part for it (PiSSA, OLoRA).
+
+    Found again with other threads or on another machine it differs in its last bits, and a base that has been packed
+    or sharded by then cannot give up another part.
+    """
+    if not any(p.starts for p in plan.placed):
+        return plan
+    tensors = adapter_of(path).tensors
+    given = dict(plan.given)
+    for p in plan.placed:
+        start = {start_of(role) for role in p.starts}
+        known = {role: t for role, t in tensors.get(p.site.name, {}).items() if role in start}
+        given[p.site.name] = {**plan.given.get(p.site.name, {}), **known}
+    return dataclasses.replace(plan, given=given)
 
 
 def tell_directions(best: Adapter, step: int, ranks: Mapping[str, int]) -> None:
