@@ -85,7 +85,7 @@ def _said(found: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[str]]:
         return {}, [f"{other[0]} is not NF4" if other else f"{STATE} is missing"]
     try:
         said = json.loads(bytes(found[STATE].cpu().to(torch.uint8).tolist()))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return {}, [f"{STATE} is no JSON: {error}"]
     if not isinstance(said, dict):
         return {}, [f"{STATE} holds no mapping"]
