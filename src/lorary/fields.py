@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import Any, TypeGuard
 
@@ -43,6 +44,16 @@ SIZES: dict[str, Any] = {
     "check": lambda value: isinstance(value, tuple) and all(map(_is_count, value)),
     "expects": "whole numbers of at least 1",
 }
+
+
+def wrong(word: Any) -> list[str]:
+    """What the fields of a word hold that they may not."""
+    contents = [(f, getattr(word, f.name)) for f in dataclasses.fields(word) if "check" in f.metadata]
+    return [
+        f"{type(word).__name__} has {f.name} = {content!r}; it takes {f.metadata['expects']}"
+        for f, content in contents
+        if not f.metadata["check"](content)
+    ]
 
 
 def one_of(*names: str) -> dict[str, Any]:

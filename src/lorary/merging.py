@@ -12,7 +12,7 @@ from lorary.adapted import Adapted, adapted
 from lorary.biases import BiasWarning, Room, homeless, make_room, take_back_room
 from lorary.errors import Problem, StateError, once
 from lorary.fingerprint import STATE, Fingerprint
-from lorary.packing import plain, precision, settle_config
+from lorary.packing import holds_weights, plain, precision, settle_config
 from lorary.state import Merged, attached, require
 from lorary.surgery import set_layer
 from lorary.weights import is_packed
@@ -42,7 +42,7 @@ def merge(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = N
             weight is not finite, naming every one.
     """
     state = require(model, "merge")
-    if dtype is not None and not (dtype.is_floating_point and dtype.itemsize > 1):
+    if dtype is not None and not holds_weights(dtype):
         fix = "say torch.bfloat16 or torch.float32"
         raise StateError("cannot merge:", [Problem("dtype", f"is {dtype}: {LOSSY}", fix)])
     layers = adapted(model)

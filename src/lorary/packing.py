@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterable
@@ -13,11 +14,13 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from lorary.errors import Problem, StateError
+from lorary.fields import wrong
 from lorary.fingerprint import STATE, Fingerprint
+from lorary.preconditions import not_ready
 from lorary.sites import kind_of, was_transposed
 from lorary.storage.nf4 import NF4
 from lorary.targets import blocked, head_names
-from lorary.weights import is_foreign, is_packed, weight
+from lorary.weights import in_place_of, is_foreign, is_packed, weight
 from lorary.words import Init, Storage
 
 T = TypeVar("T")
@@ -39,9 +42,7 @@ def pack(model: nn.Module, storage: Storage | None = None) -> nn.Module:
         StateError: adapters are attached, a weight is not finite, or there is nothing to pack. Every reason.
     """
     storage = NF4() if storage is None else storage
-    problems = [] if isinstance(model, nn.Module) else [Problem("model", f"is a {type(model).__name__}")]
-    if not isinstance(storage, Storage) or storage.writable:
-        problems.append(Problem("storage", f"{storage!r} packs nothing", "say NF4()"))
+    problems = not_ready(model) + not_packing(storage)
     if not problems and hasattr(model, STATE):
         problems.append(Problem("model", "has adapters attached", "detach them first"))
     names = [] if problems else packable(model, storage)
@@ -50,10 +51,25 @@ def pack(model: nn.Module, storage: Storage | None = None) -> nn.Module:
     problems += unfit(model, names)
     if problems:
         raise StateError("cannot pack:", problems)
-    remember(model)
-    for name in shown(names, "packing"):
-        replace(model, name, storage.pack(model.get_submodule(name)))
+    with mode(model):
+        remember(model)
+        for name in shown(names, "packing"):
+            replace(model, name, storage.pack(model.get_submodule(name)))
     return model
+
+
+def not_packing(storage: Any) -> list[Problem]:
+    """Why this is no storage to pack into."""
+    if isinstance(storage, type) or not isinstance(storage, Storage) or storage.writable:
+        return [Problem("storage", f"{storage!r} packs nothing", "say NF4()")]
+    return [Problem("storage", what) for what in wrong(storage)]
+
+
+def mode(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """In inference mode new tensors could never be trained, and so they are made outside of it; unless the base's
+    own weights come from there, which can be used nowhere else."""
+    inside = torch.is_inference_mode_enabled() and any(t.is_inference() for t in model.parameters())
+    return cast("contextlib.AbstractContextManager[None]", torch.inference_mode(inside))
 
 
 def unpack(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -65,18 +81,28 @@ def unpack(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             packed it, for that of the model's plain weights.
 
     Raises:
-        StateError: adapters are attached.
+        StateError: adapters are attached, or the precision is none that holds a weight.
     """
+    problems = [] if isinstance(model, nn.Module) else [Problem("model", f"is a {type(model).__name__}")]
     if hasattr(model, STATE):
-        fix = "merge or detach them first"
-        raise StateError("cannot unpack:", [Problem("model", "has adapters attached", fix)])
-    names = [name for name, module in model.named_modules() if is_packed(module)]
-    for name in shown(names, "unpacking"):
-        layer = model.get_submodule(name)
-        W = weight(layer)
-        replace(model, name, plain(layer, W.to(dtype or precision(model, layer) or W.dtype)))
+        problems.append(Problem("model", "has adapters attached", "merge or detach them first"))
+    if dtype is not None and not holds_weights(dtype):
+        problems.append(Problem("dtype", f"is {dtype!r}", "say torch.bfloat16 or torch.float32"))
+    if problems:
+        raise StateError("cannot unpack:", problems)
+    names = [name for name, module in model.named_modules() if name and is_packed(module)]
+    with mode(model):
+        for name in shown(names, "unpacking"):
+            layer = model.get_submodule(name)
+            W = weight(layer)
+            replace(model, name, plain(layer, W.to(dtype or precision(model, layer) or W.dtype)))
     settle_config(model)
     return model
+
+
+def holds_weights(dtype: Any) -> bool:
+    """Whether this is a precision of plain weights: of at least 16 bits."""
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
 
 
 def packable(model: nn.Module, storage: Storage, full: Collection[str] = ()) -> list[str]:
@@ -97,7 +123,8 @@ def packable(model: nn.Module, storage: Storage, full: Collection[str] = ()) -> 
     return [
         name
         for name, module in model.named_modules()
-        if name not in heads
+        if name
+        and name not in heads
         and storage.packs(module)
         and held[id(module.weight)] == 1
         and f"{name}.weight" not in full
@@ -107,13 +134,19 @@ def packable(model: nn.Module, storage: Storage, full: Collection[str] = ()) -> 
 
 
 def unfit(model: nn.Module, names: Iterable[str]) -> list[Problem]:
-    """Why these layers cannot be packed: their weights are not finite."""
+    """Why these layers cannot be packed: their weights are not finite, or something would be lost with them."""
     problems = []
     for name in names:
-        W = cast(Tensor, model.get_submodule(name).weight)
-        bad = 0 if W.is_meta else int((~W.isfinite()).sum())
+        layer = model.get_submodule(name)
+        if "forward" in vars(layer):
+            what = "its forward was replaced, by Accelerate or by hand, and the packed layer would have its own"
+            problems.append(Problem(name, what, "pack the base before that, as lorary.load_base does"))
+        W = cast(Tensor, layer.weight)
+        double = W.dtype == torch.float64
+        bad = 0 if W.is_meta else int((~(W.float() if double else W).isfinite()).sum())
         if bad:
-            what = f"{bad:,} of {W.numel():,} numbers of its weight are NaN or infinite, and cannot be packed"
+            where = "NaN or infinite in 32 bits" if double else "NaN or infinite"
+            what = f"{bad:,} of {W.numel():,} numbers of its weight are {where}, and cannot be packed"
             problems.append(Problem(name, what, "repair the base, or leave the layer out"))
     return problems
 
@@ -175,7 +208,7 @@ def plain(layer: nn.Module, W: Tensor, b: Tensor | None = None) -> nn.Module:
         b = getattr(layer, "bias", None) if b is None else b
         made.bias = None if b is None else nn.Parameter(b.detach().to(W.dtype), requires_grad=False)
     made.weight = nn.Parameter(W.detach(), requires_grad=False)
-    return cast(nn.Module, made.train(layer.training))
+    return in_place_of(layer, made)
 
 
 def _without_values(layer: Any) -> Any:

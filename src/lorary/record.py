@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from lorary.errors import MethodError, Problem, did_you_mean
-from lorary.fields import POSITIVE
+from lorary.fields import POSITIVE, wrong
 from lorary.storage.as_is import AsIs
 from lorary.words import WORDS, Delta, Init, Join, Rule, Scale, Storage
 
@@ -150,11 +150,7 @@ class Method:
             if WORDS.get(name) is not type(value) or not fits:
                 problems.append(Problem(axis, f"{value!r} is no word of this axis"))
                 continue
-            for f in dataclasses.fields(cast(Any, value)):
-                content = getattr(value, f.name)
-                if "check" in f.metadata and not f.metadata["check"](content):
-                    what = f"{name} has {f.name} = {content!r}; it takes {f.metadata['expects']}"
-                    problems.append(Problem(axis, what))
+            problems += [Problem(axis, what) for what in wrong(value)]
         return problems
 
     def _own_problems(self) -> list[Problem]:

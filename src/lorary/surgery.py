@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lorary.adapted import Adapted, Shared, adapted
 from lorary.errors import PlanError, Problem, StateError
 from lorary.fingerprint import STATE, Fingerprint
-from lorary.packing import remember, replace, shown, unfit
+from lorary.packing import mode, remember, replace, shown, unfit
 from lorary.placed import Placed
 from lorary.plans import Plan
 from lorary.preconditions import deaf, misfits, unwritable
@@ -47,7 +47,7 @@ def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = 
     full = {f.name: f.shape for f in plan.full}
     _put(model, plan.method, plan.placed, full, dtype=dtype, packed=packed)
     try:
-        with _mode(model):
+        with mode(model):
             _start(model, seed, plan.given, packed)
             _pack(model, packed)
     except BaseException:
@@ -105,13 +105,6 @@ def _start(
         raise PlanError("cannot attach:", problems)
 
 
-def _mode(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """In inference mode new tensors could never be trained, and so they are made outside of it; unless the base's
-    own weights come from there, which can be used nowhere else."""
-    inside = torch.is_inference_mode_enabled() and any(t.is_inference() for t in model.parameters())
-    return cast("contextlib.AbstractContextManager[None]", torch.inference_mode(inside))
-
-
 def _pack(model: nn.Module, packed: Collection[str]) -> None:
     """Pack the layers of these names, one at a time, that are not adapted: those are packed."""
     layers = adapted(model)
@@ -134,6 +127,10 @@ def place(
 
     Whoever has the base's fingerprint already gives it along: taking it reads a little of every parameter.
     """
+    modules = dict(model.named_modules())
+    if problems := unfit(model, [name for name in packed if name in modules]):
+        raise PlanError("cannot attach:", problems)
+    del modules  # or all dense weights would stay while others are packed
     _put(model, method, placed, full, tensors=tensors, base=base, packed=packed)
     try:
         for layer in shown(list(adapted(model).values()), "packing") if packed else adapted(model).values():
@@ -194,7 +191,7 @@ def _layers(
     """site -> its adapted layer, zero and not yet in the model; sites that share have one set of tensors."""
     layers: dict[str, Adapted] = {}
     sets: dict[str, nn.ParameterDict] = {}
-    with _mode(model):
+    with mode(model):
         bank = _bank(model, placed, dtype)
         for p in placed:
             base = modules[p.site.name]

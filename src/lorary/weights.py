@@ -98,6 +98,20 @@ def weight(layer: nn.Module) -> Tensor:
         return how.dense(layer).detach()
 
 
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
+)
+
+
+def in_place_of(layer: nn.Module, made: nn.Module) -> nn.Module:
+    """A layer that takes the place of another: in its mode, and called with its hooks, which can still be removed."""
+    for name in _HOOKS:
+        setattr(made, name, getattr(layer, name))
+    return made.train(layer.training)
+
+
 def held(layer: nn.Module) -> list[Tensor]:
     """The tensors in which a layer keeps its weight: one, or the codes and scales of a packed one."""
     if not is_packed(layer):

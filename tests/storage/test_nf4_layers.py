@@ -240,6 +240,8 @@ def test_the_precision_of_the_product_can_be_said() -> None:
     y.sum().backward()
     assert x.grad is not None
     assert x.grad.dtype == torch.float32
+    with pytest.raises(TypeError, match=r"x is of torch\.int64"):
+        layer(torch.ones(2, 72, dtype=torch.int64))
 
 
 def test_autocast_decides_where_it_is_on() -> None:

@@ -222,6 +222,23 @@ def test_what_cannot_be_packed_is_refused_with_every_reason_and_nothing_changes(
     [
         (lambda: (lorary.pack(tiny.llama()),), "model: has no layer to pack"),
         (lambda: (nn.Linear(4, 4).weight,), "model: is a Parameter"),
+        (
+            lambda: (nn.Linear(4, 4),),
+            "model: is a single Linear\n      hint: put it into a module: nn.Sequential(layer)",
+        ),
+        (
+            lambda: (nn.Sequential(nn.LazyLinear(4)),),
+            "0.weight: has no shape before the model has seen its first input",
+        ),
+        (lambda: (tiny.llama(), NF4), "storage.nf4.NF4'> packs nothing\n      hint: say NF4()"),
+        (
+            lambda: (tiny.llama(), NF4(block=8192)),
+            "storage: NF4 has block = 8192; it takes a power of two from 32 to 4096",
+        ),
+        (
+            lambda: (tiny.llama(), NF4(compute="fp16")),
+            "storage: NF4 has compute = 'fp16'; it takes float32 or bfloat16",
+        ),
         (lambda: (nn.Sequential(nn.Conv1d(2, 2, 1)),), "model: has no layer to pack"),
         (lambda: (tiny.llama(), lorary.method("lora").storage), "storage: AsIs() packs nothing\n      hint: say NF4()"),
         (lambda: (tiny.llama(), "nf4"), "storage: 'nf4' packs nothing\n      hint: say NF4()"),

@@ -247,8 +247,8 @@ def _is_own(path: Path) -> bool:
 
 def _cache() -> Path:
     """The folder for compiled files: of this user alone, since what lies there is run."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    folder = (Path(base) if base else Path("~").expanduser() / ".cache") / "lorary"
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    folder = (Path(base) if os.path.isabs(base) else Path("~").expanduser() / ".cache") / "lorary"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not _is_own(folder):
         raise PermissionError(f"{folder} can be written by others")

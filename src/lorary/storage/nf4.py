@@ -21,7 +21,7 @@ from lorary.kernels.nf4 import Packed, times, unpack, unpack_rows
 from lorary.kernels.nf4 import pack as pack_matrix
 from lorary.sites import KINDS, kind_of, obstacle
 from lorary.storage.bitsandbytes_state import KEYS, read_state, written_state
-from lorary.weights import is_packed, keeps
+from lorary.weights import in_place_of, is_packed, keeps
 from lorary.words import Storage, word
 
 BLOCKS: dict[str, Any] = {
@@ -68,7 +68,7 @@ class NF4(Storage):
             bias = cast("nn.Parameter | None", getattr(layer, "bias", None))
             packed = pack_matrix(matrix.detach().contiguous(), self.block, self.double)
             made = NF4Linear(packed, own.dtype, bias, self.compute, type(layer))
-        return made.train(layer.training)
+        return in_place_of(layer, made)
 
     def bytes(self, numbers: int, width: int = 0) -> int:
         blocks = -(-numbers // self.block)

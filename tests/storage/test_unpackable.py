@@ -1,0 +1,88 @@
+"""What packing would lose, or could not hold: refused before anything changes, or kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lorary
+from lorary.errors import LoraryError, StateError
+from lorary.weights import is_packed
+from tests import tiny
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, "float32"])
+def test_no_weight_is_unpacked_to_whole_numbers(dtype: Any) -> None:
+    with pytest.raises(StateError) as caught:
+        lorary.unpack(lorary.pack(tiny.llama()), dtype)
+    expected = f"cannot unpack:\n  - dtype: is {dtype!r}\n      hint: say torch.bfloat16 or torch.float32"
+    assert str(caught.value) == expected
+
+
+def test_a_double_that_32_bits_do_not_hold_is_found_before_anything_is_packed() -> None:
+    model = tiny.seeded("LlamaForCausalLM").double()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[1, :2] = 1e300
+    what = "up_proj: 2 of 384 numbers of its weight are NaN or infinite in 32 bits, and cannot be packed"
+    refused: list[Callable[[], Any]] = [
+        lambda: lorary.pack(model),
+        lambda: lorary.attach(model, lorary.plan(model, lorary.method("qlora", r=2))),
+    ]
+    for call in refused:
+        with pytest.raises(LoraryError, match=what):
+            call()
+        assert not any(map(is_packed, model.modules()))
+
+
+@pytest.mark.parametrize("attach", [False, True])
+def test_a_layer_is_called_with_its_hooks_all_the_same(attach: bool) -> None:
+    model = tiny.seeded("LlamaForCausalLM")
+    calls: list[str] = []
+    up = model.model.layers[0].mlp.up_proj
+    hooks = [up.register_forward_hook(lambda *_: calls.append("after"))]
+    hooks.append(up.register_forward_pre_hook(lambda *_: calls.append("before")))
+    if attach:
+        lorary.attach(model, lorary.plan(model, lorary.method("qlora", r=2)))
+    else:
+        lorary.pack(model)
+    tiny.logits(model)
+    assert calls == ["before", "after"]
+    lorary.unpack(lorary.merge(model) if attach else model)
+    tiny.logits(model)
+    assert calls == ["before", "after"] * 2
+    for hook in hooks:
+        hook.remove()
+    tiny.logits(model)
+    assert len(calls) == 4
+
+
+def test_a_forward_that_was_replaced_is_not_lost_in_silence(tmp_path: Path) -> None:
+    method = lorary.method("qlora", r=2)
+    model = tiny.seeded("LlamaForCausalLM")
+    lorary.save(tiny.trained(model, method), tmp_path / "adapter")
+    model = tiny.seeded("LlamaForCausalLM")
+    up = model.model.layers[0].mlp.up_proj
+    up.forward = lambda x: 2 * nn.Linear.forward(up, x)
+    before = tiny.everything(model)
+    what = "up_proj: its forward was replaced, by Accelerate or by hand, and the packed layer would have its own"
+    refused: list[Callable[[], Any]] = [
+        lambda: lorary.pack(model),
+        lambda: lorary.attach(model, lorary.plan(model, method)),
+        lambda: lorary.load(model, tmp_path / "adapter"),
+    ]
+    for call in refused:
+        with pytest.raises(LoraryError, match=what):
+            call()
+        assert tiny.everything(model) == before
+
+
+def test_packed_in_inference_mode_it_can_be_trained() -> None:
+    model = tiny.seeded("LlamaForCausalLM")
+    with torch.inference_mode():
+        lorary.pack(model)
+    assert not any(t.is_inference() for t in (*model.parameters(), *model.buffers()))
