@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorary.accounting import LiveBytes
-from lorary.kernels import nf4, nf4_values
+from lorary.kernels import nf4, nf4_tiles, nf4_values
 from lorary.kernels.nf4 import CODE, DYNAMIC, Packed, pack, unpack, unpack_rows
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -146,7 +146,7 @@ def test_packing_what_was_unpacked_changes_nothing() -> None:
 @VIA
 def test_strides_and_tiles_make_no_difference(via: str, W: Tensor, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = theirs(W.contiguous(), 64)
-    monkeypatch.setattr(nf4_values, "TILE", tile)
+    monkeypatch.setattr(nf4_values, "AT_ONCE", tile)
     ours = pack(W, 64, double=False)
     assert torch.equal(ours.codes, whole.codes)
     assert torch.equal(ours.absmax, whole.absmax)
@@ -154,7 +154,7 @@ def test_strides_and_tiles_make_no_difference(via: str, W: Tensor, tile: int, mo
 
 @VIA
 def test_packing_takes_a_few_tiles_of_memory(via: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nf4_values, "TILE", 2**14)
+    monkeypatch.setattr(nf4_values, "AT_ONCE", 2**14)
     for W in (torch.randn(1024, 512).bfloat16(), torch.randn(512, 1024).bfloat16().T):
         with LiveBytes() as live:
             pack(W)
@@ -241,7 +241,7 @@ def test_into_a_buffer(via: str) -> None:
 @VIA
 @pytest.mark.parametrize("shape", [(40, 64), (40, 33), (40, 1)], ids=str)
 def test_some_rows(via: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nf4, "TILE", 100)
+    monkeypatch.setattr(nf4_tiles, "AT_ONCE", 100)
     packed = pack(torch.randn(shape))
     rows = torch.tensor([[0, 39, 7], [7, 8, 0]], dtype=torch.int32)
     for dtype in [*DTYPES, torch.float64]:

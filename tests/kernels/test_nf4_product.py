@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorary.accounting import LiveBytes, kept_for_backward
 from lorary.kernels import nf4_ops, nf4_tiles
-from lorary.kernels.nf4 import Packed, backend, pack, times, unpack
+from lorary.kernels.nf4 import Packed, backend, pack, times, unpack, unpack_rows
 
 MiB = 2**20
 # Mean and largest error that a product in each dtype may have, of one of numbers of size 1: one rounding of the result.
@@ -220,7 +220,8 @@ def test_compiled_in_one_graph_and_once(double: bool) -> None:
     packed, bias = pack(torch.randn(70, 128) * 0.1, double=double), torch.randn(70).requires_grad_()
 
     def run(x: Tensor, packed: Packed, bias: Tensor) -> Tensor:
-        return times(x * 2, packed, bias).relu() @ unpack(packed, x.dtype)
+        rows = unpack_rows(packed, torch.arange(70).view(2, 35), x.dtype)
+        return times(x * 2, packed, bias).relu() @ (unpack(packed, x.dtype) + rows.flatten(0, 1))
 
     x = torch.randn(20, 128).requires_grad_()
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
@@ -237,3 +238,4 @@ def test_the_operators_are_what_torch_asks_of_operators() -> None:
     torch.library.opcheck(nf4_ops.times, (x.requires_grad_(), *packed, None), test_utils=checks)
     torch.library.opcheck(nf4_ops.times_backward, (torch.randn(20, 70), *packed), test_utils=checks)
     torch.library.opcheck(nf4_ops.unpack, (*packed, torch.bfloat16), test_utils=checks)
+    torch.library.opcheck(nf4_ops.unpack_rows, (*packed, torch.tensor([[1, 69]]), torch.bfloat16), test_utils=checks)

@@ -13,9 +13,9 @@ from torch.autograd.function import once_differentiable
 
 from lorary.kernels import nf4_ops, nf4_values
 from lorary.kernels.low_rank import autocasting
-from lorary.kernels.nf4_native import TYPES, native, readable
-from lorary.kernels.nf4_tiles import gradient, product, unpack_into
-from lorary.kernels.nf4_values import CODE, DYNAMIC, TILE, Packed, matrix_shape, numbers_at, pack_piece, shapes_only
+from lorary.kernels.nf4_native import native
+from lorary.kernels.nf4_tiles import gradient, product, some_rows, unpack_into
+from lorary.kernels.nf4_values import CODE, DYNAMIC, Packed, matrix_shape, pack_piece
 
 __all__ = ["CODE", "DYNAMIC", "Packed", "backend", "pack", "times", "unpack", "unpack_rows"]
 
@@ -92,22 +92,10 @@ def unpack_rows(packed: Packed, rows: Tensor, dtype: torch.dtype = torch.float32
     """
     if rows.dtype is torch.bool or rows.is_floating_point() or rows.is_complex():
         raise TypeError(f"rows are of {rows.dtype}; they have to be whole numbers")
-    height, width = matrix_shape(packed.shape)
-    out = torch.empty((*rows.shape, width), dtype=dtype, device=packed.codes.device)
-    if shapes_only(out, rows) or out.numel() == 0:
-        return out
-    rows = rows.reshape(-1).to(out.device, torch.int64)
-    if rows.device.type == "cpu" and (int(rows.min()) < 0 or int(rows.max()) >= height):
-        raise IndexError(f"row {int(rows.min())} or {int(rows.max())} of a matrix of {height} rows")
-    compiled = native() if dtype in TYPES and readable(packed) else None
-    if compiled is not None:
-        compiled.unpack_rows(packed, rows, out.view(-1, width))
-        return out
-    columns = torch.arange(width, device=out.device)
-    step = max(1, TILE // width)
-    for some, part in zip(rows.split(step), out.view(-1, width).split(step), strict=True):
-        part.copy_(numbers_at(packed, some.unsqueeze(1) * width + columns))
-    return out
+    if torch.compiler.is_compiling():
+        made: Tensor = nf4_ops.unpack_rows(*packed, rows, dtype)
+        return made
+    return some_rows(packed, rows, dtype)
 
 
 def times(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:

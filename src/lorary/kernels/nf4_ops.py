@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorary.kernels.nf4_tiles import gradient, product, unpack_into
+from lorary.kernels.nf4_tiles import gradient, product, some_rows, unpack_into
 from lorary.kernels.nf4_values import Packed, matrix_shape
 
 _PARTS = "Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, int[] shape, int block"
@@ -34,6 +34,14 @@ def unpack(*parts: Any) -> Tensor:
     return out
 
 
+@torch.library.custom_op(
+    "lorary::nf4_unpack_rows", mutates_args=(), schema=f"({_PARTS}, Tensor rows, ScalarType dtype) -> Tensor"
+)
+def unpack_rows(*parts: Any) -> Tensor:
+    """Some rows of W."""
+    return some_rows(packed_of(*parts[:6]), *parts[6:])
+
+
 @times.register_fake
 def _(x: Tensor, *parts: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], parts[4][0]))
@@ -47,6 +55,12 @@ def _(gy: Tensor, *parts: Any) -> Tensor:
 @unpack.register_fake
 def _(*parts: Any) -> Tensor:
     made: Tensor = parts[0].new_empty(parts[4], dtype=parts[6])
+    return made
+
+
+@unpack_rows.register_fake
+def _(*parts: Any) -> Tensor:
+    made: Tensor = parts[0].new_empty((*parts[6].shape, parts[4][-1]), dtype=parts[7])
     return made
 
 

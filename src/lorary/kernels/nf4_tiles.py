@@ -18,7 +18,16 @@ from torch import Tensor
 
 from lorary.kernels.low_rank import without_autocast
 from lorary.kernels.nf4_native import TYPES, features, native, readable
-from lorary.kernels.nf4_values import NESTED, Packed, magnitudes, matrix_shape, region, shapes_only
+from lorary.kernels.nf4_values import (
+    AT_ONCE,
+    NESTED,
+    Packed,
+    magnitudes,
+    matrix_shape,
+    numbers_at,
+    region,
+    shapes_only,
+)
 
 TILE = 2**21  # numbers of the weight that are there at once, about
 TILE_GPU = 2**26  # on a GPU, whose cache holds no tile: 128 MiB in 16 bits
@@ -90,6 +99,26 @@ def unpack_into(packed: Packed, out: Tensor) -> Tensor:
         whole = out.dtype in TYPES and readable(packed) and native() is not None
     for top, bottom in [(0, height)] if whole else _spans(height, width):  # other means make more on the way
         read(packed, (top, bottom), (0, width), out[top:bottom])
+    return out
+
+
+def some_rows(packed: Packed, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """[..., width] the rows of the weight with these numbers (whole, of any shape)."""
+    height, width = matrix_shape(packed.shape)
+    out = torch.empty((*rows.shape, width), dtype=dtype, device=packed.codes.device)
+    if shapes_only(out, rows) or out.numel() == 0:
+        return out
+    rows = rows.reshape(-1).to(out.device, torch.int64)
+    if rows.device.type == "cpu" and (int(rows.min()) < 0 or int(rows.max()) >= height):
+        raise IndexError(f"row {int(rows.min())} or {int(rows.max())} of a matrix of {height} rows")
+    compiled = native() if dtype in TYPES and readable(packed) else None
+    if compiled is not None:
+        compiled.unpack_rows(packed, rows, out.view(-1, width))
+        return out
+    columns = torch.arange(width, device=out.device)
+    step = max(1, AT_ONCE // width)
+    for some, part in zip(rows.split(step), out.view(-1, width).split(step), strict=True):
+        part.copy_(numbers_at(packed, some.unsqueeze(1) * width + columns))
     return out
 
 

@@ -43,7 +43,7 @@ CODE = torch.tensor(
 )
 MIDDLES = (CODE[:-1] + CODE[1:]) / 2  # [15]
 NESTED = 256  # magnitudes that share one second-level magnitude
-TILE = 2**20  # numbers that are packed or looked up at a time
+AT_ONCE = 2**20  # numbers that are packed or looked up at a time
 _SMALLEST = 1e-38  # an absmax below it divides as if it were this
 
 
@@ -131,7 +131,7 @@ def _pieces(W: Tensor, block: int) -> Iterator[tuple[int, Tensor]]:
     if width == 0:
         return
     fit = block // math.gcd(block, width)  # so many rows are whole blocks
-    step = -(-max(1, TILE // width) // fit) * fit
+    step = -(-max(1, AT_ONCE // width) // fit) * fit
     for first in range(0, rows.shape[0], step):
         yield first * width, rows[first : first + step].reshape(-1).to(torch.float32)
 
