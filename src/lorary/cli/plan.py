@@ -40,19 +40,24 @@ def plan(
     """
     import gc
 
-    gc.disable()  # imports make many objects and no garbage: a tenth of the time less
-    from lorary.train.config_file import from_dict, load
-
     words = {"name": method, "r": r, "alpha": alpha, "targets": targets, "exclude": exclude}
     given = [f"method.{key}={value}" for key, value in words.items() if value is not None] + (sets or [])
-    if Path(model).suffix in (".yaml", ".yml"):
-        config = load(model, given)
-    else:
-        config = from_dict({"model": model, "data": "builtin:docstrings"}, given)
-    gc.enable()
+    gc.disable()  # imports make many objects and no garbage: a tenth of the time less
+    try:
+        config = _config(model, given)
+    finally:
+        gc.enable()
     _show(config, memory, check)
     for note in config.notes:
         print(f"note: {note}", file=sys.stderr)
+
+
+def _config(model: str, given: list[str]) -> Config:
+    from lorary.train.config_file import from_dict, load
+
+    if Path(model).suffix in (".yaml", ".yml"):
+        return load(model, given)
+    return from_dict({"model": model, "data": "builtin:docstrings"}, given)
 
 
 def _show(config: Config, size: float | None, check: bool) -> None:

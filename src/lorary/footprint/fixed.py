@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from lorary.footprint.memory import Memory
 from lorary.paged import THRESHOLD
 from lorary.placed import distinct
 from lorary.plans import Plan
+from lorary.weights import is_packed
+from lorary.storage.foreign import stored
+from lorary.weights import held, is_packed
 
 
 def fixed(
@@ -72,8 +75,9 @@ def _state(optimizer: str, numbers: int, size: int) -> float:
 
 def _weights(model: nn.Module, plan: Plan, width: int | None) -> int:
     packed = {f"{name}.weight" for name in plan.packed}
-    known: set[int] = set()
-    total = 0
+    there = {id(held(m)[0]): m for m in model.modules() if is_packed(m)}.values()  # their precision never changes
+    known = {id(t) for layer in there for t in held(layer)}
+    total = sum(map(stored, there))
     for name, t in _named(model):
         if id(t) in known:
             continue
@@ -81,15 +85,8 @@ def _weights(model: nn.Module, plan: Plan, width: int | None) -> int:
         if name in packed:
             total += plan.method.storage.bytes(t.numel(), t.itemsize)
         else:
-            changes = width and t.is_floating_point() and not _is_scale(model, name)
-            total += t.numel() * (cast(int, width) if changes else t.itemsize)
+            total += t.numel() * (width if width and t.is_floating_point() else t.itemsize)
     return total
-
-
-def _is_scale(model: nn.Module, name: str) -> bool:
-    """Whether this tensor belongs to a weight that is packed already: its precision never changes."""
-    owner = model.get_submodule(name.rpartition(".")[0])
-    return hasattr(owner, "packed") and name.rpartition(".")[2] != "bias"
 
 
 def _named(model: nn.Module) -> Iterable[tuple[str, Tensor]]:

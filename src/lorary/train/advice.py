@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorary.errors import LoraryError
-from lorary.footprint.room import GB, Need
+from lorary.footprint.room import Need
 from lorary.train.config import Config
 from lorary.train.forecast import Forecast, forecast
 
@@ -106,7 +106,7 @@ def _together(config: Config, several: list[dict[str, Any]], now: Forecast, size
     then = _tried(config, changes, now)
     if then is None or not changes:
         return []
-    enough = "together" if then.need.room(size) >= 0 else f"all together, and still not {size * GB / GB:g} GB"
+    enough = "together" if then.need.room(size) >= 0 else f"all together, and still not {size:g} GB"
     return [Proposal(enough, _said(changes), then.need)]
 
 
