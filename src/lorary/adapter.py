@@ -16,16 +16,17 @@ from lorary.errors import FileError, MethodError, Problem, StateError
 from lorary.fingerprint import Fingerprint
 from lorary.forms import LowRankForm, low_rank_forms
 from lorary.methods.lora import Add, Fixed, Kaiming, LowRank
-from lorary.packing import packable, packed_already
+from lorary.packing import packable, packed_already, warn_of_packing
 from lorary.placed import Placed
 from lorary.preconditions import mismatch
 from lorary.record import Method
 from lorary.shards import whole
 from lorary.shrinking import compact
 from lorary.state import attached, base_parameter, require
+from lorary.storage.as_is import AsIs
 from lorary.surgery import detach, place
 from lorary.weights import is_packed
-from lorary.words import Init
+from lorary.words import Init, Storage
 
 
 @dataclass(frozen=True)
@@ -259,6 +260,7 @@ def _unusable(role: str, tensor: Tensor) -> str:
 def _install(model: nn.Module, adapter: Adapter, here: Fingerprint, *, trainable: bool, pack: bool = True) -> None:
     full = {name: tuple(value.shape) for name, value in adapter.full.items()}
     packed = packable(model, adapter.method.storage, full) if pack else []
+    warn_of_packing(plain_modules(model), adapter.method.storage)
     place(model, adapter.method, adapter.placed, full, adapter.tensors, base=here, packed=packed)
     with torch.no_grad():
         for name, value in adapter.full.items():
@@ -273,12 +275,13 @@ def stacked(adapters: Sequence[Adapter], model: nn.Module, weights: Sequence[flo
     Args:
         adapters: any methods whose update is B A and nothing more.
         model: the base, for the values of parameters that some of them trained in full.
-        weights: one for each; 1 where silent.
+        weights: one for each; 1 where silent. Where all were trained on a base packed in one way, so is the sum's.
 
     Raises:
         MethodError: one of them is no plain sum (gains, shifts).
     """
     weights = weights or [1.0] * len(adapters)
+    storage = adapters[0].method.storage if len({a.method.storage for a in adapters}) == 1 else AsIs()
     factors: dict[str, list[LowRankForm]] = {}
     sites: dict[str, Placed] = {}
     problems: dict[str, Problem] = {}
@@ -296,15 +299,15 @@ def stacked(adapters: Sequence[Adapter], model: nn.Module, weights: Sequence[flo
     for name, forms in factors.items():
         B, A = torch.cat([f.B for f in forms], 1), torch.cat([f.A for f in forms], 0)
         site = dataclasses.replace(sites[name].site, parts=())  # the parts are in B's zeros now
-        placed.append(Placed(site, _plain(A.shape[0])))
+        placed.append(Placed(site, _plain(A.shape[0], storage)))
         tensors[name] = {"A": A, "B": B}
-    method = _plain(max((p.r for p in placed), default=1)) if placed else Method(full=tuple(full))
+    method = _plain(max(p.r for p in placed), storage) if placed else Method(full=tuple(full))
     return Adapter(method, tuple(placed), tensors, full, adapters[0].base)
 
 
-def _plain(r: int) -> Method:
+def _plain(r: int, storage: Storage) -> Method:
     """LoRA of rank r whose scale is in B already."""
-    return Method(LowRank(r), Kaiming(), Fixed(1.0), Add())
+    return Method(LowRank(r), Kaiming(), Fixed(1.0), Add(), storage=storage)
 
 
 def _summed_full(adapters: Sequence[Adapter], weights: Sequence[float], model: nn.Module) -> dict[str, Tensor]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
@@ -18,7 +19,7 @@ from lorary.fields import wrong
 from lorary.fingerprint import STATE, Fingerprint
 from lorary.preconditions import not_ready
 from lorary.sites import kind_of, was_transposed
-from lorary.storage.nf4 import NF4
+from lorary.storage.nf4 import NF4, NF4Linear
 from lorary.targets import blocked, head_names
 from lorary.weights import in_place_of, is_foreign, is_packed, weight
 from lorary.words import Init, Storage
@@ -155,6 +156,31 @@ def packed_already(name: str, init: Init) -> Problem:
     """Why an init cannot start at a part of this layer's weight."""
     what = f"is packed already, and {type(init).__name__} would take a part of it"
     return Problem(name, what, "load the base in full precision: with qlora what is left of it is packed")
+
+
+class PackingWarning(UserWarning):
+    """An adapter meets a base that is packed in another way than the one that it was trained on."""
+
+
+def warn_of_packing(modules: Mapping[str, nn.Module], storage: Storage) -> None:
+    """Say where an adapter of a packed base meets one that has been packed otherwise: its function is another one.
+
+    Args:
+        modules: of the base.
+        storage: the adapter's.
+    """
+    trained = [getattr(storage, name, None) for name in ("block", "double")]
+    if None in trained:
+        return
+    layers = [m for m in modules.values() if isinstance(m, NF4Linear)]
+    others = [m for m in layers if [m.block, m.nested_absmax is not None] != trained]
+    if others:
+        text = (
+            f"the adapter was trained on a base in {storage}; {len(others):,} of {len(layers):,} packed layers here "
+            f"are in blocks of {others[0].block} with double={others[0].nested_absmax is not None}, and what packing "
+            "has lost of them is not what it was trained on. Load the base packed as it was"
+        )
+        warnings.warn(text, PackingWarning, stacklevel=5)
 
 
 def remember(model: nn.Module) -> None:

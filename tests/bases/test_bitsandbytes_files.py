@@ -167,6 +167,10 @@ DAMAGE: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (lambda t: _said(t, shape="everything"), "shape is 'everything'"),
     (lambda t: _said(t, dtype="int8"), "dtype is 'int8'"),
     (lambda t: _said(t, nested_offset="x"), "of the quantised absmax it says"),
+    (lambda t: _said(t, nested_offset=True), "of the quantised absmax it says"),
+    (lambda t: _said(t, nested_offset=10**400), "of the quantised absmax it says"),
+    (lambda t: _said(t, nested_offset=1e39), "of the quantised absmax it says"),
+    (lambda t: t[UP + "weight.nested_absmax"].fill_(float("nan")), "nested_absmax holds numbers that are NaN or inf"),
 ]
 
 
@@ -274,6 +278,13 @@ def test_what_such_files_do_not_know_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="layers compute in bfloat16 and float32, and these files know one precision"):
         lorary.save_base(mixed, tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_a_model_without_values_is_not_written(tmp_path: Path) -> None:
+    model = lorary.pack(tiny.model("LlamaForCausalLM", "meta"))
+    with pytest.raises(StateError, match="model: has parameters without values, on the meta device"):
+        lorary.save_base(model, tmp_path / "base")
+    assert not (tmp_path / "base").exists()
 
 
 def test_layers_that_are_not_packed_are_named(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import lorary
 from lorary.bases.loading import PackedConfig
-from lorary.errors import ConfigError, FileError
+from lorary.errors import ConfigError, FileError, LoraryError
 from lorary.fingerprint import Fingerprint
+from lorary.storage.bnb_nf4 import BnbNF4
 from lorary.storage.nf4 import NF4Embedding, NF4Linear
 from lorary.train import models
 from tests import tiny
@@ -123,6 +124,40 @@ def test_adapters_of_either_fit_the_other(tmp_path: Path, name: str) -> None:
     for adapter in ("straight", "other"):
         for base in (lorary.load_base(folder), AutoModelForCausalLM.from_pretrained(folder), in_memory(folder)):
             assert torch.equal(tiny.logits(lorary.load(base, tmp_path / adapter)), expected)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"storage": "nf4"}, "storage: 'nf4' packs nothing\n      hint: say NF4()"),
+        ({"storage": lorary.NF4}, "packs nothing\n      hint: say NF4()"),
+        ({"storage": lorary.NF4(block=63)}, "storage: NF4 has block = 63; it takes a power of two from 32 to 4096"),
+        ({"storage": BnbNF4()}, "storage: BnbNF4 packs weights that are there in full, and none that are being read"),
+        ({"layers": "lm_head"}, "layers: is the text 'lm_head'\n      hint: say ['lm_head']"),
+        ({"layers": ["nope", "model.norm"]}, "model.norm: NF4(block=64, double=True, compute=None, embeddings=False)"),
+        ({"layers": 5}, "'int' object is not iterable"),
+        ({"kind": "AutoModel"}, "'str' object has no attribute 'from_pretrained'"),
+    ],
+)
+def test_words_that_say_nothing_are_refused(tmp_path: Path, words: dict[str, Any], said: str) -> None:
+    tiny.seeded("LlamaForCausalLM").save_pretrained(tmp_path / "base")
+    with pytest.raises(LoraryError) as refused:
+        lorary.load_base(tmp_path / "base", **words)
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize("quantised", ["x", [], 5, True])
+def test_a_config_that_makes_no_sense_to_transformers_is_told(tmp_path: Path, quantised: Any) -> None:
+    tiny.seeded("LlamaForCausalLM").save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": quantised}))
+    with pytest.raises(FileError, match="cannot load the model"):
+        lorary.load_base(tmp_path / "base")
+
+
+def test_a_dtype_of_torch_is_a_dtype(tmp_path: Path) -> None:
+    tiny.seeded("LlamaForCausalLM").save_pretrained(tmp_path / "base")
+    assert lorary.load_base(tmp_path / "base", dtype=torch.bfloat16).dtype is torch.bfloat16
 
 
 def test_what_is_wrong_with_the_weights_is_told_at_once(tmp_path: Path) -> None:

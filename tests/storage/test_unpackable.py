@@ -12,6 +12,7 @@ from torch import nn
 
 import lorary
 from lorary.errors import LoraryError, StateError
+from lorary.packing import PackingWarning
 from lorary.weights import is_packed
 from tests import tiny
 
@@ -79,6 +80,29 @@ def test_a_forward_that_was_replaced_is_not_lost_in_silence(tmp_path: Path) -> N
         with pytest.raises(LoraryError, match=what):
             call()
         assert tiny.everything(model) == before
+
+
+def test_an_adapter_of_a_base_that_was_packed_otherwise_says_so(tmp_path: Path) -> None:
+    model = tiny.seeded("LlamaForCausalLM")
+    lorary.save(tiny.trained(model, lorary.method("qlora", r=2, block=128)), tmp_path / "adapter")
+    lorary.load(tiny.seeded("LlamaForCausalLM"), tmp_path / "adapter")  # packs it as it was
+    base = lorary.pack(tiny.seeded("LlamaForCausalLM"))
+    with pytest.warns(PackingWarning) as told:
+        lorary.load(base, tmp_path / "adapter")
+    assert str(told[0].message) == (
+        "the adapter was trained on a base in NF4(block=128, double=True, compute=None, embeddings=False); 14 of 14 "
+        "packed layers here are in blocks of 64 with double=True, and what packing has lost of them is not what it "
+        "was trained on. Load the base packed as it was"
+    )
+
+
+def test_the_sum_of_adapters_of_packed_bases_packs_its_base_too() -> None:
+    model = tiny.trained(tiny.seeded("LlamaForCausalLM"), lorary.method("qlora", r=2))
+    adapter = lorary.Adapter.of(model)
+    lorary.switch(model, [adapter, adapter])
+    expected = tiny.logits(model)
+    fresh = lorary.switch(tiny.seeded("LlamaForCausalLM"), [adapter, adapter])
+    assert torch.equal(tiny.logits(fresh), expected)
 
 
 def test_packed_in_inference_mode_it_can_be_trained() -> None:

@@ -159,6 +159,8 @@ def _unsavable(model: nn.Module) -> list[Problem]:
     packed = {name: module for name, module in model.named_modules() if is_packed(module)}
     if not any(isinstance(module, NF4Linear) for module in packed.values()):
         problems.append(Problem("model", "has no layer in NF4", "lorary.pack(model) packs it"))
+    if any(t.is_meta for t in model.parameters()):
+        problems.append(Problem("model", "has parameters without values, on the meta device"))
     for name, module in packed.items():
         if isinstance(module, NF4Embedding):
             problems.append(Problem(name, "is a packed embedding, which these files do not know", "leave it plain"))

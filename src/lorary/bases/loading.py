@@ -122,6 +122,11 @@ class PackingQuantizer(HfQuantizer):  # type: ignore[misc]
             return
         tied = model.all_tied_weights_keys
         names = packable(model, self.storage) if self.layers is None else self.layers
+        modules = dict(model.named_modules())
+        wrong = [name for name in names if name not in modules or not self.storage.packs(modules[name])]
+        if wrong:
+            what = f"{self.storage} packs no such layer of a {type(model).__name__}"
+            raise FileError("these layers cannot be packed:", [Problem(str(name), what) for name in wrong])
         self.names = {f"{name}.weight" for name in names} - {*tied, *tied.values()}
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:

@@ -5,9 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
-from lorary.errors import FileError
+from lorary.errors import ConfigError, FileError, Problem
+from lorary.packing import not_packing
 from lorary.storage.nf4 import NF4
 from lorary.words import Storage
+
+
+def check(source: Any, storage: Any, layers: Any) -> None:
+    """Refuse words that say nothing about how a model is read.
+
+    Raises:
+        ConfigError: every one.
+    """
+    problems = [] if storage is None else not_packing(storage)
+    if storage is not None and not problems and not isinstance(storage, NF4):
+        what = f"{type(storage).__name__} packs weights that are there in full, and none that are being read"
+        problems.append(Problem("storage", what, "say NF4(), or load the plain model and give it to lorary.pack"))
+    if isinstance(layers, str):
+        problems.append(Problem("layers", f"is the text {layers!r}", f"say [{layers!r}]"))
+    if problems:
+        raise ConfigError(f"cannot load {source}:", problems)
 
 
 def reader(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -65,6 +65,8 @@ def read_state(codes: Tensor, found: Mapping[str, Tensor]) -> tuple[Packed | Non
             problems.append(f"{key} is missing")
         elif tuple(tensor.shape) != size or tensor.dtype != kind:
             problems.append(f"{key} is {tensor.dtype} {tuple(tensor.shape)}, expected {kind} {size}")
+        elif kind == torch.float32 and not tensor.is_meta and not tensor.isfinite().all():
+            problems.append(f"{key} holds numbers that are NaN or infinite")
     if codes.dtype != torch.uint8 or codes.numel() != -(-numbers // 2):
         what = f"the codes are {codes.dtype} {tuple(codes.shape)}"
         problems.append(f"{what}, expected {-(-numbers // 2)} bytes for a weight of {shape}")
@@ -84,7 +86,7 @@ def _said(found: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[str]]:
         other = sorted(key for key in found if key.startswith("quant_state."))
         return {}, [f"{other[0]} is not NF4" if other else f"{STATE} is missing"]
     try:
-        said = json.loads(bytes(found[STATE].cpu().to(torch.uint8).tolist()))
+        said = json.loads(bytes(found[STATE].cpu().to(torch.uint8).flatten().tolist()))
     except (ValueError, RecursionError) as error:
         return {}, [f"{STATE} is no JSON: {error}"]
     if not isinstance(said, dict):
@@ -104,8 +106,8 @@ def _said(found: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[str]]:
     if nested and (
         nested.get("nested_blocksize") != _NESTED
         or nested.get("nested_dtype") != "float32"
-        or not isinstance(offset, int | float)
-        or not math.isfinite(offset)
+        or type(offset) not in (int, float)
+        or not abs(cast(float, offset)) <= torch.finfo(torch.float32).max  # NaN is not, either
     ):
         problems.append(f"{STATE}: of the quantised absmax it says {nested}")
     return said, problems

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from lorary.errors import MethodError, Problem
@@ -129,6 +130,6 @@ def _paths(c: Config) -> Found:
     for what, sources in inputs.items():
         for source in sources or ():
             path = Path(source.partition("#")[0]).absolute()
-            if path.exists() and (path == output or output in path.parents):
+            if os.path.exists(path) and (path == output or output in path.parents):
                 return [("output", Problem("", f"`{c.output}` holds {what} (`{source}`)", "name another folder"))]
     return []

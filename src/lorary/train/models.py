@@ -119,9 +119,15 @@ def load_base(
         >>> base = lorary.load_base("org/model", dtype="bfloat16")
         >>> lorary.attach(base, lorary.plan(base, lorary.method("qlora")))
     """
+    import torch
+
+    from lorary.bases.reading import check
     from lorary.storage.nf4 import NF4
     from lorary.train.config_file import from_dict
 
+    check(source, storage, layers)
+    if isinstance(words.get("dtype"), torch.dtype):
+        words["dtype"] = str(words["dtype"]).removeprefix("torch.")
     section = from_dict({"model": {"id": os.fspath(source), **words}, "data": "builtin:docstrings"}).model
     return load_model(section, NF4() if storage is None else storage, layers, kind)
 
@@ -298,6 +304,10 @@ def _check(section: ModelSection) -> None:
         raise FileError(headline, problems)
 
 
+# what Transformers and its quantisers raise at files that they cannot make sense of
+_UNREADABLE = (OSError, ValueError, ImportError, LookupError, AttributeError, TypeError, RuntimeError)
+
+
 def _from_pretrained(kind: Any, section: ModelSection, loader: Callable[..., Any] | None = None, **words: Any) -> Any:
     from safetensors import SafetensorError
 
@@ -308,8 +318,8 @@ def _from_pretrained(kind: Any, section: ModelSection, loader: Callable[..., Any
         return kind.from_pretrained(location(section), **words)
     except LoraryError:
         raise
-    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
-        what = "tokenizer" if kind.__name__ == "AutoTokenizer" else "model"
+    except (*_UNREADABLE, SafetensorError) as error:
+        what = "tokenizer" if getattr(kind, "__name__", "") == "AutoTokenizer" else "model"
         raise _refused(section, what, error) from error
 
 

@@ -266,4 +266,6 @@ def show(value: Any) -> str:
 
 def _kind(value: Any) -> str:
     kinds: dict[type, str] = {dict: "keys and values", list: "a list", tuple: "a list"}
-    return kinds.get(type(value)) or show(value)
+    if value is None or isinstance(value, str | int | float):
+        return show(value)
+    return kinds.get(type(value), f"a {type(value).__name__}")
