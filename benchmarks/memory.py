@@ -27,10 +27,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import lorary
 from cases import machine
 from lorary.footprint.prediction import predict
-from lorary.footprint.published import CASES
 from lorary.footprint.workload import Workload
 from lorary.train.loss import LabelledHead
 from lorary.train.memory import estimate
+from published import CASES
 
 _LLAMA = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 6, "vocab_size": 4000}
 _LLAMA |= {"hidden_size": 256, "intermediate_size": 704, "head_dim": 32, "pad_token_id": 0}

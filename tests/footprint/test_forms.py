@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.published import CASES, LLAMA_3_1_8B, Convention, peak
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -16,10 +17,8 @@ import lorary
 from lorary.errors import PlanError
 from lorary.footprint.adapters import Layer, held, linear
 from lorary.footprint.architecture import architecture
-from lorary.footprint.conventions import Convention, peak
 from lorary.footprint.known import by_words
 from lorary.footprint.prediction import predict
-from lorary.footprint.published import CASES, LLAMA_3_1_8B
 from lorary.footprint.room import CONTEXT, GB, need
 from lorary.footprint.skeleton import KNOWN, skeleton
 from lorary.footprint.workload import Workload

@@ -1,6 +1,5 @@
 """What a training step holds in memory, in closed form: from a model's configuration and a plan, in milliseconds.
 
 `architecture` reads the sizes, `adapters` asks the adapted layers what they keep, `block` adds up one block of the
-model, `step` all of it, `prediction` the whole run; `room` holds it against GPUs. How
-other libraries keep house is in `conventions`: their published peaks are what the formulas are held to.
+model, `step` all of it, `prediction` the whole run; `room` holds it against GPUs.
 """

@@ -13,7 +13,6 @@ from lorary.footprint.memory import Memory
 from lorary.paged import THRESHOLD
 from lorary.placed import distinct
 from lorary.plans import Plan
-from lorary.weights import is_packed
 from lorary.storage.foreign import stored
 from lorary.weights import held, is_packed
 
