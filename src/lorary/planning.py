@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from lorary.errors import MethodError, PlanError, Problem, nearest
+from lorary.errors import MethodError, PlanError, Problem, nearest, once
 from lorary.packing import packable, packed_already
 from lorary.past import Learnt, with_past
 from lorary.placed import Placed, with_rank
@@ -153,11 +153,9 @@ def _written(model: nn.Module, method: Method, placed: list[Placed], problems: l
 
 def _pack_problems(model: nn.Module, method: Method, placed: list[Placed], packed: list[str]) -> list[Problem]:
     """Why the base cannot be kept as the method says, or an init cannot take a part of it."""
-    problems = []
-    layers = dict(model.named_modules())
-    for p in placed:
-        if cast(Init, method.init).moves_base and is_packed(layers[p.site.name]):
-            problems.append(packed_already(p.site.name, cast(Init, method.init)))
+    layers, init = dict(model.named_modules()), cast(Init, method.init)
+    late = [p.site.name for p in placed if init is not None and init.moves_base and is_packed(layers[p.site.name])]
+    problems = once(packed_already(name, init) for name in late)
     if not method.storage.writable and not packed and not any(map(is_packed, layers.values())):
         what = f"{type(method.storage).__name__} has nothing to pack: plain linear layers, without the output head"
         problems.append(Problem("storage", what))

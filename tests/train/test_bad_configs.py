@@ -375,7 +375,7 @@ method: lora,rslorra
 """, """\
 train.yaml does not describe a run:
   - train.yaml:3:1: `rslorra` is no method that lorary knows
-      hint: did you mean `rslora` or `lora` or `olora`?"""),
+      hint: did you mean `rslora` or `lora` or `qlora`?"""),
 Bad('an option of another method', """\
 model: builtin:base
 data: builtin:docstrings

@@ -89,7 +89,10 @@ def replanned(prepared: Prepared, plan: Plan) -> Prepared:
 
 def _memory(config: Config, bare: Any, plan: Plan, found: Lint) -> Memory:
     """For the longest row in every place of a batch."""
+    import torch
+
     t = config.training
+    paged = t.optimizer if torch.cuda.is_available() else t.optimizer.removeprefix("paged_")  # a CPU pages nothing
     longest = (
         config.data.max_length if config.data.packing else min(config.data.max_length, max(found.lengths.values()))
     )
@@ -101,6 +104,7 @@ def _memory(config: Config, bare: Any, plan: Plan, found: Lint) -> Memory:
         length=longest,
         dtype=bare.dtype,
         gradient_checkpointing=t.gradient_checkpointing,
+        optimizer=paged,
         labelled=found.labelled,
         padding=not config.data.packing and sides * t.batch_size > 1,
     )
