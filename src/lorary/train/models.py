@@ -15,8 +15,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
-from lorary.errors import FileError, LoraryError, Problem, did_you_mean, suggested_path
+from lorary.errors import FileError, LoraryError, Problem
 from lorary.train.config import ModelSection
+from lorary.train.locations import BUILTIN, check_folder, location
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
     from lorary.record import Method
     from lorary.words import Init, Storage
-
-BUILTIN = ("builtin:base",)
 
 
 def load_model(
@@ -140,7 +139,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    _check(section)
+    check_folder(section)
     folder = Path(location(section))
     if folder.is_dir() and not any(folder.glob("token*")) and not any(folder.glob("vocab*")):
         what = "there is no tokenizer.json in it"
@@ -162,7 +161,7 @@ def outline(section: ModelSection) -> nn.Module:
     """
     from lorary.footprint import skeleton as fast
 
-    _check(section)
+    check_folder(section)
     file = Path(location(section)) / "config.json"
     if file.is_file():
         settings = json.loads(file.read_text(encoding="utf-8"))
@@ -213,7 +212,7 @@ def load_config(section: ModelSection) -> PretrainedConfig:
     """
     from transformers import AutoConfig
 
-    _check(section)
+    check_folder(section)
     config: PretrainedConfig = _from_pretrained(AutoConfig, section)
     return config
 
@@ -255,53 +254,6 @@ def quiet() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def location(section: ModelSection) -> str:
-    """What Transformers calls the model: a folder or a Hub id.
-
-    Raises:
-        FileError: there is no built-in model of that name.
-    """
-    if not section.id.startswith("builtin:"):
-        return str(Path(section.id).expanduser()) if section.id.startswith("~") else section.id
-    if section.id not in BUILTIN:
-        raise FileError(
-            f"cannot load {section.id}:", [Problem("model.id", "no such model", did_you_mean(section.id, BUILTIN))]
-        )
-    from lorary import builtin
-
-    return str(builtin.path())
-
-
-def _check(section: ModelSection) -> None:
-    """Refuse a folder that is no model, or that would run code."""
-    folder = Path(location(section))
-    headline = f"cannot load the model {section.id}:"
-    if not folder.exists():
-        if section.id.startswith((".", "/", "~")) or section.id.count("/") > 1:
-            raise FileError(
-                headline, [Problem(section.id, "there is no such folder", suggested_path(folder, folders=True))]
-            )
-        return  # a Hub id
-    if not (folder / "config.json").is_file():
-        adapter = any((folder / name).is_file() for name in ("adapter_config.json", "lorary.json"))
-        what = "it is an adapter, not a model" if adapter else "there is no config.json in it"
-        raise FileError(headline, [Problem(section.id, what)])
-    problems = []
-    try:
-        written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FileError(headline, [Problem("config.json", f"is no JSON: {error}")]) from None
-    if isinstance(written, dict) and "auto_map" in written and not section.trust_remote_code:
-        fix = "read that code, then set model.trust_remote_code: true"
-        problems.append(Problem("config.json", "`auto_map`: the model would run Python code of its own", fix))
-    pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
-    if pickles and not any(folder.glob("*.safetensors")):
-        what = "weights as a pickle, which can run code when it is opened"
-        problems.append(Problem(pickles[0].name, what, "convert it to safetensors where you trust it"))
-    if problems:
-        raise FileError(headline, problems)
 
 
 # what Transformers and its quantisers raise at files that they cannot make sense of
