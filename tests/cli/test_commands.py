@@ -134,7 +134,7 @@ def test_a_plan_can_be_checked_by_a_step_without_data(command: Command) -> None:
     assert abs(float(off[1])) < 5
 
 
-@pytest.mark.parametrize("size", ["-3", "0", "much"])
+@pytest.mark.parametrize("size", ["-3", "0", "much", "inf", "nan"])
 def test_a_memory_that_is_none_is_refused(command: Command, size: str) -> None:
     ran = command("plan", "builtin:base", "--memory", size)
     assert (ran.code, ran.out) == (2, "")

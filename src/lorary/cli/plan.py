@@ -28,7 +28,8 @@ def plan(
         list[str] | None, typer.Option("--set", help="key=value, as in a configuration; may be repeated.")
     ] = None,
     memory: Annotated[
-        float | None, typer.Option("--memory", min=0.1, help="Your GPU's memory in GB: what to change to fit into it.")
+        float | None,
+        typer.Option("--memory", min=0.1, max=1e6, help="Your GPU's memory in GB: what to change to fit into it."),
     ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Run one step without data as well; takes 10 to 30 seconds.")
