@@ -192,6 +192,8 @@ def main() -> None:
         for row in found["published"]:
             if row["why"]:
                 console.print(f"* {row['case']}: {row['why']}")
+    if options.only:
+        return  # the file holds both
     options.out.parent.mkdir(exist_ok=True)
     options.out.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import continual
-import memory
 import report
 import torch
 from ledger import Ledger
@@ -22,6 +21,7 @@ from protocol import MOST_SEEDS, Bench
 from training import FULL, QUICK
 from transformers.utils import logging
 
+import memory
 from claims import ROWS
 
 HERE = Path(__file__).parent.parent

@@ -179,7 +179,8 @@ def load(
 def switch(model: nn.Module, adapters: Adapter | Sequence[Adapter] | None, *, force: bool = False) -> nn.Module:
     """Another task on the same base: take off what is attached and put these on, their sum if there are several.
 
-    Takes time in proportion to the adapters, not to the model. Parameters do not require gradients afterwards.
+    Takes time in proportion to the adapters, not to the model. Parameters do not require gradients afterwards. A base
+    that has been packed for an adapter stays packed beneath the next one.
 
     Args:
         model: the base, with or without an adapter.

@@ -62,11 +62,14 @@ def _config(model: str, given: list[str]) -> Config:
 
 
 def _show(config: Config, size: float | None, check: bool) -> None:
+    from lorary.bases.reading import reader
     from lorary.cli.memory_table import show
     from lorary.train.forecast import forecast
     from lorary.train.models import outline
 
-    found = forecast(config, outline(config.model))
+    bare = outline(config.model)
+    found = forecast(config, bare)
+    reader(config.model.id, bare.config, found.plan.method.storage, None)  # refuses what is packed in another way
     print(found.plan)
     show(config, found, size)
     if check:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorary.adapter import Adapter
+from lorary.bases.reading import reader
 from lorary.errors import ConfigError, Problem
 from lorary.plans import Plan
 from lorary.train.config import Config
@@ -68,6 +69,7 @@ def prepare(config: Config, *, processes: int = 1) -> Prepared:
     config = config.model_copy(update={"method": method})
     bare = skeleton(config.model)
     plan = config.method.plan(bare, past)
+    reader(config.model.id, bare.config, plan.method.storage, None)  # refuses what is packed in another way
     tokenizer = load_tokenizer(config.model)
     data = load(config.data, config.task, config.training.seed)
     train = tokenize(data.train, tokenizer, config.data)
