@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import lorary
 from lorary.cli import doctor
+from lorary.kernels import nf4
 from lorary.train.config_file import load
 from tests.cli.command import Command
 from tests.train.small import PLAIN_CHAT, tokenizer
@@ -305,6 +306,14 @@ def test_doctor_reports_this_machine(command: Command) -> None:
     assert {"python", "threads", "disk here", "write here"} <= set(findings)
     text = command("doctor").out.splitlines()
     assert all(line.split()[0] in ("ok", "warn", "fail") for line in text)
+
+
+def test_doctor_says_how_4_bit_weights_are_read(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    if nf4.backend() != "table":  # there is a compiler here
+        how = f"ok    4 bits       weights on the CPU are read by code that is {nf4.backend()}"
+        assert how in command("doctor").out.splitlines()
+    monkeypatch.setenv("LORARY_NATIVE", "0")
+    assert "warn  4 bits       4-bit weights are read by PyTorch's own operations" in command("doctor").out
 
 
 def test_doctor_fails_on_versions_that_do_not_fit(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ def doctor(
 
     Exits with 1 where something will not work.
     """
-    findings = [*versions(), *conflicts(), *devices(), *resources(), *writing(), *environment()]
+    findings = [*versions(), *conflicts(), *devices(), *kernels(), *resources(), *writing(), *environment()]
     if as_json:
         print(json.dumps([finding._asdict() for finding in findings], indent=2))
     else:
@@ -119,6 +119,20 @@ def writing() -> Iterator[Finding]:
             yield Finding("ok", what, str(folder))
         except OSError as error:
             yield Finding("fail", what, f"{folder}: {error.strerror or error}")
+
+
+def kernels() -> Iterator[Finding]:
+    """What reads 4-bit weights on the CPU."""
+    from lorary.kernels.nf4 import backend
+
+    how = backend()
+    if how == "table":
+        detail = (
+            "4-bit weights are read by PyTorch's own operations, which takes many times as long: install gcc or clang"
+        )
+        yield Finding("warn", "4 bits", detail)
+    else:
+        yield Finding("ok", "4 bits", f"weights on the CPU are read by code that is {how}")
 
 
 def environment() -> Iterator[Finding]:
