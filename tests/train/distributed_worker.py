@@ -33,7 +33,7 @@ RULES: dict[str, dict[str, Any]] = {  # for four steps
     "o-lora": {"weight": 50.0},
     "o-lora-hard": {"hard": True},
 }
-MODES = ("ddp", "ddp-shares", "ddp-adalora", "fsdp", "fsdp-qlora", "dpo-fsdp", *(f"fsdp-{name}" for name in RULES))
+MODES = ("ddp", "ddp-shares", "ddp-adalora", "fsdp", "dpo-fsdp", *(f"fsdp-{name}" for name in RULES))
 
 FSDP: dict[str, Any] = {
     "fsdp": True,
@@ -81,9 +81,6 @@ def _model(mode: str) -> Any:
     name = mode.partition("-")[2]
     if name in RULES:
         return _ruled(name)
-    if name == "qlora":
-        model = llama(tie_word_embeddings=False)
-        return adapted("qlora", "dora", "rslora", "pissa", "lora+", model=model)
     if "shares" not in mode:
         model = llama(tie_word_embeddings=False)
         return adapted("lora", "lora+", targets=["all-linear", "lm_head"], model=model)
