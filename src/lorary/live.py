@@ -21,7 +21,7 @@ from lorary.errors import Problem, StateError
 from lorary.fidelity import Fidelity, SiteFidelity
 from lorary.loop import evaluating
 from lorary.merging import merge
-from lorary.packing import precision
+from lorary.packing import exact_modules, precision
 from lorary.residual import pristine
 from lorary.state import require
 from lorary.weights import is_packed
@@ -134,7 +134,7 @@ def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
 
     Buffers stay as they are: positions are computed from them.
     """
-    exact = {name for key in ("", "_strict") for name in getattr(model, f"_keep_in_fp32_modules{key}", None) or ()}
+    exact = exact_modules(model)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not exact & set(name.split(".")):
             parameter.data = parameter.data.to(dtype)

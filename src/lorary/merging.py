@@ -14,7 +14,6 @@ from lorary.errors import Problem, StateError, once
 from lorary.fingerprint import STATE, Fingerprint
 from lorary.packing import holds_weights, plain, precision, settle_config
 from lorary.state import Merged, attached, require
-from lorary.surgery import set_layer
 from lorary.weights import is_packed
 
 LOSSY = "the steps between 4-bit or 8-bit numbers are coarser than what an adapter changes, and rounding would undo it"
@@ -67,7 +66,7 @@ def merge(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = N
         if b is not None and bias is None:
             created |= {f"{path}.bias" for path in state.paths[name]}
         for path in state.paths[name]:
-            set_layer(model, path, merged)
+            model.set_submodule(path, merged)
         untied |= id(weight) in shared or isinstance(state.moved.get(name), nn.Parameter)
         if keep:
             state.merged[name] = Merged(weight, bias, layer, merged, W.dtype)
@@ -112,7 +111,7 @@ def unmerge(model: nn.Module) -> nn.Module:
             elif getattr(layer.base, "bias", None) is not None:
                 layer.base.bias = cast(Any, None)
         for path in state.paths[name]:
-            set_layer(model, path, layer)
+            model.set_submodule(path, layer)
     if state.tied is not None:
         _config(model).tie_word_embeddings = not state.untied
         for module, name, parameter in state.tied:

@@ -119,8 +119,7 @@ def packable(model: nn.Module, storage: Storage, full: Collection[str] = ()) -> 
     """
     heads = head_names(model)
     held = Counter(id(t) for m in model.modules() for t in m.parameters(recurse=False))
-    exact = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    exact |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    exact = exact_modules(model)
     return [
         name
         for name, module in model.named_modules()
@@ -132,6 +131,11 @@ def packable(model: nn.Module, storage: Storage, full: Collection[str] = ()) -> 
         and not exact & set(name.split("."))
         and blocked(model, name) is None
     ]
+
+
+def exact_modules(model: nn.Module) -> set[str]:
+    """The components of module paths that a Transformers architecture wants in 32 bits."""
+    return {name for key in ("", "_strict") for name in getattr(model, f"_keep_in_fp32_modules{key}", None) or ()}
 
 
 def unfit(model: nn.Module, names: Iterable[str]) -> list[Problem]:
@@ -193,8 +197,7 @@ def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
     old = model.get_submodule(name)
     paths = [path for path, module in model.named_modules(remove_duplicate=False) if module is old]
     for path in paths:
-        parent, _, last = path.rpartition(".")
-        setattr(model.get_submodule(parent), last, layer)
+        model.set_submodule(path, layer)
 
 
 def precision(model: nn.Module, layer: nn.Module) -> torch.dtype | None:

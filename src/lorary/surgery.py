@@ -179,7 +179,7 @@ def _put(
     model.requires_grad_(False)
     for name, layer in layers.items():
         for path in paths[name]:
-            set_layer(model, path, layer)
+            model.set_submodule(path, layer)
     for name in full.keys() - {f"{p.site.name}.weight" for p in placed}:  # an adapted weight is a rule's to write
         parameters[name].requires_grad_(True)
     object.__setattr__(model, STATE, Attached(method, placed, kept, trained, paths, fingerprint))
@@ -228,12 +228,6 @@ def _paths(model: nn.Module, placed: tuple[Placed, ...]) -> dict[str, list[str]]
     return {p.site.name: by_layer[id(model.get_submodule(p.site.name))] for p in placed}
 
 
-def set_layer(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put a module at a path of the model."""
-    parent, _, last = path.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
-
-
 def detach(model: nn.Module) -> nn.Module:
     """Take the adapters off: the very base, bit for bit, with the layers, values and flags that it had.
 
@@ -254,7 +248,7 @@ def detach(model: nn.Module) -> nn.Module:
             take_back(layer, state.moved[name])
         base = bare(layer)
         for path in state.paths[name]:
-            set_layer(model, path, base)
+            model.set_submodule(path, base)
     if state.untied:
         cast(Any, model).config.tie_word_embeddings = True
     object.__delattr__(model, STATE)

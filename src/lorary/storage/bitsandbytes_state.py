@@ -21,6 +21,7 @@ from lorary.kernels.nf4 import CODE, DYNAMIC, Packed
 
 STATE = "quant_state.bitsandbytes__nf4"
 KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state")  # below `<name>.weight.`
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # numbers that may share one largest value
 _NESTED = 256  # largest values in a block of their own
 
 
@@ -95,7 +96,7 @@ def _said(found: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[str]]:
     shape, block = said.get("shape"), said.get("blocksize")
     if not isinstance(shape, list) or not shape or not all(type(n) is int and n > 0 for n in shape):
         problems.append(f"{STATE}: shape is {shape!r}")
-    if type(block) is not int or block not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
+    if type(block) is not int or block not in BLOCK_SIZES:
         problems.append(f"{STATE}: blocksize is {block!r}")
     if said.get("dtype") not in ("float32", "bfloat16", "float16", "float64"):
         problems.append(f"{STATE}: dtype is {said.get('dtype')!r}")

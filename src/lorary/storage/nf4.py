@@ -20,12 +20,12 @@ from lorary.kernels.low_rank import autocasting
 from lorary.kernels.nf4 import Packed, times, unpack, unpack_rows
 from lorary.kernels.nf4 import pack as pack_matrix
 from lorary.sites import KINDS, kind_of, obstacle
-from lorary.storage.bitsandbytes_state import KEYS, read_state, written_state
+from lorary.storage.bitsandbytes_state import BLOCK_SIZES, KEYS, read_state, written_state
 from lorary.weights import in_place_of, is_packed, keeps
 from lorary.words import Storage, word
 
 BLOCKS: dict[str, Any] = {
-    "check": lambda value: type(value) is int and value in (32, 64, 128, 256, 512, 1024, 2048, 4096),
+    "check": lambda value: type(value) is int and value in BLOCK_SIZES,
     "expects": "a power of two from 32 to 4096",
 }
 COMPUTES = one_of("float32", "bfloat16", "float16")
