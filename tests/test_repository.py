@@ -22,9 +22,9 @@ SOURCE = ROOT / "src" / "lorary"
 # From the ground up. A module imports from the floors below its own and from its own package, never from above.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("kernels", "accounting", "biases", "builtin", "memo", "grid", "fields", "shards", "lanes", "weights"),
-    ("sites",),
-    ("words",),
+    ("kernels", "accounting", "biases", "builtin", "memo", "grid", "fields", "shards", "lanes", "weights", "attention"),
+    ("sites", "attending", "positions"),
+    ("words", "contexts"),
     ("storage",),
     ("record",),
     ("preset",),
@@ -41,6 +41,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("surgery",),
     ("merging", "loop", "forms", "paged", "fidelity"),
     ("adapter", "live"),
+    ("switching",),
     ("evolution", "probing"),
     ("formats",),
     ("bases",),
@@ -50,7 +51,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("__main__",),
 )
-UPWARD = {("adapter", "formats")}  # an adapter knows how to load and save itself, and files are made of adapters
+# an adapter knows how to load and save itself, and files are made of adapters
+UPWARD = {("adapter", "formats"), ("switching", "formats")}
 MOST_LINES = 330  # about 300
 
 _MACHINE = re.compile(r"(?<![\w.*:])/(?:home(?!/(?:me|someone)\b)|opt|root|Users|work|workspace)/[\w.]")

@@ -35,17 +35,17 @@ _HOMES = {
     "dropped": "probing",
     "groups": "loop",
     "importance": "probing",
-    "load": "adapter",
+    "load": "switching",
     "load_base": "train.models",
     "merge": "merging",
     "method": "preset",
     "pack": "packing",
     "plan": "planning",
     "presets": "preset",
-    "save": "adapter",
+    "save": "switching",
     "save_base": "bases.bitsandbytes_files",
     "search": "evolution",
-    "switch": "adapter",
+    "switch": "switching",
     "tuning": "loop",
     "unmerge": "merging",
     "unpack": "packing",
@@ -56,9 +56,6 @@ __all__ = ["__version__", *sorted(_HOMES)]
 if TYPE_CHECKING:
     from lorary.adapted import Adapted as Adapted
     from lorary.adapter import Adapter as Adapter
-    from lorary.adapter import load as load
-    from lorary.adapter import save as save
-    from lorary.adapter import switch as switch
     from lorary.bases.bitsandbytes_files import save_base as save_base
     from lorary.evolution import Evolution as Evolution
     from lorary.evolution import Found as Found
@@ -90,6 +87,9 @@ if TYPE_CHECKING:
     from lorary.surgery import attach as attach
     from lorary.surgery import detach as detach
     from lorary.surgery import disabled as disabled
+    from lorary.switching import load as load
+    from lorary.switching import save as save
+    from lorary.switching import switch as switch
     from lorary.train.models import load_base as load_base
 
 

@@ -27,6 +27,9 @@ def merge(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = N
     they are no longer tied. A layer that had no bias gets one where the method changes it (GLoRA), and the
     configuration says so, if it can: otherwise a warning names the biases that a checkpoint would lose.
 
+    What was for training alone goes (LongLoRA's attention in groups); positions that are divided stay so, and the
+    configuration says it.
+
     A packed layer becomes a plain one, Dq(Wq) + s B A, which is what was trained: packing the sum anew would lose what
     the adapter has learnt. Layers without an adapter stay packed; `lorary.unpack` makes them plain as well.
 
@@ -52,6 +55,8 @@ def merge(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = N
             problems.append(Problem(name, f"merged, the weight is not finite in {W.dtype}"))
     if problems:
         raise StateError("cannot merge:", problems)
+    if state.reading:
+        state.reading.settle()
     shared, untied, state.merged, created = _shared(model), False, {}, set()
     for name, layer in layers.items():
         weight, bias = cast(nn.Parameter, layer.weight), cast("nn.Parameter | None", layer.bias)
@@ -118,6 +123,8 @@ def unmerge(model: nn.Module) -> nn.Module:
             parameter.data = parameter.data.to(getattr(module, name))
             setattr(module, name, parameter)
     take_back_room(model, state.room)
+    if state.reading:
+        state.reading.resume()
     state.merged, state.tied, state.room = None, None, Room()
     return model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ from lorary.words import Init, Storage
 def plan(
     model: nn.Module,
     method: Method,
-    targets: str | Sequence[str] = "all-linear",
+    targets: str | Sequence[str] | None = None,
     *,
     ranks: Mapping[str, int] | None = None,
     alphas: Mapping[str, float] | None = None,
@@ -40,7 +41,8 @@ def plan(
         model: any module; a Transformers model's output head is left out of `all-linear`.
         method: what `lorary.method` made.
         targets: presets (`all-linear`, `attention`, `attention-qv`, `mlp`, `embedding`, `conv`), whole-component
-            names (`q_proj`), globs (`*.layers.1?.*`), projections of fused weights (`c_attn[q,v]`).
+            names (`q_proj`), globs (`*.layers.1?.*`), projections of fused weights (`c_attn[q,v]`). None: the
+            method's own, which is `all-linear` for most.
         ranks: site pattern -> rank; the first pattern that matches wins.
         alphas: site pattern -> alpha, likewise.
         exclude: what not to adapt, written like targets.
@@ -52,9 +54,13 @@ def plan(
     problems = not_ready(model) + not_words(method, ranks, alphas)
     if problems:
         raise PlanError("this model cannot be planned for:", problems)
+    if method.context is not None:
+        problems += [Problem("context", *found) for found in method.context.problems(model)]
+    targets = usual_targets(method) if targets is None else targets
     found: list[Found] = []
     if method.delta is not None:
-        found, problems = resolve(model, targets, exclude)
+        found, wrong = resolve(model, targets, exclude)
+        problems += wrong
     else:  # targets have a default, so only what was certainly said can be wrong
         for field, value in (("ranks", ranks), ("alphas", alphas), ("exclude", exclude)):
             if value:
@@ -69,12 +75,21 @@ def plan(
     problems += _pack_problems(model, method, placed, packed)
     if problems:
         raise PlanError("this plan cannot work:", problems)
+    if method.context is not None:
+        method = method.but(context=method.context.planned(model))
+        placed = [dataclasses.replace(p, method=p.method.but(context=method.context)) for p in placed]
     total, size = _sizes(model, method.storage, packed)
     notes = [*_rank_notes(placed), *_tie_notes(model, placed), *_head_notes(model, method, full)]
     notes += _pack_notes(model, placed, method.storage, packed)
+    notes += method.context.notes(model) if method.context else []
     if "all-linear" in listed(targets):
         notes += _reach_notes(model, placed, total)
     return Plan(method, tuple(placed), tuple(full), total, size, tuple(notes), given, tuple(packed))
+
+
+def usual_targets(method: Method) -> tuple[str, ...]:
+    """The targets of a method where nobody says any."""
+    return ("all-linear",) if method.context is None else tuple(method.context.targets)
 
 
 def _place(
@@ -113,11 +128,8 @@ def _full_parameters(
 ) -> list[FullParameter]:
     """The base parameters that train in full: those of the method's patterns, and a new head where there is one."""
     parameters = dict(model.named_parameters())
-    first = {id(parameter): name for name, parameter in parameters.items()}
-    paths = [(name, first[id(p)]) for name, p in model.named_parameters(remove_duplicate=False)]
     names: set[str] = set()
-    for pattern in method.full:
-        hits = {known for name, known in paths if _covers(pattern, name)}  # a tied one under each of its names
+    for pattern, hits in _asked(model, method).items():
         if not hits:
             problems.append(_no_parameter(pattern, list(parameters)))
         names |= hits
@@ -126,7 +138,7 @@ def _full_parameters(
         names |= {name for name in parameters if any(name.startswith(f"{head}.") for head in heads)}
     sites = {f"{p.site.name}.weight" for p in placed}
     sites |= {f"{p.site.name}.bias" for p in placed if p.delta.biases}
-    weights = {known for name, known in paths if name in sites}
+    weights = {known for name, known in _paths(model) if name in sites}
     for name in sorted(names & weights):
         what = "is adapted and trains in full as well: the adapter would have nothing of its own to learn"
         problems.append(Problem(name, what, "exclude the site, or narrow `full`"))
@@ -142,6 +154,33 @@ def _full_parameters(
         for n, t in parameters.items()
         if n in names | written
     ]
+
+
+def _paths(model: nn.Module) -> list[tuple[str, str]]:
+    """(path, the first path of the same parameter) of every parameter: a tied one has several."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [(name, first[id(p)]) for name, p in model.named_parameters(remove_duplicate=False)]
+
+
+def _asked(model: nn.Module, method: Method) -> dict[str, set[str]]:
+    """Pattern of `full` -> the parameters that it means, tied ones by their first path."""
+    sorts, paths = _sorts(model) if method.full else {}, _paths(model)
+    return {
+        pattern: {known for name, known in paths if name in sorts.get(pattern, ()) or _covers(pattern, name)}
+        for pattern in method.full
+    }
+
+
+def _sorts(model: nn.Module) -> dict[str, set[str]]:
+    """What `full` can say of parameters by what their layer is, whatever its name: the paths that it means."""
+    found: dict[str, set[str]] = {"embeddings": set(), "norms": set()}
+    for path, module in model.named_modules(remove_duplicate=False):
+        own = dict(module.named_parameters(path, recurse=False))
+        if kind_of(module) == "embedding":
+            found["embeddings"] |= own.keys()
+        elif "norm" in type(module).__name__.lower() and all(t.dim() <= 1 for t in own.values()):
+            found["norms"] |= own.keys()
+    return found
 
 
 def _written(model: nn.Module, method: Method, placed: list[Placed], problems: list[Problem]) -> set[str]:
@@ -252,6 +291,6 @@ def _reach_notes(model: nn.Module, placed: list[Placed], total: int) -> list[str
 
 
 def _head_notes(model: nn.Module, method: Method, full: list[FullParameter]) -> list[str]:
-    asked = {f.name for f in full if any(_covers(pattern, f.name) for pattern in method.full)}
+    asked = set().union(*_asked(model, method).values())
     heads = [f.name for f in full if f.name not in asked]
     return [f"the new head trains in full: {', '.join(heads)}"] if heads else []

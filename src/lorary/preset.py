@@ -80,6 +80,7 @@ _IN_PLAIN_WORDS = {
     "storage": "how the weight is kept",
     "full": "which base parameters train",
     "dropout": "dropout",
+    "context": "how far it reads",
 }
 
 PRESETS: dict[str, Preset] = {}

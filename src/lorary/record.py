@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from lorary.contexts import Context
 from lorary.errors import MethodError, Problem, did_you_mean
 from lorary.fields import POSITIVE, wrong
 from lorary.storage.as_is import AsIs
@@ -27,6 +28,7 @@ class Method:
         full: patterns over base parameters that train in full, and over modules that hold them (whole-component
             names or globs).
         dropout: probability with which the adapter's input is dropped in training, before A.
+        context: how far the model reads, and how its tokens see each other in training; None: as the base does.
 
     Raises:
         MethodError: every contradiction between the words, each with its reason.
@@ -42,6 +44,7 @@ class Method:
     storage: Storage = field(default_factory=AsIs)
     full: tuple[str, ...] = ()
     dropout: float = 0.0
+    context: Context | None = None
 
     def __post_init__(self) -> None:
         rates = self.lr.items() if isinstance(self.lr, Mapping) else self.lr
@@ -96,7 +99,7 @@ class Method:
             "storage": _written(self.storage),
             "full": list(self.full),
             "dropout": self.dropout,
-        }
+        } | ({"context": _written(self.context)} if self.context else {})
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Method:
@@ -259,7 +262,14 @@ class Method:
         return problems
 
 
-_PROTOCOLS: dict[str, Any] = {"delta": Delta, "init": Init, "scale": Scale, "join": Join, "storage": Storage}
+_PROTOCOLS: dict[str, Any] = {
+    "delta": Delta,
+    "init": Init,
+    "scale": Scale,
+    "join": Join,
+    "storage": Storage,
+    "context": Context,
+}
 AXES: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(Method))
 
 
@@ -277,7 +287,7 @@ def _written(value: Any) -> dict[str, Any] | None:
 
 
 def _read_axis(axis: str, value: Any, problems: list[Problem]) -> Any:
-    if axis in ("delta", "init", "scale", "join", "storage"):
+    if axis in ("delta", "init", "scale", "join", "storage", "context"):
         return None if value is None and axis != "storage" else _read_word(axis, value, problems)
     plain: dict[str, tuple[type, ...]] = {"frozen": (list,), "rules": (list,), "full": (list,), "lr": (dict,)}
     fits = isinstance(value, plain.get(axis, (int, float)))

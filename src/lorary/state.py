@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lorary.adapted import Adapted
 from lorary.biases import Room
+from lorary.contexts import Reading
 from lorary.errors import Problem, StateError
 from lorary.fingerprint import STATE, Fingerprint
 from lorary.placed import Placed
@@ -46,6 +47,7 @@ class Attached:
         tied: the parameters that a merge untied from each other: module, name, and what it held there before.
         room: what a merge did to the model so that it may have biases which it had not.
         off: how many `disabled` blocks the model is in.
+        reading: what the method's context did to the model.
     """
 
     method: Method
@@ -60,6 +62,7 @@ class Attached:
     tied: list[tuple[nn.Module, str, nn.Parameter]] | None = None
     room: Room = field(default_factory=Room)
     off: int = 0
+    reading: Reading | None = None
 
 
 def attached(model: nn.Module) -> Attached | None:

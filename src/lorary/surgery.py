@@ -159,6 +159,7 @@ def _put(
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters(remove_duplicate=False))
     gone = [Problem(name, "the model has no such module") for name in packed if name not in modules]
+    gone += [Problem("context", *found) for found in (method.context.problems(model) if method.context else ())]
     if problems := misfits(modules, parameters, placed, full) + gone:
         raise PlanError("this does not fit the model:", problems)
     placed = tuple(_as_it_is(p, modules[p.site.name]) for p in placed)
@@ -176,13 +177,14 @@ def _put(
                 layer.shared.load({role: tensors[p.site.name][role] for role in p.delta.shared})
     for name in full:
         kept[name] = parameters[name].detach().to("cpu" if not parameters[name].is_meta else "meta", copy=True)
+    reading = None if method.context is None else method.context.enter(model)
     model.requires_grad_(False)
     for name, layer in layers.items():
         for path in paths[name]:
             model.set_submodule(path, layer)
     for name in full.keys() - {f"{p.site.name}.weight" for p in placed}:  # an adapted weight is a rule's to write
         parameters[name].requires_grad_(True)
-    object.__setattr__(model, STATE, Attached(method, placed, kept, trained, paths, fingerprint))
+    object.__setattr__(model, STATE, Attached(method, placed, kept, trained, paths, fingerprint, reading=reading))
 
 
 def _layers(
@@ -238,6 +240,8 @@ def detach(model: nn.Module) -> nn.Module:
         StateError: nothing is attached, or it has been merged (unmerge first).
     """
     state = require(model, "detach")
+    if state.reading:
+        state.reading.leave()
     for name, value in state.full.items():
         parameter = base_parameter(model, name)
         parameter.grad = None  # it was that of another value
@@ -269,13 +273,15 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     moved = sorted(state.moved.items(), key=lambda item: isinstance(item[1], nn.Parameter))
     tuned += [(base_parameter(model, f"{site}.weight"), before) for site, before in moved]
     values = [parameter.data for parameter, _ in tuned]
+    undone = state.reading.undone() if state.reading and not state.off else contextlib.nullcontext()
     state.off += 1
     try:
         for layer in layers:
             layer.enabled = False
         for parameter, before in tuned:
             parameter.data = before.data.to(parameter)
-        yield model
+        with undone:
+            yield model
     finally:
         for layer, was in zip(layers, enabled, strict=True):
             layer.enabled = was

@@ -21,7 +21,8 @@ def export(
 ) -> None:
     """Write an adapter for other programs: the same function of the same, unmodified base, in their words.
 
-    PiSSA and OLoRA take twice their rank there; a method that has no such form is refused with the reason.
+    PiSSA and OLoRA take twice their rank there; a method that has no such form is refused with the reason. Where
+    positions are divided (LongLoRA), a README beside the files says how the base is to be loaded.
     """
     import lorary
     from lorary.cli.adapters import adapter_folder, base_of
@@ -45,7 +46,10 @@ def export(
         (row,) = random_rows(model.config.get_text_config().vocab_size, 1, 64)
         before = logits(model, row)
         lorary.detach(model)
-        export_peft(load_adapter(folder, model=model), output, model=model)
+        value = load_adapter(folder, model=model)
+        export_peft(value, output, model=model)
+        if value.method.context is not None:  # what PEFT's files cannot say
+            value.method.context.enter(model).settle()
         lorary.load(model, output)
         far = (before - logits(model, row)).abs().max().item()
         print(f"against the adapter itself: logits differ by at most {far:.2g} in fp32", file=sys.stderr)

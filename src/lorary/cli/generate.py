@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -27,22 +26,14 @@ def generate(
 
     lorary generate out/ "def parse(text):" uses the adapter of a run; lorary generate builtin:base the base alone.
     """
-    import lorary
-    from lorary.cli.adapters import adapter_folder, base_of
-    from lorary.train.config_file import from_dict
-    from lorary.train.models import kept_as, load_model, load_tokenizer
+    from lorary.cli.adapters import model_of, with_adapter
+    from lorary.train.models import load_tokenizer
 
     prompt = _text(prompt)
-    folder = adapter_folder(Path(model))
-    section = (
-        base_of(folder, base) if folder else from_dict({"model": base or model, "data": "builtin:docstrings"}).model
-    )
+    folder, section = model_of(model, base)
     tokenizer = load_tokenizer(section)
     ids = _ids(tokenizer, prompt, chat)
-    adapter = lorary.Adapter.load(folder) if folder else None
-    loaded = load_model(section, kept_as(adapter.method, adapter.full) if adapter else None)
-    if folder:
-        lorary.load(loaded, folder)
+    loaded = with_adapter(section, folder)
     most = _room(loaded, len(ids), max_new_tokens)
     drawing: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
@@ -70,8 +61,9 @@ def _text(prompt: str | None) -> str:
 def _room(model: Any, tokens: int, wanted: int) -> int:
     """How many tokens may follow a prompt: a model has learnt nothing about positions beyond its own."""
     from lorary.errors import DataError, Problem
+    from lorary.positions import reach, text_config
 
-    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    known = reach(text_config(model))
     if known is None:
         return wanted
     if tokens >= known:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lorary.errors import DataError, LoraryError, Problem
+from lorary.positions import reach
 from lorary.train import config_file
 from lorary.train.config import Config, DataSection
 from lorary.train.data import load, validation
@@ -51,7 +52,7 @@ def held_out(path: Path, tokenizer: Any, config: Any, most: int, data: str | Non
         LoraryError: `data` cannot be read.
     """
     text = config.get_text_config()
-    room = min(WINDOW, getattr(text, "max_position_embeddings", None) or WINDOW)
+    room = min(WINDOW, reach(text) or WINDOW)
     if data is not None:
         if tokenizer is None:
             raise DataError(f"cannot read {data}:", [Problem("", "the base has no tokenizer", "leave --data out")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from lorary.formats.values import not_finite
 from lorary.forms import factors_on_base, low_rank_forms
 from lorary.methods.dora import Direction
 from lorary.placed import Placed
+from lorary.positions import PositionsWarning
 
 _OWN = (native.NAME, native.TENSORS, PEFT_CONFIG, WEIGHTS, "adapter_model.bin")
 
@@ -96,6 +98,9 @@ def load_adapter(folder: str | os.PathLike[str], *, model: nn.Module | None = No
 def export_peft(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.Module | None = None) -> None:
     """Writes an adapter as a plain PEFT LoRA with the same function, whatever method trained it.
 
+    PEFT knows no positions: an adapter that divides them (LongLoRA) is written with a README that says how its base is to
+    be loaded.
+
     LoRA and DoRA keep their tensors; every other method is written as the two factors that its update of the
     unmodified base stands for, with the scale in B, and magnitudes beside them where it has them.
 
@@ -124,6 +129,11 @@ def export_peft(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.M
     with atomic_directory(folder, replace=True, keep=True, drop=_OWN, needed=needed) as temporary:
         (temporary / PEFT_CONFIG).write_text(peft_writer.config_text(words), encoding="utf-8")
         write_tensors(temporary / WEIGHTS, tensors)
+        if changes := peft_writer.stretched(adapter):
+            (temporary / "README.md").write_text(peft_writer.base_text(adapter), encoding="utf-8")
+    if changes:
+        what = f"PEFT's files do not say how positions are divided: load the base with rope_parameters {changes}"
+        warnings.warn(f"{what}; README.md there says how", PositionsWarning, stacklevel=2)
 
 
 def _as_lora(

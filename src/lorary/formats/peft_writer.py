@@ -52,7 +52,37 @@ def obstacles(adapter: Adapter, model: nn.Module | None, shared: Banks) -> list[
     what = "PEFT has no adapter with these tensors and this function"
     problems = [] if sort else [Problem("method", what)]
     problems += sort_obstacles(adapter, sort, shared)
+    if words := stretched(adapter):
+        problems.append(Problem("context", f"PEFT's files do not say how positions are divided: {words}"))
     return problems + site_obstacles(adapter, model) + full_words(adapter, model).problems
+
+
+def stretched(adapter: Adapter) -> dict[str, Any]:
+    """What the base's `rope_parameters` must say for an adapter, beside what they say; empty where they may stay."""
+    return dict(adapter.method.context.words) if adapter.method.context is not None else {}
+
+
+_README = """# A PEFT adapter on a base whose positions are divided
+
+It was trained on {base} with positions divided by {factor:g}. PEFT's files do not say so: load the base like this.
+
+```python
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM
+
+config = AutoConfig.from_pretrained("{base}")
+rope = config.rope_parameters
+rope.get("full_attention", rope).update({words})
+base = AutoModelForCausalLM.from_pretrained("{base}", config=config)
+model = PeftModel.from_pretrained(base, "this folder")
+```
+"""
+
+
+def base_text(adapter: Adapter) -> str:
+    """How the base is to be loaded, as the README of an adapter whose positions are divided."""
+    words = stretched(adapter)
+    return _README.format(base=adapter.base.name or "the base", factor=words["factor"], words=words)
 
 
 def site_obstacles(adapter: Adapter, model: nn.Module | None = None) -> list[Problem]:

@@ -70,9 +70,10 @@ class MethodSection(Section):
     dropout: Annotated[Real, Field(ge=0, lt=1)] | None = Field(
         default=None, description="dropout of an adapter's input; empty: 0"
     )
-    targets: Words = Field(
-        default=("all-linear",),
-        description="all-linear, attention, attention-qv, mlp, embedding, conv, component names, or globs",
+    targets: Words | None = Field(
+        default=None,
+        description="all-linear, attention, attention-qv, mlp, embedding, conv, component names, or globs; "
+        "empty: the method's own, all-linear for lora",
     )
     exclude: Annotated[tuple[str, ...], BeforeValidator(words_of)] = Field(
         default=(), description="component names or globs that stay frozen although targets names them"
@@ -273,15 +274,18 @@ class Config(Section):
         }
         return self.model_copy(update=sections).noted(*notes)
 
-    def _method_defaults(self) -> dict[str, float]:
-        """r, alpha and dropout where they are empty and the method has them."""
+    def _method_defaults(self) -> dict[str, Any]:
+        """r, alpha, dropout and targets where they are empty and the method has them."""
         from lorary import methods  # noqa: F401 (registers the presets)
+        from lorary.planning import usual_targets
         from lorary.preset import speakers
 
-        found: dict[str, float] = {}
+        found: dict[str, Any] = {}
         for preset in speakers(self.method.name):
             found |= {key: preset.parameters[key] for key in ("r", "alpha", "dropout") if key in preset.parameters}
-        if not hasattr(self.method.build().scale, "alpha"):  # another preset's scale has taken the place of LoRA's
+        made = self.method.build()
+        found["targets"] = usual_targets(made)
+        if not hasattr(made.scale, "alpha"):  # another preset's scale has taken the place of LoRA's
             found.pop("alpha", None)
         return {key: value for key, value in found.items() if getattr(self.method, key) is None}
 

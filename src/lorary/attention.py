@@ -1,0 +1,195 @@
+"""Shifted sparse attention, S²: in training a token sees the earlier tokens of its group of G, not of all L.
+
+    first half of the heads    groups [0, G), [G, 2G), ...
+    second half                groups [0, G/2), [G/2, 3G/2), ..., [L - G/2, L)
+
+Groups overlap between the halves, so that in the layers above what is in one group reaches the next. Each group is
+one causal product of PyTorch's fused kernels: there is no L x L mask, and nothing to keep for one.
+
+Chen et al. 2023, arXiv:2309.12307, section 3.2.
+
+Differs from the authors' code: where that rolls the sequence by -G/2, the first G/2 tokens come into one group with the
+last ones, behind them, and see the future; here no group goes over an end. Padding and packed sequences have groups of
+their own, counted from each sequence's first token, in batches of any size. A length that G does not divide ends in a
+shorter group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def ends(length: int, size: int, first: int) -> list[int]:
+    """Where the groups of one sequence end: the first one after `first` tokens, the others after `size` more.
+
+    >>> ends(10, 4, 2)
+    [2, 6, 10]
+    """
+    return [*range(first, length, size), length]
+
+
+def shifted(
+    query: Tensor, key: Tensor, value: Tensor, size: int, *, scale: float | None = None, dropout: float = 0.0
+) -> Tensor:
+    """S² of sequences that fill their rows.
+
+    Args:
+        query: [batch, heads, L, width].
+        key, value: [batch, key heads, L, width]; a key head serves heads / key heads consecutive heads.
+        size: G, tokens of a group.
+        scale: of the scores; None for 1 / sqrt(width).
+        dropout: probability of dropping a score.
+
+    Returns:
+        [batch, L, heads, width].
+    """
+    length = query.shape[2]
+    made = []
+    for (q, k, v), first in zip(_halves(query, key, value), (size, size // 2), strict=True):
+        front = min(first % size, length)  # of the short group before those of full size, which go together
+        full, rest = divmod(length - front, size)
+        spans = [(n, count) for n, count in ((front, 1), (size, full), (rest, 1)) if n and count]
+        parts = zip(*(x.split([n * count for n, count in spans], 2) for x in (q, k, v)), strict=True)
+        outs = []
+        for (n, count), part in zip(spans, parts, strict=True):
+            # [batch, heads, count * n, width] -> [batch * count, heads, n, width]
+            together = [x.unflatten(2, (count, n)).transpose(1, 2).flatten(0, 1) for x in part]
+            y = _causal(together, scale, dropout)
+            outs.append(y.transpose(1, 2).reshape(len(query), count * n, *y.shape[1::2]))
+        made.append(outs[0] if len(outs) == 1 else torch.cat(outs, 1))
+    return torch.cat(made, 2)
+
+
+def _halves(query: Tensor, key: Tensor, value: Tensor) -> list[tuple[Tensor, ...]]:
+    """(q, k, v) of each half of the heads; keys that serve heads of both halves are repeated before."""
+    heads, keys = query.shape[1], key.shape[1]
+    if keys % 2:
+        key, value = (x.repeat_interleave(heads // keys, 1) for x in (key, value))
+    split = [x.split([x.shape[1] - x.shape[1] // 2, x.shape[1] // 2], 1) for x in (query, key, value)]
+    return list(zip(*split, strict=True))
+
+
+def _causal(qkv: Sequence[Tensor], scale: float | None, dropout: float) -> Tensor:
+    """[groups, heads, tokens, width]: each token with itself and those before it."""
+    q, k, v = qkv
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(
+        q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=grouped and bool(k.shape[1])
+    )
+
+
+# --- sequences that do not fill their rows --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the sequences of a batch lie, and the groups of each half of the heads.
+
+    Args:
+        tokens: [T] the places of all tokens that are no padding, in a batch whose rows are joined.
+        bounds: for each half, where its groups begin and end among those tokens: [groups + 1].
+        places: for each half, [groups, longest] the places of a group's tokens; behind a short group's end its last.
+        slots: for each half, [T] where in `places` each token is.
+    """
+
+    tokens: Tensor
+    bounds: tuple[Tensor, Tensor]
+    places: tuple[Tensor, Tensor]
+    slots: tuple[Tensor, Tensor]
+
+    @staticmethod
+    def of(segments: Tensor, groups: int, size: int | None = None) -> Layout:
+        """The layout of [batch, L] sequence numbers, which grow along a row; 0 is padding.
+
+        Args:
+            segments: as `segments` gives them.
+            groups: into how many groups the longest sequence is divided.
+            size: tokens of a group, instead.
+        """
+        flat, device = segments.flatten(), segments.device
+        if flat.is_meta:  # no values: as if no token were padding
+            tokens, lengths = torch.empty_like(flat, dtype=torch.long), [segments.shape[1]] * segments.shape[0]
+        else:
+            tokens = flat.nonzero().flatten()
+            lengths = flat[tokens].unique_consecutive(return_counts=True)[1].tolist()
+        size = size or group_size(max(lengths, default=1), groups)
+        found = [_grouped(lengths, size, first, device) for first in (size, size // 2 or size)]
+        bounds, places, slots = zip(*found, strict=True)
+        return Layout(tokens, bounds, tuple(tokens[p] for p in places), slots)  # type: ignore[arg-type]
+
+
+def _grouped(lengths: Sequence[int], size: int, first: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """(bounds, places among the tokens, slots) of the groups of sequences of these lengths, one after the other."""
+    starts = [0, *accumulate(lengths)]
+    stops = [start + end for start, n in zip(starts, lengths, strict=False) for end in ends(n, size, first)]
+    bounds = torch.tensor([0, *stops])
+    sizes = bounds.diff()
+    longest = int(sizes.max()) if len(sizes) else 0
+    offsets = torch.arange(longest)
+    places = bounds[:-1, None] + torch.minimum(offsets, sizes[:, None] - 1)
+    slots = (offsets < sizes[:, None]).flatten().nonzero().flatten()
+    return bounds.to(device, torch.int32), places.to(device), slots.to(device)
+
+
+def group_size(length: int, groups: int) -> int:
+    """G: the tokens of a group where a sequence of `length` tokens is divided into so many.
+
+    >>> group_size(8192, 4), group_size(10, 4)
+    (2048, 3)
+    """
+    return -(-length // groups)
+
+
+def shifted_ragged(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = None, dropout: float = 0.0
+) -> Tensor:
+    """S² of padded rows and of rows that hold several sequences; arguments and result as for `shifted`.
+
+    What is padding comes out as zero.
+    """
+    batch, _, length, _ = query.shape
+    kernel = _varlen() if _on_flash(query, dropout) else None
+    made = []
+    for half, (q, k, v) in enumerate(_halves(query, key, value)):
+        rows = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # [batch * L, heads, width]
+        if kernel is not None:
+            there = (x.index_select(0, layout.tokens) for x in rows)
+            made.append(kernel(*there, layout.bounds[half], layout.places[half].shape[1], scale))
+            continue
+        places = layout.places[half]
+        folded = [x.index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2) for x in rows]
+        # a short group's end is filled up with its last token: a causal product shows it to nobody before it
+        y = _causal(folded, scale, dropout).transpose(1, 2).flatten(0, 1)
+        made.append(y.index_select(0, layout.slots[half]))
+    together = torch.cat(made, 1)  # [T, heads, width]
+    out = together.new_zeros(batch * length, *together.shape[1:]).index_copy(0, layout.tokens, together)
+    return out.view(batch, length, *out.shape[1:])
+
+
+def _on_flash(query: Tensor, dropout: float) -> bool:
+    """Whether the kernel for sequences of different lengths can be had: on CUDA from Ampere on, in 16 bits."""
+    half = query.dtype in (torch.float16, torch.bfloat16) and not dropout and query.shape[-1] <= 256
+    return half and query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0) and bool(_varlen())
+
+
+def _varlen() -> Callable[..., Tensor] | None:
+    """PyTorch's flash attention of sequences of different lengths, where this PyTorch has it."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float | None) -> Tensor:
+        words: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+        y: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0), **words)
+        made: Tensor = y
+        return made
+
+    return kernel

@@ -1,0 +1,57 @@
+"""Context: the word that says how far a model reads, and how its tokens see each other while it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, Self, runtime_checkable
+
+from torch import nn
+
+
+class Reading(Protocol):
+    """A model that reads otherwise than it did, and the way back (`Context.enter` makes it)."""
+
+    def leave(self) -> None:
+        """The model as it was."""
+
+    def settle(self) -> None:
+        """The model as it is to be used from now on: what was for training alone is gone."""
+
+    def resume(self) -> None:
+        """Undo `settle`."""
+
+    def undone(self) -> AbstractContextManager[Any]:
+        """Within, the model is as it was."""
+
+
+@runtime_checkable
+class Context(Protocol):
+    """How far a model reads, and how its tokens see each other while it is trained.
+
+    Attributes:
+        targets: which layers are adapted where nothing is said.
+    """
+
+    targets: Sequence[str]
+
+    @property
+    def words(self) -> Mapping[str, Any]:
+        """What the base's configuration must say of its positions, for whoever does not know this word."""
+        ...
+
+    def planned(self, model: nn.Module) -> Self:
+        """The same, with what follows from the model."""
+        ...
+
+    def problems(self, model: nn.Module) -> list[tuple[str, str]]:
+        """(what, what to do about it): why it cannot be with this model."""
+        ...
+
+    def notes(self, model: nn.Module) -> list[str]:
+        """What is worth knowing before training."""
+        ...
+
+    def enter(self, model: nn.Module) -> Reading:
+        """Let the model read so."""
+        ...

@@ -1,0 +1,144 @@
+"""LongLoRA: LoRA, embeddings and norms in full, trained with attention in groups over positions that are divided.
+
+W' = W + s B A at q, k, v and o; the token embeddings and every normalisation train as they are. Positions are divided
+by ceil(length / what the model knows), and in training alone a token sees its group of a quarter of the tokens, half of
+the heads by groups that are shifted by half of one (`lorary.attention`). Afterwards the model attends in full.
+
+Chen et al. 2023, arXiv:2309.12307, section 3; the factor, and G of the actual length, as in the authors' code.
+
+Differs from the paper: without its own `rope`, yarn and dynamic scaling are there beside position interpolation.
+Differs from the authors' code: no group goes over the end of a sequence, so that nothing sees the future; padding and
+packed sequences have groups of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from torch import nn
+
+from lorary import positions
+from lorary.attending import Switch, limits
+from lorary.contexts import Context, Reading
+from lorary.fields import COUNT, FLAG, POSITIVE, one_of, optional
+from lorary.preset import preset
+from lorary.words import word
+
+
+@word
+@dataclass(frozen=True)
+class Extended(Context):
+    """Reads `length` tokens, by positions that are divided; attends in groups while it trains.
+
+    Args:
+        length: tokens that the model is to read. None is no plan's: there is no length that fits every model.
+        rope: how positions are divided: linear, yarn or dynamic.
+        shifted: attend in shifted groups while training; False attends in full.
+        groups: into how many groups the longest sequence of a batch is divided.
+        factor: by which positions are divided, and
+        known: how many of them the base was trained on: a plan works both out of the model.
+    """
+
+    length: int | None = field(default=None, metadata=optional(COUNT))
+    rope: str = field(default="linear", metadata=one_of(*positions.FORMS))
+    shifted: bool = field(default=True, metadata=FLAG)
+    groups: int = field(default=4, metadata=COUNT)
+    factor: float | None = field(default=None, metadata=optional(POSITIVE))
+    known: int | None = field(default=None, metadata=optional(COUNT))
+
+    targets = ("attention",)
+
+    @property
+    def words(self) -> dict[str, Any]:
+        return positions.words(self.rope, self.factor or 1.0, self.known or 0)
+
+    def planned(self, model: nn.Module) -> Self:
+        if self.length is None or self.factor is not None:
+            return self
+        config = positions.text_config(model)
+        return dataclasses.replace(
+            self, factor=positions.needed(config, self.length), known=positions.trained_on(config)
+        )
+
+    def problems(self, model: nn.Module) -> list[tuple[str, str]]:
+        if self.length is None:
+            return [("does not say how many tokens the model is to read", "say length=32768, or what you want")]
+        found = [(what, "") for what in positions.problems(model, self.rope, self.length)]
+        if not found and self.factor is not None:
+            here = positions.needed(positions.text_config(model), self.length)
+            if here != self.factor:
+                what = f"divides positions by {self.factor:g}; for {self.length:,} tokens this model needs {here:g}"
+                found.append((what, "take the base that it was trained on"))
+        if self.shifted:
+            fix = "say shifted=False, to train with full attention"
+            found += [(what, fix) for what in limits(model, positions.text_config(model), self.length).problems]
+        return found
+
+    def notes(self, model: nn.Module) -> list[str]:
+        config, length = positions.text_config(model), self.length or 0
+        known = positions.reach(config)
+        notes = [f"reads {length:,} tokens instead of {known:,}: positions divided by {self.factor:g} ({self.rope})"]
+        if self.factor == 1:
+            notes = [f"the base reads {known:,} tokens: for {length:,} its positions stay as they are"]
+        if self.shifted:
+            share = f"1/{self.groups} of the longest sequence in a batch"
+            notes.append(f"attends in groups of {share} while it trains, and in full afterwards")
+            notes += limits(model, config, length).notes
+        return notes
+
+    def enter(self, model: nn.Module) -> Reading:
+        return _Entered(model, self)
+
+
+class _Entered:
+    """A model that reads further, and the way back."""
+
+    def __init__(self, model: nn.Module, word: Extended) -> None:
+        factor = word.factor or 1.0
+        self.stretched = positions.Stretched(model, word.rope, factor) if factor > 1 else None
+        self.switch = Switch(model, positions.text_config(model), word.groups) if word.shifted else None
+
+    def leave(self) -> None:
+        self.settle()
+        if self.stretched:
+            self.stretched.swap()
+
+    def settle(self) -> None:
+        if self.switch:
+            self.switch.out()
+
+    def resume(self) -> None:
+        if self.switch:
+            self.switch.into()
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        self.leave()
+        try:
+            yield
+        finally:
+            if self.stretched:
+                self.stretched.swap()
+            self.resume()
+
+
+@preset(
+    "longlora",
+    citation="Chen et al. 2023, arXiv:2309.12307",
+    lr=2e-5,
+    when="For a context longer than the model's own, at a fraction of what full attention costs in training.",
+)
+def longlora(length: int | None = None, rope: str = "linear", shifted: bool = True, groups: int = 4) -> dict[str, Any]:
+    """W' = W + s B A at q, k, v, o; embeddings and norms train; each token sees its group of L/4
+
+    Args:
+        length: how many tokens the model is to read; it has to be said.
+        rope: how positions are divided: linear, yarn or dynamic.
+        shifted: attend in shifted groups while training; False attends in full.
+        groups: into how many groups the longest sequence of a batch is divided.
+    """
+    return {"context": Extended(length, rope, shifted, groups), "full": ("embeddings", "norms")}
