@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from lorary.errors import FileError, Problem
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from lorary.train.config import ModelSection
 
 _FILES = ("lorary.json", "adapter_config.json")
@@ -35,3 +37,37 @@ def base_of(adapter: Path, base: str | None, dtype: str = "auto") -> ModelSectio
         what = f"it was trained on `{name}`, which is no Hub id" if name else "it does not say what it was trained on"
         raise FileError(f"cannot find the base of {adapter}:", [Problem("", what, "give --base MODEL")])
     return from_dict({"model": {"id": name, "dtype": dtype}, "data": "builtin:docstrings"}).model
+
+
+def model_of(name: str, base: str | None = None) -> tuple[Path | None, ModelSection]:
+    """The adapter folder that `name` is, or that is in it, and the model to load: its base, or else `base` or `name`.
+
+    Args:
+        name: an adapter or run folder, a Hub id, a model folder, or builtin:base.
+        base: in place of the base that the adapter names.
+
+    Raises:
+        FileError: it is an adapter whose base cannot be found.
+    """
+    from lorary.train.config_file import from_dict
+
+    folder = adapter_folder(Path(name))
+    if folder is not None:
+        return folder, base_of(folder, base)
+    return None, from_dict({"model": base or name, "data": "builtin:docstrings"}).model
+
+
+def with_adapter(section: ModelSection, folder: Path | None) -> PreTrainedModel:
+    """A model in evaluation mode, with the adapter on it where there is one.
+
+    Raises:
+        LoraryError: the model cannot be loaded, or the adapter is not of it.
+    """
+    import lorary
+    from lorary.train.models import kept_as, load_model
+
+    adapter = lorary.Adapter.load(folder) if folder else None
+    loaded = load_model(section, kept_as(adapter.method, adapter.full) if adapter else None)
+    if folder:
+        lorary.load(loaded, folder)
+    return loaded
