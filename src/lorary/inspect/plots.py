@@ -15,21 +15,21 @@ from matplotlib.figure import Figure
 
 MOST_POINTS = 1000  # more are drawn as means of neighbours: the eye sees no difference, the file does
 
-_INK = "#123456"  # drawn, then replaced by `currentColor`: axes and words take the page's own text colour
+INK = "#123456"  # drawn, then replaced by `currentColor`: axes and words take the page's own text colour
 _TRAIN, _EVAL = "#2f7ebc", "#d97706"  # both at least 3:1 against white and against a dark page
 
-_STYLE = {
+STYLE = {
     "svg.hashsalt": "lorary",  # otherwise element ids are random
     "svg.fonttype": "none",  # text stays text: selectable, searchable, read aloud
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "font.family": "sans-serif",
     "font.size": 10,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,
@@ -63,20 +63,20 @@ def loss_svg(history: Sequence[Mapping[str, object]], title: str = "Loss") -> st
     (True, True)
     """
     train, held_out = _points(history, "loss"), _points(history, "eval_loss")
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(7.2, 3.4), layout="constrained")
         axes = figure.add_subplot()
         axes.set_title(title, loc="left", parse_math=False)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("loss")
-        axes.grid(axis="y", color=_INK, alpha=0.15, linewidth=0.6)
+        axes.grid(axis="y", color=INK, alpha=0.15, linewidth=0.6)
         _curve(axes, train, "train", _TRAIN, "-", marker="o" if len(train) == 1 else "")
         _curve(axes, held_out, "held out", _EVAL, "--", marker="o")
         if train or held_out:
             axes.legend()
         else:
             axes.text(0.5, 0.5, "no loss was logged", ha="center", transform=axes.transAxes)
-        return _svg(figure, title, _description(train, held_out))
+        return svg(figure, title, _description(train, held_out))
 
 
 def _points(history: Sequence[Mapping[str, object]], key: str) -> Points:
@@ -115,17 +115,24 @@ def _description(train: Points, held_out: Points) -> str:
     return "; ".join(parts) or "no loss was logged"
 
 
-def _svg(figure: Figure, title: str, description: str) -> str:
+def svg(figure: Figure, title: str, description: str) -> str:
+    """A figure drawn in `STYLE` as one `<svg>` element.
+
+    Args:
+        figure: the figure.
+        title: what it is called; plain text.
+        description: what it shows, in words, for those who do not see it.
+    """
     text = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     FigureCanvasSVG(figure).print_svg(text, metadata=nothing)
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
-    svg = svg.replace(">*{stroke", ">.lorary-plot *{stroke")  # a style in a page would reach all of it
-    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    made = text.getvalue()
+    made = made[made.index("<svg") :].replace(INK, "currentColor")
+    made = made.replace(">*{stroke", ">.lorary-plot *{stroke")  # a style in a page would reach all of it
+    made = re.sub(r"\s*<metadata>.*?</metadata>", "", made, flags=re.DOTALL)
     # The size is a proportion: the picture is as wide as its place allows.
-    svg = re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', r"<svg \1", svg, count=1)
+    made = re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', r"<svg \1", made, count=1)
     head = f'<svg class="lorary-plot" role="img" aria-label="{escape(title)}: {escape(description)}" '
-    svg = svg.replace("<svg ", head, 1)
-    end_of_head = svg.index(">") + 1
-    return svg[:end_of_head] + f"\n <title>{escape(title)}</title>\n {_COLOURS}" + svg[end_of_head:]
+    made = made.replace("<svg ", head, 1)
+    end_of_head = made.index(">") + 1
+    return made[:end_of_head] + f"\n <title>{escape(title)}</title>\n {_COLOURS}" + made[end_of_head:]
