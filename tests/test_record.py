@@ -66,8 +66,8 @@ _WRONG = "these words do not make a method:\n  - "
         (
             ["rslora"],
             {"ratio": 2},
-            f"{_UNKNOWN}ratio: is no option of lora + rslora\n      hint: known: alpha, delta, dropout, frozen, full, "
-            "init, join, lr, r, rules, scale, storage",
+            f"{_UNKNOWN}ratio: is no option of lora + rslora\n      hint: known: alpha, context, delta, dropout, "
+            "frozen, full, init, join, lr, r, rules, scale, storage",
         ),
         (
             ["rslora"],

@@ -194,6 +194,9 @@ PAIRS: dict[tuple[str, str], str] = {
     ("adalora", "full"): told(WRONG, everything_trains("Spectral")),
     ("delta-lora", "full"): told(WRONG, everything_trains("Propagated")),
     ("o-lora", "full"): told(WRONG, everything_trains("Tasks")),
+    ("longlora", "full"): told(
+        UNMADE, f"full: embeddings, norms, which longlora would train, trains with everything of full already{NEEDLESS}"
+    ),
     ("bitfit", "full"): told(
         UNMADE, f"full: bias, which bitfit would train, trains with everything of full already{NEEDLESS}"
     ),
@@ -229,7 +232,7 @@ COUNTED, POSITIVE, SEEDED, FLAGGED = (
 )
 STEPPED = "a share of the steps below 1, or a whole number of them"
 AMOUNT = "a finite number of at least 0"
-KNOWN = "alpha, delta, dropout, frozen, full, init, join, lr"
+KNOWN = "alpha, context, delta, dropout, frozen, full, init, join, lr"
 
 SAID: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     # values that a field cannot hold
@@ -351,8 +354,8 @@ SAID: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
         told(
             UNMADE,
             "projection_prng_key: is no option of lora + vera\n"
-            "      hint: known: alpha, d, delta, dropout, frozen, full, init, join, lr, r, rules, save_projections, "
-            "scale, seed, storage",
+            "      hint: known: alpha, context, d, delta, dropout, frozen, full, init, join, lr, r, rules, "
+            "save_projections, scale, seed, storage",
         ),
     ),
     (
@@ -374,7 +377,8 @@ SAID: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
         told(
             UNMADE,
             "use_dora: is no option of lora + dora\n"
-            "      hint: known: alpha, delta, dropout, exact, frozen, full, init, join, lr, r, rules, scale, storage",
+            "      hint: known: alpha, context, delta, dropout, exact, frozen, full, init, join, lr, r, rules, "
+            "scale, storage",
         ),
     ),
     (

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import lorary
 
 _SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+_GROUPED = _SMALL | {"intermediate_size": 24, "num_key_value_heads": 2}
 _GPT2 = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 4}
 
 # Kind of model -> its configuration at a tiny size.
@@ -32,10 +33,10 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "GPTBigCode": _GPT2,
     "GPTNeoX": _SMALL | {"intermediate_size": 24},
     "GPTNeoXJapanese": _SMALL | {"intermediate_multiple_size": 1},
-    "Gemma3": _SMALL | {"intermediate_size": 24, "num_key_value_heads": 2, "head_dim": 4},
-    "Llama": _SMALL | {"intermediate_size": 24, "num_key_value_heads": 2},
-    "Mistral": _SMALL | {"intermediate_size": 24, "num_key_value_heads": 2},
-    "Mixtral": _SMALL | {"intermediate_size": 24, "num_key_value_heads": 2, "num_local_experts": 4},
+    "Gemma3": _GROUPED | {"head_dim": 4},
+    "Llama": _GROUPED,
+    "Mistral": _GROUPED,
+    "Mixtral": _GROUPED | {"num_local_experts": 4},
     "MobileNetV2": {"num_channels": 3, "depth_multiplier": 0.35, "image_size": 32, "tf_padding": True},
     "ModernBert": _SMALL
     | {"intermediate_size": 24}
@@ -43,12 +44,25 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "Mpt": {"vocab_size": 40, "d_model": 16, "n_layers": 2, "n_heads": 4},
     "OpenAIGPT": _GPT2,
     "Persimmon": _SMALL | {"intermediate_size": 24},
-    "Phi3": _SMALL | {"intermediate_size": 24, "num_key_value_heads": 2, "pad_token_id": 0},
-    "Qwen2": _SMALL | {"intermediate_size": 24, "num_key_value_heads": 2},
+    "Phi3": _GROUPED | {"pad_token_id": 0},
+    "Qwen2": _GROUPED,
     "Roberta": _SMALL | {"intermediate_size": 24, "max_position_embeddings": 40},
     "T5": {"vocab_size": 40, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4},
     "ViT": {k: v for k, v in _SMALL.items() if k != "vocab_size"}
     | {"intermediate_size": 24, "image_size": 8, "patch_size": 4},
+    "Cohere": _GROUPED,
+    "Gemma": _GROUPED | {"head_dim": 4},
+    "Gemma2": _GROUPED | {"head_dim": 4},
+    "Glm": _GROUPED | {"head_dim": 4, "pad_token_id": 0},
+    "GptOss": _GROUPED | {"head_dim": 4, "num_local_experts": 2, "num_experts_per_tok": 1},
+    "Granite": _GROUPED,
+    "Olmo": _GROUPED,
+    "Olmo2": _GROUPED,
+    "Phi": _SMALL | {"intermediate_size": 24},
+    "Qwen3": _GROUPED | {"head_dim": 4},
+    "SmolLM3": _GROUPED | {"pad_token_id": 0},
+    "StableLm": _GROUPED,
+    "Starcoder2": _GROUPED,
 }
 
 

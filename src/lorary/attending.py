@@ -164,7 +164,7 @@ def _attend(
     if attention_mask is None:
         y = shifted(query, key, value, group_size(length, groups), scale=scaling, dropout=dropout)
     else:
-        layout = getattr(attention_mask, "layout", None) or Layout.of(attention_mask, groups)
+        layout = getattr(attention_mask, "groups", None) or Layout.of(attention_mask, groups)
         y = shifted_ragged(query, key, value, layout, scale=scaling, dropout=dropout)
     return y, None
 
@@ -221,11 +221,9 @@ def _mask(
             vars(full)["windowed"] = windowed  # what `_attend` is told of it
         return full
     special = None if allow_is_causal_skip else mask_function
-    found: Tensor | None = _sequences(special, attention_mask, batch_size, q_length, torch.device(device), groups)
-    return found
+    return _sequences(special, attention_mask, batch_size, q_length, torch.device(device), groups)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _sequences(
     special: Callable[..., Any] | None,
     padding: Tensor | None,
@@ -234,7 +232,7 @@ def _sequences(
     device: torch.device,
     groups: int,
 ) -> Tensor | None:
-    """None, or [batch, L] sequence numbers with their layout; it depends on values, which no graph can."""
+    """None, or [batch, L] sequence numbers with their layout. It depends on values: a compiled graph breaks here."""
     if padding is not None and not padding.is_meta and bool(padding.all()):
         padding = None
     if padding is None and special is None:
@@ -242,7 +240,7 @@ def _sequences(
     found = segments(special, padding, batch, length, device)
     if padding is None and not found.is_meta and bool((found == found[:, :1]).all()):
         return None  # one sequence in each row
-    vars(found)["layout"] = Layout.of(found, groups)  # once for all layers
+    vars(found)["groups"] = Layout.of(found, groups)  # once for all layers
     return found
 
 

@@ -17,21 +17,22 @@ from lorary.preset import PRESETS, method
 # Y: they go together. r: they do, with a restriction, below. N: refused, for the reason that the refusal gives.
 # One letter for every preset further down the list, in its order.
 _TABLE = {
-    "lora": "Y Y Y Y Y Y Y Y Y Y Y Y Y Y Y N",
-    "rslora": "Y Y Y Y N Y Y N r Y N Y Y Y N",
-    "lora+": "N Y r N r r N Y r r Y Y Y N",
-    "lora-fa": "Y r N Y Y N Y Y N Y r Y N",
-    "qlora": "Y r r r Y Y Y Y Y Y r N",
-    "dora": "N Y Y Y Y Y N N N Y N",
-    "glora": "N N N N N N N N N N",
-    "pissa": "N N N N N N N Y N",
-    "olora": "N N N N N N Y N",
-    "vera": "N N N N N Y N",
-    "melora": "N N N N Y N",
-    "multilora": "N N N Y N",
-    "adalora": "N N Y N",
-    "delta-lora": "N Y N",
-    "o-lora": "r N",
+    "lora": "Y Y Y Y Y Y Y Y Y Y Y Y Y Y Y Y N",
+    "rslora": "Y Y Y Y N Y Y N r Y N Y Y Y Y N",
+    "lora+": "N Y r N r r N Y r r Y Y Y Y N",
+    "lora-fa": "Y r N Y Y N Y Y N Y r Y Y N",
+    "qlora": "Y r r r Y Y Y Y Y Y Y r N",
+    "dora": "N Y Y Y Y Y N N N Y Y N",
+    "glora": "N N N N N N N N Y N N",
+    "pissa": "N N N N N N N Y Y N",
+    "olora": "N N N N N N Y Y N",
+    "vera": "N N N N N Y Y N",
+    "melora": "N N N N Y Y N",
+    "multilora": "N N N Y Y N",
+    "adalora": "N N Y Y N",
+    "delta-lora": "N Y Y N",
+    "o-lora": "r r N",
+    "longlora": "Y N",
     "bitfit": "N",
     "full": "",
 }
@@ -51,6 +52,8 @@ _RESTRICTIONS = {
     ("qlora", "olora"): "on a base in full precision alone: what is left of each weight is packed; say divide=True, or "
     "with a large s there is more left than there was",
     ("qlora", "bitfit"): "the biases train, beside weights that are packed",
+    ("o-lora", "longlora"): "for the last task alone: embeddings and norms that were trained cannot stay beneath a "
+    "further one",
     ("o-lora", "bitfit"): "for the last task alone: biases that were trained cannot stay beneath a further one",
 }
 

@@ -130,7 +130,7 @@ def _full_parameters(
     parameters = dict(model.named_parameters())
     names: set[str] = set()
     for pattern, hits in _asked(model, method).items():
-        if not hits:
+        if not hits and not (pattern == "norms" and any(map(_is_norm, model.modules()))):  # they may have no weights
             problems.append(_no_parameter(pattern, list(parameters)))
         names |= hits
     if _NEW_HEAD.search(type(model).__name__):
@@ -178,9 +178,13 @@ def _sorts(model: nn.Module) -> dict[str, set[str]]:
         own = dict(module.named_parameters(path, recurse=False))
         if kind_of(module) == "embedding":
             found["embeddings"] |= own.keys()
-        elif "norm" in type(module).__name__.lower() and all(t.dim() <= 1 for t in own.values()):
+        elif _is_norm(module) and all(t.dim() <= 1 for t in own.values()):
             found["norms"] |= own.keys()
     return found
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
 
 
 def _written(model: nn.Module, method: Method, placed: list[Placed], problems: list[Problem]) -> set[str]:

@@ -126,7 +126,7 @@ def _known(name: str) -> str | None:
 _UNITES: dict[str, Callable[[Any, Any], Any]] = {
     "frozen": lambda a, b: frozenset(a) | frozenset(b),
     "rules": lambda a, b: (*a, *b),
-    "full": lambda a, b: (*a, *(pattern for pattern in b if pattern not in a)),
+    "full": lambda a, b: tuple(sorted({*a, *b})),
 }
 
 

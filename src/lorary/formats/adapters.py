@@ -98,8 +98,8 @@ def load_adapter(folder: str | os.PathLike[str], *, model: nn.Module | None = No
 def export_peft(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.Module | None = None) -> None:
     """Writes an adapter as a plain PEFT LoRA with the same function, whatever method trained it.
 
-    PEFT knows no positions: an adapter that divides them (LongLoRA) is written with a README that says how its base is to
-    be loaded.
+    PEFT knows no positions: beside an adapter that divides them (LongLoRA) a README says how its base is to be loaded,
+    and a warning tells of it.
 
     LoRA and DoRA keep their tensors; every other method is written as the two factors that its update of the
     unmodified base stands for, with the scale in B, and magnitudes beside them where it has them.
