@@ -100,6 +100,8 @@ def cli_page() -> str:
 
 
 def _command(name: str, command: Any) -> str:
+    if hasattr(command, "commands"):  # it has commands of its own, and does nothing without one
+        return "".join(_command(f"{name} {below}", each) for below, each in command.commands.items())
     shown = [p for p in command.params if p.name != "help" and not getattr(p, "hidden", False)]
     arguments = [p for p in shown if p.param_type_name == "argument"]
     options = [p for p in shown if p.param_type_name == "option"]

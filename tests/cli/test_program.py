@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
@@ -35,6 +36,8 @@ OPTIONS = {
     "export": ["--base", "--to"],
     "generate": ["--base", "--chat", "--max-new-tokens", "--seed", "--temperature", "--top-p"],
     "init": ["--force", "--schema"],
+    "inspect": [],
+    "inspect context": ["--base", "--data", "--json", "--lengths", "--out", "--passkeys", "--tokens"],
     "merge": ["--base", "--data", "--dtype", "--force", "--onto", "--rows"],
     "methods": ["--answers", "--choose", "--json"],
     "search": ["--ceiling", "--generations", "--overwrite", "--population", "--quiet", "--seed", "-q"],
@@ -43,21 +46,26 @@ OPTIONS = {
 }
 
 
+def commands() -> dict[str, Any]:
+    """Every command by its name, those of a command of several too."""
+    known: dict[str, Any] = typer.main.get_command(app()).commands  # type: ignore[attr-defined]
+    below = {f"{n} {b}": each for n, c in known.items() for b, each in getattr(c, "commands", {}).items()}
+    return known | below
+
+
 def test_every_option_is_known() -> None:
-    group = typer.main.get_command(app())
-    commands = {"": group} | group.commands  # type: ignore[attr-defined]
     found = {
         name: sorted(option for p in command.params for option in p.opts if option.startswith("-"))
-        for name, command in commands.items()
+        for name, command in ({"": typer.main.get_command(app())} | commands()).items()
     }
-    assert sorted(found) == sorted(["", *COMMANDS])
+    assert sorted(found) == sorted(OPTIONS)
+    assert {name.partition(" ")[0] for name in found} == {"", *COMMANDS}
     for name, options in found.items():
         assert options == OPTIONS[name], name
 
 
 def test_every_option_and_command_is_explained() -> None:
-    group = typer.main.get_command(app())
-    for name, command in group.commands.items():  # type: ignore[attr-defined]
+    for name, command in commands().items():
         assert command.help, name
         for parameter in command.params:
             assert getattr(parameter, "help", None), (name, parameter.name)

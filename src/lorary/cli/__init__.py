@@ -15,7 +15,7 @@ import typer
 from lorary import __version__
 from lorary.errors import LoraryError
 
-COMMANDS = ("train", "plan", "init", "methods", "search", "merge", "export", "generate", "demo", "doctor")
+COMMANDS = ("train", "plan", "init", "methods", "search", "merge", "export", "generate", "inspect", "demo", "doctor")
 
 
 def main() -> None:
@@ -56,7 +56,11 @@ def app() -> typer.Typer:
     )
     program.callback()(_program)
     for name in COMMANDS:
-        program.command(name)(getattr(importlib.import_module(f"lorary.cli.{name}"), name))
+        made = getattr(importlib.import_module(f"lorary.cli.{name}"), name)
+        if isinstance(made, typer.Typer):  # a command of several
+            program.add_typer(made, name=name)
+        else:
+            program.command(name)(made)
     return program
 
 

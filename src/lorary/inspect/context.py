@@ -15,29 +15,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorary.errors import DataError, Problem
+from lorary.inspect.asking import Scores
 from lorary.inspect.passkey import Retrieval
 
 BLOCKS = 16
 _TOGETHER = 4096  # tokens per call of a model: short windows are read several at a time
-
-
-class Scores(Protocol):
-    """A model, asked how likely tokens are."""
-
-    def __call__(self, ids: Tensor, start: int) -> Tensor:
-        """Log-probabilities in nats [rows, tokens - start] of the tokens from `start` (1 or more) on.
-
-        Args:
-            ids: [rows, tokens], on the CPU; each token is judged by all that stand before it in its row.
-            start: the first position that is judged.
-        """
-        ...
 
 
 @dataclass(frozen=True)

@@ -28,15 +28,13 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from lorary.inspect.context import Scores
+from lorary.inspect.asking import Continued, Scores
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 TASK = (
@@ -47,9 +45,6 @@ FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. Th
 KEY = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
 QUESTION = "\nWhat is the pass key? The pass key is"
 _MOST_DRAWS = 1000  # of another key, until one has as many tokens
-
-Continued = Callable[[Tensor, int], str]
-"""A model, asked to go on: token ids [tokens] and how many tokens more to the text of those, always the likeliest."""
 
 
 @dataclass(frozen=True)
