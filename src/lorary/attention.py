@@ -71,7 +71,9 @@ def _halves(query: Tensor, key: Tensor, value: Tensor) -> list[tuple[Tensor, ...
     """(q, k, v) of each half of the heads; keys that serve heads of both halves are repeated before."""
     heads, keys = query.shape[1], key.shape[1]
     if keys % 2:
-        key, value = (x.repeat_interleave(heads // keys, 1) for x in (key, value))
+        # token by token in memory, as a model makes them: groups of them are then views
+        again = heads // keys
+        key, value = (x.transpose(1, 2).repeat_interleave(again, 2).transpose(1, 2) for x in (key, value))
     split = [x.split([x.shape[1] - x.shape[1] // 2, x.shape[1] // 2], 1) for x in (query, key, value)]
     return list(zip(*split, strict=True))
 
@@ -94,22 +96,26 @@ class Layout:
 
     Args:
         tokens: [T] the places of all tokens that are no padding, in a batch whose rows are joined.
+        padding: [batch * L] which places are padding.
+        back: [batch * L] which of `tokens` a place is; 0 for padding.
         bounds: for each half, where its groups begin and end among those tokens: [groups + 1].
         places: for each half, [groups, longest] the places of a group's tokens; behind a short group's end its last.
-        slots: for each half, [T] where in `places` each token is.
+        slots: for each half, [batch * L] where in `places` each place is; that of the first token for padding.
     """
 
     tokens: Tensor
-    bounds: tuple[Tensor, Tensor]
-    places: tuple[Tensor, Tensor]
-    slots: tuple[Tensor, Tensor]
+    padding: Tensor
+    back: Tensor
+    bounds: tuple[Tensor, ...]
+    places: tuple[Tensor, ...]
+    slots: tuple[Tensor, ...]
 
     @staticmethod
     def of(segments: Tensor, groups: int, size: int | None = None) -> Layout:
         """The layout of [batch, L] sequence numbers, which grow along a row; 0 is padding.
 
         Args:
-            segments: as `segments` gives them.
+            segments: as `attending.segments` gives them.
             groups: into how many groups the longest sequence is divided.
             size: tokens of a group, instead.
         """
@@ -119,10 +125,20 @@ class Layout:
         else:
             tokens = flat.nonzero().flatten()
             lengths = flat[tokens].unique_consecutive(return_counts=True)[1].tolist()
+        back = torch.zeros_like(flat, dtype=torch.long)
+        back[tokens] = torch.arange(len(tokens), device=device)
         size = size or group_size(max(lengths, default=1), groups)
         found = [_grouped(lengths, size, first, device) for first in (size, size // 2 or size)]
         bounds, places, slots = zip(*found, strict=True)
-        return Layout(tokens, bounds, tuple(tokens[p] for p in places), slots)  # type: ignore[arg-type]
+        empty = not lengths
+        return Layout(
+            tokens,
+            flat == 0,
+            back,
+            bounds,
+            tuple(tokens[p] for p in places),
+            tuple(back if empty else s[back] for s in slots),
+        )
 
 
 def _grouped(lengths: Sequence[int], size: int, first: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -154,23 +170,24 @@ def shifted_ragged(
 
     What is padding comes out as zero.
     """
-    batch, _, length, _ = query.shape
+    batch, heads, length, _ = query.shape
+    if not len(layout.tokens):
+        return query.new_zeros(batch, length, heads, value.shape[-1])
     kernel = _varlen() if _on_flash(query, dropout) else None
     made = []
     for half, (q, k, v) in enumerate(_halves(query, key, value)):
         rows = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # [batch * L, heads, width]
+        places = layout.places[half]
         if kernel is not None:
             there = (x.index_select(0, layout.tokens) for x in rows)
-            made.append(kernel(*there, layout.bounds[half], layout.places[half].shape[1], scale))
-            continue
-        places = layout.places[half]
-        folded = [x.index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2) for x in rows]
-        # a short group's end is filled up with its last token: a causal product shows it to nobody before it
-        y = _causal(folded, scale, dropout).transpose(1, 2).flatten(0, 1)
-        made.append(y.index_select(0, layout.slots[half]))
-    together = torch.cat(made, 1)  # [T, heads, width]
-    out = together.new_zeros(batch * length, *together.shape[1:]).index_copy(0, layout.tokens, together)
-    return out.view(batch, length, *out.shape[1:])
+            y, back = kernel(*there, layout.bounds[half], places.shape[1], scale), layout.back
+        else:
+            folded = [x.index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2) for x in rows]
+            # a short group's end is filled up with its last token: a causal product shows it to nobody before it
+            y, back = _causal(folded, scale, dropout).transpose(1, 2).flatten(0, 1), layout.slots[half]
+        made.append(y.index_select(0, back))
+    together = torch.cat(made, 1).masked_fill_(layout.padding[:, None, None], 0)  # [batch * L, heads, width]
+    return together.view(batch, length, *together.shape[1:])
 
 
 def _on_flash(query: Tensor, dropout: float) -> bool:

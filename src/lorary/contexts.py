@@ -31,9 +31,16 @@ class Context(Protocol):
 
     Attributes:
         targets: which layers are adapted where nothing is said.
+        length: tokens that the model is to read; None for what it reads already.
     """
 
     targets: Sequence[str]
+    length: int | None
+
+    @property
+    def divides(self) -> int:
+        """Into how many groups attention divides the longest sequence of a batch in training; 0: it does not."""
+        return 0
 
     @property
     def words(self) -> Mapping[str, Any]:

@@ -53,7 +53,7 @@ def test_methods_as_text(command: Command) -> None:
     options: exact=False
 """
     assert expected in ran.out
-    assert "longlora (2023, planned)\n" in ran.out
+    assert "lorahub (2023, planned)\n" in ran.out
     assert "full (the baseline)\n" in ran.out
     assert ran.err == f"{len(lorary.presets()) + len(FUNCTIONS)} methods, {len(PLANNED)} planned\n"
 
@@ -62,7 +62,7 @@ def test_one_method(command: Command) -> None:
     ran = command("methods", "DoRA")
     assert ran.out.startswith("dora (2024)\n")
     assert len(ran.out.splitlines()) == 7
-    (row,) = json.loads(command("methods", "--json", "longlora").out)
+    (row,) = json.loads(command("methods", "--json", "lorahub").out)
     assert not row["available"]
     ran = command("methods", "adalor")
     assert (ran.code, ran.out) == (2, "")
@@ -112,6 +112,7 @@ def test_every_outcome_is_a_configuration_that_plans(tmp_path: Path) -> None:
         assert text.startswith("# Why: ")
     assert named == {
         *("lora", "lora+", "lora-fa", "qlora", "dora", "glora", "pissa", "vera", "multilora", "adalora", "o-lora"),
+        "longlora",
     }
 
 
@@ -124,10 +125,7 @@ def test_every_answer_counts() -> None:
 
 
 def test_what_is_planned_is_said() -> None:
-    for answers, name in (
-        ({"context": "long"}, "LongLoRA"),
-        ({"adapters": "many"}, "S-LoRA"),
-    ):
+    for answers, name in (({"adapters": "many"}, "S-LoRA"),):
         assert name in "\n".join(choose(answers).planned)
         assert name.lower() in PLANNED
     assert choose({"quality": "best", "convergence": "fast"}).planned == []

@@ -80,6 +80,9 @@ QUESTIONS = (
 )
 
 
+_LONG = 8192  # tokens
+
+
 @dataclass
 class Choice:
     """What the answers lead to.
@@ -243,6 +246,12 @@ def _context(choice: Choice, said: Mapping[str, str]) -> None:
     if said["context"] != "long":
         return
     choice.training["gradient_checkpointing"] = True
-    choice.data["max_length"] = 8192
-    choice.why.append("long rows with full attention, activations recomputed")
-    choice.planned.append("attention within shifted groups in training (LongLoRA)")
+    choice.data["max_length"] = _LONG
+    if "o-lora" in choice.names:
+        choice.why.append("full attention over long rows, since trained embeddings cannot stay beneath a task")
+        return
+    choice.names.append("longlora")
+    choice.method["options"] = {**choice.method.get("options", {}), "length": _LONG}
+    if "ranks" in choice.method:  # which are the MLP's
+        choice.method["targets"] = "all-linear"
+    choice.why.append("LongLoRA, since attention in groups makes long rows affordable; say your own length")

@@ -12,7 +12,6 @@ import typer
 
 # The rest of the family: name, equation, citation. A method moves out of here when its file arrives.
 PLANNED = {
-    "longlora": ("shifted sparse attention, norms and embeddings in full", "Chen et al. 2023, arXiv:2309.12307"),
     "lorahub": (
         "the weighted sum of many adapters, weights found without gradients",
         "Huang et al. 2023, arXiv:2307.13269",

@@ -34,6 +34,7 @@ class Architecture:
         four_norms: whether what attention and MLP give is normalised once more.
         attention: `sdpa` (a fused kernel) or `eager` (all scores are kept).
         dropout: what the model itself drops of attention scores and of what its sublayers give.
+        groups: into how many groups the longest sequence is divided where attention is in groups (S²); 0: in full.
         positions: rows of a learnt table of positions; 0 for rotated ones.
     """
 
@@ -51,6 +52,7 @@ class Architecture:
     attention: str = "sdpa"
     dropout: tuple[float, float] = (0.0, 0.0)
     positions: int = 0
+    groups: int = 0
 
     @property
     def gated(self) -> bool:

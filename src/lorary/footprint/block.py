@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from lorary.footprint import in_groups
 from lorary.footprint.adapters import Held
 from lorary.footprint.architecture import Architecture
 from lorary.footprint.workload import Workload
@@ -114,7 +115,10 @@ def _projections(made: Block, a: Architecture, work: Workload, group: Held) -> N
 
 def _attention(made: Block, a: Architecture, work: Workload) -> None:
     T, S, e = work.tokens, work.length, work.e
-    repeated = a.K < a.Q and (work.padding or a.attention == "eager")
+    repeated = in_groups.repeats(a) if a.groups else a.K < a.Q and (work.padding or a.attention == "eager")
+    if a.groups and work.padding:  # what was gathered is kept instead
+        made.kept |= in_groups.kept(a, work)
+        return
     rotated = "q, k, v" if not a.gated else "rotated"
     if not a.gated:
         made.kept["fused q, k, v"] = T * (a.Q + 2 * a.K) * e
@@ -132,6 +136,9 @@ def _attention(made: Block, a: Architecture, work: Workload) -> None:
             made.kept["scores in 16 bits"] = e * scores
         if a.dropout[0]:
             made.kept["scores' mask and what it left"] = 2 * e * scores
+        return
+    if a.groups:
+        made.kept |= in_groups.kept(a, work)
         return
     made.kept["attended"] = T * a.Q * e
     made.kept["sums of exponentials"] = 4 * T * a.n

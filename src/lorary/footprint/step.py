@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from lorary.footprint import in_groups
 from lorary.footprint.architecture import Architecture
 from lorary.footprint.block import Block, block, norm_takes
 from lorary.footprint.chunks import chunk
@@ -29,6 +30,8 @@ class Activations:
 
 def activations(a: Architecture, plan: Plan, work: Workload) -> Activations | None:
     """What a step of a planned model holds; None where the plan adapts layers that no formula knows."""
+    if plan.method.context is not None and plan.method.context.divides:
+        a = replace(a, attention="sdpa", groups=plan.method.context.divides)
     over = laid(a, plan, work)
     if over.strangers:
         return None
@@ -41,6 +44,7 @@ def activations(a: Architecture, plan: Plan, work: Workload) -> Activations | No
         kept += _shared(a, work)
     else:
         kept = sum(b.total for b in made) + casts * len(made)
+    kept += in_groups.places(a, work) if a.groups else 0
     ends = _ends(a, work, any(g.norms_train for g in over.groups))
     on_loss, through = _loss(a, work, over.ends)
     return Activations(kept + sum(ends), on_loss, through + _working(a, work, made, ends[0], casts))
@@ -56,6 +60,8 @@ def _ends(a: Architecture, work: Workload, norms_train: bool) -> tuple[int, int]
 
 def _shared(a: Architecture, work: Workload) -> int:
     """What all checkpoints keep in common: a mask, and GPT-2's embeddings before and after dropout."""
+    if a.groups:  # which have places instead of masks
+        return 0
     mask = work.w if a.attention == "eager" else 1 if work.padding else 0
     embeddings = 0 if a.gated else 2 if a.dropout[1] else 1
     return work.tokens * (work.length * mask + embeddings * a.H * work.w)

@@ -53,6 +53,10 @@ class Extended(Context):
     targets = ("attention",)
 
     @property
+    def divides(self) -> int:
+        return self.groups if self.shifted else 0
+
+    @property
     def words(self) -> dict[str, Any]:
         return positions.words(self.rope, self.factor or 1.0, self.known or 0)
 

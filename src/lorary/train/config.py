@@ -72,8 +72,7 @@ class MethodSection(Section):
     )
     targets: Words | None = Field(
         default=None,
-        description="all-linear, attention, attention-qv, mlp, embedding, conv, component names, or globs; "
-        "empty: the method's own, all-linear for lora",
+        description="all-linear, attention, attention-qv, mlp, embedding, conv, names, globs; empty: the method's own",
     )
     exclude: Annotated[tuple[str, ...], BeforeValidator(words_of)] = Field(
         default=(), description="component names or globs that stay frozen although targets names them"

@@ -13,7 +13,7 @@ Found = list[tuple[str, Problem]]
 
 def contradictions(config: Config) -> Found:
     """Every one: (the key to point at, the problem)."""
-    return [*_unused(config), *_steps(config), *_drop(config), *_after(config), *_paths(config)]
+    return [*_unused(config), *_steps(config), *_drop(config), *_after(config), *_length(config), *_paths(config)]
 
 
 def _unused(c: Config) -> Found:
@@ -111,6 +111,19 @@ def _after(c: Config) -> Found:
         return []
     name = ", ".join(c.method.name)
     return [("method.after", Problem("", f"`{name}` has no place for earlier tasks", "set method.name: o-lora"))]
+
+
+def _length(c: Config) -> Found:
+    """Rows that are longer than what the method lets the model read."""
+    try:
+        context = c.method.build().context
+    except MethodError:  # told where its words were written
+        return []
+    length = context.length if context is not None else None
+    if length is None or c.data.max_length <= length:
+        return []
+    what = f"rows of up to {c.data.max_length:,} tokens, and the method lets the model read {length:,}"
+    return [("data.max_length", Problem("", what, f"say method.options: {{length: {c.data.max_length}}}"))]
 
 
 def _paths(c: Config) -> Found:

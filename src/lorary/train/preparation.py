@@ -11,6 +11,7 @@ from lorary.adapter import Adapter
 from lorary.bases.reading import reader
 from lorary.errors import ConfigError, Problem
 from lorary.plans import Plan
+from lorary.positions import reach, rotation
 from lorary.train.config import Config
 from lorary.train.contradictions import contradictions
 from lorary.train.data import load
@@ -78,6 +79,7 @@ def prepare(config: Config, *, processes: int = 1) -> Prepared:
     found.refuse()
     memory = _memory(config, bare, plan, found)
     notes = (*config.notes, *data.notes, *found.notes, *plan.notes, *_dtype_note(config))
+    notes += _length_notes(config, bare.config.get_text_config(), plan, _longest(config, found))
     steps = _steps(config, train, processes)
     return Prepared(config, tokenizer, train, held_out, found, plan, memory, steps, notes, tuple(past))
 
@@ -95,21 +97,33 @@ def _memory(config: Config, bare: Any, plan: Plan, found: Lint) -> Memory:
 
     t = config.training
     paged = t.optimizer if torch.cuda.is_available() else t.optimizer.removeprefix("paged_")  # a CPU pages nothing
-    longest = (
-        config.data.max_length if config.data.packing else min(config.data.max_length, max(found.lengths.values()))
-    )
     sides = 2 if config.task == "dpo" else 1  # a pair has two answers
     return estimate(
         bare,
         plan,
         batch=sides * t.batch_size,
-        length=longest,
+        length=_longest(config, found),
         dtype=bare.dtype,
         gradient_checkpointing=t.gradient_checkpointing,
         optimizer=paged,
         labelled=found.labelled,
         padding=not config.data.packing and sides * t.batch_size > 1,
     )
+
+
+def _longest(config: Config, found: Lint) -> int:
+    """Tokens of the longest row."""
+    return config.data.max_length if config.data.packing else min(config.data.max_length, max(found.lengths.values()))
+
+
+def _length_notes(config: Config, own: Any, plan: Plan, longest: int) -> tuple[str, ...]:
+    """Rows and positions that do not fit each other: beyond what the model has learnt to tell apart, or far below."""
+    length, known = plan.method.context.length if plan.method.context else None, reach(own)
+    if length is None and known is not None and longest > known and rotation(own) is not None:
+        return (f"rows have up to {longest:,} tokens, and the model knows {known:,} positions: longlora extends them",)
+    if length is not None and longest < length:
+        return (f"the longest row has {longest:,} tokens: nothing is learnt about the {length:,} it is to read",)
+    return ()
 
 
 def _steps(config: Config, train: Tokens, processes: int) -> int:
