@@ -17,6 +17,7 @@ import lorary
 from lorary import Adapter, Fingerprint, Placed, Site
 from lorary.formats.banks import corners
 from lorary.methods.adalora import Spectral
+from lorary.methods.longlora import Extended
 from lorary.methods.o_lora import Tasks
 from lorary.placed import shared_shapes
 from lorary.sites import Part
@@ -60,6 +61,8 @@ FILES = {
     "qlora-0.4.0/lorary.json": "f2618042c4f3692f35d70810ae0264c9991ce7d13ce61e13414284554603809f",
     "qpissa-0.4.0/adapter.safetensors": "9a7882370a3e66b7d31216d1697fa00bf73291d0ae80d2e74dd5a13dca3e7e76",
     "qpissa-0.4.0/lorary.json": "337baca1d10cf7c14972d61906787ad29dbc26309be3d3ca61b36315a47b215d",
+    "longlora-0.5.0/adapter.safetensors": "651248eb3660691ad37f2c2af78c91125101bcac5e9056e13e129e005846084d",
+    "longlora-0.5.0/lorary.json": "e13fb933e1db6fdf638f4649fde7d5bfcdbbccddd5da15706a24003dcc65fdc6",
 }
 
 
@@ -227,6 +230,15 @@ def delta_lora() -> Adapter:
     return Adapter(late, placed, filled(placed), {"norm.weight": numbers(4)}, Fingerprint("Net"))
 
 
+def longlora() -> Adapter:
+    """A base whose positions are divided, and an embedding and a norm in full."""
+    context = Extended(32, rope="yarn", shifted=False, groups=2, factor=4.0, known=8)
+    method = lorary.method("longlora", "rslora", r=2, alpha=3).but(context=context)
+    placed = (Placed(Site("layers.0.q_proj", "linear", 4, 6, bias=False), method),)
+    full = {"embed.weight": numbers(5, 6), "norm.weight": numbers(6)}
+    return Adapter(method, placed, filled(placed), full, Fingerprint("LlamaForCausalLM"))
+
+
 def shared() -> Adapter:
     """Two layers that train one LoRA, and one with its own, in a file of PEFT's."""
     return _sharing(lorary.method("lora", r=2, alpha=3))
@@ -247,6 +259,7 @@ def _sharing(method: lorary.Method) -> Adapter:
 
 
 ADAPTERS = {
+    "longlora-0.5.0": longlora,
     "qlora-0.4.0": qlora,
     "qpissa-0.4.0": qpissa,
     "adalora-0.3.0": adalora,
