@@ -54,6 +54,7 @@ def _cases() -> dict[str, Callable[[], Any]]:
     names = [name for name, preset in lorary.presets().items() if preset.adapts]
     options: dict[str, dict[str, Any]] = {
         "delta-lora": {"start": 6},
+        "longlora": {"length": 4096},
         "adalora": {"target": 2},  # the choice stands from step 14 on: after the resumption
     }
     cases: dict[str, Callable[[], Any]] = {n: lambda n=n: _model(n, **options.get(n, {})) for n in names}
