@@ -79,7 +79,7 @@ def plan(
         method = method.but(context=method.context.planned(model))
         placed = [dataclasses.replace(p, method=p.method.but(context=method.context)) for p in placed]
     total, size = _sizes(model, method.storage, packed)
-    notes = [*_rank_notes(placed), *_tie_notes(model, placed), *_head_notes(model, method, full)]
+    notes = [*_rank_notes(placed), *_tie_notes(model, placed), *_head_notes(model, method, full), *_coarse_notes(full)]
     notes += _pack_notes(model, placed, method.storage, packed)
     notes += method.context.notes(model) if method.context else []
     if "all-linear" in listed(targets):
@@ -257,6 +257,15 @@ def _rank_notes(placed: list[Placed]) -> list[str]:
         return []
     sites = ", ".join(text for text, _ in collapse(p.site.name for p in wasteful))
     return [f"the factors are larger than the weight itself at {sites}: a lower rank loses nothing"]
+
+
+def _coarse_notes(full: list[FullParameter]) -> list[str]:
+    """Base parameters that train in 16 bits, where small steps are rounded away."""
+    coarse = [f.name for f in full if f.trains and f.bytes < 4 * f.size]
+    if not coarse:
+        return []
+    names = ", ".join(text for text, _ in collapse(coarse))
+    return [f"{names} would train in 16 bits, where small steps are rounded away: load the base in float32"]
 
 
 def _tie_notes(model: nn.Module, placed: list[Placed]) -> list[str]:
