@@ -366,6 +366,13 @@ _TREE = """this model's layers:
 _KNOWN = "presets: all-linear, attention, attention-qv, mlp, embedding, conv"
 
 
+def test_nothing_said_is_what_the_method_says() -> None:
+    model = tiny.model("LlamaForCausalLM", "meta")
+    plain, longer = lorary.method(r=1), lorary.method("longlora", length=4096, r=1)
+    assert lorary.plan(model, plain).placed == lorary.plan(model, plain, "all-linear").placed
+    assert lorary.plan(model, longer).placed == lorary.plan(model, longer, "attention").placed
+
+
 @pytest.mark.parametrize(
     ("targets", "exclude", "problems"),
     [
@@ -400,7 +407,6 @@ _KNOWN = "presets: all-linear, attention, attention-qv, mlp, embedding, conv"
             f"targets: `conv` matches no layer of this model\n      hint: {_TREE}",
         ),
         ([], [], f"targets: no target is given\n      hint: {_KNOWN}"),
-        (None, [], f"targets: no target is given\n      hint: {_KNOWN}"),
         (["q_proj", ""], [], f"targets: '' is no name of a layer\n      hint: {_KNOWN}"),
         ([3], [], f"targets: 3 is no name of a layer\n      hint: {_KNOWN}"),
         (
