@@ -21,6 +21,7 @@ from lorary.record import Method
 from lorary.residual import bare, idle, settle, start, take_back, unsound
 from lorary.sites import kind_of
 from lorary.state import Attached, attached, base_parameter, require
+from lorary.storage.foreign import keep_layout
 from lorary.weights import held, is_packed
 from lorary.words import Init, Join
 
@@ -156,6 +157,7 @@ def _put(
     if attached(model) is not None:
         what = "something is attached already"
         raise StateError("cannot attach:", [Problem("model", what, "detach it first, or use lorary.switch")])
+    keep_layout(model)
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters(remove_duplicate=False))
     gone = [Problem(name, "the model has no such module") for name in packed if name not in modules]

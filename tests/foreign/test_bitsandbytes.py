@@ -15,6 +15,7 @@ import transformers
 
 import lorary
 from lorary import weights
+from lorary.adapted import adapted
 from lorary.errors import PlanError
 from tests import tiny
 from tests.foreign.checks import check_adapter
@@ -165,6 +166,34 @@ def test_what_an_avx512_cpu_makes_of_the_codes_is_read() -> None:
         for _ in range(2):  # reading changes nothing
             assert (weights.weight(there) - W).abs().max() < 2e-3  # its scales are bfloat16
         assert state.packing_format_for_cpu
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_evaluating_on_an_avx512_cpu_takes_no_gradient_away(kind: str, tmp_path: Path) -> None:
+    """What it has made of the codes before is undone, and is not done again: in layers without adapters, too."""
+    tiny.seeded("LlamaForCausalLM", hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    model = load(tmp_path, kind)
+    layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    packed = [weights.weight(layer) for layer in layers]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = True  # as such a CPU says
+        with torch.inference_mode():
+            codes, _ = bnb.functional._convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
+            layer.weight.data = codes
+    dense = lorary.unpack(copy.deepcopy(model))
+    for each in (model, dense):
+        tiny.trained(each, lorary.method("lora", r=2), "q_proj")
+    for layer, W in zip(layers, packed, strict=True):
+        torch.testing.assert_close(weights.weight(layer), W, rtol=2**-8, atol=0)  # its scales are bfloat16
+    torch.testing.assert_close(tiny.logits(model), tiny.logits(dense), rtol=0, atol=3e-6)
+    assert not any(layer.weight.quant_state.packing_format_for_cpu for layer in layers)
+    saved = tiny.frozen_copy(model)
+    for each in (model, dense):
+        each.train()(input_ids=tiny.ids(), labels=tiny.ids()).loss.backward()
+    for ours, its in zip(adapted(model).values(), adapted(dense).values(), strict=True):
+        for role, p in ours.p.items():
+            torch.testing.assert_close(p.grad, its.p[role].grad, rtol=1e-4, atol=1e-7)
+    assert tiny.same(saved, tiny.frozen_copy(model))
 
 
 def test_before_it_is_packed_a_layer_is_dense() -> None:

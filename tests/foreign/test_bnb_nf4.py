@@ -57,6 +57,14 @@ def test_the_same_model_as_ours(names: tuple[str, ...], tmp_path: Path) -> None:
     assert (tiny.logits(lorary.merge(again)) - live).abs().max() < 2e-5
 
 
+def test_an_avx512_cpu_does_not_lay_the_codes_out_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    layer, x = BnbNF4().pack(torch.nn.Linear(64, 48).eval()), torch.randn(3, 64)  # its layout is for multiples of 32
+    with torch.no_grad():
+        y = layer(x)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, weights.weight(layer), layer.bias))
+
+
 def test_plan_and_the_meta_device() -> None:
     method = lorary.method("qlora", r=2, backend="bitsandbytes")
     plan = lorary.plan(base(), method)

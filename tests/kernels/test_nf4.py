@@ -103,8 +103,12 @@ def test_unpacked_numbers_are_bitsandbytes_to_the_bit(via: str, shape: tuple[int
         for block in (block for block in BLOCKS if block <= shape[-1] or block == 32):
             packed, state = theirs(W, block, double)
             for state.dtype in DTYPES:
-                expected = BF.dequantize_4bit(packed.codes, state).view(shape)
-                assert torch.equal(unpack(packed, state.dtype), expected), (name, block, state.dtype)
+                ours, expected = unpack(packed, state.dtype), BF.dequantize_4bit(packed.codes, state).view(shape)
+                if state.dtype == torch.bfloat16 and BF.has_avx512bf16():
+                    # that instruction makes zeros of what is subnormal in 32 bits
+                    subnormal = unpack(packed).abs() < torch.finfo(torch.float32).tiny
+                    ours = ours.masked_fill(subnormal & (expected == 0), 0)
+                assert torch.equal(ours, expected), (name, block, state.dtype)
 
 
 @VIA

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lorary.errors import PlanError, Problem
 from lorary.fields import FLAG, optional
 from lorary.sites import KINDS, kind_of
+from lorary.storage.foreign import keep_layout
 from lorary.storage.nf4 import BLOCKS, COMPUTES, NF4
 from lorary.weights import in_place_of
 from lorary.words import Storage, word
@@ -64,6 +65,7 @@ class BnbNF4(Storage):
         if made.weight.quant_state is not None:
             made.weight.quant_state.dtype = own.dtype
         made.bias, made.source_cls = getattr(layer, "bias", None), type(layer)
+        keep_layout(made)
         return in_place_of(layer, made)
 
     def bytes(self, numbers: int, width: int = 0) -> int:

@@ -15,9 +15,9 @@ import sys
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lorary.weights import by_forward, held, keeps
+from lorary.weights import by_forward, held, keeps, kept
 
 _BITSANDBYTES = "bitsandbytes.nn.modules"
 _GPTQ = "gptqmodel.nn_modules.qlinear"
@@ -30,13 +30,37 @@ def _four_bit(layer: Any) -> Tensor:
     state = getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
     if state is None:  # it is packed by being moved to a device with values, and has not been
         return cast(Tensor, layer.weight.data)
-    codes, functional = layer.weight.data, sys.modules["bitsandbytes.functional"]
-    if getattr(state, "packing_format_for_cpu", False):  # what evaluating on a CPU with AVX512-BF16 has made of it
-        absmax = state.absmax.T.reshape(-1).float().contiguous()
-        codes, state = cast(Any, functional)._convert_weight_packed_for_cpu_inverse(codes, copy.copy(state))
-        state.absmax, state.nested = absmax, False
-    W = cast(Any, functional).dequantize_4bit(codes.reshape(-1, 1), state)
+    codes, state = _as_packed(layer.weight.data, state)
+    W = cast(Any, sys.modules["bitsandbytes.functional"]).dequantize_4bit(codes.reshape(-1, 1), state)
     return cast(Tensor, W if getattr(layer, "dtype", None) is None else W.to(layer.dtype))
+
+
+def _as_packed(codes: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """Codes and scales laid out as they were packed, whatever evaluating on a CPU has made of them."""
+    if not getattr(state, "packing_format_for_cpu", False):
+        return codes, state
+    state, functional = copy.copy(state), cast(Any, sys.modules["bitsandbytes.functional"])
+    # bitsandbytes' way back would quantise the scales anew, or leave them in the other order
+    state.original_nested, state.state2, state.offset = False, None, None
+    state.absmax = state.absmax.T.reshape(-1).float()
+    return cast("tuple[Tensor, Any]", functional._convert_weight_packed_for_cpu_inverse(codes, state))
+
+
+def keep_layout(model: nn.Module) -> None:
+    """Let bitsandbytes' 4-bit layers keep their codes as they were packed, and undo it where they have not.
+
+    On a CPU with AVX512-BF16 evaluating lays them out anew, for good: no gradient goes through such a layer any more,
+    not in training either, and it is saved wrongly (bitsandbytes 0.50.2). Undone it computes with the same scales,
+    which have been rounded to bfloat16.
+    """
+    layer: Any
+    for layer in model.modules():
+        if getattr(kept(layer), "dense", None) is _four_bit:
+            layer.support_avx512bf16_for_cpu = False
+            state = getattr(layer.weight, "quant_state", None)
+            if getattr(state, "packing_format_for_cpu", False):
+                layer.weight.data, state = _as_packed(layer.weight.data, state)
+                layer.weight.quant_state = layer.quant_state = state
 
 
 @keeps("linear", f"{_BITSANDBYTES}.Linear8bitLt")
