@@ -1,6 +1,6 @@
 """What training with shifted groups costs in quality: the built-in base from 256 to 1,024 tokens, perplexity by length.
 
-    python benchmarks/context.py [--processes 2]   # an hour and a half on one core; started again, it goes on
+    python benchmarks/context.py [--processes 2]   # an hour on one core; started again, it goes on
     python benchmarks/context.py --small           # two steps of everything, to see that it runs
 
 LongLoRA trained with shifted groups and with full attention: equal starts, equal batches, equal steps. Learning rates
@@ -37,7 +37,8 @@ from lorary.inspect.context_plot import context_svg
 
 KNOWN, LONG, BATCH, WARM_UP, CLIP = 256, 1024, 4, 10, 1.0
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
-FORMS, RATES, SEEDS = ("linear", "yarn"), (3e-4, 1e-3, 3e-3), (0, 1, 2)
+RATES = {"linear": (1e-3, 3e-3), "yarn": (3e-4, 1e-3)}  # by how positions are divided
+SEEDS = (0, 1)
 DATA = "builtin:python"
 
 
@@ -62,9 +63,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Judged:
-    """Mean nats per predicted token by length, on the text that chooses and on the text that is reported."""
+    """Mean nats per predicted token: at the long length on the text that chooses, by length on that of the report."""
 
-    tuning: dict[int, float]
+    tuning: float
     report: dict[int, float]
 
 
@@ -95,8 +96,9 @@ def judge(model: nn.Module, budget: int) -> Judged:
 
     model.eval()
     held_out = tokens("validation")
-    halves = (stretches(half, LENGTHS[-1], budget) for half in held_out.split(-(-len(held_out) // 2)))
-    return Judged(*({n: by_length(losses(scores, half, n)).nats for n in LENGTHS} for half in halves))
+    tuning, text = (stretches(half, LENGTHS[-1], budget) for half in held_out.split(-(-len(held_out) // 2)))
+    report = {n: by_length(losses(scores, text, n)).nats for n in LENGTHS}
+    return Judged(by_length(losses(scores, tuning, LONG)).nats, report)
 
 
 def trained(job: Job) -> nn.Module:
@@ -135,8 +137,8 @@ class Ledger:
         self.found: dict[Job, Judged] = {}
         if path.exists():
             for row in json.loads(path.read_text(encoding="utf-8"))["runs"]:
-                halves = ({int(n): nats for n, nats in row[half].items()} for half in ("tuning", "report"))
-                self.found[Job(**row["job"])] = Judged(*halves)
+                report = {int(n): nats for n, nats in row["report"].items()}
+                self.found[Job(**row["job"])] = Judged(row["tuning"], report)
 
     def run(self, jobs: Iterable[Job], what: str) -> None:
         """Do what is not done yet."""
@@ -176,11 +178,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--tokens", type=int, default=65_536, help="of held-out text on which a model is judged")
+    parser.add_argument("--tokens", type=int, default=32_768, help="of held-out text on which a model is judged")
     parser.add_argument("--small", action="store_true", help="two steps, one seed: to see that it runs")
     parser.add_argument("--out", type=Path, help="default: results/context.json; a passing file with --small")
     options = parser.parse_args()
-    rates, seeds = (RATES[:1], SEEDS[:1]) if options.small else (RATES, SEEDS)
+    seeds = SEEDS[:1] if options.small else SEEDS
     if options.small:
         options.steps, options.tokens = 2, 2048
     folder = Path(tempfile.mkdtemp()) if options.small else Path(__file__).parent / "results"
@@ -190,15 +192,15 @@ def main() -> None:
         return [Job(form, shifted, lr, seed, options.steps) for seed in seeds]
 
     def best(form: str, shifted: bool) -> float:
-        return min(rates, key=lambda lr: ledger.found[jobs(form, shifted, lr)[0]].tuning[LONG])
+        return min(RATES[form], key=lambda lr: ledger.found[jobs(form, shifted, lr)[0]].tuning)
 
-    starts = {form: [Job(form)] for form in FORMS}
+    starts = {form: [Job(form)] for form in RATES}
     ledger.run([Job(), *(job for start in starts.values() for job in start)], "as they are")
     both = (True, False)
-    ledger.run([jobs(form, s, lr)[0] for form in FORMS for s in both for lr in rates], "learning rates")
+    ledger.run([jobs(form, s, lr)[0] for form in RATES for s in both for lr in RATES[form]], "learning rates")
     groups, console = {"base": [Job()]}, Console(width=140)
     gaps = Table("positions", "lr", "shifted groups over full attention", "full attention's best lr", "over that")
-    for form in FORMS:
+    for form in RATES:
         ours, theirs = best(form, True), best(form, False)
         arms = jobs(form, True, ours), jobs(form, False, ours), jobs(form, False, theirs)
         ledger.run([job for arm in arms for job in arm], form)
