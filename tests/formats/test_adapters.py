@@ -444,7 +444,7 @@ def test_a_folder_of_other_things_is_not_taken(tmp_path: Path) -> None:
         (
             lambda: adapted(BERT, full=("*.0.output.LayerNorm.weight",)),
             "  - bert.encoder.layer.0.output.LayerNorm.weight: is trained in full, and whether its module is trained "
-            "whole only the model can tell\n      hint: give the model too",
+            "whole only the model can tell\n      hint: give the model too: model=, or --base on the command line",
         ),
     ],
     ids=["groups", "BitFit", "full"],

@@ -237,7 +237,7 @@ def test_peft_reads_the_export_over_a_base_that_is_loaded_as_its_readme_says(tmp
     assert "model.embed_tokens" in words["modules_to_save"]
     assert sum("norm" in name for name in words["modules_to_save"]) == 5
     model.save_pretrained(tmp_path / "base")
-    code = (tmp_path / "peft" / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    code = (tmp_path / "peft" / "BASE.md").read_text().partition("```python\n")[2].partition("```")[0]
     code = code.replace('"the base"', repr(str(tmp_path / "base")))
     found: dict[str, Any] = {}
     exec(code.replace('"this folder"', repr(str(tmp_path / "peft"))), found)

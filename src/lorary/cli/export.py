@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +25,7 @@ def export(
     """Write an adapter for other programs: the same function of the same, unmodified base, in their words.
 
     PiSSA and OLoRA take twice their rank there; a method that has no such form is refused with the reason. Where
-    positions are divided (LongLoRA), a README beside the files says how the base is to be loaded.
+    positions are divided (LongLoRA), `BASE.md` beside the files says how the base is to be loaded.
     """
     import lorary
     from lorary.cli.adapters import adapter_folder, base_of
@@ -39,7 +42,8 @@ def export(
     if folder is None:
         raise FileError(f"cannot export {adapter}:", [Problem(str(adapter), "there is no adapter in it")])
     if base is None:
-        export_peft(load_adapter(folder), output)
+        with _told():
+            export_peft(load_adapter(folder), output)
     else:
         model = load_model(base_of(folder, base, "float32"))
         lorary.load(model, folder)
@@ -47,10 +51,26 @@ def export(
         before = logits(model, row)
         lorary.detach(model)
         value = load_adapter(folder, model=model)
-        export_peft(value, output, model=model)
+        with _told():
+            export_peft(value, output, model=model)
         if value.method.context is not None:  # what PEFT's files cannot say
             value.method.context.enter(model).settle()
         lorary.load(model, output)
         far = (before - logits(model, row)).abs().max().item()
         print(f"against the adapter itself: logits differ by at most {far:.2g} in fp32", file=sys.stderr)
     print(output)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What PEFT's files do not say, as a line on standard error."""
+    from lorary.positions import PositionsWarning
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", PositionsWarning)
+        yield
+    for warning in caught:
+        if issubclass(warning.category, PositionsWarning):
+            print(f"note: {warning.message}", file=sys.stderr)
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

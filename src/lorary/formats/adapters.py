@@ -31,7 +31,8 @@ from lorary.methods.dora import Direction
 from lorary.placed import Placed
 from lorary.positions import PositionsWarning
 
-_OWN = (native.NAME, native.TENSORS, PEFT_CONFIG, WEIGHTS, "adapter_model.bin")
+_BASE = "BASE.md"  # how the base of a PEFT adapter is to be loaded, where positions are divided
+_OWN = (native.NAME, native.TENSORS, PEFT_CONFIG, WEIGHTS, "adapter_model.bin", _BASE)
 
 
 def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.Module | None = None) -> None:
@@ -98,7 +99,7 @@ def load_adapter(folder: str | os.PathLike[str], *, model: nn.Module | None = No
 def export_peft(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.Module | None = None) -> None:
     """Writes an adapter as a plain PEFT LoRA with the same function, whatever method trained it.
 
-    PEFT knows no positions: beside an adapter that divides them (LongLoRA) a README says how its base is to be loaded,
+    PEFT knows no positions: beside an adapter that divides them (LongLoRA) `BASE.md` says how its base is to be loaded,
     and a warning tells of it.
 
     LoRA and DoRA keep their tensors; every other method is written as the two factors that its update of the
@@ -130,10 +131,10 @@ def export_peft(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.M
         (temporary / PEFT_CONFIG).write_text(peft_writer.config_text(words), encoding="utf-8")
         write_tensors(temporary / WEIGHTS, tensors)
         if changes := peft_writer.stretched(adapter):
-            (temporary / "README.md").write_text(peft_writer.base_text(adapter), encoding="utf-8")
+            (temporary / _BASE).write_text(peft_writer.base_text(adapter), encoding="utf-8")
     if changes:
         what = f"PEFT's files do not say how positions are divided: load the base with rope_parameters {changes}"
-        warnings.warn(f"{what}; README.md there says how", PositionsWarning, stacklevel=2)
+        warnings.warn(f"{what}; {_BASE} there says how", PositionsWarning, stacklevel=2)
 
 
 def _as_lora(

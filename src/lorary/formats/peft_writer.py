@@ -80,7 +80,7 @@ model = PeftModel.from_pretrained(base, "this folder")
 
 
 def base_text(adapter: Adapter) -> str:
-    """How the base is to be loaded, as the README of an adapter whose positions are divided."""
+    """How the base is to be loaded, beside an adapter whose positions are divided."""
     words = stretched(adapter)
     return _README.format(base=adapter.base.name or "the base", factor=words["factor"], words=words)
 
@@ -127,8 +127,9 @@ def full_words(adapter: Adapter, model: nn.Module | None) -> Full:
     if not others:
         return Full([], bias, [])
     if model is None:
+        where = others[0] + (f", and {len(others) - 1:,} more" if len(others) > 1 else "")
         what = "is trained in full, and whether its module is trained whole only the model can tell"
-        return Full([], bias, [Problem(name, what, "give the model too") for name in others])
+        return Full([], bias, [Problem(where, what, "give the model too: model=, or --base on the command line")])
     modules, parameters = plain_modules(model), dict(base_parameters(model))
     kept = sorted({name.rpartition(".")[0] for name in others})
     problems = [p for path in kept for p in _module_problems(path, modules, parameters, adapter)]
