@@ -216,10 +216,13 @@ def basis(A: Tensor, Q: Tensor) -> Tensor:
 
 
 def _project(tensor: Tensor, Q: Tensor) -> None:
-    """Takes out of every row what lies in the span of the orthonormal rows Q."""
+    """Takes out of every row what lies in the span of the orthonormal rows Q.
+
+    Of copies, as products round by where their factors begin in memory: what a checkpoint gave back lies elsewhere.
+    """
     with torch.no_grad():
-        rows = own(tensor)
-        rows.sub_((rows.to(Q) @ Q.T @ Q).to(rows))  # paged momenta are not where Q is
+        rows, Q = own(tensor), Q.clone()
+        rows.sub_((rows.to(Q, copy=True) @ Q.T @ Q).to(rows))  # paged momenta are not where Q is
 
 
 @preset(
