@@ -50,7 +50,7 @@ def train(folder: Path, mode: str, ranks: int) -> dict[str, Any]:
     model = _model(mode)
     words: dict[str, Any] = dict(FSDP) if "fsdp" in mode else {}
     if "dpo" in mode:
-        t: Any = dpo(folder, model, per_device_train_batch_size=4 // ranks, learning_rate=1e-2, **words)
+        t: Any = dpo(folder, model, per_device_train_batch_size=4 // ranks, learning_rate=1e-3, **words)
         t.train_dataset = t.train_dataset.select(range(8))
     else:
         words |= {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
@@ -115,7 +115,7 @@ def from_configuration(out: Path, batch_size: int) -> dict[str, Any]:
     rows = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(20)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tree = {
-        "model": "builtin:base",
+        "model": {"id": "builtin:base", "dtype": "float32"},  # in 16 bits a row rounds by how many are beside it
         "method": {"r": 4, "targets": "q_proj, down_proj", "drop": {"threshold": 0.5, "sample": 0.5}},
         "data": {"train": str(data), "validation_split": 0.2, "max_length": 32},
         "training": {"max_steps": 3, "batch_size": batch_size, "gradient_accumulation_steps": 1, "logging_steps": 1},
