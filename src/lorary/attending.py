@@ -46,8 +46,13 @@ class Switch(nn.Module):
         self.__dict__["inside"] = False  # before nn.Module sets its mode
         super().__init__()
         self.__dict__["model"] = model  # no module of this one
-        self.config, self.name, self.own = config, registered(groups), config._attn_implementation
+        self.config, self.groups, self.own = config, groups, config._attn_implementation
+        self.name = registered(groups)
         self.into()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        registered(self.groups)  # in a process that has only read the model
 
     @property
     def training(self) -> bool:  # nn.Module has it as a plain flag

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -55,7 +54,9 @@ def plan(
     if problems:
         raise PlanError("this model cannot be planned for:", problems)
     if method.context is not None:
-        problems += [Problem("context", *found) for found in method.context.problems(model)]
+        context = method.context.planned(model)
+        method = method.but(context=context)
+        problems += [Problem("context", *found) for found in context.problems(model)]
     targets = usual_targets(method) if targets is None else targets
     found: list[Found] = []
     if method.delta is not None:
@@ -75,9 +76,6 @@ def plan(
     problems += _pack_problems(model, method, placed, packed)
     if problems:
         raise PlanError("this plan cannot work:", problems)
-    if method.context is not None:
-        method = method.but(context=method.context.planned(model))
-        placed = [dataclasses.replace(p, method=p.method.but(context=method.context)) for p in placed]
     total, size = _sizes(model, method.storage, packed)
     notes = [*_rank_notes(placed), *_tie_notes(model, placed), *_head_notes(model, method, full), *_coarse_notes(full)]
     notes += _pack_notes(model, placed, method.storage, packed)

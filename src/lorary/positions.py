@@ -33,6 +33,16 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def unshared(model: nn.Module) -> None:
+    """Gives a model a configuration of its own: others may be made of the same object, and would change with it."""
+    memo: dict[int, Any] = {}
+    copy.deepcopy(getattr(model, "config", None), memo)
+    for module in model.modules():
+        own = memo.get(id(getattr(module, "config", None)))
+        if own is not None:
+            module.config = own
+
+
 def rotation(config: Any) -> Mapping[str, Any] | None:
     """How a configuration turns queries and keys, of the layers that see everything; None where it does not.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +240,7 @@ def test_peft_reads_the_export_over_a_base_that_is_loaded_as_its_readme_says(tmp
     assert sum("norm" in name for name in words["modules_to_save"]) == 5
     model.save_pretrained(tmp_path / "base")
     code = (tmp_path / "peft" / "BASE.md").read_text().partition("```python\n")[2].partition("```")[0]
-    code = code.replace('"the base"', repr(str(tmp_path / "base")))
+    code = code.replace("'the base'", repr(str(tmp_path / "base")))
     found: dict[str, Any] = {}
     exec(code.replace('"this folder"', repr(str(tmp_path / "peft"))), found)
     assert isinstance(found["model"], peft.PeftModel)
@@ -288,3 +290,53 @@ def test_what_the_words_may_not_hold(options: dict[str, Any], message: str) -> N
 def test_a_model_without_rotary_positions() -> None:
     with pytest.raises(PlanError, match="context: GPT2LMHeadModel has no rotary positions that could be stretched"):
         lorary.plan(tiny.model("GPT2LMHeadModel"), longlora())
+
+
+def test_more_groups_than_tokens() -> None:
+    with pytest.raises(PlanError, match="context: divides 32 tokens into 33 groups\n      hint: say groups=4"):
+        lorary.plan(base(), longlora(groups=33))
+
+
+def test_a_file_that_does_not_say_the_factor(tmp_path: Path) -> None:
+    lorary.save(trained(base()), tmp_path)
+    record = json.loads((tmp_path / "lorary.json").read_text())
+    del record["method"]["context"]["factor"]
+    (tmp_path / "lorary.json").write_text(json.dumps(record))
+    with pytest.raises(FileError, match="context: does not say by how much positions are divided"):
+        lorary.load(base(), tmp_path)
+
+
+@pytest.mark.parametrize("rope", ["yarn", "dynamic"])
+def test_a_base_of_another_length_where_that_enters_the_angles(rope: str, tmp_path: Path) -> None:
+    lorary.save(trained(base(), length=31, rope=rope), tmp_path)
+    other = tiny.seeded("LlamaForCausalLM", max_position_embeddings=10)
+    with pytest.raises(FileError, match="context: is for a model of 8 positions; this one has 10"):
+        lorary.load(other, tmp_path)
+
+
+# --- other models -----------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_was_made_of_the_same_configuration_stays_as_it_is() -> None:
+    model = base()
+    other = transformers.LlamaForCausalLM(model.config).eval()
+    before = logits(other)
+    trained(model).train()
+    assert torch.equal(logits(other), before)
+    trained(other)
+    assert other.config.rope_parameters["factor"] == LENGTH / KNOWN
+    lorary.detach(model)
+    assert other.config.rope_parameters["factor"] == LENGTH / KNOWN
+
+
+def test_a_pickled_model_works_in_a_process_that_has_not_attached_any(tmp_path: Path) -> None:
+    model = trained(base()).train()
+    torch.save(model, tmp_path / "model.pt")
+    code = (
+        "import sys, torch; model = torch.load(sys.argv[1], weights_only=False); "
+        "print(model(input_ids=torch.arange(3, 35)[None]).logits.sum().item())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "model.pt")], capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) == pytest.approx(model(input_ids=torch.arange(3, 35)[None]).logits.sum().item(), abs=1e-3)

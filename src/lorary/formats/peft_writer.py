@@ -64,16 +64,16 @@ def stretched(adapter: Adapter) -> dict[str, Any]:
 
 _README = """# A PEFT adapter on a base whose positions are divided
 
-It was trained on {base} with positions divided by {factor:g}. PEFT's files do not say so: load the base like this.
+It was trained on {base!r} with positions divided by {factor:g}. PEFT's files do not say so: load the base like this.
 
 ```python
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
-config = AutoConfig.from_pretrained("{base}")
+config = AutoConfig.from_pretrained({base!r})
 rope = config.rope_parameters
 rope.get("full_attention", rope).update({words})
-base = AutoModelForCausalLM.from_pretrained("{base}", config=config)
+base = AutoModelForCausalLM.from_pretrained({base!r}, config=config)
 model = PeftModel.from_pretrained(base, "this folder")
 ```
 """

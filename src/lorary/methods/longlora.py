@@ -72,15 +72,26 @@ class Extended(Context):
         if self.length is None:
             return [("does not say how many tokens the model is to read", "say length=32768, or what you want")]
         found = [(what, "") for what in positions.problems(model, self.rope, self.length)]
-        if not found and self.factor is not None:
-            here = positions.needed(positions.text_config(model), self.length)
-            if here != self.factor:
-                what = f"divides positions by {self.factor:g}; for {self.length:,} tokens this model needs {here:g}"
-                found.append((what, "take the base that it was trained on"))
+        if not found:
+            found = [(what, "take the base that it was trained on") for what in self._other(model)]
+        if self.shifted and self.groups > self.length:
+            found.append((f"divides {self.length:,} tokens into {self.groups:,} groups", "say groups=4"))
         if self.shifted:
             fix = "say shifted=False, to train with full attention"
             found += [(what, fix) for what in limits(model, positions.text_config(model), self.length).problems]
         return found
+
+    def _other(self, model: nn.Module) -> list[str]:
+        """What tells that this was planned for another model."""
+        config = positions.text_config(model)
+        here, known = positions.needed(config, self.length or 0), positions.trained_on(config)
+        if self.factor is None:
+            return ["does not say by how much positions are divided"]
+        if here != self.factor:
+            return [f"divides positions by {self.factor:g}; for {self.length:,} tokens this model needs {here:g}"]
+        if self.factor != 1 and self.rope != "linear" and known != self.known:  # which enters those forms
+            return [f"is for a model of {self.known or 0:,} positions; this one has {known or 0:,}"]
+        return []
 
     def notes(self, model: nn.Module) -> list[str]:
         config, length = positions.text_config(model), self.length or 0
@@ -103,8 +114,13 @@ class _Entered:
 
     def __init__(self, model: nn.Module, word: Extended) -> None:
         factor = word.factor or 1.0
-        self.stretched = positions.Stretched(model, word.rope, factor) if factor > 1 else None
+        positions.unshared(model)
         self.switch = Switch(model, positions.text_config(model), word.groups) if word.shifted else None
+        try:
+            self.stretched = positions.Stretched(model, word.rope, factor) if factor > 1 else None
+        except BaseException:
+            self.settle()
+            raise
 
     def leave(self) -> None:
         self.settle()
