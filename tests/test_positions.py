@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import lorary
 from lorary import positions
 from lorary.positions import Stretched, needed, reach, rotation, text_config, trained_on
 
@@ -58,6 +59,16 @@ def test_the_model_is_what_transformers_makes_of_the_configuration(kind: str, fo
     assert model.config.to_dict() == before
     stretched.swap()
     assert torch.equal(long_logits(model), changed)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Gemma3"])
+def test_dynamic_angles_are_of_the_text_at_hand_whatever_was_read_before(kind: str) -> None:
+    model = made(kind)
+    Stretched(model, "dynamic", 4.0)
+    ids = [torch.arange(3, 3 + n)[None] for n in (2 * KNOWN, KNOWN, 4 * KNOWN)]
+    first = [tiny.logits(model, input_ids=row) for row in ids]
+    for row, expected in reversed(list(zip(ids, first, strict=True))):
+        assert torch.equal(tiny.logits(model, input_ids=row), expected)
 
 
 def test_linear_positions_are_divided() -> None:
@@ -139,3 +150,12 @@ def test_precision_device_and_mode_are_those_of_the_model() -> None:
         shapes = made("Llama")
     Stretched(shapes.to("meta"), "linear", 4.0)
     assert shapes.model.rotary_emb.inv_freq.is_meta
+
+
+@pytest.mark.parametrize("form", ["default", "linear"])
+def test_a_base_that_divides_already_is_told_what_it_is_taken_to_read(form: str) -> None:
+    rope = {"rope_type": form, "rope_theta": 10000.0} | ({"factor": 2.0} if form == "linear" else {})
+    model = made("Llama", rope_parameters=rope)
+    notes = lorary.plan(model, lorary.method("longlora", length=64, r=2)).notes
+    told = "the base divides positions as it is: 16 is max_position_embeddings times its factor"
+    assert (told in notes) is (form == "linear")

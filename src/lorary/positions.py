@@ -169,4 +169,17 @@ def _anew(module: Any) -> nn.Module:
     buffer = next(module.buffers(), None)
     with torch.device("cpu" if buffer is None else buffer.device):
         made: nn.Module = type(module)(config=module.config)
+    if kind(module.config) == "dynamic":
+        made.register_forward_pre_hook(_forget)
     return made
+
+
+def _forget(module: nn.Module, args: Any) -> None:
+    """Before every call: the angles are those of the text at hand, whatever was read before it.
+
+    Transformers keeps those of the longest text so far: what a model says would depend on its past, and a resumed run
+    would be another one.
+    """
+    for name in vars(module):
+        if name.endswith("max_seq_len_cached"):
+            setattr(module, name, 0)

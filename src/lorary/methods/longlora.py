@@ -99,6 +99,8 @@ class Extended(Context):
         notes = [f"reads {length:,} tokens instead of {known:,}: positions divided by {self.factor:g} ({self.rope})"]
         if self.factor == 1:
             notes = [f"the base reads {known:,} tokens: for {length:,} its positions stay as they are"]
+        if positions.kind(config) in ("linear", "dynamic"):  # some configurations count the factor in already
+            notes.append(f"the base divides positions as it is: {known:,} is max_position_embeddings times its factor")
         if self.shifted:
             share = f"1/{self.groups} of the longest sequence in a batch"
             notes.append(f"attends in groups of {share} while it trains, and in full afterwards")
