@@ -159,3 +159,13 @@ def test_a_base_that_divides_already_is_told_what_it_is_taken_to_read(form: str)
     notes = lorary.plan(model, lorary.method("longlora", length=64, r=2)).notes
     told = "the base divides positions as it is: 16 is max_position_embeddings times its factor"
     assert (told in notes) is (form == "linear")
+
+
+@pytest.mark.parametrize("known", [0, -4, "many", float("nan"), float("inf"), None])
+@pytest.mark.parametrize("factor", [0, -2, "x", float("nan"), float("inf")])
+def test_a_configuration_that_says_nonsense_says_nothing(known: Any, factor: Any) -> None:
+    config = SimpleNamespace(max_position_embeddings=known, rope_parameters={"rope_type": "linear", "factor": factor})
+    assert trained_on(config) is None
+    assert reach(config) is None
+    config.max_position_embeddings = 16
+    assert reach(config) == 16

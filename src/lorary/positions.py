@@ -67,14 +67,16 @@ def reach(config: Any) -> int | None:
     known, found = trained_on(config), rotation(config) or {}
     if known is None or kind(config) not in FORMS:
         return known
-    return int(known * float(found.get("factor") or 1))
+    factor = found.get("factor")
+    return int(known * factor) if isinstance(factor, int | float) and 0 < factor < math.inf else known
 
 
 def trained_on(config: Any) -> int | None:
     """How many positions a model knew before any were divided; None where its configuration does not say."""
     known: int | None = getattr(config, "max_position_embeddings", None)
     own = (rotation(config) or {}).get("original_max_position_embeddings") if kind(config) == "yarn" else None
-    return int(own) if own else known
+    found = own or known
+    return int(found) if isinstance(found, int | float) and 0 < found < math.inf else None
 
 
 def words(form: str, factor: float, known: int) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from lorary.train.tokens import tokenize
 HTML, JSON, SVG = "context.html", "context.json", "context.svg"
 _UNCUT = 10_000_000  # tokens of one document
 _SHORTEST = 2
+_DIGITS = 9  # of a length: more would be no text that anybody has
 
 
 @dataclass(frozen=True)
@@ -148,15 +149,19 @@ def _lengths(given: str | None, subjects: Sequence[Subject]) -> tuple[tuple[int,
     problems = [
         Problem(f"--lengths {word}", "is no whole number of tokens, 2 or more", "write it as in 256,512,1024")
         for word in words or [given]
-        if not word.isdecimal() or int(word) < _SHORTEST
+        if not _is_length(word)
     ]
-    lengths = tuple(sorted({int(word) for word in words if word.isdecimal() and int(word) >= _SHORTEST}))
+    lengths = tuple(sorted({int(word) for word in words if _is_length(word)}))
     for name, most in limits.items():
         beyond = [f"{length:,}" for length in lengths if length > most]
         if beyond:
             what = f"{name} has a learnt table of {most:,} positions and nothing beyond it"
             problems.append(Problem(f"--lengths {', '.join(beyond)}", what, f"ask for at most {most}"))
     return lengths, problems
+
+
+def _is_length(word: str) -> bool:
+    return word.isdecimal() and len(word) <= _DIGITS and int(word) >= _SHORTEST
 
 
 def _folder(out: Path | None) -> list[Problem]:
