@@ -17,6 +17,7 @@ SHAPES = [  # batch, heads, key heads, length, group
     *itertools.product([1, 3], [4], [2, 4], [1, 2, 7, 16, 33], [1, 3, 4, 5, 8, 40]),
     *itertools.product([2], [6], [1, 3], [13, 16], [3, 4]),  # key heads that serve both halves
     *itertools.product([2], [1, 3, 5], [1], [9], [2, 4]),  # heads that cannot be halved
+    *itertools.product([2], [3], [3], [9], [2, 4]),  # nor keys
 ]
 
 
@@ -179,5 +180,27 @@ def test_the_kernel_for_different_lengths_is_given_the_groups(monkeypatch: pytes
     layout = Layout.of(torch.tensor(rows), 4, 4)
     plain = shifted_ragged(q, k, v, layout)
     monkeypatch.setattr(attention, "_varlen", lambda: loop)
-    monkeypatch.setattr(attention, "_on_flash", lambda query, dropout: True)
+    monkeypatch.setattr(attention, "_on_flash", lambda query, value, dropout: True)
     assert torch.allclose(shifted_ragged(q, k, v, layout), plain, atol=1e-12)
+
+
+def test_a_sequence_does_not_go_over_the_end_of_its_row() -> None:
+    """Whatever the numbers are: those of a plain mask are equal in all rows."""
+    q, k, v = qkv(2, 4, 2, 5)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    numbered = mask * torch.tensor([[1], [2]])
+    made, expected = (shifted_ragged(q, k, v, Layout.of(m, 4), scale=0.3) for m in (mask, numbered))
+    assert torch.equal(made, expected)
+    alone = shifted(q[:1], k[:1], v[:1], 2, scale=0.3)
+    assert torch.allclose(made[:1], alone, atol=1e-12)
+
+
+@pytest.mark.parametrize(("width", "other", "dropout"), [(12, 12, 0.0), (64, 32, 0.0), (512, 512, 0.0), (64, 64, 0.1)])
+def test_what_the_varlen_kernel_does_not_take_goes_another_way(width: int, other: int, dropout: float) -> None:
+    class Placed:  # on a GPU, as far as the question goes
+        is_cuda, dtype = True, torch.bfloat16
+
+        def __init__(self, width: int) -> None:
+            self.shape = (1, 2, 4, width)
+
+    assert not attention._on_flash(Placed(width), Placed(other), dropout)  # type: ignore[arg-type]

@@ -104,27 +104,27 @@ def limits(model: nn.Module, config: Any, length: int) -> Limits:
     own = [module for module in model.modules() if getattr(module, "config", None) is config]
     if any(getattr(module, "is_causal", True) is False for module in own):
         found.append(f"{name} has attention that sees what comes after a token")
-    windowed, layers = _windows(config, length)
+    window, windowed, layers = _windows(config, length)
     if windowed and windowed == layers:
-        what = f"all layers of {name} see a window of {config.sliding_window:,} tokens: there is nothing to divide"
+        what = f"all layers of {name} see a window of {window:,} tokens: there is nothing to divide"
         found.append(what)
     some = f"{windowed} of {layers} layers see a window, and keep it; the others attend in groups"
     return Limits(found, [some] if windowed and not found else [])
 
 
-def _windows(config: Any, length: int) -> tuple[int, int]:
-    """(how many layers see a window below this length, of how many)."""
+def _windows(config: Any, length: int) -> tuple[int, int, int]:
+    """(a window below this length, how many layers see it, of how many)."""
     layers = getattr(config, "num_hidden_layers", 0)
     window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
     if not window or window >= length or not getattr(config, "use_sliding_window", True):
-        return 0, layers
+        return 0, 0, layers
     kinds = getattr(config, "layer_types", None)
     if kinds:
-        return sum(kind != "full_attention" for kind in kinds), len(kinds)
+        return window, sum(kind != "full_attention" for kind in kinds), len(kinds)
     if str(getattr(config, "model_type", "")).startswith("gemma"):  # a `config.json` that leaves the pattern out
         every = getattr(config, "sliding_window_pattern", None) or 6
-        return layers - layers // every, layers
-    return layers, layers
+        return window, layers - layers // every, layers
+    return window, layers, layers
 
 
 def registered(groups: int) -> str:

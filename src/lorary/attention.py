@@ -16,10 +16,12 @@ shorter group.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +72,7 @@ def shifted(
 def _halves(query: Tensor, key: Tensor, value: Tensor) -> list[tuple[Tensor, ...]]:
     """(q, k, v) of each half of the heads; keys that serve heads of both halves are repeated before."""
     heads, keys = query.shape[1], key.shape[1]
-    if keys % 2:
+    if keys % 2 and keys < heads:
         # token by token in memory, as a model makes them: groups of them are then views
         again = heads // keys
         key, value = (x.transpose(1, 2).repeat_interleave(again, 2).transpose(1, 2) for x in (key, value))
@@ -81,9 +83,8 @@ def _halves(query: Tensor, key: Tensor, value: Tensor) -> list[tuple[Tensor, ...
 def _causal(qkv: Sequence[Tensor], scale: float | None, dropout: float) -> Tensor:
     """[groups, heads, tokens, width]: each token with itself and those before it."""
     q, k, v = qkv
-    grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(
-        q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=grouped and bool(k.shape[1])
+        q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
 
 
@@ -112,14 +113,16 @@ class Layout:
 
     @staticmethod
     def of(segments: Tensor, groups: int, size: int | None = None) -> Layout:
-        """The layout of [batch, L] sequence numbers, which grow along a row; 0 is padding.
+        """The layout of [batch, L] sequence numbers, which grow along a row; 0 is padding. No sequence goes over rows.
 
         Args:
             segments: as `attending.segments` gives them.
             groups: into how many groups the longest sequence is divided.
             size: tokens of a group, instead.
         """
-        flat, device = segments.flatten(), segments.device
+        device = segments.device
+        rows = torch.arange(len(segments), device=device)[:, None] * (segments.shape[1] + 1) * len(segments)
+        flat = torch.where(segments > 0, segments + rows, 0).flatten()
         if flat.is_meta:  # no values: as if no token were padding
             tokens, lengths = torch.empty_like(flat, dtype=torch.long), [segments.shape[1]] * segments.shape[0]
         else:
@@ -173,7 +176,7 @@ def shifted_ragged(
     batch, heads, length, _ = query.shape
     if not len(layout.tokens):
         return query.new_zeros(batch, length, heads, value.shape[-1])
-    kernel = _varlen() if _on_flash(query, dropout) else None
+    kernel = _varlen() if _on_flash(query, value, dropout) else None
     made = []
     for half, (q, k, v) in enumerate(_halves(query, key, value)):
         rows = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # [batch * L, heads, width]
@@ -190,23 +193,31 @@ def shifted_ragged(
     return together.view(batch, length, *together.shape[1:])
 
 
-def _on_flash(query: Tensor, dropout: float) -> bool:
-    """Whether the kernel for sequences of different lengths can be had: on CUDA from Ampere on, in 16 bits."""
-    half = query.dtype in (torch.float16, torch.bfloat16) and not dropout and query.shape[-1] <= 256
-    return half and query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0) and bool(_varlen())
+def _on_flash(query: Tensor, value: Tensor, dropout: float) -> bool:
+    """Whether the kernel for sequences of different lengths takes these: on CUDA from Ampere on, in 16 bits.
+
+    It pads no head, as PyTorch's product does: widths are one multiple of 8.
+    """
+    width = query.shape[-1]
+    fits = width == value.shape[-1] and width % 8 == 0 and width <= 256 and not dropout
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return fits and half and query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
+@cache
 def _varlen() -> Callable[..., Tensor] | None:
-    """PyTorch's flash attention of sequences of different lengths, where this PyTorch has it."""
+    """PyTorch's flash attention of sequences of different lengths, where this PyTorch has it with all that is needed."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
+    if not {"scale", "window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():
+        return None
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float | None) -> Tensor:
-        words: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
-        y: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0), **words)
-        made: Tensor = y
-        return made
+        grouped = q.shape[1] != k.shape[1]
+        words: dict[str, Any] = {"scale": scale, "window_size": (-1, 0), "enable_gqa": grouped}
+        made: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, **words)
+        return cast(Tensor, made)
 
     return kernel

@@ -287,7 +287,7 @@ def _written(value: Any) -> dict[str, Any] | None:
 
 
 def _read_axis(axis: str, value: Any, problems: list[Problem]) -> Any:
-    if axis in ("delta", "init", "scale", "join", "storage", "context"):
+    if axis in _PROTOCOLS:
         return None if value is None and axis != "storage" else _read_word(axis, value, problems)
     plain: dict[str, tuple[type, ...]] = {"frozen": (list,), "rules": (list,), "full": (list,), "lr": (dict,)}
     fits = isinstance(value, plain.get(axis, (int, float)))

@@ -8,12 +8,15 @@ import platform
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorary.cli.context_plan import HTML, JSON, SVG
 from lorary.cli.context_run import Found
 from lorary.inspect.context import Context
 from lorary.inspect.passkey import DEPTHS, Retrieval
+
+if TYPE_CHECKING:
+    from lorary.inspect.report import Figure
 
 Rows = list[tuple[str, ...]]
 _BEYOND, _WITHIN = "*", "\N{FIGURE SPACE}"
@@ -99,7 +102,11 @@ def _tables(found: Found) -> list[tuple[str, tuple[str, ...], Rows]]:
     """(title, head, rows) of each table."""
     longest = found.contexts[0].lengths[-1].tokens
     head, rows = _lengths(found)
-    beyond = f" ({_BEYOND} beyond what the model knows)" if any(row[2].endswith(_BEYOND) for row in rows) else ""
+    beyond = (
+        f" ({_BEYOND} beyond what the model knows)"
+        if any(c.known and longest > c.known for c in found.contexts)
+        else ""
+    )
     tables = [
         (f"perplexity on {found.tokens:,} tokens of {found.data}{beyond}", head, rows),
         (f"nats per token by position, in windows of {longest:,} tokens", *_positions(found)),
@@ -150,9 +157,10 @@ def _found(cell: Retrieval | None) -> tuple[str, str]:
 
 def _page(found: Found) -> str:
     from lorary.inspect.context_plot import context_svg, positions_svg
-    from lorary.inspect.report import Block, Figure, Picture, Section, Table, Words, page
+    from lorary.inspect.report import Block, Picture, Section, Table, Words, page
 
     lengths, positions, *depths = _tables(found)
+    longest = found.contexts[0].lengths[-1].tokens
     asked = bool(depths)
     pictured: list[Block] = [
         Picture(
@@ -161,9 +169,7 @@ def _page(found: Found) -> str:
         Table(*lengths[1:]),
     ]
     by_position: list[Block] = [
-        Picture(
-            positions_svg(found.contexts), f"In {positions[0].partition(', in ')[2]}: the same tokens for all models."
-        ),
+        Picture(positions_svg(found.contexts), f"In windows of {longest:,} tokens of the text."),
         Table(*positions[1:]),
     ]
     sections = [Section("Perplexity by length", pictured), Section("Loss by position", by_position)]
@@ -174,15 +180,17 @@ def _page(found: Found) -> str:
     sections.append(Section("Versions", [Table(("package", "version"), _versions())]))
     names = ", ".join(context.model for context in found.contexts)
     lead = f"{names}, on {found.tokens:,} tokens of {found.data}."
-    return page("Use of context", lead, [_figure(Figure, context) for context in found.contexts], sections)
+    return page("Use of context", lead, [_figure(context) for context in found.contexts], sections)
 
 
-def _figure(kind: Any, context: Context) -> Any:
+def _figure(context: Context) -> Figure:
     """A model's perplexity from the shortest to the longest length."""
+    from lorary.inspect.report import Figure
+
     first, last = context.lengths[0], context.lengths[-1]
     value = f"{_shown(first.perplexity)} \N{RIGHTWARDS ARROW} {_shown(last.perplexity)}"
     note = f"perplexity from {first.tokens:,} to {last.tokens:,} tokens"
-    return kind(context.model, value, note + (f"; knows {context.known:,}" if context.known else ""))
+    return Figure(context.model, value, note + (f"; knows {context.known:,}" if context.known else ""))
 
 
 def _marked(found: Found) -> bool:

@@ -47,7 +47,7 @@ class Length:
     @property
     def perplexity(self) -> float:
         """exp of the mean loss; infinite where that overflows."""
-        return math.exp(self.nats) if self.nats < 700 else math.inf if self.nats == self.nats else math.nan
+        return math.exp(self.nats) if self.nats < 700 else math.inf if not math.isnan(self.nats) else math.nan
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def by_position(lost: Tensor, blocks: int = BLOCKS) -> tuple[Block, ...]:
 
 
 def default_lengths(known: Sequence[int | None]) -> tuple[int, ...]:
-    """Powers of two from a quarter of what models know up to four times that; where none says it, 256 to 2,048.
+    """Powers of two from a quarter of what models know up to four times that; where none says it, 128 to 2,048.
 
     >>> default_lengths([256, None])
     (64, 128, 256, 512, 1024)
