@@ -7,7 +7,9 @@ and reads these. Their numbers come from arithmetic alone, so that they are the 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +26,49 @@ from lorary.sites import Part
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 FILES = {
+    "adalora-0.5.0/adapter_config.json": "c967ba1b3d795b4b8f4f55a999c422217aa8978ecd913ee242b02eb6c9e2230d",
+    "adalora-0.5.0/adapter_model.safetensors": "28e8d0b4270c14d19c3380b20e379bede43d18478677b9a454685adad7cd494b",
+    "adalora-0.5.0/lorary.json": "1cd741e68ad10595825869a6c5cb324124b7ead0bbe3de25c2978d11e4e73bd7",
+    "bitfit-0.5.0/adapter.safetensors": "589d5e5def233bf5ab0815eda378b935a01504a73e9da88437b20f76d3ccc16b",
+    "bitfit-0.5.0/lorary.json": "b179272a3d9605532cbf8b4efbe046d6874b6a133509a762914be40cb01c476e",
+    "delta-lora-0.5.0/adapter.safetensors": "c71c920f4b51aef8f3cd9fb13b3b4314c0ecec380c5ea576de5ecf96af45c3c4",
+    "delta-lora-0.5.0/lorary.json": "f978ce7ce3f5deebf3dc72e6d69acee8e2605c11c944106e1a8db9fbaa9422a0",
+    "dora-0.5.0/adapter_config.json": "468c2dbd47af81db40edc30289c2b7218165bf1833befad4fe972fa64f25f8f7",
+    "dora-0.5.0/adapter_model.safetensors": "6ab0338453dd71a1b07089f1296f3cf60adce973a6876108b2ec5f81557f2484",
+    "dora-0.5.0/lorary.json": "5aac47934da76638437bc61fac2ef1c55b16dd8bdcec748788c7afbc0ab8d1cb",
+    "full-0.5.0/adapter.safetensors": "589d5e5def233bf5ab0815eda378b935a01504a73e9da88437b20f76d3ccc16b",
+    "full-0.5.0/lorary.json": "8301db878fee3da7eeae54adf6a672d440e5342b389fa1bc10331bc4b599745d",
+    "glora-0.5.0/adapter.safetensors": "c2f6439a1a4d3f3c70626eefebaba62751312a14c62ddeb2d5705b722abc284e",
+    "glora-0.5.0/lorary.json": "fc1e65c015e7eff71531a6b67d17f821c58802f53ede61382b25ec0700314978",
+    "lora-0.5.0/adapter_config.json": "e01ad3e01ed53747ecae859f86b1ad945334f016b8b6a500437d38ec3b497a1e",
+    "lora-0.5.0/adapter_model.safetensors": "48b64dd9f3b19c11020bbf8c278c1efa1e9feef5934809547faebf053af5488c",
+    "lora-0.5.0/lorary.json": "e0e10b79497cbcfdcc01355dc9ba12c4a53a8d441f6430064e8aa0fb2280132f",
+    "lora-fa-0.5.0/adapter_config.json": "e01ad3e01ed53747ecae859f86b1ad945334f016b8b6a500437d38ec3b497a1e",
+    "lora-fa-0.5.0/adapter_model.safetensors": "48b64dd9f3b19c11020bbf8c278c1efa1e9feef5934809547faebf053af5488c",
+    "lora-fa-0.5.0/lorary.json": "191b277754578fc740fe12e84fca0af5a5d8f6af1811cec1fadb60b0dec54a1b",
+    "lora-plus-0.5.0/adapter_config.json": "e01ad3e01ed53747ecae859f86b1ad945334f016b8b6a500437d38ec3b497a1e",
+    "lora-plus-0.5.0/adapter_model.safetensors": "48b64dd9f3b19c11020bbf8c278c1efa1e9feef5934809547faebf053af5488c",
+    "lora-plus-0.5.0/lorary.json": "2aac5596ce315d386c4e4da69c4deafad2723a7aa0fbda1027bda90fd7b1e5e9",
+    "melora-0.5.0/adapter.safetensors": "51d2d3249878493fca25ca09e19b710d26cbec212dccc2be48fa48a56f2f0789",
+    "melora-0.5.0/lorary.json": "6c3decb826af6aa95f5efdca4aa3908e32c37626f705cc0ff3762dc8357005eb",
+    "multilora-0.5.0/adapter.safetensors": "3e1982ebade3686ddba1f6f8d6aa513ddd100461a7c40e46d00f9685b64fe7f0",
+    "multilora-0.5.0/lorary.json": "5eac73f586de9f3e00577fb10d5612f76bcc7e27414b5620ea4634f1701b6de2",
+    "o-lora-0.5.0/adapter_config.json": "e01ad3e01ed53747ecae859f86b1ad945334f016b8b6a500437d38ec3b497a1e",
+    "o-lora-0.5.0/adapter_model.safetensors": "48b64dd9f3b19c11020bbf8c278c1efa1e9feef5934809547faebf053af5488c",
+    "o-lora-0.5.0/lorary.json": "1009db6fc161fc8beb7d53258eb018b56868c6a380f087d004067e808ff13477",
+    "olora-0.5.0/adapter.safetensors": "888a02a77140a91391216be821dc3b864b069bfa06f2f6cbc6ce1ea8876cb58c",
+    "olora-0.5.0/lorary.json": "88b6cf13acc7c002f879291044bafa11067edcfd84fb728fe1a07fb10f9f2dda",
+    "pissa-0.5.0/adapter.safetensors": "888a02a77140a91391216be821dc3b864b069bfa06f2f6cbc6ce1ea8876cb58c",
+    "pissa-0.5.0/lorary.json": "5aad1f3f075d04a6d865ae9dfa3cc683361357967f1036d8cb4529b2f401b6b8",
+    "qlora-0.5.0/adapter_config.json": "e01ad3e01ed53747ecae859f86b1ad945334f016b8b6a500437d38ec3b497a1e",
+    "qlora-0.5.0/adapter_model.safetensors": "48b64dd9f3b19c11020bbf8c278c1efa1e9feef5934809547faebf053af5488c",
+    "qlora-0.5.0/lorary.json": "789e330852c33aaac9d5ee6a4ea7e5cb2b2c346b49eeff0d52f83a7c9967ceb7",
+    "rslora-0.5.0/adapter_config.json": "1a58009298447342bb60907326ae732f36ea74517f3b942ae5e59072af7a0aa4",
+    "rslora-0.5.0/adapter_model.safetensors": "48b64dd9f3b19c11020bbf8c278c1efa1e9feef5934809547faebf053af5488c",
+    "rslora-0.5.0/lorary.json": "3fd651d92e9a17984292b598f33f706160cccdca38c480299c33ebc88d37be8e",
+    "vera-0.5.0/adapter_config.json": "6686f16fbad2a6decaf5638307d0035acc6fbf6252da055ac7e9f6879dfe67f6",
+    "vera-0.5.0/adapter_model.safetensors": "e08f3dbc6737f97e8ef12b5456b64b8793633d76600b54f78c26295cb5b9f5f5",
+    "vera-0.5.0/lorary.json": "fd64d8f831085a26dbfb0ad9f6d5496e8e4744398832b5ad236d7d20746d3504",
     "lora-0.1.0/adapter_config.json": "851023a13e7b57d963ec182e33e731b592a778da852bde453286b080a5794427",
     "lora-0.1.0/adapter_model.safetensors": "5628e1335a848212dc0965faf637cad1a631b2d9d5c0da6c531569f75fde66a1",
     "lora-0.1.0/lorary.json": "eb129f67d5c9ea58c68be35ad0f93987af619e8f1e8fbb3e13702643b19d7d5c",
@@ -258,7 +303,32 @@ def _sharing(method: lorary.Method) -> Adapter:
     return Adapter(method, placed, tensors, {}, Fingerprint("Net"))
 
 
-ADAPTERS = {
+def of_preset(name: str) -> Callable[[], Adapter]:
+    """A method as its preset says it, at rank 2."""
+
+    def make() -> Adapter:
+        if not lorary.presets()[name].adapts:
+            full = {"norm.weight": numbers(6), "model.down.bias": numbers(6)}
+            return Adapter(lorary.method(name), (), {}, full, Fingerprint("Net"))
+        alpha: dict[str, Any] = {} if name in ("vera", "glora") else {"alpha": 3}
+        method = lorary.method(name, r=2, **alpha, **OPTIONS.get(name, {}))
+        sites = (Site("model.q", "linear", 4, 6, bias=False), Site("model.down", "linear", 6, 4, bias=True))
+        placed = tuple(Placed(site, method) for site in sites)
+        tensors = filled(placed)
+        for roles in tensors.values():
+            if "A0" in roles:
+                roles["A0"] = -roles["A0"]  # it has moved since
+        return Adapter(method, placed, tensors, {}, Fingerprint("Net"))
+
+    return make
+
+
+OPTIONS: dict[str, dict[str, Any]] = {"adalora": {"target": 2, "start": 2, "final": 3}, "glora": {"A": "lora"}}
+PRESETS = [
+    *("lora", "rslora", "lora+", "lora-fa", "qlora", "dora", "glora", "pissa", "olora", "vera", "melora", "multilora"),
+    *("adalora", "delta-lora", "o-lora", "bitfit", "full"),
+]
+ADAPTERS = {f"{name.replace('+', '-plus')}-0.5.0": of_preset(name) for name in PRESETS} | {
     "longlora-0.5.0": longlora,
     "qlora-0.4.0": qlora,
     "qpissa-0.4.0": qpissa,
