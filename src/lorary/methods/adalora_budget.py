@@ -1,4 +1,4 @@
-"""RankBudget: the rule by which AdaLoRA's directions compete for a budget (`methods/adalora.py`)."""
+"""RankBudget: the rule by which AdaLoRA prunes directions to a budget (`methods/adalora.py`)."""
 
 from __future__ import annotations
 

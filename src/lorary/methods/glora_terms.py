@@ -1,4 +1,4 @@
-"""GLoRA's terms: what a layer may learn, in which form, and which tensors that takes.
+"""GLoRA's terms: the forms of each, and the tensors that they need (`methods/glora.py`).
 
 A supernet's tensors serve every structure of a layer: the vector of a term is the first column of its down part, its
 scalar that column's first number (the authors' weight entanglement).

@@ -1,16 +1,16 @@
 """LoRA-drop: g_l = sum over x of |s B_l A_l x_l|^2; layers with a small share of it share one LoRA.
 
-A short training run, the probe, learns a LoRA in every layer. Where its output is large, the layer keeps one of its
-own; all others of the same module kind share one, which is trained as well. Then training begins anew. It is no word
-of a method, but a function from plan to plan: `lorary.importance` measures, `lorary.dropped` chooses.
+A short training run, the probe, trains a LoRA in every layer. Layers whose LoRA has a large output keep one of their
+own; all others of the same module kind share one, which trains as well. Then training starts over. It is not a
+component of a method but a function from plan to plan: `lorary.importance` measures, `lorary.dropped` chooses.
 
 With z = A x the norm is s^2 z^T (B^T B) z: B^T B is r x r, and the layer's output is never formed.
 
-Zhou et al. 2024, arXiv:2402.07721. I_l = g_l / sum of g; the layers that are kept are the smallest set, the largest
-first, whose I add up to T.
+Zhou et al. 2024, arXiv:2402.07721. I_l = g_l / sum of g; the layers kept are the smallest set, the largest first,
+whose I add up to T.
 
-Differs from the paper: layers are ranked within their module kind (q with q, down with down) and share within it, which
-the paper leaves open; tokens of padding do not count.
+Differs from the paper: layers are ranked and share within their module kind (q with q, down with down), which the paper
+leaves open; padding tokens do not count.
 """
 
 from __future__ import annotations
@@ -26,16 +26,10 @@ from torch import Tensor
 from lorary.errors import FileError, Problem
 from lorary.grid import cells
 from lorary.methods.lora import Add
-from lorary.preset import no_preset
+from lorary.preset import PlanFunction, no_preset
 from lorary.record import Method, braces
 
 THRESHOLD = 0.9  # the paper's T
-
-no_preset(
-    "lora-drop",
-    what="chooses layers for a method and is none itself",
-    fix="write `drop: {threshold: 0.9}` under `method:` in a configuration, or call lorary.dropped",
-)
 
 
 @dataclass(frozen=True)
@@ -215,3 +209,19 @@ def unknown_sites(found: Iterable[str], planned: Iterable[str]) -> list[Problem]
     here, there = set(planned), set(found)
     missing = [Problem(site, "is planned, but was not measured") for site in sorted(here - there)]
     return missing + [Problem(site, "was measured, but is not planned") for site in sorted(there - here)]
+
+
+no_preset(
+    PlanFunction(
+        "lora-drop",
+        about=__doc__ or "",
+        citation="Zhou et al. 2024, arXiv:2402.07721",
+        when="For fewer parameters than LoRA's, if a short probe on the same data is affordable.",
+        changes="which layers share what they learn",
+        what="chooses layers for a method and is none itself",
+        say="`drop: {threshold: 0.9}` under `method:` in a configuration, or call lorary.dropped",
+        section={"drop": {"threshold": THRESHOLD}},
+        answers=frozenset({"layers=differ", "layers=search"}),
+        why_not=shareable,
+    )
+)
