@@ -95,7 +95,8 @@ class Choice:
         """A configuration for `lorary train`, with the reasons above it."""
         from lorary.train.yaml_source import dump
 
-        why = [f"{found.title}: {found.when}" for found in (*self.presets, *self.functions)]
+        chosen: list[Preset | PlanFunction] = [*self.presets, *self.functions]
+        why = [f"{found.title}: {found.when}" for found in chosen]
         said = (why or [f"LoRA: {PRESETS['lora'].when}"]) + self.remarks + ["Put your own model and data here."]
         head = [textwrap.fill(text, 100, initial_indent="# ", subsequent_indent="#   ") for text in said]
         tree = {"model": {"id": "builtin:base"}, "method": self.method, "data": {"train": "builtin:docstrings"}}
@@ -127,7 +128,8 @@ def _propose(choice: Choice, given: str) -> None:
     """
     presets = [preset for preset in reversed(PRESETS.values()) if given in preset.answers]
     functions = [function for function in FUNCTIONS.values() if given in function.answers]
-    judged = [(found, next(_against(choice, found), "")) for found in (*presets, *functions)]
+    candidates: list[Preset | PlanFunction] = [*presets, *functions]
+    judged = [(found, next(_against(choice, found), "")) for found in candidates]
     refused = takewhile(lambda pair: pair[1], judged)
     choice.remarks += [f"Not {found.title}: {against}." for found, against in refused]
     fitting = [found for found, against in judged if not against]

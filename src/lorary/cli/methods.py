@@ -70,7 +70,7 @@ def table() -> list[dict[str, Any]]:
         | _size(lorary.method(preset.name))
         for preset in lorary.presets().values()
     ]
-    silent = {"options": {}, "lr": None, "numbers": None, "bytes": None}
+    silent: dict[str, Any] = {"options": {}, "lr": None, "numbers": None, "bytes": None}
     return presets + [_row(found, (found.changes,), found.say) | silent for found in FUNCTIONS.values()]
 
 
