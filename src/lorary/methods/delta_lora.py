@@ -88,7 +88,7 @@ def _alone(method: Any) -> list[str]:
 @word
 @dataclass(frozen=True)
 class FollowProduct(Rule):
-    """The weight follows the product B A after every optimizer step beyond the first K: in closed form.
+    """The update of W by lambda times the change of B A, after every optimizer step beyond K: in closed form.
 
     Args:
         ratio: lambda.
@@ -114,7 +114,7 @@ class FollowProduct(Rule):
 
     @torch.no_grad()
     def after_backward(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
-        """The paper's gradients: those of s B A alone, where forward has s (1 + lambda) B A."""
+        """The paper's gradients, which are those of s B A, while forward has s (1 + lambda) B A."""
         if step > self.after:
             gradients = [g for layer in layers for role in "AB" if (g := layer.p[role].grad) is not None]
             if gradients:
@@ -131,7 +131,7 @@ class FollowProduct(Rule):
 @word
 @dataclass(frozen=True)
 class WriteProduct(Rule):
-    """The weight follows the product B A after every optimizer step beyond the first K: written, as in the paper.
+    """The update of W by lambda times the change of B A, after every optimizer step beyond K: written, as in the paper.
 
     Args:
         ratio: lambda.

@@ -88,7 +88,7 @@ class Direction(Join):
 
 
 def _row_norms(W: Tensor, BA: tuple[Tensor, Tensor]) -> Tensor:
-    """The norms [out] of the rows of W + B A."""
+    """[out]: the norms of the rows of W + B A."""
     return row_norms(times(W, BA[1]), square_norms(W), *BA, 1.0)
 
 

@@ -195,13 +195,13 @@ def _low_rank_support(layer: Layer, x: Tensor, Ad: Tensor, Au: Tensor, shift: Te
 @word
 @dataclass(frozen=True)
 class RandomStructures(Rule):
-    """Every optimizer step trains one structure of every layer, drawn from all that its tensors hold.
+    """Supernet training: every optimizer step trains one random structure of every layer.
 
-    What is drawn depends on the seed, the step and the layer's name alone: all ranks agree, and a run that resumes
-    goes on as it would have. Outside training the layer is its most general structure.
+    The draw depends only on the seed, the step and the layer's name, so all ranks agree and a resumed run repeats it.
+    Outside training a layer uses its most general structure.
 
     Args:
-        seed: of the draws.
+        seed: the seed of the draws.
     """
 
     seed: int = field(default=0, metadata=SEED)

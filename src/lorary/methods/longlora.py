@@ -33,15 +33,15 @@ from lorary.words import word
 @word
 @dataclass(frozen=True)
 class Extended(Context):
-    """Reads `length` tokens, by positions that are divided; attends in groups while it trains.
+    """A context of `length` tokens by RoPE scaling, with shifted sparse attention in training.
 
     Args:
-        length: tokens that the model is to read. None is no plan's: there is no length that fits every model.
+        length: the context length in tokens; a plan refuses None, since no default fits every model.
         rope: the RoPE scaling: linear, yarn or dynamic.
         shifted: shifted sparse attention in training; False: full attention.
         groups: the number of groups in the longest sequence of a batch.
-        factor: by which positions are divided, and
-        known: how many of them the base was trained on: a plan works both out of the model.
+        factor: the RoPE scaling factor; a plan derives it from the model.
+        known: the base's original context in tokens, likewise.
     """
 
     length: int | None = field(default=None, metadata=optional(COUNT))
@@ -113,7 +113,7 @@ class Extended(Context):
 
 
 class _Entered:
-    """A model that reads further, and the way back."""
+    """The reversible change of a model to the longer context."""
 
     def __init__(self, model: nn.Module, word: Extended) -> None:
         factor = word.factor or 1.0

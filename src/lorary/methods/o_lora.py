@@ -142,7 +142,7 @@ class AwayFrom(Rule):
         return 4 * math.prod(shapes["A_past"]) if self.hard and "A_past" in shapes else 0  # the basis
 
     def before_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
-        """A starts in the complement; B is zero still, so that nothing moves."""
+        """A starts in the complement; B is still zero, so nothing moves."""
         if self.hard and step == 1:
             for layer in _later(layers):
                 _project(layer.p["A"], state[f"basis|{layer.site.name}"])
@@ -159,10 +159,10 @@ class AwayFrom(Rule):
         return value + self.weight * total / (sum(P.numel() for P in products) if self.mean else 1)
 
     def after_backward(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
-        """The gradients, too: an optimizer that divides by their size must not see other ones than its momentum is of.
+        """Project the gradients as well, so that an optimizer's second moment matches its projected momentum.
 
-        Where an input is always zero, so is the gradient, and projecting the momentum alone would move A there by the
-        momentum of other inputs over nothing.
+        For an input that is always zero the gradient is zero too; projecting the momentum alone would divide the
+        momentum of other inputs by a second moment of zero there.
         """
         if self.hard:
             for layer in _later(layers):
@@ -184,18 +184,18 @@ class AwayFrom(Rule):
 
 
 def _later(layers: Sequence[Layer]) -> list[Layer]:
-    """The layers that an earlier task has adapted."""
+    """The layers that an earlier task adapted."""
     return [layer for layer in layers if "A_past" in layer.p]
 
 
 def _sum(terms: Iterable[Tensor]) -> Tensor:
-    """On the device of the first layer, wherever the others lie."""
+    """The sum, on the device of the first term."""
     first, *others = terms
     return sum((term.to(first.device) for term in others), start=first)
 
 
 def _basis_of(layer: Layer) -> Tensor:
-    """The basis of what all earlier tasks span in a layer, grown task by task; in at least 32 bits."""
+    """An orthonormal basis of the row space of all earlier A's of a layer, in at least fp32."""
     A = together(layer.p["A_past"]).detach()
     A = A.to(torch.promote_types(A.dtype, torch.float32))
     Q = A.new_zeros(0, A.shape[1])
@@ -206,7 +206,7 @@ def _basis_of(layer: Layer) -> Tensor:
 
 @torch.no_grad()
 def basis(A: Tensor, Q: Tensor) -> Tensor:
-    """Orthonormal rows [k, inp] that span those of a basis Q [., inp], which come first, and those of A [R, inp]."""
+    """An orthonormal basis [k, inp] of the rows of Q [., inp], which come first, and of A [R, inp]."""
     rest = A - (A @ Q.T) @ Q
     rest = rest - (rest @ Q.T) @ Q  # twice is enough (Kahan)
     _, sizes, rows = torch.linalg.svd(rest, full_matrices=False)
@@ -216,9 +216,10 @@ def basis(A: Tensor, Q: Tensor) -> Tensor:
 
 
 def _project(tensor: Tensor, Q: Tensor) -> None:
-    """Takes out of every row what lies in the span of the orthonormal rows Q.
+    """Project every row onto the complement of the orthonormal rows Q, in place.
 
-    Of copies, as products round by where their factors begin in memory: what a checkpoint gave back lies elsewhere.
+    Copies are multiplied, since rounding depends on the alignment of the factors in memory, which differs after a
+    checkpoint was loaded.
     """
     with torch.no_grad():
         rows, Q = own(tensor), Q.clone()
