@@ -88,7 +88,7 @@ def _alone(method: Any) -> list[str]:
 @word
 @dataclass(frozen=True)
 class FollowProduct(Rule):
-    """The update of W by lambda times the change of B A, after every optimizer step beyond K: in closed form.
+    """The weight follows the product B A after every optimizer step beyond the first K: in closed form.
 
     Args:
         ratio: lambda.
@@ -131,7 +131,7 @@ class FollowProduct(Rule):
 @word
 @dataclass(frozen=True)
 class WriteProduct(Rule):
-    """The update of W by lambda times the change of B A, after every optimizer step beyond K: written, as in the paper.
+    """The weight follows the product B A after every optimizer step beyond the first K: written, as in the paper.
 
     Args:
         ratio: lambda.
