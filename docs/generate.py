@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,12 +19,10 @@ from pydantic import BaseModel
 
 import lorary
 from lorary.cli import COMMANDS, app
-from lorary.cli.methods import FUNCTIONS
-from lorary.combinations import partners, verdict
-from lorary.inspect.drawing import EXAMPLE, method_svg, state
-from lorary.placed import Placed
-from lorary.preset import Preset
-from lorary.sites import Site
+from lorary.cli.method_page import cell, method_page, paper, stem, value
+from lorary.combinations import verdict
+from lorary.inspect.drawing import EXAMPLE, method_svg
+from lorary.preset import FUNCTIONS
 from lorary.train.config import Config
 from lorary.words import Sequential
 
@@ -80,16 +76,8 @@ def _row(key: str, field: Any) -> str:
     elif field.default is None:
         default = ""
     else:
-        default = f"`{_yaml(field.default)}`"
-    return f"| `{key}` | {default} | {_cell(field.description or '')} |"
-
-
-def _yaml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return ", ".join(map(str, value)) if value else "[]"
-    return str(value)
+        default = f"`{value(field.default)}`"
+    return f"| `{key}` | {default} | {cell(field.description or '')} |"
 
 
 def cli_page() -> str:
@@ -107,8 +95,8 @@ def _command(name: str, command: Any) -> str:
     options = [p for p in shown if p.param_type_name == "option"]
     words = " ".join((p.name if p.required else f"[{p.name}]").upper() for p in arguments)
     usage = " ".join(filter(None, ["lorary", name, words, "[OPTIONS]" if options else ""]))
-    rows = [f"| `{p.name.upper()}` | {_cell(_help(p))} |" for p in arguments]
-    rows += [f"| {', '.join(f'`{flag}`' for flag in p.opts)} | {_cell(_help(p))} |" for p in options]
+    rows = [f"| `{p.name.upper()}` | {cell(_help(p))} |" for p in arguments]
+    rows += [f"| {', '.join(f'`{flag}`' for flag in p.opts)} | {cell(_help(p))} |" for p in options]
     table = "\n| argument or option | meaning |\n|---|---|\n" + "\n".join(rows) + "\n" if rows else ""
     return f"\n## `lorary {name}`\n\n```text\n{usage}\n```\n\n{inspect.cleandoc(command.help or '')}\n{table}"
 
@@ -123,96 +111,17 @@ def _help(parameter: Any) -> str:
     return f"{text} Default: `{default}`."
 
 
-def _cell(text: str) -> str:
-    """Text that stands in a table's cell as it is."""
-    return text.replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;").strip()
-
-
 # Below this line a method's page is written by hand; above it, here.
 BY_HAND = "<!-- By hand from here on; what stands above is written by docs/generate.py. -->"
 
-# LLaMA-2-7B's linear layers: how many, inputs, outputs.
-LLAMA = [(4 * 32, 4096, 4096), (2 * 32, 4096, 11008), (32, 11008, 4096)]
 
-
-def stem(name: str) -> str:
-    """The file of a preset's page, without its ending."""
-    return name.replace("+", "-plus")
-
-
-def method_page(name: str) -> str:
-    """A method's page: a head from its preset, and what is written by hand below it."""
-    preset, file = lorary.presets()[name], HERE / "methods" / f"{stem(name)}.md"
+def written_page(name: str) -> str:
+    """A method's page: the head from its preset, and below it the text written by hand."""
+    file = HERE / "methods" / f"{stem(name)}.md"
     text = file.read_text(encoding="utf-8") if file.exists() else ""
-    parts = [_opening(preset), _options(preset), _tensors(preset), _partners(name), BY_HAND]
     _, known, body = text.partition(BY_HAND)
-    return "\n".join(parts) + (body if known else f"\n\n{text}")
-
-
-def _opening(preset: Preset) -> str:
-    documented = inspect.getdoc(inspect.getmodule(preset.words)) or ""
-    paragraphs = [" ".join(p.split()) for p in documented.partition(":")[2].split("\n\n")]
-    lead = [p.replace("*", "\\*").replace("<", "&lt;") for p in paragraphs[:2] if "arXiv:" not in p]
-    paper = re.sub(r"arXiv:(\S+)", r"[arXiv:\1](https://arxiv.org/abs/\1)", preset.citation)
-    return "\n".join(
-        [
-            f"# {preset.title}\n",
-            f"```text\n{preset.summary}\n```\n",
-            *(f"{paragraph}\n" for paragraph in lead),
-            f"![{preset.title}: what is frozen, what trains, and how they meet](pictures/{stem(preset.name)}.svg)\n",
-            "| | |\n|---|---|",
-            f"| paper | {paper} |",
-            f"| changes | {', '.join(preset.changes)} |",
-            f"| when | {_cell(preset.when)} |",
-            f"| say | `{preset.name}` |\n",
-        ]
-    )
-
-
-def _options(preset: Preset) -> str:
-    rows = [
-        f"| `{name}` | `{_yaml(default)}` | {_cell(preset.meanings[name])} |"
-        for name, default in preset.parameters.items()
-    ]
-    rows.append(f"| learning rate | {_rate(preset.lr)} | the peak to start from: a language model, AdamW |")
-    return "## Options\n\n| option | default | meaning |\n|---|---|---|\n" + "\n".join(rows) + "\n"
-
-
-def _rate(lr: float) -> str:
-    return f"{lr:.0e}".replace("e-0", "e-")
-
-
-def _tensors(preset: Preset) -> str:
-    method = lorary.method(preset.name)
-    if method.delta is None:
-        return "## What trains\n\nBase parameters: " + ", ".join(f"`{p}`" for p in method.full) + "\n"
-    placed = Placed(EXAMPLE, method)
-    said = {"trains": "trains", "frozen": "frozen", "shared": "frozen, one for all layers"}
-    rows = [
-        f"| `{role}` | `{list(shape)}` | {math.prod(shape):,} | {said[state(placed, role)]} |"
-        for role, shape in placed.shapes.items()
-    ]
-    llama = sum(n * Placed(Site("", "linear", out, inp, False), method).trainable for n, inp, out in LLAMA)
-    return (
-        f"## What trains\n\nOn a linear layer of {EXAMPLE.inp:,} inputs and {EXAMPLE.out:,} outputs, with the default "
-        "options:\n\n| tensor | shape | numbers | |\n|---|---|---|---|\n" + "\n".join(rows) + "\n\n"
-        f"{placed.trainable:,} numbers train there, and {llama:,} on all linear layers of LLaMA-2-7B but its head.\n"
-    )
-
-
-def _partners(name: str) -> str:
-    by_letter: dict[str, list[str]] = {"Y": [], "r": [], "N": []}
-    for other, found in partners(name).items():
-        link = f"[{lorary.presets()[other].title}]({stem(other)}.md)"
-        by_letter[found.letter].append(f"- {link}: {_cell(found.why)}" if found.why else link)
-    text = "## Combines with\n\n"
-    if by_letter["Y"]:
-        text += ", ".join(by_letter["Y"]) + ".\n\n"
-    if by_letter["r"]:
-        text += "With a restriction:\n\n" + "\n".join(by_letter["r"]) + "\n\n"
-    if by_letter["N"]:
-        text += "Refused, in the words of the refusal:\n\n" + "\n".join(by_letter["N"]) + "\n\n"
-    return text + "The whole [table of combinations](../combinations.md).\n"
+    head = method_page(name, f"pictures/{stem(name)}.svg")
+    return f"{head}\n{BY_HAND}" + (body if known else f"\n\n{text}")
 
 
 def picture(name: str) -> str:
@@ -253,7 +162,7 @@ def combinations_page() -> str:
         rows.append([str(i + 1), linked[one], *row])
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     listed = {
-        letter: "\n".join(f"- {', '.join(pairs)}: {_cell(why)}" for why, pairs in found.items())
+        letter: "\n".join(f"- {', '.join(pairs)}: {cell(why)}" for why, pairs in found.items())
         for letter, found in whys.items()
     }
     return f"{COMBINATIONS_HEAD}{table}\n\n## Restrictions\n\n{listed['r']}\n\n## Refusals\n\n{listed['N']}\n"
@@ -264,8 +173,8 @@ def index_page() -> str:
     file = HERE / "methods" / "index.md"
     presets = lorary.presets().values()
     rows = [
-        f"| [`{p.name}`]({stem(p.name)}.md) | `{p.summary.replace('|', chr(92) + '|')}` | {p.year or ''} | "
-        f"{', '.join(p.changes)} | {_cell(p.when)} |"
+        f"| [`{p.name}`]({stem(p.name)}.md) | `{_pipe(p.summary)}` | {p.year or ''} | "
+        f"{', '.join(p.changes)} | {cell(p.when)} |"
         for p in presets
     ]
     head = """# The methods
@@ -281,12 +190,33 @@ LoRA's words stand. Presets combine by union; [which go together](../combination
     return head + "\n".join(rows) + toctree + BY_HAND + file.read_text(encoding="utf-8").partition(BY_HAND)[2]
 
 
+_README = "<!-- The methods; written by docs/generate.py. -->"
+
+
+def readme() -> str:
+    """The README, with its table of methods from the presets."""
+    rows = [
+        f"| [{found.title}](docs/methods/{stem(found.name)}.md) | `{_pipe(found.summary)}` | "
+        f"{paper(found.citation) if found.year else ''} | `{found.name}` |"
+        for found in (*lorary.presets().values(), *FUNCTIONS.values())
+    ]
+    table = "| method | equation | paper | name |\n|---|---|---|---|\n" + "\n".join(rows)
+    before, _, after = (HERE.parent / "README.md").read_text(encoding="utf-8").split(_README)
+    return f"{before}{_README}\n\n{table}\n\n{_README}{after}"
+
+
+def _pipe(code: str) -> str:
+    """Code inside a table."""
+    return code.replace("|", "\\|")
+
+
 PAGES: dict[str, Callable[[], str]] = {
+    "../README.md": readme,
     "reference/config.md": config_page,
     "reference/cli.md": cli_page,
     "combinations.md": combinations_page,
     "methods/index.md": index_page,
-    **{f"methods/{stem(name)}.md": functools.partial(method_page, name) for name in lorary.presets()},
+    **{f"methods/{stem(name)}.md": functools.partial(written_page, name) for name in lorary.presets()},
     **{f"methods/pictures/{stem(name)}.svg": functools.partial(picture, name) for name in lorary.presets()},
 }
 

@@ -16,7 +16,7 @@ import typer
 
 import lorary
 from lorary.cli import app
-from lorary.cli.methods import FUNCTIONS
+from lorary.preset import FUNCTIONS
 from tests import pages
 from tests.cli.command import Command
 
@@ -91,11 +91,11 @@ def test_every_method_page_is_of_a_preset() -> None:
 
 def test_every_method_that_is_a_function_has_a_page() -> None:
     index = (DOCS / "methods" / "index.md").read_text(encoding="utf-8")
-    for name, (_, citation, when, _) in FUNCTIONS.items():
+    for name, function in FUNCTIONS.items():
         page = (DOCS / "methods" / f"{name}.md").read_text(encoding="utf-8")
         assert f"({name}.md)" in index
-        assert f"| when | {when} |" in page
-        arxiv = re.search(r"\d{4}\.\d{5}", citation)
+        assert f"| when | {function.when} |" in page
+        arxiv = re.search(r"\d{4}\.\d{5}", function.citation)
         assert arxiv
         assert arxiv[0] in page
 

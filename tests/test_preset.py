@@ -88,6 +88,25 @@ def test_every_preset_says_what_it_is() -> None:
     assert lorary.presets()["lora"].summary == "y = W x + b + (alpha / r) B A x"
 
 
+@pytest.mark.parametrize("name", [*lorary.presets(), *preset.FUNCTIONS])
+def test_every_file_begins_with_its_equation_and_cites_its_paper(name: str) -> None:
+    """Line 1 is `Title: equation.`, a paragraph of meaning follows, then the citation with a part of the paper."""
+    found = lorary.presets().get(name) or preset.FUNCTIONS[name]
+    line, _, rest = found.about.partition("\n\n")
+    assert line.startswith(f"{found.title}: ")
+    assert "=" in line
+    assert line.endswith(".")
+    if found.year is not None:
+        assert f"{found.citation}" in " ".join(rest.split())
+
+
+def test_a_restriction_may_be_its_sentence_alone() -> None:
+    note = lorary.presets()["melora"].restrictions["rslora"]
+    assert note == preset.Restriction(note.why)
+    assert note.advised
+    assert lorary.presets()["o-lora"].restrictions["lora-fa"].options == {"hard": True}
+
+
 def test_the_table_of_presets_is_a_copy() -> None:
     lorary.presets().clear()
     assert "lora" in lorary.presets()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from lorary.errors import MethodError, Problem, did_you_mean
@@ -14,16 +14,34 @@ from lorary.words import WORDS
 
 
 @dataclass(frozen=True)
+class Restriction:
+    """A reservation about two presets that do combine.
+
+    Args:
+        why: the reservation, as the documentation shows it.
+        options: options without which the two are refused.
+        advised: whether `lorary methods --choose` may propose the two together.
+    """
+
+    why: str
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    advised: bool = True
+
+
+@dataclass(frozen=True)
 class Preset:
     """A paper's name for some words.
 
     Args:
-        name: how it is said, such as `lora+`.
+        name: the name in configurations and on the command line, such as `lora+`.
         words: the function that gives the words, axis -> word; its parameters are the preset's options.
         citation: the paper.
-        adapts: whether it learns a delta beside the frozen weight; False for what trains base weights only.
+        adapts: whether it learns a delta beside the frozen weight; False if only base weights train.
         lr: the peak learning rate to start from when fine-tuning a language model with AdamW.
         when: one sentence that says when to use it.
+        restrictions: earlier preset -> the reservation about combining with it. Presets that cannot combine are not
+            listed: `method` refuses them.
+        answers: answer to `lorary methods --choose`, such as `memory=tight` -> the options to propose.
     """
 
     name: str
@@ -32,10 +50,12 @@ class Preset:
     adapts: bool = True
     lr: float = 2e-4
     when: str = ""
+    restrictions: Mapping[str, Restriction] = field(default_factory=dict, hash=False)
+    answers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
 
     @property
     def summary(self) -> str:
-        """The first line of its documentation: the equation."""
+        """The first line of its docstring: the equation."""
         return (inspect.getdoc(self.words) or "").partition("\n")[0]
 
     @property
@@ -45,27 +65,80 @@ class Preset:
 
     @property
     def meanings(self) -> dict[str, str]:
-        """Its options and what they mean, from its documentation."""
+        """Its options and their meanings, from its docstring."""
         _, _, text = (inspect.getdoc(self.words) or "").partition("Args:")
         found = re.findall(r"^    (\w+): (.+(?:\n      .+)*)", text, re.MULTILINE)
         return {name: " ".join(words.split()) for name, words in found}
 
     @property
+    def about(self) -> str:
+        """The docstring of its file, which begins with `Title: equation`."""
+        return inspect.getdoc(inspect.getmodule(self.words)) or ""
+
+    @property
     def title(self) -> str:
-        """The method's name as its paper writes it: how the documentation of its file begins."""
-        title, colon, _ = (getattr(inspect.getmodule(self.words), "__doc__", "") or "").partition(":")
+        """The method's name as its paper writes it: the beginning of its file's docstring."""
+        title, colon, _ = self.about.partition(":")
         return title if colon and "\n" not in title else self.name
 
     @property
     def year(self) -> int | None:
-        """The year of the paper; None for what no paper is cited for."""
-        found = re.search(r"\b(?:19|20)\d\d\b(?!\.)", self.citation)
-        return int(found[0]) if found else None
+        """The year of the paper; None if no paper is cited."""
+        return _year(self.citation)
 
     @property
     def changes(self) -> tuple[str, ...]:
-        """In plain words, the axes on which it speaks."""
+        """The axes on which it speaks, in plain English."""
         return tuple(_IN_PLAIN_WORDS[axis] for axis in self.words())
+
+
+@dataclass(frozen=True)
+class PlanFunction:
+    """A paper's method that is no preset but a function of a plan: it chooses layers for another method.
+
+    Args:
+        name: its name, such as `lora-drop`.
+        about: its file's docstring, whose first line is `Title: equation.`
+        citation: the paper.
+        when: one sentence that says when to use it.
+        changes: what it decides, in plain English.
+        what: why `lorary.method` refuses its name.
+        say: how to ask for it.
+        section: the keys of a configuration's `method` section that ask for it.
+        answers: answers to `lorary methods --choose` for which it is proposed.
+        why_not: the reasons why a method cannot be combined with it.
+    """
+
+    name: str
+    about: str
+    citation: str
+    when: str
+    changes: str
+    what: str
+    say: str
+    section: Mapping[str, Any]
+    answers: frozenset[str]
+    why_not: Callable[[Method], list[Problem]]
+
+    @property
+    def title(self) -> str:
+        """The method's name as its paper writes it."""
+        return self.about.partition(":")[0]
+
+    @property
+    def summary(self) -> str:
+        """The equation."""
+        return self.about.partition("\n")[0].partition(": ")[2].rstrip(".")
+
+    @property
+    def year(self) -> int | None:
+        """The year of the paper."""
+        return _year(self.citation)
+
+
+def _year(citation: str) -> int | None:
+    found = re.search(r"\b(?:19|20)\d\d\b(?!\.)", citation)
+    return int(found[0]) if found else None
 
 
 # What a word of each axis decides.
@@ -84,19 +157,32 @@ _IN_PLAIN_WORDS = {
 }
 
 PRESETS: dict[str, Preset] = {}
+FUNCTIONS: dict[str, PlanFunction] = {}
 _ALIASES: dict[str, str] = {}
 F_ = TypeVar("F_", bound=Callable[..., dict[str, Any]])
 
 
 def preset(
-    name: str, *, citation: str, aliases: Sequence[str] = (), adapts: bool = True, lr: float = 2e-4, when: str = ""
+    name: str,
+    *,
+    citation: str,
+    aliases: Sequence[str] = (),
+    adapts: bool = True,
+    lr: float = 2e-4,
+    when: str = "",
+    restrictions: Mapping[str, Restriction | str] | None = None,
+    answers: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Callable[[F_], F_]:
-    """Give words a paper's name, so that `lorary.method`, the command line, files and the laws find them."""
+    """Register words under a paper's name, for `lorary.method`, the command line, files, docs and the laws.
+
+    The arguments are those of `Preset`; a restriction without options may be its sentence alone.
+    """
+    restricted = {k: Restriction(v) if isinstance(v, str) else v for k, v in (restrictions or {}).items()}
 
     def register(words: F_) -> F_:
-        if PRESETS.get(name) is not None:
+        if name in PRESETS:
             raise TypeError(f"there is a preset {name} already")
-        PRESETS[name] = Preset(name, words, citation, adapts, lr, when)
+        PRESETS[name] = Preset(name, words, citation, adapts, lr, when, restricted, answers or {})
         for alias in (name, *aliases):
             _ALIASES.setdefault(_plain(alias), name)
         return words
@@ -104,12 +190,9 @@ def preset(
     return register
 
 
-_ELSEWHERE: dict[str, Problem] = {}
-
-
-def no_preset(name: str, *, what: str, fix: str) -> None:
-    """Let whoever says this paper's name among the presets learn what it is instead: a function, not words."""
-    _ELSEWHERE[_plain(name)] = Problem(name, what, fix)
+def no_preset(function: PlanFunction) -> None:
+    """Register a paper's method that is a function of a plan; `lorary.method` then says so."""
+    FUNCTIONS[function.name] = function
 
 
 def _plain(name: str) -> str:
@@ -117,7 +200,7 @@ def _plain(name: str) -> str:
 
 
 def _known(name: str) -> str | None:
-    """The preset that a name means; hyphens count where they tell one from another: O-LoRA is not OLoRA."""
+    """The preset of that name; hyphens count if they distinguish two: O-LoRA is not OLoRA."""
     exact = re.sub(r"[\s_]", "-", name.strip().lower())
     return exact if exact in PRESETS else _ALIASES.get(_plain(name))
 
@@ -187,8 +270,9 @@ def _chosen(names: Sequence[str], problems: list[Problem]) -> list[Preset]:
     chosen: list[Preset] = []
     for name in names:
         known = _known(name) if isinstance(name, str) else None
-        if isinstance(name, str) and (elsewhere := _ELSEWHERE.get(_plain(name))):
-            problems.append(Problem(repr(name), elsewhere.what, elsewhere.fix))
+        function = next((f for f in FUNCTIONS.values() if _plain(f.name) == _plain(str(name))), None)
+        if function:
+            problems.append(Problem(repr(name), function.what, f"write {function.say}"))
         elif known is None:
             problems.append(
                 Problem(repr(name), "is no method that lorary knows", did_you_mean(str(name), list(PRESETS)))

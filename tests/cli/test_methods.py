@@ -13,21 +13,19 @@ import pytest
 
 import lorary
 from lorary.cli.choosing import QUESTIONS, choose
-from lorary.cli.methods import FUNCTIONS, PLANNED, table
+from lorary.cli.methods import table
 from lorary.errors import MethodError
+from lorary.preset import FUNCTIONS, PRESETS, Preset
 from lorary.train.config_file import load
 from lorary.train.models import skeleton
 from tests.cli.command import Command
 
 
-def test_methods_shows_what_is_there_and_what_is_to_come(command: Command) -> None:
+def test_methods_shows_every_preset(command: Command) -> None:
     rows = json.loads(command("methods", "--json").out)
-    assert [row["name"] for row in rows if row["available"]] == [*lorary.presets(), *FUNCTIONS]
-    assert {row["name"] for row in rows if not row["available"]} == set(PLANNED)
-    assert not set(PLANNED) & set(lorary.presets())
+    assert [row["name"] for row in rows] == [*lorary.presets(), *FUNCTIONS]
     assert next(row for row in rows if row["name"] == "lora+") == {
         "name": "lora+",
-        "available": True,
         "equation": "lr_B = ratio * lr_A",
         "year": 2024,
         "citation": "Hayou et al. 2024, arXiv:2402.12354",
@@ -46,32 +44,45 @@ def test_methods_as_text(command: Command) -> None:
     ran = command("methods")
     expected = """dora (2024)
     y = diag(m) (W + s B A) x / ||W + s B A|| + b
-    When quality counts for more than the time of a step; half of LoRA's rank is often enough.
+    When quality matters more than the time of a step; half of LoRA's rank is often enough.
     Liu et al. 2024, arXiv:2402.09353
     changes: how it joins the weight
     trains: 135,168 numbers beside a weight of 4096 x 4096; 2.06 MiB with gradients, AdamW and rules
     options: exact=False
 """
     assert expected in ran.out
-    assert "lorahub (2023, planned)\n" in ran.out
     assert "full (the baseline)\n" in ran.out
-    assert ran.err == f"{len(lorary.presets()) + len(FUNCTIONS)} methods, {len(PLANNED)} planned\n"
+    assert ran.err == f"{len(lorary.presets()) + len(FUNCTIONS)} methods\n"
 
 
 def test_one_method(command: Command) -> None:
     ran = command("methods", "DoRA")
     assert ran.out.startswith("dora (2024)\n")
     assert len(ran.out.splitlines()) == 7
-    (row,) = json.loads(command("methods", "--json", "lorahub").out)
-    assert not row["available"]
+    (row,) = json.loads(command("methods", "--json", "lora-drop").out)
+    assert row["equation"].startswith("g_l = sum over x of |s B_l A_l x_l|^2")
     ran = command("methods", "adalor")
     assert (ran.code, ran.out) == (2, "")
     assert "adalor: is no method that lorary knows\n      hint: did you mean `adalora`" in ran.err
 
 
+def test_the_page_of_a_method(command: Command) -> None:
+    page = command("methods", "dora", "--markdown").out
+    for heading in ("# DoRA\n", "## Options\n", "## What trains\n", "## Combines with\n"):
+        assert heading in page
+    assert "[arXiv:2402.09353](https://arxiv.org/abs/2402.09353)" in page
+    ran = command("methods", "--markdown")
+    assert (ran.code, ran.out) == (2, "")
+    assert "NAME: is missing" in ran.err
+    ran = command("methods", "lora-drop", "--markdown")
+    assert (ran.code, ran.out) == (2, "")
+    assert "lora-drop: is a function of a plan; its page is written by hand" in ran.err
+
+
 def test_a_method_that_is_a_function_tells_how_it_is_said(command: Command) -> None:
     ran = command("methods", "lora-drop")
-    assert "say: method: {drop: {threshold: 0.9}} in a configuration, or lorary.dropped(plan, importance)" in ran.out
+    said = " ".join(ran.out.split())
+    assert "say: `drop: {threshold: 0.9}` under `method:` in a configuration, or call lorary.dropped" in said
     for name in FUNCTIONS:
         with pytest.raises(MethodError, match="is none itself"):
             lorary.method(name)
@@ -91,8 +102,8 @@ def test_what_a_method_takes_in_training() -> None:
 
 
 def every_answer() -> Iterator[dict[str, str]]:
-    for answers in itertools.product(*(question.answers for question in QUESTIONS)):
-        yield dict(zip([question.key for question in QUESTIONS], answers, strict=True))
+    for answers in itertools.product(*(question.answers for question in QUESTIONS.values())):
+        yield dict(zip(QUESTIONS, answers, strict=True))
 
 
 def test_every_outcome_is_a_configuration_that_plans(tmp_path: Path) -> None:
@@ -109,7 +120,7 @@ def test_every_outcome_is_a_configuration_that_plans(tmp_path: Path) -> None:
         if planned not in plans:
             plans.add(planned)
             assert config.method.plan(bare).trainable > 0, answers
-        assert text.startswith("# Why: ")
+        assert text.startswith("# ")
     assert named == {
         *("lora", "lora+", "lora-fa", "qlora", "dora", "glora", "pissa", "vera", "multilora", "adalora", "o-lora"),
         "longlora",
@@ -119,30 +130,52 @@ def test_every_outcome_is_a_configuration_that_plans(tmp_path: Path) -> None:
 def test_every_answer_counts() -> None:
     """Each answer but a question's first changes what comes out: nothing that is asked is passed over."""
     plain = choose({}).yaml()
-    for question in QUESTIONS:
+    for key, question in QUESTIONS.items():
         for answer in list(question.answers)[1:]:
-            assert choose({question.key: answer}).yaml() != plain, (question.key, answer)
+            assert choose({key: answer}).yaml() != plain, (key, answer)
 
 
-def test_what_is_planned_is_said() -> None:
-    for answers, name in (({"adapters": "many"}, "S-LoRA"),):
-        assert name in "\n".join(choose(answers).planned)
-        assert name.lower() in PLANNED
-    assert choose({"quality": "best", "convergence": "fast"}).planned == []
-    assert choose({"layers": "differ", "tasks": "sequence"}).planned == []
-
-
-def test_layers_that_differ_find_out_as_the_other_answers_allow() -> None:
+def test_answers_lead_to_methods_that_combine() -> None:
     def said(**answers: str) -> tuple[list[str], dict[str, Any]]:
         found = choose(answers)
-        return found.names, found.method
+        return found.names, {key: value for key, value in found.method.items() if key != "name"}
 
+    assert said() == ([], {})
     assert said(layers="differ") == (["adalora"], {})
     assert said(layers="search") == (["glora"], {"options": {"supernet": True}})
+    assert said(layers="search", memory="short")[1] == {"options": {"A": "vector", "supernet": True}}
     assert said(layers="differ", memory="tight") == (["lora-fa"], {"drop": {"threshold": 0.9}})
-    assert said(layers="differ", convergence="fast")[1] == {"r": 16, "ranks": {"*.mlp.*": 32}}
+    assert said(layers="differ", quality="best") == (["dora"], {})  # neither AdaLoRA nor LoRA-drop
     assert said(tasks="sequence", memory="tight") == (["o-lora", "lora-fa"], {"options": {"hard": True}})
     assert said(tasks="sequence", quality="best", convergence="fast")[0] == ["o-lora", "lora+"]
+    assert said(memory="short", quality="best", convergence="fast")[0] == ["qlora", "dora", "pissa"]
+    assert said(memory="tight", quality="best")[0] == ["lora-fa"]  # it combines, but is not advised
+
+
+def test_the_reasons_are_the_presets_own_words() -> None:
+    lines = " ".join(choose({"memory": "tight", "quality": "best", "convergence": "fast"}).yaml().split("\n#   "))
+    assert f"# LoRA-FA: {PRESETS['lora-fa'].when}" in lines
+    assert f"# Not DoRA: {PRESETS['dora'].restrictions['lora-fa'].why}." in lines
+    assert "LoRA+" not in lines  # which LoRA-FA excludes, and PiSSA is there
+    assert f"# Or LoRA+: {PRESETS['lora+'].when}" in choose({"convergence": "fast"}).yaml()
+    assert f"# LoRA: {PRESETS['lora'].when}" in choose({}).yaml()
+
+
+def test_a_method_from_outside_is_proposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def words(seed: int = 0) -> dict[str, Any]:
+        return {"frozen": frozenset({"A"})}
+
+    mine = Preset("mine", words, "nobody 2026", when="For one's own.", answers={"adapters=many": {"seed": 3}})
+    monkeypatch.setitem(PRESETS, "mine", mine)
+    found = choose({"adapters": "many"})
+    assert found.names == ["mine"]
+    assert found.options == {"seed": 3}
+    assert found.remarks == [f"Or VeRA: {PRESETS['vera'].when}"]
+
+
+def test_every_answer_of_a_preset_is_asked_for() -> None:
+    asked = {f"{key}={answer}" for key, question in QUESTIONS.items() for answer in list(question.answers)[1:]}
+    assert asked == {a for found in (*PRESETS.values(), *FUNCTIONS.values()) for a in found.answers}
 
 
 def test_answers_on_the_command_line(command: Command) -> None:
@@ -154,12 +187,12 @@ def test_answers_on_the_command_line(command: Command) -> None:
 
 
 def test_questions_on_the_terminal(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("rather tight\ntight\n" + "\n" * (len(QUESTIONS) - 1)))
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n\nrather tight\ntight\n" + "\n" * (len(QUESTIONS) - 3)))
     ran = command("methods", "--choose")
     assert ran.code == 0
     assert ran.out == choose({"memory": "tight"}).yaml()
     assert ran.err.count("memory [enough]: ") == 2
-    assert all(question.text in ran.err for question in QUESTIONS)
+    assert all(question.text in ran.err for question in QUESTIONS.values())
 
 
 def test_an_end_of_the_input_ends_the_questions(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,9 +206,9 @@ def test_answers_that_are_none(command: Command) -> None:
     assert (ran.code, ran.out) == (2, "")
     assert ran.err == (
         "error: these answers cannot be read:\n"
-        "  - memori: is no question\n"
+        "  - memori: is not a question\n"
         "      hint: did you mean `memory`?\n"
-        "  - quality: 'bestest' is no answer to: Is the best result worth longer steps?\n"
+        "  - quality: 'bestest' does not answer: Is the best result worth longer steps?\n"
         "      hint: known: good, best\n"
     )
     ran = command("methods", "--answers", "memory,quality=best,quality=good")

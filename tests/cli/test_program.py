@@ -39,7 +39,7 @@ OPTIONS = {
     "inspect": [],
     "inspect context": ["--base", "--data", "--json", "--lengths", "--out", "--passkeys", "--tokens"],
     "merge": ["--base", "--data", "--dtype", "--force", "--onto", "--rows"],
-    "methods": ["--answers", "--choose", "--json"],
+    "methods": ["--answers", "--choose", "--json", "--markdown"],
     "search": ["--ceiling", "--generations", "--overwrite", "--population", "--quiet", "--seed", "-q"],
     "train": ["--after", "--dry-run", "--overwrite", "--quiet", "--resume", "--set", "-q"],
     "plan": ["--alpha", "--check", "--exclude", "--memory", "--method", "--r", "--set", "--targets", "-m", "-t"],

@@ -1,4 +1,4 @@
-"""lorary methods: what can be learnt with, as a table."""
+"""lorary methods: the table of methods, from their presets."""
 
 from __future__ import annotations
 
@@ -6,28 +6,13 @@ import json
 import shutil
 import sys
 import textwrap
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-# The rest of the family: name, equation, citation. A method moves out of here when its file arrives.
-PLANNED = {
-    "lorahub": (
-        "the weighted sum of many adapters, weights found without gradients",
-        "Huang et al. 2023, arXiv:2307.13269",
-    ),
-    "s-lora": ("thousands of adapters served on one base", "Sheng et al. 2023, arXiv:2311.03285"),
-}
-
-# What is here, but is a function and not words: name, equation, citation, when to use it, how it is said.
-FUNCTIONS = {
-    "lora-drop": (
-        "g_l = sum over x of |s B_l A_l x_l|^2; layers with a small share of it share one LoRA",
-        "Zhou et al. 2024, arXiv:2402.07721",
-        "For fewer numbers than LoRA's, where a short probe on the same data is affordable.",
-        "method: {drop: {threshold: 0.9}} in a configuration, or lorary.dropped(plan, importance)",
-    ),
-}
+if TYPE_CHECKING:
+    from lorary.preset import PlanFunction, Preset
 
 # A layer to count at: an attention projection of LLaMA-2-7B.
 WIDE = 4096
@@ -38,8 +23,9 @@ def methods(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every option and its default.")] = False,
     choosing: Annotated[bool, typer.Option("--choose", help="Ask a few questions; print a configuration.")] = False,
     answers: Annotated[
-        str | None, typer.Option("--answers", help="What --choose would ask, such as memory=tight,quality=best.")
+        str | None, typer.Option("--answers", help="Answers to --choose, such as memory=tight,quality=best.")
     ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the documentation page of NAME.")] = False,
 ) -> None:
     """Show every method: its equation, what it changes, when to use it, its options.
 
@@ -51,73 +37,75 @@ def methods(
         print(choose(_asked() if answers is None else _given(answers)).yaml(), end="")
         return
     rows = table() if name is None else [_named(name, table())]
-    if as_json:
+    if markdown:
+        print(_page(rows), end="")
+    elif as_json:
         print(json.dumps(rows, indent=2))
-        return
+    else:
+        _print(rows)
+        if name is None:
+            print(f"{len(rows)} methods", file=sys.stderr)
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
     width = max(shutil.get_terminal_size((100, 24)).columns, 40)
     for row in rows:
-        planned = "" if row["available"] else ", planned"
-        print(f"{row['name']} ({row['year'] or 'the baseline'}{planned})")
+        print(f"{row['name']} ({row['year'] or 'the baseline'})")
         options = ", ".join(f"{key}={value}" for key, value in row["options"].items())
         lines = [row["equation"], row["when"], row["citation"] if row["year"] else ""]
-        lines += [f"changes: {', '.join(row['changes'])}" if row["changes"] else ""]
-        lines += [_costs(row) if row["numbers"] else "", f"say: {row['say']}" if row["say"] != row["name"] else ""]
-        for line in (*lines, f"options: {options}" if options else ""):
-            if line:
-                print(textwrap.fill(line, width, initial_indent="    ", subsequent_indent="        "))
-    if name is not None:
-        return
-    ready = sum(row["available"] for row in rows)
-    print(f"{ready} methods, {len(rows) - ready} planned", file=sys.stderr)
+        lines += [f"changes: {', '.join(row['changes'])}", _costs(row) if row["numbers"] else ""]
+        lines += [f"say: {row['say']}" if row["say"] != row["name"] else "", f"options: {options}" if options else ""]
+        for line in filter(None, lines):
+            print(textwrap.fill(line, width, initial_indent="    ", subsequent_indent="        "))
 
 
 def table() -> list[dict[str, Any]]:
-    """One entry per method, those to come at the end."""
+    """One entry per method, in the order of their files; functions of a plan at the end."""
     import lorary
+    from lorary.preset import FUNCTIONS
 
-    presets = lorary.presets()
-    ready = [
-        {
-            "name": name,
-            "available": True,
-            "equation": preset.summary,
-            "year": preset.year,
-            "citation": preset.citation,
-            "changes": list(preset.changes),
-            "when": preset.when,
-            "say": name,
-            "options": preset.parameters,
-            "lr": preset.lr,
-        }
-        | _size(lorary.method(name))
-        for name, preset in presets.items()
+    presets = [
+        _row(preset, preset.changes, preset.name)
+        | {"options": preset.parameters, "lr": preset.lr}
+        | _size(lorary.method(preset.name))
+        for preset in lorary.presets().values()
     ]
     silent: dict[str, Any] = {"options": {}, "lr": None, "numbers": None, "bytes": None}
+    return presets + [_row(found, (found.changes,), found.say) | silent for found in FUNCTIONS.values()]
 
-    def year(citation: str) -> int | None:
-        return lorary.Preset("", dict, citation).year
 
-    functions = [
-        {"name": name, "available": True, "equation": equation, "year": year(citation), "citation": citation}
-        | {"changes": ["which layers share what they learn"], "when": when, "say": say}
-        | silent
-        for name, (equation, citation, when, say) in FUNCTIONS.items()
-    ]
-    planned = [
-        {"name": name, "available": False, "equation": equation, "year": year(citation), "citation": citation}
-        | {"changes": [], "when": "", "say": name}
-        | silent
-        for name, (equation, citation) in PLANNED.items()
-        if name not in presets
-    ]
-    return ready + functions + planned
+def _row(found: Preset | PlanFunction, changes: Sequence[str], say: str) -> dict[str, Any]:
+    return {
+        "name": found.name,
+        "equation": found.summary,
+        "year": found.year,
+        "citation": found.citation,
+        "changes": list(changes),
+        "when": found.when,
+        "say": say,
+    }
+
+
+def _page(rows: list[dict[str, Any]]) -> str:
+    """The documentation page of one method."""
+    import lorary
+    from lorary.cli.method_page import method_page
+    from lorary.errors import ConfigError, Problem
+
+    if len(rows) != 1:
+        raise ConfigError("--markdown prints one page:", [Problem("NAME", "is missing", "name a method")])
+    name = rows[0]["name"]
+    if name not in lorary.presets():
+        what = "is a function of a plan; its page is written by hand"
+        raise ConfigError("this page cannot be generated:", [Problem(name, what)])
+    return method_page(name)
 
 
 def _size(method: Any) -> dict[str, int | None]:
-    """How many numbers train at a square linear layer, and the bytes that they take in training.
+    """The trainable parameters at a square linear layer, and the bytes of its adapter in training.
 
-    In 32 bits: the number, its gradient and AdamW's two moments; what the layer has that is frozen, such as where it
-    started; and the state of the rules. What all layers share is left out.
+    In fp32: parameters, gradients and AdamW's two moments; the layer's frozen tensors, such as its start; and the state
+    of the rules. Tensors shared by all layers are left out.
     """
     import math
 
@@ -147,26 +135,26 @@ def _named(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         if row["name"] == said:
             return row
     hint = did_you_mean(said, [row["name"] for row in rows])
-    raise ConfigError("there is no such method:", [Problem(name, "is no method that lorary knows", hint)])
+    raise ConfigError("unknown method:", [Problem(name, "is no method that lorary knows", hint)])
 
 
 def _asked() -> dict[str, str]:
-    """The answers, asked for on standard error, so that standard output is left to the configuration."""
+    """The answers, asked for on standard error, so that standard output holds the configuration alone."""
     from lorary.cli.choosing import QUESTIONS
 
     answers = {}
-    for question in QUESTIONS:
+    for key, question in QUESTIONS.items():
         print(question.text, file=sys.stderr)
         for answer, meaning in question.answers.items():
             print(f"    {answer:<9} {meaning}", file=sys.stderr)
         answer = ""
         while answer not in question.answers:
-            print(f"{question.key} [{question.default}]: ", end="", file=sys.stderr, flush=True)
+            print(f"{key} [{question.default}]: ", end="", file=sys.stderr, flush=True)
             line = sys.stdin.readline()
             if not line:
                 raise typer.Abort
             answer = line.strip() or question.default
-        answers[question.key] = answer
+        answers[key] = answer
     return answers
 
 

@@ -1,9 +1,28 @@
-"""One file per paper. Importing a file makes its words and its preset known: a new method is one line here."""
+"""One file per paper. Importing a file registers its words and its preset: a new method is one line here.
 
-from lorary.methods import lora, rslora, loraplus, lora_fa  # noqa: F401, I001 (reading order)
+A method outside this package registers itself through the entry point group `lorary.methods` of its own package.
+"""
+
+from importlib.metadata import entry_points  # noqa: I001 (the methods are in reading order)
+from warnings import warn
+
+from lorary.methods import lora, rslora, loraplus, lora_fa  # noqa: F401
 from lorary.methods import qlora  # noqa: F401 (storage)
 from lorary.methods import dora, glora, pissa, olora, vera, melora, multilora  # noqa: F401
 from lorary.methods import adalora, delta_lora, o_lora  # noqa: F401 (rules)
 from lorary.methods import longlora  # noqa: F401 (context)
 from lorary.methods import lora_drop  # noqa: F401 (a function of a plan: no preset)
 from lorary.methods import bitfit, full  # noqa: F401
+
+
+def _load_installed() -> None:
+    """Import the methods that installed packages bring; a broken one is reported and leaves the others usable."""
+    for entry in sorted(entry_points(group="lorary.methods"), key=lambda entry: entry.name):
+        try:
+            entry.load()
+        except Exception as error:
+            package = entry.dist.name if entry.dist else "an installed package"
+            warn(f"the method {entry.name} of {package} cannot be loaded: {error!r}", stacklevel=2)
+
+
+_load_installed()

@@ -1,16 +1,16 @@
-"""AdaLoRA: W' = W + s P diag(E) Q, with directions dropped one by one, so that the rank goes where it is worth most.
+"""AdaLoRA: W' = W + s P diag(E) Q, whose directions are pruned so that the rank goes to the layers that need it most.
 
-P [out, r], E [r] and Q [r, inp] have the shape of a singular value decomposition; a penalty keeps P and Q near to
-orthonormal. A direction is worth what its numbers would change the loss by (sensitivity, smoothed, times how unsure
-that is), and the least valuable ones of the whole model are masked (their E set to zero) until the budget of the
-moment is met. A masked direction keeps its P and Q and may come back, until the last phase, when the choice stands.
+P [out, r], E [r] and Q [r, inp] have the shape of a singular value decomposition; a penalty keeps P and Q close to
+orthonormal. The importance of a direction is the sensitivity of the loss to its entries, smoothed, times its
+uncertainty. The least important directions of the whole model are masked (their E is zero) until the current budget is
+met. A masked direction keeps its P and Q and may return, until the last phase, in which the choice is final.
 
 Zhang et al. 2023, arXiv:2303.10512, equations 2, 8-12 and algorithm 1.
 
-Differs from the paper: the penalty is by default the one of the authors' code: Frobenius norms, not squared, averaged
-over all P and Q (`form="paper"`: squared and summed). Differs from the authors' code: scores are taken before the
-optimizer steps, of the weights that the gradients belong to, as the paper has it; exactly as many directions stay as
-the budget says, ties or not; and when the choice stands, the masked directions are taken out of the tensors.
+Differs from the paper: the penalty is by default that of the authors' code: Frobenius norms, not squared, averaged over
+all P and Q (`form="paper"`: squared and summed). Differs from the authors' code: scores are computed before the
+optimizer step, from the weights that the gradients belong to, as in the paper; exactly as many directions remain as the
+budget says, with ties or without; and once the choice is final, the masked directions are removed from the tensors.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Spectral(Delta):
     """P [out, R], E [R] and Q [R, inp], with B = P diag(E) and A = Q.
 
     Args:
-        r: how many directions there are at the start; s is taken of it.
-        kept: how many are left (R), once the choice stands; none of them may be left.
+        r: the number of directions at the start, which sets s.
+        kept: R, the number that remains once the choice is final; it may be 0.
     """
 
     r: int = field(metadata=COUNT)
@@ -50,7 +50,7 @@ class Spectral(Delta):
 
     @property
     def R(self) -> int:  # noqa: N802 (as in the shapes)
-        """How many directions there are now."""
+        """The current number of directions."""
         return self.r if self.kept is None else self.kept
 
     def shapes(self, site: Site) -> Shapes:
@@ -60,11 +60,11 @@ class Spectral(Delta):
         return p["P"] * p["E"], p["Q"]
 
     def left(self, R: int) -> Delta:
-        """The same with R directions left."""
+        """This delta with R remaining directions."""
         return dataclasses.replace(self, kept=R)
 
     def alive(self, p: Tensors) -> Tensor:
-        """[R] of which directions the update consists."""
+        """[R]: which directions are part of the update."""
         return p["E"] != 0
 
     def problems(self, site: Site) -> list[str]:
@@ -95,7 +95,7 @@ class SmallNormal(Init):
 @word
 @dataclass(frozen=True)
 class ByStartRank:
-    """s = alpha / (r + 1e-5), r being the rank at the start: what is dropped later does not change it."""
+    """s = alpha / (r + 1e-5) with the rank at the start: pruning does not change it."""
 
     alpha: float = field(metadata=POSITIVE)
 
@@ -106,7 +106,7 @@ class ByStartRank:
 @word
 @dataclass(frozen=True)
 class Orthogonal(Rule):
-    """P and Q are kept near to orthonormal: by ||P^T P - I|| and ||Q Q^T - I|| of every layer.
+    """The penalty ||P^T P - I|| and ||Q Q^T - I|| of every layer, which keeps P and Q close to orthonormal.
 
     Args:
         weight: gamma.
@@ -143,7 +143,11 @@ class Orthogonal(Rule):
     "adalora",
     citation="Zhang et al. 2023, arXiv:2303.10512",
     lr=5e-4,
-    when="When the layers differ in how much rank they need, and the sum of it has to be small.",
+    when="When layers differ in how much rank they need, and the total must be small.",
+    answers={"layers=differ": {}},
+    restrictions={
+        "lora+": "the ratio is between P and Q, and was derived for B = 0 at the start: retune it; E learns at Q's rate"
+    },
 )
 def adalora(
     r: int = 12,
@@ -158,12 +162,12 @@ def adalora(
     """y = W x + b + s P diag(E) Q x
 
     Args:
-        r: directions of each layer at the start; 1.5 times the target in the paper.
-        target: directions of each layer that are left, on average.
-        start: optimizer steps before any is dropped: a share of the run below 1, or their number.
-        final: optimizer steps for which the choice stands, likewise.
-        every: optimizer steps between two choices.
-        alpha: s = alpha / r, with the r of the start.
+        r: directions per layer at the start; 1.5 times the target in the paper.
+        target: directions per layer that remain, on average.
+        start: optimizer steps before the first pruning: a share of the run below 1, or their number.
+        final: optimizer steps at the end during which the choice is final, likewise.
+        every: optimizer steps between two prunings.
+        alpha: s = alpha / r with the r of the start.
         orthogonality: the weight of the penalty on P and Q.
         form: of the penalty: `authors`, norms averaged, or `paper`, squared norms summed.
     """

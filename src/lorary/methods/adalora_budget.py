@@ -1,4 +1,4 @@
-"""RankBudget: the rule by which AdaLoRA's directions compete for a budget (`methods/adalora.py`)."""
+"""RankBudget: the rule by which AdaLoRA prunes directions to a budget (`methods/adalora.py`)."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ ROLES = ("P", "E", "Q")
 @word
 @dataclass(frozen=True)
 class RankBudget(Rule):
-    """The directions of all layers compete for a budget that falls from their number to `target` for each layer.
+    """The global rank budget: it falls from all directions to an average of `target` per layer.
 
-    It counts optimizer steps. Up to `start` of them all directions stay, then the budget falls along a cubic curve,
-    and for the last `final` ones the choice stands: the masked directions leave the tensors and the optimizer's
-    state (where several ranks hold them: when the adapter is saved), and what the scores took is given back.
+    Time is counted in optimizer steps. All directions stay during the first `start` steps; then the budget falls along
+    a cubic curve; during the last `final` steps the choice is final: the masked directions are removed from the tensors
+    and the optimizer's state (with several ranks: when the adapter is saved), and the scores are freed.
 
     Args:
-        target: directions that are left, on average over the layers.
-        start: t_i, steps before any is masked: a share of the run's below 1, or their number.
-        final: t_f, steps for which the choice stands, likewise.
+        target: the directions that remain, on average over the layers.
+        start: t_i, steps before the first mask: a share of the run below 1, or their number.
+        final: t_f, steps at the end during which the choice is final, likewise.
         every: Delta T, steps between two masks.
-        beta1: how slowly the sensitivity follows.
-        beta2: how slowly its uncertainty does.
+        beta1: the smoothing of the sensitivity.
+        beta2: the smoothing of its uncertainty.
     """
 
     target: int = field(metadata=COUNT)
@@ -61,16 +61,16 @@ class RankBudget(Rule):
         return found
 
     def times(self, steps: int) -> tuple[int, int]:
-        """(t_i, t_f) of a run of so many optimizer steps."""
+        """(t_i, t_f) of a run of `steps` optimizer steps."""
         return steps_of(self.start_at, steps), steps_of(self.final, steps)
 
     def budget(self, step: int, steps: int, ranks: Sequence[int]) -> int:
-        """b(t): how many directions the whole model has after an optimizer step (from 1).
+        """b(t): the directions of the whole model after an optimizer step (from 1).
 
         Args:
             step: t.
             steps: T, of the run.
-            ranks: of each layer at the start.
+            ranks: the rank of every layer at the start.
         """
         (t_i, t_f), most, least = self.times(steps), sum(ranks), min(self.target * len(ranks), sum(ranks))
         if step <= t_i:
@@ -108,7 +108,7 @@ class RankBudget(Rule):
         if not self._stands(state, step - 1):
             self._observe(layers, state)
             return
-        for layer in layers:  # the masked ones are no part of the model any more: nor of the gradient's norm
+        for layer in layers:  # masked directions have left the model, so they must not count in the gradient's norm
             if layer.chosen is not None and layer.p["E"].grad is not None:
                 layer.p["E"].grad.mul_(like(layer.p["E"], layer.chosen.to(layer.p["E"].dtype)))
 
@@ -128,7 +128,7 @@ class RankBudget(Rule):
         return {"rank_budget": sum(ranks.values()), "ranks": ranks}
 
     def _stands(self, state: dict[str, Tensor], step: int) -> bool:
-        """Whether the choice stands after so many steps."""
+        """Whether the choice is final after `step` steps."""
         steps = int(state["steps"])
         return step >= steps - self.times(steps)[1]
 

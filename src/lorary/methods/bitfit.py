@@ -1,14 +1,16 @@
-"""BitFit: only the biases train, all of them, those of the normalisations included.
+"""BitFit: y = W x + b, where only b trains.
 
-Ben Zaken et al. 2021, arXiv:2106.10199. Models without biases (Llama and its kin) have nothing to train: the plan
-says so instead of training nothing.
+All biases train, those of the normalisations included, and nothing else. A model without biases (Llama and its kin)
+has nothing to train, and the plan says so.
+
+Ben Zaken et al. 2021, arXiv:2106.10199.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from lorary.preset import preset
+from lorary.preset import Restriction, preset
 
 
 @preset(
@@ -17,6 +19,10 @@ from lorary.preset import preset
     adapts=False,
     lr=1e-3,
     when="For little data on a model that has biases, or beside an adapter.",
+    restrictions={
+        "qlora": "the biases train beside quantised weights",
+        "o-lora": Restriction("for the last task only: trained biases cannot stay under a later task", advised=False),
+    },
 )
 def bitfit() -> dict[str, Any]:
     """y = W x + b, b trains"""

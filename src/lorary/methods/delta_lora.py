@@ -1,16 +1,16 @@
 """Delta-LoRA: W_(t+1) = W_t + lambda s (B_(t+1) A_(t+1) - B_t A_t), so that the weight follows the product B A.
 
-That is done after every optimizer step t > K. As lambda is constant the sum telescopes: with the product at step K
-kept, the update of the untouched base is s (1 + lambda) B A - lambda s B_K A_K. That is what `mode="closed"` computes:
-no weight is written, so that the base may be quantised or shared, and the update has rank 2r at most (r with K = 0).
-The gradients of A and B are those of the paper's model, s B A beside W_t: the factor 1 + lambda is taken out of them.
+This happens after every optimizer step t > K. As lambda is constant the sum telescopes: with the product at step K
+kept, the update of the untouched base is s (1 + lambda) B A - lambda s B_K A_K. `mode="closed"` computes exactly that:
+no weight is written, so the base may be quantised or shared, and the update has at most rank 2r (r with K = 0). The
+gradients of A and B are those of the paper's model, s B A beside W_t: the factor 1 + lambda is divided out.
 
-`mode="paper"` writes the weights step by step, as algorithm 1 does. It is there to be compared with.
+`mode="paper"` writes the weights step by step, as algorithm 1 does, for comparison.
 
 Zi et al. 2023, arXiv:2309.02411, algorithm 1. The authors have published no code.
 
 Differs from the paper: its claim that the accumulated update has full rank does not hold for a constant lambda; with
-K = 0 and an optimizer that does not see the scale of gradients, Delta-LoRA is LoRA with (1 + lambda) alpha.
+K = 0 and an optimizer that is invariant to the scale of gradients, Delta-LoRA is LoRA with (1 + lambda) alpha.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class Propagated(Delta):
     """(1 + lambda) B A - lambda B_K A_K of B [out, r] and A [r, inp].
 
     Args:
-        r: the rank of B A; s is taken of it.
+        r: the rank of B A, which sets s.
         ratio: lambda.
-        late: whether the weight begins to follow after the first step only. Then there are the product of that
-            moment, A_K [r, inp] and B_K [out, r], and lam [1]: zero before, and lambda from then on.
+        late: whether the weight begins to follow at a later step K. The product of that step is then kept as A_K
+            [r, inp] and B_K [out, r], with lam [1]: zero before it, lambda from then on.
     """
 
     r: int = field(metadata=COUNT)
@@ -114,7 +114,7 @@ class FollowProduct(Rule):
 
     @torch.no_grad()
     def after_backward(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
-        """The paper's gradients: those of s B A alone, where forward has s (1 + lambda) B A."""
+        """The paper's gradients, which are those of s B A, while forward has s (1 + lambda) B A."""
         if step > self.after:
             gradients = [g for layer in layers for role in "AB" if (g := layer.p[role].grad) is not None]
             if gradients:
@@ -200,13 +200,13 @@ def delta_lora(r: int = 16, ratio: float = 2.0, start: int = 500, mode: str = "c
 
     Args:
         r: the rank of B A.
-        ratio: lambda, how far the weight follows the product.
-        start: K, the optimizer steps before it begins to.
-        mode: `closed` leaves the weights alone; `paper` writes them, in 32 bits.
+        ratio: lambda, the share of the product's change that is added to the weight.
+        start: K, the optimizer steps before the first such change.
+        mode: `closed` leaves the weights alone; `paper` writes them, in fp32.
     """
     if mode not in ("closed", "paper"):
         raise MethodError("this method cannot be made:", [Problem("mode", f"is {mode!r}; it takes closed or paper")])
     if mode == "paper":
         return {"delta": LowRank(r), "rules": (WriteProduct(ratio, start),)}
-    late = type(start) is not int or start > 0  # whatever is no number is told by the rule
+    late = type(start) is not int or start > 0  # the rule reports a value that is not a number
     return {"delta": Propagated(r, ratio, late), "rules": (FollowProduct(ratio, start),)}

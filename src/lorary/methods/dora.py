@@ -1,13 +1,13 @@
-"""DoRA: W' = diag(m) (W + s B A) / ||W + s B A||, the norm taken of every output row.
+"""DoRA: W' = diag(m) (W + s B A) / ||W + s B A||, with the norm of every output row.
 
 The weight is split into a magnitude per output, m, which trains by itself, and a direction, which LoRA updates. The
-norm counts as a constant in the backward pass, as published; `exact` differentiates through it.
+norm is a constant in the backward pass, as published; `exact` differentiates through it.
 
-Liu et al. 2024, arXiv:2402.09353, equations 5 and 11 (whose W is the transpose of ours: its columns are our rows).
+Liu et al. 2024, arXiv:2402.09353, equations 5 and 11 (their W is the transpose of ours: their columns are our rows).
 
-The norm comes from the factors (`lorary.kernels.direction`), once for every change of them, from the weight as it is
-stored. Dropout acts on the input of all that the magnitude scales: y = W x + b + (g - 1) W x~ + g s B A x~ with
-g = m / ||W + s B A||, as in the authors' code. The bias is no part of the direction and is never scaled.
+The norm is computed from the factors (`lorary.kernels.direction`), once per change of them, and from the weight as it
+is stored. Dropout acts on the input of everything that the magnitude scales: y = W x + b + (g - 1) W x~ + g s B A x~
+with g = m / ||W + s B A||, as in the authors' code. The bias is not part of the direction and is never scaled.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lorary.fields import FLAG
 from lorary.kernels.direction import gained, row_norms, square_norms, times
-from lorary.preset import preset
+from lorary.preset import Restriction, preset
 from lorary.sites import Site
 from lorary.words import Join, Layer, Shapes, Tensors, word
 
@@ -29,11 +29,11 @@ from lorary.words import Join, Layer, Shapes, Tensors, word
 @word
 @dataclass(frozen=True)
 class Direction(Join):
-    """W' = diag(m) V / ||V|| with V = W + s B A, a norm and a magnitude for every output row.
+    """W' = diag(m) V / ||V|| with V = W + s B A: a norm and a magnitude for every output row.
 
     Args:
-        exact: differentiate through the norm, instead of holding it constant: the gradient of V then has no part
-            along V.
+        exact: differentiate through the norm instead of holding it constant; the gradient of V is then orthogonal
+            to V.
     """
 
     exact: bool = field(default=False, metadata=FLAG)
@@ -88,7 +88,7 @@ class Direction(Join):
 
 
 def _row_norms(W: Tensor, BA: tuple[Tensor, Tensor]) -> Tensor:
-    """The norms [out] of the rows of W + B A."""
+    """[out]: the norms of the rows of W + B A."""
     return row_norms(times(W, BA[1]), square_norms(W), *BA, 1.0)
 
 
@@ -96,12 +96,19 @@ def _row_norms(W: Tensor, BA: tuple[Tensor, Tensor]) -> Tensor:
     "dora",
     citation="Liu et al. 2024, arXiv:2402.09353",
     lr=1e-4,
-    when="When quality counts for more than the time of a step; half of LoRA's rank is often enough.",
+    when="When quality matters more than the time of a step; half of LoRA's rank is often enough.",
+    answers={"quality=best": {}},
+    restrictions={
+        "lora+": "the ratio is between B and A; m learns at A's rate",
+        "lora-fa": Restriction(
+            "most of the memory saved is lost: the gradient of the magnitude needs the layer's output", advised=False
+        ),
+    },
 )
 def dora(exact: bool = False) -> dict[str, Any]:
     """y = diag(m) (W + s B A) x / ||W + s B A|| + b
 
     Args:
-        exact: differentiate through the norm, instead of holding it constant as the paper does.
+        exact: differentiate through the norm instead of holding it constant as the paper does.
     """
     return {"join": Direction(exact)}

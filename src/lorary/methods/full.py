@@ -1,4 +1,7 @@
-"""Full fine-tuning: every base parameter trains. What the family is measured against."""
+"""Full fine-tuning: y = W x + b, where everything trains.
+
+The baseline that the family is measured against.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from lorary.preset import preset
     aliases=("full-fine-tuning", "fft"),
     adapts=False,
     lr=2e-5,
-    when="To see what an adapter should reach, where memory allows it.",
+    when="As the reference for an adapter, if memory allows it.",
 )
 def full() -> dict[str, Any]:
     """y = W x + b, everything trains"""

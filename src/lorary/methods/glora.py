@@ -1,16 +1,16 @@
 """GLoRA: y = (W + W * A + B) x + b + b * D + E + W C, where * multiplies element by element.
 
-Five terms change the weight, the bias and what reaches them. Each of them takes one of a few forms: a low-rank matrix
-(its down part times its up part), a vector over the outputs, a scalar, or none: 4 * 4 * 3 * 3 * 3 = 432 structures for
-a layer. The scale of every term is what it learns; there is no alpha.
+Five terms change the weight and the bias. Each takes one of a few forms: a low-rank matrix (a down part times an up
+part), a vector, a scalar, or none: 4 * 4 * 3 * 3 * 3 = 432 structures of a layer. The terms learn their own scale;
+there is no alpha.
 
-Chavan et al. 2023, arXiv:2306.07967, equation 3; that the product with A is element by element, the forms and the
-start are those of the authors' code.
+Chavan et al. 2023, arXiv:2306.07967, equation 3. The element-wise product with A, the forms and the start are those of
+the authors' code.
 
-In a supernet one set of tensors serves all structures of a layer (`glora_terms`). Every optimizer step trains a
-structure drawn at random for every layer (`RandomStructures`); `lorary.search` then looks for those that do best.
+In a supernet one set of tensors serves all structures of a layer (`glora_terms`). Every optimizer step trains a random
+structure of every layer (`RandomStructures`); `lorary.search` then looks for the best ones.
 
-What acts on the outputs alone (every form but a low-rank A) reads the weight through the layer's own forward pass.
+Terms that act on the outputs only (every form but a low-rank A) read the weight through the layer's own forward pass.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lorary.kernels.low_rank import autocasting
 from lorary.kernels.supports import add_supported, recomputed, supported
 from lorary.methods.glora_terms import DOWN, OWN, ROLES, Terms, pair, structures
 from lorary.methods.lora import Fixed
-from lorary.preset import preset
+from lorary.preset import Restriction, preset
 from lorary.sites import Site
 from lorary.words import Init, Join, Layer, Rule, Tensors, word
 
@@ -195,13 +195,13 @@ def _low_rank_support(layer: Layer, x: Tensor, Ad: Tensor, Au: Tensor, shift: Te
 @word
 @dataclass(frozen=True)
 class RandomStructures(Rule):
-    """Every optimizer step trains one structure of every layer, drawn from all that its tensors hold.
+    """Supernet training: every optimizer step trains one random structure of every layer.
 
-    What is drawn depends on the seed, the step and the layer's name alone: all ranks agree, and a run that resumes
-    goes on as it would have. Outside training the layer is its most general structure.
+    The draw depends only on the seed, the step and the layer's name, so all ranks agree and a resumed run repeats it.
+    Outside training a layer uses its most general structure.
 
     Args:
-        seed: of the draws.
+        seed: the seed of the draws.
     """
 
     seed: int = field(default=0, metadata=SEED)
@@ -226,7 +226,14 @@ class RandomStructures(Rule):
     "glora",
     citation="Chavan et al. 2023, arXiv:2306.07967",
     lr=1e-4,
-    when="When layers differ in what they need: a search finds the terms that each of them is worth.",
+    when="When layers differ in what they need: a search finds the terms of each layer.",
+    answers={"layers=search": {"supernet": True}},
+    restrictions={
+        "qlora": Restriction(
+            "only with A as a vector, a scalar or none, which act on the outputs: there is no dense weight",
+            options={"A": "vector"},
+        )
+    },
 )
 def glora(
     r: int = 4,
@@ -241,13 +248,13 @@ def glora(
     """y = (W + W * A + B) x + b + b * D + E + W C, * element by element
 
     Args:
-        r: the rank of the terms that are low-rank.
-        A: what scales W, element by element: lora, vector (over the outputs), scalar or none.
-        B: what is added to W, likewise.
-        C: what W is applied to once more, to shift the bias: lora, vector (over the inputs) or none.
-        D: what scales the bias: vector, scalar or none.
-        E: what is added to the bias, likewise.
-        supernet: train a random structure of every layer in every step, for `lorary search` to choose from.
+        r: the rank of the low-rank terms.
+        A: the term that scales W element by element: lora, vector (over the outputs), scalar or none.
+        B: the term added to W, likewise.
+        C: the input whose product with W is added to the bias: lora, vector (over the inputs) or none.
+        D: the term that scales the bias: vector, scalar or none.
+        E: the term added to the bias, likewise.
+        supernet: train a random structure of every layer in every step, for `lorary search`.
         seed: of the random structures.
     """
     if type(supernet) is not bool:  # whatever is said in words, "no" among it, would count as true

@@ -1,4 +1,4 @@
-"""GLoRA's terms: what a layer may learn, in which form, and which tensors that takes.
+"""GLoRA's terms: the forms of each, and the tensors that they need (`methods/glora.py`).
 
 A supernet's tensors serve every structure of a layer: the vector of a term is the first column of its down part, its
 scalar that column's first number (the authors' weight entanglement).
@@ -95,7 +95,7 @@ class Terms(Delta):
         return []
 
     def slices(self, p: Tensors) -> dict[str, Tensor]:
-        """The tensors of this structure as parts of a more general one's: views, so that they learn as one."""
+        """The tensors of this structure as views of a more general one's, so that they train together."""
         found: dict[str, Tensor] = {}
         for term, down in DOWN.items():
             whole, form = p.get(down), self.form(term)
@@ -111,11 +111,11 @@ class Terms(Delta):
 
 @cache
 def structures(terms: Terms, bias: bool = True) -> tuple[Terms, ...]:
-    """Every structure whose terms are parts of these: 432 of the most general ones.
+    """Every structure whose terms are parts of these; the most general terms have 432.
 
     Args:
         terms: the most general form of every term.
-        bias: whether the layer has a bias; without one there is no D to choose.
+        bias: whether the layer has a bias; D needs one.
     """
     forms = {term: some[some.index(terms.form(term)) :] for term, some in FORMS.items()}
     if not bias:

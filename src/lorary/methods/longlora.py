@@ -1,14 +1,15 @@
-"""LongLoRA: LoRA, embeddings and norms in full, trained with attention in groups over positions that are divided.
+"""LongLoRA: W' = W + s B A at q, k, v and o, with embeddings and norms in full, RoPE scaling and shifted attention.
 
-W' = W + s B A at q, k, v and o; the token embeddings and every normalisation train as they are. Positions are divided
-by ceil(length / what the model knows), and in training alone a token sees its group of a quarter of the tokens, half of
-the heads by groups that are shifted by half of one (`lorary.attention`). Afterwards the model attends in full.
+The token embeddings and all normalisations train in full. Positions are divided by ceil(length / original context). In
+training only, a token attends within its group of a quarter of the tokens, and the groups of half of the heads are
+shifted by half a group (`lorary.attention`). Afterwards attention is full.
 
-Chen et al. 2023, arXiv:2309.12307, section 3; the factor, and G of the actual length, as in the authors' code.
+Chen et al. 2023, arXiv:2309.12307, section 3; the factor and the group size from the actual length are those of the
+authors' code.
 
-Differs from the paper: without its own `rope`, yarn and dynamic scaling are there beside position interpolation.
-Differs from the authors' code: no group goes over the end of a sequence, so that nothing sees the future; padding and
-packed sequences have groups of their own.
+Differs from the paper: yarn and dynamic RoPE scaling are available besides position interpolation. Differs from the
+authors' code: no group wraps around the end of a sequence, so that no token sees the future; padding and packed
+sequences have groups of their own.
 """
 
 from __future__ import annotations
@@ -25,22 +26,22 @@ from lorary import positions
 from lorary.attending import Switch, limits
 from lorary.contexts import Context, Reading
 from lorary.fields import COUNT, FLAG, POSITIVE, one_of, optional
-from lorary.preset import preset
+from lorary.preset import Restriction, preset
 from lorary.words import word
 
 
 @word
 @dataclass(frozen=True)
 class Extended(Context):
-    """Reads `length` tokens, by positions that are divided; attends in groups while it trains.
+    """A context of `length` tokens by RoPE scaling, with shifted sparse attention in training.
 
     Args:
-        length: tokens that the model is to read. None is no plan's: there is no length that fits every model.
-        rope: how positions are divided: linear, yarn or dynamic.
-        shifted: attend in shifted groups while training; False attends in full.
-        groups: into how many groups the longest sequence of a batch is divided.
-        factor: by which positions are divided, and
-        known: how many of them the base was trained on: a plan works both out of the model.
+        length: the context length in tokens; a plan refuses None, since no default fits every model.
+        rope: the RoPE scaling: linear, yarn or dynamic.
+        shifted: shifted sparse attention in training; False: full attention.
+        groups: the number of groups in the longest sequence of a batch.
+        factor: the RoPE scaling factor; a plan derives it from the model.
+        known: the base's original context in tokens, likewise.
     """
 
     length: int | None = field(default=None, metadata=optional(COUNT))
@@ -112,7 +113,7 @@ class Extended(Context):
 
 
 class _Entered:
-    """A model that reads further, and the way back."""
+    """The reversible change of a model to the longer context."""
 
     def __init__(self, model: nn.Module, word: Extended) -> None:
         factor = word.factor or 1.0
@@ -152,15 +153,21 @@ class _Entered:
     "longlora",
     citation="Chen et al. 2023, arXiv:2309.12307",
     lr=2e-5,
-    when="For a context longer than the model's own, at a fraction of what full attention costs in training.",
+    when="For a context longer than the model's own, at a fraction of the cost of full attention in training.",
+    answers={"context=long": {"length": 8192}},
+    restrictions={
+        "o-lora": Restriction(
+            "for the last task only: trained embeddings and norms cannot stay under a later task", advised=False
+        )
+    },
 )
 def longlora(length: int | None = None, rope: str = "linear", shifted: bool = True, groups: int = 4) -> dict[str, Any]:
-    """W' = W + s B A at q, k, v, o; embeddings and norms train; each token sees its group of L/4
+    """W' = W + s B A at q, k, v, o; embeddings and norms train; attention in groups of L/4
 
     Args:
-        length: how many tokens the model is to read; it has to be said.
-        rope: how positions are divided: linear, yarn or dynamic.
-        shifted: attend in shifted groups while training; False attends in full.
-        groups: into how many groups the longest sequence of a batch is divided.
+        length: the context length in tokens; required.
+        rope: the RoPE scaling: linear, yarn or dynamic.
+        shifted: shifted sparse attention in training; False: full attention.
+        groups: the number of groups in the longest sequence of a batch.
     """
     return {"context": Extended(length, rope, shifted, groups), "full": ("embeddings", "norms")}

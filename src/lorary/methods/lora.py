@@ -1,10 +1,10 @@
 """LoRA: y = W x + b + s B A x with s = alpha / r.
 
-A low-rank update is learnt beside the frozen weight: A [r, inp] goes down to r numbers, B [out, r] comes back up.
-Everything here is the default of every other method.
+A trainable low-rank update is added to the frozen weight: A [r, in] projects down to r dimensions, B [out, r] back up.
+Its components are the defaults of every other method.
 
-Hu et al. 2021, arXiv:2106.09685, section 4.1; A's distribution is that of the authors' code (the paper only says
-Gaussian), and so is the reversed start of embeddings.
+Hu et al. 2021, arXiv:2106.09685, equation 3 (section 4.1). The distribution of A (the paper only says Gaussian) and
+the reversed start of embeddings are those of the authors' code.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lorary.words import Delta, Init, Join, Layer, Shapes, Tensors, word
 @word
 @dataclass(frozen=True)
 class LowRank(Delta):
-    """B [out, r] and A [r, inp]. A fused site learns a pair of its own for every part."""
+    """B [out, r] and A [r, inp]; every part of a fused site has its own pair."""
 
     r: int = field(metadata=COUNT)
 
@@ -45,7 +45,7 @@ class LowRank(Delta):
 class Kaiming(Init):
     """A ~ U(-1/sqrt(inp), 1/sqrt(inp)), B = 0. An embedding starts the other way round: A = 0, B ~ N(0, 1).
 
-    inp is the number of inputs that a row of A meets: those of a slice where A consists of blocks.
+    inp is the number of inputs of a row of A: those of one slice if A is block-diagonal.
     """
 
     fills = frozenset({"A", "B"})
@@ -93,7 +93,7 @@ class ByRank:
 @word
 @dataclass(frozen=True)
 class Fixed:
-    """s itself, whatever the rank: what is left of a scale after adapters are added or converted."""
+    """A constant s, independent of the rank, as after adapters were added or converted."""
 
     s: float = field(metadata=POSITIVE)
 
@@ -124,15 +124,15 @@ class Add(Join):
 @preset(
     "lora",
     citation="Hu et al. 2021, arXiv:2106.09685",
-    when="The place to begin, and what every other method is compared with.",
+    when="To begin with: the baseline of every other method.",
 )
 def lora(r: int = 16, alpha: float = 32.0, dropout: float = 0.0) -> dict[str, Any]:
     """y = W x + b + (alpha / r) B A x
 
     Args:
         r: the rank.
-        alpha: set once, at the first rank tried; it is not a knob for every rank.
-        dropout: probability of dropping an input of A in training.
+        alpha: set it once, at the first rank tried; it need not be tuned for every rank.
+        dropout: the probability of dropping an input of A in training.
     """
     return {
         "delta": LowRank(r),

@@ -1,16 +1,16 @@
 """LoRA-drop: g_l = sum over x of |s B_l A_l x_l|^2; layers with a small share of it share one LoRA.
 
-A short training run, the probe, learns a LoRA in every layer. Where its output is large, the layer keeps one of its
-own; all others of the same module kind share one, which is trained as well. Then training begins anew. It is no word
-of a method, but a function from plan to plan: `lorary.importance` measures, `lorary.dropped` chooses.
+A short training run, the probe, trains a LoRA in every layer. Layers whose LoRA has a large output keep one of their
+own; all others of the same module kind share one, which trains as well. Then training starts over. It is not a
+component of a method but a function from plan to plan: `lorary.importance` measures, `lorary.dropped` chooses.
 
 With z = A x the norm is s^2 z^T (B^T B) z: B^T B is r x r, and the layer's output is never formed.
 
-Zhou et al. 2024, arXiv:2402.07721. I_l = g_l / sum of g; the layers that are kept are the smallest set, the largest
-first, whose I add up to T.
+Zhou et al. 2024, arXiv:2402.07721. I_l = g_l / sum of g; the layers kept are the smallest set, the largest first,
+whose I add up to T.
 
-Differs from the paper: layers are ranked within their module kind (q with q, down with down) and share within it, which
-the paper leaves open; tokens of padding do not count.
+Differs from the paper: layers are ranked and share within their module kind (q with q, down with down), which the paper
+leaves open; padding tokens do not count.
 """
 
 from __future__ import annotations
@@ -26,16 +26,10 @@ from torch import Tensor
 from lorary.errors import FileError, Problem
 from lorary.grid import cells
 from lorary.methods.lora import Add
-from lorary.preset import no_preset
+from lorary.preset import PlanFunction, no_preset
 from lorary.record import Method, braces
 
 THRESHOLD = 0.9  # the paper's T
-
-no_preset(
-    "lora-drop",
-    what="chooses layers for a method and is none itself",
-    fix="write `drop: {threshold: 0.9}` under `method:` in a configuration, or call lorary.dropped",
-)
 
 
 @dataclass(frozen=True)
@@ -45,8 +39,8 @@ class Measured:
     Args:
         site: its name.
         g: the sum of |s B A x|^2 over the tokens.
-        relative: |s B A x| over |W x|, each the root of the sum over the tokens: layers with large activations have a
-            large g whatever was learnt there.
+        relative: |s B A x| over |W x|, each the root of the sum over the tokens. Unlike g it does not grow with the
+            layer's activations.
     """
 
     site: str
@@ -56,11 +50,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class Importance:
-    """What a probe has learnt in each layer, measured on data. Prints as a table.
+    """The importance of every layer after a probe, measured on data. Prints as a table.
 
     Args:
         measured: the layers, in any order.
-        tokens: over how many tokens.
+        tokens: the number of tokens measured.
     """
 
     measured: tuple[Measured, ...]
@@ -79,7 +73,7 @@ class Importance:
 
     @property
     def within(self) -> dict[str, float]:
-        """site -> its share of the sum over its module kind: what T is held against."""
+        """site -> its share of the sum over its module kind, which is compared with T."""
         return {
             site: self.g[site] / total if total else 0.0
             for members in self._kinds()
@@ -88,9 +82,9 @@ class Importance:
         }
 
     def kept(self, threshold: float = THRESHOLD) -> frozenset[str]:
-        """Of every module kind the fewest layers that together have `threshold` of its sum. 1 keeps all.
+        """The fewest layers of every module kind that together have `threshold` of its sum. 1 keeps all.
 
-        Where two are equal, the name decides, so that the order of the layers does not.
+        The name breaks ties, so that the result does not depend on the order of the layers.
         """
         if threshold >= 1:
             return frozenset(self.g)
@@ -130,10 +124,10 @@ class Importance:
 
     @staticmethod
     def from_dict(data: Any) -> Importance:
-        """What `to_dict` wrote.
+        """The inverse of `to_dict`.
 
         Raises:
-            FileError: it is something else; every reason.
+            FileError: `data` is not such a record; every reason.
         """
         sites = data.get("sites") if isinstance(data, Mapping) else None
         if not isinstance(sites, Mapping) or not sites:
@@ -162,7 +156,7 @@ def squares(z: Tensor, B: Tensor, s: float, groups: int = 1) -> Tensor:
     """|s B z|^2 as s^2 z^T (B^T B) z, without forming B z.
 
     Args:
-        z: [..., groups * r], which is A x; for a convolution with groups A x of each of them, side by side.
+        z: [..., groups * r], which is A x; for a grouped convolution A x of every group, side by side.
         B: [out, r]; the rows of each group act on its own r numbers.
         s: the scale.
         groups: of a convolution.
@@ -177,7 +171,7 @@ def squares(z: Tensor, B: Tensor, s: float, groups: int = 1) -> Tensor:
 
 
 def measurable(method: Method) -> list[Problem]:
-    """Why the importance of this method's layers cannot be measured, or says nothing; empty where it does."""
+    """The reasons why the importance of a method's layers cannot be measured or is meaningless."""
     if method.delta is None:
         return [Problem("method", "adapts no layer: there are none to choose from")]
     problems, delta, join = [], method.delta, method.join
@@ -194,7 +188,7 @@ def measurable(method: Method) -> list[Problem]:
 
 
 def shareable(method: Method) -> list[Problem]:
-    """Why layers cannot share this method's tensors after they were measured, or why they cannot be measured."""
+    """The reasons why layers cannot be measured, or cannot share a method's tensors afterwards."""
     problems = measurable(method)
     if method.init is not None and method.init.moves_base:
         what = f"{type(method.init).__name__} starts each layer from its own weight, and layers that share start alike"
@@ -203,7 +197,7 @@ def shareable(method: Method) -> list[Problem]:
 
 
 def announced(threshold: float, sample: float) -> str:
-    """What a probe will do to a plan, for whoever looks at the plan before."""
+    """The note in a plan that a probe will change."""
     return (
         f"LoRA-drop: a probe on {sample:.3g} of the training rows will choose which layers keep tensors of their own "
         f"(T = {threshold:g}); the others of a module kind will share one set"
@@ -211,7 +205,23 @@ def announced(threshold: float, sample: float) -> str:
 
 
 def unknown_sites(found: Iterable[str], planned: Iterable[str]) -> list[Problem]:
-    """How the layers that were measured are not those of a plan."""
+    """The differences between the layers that were measured and those of a plan."""
     here, there = set(planned), set(found)
     missing = [Problem(site, "is planned, but was not measured") for site in sorted(here - there)]
     return missing + [Problem(site, "was measured, but is not planned") for site in sorted(there - here)]
+
+
+no_preset(
+    PlanFunction(
+        "lora-drop",
+        about=__doc__ or "",
+        citation="Zhou et al. 2024, arXiv:2402.07721",
+        when="For fewer parameters than LoRA's, if a short probe on the same data is affordable.",
+        changes="which layers share what they learn",
+        what="chooses layers for a method and is none itself",
+        say="`drop: {threshold: 0.9}` under `method:` in a configuration, or call lorary.dropped",
+        section={"drop": {"threshold": THRESHOLD}},
+        answers=frozenset({"layers=differ", "layers=search"}),
+        why_not=shareable,
+    )
+)

@@ -1,7 +1,7 @@
-"""LoRA-FA: LoRA with A frozen at its random start; only B trains.
+"""LoRA-FA: y = W x + b + s B A x, with A frozen at its random start.
 
-What it saves is memory for activations: without a gradient for A the layer's input is not kept for the backward
-pass, only the r numbers A x per token. The update stays in the row space of A.
+Only B trains, which saves activation memory: without a gradient for A the backward pass needs the r numbers A x per
+token instead of the layer's input. The update stays in the row space of A.
 
 Zhang et al. 2023, arXiv:2308.03303, section 3.
 """
@@ -17,7 +17,8 @@ from lorary.preset import preset
     "lora-fa",
     citation="Zhang et al. 2023, arXiv:2308.03303",
     lr=4e-4,
-    when="When memory for activations is what runs out.",
+    when="When activations do not fit into memory.",
+    answers={"memory=tight": {}},
 )
 def lora_fa() -> dict[str, Any]:
     """y = W x + b + s B A x, A frozen"""

@@ -1,12 +1,12 @@
-"""MELoRA: n small LoRAs side by side, each from its slice of the inputs to its slice of the outputs.
+"""MELoRA: y = W x + b + s blockdiag(B_1 A_1, ..., B_n A_n) x.
 
-B = blockdiag(B_1 ... B_n), A = blockdiag(A_1 ... A_n): the rank of B A is up to n r, for the numbers of rank r,
-whatever n is. s = alpha / r with the r of one of them.
+n mini-LoRAs work side by side, each from its slice of the inputs to its slice of the outputs. B A has a rank of up to
+n r with the parameters of rank r, whatever n is. s = alpha / r with the r of one mini-LoRA.
 
 Ren et al. 2024, arXiv:2402.17263, equation 4.
 
-Differs from the authors' code: inputs of any number of dimensions, and a merge that works (theirs indexes a list of
-modules by a name); sizes that n does not divide are refused, where theirs drop the remainder.
+Differs from the authors' code: inputs may have any number of dimensions, and merging works (theirs indexes a list of
+modules by a name); sizes that n does not divide are refused, where theirs drops the remainder.
 """
 
 from __future__ import annotations
@@ -64,12 +64,13 @@ class Minis(Delta):
     citation="Ren et al. 2024, arXiv:2402.17263",
     lr=3e-4,
     when="For a high rank at the price of a low one.",
+    restrictions={"rslora": "the rank under the root is that of one mini-LoRA"},
 )
 def melora(r: int = 8, n: int = 2) -> dict[str, Any]:
     """y = W x + b + s blockdiag(B_1 A_1, ..., B_n A_n) x
 
     Args:
-        r: the rank of each small LoRA; s is taken of it.
-        n: how many there are; it must divide the inputs and outputs of every layer.
+        r: the rank of each mini-LoRA, which sets s.
+        n: the number of mini-LoRAs; it must divide the inputs and outputs of every layer.
     """
     return {"delta": Minis(r, n)}

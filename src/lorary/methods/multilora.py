@@ -1,10 +1,10 @@
-"""MultiLoRA: n parallel LoRAs of full width, each scaled per output by what is learnt.
+"""MultiLoRA: y = W x + b + s (diag(gamma_1) B_1 A_1 + ... + diag(gamma_n) B_n A_n) x.
 
-W' = W + s (diag(gamma_1) B_1 A_1 + ... + diag(gamma_n) B_n A_n). All of A and B start at random and gamma at zero, so
-that several directions weigh equally, where one LoRA's update is ruled by a few of its singular values.
+n parallel LoRAs of full width have a learnt scale per output. A and B start at random and gamma at zero, so that
+several directions carry equal weight, whereas a few singular values dominate the update of one LoRA.
 
-Wang et al. 2023, arXiv:2311.11501, section 3.2. The authors have published no code: that gamma is a vector over the
-outputs is our reading.
+Wang et al. 2023, arXiv:2311.11501, section 3.2. The authors have published no code: gamma as a vector over the outputs
+is our reading.
 """
 
 from __future__ import annotations
@@ -61,12 +61,18 @@ class Balanced(Init):
         nn.init.zeros_(p["gamma"])
 
 
-@preset("multilora", citation="Wang et al. 2023, arXiv:2311.11501", when="For a mixture of many tasks in one adapter.")
+@preset(
+    "multilora",
+    citation="Wang et al. 2023, arXiv:2311.11501",
+    when="For a mixture of many tasks in one adapter.",
+    answers={"tasks=mixed": {}},
+    restrictions={"lora+": "the ratio was derived for B = 0 at the start: retune it; gamma learns at A's rate"},
+)
 def multilora(r: int = 16, n: int = 3) -> dict[str, Any]:
     """y = W x + b + s (diag(gamma_1) B_1 A_1 + ... + diag(gamma_n) B_n A_n) x
 
     Args:
-        r: the rank of each LoRA; s is taken of it.
-        n: how many there are.
+        r: the rank of each LoRA, which sets s.
+        n: the number of LoRAs.
     """
     return {"delta": Parallel(r, n), "init": Balanced()}

@@ -1,16 +1,16 @@
-"""O-LoRA: y = W x + b + s (B_1 A_1 + ... + B_t A_t) x, a LoRA for every task in turn, kept away from those before.
+"""O-LoRA: y = W x + b + s (B_1 A_1 + ... + B_t A_t) x, with A_t kept orthogonal to the A of the tasks before.
 
-Only A_t and B_t train. Where the rows of A_t are orthogonal to those of A_i, the new task leaves everything as it is
-for inputs that lie in the row space of A_i. Nothing is asked of B: its orthogonality would be neither needed nor
-enough.
+Tasks are learnt one after another, and only A_t and B_t train. If the rows of A_t are orthogonal to those of A_i, the
+new task changes nothing for inputs in the row space of A_i. B is not constrained: orthogonality of B is neither
+necessary nor sufficient.
 
 Wang et al. 2023, arXiv:2310.14152, equations 7 and 8.
 
-Differs from the paper: its penalty is on the raising matrix, which it calls A and which is the input side's in the
-authors' code; both forms here are on the input side. The penalty is a mean over its entries, so that its weight does
-not depend on the number of layers and tasks (`mean=False` for the sum). What earlier tasks have learnt is never dropped
-from by dropout. `hard` is ours: A_t is projected onto the complement of the earlier A's after every step, together
-with the optimizer's momentum, so that the penalty is zero all along.
+Differs from the paper: its penalty is on the raising matrix, which it calls A; in the authors' code, and in both forms
+here, it is on the input side. The penalty is a mean over its entries, so that its weight does not depend on the number
+of layers and tasks (`mean=False` for the sum). Dropout never acts on the earlier tasks. `hard` is ours: A_t is
+projected onto the complement of the earlier A's after every step, together with the optimizer's momentum, so that the
+penalty is always zero.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 from lorary.fields import AMOUNT, COUNT, FLAG, SIZES, one_of
 from lorary.kernels.low_rank import add_low_rank
 from lorary.methods.lora import Add, LowRank
-from lorary.preset import preset
+from lorary.preset import Restriction, preset
 from lorary.shards import own, together
 from lorary.sites import Site
 from lorary.words import Delta, Layer, Rule, Run, Shapes, Tensors, word
@@ -42,7 +42,7 @@ class Tasks(Delta):
 
     Args:
         r: the rank of this task.
-        past: the ranks of the earlier ones, the first one first; R is their sum.
+        past: the ranks of the earlier tasks, in order; R is their sum.
     """
 
     r: int = field(metadata=COUNT)
@@ -102,11 +102,11 @@ class Tasks(Delta):
 @word
 @dataclass(frozen=True)
 class AwayFrom(Rule):
-    """The rows of A are kept away from those of A_past: by a penalty on their products, or by projection.
+    """The orthogonality of A to A_past: a penalty on the products of their rows, or a projection.
 
     Args:
         weight: of the penalty, lambda_1 in the paper.
-        form: `authors`: absolute products, as their code has it; `paper`: squared products.
+        form: `authors`: absolute products, as in their code; `paper`: squared products.
         mean: the mean over all products of all layers, instead of their sum.
         hard: no penalty; A and the optimizer's momentum stay in the orthogonal complement of A_past.
         norms: lambda_2 of the authors' code, of the sum of the norms of A and B; 0 there, too.
@@ -142,7 +142,7 @@ class AwayFrom(Rule):
         return 4 * math.prod(shapes["A_past"]) if self.hard and "A_past" in shapes else 0  # the basis
 
     def before_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
-        """A starts in the complement; B is zero still, so that nothing moves."""
+        """A starts in the complement; B is still zero, so nothing moves."""
         if self.hard and step == 1:
             for layer in _later(layers):
                 _project(layer.p["A"], state[f"basis|{layer.site.name}"])
@@ -159,10 +159,10 @@ class AwayFrom(Rule):
         return value + self.weight * total / (sum(P.numel() for P in products) if self.mean else 1)
 
     def after_backward(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
-        """The gradients, too: an optimizer that divides by their size must not see other ones than its momentum is of.
+        """Project the gradients as well, so that an optimizer's second moment matches its projected momentum.
 
-        Where an input is always zero, so is the gradient, and projecting the momentum alone would move A there by the
-        momentum of other inputs over nothing.
+        For an input that is always zero the gradient is zero too; projecting the momentum alone would divide the
+        momentum of other inputs by a second moment of zero there.
         """
         if self.hard:
             for layer in _later(layers):
@@ -184,18 +184,18 @@ class AwayFrom(Rule):
 
 
 def _later(layers: Sequence[Layer]) -> list[Layer]:
-    """The layers that an earlier task has adapted."""
+    """The layers that an earlier task adapted."""
     return [layer for layer in layers if "A_past" in layer.p]
 
 
 def _sum(terms: Iterable[Tensor]) -> Tensor:
-    """On the device of the first layer, wherever the others lie."""
+    """The sum, on the device of the first term."""
     first, *others = terms
     return sum((term.to(first.device) for term in others), start=first)
 
 
 def _basis_of(layer: Layer) -> Tensor:
-    """The basis of what all earlier tasks span in a layer, grown task by task; in at least 32 bits."""
+    """An orthonormal basis of the row space of all earlier A's of a layer, in at least fp32."""
     A = together(layer.p["A_past"]).detach()
     A = A.to(torch.promote_types(A.dtype, torch.float32))
     Q = A.new_zeros(0, A.shape[1])
@@ -206,7 +206,7 @@ def _basis_of(layer: Layer) -> Tensor:
 
 @torch.no_grad()
 def basis(A: Tensor, Q: Tensor) -> Tensor:
-    """Orthonormal rows [k, inp] that span those of a basis Q [., inp], which come first, and those of A [R, inp]."""
+    """An orthonormal basis [k, inp] of the rows of Q [., inp], which come first, and of A [R, inp]."""
     rest = A - (A @ Q.T) @ Q
     rest = rest - (rest @ Q.T) @ Q  # twice is enough (Kahan)
     _, sizes, rows = torch.linalg.svd(rest, full_matrices=False)
@@ -216,9 +216,10 @@ def basis(A: Tensor, Q: Tensor) -> Tensor:
 
 
 def _project(tensor: Tensor, Q: Tensor) -> None:
-    """Takes out of every row what lies in the span of the orthonormal rows Q.
+    """Project every row onto the complement of the orthonormal rows Q, in place.
 
-    Of copies, as products round by where their factors begin in memory: what a checkpoint gave back lies elsewhere.
+    Copies are multiplied, since rounding depends on the alignment of the factors in memory, which differs after a
+    checkpoint was loaded.
     """
     with torch.no_grad():
         rows, Q = own(tensor), Q.clone()
@@ -229,18 +230,25 @@ def _project(tensor: Tensor, Q: Tensor) -> None:
     "o-lora",
     citation="Wang et al. 2023, arXiv:2310.14152",
     aliases=("orthogonal-lora",),
-    when="For one task after the other on the same model, when the earlier ones must not be forgotten.",
+    when="For one task after another on the same model, if the earlier ones must not be forgotten.",
+    answers={"tasks=sequence": {}},
+    restrictions={
+        "lora-fa": Restriction(
+            "only with hard=True: A is frozen at its start, which is in the complement of the earlier tasks",
+            options={"hard": True},
+        )
+    },
 )
 def o_lora(
     r: int = 8, weight: float = 0.5, form: str = "authors", mean: bool = True, hard: bool = False
 ) -> dict[str, Any]:
-    """y = W x + b + s (B_1 A_1 + ... + B_t A_t) x, A_t away from A_1 ... A_(t-1)
+    """y = W x + b + s (B_1 A_1 + ... + B_t A_t) x, A_t orthogonal to A_1 ... A_(t-1)
 
     Args:
         r: the rank of every task.
-        weight: of the penalty on the products of A_t with earlier A's.
+        weight: the weight of the penalty on the products of A_t with earlier A's.
         form: of the penalty: `authors` takes absolute products, `paper` squared ones.
-        mean: the mean of the products, instead of their sum.
-        hard: no penalty, but A_t kept in the orthogonal complement of the earlier A's.
+        mean: the mean of the products instead of their sum.
+        hard: instead of a penalty, project A_t onto the orthogonal complement of the earlier A's.
     """
     return {"delta": Tasks(r), "rules": (AwayFrom(weight, form, mean, hard),)}

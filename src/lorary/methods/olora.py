@@ -1,12 +1,12 @@
-"""OLoRA: B starts at the first r columns of Q and A at the first r rows of R, where W = Q R.
+"""OLoRA: y = (W - s B0 A0) x + b + s B A x, where B0 = Q_r and A0 = R_r of W = Q R.
 
-The base becomes W - s B A. Without pivoting B spans the first r columns of W, so that B A = B B^T W: only those
-columns are decomposed, and one product gives A.
+B starts with orthonormal columns, and the base keeps the residual. Without pivoting B0 spans the first r columns of W,
+so that B0 A0 = B0 B0^T W: only those columns are decomposed, and one product gives A0.
 
 Buyukakyuz 2024, arXiv:2406.01775, section 3; the residual with s is that of the author's code in PEFT.
 
-Differs from the authors' code: it works on transposed weights, convolutions and embeddings; there, a transposed
-weight fails, or moves the output where it is square.
+Differs from the authors' code: transposed weights, convolutions and embeddings work; there, a transposed weight fails,
+or changes the output if it is square.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from lorary.words import Init, Tensors, word
 @word
 @dataclass(frozen=True)
 class Orthonormal(Init):
-    """B starts with orthonormal columns, A upper trapezoidal; a fused weight's parts are taken one by one.
+    """B starts with orthonormal columns, A upper trapezoidal; the parts of a fused weight are decomposed one by one.
 
     Args:
         divide: start with s B A = Q_r R_r, by dividing A by s, instead of s Q_r R_r: with a large s the latter makes
-            the base and the delta large terms that cancel.
-        rounds: as for PiSSA's `Principal`; more than one with `divide` alone: what is lost would grow by s in each.
+            base and delta two large terms that cancel.
+        rounds: as for PiSSA's `Principal`; more than one needs `divide`, or the error would grow by s in each.
     """
 
     divide: bool = field(default=False, metadata=FLAG)
@@ -61,13 +61,18 @@ class Orthonormal(Init):
 @preset(
     "olora",
     citation="Buyukakyuz 2024, arXiv:2406.01775",
-    when="As PiSSA, where decomposing every weight takes too long.",
+    when="Like PiSSA, if a singular value decomposition of every weight takes too long.",
+    restrictions={
+        "lora+": "the ratio was derived for B = 0 at the start: retune it",
+        "qlora": "attach to a base in full precision: the residual of each weight is quantised; "
+        "say divide=True: with a large s the residual is larger than the weight",
+    },
 )
 def olora(divide: bool = False, rounds: int = 1) -> dict[str, Any]:
     """y = (W - s B0 A0) x + b + s B A x, B0 = Q_r, A0 = R_r of W = Q R
 
     Args:
         divide: start A at R_r / s, so that the start does not grow with alpha.
-        rounds: with qlora, how often the columns are looked for in what packing loses.
+        rounds: with qlora, decompositions of W and then of the quantisation error.
     """
     return {"init": Orthonormal(divide, rounds)}

@@ -1,9 +1,9 @@
-"""PiSSA: B A starts at W's r principal singular directions, and the base keeps the rest.
+"""PiSSA: y = (W - s B0 A0) x + b + s B A x, where s B0 A0 is the part of W in its r principal singular directions.
 
-With W = U S V^T: B = U_r (S_r / s)^(1/2), A = (S_r / s)^(1/2) V_r^T, and the base becomes W - s B A. What trains are
-the directions that matter most, from the first step on; the update is s (B A - B0 A0).
+With W = U S V^T, B starts at U_r (S_r / s)^(1/2) and A at (S_r / s)^(1/2) V_r^T, and the base keeps the residual
+W - s B0 A0. The directions that matter most train from the first step on; the update is s (B A - B0 A0).
 
-Meng et al. 2024, arXiv:2404.02948, equations 2 to 4; the division by s, so that any alpha works, is PEFT's.
+Meng et al. 2024, arXiv:2404.02948, equations 2 to 4. The division by s, which allows any alpha, is PEFT's.
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ from lorary.words import Init, Tensors, word
 @word
 @dataclass(frozen=True)
 class Principal(Init):
-    """B A starts at the best approximation of W of rank r; a fused weight's parts are taken one by one.
+    """The start at the best rank-r approximation of W; the parts of a fused weight are decomposed one by one.
 
     Args:
-        niter: power iterations of a randomised decomposition, or None for the exact one. Whatever its error, nothing
-            moves at the start: the base gives up just what the factors hold.
-        oversample: directions that the randomised decomposition follows beyond r.
-        rounds: on a base that is packed, how often the directions are looked for: once in W, then in what is lost by
-            packing W - s B A.
+        niter: power iterations of a randomised decomposition, or None for the exact one. Its error does not move the
+            model at the start: exactly s B0 A0 is subtracted from the base.
+        oversample: directions of the randomised decomposition beyond r.
+        rounds: decompositions on a quantised base: the first of W, the others of the quantisation error of W - s B A.
     """
 
     niter: int | None = field(default=None, metadata=optional(COUNT))
@@ -75,14 +74,14 @@ def _exact(W: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def start_by_parts(p: Tensors, W: Tensor, site: Site, start: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
-    """Fill B and A with start(part) = (B_i [rows, r], A_i [r, inp]) of every part of W, in 32 bits."""
+    """Fill B and A with start(part) = (B_i [rows, r], A_i [r, inp]) of every part of W, in fp32."""
     pairs = [start(part) for part in site.split(W.float())]
     p["B"].copy_(torch.cat([B for B, _ in pairs]))
     p["A"].copy_(torch.cat([A for _, A in pairs]))
 
 
 def too_small(site: Site, r: int, what: str) -> list[str]:
-    """Why a start in W's own directions is impossible: it has fewer than r."""
+    """The error of a start in W's own directions if it has fewer than r."""
     most = min(*site.rows, site.inp)
     return [f"its matrix has no more than {most} {what}, and r is {r}"] if r > most else []
 
@@ -91,12 +90,17 @@ def too_small(site: Site, r: int, what: str) -> list[str]:
     "pissa",
     citation="Meng et al. 2024, arXiv:2404.02948",
     when="For fast convergence, with one adapter at a time on the base.",
+    answers={"convergence=fast": {}},
+    restrictions={
+        "lora+": "the ratio was derived for B = 0 at the start: retune it",
+        "qlora": "attach to a base in full precision: the residual of each weight is quantised",
+    },
 )
 def pissa(niter: int | None = None, rounds: int = 1) -> dict[str, Any]:
-    """y = (W - s B0 A0) x + b + s B A x, B0 A0 = W's r principal directions / s
+    """y = (W - s B0 A0) x + b + s B A x, s B0 A0 = W's r principal directions
 
     Args:
         niter: power iterations of the fast randomised decomposition (4 is plenty); None decomposes exactly.
-        rounds: with qlora, how often the directions are looked for in what packing loses (the authors take 5).
+        rounds: with qlora, decompositions of W and then of the quantisation error (the authors take 5).
     """
     return {"init": Principal(niter, rounds=rounds)}

@@ -1,11 +1,11 @@
-"""QLoRA: y = Dq(Wq) x + b + s B A x, the base kept in 4 bits a number and the adapter beside it in 32.
+"""QLoRA: y = Dq(Wq) x + b + s B A x, with the base weight in 4 bits and the adapter in 32.
 
-The gradient goes through the packed weight to what comes before; only the adapter is trained. Every linear layer is
-packed, adapted or not, but the output head.
+Gradients pass through the dequantised weight, and only the adapter trains. Every linear layer but the output head is
+quantised, adapted or not.
 
 Dettmers et al. 2023, arXiv:2305.14314, equations 5 and 6; `lorary.storage.nf4` is their NF4.
 
-Differs from the paper: the products are taken in the precision of the layer's input, where nothing else is said.
+Differs from the paper: products are computed in the dtype of the layer's input unless `compute` says otherwise.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _BACKENDS = ["lorary", "bitsandbytes"]
 @preset(
     "qlora",
     citation="Dettmers et al. 2023, arXiv:2305.14314",
-    when="When the base does not fit in memory: it takes a quarter of what it takes in 16 bits.",
+    when="When the base does not fit into memory: it takes a quarter of its size in 16 bits.",
+    answers={"memory=short": {}},
 )
 def qlora(
     double: bool = True,
@@ -32,14 +33,14 @@ def qlora(
     embeddings: bool = False,
     backend: str = "lorary",
 ) -> dict[str, Any]:
-    """y = Dq(Wq) x + b + s B A x, Wq = W in 4 bits a number
+    """y = Dq(Wq) x + b + s B A x, Wq = W in 4 bits
 
     Args:
-        double: keep the largest value of every block in 8 bits as well, instead of in 32.
-        block: how many numbers share a largest value.
-        compute: the precision of the products (float32, bfloat16, float16); None takes that of the input.
-        embeddings: pack the token embeddings, too, where no other layer has the same weight.
-        backend: who computes with the same codes: `lorary`, or `bitsandbytes` where it is installed.
+        double: quantise the scale of every block as well, to 8 bits.
+        block: numbers that share a scale.
+        compute: the dtype of the products (float32, bfloat16, float16); None: the input's.
+        embeddings: quantise the token embeddings as well, unless they are tied to another layer.
+        backend: `lorary`, or `bitsandbytes` if it is installed; the codes are the same.
     """
     if problems := _problems(embeddings, backend):
         raise MethodError("this method cannot be made:", problems)
@@ -49,7 +50,7 @@ def qlora(
 
 
 def _problems(embeddings: bool, backend: str) -> list[Problem]:
-    """What a backend does not know."""
+    """The options that a backend does not support."""
     if backend not in _BACKENDS:
         return [Problem("backend", f"{backend!r} is unknown", did_you_mean(str(backend), _BACKENDS))]
     if embeddings and backend == "bitsandbytes":

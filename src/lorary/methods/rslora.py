@@ -1,7 +1,7 @@
-"""rsLoRA: LoRA with s = alpha / sqrt(r).
+"""rsLoRA: y = W x + b + s B A x with s = alpha / sqrt(r).
 
-The update keeps its size as r grows, so that a high rank learns no slower than a low one: after one step the output
-moves in proportion to s^2 r.
+One optimizer step moves the output in proportion to s^2 r, so this scale keeps the size of the update independent of
+the rank: a high rank learns no more slowly than a low one.
 
 Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2.
 """
@@ -31,12 +31,12 @@ class BySqrtRank:
 @preset(
     "rslora",
     citation="Kalajdzievski 2023, arXiv:2312.03732",
-    when="For a high rank, 64 and more, where LoRA's update fades.",
+    when="For ranks of 64 and more, at which LoRA's update fades.",
 )
 def rslora(alpha: float = 32.0) -> dict[str, Any]:
     """y = W x + b + (alpha / sqrt(r)) B A x
 
     Args:
-        alpha: the same for every rank; going from LoRA to rsLoRA multiplies s by sqrt(r), so retune the rate.
+        alpha: the same for every rank; switching from LoRA multiplies s by sqrt(r), so retune the learning rate.
     """
     return {"scale": BySqrtRank(alpha)}

@@ -1,10 +1,10 @@
-"""VeRA: W' = W + diag(b) B diag(d) A, where A and B are random, frozen and shared by all layers.
+"""VeRA: y = W x + b + diag(b) B diag(d) A x, with A and B random, frozen and shared by all layers.
 
 Only two vectors train at every site. A [r, the largest inp] and B [the largest out, r] are one pair for the whole
-model, of which a layer takes the leading columns and rows. There is no alpha: the size is in b and d.
+model, of which a layer takes the leading columns and rows. There is no alpha: b and d hold the scale.
 
-Kopiczko et al. 2023, arXiv:2310.11454, equation 2; start and slicing are those of PEFT, to which the authors' own
-code points.
+Kopiczko et al. 2023, arXiv:2310.11454, equation 2. Start and slicing are those of PEFT, to which the authors' own code
+points.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lorary.words import Delta, Init, Layer, Shapes, Tensors, word
 @word
 @dataclass(frozen=True)
 class Vectors(Delta):
-    """b [out] and d [r], around B [out, r] and A [r, inp] that all sites share; a fused site's parts each have both."""
+    """b [out] and d [r], around B [out, r] and A [r, inp] of all sites; the parts of a fused site have b and d each."""
 
     r: int = field(metadata=COUNT)
 
@@ -51,12 +51,12 @@ class Vectors(Delta):
 @word
 @dataclass(frozen=True)
 class Projections(Init):
-    """A, B ~ U(-sqrt(6 / fan), sqrt(6 / fan)) over all layers from one seed, d as given, b = 0.
+    """A, B ~ U(-sqrt(6 / fan), sqrt(6 / fan)) for all layers from one seed, d constant, b = 0.
 
     Args:
         seed: of A and B. Adapters of one seed, r and set of layers have the same A and B.
-        d: where every number of d starts.
-        saved: whether a file holds A and B; without them they are drawn again, and held to a checksum.
+        d: the initial value of d.
+        saved: whether files hold A and B; otherwise they are regenerated and checked against a checksum.
     """
 
     seed: int = field(default=0, metadata=SEED)
@@ -84,15 +84,16 @@ class Projections(Init):
     citation="Kopiczko et al. 2023, arXiv:2310.11454",
     lr=4e-3,
     when="For very many adapters on one base, each of them tiny.",
+    answers={"adapters=many": {"save_projections": False}},
 )
 def vera(r: int = 256, seed: int = 0, d: float = 0.1, save_projections: bool = True) -> dict[str, Any]:
-    """y = W x + b + diag(b) B diag(d) A x, A and B random, frozen, shared
+    """y = W x + b + diag(b) B diag(d) A x, A and B random, frozen and shared
 
     Args:
-        r: the rank, much larger than LoRA's: what trains grows by one number for each.
+        r: the rank, much larger than LoRA's: each adds only one trainable number to a layer.
         seed: of A and B.
-        d: where d starts.
-        save_projections: keep A and B in the file; otherwise they are drawn again from the seed.
+        d: the initial value of d.
+        save_projections: save A and B; otherwise they are regenerated from the seed.
     """
     return {
         "delta": Vectors(r),

@@ -1,0 +1,128 @@
+"""The documentation page of a method, written from its preset: `lorary methods NAME --markdown`."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import lorary
+from lorary.combinations import partners
+from lorary.placed import Placed
+from lorary.preset import Preset
+from lorary.sites import Site
+
+EXAMPLE = Site("layer", "linear", out=2048, inp=1024, bias=True)
+
+# LLaMA-2-7B's linear layers but its head: count, inputs, outputs.
+LLAMA = [(4 * 32, 4096, 4096), (2 * 32, 4096, 11008), (32, 11008, 4096)]
+
+
+def method_page(name: str, picture: str = "") -> str:
+    """A method's page in Markdown: meaning, paper, options, tensors, and what it combines with.
+
+    Args:
+        name: of a preset.
+        picture: the path of its picture, if there is one.
+    """
+    preset = lorary.presets()[name]
+    return "\n".join([_opening(preset, picture), _options(preset), _tensors(preset), _partners(name)])
+
+
+def stem(name: str) -> str:
+    """The file name of a preset's page, without its ending."""
+    return name.replace("+", "-plus")
+
+
+def cell(text: str) -> str:
+    """Text as it must be written inside a table."""
+    return text.replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;").strip()
+
+
+def value(default: Any) -> str:
+    """A default as YAML writes it."""
+    if isinstance(default, bool):
+        return str(default).lower()
+    if isinstance(default, tuple):
+        return ", ".join(map(str, default)) if default else "[]"
+    return str(default)
+
+
+def paper(citation: str) -> str:
+    """A citation whose arXiv number is a link."""
+    return re.sub(r"arXiv:(\S+)", r"[arXiv:\1](https://arxiv.org/abs/\1)", citation)
+
+
+def _opening(preset: Preset, picture: str) -> str:
+    paragraphs = [" ".join(p.split()) for p in preset.about.partition(":")[2].split("\n\n")]
+    lead = [p.replace("*", "\\*").replace("<", "&lt;") for p in paragraphs[1:3] if not _is_reference(p)]
+    image = [f"![{preset.title}: what is frozen, what trains, and how they meet]({picture})\n"] if picture else []
+    return "\n".join(
+        [
+            f"# {preset.title}\n",
+            f"```text\n{preset.summary}\n```\n",
+            *(f"{paragraph}\n" for paragraph in lead),
+            *image,
+            "| | |\n|---|---|",
+            f"| paper | {paper(preset.citation)} |",
+            f"| changes | {', '.join(preset.changes)} |",
+            f"| when | {cell(preset.when)} |",
+            f"| say | `{preset.name}` |\n",
+        ]
+    )
+
+
+def _is_reference(paragraph: str) -> bool:
+    return "arXiv:" in paragraph or paragraph.startswith("Differs from")
+
+
+def _options(preset: Preset) -> str:
+    meanings = preset.meanings
+    rows = [
+        f"| `{name}` | `{value(default)}` | {cell(meanings.get(name, ''))} |"
+        for name, default in preset.parameters.items()
+    ]
+    rows.append(f"| learning rate | {_rate(preset.lr)} | the peak to start from: a language model, AdamW |")
+    return "## Options\n\n| option | default | meaning |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+
+
+def _rate(lr: float) -> str:
+    return f"{lr:.0e}".replace("e-0", "e-")
+
+
+def _tensors(preset: Preset) -> str:
+    method = lorary.method(preset.name)
+    if method.delta is None:
+        return "## What trains\n\nBase parameters: " + ", ".join(f"`{p}`" for p in method.full) + "\n"
+    placed = Placed(EXAMPLE, method)
+    rows = [
+        f"| `{role}` | `{list(shape)}` | {math.prod(shape):,} | {_state(placed, role)} |"
+        for role, shape in placed.shapes.items()
+    ]
+    llama = sum(n * Placed(Site("", "linear", out, inp, False), method).trainable for n, inp, out in LLAMA)
+    return (
+        f"## What trains\n\nOn a linear layer of {EXAMPLE.inp:,} inputs and {EXAMPLE.out:,} outputs, with the default "
+        "options:\n\n| tensor | shape | numbers | |\n|---|---|---|---|\n" + "\n".join(rows) + "\n\n"
+        f"{placed.trainable:,} numbers train there, and {llama:,} on all linear layers of LLaMA-2-7B but its head.\n"
+    )
+
+
+def _state(placed: Placed, role: str) -> str:
+    if role in placed.delta.shared:
+        return "frozen, one for all layers"
+    return "trains" if role in placed.method.trained else "frozen"
+
+
+def _partners(name: str) -> str:
+    by_letter: dict[str, list[str]] = {"Y": [], "r": [], "N": []}
+    for other, found in partners(name).items():
+        link = f"[{lorary.presets()[other].title}]({stem(other)}.md)"
+        by_letter[found.letter].append(f"- {link}: {cell(found.why)}" if found.why else link)
+    text = "## Combines with\n\n"
+    if by_letter["Y"]:
+        text += ", ".join(by_letter["Y"]) + ".\n\n"
+    if by_letter["r"]:
+        text += "With a restriction:\n\n" + "\n".join(by_letter["r"]) + "\n\n"
+    if by_letter["N"]:
+        text += "Refused, in the words of the refusal:\n\n" + "\n".join(by_letter["N"]) + "\n\n"
+    return text + "The whole [table of combinations](../combinations.md).\n"
