@@ -91,9 +91,9 @@ def answer(text: str, name: str) -> bool | str:
     ],
 )
 def test_hostile_patterns_are_refused_in_time(bomb: str) -> None:
-    start = time.monotonic()
+    start = time.process_time()
     assert answer(bomb, NAME) in (False, "its patterns take too much time to match")
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 1
 
 
 def test_the_time_is_shared_and_ends() -> None:
@@ -123,10 +123,10 @@ def test_the_size_is_shared_and_ends() -> None:
 
 @pytest.mark.parametrize("quantifier", ["+", "{1,}", "++", "{2}", "{0,3}"])
 def test_nested_repetitions_are_refused_before_they_are_written_out(quantifier: str) -> None:
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ValueError, match="a pattern of more than 20,000 states"):
         Pattern("(?:" * 60 + "a" + f"){quantifier}" * 60)
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ _Result = TypeVar("_Result")
 MOST_CHARACTERS = 20_000
 MOST_STATES = 20_000  # characters, classes and groups once the counted repetitions are written out
 MOST_STATES_OF_FILE = 200_000  # some 140 MB compiled
-MOST_SECONDS = 3.0
+MOST_SECONDS = 2.0
 
 _TOKEN = re.compile(
     r"""(?P<escape>\\.)
