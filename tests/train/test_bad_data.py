@@ -61,35 +61,38 @@ bad("half a character", {"rows.jsonl": b'{"text": "\\ud800"}\n'}, """\
   - rows.jsonl:1: contains half of a surrogate pair, which is no Unicode text""")
 bad("no JSON", {"rows.jsonl": b'{"text": "x"}\n{"text": \n{text: 1}\n'}, """\
 2 of 3 rows of rows.jsonl cannot be used:
-  - rows.jsonl:2: is no JSON: Expecting value at column 10
-  - rows.jsonl:3: is no JSON: Expecting property name enclosed in double quotes at column 2""")
+  - rows.jsonl:2: not JSON: expecting value (column 10)
+  - rows.jsonl:3: not JSON: expecting property name enclosed in double quotes (column 2)""")
 bad("more offenders than are shown", {"rows.jsonl": b'{"text": "x"}\n' + b"?\n"*42}, """\
 42 of 43 rows of rows.jsonl cannot be used:
-  - rows.jsonl:2: is no JSON: Expecting value at column 1
-  - rows.jsonl:3: is no JSON: Expecting value at column 1
-  - rows.jsonl:4: is no JSON: Expecting value at column 1
-  - rows.jsonl:5: is no JSON: Expecting value at column 1
-  - rows.jsonl:6: is no JSON: Expecting value at column 1
+  - rows.jsonl:2: not JSON: expecting value (column 1)
+  - rows.jsonl:3: not JSON: expecting value (column 1)
+  - rows.jsonl:4: not JSON: expecting value (column 1)
+  - rows.jsonl:5: not JSON: expecting value (column 1)
+  - rows.jsonl:6: not JSON: expecting value (column 1)
   - and 37 more""")
 bad("a key twice", {"rows.jsonl": b'{"text": "x", "text": "y"}\n'}, """\
 1 of 1 rows of rows.jsonl cannot be used:
-  - rows.jsonl:1: holds the key `text` twice""")
+  - rows.jsonl:1: the key 'text' appears twice""")
 bad("NaN", {"rows.jsonl": b'{"text": NaN}\n'}, """\
 1 of 1 rows of rows.jsonl cannot be used:
-  - rows.jsonl:1: holds NaN, which is no JSON""")
+  - rows.jsonl:1: NaN is not a JSON number""")
 bad("deep nesting", {"rows.jsonl": b'{"text": ' + b"["*200000 + b'\n'}, """\
 1 of 1 rows of rows.jsonl cannot be used:
-  - rows.jsonl:1: is nested too deeply""")
+  - rows.jsonl:1: nested too deeply""")
+bad("a number beyond floats", {"rows.jsonl": b'{"text": "x", "weight": 1e999}\n'}, """\
+1 of 1 rows of rows.jsonl cannot be used:
+  - rows.jsonl:1: the number '1e999' is too large for a float""")
 bad("a number of 5,000 digits", {"rows.jsonl": b'{"text": ' + b"1"*5000 + b'}\n'}, """\
 1 of 1 rows of rows.jsonl cannot be used:
-  - rows.jsonl:1: holds a number of 5,000 digits""")
+  - rows.jsonl:1: an integer of 5000 digits""")
 bad("rows that are no objects", {"rows.jsonl": b'["x"]\n"y"\n'}, """\
 cannot tell what the rows of rows.jsonl mean:
   - rows.jsonl:1: the rows are no objects with fields
       hint: name the fields with data.columns, such as {prompt: question}; the shapes are: preference (chosen, rejected); messages (messages); sharegpt (conversations); prompt-completion (prompt, completion); alpaca (instruction, output); text (text)""")
 bad("a broken array", {"rows.json": b'[{"text": "x"},\n {"text": }]'}, """\
 cannot read rows.json:
-  - rows.json: is no JSON: Expecting value at line 2, column 11""", train="rows.json")
+  - rows.json: not JSON: expecting value (line 2, column 11)""", train="rows.json")
 bad("fields that mean nothing", {"rows.jsonl": rows({"promt":"a","answer":"b"})}, """\
 cannot tell what the rows of rows.jsonl mean:
   - rows.jsonl:1: found the fields `answer`, `promt`

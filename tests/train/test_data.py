@@ -85,6 +85,12 @@ def test_rows_know_where_they_stand() -> None:
     assert read_source(write("parquet"), "train")[1].where == "rows.parquet: row 2"
 
 
+def test_fields_of_a_table_stay_the_text_that_they_are() -> None:
+    Path("a [1].csv").write_text('id,text\n007,NA\n1e5," null"\n"",1.0\n')
+    rows = [{"id": "007", "text": "NA"}, {"id": "1e5", "text": " null"}, {"id": "", "text": "1.0"}]
+    assert [record.value for record in read_source("a [1].csv", "train")] == rows
+
+
 def test_a_byte_order_mark_crlf_and_a_last_line_without_end_are_no_harm() -> None:
     Path("a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "x"}\r\n{"text": "y"}')
     Path("a.csv").write_bytes(b"\xef\xbb\xbftext\r\nx\r\ny")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from lorary.errors import ConfigError
+from lorary.errors import ConfigError, StateError
 from lorary.train.config_file import from_dict
 from lorary.train.folder import CONFIG, LOCK, METRICS, RunFolder
 
@@ -38,4 +41,41 @@ def test_a_lock_that_says_nothing_is_free(tmp_path: Path, text: str) -> None:
     config = from_dict({"model": "builtin:base", "data": "builtin:docstrings", "output": str(tmp_path)})
     with RunFolder(tmp_path).opened(config, resume=False, overwrite=False):
         assert '"pid"' in (tmp_path / LOCK).read_text()
-    assert not (tmp_path / LOCK).exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+HOLDER = """
+import sys
+from lorary.train.folder import RunFolder
+with RunFolder(sys.argv[1]).held():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(StateError, match=f"process {process.pid} on {socket.gethostname()} trains here"):
+            RunFolder(tmp_path).held().__enter__()
+        process.kill()
+    assert (tmp_path / LOCK).exists(), "nobody could remove it"
+    with RunFolder(tmp_path).held():
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_run_lets_go(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), RunFolder(tmp_path).held():
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_of_another_machine_stays(tmp_path: Path) -> None:
+    (tmp_path / LOCK).write_text('{"pid": 4, "host": "another-machine"}')
+    for _ in range(2):
+        with pytest.raises(StateError, match="process 4 on another-machine trains here"):
+            RunFolder(tmp_path).held().__enter__()
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]

@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorary.errors import Problem, suggestion
+from lorary.formats.bounded_regex import Budget, Pattern, TailPattern
 from lorary.formats.findings import Findings
-from lorary.formats.patterns import Budget, Pattern
 from lorary.formats.peft_fields import BOOK_KEEPING, NULLABLE, UNSUPPORTED, TolerableError, spelled, understood
 from lorary.formats.strict_json import named, show
-from lorary.formats.tails import Tail
 
 NAME = "adapter_config.json"
 _DEFAULTS: dict[str, dict[str, Any]] = {  # of the types that are read
@@ -67,8 +66,8 @@ class PeftConfig:
     exclude: tuple[str, ...] | Pattern = ()
     layers: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] = ()
-    ranks: tuple[tuple[Tail, int], ...] = ()
-    alphas: tuple[tuple[Tail, float], ...] = ()
+    ranks: tuple[tuple[TailPattern, int], ...] = ()
+    alphas: tuple[tuple[TailPattern, float], ...] = ()
     modules_to_save: tuple[str, ...] = ()
     bias: str = "none"
     transposed: bool = False

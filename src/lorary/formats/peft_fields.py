@@ -10,9 +10,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from lorary.formats.patterns import Budget, Pattern
+from lorary.formats.bounded_regex import Budget, Pattern, TailPattern
 from lorary.formats.strict_json import show
-from lorary.formats.tails import Tail
 
 MOST_RANK = 2**16
 _MOST_ENTRIES = 20_000
@@ -145,8 +144,8 @@ def _numbers(value: object) -> tuple[int, ...] | None:
     return tuple(values) or None
 
 
-def _patterns(read: Callable[[object], Any], budget: Budget) -> Callable[[object], tuple[tuple[Tail, Any], ...]]:
-    def reader(value: object) -> tuple[tuple[Tail, Any], ...]:
+def _patterns(read: Callable[[object], Any], budget: Budget) -> Callable[[object], tuple[tuple[TailPattern, Any], ...]]:
+    def reader(value: object) -> tuple[tuple[TailPattern, Any], ...]:
         if not isinstance(value, dict):
             raise ValueError(f"is {show(value)}, not an object of patterns and values")
         if len(value) > _MOST_ENTRIES:
@@ -154,7 +153,7 @@ def _patterns(read: Callable[[object], Any], budget: Budget) -> Callable[[object
         pairs, wrong = [], []
         for key, entry in value.items():
             try:
-                pairs.append((Tail(key, budget), read(entry)))
+                pairs.append((TailPattern(key, budget), read(entry)))
             except ValueError as error:
                 wrong.append(f"{show(key)}: {error}")
         if wrong:

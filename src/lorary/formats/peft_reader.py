@@ -188,6 +188,7 @@ class _Reader:
             return tuple(Placed(s, self._method_at(s.name)) for s in sites)
         except ValueError as error:  # the patterns' budget
             self.findings.fatal.append(Problem(NAME, str(error)))
+            self.findings.settle()  # the patterns cannot be asked any more, and the rest of the check would
             return ()
 
     def _sites_of_model(self) -> Iterator[Site]:
@@ -290,7 +291,11 @@ class _Reader:
             return strange(name, self.config.sort, base)
         if self.layers is not None and key.site not in self.layers:
             return "adapts a module that the model does not have"
-        if not self.config.targets_module(key.site):
+        try:
+            targeted = self.config.targets_module(key.site)
+        except ValueError as error:  # the patterns' budget
+            return str(error)
+        if not targeted:
             return "adapts a module that the configuration does not name"
         return "is a factor of another kind of layer than is there"
 

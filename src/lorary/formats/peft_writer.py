@@ -21,7 +21,7 @@ from lorary.adapter import Adapter
 from lorary.errors import Problem
 from lorary.formats import peft_keys
 from lorary.formats.banks import Banks
-from lorary.formats.patterns import MOST_CHARACTERS
+from lorary.formats.bounded_regex import MOST_CHARACTERS
 from lorary.formats.peft_sorts import adalora_words, sort_obstacles, sort_of, vera_words
 from lorary.methods.lora import ByRank
 from lorary.methods.rslora import BySqrtRank

@@ -11,6 +11,7 @@ import json
 import math
 import re
 import unicodedata
+from functools import partial
 from typing import Any
 
 _HARMLESS = re.compile(r"[A-Za-z0-9_.|\-]{1,200}")
@@ -33,16 +34,30 @@ def parse(data: bytes, limit: int) -> Any:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: byte {data[error.start]:#04x} at offset {error.start}") from None
+    return loads(text)
+
+
+def loads(text: str, most_digits: int = 20) -> Any:
+    """The value that `text` spells, with the same strictness.
+
+    Args:
+        text: a JSON document.
+        most_digits: the most digits of an integer that are accepted.
+
+    Raises:
+        ValueError: as for `parse`.
+    """
     try:
         return json.loads(
             text,
             object_pairs_hook=_unique,
             parse_constant=_no_constant,
             parse_float=_finite,
-            parse_int=_whole,
+            parse_int=partial(_whole, most=most_digits),
         )
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg.lower()} (line {error.lineno}, column {error.colno})") from None
+        line = f"line {error.lineno}, " if "\n" in text.strip() else ""
+        raise ValueError(f"not JSON: {error.msg.lower()} ({line}column {error.colno})") from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -71,11 +86,10 @@ def named(name: str) -> str:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {show(key)} appears twice")
-        found[key] = value
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {show(next(key for key in keys if keys.count(key) > 1))} appears twice")
     return found
 
 
@@ -90,7 +104,7 @@ def _finite(digits: str) -> float:
     return value
 
 
-def _whole(digits: str) -> int:
-    if len(digits) > 20:
+def _whole(digits: str, most: int) -> int:
+    if len(digits) > most:
         raise ValueError(f"an integer of {len(digits)} digits")
     return int(digits)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from lorary.errors import DataError, Problem
+from lorary.formats import strict_json
 from lorary.train.records import Offenders, Record
 
 MAX_LINE = 16 * 2**20  # bytes of one row; a longer line is no training example but a wrong file
@@ -47,7 +47,7 @@ def _jsonl(path: Path, offenders: Offenders) -> Iterator[Record]:
             continue
         where = f"{path.name}:{number}"
         try:
-            yield Record(decode(line), where)
+            yield Record(_value(line), where)
         except ValueError as error:
             offenders.add(where, str(error))
 
@@ -57,7 +57,7 @@ def _json(path: Path, offenders: Offenders) -> Iterator[Record]:
     if offenders.count or not text.strip():
         return
     try:
-        rows = decode(text)
+        rows = _value(text)
     except ValueError as error:
         if text.lstrip().startswith("["):
             raise _unreadable(path, str(error)) from None
@@ -153,34 +153,6 @@ def _lines(path: Path, offenders: Offenders, keep_ends: bool = False) -> Iterato
             yield number, text if keep_ends else text.rstrip("\r\n") + ("\n" if path.suffix == ".json" else "")
 
 
-def decode(text: str) -> Any:
-    """JSON, without what Python's reader adds to it or passes over.
-
-    Raises:
-        ValueError: with the reason in the user's words.
-    """
-    try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_whole)
-    except json.JSONDecodeError as error:
-        at = f"line {error.lineno}, column {error.colno}" if "\n" in text.strip() else f"column {error.colno}"
-        raise ValueError(f"is no JSON: {error.msg} at {at}") from None
-    except RecursionError:
-        raise ValueError("is nested too deeply") from None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"holds the key `{next(k for k in keys if keys.count(k) > 1)}` twice")
-    return values
-
-
-def _whole(digits: str) -> int:
-    if len(digits) > 300:
-        raise ValueError(f"holds a number of {len(digits):,} digits")
-    return int(digits)
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"holds {name}, which is no JSON")
+def _value(text: str) -> Any:
+    """The value of strict JSON; ids in data sets may have many digits."""
+    return strict_json.loads(text, most_digits=300)

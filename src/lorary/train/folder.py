@@ -21,11 +21,12 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from lorary.errors import ConfigError, Problem, StateError
 from lorary.formats.atomic import atomic_file, remove_stale
@@ -34,6 +35,7 @@ from lorary.train.config import Config
 CONFIG, ENVIRONMENT, SAMPLE = "config.resolved.yaml", "env.json", "sample.txt"
 METRICS, EVENTS, PLOTS = "metrics.jsonl", "events.log", "plots"
 CHECKPOINTS, ADAPTER, CARD, LOCK = "checkpoints", "adapter", "README.md", ".lock"
+HELD = ".lock.held"
 SEARCHED, IMPORTANCE = "searched", "importance.json"
 TRACKERS = ("runs", "wandb", "trackio")  # what loggers may leave here
 OWN = (
@@ -49,6 +51,7 @@ OWN = (
     IMPORTANCE,
     CARD,
     LOCK,
+    HELD,
     *TRACKERS,
 )
 
@@ -83,7 +86,7 @@ class RunFolder:
             raise ConfigError("these contradict each other:", [problem])
         self._check(config, resume=resume, overwrite=overwrite)
         self.path.mkdir(parents=True, exist_ok=True)
-        with _lock(self / LOCK):
+        with _lock(self.path):
             self._check(config, resume=resume, overwrite=overwrite)  # a run may have ended here just now
             if overwrite:
                 self._clear()
@@ -99,14 +102,14 @@ class RunFolder:
         Raises:
             StateError: one does.
         """
-        with _lock(self / LOCK):
+        with _lock(self.path):
             yield
 
     def _check(self, config: Config, *, resume: bool, overwrite: bool) -> None:
         name = f"cannot train into {str(self.path)!r}:"
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(name, [Problem("output", "is a file", "name a folder")])
-        there = sorted(p.name for p in self.path.iterdir() if p.name != LOCK) if self.path.is_dir() else []
+        there = sorted(p.name for p in self.path.iterdir() if p.name not in (LOCK, HELD)) if self.path.is_dir() else []
         foreign = [n for n in there if n not in OWN and not n.startswith(".lorary-")]
         if not there:
             return
@@ -135,7 +138,7 @@ class RunFolder:
     def _clear(self) -> None:
         for name in OWN:
             path = self / name
-            if name == LOCK:
+            if name in (LOCK, HELD):
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -197,56 +200,44 @@ def _flat(tree: Any, place: str = "") -> dict[str, Any]:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Holds a lock file. The system lets go of it when the process ends, however it ends.
+def _lock(folder: Path) -> Iterator[None]:
+    """A lock on a folder, which the system releases when the process ends, however it ends.
+
+    The holder's name lies in a file of its own: locks of one machine need not be seen on another, and on some systems
+    a locked file cannot be read.
 
     Raises:
-        StateError: another process holds it, or it was taken on another machine.
+        StateError: another process holds the lock, or it was taken on another machine.
     """
-    file = _taken(path)
+    lock, path = FileLock(folder / HELD, timeout=0), folder / LOCK
     try:
-        holder = {"pid": os.getpid(), "host": socket.gethostname()}
-        file.truncate(0)
-        file.write(json.dumps(holder).encode())
-        file.flush()
-        yield
+        lock.acquire()
+    except Timeout:
+        raise _in_use(path, _holder(path), "wait for it, or name another folder") from None
+    try:
+        holder = _holder(path)
+        if holder.get("host") not in (None, socket.gethostname()):
+            raise _in_use(path, holder, f"if that process is gone, remove {path}")
+        path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
     finally:
-        path.unlink(missing_ok=True)  # while it is still held: nobody takes it in between
-        file.close()
+        with suppress(OSError):  # while it is held, so that nobody takes it in between; Windows removes it on release
+            os.unlink(folder / HELD)
+        lock.release()
 
 
-def _taken(path: Path) -> BinaryIO:
-    while True:
-        file = open(path, "a+b")  # noqa: SIM115 (held until the run ends)
-        free = _flock(file)
-        file.seek(0)
-        try:
-            holder = json.loads(file.read() or b"{}")
-        except ValueError:
-            holder = {}  # its writer was killed in the middle
-        holder = holder if isinstance(holder, dict) else {}
-        elsewhere = holder.get("host") not in (None, socket.gethostname())
-        if not free or elsewhere:
-            file.close()
-            who = f"process {holder.get('pid', '?')} on {holder.get('host', 'this machine')}"
-            fix = f"if that process is gone, remove {path}" if elsewhere else "wait for it, or name another folder"
-            raise StateError("the run folder is in use:", [Problem(str(path.parent), f"{who} trains here", fix)])
-        try:
-            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-                return file
-        except FileNotFoundError:
-            pass
-        file.close()  # its holder has just ended and removed it: take the new one
-
-
-def _flock(file: BinaryIO) -> bool:
+def _holder(path: Path) -> dict[str, Any]:
+    """The process named in a lock file; empty if there is none, or its writer was killed half-way."""
     try:
-        import fcntl
-    except ImportError:  # no advisory locks on this system: whoever finds the file gone may begin
-        file.seek(0)
-        return not file.read()
-    try:
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        holder = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _in_use(path: Path, holder: dict[str, Any], fix: str) -> StateError:
+    who = f"process {holder.get('pid', '?')} on {holder.get('host', 'this machine')}"
+    return StateError("the run folder is in use:", [Problem(str(path.parent), f"{who} trains here", fix)])
