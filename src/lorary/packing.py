@@ -135,12 +135,12 @@ def packable(scan: Scan, storage: Storage, full: Collection[str] = ()) -> list[s
         path
         for path, m in scan.modules.items()
         if path
+        and m.why_not_adaptable is None
+        and not m.tied_to
         and path not in scan.heads
         and storage.packs(m.module)
-        and not m.tied_to
         and f"{path}.weight" not in full
         and not exact & set(path.split("."))
-        and m.why_not_adaptable is None
     ]
 
 

@@ -43,9 +43,11 @@ def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = 
         StateError: something is attached already.
         PlanError: the plan was made for another model; every mismatch. Or it is no plan, or the dtype cannot learn.
     """
-    packed = _to_pack(model, plan, dtype)
+    base = scan(model)
+    packed = _to_pack(base, plan, dtype)
     full = {f.name: f.shape for f in plan.full}
-    _put(model, plan.method, plan.placed, full, dtype=dtype, packed=packed)
+    _put(base, plan.method, plan.placed, full, dtype=dtype, packed=packed)
+    del base  # it holds every dense weight, and they are to go one at a time
     try:
         with mode(model):
             _start(model, seed, plan.given, packed)
@@ -56,10 +58,8 @@ def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = 
     return model
 
 
-def _to_pack(model: nn.Module, plan: Plan, dtype: torch.dtype) -> list[str]:
-    """The layers that are still to be packed: a base may have been loaded so.
-
-    By name: whoever kept the layers while others are packed would keep all dense weights.
+def _to_pack(base: Scan, plan: Plan, dtype: torch.dtype) -> list[str]:
+    """The layers that are still to be quantised, by name: a base may have been loaded quantised.
 
     Raises:
         PlanError: the plan cannot be obeyed; every reason.
@@ -74,7 +74,6 @@ def _to_pack(model: nn.Module, plan: Plan, dtype: torch.dtype) -> list[str]:
         problems.append(Problem("dtype", f"{dtype!r} is no precision to learn in", f"known: {known}"))
     packed: list[str] = []
     if not problems:
-        base = scan(model)
         packed = [name for name in plan.packed if not base.is_quantised(name)]
         problems += unwritable(base, plan.method, [f.name for f in plan.full if not f.trains])
         problems += not_quantizable(base, packed)
@@ -127,9 +126,11 @@ def place(
 
     Whoever has the base's fingerprint already gives it along: taking it reads a little of every parameter.
     """
-    if problems := not_quantizable(scan(model), packed):
+    found = scan(model)
+    if problems := not_quantizable(found, packed):
         raise PlanError("cannot attach:", problems)
-    _put(model, method, placed, full, tensors=tensors, base=base, packed=packed)
+    _put(found, method, placed, full, tensors=tensors, fingerprint=base, packed=packed)
+    del found  # it holds every dense weight, and they are to go one at a time
     try:
         for layer in shown(list(adapted(model).values()), "packing") if packed else adapted(model).values():
             settle(model, layer, packs=layer.site.name in packed)  # there is a start already
@@ -140,35 +141,34 @@ def place(
 
 
 def _put(
-    model: nn.Module,
+    base: Scan,
     method: Method,
     placed: tuple[Placed, ...],
     full: Mapping[str, tuple[int, ...]],
     *,
     dtype: torch.dtype = torch.float32,
     tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
-    base: Fingerprint | None = None,
+    fingerprint: Fingerprint | None = None,
     packed: Collection[str] = (),
 ) -> None:
     """Put adapters at the sites, zero or with the given tensors, freeze the rest, and remember the way back."""
+    model = base.model
     if attached(model) is not None:
         what = "something is attached already"
         raise StateError("cannot attach:", [Problem("model", what, "detach it first, or use lorary.switch")])
     keep_layout(model)
-    found = scan(model)
-    problems = model_mismatches(found, placed, full, packed)
+    problems = model_mismatches(base, placed, full, packed)
     problems += [Problem("context", *why) for why in (method.context.problems(model) if method.context else ())]
     if problems:
         raise PlanError("this does not fit the model:", problems)
-    placed = tuple(_of_kind(p, found.modules[p.site.name].kind) for p in placed)
-    paths = {p.site.name: list(found.modules[p.site.name].paths) for p in placed}
-    parameters = {name: found.parameter(name) for name in found.names}
-    fingerprint = base or Fingerprint.of(model)
+    placed = tuple(_of_kind(p, base.modules[p.site.name].kind) for p in placed)
+    paths = {p.site.name: list(base.modules[p.site.name].paths) for p in placed}
+    fingerprint = fingerprint or Fingerprint.of(model)
     if packed:
         remember(model)
-    trained = frozenset(name for name, t in parameters.items() if t.requires_grad)
+    trained = frozenset(name for name in base.names if base.parameter(name).requires_grad)
     kept = {}  # and the layers: all of them before the model changes: memory may run out on the way
-    layers = _layers(found, placed, dtype)
+    layers = _layers(base, placed, dtype)
     if tensors is not None:
         for p in placed:
             layer = layers[p.site.name]
@@ -176,14 +176,15 @@ def _put(
             if layer.shared is not None:
                 layer.shared.load({role: tensors[p.site.name][role] for role in p.delta.shared})
     for name in full:
-        kept[name] = parameters[name].detach().to("cpu" if not parameters[name].is_meta else "meta", copy=True)
+        value = base.parameter(name).detach()
+        kept[name] = value.to("meta" if value.is_meta else "cpu", copy=True)
     reading = None if method.context is None else method.context.enter(model)
     model.requires_grad_(False)
     for name, layer in layers.items():
         for path in paths[name]:
             model.set_submodule(path, layer)
     for name in full.keys() - {f"{p.site.name}.weight" for p in placed}:  # an adapted weight is a rule's to write
-        parameters[name].requires_grad_(True)
+        base.parameter(name).requires_grad_(True)
     object.__setattr__(model, STATE, Attached(method, placed, kept, trained, paths, fingerprint, reading=reading))
 
 

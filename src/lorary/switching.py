@@ -168,8 +168,9 @@ def _unusable(role: str, tensor: Tensor) -> str:
 
 def _install(model: nn.Module, adapter: Adapter, here: Fingerprint, *, trainable: bool, pack: bool = True) -> None:
     full = {name: tuple(value.shape) for name, value in adapter.full.items()}
-    packed = packable(scan(model), adapter.method.storage, full) if pack else []
-    warn_of_packing(plain_modules(model), adapter.method.storage)
+    storage = adapter.method.storage
+    packed = packable(scan(model), storage, full) if pack and not storage.writable else []
+    warn_of_packing(plain_modules(model), storage)
     place(model, adapter.method, adapter.placed, full, adapter.tensors, base=here, packed=packed)
     with torch.no_grad():
         for name, value in adapter.full.items():
