@@ -10,7 +10,7 @@ from torch import nn
 from lorary.errors import MethodError, PlanError, Problem, nearest, once
 from lorary.full_parameters import full_parameters
 from lorary.packing import packable, packed_already
-from lorary.past import Learnt, with_past
+from lorary.past import PreviousAdapter, with_past
 from lorary.placed import Placed, with_rank
 from lorary.plan_notes import plan_notes, unreached_notes
 from lorary.plans import Plan
@@ -30,7 +30,7 @@ def plan(
     ranks: Mapping[str, int] | None = None,
     alphas: Mapping[str, float] | None = None,
     exclude: str | Sequence[str] = (),
-    after: Sequence[Learnt] = (),
+    after: Sequence[PreviousAdapter] = (),
 ) -> Plan:
     """Where a method goes in a model, and what that costs. Touches nothing; works on a meta-device model.
 
