@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lorary.kernels.direction import times
 from lorary.kernels.vectors import Once
 from lorary.memo import Memo
-from lorary.placed import Placed, shared_shapes, start_of
+from lorary.placed import Placed, adaptation, shared_shapes, start_of
 from lorary.record import Method
 from lorary.sites import KINDS, Kind
 from lorary.weights import held, is_packed, weight
@@ -106,7 +106,7 @@ class Adapted(nn.Module):
 
     @method.setter
     def method(self, method: Method) -> None:
-        words = method.adaptation
+        words = adaptation(method)
         self._method, self.delta, self.init, self.join = method, words.delta, words.init, words.join
 
     @property

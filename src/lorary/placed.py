@@ -6,12 +6,32 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
-from lorary.errors import Problem
+from lorary.errors import MethodError, Problem
 from lorary.record import Method, braces
 from lorary.sites import Site
-from lorary.words import Delta, Init, Join, Shapes
+from lorary.words import Delta, Init, Join, Scale, Shapes
+
+
+class Adaptation(NamedTuple):
+    """The components of a method that adapts layers, none of them missing: what is learnt, its start, size and join."""
+
+    delta: Delta
+    init: Init
+    scale: Scale
+    join: Join
+
+
+def adaptation(method: Method) -> Adaptation:
+    """The components by which a method adapts a layer.
+
+    Raises:
+        MethodError: it trains base parameters only.
+    """
+    if method.delta is None or method.init is None or method.scale is None or method.join is None:
+        raise MethodError("this method adapts no layer:", [Problem("delta", "only base parameters train")])
+    return Adaptation(method.delta, method.init, method.scale, method.join)
 
 
 @dataclass(frozen=True)
@@ -30,15 +50,15 @@ class Placed:
 
     @property
     def delta(self) -> Delta:
-        return self.method.adaptation.delta
+        return adaptation(self.method).delta
 
     @property
     def init(self) -> Init:
-        return self.method.adaptation.init
+        return adaptation(self.method).init
 
     @property
     def join(self) -> Join:
-        return self.method.adaptation.join
+        return adaptation(self.method).join
 
     @property
     def r(self) -> int:
@@ -53,7 +73,7 @@ class Placed:
     @property
     def scale(self) -> float:
         """The factor s at this site."""
-        return self.method.adaptation.scale(self.r)
+        return adaptation(self.method).scale(self.r)
 
     @property
     def shapes(self) -> Shapes:

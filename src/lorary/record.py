@@ -15,23 +15,6 @@ from lorary.words import WORDS, Delta, Init, Join, Rule, Scale, Storage
 
 
 @dataclass(frozen=True)
-class Adaptation:
-    """The four components of a method that adapts layers, none of them missing.
-
-    Args:
-        delta: what is learnt.
-        init: where it starts.
-        scale: its size.
-        join: how it joins the weight.
-    """
-
-    delta: Delta
-    init: Init
-    scale: Scale
-    join: Join
-
-
-@dataclass(frozen=True)
 class Method:
     """The record of words that is a method.
 
@@ -78,17 +61,6 @@ class Method:
             problems += self._delta_problems() if self.delta else self._bare_problems()
         if problems:
             raise MethodError("these words do not make a method:", problems)
-
-    @property
-    def adaptation(self) -> Adaptation:
-        """The components that adapt a layer.
-
-        Raises:
-            MethodError: the method trains base parameters only.
-        """
-        if self.delta is None or self.init is None or self.scale is None or self.join is None:
-            raise MethodError("this method adapts no layer:", [Problem("delta", "only base parameters train")])
-        return Adaptation(self.delta, self.init, self.scale, self.join)
 
     @property
     def roles(self) -> frozenset[str]:

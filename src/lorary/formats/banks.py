@@ -23,7 +23,7 @@ from lorary.adapter import Adapter
 from lorary.errors import Problem
 from lorary.formats.strict_json import show
 from lorary.formats.tensor_file import DTYPES, memory
-from lorary.placed import Placed, shared_shapes
+from lorary.placed import Placed, adaptation, shared_shapes
 from lorary.record import Method
 
 _MOST_DRAWN = 2**30  # bytes; VeRA of rank 1,024 on the widest layers in use takes a quarter of it
@@ -45,7 +45,7 @@ class Banks(NamedTuple):
 def gathered(adapter: Adapter) -> Banks:
     """The banks of an adapter."""
     whole = _gathered(adapter.placed, adapter.tensors)
-    if not whole or adapter.method.adaptation.init.saved:
+    if not whole or adaptation(adapter.method).init.saved:
         return Banks(whole)
     again = drawn(adapter.method, adapter.placed, {role: t.dtype for role, t in whole.items()})
     return Banks(whole, kept=not all(torch.equal(again[role], bank) for role, bank in whole.items()))
@@ -76,7 +76,7 @@ def torn(adapter: Adapter, banks: Mapping[str, Tensor]) -> list[Problem]:
 def drawn(method: Method, placed: Sequence[Placed], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
     """role -> the bank that the method's seed gives, in these precisions."""
     whole = {role: torch.zeros(size) for role, size in shared_shapes(placed).items()}
-    method.adaptation.init.share(whole)
+    adaptation(method).init.share(whole)
     return _gathered(placed, corners(placed, {role: t.to(dtypes[role]) for role, t in whole.items()}))
 
 

@@ -82,7 +82,8 @@ def kept_as(method: Method, full: Collection[str] = ()) -> Storage | None:
         method: it may need the plain weights, to take a part of them first: then None.
         full: base parameters that an adapter holds in full: where there are any, attaching it packs the others.
     """
-    return None if full or method.adaptation.init.moves_base else method.storage
+    moves = method.init is not None and method.init.moves_base
+    return None if full or moves else method.storage
 
 
 def load_base(
