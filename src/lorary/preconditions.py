@@ -35,11 +35,9 @@ def not_ready(scan: Scan) -> list[Problem]:
 
 def not_a_module(model: Any) -> list[Problem]:
     """Why this is not a model."""
-    return (
-        []
-        if isinstance(model, nn.Module)
-        else [Problem("model", f"is a {type(model).__name__}, not a torch.nn.Module")]
-    )
+    if isinstance(model, nn.Module):
+        return []
+    return [Problem("model", f"is a {type(model).__name__}, not a torch.nn.Module")]
 
 
 def bad_arguments(method: Any, ranks: Any, alphas: Any) -> list[Problem]:
