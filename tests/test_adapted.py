@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lorary
-from lorary.adapted import Adapted
+from lorary.adapted import Adapted, adapted
 from lorary.state import attached, base_parameter
 
 from . import tiny
@@ -298,3 +298,13 @@ def test_what_an_adapted_layer_says_of_itself() -> None:
     lorary.attach(model, lorary.plan(model, tiny.LORA, "0"))
     assert isinstance(model[0], Adapted)
     assert repr(model[0]).splitlines()[1] == "  0, r=2, s=4"
+
+
+def test_a_layer_follows_its_method() -> None:
+    """What the method says is resolved when it is set: nothing stale is left of the one before."""
+    model = nn.ModuleDict({"fc": nn.Linear(3, 5)})
+    lorary.attach(model, lorary.plan(model, lorary.method("dora", r=2)))
+    layer = adapted(model)["fc"]
+    plain = lorary.method("lora", r=1)
+    layer.method = plain
+    assert (layer.method, layer.delta, layer.init, layer.join) == (plain, plain.delta, plain.init, plain.join)

@@ -7,7 +7,7 @@ import pytest
 import lorary
 from lorary.errors import MethodError
 from lorary.methods.lora import ByRank, Fixed, Gaussian, LowRank
-from lorary.placed import Placed, shared_shapes, start_of, with_rank
+from lorary.placed import Placed, adaptation, shared_shapes, start_of, with_rank
 from lorary.sites import Part, Site
 
 LINEAR = Site("x", "linear", 5, 3, True)
@@ -113,3 +113,12 @@ def test_an_alpha_for_what_has_none() -> None:
     with pytest.raises(TypeError):
         with_rank(lorary.method("vera"), alpha=3)
     assert with_rank(lorary.method("melora", r=3, n=2), r=5) == lorary.method("melora", r=5, n=2)
+
+
+def test_the_components_of_a_site_are_never_missing() -> None:
+    method = lorary.method("dora", r=2, alpha=6)
+    placed = Placed(LINEAR, method)
+    assert (placed.delta, placed.init, placed.join) == (method.delta, method.init, method.join)
+    assert adaptation(method).scale == method.scale
+    with pytest.raises(MethodError, match="only base parameters train"):
+        _ = Placed(LINEAR, lorary.method("bitfit")).shapes

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 import lorary
 from lorary import sites
 from lorary.adapted import Adapted, adapted
-from lorary.sites import KINDS, Part, Site, kind_of, obstacle, site
+from lorary.sites import KINDS, Part, Site, kind_of, site, why_not_adaptable
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_what_is_no_layer() -> None:
         nn.EmbeddingBag(3, 2),
     ):
         assert kind_of(module) is None
-        assert obstacle(module) == f"a {type(module).__name__} has no weight matrix that lorary knows"
+        assert why_not_adaptable(module) == f"a {type(module).__name__} has no weight matrix that lorary knows"
     with pytest.raises(TypeError, match="x: a ReLU has no weight matrix that lorary knows"):
         site("x", nn.ReLU())
 
@@ -99,7 +99,7 @@ def weight_norm(layer: nn.Module) -> nn.Module:
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
 def test_what_cannot_be_adapted_all_the_same(layer: nn.Module, reason: str | None) -> None:
-    assert obstacle(layer) == reason
+    assert why_not_adaptable(layer) == reason
 
 
 # --- the verbs, against the layers themselves ------------------------------------------------------------------------

@@ -10,17 +10,18 @@ from torch import nn
 
 import lorary
 from lorary.errors import PlanError
-from lorary.targets import collapse, head_names, matches, resolve, tree
+from lorary.scan import scan
+from lorary.targets import abbreviate_paths, matches, resolve, tree
 
 from . import tiny
 
 
 def found(model: nn.Module, targets: Any, exclude: Any = ()) -> list[str]:
     """What targets name, repeated blocks written as one, parts in brackets."""
-    layers, problems = resolve(model, targets, exclude)
+    layers, problems = resolve(scan(model), targets, exclude)
     assert problems == []
     parts = {f.name: "".join(f"[{','.join(p.name for p in f.parts)}]" if f.parts else "") for f in layers}
-    return [text + parts[names[0]] for text, names in collapse(parts)]
+    return [text + parts[names[0]] for text, names in abbreviate_paths(parts)]
 
 
 def refused(model: nn.Module, targets: Any, exclude: Any = (), **options: Any) -> str:
@@ -92,12 +93,15 @@ def test_layers_come_in_the_models_order_and_once() -> None:
     assert once == ["q_proj", "xq_proj", "q_proj_norm", "inner.q_proj.{0,2}", "deep.{0-10}.q_proj"]
 
 
-def test_collapse() -> None:
-    assert collapse([]) == []
-    assert collapse(["a.0.b", "a.1.b", "a.3.b", "c"]) == [("a.{0,1,3}.b", ["a.0.b", "a.1.b", "a.3.b"]), ("c", ["c"])]
-    assert collapse(["0.x1", "1.x1"]) == [("{0-1}.x1", ["0.x1", "1.x1"])]
-    assert collapse(["a.0.b.0", "a.0.b.1"])[0][0] == "a.0.b.{0-1}"
-    assert collapse(["a.10", "a.2"])[0][0] == "a.{2,10}"
+def test_abbreviate_paths() -> None:
+    assert abbreviate_paths([]) == []
+    assert abbreviate_paths(["a.0.b", "a.1.b", "a.3.b", "c"]) == [
+        ("a.{0,1,3}.b", ["a.0.b", "a.1.b", "a.3.b"]),
+        ("c", ["c"]),
+    ]
+    assert abbreviate_paths(["0.x1", "1.x1"]) == [("{0-1}.x1", ["0.x1", "1.x1"])]
+    assert abbreviate_paths(["a.0.b.0", "a.0.b.1"])[0][0] == "a.0.b.{0-1}"
+    assert abbreviate_paths(["a.10", "a.2"])[0][0] == "a.{2,10}"
 
 
 def test_a_shared_layer_can_be_named_by_each_of_its_paths() -> None:
@@ -229,7 +233,7 @@ def test_presets(name: str) -> None:
     ],
 )
 def test_heads(name: str, heads: set[str]) -> None:
-    assert head_names(tiny.model(name, "meta")) == heads
+    assert scan(tiny.model(name, "meta")).heads == heads
 
 
 def test_a_head_is_adapted_where_it_is_named() -> None:
@@ -241,7 +245,7 @@ def test_a_plain_module() -> None:
     assert found(model, "conv") == ["stem", "depthwise", "pointwise"]
     assert found(model, "all-linear") == ["head"]
     assert found(model, ["conv", "all-linear"]) == ["stem", "depthwise", "pointwise", "head"]
-    assert head_names(model) == set()
+    assert scan(model).heads == set()
 
 
 def test_a_convolutional_network_of_transformers() -> None:
@@ -457,6 +461,6 @@ def test_a_model_without_layers() -> None:
 
 def test_a_long_tree_is_cut() -> None:
     model = nn.ModuleDict({f"layer_{chr(97 + i)}{chr(97 + j)}": nn.Linear(2, 2) for i in range(9) for j in range(5)})
-    lines = tree(model).splitlines()
+    lines = tree(scan(model)).splitlines()
     assert len(lines) == 41
     assert lines[-1] == "... and 5 more"

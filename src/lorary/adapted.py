@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from lorary.kernels.direction import times
 from lorary.kernels.vectors import Once
 from lorary.memo import Memo
-from lorary.placed import Placed, shared_shapes, start_of
+from lorary.placed import Placed, adaptation, shared_shapes, start_of
 from lorary.record import Method
 from lorary.sites import KINDS, Kind
 from lorary.weights import held, is_packed, weight
-from lorary.words import Delta, Fused, Init, Join
+from lorary.words import Fused
 
 
 class Shared(nn.Module):
@@ -46,11 +46,11 @@ class Shared(nn.Module):
         """Copy values into the leading corner of each tensor."""
         with torch.no_grad():
             for role, tensor in tensors.items():
-                corner(self.tensors[role], tuple(tensor.shape)).copy_(tensor)
+                leading_slice(self.tensors[role], tuple(tensor.shape)).copy_(tensor)
 
 
-def corner(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The leading corner of a tensor, a view of this shape."""
+def leading_slice(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The leading slice of a tensor, a view of this shape."""
     return tensor[tuple(slice(n) for n in shape)]
 
 
@@ -87,7 +87,7 @@ class Adapted(nn.Module):
             if not (name.startswith("_") or name == "training" or hasattr(Adapted, name)):
                 vars(self)[name] = value
         self.site = placed.site
-        self.method: Method = placed.method
+        self.method = placed.method
         self.scale = placed.scale
         self.enabled = True
         self.chosen: Any = None
@@ -98,6 +98,16 @@ class Adapted(nn.Module):
         self.p = p if p is not None else _zeros(placed, dtype, held(base)[0].device)
         # role -> the corner of the shared tensor that is this site's
         self.corners = {role: placed.shapes[role] for role in sorted(placed.delta.shared)}
+
+    @property
+    def method(self) -> Method:
+        """The method at this site. Its delta, init and join are resolved when it is set, not in every step."""
+        return self._method
+
+    @method.setter
+    def method(self, method: Method) -> None:
+        words = adaptation(method)
+        self._method, self.delta, self.init, self.join = method, words.delta, words.init, words.join
 
     @property
     def kind(self) -> Kind:
@@ -136,7 +146,7 @@ class Adapted(nn.Module):
         if self.shared is None:
             return own
         whole = self.shared.tensors
-        return own | {role: corner(whole[role], shape) for role, shape in self.corners.items()}
+        return own | {role: leading_slice(whole[role], shape) for role, shape in self.corners.items()}
 
     def __setattr__(self, name: str, value: Any) -> None:
         # tying code assigns `module.weight`: the base is meant
@@ -154,7 +164,7 @@ class Adapted(nn.Module):
         """
         if self.weight.is_meta:
             return
-        delta, init = cast(Delta, self.method.delta), cast(Init, self.method.init)
+        delta, init = self.delta, self.init
         turn = f"/{delta.turn}" if delta.turn else ""
         digest = hashlib.sha256(f"{seed}/{self.site.name}{turn}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
@@ -178,14 +188,13 @@ class Adapted(nn.Module):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(B [out, R], A [R, inp]), without the scale."""
-        return cast(Delta, self.method.delta).factors(self.site, self.tensors)
+        return self.delta.factors(self.site, self.tensors)
 
     def start_factors(self) -> tuple[Tensor, Tensor] | None:
         """(B [out, R], A [R, inp]) at the start, without the scale, where the base gave up s B A for them."""
         if not self.start:
             return None
-        delta = cast(Delta, self.method.delta)
-        return delta.factors(self.site, {role: self.start[start_of(role)] for role in delta.roles})
+        return self.delta.factors(self.site, {role: self.start[start_of(role)] for role in self.delta.roles})
 
     def product(self, A: Tensor) -> Tensor:
         """W A^T [out, R] of A [R, inp], in A's precision, differentiable in A; keeps W as the base keeps it."""
@@ -203,7 +212,7 @@ class Adapted(nn.Module):
             dropout: of the input; the method's where nothing is said.
         """
         dropout = self.dropout if dropout is None else dropout
-        delta = self.method.delta
+        delta = self.delta
         if isinstance(delta, Fused) and (delta.everywhere or (self.kind.rowwise and not self.site.parts)):
             return delta.add(self, y, x, dropout)
         B, A = self.factors()
@@ -212,7 +221,7 @@ class Adapted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return self.without(x)
-        return cast(Join, self.method.join).forward(self, x)
+        return self.join.forward(self, x)
 
     def without(self, x: Tensor) -> Tensor:
         """The base's function of x; a packed base keeps what it gave up at the start in the start's factors alone."""
@@ -230,10 +239,10 @@ class Adapted(nn.Module):
         exact = torch.promote_types(W.dtype, torch.float32)
         B, A = (factor.to(exact) for factor in self.factors())
         b = None if self.bias is None else self.bias.to(exact)
-        return cast(Join, self.method.join).merged(self.tensors, W.to(exact), b, (self.scale * B, A))
+        return self.join.merged(self.tensors, W.to(exact), b, (self.scale * B, A))
 
     def extra_repr(self) -> str:
-        return f"{self.site.name}, r={cast(Delta, self.method.delta).r}, s={self.scale:g}"
+        return f"{self.site.name}, r={self.delta.r}, s={self.scale:g}"
 
 
 def _zeros(placed: Placed, dtype: torch.dtype, device: torch.device) -> nn.ParameterDict:

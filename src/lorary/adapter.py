@@ -10,7 +10,7 @@ from os import PathLike
 import torch
 from torch import Tensor, nn
 
-from lorary.adapted import Adapted, adapted, corner
+from lorary.adapted import Adapted, adapted, leading_slice
 from lorary.errors import MethodError, Problem
 from lorary.fingerprint import Fingerprint
 from lorary.forms import LowRankForm, low_rank_forms
@@ -113,7 +113,7 @@ def _taken(layers: Mapping[str, Adapted]) -> dict[str, dict[str, Tensor]]:
             own[id(layer.p)] = {role: whole(t) for role, t in layer.p.items()}
     return {
         name: own[id(layer.p)]
-        | {role: corner(bank[role], shape) for role, shape in layer.corners.items()}
+        | {role: leading_slice(bank[role], shape) for role, shape in layer.corners.items()}
         | {role: t.clone() for role, t in layer.start.items()}
         for name, layer in layers.items()
     }

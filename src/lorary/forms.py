@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from lorary.adapted import plain_modules
 from lorary.errors import MethodError, Problem, once
 from lorary.placed import Placed, start_of
-from lorary.preconditions import mismatch
+from lorary.preconditions import layer_mismatches
 from lorary.residual import pristine
 from lorary.sites import KINDS, kind_of
-from lorary.words import Join
 
 
 class LowRankForm(NamedTuple):
@@ -53,7 +52,7 @@ def low_rank_forms(
         own = tensors[p.site.name]
         W, b = _given(base, p, modules.get(p.site.name))
         try:
-            BA, gain, shift = cast(Join, p.method.join).on_output(own, W, b, factors_on_base(p, own))
+            BA, gain, shift = p.join.on_output(own, W, b, factors_on_base(p, own))
         except MethodError as error:
             problems += [Problem(p.site.name, q.what, q.fix) for q in error.problems]
             continue
@@ -82,7 +81,7 @@ def _given(
         if base is None:
             what, fix = f"{type(p.method.join).__name__} has no such form without the base's weight", "give the base"
             raise MethodError("", [Problem(p.site.name, what, fix)])
-        if wrong := mismatch(p.site, layer):
+        if wrong := layer_mismatches(p.site, layer):
             raise MethodError("", wrong)
         return layer
 

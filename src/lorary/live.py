@@ -25,7 +25,6 @@ from lorary.packing import exact_modules, precision
 from lorary.residual import pristine
 from lorary.state import require
 from lorary.weights import is_packed
-from lorary.words import Join
 
 _CHUNK = 2**24  # logits that are compared at once, in 64 bits
 
@@ -158,7 +157,7 @@ def _as_packed(layer: Adapted, W: Tensor) -> tuple[Tensor, Tensor]:
     held = layer.kind.matrix(layer.method.storage.pack(layer.base, W - gift)).to(W)
     B, A = (factor.to(W) for factor in layer.factors())
     b = None if layer.bias is None else layer.bias.to(W)
-    merged, _ = cast(Join, layer.method.join).merged(layer.tensors, held, b, (layer.scale * B, A))
+    merged, _ = layer.join.merged(layer.tensors, held, b, (layer.scale * B, A))
     return merged, held + gift
 
 

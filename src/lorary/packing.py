@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar, cast
 
@@ -17,10 +16,10 @@ from torch import Tensor, nn
 from lorary.errors import Problem, StateError
 from lorary.fields import wrong
 from lorary.fingerprint import STATE, Fingerprint
-from lorary.preconditions import not_ready
+from lorary.preconditions import not_a_module, not_quantizable, not_ready
+from lorary.scan import Scan, scan
 from lorary.sites import kind_of, was_transposed
 from lorary.storage.nf4 import NF4, NF4Linear
-from lorary.targets import blocked, head_names
 from lorary.weights import in_place_of, is_foreign, is_packed, weight
 from lorary.words import Init, Storage
 
@@ -43,20 +42,34 @@ def pack(model: nn.Module, storage: Storage | None = None) -> nn.Module:
         StateError: adapters are attached, a weight is not finite, or there is nothing to pack. Every reason.
     """
     storage = NF4() if storage is None else storage
-    problems = not_ready(model) + not_packing(storage)
-    if not problems and hasattr(model, STATE):
-        problems.append(Problem("model", "has adapters attached", "detach them first"))
-    names = [] if problems else packable(model, storage)
-    if not problems and not names:
-        problems.append(Problem("model", "has no layer to pack: plain linear ones, without the output head"))
-    problems += unfit(model, names)
-    if problems:
-        raise StateError("cannot pack:", problems)
+    names = _names_to_pack(model, storage)
     with mode(model):
         remember(model)
         for name in shown(names, "packing"):
             replace(model, name, storage.pack(model.get_submodule(name)))
     return model
+
+
+def _names_to_pack(model: nn.Module, storage: Storage) -> list[str]:
+    """The layers to pack, by name: a scan kept meanwhile would keep every dense weight.
+
+    Raises:
+        StateError: every reason why the model cannot be packed.
+    """
+    problems = not_a_module(model)
+    found = None if problems else scan(model)
+    problems += [*(not_ready(found) if found else ()), *not_packing(storage)]
+    if not problems and hasattr(model, STATE):
+        problems.append(Problem("model", "has adapters attached", "detach them first"))
+    names: list[str] = []
+    if found and not problems:
+        names = packable(found, storage)
+        problems += not_quantizable(found, names)
+        if not names:
+            problems.append(Problem("model", "has no layer to pack: plain linear ones, without the output head"))
+    if problems:
+        raise StateError("cannot pack:", problems)
+    return names
 
 
 def not_packing(storage: Any) -> list[Problem]:
@@ -106,54 +119,34 @@ def holds_weights(dtype: Any) -> bool:
     return isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
 
 
-def packable(model: nn.Module, storage: Storage, full: Collection[str] = ()) -> list[str]:
+def packable(scan: Scan, storage: Storage, full: Collection[str] = ()) -> list[str]:
     """The layers that a storage packs, in the model's order.
 
     Not the output head, nothing that other modules hold or read as well, nothing that trains in full, and nothing that
     the architecture wants in 32 bits.
 
     Args:
-        model: the model.
+        scan: of the model.
         storage: the word.
         full: the base parameters that train in full.
     """
-    heads = head_names(model)
-    held = Counter(id(t) for m in model.modules() for t in m.parameters(recurse=False))
-    exact = exact_modules(model)
+    exact = exact_modules(scan.model)
     return [
-        name
-        for name, module in model.named_modules()
-        if name
-        and name not in heads
-        and storage.packs(module)
-        and held[id(module.weight)] == 1
-        and f"{name}.weight" not in full
-        and not exact & set(name.split("."))
-        and blocked(model, name) is None
+        path
+        for path, m in scan.modules.items()
+        if path
+        and m.why_not_adaptable is None
+        and not m.tied_to
+        and path not in scan.heads
+        and storage.packs(m.module)
+        and f"{path}.weight" not in full
+        and not exact & set(path.split("."))
     ]
 
 
 def exact_modules(model: nn.Module) -> set[str]:
     """The components of module paths that a Transformers architecture wants in 32 bits."""
     return {name for key in ("", "_strict") for name in getattr(model, f"_keep_in_fp32_modules{key}", None) or ()}
-
-
-def unfit(model: nn.Module, names: Iterable[str]) -> list[Problem]:
-    """Why these layers cannot be packed: their weights are not finite, or something would be lost with them."""
-    problems = []
-    for name in names:
-        layer = model.get_submodule(name)
-        if "forward" in vars(layer):
-            what = "its forward was replaced, by Accelerate or by hand, and the packed layer would have its own"
-            problems.append(Problem(name, what, "pack the base before that, as lorary.load_base does"))
-        W = cast(Tensor, layer.weight)
-        double = W.dtype == torch.float64
-        bad = 0 if W.is_meta else int((~(W.float() if double else W).isfinite()).sum())
-        if bad:
-            where = "NaN or infinite in 32 bits" if double else "NaN or infinite"
-            what = f"{bad:,} of {W.numel():,} numbers of its weight are {where}, and cannot be packed"
-            problems.append(Problem(name, what, "repair the base, or leave the layer out"))
-    return problems
 
 
 def packed_already(name: str, init: Init) -> Problem:

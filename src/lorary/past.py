@@ -18,8 +18,8 @@ Pair = tuple[Tensor, Tensor]
 Given = dict[str, dict[str, Tensor]]
 
 
-class Learnt(Protocol):
-    """What an earlier task has to be able to say (`lorary.Adapter` is the one that exists)."""
+class PreviousAdapter(Protocol):
+    """The adapter of an earlier task, as far as a plan reads it (`lorary.Adapter` is the one that exists)."""
 
     @property
     def placed(self) -> Sequence[Placed]: ...
@@ -33,7 +33,7 @@ class Learnt(Protocol):
 
 
 def with_past(
-    model: nn.Module, placed: list[Placed], after: Sequence[Learnt]
+    model: nn.Module, placed: list[Placed], after: Sequence[PreviousAdapter]
 ) -> tuple[list[Placed], Given, list[Problem]]:
     """The same sites with what earlier adapters have learnt there, the values that this gives them, and what is wrong.
 
@@ -44,8 +44,9 @@ def with_past(
         return placed, {}, [Problem("after", what, fix)]
     if not after:
         return placed, {}, []
+    here = Fingerprint.of(model)
     problems = [problem for p in placed[:1] for problem in _no_place(p)]
-    problems += [problem for i, adapter in enumerate(after) for problem in _unfit(model, placed, adapter, i)]
+    problems += [problem for i, adapter in enumerate(after) for problem in _cannot_follow(here, placed, adapter, i)]
     if problems:
         return placed, {}, once(problems)
     tasks: dict[str, list[Pair]] = {p.site.name: [] for p in placed}
@@ -72,13 +73,13 @@ def _no_place(p: Placed) -> list[Problem]:
     return [Problem("after", what, "take o-lora")]
 
 
-def _unfit(model: nn.Module, placed: list[Placed], adapter: Any, i: int) -> list[Problem]:
-    """Why an adapter cannot be the past of this plan."""
+def _cannot_follow(base: Fingerprint, placed: list[Placed], adapter: Any, i: int) -> list[Problem]:
+    """Why this plan cannot follow an adapter: another base, other sites, or updates that do not add up."""
     where = f"after[{i}]"
     if not hasattr(adapter, "low_rank"):
         what = f"{adapter!r} is no adapter"
         return [Problem(where, what, "read one with lorary.Adapter.load(path)")]
-    problems = [Problem(where, p.what, p.fix) for p in adapter.base.disagreements(Fingerprint.of(model))]
+    problems = [Problem(where, p.what, p.fix) for p in adapter.base.disagreements(base)]
     if adapter.full:
         what = f"it trained base parameters in full ({', '.join(sorted(adapter.full)[:3])})"
         problems.append(Problem(where, f"{what}; what earlier tasks have learnt must be updates that add up"))
@@ -104,7 +105,7 @@ def _unfit(model: nn.Module, placed: list[Placed], adapter: Any, i: int) -> list
     return problems
 
 
-def _tasks(adapter: Learnt) -> dict[str, list[Pair]]:
+def _tasks(adapter: PreviousAdapter) -> dict[str, list[Pair]]:
     """site -> (B, A) of each task that an adapter holds there, in fp32 on the CPU, the first one first."""
     forms: Mapping[str, Any] = adapter.low_rank()
     found = {}

@@ -6,12 +6,32 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
-from lorary.errors import Problem
+from lorary.errors import MethodError, Problem
 from lorary.record import Method, braces
 from lorary.sites import Site
 from lorary.words import Delta, Init, Join, Scale, Shapes
+
+
+class Adaptation(NamedTuple):
+    """The components of a method that adapts layers, none of them missing: what is learnt, its start, size and join."""
+
+    delta: Delta
+    init: Init
+    scale: Scale
+    join: Join
+
+
+def adaptation(method: Method) -> Adaptation:
+    """The components by which a method adapts a layer.
+
+    Raises:
+        MethodError: it trains base parameters only.
+    """
+    if method.delta is None or method.init is None or method.scale is None or method.join is None:
+        raise MethodError("this method adapts no layer:", [Problem("delta", "only base parameters train")])
+    return Adaptation(method.delta, method.init, method.scale, method.join)
 
 
 @dataclass(frozen=True)
@@ -30,7 +50,15 @@ class Placed:
 
     @property
     def delta(self) -> Delta:
-        return cast(Delta, self.method.delta)
+        return adaptation(self.method).delta
+
+    @property
+    def init(self) -> Init:
+        return adaptation(self.method).init
+
+    @property
+    def join(self) -> Join:
+        return adaptation(self.method).join
 
     @property
     def r(self) -> int:
@@ -45,12 +73,12 @@ class Placed:
     @property
     def scale(self) -> float:
         """The factor s at this site."""
-        return cast(Scale, self.method.scale)(self.r)
+        return adaptation(self.method).scale(self.r)
 
     @property
     def shapes(self) -> Shapes:
         """role -> shape of every tensor at this site."""
-        return self.delta.shapes(self.site) | cast(Join, self.method.join).shapes(self.site)
+        return self.delta.shapes(self.site) | self.join.shapes(self.site)
 
     @property
     def stored(self) -> Shapes:
@@ -60,8 +88,7 @@ class Placed:
     @property
     def starts(self) -> Shapes:
         """role -> shape of the tensors whose start is kept, because the base gave up s B A for it."""
-        moves = cast(Init, self.method.init).moves_base
-        return self.delta.shapes(self.site) if moves else {}
+        return self.delta.shapes(self.site) if self.init.moves_base else {}
 
     @property
     def trainable(self) -> int:
@@ -70,10 +97,9 @@ class Placed:
 
     def problems(self) -> list[Problem]:
         """Why this method cannot work at this site."""
-        init, join = cast(Init, self.method.init), cast(Join, self.method.join)
-        why = self.delta.problems(self.site) + init.problems(self.site, self.r) + join.problems(self.site)
+        why = self.delta.problems(self.site) + self.init.problems(self.site, self.r) + self.join.problems(self.site)
         found = [Problem(self.site.name, what) for what in why]
-        zeros = init.zeros(self.site)
+        zeros = self.init.zeros(self.site)
         if zeros and not zeros & self.method.trained:
             where = f"{braces(zeros)} starts at zero in a layer of kind {self.site.kind}"
             what = f"{where} and is frozen: nothing could be learnt"
@@ -81,7 +107,7 @@ class Placed:
         return found
 
 
-def distinct(placed: Iterable[Placed]) -> list[Placed]:
+def unique_tensor_sets(placed: Iterable[Placed]) -> list[Placed]:
     """One site for each set of tensors: of those that train one in common the first."""
     first: dict[tuple[str, str], Placed] = {}
     for p in placed:
@@ -89,7 +115,7 @@ def distinct(placed: Iterable[Placed]) -> list[Placed]:
     return list(first.values())
 
 
-def unlike(placed: Iterable[Placed]) -> list[Problem]:
+def inconsistent_ties(placed: Iterable[Placed]) -> list[Problem]:
     """The sites that are to train one set of tensors with another site, and cannot."""
     first: dict[str, Placed] = {}
     problems = []
@@ -98,8 +124,8 @@ def unlike(placed: Iterable[Placed]) -> list[Problem]:
         if p.shapes != other.shapes or p.method != other.method:
             what = f"shares what it learns with {other.site.name}, which has other shapes or another method"
             problems.append(Problem(p.site.name, what, "let it learn its own"))
-        elif p.share and cast(Init, p.method.init).moves_base:
-            what = f"shares what it learns, and {type(p.method.init).__name__} starts at the weight of each layer"
+        elif p.share and p.init.moves_base:
+            what = f"shares what it learns, and {type(p.init).__name__} starts at the weight of each layer"
             problems.append(Problem(p.site.name, what, "say another init"))
     return problems
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lorary.placed import Placed, distinct, shared_shapes
+from lorary.placed import Placed, shared_shapes, unique_tensor_sets
 from lorary.record import Method
-from lorary.targets import collapse
+from lorary.targets import abbreviate_paths
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Plan:
     @property
     def trainable(self) -> int:
         """How many numbers train."""
-        return sum(p.trainable for p in distinct(self.placed)) + sum(f.size for f in self.full if f.trains)
+        return sum(p.trainable for p in unique_tensor_sets(self.placed)) + sum(f.size for f in self.full if f.trains)
 
     @property
     def share(self) -> float:
@@ -74,14 +74,14 @@ class Plan:
     @property
     def adapter_bytes(self) -> int:
         """What the adapters' tensors take, as 32-bit masters; what sites share counts once."""
-        sets = distinct(self.placed)
+        sets = unique_tensor_sets(self.placed)
         own = [shape for p in sets for role, shape in p.shapes.items() if role not in p.delta.shared]
         return 4 * sum(map(math.prod, [*own, *shared_shapes(self.placed).values()]))
 
     @property
     def training_bytes(self) -> int:
         """Gradients and AdamW's two moments: 12 bytes for each trained 32-bit number, 3 copies of a full parameter."""
-        sets = distinct(self.placed)
+        sets = unique_tensor_sets(self.placed)
         return 12 * sum(p.trainable for p in sets) + 3 * sum(f.bytes for f in self.full if f.trains)
 
     def __str__(self) -> str:
@@ -117,7 +117,7 @@ class Plan:
             parts = f"[{','.join(part.name for part in p.site.parts)}]" if p.site.parts else ""
             times = f" x{len(names)}" if len(names) > 1 else ""
             tensors = " ".join(f"{role}[{'x'.join(map(str, shape))}]" for role, shape in p.shapes.items())
-            text = collapse(names)[0][0] + parts + times
+            text = abbreviate_paths(names)[0][0] + parts + times
             if p.share:
                 text += " share one"
             counts = f"{p.trainable * (1 if p.share else len(names)):,}"
@@ -127,7 +127,7 @@ class Plan:
     def _full_lines(self) -> list[str]:
         lines = []
         sizes = {f.name: f.size for f in self.full if f.trains}
-        for text, names in collapse(sizes):
+        for text, names in abbreviate_paths(sizes):
             lines.append((text + (f" x{len(names)}" if len(names) > 1 else ""), f"{sum(sizes[n] for n in names):,}"))
         shown = lines[:20] + ([(f"... and {len(lines) - 20} more", "")] if len(lines) > 20 else [])
         return _aligned([("base parameter, in full", "trains"), *shown]) if lines else []

@@ -12,29 +12,36 @@ import torch
 from torch import nn
 
 from lorary.errors import Problem
-from lorary.placed import Placed, unlike
+from lorary.placed import Placed, inconsistent_ties
 from lorary.record import Method
+from lorary.scan import Scan
 from lorary.sites import Site, kind_of, site
-from lorary.weights import held, is_foreign, is_packed, weight
+from lorary.weights import held, is_foreign, weight
 
 
-def not_ready(model: nn.Module) -> list[Problem]:
+def not_ready(scan: Scan) -> list[Problem]:
     """Why nothing can be planned for this model at all."""
-    if not isinstance(model, nn.Module):
-        return [Problem("model", f"is a {type(model).__name__}, not a torch.nn.Module")]
-    if any(type(m).__name__ == "Adapted" for m in model.modules()):
+    model = scan.model
+    if any(type(m.module).__name__ == "Adapted" for m in scan.modules.values()):
         return [Problem("model", "has adapters attached", "detach them first")]
-    if kind_of(model) is not None:
+    if scan.modules[""].kind is not None:
         return [Problem("model", f"is a single {type(model).__name__}", "put it into a module: nn.Sequential(layer)")]
     return [
         Problem(name, "has no shape before the model has seen its first input", "run the model once")
-        for name, parameter in model.named_parameters()
+        for name, parameter in scan.parameters.items()
         if isinstance(parameter, nn.parameter.UninitializedParameter)
     ]
 
 
-def not_words(method: Any, ranks: Any, alphas: Any) -> list[Problem]:
-    """What is not of the sort that a plan is made from."""
+def not_a_module(model: Any) -> list[Problem]:
+    """Why this is not a model."""
+    if isinstance(model, nn.Module):
+        return []
+    return [Problem("model", f"is a {type(model).__name__}, not a torch.nn.Module")]
+
+
+def bad_arguments(method: Any, ranks: Any, alphas: Any) -> list[Problem]:
+    """Arguments of `plan` that are of the wrong type."""
     problems = []
     if not isinstance(method, Method):
         what = f"is a {type(method).__name__}, not a Method"
@@ -46,39 +53,40 @@ def not_words(method: Any, ranks: Any, alphas: Any) -> list[Problem]:
     return problems
 
 
-def unwritable(model: nn.Module, method: Method, names: Iterable[str]) -> list[Problem]:
-    """Why a rule of the method cannot write these weights: it needs 32 bits at least, and a weight that is its own."""
+def unwritable(scan: Scan, method: Method, names: Iterable[str]) -> list[Problem]:
+    """Why a rule of the method cannot write these weights: it needs at least 32 bits, and a weight that is not tied."""
     writer = next((type(rule).__name__ for rule in method.rules if rule.writes_base), "a rule")
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    holders = Counter(map(id, parameters.values()))
-    layers = dict(model.named_modules(remove_duplicate=False))
+    holders = Counter(scan.names.values())
     problems = []
     for name in sorted(set(names)):
-        if is_packed(layers.get(name.rpartition(".")[0])):
+        if scan.is_quantised(name.rpartition(".")[0]):
             problems.append(Problem(name, f"is packed, and {writer} writes it", "load the base in float32"))
             continue
-        if name not in parameters:
+        if name not in scan.names:
             continue
-        W = parameters[name]
+        W = scan.parameter(name)
         if W.dtype.itemsize < 4:
             what = f"is {str(W.dtype).removeprefix('torch.')}, and {writer} adds small changes to it"
             problems.append(Problem(name, f"{what}: rounding would lose most of them", "load the base in float32"))
-        if holders[id(W)] > 1:
+        if holders[scan.names[name]] > 1:
             what = f"is shared with another layer, and {writer} writes it"
             problems.append(Problem(name, what, "exclude the site, or untie the weights"))
     return problems
 
 
-def deaf(model: nn.Module, names: Iterable[str]) -> list[Problem]:
-    """Why packed layers of other libraries cannot be trained through: some kernels let no gradient pass, silently.
+def blocks_gradient(scan: Scan, names: Iterable[str]) -> list[Problem]:
+    """Why the model cannot be trained through layers that other libraries have quantised: some kernels let no gradient
+    pass, silently.
 
-    One layer of each class is asked, a copy of it, for some turn into another form by being used.
+    Probes a copy of one layer per class: some kernels repack their weight on first use.
     """
     problems, asked = [], set()
     for name in names:
-        layer = model.get_submodule(name)
+        layer = scan.module(name)
         sort = (type(layer), type(getattr(layer, "weight", None)))
-        if sort in asked or not is_foreign(layer) or kind_of(layer) != "linear" or held(layer)[0].is_meta:
+        if layer is None or sort in asked or not is_foreign(layer) or scan.modules[name].kind != "linear":
+            continue
+        if held(layer)[0].is_meta:
             continue
         asked.add(sort)
         with contextlib.suppress(Exception), torch.enable_grad():  # what cannot run here says so when it is used
@@ -92,36 +100,65 @@ def deaf(model: nn.Module, names: Iterable[str]) -> list[Problem]:
     return problems
 
 
-def misfits(
-    modules: Mapping[str, nn.Module],
-    parameters: Mapping[str, nn.Parameter],
-    placed: tuple[Placed, ...],
-    full: Mapping[str, tuple[int, ...]],
-) -> list[Problem]:
-    """Why adapters cannot be put at these sites of a model, or these base parameters train."""
+def not_quantizable(scan: Scan, names: Iterable[str]) -> list[Problem]:
+    """Why these layers cannot be quantised: their weights are not finite, or a replaced forward would be lost."""
     problems = []
-    for p in placed:
-        problems += mismatch(p.site, modules.get(p.site.name))
-    for name, shape in full.items():
-        if name not in parameters:
-            problems.append(Problem(name, "the model has no such parameter"))
-        elif tuple(parameters[name].shape) != tuple(shape):
-            problems.append(Problem(name, f"is {tuple(parameters[name].shape)}, expected {tuple(shape)}"))
-    if not torch.is_inference_mode_enabled() and any(t.is_inference() for t in parameters.values()):
-        what = "its weights were made in torch.inference_mode() and cannot be changed or trained with outside of it"
-        problems.append(Problem("model", what, "make the model outside of it"))
-    problems += unlike(placed)
-    devices: dict[str, set[str]] = {}
-    for p in placed if not problems else ():
-        if p.share or p.delta.shared:
-            devices.setdefault(p.share, set()).add(str(held(modules[p.site.name])[0].device))
-    for several in (found for found in devices.values() if len(found) > 1):
-        what = f"its layers lie on {', '.join(sorted(several))}, and what they share can lie on one only"
-        problems.append(Problem("model", what, "adapt the layers of one device, or take another method"))
+    for name in names:
+        layer = scan.module(name)
+        if layer is None:
+            continue
+        if "forward" in vars(layer):
+            what = "its forward was replaced, by Accelerate or by hand, and the packed layer would have its own"
+            problems.append(Problem(name, what, "pack the base before that, as lorary.load_base does"))
+        W = weight(layer)
+        double = W.dtype == torch.float64
+        bad = 0 if W.is_meta else int((~(W.float() if double else W).isfinite()).sum())
+        if bad:
+            where = "NaN or infinite in 32 bits" if double else "NaN or infinite"
+            what = f"{bad:,} of {W.numel():,} numbers of its weight are {where}, and cannot be packed"
+            problems.append(Problem(name, what, "repair the base, or leave the layer out"))
     return problems
 
 
-def mismatch(expected: Site, layer: nn.Module | None) -> list[Problem]:
+def model_mismatches(
+    scan: Scan, placed: tuple[Placed, ...], full: Mapping[str, tuple[int, ...]], packed: Iterable[str] = ()
+) -> list[Problem]:
+    """Why adapters cannot be put at these sites of a model, or these base parameters train, or these layers be
+    quantised."""
+    problems = []
+    for p in placed:
+        problems += layer_mismatches(p.site, scan.module(p.site.name))
+    for name, shape in full.items():
+        if name not in scan.names:
+            problems.append(Problem(name, "the model has no such parameter"))
+        elif (found := tuple(scan.parameter(name).shape)) != tuple(shape):
+            problems.append(Problem(name, f"is {found}, expected {tuple(shape)}"))
+    if not torch.is_inference_mode_enabled() and any(t.is_inference() for t in scan.parameters.values()):
+        what = "its weights were made in torch.inference_mode() and cannot be changed or trained with outside of it"
+        problems.append(Problem("model", what, "make the model outside of it"))
+    problems += inconsistent_ties(placed)
+    problems += [] if problems else _several_devices(scan, placed)
+    return problems + [Problem(name, "the model has no such module") for name in packed if name not in scan.modules]
+
+
+def _several_devices(scan: Scan, placed: tuple[Placed, ...]) -> list[Problem]:
+    """Sites that share tensors and lie on several devices."""
+    devices: dict[str, set[str]] = {}
+    for p in placed:
+        if p.share or p.delta.shared:
+            devices.setdefault(p.share, set()).add(str(held(scan.modules[p.site.name].module)[0].device))
+    return [
+        Problem(
+            "model",
+            f"its layers lie on {', '.join(sorted(several))}, and what they share can lie on one only",
+            "adapt the layers of one device, or take another method",
+        )
+        for several in devices.values()
+        if len(several) > 1
+    ]
+
+
+def layer_mismatches(expected: Site, layer: nn.Module | None) -> list[Problem]:
     """How a model's layer differs from the site that was planned or saved."""
     if layer is None:
         return [Problem(expected.name, "the model has no such module")]

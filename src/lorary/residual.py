@@ -23,7 +23,6 @@ from lorary.shards import is_sharded
 from lorary.sites import kind_of
 from lorary.state import Attached, attached, base_parameter
 from lorary.weights import is_packed, weight
-from lorary.words import Init
 
 
 def start(layer: Adapted, seed: int, *, packs: bool) -> None:
@@ -31,7 +30,7 @@ def start(layer: Adapted, seed: int, *, packs: bool) -> None:
     layer.initialise(seed)
     if packs and layer.start:
         W = _exact(layer)
-        for _ in range(cast(Init, layer.method.init).rounds - 1):
+        for _ in range(layer.init.rounds - 1):
             held = layer.kind.matrix(layer.method.storage.pack(layer.base, _rest(layer)))
             layer.initialise(seed, W - held.to(W.dtype))
 
@@ -97,7 +96,7 @@ def give_up(model: nn.Module, layer: Adapted) -> None:
 
 def unsound(layer: Adapted) -> list[Problem]:
     """Why a layer's own weight is nothing that a delta could start from, where it starts at a part of it."""
-    init, weight = cast(Init, layer.method.init), layer.weight
+    init, weight = layer.init, layer.weight
     if not init.moves_base or weight.is_meta:
         return []
     if is_packed(layer.base):

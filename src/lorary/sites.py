@@ -271,7 +271,7 @@ def was_transposed(layer: nn.Module) -> bool:
     return _is_conv1d(getattr(layer, "source_cls", nn.Linear))
 
 
-def obstacle(layer: nn.Module) -> str | None:
+def why_not_adaptable(layer: nn.Module) -> str | None:
     """Why a layer of a known kind cannot be adapted all the same, or None where it can."""
     kind = kind_of(layer)
     if strange(layer):
@@ -299,7 +299,7 @@ def site(name: str, layer: nn.Module, parts: tuple[Part, ...] = ()) -> Site:
     """The site of a layer of a known kind."""
     kind = kind_of(layer)
     if kind is None:
-        raise TypeError(f"{name}: {obstacle(layer)}")
+        raise TypeError(f"{name}: {why_not_adaptable(layer)}")
     out, inp = KINDS[kind].size(layer)
     conv: Any = layer if kind.startswith("conv") else None
     return Site(

@@ -13,17 +13,16 @@ from torch import Tensor, nn
 from lorary.adapted import Adapted, Shared, adapted
 from lorary.errors import PlanError, Problem, StateError
 from lorary.fingerprint import STATE, Fingerprint
-from lorary.packing import mode, remember, replace, shown, unfit
+from lorary.packing import mode, remember, replace, shown
 from lorary.placed import Placed
 from lorary.plans import Plan
-from lorary.preconditions import deaf, misfits, unwritable
+from lorary.preconditions import blocks_gradient, model_mismatches, not_quantizable, unwritable
 from lorary.record import Method
 from lorary.residual import bare, idle, settle, start, take_back, unsound
-from lorary.sites import kind_of
+from lorary.scan import Scan, scan
 from lorary.state import Attached, attached, base_parameter, require
 from lorary.storage.foreign import keep_layout
-from lorary.weights import held, is_packed
-from lorary.words import Init, Join
+from lorary.weights import held
 
 MASTERS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # what adapters may be learnt in
 
@@ -44,9 +43,11 @@ def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = 
         StateError: something is attached already.
         PlanError: the plan was made for another model; every mismatch. Or it is no plan, or the dtype cannot learn.
     """
-    packed = _to_pack(model, plan, dtype)
+    base = scan(model)
+    packed = _to_pack(base, plan, dtype)
     full = {f.name: f.shape for f in plan.full}
-    _put(model, plan.method, plan.placed, full, dtype=dtype, packed=packed)
+    _put(base, plan.method, plan.placed, full, dtype=dtype, packed=packed)
+    del base  # it holds every dense weight, and they are to go one at a time
     try:
         with mode(model):
             _start(model, seed, plan.given, packed)
@@ -57,10 +58,8 @@ def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = 
     return model
 
 
-def _to_pack(model: nn.Module, plan: Plan, dtype: torch.dtype) -> list[str]:
-    """The layers that are still to be packed: a base may have been loaded so.
-
-    By name: whoever kept the layers while others are packed would keep all dense weights.
+def _to_pack(base: Scan, plan: Plan, dtype: torch.dtype) -> list[str]:
+    """The layers that are still to be quantised, by name: a base may have been loaded quantised.
 
     Raises:
         PlanError: the plan cannot be obeyed; every reason.
@@ -75,11 +74,10 @@ def _to_pack(model: nn.Module, plan: Plan, dtype: torch.dtype) -> list[str]:
         problems.append(Problem("dtype", f"{dtype!r} is no precision to learn in", f"known: {known}"))
     packed: list[str] = []
     if not problems:
-        modules = dict(model.named_modules())
-        packed = [name for name in plan.packed if not is_packed(modules.get(name))]
-        problems += unwritable(model, plan.method, [f.name for f in plan.full if not f.trains])
-        problems += unfit(model, [name for name in packed if name in modules])
-        problems += deaf(model, [p.site.name for p in plan.placed if p.site.name in modules])
+        packed = [name for name in plan.packed if not base.is_quantised(name)]
+        problems += unwritable(base, plan.method, [f.name for f in plan.full if not f.trains])
+        problems += not_quantizable(base, packed)
+        problems += blocks_gradient(base, [p.site.name for p in plan.placed])
     if problems:
         raise PlanError("cannot attach:", problems)
     return packed
@@ -92,7 +90,7 @@ def _start(
     # of layers that train one set of tensors in common the first one fills it
     layers = list({id(layer.p): layer for layer in reversed(adapted(model).values())}.values())[::-1]
     if layers and layers[0].shared is not None:
-        cast(Init, layers[0].method.init).share(layers[0].shared.tensors)
+        layers[0].init.share(layers[0].shared.tensors)
     if problems := [problem for layer in layers for problem in unsound(layer)]:
         raise PlanError("cannot attach:", problems)
     for layer in _shown(layers):
@@ -101,7 +99,7 @@ def _start(
         layer.load(given.get(layer.site.name, {}))
         settle(model, layer, packs=packs)
         with torch.no_grad():
-            cast(Join, layer.method.join).setup(layer)
+            layer.join.setup(layer)
     if problems := [problem for layer in layers for problem in idle(layer)]:
         raise PlanError("cannot attach:", problems)
 
@@ -128,11 +126,11 @@ def place(
 
     Whoever has the base's fingerprint already gives it along: taking it reads a little of every parameter.
     """
-    modules = dict(model.named_modules())
-    if problems := unfit(model, [name for name in packed if name in modules]):
+    found = scan(model)
+    if problems := not_quantizable(found, packed):
         raise PlanError("cannot attach:", problems)
-    del modules  # or all dense weights would stay while others are packed
-    _put(model, method, placed, full, tensors=tensors, base=base, packed=packed)
+    _put(found, method, placed, full, tensors=tensors, fingerprint=base, packed=packed)
+    del found  # it holds every dense weight, and they are to go one at a time
     try:
         for layer in shown(list(adapted(model).values()), "packing") if packed else adapted(model).values():
             settle(model, layer, packs=layer.site.name in packed)  # there is a start already
@@ -143,34 +141,34 @@ def place(
 
 
 def _put(
-    model: nn.Module,
+    base: Scan,
     method: Method,
     placed: tuple[Placed, ...],
     full: Mapping[str, tuple[int, ...]],
     *,
     dtype: torch.dtype = torch.float32,
     tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
-    base: Fingerprint | None = None,
+    fingerprint: Fingerprint | None = None,
     packed: Collection[str] = (),
 ) -> None:
     """Put adapters at the sites, zero or with the given tensors, freeze the rest, and remember the way back."""
+    model = base.model
     if attached(model) is not None:
         what = "something is attached already"
         raise StateError("cannot attach:", [Problem("model", what, "detach it first, or use lorary.switch")])
     keep_layout(model)
-    modules = dict(model.named_modules())
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    gone = [Problem(name, "the model has no such module") for name in packed if name not in modules]
-    gone += [Problem("context", *found) for found in (method.context.problems(model) if method.context else ())]
-    if problems := misfits(modules, parameters, placed, full) + gone:
+    problems = model_mismatches(base, placed, full, packed)
+    problems += [Problem("context", *why) for why in (method.context.problems(model) if method.context else ())]
+    if problems:
         raise PlanError("this does not fit the model:", problems)
-    placed = tuple(_as_it_is(p, modules[p.site.name]) for p in placed)
-    paths, fingerprint = _paths(model, placed), base or Fingerprint.of(model)
+    placed = tuple(_of_kind(p, base.modules[p.site.name].kind) for p in placed)
+    paths = {p.site.name: list(base.modules[p.site.name].paths) for p in placed}
+    fingerprint = fingerprint or Fingerprint.of(model)
     if packed:
         remember(model)
-    trained = frozenset(name for name, t in parameters.items() if t.requires_grad)
+    trained = frozenset(name for name in base.names if base.parameter(name).requires_grad)
     kept = {}  # and the layers: all of them before the model changes: memory may run out on the way
-    layers = _layers(model, modules, placed, dtype)
+    layers = _layers(base, placed, dtype)
     if tensors is not None:
         for p in placed:
             layer = layers[p.site.name]
@@ -178,29 +176,28 @@ def _put(
             if layer.shared is not None:
                 layer.shared.load({role: tensors[p.site.name][role] for role in p.delta.shared})
     for name in full:
-        kept[name] = parameters[name].detach().to("cpu" if not parameters[name].is_meta else "meta", copy=True)
+        value = base.parameter(name).detach()
+        kept[name] = value.to("meta" if value.is_meta else "cpu", copy=True)
     reading = None if method.context is None else method.context.enter(model)
     model.requires_grad_(False)
     for name, layer in layers.items():
         for path in paths[name]:
             model.set_submodule(path, layer)
     for name in full.keys() - {f"{p.site.name}.weight" for p in placed}:  # an adapted weight is a rule's to write
-        parameters[name].requires_grad_(True)
+        base.parameter(name).requires_grad_(True)
     object.__setattr__(model, STATE, Attached(method, placed, kept, trained, paths, fingerprint, reading=reading))
 
 
-def _layers(
-    model: nn.Module, modules: Mapping[str, nn.Module], placed: tuple[Placed, ...], dtype: torch.dtype
-) -> dict[str, Adapted]:
+def _layers(base: Scan, placed: tuple[Placed, ...], dtype: torch.dtype) -> dict[str, Adapted]:
     """site -> its adapted layer, zero and not yet in the model; sites that share have one set of tensors."""
     layers: dict[str, Adapted] = {}
     sets: dict[str, nn.ParameterDict] = {}
-    with mode(model):
-        bank = _bank(model, placed, dtype)
+    with mode(base.model):
+        bank = _bank(base.model, placed, dtype)
         for p in placed:
-            base = modules[p.site.name]
-            layer = layers[p.site.name] = Adapted(base, p, dtype, bank, sets.get(p.share))
-            layer.train(base.training)
+            plain = base.modules[p.site.name].module
+            layer = layers[p.site.name] = Adapted(plain, p, dtype, bank, sets.get(p.share))
+            layer.train(plain.training)
             if p.share:
                 sets[p.share] = layer.p
     return layers
@@ -208,7 +205,7 @@ def _layers(
 
 def _shown(layers: list[Adapted]) -> Iterable[Adapted]:
     """With a progress bar on a terminal, where a start has to decompose or to pack every weight."""
-    slow = any(cast(Init, layer.method.init).moves_base or not layer.method.storage.writable for layer in layers)
+    slow = any(layer.init.moves_base or not layer.method.storage.writable for layer in layers)
     return shown(layers, "starting") if slow else layers
 
 
@@ -219,17 +216,9 @@ def _bank(model: nn.Module, placed: tuple[Placed, ...], dtype: torch.dtype) -> S
     return Shared(placed, dtype, held(model.get_submodule(placed[0].site.name))[0].device)
 
 
-def _as_it_is(p: Placed, layer: nn.Module) -> Placed:
+def _of_kind(p: Placed, kind: str | None) -> Placed:
     """The same for the layer that is here: a linear one, or GPT-2's, which keeps the same matrix transposed."""
-    return dataclasses.replace(p, site=dataclasses.replace(p.site, kind=cast(str, kind_of(layer))))
-
-
-def _paths(model: nn.Module, placed: tuple[Placed, ...]) -> dict[str, list[str]]:
-    """Every path of every site's layer: a shared layer must be replaced wherever it is used."""
-    by_layer: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        by_layer.setdefault(id(module), []).append(name)
-    return {p.site.name: by_layer[id(model.get_submodule(p.site.name))] for p in placed}
+    return dataclasses.replace(p, site=dataclasses.replace(p.site, kind=str(kind)))
 
 
 def detach(model: nn.Module) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,11 @@ from lorary.adapter import Adapter, stacked
 from lorary.errors import FileError, Problem, StateError
 from lorary.fingerprint import Fingerprint
 from lorary.packing import packable, packed_already, warn_of_packing
-from lorary.preconditions import mismatch
+from lorary.preconditions import layer_mismatches
+from lorary.scan import scan
 from lorary.state import attached, base_parameter, require
 from lorary.surgery import detach, place
 from lorary.weights import is_packed
-from lorary.words import Init
 
 
 def save(model: nn.Module, path: str | PathLike[str]) -> None:
@@ -121,11 +121,11 @@ def _adapters(adapters: Any) -> list[Adapter]:
 
 def _check_base(model: nn.Module, adapter: Adapter, here: Fingerprint, where: str, *, force: bool) -> None:
     modules = plain_modules(model)
-    problems = [problem for p in adapter.placed for problem in mismatch(p.site, modules.get(p.site.name))]
+    problems = [problem for p in adapter.placed for problem in layer_mismatches(p.site, modules.get(p.site.name))]
     given_up = {name for name, layer in adapted(model).items() if layer.start}  # detaching makes them plain
     for p in adapter.placed:
         if p.starts and is_packed(modules.get(p.site.name)) and p.site.name not in given_up:
-            problems.append(packed_already(p.site.name, cast(Init, p.method.init)))
+            problems.append(packed_already(p.site.name, p.init))
         problems += _shape_problems(p.site.name, p.stored, adapter.tensors.get(p.site.name, {}))
     parameters = {name: tuple(t.shape) for name, t in base_parameters(model)}
     for name, tensor in adapter.full.items():
@@ -168,8 +168,9 @@ def _unusable(role: str, tensor: Tensor) -> str:
 
 def _install(model: nn.Module, adapter: Adapter, here: Fingerprint, *, trainable: bool, pack: bool = True) -> None:
     full = {name: tuple(value.shape) for name, value in adapter.full.items()}
-    packed = packable(model, adapter.method.storage, full) if pack else []
-    warn_of_packing(plain_modules(model), adapter.method.storage)
+    storage = adapter.method.storage
+    packed = packable(scan(model), storage, full) if pack and not storage.writable else []
+    warn_of_packing(plain_modules(model), storage)
     place(model, adapter.method, adapter.placed, full, adapter.tensors, base=here, packed=packed)
     with torch.no_grad():
         for name, value in adapter.full.items():

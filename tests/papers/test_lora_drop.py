@@ -120,7 +120,7 @@ def counted(model: nn.Module) -> None:
 
 def test_what_is_shared_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     counted(started())
-    monkeypatch.setattr(plans, "distinct", list)  # planted: every site counts its own
+    monkeypatch.setattr(plans, "unique_tensor_sets", list)  # planted: every site counts its own
     with pytest.raises(AssertionError):
         counted(started())
 

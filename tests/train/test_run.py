@@ -338,3 +338,12 @@ def test_importing_the_package_brings_no_trainer() -> None:
     code = "import lorary.train, sys; print([m for m in ('trl', 'transformers', 'torch') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_method_that_adapts_no_layer_trains(words: dict[str, Any]) -> None:
+    """There is no init that could need the plain weights."""
+    done = run(from_dict(words | {"method": "full"}), quiet=True)
+    assert done.steps == 6
+    adapter = lorary.Adapter.load(done.adapter)
+    assert (adapter.placed, adapter.method.delta) == ((), None)
+    assert "model.norm.weight" in adapter.full

@@ -27,6 +27,7 @@ from lorary.bases.bitsandbytes_files import KEYS, base_of, compute_of, layer_of
 from lorary.errors import FileError, Problem
 from lorary.fingerprint import Fingerprint, Sample
 from lorary.packing import packable
+from lorary.scan import scan
 from lorary.storage.nf4 import NF4
 from lorary.words import Storage
 
@@ -121,7 +122,7 @@ class PackingQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.pre_quantized:
             return
         tied = model.all_tied_weights_keys
-        names = packable(model, self.storage) if self.layers is None else self.layers
+        names = packable(scan(model), self.storage) if self.layers is None else self.layers
         modules = dict(model.named_modules())
         wrong = [name for name in names if name not in modules or not self.storage.packs(modules[name])]
         if wrong:

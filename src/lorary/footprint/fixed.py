@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lorary.footprint.memory import Memory
 from lorary.paged import THRESHOLD
-from lorary.placed import distinct
+from lorary.placed import unique_tensor_sets
 from lorary.plans import Plan
 from lorary.storage.foreign import stored
 from lorary.weights import held, is_packed
@@ -33,7 +33,12 @@ def fixed(
         optimizer: as Transformers names it.
         per_parameter: bytes of state for each number that trains, where the name does not say it.
     """
-    adapters = [math.prod(shape) for p in distinct(plan.placed) for role, shape in p.shapes.items() if _trains(p, role)]
+    adapters = [
+        math.prod(shape)
+        for p in unique_tensor_sets(plan.placed)
+        for role, shape in p.shapes.items()
+        if _trains(p, role)
+    ]
     width = None if dtype is None else dtype.itemsize
     full = [f.size * width if width else f.bytes for f in plan.full if f.trains]
     numbers, kind = [*adapters, *(f.size for f in plan.full if f.trains)], [4] * len(adapters)
@@ -49,7 +54,7 @@ def fixed(
 
 def tensors(model: nn.Module, plan: Plan) -> int:
     """How many tensors the fixed items are: as many roundings."""
-    adapters = sum(len(p.shapes) for p in distinct(plan.placed))
+    adapters = sum(len(p.shapes) for p in unique_tensor_sets(plan.placed))
     return sum(1 for _ in _all(model)) + 4 * adapters + 2 * len(plan.packed)
 
 

@@ -13,19 +13,18 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lorary.adapted import corner
+from lorary.adapted import leading_slice
 from lorary.adapter import Adapter
 from lorary.errors import Problem
 from lorary.formats.strict_json import show
 from lorary.formats.tensor_file import DTYPES, memory
-from lorary.placed import Placed, shared_shapes
+from lorary.placed import Placed, adaptation, shared_shapes
 from lorary.record import Method
-from lorary.words import Init
 
 _MOST_DRAWN = 2**30  # bytes; VeRA of rank 1,024 on the widest layers in use takes a quarter of it
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -46,7 +45,7 @@ class Banks(NamedTuple):
 def gathered(adapter: Adapter) -> Banks:
     """The banks of an adapter."""
     whole = _gathered(adapter.placed, adapter.tensors)
-    if not whole or cast(Init, adapter.method.init).saved:
+    if not whole or adaptation(adapter.method).init.saved:
         return Banks(whole)
     again = drawn(adapter.method, adapter.placed, {role: t.dtype for role, t in whole.items()})
     return Banks(whole, kept=not all(torch.equal(again[role], bank) for role, bank in whole.items()))
@@ -60,7 +59,7 @@ def _gathered(placed: Sequence[Placed], tensors: Mapping[str, Mapping[str, Tenso
         for role in sorted(p.delta.shared):
             part = tensors[p.site.name][role].detach()
             bank = banks.setdefault(role, part.new_zeros(sizes[role]))
-            corner(bank, tuple(part.shape)).copy_(part)
+            leading_slice(bank, tuple(part.shape)).copy_(part)
     return banks
 
 
@@ -70,20 +69,23 @@ def torn(adapter: Adapter, banks: Mapping[str, Tensor]) -> list[Problem]:
         Problem(p.site.name, f"its {role} is not that of the other sites, which all share one")
         for p in adapter.placed
         for role in sorted(p.delta.shared)
-        if not torch.equal(corner(banks[role], p.shapes[role]), adapter.tensors[p.site.name][role])
+        if not torch.equal(leading_slice(banks[role], p.shapes[role]), adapter.tensors[p.site.name][role])
     ]
 
 
 def drawn(method: Method, placed: Sequence[Placed], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
     """role -> the bank that the method's seed gives, in these precisions."""
     whole = {role: torch.zeros(size) for role, size in shared_shapes(placed).items()}
-    cast(Init, method.init).share(whole)
+    adaptation(method).init.share(whole)
     return _gathered(placed, corners(placed, {role: t.to(dtypes[role]) for role, t in whole.items()}))
 
 
 def corners(placed: Sequence[Placed], banks: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """site -> role -> its part of each bank, a view."""
-    return {p.site.name: {role: corner(banks[role], p.shapes[role]) for role in sorted(p.delta.shared)} for p in placed}
+    return {
+        p.site.name: {role: leading_slice(banks[role], p.shapes[role]) for role in sorted(p.delta.shared)}
+        for p in placed
+    }
 
 
 def checksums(banks: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:

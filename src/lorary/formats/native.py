@@ -39,7 +39,7 @@ from lorary.formats.records import placed_from, read_sites, site_record
 from lorary.formats.strict_json import named, show
 from lorary.formats.tensor_file import TensorFile
 from lorary.formats.values import absurd, does_nothing, not_finite
-from lorary.placed import Placed, distinct, shared_shapes
+from lorary.placed import Placed, shared_shapes, unique_tensor_sets
 from lorary.record import Method
 
 NAME = "lorary.json"
@@ -73,7 +73,7 @@ def native_tensors(adapter: Adapter, shared: Banks) -> dict[str, Tensor]:
     """The contents of `adapter.safetensors`."""
     tensors = {
         shares.key(p, role): t
-        for p in distinct(adapter.placed)
+        for p in unique_tensor_sets(adapter.placed)
         for role, t in adapter.tensors[p.site.name].items()
         if role not in p.delta.shared
     }

@@ -14,7 +14,6 @@ from lorary.formats.strict_json import show
 from lorary.placed import Placed, with_rank
 from lorary.record import Method
 from lorary.sites import KINDS, Part, Site
-from lorary.words import Join
 
 _MOST_SITES = 20_000
 _VARIED = ("kept", "past")  # what a delta may have differently at each site, beside its rank
@@ -87,7 +86,7 @@ def placed_from(sites: list[Site], records: list[Any], method: Method, findings:
 
 def _unfit(p: Placed) -> list[str]:
     """Why a method cannot be at a site, as far as its tensors' shapes and its function are concerned."""
-    return p.delta.problems(p.site) + cast(Join, p.method.join).problems(p.site)
+    return p.delta.problems(p.site) + p.join.problems(p.site)
 
 
 def _varied(method: Method, own: Mapping[str, Any]) -> Method:

@@ -14,7 +14,7 @@ from lorary.adapter import Adapter
 from lorary.errors import Problem
 from lorary.formats.safetensors_header import name_problem
 from lorary.formats.strict_json import named, show
-from lorary.placed import Placed, unlike
+from lorary.placed import Placed, inconsistent_ties
 
 _BAR = "|"  # between a site and a role in our own file's keys
 
@@ -37,7 +37,7 @@ def named_share(value: object) -> str:
 
 def problems(placed: Sequence[Placed]) -> list[Problem]:
     """Why the sites cannot share as they say, or could not be told apart in a file."""
-    found = unlike(placed)
+    found = inconsistent_ties(placed)
     for p in placed:
         if p.share:
             try:

@@ -19,7 +19,7 @@ from lorary.fields import FLAG, one_of, optional
 from lorary.kernels.low_rank import autocasting
 from lorary.kernels.nf4 import Packed, times, unpack, unpack_rows
 from lorary.kernels.nf4 import pack as pack_matrix
-from lorary.sites import KINDS, kind_of, obstacle
+from lorary.sites import KINDS, kind_of, why_not_adaptable
 from lorary.storage.bitsandbytes_state import BLOCK_SIZES, KEYS, read_state, written_state
 from lorary.weights import in_place_of, is_packed, keeps
 from lorary.words import Storage, word
@@ -52,7 +52,7 @@ class NF4(Storage):
 
     def packs(self, layer: nn.Module) -> bool:
         kind = kind_of(layer)
-        if kind is None or is_packed(layer) or obstacle(layer) is not None:
+        if kind is None or is_packed(layer) or why_not_adaptable(layer) is not None:
             return False
         return kind in ("linear", "transposed") or (self.embeddings and type(layer) is nn.Embedding)
 

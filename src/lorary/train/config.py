@@ -276,14 +276,14 @@ class Config(Section):
     def _method_defaults(self) -> dict[str, Any]:
         """r, alpha, dropout and targets where they are empty and the method has them."""
         from lorary import methods  # noqa: F401 (registers the presets)
-        from lorary.planning import usual_targets
+        from lorary.planning import default_targets
         from lorary.preset import speakers
 
         found: dict[str, Any] = {}
         for preset in speakers(self.method.name):
             found |= {key: preset.parameters[key] for key in ("r", "alpha", "dropout") if key in preset.parameters}
         made = self.method.build()
-        found["targets"] = usual_targets(made)
+        found["targets"] = default_targets(made)
         if not hasattr(made.scale, "alpha"):  # another preset's scale has taken the place of LoRA's
             found.pop("alpha", None)
         return {key: value for key, value in found.items() if getattr(self.method, key) is None}

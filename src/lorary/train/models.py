@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from lorary.errors import FileError, LoraryError, Problem
 from lorary.train.config import ModelSection
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from lorary.record import Method
-    from lorary.words import Init, Storage
+    from lorary.words import Storage
 
 
 def load_model(
@@ -50,7 +50,7 @@ def load_model(
 
     from lorary.bases.reading import reader
     from lorary.fingerprint import Fingerprint
-    from lorary.targets import head_names
+    from lorary.scan import scan
 
     config = load_config(section)
     words: dict[str, Any] = {"dtype": dtype(section, config), "use_safetensors": True, "output_loading_info": True}
@@ -62,7 +62,7 @@ def load_model(
         model, info = _from_pretrained(kind or AutoModelForCausalLM, section, loader, **words)
     lost = {key if isinstance(key, str) else key[0] for k in ("missing_keys", "mismatched_keys") for key in info[k]}
     if kind is not None:  # a new head may start at random, as Transformers would have it
-        heads = tuple(f"{name}." for name in head_names(model))
+        heads = tuple(f"{name}." for name in scan(model).heads)
         lost -= {key for key in info["missing_keys"] if key.startswith(heads)}
     if lost:
         more = f" and {len(lost) - 5:,} more" if len(lost) > 5 else ""
@@ -82,7 +82,8 @@ def kept_as(method: Method, full: Collection[str] = ()) -> Storage | None:
         method: it may need the plain weights, to take a part of them first: then None.
         full: base parameters that an adapter holds in full: where there are any, attaching it packs the others.
     """
-    return None if full or cast("Init", method.init).moves_base else method.storage
+    moves = method.init is not None and method.init.moves_base
+    return None if full or moves else method.storage
 
 
 def load_base(
