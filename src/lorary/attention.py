@@ -206,7 +206,7 @@ def _on_flash(query: Tensor, value: Tensor, dropout: float) -> bool:
 
 @cache
 def _varlen() -> Callable[..., Tensor] | None:
-    """PyTorch's flash attention of sequences of different lengths, where this PyTorch has it with all that is needed."""
+    """PyTorch's flash attention for sequences of different lengths; None where this PyTorch lacks it or an option."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
