@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 import typer
+from method_picture import EXAMPLE, method_svg, state
 from pydantic import BaseModel
 
 import lorary
 from lorary.cli import COMMANDS, app
 from lorary.cli.methods import FUNCTIONS
 from lorary.combinations import partners, verdict
-from lorary.inspect.drawing import EXAMPLE, method_svg, state
 from lorary.placed import Placed
 from lorary.preset import Preset
 from lorary.sites import Site

@@ -25,8 +25,7 @@ def loss_svg(history: Sequence[Mapping[str, object]], title: str = "Loss") -> st
         title: the picture's name; plain text.
 
     Returns:
-        SVG without a date, an external reference or a fixed background: it can be written to a file or put
-        into a page as it is.
+        SVG without a date or an external reference: it can be written to a file or put into a page as it is.
 
     >>> svg = loss_svg([{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5, "eval_loss": 2.7}])
     >>> svg.startswith("<svg"), "held out" in svg

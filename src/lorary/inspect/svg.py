@@ -1,7 +1,8 @@
 """Matplotlib figures as SVG text, in one style, and the same bytes for the same figure.
 
-A picture has no background and takes the text colour of its page, light or dark. Its text stays text. No colour is the
-only mark of anything: lines differ in dashes and markers too, and shaded cells say their number.
+A picture follows the reader's colour scheme, light or dark, and brings its own background, so that it reads on a page
+that does not. Its text stays text. No colour is the only mark of anything: lines differ in dashes and markers too, and
+shaded cells say their number.
 """
 
 from __future__ import annotations
@@ -52,11 +53,10 @@ _STYLE: dict[str, Any] = {
     "ytick.color": INK,
 }
 
-# A picture opened by itself or shown as an image has no page to take its colour from.
 _COLOURS = (
-    ".lorary-picture{color-scheme:light dark;color:#1f2328}"
-    "@media (prefers-color-scheme:dark){.lorary-picture{color:#e6e6e6}}"
-    "@media print{.lorary-picture{color:#000}}"
+    ".lorary-picture{color-scheme:light dark;color:#1f2328;background:#fff}"
+    "@media (prefers-color-scheme:dark){.lorary-picture{color:#e6e6e6;background:#15181c}}"
+    "@media print{.lorary-picture{color:#000;background:#fff}}"
 )
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 ElementTree.register_namespace("", _SVG)
