@@ -14,6 +14,7 @@ from lorary.inspect.passkey import Retrieval
 from lorary.inspect.svg import INK, PALETTE, cell, cell_axes, line, style, to_svg
 
 _FAINTEST = 0.25  # nats: the gain below which no cell gets its full shade; noise is to look like it
+_MOST_NAMES = 4  # inside the axes; more stand beside them
 _MANY = 10.0  # the highest perplexity over the lowest, from which on they are drawn in powers of ten
 
 
@@ -88,7 +89,8 @@ def _perplexities(axes: Axes, contexts: Sequence[Context]) -> None:
         axes.set_yscale("log")
     axes.margins(y=0.12)  # room for the words at the marks
     axes.set(title="Perplexity by length", xlabel="window, tokens", ylabel="perplexity per token")
-    axes.legend()
+    beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
+    axes.legend(**beside if len(contexts) > _MOST_NAMES else {})
 
 
 def _marks(axes: Axes, contexts: Sequence[Context]) -> None:

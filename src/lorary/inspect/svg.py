@@ -88,9 +88,10 @@ def cell(
         framed: whether the cell stands out by a thick frame.
     """
     inset = 0.08 if framed else 0.0  # so that the frames of neighbours stay apart
-    edge = {"edgecolor": INK, "linewidth": 1.8} if framed else {"edgecolor": (INK, 0.3), "linewidth": 0.6}
     corner, size = (x + inset, y + inset), 1 - 2 * inset
-    axes.add_patch(Rectangle(corner, size, size, facecolor=(colour, _STRONGEST * shade), clip_on=False, **edge))
+    patch = Rectangle(corner, size, size, facecolor=(colour, _STRONGEST * shade), clip_on=False)
+    patch.set(edgecolor=INK if framed else (INK, 0.3), linewidth=1.8 if framed else 0.6)
+    axes.add_patch(patch)
     axes.text(x + 0.5, y + 0.5, text, ha="center", va="center_baseline", fontsize=8)
 
 
