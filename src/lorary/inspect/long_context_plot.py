@@ -102,7 +102,7 @@ def _marks(axes: Axes, contexts: Sequence[Context]) -> None:
         axes.axvline(value, color=colour, linewidth=1.0, linestyle=(0, (2, 3)), zorder=0.5)
         axes.annotate(
             f"knows {_short(value)} ", (value, 1.0), xycoords=("data", "axes fraction"), rotation=90, fontsize=8,
-            ha="right", va="top", color=colour, annotation_clip=True,
+            ha="right", va="top", annotation_clip=True,
         )  # fmt: skip
 
 
