@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 import typer
+from method_picture import EXAMPLE, method_svg
 from pydantic import BaseModel
 
 import lorary
 from lorary.cli import COMMANDS, app
 from lorary.cli.method_page import cell, method_page, paper, stem, value
 from lorary.combinations import verdict
-from lorary.inspect.drawing import EXAMPLE, method_svg
 from lorary.preset import FUNCTIONS
 from lorary.train.config import Config
 from lorary.words import Sequential

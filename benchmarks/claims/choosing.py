@@ -4,25 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import islice
-from typing import TYPE_CHECKING
 
 from tasks import HEADERS, batches
 from torch import nn
-from training import train
+from training import Setting, train
 
 import lorary
 from lorary import builtin
 from lorary.methods.lora_drop import Importance, Measured
 from lorary.probing import dropped, importance
 
-if TYPE_CHECKING:
-    from protocol import Bench
-
 PROBE = 1 / 3  # of the steps of a run
 LOOKS = 8  # batches on which importance is measured
 
 
-def half(method: lorary.Method, rate: float, least: bool = False) -> Callable[[Bench, int], nn.Module]:
+def half(method: lorary.Method, rate: float, least: bool = False) -> Callable[[Setting, int], nn.Module]:
     """What builds the model in which of every module kind the more important half of the layers keep their own.
 
     Args:
@@ -31,13 +27,13 @@ def half(method: lorary.Method, rate: float, least: bool = False) -> Callable[[B
         least: keep the less important half instead.
     """
 
-    def build(bench: Bench, seed: int) -> nn.Module:
-        steps = max(1, round(bench.size.short * PROBE))
+    def build(setting: Setting, seed: int) -> nn.Module:
+        steps = max(1, round(setting.size.short * PROBE))
         probe = builtin.load_model()
         plan = lorary.plan(probe, method)
         lorary.attach(probe, plan, seed=seed)
-        train(probe, HEADERS, rate, seed, steps, bench.size.batch)
-        looks = islice(batches(HEADERS, seed, bench.size.batch), LOOKS)
+        train(probe, HEADERS, rate, seed, steps, setting.size.batch)
+        looks = islice(batches(HEADERS, seed, setting.size.batch), LOOKS)
         measured = importance(probe, [{"input_ids": ids} for ids in looks])
         model = builtin.load_model()
         return lorary.attach(model, dropped(plan, _halved(measured.g, least), threshold=0.99), seed=seed)

@@ -17,7 +17,7 @@ from measures import Figures
 from protocol import Bench, loss_at, steps_to
 from tasks import HEADERS, TOPICS
 from torch import nn
-from training import TUNING_SEEDS, Arm, train
+from training import TUNING_SEEDS, Arm, Setting, train
 
 import lorary
 from lorary import builtin
@@ -26,21 +26,21 @@ SECOND_SEED = 10_000  # added to the first task's
 
 
 @cache
-def _learnt(bench: Bench, seed: int) -> nn.Module:
+def _learnt(setting: Setting, seed: int) -> nn.Module:
     """The model with a LoRA that has learnt the first task."""
-    model, steps = LORA.build(bench, seed), bench.size.short
-    train(model, HEADERS, bench.rate(LORA, steps), seed, steps, bench.size.batch)
+    model, steps = LORA.build(setting, seed), setting.size.short
+    train(model, HEADERS, setting.rate(LORA, steps), seed, steps, setting.size.batch)
     return model
 
 
-def _same_adapter(bench: Bench, seed: int) -> nn.Module:
-    return copy.deepcopy(_learnt(bench, seed))
+def _same_adapter(setting: Setting, seed: int) -> nn.Module:
+    return copy.deepcopy(_learnt(setting, seed))
 
 
-def _another(**options: object) -> Callable[[Bench, int], nn.Module]:
-    def build(bench: Bench, seed: int) -> nn.Module:
+def _another(**options: object) -> Callable[[Setting, int], nn.Module]:
+    def build(setting: Setting, seed: int) -> nn.Module:
         method, model = lora("o-lora", **options), builtin.load_model()
-        plan = lorary.plan(model, method, after=[lorary.Adapter.of(_learnt(bench, seed))])
+        plan = lorary.plan(model, method, after=[lorary.Adapter.of(_learnt(setting, seed))])
         return lorary.attach(model, plan, seed=seed + SECOND_SEED)
 
     return build
@@ -57,7 +57,7 @@ def overlap(model: nn.Module) -> dict[str, float]:
     return {"overlap": round(sum(shares) / len(shares), 5)} if shares else {}
 
 
-def _arm(name: str, build: Callable[[Bench, int], nn.Module], first: int = 3) -> Arm:
+def _arm(name: str, build: Callable[[Setting, int], nn.Module], first: int = 3) -> Arm:
     return Arm(name, build, TOPICS, (TOPICS, HEADERS), first, also=overlap)
 
 

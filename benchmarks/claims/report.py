@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import io
-import re
 from pathlib import Path
 
 import continual
-from matplotlib import rc_context
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from protocol import Bench, Difference, Missing, loss_at
 from training import Arm
 
 from claims import ROWS, Row
+from lorary.inspect.svg import INK, PALETTE, style, to_svg
 
-_COLOURS = {"yes": "#1a7f4b", "no": "#c2410c", "no difference seen": "#57606a"}
-_MEANING = {"yes": "the claim holds", "no": "it does not", "no difference seen": "no difference seen"}
+_LOOKS = {
+    "yes": {"color": PALETTE[2], "marker": "o", "label": "the claim holds"},
+    "no": {"color": PALETTE[1], "marker": "X", "label": "it does not"},
+    "no difference seen": {"color": (INK, 0.7), "marker": "D", "label": "no difference seen"},
+}
 Found = list[tuple[Row, Difference]]
 
 
@@ -91,26 +91,25 @@ def picture(rows: Found) -> str:
     """Mean and interval of every row, as SVG: one panel for each unit, left of the line is better."""
     units = sorted({row.unit for row, _ in rows}, reverse=True)
     sizes = [sum(row.unit == unit for row, _ in rows) for unit in units]
-    style = {"svg.hashsalt": "lorary", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
-    with rc_context(style):
-        figure = Figure(figsize=(8, 1.2 + 0.42 * sum(sizes)), layout="constrained")
+    with style():
+        figure = Figure(figsize=(8, 1.2 + 0.42 * sum(sizes)))
         panels = figure.subplots(len(units), 1, squeeze=False, height_ratios=sizes)[:, 0]
         for axes, unit in zip(panels, units, strict=True):
             shown = [(row, d) for row, d in rows if row.unit == unit]
             for place, (row, d) in enumerate(shown):
-                colour = _COLOURS[row.verdict(d)]
-                axes.plot([d.low, d.high], [place, place], color=colour, linewidth=2)
-                axes.plot([d.mean], [place], "o", color=colour, markersize=5)
-            axes.axvline(0, color="#8b949e", linewidth=0.8)
-            axes.set_yticks(range(len(shown)), [f"{r.method.name} vs {r.against.name}:\n{r.what}" for r, _ in shown])
+                look = _LOOKS[row.verdict(d)]
+                axes.plot([d.low, d.mean, d.high], [place] * 3, markevery=[1], markersize=5.5, **look)
+            axes.grid(visible=False)
+            axes.axvline(0, color=(INK, 0.4), linewidth=0.8)
+            names = [f"{r.method.name} vs {r.against.name}:\n{r.what}" for r, _ in shown]
+            axes.set_yticks(range(len(shown)), names, size=9)
             axes.set_ylim(len(shown) - 0.5, -0.5)
             axes.set_xlabel(f"paired difference, {unit} (less is better)")
-            axes.spines[["top", "right"]].set_visible(False)
-        marks = [Line2D([], [], color=colour, marker="o", label=_MEANING[v]) for v, colour in _COLOURS.items()]
-        figure.legend(handles=marks, loc="outside upper right", ncols=3, frameon=False)
-        text = io.StringIO()
-        FigureCanvasSVG(figure).print_svg(text, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    return re.sub(r"\s*<metadata>.*?</metadata>", "", text.getvalue(), flags=re.DOTALL)
+        marks = [Line2D([], [], **look) for look in _LOOKS.values()]
+        figure.legend(handles=marks, loc="outside upper right", ncols=3)
+        verdicts = [row.verdict(d) for row, d in rows]
+        said = "; ".join(f"{look['label']}: {verdicts.count(verdict)}" for verdict, look in _LOOKS.items())
+        return to_svg(figure, "The papers' claims at the size of the built-in base", said)
 
 
 def into(page: Path, text: str) -> None:

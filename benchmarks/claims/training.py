@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from tasks import REPORT, TUNING, batches, held_out
@@ -14,9 +14,6 @@ from torch import Tensor, nn
 
 import lorary
 from lorary import builtin
-
-if TYPE_CHECKING:
-    from protocol import Bench
 
 WARM_UP = 5  # optimizer steps over which the learning rate rises; it is constant afterwards
 CLIP = 1.0  # the gradients' norm
@@ -50,13 +47,26 @@ FULL = Size()
 QUICK = Size(steps=4, short=2, batch=1, windows=1, every=2, rungs=1, seeds=2)
 
 
+class Setting(Protocol):
+    """The sizes and the tuned learning rates, for those who build a model."""
+
+    @property
+    def size(self) -> Size:
+        """How much is done."""
+        ...
+
+    def rate(self, arm: Arm, horizon: int) -> float:
+        """The learning rate with the least held-out loss after `horizon` steps."""
+        ...
+
+
 @dataclass(frozen=True)
 class Arm:
     """One way of training.
 
     Args:
         name: of it.
-        build: (bench, seed) -> a model with a method attached.
+        build: (setting, seed) -> a model with a method attached.
         task: what it learns.
         watched: the tasks whose held-out loss is followed.
         first: the lowest learning rate tried at first, an index into `protocol.LADDER`.
@@ -66,7 +76,7 @@ class Arm:
     """
 
     name: str
-    build: Callable[[Bench, int], nn.Module]
+    build: Callable[[Setting, int], nn.Module]
     task: str
     watched: tuple[str, ...]
     first: int
@@ -79,10 +89,10 @@ class Arm:
         return size.short if self.short else size.steps
 
 
-def attached(method: lorary.Method, **words: Any) -> Callable[[Bench, int], nn.Module]:
+def attached(method: lorary.Method, **words: Any) -> Callable[[Setting, int], nn.Module]:
     """What builds the built-in base with a method in all of its linear layers."""
 
-    def build(bench: Bench, seed: int) -> nn.Module:
+    def build(setting: Setting, seed: int) -> nn.Module:
         model = builtin.load_model()
         return lorary.attach(model, lorary.plan(model, method, **words), seed=seed)
 
@@ -131,15 +141,15 @@ def train(
         look(step)
 
 
-def run(bench: Bench, arm: Arm, lr: float, seed: int) -> dict[str, Any]:
+def run(setting: Setting, arm: Arm, lr: float, seed: int) -> dict[str, Any]:
     """Train one model and follow its losses.
 
     Returns:
         A record for the ledger: `losses` holds [step, loss] pairs by task; a loss is None once it is not finite.
     """
-    start, size = time.process_time(), bench.size
+    start, size = time.process_time(), setting.size
     steps, part = arm.steps(size), TUNING if seed in TUNING_SEEDS else REPORT
-    model = arm.build(bench, seed)
+    model = arm.build(setting, seed)
     numbers = trained_numbers(model)
     losses: dict[str, list[tuple[int, float | None]]] = {task: [] for task in arm.watched}
 

@@ -27,7 +27,7 @@ from lorary.inspect.context import (
     losses,
     stretches,
 )
-from lorary.inspect.context_plot import context_svg, positions_svg
+from lorary.inspect.long_context_plot import context_svg, positions_svg
 from lorary.inspect.passkey import DEPTHS, Haystack, Retrieval, first_digits, retrieval
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -79,8 +80,20 @@ def test_the_card_says_what_is_true_and_nothing_about_the_machine(words: dict[st
     card = Path("out/README.md").read_text()
     assert card == Path("out/adapter/README.md").read_text()
     front, body = card.split("---\n")[1:]
-    assert yaml.safe_load(front) == {"library_name": "peft", "tags": ["lora", "lorary", "sft"]}
     first, last = ([r["eval_loss"] for r in done.history if "eval_loss" in r][i] for i in (0, -1))
+    metadata = yaml.safe_load(front)
+    ((result,),) = [found["results"] for found in metadata.pop("model-index")]
+    assert [(metric["type"], metric["value"]) for metric in result["metrics"]] == [
+        ("loss", round(last, 4)),
+        ("perplexity", round(math.exp(last), 4)),
+    ]
+    assert result["dataset"]["name"] == Path(words["data"]["train"]).name
+    assert metadata == {
+        "library_name": "peft",
+        "metrics": ["loss", "perplexity"],
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "lorary", "sft"],
+    }
     assert f"| held-out loss | {first:.4f} (perplexity " in body
     assert f") before training, {last:.4f} (perplexity " in body
     assert "| examples | 19, 5 held out; " in body

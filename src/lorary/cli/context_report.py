@@ -16,7 +16,7 @@ from lorary.inspect.context import Context
 from lorary.inspect.passkey import DEPTHS, Retrieval
 
 if TYPE_CHECKING:
-    from lorary.inspect.report import Figure
+    from lorary.inspect.html_report import KeyFigure
 
 Rows = list[tuple[str, ...]]
 _BEYOND, _WITHIN = "*", "\N{FIGURE SPACE}"
@@ -59,7 +59,7 @@ def record(found: Found) -> dict[str, Any]:
 
 def write(found: Found, folder: Path) -> None:
     """Writes context.json, context.svg and context.html into a folder that is there."""
-    from lorary.inspect.context_plot import context_svg
+    from lorary.inspect.long_context_plot import context_svg
 
     texts = {
         JSON: json.dumps(record(found), indent=2) + "\n",
@@ -156,8 +156,8 @@ def _found(cell: Retrieval | None) -> tuple[str, str]:
 
 
 def _page(found: Found) -> str:
-    from lorary.inspect.context_plot import context_svg, positions_svg
-    from lorary.inspect.report import Block, Picture, Section, Table, Words, page
+    from lorary.inspect.html_report import Block, Paragraph, Picture, Section, Table, html_report
+    from lorary.inspect.long_context_plot import context_svg, positions_svg
 
     lengths, positions, *depths = _tables(found)
     longest = found.contexts[0].lengths[-1].tokens
@@ -174,23 +174,23 @@ def _page(found: Found) -> str:
     ]
     sections = [Section("Perplexity by length", pictured), Section("Loss by position", by_position)]
     if asked:
-        sections.append(Section("Passkeys", [Words(_KEYS), Table(*depths[0][1:])]))
+        sections.append(Section("Passkeys", [Paragraph(_KEYS), Table(*depths[0][1:])]))
     if found.notes:
-        sections.append(Section("Notes", [Words(note) for note in found.notes]))
+        sections.append(Section("Notes", [Paragraph(note) for note in found.notes]))
     sections.append(Section("Versions", [Table(("package", "version"), _versions())]))
     names = ", ".join(context.model for context in found.contexts)
     lead = f"{names}, on {found.tokens:,} tokens of {found.data}."
-    return page("Use of context", lead, [_figure(context) for context in found.contexts], sections)
+    return html_report("Use of context", lead, [_figure(context) for context in found.contexts], sections)
 
 
-def _figure(context: Context) -> Figure:
+def _figure(context: Context) -> KeyFigure:
     """A model's perplexity from the shortest to the longest length."""
-    from lorary.inspect.report import Figure
+    from lorary.inspect.html_report import KeyFigure
 
     first, last = context.lengths[0], context.lengths[-1]
     value = f"{_shown(first.perplexity)} \N{RIGHTWARDS ARROW} {_shown(last.perplexity)}"
     note = f"perplexity from {first.tokens:,} to {last.tokens:,} tokens"
-    return Figure(context.model, value, note + (f"; knows {context.known:,}" if context.known else ""))
+    return KeyFigure(context.model, value, note + (f"; knows {context.known:,}" if context.known else ""))
 
 
 def _marked(found: Found) -> bool:

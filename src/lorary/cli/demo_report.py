@@ -1,4 +1,4 @@
-"""What a demo found out, on the terminal and as one HTML page."""
+"""The result of a demo, on the terminal and as one HTML page."""
 
 from __future__ import annotations
 
@@ -14,8 +14,18 @@ from rich.table import Table as Columns
 from lorary.cli.demo_folder import MERGED, RUN
 from lorary.cli.demo_run import ABOUT, Demo
 from lorary.formats.atomic import atomic_file
-from lorary.inspect.plots import loss_svg
-from lorary.inspect.report import Beside, Block, Code, Figure, Picture, Section, Table, Words, page
+from lorary.inspect.html_report import (
+    Block,
+    Code,
+    KeyFigure,
+    Paragraph,
+    Picture,
+    Section,
+    SideBySide,
+    Table,
+    html_report,
+)
+from lorary.inspect.loss_plot import loss_svg
 
 
 def tell(found: Demo, report: Path) -> None:
@@ -52,19 +62,19 @@ def report(found: Demo) -> str:
         Section("Before and after", _samples(found)),
         Section("What was trained", [Code(str(found.plan.method)), _plan(found)]),
         Section("Saved, loaded, merged", [Table(("step", "what was found"), _checks(found))]),
-        Section("What to type next", [Words("The same for a model and data of your own:"), Code(_next(found))]),
+        Section("What to type next", [Paragraph("The same for a model and data of your own:"), Code(_next(found))]),
         Section("Versions", [Table(("package", "version"), _versions())]),
     ]
-    return page("lorary demo", lead, _figures(found), sections)
+    return html_report("lorary demo", lead, _figures(found), sections)
 
 
-def _figures(found: Demo) -> list[Figure]:
+def _figures(found: Demo) -> list[KeyFigure]:
     plan, about = found.plan, ABOUT[found.data]
     return [
-        Figure("Perplexity", f"{found.before:.1f} → {found.after:.1f}", f"on held-out {about}; lower is better"),
-        Figure("Trained", f"{plan.trainable:,}", f"{plan.share:.1%} of {plan.total:,} parameters"),
-        Figure("Merged − adapted", f"{found.merged:.1e}", f"in a logit, at most; they go up to {found.largest:.0f}"),
-        Figure("Time", f"{found.seconds:.0f} s", f"of which {found.training:.0f} s training"),
+        KeyFigure("Perplexity", f"{found.before:.1f} → {found.after:.1f}", f"on held-out {about}; lower is better"),
+        KeyFigure("Trained", f"{plan.trainable:,}", f"{plan.share:.1%} of {plan.total:,} parameters"),
+        KeyFigure("Merged − adapted", f"{found.merged:.1e}", f"in a logit, at most; they go up to {found.largest:.0f}"),
+        KeyFigure("Time", f"{found.seconds:.0f} s", f"of which {found.training:.0f} s training"),
     ]
 
 
@@ -74,8 +84,8 @@ def _caption(found: Demo) -> str:
 
 
 def _samples(found: Demo) -> list[Block]:
-    words = Words("The same beginnings, continued by both models with the same random numbers.")
-    pairs = [Beside(s.prompt, ("base", "adapted"), (s.base, s.adapted)) for s in found.samples]
+    words = Paragraph("The same beginnings, continued by both models with the same random numbers.")
+    pairs = [SideBySide(s.prompt, [("base", s.base), ("adapted", s.adapted)]) for s in found.samples]
     return [words, *pairs]
 
 

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from lorary.errors import DataError, Problem
-from lorary.inspect.asking import Scores
-from lorary.inspect.passkey import Retrieval
+from lorary.inspect.passkey import Retrieval, Scores
 
 BLOCKS = 16
 _TOGETHER = 4096  # tokens per call of a model: short windows are read several at a time

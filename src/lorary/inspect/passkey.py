@@ -28,13 +28,12 @@ from __future__ import annotations
 import math
 import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-
-from lorary.inspect.asking import Continued, Scores
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 TASK = (
@@ -45,6 +44,23 @@ FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. Th
 KEY = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
 QUESTION = "\nWhat is the pass key? The pass key is"
 _MOST_DRAWS = 1000  # of another key, until one has as many tokens
+
+
+class Scores(Protocol):
+    """A model's log-probabilities of given tokens."""
+
+    def __call__(self, ids: Tensor, start: int) -> Tensor:
+        """Log-probabilities in nats [rows, tokens - start] of the tokens from `start` (1 or more) on.
+
+        Args:
+            ids: [rows, tokens], on the CPU; each token is judged by all that stand before it in its row.
+            start: the first position that is judged.
+        """
+        ...
+
+
+Continued = Callable[[Tensor, int], str]
+"""A model's greedy continuation: token ids [tokens] and a number of tokens to the text of so many tokens more."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""The model card of a run: true numbers, no placeholders, and nothing about the machine's folders."""
+"""The model card of a run: measured numbers, no placeholders, and nothing about the machine's folders.
+
+Its metadata is what the Hub indexes: the base it adapts, the data sets, the held-out metrics. Only what is on the Hub
+is named there; the card's text names the rest.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import lorary
 from lorary.fingerprint import base_name
@@ -20,7 +24,7 @@ from lorary.train.config import Config
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card tells.
+    """The facts of a run that its card states.
 
     Args:
         config: the resolved configuration.
@@ -59,12 +63,8 @@ def card(name: str, facts: Facts, adapter: Path) -> str:
     """
     base = public(facts.config.model.id)
     as_peft = (adapter / PEFT_CONFIG).is_file()
-    front: dict[str, Any] = {"library_name": "peft" if as_peft else "lorary", "tags": _tags(facts.config)}
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", base):
-        front["base_model"] = base  # a Hub id; what is not on the Hub must not be linked there
-    head = yaml.safe_dump(front, sort_keys=True, allow_unicode=True)
     sections = [
-        f"---\n{head}---",
+        f"---\n{_metadata(name, facts, as_peft).to_yaml()}\n---",
         f"# {name}",
         f"An adapter for `{base}`: {facts.plan.trainable:,} numbers were trained ({facts.plan.share:.3%} of the base).",
         _table("Training", _training(facts)),
@@ -72,16 +72,59 @@ def card(name: str, facts: Facts, adapter: Path) -> str:
         "## Use\n\n" + _use(base, as_peft),
         "Made with " + ", ".join(f"{package} {version}" for package, version in facts.versions.items()) + ".",
     ]
-    return "\n\n".join(sections) + "\n"
+    return str(ModelCard("\n\n".join(sections) + "\n"))
+
+
+def _metadata(name: str, facts: Facts, as_peft: bool) -> ModelCardData:
+    """The card's front matter."""
+    config = facts.config
+    base = _on_hub(config.model.id)
+    results = _evaluation(facts)
+    return ModelCardData(
+        model_name=name,
+        library_name="peft" if as_peft else "lorary",
+        pipeline_tag="text-generation",
+        base_model=base,
+        base_model_relation="adapter" if base else None,
+        datasets=[found for source in config.data.train if (found := _on_hub(source))] or None,
+        tags=sorted({"lorary", config.task, *config.method.name}),
+        metrics=[result.metric_type for result in results] or None,
+        eval_results=results or None,
+    )
+
+
+def _evaluation(facts: Facts) -> list[EvalResult]:
+    """The held-out metrics of the adapter that was kept."""
+    held_out = _held_out(facts)
+    if held_out is None or not math.isfinite(held_out[1]["eval_loss"]):
+        return []
+    loss, data = held_out[1]["eval_loss"], facts.config.data
+    values = {"loss": loss} | ({"perplexity": math.exp(loss)} if _is_perplexity(loss, facts) else {})
+    sources = data.validation or data.train
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=_on_hub(sources[0]) or public(sources[0]),
+            dataset_name=", ".join(public(source) for source in sources),
+            dataset_split="held out",
+            metric_type=metric,
+            metric_value=round(value, 4),
+        )
+        for metric, value in values.items()
+    ]
+
+
+def _on_hub(source: str) -> str | None:
+    """The Hub id of a model or data set; None for what is not on the Hub, and must not be linked there."""
+    name = source.partition("#")[0]
+    if Path(name).expanduser().exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        return None
+    return name
 
 
 def public(source: str) -> str:
     """A name that may be read by others: of a folder or file only its last part."""
     return source if source.startswith("builtin:") else base_name(source)
-
-
-def _tags(config: Config) -> list[str]:
-    return sorted({"lorary", config.task, *config.method.name})
 
 
 def _training(facts: Facts) -> dict[str, str]:
@@ -102,31 +145,40 @@ def _training(facts: Facts) -> dict[str, str]:
 
 
 def _words(plan: Plan) -> str:
-    """The method's words in one line."""
+    """The method's components in one line."""
     return "; ".join(re.sub(r"  +", " ", row.strip()) for row in str(plan.method).splitlines()[1:])
 
 
 def _result(facts: Facts) -> dict[str, str]:
     losses = [r for r in facts.history if r.get("loss") is not None]
-    held_out = [r for r in facts.history if r.get("eval_loss") is not None]
     found = {}
     if losses:
         found["training loss"] = (
             f"{losses[0]['loss']:.4f} at step {losses[0]['step']}, {losses[-1]['loss']:.4f} at the end"
         )
-    if held_out:
-        keeps_best = facts.config.training.early_stopping_patience is not None
-        first, last = held_out[0], min(held_out, key=lambda r: r["eval_loss"]) if keeps_best else held_out[-1]
+    if held_out := _held_out(facts):
+        first, kept = held_out
         before = f"{_loss(first['eval_loss'], facts)} before training, " if first["step"] == 0 else ""
-        found["held-out loss"] = f"{before}{_loss(last['eval_loss'], facts)} at step {last['step']}"
+        found["held-out loss"] = f"{before}{_loss(kept['eval_loss'], facts)} at step {kept['step']}"
     return found
 
 
+def _held_out(facts: Facts) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
+    """The first evaluation, and that of the adapter that was kept: the best with early stopping, else the last."""
+    found = [r for r in facts.history if r.get("eval_loss") is not None]
+    if not found:
+        return None
+    keeps_best = facts.config.training.early_stopping_patience is not None
+    return found[0], min(found, key=lambda r: r["eval_loss"]) if keeps_best else found[-1]
+
+
 def _loss(value: float, facts: Facts) -> str:
-    """A loss per token also as a perplexity; DPO's is neither."""
-    return f"{value:.4f}" + (
-        f" (perplexity {math.exp(value):.2f})" if facts.config.task == "sft" and value < 50 else ""
-    )
+    return f"{value:.4f}" + (f" (perplexity {math.exp(value):.2f})" if _is_perplexity(value, facts) else "")
+
+
+def _is_perplexity(loss: float, facts: Facts) -> bool:
+    """Whether exp(loss) is a perplexity: of a loss per token it is, of DPO's not."""
+    return facts.config.task == "sft" and loss < 50
 
 
 def _table(title: str, rows: Mapping[str, str]) -> str:

@@ -172,7 +172,7 @@ def _begin(prepared: Prepared, folder: RunFolder, resumed: Path | None, skipped:
 
 def _end(prepared: Prepared, folder: RunFolder, done: Run, tokens: int) -> None:
     """The picture and, of a run that came to its end, the card."""
-    from lorary.inspect.plots import loss_svg  # matplotlib takes a second to import
+    from lorary.inspect.loss_plot import loss_svg  # matplotlib takes a second to import
 
     folder.write(f"{PLOTS}/loss.svg", loss_svg(done.history))
     if any("ranks" in record for record in done.history) and not done.interrupted:

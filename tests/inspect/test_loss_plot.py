@@ -4,9 +4,7 @@ import math
 import re
 import xml.etree.ElementTree as ET
 
-import pytest
-
-from lorary.inspect.plots import MOST_POINTS, loss_svg
+from lorary.inspect.loss_plot import MOST_POINTS, loss_svg
 
 SVG = "{http://www.w3.org/2000/svg}"
 HISTORY = [{"step": step, "loss": 4.0 - step / 10, "lr": 1e-4} for step in range(1, 21)]
@@ -41,31 +39,6 @@ def test_both_curves_are_drawn_to_scale() -> None:
 def test_same_numbers_same_bytes() -> None:
     assert loss_svg(HISTORY, "a") == loss_svg([dict(record) for record in HISTORY], "a")
     assert loss_svg(HISTORY, "a") != loss_svg([*HISTORY[:-1], {"step": 21, "loss": 1.0}], "a")
-
-
-def test_nothing_is_fetched_and_nothing_is_dated() -> None:
-    svg = loss_svg(HISTORY)
-    namespaces = {"http://www.w3.org/1999/xlink", "http://www.w3.org/2000/svg"}
-    assert set(re.findall(r"""https?://[^"'\s<]+""", svg)) <= namespaces
-    assert all(target.startswith("#") for target in re.findall(r"""(?:href|src)="([^"]*)""", svg))
-    assert "<metadata" not in svg
-    assert "<!DOCTYPE" not in svg
-
-
-def test_colours_follow_the_page() -> None:
-    svg = loss_svg(HISTORY)
-    assert "currentColor" in svg
-    assert "prefers-color-scheme:dark" in svg
-    assert "#ffffff" not in svg, "a white box would stand out on a dark page"
-    assert not re.search(r"[>}]\s*\*\{", svg), "a style for every element would reach the page around the picture"
-
-
-@pytest.mark.parametrize("title", ["cost: $5 or $x^2$", '<script>alert("x")</script>', "a & b", "Verlust: ½ → ¼"])
-def test_a_title_is_plain_text(title: str) -> None:
-    root = ET.fromstring(loss_svg(HISTORY, title))
-    assert root.findtext(f"{SVG}title") == title
-    assert title in [text.text for text in root.iter(f"{SVG}text")]
-    assert not list(root.iter(f"{SVG}script"))
 
 
 def test_the_picture_says_itself_in_words() -> None:

@@ -3,8 +3,8 @@
 import re
 from html.parser import HTMLParser
 
-from lorary.inspect.plots import loss_svg
-from lorary.inspect.report import Beside, Code, Figure, Picture, Section, Table, Words, page
+from lorary.inspect.html_report import Code, KeyFigure, Paragraph, Picture, Section, SideBySide, Table, html_report
+from lorary.inspect.loss_plot import loss_svg
 
 HOSTILE = "<script>alert('x')</script><img src=http://example.com/x onerror=go()> & \"q\""
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -39,13 +39,13 @@ class Reader(HTMLParser):
 
 def everything_hostile() -> str:
     blocks = [
-        Words(HOSTILE),
+        Paragraph(HOSTILE),
         Code(HOSTILE),
         Table([HOSTILE, "n"], [[HOSTILE, "1"], ["a", HOSTILE]]),
-        Beside(HOSTILE, (HOSTILE, "b"), (HOSTILE, "")),
+        SideBySide(HOSTILE, [(HOSTILE, HOSTILE), ("b", "")]),
         Picture(loss_svg([{"step": 1, "loss": 2.0}], HOSTILE), HOSTILE),
     ]
-    return page(HOSTILE, HOSTILE, [Figure(HOSTILE, HOSTILE, HOSTILE)], [Section(HOSTILE, blocks)])
+    return html_report(HOSTILE, HOSTILE, [KeyFigure(HOSTILE, HOSTILE, HOSTILE)], [Section(HOSTILE, blocks)])
 
 
 def read(html: str) -> Reader:
@@ -76,14 +76,14 @@ def test_nothing_is_fetched() -> None:
 
 def test_pictures_keep_working_beside_each_other() -> None:
     one, two = (loss_svg([{"step": s, "loss": k / s} for s in range(1, 9)]) for k in (1, 2))
-    html = page("t", "l", [], [Section("s", [Picture(one, "one"), Picture(two, "two")])])
+    html = html_report("t", "l", [], [Section("s", [Picture(one, "one"), Picture(two, "two")])])
     assert html.count("<svg") == 2
     read(html)
 
 
 def test_the_page_is_for_light_dark_and_paper() -> None:
-    html = page("t", "l", [], [])
+    html = html_report("t", "l", [], [])
     assert "color-scheme: light dark" in html
     assert "prefers-color-scheme: dark" in html
     assert "@media print" in html
-    assert "<html lang='en'>" in html
+    assert '<html lang="en">' in html

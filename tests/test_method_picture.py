@@ -1,16 +1,34 @@
-"""The pictures show what the words say: every tensor, its shape and whether it trains, and where they meet."""
+"""The pictures of the methods show every tensor, its shape and whether it trains, and where they meet."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import sys
+from types import ModuleType
 from xml.etree import ElementTree
 
 import pytest
 
 import lorary
-from lorary.inspect.drawing import EXAMPLE, lanes, method_svg
 from lorary.methods.o_lora import Tasks
 from lorary.placed import Placed
+from tests import pages
+
+
+def _module() -> ModuleType:
+    """docs/method_picture.py, which is no part of the package."""
+    spec = importlib.util.spec_from_file_location("method_picture", pages.ROOT / "docs" / "method_picture.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+_pictures = _module()
+EXAMPLE, lanes, method_svg = _pictures.EXAMPLE, _pictures.lanes, _pictures.method_svg
 
 SVG = "{http://www.w3.org/2000/svg}"
 PRESETS = lorary.presets()
@@ -21,9 +39,10 @@ def words(svg: str) -> list[str]:
 
 
 def fills(svg: str) -> list[str]:
-    """The fill of every tensor and swatch, in the order in which they are drawn."""
+    """The kind of every tensor and swatch, in the order in which they are drawn."""
     known = {"trains", "frozen", "shared", "base", "moved"}
-    return [e.get("class", "") for e in ElementTree.fromstring(svg).iter() if e.get("class") in known]
+    kinds = [(e.get("id") or "").partition("-")[0] for e in ElementTree.fromstring(svg).iter(f"{SVG}g")]
+    return [kind for kind in kinds if kind in known]
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -42,10 +61,11 @@ def test_every_tensor_is_there(name: str) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_picture_needs_nothing_else(name: str) -> None:
     svg = method_svg(lorary.method(name), "A < B & C")
-    assert not re.findall(r"(?:href|src|@import|url\((?!#lorary-))", svg)
+    assert not re.findall(r"(?:href|src|@import|url\((?!#))", svg)
     assert "nan" not in svg
-    width, height = (float(ElementTree.fromstring(svg).get(side, "0")) for side in ("width", "height"))
-    for element in ElementTree.fromstring(svg).iter(f"{SVG}text"):
+    root = ElementTree.fromstring(svg)
+    width, height = (float(root.get(side, "0").removesuffix("pt")) for side in ("width", "height"))
+    for element in root.iter(f"{SVG}text"):
         assert 0 < float(element.get("x", "-1")) < width
         assert 0 < float(element.get("y", "-1")) < height
 
@@ -93,3 +113,11 @@ def test_the_join_the_scale_and_the_rates_are_said() -> None:
     for expected in ("Direction", "m [2048]", "s = 8", "learns 4 times faster", "W \N{MINUS SIGN} s B0 A0"):
         assert expected in said
     assert "dropout 0.1" in words(method_svg(lorary.method("lora", dropout=0.1), ""))
+
+
+def test_longlora_shows_its_attention_in_groups() -> None:
+    said = words(method_svg(lorary.method("longlora", groups=8), ""))
+    assert {"attention while training, 8 groups", "half of the heads", "the other half, shifted"} <= set(said)
+    assert "embeddings and norms train too" in said
+    for other in (lorary.method("longlora", shifted=False), lorary.method("lora")):
+        assert not any("attention while training" in text for text in words(method_svg(other, "")))

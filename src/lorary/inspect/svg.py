@@ -1,0 +1,123 @@
+"""Matplotlib figures as SVG text, in one style, and the same bytes for the same figure.
+
+A picture follows the reader's colour scheme, light or dark, and brings its own background, so that it reads on a page
+that does not. Its text stays text. No colour is the only mark of anything: lines differ in dashes and markers too, and
+shaded cells say their number.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+from xml.etree import ElementTree
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+INK = "#123456"  # drawn, then replaced by `currentColor`
+# Okabe & Ito's colours for all kinds of colour vision; light blue and yellow darkened to 3:1 against white, too.
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#c76aa0", "#8a7500", "#3a8fc4")
+_DASHES, _MARKERS = ("-", "--", "-.", ":"), "os^DvP"
+_STRONGEST = 0.55  # opacity of a cell's shade: the number on it keeps its contrast on light and dark pages
+
+_STYLE: dict[str, Any] = {
+    "svg.hashsalt": "lorary",  # otherwise element ids are random
+    "svg.fonttype": "none",  # text stays text: selectable, searchable, read aloud
+    "text.parse_math": False,  # a `$` in a name begins no formula
+    "text.color": INK,
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # Matplotlib's own: the widest that a page will put in its place
+    "font.size": 10,
+    "figure.facecolor": "none",
+    "figure.constrained_layout.use": True,
+    "figure.constrained_layout.h_pad": 0.07,  # inches, between panels one above the other
+    "axes.facecolor": "none",
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": INK,
+    "grid.alpha": 0.15,
+    "grid.linewidth": 0.6,
+    "hatch.color": INK,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "lines.linewidth": 1.7,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+
+_COLOURS = (
+    ".lorary-picture{color-scheme:light dark;color:#1f2328;background:#fff}"
+    "@media (prefers-color-scheme:dark){.lorary-picture{color:#e6e6e6;background:#15181c}}"
+    "@media print{.lorary-picture{color:#000;background:#fff}}"
+)
+_SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
+ElementTree.register_namespace("", _SVG)
+ElementTree.register_namespace("xlink", _XLINK)
+
+
+def style() -> Any:
+    """The context in which a figure is made and turned into SVG; Matplotlib's own settings come back after it."""
+    return rc_context(_STYLE)
+
+
+def line(i: int, marker: bool = True) -> dict[str, Any]:
+    """Colour, dashes and marker of the i-th line of a plot."""
+    found: dict[str, Any] = {"color": PALETTE[i % len(PALETTE)], "linestyle": _DASHES[i % len(_DASHES)]}
+    return found | {"marker": _MARKERS[i % len(_MARKERS)], "markersize": 5} if marker else found
+
+
+def cell(
+    axes: Axes, x: float, y: float, text: str, shade: float, colour: str = PALETTE[0], framed: bool = False
+) -> None:
+    """A cell of a heat map with its number on it.
+
+    Args:
+        axes: one unit of it is the cell's width and height.
+        x, y: the corner of the cell with the lowest coordinates.
+        text: the number.
+        shade: 0 to 1.
+        colour: of the full shade.
+        framed: whether the cell stands out by a thick frame.
+    """
+    inset = 0.08 if framed else 0.0  # so that the frames of neighbours stay apart
+    corner, size = (x + inset, y + inset), 1 - 2 * inset
+    patch = Rectangle(corner, size, size, facecolor=(colour, _STRONGEST * shade), clip_on=False)
+    patch.set(edgecolor=INK if framed else (INK, 0.3), linewidth=1.8 if framed else 0.6)
+    axes.add_patch(patch)
+    axes.text(x + 0.5, y + 0.5, text, ha="center", va="center_baseline", fontsize=8)
+
+
+def cell_axes(axes: Axes, columns: float, rows: float) -> None:
+    """Makes axes a grid of cells, the first row on top, without lines of its own."""
+    axes.set(xlim=(0, columns), ylim=(rows, 0))
+    axes.grid(visible=False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def to_svg(figure: Figure, title: str, description: str) -> str:
+    """The figure as one `<svg>` element, for a file or the inside of a page.
+
+    Args:
+        figure: made in the context of `style`.
+        title: the picture's name; plain text.
+        description: its content in words, for those who do not see it.
+    """
+    text = io.StringIO()
+    without = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    FigureCanvasSVG(figure).print_svg(text, metadata=without | {"Title": title})
+    root = ElementTree.fromstring(text.getvalue().replace(INK, "currentColor"))
+    root.attrib |= {"class": "lorary-picture", "role": "img", "aria-label": f"{title}: {description}"}
+    for metadata in root.findall(f"{{{_SVG}}}metadata"):
+        root.remove(metadata)
+    for sheet in root.iter(f"{{{_SVG}}}style"):  # a style in a page would reach all of it
+        sheet.text = _COLOURS + f".lorary-picture {sheet.text}"
+    return ElementTree.tostring(root, encoding="unicode") + "\n"
