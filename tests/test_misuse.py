@@ -12,7 +12,7 @@ from torch import nn
 import lorary
 from lorary.adapter import Adapter
 from lorary.errors import ConfigError, FileError, MethodError, PlanError
-from lorary.state import attached
+from lorary.state import state_of
 
 LORA = lorary.method("lora", r=2, alpha=4)
 
@@ -29,7 +29,7 @@ def adapter() -> Adapter:
 
 def outline(model: nn.Module) -> list[Any]:
     parameters = [(name, p.requires_grad, p.detach().clone().tolist()) for name, p in model.named_parameters()]
-    return [[type(m) for m in model.modules()], parameters, attached(model)]
+    return [[type(m) for m in model.modules()], parameters, state_of(model)]
 
 
 @pytest.mark.parametrize(
@@ -101,10 +101,10 @@ def test_a_start_that_fails_leaves_the_model_alone(monkeypatch: pytest.MonkeyPat
 def test_switch_to_what_is_no_adapter(what: Any) -> None:
     model = net()
     lorary.switch(model, adapter())
-    before = attached(model)
-    with pytest.raises(FileError, match=r"is no adapter\n.*lorary.Adapter.load"):
+    before = state_of(model)
+    with pytest.raises(FileError, match=r"is no adapter\n.*lorary.load_adapter"):
         lorary.switch(model, what)
-    assert attached(model) is before
+    assert state_of(model) is before
 
 
 @pytest.mark.parametrize(
@@ -121,11 +121,11 @@ def test_switch_to_tensors_that_cannot_be_used(spoil: Any, said: str) -> None:
     bad = {site: {role: spoil(t) for role, t in roles.items()} for site, roles in good.tensors.items()}
     model = net()
     lorary.switch(model, good)
-    before = attached(model)
+    before = state_of(model)
     with pytest.raises(FileError) as refusal:
         lorary.switch(model, dataclasses.replace(good, tensors=bad))
     assert str(refusal.value).count(said) == 4
-    assert attached(model) is before
+    assert state_of(model) is before
 
 
 def test_a_meta_model_has_nothing_to_save(tmp_path: Any) -> None:
@@ -142,7 +142,7 @@ def test_rates_that_are_no_numbers(number: Any) -> None:
     model = net()
     lorary.attach(model, lorary.plan(model, LORA))
     with pytest.raises(ConfigError) as refusal:
-        lorary.groups(model, number, number)
+        lorary.param_groups(model, number, number)
     assert [problem.where for problem in refusal.value.problems] == ["lr", "weight_decay"]
 
 
@@ -174,7 +174,7 @@ def test_a_start_in_a_damaged_weight_names_every_layer_and_changes_nothing(metho
         "      hint: repair the base, or exclude the layer"
     )
     assert [type(m) for m in model.modules()] == before
-    assert attached(model) is None
+    assert state_of(model) is None
     assert all(torch.equal(t, values[k]) or t.isnan().any() for k, t in model.state_dict().items())
 
 

@@ -585,7 +585,7 @@ def test_a_past_that_is_no_list_or_holds_no_numbers() -> None:
     for after, name in [(iter([adapter]), "list_iterator"), (adapter, "Adapter"), ("first", "str"), (None, "NoneType")]:
         assert refused(model, method, "q_proj", after=after) == (
             f"this plan cannot work:\n  - after: is a {name}, not a list of adapters\n"
-            "      hint: after=[lorary.Adapter.load(path), ...]"
+            "      hint: after=[lorary.load_adapter(path), ...]"
         )
     next(iter(adapter.tensors.values()))["A"][0, 0] = math.nan
     told = refused(tiny.model("LlamaForCausalLM"), method, "q_proj", after=[adapter])

@@ -13,7 +13,7 @@ from training import train
 import lorary
 from lorary import builtin
 from lorary.methods.lora_drop import Importance, Measured
-from lorary.probing import dropped, importance
+from lorary.probing import drop_layers, layer_importance
 
 if TYPE_CHECKING:
     from protocol import Bench
@@ -38,9 +38,9 @@ def half(method: lorary.Method, rate: float, least: bool = False) -> Callable[[B
         lorary.attach(probe, plan, seed=seed)
         train(probe, HEADERS, rate, seed, steps, bench.size.batch)
         looks = islice(batches(HEADERS, seed, bench.size.batch), LOOKS)
-        measured = importance(probe, [{"input_ids": ids} for ids in looks])
+        measured = layer_importance(probe, [{"input_ids": ids} for ids in looks])
         model = builtin.load_model()
-        return lorary.attach(model, dropped(plan, _halved(measured.g, least), threshold=0.99), seed=seed)
+        return lorary.attach(model, drop_layers(plan, _halved(measured.g, least), threshold=0.99), seed=seed)
 
     return build
 

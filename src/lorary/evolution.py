@@ -33,7 +33,7 @@ Genes = tuple[Terms, ...]  # the structure of every layer, in the model's order
 
 
 @dataclass(frozen=True)
-class Evolution:
+class EvolutionConfig:
     """How a search goes on: the authors' numbers.
 
     Args:
@@ -88,7 +88,7 @@ class Evolution:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a search found.
 
     Args:
@@ -108,13 +108,13 @@ class Found:
     judged: int
 
 
-def search(
+def search_supernet(
     model: nn.Module,
     fitness: Callable[[nn.Module], float],
-    evolution: Evolution | None = None,
+    evolution: EvolutionConfig | None = None,
     *,
     progress: Callable[[int, int, float], None] | None = None,
-) -> Found:
+) -> SearchResult:
     """The structures of a supernet's layers that do best. The model is as before afterwards.
 
     Args:
@@ -129,7 +129,7 @@ def search(
         MethodError: no candidate is within the ceiling, or none has a finite fitness.
         ConfigError: the fitness is no function, or gives no number.
     """
-    evolution = evolution or Evolution()
+    evolution = evolution or EvolutionConfig()
     _check_words(fitness, evolution)
     layers = _layers(model)
     pool = _Pool(layers, evolution)
@@ -154,15 +154,15 @@ def search(
         raise MethodError("nothing was found:", [problem])
     names = [layer.site.name for layer in layers]
     chosen = dict(zip(names, best, strict=True))
-    return Found(_adapter(model, chosen), judged[best], pool.size(best), chosen, tuple(history), len(judged))
+    return SearchResult(_adapter(model, chosen), judged[best], pool.size(best), chosen, tuple(history), len(judged))
 
 
 def _check_words(fitness: object, evolution: object) -> None:
     problems = []
     if not callable(fitness):
         problems.append(Problem("fitness", f"is {fitness!r}, no function of a model"))
-    if not isinstance(evolution, Evolution):
-        problems.append(Problem("evolution", f"is a {type(evolution).__name__}, not an Evolution"))
+    if not isinstance(evolution, EvolutionConfig):
+        problems.append(Problem("evolution", f"is a {type(evolution).__name__}, not an EvolutionConfig"))
     if problems:
         raise ConfigError("cannot search:", problems)
 
@@ -179,7 +179,7 @@ def _number(score: object) -> float:
 def structured(layers: Sequence[Adapted], genes: Genes) -> Iterator[None]:
     """Within, each layer has a structure of its own; its tensors are views of the supernet's."""
     before = [(layer.p, layer.method) for layer in layers]
-    methods = {terms: layer.method.but(delta=terms, rules=()) for layer, terms in zip(layers, genes, strict=True)}
+    methods = {terms: layer.method.replace(delta=terms, rules=()) for layer, terms in zip(layers, genes, strict=True)}
     try:
         for layer, terms in zip(layers, genes, strict=True):
             views = terms.slices(dict(layer.p.items()))
@@ -199,7 +199,7 @@ class _Pool:
         evolution: how many of which sort, and the ceiling.
     """
 
-    def __init__(self, layers: Sequence[Adapted], evolution: Evolution) -> None:
+    def __init__(self, layers: Sequence[Adapted], evolution: EvolutionConfig) -> None:
         self.evolution = evolution
         self.random = random.Random(evolution.seed)
         self.choices = [structures(layer.method.delta, layer.site.bias) for layer in layers]  # type: ignore[arg-type]
@@ -297,10 +297,10 @@ def _ranked(judged: Mapping[Genes, float]) -> list[Genes]:
 def _adapter(model: nn.Module, chosen: Mapping[str, Terms]) -> Adapter:
     """The supernet's adapter, of which each site keeps the structure that was chosen for it."""
     whole = Adapter.of(model)
-    placed = [Placed(p.site, p.method.but(delta=chosen[p.site.name], rules=())) for p in whole.placed]
+    placed = [Placed(p.site, p.method.replace(delta=chosen[p.site.name], rules=())) for p in whole.placed]
     placed = [p for p in placed if p.shapes]  # where every term is none, the layer is left alone
     tensors: dict[str, dict[str, Tensor]] = {}
     for p in placed:
         views = chosen[p.site.name].slices(whole.tensors[p.site.name])
         tensors[p.site.name] = {role: view.clone(memory_format=torch.contiguous_format) for role, view in views.items()}
-    return dataclasses.replace(whole, method=whole.method.but(rules=()), placed=tuple(placed), tensors=tensors)
+    return dataclasses.replace(whole, method=whole.method.replace(rules=()), placed=tuple(placed), tensors=tensors)

@@ -1,4 +1,4 @@
-"""groups and tuning: how the words meet an optimizer and a training loop, any loop."""
+"""param_groups and rules: a method in an optimizer and in any training loop."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lorary.state import base_parameter, require
 from lorary.words import Rule
 
 
-def groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """Optimizer groups that cover the trainable set exactly: one for each learning-rate multiplier and decay.
 
     Args:
@@ -84,7 +84,7 @@ def _check_cover(model: nn.Module, grouped: list[nn.Parameter]) -> None:
 
 
 @dataclass
-class Tuning:
+class Rules:
     """A method's rules at work in a training run. Without rules every call does nothing.
 
     Args:
@@ -169,7 +169,7 @@ class Tuning:
             StateError: it was another method's: names or shapes differ.
         """
         if not isinstance(flat, Mapping) or not all(isinstance(t, Tensor) for t in flat.values()):
-            problem = Problem("state", "is no mapping of names to tensors", "give what Tuning.state_dict gave")
+            problem = Problem("state", "is no mapping of names to tensors", "give what Rules.state_dict gave")
             raise StateError("this is no training state:", [problem])
         mine = self.state_dict()
         wrong = sorted(set(mine) ^ set(flat), key=str)
@@ -191,7 +191,7 @@ class Tuning:
 
 
 def _check_optimizer(rules: tuple[Rule, ...], optimizer: torch.optim.Optimizer | None) -> None:
-    what, fix = "reaches into the optimizer's state", "lorary.tuning(model, steps, optimizer)"
+    what, fix = "reaches into the optimizer's state", "lorary.rules(model, steps, optimizer)"
     problems = [Problem(type(rule).__name__, what, fix) for rule in rules if rule.steers and optimizer is None]
     if problems:
         raise StateError("these rules need the optimizer:", problems)
@@ -209,19 +209,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def tuning(
+def rules(
     model: nn.Module,
     steps: int,
     optimizer: torch.optim.Optimizer | None = None,
     state: Mapping[str, Tensor] | None = None,
-) -> Tuning:
+) -> Rules:
     """The rules of the attached method, for a run of so many optimizer steps.
 
     Args:
         model: with a method attached, as it is at the start of the run, or where the run was left.
         steps: optimizer steps of the whole run.
         optimizer: the one that trains. Some rules need it (O-LoRA's hard mode), and AdaLoRA takes less memory with it.
-        state: what `Tuning.state_dict` gave, to go on from there.
+        state: what `Rules.state_dict` gave, to go on from there.
 
     Raises:
         StateError: nothing is attached; a rule needs the optimizer; the state is another method's.
@@ -231,4 +231,4 @@ def tuning(
     if type(steps) is not int or steps < 0:
         problem = Problem("steps", f"{steps!r} is no number of optimizer steps")
         raise ConfigError("this is no run:", [problem])
-    return Tuning(model, steps, optimizer, state)
+    return Rules(model, steps, optimizer, state)

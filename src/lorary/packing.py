@@ -1,4 +1,4 @@
-"""pack, unpack: the layers of a model in another storage and back, one at a time."""
+"""quantize, dequantize: the layers of a model in another storage and back, one at a time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lorary.words import Init, Storage
 T = TypeVar("T")
 
 
-def pack(model: nn.Module, storage: Storage | None = None) -> nn.Module:
+def quantize(model: nn.Module, storage: Storage | None = None) -> nn.Module:
     """Pack every linear layer of a model but its output head, in place, one at a time.
 
     What it was is given up: that is what saves the memory. Adapters of the plain model still fit.
@@ -73,7 +73,7 @@ def mode(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     return cast("contextlib.AbstractContextManager[None]", torch.inference_mode(inside))
 
 
-def unpack(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Make every packed layer a plain one that computes the same, in place: W = Dq(Wq).
 
     Args:
@@ -145,7 +145,7 @@ def unfit(model: nn.Module, names: Iterable[str]) -> list[Problem]:
         layer = model.get_submodule(name)
         if "forward" in vars(layer):
             what = "its forward was replaced, by Accelerate or by hand, and the packed layer would have its own"
-            problems.append(Problem(name, what, "pack the base before that, as lorary.load_base does"))
+            problems.append(Problem(name, what, "pack the base before that, as lorary.load_quantized does"))
         W = cast(Tensor, layer.weight)
         double = W.dtype == torch.float64
         bad = 0 if W.is_meta else int((~(W.float() if double else W).isfinite()).sum())

@@ -40,7 +40,7 @@ def with_past(
     A task that several of the adapters hold, because one was trained after the other, counts once.
     """
     if isinstance(after, str | bytes) or not isinstance(after, Sequence):
-        what, fix = f"is a {type(after).__name__}, not a list of adapters", "after=[lorary.Adapter.load(path), ...]"
+        what, fix = f"is a {type(after).__name__}, not a list of adapters", "after=[lorary.load_adapter(path), ...]"
         return placed, {}, [Problem("after", what, fix)]
     if not after:
         return placed, {}, []
@@ -56,7 +56,7 @@ def with_past(
     for p in placed:
         if tasks[p.site.name]:
             delta, given[p.site.name] = _sequential(p).after(tasks[p.site.name], p.scale)
-            p = dataclasses.replace(p, method=p.method.but(delta=delta))
+            p = dataclasses.replace(p, method=p.method.replace(delta=delta))
         following.append(p)
     return following, given, []
 
@@ -77,7 +77,7 @@ def _unfit(model: nn.Module, placed: list[Placed], adapter: Any, i: int) -> list
     where = f"after[{i}]"
     if not hasattr(adapter, "low_rank"):
         what = f"{adapter!r} is no adapter"
-        return [Problem(where, what, "read one with lorary.Adapter.load(path)")]
+        return [Problem(where, what, "read one with lorary.load_adapter(path)")]
     problems = [Problem(where, p.what, p.fix) for p in adapter.base.disagreements(Fingerprint.of(model))]
     if adapter.full:
         what = f"it trained base parameters in full ({', '.join(sorted(adapter.full)[:3])})"

@@ -131,4 +131,4 @@ def with_rank(method: Method, r: int | None = None, alpha: float | None = None) 
         words["delta"] = dataclasses.replace(cast(Any, method.delta), r=r)
     if alpha is not None:
         words["scale"] = dataclasses.replace(cast(Any, method.scale), alpha=alpha)
-    return method.but(**words) if words else method
+    return method.replace(**words) if words else method

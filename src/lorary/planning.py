@@ -55,7 +55,7 @@ def plan(
         raise PlanError("this model cannot be planned for:", problems)
     if method.context is not None:
         context = method.context.planned(model)
-        method = method.but(context=context)
+        method = method.replace(context=context)
         problems += [Problem("context", *found) for found in context.problems(model)]
     targets = usual_targets(method) if targets is None else targets
     found: list[Found] = []

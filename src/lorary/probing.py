@@ -1,4 +1,5 @@
-"""importance and dropped: what every adapted layer contributes, and the plan in which small ones share (LoRA-drop)."""
+"""layer_importance and drop_layers: the contribution of every adapted layer, and the plan in which small ones share
+(LoRA-drop)."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ _MASKS = ("attention_mask", "decoder_attention_mask")
 
 
 @torch.no_grad()
-def importance(
+def layer_importance(
     model: nn.Module, batches: Iterable[Any], *, over_ranks: Callable[[Tensor], Tensor] | None = None
 ) -> Importance:
     """How much every adapted layer adds to its output: the sum over all tokens of |s B A x|^2 (LoRA-drop's g).
@@ -189,7 +190,7 @@ def _unmatched(where: str, what: str, fix: str) -> DataError:
     return DataError("padding cannot be told from tokens:", [Problem(where, what, fix)])
 
 
-def dropped(plan: Plan, importance: Importance, threshold: float = THRESHOLD) -> Plan:
+def drop_layers(plan: Plan, importance: Importance, threshold: float = THRESHOLD) -> Plan:
     """The plan in which only important layers have tensors of their own; all others of a module kind share one set.
 
     Of every module kind the fewest layers are kept that together have `threshold` of its importance. The others share,
@@ -205,15 +206,15 @@ def dropped(plan: Plan, importance: Importance, threshold: float = THRESHOLD) ->
 
     >>> print(dropped(plan, importance(model, batches)))
     """
-    problems = shareable(plan.method) + unknown_sites(importance.g, (p.site.name for p in plan.placed))
+    problems = shareable(plan.method) + unknown_sites(layer_importance.g, (p.site.name for p in plan.placed))
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 < threshold <= 1:
         problems.append(Problem("threshold", f"{threshold!r} is no number above 0 and at most 1"))
-    for site, g in importance.g.items():
+    for site, g in layer_importance.g.items():
         if not 0 <= g < float("inf"):
             problems.append(Problem(site, f"its importance is {g!r}, no finite number of at least 0"))
     if problems:
         raise PlanError("layers cannot be dropped from this plan:", problems)
-    kept = importance.kept(threshold)
+    kept = layer_importance.kept(threshold)
     names = _shares(plan.placed, kept)
     placed = tuple(dataclasses.replace(p, share=names.get(p.site.name, "")) for p in plan.placed)
     return dataclasses.replace(plan, placed=placed, notes=(*plan.notes, _note(placed, threshold)))

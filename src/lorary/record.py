@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from lorary._deprecated import warn
 from lorary.contexts import Context
 from lorary.errors import MethodError, Problem, did_you_mean
 from lorary.fields import POSITIVE, wrong
@@ -76,8 +77,8 @@ class Method:
         """The learning-rate multiplier of a role."""
         return dict(cast("tuple[tuple[str, float], ...]", self.lr)).get(role, 1.0)
 
-    def but(self, **words: Any) -> Method:
-        """The same method with some words changed."""
+    def replace(self, **words: Any) -> Method:
+        """The method with some components changed."""
         unknown = set(words) - set(AXES)
         if unknown:
             raise MethodError(
@@ -85,6 +86,11 @@ class Method:
                 [Problem(name, "is not an axis of a method", did_you_mean(name, AXES)) for name in sorted(unknown)],
             )
         return dataclasses.replace(self, **words)
+
+    def but(self, **words: Any) -> Method:
+        """Deprecated: use `replace`."""
+        warn("Method.but", "Method.replace")
+        return self.replace(**words)
 
     def to_dict(self) -> dict[str, Any]:
         """The record as plain data for a file: axis -> {"word": name, its fields} or a plain value."""

@@ -21,7 +21,7 @@ from lorary.errors import PlanError, Problem, StateError
 from lorary.packing import packed_already, plain
 from lorary.shards import is_sharded
 from lorary.sites import kind_of
-from lorary.state import Attached, attached, base_parameter
+from lorary.state import Attached, base_parameter, state_of
 from lorary.weights import is_packed, weight
 from lorary.words import Init
 
@@ -81,7 +81,7 @@ def give_up(model: nn.Module, layer: Adapted) -> None:
     weight = cast(nn.Parameter, layer.weight)
     if not layer.start or weight.is_meta:
         return
-    state = cast(Attached, attached(model))
+    state = cast(Attached, state_of(model))
     with torch.no_grad():
         rest = layer.kind.weight(layer.base, _rest(layer)).to(weight.dtype)
         _check(layer, rest)
@@ -156,7 +156,7 @@ def restart(model: nn.Module, layer: Adapted, tensors: Mapping[str, Tensor]) -> 
         done = "packed" if is_packed(layer.base) else "sharded"
         what, fix = f"began at other tensors here, and its weight is {done} already", "load it onto the plain base"
         raise StateError("cannot go on from this adapter:", [Problem(layer.site.name, what, fix)])
-    take_back(layer, cast(Attached, attached(model)).moved[layer.site.name])
+    take_back(layer, cast(Attached, state_of(model)).moved[layer.site.name])
     layer.load({role: tensors[role] for role in layer.start})
     give_up(model, layer)
 
@@ -172,7 +172,7 @@ def pristine(model: nn.Module, name: str) -> Tensor:
         return layer.kind.weight(layer.base, W)
     if is_packed(layer):
         return weight(layer)
-    moved = cast(Attached, attached(model)).moved if attached(model) is not None else {}
+    moved = cast(Attached, state_of(model)).moved if state_of(model) is not None else {}
     before = moved.get(name, base_parameter(model, f"{name}.weight"))
     if isinstance(before, nn.Parameter):  # of other layers, too: one of them may have given up a part for itself
         for other, values in moved.items():

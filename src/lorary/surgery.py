@@ -20,7 +20,7 @@ from lorary.preconditions import deaf, misfits, unwritable
 from lorary.record import Method
 from lorary.residual import bare, idle, settle, start, take_back, unsound
 from lorary.sites import kind_of
-from lorary.state import Attached, attached, base_parameter, require
+from lorary.state import Attached, base_parameter, require, state_of
 from lorary.storage.foreign import keep_layout
 from lorary.weights import held, is_packed
 from lorary.words import Init, Join
@@ -109,7 +109,7 @@ def _start(
 def _pack(model: nn.Module, packed: Collection[str]) -> None:
     """Pack the layers of these names, one at a time, that are not adapted: those are packed."""
     layers = adapted(model)
-    storage = cast(Attached, attached(model)).method.storage
+    storage = cast(Attached, state_of(model)).method.storage
     for name in shown([name for name in packed if name not in layers], "packing"):
         replace(model, name, storage.pack(model.get_submodule(name)))
 
@@ -154,7 +154,7 @@ def _put(
     packed: Collection[str] = (),
 ) -> None:
     """Put adapters at the sites, zero or with the given tensors, freeze the rest, and remember the way back."""
-    if attached(model) is not None:
+    if state_of(model) is not None:
         what = "something is attached already"
         raise StateError("cannot attach:", [Problem("model", what, "detach it first, or use lorary.switch")])
     keep_layout(model)

@@ -12,7 +12,7 @@ from .. import tiny
 
 
 def step(model: torch.nn.Module) -> None:
-    optimizer = torch.optim.SGD(lorary.groups(model, lr=0.1))
+    optimizer = torch.optim.SGD(lorary.param_groups(model, lr=0.1))
     for _ in range(3):
         optimizer.zero_grad()
         model(input_ids=tiny.ids(), labels=torch.tensor([0, 1])).loss.backward()

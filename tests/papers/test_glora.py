@@ -353,21 +353,21 @@ def test_draws_depend_on_seed_step_and_name_alone() -> None:
     plan = lorary.plan(model, lorary.method("glora", supernet=True, seed=5))
     rule = RandomStructures(5)
     lorary.attach(model, plan)
-    tuning = lorary.tuning(model, 10)
+    rules = lorary.rules(model, 10)
     seen = []
     for step in range(1, 8):
         now = [layer.chosen for layer in adapted(model).values()]
         assert now == [rule.drawn(p.delta, p.site, step) for p in plan.placed]
         seen.append(tuple(now))
-        tuning.after_step()
+        rules.after_step()
     assert len(set(seen)) == 7
     assert len({terms for step in seen for terms in step}) > 20
     # another rank, or a run that resumes at the eighth step
     lorary.detach(model)
     lorary.attach(model, lorary.plan(model, plan.method))
-    other = lorary.tuning(model, 10)
+    other = lorary.rules(model, 10)
     assert tuple(layer.chosen for layer in adapted(model).values()) == seen[0]
-    other.load_state_dict(tuning.state_dict())
+    other.load_state_dict(rules.state_dict())
     assert [layer.chosen for layer in adapted(model).values()] == [rule.drawn(p.delta, p.site, 8) for p in plan.placed]
     assert RandomStructures(6).drawn(Terms(3), plan.placed[0].site, 1) != seen[0][0]
 
@@ -539,7 +539,7 @@ def test_a_model_of_ones_own_gets_its_biases() -> None:
 def test_weight_decay_leaves_vectors_and_scalars_alone() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     lorary.attach(model, lorary.plan(model, lorary.method("glora", A="scalar", B="vector"), "0"))
-    decayed = {g["name"]: g["weight_decay"] for g in lorary.groups(model, 1e-3, weight_decay=0.1)}
+    decayed = {g["name"]: g["weight_decay"] for g in lorary.param_groups(model, 1e-3, weight_decay=0.1)}
     assert decayed == {"Ad Bd D E": 0.0, "Cd Cu decayed": 0.1}
 
 

@@ -57,7 +57,7 @@ def test_the_next_task_holds_those_before_it_as_they_were(
     Path("my.yaml").write_text(yaml.safe_dump(changed(words, "training", max_steps=2, eval_steps=2, save_steps=2)))
     ran = Command(monkeypatch, capsys)("train", "my.yaml", "--quiet", "--after", past[1])
     assert (ran.code, ran.out) == (0, "out/adapter\n"), ran.err
-    before, after = lorary.Adapter.load(past[1]), lorary.Adapter.load("out/adapter")
+    before, after = lorary.load_adapter(past[1]), lorary.load_adapter("out/adapter")
     assert {p.delta.past for p in after.placed} == {(3, 3)}
     mine, theirs = after.low_rank(), before.low_rank()
     for name, form in mine.items():
@@ -104,7 +104,7 @@ def test_a_resumed_task_has_the_same_past_or_is_refused(words: dict[str, Any], p
     shutil.copytree(past[1], "mine")
     with pytest.raises(ConfigError) as caught:
         run(from_dict(tree), resume=True, quiet=True)
-    first, second = (digest(lorary.Adapter.load(path)) for path in past)
+    first, second = (digest(lorary.load_adapter(path)) for path in past)
     assert str(caught.value) == (
         "this is another run than the one in the folder:\n"
         f"  - method.after: ['mine#{first}'] in the run, ['mine#{second}'] here\n"

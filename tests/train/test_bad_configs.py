@@ -365,7 +365,7 @@ train.yaml does not describe a run:
       hint: did you mean `dpo`?
   - train.yaml:4:12: `schedule` must be one of `cosine`, `linear`, `constant`, `polynomial`, `inverse_sqrt`, not the text 'cosin'
       hint: did you mean `cosine`?
-  - train.yaml:4:29: `optimizer` must be one of `adamw_torch`, `adamw_torch_fused`, `paged_adamw`, `paged_adamw_torch`, `paged_adamw_32bit`, `adamw_bnb_8bit`, `adafactor`, `sgd`, not the text 'adam'
+  - train.yaml:4:29: `optimizer` must be one of `adamw_torch`, `adamw_torch_fused`, `paged_adamw`, `paged_adamw_32bit`, `adamw_bnb_8bit`, `adafactor`, `sgd`, not the text 'adam'
   - train.yaml:4:58: `training.report_to[0]` must be one of `none`, `tensorboard`, `wandb`, `trackio`, not the text 'tensorbord'
       hint: did you mean `tensorboard`?"""),
 Bad('an unknown method', """\

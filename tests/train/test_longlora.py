@@ -59,7 +59,7 @@ def test_from_a_configuration_to_a_merged_model(words: dict[str, Any], packing: 
     done = run(from_dict(changed(words, "data", packing=packing)), quiet=True, callbacks=[watch])
     assert watch.training == ["lorary_shifted_4"] * 4
     assert set(watch.evaluating) == {"sdpa"}
-    kept = lorary.Adapter.load(done.adapter)
+    kept = lorary.load_adapter(done.adapter)
     assert kept.method.context is not None
     assert kept.method.context.length == LENGTH
     assert {p.site.name.rpartition(".")[2] for p in kept.placed} == {"q_proj", "k_proj", "v_proj", "o_proj"}

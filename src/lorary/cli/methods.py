@@ -25,7 +25,7 @@ FUNCTIONS = {
         "g_l = sum over x of |s B_l A_l x_l|^2; layers with a small share of it share one LoRA",
         "Zhou et al. 2024, arXiv:2402.07721",
         "For fewer numbers than LoRA's, where a short probe on the same data is affordable.",
-        "method: {drop: {threshold: 0.9}} in a configuration, or lorary.dropped(plan, importance)",
+        "method: {drop: {threshold: 0.9}} in a configuration, or lorary.drop_layers(plan, importance)",
     ),
 }
 

@@ -56,7 +56,7 @@ def importance_svg(importance: Importance, plan: Plan, title: str = "Importance 
 
     Args:
         importance: of the plan's sites.
-        plan: what `lorary.dropped` has made of it: sites without a share have tensors of their own.
+        plan: what `lorary.drop_layers` has made of it: sites without a share have tensors of their own.
         title: what the picture is called; plain text.
 
     Returns:

@@ -8,7 +8,7 @@ Chavan et al. 2023, arXiv:2306.07967, equation 3; that the product with A is ele
 start are those of the authors' code.
 
 In a supernet one set of tensors serves all structures of a layer (`glora_terms`). Every optimizer step trains a
-structure drawn at random for every layer (`RandomStructures`); `lorary.search` then looks for those that do best.
+structure drawn at random for every layer (`RandomStructures`); `lorary.search_supernet` then looks for the best.
 
 What acts on the outputs alone (every form but a low-rank A) reads the weight through the layer's own forward pass.
 """

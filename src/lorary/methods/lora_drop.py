@@ -2,7 +2,7 @@
 
 A short training run, the probe, learns a LoRA in every layer. Where its output is large, the layer keeps one of its
 own; all others of the same module kind share one, which is trained as well. Then training begins anew. It is no word
-of a method, but a function from plan to plan: `lorary.importance` measures, `lorary.dropped` chooses.
+of a method, but a function from plan to plan: `lorary.layer_importance` measures, `lorary.drop_layers` chooses.
 
 With z = A x the norm is s^2 z^T (B^T B) z: B^T B is r x r, and the layer's output is never formed.
 
@@ -34,7 +34,7 @@ THRESHOLD = 0.9  # the paper's T
 no_preset(
     "lora-drop",
     what="chooses layers for a method and is none itself",
-    fix="write `drop: {threshold: 0.9}` under `method:` in a configuration, or call lorary.dropped",
+    fix="write `drop: {threshold: 0.9}` under `method:` in a configuration, or call lorary.drop_layers",
 )
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from lorary.adapter import Adapter
 from lorary.errors import ConfigError, FileError, Problem
 from lorary.fingerprint import Fingerprint
+from lorary.formats import load_adapter
 
 _DIGITS = 16
 
@@ -27,7 +28,7 @@ def past_of(names: Sequence[str]) -> list[Adapter]:
         FileError: there is none, or it is damaged.
         ConfigError: one is another than the one whose digest stands behind its name; all of them.
     """
-    adapters = [Adapter.load(path_of(name)) for name in names]
+    adapters = [load_adapter(path_of(name)) for name in names]
     problems = []
     for name, adapter in zip(names, adapters, strict=True):
         path, _, wanted = name.partition("#")

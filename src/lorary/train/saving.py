@@ -21,6 +21,7 @@ from lorary.adapted import adapted
 from lorary.adapter import Adapter
 from lorary.errors import FileError, LoraryError, Problem, TrainingError
 from lorary.fingerprint import Fingerprint
+from lorary.formats import load_adapter
 from lorary.formats.findings import AdapterWarning
 from lorary.placed import start_of
 from lorary.plans import Plan
@@ -48,7 +49,7 @@ def adapter_of(path: Path) -> Adapter:
     """The adapter of a checkpoint. It may well change nothing yet, as after a first step of the warmup."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AdapterWarning)
-        return Adapter.load(path / checkpoint.ADAPTER)
+        return load_adapter(path / checkpoint.ADAPTER)
 
 
 def begun(plan: Plan, path: Path) -> Plan:
@@ -200,7 +201,7 @@ def _state(trainer: Any, model: nn.Module) -> dict[str, Any]:
         "scheduler": trainer.lr_scheduler.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else {},
         "rng": gather_object([rng.capture()]),
-        "rules": {k: whole(t) for k, t in trainer.tuning.state_dict().items()},
+        "rules": {k: whole(t) for k, t in trainer.rules.state_dict().items()},
         "data": _geometry(trainer),
         "log": {
             "loss": float(trainer._tr_loss),
