@@ -341,7 +341,7 @@ def test_what_has_gains_has_no_sum(names: tuple[str, ...]) -> None:
     model = tiny.seeded("LlamaForCausalLM")
     before = tiny.everything(model)
     assert refused(MethodError, lorary.switch, model, values) == (
-        "these adapters have no sum:\n"
+        "cannot add these adapters:\n"
         "  - model.layers.0.self_attn.q_proj: one of them gives its output a gain or a shift of its own\n"
         "  - model.layers.1.self_attn.q_proj: one of them gives its output a gain or a shift of its own"
     )
@@ -450,7 +450,7 @@ def test_another_base_is_refused_and_force_takes_it() -> None:
     assert message == (
         "the adapter does not fit this model:\n"
         f"  - base: other weights: {mine} when it was trained, {its} here\n"
-        "      hint: load the base that it was trained on, or say force=True"
+        "      hint: load the base that it was trained on, or pass force=True"
     )
     assert state_of(other) is None
     lorary.switch(other, value, force=True)

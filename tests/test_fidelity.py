@@ -311,7 +311,7 @@ def test_nothing_is_merged_into_a_few_bits(dtype: torch.dtype) -> None:
         lorary.merge(model, dtype=dtype)
     assert str(refusal.value) == (
         f"cannot merge:\n  - dtype: is {dtype}: the steps between 4-bit or 8-bit numbers are coarser than what an "
-        "adapter changes, and rounding would undo it\n      hint: say torch.bfloat16 or torch.float32"
+        "adapter changes, and rounding would undo it\n      hint: use torch.bfloat16 or torch.float32"
     )
     assert tiny.everything(model) == before
 

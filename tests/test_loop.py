@@ -106,11 +106,11 @@ def test_a_stray_parameter_is_refused() -> None:
     with pytest.raises(StateError) as refusal:
         lorary.param_groups(model, lr=1e-3)
     assert str(refusal.value) == (
-        "the groups would not cover what trains exactly:\n"
+        "the parameter groups do not match what trains:\n"
         "  - model.norm.weight: requires a gradient, but no plan trains it\n"
-        "      hint: freeze it, or say it in `full`\n"
+        "      hint: freeze it, or name it in `full`\n"
         "  - lm_head.weight: requires a gradient, but no plan trains it\n"
-        "      hint: freeze it, or say it in `full`"
+        "      hint: freeze it, or name it in `full`"
     )
 
 
@@ -129,7 +129,7 @@ def test_nothing_to_train() -> None:
     with pytest.raises(StateError) as refusal:
         lorary.param_groups(model, lr=1e-3)
     assert str(refusal.value) == (
-        "there is nothing to train:\n"
+        "nothing to train:\n"
         "  - model: no parameter requires a gradient\n"
         "      hint: load the adapter with trainable=True"
     )
@@ -154,7 +154,7 @@ def test_nothing_to_train() -> None:
 def test_settings_that_are_none(lr: float, decay: float, message: str) -> None:
     with pytest.raises(ConfigError) as refusal:
         lorary.param_groups(attached("lora", targets="q_proj"), lr=lr, weight_decay=decay)
-    assert str(refusal.value) == f"these are no optimizer settings:\n  - {message}"
+    assert str(refusal.value) == f"invalid optimizer settings:\n  - {message}"
 
 
 def test_a_decay_moves_factors_that_have_no_gradient_yet() -> None:
@@ -323,7 +323,7 @@ def test_another_methods_state_is_refused(change: Any, keys: list[str]) -> None:
     with pytest.raises(StateError) as refusal:
         rules.load_state_dict(flat)
     problems = "".join(f"\n  - {key}: is missing, unknown or of another shape" for key in keys)
-    assert str(refusal.value) == f"this is another method's training state:{problems}"
+    assert str(refusal.value) == f"the training state belongs to another method:{problems}"
     assert tiny.same(rules.state_dict(), before)
 
 
@@ -469,12 +469,12 @@ def test_what_is_no_number_of_steps_is_refused(steps: Any) -> None:
     lorary.attach(model, lorary.plan(model, lorary.method("o-lora", r=2)))
     with pytest.raises(ConfigError) as caught:
         lorary.rules(model, steps)
-    assert str(caught.value) == f"this is no run:\n  - steps: {steps!r} is no number of optimizer steps"
+    assert str(caught.value) == f"invalid number of steps:\n  - steps: {steps!r} is no number of optimizer steps"
 
 
 @pytest.mark.parametrize("state", [5, {"step": 3}, {"step": torch.tensor(9)}, {"step": torch.tensor(2.5)}])
 def test_a_state_that_no_run_of_these_steps_has_is_refused(state: Any) -> None:
     model = tiny.llama()
     lorary.attach(model, lorary.plan(model, lorary.method("lora", r=2)))
-    with pytest.raises(StateError, match=r"this is no training state|this is another run's training state"):
+    with pytest.raises(StateError, match=r"invalid training state|the training state belongs to another run"):
         lorary.rules(model, 8, state=state)

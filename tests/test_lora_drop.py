@@ -157,7 +157,7 @@ def test_rows_that_fit_no_mask_are_refused_and_pass_where_nothing_is_padded() ->
     with pytest.raises(DataError) as caught:
         layer_importance(model, [BATCH])
     assert str(caught.value) == (
-        "padding cannot be told from tokens:\n"
+        "cannot tell padding from tokens:\n"
         "  - up: sees rows of the shape [7], which an attention mask of [2, 5] does not tell padding in\n"
         "      hint: measure on batches without padding, such as one row each"
     )
@@ -220,7 +220,7 @@ def test_its_name_is_no_preset() -> None:
         with pytest.raises(MethodError) as caught:
             lorary.method("lora", name)
         assert str(caught.value) == (
-            f"this method cannot be made:\n  - {name!r}: chooses layers for a method and is none itself\n"
+            f"invalid method:\n  - {name!r}: chooses layers for a method and is none itself\n"
             "      hint: write `drop: {threshold: 0.9}` under `method:` in a configuration, or call lorary.drop_layers"
         )
 
@@ -308,7 +308,7 @@ def test_importance_prints_and_goes_through_json() -> None:
     ],
 )
 def test_a_damaged_record_is_refused(data: Any) -> None:
-    with pytest.raises(FileError, match="this is no record of importance"):
+    with pytest.raises(FileError, match="invalid importance record"):
         Importance.from_dict(data)
 
 
@@ -390,7 +390,7 @@ def test_the_importance_of_another_model_is_refused() -> None:
     with pytest.raises(PlanError) as caught:
         drop_layers(plan, made({p.site.name.replace("layers.0", "layers.9"): 1.0 for p in plan.placed}))
     assert str(caught.value) == (
-        "layers cannot be dropped from this plan:\n"
+        "cannot drop layers from this plan:\n"
         "  - model.layers.0.self_attn.q_proj: is planned, but was not measured\n"
         "  - model.layers.9.self_attn.q_proj: was measured, but is not planned"
     )

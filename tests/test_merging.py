@@ -122,7 +122,7 @@ def test_merging_twice() -> None:
     assert refused(lorary.switch, model, None) == message.replace("merge:", "switch:", 1)
     lorary.unmerge(model)
     lorary.merge(model)
-    assert "there is nothing to merge" in refused(lorary.merge, model)
+    assert "nothing to merge" in refused(lorary.merge, model)
 
 
 @pytest.mark.parametrize("merged", [False, True])

@@ -186,7 +186,7 @@ def test_a_start_in_a_weight_of_zeros() -> None:
         lorary.attach(model, lorary.plan(model, lorary.method("pissa", r=2)))
     assert str(refusal.value) == (
         "cannot attach:\n  - 2: its weight is zero, and so is the start that Principal makes of it: nothing could be "
-        "learnt\n      hint: exclude it, or say another init"
+        "learnt\n      hint: exclude it, or use another init"
     )
     assert outline(model) == before
     lorary.attach(model, lorary.plan(model, lorary.method("olora", r=2)))  # its B is not zero: A can learn
@@ -199,7 +199,7 @@ def test_a_base_that_cannot_give_up_its_start() -> None:
         lorary.attach(model, lorary.plan(model, lorary.method("olora", r=2, alpha=1e9)))
     assert str(refusal.value) == (
         "cannot attach:\n  - 0: what is left of its weight, W - s B A with s = 5e+08, is not finite in torch.float16\n"
-        "      hint: say a smaller alpha, or look at the base"
+        "      hint: use a smaller alpha, or check the base"
     )
     assert outline(model) == before
 
@@ -212,8 +212,8 @@ def test_weights_from_inference_mode_are_refused_outside_of_it(method: str) -> N
     with pytest.raises(PlanError) as refusal:
         lorary.attach(model, lorary.plan(model, said))
     assert str(refusal.value) == (
-        "this does not fit the model:\n  - model: its weights were made in torch.inference_mode() and cannot be "
-        "changed or trained with outside of it\n      hint: make the model outside of it"
+        "the plan does not fit this model:\n  - model: its weights were made in torch.inference_mode() and cannot be "
+        "changed or trained with outside of it\n      hint: create the model outside inference mode"
     )
     assert outline(model) == before
     with torch.inference_mode():  # inside, they can be used

@@ -36,8 +36,8 @@ def shortened(error: MethodError) -> str:
 
 # --- contradictions, each with its whole sentence --------------------------------------------------------------------
 
-_UNKNOWN = "this method cannot be made:\n  - "
-_WRONG = "these words do not make a method:\n  - "
+_UNKNOWN = "invalid method:\n  - "
+_WRONG = "invalid method:\n  - "
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ _WRONG = "these words do not make a method:\n  - "
             ["lora", "full"],
             {},
             f"{_WRONG}full: every base weight trains in full, which leaves nothing for LowRank to learn\n"
-            "      hint: take one of the two",
+            "      hint: use one of the two",
         ),
         (["lora"], {"full": ("",)}, f"{_WRONG}full: '' is no pattern over parameter names"),
         (["lora"], {"init": ByRank(3)}, f"{_WRONG}init: ByRank(alpha=3) is no word of this axis"),
@@ -217,7 +217,7 @@ def test_contradictions_between_words_of_other_papers() -> None:
     )
     assert said("lora", init=Halved(), dropout=0.1) == (
         f"{_WRONG}dropout: Halved moves part of W into B A, and dropout would drop that part of W\n"
-        "      hint: say dropout=0"
+        "      hint: set dropout=0"
     )
 
 
@@ -369,15 +369,15 @@ def test_printed(method: Method, text: str) -> None:
 # --- records from files ----------------------------------------------------------------------------------------------
 
 _LORA = lorary.method("lora").to_dict()
-_RECORD = "this record is no method:\n  - "
+_RECORD = "invalid method record:\n  - "
 _WORDS = "      hint: known: ..."
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([], "a method's record is a mapping\n  - method: found list"),
-        (None, "a method's record is a mapping\n  - method: found NoneType"),
+        ([], "invalid method record:\n  - method: found list"),
+        (None, "invalid method record:\n  - method: found NoneType"),
         (_LORA | {"dleta": None}, f"{_RECORD}dleta: is not an axis of a method\n      hint: did you mean `delta`?"),
         (
             _LORA | {"init": {"word": "Kaimign"}},

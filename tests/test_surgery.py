@@ -125,7 +125,7 @@ def test_attaching_twice() -> None:
 )
 def test_nothing_is_attached(action: Any, verb: str) -> None:
     assert refused(action, tiny.llama()) == (
-        f"there is nothing to {verb}:\n  - model: no adapter is attached\n      hint: attach one first"
+        f"nothing to {verb}:\n  - model: no adapter is attached\n      hint: attach one first"
     )
 
 
@@ -423,8 +423,8 @@ def test_what_layers_share_lies_on_one_device(name: str, share: str) -> None:
     with pytest.raises(lorary.errors.PlanError) as refused:
         lorary.attach(model, plan)
     assert str(refused.value) == (
-        "this does not fit the model:\n"
+        "the plan does not fit this model:\n"
         "  - model: its layers lie on cpu, meta, and what they share can lie on one only\n"
-        "      hint: adapt the layers of one device, or take another method"
+        "      hint: adapt the layers of one device, or use another method"
     )
     assert state_of(model) is None

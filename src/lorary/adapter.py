@@ -129,7 +129,7 @@ def stacked(adapters: Sequence[Adapter], model: nn.Module, weights: Sequence[flo
                 problems[name] = Problem(name, "one of them gives its output a gain or a shift of its own")
             factors.setdefault(name, []).append(LowRankForm(w * form.B, form.A))
     if problems:
-        raise MethodError("these adapters have no sum:", problems.values())
+        raise MethodError("cannot add these adapters:", problems.values())
     full = _summed_full(adapters, weights, model)
     placed, tensors = [], {}
     for name, forms in factors.items():

@@ -49,7 +49,7 @@ _RESTRICTIONS = {
     ("lora-fa", "o-lora"): "with hard=True alone: A is frozen where it starts, in the complement of the earlier tasks",
     ("qlora", "glora"): "where A is a vector, a scalar or none, and acts on the output: there is no dense weight",
     ("qlora", "pissa"): "on a base in full precision alone: what is left of each weight is packed",
-    ("qlora", "olora"): "on a base in full precision alone: what is left of each weight is packed; say divide=True, or "
+    ("qlora", "olora"): "on a base in full precision alone: what is left of each weight is packed; set divide=True, or "
     "with a large s there is more left than there was",
     ("qlora", "bitfit"): "the biases train, beside weights that are packed",
     ("o-lora", "longlora"): "for the last task alone: embeddings and norms that were trained cannot stay beneath a "

@@ -61,7 +61,7 @@ class EvolutionConfig:
 
     def __post_init__(self) -> None:
         if problems := self._no_numbers():
-            raise ConfigError("this is no search:", problems)
+            raise ConfigError("invalid search settings:", problems)
         for name, least in (("population", 1), ("keep", 1), ("crossovers", 0), ("mutations", 0), ("generations", 1)):
             if (value := getattr(self, name)) < least:
                 problems.append(Problem(name, f"{value} is less than {least}"))
@@ -73,7 +73,7 @@ class EvolutionConfig:
         if self.ceiling is not None and self.ceiling < 1:
             problems.append(Problem("ceiling", f"{self.ceiling} leaves nothing to an adapter"))
         if problems:
-            raise ConfigError("this is no search:", problems)
+            raise ConfigError("invalid search settings:", problems)
 
     def _no_numbers(self) -> list[Problem]:
         """What is not of the sort that a field holds."""
@@ -151,7 +151,7 @@ def search_supernet(
     best = _ranked(judged)[0]
     if judged[best] == -math.inf:
         problem = Problem("fitness", f"is finite for none of {len(judged)} candidates")
-        raise MethodError("nothing was found:", [problem])
+        raise MethodError("no structure was found:", [problem])
     names = [layer.site.name for layer in layers]
     chosen = dict(zip(names, best, strict=True))
     return SearchResult(_adapter(model, chosen), judged[best], pool.size(best), chosen, tuple(history), len(judged))
@@ -171,7 +171,7 @@ def _number(score: object) -> float:
     try:
         return float(score)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError):
-        problem = Problem("fitness", f"gave a {type(score).__name__} that is no number", "let it return one number")
+        problem = Problem("fitness", f"gave a {type(score).__name__} that is no number", "return one number")
         raise ConfigError("cannot search:", [problem]) from None
 
 
@@ -210,7 +210,7 @@ class _Pool:
         self.least = min(n for sizes in self.sizes for n in sizes.values() if n)
         if evolution.ceiling is not None and self.least > evolution.ceiling:
             what = f"{evolution.ceiling:,} numbers are less than the smallest structure of any layer, {self.least:,}"
-            raise MethodError("nothing can be found:", [Problem("ceiling", what)])
+            raise MethodError("no structure fits the ceiling:", [Problem("ceiling", what)])
 
     def size(self, genes: Genes) -> int:
         """How many numbers a candidate holds."""
@@ -285,7 +285,7 @@ def _layers(model: nn.Module) -> list[Adapted]:
     whole = all(isinstance(layer.method.delta, Terms) for layer in layers)
     if not layers or not whole or not any(isinstance(rule, RandomStructures) for rule in state.method.rules):
         what, fix = "no supernet is attached: its parts were never trained alone", "train `glora` with supernet=True"
-        raise StateError("there is nothing to search in:", [Problem("model", what, fix)])
+        raise StateError("cannot search this model:", [Problem("model", what, fix)])
     return layers
 
 

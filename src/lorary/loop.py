@@ -42,7 +42,7 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
     if not (_number(weight_decay) and 0 <= weight_decay < float("inf")):
         problems.append(Problem("weight_decay", f"{weight_decay!r} is not a finite number of at least 0"))
     if problems:
-        raise ConfigError("these are no optimizer settings:", problems)
+        raise ConfigError("invalid optimizer settings:", problems)
     rows: dict[tuple[float, float], dict[str, Any]] = {}
 
     def put(role: str, parameter: nn.Parameter, rate: float) -> None:
@@ -73,14 +73,14 @@ def _number(value: Any) -> bool:
 def _check_cover(model: nn.Module, grouped: list[nn.Parameter]) -> None:
     """Every parameter that trains is in exactly one group."""
     ids = {id(p) for p in grouped}
-    what, fix = "requires a gradient, but no plan trains it", "freeze it, or say it in `full`"
+    what, fix = "requires a gradient, but no plan trains it", "freeze it, or name it in `full`"
     stray = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in ids]
     if stray:
         problems = [Problem(name, what, fix) for name in stray]
-        raise StateError("the groups would not cover what trains exactly:", problems)
+        raise StateError("the parameter groups do not match what trains:", problems)
     if not grouped:
         what, fix = "no parameter requires a gradient", "load the adapter with trainable=True"
-        raise StateError("there is nothing to train:", [Problem("model", what, fix)])
+        raise StateError("nothing to train:", [Problem("model", what, fix)])
 
 
 @dataclass
@@ -169,18 +169,20 @@ class Rules:
             StateError: it was another method's: names or shapes differ.
         """
         if not isinstance(flat, Mapping) or not all(isinstance(t, Tensor) for t in flat.values()):
-            problem = Problem("state", "is no mapping of names to tensors", "give what Rules.state_dict gave")
-            raise StateError("this is no training state:", [problem])
+            problem = Problem("state", "is no mapping of names to tensors", "pass the result of Rules.state_dict")
+            raise StateError("invalid training state:", [problem])
         mine = self.state_dict()
         wrong = sorted(set(mine) ^ set(flat), key=str)
         # what a rule needs no more it gives back: nothing is left of it
         wrong += [k for k in mine.keys() & flat.keys() if mine[k].shape != flat[k].shape and flat[k].numel()]
         if wrong:
             problems = [Problem(key, "is missing, unknown or of another shape") for key in wrong]
-            raise StateError("this is another method's training state:", problems)
+            raise StateError("the training state belongs to another method:", problems)
         if not 0 <= (step := float(flat["step"])) <= self.steps or step != int(step):
-            problem = Problem("step", f"is {step:g}, and the run has {self.steps} steps", "say the run's own steps")
-            raise StateError("this is another run's training state:", [problem])
+            problem = Problem(
+                "step", f"is {step:g}, and the run has {self.steps} steps", "pass the steps of the saved run"
+            )
+            raise StateError("the training state belongs to another run:", [problem])
         self.step = int(step)
         for i, state in enumerate(self.states):
             for name in state:
@@ -194,7 +196,7 @@ def _check_optimizer(rules: tuple[Rule, ...], optimizer: torch.optim.Optimizer |
     what, fix = "reaches into the optimizer's state", "lorary.rules(model, steps, optimizer)"
     problems = [Problem(type(rule).__name__, what, fix) for rule in rules if rule.steers and optimizer is None]
     if problems:
-        raise StateError("these rules need the optimizer:", problems)
+        raise StateError("the method's rules need the optimizer:", problems)
 
 
 @contextmanager
@@ -230,5 +232,5 @@ def rules(
     require(model, "train")
     if type(steps) is not int or steps < 0:
         problem = Problem("steps", f"{steps!r} is no number of optimizer steps")
-        raise ConfigError("this is no run:", [problem])
+        raise ConfigError("invalid number of steps:", [problem])
     return Rules(model, steps, optimizer, state)

@@ -45,7 +45,7 @@ def merge(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = N
     """
     state = require(model, "merge")
     if dtype is not None and not holds_weights(dtype):
-        fix = "say torch.bfloat16 or torch.float32"
+        fix = "use torch.bfloat16 or torch.float32"
         raise StateError("cannot merge:", [Problem("dtype", f"is {dtype}: {LOSSY}", fix)])
     layers = adapted(model)
     problems = []

@@ -51,7 +51,7 @@ def quantize(model: nn.Module, storage: Storage | None = None) -> nn.Module:
         problems.append(Problem("model", "has no layer to pack: plain linear ones, without the output head"))
     problems += unfit(model, names)
     if problems:
-        raise StateError("cannot pack:", problems)
+        raise StateError("cannot quantise:", problems)
     with mode(model):
         remember(model)
         for name in shown(names, "packing"):
@@ -88,9 +88,9 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     if hasattr(model, STATE):
         problems.append(Problem("model", "has adapters attached", "merge or detach them first"))
     if dtype is not None and not holds_weights(dtype):
-        problems.append(Problem("dtype", f"is {dtype!r}", "say torch.bfloat16 or torch.float32"))
+        problems.append(Problem("dtype", f"is {dtype!r}", "use torch.bfloat16 or torch.float32"))
     if problems:
-        raise StateError("cannot unpack:", problems)
+        raise StateError("cannot dequantise:", problems)
     names = [name for name, module in model.named_modules() if name and is_packed(module)]
     with mode(model):
         for name in shown(names, "unpacking"):
@@ -139,13 +139,13 @@ def exact_modules(model: nn.Module) -> set[str]:
 
 
 def unfit(model: nn.Module, names: Iterable[str]) -> list[Problem]:
-    """Why these layers cannot be packed: their weights are not finite, or something would be lost with them."""
+    """Why cannot quantise these layers: their weights are not finite, or something would be lost with them."""
     problems = []
     for name in names:
         layer = model.get_submodule(name)
         if "forward" in vars(layer):
             what = "its forward was replaced, by Accelerate or by hand, and the packed layer would have its own"
-            problems.append(Problem(name, what, "pack the base before that, as lorary.load_quantized does"))
+            problems.append(Problem(name, what, "quantise the base first, as lorary.load_quantized does"))
         W = cast(Tensor, layer.weight)
         double = W.dtype == torch.float64
         bad = 0 if W.is_meta else int((~(W.float() if double else W).isfinite()).sum())
@@ -159,7 +159,7 @@ def unfit(model: nn.Module, names: Iterable[str]) -> list[Problem]:
 def packed_already(name: str, init: Init) -> Problem:
     """Why an init cannot start at a part of this layer's weight."""
     what = f"is packed already, and {type(init).__name__} would take a part of it"
-    return Problem(name, what, "load the base in full precision: with qlora what is left of it is packed")
+    return Problem(name, what, "load the base in full precision: qlora quantises the residual")
 
 
 class PackingWarning(UserWarning):

@@ -87,7 +87,7 @@ def _unfit(model: nn.Module, placed: list[Placed], adapter: Any, i: int) -> list
         site = here.get(p.site.name)
         if site is None:
             what = f"it adapts {p.site.name}, which this plan does not: its update there would be lost"
-            problems.append(Problem(where, what, "name the same targets"))
+            problems.append(Problem(where, what, "use the same targets"))
         elif (site.out, site.inp) != (p.site.out, p.site.inp):
             what = f"{p.site.name} is {p.site.out}x{p.site.inp} there and {site.out}x{site.inp} here"
             problems.append(Problem(where, what))

@@ -77,7 +77,7 @@ class Placed:
         if zeros and not zeros & self.method.trained:
             where = f"{braces(zeros)} starts at zero in a layer of kind {self.site.kind}"
             what = f"{where} and is frozen: nothing could be learnt"
-            found.append(Problem(self.site.name, what, "exclude it, or say another init"))
+            found.append(Problem(self.site.name, what, "exclude it, or use another init"))
         return found
 
 

@@ -52,7 +52,7 @@ def plan(
     """
     problems = not_ready(model) + not_words(method, ranks, alphas)
     if problems:
-        raise PlanError("this model cannot be planned for:", problems)
+        raise PlanError("cannot plan for this model:", problems)
     if method.context is not None:
         context = method.context.planned(model)
         method = method.replace(context=context)
@@ -75,7 +75,7 @@ def plan(
     packed = packable(model, method.storage, {f.name for f in full})
     problems += _pack_problems(model, method, placed, packed)
     if problems:
-        raise PlanError("this plan cannot work:", problems)
+        raise PlanError("invalid plan:", problems)
     total, size = _sizes(model, method.storage, packed)
     notes = [*_rank_notes(placed), *_tie_notes(model, placed), *_head_notes(model, method, full), *_coarse_notes(full)]
     notes += _pack_notes(model, placed, method.storage, packed)
@@ -243,7 +243,7 @@ def _covers(pattern: str, name: str) -> bool:
 def _no_parameter(pattern: str, names: list[str]) -> Problem:
     if pattern == "bias":
         what = "this model has no biases (models of the Llama kind have none): there is nothing to train"
-        return Problem("full", what, "take another method")
+        return Problem("full", what, "use another method")
     near = nearest(pattern, names + list({".".join(n.split(".")[-2:]) for n in names}))
     return Problem("full", f"`{pattern}` matches no parameter", f"did you mean {' or '.join(near)}?" if near else "")
 

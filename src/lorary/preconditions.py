@@ -109,7 +109,7 @@ def misfits(
             problems.append(Problem(name, f"is {tuple(parameters[name].shape)}, expected {tuple(shape)}"))
     if not torch.is_inference_mode_enabled() and any(t.is_inference() for t in parameters.values()):
         what = "its weights were made in torch.inference_mode() and cannot be changed or trained with outside of it"
-        problems.append(Problem("model", what, "make the model outside of it"))
+        problems.append(Problem("model", what, "create the model outside inference mode"))
     problems += unlike(placed)
     devices: dict[str, set[str]] = {}
     for p in placed if not problems else ():
@@ -117,7 +117,7 @@ def misfits(
             devices.setdefault(p.share, set()).add(str(held(modules[p.site.name])[0].device))
     for several in (found for found in devices.values() if len(found) > 1):
         what = f"its layers lie on {', '.join(sorted(several))}, and what they share can lie on one only"
-        problems.append(Problem("model", what, "adapt the layers of one device, or take another method"))
+        problems.append(Problem("model", what, "adapt the layers of one device, or use another method"))
     return problems
 
 

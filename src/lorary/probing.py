@@ -47,7 +47,7 @@ def layer_importance(
     """
     state = require(model, "measure")
     if problems := measurable(state.method):
-        raise PlanError("the importance of these layers cannot be measured:", problems)
+        raise PlanError("cannot measure layer importance:", problems)
     layers = adapted(model)
     meter = _Meter(layers)
     with evaluating(model), meter.reading():
@@ -129,8 +129,8 @@ class _Meter:
         sums = torch.stack([*rows, torch.tensor([float(self.tokens), float(self.batches)])]).double()
         *found, (tokens, batches) = over_ranks(sums).tolist()
         if not batches:
-            raise DataError("the importance of layers cannot be measured:", [Problem("batches", "there is none")])
-        headline = "the importance of layers cannot be measured:"
+            raise DataError("cannot measure layer importance:", [Problem("batches", "there is none")])
+        headline = "cannot measure layer importance:"
         wrong = [name for name, pair in zip(self.layers, found, strict=True) if any(v - v != 0 for v in pair)]
         if wrong:
             raise StateError(headline, once(Problem(name, "its outputs are not finite") for name in wrong))
@@ -187,7 +187,7 @@ def _check_masks(masks: Mapping[str, Tensor], model: nn.Module) -> None:
 
 
 def _unmatched(where: str, what: str, fix: str) -> DataError:
-    return DataError("padding cannot be told from tokens:", [Problem(where, what, fix)])
+    return DataError("cannot tell padding from tokens:", [Problem(where, what, fix)])
 
 
 def drop_layers(plan: Plan, importance: Importance, threshold: float = THRESHOLD) -> Plan:
@@ -204,17 +204,17 @@ def drop_layers(plan: Plan, importance: Importance, threshold: float = THRESHOLD
     Raises:
         PlanError: the method cannot be shared, the importance is that of other sites or no size, or T is out of range.
 
-    >>> print(dropped(plan, importance(model, batches)))
+    >>> print(drop_layers(plan, layer_importance(model, batches)))
     """
-    problems = shareable(plan.method) + unknown_sites(layer_importance.g, (p.site.name for p in plan.placed))
+    problems = shareable(plan.method) + unknown_sites(importance.g, (p.site.name for p in plan.placed))
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 < threshold <= 1:
         problems.append(Problem("threshold", f"{threshold!r} is no number above 0 and at most 1"))
-    for site, g in layer_importance.g.items():
+    for site, g in importance.g.items():
         if not 0 <= g < float("inf"):
             problems.append(Problem(site, f"its importance is {g!r}, no finite number of at least 0"))
     if problems:
-        raise PlanError("layers cannot be dropped from this plan:", problems)
-    kept = layer_importance.kept(threshold)
+        raise PlanError("cannot drop layers from this plan:", problems)
+    kept = importance.kept(threshold)
     names = _shares(plan.placed, kept)
     placed = tuple(dataclasses.replace(p, share=names.get(p.site.name, "")) for p in plan.placed)
     return dataclasses.replace(plan, placed=placed, notes=(*plan.notes, _note(placed, threshold)))

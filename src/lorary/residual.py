@@ -70,7 +70,7 @@ def _rest(layer: Adapted, sign: int = -1) -> Tensor:
 def _check(layer: Adapted, rest: Tensor | None) -> None:
     if rest is not None and not rest.isfinite().all():
         what = f"what is left of its weight, W - s B A with s = {layer.scale:g}, is not finite in {rest.dtype}"
-        raise PlanError("cannot attach:", [Problem(layer.site.name, what, "say a smaller alpha, or look at the base")])
+        raise PlanError("cannot attach:", [Problem(layer.site.name, what, "use a smaller alpha, or check the base")])
 
 
 def give_up(model: nn.Module, layer: Adapted) -> None:
@@ -116,7 +116,7 @@ def idle(layer: Adapted) -> list[Problem]:
     if not layer.start or any(t.any() for t in layer.start.values()):
         return []
     what = f"its weight is zero, and so is the start that {type(layer.method.init).__name__} makes of it"
-    return [Problem(layer.site.name, f"{what}: nothing could be learnt", "exclude it, or say another init")]
+    return [Problem(layer.site.name, f"{what}: nothing could be learnt", "exclude it, or use another init")]
 
 
 def _alone(model: nn.Module, weight: nn.Parameter, state: Attached) -> bool:
@@ -155,7 +155,7 @@ def restart(model: nn.Module, layer: Adapted, tensors: Mapping[str, Tensor]) -> 
     if is_sharded(layer.weight) or is_packed(layer.base):
         done = "packed" if is_packed(layer.base) else "sharded"
         what, fix = f"began at other tensors here, and its weight is {done} already", "load it onto the plain base"
-        raise StateError("cannot go on from this adapter:", [Problem(layer.site.name, what, fix)])
+        raise StateError("cannot continue from this adapter:", [Problem(layer.site.name, what, fix)])
     take_back(layer, cast(Attached, state_of(model)).moved[layer.site.name])
     layer.load({role: tensors[role] for role in layer.start})
     give_up(model, layer)

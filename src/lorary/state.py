@@ -161,9 +161,7 @@ def require(model: nn.Module, verb: str) -> Attached:
     """
     state = state_of(model)
     if state is None:
-        raise StateError(
-            f"there is nothing to {verb}:", [Problem("model", "no adapter is attached", "attach one first")]
-        )
+        raise StateError(f"nothing to {verb}:", [Problem("model", "no adapter is attached", "attach one first")])
     if state.merged is not None:
         raise StateError(f"cannot {verb}:", [Problem("model", "the adapter is merged", "unmerge it first")])
     if state.off and verb != "disable":

@@ -163,7 +163,7 @@ def _put(
     gone = [Problem(name, "the model has no such module") for name in packed if name not in modules]
     gone += [Problem("context", *found) for found in (method.context.problems(model) if method.context else ())]
     if problems := misfits(modules, parameters, placed, full) + gone:
-        raise PlanError("this does not fit the model:", problems)
+        raise PlanError("the plan does not fit this model:", problems)
     placed = tuple(_as_it_is(p, modules[p.site.name]) for p in placed)
     paths, fingerprint = _paths(model, placed), base or Fingerprint.of(model)
     if packed:

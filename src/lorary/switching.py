@@ -112,7 +112,7 @@ def _adapters(adapters: Any) -> list[Adapter]:
     fix = "read one with lorary.load_adapter(path)"
     wrong = [Problem(repr(a), "is no adapter", fix) for a in several if not isinstance(a, Adapter)]
     if wrong:
-        raise FileError("cannot switch to these:", wrong)
+        raise FileError("cannot switch adapters:", wrong)
     return several
 
 
@@ -131,7 +131,7 @@ def _check_base(model: nn.Module, adapter: Adapter, here: Fingerprint, where: st
             problems.append(Problem(name, f"the adapter holds {tuple(tensor.shape)} for it; in this model {found}"))
     problems += _context_problems(model, adapter)
     if not force:
-        fix = "load the base that it was trained on, or say force=True"
+        fix = "load the base that it was trained on, or pass force=True"
         problems += [Problem(p.where, p.what, fix) for p in adapter.base.disagreements(here)]
     if problems:
         raise FileError(f"{where} does not fit this model:", problems)

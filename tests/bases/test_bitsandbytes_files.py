@@ -221,7 +221,7 @@ def _config(packed: Path, folder: Path, **changes: Any) -> Path:
     return folder
 
 
-FIX = "\n      hint: load it with Transformers and its own library; lorary adapts the layers that this gives"
+FIX = "\n      hint: load it with Transformers and the library that wrote it; lorary adapts those layers"
 
 
 @pytest.mark.parametrize(

@@ -258,7 +258,7 @@ def test_a_base_that_is_quantised_itself_has_no_original(command: Command) -> No
         "",
         "error: cannot merge run onto the original weights:\n"
         "  - model: is quantised itself, and what its weights were before is not there\n"
-        "      hint: name the model that it was made from with --base, and say --force\n",
+        "      hint: name the model that it was made from with --base, and pass --force\n",
     )
 
 

@@ -174,7 +174,7 @@ def test_answers_that_are_none(command: Command) -> None:
     ran = command("methods", "--answers", "memori=tight,quality=bestest")
     assert (ran.code, ran.out) == (2, "")
     assert ran.err == (
-        "error: these answers cannot be read:\n"
+        "error: invalid answers:\n"
         "  - memori: is no question\n"
         "      hint: did you mean `memory`?\n"
         "  - quality: 'bestest' is no answer to: Is the best result worth longer steps?\n"

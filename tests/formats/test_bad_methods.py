@@ -336,7 +336,7 @@ NATIVE: list[tuple[str, Callable[[], nn.Module], Spoil, str]] = [
         note(lambda r: r["drawn"]["A"].update(sha256="0" * 64)),
         "  - lorary.json: drawn: A: what its seed gives here is not what the adapter was trained with (SHA-256 "
         "differs)\n"
-        "      hint: where it was trained, save it again with save_projections=True",
+        "      hint: save it again with save_projections=True, on the base that it was trained on",
     ),
     (
         "inputs without end to draw for",

@@ -228,7 +228,7 @@ def test_another_draw_is_refused(tmp_path: Path) -> None:
     folder = drawn(tmp_path / "a")
     change(folder, lambda record: record["method"]["init"].update(seed=4))
     what = "what its seed gives here is not what the adapter was trained with (SHA-256 differs)"
-    fix = "      hint: where it was trained, save it again with save_projections=True"
+    fix = "      hint: save it again with save_projections=True, on the base that it was trained on"
     assert refusal(folder) == "\n".join(f"  - lorary.json: drawn: {role}: {what}\n{fix}" for role in "AB")
 
 

@@ -36,9 +36,9 @@ def test_a_model_without_biases_is_refused() -> None:
     with pytest.raises(PlanError) as refusal:
         lorary.plan(tiny.llama(), lorary.method("bitfit"))
     assert str(refusal.value) == (
-        "this plan cannot work:\n"
+        "invalid plan:\n"
         "  - full: this model has no biases (models of the Llama kind have none): there is nothing to train\n"
-        "      hint: take another method"
+        "      hint: use another method"
     )
 
 

@@ -296,7 +296,7 @@ def refusal(*names: str, **options: Any) -> list[str]:
 @pytest.mark.parametrize("mode", ["closed", "paper"])
 def test_refusals(mode: str) -> None:
     gradient = "Delta-LoRA takes the gradient of B A for that of W, which it is not"
-    assert refusal("delta-lora", mode=mode, dropout=0.1) == [f"{gradient} with dropout: say dropout=0"]
+    assert refusal("delta-lora", mode=mode, dropout=0.1) == [f"{gradient} with dropout: set dropout=0"]
     assert refusal("delta-lora", "dora", mode=mode) == [f"{gradient} under Direction"]
     assert refusal("delta-lora", mode="loop") == ["is 'loop'; it takes closed or paper"]
     assert refusal("delta-lora", start=-1, mode=mode)[0].endswith("it takes a whole number of at least 0")
@@ -318,7 +318,7 @@ def test_a_run_that_ends_before_it_begins_is_refused(mode: str) -> None:
     assert str(error.value) == (
         "Delta-LoRA does not fit this run:\n"
         "  - rules: the weight would begin to follow after step 7, and the run has 7: it would be LoRA\n"
-        "      hint: say a smaller start"
+        "      hint: use a smaller start"
     )
 
 
@@ -330,7 +330,7 @@ def test_16_bit_weights_are_written_by_nobody(dtype: torch.dtype) -> None:
         lorary.plan(model, lorary.method("delta-lora", mode="paper"), "0")
     name = str(dtype).removeprefix("torch.")
     assert str(error.value) == (
-        "this plan cannot work:\n"
+        "invalid plan:\n"
         f"  - 0.weight: is {name}, and WriteProduct adds small changes to it: rounding would lose most of them\n"
         "      hint: load the base in float32"
     )

@@ -440,17 +440,17 @@ def test_what_it_does_not_go_with(other: str) -> None:
 
 def test_a_bias_is_not_learnt_twice_and_nothing_is_dropped() -> None:
     assert refusal(MethodError, lambda: lorary.method("glora", "bitfit")) == (
-        "these words do not make a method:\n"
+        "invalid method:\n"
         "  - full: Terms learns a change of every adapted layer's bias; trained in full, it would be learnt twice\n"
-        "      hint: take one of the two"
+        "      hint: use one of the two"
     )
     assert refusal(MethodError, lambda: lorary.method("glora", dropout=0.1)) == (
-        "these words do not make a method:\n"
+        "invalid method:\n"
         "  - dropout: Supports scales W x itself: there is no input of the adapter alone to drop from\n"
-        "      hint: say dropout=0"
+        "      hint: set dropout=0"
     )
     assert refusal(MethodError, lambda: lorary.method("glora", C="scalar", D="lora")) == (
-        "these words do not make a method:\n"
+        "invalid method:\n"
         "  - delta: Terms has C = 'scalar'; it takes one of lora, vector, none\n"
         "  - delta: Terms has D = 'lora'; it takes one of vector, scalar, none"
     )
@@ -515,7 +515,7 @@ def test_an_architecture_without_room_for_the_biases_is_told_of(
     what = "Qwen2ForCausalLM has no bias there: read back, the merged model would be another"
     fix = "keep the adapter beside its base; or train it with C, D and E 'none'"
     _, _, said = capsys.readouterr().err.partition("error: ")  # Transformers' own bars come first
-    assert said == "this model cannot be kept merged:\n" + "".join(
+    assert said == "cannot save the merged model:\n" + "".join(
         f"  - model.layers.{i}.self_attn.o_proj.bias: {what}\n      hint: {fix}\n" for i in range(2)
     )
     assert not (tmp_path / "merged").exists()

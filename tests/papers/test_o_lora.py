@@ -290,7 +290,7 @@ def test_hard_starts_in_the_complement_and_needs_the_optimizer() -> None:
     with pytest.raises(StateError) as error:
         lorary.rules(model, 5)
     assert str(error.value) == (
-        "these rules need the optimizer:\n"
+        "the method's rules need the optimizer:\n"
         "  - AwayFrom: reaches into the optimizer's state\n"
         "      hint: lorary.rules(model, steps, optimizer)"
     )
@@ -342,7 +342,7 @@ def test_there_is_room_for_so_many_tasks_only() -> None:
     with pytest.raises(PlanError) as error:
         started(done)
     assert str(error.value) == (
-        "this plan cannot work:\n"
+        "invalid plan:\n"
         "  - 2: of its 9 input directions 4 earlier tasks have taken 8: "
         "there is no room for 2 more that are orthogonal to them"
     )

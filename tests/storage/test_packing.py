@@ -208,7 +208,7 @@ def test_what_cannot_be_packed_is_refused_with_every_reason_and_nothing_changes(
     what = "numbers of its weight are NaN or infinite, and cannot be packed"
     fix = "      hint: repair the base, or leave the layer out"
     assert str(caught.value).splitlines() == [
-        "cannot pack:",
+        "cannot quantise:",
         f"  - model.layers.0.self_attn.q_proj: 1 of 256 {what}",
         fix,
         f"  - model.layers.1.mlp.up_proj: 2 of 384 {what}",

@@ -21,7 +21,7 @@ from tests import tiny
 def test_no_weight_is_unpacked_to_whole_numbers(dtype: Any) -> None:
     with pytest.raises(StateError) as caught:
         lorary.dequantize(lorary.quantize(tiny.llama()), dtype)
-    expected = f"cannot unpack:\n  - dtype: is {dtype!r}\n      hint: say torch.bfloat16 or torch.float32"
+    expected = f"cannot dequantise:\n  - dtype: is {dtype!r}\n      hint: use torch.bfloat16 or torch.float32"
     assert str(caught.value) == expected
 
 

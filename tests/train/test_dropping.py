@@ -188,7 +188,7 @@ def test_a_record_that_is_missing_damaged_or_changed_is_told(words: Tree, copy: 
     with pytest.raises(FileError, match=r"importance\.json: is missing: which layers the run has chosen"):
         run(from_dict(words), resume=True, quiet=True)
     path.write_text(record[:-40])
-    with pytest.raises(FileError, match="this is no record of importance"):
+    with pytest.raises(FileError, match="invalid importance record"):
         run(from_dict(words), resume=True, quiet=True)
     changed = json.loads(record)
     changed["shares"] = dict.fromkeys(changed["shares"], "")

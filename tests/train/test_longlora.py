@@ -83,7 +83,7 @@ def test_rows_and_positions_that_do_not_fit_are_told(words: dict[str, Any]) -> N
     with pytest.raises(ConfigError) as refusal:
         prepare(from_dict(changed(words, "data", max_length=LENGTH + 1)))
     assert "rows of up to 65 tokens, and the method lets the model read 64" in str(refusal.value)
-    assert "hint: say method.options: {length: 65}" in str(refusal.value)
+    assert "hint: set method.options: {length: 65}" in str(refusal.value)
     far = changed(words, "method", options={"length": 6400})
     notes = prepare(from_dict(far)).notes
     assert any("nothing is learnt about the 6,400 it is to read" in note for note in notes)

@@ -135,7 +135,7 @@ def test_a_search_needs_the_rows_of_the_run(words: dict[str, Any]) -> None:
         f"cannot search in {str(done.folder)!r}:\n"
         "  - data.train: the training rows are not those of the run, and so the rows held out may be among those that "
         "it learnt\n"
-        "      hint: put the data back that the run began with"
+        "      hint: restore the data that the run began with"
     )
     assert not (done.folder / "searched").exists()
     Path("data.jsonl").write_text(data)
@@ -150,7 +150,7 @@ def test_what_is_no_finished_supernet_run(words: dict[str, Any], tmp_path: Path)
     with pytest.raises(StateError, match="no supernet is attached"):
         search_run(done.folder, FEW)
     (done.folder / "searched").mkdir()
-    with pytest.raises(ConfigError, match="say --overwrite to replace it"):
+    with pytest.raises(ConfigError, match="pass --overwrite to replace it"):
         search_run(done.folder, FEW)
 
 

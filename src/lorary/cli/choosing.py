@@ -146,7 +146,7 @@ def _known(answers: Mapping[str, str]) -> dict[str, str]:
             fix = "known: " + ", ".join(questions[key].answers)
             problems.append(Problem(key, f"{answer!r} is no answer to: {questions[key].text}", fix))
     if problems:
-        raise ConfigError("these answers cannot be read:", problems)
+        raise ConfigError("invalid answers:", problems)
     return dict(answers)
 
 

@@ -114,7 +114,7 @@ def _precisions(
 
     config = load_config(section)
     if onto == "original" and getattr(config, "quantization_config", None) is not None:
-        fix = "name the model that it was made from with --base, and say --force"
+        fix = "name the model that it was made from with --base, and pass --force"
         what = "is quantised itself, and what its weights were before is not there"
         raise FileError(f"cannot merge {path} onto the original weights:", [Problem(section.id, what, fix)])
     saved = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
@@ -180,7 +180,7 @@ def _merged(
         warnings.simplefilter("ignore", BiasWarning)  # refused below, with every name
         lorary.merge(model, dtype=target)
     if lost := homeless(model):
-        raise StateError("this model cannot be kept merged:", lost)
+        raise StateError("cannot save the merged model:", lost)
     lorary.dequantize(model, target)
     round_weights(model, target)
     return model, live.against(model, sites)

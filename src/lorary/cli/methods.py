@@ -147,7 +147,7 @@ def _named(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         if row["name"] == said:
             return row
     hint = did_you_mean(said, [row["name"] for row in rows])
-    raise ConfigError("there is no such method:", [Problem(name, "is no method that lorary knows", hint)])
+    raise ConfigError("unknown method:", [Problem(name, "is no method that lorary knows", hint)])
 
 
 def _asked() -> dict[str, str]:
@@ -179,5 +179,5 @@ def _given(text: str) -> dict[str, str]:
     twice = sorted({key for key, _, _ in pairs if [k for k, _, _ in pairs].count(key) > 1})
     problems += [Problem("--answers", f"{key!r} is answered twice") for key in twice]
     if problems:
-        raise ConfigError("these answers cannot be read:", problems)
+        raise ConfigError("invalid answers:", problems)
     return {key.strip(): answer.strip() for key, _, answer in pairs}

@@ -252,6 +252,6 @@ def glora(
     """
     if type(supernet) is not bool:  # whatever is said in words, "no" among it, would count as true
         problem = Problem("supernet", f"is {supernet!r}; it takes {FLAG['expects']}")
-        raise MethodError("this method cannot be made:", [problem])
+        raise MethodError("invalid method:", [problem])
     words = {"delta": Terms(r, A, B, C, D, E), "init": ZeroDown(), "scale": Fixed(1.0), "join": Supports()}
     return words | ({"rules": (RandomStructures(seed),)} if supernet else {})

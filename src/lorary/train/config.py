@@ -183,7 +183,7 @@ class TrainingSection(Section):
     )
     optimizer: Optimizer = Field(
         default="adamw_torch",
-        description="as Transformers names it; paged_adamw (CUDA, bitsandbytes) keeps its state in host memory",
+        description="as Transformers names it; paged_adamw (bitsandbytes, CUDA) keeps its state on the host",
     )
     weight_decay: Annotated[Real, Field(ge=0, le=1)] = Field(default=0.0, description="decoupled decay")
     max_grad_norm: Annotated[Real, Field(ge=0, le=1e6)] = Field(

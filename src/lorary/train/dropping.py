@@ -72,7 +72,7 @@ def chosen(prepared: Prepared, folder: RunFolder, *, resumed: bool, quiet: bool)
         new = drop_layers(plan, Importance.from_dict(data), drop.threshold)
         _check(path, data, new)
     elif resumed:
-        what, fix = "is missing: which layers the run has chosen cannot be told", "restore it, or begin again"
+        what, fix = "is missing: which layers the run has chosen cannot be told", "restore it, or start again"
         raise FileError("cannot resume this run:", [Problem(str(path), what, fix)])
     else:
         found, signal = _probed(prepared, drop, folder / SCRATCH, quiet=quiet)
@@ -95,15 +95,15 @@ def _read(path: Path) -> Any:
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as error:
-        fix = "restore it, or begin again"
-        raise FileError("this is no record of importance:", [Problem(str(path), str(error), fix)]) from None
+        fix = "restore it, or start again"
+        raise FileError("invalid importance record:", [Problem(str(path), str(error), fix)]) from None
 
 
 def _check(path: Path, data: Mapping[str, Any], plan: Plan) -> None:
     """Whether the record says the very choice that follows from it."""
     if data.get("shares") != _shares(plan):
-        what, fix = "`shares` is not what follows from the importance that it holds", "restore it, or begin again"
-        raise FileError("this record of importance was changed:", [Problem(str(path), what, fix)])
+        what, fix = "`shares` is not what follows from the importance that it holds", "restore it, or start again"
+        raise FileError("the importance record was modified:", [Problem(str(path), what, fix)])
 
 
 def _shares(plan: Plan) -> dict[str, str]:

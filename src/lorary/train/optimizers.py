@@ -30,9 +30,10 @@ def paged_adamw(params: Any, lr: float = 1e-3, **words: Any) -> torch.optim.Opti
         TrainingError: bitsandbytes is not installed, or there is no CUDA device.
     """
     _check("paged_adamw")
-    from bitsandbytes.optim import PagedAdamW32bit
+    import bitsandbytes
 
-    made: torch.optim.Optimizer = PagedAdamW32bit(params, lr=lr, **words)
+    optimizers: Any = bitsandbytes.optim
+    made: torch.optim.Optimizer = optimizers.PagedAdamW32bit(params, lr=lr, **words)
     return made
 
 

@@ -100,7 +100,7 @@ def put(model: nn.Module, value: Adapter) -> None:
     only = sorted(set(value.full) ^ set(state.full))
     problems += [Problem(name, f"trains only {'here' if name in state.full else 'there'}") for name in only]
     if problems:
-        raise FileError("the checkpoint's adapter is another one:", problems)
+        raise FileError("the checkpoint holds another adapter:", problems)
     for name, layer in layers.items():
         for role, parameter in layer.p.items():
             put_into(parameter, value.tensors[name][role])
@@ -154,7 +154,7 @@ def choose(trainer: Any, wanted: str | bool) -> Path:
     if path is None:
         where = trainer.args.output_dir if isinstance(wanted, bool) else wanted
         problem = Problem(str(where), "holds no complete checkpoint", "start without resuming")
-        raise FileError("there is nothing to resume from:", [problem])
+        raise FileError("cannot resume this run:", [problem])
     _log.info("resuming from %s", path.name)
     chosen: Path = path
     return chosen
@@ -170,7 +170,7 @@ def restore_optimizer(trainer: Any, state: dict[str, Any]) -> None:
     differ = [k for k in here if there[k] != here[k]]
     problems = [Problem(k, f"{there[k]} in the checkpoint, {here[k]} here") for k in differ if k != "contents"]
     if "contents" in differ:
-        fix = "put the data back that the run began with, or begin again"
+        fix = "restore the data that the run began with, or start again"
         problems.append(Problem("contents", "the training rows are not those of the checkpoint", fix))
     if problems:
         raise TrainingError("this checkpoint belongs to another run:", problems)

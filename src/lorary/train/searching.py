@@ -88,7 +88,7 @@ def _config(path: Path, *, overwrite: bool) -> Config:
         what = f"holds no {' and no '.join(missing)}: it is not the folder of a finished run"
         raise FileError(headline, [Problem("", what, "give the folder that `lorary train` wrote")])
     if (path / SEARCHED).exists() and not overwrite:
-        what, fix = f"holds what was found before, in {SEARCHED}", "say --overwrite to replace it"
+        what, fix = f"holds what was found before, in {SEARCHED}", "pass --overwrite to replace it"
         raise ConfigError(headline, [Problem("", what, fix)])
     return load(path / CONFIG)
 
@@ -103,7 +103,7 @@ def _check_rows(folder: RunFolder, trainer: Any) -> None:
     if newest is None or saving.has_rows(trainer, checkpoint.read(newest)):
         return
     what = "the training rows are not those of the run, and so the rows held out may be among those that it learnt"
-    fix = "put the data back that the run began with"
+    fix = "restore the data that the run began with"
     raise ConfigError(f"cannot search in {str(folder.path)!r}:", [Problem("data.train", what, fix)])
 
 
