@@ -15,7 +15,7 @@ from tests import tiny
 
 
 def attach(names: Sequence[str] = ("lora",), targets: Any = "attention", model: Any = None, **options: Any) -> Any:
-    model = model if model is not None else tiny.llama()
+    model = model if model is not None else tiny.seeded("LlamaForCausalLM")
     plan = lorary.plan(model, lorary.method(*names, **options), targets)
     return lorary.attach(model, plan), plan
 
@@ -62,7 +62,7 @@ def test_it_says_whether_it_is_merged_or_disabled() -> None:
 
 
 def test_nothing_is_attached_to_a_plain_model() -> None:
-    model = tiny.llama()
+    model = tiny.seeded("LlamaForCausalLM")
     assert lorary.attached(model) is None
     assert lorary.attached(lorary.detach(attach(model=model)[0])) is None
     assert lorary.attached(lorary.merge(attach(model=model)[0])) is None
@@ -80,20 +80,20 @@ def test_it_is_a_value_of_its_moment() -> None:
 
 
 def test_the_base_is_the_one_before_anything_was_attached() -> None:
-    base = lorary.Fingerprint.of(tiny.llama())
+    base = lorary.Fingerprint.of(tiny.seeded("LlamaForCausalLM"))
     assert found(attach(("pissa",), r=4)[0]).base == base
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_quantised_layers_count_at_their_full_size(dtype: torch.dtype) -> None:
-    model, plan = attach(("qlora",), model=tiny.llama().to(dtype), r=2)
-    assert found(model).total == plan.total == sum(p.numel() for p in tiny.llama().parameters())
+    model, plan = attach(("qlora",), model=tiny.seeded("LlamaForCausalLM").to(dtype), r=2)
+    assert found(model).total == plan.total == sum(p.numel() for p in tiny.seeded("LlamaForCausalLM").parameters())
 
 
 def test_a_loaded_adapter_counts_what_its_method_trains(tmp_path: Path) -> None:
     model, plan = attach()
     tiny.shaken(model)
     lorary.save(model, tmp_path)
-    loaded = found(lorary.load(tiny.llama(), tmp_path))
+    loaded = found(lorary.load(tiny.seeded("LlamaForCausalLM"), tmp_path))
     assert loaded.trainable == plan.trainable
     assert loaded == found(model)
