@@ -110,7 +110,7 @@ def trained(job: Job) -> nn.Module:
     lorary.attach(model, lorary.plan(model, method), seed=job.seed)
     if job.lr is None:
         return model
-    optimizer = torch.optim.AdamW(lorary.groups(model, lr=job.lr), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(lorary.param_groups(model, lr=job.lr), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARM_UP))
     model.train()
     for ids in batches(job.seed, job.steps):

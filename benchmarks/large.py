@@ -33,7 +33,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lorary
 from cases import ALL_LINEAR, machine, ratio
 from lorary.accounting import LiveBytes
-from lorary.adapted import adapted
 from lorary.kernels.nf4 import Packed
 from lorary.packing import replace
 from lorary.storage.bitsandbytes_state import written_state
@@ -139,7 +138,7 @@ def step_of(model: Any, ids: Tensor) -> Step:
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     if ids.is_cuda:
-        optimizer: Any = lorary.PagedAdamW(trained, lr=1e-4) if adapted(model) else bnb.optim.PagedAdamW32bit(trained)
+        optimizer: Any = bnb.optim.PagedAdamW32bit(trained, lr=1e-4)
     else:
         optimizer = torch.optim.AdamW(trained, lr=1e-4)
 

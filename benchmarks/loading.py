@@ -50,10 +50,10 @@ def load(way: str, folder: str, dtype: str) -> Any:
     import lorary
 
     if way in ("straight", "as bitsandbytes saved it"):
-        return lorary.load_base(folder, dtype=dtype)
+        return lorary.load_quantized(folder, dtype=dtype)
     kind, words = transformers.AutoModelForCausalLM, {"dtype": getattr(torch, dtype)}
     if way == "in full, then packed":
-        return lorary.pack(kind.from_pretrained(folder, **words))
+        return lorary.quantize(kind.from_pretrained(folder, **words))
     packed = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, dtype),

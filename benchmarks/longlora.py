@@ -109,7 +109,7 @@ def steps(run: Run, options: argparse.Namespace) -> dict[str, Any]:
         else:
             method = lorary.method("longlora", length=run.length, r=8, alpha=16, shifted=grouped)
             lorary.attach(model, lorary.plan(model, method))
-            trained = lorary.groups(model, lr=1e-4)
+            trained = lorary.param_groups(model, lr=1e-4)
         runners[name] = Runner(model.train(), ids, trained)
     peaks = {name: runner.peak() for name, runner in runners.items()}
 

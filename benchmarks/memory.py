@@ -106,7 +106,7 @@ def measured(run: Run, model: Any, plan: lorary.Plan, device: torch.device) -> i
     LabelledHead(model).install()
     if run.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW(lorary.groups(model, lr=1e-4))
+    optimizer = torch.optim.AdamW(lorary.param_groups(model, lr=1e-4))
     ids = torch.randint(1, 4000, (run.batch, run.length), device=device)
     mask = torch.ones_like(ids)
     mask[0, -5:] = 0

@@ -145,7 +145,7 @@ def step(arguments: argparse.Namespace) -> Found:
 def _ours(base: nn.Module, ids: Tensor, *names: str) -> Runner:
     model = copy.deepcopy(base)
     lorary.attach(model, lorary.plan(model, lorary.method(*names, r=RANK, alpha=ALPHA)))
-    return Runner(model.train(), ids, lorary.groups(model, lr=1e-4))
+    return Runner(model.train(), ids, lorary.param_groups(model, lr=1e-4))
 
 
 def _theirs(base: nn.Module, ids: Tensor) -> Runner:

@@ -40,7 +40,7 @@ class Runner:
         self.model, self.after_step = model.train(), after_step
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)
-        self.tuning = lorary.tuning(model, STEPS, self.optimizer) if rules else None
+        self.rules = lorary.rules(model, STEPS, self.optimizer) if rules else None
         self.wall: list[float] = []
         self.losses: list[float] = []
 
@@ -48,14 +48,14 @@ class Runner:
         """Forward, backward, optimizer and rules, timed."""
         start = time.perf_counter()
         loss = self.model(input_ids=ids, labels=ids).loss
-        if self.tuning is not None:
-            loss = loss + self.tuning.penalty()
+        if self.rules is not None:
+            loss = loss + self.rules.penalty()
         loss.backward()
-        if self.tuning is not None:
-            self.tuning.after_backward()
+        if self.rules is not None:
+            self.rules.after_backward()
         self.optimizer.step()
-        if self.tuning is not None:
-            self.tuning.after_step()
+        if self.rules is not None:
+            self.rules.after_step()
         if self.after_step is not None:
             self.after_step(len(self.losses) + 1)
         self.optimizer.zero_grad()
@@ -81,7 +81,7 @@ def _adalora(base: Any) -> dict[str, Runner]:
     )
     theirs = get_peft_model(copy.deepcopy(base), config)
     return {
-        "no rules": Runner(_attached(base, method.but(rules=())), rules=False),
+        "no rules": Runner(_attached(base, method.replace(rules=())), rules=False),
         "rules": Runner(_attached(base, method), rules=True),
         "PEFT": Runner(theirs, rules=False, after_step=theirs.base_model.update_and_allocate),
     }
@@ -103,7 +103,7 @@ def _o_lora(base: Any) -> dict[str, Runner]:
         "no past": Runner(_attached(base, first), rules=True),
         f"{PAST} past tasks": Runner(_attached(base, first, past), rules=True),
         f"{PAST} past tasks, hard": Runner(_attached(base, hard, past), rules=True),
-        f"{PAST} past tasks, no rule": Runner(_attached(base, first.but(rules=()), past), rules=False),
+        f"{PAST} past tasks, no rule": Runner(_attached(base, first.replace(rules=()), past), rules=False),
     }
 
 

@@ -79,7 +79,7 @@ def one_case(base: nn.Module, case: Case, arguments: argparse.Namespace) -> dict
     """Times of one training step of the base, of lorary and of PEFT, taken in turns from equal starts."""
     ids = torch.randint(2048, (arguments.batch, arguments.length), device=arguments.device)
     ours, theirs = case.ours(base), case.theirs(base)
-    runners = [Runner(frozen(base), ids, None), Runner(ours, ids, lorary.groups(ours, lr=1e-4))]
+    runners = [Runner(frozen(base), ids, None), Runner(ours, ids, lorary.param_groups(ours, lr=1e-4))]
     if theirs is not None:
         _same_start(case, ours, theirs)
         runners.append(Runner(theirs, ids, [p for p in theirs.parameters() if p.requires_grad]))

@@ -131,7 +131,7 @@ def picture(name: str) -> str:
         return method_svg(method, title)
     before = (torch.zeros(EXAMPLE.out, method.delta.r), torch.zeros(method.delta.r, EXAMPLE.inp))
     delta, _ = method.delta.after([before, before], 1.0)
-    return method_svg(method.but(delta=delta), f"{title}: the third task")
+    return method_svg(method.replace(delta=delta), f"{title}: the third task")
 
 
 COMBINATIONS_HEAD = """# Combinations

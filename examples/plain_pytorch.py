@@ -20,15 +20,15 @@ def picture(n: int = 48) -> tuple[torch.Tensor, torch.Tensor]:
 def fit(model: nn.Module, groups: list[dict], x: torch.Tensor, y: torch.Tensor, steps: int) -> None:
     """Any loop will do. The three calls of `tuning` are for methods with rules; for LoRA they do nothing."""
     optimizer = torch.optim.AdamW(groups)
-    tuning = lorary.tuning(model, steps) if lorary.Adapted in map(type, model.modules()) else None
+    rules = lorary.rules(model, steps) if lorary.Adapted in map(type, model.modules()) else None
     for _ in range(steps):
-        loss = nn.functional.mse_loss(model(x), y) + (tuning.penalty() if tuning else 0)
+        loss = nn.functional.mse_loss(model(x), y) + (rules.penalty() if rules else 0)
         loss.backward()
-        if tuning:
-            tuning.after_backward()
+        if rules:
+            rules.after_backward()
         optimizer.step()
-        if tuning:
-            tuning.after_step()
+        if rules:
+            rules.after_step()
         optimizer.zero_grad()
 
 
@@ -51,7 +51,7 @@ def main() -> None:
     plan = lorary.plan(model, lorary.method("lora", r=8), targets=["0", "2", "4"], ranks={"0": 2, "4": 1})
     print(plan)
     lorary.attach(model, plan)
-    fit(model, lorary.groups(model, lr=1e-2), x[~left], y[~left], steps=300)
+    fit(model, lorary.param_groups(model, lr=1e-2), x[~left], y[~left], steps=300)
     print(f"adapted: error {error(model, x[~left], y[~left]):.4f} on the right")
 
     adapted = model(x)

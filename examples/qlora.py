@@ -26,7 +26,7 @@ def stream(tokenizer, split: str) -> torch.Tensor:
 def main() -> None:
     base = sys.argv[1] if len(sys.argv) > 1 else "builtin:base"
     tokenizer = AutoTokenizer.from_pretrained(builtin.path() if base == "builtin:base" else base)
-    model = lorary.load_base(base)
+    model = lorary.load_quantized(base)
 
     plan = lorary.plan(model, lorary.method("qlora", "dora", "rslora", "lora+", "melora", r=4, n=2, alpha=8))
     print(plan)
@@ -35,7 +35,7 @@ def main() -> None:
 
     tokens = stream(tokenizer, "train")
     generator = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.AdamW(lorary.groups(model, lr=1e-3))  # on a GPU, lorary.PagedAdamW takes the same
+    optimizer = torch.optim.AdamW(lorary.param_groups(model, lr=1e-3))  # any optimizer takes these groups
     model.train()
     for step in range(1, STEPS + 1):
         starts = torch.randint(len(tokens) - LENGTH, (ROWS,), generator=generator)
@@ -49,7 +49,7 @@ def main() -> None:
     model.eval()
 
     rows = stream(tokenizer, "validation")[: 8 * LENGTH].view(8, LENGTH)
-    live = lorary.Live.of(model, rows)  # what the adapter says of rows that it has not seen
+    live = lorary.MergeCheck.of(model, rows)  # what the adapter says of rows that it has not seen
     print(live.merge(model, dtype=torch.bfloat16))
 
 

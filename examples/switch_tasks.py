@@ -23,7 +23,7 @@ def stream(tokenizer, name: str, split: str) -> torch.Tensor:
 def learn(model, tokens: torch.Tensor, method: lorary.Method) -> lorary.Adapter:
     """An adapter for these tokens; the model is its base again afterwards."""
     lorary.attach(model, lorary.plan(model, method))
-    optimizer = torch.optim.AdamW(lorary.groups(model, lr=2e-3))
+    optimizer = torch.optim.AdamW(lorary.param_groups(model, lr=2e-3))
     generator = torch.Generator().manual_seed(0)
     model.train()
     for _ in range(STEPS):

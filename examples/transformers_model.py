@@ -28,18 +28,18 @@ def main() -> None:
     texts = [row["text"] for row in corpora.load("builtin:topics", "train")]
     tokens = torch.tensor(tokenizer("\n".join(texts))["input_ids"])
     generator = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.AdamW(lorary.groups(model, lr=3e-4))
-    tuning = lorary.tuning(model, steps=STEPS)
+    optimizer = torch.optim.AdamW(lorary.param_groups(model, lr=3e-4))
+    rules = lorary.rules(model, steps=STEPS)
     model.train()
     for step in range(1, STEPS + 1):
         starts = torch.randint(len(tokens) - LENGTH, (ROWS,), generator=generator)
         batch = torch.stack([tokens[start : start + LENGTH] for start in starts])
-        loss = model(input_ids=batch, labels=batch).loss + tuning.penalty()
+        loss = model(input_ids=batch, labels=batch).loss + rules.penalty()
         loss.backward()
-        tuning.after_backward()
+        rules.after_backward()
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         optimizer.step()
-        tuning.after_step()
+        rules.after_step()
         optimizer.zero_grad()
         if step == 1 or step % 10 == 0:
             print(f"step {step:3d}  loss {loss.item():.3f}")

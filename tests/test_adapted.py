@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import lorary
 from lorary.adapted import Adapted, adapted
-from lorary.state import attached, base_parameter
+from lorary.state import base_parameter, state_of
 
 from . import tiny
 
@@ -114,7 +114,7 @@ def test_a_model_may_change_its_precision_after_attach(cast: torch.dtype) -> Non
 
 def _plain_values(model: nn.Module) -> dict[str, Tensor]:
     """What the base would be after a detach, while something is attached."""
-    kept = attached(model).full  # type: ignore[union-attr]
+    kept = state_of(model).full  # type: ignore[union-attr]
     names = [name for name, _ in tiny.model("Qwen2ForCausalLM").named_parameters(remove_duplicate=False)]
     return {name: kept.get(name, base_parameter(model, name).detach()) for name in names}
 

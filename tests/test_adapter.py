@@ -17,7 +17,7 @@ from lorary.adapter import Adapter, stacked
 from lorary.errors import FileError, MethodError, StateError
 from lorary.fingerprint import Fingerprint
 from lorary.methods.lora import Fixed
-from lorary.state import attached
+from lorary.state import state_of
 
 from . import tiny
 
@@ -300,7 +300,7 @@ def test_a_sum_of_adapters_is_the_sum_of_their_updates(name: str, make: Any) -> 
     torch.testing.assert_close(outputs(model), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
     lorary.switch(model, [])
     assert torch.equal(outputs(model), base)
-    assert attached(model) is None
+    assert state_of(model) is None
 
 
 def test_a_weighted_sum() -> None:
@@ -341,7 +341,7 @@ def test_what_has_gains_has_no_sum(names: tuple[str, ...]) -> None:
     model = tiny.seeded("LlamaForCausalLM")
     before = tiny.everything(model)
     assert refused(MethodError, lorary.switch, model, values) == (
-        "these adapters have no sum:\n"
+        "cannot add these adapters:\n"
         "  - model.layers.0.self_attn.q_proj: one of them gives its output a gain or a shift of its own\n"
         "  - model.layers.1.self_attn.q_proj: one of them gives its output a gain or a shift of its own"
     )
@@ -389,7 +389,7 @@ def test_loaded_to_go_on_training(names: tuple[str, ...], tmp_path: Path) -> Non
     batch = {"input_ids": tiny.ids(), "labels": tiny.ids()}
 
     def step(model: Any) -> Tensor:
-        optimizer = torch.optim.SGD(lorary.groups(model, lr=0.05))
+        optimizer = torch.optim.SGD(lorary.param_groups(model, lr=0.05))
         model(**batch).loss.backward()
         optimizer.step()
         return tiny.logits(model)
@@ -408,7 +408,7 @@ def test_loaded_to_go_on_training(names: tuple[str, ...], tmp_path: Path) -> Non
     assert not torch.allclose(after, before, rtol=1e-3)
     torch.testing.assert_close(step(again), after, rtol=1e-5, atol=1e-6)
     # the optimizer reached A, B, m, ... and nothing of what never trains
-    value, first = Adapter.of(again), Adapter.load(tmp_path / "out")
+    value, first = Adapter.of(again), lorary.load_adapter(tmp_path / "out")
     for name, roles in value.tensors.items():
         for role, t in roles.items():
             never = role in ("A0", "B0") or role in value.method.frozen
@@ -450,9 +450,9 @@ def test_another_base_is_refused_and_force_takes_it() -> None:
     assert message == (
         "the adapter does not fit this model:\n"
         f"  - base: other weights: {mine} when it was trained, {its} here\n"
-        "      hint: load the base that it was trained on, or say force=True"
+        "      hint: load the base that it was trained on, or pass force=True"
     )
-    assert attached(other) is None
+    assert state_of(other) is None
     lorary.switch(other, value, force=True)
     assert len(adapted(other)) == 14
 
@@ -576,7 +576,7 @@ def test_saved_and_loaded(name: str, names: tuple[str, ...], targets: Any, tmp_p
     assert torch.equal(tiny.logits(fresh), expected)
     assert not any(p.requires_grad for p in fresh.parameters())
     assert "something is attached already" in refused(StateError, lorary.load, fresh, tmp_path / "out")
-    value = Adapter.load(tmp_path / "out")
+    value = lorary.load_adapter(tmp_path / "out")
     assert torch.equal(answers(value, name), expected)
     again = lorary.load(tiny.seeded(name), tmp_path / "out", trainable=True)
     trains = [n for n, p in again.named_parameters() if p.requires_grad]
@@ -584,10 +584,10 @@ def test_saved_and_loaded(name: str, names: tuple[str, ...], targets: Any, tmp_p
 
 
 def test_a_folder_of_another_base(tmp_path: Path) -> None:
-    made().save(tmp_path / "out")
+    lorary.save_adapter(made(), tmp_path / "out")
     other = tiny.seeded("LlamaForCausalLM", seed=9)
     message = refused(FileError, lorary.load, other, tmp_path / "out")
     assert message.startswith(f"{tmp_path / 'out'} does not fit this model:\n  - base: other weights: ")
-    assert attached(other) is None
+    assert state_of(other) is None
     lorary.load(other, tmp_path / "out", force=True)
     assert len(adapted(other)) == 14

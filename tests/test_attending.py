@@ -192,7 +192,7 @@ def test_masks_that_are_not_causal_are_refused() -> None:
     with pytest.raises(StateError) as refusal:
         model(input_ids=ids, attention_mask=torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool))
     assert str(refusal.value) == (
-        "shifted sparse attention cannot be computed here:\n"
+        "cannot compute shifted sparse attention:\n"
         "  - attention_mask: is a mask of 4 dimensions: groups are made of the padding, [batch, tokens]\n"
         "      hint: give the padding alone"
     )
@@ -224,7 +224,7 @@ def test_what_a_model_has_that_groups_have_not(sentence: str, of: tuple[str, dic
     with pytest.raises(PlanError) as refusal:
         lorary.plan(model, lorary.method("longlora", length=64))
     assert sentence in str(refusal.value)
-    assert "hint: say shifted=False, to train with full attention" in str(refusal.value)
+    assert "hint: set shifted=False to train with full attention" in str(refusal.value)
 
 
 def test_layers_with_a_window_keep_it_and_the_plan_says_so() -> None:

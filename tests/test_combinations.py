@@ -74,21 +74,21 @@ def test_what_is_allowed_trains(pair: tuple[str, str]) -> None:
         model = tiny.seeded("LlamaForCausalLM", attention_bias=True, mlp_bias=True)
     plain = tiny.logits(model)
     plan = lorary.plan(model, method)
-    base = tiny.logits(lorary.pack(copy.deepcopy(model), method.storage)) if plan.packed else plain
+    base = tiny.logits(lorary.quantize(copy.deepcopy(model), method.storage)) if plan.packed else plain
     lorary.attach(model, plan)
     # what is left of a weight that gives up its start loses other numbers in packing than the weight does
     lost = 3 * (plain - base).abs().max().item() if plan.packed and method.init and method.init.moves_base else 1e-5
     assert torch.allclose(tiny.logits(model), base, rtol=1e-5, atol=lost)
     model.train("longlora" in pair)  # GPT-2 drops in training, and a loss is to fall
-    optimizer = torch.optim.AdamW(lorary.groups(model, lr=1e-3))
-    tuning = lorary.tuning(model, 5, optimizer)
+    optimizer = torch.optim.AdamW(lorary.param_groups(model, lr=1e-3))
+    rules = lorary.rules(model, 5, optimizer)
     losses = []
     for _ in range(5):
         loss = model(tiny.ids(), labels=tiny.ids()).loss
-        (loss + tuning.penalty()).backward()
-        tuning.after_backward()
+        (loss + rules.penalty()).backward()
+        rules.after_backward()
         optimizer.step()
-        tuning.after_step()
+        rules.after_step()
         optimizer.zero_grad()
         losses.append(loss.item())
     assert all(map(math.isfinite, losses))

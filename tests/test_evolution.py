@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lorary
 from lorary.adapted import adapted
 from lorary.errors import ConfigError, MethodError, StateError
-from lorary.evolution import Evolution, structured
+from lorary.evolution import EvolutionConfig, structured
 from lorary.methods.glora_terms import DOWN, FORMS, Terms
 from tests.tiny import everything, frozen_copy, llama, logits, same, seeded, shaken
 
@@ -51,7 +51,7 @@ GOAL = {
 
 
 def test_a_planted_optimum_is_found() -> None:
-    found = lorary.search(supernet(), planted(GOAL))
+    found = lorary.search_supernet(supernet(), planted(GOAL))
     assert found.structures == GOAL
     assert found.fitness == 15.0
     assert found.judged <= 50 * 20
@@ -62,7 +62,7 @@ def test_a_planted_optimum_is_found() -> None:
 
 def test_drawing_at_random_does_not_find_it() -> None:
     """As many candidates without parents: the search owes what it finds to evolution, not to luck."""
-    found = lorary.search(supernet(), planted(GOAL), Evolution(crossovers=0, mutations=0))
+    found = lorary.search_supernet(supernet(), planted(GOAL), EvolutionConfig(crossovers=0, mutations=0))
     assert found.judged == 50 * 20
     assert found.fitness < 15.0
 
@@ -78,7 +78,7 @@ def test_what_the_data_asks_for_is_found() -> None:
     def fitness(model: nn.Module) -> float:
         return -float((model(x) - target).square().mean())
 
-    found = lorary.search(model, fitness, Evolution(seed=1))
+    found = lorary.search_supernet(model, fitness, EvolutionConfig(seed=1))
     assert tuple(found.structures.values()) == wanted
     assert found.fitness == 0.0
     lorary.switch(model, found.adapter)
@@ -94,12 +94,14 @@ def test_the_ceiling_is_respected(ceiling: int) -> None:
         seen.append(size)
         return float(size)
 
-    found = lorary.search(supernet(), fitness, Evolution(generations=5, population=20, crossovers=8, mutations=8))
+    found = lorary.search_supernet(
+        supernet(), fitness, EvolutionConfig(generations=5, population=20, crossovers=8, mutations=8)
+    )
     assert max(seen) > 100
     free = found.size
     seen.clear()
-    found = lorary.search(
-        supernet(), fitness, Evolution(generations=5, population=20, crossovers=8, mutations=8, ceiling=ceiling)
+    found = lorary.search_supernet(
+        supernet(), fitness, EvolutionConfig(generations=5, population=20, crossovers=8, mutations=8, ceiling=ceiling)
     )
     assert min(seen) > 0
     assert max(seen) <= ceiling < free
@@ -115,7 +117,7 @@ def test_the_same_seed_finds_the_same() -> None:
             log.append(tuple(layer.method.delta for layer in adapted(model).values()))
             return planted(GOAL)(model)
 
-        lorary.search(supernet(), fitness, Evolution(**few, seed=seed))
+        lorary.search_supernet(supernet(), fitness, EvolutionConfig(**few, seed=seed))
     assert asked[0] == asked[1] != asked[2]
     assert len(set(asked[0])) == len(asked[0]) == 36, "no candidate is judged twice"
 
@@ -131,12 +133,14 @@ def test_a_candidate_is_judged_as_the_adapter_that_it_would_be(tmp_path: Path) -
         judged[float(y.std())] = y
         return float(y.std())
 
-    found = lorary.search(model, fitness, Evolution(generations=2, population=6, crossovers=2, mutations=2, keep=2))
-    found.adapter.save(tmp_path / "found")
+    found = lorary.search_supernet(
+        model, fitness, EvolutionConfig(generations=2, population=6, crossovers=2, mutations=2, keep=2)
+    )
+    lorary.save_adapter(found.adapter, tmp_path / "found")
     base = seeded("LlamaForCausalLM")
     lorary.load(base, tmp_path / "found")
     assert torch.equal(logits(base), judged[found.fitness])
-    assert lorary.Adapter.load(tmp_path / "found").placed == found.adapter.placed
+    assert lorary.load_adapter(tmp_path / "found").placed == found.adapter.placed
     lorary.merge(base)
     torch.testing.assert_close(logits(base), judged[found.fitness], rtol=1e-4, atol=1e-5)
 
@@ -144,7 +148,9 @@ def test_a_candidate_is_judged_as_the_adapter_that_it_would_be(tmp_path: Path) -
 def test_the_model_is_as_before() -> None:
     model = supernet(llama()).train()
     before, values, y = everything(model), frozen_copy(model), logits(model)
-    lorary.search(model, lambda m: 0.0, Evolution(generations=1, population=3, crossovers=0, mutations=0))
+    lorary.search_supernet(
+        model, lambda m: 0.0, EvolutionConfig(generations=1, population=3, crossovers=0, mutations=0)
+    )
     assert everything(model) == before
     assert same(frozen_copy(model), values)
     assert torch.equal(logits(model), y)
@@ -158,7 +164,7 @@ def test_it_is_as_before_after_a_fitness_that_fails() -> None:
         raise KeyError("held-out data")
 
     with pytest.raises(KeyError):
-        lorary.search(model, fails)
+        lorary.search_supernet(model, fails)
     assert everything(model) == before
 
 
@@ -185,7 +191,7 @@ def test_slices_share_their_storage() -> None:
 
 def test_layers_that_are_better_left_alone_are() -> None:
     goal = GOAL | {"1": Terms(2, *["none"] * 5)}
-    found = lorary.search(supernet(), planted(goal))
+    found = lorary.search_supernet(supernet(), planted(goal))
     assert found.structures == goal
     assert [p.site.name for p in found.adapter.placed] == ["0", "2"]
     base = net()
@@ -196,7 +202,7 @@ def test_layers_that_are_better_left_alone_are() -> None:
 
 
 def test_layers_without_a_bias_have_no_d_to_choose() -> None:
-    found = lorary.search(supernet(net(2, bias=False)), lambda model: 0.0, Evolution(generations=1))
+    found = lorary.search_supernet(supernet(net(2, bias=False)), lambda model: 0.0, EvolutionConfig(generations=1))
     assert {terms.D for terms in found.structures.values()} == {"none"}
     assert found.judged == 50
 
@@ -209,14 +215,14 @@ def test_a_smaller_space_is_searched_to_its_end() -> None:
         seen.add(tuple(layer.method.delta for layer in adapted(model).values()))
         return 0.0
 
-    found = lorary.search(supernet(net(1), method=method), fitness)
+    found = lorary.search_supernet(supernet(net(1), method=method), fitness)
     assert found.judged == len(seen) == 2 * 3 - 1, "all but the one that has nothing"
 
 
 def test_progress_is_told() -> None:
     told: list[tuple[int, int, float]] = []
-    few = Evolution(generations=2, population=4, crossovers=1, mutations=1, keep=2)
-    lorary.search(supernet(), planted(GOAL), few, progress=lambda *figures: told.append(figures))
+    few = EvolutionConfig(generations=2, population=4, crossovers=1, mutations=1, keep=2)
+    lorary.search_supernet(supernet(), planted(GOAL), few, progress=lambda *figures: told.append(figures))
     assert [(n, total) for n, total, _ in told] == [(n, 8) for n in range(1, 9)]
     assert [best for *_, best in told] == sorted(best for *_, best in told)
 
@@ -226,22 +232,22 @@ def test_what_is_not_finite_is_worst() -> None:
         some = planted(GOAL)(model)
         return some if some < 8 else float("nan")
 
-    assert lorary.search(supernet(), fitness, Evolution(generations=3)).fitness == 7.0
+    assert lorary.search_supernet(supernet(), fitness, EvolutionConfig(generations=3)).fitness == 7.0
     with pytest.raises(MethodError, match="fitness: is finite for none of 50 candidates"):
-        lorary.search(supernet(), lambda model: float("inf"), Evolution(generations=1))
+        lorary.search_supernet(supernet(), lambda model: float("inf"), EvolutionConfig(generations=1))
 
 
 def test_what_cannot_be_searched() -> None:
     plain = net()
-    with pytest.raises(StateError, match="there is nothing to search"):
-        lorary.search(plain, lambda model: 0.0)
+    with pytest.raises(StateError, match="nothing to search"):
+        lorary.search_supernet(plain, lambda model: 0.0)
     for method in (lorary.method("lora"), lorary.method("glora")):
         model = net()
         lorary.attach(model, lorary.plan(model, method))
         with pytest.raises(StateError) as refused:
-            lorary.search(model, lambda model: 0.0)
+            lorary.search_supernet(model, lambda model: 0.0)
         assert str(refused.value) == (
-            "there is nothing to search in:\n"
+            "cannot search this model:\n"
             "  - model: no supernet is attached: its parts were never trained alone\n"
             "      hint: train `glora` with supernet=True"
         )
@@ -249,9 +255,9 @@ def test_what_cannot_be_searched() -> None:
 
 def test_settings_that_are_none() -> None:
     with pytest.raises(ConfigError) as refused:
-        Evolution(population=10, keep=0, crossovers=9, mutations=9, p=0.0, generations=0, ceiling=0)
+        EvolutionConfig(population=10, keep=0, crossovers=9, mutations=9, p=0.0, generations=0, ceiling=0)
     assert str(refused.value).splitlines() == [
-        "this is no search:",
+        "invalid search settings:",
         "  - keep: 0 is less than 1",
         "  - generations: 0 is less than 1",
         "  - p: 0.0 is no probability above 0",
@@ -260,7 +266,7 @@ def test_settings_that_are_none() -> None:
     ]
     method = lorary.method("glora", A="none", B="none", C="vector", D="none", E="none", supernet=True)
     with pytest.raises(MethodError, match="5 numbers are less than the smallest structure of any layer, 6"):
-        lorary.search(supernet(method=method), lambda model: 0.0, Evolution(ceiling=5))
+        lorary.search_supernet(supernet(method=method), lambda model: 0.0, EvolutionConfig(ceiling=5))
 
 
 @pytest.mark.parametrize(
@@ -280,8 +286,8 @@ def test_settings_that_are_none() -> None:
 )
 def test_numbers_of_a_search_that_are_none(numbers: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        Evolution(**numbers)
-    assert str(refused.value) == f"this is no search:\n  - {said}"
+        EvolutionConfig(**numbers)
+    assert str(refused.value) == f"invalid search settings:\n  - {said}"
 
 
 @pytest.mark.parametrize("score", [None, "x", 1j, torch.ones(3)])
@@ -289,25 +295,24 @@ def test_a_fitness_that_is_no_number(score: Any) -> None:
     model = supernet().train()
     before = everything(model)
     with pytest.raises(ConfigError) as refused:
-        lorary.search(model, lambda _: score)
+        lorary.search_supernet(model, lambda _: score)
     assert str(refused.value) == (
-        f"cannot search:\n  - fitness: gave a {type(score).__name__} that is no number\n"
-        "      hint: let it return one number"
+        f"cannot search:\n  - fitness: gave a {type(score).__name__} that is no number\n      hint: return one number"
     )
     assert everything(model) == before
 
 
 def test_what_is_no_fitness_and_no_evolution() -> None:
     with pytest.raises(ConfigError) as refused:
-        lorary.search(supernet(), 3, {"population": 2})  # type: ignore[arg-type]
+        lorary.search_supernet(supernet(), 3, {"population": 2})  # type: ignore[arg-type]
     assert str(refused.value) == (
-        "cannot search:\n  - fitness: is 3, no function of a model\n  - evolution: is a dict, not an Evolution"
+        "cannot search:\n  - fitness: is 3, no function of a model\n  - evolution: is a dict, not an EvolutionConfig"
     )
 
 
 def test_a_search_ends_when_everything_has_been_judged() -> None:
     tiny = lorary.method("glora", r=1, supernet=True, A="vector", B="none", C="none", D="none", E="none")
-    found = lorary.search(supernet(net(1), method=tiny), lambda _: 0.0, Evolution(generations=100_000))
+    found = lorary.search_supernet(supernet(net(1), method=tiny), lambda _: 0.0, EvolutionConfig(generations=100_000))
     assert found.judged == 2  # a vector, a scalar: with none there would be no adapter
     assert len(found.history) == 1
 
@@ -316,4 +321,4 @@ def test_a_search_ends_when_everything_has_been_judged() -> None:
 def test_a_supernet_is_said_as_true_or_false(supernet: Any) -> None:
     with pytest.raises(MethodError) as refused:
         lorary.method("glora", supernet=supernet)
-    assert str(refused.value) == (f"this method cannot be made:\n  - supernet: is {supernet!r}; it takes true or false")
+    assert str(refused.value) == (f"invalid method:\n  - supernet: is {supernet!r}; it takes true or false")

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import lorary
 from lorary.adapted import Adapted, adapted
 from lorary.errors import StateError
-from lorary.fidelity import Fidelity, SiteFidelity
-from lorary.live import Live, logits
+from lorary.fidelity import MergeError, SiteMergeError
+from lorary.live import MergeCheck, logits
 from lorary.storage.nf4 import NF4, NF4Linear
 from tests import tiny
 
@@ -31,7 +31,7 @@ def llama() -> Any:
 def dense(layer: nn.Module) -> Tensor:
     """A packed weight in 64 bits, from bf16 as the layers of these models compute with it."""
     assert isinstance(layer, NF4Linear)
-    return lorary.unpack(nn.Sequential(layer)).get_submodule("0").weight.double()
+    return lorary.dequantize(nn.Sequential(layer)).get_submodule("0").weight.double()
 
 
 def gaussian(ratio: float, folder: Path) -> nn.Sequential:
@@ -69,7 +69,7 @@ def test_a_quantised_base_merges_into_16_bits_and_not_into_4(ratio: float, tmp_p
     layer = adapted(model)["0"]
     W = dense(layer.base)
     dW = layer.scale * layer.p["B"].detach().double() @ layer.p["A"].detach().double()
-    live = Live.of(model)
+    live = MergeCheck.of(model)
     (site,) = live.sites(lorary.load(plain(), tmp_path / "a", pack=False))
     found = live.merge(model)
     merged = model[0].weight.detach().double()
@@ -82,7 +82,7 @@ def test_a_quantised_base_merges_into_16_bits_and_not_into_4(ratio: float, tmp_p
 
 
 def test_float32_keeps_what_bfloat16_rounds_away(tmp_path: Path) -> None:
-    found = Live.of(model := gaussian(0.002, tmp_path / "a")).merge(model, dtype=torch.float32)
+    found = MergeCheck.of(model := gaussian(0.002, tmp_path / "a")).merge(model, dtype=torch.float32)
     assert found.error < 1e-4
     assert found.advice == ()
     assert model[0].weight.dtype == torch.float32
@@ -117,7 +117,7 @@ def test_the_figures_are_those_of_the_formulas(names: tuple[str, ...]) -> None:
     expected = {site: by_hand(layer, names) for site, layer in adapted(model).items()}
     assert len(expected) == 14
     said = [logits(model, row).double() for row in ROWS]
-    found = Live.of(model, ROWS).merge(model)
+    found = MergeCheck.of(model, ROWS).merge(model)
     for site in found.sites:
         exact, W = expected[site.site]
         kept = model.get_submodule(site.site).weight.detach()
@@ -143,7 +143,7 @@ def test_the_original_weights_are_held_against_the_packed_ones(names: tuple[str,
     model = tiny.trained(llama(), lorary.method(*names, r=4))
     lorary.save(model, tmp_path / "a")
     expected = {site: by_hand(layer, names) for site, layer in adapted(model).items()}
-    live = Live.of(model, ROWS)
+    live = MergeCheck.of(model, ROWS)
     dense_ = lorary.load(llama(), tmp_path / "a", pack=False)
     assert not [m for m in dense_.modules() if isinstance(m, NF4Linear)]
     found = live.merge(dense_)
@@ -164,7 +164,7 @@ def test_a_plain_base_and_every_kind_of_layer_are_measured_alike() -> None:
     for name, layer in adapted(model).items():
         B, A = (t.detach().double() for t in layer.factors())
         expected[name] = (layer.scale * B @ A).norm()
-    live = Live.of(model, [{"x": torch.randn(2, 3, 16, 16, dtype=torch.bfloat16)}])
+    live = MergeCheck.of(model, [{"x": torch.randn(2, 3, 16, 16, dtype=torch.bfloat16)}])
     found = live.merge(model)
     assert {s.site: s.change for s in found.sites} == pytest.approx(
         {k: float(v) for k, v in expected.items()}, rel=1e-3
@@ -176,7 +176,7 @@ def test_a_plain_base_and_every_kind_of_layer_are_measured_alike() -> None:
 def test_measuring_leaves_the_model_as_it_is() -> None:
     model = tiny.trained(llama().train(), lorary.method("qlora", r=2, dropout=0.5))
     before, values = tiny.everything(model), tiny.frozen_copy(model)
-    live = Live.of(model, ROWS)
+    live = MergeCheck.of(model, ROWS)
     live.sites(model, torch.float16)
     assert tiny.everything(model) == before
     assert tiny.same(tiny.frozen_copy(model), values)
@@ -184,7 +184,7 @@ def test_measuring_leaves_the_model_as_it_is() -> None:
 
 def test_a_merge_of_ones_own_is_measured_in_two_steps() -> None:
     model = tiny.trained(llama(), lorary.method("qlora", r=2))
-    live = Live.of(model, ROWS)
+    live = MergeCheck.of(model, ROWS)
     sites = live.sites(model)
     found = live.against(lorary.merge(model, keep=True), sites)
     lorary.unmerge(model)
@@ -197,7 +197,7 @@ def test_another_precision_is_that_of_the_whole_model(names: tuple[str, ...], dt
     other = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
     model = tiny.trained(llama().to(other), lorary.method(*names, r=2))
     positions = model.model.rotary_emb.inv_freq
-    found = Live.of(model, ROWS).merge(model, dtype=dtype)
+    found = MergeCheck.of(model, ROWS).merge(model, dtype=dtype)
     assert {p.dtype for p in model.parameters() if p.is_floating_point()} == {dtype}
     assert model.model.rotary_emb.inv_freq is positions
     assert found.tokens == 10
@@ -209,13 +209,13 @@ def test_another_precision_is_that_of_the_whole_model(names: tuple[str, ...], dt
 
 def site(
     name: str = "a", error: float = 0.0, effect: float = 0.1, dtype: str = "bfloat16", **words: Any
-) -> SiteFidelity:
-    return SiteFidelity(name, error * effect, effect, 1.0, dtype, **words)
+) -> SiteMergeError:
+    return SiteMergeError(name, error * effect, effect, 1.0, dtype, **words)
 
 
 def test_the_report_prints_the_worst_first() -> None:
     sites = tuple(site(f"layers.{i}", error=i / 1000) for i in range(12))
-    assert str(Fidelity(sites, 400, 0.995, 1.4e-5, 0.03)) == (
+    assert str(MergeError(sites, 400, 0.995, 1.4e-5, 0.03)) == (
         "site        ||dW|| / ||W||  error / ||dW||\n"
         + "".join(f"layers.{i}".ljust(12) + f"{'10.00%':>14}  {i / 10:>13.2f}%\n" for i in range(11, 1, -1))
         + "and 2 more\n"
@@ -251,26 +251,26 @@ def test_the_report_prints_the_worst_first() -> None:
                 "evaluate it",
             ),
         ),
-        ([SiteFidelity("q", 0.1, 0.0, 1.0, "bfloat16")], ("the adapter changes no weight: is it the trained one?",)),
-        ([SiteFidelity("q", 0.1, 0.0, 1.0, "bfloat16"), site("k")], ()),
+        ([SiteMergeError("q", 0.1, 0.0, 1.0, "bfloat16")], ("the adapter changes no weight: is it the trained one?",)),
+        ([SiteMergeError("q", 0.1, 0.0, 1.0, "bfloat16"), site("k")], ()),
         ([], ()),
     ],
 )
-def test_advice(sites: list[SiteFidelity], said: tuple[str, ...]) -> None:
-    assert Fidelity(tuple(sites)).advice == said
+def test_advice(sites: list[SiteMergeError], said: tuple[str, ...]) -> None:
+    assert MergeError(tuple(sites)).advice == said
 
 
 def test_what_is_not_finite_is_no_number_in_a_file() -> None:
-    found = Fidelity((SiteFidelity("q", 0.1, 0.0, 1.0, "bfloat16"),)).to_dict()
+    found = MergeError((SiteMergeError("q", 0.1, 0.0, 1.0, "bfloat16"),)).to_dict()
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert (found["kl"], found["sites"][0]["error"], found["sites"][0]["effect"]) == (None, None, 0.0)
-    assert "no effect" in str(Fidelity((SiteFidelity("q", 0.1, 0.0, 1.0, "bfloat16"),)))
-    assert "not compared" in str(Fidelity(()))
+    assert "no effect" in str(MergeError((SiteMergeError("q", 0.1, 0.0, 1.0, "bfloat16"),)))
+    assert "not compared" in str(MergeError(()))
 
 
 def test_a_merged_model_that_answers_nan_is_told() -> None:
     model = tiny.trained(llama())
-    live = Live.of(model, ROWS)
+    live = MergeCheck.of(model, ROWS)
     lorary.merge(model)
     with torch.no_grad():
         model.model.norm.weight.fill_(math.nan)
@@ -285,9 +285,9 @@ def test_a_merged_model_that_answers_nan_is_told() -> None:
 def test_refusals() -> None:
     bare = llama()
     with pytest.raises(StateError, match="no adapter is attached"):
-        Live.of(bare)
+        MergeCheck.of(bare)
     model = tiny.trained(llama(), lorary.method("qlora", r=2), "q_proj")
-    live = Live.of(model)
+    live = MergeCheck.of(model)
     with pytest.raises(StateError, match="no adapter is attached"):
         live.merge(bare)
     other = tiny.trained(llama(), lorary.method("qlora", r=2), "v_proj")
@@ -311,7 +311,7 @@ def test_nothing_is_merged_into_a_few_bits(dtype: torch.dtype) -> None:
         lorary.merge(model, dtype=dtype)
     assert str(refusal.value) == (
         f"cannot merge:\n  - dtype: is {dtype}: the steps between 4-bit or 8-bit numbers are coarser than what an "
-        "adapter changes, and rounding would undo it\n      hint: say torch.bfloat16 or torch.float32"
+        "adapter changes, and rounding would undo it\n      hint: use torch.bfloat16 or torch.float32"
     )
     assert tiny.everything(model) == before
 
@@ -320,6 +320,6 @@ def test_a_merged_packed_model_is_a_base_of_its_own() -> None:
     plain_ = lorary.Fingerprint.of(llama())
     model = tiny.trained(llama(), lorary.method("qlora", r=2))
     assert lorary.Fingerprint.of(model) == plain_
-    lorary.unpack(lorary.merge(model))
+    lorary.dequantize(lorary.merge(model))
     assert lorary.Fingerprint.of(model).structure == plain_.structure
     assert lorary.Fingerprint.of(model).weights != plain_.weights

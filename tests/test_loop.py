@@ -1,4 +1,4 @@
-"""groups and tuning: every trained tensor in one group, and rules that meet any training loop."""
+"""param_groups and rules: every trained tensor in one group, and rules that meet any training loop."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def attached(*names: str, targets: Any = "all-linear", model: Any = None, **opti
     return lorary.attach(model, lorary.plan(model, lorary.method(*names, **options), targets))
 
 
-def step(model: Any, optimizer: torch.optim.Optimizer, tuning: lorary.Tuning | None = None) -> float:
+def step(model: Any, optimizer: torch.optim.Optimizer, rules: lorary.Rules | None = None) -> float:
     """One step of a loop: forward, penalty, backward, rules, optimizer, rules."""
-    loss = model(input_ids=tiny.ids(), labels=tiny.ids()).loss + (tuning.penalty() if tuning else 0.0)
+    loss = model(input_ids=tiny.ids(), labels=tiny.ids()).loss + (rules.penalty() if rules else 0.0)
     loss.backward()
-    if tuning:
-        tuning.after_backward()
+    if rules:
+        rules.after_backward()
     optimizer.step()
-    if tuning:
-        tuning.after_step()
+    if rules:
+        rules.after_step()
     optimizer.zero_grad()
     return loss.item()
 
@@ -63,7 +63,7 @@ def test_groups_cover_what_trains_exactly(
     names: tuple[str, ...], options: dict[str, Any], targets: Any, expected: dict[str, tuple[float, float]]
 ) -> None:
     model = attached(*names, targets=targets, **options)
-    rows = lorary.groups(model, lr=0.002, weight_decay=0.1)
+    rows = lorary.param_groups(model, lr=0.002, weight_decay=0.1)
     assert {row["name"]: (row["lr"] / 0.002, row["weight_decay"]) for row in rows} == expected
     grouped = [id(p) for row in rows for p in row["params"]]
     assert len(grouped) == len(set(grouped))
@@ -75,7 +75,7 @@ def test_groups_cover_what_trains_exactly(
 @pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adafactor])
 def test_optimizers_take_them_as_they_are(make: Any) -> None:
     model = attached("lora+", full="norm")
-    optimizer = make(lorary.groups(model, lr=0.01, weight_decay=0.1))
+    optimizer = make(lorary.param_groups(model, lr=0.01, weight_decay=0.1))
     before = tiny.frozen_copy(model)
     for _ in range(3):
         step(model, optimizer)
@@ -86,13 +86,13 @@ def test_optimizers_take_them_as_they_are(make: Any) -> None:
 
 def test_without_decay_there_is_one_group_per_rate() -> None:
     model = attached("lora+", full=("norm", "lm_head"))
-    assert [row["name"] for row in lorary.groups(model, lr=1e-3)] == ["A full", "B x16"]
-    assert all(row["weight_decay"] == 0 for row in lorary.groups(model, lr=1e-3))
+    assert [row["name"] for row in lorary.param_groups(model, lr=1e-3)] == ["A full", "B x16"]
+    assert all(row["weight_decay"] == 0 for row in lorary.param_groups(model, lr=1e-3))
 
 
 def test_groups_do_not_share_anything_with_the_next_call() -> None:
     model = attached("lora")
-    one, other = lorary.groups(model, lr=1e-3), lorary.groups(model, lr=1e-3)
+    one, other = lorary.param_groups(model, lr=1e-3), lorary.param_groups(model, lr=1e-3)
     one[0]["params"].clear()
     one[0]["lr"] = 5
     assert len(other[0]["params"]) == 28
@@ -104,13 +104,13 @@ def test_a_stray_parameter_is_refused() -> None:
     model.lm_head.weight.requires_grad_(True)
     model.model.norm.weight.requires_grad_(True)
     with pytest.raises(StateError) as refusal:
-        lorary.groups(model, lr=1e-3)
+        lorary.param_groups(model, lr=1e-3)
     assert str(refusal.value) == (
-        "the groups would not cover what trains exactly:\n"
+        "the parameter groups do not match what trains:\n"
         "  - model.norm.weight: requires a gradient, but no plan trains it\n"
-        "      hint: freeze it, or say it in `full`\n"
+        "      hint: freeze it, or name it in `full`\n"
         "  - lm_head.weight: requires a gradient, but no plan trains it\n"
-        "      hint: freeze it, or say it in `full`"
+        "      hint: freeze it, or name it in `full`"
     )
 
 
@@ -119,7 +119,7 @@ def test_what_was_frozen_by_hand_is_left_out() -> None:
     layers = list(adapted(model).values())
     layers[0].p["A"].requires_grad_(False)
     model.model.norm.weight.requires_grad_(False)
-    (row,) = lorary.groups(model, lr=1e-3)
+    (row,) = lorary.param_groups(model, lr=1e-3)
     assert len(row["params"]) == 3
 
 
@@ -127,9 +127,9 @@ def test_nothing_to_train() -> None:
     model = tiny.seeded("LlamaForCausalLM")
     lorary.switch(model, Adapter.of(attached("lora", full="norm")))
     with pytest.raises(StateError) as refusal:
-        lorary.groups(model, lr=1e-3)
+        lorary.param_groups(model, lr=1e-3)
     assert str(refusal.value) == (
-        "there is nothing to train:\n"
+        "nothing to train:\n"
         "  - model: no parameter requires a gradient\n"
         "      hint: load the adapter with trainable=True"
     )
@@ -153,8 +153,8 @@ def test_nothing_to_train() -> None:
 )
 def test_settings_that_are_none(lr: float, decay: float, message: str) -> None:
     with pytest.raises(ConfigError) as refusal:
-        lorary.groups(attached("lora", targets="q_proj"), lr=lr, weight_decay=decay)
-    assert str(refusal.value) == f"these are no optimizer settings:\n  - {message}"
+        lorary.param_groups(attached("lora", targets="q_proj"), lr=lr, weight_decay=decay)
+    assert str(refusal.value) == f"invalid optimizer settings:\n  - {message}"
 
 
 def test_a_decay_moves_factors_that_have_no_gradient_yet() -> None:
@@ -163,7 +163,7 @@ def test_a_decay_moves_factors_that_have_no_gradient_yet() -> None:
         model = attached("lora", targets="q_proj")
         A = next(iter(adapted(model).values())).p["A"]
         before = A.clone()
-        step(model, torch.optim.AdamW(lorary.groups(model, lr=0.01, weight_decay=decay)))
+        step(model, torch.optim.AdamW(lorary.param_groups(model, lr=0.01, weight_decay=decay)))
         assert torch.equal(A, before) is not moves
 
 
@@ -215,31 +215,31 @@ pulled = pytest.mark.usefixtures("_known")
 @pulled
 def test_a_rule_at_work() -> None:
     model = attached("lora", rules=[Pull()], r=2, targets="q_proj")
-    tuning = lorary.tuning(model, steps=10)
+    rules = lorary.rules(model, steps=10)
     layers = list(adapted(model).values())
     numbers = sum(layer.p["B"].numel() for layer in layers)
-    assert tuning.penalty().item() == pytest.approx(numbers / 10)  # B = 0
-    optimizer = torch.optim.SGD(lorary.groups(model, lr=1e-9))
+    assert rules.penalty().item() == pytest.approx(numbers / 10)  # B = 0
+    optimizer = torch.optim.SGD(lorary.param_groups(model, lr=1e-9))
     model(input_ids=tiny.ids(), labels=tiny.ids()).loss.backward()
     plain = [layer.p["B"].grad.clone() for layer in layers]
     for layer, grad in zip(layers, plain, strict=True):
         layer.p["B"].grad = grad.clone()
-    tuning.after_backward()
+    rules.after_backward()
     for layer, grad in zip(layers, plain, strict=True):
         assert torch.equal(layer.p["B"].grad, grad / 2)
     optimizer.step()
-    tuning.after_step()
-    assert tuning.step == 1
-    assert tuning.states[0]["seen"].tolist() == [1, 1, 1]
-    assert tuning.states[0]["weight"].item() == pytest.approx(0.2)
+    rules.after_step()
+    assert rules.step == 1
+    assert rules.states[0]["seen"].tolist() == [1, 1, 1]
+    assert rules.states[0]["weight"].item() == pytest.approx(0.2)
 
 
 @pulled
 def test_a_rule_changes_where_training_goes() -> None:
     model = attached("lora", rules=[Pull(to=2.0)], r=2, targets="q_proj")
-    tuning, optimizer = lorary.tuning(model, steps=1), torch.optim.SGD(lorary.groups(model, lr=0.2))
+    rules, optimizer = lorary.rules(model, steps=1), torch.optim.SGD(lorary.param_groups(model, lr=0.2))
     for _ in range(8):
-        step(model, optimizer, tuning)
+        step(model, optimizer, rules)
     for layer in adapted(model).values():
         torch.testing.assert_close(layer.p["B"].detach(), torch.full((16, 2), 1.8))  # pulled to 2, held at 90 %
 
@@ -247,10 +247,10 @@ def test_a_rule_changes_where_training_goes() -> None:
 @pulled
 def test_several_rules_add_up_and_keep_to_themselves() -> None:
     model = attached("lora", rules=[Pull(), Pull(to=3.0)], r=2, targets="q_proj")
-    tuning = lorary.tuning(model, steps=10)
-    assert tuning.penalty().item() == pytest.approx(sum(p.numel() for p in _factors(model)) * (1 + 9) / 10)
-    tuning.states[0]["weight"].zero_()
-    assert tuning.penalty().item() == pytest.approx(sum(p.numel() for p in _factors(model)) * 9 / 10)
+    rules = lorary.rules(model, steps=10)
+    assert rules.penalty().item() == pytest.approx(sum(p.numel() for p in _factors(model)) * (1 + 9) / 10)
+    rules.states[0]["weight"].zero_()
+    assert rules.penalty().item() == pytest.approx(sum(p.numel() for p in _factors(model)) * 9 / 10)
 
 
 def _factors(model: nn.Module) -> list[Tensor]:
@@ -259,25 +259,25 @@ def _factors(model: nn.Module) -> list[Tensor]:
 
 @pulled
 def test_a_run_that_is_interrupted_goes_on_as_if_it_was_not() -> None:
-    def start() -> tuple[Any, torch.optim.Optimizer, lorary.Tuning]:
+    def start() -> tuple[Any, torch.optim.Optimizer, lorary.Rules]:
         model = attached("lora", "lora+", rules=[Pull(to=0.1)], r=2, targets="q_proj")
-        return model, torch.optim.AdamW(lorary.groups(model, lr=0.01)), lorary.tuning(model, steps=100)
+        return model, torch.optim.AdamW(lorary.param_groups(model, lr=0.01)), lorary.rules(model, steps=100)
 
-    model, optimizer, tuning = start()
-    whole = [step(model, optimizer, tuning) for _ in range(6)]
-    model, optimizer, tuning = start()
-    first = [step(model, optimizer, tuning) for _ in range(3)]
-    kept = [tiny.frozen_copy(model), optimizer.state_dict(), {k: v.clone() for k, v in tuning.state_dict().items()}]
-    model, optimizer, tuning = start()
+    model, optimizer, rules = start()
+    whole = [step(model, optimizer, rules) for _ in range(6)]
+    model, optimizer, rules = start()
+    first = [step(model, optimizer, rules) for _ in range(3)]
+    kept = [tiny.frozen_copy(model), optimizer.state_dict(), {k: v.clone() for k, v in rules.state_dict().items()}]
+    model, optimizer, rules = start()
     model.load_state_dict(kept[0])
     optimizer.load_state_dict(kept[1])
-    tuning.load_state_dict(kept[2])
-    assert tuning.step == 3
-    assert first + [step(model, optimizer, tuning) for _ in range(3)] == whole
-    model, optimizer, tuning = start()  # without the rules' state it is another run
+    rules.load_state_dict(kept[2])
+    assert rules.step == 3
+    assert first + [step(model, optimizer, rules) for _ in range(3)] == whole
+    model, optimizer, rules = start()  # without the rules' state it is another run
     model.load_state_dict(kept[0])
     optimizer.load_state_dict(kept[1])
-    assert first + [step(model, optimizer, tuning) for _ in range(3)] != whole
+    assert first + [step(model, optimizer, rules) for _ in range(3)] != whole
 
 
 @pulled
@@ -286,22 +286,22 @@ def test_a_run_that_goes_on_does_not_begin_again(monkeypatch: pytest.MonkeyPatch
     begun: list[int] = []
     monkeypatch.setattr(Pull, "before_step", lambda self, layers, state, step: begun.append(step))
     model = attached("lora", rules=[Pull()], r=2, targets="q_proj")
-    tuning = lorary.tuning(model, steps=10)
-    lorary.tuning(model, 10, state=tuning.state_dict() | {"step": torch.tensor(4)})
+    rules = lorary.rules(model, steps=10)
+    lorary.rules(model, 10, state=rules.state_dict() | {"step": torch.tensor(4)})
     assert begun == [1, 5]
 
 
 @pulled
 def test_the_state_is_flat_tensors_and_not_shared_with_a_checkpoint() -> None:
     model = attached("lora", rules=[Pull(), Pull(to=3.0)], r=2, targets="q_proj")
-    tuning = lorary.tuning(model, steps=10)
-    flat = {key: value.clone() for key, value in tuning.state_dict().items()}
+    rules = lorary.rules(model, steps=10)
+    flat = {key: value.clone() for key, value in rules.state_dict().items()}
     assert list(flat) == ["0.seen", "0.weight", "1.seen", "1.weight", "step"]
-    other = lorary.tuning(model, steps=10)
+    other = lorary.rules(model, steps=10)
     other.load_state_dict(flat)
     other.states[0]["weight"].fill_(7)
     assert flat["0.weight"] != 7
-    assert tuning.states[0]["weight"] != 7
+    assert rules.states[0]["weight"] != 7
 
 
 @pulled
@@ -316,34 +316,34 @@ def test_the_state_is_flat_tensors_and_not_shared_with_a_checkpoint() -> None:
 )
 def test_another_methods_state_is_refused(change: Any, keys: list[str]) -> None:
     model = attached("lora", rules=[Pull(), Pull(to=3.0)], r=2, targets="q_proj")
-    tuning = lorary.tuning(model, steps=10)
-    flat = {key: value.clone() for key, value in tuning.state_dict().items()}
+    rules = lorary.rules(model, steps=10)
+    flat = {key: value.clone() for key, value in rules.state_dict().items()}
     change(flat)
-    before = {key: value.clone() for key, value in tuning.state_dict().items()}
+    before = {key: value.clone() for key, value in rules.state_dict().items()}
     with pytest.raises(StateError) as refusal:
-        tuning.load_state_dict(flat)
+        rules.load_state_dict(flat)
     problems = "".join(f"\n  - {key}: is missing, unknown or of another shape" for key in keys)
-    assert str(refusal.value) == f"this is another method's training state:{problems}"
-    assert tiny.same(tuning.state_dict(), before)
+    assert str(refusal.value) == f"the training state belongs to another method:{problems}"
+    assert tiny.same(rules.state_dict(), before)
 
 
 def test_without_rules_every_call_does_nothing() -> None:
     model = attached("lora", targets="q_proj")
-    tuning = lorary.tuning(model, steps=10)
+    rules = lorary.rules(model, steps=10)
     before = tiny.frozen_copy(model)
-    assert tuning.penalty() == 0.0
-    tuning.after_backward()
-    tuning.after_step()
+    assert rules.penalty() == 0.0
+    rules.after_backward()
+    rules.after_step()
     assert tiny.same(tiny.frozen_copy(model), before)
-    assert tuning.state_dict() == {"step": torch.tensor(1)}
-    tuning.load_state_dict({"step": torch.tensor(5)})
-    assert tuning.step == 5
+    assert rules.state_dict() == {"step": torch.tensor(1)}
+    rules.load_state_dict({"step": torch.tensor(5)})
+    assert rules.step == 5
 
 
 def test_base_parameters_alone_have_no_layers() -> None:
-    tuning = lorary.tuning(attached("full"), steps=10)
-    assert tuning.layers == []
-    assert tuning.penalty() == 0.0
+    rules = lorary.rules(attached("full"), steps=10)
+    assert rules.layers == []
+    assert rules.penalty() == 0.0
 
 
 @pulled
@@ -358,24 +358,24 @@ def test_rules_are_written_and_read_with_the_method() -> None:
 MASKING = {"r": 4, "target": 2, "start": 2, "final": 3}
 
 
-def masked(make: Any, *names: str, steps: int = 8, **options: Any) -> tuple[Any, Any, lorary.Tuning]:
+def masked(make: Any, *names: str, steps: int = 8, **options: Any) -> tuple[Any, Any, lorary.Rules]:
     """A model under AdaLoRA after step 4: the next one is that from which its choice stands."""
     model = attached("adalora", *names, **MASKING, **options)
-    optimizer = make(lorary.groups(model, lr=0.01, weight_decay=0.1))
-    tuning = lorary.tuning(model, steps, optimizer)
+    optimizer = make(lorary.param_groups(model, lr=0.01, weight_decay=0.1))
+    rules = lorary.rules(model, steps, optimizer)
     for _ in range(4):
-        step(model, optimizer, tuning)
-    return model, optimizer, tuning
+        step(model, optimizer, rules)
+    return model, optimizer, rules
 
 
 def test_the_optimizer_keeps_its_groups_and_their_order_when_tensors_shrink() -> None:
-    model, optimizer, tuning = masked(torch.optim.AdamW, "lora+", ratio=4, full=("norm", "lm_head"))
+    model, optimizer, rules = masked(torch.optim.AdamW, "lora+", ratio=4, full=("norm", "lm_head"))
     names = {id(p): name for name, p in model.named_parameters()}
     before = [{**group, "params": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
     objects = list(optimizer.param_groups)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 0.5**done)
     untouched = {name: p for name, p in model.named_parameters() if p.requires_grad and ".p." not in name}
-    step(model, optimizer, tuning)
+    step(model, optimizer, rules)
     schedule.step()
     names = {id(p): name for name, p in model.named_parameters()}
     assert all(now is was for now, was in zip(optimizer.param_groups, objects, strict=True))
@@ -390,15 +390,15 @@ def test_the_optimizer_keeps_its_groups_and_their_order_when_tensors_shrink() ->
         assert p.requires_grad
         assert all(value.shape == p.shape for name, value in optimizer.state[p].items() if name != "step")
     whole = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert whole == sum(p.numel() for group in lorary.groups(model, 0.1) for p in group["params"])
+    assert whole == sum(p.numel() for group in lorary.param_groups(model, 0.1) for p in group["params"])
     for _ in range(3):
-        assert math.isfinite(step(model, optimizer, tuning))
+        assert math.isfinite(step(model, optimizer, rules))
 
 
 def test_sites_that_are_shrunk_say_so_to_whoever_takes_the_adapter() -> None:
-    model, optimizer, tuning = masked(torch.optim.AdamW)
-    step(model, optimizer, tuning)
-    ranks = tuning.report()["ranks"]
+    model, optimizer, rules = masked(torch.optim.AdamW)
+    step(model, optimizer, rules)
+    ranks = rules.report()["ranks"]
     adapter = Adapter.of(model)
     assert {p.site.name: p.delta.kept for p in adapter.placed if p.delta.kept is not None} == {
         name: rank for name, rank in ranks.items() if rank < 4
@@ -408,57 +408,57 @@ def test_sites_that_are_shrunk_say_so_to_whoever_takes_the_adapter() -> None:
 
 def test_where_the_optimizer_keeps_sums_over_rows_nothing_shrinks() -> None:
     """Adafactor's state has other shapes than the parameters, and cannot be cut: the masks do the work alone."""
-    model, optimizer, tuning = masked(torch.optim.Adafactor)
+    model, optimizer, rules = masked(torch.optim.Adafactor)
     for _ in range(4):
-        step(model, optimizer, tuning)
+        step(model, optimizer, rules)
     assert all(layer.p["E"].numel() == 4 for layer in adapted(model).values())
     alive = sum(int(layer.p["E"].count_nonzero()) for layer in adapted(model).values())
-    assert alive == tuning.report()["rank_budget"] == 2 * len(adapted(model))
+    assert alive == rules.report()["rank_budget"] == 2 * len(adapted(model))
     small = Adapter.of(model).compact()
-    assert {p.site.name: p.delta.R for p in small.placed} == tuning.report()["ranks"]
+    assert {p.site.name: p.delta.R for p in small.placed} == rules.report()["ranks"]
 
 
 def test_where_several_ranks_may_hold_the_parameters_nothing_shrinks() -> None:
     dist = torch.distributed
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        model, optimizer, tuning = masked(torch.optim.AdamW)
-        step(model, optimizer, tuning)
+        model, optimizer, rules = masked(torch.optim.AdamW)
+        step(model, optimizer, rules)
     finally:
         dist.destroy_process_group()
     assert all(layer.p["E"].numel() == 4 for layer in adapted(model).values())
-    step(model, optimizer, tuning)  # and as soon as it can be done it is
+    step(model, optimizer, rules)  # and as soon as it can be done it is
     assert sum(layer.p["E"].numel() for layer in adapted(model).values()) == 2 * len(adapted(model))
 
 
 @pytest.mark.parametrize("done", [2, 5, 7])
 def test_a_run_goes_on_from_its_state(done: int, tmp_path: Path) -> None:
-    """`tuning(state=...)`, before the first mask, after the tensors have shrunk, and later."""
+    """`rules(state=...)`, before the first mask, after the tensors have shrunk, and later."""
 
-    def begin() -> tuple[Any, Any, lorary.Tuning]:
+    def begin() -> tuple[Any, Any, lorary.Rules]:
         model = attached("adalora", **MASKING)
-        optimizer = torch.optim.AdamW(lorary.groups(model, lr=0.01))
-        return model, optimizer, lorary.tuning(model, 8, optimizer)
+        optimizer = torch.optim.AdamW(lorary.param_groups(model, lr=0.01))
+        return model, optimizer, lorary.rules(model, 8, optimizer)
 
-    model, optimizer, tuning = begin()
-    whole = [step(model, optimizer, tuning) for _ in range(8)]
-    model, optimizer, tuning = begin()
-    first = [step(model, optimizer, tuning) for _ in range(done)]
+    model, optimizer, rules = begin()
+    whole = [step(model, optimizer, rules) for _ in range(8)]
+    model, optimizer, rules = begin()
+    first = [step(model, optimizer, rules) for _ in range(done)]
     lorary.save(model, tmp_path)
-    state = {name: t.clone() for name, t in tuning.state_dict().items()}
+    state = {name: t.clone() for name, t in rules.state_dict().items()}
     again = lorary.load(tiny.seeded("LlamaForCausalLM"), tmp_path, trainable=True)
-    fresh = torch.optim.AdamW(lorary.groups(again, lr=0.01))
+    fresh = torch.optim.AdamW(lorary.param_groups(again, lr=0.01))
     fresh.load_state_dict(optimizer.state_dict())
-    resumed = lorary.tuning(again, 8, fresh, state)
+    resumed = lorary.rules(again, 8, fresh, state)
     assert resumed.step == done
     assert first + [step(again, fresh, resumed) for _ in range(8 - done)] == whole
 
 
 @pulled
 def test_reports_of_all_rules_are_one() -> None:
-    assert lorary.tuning(attached("lora", targets="q_proj"), 5).report() == {}
-    assert lorary.tuning(attached("lora", rules=[Pull()], targets="q_proj"), 5).report() == {}
-    report = lorary.tuning(attached("adalora", **MASKING, targets="q_proj"), 8).report()
+    assert lorary.rules(attached("lora", targets="q_proj"), 5).report() == {}
+    assert lorary.rules(attached("lora", rules=[Pull()], targets="q_proj"), 5).report() == {}
+    report = lorary.rules(attached("adalora", **MASKING, targets="q_proj"), 8).report()
     sites = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
     assert report == {"rank_budget": 8, "ranks": dict.fromkeys(sites, 4)}
 
@@ -468,13 +468,13 @@ def test_what_is_no_number_of_steps_is_refused(steps: Any) -> None:
     model = tiny.llama()
     lorary.attach(model, lorary.plan(model, lorary.method("o-lora", r=2)))
     with pytest.raises(ConfigError) as caught:
-        lorary.tuning(model, steps)
-    assert str(caught.value) == f"this is no run:\n  - steps: {steps!r} is no number of optimizer steps"
+        lorary.rules(model, steps)
+    assert str(caught.value) == f"invalid number of steps:\n  - steps: {steps!r} is no number of optimizer steps"
 
 
 @pytest.mark.parametrize("state", [5, {"step": 3}, {"step": torch.tensor(9)}, {"step": torch.tensor(2.5)}])
 def test_a_state_that_no_run_of_these_steps_has_is_refused(state: Any) -> None:
     model = tiny.llama()
     lorary.attach(model, lorary.plan(model, lorary.method("lora", r=2)))
-    with pytest.raises(StateError, match=r"this is no training state|this is another run's training state"):
-        lorary.tuning(model, 8, state=state)
+    with pytest.raises(StateError, match=r"invalid training state|the training state belongs to another run"):
+        lorary.rules(model, 8, state=state)

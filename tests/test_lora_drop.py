@@ -16,7 +16,7 @@ from lorary.adapted import adapted
 from lorary.errors import DataError, FileError, LoraryError, MethodError, PlanError, StateError
 from lorary.grid import Cell, cells
 from lorary.methods.lora_drop import Importance, Measured, squares
-from lorary.probing import dropped, importance
+from lorary.probing import drop_layers, layer_importance
 from tests import tiny
 from tests.tiny import shaken
 
@@ -79,7 +79,7 @@ CASES = {
 def test_importance_is_the_dense_sum_without_padding(case: str) -> None:
     name, targets, presets = CASES[case]
     model = trained(tiny.seeded(name).double(), *presets, targets=targets)
-    found, reference = importance(model, [BATCH]), slow(model, BATCH, MASK)
+    found, reference = layer_importance(model, [BATCH]), slow(model, BATCH, MASK)
     assert list(found.g) == list(reference) == list(adapted(model))
     for m in found.measured:
         g, whole = reference[m.site]
@@ -93,7 +93,7 @@ def test_convolutions_of_every_sort_are_measured() -> None:
     torch.manual_seed(1)
     model = trained(tiny.ConvNet().double(), targets=["conv", "head"])
     x = torch.randn(3, 3, 9, 9).double()
-    found, reference = importance(model, [x, (x[:1],)]), slow(model, x, None)
+    found, reference = layer_importance(model, [x, (x[:1],)]), slow(model, x, None)
     one = slow(model, x[:1], None)
     for m in found.measured:
         assert m.g == pytest.approx(reference[m.site][0] + one[m.site][0], rel=1e-5)
@@ -108,7 +108,7 @@ def test_the_output_is_never_needed() -> None:
 
 def test_importance_is_in_32_bits_for_a_16_bit_base() -> None:
     model = trained(tiny.seeded("LlamaForCausalLM").to(torch.bfloat16))
-    found, reference = importance(model, [BATCH]), slow(model, BATCH, MASK)
+    found, reference = layer_importance(model, [BATCH]), slow(model, BATCH, MASK)
     for m in found.measured:
         assert m.g == pytest.approx(reference[m.site][0], rel=1e-4)
 
@@ -116,7 +116,7 @@ def test_importance_is_in_32_bits_for_a_16_bit_base() -> None:
 def test_the_model_is_as_before() -> None:
     model = trained(tiny.llama(), dropout=0.5).train()
     before, hooks = tiny.frozen_copy(model), [len(m._forward_hooks) for m in model.modules()]
-    first, second = importance(model, [BATCH]), importance(model, [BATCH])
+    first, second = layer_importance(model, [BATCH]), layer_importance(model, [BATCH])
     assert first == second, "dropout was on"
     assert model.training
     assert all(module.training for module in model.modules())
@@ -128,10 +128,10 @@ def test_the_model_is_as_before() -> None:
 def test_padding_moves_nothing() -> None:
     model = trained(tiny.llama())
     other = {"input_ids": IDS.where(MASK.bool(), 33), "attention_mask": MASK}
-    assert importance(model, [BATCH]).g == pytest.approx(importance(model, [other]).g, rel=1e-6)
-    whole = importance(model, [{"input_ids": IDS}])
+    assert layer_importance(model, [BATCH]).g == pytest.approx(layer_importance(model, [other]).g, rel=1e-6)
+    whole = layer_importance(model, [{"input_ids": IDS}])
     assert whole.tokens == 10
-    assert whole.g != pytest.approx(importance(model, [BATCH]).g, rel=1e-3)
+    assert whole.g != pytest.approx(layer_importance(model, [BATCH]).g, rel=1e-3)
 
 
 class Flat(nn.Module):
@@ -149,52 +149,52 @@ class Flat(nn.Module):
 
 def test_tokens_in_one_line_are_masked_too() -> None:
     model = trained(Flat().double(), targets=["up"])
-    assert importance(model, [BATCH]).g["up"] == pytest.approx(slow(model, BATCH, MASK)["up"][0])
+    assert layer_importance(model, [BATCH]).g["up"] == pytest.approx(slow(model, BATCH, MASK)["up"][0])
 
 
 def test_rows_that_fit_no_mask_are_refused_and_pass_where_nothing_is_padded() -> None:
     model = trained(Flat(some=True), targets=["up"])
     with pytest.raises(DataError) as caught:
-        importance(model, [BATCH])
+        layer_importance(model, [BATCH])
     assert str(caught.value) == (
-        "padding cannot be told from tokens:\n"
+        "cannot tell padding from tokens:\n"
         "  - up: sees rows of the shape [7], which an attention mask of [2, 5] does not tell padding in\n"
         "      hint: measure on batches without padding, such as one row each"
     )
-    assert importance(model, [BATCH | {"attention_mask": torch.ones_like(MASK)}]).g["up"] > 0
+    assert layer_importance(model, [BATCH | {"attention_mask": torch.ones_like(MASK)}]).g["up"] > 0
 
 
 def test_both_sides_of_a_translation_have_padding_of_their_own() -> None:
     model = trained(tiny.seeded("T5ForConditionalGeneration").double())
     batch = BATCH | {"decoder_input_ids": IDS[:, :3], "decoder_attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}
-    found = importance(model, [batch])
-    other = importance(model, [batch | {"decoder_input_ids": torch.tensor([[1, 5, 33], [3, 9, 4]])}])
+    found = layer_importance(model, [batch])
+    other = layer_importance(model, [batch | {"decoder_input_ids": torch.tensor([[1, 5, 33], [3, 9, 4]])}])
     assert found.g == pytest.approx(other.g, rel=1e-6)
     with pytest.raises(DataError, match="decoder_attention_mask: is missing"):
-        importance(model, [BATCH | {"decoder_input_ids": IDS}])
+        layer_importance(model, [BATCH | {"decoder_input_ids": IDS}])
     with pytest.raises(DataError, match="sees rows that both masks of the batch fit, and they differ"):
-        importance(model, [BATCH | {"decoder_input_ids": IDS, "decoder_attention_mask": MASK.flip(0)}])
+        layer_importance(model, [BATCH | {"decoder_input_ids": IDS, "decoder_attention_mask": MASK.flip(0)}])
 
 
 def test_what_cannot_be_measured_is_refused() -> None:
     with pytest.raises(StateError, match="no adapter is attached"):
-        importance(tiny.llama(), [BATCH])
+        layer_importance(tiny.llama(), [BATCH])
     fresh = tiny.llama()
     lorary.attach(fresh, lorary.plan(fresh, lorary.method("lora", r=2)))
     with pytest.raises(StateError, match="nothing has been learnt yet"):
-        importance(fresh, [BATCH])
+        layer_importance(fresh, [BATCH])
     with pytest.raises(DataError, match="batches: there is none"):
-        importance(fresh, [])
+        layer_importance(fresh, [])
     with pytest.raises(DataError, match=r"attention_mask: is of the shape \[2, 1, 5, 5\], expected \[batch, tokens\]"):
-        importance(fresh, [{"input_ids": IDS, "attention_mask": torch.ones(2, 1, 5, 5)}])
+        layer_importance(fresh, [{"input_ids": IDS, "attention_mask": torch.ones(2, 1, 5, 5)}])
     added = torch.zeros(2, 5).masked_fill(torch.tensor([[0, 0, 0, 1, 1]]).bool(), -1e9)  # 0 where there is a token
     with pytest.raises(DataError, match="attention_mask: holds other values than 0 and 1"):
-        importance(fresh, [{"input_ids": IDS, "attention_mask": added}])
+        layer_importance(fresh, [{"input_ids": IDS, "attention_mask": added}])
     broken = trained(tiny.llama())
     with torch.no_grad():
         broken.model.layers[0].self_attn.v_proj.p["B"].fill_(torch.inf)
     with pytest.raises(StateError, match="its outputs are not finite"):
-        importance(broken, [BATCH])
+        layer_importance(broken, [BATCH])
 
 
 REFUSED = {
@@ -211,7 +211,7 @@ def test_methods_that_cannot_share_are_refused(name: str) -> None:
     model = tiny.seeded("BertForSequenceClassification")
     plan = lorary.plan(model, lorary.method(name, **({} if name == "bitfit" else {"r": 2})))
     with pytest.raises(PlanError) as caught:
-        dropped(plan, Importance(tuple(Measured(p.site.name, 1.0, 1.0) for p in plan.placed)))
+        drop_layers(plan, Importance(tuple(Measured(p.site.name, 1.0, 1.0) for p in plan.placed)))
     assert f"  - {REFUSED[name]}" in str(caught.value)
 
 
@@ -220,8 +220,8 @@ def test_its_name_is_no_preset() -> None:
         with pytest.raises(MethodError) as caught:
             lorary.method("lora", name)
         assert str(caught.value) == (
-            f"this method cannot be made:\n  - {name!r}: chooses layers for a method and is none itself\n"
-            "      hint: write `drop: {threshold: 0.9}` under `method:` in a configuration, or call lorary.dropped"
+            f"invalid method:\n  - {name!r}: chooses layers for a method and is none itself\n"
+            "      hint: write `drop: {threshold: 0.9}` under `method:` in a configuration, or call lorary.drop_layers"
         )
 
 
@@ -308,7 +308,7 @@ def test_importance_prints_and_goes_through_json() -> None:
     ],
 )
 def test_a_damaged_record_is_refused(data: Any) -> None:
-    with pytest.raises(FileError, match="this is no record of importance"):
+    with pytest.raises(FileError, match="invalid importance record"):
         Importance.from_dict(data)
 
 
@@ -327,7 +327,7 @@ def flat(plan: Any, *large: str) -> Importance:
 
 def test_layers_that_are_not_kept_share_one_of_their_kind() -> None:
     plan = deep(targets=["q_proj", "v_proj", "down_proj"])
-    new = dropped(plan, flat(plan, "layers.1.", "layers.3.self_attn.v"), 0.9)
+    new = drop_layers(plan, flat(plan, "layers.1.", "layers.3.self_attn.v"), 0.9)
     shares = {p.site.name.removeprefix("model.layers."): p.share for p in new.placed}
     assert shares == {
         **{f"{i}.self_attn.q_proj": "q_proj" if i != 1 else "" for i in range(4)},
@@ -344,19 +344,19 @@ def test_layers_that_are_not_kept_share_one_of_their_kind() -> None:
 
 def test_a_threshold_of_one_is_the_plan_itself() -> None:
     plan = deep()
-    new = dropped(plan, flat(plan), 1.0)
+    new = drop_layers(plan, flat(plan), 1.0)
     assert (new.placed, new.trainable) == (plan.placed, plan.trainable)
 
 
 def test_a_layer_that_would_share_with_none_keeps_its_own() -> None:
     plan = deep(targets=["q_proj"])
-    new = dropped(plan, made({p.site.name: g for p, g in zip(plan.placed, (4, 4, 4, 0.1), strict=True)}), 0.9)
+    new = drop_layers(plan, made({p.site.name: g for p, g in zip(plan.placed, (4, 4, 4, 0.1), strict=True)}), 0.9)
     assert {p.share for p in new.placed} == {""}
 
 
 def test_ranks_and_scales_that_differ_do_not_share() -> None:
     plan = deep(targets=["q_proj"], ranks={"*.0.*": 4, "*.1.*": 4}, alphas={"*.3.*": 7.0})
-    new = dropped(plan, made({p.site.name: g for p, g in zip(plan.placed, (1, 1, 90, 1), strict=True)}), 0.9)
+    new = drop_layers(plan, made({p.site.name: g for p, g in zip(plan.placed, (1, 1, 90, 1), strict=True)}), 0.9)
     assert [p.share for p in new.placed] == ["q_proj", "q_proj", "", ""]
     deeper = lorary.plan(
         tiny.model("LlamaForCausalLM", num_hidden_layers=5),
@@ -364,7 +364,9 @@ def test_ranks_and_scales_that_differ_do_not_share() -> None:
         "q_proj",
         ranks={"*.0.*": 4, "*.1.*": 4},
     )
-    apart = dropped(deeper, made({p.site.name: g for p, g in zip(deeper.placed, (1, 1, 1, 1, 90), strict=True)}), 0.5)
+    apart = drop_layers(
+        deeper, made({p.site.name: g for p, g in zip(deeper.placed, (1, 1, 1, 1, 90), strict=True)}), 0.5
+    )
     assert [p.share for p in apart.placed] == ["q_proj", "q_proj", "q_proj 2", "q_proj 2", ""]
 
 
@@ -372,7 +374,7 @@ def test_ranks_and_scales_that_differ_do_not_share() -> None:
 def test_a_threshold_that_is_none_is_refused(threshold: Any) -> None:
     plan = deep(targets=["q_proj"])
     with pytest.raises(LoraryError, match="is no number above 0 and at most 1"):
-        dropped(plan, flat(plan), threshold)
+        drop_layers(plan, flat(plan), threshold)
 
 
 @pytest.mark.parametrize("g", [float("nan"), float("inf"), -1.0])
@@ -380,15 +382,15 @@ def test_an_importance_that_is_no_size_is_refused(g: float) -> None:
     plan = deep(targets=["q_proj"])
     site = plan.placed[1].site.name
     with pytest.raises(PlanError, match=re.escape(f"{site}: its importance is {g!r}, no finite number of at least 0")):
-        dropped(plan, made({p.site.name: g if p.site.name == site else 1.0 for p in plan.placed}))
+        drop_layers(plan, made({p.site.name: g if p.site.name == site else 1.0 for p in plan.placed}))
 
 
 def test_the_importance_of_another_model_is_refused() -> None:
     plan = deep(targets=["q_proj"])
     with pytest.raises(PlanError) as caught:
-        dropped(plan, made({p.site.name.replace("layers.0", "layers.9"): 1.0 for p in plan.placed}))
+        drop_layers(plan, made({p.site.name.replace("layers.0", "layers.9"): 1.0 for p in plan.placed}))
     assert str(caught.value) == (
-        "layers cannot be dropped from this plan:\n"
+        "cannot drop layers from this plan:\n"
         "  - model.layers.0.self_attn.q_proj: is planned, but was not measured\n"
         "  - model.layers.9.self_attn.q_proj: was measured, but is not planned"
     )
@@ -403,7 +405,7 @@ def test_the_count_is_the_papers() -> None:
     plan = lorary.plan(model, lorary.method("lora", r=8), ["q_proj", "v_proj"])
     assert plan.trainable == 4_194_304
     large = [f"layers.{i}." for i in range(0, 28, 2)]
-    assert dropped(plan, flat(plan, *large), 0.98).trainable == 1_966_080
+    assert drop_layers(plan, flat(plan, *large), 0.98).trainable == 1_966_080
 
 
 # --- layers that share ----------------------------------------------------------------------------------------------
@@ -413,12 +415,12 @@ def sharing(dtype: torch.dtype = torch.float64) -> Any:
     """A Llama of four layers, trained a little: layer 1 has its own, the other three share, of two kinds."""
     model = tiny.seeded("LlamaForCausalLM", num_hidden_layers=4).to(dtype)
     plan = lorary.plan(model, lorary.method("lora", r=2), ["q_proj", "down_proj"])
-    lorary.attach(model, dropped(plan, flat(plan, "layers.1."), 0.9), dtype=dtype)
+    lorary.attach(model, drop_layers(plan, flat(plan, "layers.1."), 0.9), dtype=dtype)
     return shaken(model)
 
 
 def _stepped(model: Any, lr: float = 0.1) -> None:
-    optimizer = torch.optim.SGD(lorary.groups(model, lr=lr), lr=lr)
+    optimizer = torch.optim.SGD(lorary.param_groups(model, lr=lr), lr=lr)
     for _ in range(3):
         model(**BATCH, labels=IDS).loss.backward()
         optimizer.step()
@@ -430,7 +432,7 @@ def test_shared_tensors_stay_one_are_trained_once_and_counted_once() -> None:
     layers = [block.self_attn.q_proj for block in model.model.layers]
     assert layers[0].p["A"] is layers[2].p["A"] is layers[3].p["A"] is not layers[1].p["A"]
     trained = [p for p in model.parameters() if p.requires_grad]
-    grouped = [p for row in lorary.groups(model, lr=1.0) for p in row["params"]]
+    grouped = [p for row in lorary.param_groups(model, lr=1.0) for p in row["params"]]
     assert sorted(map(id, grouped)) == sorted(map(id, trained))
     assert len(grouped) == 2 * 2 * 2
     assert sum(p.numel() for p in grouped) == 2 * 2 * (16 + 16 + 24 + 16)

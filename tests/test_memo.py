@@ -78,7 +78,7 @@ def correct(model: nn.Module) -> None:
 
 def test_once_for_every_optimizer_step_and_not_for_every_micro_batch() -> None:
     model = made()
-    optimizer = torch.optim.AdamW(lorary.groups(model, lr=0.1))
+    optimizer = torch.optim.AdamW(lorary.param_groups(model, lr=0.1))
     model(X)
     for _ in range(3):
 
@@ -367,7 +367,7 @@ def test_two_models_do_not_mix() -> None:
     one, other = made(seed=1), made(seed=2)
     for model in (one, other, one, other):
         correct(model)
-    optimizer = torch.optim.SGD(lorary.groups(one, lr=0.5))
+    optimizer = torch.optim.SGD(lorary.param_groups(one, lr=0.5))
     one(X).square().sum().backward()
     optimizer.step()
     for model in (other, one, other):

@@ -14,7 +14,7 @@ import lorary
 from lorary.adapted import adapted
 from lorary.adapter import Adapter
 from lorary.errors import StateError
-from lorary.state import attached
+from lorary.state import state_of
 
 from . import tiny
 
@@ -38,7 +38,7 @@ def test_merged_is_unmerged(name: str) -> None:
     classes = [type(m) for m in lorary.detach(copy.deepcopy(model)).modules()]
     assert lorary.merge(model) is model
     assert [type(m) for m in model.modules()] == classes
-    assert attached(model) is None
+    assert state_of(model) is None
     assert not adapted(model)
     got = tiny.logits(model, **inputs)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
@@ -122,7 +122,7 @@ def test_merging_twice() -> None:
     assert refused(lorary.switch, model, None) == message.replace("merge:", "switch:", 1)
     lorary.unmerge(model)
     lorary.merge(model)
-    assert "there is nothing to merge" in refused(lorary.merge, model)
+    assert "nothing to merge" in refused(lorary.merge, model)
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -141,7 +141,7 @@ def test_fully_trained_parameters_stay_where_they_are() -> None:
     model = tiny.trained(tiny.model("BertForSequenceClassification"), lorary.method("bitfit"))
     tuned = tiny.logits(model)
     lorary.merge(model)
-    assert attached(model) is None
+    assert state_of(model) is None
     assert torch.equal(tiny.logits(model), tuned)
 
 

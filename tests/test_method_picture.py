@@ -99,7 +99,7 @@ def test_what_is_given_has_a_lane_of_its_own() -> None:
         [("A", 1024, 4, 1, "trains"), ("B", 4, 2048, 1, "trains")],
         [("A_K", 1024, 4, 1, "frozen"), ("lam", 4, 4, 1, "frozen"), ("B_K", 4, 2048, 1, "frozen")],
     ]
-    assert way(lorary.method("o-lora").but(delta=Tasks(4, past=(4, 4)))) == [
+    assert way(lorary.method("o-lora").replace(delta=Tasks(4, past=(4, 4)))) == [
         [("A", 1024, 4, 1, "trains"), ("B", 4, 2048, 1, "trains")],
         [("A_past", 1024, 4, 2, "frozen"), ("B_past", 4, 2048, 2, "frozen")],
     ]

@@ -12,7 +12,7 @@ from torch import nn
 import lorary
 from lorary.adapter import Adapter
 from lorary.errors import ConfigError, FileError, MethodError, PlanError
-from lorary.state import attached
+from lorary.state import state_of
 
 LORA = lorary.method("lora", r=2, alpha=4)
 
@@ -29,7 +29,7 @@ def adapter() -> Adapter:
 
 def outline(model: nn.Module) -> list[Any]:
     parameters = [(name, p.requires_grad, p.detach().clone().tolist()) for name, p in model.named_parameters()]
-    return [[type(m) for m in model.modules()], parameters, attached(model)]
+    return [[type(m) for m in model.modules()], parameters, state_of(model)]
 
 
 @pytest.mark.parametrize(
@@ -101,10 +101,10 @@ def test_a_start_that_fails_leaves_the_model_alone(monkeypatch: pytest.MonkeyPat
 def test_switch_to_what_is_no_adapter(what: Any) -> None:
     model = net()
     lorary.switch(model, adapter())
-    before = attached(model)
-    with pytest.raises(FileError, match=r"is no adapter\n.*lorary.Adapter.load"):
+    before = state_of(model)
+    with pytest.raises(FileError, match=r"is no adapter\n.*lorary.load_adapter"):
         lorary.switch(model, what)
-    assert attached(model) is before
+    assert state_of(model) is before
 
 
 @pytest.mark.parametrize(
@@ -121,11 +121,11 @@ def test_switch_to_tensors_that_cannot_be_used(spoil: Any, said: str) -> None:
     bad = {site: {role: spoil(t) for role, t in roles.items()} for site, roles in good.tensors.items()}
     model = net()
     lorary.switch(model, good)
-    before = attached(model)
+    before = state_of(model)
     with pytest.raises(FileError) as refusal:
         lorary.switch(model, dataclasses.replace(good, tensors=bad))
     assert str(refusal.value).count(said) == 4
-    assert attached(model) is before
+    assert state_of(model) is before
 
 
 def test_a_meta_model_has_nothing_to_save(tmp_path: Any) -> None:
@@ -142,7 +142,7 @@ def test_rates_that_are_no_numbers(number: Any) -> None:
     model = net()
     lorary.attach(model, lorary.plan(model, LORA))
     with pytest.raises(ConfigError) as refusal:
-        lorary.groups(model, number, number)
+        lorary.param_groups(model, number, number)
     assert [problem.where for problem in refusal.value.problems] == ["lr", "weight_decay"]
 
 
@@ -174,7 +174,7 @@ def test_a_start_in_a_damaged_weight_names_every_layer_and_changes_nothing(metho
         "      hint: repair the base, or exclude the layer"
     )
     assert [type(m) for m in model.modules()] == before
-    assert attached(model) is None
+    assert state_of(model) is None
     assert all(torch.equal(t, values[k]) or t.isnan().any() for k, t in model.state_dict().items())
 
 
@@ -186,7 +186,7 @@ def test_a_start_in_a_weight_of_zeros() -> None:
         lorary.attach(model, lorary.plan(model, lorary.method("pissa", r=2)))
     assert str(refusal.value) == (
         "cannot attach:\n  - 2: its weight is zero, and so is the start that Principal makes of it: nothing could be "
-        "learnt\n      hint: exclude it, or say another init"
+        "learnt\n      hint: exclude it, or use another init"
     )
     assert outline(model) == before
     lorary.attach(model, lorary.plan(model, lorary.method("olora", r=2)))  # its B is not zero: A can learn
@@ -199,7 +199,7 @@ def test_a_base_that_cannot_give_up_its_start() -> None:
         lorary.attach(model, lorary.plan(model, lorary.method("olora", r=2, alpha=1e9)))
     assert str(refusal.value) == (
         "cannot attach:\n  - 0: what is left of its weight, W - s B A with s = 5e+08, is not finite in torch.float16\n"
-        "      hint: say a smaller alpha, or look at the base"
+        "      hint: use a smaller alpha, or check the base"
     )
     assert outline(model) == before
 
@@ -212,8 +212,8 @@ def test_weights_from_inference_mode_are_refused_outside_of_it(method: str) -> N
     with pytest.raises(PlanError) as refusal:
         lorary.attach(model, lorary.plan(model, said))
     assert str(refusal.value) == (
-        "this does not fit the model:\n  - model: its weights were made in torch.inference_mode() and cannot be "
-        "changed or trained with outside of it\n      hint: make the model outside of it"
+        "the plan does not fit this model:\n  - model: its weights were made in torch.inference_mode() and cannot be "
+        "changed or trained with outside of it\n      hint: create the model outside inference mode"
     )
     assert outline(model) == before
     with torch.inference_mode():  # inside, they can be used

@@ -37,8 +37,8 @@ def test_what_it_says_of_its_method() -> None:
 def test_another_rank_or_alpha_and_every_other_word_as_it_is() -> None:
     method = lorary.method("lora+", "lora", r=4, alpha=6, init=Gaussian(), dropout=0.5, full="norm")
     assert with_rank(method) is method
-    assert with_rank(method, r=2) == method.but(delta=LowRank(2))
-    assert with_rank(method, r=2, alpha=1.5) == method.but(delta=LowRank(2), scale=ByRank(1.5))
+    assert with_rank(method, r=2) == method.replace(delta=LowRank(2))
+    assert with_rank(method, r=2, alpha=1.5) == method.replace(delta=LowRank(2), scale=ByRank(1.5))
     with pytest.raises(MethodError, match="LowRank has r = 0; it takes a whole number of at least 1"):
         with_rank(method, r=0)
     with pytest.raises(TypeError):

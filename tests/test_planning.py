@@ -204,14 +204,14 @@ def test_the_first_pattern_that_matches_wins() -> None:
 )
 def test_patterns_that_cannot_be_obeyed(options: dict[str, Any], problems: str) -> None:
     model = tiny.llama(num_hidden_layers=1)
-    assert refused(model, lorary.method(), "q_proj", **options) == f"this plan cannot work:\n  - {problems}"
+    assert refused(model, lorary.method(), "q_proj", **options) == f"invalid plan:\n  - {problems}"
 
 
 def test_a_scale_without_an_alpha() -> None:
     method = lorary.method("lora", scale=Fixed(0.5))
     assert lorary.plan(tiny.llama(), method, "q_proj").placed[0].alpha is None
     message = refused(tiny.llama(), method, "q_proj", alphas={"q_proj": 3})
-    assert message == "this plan cannot work:\n  - alphas: Fixed(s=0.5) has no alpha\n      hint: leave them out"
+    assert message == "invalid plan:\n  - alphas: Fixed(s=0.5) has no alpha\n      hint: leave them out"
 
 
 def test_every_problem_is_told_at_once() -> None:
@@ -239,7 +239,7 @@ def test_every_problem_is_told_at_once() -> None:
 def test_what_is_said_of_adapted_layers_is_no_use_without_them(name: str) -> None:
     message = refused(tiny.model("BertModel"), lorary.method(name), ranks={"query": 2}, alphas={"x": 1}, exclude="key")
     assert message == (
-        "this plan cannot work:\n"
+        "invalid plan:\n"
         "  - ranks: makes sense for adapted layers only, and this method adapts none\n"
         "  - alphas: makes sense for adapted layers only, and this method adapts none\n"
         "  - exclude: makes sense for adapted layers only, and this method adapts none"
@@ -287,14 +287,14 @@ def test_a_tied_parameter_by_each_of_its_names() -> None:
         (
             ("bias",),
             "full: this model has no biases (models of the Llama kind have none): there is nothing to train\n"
-            "      hint: take another method",
+            "      hint: use another method",
         ),
     ],
 )
 def test_full_parameters_that_cannot_be(patterns: tuple[str, ...], problems: str) -> None:
     model = tiny.llama(num_hidden_layers=1)
     method = lorary.method("lora", full=patterns)
-    assert refused(model, method, "q_proj") == f"this plan cannot work:\n  - {problems}"
+    assert refused(model, method, "q_proj") == f"invalid plan:\n  - {problems}"
 
 
 def test_a_weight_that_is_adapted_under_another_name_is_refused_in_full() -> None:
@@ -312,7 +312,7 @@ def test_what_is_no_number_with_a_fraction_cannot_train() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     model.register_parameter("steps", nn.Parameter(torch.zeros(3, dtype=torch.int64), requires_grad=False))
     assert refused(model, lorary.method("full")) == (
-        "this plan cannot work:\n  - steps: is torch.int64 and cannot train in full"
+        "invalid plan:\n  - steps: is torch.int64 and cannot train in full"
     )
 
 
@@ -392,13 +392,13 @@ def test_an_adapted_model_is_refused() -> None:
     lorary.attach(model, lorary.plan(model, lorary.method(r=1)))
     for part in (model, model.model, model.model.layers[0]):
         assert refused(part, lorary.method()) == (
-            "this model cannot be planned for:\n  - model: has adapters attached\n      hint: detach them first"
+            "cannot plan for this model:\n  - model: has adapters attached\n      hint: detach them first"
         )
 
 
 def test_a_single_layer_is_refused() -> None:
     assert refused(nn.Linear(2, 2), lorary.method()) == (
-        "this model cannot be planned for:\n"
+        "cannot plan for this model:\n"
         "  - model: is a single Linear\n"
         "      hint: put it into a module: nn.Sequential(layer)"
     )
@@ -407,7 +407,7 @@ def test_a_single_layer_is_refused() -> None:
 def test_a_model_that_has_seen_nothing_is_refused() -> None:
     model = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 3))
     assert refused(model, lorary.method()) == (
-        "this model cannot be planned for:\n"
+        "cannot plan for this model:\n"
         "  - 0.weight: has no shape before the model has seen its first input\n      hint: run the model once\n"
         "  - 0.bias: has no shape before the model has seen its first input\n      hint: run the model once"
     )
@@ -417,13 +417,13 @@ def test_a_model_that_has_seen_nothing_is_refused() -> None:
 
 def test_a_factor_that_starts_at_zero_cannot_be_frozen() -> None:
     message = "{} starts at zero in a layer of kind {} and is frozen: nothing could be learnt"
-    hint = "\n      hint: exclude it, or say another init"
+    hint = "\n      hint: exclude it, or use another init"
     assert refused(tiny.llama(), lorary.method("lora-fa"), "embedding") == (
-        f"this plan cannot work:\n  - model.embed_tokens: {message.format('{A}', 'embedding')}{hint}"
+        f"invalid plan:\n  - model.embed_tokens: {message.format('{A}', 'embedding')}{hint}"
     )
     frozen_b = lorary.method("lora", frozen="B")
     assert refused(tiny.ConvNet(), frozen_b, "head") == (
-        f"this plan cannot work:\n  - head: {message.format('{B}', 'linear')}{hint}"
+        f"invalid plan:\n  - head: {message.format('{B}', 'linear')}{hint}"
     )
     assert lorary.plan(tiny.llama(), frozen_b, "embedding").trainable == 16 * 40
 
@@ -449,7 +449,7 @@ def test_a_plan_made_for_another_model_is_refused_with_every_difference() -> Non
     with pytest.raises(PlanError) as refusal:
         lorary.attach(other, plan)
     assert str(refusal.value) == (
-        "this does not fit the model:\n"
+        "the plan does not fit this model:\n"
         "  - model.layers.0.self_attn.q_proj: has 8 input features, expected 16\n"
         "  - model.layers.1.self_attn.q_proj: the model has no such module\n"
         "  - lm_head: is of class LayerNorm, expected a layer of kind linear\n"
@@ -469,7 +469,7 @@ def test_another_kind_of_layer_with_the_same_numbers_is_refused() -> None:
     ]:
         with pytest.raises(PlanError) as refusal:
             lorary.attach(nn.Sequential(layer), plan)
-        assert str(refusal.value) == f"this does not fit the model:\n  - 0: {what}"
+        assert str(refusal.value) == f"the plan does not fit this model:\n  - 0: {what}"
 
 
 def test_gpt_2s_layer_is_a_linear_layer() -> None:
@@ -486,7 +486,7 @@ def test_gpt_2s_layer_is_a_linear_layer() -> None:
 def test_a_storage_that_finds_nothing_to_pack_is_refused() -> None:
     model = nn.Sequential(nn.Conv1d(4, 4, 3))
     assert refused(model, lorary.method("qlora", r=2), targets="conv") == (
-        "this plan cannot work:\n  - storage: NF4 has nothing to pack: plain linear layers, without the output head"
+        "invalid plan:\n  - storage: NF4 has nothing to pack: plain linear layers, without the output head"
     )
 
 
@@ -531,8 +531,7 @@ def test_words_of_every_other_axis_are_obeyed() -> None:
 
 def test_a_rank_below_the_budgets_target_is_refused_at_its_site() -> None:
     assert refused(tiny.llama(), lorary.method("adalora", r=4, target=2), "q_proj", ranks={"*.1.*": 1}) == (
-        "this plan cannot work:\n"
-        "  - model.layers.1.self_attn.q_proj: a target of 2 is more than the 1 directions of the start"
+        "invalid plan:\n  - model.layers.1.self_attn.q_proj: a target of 2 is more than the 1 directions of the start"
     )
     plan = lorary.plan(tiny.llama(), lorary.method("adalora", r=4, target=2), "q_proj", ranks={"*.1.*": 6})
     assert [p.r for p in plan.placed] == [4, 6]
@@ -542,7 +541,7 @@ def test_parts_of_a_fused_weight_have_no_spectrum_each() -> None:
     method = lorary.method("adalora", r=4, target=2)
     why = "its projections cannot have a spectrum each: adapt the fused weight as a whole"
     sites = "".join(f"\n  - transformer.h.{i}.attn.c_attn: {why}" for i in range(2))
-    assert refused(tiny.model("GPT2LMHeadModel"), method, "c_attn[q,v]") == f"this plan cannot work:{sites}"
+    assert refused(tiny.model("GPT2LMHeadModel"), method, "c_attn[q,v]") == f"invalid plan:{sites}"
     assert len(lorary.plan(tiny.model("GPT2LMHeadModel"), method, "c_attn").placed) == 2
 
 
@@ -584,8 +583,8 @@ def test_a_past_that_is_no_list_or_holds_no_numbers() -> None:
     adapter = lorary.Adapter.of(tiny.trained(tiny.model("LlamaForCausalLM"), lorary.method("lora", r=2), "q_proj"))
     for after, name in [(iter([adapter]), "list_iterator"), (adapter, "Adapter"), ("first", "str"), (None, "NoneType")]:
         assert refused(model, method, "q_proj", after=after) == (
-            f"this plan cannot work:\n  - after: is a {name}, not a list of adapters\n"
-            "      hint: after=[lorary.Adapter.load(path), ...]"
+            f"invalid plan:\n  - after: is a {name}, not a list of adapters\n"
+            "      hint: after=[lorary.load_adapter(path), ...]"
         )
     next(iter(adapter.tensors.values()))["A"][0, 0] = math.nan
     told = refused(tiny.model("LlamaForCausalLM"), method, "q_proj", after=[adapter])

@@ -31,7 +31,7 @@ def test_lora_is_the_default() -> None:
     ],
 )
 def test_presets_unite(names: tuple[str, ...], words: dict[str, Any]) -> None:
-    assert lorary.method(*names) == lorary.method("lora").but(**words)
+    assert lorary.method(*names) == lorary.method("lora").replace(**words)
     assert lorary.method(*reversed(names)) == lorary.method(*names)
 
 

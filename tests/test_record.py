@@ -36,8 +36,8 @@ def shortened(error: MethodError) -> str:
 
 # --- contradictions, each with its whole sentence --------------------------------------------------------------------
 
-_UNKNOWN = "this method cannot be made:\n  - "
-_WRONG = "these words do not make a method:\n  - "
+_UNKNOWN = "invalid method:\n  - "
+_WRONG = "invalid method:\n  - "
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ _WRONG = "these words do not make a method:\n  - "
             ["lora", "full"],
             {},
             f"{_WRONG}full: every base weight trains in full, which leaves nothing for LowRank to learn\n"
-            "      hint: take one of the two",
+            "      hint: use one of the two",
         ),
         (["lora"], {"full": ("",)}, f"{_WRONG}full: '' is no pattern over parameter names"),
         (["lora"], {"init": ByRank(3)}, f"{_WRONG}init: ByRank(alpha=3) is no word of this axis"),
@@ -217,7 +217,7 @@ def test_contradictions_between_words_of_other_papers() -> None:
     )
     assert said("lora", init=Halved(), dropout=0.1) == (
         f"{_WRONG}dropout: Halved moves part of W into B A, and dropout would drop that part of W\n"
-        "      hint: say dropout=0"
+        "      hint: set dropout=0"
     )
 
 
@@ -238,11 +238,11 @@ METHODS = [
     lorary.method("melora", "lora+", r=3, n=4),
     lorary.method("multilora", "rslora", r=3, n=4),
     lorary.method("adalora", "lora+", r=6, target=3, start=0.25, final=40, every=10, form="paper"),
-    lorary.method("adalora", target=2).but(delta=Spectral(12, kept=0)),
+    lorary.method("adalora", target=2).replace(delta=Spectral(12, kept=0)),
     lorary.method("delta-lora", "rslora", r=3, ratio=0.5, start=7),
     lorary.method("delta-lora", mode="paper", start=0),
     lorary.method("o-lora", "lora-fa", r=3, hard=True),
-    lorary.method("o-lora", weight=2, form="paper", mean=False).but(delta=Tasks(3, past=(8, 2))),
+    lorary.method("o-lora", weight=2, form="paper", mean=False).replace(delta=Tasks(3, past=(8, 2))),
 ]
 
 
@@ -263,25 +263,25 @@ def test_equal_methods_have_equal_hashes(method: Method) -> None:
 def test_methods_differ_in_every_axis() -> None:
     one = lorary.method("lora")
     others = [
-        one.but(delta=LowRank(8)),
-        one.but(init=Gaussian()),
-        one.but(scale=ByRank(31)),
-        one.but(frozen={"A"}),
-        one.but(lr={"B": 2}),
-        one.but(full="bias"),
-        one.but(dropout=0.1),
-        one.but(rules=[AwayFrom()]),
+        one.replace(delta=LowRank(8)),
+        one.replace(init=Gaussian()),
+        one.replace(scale=ByRank(31)),
+        one.replace(frozen={"A"}),
+        one.replace(lr={"B": 2}),
+        one.replace(full="bias"),
+        one.replace(dropout=0.1),
+        one.replace(rules=[AwayFrom()]),
     ]
     assert len({one, *others}) == 9
 
 
 def test_a_delta_that_calls_a_and_b_by_other_names_takes_presets_that_speak_of_them() -> None:
     """AdaLoRA's Q is A and its P is B, in rates and in what is frozen; its own names are taken as they are."""
-    words = lorary.method("adalora").but(rules=())
-    assert words.but(lr={"B": 4, "A": 2}) == words.but(lr={"P": 4, "Q": 2})
-    assert words.but(frozen="A") == words.but(frozen="Q")
-    assert words.but(frozen="A").trained == {"P", "E"}
-    assert Method.from_dict(words.but(lr={"B": 4}).to_dict()).lr == (("P", 4),)
+    words = lorary.method("adalora").replace(rules=())
+    assert words.replace(lr={"B": 4, "A": 2}) == words.replace(lr={"P": 4, "Q": 2})
+    assert words.replace(frozen="A") == words.replace(frozen="Q")
+    assert words.replace(frozen="A").trained == {"P", "E"}
+    assert Method.from_dict(words.replace(lr={"B": 4}).to_dict()).lr == (("P", 4),)
 
 
 def test_what_is_given_is_no_inits_to_fill_and_never_trains() -> None:
@@ -290,7 +290,7 @@ def test_what_is_given_is_no_inits_to_fill_and_never_trains() -> None:
     assert method.trained == {"A", "B"}
     assert method.delta.given == {"A_K", "B_K", "lam"}
     assert lorary.method("delta-lora", start=0).delta.given == frozenset()
-    later = lorary.method("o-lora").but(delta=Tasks(8, past=(8,)))
+    later = lorary.method("o-lora").replace(delta=Tasks(8, past=(8,)))
     assert later.trained == {"A", "B"}
     assert later.delta.given == {"A_past", "B_past"}
 
@@ -311,13 +311,13 @@ def test_a_method_cannot_be_changed() -> None:
 
 def test_but_changes_only_what_is_said_and_checks_again() -> None:
     method = lorary.method("rslora", r=4)
-    assert method.but(dropout=0.5) == lorary.method("rslora", r=4, dropout=0.5)
-    assert method.but() == method
+    assert method.replace(dropout=0.5) == lorary.method("rslora", r=4, dropout=0.5)
+    assert method.replace() == method
     with pytest.raises(MethodError) as refusal:
-        method.but(scael=ByRank(3))
+        method.replace(scael=ByRank(3))
     assert str(refusal.value) == f"{_WRONG}scael: is not an axis of a method\n      hint: did you mean `scale`?"
     with pytest.raises(MethodError, match="is no probability"):
-        method.but(dropout=3)
+        method.replace(dropout=3)
 
 
 def test_one_name_stands_for_a_set_of_one() -> None:
@@ -369,15 +369,15 @@ def test_printed(method: Method, text: str) -> None:
 # --- records from files ----------------------------------------------------------------------------------------------
 
 _LORA = lorary.method("lora").to_dict()
-_RECORD = "this record is no method:\n  - "
+_RECORD = "invalid method record:\n  - "
 _WORDS = "      hint: known: ..."
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([], "a method's record is a mapping\n  - method: found list"),
-        (None, "a method's record is a mapping\n  - method: found NoneType"),
+        ([], "invalid method record:\n  - method: found list"),
+        (None, "invalid method record:\n  - method: found NoneType"),
         (_LORA | {"dleta": None}, f"{_RECORD}dleta: is not an axis of a method\n      hint: did you mean `delta`?"),
         (
             _LORA | {"init": {"word": "Kaimign"}},

@@ -29,10 +29,10 @@ from lorary.methods.vera import Projections, Vectors
 
 from . import tiny
 
-UNMADE = "this method cannot be made:"
-WRONG = "these words do not make a method:"
+UNMADE = "invalid method:"
+WRONG = "invalid method:"
 ONE_WORD = "\n      hint: a method has one word on this axis"
-ONE_OF_TWO = "\n      hint: take one of the two"
+ONE_OF_TWO = "\n      hint: use one of the two"
 NEEDLESS = "\n      hint: leave it out: it would change nothing"
 
 
@@ -178,7 +178,7 @@ PAIRS: dict[tuple[str, str], str] = {
     ("qlora", "glora"): told(
         WRONG,
         "storage: Terms takes W element by element in every step, and NF4 keeps no dense W\n"
-        "      hint: say A='vector', 'scalar' or 'none', which act on the output",
+        "      hint: set A to 'vector', 'scalar' or 'none', which act on the output",
     ),
     ("lora", "full"): told(WRONG, everything_trains("LowRank")),
     ("rslora", "full"): told(WRONG, everything_trains("LowRank")),
@@ -248,7 +248,7 @@ SAID: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
         told(
             WRONG,
             "init: Principal starts 5 times at what packing loses, and AsIs loses nothing\n"
-            "      hint: say rounds=1, or qlora",
+            "      hint: set rounds=1, or add qlora",
         ),
     ),
     (
@@ -257,7 +257,7 @@ SAID: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
         told(
             WRONG,
             "init: Orthonormal starts at s times what it finds, and in 5 rounds that would grow\n"
-            "      hint: say divide=True",
+            "      hint: set divide=True",
         ),
     ),
     (
@@ -393,7 +393,7 @@ SAID: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
         told(
             WRONG,
             "dropout: Principal moves part of W into B A, and dropout would drop that part of W\n"
-            "      hint: say dropout=0",
+            "      hint: set dropout=0",
         ),
     ),
     (
@@ -402,7 +402,7 @@ SAID: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
         told(
             WRONG,
             "dropout: Orthonormal moves part of W into B A, and dropout would drop that part of W\n"
-            "      hint: say dropout=0",
+            "      hint: set dropout=0",
         ),
     ),
     # words of another axis
@@ -498,8 +498,8 @@ def test_what_cannot_be_said(names: tuple[str, ...], options: dict[str, Any], me
 
 # --- layers -----------------------------------------------------------------------------------------------------------
 
-CANNOT = "this plan cannot work:"
-EXCLUDE = "\n      hint: exclude it, or say another init"
+CANNOT = "invalid plan:"
+EXCLUDE = "\n      hint: exclude it, or use another init"
 
 
 def only(layer: nn.Module) -> nn.Module:

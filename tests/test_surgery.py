@@ -15,7 +15,7 @@ import lorary
 from lorary.adapted import adapted
 from lorary.adapter import Adapter
 from lorary.errors import StateError
-from lorary.state import attached
+from lorary.state import state_of
 
 from . import tiny
 
@@ -52,7 +52,7 @@ def test_detach_gives_the_very_base_back(name: str, names: tuple[str, ...], dtyp
     assert lorary.detach(model) is model
     assert tiny.everything(model) == before
     assert tiny.same(tiny.frozen_copy(model), values)
-    assert attached(model) is None
+    assert state_of(model) is None
 
 
 def test_attach_freezes_everything_else() -> None:
@@ -118,14 +118,14 @@ def test_attaching_twice() -> None:
         (lorary.detach, "detach"),
         (lorary.merge, "merge"),
         (lambda model: lorary.disabled(model).__enter__(), "disable"),
-        (lambda model: lorary.groups(model, lr=1e-3), "train"),
-        (lambda model: lorary.tuning(model, 3), "train"),
+        (lambda model: lorary.param_groups(model, lr=1e-3), "train"),
+        (lambda model: lorary.rules(model, 3), "train"),
         (Adapter.of, "take from the model"),
     ],
 )
 def test_nothing_is_attached(action: Any, verb: str) -> None:
     assert refused(action, tiny.llama()) == (
-        f"there is nothing to {verb}:\n  - model: no adapter is attached\n      hint: attach one first"
+        f"nothing to {verb}:\n  - model: no adapter is attached\n      hint: attach one first"
     )
 
 
@@ -372,7 +372,7 @@ def test_disabled_touches_no_parameter() -> None:
     model = tiny.trained(tiny.model("BertForSequenceClassification"), lorary.method("lora", "bitfit", r=2))
     before = tiny.everything(model)
     values = tiny.frozen_copy(model)
-    optimizer = torch.optim.SGD(lorary.groups(model, lr=0.1))
+    optimizer = torch.optim.SGD(lorary.param_groups(model, lr=0.1))
     with lorary.disabled(model):
         tiny.logits(model)
     assert tiny.everything(model) == before
@@ -398,7 +398,7 @@ def test_a_reference_and_a_policy_in_one_step() -> None:
         (lorary.detach, "detach"),
         (lorary.merge, "merge"),
         (Adapter.of, "take from the model"),
-        (lambda model: lorary.groups(model, lr=1e-3), "train"),
+        (lambda model: lorary.param_groups(model, lr=1e-3), "train"),
         (lambda model: lorary.switch(model, None), "switch"),
     ],
 )
@@ -423,8 +423,8 @@ def test_what_layers_share_lies_on_one_device(name: str, share: str) -> None:
     with pytest.raises(lorary.errors.PlanError) as refused:
         lorary.attach(model, plan)
     assert str(refused.value) == (
-        "this does not fit the model:\n"
+        "the plan does not fit this model:\n"
         "  - model: its layers lie on cpu, meta, and what they share can lie on one only\n"
-        "      hint: adapt the layers of one device, or take another method"
+        "      hint: adapt the layers of one device, or use another method"
     )
-    assert attached(model) is None
+    assert state_of(model) is None

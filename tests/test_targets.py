@@ -264,7 +264,7 @@ def test_all_linear_leaves_out_what_it_cannot_adapt_and_names_refuse_it() -> Non
 
     assert found(Plain(), "all-linear") == ["last"]
     assert refused(Plain(), ["linear1", "out_proj", "normed"]) == (
-        "this plan cannot work:\n"
+        "invalid plan:\n"
         "  - body.layers.0.self_attn.out_proj: nn.MultiheadAttention reads its weight and never calls it: "
         "an adapter there would do nothing\n"
         "      hint: exclude it\n"
@@ -322,12 +322,12 @@ def test_a_layout_that_is_not_known_is_not_guessed() -> None:
     assert found(Odd(24), "attention-qv") == ["qkv[q,v]"]  # three times as many rows as columns
     assert found(Odd(12), "attention") == ["qkv"]
     assert refused(Odd(12), "attention-qv") == (
-        "this plan cannot work:\n"
+        "invalid plan:\n"
         "  - qkv: is fused, and how its q, k and v lie in it is not known\n"
         "      hint: target the whole of it by its name"
     )
     assert refused(Odd(12), "qkv[q]") == (
-        "this plan cannot work:\n  - qkv: has no projection q\n      hint: it is not known to be fused"
+        "invalid plan:\n  - qkv: has no projection q\n      hint: it is not known to be fused"
     )
 
 
@@ -441,18 +441,18 @@ def test_nothing_said_is_what_the_method_says() -> None:
 )
 def test_what_is_said(targets: Any, exclude: Any, problems: str) -> None:
     message = refused(tiny.model("LlamaForCausalLM", "meta"), targets, exclude)
-    assert message == f"this plan cannot work:\n  - {problems}"
+    assert message == f"invalid plan:\n  - {problems}"
 
 
 def test_which_projections_there_are() -> None:
     assert refused(tiny.model("GPT2LMHeadModel", n_layer=1), "c_attn[q,w,x]") == (
-        "this plan cannot work:\n  - transformer.h.0.attn.c_attn: has no projection w, x\n      hint: it has q, k, v"
+        "invalid plan:\n  - transformer.h.0.attn.c_attn: has no projection w, x\n      hint: it has q, k, v"
     )
 
 
 def test_a_model_without_layers() -> None:
     assert refused(nn.Sequential(nn.ReLU()), "all-linear") == (
-        "this plan cannot work:\n"
+        "invalid plan:\n"
         "  - targets: `all-linear` matches no layer of this model\n"
         "      hint: this model's layers:\n"
         "        none that can be adapted"

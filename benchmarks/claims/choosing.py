@@ -12,7 +12,7 @@ from training import Setting, train
 import lorary
 from lorary import builtin
 from lorary.methods.lora_drop import Importance, Measured
-from lorary.probing import dropped, importance
+from lorary.probing import drop_layers, layer_importance
 
 PROBE = 1 / 3  # of the steps of a run
 LOOKS = 8  # batches on which importance is measured
@@ -34,9 +34,9 @@ def half(method: lorary.Method, rate: float, least: bool = False) -> Callable[[S
         lorary.attach(probe, plan, seed=seed)
         train(probe, HEADERS, rate, seed, steps, setting.size.batch)
         looks = islice(batches(HEADERS, seed, setting.size.batch), LOOKS)
-        measured = importance(probe, [{"input_ids": ids} for ids in looks])
+        measured = layer_importance(probe, [{"input_ids": ids} for ids in looks])
         model = builtin.load_model()
-        return lorary.attach(model, dropped(plan, _halved(measured.g, least), threshold=0.99), seed=seed)
+        return lorary.attach(model, drop_layers(plan, _halved(measured.g, least), threshold=0.99), seed=seed)
 
     return build
 

@@ -123,19 +123,19 @@ def train(
     look: Callable[[int], None] = lambda step: None,
 ) -> None:
     """Train in place on batches of so many windows; `look` is called with the number of steps done, from 0."""
-    optimizer = torch.optim.AdamW(lorary.groups(model, lr=lr))
+    optimizer = torch.optim.AdamW(lorary.param_groups(model, lr=lr))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARM_UP))
-    tuning = lorary.tuning(model, steps, optimizer)
+    rules = lorary.rules(model, steps, optimizer)
     torch.manual_seed(seed)  # dropout
     model.train()
     look(0)
     for step, ids in zip(range(1, steps + 1), batches(task, seed, batch), strict=False):
-        loss = model(input_ids=ids, labels=ids).loss + tuning.penalty()
+        loss = model(input_ids=ids, labels=ids).loss + rules.penalty()
         loss.backward()
-        tuning.after_backward()
+        rules.after_backward()
         torch.nn.utils.clip_grad_norm_((p for p in model.parameters() if p.requires_grad), CLIP)
         optimizer.step()
-        tuning.after_step()
+        rules.after_step()
         optimizer.zero_grad()
         schedule.step()
         look(step)

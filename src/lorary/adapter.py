@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from os import PathLike
 
 import torch
 from torch import Tensor, nn
 
+from lorary._deprecated import forwarding
 from lorary.adapted import Adapted, adapted, leading_slice
 from lorary.errors import MethodError, Problem
 from lorary.fingerprint import Fingerprint
@@ -19,7 +19,7 @@ from lorary.placed import Placed
 from lorary.record import Method
 from lorary.shards import whole
 from lorary.shrinking import compact
-from lorary.state import attached, base_parameter, require
+from lorary.state import base_parameter, require, state_of
 from lorary.storage.as_is import AsIs
 from lorary.words import Storage
 
@@ -56,26 +56,8 @@ class Adapter:
         full = {name: whole(base_parameter(model, name)) for name in state.full}
         return Adapter(state.method, state.placed, tensors, full, Fingerprint.of(model))
 
-    @staticmethod
-    def load(path: str | PathLike[str], *, strict: bool = True) -> Adapter:
-        """Read an adapter folder, lorary's or PEFT's.
-
-        Args:
-            path: the folder.
-            strict: refuse whatever is missing, left over, malformed or not finite; False tolerates what PEFT does.
-
-        Raises:
-            FileError: every reason at once.
-        """
-        from lorary import formats  # the one import that goes up: files are made of adapters
-
-        return formats.load_adapter(path, strict=strict)
-
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write an adapter folder; a killed process leaves the old one or the new one."""
-        from lorary import formats
-
-        formats.save_adapter(self, path)
+    load = staticmethod(forwarding("Adapter.load", "load_adapter"))
+    save = forwarding("Adapter.save", "save_adapter")
 
     def low_rank(self, base: nn.Module | None = None) -> dict[str, LowRankForm]:
         """site -> (B, A, gain, shift) on the unmodified base, in fp32: how everything downstream sees any method.
@@ -147,7 +129,7 @@ def stacked(adapters: Sequence[Adapter], model: nn.Module, weights: Sequence[flo
                 problems[name] = Problem(name, "one of them gives its output a gain or a shift of its own")
             factors.setdefault(name, []).append(LowRankForm(w * form.B, form.A))
     if problems:
-        raise MethodError("these adapters have no sum:", problems.values())
+        raise MethodError("cannot add these adapters:", problems.values())
     full = _summed_full(adapters, weights, model)
     placed, tensors = [], {}
     for name, forms in factors.items():
@@ -157,8 +139,8 @@ def stacked(adapters: Sequence[Adapter], model: nn.Module, weights: Sequence[flo
         tensors[name] = {"A": A, "B": B}
     method = _plain(max(p.r for p in placed), storage) if placed else Method(full=tuple(full))
     context = contexts.pop()
-    placed = [dataclasses.replace(p, method=p.method.but(context=context)) for p in placed]
-    method = method.but(context=context)
+    placed = [dataclasses.replace(p, method=p.method.replace(context=context)) for p in placed]
+    method = method.replace(context=context)
     return Adapter(method, tuple(placed), tensors, full, adapters[0].base)
 
 
@@ -169,7 +151,7 @@ def _plain(r: int, storage: Storage) -> Method:
 
 def _summed_full(adapters: Sequence[Adapter], weights: Sequence[float], model: nn.Module) -> dict[str, Tensor]:
     """Fully trained parameters: the base's value and the weighted changes that the adapters made to it."""
-    state = attached(model)
+    state = state_of(model)
     total: dict[str, Tensor] = {}
     for adapter, w in zip(adapters, weights, strict=True):
         for name, value in adapter.full.items():

@@ -165,7 +165,7 @@ def _attend(
         )
         return made
     if problems := _refused(module, attention_mask, length, sliding_window, kwargs):
-        raise StateError("shifted sparse attention cannot be computed here:", problems)
+        raise StateError("cannot compute shifted sparse attention:", problems)
     if attention_mask is None:
         y = shifted(query, key, value, group_size(length, groups), scale=scaling, dropout=dropout)
     else:

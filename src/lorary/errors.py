@@ -1,4 +1,4 @@
-"""The errors a user can meet: one family, every reason at once, each with where, what and what to do."""
+"""Errors that a user can cause: a headline, and all reasons at once, each with where, what and what to do."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def once(problems: Iterable[Problem]) -> list[Problem]:
 
 
 class LoraryError(Exception):
-    """What the library raises for anything a user can cause.
+    """The base of every error that a user can cause.
 
     Args:
         headline: one line that says what could not be done.
@@ -59,7 +59,7 @@ class LoraryError(Exception):
 
 
 class MethodError(LoraryError, ValueError):
-    """Words that do not make a method, or that contradict each other."""
+    """A method whose parts are invalid or contradict each other."""
 
     exit_code = 2
 

@@ -33,7 +33,7 @@ Genes = tuple[Terms, ...]  # the structure of every layer, in the model's order
 
 
 @dataclass(frozen=True)
-class Evolution:
+class EvolutionConfig:
     """How a search goes on: the authors' numbers.
 
     Args:
@@ -61,7 +61,7 @@ class Evolution:
 
     def __post_init__(self) -> None:
         if problems := self._no_numbers():
-            raise ConfigError("this is no search:", problems)
+            raise ConfigError("invalid search settings:", problems)
         for name, least in (("population", 1), ("keep", 1), ("crossovers", 0), ("mutations", 0), ("generations", 1)):
             if (value := getattr(self, name)) < least:
                 problems.append(Problem(name, f"{value} is less than {least}"))
@@ -73,7 +73,7 @@ class Evolution:
         if self.ceiling is not None and self.ceiling < 1:
             problems.append(Problem("ceiling", f"{self.ceiling} leaves nothing to an adapter"))
         if problems:
-            raise ConfigError("this is no search:", problems)
+            raise ConfigError("invalid search settings:", problems)
 
     def _no_numbers(self) -> list[Problem]:
         """What is not of the sort that a field holds."""
@@ -88,7 +88,7 @@ class Evolution:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a search found.
 
     Args:
@@ -108,13 +108,13 @@ class Found:
     judged: int
 
 
-def search(
+def search_supernet(
     model: nn.Module,
     fitness: Callable[[nn.Module], float],
-    evolution: Evolution | None = None,
+    evolution: EvolutionConfig | None = None,
     *,
     progress: Callable[[int, int, float], None] | None = None,
-) -> Found:
+) -> SearchResult:
     """The structures of a supernet's layers that do best. The model is as before afterwards.
 
     Args:
@@ -129,7 +129,7 @@ def search(
         MethodError: no candidate is within the ceiling, or none has a finite fitness.
         ConfigError: the fitness is no function, or gives no number.
     """
-    evolution = evolution or Evolution()
+    evolution = evolution or EvolutionConfig()
     _check_words(fitness, evolution)
     layers = _layers(model)
     pool = _Pool(layers, evolution)
@@ -151,18 +151,18 @@ def search(
     best = _ranked(judged)[0]
     if judged[best] == -math.inf:
         problem = Problem("fitness", f"is finite for none of {len(judged)} candidates")
-        raise MethodError("nothing was found:", [problem])
+        raise MethodError("no structure was found:", [problem])
     names = [layer.site.name for layer in layers]
     chosen = dict(zip(names, best, strict=True))
-    return Found(_adapter(model, chosen), judged[best], pool.size(best), chosen, tuple(history), len(judged))
+    return SearchResult(_adapter(model, chosen), judged[best], pool.size(best), chosen, tuple(history), len(judged))
 
 
 def _check_words(fitness: object, evolution: object) -> None:
     problems = []
     if not callable(fitness):
         problems.append(Problem("fitness", f"is {fitness!r}, no function of a model"))
-    if not isinstance(evolution, Evolution):
-        problems.append(Problem("evolution", f"is a {type(evolution).__name__}, not an Evolution"))
+    if not isinstance(evolution, EvolutionConfig):
+        problems.append(Problem("evolution", f"is a {type(evolution).__name__}, not an EvolutionConfig"))
     if problems:
         raise ConfigError("cannot search:", problems)
 
@@ -171,7 +171,7 @@ def _number(score: object) -> float:
     try:
         return float(score)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError):
-        problem = Problem("fitness", f"gave a {type(score).__name__} that is no number", "let it return one number")
+        problem = Problem("fitness", f"gave a {type(score).__name__} that is no number", "return one number")
         raise ConfigError("cannot search:", [problem]) from None
 
 
@@ -179,7 +179,7 @@ def _number(score: object) -> float:
 def structured(layers: Sequence[Adapted], genes: Genes) -> Iterator[None]:
     """Within, each layer has a structure of its own; its tensors are views of the supernet's."""
     before = [(layer.p, layer.method) for layer in layers]
-    methods = {terms: layer.method.but(delta=terms, rules=()) for layer, terms in zip(layers, genes, strict=True)}
+    methods = {terms: layer.method.replace(delta=terms, rules=()) for layer, terms in zip(layers, genes, strict=True)}
     try:
         for layer, terms in zip(layers, genes, strict=True):
             views = terms.slices(dict(layer.p.items()))
@@ -199,7 +199,7 @@ class _Pool:
         evolution: how many of which sort, and the ceiling.
     """
 
-    def __init__(self, layers: Sequence[Adapted], evolution: Evolution) -> None:
+    def __init__(self, layers: Sequence[Adapted], evolution: EvolutionConfig) -> None:
         self.evolution = evolution
         self.random = random.Random(evolution.seed)
         self.choices = [structures(layer.method.delta, layer.site.bias) for layer in layers]  # type: ignore[arg-type]
@@ -210,7 +210,7 @@ class _Pool:
         self.least = min(n for sizes in self.sizes for n in sizes.values() if n)
         if evolution.ceiling is not None and self.least > evolution.ceiling:
             what = f"{evolution.ceiling:,} numbers are less than the smallest structure of any layer, {self.least:,}"
-            raise MethodError("nothing can be found:", [Problem("ceiling", what)])
+            raise MethodError("no structure fits the ceiling:", [Problem("ceiling", what)])
 
     def size(self, genes: Genes) -> int:
         """How many numbers a candidate holds."""
@@ -285,7 +285,7 @@ def _layers(model: nn.Module) -> list[Adapted]:
     whole = all(isinstance(layer.method.delta, Terms) for layer in layers)
     if not layers or not whole or not any(isinstance(rule, RandomStructures) for rule in state.method.rules):
         what, fix = "no supernet is attached: its parts were never trained alone", "train `glora` with supernet=True"
-        raise StateError("there is nothing to search in:", [Problem("model", what, fix)])
+        raise StateError("cannot search this model:", [Problem("model", what, fix)])
     return layers
 
 
@@ -297,10 +297,10 @@ def _ranked(judged: Mapping[Genes, float]) -> list[Genes]:
 def _adapter(model: nn.Module, chosen: Mapping[str, Terms]) -> Adapter:
     """The supernet's adapter, of which each site keeps the structure that was chosen for it."""
     whole = Adapter.of(model)
-    placed = [Placed(p.site, p.method.but(delta=chosen[p.site.name], rules=())) for p in whole.placed]
+    placed = [Placed(p.site, p.method.replace(delta=chosen[p.site.name], rules=())) for p in whole.placed]
     placed = [p for p in placed if p.shapes]  # where every term is none, the layer is left alone
     tensors: dict[str, dict[str, Tensor]] = {}
     for p in placed:
         views = chosen[p.site.name].slices(whole.tensors[p.site.name])
         tensors[p.site.name] = {role: view.clone(memory_format=torch.contiguous_format) for role, view in views.items()}
-    return dataclasses.replace(whole, method=whole.method.but(rules=()), placed=tuple(placed), tensors=tensors)
+    return dataclasses.replace(whole, method=whole.method.replace(rules=()), placed=tuple(placed), tensors=tensors)

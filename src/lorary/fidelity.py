@@ -1,4 +1,4 @@
-"""Fidelity: how near a merged model is to the live adapter, layer by layer and as a whole. `lorary.live` measures it.
+"""MergeError: how near a merged model is to the live adapter, layer by layer and as a whole. `lorary.live` measures it.
 
 A merge computes W' exactly and rounds it once. What rounding loses is small beside W and need not be small beside the
 adapter's own update: where that is a hundredth of W, bfloat16 loses a sixth of it. So errors are told relative to the
@@ -16,7 +16,7 @@ _SHOWN = 10  # sites in a printed report
 
 
 @dataclass(frozen=True)
-class SiteFidelity:
+class SiteMergeError:
     """One merged weight, as Frobenius norms.
 
     Args:
@@ -47,7 +47,7 @@ class SiteFidelity:
 
 
 @dataclass(frozen=True)
-class Fidelity:
+class MergeError:
     """How near a merged model is to the live adapter. Prints as a table, the worst sites first.
 
     Args:
@@ -58,7 +58,7 @@ class Fidelity:
         largest: the largest difference of a logit.
     """
 
-    sites: tuple[SiteFidelity, ...] = field(repr=False)
+    sites: tuple[SiteMergeError, ...] = field(repr=False)
     tokens: int = 0
     top1: float = math.nan
     kl: float = math.nan
@@ -83,7 +83,7 @@ class Fidelity:
         return math.sqrt(math.fsum(getattr(site, name) ** 2 for site in self.sites))
 
     @property
-    def worst(self) -> list[SiteFidelity]:
+    def worst(self) -> list[SiteMergeError]:
         """The sites, the one that loses most of its effect first."""
         return sorted(self.sites, key=lambda site: -site.error)
 

@@ -74,7 +74,7 @@ def _covers(pattern: str, name: str) -> bool:
 def _no_parameter(pattern: str, names: list[str]) -> Problem:
     if pattern == "bias":
         what = "this model has no biases (models of the Llama kind have none): there is nothing to train"
-        return Problem("full", what, "take another method")
+        return Problem("full", what, "use another method")
     near = nearest(pattern, names + list({".".join(n.split(".")[-2:]) for n in names}))
     return Problem("full", f"`{pattern}` matches no parameter", f"did you mean {' or '.join(near)}?" if near else "")
 

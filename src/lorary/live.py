@@ -1,7 +1,7 @@
-"""Live: what a live adapter says, to hold the model against that it is merged into.
+"""MergeCheck: the answers of a live adapter, to compare with those of the merged model.
 
-    live = lorary.Live.of(model, rows)
-    print(live.merge(model))
+    check = lorary.MergeCheck.of(model, rows)
+    print(check.merge(model))
 
 There is one model at a time, and one layer of it is measured at a time.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lorary.adapted import Adapted, adapted
 from lorary.errors import Problem, StateError
-from lorary.fidelity import Fidelity, SiteFidelity
+from lorary.fidelity import MergeError, SiteMergeError
 from lorary.loop import evaluating
 from lorary.merging import merge
 from lorary.packing import exact_modules, precision
@@ -31,7 +31,7 @@ _CHUNK = 2**24  # logits that are compared at once, in 64 bits
 Row = Tensor | Sequence[int] | Mapping[str, Any]
 
 
-class Live(NamedTuple):
+class MergeCheck(NamedTuple):
     """What a live adapter says of some rows, to hold the merged model against.
 
     The logits are kept in 32 bits: 4 bytes for every token and word of the vocabulary.
@@ -47,7 +47,7 @@ class Live(NamedTuple):
     packed: frozenset[str]
 
     @staticmethod
-    def of(model: nn.Module, rows: Iterable[Row] = ()) -> Live:
+    def of(model: nn.Module, rows: Iterable[Row] = ()) -> MergeCheck:
         """What the model says now.
 
         Args:
@@ -60,9 +60,9 @@ class Live(NamedTuple):
         require(model, "measure")
         rows = tuple(rows)
         packed = frozenset(name for name, layer in adapted(model).items() if is_packed(layer.base))
-        return Live(rows, tuple(logits(model, row) for row in rows), packed)
+        return MergeCheck(rows, tuple(logits(model, row) for row in rows), packed)
 
-    def merge(self, model: nn.Module, *, dtype: torch.dtype | None = None) -> Fidelity:
+    def merge(self, model: nn.Module, *, dtype: torch.dtype | None = None) -> MergeError:
         """`lorary.merge`, and how near the merged model is.
 
         Args:
@@ -79,7 +79,7 @@ class Live(NamedTuple):
             round_weights(model, dtype)
         return self.against(model, sites)
 
-    def sites(self, model: nn.Module, dtype: torch.dtype | None = None) -> tuple[SiteFidelity, ...]:
+    def sites(self, model: nn.Module, dtype: torch.dtype | None = None) -> tuple[SiteMergeError, ...]:
         """What a merge of this model would do to each weight; one layer at a time, and nothing is merged.
 
         Raises:
@@ -95,7 +95,7 @@ class Live(NamedTuple):
             for name, layer in layers.items()
         )
 
-    def against(self, model: nn.Module, sites: tuple[SiteFidelity, ...] = ()) -> Fidelity:
+    def against(self, model: nn.Module, sites: tuple[SiteMergeError, ...] = ()) -> MergeError:
         """The report, once the model is merged."""
         tokens, same, nats, far = 0, 0, 0.0, []
         for row, before in zip(self.rows, self.logits, strict=True):
@@ -107,9 +107,9 @@ class Live(NamedTuple):
                 far.append((p - q).abs().max())
             tokens += len(before)
         if not tokens:
-            return Fidelity(sites)
+            return MergeError(sites)
         largest = float(torch.stack(far).max())  # and not Python's `max`, which passes over NaN
-        return Fidelity(sites, tokens, same / tokens, max(nats, 0.0) / tokens, largest)
+        return MergeError(sites, tokens, same / tokens, max(nats, 0.0) / tokens, largest)
 
 
 @torch.no_grad()
@@ -140,14 +140,14 @@ def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def _site(model: nn.Module, layer: Adapted, dtype: torch.dtype | None, *, original: bool) -> SiteFidelity:
+def _site(model: nn.Module, layer: Adapted, dtype: torch.dtype | None, *, original: bool) -> SiteMergeError:
     merged, _ = layer.merged()  # [out, inp]
     kept = merged.to(dtype or precision(model, layer.base) or layer.dtype)
     W = _matrix(layer, pristine(model, layer.site.name)).to(merged)
     if original:
         merged, W = _as_packed(layer, W)
     name = str(kept.dtype).removeprefix("torch.")
-    return SiteFidelity(layer.site.name, _norm(kept.to(merged) - merged), _norm(merged - W), _norm(W), name, original)
+    return SiteMergeError(layer.site.name, _norm(kept.to(merged) - merged), _norm(merged - W), _norm(W), name, original)
 
 
 def _as_packed(layer: Adapted, W: Tensor) -> tuple[Tensor, Tensor]:

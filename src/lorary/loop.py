@@ -1,4 +1,4 @@
-"""groups and tuning: how the words meet an optimizer and a training loop, any loop."""
+"""param_groups and rules: a method in an optimizer and in any training loop."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lorary.state import base_parameter, require
 from lorary.words import Rule
 
 
-def groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """Optimizer groups that cover the trainable set exactly: one for each learning-rate multiplier and decay.
 
     Args:
@@ -42,7 +42,7 @@ def groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[
     if not (_number(weight_decay) and 0 <= weight_decay < float("inf")):
         problems.append(Problem("weight_decay", f"{weight_decay!r} is not a finite number of at least 0"))
     if problems:
-        raise ConfigError("these are no optimizer settings:", problems)
+        raise ConfigError("invalid optimizer settings:", problems)
     rows: dict[tuple[float, float], dict[str, Any]] = {}
 
     def put(role: str, parameter: nn.Parameter, rate: float) -> None:
@@ -73,18 +73,18 @@ def _number(value: Any) -> bool:
 def _check_cover(model: nn.Module, grouped: list[nn.Parameter]) -> None:
     """Every parameter that trains is in exactly one group."""
     ids = {id(p) for p in grouped}
-    what, fix = "requires a gradient, but no plan trains it", "freeze it, or say it in `full`"
+    what, fix = "requires a gradient, but no plan trains it", "freeze it, or name it in `full`"
     stray = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in ids]
     if stray:
         problems = [Problem(name, what, fix) for name in stray]
-        raise StateError("the groups would not cover what trains exactly:", problems)
+        raise StateError("the parameter groups do not match what trains:", problems)
     if not grouped:
         what, fix = "no parameter requires a gradient", "load the adapter with trainable=True"
-        raise StateError("there is nothing to train:", [Problem("model", what, fix)])
+        raise StateError("nothing to train:", [Problem("model", what, fix)])
 
 
 @dataclass
-class Tuning:
+class Rules:
     """A method's rules at work in a training run. Without rules every call does nothing.
 
     Args:
@@ -169,18 +169,20 @@ class Tuning:
             StateError: it was another method's: names or shapes differ.
         """
         if not isinstance(flat, Mapping) or not all(isinstance(t, Tensor) for t in flat.values()):
-            problem = Problem("state", "is no mapping of names to tensors", "give what Tuning.state_dict gave")
-            raise StateError("this is no training state:", [problem])
+            problem = Problem("state", "is no mapping of names to tensors", "pass the result of Rules.state_dict")
+            raise StateError("invalid training state:", [problem])
         mine = self.state_dict()
         wrong = sorted(set(mine) ^ set(flat), key=str)
         # what a rule needs no more it gives back: nothing is left of it
         wrong += [k for k in mine.keys() & flat.keys() if mine[k].shape != flat[k].shape and flat[k].numel()]
         if wrong:
             problems = [Problem(key, "is missing, unknown or of another shape") for key in wrong]
-            raise StateError("this is another method's training state:", problems)
+            raise StateError("the training state belongs to another method:", problems)
         if not 0 <= (step := float(flat["step"])) <= self.steps or step != int(step):
-            problem = Problem("step", f"is {step:g}, and the run has {self.steps} steps", "say the run's own steps")
-            raise StateError("this is another run's training state:", [problem])
+            problem = Problem(
+                "step", f"is {step:g}, and the run has {self.steps} steps", "pass the steps of the saved run"
+            )
+            raise StateError("the training state belongs to another run:", [problem])
         self.step = int(step)
         for i, state in enumerate(self.states):
             for name in state:
@@ -191,10 +193,10 @@ class Tuning:
 
 
 def _check_optimizer(rules: tuple[Rule, ...], optimizer: torch.optim.Optimizer | None) -> None:
-    what, fix = "reaches into the optimizer's state", "lorary.tuning(model, steps, optimizer)"
+    what, fix = "reaches into the optimizer's state", "lorary.rules(model, steps, optimizer)"
     problems = [Problem(type(rule).__name__, what, fix) for rule in rules if rule.steers and optimizer is None]
     if problems:
-        raise StateError("these rules need the optimizer:", problems)
+        raise StateError("the method's rules need the optimizer:", problems)
 
 
 @contextmanager
@@ -209,19 +211,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def tuning(
+def rules(
     model: nn.Module,
     steps: int,
     optimizer: torch.optim.Optimizer | None = None,
     state: Mapping[str, Tensor] | None = None,
-) -> Tuning:
+) -> Rules:
     """The rules of the attached method, for a run of so many optimizer steps.
 
     Args:
         model: with a method attached, as it is at the start of the run, or where the run was left.
         steps: optimizer steps of the whole run.
         optimizer: the one that trains. Some rules need it (O-LoRA's hard mode), and AdaLoRA takes less memory with it.
-        state: what `Tuning.state_dict` gave, to go on from there.
+        state: what `Rules.state_dict` gave, to go on from there.
 
     Raises:
         StateError: nothing is attached; a rule needs the optimizer; the state is another method's.
@@ -230,5 +232,5 @@ def tuning(
     require(model, "train")
     if type(steps) is not int or steps < 0:
         problem = Problem("steps", f"{steps!r} is no number of optimizer steps")
-        raise ConfigError("this is no run:", [problem])
-    return Tuning(model, steps, optimizer, state)
+        raise ConfigError("invalid number of steps:", [problem])
+    return Rules(model, steps, optimizer, state)

@@ -13,7 +13,7 @@ from lorary.biases import BiasWarning, Room, homeless, make_room, take_back_room
 from lorary.errors import Problem, StateError, once
 from lorary.fingerprint import STATE, Fingerprint
 from lorary.packing import holds_weights, plain, precision, settle_config
-from lorary.state import Merged, attached, require
+from lorary.state import Merged, require, state_of
 from lorary.weights import is_packed
 
 LOSSY = "the steps between 4-bit or 8-bit numbers are coarser than what an adapter changes, and rounding would undo it"
@@ -31,7 +31,7 @@ def merge(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = N
     configuration says it.
 
     A packed layer becomes a plain one, Dq(Wq) + s B A, which is what was trained: packing the sum anew would lose what
-    the adapter has learnt. Layers without an adapter stay packed; `lorary.unpack` makes them plain as well.
+    the adapter has learnt. Layers without an adapter stay packed; `lorary.dequantize` makes them plain as well.
 
     Args:
         model: a model with adapters attached.
@@ -45,7 +45,7 @@ def merge(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = N
     """
     state = require(model, "merge")
     if dtype is not None and not holds_weights(dtype):
-        fix = "say torch.bfloat16 or torch.float32"
+        fix = "use torch.bfloat16 or torch.float32"
         raise StateError("cannot merge:", [Problem("dtype", f"is {dtype}: {LOSSY}", fix)])
     layers = adapted(model)
     problems = []
@@ -93,7 +93,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     Raises:
         StateError: nothing was merged, or it was not kept.
     """
-    state = attached(model)
+    state = state_of(model)
     if state is None or state.merged is None:
         what = "nothing is merged here, or the merge did not keep what it replaced"
         raise StateError("cannot unmerge:", [Problem("model", what, "merge with keep=True")])

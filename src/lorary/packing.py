@@ -1,4 +1,4 @@
-"""pack, unpack: the layers of a model in another storage and back, one at a time."""
+"""quantize, dequantize: the layers of a model in another storage and back, one at a time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lorary.words import Init, Storage
 T = TypeVar("T")
 
 
-def pack(model: nn.Module, storage: Storage | None = None) -> nn.Module:
+def quantize(model: nn.Module, storage: Storage | None = None) -> nn.Module:
     """Pack every linear layer of a model but its output head, in place, one at a time.
 
     What it was is given up: that is what saves the memory. Adapters of the plain model still fit.
@@ -68,7 +68,7 @@ def _names_to_pack(model: nn.Module, storage: Storage) -> list[str]:
         if not names:
             problems.append(Problem("model", "has no layer to pack: plain linear ones, without the output head"))
     if problems:
-        raise StateError("cannot pack:", problems)
+        raise StateError("cannot quantise:", problems)
     return names
 
 
@@ -86,7 +86,7 @@ def mode(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     return cast("contextlib.AbstractContextManager[None]", torch.inference_mode(inside))
 
 
-def unpack(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Make every packed layer a plain one that computes the same, in place: W = Dq(Wq).
 
     Args:
@@ -101,9 +101,9 @@ def unpack(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     if hasattr(model, STATE):
         problems.append(Problem("model", "has adapters attached", "merge or detach them first"))
     if dtype is not None and not holds_weights(dtype):
-        problems.append(Problem("dtype", f"is {dtype!r}", "say torch.bfloat16 or torch.float32"))
+        problems.append(Problem("dtype", f"is {dtype!r}", "use torch.bfloat16 or torch.float32"))
     if problems:
-        raise StateError("cannot unpack:", problems)
+        raise StateError("cannot dequantise:", problems)
     names = [name for name, module in model.named_modules() if name and is_packed(module)]
     with mode(model):
         for name in shown(names, "unpacking"):
@@ -152,7 +152,7 @@ def exact_modules(model: nn.Module) -> set[str]:
 def packed_already(name: str, init: Init) -> Problem:
     """Why an init cannot start at a part of this layer's weight."""
     what = f"is packed already, and {type(init).__name__} would take a part of it"
-    return Problem(name, what, "load the base in full precision: with qlora what is left of it is packed")
+    return Problem(name, what, "load the base in full precision: qlora quantises the residual")
 
 
 class PackingWarning(UserWarning):

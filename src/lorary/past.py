@@ -40,7 +40,7 @@ def with_past(
     A task that several of the adapters hold, because one was trained after the other, counts once.
     """
     if isinstance(after, str | bytes) or not isinstance(after, Sequence):
-        what, fix = f"is a {type(after).__name__}, not a list of adapters", "after=[lorary.Adapter.load(path), ...]"
+        what, fix = f"is a {type(after).__name__}, not a list of adapters", "after=[lorary.load_adapter(path), ...]"
         return placed, {}, [Problem("after", what, fix)]
     if not after:
         return placed, {}, []
@@ -57,7 +57,7 @@ def with_past(
     for p in placed:
         if tasks[p.site.name]:
             delta, given[p.site.name] = _sequential(p).after(tasks[p.site.name], p.scale)
-            p = dataclasses.replace(p, method=p.method.but(delta=delta))
+            p = dataclasses.replace(p, method=p.method.replace(delta=delta))
         following.append(p)
     return following, given, []
 
@@ -88,7 +88,7 @@ def _cannot_follow(base: Fingerprint, placed: list[Placed], adapter: Any, i: int
         site = here.get(p.site.name)
         if site is None:
             what = f"it adapts {p.site.name}, which this plan does not: its update there would be lost"
-            problems.append(Problem(where, what, "name the same targets"))
+            problems.append(Problem(where, what, "use the same targets"))
         elif (site.out, site.inp) != (p.site.out, p.site.inp):
             what = f"{p.site.name} is {p.site.out}x{p.site.inp} there and {site.out}x{site.inp} here"
             problems.append(Problem(where, what))

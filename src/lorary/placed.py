@@ -103,7 +103,7 @@ class Placed:
         if zeros and not zeros & self.method.trained:
             where = f"{braces(zeros)} starts at zero in a layer of kind {self.site.kind}"
             what = f"{where} and is frozen: nothing could be learnt"
-            found.append(Problem(self.site.name, what, "exclude it, or say another init"))
+            found.append(Problem(self.site.name, what, "exclude it, or use another init"))
         return found
 
 
@@ -157,4 +157,4 @@ def with_rank(method: Method, r: int | None = None, alpha: float | None = None) 
         words["delta"] = dataclasses.replace(cast(Any, method.delta), r=r)
     if alpha is not None:
         words["scale"] = dataclasses.replace(cast(Any, method.scale), alpha=alpha)
-    return method.but(**words) if words else method
+    return method.replace(**words) if words else method

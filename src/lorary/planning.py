@@ -58,7 +58,7 @@ def plan(
     problems += [*unplaced, *past, *untrainable, *(problem for p in placed for problem in p.problems())]
     problems += _storage_problems(base, method.storage, placed, packed)
     if problems:
-        raise PlanError("this plan cannot work:", problems)
+        raise PlanError("invalid plan:", problems)
     total, size = _planned_sizes(base, method.storage, packed)
     notes = plan_notes(base, method, placed, full, packed)
     if "all-linear" in as_list(targets):
@@ -76,7 +76,7 @@ def _scan_if_ready(model: Any, method: Any, ranks: Any, alphas: Any) -> Scan:
     base = None if problems else scan(model)
     problems += [*(not_ready(base) if base else ()), *bad_arguments(method, ranks, alphas)]
     if base is None or problems:
-        raise PlanError("this model cannot be planned for:", problems)
+        raise PlanError("cannot plan for this model:", problems)
     return base
 
 

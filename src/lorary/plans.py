@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,7 +85,7 @@ class Plan:
         return 12 * sum(p.trainable for p in sets) + 3 * sum(f.bytes for f in self.full if f.trains)
 
     def __str__(self) -> str:
-        lines = [str(self.method), *self._site_lines(), *self._full_lines(), ""]
+        lines = [str(self.method), *site_table(self.placed), *full_table(self.full), ""]
         lines.append(f"trains    {self.trainable:,} of {self.total:,} parameters ({self.share:.4%})")
         sizes = (self.base_bytes, self.adapter_bytes, self.training_bytes)
         base, adapters, training = (human_bytes(n) for n in sizes)
@@ -95,42 +95,46 @@ class Plan:
         lines += [f"note      {note}" for note in self.notes]
         return "\n".join(lines)
 
-    def _site_lines(self) -> list[str]:
-        by_name = {p.site.name: p for p in self.placed}
-        rows: dict[tuple[Any, ...], list[str]] = {}
-        for p in self.placed:  # one row for the sites that differ in nothing but a number in their path
-            s = p.site
-            key = (
-                re.sub(r"\d+", "#", s.name),
-                s.kind,
-                s.out,
-                s.inp,
-                s.parts,
-                tuple(p.shapes.values()),
-                p.scale,
-                p.share,
-            )
-            rows.setdefault(key, []).append(s.name)
-        table: list[tuple[str, ...]] = [("site", "kind", "out x in", "tensors", "s", "trains")]
-        for names in rows.values():
-            p = by_name[names[0]]
-            parts = f"[{','.join(part.name for part in p.site.parts)}]" if p.site.parts else ""
-            times = f" x{len(names)}" if len(names) > 1 else ""
-            tensors = " ".join(f"{role}[{'x'.join(map(str, shape))}]" for role, shape in p.shapes.items())
-            text = abbreviate_paths(names)[0][0] + parts + times
-            if p.share:
-                text += " share one"
-            counts = f"{p.trainable * (1 if p.share else len(names)):,}"
-            table.append((text, p.site.kind, f"{p.site.out}x{p.site.inp}", tensors, f"{p.scale:g}", counts))
-        return _aligned(table) if len(table) > 1 else []
 
-    def _full_lines(self) -> list[str]:
-        lines = []
-        sizes = {f.name: f.size for f in self.full if f.trains}
-        for text, names in abbreviate_paths(sizes):
-            lines.append((text + (f" x{len(names)}" if len(names) > 1 else ""), f"{sum(sizes[n] for n in names):,}"))
-        shown = lines[:20] + ([(f"... and {len(lines) - 20} more", "")] if len(lines) > 20 else [])
-        return _aligned([("base parameter, in full", "trains"), *shown]) if lines else []
+def site_table(placed: Iterable[Placed]) -> list[str]:
+    """The lines of a table of adapted sites, one for those that differ only in a number of their path."""
+    by_name = {p.site.name: p for p in placed}
+    rows: dict[tuple[Any, ...], list[str]] = {}
+    for p in by_name.values():
+        s = p.site
+        key = (
+            re.sub(r"\d+", "#", s.name),
+            s.kind,
+            s.out,
+            s.inp,
+            s.parts,
+            tuple(p.shapes.values()),
+            p.scale,
+            p.share,
+        )
+        rows.setdefault(key, []).append(s.name)
+    table: list[tuple[str, ...]] = [("site", "kind", "out x in", "tensors", "s", "trains")]
+    for names in rows.values():
+        p = by_name[names[0]]
+        parts = f"[{','.join(part.name for part in p.site.parts)}]" if p.site.parts else ""
+        times = f" x{len(names)}" if len(names) > 1 else ""
+        tensors = " ".join(f"{role}[{'x'.join(map(str, shape))}]" for role, shape in p.shapes.items())
+        text = abbreviate_paths(names)[0][0] + parts + times
+        if p.share:
+            text += " share one"
+        counts = f"{p.trainable * (1 if p.share else len(names)):,}"
+        table.append((text, p.site.kind, f"{p.site.out}x{p.site.inp}", tensors, f"{p.scale:g}", counts))
+    return _aligned(table) if len(table) > 1 else []
+
+
+def full_table(full: Iterable[FullParameter]) -> list[str]:
+    """The lines of a table of the base parameters that train in full."""
+    lines = []
+    sizes = {f.name: f.size for f in full if f.trains}
+    for text, names in abbreviate_paths(sizes):
+        lines.append((text + (f" x{len(names)}" if len(names) > 1 else ""), f"{sum(sizes[n] for n in names):,}"))
+    shown = lines[:20] + ([(f"... and {len(lines) - 20} more", "")] if len(lines) > 20 else [])
+    return _aligned([("base parameter, in full", "trains"), *shown]) if lines else []
 
 
 def _aligned(table: list[tuple[str, ...]]) -> list[str]:

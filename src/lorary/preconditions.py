@@ -109,7 +109,7 @@ def not_quantizable(scan: Scan, names: Iterable[str]) -> list[Problem]:
             continue
         if "forward" in vars(layer):
             what = "its forward was replaced, by Accelerate or by hand, and the packed layer would have its own"
-            problems.append(Problem(name, what, "pack the base before that, as lorary.load_base does"))
+            problems.append(Problem(name, what, "pack the base before that, as lorary.load_quantized does"))
         W = weight(layer)
         double = W.dtype == torch.float64
         bad = 0 if W.is_meta else int((~(W.float() if double else W).isfinite()).sum())
@@ -135,7 +135,7 @@ def model_mismatches(
             problems.append(Problem(name, f"is {found}, expected {tuple(shape)}"))
     if not torch.is_inference_mode_enabled() and any(t.is_inference() for t in scan.parameters.values()):
         what = "its weights were made in torch.inference_mode() and cannot be changed or trained with outside of it"
-        problems.append(Problem("model", what, "make the model outside of it"))
+        problems.append(Problem("model", what, "create the model outside inference mode"))
     problems += inconsistent_ties(placed)
     problems += [] if problems else _several_devices(scan, placed)
     return problems + [Problem(name, "the model has no such module") for name in packed if name not in scan.modules]
@@ -151,7 +151,7 @@ def _several_devices(scan: Scan, placed: tuple[Placed, ...]) -> list[Problem]:
         Problem(
             "model",
             f"its layers lie on {', '.join(sorted(several))}, and what they share can lie on one only",
-            "adapt the layers of one device, or take another method",
+            "adapt the layers of one device, or use another method",
         )
         for several in devices.values()
         if len(several) > 1

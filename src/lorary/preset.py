@@ -234,7 +234,7 @@ def method(*names: str, **options: Any) -> Method:
         hint = did_you_mean(option, sorted(known | set(AXES)))
         problems.append(Problem(option, f"is no option of {' + '.join(p.name for p in speaking)}", hint))
     if problems:
-        raise MethodError("this method cannot be made:", problems)
+        raise MethodError("invalid method:", problems)
     said: dict[str, tuple[str, Any]] = {}
     for p in speaking:
         words = p.words(**{k: v for k, v in options.items() if k in p.parameters})
@@ -244,7 +244,7 @@ def method(*names: str, **options: Any) -> Method:
     if "alpha" in options and not hasattr(scale, "alpha"):
         problems.append(Problem("alpha", f"{_says(speaker, scale)}, which has no alpha", "leave it out"))
     if problems:
-        raise MethodError("this method cannot be made:", problems)
+        raise MethodError("invalid method:", problems)
     return Method(**{axis: value for axis, (_, value) in said.items()})
 
 
@@ -257,7 +257,7 @@ def speakers(names: Sequence[str]) -> tuple[Preset, ...]:
     problems: list[Problem] = []
     chosen = _chosen(names, problems)
     if problems:
-        raise MethodError("this method cannot be made:", problems)
+        raise MethodError("invalid method:", problems)
     return tuple(_speaking(chosen))
 
 

@@ -1,4 +1,5 @@
-"""importance and dropped: what every adapted layer contributes, and the plan in which small ones share (LoRA-drop)."""
+"""layer_importance and drop_layers: the contribution of every adapted layer, and the plan in which small ones share
+(LoRA-drop)."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ _MASKS = ("attention_mask", "decoder_attention_mask")
 
 
 @torch.no_grad()
-def importance(
+def layer_importance(
     model: nn.Module, batches: Iterable[Any], *, over_ranks: Callable[[Tensor], Tensor] | None = None
 ) -> Importance:
     """How much every adapted layer adds to its output: the sum over all tokens of |s B A x|^2 (LoRA-drop's g).
@@ -46,7 +47,7 @@ def importance(
     """
     state = require(model, "measure")
     if problems := measurable(state.method):
-        raise PlanError("the importance of these layers cannot be measured:", problems)
+        raise PlanError("cannot measure layer importance:", problems)
     layers = adapted(model)
     meter = _Meter(layers)
     with evaluating(model), meter.reading():
@@ -128,8 +129,8 @@ class _Meter:
         sums = torch.stack([*rows, torch.tensor([float(self.tokens), float(self.batches)])]).double()
         *found, (tokens, batches) = over_ranks(sums).tolist()
         if not batches:
-            raise DataError("the importance of layers cannot be measured:", [Problem("batches", "there is none")])
-        headline = "the importance of layers cannot be measured:"
+            raise DataError("cannot measure layer importance:", [Problem("batches", "there is none")])
+        headline = "cannot measure layer importance:"
         wrong = [name for name, pair in zip(self.layers, found, strict=True) if any(v - v != 0 for v in pair)]
         if wrong:
             raise StateError(headline, once(Problem(name, "its outputs are not finite") for name in wrong))
@@ -186,10 +187,10 @@ def _check_masks(masks: Mapping[str, Tensor], model: nn.Module) -> None:
 
 
 def _unmatched(where: str, what: str, fix: str) -> DataError:
-    return DataError("padding cannot be told from tokens:", [Problem(where, what, fix)])
+    return DataError("cannot tell padding from tokens:", [Problem(where, what, fix)])
 
 
-def dropped(plan: Plan, importance: Importance, threshold: float = THRESHOLD) -> Plan:
+def drop_layers(plan: Plan, importance: Importance, threshold: float = THRESHOLD) -> Plan:
     """The plan in which only important layers have tensors of their own; all others of a module kind share one set.
 
     Of every module kind the fewest layers are kept that together have `threshold` of its importance. The others share,
@@ -203,7 +204,7 @@ def dropped(plan: Plan, importance: Importance, threshold: float = THRESHOLD) ->
     Raises:
         PlanError: the method cannot be shared, the importance is that of other sites or no size, or T is out of range.
 
-    >>> print(dropped(plan, importance(model, batches)))
+    >>> print(drop_layers(plan, layer_importance(model, batches)))
     """
     problems = shareable(plan.method) + unknown_sites(importance.g, (p.site.name for p in plan.placed))
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 < threshold <= 1:
@@ -212,7 +213,7 @@ def dropped(plan: Plan, importance: Importance, threshold: float = THRESHOLD) ->
         if not 0 <= g < float("inf"):
             problems.append(Problem(site, f"its importance is {g!r}, no finite number of at least 0"))
     if problems:
-        raise PlanError("layers cannot be dropped from this plan:", problems)
+        raise PlanError("cannot drop layers from this plan:", problems)
     kept = importance.kept(threshold)
     names = _shares(plan.placed, kept)
     placed = tuple(dataclasses.replace(p, share=names.get(p.site.name, "")) for p in plan.placed)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from lorary._deprecated import warn
 from lorary.contexts import Context
 from lorary.errors import MethodError, Problem, did_you_mean
 from lorary.fields import POSITIVE, wrong
@@ -60,7 +61,7 @@ class Method:
         if agreed:
             problems += self._delta_problems() if self.delta else self._bare_problems()
         if problems:
-            raise MethodError("these words do not make a method:", problems)
+            raise MethodError("invalid method:", problems)
 
     @property
     def roles(self) -> frozenset[str]:
@@ -76,15 +77,20 @@ class Method:
         """The learning-rate multiplier of a role."""
         return dict(cast("tuple[tuple[str, float], ...]", self.lr)).get(role, 1.0)
 
-    def but(self, **words: Any) -> Method:
-        """The same method with some words changed."""
+    def replace(self, **words: Any) -> Method:
+        """The method with some components changed."""
         unknown = set(words) - set(AXES)
         if unknown:
             raise MethodError(
-                "these words do not make a method:",
+                "invalid method:",
                 [Problem(name, "is not an axis of a method", did_you_mean(name, AXES)) for name in sorted(unknown)],
             )
         return dataclasses.replace(self, **words)
+
+    def but(self, **words: Any) -> Method:
+        """Deprecated: use `replace`."""
+        warn("Method.but", "Method.replace")
+        return self.replace(**words)
 
     def to_dict(self) -> dict[str, Any]:
         """The record as plain data for a file: axis -> {"word": name, its fields} or a plain value."""
@@ -110,7 +116,7 @@ class Method:
         """
         problems: list[Problem] = []
         if not isinstance(data, Mapping):
-            raise MethodError("a method's record is a mapping", [Problem("method", f"found {type(data).__name__}")])
+            raise MethodError("invalid method record:", [Problem("method", f"found {type(data).__name__}")])
         words = {}
         for axis, value in data.items():
             if axis not in AXES:
@@ -118,7 +124,7 @@ class Method:
             else:
                 words[axis] = _read_axis(axis, value, problems)
         if problems:
-            raise MethodError("this record is no method:", problems)
+            raise MethodError("invalid method record:", problems)
         return Method(**words)
 
     def __str__(self) -> str:
@@ -196,17 +202,17 @@ class Method:
             problems.append(Problem("frozen", what))
         if init.moves_base and self.dropout:
             what = f"{type(init).__name__} moves part of W into B A, and dropout would drop that part of W"
-            problems.append(Problem("dropout", what, "say dropout=0"))
+            problems.append(Problem("dropout", what, "set dropout=0"))
         problems += self._storage_problems(delta, init)
         if self.dropout and not join.drops:
             what = f"{type(join).__name__} scales W x itself: there is no input of the adapter alone to drop from"
-            problems.append(Problem("dropout", what, "say dropout=0"))
+            problems.append(Problem("dropout", what, "set dropout=0"))
         if delta.biases and "bias" in self.full:
             what = f"{name} learns a change of every adapted layer's bias; trained in full, it would be learnt twice"
-            problems.append(Problem("full", what, "take one of the two"))
+            problems.append(Problem("full", what, "use one of the two"))
         if "*" in self.full:
             what = f"every base weight trains in full, which leaves nothing for {name} to learn"
-            problems.append(Problem("full", what, "take one of the two"))
+            problems.append(Problem("full", what, "use one of the two"))
         for rule in self.rules:
             problems += self._rule_problems(rule, name)
         return problems
@@ -233,13 +239,13 @@ class Method:
         problems, name = [], type(self.storage).__name__
         if delta.weighs and not self.storage.writable:
             what = f"{type(delta).__name__} takes W element by element in every step, and {name} keeps no dense W"
-            problems.append(Problem("storage", what, "say A='vector', 'scalar' or 'none', which act on the output"))
+            problems.append(Problem("storage", what, "set A to 'vector', 'scalar' or 'none', which act on the output"))
         if init.rounds > 1 and self.storage.writable:
             what = f"{type(init).__name__} starts {init.rounds} times at what packing loses, and {name} loses nothing"
-            problems.append(Problem("init", what, "say rounds=1, or qlora"))
+            problems.append(Problem("init", what, "set rounds=1, or add qlora"))
         elif init.rounds > 1 and not init.within:
             what = f"{type(init).__name__} starts at s times what it finds, and in {init.rounds} rounds that would grow"
-            problems.append(Problem("init", what, "say divide=True"))
+            problems.append(Problem("init", what, "set divide=True"))
         return problems
 
     def _rule_problems(self, rule: Rule, delta: str) -> list[Problem]:

@@ -21,7 +21,7 @@ from lorary.errors import PlanError, Problem, StateError
 from lorary.packing import packed_already, plain
 from lorary.shards import is_sharded
 from lorary.sites import kind_of
-from lorary.state import Attached, attached, base_parameter
+from lorary.state import Attached, base_parameter, state_of
 from lorary.weights import is_packed, weight
 
 
@@ -69,7 +69,7 @@ def _rest(layer: Adapted, sign: int = -1) -> Tensor:
 def _check(layer: Adapted, rest: Tensor | None) -> None:
     if rest is not None and not rest.isfinite().all():
         what = f"what is left of its weight, W - s B A with s = {layer.scale:g}, is not finite in {rest.dtype}"
-        raise PlanError("cannot attach:", [Problem(layer.site.name, what, "say a smaller alpha, or look at the base")])
+        raise PlanError("cannot attach:", [Problem(layer.site.name, what, "use a smaller alpha, or check the base")])
 
 
 def give_up(model: nn.Module, layer: Adapted) -> None:
@@ -80,7 +80,7 @@ def give_up(model: nn.Module, layer: Adapted) -> None:
     weight = cast(nn.Parameter, layer.weight)
     if not layer.start or weight.is_meta:
         return
-    state = cast(Attached, attached(model))
+    state = cast(Attached, state_of(model))
     with torch.no_grad():
         rest = layer.kind.weight(layer.base, _rest(layer)).to(weight.dtype)
         _check(layer, rest)
@@ -115,7 +115,7 @@ def idle(layer: Adapted) -> list[Problem]:
     if not layer.start or any(t.any() for t in layer.start.values()):
         return []
     what = f"its weight is zero, and so is the start that {type(layer.method.init).__name__} makes of it"
-    return [Problem(layer.site.name, f"{what}: nothing could be learnt", "exclude it, or say another init")]
+    return [Problem(layer.site.name, f"{what}: nothing could be learnt", "exclude it, or use another init")]
 
 
 def _alone(model: nn.Module, weight: nn.Parameter, state: Attached) -> bool:
@@ -154,8 +154,8 @@ def restart(model: nn.Module, layer: Adapted, tensors: Mapping[str, Tensor]) -> 
     if is_sharded(layer.weight) or is_packed(layer.base):
         done = "packed" if is_packed(layer.base) else "sharded"
         what, fix = f"began at other tensors here, and its weight is {done} already", "load it onto the plain base"
-        raise StateError("cannot go on from this adapter:", [Problem(layer.site.name, what, fix)])
-    take_back(layer, cast(Attached, attached(model)).moved[layer.site.name])
+        raise StateError("cannot continue from this adapter:", [Problem(layer.site.name, what, fix)])
+    take_back(layer, cast(Attached, state_of(model)).moved[layer.site.name])
     layer.load({role: tensors[role] for role in layer.start})
     give_up(model, layer)
 
@@ -171,7 +171,7 @@ def pristine(model: nn.Module, name: str) -> Tensor:
         return layer.kind.weight(layer.base, W)
     if is_packed(layer):
         return weight(layer)
-    moved = cast(Attached, attached(model)).moved if attached(model) is not None else {}
+    moved = cast(Attached, state_of(model)).moved if state_of(model) is not None else {}
     before = moved.get(name, base_parameter(model, f"{name}.weight"))
     if isinstance(before, nn.Parameter):  # of other layers, too: one of them may have given up a part for itself
         for other, values in moved.items():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lorary.adapted import Adapted, adapted
 from lorary.placed import Placed
-from lorary.state import Attached, attached
+from lorary.state import Attached, state_of
 from lorary.words import Delta, Tensors
 
 
@@ -89,20 +89,20 @@ def fit(model: nn.Module, placed: tuple[Placed, ...]) -> None:
         for role, shape in other.shapes.items():
             p = layer.p[role]
             layer.p[role] = nn.Parameter(p.detach().new_zeros(shape), requires_grad=p.requires_grad)
-        _say(model, layer, layer.method.but(delta=other.delta))
+        _say(model, layer, layer.method.replace(delta=other.delta))
 
 
 def _say(model: nn.Module, layer: Adapted, method: Any) -> None:
     """Note in the layer and in what the model remembers how many directions are left."""
     layer.method = method
-    state = cast(Attached, attached(model))
+    state = cast(Attached, state_of(model))
     state.placed = tuple(
         dataclasses.replace(p, method=layer.method) if p.site.name == layer.site.name else p for p in state.placed
     )
 
 
 def _left(method: Any, R: int) -> Any:
-    return method.but(delta=cast(Shrinkable, method.delta).left(R))
+    return method.replace(delta=cast(Shrinkable, method.delta).left(R))
 
 
 def compact(

@@ -1,20 +1,24 @@
-"""Attached: what a model remembers while a method is attached to it."""
+"""What a model remembers while a method is attached to it, and the summary of it that `lorary.attached` gives."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from lorary.adapted import Adapted
+from lorary.adapted import Adapted, base_parameters
 from lorary.biases import Room
 from lorary.contexts import Reading
 from lorary.errors import Problem, StateError
 from lorary.fingerprint import STATE, Fingerprint
-from lorary.placed import Placed
+from lorary.placed import Placed, unique_tensor_sets
+from lorary.plans import FullParameter, full_table, site_table
 from lorary.record import Method
+from lorary.sites import KINDS, kind_of
+from lorary.weights import held, is_packed
 
 
 class Merged(NamedTuple):
@@ -65,8 +69,87 @@ class Attached:
     reading: Reading | None = None
 
 
-def attached(model: nn.Module) -> Attached | None:
-    """What is attached to a model, or None."""
+@dataclass(frozen=True)
+class Attachment:
+    """What is attached to a model, as a value. Prints like a plan.
+
+    Args:
+        method: the method, at the rank that sites without one of their own take.
+        placed: the adapted sites, each with its rank, scale and shapes.
+        full: the base parameters that train in full.
+        total: parameters of the base model, tied ones counted once.
+        base: the fingerprint of the base.
+        merged: whether the adapter is merged into the base (`merge(keep=True)`).
+        enabled: False inside a `disabled` block.
+    """
+
+    method: Method
+    placed: tuple[Placed, ...]
+    full: tuple[FullParameter, ...]
+    total: int
+    base: Fingerprint
+    merged: bool = False
+    enabled: bool = True
+
+    @property
+    def trainable(self) -> int:
+        """How many numbers the method trains, whether or not they require gradients now."""
+        return sum(p.trainable for p in unique_tensor_sets(self.placed)) + sum(f.size for f in self.full if f.trains)
+
+    @property
+    def share(self) -> float:
+        """Trained numbers over the base model's parameters."""
+        return self.trainable / self.total
+
+    def __str__(self) -> str:
+        base = " ".join(filter(None, (self.base.architecture, self.base.name, self.base.weights[-64:][:12])))
+        state = ("merged" if self.merged else "attached") + ("" if self.enabled else ", disabled")
+        return "\n".join(
+            [
+                str(self.method),
+                *site_table(self.placed),
+                *full_table(self.full),
+                "",
+                f"trains    {self.trainable:,} of {self.total:,} parameters ({self.share:.4%})",
+                f"base      {base}",
+                f"state     {state}",
+            ]
+        )
+
+
+def attached(model: nn.Module) -> Attachment | None:
+    """What is attached to a model, or None.
+
+    Returns:
+        A summary of this moment, which does not follow later changes; None for a plain model, also after `detach` and
+        after a `merge` without `keep`.
+
+    Example:
+        >>> print(lorary.attached(model))
+    """
+    state = state_of(model)
+    if state is None:
+        return None
+    adapted_weights = {f"{p.site.name}.weight" for p in state.placed}  # a rule writes these, no optimizer trains them
+    full = []
+    for name in state.full:
+        value = base_parameter(model, name)
+        size = value.numel() * value.element_size()
+        full.append(FullParameter(name, tuple(value.shape), size, trains=name not in adapted_weights))
+    merged, enabled = state.merged is not None, not state.off
+    return Attachment(state.method, state.placed, tuple(full), _total(model), state.fingerprint, merged, enabled)
+
+
+def _total(model: nn.Module) -> int:
+    """Parameters of the base; tied ones and packed layers that share a weight count once."""
+    packed = {id(held(m)[0]): m for m in model.modules() if is_packed(m)}.values()
+    inside = {id(t) for m in packed for t in held(m)}
+    plain = {id(p): p.numel() for _, p in base_parameters(model) if id(p) not in inside}
+    return sum(plain.values()) + sum(math.prod(KINDS[str(kind_of(m))].size(m)) for m in packed)
+
+
+def state_of(model: nn.Module) -> Attached | None:
+    """The live state behind `attached`, or None."""
     return cast("Attached | None", getattr(model, STATE, None))
 
 
@@ -76,11 +159,9 @@ def require(model: nn.Module, verb: str) -> Attached:
     Raises:
         StateError: nothing is, it has been merged, or it is disabled for now.
     """
-    state = attached(model)
+    state = state_of(model)
     if state is None:
-        raise StateError(
-            f"there is nothing to {verb}:", [Problem("model", "no adapter is attached", "attach one first")]
-        )
+        raise StateError(f"nothing to {verb}:", [Problem("model", "no adapter is attached", "attach one first")])
     if state.merged is not None:
         raise StateError(f"cannot {verb}:", [Problem("model", "the adapter is merged", "unmerge it first")])
     if state.off and verb != "disable":

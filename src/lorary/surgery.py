@@ -20,7 +20,7 @@ from lorary.preconditions import blocks_gradient, model_mismatches, not_quantiza
 from lorary.record import Method
 from lorary.residual import bare, idle, settle, start, take_back, unsound
 from lorary.scan import Scan, scan
-from lorary.state import Attached, attached, base_parameter, require
+from lorary.state import Attached, base_parameter, require, state_of
 from lorary.storage.foreign import keep_layout
 from lorary.weights import held
 
@@ -107,7 +107,7 @@ def _start(
 def _pack(model: nn.Module, packed: Collection[str]) -> None:
     """Pack the layers of these names, one at a time, that are not adapted: those are packed."""
     layers = adapted(model)
-    storage = cast(Attached, attached(model)).method.storage
+    storage = cast(Attached, state_of(model)).method.storage
     for name in shown([name for name in packed if name not in layers], "packing"):
         replace(model, name, storage.pack(model.get_submodule(name)))
 
@@ -153,14 +153,14 @@ def _put(
 ) -> None:
     """Put adapters at the sites, zero or with the given tensors, freeze the rest, and remember the way back."""
     model = base.model
-    if attached(model) is not None:
+    if state_of(model) is not None:
         what = "something is attached already"
         raise StateError("cannot attach:", [Problem("model", what, "detach it first, or use lorary.switch")])
     keep_layout(model)
     problems = model_mismatches(base, placed, full, packed)
     problems += [Problem("context", *why) for why in (method.context.problems(model) if method.context else ())]
     if problems:
-        raise PlanError("this does not fit the model:", problems)
+        raise PlanError("the plan does not fit this model:", problems)
     placed = tuple(_of_kind(p, base.modules[p.site.name].kind) for p in placed)
     paths = {p.site.name: list(base.modules[p.site.name].paths) for p in placed}
     fingerprint = fingerprint or Fingerprint.of(model)

@@ -14,10 +14,11 @@ from lorary.adapted import adapted, base_parameters, plain_modules
 from lorary.adapter import Adapter, stacked
 from lorary.errors import FileError, Problem, StateError
 from lorary.fingerprint import Fingerprint
+from lorary.formats.adapters import load_adapter, save_adapter
 from lorary.packing import packable, packed_already, warn_of_packing
 from lorary.preconditions import layer_mismatches
 from lorary.scan import scan
-from lorary.state import attached, base_parameter, require
+from lorary.state import base_parameter, require, state_of
 from lorary.surgery import detach, place
 from lorary.weights import is_packed
 
@@ -29,9 +30,7 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
         StateError: nothing is attached.
         FileError: the folder cannot be written.
     """
-    from lorary import formats  # as in Adapter.load
-
-    formats.save_adapter(Adapter.of(model), path, model=model)  # the model tells which modules were trained whole
+    save_adapter(Adapter.of(model), path, model=model)  # the model tells which modules were trained whole
 
 
 def load(
@@ -61,13 +60,11 @@ def load(
         FileError: every reason why the folder cannot be used on this base.
         StateError: something is attached already.
     """
-    from lorary import formats  # as in Adapter.load
-
-    if attached(base) is not None:
+    if state_of(base) is not None:
         raise StateError(
             "cannot load:", [Problem("model", "something is attached already", "lorary.switch replaces it")]
         )
-    adapter = formats.load_adapter(path, model=base, strict=strict)
+    adapter = load_adapter(path, model=base, strict=strict)
     here = Fingerprint.of(base)
     _check_base(base, adapter, here, str(path), force=force or not strict)
     _install(base, adapter, here, trainable=trainable, pack=pack)
@@ -91,13 +88,13 @@ def switch(model: nn.Module, adapters: Adapter | Sequence[Adapter] | None, *, fo
         StateError: the model's adapter is merged.
     """
     several = _adapters(adapters)
-    if attached(model) is not None:
+    if state_of(model) is not None:
         require(model, "switch")
     here = Fingerprint.of(model)
     for a in several:
         _check_base(model, a, here, "the adapter", force=force)
     chosen = several[0] if len(several) == 1 else stacked(several, model) if several else None
-    if attached(model) is not None:
+    if state_of(model) is not None:
         detach(model)
     if chosen is not None:
         _install(model, chosen, here, trainable=False)
@@ -112,10 +109,10 @@ def _adapters(adapters: Any) -> list[Adapter]:
     """
     alone = isinstance(adapters, (Adapter, str, PathLike)) or not isinstance(adapters or (), Iterable)
     several = [adapters] if alone else list(adapters or ())
-    fix = "read one with lorary.Adapter.load(path)"
+    fix = "read one with lorary.load_adapter(path)"
     wrong = [Problem(repr(a), "is no adapter", fix) for a in several if not isinstance(a, Adapter)]
     if wrong:
-        raise FileError("cannot switch to these:", wrong)
+        raise FileError("cannot switch adapters:", wrong)
     return several
 
 
@@ -134,7 +131,7 @@ def _check_base(model: nn.Module, adapter: Adapter, here: Fingerprint, where: st
             problems.append(Problem(name, f"the adapter holds {tuple(tensor.shape)} for it; in this model {found}"))
     problems += _context_problems(model, adapter)
     if not force:
-        fix = "load the base that it was trained on, or say force=True"
+        fix = "load the base that it was trained on, or pass force=True"
         problems += [Problem(p.where, p.what, fix) for p in adapter.base.disagreements(here)]
     if problems:
         raise FileError(f"{where} does not fit this model:", problems)
@@ -142,7 +139,7 @@ def _check_base(model: nn.Module, adapter: Adapter, here: Fingerprint, where: st
 
 def _context_problems(model: nn.Module, adapter: Adapter) -> list[Problem]:
     """Why the base cannot read as the adapter wants it to, whatever reads now."""
-    state, context = attached(model), adapter.method.context
+    state, context = state_of(model), adapter.method.context
     if context is None:
         return []
     with state.reading.undone() if state is not None and state.reading else contextlib.nullcontext():

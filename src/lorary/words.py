@@ -224,7 +224,7 @@ class Scale(Protocol):
 
 
 class Run(Protocol):
-    """What a rule may do to the run beside its layers (`lorary.loop.Tuning` is the one that exists).
+    """What a rule may do to the run beside its layers (`lorary.Rules` is the one that exists).
 
     Attributes:
         optimizer: the one that trains; None where the loop has kept it to itself.
@@ -244,7 +244,7 @@ class Run(Protocol):
 
 @runtime_checkable
 class Rule(Protocol):
-    """What happens while training: a frozen specification; its state is carried by `lorary.tuning`.
+    """What happens while training: a frozen specification; its state is carried by `lorary.rules`.
 
     Attributes:
         needs: the roles that it works on.

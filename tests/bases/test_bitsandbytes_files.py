@@ -64,15 +64,15 @@ def test_theirs_here_and_ours_there(
     packed = theirs(base, double, compute)
     packed.save_pretrained(tmp_path / "theirs")
     expected = tiny.exact_logits(packed)
-    here = lorary.load_base(tmp_path / "theirs", dtype=dtype)
+    here = lorary.load_quantized(tmp_path / "theirs", dtype=dtype)
     layers = [module for module in here.modules() if isinstance(module, NF4Linear)]
     assert {(layer.nested_absmax is not None, layer.compute) for layer in layers} == {(double, compute)}
     close(tiny.logits(here), expected)
 
-    lorary.save_base(here, tmp_path / "ours")
+    lorary.save_quantized(here, tmp_path / "ours")
     there = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert torch.equal(tiny.exact_logits(there), expected)
-    assert torch.equal(tiny.logits(lorary.load_base(tmp_path / "ours", dtype=dtype)), tiny.logits(here))
+    assert torch.equal(tiny.logits(lorary.load_quantized(tmp_path / "ours", dtype=dtype)), tiny.logits(here))
     same = [type(a).__name__ == "Linear4bit" for _, a in there.named_modules() if type(a).__name__.startswith("Linear")]
     assert sum(same) == len(layers)
     assert there.dtype == getattr(torch, dtype)
@@ -81,7 +81,7 @@ def test_theirs_here_and_ours_there(
 def test_what_is_packed_here_is_theirs_bit_for_bit(tmp_path: Path) -> None:
     base = plain(tmp_path / "plain")
     theirs(base, double=False).save_pretrained(tmp_path / "theirs")
-    lorary.save_base(lorary.load_base(base, lorary.NF4(double=False)), tmp_path / "ours")
+    lorary.save_quantized(lorary.load_quantized(base, lorary.NF4(double=False)), tmp_path / "ours")
     files = [load_file(tmp_path / of / "model.safetensors") for of in ("theirs", "ours")]
     assert files[0].keys() == files[1].keys()
     for key, value in files[0].items():
@@ -92,18 +92,18 @@ def test_what_is_packed_here_is_theirs_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_bitsandbytes_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lorary.save_base(lorary.load_base(plain(tmp_path / "plain")), tmp_path / "ours")
+    lorary.save_quantized(lorary.load_quantized(plain(tmp_path / "plain")), tmp_path / "ours")
     for name in [n for n in sys.modules if n.partition(".")[0] == "bitsandbytes"]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    again, base = lorary.load_base(tmp_path / "ours"), lorary.load_base(tmp_path / "plain")
+    again, base = lorary.load_quantized(tmp_path / "ours"), lorary.load_quantized(tmp_path / "plain")
     assert torch.equal(tiny.logits(again), tiny.logits(base))
 
 
 def test_adapters_fit_a_base_that_was_packed_and_saved(tmp_path: Path) -> None:
-    base = lorary.load_base(plain(tmp_path / "plain"))
-    lorary.save_base(base, tmp_path / "ours")
-    again = lorary.load_base(tmp_path / "ours")
+    base = lorary.load_quantized(plain(tmp_path / "plain"))
+    lorary.save_quantized(base, tmp_path / "ours")
+    again = lorary.load_quantized(tmp_path / "ours")
     assert Fingerprint.of(again) == Fingerprint.of(base)
     assert again.config.to_dict() == base.config.to_dict() | {"_name_or_path": again.config._name_or_path}
     tiny.trained(base, lorary.method("qlora", r=2))
@@ -114,7 +114,7 @@ def test_adapters_fit_a_base_that_was_packed_and_saved(tmp_path: Path) -> None:
 def test_adapters_of_a_base_of_theirs_fit_however_it_is_loaded(tmp_path: Path) -> None:
     live = theirs(plain(tmp_path / "plain"))
     live.save_pretrained(tmp_path / "theirs")
-    here = lorary.load_base(tmp_path / "theirs")
+    here = lorary.load_quantized(tmp_path / "theirs")
     mine, its = Fingerprint.of(here), Fingerprint.of(AutoModelForCausalLM.from_pretrained(tmp_path / "theirs"))
     assert mine.disagreements(its) == its.disagreements(mine) == []
     other = plain(tmp_path / "other", vocab_size=41, **_LLAMA)
@@ -123,7 +123,7 @@ def test_adapters_of_a_base_of_theirs_fit_however_it_is_loaded(tmp_path: Path) -
 
 def test_a_model_that_transformers_cast_is_read_in_the_precision_that_is_asked(tmp_path: Path) -> None:
     theirs(plain(tmp_path / "plain", dtype="bfloat16", **_LLAMA)).save_pretrained(tmp_path / "theirs")
-    here = lorary.load_base(tmp_path / "theirs", dtype="float32")
+    here = lorary.load_quantized(tmp_path / "theirs", dtype="float32")
     assert {p.dtype for p in here.parameters()} == {torch.float32, torch.uint8}
     assert here.model.layers[0].mlp.up_proj.dtype is torch.float32
 
@@ -133,7 +133,7 @@ def test_codes_in_the_bytes_of_floats(tmp_path: Path) -> None:
     live = theirs(plain(tmp_path / "plain"), bnb_4bit_quant_storage=torch.bfloat16)
     live.save_pretrained(tmp_path / "theirs")
     assert load_file(tmp_path / "theirs/model.safetensors")[UP + "weight"].dtype is torch.bfloat16
-    close(tiny.logits(lorary.load_base(tmp_path / "theirs")), tiny.exact_logits(live))
+    close(tiny.logits(lorary.load_quantized(tmp_path / "theirs")), tiny.exact_logits(live))
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ DAMAGE: list[tuple[Callable[[dict[str, Any]], None], str]] = [
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packed")
-    lorary.save_base(lorary.load_base(plain(folder / "plain")), folder / "ours")
+    lorary.save_quantized(lorary.load_quantized(plain(folder / "plain")), folder / "ours")
     return folder / "ours"
 
 
@@ -194,7 +194,7 @@ def _damaged(packed: Path, folder: Path, *damage: Callable[[dict[str, Any]], Non
 @pytest.mark.parametrize(("damage", "said"), DAMAGE, ids=[said for _, said in DAMAGE])
 def test_a_damaged_weight_is_told(packed: Path, tmp_path: Path, damage: Any, said: str) -> None:
     with pytest.raises(FileError, match=said) as refused:
-        lorary.load_base(_damaged(packed, tmp_path / "damaged", damage))
+        lorary.load_quantized(_damaged(packed, tmp_path / "damaged", damage))
     assert {problem.where for problem in refused.value.problems} == {UP + "weight"}
 
 
@@ -204,7 +204,7 @@ def test_every_damaged_weight_is_told_at_once(packed: Path, tmp_path: Path) -> N
         del tensors["model.layers.1.self_attn.q_proj.weight.absmax"]
 
     with pytest.raises(FileError) as refused:
-        lorary.load_base(_damaged(packed, tmp_path / "damaged", DAMAGE[0][0], another))
+        lorary.load_quantized(_damaged(packed, tmp_path / "damaged", DAMAGE[0][0], another))
     assert str(refused.value).splitlines()[1:] == [
         "  - model.layers.0.mlp.up_proj.weight: absmax is missing",
         "  - model.layers.1.self_attn.q_proj.weight: absmax is missing",
@@ -221,7 +221,7 @@ def _config(packed: Path, folder: Path, **changes: Any) -> Path:
     return folder
 
 
-FIX = "\n      hint: load it with Transformers and its own library; lorary adapts the layers that this gives"
+FIX = "\n      hint: load it with Transformers and the library that wrote it; lorary adapts those layers"
 
 
 @pytest.mark.parametrize(
@@ -245,14 +245,14 @@ FIX = "\n      hint: load it with Transformers and its own library; lorary adapt
 def test_what_is_not_nf4_is_told(packed: Path, tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     folder = _config(packed, tmp_path / "other", **changes)
     with pytest.raises(FileError) as refused:
-        lorary.load_base(folder)
+        lorary.load_quantized(folder)
     expected = f"cannot load the model {folder}:\n  - config.json: quantization_config: {said}"
     assert str(refused.value) == expected
 
 
 def test_a_damaged_fingerprint_is_told(packed: Path, tmp_path: Path) -> None:
     with pytest.raises(FileError, match="lorary_base: expected architecture, name, structure, weights, each a text"):
-        lorary.load_base(_config(packed, tmp_path / "other", lorary_base={"name": 3}))
+        lorary.load_quantized(_config(packed, tmp_path / "other", lorary_base={"name": 3}))
 
 
 # --- what cannot be saved ---------------------------------------------------------------------------------------------
@@ -260,39 +260,39 @@ def test_a_damaged_fingerprint_is_told(packed: Path, tmp_path: Path) -> None:
 
 def test_what_such_files_do_not_know_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="is a Linear, not a model of Transformers"):
-        lorary.save_base(torch.nn.Linear(2, 2), tmp_path / "x")
+        lorary.save_quantized(torch.nn.Linear(2, 2), tmp_path / "x")
     with pytest.raises(StateError, match="has no layer in NF4"):
-        lorary.save_base(tiny.llama(), tmp_path / "x")
-    model = lorary.pack(tiny.llama(), lorary.NF4(embeddings=True))
+        lorary.save_quantized(tiny.llama(), tmp_path / "x")
+    model = lorary.quantize(tiny.llama(), lorary.NF4(embeddings=True))
     lorary.attach(model, lorary.plan(model, lorary.method("lora", r=2), "attention-qv"))
     with pytest.raises(StateError) as refused:
-        lorary.save_base(model, tmp_path / "x")
+        lorary.save_quantized(model, tmp_path / "x")
     assert str(refused.value) == (
         "cannot save the base:\n"
         "  - model: has adapters attached\n      hint: save these with lorary.save, and detach them\n"
         "  - model.embed_tokens: is a packed embedding, which these files do not know\n      hint: leave it plain"
     )
     lorary.detach(model)
-    mixed = lorary.pack(tiny.llama())
+    mixed = lorary.quantize(tiny.llama())
     mixed.model.layers[0].mlp.up_proj.compute = "bfloat16"
     with pytest.raises(StateError, match="layers compute in bfloat16 and float32, and these files know one precision"):
-        lorary.save_base(mixed, tmp_path / "x")
+        lorary.save_quantized(mixed, tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
 def test_a_model_without_values_is_not_written(tmp_path: Path) -> None:
-    model = lorary.pack(tiny.model("LlamaForCausalLM", "meta"))
+    model = lorary.quantize(tiny.model("LlamaForCausalLM", "meta"))
     with pytest.raises(StateError, match="model: has parameters without values, on the meta device"):
-        lorary.save_base(model, tmp_path / "base")
+        lorary.save_quantized(model, tmp_path / "base")
     assert not (tmp_path / "base").exists()
 
 
 def test_layers_that_are_not_packed_are_named(tmp_path: Path) -> None:
     base = plain(tmp_path / "plain")
-    some = lorary.load_base(base, layers=["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"])
-    lorary.save_base(some, tmp_path / "ours")
+    some = lorary.load_quantized(base, layers=["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"])
+    lorary.save_quantized(some, tmp_path / "ours")
     words = json.loads((tmp_path / "ours/config.json").read_text())["quantization_config"]
     assert "model.layers.0.mlp.down_proj" in words["llm_int8_skip_modules"]
-    assert torch.equal(tiny.logits(lorary.load_base(tmp_path / "ours")), tiny.logits(some))
+    assert torch.equal(tiny.logits(lorary.load_quantized(tmp_path / "ours")), tiny.logits(some))
     pytest.importorskip("bitsandbytes")
     close(tiny.exact_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "ours")), tiny.logits(some))

@@ -36,7 +36,7 @@ def saved(folder: Path, name: str = "LlamaForCausalLM", dtype: str = "float32", 
 
 def in_memory(folder: Path, dtype: str = "float32", storage: lorary.NF4 | None = None) -> Any:
     """What it is compared with: loaded in full, then packed."""
-    return lorary.pack(AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)), storage)
+    return lorary.quantize(AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)), storage)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_it_is_what_packing_in_memory_gives(
     tmp_path: Path, name: str, saved_in: str, dtype: str, changes: dict[str, Any]
 ) -> None:
     folder = saved(tmp_path / "base", name, saved_in, **changes)
-    straight, packed = lorary.load_base(folder, dtype=dtype), in_memory(folder, dtype)
+    straight, packed = lorary.load_quantized(folder, dtype=dtype), in_memory(folder, dtype)
     assert tiny.same(straight.state_dict(), packed.state_dict())
     assert torch.equal(tiny.logits(straight), tiny.logits(packed))
     names = [n for n, m in packed.named_modules() if isinstance(m, NF4Linear)]
@@ -67,7 +67,7 @@ def test_it_is_what_packing_in_memory_gives(
 
 def test_nothing_of_the_loader_stays_on_the_model(tmp_path: Path) -> None:
     folder = saved(tmp_path / "base", "GPT2LMHeadModel")
-    straight, packed = lorary.load_base(folder), in_memory(folder)
+    straight, packed = lorary.load_quantized(folder), in_memory(folder)
     assert [sorted(vars(m)) for m in straight.modules()] == [sorted(vars(m)) for m in packed.modules()]
     assert [m._non_persistent_buffers_set for m in straight.modules()] == [
         m._non_persistent_buffers_set for m in packed.modules()
@@ -84,7 +84,7 @@ def test_nothing_of_the_loader_stays_on_the_model(tmp_path: Path) -> None:
 )
 def test_the_word_says_how(tmp_path: Path, storage: lorary.NF4) -> None:
     folder = saved(tmp_path / "base")
-    straight, packed = lorary.load_base(folder, storage), in_memory(folder, storage=storage)
+    straight, packed = lorary.load_quantized(folder, storage), in_memory(folder, storage=storage)
     assert tiny.same(straight.state_dict(), packed.state_dict())
     assert torch.equal(tiny.logits(straight), tiny.logits(packed))
     assert isinstance(straight.get_input_embeddings(), NF4Embedding) == storage.embeddings
@@ -92,13 +92,13 @@ def test_the_word_says_how(tmp_path: Path, storage: lorary.NF4) -> None:
 
 def test_a_tied_embedding_is_not_packed(tmp_path: Path) -> None:
     folder = saved(tmp_path / "base", tie_word_embeddings=True)
-    model = lorary.load_base(folder, lorary.NF4(embeddings=True))
+    model = lorary.load_quantized(folder, lorary.NF4(embeddings=True))
     assert type(model.get_input_embeddings()) is nn.Embedding
     assert model.lm_head.weight is model.get_input_embeddings().weight
 
 
 def test_only_the_layers_that_are_named(tmp_path: Path) -> None:
-    model = lorary.load_base(saved(tmp_path / "base"), layers=["model.layers.1.mlp.up_proj"])
+    model = lorary.load_quantized(saved(tmp_path / "base"), layers=["model.layers.1.mlp.up_proj"])
     assert [n for n, m in model.named_modules() if isinstance(m, NF4Linear)] == ["model.layers.1.mlp.up_proj"]
 
 
@@ -106,7 +106,7 @@ def test_transformers_own_classes_load_it_too(tmp_path: Path) -> None:
     folder = saved(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=PackedConfig(lorary.NF4()))
     assert torch.equal(tiny.logits(model), tiny.logits(in_memory(folder)))
-    headed = lorary.load_base(folder, kind=AutoModelForSequenceClassification)  # its new head starts at random
+    headed = lorary.load_quantized(folder, kind=AutoModelForSequenceClassification)  # its new head starts at random
     assert type(headed.score) is nn.Linear
     assert isinstance(headed.model.layers[0].mlp.up_proj, NF4Linear)
 
@@ -115,14 +115,14 @@ def test_transformers_own_classes_load_it_too(tmp_path: Path) -> None:
 def test_adapters_of_either_fit_the_other(tmp_path: Path, name: str) -> None:
     folder = saved(tmp_path / "base", name)
     plan = lorary.plan(tiny.model(name, device="meta"), lorary.method("qlora", "dora", r=2))
-    straight = lorary.attach(lorary.load_base(folder, layers=plan.packed), plan, seed=3)
+    straight = lorary.attach(lorary.load_quantized(folder, layers=plan.packed), plan, seed=3)
     other = lorary.attach(AutoModelForCausalLM.from_pretrained(folder), plan, seed=3)
     assert tiny.same(straight.state_dict(), other.state_dict())
     lorary.save(tiny.shaken(straight), tmp_path / "straight")
     lorary.save(tiny.shaken(other), tmp_path / "other")
     expected = tiny.logits(straight)
     for adapter in ("straight", "other"):
-        for base in (lorary.load_base(folder), AutoModelForCausalLM.from_pretrained(folder), in_memory(folder)):
+        for base in (lorary.load_quantized(folder), AutoModelForCausalLM.from_pretrained(folder), in_memory(folder)):
             assert torch.equal(tiny.logits(lorary.load(base, tmp_path / adapter)), expected)
 
 
@@ -142,7 +142,7 @@ def test_adapters_of_either_fit_the_other(tmp_path: Path, name: str) -> None:
 def test_words_that_say_nothing_are_refused(tmp_path: Path, words: dict[str, Any], said: str) -> None:
     tiny.seeded("LlamaForCausalLM").save_pretrained(tmp_path / "base")
     with pytest.raises(LoraryError) as refused:
-        lorary.load_base(tmp_path / "base", **words)
+        lorary.load_quantized(tmp_path / "base", **words)
     assert said in str(refused.value)
 
 
@@ -152,12 +152,12 @@ def test_a_config_that_makes_no_sense_to_transformers_is_told(tmp_path: Path, qu
     file = tmp_path / "base" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": quantised}))
     with pytest.raises(FileError, match="cannot load the model"):
-        lorary.load_base(tmp_path / "base")
+        lorary.load_quantized(tmp_path / "base")
 
 
 def test_a_dtype_of_torch_is_a_dtype(tmp_path: Path) -> None:
     tiny.seeded("LlamaForCausalLM").save_pretrained(tmp_path / "base")
-    assert lorary.load_base(tmp_path / "base", dtype=torch.bfloat16).dtype is torch.bfloat16
+    assert lorary.load_quantized(tmp_path / "base", dtype=torch.bfloat16).dtype is torch.bfloat16
 
 
 def test_what_is_wrong_with_the_weights_is_told_at_once(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_what_is_wrong_with_the_weights_is_told_at_once(tmp_path: Path) -> None:
     weights["model.layers.1.self_attn.q_proj.weight"][0, 0] = float("inf")
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(FileError) as refused:
-        lorary.load_base(tmp_path / "base")
+        lorary.load_quantized(tmp_path / "base")
     assert [p.where for p in refused.value.problems] == [
         "model.layers.0.mlp.up_proj.weight",
         "model.layers.1.self_attn.q_proj.weight",
@@ -178,7 +178,7 @@ def test_what_is_wrong_with_the_weights_is_told_at_once(tmp_path: Path) -> None:
     weights["model.layers.1.self_attn.q_proj.weight"] = torch.zeros(3, 4)
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(FileError) as refused:
-        lorary.load_base(tmp_path / "base")
+        lorary.load_quantized(tmp_path / "base")
     lost = "model.layers.0.mlp.up_proj.weight, model.layers.1.self_attn.q_proj.weight"
     assert f"no weights of the right shape for {lost}\n" in str(refused.value)
 
@@ -187,16 +187,16 @@ def test_the_loader_is_put_back_also_after_an_error(tmp_path: Path, monkeypatch:
     monkeypatch.delenv("HF_DEACTIVATE_ASYNC_LOAD", raising=False)
     opened = modeling_utils.safe_open
     with pytest.raises(FileError, match="there is no such folder"):
-        lorary.load_base(tmp_path / "nothing")
+        lorary.load_quantized(tmp_path / "nothing")
     folder = saved(tmp_path / "base")
     shard = next(iter(folder.glob("*.safetensors")))
     shard.write_bytes(shard.read_bytes()[:-10])
     with pytest.raises(FileError, match="cannot load the model"):
-        lorary.load_base(folder)
+        lorary.load_quantized(folder)
     assert modeling_utils.safe_open is opened
     assert "HF_DEACTIVATE_ASYNC_LOAD" not in models.os.environ
     with pytest.raises(ConfigError, match="dtpye"):
-        lorary.load_base(folder, dtpye="bfloat16")
+        lorary.load_quantized(folder, dtpye="bfloat16")
 
 
 def test_a_pickle_or_code_is_refused_as_everywhere(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_a_pickle_or_code_is_refused_as_everywhere(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "theirs.Model"}}))
     with pytest.raises(FileError, match="Python code of its own"):
-        lorary.load_base(folder)
+        lorary.load_quantized(folder)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ def test_the_host_never_holds_more_than_the_packed_model_and_one_tensor(tmp_path
     wide.save_pretrained(tmp_path / "base", max_shard_size="20MB")
     del wide
     folder, small = tmp_path / "base", saved(tmp_path / "small")
-    size, straight = _peak(lorary.load_base, small, folder)
+    size, straight = _peak(lorary.load_quantized, small, folder)
     _, in_full = _peak(lambda path: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float16), small, folder)
     largest, slack = 8 * MiB, 16 * MiB  # packing works on 2^20 numbers at a time
     assert size < 12 * MiB

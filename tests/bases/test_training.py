@@ -46,7 +46,7 @@ def test_a_run_holds_no_plain_base(
 def test_a_base_that_was_packed_and_saved_is_taken_as_it_is(words: dict[str, Any], tmp_path: Path) -> None:
     base = words["model"]
     # said, for a CPU with 16-bit arithmetic would take bfloat16, and the files say in which the layers compute
-    lorary.save_base(lorary.load_base(base, lorary.NF4(double=False), dtype="float32"), tmp_path / "packed")
+    lorary.save_quantized(lorary.load_quantized(base, lorary.NF4(double=False), dtype="float32"), tmp_path / "packed")
     for file in Path(base).glob("token*"):
         (tmp_path / "packed" / file.name).write_bytes(file.read_bytes())
     for names in (["qlora"], ["lora"]):
@@ -54,5 +54,5 @@ def test_a_base_that_was_packed_and_saved_is_taken_as_it_is(words: dict[str, Any
         layers = [module for module in model.modules() if isinstance(module, NF4Linear)]
         assert len(layers) == 14
         assert all(layer.nested_absmax is None for layer in layers)
-        expected = tiny.logits(lorary.load_base(base, lorary.NF4(double=False), dtype="float32"))
+        expected = tiny.logits(lorary.load_quantized(base, lorary.NF4(double=False), dtype="float32"))
         torch.testing.assert_close(tiny.logits(model.float()), expected, rtol=0, atol=1e-6)

@@ -188,7 +188,7 @@ def test_a_package_without_the_model_says_so(tmp_path, monkeypatch):
     with pytest.raises(FileError) as raised:
         builtin.path()
     assert str(raised.value) == (
-        "the built-in base is not there\n"
+        "the built-in base is missing:\n"
         f"  - {tmp_path}: no model.safetensors\n"
         "      hint: reinstall lorary, or run scripts/train_base.py"
     )

@@ -209,7 +209,7 @@ def test_missing_headers_say_so_and_fall_back_only_when_asked(bare_python):
     with pytest.raises(DataError) as raised:
         corpora.load("builtin:c-headers", "train")
     assert str(raised.value) == (
-        "builtin:c-headers cannot be read\n"
+        "cannot read builtin:c-headers:\n"
         f"  - {bare_python / 'include'}: no C headers: they are not installed with this Python\n"
         "      hint: install Python's development headers (python3-dev, python3-devel), or use builtin:topics, "
         "which every Python has; load(..., fallback=True) does so by itself"

@@ -159,7 +159,7 @@ def test_plan_lists_every_mistake(command: Command) -> None:
     assert ran == (
         2,
         "",
-        "error: the configuration does not describe a run:\n"
+        "error: the invalid configuration configuration:\n"
         "  - --set method.r: `r` must be at least 1, not 0\n"
         "  - --set training.lr: `lr` must be at most 1, not 9\n",
     )

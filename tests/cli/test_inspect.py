@@ -148,7 +148,7 @@ def test_too_little_text_leaves_a_length_out_or_is_an_error(command: Command) ->
     assert [length["tokens"] for length in json.loads(ran.out)["models"][0]["lengths"]] == [16]
     none = command(*asked, "--lengths", "4096")
     assert none.code == 3
-    assert none.err.startswith("error: there is too little text:\n  - short.jsonl: has ")
+    assert none.err.startswith("error: not enough text:\n  - short.jsonl: has ")
     wrong = command("inspect", "context", "builtin:base", "--data", "builtin:pyton")
     assert wrong.code == 3
     assert "did you mean `builtin:python`" in wrong.err

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import lorary
 from lorary import builtin
-from lorary.bases.bitsandbytes_files import save_base
+from lorary.bases.bitsandbytes_files import save_quantized
 from lorary.cli.held_out import held_out
 from lorary.storage.nf4 import NF4Linear
 from lorary.train.yaml_source import dump
@@ -84,7 +84,7 @@ def test_it_keeps_the_dtype_of_the_base_on_disk(command: Command, run: Path) -> 
     report = json.loads(Path("merged/fidelity.json").read_text())
     assert 0.001 < report["error"] < 0.05
     # the layers without an adapter were packed in the live model as well
-    held = lorary.unpack(lorary.pack(builtin.load_model(torch.bfloat16)))
+    held = lorary.dequantize(lorary.quantize(builtin.load_model(torch.bfloat16)))
     for name in ("model.layers.0.mlp.up_proj", "model.layers.5.mlp.down_proj"):
         assert torch.equal(merged.get_submodule(name).weight, held.get_submodule(name).weight.float())
 
@@ -258,7 +258,7 @@ def test_a_base_that_is_quantised_itself_has_no_original(command: Command) -> No
         "",
         "error: cannot merge run onto the original weights:\n"
         "  - model: is quantised itself, and what its weights were before is not there\n"
-        "      hint: name the model that it was made from with --base, and say --force\n",
+        "      hint: name the model that it was made from with --base, and pass --force\n",
     )
 
 
@@ -266,9 +266,9 @@ def test_a_base_that_is_quantised_itself_has_no_original(command: Command) -> No
 def test_a_checkpoint_in_4_bits_becomes_a_plain_one(command: Command, name: str) -> None:
     """Whether the method has a word for it or not."""
     runs.base_folder(Path("model"))
-    save_base(lorary.pack(AutoModelForCausalLM.from_pretrained("model", dtype=torch.float32)), Path("packed"))
+    save_quantized(lorary.quantize(AutoModelForCausalLM.from_pretrained("model", dtype=torch.float32)), Path("packed"))
     tokenizer().save_pretrained("packed")
-    model = runs.adapted(name, model=lorary.load_base("packed"))
+    model = runs.adapted(name, model=lorary.load_quantized("packed"))
     for p in model.parameters():
         if p.requires_grad:
             nn.init.normal_(p, std=0.05)

@@ -82,7 +82,7 @@ def test_the_page_of_a_method(command: Command) -> None:
 def test_a_method_that_is_a_function_tells_how_it_is_said(command: Command) -> None:
     ran = command("methods", "lora-drop")
     said = " ".join(ran.out.split())
-    assert "say: `drop: {threshold: 0.9}` under `method:` in a configuration, or call lorary.dropped" in said
+    assert "say: `drop: {threshold: 0.9}` under `method:` in a configuration, or call lorary.drop_layers" in said
     for name in FUNCTIONS:
         with pytest.raises(MethodError, match="is none itself"):
             lorary.method(name)
@@ -205,7 +205,7 @@ def test_answers_that_are_none(command: Command) -> None:
     ran = command("methods", "--answers", "memori=tight,quality=bestest")
     assert (ran.code, ran.out) == (2, "")
     assert ran.err == (
-        "error: these answers cannot be read:\n"
+        "error: invalid answers:\n"
         "  - memori: is not a question\n"
         "      hint: did you mean `memory`?\n"
         "  - quality: 'bestest' does not answer: Is the best result worth longer steps?\n"

@@ -129,7 +129,7 @@ def test_unmerge_and_unpack(bases: dict[str, Callable[[], Any]]) -> None:
     lorary.detach(model)
     assert tiny.same(before, tiny.frozen_copy(model))
     dense = tiny.logits(model)
-    lorary.unpack(model)
+    lorary.dequantize(model)
     assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
     assert not model.is_quantized
     assert (tiny.logits(model) - dense).abs().max() < 3e-6
@@ -180,7 +180,7 @@ def test_evaluating_on_an_avx512_cpu_takes_no_gradient_away(kind: str, tmp_path:
         with torch.inference_mode():
             codes, _ = bnb.functional._convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
             layer.weight.data = codes
-    dense = lorary.unpack(copy.deepcopy(model))
+    dense = lorary.dequantize(copy.deepcopy(model))
     for each in (model, dense):
         tiny.trained(each, lorary.method("lora", r=2), "q_proj")
     for layer, W in zip(layers, packed, strict=True):

@@ -101,9 +101,9 @@ def same(a: lorary.Adapter, b: lorary.Adapter) -> None:
 def test_saved_and_loaded_is_the_same(make: Callable[[], nn.Module], base: Base, file: str, tmp_path: Path) -> None:
     model = make()
     adapter = lorary.Adapter.of(model)
-    adapter.save(tmp_path / "a")
+    lorary.save_adapter(adapter, tmp_path / "a")
     assert (tmp_path / "a" / file).exists()
-    same(lorary.Adapter.load(tmp_path / "a"), adapter)
+    same(lorary.load_adapter(tmp_path / "a"), adapter)
     again = lorary.load(base.model(), tmp_path / "a")
     assert torch.equal(outputs(again), outputs(model))
     lorary.save(model, tmp_path / "b")
@@ -117,8 +117,8 @@ def test_sixteen_bits_stay_sixteen_bits(dtype: torch.dtype, tmp_path: Path) -> N
     adapter = lorary.Adapter.of(adapted(LLAMA))
     half = {site: {role: t.to(dtype) for role, t in roles.items()} for site, roles in adapter.tensors.items()}
     halved = lorary.Adapter(adapter.method, adapter.placed, half, base=adapter.base)
-    halved.save(tmp_path)
-    same(lorary.Adapter.load(tmp_path), halved)
+    lorary.save_adapter(halved, tmp_path)
+    same(lorary.load_adapter(tmp_path), halved)
 
 
 def test_an_adapter_is_replaced_in_one_step_and_its_card_stays(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_an_adapter_is_replaced_in_one_step_and_its_card_stays(tmp_path: Path) -
         "adapter_model.safetensors",
         "lorary.json",
     ]
-    lorary.Adapter.load(tmp_path / "a")
+    lorary.load_adapter(tmp_path / "a")
 
 
 # --- tolerance ------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def test_an_adapter_that_does_nothing_is_told(tmp_path: Path) -> None:
     lorary.attach(model, lorary.plan(model, lorary.method("lora", r=4), targets=["q_proj", "embed_tokens"]))
     lorary.save(model, tmp_path)
     with pytest.warns(AdapterWarning) as caught:
-        adapter = lorary.Adapter.load(tmp_path)
+        adapter = lorary.load_adapter(tmp_path)
     expected = "every update is zero: this adapter changes nothing"
     assert str(caught[0].message) == f"the adapter {str(tmp_path)!r}:\n  - {expected}"
     assert adapter.notes == (expected,)
@@ -216,7 +216,7 @@ def test_an_adapter_that_does_nothing_is_told(tmp_path: Path) -> None:
 def test_several_dtypes_are_noted(tmp_path: Path) -> None:
     spoiled = Spoiled(tmp_path / "adapter")
     spoiled.tensors(lambda t: t.update({A0: t[A0].to(torch.bfloat16)}))
-    assert lorary.Adapter.load(spoiled.folder).notes == ("its tensors are of several dtypes: BF16, F32",)
+    assert lorary.load_adapter(spoiled.folder).notes == ("its tensors are of several dtypes: BF16, F32",)
 
 
 # --- reading without a model, and with another ----------------------------------------------------------------
@@ -224,7 +224,7 @@ def test_several_dtypes_are_noted(tmp_path: Path) -> None:
 
 def test_without_a_model_the_shapes_tell_the_kinds(tmp_path: Path) -> None:
     export_peft(lorary.Adapter.of(adapted(CONV, targets=["embed", "conv1", "conv2", "head.1"])), tmp_path)
-    kinds = {p.site.name: (p.site.kind, p.site.window) for p in lorary.Adapter.load(tmp_path).placed}
+    kinds = {p.site.name: (p.site.kind, p.site.window) for p in lorary.load_adapter(tmp_path).placed}
     assert kinds == {
         "embed": ("embedding", ()),
         "conv1": ("conv1d", (3,)),
@@ -237,7 +237,7 @@ def test_without_a_model_a_factor_alone_is_refused(tmp_path: Path) -> None:
     spoiled = Spoiled(tmp_path / "adapter")
     spoiled.drop("0.self_attn.q_proj.lora_B.weight")
     with pytest.raises(FileError) as caught:
-        lorary.Adapter.load(spoiled.folder)
+        lorary.load_adapter(spoiled.folder)
     assert str(caught.value) == (
         f"cannot load the adapter {str(spoiled.folder)!r}\n"
         "  - model.layers.0.self_attn.q_proj.lora_B.weight: is missing, and its partner alone says nothing"
@@ -264,7 +264,7 @@ def test_a_loaded_model_keeps_what_it_has_when_another_folder_is_bad(tmp_path: P
     spoiled = Spoiled(tmp_path / "adapter", native=True)
     spoiled.value(float("nan"))
     with pytest.raises(FileError):
-        lorary.switch(model, lorary.Adapter.load(spoiled.folder))
+        lorary.switch(model, lorary.load_adapter(spoiled.folder))
     assert torch.equal(outputs(model), before)
 
 
@@ -275,7 +275,7 @@ def test_pefts_copy_of_an_adapted_table_must_be_the_bases(tmp_path: Path) -> Non
     model.save_pretrained(str(tmp_path))
     assert "base_model.model.model.embed_tokens.base_layer.weight" in load_file(tmp_path / "adapter_model.safetensors")
     name = "model.embed_tokens.base_layer.weight"
-    assert lorary.Adapter.load(tmp_path).notes == (f"{name} is a copy of the base's own table; it was left out",)
+    assert lorary.load_adapter(tmp_path).notes == (f"{name} is a copy of the base's own table; it was left out",)
     other = LLAMA.model()
     with torch.no_grad():
         other.get_input_embeddings().weight[3, 3] += 1
@@ -336,7 +336,7 @@ def test_folders_that_hold_no_adapter(path: str, message: str, tmp_path: Path) -
     (tmp_path / "pickled" / "adapter_model.bin").write_bytes(b"\x80\x04")
     folder = tmp_path / "other" if path == "." else tmp_path / path
     with pytest.raises(FileError) as caught:
-        lorary.Adapter.load(folder)
+        lorary.load_adapter(folder)
     assert str(caught.value) == f"cannot load the adapter {str(folder)!r}\n  - {message}"
 
 
@@ -344,7 +344,7 @@ def test_a_loop_of_links_and_a_name_with_a_nul(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for path in (tmp_path / "loop", str(tmp_path) + "/a\0b"):
         with pytest.raises(FileError, match="the path cannot be followed"):
-            lorary.Adapter.load(path)
+            lorary.load_adapter(path)
 
 
 def test_the_hub_caches_links_are_followed(tmp_path: Path) -> None:
@@ -355,7 +355,7 @@ def test_the_hub_caches_links_are_followed(tmp_path: Path) -> None:
     for i, file in enumerate(sorted(good.iterdir())):
         shutil.copy(file, blobs / str(i))
         (snapshot / file.name).symlink_to(Path("../../blobs") / str(i))
-    same(lorary.Adapter.load(snapshot), lorary.Adapter.load(good))
+    same(lorary.load_adapter(snapshot), lorary.load_adapter(good))
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
@@ -384,7 +384,7 @@ def test_more_than_the_memory_is_not_read(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(tensor_file, "memory", lambda: 1000)
     spoiled = Spoiled(tmp_path / "adapter")
     with pytest.raises(FileError) as caught:
-        lorary.Adapter.load(spoiled.folder)
+        lorary.load_adapter(spoiled.folder)
     assert str(caught.value) == (
         f"cannot load the adapter {str(spoiled.folder)!r}\n"
         "  - adapter_model.safetensors: its tensors need 1,792 bytes, this machine has 1,000 of memory"
@@ -403,7 +403,7 @@ def with_value(value: float, dtype: torch.dtype = torch.float32) -> lorary.Adapt
 
 def test_what_could_not_be_read_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(FileError) as caught:
-        with_value(float("inf")).save(tmp_path / "a")
+        lorary.save_adapter(with_value(float("inf")), tmp_path / "a")
     assert str(caught.value) == (
         f"cannot save an adapter to {str(tmp_path / 'a')!r}\n"
         "  - model.layers.1.self_attn.q_proj|A: 1 of 64 values are NaN or infinite, the first at [0, 1]"
@@ -479,7 +479,7 @@ def test_an_export_does_not_bury_a_native_adapter(tmp_path: Path) -> None:
         "  - it holds lorary.json: the adapter there would be lost\n"
         "      hint: export to another folder"
     )
-    lorary.Adapter.load(tmp_path / "a")
+    lorary.load_adapter(tmp_path / "a")
 
 
 def test_a_full_disk_leaves_the_old_adapter(tmp_path: Path) -> None:
@@ -515,7 +515,7 @@ def test_a_killed_save_leaves_the_old_adapter_or_the_new(point: str, tmp_path: P
     command = [sys.executable, "-c", SAVER, str(tmp_path / "a")]
     environment = dict(os.environ) | {"LORARY_FAULT": f"{point}:kill"}
     assert subprocess.run(command, env=environment, check=False).returncode == -9
-    sites = [p.site.name for p in lorary.Adapter.load(tmp_path / "a").placed]
+    sites = [p.site.name for p in lorary.load_adapter(tmp_path / "a").placed]
     assert (sites == ["0"]) == (point == "directory.after-rename")
     lorary.save(adapted(LLAMA), tmp_path / "a")
     words = json.loads((tmp_path / "a" / "adapter_config.json").read_text())

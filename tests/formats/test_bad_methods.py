@@ -60,7 +60,7 @@ def adalora() -> nn.Module:
     """Of one layer one of its four directions is left; and an embedding, which PEFT's has not."""
     model = LLAMA.model()
     plan = lorary.plan(model, lorary.method("adalora", r=4, target=2), targets=["embed_tokens", "q_proj"])
-    small = plan.placed[1].method.but(delta=Spectral(4, kept=1))
+    small = plan.placed[1].method.replace(delta=Spectral(4, kept=1))
     placed = (plan.placed[0], dataclasses.replace(plan.placed[1], method=small), *plan.placed[2:])
     lorary.attach(model, dataclasses.replace(plan, placed=placed))
     models.fill(p for n, p in model.named_parameters() if ".p." in n)
@@ -176,7 +176,7 @@ def test_magnitudes_in_every_shape_that_was_written_are_read(lead: tuple[int, ..
 
     spoiled.tensors(reshaped)
     assert torch.equal(outputs(lorary.load(LLAMA.model(), spoiled.folder)), outputs(dora()))
-    assert lorary.Adapter.load(spoiled.folder).tensors[Q.replace("q_proj", "v_proj")]["m"].shape == (8,)
+    assert lorary.load_adapter(spoiled.folder).tensors[Q.replace("q_proj", "v_proj")]["m"].shape == (8,)
 
 
 # --- our own files -----------------------------------------------------------------------------------------------
@@ -336,7 +336,7 @@ NATIVE: list[tuple[str, Callable[[], nn.Module], Spoil, str]] = [
         note(lambda r: r["drawn"]["A"].update(sha256="0" * 64)),
         "  - lorary.json: drawn: A: what its seed gives here is not what the adapter was trained with (SHA-256 "
         "differs)\n"
-        "      hint: where it was trained, save it again with save_projections=True",
+        "      hint: save it again with save_projections=True, on the base that it was trained on",
     ),
     (
         "inputs without end to draw for",
@@ -514,5 +514,5 @@ def test_a_header_that_begins_as_a_pickle_does_is_read(length: int, tmp_path: Pa
 def test_unspoiled_it_is_read(make: Callable[[], nn.Module], tmp_path: Path) -> None:
     spoiled = Spoiled(tmp_path / "adapter", native=True, make=make)
     spoiled.sign()
-    same(lorary.Adapter.load(spoiled.folder), lorary.Adapter.of(make()))
+    same(lorary.load_adapter(spoiled.folder), lorary.Adapter.of(make()))
     assert torch.equal(outputs(lorary.load(LLAMA.model(), spoiled.folder)), outputs(make()))

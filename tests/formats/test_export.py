@@ -68,7 +68,7 @@ def test_saved_it_keeps_its_own_tensors(names: tuple[str, ...], tmp_path: Path) 
     """PEFT has no such adapter, or (VeRA) one with these very tensors; nothing is turned into a LoRA unasked."""
     model = made(LLAMA, names)
     lorary.save(model, tmp_path)
-    same(lorary.Adapter.load(tmp_path), lorary.Adapter.of(model))
+    same(lorary.load_adapter(tmp_path), lorary.Adapter.of(model))
     assert (tmp_path / "adapter_config.json").exists() == (names == ("vera",))
     loaded = lorary.load(LLAMA.model(), tmp_path)
     assert torch.equal(outputs(loaded), outputs(model))
@@ -95,7 +95,7 @@ def test_a_site_with_a_method_of_its_own_is_saved_and_exported(tmp_path: Path) -
     lorary.save(base, tmp_path / "a")
     record = json.loads((tmp_path / "a" / "lorary.json").read_text())
     assert ["method" in site for site in record["sites"]] == [False, True, True, True]
-    same(lorary.Adapter.load(tmp_path / "a"), adapter)
+    same(lorary.load_adapter(tmp_path / "a"), adapter)
     export_peft(adapter, tmp_path / "b")
     close(by_peft(LLAMA, tmp_path / "b"), outputs(base))
 
@@ -109,16 +109,16 @@ def test_a_site_whose_scale_has_an_alpha_that_the_others_lack_is_saved(tmp_path:
     lorary.attach(base, dataclasses.replace(planned, placed=own))
     models.fill(p for n, p in base.named_parameters() if ".p." in n)
     adapter = lorary.Adapter.of(base.eval())
-    adapter.save(tmp_path)
-    same(lorary.Adapter.load(tmp_path), adapter)
+    lorary.save_adapter(adapter, tmp_path)
+    same(lorary.load_adapter(tmp_path), adapter)
 
 
 def test_sixteen_bit_starts_stay_sixteen_bits(tmp_path: Path) -> None:
     adapter = lorary.Adapter.of(adapted(LLAMA, "pissa"))
     half = {site: {role: t.bfloat16() for role, t in roles.items()} for site, roles in adapter.tensors.items()}
     halved = lorary.Adapter(adapter.method, adapter.placed, half, base=adapter.base)
-    halved.save(tmp_path)
-    same(lorary.Adapter.load(tmp_path), halved)
+    lorary.save_adapter(halved, tmp_path)
+    same(lorary.load_adapter(tmp_path), halved)
 
 
 def test_an_adapter_that_has_not_moved_is_told_to_do_nothing(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_an_adapter_that_has_not_moved_is_told_to_do_nothing(tmp_path: Path) -> 
     lorary.attach(model, lorary.plan(model, lorary.method("pissa", r=4), targets=["q_proj"]))
     lorary.save(model, tmp_path)
     with pytest.warns(lorary.formats.AdapterWarning, match="this adapter changes nothing"):
-        lorary.Adapter.load(tmp_path)
+        lorary.load_adapter(tmp_path)
 
 
 def test_magnitudes_alone_are_something(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_magnitudes_alone_are_something(tmp_path: Path) -> None:
     lorary.attach(model, lorary.plan(model, lorary.method("dora", r=4), targets=["q_proj"]))
     models.fill(p for n, p in model.named_parameters() if n.endswith(".p.m"))
     lorary.save(model, tmp_path)
-    assert lorary.Adapter.load(tmp_path).notes == ()
+    assert lorary.load_adapter(tmp_path).notes == ()
     close(by_peft(LLAMA, tmp_path), outputs(model.eval()))
 
 
@@ -166,7 +166,7 @@ def test_magnitudes_at_some_sites_are_refused(tmp_path: Path) -> None:
     assert refused(lorary.Adapter.of(base), tmp_path / "a") == f"  - sites: {what}"
     lorary.save(base, tmp_path / "b")
     assert not (tmp_path / "b" / "adapter_config.json").exists()
-    same(lorary.Adapter.load(tmp_path / "b"), lorary.Adapter.of(base))
+    same(lorary.load_adapter(tmp_path / "b"), lorary.Adapter.of(base))
 
 
 class Slides(nn.Module):
@@ -233,7 +233,7 @@ def glora(base: Base, **words: Any) -> nn.Module:
 def test_all_terms_are_saved(base: Base, words: dict[str, Any], tmp_path: Path) -> None:
     model = glora(base, **words)
     lorary.save(model, tmp_path)
-    same(lorary.Adapter.load(tmp_path), lorary.Adapter.of(model))
+    same(lorary.load_adapter(tmp_path), lorary.Adapter.of(model))
     assert torch.equal(outputs(lorary.load(base.model(), tmp_path)), outputs(model))
 
 

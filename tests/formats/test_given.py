@@ -61,7 +61,7 @@ def test_tasks_are_one_lora_for_peft(base: Base, targets: list[str], tmp_path: P
     lorary.save(model, tmp_path / "a")
     close(by_peft(base, tmp_path / "a"), expected)
     adapter = lorary.Adapter.of(model)
-    read = lorary.Adapter.load(tmp_path / "a")
+    read = lorary.load_adapter(tmp_path / "a")
     same(read, adapter)
     past = (4, 2) if adapter.placed[0].site.parts else (2, 1)
     assert getattr(adapter.placed[0].delta, "past", None) == past
@@ -79,7 +79,7 @@ def test_a_rank_stabilised_task_after_others(tmp_path: Path) -> None:
     words = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (words["use_rslora"], words["r"], words["rank_pattern"]) == (True, 8, {})
     close(by_peft(LLAMA, tmp_path), outputs(model))
-    same(lorary.Adapter.load(tmp_path), lorary.Adapter.of(model))
+    same(lorary.load_adapter(tmp_path), lorary.Adapter.of(model))
 
 
 def test_a_first_task_is_a_lora(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_a_first_task_is_a_lora(tmp_path: Path) -> None:
     words = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (words["r"], words["lora_alpha"]) == (4, 6)
     close(by_peft(LLAMA, tmp_path), outputs(model))
-    same(lorary.Adapter.load(tmp_path), lorary.Adapter.of(model))
+    same(lorary.load_adapter(tmp_path), lorary.Adapter.of(model))
 
 
 def test_a_loaded_past_is_the_past_of_the_next_task(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_a_loaded_past_is_the_past_of_the_next_task(tmp_path: Path) -> None:
     lorary.save(first, tmp_path)
     model = LLAMA.model()
     method = lorary.method("o-lora", r=3, alpha=6)
-    plan = lorary.plan(model, method, ["q_proj"], after=[lorary.Adapter.load(tmp_path)])
+    plan = lorary.plan(model, method, ["q_proj"], after=[lorary.load_adapter(tmp_path)])
     other = lorary.plan(model, method, ["q_proj"], after=[lorary.Adapter.of(first)])
     assert plan == other
     assert plan.given.keys() == other.given.keys()
@@ -112,9 +112,9 @@ def test_tasks_of_two_precisions_keep_their_own(tmp_path: Path) -> None:
         for name, roles in adapter.tensors.items()
     }
     mixed = dataclasses.replace(adapter, tensors=tensors)
-    mixed.save(tmp_path)
+    lorary.save_adapter(mixed, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter.safetensors", "lorary.json"]
-    same(lorary.Adapter.load(tmp_path), mixed)
+    same(lorary.load_adapter(tmp_path), mixed)
 
 
 @pytest.mark.parametrize(("base", "targets"), SITES.values(), ids=SITES)
@@ -129,7 +129,7 @@ def test_a_weight_that_follows_is_a_lora_of_twice_the_rank(
     adapter = lorary.Adapter.of(model)
     roles = {"A", "B", "A_K", "B_K", "lam"} if start else {"A", "B"}
     assert {name.rpartition("|")[2] for name in load_file(tmp_path / "a" / "adapter.safetensors")} == roles
-    same(lorary.Adapter.load(tmp_path / "a"), adapter)
+    same(lorary.load_adapter(tmp_path / "a"), adapter)
     assert torch.equal(outputs(lorary.load(base.model(), tmp_path / "a")), expected)
     export_peft(adapter, tmp_path / "b")
     close(by_peft(base, tmp_path / "b"), expected)
@@ -161,7 +161,7 @@ def test_written_weights_are_in_the_folder(base: Base, tmp_path: Path) -> None:
     assert set(adapter.full) == names
     lorary.save(model, tmp_path)
     assert names < load_file(tmp_path / "adapter.safetensors").keys()
-    same(lorary.Adapter.load(tmp_path), adapter)
+    same(lorary.load_adapter(tmp_path), adapter)
     again = lorary.load(base.model(), tmp_path)
     assert torch.equal(outputs(again), outputs(model))
     lorary.detach(again)
@@ -184,7 +184,7 @@ def test_before_the_weight_follows_its_product_is_zero(tmp_path: Path) -> None:
         if name.endswith((".p.A_K", ".p.B_K", ".p.lam")):
             p.data.zero_()
     lorary.save(model, tmp_path)
-    same(lorary.Adapter.load(tmp_path), lorary.Adapter.of(model))
+    same(lorary.load_adapter(tmp_path), lorary.Adapter.of(model))
     close(outputs(lorary.load(LLAMA.model(), tmp_path)), outputs(model))
 
 
@@ -194,13 +194,13 @@ def test_an_earlier_task_alone_is_something(tmp_path: Path) -> None:
     past = lorary.Adapter.of(after(LLAMA, ["q_proj"], ranks=(4,)))
     lorary.attach(model, lorary.plan(model, lorary.method("o-lora", r=2), ["q_proj"], after=[past]))
     lorary.save(model.eval(), tmp_path / "a")
-    assert lorary.Adapter.load(tmp_path / "a").notes == ()
+    assert lorary.load_adapter(tmp_path / "a").notes == ()
     close(by_peft(LLAMA, tmp_path / "a"), outputs(model))
     alone = LLAMA.model()
     lorary.attach(alone, lorary.plan(alone, lorary.method("o-lora", r=2), ["q_proj"]))
     lorary.save(alone, tmp_path / "b")
     with pytest.warns(AdapterWarning, match="this adapter changes nothing"):
-        lorary.Adapter.load(tmp_path / "b")
+        lorary.load_adapter(tmp_path / "b")
 
 
 def test_a_past_beyond_the_tensors_is_refused(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_a_past_beyond_the_tensors_is_refused(tmp_path: Path) -> None:
         site["past"] = [5]
     (tmp_path / "lorary.json").write_text(json.dumps(record))
     with pytest.raises(FileError) as caught:
-        lorary.Adapter.load(tmp_path)
+        lorary.load_adapter(tmp_path)
     assert str(caught.value).splitlines()[1:] == [
         f"  - model.layers.{i}.self_attn.q_proj.lora_{role}.weight: has the shape {found}, expected {wanted}"
         for i in (0, 1)

@@ -46,7 +46,7 @@ def adalora(base: Base, left: tuple[int, ...] = LEFT, targets: Any = None, **opt
     if left:
         deltas = [Spectral(p.r, left[i % len(left)]) for i, p in enumerate(placed)]
         placed = tuple(
-            dataclasses.replace(p, method=p.method.but(delta=d)) for p, d in zip(placed, deltas, strict=True)
+            dataclasses.replace(p, method=p.method.replace(delta=d)) for p, d in zip(placed, deltas, strict=True)
         )
     lorary.attach(model, dataclasses.replace(plan, placed=placed))
     fill(p for n, p in model.named_parameters() if ".p." in n)
@@ -83,7 +83,7 @@ def test_saved_here_loads_in_peft(base: Base, left: tuple[int, ...], tmp_path: P
     close(by_peft(base, tmp_path), expected)
     words = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (words["peft_type"], words["init_r"], words["target_r"], words["lora_alpha"]) == ("ADALORA", 4, 2, 60)
-    same(lorary.Adapter.load(tmp_path), lorary.Adapter.of(model))
+    same(lorary.load_adapter(tmp_path), lorary.Adapter.of(model))
     assert torch.equal(outputs(lorary.load(base.model(), tmp_path)), expected)
     (tmp_path / "lorary.json").unlink()
     again = lorary.load(base.model(), tmp_path)
@@ -138,9 +138,9 @@ def test_masked_but_not_yet_dropped_directions_are_kept(tmp_path: Path) -> None:
         if name.endswith("p.E"):
             p.data[1:3] = 0
     lorary.save(model, tmp_path / "a")
-    same(lorary.Adapter.load(tmp_path / "a"), lorary.Adapter.of(model))
+    same(lorary.load_adapter(tmp_path / "a"), lorary.Adapter.of(model))
     close(by_peft(LLAMA, tmp_path / "a"), outputs(model))
-    lorary.Adapter.of(model).compact().save(tmp_path / "b")
+    lorary.save_adapter(lorary.Adapter.of(model).compact(), tmp_path / "b")
     records = json.loads((tmp_path / "b" / "lorary.json").read_text())["sites"]
     assert [set(r) - set(records[0]) for r in records] == [set()] * len(records)
     assert all(r["kept"] == 2 and "method" not in r for r in records), "a site says what is left, and no more"
@@ -156,14 +156,14 @@ def test_ranks_and_alphas_of_sites_are_kept_in_our_own_words(tmp_path: Path) -> 
     fill(p for n, p in model.named_parameters() if ".p." in n)
     lorary.save(model.eval(), tmp_path / "a")
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["adapter.safetensors", "lorary.json"]
-    same(lorary.Adapter.load(tmp_path / "a"), lorary.Adapter.of(model))
+    same(lorary.load_adapter(tmp_path / "a"), lorary.Adapter.of(model))
     export_peft(lorary.Adapter.of(model), tmp_path / "b")
     close(by_peft(LLAMA, tmp_path / "b"), outputs(model))
 
 
 def rescaled() -> nn.Module:
     model = LLAMA.model()
-    method = lorary.method("adalora", r=4, target=2).but(scale=BySqrtRank(6.0))
+    method = lorary.method("adalora", r=4, target=2).replace(scale=BySqrtRank(6.0))
     lorary.attach(model, lorary.plan(model, method, LLAMA.targets))
     fill(p for n, p in model.named_parameters() if ".p." in n)
     return model.eval()
@@ -183,7 +183,7 @@ def test_what_pefts_adalora_has_not_is_kept_in_our_own_words(
     model = make()
     lorary.save(model, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter.safetensors", "lorary.json"]
-    same(lorary.Adapter.load(tmp_path), lorary.Adapter.of(model))
+    same(lorary.load_adapter(tmp_path), lorary.Adapter.of(model))
     assert torch.equal(outputs(lorary.load(base.model(), tmp_path)), outputs(model))
 
 
@@ -206,7 +206,7 @@ def test_where_nothing_is_left_there_is_nothing_to_export(tmp_path: Path) -> Non
     assert str(caught.value).splitlines()[1] == line
     lorary.save(model, tmp_path / "b")
     with pytest.warns(AdapterWarning, match="this adapter changes nothing"):
-        same(lorary.Adapter.load(tmp_path / "b"), lorary.Adapter.of(model))
+        same(lorary.load_adapter(tmp_path / "b"), lorary.Adapter.of(model))
     with pytest.warns(AdapterWarning):
         assert torch.equal(outputs(lorary.load(LLAMA.model(), tmp_path / "b")), outputs(LLAMA.model()))
 
@@ -330,6 +330,6 @@ def test_a_target_above_the_start_asks_for_nothing(tmp_path: Path) -> None:
 
 def test_without_a_model_the_shapes_tell_the_sites(tmp_path: Path) -> None:
     theirs = saved_by_peft(LLAMA, tmp_path, LEFT)
-    adapter = lorary.Adapter.load(tmp_path)
+    adapter = lorary.load_adapter(tmp_path)
     assert {p.site.kind for p in adapter.placed} == {"linear"}
     close(outputs(lorary.switch(LLAMA.model(), adapter)), theirs)

@@ -381,7 +381,7 @@ def test_a_frozen_a_trains_the_rest_of_every_layer(names: tuple[str, ...]) -> No
     model = LLAMA.model()
     lorary.attach(model, lorary.plan(model, lorary.method(*names, r=4), targets=["q_proj"]))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    optimizer = torch.optim.AdamW(lorary.groups(model, lr=1e-2))
+    optimizer = torch.optim.AdamW(lorary.param_groups(model, lr=1e-2))
     cast(Any, model)(models.ids(), labels=models.ids()).loss.backward()
     optimizer.step()
     moved = {n.rpartition(".")[2] for n, p in model.named_parameters() if not torch.equal(p, before[n])}
@@ -500,7 +500,7 @@ def test_an_adapter_for_inference_never_trains(tmp_path: Path) -> None:
     lorary.save(adapted(LLAMA, "dora", targets=["q_proj"]), tmp_path / "a")
     model = lorary.load(LLAMA.model(), tmp_path / "a")
     assert not trains(model)
-    lorary.switch(model, lorary.Adapter.load(tmp_path / "a"))
+    lorary.switch(model, lorary.load_adapter(tmp_path / "a"))
     assert not trains(model)
     if AS_MEASURED:
         peft().save_pretrained(str(tmp_path / "b"))
@@ -574,7 +574,7 @@ def entropy(model: nn.Module) -> Tensor:
 def test_the_orthogonality_term_trains_whatever_a_models_task_is() -> None:
     """There, it is left out where no task is named, without a word."""
     model = adalora(orthogonality=0.5)
-    penalty = lorary.tuning(model, 10, torch.optim.SGD(lorary.groups(model, lr=0.1))).penalty()
+    penalty = lorary.rules(model, 10, torch.optim.SGD(lorary.param_groups(model, lr=0.1))).penalty()
     adapter = lorary.Adapter.of(model)
     gaps = [
         torch.linalg.matrix_norm(M @ M.T - torch.eye(4))
@@ -666,8 +666,8 @@ def test_the_rank_of_adalora_is_the_one_that_was_said(tmp_path: Path) -> None:
 def test_a_budgets_statistics_are_part_of_a_runs_state() -> None:
     """There, what the scores are made of is not saved, and a run that goes on starts them anew."""
     model = adalora().train()
-    optimizer = torch.optim.AdamW(lorary.groups(model, lr=1e-2))
-    rules = lorary.tuning(model, 10, optimizer)
+    optimizer = torch.optim.AdamW(lorary.param_groups(model, lr=1e-2))
+    rules = lorary.rules(model, 10, optimizer)
     (cast(Any, model)(models.ids(), labels=models.ids()).loss + rules.penalty()).backward()
     rules.after_backward()
     optimizer.step()
@@ -676,7 +676,7 @@ def test_a_budgets_statistics_are_part_of_a_runs_state() -> None:
     sensitivity = [t for name, t in state.items() if "I|" in name]
     assert len(sensitivity) == 6
     assert all(t.any() for t in sensitivity)
-    again = lorary.tuning(model, 10, optimizer, state=state).state_dict()
+    again = lorary.rules(model, 10, optimizer, state=state).state_dict()
     assert again.keys() == state.keys()
     assert all(torch.equal(again[name], t) for name, t in state.items())
     if AS_MEASURED:
@@ -688,7 +688,7 @@ def test_names_in_paths_are_never_taken_for_an_adapters(tmp_path: Path) -> None:
     base = Base("named", Named, ("lora.default", "lora.base_layer"), "", "")
     model = base.model()
     plan = lorary.plan(model, lorary.method("adalora", r=4, target=2), targets=["lora.default", "lora.base_layer"])
-    small = tuple(dataclasses.replace(p, method=p.method.but(delta=Spectral(4, kept=2))) for p in plan.placed)
+    small = tuple(dataclasses.replace(p, method=p.method.replace(delta=Spectral(4, kept=2))) for p in plan.placed)
     lorary.attach(model, dataclasses.replace(plan, placed=small))
     fill(p for n, p in model.named_parameters() if ".p." in n)
     lorary.save(model.eval(), tmp_path)

@@ -73,7 +73,7 @@ def test_saved_by_peft_loads_here(base: Base, variant: str, tmp_path: Path) -> N
     close(outputs(lorary.load(model, tmp_path)), theirs)
     assert (theirs - plain).abs().max() > 1e-3, "the adapter must change something"
     lorary.switch(model, None)
-    close(outputs(lorary.switch(model, lorary.Adapter.load(tmp_path))), theirs)
+    close(outputs(lorary.switch(model, lorary.load_adapter(tmp_path))), theirs)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -132,7 +132,7 @@ def test_projections_of_a_fused_weight(names: tuple[str, ...], tmp_path: Path) -
     assert words["rank_pattern"] == {"c_fc": 4}
     close(by_peft(base, tmp_path), expected)
     close(outputs(lorary.load(base.model(), tmp_path)), expected)
-    kept, read = lorary.Adapter.of(model), lorary.Adapter.load(tmp_path)
+    kept, read = lorary.Adapter.of(model), lorary.load_adapter(tmp_path)
     assert read.placed == kept.placed
     for site, roles in kept.tensors.items():
         assert all(torch.equal(read.tensors[site][role], t) for role, t in roles.items())
@@ -161,7 +161,7 @@ def test_methods_that_only_train_differently_are_peft_adapters(names: tuple[str,
     lorary.save(model, tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_dropout"] == 0.25
     close(by_peft(BASES[0], tmp_path), outputs(model))
-    assert lorary.Adapter.load(tmp_path).method == lorary.Adapter.of(model).method
+    assert lorary.load_adapter(tmp_path).method == lorary.Adapter.of(model).method
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
@@ -194,7 +194,7 @@ def test_our_biases_and_whole_modules_in_peft(tmp_path: Path) -> None:
     ]
     close(by_peft(base, tmp_path / "peft"), outputs(model))
     close(outputs(lorary.load(base.model(), tmp_path / "peft")), outputs(model))
-    adapter.save(tmp_path / "native")  # without the model nobody knows that the norms are whole
+    lorary.save_adapter(adapter, tmp_path / "native")  # without the model nobody knows that the norms are whole
     assert (tmp_path / "native" / "adapter.safetensors").exists()
     close(outputs(lorary.load(base.model(), tmp_path / "native")), outputs(model))
     save_adapter(adapter, tmp_path / "both", model=base.model())
@@ -211,7 +211,7 @@ def test_modules_to_save_of_peft(dora: bool, tmp_path: Path) -> None:
     fill(p for n, p in model.named_parameters() if p.requires_grad)
     model.save_pretrained(str(tmp_path))
     close(outputs(lorary.load(base.model(), tmp_path)), outputs(model))
-    assert sorted(lorary.Adapter.load(tmp_path).full) == ["lm_head.weight", "model.norm.weight"]
+    assert sorted(lorary.load_adapter(tmp_path).full) == ["lm_head.weight", "model.norm.weight"]
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_an_update_that_is_a_sum_exports_as_one_lora(tmp_path: Path) -> None:
     base = BASES[0]
     lorary.save(adapted(base), tmp_path / "a")
     lorary.save(adapted(base, "rslora", r=2, targets=["q_proj"]), tmp_path / "b")
-    both = [lorary.Adapter.load(tmp_path / name) for name in "ab"]
+    both = [lorary.load_adapter(tmp_path / name) for name in "ab"]
     model = lorary.switch(base.model(), both)
     export_peft(lorary.Adapter.of(model), tmp_path / "sum")
     close(by_peft(base, tmp_path / "sum"), outputs(model))

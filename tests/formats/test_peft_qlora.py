@@ -67,7 +67,7 @@ def close(a: Tensor, b: Tensor, share: float = 1e-5) -> None:
 
 
 def test_both_pack_to_the_same_weights() -> None:
-    theirs, packed = bitsandbytes_base(), lorary.pack(LLAMA.model(), lorary.method("qlora", **EXACT).storage)
+    theirs, packed = bitsandbytes_base(), lorary.quantize(LLAMA.model(), lorary.method("qlora", **EXACT).storage)
     assert sum(is_packed(m) for m in theirs.modules()) == sum(is_packed(m) for m in packed.modules()) == 14
     close(outputs(theirs), outputs(packed))
     assert (outputs(theirs) - outputs(LLAMA.model())).abs().max() > 1e-3
@@ -86,11 +86,11 @@ def test_ours_is_a_peft_adapter_of_a_bitsandbytes_base_and_of_the_dense_one(
     dense = outputs(PeftModel.from_pretrained(LLAMA.model(), str(tmp_path)).eval())
     assert (dense - expected).abs().max() > 1e-3  # another base: the error of packing is not in it
     close(outputs(lorary.load(LLAMA.model(), tmp_path, pack=False)), dense)
-    close(outputs(PeftModel.from_pretrained(lorary.unpack(_packed()), str(tmp_path)).eval()), expected)
+    close(outputs(PeftModel.from_pretrained(lorary.dequantize(_packed()), str(tmp_path)).eval()), expected)
 
 
 def _packed() -> Any:
-    return lorary.pack(LLAMA.model(), lorary.method("qlora", **EXACT).storage)
+    return lorary.quantize(LLAMA.model(), lorary.method("qlora", **EXACT).storage)
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -128,5 +128,5 @@ def test_exported_it_is_of_twice_the_rank_where_it_started_at_a_part_of_the_weig
     export_peft(lorary.Adapter.of(model), tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 8
     base: Any = lorary.detach(model)
-    lorary.unpack(base)
+    lorary.dequantize(base)
     close(outputs(PeftModel.from_pretrained(base, str(tmp_path)).eval()), expected, 1e-4)

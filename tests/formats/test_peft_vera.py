@@ -63,7 +63,7 @@ def test_saved_here_loads_in_peft(base: Base, saved: bool, tmp_path: Path) -> No
     close(by_peft(base, tmp_path), outputs(model))
     words = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (words["peft_type"], words["projection_prng_key"], words["save_projection"]) == ("VERA", 5, saved)
-    same(lorary.Adapter.load(tmp_path), lorary.Adapter.of(model))
+    same(lorary.load_adapter(tmp_path), lorary.Adapter.of(model))
     (tmp_path / "lorary.json").unlink()
     close(outputs(lorary.load(base.model(), tmp_path)), outputs(model))
 
@@ -132,7 +132,7 @@ def test_what_pefts_vera_has_not_is_kept_in_our_own_words(make: Any, tmp_path: P
     names = load_file(tmp_path / "adapter.safetensors")
     assert {"|A", "|B"} < names.keys()
     assert not any(name.endswith(("_proj|A", "_attn|B")) for name in names), "what is shared is there once"
-    same(lorary.Adapter.load(tmp_path), lorary.Adapter.of(model))
+    same(lorary.load_adapter(tmp_path), lorary.Adapter.of(model))
 
 
 def test_ranks_of_sites_have_no_words_in_pefts_vera(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_ranks_of_sites_have_no_words_in_pefts_vera(tmp_path: Path) -> None:
     fill(p for n, p in base.named_parameters() if ".p." in n)
     lorary.save(base.eval(), tmp_path)
     assert not (tmp_path / "adapter_config.json").exists()
-    adapter = lorary.Adapter.load(tmp_path)
+    adapter = lorary.load_adapter(tmp_path)
     same(adapter, lorary.Adapter.of(base))
     assert load_file(tmp_path / "adapter.safetensors")["|A"].shape == (6, 24)
     assert torch.equal(outputs(lorary.load(LLAMA.model(), tmp_path)), outputs(base))
@@ -150,7 +150,7 @@ def test_ranks_of_sites_have_no_words_in_pefts_vera(tmp_path: Path) -> None:
 
 def test_the_parts_that_were_read_are_views_of_one_tensor(tmp_path: Path) -> None:
     lorary.save(vera(LLAMA), tmp_path)
-    adapter = lorary.Adapter.load(tmp_path)
+    adapter = lorary.load_adapter(tmp_path)
     for role in "AB":
         assert len({roles[role].untyped_storage().data_ptr() for roles in adapter.tensors.values()}) == 1
     own = sum(t.nbytes for roles in adapter.tensors.values() for role, t in roles.items() if role in "bd")
@@ -164,7 +164,7 @@ def test_the_parts_are_put_together_once(
     """And once more where they are compared with what the seed gives."""
     adapter, calls, original = lorary.Adapter.of(vera(LLAMA, save_projections=saved)), [], banks._gathered
     monkeypatch.setattr(banks, "_gathered", lambda *words: calls.append(words) or original(*words))
-    adapter.save(tmp_path)
+    lorary.save_adapter(adapter, tmp_path)
     assert len(calls) == times
 
 
@@ -185,7 +185,7 @@ def change(folder: Path, what: Any) -> None:
 
 def refusal(folder: Path) -> str:
     with pytest.raises(FileError) as caught:
-        lorary.Adapter.load(folder)
+        lorary.load_adapter(folder)
     headline, _, rest = str(caught.value).partition("\n")
     assert headline == f"cannot load the adapter {str(folder)!r}"
     return rest
@@ -196,7 +196,7 @@ def test_projections_that_can_be_drawn_are_left_out(tmp_path: Path) -> None:
     lorary.save(model, tmp_path)
     assert not {"|A", "|B"} & load_file(tmp_path / "adapter.safetensors").keys()
     assert json.loads((tmp_path / "lorary.json").read_text())["drawn"].keys() == {"A", "B"}
-    same(lorary.Adapter.load(tmp_path), lorary.Adapter.of(model))
+    same(lorary.load_adapter(tmp_path), lorary.Adapter.of(model))
     assert torch.equal(outputs(lorary.load(LLAMA.model(), tmp_path)), outputs(model))
 
 
@@ -208,7 +208,7 @@ def test_sixteen_bit_projections_are_drawn_to_the_same_bits(tmp_path: Path) -> N
     lorary.save(model, tmp_path)
     assert not (tmp_path / "adapter_config.json").exists(), "PEFT draws them in 32 bits"
     assert json.loads((tmp_path / "lorary.json").read_text())["drawn"]["A"]["dtype"] == "BF16"
-    same(lorary.Adapter.load(tmp_path), lorary.Adapter.of(model))
+    same(lorary.load_adapter(tmp_path), lorary.Adapter.of(model))
 
 
 def test_projections_that_the_seed_does_not_give_are_kept(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_projections_that_the_seed_does_not_give_are_kept(tmp_path: Path) -> Non
     lorary.save(model, tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["save_projection"] is True
     assert "drawn" not in json.loads((tmp_path / "lorary.json").read_text())
-    same(lorary.Adapter.load(tmp_path), lorary.Adapter.of(model))
+    same(lorary.load_adapter(tmp_path), lorary.Adapter.of(model))
     close(by_peft(LLAMA, tmp_path), outputs(model))
 
 
@@ -228,7 +228,7 @@ def test_another_draw_is_refused(tmp_path: Path) -> None:
     folder = drawn(tmp_path / "a")
     change(folder, lambda record: record["method"]["init"].update(seed=4))
     what = "what its seed gives here is not what the adapter was trained with (SHA-256 differs)"
-    fix = "      hint: where it was trained, save it again with save_projections=True"
+    fix = "      hint: save it again with save_projections=True, on the base that it was trained on"
     assert refusal(folder) == "\n".join(f"  - lorary.json: drawn: {role}: {what}\n{fix}" for role in "AB")
 
 
@@ -238,7 +238,7 @@ def test_sites_that_do_not_share_cannot_be_saved(tmp_path: Path) -> None:
     tensors = {name: dict(roles) for name, roles in adapter.tensors.items()}
     tensors[first]["A"] = tensors[first]["A"] + 1
     with pytest.raises(FileError) as caught:
-        lorary.Adapter(adapter.method, adapter.placed, tensors, base=adapter.base).save(tmp_path / "a")
+        lorary.save_adapter(lorary.Adapter(adapter.method, adapter.placed, tensors, base=adapter.base), tmp_path / "a")
     line = f"  - {first}: its A is not that of the other sites, which all share one"
     assert str(caught.value) == f"cannot save an adapter to {str(tmp_path / 'a')!r}\n{line}"
     assert not (tmp_path / "a").exists()

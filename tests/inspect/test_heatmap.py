@@ -13,7 +13,7 @@ from tests import tiny
 import lorary
 from lorary.inspect.heatmap import MOST_COLUMNS, importance_svg, ranks_svg
 from lorary.methods.lora_drop import Importance, Measured
-from lorary.probing import dropped
+from lorary.probing import drop_layers
 
 SVG = "{http://www.w3.org/2000/svg}"
 MODULES = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
@@ -97,7 +97,7 @@ def _probed(g: Sequence[float]) -> tuple[Importance, lorary.Plan]:
     model = tiny.model("LlamaForCausalLM", num_hidden_layers=4)
     plan = lorary.plan(model, lorary.method("lora", r=2), ["q_proj", "lm_head"])
     found = Importance(tuple(Measured(p.site.name, x, 1.0) for p, x in zip(plan.placed, g, strict=True)))
-    return found, dropped(plan, found, 0.9)
+    return found, drop_layers(plan, found, 0.9)
 
 
 def test_importance_is_a_share_of_its_kind_and_kept_layers_are_marked() -> None:

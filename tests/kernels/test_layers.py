@@ -291,7 +291,7 @@ def test_rows_of_zeros_under_dora(bias: bool, exact: bool) -> None:
     lorary.attach(model, lorary.plan(model, lorary.method("dora", r=2, exact=exact), "0"))
     layer = adapted(model)["0"]
     torch.testing.assert_close(model(x), expected)
-    optimizer = torch.optim.AdamW(lorary.groups(model, lr=1e-2))
+    optimizer = torch.optim.AdamW(lorary.param_groups(model, lr=1e-2))
     for _ in range(5):
         loss = model(x).square().sum()
         optimizer.zero_grad()

@@ -139,7 +139,7 @@ class Case:
 
     def kept(self) -> Net:
         """The base as the method keeps it: packed, where it packs."""
-        return lorary.pack(self.base(), self.method.storage) if self.packed else self.base()
+        return lorary.quantize(self.base(), self.method.storage) if self.packed else self.base()
 
     def x(self) -> Tensor:
         seed(2)
@@ -230,7 +230,7 @@ def methods() -> dict[str, lorary.Method]:
     made["delta-lora at once"] = made_of("delta-lora", start=0)
     made["delta-lora, written"] = made_of("delta-lora", mode="paper")
     for kind, hard in (("", False), (", hard", True)):
-        made[f"o-lora{kind}, third task"] = made_of("o-lora", hard=hard).but(delta=Tasks(3, past=(2, 1)))
+        made[f"o-lora{kind}, third task"] = made_of("o-lora", hard=hard).replace(delta=Tasks(3, past=(2, 1)))
     return made
 
 

@@ -84,7 +84,7 @@ def only_what_should_train_trains(case: Case) -> None:
         if id(p) not in allowed:
             assert (p.grad is not None) == (name.replace(".base.", ".") in full), name
     trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = lorary.groups(model, lr=0.1)
+    groups = lorary.param_groups(model, lr=0.1)
     assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in trainable}
     torch.optim.SGD(groups).step()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
@@ -121,7 +121,7 @@ def saved_and_loaded_is_equal(case: Case, folder: Path) -> None:
         assert torch.equal(p, theirs[name]), name
         assert p.dtype == theirs[name].dtype, name
     assert torch.equal(other(x), model(x))
-    assert lorary.Adapter.load(folder).method == case.method
+    assert lorary.load_adapter(folder).method == case.method
 
 
 def detach_gives_the_base_back(case: Case) -> None:
@@ -194,15 +194,15 @@ def learns(case: Case) -> None:
     target = case.base()(x).detach()
     seed(4)
     target += 0.1 * torch.randn_like(target)
-    optimizer = torch.optim.AdamW(lorary.groups(model, lr=rate(case, model)))
-    tuning = lorary.tuning(model, 8, optimizer)
+    optimizer = torch.optim.AdamW(lorary.param_groups(model, lr=rate(case, model)))
+    rules = lorary.rules(model, 8, optimizer)
     losses = []
     for _ in range(8):
         loss = (model(x) - target).float().square().mean()
-        (loss + tuning.penalty()).backward()
-        tuning.after_backward()
+        (loss + rules.penalty()).backward()
+        rules.after_backward()
         optimizer.step()
-        tuning.after_step()
+        rules.after_step()
         optimizer.zero_grad()
         losses.append(loss.item())
     assert all(math.isfinite(loss) for loss in losses)

@@ -329,7 +329,7 @@ class KeepsABankOfItsOwn(Vectors):
 def test_fast_paths_of_their_own_are_caught() -> None:
     with known(MixesTheBlocks, KeepsABankOfItsOwn):
         caught(laws.factors_are_the_delta, case(delta=MixesTheBlocks(3, 2)))
-        vera = lorary.method("vera", r=3).but(delta=KeepsABankOfItsOwn(3))
+        vera = lorary.method("vera", r=3).replace(delta=KeepsABankOfItsOwn(3))
         caught(laws.factors_are_the_delta, Case(vera, kind("linear")))
         laws.factors_are_the_delta(Case(lorary.method("vera", r=3), kind("linear")))
 
@@ -353,7 +353,7 @@ def test_what_is_given_and_trains_is_caught(monkeypatch: pytest.MonkeyPatch) -> 
     honest = Case(made_of("delta-lora"), kind("linear"))
     laws.only_what_should_train_trains(honest)
     with known(FollowsUnsaid, FillsAll):
-        unsaid = honest.method.but(delta=FollowsUnsaid(3, 2.0), init=FillsAll(), rules=())
+        unsaid = honest.method.replace(delta=FollowsUnsaid(3, 2.0), init=FillsAll(), rules=())
         caught(laws.only_what_should_train_trains, Case(unsaid, kind("linear")))
     monkeypatch.setattr(lorary.Method, "trained", property(lambda self: self.roles - self.frozen))
     caught(laws.only_what_should_train_trains, Case(made_of("delta-lora"), kind("linear")))
@@ -379,8 +379,8 @@ class ForgetsTheFactor(Propagated):
 
 def test_a_past_that_is_missing_in_forward_is_caught() -> None:
     with known(ForgetsThePast, ForgetsTheFactor):
-        third = made_of("o-lora").but(delta=ForgetsThePast(3, past=(2, 1)))
-        followed = made_of("delta-lora").but(delta=ForgetsTheFactor(3, 2.0), rules=())
+        third = made_of("o-lora").replace(delta=ForgetsThePast(3, past=(2, 1)))
+        followed = made_of("delta-lora").replace(delta=ForgetsTheFactor(3, 2.0), rules=())
         for method in (third, followed):
             for law in (laws.factors_are_the_delta, laws.merged_is_forward, laws.low_rank_form_is_forward):
                 caught(law, Case(method, kind("linear")))
@@ -399,7 +399,7 @@ class KeepsTheWrongRole(Spectral):
 
 def test_a_full_matrix_of_singular_values_is_caught() -> None:
     with known(KeepsTheWrongRole):
-        subject = Case(made_of("adalora").but(delta=KeepsTheWrongRole(3), rules=()), kind("linear"))
+        subject = Case(made_of("adalora").replace(delta=KeepsTheWrongRole(3), rules=()), kind("linear"))
         laws.factors_are_the_delta(subject)
         caught(laws.only_what_should_train_trains, subject)
 

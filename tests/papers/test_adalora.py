@@ -65,8 +65,8 @@ class Run:
 
     def __init__(self, model: nn.Module, steps: int = STEPS, tell: bool = True, make: Any = torch.optim.AdamW) -> None:
         self.model = model
-        self.optimizer = make(lorary.groups(model, lr=0.05, weight_decay=0.01))
-        self.tuning = lorary.tuning(model, steps, self.optimizer if tell else None)
+        self.optimizer = make(lorary.param_groups(model, lr=0.05, weight_decay=0.01))
+        self.rules = lorary.rules(model, steps, self.optimizer if tell else None)
         generator = torch.Generator().manual_seed(0)
         dtype = next(model.parameters()).dtype
         self.x = torch.randn(9, 6, dtype=dtype, generator=generator)
@@ -77,17 +77,17 @@ class Run:
             rows = slice(part, None, micro)
             ((self.model(self.x[rows]) - self.y[rows]).square().sum() / self.y.numel()).backward()
         for _ in range(penalties):
-            torch.as_tensor(self.tuning.penalty()).backward()
+            torch.as_tensor(self.rules.penalty()).backward()
 
     def step(self) -> None:
         self.optimizer.zero_grad()
         self.backward()
-        self.tuning.after_backward()
+        self.rules.after_backward()
         self.optimizer.step()
-        self.tuning.after_step()
+        self.rules.after_step()
 
     def to(self, step: int) -> Run:
-        while self.tuning.step < step:
+        while self.rules.step < step:
             self.step()
         return self
 
@@ -119,7 +119,7 @@ def test_only_the_values_have_a_first_gradient_from_the_task(make: Any, x: Any) 
 
 def test_the_penalty_reaches_what_the_task_does_not() -> None:
     model = started()
-    lorary.tuning(model, STEPS).penalty().backward()
+    lorary.rules(model, STEPS).penalty().backward()
     for layer in layers(model):
         assert layer.p["E"].grad is None
         assert layer.p["P"].grad.abs().min() > 0
@@ -189,7 +189,7 @@ def test_shares_of_the_run_and_numbers_of_steps_say_the_same() -> None:
 @pytest.mark.parametrize(("start", "final", "steps"), [(3, 6, 9), (0.5, 0.5, 10), (0, 4, 4), (12, 0, 5)])
 def test_a_run_without_room_for_the_budget_is_refused(start: float, final: float, steps: int) -> None:
     with pytest.raises(ConfigError) as refusal:
-        lorary.tuning(started(start=start, final=final), steps)
+        lorary.rules(started(start=start, final=final), steps)
     t_i, t_f = RankBudget(2, start, final).times(steps)
     assert str(refusal.value) == (
         "AdaLoRA's budget does not fit this run:\n"
@@ -200,22 +200,22 @@ def test_a_run_without_room_for_the_budget_is_refused(start: float, final: float
 
 def held_to_the_budget(model: nn.Module, gradient: Callable[[Tensor], Tensor], every: int = 1) -> None:
     """After every mask exactly b(t) values are not zero; before the last phase all of them move again."""
-    tuning = lorary.tuning(model, STEPS)
+    rules = lorary.rules(model, STEPS)
     for step in range(1, STEPS + 1):
         for layer in layers(model):
             for p in layer.p.values():
                 p.grad = gradient(p)
-        tuning.after_backward()
+        rules.after_backward()
         with torch.no_grad():
             for layer in layers(model):
                 layer.p["E"].add_(1.0)  # an optimizer's step: nothing is zero by chance
-        tuning.after_step()
+        rules.after_step()
         b = closed_form(step, STEPS, 3, 6, 16, 8)
         masked = step > 3 and (step % every == 0 or step >= STEPS - 6)
         assert nonzero(model) == (b if masked else 16), f"step {step}: {nonzero(model)} of {b}"
         if masked:
-            assert tuning.report()["rank_budget"] == b
-            assert sum(tuning.report()["ranks"].values()) == b
+            assert rules.report()["rank_budget"] == b
+            assert sum(rules.report()["ranks"].values()) == b
 
 
 @pytest.mark.parametrize("every", [1, 4])
@@ -257,18 +257,18 @@ def test_a_mask_that_keeps_too_many_or_too_few_is_caught(planted: Any, gradient:
 
 def test_masked_directions_may_come_back_until_the_last_phase() -> None:
     model = started(every=2)
-    tuning = lorary.tuning(model, STEPS)
+    rules = lorary.rules(model, STEPS)
     masks = []
     for _ in range(STEPS):
         for layer in layers(model):
             for p in layer.p.values():
                 p.grad = torch.randn_like(p)
-        tuning.after_backward()
+        rules.after_backward()
         with torch.no_grad():
             for layer in layers(model):
                 layer.p["E"].fill_(1.0)  # where a mask is, until the next one
-        tuning.after_step()
-        masks.append(torch.cat([tuning.states[0][f"alive|{layer.site.name}"] for layer in layers(model)]))
+        rules.after_step()
+        masks.append(torch.cat([rules.states[0][f"alive|{layer.site.name}"] for layer in layers(model)]))
     back = [bool((after & ~before).any()) for before, after in itertools.pairwise(masks)]
     assert any(back[: STEPS - 7])
     assert not any(back[STEPS - 7 :]), "the choice stands"
@@ -330,30 +330,30 @@ def test_the_scores_are_of_the_weights_that_the_gradients_belong_to() -> None:
     run.optimizer.zero_grad()
     run.backward()
     layer = layers(run.model)[1]
-    before = {role: run.tuning.states[0][f"I|layers.1|{role}"].clone() for role in ROLES}
+    before = {role: run.rules.states[0][f"I|layers.1|{role}"].clone() for role in ROLES}
     expected = {role: 0.85 * before[role] + 0.15 * (p * p.grad).abs().float() for role, p in layer.p.items()}
-    run.tuning.after_backward()
+    run.rules.after_backward()
     nn.utils.clip_grad_norm_(run.model.parameters(), 1e-3)
     run.optimizer.step()
-    run.tuning.after_step()
+    run.rules.after_step()
     for role in ROLES:
-        torch.testing.assert_close(run.tuning.states[0][f"I|layers.1|{role}"], expected[role].detach())
+        torch.testing.assert_close(run.rules.states[0][f"I|layers.1|{role}"], expected[role].detach())
 
 
 def accumulated(penalties: int) -> dict[str, Tensor]:
     run = Run(started()).to(2)
     run.optimizer.zero_grad()
     run.backward(micro=3, penalties=penalties)
-    run.tuning.after_backward()
-    return {name: t for name, t in run.tuning.state_dict().items() if "|" in name}
+    run.rules.after_backward()
+    return {name: t for name, t in run.rules.state_dict().items() if "|" in name}
 
 
 def test_accumulated_gradients_count_as_one_step() -> None:
     run = Run(started()).to(2)
     run.optimizer.zero_grad()
     run.backward()
-    run.tuning.after_backward()
-    whole = {name: t for name, t in run.tuning.state_dict().items() if "|" in name}
+    run.rules.after_backward()
+    whole = {name: t for name, t in run.rules.state_dict().items() if "|" in name}
     torch.testing.assert_close(accumulated(penalties=1), whole)
     with pytest.raises(AssertionError):  # the penalty belongs to the step, not to each of its parts
         torch.testing.assert_close(accumulated(penalties=3), whole)
@@ -373,7 +373,7 @@ def test_signs_that_cancel_change_nothing(pair: str) -> None:
                         layer.p[role].mul_(flip[:, None] if role == "Q" else flip)
     for step in range(1, STEPS + 1):
         one.to(step), other.to(step)
-        assert one.tuning.report() == other.tuning.report()
+        assert one.rules.report() == other.rules.report()
     exactly(one.model(one.x), other.model(one.x))
 
 
@@ -424,7 +424,7 @@ def test_a_shrunk_run_goes_on_exactly_as_a_masked_one() -> None:
     masked, shrunk = masked_and_shrunk(STEPS - 7)
     for step in range(STEPS - 6, STEPS + 1):
         masked.to(step), shrunk.to(step)
-        assert masked.tuning.report() == shrunk.tuning.report()
+        assert masked.rules.report() == shrunk.rules.report()
         assert [layer.p["P"].shape[1] for layer in layers(masked.model)] == [4] * 4
         exactly(shrunk.model(shrunk.x), masked.model(masked.x))
         for whole, small in zip(layers(masked.model), layers(shrunk.model), strict=True):
@@ -460,21 +460,21 @@ def test_nothing_shrinks_under_an_optimizer_that_trains_other_parameters() -> No
     model = started()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizers = [torch.optim.AdamW(half, lr=1e-2) for half in (parameters[:2], parameters[2:])]
-    tuning = lorary.tuning(model, STEPS, optimizers[0])
+    rules = lorary.rules(model, STEPS, optimizers[0])
     for _ in range(STEPS):
-        (model(torch.randn(4, 6, dtype=torch.float64)).square().mean() + tuning.penalty()).backward()
-        tuning.after_backward()
+        (model(torch.randn(4, 6, dtype=torch.float64)).square().mean() + rules.penalty()).backward()
+        rules.after_backward()
         for optimizer in optimizers:
             optimizer.step()
-        tuning.after_step()
+        rules.after_step()
         model.zero_grad()
     assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in parameters}
-    assert nonzero(model) == tuning.report()["rank_budget"] < sum(len(layer.p["E"]) for layer in layers(model))
+    assert nonzero(model) == rules.report()["rank_budget"] < sum(len(layer.p["E"]) for layer in layers(model))
 
 
 def test_what_the_scores_took_is_given_back() -> None:
     before, after = (
-        sum(t.numel() for t in Run(started()).to(step).tuning.state_dict().values()) for step in (STEPS - 7, STEPS - 6)
+        sum(t.numel() for t in Run(started()).to(step).rules.state_dict().values()) for step in (STEPS - 7, STEPS - 6)
     )
     numbers = sum(4 * (out + inp + 1) for out, inp in ((5, 6), (7, 5), (7, 7), (4, 7)))
     assert before == 2 * numbers + 4 * 4 + 2  # two means of everything that trains, the masks, two counters
@@ -498,7 +498,7 @@ def test_every_form_of_the_finished_adapter_is_the_same_function(tell: bool, tmp
     for form in (adapter, adapter.compact()):
         assert [p.scale for p in form.placed] == [8 / (4 + 1e-5)] * 4
         near(lorary.switch(single(2), form))
-        form.save(tmp_path / "own")
+        lorary.save_adapter(form, tmp_path / "own")
         near(lorary.load(single(2), tmp_path / "own"))
         export_peft(form, tmp_path / "peft")
         near(lorary.load(single(2), tmp_path / "peft"))
@@ -513,7 +513,7 @@ def test_every_form_of_the_finished_adapter_is_the_same_function(tell: bool, tmp
 def test_what_joins_the_directions_stays_whole() -> None:
     """The magnitude of DoRA has no directions that could be taken out."""
     model = nn.Sequential(nn.Linear(6, 5))
-    method = lorary.method("adalora", r=4, target=2).but(rules=(), join=Direction())
+    method = lorary.method("adalora", r=4, target=2).replace(rules=(), join=Direction())
     lorary.attach(model, lorary.plan(model, method))
     with torch.no_grad():
         model[0].p["E"][1:3] = 0.5
@@ -542,12 +542,12 @@ def test_an_interrupted_run_is_the_same_run(tmp_path: Path) -> None:
     for step in (2, 9, STEPS - 6, STEPS - 2):
         first = Run(started(single())).to(step)
         lorary.save(first.model, tmp_path / "a")
-        state = {name: t.clone() for name, t in first.tuning.state_dict().items()}
+        state = {name: t.clone() for name, t in first.rules.state_dict().items()}
         model = lorary.load(single(), tmp_path / "a", trainable=True)
         second = Run(model)
         second.optimizer.load_state_dict(first.optimizer.state_dict())
-        second.tuning = lorary.tuning(model, STEPS, second.optimizer, state)
-        assert second.tuning.step == step
+        second.rules = lorary.rules(model, STEPS, second.optimizer, state)
+        assert second.rules.step == step
         second.to(STEPS)
         assert torch.equal(second.model(second.x), straight.model(straight.x)), step
 
@@ -579,4 +579,4 @@ def test_words_of_its_own_can_be_said_alone() -> None:
     words = lorary.Method(Spectral(4), SmallNormal(0.1), ByStartRank(8.0), lorary.method().join)
     model = net()
     lorary.attach(model, lorary.plan(model, words), dtype=torch.float64)
-    assert lorary.tuning(model, 5).penalty() == 0.0
+    assert lorary.rules(model, 5).penalty() == 0.0

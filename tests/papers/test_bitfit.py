@@ -12,7 +12,7 @@ from .. import tiny
 
 
 def step(model: torch.nn.Module) -> None:
-    optimizer = torch.optim.SGD(lorary.groups(model, lr=0.1))
+    optimizer = torch.optim.SGD(lorary.param_groups(model, lr=0.1))
     for _ in range(3):
         optimizer.zero_grad()
         model(input_ids=tiny.ids(), labels=torch.tensor([0, 1])).loss.backward()
@@ -36,9 +36,9 @@ def test_a_model_without_biases_is_refused() -> None:
     with pytest.raises(PlanError) as refusal:
         lorary.plan(tiny.llama(), lorary.method("bitfit"))
     assert str(refusal.value) == (
-        "this plan cannot work:\n"
+        "invalid plan:\n"
         "  - full: this model has no biases (models of the Llama kind have none): there is nothing to train\n"
-        "      hint: take another method"
+        "      hint: use another method"
     )
 
 

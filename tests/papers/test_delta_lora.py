@@ -48,17 +48,17 @@ def data(model: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def train(model: nn.Module, make: Any, settings: dict[str, Any], steps: int = STEPS, clip: float = 0.0) -> nn.Module:
-    optimizer = make(lorary.groups(model, settings["lr"], settings["weight_decay"]), **settings)
-    tuning = lorary.tuning(model, steps, optimizer)
+    optimizer = make(lorary.param_groups(model, settings["lr"], settings["weight_decay"]), **settings)
+    rules = lorary.rules(model, steps, optimizer)
     x, y = data(model)
     for _ in range(steps):
         optimizer.zero_grad()
         (model(x) - y).square().mean().backward()
-        tuning.after_backward()
+        rules.after_backward()
         if clip:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
-        tuning.after_step()
+        rules.after_step()
     return model
 
 
@@ -142,7 +142,7 @@ def test_gradients_that_keep_their_factor_are_caught() -> None:
     x, y = data(model)
     (model(x) - y).square().mean().backward()
     kept = [layer.p["B"].grad.clone() for layer in adapted(model).values()]
-    lorary.tuning(model, STEPS).after_backward()
+    lorary.rules(model, STEPS).after_backward()
     for layer, before in zip(adapted(model).values(), kept, strict=True):
         exactly(layer.p["B"].grad, before / 3)
 
@@ -171,15 +171,15 @@ def test_with_adam_from_the_first_step_it_is_lora_with_a_larger_alpha(ratio: flo
 @EACH_OPTIMIZER
 def test_before_k_it_is_lora(make: Any, settings: dict[str, Any]) -> None:
     def run(model: nn.Module, steps: int) -> nn.Module:
-        optimizer = make(lorary.groups(model, settings["lr"], settings["weight_decay"]), **settings)
-        tuning = lorary.tuning(model, 100, optimizer)
+        optimizer = make(lorary.param_groups(model, settings["lr"], settings["weight_decay"]), **settings)
+        rules = lorary.rules(model, 100, optimizer)
         x, y = data(model)
         for _ in range(steps):
             optimizer.zero_grad()
             (model(x) - y).square().mean().backward()
-            tuning.after_backward()
+            rules.after_backward()
             optimizer.step()
-            tuning.after_step()
+            rules.after_step()
         return model
 
     lora = run(started("lora"), 4)
@@ -232,7 +232,7 @@ def test_the_closed_form_writes_no_weight_and_the_papers_loop_does() -> None:
 
 def test_a_written_weight_is_in_no_optimizer() -> None:
     model = started(mode="paper", start=1)
-    grouped = {id(p) for group in lorary.groups(model, 0.1) for p in group["params"]}
+    grouped = {id(p) for group in lorary.param_groups(model, 0.1) for p in group["params"]}
     assert grouped == {id(layer.p[role]) for layer in adapted(model).values() for role in "AB"}
 
 
@@ -265,22 +265,22 @@ def test_an_interrupted_run_is_the_same_run(tmp_path: Path) -> None:
         straight = train(started(dtype=torch.float32, **options), *ADAM)
         for stop in (2, 3, 5):
             model = started(dtype=torch.float32, **options)
-            optimizer = torch.optim.AdamW(lorary.groups(model, 0.02))
-            tuning = lorary.tuning(model, STEPS, optimizer)
+            optimizer = torch.optim.AdamW(lorary.param_groups(model, 0.02))
+            rules = lorary.rules(model, STEPS, optimizer)
             x, y = data(model)
             for step in range(STEPS):
                 if step == stop:
                     lorary.save(model, tmp_path / "a")
-                    state, moments = tuning.state_dict(), optimizer.state_dict()
+                    state, moments = rules.state_dict(), optimizer.state_dict()
                     model = lorary.load(net(torch.float32), tmp_path / "a", trainable=True)
-                    optimizer = torch.optim.AdamW(lorary.groups(model, 0.02))
+                    optimizer = torch.optim.AdamW(lorary.param_groups(model, 0.02))
                     optimizer.load_state_dict(moments)
-                    tuning = lorary.tuning(model, STEPS, optimizer, state)
+                    rules = lorary.rules(model, STEPS, optimizer, state)
                 optimizer.zero_grad()
                 (model(x) - y).square().mean().backward()
-                tuning.after_backward()
+                rules.after_backward()
                 optimizer.step()
-                tuning.after_step()
+                rules.after_step()
             assert torch.equal(model(x), straight(x)), (options, stop)
 
 
@@ -296,7 +296,7 @@ def refusal(*names: str, **options: Any) -> list[str]:
 @pytest.mark.parametrize("mode", ["closed", "paper"])
 def test_refusals(mode: str) -> None:
     gradient = "Delta-LoRA takes the gradient of B A for that of W, which it is not"
-    assert refusal("delta-lora", mode=mode, dropout=0.1) == [f"{gradient} with dropout: say dropout=0"]
+    assert refusal("delta-lora", mode=mode, dropout=0.1) == [f"{gradient} with dropout: set dropout=0"]
     assert refusal("delta-lora", "dora", mode=mode) == [f"{gradient} under Direction"]
     assert refusal("delta-lora", mode="loop") == ["is 'loop'; it takes closed or paper"]
     assert refusal("delta-lora", start=-1, mode=mode)[0].endswith("it takes a whole number of at least 0")
@@ -314,11 +314,11 @@ def test_a_rule_and_a_delta_of_different_minds_are_refused() -> None:
 @pytest.mark.parametrize("mode", ["closed", "paper"])
 def test_a_run_that_ends_before_it_begins_is_refused(mode: str) -> None:
     with pytest.raises(ConfigError) as error:
-        lorary.tuning(started(start=7, mode=mode), 7)
+        lorary.rules(started(start=7, mode=mode), 7)
     assert str(error.value) == (
         "Delta-LoRA does not fit this run:\n"
         "  - rules: the weight would begin to follow after step 7, and the run has 7: it would be LoRA\n"
-        "      hint: say a smaller start"
+        "      hint: use a smaller start"
     )
 
 
@@ -330,7 +330,7 @@ def test_16_bit_weights_are_written_by_nobody(dtype: torch.dtype) -> None:
         lorary.plan(model, lorary.method("delta-lora", mode="paper"), "0")
     name = str(dtype).removeprefix("torch.")
     assert str(error.value) == (
-        "this plan cannot work:\n"
+        "invalid plan:\n"
         f"  - 0.weight: is {name}, and WriteProduct adds small changes to it: rounding would lose most of them\n"
         "      hint: load the base in float32"
     )
@@ -353,4 +353,4 @@ def test_weights_that_turn_coarse_after_the_plan_are_not_written() -> None:
         lorary.attach(tiny.llama().bfloat16(), plan)
     model = lorary.attach(tiny.llama(), plan).bfloat16()
     with pytest.raises(ConfigError, match=r"q_proj: is torch.bfloat16 by now: rounding would lose most"):
-        lorary.tuning(model, 5)
+        lorary.rules(model, 5)

@@ -275,6 +275,6 @@ def test_magnitudes_never_decay_and_learn_at_the_base_rate(names: tuple[str, ...
     model = nn.Sequential(nn.Linear(6, 4))
     lorary.attach(model, lorary.plan(model, lorary.method(*names, r=2), "0"))
     m = adapted(model)["0"].p["m"]
-    rows = [row for row in lorary.groups(model, lr=0.5, weight_decay=0.1) if any(p is m for p in row["params"])]
+    rows = [row for row in lorary.param_groups(model, lr=0.5, weight_decay=0.1) if any(p is m for p in row["params"])]
     assert [(row["lr"], row["weight_decay"]) for row in rows] == [(0.5, 0.0)]
     assert all(p.ndim == 1 for p in rows[0]["params"])

@@ -353,21 +353,21 @@ def test_draws_depend_on_seed_step_and_name_alone() -> None:
     plan = lorary.plan(model, lorary.method("glora", supernet=True, seed=5))
     rule = RandomStructures(5)
     lorary.attach(model, plan)
-    tuning = lorary.tuning(model, 10)
+    rules = lorary.rules(model, 10)
     seen = []
     for step in range(1, 8):
         now = [layer.chosen for layer in adapted(model).values()]
         assert now == [rule.drawn(p.delta, p.site, step) for p in plan.placed]
         seen.append(tuple(now))
-        tuning.after_step()
+        rules.after_step()
     assert len(set(seen)) == 7
     assert len({terms for step in seen for terms in step}) > 20
     # another rank, or a run that resumes at the eighth step
     lorary.detach(model)
     lorary.attach(model, lorary.plan(model, plan.method))
-    other = lorary.tuning(model, 10)
+    other = lorary.rules(model, 10)
     assert tuple(layer.chosen for layer in adapted(model).values()) == seen[0]
-    other.load_state_dict(tuning.state_dict())
+    other.load_state_dict(rules.state_dict())
     assert [layer.chosen for layer in adapted(model).values()] == [rule.drawn(p.delta, p.site, 8) for p in plan.placed]
     assert RandomStructures(6).drawn(Terms(3), plan.placed[0].site, 1) != seen[0][0]
 
@@ -440,17 +440,17 @@ def test_what_it_does_not_go_with(other: str) -> None:
 
 def test_a_bias_is_not_learnt_twice_and_nothing_is_dropped() -> None:
     assert refusal(MethodError, lambda: lorary.method("glora", "bitfit")) == (
-        "these words do not make a method:\n"
+        "invalid method:\n"
         "  - full: Terms learns a change of every adapted layer's bias; trained in full, it would be learnt twice\n"
-        "      hint: take one of the two"
+        "      hint: use one of the two"
     )
     assert refusal(MethodError, lambda: lorary.method("glora", dropout=0.1)) == (
-        "these words do not make a method:\n"
+        "invalid method:\n"
         "  - dropout: Supports scales W x itself: there is no input of the adapter alone to drop from\n"
-        "      hint: say dropout=0"
+        "      hint: set dropout=0"
     )
     assert refusal(MethodError, lambda: lorary.method("glora", C="scalar", D="lora")) == (
-        "these words do not make a method:\n"
+        "invalid method:\n"
         "  - delta: Terms has C = 'scalar'; it takes one of lora, vector, none\n"
         "  - delta: Terms has D = 'lora'; it takes one of vector, scalar, none"
     )
@@ -515,7 +515,7 @@ def test_an_architecture_without_room_for_the_biases_is_told_of(
     what = "Qwen2ForCausalLM has no bias there: read back, the merged model would be another"
     fix = "keep the adapter beside its base; or train it with C, D and E 'none'"
     _, _, said = capsys.readouterr().err.partition("error: ")  # Transformers' own bars come first
-    assert said == "this model cannot be kept merged:\n" + "".join(
+    assert said == "cannot save the merged model:\n" + "".join(
         f"  - model.layers.{i}.self_attn.o_proj.bias: {what}\n      hint: {fix}\n" for i in range(2)
     )
     assert not (tmp_path / "merged").exists()
@@ -539,7 +539,7 @@ def test_a_model_of_ones_own_gets_its_biases() -> None:
 def test_weight_decay_leaves_vectors_and_scalars_alone() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     lorary.attach(model, lorary.plan(model, lorary.method("glora", A="scalar", B="vector"), "0"))
-    decayed = {g["name"]: g["weight_decay"] for g in lorary.groups(model, 1e-3, weight_decay=0.1)}
+    decayed = {g["name"]: g["weight_decay"] for g in lorary.param_groups(model, 1e-3, weight_decay=0.1)}
     assert decayed == {"Ad Bd D E": 0.0, "Cd Cu decayed": 0.1}
 
 

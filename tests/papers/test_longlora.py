@@ -263,7 +263,7 @@ def test_a_length_has_to_be_said() -> None:
     with pytest.raises(PlanError) as refusal:
         lorary.plan(base(), lorary.method("longlora"))
     assert str(refusal.value) == (
-        "this plan cannot work:\n"
+        "invalid plan:\n"
         "  - context: does not say how many tokens the model is to read\n"
         "      hint: say length=32768, or what you want"
     )

@@ -18,7 +18,7 @@ from lorary.adapter import Adapter
 from lorary.errors import PlanError
 from lorary.formats import export_peft
 from lorary.methods.lora_drop import Importance, Measured
-from lorary.probing import dropped
+from lorary.probing import drop_layers
 
 NAMES = [f"layers.{i}.{kind}" for i in range(4) for kind in ("up", "down")]
 KEPT = ["layers.2.up", "layers.0.down"]
@@ -48,7 +48,7 @@ class Net(nn.Module):
 def plan_of(model: nn.Module, *names: str) -> lorary.Plan:
     """Of eight layers two are kept; three `up` share one LoRA, and three `down` another."""
     plan = lorary.plan(model, lorary.method(*names, **{"r": 2, "alpha": 4.0}))
-    return dropped(plan, Importance(tuple(Measured(n, 9.0 if n in KEPT else 0.1, 0.1) for n in NAMES)), 0.9)
+    return drop_layers(plan, Importance(tuple(Measured(n, 9.0 if n in KEPT else 0.1, 0.1) for n in NAMES)), 0.9)
 
 
 def started(*names: str, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -62,7 +62,7 @@ def batch(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
 
 
 def train(model: nn.Module, steps: int = 5, **settings: Any) -> torch.optim.Optimizer:
-    optimizer = torch.optim.AdamW(lorary.groups(model, lr=0.02, **settings))
+    optimizer = torch.optim.AdamW(lorary.param_groups(model, lr=0.02, **settings))
     x, y = batch(next(model.parameters()).dtype)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -113,7 +113,7 @@ def counted(model: nn.Module) -> None:
     assert plan.adapter_bytes == 4 * once
     assert plan.training_bytes == 12 * once
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == once
-    grouped = [p for group in lorary.groups(model, 0.1, weight_decay=0.1) for p in group["params"]]
+    grouped = [p for group in lorary.param_groups(model, 0.1, weight_decay=0.1) for p in group["params"]]
     assert len(grouped) == len({id(p) for p in grouped}) == 8
     assert Adapter.of(model).size == 4 * once
 
@@ -149,7 +149,7 @@ def test_a_step_moves_what_is_shared_once() -> None:
     """Decoupled decay alone shrinks a tensor by 1 - lr * decay, however many layers hold it."""
     model = started()
     before = {name: layer.p["A"].detach().clone() for name, layer in adapted(model).items()}
-    optimizer = torch.optim.AdamW(lorary.groups(model, lr=0.1, weight_decay=0.5))
+    optimizer = torch.optim.AdamW(lorary.param_groups(model, lr=0.1, weight_decay=0.5))
     for p in model.parameters():
         if p.requires_grad:
             p.grad = torch.zeros_like(p)
@@ -168,7 +168,7 @@ def test_every_form_of_the_finished_adapter_is_the_same_function(names: tuple[st
         options = {"melora": {"n": 3}, "lora+": {"ratio": 2.0}}
         method = lorary.method(*names, r=2, **options.get(names[-1], {}))
         whole = lorary.plan(model, method)
-        plan = dropped(whole, Importance(tuple(Measured(n, 9.0 if n in KEPT else 0.1, 0.1) for n in NAMES)), 0.9)
+        plan = drop_layers(whole, Importance(tuple(Measured(n, 9.0 if n in KEPT else 0.1, 0.1) for n in NAMES)), 0.9)
     lorary.attach(model, plan)
     train(model)
     x, _ = batch()
@@ -204,7 +204,7 @@ def test_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
     optimizer = train(model, 3)
     lorary.save(model, tmp_path / "a")
     again = lorary.load(Net(), tmp_path / "a", trainable=True)
-    second = torch.optim.AdamW(lorary.groups(again, lr=0.02))
+    second = torch.optim.AdamW(lorary.param_groups(again, lr=0.02))
     second.load_state_dict(optimizer.state_dict())
     x, y = batch()
     for _ in range(3):

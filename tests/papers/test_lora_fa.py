@@ -20,7 +20,7 @@ def test_a_never_changes_and_b_does() -> None:
     model = attached("lora-fa")
     layer = adapted(model)["0"]
     before = layer.p["A"].clone()
-    optimizer = torch.optim.AdamW(lorary.groups(model, lr=0.1, weight_decay=0.1))
+    optimizer = torch.optim.AdamW(lorary.param_groups(model, lr=0.1, weight_decay=0.1))
     for _ in range(5):
         optimizer.zero_grad()
         model(torch.randn(6, 24)).square().sum().backward()

@@ -20,7 +20,7 @@ def attached(*names: str, **options: float) -> nn.Module:
 def trained(model: nn.Module, steps: int = 5, decay: float = 0.0) -> list[torch.Tensor]:
     torch.manual_seed(2)
     x = torch.randn(4, 3, 8)
-    optimizer = torch.optim.AdamW(lorary.groups(model, lr=0.01, weight_decay=decay))
+    optimizer = torch.optim.AdamW(lorary.param_groups(model, lr=0.01, weight_decay=decay))
     for _ in range(steps):
         optimizer.zero_grad()
         model(x).square().sum().backward()
@@ -31,7 +31,7 @@ def trained(model: nn.Module, steps: int = 5, decay: float = 0.0) -> list[torch.
 @pytest.mark.parametrize("ratio", [16, 80, 2.5])
 def test_groups_by_role(ratio: float) -> None:
     model = attached("lora+", ratio=ratio)
-    rows = {row["name"]: row for row in lorary.groups(model, lr=0.001)}
+    rows = {row["name"]: row for row in lorary.param_groups(model, lr=0.001)}
     assert list(rows) == ["A", f"B x{ratio:g}"]
     slow, fast = rows["A"], rows[f"B x{ratio:g}"]
     assert slow["lr"] == 0.001
@@ -52,7 +52,7 @@ def test_groups_by_role(ratio: float) -> None:
     ids=["cosine", "warmup", "inverse", "steps"],
 )
 def test_the_ratio_survives_every_scheduler_step(schedule: object) -> None:
-    optimizer = torch.optim.AdamW(lorary.groups(attached("lora+"), lr=0.001))
+    optimizer = torch.optim.AdamW(lorary.param_groups(attached("lora+"), lr=0.001))
     scheduler = schedule(optimizer)  # type: ignore[operator]
     seen = set()
     for _ in range(12):
@@ -83,5 +83,5 @@ def test_the_first_adam_step_moves_b_by_its_own_rate() -> None:
 
 
 def test_decay_takes_part_in_each_group() -> None:
-    rows = lorary.groups(attached("lora+"), lr=0.001, weight_decay=0.1)
+    rows = lorary.param_groups(attached("lora+"), lr=0.001, weight_decay=0.1)
     assert [(row["name"], row["weight_decay"]) for row in rows] == [("A decayed", 0.1), ("B x16 decayed", 0.1)]

@@ -120,7 +120,7 @@ def test_it_learns() -> None:
     model = nn.Sequential(nn.Linear(6, 4))
     lorary.attach(model, lorary.plan(model, lorary.method("multilora", r=2, n=N), "0"))
     before = {role: p.detach().clone() for role, p in adapted(model)["0"].p.items()}
-    optimizer = torch.optim.SGD(lorary.groups(model, lr=0.1))
+    optimizer = torch.optim.SGD(lorary.param_groups(model, lr=0.1))
     x = torch.randn(5, 6)
     for _ in range(2):
         optimizer.zero_grad()

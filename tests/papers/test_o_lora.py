@@ -43,15 +43,15 @@ def started(after: Any = (), seed: int = 0, dtype: torch.dtype = torch.float64, 
 
 def train(model: nn.Module, task: int, steps: int = 6, make: Any = torch.optim.AdamW) -> Any:
     """Some steps on a task's data; returns the optimizer."""
-    optimizer = make(lorary.groups(model, lr=0.05))
-    tuning = lorary.tuning(model, steps, optimizer)
+    optimizer = make(lorary.param_groups(model, lr=0.05))
+    rules = lorary.rules(model, steps, optimizer)
     x, y = data(task, next(model.parameters()).dtype)
     for _ in range(steps):
         optimizer.zero_grad()
-        ((model(x) - y).square().mean() + tuning.penalty()).backward()
-        tuning.after_backward()
+        ((model(x) - y).square().mean() + rules.penalty()).backward()
+        rules.after_backward()
         optimizer.step()
-        tuning.after_step()
+        rules.after_step()
     return optimizer
 
 
@@ -77,7 +77,7 @@ def test_the_first_task_is_lora_bit_for_bit(hard: bool) -> None:
     mine = started(hard=hard)
     lora = net()
     lorary.attach(lora, lorary.plan(lora, lorary.method("lora", r=R, alpha=6.0)), dtype=torch.float64)
-    assert lorary.tuning(mine, 5, torch.optim.SGD(mine.parameters(), 0.1)).penalty() == 0.0
+    assert lorary.rules(mine, 5, torch.optim.SGD(mine.parameters(), 0.1)).penalty() == 0.0
     train(mine, 0), train(lora, 0)
     for (name, p), (other, q) in zip(mine.named_parameters(), lora.named_parameters(), strict=True):
         assert name == other
@@ -119,7 +119,7 @@ def test_the_past_stays_as_it_is_bit_for_bit() -> None:
             assert torch.equal(layer.p["B_past"], before[name][1])
             assert torch.equal(layer.p["A_past"], first.tensors[name]["A"].float().double())
             assert not layer.p["A_past"].requires_grad
-        grouped = {id(p) for group in lorary.groups(model, 0.1) for p in group["params"]}
+        grouped = {id(p) for group in lorary.param_groups(model, 0.1) for p in group["params"]}
         assert grouped == {id(layer.p[role]) for layer in layers(model).values() for role in "AB"}
 
 
@@ -178,7 +178,7 @@ def test_the_penalty_on_the_norms() -> None:
 
 def test_only_a_has_a_gradient_from_the_penalty() -> None:
     model = second()
-    lorary.tuning(model, 5).penalty().backward()
+    lorary.rules(model, 5).penalty().backward()
     for layer in layers(model).values():
         assert layer.p["A"].grad.abs().min() > 0
         assert [layer.p[role].grad for role in ("B", "A_past", "B_past")] == [None] * 3
@@ -233,15 +233,15 @@ def test_hard_takes_steps_of_the_usual_size_where_an_input_is_always_zero() -> N
     first = lorary.attach(copy.deepcopy(base), lorary.plan(base, lorary.method("lora", r=2)))
     plan = lorary.plan(base, lorary.method("o-lora", r=2, hard=True), after=[lorary.Adapter.of(first)])
     model = lorary.attach(base, plan)
-    optimizer = torch.optim.AdamW(lorary.groups(model, lr=0.01))
-    tuning, A = lorary.tuning(model, 20, optimizer), model[0].p["A"]
+    optimizer = torch.optim.AdamW(lorary.param_groups(model, lr=0.01))
+    rules, A = lorary.rules(model, 20, optimizer), model[0].p["A"]
     start, x = A.detach().clone(), torch.randn(16, 8) * torch.tensor([0.0, 1e-6, 1, 1, 1, 1, 1, 1])
     for _ in range(20):
         optimizer.zero_grad()
         (model(x) - 1).square().mean().backward()
-        tuning.after_backward()
+        rules.after_backward()
         optimizer.step()
-        tuning.after_step()
+        rules.after_step()
     assert 0.01 < (A - start).abs().max() < 1
     assert (A @ model[0].p["A_past"].T).abs().max() < 1e-6
 
@@ -288,13 +288,13 @@ def test_hard_starts_in_the_complement_and_needs_the_optimizer() -> None:
     x, _ = data(1, torch.float64)
     y = model(x)
     with pytest.raises(StateError) as error:
-        lorary.tuning(model, 5)
+        lorary.rules(model, 5)
     assert str(error.value) == (
-        "these rules need the optimizer:\n"
+        "the method's rules need the optimizer:\n"
         "  - AwayFrom: reaches into the optimizer's state\n"
-        "      hint: lorary.tuning(model, steps, optimizer)"
+        "      hint: lorary.rules(model, steps, optimizer)"
     )
-    lorary.tuning(model, 5, torch.optim.SGD(lorary.groups(model, 0.1)))
+    lorary.rules(model, 5, torch.optim.SGD(lorary.param_groups(model, 0.1)))
     assert max(map(abs, products(model))) < 1e-12
     assert torch.equal(model(x), y), "B is zero still"
 
@@ -342,7 +342,7 @@ def test_there_is_room_for_so_many_tasks_only() -> None:
     with pytest.raises(PlanError) as error:
         started(done)
     assert str(error.value) == (
-        "this plan cannot work:\n"
+        "invalid plan:\n"
         "  - 2: of its 9 input directions 4 earlier tasks have taken 8: "
         "there is no room for 2 more that are orthogonal to them"
     )
@@ -410,21 +410,21 @@ def test_an_interrupted_run_is_the_same_run(tmp_path: Path) -> None:
         ends = []
         for stop in (None, 3):
             model = started([first], seed=1, dtype=single, hard=hard)
-            optimizer = torch.optim.AdamW(lorary.groups(model, 0.05))
-            tuning = lorary.tuning(model, 6, optimizer)
+            optimizer = torch.optim.AdamW(lorary.param_groups(model, 0.05))
+            rules = lorary.rules(model, 6, optimizer)
             for step in range(6):
                 if step == stop:
                     lorary.save(model, tmp_path / "a")
-                    state, moments = tuning.state_dict(), optimizer.state_dict()
+                    state, moments = rules.state_dict(), optimizer.state_dict()
                     model = lorary.load(net(single), tmp_path / "a", trainable=True)
-                    optimizer = torch.optim.AdamW(lorary.groups(model, 0.05))
+                    optimizer = torch.optim.AdamW(lorary.param_groups(model, 0.05))
                     optimizer.load_state_dict(moments)
-                    tuning = lorary.tuning(model, 6, optimizer, state)
+                    rules = lorary.rules(model, 6, optimizer, state)
                 optimizer.zero_grad()
-                ((model(x) - y).square().mean() + tuning.penalty()).backward()
-                tuning.after_backward()
+                ((model(x) - y).square().mean() + rules.penalty()).backward()
+                rules.after_backward()
                 optimizer.step()
-                tuning.after_step()
+                rules.after_step()
             ends.append(model(x))
         assert torch.equal(*ends)
 

@@ -141,7 +141,7 @@ def test_qlora_on_llama_2_7b() -> None:
 def test_the_plan_tells_the_bytes_that_the_packed_model_takes() -> None:
     model = tiny.seeded("LlamaForCausalLM")
     plan = lorary.plan(model, lorary.method("qlora", r=2))
-    lorary.pack(model)
+    lorary.quantize(model)
     taken = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _tensors(model)}
     rotary = sum(b.numel() * 4 for name, b in model.named_buffers() if "inv_freq" in name)
     assert plan.base_bytes == sum(taken.values()) - rotary

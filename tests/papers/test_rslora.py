@@ -77,7 +77,7 @@ def test_it_is_lora_with_another_alpha_bit_for_bit() -> None:
         torch.manual_seed(1)
         model = nn.Sequential(nn.Linear(24, 12), nn.ReLU(), nn.Linear(12, 12))
         lorary.attach(model, lorary.plan(model, method))
-        optimizer = torch.optim.AdamW(lorary.groups(model, lr=0.01))
+        optimizer = torch.optim.AdamW(lorary.param_groups(model, lr=0.01))
         for _ in range(5):
             optimizer.zero_grad()
             model(x).square().sum().backward()

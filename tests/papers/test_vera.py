@@ -206,7 +206,7 @@ def test_nobody_trains_it() -> None:
     addresses = {p.data_ptr() for p in model.parameters()}
     before = {role: t.clone() for role, t in bank(model).tensors.items()}
     assert not addresses & {t.data_ptr() for t in bank(model).tensors.values()}
-    optimizer = torch.optim.AdamW(lorary.groups(model, lr=0.1, weight_decay=0.5))
+    optimizer = torch.optim.AdamW(lorary.param_groups(model, lr=0.1, weight_decay=0.5))
     for _ in range(3):
         model(input_ids=tiny.ids(), labels=tiny.ids()).loss.backward()
         optimizer.step()

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 import lorary
 from lorary.adapted import adapted as adapters
-from lorary.loop import Tuning
+from lorary.loop import Rules
 from lorary.train import checkpoint
 from tests.resume.processes import contents, forked
 from tests.train.runs import adapted, frozen, llama, rows, sft
@@ -117,7 +117,7 @@ def test_the_comparison_notices_a_rule_that_forgets(tmp_path: Path, monkeypatch:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     forked(lambda: _run(straight, "adalora"))
     forked(lambda: _run(killed, "adalora", kill=13))
-    monkeypatch.setattr(Tuning, "load_state_dict", lambda self, flat: setattr(self, "step", int(flat["step"])))
+    monkeypatch.setattr(Rules, "load_state_dict", lambda self, flat: setattr(self, "step", int(flat["step"])))
     status, _ = forked(lambda: _run(killed, "adalora", resume=True))
     assert status == 0
     whole, again = (contents(folder / "checkpoint-20") for folder in (straight, killed))

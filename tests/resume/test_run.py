@@ -216,11 +216,11 @@ def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
         "  - seed: 42 in the checkpoint, 5 here\n"
         "  - batch_size: 2 in the checkpoint, 1 here\n"
         "  - contents: the training rows are not those of the checkpoint\n"
-        "      hint: put the data back that the run began with, or begin again"
+        "      hint: restore the data that the run began with, or start again"
     )
     with pytest.raises(TrainingError, match="contents: the training rows are not"):  # as many, and others
         sft(tmp_path, train=rows(masked=2)).train(resume_from_checkpoint=True)
-    with pytest.raises(FileError, match="the checkpoint's adapter is another one"):
+    with pytest.raises(FileError, match="the checkpoint holds another adapter"):
         sft(tmp_path, adapted(targets=["q_proj"])).train(resume_from_checkpoint=True)
 
 
@@ -230,6 +230,5 @@ def test_nothing_to_resume_from_is_said(tmp_path: Path) -> None:
             sft(tmp_path).train(resume_from_checkpoint=wanted)
         where = str(tmp_path) if wanted is True else wanted
         assert str(caught.value) == (
-            f"there is nothing to resume from:\n  - {where}: holds no complete checkpoint\n"
-            "      hint: start without resuming"
+            f"cannot resume this run:\n  - {where}: holds no complete checkpoint\n      hint: start without resuming"
         )

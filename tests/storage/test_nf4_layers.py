@@ -220,7 +220,7 @@ def test_other_blocks_are_refused() -> None:
 
 
 def test_a_whole_model_goes_and_comes_back() -> None:
-    model, other = (lorary.pack(tiny.seeded("LlamaForCausalLM", seed)) for seed in (0, 1))
+    model, other = (lorary.quantize(tiny.seeded("LlamaForCausalLM", seed)) for seed in (0, 1))
     assert not torch.equal(tiny.logits(model), tiny.logits(other))
     other.load_state_dict(model.state_dict())
     assert torch.equal(tiny.logits(model), tiny.logits(other))

@@ -1,4 +1,4 @@
-"""lorary.pack and lorary.unpack: which layers of a model are packed, and that nothing else about it changes."""
+"""lorary.quantize and lorary.dequantize: which layers of a model are packed, and that nothing else about it changes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ LLAMA = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_p
 def test_every_linear_layer_but_the_head(name: str, expected: list[str] | None) -> None:
     model = tiny.seeded(name)
     before = {n: (type(m), dict(m.named_parameters(recurse=False))) for n, m in model.named_modules()}
-    assert lorary.pack(model) is model
+    assert lorary.quantize(model) is model
     found = packed_names(model)
     assert expected is None or found == expected
     assert found
@@ -61,7 +61,7 @@ def test_every_linear_layer_but_the_head(name: str, expected: list[str] | None) 
 
 
 def test_the_encoder_of_a_classifier_is_packed_and_its_new_head_is_not() -> None:
-    model = lorary.pack(tiny.seeded("BertForSequenceClassification"))
+    model = lorary.quantize(tiny.seeded("BertForSequenceClassification"))
     assert type(model.classifier) is nn.Linear
     assert isinstance(model.bert.encoder.layer[0].output.dense, NF4Linear)
 
@@ -70,7 +70,7 @@ def test_the_encoder_of_a_classifier_is_packed_and_its_new_head_is_not() -> None
 def test_embeddings_on_request_unless_they_are_tied(tied: bool) -> None:
     model = tiny.seeded("LlamaForCausalLM", tie_word_embeddings=tied)
     table = model.model.embed_tokens.weight.detach().clone()
-    lorary.pack(model, NF4(embeddings=True))
+    lorary.quantize(model, NF4(embeddings=True))
     layer = model.model.embed_tokens
     assert isinstance(layer, NF4Embedding) is not tied
     assert type(model.lm_head) is nn.Linear
@@ -80,13 +80,13 @@ def test_embeddings_on_request_unless_they_are_tied(tied: bool) -> None:
         assert torch.equal(layer(ids), weight(layer)[ids])
         assert 0 < (weight(layer) - table).abs().max() < 0.2 * table.abs().max()
         assert tiny.logits(model).isfinite().all()
-        assert not is_packed(lorary.unpack(model).model.embed_tokens)
+        assert not is_packed(lorary.dequantize(model).model.embed_tokens)
         assert type(model.model.embed_tokens) is nn.Embedding
         assert model.model.embed_tokens.padding_idx == layer.padding_idx
 
 
 def test_embeddings_that_compute_something_of_their_own_stay() -> None:
-    model = lorary.pack(tiny.seeded("Gemma3ForCausalLM", tie_word_embeddings=False), NF4(embeddings=True))
+    model = lorary.quantize(tiny.seeded("Gemma3ForCausalLM", tie_word_embeddings=False), NF4(embeddings=True))
     assert not is_packed(model.model.embed_tokens)  # it multiplies by the root of its width
 
 
@@ -107,7 +107,7 @@ class Odd(nn.Module):
 
 def test_weights_that_other_modules_read_stay() -> None:
     model = Odd().eval()
-    lorary.pack(model)
+    lorary.quantize(model)
     assert [name for name, m in model.named_modules() if is_packed(m)] == ["linear"]
     assert model(torch.randn(2, 3, 8)).isfinite().all()
 
@@ -128,12 +128,12 @@ class Shared(nn.Module):
 
 
 def test_a_layer_under_two_paths_is_packed_once_and_tied_weights_are_not() -> None:
-    model = lorary.pack(Shared())
+    model = lorary.quantize(Shared())
     assert isinstance(model.a, NF4Linear)
     assert model.again[0] is model.a
     assert type(model.b) is nn.Linear
     assert model.c.weight is model.b.weight
-    lorary.unpack(model)
+    lorary.dequantize(model)
     assert type(model.a) is nn.Linear
     assert model.again[0] is model.a
 
@@ -141,11 +141,11 @@ def test_a_layer_under_two_paths_is_packed_once_and_tied_weights_are_not() -> No
 def test_gpt2s_transposed_layer_is_packed_as_the_matrix_that_it_is() -> None:
     model = tiny.seeded("GPT2LMHeadModel")
     W = model.transformer.h[0].attn.c_attn.weight.detach().T.contiguous()
-    lorary.pack(model)
+    lorary.quantize(model)
     layer = model.transformer.h[0].attn.c_attn
     assert torch.equal(weight(layer), weight(NF4().pack(_linear(W))))
     expected = tiny.logits(model)
-    lorary.unpack(model)
+    lorary.dequantize(model)
     plain = model.transformer.h[0].attn.c_attn
     assert torch.equal(plain.weight, weight(NF4().pack(_linear(W))).T)
     torch.testing.assert_close(tiny.logits(model), expected)
@@ -187,8 +187,8 @@ def _linear(W: Tensor, dtype: torch.dtype = torch.float32, bias: bool = True) ->
 
 
 def test_a_model_on_the_meta_device_is_packed_in_shapes() -> None:
-    model = lorary.pack(tiny.model("LlamaForCausalLM", "meta"))
-    real = lorary.pack(tiny.seeded("LlamaForCausalLM"))
+    model = lorary.quantize(tiny.model("LlamaForCausalLM", "meta"))
+    real = lorary.quantize(tiny.seeded("LlamaForCausalLM"))
     for (name, here), there in zip(model.named_modules(), real.modules(), strict=True):
         assert type(here) is type(there), name
         if is_packed(here):
@@ -204,11 +204,11 @@ def test_what_cannot_be_packed_is_refused_with_every_reason_and_nothing_changes(
         model.model.layers[1].mlp.up_proj.weight[1, :2] = math.inf
     before = tiny.everything(model)
     with pytest.raises(StateError) as caught:
-        lorary.pack(model)
+        lorary.quantize(model)
     what = "numbers of its weight are NaN or infinite, and cannot be packed"
     fix = "      hint: repair the base, or leave the layer out"
     assert str(caught.value).splitlines() == [
-        "cannot pack:",
+        "cannot quantise:",
         f"  - model.layers.0.self_attn.q_proj: 1 of 256 {what}",
         fix,
         f"  - model.layers.1.mlp.up_proj: 2 of 384 {what}",
@@ -220,7 +220,7 @@ def test_what_cannot_be_packed_is_refused_with_every_reason_and_nothing_changes(
 @pytest.mark.parametrize(
     ("wrong", "what"),
     [
-        (lambda: (lorary.pack(tiny.llama()),), "model: has no layer to pack"),
+        (lambda: (lorary.quantize(tiny.llama()),), "model: has no layer to pack"),
         (lambda: (nn.Linear(4, 4).weight,), "model: is a Parameter"),
         (
             lambda: (nn.Linear(4, 4),),
@@ -247,21 +247,21 @@ def test_what_cannot_be_packed_is_refused_with_every_reason_and_nothing_changes(
 )
 def test_refusals(wrong: Callable[[], tuple[Any, ...]], what: str) -> None:
     with pytest.raises(StateError) as caught:
-        lorary.pack(*wrong())
+        lorary.quantize(*wrong())
     assert what in str(caught.value)
 
 
 def test_unpacking_wants_no_adapters_either() -> None:
     with pytest.raises(StateError, match=r"has adapters attached\s+hint: merge or detach them first"):
-        lorary.unpack(tiny.trained(tiny.llama(), lorary.method("qlora", r=2)))
+        lorary.dequantize(tiny.trained(tiny.llama(), lorary.method("qlora", r=2)))
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16, torch.float32])
 def test_unpacked_it_is_a_plain_model_that_computes_the_same(dtype: torch.dtype | None) -> None:
-    model = lorary.pack(tiny.seeded("Qwen2ForCausalLM").to(torch.bfloat16))
+    model = lorary.quantize(tiny.seeded("Qwen2ForCausalLM").to(torch.bfloat16))
     expected = tiny.logits(model)
     dense = {name: weight(m) for name, m in model.named_modules() if is_packed(m)}
-    assert lorary.unpack(model, dtype) is model
+    assert lorary.dequantize(model, dtype) is model
     assert not packed_names(model)
     for name, W in dense.items():
         layer = model.get_submodule(name)
@@ -271,11 +271,11 @@ def test_unpacked_it_is_a_plain_model_that_computes_the_same(dtype: torch.dtype 
         assert not layer.weight.requires_grad
     if dtype is None:
         torch.testing.assert_close(tiny.logits(model), expected, rtol=0.02, atol=0.02)
-    assert lorary.unpack(model) is model  # nothing is left to do
+    assert lorary.dequantize(model) is model  # nothing is left to do
 
 
 def test_an_adapter_of_the_plain_model_fits_the_packed_one() -> None:
-    plain, packed = tiny.seeded("LlamaForCausalLM"), lorary.pack(tiny.seeded("LlamaForCausalLM"))
+    plain, packed = tiny.seeded("LlamaForCausalLM"), lorary.quantize(tiny.seeded("LlamaForCausalLM"))
     assert lorary.Fingerprint.of(packed) == lorary.Fingerprint.of(plain)
     adapter = lorary.Adapter.of(tiny.trained(plain))
     base = tiny.logits(packed)
@@ -290,7 +290,7 @@ def _made(layers: int, *, attach: bool) -> tuple[int, int]:
     plan = lorary.plan(model, lorary.method("qlora", r=1)) if attach else None
     with LiveBytes() as live:
         if plan is None:
-            lorary.pack(model)
+            lorary.quantize(model)
         else:
             lorary.attach(model, plan)
     return live.peak, live.now
@@ -314,7 +314,7 @@ def test_the_tensors_of_a_packed_layer_take_4_127_bits_a_number() -> None:
     assert stored == NF4().bytes(1024 * 2048)
     single = NF4(double=False).pack(nn.Linear(1024, 2048, bias=False))
     assert 8 * sum(t.untyped_storage().nbytes() for t in held(single)) / (1024 * 2048) == 4.5
-    model = lorary.pack(tiny.seeded("LlamaForCausalLM"))
+    model = lorary.quantize(tiny.seeded("LlamaForCausalLM"))
     kept = sum(t.untyped_storage().nbytes() for m in model.modules() if is_packed(m) for t in held(m))
     assert kept == sum(NF4().bytes(m.in_features * m.out_features) for m in model.modules() if is_packed(m))
     assert CODE.numel() == 16

@@ -161,18 +161,18 @@ def test_saved_and_loaded_on_the_plain_base_it_is_the_same(names: tuple[str, ...
     assert torch.equal(again(x), expected)
     assert all(is_packed(layer.base) for layer in adapted(again).values())
     lorary.switch(again, None)
-    lorary.switch(again, lorary.Adapter.load(tmp_path))
+    lorary.switch(again, lorary.load_adapter(tmp_path))
     torch.testing.assert_close(again(x), expected, rtol=1e-3, atol=1e-3)  # what it gave back is what it packs anew
 
 
 def test_a_base_that_is_packed_already_gives_up_nothing_and_says_so(tmp_path: Path) -> None:
     lorary.save(shaken("pissa"), tmp_path)
-    packed = lorary.pack(base(2))
+    packed = lorary.quantize(base(2))
     with pytest.raises(PlanError, match="is packed already, and Principal would take a part of it"):
         lorary.plan(packed, lorary.method("qlora", "pissa", r=R))
     before = packed(torch.ones(1, INP))
     what = r"\n  - 0: is packed already, and Principal would take a part of it\n      hint: load the base in full"
-    for put in (lambda: lorary.load(packed, tmp_path), lambda: lorary.switch(packed, lorary.Adapter.load(tmp_path))):
+    for put in (lambda: lorary.load(packed, tmp_path), lambda: lorary.switch(packed, lorary.load_adapter(tmp_path))):
         with pytest.raises(FileError, match=what):
             put()
         assert torch.equal(packed(torch.ones(1, INP)), before)

@@ -20,8 +20,8 @@ from tests import tiny
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, "float32"])
 def test_no_weight_is_unpacked_to_whole_numbers(dtype: Any) -> None:
     with pytest.raises(StateError) as caught:
-        lorary.unpack(lorary.pack(tiny.llama()), dtype)
-    expected = f"cannot unpack:\n  - dtype: is {dtype!r}\n      hint: say torch.bfloat16 or torch.float32"
+        lorary.dequantize(lorary.quantize(tiny.llama()), dtype)
+    expected = f"cannot dequantise:\n  - dtype: is {dtype!r}\n      hint: use torch.bfloat16 or torch.float32"
     assert str(caught.value) == expected
 
 
@@ -31,7 +31,7 @@ def test_a_double_that_32_bits_do_not_hold_is_found_before_anything_is_packed() 
         model.model.layers[1].mlp.up_proj.weight[1, :2] = 1e300
     what = "up_proj: 2 of 384 numbers of its weight are NaN or infinite in 32 bits, and cannot be packed"
     refused: list[Callable[[], Any]] = [
-        lambda: lorary.pack(model),
+        lambda: lorary.quantize(model),
         lambda: lorary.attach(model, lorary.plan(model, lorary.method("qlora", r=2))),
     ]
     for call in refused:
@@ -50,10 +50,10 @@ def test_a_layer_is_called_with_its_hooks_all_the_same(attach: bool) -> None:
     if attach:
         lorary.attach(model, lorary.plan(model, lorary.method("qlora", r=2)))
     else:
-        lorary.pack(model)
+        lorary.quantize(model)
     tiny.logits(model)
     assert calls == ["before", "after"]
-    lorary.unpack(lorary.merge(model) if attach else model)
+    lorary.dequantize(lorary.merge(model) if attach else model)
     tiny.logits(model)
     assert calls == ["before", "after"] * 2
     for hook in hooks:
@@ -72,7 +72,7 @@ def test_a_forward_that_was_replaced_is_not_lost_in_silence(tmp_path: Path) -> N
     before = tiny.everything(model)
     what = "up_proj: its forward was replaced, by Accelerate or by hand, and the packed layer would have its own"
     refused: list[Callable[[], Any]] = [
-        lambda: lorary.pack(model),
+        lambda: lorary.quantize(model),
         lambda: lorary.attach(model, lorary.plan(model, method)),
         lambda: lorary.load(model, tmp_path / "adapter"),
     ]
@@ -86,7 +86,7 @@ def test_an_adapter_of_a_base_that_was_packed_otherwise_says_so(tmp_path: Path) 
     model = tiny.seeded("LlamaForCausalLM")
     lorary.save(tiny.trained(model, lorary.method("qlora", r=2, block=128)), tmp_path / "adapter")
     lorary.load(tiny.seeded("LlamaForCausalLM"), tmp_path / "adapter")  # packs it as it was
-    base = lorary.pack(tiny.seeded("LlamaForCausalLM"))
+    base = lorary.quantize(tiny.seeded("LlamaForCausalLM"))
     with pytest.warns(PackingWarning) as told:
         lorary.load(base, tmp_path / "adapter")
     assert str(told[0].message) == (
@@ -108,5 +108,5 @@ def test_the_sum_of_adapters_of_packed_bases_packs_its_base_too() -> None:
 def test_packed_in_inference_mode_it_can_be_trained() -> None:
     model = tiny.seeded("LlamaForCausalLM")
     with torch.inference_mode():
-        lorary.pack(model)
+        lorary.quantize(model)
     assert not any(t.is_inference() for t in (*model.parameters(), *model.buffers()))

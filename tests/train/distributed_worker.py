@@ -87,7 +87,7 @@ def _model(mode: str) -> Any:
     model = llama(tie_word_embeddings=False, num_hidden_layers=3)  # of each kind one layer keeps its own, two share
     plan = lorary.plan(model, lorary.method("lora", "lora+", r=4), ["q_proj", "down_proj"])
     learnt = lorary.Importance(tuple(Measured(p.site.name, 1.0, 1.0) for p in plan.placed))
-    return lorary.attach(model, lorary.dropped(plan, learnt, 0.3), seed=0)
+    return lorary.attach(model, lorary.drop_layers(plan, learnt, 0.3), seed=0)
 
 
 def refusal(folder: Path) -> str:

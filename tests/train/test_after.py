@@ -57,7 +57,7 @@ def test_the_next_task_holds_those_before_it_as_they_were(
     Path("my.yaml").write_text(yaml.safe_dump(changed(words, "training", max_steps=2, eval_steps=2, save_steps=2)))
     ran = Command(monkeypatch, capsys)("train", "my.yaml", "--quiet", "--after", past[1])
     assert (ran.code, ran.out) == (0, "out/adapter\n"), ran.err
-    before, after = lorary.Adapter.load(past[1]), lorary.Adapter.load("out/adapter")
+    before, after = lorary.load_adapter(past[1]), lorary.load_adapter("out/adapter")
     assert {p.delta.past for p in after.placed} == {(3, 3)}
     mine, theirs = after.low_rank(), before.low_rank()
     for name, form in mine.items():
@@ -104,9 +104,9 @@ def test_a_resumed_task_has_the_same_past_or_is_refused(words: dict[str, Any], p
     shutil.copytree(past[1], "mine")
     with pytest.raises(ConfigError) as caught:
         run(from_dict(tree), resume=True, quiet=True)
-    first, second = (digest(lorary.Adapter.load(path)) for path in past)
+    first, second = (digest(lorary.load_adapter(path)) for path in past)
     assert str(caught.value) == (
-        "this is another run than the one in the folder:\n"
+        "the folder belongs to another run:\n"
         f"  - method.after: ['mine#{first}'] in the run, ['mine#{second}'] here\n"
         "      hint: resume with the run's own configuration"
     )
@@ -114,7 +114,7 @@ def test_a_resumed_task_has_the_same_past_or_is_refused(words: dict[str, Any], p
     with pytest.raises(ConfigError) as caught:
         run(resolved, resume=True, quiet=True)
     assert str(caught.value) == (
-        "an earlier task is not what it was:\n"
+        "the adapter of an earlier task has changed:\n"
         f"  - method.after: mine holds another adapter: {second}, and the configuration was made with {first}\n"
         "      hint: write mine alone to take it as it is now"
     )
@@ -149,7 +149,7 @@ def test_what_cannot_be_the_past_is_refused_before_anything_is_written(
     with pytest.raises(FileError) as refused:
         run(from_dict(changed(words, "method", after=past[0]) | {"model": str(tmp_path / "other")}), quiet=True)
     assert str(refused.value).startswith(
-        f"an earlier task was learnt on another model:\n  - {past[0]}: other weights: "
+        f"an earlier task was trained on another base:\n  - {past[0]}: other weights: "
     )
     assert not Path("out/adapter").exists()
     assert layers_of(llama()) == {}

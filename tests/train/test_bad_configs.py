@@ -30,7 +30,7 @@ method:
   r: 8
   alhpa: 16
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:5:3: unknown key `alhpa` in `method`
       hint: did you mean `alpha` or `alphas`?"""),
 Bad('bf16 where the weights are in another half precision', """\
@@ -38,7 +38,7 @@ model: {id: builtin:base, dtype: float16}
 data: builtin:docstrings
 training: {bf16: true}
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:3:12: `training.bf16`: the weights are in float16, and compute in it
       hint: keep one of the two"""),
 Bad('bf16 twice', """\
@@ -46,7 +46,7 @@ model: {id: builtin:base, dtype: bfloat16}
 data: builtin:docstrings
 training: {bf16: true}
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:3:12: `training.bf16`: has no effect: weights in bfloat16 compute in bfloat16
       hint: remove it"""),
 Bad('the best of nothing', """\
@@ -54,7 +54,7 @@ model: builtin:base
 data: builtin:docstrings
 training: {keep_best: true}
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:3:12: `training.keep_best`: has no effect without held-out data
       hint: set data.validation or data.validation_split"""),
 Bad('the best between two evaluations', """\
@@ -62,7 +62,7 @@ model: builtin:base
 data: {train: builtin:docstrings, validation_split: 0.1}
 training: {keep_best: true, eval_steps: 2, save_steps: 3}
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:3:12: `training.keep_best`: the best model can only be kept when every checkpoint falls on an evaluation
       hint: make save_steps a multiple of eval_steps, or leave both empty"""),
 Bad('the best twice', """\
@@ -70,7 +70,7 @@ model: builtin:base
 data: {train: builtin:docstrings, validation_split: 0.1}
 training: {keep_best: true, early_stopping_patience: 2}
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:3:12: `training.keep_best`: `early_stopping_patience` keeps the best anyhow
       hint: remove it"""),
 Bad('earlier tasks for a method without a place for them', """\
@@ -78,7 +78,7 @@ model: builtin:base
 data: builtin:docstrings
 method: {name: lora, after: runs/first/adapter}
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:3:22: `method.after`: `lora` has no place for earlier tasks
       hint: set method.name: o-lora"""),
 Bad('a key like nothing', """\
@@ -87,7 +87,7 @@ data: builtin:docstrings
 training:
   zzz: 1
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:4:3: unknown key `zzz` in `training`
       hint: known: batch_size, bf16, dpo_beta, early_stopping_patience, epochs, eval_batch_size, eval_steps, gradient_accumulation_steps, gradient_checkpointing, keep_best, logging_steps, lr, max_grad_norm, max_steps, optimizer, report_to, save_steps, save_total_limit, schedule, seed, warmup, weight_decay"""),
 Bad('a mistyped key of another section', """\
@@ -96,7 +96,7 @@ data: builtin:docstrings
 training:
   ranl: 16
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:4:3: unknown key `ranl` in `training`
       hint: did you mean `rank`, under `method:`?"""),
 Bad('a right key in a wrong section', """\
@@ -105,7 +105,7 @@ data: builtin:docstrings
 method:
   batch_size: 4
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:4:3: unknown key `batch_size` in `method`
       hint: it belongs under `training:`"""),
 Bad("a section's key at the top", """\
@@ -113,7 +113,7 @@ model: builtin:base
 data: builtin:docstrings
 lr: 1e-4
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:3:1: unknown key `lr`
       hint: it belongs under `training:`"""),
 Bad("another tool's name in a wrong section", """\
@@ -122,7 +122,7 @@ data: builtin:docstrings
 method:
   learning_rate: 1e-4
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:4:3: unknown key `learning_rate` in `method`
       hint: it belongs under `training:`, as `lr`"""),
 Bad('a mistyped section', """\
@@ -131,7 +131,7 @@ data: builtin:docstrings
 trainin:
   lr: 1e-4
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:3:1: unknown key `trainin`
       hint: did you mean `training`?"""),
 Bad('a duplicate key', """\
@@ -210,23 +210,23 @@ cannot read train.yaml:
 Bad('a list', """\
 - model: builtin:base
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:1:1: it holds a list, not keys and values
       hint: `lorary init` writes one to start from"""),
 Bad('nothing', '', """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - it is empty
       hint: `lorary init` writes one to start from"""),
 Bad('a word', """\
 train
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:1:1: it holds the text 'train', not keys and values
       hint: `lorary init` writes one to start from"""),
 Bad('nothing but a method', """\
 method: lora
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:1:1: `model` is missing
       hint: for example `model: builtin:base`
   - train.yaml:1:1: `data` is missing
@@ -236,84 +236,84 @@ model: builtin:base
 data: builtin:docstrings
 method: {r: 0}
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:3:10: `r` must be at least 1, not 0"""),
 Bad('rank -1', """\
 model: builtin:base
 data: builtin:docstrings
 method: {r: -1}
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:3:10: `r` must be at least 1, not -1"""),
 Bad('rank 1000000000', """\
 model: builtin:base
 data: builtin:docstrings
 method: {r: 1000000000}
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:3:10: `r` must be at most 65,536, not 1000000000"""),
 Bad("rank '4'", """\
 model: builtin:base
 data: builtin:docstrings
 method: {r: '4'}
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:3:10: `r` must be a whole number, not the text '4'"""),
 Bad('rank 4.5', """\
 model: builtin:base
 data: builtin:docstrings
 method: {r: 4.5}
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:3:10: `r` must be a whole number, not 4.5"""),
 Bad('rank true', """\
 model: builtin:base
 data: builtin:docstrings
 method: {r: true}
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:3:10: `r` must be a whole number, not true"""),
 Bad('rank 010', """\
 model: builtin:base
 data: builtin:docstrings
 method: {r: 010}
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:3:10: `r` must be a whole number, not the text '010'"""),
 Bad('alpha 0', """\
 model: builtin:base
 data: builtin:docstrings
 method: {alpha: 0}
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:3:10: `alpha` must be above 0, not 0"""),
 Bad('alpha -2', """\
 model: builtin:base
 data: builtin:docstrings
 method: {alpha: -2}
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:3:10: `alpha` must be above 0, not -2"""),
 Bad('alpha .nan', """\
 model: builtin:base
 data: builtin:docstrings
 method: {alpha: .nan}
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:3:10: `alpha` must be a finite number, not nan"""),
 Bad('alpha 1e308', """\
 model: builtin:base
 data: builtin:docstrings
 method: {alpha: 1e308}
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:3:10: `alpha` must be at most 1,000,000, not 1e+308"""),
 Bad('alpha high', """\
 model: builtin:base
 data: builtin:docstrings
 method: {alpha: high}
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:3:10: `alpha` must be a number, not the text 'high'"""),
 Bad('rates and counts out of range', """\
 model: builtin:base
@@ -327,7 +327,7 @@ training:
   weight_decay: .inf
   seed: 4294967296
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:4:3: `lr` must be at most 1, not 10
   - train.yaml:5:3: `epochs` must be above 0, not 0
   - train.yaml:6:3: `batch_size` must be at least 1, not 0
@@ -340,7 +340,7 @@ model: builtin:base
 data: builtin:docstrings
 training: {lr: 0}
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:3:12: `lr` must be above 0, not 0"""),
 Bad('switches that are none', """\
 model: builtin:base
@@ -349,7 +349,7 @@ x: {train: a.jsonl, packing: maybe}
 training: {gradient_checkpointing: 2}
 use_rslora: please
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:3:1: unknown key `x`
       hint: known: data, method, model, output, task, training
   - train.yaml:4:12: `gradient_checkpointing` must be true or false, not 2
@@ -360,12 +360,12 @@ data: builtin:docstrings
 task: ppo
 training: {schedule: cosin, optimizer: adam, report_to: [tensorbord, none]}
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:3:1: `task` must be one of `sft`, `dpo`, not the text 'ppo'
       hint: did you mean `dpo`?
   - train.yaml:4:12: `schedule` must be one of `cosine`, `linear`, `constant`, `polynomial`, `inverse_sqrt`, not the text 'cosin'
       hint: did you mean `cosine`?
-  - train.yaml:4:29: `optimizer` must be one of `adamw_torch`, `adamw_torch_fused`, `paged_adamw`, `paged_adamw_torch`, `paged_adamw_32bit`, `adamw_bnb_8bit`, `adafactor`, `sgd`, not the text 'adam'
+  - train.yaml:4:29: `optimizer` must be one of `adamw_torch`, `adamw_torch_fused`, `paged_adamw`, `paged_adamw_32bit`, `adamw_bnb_8bit`, `adafactor`, `sgd`, not the text 'adam'
   - train.yaml:4:58: `training.report_to[0]` must be one of `none`, `tensorboard`, `wandb`, `trackio`, not the text 'tensorbord'
       hint: did you mean `tensorboard`?"""),
 Bad('an unknown method', """\
@@ -373,7 +373,7 @@ model: builtin:base
 data: builtin:docstrings
 method: lora,rslorra
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:3:1: `rslorra` is no method that lorary knows
       hint: did you mean `rslora` or `lora` or `qlora`?"""),
 Bad('an option of another method', """\
@@ -381,7 +381,7 @@ model: builtin:base
 data: builtin:docstrings
 method: {name: rslora, ratio: 4}
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:3:24: `ratio` is no option of lora + rslora
       hint: it is an option of lora+, delta-lora"""),
 Bad('a rank for a method without one', """\
@@ -389,7 +389,7 @@ model: builtin:base
 data: builtin:docstrings
 method: {name: bitfit, r: 8}
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:3:24: `r` is no option of bitfit
       hint: it is an option of lora, glora, vera, melora, multilora, adalora, delta-lora, o-lora"""),
 Bad('methods that contradict', """\
@@ -397,7 +397,7 @@ model: builtin:base
 data: builtin:docstrings
 method: [lora+, lora-fa]
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:3:1: `lr`: B would learn faster or slower than nothing: {A} is frozen
       hint: give the rate itself, without a multiplier"""),
 Bad('two names of one key', """\
@@ -407,7 +407,7 @@ training:
   lr: 1e-4
 learning_rate: 2e-4
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:5:1: `learning_rate` and `lr` (train.yaml:4:3) both set `training.lr`
       hint: keep one of the two"""),
 Bad('a switch and a share', """\
@@ -416,7 +416,7 @@ data: builtin:docstrings
 train_on_inputs: 1
 warmup_ratio: 3
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:3:1: `train_on_inputs` must be true or false, not 1
   - train.yaml:4:1: `warmup_ratio` is a share of the steps and must be below 1, not 3"""),
 Bad('a secret', """\
@@ -424,7 +424,7 @@ model: builtin:base
 data: builtin:docstrings
 hf_token: hf_abc
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:3:1: unknown key `hf_token`
       hint: secrets do not belong in a file that is kept; set HF_TOKEN instead"""),
 Bad("PEFT's regular expressions", """\
@@ -434,7 +434,7 @@ method:
   rank_pattern: {'.*q_proj': 8}
   modules_to_save: [lm_head]
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:4:3: unknown key `rank_pattern` in `method`
       hint: PEFT's patterns are regular expressions; write globs under `method.ranks`, such as '*.q_proj': 8
   - train.yaml:5:3: unknown key `modules_to_save` in `method`
@@ -444,7 +444,7 @@ model: builtin:base
 data: builtin:docstrings
 training: {early_stopping_patience: 3, eval_steps: 5}
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:3:12: `training.early_stopping_patience`: has no effect without held-out data
       hint: set data.validation or data.validation_split
   - train.yaml:3:12: `training.early_stopping_patience`: the best model can only be kept when every checkpoint falls on an evaluation
@@ -456,7 +456,7 @@ model: builtin:base
 data: builtin:docstrings
 training: {epochs: 1, max_steps: 10, warmup: 20}
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:3:12: `training.epochs`: `epochs` and `max_steps` both say when to stop
       hint: keep one of the two
   - train.yaml:3:38: `training.warmup`: 20 warmup steps, but the run ends after 10
@@ -466,7 +466,7 @@ model: builtin:base
 data: builtin:docstrings
 training: {warmup: 2.5}
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:3:12: `training.warmup`: from 1 on it is a number of steps, and 2.5 is not whole
       hint: 0.03 is three percent of the steps"""),
 Bad('checkpoints between evaluations', """\
@@ -474,7 +474,7 @@ model: builtin:base
 data: {train: a.jsonl, validation: b.jsonl}
 training: {early_stopping_patience: 2, eval_steps: 4, save_steps: 6}
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:3:12: `training.early_stopping_patience`: the best model can only be kept when every checkpoint falls on an evaluation
       hint: make save_steps a multiple of eval_steps, or leave both empty"""),
 Bad("SFT's options in DPO", """\
@@ -482,7 +482,7 @@ model: builtin:base
 data: {train: a.jsonl, packing: true, loss: all, format: text}
 task: dpo
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:2:24: `data.packing`: preference pairs are not packed
       hint: remove it, or set task: sft
   - train.yaml:2:39: `data.loss`: has no effect when task is `dpo`: only the answers are compared
@@ -494,7 +494,7 @@ model: builtin:base
 data: {train: a.jsonl, format: preference}
 training: {dpo_beta: 0.1}
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:2:24: `data.format`: task `sft` does not learn from preference pairs
       hint: set task: dpo, or map the answer with data.columns
   - train.yaml:3:12: `training.dpo_beta`: has no effect when task is `sft`
@@ -503,7 +503,7 @@ Bad('two ways to hold out', """\
 model: builtin:base
 data: {train: a.jsonl, validation: b.jsonl, validation_split: 0.1}
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:2:45: `data.validation_split`: has no effect beside `data.validation`
       hint: keep one of the two"""),
 Bad('the root as output', """\
@@ -511,7 +511,7 @@ model: builtin:base
 data: builtin:docstrings
 output: /
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:3:1: `output`: `/` is the root, home or working folder
       hint: name a folder of its own, such as runs/first"""),
 Bad("the data's folder as output", """\
@@ -519,7 +519,7 @@ model: builtin:base
 data: {train: here/rows.jsonl}
 output: here
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:3:1: `output`: `here` holds the training data (`here/rows.jsonl`)
       hint: name another folder"""),
 Bad('ranks that are none', """\
@@ -527,7 +527,7 @@ model: builtin:base
 data: builtin:docstrings
 method: {ranks: {'*.q_proj': 0, '*.k_proj': many}, targets: [q_proj, 3]}
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:3:18: `method.ranks['*.q_proj']` must be at least 1, not 0
   - train.yaml:3:33: `method.ranks['*.k_proj']` must be a whole number, not the text 'many'
   - train.yaml:3:70: `method.targets[1]` must be a text, not 3"""),
@@ -536,7 +536,7 @@ model: builtin:base
 data: builtin:docstrings
 training: [lr]
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - train.yaml:3:1: `training` must hold keys and values, not a list"""),
 Bad('overrides without a value', """\
 model: builtin:base
@@ -562,7 +562,7 @@ model: builtin:base
 data: builtin:docstrings
 method: {r: 8}
 """, """\
-train.yaml does not describe a run:
+invalid configuration train.yaml:
   - --set training.sed: unknown key `sed` in `training`
       hint: did you mean `seed`?
   - --set lr: unknown key `lr`

@@ -87,14 +87,14 @@ bad("a number of 5,000 digits", {"rows.jsonl": b'{"text": ' + b"1"*5000 + b'}\n'
 1 of 1 rows of rows.jsonl cannot be used:
   - rows.jsonl:1: an integer of 5000 digits""")
 bad("rows that are no objects", {"rows.jsonl": b'["x"]\n"y"\n'}, """\
-cannot tell what the rows of rows.jsonl mean:
+unknown row format in rows.jsonl:
   - rows.jsonl:1: the rows are no objects with fields
       hint: name the fields with data.columns, such as {prompt: question}; the shapes are: preference (chosen, rejected); messages (messages); sharegpt (conversations); prompt-completion (prompt, completion); alpaca (instruction, output); text (text)""")
 bad("a broken array", {"rows.json": b'[{"text": "x"},\n {"text": }]'}, """\
 cannot read rows.json:
   - rows.json: not JSON: expecting value (line 2, column 11)""", train="rows.json")
 bad("fields that mean nothing", {"rows.jsonl": rows({"promt":"a","answer":"b"})}, """\
-cannot tell what the rows of rows.jsonl mean:
+unknown row format in rows.jsonl:
   - rows.jsonl:1: found the fields `answer`, `promt`
       hint: name the fields with data.columns, such as {prompt: promt}; the shapes are: preference (chosen, rejected); messages (messages); sharegpt (conversations); prompt-completion (prompt, completion); alpaca (instruction, output); text (text)""")
 bad("a missing field", {"rows.jsonl": rows(GOOD, {"prompt":"hello"}, GOOD)}, """\
@@ -199,7 +199,7 @@ bad("a template that rewrites the past", {"rows.jsonl": rows({"messages":[user("
 1 of 1 rows of the data cannot be used:
   - rows.jsonl:1: the chat template renders message 1 differently when more follows, so the answer cannot be told from the rest; one with {% generation %} marks can: see data.chat_template: builtin:chatml""", template="{% for m in messages %}{{ m.content if loop.last else '?' }}{% endfor %}")
 bad("a mistyped template", {"rows.jsonl": rows({"messages":[user("a"),answer("b")]})}, """\
-there is no such chat template:
+unknown chat template:
   - data.chat_template: cannot read `builtin:chatlm`: No such file or directory
       hint: did you mean `builtin:chatml`?""", chat_template="builtin:chatlm")
 bad("overlong rows", {"rows.jsonl": rows(GOOD, *({"prompt":"a ","completion":"two "*n} for n in range(20,28)))}, """\
@@ -221,15 +221,15 @@ cannot mask the data:
   - data.loss: `completion` learns answers alone, and plain text has none
       hint: use `all`, or rows with a prompt""", loss="completion")
 bad("nothing short enough", {"rows.jsonl": rows({"prompt":"a ","completion":"two "*20})}, """\
-this data would not teach what it should:
+the training data has errors:
   - no row is left: 1 of 1 are longer than data.max_length
       hint: raise data.max_length""", max_length=16, overlong="drop")
 bad("two beginnings", {"rows.jsonl": rows({"messages":[user("a"),answer("b")]})}, """\
-this data would not teach what it should:
+the training data has errors:
   - 1 of 1 rows hold more than one BOS ('<s>')
       hint: the text or the chat template writes one that the tokenizer adds as well""", template="<s>"+PLAIN_CHAT)
 bad("everything is learnt", {"rows.jsonl": rows({"prompt":"","completion":"x"})}, """\
-this data would not teach what it should:
+the training data has errors:
   - every token is learnt (100 % labelled), prompts included
       hint: look at the sample; set data.loss: all if that is what you want""", bos=False)
 # fmt: on

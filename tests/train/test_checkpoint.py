@@ -112,7 +112,7 @@ def test_optimizer_states_come_back_by_name(kind: Any) -> None:
 
     words = {"momentum": 0.9} if kind is torch.optim.SGD else {}
     model = adapted("lora", "lora+")
-    optimizer = kind(lorary.groups(model, lr=1e-2), **words)
+    optimizer = kind(lorary.param_groups(model, lr=1e-2), **words)
     steps(model, optimizer, 2)
     saved = checkpoint.unpack(*_packed(moments.capture(optimizer, model)))
     middle = Adapter.of(model)
@@ -120,7 +120,7 @@ def test_optimizer_states_come_back_by_name(kind: Any) -> None:
     again = adapted("lora", "lora+")
     for name, layer in lorary.adapted.adapted(again).items():
         layer.load(dict(middle.tensors[name]))
-    other = kind(lorary.groups(again, lr=1.0), **words)  # the rate comes from the checkpoint
+    other = kind(lorary.param_groups(again, lr=1.0), **words)  # the rate comes from the checkpoint
     moments.restore(other, again, saved)
     steps(again, other, 2)
     for one, two in zip(model.parameters(), again.parameters(), strict=True):
@@ -129,9 +129,9 @@ def test_optimizer_states_come_back_by_name(kind: Any) -> None:
 
 def test_another_models_optimizer_is_refused() -> None:
     one, two = adapted(targets=["q_proj"]), adapted(targets=["q_proj", "k_proj"])
-    saved = moments.capture(torch.optim.SGD(lorary.groups(one, lr=1.0)), one)
+    saved = moments.capture(torch.optim.SGD(lorary.param_groups(one, lr=1.0)), one)
     with pytest.raises(TrainingError) as caught:
-        moments.restore(torch.optim.SGD(lorary.groups(two, lr=1.0)), two, saved)
+        moments.restore(torch.optim.SGD(lorary.param_groups(two, lr=1.0)), two, saved)
     assert "group 0: model.layers.0.self_attn.k_proj.p.A is only here" in str(caught.value)
 
 
@@ -272,4 +272,4 @@ def test_checkpoints_hold_no_pickle_and_no_base(tmp_path: Path) -> None:
     for path in (p for p in files.values() if p.suffix == ".safetensors"):
         with safe_open(path, "pt") as file:
             assert not [name for name in file.keys() if "embed_tokens" in name or ".base." in name]  # noqa: SIM118
-    assert lorary.Adapter.load(tmp_path / "checkpoint-12" / "adapter").placed  # usable as it is
+    assert lorary.load_adapter(tmp_path / "checkpoint-12" / "adapter").placed  # usable as it is

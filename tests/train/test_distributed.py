@@ -91,7 +91,7 @@ def test_a_configuration_runs_in_two_processes_as_in_one(tmp_path: Path, launche
 @pytest.mark.slow
 def test_layers_that_share_are_not_sharded(launched: dict[str, Any]) -> None:
     assert launched["refusal"] == (
-        "this way of distributing cannot train an adapter:\n"
+        "unsupported distributed setup:\n"
         "  - fsdp: shards every layer with its tensors, and those of layers that share (LoRA-drop) would be in two "
         "shards\n      hint: train with DDP, or without LoRA-drop"
     )
@@ -107,7 +107,7 @@ def test_other_ways_of_dividing_are_refused() -> None:
     with pytest.raises(TrainingError) as caught:
         check_strategy(State())
     assert str(caught.value) == (
-        "this way of distributing cannot train an adapter:\n"
+        "unsupported distributed setup:\n"
         "  - fsdp: version 1 flattens adapter and base into one parameter\n"
         "      hint: set version: 2 in fsdp_config\n"
         "  - deepspeed: its shards cannot be put into lorary's checkpoints\n"

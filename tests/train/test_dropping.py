@@ -20,7 +20,7 @@ import lorary
 from lorary.cli import app
 from lorary.errors import ConfigError, FileError, PlanError, TrainingError
 from lorary.methods.lora_drop import Importance
-from lorary.probing import dropped
+from lorary.probing import drop_layers
 from lorary.train import Run, dropping, run
 from lorary.train.config_file import from_dict
 from lorary.train.dropping import sample
@@ -89,7 +89,7 @@ def _with(words: Tree, section: str, **changes: Any) -> Tree:
 def _tensors(folder: Path) -> dict[str, Any]:
     return {
         f"{site}.{role}": tensor
-        for site, roles in lorary.Adapter.load(folder).tensors.items()
+        for site, roles in lorary.load_adapter(folder).tensors.items()
         for role, tensor in roles.items()
     }
 
@@ -139,7 +139,7 @@ def test_the_run_is_the_one_without_a_probe_but_for_its_plan(
     real = dropping.model_of
 
     def chosen_by_hand(prepared: Any, resumed: Any) -> Any:
-        return real(dropping.replanned(prepared, dropped(prepared.plan, found, 0.5)), resumed)
+        return real(dropping.replanned(prepared, drop_layers(prepared.plan, found, 0.5)), resumed)
 
     monkeypatch.setattr("lorary.train.runner.model_of", chosen_by_hand)
     run(from_dict(_with(words, "method", drop=None)), quiet=True)
@@ -188,7 +188,7 @@ def test_a_record_that_is_missing_damaged_or_changed_is_told(words: Tree, copy: 
     with pytest.raises(FileError, match=r"importance\.json: is missing: which layers the run has chosen"):
         run(from_dict(words), resume=True, quiet=True)
     path.write_text(record[:-40])
-    with pytest.raises(FileError, match="this is no record of importance"):
+    with pytest.raises(FileError, match="invalid importance record"):
         run(from_dict(words), resume=True, quiet=True)
     changed = json.loads(record)
     changed["shares"] = dict.fromkeys(changed["shares"], "")

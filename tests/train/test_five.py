@@ -93,7 +93,7 @@ def test_five_at_once_train_resume_merge_and_reload(tmp_path: Path) -> None:
     assert not (killed / "out/adapter").exists()
     assert checkpoint.newest(killed / "out/checkpoints")[0] is not None
     assert _train(killed, "--resume") == 0
-    one, other = (lorary.Adapter.load(folder / "out/adapter") for folder in (straight, killed))
+    one, other = (lorary.load_adapter(folder / "out/adapter") for folder in (straight, killed))
     for site, roles in one.tensors.items():
         assert all(torch.equal(other.tensors[site][role], t) for role, t in roles.items()), site
     ranks = {p.site.name.rpartition(".")[2]: p.r for p in one.placed}

@@ -31,7 +31,7 @@ def test_a_configuration_that_cannot_be_read_is_not_another_run(tmp_path: Path, 
         pass
     assert [str(problem) for problem in refusal.value.problems] == [
         "config.resolved.yaml: is damaged: what was run here cannot be told\n"
-        "      hint: restore it, or say --overwrite to begin again"
+        "      hint: restore it, or pass --overwrite to start again"
     ]
 
 

@@ -59,7 +59,7 @@ def test_from_a_configuration_to_a_merged_model(words: dict[str, Any], packing: 
     done = run(from_dict(changed(words, "data", packing=packing)), quiet=True, callbacks=[watch])
     assert watch.training == ["lorary_shifted_4"] * 4
     assert set(watch.evaluating) == {"sdpa"}
-    kept = lorary.Adapter.load(done.adapter)
+    kept = lorary.load_adapter(done.adapter)
     assert kept.method.context is not None
     assert kept.method.context.length == LENGTH
     assert {p.site.name.rpartition(".")[2] for p in kept.placed} == {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -83,7 +83,7 @@ def test_rows_and_positions_that_do_not_fit_are_told(words: dict[str, Any]) -> N
     with pytest.raises(ConfigError) as refusal:
         prepare(from_dict(changed(words, "data", max_length=LENGTH + 1)))
     assert "rows of up to 65 tokens, and the method lets the model read 64" in str(refusal.value)
-    assert "hint: say method.options: {length: 65}" in str(refusal.value)
+    assert "hint: set method.options: {length: 65}" in str(refusal.value)
     far = changed(words, "method", options={"length": 6400})
     notes = prepare(from_dict(far)).notes
     assert any("nothing is learnt about the 6,400 it is to read" in note for note in notes)

@@ -77,7 +77,7 @@ def _second_step(model: Any, plan: Plan, batch: int, checkpointing: bool = False
     LabelledHead(model).install()
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW(lorary.groups(model, lr=1e-4))
+    optimizer = torch.optim.AdamW(lorary.param_groups(model, lr=1e-4))
     ids = torch.randint(500, (batch, LENGTH))
     mask = torch.ones_like(ids)
     mask[0, LENGTH - padding :] = 0
@@ -152,7 +152,7 @@ def test_what_rules_keep_is_counted() -> None:
     plan = _plan(model, "adalora", r=8, target=4)
     found = estimate(model, plan, batch=BATCH, length=LENGTH)
     lorary.attach(model, plan)
-    state = lorary.tuning(model, 100).state_dict()
+    state = lorary.rules(model, 100).state_dict()
     scores = sum(t.nbytes for name, t in state.items() if t.dtype == torch.float32)
     assert found.rules == scores == 8 * plan.trainable
     assert "rules" in str(found)

@@ -64,7 +64,7 @@ def test_other_parameters_are_named() -> None:
     with pytest.raises(TrainingError) as refused:
         moments.restore(torch.optim.AdamW(model.always.parameters()), model, saved)
     assert str(refused.value) == (
-        "the checkpoint's optimizer is another one:\n"
+        "the checkpoint holds another optimizer's state:\n"
         "  - group 0: expert.bias is only in the checkpoint\n"
         "  - group 0: expert.weight is only in the checkpoint"
     )

@@ -1,88 +1,78 @@
-"""Paged AdamW in a training run: PyTorch's result, kept and found again; and what each name stands for where."""
+"""Optimizers by name: which one a configuration's name stands for, and what is said where it is not available."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+import warnings
 
 import pytest
 import torch
 
+import lorary
 from lorary.errors import TrainingError
-from lorary.paged import PagedAdamW, PagingWarning
-from lorary.train import optimizers, run
-from lorary.train.config_file import from_dict
-from tests.train.runs import adapted, base_folder, changed, configuration, sft, trained
+from lorary.train import optimizers
 
-SETTINGS = {"optim": "adamw_torch", "num_train_epochs": 1, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+MISSING = "is in bitsandbytes, which is not installed\n      hint: install bitsandbytes, or"
+FIX = "set training.optimizer: adamw_torch"
 
 
-def paged(folder: Path) -> Any:
-    """A trainer whose moments are all paged, on the CPU too."""
-    t = sft(folder, adapted("lora", "lora+"), **SETTINGS)
-    words = {"lr": 2e-3, "page": True, "threshold": 64}
-    t.optimizer_cls_and_kwargs = (PagedAdamW, words)
-    return t
-
-
-def test_paged_training_is_adamw_s_bit_for_bit_and_goes_on(tmp_path: Path) -> None:
-    plain = sft(tmp_path / "plain", adapted("lora", "lora+"), **SETTINGS)
-    plain.train()
-    whole = paged(tmp_path / "paged")
-    whole.train()
-    assert isinstance(whole.optimizer.optimizer, PagedAdamW)
-    assert all(whole.optimizer.optimizer.pages(p) for g in whole.optimizer.param_groups for p in g["params"])
-    assert [g["name"] for g in whole.optimizer.param_groups] == ["A", "B x16"]
-    assert trained(whole.model) == trained(plain.model)
-    again = paged(tmp_path / "paged")
-    again.train(resume_from_checkpoint=str(tmp_path / "paged" / "checkpoint-2"))
-    assert trained(again.model) == trained(plain.model)
-    other = sft(tmp_path / "plain", adapted("lora", "lora+"), **SETTINGS)  # either goes on from the other's checkpoint
-    other.train(resume_from_checkpoint=str(tmp_path / "paged" / "checkpoint-2"))
-    assert trained(other.model) == trained(plain.model)
-
-
-def test_a_run_on_the_cpu_says_that_nothing_is_paged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    words = configuration(base_folder(tmp_path / "base"), Path("data.jsonl"))
-    short = {"max_steps": 1, "eval_steps": 1, "save_steps": 1, "optimizer": "paged_adamw_torch"}
-    with pytest.warns(PagingWarning, match="the parameters are on the CPU: this is torch.optim.AdamW") as told:
-        done = run(from_dict(changed(words, "training", **short)), quiet=True)
-    assert done.steps == 1
-    assert len(told) == 1
+def machine(monkeypatch: pytest.MonkeyPatch, *, cuda: bool, bitsandbytes: bool) -> None:
+    """Which machine this is, is all that is made up."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(optimizers, "find_spec", lambda name: name if bitsandbytes else None)
 
 
 @pytest.mark.parametrize(
-    ("name", "cuda", "installed", "expected"),
+    ("name", "cuda", "bitsandbytes", "expected"),
     [
         ("paged_adamw", True, True, "paged_adamw_32bit"),
-        ("paged_adamw", True, False, PagedAdamW),
-        ("paged_adamw", False, True, PagedAdamW),
-        ("paged_adamw_torch", True, True, PagedAdamW),
         ("paged_adamw_32bit", True, True, "paged_adamw_32bit"),
-        ("sgd", True, True, "sgd"),
+        ("adamw_bnb_8bit", False, True, "adamw_bnb_8bit"),
+        ("sgd", False, False, "sgd"),
+        ("adamw_torch", False, False, "adamw_torch"),
     ],
 )
-def test_what_a_name_stands_for(
-    monkeypatch: pytest.MonkeyPatch, name: str, cuda: bool, installed: bool, expected: Any
+def test_the_name_in_transformers(
+    monkeypatch: pytest.MonkeyPatch, name: str, cuda: bool, bitsandbytes: bool, expected: str
 ) -> None:
-    """Which machine this is, is all that is made up."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(optimizers, "find_spec", lambda name: name if installed else None)
-    own = optimizers.own(name, SimpleNamespace(learning_rate=0.5, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-6))
-    assert expected == (own[0] if own else optimizers.known_as(name))
-    if own:
-        assert own[1] == {"lr": 0.5, "betas": (0.8, 0.9), "eps": 1e-6}
-        assert optimizers.known_as(name) == "adamw_torch"
+    machine(monkeypatch, cuda=cuda, bitsandbytes=bitsandbytes)
+    assert optimizers.transformers_name(name) == expected
 
 
-def test_an_optimizer_of_a_library_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizers, "find_spec", lambda name: None)
+@pytest.mark.parametrize(
+    ("name", "cuda", "bitsandbytes", "reasons"),
+    [
+        ("adamw_bnb_8bit", True, False, [f"adamw_bnb_8bit {MISSING} {FIX}"]),
+        ("paged_adamw", True, False, [f"paged_adamw {MISSING} {FIX}"]),
+        (
+            "paged_adamw_32bit",
+            False,
+            True,
+            [f"paged_adamw_32bit pages memory with CUDA, and there is no CUDA device\n      hint: {FIX}"],
+        ),
+        (
+            "paged_adamw",
+            False,
+            False,
+            [
+                f"paged_adamw {MISSING} {FIX}",
+                f"paged_adamw pages memory with CUDA, and there is no CUDA device\n      hint: {FIX}",
+            ],
+        ),
+    ],
+)
+def test_an_optimizer_that_is_not_available_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, cuda: bool, bitsandbytes: bool, reasons: list[str]
+) -> None:
+    machine(monkeypatch, cuda=cuda, bitsandbytes=bitsandbytes)
     with pytest.raises(TrainingError) as caught:
-        optimizers.known_as("paged_adamw_32bit")
-    assert str(caught.value) == (
-        "there is no such optimizer here:\n"
-        "  - training.optimizer: paged_adamw_32bit is in bitsandbytes, which is not installed\n"
-        "      hint: install bitsandbytes, or set training.optimizer: paged_adamw_torch"
-    )
+        optimizers.transformers_name(name)
+    said = "".join(f"\n  - training.optimizer: {reason}" for reason in reasons)
+    assert str(caught.value) == f"this optimizer is not available here:{said}"
+
+
+def test_the_former_paged_optimizer_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, cuda=False, bitsandbytes=True)
+    with pytest.warns(DeprecationWarning, match=r"lorary.PagedAdamW is deprecated: use .*paged_adamw"):
+        former = lorary.PagedAdamW  # type: ignore[attr-defined]
+    with warnings.catch_warnings(), pytest.raises(TrainingError, match="there is no CUDA device"):
+        former([torch.nn.Parameter(torch.ones(2))], lr=0.1)

@@ -96,7 +96,7 @@ def test_rules_are_called_around_the_clipping_and_the_step(
         assert before[2] > 1e-2
         assert after[2] == pytest.approx(1e-3, rel=1e-2)  # clipped, and still there
         assert after[3] != before[3]  # the parameters have moved
-    assert float(t.tuning.states[0]["calls"]) == 5
+    assert float(t.rules.states[0]["calls"]) == 5
 
 
 @pytest.mark.usefixtures("diary")
@@ -197,7 +197,7 @@ def _adalora(folder: Path, **words: Any) -> tuple[Any, list[dict[str, Any]]]:
 @MANY
 def test_the_budget_falls_by_optimizer_steps(tmp_path: Path, many: int, bf16: bool) -> None:
     t, seen = _adalora(tmp_path, gradient_accumulation_steps=many, bf16=bf16, activation_checkpointing=bf16)
-    rule = t.tuning.rules[0]
+    rule = t.rules.rules[0]
     assert isinstance(rule, RankBudget)
     assert [s["rank_budget"] for s in seen] == [rule.budget(i, 20, [4] * 15) for i in range(1, 21)]
     assert seen[-1]["rank_budget"] == 2 * 15
@@ -252,7 +252,7 @@ def test_the_best_adapter_has_the_ranks_of_its_own_step(
     assert t.evaluate()["eval_loss"] == pytest.approx(found[best_at], abs=1e-6)
     t.save_model(str(tmp_path / "result"))
 
-    saved = lorary.Adapter.load(tmp_path / "result")
+    saved = lorary.load_adapter(tmp_path / "result")
     assert {p.site.name: p.delta.R for p in saved.placed} == ranks
 
 
@@ -277,7 +277,7 @@ def test_a_run_tells_its_ranks_and_goes_on_with_them(tmp_path: Path, monkeypatch
     rule = RankBudget(2, 1, 3)
     assert [r["rank_budget"] for r in lines] == [rule.budget(step, 8, [4] * 14) for step in range(1, 9)]
     assert all(sum(r["ranks"].values()) == r["rank_budget"] for r in lines)
-    saved = {p.site.name: p.delta.R for p in lorary.Adapter.load(done.adapter).placed}
+    saved = {p.site.name: p.delta.R for p in lorary.load_adapter(done.adapter).placed}
     best = json.loads(next(Path("whole/checkpoints").glob("*-8/trainer_state.json")).read_text())["best_global_step"]
     assert saved == lines[best - 1]["ranks"]
     picture = (done.folder / "plots" / "ranks.svg").read_text()

@@ -126,7 +126,7 @@ def test_a_folder_that_is_not_empty_is_refused(words: dict[str, Any]) -> None:
         run(from_dict(words), quiet=True)
     assert str(caught.value) == (
         "cannot train into 'out':\n  - output: is not empty: it holds thesis.tex\n"
-        "      hint: say --resume to go on with it, --overwrite to remove it, or name another folder"
+        "      hint: pass --resume to continue it, --overwrite to remove it, or name another folder"
     )
     for how in ("overwrite", "resume"):
         with pytest.raises(ConfigError) as caught:
@@ -233,7 +233,7 @@ def test_resuming_with_another_configuration_is_refused(words: dict[str, Any]) -
         run(from_dict(other), resume=True, quiet=True)
     fix = "      hint: resume with the run's own configuration"
     assert str(caught.value) == (
-        "this is another run than the one in the folder:\n"
+        "the folder belongs to another run:\n"
         f"  - method.r: 4 in the run, 8 here\n{fix}\n  - training.lr: 0.001 in the run, 0.0005 here\n{fix}"
     )
 

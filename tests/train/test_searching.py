@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import lorary
 from lorary.adapted import adapted
 from lorary.errors import ConfigError, FileError, StateError
-from lorary.evolution import Evolution
+from lorary.evolution import EvolutionConfig
 from lorary.methods.glora import RandomStructures
 from lorary.methods.glora_terms import Terms
 from lorary.train import run
@@ -35,7 +35,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     return Command(monkeypatch, capsys)
 
 
-FEW = Evolution(population=6, keep=2, crossovers=2, mutations=2, generations=2)
+FEW = EvolutionConfig(population=6, keep=2, crossovers=2, mutations=2, generations=2)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_a_search_leaves_an_adapter_beside_the_supernet(words: dict[str, Any], b
     assert record["loss"] == -found.fitness == min(record["best_loss_by_generation"])
     assert record["numbers"] == found.size
     assert set(record["structures"]) == set(found.structures)
-    adapter = lorary.Adapter.load(folder)
+    adapter = lorary.load_adapter(folder)
     assert adapter.method.rules == ()
     assert all(isinstance(p.delta, Terms) for p in adapter.placed)
     assert found.size == sum(t.numel() for roles in adapter.tensors.values() for t in roles.values())
@@ -135,7 +135,7 @@ def test_a_search_needs_the_rows_of_the_run(words: dict[str, Any]) -> None:
         f"cannot search in {str(done.folder)!r}:\n"
         "  - data.train: the training rows are not those of the run, and so the rows held out may be among those that "
         "it learnt\n"
-        "      hint: put the data back that the run began with"
+        "      hint: restore the data that the run began with"
     )
     assert not (done.folder / "searched").exists()
     Path("data.jsonl").write_text(data)
@@ -150,7 +150,7 @@ def test_what_is_no_finished_supernet_run(words: dict[str, Any], tmp_path: Path)
     with pytest.raises(StateError, match="no supernet is attached"):
         search_run(done.folder, FEW)
     (done.folder / "searched").mkdir()
-    with pytest.raises(ConfigError, match="say --overwrite to replace it"):
+    with pytest.raises(ConfigError, match="pass --overwrite to replace it"):
         search_run(done.folder, FEW)
 
 
@@ -216,11 +216,11 @@ def test_evaluation_is_of_the_whole_supernet(tmp_path: Path) -> None:
 
 def stepped(model: nn.Module, forward: Any, x: torch.Tensor) -> None:
     """Three steps of the first stage."""
-    optimizer, tuning = torch.optim.AdamW(lorary.groups(model, 1e-2)), lorary.tuning(model, 10)
+    optimizer, rules = torch.optim.AdamW(lorary.param_groups(model, 1e-2)), lorary.rules(model, 10)
     for _ in range(3):
         forward(x).square().mean().backward()
         optimizer.step()
-        tuning.after_step()
+        rules.after_step()
         optimizer.zero_grad()
 
 

@@ -46,7 +46,7 @@ def unreadable(config: PretrainedConfig) -> list[Problem]:
     """Why a checkpoint with a `quantization_config` cannot be read here: every reason."""
     words = said(config) or {}
     method, where = words.get("quant_method"), "config.json: quantization_config"
-    fix = "load it with Transformers and its own library; lorary adapts the layers that this gives"
+    fix = "load it with Transformers and the library that wrote it; lorary adapts those layers"
     four, eight = (words.get(f"load_in_{n}bit", words.get(f"_load_in_{n}bit", False)) for n in (4, 8))
     if str(getattr(method, "value", method)) != "bitsandbytes" and not four and not eight:
         return [Problem(where, f"packed with {method}, and only bitsandbytes' NF4 is read here", fix)]
@@ -116,8 +116,8 @@ def base_of(config: PretrainedConfig) -> Fingerprint | None:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def save_base(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
-    """Write a base with packed layers as Transformers and bitsandbytes read it, and `load_base`.
+def save_quantized(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
+    """Write a base with packed layers as Transformers and bitsandbytes read it, and `load_quantized`.
 
     Args:
         model: a model of Transformers, packed, without adapters.
@@ -131,7 +131,7 @@ def save_base(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         FileError: the folder cannot be written.
 
     Example:
-        >>> lorary.save_base(lorary.load_base("org/model"), "model-nf4")
+        >>> lorary.save_quantized(lorary.load_quantized("org/model"), "model-nf4")
     """
     problems = _unsavable(model)
     if problems:
@@ -158,7 +158,7 @@ def _unsavable(model: nn.Module) -> list[Problem]:
         problems.append(Problem("model", "has adapters attached", "save these with lorary.save, and detach them"))
     packed = {name: module for name, module in model.named_modules() if is_packed(module)}
     if not any(isinstance(module, NF4Linear) for module in packed.values()):
-        problems.append(Problem("model", "has no layer in NF4", "lorary.pack(model) packs it"))
+        problems.append(Problem("model", "has no layer in NF4", "quantise it with lorary.quantize(model)"))
     if any(t.is_meta for t in model.parameters()):
         problems.append(Problem("model", "has parameters without values, on the meta device"))
     for name, module in packed.items():

@@ -127,7 +127,7 @@ class PackingQuantizer(HfQuantizer):  # type: ignore[misc]
         wrong = [name for name in names if name not in modules or not self.storage.packs(modules[name])]
         if wrong:
             what = f"{self.storage} packs no such layer of a {type(model).__name__}"
-            raise FileError("these layers cannot be packed:", [Problem(str(name), what) for name in wrong])
+            raise FileError("cannot quantise these layers:", [Problem(str(name), what) for name in wrong])
         self.names = {f"{name}.weight" for name in names} - {*tied, *tied.values()}
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:

@@ -20,7 +20,7 @@ def check(source: Any, storage: Any, layers: Any) -> None:
     problems = [] if storage is None else not_packing(storage)
     if storage is not None and not problems and not isinstance(storage, NF4):
         what = f"{type(storage).__name__} packs weights that are there in full, and none that are being read"
-        problems.append(Problem("storage", what, "say NF4(), or load the plain model and give it to lorary.pack"))
+        problems.append(Problem("storage", what, "pass NF4(), or load the plain model and call lorary.quantize on it"))
     if isinstance(layers, str):
         problems.append(Problem("layers", f"is the text {layers!r}", f"say [{layers!r}]"))
     if problems:

@@ -29,7 +29,7 @@ def path() -> Path:
     """
     if not (_MODEL / "model.safetensors").is_file():
         raise FileError(
-            "the built-in base is not there",
+            "the built-in base is missing:",
             [Problem(str(_MODEL), "no model.safetensors", "reinstall lorary, or run scripts/train_base.py")],
         )
     return _MODEL

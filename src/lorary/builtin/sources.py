@@ -40,7 +40,7 @@ def stdlib() -> tuple[tuple[str, str], ...]:
     found = _read(root, ".py", tokenize.open)
     if not found:
         raise DataError(
-            "builtin:python cannot be read",
+            "cannot read builtin:python:",
             [Problem(str(root), "no .py files: this Python has no library source", "use builtin:topics")],
         )
     return found
@@ -63,7 +63,7 @@ def headers() -> tuple[tuple[str, str], ...]:
             "or use builtin:topics, which every Python has; load(..., fallback=True) does so by itself"
         )
         raise DataError(
-            "builtin:c-headers cannot be read",
+            "cannot read builtin:c-headers:",
             [Problem(str(root), "no C headers: they are not installed with this Python", fix)],
         )
     return found
@@ -80,7 +80,7 @@ def topics() -> tuple[tuple[str, str], ...]:
         from pydoc_data.topics import topics as shipped
     except ImportError as error:
         raise DataError(
-            "builtin:topics cannot be read",
+            "cannot read builtin:topics:",
             [Problem("pydoc_data.topics", "not installed with this Python", "use builtin:python")],
         ) from error
     return tuple(sorted((name, text.strip() + "\n") for name, text in shipped.items()))

@@ -29,10 +29,10 @@ def base_of(adapter: Path, base: str | None, dtype: str = "auto") -> ModelSectio
     Raises:
         FileError: neither names a model that can be found.
     """
-    from lorary.adapter import Adapter
+    from lorary.formats import load_adapter
     from lorary.train.config_file import from_dict
 
-    name = base or Adapter.load(adapter).base.name
+    name = base or load_adapter(adapter).base.name
     if not name or (base is None and "/" not in name and not name.startswith("builtin:") and not Path(name).is_dir()):
         what = f"it was trained on `{name}`, which is no Hub id" if name else "it does not say what it was trained on"
         raise FileError(f"cannot find the base of {adapter}:", [Problem("", what, "give --base MODEL")])
@@ -66,7 +66,7 @@ def with_adapter(section: ModelSection, folder: Path | None) -> PreTrainedModel:
     import lorary
     from lorary.train.models import kept_as, load_model
 
-    adapter = lorary.Adapter.load(folder) if folder else None
+    adapter = lorary.load_adapter(folder) if folder else None
     loaded = load_model(section, kept_as(adapter.method, adapter.full) if adapter else None)
     if folder:
         lorary.load(loaded, folder)

@@ -171,5 +171,5 @@ def _known(answers: Mapping[str, str]) -> dict[str, str]:
             fix = "known: " + ", ".join(QUESTIONS[key].answers)
             problems.append(Problem(key, f"{answer!r} does not answer: {QUESTIONS[key].text}", fix))
     if problems:
-        raise ConfigError("these answers cannot be read:", problems)
+        raise ConfigError("invalid answers:", problems)
     return dict(answers)

@@ -113,7 +113,7 @@ def checked(asked: Asked) -> Plan:
         what = f"has {min(map(len, streams)):,} tokens: too few for a length of {left}"
         if not fits:
             fix = f"name another text with --data, or shorter --lengths, from {_SHORTEST} on"
-            raise DataError("there is too little text:", [Problem(asked.data, what, fix)])
+            raise DataError("not enough text:", [Problem(asked.data, what, fix)])
         notes.append(f"{asked.data} {what}, which is left out")
     if not all(torch.equal(streams[0], stream) for stream in streams[1:]):
         notes.append("these models divide text into other tokens: their perplexities per token cannot be compared")

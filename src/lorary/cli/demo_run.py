@@ -129,7 +129,7 @@ def perform(folder: Path, steps: int) -> Demo:
         reloaded=_largest(reloaded - logits),
         merged=_largest(merged - logits),
         largest=_largest(logits),
-        adapter_bytes=lorary.Adapter.load(done.adapter).size,
+        adapter_bytes=lorary.load_adapter(done.adapter).size,
         seconds=time.perf_counter() - start,
         training=done.seconds,
         folder=folder,

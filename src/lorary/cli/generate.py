@@ -49,7 +49,7 @@ def _text(prompt: str | None) -> str:
     try:
         if prompt is None:
             if sys.stdin.isatty():
-                raise ConfigError("there is no prompt: give one as an argument, or on stdin")
+                raise ConfigError("no prompt: give one as an argument or on stdin")
             prompt = sys.stdin.read()
         prompt.encode()
     except UnicodeError as error:
@@ -68,7 +68,7 @@ def _room(model: Any, tokens: int, wanted: int) -> int:
         return wanted
     if tokens >= known:
         what = f"has {tokens:,} tokens, and the model knows {known:,} positions"
-        raise DataError("there is no room for an answer:", [Problem("prompt", what, "shorten it")])
+        raise DataError("the prompt is too long:", [Problem("prompt", what, "shorten it")])
     return int(min(wanted, known - tokens))
 
 
@@ -95,5 +95,5 @@ def _ids(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     ids = plain(tokenizer, prompt) or [i for i in (tokenizer.bos_token_id,) if i is not None]
     if not ids:
-        raise DataError("there is nothing to continue:", [Problem("prompt", "is empty, and the tokenizer has no BOS")])
+        raise DataError("cannot generate text:", [Problem("prompt", "is empty, and the tokenizer has no BOS")])
     return ids

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from lorary.adapter import Adapter
     from lorary.cli.held_out import Rows
-    from lorary.fidelity import Fidelity
+    from lorary.fidelity import MergeError
     from lorary.train.config import ModelSection
 
 DTYPES, ONTO = ("auto", "float32", "bfloat16", "float16"), ("trained", "original")
@@ -47,9 +47,9 @@ def merge(
     The sum is taken in fp32 and rounded once. What that costs is measured against the live adapter, shown, and kept
     in fidelity.json. A base in 4 bits is written in 16 or 32: the adapter would not survive being packed again.
     """
-    from lorary.adapter import Adapter
     from lorary.cli.adapters import adapter_folder, base_of
     from lorary.errors import FileError, Problem
+    from lorary.formats import load_adapter
     from lorary.formats.atomic import atomic_directory
     from lorary.train.models import quiet
 
@@ -57,7 +57,7 @@ def merge(
     folder = adapter_folder(adapter)
     if folder is None:
         raise FileError(f"cannot merge {adapter}:", [Problem(str(adapter), "there is no adapter in it")])
-    value = Adapter.load(folder)
+    value = load_adapter(folder)
     section, target = _precisions(adapter, value, base_of(folder, base), dtype, onto)
     with atomic_directory(output) as written:
         tokenizer = _tokenizer(section)
@@ -114,7 +114,7 @@ def _precisions(
 
     config = load_config(section)
     if onto == "original" and getattr(config, "quantization_config", None) is not None:
-        fix = "name the model that it was made from with --base, and say --force"
+        fix = "name the model that it was made from with --base, and pass --force"
         what = "is quantised itself, and what its weights were before is not there"
         raise FileError(f"cannot merge {path} onto the original weights:", [Problem(section.id, what, fix)])
     saved = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
@@ -159,17 +159,17 @@ def _rows(adapter: Path, tokenizer: Any, section: ModelSection, rows: int, data:
 
 def _merged(
     folder: Path, adapter: Adapter, section: ModelSection, target: torch.dtype, onto: str, rows: Rows, force: bool
-) -> tuple[PreTrainedModel, Fidelity]:
+) -> tuple[PreTrainedModel, MergeError]:
     """The merged model and its report. There is one model at a time."""
     import lorary
     from lorary.biases import BiasWarning, homeless
     from lorary.errors import StateError
-    from lorary.live import Live, round_weights
+    from lorary.live import MergeCheck, round_weights
     from lorary.train.models import kept_as, load_model
 
     model = load_model(section, kept_as(adapter.method, adapter.full))
     lorary.load(model, folder, force=force)
-    live = Live.of(model, rows.ids)
+    live = MergeCheck.of(model, rows.ids)
     if onto == "original" and live.packed:
         del model
         gc.collect()  # a model holds itself in circles
@@ -180,13 +180,13 @@ def _merged(
         warnings.simplefilter("ignore", BiasWarning)  # refused below, with every name
         lorary.merge(model, dtype=target)
     if lost := homeless(model):
-        raise StateError("this model cannot be kept merged:", lost)
-    lorary.unpack(model, target)
+        raise StateError("cannot save the merged model:", lost)
+    lorary.dequantize(model, target)
     round_weights(model, target)
     return model, live.against(model, sites)
 
 
-def _tell(fidelity: Fidelity, done: str, rows: Rows) -> None:
+def _tell(fidelity: MergeError, done: str, rows: Rows) -> None:
     """The report, on standard error: a table on a terminal, plain text elsewhere."""
     from rich.console import Console
     from rich.table import Table

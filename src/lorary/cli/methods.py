@@ -167,5 +167,5 @@ def _given(text: str) -> dict[str, str]:
     twice = sorted({key for key, _, _ in pairs if [k for k, _, _ in pairs].count(key) > 1})
     problems += [Problem("--answers", f"{key!r} is answered twice") for key in twice]
     if problems:
-        raise ConfigError("these answers cannot be read:", problems)
+        raise ConfigError("invalid answers:", problems)
     return {key.strip(): answer.strip() for key, _, answer in pairs}

@@ -29,11 +29,11 @@ def search(
     Candidates are judged by the loss on the run's validation rows; nothing is trained. The best one becomes an adapter
     of its own, RUN/searched, which merges, loads and generates like any other.
     """
-    from lorary.evolution import Evolution
+    from lorary.evolution import EvolutionConfig
     from lorary.train.searching import search_run
 
     half = population // 2
-    evolution = Evolution(
+    evolution = EvolutionConfig(
         population, min(10, population), half, half, generations=generations, ceiling=ceiling, seed=seed
     )
     with _bar(quiet) as progress:

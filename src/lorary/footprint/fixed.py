@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lorary.footprint.memory import Memory
-from lorary.paged import THRESHOLD
 from lorary.placed import unique_tensor_sets
 from lorary.plans import Plan
 from lorary.storage.foreign import stored
 from lorary.weights import held, is_packed
+
+_PAGED_FROM = 100_000  # numbers of a tensor whose state bitsandbytes pages
 
 
 def fixed(
@@ -68,7 +69,7 @@ def _state(optimizer: str, numbers: int, size: int) -> float:
     AdamW keeps two moments in the parameter's precision; in 8 bits a scale for every 256 of each, but not of tensors
     below 4,096 numbers; a paged one keeps those of large tensors on the host. Adafactor keeps a row and a column.
     """
-    if optimizer == "sgd" or (optimizer.startswith("paged") and numbers >= THRESHOLD):
+    if optimizer == "sgd" or (optimizer.startswith("paged") and numbers >= _PAGED_FROM):
         return 0.0
     if "8bit" in optimizer:
         return 2 * (1 + 4 / 256) if numbers >= 4096 else 8.0

@@ -111,7 +111,7 @@ def drawn_again(
     """The banks that a file left out, and which of them are not what the adapter was trained with."""
     banks = drawn(method, placed, {role: DTYPES[entry["dtype"]] for role, entry in record.items()})
     what = "what its seed gives here is not what the adapter was trained with (SHA-256 differs)"
-    fix = "where it was trained, save it again with save_projections=True"
+    fix = "save it again with save_projections=True, on the base that it was trained on"
     wrong = [role for role, bank in banks.items() if _sha256(bank) != record[role]["sha256"]]
     return banks, [Problem(role, what, fix) for role in sorted(wrong)]
 

@@ -245,7 +245,7 @@ class _Reader:
     def _method_at(self, name: str) -> Method:
         method = self._method(self.config.rank(name), self.config.alpha_at(name))
         kept = self.config.kept.get(name)
-        return method if kept is None else method.but(delta=Spectral(self.config.r, kept))
+        return method if kept is None else method.replace(delta=Spectral(self.config.r, kept))
 
     def _method(self, r: int, alpha: float, full: tuple[str, ...] = ()) -> Method:
         config = self.config

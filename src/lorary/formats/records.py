@@ -96,7 +96,7 @@ def _varied(method: Method, own: Mapping[str, Any]) -> Method:
         if not hasattr(varied.delta, name):
             raise ValueError(f"`{name}` is {show(value)}, and {type(varied.delta).__name__} has no such field")
     words = {name: tuple(value) if isinstance(value, list) else value for name, value in words.items()}
-    return varied.but(delta=replace(cast(Any, varied.delta), **words)) if words else varied
+    return varied.replace(delta=replace(cast(Any, varied.delta), **words)) if words else varied
 
 
 def _site(record: Any) -> Site:

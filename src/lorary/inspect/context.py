@@ -125,7 +125,7 @@ def stretches(stream: Tensor, longest: int, budget: int) -> Tensor:
     """
     if len(stream) < longest:
         what = f"has {len(stream):,} tokens, and the longest length is {longest:,}"
-        raise DataError("there is too little text:", [Problem("data", what, "ask for shorter lengths")])
+        raise DataError("not enough text:", [Problem("data", what, "ask for shorter lengths")])
     count = min(max(budget // longest, 1), len(stream) // longest)
     starts = [i * (len(stream) - longest) // max(count - 1, 1) for i in range(count)]
     return torch.stack([stream[start : start + longest] for start in starts])

@@ -58,7 +58,7 @@ def importance_svg(importance: Importance, plan: Plan, title: str = "Importance 
 
     Args:
         importance: of the plan's sites.
-        plan: the result of `lorary.dropped`: sites without a share have tensors of their own.
+        plan: the result of `lorary.drop_layers`: sites without a share have tensors of their own.
         title: the picture's name; plain text.
 
     Returns:

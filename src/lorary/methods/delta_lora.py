@@ -75,7 +75,7 @@ class Propagated(Delta):
 
 
 def _same_gradient(method: Any) -> list[str]:
-    where = ["with dropout: say dropout=0"] if method.dropout else []
+    where = ["with dropout: set dropout=0"] if method.dropout else []
     where += [] if isinstance(method.join, Add) else [f"under {type(method.join).__name__}"]
     return [f"Delta-LoRA takes the gradient of B A for that of W, which it is not {text}" for text in where]
 
@@ -187,7 +187,7 @@ class WriteProduct(Rule):
 def _check_start(after: int, steps: int) -> None:
     if steps <= after:
         what = f"the weight would begin to follow after step {after}, and the run has {steps}: it would be LoRA"
-        raise ConfigError("Delta-LoRA does not fit this run:", [Problem("rules", what, "say a smaller start")])
+        raise ConfigError("Delta-LoRA does not fit this run:", [Problem("rules", what, "use a smaller start")])
 
 
 @preset(
@@ -205,7 +205,7 @@ def delta_lora(r: int = 16, ratio: float = 2.0, start: int = 500, mode: str = "c
         mode: `closed` leaves the weights alone; `paper` writes them, in fp32.
     """
     if mode not in ("closed", "paper"):
-        raise MethodError("this method cannot be made:", [Problem("mode", f"is {mode!r}; it takes closed or paper")])
+        raise MethodError("invalid method:", [Problem("mode", f"is {mode!r}; it takes closed or paper")])
     if mode == "paper":
         return {"delta": LowRank(r), "rules": (WriteProduct(ratio, start),)}
     late = type(start) is not int or start > 0  # the rule reports a value that is not a number

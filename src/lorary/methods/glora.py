@@ -8,7 +8,7 @@ Chavan et al. 2023, arXiv:2306.07967, equation 3. The element-wise product with 
 the authors' code.
 
 In a supernet one set of tensors serves all structures of a layer (`glora_terms`). Every optimizer step trains a random
-structure of every layer (`RandomStructures`); `lorary.search` then looks for the best ones.
+structure of every layer (`RandomStructures`); `lorary.search_supernet` then looks for the best ones.
 
 Terms that act on the outputs only (every form but a low-rank A) read the weight through the layer's own forward pass.
 """
@@ -259,6 +259,6 @@ def glora(
     """
     if type(supernet) is not bool:  # whatever is said in words, "no" among it, would count as true
         problem = Problem("supernet", f"is {supernet!r}; it takes {FLAG['expects']}")
-        raise MethodError("this method cannot be made:", [problem])
+        raise MethodError("invalid method:", [problem])
     words = {"delta": Terms(r, A, B, C, D, E), "init": ZeroDown(), "scale": Fixed(1.0), "join": Supports()}
     return words | ({"rules": (RandomStructures(seed),)} if supernet else {})

@@ -78,7 +78,7 @@ class Extended(Context):
         if self.shifted and self.groups > self.length:
             found.append((f"divides {self.length:,} tokens into {self.groups:,} groups", "say groups=4"))
         if self.shifted:
-            fix = "say shifted=False, to train with full attention"
+            fix = "set shifted=False to train with full attention"
             found += [(what, fix) for what in limits(model, positions.text_config(model), self.length).problems]
         return found
 

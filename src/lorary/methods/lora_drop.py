@@ -2,7 +2,7 @@
 
 A short training run, the probe, trains a LoRA in every layer. Layers whose LoRA has a large output keep one of their
 own; all others of the same module kind share one, which trains as well. Then training starts over. It is not a
-component of a method but a function from plan to plan: `lorary.importance` measures, `lorary.dropped` chooses.
+component of a method but a function from plan to plan: `lorary.layer_importance` measures, `lorary.drop_layers` chooses.
 
 With z = A x the norm is s^2 z^T (B^T B) z: B^T B is r x r, and the layer's output is never formed.
 
@@ -131,7 +131,7 @@ class Importance:
         """
         sites = data.get("sites") if isinstance(data, Mapping) else None
         if not isinstance(sites, Mapping) or not sites:
-            raise FileError("this is no record of importance:", [Problem("sites", "holds no layers")])
+            raise FileError("invalid importance record:", [Problem("sites", "holds no layers")])
         problems = [
             Problem(str(site), f"`{key}` is no finite number of at least 0")
             for site, figures in sites.items()
@@ -142,7 +142,7 @@ class Importance:
         if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 0:
             problems.append(Problem("tokens", "is no whole number of at least 0"))
         if problems:
-            raise FileError("this is no record of importance:", problems)
+            raise FileError("invalid importance record:", problems)
         found = (Measured(str(site), float(f["g"]), float(f["relative"])) for site, f in sites.items())
         return Importance(tuple(found), tokens)
 
@@ -177,7 +177,7 @@ def measurable(method: Method) -> list[Problem]:
     problems, delta, join = [], method.delta, method.join
     if not isinstance(join, Add):
         what = f"{type(join).__name__} changes a layer's output by more than s B A x, which is what is measured"
-        problems.append(Problem("join", what, "take a method that adds s B A to W"))
+        problems.append(Problem("join", what, "use a method that adds s B A to W"))
     if delta.shared:
         what = f"all layers share {braces(delta.shared)} of {type(delta).__name__} already"
         problems.append(Problem("delta", what, "leave LoRA-drop out"))
@@ -192,7 +192,7 @@ def shareable(method: Method) -> list[Problem]:
     problems = measurable(method)
     if method.init is not None and method.init.moves_base:
         what = f"{type(method.init).__name__} starts each layer from its own weight, and layers that share start alike"
-        problems.append(Problem("init", what, "take another init"))
+        problems.append(Problem("init", what, "use another init"))
     return problems
 
 
@@ -219,7 +219,7 @@ no_preset(
         when="For fewer parameters than LoRA's, if a short probe on the same data is affordable.",
         changes="which layers share what they learn",
         what="chooses layers for a method and is none itself",
-        say="`drop: {threshold: 0.9}` under `method:` in a configuration, or call lorary.dropped",
+        say="`drop: {threshold: 0.9}` under `method:` in a configuration, or call lorary.drop_layers",
         section={"drop": {"threshold": THRESHOLD}},
         answers=frozenset({"layers=differ", "layers=search"}),
         why_not=shareable,

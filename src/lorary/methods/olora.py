@@ -65,7 +65,7 @@ class Orthonormal(Init):
     restrictions={
         "lora+": "the ratio was derived for B = 0 at the start: retune it",
         "qlora": "attach to a base in full precision: the residual of each weight is quantised; "
-        "say divide=True: with a large s the residual is larger than the weight",
+        "set divide=True: with a large s the residual is larger than the weight",
     },
 )
 def olora(divide: bool = False, rounds: int = 1) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def qlora(
         backend: `lorary`, or `bitsandbytes` if it is installed; the codes are the same.
     """
     if problems := _problems(embeddings, backend):
-        raise MethodError("this method cannot be made:", problems)
+        raise MethodError("invalid method:", problems)
     if backend == "bitsandbytes":
         return {"storage": BnbNF4(block, double, compute)}
     return {"storage": NF4(block, double, compute, embeddings)}
@@ -55,5 +55,5 @@ def _problems(embeddings: bool, backend: str) -> list[Problem]:
         return [Problem("backend", f"{backend!r} is unknown", did_you_mean(str(backend), _BACKENDS))]
     if embeddings and backend == "bitsandbytes":
         what = "bitsandbytes cannot save an embedding that it has packed"
-        return [Problem("embeddings", what, "say backend='lorary', or leave the embeddings plain")]
+        return [Problem("embeddings", what, "set backend='lorary', or leave the embeddings plain")]
     return []

@@ -44,12 +44,12 @@ class BnbNF4(Storage):
         if not NF4().packs(layer):
             return False
         if importlib.util.find_spec("bitsandbytes") is None:
-            what, fix = "BnbNF4 needs bitsandbytes, which is not installed", "install it, or say backend='lorary'"
-            raise PlanError("the base cannot be packed:", [Problem("storage", what, fix)])
+            what, fix = "BnbNF4 needs bitsandbytes, which is not installed", "install it, or set backend='lorary'"
+            raise PlanError("cannot quantise the base:", [Problem("storage", what, fix)])
         out, inp = KINDS[cast(str, kind_of(layer))].size(layer)
         if cast(Tensor, layer.weight).is_cpu and inp % self.block:  # as of 0.50.2, measured
             what = f"bitsandbytes' kernel for CPUs misreads a weight of {out} x {inp} in blocks of {self.block}"
-            raise PlanError("the base cannot be packed:", [Problem("storage", what, "say backend='lorary'")])
+            raise PlanError("cannot quantise the base:", [Problem("storage", what, "set backend='lorary'")])
         return True
 
     def pack(self, layer: nn.Module, W: Tensor | None = None) -> nn.Module:

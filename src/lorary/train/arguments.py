@@ -10,7 +10,7 @@ from trl import DPOConfig, SFTConfig
 
 from lorary.train.config import Config
 from lorary.train.distributed import on_cpus
-from lorary.train.optimizers import known_as
+from lorary.train.optimizers import transformers_name
 
 
 def arguments(config: Config, output: Path, *, held_out: bool, resumed: bool) -> Any:
@@ -32,7 +32,7 @@ def arguments(config: Config, output: Path, *, held_out: bool, resumed: bool) ->
         "learning_rate": t.lr,
         "lr_scheduler_type": _schedule(t.schedule, t.warmup),
         "warmup_steps": t.warmup,
-        "optim": known_as(t.optimizer),
+        "optim": transformers_name(t.optimizer),
         "weight_decay": t.weight_decay,
         "max_grad_norm": t.max_grad_norm,
         "seed": t.seed,

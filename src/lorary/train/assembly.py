@@ -15,7 +15,6 @@ import lorary
 from lorary.train.arguments import arguments
 from lorary.train.dpo import DPOTrainer
 from lorary.train.models import kept_as, load_model
-from lorary.train.optimizers import own
 from lorary.train.packing import check_packing
 from lorary.train.past import check_base
 from lorary.train.preparation import Prepared
@@ -62,7 +61,6 @@ def trainer_of(prepared: Prepared, model: Any, output: Path, *, resumed: bool, c
             processing_class=prepared.tokenizer,
             callbacks=callbacks,
         )
-    trainer.optimizer_cls_and_kwargs = own(prepared.config.training.optimizer, args)
     trainer.remove_callback(PrinterCallback)
     if prepared.config.data.packing:
         check_packing(model, trainer.data_collator)

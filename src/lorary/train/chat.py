@@ -47,7 +47,7 @@ def use_template(tokenizer: Any, name: str | None) -> None:
         known = did_you_mean(name, list(TEMPLATES)) if name.startswith("builtin:") else f"or use {', '.join(TEMPLATES)}"
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         problem = Problem("data.chat_template", f"cannot read `{name}`: {reason}", known)
-        raise DataError("there is no such chat template:", [problem]) from None
+        raise DataError("unknown chat template:", [problem]) from None
     tokenizer.chat_template = text
 
 

@@ -182,4 +182,4 @@ def _check_finite(adapter: Adapter) -> None:
     bad = [name for name, t in {**named, **adapter.full}.items() if not torch.isfinite(t).all()]
     if bad:
         problems = [Problem(name, "holds numbers that are not finite") for name in bad[:10]]
-        raise TrainingError("this is not worth keeping as a checkpoint:", problems)
+        raise TrainingError("cannot save a checkpoint:", problems)

@@ -182,7 +182,8 @@ class TrainingSection(Section):
         default=0.03, description="share of the steps when below 1, otherwise their number"
     )
     optimizer: Optimizer = Field(
-        default="adamw_torch", description="as Transformers names it; paged_adamw keeps its state in host memory"
+        default="adamw_torch",
+        description="as Transformers names it; paged_adamw (bitsandbytes, CUDA) keeps its state on the host",
     )
     weight_decay: Annotated[Real, Field(ge=0, le=1)] = Field(default=0.0, description="decoupled decay")
     max_grad_norm: Annotated[Real, Field(ge=0, le=1e6)] = Field(

@@ -100,7 +100,7 @@ def _config(sources: Sequence[Source], name: str) -> Config:
             for key, problem in contradictions(config)
         ]
     if problems or config is None:
-        raise ConfigError(f"{name} does not describe a run:", sorted(problems, key=_position))
+        raise ConfigError(f"invalid configuration {name}:", sorted(problems, key=_position))
     return config.noted(*read_.notes)
 
 

@@ -123,7 +123,7 @@ def _length(c: Config) -> Found:
     if length is None or c.data.max_length <= length:
         return []
     what = f"rows of up to {c.data.max_length:,} tokens, and the method lets the model read {length:,}"
-    return [("data.max_length", Problem("", what, f"say method.options: {{length: {c.data.max_length}}}"))]
+    return [("data.max_length", Problem("", what, f"set method.options: {{length: {c.data.max_length}}}"))]
 
 
 def _paths(c: Config) -> Found:

@@ -54,7 +54,7 @@ def refuse_shares() -> None:
     """
     what = "shards every layer with its tensors, and those of layers that share (LoRA-drop) would be in two shards"
     problem = Problem("fsdp", what, "train with DDP, or without LoRA-drop")
-    raise TrainingError("this way of distributing cannot train an adapter:", [problem])
+    raise TrainingError("unsupported distributed setup:", [problem])
 
 
 def check_strategy(state: Any) -> None:
@@ -74,7 +74,7 @@ def check_strategy(state: Any) -> None:
     if getattr(state, "deepspeed_plugin", None) is not None:
         found.append(Problem("deepspeed", "its shards cannot be put into lorary's checkpoints", "use FSDP2"))
     if found:
-        raise TrainingError("this way of distributing cannot train an adapter:", found)
+        raise TrainingError("unsupported distributed setup:", found)
 
 
 def fsdp_on_cpus(state: Any, settings: dict[str, Any] | None) -> bool:

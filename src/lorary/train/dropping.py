@@ -27,7 +27,7 @@ from lorary.formats.atomic import TEMPORARY
 from lorary.formats.strict_json import parse
 from lorary.methods.lora_drop import Importance, announced
 from lorary.plans import Plan
-from lorary.probing import dropped, importance
+from lorary.probing import drop_layers, layer_importance
 from lorary.train import rng
 from lorary.train.assembly import model_of, trainer_of
 from lorary.train.config import DropSection
@@ -69,17 +69,17 @@ def chosen(prepared: Prepared, folder: RunFolder, *, resumed: bool, quiet: bool)
     plan = dataclasses.replace(prepared.plan, notes=tuple(n for n in prepared.plan.notes if n != before))
     data = by_first(lambda: _read(path))
     if data is not None:
-        new = dropped(plan, Importance.from_dict(data), drop.threshold)
+        new = drop_layers(plan, Importance.from_dict(data), drop.threshold)
         _check(path, data, new)
     elif resumed:
-        what, fix = "is missing: which layers the run has chosen cannot be told", "restore it, or begin again"
+        what, fix = "is missing: which layers the run has chosen cannot be told", "restore it, or start again"
         raise FileError("cannot resume this run:", [Problem(str(path), what, fix)])
     else:
         found, signal = _probed(prepared, drop, folder / SCRATCH, quiet=quiet)
         clear_device_cache(garbage_collection=True)  # the run needs the memory: a trainer holds itself alive
         if found is None:
             return prepared, signal
-        new = dropped(plan, by_first(lambda: found), drop.threshold)  # no rank may choose another way
+        new = drop_layers(plan, by_first(lambda: found), drop.threshold)  # no rank may choose another way
         by_first(lambda: _write(folder, found, new))
     _log.info("%s", new.notes[-1])
     return replanned(prepared, new), 0
@@ -95,15 +95,15 @@ def _read(path: Path) -> Any:
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as error:
-        fix = "restore it, or begin again"
-        raise FileError("this is no record of importance:", [Problem(str(path), str(error), fix)]) from None
+        fix = "restore it, or start again"
+        raise FileError("invalid importance record:", [Problem(str(path), str(error), fix)]) from None
 
 
 def _check(path: Path, data: Mapping[str, Any], plan: Plan) -> None:
     """Whether the record says the very choice that follows from it."""
     if data.get("shares") != _shares(plan):
-        what, fix = "`shares` is not what follows from the importance that it holds", "restore it, or begin again"
-        raise FileError("this record of importance was changed:", [Problem(str(path), what, fix)])
+        what, fix = "`shares` is not what follows from the importance that it holds", "restore it, or start again"
+        raise FileError("the importance record was modified:", [Problem(str(path), what, fix)])
 
 
 def _shares(plan: Plan) -> dict[str, str]:
@@ -195,7 +195,7 @@ def _measured(trainer: Any) -> Importance:
     """The importance of the layers of a trained probe, on its own rows; each rank measures some of them."""
     alone = trainer.args.world_size == 1
     device = trainer.args.device
-    return importance(
+    return layer_importance(
         trainer.plain_model(),
         _batches(trainer),
         over_ranks=None if alone else lambda sums: trainer.accelerator.reduce(sums.to(device), "sum").cpu(),

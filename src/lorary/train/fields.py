@@ -37,7 +37,6 @@ Optimizer = Literal[
     "adamw_torch",
     "adamw_torch_fused",
     "paged_adamw",
-    "paged_adamw_torch",
     "paged_adamw_32bit",
     "adamw_bnb_8bit",
     "adafactor",

@@ -83,7 +83,7 @@ class RunFolder:
         """
         if resume and overwrite:
             problem = Problem("", "`resume` keeps what is there, `overwrite` removes it", "choose one")
-            raise ConfigError("these contradict each other:", [problem])
+            raise ConfigError("conflicting options:", [problem])
         self._check(config, resume=resume, overwrite=overwrite)
         self.path.mkdir(parents=True, exist_ok=True)
         with _lock(self.path):
@@ -117,12 +117,12 @@ class RunFolder:
             what = f"holds what no run of lorary wrote: {', '.join(foreign[:5])}"
             raise ConfigError(name, [Problem("output", what, "name another folder")])
         if not resume and not overwrite:
-            fix = "say --resume to go on with it, --overwrite to remove it, or name another folder"
+            fix = "pass --resume to continue it, --overwrite to remove it, or name another folder"
             raise ConfigError(name, [Problem("output", f"is not empty: it holds {', '.join(there[:5])}", fix)])
         if resume and CONFIG in there:
             changed = _changed(self._resolved(name), config)
             if changed:
-                raise ConfigError("this is another run than the one in the folder:", changed)
+                raise ConfigError("the folder belongs to another run:", changed)
 
     def _resolved(self, name: str) -> dict[str, Any]:
         """The configuration that the run in the folder was started with."""
@@ -131,7 +131,7 @@ class RunFolder:
         except (yaml.YAMLError, ValueError, RecursionError):
             there = None
         if not isinstance(there, dict):
-            fix = "restore it, or say --overwrite to begin again"
+            fix = "restore it, or pass --overwrite to start again"
             raise ConfigError(name, [Problem(CONFIG, "is damaged: what was run here cannot be told", fix)])
         return there
 

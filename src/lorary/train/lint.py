@@ -51,7 +51,7 @@ class Lint:
             DataError: every problem at once.
         """
         if self.problems:
-            raise DataError("this data would not teach what it should:", self.problems)
+            raise DataError("the training data has errors:", self.problems)
 
 
 def lint(tokens: Tokens, tokenizer: Any, vocabulary: int, held_out: Tokens | None = None) -> Lint:

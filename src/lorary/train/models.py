@@ -86,7 +86,7 @@ def kept_as(method: Method, full: Collection[str] = ()) -> Storage | None:
     return None if full or moves else method.storage
 
 
-def load_base(
+def load_quantized(
     source: str | os.PathLike[str],
     storage: Storage | None = None,
     *,
@@ -96,7 +96,7 @@ def load_base(
 ) -> PreTrainedModel:
     """A base model in 4 bits, packed as its checkpoint is read: the plain model is never there as a whole.
 
-    It is the same as if the model had been loaded in full and packed with `pack`, bit for bit, and has the plain
+    It is the same as if the model had been loaded in full and quantised with `quantize`, bit for bit, and has the plain
     model's fingerprint: adapters of either fit. A checkpoint in bitsandbytes' NF4 is taken as it is, without
     bitsandbytes.
 
@@ -116,7 +116,7 @@ def load_base(
         ConfigError: another word.
 
     Example:
-        >>> base = lorary.load_base("org/model", dtype="bfloat16")
+        >>> base = lorary.load_quantized("org/model", dtype="bfloat16")
         >>> lorary.attach(base, lorary.plan(base, lorary.method("qlora")))
     """
     import torch

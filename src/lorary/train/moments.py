@@ -46,7 +46,7 @@ def restore(optimizer: torch.optim.Optimizer, model: nn.Module, saved: dict[str,
     mine = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
     theirs = [group["params"] for group in saved["groups"]]
     if mine != theirs:
-        raise TrainingError("the checkpoint's optimizer is another one:", _differences(mine, theirs))
+        raise TrainingError("the checkpoint holds another optimizer's state:", _differences(mine, theirs))
     numbers = {name: i for i, name in enumerate(name for group in mine for name in group)}
     state = {
         numbers[name]: {k: _as(parameters[name], v) for k, v in entry.items()} for name, entry in saved["state"].items()

@@ -1,4 +1,4 @@
-"""Which optimizer a name of a configuration stands for, where Transformers does not know it, or cannot have it."""
+"""Optimizers by their names in a configuration, where Transformers has another name for them or cannot have them."""
 
 from __future__ import annotations
 
@@ -8,40 +8,43 @@ from typing import Any
 import torch
 
 from lorary.errors import Problem, TrainingError
-from lorary.paged import PagedAdamW
 
-FOREIGN = ("adamw_bnb_8bit", "paged_adamw_32bit")  # bitsandbytes' own
-_MANY = "paged_adamw"  # bitsandbytes' where it is at home, ours elsewhere
-_OWN = "paged_adamw_torch"
+_BITSANDBYTES = ("adamw_bnb_8bit", "paged_adamw", "paged_adamw_32bit")
 
 
-def known_as(name: str) -> str:
-    """The name that Transformers' arguments take; where `own` gives another optimizer, that of the same formula.
+def transformers_name(name: str) -> str:
+    """The name that Transformers' arguments take.
 
     Raises:
-        TrainingError: the name is that of one in bitsandbytes, which is not installed.
+        TrainingError: the optimizer is bitsandbytes', and bitsandbytes or the device that it needs is missing.
     """
-    if name in FOREIGN and not _installed():
-        fix = f"install bitsandbytes, or set training.optimizer: {_OWN if name.startswith('paged') else 'adamw_torch'}"
-        problem = Problem("training.optimizer", f"{name} is in bitsandbytes, which is not installed", fix)
-        raise TrainingError("there is no such optimizer here:", [problem])
-    if name == _MANY and torch.cuda.is_available() and _installed():
-        return "paged_adamw_32bit"
-    return "adamw_torch" if name in (_MANY, _OWN) else name
+    if name in _BITSANDBYTES:
+        _check(name)
+    return "paged_adamw_32bit" if name == "paged_adamw" else name
 
 
-def own(name: str, args: Any) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
-    """lorary's optimizer of that name, as a trainer's `optimizer_cls_and_kwargs`; None where it is another's.
+def paged_adamw(params: Any, lr: float = 1e-3, **words: Any) -> torch.optim.Optimizer:
+    """What `lorary.PagedAdamW` was: bitsandbytes' `PagedAdamW32bit`. Use that one directly.
 
-    Args:
-        name: of the configuration.
-        args: the trainer's arguments.
+    Raises:
+        TrainingError: bitsandbytes is not installed, or there is no CUDA device.
     """
-    if name not in (_MANY, _OWN) or known_as(name) != "adamw_torch":
-        return None
-    betas = (args.adam_beta1, args.adam_beta2)
-    return PagedAdamW, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
+    _check("paged_adamw")
+    import bitsandbytes
+
+    optimizers: Any = bitsandbytes.optim
+    made: torch.optim.Optimizer = optimizers.PagedAdamW32bit(params, lr=lr, **words)
+    return made
 
 
-def _installed() -> bool:
-    return find_spec("bitsandbytes") is not None
+def _check(name: str) -> None:
+    fix = "set training.optimizer: adamw_torch"
+    problems = []
+    if find_spec("bitsandbytes") is None:
+        what = f"{name} is in bitsandbytes, which is not installed"
+        problems.append(Problem("training.optimizer", what, f"install bitsandbytes, or {fix}"))
+    if name.startswith("paged") and not torch.cuda.is_available():
+        what = f"{name} pages memory with CUDA, and there is no CUDA device"
+        problems.append(Problem("training.optimizer", what, fix))
+    if problems:
+        raise TrainingError("this optimizer is not available here:", problems)

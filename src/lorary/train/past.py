@@ -11,6 +11,7 @@ from torch import nn
 from lorary.adapter import Adapter
 from lorary.errors import ConfigError, FileError, Problem
 from lorary.fingerprint import Fingerprint
+from lorary.formats import load_adapter
 
 _DIGITS = 16
 
@@ -27,7 +28,7 @@ def past_of(names: Sequence[str]) -> list[Adapter]:
         FileError: there is none, or it is damaged.
         ConfigError: one is another than the one whose digest stands behind its name; all of them.
     """
-    adapters = [Adapter.load(path_of(name)) for name in names]
+    adapters = [load_adapter(path_of(name)) for name in names]
     problems = []
     for name, adapter in zip(names, adapters, strict=True):
         path, _, wanted = name.partition("#")
@@ -35,7 +36,7 @@ def past_of(names: Sequence[str]) -> list[Adapter]:
             what = f"{path} holds another adapter: {found}, and the configuration was made with {wanted}"
             problems.append(Problem("method.after", what, f"write {path} alone to take it as it is now"))
     if problems:
-        raise ConfigError("an earlier task is not what it was:", problems)
+        raise ConfigError("the adapter of an earlier task has changed:", problems)
     return adapters
 
 
@@ -52,7 +53,7 @@ def check_base(names: Sequence[str], adapters: Sequence[Adapter], base: nn.Modul
         for problem in adapter.base.disagreements(here)
     ]
     if problems:
-        raise FileError("an earlier task was learnt on another model:", problems)
+        raise FileError("an earlier task was trained on another base:", problems)
 
 
 def with_digests(names: Sequence[str], adapters: Sequence[Adapter]) -> tuple[str, ...]:

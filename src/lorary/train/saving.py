@@ -21,6 +21,7 @@ from lorary.adapted import adapted
 from lorary.adapter import Adapter
 from lorary.errors import FileError, LoraryError, Problem, TrainingError
 from lorary.fingerprint import Fingerprint
+from lorary.formats import load_adapter
 from lorary.formats.findings import AdapterWarning
 from lorary.placed import start_of
 from lorary.plans import Plan
@@ -48,7 +49,7 @@ def adapter_of(path: Path) -> Adapter:
     """The adapter of a checkpoint. It may well change nothing yet, as after a first step of the warmup."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AdapterWarning)
-        return Adapter.load(path / checkpoint.ADAPTER)
+        return load_adapter(path / checkpoint.ADAPTER)
 
 
 def begun(plan: Plan, path: Path) -> Plan:
@@ -99,7 +100,7 @@ def put(model: nn.Module, value: Adapter) -> None:
     only = sorted(set(value.full) ^ set(state.full))
     problems += [Problem(name, f"trains only {'here' if name in state.full else 'there'}") for name in only]
     if problems:
-        raise FileError("the checkpoint's adapter is another one:", problems)
+        raise FileError("the checkpoint holds another adapter:", problems)
     for name, layer in layers.items():
         for role, parameter in layer.p.items():
             put_into(parameter, value.tensors[name][role])
@@ -153,7 +154,7 @@ def choose(trainer: Any, wanted: str | bool) -> Path:
     if path is None:
         where = trainer.args.output_dir if isinstance(wanted, bool) else wanted
         problem = Problem(str(where), "holds no complete checkpoint", "start without resuming")
-        raise FileError("there is nothing to resume from:", [problem])
+        raise FileError("cannot resume this run:", [problem])
     _log.info("resuming from %s", path.name)
     chosen: Path = path
     return chosen
@@ -169,7 +170,7 @@ def restore_optimizer(trainer: Any, state: dict[str, Any]) -> None:
     differ = [k for k in here if there[k] != here[k]]
     problems = [Problem(k, f"{there[k]} in the checkpoint, {here[k]} here") for k in differ if k != "contents"]
     if "contents" in differ:
-        fix = "put the data back that the run began with, or begin again"
+        fix = "restore the data that the run began with, or start again"
         problems.append(Problem("contents", "the training rows are not those of the checkpoint", fix))
     if problems:
         raise TrainingError("this checkpoint belongs to another run:", problems)
@@ -200,7 +201,7 @@ def _state(trainer: Any, model: nn.Module) -> dict[str, Any]:
         "scheduler": trainer.lr_scheduler.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else {},
         "rng": gather_object([rng.capture()]),
-        "rules": {k: whole(t) for k, t in trainer.tuning.state_dict().items()},
+        "rules": {k: whole(t) for k, t in trainer.rules.state_dict().items()},
         "data": _geometry(trainer),
         "log": {
             "loss": float(trainer._tr_loss),

@@ -14,7 +14,7 @@ import transformers
 
 import lorary
 from lorary.errors import ConfigError, FileError, Problem
-from lorary.evolution import Evolution, Found
+from lorary.evolution import EvolutionConfig, SearchResult
 from lorary.formats.atomic import remove_stale
 from lorary.train import checkpoint, saving
 from lorary.train.assembly import trainer_of
@@ -29,11 +29,11 @@ RECORD = "search.json"
 
 def search_run(
     path: Path,
-    evolution: Evolution,
+    evolution: EvolutionConfig,
     *,
     overwrite: bool = False,
     progress: Callable[[int, int, float], None] | None = None,
-) -> tuple[Path, Found]:
+) -> tuple[Path, SearchResult]:
     """Search in the supernet that a run has trained, on the rows that it held out, and write what is found.
 
     Fitness is the negative loss on the run's validation rows: the run's own, no others are read.
@@ -42,7 +42,7 @@ def search_run(
         path: the run folder.
         evolution: how many candidates, the ceiling, the seed.
         overwrite: replace what an earlier search found.
-        progress: as for `lorary.search`.
+        progress: as for `lorary.search_supernet`.
 
     Returns:
         The folder of the adapter that was found, and what was found.
@@ -70,9 +70,11 @@ def search_run(
         stack.callback(trainer.head.remove)
         _check_rows(folder, trainer)
         # the trainer has the model: what is judged is what the candidate has made of it
-        found = lorary.search(model, lambda _: -float(trainer.evaluate()["eval_loss"]), evolution, progress=progress)
+        found = lorary.search_supernet(
+            model, lambda _: -float(trainer.evaluate()["eval_loss"]), evolution, progress=progress
+        )
         target = folder / SEARCHED
-        found.adapter.save(target)
+        lorary.save_adapter(found.adapter, target)
         prepared.tokenizer.save_pretrained(str(target))
         folder.write(f"{SEARCHED}/{RECORD}", json.dumps(_record(evolution, found), indent=2) + "\n")
     return target, found
@@ -86,7 +88,7 @@ def _config(path: Path, *, overwrite: bool) -> Config:
         what = f"holds no {' and no '.join(missing)}: it is not the folder of a finished run"
         raise FileError(headline, [Problem("", what, "give the folder that `lorary train` wrote")])
     if (path / SEARCHED).exists() and not overwrite:
-        what, fix = f"holds what was found before, in {SEARCHED}", "say --overwrite to replace it"
+        what, fix = f"holds what was found before, in {SEARCHED}", "pass --overwrite to replace it"
         raise ConfigError(headline, [Problem("", what, fix)])
     return load(path / CONFIG)
 
@@ -101,11 +103,11 @@ def _check_rows(folder: RunFolder, trainer: Any) -> None:
     if newest is None or saving.has_rows(trainer, checkpoint.read(newest)):
         return
     what = "the training rows are not those of the run, and so the rows held out may be among those that it learnt"
-    fix = "put the data back that the run began with"
+    fix = "restore the data that the run began with"
     raise ConfigError(f"cannot search in {str(folder.path)!r}:", [Problem("data.train", what, fix)])
 
 
-def _record(evolution: Evolution, found: Found) -> dict[str, Any]:
+def _record(evolution: EvolutionConfig, found: SearchResult) -> dict[str, Any]:
     """What one may want to know of a search later."""
     return {
         "evolution": asdict(evolution),

@@ -89,7 +89,7 @@ def detect(records: Sequence[Record], name: str) -> str:
     )
     known = "; ".join(f"{kind} ({', '.join(shape.needs)})" for kind, shape in SHAPES.items())
     fix = f"name the fields with data.columns, such as {{{near}}}; the shapes are: {known}"
-    raise DataError(f"cannot tell what the rows of {name} mean:", [Problem(records[0].where, what, fix)])
+    raise DataError(f"unknown row format in {name}:", [Problem(records[0].where, what, fix)])
 
 
 def shape_of(row: Any) -> str | None:

@@ -12,7 +12,7 @@ changes what an adapter needs, in the order of a step:
     after_backward  of the rules, on the gradients of the whole accumulated step, reduced over the ranks and not yet
                     clipped: what a rule learns about one parameter shall not depend on the size of the others
     clipping
-    optimizer       one group for each learning-rate multiplier (`lorary.groups`), of any class Transformers knows
+    optimizer       one group for each learning-rate multiplier (`lorary.param_groups`), of any class Transformers knows
     after_step      of the rules, before the gradients are cleared
 
 and what is written: checkpoints hold the adapter, never the base, and are whole or not there at all
@@ -61,7 +61,7 @@ class AdapterTraining(_Loop):  # type: ignore[misc]  # Transformers has no types
         rest: what else the trainer takes: data sets, tokenizer.
 
     Attributes:
-        tuning: the method's rules at work, once training has begun.
+        rules: the method's rules at work, once training has begun.
         head: what computes losses from labelled tokens.
         interruption: the signal that ended training, if one did.
         sampler: the order of the rows; None for a stream.
@@ -84,7 +84,7 @@ class AdapterTraining(_Loop):  # type: ignore[misc]  # Transformers has no types
         if args.gradient_checkpointing:
             # With the embeddings frozen, nothing before the first adapter requires a gradient otherwise.
             model.enable_input_require_grads()
-        self.tuning: Any = None
+        self.rules: Any = None
         self.interruption = Interruption()
         self.guard = Guard(lambda: self.interruption.received)
         self.fingerprint = lorary.Fingerprint.of(model)  # now, while no rank holds only a shard of it
@@ -122,12 +122,12 @@ class AdapterTraining(_Loop):  # type: ignore[misc]  # Transformers has no types
         """The trainer's loss; in training with the gradient of the rules' penalties, whose value the log has beside."""
         self.batch = tuple(inputs["input_ids"].shape), self.model.training
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        rules = self.tuning.rules if self.tuning is not None and self.model.training else ()
+        rules = self.rules.rules if self.rules is not None and self.model.training else ()
         if not rules or not self.accelerator.sync_gradients:
             return result
         # Once per step, with the last micro-batch. Where the trainer still divides every loss by the number of
         # micro-batches, the penalty is multiplied by it before.
-        penalty = torch.as_tensor(self.tuning.penalty())
+        penalty = torch.as_tensor(self.rules.penalty())
         self._metrics["train"]["penalty"].append(float(penalty.detach()))
         penalty = penalty * (1 if self.loss_is_scaled_for_ga else self.current_gradient_accumulation_steps)
         still = penalty - penalty.detach()  # zero: the loss that is logged stays that of the task
@@ -140,11 +140,11 @@ class AdapterTraining(_Loop):  # type: ignore[misc]  # Transformers has no types
         if self.accelerator.sync_gradients:
             scaled = self.accelerator.scaler is not None
             self.guard.check(self.model, self.state.global_step + 1, self._rows, scaled)
-            self.tuning.after_backward()
+            self.rules.after_backward()
         return loss
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """An optimizer of the class that `args.optim` names, over `lorary.groups`."""
+        """An optimizer of the class that `args.optim` names, over `lorary.param_groups`."""
         if self.optimizer is None:
             model = model if model is not None else self.model
             kind, settings = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
@@ -153,15 +153,15 @@ class AdapterTraining(_Loop):  # type: ignore[misc]  # Transformers has no types
                 what = f"{name} makes its own groups: the method's learning rates would be lost"
                 problem = Problem("optim", what, "use adamw_torch")
                 raise TrainingError("this optimizer cannot train adapters:", [problem])
-            rows = lorary.groups(model, lr=self.args.learning_rate, weight_decay=self.args.weight_decay)
+            rows = lorary.param_groups(model, lr=self.args.learning_rate, weight_decay=self.args.weight_decay)
             self.optimizer = kind(rows, **settings)
         return self.optimizer
 
     def begin(self, steps: int) -> None:
         """Starts the rules for a run of so many optimizer steps, or goes on where the checkpoint left them."""
         state = self._resumed["rules"] if self._resumed else None
-        self.tuning = lorary.tuning(self.plain_model(), steps, saving.inner(self.optimizer), state)
-        if self.tuning.rules and self.accelerator.scaler is not None:
+        self.rules = lorary.rules(self.plain_model(), steps, saving.inner(self.optimizer), state)
+        if self.rules.rules and self.accelerator.scaler is not None:
             what = "the rules would see gradients that are scaled"
             raise TrainingError("this method cannot train in float16:", [Problem("fp16", what, "use bf16")])
         if self._resumed:
@@ -243,12 +243,12 @@ class AdapterTraining(_Loop):  # type: ignore[misc]  # Transformers has no types
 
     def figures(self) -> dict[str, Any]:
         """What the rules report of the present moment: numbers, or numbers by site."""
-        return self.tuning.report() if self.tuning is not None else {}
+        return self.rules.report() if self.rules is not None else {}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the adapter folder, with the tokenizer and its chat template."""
         adapter = saving.taken(self.plain_model(), self.fingerprint)
-        if self.tuning is not None and self.tuning.step:  # what has been masked is no part of it
+        if self.rules is not None and self.rules.step:  # what has been masked is no part of it
             adapter = adapter.compact()
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
@@ -281,7 +281,7 @@ class AdapterTraining(_Loop):  # type: ignore[misc]  # Transformers has no types
 
     def _load_best_model(self) -> None:
         best = saving.adapter_of(Path(self.state.best_model_checkpoint))
-        saving.tell_directions(best, self.state.best_global_step, self.tuning.report().get("ranks", {}))
+        saving.tell_directions(best, self.state.best_global_step, self.rules.report().get("ranks", {}))
         fit(self.plain_model(), best.placed)
         saving.put(self.plain_model(), best)
 
@@ -302,7 +302,7 @@ class _Events(TrainerCallback):  # type: ignore[misc]  # Transformers has no typ
         self.trainer.start_epoch(state.epoch or 0)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.tuning.after_step()
+        self.trainer.rules.after_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.trainer.guard.stop:
