@@ -85,7 +85,7 @@ def _fit_context(model: nn.Module, method: Method) -> tuple[Method, list[Problem
     if method.context is None:
         return method, []
     context = method.context.planned(model)
-    return method.but(context=context), [Problem("context", *found) for found in context.problems(model)]
+    return method.replace(context=context), [Problem("context", *found) for found in context.problems(model)]
 
 
 def default_targets(method: Method) -> tuple[str, ...]:

@@ -2,7 +2,8 @@
 
 A short training run, the probe, trains a LoRA in every layer. Layers whose LoRA has a large output keep one of their
 own; all others of the same module kind share one, which trains as well. Then training starts over. It is not a
-component of a method but a function from plan to plan: `lorary.layer_importance` measures, `lorary.drop_layers` chooses.
+component of a method but a function from plan to plan: `lorary.layer_importance` measures, `lorary.drop_layers`
+chooses.
 
 With z = A x the norm is s^2 z^T (B^T B) z: B^T B is r x r, and the layer's output is never formed.
 
