@@ -125,7 +125,7 @@ PEFT: list[tuple[str, Spoil, str]] = [
     (
         "a row of magnitudes in a square layer",
         put(M, 1, 16),
-        f"  - {Q}.lora_magnitude_vector: has the shape [1, 16], that of a magnitude for each input; DoRA as published "
+        f"  - {Q}.lora_magnitude_vector: has the shape [1, 16], a magnitude for each input; DoRA as published "
         "has one per output\n"
         "      hint: where they are the outputs' all the same, write them as [16]",
     ),

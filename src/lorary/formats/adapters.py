@@ -14,14 +14,17 @@ from torch import Tensor, nn
 
 from lorary.adapter import Adapter
 from lorary.errors import FileError, Problem
-from lorary.formats import native, peft_keys, peft_writer, shares
+from lorary.formats import native, shares
 from lorary.formats.atomic import atomic_directory
 from lorary.formats.banks import Banks, gathered, torn
 from lorary.formats.findings import Findings
 from lorary.formats.folder import existing_folder, subject
-from lorary.formats.peft_config import NAME as PEFT_CONFIG
-from lorary.formats.peft_reader import WEIGHTS, read_peft, weights_name
-from lorary.formats.peft_sorts import sort_of
+from lorary.formats.peft import writer as peft_writer
+from lorary.formats.peft.config import NAME as PEFT_CONFIG
+from lorary.formats.peft.config import config_text
+from lorary.formats.peft.lora import encode_factors, lora_fields
+from lorary.formats.peft.reader import WEIGHTS, read_peft, weights_name
+from lorary.formats.peft.types import PEFT_TYPES, exact_type
 from lorary.formats.safetensors_header import name_problem
 from lorary.formats.strict_json import named, show
 from lorary.formats.tensor_file import DTYPES, write_tensors
@@ -53,15 +56,15 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.
     shared = gathered(adapter)
     tensors = native.native_tensors(adapter, shared)
     _check_values(tensors, folder, lambda: _torn(adapter, shared))
-    as_peft = not peft_writer.obstacles(adapter, model, shared)
-    if as_peft:
-        tensors = native.peft_tensors(adapter, shared)
+    files = None
+    if not peft_writer.peft_incompatibilities(adapter, model, shared):
+        files = peft_writer.exact_files(adapter, model, shared)
+    tensors = files[1] if files else tensors
     needed = sum(t.nbytes for t in tensors.values())
     with atomic_directory(folder, replace=True, keep=True, drop=_OWN, needed=needed) as temporary:
-        if as_peft:
-            words = peft_writer.config(adapter, model, shared)
-            (temporary / PEFT_CONFIG).write_text(peft_writer.config_text(words), encoding="utf-8")
-        write_tensors(temporary / (WEIGHTS if as_peft else native.TENSORS), tensors)
+        if files:
+            (temporary / PEFT_CONFIG).write_text(config_text(files[0]), encoding="utf-8")
+        write_tensors(temporary / (WEIGHTS if files else native.TENSORS), tensors)
         native.write_record(temporary, adapter, shared)
 
 
@@ -114,23 +117,22 @@ def export_peft(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.M
         FileError: PEFT has no LoRA with this function, with every reason; or the folder cannot be written.
         MethodError: the method has no low-rank form.
     """
-    problems = [*peft_writer.site_obstacles(adapter, model), *peft_writer.full_words(adapter, model).problems]
+    problems = peft_writer.base_incompatibilities(adapter, model, PEFT_TYPES["LORA"])
     if (Path(folder) / native.NAME).exists():
         what = f"it holds {native.NAME}: the adapter there would be lost"
         problems.append(Problem("", what, "export to another folder"))
     if problems:
         raise FileError(_cannot_export(folder), problems)
-    if sort_of(adapter) in ("LoRA", "DoRA"):
-        shared = gathered(adapter)
-        words, tensors = peft_writer.config(adapter, model, shared), native.peft_tensors(adapter, shared)
-    else:
-        words, tensors = _as_lora(adapter, model, folder)
+    shared = gathered(adapter)
+    is_lora = exact_type(adapter, shared)[0] is PEFT_TYPES["LORA"]
+    files = peft_writer.exact_files(adapter, model, shared) if is_lora else None
+    words, tensors = files or _as_lora(adapter, model, folder)
     _check_values(tensors, folder)
     needed = sum(t.nbytes for t in tensors.values())
     with atomic_directory(folder, replace=True, keep=True, drop=_OWN, needed=needed) as temporary:
-        (temporary / PEFT_CONFIG).write_text(peft_writer.config_text(words), encoding="utf-8")
+        (temporary / PEFT_CONFIG).write_text(config_text(words), encoding="utf-8")
         write_tensors(temporary / WEIGHTS, tensors)
-        if changes := peft_writer.stretched(adapter):
+        if changes := peft_writer.rope_overrides(adapter):
             (temporary / _BASE).write_text(peft_writer.base_text(adapter), encoding="utf-8")
     if changes:
         what = f"PEFT's files do not say how positions are divided: load the base with rope_parameters {changes}"
@@ -158,11 +160,11 @@ def _as_lora(
         name, own = p.site.name, adapter.tensors[p.site.name]
         # DoRA's gain follows from the factors and the magnitudes, which PEFT keeps as they are
         B, A = factors_on_base(p, own) if _magnified(p) else forms[name][:2]
-        tensors |= peft_keys.encoded(p.site, A, B, own["m"] if _magnified(p) else None)
+        tensors |= encode_factors(p.site, A, B, own["m"] if _magnified(p) else None)
         sizes[name] = (A.shape[0], float(A.shape[0]))
-    tensors |= {peft_keys.full_name(name, set(sizes)): t for name, t in adapter.full.items()}
-    words = peft_writer.lora_config(adapter, model, sizes, root=False, magnitudes=not forms)
-    return words, {peft_keys.full(name): t for name, t in tensors.items()}
+    own_fields = lora_fields(adapter, sizes, root=False, dora=not forms)
+    words = peft_writer.peft_config(adapter, model, PEFT_TYPES["LORA"], own_fields)
+    return words, peft_writer.with_prefix(tensors, adapter)
 
 
 def _with_directions(adapter: Adapter, folder: str | os.PathLike[str]) -> Adapter:
