@@ -19,19 +19,16 @@ from lorary.formats.atomic import atomic_directory
 from lorary.formats.banks import Banks, gathered, torn
 from lorary.formats.findings import Findings
 from lorary.formats.folder import existing_folder, subject
-from lorary.formats.peft import writer as peft_writer
+from lorary.formats.peft import writer
 from lorary.formats.peft.config import NAME as PEFT_CONFIG
 from lorary.formats.peft.config import config_text
-from lorary.formats.peft.lora import encode_factors, lora_fields
+from lorary.formats.peft.lora import LORA, encode_factors, is_dora, lora_fields
 from lorary.formats.peft.reader import WEIGHTS, read_peft, weights_name
-from lorary.formats.peft.types import PEFT_TYPES, exact_type
 from lorary.formats.safetensors_header import name_problem
 from lorary.formats.strict_json import named, show
 from lorary.formats.tensor_file import DTYPES, write_tensors
 from lorary.formats.values import not_finite
 from lorary.forms import factors_on_base, low_rank_forms
-from lorary.methods.dora import Direction
-from lorary.placed import Placed
 from lorary.positions import PositionsWarning
 
 _BASE = "BASE.md"  # how the base of a PEFT adapter is to be loaded, where positions are divided
@@ -56,15 +53,15 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.
     shared = gathered(adapter)
     tensors = native.native_tensors(adapter, shared)
     _check_values(tensors, folder, lambda: _torn(adapter, shared))
-    files = None
-    if not peft_writer.peft_incompatibilities(adapter, model, shared):
-        files = peft_writer.exact_files(adapter, model, shared)
-    tensors = files[1] if files else tensors
+    # PEFT's files do not say how positions are divided
+    peft_type = None if writer.rope_overrides(adapter) else writer.exact_type(adapter, model, shared)
+    if peft_type is not None:
+        config, tensors = writer.exact_files(adapter, model, shared, peft_type)
     needed = sum(t.nbytes for t in tensors.values())
     with atomic_directory(folder, replace=True, keep=True, drop=_OWN, needed=needed) as temporary:
-        if files:
-            (temporary / PEFT_CONFIG).write_text(config_text(files[0]), encoding="utf-8")
-        write_tensors(temporary / (WEIGHTS if files else native.TENSORS), tensors)
+        if peft_type is not None:
+            (temporary / PEFT_CONFIG).write_text(config_text(config), encoding="utf-8")
+        write_tensors(temporary / (WEIGHTS if peft_type else native.TENSORS), tensors)
         native.write_record(temporary, adapter, shared)
 
 
@@ -117,23 +114,24 @@ def export_peft(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.M
         FileError: PEFT has no LoRA with this function, with every reason; or the folder cannot be written.
         MethodError: the method has no low-rank form.
     """
-    problems = peft_writer.base_incompatibilities(adapter, model, PEFT_TYPES["LORA"])
+    problems = writer.base_incompatibilities(adapter, model, LORA)
     if (Path(folder) / native.NAME).exists():
         what = f"it holds {native.NAME}: the adapter there would be lost"
         problems.append(Problem("", what, "export to another folder"))
     if problems:
         raise FileError(_cannot_export(folder), problems)
     shared = gathered(adapter)
-    is_lora = exact_type(adapter, shared)[0] is PEFT_TYPES["LORA"]
-    files = peft_writer.exact_files(adapter, model, shared) if is_lora else None
-    words, tensors = files or _as_lora(adapter, model, folder)
+    if writer.exact_type(adapter, model, shared) is LORA:
+        words, tensors = writer.exact_files(adapter, model, shared, LORA)
+    else:
+        words, tensors = _as_lora(adapter, model, folder)
     _check_values(tensors, folder)
     needed = sum(t.nbytes for t in tensors.values())
     with atomic_directory(folder, replace=True, keep=True, drop=_OWN, needed=needed) as temporary:
         (temporary / PEFT_CONFIG).write_text(config_text(words), encoding="utf-8")
         write_tensors(temporary / WEIGHTS, tensors)
-        if changes := peft_writer.rope_overrides(adapter):
-            (temporary / _BASE).write_text(peft_writer.base_text(adapter), encoding="utf-8")
+        if changes := writer.rope_overrides(adapter):
+            (temporary / _BASE).write_text(writer.base_text(adapter), encoding="utf-8")
     if changes:
         what = f"PEFT's files do not say how positions are divided: load the base with rope_parameters {changes}"
         warnings.warn(f"{what}; {_BASE} there says how", PositionsWarning, stacklevel=2)
@@ -144,7 +142,7 @@ def _as_lora(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(configuration, tensors) of the LoRA, or the DoRA, that an adapter of another method is."""
     adapter = _with_directions(adapter, folder)
-    forms = low_rank_forms([p for p in adapter.placed if not _magnified(p)], adapter.tensors, model)
+    forms = low_rank_forms([p for p in adapter.placed if not is_dora(p)], adapter.tensors, model)
     problems = [
         Problem(name, "its output has a gain or a shift, which PEFT's LoRA has not")
         for name, form in forms.items()
@@ -159,12 +157,12 @@ def _as_lora(
     for p in adapter.placed:
         name, own = p.site.name, adapter.tensors[p.site.name]
         # DoRA's gain follows from the factors and the magnitudes, which PEFT keeps as they are
-        B, A = factors_on_base(p, own) if _magnified(p) else forms[name][:2]
-        tensors |= encode_factors(p.site, A, B, own["m"] if _magnified(p) else None)
+        B, A = factors_on_base(p, own) if is_dora(p) else forms[name][:2]
+        tensors |= encode_factors(p.site, A, B, own["m"] if is_dora(p) else None)
         sizes[name] = (A.shape[0], float(A.shape[0]))
     own_fields = lora_fields(adapter, sizes, root=False, dora=not forms)
-    words = peft_writer.peft_config(adapter, model, PEFT_TYPES["LORA"], own_fields)
-    return words, peft_writer.with_prefix(tensors, adapter)
+    words = writer.peft_config(adapter, model, LORA, own_fields)
+    return words, writer.with_prefix(tensors, adapter)
 
 
 def _with_directions(adapter: Adapter, folder: str | os.PathLike[str]) -> Adapter:
@@ -175,10 +173,6 @@ def _with_directions(adapter: Adapter, folder: str | os.PathLike[str]) -> Adapte
         what = "no layer has a direction left, and PEFT's adapters adapt at least one layer"
         raise FileError(_cannot_export(folder), [Problem("sites", what)])
     return dataclasses.replace(small, placed=left)
-
-
-def _magnified(p: Placed) -> bool:
-    return isinstance(p.method.join, Direction)
 
 
 def _cannot_export(folder: str | os.PathLike[str]) -> str:

@@ -19,7 +19,7 @@ from lorary.adapted import plain_modules
 from lorary.errors import Problem, suggestion
 from lorary.formats.findings import Findings
 from lorary.formats.patterns import MOST_CHARACTERS, Budget, Pattern
-from lorary.formats.peft.fields import BOOK_KEEPING, EXCLUDE, SHARED, Field, TolerableError
+from lorary.formats.peft.fields import BOOK_KEEPING, EXCLUDE, SHARED, TolerableError
 from lorary.formats.peft.types import PEFT_TYPES, PeftType
 from lorary.formats.strict_json import named, show
 
@@ -94,29 +94,25 @@ def read_config(data: object, findings: Findings) -> PeftConfig | None:
     values = {key: field.default for key, field in every.items()}
     budget = Budget()
     for key, value in data.items():
+        where = f"{NAME}: {named(key)}"
         if key not in known:
             fix = suggestion(key, known) or "a newer PEFT may have written it; strict=False ignores it"
-            findings.tolerable.append(Problem(f"{NAME}: {named(key)}", "is not a field that lorary knows", fix))
-        elif value is not None or not known[key].nullable:
-            _read_field(values, key, known[key], value, budget, findings)
+            findings.tolerable.append(Problem(where, "is not a field that lorary knows", fix))
+            continue
+        try:
+            if value is not None or not known[key].nullable:
+                values[key] = known[key].read(value, budget)
+        except TolerableError as error:
+            findings.tolerable.append(Problem(where, str(error)))
+            values[key] = error.value
+        except ValueError as error:
+            findings.fatal.append(Problem(where, str(error)))
     if isinstance(values["target_modules"], Pattern) and values["layers_to_transform"] is not None:
         what = "cannot be said together with a pattern in `target_modules`"
         findings.fatal.append(Problem(f"{NAME}: layers_to_transform", what))
     if values["layers_pattern"] and values["layers_to_transform"] is None:
         findings.fatal.append(Problem(f"{NAME}: layers_pattern", "needs `layers_to_transform`"))
     return PeftConfig(peft_type, values)
-
-
-def _read_field(
-    values: dict[str, Any], key: str, field: Field, value: object, budget: Budget, findings: Findings
-) -> None:
-    try:
-        values[key] = field.read(value, budget)
-    except TolerableError as error:
-        findings.tolerable.append(Problem(f"{NAME}: {key}", str(error)))
-        values[key] = error.value
-    except ValueError as error:
-        findings.fatal.append(Problem(f"{NAME}: {key}", str(error)))
 
 
 def config_text(values: Mapping[str, Any]) -> str:

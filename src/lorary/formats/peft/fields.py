@@ -40,19 +40,13 @@ class Field:
     nullable: bool = False
 
 
-def field(
-    rule: dict[str, Any],
-    default: Any = None,
-    *,
-    convert: Callable[[Any], Any] = lambda value: value,
-    nullable: bool = False,
-) -> Field:
-    """A field whose values pass one of the rules of `lorary.fields`, or one in the same form."""
+def field(rule: dict[str, Any], default: Any = None, *, nullable: bool = False) -> Field:
+    """A field whose values pass a rule in the form of `lorary.fields`; they are read as the default's type."""
 
     def read(value: Any, budget: Budget) -> Any:
         if not rule["check"](value):
             raise ValueError(f"is {show(value)}; it takes {rule['expects']}")
-        return convert(value)
+        return float(value) if isinstance(default, float) else value
 
     return Field(read, default, nullable)
 
@@ -106,8 +100,12 @@ def _names_or_pattern(value: Any, budget: Budget) -> tuple[str, ...] | Pattern:
 
 
 def _names(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
-        raise ValueError(f"is {show(value)}, not a list of names")
+    return _listed(value, lambda v: isinstance(v, str) and v != "", "names")
+
+
+def _listed(value: Any, valid: Callable[[Any], bool], what: str) -> tuple[Any, ...]:
+    if not isinstance(value, list) or not all(map(valid, value)):
+        raise ValueError(f"is {show(value)}, not a list of {what}")
     return tuple(_not_too_many(value))
 
 
@@ -121,9 +119,7 @@ def _plain_names(value: Any, budget: Budget) -> tuple[str, ...]:
 
 def _layer_numbers(value: Any, budget: Budget) -> tuple[int, ...] | None:
     values = [value] if type(value) is int else value
-    if not isinstance(values, list) or not all(type(v) is int and v >= 0 for v in values):
-        raise ValueError(f"is {show(value)}, not a list of layer numbers")
-    return tuple(_not_too_many(values)) or None
+    return _listed(values, lambda v: type(v) is int and v >= 0, "layer numbers") or None
 
 
 def _not_too_many(value: Any) -> Any:

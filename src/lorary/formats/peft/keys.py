@@ -6,21 +6,12 @@ written from a bare module have no prefix, and both are read. What follows is ca
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterable
 
 from lorary.formats.peft.types import PEFT_TYPES, PeftType
 
 PREFIX = "base_model.model."
 _OUTER = "base_model."
-
-
-class Key(NamedTuple):
-    """The two halves of the name of a site's tensor."""
-
-    site: str
-    role: str
 
 
 def _shared() -> set[str]:
@@ -38,10 +29,10 @@ def full(name: str) -> str:
     return (_OUTER if name in _shared() else PREFIX) + name
 
 
-def parsed(name: str, leaves: Mapping[str, str]) -> Key | None:
-    """The site and role that a short name stands for; None where it ends in no leaf."""
-    match = re.fullmatch(rf"(?:(?P<site>.*)\.)?(?P<leaf>{'|'.join(map(re.escape, leaves))})", name)
-    return None if match is None else Key(match["site"] or "", leaves[match["leaf"]])
+def site_of(name: str, leaves: Iterable[str]) -> str | None:
+    """The site that a tensor with this short name belongs to; None where the name ends in no leaf."""
+    leaf = next((leaf for leaf in leaves if f".{name}".endswith(f".{leaf}")), None)
+    return None if leaf is None else name.removesuffix(leaf).removesuffix(".")
 
 
 def full_name(parameter: str, sites: set[str]) -> str:

@@ -25,17 +25,7 @@ from lorary.errors import FileError, Problem
 from lorary.fields import FLAG
 from lorary.formats.banks import Banks
 from lorary.formats.peft.config import PeftConfig
-from lorary.formats.peft.fields import (
-    ALPHA,
-    EXCLUDE,
-    PROBABILITY,
-    RANK,
-    SHARED,
-    Field,
-    by_pattern,
-    field,
-    unsupported,
-)
+from lorary.formats.peft.fields import ALPHA, EXCLUDE, PROBABILITY, RANK, SHARED, Field, by_pattern, field, unsupported
 from lorary.formats.peft.types import Layout, PeftType, register
 from lorary.formats.strict_json import show
 from lorary.methods.dora import Direction
@@ -48,22 +38,23 @@ from lorary.sites import Site
 
 _MAGNITUDE = "lora_magnitude_vector"
 _OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # inits that change the base
-UNSUPPORTED = {  # features that change the adapter's function
-    "enable_lora": unsupported("adapters on parts of a fused weight (files of 2023) are not supported"),
-    "use_qalora": unsupported("QA-LoRA pools its input, which is not supported"),
-    "use_bdlora": unsupported("block-diagonal factors are not supported"),
-    "lora_bias": unsupported("biases beside B are not supported"),
-    "target_parameters": unsupported("adapters on bare parameters (fused experts) are not supported"),
-    "trainable_token_indices": unsupported("rows of an embedding trained apart are not supported"),
-    "layer_replication": unsupported("a model with repeated layers is not supported"),
-    "alora_invocation_tokens": unsupported("adapters that start at a token (aLoRA) are not supported"),
-    "ensure_weight_tying": unsupported("adapters tied between two layers are not supported"),
-    "arrow_config": unsupported("routing between adapters (Arrow) is not supported"),
-    "kasa_config": unsupported("KaSA changes the base weight, which is not supported"),
-    "velora_config": unsupported("VeLoRA is not supported"),
-    "monteclora_config": unsupported("MonteCLoRA is not supported"),
-    "megatron_config": unsupported("Megatron's layers are not supported"),
+_WHY_OFF = {  # features that change the adapter's function
+    "enable_lora": "adapters on parts of a fused weight (files of 2023) are not supported",
+    "use_qalora": "QA-LoRA pools its input, which is not supported",
+    "use_bdlora": "block-diagonal factors are not supported",
+    "lora_bias": "biases beside B are not supported",
+    "target_parameters": "adapters on bare parameters (fused experts) are not supported",
+    "trainable_token_indices": "rows of an embedding trained apart are not supported",
+    "layer_replication": "a model with repeated layers is not supported",
+    "alora_invocation_tokens": "adapters that start at a token (aLoRA) are not supported",
+    "ensure_weight_tying": "adapters tied between two layers are not supported",
+    "arrow_config": "routing between adapters (Arrow) is not supported",
+    "kasa_config": "KaSA changes the base weight, which is not supported",
+    "velora_config": "VeLoRA is not supported",
+    "monteclora_config": "MonteCLoRA is not supported",
+    "megatron_config": "Megatron's layers are not supported",
 }
+UNSUPPORTED = {key: unsupported(why) for key, why in _WHY_OFF.items()}
 
 
 def _init(value: Any, budget: object) -> None:
@@ -87,13 +78,13 @@ class Lora(PeftType):
         **SHARED,
         **UNSUPPORTED,
         "r": field(RANK, 8),
-        "lora_alpha": field(ALPHA, 8.0, convert=float),
-        "lora_dropout": field(PROBABILITY, 0.0, convert=float),
+        "lora_alpha": field(ALPHA, 8.0),
+        "lora_dropout": field(PROBABILITY, 0.0),
         "use_rslora": field(FLAG, False),
         "use_dora": field(FLAG, False, nullable=True),
         "exclude_modules": EXCLUDE,
         "rank_pattern": by_pattern(field(RANK)),
-        "alpha_pattern": by_pattern(field(ALPHA, convert=float)),
+        "alpha_pattern": by_pattern(field(ALPHA, 8.0)),
         "init_lora_weights": Field(_init),
     }
     leaves = {  # noqa: RUF012
@@ -120,8 +111,7 @@ class Lora(PeftType):
 
     def peft_incompatibilities(self, adapter: Adapter, shared: Banks) -> list[str]:
         reasons = {
-            "PEFT's LoRA has DoRA's magnitudes at all layers or at none": len({_is_dora(p) for p in adapter.placed})
-            > 1,
+            "PEFT's LoRA has DoRA's magnitudes at all layers or at none": len({is_dora(p) for p in adapter.placed}) > 1,
             "PEFT's LoRA has one tensor for all tasks, and these are of two dtypes": any(
                 p.delta.given and len({t.dtype for t in adapter.tensors[p.site.name].values()}) > 1
                 for p in adapter.placed
@@ -132,13 +122,13 @@ class Lora(PeftType):
     def from_adapter(self, adapter: Adapter, shared: Banks) -> dict[str, Any]:
         root = all(isinstance(p.method.scale, BySqrtRank) for p in adapter.placed)
         sizes = {p.site.name: (_rank(p), _alpha(p, root)) for p in adapter.placed}
-        return lora_fields(adapter, sizes, root=root, dora=_is_dora(adapter.placed[0]))
+        return lora_fields(adapter, sizes, root=root, dora=is_dora(adapter.placed[0]))
 
     def leaves_of(self, config: PeftConfig) -> Mapping[str, str]:
         return self.leaves | ({_MAGNITUDE: "m"} if config["use_dora"] else {})
 
     def layout(self, p: Placed) -> Layout:
-        return _factors(p.site, _rank(p)) | (_magnitude(p.site) if _is_dora(p) else {})
+        return _layout(p.site, _rank(p), is_dora(p))
 
     def canonical(self, name: str) -> str:
         # some write it as a module's weight
@@ -187,7 +177,8 @@ class Lora(PeftType):
         return {"A": A, "B": B} | found
 
 
-def _is_dora(p: Placed) -> bool:
+def is_dora(p: Placed) -> bool:
+    """Whether a site has DoRA's magnitudes."""
     return isinstance(p.method.join, Direction)
 
 
@@ -204,18 +195,14 @@ def _alpha(p: Placed, root: bool) -> float:
     return p.scale * rank
 
 
-def _factors(site: Site, r: int) -> Layout:
-    """role -> (name, shape) of a LoRA of rank r."""
+def _layout(site: Site, r: int, dora: bool) -> Layout:
+    """role -> (name, shape) of a LoRA of rank r, or a DoRA."""
     middle, ending = ("embedding_", "") if site.kind == "embedding" else ("", ".weight")
     channels, ones = site.inp // math.prod(site.window), (1,) * len(site.window)
-    found = {"A": (r, channels, *site.window), "B": (site.out, r, *ones)}
-    return {role: (f"{site.name}.lora_{middle}{role}{ending}", shape) for role, shape in found.items()}
-
-
-def _magnitude(site: Site) -> Layout:
-    return {
-        "m": (f"{site.name}.{_MAGNITUDE}", (1, site.out, *(1 for _ in site.window)) if site.window else (site.out,))
-    }
+    shapes = {"A": (r, channels, *site.window), "B": (site.out, r, *ones)}
+    found = {role: (f"{site.name}.lora_{middle}{role}{ending}", shape) for role, shape in shapes.items()}
+    m = (1, site.out, *ones) if site.window else (site.out,)
+    return found | ({"m": (f"{site.name}.{_MAGNITUDE}", m)} if dora else {})
 
 
 def encode_factors(site: Site, A: Tensor, B: Tensor, m: Tensor | None = None) -> dict[str, Tensor]:
@@ -228,8 +215,8 @@ def encode_factors(site: Site, A: Tensor, B: Tensor, m: Tensor | None = None) ->
         m: [out], DoRA's magnitudes.
     """
     B = site.place(B) if site.parts and tuple(B.shape) != (site.out, A.shape[0]) else B
-    layout = _factors(site, A.shape[0]) | ({} if m is None else _magnitude(site))
-    roles = {"A": A, "B": B} | ({} if m is None else {"m": m})
+    roles = {"A": A, "B": B} if m is None else {"A": A, "B": B, "m": m}
+    layout = _layout(site, A.shape[0], dora=m is not None)
     return {name: roles[role].reshape(shape) for role, (name, shape) in layout.items()}
 
 
@@ -280,4 +267,5 @@ def json_number(value: float | None) -> float | int | None:
     return int(value) if value is not None and value == int(value) else value
 
 
-register(Lora())
+LORA = Lora()
+register(LORA)

@@ -7,6 +7,7 @@ Conv1D, biases) is only known to the model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import cast
@@ -117,7 +118,8 @@ class _Reader:
         self.findings.settle()
         values = self._values(usable, saved)
         shared = corners(placed, self._shared(placed, values, stored))
-        tensors = {p.site.name: self.type.decode(p, self._filled(p, values)) | shared[p.site.name] for p in placed}
+        zeros = {name: torch.zeros(shape) for name, shape in expected.items() if name not in values}  # no change there
+        tensors = {p.site.name: self.type.decode(p, zeros | values) | shared[p.site.name] for p in placed}
         full = saved.values(values, self.findings)
         if does_nothing(placed, tensors):
             self.findings.alerts.append(NO_OP)
@@ -186,8 +188,8 @@ class _Reader:
 
     def _sites_in_names(self) -> dict[str, None]:
         """The sites that the file has tensors for, in its order."""
-        found = (keys.parsed(name, self.leaves) for name in self.found)
-        return dict.fromkeys(key.site for key in found if key is not None)
+        sites = (keys.site_of(name, self.leaves) for name in self.found)
+        return dict.fromkeys(name for name in sites if name is not None)
 
     def _sites_of_file(self) -> Iterator[Site]:
         for name in self._sites_in_names():
@@ -217,11 +219,6 @@ class _Reader:
         self.findings.settle()
         return values
 
-    def _filled(self, p: Placed, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a site; where one is missing, zeros: no change there."""
-        layout = self.type.layout(p).values()
-        return {name: values[name] if name in values else torch.zeros(shape) for name, shape in layout}
-
     def _nothing(self) -> Problem:
         """Why there is no site at all."""
         if self.layers is None:
@@ -235,24 +232,22 @@ class _Reader:
 
     def _explain(self, name: str) -> str:
         """What an unexpected tensor is."""
-        key = keys.parsed(name, self.leaves)
+        at = keys.site_of(name, self.leaves)
         if name in self.type.shared.values():
             return "is there, and the configuration says that it is drawn from its seed"
-        if key is None:
+        if at is None:
             base = None if self.model is None else {n for n, _ in base_parameters(self.model)}
             return keys.why_unexpected(name, self.type, base)
-        if self.layers is not None and key.site not in self.layers:
+        if self.layers is not None and at not in self.layers:
             return "adapts a module that the model does not have"
-        if not self.config.targets_module(key.site):
+        if not self.config.targets_module(at):
             return "adapts a module that the configuration does not name"
         return "is a factor of another kind of layer than is there"
 
 
 def _site_of_shapes(name: str, A: tuple[int, ...], B: tuple[int, ...], embedding: bool, transposed: bool) -> Site:
     """A site as far as the shapes of its two factors tell."""
-    inp = int(torch.Size(A[1:]).numel())
+    kind = f"conv{len(A) - 2}d" if len(A) > 2 else "transposed" if transposed else "linear"
     if embedding:
-        return Site(name, "embedding", B[0], inp, bias=False)
-    if len(A) == 2:
-        return Site(name, "transposed" if transposed else "linear", B[0], inp, bias=False)
-    return Site(name, f"conv{len(A) - 2}d", B[0], inp, bias=False, window=A[2:])
+        return Site(name, "embedding", B[0], math.prod(A[1:]), bias=False)
+    return Site(name, kind, B[0], math.prod(A[1:]), bias=False, window=A[2:])

@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from torch import Tensor, nn
 
-from lorary.adapter import Adapter
-from lorary.errors import Problem
-from lorary.formats.banks import Banks
 from lorary.placed import Placed
-from lorary.record import Method
 from lorary.sites import Site, kind_of
 
 if TYPE_CHECKING:  # a configuration holds its type
+    from lorary.adapter import Adapter
+    from lorary.formats.banks import Banks
     from lorary.formats.peft.config import PeftConfig
     from lorary.formats.peft.fields import Field
+    from lorary.record import Method
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]
 
@@ -154,12 +153,3 @@ def peft_type_of(placed: Iterable[Placed]) -> PeftType | None:
         for p in placed
     }
     return PEFT_TYPES.get(found.pop()) if len(found) == 1 else None
-
-
-def exact_type(adapter: Adapter, shared: Banks) -> tuple[PeftType | None, list[Problem]]:
-    """The PEFT type that an adapter of these very tensors is, and why it is not one."""
-    found = peft_type_of(adapter.placed)
-    if found is None or any(p.starts for p in adapter.placed):
-        return None, [Problem("method", "PEFT has no adapter with these tensors and this function")]
-    problems = [Problem("method", what) for what in found.peft_incompatibilities(adapter, shared)]
-    return (None if problems else found), problems

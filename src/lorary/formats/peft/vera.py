@@ -31,10 +31,10 @@ class Vera(PeftType):
     fields = SHARED | {
         "r": field(RANK, 256),
         "bias": bias("vera_only"),
-        "vera_dropout": field(PROBABILITY, 0.0, convert=float),
+        "vera_dropout": field(PROBABILITY, 0.0),
         "projection_prng_key": field(SEED, 0),
         "save_projection": field(FLAG, True),
-        "d_initial": field(POSITIVE, 0.1, convert=float),
+        "d_initial": field(POSITIVE, 0.1),
         "init_weights": field(FLAG, True),
     }
     leaves = {"vera_lambda_b": "b", "vera_lambda_d": "d"}  # noqa: RUF012 (never written)

@@ -19,7 +19,7 @@ from lorary.formats.banks import Banks
 from lorary.formats.peft import keys
 from lorary.formats.peft.config import target_modules
 from lorary.formats.peft.modules_to_save import modules_and_biases
-from lorary.formats.peft.types import PeftType, exact_type
+from lorary.formats.peft.types import PeftType, peft_type_of
 
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
 _README = """# A PEFT adapter on a base whose positions are divided
@@ -39,8 +39,8 @@ model = PeftModel.from_pretrained(base, "this folder")
 """
 
 
-def peft_incompatibilities(adapter: Adapter, model: nn.Module | None, shared: Banks) -> list[Problem]:
-    """Why PEFT cannot compute this adapter's function from its very tensors; empty where it can.
+def exact_type(adapter: Adapter, model: nn.Module | None, shared: Banks) -> PeftType | None:
+    """The PEFT type that computes an adapter's function from its very tensors; None where there is none.
 
     Args:
         adapter: any adapter.
@@ -48,10 +48,10 @@ def peft_incompatibilities(adapter: Adapter, model: nn.Module | None, shared: Ba
             dilation and padding.
         shared: what its sites share.
     """
-    found, problems = exact_type(adapter, shared)
-    if words := rope_overrides(adapter):
-        problems.append(Problem("context", f"PEFT's files do not say how positions are divided: {words}"))
-    return problems + (base_incompatibilities(adapter, model, found) if found else [])
+    found = peft_type_of(adapter.placed)
+    if found is None or any(p.starts for p in adapter.placed) or found.peft_incompatibilities(adapter, shared):
+        return None
+    return None if base_incompatibilities(adapter, model, found) else found
 
 
 def base_incompatibilities(adapter: Adapter, model: nn.Module | None, peft_type: PeftType) -> list[Problem]:
@@ -110,16 +110,13 @@ def _shared_fields(adapter: Adapter, model: nn.Module | None) -> dict[str, Any]:
 
 
 def exact_files(
-    adapter: Adapter, model: nn.Module | None, shared: Banks
-) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """(configuration, tensors) with an adapter's very tensors; None where no PEFT type has them."""
-    found, _ = exact_type(adapter, shared)
-    if found is None:
-        return None
-    config = peft_config(adapter, model, found, found.from_adapter(adapter, shared))
-    tensors = {found.shared[role]: t for role, t in shared.whole.items()} if shared.kept else {}
+    adapter: Adapter, model: nn.Module | None, shared: Banks, peft_type: PeftType
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(configuration, tensors) of an adapter of this very type."""
+    config = peft_config(adapter, model, peft_type, peft_type.from_adapter(adapter, shared))
+    tensors = {peft_type.shared[role]: t for role, t in shared.whole.items()} if shared.kept else {}
     for p in adapter.placed:
-        tensors |= found.encode(p, adapter.tensors[p.site.name])
+        tensors |= peft_type.encode(p, adapter.tensors[p.site.name])
     return config, with_prefix(tensors, adapter)
 
 
