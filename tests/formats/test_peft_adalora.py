@@ -16,7 +16,7 @@ from torch import nn
 
 import lorary
 from lorary.errors import FileError
-from lorary.formats import AdapterWarning, export_peft
+from lorary.formats import AdapterWarning, export_peft, save_adapter
 from lorary.methods.adalora import ByStartRank, Orthogonal, Spectral
 from lorary.methods.adalora_budget import RankBudget
 from lorary.methods.rslora import BySqrtRank
@@ -226,7 +226,10 @@ def test_a_dilated_convolution_is_one_in_pefts_adalora(tmp_path: Path) -> None:
 
     base = Base("flat", Flat, ("conv",), "", "")
     theirs = saved_by_peft(base, tmp_path)
-    close(outputs(lorary.load(base.model(), tmp_path)), theirs)
+    model = lorary.load(base.model(), tmp_path)
+    close(outputs(model), theirs)
+    save_adapter(lorary.Adapter.of(model), tmp_path / "again", model=base.model())
+    close(by_peft(base, tmp_path / "again"), theirs)
 
 
 # --- refused ---------------------------------------------------------------------------------------------------

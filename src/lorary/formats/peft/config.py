@@ -19,8 +19,7 @@ from lorary.adapted import plain_modules
 from lorary.errors import Problem, suggestion
 from lorary.formats.findings import Findings
 from lorary.formats.patterns import MOST_CHARACTERS, Budget, Pattern
-from lorary.formats.peft.fields import BOOK_KEEPING, EXCLUDE, SHARED, TolerableError
-from lorary.formats.peft.types import PEFT_TYPES, PeftType
+from lorary.formats.peft.fields import BOOK_KEEPING, EXCLUDE, SHARED, Field, TolerableError
 from lorary.formats.strict_json import named, show
 
 NAME = "adapter_config.json"
@@ -31,11 +30,11 @@ class PeftConfig:
     """A checked `adapter_config.json`: `config["r"]` is the value of a field, or PEFT's default.
 
     Args:
-        type: the PEFT type.
+        peft_type: the name of the PEFT type.
         values: the fields of all types and of this one, by PEFT's names.
     """
 
-    type: PeftType
+    peft_type: str
     values: Mapping[str, Any]
 
     def __getitem__(self, key: str) -> Any:
@@ -73,24 +72,24 @@ class PeftConfig:
         return None
 
 
-def read_config(data: object, findings: Findings) -> PeftConfig | None:
+def read_config(data: object, types: Mapping[str, Mapping[str, Field]], findings: Findings) -> PeftConfig | None:
     """The configuration in a parsed `adapter_config.json`; None where its type is not one that is read.
 
     Args:
         data: the parsed JSON.
+        types: the fields of each PEFT type by its name.
         findings: where everything wrong goes.
     """
     if not isinstance(data, dict):
         findings.fatal.append(Problem(NAME, "is not a JSON object"))
         return None
     name = data.get("peft_type")
-    if not isinstance(name, str) or name not in PEFT_TYPES:
+    if not isinstance(name, str) or name not in types:
         what = "has no `peft_type`" if name is None else f"is of type {show(name)}"
-        findings.fatal.append(Problem(NAME, what, f"lorary reads PEFT's {', '.join(PEFT_TYPES)} adapters"))
+        findings.fatal.append(Problem(NAME, what, f"lorary reads PEFT's {', '.join(types)} adapters"))
         return None
-    peft_type = PEFT_TYPES[name]
-    known = {**peft_type.fields, **BOOK_KEEPING}
-    every = {"exclude_modules": EXCLUDE, **SHARED, **peft_type.fields}
+    known = {**types[name], **BOOK_KEEPING}
+    every = {"exclude_modules": EXCLUDE, **SHARED, **types[name]}
     values = {key: field.default for key, field in every.items()}
     budget = Budget()
     for key, value in data.items():
@@ -112,7 +111,7 @@ def read_config(data: object, findings: Findings) -> PeftConfig | None:
         findings.fatal.append(Problem(f"{NAME}: layers_to_transform", what))
     if values["layers_pattern"] and values["layers_to_transform"] is None:
         findings.fatal.append(Problem(f"{NAME}: layers_pattern", "needs `layers_to_transform`"))
-    return PeftConfig(peft_type, values)
+    return PeftConfig(name, values)
 
 
 def config_text(values: Mapping[str, Any]) -> str:

@@ -49,7 +49,7 @@ def why_unexpected(name: str, peft_type: PeftType, base: set[str] | None) -> str
         peft_type: the type that the configuration names.
         base: the names of the base's parameters; None without the base.
     """
-    leaves = {leaf: why for t in PEFT_TYPES.values() for leaf, why in t.strays.items()}
+    leaves = {leaf: why for t in PEFT_TYPES.values() for leaf, why in t.refused_leaves.items()}
     for other in PEFT_TYPES.values():
         if other is not peft_type:
             what = f"belongs to {other.title}, which the configuration does not say it is"

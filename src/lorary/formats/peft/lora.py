@@ -38,7 +38,7 @@ from lorary.sites import Site
 
 _MAGNITUDE = "lora_magnitude_vector"
 _OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # inits that change the base
-_WHY_OFF = {  # features that change the adapter's function
+_UNSUPPORTED_FEATURES = {  # features that change the adapter's function
     "enable_lora": "adapters on parts of a fused weight (files of 2023) are not supported",
     "use_qalora": "QA-LoRA pools its input, which is not supported",
     "use_bdlora": "block-diagonal factors are not supported",
@@ -54,7 +54,7 @@ _WHY_OFF = {  # features that change the adapter's function
     "monteclora_config": "MonteCLoRA is not supported",
     "megatron_config": "Megatron's layers are not supported",
 }
-UNSUPPORTED = {key: unsupported(why) for key, why in _WHY_OFF.items()}
+UNSUPPORTED = {key: unsupported(why) for key, why in _UNSUPPORTED_FEATURES.items()}
 
 
 def _init(value: Any, budget: object) -> None:
@@ -94,7 +94,7 @@ class Lora(PeftType):
         "lora_embedding_B": "B",
     }
     factors = (("lora_embedding_A", "lora_embedding_B"), ("lora_A.weight", "lora_B.weight"))
-    strays = {  # noqa: RUF012
+    refused_leaves = {  # noqa: RUF012
         _MAGNITUDE: "belongs to DoRA, which the configuration does not say it is",
         "lora_B.bias": "is a bias beside B, which is not supported",
         "lora_diag": "belongs to KaSA, which is not supported",
@@ -130,7 +130,7 @@ class Lora(PeftType):
     def layout(self, p: Placed) -> Layout:
         return _layout(p.site, _rank(p), is_dora(p))
 
-    def canonical(self, name: str) -> str:
+    def canonical_name(self, name: str) -> str:
         # some write it as a module's weight
         return name.removesuffix(".weight") if name.endswith(f".{_MAGNITUDE}.weight") else name
 

@@ -27,6 +27,7 @@ from lorary.formats.folder import read_bytes
 from lorary.formats.peft import keys
 from lorary.formats.peft.config import NAME, PeftConfig, read_config
 from lorary.formats.peft.modules_to_save import ModulesToSave, modules_to_save
+from lorary.formats.peft.types import PEFT_TYPES
 from lorary.formats.strict_json import named
 from lorary.formats.tensor_file import TensorFile
 from lorary.formats.values import absurd, does_nothing, not_finite
@@ -52,7 +53,8 @@ def read_peft(folder: Path, model: nn.Module | None, findings: Findings) -> Adap
     """
     config = None
     with findings.gathering(NAME):
-        config = read_config(parsed_json(folder, NAME), findings)
+        types = {name: peft_type.fields for name, peft_type in PEFT_TYPES.items()}
+        config = read_config(parsed_json(folder, NAME), types, findings)
     with TensorFile(folder, weights_name(folder)) as file:
         if config is None or findings.fatal:  # what would follow from a wrong configuration says nothing
             raise FileError("")
@@ -91,13 +93,14 @@ class _Reader:
     """One reading of one folder; its steps share what they know."""
 
     def __init__(self, config: PeftConfig, model: nn.Module | None, findings: Findings, file: TensorFile) -> None:
-        self.config, self.type, self.findings, self.file = config, config.type, findings, file
+        self.config, self.findings, self.file = config, findings, file
+        self.type = PEFT_TYPES[config.peft_type]
         self.layers = plain_modules(model) if model is not None else None
         self.model = model
         self.leaves = self.type.leaves_of(config)
         self.names: dict[str, str] = {}  # without prefix -> as in the file
         for name in file.header.tensors:
-            short = self.type.canonical(keys.short(name))
+            short = self.type.canonical_name(keys.short(name))
             if short in self.names:
                 other = "prefix" if name == keys.PREFIX + short or name == short else "ending"
                 findings.fatal.append(Problem(named(name), f"is there twice, with and without its {other}"))

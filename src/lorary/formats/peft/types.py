@@ -8,19 +8,17 @@ A type is registered beside its class, inside the package or in a file of one's 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
+from lorary.adapter import Adapter
+from lorary.formats.banks import Banks
+from lorary.formats.peft.config import PeftConfig
+from lorary.formats.peft.fields import Field
 from lorary.placed import Placed
+from lorary.record import Method
 from lorary.sites import Site, kind_of
-
-if TYPE_CHECKING:  # a configuration holds its type
-    from lorary.adapter import Adapter
-    from lorary.formats.banks import Banks
-    from lorary.formats.peft.config import PeftConfig
-    from lorary.formats.peft.fields import Field
-    from lorary.record import Method
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]
 
@@ -35,7 +33,7 @@ class PeftType(Protocol):
         fields: the fields of its configuration by PEFT's names.
         leaves: the end of a tensor's name -> the role: `<site>.vera_lambda_b` is `b`.
         shared: role -> the name of a tensor that all sites share, after `base_model.`.
-        strays: the end of a tensor's name -> why it is refused, for known tensors of features that are not supported.
+        refused_leaves: the end of a tensor's name -> why it is refused, for tensors of unsupported features.
         factors: pairs of leaves whose two shapes tell the layer's; without any, only the model knows them.
         kinds: the kinds of layers that it adapts; all if empty.
         dilates: whether a dilated convolution's filters are dilated, too.
@@ -47,7 +45,7 @@ class PeftType(Protocol):
     fields: Mapping[str, Field]
     leaves: Mapping[str, str]
     shared: Mapping[str, str] = {}
-    strays: Mapping[str, str] = {}
+    refused_leaves: Mapping[str, str] = {}
     factors: Collection[tuple[str, str]] = ()
     kinds: Collection[str] = ()
     dilates: bool = False
@@ -106,7 +104,7 @@ class PeftType(Protocol):
         """role -> (name without prefix, shape) of a site's own tensors."""
         return {role: (f"{p.site.name}.{leaf}", p.shapes[role]) for leaf, role in self.leaves.items()}
 
-    def canonical(self, name: str) -> str:
+    def canonical_name(self, name: str) -> str:
         """A tensor's name as PEFT writes it, for names that other programs write."""
         return name
 
