@@ -142,7 +142,7 @@ TOLERATED: list[tuple[str, Callable[[Spoiled], Any], str]] = [
         lambda s: s.drop("0.self_attn.q_proj.lora_B.weight"),
         "model.layers.0.self_attn.q_proj.lora_B.weight: is missing",
     ),
-    ("an extra tensor", lambda s: s.add("base_model.model.extra", 2), "extra: is no tensor of this adapter"),
+    ("an extra tensor", lambda s: s.add("base_model.model.extra", 2), "extra: is not a tensor of this adapter"),
     (
         "NaN",
         lambda s: s.value(float("nan")),
@@ -157,7 +157,7 @@ TOLERATED: list[tuple[str, Callable[[Spoiled], Any], str]] = [
     (
         "an unknown field",
         lambda s: s.say(novelty=3),
-        "adapter_config.json: novelty: is no field that lorary knows",
+        "adapter_config.json: novelty: is not a field that lorary knows",
     ),
 ]
 
@@ -435,7 +435,7 @@ def test_a_folder_of_other_things_is_not_taken(tmp_path: Path) -> None:
     [
         (
             lambda: adapted(GROUPED),
-            "  - first: a convolution with 4 groups: PEFT's LoRA of it is no change of its weight",
+            "  - first: is a convolution with 4 groups: PEFT's LoRA of it does not equal a change of its weight",
         ),
         (
             lambda: bare("bitfit"),

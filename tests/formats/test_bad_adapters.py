@@ -401,37 +401,49 @@ PEFT: list[tuple[str, Spoil, str]] = [
     (
         "alpha infinite",
         say(lora_alpha=1e308),
-        ("  - adapter_config.json: lora_alpha: is 1e+308; an alpha above a million makes an adapter that is all noise"),
+        ("  - adapter_config.json: lora_alpha: is 1e+308; it takes a positive number of at most 1,000,000"),
     ),
     (
         "alpha that overflows",
         raw("alpha", "1e999"),
         "  - adapter_config.json: the number '1e999' is too large for a float",
     ),
-    ("alpha negative", say(lora_alpha=-6), "  - adapter_config.json: lora_alpha: is -6; alpha is a positive number"),
-    ("alpha zero", say(lora_alpha=0), "  - adapter_config.json: lora_alpha: is 0; alpha is a positive number"),
-    ("alpha true", say(lora_alpha=True), "  - adapter_config.json: lora_alpha: is true; alpha is a positive number"),
-    ("rank a text", say(r="4"), "  - adapter_config.json: r: is '4'; a rank is a whole number from 1 to 65,536"),
-    ("rank zero", say(r=0), "  - adapter_config.json: r: is 0; a rank is a whole number from 1 to 65,536"),
-    ("rank negative", say(r=-1), "  - adapter_config.json: r: is -1; a rank is a whole number from 1 to 65,536"),
+    (
+        "alpha negative",
+        say(lora_alpha=-6),
+        "  - adapter_config.json: lora_alpha: is -6; it takes a positive number of at most 1,000,000",
+    ),
+    (
+        "alpha zero",
+        say(lora_alpha=0),
+        "  - adapter_config.json: lora_alpha: is 0; it takes a positive number of at most 1,000,000",
+    ),
+    (
+        "alpha true",
+        say(lora_alpha=True),
+        "  - adapter_config.json: lora_alpha: is true; it takes a positive number of at most 1,000,000",
+    ),
+    ("rank a text", say(r="4"), "  - adapter_config.json: r: is '4'; it takes a whole number from 1 to 65,536"),
+    ("rank zero", say(r=0), "  - adapter_config.json: r: is 0; it takes a whole number from 1 to 65,536"),
+    ("rank negative", say(r=-1), "  - adapter_config.json: r: is -1; it takes a whole number from 1 to 65,536"),
     (
         "rank a billion",
         say(r=10**9),
-        "  - adapter_config.json: r: is 1000000000; a rank is a whole number from 1 to 65,536",
+        "  - adapter_config.json: r: is 1000000000; it takes a whole number from 1 to 65,536",
     ),
-    ("rank true", say(r=True), "  - adapter_config.json: r: is true; a rank is a whole number from 1 to 65,536"),
-    ("rank null", say(r=None), "  - adapter_config.json: r: is null; a rank is a whole number from 1 to 65,536"),
+    ("rank true", say(r=True), "  - adapter_config.json: r: is true; it takes a whole number from 1 to 65,536"),
+    ("rank null", say(r=None), "  - adapter_config.json: r: is null; it takes a whole number from 1 to 65,536"),
     ("rank of 5,000 digits", raw("more", "9" * 5000), "  - adapter_config.json: an integer of 5000 digits"),
     (
         "dropout of one",
         say(lora_dropout=1.0),
-        "  - adapter_config.json: lora_dropout: is 1.0; a probability lies in [0, 1)",
+        "  - adapter_config.json: lora_dropout: is 1.0; it takes a probability in [0, 1)",
     ),
     (
         "a field misspelled",
         raw("lora_alhpa", "8"),
         (
-            "  - adapter_config.json: lora_alhpa: is no field that lorary knows\n"
+            "  - adapter_config.json: lora_alhpa: is not a field that lorary knows\n"
             "      hint: did you mean `lora_alpha` or `lora_bias`?"
         ),
     ),
@@ -439,16 +451,20 @@ PEFT: list[tuple[str, Spoil, str]] = [
         "an unknown field",
         raw("trust_remote_code", "true"),
         (
-            "  - adapter_config.json: trust_remote_code: is no field that lorary knows\n"
+            "  - adapter_config.json: trust_remote_code: is not a field that lorary knows\n"
             "      hint: a newer PEFT may have written it; strict=False ignores it"
         ),
     ),
     (
         "a flag that is a text",
         say(use_rslora="yes"),
-        "  - adapter_config.json: use_rslora: is 'yes', neither true nor false",
+        "  - adapter_config.json: use_rslora: is 'yes'; it takes true or false",
     ),
-    ("a wrong type in a book-keeping field", say(task_type=3), "  - adapter_config.json: task_type: is 3, not a text"),
+    (
+        "a wrong type in a book-keeping field",
+        say(task_type=3),
+        "  - adapter_config.json: task_type: is 3; it takes a text",
+    ),
     (
         "DoRA without magnitudes",
         say(use_dora=True),
@@ -505,7 +521,7 @@ PEFT: list[tuple[str, Spoil, str]] = [
     (
         "an unknown bias",
         say(bias="some"),
-        "  - adapter_config.json: bias: is 'some'; it is one of none, all, lora_only",
+        "  - adapter_config.json: bias: is 'some'; it takes one of none, all, lora_only",
     ),
     (
         "targets that are a number",
@@ -591,8 +607,8 @@ PEFT: list[tuple[str, Spoil, str]] = [
         "a rank pattern out of bounds",
         say(rank_pattern={"q_proj": 0, "v_proj": "x"}),
         (
-            "  - adapter_config.json: rank_pattern: 'q_proj': is 0; a rank is a whole number from 1 to "
-            "65,536; 'v_proj': is 'x'; a rank is a whole number from 1 to 65,536"
+            "  - adapter_config.json: rank_pattern: 'q_proj': is 0; it takes a whole number from 1 to "
+            "65,536; 'v_proj': is 'x'; it takes a whole number from 1 to 65,536"
         ),
     ),
     (
@@ -603,7 +619,7 @@ PEFT: list[tuple[str, Spoil, str]] = [
     (
         "modules_to_save that is a pattern",
         say(modules_to_save=[".*"]),
-        "  - adapter_config.json: modules_to_save: '.*' is no plain module name",
+        "  - adapter_config.json: modules_to_save: '.*' is not a plain module name",
     ),
     (
         "layers with a pattern",
@@ -635,7 +651,7 @@ PEFT: list[tuple[str, Spoil, str]] = [
             "  - model.layers.0.self_attn.q_porj.lora_A.weight: adapts a module that the model does not have"
         ),
     ),
-    ("an extra tensor", lambda s: s.add("base_model.model.extra", 2, 2), "  - extra: is no tensor of this adapter"),
+    ("an extra tensor", lambda s: s.add("base_model.model.extra", 2, 2), "  - extra: is not a tensor of this adapter"),
     (
         "a base weight",
         lambda s: s.add("base_model.model.model.embed_tokens.weight", 30, 16),
@@ -727,10 +743,10 @@ PEFT: list[tuple[str, Spoil, str]] = [
         "everything at once",
         lambda s: (s.say(r="4", use_dora="yes", lora_ranl=4), s.weights.write_bytes(b"")),
         (
-            "  - adapter_config.json: r: is '4'; a rank is a whole number from 1 to 65,536\n"
-            "  - adapter_config.json: use_dora: is 'yes', neither true nor false\n"
+            "  - adapter_config.json: r: is '4'; it takes a whole number from 1 to 65,536\n"
+            "  - adapter_config.json: use_dora: is 'yes'; it takes true or false\n"
             "  - adapter_model.safetensors: is empty\n"
-            "  - adapter_config.json: lora_ranl: is no field that lorary knows\n"
+            "  - adapter_config.json: lora_ranl: is not a field that lorary knows\n"
             "      hint: did you mean `lora_alpha` or `lora_bias` or `lora_ga_config`?"
         ),
     ),

@@ -118,14 +118,14 @@ PEFT: list[tuple[str, Spoil, str]] = [
     (
         "a magnitude for each input",
         put(V, 1, 16),
-        "  - model.layers.0.self_attn.v_proj.lora_magnitude_vector: has the shape [1, 16], that of a magnitude for "
+        "  - model.layers.0.self_attn.v_proj.lora_magnitude_vector: has the shape [1, 16], a magnitude for "
         "each input; DoRA as published has one per output\n"
         "      hint: where they are the outputs' all the same, write them as [8]",
     ),
     (
         "a row of magnitudes in a square layer",
         put(M, 1, 16),
-        f"  - {Q}.lora_magnitude_vector: has the shape [1, 16], that of a magnitude for each input; DoRA as published "
+        f"  - {Q}.lora_magnitude_vector: has the shape [1, 16], a magnitude for each input; DoRA as published "
         "has one per output\n"
         "      hint: where they are the outputs' all the same, write them as [16]",
     ),

@@ -153,7 +153,7 @@ def refused(adapter: lorary.Adapter, folder: Path, model: nn.Module | None = Non
 
 
 def test_groups_are_refused(tmp_path: Path) -> None:
-    what = "a convolution with 4 groups: PEFT's LoRA of it is no change of its weight"
+    what = "is a convolution with 4 groups: PEFT's LoRA of it does not equal a change of its weight"
     assert refused(lorary.Adapter.of(adapted(GROUPED, "pissa")), tmp_path / "a") == f"  - first: {what}"
 
 
@@ -185,10 +185,10 @@ class Slides(nn.Module):
 @pytest.mark.parametrize(
     ("words", "what"),
     [
-        ({"dilation": 2}, "a convolution of dilation (2,), which PEFT's LoRA of it leaves out"),
+        ({"dilation": 2}, "is a convolution of dilation (2,), which PEFT's LoRA leaves out"),
         (
             {"padding": 1, "padding_mode": "reflect"},
-            "a convolution with reflect padding, for which PEFT's LoRA of it pads with zeros",
+            "is a convolution with reflect padding, for which PEFT's LoRA pads with zeros",
         ),
     ],
     ids=["dilation", "reflect"],
@@ -212,7 +212,7 @@ def test_a_dilated_adapter_of_peft_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileError) as caught:
         lorary.load(Slides(dilation=2), tmp_path)
     assert str(caught.value).splitlines()[1:3] == [
-        "  - conv: is a convolution of dilation (2,), which PEFT's LoRA of it leaves out",
+        "  - conv: is a convolution of dilation (2,), which PEFT's LoRA leaves out",
         "      hint: it can neither be merged nor read here",
     ]
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import lorary
 from lorary.errors import FileError
-from lorary.formats import AdapterWarning, export_peft
+from lorary.formats import AdapterWarning, export_peft, save_adapter
 from lorary.methods.adalora import ByStartRank, Orthogonal, Spectral
 from lorary.methods.adalora_budget import RankBudget
 from lorary.methods.rslora import BySqrtRank
@@ -226,7 +226,10 @@ def test_a_dilated_convolution_is_one_in_pefts_adalora(tmp_path: Path) -> None:
 
     base = Base("flat", Flat, ("conv",), "", "")
     theirs = saved_by_peft(base, tmp_path)
-    close(outputs(lorary.load(base.model(), tmp_path)), theirs)
+    model = lorary.load(base.model(), tmp_path)
+    close(outputs(model), theirs)
+    save_adapter(lorary.Adapter.of(model), tmp_path / "again", model=base.model())
+    close(by_peft(base, tmp_path / "again"), theirs)
 
 
 # --- refused ---------------------------------------------------------------------------------------------------
@@ -291,14 +294,17 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "no rank": (
         say(init_r=0),
-        f"{C}init_r: is 0; a rank is a whole number from 1 to 65,536",
+        f"{C}init_r: is 0; it takes a whole number from 1 to 65,536",
     ),
-    "a target that is a text": (say(target_r="8"), f"{C}target_r: is '8'; a rank is a whole number from 1 to 65,536"),
-    "steps below zero": (say(tinit=-1), f"{C}tinit: is -1, no whole number of at least 0"),
-    "a penalty below zero": (say(orth_reg_weight=-0.5), f"{C}orth_reg_weight: is -0.5, no finite number of at least 0"),
-    "an average of everything": (say(beta1=1.0), f"{C}beta1: is 1.0; it lies between 0 and 1"),
-    "no length": (say(total_step=None), f"{C}total_step: is null, no whole number of at least 1"),
-    "magnitudes": (say(use_dora=True), f"{C}use_dora: is true, and PEFT's AdaLoRA has no magnitudes"),
+    "a target that is a text": (say(target_r="8"), f"{C}target_r: is '8'; it takes a whole number from 1 to 65,536"),
+    "steps below zero": (say(tinit=-1), f"{C}tinit: is -1; it takes a whole number of at least 0"),
+    "a penalty below zero": (
+        say(orth_reg_weight=-0.5),
+        f"{C}orth_reg_weight: is -0.5; it takes a finite number of at least 0",
+    ),
+    "an average of everything": (say(beta1=1.0), f"{C}beta1: is 1.0; it takes a number between 0 and 1"),
+    "no length": (say(total_step=None), f"{C}total_step: is null; it takes a whole number of at least 1"),
+    "magnitudes": (say(use_dora=True), f"{C}use_dora: is true; it takes false: PEFT's AdaLoRA has no magnitudes"),
     "an embedding": (
         say(target_modules=["q_proj", "embed_tokens"]),
         "  - model.embed_tokens: is of kind embedding, which PEFT's AdaLoRA never adapts",

@@ -250,7 +250,7 @@ def test_sites_that_do_not_share_cannot_be_saved(tmp_path: Path) -> None:
 def test_without_a_model_a_vera_of_peft_is_refused(tmp_path: Path) -> None:
     saved_by_peft(LLAMA, tmp_path)
     assert refusal(tmp_path) == (
-        "  - how many inputs each layer of a VeRA has is only known to the model\n"
+        "  - the shapes of the layers that PEFT's VeRA adapts are known only to the model\n"
         "      hint: read it onto its base: lorary.load(model, folder)"
     )
 
@@ -304,15 +304,15 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "a seed below zero": (
         lambda f: say(f, projection_prng_key=-1),
-        "  - adapter_config.json: projection_prng_key: is -1; a seed is a whole number from 0 to 2^63 - 1",
+        "  - adapter_config.json: projection_prng_key: is -1; it takes a whole number of at least 0",
     ),
     "a flag that is a text": (
         lambda f: say(f, save_projection="no"),
-        "  - adapter_config.json: save_projection: is 'no', neither true nor false",
+        "  - adapter_config.json: save_projection: is 'no'; it takes true or false",
     ),
     "a field of LoRA's": (
         lambda f: say(f, use_dora=True),
-        "  - adapter_config.json: use_dora: is no field that lorary knows\n"
+        "  - adapter_config.json: use_dora: is not a field that lorary knows\n"
         "      hint: a newer PEFT may have written it; strict=False ignores it",
     ),
     "an embedding": (

@@ -14,21 +14,21 @@ from torch import Tensor, nn
 
 from lorary.adapter import Adapter
 from lorary.errors import FileError, Problem
-from lorary.formats import native, peft_keys, peft_writer, shares
+from lorary.formats import native, shares
 from lorary.formats.atomic import atomic_directory
 from lorary.formats.banks import Banks, gathered, torn
 from lorary.formats.findings import Findings
 from lorary.formats.folder import existing_folder, subject
-from lorary.formats.peft_config import NAME as PEFT_CONFIG
-from lorary.formats.peft_reader import WEIGHTS, read_peft, weights_name
-from lorary.formats.peft_sorts import sort_of
+from lorary.formats.peft import writer
+from lorary.formats.peft.config import NAME as PEFT_CONFIG
+from lorary.formats.peft.config import config_text
+from lorary.formats.peft.lora import LORA, encode_factors, is_dora, lora_fields
+from lorary.formats.peft.reader import WEIGHTS, read_peft, weights_name
 from lorary.formats.safetensors_header import name_problem
 from lorary.formats.strict_json import named, show
 from lorary.formats.tensor_file import DTYPES, write_tensors
 from lorary.formats.values import not_finite
 from lorary.forms import factors_on_base, low_rank_forms
-from lorary.methods.dora import Direction
-from lorary.placed import Placed
 from lorary.positions import PositionsWarning
 
 _BASE = "BASE.md"  # how the base of a PEFT adapter is to be loaded, where positions are divided
@@ -53,15 +53,15 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.
     shared = gathered(adapter)
     tensors = native.native_tensors(adapter, shared)
     _check_values(tensors, folder, lambda: _torn(adapter, shared))
-    as_peft = not peft_writer.obstacles(adapter, model, shared)
-    if as_peft:
-        tensors = native.peft_tensors(adapter, shared)
+    # PEFT's files do not say how positions are divided
+    peft_type = None if writer.rope_overrides(adapter) else writer.exact_type(adapter, model, shared)
+    if peft_type is not None:
+        config, tensors = writer.exact_files(adapter, model, shared, peft_type)
     needed = sum(t.nbytes for t in tensors.values())
     with atomic_directory(folder, replace=True, keep=True, drop=_OWN, needed=needed) as temporary:
-        if as_peft:
-            words = peft_writer.config(adapter, model, shared)
-            (temporary / PEFT_CONFIG).write_text(peft_writer.config_text(words), encoding="utf-8")
-        write_tensors(temporary / (WEIGHTS if as_peft else native.TENSORS), tensors)
+        if peft_type is not None:
+            (temporary / PEFT_CONFIG).write_text(config_text(config), encoding="utf-8")
+        write_tensors(temporary / (WEIGHTS if peft_type else native.TENSORS), tensors)
         native.write_record(temporary, adapter, shared)
 
 
@@ -114,24 +114,24 @@ def export_peft(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.M
         FileError: PEFT has no LoRA with this function, with every reason; or the folder cannot be written.
         MethodError: the method has no low-rank form.
     """
-    problems = [*peft_writer.site_obstacles(adapter, model), *peft_writer.full_words(adapter, model).problems]
+    problems = writer.base_incompatibilities(adapter, model, LORA)
     if (Path(folder) / native.NAME).exists():
         what = f"it holds {native.NAME}: the adapter there would be lost"
         problems.append(Problem("", what, "export to another folder"))
     if problems:
         raise FileError(_cannot_export(folder), problems)
-    if sort_of(adapter) in ("LoRA", "DoRA"):
-        shared = gathered(adapter)
-        words, tensors = peft_writer.config(adapter, model, shared), native.peft_tensors(adapter, shared)
+    shared = gathered(adapter)
+    if writer.exact_type(adapter, model, shared) is LORA:
+        words, tensors = writer.exact_files(adapter, model, shared, LORA)
     else:
         words, tensors = _as_lora(adapter, model, folder)
     _check_values(tensors, folder)
     needed = sum(t.nbytes for t in tensors.values())
     with atomic_directory(folder, replace=True, keep=True, drop=_OWN, needed=needed) as temporary:
-        (temporary / PEFT_CONFIG).write_text(peft_writer.config_text(words), encoding="utf-8")
+        (temporary / PEFT_CONFIG).write_text(config_text(words), encoding="utf-8")
         write_tensors(temporary / WEIGHTS, tensors)
-        if changes := peft_writer.stretched(adapter):
-            (temporary / _BASE).write_text(peft_writer.base_text(adapter), encoding="utf-8")
+        if changes := writer.rope_overrides(adapter):
+            (temporary / _BASE).write_text(writer.base_text(adapter), encoding="utf-8")
     if changes:
         what = f"PEFT's files do not say how positions are divided: load the base with rope_parameters {changes}"
         warnings.warn(f"{what}; {_BASE} there says how", PositionsWarning, stacklevel=2)
@@ -142,7 +142,7 @@ def _as_lora(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(configuration, tensors) of the LoRA, or the DoRA, that an adapter of another method is."""
     adapter = _with_directions(adapter, folder)
-    forms = low_rank_forms([p for p in adapter.placed if not _magnified(p)], adapter.tensors, model)
+    forms = low_rank_forms([p for p in adapter.placed if not is_dora(p)], adapter.tensors, model)
     problems = [
         Problem(name, "its output has a gain or a shift, which PEFT's LoRA has not")
         for name, form in forms.items()
@@ -157,12 +157,12 @@ def _as_lora(
     for p in adapter.placed:
         name, own = p.site.name, adapter.tensors[p.site.name]
         # DoRA's gain follows from the factors and the magnitudes, which PEFT keeps as they are
-        B, A = factors_on_base(p, own) if _magnified(p) else forms[name][:2]
-        tensors |= peft_keys.encoded(p.site, A, B, own["m"] if _magnified(p) else None)
+        B, A = factors_on_base(p, own) if is_dora(p) else forms[name][:2]
+        tensors |= encode_factors(p.site, A, B, own["m"] if is_dora(p) else None)
         sizes[name] = (A.shape[0], float(A.shape[0]))
-    tensors |= {peft_keys.full_name(name, set(sizes)): t for name, t in adapter.full.items()}
-    words = peft_writer.lora_config(adapter, model, sizes, root=False, magnitudes=not forms)
-    return words, {peft_keys.full(name): t for name, t in tensors.items()}
+    own_fields = lora_fields(adapter, sizes, root=False, dora=not forms)
+    words = writer.peft_config(adapter, model, LORA, own_fields)
+    return words, writer.with_prefix(tensors, adapter)
 
 
 def _with_directions(adapter: Adapter, folder: str | os.PathLike[str]) -> Adapter:
@@ -173,10 +173,6 @@ def _with_directions(adapter: Adapter, folder: str | os.PathLike[str]) -> Adapte
         what = "no layer has a direction left, and PEFT's adapters adapt at least one layer"
         raise FileError(_cannot_export(folder), [Problem("sites", what)])
     return dataclasses.replace(small, placed=left)
-
-
-def _magnified(p: Placed) -> bool:
-    return isinstance(p.method.join, Direction)
 
 
 def _cannot_export(folder: str | os.PathLike[str]) -> str:

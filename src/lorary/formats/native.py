@@ -28,13 +28,15 @@ from lorary import __version__
 from lorary.adapter import Adapter
 from lorary.errors import FileError, MethodError, Problem
 from lorary.fingerprint import Fingerprint
-from lorary.formats import banks, peft_keys, shares
+from lorary.formats import banks, shares
 from lorary.formats.banks import Banks
 from lorary.formats.compare import compare, mixed_dtypes
 from lorary.formats.findings import Findings
 from lorary.formats.manifest import sha256
-from lorary.formats.peft_config import NAME as PEFT_CONFIG
-from lorary.formats.peft_reader import NO_OP, WEIGHTS, parsed_json
+from lorary.formats.peft import keys as peft_keys
+from lorary.formats.peft.config import NAME as PEFT_CONFIG
+from lorary.formats.peft.reader import NO_OP, WEIGHTS, parsed_json
+from lorary.formats.peft.types import PeftType, peft_type_of
 from lorary.formats.records import placed_from, read_sites, site_record
 from lorary.formats.strict_json import named, show
 from lorary.formats.tensor_file import TensorFile
@@ -77,21 +79,8 @@ def native_tensors(adapter: Adapter, shared: Banks) -> dict[str, Tensor]:
         for role, t in adapter.tensors[p.site.name].items()
         if role not in p.delta.shared
     }
-    return tensors | {f"|{role}": t for role, t in _in_file(shared).items()} | dict(adapter.full)
-
-
-def peft_tensors(adapter: Adapter, shared: Banks) -> dict[str, Tensor]:
-    """The same numbers as PEFT's `adapter_model.safetensors`, with prefix."""
-    tensors: dict[str, Tensor] = {peft_keys.BANKS[role]: t for role, t in _in_file(shared).items()}
-    for p in adapter.placed:
-        tensors |= peft_keys.written(p, adapter.tensors[p.site.name])
-    sites = {p.site.name for p in adapter.placed}
-    tensors |= {peft_keys.full_name(name, sites): t for name, t in adapter.full.items()}
-    return {peft_keys.full(name): t for name, t in tensors.items()}
-
-
-def _in_file(shared: Banks) -> dict[str, Tensor]:
-    return shared.whole if shared.kept else {}
+    common = shared.whole if shared.kept else {}
+    return tensors | {f"|{role}": t for role, t in common.items()} | dict(adapter.full)
 
 
 def read_native(folder: Path, findings: Findings) -> Adapter:
@@ -116,11 +105,15 @@ def read_native(folder: Path, findings: Findings) -> Adapter:
     if _DRAWN in data and (what := banks.malformed(data[_DRAWN], placed)):
         findings.fatal.append(Problem(f"{NAME}: {_DRAWN}", what))
     findings.settle()
-    as_peft = WEIGHTS in data["files"]
+    peft_type = peft_type_of(placed) if WEIGHTS in data["files"] else None
+    if peft_type is None and WEIGHTS in data["files"]:
+        what = "PEFT has no adapter with the tensors of this method, and they are said to be in PEFT's file"
+        findings.fatal.append(Problem(f"{NAME}: files", what))
+        findings.settle()
     _check_file(folder, PEFT_CONFIG, data["files"], findings)
-    with TensorFile(folder, WEIGHTS if as_peft else TENSORS) as file:
+    with TensorFile(folder, WEIGHTS if peft_type else TENSORS) as file:
         _check_digest(file.name, file.size, file.sha256(), data["files"], findings)
-        values, tensors, full = _tensors(file, placed, data["full"], as_peft, _DRAWN not in data, findings)
+        values, tensors, full = _tensors(file, placed, data["full"], peft_type, _DRAWN not in data, findings)
     tensors, torn = shares.rejoined(placed, tensors)
     findings.fatal += [Problem(f"{file.name}: {p.where}", p.what) for p in torn]
     tensors = _with_shared(tensors, values, placed, cast(Method, method), data.get(_DRAWN), findings)
@@ -187,16 +180,21 @@ def _check_digest(name: str, size: int, digest: str, files: Mapping[str, Any], f
 
 
 def _tensors(
-    file: TensorFile, placed: tuple[Placed, ...], full: list[str], as_peft: bool, shared: bool, findings: Findings
+    file: TensorFile,
+    placed: tuple[Placed, ...],
+    full: list[str],
+    peft_type: PeftType | None,
+    shared: bool,
+    findings: Findings,
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """What the file shares between sites by role, site -> role -> tensor, and base parameter -> tensor."""
     findings.settle()
-    own = _expected(placed, as_peft)
+    own = _expected(placed, peft_type)
     sizes = shared_shapes(placed) if shared else {}
-    common = {role: peft_keys.BANKS[role] if as_peft else f"|{role}" for role in sizes}
+    common = {role: peft_type.shared[role] if peft_type else f"|{role}" for role in sizes}
     sites = {p.site.name for p in placed}
-    keys = {name: peft_keys.full_name(name, sites) if as_peft else name for name in full}
-    names = {peft_keys.short(name) if as_peft else name: name for name in file.header.tensors}
+    keys = {name: peft_keys.full_name(name, sites) if peft_type else name for name in full}
+    names = {peft_keys.short(name) if peft_type else name: name for name in file.header.tensors}
     found = {name: file.header.tensors[written] for name, written in names.items()}
     expected = {name: shape for layout in own.values() for name, shape in layout.values()}
     expected |= {common[role]: size for role, size in sizes.items()}
@@ -210,7 +208,7 @@ def _tensors(
     findings.tolerable += [*not_finite(values), *absurd({n: values[n] for n in usable if n not in keys.values()})]
     findings.notes += mixed_dtypes(found)
     findings.settle()
-    tensors = {p.site.name: _roles(p, own[p.site.name], values, as_peft) for p in placed}
+    tensors = {p.site.name: _roles(p, own[p.site.name], values, peft_type) for p in placed}
     parameters = {name: values[key] for name, key in keys.items() if key in values}
     return {role: values[name] for role, name in common.items()}, tensors, parameters
 
@@ -237,10 +235,12 @@ def _vital(p: Placed, role: str) -> bool:
     return bool(p.starts) or role not in p.delta.roles
 
 
-def _expected(placed: tuple[Placed, ...], as_peft: bool) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
+def _expected(
+    placed: tuple[Placed, ...], peft_type: PeftType | None
+) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
     """site -> role -> (name, shape) of its own tensors."""
-    if as_peft:
-        return {p.site.name: peft_keys.layout(p) for p in placed}
+    if peft_type:
+        return {p.site.name: peft_type.layout(p) for p in placed}
     return {
         p.site.name: {
             role: (shares.key(p, role), shape) for role, shape in p.stored.items() if role not in p.delta.shared
@@ -250,12 +250,15 @@ def _expected(placed: tuple[Placed, ...], as_peft: bool) -> dict[str, dict[str, 
 
 
 def _roles(
-    p: Placed, layout: Mapping[str, tuple[str, tuple[int, ...]]], values: Mapping[str, Tensor], as_peft: bool
+    p: Placed,
+    layout: Mapping[str, tuple[str, tuple[int, ...]]],
+    values: Mapping[str, Tensor],
+    peft_type: PeftType | None,
 ) -> dict[str, Tensor]:
     here = {role: values[name] if name in values else torch.zeros(shape) for role, (name, shape) in layout.items()}
-    if not as_peft:
+    if peft_type is None:
         return here
     try:
-        return peft_keys.decoded(p, {name: here[role] for role, (name, _) in layout.items()})
+        return peft_type.decode(p, {name: here[role] for role, (name, _) in layout.items()})
     except FileError as error:
         raise FileError("", [Problem(f"{WEIGHTS}: {q.where}", q.what) for q in error.problems]) from None

@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import lorary
 from lorary.fingerprint import base_name
-from lorary.formats.peft_config import NAME as PEFT_CONFIG
+from lorary.formats.peft.config import NAME as PEFT_CONFIG
 from lorary.plans import Plan, human_bytes
 from lorary.train.config import Config
 
