@@ -77,6 +77,16 @@ def test_nothing_of_the_loader_stays_on_the_model(tmp_path: Path) -> None:
     straight.half()  # which Transformers refuses of models that it takes for quantised
 
 
+@pytest.mark.parametrize("name", ["GPT2Model", "MixtralForCausalLM"])  # names without a prefix, experts one by one
+def test_a_model_is_saved_under_the_names_of_its_checkpoint(tmp_path: Path, name: str) -> None:
+    """Transformers keeps a checkpoint's conversions in a private attribute, and 5.24 drops it with the quantiser."""
+    folder = saved(tmp_path / "base", name)
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "plain")
+    lorary.unpack(lorary.load_base(folder)).save_pretrained(tmp_path / "unpacked")
+    plain, unpacked = (load_file(tmp_path / which / "model.safetensors") for which in ("plain", "unpacked"))
+    assert unpacked.keys() == plain.keys()
+
+
 @pytest.mark.parametrize(
     "storage",
     [lorary.NF4(block=128, double=False), lorary.NF4(compute="bfloat16"), lorary.NF4(embeddings=True)],
