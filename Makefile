@@ -4,7 +4,7 @@
 #
 #   make demo PYTHON=python3.12        another Python (3.11 or newer)
 #   make demo TORCH="torch FLAGS"      another build of PyTorch: whatever pip is told to install for it
-#   make test JOBS=4 ARGS="-k laws"    more processes; arguments for pytest
+#   make test JOBS=4 ARGS="-k papers"  more processes; arguments for pytest
 
 PYTHON ?= python3
 TORCH  ?= torch
@@ -20,15 +20,19 @@ PIP    := $(PY) -m pip --quiet --disable-pip-version-check install --no-compile 
 KEY    := $(shell { cat pyproject.toml constraints.txt; $(PYTHON) --version; echo '$(TORCH)'; pwd; } 2>&1 | cksum | tr ' ' -)
 READY  := $(VENV)/.ready-$(KEY)
 
+# Without compiled modules on disk every new Python would compile PyTorch and the libraries around it again.
+unexport PYTHONDONTWRITEBYTECODE
+
 # One thread per process (the tests run in $(JOBS) of them), and no look at the network from any library.
 QUIET  := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 DO_NOT_TRACK=1
 
-.PHONY: help demo test lint types docs bench clean
+.PHONY: help demo test laws lint types docs bench clean
 
 help:
 	@echo "make demo    fine-tune a language model with LoRA here, offline; writes $(OUT)/report.html"
 	@echo "make test    every test, including the README, the docs and the examples"
+	@echo "make laws    the laws for all combinations of methods, layers and precisions; make test takes a selection"
 	@echo "make lint    ruff: rules and format        make types   mypy --strict"
 	@echo "make docs    the pages, to build/docs      make bench   the measurements of the README"
 	@echo "make clean   remove what these made, the environment in $(VENV) included"
@@ -38,6 +42,9 @@ demo: $(READY)
 
 test: $(READY)
 	@$(QUIET) $(OFFLINE) $(PY) -m pytest -n $(JOBS) --dist loadgroup --verbosity=0 $(ARGS)
+
+laws: $(READY)
+	@$(QUIET) $(OFFLINE) $(PY) -m pytest -n $(JOBS) --verbosity=0 --laws=all tests/laws/test_laws.py $(ARGS)
 
 lint: $(READY)
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .

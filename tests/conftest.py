@@ -18,6 +18,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton, which asks when it makes a kernel
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--laws",
+        choices=("cover", "all"),
+        default="cover",
+        help="the cases of the laws: a selection in which every pair of presets, kinds and dtypes occurs, or all",
+    )
+
+
 @pytest.fixture(autouse=True)
 def _same_numbers() -> None:
     torch.default_generator.manual_seed(0)  # the CPU's alone: for all devices it costs more than many a test

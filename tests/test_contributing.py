@@ -28,7 +28,7 @@ def python(folder: Path, *arguments: str) -> tuple[int, str, str]:
 def laws(folder: Path, file: str, chosen: str) -> tuple[int, str]:
     """Runs the chosen laws with `file` as one method more."""
     (folder / "lora_xs.py").write_text(file, encoding="utf-8")
-    tests = ["-p", "no:cacheprovider", "tests/laws/test_laws.py", "-k", chosen]
+    tests = ["-p", "no:cacheprovider", "tests/laws/test_laws.py", "--laws=all", "-k", chosen]
     tests += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of plugins that a library has brought along
     return python(folder, "-m", "pytest", "-p", "lora_xs", *tests)[:2]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, modeling_utils
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification, modeling_utils
 
 import lorary
 from lorary.bases.loading import PackedConfig
@@ -75,6 +76,21 @@ def test_nothing_of_the_loader_stays_on_the_model(tmp_path: Path) -> None:
     assert straight.config.to_dict() == packed.config.to_dict()
     assert not straight.training
     straight.half()  # which Transformers refuses of models that it takes for quantised
+
+
+def test_a_model_is_saved_under_the_names_of_its_checkpoint(tmp_path: Path) -> None:
+    """Transformers keeps a checkpoint's conversions in a private attribute, and 5.24 drops it with the quantiser."""
+    folder = tmp_path / "base"
+    tiny.seeded("BertForMaskedLM").save_pretrained(folder)
+    file = folder / "model.safetensors"
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}  # in BERT's first checkpoints
+    weights = {re.sub(r"LayerNorm\.\w+$", lambda end: old[end[0]], name): W for name, W in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    AutoModelForMaskedLM.from_pretrained(folder).save_pretrained(tmp_path / "plain")
+    lorary.unpack(lorary.load_base(folder, kind=AutoModelForMaskedLM)).save_pretrained(tmp_path / "unpacked")
+    plain, unpacked = (load_file(tmp_path / which / "model.safetensors") for which in ("plain", "unpacked"))
+    assert any("gamma" in name for name in plain)
+    assert unpacked.keys() == plain.keys()
 
 
 @pytest.mark.parametrize(

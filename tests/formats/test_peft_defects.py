@@ -1,8 +1,7 @@
 """What PEFT 0.21.2 gets wrong about the methods that are here, and that lorary does not: one test for each.
 
-Where it is cheap and stable the same test shows the defect in PEFT, in that release only: a later one may have mended
-it. Fused experts, CorDA and LoftQ are not here, nor are adapters with names: a model has one adapter at a
-time, or the sum of several.
+Where it is cheap the same test then looks at PEFT in that release, and is skipped where PEFT is right. Fused experts,
+CorDA and LoftQ are not here, nor are adapters with names: a model has one adapter at a time, or the sum of several.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from tests.formats import models
 from tests.formats.models import BASES, Base, adapted, fill, outputs
 from tests.formats.test_export import Slides
 from tests.formats.test_peft_interop import close
+from tests.other_libraries import skip_if_it_works, skip_if_right
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own words about what is shown of it
 AS_MEASURED = version("peft") == "0.21.2"
@@ -64,6 +64,11 @@ def trains(model: nn.Module) -> bool:
     return any(p.requires_grad for p in model.parameters())
 
 
+def close_to(found: Tensor, truth: Tensor) -> bool:
+    """Whether what PEFT gives is the truth, up to rounding."""
+    return torch.allclose(found, truth, rtol=1e-4, atol=1e-5)
+
+
 # --- sums and merges ---------------------------------------------------------------------------------------------
 
 
@@ -80,7 +85,7 @@ def test_a_sum_of_adapters_is_their_sum(names: tuple[str, ...]) -> None:
         there.add_weighted_adapter(["a", "b"], [1.0, 1.0], "c", combination_type="linear")
         layer = layers(there)[0]
         wanted = layer.get_delta_weight("a") + layer.get_delta_weight("b")
-        assert (layer.get_delta_weight("c") - wanted).norm() > 0.5 * wanted.norm()
+        skip_if_right("peft", close_to(layer.get_delta_weight("c"), wanted))
 
 
 def test_magnitudes_are_not_left_out_of_a_sum() -> None:
@@ -108,7 +113,7 @@ def test_what_is_there_is_not_replaced_in_silence(tmp_path: Path) -> None:
             layers(there)[0].lora_A["default"].weight.add_(1)
         changed = outputs(there)
         there.load_adapter(str(tmp_path / "b"), "default")
-        assert not torch.equal(outputs(there), changed)
+        skip_if_right("peft", torch.equal(outputs(there), changed))
 
 
 def test_a_model_with_repeated_layers_is_refused(tmp_path: Path) -> None:
@@ -137,9 +142,9 @@ def test_a_merge_that_fails_changes_nothing() -> None:
         weight = first.base_layer.weight.clone()
         with torch.no_grad():
             second.lora_A["default"].weight[0, 0] = float("nan")
-        with pytest.raises(ValueError, match="NaNs detected"):
+        with skip_if_it_works("peft"):
             there.merge_adapter(safe_merge=True)
-        assert not torch.equal(first.base_layer.weight, weight)
+        skip_if_right("peft", torch.equal(first.base_layer.weight, weight))
 
 
 @pytest.mark.parametrize("name", ["lora", "dora", "pissa", "vera"])
@@ -161,7 +166,7 @@ def test_merged_and_unmerged_the_weights_are_bit_for_bit_the_same(name: str) -> 
         weight = layer.base_layer.weight.clone()
         cast(Any, there).merge_adapter()
         cast(Any, there).unmerge_adapter()
-        assert not torch.equal(layer.base_layer.weight, weight)
+        skip_if_right("peft", torch.equal(layer.base_layer.weight, weight))
 
 
 def test_looking_at_the_base_does_not_unmerge() -> None:
@@ -176,7 +181,7 @@ def test_looking_at_the_base_does_not_unmerge() -> None:
         there.merge_adapter()
         with there.disable_adapter():
             outputs(there)
-        assert not layers(there)[0].merged
+        skip_if_right("peft", layers(there)[0].merged)
 
 
 class Attention(nn.Module):
@@ -235,13 +240,14 @@ def test_a_start_in_the_weights_directions_is_one_in_every_layer(base: Base, tar
 @pytest.mark.skipif(not AS_MEASURED, reason="what PEFT 0.21.2 does")
 def test_there_starts_in_the_weights_directions_fail() -> None:
     words: dict[str, Any] = {"init_lora_weights": "olora", "fan_in_fan_out": True}
-    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+    with skip_if_it_works("peft"):
         outputs(get_peft_model(GPT2.model(), LoraConfig(r=4, target_modules=["c_fc"], **words)))
     square = get_peft_model(GPT2.model(), LoraConfig(r=4, target_modules=["attn.c_proj"], **words)).eval()
-    assert (outputs(square) - outputs(GPT2.model())).abs().max() > 1e-2
+    skip_if_right("peft", close_to(outputs(square), outputs(GPT2.model())))
     plain = get_peft_model(LLAMA.model(), LoraConfig(r=4, target_modules=["embed_tokens"], init_lora_weights="pissa"))
-    assert not dict(plain.named_parameters())["base_model.model.model.embed_tokens.lora_embedding_A.default"].any()
-    with pytest.raises(ValueError, match="Unknown initialization"):
+    name = "base_model.model.model.embed_tokens.lora_embedding_A.default"
+    skip_if_right("peft", bool(dict(plain.named_parameters())[name].any()))
+    with skip_if_it_works("peft"):
         get_peft_model(CONV.model(), LoraConfig(r=4, target_modules=["conv1"], init_lora_weights="pissa"))
 
 
@@ -260,7 +266,7 @@ def test_a_convolution_is_adapted_as_it_slides(words: dict[str, Any], name: str)
 
 @pytest.mark.skipif(not AS_MEASURED, reason="what PEFT 0.21.2 does")
 def test_there_a_convolution_is_adapted_as_if_it_slid_otherwise() -> None:
-    with pytest.raises(RuntimeError, match="must match the size"):
+    with skip_if_it_works("peft"):
         outputs(get_peft_model(Slides(dilation=2), LoraConfig(r=4, target_modules=["conv"])))
     there = cast(
         Any, get_peft_model(Slides(padding=1, padding_mode="reflect"), LoraConfig(r=4, target_modules=["conv"]))
@@ -268,7 +274,7 @@ def test_there_a_convolution_is_adapted_as_if_it_slid_otherwise() -> None:
     fill(p for n, p in there.eval().named_parameters() if "lora_" in n)
     live = outputs(there)
     there.merge_adapter()
-    assert (outputs(there) - live).abs().max() > 1e-2
+    skip_if_right("peft", close_to(outputs(there), live))
 
 
 @pytest.mark.parametrize("name", ["pissa", "olora"])
@@ -281,7 +287,7 @@ def test_a_moved_base_can_be_planned_without_memory(name: str) -> None:
     close(outputs(model), outputs(LLAMA.model()))
     if AS_MEASURED:
         words = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=name)
-        with pytest.raises((RuntimeError, NotImplementedError)):
+        with skip_if_it_works("peft"):
             get_peft_model(LLAMA.model(), words, low_cpu_mem_usage=True)
 
 
@@ -299,7 +305,7 @@ def test_a_randomised_start_is_kept_and_not_drawn_again(tmp_path: Path) -> None:
         base = LLAMA.model()
         torch.manual_seed(1)
         again = PeftModel.from_pretrained(base, str(tmp_path / "b")).eval()
-        assert (outputs(again) - outputs(there)).abs().max() > 1e-3
+        skip_if_right("peft", close_to(outputs(again), outputs(there)))
 
 
 def test_another_adapter_meets_the_base_as_it_was(tmp_path: Path) -> None:
@@ -312,7 +318,7 @@ def test_another_adapter_meets_the_base_as_it_was(tmp_path: Path) -> None:
         there = peft(init_lora_weights="pissa")
         there.add_adapter("second", LoraConfig(r=4, target_modules=["q_proj"]))  # a new one is zero
         there.set_adapter("second")
-        assert (outputs(there) - plain).abs().max() > 1e-4
+        skip_if_right("peft", close_to(outputs(there), plain))
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_4"])
@@ -371,7 +377,7 @@ def test_veras_of_any_rank_follow_each_other(r: int) -> None:
             there.set_adapter("second")
             outputs(there)
 
-        with pytest.raises((RuntimeError, ValueError), match="size"):
+        with skip_if_it_works("peft"):
             second()
 
 
@@ -391,7 +397,7 @@ def test_a_frozen_a_trains_the_rest_of_every_layer(names: tuple[str, ...]) -> No
         there = peft(use_dora=True)
         step = create_lorafa_optimizer(there, r=4, lora_alpha=8, lr=1e-2)
         there(models.ids(), labels=models.ids()).loss.backward()
-        with pytest.raises(TypeError, match="NoneType"):
+        with skip_if_it_works("peft"):
             step.step()
 
 
@@ -407,7 +413,7 @@ def test_an_embedding_that_would_never_train_is_refused() -> None:
         there(models.ids(), labels=models.ids()).loss.backward()
         step.step()
         after = [p for n, p in there.named_parameters() if "lora_" in n]
-        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        skip_if_right("peft", not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)))
 
 
 def test_adapters_are_exchanged_with_their_ranks_alphas_and_magnitudes() -> None:
@@ -426,7 +432,7 @@ def test_adapters_are_exchanged_with_their_ranks_alphas_and_magnitudes() -> None
 @pytest.mark.skipif(not AS_MEASURED, reason="what PEFT 0.21.2 does")
 def test_there_exchanging_fails_on_magnitudes(tmp_path: Path) -> None:
     peft(use_dora=True).save_pretrained(str(tmp_path))
-    with pytest.raises(KeyError):
+    with skip_if_it_works("peft"):
         hotswap_adapter(PeftModel.from_pretrained(LLAMA.model(), str(tmp_path)), str(tmp_path), "default")
 
 
@@ -474,9 +480,10 @@ def test_left_over_tensors_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"q_porj\.lora_A\.weight: adapts a module that the model does not have"):
         lorary.load(LLAMA.model(), tmp_path)
     if AS_MEASURED:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
             PeftModel.from_pretrained(LLAMA.model(), str(tmp_path))
+        skip_if_right("peft", any("q_porj" in str(warning.message) for warning in told))
 
 
 def test_what_was_said_stays_as_it_was_said(tmp_path: Path) -> None:
@@ -492,7 +499,7 @@ def test_what_was_said_stays_as_it_was_said(tmp_path: Path) -> None:
     if AS_MEASURED:
         words = LoraConfig(r=4, target_modules=["c_fc"])
         get_peft_model(GPT2.model(), words)
-        assert words.fan_in_fan_out is True
+        skip_if_right("peft", words.fan_in_fan_out is False)
 
 
 def test_an_adapter_for_inference_never_trains(tmp_path: Path) -> None:
@@ -505,9 +512,8 @@ def test_an_adapter_for_inference_never_trains(tmp_path: Path) -> None:
     if AS_MEASURED:
         peft().save_pretrained(str(tmp_path / "b"))
         there = PeftModel.from_pretrained(LLAMA.model(), str(tmp_path / "b"))
-        assert not trains(there)
         there.set_adapter("default")
-        assert trains(there)
+        skip_if_right("peft", not trains(there))
 
 
 class Named(nn.Module):
@@ -584,8 +590,7 @@ def test_the_orthogonality_term_trains_whatever_a_models_task_is() -> None:
     torch.testing.assert_close(torch.as_tensor(penalty), 0.5 * torch.stack(gaps).mean())
     if AS_MEASURED:
         silent, named = (loss(ada_peft(orth_reg_weight=0.5, task_type=task)) for task in (None, "CAUSAL_LM"))
-        assert torch.equal(silent, loss(ada_peft(orth_reg_weight=0.0)))
-        assert named - silent > 0.1
+        skip_if_right("peft", close_to(silent, named))
 
 
 def test_a_loss_that_is_looked_at_holds_no_term_of_training() -> None:
@@ -594,7 +599,7 @@ def test_a_loss_that_is_looked_at_holds_no_term_of_training() -> None:
     torch.testing.assert_close(loss(model), entropy(model))
     if AS_MEASURED:
         there = ada_peft(orth_reg_weight=5.0, task_type="CAUSAL_LM")
-        assert loss(there) - entropy(there) > 1
+        skip_if_right("peft", close_to(loss(there), entropy(there)))
 
 
 def test_an_adalora_for_inference_gives_a_loss(tmp_path: Path) -> None:
@@ -605,7 +610,7 @@ def test_an_adalora_for_inference_gives_a_loss(tmp_path: Path) -> None:
     if AS_MEASURED:
         ada_peft(task_type="CAUSAL_LM").save_pretrained(str(tmp_path / "b"))
         there = PeftModel.from_pretrained(LLAMA.model(), str(tmp_path / "b"))
-        with pytest.raises(AttributeError, match="trainable_adapter_name"):
+        with skip_if_it_works("peft"):
             loss(there)
 
 
@@ -616,9 +621,9 @@ def test_adaloras_add_up() -> None:
     torch.testing.assert_close(update(total), update(first) + update(second))
     if AS_MEASURED:
         there = ada_peft()
-        with pytest.raises(TypeError, match="does not support add_weighted_adapter"):
+        with skip_if_it_works("peft"):
             there.add_weighted_adapter(["default"], [1.0], "sum")
-        with pytest.raises(TypeError, match="adapter_names"):
+        with skip_if_it_works("peft"):
             there(models.ids(), adapter_names=["default", "default"])
 
 
@@ -640,7 +645,7 @@ def test_what_adalora_would_ignore_is_told(words: dict[str, Any], what: str, tmp
     model = lorary.load(LLAMA.model(), tmp_path, strict=False)
     close(outputs(model), outputs(there))
     if AS_MEASURED:
-        assert torch.equal(outputs(there), outputs(ada_peft()))
+        skip_if_right("peft", not torch.equal(outputs(there), outputs(ada_peft())))
 
 
 def test_another_scale_or_start_of_adalora_is_refused_or_taken() -> None:
@@ -680,7 +685,7 @@ def test_a_budgets_statistics_are_part_of_a_runs_state() -> None:
     assert again.keys() == state.keys()
     assert all(torch.equal(again[name], t) for name, t in state.items())
     if AS_MEASURED:
-        assert not any("ipt" in name for name in ada_peft().state_dict())
+        skip_if_right("peft", any("ipt" in name for name in ada_peft().state_dict()))
 
 
 def test_names_in_paths_are_never_taken_for_an_adapters(tmp_path: Path) -> None:
@@ -696,7 +701,7 @@ def test_names_in_paths_are_never_taken_for_an_adapters(tmp_path: Path) -> None:
     assert torch.equal(outputs(lorary.load(base.model(), tmp_path)), outputs(model))
     if AS_MEASURED:
         there = get_peft_model(base.model(), AdaLoraConfig(init_r=4, total_step=10, target_modules=["lora.default"]))
-        with pytest.raises(AttributeError):
+        with skip_if_it_works("peft"):
             cast(Any, there).base_model.resize_modules_by_rank_pattern(
                 {"lora.default.lora_E": [True, True, False, False]}, "default"
             )

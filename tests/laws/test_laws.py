@@ -1,10 +1,13 @@
-"""Every law, over every preset and legal pair x kind of layer x dtype."""
+"""Every law, over every preset and legal pair x kind of layer x dtype.
+
+A covering selection of these cases, unless `--laws=all` says otherwise: `make laws`.
+"""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,49 +21,61 @@ from lorary.methods.melora import Minis
 
 from . import laws
 from .cases import KINDS, Case, methods, possible
+from .cover import Value, cover, pairs
 
 METHODS = methods()
 DTYPES = [torch.float32, torch.bfloat16]
-CASES = [
-    pytest.param(case, id=f"{name}-{kind.name}-{str(dtype)[6:]}")
+CASES = {
+    (name, kind.name, str(dtype)[6:]): case
     for (name, method), kind, dtype in itertools.product(METHODS.items(), KINDS, DTYPES)
     if possible(case := Case(method, kind, dtype))
-]
+}
 
 
-@pytest.mark.parametrize("case", CASES)
+def values(names: tuple[str, str, str]) -> set[Value]:
+    """The presets of a case, its kind of layer and its dtype."""
+    method, kind, dtype = names
+    return {("kind", kind), ("dtype", dtype), *(("preset", name) for name in method.split("+"))}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Parametrises the tests of the laws with the cases that `--laws` asks for."""
+    every = metafunc.config.getoption("laws") == "all"
+    if metafunc.function is test_every_law_holds:
+        chosen = list(CASES) if every else cover({names: values(names) for names in CASES})
+    elif metafunc.function is test_compiles_whole:
+        chosen = [names for names in graphs() if every or names[1] == "linear" or names[0] in ("lora", "dora")]
+    else:
+        return
+    metafunc.parametrize("case", [pytest.param(CASES[names], id="-".join(names)) for names in chosen])
+
+
 def test_every_law_holds(case: Case, tmp_path: Path) -> None:
     laws.hold(case, tmp_path / "adapter")
 
 
-def graphs() -> list[Any]:
+def graphs() -> list[tuple[str, str, str]]:
     """The cases of single presets that compile to graphs of their own: where a method starts, its scale and its rates
     are numbers in the graph of another one; each such preset is compiled on one kind."""
     seen, cases = set(), []
-    for case in CASES:
-        method, kind, dtype = (subject := case.values[0]).method, subject.kind, subject.dtype
-        if not any(method is METHODS[name] for name in lorary.presets()) or dtype != torch.float32:
+    for (name, kind, dtype), case in CASES.items():
+        if name not in lorary.presets() or dtype != "float32":
             continue
-        graph = (method.delta, method.join, method.frozen, method.full, method.rules, kind.name)
-        if graph not in seen or kind.name == "linear":
-            cases.append(case)
+        method = case.method
+        graph = (method.delta, method.join, method.frozen, method.full, method.rules, kind)
+        if graph not in seen or kind == "linear":
+            cases.append((name, kind, dtype))
         seen.add(graph)
     return cases
 
 
-@pytest.mark.parametrize("case", graphs())
 def test_compiles_whole(case: Case) -> None:
     laws.compiles_whole(case)
 
 
 def test_every_preset_is_covered_on_every_kind_or_says_why() -> None:
-    covered = {(id(p.values[0].method), p.values[0].kind.name) for p in CASES}
-    missing = {
-        (name, kind.name)
-        for name, method in METHODS.items()
-        for kind in KINDS
-        if (id(method), kind.name) not in covered
-    }
+    covered = {(name, kind) for name, kind, _ in CASES}
+    missing = {(name, kind.name) for name in METHODS for kind in KINDS} - covered
     without_bias = {k.name for k in KINDS if getattr(k.make(), "bias", None) is None}
     embeddings = {k.name for k in KINDS if k.name.startswith("embedding")}
     expected = {("bitfit", k) for k in without_bias}
@@ -85,3 +100,23 @@ def test_every_preset_is_covered_on_every_kind_or_says_why() -> None:
 
 def test_the_kinds_are_all_kinds() -> None:
     assert {sites.kind_of(kind.make()) for kind in KINDS} == set(sites.KINDS)
+
+
+def missed(chosen: Iterable[tuple[str, str, str]]) -> set[tuple[Value, ...]]:
+    """Pairs of a preset, a kind, a dtype or another preset that occur in some case, and in none of these."""
+    here, everywhere = (set().union(*(pairs(values(names)) for names in cases)) for cases in (chosen, CASES))
+    return everywhere - here
+
+
+def test_the_selection_covers_every_pair() -> None:
+    chosen = cover({names: values(names) for names in CASES})
+    assert missed(chosen) == set()
+    assert len(chosen) < len(CASES) / 4
+
+
+def test_a_hole_in_the_selection_is_noticed() -> None:
+    chosen = cover({names: values(names) for names in CASES})
+    hole = next(names for names in chosen if names[0] == "dora+pissa")
+    assert (("preset", "dora"), ("preset", "pissa")) in missed(names for names in chosen if names != hole)
+    fewer = {names for names in chosen if names[1] != "conv3d" or "dora" not in names[0].split("+")}
+    assert missed(fewer) >= {(("kind", "conv3d"), ("preset", "dora"))}

@@ -32,6 +32,9 @@ from lorary.storage.nf4 import NF4
 from lorary.words import Storage
 
 PACKED = "lorary_packed"  # the name of the quantiser among Transformers'
+# Where Transformers keeps how the checkpoint's names became the model's, to save under the names that it read. It has
+# no public name for this; without it a model is saved under its own names, which Transformers reads as well.
+_CONVERSIONS = "_weight_conversions"
 _loading = threading.Lock()
 
 
@@ -193,9 +196,11 @@ class PackingQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _plain(self, model: PreTrainedModel) -> None:
         """Leaves no trace of a quantiser on the model, which its packed layers do not need."""
+        conversions = getattr(model, _CONVERSIONS, None)
         self.remove_quantization_config(model)
         del model.is_quantized
-        model._weight_conversions = [c for c in model._weight_conversions if not _takes(c)]
+        if conversions is not None:  # Transformers 5.24 has removed them with the configuration
+            setattr(model, _CONVERSIONS, [c for c in conversions if not _takes(c)])
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 vars(module.config).pop("_is_quantized", None)
