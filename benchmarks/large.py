@@ -33,11 +33,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lorary
 from cases import ALL_LINEAR, machine, ratio
 from lorary.accounting import LiveBytes
-from lorary.adapted import adapted
+from lorary.footprint.predict import predict
+from lorary.footprint.workload import Workload
 from lorary.kernels.nf4 import Packed
 from lorary.packing import replace
 from lorary.storage.bitsandbytes_state import written_state
-from lorary.train.memory import estimate
 
 # hidden, intermediate, layers, heads, vocabulary; and the most gigabytes that the issue of the 4-bit base allows
 SIZES = {
@@ -139,7 +139,7 @@ def step_of(model: Any, ids: Tensor) -> Step:
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     if ids.is_cuda:
-        optimizer: Any = lorary.PagedAdamW(trained, lr=1e-4) if adapted(model) else bnb.optim.PagedAdamW32bit(trained)
+        optimizer: Any = bnb.optim.PagedAdamW32bit(trained, lr=1e-4)
     else:
         optimizer = torch.optim.AdamW(trained, lr=1e-4)
 
@@ -182,9 +182,7 @@ def measured(size: str, arguments: argparse.Namespace) -> dict[str, Any]:
     model = bare(size, dtype)
     plan = lorary.plan(model, lorary.method("qlora", r=RANK, alpha=ALPHA))
     found["trains"] = plan.trainable
-    found["predicted, GB"] = (
-        estimate(model, plan, batch=1, length=arguments.length, gradient_checkpointing=True).total / 1e9
-    )
+    found["predicted, GB"] = predict(model, plan, Workload(1, arguments.length, checkpointing=True)).total / 1e9
     times: dict[str, list[float]] = {}
     for name, make in (("lorary", ours), ("bitsandbytes + PEFT", theirs)):
         gc.collect()
