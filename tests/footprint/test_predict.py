@@ -31,6 +31,7 @@ bf16 = torch.bfloat16
 
 def make(family: str = "llama", **changes: Any) -> Any:
     changes |= {"sliding_window": None} if family == "mistral" else {}
+    changes |= {"decoder_sparse_step": 2, "num_experts": 4} if family == "qwen3_moe" else {}
     config = AutoConfig.for_model(family, **((GPT2 if family == "gpt2" else SIZES) | changes))
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
@@ -69,11 +70,12 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         ("llama", ("vera",), {"r": 16}, {}),
         ("llama", ("adalora",), {"r": 8}, {}),
         ("llama", ("delta-lora",), {"r": 8}, {}),
-        ("llama", ("longlora", "lora"), {"r": 8}, {}),
+        ("llama", ("longlora",), {"r": 8, "length": 4096}, {"padding": True}),
         ("llama", ("full",), {}, {}),
         ("gpt2", ("lora",), {"r": 8}, {}),
         ("gemma3_text", ("lora",), {"r": 8}, {"dtype": bf16, "checkpointing": True}),
-        ("qwen3_next", ("lora",), {"r": 8}, {"dtype": bf16}),
+        ("lfm2", ("lora",), {"r": 8}, {"dtype": bf16}),  # convolutions and attention
+        ("qwen3_moe", ("lora",), {"r": 8}, {"dtype": bf16}),  # experts in every other block
     ],
 )
 def test_few_blocks_say_what_all_of_them_hold(

@@ -107,7 +107,7 @@ def without_values(
 
 def text_config(model: nn.Module) -> Any:
     """The configuration of the model, or of its language part."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 

@@ -131,7 +131,8 @@ def _loss(model: nn.Module, head: Any, states: Tensor, labelled: float, precisio
         return scored
 
     size = chunk(text_config(model).vocab_size)
-    return -scores_in_chunks(logits, rows, targets, REPORTED, size)["log_probs"].sum()
+    with precision():
+        return -scores_in_chunks(logits, rows, targets, REPORTED, size)["log_probs"].sum()
 
 
 class _Answers(TorchDispatchMode):
@@ -157,7 +158,7 @@ class _Autocast(TorchFunctionMode):
     PRODUCTS = frozenset(
         {
             *(F.linear, F.scaled_dot_product_attention, F.conv1d, F.conv2d, F.conv3d),
-            *(torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm),
+            *(torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.linalg.vecdot),
             *(Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.bmm),
         }
     )
