@@ -31,7 +31,7 @@ bf16 = torch.bfloat16
 
 def make(family: str = "llama", **changes: Any) -> Any:
     changes |= {"sliding_window": None} if family == "mistral" else {}
-    changes |= {"decoder_sparse_step": 2, "num_experts": 4} if family == "qwen3_moe" else {}
+    changes |= {"decoder_sparse_step": 2, "num_experts": 4, "num_experts_per_tok": 2} if family == "qwen3_moe" else {}
     config = AutoConfig.for_model(family, **((GPT2 if family == "gpt2" else SIZES) | changes))
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
@@ -132,7 +132,8 @@ def test_the_comparison_can_fail() -> None:
     found = predict(model, plan, Workload(4, 128))
     assert predict(model, plan, Workload(4, 160)).moving > 1.1 * found.moving
     assert predict(model, planned(model, "lora", r=8, targets="mlp"), Workload(4, 128)).moving < 0.95 * found.moving
-    assert predict(make(num_hidden_layers=16), plan, Workload(4, 128)).activations > 1.9 * found.activations  # type: ignore[operator]
+    deep = make(num_hidden_layers=16)
+    assert predict(deep, planned(deep, "lora", r=8), Workload(4, 128)).moving > 1.8 * found.moving
 
 
 def test_the_short_model_is_a_copy() -> None:
@@ -178,10 +179,10 @@ def test_eager_attention_keeps_scores_and_autocast_copies_of_the_weights() -> No
     assert long.activations > 6 * short.activations  # type: ignore[operator]
     assert any("eager attention keeps all scores" in note for note in short.notes)
     model = make()
-    plain = predict(model, plan, Workload(1, 16))
-    cast = predict(model, plan, Workload(1, 16, autocast=True))
+    plain = predict(model, plan, Workload(1, 2))
+    cast = predict(model, plan, Workload(1, 2, autocast=True))
     numbers = sum(m.weight.numel() for m in model.model.layers.modules() if isinstance(m, nn.Linear))
-    assert cast.activations - plain.activations == pytest.approx(2 * numbers, rel=0.35)  # type: ignore[operator]
+    assert cast.activations - plain.activations == pytest.approx(2 * numbers, rel=0.1)  # type: ignore[operator]
 
 
 # --- shapes without Transformers --------------------------------------------------------------------------------

@@ -147,8 +147,8 @@ def test_padding_costs_what_is_predicted_for_it() -> None:
     assert padded.total - padded.fixed == pytest.approx(_second_step(model, plan, BATCH, padding=5), rel=0.001)
 
 
-@pytest.mark.parametrize(("presets", "tolerance"), [(("lora",), 0.01), (("dora",), 0.02), (("qlora",), 0.02)])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("presets", "tolerance"), [(("lora",), 0.01), (("dora",), 0.04), (("qlora",), 0.02)])
+@pytest.mark.parametrize("checkpointing", [False, True])  # 0.04: one hidden state, in blocks as small as these
 def test_autocast_holds_what_is_predicted_for_it(
     presets: tuple[str, ...], tolerance: float, checkpointing: bool
 ) -> None:

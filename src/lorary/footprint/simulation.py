@@ -153,19 +153,24 @@ class _Answers(TorchDispatchMode):
 
 
 class _Autocast(TorchFunctionMode):
-    """Products in bfloat16, whatever comes in."""
+    """Products in bfloat16, whatever comes in.
+
+    But not where nothing is recorded for the backward pass: there lorary's kernels have chosen their precision. The
+    entropy that is reported with the loss is a product of the trainer's.
+    """
 
     PRODUCTS = frozenset(
         {
             *(F.linear, F.scaled_dot_product_attention, F.conv1d, F.conv2d, F.conv3d),
-            *(torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.linalg.vecdot),
+            *(torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm),
             *(Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.bmm),
         }
     )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in self.PRODUCTS:
+        recorded = func in self.PRODUCTS and torch.is_grad_enabled()
+        if recorded or func is torch.linalg.vecdot:
             args, kwargs = tree_map(_half, (args, kwargs))
         return func(*args, **kwargs)
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, [1, length, width of a head]
 
@@ -213,10 +213,10 @@ def _sizes(settings: Mapping[str, Any]) -> SimpleNamespace | None:
         a.head_dim = int(settings.get("head_dim") or width)
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         return None
-    a.tie_word_embeddings = bool(settings.get("tie_word_embeddings", family == "smollm3"))
+    a.tie_word_embeddings = bool(settings.get("tie_word_embeddings", False))
     a.output_bias = family not in ("qwen2", "mistral") and bool(settings.get("attention_bias", False))
     a.qkv_bias = family == "qwen2" or a.output_bias
-    a.mlp_bias = family in ("llama", "smollm3") and bool(settings.get("mlp_bias", False))
+    a.mlp_bias = family == "llama" and bool(settings.get("mlp_bias", False))
     return a
 
 
