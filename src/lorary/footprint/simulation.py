@@ -193,6 +193,6 @@ def _fused_attention(
     """PyTorch's fused attention of the CPU, which keeps q, k, v, the output and a log-sum-exp, as they all do."""
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     if attn_mask is not None and attn_mask.dtype == torch.bool:  # PyTorch makes it additive in every layer
-        attn_mask = torch.where(attn_mask, 0.0, -torch.inf).to(q.dtype)
+        attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill_(attn_mask.logical_not(), -torch.inf)
     output: Tensor = kernel(q, k, v, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
     return output
