@@ -33,10 +33,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lorary
 from cases import ALL_LINEAR, machine, ratio
 from lorary.accounting import LiveBytes
+from lorary.footprint.predict import predict
+from lorary.footprint.workload import Workload
 from lorary.kernels.nf4 import Packed
 from lorary.packing import replace
 from lorary.storage.bitsandbytes_state import written_state
-from lorary.train.memory import estimate
 
 # hidden, intermediate, layers, heads, vocabulary; and the most gigabytes that the issue of the 4-bit base allows
 SIZES = {
@@ -181,9 +182,7 @@ def measured(size: str, arguments: argparse.Namespace) -> dict[str, Any]:
     model = bare(size, dtype)
     plan = lorary.plan(model, lorary.method("qlora", r=RANK, alpha=ALPHA))
     found["trains"] = plan.trainable
-    found["predicted, GB"] = (
-        estimate(model, plan, batch=1, length=arguments.length, gradient_checkpointing=True).total / 1e9
-    )
+    found["predicted, GB"] = predict(model, plan, Workload(1, arguments.length, checkpointing=True)).total / 1e9
     times: dict[str, list[float]] = {}
     for name, make in (("lorary", ours), ("bitsandbytes + PEFT", theirs)):
         gc.collect()

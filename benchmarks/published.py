@@ -1,17 +1,41 @@
 """Peaks that others have published, held to what their libraries would hold for the same model.
 
-The planner's formulas are lorary's own. Others keep more: PEFT the input of every adapter in the adapter's precision
+The planner simulates lorary's own step. Others keep more: PEFT the input of every adapter in the adapter's precision
 and a dropout mask, Transformers' loss all logits in 32 bits and their gradients. So each peak is computed by the
-convention of whoever published it. Bytes for each token, H, M, Q, K, n, V as in `lorary.footprint.architecture`;
-counted from autograd's saved tensors, layer by layer.
+convention of the library that it was published for: bytes for each token, counted from autograd's saved tensors, layer
+by layer.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lorary.footprint.architecture import Architecture
-from lorary.footprint.room import CONTEXT
+from lorary.footprint.gpu_fit import CONTEXT
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The sizes of a decoder whose block is Llama's.
+
+    Args:
+        H: width of the hidden states.
+        M: width inside the MLP.
+        Q: width of all queries together.
+        K: width of all keys together, and of all values.
+        n: heads of the queries.
+        L: blocks.
+        V: vocabulary.
+        tied: whether the output head is the embedding.
+    """
+
+    H: int
+    M: int
+    Q: int
+    K: int
+    n: int
+    L: int
+    V: int
+    tied: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,7 +82,7 @@ class Convention:
 
 def parameters(a: Architecture) -> tuple[int, int]:
     """(numbers in the linear layers of all blocks, all the others: embedding, head, norms)."""
-    linear = a.L * (a.H * (2 * a.Q + 2 * a.K) + (3 if a.gated else 2) * a.H * a.M)
+    linear = a.L * (a.H * (2 * a.Q + 2 * a.K) + 3 * a.H * a.M)
     return linear, a.V * a.H * (1 if a.tied else 2) + (2 * a.L + 1) * a.H
 
 
@@ -175,7 +199,7 @@ class Published:
 
 
 def _llama(H: int, M: int, L: int, n: int, kv: int, V: int, tied: bool = False) -> Architecture:
-    return Architecture("llama", H, M, H, kv * (H // n), n, L, V, tied)
+    return Architecture(H, M, H, kv * (H // n), n, L, V, tied)
 
 
 LLAMA_3_2_1B = _llama(2048, 8192, 16, 32, 8, 128256, True)

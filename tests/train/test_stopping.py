@@ -21,9 +21,9 @@ from transformers import LlamaForCausalLM, TrainerCallback, TrainerState
 
 from lorary.cli import main
 from lorary.errors import FileError, TrainingError
+from lorary.footprint.memory import Memory
 from lorary.train import assembly, checkpoint, runner
 from lorary.train.folder import RunFolder
-from lorary.train.memory import Memory
 from lorary.train.recording import Recorder
 from lorary.train.stopping import out_of_memory, reason, too_large
 from tests.resume.processes import forked

@@ -32,7 +32,7 @@ def plan(
         typer.Option("--memory", min=0.1, max=1e6, help="Your GPU's memory in GB: what to change to fit into it."),
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Run one step without data as well; takes 10 to 30 seconds.")
+        bool, typer.Option("--check", help="Simulate a step of all blocks as well, in Transformers' own code.")
     ] = False,
 ) -> None:
     """Show what would be trained: sites, shapes, parameters, memory, and which GPUs it fits on.
@@ -65,9 +65,10 @@ def _show(config: Config, size: float | None, check: bool) -> None:
     from lorary.bases.reading import reader
     from lorary.cli.memory_table import show
     from lorary.train.forecast import forecast
-    from lorary.train.models import outline
+    from lorary.train.models import outline, skeleton
 
-    bare = outline(config.model)
+    # a method that changes how the model attends does so in Transformers' code
+    bare = outline(config.model) if config.method.build().context is None else skeleton(config.model)
     found = forecast(config, bare)
     reader(config.model.id, bare.config, found.plan.method.storage, None)  # refuses what is packed in another way
     print(found.plan)
@@ -77,14 +78,15 @@ def _show(config: Config, size: float | None, check: bool) -> None:
 
 
 def _checked(config: Config, found: Forecast) -> str:
+    """The same by all blocks of Transformers' own model, and how far the prediction is off."""
+    from lorary.footprint.predict import predict
     from lorary.plans import human_bytes
-    from lorary.train.forecast import simulated
+    from lorary.train.forecast import workload
     from lorary.train.models import skeleton
 
-    if found.simulated:
-        return "\nthe activations above were counted in a step without data: no formula knows this model"
-    counted = simulated(config, skeleton(config.model), found.plan)
+    model = skeleton(config.model)
+    counted = predict(model, found.plan, workload(config, model), config.training.optimizer, whole=True)
     if counted.activations is None:
         return f"\na step without data cannot be run: {counted.notes[-1]}"
     off = found.memory.total / counted.total - 1
-    return f"\na step without data: {human_bytes(counted.total)}; the formula is off by {off:+.1%}"
+    return f"\na step of all blocks: {human_bytes(counted.total)}; the prediction is off by {off:+.1%}"

@@ -1,5 +1,5 @@
-"""What a training step holds in memory, in closed form: from a model's configuration and a plan, in milliseconds.
+"""Memory of a training step: one step of a shortened model is simulated without data, and extrapolated to all blocks.
 
-`architecture` reads the sizes, `adapters` asks the adapted layers what they keep, `block` adds up one block of the
-model, `step` all of it, `prediction` the whole run; `room` holds it against GPUs.
+`skeleton` makes a model's shapes from its configuration, `shorten` takes some of its blocks, `simulation` runs a step
+of them on the meta device, `predict` extrapolates and adds what stays (`fixed`); `gpu_fit` compares it with GPUs.
 """

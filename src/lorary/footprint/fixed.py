@@ -15,7 +15,8 @@ from lorary.plans import Plan
 from lorary.storage.foreign import stored
 from lorary.weights import held, is_packed
 
-_PAGED_FROM = 100_000  # numbers of a tensor whose state bitsandbytes pages
+PAGED_FROM = 100_000
+"""Numbers in a tensor from which bitsandbytes' paged optimizers keep its state on the host."""
 
 
 def fixed(
@@ -23,7 +24,6 @@ def fixed(
     plan: Plan,
     dtype: torch.dtype | None = None,
     optimizer: str = "adamw_torch",
-    per_parameter: float | None = None,
 ) -> Memory:
     """The items that follow from the plan; what comes and goes is None.
 
@@ -32,7 +32,6 @@ def fixed(
         plan: what `lorary.plan` made of it.
         dtype: of the frozen weights that are not packed; None: as they are.
         optimizer: as Transformers names it.
-        per_parameter: bytes of state for each number that trains, where the name does not say it.
     """
     adapters = [
         math.prod(shape)
@@ -44,10 +43,7 @@ def fixed(
     full = [f.size * width if width else f.bytes for f in plan.full if f.trains]
     numbers, kind = [*adapters, *(f.size for f in plan.full if f.trains)], [4] * len(adapters)
     kind += [width or f.bytes // max(1, f.size) for f in plan.full if f.trains]
-    if per_parameter is None:
-        state = sum(math.ceil(n * _state(optimizer, n, size)) for n, size in zip(numbers, kind, strict=True))
-    else:
-        state = math.ceil(per_parameter * plan.trainable)
+    state = sum(math.ceil(n * _state(optimizer, n, size)) for n, size in zip(numbers, kind, strict=True))
     rules = sum(rule.holds(p.shapes) for p in plan.placed for rule in plan.method.rules)
     gradients = 4 * sum(adapters) + sum(full)
     return Memory(_weights(model, plan, width), plan.adapter_bytes, gradients, state, None, None, None, rules=rules)
@@ -69,7 +65,7 @@ def _state(optimizer: str, numbers: int, size: int) -> float:
     AdamW keeps two moments in the parameter's precision; in 8 bits a scale for every 256 of each, but not of tensors
     below 4,096 numbers; a paged one keeps those of large tensors on the host. Adafactor keeps a row and a column.
     """
-    if optimizer == "sgd" or (optimizer.startswith("paged") and numbers >= _PAGED_FROM):
+    if optimizer == "sgd" or (optimizer.startswith("paged") and numbers >= PAGED_FROM):
         return 0.0
     if "8bit" in optimizer:
         return 2 * (1 + 4 / 256) if numbers >= 4096 else 8.0

@@ -1,7 +1,7 @@
-"""A model's layers without weights and without Transformers: names and shapes, as a plan needs them.
+"""Llama's decoder on the meta device, without Transformers, whose import takes longer than all else in `lorary plan`.
 
-To import Transformers and build a model on the meta device takes seconds, its configuration says the same in
-milliseconds. Only for the families whose block is Llama's; the tests hold names and shapes to Transformers' own.
+It has the names, the shapes and the operations of Transformers' own models of the families below, so a step of it
+holds the same bytes; the tests compare both. Every other model comes from Transformers.
 """
 
 from __future__ import annotations
@@ -11,105 +11,221 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from lorary.footprint.adapters import linear
-from lorary.footprint.architecture import Architecture, architecture
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
-KNOWN = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "smollm3")
+Rotation = tuple[Tensor, Tensor]  # cosines and sines, [1, length, width of a head]
 
 
 class Norm(nn.Module):
-    """A norm's weight."""
+    """RMS norm, computed in 32 bits."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
 
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.weight * wide.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Attention with rotated queries and keys, fewer heads of keys and values, and a norm for each head (Qwen 3)."""
+
+    def __init__(self, a: SimpleNamespace) -> None:
+        super().__init__()
+        queries, keys = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
+        self.width, self.groups = a.head_dim, a.num_attention_heads // a.num_key_value_heads
+        self.q_proj = linear(a.hidden_size, queries, a.qkv_bias)
+        self.k_proj = linear(a.hidden_size, keys, a.qkv_bias)
+        self.v_proj = linear(a.hidden_size, keys, a.qkv_bias)
+        self.o_proj = linear(queries, a.hidden_size, a.output_bias)
+        self.normed = a.model_type == "qwen3"
+        if self.normed:
+            self.q_norm, self.k_norm = Norm(a.head_dim), Norm(a.head_dim)
+
+    def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None) -> Tensor:
+        heads = (*x.shape[:-1], -1, self.width)
+        q, k, v = (f(x).view(heads) for f in (self.q_proj, self.k_proj, self.v_proj))
+        if self.normed:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = _rotated(q.transpose(1, 2), rotation), _rotated(k.transpose(1, 2), rotation), v.transpose(1, 2)
+        if mask is not None:  # no fused kernel takes a mask and fewer heads of keys
+            k, v = self._for_all_heads(k), self._for_all_heads(v)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=mask is None)
+        projected: Tensor = self.o_proj(y.transpose(1, 2).contiguous().reshape(*x.shape[:-1], -1))
+        return projected
+
+    def _for_all_heads(self, x: Tensor) -> Tensor:
+        batch, heads, length, width = x.shape
+        if self.groups == 1:
+            return x
+        return x[:, :, None].expand(-1, -1, self.groups, -1, -1).reshape(batch, heads * self.groups, length, width)
+
+
+def _rotated(x: Tensor, rotation: Rotation) -> Tensor:
+    cos, sin = (part.unsqueeze(1) for part in rotation)
+    half = x.shape[-1] // 2
+    return (x * cos) + (torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin)
+
+
+class MLP(nn.Module):
+    """The gated MLP."""
+
+    def __init__(self, a: SimpleNamespace) -> None:
+        super().__init__()
+        self.gate_proj = linear(a.hidden_size, a.intermediate_size, a.mlp_bias)
+        self.up_proj = linear(a.hidden_size, a.intermediate_size, a.mlp_bias)
+        self.down_proj = linear(a.intermediate_size, a.hidden_size, a.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return y
+
+
+class Block(nn.Module):
+    """Attention and MLP, each of a normed input and added to it."""
+
+    def __init__(self, a: SimpleNamespace) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = Attention(a), MLP(a)
+        self.input_layernorm, self.post_attention_layernorm = Norm(a.hidden_size), Norm(a.hidden_size)
+
+    def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotation, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
+
+
+class Rotary(nn.Module):
+    """The angles of rotary position embedding."""
+
+    inv_freq: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        for name in ("inv_freq", "original_inv_freq"):
+            self.register_buffer(name, torch.empty(width // 2), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Rotation:
+        places = torch.arange(x.shape[1], device=x.device)[None, :, None].float()
+        angles = places * self.inv_freq.float()
+        both = torch.cat((angles, angles), dim=-1)
+        return both.cos().to(x.dtype), both.sin().to(x.dtype)
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and the last norm."""
+
+    def __init__(self, a: SimpleNamespace) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(a.vocab_size, a.hidden_size, _weight=torch.empty(a.vocab_size, a.hidden_size))
+        self.layers = nn.ModuleList(Block(a) for _ in range(a.num_hidden_layers))
+        self.norm = Norm(a.hidden_size)
+        self.rotary_emb = Rotary(a.head_dim)
+        self.checkpointing: Mapping[str, Any] = {}
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor]:
+        x = self.embed_tokens(input_ids)
+        rotation, mask = self.rotary_emb(x), None
+        if attention_mask is not None:
+            batch, length = input_ids.shape
+            mask = torch.empty(batch, 1, length, length, dtype=torch.bool, device=x.device)
+        for block in self.layers:
+            given = (x, rotation, mask)
+            x = checkpoint(block, *given, **self.checkpointing) if self.checkpointing else block(*given)
+            del given
+        return (self.norm(x),)
+
 
 class Skeleton(nn.Module):
-    """A decoder's shapes. It cannot run.
+    """A causal language model of Llama's kind.
 
     Args:
-        settings: the content of `config.json`.
-        a: its sizes.
+        a: the content of `config.json`, with `sizes` filled in.
     """
 
     base_model_prefix = "model"
 
-    def __init__(self, settings: Mapping[str, Any], a: Architecture) -> None:
+    def __init__(self, a: SimpleNamespace) -> None:
         super().__init__()
-        self.config = SimpleNamespace(**settings)
-        self.model = nn.Module()
-        self.model.embed_tokens = nn.Embedding(a.V, a.H, _weight=torch.empty(a.V, a.H))
-        self.model.layers = nn.ModuleList(_block(settings, a) for _ in range(a.L))
-        self.model.norm = Norm(a.H)
-        self.model.rotary_emb = nn.Module()
-        for name in _rotations(settings, a):
-            self.model.rotary_emb.register_buffer(f"{name}inv_freq", torch.empty(a.head_width // 2), persistent=False)
-            original = torch.empty(a.head_width // 2)
-            self.model.rotary_emb.register_buffer(f"{name}original_inv_freq", original, persistent=False)
-        self.lm_head = linear(a.H, a.V)
-        if a.tied:
+        self.config = a
+        self.model = Decoder(a)
+        self.lm_head = linear(a.hidden_size, a.vocab_size)
+        if a.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def base_model(self) -> Decoder:
+        """The model without its head."""
+        return self.model
 
     def get_input_embeddings(self) -> nn.Module:
         """The table of tokens."""
-        return self.model.embed_tokens  # type: ignore[return-value]
+        return self.model.embed_tokens
 
     def get_output_embeddings(self) -> nn.Module:
         """The LM head."""
         return self.lm_head
 
-
-def _rotations(settings: Mapping[str, Any], a: Architecture) -> list[str]:
-    """Gemma 3 turns by two angles: one for its windows, one for every sixth block, which sees everything."""
-    if a.model_type != "gemma3_text":
-        return [""]
-    kinds = settings.get("layer_types") or ["sliding_attention"] + ["full_attention"] * (a.L >= 6)
-    return [f"{kind}_" for kind in sorted(set(kinds))]
+    def gradient_checkpointing_enable(self, options: Mapping[str, Any]) -> None:
+        """Compute every block again in the backward pass, by `checkpoint` with these options."""
+        self.model.checkpointing = options
 
 
 def skeleton(settings: Mapping[str, Any], dtype: torch.dtype) -> Skeleton | None:
-    """The shapes of the model that a `config.json` describes, on the meta device; None for another family.
+    """The model that a `config.json` describes, on the meta device; None for one that differs from Llama's.
 
     Args:
         settings: its content.
         dtype: of the weights.
     """
-    a = architecture(settings)
-    if a is None or settings.get("model_type") not in KNOWN or settings.get("quantization_config"):
+    a = _sizes(settings)
+    if a is None:
         return None
     with torch.device("meta"):
-        made = Skeleton(settings, a)
+        made = Skeleton(a)
     for parameter in made.parameters():
         parameter.data = parameter.data.to(dtype)
     return made.eval()
 
 
-def _block(settings: Mapping[str, Any], a: Architecture) -> nn.Module:
-    qkv, out, mlp = _biases(settings, a.model_type)
-    block, attention, wide = nn.Module(), nn.Module(), nn.Module()
-    attention.q_proj = linear(a.H, a.Q, qkv)
-    attention.k_proj = linear(a.H, a.K, qkv)
-    attention.v_proj = linear(a.H, a.K, qkv)
-    attention.o_proj = linear(a.Q, a.H, out)
-    if a.head_norm:
-        attention.q_norm, attention.k_norm = Norm(a.head_width), Norm(a.head_width)
-    wide.gate_proj, wide.up_proj = linear(a.H, a.M, mlp), linear(a.H, a.M, mlp)
-    wide.down_proj = linear(a.M, a.H, mlp)
-    block.self_attn, block.mlp = attention, wide
-    block.input_layernorm, block.post_attention_layernorm = Norm(a.H), Norm(a.H)
-    if a.four_norms:
-        block.pre_feedforward_layernorm, block.post_feedforward_layernorm = Norm(a.H), Norm(a.H)
-    return block
+def _sizes(settings: Mapping[str, Any]) -> SimpleNamespace | None:
+    """The settings with Transformers' defaults filled in."""
+    family = settings.get("model_type")
+    if family not in FAMILIES or settings.get("quantization_config") or settings.get("attention_dropout"):
+        return None
+    windowed = settings.get("sliding_window", 4096 if family == "mistral" else None)
+    if windowed and settings.get("use_sliding_window", family == "mistral"):
+        return None
+    if settings.get("_attn_implementation") == "eager" or settings.get("pretraining_tp", 1) > 1:
+        return None
+    a = SimpleNamespace(**settings)
+    try:
+        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
+            setattr(a, name, int(settings[name]))
+        a.num_key_value_heads = int(settings.get("num_key_value_heads") or a.num_attention_heads)
+        width = 128 if family == "qwen3" else a.hidden_size // a.num_attention_heads
+        a.head_dim = int(settings.get("head_dim") or width)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return None
+    a.tie_word_embeddings = bool(settings.get("tie_word_embeddings", False))
+    a.output_bias = family not in ("qwen2", "mistral") and bool(settings.get("attention_bias", False))
+    a.qkv_bias = family == "qwen2" or a.output_bias
+    a.mlp_bias = family == "llama" and bool(settings.get("mlp_bias", False))
+    return a
 
 
-def _biases(settings: Mapping[str, Any], kind: str) -> tuple[bool, bool, bool]:
-    """Whether q, k and v, the layer after attention, and the MLP have biases."""
-    if kind == "qwen2":
-        return True, False, False
-    if kind == "mistral":
-        return False, False, False
-    both = bool(settings.get("attention_bias", False))
-    return both, both, bool(settings.get("mlp_bias", False)) and kind in ("llama", "smollm3")
+def linear(inp: int, out: int, bias: bool = False) -> nn.Linear:
+    """A linear layer on the meta device. nn.Linear itself draws its numbers even there, which takes its time."""
+    layer = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(layer)
+    layer.in_features, layer.out_features = inp, out
+    layer.weight = nn.Parameter(torch.empty(out, inp, device="meta"))
+    made = nn.Parameter(torch.empty(out, device="meta")) if bias else None
+    layer.register_parameter("bias", made)
+    return layer

@@ -1,4 +1,4 @@
-"""What a training step is given: the sizes of a batch, and how it is computed."""
+"""The sizes of a micro-batch, and how it is computed."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ class Workload:
     Args:
         batch: sequences.
         length: tokens in a sequence, padding included.
-        dtype: of the frozen weights.
-        autocast: compute in bfloat16 although the weights are kept in `dtype`.
+        dtype: of the frozen weights; None: as they are.
+        autocast: compute in bfloat16 although the weights are kept in another dtype.
         padding: whether shorter sequences are padded: attention then takes a mask, and keeps more.
         labelled: share of the tokens that have a label and reach the LM head.
         checkpointing: whether every block is computed again in the backward pass.
 
     Raises:
-        PlanError: `batch` or `length` is not positive, or `labelled` is no share.
+        PlanError: `batch` or `length` is not positive, or `labelled` is not a share.
     """
 
     batch: int = 1
     length: int = 512
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype | None = None
     autocast: bool = False
     padding: bool = False
     labelled: float = 1.0
@@ -44,23 +44,3 @@ class Workload:
             problems.append(Problem("labelled", f"{self.labelled} is no share of the tokens"))
         if problems:
             raise PlanError("the memory of this training cannot be predicted:", problems)
-
-    @property
-    def tokens(self) -> int:
-        """T, all of them."""
-        return self.batch * self.length
-
-    @property
-    def w(self) -> int:
-        """Bytes of a number of the hidden states."""
-        return self.dtype.itemsize
-
-    @property
-    def e(self) -> int:
-        """Bytes of a number that a product gives."""
-        return 2 if self.autocast else self.dtype.itemsize
-
-    @property
-    def computes(self) -> torch.dtype:
-        """The precision of the products."""
-        return torch.bfloat16 if self.autocast else self.dtype

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorary.errors import LoraryError
-from lorary.footprint.room import Need
+from lorary.footprint.gpu_fit import Need
 from lorary.train.config import Config
 from lorary.train.forecast import Forecast, forecast
 

@@ -27,12 +27,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
 from lorary.footprint.chunks import chunk as chunk_of
+from lorary.footprint.chunks import scores, scores_in_chunks
 from lorary.loop import evaluating
 
 STATISTICS = ("entropy", "is_top1", "mean_logits", "log_sum_sq_probs")
@@ -127,7 +126,7 @@ class LabelledHead:
         else:
             outputs = self.original(*args, **inputs)
             states, aux_loss = outputs.logits, outputs.get("aux_loss")  # [batch, tokens, vocabulary]
-            score = functools.partial(_score, nn.Identity(), statistics=self.statistics)
+            score = functools.partial(scores, nn.Identity(), statistics=self.statistics)
         states = states if whole else states[:, :-1]
         targets = targets.to(states.device)
         mask = targets != -100
@@ -146,14 +145,7 @@ class LabelledHead:
         once, also if this rank has more chunks than another or none. Without labels one empty chunk is scored, so
         that the result stays connected to the model and DDP finds every gradient.
         """
-        score = functools.partial(_score, head.forward, statistics=self.statistics)
-
-        def in_chunks(states: Tensor, targets: Tensor) -> dict[str, Tensor]:
-            count = max(1, -(-len(targets) // self.chunk))
-            *most, last = zip(states.tensor_split(count), targets.tensor_split(count), strict=True)
-            parts = [checkpoint(score, h, y, use_reentrant=False) for h, y in most] + [score(*last)]
-            return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
-
+        in_chunks = functools.partial(scores_in_chunks, head.forward, statistics=self.statistics, size=self.chunk)
         device = next(head.parameters()).device
         with _forward(head, in_chunks):
             found: dict[str, Tensor] = head(states.to(device), targets.to(device))
@@ -190,26 +182,6 @@ class LabelledHead:
         if not plain:
             _log.warning("%s: %s; the loss uses the model's full logits", type(self.model).__name__, reason)
         return plain
-
-
-def _score(
-    head: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, statistics: tuple[str, ...]
-) -> dict[str, Tensor]:
-    """Log-probabilities of `targets` `[n]` and the `statistics` of the distributions `softmax(head(states))`."""
-    logits = head(states).float()  # [n, vocabulary]
-    log_p = logits.log_softmax(-1)
-    scores = {"log_probs": -F.nll_loss(log_p, targets, reduction="none")}
-    # After the last operation that keeps anything for the backward pass: a recomputation stops before this.
-    with torch.no_grad():
-        if "is_top1" in statistics:
-            scores["is_top1"] = scores["log_probs"] >= log_p.amax(-1)  # argmax is several times slower on a CPU
-        if "mean_logits" in statistics:
-            scores["mean_logits"] = logits.mean(-1)
-        if "log_sum_sq_probs" in statistics:
-            scores["log_sum_sq_probs"] = (2 * log_p).logsumexp(-1)
-        if "entropy" in statistics:
-            scores["entropy"] = -torch.linalg.vecdot(log_p.exp(), log_p)
-    return scores
 
 
 @contextmanager

@@ -10,13 +10,15 @@ from typing import Any
 from lorary.adapter import Adapter
 from lorary.bases.reading import reader
 from lorary.errors import ConfigError, Problem
+from lorary.footprint.memory import Memory
+from lorary.footprint.predict import predict
 from lorary.plans import Plan
 from lorary.positions import reach, rotation
 from lorary.train.config import Config
 from lorary.train.contradictions import contradictions
 from lorary.train.data import load
+from lorary.train.forecast import workload
 from lorary.train.lint import Lint, lint
-from lorary.train.memory import Memory, estimate
 from lorary.train.models import dtype, load_config, load_tokenizer, skeleton
 from lorary.train.past import past_of, with_digests
 from lorary.train.tokens import Tokens, tokenize
@@ -95,20 +97,12 @@ def _memory(config: Config, bare: Any, plan: Plan, found: Lint) -> Memory:
     """For the longest row in every place of a batch."""
     import torch
 
-    t = config.training
-    paged = t.optimizer if torch.cuda.is_available() else t.optimizer.removeprefix("paged_")  # a CPU pages nothing
-    sides = 2 if config.task == "dpo" else 1  # a pair has two answers
-    return estimate(
-        bare,
-        plan,
-        batch=sides * t.batch_size,
-        length=_longest(config, found),
-        dtype=bare.dtype,
-        gradient_checkpointing=t.gradient_checkpointing,
-        optimizer=paged,
-        labelled=found.labelled,
-        padding=not config.data.packing and sides * t.batch_size > 1,
-    )
+    training = config.training
+    paged = training.optimizer if torch.cuda.is_available() else training.optimizer.removeprefix("paged_")
+    work = dataclasses.replace(
+        workload(config, bare), length=_longest(config, found), labelled=found.labelled
+    )  # on a CPU nothing is paged
+    return predict(bare, plan, work, paged)
 
 
 def _longest(config: Config, found: Lint) -> int:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from lorary.errors import FileError, LoraryError, Problem, TrainingError
+from lorary.footprint.memory import Memory
 from lorary.formats.atomic import FULL, refused
 from lorary.plans import human_bytes
 from lorary.train import checkpoint
-from lorary.train.memory import Memory
 
 # How allocators that raise a plain RuntimeError say it: PyTorch's for CPUs, its one for Apple's GPUs, and C++ itself.
 _SPENT = ("DefaultCPUAllocator: can't allocate memory", "MPS backend out of memory", "std::bad_alloc")

@@ -46,7 +46,7 @@ from lorary.train.stopping import explained
 if TYPE_CHECKING:
     from transformers import Trainer as _Loop
 
-    from lorary.train.memory import Memory
+    from lorary.footprint.memory import Memory
 else:
     _Loop = object  # in earnest the trainer comes second in the bases of whoever uses the mixin
 
