@@ -99,9 +99,11 @@ def filled(model: Any, device: torch.device) -> Any:
 def ours(size: str, dtype: torch.dtype, device: torch.device) -> Any:
     model: Any = bare(size, dtype)
     plan = lorary.plan(model, lorary.method("qlora", r=RANK, alpha=ALPHA))
-    for name in plan.packed:
+    for name in plan.quantized:
         layer = model.get_submodule(name)
-        made = lorary.NF4().pack(nn.Linear(layer.in_features, layer.out_features, False, device="meta", dtype=dtype))
+        made = lorary.NF4().quantize(
+            nn.Linear(layer.in_features, layer.out_features, False, device="meta", dtype=dtype)
+        )
         fresh = codes(layer.out_features, layer.in_features, device)
         made.weight = nn.Parameter(fresh.codes, requires_grad=False)
         for key in ("absmax", "nested_absmax", "nested_offset"):

@@ -162,7 +162,7 @@ def _same_start(ours: Any, theirs: Any) -> None:
     parameters = dict(theirs.named_parameters())
     for name, layer in adapted(ours).items():
         with torch.no_grad():
-            parameters[f"base_model.model.{name}.lora_A.default.weight"].copy_(layer.p["A"])
+            parameters[f"base_model.model.{name}.lora_A.default.weight"].copy_(layer.params["A"])
 
 
 def rows(found: Found) -> list[dict[str, Any]]:

@@ -95,8 +95,8 @@ def _o_lora(base: Any) -> dict[str, Runner]:
         for layer in adapted(model).values():
             torch.manual_seed(task)
             with torch.no_grad():
-                layer.p["A"].normal_(std=layer.site.inp**-0.5)
-                layer.p["B"].normal_(std=1e-3)
+                layer.params["A"].normal_(std=layer.site.in_features**-0.5)
+                layer.params["B"].normal_(std=1e-3)
         past.append(lorary.Adapter.of(model))
     hard = lorary.method("o-lora", r=RANK // 2, alpha=ALPHA / 2, hard=True)
     return {

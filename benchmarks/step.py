@@ -108,7 +108,7 @@ def _same_start(case: Case, ours: Any, theirs: Any) -> None:
     for name, layer in adapted(ours).items():
         for role, suffix in case.start.items():
             with torch.no_grad():
-                parameters[f"base_model.model.{name}.{suffix}"].copy_(layer.p[role])
+                parameters[f"base_model.model.{name}.{suffix}"].copy_(layer.params[role])
 
 
 def _same_work(case: Case, runners: list[Runner], arguments: argparse.Namespace) -> None:

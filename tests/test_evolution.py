@@ -56,8 +56,8 @@ def test_a_planted_optimum_is_found() -> None:
     assert found.fitness == 15.0
     assert found.judged <= 50 * 20
     assert list(found.history) == sorted(found.history)
-    assert {p.site.name: p.delta for p in found.adapter.placed} == GOAL
-    assert found.size == sum(p.trainable for p in found.adapter.placed)
+    assert {p.site.name: p.delta for p in found.adapter.sites} == GOAL
+    assert found.size == sum(p.trainable for p in found.adapter.sites)
 
 
 def test_drawing_at_random_does_not_find_it() -> None:
@@ -90,7 +90,7 @@ def test_the_ceiling_is_respected(ceiling: int) -> None:
     seen = []
 
     def fitness(model: nn.Module) -> float:
-        size = sum(p.numel() for layer in adapted(model).values() for p in layer.p.values())
+        size = sum(p.numel() for layer in adapted(model).values() for p in layer.params.values())
         seen.append(size)
         return float(size)
 
@@ -140,7 +140,7 @@ def test_a_candidate_is_judged_as_the_adapter_that_it_would_be(tmp_path: Path) -
     base = seeded("LlamaForCausalLM")
     lorary.load(base, tmp_path / "found")
     assert torch.equal(logits(base), judged[found.fitness])
-    assert lorary.load_adapter(tmp_path / "found").placed == found.adapter.placed
+    assert lorary.load_adapter(tmp_path / "found").sites == found.adapter.sites
     lorary.merge(base)
     torch.testing.assert_close(logits(base), judged[found.fitness], rtol=1e-4, atol=1e-5)
 
@@ -171,11 +171,11 @@ def test_it_is_as_before_after_a_fitness_that_fails() -> None:
 def test_slices_share_their_storage() -> None:
     model = supernet(net(1))
     (layer,) = adapted(model).values()
-    whole = dict(layer.p.items())
+    whole = dict(layer.params.items())
     for scalar, vector in (("scalar", "vector"), ("none", "lora")):
         some = Terms(2, scalar, vector, "vector", "scalar", "vector")
         with structured([layer], (some,)):
-            for role, part in layer.p.items():
+            for role, part in layer.params.items():
                 assert part.untyped_storage()._cdata == whole[role].untyped_storage()._cdata, role
                 assert part.data_ptr() == whole[role].data_ptr(), "every form begins where the largest does"
     forms = {
@@ -193,7 +193,7 @@ def test_layers_that_are_better_left_alone_are() -> None:
     goal = GOAL | {"1": Terms(2, *["none"] * 5)}
     found = lorary.search_supernet(supernet(), planted(goal))
     assert found.structures == goal
-    assert [p.site.name for p in found.adapter.placed] == ["0", "2"]
+    assert [p.site.name for p in found.adapter.sites] == ["0", "2"]
     base = net()
     x = torch.randn(3, 6)
     lorary.switch(base, found.adapter)

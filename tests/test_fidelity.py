@@ -43,8 +43,8 @@ def gaussian(ratio: float, folder: Path) -> nn.Sequential:
     layer = adapted(model)["0"]
     with torch.no_grad():
         B, A = torch.randn(512, 16), torch.randn(16, 512)
-        layer.p["A"].copy_(A)
-        layer.p["B"].copy_(B * (ratio * dense(layer.base).norm() / (B @ A).norm()))
+        layer.params["A"].copy_(A)
+        layer.params["B"].copy_(B * (ratio * dense(layer.base).norm() / (B @ A).norm()))
     lorary.save(model, folder)
     return model
 
@@ -68,7 +68,7 @@ def test_a_quantised_base_merges_into_16_bits_and_not_into_4(ratio: float, tmp_p
     model = gaussian(ratio, tmp_path / "a")
     layer = adapted(model)["0"]
     W = dense(layer.base)
-    dW = layer.scale * layer.p["B"].detach().double() @ layer.p["A"].detach().double()
+    dW = layer.scale * layer.params["B"].detach().double() @ layer.params["A"].detach().double()
     live = MergeCheck.of(model)
     (site,) = live.sites(lorary.load(plain(), tmp_path / "a", pack=False))
     found = live.merge(model)
@@ -77,7 +77,7 @@ def test_a_quantised_base_merges_into_16_bits_and_not_into_4(ratio: float, tmp_p
     assert found.error == pytest.approx(rounded, rel=0.1)
     assert found.effect == pytest.approx(ratio, rel=1e-3)
     assert site.error == pytest.approx(original, rel=0.1)
-    again = dense(NF4().pack(model[0]))
+    again = dense(NF4().quantize(model[0]))
     assert float((again - W - dW).norm() / dW.norm()) == pytest.approx(repacked, rel=0.1)
 
 

@@ -49,12 +49,12 @@ def made(method: lorary.Method, make: Any, seed: int = 0) -> nn.Module:
 
 def by_form(layer: Any, x: Tensor, form: LowRankForm) -> Tensor:
     """gain * (W x + B A x) + b + shift, from the plain layer alone."""
-    site = lorary.plan(nn.Sequential(layer), lorary.method(r=1), "0").placed[0].site
+    site = lorary.plan(nn.Sequential(layer), lorary.method(r=1), "0").sites[0].site
     kind = lorary.sites.KINDS[site.kind]
     y = kind.run(layer, x, kind.matrix(layer) + form.B @ form.A, None)
-    y = y if form.gain is None else y * kind.along(form.gain)
+    y = y if form.gain is None else y * kind.broadcast_over_rows(form.gain)
     for offset in (getattr(layer, "bias", None), form.shift):
-        y = y if offset is None else y + kind.along(offset)
+        y = y if offset is None else y + kind.broadcast_over_rows(offset)
     return y.detach()
 
 

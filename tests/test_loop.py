@@ -117,7 +117,7 @@ def test_a_stray_parameter_is_refused() -> None:
 def test_what_was_frozen_by_hand_is_left_out() -> None:
     model = attached("lora", full="norm", targets="q_proj")
     layers = list(adapted(model).values())
-    layers[0].p["A"].requires_grad_(False)
+    layers[0].params["A"].requires_grad_(False)
     model.model.norm.weight.requires_grad_(False)
     (row,) = lorary.param_groups(model, lr=1e-3)
     assert len(row["params"]) == 3
@@ -161,7 +161,7 @@ def test_a_decay_moves_factors_that_have_no_gradient_yet() -> None:
     """At step 0 the gradient of A is zero; decoupled decay moves A all the same, and no decay leaves it."""
     for decay, moves in ((0.0, False), (0.1, True)):
         model = attached("lora", targets="q_proj")
-        A = next(iter(adapted(model).values())).p["A"]
+        A = next(iter(adapted(model).values())).params["A"]
         before = A.clone()
         step(model, torch.optim.AdamW(lorary.param_groups(model, lr=0.01, weight_decay=decay)))
         assert torch.equal(A, before) is not moves
@@ -187,19 +187,19 @@ class Pull(Rule):
 
     def penalty(self, layers: Sequence[Layer], state: dict[str, Tensor]) -> Tensor:
         state["seen"][0] += 1
-        return state["weight"] * sum(((layer.p["B"] - self.to) ** 2).sum() for layer in layers)
+        return state["weight"] * sum(((layer.params["B"] - self.to) ** 2).sum() for layer in layers)
 
     def after_backward(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
         state["seen"][1] = step
         for layer in layers:
-            layer.p["B"].grad.mul_(self.factor)
+            layer.params["B"].grad.mul_(self.factor)
 
     def after_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int, run: Any) -> None:
         state["seen"][2] = step
-        assert all(layer.p["B"].grad is not None for layer in layers)
+        assert all(layer.params["B"].grad is not None for layer in layers)
         state["weight"] *= 2
         for layer in layers:
-            layer.p["B"].clamp_(max=0.9 * self.to)
+            layer.params["B"].clamp_(max=0.9 * self.to)
 
 
 @pytest.fixture
@@ -217,16 +217,16 @@ def test_a_rule_at_work() -> None:
     model = attached("lora", rules=[Pull()], r=2, targets="q_proj")
     rules = lorary.rules(model, steps=10)
     layers = list(adapted(model).values())
-    numbers = sum(layer.p["B"].numel() for layer in layers)
+    numbers = sum(layer.params["B"].numel() for layer in layers)
     assert rules.penalty().item() == pytest.approx(numbers / 10)  # B = 0
     optimizer = torch.optim.SGD(lorary.param_groups(model, lr=1e-9))
     model(input_ids=tiny.ids(), labels=tiny.ids()).loss.backward()
-    plain = [layer.p["B"].grad.clone() for layer in layers]
+    plain = [layer.params["B"].grad.clone() for layer in layers]
     for layer, grad in zip(layers, plain, strict=True):
-        layer.p["B"].grad = grad.clone()
+        layer.params["B"].grad = grad.clone()
     rules.after_backward()
     for layer, grad in zip(layers, plain, strict=True):
-        assert torch.equal(layer.p["B"].grad, grad / 2)
+        assert torch.equal(layer.params["B"].grad, grad / 2)
     optimizer.step()
     rules.after_step()
     assert rules.step == 1
@@ -241,7 +241,7 @@ def test_a_rule_changes_where_training_goes() -> None:
     for _ in range(8):
         step(model, optimizer, rules)
     for layer in adapted(model).values():
-        torch.testing.assert_close(layer.p["B"].detach(), torch.full((16, 2), 1.8))  # pulled to 2, held at 90 %
+        torch.testing.assert_close(layer.params["B"].detach(), torch.full((16, 2), 1.8))  # pulled to 2, held at 90 %
 
 
 @pulled
@@ -254,7 +254,7 @@ def test_several_rules_add_up_and_keep_to_themselves() -> None:
 
 
 def _factors(model: nn.Module) -> list[Tensor]:
-    return [layer.p["B"] for layer in adapted(model).values()]
+    return [layer.params["B"] for layer in adapted(model).values()]
 
 
 @pulled
@@ -385,7 +385,7 @@ def test_the_optimizer_keeps_its_groups_and_their_order_when_tensors_shrink() ->
         assert (group["name"], group["weight_decay"]) == (was["name"], was["weight_decay"])
     assert list(untouched) == ["model.norm.weight", "lm_head.weight"]
     assert all(dict(model.named_parameters())[name] is p for name, p in untouched.items())
-    assert sum(layer.p["E"].numel() for layer in adapted(model).values()) == 2 * len(adapted(model))
+    assert sum(layer.params["E"].numel() for layer in adapted(model).values()) == 2 * len(adapted(model))
     for p in (p for group in optimizer.param_groups for p in group["params"]):
         assert p.requires_grad
         assert all(value.shape == p.shape for name, value in optimizer.state[p].items() if name != "step")
@@ -400,7 +400,7 @@ def test_sites_that_are_shrunk_say_so_to_whoever_takes_the_adapter() -> None:
     step(model, optimizer, rules)
     ranks = rules.report()["ranks"]
     adapter = Adapter.of(model)
-    assert {p.site.name: p.delta.kept for p in adapter.placed if p.delta.kept is not None} == {
+    assert {p.site.name: p.delta.kept for p in adapter.sites if p.delta.kept is not None} == {
         name: rank for name, rank in ranks.items() if rank < 4
     }
     assert {name: roles["P"].shape[1] for name, roles in adapter.tensors.items()} == ranks
@@ -411,11 +411,11 @@ def test_where_the_optimizer_keeps_sums_over_rows_nothing_shrinks() -> None:
     model, optimizer, rules = masked(torch.optim.Adafactor)
     for _ in range(4):
         step(model, optimizer, rules)
-    assert all(layer.p["E"].numel() == 4 for layer in adapted(model).values())
-    alive = sum(int(layer.p["E"].count_nonzero()) for layer in adapted(model).values())
+    assert all(layer.params["E"].numel() == 4 for layer in adapted(model).values())
+    alive = sum(int(layer.params["E"].count_nonzero()) for layer in adapted(model).values())
     assert alive == rules.report()["rank_budget"] == 2 * len(adapted(model))
     small = Adapter.of(model).compact()
-    assert {p.site.name: p.delta.R for p in small.placed} == rules.report()["ranks"]
+    assert {p.site.name: p.delta.R for p in small.sites} == rules.report()["ranks"]
 
 
 def test_where_several_ranks_may_hold_the_parameters_nothing_shrinks() -> None:
@@ -426,9 +426,9 @@ def test_where_several_ranks_may_hold_the_parameters_nothing_shrinks() -> None:
         step(model, optimizer, rules)
     finally:
         dist.destroy_process_group()
-    assert all(layer.p["E"].numel() == 4 for layer in adapted(model).values())
+    assert all(layer.params["E"].numel() == 4 for layer in adapted(model).values())
     step(model, optimizer, rules)  # and as soon as it can be done it is
-    assert sum(layer.p["E"].numel() for layer in adapted(model).values()) == 2 * len(adapted(model))
+    assert sum(layer.params["E"].numel() for layer in adapted(model).values()) == 2 * len(adapted(model))
 
 
 @pytest.mark.parametrize("done", [2, 5, 7])

@@ -47,8 +47,8 @@ def slow(model: nn.Module, batch: Any, mask: Tensor | None) -> dict[str, tuple[f
         x = inputs[0].double() if inputs[0].is_floating_point() else inputs[0]
         for i, matrix in enumerate((change, whole)):
             y = layer.kind.run(base, x, matrix, None)
-            if layer.site.window:
-                y = y.movedim(-len(layer.site.window) - 1, -1)
+            if layer.site.kernel_size:
+                y = y.movedim(-len(layer.site.kernel_size) - 1, -1)
             if layer.site.parts:
                 y = y[..., torch.cat([part.rows() for part in layer.site.parts])]
             rows = y.reshape(-1, y.shape[-1])
@@ -192,7 +192,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
         layer_importance(fresh, [{"input_ids": IDS, "attention_mask": added}])
     broken = trained(tiny.llama())
     with torch.no_grad():
-        broken.model.layers[0].self_attn.v_proj.p["B"].fill_(torch.inf)
+        broken.model.layers[0].self_attn.v_proj.params["B"].fill_(torch.inf)
     with pytest.raises(StateError, match="its outputs are not finite"):
         layer_importance(broken, [BATCH])
 
@@ -211,7 +211,7 @@ def test_methods_that_cannot_share_are_refused(name: str) -> None:
     model = tiny.seeded("BertForSequenceClassification")
     plan = lorary.plan(model, lorary.method(name, **({} if name == "bitfit" else {"r": 2})))
     with pytest.raises(PlanError) as caught:
-        drop_layers(plan, Importance(tuple(Measured(p.site.name, 1.0, 1.0) for p in plan.placed)))
+        drop_layers(plan, Importance(tuple(Measured(p.site.name, 1.0, 1.0) for p in plan.sites)))
     assert f"  - {REFUSED[name]}" in str(caught.value)
 
 
@@ -322,19 +322,19 @@ def deep(**options: Any) -> Any:
 
 def flat(plan: Any, *large: str) -> Importance:
     """Everything is in these layers, and a little in all others."""
-    return made({p.site.name: 10.0 if any(n in p.site.name for n in large) else 0.1 for p in plan.placed})
+    return made({p.site.name: 10.0 if any(n in p.site.name for n in large) else 0.1 for p in plan.sites})
 
 
 def test_layers_that_are_not_kept_share_one_of_their_kind() -> None:
     plan = deep(targets=["q_proj", "v_proj", "down_proj"])
     new = drop_layers(plan, flat(plan, "layers.1.", "layers.3.self_attn.v"), 0.9)
-    shares = {p.site.name.removeprefix("model.layers."): p.share for p in new.placed}
+    shares = {p.site.name.removeprefix("model.layers."): p.share for p in new.sites}
     assert shares == {
         **{f"{i}.self_attn.q_proj": "q_proj" if i != 1 else "" for i in range(4)},
         **{f"{i}.self_attn.v_proj": "v_proj" if i in (0, 2) else "" for i in range(4)},
         **{f"{i}.mlp.down_proj": "down_proj" if i != 1 else "" for i in range(4)},
     }
-    assert [p.site for p in new.placed] == [p.site for p in plan.placed]
+    assert [p.site for p in new.sites] == [p.site for p in plan.sites]
     r, sizes = 2, {"q": 16 + 16, "v": 16 + 8, "down": 24 + 16}
     assert new.trainable == r * ((1 + 1) * sizes["q"] + (2 + 1) * sizes["v"] + (1 + 1) * sizes["down"])
     assert new.notes[-1] == (
@@ -345,19 +345,19 @@ def test_layers_that_are_not_kept_share_one_of_their_kind() -> None:
 def test_a_threshold_of_one_is_the_plan_itself() -> None:
     plan = deep()
     new = drop_layers(plan, flat(plan), 1.0)
-    assert (new.placed, new.trainable) == (plan.placed, plan.trainable)
+    assert (new.sites, new.trainable) == (plan.sites, plan.trainable)
 
 
 def test_a_layer_that_would_share_with_none_keeps_its_own() -> None:
     plan = deep(targets=["q_proj"])
-    new = drop_layers(plan, made({p.site.name: g for p, g in zip(plan.placed, (4, 4, 4, 0.1), strict=True)}), 0.9)
-    assert {p.share for p in new.placed} == {""}
+    new = drop_layers(plan, made({p.site.name: g for p, g in zip(plan.sites, (4, 4, 4, 0.1), strict=True)}), 0.9)
+    assert {p.share for p in new.sites} == {""}
 
 
 def test_ranks_and_scales_that_differ_do_not_share() -> None:
     plan = deep(targets=["q_proj"], ranks={"*.0.*": 4, "*.1.*": 4}, alphas={"*.3.*": 7.0})
-    new = drop_layers(plan, made({p.site.name: g for p, g in zip(plan.placed, (1, 1, 90, 1), strict=True)}), 0.9)
-    assert [p.share for p in new.placed] == ["q_proj", "q_proj", "", ""]
+    new = drop_layers(plan, made({p.site.name: g for p, g in zip(plan.sites, (1, 1, 90, 1), strict=True)}), 0.9)
+    assert [p.share for p in new.sites] == ["q_proj", "q_proj", "", ""]
     deeper = lorary.plan(
         tiny.model("LlamaForCausalLM", num_hidden_layers=5),
         lorary.method("lora", r=2),
@@ -365,9 +365,9 @@ def test_ranks_and_scales_that_differ_do_not_share() -> None:
         ranks={"*.0.*": 4, "*.1.*": 4},
     )
     apart = drop_layers(
-        deeper, made({p.site.name: g for p, g in zip(deeper.placed, (1, 1, 1, 1, 90), strict=True)}), 0.5
+        deeper, made({p.site.name: g for p, g in zip(deeper.sites, (1, 1, 1, 1, 90), strict=True)}), 0.5
     )
-    assert [p.share for p in apart.placed] == ["q_proj", "q_proj", "q_proj 2", "q_proj 2", ""]
+    assert [p.share for p in apart.sites] == ["q_proj", "q_proj", "q_proj 2", "q_proj 2", ""]
 
 
 @pytest.mark.parametrize("threshold", [0, -1, 1.5, float("nan"), True, "0.9"])
@@ -380,15 +380,15 @@ def test_a_threshold_that_is_none_is_refused(threshold: Any) -> None:
 @pytest.mark.parametrize("g", [float("nan"), float("inf"), -1.0])
 def test_an_importance_that_is_no_size_is_refused(g: float) -> None:
     plan = deep(targets=["q_proj"])
-    site = plan.placed[1].site.name
+    site = plan.sites[1].site.name
     with pytest.raises(PlanError, match=re.escape(f"{site}: its importance is {g!r}, no finite number of at least 0")):
-        drop_layers(plan, made({p.site.name: g if p.site.name == site else 1.0 for p in plan.placed}))
+        drop_layers(plan, made({p.site.name: g if p.site.name == site else 1.0 for p in plan.sites}))
 
 
 def test_the_importance_of_another_model_is_refused() -> None:
     plan = deep(targets=["q_proj"])
     with pytest.raises(PlanError) as caught:
-        drop_layers(plan, made({p.site.name.replace("layers.0", "layers.9"): 1.0 for p in plan.placed}))
+        drop_layers(plan, made({p.site.name.replace("layers.0", "layers.9"): 1.0 for p in plan.sites}))
     assert str(caught.value) == (
         "cannot drop layers from this plan:\n"
         "  - model.layers.0.self_attn.q_proj: is planned, but was not measured\n"
@@ -430,50 +430,50 @@ def _stepped(model: Any, lr: float = 0.1) -> None:
 def test_shared_tensors_stay_one_are_trained_once_and_counted_once() -> None:
     model = sharing()
     layers = [block.self_attn.q_proj for block in model.model.layers]
-    assert layers[0].p["A"] is layers[2].p["A"] is layers[3].p["A"] is not layers[1].p["A"]
+    assert layers[0].params["A"] is layers[2].params["A"] is layers[3].params["A"] is not layers[1].params["A"]
     trained = [p for p in model.parameters() if p.requires_grad]
     grouped = [p for row in lorary.param_groups(model, lr=1.0) for p in row["params"]]
     assert sorted(map(id, grouped)) == sorted(map(id, trained))
     assert len(grouped) == 2 * 2 * 2
     assert sum(p.numel() for p in grouped) == 2 * 2 * (16 + 16 + 24 + 16)
-    before = layers[0].p["B"].detach().clone()
+    before = layers[0].params["B"].detach().clone()
     _stepped(model)
-    assert layers[0].p["B"] is layers[3].p["B"]
-    assert not torch.equal(layers[0].p["B"], before)
+    assert layers[0].params["B"] is layers[3].params["B"]
+    assert not torch.equal(layers[0].params["B"], before)
 
 
 def test_a_shared_gradient_is_the_sum_over_its_layers() -> None:
     model, apart = sharing(), sharing()
     for layer in adapted(apart).values():  # the same function with tensors of their own
-        layer.p = nn.ParameterDict({role: nn.Parameter(p.detach().clone()) for role, p in layer.p.items()})
+        layer.params = nn.ParameterDict({role: nn.Parameter(p.detach().clone()) for role, p in layer.params.items()})
     for m in (model, apart):
         m(**BATCH, labels=IDS).loss.backward()
     for role in ("A", "B"):
         for module in ("self_attn.q_proj", "mlp.down_proj"):
-            single = [block.get_submodule(module).p[role].grad for block in apart.model.layers]
-            shared = model.model.layers[0].get_submodule(module).p[role].grad
+            single = [block.get_submodule(module).params[role].grad for block in apart.model.layers]
+            shared = model.model.layers[0].get_submodule(module).params[role].grad
             assert torch.allclose(shared, single[0] + single[2] + single[3], rtol=1e-9, atol=1e-15)
-            assert torch.allclose(model.model.layers[1].get_submodule(module).p[role].grad, single[1])
+            assert torch.allclose(model.model.layers[1].get_submodule(module).params[role].grad, single[1])
 
 
 def test_one_step_is_that_of_the_written_out_rule() -> None:
     model, apart = sharing(), sharing()
     _stepped(model, lr=0.05)
     for layer in adapted(apart).values():
-        layer.p = nn.ParameterDict({role: nn.Parameter(p.detach().clone()) for role, p in layer.p.items()})
+        layer.params = nn.ParameterDict({role: nn.Parameter(p.detach().clone()) for role, p in layer.params.items()})
     for _ in range(3):
         apart(**BATCH, labels=IDS).loss.backward()
         with torch.no_grad():
             for module in ("self_attn.q_proj", "mlp.down_proj"):
                 for role in ("A", "B"):
-                    tensors = [block.get_submodule(module).p[role] for block in apart.model.layers]
+                    tensors = [block.get_submodule(module).params[role] for block in apart.model.layers]
                     total = sum(tensors[i].grad for i in (0, 2, 3))
                     for i, tensor in enumerate(tensors):
                         tensor -= 0.05 * (tensor.grad if i == 1 else total)
             apart.zero_grad()
     for name, layer in adapted(apart).items():
-        for role, p in layer.p.items():
-            assert torch.allclose(p, adapted(model)[name].p[role], rtol=1e-8, atol=1e-12)
+        for role, p in layer.params.items():
+            assert torch.allclose(p, adapted(model)[name].params[role], rtol=1e-8, atol=1e-12)
 
 
 def test_what_shares_is_saved_merged_and_detached_like_anything_else(tmp_path: Path) -> None:

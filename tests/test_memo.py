@@ -120,7 +120,7 @@ def test_what_the_weight_gives_is_computed_once_if_factors_alone_change() -> Non
     model = made()
     model(X)
     with torch.no_grad():
-        the(model).p["B"].add_(1.0)
+        the(model).params["B"].add_(1.0)
     assert work(lambda: model(X)) == WHOLE
     correct(model)
 
@@ -129,7 +129,7 @@ def test_the_magnitude_is_no_part_of_it() -> None:
     model = made()
     model(X)
     with torch.no_grad():
-        the(model).p["m"].mul_(3.0)
+        the(model).params["m"].mul_(3.0)
     assert work(lambda: model(X)) == NOTHING
     correct(model)
 
@@ -143,26 +143,26 @@ def test_an_exact_norm_is_computed_for_every_backward_pass() -> None:
 
 def test_in_inference_mode_first_and_then_in_training() -> None:
     model = made()
-    the(model).remember.clear()
+    the(model).cached.clear()
     with torch.inference_mode():
         first = model(X).clone()
     y = model(X)
     assert torch.equal(y, first)
     y.square().sum().backward()
-    assert the(model).p["A"].grad is not None
+    assert the(model).params["A"].grad is not None
 
 
 def test_under_no_grad_first_and_then_in_training() -> None:
     model = made()
-    the(model).remember.clear()
+    the(model).cached.clear()
     with torch.no_grad():
         model(X)
     model(X).square().sum().backward()
-    expected = {role: p.grad.clone() for role, p in the(model).p.items() if p.grad is not None}
+    expected = {role: p.grad.clone() for role, p in the(model).params.items() if p.grad is not None}
     model.zero_grad()
-    the(model).remember.clear()
+    the(model).cached.clear()
     model(X).square().sum().backward()
-    assert all(torch.equal(expected[role], p.grad) for role, p in the(model).p.items())  # type: ignore[arg-type]
+    assert all(torch.equal(expected[role], p.grad) for role, p in the(model).params.items())  # type: ignore[arg-type]
 
 
 # --- every way in which a tensor changes ------------------------------------------------------------------------------
@@ -204,12 +204,12 @@ def test_an_optimizers_step(make: Any, names: tuple[str, ...]) -> None:
 
 def a_copy_of_values(model: nn.Module) -> None:
     with torch.no_grad():
-        for p in the(model).p.values():
+        for p in the(model).params.values():
             p.copy_(torch.randn_like(p))
 
 
 def other_values_by_load(model: nn.Module) -> None:
-    the(model).load({role: torch.randn_like(p) for role, p in the(model).p.items()})
+    the(model).load({role: torch.randn_like(p) for role, p in the(model).params.items()})
 
 
 def a_state_dict(model: nn.Module) -> None:
@@ -231,8 +231,8 @@ def a_base_of_its_own(model: nn.Module) -> None:
 
 def other_parameters(model: nn.Module) -> None:
     layer = the(model)
-    for role in list(layer.p):
-        layer.p[role] = nn.Parameter(torch.randn_like(layer.p[role]))
+    for role in list(layer.params):
+        layer.params[role] = nn.Parameter(torch.randn_like(layer.params[role]))
 
 
 CHANGES = [
@@ -339,7 +339,7 @@ def test_a_copy_has_its_own() -> None:
     correct(twin)
     assert not torch.allclose(twin(X), expected)
     assert torch.equal(model(X), expected)
-    assert the(twin).remember is not the(model).remember
+    assert the(twin).cached is not the(model).cached
 
 
 def test_a_copy_that_outlives_its_original() -> None:
@@ -378,7 +378,7 @@ def test_a_layer_used_twice_in_a_pass_computes_once() -> None:
     model = nn.Sequential(layer := nn.Linear(8, 8), layer)
     lorary.attach(model, lorary.plan(model, lorary.method("dora", r=2), "0"))
     tiny.shaken(model)
-    the(model).remember.clear()
+    the(model).cached.clear()
     assert work(lambda: model(X)) == BOTH
 
 

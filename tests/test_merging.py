@@ -48,7 +48,7 @@ def test_merged_is_unmerged(name: str) -> None:
 def test_rounded_once(dtype: torch.dtype) -> None:
     model = tiny.trained(nn.Sequential(nn.Linear(12, 8)).to(dtype), targets="0")
     layer = adapted(model)["0"]
-    B, A = (layer.p[role].detach().double() for role in "BA")
+    B, A = (layer.params[role].detach().double() for role in "BA")
     exact = (layer.weight.detach().double() + layer.scale * B @ A).to(torch.float32)
     lorary.merge(model)
     assert model[0].weight.dtype == dtype
@@ -90,8 +90,8 @@ def test_the_model_may_change_while_it_is_merged() -> None:
 def test_one_weight_that_is_not_finite_and_nothing_is_merged() -> None:
     model = tiny.trained(tiny.llama())
     with torch.no_grad():
-        adapted(model)["model.layers.1.mlp.up_proj"].p["B"][3, 1] = float("inf")
-        adapted(model)["model.layers.0.self_attn.k_proj"].p["A"][0, 0] = float("nan")
+        adapted(model)["model.layers.1.mlp.up_proj"].params["B"][3, 1] = float("inf")
+        adapted(model)["model.layers.0.self_attn.k_proj"].params["A"][0, 0] = float("nan")
     before, values = tiny.everything(model), tiny.frozen_copy(model)
     for keep in (False, True):
         assert refused(lorary.merge, model, keep=keep) == (
@@ -108,7 +108,7 @@ def test_one_weight_that_is_not_finite_and_nothing_is_merged() -> None:
 def test_a_weight_that_overflows_when_it_is_rounded() -> None:
     model = tiny.trained(nn.Sequential(nn.Linear(4, 4)).half(), targets="0")
     with torch.no_grad():
-        adapted(model)["0"].p["B"].mul_(1e6)
+        adapted(model)["0"].params["B"].mul_(1e6)
     assert refused(lorary.merge, model) == "cannot merge:\n  - 0: merged, the weight is not finite in torch.float16"
 
 

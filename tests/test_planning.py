@@ -142,8 +142,8 @@ def test_sizes_for_people(n: int, text: str) -> None:
 def test_bytes() -> None:
     plan = lorary.plan(tiny.llama().to(torch.bfloat16), lorary.method("lora-fa", r=2, full="norm"))
     assert plan.base_bytes == 2 * plan.total
-    assert plan.adapter_bytes == 4 * sum(math.prod(s) for p in plan.placed for s in p.shapes.values())
-    B = sum(p.trainable for p in plan.placed)
+    assert plan.adapter_bytes == 4 * sum(math.prod(s) for p in plan.sites for s in p.shapes.values())
+    B = sum(p.trainable for p in plan.sites)
     assert plan.training_bytes == 12 * B + 3 * 2 * 16
     assert plan.trainable == B + 16
     assert plan.share == plan.trainable / plan.total
@@ -161,7 +161,7 @@ def test_a_tied_parameter_counts_once() -> None:
 
 
 def sizes(plan: lorary.Plan) -> dict[str, tuple[int, float | None]]:
-    return {p.site.name.removeprefix("model.layers."): (p.r, p.alpha) for p in plan.placed}
+    return {p.site.name.removeprefix("model.layers."): (p.r, p.alpha) for p in plan.sites}
 
 
 def test_the_first_pattern_that_matches_wins() -> None:
@@ -179,7 +179,7 @@ def test_the_first_pattern_that_matches_wins() -> None:
         "1.self_attn.q_proj": (2, 5),
         "1.self_attn.v_proj": (3, 5),
     }
-    assert [p.scale for p in plan.placed] == [8, 6.5 / 4, 2.5, 5 / 3]
+    assert [p.scale for p in plan.sites] == [8, 6.5 / 4, 2.5, 5 / 3]
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_patterns_that_cannot_be_obeyed(options: dict[str, Any], problems: str) 
 
 def test_a_scale_without_an_alpha() -> None:
     method = lorary.method("lora", scale=Fixed(0.5))
-    assert lorary.plan(tiny.llama(), method, "q_proj").placed[0].alpha is None
+    assert lorary.plan(tiny.llama(), method, "q_proj").sites[0].alpha is None
     message = refused(tiny.llama(), method, "q_proj", alphas={"q_proj": 3})
     assert message == "invalid plan:\n  - alphas: Fixed(s=0.5) has no alpha\n      hint: leave them out"
 
@@ -412,7 +412,7 @@ def test_a_model_that_has_seen_nothing_is_refused() -> None:
         "  - 0.bias: has no shape before the model has seen its first input\n      hint: run the model once"
     )
     model(torch.zeros(1, 2))
-    assert len(lorary.plan(model, lorary.method(r=1)).placed) == 2
+    assert len(lorary.plan(model, lorary.method(r=1)).sites) == 2
 
 
 def test_a_factor_that_starts_at_zero_cannot_be_frozen() -> None:
@@ -493,9 +493,9 @@ def test_a_storage_that_finds_nothing_to_pack_is_refused() -> None:
 def test_what_is_packed_is_in_the_plan() -> None:
     model = tiny.llama()
     plan = lorary.plan(model, lorary.method("qlora", r=2), targets=["q_proj", "embed_tokens"])
-    assert len(plan.packed) == 14  # adapted or not
-    assert not any("lm_head" in name or "embed" in name for name in plan.packed)
-    numbers = [model.get_parameter(f"{name}.weight").numel() for name in plan.packed]
+    assert len(plan.quantized) == 14  # adapted or not
+    assert not any("lm_head" in name or "embed" in name for name in plan.quantized)
+    numbers = [model.get_parameter(f"{name}.weight").numel() for name in plan.quantized]
     blocks = [-(-n // 64) for n in numbers]
     packed = sum(n // 2 + b + 4 * -(-b // 256) + 4 for n, b in zip(numbers, blocks, strict=True))
     assert plan.base_bytes == sum(p.numel() * 4 for p in model.parameters()) - 4 * sum(numbers) + packed
@@ -506,7 +506,7 @@ def test_what_is_packed_is_in_the_plan() -> None:
     lorary.attach(model, plan)
     held = lorary.detach(model)
     again = lorary.plan(held, lorary.method("qlora", r=2))
-    assert again.packed == ()
+    assert again.quantized == ()
     assert (again.total, again.base_bytes) == (plan.total, plan.base_bytes)
 
 
@@ -523,7 +523,7 @@ def test_words_of_every_other_axis_are_obeyed() -> None:
     ]
     for names in every:
         plan = lorary.plan(tiny.llama(), lorary.method(*names, r=2))
-        assert len(plan.placed) == 14
+        assert len(plan.sites) == 14
 
 
 # --- while training ---------------------------------------------------------------------------------------------------
@@ -534,7 +534,7 @@ def test_a_rank_below_the_budgets_target_is_refused_at_its_site() -> None:
         "invalid plan:\n  - model.layers.1.self_attn.q_proj: a target of 2 is more than the 1 directions of the start"
     )
     plan = lorary.plan(tiny.llama(), lorary.method("adalora", r=4, target=2), "q_proj", ranks={"*.1.*": 6})
-    assert [p.r for p in plan.placed] == [4, 6]
+    assert [p.r for p in plan.sites] == [4, 6]
 
 
 def test_parts_of_a_fused_weight_have_no_spectrum_each() -> None:
@@ -542,7 +542,7 @@ def test_parts_of_a_fused_weight_have_no_spectrum_each() -> None:
     why = "its projections cannot have a spectrum each: adapt the fused weight as a whole"
     sites = "".join(f"\n  - transformer.h.{i}.attn.c_attn: {why}" for i in range(2))
     assert refused(tiny.model("GPT2LMHeadModel"), method, "c_attn[q,v]") == f"invalid plan:{sites}"
-    assert len(lorary.plan(tiny.model("GPT2LMHeadModel"), method, "c_attn").placed) == 2
+    assert len(lorary.plan(tiny.model("GPT2LMHeadModel"), method, "c_attn").sites) == 2
 
 
 def test_written_weights_are_in_the_plan_and_train_in_no_optimizer() -> None:
@@ -559,7 +559,7 @@ def test_written_weights_are_in_the_plan_and_train_in_no_optimizer() -> None:
 
 def test_layers_that_share_are_printed_and_counted_as_one() -> None:
     plan = lorary.plan(tiny.llama(), lorary.method(r=2, alpha=4.0), "q_proj")
-    shared = dataclasses.replace(plan, placed=tuple(dataclasses.replace(p, share="q_proj") for p in plan.placed))
+    shared = dataclasses.replace(plan, sites=tuple(dataclasses.replace(p, share="q_proj") for p in plan.sites))
     assert shared.trainable == plan.trainable / 2 == 64
     assert shared.adapter_bytes == plan.adapter_bytes / 2
     row = next(line for line in str(shared).splitlines() if "q_proj" in line)
@@ -572,7 +572,7 @@ def test_a_past_can_be_planned_for_on_the_meta_device() -> None:
     adapter = lorary.Adapter.of(first)
     meta = tiny.model("LlamaForCausalLM", device="meta")
     plan = lorary.plan(meta, lorary.method("o-lora", r=3), "q_proj", after=[adapter])
-    assert {p.delta.past for p in plan.placed} == {(2,)}
+    assert {p.delta.past for p in plan.sites} == {(2,)}
     model = lorary.attach(tiny.seeded("LlamaForCausalLM"), plan)
     assert torch.allclose(tiny.logits(model), tiny.logits(first), atol=1e-5)
 

@@ -159,7 +159,7 @@ class Triple(words.Delta):
     roles = frozenset({"A", "B", "E"})
 
     def shapes(self, site: Any) -> words.Shapes:
-        return {"A": (self.r, site.inp), "B": (site.out, self.r), "E": (self.r,)}
+        return {"A": (self.r, site.in_features), "B": (site.out_features, self.r), "E": (self.r,)}
 
     def factors(self, site: Any, p: words.Tensors) -> tuple[torch.Tensor, torch.Tensor]:
         return p["B"] * p["E"], p["A"]
@@ -170,7 +170,7 @@ class Halved(words.Init):
     """An init that starts away from zero: A is ones and B a half, so the base must give it up."""
 
     fills = frozenset({"A", "B"})
-    moves_base = True
+    residual_init = True
 
     def __call__(self, p: Any, W: torch.Tensor, site: Any, scale: float, generator: torch.Generator) -> None:
         p["A"].fill_(1.0)
@@ -288,11 +288,11 @@ def test_what_is_given_is_no_inits_to_fill_and_never_trains() -> None:
     method = lorary.method("delta-lora")
     assert method.roles == {"A", "B", "A_K", "B_K", "lam"}
     assert method.trained == {"A", "B"}
-    assert method.delta.given == {"A_K", "B_K", "lam"}
-    assert lorary.method("delta-lora", start=0).delta.given == frozenset()
+    assert method.delta.fixed_roles == {"A_K", "B_K", "lam"}
+    assert lorary.method("delta-lora", start=0).delta.fixed_roles == frozenset()
     later = lorary.method("o-lora").replace(delta=Tasks(8, past=(8,)))
     assert later.trained == {"A", "B"}
-    assert later.delta.given == {"A_past", "B_past"}
+    assert later.delta.fixed_roles == {"A_past", "B_past"}
 
 
 def test_the_order_of_rates_and_frozen_roles_does_not_matter() -> None:

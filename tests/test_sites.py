@@ -44,7 +44,7 @@ def test_a_site_needs_shapes_only(device: str) -> None:
         layers = [nn.Linear(3, 5), Conv1D(5, 3), nn.Conv2d(4, 6, 3), nn.Embedding(9, 4)]
     for layer in layers:
         found = site("x", layer)
-        assert KINDS[found.kind].matrix(layer).shape == (found.out, found.inp)
+        assert KINDS[found.kind].matrix(layer).shape == (found.out_features, found.in_features)
 
 
 def test_what_is_no_layer() -> None:
@@ -157,7 +157,7 @@ def shaken(layer: nn.Module, **options: object) -> Adapted:
     model = nn.Sequential(layer)
     lorary.attach(model, lorary.plan(model, lorary.method(r=2, **options), "0"), dtype=layer.weight.dtype)
     with torch.no_grad():
-        for p in adapted(model)["0"].p.values():
+        for p in adapted(model)["0"].params.values():
             p.normal_()
     return adapted(model)["0"]
 
@@ -196,7 +196,7 @@ def test_the_merged_layer_is_the_adapted_one(make: Callable[[], nn.Module], x: C
     model = nn.Sequential(make().double())
     lorary.attach(model, lorary.plan(model, lorary.method(r=2), "0"), dtype=torch.float64)
     with torch.no_grad():
-        for p in adapted(model)["0"].p.values():
+        for p in adapted(model)["0"].params.values():
             p.normal_()
     inputs = x()
     inputs = inputs.double() if inputs.is_floating_point() else inputs
@@ -216,7 +216,7 @@ def test_outputs_keep_the_precision_of_the_base(
     expected = layer(inputs)
     model = nn.Sequential(layer)
     lorary.attach(model, lorary.plan(model, lorary.method(r=2), "0"))
-    assert all(p.dtype == torch.float32 for p in adapted(model)["0"].p.values())
+    assert all(p.dtype == torch.float32 for p in adapted(model)["0"].params.values())
     got = model(inputs)
     assert got.dtype == dtype
     assert torch.equal(got, expected)
@@ -226,10 +226,10 @@ def test_outputs_keep_the_precision_of_the_base(
 def test_a_vector_along_the_output(make: Callable[[], nn.Module], x: Callable[[], Tensor]) -> None:
     layer, inputs = make(), x()
     kind = KINDS[kind_of(layer) or ""]
-    gain = torch.linspace(1, 2, site("x", layer).out)
+    gain = torch.linspace(1, 2, site("x", layer).out_features)
     y = layer(inputs)
-    out_dim = -1 if kind.along(gain).dim() == 1 else y.dim() - kind.along(gain).dim()
-    rows = (y * kind.along(gain)).movedim(out_dim, -1)
+    out_dim = -1 if kind.broadcast_over_rows(gain).dim() == 1 else y.dim() - kind.broadcast_over_rows(gain).dim()
+    rows = (y * kind.broadcast_over_rows(gain)).movedim(out_dim, -1)
     torch.testing.assert_close(rows, y.movedim(out_dim, -1) * gain)
 
 
@@ -246,7 +246,7 @@ def test_dropout_touches_the_adapters_input_only(make: Callable[[], nn.Module]) 
     y = layer(x)
     assert not torch.equal(y, layer(x))
     with torch.no_grad():
-        layer.p["B"].zero_()
+        layer.params["B"].zero_()
     assert torch.equal(layer(x), layer.base(x))
 
 

@@ -78,7 +78,7 @@ def test_the_start_depends_on_the_seed_and_the_sites_name_only() -> None:
         model = tiny.llama()
         torch.manual_seed(len(targets))  # whatever else has been drawn
         lorary.attach(model, lorary.plan(model, tiny.LORA, list(targets)), seed=seed)
-        return {name: layer.p["A"].detach() for name, layer in adapted(model).items()}
+        return {name: layer.params["A"].detach() for name, layer in adapted(model).items()}
 
     one, more, other = start(0, "q_proj"), start(0, "v_proj", "q_proj"), start(1, "q_proj")
     name = "model.layers.0.self_attn.q_proj"
@@ -97,7 +97,7 @@ def test_attaching_draws_nothing_from_the_global_generator() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_precision_of_what_is_learnt(dtype: torch.dtype) -> None:
     model = tiny.trained(tiny.llama().to(torch.bfloat16), dtype=dtype)
-    assert {p.dtype for layer in adapted(model).values() for p in layer.p.values()} == {dtype}
+    assert {p.dtype for layer in adapted(model).values() for p in layer.params.values()} == {dtype}
     assert tiny.logits(model).dtype == torch.bfloat16
 
 
@@ -419,7 +419,7 @@ def test_what_layers_share_lies_on_one_device(name: str, share: str) -> None:
     """The bank of all layers, or the tensors that some of them train in common."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, device="meta"))
     plan = lorary.plan(model, lorary.method(name, r=2))
-    plan = dataclasses.replace(plan, placed=tuple(dataclasses.replace(p, share=share) for p in plan.placed))
+    plan = dataclasses.replace(plan, sites=tuple(dataclasses.replace(p, share=share) for p in plan.sites))
     with pytest.raises(lorary.errors.PlanError) as refused:
         lorary.attach(model, plan)
     assert str(refused.value) == (

@@ -373,8 +373,8 @@ _KNOWN = "presets: all-linear, attention, attention-qv, mlp, embedding, conv"
 def test_nothing_said_is_what_the_method_says() -> None:
     model = tiny.model("LlamaForCausalLM", "meta")
     plain, longer = lorary.method(r=1), lorary.method("longlora", length=4096, r=1)
-    assert lorary.plan(model, plain).placed == lorary.plan(model, plain, "all-linear").placed
-    assert lorary.plan(model, longer).placed == lorary.plan(model, longer, "attention").placed
+    assert lorary.plan(model, plain).sites == lorary.plan(model, plain, "all-linear").sites
+    assert lorary.plan(model, longer).sites == lorary.plan(model, longer, "attention").sites
 
 
 @pytest.mark.parametrize(

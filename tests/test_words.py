@@ -111,12 +111,12 @@ def test_what_a_word_is_silent_on_it_inherits() -> None:
 
     delta, join, init = Quiet(), Still(), Silent()
     assert isinstance(delta, words.Delta)
-    assert (delta.shared, delta.extras, delta.free) == (frozenset(), frozenset(), False)
-    assert (delta.given, dict(delta.known_as), delta.everywhere) == (frozenset(), {}, False)
-    assert (join.roles, join.reads) == (frozenset(), frozenset())
+    assert (delta.shared, delta.join_roles, delta.arbitrary_factors) == (frozenset(), frozenset(), False)
+    assert (delta.fixed_roles, dict(delta.role_aliases), delta.fused_for_all_kinds) == (frozenset(), {}, False)
+    assert (join.roles, join.uses) == (frozenset(), frozenset())
     site = Site("x", "linear", 3, 2, False)
     assert join.shapes(site) == {}
-    assert (init.moves_base, init.zeros(site)) == (False, frozenset())
+    assert (init.residual_init, init.zeros(site)) == (False, frozenset())
     assert delta.problems(site) == join.problems(site) == init.problems(site, 1) == []
 
 
@@ -129,7 +129,7 @@ def test_a_rule_that_is_silent_does_nothing() -> None:
     rule = Idle()
     state = rule.start([], 10)
     assert (state, rule.penalty([], state), rule.report([], state), rule.problems(None)) == ({}, 0.0, {}, [])
-    assert not rule.steers
+    assert not rule.needs_optimizer
     done = [rule.before_step([], state, 1), rule.after_backward([], state, 1), rule.after_step([], state, 1, None)]
     assert done == [None] * 3
 

@@ -50,9 +50,9 @@ def overlap(model: nn.Module) -> dict[str, float]:
     """Which share of A (its squared norm) lies in the directions of the first task's, on average over the layers."""
     shares = []
     for layer in (m for m in model.modules() if isinstance(m, lorary.Adapted)):
-        if "A_past" in layer.p:
-            Q = torch.linalg.qr(layer.p["A_past"].detach().T).Q  # [inp, r]
-            A = layer.p["A"].detach()
+        if "A_past" in layer.params:
+            Q = torch.linalg.qr(layer.params["A_past"].detach().T).Q  # [inp, r]
+            A = layer.params["A"].detach()
             shares.append(((A @ Q).square().sum() / A.square().sum()).item())
     return {"overlap": round(sum(shares) / len(shares), 5)} if shares else {}
 

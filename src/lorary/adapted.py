@@ -90,14 +90,14 @@ class Adapted(nn.Module):
         self.method = placed.method
         self.scale = placed.scale
         self.enabled = True
-        self.chosen: Any = None
+        self.active_structure: Any = None
         self.base = base
         self.shared = shared
-        self.remember = Memo()
+        self.cached = Memo()
         self.start: dict[str, Tensor] = {}
-        self.p = p if p is not None else _zeros(placed, dtype, held(base)[0].device)
+        self.params = p if p is not None else _zeros(placed, dtype, held(base)[0].device)
         # role -> the corner of the shared tensor that is this site's
-        self.corners = {role: placed.shapes[role] for role in sorted(placed.delta.shared)}
+        self.shared_shapes = {role: placed.shapes[role] for role in sorted(placed.delta.shared)}
 
     @property
     def method(self) -> Method:
@@ -125,7 +125,7 @@ class Adapted(nn.Module):
         return weight(self.base).dtype if is_packed(self.base) else self.weight.dtype
 
     @property
-    def kept(self) -> list[Tensor]:
+    def stored_tensors(self) -> list[Tensor]:
         """The tensors in which the base layer keeps its weight."""
         return held(self.base)
 
@@ -142,11 +142,11 @@ class Adapted(nn.Module):
     @property
     def tensors(self) -> dict[str, Tensor]:
         """role -> tensor: its own parameters, and its part of what all layers share."""
-        own: dict[str, Tensor] = dict(self.p.items())
+        own: dict[str, Tensor] = dict(self.params.items())
         if self.shared is None:
             return own
         whole = self.shared.tensors
-        return own | {role: leading_slice(whole[role], shape) for role, shape in self.corners.items()}
+        return own | {role: leading_slice(whole[role], shape) for role, shape in self.shared_shapes.items()}
 
     def __setattr__(self, name: str, value: Any) -> None:
         # tying code assigns `module.weight`: the base is meant
@@ -165,15 +165,15 @@ class Adapted(nn.Module):
         if self.weight.is_meta:
             return
         delta, init = self.delta, self.init
-        turn = f"/{delta.turn}" if delta.turn else ""
+        turn = f"/{delta.task_index}" if delta.task_index else ""
         digest = hashlib.sha256(f"{seed}/{self.site.name}{turn}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         with torch.no_grad():
-            own = [role for role in self.p if role in delta.roles - delta.given]
-            cpu = {role: torch.zeros(self.p[role].shape, dtype=self.p[role].dtype) for role in own}
+            own = [role for role in self.params if role in delta.roles - delta.fixed_roles]
+            cpu = {role: torch.zeros(self.params[role].shape, dtype=self.params[role].dtype) for role in own}
             W = self.kind.matrix(self.base).detach() if W is None else W
             init(cpu, W, self.site, self.scale, generator)
-            if init.moves_base:
+            if init.residual_init:
                 cpu |= {start_of(role): t for role, t in cpu.items()}
             self.load(cpu)
 
@@ -181,9 +181,9 @@ class Adapted(nn.Module):
         """Copy values in, role by role; shapes have been checked by whoever read them."""
         with torch.no_grad():
             for role, tensor in tensors.items():
-                if role in self.p:
-                    self.p[role].copy_(tensor)
-                elif role not in self.corners:
+                if role in self.params:
+                    self.params[role].copy_(tensor)
+                elif role not in self.shared_shapes:
                     self.start[role] = tensor.detach().to("cpu", copy=True)
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -196,7 +196,7 @@ class Adapted(nn.Module):
             return None
         return self.delta.factors(self.site, {role: self.start[start_of(role)] for role in self.delta.roles})
 
-    def product(self, A: Tensor) -> Tensor:
+    def weight_times(self, A: Tensor) -> Tensor:
         """W A^T [out, R] of A [R, inp], in A's precision, differentiable in A; keeps W as the base keeps it."""
         lean: Any = getattr(self.base, "product", None)
         if lean is not None:
@@ -213,17 +213,17 @@ class Adapted(nn.Module):
         """
         dropout = self.dropout if dropout is None else dropout
         delta = self.delta
-        if isinstance(delta, Fused) and (delta.everywhere or (self.kind.rowwise and not self.site.parts)):
+        if isinstance(delta, Fused) and (delta.fused_for_all_kinds or (self.kind.rowwise and not self.site.parts)):
             return delta.add(self, y, x, dropout)
         B, A = self.factors()
         return self.kind.add(self.base, y, x, A, B, self.scale, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
-            return self.without(x)
+            return self.base_output(x)
         return self.join.forward(self, x)
 
-    def without(self, x: Tensor) -> Tensor:
+    def base_output(self, x: Tensor) -> Tensor:
         """The base's function of x; a packed base keeps what it gave up at the start in the start's factors alone."""
         y: Tensor = self.base(x)
         factors = self.start_factors() if is_packed(self.base) else None

@@ -30,7 +30,7 @@ class Adapter:
 
     Args:
         method: the method, at the rank that sites without one of their own take.
-        placed: the adapted sites, each with the method there.
+        sites: the adapted sites, each with the method there.
         tensors: site -> role -> tensor.
         full: base parameter -> its trained value.
         base: the fingerprint of the base that it was trained on.
@@ -38,7 +38,7 @@ class Adapter:
     """
 
     method: Method
-    placed: tuple[Placed, ...] = field(repr=False)
+    sites: tuple[Placed, ...] = field(repr=False)
     tensors: Mapping[str, Mapping[str, Tensor]] = field(repr=False)
     full: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     base: Fingerprint = field(default_factory=Fingerprint)
@@ -54,7 +54,7 @@ class Adapter:
         state = require(model, "take from the model")
         tensors = _taken(adapted(model))
         full = {name: whole(base_parameter(model, name)) for name in state.full}
-        return Adapter(state.method, state.placed, tensors, full, Fingerprint.of(model))
+        return Adapter(state.method, state.sites, tensors, full, Fingerprint.of(model))
 
     load = staticmethod(forwarding("Adapter.load", "load_adapter"))
     save = forwarding("Adapter.save", "save_adapter")
@@ -70,12 +70,12 @@ class Adapter:
         Raises:
             MethodError: a method has no such form, or none without the base; the base lacks a layer. Each reason once.
         """
-        return low_rank_forms(self.placed, self.tensors, base)
+        return low_rank_forms(self.sites, self.tensors, base)
 
     def compact(self) -> Adapter:
         """The same function without the directions that do nothing (AdaLoRA's masked ones)."""
-        placed, tensors = compact(self.placed, self.tensors)
-        return dataclasses.replace(self, placed=placed, tensors=tensors)
+        placed, tensors = compact(self.sites, self.tensors)
+        return dataclasses.replace(self, sites=placed, tensors=tensors)
 
     @property
     def size(self) -> int:
@@ -91,11 +91,11 @@ def _taken(layers: Mapping[str, Adapted]) -> dict[str, dict[str, Tensor]]:
     for layer in layers.values():
         if not bank and layer.shared is not None:
             bank = {role: whole(t) for role, t in layer.shared.tensors.items()}
-        if id(layer.p) not in own:
-            own[id(layer.p)] = {role: whole(t) for role, t in layer.p.items()}
+        if id(layer.params) not in own:
+            own[id(layer.params)] = {role: whole(t) for role, t in layer.params.items()}
     return {
-        name: own[id(layer.p)]
-        | {role: leading_slice(bank[role], shape) for role, shape in layer.corners.items()}
+        name: own[id(layer.params)]
+        | {role: leading_slice(bank[role], shape) for role, shape in layer.shared_shapes.items()}
         | {role: t.clone() for role, t in layer.start.items()}
         for name, layer in layers.items()
     }
@@ -122,7 +122,7 @@ def stacked(adapters: Sequence[Adapter], model: nn.Module, weights: Sequence[flo
         what = "they read in different ways: " + "; ".join(sorted(str(c or "as the base does") for c in contexts))
         problems["context"] = Problem("context", what)
     for adapter, w in zip(adapters, weights, strict=True):
-        for p in adapter.placed:
+        for p in adapter.sites:
             sites.setdefault(p.site.name, p)
         for name, form in adapter.low_rank(model).items():
             if form.gain is not None or form.shift is not None:

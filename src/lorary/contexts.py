@@ -12,16 +12,16 @@ from torch import nn
 class Reading(Protocol):
     """A model that reads otherwise than it did, and the way back (`Context.enter` makes it)."""
 
-    def leave(self) -> None:
+    def revert(self) -> None:
         """The model as it was."""
 
     def settle(self) -> None:
         """The model as it is to be used from now on: what was for training alone is gone."""
 
-    def resume(self) -> None:
+    def reapply(self) -> None:
         """Undo `settle`."""
 
-    def undone(self) -> AbstractContextManager[Any]:
+    def reverted(self) -> AbstractContextManager[Any]:
         """Within, the model is as it was."""
 
 
@@ -38,7 +38,7 @@ class Context(Protocol):
     length: int | None
 
     @property
-    def divides(self) -> int:
+    def attention_groups(self) -> int:
         """Into how many groups attention divides the longest sequence of a batch in training; 0: it does not."""
         return 0
 
@@ -59,6 +59,6 @@ class Context(Protocol):
         """What is worth knowing before training."""
         ...
 
-    def enter(self, model: nn.Module) -> Reading:
+    def apply(self, model: nn.Module) -> Reading:
         """Let the model read so."""
         ...

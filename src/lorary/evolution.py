@@ -178,17 +178,17 @@ def _number(score: object) -> float:
 @contextmanager
 def structured(layers: Sequence[Adapted], genes: Genes) -> Iterator[None]:
     """Within, each layer has a structure of its own; its tensors are views of the supernet's."""
-    before = [(layer.p, layer.method) for layer in layers]
+    before = [(layer.params, layer.method) for layer in layers]
     methods = {terms: layer.method.replace(delta=terms, rules=()) for layer, terms in zip(layers, genes, strict=True)}
     try:
         for layer, terms in zip(layers, genes, strict=True):
-            views = terms.slices(dict(layer.p.items()))
+            views = terms.slices(dict(layer.params.items()))
             parts = {role: nn.Parameter(view.detach(), requires_grad=False) for role, view in views.items()}
-            layer.p, layer.method = nn.ParameterDict(parts), methods[terms]
+            layer.params, layer.method = nn.ParameterDict(parts), methods[terms]
         yield
     finally:
         for layer, (p, method) in zip(layers, before, strict=True):
-            layer.p, layer.method = p, method
+            layer.params, layer.method = p, method
 
 
 class _Pool:
@@ -297,10 +297,10 @@ def _ranked(judged: Mapping[Genes, float]) -> list[Genes]:
 def _adapter(model: nn.Module, chosen: Mapping[str, Terms]) -> Adapter:
     """The supernet's adapter, of which each site keeps the structure that was chosen for it."""
     whole = Adapter.of(model)
-    placed = [Placed(p.site, p.method.replace(delta=chosen[p.site.name], rules=())) for p in whole.placed]
+    placed = [Placed(p.site, p.method.replace(delta=chosen[p.site.name], rules=())) for p in whole.sites]
     placed = [p for p in placed if p.shapes]  # where every term is none, the layer is left alone
     tensors: dict[str, dict[str, Tensor]] = {}
     for p in placed:
         views = chosen[p.site.name].slices(whole.tensors[p.site.name])
         tensors[p.site.name] = {role: view.clone(memory_format=torch.contiguous_format) for role, view in views.items()}
-    return dataclasses.replace(whole, method=whole.method.replace(rules=()), placed=tuple(placed), tensors=tensors)
+    return dataclasses.replace(whole, method=whole.method.replace(rules=()), sites=tuple(placed), tensors=tensors)

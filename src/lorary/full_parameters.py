@@ -82,7 +82,7 @@ def _no_parameter(pattern: str, names: list[str]) -> Problem:
 def _cannot_train(scan: Scan, placed: Sequence[Placed], trained: Collection[str]) -> list[Problem]:
     """Why some of these parameters cannot train in full: adapted, quantised or not of floating-point numbers."""
     problems = []
-    sites = {f"{p.site.name}.weight" for p in placed} | {f"{p.site.name}.bias" for p in placed if p.delta.biases}
+    sites = {f"{p.site.name}.weight" for p in placed} | {f"{p.site.name}.bias" for p in placed if p.delta.changes_bias}
     for name in sorted({scan.names[site] for site in sites & scan.names.keys()} & set(trained)):
         what = "is adapted and trains in full as well: the adapter would have nothing of its own to learn"
         problems.append(Problem(name, what, "exclude the site, or narrow `full`"))

@@ -44,7 +44,7 @@ class MergeCheck(NamedTuple):
 
     rows: tuple[Row, ...]
     logits: tuple[Tensor, ...]
-    packed: frozenset[str]
+    quantized: frozenset[str]
 
     @staticmethod
     def of(model: nn.Module, rows: Iterable[Row] = ()) -> MergeCheck:
@@ -87,11 +87,11 @@ class MergeCheck(NamedTuple):
         """
         require(model, "measure")
         layers = adapted(model)
-        if missing := sorted(self.packed - layers.keys()):
+        if missing := sorted(self.quantized - layers.keys()):
             fix = "merge the model that was measured, or the same adapter on its original base"
             raise StateError("cannot measure:", [Problem(name, "is not adapted here", fix) for name in missing])
         return tuple(
-            _site(model, layer, dtype, original=name in self.packed and not is_packed(layer.base))
+            _site(model, layer, dtype, original=name in self.quantized and not is_packed(layer.base))
             for name, layer in layers.items()
         )
 
@@ -154,7 +154,7 @@ def _as_packed(layer: Adapted, W: Tensor) -> tuple[Tensor, Tensor]:
     """(W', W) [out, inp] of a plain layer as they are once the method's storage has packed it."""
     start = layer.start_factors()
     gift = torch.zeros_like(W) if start is None else layer.scale * start[0].to(W) @ start[1].to(W)
-    held = layer.kind.matrix(layer.method.storage.pack(layer.base, W - gift)).to(W)
+    held = layer.kind.matrix(layer.method.storage.quantize(layer.base, W - gift)).to(W)
     B, A = (factor.to(W) for factor in layer.factors())
     b = None if layer.bias is None else layer.bias.to(W)
     merged, _ = layer.join.merged(layer.tensors, held, b, (layer.scale * B, A))

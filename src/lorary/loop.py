@@ -53,7 +53,7 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
 
     seen: set[int] = set()  # layers may train one set of tensors in common
     for layer in adapted(model).values():
-        for role, parameter in layer.p.items():
+        for role, parameter in layer.params.items():
             if parameter.requires_grad and id(parameter) not in seen:
                 put(role, parameter, layer.method.rate(role))
                 seen.add(id(parameter))
@@ -194,7 +194,7 @@ class Rules:
 
 def _check_optimizer(rules: tuple[Rule, ...], optimizer: torch.optim.Optimizer | None) -> None:
     what, fix = "reaches into the optimizer's state", "lorary.rules(model, steps, optimizer)"
-    problems = [Problem(type(rule).__name__, what, fix) for rule in rules if rule.steers and optimizer is None]
+    problems = [Problem(type(rule).__name__, what, fix) for rule in rules if rule.needs_optimizer and optimizer is None]
     if problems:
         raise StateError("the method's rules need the optimizer:", problems)
 

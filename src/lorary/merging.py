@@ -55,8 +55,8 @@ def merge(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = N
             problems.append(Problem(name, f"merged, the weight is not finite in {W.dtype}"))
     if problems:
         raise StateError("cannot merge:", problems)
-    if state.reading:
-        state.reading.settle()
+    if state.context_patch:
+        state.context_patch.settle()
     shared, untied, state.merged, created = _shared(model), False, {}, set()
     for name, layer in layers.items():
         weight, bias = cast(nn.Parameter, layer.weight), cast("nn.Parameter | None", layer.bias)
@@ -72,11 +72,11 @@ def merge(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = N
             created |= {f"{path}.bias" for path in state.paths[name]}
         for path in state.paths[name]:
             model.set_submodule(path, merged)
-        untied |= id(weight) in shared or isinstance(state.moved.get(name), nn.Parameter)
+        untied |= id(weight) in shared or isinstance(state.replaced_weights.get(name), nn.Parameter)
         if keep:
             state.merged[name] = Merged(weight, bias, layer, merged, W.dtype)
     state.tied = _untie(model, state.untied) if untied else None
-    state.room = make_room(model, created)
+    state.bias_flags = make_room(model, created)
     if created and (lost := homeless(model)):
         for problem in once(lost):
             warnings.warn(f"{problem.where}: {problem.what}", BiasWarning, stacklevel=2)
@@ -101,7 +101,7 @@ def unmerge(model: nn.Module) -> nn.Module:
         here = cast(Tensor, merged.weight)
         place: Any = here.device if here.dtype == rounded else here  # a precision said to merge is not to stay
         layer.train(merged.training)  # the model may have changed its mode, device or precision meanwhile
-        layer.p.to(here.device)
+        layer.params.to(here.device)
         if layer.shared is not None:
             layer.shared.to(here.device)
         if merged is not layer.base:
@@ -122,10 +122,10 @@ def unmerge(model: nn.Module) -> nn.Module:
         for module, name, parameter in state.tied:
             parameter.data = parameter.data.to(getattr(module, name))
             setattr(module, name, parameter)
-    take_back_room(model, state.room)
-    if state.reading:
-        state.reading.resume()
-    state.merged, state.tied, state.room = None, None, Room()
+    take_back_room(model, state.bias_flags)
+    if state.context_patch:
+        state.context_patch.reapply()
+    state.merged, state.tied, state.bias_flags = None, None, Room()
     return model
 
 

@@ -46,7 +46,7 @@ def quantize(model: nn.Module, storage: Storage | None = None) -> nn.Module:
     with mode(model):
         remember(model)
         for name in shown(names, "packing"):
-            replace(model, name, storage.pack(model.get_submodule(name)))
+            replace(model, name, storage.quantize(model.get_submodule(name)))
     return model
 
 
@@ -138,7 +138,7 @@ def packable(scan: Scan, storage: Storage, full: Collection[str] = ()) -> list[s
         and m.why_not_adaptable is None
         and not m.tied_to
         and path not in scan.heads
-        and storage.packs(m.module)
+        and storage.quantizes(m.module)
         and f"{path}.weight" not in full
         and not exact & set(path.split("."))
     ]

@@ -22,7 +22,7 @@ class PreviousAdapter(Protocol):
     """The adapter of an earlier task, as far as a plan reads it (`lorary.Adapter` is the one that exists)."""
 
     @property
-    def placed(self) -> Sequence[Placed]: ...
+    def sites(self) -> Sequence[Placed]: ...
     @property
     def base(self) -> Fingerprint: ...
     @property
@@ -84,13 +84,13 @@ def _cannot_follow(base: Fingerprint, placed: list[Placed], adapter: Any, i: int
         what = f"it trained base parameters in full ({', '.join(sorted(adapter.full)[:3])})"
         problems.append(Problem(where, f"{what}; what earlier tasks have learnt must be updates that add up"))
     here = {p.site.name: p.site for p in placed}
-    for p in adapter.placed:
+    for p in adapter.sites:
         site = here.get(p.site.name)
         if site is None:
             what = f"it adapts {p.site.name}, which this plan does not: its update there would be lost"
             problems.append(Problem(where, what, "use the same targets"))
-        elif (site.out, site.inp) != (p.site.out, p.site.inp):
-            what = f"{p.site.name} is {p.site.out}x{p.site.inp} there and {site.out}x{site.inp} here"
+        elif (site.out_features, site.in_features) != (p.site.out_features, p.site.in_features):
+            what = f"{p.site.name} is {p.site.out_features}x{p.site.in_features} there and {site.out_features}x{site.in_features} here"
             problems.append(Problem(where, what))
     try:
         forms = adapter.low_rank()
@@ -109,7 +109,7 @@ def _tasks(adapter: PreviousAdapter) -> dict[str, list[Pair]]:
     """site -> (B, A) of each task that an adapter holds there, in fp32 on the CPU, the first one first."""
     forms: Mapping[str, Any] = adapter.low_rank()
     found = {}
-    for p in adapter.placed:
+    for p in adapter.sites:
         B, A = forms[p.site.name][:2]
         found[p.site.name] = p.delta.tasks(B, A) if isinstance(p.delta, Sequential) else [(B, A)]
     return found

@@ -88,7 +88,7 @@ class Placed:
     @property
     def starts(self) -> Shapes:
         """role -> shape of the tensors whose start is kept, because the base gave up s B A for it."""
-        return self.delta.shapes(self.site) if self.init.moves_base else {}
+        return self.delta.shapes(self.site) if self.init.residual_init else {}
 
     @property
     def trainable(self) -> int:
@@ -124,7 +124,7 @@ def inconsistent_ties(placed: Iterable[Placed]) -> list[Problem]:
         if p.shapes != other.shapes or p.method != other.method:
             what = f"shares what it learns with {other.site.name}, which has other shapes or another method"
             problems.append(Problem(p.site.name, what, "let it learn its own"))
-        elif p.share and p.init.moves_base:
+        elif p.share and p.init.residual_init:
             what = f"shares what it learns, and {type(p.init).__name__} starts at the weight of each layer"
             problems.append(Problem(p.site.name, what, "say another init"))
     return problems

@@ -45,7 +45,11 @@ def _short(paths: Iterable[str]) -> str:
 
 def _rank_notes(placed: Sequence[Placed]) -> list[str]:
     """Sites whose two factors hold more numbers than the matrix that they stand for."""
-    wasteful = [p.site.name for p in placed if p.r * (p.site.out + p.site.inp) > p.site.out * p.site.inp]
+    wasteful = [
+        p.site.name
+        for p in placed
+        if p.r * (p.site.out_features + p.site.in_features) > p.site.out_features * p.site.in_features
+    ]
     if not wasteful:
         return []
     return [f"the factors are larger than the weight itself at {_short(wasteful)}: a lower rank loses nothing"]

@@ -135,7 +135,7 @@ def _unmatched(field: str, patterns: Mapping[str, Any], found: list[Found]) -> l
 
 def _storage_problems(base: Scan, storage: Storage, placed: list[Placed], packed: list[str]) -> list[Problem]:
     """Why the base cannot be stored as the method says, or an init cannot take a part of it."""
-    late = [p for p in placed if p.init.moves_base and base.is_quantised(p.site.name)]
+    late = [p for p in placed if p.init.residual_init and base.is_quantised(p.site.name)]
     problems = once(packed_already(p.site.name, p.init) for p in late)
     if not storage.writable and not packed and not any(m.quantised for m in base.modules.values()):
         what = f"{type(storage).__name__} has nothing to pack: plain linear layers, without the output head"

@@ -43,7 +43,7 @@ class Plan:
 
     Args:
         method: the method, at the rank that sites without one of their own take.
-        placed: the adapted sites in the model's order, each with its own rank and scale.
+        sites: the adapted sites in the model's order, each with its own rank and scale.
         full: the base parameters that train in full.
         total: parameters of the base model, tied ones counted once.
         base_bytes: what they take, once packed.
@@ -53,18 +53,18 @@ class Plan:
     """
 
     method: Method
-    placed: tuple[Placed, ...]
+    sites: tuple[Placed, ...]
     full: tuple[FullParameter, ...]
     total: int
     base_bytes: int
     notes: tuple[str, ...] = ()
-    given: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict, repr=False, compare=False)
-    packed: tuple[str, ...] = ()
+    fixed_tensors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    quantized: tuple[str, ...] = ()
 
     @property
     def trainable(self) -> int:
         """How many numbers train."""
-        return sum(p.trainable for p in unique_tensor_sets(self.placed)) + sum(f.size for f in self.full if f.trains)
+        return sum(p.trainable for p in unique_tensor_sets(self.sites)) + sum(f.size for f in self.full if f.trains)
 
     @property
     def share(self) -> float:
@@ -74,18 +74,18 @@ class Plan:
     @property
     def adapter_bytes(self) -> int:
         """What the adapters' tensors take, as 32-bit masters; what sites share counts once."""
-        sets = unique_tensor_sets(self.placed)
+        sets = unique_tensor_sets(self.sites)
         own = [shape for p in sets for role, shape in p.shapes.items() if role not in p.delta.shared]
-        return 4 * sum(map(math.prod, [*own, *shared_shapes(self.placed).values()]))
+        return 4 * sum(map(math.prod, [*own, *shared_shapes(self.sites).values()]))
 
     @property
     def training_bytes(self) -> int:
         """Gradients and AdamW's two moments: 12 bytes for each trained 32-bit number, 3 copies of a full parameter."""
-        sets = unique_tensor_sets(self.placed)
+        sets = unique_tensor_sets(self.sites)
         return 12 * sum(p.trainable for p in sets) + 3 * sum(f.bytes for f in self.full if f.trains)
 
     def __str__(self) -> str:
-        lines = [str(self.method), *site_table(self.placed), *full_table(self.full), ""]
+        lines = [str(self.method), *site_table(self.sites), *full_table(self.full), ""]
         lines.append(f"trains    {self.trainable:,} of {self.total:,} parameters ({self.share:.4%})")
         sizes = (self.base_bytes, self.adapter_bytes, self.training_bytes)
         base, adapters, training = (human_bytes(n) for n in sizes)
@@ -105,8 +105,8 @@ def site_table(placed: Iterable[Placed]) -> list[str]:
         key = (
             re.sub(r"\d+", "#", s.name),
             s.kind,
-            s.out,
-            s.inp,
+            s.out_features,
+            s.in_features,
             s.parts,
             tuple(p.shapes.values()),
             p.scale,
@@ -123,7 +123,9 @@ def site_table(placed: Iterable[Placed]) -> list[str]:
         if p.share:
             text += " share one"
         counts = f"{p.trainable * (1 if p.share else len(names)):,}"
-        table.append((text, p.site.kind, f"{p.site.out}x{p.site.inp}", tensors, f"{p.scale:g}", counts))
+        table.append(
+            (text, p.site.kind, f"{p.site.out_features}x{p.site.in_features}", tensors, f"{p.scale:g}", counts)
+        )
     return _aligned(table) if len(table) > 1 else []
 
 

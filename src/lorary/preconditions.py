@@ -169,11 +169,11 @@ def layer_mismatches(expected: Site, layer: nn.Module | None) -> list[Problem]:
     # a linear layer and GPT-2's transposed one are the same matrix
     if found.kind != expected.kind and {found.kind, expected.kind} != {"linear", "transposed"}:
         problems.append(Problem(expected.name, f"is {found.kind}, expected {expected.kind}"))
-    for side in ("out", "inp", "groups"):
+    for side in ("out_features", "in_features", "groups"):
         if getattr(found, side) != getattr(expected, side):
-            words = {"out": "output features", "inp": "input features", "groups": "groups"}[side]
+            words = {"out_features": "output features", "in_features": "input features", "groups": "groups"}[side]
             what = f"has {getattr(found, side)} {words}, expected {getattr(expected, side)}"
             problems.append(Problem(expected.name, what))
-    if expected.window and found.window and expected.window != found.window:
-        problems.append(Problem(expected.name, f"has a window of {found.window}, expected {expected.window}"))
+    if expected.kernel_size and found.kernel_size and expected.kernel_size != found.kernel_size:
+        problems.append(Problem(expected.name, f"has a window of {found.kernel_size}, expected {expected.kernel_size}"))
     return problems

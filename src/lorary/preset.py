@@ -45,7 +45,7 @@ class Preset:
     """
 
     name: str
-    words: Callable[..., dict[str, Any]]
+    components: Callable[..., dict[str, Any]]
     citation: str
     adapts: bool = True
     lr: float = 2e-4
@@ -56,24 +56,24 @@ class Preset:
     @property
     def summary(self) -> str:
         """The first line of its docstring: the equation."""
-        return (inspect.getdoc(self.words) or "").partition("\n")[0]
+        return (inspect.getdoc(self.components) or "").partition("\n")[0]
 
     @property
     def parameters(self) -> dict[str, Any]:
         """Its options and their defaults."""
-        return {name: p.default for name, p in inspect.signature(self.words).parameters.items()}
+        return {name: p.default for name, p in inspect.signature(self.components).parameters.items()}
 
     @property
     def meanings(self) -> dict[str, str]:
         """Its options and their meanings, from its docstring."""
-        _, _, text = (inspect.getdoc(self.words) or "").partition("Args:")
+        _, _, text = (inspect.getdoc(self.components) or "").partition("Args:")
         found = re.findall(r"^    (\w+): (.+(?:\n      .+)*)", text, re.MULTILINE)
         return {name: " ".join(words.split()) for name, words in found}
 
     @property
     def about(self) -> str:
         """The docstring of its file, which begins with `Title: equation`."""
-        return inspect.getdoc(inspect.getmodule(self.words)) or ""
+        return inspect.getdoc(inspect.getmodule(self.components)) or ""
 
     @property
     def title(self) -> str:
@@ -89,7 +89,7 @@ class Preset:
     @property
     def changes(self) -> tuple[str, ...]:
         """The axes on which it speaks, in plain English."""
-        return tuple(_IN_PLAIN_WORDS[axis] for axis in self.words())
+        return tuple(_IN_PLAIN_WORDS[axis] for axis in self.components())
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ def method(*names: str, **options: Any) -> Method:
         raise MethodError("invalid method:", problems)
     said: dict[str, tuple[str, Any]] = {}
     for p in speaking:
-        words = p.words(**{k: v for k, v in options.items() if k in p.parameters})
+        words = p.components(**{k: v for k, v in options.items() if k in p.parameters})
         _unite(said, p.name, words, problems)
     _unite(said, "you", {k: v for k, v in options.items() if k in AXES and k not in known}, problems)
     speaker, scale = said.get("scale", ("", None))

@@ -150,15 +150,15 @@ def _norms(layer: Adapted, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     B, A = layer.factors()
     B, A = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in (B, A))
     x = x.to(A.dtype) if x.is_floating_point() else x
-    w = y.to(A.dtype) if layer.bias is None else y.to(A.dtype) - kind.along(layer.bias.to(A.dtype))
+    w = y.to(A.dtype) if layer.bias is None else y.to(A.dtype) - kind.broadcast_over_rows(layer.bias.to(A.dtype))
     start = layer.start_factors()
     if start is not None:  # W was what is left of it, and s B0 A0
         B0, A0 = (factor.to(A) for factor in start)
         w = kind.add(base, w, x, A0, B0, layer.scale, 0.0)
         B, A = torch.cat([B, -B0], 1), torch.cat([A, A0])
     z = kind.run(base, x, A.repeat(site.groups, 1), None)  # A x, for each group of a convolution
-    if site.window:
-        z, w = z.movedim(-len(site.window) - 1, -1), w.movedim(-len(site.window) - 1, -1)
+    if site.kernel_size:
+        z, w = z.movedim(-len(site.kernel_size) - 1, -1), w.movedim(-len(site.kernel_size) - 1, -1)
     if site.parts:  # the rows of W that are adapted
         w = w[..., torch.cat([part.rows(w.device) for part in site.parts])]
     return squares(z, B, layer.scale, site.groups), w.square().sum(-1)
@@ -206,7 +206,7 @@ def drop_layers(plan: Plan, importance: Importance, threshold: float = THRESHOLD
 
     >>> print(drop_layers(plan, layer_importance(model, batches)))
     """
-    problems = shareable(plan.method) + unknown_sites(importance.g, (p.site.name for p in plan.placed))
+    problems = shareable(plan.method) + unknown_sites(importance.g, (p.site.name for p in plan.sites))
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 < threshold <= 1:
         problems.append(Problem("threshold", f"{threshold!r} is no number above 0 and at most 1"))
     for site, g in importance.g.items():
@@ -215,9 +215,9 @@ def drop_layers(plan: Plan, importance: Importance, threshold: float = THRESHOLD
     if problems:
         raise PlanError("cannot drop layers from this plan:", problems)
     kept = importance.kept(threshold)
-    names = _shares(plan.placed, kept)
-    placed = tuple(dataclasses.replace(p, share=names.get(p.site.name, "")) for p in plan.placed)
-    return dataclasses.replace(plan, placed=placed, notes=(*plan.notes, _note(placed, threshold)))
+    names = _shares(plan.sites, kept)
+    placed = tuple(dataclasses.replace(p, share=names.get(p.site.name, "")) for p in plan.sites)
+    return dataclasses.replace(plan, sites=placed, notes=(*plan.notes, _note(placed, threshold)))
 
 
 def _shares(placed: Sequence[Placed], kept: Collection[str]) -> dict[str, str]:
@@ -228,7 +228,7 @@ def _shares(placed: Sequence[Placed], kept: Collection[str]) -> dict[str, str]:
         s = p.site
         if s.name in kept:
             continue
-        alike = (s.kind, s.out, s.inp, s.parts, s.groups, s.window, p.method)
+        alike = (s.kind, s.out_features, s.in_features, s.parts, s.groups, s.kernel_size, p.method)
         groups.setdefault((kinds[s.name].kind, *alike), []).append(s.name)
     names: dict[str, str] = {}
     taken: dict[str, int] = {}

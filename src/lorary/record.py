@@ -50,7 +50,7 @@ class Method:
     def __post_init__(self) -> None:
         rates = self.lr.items() if isinstance(self.lr, Mapping) else self.lr
         frozen = frozenset([self.frozen] if isinstance(self.frozen, str) else self.frozen)
-        own = getattr(self.delta, "known_as", {})  # presets speak of A and B, whatever a delta calls them
+        own = getattr(self.delta, "role_aliases", {})  # presets speak of A and B, whatever a delta calls them
         object.__setattr__(self, "lr", tuple(sorted((own.get(str(role), str(role)), rate) for role, rate in rates)))
         object.__setattr__(self, "frozen", frozenset(own.get(role, role) for role in frozen))
         object.__setattr__(self, "rules", tuple(self.rules) if isinstance(self.rules, Iterable) else (self.rules,))
@@ -71,7 +71,7 @@ class Method:
     @property
     def trained(self) -> frozenset[str]:
         """The names of the tensors of a site that train."""
-        return self.roles - self.frozen - (self.delta.given if self.delta else frozenset())
+        return self.roles - self.frozen - (self.delta.fixed_roles if self.delta else frozenset())
 
     def rate(self, role: str) -> float:
         """The learning-rate multiplier of a role."""
@@ -185,29 +185,27 @@ class Method:
             return [Problem(axis, "is not said, and a delta needs it") for axis in missing]
         name = type(delta).__name__
         problems = []
-        if init.fills != delta.roles - delta.given:
-            what = f"{type(init).__name__} fills {braces(init.fills)}; {name} has {braces(delta.roles - delta.given)}"
+        if init.fills != delta.roles - delta.fixed_roles:
+            what = f"{type(init).__name__} fills {braces(init.fills)}; {name} has {braces(delta.roles - delta.fixed_roles)}"
             problems.append(Problem("init", what))
         problems += self._training_problems()
-        if init.moves_base and not delta.free:
+        if init.residual_init and not delta.arbitrary_factors:
             what = f"{type(init).__name__} starts B A at a part of W; the factors of {name} cannot be any matrices"
             problems.append(Problem("init", what))
-        if join.reads != delta.extras:
-            what = (
-                f"{type(join).__name__} reads {braces(join.reads)} of a delta; {name} gives it {braces(delta.extras)}"
-            )
+        if join.uses != delta.join_roles:
+            what = f"{type(join).__name__} reads {braces(join.uses)} of a delta; {name} gives it {braces(delta.join_roles)}"
             problems.append(Problem("join", what))
         if delta.shared - self.frozen:
             what = f"{braces(delta.shared - self.frozen)} of {name} belong to all sites and cannot train"
             problems.append(Problem("frozen", what))
-        if init.moves_base and self.dropout:
+        if init.residual_init and self.dropout:
             what = f"{type(init).__name__} moves part of W into B A, and dropout would drop that part of W"
             problems.append(Problem("dropout", what, "set dropout=0"))
         problems += self._storage_problems(delta, init)
-        if self.dropout and not join.drops:
+        if self.dropout and not join.supports_dropout:
             what = f"{type(join).__name__} scales W x itself: there is no input of the adapter alone to drop from"
             problems.append(Problem("dropout", what, "set dropout=0"))
-        if delta.biases and "bias" in self.full:
+        if delta.changes_bias and "bias" in self.full:
             what = f"{name} learns a change of every adapted layer's bias; trained in full, it would be learnt twice"
             problems.append(Problem("full", what, "use one of the two"))
         if "*" in self.full:
@@ -237,13 +235,13 @@ class Method:
 
     def _storage_problems(self, delta: Delta, init: Init) -> list[Problem]:
         problems, name = [], type(self.storage).__name__
-        if delta.weighs and not self.storage.writable:
+        if delta.needs_dense_weight and not self.storage.writable:
             what = f"{type(delta).__name__} takes W element by element in every step, and {name} keeps no dense W"
             problems.append(Problem("storage", what, "set A to 'vector', 'scalar' or 'none', which act on the output"))
         if init.rounds > 1 and self.storage.writable:
             what = f"{type(init).__name__} starts {init.rounds} times at what packing loses, and {name} loses nothing"
             problems.append(Problem("init", what, "set rounds=1, or add qlora"))
-        elif init.rounds > 1 and not init.within:
+        elif init.rounds > 1 and not init.scale_free_start:
             what = f"{type(init).__name__} starts at s times what it finds, and in {init.rounds} rounds that would grow"
             problems.append(Problem("init", what, "set divide=True"))
         return problems

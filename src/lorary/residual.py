@@ -31,7 +31,7 @@ def start(layer: Adapted, seed: int, *, packs: bool) -> None:
     if packs and layer.start:
         W = _exact(layer)
         for _ in range(layer.init.rounds - 1):
-            held = layer.kind.matrix(layer.method.storage.pack(layer.base, _rest(layer)))
+            held = layer.kind.matrix(layer.method.storage.quantize(layer.base, _rest(layer)))
             layer.initialise(seed, W - held.to(W.dtype))
 
 
@@ -42,9 +42,9 @@ def settle(model: nn.Module, layer: Adapted, *, packs: bool) -> None:
     elif not layer.weight.is_meta:
         rest = _rest(layer) if layer.start else None
         _check(layer, rest)
-        _keep(layer, layer.method.storage.pack(layer.base, rest))
+        _keep(layer, layer.method.storage.quantize(layer.base, rest))
     else:
-        _keep(layer, layer.method.storage.pack(layer.base))
+        _keep(layer, layer.method.storage.quantize(layer.base))
 
 
 def _keep(layer: Adapted, base: nn.Module) -> None:
@@ -85,19 +85,19 @@ def give_up(model: nn.Module, layer: Adapted) -> None:
         rest = layer.kind.weight(layer.base, _rest(layer)).to(weight.dtype)
         _check(layer, rest)
         if not _alone(model, weight, state):
-            state.moved[layer.site.name] = weight
+            state.replaced_weights[layer.site.name] = weight
             layer.base.weight = nn.Parameter(rest, requires_grad=False)
             if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
                 model.config.tie_word_embeddings, state.untied = False, True  # type: ignore[union-attr]
         else:
-            state.moved[layer.site.name] = weight.detach().to("cpu", copy=True)
+            state.replaced_weights[layer.site.name] = weight.detach().to("cpu", copy=True)
             weight.copy_(rest)
 
 
 def unsound(layer: Adapted) -> list[Problem]:
     """Why a layer's own weight is nothing that a delta could start from, where it starts at a part of it."""
     init, weight = layer.init, layer.weight
-    if not init.moves_base or weight.is_meta:
+    if not init.residual_init or weight.is_meta:
         return []
     if is_packed(layer.base):
         return [packed_already(layer.site.name, init)]
@@ -124,7 +124,7 @@ def _alone(model: nn.Module, weight: nn.Parameter, state: Attached) -> bool:
         return False  # its own numbers lie in the same memory
     held = [t for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
     # what another layer will be given back, but for the very same parameter: its values are kept apart
-    held += [t for t in state.moved.values() if isinstance(t, nn.Parameter) and t is not weight]
+    held += [t for t in state.replaced_weights.values() if isinstance(t, nn.Parameter) and t is not weight]
     return sum(t is weight or _overlap(t, weight) for t in held) == 1
 
 
@@ -148,14 +148,14 @@ def restart(model: nn.Module, layer: Adapted, tensors: Mapping[str, Tensor]) -> 
         StateError: the start differs, and the base is sharded already, so that it cannot give up another part.
     """
     if layer.shared is not None:
-        layer.shared.load({role: tensors[role] for role in layer.corners})
+        layer.shared.load({role: tensors[role] for role in layer.shared_shapes})
     if all(torch.equal(t, tensors[role].to(t)) for role, t in layer.start.items()):
         return
     if is_sharded(layer.weight) or is_packed(layer.base):
         done = "packed" if is_packed(layer.base) else "sharded"
         what, fix = f"began at other tensors here, and its weight is {done} already", "load it onto the plain base"
         raise StateError("cannot continue from this adapter:", [Problem(layer.site.name, what, fix)])
-    take_back(layer, cast(Attached, state_of(model)).moved[layer.site.name])
+    take_back(layer, cast(Attached, state_of(model)).replaced_weights[layer.site.name])
     layer.load({role: tensors[role] for role in layer.start})
     give_up(model, layer)
 
@@ -171,7 +171,7 @@ def pristine(model: nn.Module, name: str) -> Tensor:
         return layer.kind.weight(layer.base, W)
     if is_packed(layer):
         return weight(layer)
-    moved = cast(Attached, state_of(model)).moved if state_of(model) is not None else {}
+    moved = cast(Attached, state_of(model)).replaced_weights if state_of(model) is not None else {}
     before = moved.get(name, base_parameter(model, f"{name}.weight"))
     if isinstance(before, nn.Parameter):  # of other layers, too: one of them may have given up a part for itself
         for other, values in moved.items():

@@ -42,7 +42,7 @@ def shrink(model: nn.Module, keep: Mapping[str, Tensor], optimizer: torch.optim.
         does not train all of them: whoever does would go on with the old ones.
     """
     layers = {name: layer for name, layer in adapted(model).items() if not bool(keep[name].all())}
-    old = [layer.p[role] for layer in layers.values() for role in layer.p]
+    old = [layer.params[role] for layer in layers.values() for role in layer.params]
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not all(id(p) in held for p in old if p.requires_grad):
         return False
@@ -51,13 +51,13 @@ def shrink(model: nn.Module, keep: Mapping[str, Tensor], optimizer: torch.optim.
     new: dict[int, nn.Parameter] = {}
     for name, layer in layers.items():
         where = torch.nonzero(keep[name]).flatten()
-        for role, p in list(layer.p.items()):
+        for role, p in list(layer.params.items()):
             dim = cast(Shrinkable, layer.method.delta).directions[role]
             small = nn.Parameter(_taken(p.detach(), where, dim), requires_grad=p.requires_grad)
             if p in optimizer.state:
                 state = optimizer.state.pop(p)
                 optimizer.state[small] = {k: _taken(v, where, dim) if _alike(p, v) else v for k, v in state.items()}
-            layer.p[role] = new[id(p)] = small
+            layer.params[role] = new[id(p)] = small
         _say(model, layer, _left(layer.method, len(where)))
     for group in optimizer.param_groups:
         group["params"] = [new.get(id(p), p) for p in group["params"]]
@@ -87,8 +87,8 @@ def fit(model: nn.Module, placed: tuple[Placed, ...]) -> None:
         if not isinstance(other.delta, Shrinkable) or delta.left(R) != other.delta.left(R):
             continue
         for role, shape in other.shapes.items():
-            p = layer.p[role]
-            layer.p[role] = nn.Parameter(p.detach().new_zeros(shape), requires_grad=p.requires_grad)
+            p = layer.params[role]
+            layer.params[role] = nn.Parameter(p.detach().new_zeros(shape), requires_grad=p.requires_grad)
         _say(model, layer, layer.method.replace(delta=other.delta))
 
 
@@ -96,8 +96,8 @@ def _say(model: nn.Module, layer: Adapted, method: Any) -> None:
     """Note in the layer and in what the model remembers how many directions are left."""
     layer.method = method
     state = cast(Attached, state_of(model))
-    state.placed = tuple(
-        dataclasses.replace(p, method=layer.method) if p.site.name == layer.site.name else p for p in state.placed
+    state.sites = tuple(
+        dataclasses.replace(p, method=layer.method) if p.site.name == layer.site.name else p for p in state.sites
     )
 
 

@@ -55,17 +55,17 @@ class Site:
 
     name: str
     kind: str
-    out: int
-    inp: int
+    out_features: int
+    in_features: int
     bias: bool
     parts: tuple[Part, ...] = ()
     groups: int = 1
-    window: tuple[int, ...] = ()
+    kernel_size: tuple[int, ...] = ()
 
     @property
     def rows(self) -> list[int]:
         """How many output rows each part has: one part for a whole weight."""
-        return [part.size * part.count for part in self.parts] or [self.out]
+        return [part.size * part.count for part in self.parts] or [self.out_features]
 
     def split(self, W: Tensor) -> list[Tensor]:
         """The rows [., inp] of a weight [out, inp] that belong to each part."""
@@ -77,7 +77,7 @@ class Site:
             return B
         blocks: Tensor = torch.block_diag(*B.split(self.rows))
         rows = torch.cat([part.rows(B.device) for part in self.parts])
-        return blocks.new_zeros(self.out, blocks.shape[1]).index_copy(0, rows, blocks)
+        return blocks.new_zeros(self.out_features, blocks.shape[1]).index_copy(0, rows, blocks)
 
 
 class Kind(Protocol):
@@ -102,7 +102,7 @@ class Kind(Protocol):
         """A matrix [out, inp] in the layout of the layer's own weight."""
         ...
 
-    def along(self, v: Tensor) -> Tensor:
+    def broadcast_over_rows(self, v: Tensor) -> Tensor:
         """A vector [out], shaped to broadcast over the layer's output."""
         ...
 
@@ -135,7 +135,7 @@ class Linear:
     def weight(self, layer: Any, M: Tensor) -> Tensor:
         return M.T.contiguous() if self.transposed else M
 
-    def along(self, v: Tensor) -> Tensor:
+    def broadcast_over_rows(self, v: Tensor) -> Tensor:
         return v
 
     def run(self, layer: Any, x: Tensor, M: Tensor, b: Tensor | None) -> Tensor:
@@ -165,7 +165,7 @@ class Convolution:
     def weight(self, layer: Any, M: Tensor) -> Tensor:
         return M.reshape(layer.weight.shape)
 
-    def along(self, v: Tensor) -> Tensor:
+    def broadcast_over_rows(self, v: Tensor) -> Tensor:
         return v.reshape(-1, *[1] * self.dims)
 
     def run(self, layer: Any, x: Tensor, M: Tensor, b: Tensor | None) -> Tensor:
@@ -216,7 +216,7 @@ class Embedding:
     def weight(self, layer: Any, M: Tensor) -> Tensor:
         return M.T.contiguous()
 
-    def along(self, v: Tensor) -> Tensor:
+    def broadcast_over_rows(self, v: Tensor) -> Tensor:
         return v
 
     def run(self, layer: Any, x: Tensor, M: Tensor, b: Tensor | None) -> Tensor:
@@ -305,12 +305,12 @@ def site(name: str, layer: nn.Module, parts: tuple[Part, ...] = ()) -> Site:
     return Site(
         name=name,
         kind=kind,
-        out=out,
-        inp=inp,
+        out_features=out,
+        in_features=inp,
         bias=getattr(layer, "bias", None) is not None,
         parts=parts,
         groups=conv.groups if conv else 1,
-        window=tuple(conv.kernel_size) if conv else (),
+        kernel_size=tuple(conv.kernel_size) if conv else (),
     )
 
 

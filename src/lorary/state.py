@@ -38,7 +38,7 @@ class Attached:
 
     Args:
         method: the method.
-        placed: the adapted sites.
+        sites: the adapted sites.
         full: base parameters that train in full -> their values before training.
         trained: the names of parameters that required gradients before.
         paths: site -> every path of its layer, more than one for a shared layer.
@@ -55,18 +55,18 @@ class Attached:
     """
 
     method: Method
-    placed: tuple[Placed, ...]
+    sites: tuple[Placed, ...]
     full: dict[str, Tensor]
     trained: frozenset[str]
     paths: dict[str, list[str]]
     fingerprint: Fingerprint
-    moved: dict[str, Tensor] = field(default_factory=dict)
+    replaced_weights: dict[str, Tensor] = field(default_factory=dict)
     untied: bool = False
     merged: dict[str, Merged] | None = None
     tied: list[tuple[nn.Module, str, nn.Parameter]] | None = None
-    room: Room = field(default_factory=Room)
-    off: int = 0
-    reading: Reading | None = None
+    bias_flags: Room = field(default_factory=Room)
+    disabled_depth: int = 0
+    context_patch: Reading | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Attachment:
 
     Args:
         method: the method, at the rank that sites without one of their own take.
-        placed: the adapted sites, each with its rank, scale and shapes.
+        sites: the adapted sites, each with its rank, scale and shapes.
         full: the base parameters that train in full.
         total: parameters of the base model, tied ones counted once.
         base: the fingerprint of the base.
@@ -84,7 +84,7 @@ class Attachment:
     """
 
     method: Method
-    placed: tuple[Placed, ...]
+    sites: tuple[Placed, ...]
     full: tuple[FullParameter, ...]
     total: int
     base: Fingerprint
@@ -94,7 +94,7 @@ class Attachment:
     @property
     def trainable(self) -> int:
         """How many numbers the method trains, whether or not they require gradients now."""
-        return sum(p.trainable for p in unique_tensor_sets(self.placed)) + sum(f.size for f in self.full if f.trains)
+        return sum(p.trainable for p in unique_tensor_sets(self.sites)) + sum(f.size for f in self.full if f.trains)
 
     @property
     def share(self) -> float:
@@ -107,7 +107,7 @@ class Attachment:
         return "\n".join(
             [
                 str(self.method),
-                *site_table(self.placed),
+                *site_table(self.sites),
                 *full_table(self.full),
                 "",
                 f"trains    {self.trainable:,} of {self.total:,} parameters ({self.share:.4%})",
@@ -130,14 +130,14 @@ def attached(model: nn.Module) -> Attachment | None:
     state = state_of(model)
     if state is None:
         return None
-    adapted_weights = {f"{p.site.name}.weight" for p in state.placed}  # a rule writes these, no optimizer trains them
+    adapted_weights = {f"{p.site.name}.weight" for p in state.sites}  # a rule writes these, no optimizer trains them
     full = []
     for name in state.full:
         value = base_parameter(model, name)
         size = value.numel() * value.element_size()
         full.append(FullParameter(name, tuple(value.shape), size, trains=name not in adapted_weights))
-    merged, enabled = state.merged is not None, not state.off
-    return Attachment(state.method, state.placed, tuple(full), _total(model), state.fingerprint, merged, enabled)
+    merged, enabled = state.merged is not None, not state.disabled_depth
+    return Attachment(state.method, state.sites, tuple(full), _total(model), state.fingerprint, merged, enabled)
 
 
 def _total(model: nn.Module) -> int:
@@ -164,7 +164,7 @@ def require(model: nn.Module, verb: str) -> Attached:
         raise StateError(f"nothing to {verb}:", [Problem("model", "no adapter is attached", "attach one first")])
     if state.merged is not None:
         raise StateError(f"cannot {verb}:", [Problem("model", "the adapter is merged", "unmerge it first")])
-    if state.off and verb != "disable":
+    if state.disabled_depth and verb != "disable":
         what, fix = "the adapter is disabled, and the model has the base's values", "leave the `disabled` block first"
         raise StateError(f"cannot {verb}:", [Problem("model", what, fix)])
     return state

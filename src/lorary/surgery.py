@@ -46,11 +46,11 @@ def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = 
     base = scan(model)
     packed = _to_pack(base, plan, dtype)
     full = {f.name: f.shape for f in plan.full}
-    _put(base, plan.method, plan.placed, full, dtype=dtype, packed=packed)
+    _put(base, plan.method, plan.sites, full, dtype=dtype, packed=packed)
     del base  # it holds every dense weight, and they are to go one at a time
     try:
         with mode(model):
-            _start(model, seed, plan.given, packed)
+            _start(model, seed, plan.fixed_tensors, packed)
             _pack(model, packed)
     except BaseException:
         detach(model)  # all or nothing
@@ -74,10 +74,10 @@ def _to_pack(base: Scan, plan: Plan, dtype: torch.dtype) -> list[str]:
         problems.append(Problem("dtype", f"{dtype!r} is no precision to learn in", f"known: {known}"))
     packed: list[str] = []
     if not problems:
-        packed = [name for name in plan.packed if not base.is_quantised(name)]
+        packed = [name for name in plan.quantized if not base.is_quantised(name)]
         problems += unwritable(base, plan.method, [f.name for f in plan.full if not f.trains])
         problems += not_quantizable(base, packed)
-        problems += blocks_gradient(base, [p.site.name for p in plan.placed])
+        problems += blocks_gradient(base, [p.site.name for p in plan.sites])
     if problems:
         raise PlanError("cannot attach:", problems)
     return packed
@@ -88,7 +88,7 @@ def _start(
 ) -> None:
     """Fill all adapters, so that nothing moves at step 0 but for what earlier tasks have given."""
     # of layers that train one set of tensors in common the first one fills it
-    layers = list({id(layer.p): layer for layer in reversed(adapted(model).values())}.values())[::-1]
+    layers = list({id(layer.params): layer for layer in reversed(adapted(model).values())}.values())[::-1]
     if layers and layers[0].shared is not None:
         layers[0].init.share(layers[0].shared.tensors)
     if problems := [problem for layer in layers for problem in unsound(layer)]:
@@ -109,7 +109,7 @@ def _pack(model: nn.Module, packed: Collection[str]) -> None:
     layers = adapted(model)
     storage = cast(Attached, state_of(model)).method.storage
     for name in shown([name for name in packed if name not in layers], "packing"):
-        replace(model, name, storage.pack(model.get_submodule(name)))
+        replace(model, name, storage.quantize(model.get_submodule(name)))
 
 
 def place(
@@ -178,14 +178,14 @@ def _put(
     for name in full:
         value = base.parameter(name).detach()
         kept[name] = value.to("meta" if value.is_meta else "cpu", copy=True)
-    reading = None if method.context is None else method.context.enter(model)
+    reading = None if method.context is None else method.context.apply(model)
     model.requires_grad_(False)
     for name, layer in layers.items():
         for path in paths[name]:
             model.set_submodule(path, layer)
     for name in full.keys() - {f"{p.site.name}.weight" for p in placed}:  # an adapted weight is a rule's to write
         base.parameter(name).requires_grad_(True)
-    object.__setattr__(model, STATE, Attached(method, placed, kept, trained, paths, fingerprint, reading=reading))
+    object.__setattr__(model, STATE, Attached(method, placed, kept, trained, paths, fingerprint, context_patch=reading))
 
 
 def _layers(base: Scan, placed: tuple[Placed, ...], dtype: torch.dtype) -> dict[str, Adapted]:
@@ -199,13 +199,13 @@ def _layers(base: Scan, placed: tuple[Placed, ...], dtype: torch.dtype) -> dict[
             layer = layers[p.site.name] = Adapted(plain, p, dtype, bank, sets.get(p.share))
             layer.train(plain.training)
             if p.share:
-                sets[p.share] = layer.p
+                sets[p.share] = layer.params
     return layers
 
 
 def _shown(layers: list[Adapted]) -> Iterable[Adapted]:
     """With a progress bar on a terminal, where a start has to decompose or to pack every weight."""
-    slow = any(layer.init.moves_base or not layer.method.storage.writable for layer in layers)
+    slow = any(layer.init.residual_init or not layer.method.storage.writable for layer in layers)
     return shown(layers, "starting") if slow else layers
 
 
@@ -231,16 +231,16 @@ def detach(model: nn.Module) -> nn.Module:
         StateError: nothing is attached, or it has been merged (unmerge first).
     """
     state = require(model, "detach")
-    if state.reading:
-        state.reading.leave()
+    if state.context_patch:
+        state.context_patch.revert()
     for name, value in state.full.items():
         parameter = base_parameter(model, name)
         parameter.grad = None  # it was that of another value
         with torch.no_grad():
             parameter.copy_(value)
     for name, layer in adapted(model).items():
-        if name in state.moved:
-            take_back(layer, state.moved[name])
+        if name in state.replaced_weights:
+            take_back(layer, state.replaced_weights[name])
         base = bare(layer)
         for path in state.paths[name]:
             model.set_submodule(path, base)
@@ -261,11 +261,13 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     enabled = [layer.enabled for layer in layers]
     tuned = [(base_parameter(model, name), before) for name, before in state.full.items()]
     # weights that others hold come last: they may have moved for these, and have their values back by then
-    moved = sorted(state.moved.items(), key=lambda item: isinstance(item[1], nn.Parameter))
+    moved = sorted(state.replaced_weights.items(), key=lambda item: isinstance(item[1], nn.Parameter))
     tuned += [(base_parameter(model, f"{site}.weight"), before) for site, before in moved]
     values = [parameter.data for parameter, _ in tuned]
-    undone = state.reading.undone() if state.reading and not state.off else contextlib.nullcontext()
-    state.off += 1
+    undone = (
+        state.context_patch.reverted() if state.context_patch and not state.disabled_depth else contextlib.nullcontext()
+    )
+    state.disabled_depth += 1
     try:
         for layer in layers:
             layer.enabled = False
@@ -278,4 +280,4 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
             layer.enabled = was
         for (parameter, _), value in zip(tuned, values, strict=True):
             parameter.data = value
-        state.off -= 1
+        state.disabled_depth -= 1

@@ -118,9 +118,9 @@ def _adapters(adapters: Any) -> list[Adapter]:
 
 def _check_base(model: nn.Module, adapter: Adapter, here: Fingerprint, where: str, *, force: bool) -> None:
     modules = plain_modules(model)
-    problems = [problem for p in adapter.placed for problem in layer_mismatches(p.site, modules.get(p.site.name))]
+    problems = [problem for p in adapter.sites for problem in layer_mismatches(p.site, modules.get(p.site.name))]
     given_up = {name for name, layer in adapted(model).items() if layer.start}  # detaching makes them plain
-    for p in adapter.placed:
+    for p in adapter.sites:
         if p.starts and is_packed(modules.get(p.site.name)) and p.site.name not in given_up:
             problems.append(packed_already(p.site.name, p.init))
         problems += _shape_problems(p.site.name, p.stored, adapter.tensors.get(p.site.name, {}))
@@ -142,7 +142,7 @@ def _context_problems(model: nn.Module, adapter: Adapter) -> list[Problem]:
     state, context = state_of(model), adapter.method.context
     if context is None:
         return []
-    with state.reading.undone() if state is not None and state.reading else contextlib.nullcontext():
+    with state.context_patch.reverted() if state is not None and state.context_patch else contextlib.nullcontext():
         return [Problem("context", *found) for found in context.problems(model)]
 
 
@@ -168,7 +168,7 @@ def _install(model: nn.Module, adapter: Adapter, here: Fingerprint, *, trainable
     storage = adapter.method.storage
     packed = packable(scan(model), storage, full) if pack and not storage.writable else []
     warn_of_packing(plain_modules(model), storage)
-    place(model, adapter.method, adapter.placed, full, adapter.tensors, base=here, packed=packed)
+    place(model, adapter.method, adapter.sites, full, adapter.tensors, base=here, packed=packed)
     with torch.no_grad():
         for name, value in adapter.full.items():
             base_parameter(model, name).copy_(value)

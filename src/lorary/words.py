@@ -26,16 +26,16 @@ class Layer(Protocol):
     site: Site
     scale: float
     method: Any  # Method, whose words these are
-    p: Any  # role -> Parameter
+    params: Any  # role -> Parameter
     base: nn.Module
     shared: Any  # the bank of what all layers share, or None
     training: bool
-    chosen: Any  # what a rule has drawn for the present step; None: nothing
+    active_structure: Any  # what a rule has drawn for the present step; None: nothing
 
     @property
     def kind(self) -> Kind: ...
     @property
-    def kept(self) -> Sequence[Tensor]:
+    def stored_tensors(self) -> Sequence[Tensor]:
         """The tensors in which the base keeps its weight, for `remember`."""
 
     @property
@@ -51,12 +51,12 @@ class Layer(Protocol):
         ...
 
     def factors(self) -> tuple[Tensor, Tensor]: ...
-    def product(self, A: Tensor) -> Tensor:
+    def weight_times(self, A: Tensor) -> Tensor:
         """W A^T [out, R] of A [R, inp], in A's precision, differentiable in A; keeps W as the base keeps it."""
         ...
 
     def add_delta(self, y: Tensor, x: Tensor, dropout: float | None = None) -> Tensor: ...
-    def remember(self, name: str, of: Sequence[Tensor], make: Callable[[], Tensor]) -> Tensor:
+    def cached(self, name: str, of: Sequence[Tensor], make: Callable[[], Tensor]) -> Tensor:
         """make(), or what it gave before while none of these tensors has changed since."""
         ...
 
@@ -80,18 +80,18 @@ class Delta(Protocol):
 
     r: int
     shared: frozenset[str] = frozenset()
-    given: frozenset[str] = frozenset()
-    free: bool = False
-    extras: frozenset[str] = frozenset()
-    known_as: Mapping[str, str] = MappingProxyType({})
-    everywhere: bool = False
-    turn: int = 0
-    weighs: bool = False
+    fixed_roles: frozenset[str] = frozenset()
+    arbitrary_factors: bool = False
+    join_roles: frozenset[str] = frozenset()
+    role_aliases: Mapping[str, str] = MappingProxyType({})
+    fused_for_all_kinds: bool = False
+    task_index: int = 0
+    needs_dense_weight: bool = False
 
     @property
     def roles(self) -> frozenset[str]: ...
     @property
-    def biases(self) -> bool:
+    def changes_bias(self) -> bool:
         """Whether the layer's bias changes, too: then it cannot train in full as well."""
         return False
 
@@ -143,8 +143,8 @@ class Join(Protocol):
     """
 
     roles: frozenset[str] = frozenset()
-    reads: frozenset[str] = frozenset()
-    drops: bool = True
+    uses: frozenset[str] = frozenset()
+    supports_dropout: bool = True
 
     def shapes(self, site: Site) -> Shapes:
         """role -> shape of its own tensors."""
@@ -192,10 +192,10 @@ class Init(Protocol):
         within: whether s B A starts at a part of W, however large s is, so that it may start several times.
     """
 
-    moves_base: bool = False
-    saved: bool = True
+    residual_init: bool = False
+    store_shared: bool = True
     rounds: int = 1
-    within: bool = True
+    scale_free_start: bool = True
 
     @property
     def fills(self) -> frozenset[str]: ...
@@ -252,7 +252,7 @@ class Rule(Protocol):
         steers: whether it has to reach into the optimizer's state.
     """
 
-    steers: bool = False
+    needs_optimizer: bool = False
 
     @property
     def needs(self) -> frozenset[str]: ...
@@ -270,7 +270,7 @@ class Rule(Protocol):
         """
         return {}
 
-    def holds(self, shapes: Shapes) -> int:
+    def state_bytes(self, shapes: Shapes) -> int:
         """Bytes of its state, at most, for a site with tensors of these shapes."""
         return 0
 
@@ -305,11 +305,11 @@ class Storage(Protocol):
 
     writable: bool = True
 
-    def packs(self, layer: nn.Module) -> bool:
+    def quantizes(self, layer: nn.Module) -> bool:
         """Whether it keeps the weight of such a layer in another form than the layer does."""
         return False
 
-    def pack(self, layer: nn.Module, W: Tensor | None = None) -> nn.Module:
+    def quantize(self, layer: nn.Module, W: Tensor | None = None) -> nn.Module:
         """A frozen layer that does what this one does, with the matrix W [out, inp] packed; None for its own."""
         return layer
 

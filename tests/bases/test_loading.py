@@ -131,7 +131,7 @@ def test_transformers_own_classes_load_it_too(tmp_path: Path) -> None:
 def test_adapters_of_either_fit_the_other(tmp_path: Path, name: str) -> None:
     folder = saved(tmp_path / "base", name)
     plan = lorary.plan(tiny.model(name, device="meta"), lorary.method("qlora", "dora", r=2))
-    straight = lorary.attach(lorary.load_quantized(folder, layers=plan.packed), plan, seed=3)
+    straight = lorary.attach(lorary.load_quantized(folder, layers=plan.quantized), plan, seed=3)
     other = lorary.attach(AutoModelForCausalLM.from_pretrained(folder), plan, seed=3)
     assert tiny.same(straight.state_dict(), other.state_dict())
     lorary.save(tiny.shaken(straight), tmp_path / "straight")

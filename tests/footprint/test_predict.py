@@ -117,8 +117,8 @@ def test_ranks_of_their_own_make_kinds_and_too_many_kinds_are_simulated_as_they_
 
     def ranked(ranks: list[int]) -> lorary.Plan:
         methods = [lorary.method("lora", r=r) for r in ranks]
-        placed = [dataclasses.replace(p, method=methods[int(p.site.name.split(".")[2])]) for p in plan.placed]
-        return dataclasses.replace(plan, placed=tuple(placed))
+        placed = [dataclasses.replace(p, method=methods[int(p.site.name.split(".")[2])]) for p in plan.sites]
+        return dataclasses.replace(plan, sites=tuple(placed))
 
     for ranks in ([4, 4, 4, 8, 8, 8, 8, 8], [1, 2, 3, 4, 5, 6, 7, 8]):
         several = ranked(ranks)
@@ -144,7 +144,7 @@ def test_the_short_model_is_a_copy() -> None:
     assert len(model.model.layers) == model.config.num_hidden_layers == 8
     assert model.config.layer_types == kinds
     assert short.config.layer_types == [kinds[0], kinds[5], kinds[7]]
-    assert {p.site.name.split(".")[2] for p in plan.placed} == {"0", "1", "2"}
+    assert {p.site.name.split(".")[2] for p in plan.sites} == {"0", "1", "2"}
     assert {t.dtype for t in short.parameters()} == {bf16}
 
 

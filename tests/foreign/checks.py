@@ -64,12 +64,12 @@ def step(model: Any, method: lorary.Method) -> None:
     with torch.no_grad():  # away from the start, where half of the gradients are zero
         for layer in layers.values():
             for role in layer.method.trained:
-                layer.p[role].add_(0.01)
+                layer.params[role].add_(0.01)
     model.train()
     ids = tiny.ids()
     model(input_ids=ids, labels=ids).loss.backward()
     for layer in layers.values():
-        for role, parameter in layer.p.items():
+        for role, parameter in layer.params.items():
             trained = role in layer.method.trained
             assert (parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)) == trained, (layer, role)
     for name, parameter in model.named_parameters():

@@ -191,8 +191,8 @@ def test_evaluating_on_an_avx512_cpu_takes_no_gradient_away(kind: str, tmp_path:
     for each in (model, dense):
         each.train()(input_ids=tiny.ids(), labels=tiny.ids()).loss.backward()
     for ours, its in zip(adapted(model).values(), adapted(dense).values(), strict=True):
-        for role, p in ours.p.items():
-            torch.testing.assert_close(p.grad, its.p[role].grad, rtol=1e-4, atol=1e-7)
+        for role, p in ours.params.items():
+            torch.testing.assert_close(p.grad, its.params[role].grad, rtol=1e-4, atol=1e-7)
     assert tiny.same(saved, tiny.frozen_copy(model))
 
 

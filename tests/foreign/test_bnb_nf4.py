@@ -33,7 +33,7 @@ def attached(backend: str, *names: str, **options: Any) -> Any:
 def test_the_codes_are_ours(double: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     layer = torch.nn.Linear(128, 64, dtype=dtype)
-    ours, theirs = NF4(double=double).pack(layer), BnbNF4(double=double).pack(layer)
+    ours, theirs = NF4(double=double).quantize(layer), BnbNF4(double=double).quantize(layer)
     assert type(theirs) is bnb.nn.Linear4bit
     assert theirs.bias is layer.bias
     assert torch.equal(theirs.weight, ours.weight)
@@ -42,8 +42,10 @@ def test_the_codes_are_ours(double: bool, dtype: torch.dtype) -> None:
     assert dense.dtype == dtype
     torch.testing.assert_close(dense, weights.weight(ours), rtol=1e-6, atol=0)
     rest = torch.randn(64, 128)
-    assert torch.equal(BnbNF4(double=double).pack(layer, rest).weight, NF4(double=double).pack(layer, rest).weight)
-    assert weights.weight(BnbNF4().pack(layer, rest)).dtype == dtype
+    assert torch.equal(
+        BnbNF4(double=double).quantize(layer, rest).weight, NF4(double=double).quantize(layer, rest).weight
+    )
+    assert weights.weight(BnbNF4().quantize(layer, rest)).dtype == dtype
 
 
 @pytest.mark.parametrize("names", [(), ("dora", "rslora"), ("pissa",)], ids="+".join)
@@ -60,7 +62,10 @@ def test_the_same_model_as_ours(names: tuple[str, ...], tmp_path: Path) -> None:
 
 def test_an_avx512_cpu_does_not_lay_the_codes_out_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
-    layer, x = BnbNF4().pack(torch.nn.Linear(64, 48).eval()), torch.randn(3, 64)  # its layout is for multiples of 32
+    layer, x = (
+        BnbNF4().quantize(torch.nn.Linear(64, 48).eval()),
+        torch.randn(3, 64),
+    )  # its layout is for multiples of 32
     with torch.no_grad():
         y = layer(x)
     torch.testing.assert_close(y, torch.nn.functional.linear(x, weights.weight(layer), layer.bias))
@@ -70,7 +75,7 @@ def test_plan_and_the_meta_device() -> None:
     method = lorary.method("qlora", r=2, backend="bitsandbytes")
     plan = lorary.plan(base(), method)
     assert plan.base_bytes == lorary.plan(base(), lorary.method("qlora", r=2)).base_bytes
-    assert len(plan.packed) == 14
+    assert len(plan.quantized) == 14
     model = tiny.model("LlamaForCausalLM", device="meta")
     lorary.attach(model, lorary.plan(model, method))
     assert type(model.model.layers[0].mlp.up_proj.base) is bnb.nn.Linear4bit
@@ -93,5 +98,5 @@ def test_why_rows_that_no_block_divides_are_refused() -> None:
     """bitsandbytes' kernel for CPUs without AVX512 reads them right; skipped on all CPUs, the refusal can go."""
     torch.manual_seed(0)
     layer = torch.nn.Linear(16, 32)
-    ours, theirs = weights.weight(NF4().pack(layer)), weights.weight(BnbNF4().pack(layer))
+    ours, theirs = weights.weight(NF4().quantize(layer)), weights.weight(BnbNF4().quantize(layer))
     skip_if_right("bitsandbytes", torch.allclose(theirs, ours, rtol=1e-6, atol=0))

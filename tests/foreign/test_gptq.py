@@ -47,7 +47,7 @@ def test_the_plan_counts_the_numbers_that_it_stands_for() -> None:
     plan = lorary.plan(base(), lorary.method("lora", r=2))
     weightless = [p for name, p in plain.named_parameters() if not ("_proj" in name and name.endswith(".bias"))]
     assert plan.total == sum(p.numel() for p in weightless)  # its biases are buffers
-    assert [p.site for p in plan.placed] == [p.site for p in lorary.plan(plain, lorary.method("lora", r=2)).placed]
+    assert [p.site for p in plan.sites] == [p.site for p in lorary.plan(plain, lorary.method("lora", r=2)).sites]
     assert not any("no adapter reaches" in note for note in plan.notes)
 
 
@@ -78,8 +78,8 @@ def test_an_unknown_one_is_told_with_what_to_do() -> None:
         with pytest.raises(PlanError) as error:
             lorary.plan(model, lorary.method("lora", r=2), targets)
         assert sentence in str(error.value), targets
-    assert lorary.plan(model, lorary.method("lora", r=2), "lm_head").placed  # nobody asked for them
-    assert lorary.plan(tiny.llama(), lorary.method("lora", r=2)).placed
+    assert lorary.plan(model, lorary.method("lora", r=2), "lm_head").sites  # nobody asked for them
+    assert lorary.plan(tiny.llama(), lorary.method("lora", r=2)).sites
 
 
 def test_an_unknown_child_of_a_linear_layer_is_told_as_well() -> None:
@@ -94,7 +94,7 @@ def test_an_unknown_child_of_a_linear_layer_is_told_as_well() -> None:
     model = nn.Sequential(Int8Linear(), nn.Linear(4, 2))
     with pytest.raises(PlanError, match="0: Int8Linear keeps its weight packed in a way that lorary does not know"):
         lorary.plan(model, lorary.method("lora", r=2))
-    assert len(lorary.plan(model, lorary.method("lora", r=2), exclude="0").placed) == 1
+    assert len(lorary.plan(model, lorary.method("lora", r=2), exclude="0").sites) == 1
 
 
 def test_a_layer_is_asked_by_its_forward_pass() -> None:

@@ -59,8 +59,8 @@ def test_the_dense_weight_and_its_bytes(plain: Path) -> None:
     torch.testing.assert_close(W, weights.by_forward(layer), rtol=0, atol=1e-6)
     base = lorary.plan(tiny.seeded("LlamaForCausalLM"), lorary.method("lora", r=2))
     plan = lorary.plan(model, lorary.method("lora", r=2))
-    numbers = sum(p.site.out * p.site.inp for p in plan.placed)
-    rows = sum(p.site.out for p in plan.placed)
+    numbers = sum(p.site.out_features * p.site.in_features for p in plan.sites)
+    rows = sum(p.site.out_features for p in plan.sites)
     assert plan.total == base.total
     assert plan.base_bytes <= base.base_bytes - 3 * numbers + 8 * rows  # a byte each, and something for each row
 

@@ -27,8 +27,8 @@ def test_a_packed_base_is_trained_with_masters_in_32_bits(kind: str, tmp_path: P
     result = trainer.train()
     assert result.global_step == 6
     for layer in adapted(model).values():
-        assert {p.dtype for p in layer.p.values()} == {torch.float32}
-        assert layer.p["B"].any()
+        assert {p.dtype for p in layer.params.values()} == {torch.float32}
+        assert layer.params["B"].any()
     for name, tensor in before.items():
         path, _, last = name.rpartition(".")
         if path.endswith("_proj") and last == "weight":

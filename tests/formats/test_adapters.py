@@ -88,7 +88,7 @@ SAVED: dict[str, tuple[Callable[[], nn.Module], Base, str]] = {
 
 def same(a: lorary.Adapter, b: lorary.Adapter) -> None:
     """Equal in everything, the tensors bit for bit."""
-    assert (a.method, a.placed, a.base) == (b.method, b.placed, b.base)
+    assert (a.method, a.sites, a.base) == (b.method, b.sites, b.base)
     assert a.tensors.keys() == b.tensors.keys()
     for site, roles in a.tensors.items():
         assert roles.keys() == b.tensors[site].keys()
@@ -116,7 +116,7 @@ def test_saved_and_loaded_is_the_same(make: Callable[[], nn.Module], base: Base,
 def test_sixteen_bits_stay_sixteen_bits(dtype: torch.dtype, tmp_path: Path) -> None:
     adapter = lorary.Adapter.of(adapted(LLAMA))
     half = {site: {role: t.to(dtype) for role, t in roles.items()} for site, roles in adapter.tensors.items()}
-    halved = lorary.Adapter(adapter.method, adapter.placed, half, base=adapter.base)
+    halved = lorary.Adapter(adapter.method, adapter.sites, half, base=adapter.base)
     lorary.save_adapter(halved, tmp_path)
     same(lorary.load_adapter(tmp_path), halved)
 
@@ -224,7 +224,7 @@ def test_several_dtypes_are_noted(tmp_path: Path) -> None:
 
 def test_without_a_model_the_shapes_tell_the_kinds(tmp_path: Path) -> None:
     export_peft(lorary.Adapter.of(adapted(CONV, targets=["embed", "conv1", "conv2", "head.1"])), tmp_path)
-    kinds = {p.site.name: (p.site.kind, p.site.window) for p in lorary.load_adapter(tmp_path).placed}
+    kinds = {p.site.name: (p.site.kind, p.site.kernel_size) for p in lorary.load_adapter(tmp_path).sites}
     assert kinds == {
         "embed": ("embedding", ()),
         "conv1": ("conv1d", (3,)),
@@ -398,7 +398,7 @@ def with_value(value: float, dtype: torch.dtype = torch.float32) -> lorary.Adapt
     adapter = lorary.Adapter.of(adapted(LLAMA, targets=["q_proj"]))
     tensors = {site: {role: t.to(dtype) for role, t in roles.items()} for site, roles in adapter.tensors.items()}
     tensors["model.layers.1.self_attn.q_proj"]["A"][0, 1] = value
-    return lorary.Adapter(adapter.method, adapter.placed, tensors, base=adapter.base)
+    return lorary.Adapter(adapter.method, adapter.sites, tensors, base=adapter.base)
 
 
 def test_what_could_not_be_read_is_not_written(tmp_path: Path) -> None:
@@ -515,7 +515,7 @@ def test_a_killed_save_leaves_the_old_adapter_or_the_new(point: str, tmp_path: P
     command = [sys.executable, "-c", SAVER, str(tmp_path / "a")]
     environment = dict(os.environ) | {"LORARY_FAULT": f"{point}:kill"}
     assert subprocess.run(command, env=environment, check=False).returncode == -9
-    sites = [p.site.name for p in lorary.load_adapter(tmp_path / "a").placed]
+    sites = [p.site.name for p in lorary.load_adapter(tmp_path / "a").sites]
     assert (sites == ["0"]) == (point == "directory.after-rename")
     lorary.save(adapted(LLAMA), tmp_path / "a")
     words = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
@@ -530,4 +530,4 @@ def test_with_the_model_targets_are_brief(tmp_path: Path) -> None:
         json.loads((tmp_path / name / "adapter_config.json").read_text())["target_modules"] for name in "ab"
     )
     assert brief == ["down_proj", "q_proj", "v_proj"]
-    assert whole == sorted(p.site.name for p in adapter.placed)
+    assert whole == sorted(p.site.name for p in adapter.sites)

@@ -60,9 +60,9 @@ def adalora() -> nn.Module:
     """Of one layer one of its four directions is left; and an embedding, which PEFT's has not."""
     model = LLAMA.model()
     plan = lorary.plan(model, lorary.method("adalora", r=4, target=2), targets=["embed_tokens", "q_proj"])
-    small = plan.placed[1].method.replace(delta=Spectral(4, kept=1))
-    placed = (plan.placed[0], dataclasses.replace(plan.placed[1], method=small), *plan.placed[2:])
-    lorary.attach(model, dataclasses.replace(plan, placed=placed))
+    small = plan.sites[1].method.replace(delta=Spectral(4, kept=1))
+    placed = (plan.sites[0], dataclasses.replace(plan.sites[1], method=small), *plan.sites[2:])
+    lorary.attach(model, dataclasses.replace(plan, sites=placed))
     models.fill(p for n, p in model.named_parameters() if ".p." in n)
     return model.eval()
 

@@ -88,8 +88,8 @@ def test_a_site_with_a_method_of_its_own_is_saved_and_exported(tmp_path: Path) -
     melora, pissa = (lorary.method(name, r=4, alpha=6) for name in ("melora", "pissa"))
     base = LLAMA.model()
     planned = lorary.plan(base, melora, targets=["q_proj", "v_proj"])
-    own = (planned.placed[0], *(dataclasses.replace(p, method=pissa) for p in planned.placed[1:]))
-    lorary.attach(base, dataclasses.replace(planned, placed=own))
+    own = (planned.sites[0], *(dataclasses.replace(p, method=pissa) for p in planned.sites[1:]))
+    lorary.attach(base, dataclasses.replace(planned, sites=own))
     models.fill(p for n, p in base.named_parameters() if ".p." in n)
     adapter = lorary.Adapter.of(base.eval())
     lorary.save(base, tmp_path / "a")
@@ -105,8 +105,8 @@ def test_a_site_whose_scale_has_an_alpha_that_the_others_lack_is_saved(tmp_path:
     base = LLAMA.model()
     vera, task = lorary.method("vera", r=4), lorary.method("o-lora", r=4)
     planned = lorary.plan(base, vera, targets=["q_proj"])
-    own = (planned.placed[0], dataclasses.replace(planned.placed[1], method=task))
-    lorary.attach(base, dataclasses.replace(planned, placed=own))
+    own = (planned.sites[0], dataclasses.replace(planned.sites[1], method=task))
+    lorary.attach(base, dataclasses.replace(planned, sites=own))
     models.fill(p for n, p in base.named_parameters() if ".p." in n)
     adapter = lorary.Adapter.of(base.eval())
     lorary.save_adapter(adapter, tmp_path)
@@ -116,7 +116,7 @@ def test_a_site_whose_scale_has_an_alpha_that_the_others_lack_is_saved(tmp_path:
 def test_sixteen_bit_starts_stay_sixteen_bits(tmp_path: Path) -> None:
     adapter = lorary.Adapter.of(adapted(LLAMA, "pissa"))
     half = {site: {role: t.bfloat16() for role, t in roles.items()} for site, roles in adapter.tensors.items()}
-    halved = lorary.Adapter(adapter.method, adapter.placed, half, base=adapter.base)
+    halved = lorary.Adapter(adapter.method, adapter.sites, half, base=adapter.base)
     lorary.save_adapter(halved, tmp_path)
     same(lorary.load_adapter(tmp_path), halved)
 
@@ -160,8 +160,8 @@ def test_groups_are_refused(tmp_path: Path) -> None:
 def test_magnitudes_at_some_sites_are_refused(tmp_path: Path) -> None:
     base = LLAMA.model()
     planned = lorary.plan(base, lorary.method("dora", r=4), targets=["q_proj"])
-    own = (planned.placed[0], dataclasses.replace(planned.placed[1], method=lorary.method("lora", r=4)))
-    lorary.attach(base, dataclasses.replace(planned, placed=own))
+    own = (planned.sites[0], dataclasses.replace(planned.sites[1], method=lorary.method("lora", r=4)))
+    lorary.attach(base, dataclasses.replace(planned, sites=own))
     what = "some have DoRA's magnitudes and some not; PEFT's adapters have all or none"
     assert refused(lorary.Adapter.of(base), tmp_path / "a") == f"  - sites: {what}"
     lorary.save(base, tmp_path / "b")

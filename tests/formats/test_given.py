@@ -63,8 +63,8 @@ def test_tasks_are_one_lora_for_peft(base: Base, targets: list[str], tmp_path: P
     adapter = lorary.Adapter.of(model)
     read = lorary.load_adapter(tmp_path / "a")
     same(read, adapter)
-    past = (4, 2) if adapter.placed[0].site.parts else (2, 1)
-    assert getattr(adapter.placed[0].delta, "past", None) == past
+    past = (4, 2) if adapter.sites[0].site.parts else (2, 1)
+    assert getattr(adapter.sites[0].delta, "past", None) == past
     assert torch.equal(outputs(lorary.load(base.model(), tmp_path / "a")), expected)
     export_peft(adapter, tmp_path / "b")
     close(by_peft(base, tmp_path / "b"), expected)
@@ -100,9 +100,9 @@ def test_a_loaded_past_is_the_past_of_the_next_task(tmp_path: Path) -> None:
     plan = lorary.plan(model, method, ["q_proj"], after=[lorary.load_adapter(tmp_path)])
     other = lorary.plan(model, method, ["q_proj"], after=[lorary.Adapter.of(first)])
     assert plan == other
-    assert plan.given.keys() == other.given.keys()
-    for name, roles in plan.given.items():
-        assert all(torch.equal(t, other.given[name][role]) for role, t in roles.items())
+    assert plan.fixed_tensors.keys() == other.fixed_tensors.keys()
+    for name, roles in plan.fixed_tensors.items():
+        assert all(torch.equal(t, other.fixed_tensors[name][role]) for role, t in roles.items())
 
 
 def test_tasks_of_two_precisions_keep_their_own(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_a_weight_that_follows_is_a_lora_of_twice_the_rank(
     close(by_peft(base, tmp_path / "b"), expected)
     close(outputs(lorary.load(base.model(), tmp_path / "b")), expected)
     A = load_file(tmp_path / "b" / "adapter_model.safetensors")
-    parts = max(1, len(adapter.placed[0].site.parts))
+    parts = max(1, len(adapter.sites[0].site.parts))
     ranks = {t.shape[0] for name, t in A.items() if name.endswith(("lora_A.weight", "lora_embedding_A"))}
     assert max(ranks) == 4 * parts * (2 if start else 1)
 
@@ -157,7 +157,7 @@ def written(base: Base = LLAMA) -> nn.Module:
 def test_written_weights_are_in_the_folder(base: Base, tmp_path: Path) -> None:
     model = written(base)
     adapter = lorary.Adapter.of(model)
-    names = {f"{p.site.name}.weight" for p in adapter.placed}
+    names = {f"{p.site.name}.weight" for p in adapter.sites}
     assert set(adapter.full) == names
     lorary.save(model, tmp_path)
     assert names < load_file(tmp_path / "adapter.safetensors").keys()

@@ -126,7 +126,7 @@ def lora() -> Adapter:
         Site("h.0.attn.c_attn", "transposed", 12, 4, bias=True, parts=(Part("q", 0, 4), Part("v", 8, 4))),
         Site("h.0.mlp.c_fc", "transposed", 8, 4, bias=True),
         Site("h.1.mlp.c_fc", "transposed", 8, 4, bias=True),
-        Site("conv", "conv2d", 3, 12, bias=False, window=(3, 2)),
+        Site("conv", "conv2d", 3, 12, bias=False, kernel_size=(3, 2)),
         Site("head.1", "linear", 5, 4, bias=False),
     )
     placed = tuple(Placed(site, small if site.name == "h.1.mlp.c_fc" else method) for site in sites)
@@ -144,7 +144,7 @@ def lora() -> Adapter:
 def grouped() -> Adapter:
     """What PEFT has no words for."""
     method = lorary.method("lora", r=2, alpha=8)
-    placed = (Placed(Site("conv", "conv1d", 6, 4, bias=True, groups=2, window=(2,)), method),)
+    placed = (Placed(Site("conv", "conv1d", 6, 4, bias=True, groups=2, kernel_size=(2,)), method),)
     tensors = {"conv": {role: numbers(*shape) for role, shape in placed[0].shapes.items()}}
     return Adapter(method, placed, tensors, {"norm.weight": numbers(6)}, Fingerprint("Net"))
 
@@ -153,7 +153,7 @@ def filled(placed: tuple[Placed, ...]) -> dict[str, dict[str, Tensor]]:
     """Numbers for every tensor of every site; what they share is one tensor, drawn or not."""
     method = placed[0].method
     banks = {role: numbers(*shape) for role, shape in shared_shapes(placed).items()}
-    if method.init is not None and not method.init.saved:
+    if method.init is not None and not method.init.store_shared:
         method.init.share(banks)
     parts = corners(placed, banks)
     return {
@@ -168,7 +168,7 @@ def dora() -> Adapter:
     sites = (
         Site("wte", "embedding", 4, 9, bias=False),
         Site("attn.c_attn", "transposed", 12, 4, bias=True, parts=(Part("q", 0, 4), Part("v", 8, 4))),
-        Site("conv", "conv2d", 3, 12, bias=False, window=(3, 2)),
+        Site("conv", "conv2d", 3, 12, bias=False, kernel_size=(3, 2)),
         Site("head.1", "linear", 5, 4, bias=False),
     )
     placed = tuple(Placed(site, method) for site in sites)
@@ -215,7 +215,7 @@ def vera() -> Adapter:
 def vera_drawn() -> Adapter:
     """Ranks that differ, which PEFT's VeRA has not, and no projections."""
     method, small = (lorary.method("vera", r=r, seed=7, save_projections=False) for r in (3, 2))
-    sites = (Site("model.q", "linear", 4, 6, bias=False), Site("conv", "conv1d", 6, 8, bias=True, window=(2,)))
+    sites = (Site("model.q", "linear", 4, 6, bias=False), Site("conv", "conv1d", 6, 8, bias=True, kernel_size=(2,)))
     placed = (Placed(sites[0], method), Placed(sites[1], small))
     return Adapter(method, placed, filled(placed), {}, Fingerprint("Net"))
 
@@ -225,7 +225,7 @@ def several() -> Adapter:
     melora, multilora, olora = (lorary.method(name, r=2, alpha=3) for name in ("melora", "multilora", "olora"))
     sites = (
         Site("q", "linear", 4, 6, bias=False),
-        Site("conv", "conv1d", 6, 4, bias=True, groups=2, window=(2,)),
+        Site("conv", "conv1d", 6, 4, bias=True, groups=2, kernel_size=(2,)),
         Site("wte", "embedding", 4, 9, bias=False),
     )
     placed = tuple(Placed(site, method) for site, method in zip(sites, (melora, multilora, olora), strict=True))
@@ -246,7 +246,7 @@ def adalora() -> Adapter:
     sites = (
         Site("model.q", "linear", 4, 6, bias=False),
         Site("model.down", "linear", 6, 5, bias=True),
-        Site("conv", "conv2d", 3, 12, bias=False, window=(3, 2)),
+        Site("conv", "conv2d", 3, 12, bias=False, kernel_size=(3, 2)),
     )
     deltas = (Spectral(3), Spectral(3, kept=1), Spectral(3, kept=0))
     placed = tuple(Placed(site, method.replace(delta=delta)) for site, delta in zip(sites, deltas, strict=True))
@@ -259,7 +259,7 @@ def o_lora() -> Adapter:
     sites = (
         Site("wte", "embedding", 4, 9, bias=False),
         Site("attn.c_attn", "transposed", 12, 8, bias=True, parts=(Part("q", 0, 4), Part("v", 8, 4))),
-        Site("conv", "conv2d", 3, 12, bias=False, window=(3, 2)),
+        Site("conv", "conv2d", 3, 12, bias=False, kernel_size=(3, 2)),
         Site("head.1", "linear", 5, 4, bias=False),
     )
     past = ((1, 2), (2, 4), (1, 2), ())
@@ -360,12 +360,12 @@ def test_no_other_file_is_there() -> None:
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_an_old_folder_loads_to_the_last_bit(name: str) -> None:
     read, expected = lorary.load_adapter(GOLDEN / name), ADAPTERS[name]()
-    assert (read.method, read.placed, read.base) == (expected.method, expected.placed, expected.base)
+    assert (read.method, read.sites, read.base) == (expected.method, expected.sites, expected.base)
     for site, roles in expected.tensors.items():
         assert {role: t.dtype for role, t in read.tensors[site].items()} == {r: t.dtype for r, t in roles.items()}
         assert all(torch.equal(read.tensors[site][role], t) for role, t in roles.items())
-    for p in read.placed:  # what sites share is one tensor
-        alike = [q.site.name for q in read.placed if q.share and q.share == p.share]
+    for p in read.sites:  # what sites share is one tensor
+        alike = [q.site.name for q in read.sites if q.share and q.share == p.share]
         assert all(read.tensors[name][r] is t for name in alike for r, t in read.tensors[p.site.name].items())
     assert read.full.keys() == expected.full.keys()
     assert all(torch.equal(read.full[key], t) for key, t in expected.full.items())

@@ -42,13 +42,13 @@ def adalora(base: Base, left: tuple[int, ...] = LEFT, targets: Any = None, **opt
     model = base.model()
     method = lorary.method("adalora", **({"r": 4, "target": 2, "alpha": 60} | options))
     plan = lorary.plan(model, method, targets or TARGETS.get(base.name, base.targets))
-    placed = plan.placed
+    placed = plan.sites
     if left:
         deltas = [Spectral(p.r, left[i % len(left)]) for i, p in enumerate(placed)]
         placed = tuple(
             dataclasses.replace(p, method=p.method.replace(delta=d)) for p, d in zip(placed, deltas, strict=True)
         )
-    lorary.attach(model, dataclasses.replace(plan, placed=placed))
+    lorary.attach(model, dataclasses.replace(plan, sites=placed))
     fill(p for n, p in model.named_parameters() if ".p." in n)
     return model.eval()
 
@@ -88,8 +88,8 @@ def test_saved_here_loads_in_peft(base: Base, left: tuple[int, ...], tmp_path: P
     (tmp_path / "lorary.json").unlink()
     again = lorary.load(base.model(), tmp_path)
     assert torch.equal(outputs(again), expected)
-    assert [p.delta for p in lorary.Adapter.of(again).placed] == [
-        p.delta if p.delta != Spectral(4, 4) else Spectral(4) for p in lorary.Adapter.of(model).placed
+    assert [p.delta for p in lorary.Adapter.of(again).sites] == [
+        p.delta if p.delta != Spectral(4, 4) else Spectral(4) for p in lorary.Adapter.of(model).sites
     ]
 
 
@@ -104,7 +104,7 @@ def test_saved_by_peft_loads_here(base: Base, left: tuple[int, ...], tmp_path: P
     assert adapter.method.rules == (RankBudget(2, 10, 20, 1, 0.85, 0.85), Orthogonal(0.5))
     assert adapter.method.scale == ByStartRank(60.0)
     if left:
-        assert [p.shapes["E"][0] for p in adapter.placed] == [left[i % len(left)] for i in range(len(adapter.placed))]
+        assert [p.shapes["E"][0] for p in adapter.sites] == [left[i % len(left)] for i in range(len(adapter.sites))]
     lorary.save(model, tmp_path / "again")
     close(by_peft(base, tmp_path / "again"), theirs)
 
@@ -337,5 +337,5 @@ def test_a_target_above_the_start_asks_for_nothing(tmp_path: Path) -> None:
 def test_without_a_model_the_shapes_tell_the_sites(tmp_path: Path) -> None:
     theirs = saved_by_peft(LLAMA, tmp_path, LEFT)
     adapter = lorary.load_adapter(tmp_path)
-    assert {p.site.kind for p in adapter.placed} == {"linear"}
+    assert {p.site.kind for p in adapter.sites} == {"linear"}
     close(outputs(lorary.switch(LLAMA.model(), adapter)), theirs)

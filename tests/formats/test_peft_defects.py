@@ -130,7 +130,7 @@ def test_a_merge_that_fails_changes_nothing() -> None:
     model = adapted(LLAMA, targets=["q_proj"])
     last = [m for m in model.modules() if isinstance(m, lorary.Adapted)][-1]
     with torch.no_grad():
-        last.p["A"][0, 0] = float("nan")
+        last.params["A"][0, 0] = float("nan")
     before = {name: t.clone() for name, t in model.state_dict().items()}
     with pytest.raises(StateError, match="not finite"):
         lorary.merge(model)
@@ -492,10 +492,10 @@ def test_what_was_said_stays_as_it_was_said(tmp_path: Path) -> None:
     said = copy.deepcopy(method)
     model = GPT2.model()
     planned = lorary.plan(model, method, targets=["c_fc"])
-    placed = planned.placed
+    placed = planned.sites
     lorary.save(lorary.attach(model, planned), tmp_path)
     assert method == said
-    assert planned.placed == placed
+    assert planned.sites == placed
     if AS_MEASURED:
         words = LoraConfig(r=4, target_modules=["c_fc"])
         get_peft_model(GPT2.model(), words)
@@ -655,7 +655,7 @@ def test_another_scale_or_start_of_adalora_is_refused_or_taken() -> None:
             lorary.method("adalora", other)
     model = LLAMA.model()
     plan = lorary.plan(model, lorary.method("adalora", r=4, target=2), ["q_proj"], alphas={"layers.1.*": 99})
-    assert [p.scale for p in plan.placed] == [32 / 4.00001, 99 / 4.00001]
+    assert [p.scale for p in plan.sites] == [32 / 4.00001, 99 / 4.00001]
 
 
 def test_the_rank_of_adalora_is_the_one_that_was_said(tmp_path: Path) -> None:
@@ -664,8 +664,8 @@ def test_the_rank_of_adalora_is_the_one_that_was_said(tmp_path: Path) -> None:
     there.save_pretrained(str(tmp_path))
     model = lorary.load(LLAMA.model(), tmp_path)
     close(outputs(model), outputs(there))
-    assert {p.r for p in lorary.Adapter.of(model).placed} == {4}
-    assert {p.r for p in lorary.Adapter.of(adalora(r=6)).placed} == {6}
+    assert {p.r for p in lorary.Adapter.of(model).sites} == {4}
+    assert {p.r for p in lorary.Adapter.of(adalora(r=6)).sites} == {6}
 
 
 def test_a_budgets_statistics_are_part_of_a_runs_state() -> None:
@@ -693,8 +693,8 @@ def test_names_in_paths_are_never_taken_for_an_adapters(tmp_path: Path) -> None:
     base = Base("named", Named, ("lora.default", "lora.base_layer"), "", "")
     model = base.model()
     plan = lorary.plan(model, lorary.method("adalora", r=4, target=2), targets=["lora.default", "lora.base_layer"])
-    small = tuple(dataclasses.replace(p, method=p.method.replace(delta=Spectral(4, kept=2))) for p in plan.placed)
-    lorary.attach(model, dataclasses.replace(plan, placed=small))
+    small = tuple(dataclasses.replace(p, method=p.method.replace(delta=Spectral(4, kept=2))) for p in plan.sites)
+    lorary.attach(model, dataclasses.replace(plan, sites=small))
     fill(p for n, p in model.named_parameters() if ".p." in n)
     lorary.save(model.eval(), tmp_path)
     assert not (tmp_path / "adapter_config.json").exists(), "PEFT could not load it"

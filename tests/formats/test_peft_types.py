@@ -50,7 +50,7 @@ class Hadamard(Delta):
     roles = frozenset(ROLES)
 
     def shapes(self, site: Site) -> Shapes:
-        return {role: (site.out, self.r) if role[0] == "B" else (self.r, site.inp) for role in ROLES}
+        return {role: (site.out_features, self.r) if role[0] == "B" else (self.r, site.in_features) for role in ROLES}
 
     def factors(self, site: Site, p: Tensors) -> tuple[Tensor, Tensor]:
         B = (p["B1"][:, :, None] * p["B2"][:, None, :]).flatten(1)
@@ -96,11 +96,11 @@ class LoHa(PeftType):
         return Method(Hadamard(config["r"]), HadamardStart(), ByRank(config["alpha"]), Add())
 
     def peft_incompatibilities(self, adapter: Adapter, shared: Banks) -> list[str]:
-        one = len({p.method for p in adapter.placed}) == 1 and type(adapter.placed[0].method.scale) is ByRank
+        one = len({p.method for p in adapter.sites}) == 1 and type(adapter.sites[0].method.scale) is ByRank
         return [] if one else ["one rank and one alpha are written here"]
 
     def from_adapter(self, adapter: Adapter, shared: Banks) -> dict[str, Any]:
-        return {"r": adapter.placed[0].r, "alpha": adapter.placed[0].alpha}
+        return {"r": adapter.sites[0].r, "alpha": adapter.sites[0].alpha}
 
 
 @pytest.fixture(autouse=True)

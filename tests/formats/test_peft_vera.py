@@ -234,11 +234,11 @@ def test_another_draw_is_refused(tmp_path: Path) -> None:
 
 def test_sites_that_do_not_share_cannot_be_saved(tmp_path: Path) -> None:
     adapter = lorary.Adapter.of(vera(LLAMA))
-    first = adapter.placed[0].site.name
+    first = adapter.sites[0].site.name
     tensors = {name: dict(roles) for name, roles in adapter.tensors.items()}
     tensors[first]["A"] = tensors[first]["A"] + 1
     with pytest.raises(FileError) as caught:
-        lorary.save_adapter(lorary.Adapter(adapter.method, adapter.placed, tensors, base=adapter.base), tmp_path / "a")
+        lorary.save_adapter(lorary.Adapter(adapter.method, adapter.sites, tensors, base=adapter.base), tmp_path / "a")
     line = f"  - {first}: its A is not that of the other sites, which all share one"
     assert str(caught.value) == f"cannot save an adapter to {str(tmp_path / 'a')!r}\n{line}"
     assert not (tmp_path / "a").exists()

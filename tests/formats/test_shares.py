@@ -33,12 +33,12 @@ def shared(base: Base = LLAMA, *names: str, **options: Any) -> nn.Module:
     model = base.model()
     method = lorary.method(*(names or ("lora",)), **({"r": 4, "alpha": 6} | options))
     plan = lorary.plan(model, method, base.targets)
-    kinds = [p.site.name.rpartition(".")[2] for p in plan.placed]
+    kinds = [p.site.name.rpartition(".")[2] for p in plan.sites]
     placed = tuple(
         dataclasses.replace(p, share="" if kind == "v_proj" else f"{kind} 2")
-        for p, kind in zip(plan.placed, kinds, strict=True)
+        for p, kind in zip(plan.sites, kinds, strict=True)
     )
-    lorary.attach(model, dataclasses.replace(plan, placed=placed))
+    lorary.attach(model, dataclasses.replace(plan, sites=placed))
     fill(p for n, p in model.named_parameters() if ".p." in n)
     return model.eval()
 
@@ -46,11 +46,11 @@ def shared(base: Base = LLAMA, *names: str, **options: Any) -> nn.Module:
 def one_tensor(adapter: lorary.Adapter) -> None:
     """Sites of one share have the very same tensors, and no others have."""
     held: dict[int, set[str]] = {}
-    for p in adapter.placed:
+    for p in adapter.sites:
         for t in adapter.tensors[p.site.name].values():
             held.setdefault(id(t), set()).add(p.share or p.site.name)
     assert all(len(names) == 1 for names in held.values())
-    shares = {p.share or p.site.name for p in adapter.placed}
+    shares = {p.share or p.site.name for p in adapter.sites}
     roles = len(next(iter(adapter.tensors.values())))
     assert len(held) == roles * len(shares)
 
@@ -69,7 +69,7 @@ def test_in_pefts_files_every_site_has_a_copy(base: Base, tmp_path: Path) -> Non
     model = shared(base)
     adapter = lorary.Adapter.of(model)
     lorary.save(model, tmp_path)
-    assert len(load_file(tmp_path / "adapter_model.safetensors")) == 2 * len(adapter.placed)
+    assert len(load_file(tmp_path / "adapter_model.safetensors")) == 2 * len(adapter.sites)
     close(by_peft(base, tmp_path), outputs(model))
     read = lorary.load_adapter(tmp_path)
     same(read, adapter)
@@ -89,10 +89,10 @@ def test_in_our_own_file_they_are_once(names: tuple[str, ...], tmp_path: Path) -
     model = shared(LLAMA, *names, **options)
     adapter = lorary.Adapter.of(model)
     if names == ("adalora",):  # PEFT has it, but not with a rank for one site alone
-        first = next(p for p in adapter.placed if not p.share)
+        first = next(p for p in adapter.sites if not p.share)
         other = first.method.replace(scale=lorary.method("rslora", r=4).scale)
-        placed = tuple(dataclasses.replace(p, method=other) if p is first else p for p in adapter.placed)
-        adapter = dataclasses.replace(adapter, placed=placed)
+        placed = tuple(dataclasses.replace(p, method=other) if p is first else p for p in adapter.sites)
+        adapter = dataclasses.replace(adapter, sites=placed)
     lorary.save_adapter(adapter, tmp_path)
     names_in_file = load_file(tmp_path / "adapter.safetensors").keys()
     roles = set(adapter.tensors[Q0])
@@ -137,8 +137,8 @@ def changed(adapter: lorary.Adapter, **roles: Tensor) -> lorary.Adapter:
 
 
 def replaced(adapter: lorary.Adapter, name: str, **words: Any) -> lorary.Adapter:
-    placed = tuple(dataclasses.replace(p, **words) if p.site.name == name else p for p in adapter.placed)
-    return dataclasses.replace(adapter, placed=placed)
+    placed = tuple(dataclasses.replace(p, **words) if p.site.name == name else p for p in adapter.sites)
+    return dataclasses.replace(adapter, sites=placed)
 
 
 def test_sites_that_have_not_the_same_cannot_be_saved(tmp_path: Path) -> None:

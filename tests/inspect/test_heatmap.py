@@ -96,7 +96,7 @@ def test_a_long_model_goes_on_below() -> None:
 def _probed(g: Sequence[float]) -> tuple[Importance, lorary.Plan]:
     model = tiny.model("LlamaForCausalLM", num_hidden_layers=4)
     plan = lorary.plan(model, lorary.method("lora", r=2), ["q_proj", "lm_head"])
-    found = Importance(tuple(Measured(p.site.name, x, 1.0) for p, x in zip(plan.placed, g, strict=True)))
+    found = Importance(tuple(Measured(p.site.name, x, 1.0) for p, x in zip(plan.sites, g, strict=True)))
     return found, drop_layers(plan, found, 0.9)
 
 

@@ -45,7 +45,7 @@ def layer_of(names: tuple[str, ...], base: nn.Module | None = None, **options: A
     lorary.attach(model, lorary.plan(model, lorary.method(*names, **options), "0"))
     layer = adapted(model)["0"]
     with torch.no_grad():
-        for p in layer.p.values():
+        for p in layer.params.values():
             p.add_(torch.randn_like(p) * 0.01)
     return layer.train()
 
@@ -199,7 +199,7 @@ def small(name: str, dropout: float = 0.0, dtype: torch.dtype = torch.float64, b
     lorary.attach(model, lorary.plan(model, lorary.method(*names, **options), "0"), dtype=torch.float64)
     layer = adapted(model)["0"]
     with torch.no_grad():
-        for p in layer.p.values():
+        for p in layer.params.values():
             p.add_(torch.randn_like(p) * 0.3)
     return layer.train()
 
@@ -216,7 +216,7 @@ def test_an_output_that_belongs_to_somebody_else(name: str, bias: bool, sort: st
     y = layer(x)
     torch.testing.assert_close(y, expected)
     y.square().sum().backward()
-    assert all(p.grad is not None for p in layer.p.values() if p.requires_grad)
+    assert all(p.grad is not None for p in layer.params.values() if p.requires_grad)
     if sort == "leaf":  # a leaf is read again by whoever made it
         assert torch.equal(odd.held, F.linear(x, layer.weight, layer.bias))
 
@@ -227,13 +227,13 @@ def test_gradients_of_a_whole_layer(name: str) -> None:
     x = torch.randn(2, 3, 6).double().requires_grad_()
     if "dora" in name and "exact" not in name:  # the norm counts as a constant: not the gradient of the function
         pytest.skip("its own closed form is held in tests/papers/test_dora.py")
-    roles = [role for role, p in layer.p.items() if p.requires_grad]
+    roles = [role for role, p in layer.params.items() if p.requires_grad]
 
     def run(x: Tensor, *values: Tensor) -> Tensor:
         given = {f"p.{role}": value for role, value in zip(roles, values, strict=True)}
         return torch.func.functional_call(layer, given, (x,))  # type: ignore[no-any-return]
 
-    values = [layer.p[role].detach().clone().requires_grad_() for role in roles]
+    values = [layer.params[role].detach().clone().requires_grad_() for role in roles]
     assert torch.autograd.gradcheck(run, (x, *values))
 
 
@@ -246,7 +246,7 @@ def test_activation_checkpointing(name: str, reentrant: bool) -> None:
     def gradients(run: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         torch.manual_seed(4)
         run(x).square().sum().backward()
-        found = {role: p.grad.clone() for role, p in layer.p.items() if p.grad is not None}
+        found = {role: p.grad.clone() for role, p in layer.params.items() if p.grad is not None}
         layer.zero_grad()
         return found
 
@@ -265,18 +265,18 @@ def test_autocast(name: str) -> None:
     assert low.dtype == torch.bfloat16
     torch.testing.assert_close(low.float(), exact, rtol=0.05, atol=0.05)
     low.float().square().sum().backward()
-    assert all(p.grad.isfinite().all() for p in layer.p.values() if p.requires_grad)  # type: ignore[union-attr]
+    assert all(p.grad.isfinite().all() for p in layer.params.values() if p.requires_grad)  # type: ignore[union-attr]
 
 
 @METHODS
 def test_inference_mode_and_training_after_it(name: str) -> None:
     layer, x = small(name), torch.randn(3, 6).double()
     expected = layer(x)
-    layer.remember.clear()
+    layer.cached.clear()
     with torch.inference_mode():
         torch.testing.assert_close(layer(x), expected)
     layer(x).square().sum().backward()
-    assert all(p.grad is not None for p in layer.p.values() if p.requires_grad)
+    assert all(p.grad is not None for p in layer.params.values() if p.requires_grad)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -296,7 +296,7 @@ def test_rows_of_zeros_under_dora(bias: bool, exact: bool) -> None:
         loss = model(x).square().sum()
         optimizer.zero_grad()
         loss.backward()
-        assert all(p.grad is None or p.grad.isfinite().all() for p in layer.p.values())
+        assert all(p.grad is None or p.grad.isfinite().all() for p in layer.params.values())
         optimizer.step()
     assert model(x).isfinite().all()
     y, (W, b) = model(x), layer.merged()
@@ -307,8 +307,8 @@ def test_rows_of_zeros_under_dora(bias: bool, exact: bool) -> None:
 def test_a_magnitude_of_zero_under_dora(bias: bool) -> None:
     layer, x = small("dora", bias=bias), torch.randn(5, 6).double()
     with torch.no_grad():
-        layer.p["m"][2] = 0.0
+        layer.params["m"][2] = 0.0
     y = layer(x)
     torch.testing.assert_close(y[:, 2], torch.zeros(5).double() + (layer.bias[2] if bias else 0.0))  # type: ignore[index]
     y.square().sum().backward()
-    assert all(p.grad.isfinite().all() for p in layer.p.values())  # type: ignore[union-attr]
+    assert all(p.grad.isfinite().all() for p in layer.params.values())  # type: ignore[union-attr]

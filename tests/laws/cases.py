@@ -135,7 +135,7 @@ class Case:
     @property
     def packed(self) -> bool:
         """Whether attaching packs the base."""
-        return bool(self.plan.packed)
+        return bool(self.plan.quantized)
 
     def kept(self) -> Net:
         """The base as the method keeps it: packed, where it packs."""
@@ -159,7 +159,7 @@ class Case:
         """As after training: everything that trains has moved, and what a rule or a plan gives is there."""
         model = self.attached()
         layers = adapted(model).values()
-        given = {id(layer.p[role]) for layer in layers for role in layer.method.delta.given}
+        given = {id(layer.params[role]) for layer in layers for role in layer.method.delta.fixed_roles}
         seed(3)
         with torch.no_grad():
             for p in model.parameters():
@@ -195,7 +195,7 @@ def numbers(method: lorary.Method, kind: Kind) -> int:
     name = next((cls.__name__ for cls in type(delta).__mro__ if cls.__name__ in formulas), "LowRank")
     if name == "LowRank" and delta.roles != {"A", "B"}:
         plan = lorary.plan(Net(kind.layer, kind.make()), method, targets=[kind.target])
-        return sum(placed.trainable for placed in plan.placed)
+        return sum(placed.trainable for placed in plan.sites)
     each = formulas[name](delta.r)
     magnitudes = kind.out if "m" in method.roles else 0
     return sum(count for role, count in each.items() if role not in method.frozen) + magnitudes

@@ -30,7 +30,7 @@ def close(a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
 def nothing_moves_at_step_0(case: Case) -> None:
     x, model = case.x(), case.attached()
     y, before = model(x), case.kept()(x)
-    if case.method.init is None or not case.method.init.moves_base:
+    if case.method.init is None or not case.method.init.residual_init:
         assert torch.equal(y, before)
         return
     if case.packed:
@@ -62,7 +62,7 @@ def merged_is_forward(case: Case) -> None:
     for layer in adapted(model).values():  # the specification, before anything is rounded to the weight's dtype
         W, b = layer.merged()
         exact = KINDS[layer.site.kind].run(layer.base, x.to(W.dtype) if x.is_floating_point() else x, W, None)
-        exact = exact if b is None else exact + layer.kind.along(b)
+        exact = exact if b is None else exact + layer.kind.broadcast_over_rows(b)
         close(exact, layer(x), case.dtype)
     lorary.merge(model)
     assert not adapted(model)
@@ -74,11 +74,11 @@ def only_what_should_train_trains(case: Case) -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model(case.x()).square().sum().backward()
     for layer in adapted(model).values():
-        for role, p in layer.p.items():
-            expected = role not in case.method.frozen and role not in case.method.delta.given
+        for role, p in layer.params.items():
+            expected = role not in case.method.frozen and role not in case.method.delta.fixed_roles
             has = p.grad is not None and bool((p.grad != 0).any())
             assert has == expected, f"{role}: gradient {has}, expected {expected}"
-    allowed = {id(p) for layer in adapted(model).values() for p in layer.p.values()}
+    allowed = {id(p) for layer in adapted(model).values() for p in layer.params.values()}
     full = {f.name for f in case.plan.full if f.trains}
     for name, p in model.named_parameters():
         if id(p) not in allowed:
@@ -94,7 +94,7 @@ def only_what_should_train_trains(case: Case) -> None:
 
 
 def adapter_parameters(model: torch.nn.Module) -> list[Tensor]:
-    return [p for layer in adapted(model).values() for p in layer.p.values() if p.requires_grad]
+    return [p for layer in adapted(model).values() for p in layer.params.values() if p.requires_grad]
 
 
 def factors_are_the_delta(case: Case) -> None:
@@ -103,7 +103,7 @@ def factors_are_the_delta(case: Case) -> None:
         B, A = layer.factors()
         y = layer.base(x).detach()
         if layer.bias is not None:
-            y = y - layer.kind.along(layer.bias.detach())
+            y = y - layer.kind.broadcast_over_rows(layer.bias.detach())
         delta = layer.add_delta(torch.zeros_like(y), x)
         M = (layer.scale * (B.double() @ A.double())).detach()
         exact = layer.kind.run(layer.base, x.double() if x.is_floating_point() else x, M, None)
@@ -153,14 +153,14 @@ def detach_gives_the_packed_base_back(case: Case, model: torch.nn.Module) -> Non
     """Bit for bit, where all that is packed is the weight; else the function that the layer had without its delta."""
     with lorary.disabled(model):
         y = model(case.x())
-    moved = case.method.init is not None and case.method.init.moves_base
+    moved = case.method.init is not None and case.method.init.residual_init
     expected = case.base() if moved else case.kept()
     lorary.detach(model)
     close(model(case.x()), y, case.dtype)
     if moved:
         W, was = model.get_submodule(case.kind.layer).weight.float(), expected.get_submodule(case.kind.layer).weight
         assert type(model.get_submodule(case.kind.layer)) is type(expected.get_submodule(case.kind.layer))
-        assert (W - was.float()).norm() <= 0.15 * max(was.float().norm(), W.norm()) * case.plan.placed[0].scale
+        assert (W - was.float()).norm() <= 0.15 * max(was.float().norm(), W.norm()) * case.plan.sites[0].scale
         return
     assert torch.equal(y, expected(case.x()))
     state = model.state_dict()
@@ -227,9 +227,9 @@ def low_rank_form_is_forward(case: Case) -> None:
             kind = KINDS[kind_of(plain)]
             xx = x.float() if x.is_floating_point() else x
             y = kind.run(plain, xx, kind.matrix(plain).float() + form.B @ form.A, None)
-            y = y if form.gain is None else y * kind.along(form.gain)
+            y = y if form.gain is None else y * kind.broadcast_over_rows(form.gain)
             for shift in (getattr(plain, "bias", None), form.shift):
-                y = y if shift is None else y + kind.along(shift.float())
+                y = y if shift is None else y + kind.broadcast_over_rows(shift.float())
             close(y, layer(x), case.dtype)
 
 

@@ -126,7 +126,7 @@ class TrainsTooMuch(Delta):
     roles = frozenset({"A", "B"})
 
     def shapes(self, site: Any) -> dict[str, tuple[int, ...]]:
-        return {"A": (self.r, site.inp), "B": (site.out, site.out)}
+        return {"A": (self.r, site.in_features), "B": (site.out_features, site.out_features)}
 
     def factors(self, site: Any, p: Any) -> tuple[Tensor, Tensor]:
         return p["B"][:, : self.r] + 0 * p["B"].sum(), p["A"]
@@ -238,7 +238,7 @@ def test_learning_uphill_is_caught() -> None:
 class StartsElsewhereUnsaid(Principal):
     """B A starts at a part of W, and the base is not told to give it up."""
 
-    moves_base = False
+    residual_init = False
 
 
 def test_a_start_that_the_base_does_not_give_up_is_caught() -> None:
@@ -250,7 +250,7 @@ def test_a_start_that_the_base_does_not_give_up_is_caught() -> None:
 class MovesTheBaseForNothing(Kaiming):
     """Says that the base must move, and starts at zero."""
 
-    moves_base = True
+    residual_init = True
 
 
 def test_a_base_that_moves_for_nothing_is_caught() -> None:
@@ -280,7 +280,7 @@ class NormOfTheStart(Direction):
     """Never takes the norm again."""
 
     def _norms(self, layer: Any) -> Tensor:
-        return layer.remember("first norms", [], lambda: super(NormOfTheStart, self)._norms(layer).detach())
+        return layer.cached("first norms", [], lambda: super(NormOfTheStart, self)._norms(layer).detach())
 
 
 def test_wrong_magnitudes_are_caught() -> None:
@@ -338,7 +338,7 @@ def test_fast_paths_of_their_own_are_caught() -> None:
 class FollowsUnsaid(Propagated):
     """Delta-LoRA whose snapshot is one more thing that is learnt."""
 
-    given = frozenset()
+    fixed_roles = frozenset()
     roles = frozenset({"A", "B", "A_K", "B_K", "lam"})
 
 

@@ -46,7 +46,7 @@ def attached(layer: nn.Module, *names: str, r: int = 3, **options: Any) -> Adapt
 def shake(layer: Adapted, size: float = 1.0) -> Adapted:
     """As after training: everything that may train is somewhere else."""
     with torch.no_grad():
-        for p in layer.p.values():
+        for p in layer.params.values():
             p.add_(torch.randn_like(p), alpha=size)
     return layer
 
@@ -59,7 +59,7 @@ def loss_of(y: Tensor) -> Tensor:
 def signature(layer: Adapted, x: Tensor) -> dict[str, str]:
     """role -> "zero" or "some" gradient, or "none" at all, after the first backward pass."""
     loss_of(layer(x)).backward()
-    grads = {role: p.grad for role, p in layer.p.items()}
+    grads = {role: p.grad for role, p in layer.params.items()}
     return {role: "none" if g is None else "some" if g.abs().max() > 0 else "zero" for role, g in grads.items()}
 
 
@@ -82,14 +82,14 @@ def dense_gradients(
     """role -> the gradient that autograd gives where the effective weight is `formula(role -> tensor)`, densely."""
     given = {role: t.detach().clone().requires_grad_() for role, t in layer.tensors.items()}
     loss_of(layer.kind.run(layer.base, x, formula(given), layer.bias)).backward()
-    return {role: t.grad for role, t in given.items() if role in layer.p and layer.p[role].requires_grad}
+    return {role: t.grad for role, t in given.items() if role in layer.params and layer.params[role].requires_grad}
 
 
 def gradients(layer: Adapted, x: Tensor) -> dict[str, Tensor | None]:
     """role -> the gradient that the layer itself gives."""
     layer.zero_grad()
     loss_of(layer(x)).backward()
-    return {role: p.grad for role, p in layer.p.items() if p.requires_grad}
+    return {role: p.grad for role, p in layer.params.items() if p.requires_grad}
 
 
 def exactly(got: Any, expected: Any) -> None:

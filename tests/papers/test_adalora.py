@@ -97,7 +97,7 @@ def layers(model: nn.Module) -> list[Any]:
 
 
 def nonzero(model: nn.Module) -> int:
-    return sum(int(layer.p["E"].count_nonzero()) for layer in layers(model))
+    return sum(int(layer.params["E"].count_nonzero()) for layer in layers(model))
 
 
 # --- the start --------------------------------------------------------------------------------------------------------
@@ -121,15 +121,15 @@ def test_the_penalty_reaches_what_the_task_does_not() -> None:
     model = started()
     lorary.rules(model, STEPS).penalty().backward()
     for layer in layers(model):
-        assert layer.p["E"].grad is None
-        assert layer.p["P"].grad.abs().min() > 0
-        assert layer.p["Q"].grad.abs().min() > 0
+        assert layer.params["E"].grad is None
+        assert layer.params["P"].grad.abs().min() > 0
+        assert layer.params["Q"].grad.abs().min() > 0
 
 
 def test_the_factors_start_small_and_normal() -> None:
     layer = attached(nn.Linear(400, 300), "adalora", r=64, target=2)
     for role in "PQ":
-        values = layer.p[role].detach()
+        values = layer.params[role].detach()
         assert values.std() == pytest.approx(0.02, rel=0.02)
         assert values.mean().abs() < 0.001
         assert (values.abs() < 0.02).double().mean() == pytest.approx(0.683, abs=0.01)  # as a normal one's
@@ -139,10 +139,10 @@ def test_the_factors_start_small_and_normal() -> None:
 def test_the_gradients_are_those_of_the_dense_form(make: Any, x: Any) -> None:
     layer, inputs = attached(make(), "adalora", r=4, target=2), x()
     with torch.no_grad():
-        for p in layer.p.values():
+        for p in layer.params.values():
             p.add_(torch.randn_like(p))
     mine = gradients(layer, inputs)
-    given = {role: p.detach().clone().requires_grad_() for role, p in layer.p.items()}
+    given = {role: p.detach().clone().requires_grad_() for role, p in layer.params.items()}
     W = layer.kind.matrix(layer.base).detach() + 6 / (4 + 1e-5) * given["P"] @ given["E"].diag() @ given["Q"]
     y = layer.kind.run(layer.base, inputs, W, layer.bias)
     exactly(layer(inputs), y)
@@ -203,12 +203,12 @@ def held_to_the_budget(model: nn.Module, gradient: Callable[[Tensor], Tensor], e
     rules = lorary.rules(model, STEPS)
     for step in range(1, STEPS + 1):
         for layer in layers(model):
-            for p in layer.p.values():
+            for p in layer.params.values():
                 p.grad = gradient(p)
         rules.after_backward()
         with torch.no_grad():
             for layer in layers(model):
-                layer.p["E"].add_(1.0)  # an optimizer's step: nothing is zero by chance
+                layer.params["E"].add_(1.0)  # an optimizer's step: nothing is zero by chance
         rules.after_step()
         b = closed_form(step, STEPS, 3, 6, 16, 8)
         masked = step > 3 and (step % every == 0 or step >= STEPS - 6)
@@ -261,12 +261,12 @@ def test_masked_directions_may_come_back_until_the_last_phase() -> None:
     masks = []
     for _ in range(STEPS):
         for layer in layers(model):
-            for p in layer.p.values():
+            for p in layer.params.values():
                 p.grad = torch.randn_like(p)
         rules.after_backward()
         with torch.no_grad():
             for layer in layers(model):
-                layer.p["E"].fill_(1.0)  # where a mask is, until the next one
+                layer.params["E"].fill_(1.0)  # where a mask is, until the next one
         rules.after_step()
         masks.append(torch.cat([rules.states[0][f"alive|{layer.site.name}"] for layer in layers(model)]))
     back = [bool((after & ~before).any()) for before, after in itertools.pairwise(masks)]
@@ -313,10 +313,10 @@ def test_the_scores_are_those_of_a_slow_reference(b1: float, b2: float) -> None:
     history: dict[str, list[Any]] = {layer.site.name: [] for layer in layers(model)}
     for step in range(1, 6):
         for layer in layers(model):
-            for p in layer.p.values():
+            for p in layer.params.values():
                 p.data.normal_()
                 p.grad = torch.randn_like(p)
-            history[layer.site.name].append({role: (p.detach().clone(), p.grad) for role, p in layer.p.items()})
+            history[layer.site.name].append({role: (p.detach().clone(), p.grad) for role, p in layer.params.items()})
         rule.after_backward(layers(model), state, step)
     for layer in layers(model):
         expected = torch.tensor(slowly(history[layer.site.name], b1, b2))
@@ -331,7 +331,7 @@ def test_the_scores_are_of_the_weights_that_the_gradients_belong_to() -> None:
     run.backward()
     layer = layers(run.model)[1]
     before = {role: run.rules.states[0][f"I|layers.1|{role}"].clone() for role in ROLES}
-    expected = {role: 0.85 * before[role] + 0.15 * (p * p.grad).abs().float() for role, p in layer.p.items()}
+    expected = {role: 0.85 * before[role] + 0.15 * (p * p.grad).abs().float() for role, p in layer.params.items()}
     run.rules.after_backward()
     nn.utils.clip_grad_norm_(run.model.parameters(), 1e-3)
     run.optimizer.step()
@@ -366,11 +366,11 @@ def test_signs_that_cancel_change_nothing(pair: str) -> None:
     for run in (one, other):
         for i, layer in enumerate(layers(run.model)):
             with torch.no_grad():
-                layer.p["E"].copy_(torch.linspace(-1, 1, 4, dtype=torch.float64) + i / 10)
+                layer.params["E"].copy_(torch.linspace(-1, 1, 4, dtype=torch.float64) + i / 10)
                 if run is other:
                     flip = torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64)
                     for role in pair:
-                        layer.p[role].mul_(flip[:, None] if role == "Q" else flip)
+                        layer.params[role].mul_(flip[:, None] if role == "Q" else flip)
     for step in range(1, STEPS + 1):
         one.to(step), other.to(step)
         assert one.rules.report() == other.rules.report()
@@ -382,7 +382,9 @@ def test_signs_that_cancel_change_nothing(pair: str) -> None:
 
 def gaps(model: nn.Module) -> list[Tensor]:
     """P^T P - I and Q Q^T - I of every layer."""
-    pairs = [(layer.p["P"].T @ layer.p["P"], layer.p["Q"] @ layer.p["Q"].T) for layer in layers(model)]
+    pairs = [
+        (layer.params["P"].T @ layer.params["P"], layer.params["Q"] @ layer.params["Q"].T) for layer in layers(model)
+    ]
     return [G - torch.eye(len(G), dtype=G.dtype) for pair in pairs for G in pair]
 
 
@@ -390,14 +392,14 @@ def test_the_penalty_in_both_forms() -> None:
     model = started()
     with torch.no_grad():
         for layer in layers(model):
-            for p in layer.p.values():
+            for p in layer.params.values():
                 p.normal_()
     ours = {form: Orthogonal(0.3, form).penalty(layers(model), {}) for form in ("authors", "paper")}
     norms = [float((G.detach() ** 2).sum()) ** 0.5 for G in gaps(model)]
     assert ours["authors"].item() == pytest.approx(0.3 * sum(norms) / len(norms), rel=1e-12)
     assert ours["paper"].item() == pytest.approx(0.3 * sum(n**2 for n in norms), rel=1e-12)
     assert Orthogonal(0).penalty(layers(model), {}) == 0.0
-    P = layers(model)[0].p["P"]
+    P = layers(model)[0].params["P"]
     (gradient,) = torch.autograd.grad(ours["paper"], P)
     exactly(gradient, (0.3 * 4 * P @ (P.T @ P - torch.eye(4))).detach())
 
@@ -406,8 +408,8 @@ def test_orthonormal_factors_cost_nothing() -> None:
     model = started()
     with torch.no_grad():
         for layer in layers(model):
-            layer.p["P"].copy_(torch.linalg.qr(torch.randn_like(layer.p["P"]))[0])
-            layer.p["Q"].copy_(torch.linalg.qr(torch.randn_like(layer.p["Q"]).T)[0].T)
+            layer.params["P"].copy_(torch.linalg.qr(torch.randn_like(layer.params["P"]))[0])
+            layer.params["Q"].copy_(torch.linalg.qr(torch.randn_like(layer.params["Q"]).T)[0].T)
     for form in ("authors", "paper"):
         assert Orthogonal(1.0, form).penalty(layers(model), {}).item() < 1e-12
 
@@ -425,14 +427,14 @@ def test_a_shrunk_run_goes_on_exactly_as_a_masked_one() -> None:
     for step in range(STEPS - 6, STEPS + 1):
         masked.to(step), shrunk.to(step)
         assert masked.rules.report() == shrunk.rules.report()
-        assert [layer.p["P"].shape[1] for layer in layers(masked.model)] == [4] * 4
+        assert [layer.params["P"].shape[1] for layer in layers(masked.model)] == [4] * 4
         exactly(shrunk.model(shrunk.x), masked.model(masked.x))
         for whole, small in zip(layers(masked.model), layers(shrunk.model), strict=True):
-            alive = whole.p["E"] != 0
-            assert small.p["E"].shape[0] == alive.sum() == small.method.delta.kept
-            exactly(small.p["P"].detach(), whole.p["P"].detach()[:, alive])
-            exactly(small.p["E"].detach(), whole.p["E"].detach()[alive])
-            exactly(small.p["Q"].detach(), whole.p["Q"].detach()[alive])
+            alive = whole.params["E"] != 0
+            assert small.params["E"].shape[0] == alive.sum() == small.method.delta.kept
+            exactly(small.params["P"].detach(), whole.params["P"].detach()[:, alive])
+            exactly(small.params["E"].detach(), whole.params["E"].detach()[alive])
+            exactly(small.params["Q"].detach(), whole.params["Q"].detach()[alive])
     ranks = [layer.method.delta.kept for layer in layers(shrunk.model)]
     assert sum(ranks) == 8
     assert ranks[2] == 0, "what reaches nothing is worth nothing"
@@ -441,9 +443,9 @@ def test_a_shrunk_run_goes_on_exactly_as_a_masked_one() -> None:
 def test_the_optimizer_shrinks_with_the_tensors() -> None:
     masked, shrunk = masked_and_shrunk(STEPS - 6)
     for whole, small in zip(layers(masked.model), layers(shrunk.model), strict=True):
-        alive = whole.p["E"] != 0
+        alive = whole.params["E"] != 0
         for role, take in (("P", (slice(None), alive)), ("E", alive), ("Q", alive)):
-            state, expected = (r.optimizer.state[layer.p[role]] for r, layer in ((shrunk, small), (masked, whole)))
+            state, expected = (r.optimizer.state[layer.params[role]] for r, layer in ((shrunk, small), (masked, whole)))
             assert state["step"] == STEPS - 6
             for moment in ("exp_avg", "exp_avg_sq"):
                 exactly(state[moment], expected[moment][take])
@@ -469,7 +471,7 @@ def test_nothing_shrinks_under_an_optimizer_that_trains_other_parameters() -> No
         rules.after_step()
         model.zero_grad()
     assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in parameters}
-    assert nonzero(model) == rules.report()["rank_budget"] < sum(len(layer.p["E"]) for layer in layers(model))
+    assert nonzero(model) == rules.report()["rank_budget"] < sum(len(layer.params["E"]) for layer in layers(model))
 
 
 def test_what_the_scores_took_is_given_back() -> None:
@@ -496,16 +498,16 @@ def test_every_form_of_the_finished_adapter_is_the_same_function(tell: bool, tmp
         assert (other(x) - y).abs().max() < 1e-6
 
     for form in (adapter, adapter.compact()):
-        assert [p.scale for p in form.placed] == [8 / (4 + 1e-5)] * 4
+        assert [p.scale for p in form.sites] == [8 / (4 + 1e-5)] * 4
         near(lorary.switch(single(2), form))
         lorary.save_adapter(form, tmp_path / "own")
         near(lorary.load(single(2), tmp_path / "own"))
         export_peft(form, tmp_path / "peft")
         near(lorary.load(single(2), tmp_path / "peft"))
-    assert sum(p.delta.kept for p in adapter.compact().placed) == 8
-    assert adapter.compact().placed[2].delta.kept == 0
+    assert sum(p.delta.kept for p in adapter.compact().sites) == 8
+    assert adapter.compact().sites[2].delta.kept == 0
     ranks = [form.A.shape[0] for form in adapter.compact().low_rank().values()]
-    assert ranks == [p.delta.kept for p in adapter.compact().placed]
+    assert ranks == [p.delta.kept for p in adapter.compact().sites]
     near(lorary.merge(copy.deepcopy(model)))
     near(lorary.unmerge(lorary.merge(copy.deepcopy(model), keep=True)))
 
@@ -520,7 +522,7 @@ def test_what_joins_the_directions_stays_whole() -> None:
     x = torch.randn(3, 6)
     y = model(x)
     small = Adapter.of(model).compact()
-    assert small.placed[0].delta.kept == 2
+    assert small.sites[0].delta.kept == 2
     assert torch.allclose(lorary.switch(model, small)(x), y, rtol=1e-5, atol=1e-6)
 
 
@@ -533,7 +535,7 @@ def test_the_scale_outlives_the_directions(tmp_path: Path) -> None:
     for layer in layers(again):
         assert layer.scale == 8 / (4 + 1e-5)
         assert layer.method.delta.r == 4
-        assert layer.p["E"].shape[0] == layer.method.delta.kept
+        assert layer.params["E"].shape[0] == layer.method.delta.kept
 
 
 def test_an_interrupted_run_is_the_same_run(tmp_path: Path) -> None:

@@ -87,8 +87,8 @@ def test_lora_on_llama_2_7b(targets: Any, r: int, expected: int, percent: str) -
 
 def test_the_linears_of_llama_2_7b() -> None:
     plan = lorary.plan(llama_2_7b(), lorary.method())
-    assert len(plan.placed) == 224
-    assert sum(p.site.out * p.site.inp for p in plan.placed) == 6_476_005_376
+    assert len(plan.sites) == 224
+    assert sum(p.site.out_features * p.site.in_features for p in plan.sites) == 6_476_005_376
 
 
 @pytest.mark.parametrize("names", [("rslora",), ("lora+",), ("rslora", "lora+")])
@@ -231,8 +231,8 @@ def test_melora_against_lora_of_its_rank() -> None:
 def test_multilora_on_llama_2_7b(n: int, r: int) -> None:
     """n (r (in + out) + out) a layer."""
     expected = sum(
-        n * (r * (p.site.inp + p.site.out) + p.site.out)
-        for p in lorary.plan(llama_2_7b(), lorary.method("lora", r=1)).placed
+        n * (r * (p.site.in_features + p.site.out_features) + p.site.out_features)
+        for p in lorary.plan(llama_2_7b(), lorary.method("lora", r=1)).sites
     )
     assert counted(llama_2_7b(), "all-linear", "multilora", r=r, n=n) == expected
     if (n, r) == (3, 32):
@@ -297,10 +297,10 @@ def test_adalora_on_deberta_v3_base(options: dict[str, int], start: int, end: in
     """At the start, and with as many directions left as the target says, whichever layers they are in."""
     method = lorary.method("adalora", **options)
     plan = lorary.plan(deberta_v3_base(), method, SIX)
-    assert len(plan.placed) == 72
+    assert len(plan.sites) == 72
     assert plan.trainable == start
     left = method.replace(delta=Spectral(options["r"], kept=options["target"]))
-    assert sum(Placed(p.site, left).trainable for p in plan.placed) == end
+    assert sum(Placed(p.site, left).trainable for p in plan.sites) == end
 
 
 def test_adalora_on_llama_7b() -> None:
@@ -322,6 +322,6 @@ def test_a_task_of_o_lora_trains_what_lora_trains() -> None:
     plan = lorary.plan(llama_2_7b(), method, "attention-qv")
     assert plan.trainable == plan.adapter_bytes // 4 == 4_194_304
     fourth = method.replace(delta=Tasks(8, past=(8, 8, 8)))
-    placed = [Placed(p.site, fourth) for p in plan.placed]
+    placed = [Placed(p.site, fourth) for p in plan.sites]
     assert sum(p.trainable for p in placed) == 4_194_304
     assert sum(math.prod(shape) for p in placed for shape in p.shapes.values()) == 4 * 4_194_304

@@ -67,7 +67,9 @@ def algorithm(make: Any, settings: dict[str, Any], K: int, ratio: float = 2.0, c
     start, s = started(start=K, ratio=ratio), 3.0 / 2
     base = net()
     W = [m.weight.detach().clone() for m in base if isinstance(m, nn.Linear)]
-    A, B = ([layer.p[role].detach().clone().requires_grad_() for layer in adapted(start).values()] for role in "AB")
+    A, B = (
+        [layer.params[role].detach().clone().requires_grad_() for layer in adapted(start).values()] for role in "AB"
+    )
     x, y = data(base)
     optimizer = make([*A, *B], **settings)
     for t in range(1, STEPS + 1):
@@ -106,11 +108,11 @@ def test_at_the_start_the_layer_is_its_base_and_learns_as_lora(make: Any, x: Any
 
 def test_what_a_rule_gives_is_zero_and_does_not_train() -> None:
     layer = attached(nn.Linear(5, 4), "delta-lora", start=3)
-    assert set(layer.p) == {"A", "B", "A_K", "B_K", "lam"}
+    assert set(layer.params) == {"A", "B", "A_K", "B_K", "lam"}
     for role in ("A_K", "B_K", "lam"):
-        assert not layer.p[role].requires_grad
-        assert not layer.p[role].any()
-    assert set(attached(nn.Linear(5, 4), "delta-lora", start=0).p) == {"A", "B"}
+        assert not layer.params[role].requires_grad
+        assert not layer.params[role].any()
+    assert set(attached(nn.Linear(5, 4), "delta-lora", start=0).params) == {"A", "B"}
 
 
 # --- the closed form --------------------------------------------------------------------------------------------------
@@ -141,10 +143,10 @@ def test_gradients_that_keep_their_factor_are_caught() -> None:
     model = started(start=0)
     x, y = data(model)
     (model(x) - y).square().mean().backward()
-    kept = [layer.p["B"].grad.clone() for layer in adapted(model).values()]
+    kept = [layer.params["B"].grad.clone() for layer in adapted(model).values()]
     lorary.rules(model, STEPS).after_backward()
     for layer, before in zip(adapted(model).values(), kept, strict=True):
-        exactly(layer.p["B"].grad, before / 3)
+        exactly(layer.params["B"].grad, before / 3)
 
 
 @pytest.mark.parametrize(("K", "rank"), [(0, 2), (3, 4)])
@@ -203,11 +205,11 @@ def test_a_small_ratio_is_nearly_lora_and_none_is_refused() -> None:
 def test_the_gradient_of_the_input_has_the_whole_update(make: Any, x: Any) -> None:
     """A and B learn as if the weight was not theirs; what lies below sees s (1 + lambda) B A."""
     layer, inputs = shake(attached(make(), "delta-lora", start=0)), x()
-    W = layer.kind.matrix(layer.base).detach() + 2.0 * 3 * layer.p["B"].detach() @ layer.p["A"].detach()
+    W = layer.kind.matrix(layer.base).detach() + 2.0 * 3 * layer.params["B"].detach() @ layer.params["A"].detach()
     G = dense_gradient(layer, inputs, W)
     got = gradients(layer, inputs)
-    exactly(got["B"], 2.0 * 3 * G @ layer.p["A"].detach().T)
-    exactly(got["A"], 2.0 * 3 * layer.p["B"].detach().T @ G)
+    exactly(got["B"], 2.0 * 3 * G @ layer.params["A"].detach().T)
+    exactly(got["A"], 2.0 * 3 * layer.params["B"].detach().T @ G)
     if inputs.is_floating_point():
         mine, theirs = inputs.clone().requires_grad_(), inputs.clone().requires_grad_()
         loss_of(layer(mine)).backward()
@@ -233,7 +235,7 @@ def test_the_closed_form_writes_no_weight_and_the_papers_loop_does() -> None:
 def test_a_written_weight_is_in_no_optimizer() -> None:
     model = started(mode="paper", start=1)
     grouped = {id(p) for group in lorary.param_groups(model, 0.1) for p in group["params"]}
-    assert grouped == {id(layer.p[role]) for layer in adapted(model).values() for role in "AB"}
+    assert grouped == {id(layer.params[role]) for layer in adapted(model).values() for role in "AB"}
 
 
 # --- what is left -----------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def test_the_magnitudes_start_at_the_norms_of_the_outputs(make: Any, x: Any) -> 
     weight = layer.weight
     over = {"transposed": 0, "embedding": 0}.get(layer.site.kind)
     expected = weight.norm(dim=over) if over is not None else weight.flatten(1).norm(dim=1)
-    exactly(layer.p["m"].detach(), expected)
+    exactly(layer.params["m"].detach(), expected)
 
 
 def test_the_first_gradients() -> None:
@@ -69,7 +69,7 @@ def test_the_first_gradient_of_b_is_that_of_lora_and_that_of_m_has_a_closed_form
     layer = attached(make(), "dora")
     lora = attached(make(), "lora")
     lora.base.load_state_dict(layer.base.state_dict())
-    lora.load({role: layer.p[role].detach() for role in "AB"})
+    lora.load({role: layer.params[role].detach() for role in "AB"})
     ours, plain = gradients(layer, inputs), gradients(lora, inputs)
     exactly(ours["A"], plain["A"])
     exactly(ours["B"], plain["B"])
@@ -85,7 +85,7 @@ def test_the_gradient_of_m_from_outputs() -> None:
     Gy = torch.randn_like(y)
     y.backward(Gy)
     V = direction(layer)
-    exactly(layer.p["m"].grad, (Gy * (x @ V.T)).sum(0) / V.norm(dim=1))
+    exactly(layer.params["m"].grad, (Gy * (x @ V.T)).sum(0) / V.norm(dim=1))
 
 
 # --- gradients after training -----------------------------------------------------------------------------------------
@@ -124,13 +124,13 @@ def test_the_gradient_of_the_direction_in_closed_form(exact: bool) -> None:
     layer, x = shake(attached(nn.Linear(5, 4), "dora", exact=exact)), torch.randn(6, 5).double()
     found = gradients(layer, x)
     V = direction(layer)
-    c, m = V.norm(dim=1, keepdim=True), layer.p["m"].detach()[:, None]
+    c, m = V.norm(dim=1, keepdim=True), layer.params["m"].detach()[:, None]
     G = dense_gradient(layer, x, m / c * V)
     if exact:
         v = V / c
         G = G - (G * v).sum(1, keepdim=True) * v
     dV = m / c * G
-    B, A = layer.p["B"].detach(), layer.p["A"].detach()
+    B, A = layer.params["B"].detach(), layer.params["A"].detach()
     exactly(found["B"], layer.scale * dV @ A.T)
     exactly(found["A"], layer.scale * B.T @ dV)
 
@@ -138,7 +138,7 @@ def test_the_gradient_of_the_direction_in_closed_form(exact: bool) -> None:
 def test_the_exact_gradient_has_no_part_along_the_direction() -> None:
     layer, x = shake(attached(nn.Linear(5, 4), "dora", exact=True, r=5)), torch.randn(6, 5).double()
     with torch.no_grad():
-        layer.p["A"].copy_(torch.eye(5))  # dB = s dV then
+        layer.params["A"].copy_(torch.eye(5))  # dB = s dV then
     dB = gradients(layer, x)["B"]
     assert dB is not None
     exactly((dB * direction(layer)).sum(1), torch.zeros(4).double())
@@ -152,9 +152,9 @@ def test_the_exact_gradient_has_no_part_along_the_direction() -> None:
 def test_the_rows_of_the_merged_weight_have_the_magnitudes_as_norms(make: Any, x: Any, exact: bool) -> None:
     layer = shake(attached(make(), "dora", exact=exact), 0.5)
     W, b = layer.merged()
-    exactly(W.norm(dim=1), layer.p["m"].detach().abs())
+    exactly(W.norm(dim=1), layer.params["m"].detach().abs())
     V = direction(layer)
-    exactly(W, layer.p["m"].detach()[:, None] * V / V.norm(dim=1, keepdim=True))
+    exactly(W, layer.params["m"].detach()[:, None] * V / V.norm(dim=1, keepdim=True))
     same_function(layer, x(), W)
     if b is not None:
         assert torch.equal(b, layer.bias)
@@ -166,7 +166,7 @@ def test_the_size_of_the_direction_does_not_matter(factor: float) -> None:
     before = layer(x)
     with torch.no_grad():
         layer.weight.mul_(factor)
-        layer.p["B"].mul_(factor)
+        layer.params["B"].mul_(factor)
     exactly(layer(x), before)
 
 
@@ -174,10 +174,10 @@ def test_the_size_of_the_direction_does_not_matter(factor: float) -> None:
 def test_the_bias_is_never_scaled(make: Any, x: Any) -> None:
     layer, inputs = attached(make(), "dora"), x()
     with torch.no_grad():
-        layer.p["m"].zero_()
+        layer.params["m"].zero_()
     expected = torch.zeros_like(layer.base(inputs))
     if layer.bias is not None:
-        expected = expected + layer.kind.along(layer.bias)
+        expected = expected + layer.kind.broadcast_over_rows(layer.bias)
     exactly(layer(inputs), expected)
 
 
@@ -185,23 +185,23 @@ def test_twice_the_magnitude_is_twice_the_output() -> None:
     layer, x = shake(attached(nn.Linear(5, 4, bias=False), "dora")), torch.randn(6, 5).double()
     before = layer(x)
     with torch.no_grad():
-        layer.p["m"][2] *= 2
+        layer.params["m"][2] *= 2
     exactly(layer(x), before * torch.tensor([1, 1, 2, 1]))
 
 
 def test_the_magnitudes_are_taken_after_the_start() -> None:
     """Of W - s B0 A0 + s B A, which is W itself, and not of what the base has kept."""
     layer = attached(nn.Linear(6, 4), "dora", "pissa", r=2)
-    whole = matrix(layer) + layer.scale * layer.p["B"] @ layer.p["A"]
-    exactly(layer.p["m"].detach(), whole.norm(dim=1).detach())
-    assert not torch.allclose(layer.p["m"], matrix(layer).norm(dim=1), rtol=0.01)
+    whole = matrix(layer) + layer.scale * layer.params["B"] @ layer.params["A"]
+    exactly(layer.params["m"].detach(), whole.norm(dim=1).detach())
+    assert not torch.allclose(layer.params["m"], matrix(layer).norm(dim=1), rtol=0.01)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_magnitudes_of_a_16_bit_weight_are_in_32_bits(dtype: torch.dtype) -> None:
     model = nn.Sequential(nn.Linear(300, 40).to(dtype))
     lorary.attach(model, lorary.plan(model, lorary.method("dora", r=2), "0"))
-    m = adapted(model)["0"].p["m"]
+    m = adapted(model)["0"].params["m"]
     assert m.dtype == torch.float32
     torch.testing.assert_close(m.detach().double(), model[0].weight.double().norm(dim=1), rtol=1e-6, atol=0)
     assert not torch.equal(m, m.to(dtype).float())
@@ -222,7 +222,7 @@ def test_what_dropout_drops(exact: bool, bias: bool) -> None:
     torch.manual_seed(3)
     dropped = F.dropout(x, 0.5)
     V = direction(layer)
-    g = layer.p["m"].detach() / V.norm(dim=1)
+    g = layer.params["m"].detach() / V.norm(dim=1)
     W = matrix(layer)
     expected = x @ W.T + (g - 1) * (dropped @ W.T) + g * (dropped @ (V - W).T)
     exactly(y, expected + (layer.bias if bias else 0.0))  # type: ignore[operator]
@@ -254,10 +254,10 @@ def test_gradients_under_dropout(bias: bool) -> None:
     x = torch.randn(6, 12).double().requires_grad_()
     torch.manual_seed(3)
     loss_of(layer(x)).backward()
-    found, fx = {role: p.grad for role, p in layer.p.items()}, x.grad
+    found, fx = {role: p.grad for role, p in layer.params.items()}, x.grad
     torch.manual_seed(3)
     mask = F.dropout(torch.ones_like(x), 0.5)
-    given = {role: p.detach().clone().requires_grad_() for role, p in layer.p.items()}
+    given = {role: p.detach().clone().requires_grad_() for role, p in layer.params.items()}
     z = x.detach().clone().requires_grad_()
     W, g = matrix(layer), given["m"] / direction(layer).norm(dim=1)
     low = z * mask
@@ -274,7 +274,7 @@ def test_gradients_under_dropout(bias: bool) -> None:
 def test_magnitudes_never_decay_and_learn_at_the_base_rate(names: tuple[str, ...]) -> None:
     model = nn.Sequential(nn.Linear(6, 4))
     lorary.attach(model, lorary.plan(model, lorary.method(*names, r=2), "0"))
-    m = adapted(model)["0"].p["m"]
+    m = adapted(model)["0"].params["m"]
     rows = [row for row in lorary.param_groups(model, lr=0.5, weight_decay=0.1) if any(p is m for p in row["params"])]
     assert [(row["lr"], row["weight_decay"]) for row in rows] == [(0.5, 0.0)]
     assert all(p.ndim == 1 for p in rows[0]["params"])

@@ -75,7 +75,7 @@ def attached(layer: nn.Module, terms: Terms, dtype: torch.dtype = torch.float64,
 
 def shaken(layer: Adapted) -> Adapted:
     with torch.no_grad():
-        for p in layer.p.values():
+        for p in layer.params.values():
             p.add_(torch.randn_like(p), alpha=0.5)
     return layer
 
@@ -103,7 +103,11 @@ def dense(layer: Adapted, terms: Terms, p: dict[str, Tensor]) -> tuple[Tensor, T
 
 
 def possible(kind: str) -> list[Terms]:
-    some = [*SOME, *MIXED] if kind != "embedding" else [t for t in (*SOME, Terms(3, "vector", "lora")) if not t.biases]
+    some = (
+        [*SOME, *MIXED]
+        if kind != "embedding"
+        else [t for t in (*SOME, Terms(3, "vector", "lora")) if not t.changes_bias]
+    )
     some += [Terms(3, a, b, "none", "none", "none") for a, b in (("lora", "lora"), ("scalar", "vector"))]
     bias = getattr(KINDS[kind][0](), "bias", None) is not None
     return [terms for terms in some if bias or any(terms.form(t) != "none" for t in "ABCE")]
@@ -159,7 +163,7 @@ def test_all_431_that_learn_anything(terms: Terms) -> None:
     layer = attached(base, terms)
     assert torch.equal(layer(x), y)
     loss_of(layer(x)).backward()
-    for role, p in layer.p.items():
+    for role, p in layer.params.items():
         assert p.grad is not None
         assert bool(p.grad.any()) != role.endswith("u"), role
     # what it takes
@@ -167,14 +171,14 @@ def test_all_431_that_learn_anything(terms: Terms) -> None:
     rank = {t: 3 * (5 + (1 if t == "C" else 4)) for t in "ABC"}
     vector = {"C": 5} | dict.fromkeys("ABDE", 4)
     expected = sum({"lora": rank.get(t, 0), "vector": vector[t], "scalar": 1, "none": 0}[form(t)] for t in FORMS)
-    assert sum(p.numel() for p in layer.p.values()) == expected
+    assert sum(p.numel() for p in layer.params.values()) == expected
     # on the way
     shaken(layer).zero_grad()
-    given = {role: t.detach().clone().requires_grad_() for role, t in layer.p.items()}
+    given = {role: t.detach().clone().requires_grad_() for role, t in layer.params.items()}
     W, b = dense(layer, terms, given)
     loss_of(layer.kind.run(layer.base, x, W, b)).backward()
     loss_of(layer(x)).backward()
-    for role, p in layer.p.items():
+    for role, p in layer.params.items():
         exactly(p.grad, given[role].grad)
 
 
@@ -185,7 +189,11 @@ def test_gradients_of_inputs_and_tensors_are_the_formulas(kind: str, terms: Term
     grads = []
     for plain in (False, True):
         leaf = given.clone().requires_grad_() if given.is_floating_point() else given
-        p = {role: t.detach().clone().requires_grad_() for role, t in layer.p.items()} if plain else dict(layer.p)
+        p = (
+            {role: t.detach().clone().requires_grad_() for role, t in layer.params.items()}
+            if plain
+            else dict(layer.params)
+        )
         W, b = dense(layer, terms, p) if plain else (None, None)
         loss_of(layer.kind.run(layer.base, leaf, W, b) if W is not None else layer(leaf)).backward()
         grads.append([leaf.grad, *(t.grad for t in p.values())])
@@ -201,13 +209,13 @@ def test_nothing_moves_at_the_start(kind: str, dtype: torch.dtype) -> None:
     y = base(given)
     for terms in possible(kind):
         layer = attached(base, terms, dtype)
-        layer.p.float()
+        layer.params.float()
         assert torch.equal(layer(given), y), terms
 
 
 def test_the_start_is_zero_down_and_xavier_up() -> None:
     layer = attached(nn.Linear(300, 200), Terms(8))
-    for role, p in layer.p.items():
+    for role, p in layer.params.items():
         if not role.endswith("u"):
             assert not p.any(), role
             continue
@@ -229,10 +237,10 @@ def test_a_bf16_weight_would_round_away_more(size: float, all_lost: bool) -> Non
     """Why a layer in 16 bits takes two products: W + W * A in one, rounded, would forget what is small beside W."""
     base, x = nn.Linear(512, 512).bfloat16(), torch.randn(64, 512).bfloat16()
     layer = attached(base, Terms(4, "lora", "none", "none", "none", "none"), torch.bfloat16)
-    layer.p.float()
+    layer.params.float()
     with torch.no_grad():
-        layer.p["Ad"].normal_()
-        layer.p["Au"].uniform_(-size, size)
+        layer.params["Ad"].normal_()
+        layer.params["Au"].uniform_(-size, size)
         W, y = layer.merged()[0], base(x)
         exact = x.double() @ (W - base.weight).double().T
         errors = []
@@ -296,7 +304,7 @@ def test_the_low_rank_form_is_exact(terms: Terms) -> None:
     y = model(x).detach()
     form = lorary.Adapter.of(model).low_rank(model)["0"]
     base = lorary.detach(model)[0]
-    assert (form.gain is None, form.shift is None) == (terms.A == "none", not terms.biases)
+    assert (form.gain is None, form.shift is None) == (terms.A == "none", not terms.changes_bias)
     assert form.A.shape[0] == {"lora": 3, "vector": 1, "scalar": 1, "none": 0}[terms.B]
     mine = base.weight @ x.T + form.B @ (form.A @ x.T)
     mine = mine if form.gain is None else form.gain[:, None] * mine
@@ -317,7 +325,7 @@ def test_what_has_no_low_rank_form_says_why() -> None:
     lorary.detach(model)
     lorary.attach(model, lorary.plan(model, lorary.method("glora", A="vector"), "0"))
     with torch.no_grad():
-        adapted(model)["0"].p["Ad"][1] = -1
+        adapted(model)["0"].params["Ad"][1] = -1
     with pytest.raises(MethodError, match="A is -1 at 1 of 4 outputs, where nothing of W is left to add B to"):
         lorary.Adapter.of(model).low_rank(model)
 
@@ -331,14 +339,14 @@ def test_a_drawn_structure_is_the_one_of_its_slices(terms: Terms) -> None:
     slices = terms.slices(layer.tensors)
     W, b = dense(layer, terms, slices)
     whole = layer(x)
-    layer.chosen = terms
+    layer.active_structure = terms
     exactly(layer(x), layer.kind.run(layer.base, x, W, b))
     assert torch.equal(layer.eval()(x), whole), "outside training it is the whole"
     layer.train()
     for role, part in slices.items():
-        assert part.untyped_storage()._cdata == layer.p[role].untyped_storage()._cdata, role
+        assert part.untyped_storage()._cdata == layer.params[role].untyped_storage()._cdata, role
     loss_of(layer(x)).backward()
-    for role, p in layer.p.items():
+    for role, p in layer.params.items():
         assert p.grad is not None, "every rank reduces every gradient, whatever was drawn"
         outside = torch.ones_like(p)
         if role in slices:
@@ -356,8 +364,8 @@ def test_draws_depend_on_seed_step_and_name_alone() -> None:
     rules = lorary.rules(model, 10)
     seen = []
     for step in range(1, 8):
-        now = [layer.chosen for layer in adapted(model).values()]
-        assert now == [rule.drawn(p.delta, p.site, step) for p in plan.placed]
+        now = [layer.active_structure for layer in adapted(model).values()]
+        assert now == [rule.drawn(p.delta, p.site, step) for p in plan.sites]
         seen.append(tuple(now))
         rules.after_step()
     assert len(set(seen)) == 7
@@ -366,10 +374,12 @@ def test_draws_depend_on_seed_step_and_name_alone() -> None:
     lorary.detach(model)
     lorary.attach(model, lorary.plan(model, plan.method))
     other = lorary.rules(model, 10)
-    assert tuple(layer.chosen for layer in adapted(model).values()) == seen[0]
+    assert tuple(layer.active_structure for layer in adapted(model).values()) == seen[0]
     other.load_state_dict(rules.state_dict())
-    assert [layer.chosen for layer in adapted(model).values()] == [rule.drawn(p.delta, p.site, 8) for p in plan.placed]
-    assert RandomStructures(6).drawn(Terms(3), plan.placed[0].site, 1) != seen[0][0]
+    assert [layer.active_structure for layer in adapted(model).values()] == [
+        rule.drawn(p.delta, p.site, 8) for p in plan.sites
+    ]
+    assert RandomStructures(6).drawn(Terms(3), plan.sites[0].site, 1) != seen[0][0]
 
 
 def test_every_structure_is_drawn_and_none_much_more_often() -> None:
@@ -387,14 +397,14 @@ def test_a_layer_without_a_bias_is_drawn_no_d() -> None:
 
 def test_slices_of_several_steps_train_one_tensor() -> None:
     layer, x = attached(nn.Linear(5, 4), Terms(3), supernet=True), torch.randn(6, 5).double()
-    optimizer = torch.optim.SGD(layer.p.values(), lr=0.1)
+    optimizer = torch.optim.SGD(layer.params.values(), lr=0.1)
     for a in ("scalar", "vector", "lora"):
-        layer.chosen = Terms(3, a, "none", "none", "none", "none")
-        before = layer.p["Ad"].detach().clone()
+        layer.active_structure = Terms(3, a, "none", "none", "none", "none")
+        before = layer.params["Ad"].detach().clone()
         loss_of(layer(x)).backward()
         optimizer.step()
         optimizer.zero_grad()
-        moved = (layer.p["Ad"] != before).nonzero().tolist()
+        moved = (layer.params["Ad"] != before).nonzero().tolist()
         everything = list(map(list, itertools.product(range(4), range(3))))
         assert moved == {"scalar": [[0, 0]], "vector": [[i, 0] for i in range(4)], "lora": everything}[a]
 
@@ -558,7 +568,7 @@ def test_the_shift_is_remembered_for_the_precision_that_it_was_worked_out_in() -
     x = torch.randn(2, 16)
     with torch.no_grad():
         exact = model(x)
-        adapted(model)["0"].remember.clear()
+        adapted(model)["0"].cached.clear()
         with torch.autocast("cpu", torch.bfloat16):
             assert not torch.equal(model(x).float(), exact)
         assert torch.equal(model(x), exact)

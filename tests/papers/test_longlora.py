@@ -63,12 +63,12 @@ def test_counts_on_llama_2_7b() -> None:
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     plan = lorary.plan(model, lorary.method("longlora", length=32768, r=8, alpha=16))
-    assert sum(p.trainable for p in plan.placed) == 8_388_608
-    assert {p.site.name.rpartition(".")[2] for p in plan.placed} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert sum(p.trainable for p in plan.sites) == 8_388_608
+    assert {p.site.name.rpartition(".")[2] for p in plan.sites} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     sizes = {f.name: f.size for f in plan.full}
     assert sizes["model.embed_tokens.weight"] == 131_072_000
     assert sum(n for name, n in sizes.items() if "norm" in name) == 266_240
-    assert plan.trainable == sum(p.trainable for p in plan.placed) + sum(sizes.values()) == 139_726_848
+    assert plan.trainable == sum(p.trainable for p in plan.sites) + sum(sizes.values()) == 139_726_848
     assert f"{plan.share:.2%}" == "2.07%"
     assert plan.method.context == Extended(32768, factor=8.0, known=4096)
     assert "lm_head.weight" not in sizes
@@ -93,9 +93,9 @@ def test_embeddings_and_norms_by_what_they_are(name: str, changes: dict[str, Any
 
 def test_targets_are_the_papers_unless_others_are_said() -> None:
     model = base()
-    assert len(lorary.plan(model, longlora()).placed) == 2 * 4
-    assert len(lorary.plan(model, longlora(), "all-linear").placed) == 2 * 7
-    assert len(lorary.plan(model, lorary.method("lora", r=2)).placed) == 2 * 7
+    assert len(lorary.plan(model, longlora()).sites) == 2 * 4
+    assert len(lorary.plan(model, longlora(), "all-linear").sites) == 2 * 7
+    assert len(lorary.plan(model, lorary.method("lora", r=2)).sites) == 2 * 7
 
 
 # --- what the model becomes -------------------------------------------------------------------------------------------

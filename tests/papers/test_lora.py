@@ -36,14 +36,14 @@ def test_the_first_gradients(kind: str, names: tuple[str, ...], expected: dict[s
 def test_only_tokens_that_were_seen_get_a_gradient() -> None:
     layer = attached(nn.Embedding(9, 4))
     loss_of(layer(torch.tensor([[1, 5, 5], [0, 8, 1]]))).backward()
-    seen = layer.p["A"].grad.abs().sum(0) > 0
+    seen = layer.params["A"].grad.abs().sum(0) > 0
     assert seen.nonzero().flatten().tolist() == [0, 1, 5, 8]
 
 
 def test_the_padding_token_gets_none() -> None:
     layer = attached(nn.Embedding(9, 4, padding_idx=5))
     loss_of(layer(torch.tensor([[1, 5, 5], [0, 8, 1]]))).backward()
-    seen = layer.p["A"].grad.abs().sum(0) > 0
+    seen = layer.params["A"].grad.abs().sum(0) > 0
     assert seen.nonzero().flatten().tolist() == [0, 1, 8]
 
 
@@ -56,14 +56,14 @@ def test_at_the_start_the_layer_is_its_base(make: Callable[[], nn.Module], x: Ca
 @EACH
 def test_the_start_is_that_of_the_authors_code(make: Callable[[], nn.Module], x: Callable[[], Tensor]) -> None:
     layer = attached(make(), r=64)
-    inp = layer.site.inp
+    inp = layer.site.in_features
     if layer.site.kind == "embedding":
-        assert not layer.p["A"].any()
-        assert 0.8 < layer.p["B"].std() < 1.2  # N(0, 1)
+        assert not layer.params["A"].any()
+        assert 0.8 < layer.params["B"].std() < 1.2  # N(0, 1)
         return
-    assert not layer.p["B"].any()
-    assert layer.p["A"].abs().max() <= inp**-0.5  # U(-1/sqrt(inp), 1/sqrt(inp)), variance 1 / (3 inp)
-    assert layer.p["A"].var().item() == pytest.approx(1 / (3 * inp), rel=0.25)
+    assert not layer.params["B"].any()
+    assert layer.params["A"].abs().max() <= inp**-0.5  # U(-1/sqrt(inp), 1/sqrt(inp)), variance 1 / (3 inp)
+    assert layer.params["A"].var().item() == pytest.approx(1 / (3 * inp), rel=0.25)
 
 
 # --- closed forms ----------------------------------------------------------------------------------------------------
@@ -74,12 +74,12 @@ def test_gradients_of_the_factors(make: Callable[[], nn.Module], x: Callable[[],
     """dB = s G A^T and dA = s B^T G, where G is the gradient of the dense weight W + s B A."""
     layer, inputs = shake(attached(make())), x()
     loss_of(layer(inputs)).backward()
-    B, A = layer.p["B"].detach(), layer.p["A"].detach()
+    B, A = layer.params["B"].detach(), layer.params["A"].detach()
     dense = (layer.kind.matrix(layer.base) + layer.scale * B @ A).detach().requires_grad_()
     loss_of(layer.kind.run(layer.base, inputs, dense, layer.bias)).backward()
     G = dense.grad
-    torch.testing.assert_close(layer.p["B"].grad, layer.scale * G @ A.T, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(layer.p["A"].grad, layer.scale * B.T @ G, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(layer.params["B"].grad, layer.scale * G @ A.T, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(layer.params["A"].grad, layer.scale * B.T @ G, rtol=1e-12, atol=1e-12)
 
 
 def test_gradients_of_a_linear_layer_from_inputs_and_output_gradients() -> None:
@@ -88,9 +88,9 @@ def test_gradients_of_a_linear_layer_from_inputs_and_output_gradients() -> None:
     y = layer(x)
     Gy = torch.randn_like(y)
     y.backward(Gy)
-    B, A, s = layer.p["B"].detach(), layer.p["A"].detach(), layer.scale
-    torch.testing.assert_close(layer.p["B"].grad, s * Gy.T @ (x @ A.T), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(layer.p["A"].grad, s * (Gy @ B).T @ x, rtol=1e-12, atol=1e-12)
+    B, A, s = layer.params["B"].detach(), layer.params["A"].detach(), layer.scale
+    torch.testing.assert_close(layer.params["B"].grad, s * Gy.T @ (x @ A.T), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(layer.params["A"].grad, s * (Gy @ B).T @ x, rtol=1e-12, atol=1e-12)
 
 
 @EACH
@@ -114,7 +114,7 @@ def test_gradients_flow_through_to_the_input(make: Callable[[], nn.Module], x: C
 def test_twice_alpha_is_twice_the_update(make: Callable[[], nn.Module], x: Callable[[], Tensor]) -> None:
     one, two = (shake(attached(make(), alpha=alpha)) for alpha in (6.0, 12.0))
     two.base.load_state_dict(one.base.state_dict())
-    two.load({role: p.detach() for role, p in one.p.items()})
+    two.load({role: p.detach() for role, p in one.params.items()})
     inputs = x()
     base = one.base(inputs)
     torch.testing.assert_close(two(inputs) - base, 2 * (one(inputs) - base))
@@ -138,7 +138,7 @@ def test_fused_projections_learn_a_pair_each() -> None:
     method = lorary.method(r=2, alpha=6.0)
     lorary.attach(model, lorary.plan(model, method, "c_attn[q,v]"), dtype=torch.float64)
     layer = shake(adapted(model)["c_attn"])
-    B, A = layer.p["B"], layer.p["A"]
+    B, A = layer.params["B"], layer.params["A"]
     assert A.shape == (4, 5)
     assert B.shape == (10, 2)
     update = layer.merged()[0] - layer.weight

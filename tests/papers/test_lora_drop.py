@@ -75,7 +75,7 @@ def sets(model: nn.Module, role: str) -> dict[str, list[str]]:
     """The sites by the one tensor that they hold."""
     found: dict[int, list[str]] = {}
     for name, layer in adapted(model).items():
-        found.setdefault(id(layer.p[role]), []).append(name)
+        found.setdefault(id(layer.params[role]), []).append(name)
     return {names[0]: names for names in found.values()}
 
 
@@ -135,27 +135,27 @@ def test_gradients_of_what_is_shared_are_summed() -> None:
     apart = Net().double()
     lorary.attach(apart, lorary.plan(apart, lorary.method(r=2, alpha=4.0)), dtype=torch.float64)
     for mine, its in zip(adapted(model).values(), adapted(apart).values(), strict=True):
-        its.load({role: p.detach() for role, p in mine.p.items()})
+        its.load({role: p.detach() for role, p in mine.params.items()})
     x, y = batch(torch.float64)
     for each in (model, apart):
         (each(x) - y).square().mean().backward()
     for names in SHARED.values():
         for role in "AB":
-            expected = sum(adapted(apart)[name].p[role].grad for name in names)
-            torch.testing.assert_close(adapted(model)[names[0]].p[role].grad, expected, rtol=1e-12, atol=1e-14)
+            expected = sum(adapted(apart)[name].params[role].grad for name in names)
+            torch.testing.assert_close(adapted(model)[names[0]].params[role].grad, expected, rtol=1e-12, atol=1e-14)
 
 
 def test_a_step_moves_what_is_shared_once() -> None:
     """Decoupled decay alone shrinks a tensor by 1 - lr * decay, however many layers hold it."""
     model = started()
-    before = {name: layer.p["A"].detach().clone() for name, layer in adapted(model).items()}
+    before = {name: layer.params["A"].detach().clone() for name, layer in adapted(model).items()}
     optimizer = torch.optim.AdamW(lorary.param_groups(model, lr=0.1, weight_decay=0.5))
     for p in model.parameters():
         if p.requires_grad:
             p.grad = torch.zeros_like(p)
     optimizer.step()
     for name, layer in adapted(model).items():
-        torch.testing.assert_close(layer.p["A"].detach(), before[name] * 0.95)
+        torch.testing.assert_close(layer.params["A"].detach(), before[name] * 0.95)
 
 
 @pytest.mark.parametrize("names", [("lora",), ("rslora", "lora+"), ("melora",), ("multilora",), ("lora-fa",)])
@@ -178,7 +178,7 @@ def test_every_form_of_the_finished_adapter_is_the_same_function(names: tuple[st
     lorary.save(model, tmp_path / "own")
     again = lorary.load(Net(), tmp_path / "own", trainable=True)
     assert torch.equal(again(x), y)
-    role = "A" if "A" in adapted(model)["layers.0.up"].p else next(iter(adapted(model)["layers.0.up"].p))
+    role = "A" if "A" in adapted(model)["layers.0.up"].params else next(iter(adapted(model)["layers.0.up"].params))
     assert sets(again, role) == SHARED, "they go on learning in common"
     export_peft(adapter, tmp_path / "peft")
     plain = lorary.load(Net(), tmp_path / "peft", trainable=True)
@@ -217,11 +217,11 @@ def test_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
 def test_sites_that_cannot_share_are_refused() -> None:
     model = Net()
     plan = lorary.plan(model, lorary.method(r=2))
-    shared = tuple(dataclasses.replace(p, share="all") for p in plan.placed)
+    shared = tuple(dataclasses.replace(p, share="all") for p in plan.sites)
     with pytest.raises(PlanError, match=r"layers\.0\.down: shares what it learns with layers\.0\.up"):
-        lorary.attach(model, dataclasses.replace(plan, placed=shared))
+        lorary.attach(model, dataclasses.replace(plan, sites=shared))
     pissa = lorary.plan(model, lorary.method("pissa", r=2), "up")
-    shared = tuple(dataclasses.replace(p, share="up") for p in pissa.placed)
+    shared = tuple(dataclasses.replace(p, share="up") for p in pissa.sites)
     with pytest.raises(PlanError, match="shares what it learns, and Principal starts at the weight of each layer"):
-        lorary.attach(model, dataclasses.replace(pissa, placed=shared))
+        lorary.attach(model, dataclasses.replace(pissa, sites=shared))
     assert not adapted(model)

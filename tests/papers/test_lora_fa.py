@@ -19,15 +19,15 @@ def attached(*names: str, width: int = 24, **options: float) -> nn.Module:
 def test_a_never_changes_and_b_does() -> None:
     model = attached("lora-fa")
     layer = adapted(model)["0"]
-    before = layer.p["A"].clone()
+    before = layer.params["A"].clone()
     optimizer = torch.optim.AdamW(lorary.param_groups(model, lr=0.1, weight_decay=0.1))
     for _ in range(5):
         optimizer.zero_grad()
         model(torch.randn(6, 24)).square().sum().backward()
         optimizer.step()
-    assert not layer.p["A"].requires_grad
-    assert torch.equal(layer.p["A"], before)
-    assert layer.p["B"].abs().min() > 0
+    assert not layer.params["A"].requires_grad
+    assert torch.equal(layer.params["A"], before)
+    assert layer.params["B"].abs().min() > 0
 
 
 def test_the_gradient_of_b_is_that_of_lora() -> None:
@@ -36,7 +36,7 @@ def test_the_gradient_of_b_is_that_of_lora() -> None:
     for names in ((), ("lora-fa",)):
         model = attached(*names)
         model(x).square().sum().backward()
-        grads.append(adapted(model)["0"].p["B"].grad)
+        grads.append(adapted(model)["0"].params["B"].grad)
     assert torch.equal(*grads)
 
 
@@ -44,9 +44,9 @@ def test_the_update_stays_in_the_row_space_of_a() -> None:
     model = attached("lora-fa")
     layer = adapted(model)["0"]
     with torch.no_grad():
-        layer.p["B"].normal_()
+        layer.params["B"].normal_()
     update = layer.merged()[0] - layer.weight
-    A = layer.p["A"].detach()
+    A = layer.params["A"].detach()
     projected = update @ torch.linalg.pinv(A) @ A
     torch.testing.assert_close(update, projected, rtol=1e-4, atol=1e-5)
 

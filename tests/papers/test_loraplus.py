@@ -25,7 +25,7 @@ def trained(model: nn.Module, steps: int = 5, decay: float = 0.0) -> list[torch.
         optimizer.zero_grad()
         model(x).square().sum().backward()
         optimizer.step()
-    return [p.detach() for layer in adapted(model).values() for p in layer.p.values()]
+    return [p.detach() for layer in adapted(model).values() for p in layer.params.values()]
 
 
 @pytest.mark.parametrize("ratio", [16, 80, 2.5])
@@ -37,8 +37,8 @@ def test_groups_by_role(ratio: float) -> None:
     assert slow["lr"] == 0.001
     assert fast["lr"] == 0.001 * ratio
     layers = adapted(model).values()
-    assert [id(p) for p in slow["params"]] == [id(layer.p["A"]) for layer in layers]
-    assert [id(p) for p in fast["params"]] == [id(layer.p["B"]) for layer in layers]  # convolutions too
+    assert [id(p) for p in slow["params"]] == [id(layer.params["A"]) for layer in layers]
+    assert [id(p) for p in fast["params"]] == [id(layer.params["B"]) for layer in layers]  # convolutions too
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_the_first_gradients(make: Any, x: Any) -> None:
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_a_starts_within_the_bound_of_its_slice(n: int) -> None:
     """U(-1 / sqrt(inp / n), 1 / sqrt(inp / n)): the fan of a row is its slice."""
-    A = attached(nn.Linear(256, 64), "melora", r=32, n=n).p["A"]
+    A = attached(nn.Linear(256, 64), "melora", r=32, n=n).params["A"]
     bound = math.sqrt(n / 256)
     assert A.shape == (32 * n, 256 // n)
     assert 0.97 * bound < A.abs().max() <= bound
@@ -54,7 +54,7 @@ def test_a_starts_within_the_bound_of_its_slice(n: int) -> None:
 def test_it_is_the_block_diagonal_dense_form(make: Any, x: Any, names: tuple[str, ...]) -> None:
     layer = shake(attached(make(), *names, r=2, n=2))
     assert layer.scale == (6.0 / math.sqrt(2) if "rslora" in names else 3.0)  # of the small rank
-    A, B = (layer.p[role].detach() for role in "AB")
+    A, B = (layer.params[role].detach() for role in "AB")
     W = matrix(layer) + layer.scale * blocks(B, 2) @ blocks(A, 2)
     same_function(layer, x(), W)
     exactly(layer.merged()[0], W)
@@ -82,7 +82,7 @@ def test_nothing_off_the_blocks() -> None:
 def test_the_rank_is_n_r_for_the_numbers_of_r(n: int) -> None:
     layer = shake(attached(nn.Linear(48, 32), "melora", r=2, n=n))
     assert torch.linalg.matrix_rank(layer.merged()[0] - matrix(layer)) == 2 * n
-    assert sum(p.numel() for p in layer.p.values()) == 2 * (48 + 32)
+    assert sum(p.numel() for p in layer.params.values()) == 2 * (48 + 32)
 
 
 @pytest.mark.parametrize("make", [lambda: nn.Linear(6, 4), lambda: nn.Embedding(10, 4)], ids=["linear", "embedding"])
@@ -93,9 +93,9 @@ def test_one_of_them_is_lora(make: Any) -> None:
     torch.manual_seed(0)
     lora = attached(make(), "lora", r=3)
     for role in "AB":
-        assert torch.equal(one.p[role], lora.p[role])
+        assert torch.equal(one.params[role], lora.params[role])
     shake(one)
-    lora.load({role: p.detach() for role, p in one.p.items()})
+    lora.load({role: p.detach() for role, p in one.params.items()})
     exactly(one(x), lora(x))
 
 
@@ -107,7 +107,7 @@ def test_exported_it_is_lora_of_rank_n_r(make: Any, x: Any) -> None:
     form = Adapter.of(model).low_rank()["0"]
     assert form.A.shape[0] == 4
     # alpha' = n alpha: (n alpha) / (n r) is the small LoRAs' own scale
-    torch.testing.assert_close(form.B.double(), 12.0 / 4 * blocks(layer.p["B"].detach(), 2), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(form.B.double(), 12.0 / 4 * blocks(layer.params["B"].detach(), 2), rtol=1e-6, atol=1e-6)
     inputs = x()
     W = matrix(layer) + form.B.double() @ form.A.double()
     torch.testing.assert_close(layer(inputs), layer.kind.run(layer.base, inputs, W, layer.bias), rtol=1e-5, atol=1e-5)
@@ -123,7 +123,7 @@ def test_the_parts_of_a_fused_weight_are_each_cut_into_slices() -> None:
     method = lorary.method("melora", r=1, n=2, alpha=3.0)
     lorary.attach(model, lorary.plan(model, method, "c_attn[q,v]"), dtype=torch.float64)
     layer = shake(adapted(model)["c_attn"])
-    A, B = layer.p["A"].detach(), layer.p["B"].detach()
+    A, B = layer.params["A"].detach(), layer.params["B"].detach()
     assert (A.shape, B.shape) == ((4, 3), (12, 1))
     update = layer.merged()[0] - layer.weight
     exactly(update[:6].detach(), 3 * blocks(B[:6], 2) @ blocks(A[:2], 2))

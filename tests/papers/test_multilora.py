@@ -39,7 +39,7 @@ def test_gamma_alone_has_a_gradient_at_first(make: Any, x: Any) -> None:
 
 
 def test_both_factors_start_at_random_each_by_its_own_fan() -> None:
-    p = attached(nn.Linear(256, 300), "multilora", r=16, n=3).p
+    p = attached(nn.Linear(256, 300), "multilora", r=16, n=3).params
     for role, bound in (("A", 1 / math.sqrt(256)), ("B", 1 / math.sqrt(16))):
         assert 0.97 * bound < p[role].abs().max() <= bound
         assert p[role].var().item() == pytest.approx(bound**2 / 3, rel=0.05)
@@ -51,7 +51,7 @@ def test_both_factors_start_at_random_each_by_its_own_fan() -> None:
 def test_it_is_the_sum_of_scaled_loras(make: Any, x: Any, names: tuple[str, ...]) -> None:
     layer = shake(attached(make(), *names, n=N))
     assert layer.scale == (6.0 / math.sqrt(3) if "rslora" in names else 2.0)  # of one of them
-    W = matrix(layer) + layer.scale * parallel(layer.p).detach()
+    W = matrix(layer) + layer.scale * parallel(layer.params).detach()
     same_function(layer, x(), W)
     exactly(layer.merged()[0], W)
 
@@ -70,10 +70,10 @@ def test_the_gradient_of_gamma_in_closed_form() -> None:
     y = layer(x)
     Gy = torch.randn_like(y)
     y.backward(Gy)
-    A, B = layer.p["A"].detach().chunk(N), layer.p["B"].detach().chunk(N, 1)
+    A, B = layer.params["A"].detach().chunk(N), layer.params["B"].detach().chunk(N, 1)
     G = Gy.T @ x
     expected = torch.stack([layer.scale * (G * (B[i] @ A[i])).sum(1) for i in range(N)], 1)
-    exactly(layer.p["gamma"].grad, expected.flatten())
+    exactly(layer.params["gamma"].grad, expected.flatten())
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -90,7 +90,7 @@ def test_exported_it_is_lora_of_rank_n_r(make: Any, x: Any) -> None:
     layer = shake(adapted(model)["0"])
     form = Adapter.of(model).low_rank()["0"]
     assert form.A.shape[0] == 2 * N
-    assert torch.equal(form.A, layer.p["A"].float())  # gamma and s are in B
+    assert torch.equal(form.A, layer.params["A"].float())  # gamma and s are in B
     inputs = x()
     y = layer.kind.run(layer.base, inputs, matrix(layer) + form.B.double() @ form.A.double(), layer.bias)
     torch.testing.assert_close(layer(inputs), y, rtol=1e-5, atol=1e-5)
@@ -106,7 +106,7 @@ def test_the_parts_of_a_fused_weight_have_loras_of_their_own() -> None:
     method = lorary.method("multilora", r=1, n=N, alpha=3.0)
     lorary.attach(model, lorary.plan(model, method, "c_attn[q,v]"), dtype=torch.float64)
     layer = shake(adapted(model)["c_attn"])
-    p = {role: t.detach() for role, t in layer.p.items()}
+    p = {role: t.detach() for role, t in layer.params.items()}
     assert {role: tuple(t.shape) for role, t in p.items()} == {"A": (4, 6), "B": (12, 2), "gamma": (24,)}
     update = (layer.merged()[0] - layer.weight).detach()
     exactly(update[:6], 3 * parallel({"A": p["A"][:2], "B": p["B"][:6], "gamma": p["gamma"][:12]}))
@@ -119,11 +119,11 @@ def test_it_learns() -> None:
     """Gamma and B both at zero would be a start from which nothing ever moves."""
     model = nn.Sequential(nn.Linear(6, 4))
     lorary.attach(model, lorary.plan(model, lorary.method("multilora", r=2, n=N), "0"))
-    before = {role: p.detach().clone() for role, p in adapted(model)["0"].p.items()}
+    before = {role: p.detach().clone() for role, p in adapted(model)["0"].params.items()}
     optimizer = torch.optim.SGD(lorary.param_groups(model, lr=0.1))
     x = torch.randn(5, 6)
     for _ in range(2):
         optimizer.zero_grad()
         model(x).square().sum().backward()
         optimizer.step()
-    assert all(not torch.equal(before[role], p) for role, p in adapted(model)["0"].p.items())
+    assert all(not torch.equal(before[role], p) for role, p in adapted(model)["0"].params.items())

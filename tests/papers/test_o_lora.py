@@ -92,15 +92,15 @@ def test_a_later_task_starts_at_the_sum_of_the_earlier_ones(make: Any, x: Any) -
     """W + s B_1 A_1, whatever scale the first task had; and then learns as LoRA does."""
     first = attached(make(), "lora", r=3, alpha=12.0)
     with torch.no_grad():
-        for p in first.p.values():
+        for p in first.params.values():
             p.copy_(torch.randn_like(p).float())  # adapters are values in 32 bits
     model = nn.Sequential(first.base)
-    past = lorary.Adapter(first.method, (lorary.Placed(first.site, first.method),), {"0": dict(first.p.items())})
+    past = lorary.Adapter(first.method, (lorary.Placed(first.site, first.method),), {"0": dict(first.params.items())})
     plan = lorary.plan(model, lorary.method("o-lora", r=R, alpha=6.0), "0", after=[past])
     lorary.attach(model, plan, dtype=torch.float64)
     layer, inputs = adapted(model)["0"], x()
     assert layer.scale == 3.0
-    W = layer.kind.matrix(layer.base).detach() + 4.0 * (first.p["B"] @ first.p["A"]).detach()
+    W = layer.kind.matrix(layer.base).detach() + 4.0 * (first.params["B"] @ first.params["A"]).detach()
     torch.testing.assert_close(
         layer(inputs), layer.kind.run(layer.base, inputs, W, layer.bias), rtol=1e-6, atol=1e-6
     )  # B_past is B 4 / 3, rounded once
@@ -112,15 +112,18 @@ def test_the_past_stays_as_it_is_bit_for_bit() -> None:
     (first,) = tasks(1)
     for hard in (False, True):
         model = started([first], seed=1, hard=hard)
-        before = {name: (layer.p["A_past"].clone(), layer.p["B_past"].clone()) for name, layer in layers(model).items()}
+        before = {
+            name: (layer.params["A_past"].clone(), layer.params["B_past"].clone())
+            for name, layer in layers(model).items()
+        }
         train(model, 1)
         for name, layer in layers(model).items():
-            assert torch.equal(layer.p["A_past"], before[name][0])
-            assert torch.equal(layer.p["B_past"], before[name][1])
-            assert torch.equal(layer.p["A_past"], first.tensors[name]["A"].float().double())
-            assert not layer.p["A_past"].requires_grad
+            assert torch.equal(layer.params["A_past"], before[name][0])
+            assert torch.equal(layer.params["B_past"], before[name][1])
+            assert torch.equal(layer.params["A_past"], first.tensors[name]["A"].float().double())
+            assert not layer.params["A_past"].requires_grad
         grouped = {id(p) for group in lorary.param_groups(model, 0.1) for p in group["params"]}
-        assert grouped == {id(layer.p[role]) for layer in layers(model).values() for role in "AB"}
+        assert grouped == {id(layer.params[role]) for layer in layers(model).values() for role in "AB"}
 
 
 def test_dropout_never_drops_the_past() -> None:
@@ -130,7 +133,7 @@ def test_dropout_never_drops_the_past() -> None:
     assert torch.equal(model(x), model(x))  # B is zero: nothing else is random
     with torch.no_grad():
         for layer in layers(model).values():
-            layer.p["B"].normal_()
+            layer.params["B"].normal_()
     assert not torch.equal(model(x), model(x))
 
 
@@ -141,8 +144,8 @@ def second() -> nn.Module:
     model = started(tasks(1), seed=1)
     with torch.no_grad():
         for layer in layers(model).values():
-            layer.p["A"].normal_()
-            layer.p["B"].normal_()
+            layer.params["A"].normal_()
+            layer.params["B"].normal_()
     return model
 
 
@@ -151,8 +154,8 @@ def products(model: nn.Module) -> list[float]:
     return [
         float(sum(a * b for a, b in zip(past, now, strict=True)))
         for layer in layers(model).values()
-        for past in layer.p["A_past"].tolist()
-        for now in layer.p["A"].tolist()
+        for past in layer.params["A_past"].tolist()
+        for now in layer.params["A"].tolist()
     ]
 
 
@@ -172,7 +175,7 @@ def test_the_penalty_in_both_forms() -> None:
 def test_the_penalty_on_the_norms() -> None:
     model = second()
     every = list(layers(model).values())
-    norms = sum(float((layer.p[role].detach() ** 2).sum()) ** 0.5 for layer in every for role in "AB")
+    norms = sum(float((layer.params[role].detach() ** 2).sum()) ** 0.5 for layer in every for role in "AB")
     assert AwayFrom(0.0, norms=0.2).penalty(every, {}).item() == pytest.approx(0.2 * norms, rel=1e-12)
 
 
@@ -180,8 +183,8 @@ def test_only_a_has_a_gradient_from_the_penalty() -> None:
     model = second()
     lorary.rules(model, 5).penalty().backward()
     for layer in layers(model).values():
-        assert layer.p["A"].grad.abs().min() > 0
-        assert [layer.p[role].grad for role in ("B", "A_past", "B_past")] == [None] * 3
+        assert layer.params["A"].grad.abs().min() > 0
+        assert [layer.params[role].grad for role in ("B", "A_past", "B_past")] == [None] * 3
 
 
 @pytest.mark.parametrize("form", ["authors", "paper"])
@@ -190,12 +193,12 @@ def test_the_gradient_is_zero_where_the_rows_are_orthogonal(form: str) -> None:
     every = list(layers(model).values())
     with torch.no_grad():
         for layer in every:
-            layer.p["A_past"].zero_().fill_diagonal_(2.0)
-            layer.p["A"][:, :R] = 0
+            layer.params["A_past"].zero_().fill_diagonal_(2.0)
+            layer.params["A"][:, :R] = 0
     penalty = AwayFrom(0.7, form).penalty(every, {})
     penalty.backward()
     assert penalty.item() == 0
-    assert all(not layer.p["A"].grad.any() for layer in every)
+    assert all(not layer.params["A"].grad.any() for layer in every)
 
 
 # --- hard -------------------------------------------------------------------------------------------------------------
@@ -216,13 +219,13 @@ def test_hard_leaves_what_earlier_tasks_see_as_it_is(make: Any) -> None:
     before = {name: layer.merged()[0] for name, layer in layers(model).items()}
     optimizer = train(model, 2, steps=9, make=make)
     for name, layer in layers(model).items():
-        x = layer.p["A_past"].T @ torch.randn(2 * R, 30, dtype=torch.float64)
+        x = layer.params["A_past"].T @ torch.randn(2 * R, 30, dtype=torch.float64)
         change = layer.merged()[0] - before[name]
         assert (change @ x).abs().max() < 1e-12
         assert (change @ torch.randn(change.shape[1], 30, dtype=torch.float64)).abs().max() > 1e-2
-        state = optimizer.state[layer.p["A"]]
+        state = optimizer.state[layer.params["A"]]
         momentum = state["exp_avg"] if "exp_avg" in state else state["momentum_buffer"]
-        assert (momentum @ layer.p["A_past"].T).abs().max() < 1e-12
+        assert (momentum @ layer.params["A_past"].T).abs().max() < 1e-12
         assert momentum.abs().max() > 1e-6
 
 
@@ -234,7 +237,7 @@ def test_hard_takes_steps_of_the_usual_size_where_an_input_is_always_zero() -> N
     plan = lorary.plan(base, lorary.method("o-lora", r=2, hard=True), after=[lorary.Adapter.of(first)])
     model = lorary.attach(base, plan)
     optimizer = torch.optim.AdamW(lorary.param_groups(model, lr=0.01))
-    rules, A = lorary.rules(model, 20, optimizer), model[0].p["A"]
+    rules, A = lorary.rules(model, 20, optimizer), model[0].params["A"]
     start, x = A.detach().clone(), torch.randn(16, 8) * torch.tensor([0.0, 1e-6, 1, 1, 1, 1, 1, 1])
     for _ in range(20):
         optimizer.zero_grad()
@@ -243,7 +246,7 @@ def test_hard_takes_steps_of_the_usual_size_where_an_input_is_always_zero() -> N
         optimizer.step()
         rules.after_step()
     assert 0.01 < (A - start).abs().max() < 1
-    assert (A @ model[0].p["A_past"].T).abs().max() < 1e-6
+    assert (A @ model[0].params["A_past"].T).abs().max() < 1e-6
 
 
 def test_the_soft_penalty_only_keeps_away() -> None:
@@ -304,7 +307,7 @@ def test_hard_works_on_masters_of_16_bits() -> None:
     model = started(tasks(1, dtype=torch.bfloat16), seed=1, hard=True, dtype=torch.bfloat16)
     train(model, 1)
     for layer in layers(model).values():
-        A, past = layer.p["A"].detach().float(), layer.p["A_past"].detach().float()
+        A, past = layer.params["A"].detach().float(), layer.params["A_past"].detach().float()
         angles = nn.functional.normalize(A) @ nn.functional.normalize(past).T
         assert angles.abs().max() < torch.finfo(torch.bfloat16).eps
 
@@ -348,7 +351,7 @@ def test_there_is_room_for_so_many_tasks_only() -> None:
     )
     model = net()
     smaller = lorary.plan(model, lorary.method("o-lora", r=R), after=done, ranks={"2": 1})
-    assert [p.r for p in smaller.placed] == [2, 1, 2]
+    assert [p.r for p in smaller.sites] == [2, 1, 2]
 
 
 def test_what_cannot_be_a_past_is_refused() -> None:
@@ -394,7 +397,7 @@ def test_every_form_of_three_tasks_is_the_same_function(tmp_path: Path) -> None:
     y = model(x).detach()
     adapter = done[-1]
     assert {form.A.shape[0] for form in adapter.low_rank().values()} == {3 * R}
-    assert {p.delta for p in adapter.placed} == {Tasks(R, (R, R))}
+    assert {p.delta for p in adapter.sites} == {Tasks(R, (R, R))}
     lorary.save(model, tmp_path / "own")
     assert torch.equal(lorary.load(net(single), tmp_path / "own")(x), y)
     export_peft(adapter, tmp_path / "peft")
@@ -437,8 +440,8 @@ def test_a_task_starts_elsewhere_than_the_ones_before_whatever_the_seed() -> Non
         model = copy.deepcopy(base)
         lorary.attach(model, lorary.plan(model, method, ["q_proj"], after=past), seed=7)
         layer = next(iter(adapted(model).values()))
-        starts.append(layer.p["A"].detach().clone())
+        starts.append(layer.params["A"].detach().clone())
         with torch.no_grad():
-            layer.p["B"].normal_()
+            layer.params["B"].normal_()
         past = [lorary.Adapter.of(model)]
     assert not any(torch.equal(starts[i], starts[j]) for i, j in ((0, 1), (0, 2), (1, 2)))

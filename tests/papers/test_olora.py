@@ -59,7 +59,7 @@ def test_columns_beyond_the_first_r_do_not_matter_to_b() -> None:
         base = nn.Linear(8, 6)
         with torch.no_grad():
             base.weight.copy_(torch.cat([W[:, :3], torch.randn(6, 5)], 1))
-        starts.append(attached(base, "olora").p["B"].detach())
+        starts.append(attached(base, "olora").params["B"].detach())
     assert torch.equal(*starts)
 
 
@@ -139,5 +139,5 @@ def test_a_square_transposed_weight_is_read_in_its_own_layout() -> None:
     expected = base(x)
     layer = attached(base, "olora", r=2)
     exactly(layer(x), expected)
-    assert layer.p["A"].shape == (2, 8)
-    assert layer.p["A"][1, 0].abs() < 1e-6
+    assert layer.params["A"].shape == (2, 8)
+    assert layer.params["A"][1, 0].abs() < 1e-6

@@ -47,7 +47,7 @@ def test_of_a_base_in_16_bits_the_rest_alone_is_rounded() -> None:
     W = model[0].weight.detach().float().clone()
     lorary.attach(model, lorary.plan(model, lorary.method("pissa", r=8), "0"))
     layer = adapted(model)["0"]
-    start = layer.scale * layer.p["B"].detach() @ layer.p["A"].detach()
+    start = layer.scale * layer.params["B"].detach() @ layer.params["A"].detach()
     assert layer.weight.dtype == torch.bfloat16
     torch.testing.assert_close(layer.weight.float(), (W - start).bfloat16().float(), rtol=0, atol=0)
 
@@ -121,7 +121,7 @@ def test_on_the_unmodified_base_it_is_lora_of_twice_the_rank(make: Any, x: Any, 
     assert form.shift is None
     start = layer.start_factors()
     assert start is not None
-    B = torch.cat([layer.p["B"].detach(), -start[0]], 1)
+    B = torch.cat([layer.params["B"].detach(), -start[0]], 1)
     alpha = 12.0 if "rslora" not in names else 6.0 * 2**0.5
     s = alpha / (4**0.5 if "rslora" in names else 4)
     torch.testing.assert_close(form.B.double(), s * B, rtol=1e-6, atol=1e-6)
@@ -175,7 +175,7 @@ def test_the_fast_one_depends_on_the_seed_alone() -> None:
         model = nn.Sequential(nn.Linear(40, 30))
         torch.manual_seed(seed + 5)
         lorary.attach(model, lorary.plan(model, lorary.method("pissa", r=4, niter=1), "0"), seed=seed)
-        return adapted(model)["0"].p["A"].detach()
+        return adapted(model)["0"].params["A"].detach()
 
     assert torch.equal(start(0), start(0))
     assert not torch.equal(start(0), start(1))

@@ -93,7 +93,7 @@ def test_forward_and_gradients_are_those_of_the_dense_formula() -> None:
     """Closed forms at W = Dq(Wq): dB = s G A^T, dA = s B^T G, dx = Gy (Dq(Wq) + s B A)."""
     found = shake(layer())
     assert isinstance(found.base, NF4Linear)
-    W, s, A, B = weight(found.base), found.scale, found.p["A"], found.p["B"]
+    W, s, A, B = weight(found.base), found.scale, found.params["A"], found.params["B"]
     assert W.dtype == torch.float64
     x = X.clone().requires_grad_()
     y = found(x)
@@ -113,12 +113,12 @@ def test_the_gradient_reaches_what_comes_before_the_packed_layers() -> None:
     tiny.shaken(model)
     model(tiny.ids(), labels=tiny.ids()).loss.backward()
     first, last = (list(adapted(model).values())[i] for i in (0, -1))
-    assert all(layer.p[role].grad.abs().max() > 0 for layer in (first, last) for role in "AB")
+    assert all(layer.params[role].grad.abs().max() > 0 for layer in (first, last) for role in "AB")
 
 
 def test_q_dora_takes_the_norms_of_the_packed_weight() -> None:
     found = layer("dora")
-    torch.testing.assert_close(found.p["m"].detach(), weight(found.base).norm(dim=1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.params["m"].detach(), weight(found.base).norm(dim=1), rtol=1e-6, atol=1e-6)
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------
@@ -128,9 +128,9 @@ def test_qlora_on_llama_2_7b() -> None:
     """r = 64 on every linear layer: 159,907,840 train, beside 3.34 GB of packed weights, and 0.52 GB in 16 bits."""
     model = llama_2_7b()
     plan = lorary.plan(model, lorary.method("qlora", r=64, alpha=16))
-    assert (plan.trainable, len(plan.packed), len(plan.placed)) == (159_907_840, 224, 224)
-    assert {p.scale for p in plan.placed} == {0.25}
-    sizes = [model.get_parameter(f"{name}.weight").numel() for name in plan.packed]
+    assert (plan.trainable, len(plan.quantized), len(plan.sites)) == (159_907_840, 224, 224)
+    assert {p.scale for p in plan.sites} == {0.25}
+    sizes = [model.get_parameter(f"{name}.weight").numel() for name in plan.quantized]
     assert sum(sizes) == 6_476_005_376
     double, single = (sum(storage.bytes(n) for n in sizes) for storage in (NF4(), NF4(double=False)))
     assert (round(double / 1e9, 2), round(single / 1e9, 2)) == (3.34, 3.64)

@@ -15,9 +15,9 @@ RANKS = [4, 16, 64, 256, 1024]
 @pytest.mark.parametrize("r", RANKS)
 def test_the_scale(r: int) -> None:
     model = nn.Sequential(nn.Linear(8, 8))
-    placed = lorary.plan(model, lorary.method("rslora", r=r, alpha=3.0), "0").placed[0]
+    placed = lorary.plan(model, lorary.method("rslora", r=r, alpha=3.0), "0").sites[0]
     assert placed.scale == 3.0 / r**0.5
-    assert lorary.plan(model, lorary.method("lora", r=r, alpha=3.0), "0").placed[0].scale == 3.0 / r
+    assert lorary.plan(model, lorary.method("lora", r=r, alpha=3.0), "0").sites[0].scale == 3.0 / r
 
 
 def first_step(*names: str, r: int) -> float:
@@ -29,7 +29,7 @@ def first_step(*names: str, r: int) -> float:
         before = model(x)
         lorary.attach(model, lorary.plan(model, lorary.method(*names, r=r, alpha=1.0), "0"), seed=seed)
         model(x).sum().backward()
-        B = adapted(model)["0"].p["B"]
+        B = adapted(model)["0"].params["B"]
         with torch.no_grad():
             B -= 0.01 * B.grad
         moves.append((model(x) - before).abs().mean().item())
@@ -61,8 +61,8 @@ def test_the_first_step_in_closed_form(names: tuple[str, ...], r: int) -> None:
     model(x).backward(Gy)
     layer = adapted(model)["0"]
     with torch.no_grad():
-        layer.p["B"] -= 0.01 * layer.p["B"].grad
-    expected = -0.01 * layer.scale**2 * (x @ layer.p["A"].T).square().sum() * Gy
+        layer.params["B"] -= 0.01 * layer.params["B"].grad
+    expected = -0.01 * layer.scale**2 * (x @ layer.params["A"].T).square().sum() * Gy
     torch.testing.assert_close(model(x) - before, expected, rtol=1e-9, atol=1e-12)
 
 

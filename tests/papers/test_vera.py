@@ -47,9 +47,9 @@ def test_at_the_start_the_layer_is_its_base_bit_for_bit(make: Any, x: Any) -> No
 @pytest.mark.parametrize("d", [0.1, 2.0])
 def test_the_vectors_start_where_they_are_told(d: float) -> None:
     layer = attached(nn.Linear(5, 4), "vera", r=7, d=d)
-    assert torch.equal(layer.p["d"], torch.full((7,), d, dtype=torch.float64))
-    assert torch.equal(layer.p["b"], torch.zeros(4).double())
-    assert set(layer.p) == {"b", "d"}
+    assert torch.equal(layer.params["d"], torch.full((7,), d, dtype=torch.float64))
+    assert torch.equal(layer.params["b"], torch.zeros(4).double())
+    assert set(layer.params) == {"b", "d"}
 
 
 def test_the_projections_are_uniform_within_the_root_of_six_over_the_fan() -> None:
@@ -100,9 +100,9 @@ def test_gradients_in_closed_form() -> None:
     Gy = torch.randn_like(y)
     y.backward(Gy)
     A, B = (layer.tensors[role] for role in "AB")
-    b, d, G = layer.p["b"].detach(), layer.p["d"].detach(), Gy.T @ x
-    exactly(layer.p["b"].grad, (G * (B @ torch.diag(d) @ A)).sum(1))
-    exactly(layer.p["d"].grad, (B.T @ torch.diag(b) @ G @ A.T).diagonal())
+    b, d, G = layer.params["b"].detach(), layer.params["d"].detach(), Gy.T @ x
+    exactly(layer.params["b"].grad, (G * (B @ torch.diag(d) @ A)).sum(1))
+    exactly(layer.params["d"].grad, (B.T @ torch.diag(b) @ G @ A.T).diagonal())
 
 
 def test_the_parts_of_a_fused_weight_have_vectors_of_their_own() -> None:
@@ -148,7 +148,7 @@ def test_on_the_unmodified_base_it_is_lora_of_the_same_rank() -> None:
 def test_with_dora_the_norm_is_that_of_the_sum() -> None:
     layer, x = shake(attached(nn.Linear(6, 4), "vera", "dora"), 0.3), torch.randn(5, 6).double()
     V = (matrix(layer) + vera(layer.tensors)).detach()
-    same_function(layer, x, layer.p["m"].detach()[:, None] * V / V.norm(dim=1, keepdim=True))
+    same_function(layer, x, layer.params["m"].detach()[:, None] * V / V.norm(dim=1, keepdim=True))
 
 
 # --- one bank ---------------------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ def _looked_at(folder: Path) -> int:
         step = checkpoint.step_of(path)
         assert verify_manifest(path)["step"] == step
         assert checkpoint.read(path)["scheduler"]["last_epoch"] == step
-        assert lorary.load_adapter(path / checkpoint.ADAPTER).placed
+        assert lorary.load_adapter(path / checkpoint.ADAPTER).sites
     return checkpoint.step_of(complete[-1]) if complete else 0
 
 

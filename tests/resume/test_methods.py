@@ -43,7 +43,7 @@ def _second_task(**options: Any) -> Any:
     first = adapted("o-lora", targets=TARGETS, seed=7)
     with torch.no_grad():
         for layer in adapters(first).values():
-            layer.p["B"].normal_(std=0.02)
+            layer.params["B"].normal_(std=0.02)
     model = llama(attention_dropout=0.2)
     method = lorary.method("o-lora", r=3, dropout=0.2, **options)
     return lorary.attach(model, lorary.plan(model, method, TARGETS, after=[lorary.Adapter.of(first)]))

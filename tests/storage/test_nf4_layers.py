@@ -29,7 +29,7 @@ STATE = "weight.quant_state.bitsandbytes__nf4"
 def linear(dtype: torch.dtype = torch.float32, storage: NF4 | None = None, bias: bool = True) -> Any:
     """A packed layer [40, 72]: its rows do not end where its blocks do."""
     torch.manual_seed(0)
-    return (storage or NF4()).pack(nn.Linear(72, 40, bias=bias, dtype=dtype).requires_grad_(False))
+    return (storage or NF4()).quantize(nn.Linear(72, 40, bias=bias, dtype=dtype).requires_grad_(False))
 
 
 def x_of(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -55,13 +55,13 @@ def test_forward_and_gradient_are_those_of_the_dense_weight(dtype: torch.dtype, 
 
 
 def test_nothing_dense_is_kept_for_backward() -> None:
-    layer = NF4().pack(nn.Linear(512, 512, bias=False))
+    layer = NF4().quantize(nn.Linear(512, 512, bias=False))
     x = torch.randn(2, 512, requires_grad=True)
     assert kept_for_backward(lambda: layer(x), beyond=[x, *held(layer)]) == 0
 
 
 def test_an_embedding_looks_up_rows_of_the_dense_table() -> None:
-    layer: Any = NF4(embeddings=True).pack(nn.Embedding(30, 24, padding_idx=3, dtype=torch.bfloat16))
+    layer: Any = NF4(embeddings=True).quantize(nn.Embedding(30, 24, padding_idx=3, dtype=torch.bfloat16))
     assert isinstance(layer, NF4Embedding)
     for ids in (torch.tensor([[3, 29, 0], [7, 7, 1]]), torch.tensor(5), torch.empty(0, 4, dtype=torch.long)):
         rows = layer(ids)
@@ -118,8 +118,8 @@ def test_copies_and_pickles_are_the_same_and_their_own() -> None:
 
 def test_it_has_the_mode_of_what_it_was() -> None:
     layer = nn.Linear(8, 8).eval()
-    assert not NF4().pack(layer).training
-    assert NF4().pack(layer.train()).training
+    assert not NF4().quantize(layer).training
+    assert NF4().quantize(layer.train()).training
 
 
 # --- state dicts ------------------------------------------------------------------------------------------------------
@@ -132,14 +132,14 @@ def test_a_state_dict_goes_and_comes_back(dtype: torch.dtype, storage: NF4) -> N
     state = layer.state_dict()
     nested = {"weight.nested_absmax", "weight.nested_quant_map"} if storage.double else set()
     assert state.keys() == {"weight", "bias", "weight.absmax", "weight.quant_map", STATE} | nested
-    other: Any = storage.pack(nn.Linear(72, 40))
+    other: Any = storage.quantize(nn.Linear(72, 40))
     assert not torch.equal(weight(other), weight(layer).float())
     other.load_state_dict(state)
     assert torch.equal(weight(other), weight(layer))
     assert other.dtype == dtype
     assert not {t.data_ptr() for t in held(other)} & {t.data_ptr() for t in held(layer)}
     with torch.device("meta"):
-        empty: Any = storage.pack(nn.Linear(72, 40))
+        empty: Any = storage.quantize(nn.Linear(72, 40))
     empty.load_state_dict(state, assign=True)
     assert torch.equal(weight(empty), weight(layer))
     x = x_of(dtype)

@@ -143,11 +143,11 @@ def test_gpt2s_transposed_layer_is_packed_as_the_matrix_that_it_is() -> None:
     W = model.transformer.h[0].attn.c_attn.weight.detach().T.contiguous()
     lorary.quantize(model)
     layer = model.transformer.h[0].attn.c_attn
-    assert torch.equal(weight(layer), weight(NF4().pack(_linear(W))))
+    assert torch.equal(weight(layer), weight(NF4().quantize(_linear(W))))
     expected = tiny.logits(model)
     lorary.dequantize(model)
     plain = model.transformer.h[0].attn.c_attn
-    assert torch.equal(plain.weight, weight(NF4().pack(_linear(W))).T)
+    assert torch.equal(plain.weight, weight(NF4().quantize(_linear(W))).T)
     torch.testing.assert_close(tiny.logits(model), expected)
 
 
@@ -168,7 +168,7 @@ def test_no_dense_weight_outlives_its_packing(words: tuple[str, ...], monkeypatc
     """Whoever kept the layers while attaching would keep all of them until it is done."""
     model = nn.Sequential(*(nn.Linear(128, 128) for _ in range(4)), nn.Linear(128, 4))
     dense = [weakref.ref(layer.weight) for layer in model]
-    left, pack = [], NF4.pack
+    left, pack = [], NF4.quantize
 
     def counted(self: NF4, layer: nn.Module, W: Tensor | None = None) -> nn.Module:
         left.append(sum(ref() is not None for ref in dense))
@@ -305,14 +305,14 @@ def test_packing_takes_the_scratch_of_one_layer_whatever_their_number(attach: bo
 
 
 def test_the_tensors_of_a_packed_layer_take_4_127_bits_a_number() -> None:
-    layer = NF4().pack(nn.Linear(1024, 2048, bias=False))
+    layer = NF4().quantize(nn.Linear(1024, 2048, bias=False))
     stored = sum(t.untyped_storage().nbytes() for t in held(layer))
     bits = 8 * stored / (1024 * 2048)
     # 4 + 8 / 64 + 32 / (64 * 256), and 32 bits of the offset
     assert bits == 4 + 8 / 64 + 32 / (64 * 256) + 32 / (1024 * 2048)
     assert abs(bits - 4.12695) < 2e-5
     assert stored == NF4().bytes(1024 * 2048)
-    single = NF4(double=False).pack(nn.Linear(1024, 2048, bias=False))
+    single = NF4(double=False).quantize(nn.Linear(1024, 2048, bias=False))
     assert 8 * sum(t.untyped_storage().nbytes() for t in held(single)) / (1024 * 2048) == 4.5
     model = lorary.quantize(tiny.seeded("LlamaForCausalLM"))
     kept = sum(t.untyped_storage().nbytes() for m in model.modules() if is_packed(m) for t in held(m))

@@ -70,7 +70,7 @@ def test_the_start_is_the_base_but_for_what_packing_the_rest_has_lost(name: str,
     layer: Any = model[0]
     assert isinstance(layer.base, NF4Linear)
     B0, A0 = layer.start["B0"], layer.start["A0"]
-    assert torch.equal(B0, layer.p["B"])
+    assert torch.equal(B0, layer.params["B"])
     rest = W - layer.scale * B0 @ A0
     assert torch.equal(weight(layer.base), unpack(pack(torch.addmm(W, B0, A0, alpha=-layer.scale))))
     # what the delta gave up and got back is not among what is lost
@@ -102,7 +102,7 @@ def test_the_rounds_are_those_of_the_authors() -> None:
         U, S, Vh = torch.linalg.svd(W - (unpack(pack(W - LR)) if LR.any() else 0), full_matrices=False)
         LR = U[:, :R] * S[:R] @ Vh[:R]
     layer: Any = attached("pissa", rounds=3)[0]
-    torch.testing.assert_close(layer.scale * layer.p["B"] @ layer.p["A"], LR, rtol=0, atol=1e-4)
+    torch.testing.assert_close(layer.scale * layer.params["B"] @ layer.params["A"], LR, rtol=0, atol=1e-4)
 
 
 def test_it_does_not_depend_on_alpha() -> None:
@@ -188,7 +188,7 @@ def test_its_low_rank_form_is_the_change_of_the_unmodified_weight() -> None:
             B, A, gain, shift = forms[name]
             assert (B.shape[1], gain, shift) == (2 * R, None, None)
             given_up = layer.scale * layer.start["B0"] @ layer.start["A0"]
-            expected = layer.scale * layer.p["B"] @ layer.p["A"] - given_up
+            expected = layer.scale * layer.params["B"] @ layer.params["A"] - given_up
             torch.testing.assert_close(B @ A, expected, rtol=0, atol=1e-5)
 
 

@@ -72,7 +72,7 @@ def _ruled(name: str) -> Any:
     if "o-lora" in name:
         first = adapted("o-lora", targets=["all-linear", "lm_head"], model=llama(tie_word_embeddings=False), seed=7)
         for i, layer in enumerate(layers_of(first).values()):
-            layer.p["B"].data.normal_(std=0.02, generator=torch.Generator().manual_seed(i))
+            layer.params["B"].data.normal_(std=0.02, generator=torch.Generator().manual_seed(i))
         past = [lorary.Adapter.of(first)]
     return lorary.attach(model, lorary.plan(model, method, ["all-linear", "lm_head"], after=past), seed=0)
 
@@ -86,7 +86,7 @@ def _model(mode: str) -> Any:
         return adapted("lora", "lora+", targets=["all-linear", "lm_head"], model=model)
     model = llama(tie_word_embeddings=False, num_hidden_layers=3)  # of each kind one layer keeps its own, two share
     plan = lorary.plan(model, lorary.method("lora", "lora+", r=4), ["q_proj", "down_proj"])
-    learnt = lorary.Importance(tuple(Measured(p.site.name, 1.0, 1.0) for p in plan.placed))
+    learnt = lorary.Importance(tuple(Measured(p.site.name, 1.0, 1.0) for p in plan.sites))
     return lorary.attach(model, lorary.drop_layers(plan, learnt, 0.3), seed=0)
 
 

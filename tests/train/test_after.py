@@ -58,7 +58,7 @@ def test_the_next_task_holds_those_before_it_as_they_were(
     ran = Command(monkeypatch, capsys)("train", "my.yaml", "--quiet", "--after", past[1])
     assert (ran.code, ran.out) == (0, "out/adapter\n"), ran.err
     before, after = lorary.load_adapter(past[1]), lorary.load_adapter("out/adapter")
-    assert {p.delta.past for p in after.placed} == {(3, 3)}
+    assert {p.delta.past for p in after.sites} == {(3, 3)}
     mine, theirs = after.low_rank(), before.low_rank()
     for name, form in mine.items():
         B, A = form[:2]
@@ -86,7 +86,7 @@ def test_a_digest_is_of_the_values_in_whatever_precision() -> None:
 def test_tasks_that_stand_apart_are_listed_with_commas(words: dict[str, Any], past: list[str]) -> None:
     tree = changed(words, "method", after=f"{past[0]},{past[1]}")
     plan = prepare(from_dict(tree)).plan
-    assert {p.delta.past for p in plan.placed} == {(3, 3)}  # the first is in the second, too: it counts once
+    assert {p.delta.past for p in plan.sites} == {(3, 3)}  # the first is in the second, too: it counts once
 
 
 class Kill(TrainerCallback):  # type: ignore[misc]  # Transformers has no types

@@ -272,4 +272,4 @@ def test_checkpoints_hold_no_pickle_and_no_base(tmp_path: Path) -> None:
     for path in (p for p in files.values() if p.suffix == ".safetensors"):
         with safe_open(path, "pt") as file:
             assert not [name for name in file.keys() if "embed_tokens" in name or ".base." in name]  # noqa: SIM118
-    assert lorary.load_adapter(tmp_path / "checkpoint-12" / "adapter").placed  # usable as it is
+    assert lorary.load_adapter(tmp_path / "checkpoint-12" / "adapter").sites  # usable as it is

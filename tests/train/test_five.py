@@ -96,7 +96,7 @@ def test_five_at_once_train_resume_merge_and_reload(tmp_path: Path) -> None:
     one, other = (lorary.load_adapter(folder / "out/adapter") for folder in (straight, killed))
     for site, roles in one.tensors.items():
         assert all(torch.equal(other.tensors[site][role], t) for role, t in roles.items()), site
-    ranks = {p.site.name.rpartition(".")[2]: p.r for p in one.placed}
+    ranks = {p.site.name.rpartition(".")[2]: p.r for p in one.sites}
     assert (ranks["down_proj"], ranks["q_proj"], ranks["v_proj"]) == (2, 6, 4)
 
     before = _logits(builtin.load_model())

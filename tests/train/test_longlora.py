@@ -62,7 +62,7 @@ def test_from_a_configuration_to_a_merged_model(words: dict[str, Any], packing: 
     kept = lorary.load_adapter(done.adapter)
     assert kept.method.context is not None
     assert kept.method.context.length == LENGTH
-    assert {p.site.name.rpartition(".")[2] for p in kept.placed} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert {p.site.name.rpartition(".")[2] for p in kept.sites} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     moved = lorary.load(transformers.AutoModelForCausalLM.from_pretrained("base"), done.adapter)
     assert moved.config.rope_parameters["factor"] == LENGTH / KNOWN
     plain = dict(transformers.AutoModelForCausalLM.from_pretrained("base").named_parameters())
@@ -96,7 +96,7 @@ def test_the_targets_that_are_resolved_are_the_methods_own(words: dict[str, Any]
     assert from_dict(words | {"method": {"name": "lora", "r": 2}}).resolve().method.targets == ("all-linear",)
     said = changed(words, "method", targets="all-linear")
     assert from_dict(said).resolve().method.targets == ("all-linear",)
-    assert len(prepare(from_dict(said)).plan.placed) == 2 * 7
+    assert len(prepare(from_dict(said)).plan.sites) == 2 * 7
 
 
 def test_dpo_learns_in_groups_against_the_base_in_full(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_an_adapter_on_the_head_counts_and_trains() -> None:
     loss = model(input_ids=ids, labels=labels, fused_lm_head=True).loss
     torch.testing.assert_close(loss, own, rtol=1e-6, atol=1e-6)
     loss.backward()
-    assert all(p.grad.abs().max() > 0 for p in model.lm_head.p.values())
+    assert all(p.grad.abs().max() > 0 for p in model.lm_head.params.values())
     add_fused_lm_head(theirs)  # TRL's reads `lm_head.weight`: why it is not used
     skip_if_right("trl", torch.allclose(theirs(input_ids=ids, labels=labels, fused_lm_head=True).loss, own))
 

@@ -192,8 +192,8 @@ def test_weights_that_a_rule_writes_have_no_gradient_and_sets_in_common_count_on
     found = estimate(model, plan, batch=BATCH, length=LENGTH)
     assert (found.gradients, found.optimizer) == (plain.gradients, plain.optimizer)
     assert found.rules == 4 * plan.trainable
-    shared = tuple(dataclasses.replace(p, share=p.site.name.rpartition(".")[2]) for p in plan.placed)
-    halved = estimate(model, dataclasses.replace(_plan(model, "lora", r=8), placed=shared), batch=BATCH, length=LENGTH)
+    shared = tuple(dataclasses.replace(p, share=p.site.name.rpartition(".")[2]) for p in plan.sites)
+    halved = estimate(model, dataclasses.replace(_plan(model, "lora", r=8), sites=shared), batch=BATCH, length=LENGTH)
     layers = model.config.num_hidden_layers
     assert halved.gradients * layers == plain.gradients
 
@@ -205,7 +205,7 @@ def test_fixed_costs_are_those_of_the_tensors() -> None:
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     lorary.attach(model, plan)
     trained = [p for p in model.parameters() if p.requires_grad]
-    adapters = [p for m in model.modules() if isinstance(m, lorary.Adapted) for p in m.p.values()]
+    adapters = [p for m in model.modules() if isinstance(m, lorary.Adapted) for p in m.params.values()]
     assert found.adapters == sum(4 * p.numel() for p in adapters)
     assert found.weights == sum(4 * p.numel() for p in model.parameters()) - found.adapters + buffers
     assert found.gradients == sum(4 * p.numel() for p in trained)

@@ -47,7 +47,7 @@ class Diary(Rule):
 
     def penalty(self, layers: Sequence[Any], state: dict[str, Tensor]) -> Tensor | float:
         SEEN.append(("penalty",))
-        total: Tensor = sum(layer.p["B"].square().sum() for layer in layers)
+        total: Tensor = sum(layer.params["B"].square().sum() for layer in layers)
         return self.weight * (1 + total)
 
     def after_backward(self, layers: Sequence[Any], state: dict[str, Tensor], step: int) -> None:
@@ -67,11 +67,11 @@ def diary(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 
 def _norm(layers: Sequence[Any]) -> float:
-    return float(torch.stack([p.grad.norm() for layer in layers for p in layer.p.values()]).norm())
+    return float(torch.stack([p.grad.norm() for layer in layers for p in layer.params.values()]).norm())
 
 
 def _sizes(layers: Sequence[Any]) -> float:
-    return float(sum(layer.p["B"].detach().square().sum() for layer in layers))
+    return float(sum(layer.params["B"].detach().square().sum() for layer in layers))
 
 
 def _with_rule(weight: float = 0.0) -> Any:
@@ -106,7 +106,7 @@ def test_a_penalty_is_computed_in_32_bits_whatever_the_model_computes_in(tmp_pat
         model = _with_rule(3.0)
         with torch.no_grad():
             for layer in layers_of(model).values():
-                layer.p["B"].normal_(generator=torch.Generator().manual_seed(1))
+                layer.params["B"].normal_(generator=torch.Generator().manual_seed(1))
         t = sft(tmp_path, model, bf16=bf16, max_steps=1)
         t.train()
         found.append([r["penalty"] for r in log(t) if "penalty" in r])
@@ -201,7 +201,7 @@ def test_the_budget_falls_by_optimizer_steps(tmp_path: Path, many: int, bf16: bo
     assert isinstance(rule, RankBudget)
     assert [s["rank_budget"] for s in seen] == [rule.budget(i, 20, [4] * 15) for i in range(1, 21)]
     assert seen[-1]["rank_budget"] == 2 * 15
-    assert {s: layer.p["E"].shape[0] for s, layer in layers_of(t.model).items()} == seen[-1]["ranks"]
+    assert {s: layer.params["E"].shape[0] for s, layer in layers_of(t.model).items()} == seen[-1]["ranks"]
     assert [r["rank_budget"] for r in log(t) if "loss" in r] == [s["rank_budget"] for s in seen]
 
 
@@ -231,7 +231,7 @@ def test_the_best_adapter_has_the_ranks_of_its_own_step(
         def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             if state.global_step >= best_at and state.global_step % 4 == 0:
                 for layer in layers_of(model).values():
-                    layer.p["E"].data.mul_(10.0)
+                    layer.params["E"].data.mul_(10.0)
 
     words = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
@@ -242,7 +242,7 @@ def test_the_best_adapter_has_the_ranks_of_its_own_step(
     found = {r["step"]: r["eval_loss"] for r in t.state.log_history if "eval_loss" in r}
     assert t.state.best_global_step == best_at == min(found, key=lambda step: found[step])
     assert t.state.global_step == min(best_at + 12, 20)
-    ranks = {site: int((layer.p["E"] != 0).sum()) for site, layer in layers_of(t.model).items()}
+    ranks = {site: int((layer.params["E"] != 0).sum()) for site, layer in layers_of(t.model).items()}
     assert ranks == seen[best_at - 1]["ranks"]
     here, there = sum(seen[-1]["ranks"].values()), sum(ranks.values())
     told = [r.getMessage() for r in caplog.records if r.getMessage().startswith("the best checkpoint")]
@@ -253,7 +253,7 @@ def test_the_best_adapter_has_the_ranks_of_its_own_step(
     t.save_model(str(tmp_path / "result"))
 
     saved = lorary.load_adapter(tmp_path / "result")
-    assert {p.site.name: p.delta.R for p in saved.placed} == ranks
+    assert {p.site.name: p.delta.R for p in saved.sites} == ranks
 
 
 # --- from a configuration -------------------------------------------------------------------------------------------
@@ -277,7 +277,7 @@ def test_a_run_tells_its_ranks_and_goes_on_with_them(tmp_path: Path, monkeypatch
     rule = RankBudget(2, 1, 3)
     assert [r["rank_budget"] for r in lines] == [rule.budget(step, 8, [4] * 14) for step in range(1, 9)]
     assert all(sum(r["ranks"].values()) == r["rank_budget"] for r in lines)
-    saved = {p.site.name: p.delta.R for p in lorary.load_adapter(done.adapter).placed}
+    saved = {p.site.name: p.delta.R for p in lorary.load_adapter(done.adapter).sites}
     best = json.loads(next(Path("whole/checkpoints").glob("*-8/trainer_state.json")).read_text())["best_global_step"]
     assert saved == lines[best - 1]["ranks"]
     picture = (done.folder / "plots" / "ranks.svg").read_text()

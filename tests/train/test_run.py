@@ -358,5 +358,5 @@ def test_a_method_that_adapts_no_layer_trains(words: dict[str, Any]) -> None:
     done = run(from_dict(words | {"method": "full"}), quiet=True)
     assert done.steps == 6
     adapter = lorary.Adapter.load(done.adapter)
-    assert (adapter.placed, adapter.method.delta) == ((), None)
+    assert (adapter.sites, adapter.method.delta) == ((), None)
     assert "model.norm.weight" in adapter.full

@@ -76,7 +76,7 @@ def test_a_search_leaves_an_adapter_beside_the_supernet(words: dict[str, Any], b
     assert set(record["structures"]) == set(found.structures)
     adapter = lorary.load_adapter(folder)
     assert adapter.method.rules == ()
-    assert all(isinstance(p.delta, Terms) for p in adapter.placed)
+    assert all(isinstance(p.delta, Terms) for p in adapter.sites)
     assert found.size == sum(t.numel() for roles in adapter.tensors.values() for t in roles.values())
     # merged, it is a plain model, biases and all
     model = lorary.load(AutoModelForCausalLM.from_pretrained(base), folder)
@@ -176,7 +176,7 @@ def test_on_the_command_line(words: dict[str, Any], base: Path, command: Command
 
 
 def drawn(model: Any) -> dict[str, Terms]:
-    return {name: layer.chosen for name, layer in adapted(model).items()}
+    return {name: layer.active_structure for name, layer in adapted(model).items()}
 
 
 def test_every_step_trains_another_structure_of_every_layer(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_evaluation_is_of_the_whole_supernet(tmp_path: Path) -> None:
     trainer.train()
     one = trainer.evaluate()["eval_loss"]
     for layer in adapted(model).values():
-        layer.chosen = Terms(2, *["none"] * 5)
+        layer.active_structure = Terms(2, *["none"] * 5)
     assert trainer.evaluate()["eval_loss"] == one
 
 

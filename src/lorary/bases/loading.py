@@ -127,7 +127,7 @@ class PackingQuantizer(HfQuantizer):  # type: ignore[misc]
         tied = model.all_tied_weights_keys
         names = packable(scan(model), self.storage) if self.layers is None else self.layers
         modules = dict(model.named_modules())
-        wrong = [name for name in names if name not in modules or not self.storage.packs(modules[name])]
+        wrong = [name for name in names if name not in modules or not self.storage.quantizes(modules[name])]
         if wrong:
             what = f"{self.storage} packs no such layer of a {type(model).__name__}"
             raise FileError("cannot quantise these layers:", [Problem(str(name), what) for name in wrong])
@@ -162,7 +162,7 @@ class PackingQuantizer(HfQuantizer):  # type: ignore[misc]
         layer: Any = model.get_submodule(path)
         self.known[name] = Sample.of(layer.weight)
         try:
-            self._place(model, path, self.storage.pack(layer))
+            self._place(model, path, self.storage.quantize(layer))
         except ValueError as error:
             self.problems.append(Problem(name, str(error), "repair the base, or leave the layer out"))
 

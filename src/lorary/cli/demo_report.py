@@ -55,7 +55,7 @@ def report(found: Demo) -> str:
     """The page."""
     lead = (
         f"A language model that has only read Python learns {ABOUT[found.data]}: it stays as it is, and beside "
-        f"{len(found.plan.placed)} of its layers two thin matrices are trained."
+        f"{len(found.plan.sites)} of its layers two thin matrices are trained."
     )
     sections = [
         Section("Loss", [Picture(loss_svg(found.history, "Loss per token"), _caption(found))]),
@@ -92,10 +92,12 @@ def _samples(found: Demo) -> list[Block]:
 def _plan(found: Demo) -> Table:
     """One row for the sites that differ in nothing but the number of their block."""
     rows: dict[tuple[str, ...], list[int]] = {}
-    for p in found.plan.placed:
+    for p in found.plan.sites:
         name = re.sub(r"\d+", "*", p.site.name)
         tensors = ", ".join(f"{role} [{' × '.join(map(str, shape))}]" for role, shape in p.shapes.items())
-        rows.setdefault((name, f"{p.site.out} × {p.site.inp}", tensors, f"{p.scale:g}"), []).append(p.trainable)
+        rows.setdefault((name, f"{p.site.out_features} × {p.site.in_features}", tensors, f"{p.scale:g}"), []).append(
+            p.trainable
+        )
     head = ("site", "out × in", "tensors", "s", "sites", "trains")
     return Table(head, [(*key, str(len(sizes)), f"{sum(sizes):,}") for key, sizes in rows.items()])
 

@@ -54,7 +54,7 @@ def export(
         with _told():
             export_peft(value, output, model=model)
         if value.method.context is not None:  # what PEFT's files cannot say
-            value.method.context.enter(model).settle()
+            value.method.context.apply(model).settle()
         lorary.load(model, output)
         far = (before - logits(model, row)).abs().max().item()
         print(f"against the adapter itself: logits differ by at most {far:.2g} in fp32", file=sys.stderr)

@@ -170,7 +170,7 @@ def _merged(
     model = load_model(section, kept_as(adapter.method, adapter.full))
     lorary.load(model, folder, force=force)
     live = MergeCheck.of(model, rows.ids)
-    if onto == "original" and live.packed:
+    if onto == "original" and live.quantized:
         del model
         gc.collect()  # a model holds itself in circles
         model = load_model(section)

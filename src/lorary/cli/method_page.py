@@ -12,7 +12,7 @@ from lorary.placed import Placed
 from lorary.preset import Preset
 from lorary.sites import Site
 
-EXAMPLE = Site("layer", "linear", out=2048, inp=1024, bias=True)
+EXAMPLE = Site("layer", "linear", out_features=2048, in_features=1024, bias=True)
 
 # LLaMA-2-7B's linear layers but its head: count, inputs, outputs.
 LLAMA = [(4 * 32, 4096, 4096), (2 * 32, 4096, 11008), (32, 11008, 4096)]
@@ -101,7 +101,7 @@ def _tensors(preset: Preset) -> str:
     ]
     llama = sum(n * Placed(Site("", "linear", out, inp, False), method).trainable for n, inp, out in LLAMA)
     return (
-        f"## What trains\n\nOn a linear layer of {EXAMPLE.inp:,} inputs and {EXAMPLE.out:,} outputs, with the default "
+        f"## What trains\n\nOn a linear layer of {EXAMPLE.in_features:,} inputs and {EXAMPLE.out_features:,} outputs, with the default "
         "options:\n\n| tensor | shape | numbers | |\n|---|---|---|---|\n" + "\n".join(rows) + "\n\n"
         f"{placed.trainable:,} numbers train there, and {llama:,} on all linear layers of LLaMA-2-7B but its head.\n"
     )

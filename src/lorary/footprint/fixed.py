@@ -34,25 +34,22 @@ def fixed(
         optimizer: as Transformers names it.
     """
     adapters = [
-        math.prod(shape)
-        for p in unique_tensor_sets(plan.placed)
-        for role, shape in p.shapes.items()
-        if _trains(p, role)
+        math.prod(shape) for p in unique_tensor_sets(plan.sites) for role, shape in p.shapes.items() if _trains(p, role)
     ]
     width = None if dtype is None else dtype.itemsize
     full = [f.size * width if width else f.bytes for f in plan.full if f.trains]
     numbers, kind = [*adapters, *(f.size for f in plan.full if f.trains)], [4] * len(adapters)
     kind += [width or f.bytes // max(1, f.size) for f in plan.full if f.trains]
     state = sum(math.ceil(n * _state(optimizer, n, size)) for n, size in zip(numbers, kind, strict=True))
-    rules = sum(rule.holds(p.shapes) for p in plan.placed for rule in plan.method.rules)
+    rules = sum(rule.state_bytes(p.shapes) for p in plan.sites for rule in plan.method.rules)
     gradients = 4 * sum(adapters) + sum(full)
     return Memory(_weights(model, plan, width), plan.adapter_bytes, gradients, state, None, None, None, rules=rules)
 
 
 def tensors(model: nn.Module, plan: Plan) -> int:
     """How many tensors the fixed items are: as many roundings."""
-    adapters = sum(len(p.shapes) for p in unique_tensor_sets(plan.placed))
-    return sum(1 for _ in _all(model)) + 4 * adapters + 2 * len(plan.packed)
+    adapters = sum(len(p.shapes) for p in unique_tensor_sets(plan.sites))
+    return sum(1 for _ in _all(model)) + 4 * adapters + 2 * len(plan.quantized)
 
 
 def _trains(placed: Any, role: str) -> bool:
@@ -75,7 +72,7 @@ def _state(optimizer: str, numbers: int, size: int) -> float:
 
 
 def _weights(model: nn.Module, plan: Plan, width: int | None) -> int:
-    packed = {f"{name}.weight" for name in plan.packed}
+    packed = {f"{name}.weight" for name in plan.quantized}
     there = {id(held(m)[0]): m for m in model.modules() if is_packed(m)}.values()  # their precision never changes
     known = {id(t) for layer in there for t in held(layer)}
     total = sum(map(stored, there))

@@ -56,9 +56,9 @@ def blocks(model: nn.Module, plan: Plan) -> Blocks | None:
     planned: list[list[Any]] = [[] for _ in layers]
     learns = set()
     for name, what in [
-        *((p.site.name, (_nameless(p), p.site.name in plan.packed)) for p in plan.placed),
+        *((p.site.name, (_nameless(p), p.site.name in plan.quantized)) for p in plan.sites),
         *((f.name, f.trains) for f in plan.full),
-        *((name, None) for name in plan.packed),
+        *((name, None) for name in plan.quantized),
     ]:
         if (place := _place(name, path)) is not None:
             planned[place[0]].append((place[1], repr(what)))
@@ -123,13 +123,15 @@ def _restricted(plan: Plan, path: str, kept: Sequence[int]) -> Plan:
 
     placed = [
         dataclasses.replace(p, site=dataclasses.replace(p.site, name=name))
-        for p in plan.placed
+        for p in plan.sites
         if (name := renamed(p.site.name))
     ]
     full = [dataclasses.replace(f, name=name) for f in plan.full if (name := renamed(f.name))]
-    packed = [new for name in plan.packed if (new := renamed(name))]
-    given = {new: values for name, values in plan.given.items() if (new := renamed(name))}
-    return dataclasses.replace(plan, placed=tuple(placed), full=tuple(full), packed=tuple(packed), given=given)
+    packed = [new for name in plan.quantized if (new := renamed(name))]
+    given = {new: values for name, values in plan.fixed_tensors.items() if (new := renamed(name))}
+    return dataclasses.replace(
+        plan, sites=tuple(placed), full=tuple(full), quantized=tuple(packed), fixed_tensors=given
+    )
 
 
 def _place(name: str, path: str) -> tuple[int, str] | None:

@@ -142,19 +142,19 @@ def _as_lora(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(configuration, tensors) of the LoRA, or the DoRA, that an adapter of another method is."""
     adapter = _with_directions(adapter, folder)
-    forms = low_rank_forms([p for p in adapter.placed if not is_dora(p)], adapter.tensors, model)
+    forms = low_rank_forms([p for p in adapter.sites if not is_dora(p)], adapter.tensors, model)
     problems = [
         Problem(name, "its output has a gain or a shift, which PEFT's LoRA has not")
         for name, form in forms.items()
         if form.gain is not None or form.shift is not None
     ]
-    if forms and len(forms) < len(adapter.placed):
+    if forms and len(forms) < len(adapter.sites):
         problems.append(Problem("sites", "some have DoRA's magnitudes and some not; PEFT's adapters have all or none"))
     if problems:
         raise FileError(_cannot_export(folder), problems)
     tensors: dict[str, Tensor] = {}
     sizes: dict[str, tuple[int, float]] = {}
-    for p in adapter.placed:
+    for p in adapter.sites:
         name, own = p.site.name, adapter.tensors[p.site.name]
         # DoRA's gain follows from the factors and the magnitudes, which PEFT keeps as they are
         B, A = factors_on_base(p, own) if is_dora(p) else forms[name][:2]
@@ -168,11 +168,11 @@ def _as_lora(
 def _with_directions(adapter: Adapter, folder: str | os.PathLike[str]) -> Adapter:
     """The same function without directions that do nothing, and without sites where none is left (AdaLoRA)."""
     small = adapter.compact()
-    left = tuple(p for p in small.placed if any(min(shape) for shape in p.shapes.values()))
+    left = tuple(p for p in small.sites if any(min(shape) for shape in p.shapes.values()))
     if not left:
         what = "no layer has a direction left, and PEFT's adapters adapt at least one layer"
         raise FileError(_cannot_export(folder), [Problem("sites", what)])
-    return dataclasses.replace(small, placed=left)
+    return dataclasses.replace(small, sites=left)
 
 
 def _cannot_export(folder: str | os.PathLike[str]) -> str:
@@ -181,7 +181,7 @@ def _cannot_export(folder: str | os.PathLike[str]) -> str:
 
 def _torn(adapter: Adapter, shared: Banks) -> list[Problem]:
     """The sites that cannot share what they say they do, or have something else."""
-    return shares.problems(adapter.placed) or torn(adapter, shared.whole) + shares.torn(adapter)
+    return shares.problems(adapter.sites) or torn(adapter, shared.whole) + shares.torn(adapter)
 
 
 def _check_values(

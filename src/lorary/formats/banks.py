@@ -44,10 +44,10 @@ class Banks(NamedTuple):
 
 def gathered(adapter: Adapter) -> Banks:
     """The banks of an adapter."""
-    whole = _gathered(adapter.placed, adapter.tensors)
-    if not whole or adaptation(adapter.method).init.saved:
+    whole = _gathered(adapter.sites, adapter.tensors)
+    if not whole or adaptation(adapter.method).init.store_shared:
         return Banks(whole)
-    again = drawn(adapter.method, adapter.placed, {role: t.dtype for role, t in whole.items()})
+    again = drawn(adapter.method, adapter.sites, {role: t.dtype for role, t in whole.items()})
     return Banks(whole, kept=not all(torch.equal(again[role], bank) for role, bank in whole.items()))
 
 
@@ -67,7 +67,7 @@ def torn(adapter: Adapter, banks: Mapping[str, Tensor]) -> list[Problem]:
     """The sites whose part of a bank is not what the others have."""
     return [
         Problem(p.site.name, f"its {role} is not that of the other sites, which all share one")
-        for p in adapter.placed
+        for p in adapter.sites
         for role in sorted(p.delta.shared)
         if not torch.equal(leading_slice(banks[role], p.shapes[role]), adapter.tensors[p.site.name][role])
     ]

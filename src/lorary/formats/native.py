@@ -65,7 +65,7 @@ def write_record(folder: Path, adapter: Adapter, shared: Banks) -> None:
     }
     if not shared.kept:
         head[_DRAWN] = banks.checksums(shared.whole)
-    lines = [json.dumps(site_record(p, adapter.method)) for p in adapter.placed]
+    lines = [json.dumps(site_record(p, adapter.method)) for p in adapter.sites]
     sites = "\n    " + ",\n    ".join(lines) + "\n  " if lines else ""
     text = json.dumps(head, indent=2).removesuffix("\n}") + f',\n  "sites": [{sites}]\n}}\n'
     (folder / NAME).write_text(text, encoding="utf-8")
@@ -75,7 +75,7 @@ def native_tensors(adapter: Adapter, shared: Banks) -> dict[str, Tensor]:
     """The contents of `adapter.safetensors`."""
     tensors = {
         shares.key(p, role): t
-        for p in unique_tensor_sets(adapter.placed)
+        for p in unique_tensor_sets(adapter.sites)
         for role, t in adapter.tensors[p.site.name].items()
         if role not in p.delta.shared
     }

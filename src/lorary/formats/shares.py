@@ -52,7 +52,7 @@ def problems(placed: Sequence[Placed]) -> list[Problem]:
 
 def torn(adapter: Adapter) -> list[Problem]:
     """The sites whose tensors are not those of the site that they share them with."""
-    return _rejoined(adapter.placed, adapter.tensors)[1]
+    return _rejoined(adapter.sites, adapter.tensors)[1]
 
 
 def rejoined(

@@ -64,7 +64,7 @@ def importance_svg(importance: Importance, plan: Plan, title: str = "Importance 
     Returns:
         As `ranks_svg`.
     """
-    within, own = importance.within, {p.site.name for p in plan.placed if not p.share}
+    within, own = importance.within, {p.site.name for p in plan.sites if not p.share}
     most: dict[str, float] = {}
     kinds = cells(within)
     for site, place in kinds.items():

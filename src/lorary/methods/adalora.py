@@ -45,7 +45,7 @@ class Spectral(Delta):
     kept: int | None = field(default=None, metadata=optional(WHOLE))
 
     roles = frozenset(ROLES)
-    known_as = {"A": "Q", "B": "P"}  # noqa: RUF012 (never written)
+    role_aliases = {"A": "Q", "B": "P"}  # noqa: RUF012 (never written)
     directions = {"P": 1, "E": 0, "Q": 0}  # noqa: RUF012
 
     @property
@@ -54,7 +54,7 @@ class Spectral(Delta):
         return self.r if self.kept is None else self.kept
 
     def shapes(self, site: Site) -> Shapes:
-        return {"P": (site.out, self.R), "E": (self.R,), "Q": (self.R, site.inp)}
+        return {"P": (site.out_features, self.R), "E": (self.R,), "Q": (self.R, site.in_features)}
 
     def factors(self, site: Site, p: Tensors) -> tuple[Tensor, Tensor]:
         return p["P"] * p["E"], p["Q"]
@@ -122,8 +122,8 @@ class Orthogonal(Rule):
     def penalty(self, layers: Sequence[Layer], state: dict[str, Tensor]) -> Tensor | float:
         alike: dict[tuple[Any, ...], list[Tensor]] = {}  # matrices of one shape are multiplied at once
         for layer in layers:
-            for M in (together(layer.p["P"]).T, together(layer.p["Q"])):
-                rows = M if layer.chosen is None else M[layer.chosen]
+            for M in (together(layer.params["P"]).T, together(layer.params["Q"])):
+                rows = M if layer.active_structure is None else M[layer.active_structure]
                 if len(rows):
                     alike.setdefault((*rows.shape, rows.device, rows.dtype), []).append(rows)
         gaps = [self._gaps(torch.stack(several)) for several in alike.values()]

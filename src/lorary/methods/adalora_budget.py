@@ -91,26 +91,26 @@ class RankBudget(Rule):
             name = layer.site.name
             for role in ROLES:
                 for mean in "IU":  # smoothed sensitivity, and its uncertainty
-                    state[f"{mean}|{name}|{role}"] = torch.zeros_like(layer.p[role], dtype=torch.float32)
-            state[f"alive|{name}"] = torch.ones(layer.p["E"].shape[0], dtype=torch.bool)
+                    state[f"{mean}|{name}|{role}"] = torch.zeros_like(layer.params[role], dtype=torch.float32)
+            state[f"alive|{name}"] = torch.ones(layer.params["E"].shape[0], dtype=torch.bool)
         return state
 
-    def holds(self, shapes: Shapes) -> int:
+    def state_bytes(self, shapes: Shapes) -> int:
         return sum(2 * 4 * math.prod(shapes[role]) for role in ROLES)  # I and U, in 32 bits
 
     def before_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
         for layer in layers:
             alive = state[f"alive|{layer.site.name}"]
             stands = self._stands(state, step - 1) and not bool(alive.all())
-            layer.chosen = alive.to(layer.p["E"].device) if stands else None
+            layer.active_structure = alive.to(layer.params["E"].device) if stands else None
 
     def after_backward(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
         if not self._stands(state, step - 1):
             self._observe(layers, state)
             return
         for layer in layers:  # masked directions have left the model, so they must not count in the gradient's norm
-            if layer.chosen is not None and layer.p["E"].grad is not None:
-                layer.p["E"].grad.mul_(like(layer.p["E"], layer.chosen.to(layer.p["E"].dtype)))
+            if layer.active_structure is not None and layer.params["E"].grad is not None:
+                layer.params["E"].grad.mul_(like(layer.params["E"], layer.active_structure.to(layer.params["E"].dtype)))
 
     def after_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int, run: Run) -> None:
         steps = int(state["steps"])
@@ -135,11 +135,11 @@ class RankBudget(Rule):
     @torch.no_grad()
     def _observe(self, layers: Sequence[Layer], state: dict[str, Tensor]) -> None:
         """Equations 9-11: I <- b1 I + (1 - b1) |w g|, then U <- b2 U + (1 - b2) | |w g| - I |."""
-        places = [(layer, role) for layer in layers for role in ROLES if layer.p[role].grad is not None]
+        places = [(layer, role) for layer in layers for role in ROLES if layer.params[role].grad is not None]
         if not places:
             return
-        weights = [own(layer.p[role]).float() for layer, role in places]
-        gradients = [own(layer.p[role].grad).float() for layer, role in places]
+        weights = [own(layer.params[role]).float() for layer, role in places]
+        gradients = [own(layer.params[role].grad).float() for layer, role in places]
         means, doubts = ([own(state[f"{m}|{layer.site.name}|{role}"]) for layer, role in places] for m in "IU")
         now = torch._foreach_mul(weights, gradients)
         torch._foreach_abs_(now)
@@ -153,12 +153,12 @@ class RankBudget(Rule):
         s = {
             role: state[f"I|{layer.site.name}|{role}"] * state[f"U|{layer.site.name}|{role}"] for role in ROLES
         }  # equation 12
-        out, inp = layer.site.out, layer.site.inp
+        out, inp = layer.site.out_features, layer.site.in_features
         return together(s["E"]) + together(s["P"].sum(0)) / out + together(s["Q"].sum(1)) / inp
 
     def _choose(self, layers: Sequence[Layer], state: dict[str, Tensor], budget: int) -> None:
         """The best `budget` directions of the whole model; of equal ones those that come first."""
-        sizes = [layer.p["E"].shape[0] for layer in layers]
+        sizes = [layer.params["E"].shape[0] for layer in layers]
         found = [self.scores(layer, state) for layer in layers]
         scores = torch.cat([score.to(found[0].device) for score in found]).cpu()  # waits for the device once
         best = torch.sort(scores, descending=True, stable=True).indices[:budget]
@@ -169,7 +169,7 @@ class RankBudget(Rule):
     @staticmethod
     def _mask(layers: Sequence[Layer], state: dict[str, Tensor]) -> None:
         for layer in layers:
-            E, alive = layer.p["E"], state[f"alive|{layer.site.name}"]
+            E, alive = layer.params["E"], state[f"alive|{layer.site.name}"]
             if not bool(alive.all()):
                 put(E, together(E.detach()) * alive.to(E.device))
 

@@ -51,10 +51,10 @@ class Propagated(Delta):
 
     @property
     def roles(self) -> frozenset[str]:
-        return frozenset({"A", "B"}) | self.given
+        return frozenset({"A", "B"}) | self.fixed_roles
 
     @property
-    def given(self) -> frozenset[str]:  # type: ignore[override]  # a constant of most deltas
+    def fixed_roles(self) -> frozenset[str]:  # type: ignore[override]  # a constant of most deltas
         return frozenset({"A_K", "B_K", "lam"} if self.late else ())
 
     def shapes(self, site: Site) -> Shapes:
@@ -71,7 +71,7 @@ class Propagated(Delta):
         if self.late:
             B, A = layer.factors()
             return add_low_rank(y, x, A, B, layer.scale, dropout)
-        return add_low_rank(y, x, layer.p["A"], layer.p["B"], layer.scale * (1 + self.ratio), dropout)
+        return add_low_rank(y, x, layer.params["A"], layer.params["B"], layer.scale * (1 + self.ratio), dropout)
 
 
 def _same_gradient(method: Any) -> list[str]:
@@ -116,7 +116,7 @@ class FollowProduct(Rule):
     def after_backward(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
         """The paper's gradients, which are those of s B A, while forward has s (1 + lambda) B A."""
         if step > self.after:
-            gradients = [g for layer in layers for role in "AB" if (g := layer.p[role].grad) is not None]
+            gradients = [g for layer in layers for role in "AB" if (g := layer.params[role].grad) is not None]
             if gradients:
                 torch._foreach_mul_(gradients, 1 / (1 + self.ratio))
 
@@ -124,8 +124,8 @@ class FollowProduct(Rule):
         if step == self.after:
             for layer in layers:
                 for role in "AB":
-                    layer.p[f"{role}_K"].detach().copy_(layer.p[role])
-                layer.p["lam"].detach().fill_(self.ratio)
+                    layer.params[f"{role}_K"].detach().copy_(layer.params[role])
+                layer.params["lam"].detach().fill_(self.ratio)
 
 
 @word
@@ -159,16 +159,16 @@ class WriteProduct(Rule):
             what = f"is {coarse[0].base.weight.dtype} by now: rounding would lose most of what is added to it"
             problems = [Problem(layer.site.name, what, "keep the base in float32") for layer in coarse]
             raise ConfigError("Delta-LoRA cannot write these weights:", problems)
-        return {f"{role}|{layer.site.name}": layer.p[role].detach().clone() for layer in layers for role in "AB"}
+        return {f"{role}|{layer.site.name}": layer.params[role].detach().clone() for layer in layers for role in "AB"}
 
-    def holds(self, shapes: Shapes) -> int:
+    def state_bytes(self, shapes: Shapes) -> int:
         return sum(4 * math.prod(shapes[role]) for role in "AB")
 
     def before_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
         with torch.no_grad():
             for layer in layers:
                 for role in "AB":
-                    state[f"{role}|{layer.site.name}"].copy_(layer.p[role])
+                    state[f"{role}|{layer.site.name}"].copy_(layer.params[role])
 
     @torch.no_grad()
     def after_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int, run: Run) -> None:
@@ -177,7 +177,9 @@ class WriteProduct(Rule):
         for layer in layers:
             before = {role: together(state[f"{role}|{layer.site.name}"]) for role in "AB"}
             W, W_t = layer.kind.matrix(layer.base), cast(Tensor, layer.base.weight)
-            B, A = layer.method.delta.factors(layer.site, {role: together(layer.p[role].detach()) for role in "AB"})
+            B, A = layer.method.delta.factors(
+                layer.site, {role: together(layer.params[role].detach()) for role in "AB"}
+            )
             B_t, A_t = layer.method.delta.factors(layer.site, before)
             change = torch.addmm(B @ A, B_t, A_t, alpha=-1).to(W.dtype)
             moved = together(W_t.detach()) + layer.kind.weight(layer.base, self.ratio * layer.scale * change)

@@ -41,14 +41,14 @@ class Direction(Join):
     roles = frozenset({"m"})
 
     def shapes(self, site: Site) -> Shapes:
-        return {"m": (site.out,)}
+        return {"m": (site.out_features,)}
 
     def setup(self, layer: Layer) -> None:
-        layer.p["m"].copy_(self._norms(layer))
+        layer.params["m"].copy_(self._norms(layer))
 
     def forward(self, layer: Layer, x: Tensor) -> Tensor:
-        gain: Tensor = layer.p["m"] / self._norms(layer)
-        along, bias = layer.kind.along, layer.bias
+        gain: Tensor = layer.params["m"] / self._norms(layer)
+        along, bias = layer.kind.broadcast_over_rows, layer.bias
         shaped = along(gain), None if bias is None else along(bias)
         if not layer.dropout or not x.is_floating_point():
             return gained(layer.add_delta(layer.base(x), x), *shaped)
@@ -76,14 +76,14 @@ class Direction(Join):
 
         def norms(*factors: Tensor) -> Tensor:
             B, A = factors
-            squares = layer.remember("square norms", layer.kept, square)
-            return row_norms(layer.product(A.to(squares.dtype)), squares, B, A, layer.scale)
+            squares = layer.cached("square norms", layer.stored_tensors, square)
+            return row_norms(layer.weight_times(A.to(squares.dtype)), squares, B, A, layer.scale)
 
         if self.exact:
             return norms(*layer.factors())
-        others = [t for t in layer.tensors.values() if t is not layer.p["m"]]
-        return layer.remember(
-            "norms", [*layer.kept, *others], lambda: norms(*(factor.detach() for factor in layer.factors()))
+        others = [t for t in layer.tensors.values() if t is not layer.params["m"]]
+        return layer.cached(
+            "norms", [*layer.stored_tensors, *others], lambda: norms(*(factor.detach() for factor in layer.factors()))
         )
 
 

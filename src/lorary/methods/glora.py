@@ -58,13 +58,13 @@ class ZeroDown(Init):
 class Supports(Join):
     """W' = W + W * A + s B, b' = b + b * D + E + W C. The weight of a convolution is its kernel as [out, inp]."""
 
-    reads = OWN
-    drops = False
+    uses = OWN
+    supports_dropout = False
 
     def forward(self, layer: Layer, x: Tensor) -> Tensor:
         p, idle = layer.tensors, []
-        if layer.training and layer.chosen is not None:
-            whole, p = p, layer.chosen.slices(p)
+        if layer.training and layer.active_structure is not None:
+            whole, p = p, layer.active_structure.slices(p)
             idle = [t for role, t in whole.items() if role not in p]
         y = self._supported(layer, x, p, _shift(layer, x, p, idle))
         if "Bd" not in p:
@@ -74,7 +74,7 @@ class Supports(Join):
 
     def _supported(self, layer: Layer, x: Tensor, p: Tensors, shift: Tensor | None) -> Tensor:
         """(W + W * A) x + b + shift."""
-        along, b, a = layer.kind.along, layer.bias, p.get("Ad")
+        along, b, a = layer.kind.broadcast_over_rows, layer.bias, p.get("Ad")
         if a is not None and a.dim() == 2:
             return _low_rank_support(layer, x, a, p["Au"], shift)
         y: Tensor = layer.base(x)
@@ -151,16 +151,16 @@ def _shift(layer: Layer, x: Tensor, p: Tensors, idle: Sequence[Tensor]) -> Tenso
 
     def through(c: Tensor) -> Tensor:
         if not layer.kind.rowwise:
-            return layer.product(c[None])[:, 0]
+            return layer.weight_times(c[None])[:, 0]
         row: Tensor = layer.base(c.to(x.dtype)[None])[0].to(c.dtype)
         return row if layer.bias is None else row - layer.bias
 
     b = layer.bias
     of = [p[role] for role in ("Cd", "Cu", "D", "E") if role in p]
     if of and not torch.is_grad_enabled():
-        weights = [*layer.kept, *([] if b is None else [b])]
+        weights = [*layer.stored_tensors, *([] if b is None else [b])]
         precision = f"{x.dtype}, autocast {torch.is_autocast_enabled(x.device.type)}"  # W c is taken in it
-        return layer.remember(f"shift {precision}", [*of, *weights], lambda: torch.as_tensor(_change(p, b, through)))
+        return layer.cached(f"shift {precision}", [*of, *weights], lambda: torch.as_tensor(_change(p, b, through)))
     change = _change(p, b, through)
     if not idle:
         return change
@@ -189,7 +189,7 @@ def _low_rank_support(layer: Layer, x: Tensor, Ad: Tensor, Au: Tensor, shift: Te
             y = recomputed(
                 lambda x, Ad, Au: kind.run(base, x, torch.addcmul(W, W, (Ad @ Au).to(W.dtype)), bias), x, Ad, Au
             )
-    return y if shift is None else y + kind.along(shift.to(y.dtype))
+    return y if shift is None else y + kind.broadcast_over_rows(shift.to(y.dtype))
 
 
 @word
@@ -213,7 +213,7 @@ class RandomStructures(Rule):
         for layer in layers:
             terms = layer.method.delta
             if isinstance(terms, Terms):
-                layer.chosen = self.drawn(terms, layer.site, step)
+                layer.active_structure = self.drawn(terms, layer.site, step)
 
     def drawn(self, terms: Terms, site: Site, step: int) -> Terms:
         """The structure of a site at an optimizer step (from 1)."""

@@ -53,14 +53,14 @@ class Terms(Delta):
     E: str = field(default="vector", metadata=_one_of("E"))
 
     roles = ROLES
-    extras = OWN
+    join_roles = OWN
 
     @property
-    def biases(self) -> bool:
+    def changes_bias(self) -> bool:
         return {self.C, self.D, self.E} != {"none"}
 
     @property
-    def weighs(self) -> bool:  # type: ignore[override]
+    def needs_dense_weight(self) -> bool:  # type: ignore[override]
         return self.A == "lora"
 
     def form(self, term: str) -> str:
@@ -70,7 +70,7 @@ class Terms(Delta):
     def shapes(self, site: Site) -> Shapes:
         shapes: Shapes = {}
         for term, down in DOWN.items():
-            rows, columns = (site.inp, 1) if term == "C" else (site.out, site.inp)
+            rows, columns = (site.in_features, 1) if term == "C" else (site.out_features, site.in_features)
             match self.form(term):
                 case "lora":
                     shapes |= {down: (rows, self.r), f"{term}u": (self.r, columns)}
@@ -88,7 +88,7 @@ class Terms(Delta):
     def problems(self, site: Site) -> list[str]:
         if site.parts:
             return ["its projections cannot be adapted one by one: GLoRA's terms are over all rows; adapt it whole"]
-        if site.kind == "embedding" and self.biases:
+        if site.kind == "embedding" and self.changes_bias:
             return ["C, D and E change a bias, which an embedding has none of: say C='none', D='none', E='none' for it"]
         if not self.shapes(site):
             return ["every term that this layer could have is none: nothing could be learnt"]
@@ -128,5 +128,5 @@ def pair(site: Site, p: Tensors) -> tuple[Tensor, Tensor]:
     Bd = p.get("Bd")
     if Bd is None:
         like = next(iter(p.values()), torch.empty(0))
-        return like.new_zeros(site.out, 0), like.new_zeros(0, site.inp)
-    return (Bd, p["Bu"]) if Bd.dim() == 2 else (Bd.expand(site.out)[:, None], Bd.new_ones(1, site.inp))
+        return like.new_zeros(site.out_features, 0), like.new_zeros(0, site.in_features)
+    return (Bd, p["Bu"]) if Bd.dim() == 2 else (Bd.expand(site.out_features)[:, None], Bd.new_ones(1, site.in_features))

@@ -54,7 +54,7 @@ class Extended(Context):
     targets = ("attention",)
 
     @property
-    def divides(self) -> int:
+    def attention_groups(self) -> int:
         return self.groups if self.shifted else 0
 
     @property
@@ -108,7 +108,7 @@ class Extended(Context):
             notes += limits(model, config, length).notes
         return notes
 
-    def enter(self, model: nn.Module) -> Reading:
+    def apply(self, model: nn.Module) -> Reading:
         return _Entered(model, self)
 
 
@@ -125,7 +125,7 @@ class _Entered:
             self.settle()
             raise
 
-    def leave(self) -> None:
+    def revert(self) -> None:
         self.settle()
         if self.stretched:
             self.stretched.swap()
@@ -134,19 +134,19 @@ class _Entered:
         if self.switch:
             self.switch.out()
 
-    def resume(self) -> None:
+    def reapply(self) -> None:
         if self.switch:
             self.switch.into()
 
     @contextmanager
-    def undone(self) -> Iterator[None]:
-        self.leave()
+    def reverted(self) -> Iterator[None]:
+        self.revert()
         try:
             yield
         finally:
             if self.stretched:
                 self.stretched.swap()
-            self.resume()
+            self.reapply()
 
 
 @preset(

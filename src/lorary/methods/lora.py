@@ -31,10 +31,10 @@ class LowRank(Delta):
     r: int = field(metadata=COUNT)
 
     roles = frozenset({"A", "B"})
-    free = True
+    arbitrary_factors = True
 
     def shapes(self, site: Site) -> Shapes:
-        return {"A": (self.r * len(site.rows), site.inp), "B": (sum(site.rows), self.r)}
+        return {"A": (self.r * len(site.rows), site.in_features), "B": (sum(site.rows), self.r)}
 
     def factors(self, site: Site, p: Tensors) -> tuple[Tensor, Tensor]:
         return site.place(p["B"]), p["A"]

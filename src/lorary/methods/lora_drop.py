@@ -191,7 +191,7 @@ def measurable(method: Method) -> list[Problem]:
 def shareable(method: Method) -> list[Problem]:
     """The reasons why layers cannot be measured, or cannot share a method's tensors afterwards."""
     problems = measurable(method)
-    if method.init is not None and method.init.moves_base:
+    if method.init is not None and method.init.residual_init:
         what = f"{type(method.init).__name__} starts each layer from its own weight, and layers that share start alike"
         problems.append(Problem("init", what, "use another init"))
     return problems

@@ -35,7 +35,7 @@ class Minis(Delta):
     roles = frozenset({"A", "B"})
 
     def shapes(self, site: Site) -> Shapes:
-        return {"A": (len(site.rows) * self.n * self.r, site.inp // self.n), "B": (sum(site.rows), self.r)}
+        return {"A": (len(site.rows) * self.n * self.r, site.in_features // self.n), "B": (sum(site.rows), self.r)}
 
     def factors(self, site: Site, p: Tensors) -> tuple[Tensor, Tensor]:
         downs = p["A"].split(self.n * self.r)  # of every part of a fused site
@@ -45,12 +45,12 @@ class Minis(Delta):
         return site.place(B), A
 
     def add(self, layer: Layer, y: Tensor, x: Tensor, dropout: float) -> Tensor:
-        A = layer.p["A"].view(self.n, self.r, -1)
-        B = layer.p["B"].view(self.n, -1, self.r)
+        A = layer.params["A"].view(self.n, self.r, -1)
+        B = layer.params["B"].view(self.n, -1, self.r)
         return add_blocks(y, x, A, B, layer.scale, dropout)
 
     def problems(self, site: Site) -> list[str]:
-        sizes = {"input": [site.inp], "output": site.rows}
+        sizes = {"input": [site.in_features], "output": site.rows}
         return [
             f"n = {self.n} does not divide its {size} {side} features"
             for side, each in sizes.items()

@@ -35,7 +35,7 @@ class Parallel(Delta):
     def shapes(self, site: Site) -> Shapes:
         rows = sum(site.rows)
         wide = self.n * self.r
-        return {"A": (len(site.rows) * wide, site.inp), "B": (rows, wide), "gamma": (rows * self.n,)}
+        return {"A": (len(site.rows) * wide, site.in_features), "B": (rows, wide), "gamma": (rows * self.n,)}
 
     def factors(self, site: Site, p: Tensors) -> tuple[Tensor, Tensor]:
         gamma = p["gamma"].view(-1, self.n, 1)

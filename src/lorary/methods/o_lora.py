@@ -48,23 +48,23 @@ class Tasks(Delta):
     r: int = field(metadata=COUNT)
     past: tuple[int, ...] = field(default=(), metadata=SIZES)
 
-    everywhere = True
+    fused_for_all_kinds = True
 
     @property
     def roles(self) -> frozenset[str]:
-        return frozenset({"A", "B"}) | self.given
+        return frozenset({"A", "B"}) | self.fixed_roles
 
     @property
-    def given(self) -> frozenset[str]:  # type: ignore[override]  # a constant of most deltas
+    def fixed_roles(self) -> frozenset[str]:  # type: ignore[override]  # a constant of most deltas
         return frozenset({"A_past", "B_past"} if self.past else ())
 
     @property
-    def turn(self) -> int:  # type: ignore[override]  # a constant of most deltas
+    def task_index(self) -> int:  # type: ignore[override]  # a constant of most deltas
         return len(self.past) if isinstance(self.past, tuple) else 0  # the record has yet to check what it is
 
     def shapes(self, site: Site) -> Shapes:
         now = LowRank(self.r).shapes(site)
-        before: Shapes = {"A_past": (sum(self.past), site.inp), "B_past": (site.out, sum(self.past))}
+        before: Shapes = {"A_past": (sum(self.past), site.in_features), "B_past": (site.out_features, sum(self.past))}
         return now | (before if self.past else {})
 
     def factors(self, site: Site, p: Tensors) -> tuple[Tensor, Tensor]:
@@ -92,10 +92,10 @@ class Tasks(Delta):
 
     def problems(self, site: Site) -> list[str]:
         rank = self.r * len(site.rows)
-        left = site.inp - sum(self.past)
+        left = site.in_features - sum(self.past)
         if not self.past or rank <= left:
             return []
-        room = f"of its {site.inp} input directions {len(self.past)} earlier tasks have taken {sum(self.past)}"
+        room = f"of its {site.in_features} input directions {len(self.past)} earlier tasks have taken {sum(self.past)}"
         return [f"{room}: there is no room for {rank} more that are orthogonal to them"]
 
 
@@ -122,7 +122,7 @@ class AwayFrom(Rule):
     writes_base = False
 
     @property
-    def steers(self) -> bool:  # type: ignore[override]  # a constant of most rules
+    def needs_optimizer(self) -> bool:  # type: ignore[override]  # a constant of most rules
         return self.hard
 
     def problems(self, method: Any) -> list[str]:
@@ -138,23 +138,25 @@ class AwayFrom(Rule):
             return {}
         return {f"basis|{layer.site.name}": _basis_of(layer) for layer in _later(layers)}
 
-    def holds(self, shapes: Shapes) -> int:
+    def state_bytes(self, shapes: Shapes) -> int:
         return 4 * math.prod(shapes["A_past"]) if self.hard and "A_past" in shapes else 0  # the basis
 
     def before_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
         """A starts in the complement; B is still zero, so nothing moves."""
         if self.hard and step == 1:
             for layer in _later(layers):
-                _project(layer.p["A"], state[f"basis|{layer.site.name}"])
+                _project(layer.params["A"], state[f"basis|{layer.site.name}"])
 
     def penalty(self, layers: Sequence[Layer], state: dict[str, Tensor]) -> Tensor | float:
         value: Tensor | float = 0.0
         if self.norms:
-            value = self.norms * _sum(torch.linalg.vector_norm(together(layer.p[r])) for layer in layers for r in "AB")
+            value = self.norms * _sum(
+                torch.linalg.vector_norm(together(layer.params[r])) for layer in layers for r in "AB"
+            )
         later = _later(layers)
         if self.hard or not later or not self.weight:
             return value
-        products = [together(layer.p["A_past"]) @ together(layer.p["A"]).T for layer in later]
+        products = [together(layer.params["A_past"]) @ together(layer.params["A"]).T for layer in later]
         total = _sum(P.abs().sum() if self.form == "authors" else P.square().sum() for P in products)
         return value + self.weight * total / (sum(P.numel() for P in products) if self.mean else 1)
 
@@ -166,14 +168,14 @@ class AwayFrom(Rule):
         """
         if self.hard:
             for layer in _later(layers):
-                if layer.p["A"].grad is not None:
-                    _project(layer.p["A"].grad, state[f"basis|{layer.site.name}"])
+                if layer.params["A"].grad is not None:
+                    _project(layer.params["A"].grad, state[f"basis|{layer.site.name}"])
 
     def after_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int, run: Run) -> None:
         if not self.hard:
             return
         for layer in _later(layers):
-            A, Q = layer.p["A"], state[f"basis|{layer.site.name}"]
+            A, Q = layer.params["A"], state[f"basis|{layer.site.name}"]
             if not A.requires_grad:
                 continue
             _project(A, Q)
@@ -185,7 +187,7 @@ class AwayFrom(Rule):
 
 def _later(layers: Sequence[Layer]) -> list[Layer]:
     """The layers that an earlier task adapted."""
-    return [layer for layer in layers if "A_past" in layer.p]
+    return [layer for layer in layers if "A_past" in layer.params]
 
 
 def _sum(terms: Iterable[Tensor]) -> Tensor:
@@ -196,7 +198,7 @@ def _sum(terms: Iterable[Tensor]) -> Tensor:
 
 def _basis_of(layer: Layer) -> Tensor:
     """An orthonormal basis of the row space of all earlier A's of a layer, in at least fp32."""
-    A = together(layer.p["A_past"]).detach()
+    A = together(layer.params["A_past"]).detach()
     A = A.to(torch.promote_types(A.dtype, torch.float32))
     Q = A.new_zeros(0, A.shape[1])
     for rows in A.split(layer.method.delta.past):

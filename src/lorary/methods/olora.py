@@ -39,10 +39,10 @@ class Orthonormal(Init):
     rounds: int = field(default=1, metadata=later(COUNT))
 
     fills = frozenset({"A", "B"})
-    moves_base = True
+    residual_init = True
 
     @property
-    def within(self) -> bool:  # type: ignore[override]  # a plain attribute of the others
+    def scale_free_start(self) -> bool:  # type: ignore[override]  # a plain attribute of the others
         return self.divide
 
     def __call__(self, p: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:

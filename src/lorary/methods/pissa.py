@@ -38,7 +38,7 @@ class Principal(Init):
     rounds: int = field(default=1, metadata=later(COUNT))
 
     fills = frozenset({"A", "B"})
-    moves_base = True
+    residual_init = True
 
     def __call__(self, p: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
         r = p["B"].shape[1]
@@ -82,7 +82,7 @@ def start_by_parts(p: Tensors, W: Tensor, site: Site, start: Callable[[Tensor], 
 
 def too_small(site: Site, r: int, what: str) -> list[str]:
     """The error of a start in W's own directions if it has fewer than r."""
-    most = min(*site.rows, site.inp)
+    most = min(*site.rows, site.in_features)
     return [f"its matrix has no more than {most} {what}, and r is {r}"] if r > most else []
 
 

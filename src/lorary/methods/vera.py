@@ -35,7 +35,12 @@ class Vectors(Delta):
 
     def shapes(self, site: Site) -> Shapes:
         rows = site.rows
-        return {"A": (self.r, site.inp), "B": (max(rows), self.r), "b": (sum(rows),), "d": (self.r * len(rows),)}
+        return {
+            "A": (self.r, site.in_features),
+            "B": (max(rows), self.r),
+            "b": (sum(rows),),
+            "d": (self.r * len(rows),),
+        }
 
     def factors(self, site: Site, p: Tensors) -> tuple[Tensor, Tensor]:
         rows = site.rows
@@ -61,7 +66,7 @@ class Projections(Init):
 
     seed: int = field(default=0, metadata=SEED)
     d: float = field(default=0.1, metadata=POSITIVE)
-    saved: bool = field(default=True, metadata=FLAG)
+    store_shared: bool = field(default=True, metadata=FLAG)
 
     fills = frozenset({"A", "B", "b", "d"})
 

@@ -40,8 +40,8 @@ class BnbNF4(Storage):
 
     writable = False
 
-    def packs(self, layer: nn.Module) -> bool:
-        if not NF4().packs(layer):
+    def quantizes(self, layer: nn.Module) -> bool:
+        if not NF4().quantizes(layer):
             return False
         if importlib.util.find_spec("bitsandbytes") is None:
             what, fix = "BnbNF4 needs bitsandbytes, which is not installed", "install it, or set backend='lorary'"
@@ -52,7 +52,7 @@ class BnbNF4(Storage):
             raise PlanError("cannot quantise the base:", [Problem("storage", what, "set backend='lorary'")])
         return True
 
-    def pack(self, layer: nn.Module, W: Tensor | None = None) -> nn.Module:
+    def quantize(self, layer: nn.Module, W: Tensor | None = None) -> nn.Module:
         bitsandbytes: Any = importlib.import_module("bitsandbytes.nn")
         kind, own = KINDS[cast(str, kind_of(layer))], cast(Tensor, layer.weight)
         matrix = (kind.matrix(layer) if W is None else W).detach().contiguous()  # [out, inp]

@@ -50,13 +50,13 @@ class NF4(Storage):
 
     writable = False
 
-    def packs(self, layer: nn.Module) -> bool:
+    def quantizes(self, layer: nn.Module) -> bool:
         kind = kind_of(layer)
         if kind is None or is_packed(layer) or why_not_adaptable(layer) is not None:
             return False
         return kind in ("linear", "transposed") or (self.embeddings and type(layer) is nn.Embedding)
 
-    def pack(self, layer: nn.Module, W: Tensor | None = None) -> nn.Module:
+    def quantize(self, layer: nn.Module, W: Tensor | None = None) -> nn.Module:
         kind = KINDS[cast(str, kind_of(layer))]
         own = cast(Tensor, layer.weight)
         made: NF4Linear | NF4Embedding
@@ -182,7 +182,7 @@ class NF4Linear(_Packed):
         y = self._times(x, self.bias)
         return y if y.dtype == x.dtype or autocasting(x.device) else y.to(x.dtype)
 
-    def product(self, A: Tensor) -> Tensor:
+    def weight_times(self, A: Tensor) -> Tensor:
         """A Dq(Wq)^T [R, out] of rows A [R, inp] in A's own precision, differentiable in A; keeps no dense weight."""
         return times(A, self.packed)
 

@@ -27,7 +27,7 @@ def model_of(prepared: Prepared, resumed: Path | None = None) -> Any:
     """The base with its method attached; of a run that goes on from a checkpoint, where its adapters started."""
     try:
         plan = prepared.plan if resumed is None else begun(prepared.plan, resumed)
-        base = load_model(prepared.config.model, kept_as(plan.method), plan.packed)
+        base = load_model(prepared.config.model, kept_as(plan.method), plan.quantized)
         check_base(prepared.config.method.after, prepared.past, base)
         return lorary.attach(base, plan, seed=prepared.config.training.seed)
     except (MemoryError, RuntimeError) as error:

@@ -107,7 +107,7 @@ def _check(path: Path, data: Mapping[str, Any], plan: Plan) -> None:
 
 
 def _shares(plan: Plan) -> dict[str, str]:
-    return {p.site.name: p.share for p in plan.placed}
+    return {p.site.name: p.share for p in plan.sites}
 
 
 def _write(folder: RunFolder, found: Importance, plan: Plan) -> None:

@@ -82,7 +82,7 @@ def kept_as(method: Method, full: Collection[str] = ()) -> Storage | None:
         method: it may need the plain weights, to take a part of them first: then None.
         full: base parameters that an adapter holds in full: where there are any, attaching it packs the others.
     """
-    moves = method.init is not None and method.init.moves_base
+    moves = method.init is not None and method.init.residual_init
     return None if full or moves else method.storage
 
 

@@ -64,7 +64,7 @@ def with_digests(names: Sequence[str], adapters: Sequence[Adapter]) -> tuple[str
 def digest(adapter: Adapter) -> str:
     """The first 16 digits of a SHA-256 over the values, whatever file they are kept in."""
     hashed = hashlib.sha256()
-    for p in adapter.placed:
+    for p in adapter.sites:
         hashed.update(f"{p.site.name} {p.scale!r}".encode())
         for role, tensor in sorted(adapter.tensors[p.site.name].items()):
             numbers = tensor.flatten().view(torch.uint8).numpy()  # numpy has no bfloat16

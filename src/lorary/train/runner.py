@@ -204,7 +204,7 @@ def _draw_ranks(folder: RunFolder) -> None:
     """The ranks that are left, of the adapter as it has been saved."""
     from lorary.inspect.heatmap import ranks_svg
 
-    placed = adapter_of(folder.path).placed
+    placed = adapter_of(folder.path).sites
     ranks = {p.site.name: directions_of(p) for p in placed}
     folder.write(f"{PLOTS}/ranks.svg", ranks_svg(ranks, max(p.r for p in placed)))
 

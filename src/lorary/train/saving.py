@@ -58,15 +58,15 @@ def begun(plan: Plan, path: Path) -> Plan:
     Found again with other threads or on another machine it differs in its last bits, and a base that has been packed
     or sharded by then cannot give up another part.
     """
-    if not any(p.starts for p in plan.placed):
+    if not any(p.starts for p in plan.sites):
         return plan
     tensors = adapter_of(path).tensors
-    given = dict(plan.given)
-    for p in plan.placed:
+    given = dict(plan.fixed_tensors)
+    for p in plan.sites:
         start = {start_of(role) for role in p.starts}
         known = {role: t for role, t in tensors.get(p.site.name, {}).items() if role in start}
-        given[p.site.name] = {**plan.given.get(p.site.name, {}), **known}
-    return dataclasses.replace(plan, given=given)
+        given[p.site.name] = {**plan.fixed_tensors.get(p.site.name, {}), **known}
+    return dataclasses.replace(plan, fixed_tensors=given)
 
 
 def tell_directions(best: Adapter, step: int, ranks: Mapping[str, int]) -> None:
@@ -77,7 +77,7 @@ def tell_directions(best: Adapter, step: int, ranks: Mapping[str, int]) -> None:
         step: when it was written.
         ranks: site -> how many directions the run has ended with; empty where no rule takes any out.
     """
-    here, there = sum(ranks.values()), sum(map(directions_of, best.compact().placed))
+    here, there = sum(ranks.values()), sum(map(directions_of, best.compact().sites))
     if ranks and there > here:
         text = "the best checkpoint is that of step %d, when there were %d directions; the run has ended with %d"
         _log.warning(text, step, there, here)
@@ -90,7 +90,7 @@ def put(model: nn.Module, value: Adapter) -> None:
         FileError: it is another method's, or for other sites; every difference.
     """
     state, layers = require(model, "load"), adapted(model)
-    here = {p.site.name: p.stored for p in state.placed}
+    here = {p.site.name: p.stored for p in state.sites}
     there = {name: {role: tuple(t.shape) for role, t in roles.items()} for name, roles in value.tensors.items()}
     problems = [
         Problem(name, f"{there.get(name, 'nothing')} in the checkpoint, {here.get(name, 'nothing')} here")
@@ -102,7 +102,7 @@ def put(model: nn.Module, value: Adapter) -> None:
     if problems:
         raise FileError("the checkpoint holds another adapter:", problems)
     for name, layer in layers.items():
-        for role, parameter in layer.p.items():
+        for role, parameter in layer.params.items():
             put_into(parameter, value.tensors[name][role])
         restart(model, layer, value.tensors[name])
     for name, tensor in value.full.items():

@@ -63,7 +63,7 @@ def search_run(
     with ExitStack() as stack:
         stack.enter_context(folder.held())
         remove_stale(folder.path)
-        base = load_model(prepared.config.model, kept_as(prepared.plan.method), prepared.plan.packed)
+        base = load_model(prepared.config.model, kept_as(prepared.plan.method), prepared.plan.quantized)
         model: Any = lorary.load(base, folder / ADAPTER)
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         trainer = trainer_of(prepared, model, scratch, resumed=True, callbacks=[])

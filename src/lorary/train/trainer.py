@@ -98,7 +98,7 @@ class AdapterTraining(_Loop):  # type: ignore[misc]  # Transformers has no types
         with taken_for_plain(model):
             super().__init__(model=model, args=args, callbacks=[_Events(self), *(callbacks or [])], **rest)
         check_strategy(self.accelerator.state)
-        if self.is_fsdp_enabled and any(p.share for p in require(model, "train").placed):
+        if self.is_fsdp_enabled and any(p.share for p in require(model, "train").sites):
             refuse_shares()
         del model.__dict__["forward"]  # TRL's own head
         if before is not None:
@@ -228,7 +228,7 @@ class AdapterTraining(_Loop):  # type: ignore[misc]  # Transformers has no types
         """
         chosen = str(saving.choose(self, resume_from_checkpoint)) if resume_from_checkpoint else None
         if chosen is not None:  # while the model is whole, and nobody holds its parameters
-            fit(self.plain_model(), saving.adapter_of(Path(chosen)).placed)
+            fit(self.plain_model(), saving.adapter_of(Path(chosen)).sites)
         with self.interruption, explained(self):
             output = super().train(chosen, *args, **kwargs)
         return output._replace(training_loss=output.metrics["train_loss"])
@@ -282,7 +282,7 @@ class AdapterTraining(_Loop):  # type: ignore[misc]  # Transformers has no types
     def _load_best_model(self) -> None:
         best = saving.adapter_of(Path(self.state.best_model_checkpoint))
         saving.tell_directions(best, self.state.best_global_step, self.rules.report().get("ranks", {}))
-        fit(self.plain_model(), best.placed)
+        fit(self.plain_model(), best.sites)
         saving.put(self.plain_model(), best)
 
     def _take_adapter(self, path: str) -> None:

@@ -85,10 +85,10 @@ class AdaLora(PeftType):
         return found
 
     def peft_incompatibilities(self, adapter: Adapter, shared: Banks) -> list[str]:
-        scales = {p.method.scale for p in adapter.placed}
+        scales = {p.method.scale for p in adapter.sites}
         reasons = {
             "PEFT's AdaLoRA has one rank at the start and one alpha for all layers": len(scales) > 1
-            or len({p.r for p in adapter.placed}) > 1,
+            or len({p.r for p in adapter.sites}) > 1,
             "PEFT's AdaLoRA takes `default` in a path for the name that it gives an adapter": any(
                 "default" in name for name in _masks(adapter)
             ),
@@ -102,7 +102,7 @@ class AdaLora(PeftType):
         A run's length is not part of an adapter: `total_step` is the shortest that PEFT accepts with these phases, and
         a phase that is a share of the run becomes 0 steps.
         """
-        first, rules = adapter.placed[0], adapter.method.rules
+        first, rules = adapter.sites[0], adapter.method.rules
         budget = next((rule for rule in rules if isinstance(rule, RankBudget)), RankBudget(first.r))
         penalty = next((rule for rule in rules if isinstance(rule, Orthogonal)), Orthogonal(0.0))
         start, final = (int(steps) if steps >= 1 else 0 for steps in (budget.start_at, budget.final))
@@ -130,8 +130,8 @@ class AdaLora(PeftType):
 
 
 def _masks(adapter: Adapter) -> dict[str, list[bool]]:
-    left = {p.site.name: p.shapes["E"][0] for p in adapter.placed}
-    found = {f"{p.site.name}{_E}": [i < left[p.site.name] for i in range(p.r)] for p in adapter.placed}
+    left = {p.site.name: p.shapes["E"][0] for p in adapter.sites}
+    found = {f"{p.site.name}{_E}": [i < left[p.site.name] for i in range(p.r)] for p in adapter.sites}
     return dict(sorted((name, mask) for name, mask in found.items() if not all(mask)))
 
 

@@ -111,18 +111,18 @@ class Lora(PeftType):
 
     def peft_incompatibilities(self, adapter: Adapter, shared: Banks) -> list[str]:
         reasons = {
-            "PEFT's LoRA has DoRA's magnitudes at all layers or at none": len({is_dora(p) for p in adapter.placed}) > 1,
+            "PEFT's LoRA has DoRA's magnitudes at all layers or at none": len({is_dora(p) for p in adapter.sites}) > 1,
             "PEFT's LoRA has one tensor for all tasks, and these are of two dtypes": any(
-                p.delta.given and len({t.dtype for t in adapter.tensors[p.site.name].values()}) > 1
-                for p in adapter.placed
+                p.delta.fixed_roles and len({t.dtype for t in adapter.tensors[p.site.name].values()}) > 1
+                for p in adapter.sites
             ),
         }
         return [what for what, holds in reasons.items() if holds]
 
     def from_adapter(self, adapter: Adapter, shared: Banks) -> dict[str, Any]:
-        root = all(isinstance(p.method.scale, BySqrtRank) for p in adapter.placed)
-        sizes = {p.site.name: (_rank(p), _alpha(p, root)) for p in adapter.placed}
-        return lora_fields(adapter, sizes, root=root, dora=is_dora(adapter.placed[0]))
+        root = all(isinstance(p.method.scale, BySqrtRank) for p in adapter.sites)
+        sizes = {p.site.name: (_rank(p), _alpha(p, root)) for p in adapter.sites}
+        return lora_fields(adapter, sizes, root=root, dora=is_dora(adapter.sites[0]))
 
     def leaves_of(self, config: PeftConfig) -> Mapping[str, str]:
         return self.leaves | ({_MAGNITUDE: "m"} if config["use_dora"] else {})
@@ -142,13 +142,15 @@ class Lora(PeftType):
         """
         if role != "m":
             return shape
-        site, ones = p.site, (1,) * len(p.site.window)
-        column, row = (site.out, 1, *ones), (1, site.out, *ones)
-        if found in ((site.out,), column) or (found == row and (site.window or site.out != site.inp)):
+        site, ones = p.site, (1,) * len(p.site.kernel_size)
+        column, row = (site.out_features, 1, *ones), (1, site.out_features, *ones)
+        if found in ((site.out_features,), column) or (
+            found == row and (site.kernel_size or site.out_features != site.in_features)
+        ):
             return found
-        if found[:1] == (1,) and math.prod(found) == site.inp:
+        if found[:1] == (1,) and math.prod(found) == site.in_features:
             what = f"has the shape {list(found)}, a magnitude for each input; DoRA as published has one per output"
-            fix = f"where they are the outputs' all the same, write them as [{site.out}]"
+            fix = f"where they are the outputs' all the same, write them as [{site.out_features}]"
             raise FileError("", [Problem(f"{site.name}.{_MAGNITUDE}", what, fix)])
         return shape
 
@@ -161,9 +163,9 @@ class Lora(PeftType):
 
     def decode(self, p: Placed, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         site, names = p.site, {role: name for role, (name, _) in self.layout(p).items()}
-        A = tensors[names["A"]].reshape(_rank(p), site.inp)
-        B = tensors[names["B"]].reshape(site.out, _rank(p))
-        found = {"m": tensors[names["m"]].reshape(site.out)} if "m" in names else {}
+        A = tensors[names["A"]].reshape(_rank(p), site.in_features)
+        B = tensors[names["B"]].reshape(site.out_features, _rank(p))
+        found = {"m": tensors[names["m"]].reshape(site.out_features)} if "m" in names else {}
         if "A_past" in p.shapes:
             sizes = [p.shapes["A"][0], p.shapes["A_past"][0]]
             (A, A_past), (B, B_past) = A.split(sizes), B.split(sizes, 1)
@@ -198,10 +200,10 @@ def _alpha(p: Placed, root: bool) -> float:
 def _layout(site: Site, r: int, dora: bool) -> Layout:
     """role -> (name, shape) of a LoRA of rank r, or a DoRA."""
     middle, ending = ("embedding_", "") if site.kind == "embedding" else ("", ".weight")
-    channels, ones = site.inp // math.prod(site.window), (1,) * len(site.window)
-    shapes = {"A": (r, channels, *site.window), "B": (site.out, r, *ones)}
+    channels, ones = site.in_features // math.prod(site.kernel_size), (1,) * len(site.kernel_size)
+    shapes = {"A": (r, channels, *site.kernel_size), "B": (site.out_features, r, *ones)}
     found = {role: (f"{site.name}.lora_{middle}{role}{ending}", shape) for role, shape in shapes.items()}
-    m = (1, site.out, *ones) if site.window else (site.out,)
+    m = (1, site.out_features, *ones) if site.kernel_size else (site.out_features,)
     return found | ({"m": (f"{site.name}.{_MAGNITUDE}", m)} if dora else {})
 
 
@@ -214,7 +216,7 @@ def encode_factors(site: Site, A: Tensor, B: Tensor, m: Tensor | None = None) ->
         B: [out, R], or stacked by parts [rows of the parts, r] at a fused site.
         m: [out], DoRA's magnitudes.
     """
-    B = site.place(B) if site.parts and tuple(B.shape) != (site.out, A.shape[0]) else B
+    B = site.place(B) if site.parts and tuple(B.shape) != (site.out_features, A.shape[0]) else B
     roles = {"A": A, "B": B} if m is None else {"A": A, "B": B, "m": m}
     layout = _layout(site, A.shape[0], dora=m is not None)
     return {name: roles[role].reshape(shape) for role, (name, shape) in layout.items()}

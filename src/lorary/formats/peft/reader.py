@@ -112,7 +112,7 @@ class _Reader:
         placed = self._placed()
         saved = modules_to_save(self.config, self.model, {p.site.name for p in placed}, self.found, self.findings)
         method = self.type.to_method(self.config)
-        stored = not placed or cast(Init, method.init).saved  # whether the file holds what the sites share
+        stored = not placed or cast(Init, method.init).store_shared  # whether the file holds what the sites share
         expected, vital = self._expected(placed, stored)
         found = {name: entry for name, entry in self.found.items() if name not in saved.copies}
         usable = compare(expected | saved.expected, found, self.findings, self._explain, vital)
@@ -258,4 +258,4 @@ def _site_of_shapes(name: str, A: tuple[int, ...], B: tuple[int, ...], embedding
     kind = f"conv{len(A) - 2}d" if len(A) > 2 else "transposed" if transposed else "linear"
     if embedding:
         return Site(name, "embedding", B[0], math.prod(A[1:]), bias=False)
-    return Site(name, kind, B[0], math.prod(A[1:]), bias=False, window=A[2:])
+    return Site(name, kind, B[0], math.prod(A[1:]), bias=False, kernel_size=A[2:])

@@ -48,9 +48,9 @@ class Vera(PeftType):
 
     def peft_incompatibilities(self, adapter: Adapter, shared: Banks) -> list[str]:
         reasons = {
-            "PEFT's VeRA adapts whole linear layers": any(p.site.parts for p in adapter.placed),
-            "PEFT's VeRA has one rank for all layers": len({p.r for p in adapter.placed}) > 1,
-            "PEFT's VeRA has no scale": any(p.scale != 1 for p in adapter.placed),
+            "PEFT's VeRA adapts whole linear layers": any(p.site.parts for p in adapter.sites),
+            "PEFT's VeRA has one rank for all layers": len({p.r for p in adapter.sites}) > 1,
+            "PEFT's VeRA has no scale": any(p.scale != 1 for p in adapter.sites),
             "PEFT draws VeRA's projections in 32 bits": not shared.kept
             and any(bank.dtype != torch.float32 for bank in shared.whole.values()),
         }
@@ -60,7 +60,7 @@ class Vera(PeftType):
         init = adapter.method.init
         start = init if isinstance(init, Projections) else Projections()
         return {
-            "r": adapter.placed[0].r,
+            "r": adapter.sites[0].r,
             "vera_dropout": adapter.method.dropout,
             "d_initial": start.d,
             "projection_prng_key": start.seed,

@@ -48,8 +48,8 @@ def exact_type(adapter: Adapter, model: nn.Module | None, shared: Banks) -> Peft
             dilation and padding.
         shared: what its sites share.
     """
-    found = peft_type_of(adapter.placed)
-    if found is None or any(p.starts for p in adapter.placed) or found.peft_incompatibilities(adapter, shared):
+    found = peft_type_of(adapter.sites)
+    if found is None or any(p.starts for p in adapter.sites) or found.peft_incompatibilities(adapter, shared):
         return None
     return None if base_incompatibilities(adapter, model, found) else found
 
@@ -57,11 +57,11 @@ def exact_type(adapter: Adapter, model: nn.Module | None, shared: Banks) -> Peft
 def base_incompatibilities(adapter: Adapter, model: nn.Module | None, peft_type: PeftType) -> list[Problem]:
     """Why a PEFT type cannot adapt some of an adapter's sites, or save its base parameters."""
     problems = []
-    if not adapter.placed:
+    if not adapter.sites:
         what = "it trains base parameters only, and PEFT's adapters adapt at least one layer"
         problems.append(Problem("sites", what))
     modules = plain_modules(model) if model is not None else {}
-    for p in adapter.placed:
+    for p in adapter.sites:
         if what := peft_type.why_not_adaptable(p.site, modules.get(p.site.name)):
             problems.append(Problem(p.site.name, what))
     *_, unsaved = modules_and_biases(adapter, model)
@@ -100,10 +100,10 @@ def _shared_fields(adapter: Adapter, model: nn.Module | None) -> dict[str, Any]:
     modules, bias, _ = modules_and_biases(adapter, model)
     return {
         "base_model_name_or_path": adapter.base.name or None,
-        "target_modules": target_modules([p.site.name for p in adapter.placed], model),
+        "target_modules": target_modules([p.site.name for p in adapter.sites], model),
         "layers_to_transform": None,
         "layers_pattern": None,
-        "fan_in_fan_out": any(p.site.kind == "transposed" for p in adapter.placed),
+        "fan_in_fan_out": any(p.site.kind == "transposed" for p in adapter.sites),
         "modules_to_save": modules or None,
         "bias": bias,
     }
@@ -115,14 +115,14 @@ def exact_files(
     """(configuration, tensors) of an adapter of this very type."""
     config = peft_config(adapter, model, peft_type, peft_type.from_adapter(adapter, shared))
     tensors = {peft_type.shared[role]: t for role, t in shared.whole.items()} if shared.kept else {}
-    for p in adapter.placed:
+    for p in adapter.sites:
         tensors |= peft_type.encode(p, adapter.tensors[p.site.name])
     return config, with_prefix(tensors, adapter)
 
 
 def with_prefix(tensors: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
     """The contents of `adapter_model.safetensors`: these tensors, and the adapter's base parameters."""
-    sites = {p.site.name for p in adapter.placed}
+    sites = {p.site.name for p in adapter.sites}
     whole = {keys.full_name(name, sites): t for name, t in adapter.full.items()}
     return {keys.full(name): t for name, t in {**tensors, **whole}.items()}
 
