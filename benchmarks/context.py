@@ -31,9 +31,9 @@ from torch import Tensor, nn
 import lorary
 from cases import machine
 from lorary import builtin
+from lorary.analysis.long_context import Context, Length, by_length, losses, stretches
+from lorary.analysis.long_context_plot import context_svg
 from lorary.builtin import corpora
-from lorary.inspect.context import Context, Length, by_length, losses, stretches
-from lorary.inspect.long_context_plot import context_svg
 
 KNOWN, LONG, BATCH, WARM_UP, CLIP = 256, 1024, 4, 10, 1.0
 LENGTHS = (64, 128, 256, 512, 1024, 2048)

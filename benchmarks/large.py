@@ -32,12 +32,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorary
 from cases import ALL_LINEAR, machine, ratio
-from lorary.accounting import LiveBytes
-from lorary.footprint.predict import predict
-from lorary.footprint.workload import Workload
-from lorary.kernels.nf4 import Packed
-from lorary.packing import replace
-from lorary.storage.bitsandbytes_state import written_state
+from lorary.analysis.memory.live_bytes import LiveBytes
+from lorary.analysis.memory.predict import predict
+from lorary.analysis.memory.workload import Workload
+from lorary.kernels.nf4 import QuantizedTensor
+from lorary.layers.bitsandbytes_state import written_state
+from lorary.model.quantize import replace
 
 # hidden, intermediate, layers, heads, vocabulary; and the most gigabytes that the issue of the 4-bit base allows
 SIZES = {
@@ -65,14 +65,14 @@ def bare(size: str, dtype: torch.dtype) -> LlamaForCausalLM:
         return LlamaForCausalLM(config).to(dtype)
 
 
-def codes(out: int, inp: int, device: torch.device) -> Packed:
+def codes(out: int, inp: int, device: torch.device) -> QuantizedTensor:
     """Random codes: magnitudes of some 0.06, as weights of a standard deviation of 0.02 have."""
     numbers, blocks = out * inp, out * inp // BLOCK
 
     def draw(n: int, low: int, high: int) -> Tensor:
         return torch.randint(low, high, (n,), dtype=torch.uint8, device=device)
 
-    return Packed(
+    return QuantizedTensor(
         draw(numbers // 2, 0, 256)[:, None],
         draw(blocks, 96, 160),
         torch.full((-(-blocks // 256),), 0.01, device=device),

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from cases import CASES, MiB, machine, new_table
-from lorary.accounting import LiveBytes, kept_for_backward
+from lorary.analysis.memory.live_bytes import LiveBytes, kept_for_backward
 
 
 class Kernels(TorchDispatchMode):

@@ -30,7 +30,7 @@ from torch import Tensor
 
 import lorary
 from cases import MiB, machine, ratio
-from lorary.attention import group_size, shifted
+from lorary.kernels.shifted_attention import group_size, shifted
 from memory import Run, build, compared
 from step import Runner
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from lorary.train.loss import LabelledHead
+from lorary.model.labelled_head import LabelledHead
 
 Step = Callable[[Tensor, Tensor], Tensor]
 

@@ -26,9 +26,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import lorary
 from cases import machine
-from lorary.footprint.predict import predict
-from lorary.footprint.workload import Workload
-from lorary.train.loss import LabelledHead
+from lorary.analysis.memory.predict import predict
+from lorary.analysis.memory.workload import Workload
+from lorary.model.labelled_head import LabelledHead
 from published import CASES
 
 _LLAMA = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 6, "vocab_size": 4000}

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 
 import lorary
 from cases import ALL_LINEAR, ALPHA, RANK, llama, machine, parser, ratio
-from lorary.adapted import adapted
 from lorary.kernels import nf4
+from lorary.layers.adapted import adapted_layers
 from step import Runner
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -81,7 +81,7 @@ def unpacking(arguments: argparse.Namespace) -> Found:
             packed = nf4.Packed(codes, quantised.absmax, nested, offset, (side, side), 64)
             ours, buffer = torch.empty_like(W), torch.empty_like(W)
             runs = {
-                "lorary": lambda p=packed, d=dtype, o=ours: nf4.unpack(p, d, o),
+                "lorary": lambda p=packed, d=dtype, o=ours: nf4.dequantize(p, d, o),
                 "bitsandbytes": lambda c=codes, q=quantised: bnb.functional.dequantize_4bit(c, q),
                 "its kernel alone": lambda c=codes, q=quantised, o=buffer: _their_kernel(c, q, o),
                 "copy": lambda a=W, o=buffer: o.copy_(a),
@@ -108,10 +108,10 @@ def token(arguments: argparse.Namespace) -> Found:
     for side in (2048, 4096):
         for name, dtype in DTYPES.items():
             W, x = torch.randn(side, side, dtype=dtype), torch.randn(1, side, dtype=dtype)
-            theirs, packed = their_linear(W).eval(), nf4.pack(W)
+            theirs, packed = their_linear(W).eval(), nf4.quantize(W)
             with torch.inference_mode():
                 runs = {
-                    "lorary": lambda x=x, p=packed: nf4.times(x, p),
+                    "lorary": lambda x=x, p=packed: nf4.linear(x, p),
                     "bitsandbytes": lambda x=x, layer=theirs: layer(x),
                     "dense": lambda x=x, W=W: nn.functional.linear(x, W),
                 }
@@ -160,7 +160,7 @@ def _theirs(base: nn.Module, ids: Tensor) -> Runner:
 
 def _same_start(ours: Any, theirs: Any) -> None:
     parameters = dict(theirs.named_parameters())
-    for name, layer in adapted(ours).items():
+    for name, layer in adapted_layers(ours).items():
         with torch.no_grad():
             parameters[f"base_model.model.{name}.lora_A.default.weight"].copy_(layer.params["A"])
 

@@ -132,7 +132,7 @@ class Layer:
             "unpack": (
                 self.bytes + bytes_of(self.W),
                 {
-                    "lorary": lambda n: nf4.unpack(packed[n % many], self.dtype, outs[n % len(outs)]),
+                    "lorary": lambda n: nf4.dequantize(packed[n % many], self.dtype, outs[n % len(outs)]),
                     "bitsandbytes": theirs,
                 },
             )
@@ -143,7 +143,7 @@ class Layer:
             found[f"{rows} row{'s' if rows > 1 else ''}"] = (
                 moved,
                 {
-                    "lorary": lambda n, x=x: nf4.times(x, packed[n % many]),  # type: ignore[misc]
+                    "lorary": lambda n, x=x: nf4.linear(x, packed[n % many]),  # type: ignore[misc]
                     "bitsandbytes": lambda n, x=x: matmul_4bit(x, packed[n % many].codes.t(), self.state),  # type: ignore[misc]
                     "dense": lambda n, x=x: linear(x, dense[n % len(dense)]),  # type: ignore[misc]
                 },
@@ -156,7 +156,7 @@ class Layer:
         Raises:
             SystemExit: if they do not: there is nothing to compare.
         """
-        ours = nf4.unpack(self.packed[0], self.dtype)
+        ours = nf4.dequantize(self.packed[0], self.dtype)
         theirs = BF.dequantize_4bit(self.packed[0].codes, self.state)
         if not torch.equal(ours, theirs):
             most = float((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max())

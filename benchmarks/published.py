@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lorary.footprint.gpu_fit import CONTEXT
+from lorary.analysis.memory.gpu_fit import CONTEXT
 
 
 @dataclass(frozen=True)

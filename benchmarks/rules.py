@@ -27,7 +27,7 @@ from torch import Tensor
 
 import lorary
 from cases import ALL_LINEAR, ALPHA, RANK, llama, machine, new_table, parser, ratio
-from lorary.adapted import adapted
+from lorary.layers.adapted import adapted_layers
 
 STEPS = 1000  # of the run that the rules are told of: all that is measured lies in the middle of it
 PAST = 8
@@ -92,7 +92,7 @@ def _o_lora(base: Any) -> dict[str, Runner]:
     past: list[lorary.Adapter] = []
     for task in range(PAST):
         model = _attached(base, first)
-        for layer in adapted(model).values():
+        for layer in adapted_layers(model).values():
             torch.manual_seed(task)
             with torch.no_grad():
                 layer.params["A"].normal_(std=layer.site.in_features**-0.5)

@@ -18,9 +18,9 @@ from rich.console import Console
 from torch import Tensor
 
 from cases import machine, new_table
-from lorary.methods.olora import Orthonormal
-from lorary.methods.pissa import Principal
-from lorary.sites import Site
+from lorary.methods.olora import QRInit
+from lorary.methods.pissa import SVDInit
+from lorary.spec.site import Site
 
 
 def weight(width: int) -> Tensor:
@@ -64,10 +64,10 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     W = weight(arguments.width)
     inits = {
-        "PiSSA, exact": Principal(),
-        "PiSSA, niter=1": Principal(niter=1),
-        "PiSSA, niter=4": Principal(niter=4),
-        "OLoRA": Orthonormal(),
+        "PiSSA, exact": SVDInit(),
+        "PiSSA, niter=1": SVDInit(niter=1),
+        "PiSSA, niter=4": SVDInit(niter=4),
+        "OLoRA": QRInit(),
     }
     found = {name: start(init, W, arguments.rank) for name, init in inits.items()}
     exact = found["PiSSA, exact"]

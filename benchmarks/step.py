@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 import lorary
 from cases import CASES, Case, MiB, llama, machine, new_table, parser, ratio
-from lorary.accounting import LiveBytes
-from lorary.adapted import adapted
+from lorary.analysis.memory.live_bytes import LiveBytes
+from lorary.layers.adapted import adapted_layers
 
 
 class Runner:
@@ -105,7 +105,7 @@ def one_case(base: nn.Module, case: Case, arguments: argparse.Namespace) -> dict
 def _same_start(case: Case, ours: Any, theirs: Any) -> None:
     """Gives PEFT's adapters the values of ours, where both start with zeros in the other factor."""
     parameters = dict(theirs.named_parameters())
-    for name, layer in adapted(ours).items():
+    for name, layer in adapted_layers(ours).items():
         for role, suffix in case.start.items():
             with torch.no_grad():
                 parameters[f"base_model.model.{name}.{suffix}"].copy_(layer.params[role])

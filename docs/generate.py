@@ -1,6 +1,6 @@
 """Writes the reference pages that the code knows best: `python docs/generate.py` (a part of `make docs`).
 
-The configuration's page is made from the models in `lorary.train.config`, the commands' from the command line itself,
+The configuration's page is made from the models in `lorary.train.config.config`, the commands' from the command line itself,
 the head of every method's page from its preset, and the combinations from their table, so that none can disagree with
 what it describes; a test fails where a committed page is not what this would write.
 """
@@ -21,10 +21,10 @@ from pydantic import BaseModel
 import lorary
 from lorary.cli import COMMANDS, app
 from lorary.cli.method_page import cell, method_page, paper, stem, value
-from lorary.combinations import verdict
-from lorary.preset import FUNCTIONS
-from lorary.train.config import Config
-from lorary.words import Sequential
+from lorary.methods.compatibility import verdict
+from lorary.spec.interfaces import Sequential
+from lorary.spec.presets import FUNCTIONS
+from lorary.train.config.config import Config
 
 HERE = Path(__file__).resolve().parent
 

@@ -19,11 +19,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Polygon, Rectangle
 from matplotlib.path import Path
 
-from lorary.inspect.svg import INK, PALETTE, style, to_svg
-from lorary.placed import Placed
-from lorary.record import Method
-from lorary.sites import Site
-from lorary.targets import matches
+from lorary.analysis.svg import INK, PALETTE, style, to_svg
+from lorary.model.targets import matches
+from lorary.spec.method import Method
+from lorary.spec.placement import AdaptedSite
+from lorary.spec.site import Site
 
 EXAMPLE = Site("layer", "linear", out_features=2048, in_features=1024, bias=True)
 
@@ -71,7 +71,7 @@ class Piece:
         return 84 if len(self.shape) == 2 else 14
 
 
-def lanes(placed: Placed) -> list[list[Piece]]:
+def lanes(placed: AdaptedSite) -> list[list[Piece]]:
     """The tensors that make the two factors, in the order in which the input meets them.
 
     Those that are given have a lane of their own beneath the others.
@@ -81,7 +81,7 @@ def lanes(placed: Placed) -> list[list[Piece]]:
     return [_lane(placed, roles) for roles in (factors - delta.fixed_roles, factors & delta.fixed_roles) if roles]
 
 
-def _lane(placed: Placed, roles: set[str]) -> list[Piece]:
+def _lane(placed: AdaptedSite, roles: set[str]) -> list[Piece]:
     """The lane of these roles alone: what the factors are while all others are zero."""
     delta, site = placed.delta, placed.site
     shapes = {role: shape for role, shape in delta.shapes(site).items() if role in roles}
@@ -117,7 +117,7 @@ def _place(piece: Piece, site: Site) -> tuple[int, str]:
     return (3 if len(piece.shape) == 1 else 2), piece.role
 
 
-def state(placed: Placed, role: str) -> str:
+def state(placed: AdaptedSite, role: str) -> str:
     """Whether a tensor trains, is frozen, or is frozen and one for all layers."""
     if role in placed.delta.shared:
         return "shared"
@@ -217,7 +217,7 @@ class _Picture(_Canvas):
     def __init__(self, method: Method, site: Site) -> None:
         super().__init__()
         self.method, self.site = method, site
-        self.placed = Placed(site, method) if method.delta is not None else None
+        self.placed = AdaptedSite(site, method) if method.delta is not None else None
 
     def svg(self, title: str) -> str:
         end = self._update(self.placed) if self.placed else _START + 250.0
@@ -239,7 +239,7 @@ class _Picture(_Canvas):
             end = self._groups(end + 20, self.method.context.attention_groups)
         return super().svg(end, self._components(end), title, self._description(title))
 
-    def _update(self, placed: Placed) -> float:
+    def _update(self, placed: AdaptedSite) -> float:
         """The lanes of the update, and where they meet; where it ends."""
         y = _LANE
         ends: list[tuple[float, float]] = []
@@ -297,7 +297,7 @@ class _Picture(_Canvas):
         self.vector(x + 100, "y", self.site.out_features)
         return x + 105
 
-    def _join(self, x: float, placed: Placed) -> float:
+    def _join(self, x: float, placed: AdaptedSite) -> float:
         """A join that has tensors of its own, or reads some beside the factors; where it ends."""
         join = placed.method.join
         read = placed.delta.join_roles | (join.roles if join is not None else frozenset())

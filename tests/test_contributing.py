@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorary import words
+from lorary.spec import interfaces
 from tests import fresh, pages
 
 pytestmark = pytest.mark.xdist_group(fresh.GROUP)
@@ -41,12 +41,15 @@ def test_the_file_works_as_shown(tmp_path: Path) -> None:
     assert status == 0, errors
 
 
-@pytest.mark.parametrize("protocol", [words.Delta, words.Join, words.Init, words.Rule, words.Storage, words.Scale])
+@pytest.mark.parametrize(
+    "protocol",
+    [interfaces.Delta, interfaces.Join, interfaces.Init, interfaces.Rule, interfaces.Storage, interfaces.Scale],
+)
 def test_the_table_of_words_names_all_that_a_word_may_have(protocol: type) -> None:
     """And nothing that no protocol of `words.py` has."""
     members = {name for name in {*vars(protocol), *protocol.__annotations__} if not name.startswith("_")}
-    shown = {words.Delta: "what is learnt", words.Join: "how it joins", words.Init: "where it starts"}
-    shown |= {words.Rule: "what happens", words.Storage: "how the weight", words.Scale: "its size"}
+    shown = {interfaces.Delta: "what is learnt", interfaces.Join: "how it joins", interfaces.Init: "where it starts"}
+    shown |= {interfaces.Rule: "what happens", interfaces.Storage: "how the weight", interfaces.Scale: "its size"}
     lines = PAGE.read_text(encoding="utf-8").splitlines()
     (row,) = [line for line in lines if line.startswith(f"| {shown[protocol]}")]
     must, may = row.split("|")[3:5]

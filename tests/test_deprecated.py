@@ -30,7 +30,7 @@ def test_an_old_name_is_the_new_one(old: str) -> None:
 def test_every_use_of_an_old_name_warns() -> None:
     for _ in range(2):
         with pytest.warns(DeprecationWarning, match="use lorary.param_groups"):
-            lorary.groups  # type: ignore[attr-defined] # noqa: B018
+            lorary.param_groups  # type: ignore[attr-defined] # noqa: B018
 
 
 def test_a_name_that_never_was_is_unknown() -> None:
@@ -55,8 +55,10 @@ def test_old_methods_call_the_new_functions(tmp_path: Path) -> None:
 @pytest.fixture
 def moved(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Two module paths that have moved: a package into one module, and its module into two, with a name changed."""
-    monkeypatch.setitem(_deprecated.MODULES, "lorary.former", ("lorary.record",))
-    monkeypatch.setitem(_deprecated.MODULES, "lorary.former.inside", ("lorary.sites", "lorary.loop"))
+    monkeypatch.setitem(_deprecated.MODULES, "lorary.former", ("lorary.spec.method",))
+    monkeypatch.setitem(
+        _deprecated.MODULES, "lorary.former.inside", ("lorary.layers.kinds", "lorary.model.optim.rules")
+    )
     monkeypatch.setitem(_deprecated.MEMBERS, ("lorary.former.inside", "groups"), "param_groups")
     yield
     for name in ("lorary.former.inside", "lorary.former"):
@@ -71,8 +73,8 @@ def test_an_old_module_path_gives_the_objects_of_the_new_one() -> None:
     assert Site is lorary.Site
     assert groups is lorary.param_groups
     assert [str(w.message) for w in told] == [
-        "lorary.former is deprecated: use lorary.record",
-        "lorary.former.inside is deprecated: use lorary.sites or lorary.loop",
+        "lorary.former is deprecated: use lorary.spec.method",
+        "lorary.former.inside is deprecated: use lorary.layers.kinds or lorary.model.optim.rules",
     ]
     assert {Path(w.filename) for w in told} == {Path(__file__)}
     with warnings.catch_warnings():
@@ -87,7 +89,7 @@ def test_an_old_module_path_gives_the_objects_of_the_new_one() -> None:
 
 @pytest.mark.usefixtures("moved")
 def test_an_old_module_path_is_an_attribute_too() -> None:
-    with pytest.warns(DeprecationWarning, match="lorary.former is deprecated: use lorary.record"):
+    with pytest.warns(DeprecationWarning, match="lorary.former is deprecated: use lorary.spec.method"):
         assert lorary.former.Method is lorary.Method  # type: ignore[attr-defined]
 
 

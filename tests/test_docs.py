@@ -16,7 +16,7 @@ import typer
 
 import lorary
 from lorary.cli import app
-from lorary.preset import FUNCTIONS
+from lorary.spec.presets import FUNCTIONS
 from tests import pages
 from tests.cli.command import Command
 

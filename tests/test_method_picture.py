@@ -11,8 +11,8 @@ from xml.etree import ElementTree
 import pytest
 
 import lorary
-from lorary.methods.o_lora import Tasks
-from lorary.placed import Placed
+from lorary.methods.o_lora import SequentialLoRA
+from lorary.spec.placement import AdaptedSite
 from tests import pages
 
 
@@ -51,7 +51,7 @@ def test_every_tensor_is_there(name: str) -> None:
     svg = method_svg(method, PRESETS[name].title)
     assert svg == method_svg(method, PRESETS[name].title)
     said = words(svg)
-    shapes = Placed(EXAMPLE, method).shapes if method.delta else {}
+    shapes = AdaptedSite(EXAMPLE, method).shapes if method.delta else {}
     for role, shape in shapes.items():
         assert (role in said and str(list(shape)) in said) or f"{role} {list(shape)}" in said, role
     assert ("trains" in said) == bool(method.trained or method.full)
@@ -80,7 +80,7 @@ def test_colours_tell_what_trains() -> None:
 
 def test_the_way_from_x_to_y() -> None:
     def way(*names: str, **options: int) -> list[tuple[str, int, int, int, int]]:
-        (found,) = lanes(Placed(EXAMPLE, lorary.method(*names, **options)))
+        (found,) = lanes(AdaptedSite(EXAMPLE, lorary.method(*names, **options)))
         return [(p.role, p.left, p.right, p.blocks, p.copies) for p in found]
 
     assert way("lora", r=4) == [("A", 1024, 4, 1, 1), ("B", 4, 2048, 1, 1)]
@@ -92,14 +92,14 @@ def test_the_way_from_x_to_y() -> None:
 
 def test_what_is_given_has_a_lane_of_its_own() -> None:
     def way(method: lorary.Method) -> list[list[tuple[str, int, int, int, str]]]:
-        found = lanes(Placed(EXAMPLE, method))
+        found = lanes(AdaptedSite(EXAMPLE, method))
         return [[(p.role, p.left, p.right, p.copies, p.state) for p in lane] for lane in found]
 
     assert way(lorary.method("delta-lora", r=4)) == [
         [("A", 1024, 4, 1, "trains"), ("B", 4, 2048, 1, "trains")],
         [("A_K", 1024, 4, 1, "frozen"), ("lam", 4, 4, 1, "frozen"), ("B_K", 4, 2048, 1, "frozen")],
     ]
-    assert way(lorary.method("o-lora").replace(delta=Tasks(4, past=(4, 4)))) == [
+    assert way(lorary.method("o-lora").replace(delta=SequentialLoRA(4, past=(4, 4)))) == [
         [("A", 1024, 4, 1, "trains"), ("B", 4, 2048, 1, "trains")],
         [("A_past", 1024, 4, 2, "frozen"), ("B_past", 4, 2048, 2, "frozen")],
     ]

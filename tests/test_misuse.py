@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import lorary
-from lorary.adapter import Adapter
+from lorary.adapters.adapter import Adapter
 from lorary.errors import ConfigError, FileError, MethodError, PlanError
-from lorary.state import state_of
+from lorary.model.state import state_of
 
 LORA = lorary.method("lora", r=2, alpha=4)
 

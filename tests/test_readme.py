@@ -9,7 +9,7 @@ import pytest
 
 import lorary
 from lorary.cli import COMMANDS
-from lorary.preset import FUNCTIONS
+from lorary.spec.presets import FUNCTIONS
 from tests import pages
 
 README = pages.ROOT / "README.md"

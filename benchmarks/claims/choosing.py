@@ -11,8 +11,8 @@ from training import Setting, train
 
 import lorary
 from lorary import builtin
+from lorary.analysis.importance import drop_layers, layer_importance
 from lorary.methods.lora_drop import Importance, Measured
-from lorary.probing import drop_layers, layer_importance
 
 PROBE = 1 / 3  # of the steps of a run
 LOOKS = 8  # batches on which importance is measured

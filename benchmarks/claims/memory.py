@@ -7,7 +7,7 @@ from protocol import Bench
 from tasks import HEADERS, batches
 from training import FULL, attached
 
-from lorary.accounting import kept_for_backward
+from lorary.analysis.memory.live_bytes import kept_for_backward
 
 DROPOUT = 0.1
 METHODS = {

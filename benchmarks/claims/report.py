@@ -11,7 +11,7 @@ from protocol import Bench, Difference, Missing, loss_at
 from training import Arm
 
 from claims import ROWS, Row
-from lorary.inspect.svg import INK, PALETTE, style, to_svg
+from lorary.analysis.svg import INK, PALETTE, style, to_svg
 
 _LOOKS = {
     "yes": {"color": PALETTE[2], "marker": "o", "label": "the claim holds"},

@@ -14,109 +14,109 @@ from lorary import _deprecated
 __version__ = "0.5.0"
 
 _HOMES = {
-    "Adapted": "adapted",
-    "Adapter": "adapter",
-    "Attachment": "state",
+    "Adapted": "layers.adapted",
+    "AdaptedSite": "spec.placement",
+    "Adapter": "adapters.adapter",
+    "Attachment": "model.state",
     "ConfigError": "errors",
     "DataError": "errors",
-    "EvolutionConfig": "evolution",
+    "Diagnostic": "errors",
+    "EvolutionConfig": "analysis.supernet_search",
     "FileError": "errors",
-    "Fingerprint": "fingerprint",
+    "Fingerprint": "model.fingerprint",
     "Importance": "methods.lora_drop",
     "LoraryError": "errors",
-    "LowRankForm": "forms",
-    "MergeCheck": "live",
-    "MergeError": "fidelity",
-    "Method": "record",
+    "LowRankForm": "adapters.low_rank_form",
+    "MergeCheck": "analysis.merge_check",
+    "MergeError": "analysis.merge_error",
+    "Method": "spec.method",
     "MethodError": "errors",
-    "NF4": "storage.nf4",
-    "Placed": "placed",
-    "Plan": "plans",
+    "NF4": "layers.nf4",
+    "Plan": "model.plan",
     "PlanError": "errors",
-    "Preset": "preset",
-    "Problem": "errors",
-    "Rules": "loop",
-    "SearchResult": "evolution",
-    "Site": "sites",
+    "Preset": "spec.presets",
+    "Rules": "model.optim.rules",
+    "SearchResult": "analysis.supernet_search",
+    "Site": "spec.site",
     "StateError": "errors",
     "TrainingError": "errors",
-    "attach": "surgery",
-    "attached": "state",
-    "dequantize": "packing",
-    "detach": "surgery",
-    "disabled": "surgery",
-    "drop_layers": "probing",
-    "layer_importance": "probing",
-    "load": "switching",
-    "load_adapter": "formats.adapters",
-    "load_quantized": "train.models",
-    "merge": "merging",
-    "method": "preset",
-    "param_groups": "loop",
-    "plan": "planning",
-    "presets": "preset",
-    "quantize": "packing",
-    "rules": "loop",
-    "save": "switching",
-    "save_adapter": "formats.adapters",
-    "save_quantized": "bases.bitsandbytes_files",
-    "search_supernet": "evolution",
-    "switch": "switching",
-    "unmerge": "merging",
+    "attach": "model.attach",
+    "attached": "model.state",
+    "dequantize": "model.quantize",
+    "detach": "model.attach",
+    "disabled": "model.attach",
+    "drop_layers": "analysis.importance",
+    "layer_importance": "analysis.importance",
+    "load": "adapters.switch",
+    "load_adapter": "adapters.save_load",
+    "load_quantized": "model.loading.from_pretrained",
+    "merge": "model.merge",
+    "method": "spec.presets",
+    "param_groups": "model.optim.param_groups",
+    "plan": "model.planning",
+    "presets": "spec.presets",
+    "quantize": "model.quantize",
+    "rules": "model.optim.rules",
+    "save": "adapters.switch",
+    "save_adapter": "adapters.save_load",
+    "save_quantized": "model.loading.bitsandbytes_checkpoint",
+    "search_supernet": "analysis.supernet_search",
+    "switch": "adapters.switch",
+    "unmerge": "model.merge",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]
 
 if TYPE_CHECKING:
-    from lorary.adapted import Adapted as Adapted
-    from lorary.adapter import Adapter as Adapter
-    from lorary.bases.bitsandbytes_files import save_quantized as save_quantized
+    from lorary.adapters.adapter import Adapter as Adapter
+    from lorary.adapters.low_rank_form import LowRankForm as LowRankForm
+    from lorary.adapters.save_load import load_adapter as load_adapter
+    from lorary.adapters.save_load import save_adapter as save_adapter
+    from lorary.adapters.switch import load as load
+    from lorary.adapters.switch import save as save
+    from lorary.adapters.switch import switch as switch
+    from lorary.analysis.importance import drop_layers as drop_layers
+    from lorary.analysis.importance import layer_importance as layer_importance
+    from lorary.analysis.merge_check import MergeCheck as MergeCheck
+    from lorary.analysis.merge_error import MergeError as MergeError
+    from lorary.analysis.supernet_search import EvolutionConfig as EvolutionConfig
+    from lorary.analysis.supernet_search import SearchResult as SearchResult
+    from lorary.analysis.supernet_search import search_supernet as search_supernet
     from lorary.errors import ConfigError as ConfigError
     from lorary.errors import DataError as DataError
+    from lorary.errors import Diagnostic as Diagnostic
     from lorary.errors import FileError as FileError
     from lorary.errors import LoraryError as LoraryError
     from lorary.errors import MethodError as MethodError
     from lorary.errors import PlanError as PlanError
-    from lorary.errors import Problem as Problem
     from lorary.errors import StateError as StateError
     from lorary.errors import TrainingError as TrainingError
-    from lorary.evolution import EvolutionConfig as EvolutionConfig
-    from lorary.evolution import SearchResult as SearchResult
-    from lorary.evolution import search_supernet as search_supernet
-    from lorary.fidelity import MergeError as MergeError
-    from lorary.fingerprint import Fingerprint as Fingerprint
-    from lorary.formats.adapters import load_adapter as load_adapter
-    from lorary.formats.adapters import save_adapter as save_adapter
-    from lorary.forms import LowRankForm as LowRankForm
-    from lorary.live import MergeCheck as MergeCheck
-    from lorary.loop import Rules as Rules
-    from lorary.loop import param_groups as param_groups
-    from lorary.loop import rules as rules
-    from lorary.merging import merge as merge
-    from lorary.merging import unmerge as unmerge
+    from lorary.layers.adapted import Adapted as Adapted
+    from lorary.layers.nf4 import NF4 as NF4
     from lorary.methods.lora_drop import Importance as Importance
-    from lorary.packing import dequantize as dequantize
-    from lorary.packing import quantize as quantize
-    from lorary.placed import Placed as Placed
-    from lorary.planning import plan as plan
-    from lorary.plans import Plan as Plan
-    from lorary.preset import Preset as Preset
-    from lorary.preset import method as method
-    from lorary.preset import presets as presets
-    from lorary.probing import drop_layers as drop_layers
-    from lorary.probing import layer_importance as layer_importance
-    from lorary.record import Method as Method
-    from lorary.sites import Site as Site
-    from lorary.state import Attachment as Attachment
-    from lorary.state import attached as attached
-    from lorary.storage.nf4 import NF4 as NF4
-    from lorary.surgery import attach as attach
-    from lorary.surgery import detach as detach
-    from lorary.surgery import disabled as disabled
-    from lorary.switching import load as load
-    from lorary.switching import save as save
-    from lorary.switching import switch as switch
-    from lorary.train.models import load_quantized as load_quantized
+    from lorary.model.attach import attach as attach
+    from lorary.model.attach import detach as detach
+    from lorary.model.attach import disabled as disabled
+    from lorary.model.fingerprint import Fingerprint as Fingerprint
+    from lorary.model.loading.bitsandbytes_checkpoint import save_quantized as save_quantized
+    from lorary.model.loading.from_pretrained import load_quantized as load_quantized
+    from lorary.model.merge import merge as merge
+    from lorary.model.merge import unmerge as unmerge
+    from lorary.model.optim.param_groups import param_groups as param_groups
+    from lorary.model.optim.rules import Rules as Rules
+    from lorary.model.optim.rules import rules as rules
+    from lorary.model.plan import Plan as Plan
+    from lorary.model.planning import plan as plan
+    from lorary.model.quantize import dequantize as dequantize
+    from lorary.model.quantize import quantize as quantize
+    from lorary.model.state import Attachment as Attachment
+    from lorary.model.state import attached as attached
+    from lorary.spec.method import Method as Method
+    from lorary.spec.placement import AdaptedSite as AdaptedSite
+    from lorary.spec.presets import Preset as Preset
+    from lorary.spec.presets import method as method
+    from lorary.spec.presets import presets as presets
+    from lorary.spec.site import Site as Site
 
 _deprecated.install()
 

@@ -12,27 +12,29 @@ import importlib.machinery
 import importlib.util
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 # lorary.<old> -> (the new one's module, its name there)
 NAMES: dict[str, tuple[str, str]] = {
-    "Evolution": ("lorary.evolution", "EvolutionConfig"),
-    "Fidelity": ("lorary.fidelity", "MergeError"),
-    "Found": ("lorary.evolution", "SearchResult"),
-    "Live": ("lorary.live", "MergeCheck"),
-    "PagedAdamW": ("lorary.train.optimizers", "paged_adamw"),
-    "Tuning": ("lorary.loop", "Rules"),
-    "dropped": ("lorary.probing", "drop_layers"),
-    "groups": ("lorary.loop", "param_groups"),
-    "importance": ("lorary.probing", "layer_importance"),
-    "load_base": ("lorary.train.models", "load_quantized"),
-    "pack": ("lorary.packing", "quantize"),
-    "save_base": ("lorary.bases.bitsandbytes_files", "save_quantized"),
-    "search": ("lorary.evolution", "search_supernet"),
-    "tuning": ("lorary.loop", "rules"),
-    "unpack": ("lorary.packing", "dequantize"),
+    "Evolution": ("lorary.analysis.supernet_search", "EvolutionConfig"),
+    "Fidelity": ("lorary.analysis.merge_error", "MergeError"),
+    "Found": ("lorary.analysis.supernet_search", "SearchResult"),
+    "Live": ("lorary.analysis.merge_check", "MergeCheck"),
+    "PagedAdamW": ("lorary.train.trainer.optimizers", "paged_adamw"),
+    "Tuning": ("lorary.model.optim.rules", "Rules"),
+    "Placed": ("lorary.spec.placement", "AdaptedSite"),
+    "Problem": ("lorary.errors", "Diagnostic"),
+    "dropped": ("lorary.analysis.importance", "drop_layers"),
+    "groups": ("lorary.model.optim.param_groups", "param_groups"),
+    "importance": ("lorary.analysis.importance", "layer_importance"),
+    "load_base": ("lorary.model.loading.from_pretrained", "load_quantized"),
+    "pack": ("lorary.model.quantize", "quantize"),
+    "save_base": ("lorary.model.loading.bitsandbytes_checkpoint", "save_quantized"),
+    "search": ("lorary.analysis.supernet_search", "search_supernet"),
+    "tuning": ("lorary.model.optim.rules", "rules"),
+    "unpack": ("lorary.model.quantize", "dequantize"),
 }
 
 # old module path -> the modules that its names are in now, searched in this order. A package needs its own line, and
@@ -41,6 +43,52 @@ MODULES: dict[str, tuple[str, ...]] = {}
 
 # (old module path, old name) -> the new name, for names that changed as well as moved
 MEMBERS: dict[tuple[str, str], str] = {}
+
+
+# A component's class name in files of format 1 (lorary 0.5 and before) -> its module and its name now
+COMPONENTS: dict[str, tuple[str, str]] = {
+    "AsIs": ("lorary.spec.interfaces", "Unquantized"),
+    "AwayFrom": ("lorary.methods.o_lora", "OrthogonalToPast"),
+    "Balanced": ("lorary.methods.multilora", "MultiLoRAInit"),
+    "ByRank": ("lorary.methods.lora", "AlphaOverRank"),
+    "BySqrtRank": ("lorary.methods.rslora", "AlphaOverSqrtRank"),
+    "ByStartRank": ("lorary.methods.adalora", "AlphaOverInitialRank"),
+    "Direction": ("lorary.methods.dora", "MagnitudeDirection"),
+    "Extended": ("lorary.methods.longlora", "LongContext"),
+    "Fixed": ("lorary.methods.lora", "ConstantScale"),
+    "FollowProduct": ("lorary.methods.delta_lora", "DeltaLoRARule"),
+    "Minis": ("lorary.methods.melora", "BlockDiagonal"),
+    "Orthogonal": ("lorary.methods.adalora", "OrthogonalityPenalty"),
+    "Orthonormal": ("lorary.methods.olora", "QRInit"),
+    "Parallel": ("lorary.methods.multilora", "ParallelLowRank"),
+    "Principal": ("lorary.methods.pissa", "SVDInit"),
+    "Projections": ("lorary.methods.vera", "SharedProjectionInit"),
+    "Propagated": ("lorary.methods.delta_lora", "DeltaLoRADelta"),
+    "SmallNormal": ("lorary.methods.adalora", "SVDDeltaInit"),
+    "Spectral": ("lorary.methods.adalora", "SVDDelta"),
+    "Supports": ("lorary.methods.glora", "GLoRAJoin"),
+    "Tasks": ("lorary.methods.o_lora", "SequentialLoRA"),
+    "Terms": ("lorary.methods.glora_terms", "GLoRADelta"),
+    "Vectors": ("lorary.methods.vera", "SharedProjectionDelta"),
+    "WriteProduct": ("lorary.methods.delta_lora", "DeltaLoRAPaperRule"),
+    "ZeroDown": ("lorary.methods.glora", "ZeroDownInit"),
+}
+# its name now -> its fields in those files, and a site's
+FIELDS: dict[str, dict[str, str]] = {"SharedProjectionInit": {"saved": "store_shared"}}
+SITE = {"out": "out_features", "inp": "in_features", "window": "kernel_size"}
+
+
+def current_component(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A component's record of format 1, in today's names."""
+    name = record["word"]
+    name = COMPONENTS[name][1] if isinstance(name, str) and name in COMPONENTS else name
+    fields = FIELDS.get(name, {}) if isinstance(name, str) else {}
+    return {"component": name} | {fields.get(k, k): v for k, v in record.items() if k != "word"}
+
+
+def current_site(record: Any) -> Any:
+    """A site's record of format 1, in today's names."""
+    return {SITE.get(k, k): v for k, v in record.items()} if isinstance(record, dict) else record
 
 
 def warn(old: str, new: str, stacklevel: int = 3) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Problem:
+class Diagnostic:
     """One reason why something cannot work.
 
     Args:
@@ -27,7 +27,7 @@ class Problem:
         return f"{text}\n      hint: {self.fix}" if self.fix else text
 
 
-def once(problems: Iterable[Problem]) -> list[Problem]:
+def deduplicated(problems: Iterable[Diagnostic]) -> list[Diagnostic]:
     """Each reason once, with the first place that it holds at and how many more there are.
 
     >>> print(once([Problem("q", "is too small"), Problem("k", "is too small"), Problem("v", "is missing")])[0])
@@ -37,7 +37,7 @@ def once(problems: Iterable[Problem]) -> list[Problem]:
     for problem in problems:
         places.setdefault((problem.what, problem.fix), []).append(problem.where)
     return [
-        Problem(f"{first} and {len(more)} more" if more else first, what, fix)
+        Diagnostic(f"{first} and {len(more)} more" if more else first, what, fix)
         for (what, fix), (first, *more) in places.items()
     ]
 
@@ -52,7 +52,7 @@ class LoraryError(Exception):
 
     exit_code = 1
 
-    def __init__(self, headline: str, problems: Iterable[Problem] = ()) -> None:
+    def __init__(self, headline: str, problems: Iterable[Diagnostic] = ()) -> None:
         self.headline = headline
         self.problems = tuple(problems)
         super().__init__("\n".join([headline, *(f"  - {problem}" for problem in self.problems)]))

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import lorary
 from lorary.cli import doctor
 from lorary.kernels import nf4
-from lorary.train.config_file import load
+from lorary.train.config.load import load
 from tests.cli.command import Command
 from tests.train.small import PLAIN_CHAT, tokenizer
 

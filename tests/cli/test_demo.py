@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from lorary import builtin
 from lorary.builtin import corpora
-from lorary.cli import demo_report, demo_run
-from lorary.cli.demo import demo
-from lorary.cli.demo_folder import make_room
+from lorary.cli.demo import report, run
+from lorary.cli.demo.command import demo
+from lorary.cli.demo.folder import make_room
 from lorary.errors import DataError, FileError
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("demo")]  # one run serves them all
@@ -38,33 +38,33 @@ def _an_eighth_of_the_held_out_text() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> demo_run.Demo:
+def found(tmp_path_factory: pytest.TempPathFactory) -> run.Demo:
     folder = tmp_path_factory.mktemp("demo")
-    made = demo_run.perform(folder, steps=6)
-    demo_report.write(made, folder / "report.html")
+    made = run.perform(folder, steps=6)
+    report.write(made, folder / "report.html")
     return made
 
 
-def test_it_learns(found: demo_run.Demo) -> None:
+def test_it_learns(found: run.Demo) -> None:
     assert found.after < 0.97 * found.before
     assert math.isfinite(found.after)
 
 
-def test_the_perplexities_are_those_of_the_models(found: demo_run.Demo) -> None:
+def test_the_perplexities_are_those_of_the_models(found: run.Demo) -> None:
     """Measured again from what lies in the folder: the merged model, read by Transformers alone."""
-    rows = demo_run._rows(builtin.load_tokenizer(), found.data)
+    rows = run._rows(builtin.load_tokenizer(), found.data)
     merged = AutoModelForCausalLM.from_pretrained(found.folder / "merged", dtype=torch.float32)
-    assert demo_run._perplexity(merged, rows) == pytest.approx(found.after, rel=1e-4)
-    assert demo_run._perplexity(builtin.load_model(), rows) == pytest.approx(found.before, rel=1e-6)
+    assert run._perplexity(merged, rows) == pytest.approx(found.after, rel=1e-4)
+    assert run._perplexity(builtin.load_model(), rows) == pytest.approx(found.before, rel=1e-6)
     assert found.before != pytest.approx(found.after, rel=1e-2)
 
 
-def test_reloaded_and_merged_are_the_trained_model(found: demo_run.Demo) -> None:
+def test_reloaded_and_merged_are_the_trained_model(found: run.Demo) -> None:
     assert found.reloaded == 0.0
     assert 0.0 < found.merged < 1e-5 * found.largest
 
 
-def test_the_merged_folder_is_a_plain_model(found: demo_run.Demo) -> None:
+def test_the_merged_folder_is_a_plain_model(found: run.Demo) -> None:
     with safe_open(found.folder / "merged" / "model.safetensors", "pt") as file:
         names = set(file.keys())
     assert names
@@ -72,7 +72,7 @@ def test_the_merged_folder_is_a_plain_model(found: demo_run.Demo) -> None:
     assert not list((found.folder / "merged").glob("*adapter*"))
 
 
-def test_the_page_says_what_was_found(found: demo_run.Demo) -> None:
+def test_the_page_says_what_was_found(found: run.Demo) -> None:
     page = (found.folder / "report.html").read_text(encoding="utf-8")
     assert f"{found.before:.1f} → {found.after:.1f}" in page
     assert f"{found.plan.trainable:,}" in page
@@ -85,14 +85,14 @@ def test_the_page_says_what_was_found(found: demo_run.Demo) -> None:
     assert page.count(machine) == page.count(str(found.folder)) > 0, "no path but the one that the user gave"
 
 
-def test_the_curve_is_the_log(found: demo_run.Demo) -> None:
+def test_the_curve_is_the_log(found: run.Demo) -> None:
     lines = (found.folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == list(found.history)
     assert {record["step"] for record in found.history if "eval_loss" in record} == {0, 3, 6}
 
 
-def test_it_is_told_on_the_terminal(found: demo_run.Demo, capsys: pytest.CaptureFixture[str]) -> None:
-    demo_report.tell(found, found.folder / "report.html")
+def test_it_is_told_on_the_terminal(found: run.Demo, capsys: pytest.CaptureFixture[str]) -> None:
+    report.tell(found, found.folder / "report.html")
     told = capsys.readouterr().out
     assert f"{found.before:.1f} → {found.after:.1f}" in told
     assert (found.folder / "report.html").as_uri() in told
@@ -124,7 +124,7 @@ def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
 
 
 def test_prose_where_there_are_no_headers(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert demo_run._data() == "builtin:c-headers"
+    assert run._data() == "builtin:c-headers"
     load = corpora.load
 
     def without_headers(name: str, split: str, **options: bool) -> list[corpora.Record]:
@@ -133,4 +133,4 @@ def test_prose_where_there_are_no_headers(monkeypatch: pytest.MonkeyPatch) -> No
         return load(name, split, **options)
 
     monkeypatch.setattr(corpora, "load", without_headers)
-    assert demo_run._data() == "builtin:topics"
+    assert run._data() == "builtin:topics"

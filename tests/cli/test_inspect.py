@@ -14,7 +14,7 @@ import torch
 
 import lorary
 from lorary import builtin
-from lorary.cli import adapters
+from lorary.adapters import resolve
 from tests import tiny
 from tests.cli.command import Command
 from tests.train.small import tokenizer
@@ -46,7 +46,7 @@ def test_the_numbers_are_the_models_own(command: Command, text: str) -> None:
     assert (found["data"], found["tokens"]) == (text, 512)
     (one,) = found["models"]
     assert (one["model"], one["known"], one["passkeys"]) == ("builtin:base", 256, [])
-    model = adapters.with_adapter(adapters.model_of("builtin:base")[1], None)  # in this machine's precision
+    model = resolve.with_adapter(resolve.model_of("builtin:base")[1], None)  # in this machine's precision
     words = builtin.load_tokenizer()
     rows = [json.loads(line)["text"] for line in Path(text).read_text().splitlines()]
     stream = [i for row in rows for i in [*words(row)["input_ids"], words.eos_token_id]]
@@ -71,11 +71,11 @@ def test_a_run_is_compared_with_its_base_and_everything_is_written(
 
     def watched(*arguments: Any) -> Any:
         assert all(model() is None for model in alive), "two models at once"
-        model = adapters.with_adapter(*arguments)
+        model = resolve.with_adapter(*arguments)
         alive.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr("lorary.cli.context_run.with_adapter", watched)
+    monkeypatch.setattr("lorary.cli.context.run.with_adapter", watched)
     asked = ("--lengths", "64,128", "--data", text, "--tokens", "256", "--passkeys", "1", "--out", "seen")
     ran = command("inspect", "context", "builtin:base", "run", *asked)
     assert ran.code == 0

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 
 import lorary
 from lorary import builtin
-from lorary.bases.bitsandbytes_files import save_quantized
-from lorary.cli.held_out import held_out
-from lorary.storage.nf4 import NF4Linear
-from lorary.train.yaml_source import dump
+from lorary.cli.comparison_rows import comparison_rows
+from lorary.layers.nf4 import NF4Linear
+from lorary.model.loading.bitsandbytes_checkpoint import save_quantized
+from lorary.train.config.yaml_source import dump
 from tests.cli.command import Command
 from tests.train import runs
 from tests.train.small import tokenizer
@@ -154,7 +154,7 @@ def test_the_rows_that_the_run_held_out(command: Command) -> None:
     texts = [json.loads(line) for line in Path("data.jsonl").read_text().splitlines()]
     config = AutoModelForCausalLM.from_pretrained("model").config
     lengths = {len(tokenizer()(t["prompt"] + t["completion"])["input_ids"]) + 1 for t in texts}
-    held = held_out(Path("run"), tokenizer(), config, 8).ids
+    held = comparison_rows(Path("run"), tokenizer(), config, 8).ids
     assert len(held) == 5  # a fifth of 24
     assert {len(ids) for ids in held} <= lengths
     assert all_ == sum(map(len, held))

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 import lorary
-from lorary.cli.choosing import QUESTIONS, choose
+from lorary.cli.method_chooser import QUESTIONS, choose
 from lorary.cli.methods import table
 from lorary.errors import MethodError
-from lorary.preset import FUNCTIONS, PRESETS, Preset
-from lorary.train.config_file import load
-from lorary.train.models import skeleton
+from lorary.model.loading.from_pretrained import skeleton
+from lorary.spec.presets import FUNCTIONS, PRESETS, Preset
+from lorary.train.config.load import load
 from tests.cli.command import Command
 
 

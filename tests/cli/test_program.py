@@ -13,7 +13,7 @@ import typer.main
 
 from lorary import __version__
 from lorary.cli import COMMANDS, app, printable
-from lorary.errors import ConfigError, DataError, FileError, LoraryError, Problem
+from lorary.errors import ConfigError, DataError, Diagnostic, FileError, LoraryError
 from tests.cli.command import Command
 
 
@@ -127,10 +127,10 @@ def test_a_mistyped_command_line_is_answered_with_what_is_near(
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (ConfigError("no", [Problem("here", "wrong", "right it")]), 2),
-        (DataError("no", [Problem("here", "wrong", "right it")]), 3),
-        (FileError("no", [Problem("here", "wrong", "right it")]), 4),
-        (LoraryError("no", [Problem("here", "wrong", "right it")]), 1),
+        (ConfigError("no", [Diagnostic("here", "wrong", "right it")]), 2),
+        (DataError("no", [Diagnostic("here", "wrong", "right it")]), 3),
+        (FileError("no", [Diagnostic("here", "wrong", "right it")]), 4),
+        (LoraryError("no", [Diagnostic("here", "wrong", "right it")]), 1),
     ],
     ids=lambda value: type(value).__name__,
 )

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import lorary
-from lorary.accounting import kept_for_backward
-from lorary.adapted import Adapted, adapted
+from lorary.analysis.memory.live_bytes import kept_for_backward
+from lorary.layers.adapted import Adapted, adapted_layers
 
 MiB = 2**20
 TOKENS = WIDTH = 1024
@@ -43,7 +43,7 @@ def layer_of(names: tuple[str, ...], base: nn.Module | None = None, **options: A
     torch.manual_seed(0)
     model = nn.Sequential(base or nn.Linear(WIDTH, WIDTH, bias=False).bfloat16())
     lorary.attach(model, lorary.plan(model, lorary.method(*names, **options), "0"))
-    layer = adapted(model)["0"]
+    layer = adapted_layers(model)["0"]
     with torch.no_grad():
         for p in layer.params.values():
             p.add_(torch.randn_like(p) * 0.01)
@@ -197,7 +197,7 @@ def small(name: str, dropout: float = 0.0, dtype: torch.dtype = torch.float64, b
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8, bias=bias).to(dtype))
     lorary.attach(model, lorary.plan(model, lorary.method(*names, **options), "0"), dtype=torch.float64)
-    layer = adapted(model)["0"]
+    layer = adapted_layers(model)["0"]
     with torch.no_grad():
         for p in layer.params.values():
             p.add_(torch.randn_like(p) * 0.3)
@@ -289,7 +289,7 @@ def test_rows_of_zeros_under_dora(bias: bool, exact: bool) -> None:
     x = torch.randn(5, 6)
     expected = model(x)
     lorary.attach(model, lorary.plan(model, lorary.method("dora", r=2, exact=exact), "0"))
-    layer = adapted(model)["0"]
+    layer = adapted_layers(model)["0"]
     torch.testing.assert_close(model(x), expected)
     optimizer = torch.optim.AdamW(lorary.param_groups(model, lr=1e-2))
     for _ in range(5):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lorary.accounting import LiveBytes, kept_for_backward
+from lorary.analysis.memory.live_bytes import LiveBytes, kept_for_backward
 from lorary.kernels.low_rank import add_low_rank, add_low_rank_reference
 
 MiB = 2**20

@@ -14,10 +14,10 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from transformers.pytorch_utils import Conv1D
 
 import lorary
-from lorary.adapted import adapted
-from lorary.combinations import verdict
 from lorary.errors import MethodError
-from lorary.methods.o_lora import Tasks
+from lorary.layers.adapted import adapted_layers
+from lorary.methods.compatibility import verdict
+from lorary.methods.o_lora import SequentialLoRA
 
 
 class Net(nn.Module):
@@ -158,7 +158,7 @@ class Case:
     def trained(self) -> Net:
         """As after training: everything that trains has moved, and what a rule or a plan gives is there."""
         model = self.attached()
-        layers = adapted(model).values()
+        layers = adapted_layers(model).values()
         given = {id(layer.params[role]) for layer in layers for role in layer.method.delta.fixed_roles}
         seed(3)
         with torch.no_grad():
@@ -230,7 +230,7 @@ def methods() -> dict[str, lorary.Method]:
     made["delta-lora at once"] = made_of("delta-lora", start=0)
     made["delta-lora, written"] = made_of("delta-lora", mode="paper")
     for kind, hard in (("", False), (", hard", True)):
-        made[f"o-lora{kind}, third task"] = made_of("o-lora", hard=hard).replace(delta=Tasks(3, past=(2, 1)))
+        made[f"o-lora{kind}, third task"] = made_of("o-lora", hard=hard).replace(delta=SequentialLoRA(3, past=(2, 1)))
     return made
 
 

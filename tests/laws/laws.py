@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import lorary
-from lorary.adapted import adapted
 from lorary.errors import MethodError
-from lorary.methods.adalora import Spectral
-from lorary.sites import KINDS, kind_of
+from lorary.layers.adapted import adapted_layers
+from lorary.layers.kinds import KINDS, kind_of
+from lorary.methods.adalora import SVDDelta
 
 from .cases import Case, numbers, seed
 
@@ -38,7 +38,7 @@ def nothing_moves_at_step_0(case: Case) -> None:
         return
     # the base has given up s B A: equal up to the rounding of the larger of the two that cancel
     with torch.no_grad():
-        for layer in adapted(model).values():
+        for layer in adapted_layers(model).values():
             delta = layer.add_delta(torch.zeros_like(y), x)
             assert bool(delta.any()), "the delta starts at zero: then it should not say that it moves the base"
     close(torch.stack([y, delta]), torch.stack([before, delta]), case.dtype)
@@ -46,7 +46,7 @@ def nothing_moves_at_step_0(case: Case) -> None:
 
 def starts_within_storage_error(case: Case, model: torch.nn.Module) -> None:
     """What is packed is the rest, W - s B0 A0: the layer is off by what packing loses of that, and by nothing else."""
-    for name, layer in adapted(model).items():
+    for name, layer in adapted_layers(model).items():
         plain = case.base().get_submodule(name)
         W = KINDS[kind_of(plain)].matrix(plain).float()
         B, A = layer.start_factors()
@@ -59,13 +59,13 @@ def merged_is_forward(case: Case) -> None:
     x, model = case.x(), case.trained()
     y = model(x)
     assert not torch.equal(y, case.kept()(x)), "training changed nothing: the law would hold of anything"
-    for layer in adapted(model).values():  # the specification, before anything is rounded to the weight's dtype
+    for layer in adapted_layers(model).values():  # the specification, before anything is rounded to the weight's dtype
         W, b = layer.merged()
         exact = KINDS[layer.site.kind].run(layer.base, x.to(W.dtype) if x.is_floating_point() else x, W, None)
         exact = exact if b is None else exact + layer.kind.broadcast_over_rows(b)
         close(exact, layer(x), case.dtype)
     lorary.merge(model)
-    assert not adapted(model)
+    assert not adapted_layers(model)
     close(model(x), y, case.dtype)
 
 
@@ -73,12 +73,12 @@ def only_what_should_train_trains(case: Case) -> None:
     model = case.trained()  # at step 0 some gradients are zero by design; a zero is a gradient all the same
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model(case.x()).square().sum().backward()
-    for layer in adapted(model).values():
+    for layer in adapted_layers(model).values():
         for role, p in layer.params.items():
             expected = role not in case.method.frozen and role not in case.method.delta.fixed_roles
             has = p.grad is not None and bool((p.grad != 0).any())
             assert has == expected, f"{role}: gradient {has}, expected {expected}"
-    allowed = {id(p) for layer in adapted(model).values() for p in layer.params.values()}
+    allowed = {id(p) for layer in adapted_layers(model).values() for p in layer.params.values()}
     full = {f.name for f in case.plan.full if f.trains}
     for name, p in model.named_parameters():
         if id(p) not in allowed:
@@ -94,12 +94,12 @@ def only_what_should_train_trains(case: Case) -> None:
 
 
 def adapter_parameters(model: torch.nn.Module) -> list[Tensor]:
-    return [p for layer in adapted(model).values() for p in layer.params.values() if p.requires_grad]
+    return [p for layer in adapted_layers(model).values() for p in layer.params.values() if p.requires_grad]
 
 
 def factors_are_the_delta(case: Case) -> None:
     x, model = case.x(), case.finished
-    for layer in adapted(model).values():
+    for layer in adapted_layers(model).values():
         B, A = layer.factors()
         y = layer.base(x).detach()
         if layer.bias is not None:
@@ -181,7 +181,7 @@ def compiles_whole(case: Case) -> None:
 
 def rate(case: Case, model: torch.nn.Module) -> float:
     """A learning rate with which a few steps are seen: the less a step of it does, the more is needed."""
-    if isinstance(case.method.delta, Spectral):  # three small factors, one of them zero
+    if isinstance(case.method.delta, SVDDelta):  # three small factors, one of them zero
         return 0.015
     vectors = all(p.dim() == 1 for p in adapter_parameters(model))
     fastest = max((rate for _, rate in case.method.lr), default=1.0)
@@ -222,7 +222,7 @@ def low_rank_form_is_forward(case: Case) -> None:
         assert type(case.method.join).__name__ == "Supports", "every other join has this form"
         return
     with torch.no_grad():
-        for name, layer in adapted(model).items():
+        for name, layer in adapted_layers(model).items():
             form, plain = forms[name], base.get_submodule(name)
             kind = KINDS[kind_of(plain)]
             xx = x.float() if x.is_floating_point() else x

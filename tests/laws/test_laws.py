@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import lorary
-from lorary import sites
-from lorary.methods.adalora import Spectral
-from lorary.methods.glora import Supports
+from lorary.layers import kinds
+from lorary.methods.adalora import SVDDelta
+from lorary.methods.glora import GLoRAJoin
 from lorary.methods.lora import Kaiming
-from lorary.methods.melora import Minis
+from lorary.methods.melora import BlockDiagonal
 
 from . import laws
 from .cases import KINDS, Case, methods, possible
@@ -84,22 +84,22 @@ def test_every_preset_is_covered_on_every_kind_or_says_why() -> None:
             expected |= {(name, k) for k in embeddings}
         if "bias" in method.full:
             expected |= {(name, k) for k in without_bias}
-        if isinstance(method.delta, Minis):
+        if isinstance(method.delta, BlockDiagonal):
             odd = {k.name for k in KINDS if any(size % method.delta.n for size in (k.inp, *(k.adapted or (k.out,))))}
             expected |= {(name, k) for k in odd}
-        if isinstance(method.delta, Spectral):  # there is one budget for each layer
+        if isinstance(method.delta, SVDDelta):  # there is one budget for each layer
             expected |= {(name, k.name) for k in KINDS if k.adapted}
         if method.context is not None:  # a layer alone has no positions: see tests/papers/test_longlora.py
             expected |= {(name, k.name) for k in KINDS}
         if not method.storage.writable:  # linear layers alone are packed
             expected |= {(name, k.name) for k in KINDS if k.name.startswith(("conv", "embedding"))}
-        if isinstance(method.join, Supports):  # over all rows of a weight, and over its bias
+        if isinstance(method.join, GLoRAJoin):  # over all rows of a weight, and over its bias
             expected |= {(name, k.name) for k in KINDS if k.adapted or k.name in embeddings}
     assert missing == expected
 
 
 def test_the_kinds_are_all_kinds() -> None:
-    assert {sites.kind_of(kind.make()) for kind in KINDS} == set(sites.KINDS)
+    assert {kinds.kind_of(kind.make()) for kind in KINDS} == set(kinds.KINDS)
 
 
 def missed(chosen: Iterable[tuple[str, str, str]]) -> set[tuple[Value, ...]]:

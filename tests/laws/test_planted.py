@@ -14,18 +14,19 @@ import torch
 from torch import Tensor
 
 import lorary
-from lorary import sites, words
-from lorary.fields import COUNT
-from lorary.kernels.vectors import add_vectors
-from lorary.methods.adalora import Spectral
-from lorary.methods.delta_lora import Propagated
-from lorary.methods.dora import Direction
-from lorary.methods.lora import Add, Fixed, Kaiming, LowRank
-from lorary.methods.melora import Minis
-from lorary.methods.o_lora import Tasks
-from lorary.methods.pissa import Principal
-from lorary.methods.vera import Vectors
-from lorary.words import Delta
+from lorary.kernels.shared_projection import add_vectors
+from lorary.layers import kinds
+from lorary.methods.adalora import SVDDelta
+from lorary.methods.delta_lora import DeltaLoRADelta
+from lorary.methods.dora import MagnitudeDirection
+from lorary.methods.lora import Add, ConstantScale, Kaiming, LowRank
+from lorary.methods.melora import BlockDiagonal
+from lorary.methods.o_lora import SequentialLoRA
+from lorary.methods.pissa import SVDInit
+from lorary.methods.vera import SharedProjectionDelta
+from lorary.spec import interfaces
+from lorary.spec.fields import COUNT
+from lorary.spec.interfaces import Delta
 
 from . import laws
 from .cases import KINDS, Case, made_of
@@ -39,12 +40,12 @@ def kind(name: str) -> Any:
 def known(*classes: type) -> Iterator[None]:
     """Make planted words known for as long as a test runs."""
     for cls in classes:
-        words.word(cls)
+        interfaces.component(cls)
     try:
         yield
     finally:
         for cls in classes:
-            del words.WORDS[cls.__name__]
+            del interfaces.COMPONENTS[cls.__name__]
 
 
 def case(kind_name: str = "linear", **said: Any) -> Case:
@@ -138,7 +139,7 @@ def test_a_count_beyond_the_papers_is_caught() -> None:
 
 
 @dataclass(frozen=True)
-class ForgetsDilation(sites.Convolution):
+class ForgetsDilation(kinds.Convolution):
     """PEFT's convolution: A slides without the base's dilation where padding makes the shapes fit."""
 
     def add(self, layer: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float) -> Tensor:
@@ -150,7 +151,7 @@ class ForgetsDilation(sites.Convolution):
 
 
 def test_a_convolution_with_another_geometry_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sites.KINDS, "conv2d", ForgetsDilation(2))
+    monkeypatch.setitem(kinds.KINDS, "conv2d", ForgetsDilation(2))
     subject = case("conv2d, dilated, reflecting")
     caught(laws.factors_are_the_delta, subject)
     caught(laws.merged_is_forward, subject)
@@ -235,7 +236,7 @@ def test_learning_uphill_is_caught() -> None:
 
 
 @dataclass(frozen=True)
-class StartsElsewhereUnsaid(Principal):
+class StartsElsewhereUnsaid(SVDInit):
     """B A starts at a part of W, and the base is not told to give it up."""
 
     residual_init = False
@@ -259,7 +260,7 @@ def test_a_base_that_moves_for_nothing_is_caught() -> None:
 
 
 @dataclass(frozen=True)
-class NormOfColumns(Direction):
+class NormOfColumns(MagnitudeDirection):
     """Merges with a norm for every input, as the paper's transposed layout invites to."""
 
     def merged(self, p: Any, W: Tensor, b: Any, BA: Any) -> Any:
@@ -268,7 +269,7 @@ class NormOfColumns(Direction):
 
 
 @dataclass(frozen=True)
-class ForgetsTheGain(Direction):
+class ForgetsTheGain(MagnitudeDirection):
     """Exports its factors alone."""
 
     def on_output(self, p: Any, W: Any, b: Any, BA: Any) -> Any:
@@ -276,7 +277,7 @@ class ForgetsTheGain(Direction):
 
 
 @dataclass(frozen=True)
-class NormOfTheStart(Direction):
+class NormOfTheStart(MagnitudeDirection):
     """Never takes the norm again."""
 
     def _norms(self, layer: Any) -> Tensor:
@@ -310,7 +311,7 @@ class StartedAndTrained:
 
 
 @dataclass(frozen=True)
-class MixesTheBlocks(Minis):
+class MixesTheBlocks(BlockDiagonal):
     """A fast path whose blocks meet the wrong slices of the input."""
 
     def add(self, layer: Any, y: Tensor, x: Tensor, dropout: float) -> Tensor:
@@ -318,7 +319,7 @@ class MixesTheBlocks(Minis):
 
 
 @dataclass(frozen=True)
-class KeepsABankOfItsOwn(Vectors):
+class KeepsABankOfItsOwn(SharedProjectionDelta):
     """Takes the rows of what is shared in another order than its factors do."""
 
     def add(self, layer: Any, y: Tensor, x: Tensor, dropout: float) -> Tensor:
@@ -335,7 +336,7 @@ def test_fast_paths_of_their_own_are_caught() -> None:
 
 
 @dataclass(frozen=True)
-class FollowsUnsaid(Propagated):
+class FollowsUnsaid(DeltaLoRADelta):
     """Delta-LoRA whose snapshot is one more thing that is learnt."""
 
     fixed_roles = frozenset()
@@ -360,7 +361,7 @@ def test_what_is_given_and_trains_is_caught(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @dataclass(frozen=True)
-class ForgetsThePast(Tasks):
+class ForgetsThePast(SequentialLoRA):
     """The earlier tasks are missing where the input is dropped from, or never is."""
 
     def add(self, layer: Any, y: Tensor, x: Tensor, dropout: float) -> Tensor:
@@ -369,7 +370,7 @@ class ForgetsThePast(Tasks):
 
 
 @dataclass(frozen=True)
-class ForgetsTheFactor(Propagated):
+class ForgetsTheFactor(DeltaLoRADelta):
     """Forward adds B A as LoRA does; what is exported has followed the product."""
 
     def add(self, layer: Any, y: Tensor, x: Tensor, dropout: float) -> Tensor:
@@ -387,7 +388,7 @@ def test_a_past_that_is_missing_in_forward_is_caught() -> None:
 
 
 @dataclass(frozen=True)
-class KeepsTheWrongRole(Spectral):
+class KeepsTheWrongRole(SVDDelta):
     """Counts a number for each output among what trains, as if E stood in a square."""
 
     def shapes(self, site: Any) -> dict[str, tuple[int, ...]]:
@@ -418,7 +419,7 @@ def test_the_laws_that_are_broken_are_told_by_name(tmp_path: Path) -> None:
 
 
 def test_the_honest_method_passes_what_the_planted_ones_fail(tmp_path: Path) -> None:
-    honest = case(scale=Fixed(2.0))
+    honest = case(scale=ConstantScale(2.0))
     for law in laws.LAWS:
         law(honest)
     laws.saved_and_loaded_is_equal(honest, tmp_path / "adapter")

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import lorary
-from lorary import words
-from lorary.adapted import adapted
+from lorary.layers.adapted import adapted_layers
+from lorary.layers.quantized_weight import is_quantized
 from lorary.methods.lora import Add
-from lorary.weights import is_packed
+from lorary.spec import interfaces
 from tests import fresh, tiny
 
 from .cases import made_of
@@ -58,7 +58,7 @@ def build(names: tuple[str, ...]) -> nn.Module:
         targets = ["linear", "conv"] if {"lora-fa", "glora"} & set(names) else ["linear", "conv", "table"]
         method = made_of(*names) if names[0] in ("bitfit", "full") else made_of(*names, r=2, alpha=4.0)
         lorary.attach(model, lorary.plan(model, method, targets=targets))
-        assert is_packed(getattr(model[0].linear, "base", None)) == ("qlora" in names)
+        assert is_quantized(getattr(model[0].linear, "base", None)) == ("qlora" in names)
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
@@ -105,8 +105,8 @@ def work(rank: int, port: int, folder: str) -> None:
             shards_exactly(build(names), build(names))
             Path(folder, f"{rank} {'+'.join(names)}").touch()
         broken = build(("lora",))
-        words.WORDS["_DependsOnTheRank"] = _DependsOnTheRank
-        for layer in adapted(broken).values():
+        interfaces.COMPONENTS["_DependsOnTheRank"] = _DependsOnTheRank
+        for layer in adapted_layers(broken).values():
             object.__setattr__(layer, "method", layer.method.replace(join=_DependsOnTheRank()))
         try:
             shards_exactly(broken, build(("lora",)))

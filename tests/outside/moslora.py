@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorary.fields import COUNT
 from lorary.methods.lora import Kaiming, LowRank
-from lorary.preset import preset
-from lorary.sites import Site
-from lorary.words import Delta, Init, Shapes, Tensors, word
+from lorary.spec.fields import COUNT
+from lorary.spec.interfaces import Delta, Init, Shapes, Tensors, component
+from lorary.spec.presets import preset
+from lorary.spec.site import Site
 
 
-@word
+@component
 @dataclass(frozen=True)
 class Mixed(Delta):
     """B [out, r], M [r, r] and A [r, inp]; every part of a fused site has its own three."""
@@ -36,7 +36,7 @@ class Mixed(Delta):
         return site.place(p["B"]) @ torch.block_diag(*p["M"].split(self.r)), p["A"]
 
 
-@word
+@component
 @dataclass(frozen=True)
 class Mixer(Init):
     """A and B as LoRA's, M orthogonal."""

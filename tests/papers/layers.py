@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import lorary
-from lorary.adapted import Adapted, adapted
+from lorary.layers.adapted import Adapted, adapted_layers
 
 Make = Callable[[], nn.Module]
 Input = Callable[[], Tensor]
@@ -40,7 +40,7 @@ def attached(layer: nn.Module, *names: str, r: int = 3, **options: Any) -> Adapt
     if "vera" not in names:
         options = {"alpha": 6.0} | options
     lorary.attach(model, lorary.plan(model, lorary.method(*names, r=r, **options), "0"), dtype=torch.float64)
-    return adapted(model)["0"]
+    return adapted_layers(model)["0"]
 
 
 def shake(layer: Adapted, size: float = 1.0) -> Adapted:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 import lorary
-from lorary.adapted import adapted
-from lorary.adapter import Adapter
+from lorary.adapters import export_peft
+from lorary.adapters.adapter import Adapter
 from lorary.errors import ConfigError, MethodError
-from lorary.formats import export_peft
-from lorary.methods.adalora import ByStartRank, Orthogonal, SmallNormal, Spectral
+from lorary.layers.adapted import adapted_layers
+from lorary.methods.adalora import AlphaOverInitialRank, OrthogonalityPenalty, SVDDelta, SVDDeltaInit
 from lorary.methods.adalora_budget import RankBudget
-from lorary.methods.dora import Direction
+from lorary.methods.dora import MagnitudeDirection
 
 from .layers import EACH, attached, exactly, gradients, signature
 
@@ -93,7 +93,7 @@ class Run:
 
 
 def layers(model: nn.Module) -> list[Any]:
-    return list(adapted(model).values())
+    return list(adapted_layers(model).values())
 
 
 def nonzero(model: nn.Module) -> int:
@@ -394,11 +394,11 @@ def test_the_penalty_in_both_forms() -> None:
         for layer in layers(model):
             for p in layer.params.values():
                 p.normal_()
-    ours = {form: Orthogonal(0.3, form).penalty(layers(model), {}) for form in ("authors", "paper")}
+    ours = {form: OrthogonalityPenalty(0.3, form).penalty(layers(model), {}) for form in ("authors", "paper")}
     norms = [float((G.detach() ** 2).sum()) ** 0.5 for G in gaps(model)]
     assert ours["authors"].item() == pytest.approx(0.3 * sum(norms) / len(norms), rel=1e-12)
     assert ours["paper"].item() == pytest.approx(0.3 * sum(n**2 for n in norms), rel=1e-12)
-    assert Orthogonal(0).penalty(layers(model), {}) == 0.0
+    assert OrthogonalityPenalty(0).penalty(layers(model), {}) == 0.0
     P = layers(model)[0].params["P"]
     (gradient,) = torch.autograd.grad(ours["paper"], P)
     exactly(gradient, (0.3 * 4 * P @ (P.T @ P - torch.eye(4))).detach())
@@ -411,7 +411,7 @@ def test_orthonormal_factors_cost_nothing() -> None:
             layer.params["P"].copy_(torch.linalg.qr(torch.randn_like(layer.params["P"]))[0])
             layer.params["Q"].copy_(torch.linalg.qr(torch.randn_like(layer.params["Q"]).T)[0].T)
     for form in ("authors", "paper"):
-        assert Orthogonal(1.0, form).penalty(layers(model), {}).item() < 1e-12
+        assert OrthogonalityPenalty(1.0, form).penalty(layers(model), {}).item() < 1e-12
 
 
 # --- what is left -----------------------------------------------------------------------------------------------------
@@ -515,7 +515,7 @@ def test_every_form_of_the_finished_adapter_is_the_same_function(tell: bool, tmp
 def test_what_joins_the_directions_stays_whole() -> None:
     """The magnitude of DoRA has no directions that could be taken out."""
     model = nn.Sequential(nn.Linear(6, 5))
-    method = lorary.method("adalora", r=4, target=2).replace(rules=(), join=Direction())
+    method = lorary.method("adalora", r=4, target=2).replace(rules=(), join=MagnitudeDirection())
     lorary.attach(model, lorary.plan(model, method))
     with torch.no_grad():
         model[0].p["E"][1:3] = 0.5
@@ -578,7 +578,7 @@ def test_learning_rates_of_a_and_b_are_those_of_q_and_p() -> None:
 
 
 def test_words_of_its_own_can_be_said_alone() -> None:
-    words = lorary.Method(Spectral(4), SmallNormal(0.1), ByStartRank(8.0), lorary.method().join)
+    words = lorary.Method(SVDDelta(4), SVDDeltaInit(0.1), AlphaOverInitialRank(8.0), lorary.method().join)
     model = net()
     lorary.attach(model, lorary.plan(model, words), dtype=torch.float64)
     assert lorary.rules(model, 5).penalty() == 0.0

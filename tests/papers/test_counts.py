@@ -14,9 +14,9 @@ import transformers
 from torch import nn
 
 import lorary
-from lorary.methods.adalora import Spectral
-from lorary.methods.o_lora import Tasks
-from lorary.placed import Placed
+from lorary.methods.adalora import SVDDelta
+from lorary.methods.o_lora import SequentialLoRA
+from lorary.spec.placement import AdaptedSite
 
 
 @pytest.fixture(autouse=True)
@@ -299,8 +299,8 @@ def test_adalora_on_deberta_v3_base(options: dict[str, int], start: int, end: in
     plan = lorary.plan(deberta_v3_base(), method, SIX)
     assert len(plan.sites) == 72
     assert plan.trainable == start
-    left = method.replace(delta=Spectral(options["r"], kept=options["target"]))
-    assert sum(Placed(p.site, left).trainable for p in plan.sites) == end
+    left = method.replace(delta=SVDDelta(options["r"], kept=options["target"]))
+    assert sum(AdaptedSite(p.site, left).trainable for p in plan.sites) == end
 
 
 def test_adalora_on_llama_7b() -> None:
@@ -321,7 +321,7 @@ def test_a_task_of_o_lora_trains_what_lora_trains() -> None:
     method = lorary.method("o-lora", r=8)
     plan = lorary.plan(llama_2_7b(), method, "attention-qv")
     assert plan.trainable == plan.adapter_bytes // 4 == 4_194_304
-    fourth = method.replace(delta=Tasks(8, past=(8, 8, 8)))
-    placed = [Placed(p.site, fourth) for p in plan.sites]
+    fourth = method.replace(delta=SequentialLoRA(8, past=(8, 8, 8)))
+    placed = [AdaptedSite(p.site, fourth) for p in plan.sites]
     assert sum(p.trainable for p in placed) == 4_194_304
     assert sum(math.prod(shape) for p in placed for shape in p.shapes.values()) == 4 * 4_194_304

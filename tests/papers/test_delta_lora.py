@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import lorary
-from lorary.adapted import adapted
-from lorary.adapter import Adapter
+from lorary.adapters import export_peft
+from lorary.adapters.adapter import Adapter
 from lorary.errors import ConfigError, MethodError, PlanError
-from lorary.formats import export_peft
-from lorary.methods.delta_lora import FollowProduct, Propagated
+from lorary.layers.adapted import adapted_layers
+from lorary.methods.delta_lora import DeltaLoRADelta, DeltaLoRARule
 
 from .. import tiny
 from .layers import EACH, attached, dense_gradient, exactly, gradients, loss_of, shake, signature
@@ -68,7 +68,8 @@ def algorithm(make: Any, settings: dict[str, Any], K: int, ratio: float = 2.0, c
     base = net()
     W = [m.weight.detach().clone() for m in base if isinstance(m, nn.Linear)]
     A, B = (
-        [layer.params[role].detach().clone().requires_grad_() for layer in adapted(start).values()] for role in "AB"
+        [layer.params[role].detach().clone().requires_grad_() for layer in adapted_layers(start).values()]
+        for role in "AB"
     )
     x, y = data(base)
     optimizer = make([*A, *B], **settings)
@@ -90,7 +91,7 @@ def algorithm(make: Any, settings: dict[str, Any], K: int, ratio: float = 2.0, c
 
 def weights(model: nn.Module) -> list[Tensor]:
     """The effective weight of every layer."""
-    return [layer.merged()[0] for layer in adapted(model).values()]
+    return [layer.merged()[0] for layer in adapted_layers(model).values()]
 
 
 # --- the start --------------------------------------------------------------------------------------------------------
@@ -143,9 +144,9 @@ def test_gradients_that_keep_their_factor_are_caught() -> None:
     model = started(start=0)
     x, y = data(model)
     (model(x) - y).square().mean().backward()
-    kept = [layer.params["B"].grad.clone() for layer in adapted(model).values()]
+    kept = [layer.params["B"].grad.clone() for layer in adapted_layers(model).values()]
     lorary.rules(model, STEPS).after_backward()
-    for layer, before in zip(adapted(model).values(), kept, strict=True):
+    for layer, before in zip(adapted_layers(model).values(), kept, strict=True):
         exactly(layer.params["B"].grad, before / 3)
 
 
@@ -224,7 +225,7 @@ def test_the_closed_form_writes_no_weight_and_the_papers_loop_does() -> None:
     before = [m.weight.detach().clone() for m in net() if isinstance(m, nn.Linear)]
     for mode in ("closed", "paper"):
         model = train(started(start=1, mode=mode), *ADAM)
-        now = [layer.base.weight for layer in adapted(model).values()]
+        now = [layer.base.weight for layer in adapted_layers(model).values()]
         assert all(torch.equal(w, b) for w, b in zip(now, before, strict=True)) == (mode == "closed")
         assert not any(w.requires_grad for w in now)
         lorary.detach(model)
@@ -235,7 +236,7 @@ def test_the_closed_form_writes_no_weight_and_the_papers_loop_does() -> None:
 def test_a_written_weight_is_in_no_optimizer() -> None:
     model = started(mode="paper", start=1)
     grouped = {id(p) for group in lorary.param_groups(model, 0.1) for p in group["params"]}
-    assert grouped == {id(layer.params[role]) for layer in adapted(model).values() for role in "AB"}
+    assert grouped == {id(layer.params[role]) for layer in adapted_layers(model).values() for role in "AB"}
 
 
 # --- what is left -----------------------------------------------------------------------------------------------------
@@ -306,11 +307,11 @@ def test_refusals(mode: str) -> None:
 
 def test_a_rule_and_a_delta_of_different_minds_are_refused() -> None:
     said = lorary.method("delta-lora", r=4).rules
-    (what,) = refusal("lora", r=4, delta=Propagated(4, 3.0), rules=said)
+    (what,) = refusal("lora", r=4, delta=DeltaLoRADelta(4, 3.0), rules=said)
     assert "goes with Propagated(r, ratio=2.0, late=True)" in what
-    (what,) = refusal("lora", r=4, delta=Propagated(4, 2.0, late=False), rules=said)
+    (what,) = refusal("lora", r=4, delta=DeltaLoRADelta(4, 2.0, late=False), rules=said)
     assert "late=True" in what
-    assert lorary.method("lora", delta=Propagated(4, 2.0), rules=[FollowProduct(2.0, 9)])
+    assert lorary.method("lora", delta=DeltaLoRADelta(4, 2.0), rules=[DeltaLoRARule(2.0, 9)])
 
 
 @pytest.mark.parametrize("mode", ["closed", "paper"])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lorary
-from lorary.adapted import adapted
+from lorary.layers.adapted import adapted_layers
 
 from .layers import (
     EACH_EVEN,
@@ -201,7 +201,7 @@ def test_the_magnitudes_are_taken_after_the_start() -> None:
 def test_magnitudes_of_a_16_bit_weight_are_in_32_bits(dtype: torch.dtype) -> None:
     model = nn.Sequential(nn.Linear(300, 40).to(dtype))
     lorary.attach(model, lorary.plan(model, lorary.method("dora", r=2), "0"))
-    m = adapted(model)["0"].params["m"]
+    m = adapted_layers(model)["0"].params["m"]
     assert m.dtype == torch.float32
     torch.testing.assert_close(m.detach().double(), model[0].weight.double().norm(dim=1), rtol=1e-6, atol=0)
     assert not torch.equal(m, m.to(dtype).float())
@@ -274,7 +274,7 @@ def test_gradients_under_dropout(bias: bool) -> None:
 def test_magnitudes_never_decay_and_learn_at_the_base_rate(names: tuple[str, ...]) -> None:
     model = nn.Sequential(nn.Linear(6, 4))
     lorary.attach(model, lorary.plan(model, lorary.method(*names, r=2), "0"))
-    m = adapted(model)["0"].params["m"]
+    m = adapted_layers(model)["0"].params["m"]
     rows = [row for row in lorary.param_groups(model, lr=0.5, weight_decay=0.1) if any(p is m for p in row["params"])]
     assert [(row["lr"], row["weight_decay"]) for row in rows] == [(0.5, 0.0)]
     assert all(p.ndim == 1 for p in rows[0]["params"])

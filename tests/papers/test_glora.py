@@ -15,28 +15,28 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import lorary
-from lorary import sites
-from lorary.accounting import kept_for_backward
-from lorary.adapted import Adapted, adapted
-from lorary.biases import BiasWarning
+from lorary.analysis.memory.live_bytes import kept_for_backward
 from lorary.cli import main
 from lorary.errors import MethodError, PlanError, StateError
+from lorary.layers import kinds
+from lorary.layers.adapted import Adapted, adapted_layers
 from lorary.methods.glora import RandomStructures
-from lorary.methods.glora_terms import DOWN, FORMS, ROLES, Terms, structures
+from lorary.methods.glora_terms import DOWN, FORMS, ROLES, GLoRADelta, structures
+from lorary.model.bias_flags import BiasWarning
 from tests import tiny
 
 from .layers import exactly, loss_of, matrix
 
-ALL = structures(Terms(3))
+ALL = structures(GLoRADelta(3))
 # Every form of every term, each term with its largest and without the others
-SOME = [Terms(3)] + [
-    Terms(3, **{t: form if t == term else "none" for t in FORMS})
+SOME = [GLoRADelta(3)] + [
+    GLoRADelta(3, **{t: form if t == term else "none" for t in FORMS})
     for term, forms in FORMS.items()
     for form in forms[:-1]
 ]
 MIXED = [
-    Terms(3, "vector", "scalar", "vector", "scalar", "vector"),
-    Terms(3, "scalar", "vector", "lora", "vector", "scalar"),
+    GLoRADelta(3, "vector", "scalar", "vector", "scalar", "vector"),
+    GLoRADelta(3, "scalar", "vector", "lora", "vector", "scalar"),
 ]
 
 Make = Callable[[], nn.Module]
@@ -62,15 +62,15 @@ def biased(layer: Any) -> Any:
     return layer
 
 
-def method(terms: Terms, **options: Any) -> lorary.Method:
+def method(terms: GLoRADelta, **options: Any) -> lorary.Method:
     return lorary.method("glora", r=terms.r, **{term: terms.form(term) for term in FORMS}, **options)
 
 
-def attached(layer: nn.Module, terms: Terms, dtype: torch.dtype = torch.float64, **options: Any) -> Adapted:
+def attached(layer: nn.Module, terms: GLoRADelta, dtype: torch.dtype = torch.float64, **options: Any) -> Adapted:
     """One layer with a structure of GLoRA at step 0."""
     model = nn.Sequential(layer.to(dtype))
     lorary.attach(model, lorary.plan(model, method(terms, **options), "0"), dtype=dtype)
-    return adapted(model)["0"]
+    return adapted_layers(model)["0"]
 
 
 def shaken(layer: Adapted) -> Adapted:
@@ -80,7 +80,7 @@ def shaken(layer: Adapted) -> Adapted:
     return layer
 
 
-def dense(layer: Adapted, terms: Terms, p: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+def dense(layer: Adapted, terms: GLoRADelta, p: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     """W_u = W + W * A + B and b_u = b + b * D + E + W C, with every term as the full matrix or vector that it is."""
     W, b = matrix(layer), layer.bias
     out, inp = W.shape
@@ -102,13 +102,13 @@ def dense(layer: Adapted, terms: Terms, p: dict[str, Tensor]) -> tuple[Tensor, T
     return W_u, change if (terms.C, terms.E) != ("none", "none") else None
 
 
-def possible(kind: str) -> list[Terms]:
+def possible(kind: str) -> list[GLoRADelta]:
     some = (
         [*SOME, *MIXED]
         if kind != "embedding"
-        else [t for t in (*SOME, Terms(3, "vector", "lora")) if not t.changes_bias]
+        else [t for t in (*SOME, GLoRADelta(3, "vector", "lora")) if not t.changes_bias]
     )
-    some += [Terms(3, a, b, "none", "none", "none") for a, b in (("lora", "lora"), ("scalar", "vector"))]
+    some += [GLoRADelta(3, a, b, "none", "none", "none") for a, b in (("lora", "lora"), ("scalar", "vector"))]
     bias = getattr(KINDS[kind][0](), "bias", None) is not None
     return [terms for terms in some if bias or any(terms.form(t) != "none" for t in "ABCE")]
 
@@ -118,19 +118,19 @@ EACH = pytest.mark.parametrize(
 )
 
 
-def forms(terms: Terms) -> str:
+def forms(terms: GLoRADelta) -> str:
     return "".join(f"{t}:{terms.form(t)[0]}" for t in FORMS)
 
 
 def test_there_are_432_structures() -> None:
     assert len(ALL) == len(set(ALL)) == 432 == math.prod(map(len, FORMS.values()))
-    assert structures(Terms(3, *["none"] * 5)) == (ALL[-1],)
-    assert len(structures(Terms(3, "vector", "none", "vector", "scalar", "none"))) == 3 * 1 * 2 * 2 * 1
-    assert len(structures(Terms(3), bias=False)) == 432 / 3
+    assert structures(GLoRADelta(3, *["none"] * 5)) == (ALL[-1],)
+    assert len(structures(GLoRADelta(3, "vector", "none", "vector", "scalar", "none"))) == 3 * 1 * 2 * 2 * 1
+    assert len(structures(GLoRADelta(3), bias=False)) == 432 / 3
 
 
 @EACH
-def test_each_structure_is_its_formula(kind: str, terms: Terms) -> None:
+def test_each_structure_is_its_formula(kind: str, terms: GLoRADelta) -> None:
     make, x = KINDS[kind]
     layer, given = shaken(attached(make(), terms)), x()
     W, b = dense(layer, terms, layer.tensors)
@@ -141,7 +141,7 @@ def test_each_structure_is_its_formula(kind: str, terms: Terms) -> None:
 
 
 @EACH
-def test_merged_it_is_the_same_with_a_bias_where_there_was_none(kind: str, terms: Terms) -> None:
+def test_merged_it_is_the_same_with_a_bias_where_there_was_none(kind: str, terms: GLoRADelta) -> None:
     make, x = KINDS[kind]
     layer, given = shaken(attached(make(), terms)), x()
     W, b = layer.merged()
@@ -155,7 +155,7 @@ def test_merged_it_is_the_same_with_a_bias_where_there_was_none(kind: str, terms
 
 
 @pytest.mark.parametrize("terms", ALL[:-1], ids=forms)
-def test_all_431_that_learn_anything(terms: Terms) -> None:
+def test_all_431_that_learn_anything(terms: GLoRADelta) -> None:
     """At the start nothing moves and up parts have no gradient; later the gradients are those of the dense formula."""
     torch.manual_seed(0)
     base, x = nn.Linear(5, 4).double(), torch.randn(6, 5).double()
@@ -183,7 +183,7 @@ def test_all_431_that_learn_anything(terms: Terms) -> None:
 
 
 @EACH
-def test_gradients_of_inputs_and_tensors_are_the_formulas(kind: str, terms: Terms) -> None:
+def test_gradients_of_inputs_and_tensors_are_the_formulas(kind: str, terms: GLoRADelta) -> None:
     make, x = KINDS[kind]
     layer, given = shaken(attached(make(), terms)), x()
     grads = []
@@ -214,7 +214,7 @@ def test_nothing_moves_at_the_start(kind: str, dtype: torch.dtype) -> None:
 
 
 def test_the_start_is_zero_down_and_xavier_up() -> None:
-    layer = attached(nn.Linear(300, 200), Terms(8))
+    layer = attached(nn.Linear(300, 200), GLoRADelta(8))
     for role, p in layer.params.items():
         if not role.endswith("u"):
             assert not p.any(), role
@@ -236,7 +236,7 @@ def test_the_papers_count() -> None:
 def test_a_bf16_weight_would_round_away_more(size: float, all_lost: bool) -> None:
     """Why a layer in 16 bits takes two products: W + W * A in one, rounded, would forget what is small beside W."""
     base, x = nn.Linear(512, 512).bfloat16(), torch.randn(64, 512).bfloat16()
-    layer = attached(base, Terms(4, "lora", "none", "none", "none", "none"), torch.bfloat16)
+    layer = attached(base, GLoRADelta(4, "lora", "none", "none", "none", "none"), torch.bfloat16)
     layer.params.float()
     with torch.no_grad():
         layer.params["Ad"].normal_()
@@ -253,7 +253,7 @@ def test_a_bf16_weight_would_round_away_more(size: float, all_lost: bool) -> Non
 # --- cost -------------------------------------------------------------------------------------------------------------
 
 
-class Unreadable(sites.Linear):
+class Unreadable(kinds.Linear):
     """A linear layer of which nobody may read the weight."""
 
     def matrix(self, layer: Any) -> Tensor:
@@ -261,11 +261,11 @@ class Unreadable(sites.Linear):
 
 
 @pytest.mark.parametrize("terms", [t for t in ALL[:-1] if t.A != "lora"][::7], ids=forms)
-def test_what_acts_on_the_output_does_not_read_the_weight(terms: Terms, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_acts_on_the_output_does_not_read_the_weight(terms: GLoRADelta, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = shaken(attached(nn.Linear(5, 4), terms)), torch.randn(6, 5).double()
     W, b = dense(layer, terms, layer.tensors)
     y = layer.kind.run(layer.base, x, W, b)
-    monkeypatch.setitem(sites.KINDS, "linear", Unreadable())
+    monkeypatch.setitem(kinds.KINDS, "linear", Unreadable())
     exactly(layer(x), y)
 
 
@@ -277,7 +277,7 @@ def test_what_acts_on_the_output_does_not_read_the_weight(terms: Terms, monkeypa
 )
 def test_no_matrix_of_the_weights_size_is_kept(make: Make, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     base = make().to(dtype)
-    layer = attached(base, Terms(4), dtype)
+    layer = attached(base, GLoRADelta(4), dtype)
     x = torch.randn(shape, dtype=dtype)
     kept = kept_for_backward(lambda: layer(x), beyond=[x, *layer.parameters()])
     outputs = base(x).nbytes
@@ -285,8 +285,8 @@ def test_no_matrix_of_the_weights_size_is_kept(make: Make, shape: tuple[int, ...
     assert kept <= 4 * outputs + 8 * 1024
 
 
-@pytest.mark.parametrize("terms", [Terms(2), *MIXED], ids=forms)
-def test_it_compiles_whole(terms: Terms) -> None:
+@pytest.mark.parametrize("terms", [GLoRADelta(2), *MIXED], ids=forms)
+def test_it_compiles_whole(terms: GLoRADelta) -> None:
     torch._dynamo.reset()
     layer, x = shaken(attached(nn.Linear(5, 4), terms)), torch.randn(6, 5).double()
     exactly(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x))
@@ -296,11 +296,11 @@ def test_it_compiles_whole(terms: Terms) -> None:
 
 
 @pytest.mark.parametrize("terms", [t for t in ALL[:-1] if t.A != "lora"][::5], ids=forms)
-def test_the_low_rank_form_is_exact(terms: Terms) -> None:
+def test_the_low_rank_form_is_exact(terms: GLoRADelta) -> None:
     model = nn.Sequential(nn.Linear(5, 4))
     x = torch.randn(6, 5)
     lorary.attach(model, lorary.plan(model, method(terms), "0"))
-    shaken(adapted(model)["0"])
+    shaken(adapted_layers(model)["0"])
     y = model(x).detach()
     form = lorary.Adapter.of(model).low_rank(model)["0"]
     base = lorary.detach(model)[0]
@@ -325,7 +325,7 @@ def test_what_has_no_low_rank_form_says_why() -> None:
     lorary.detach(model)
     lorary.attach(model, lorary.plan(model, lorary.method("glora", A="vector"), "0"))
     with torch.no_grad():
-        adapted(model)["0"].params["Ad"][1] = -1
+        adapted_layers(model)["0"].params["Ad"][1] = -1
     with pytest.raises(MethodError, match="A is -1 at 1 of 4 outputs, where nothing of W is left to add B to"):
         lorary.Adapter.of(model).low_rank(model)
 
@@ -334,8 +334,8 @@ def test_what_has_no_low_rank_form_says_why() -> None:
 
 
 @pytest.mark.parametrize("terms", ALL[::13], ids=forms)
-def test_a_drawn_structure_is_the_one_of_its_slices(terms: Terms) -> None:
-    layer, x = shaken(attached(nn.Linear(5, 4), Terms(3), supernet=True)), torch.randn(6, 5).double()
+def test_a_drawn_structure_is_the_one_of_its_slices(terms: GLoRADelta) -> None:
+    layer, x = shaken(attached(nn.Linear(5, 4), GLoRADelta(3), supernet=True)), torch.randn(6, 5).double()
     slices = terms.slices(layer.tensors)
     W, b = dense(layer, terms, slices)
     whole = layer(x)
@@ -364,7 +364,7 @@ def test_draws_depend_on_seed_step_and_name_alone() -> None:
     rules = lorary.rules(model, 10)
     seen = []
     for step in range(1, 8):
-        now = [layer.active_structure for layer in adapted(model).values()]
+        now = [layer.active_structure for layer in adapted_layers(model).values()]
         assert now == [rule.drawn(p.delta, p.site, step) for p in plan.sites]
         seen.append(tuple(now))
         rules.after_step()
@@ -374,32 +374,32 @@ def test_draws_depend_on_seed_step_and_name_alone() -> None:
     lorary.detach(model)
     lorary.attach(model, lorary.plan(model, plan.method))
     other = lorary.rules(model, 10)
-    assert tuple(layer.active_structure for layer in adapted(model).values()) == seen[0]
+    assert tuple(layer.active_structure for layer in adapted_layers(model).values()) == seen[0]
     other.load_state_dict(rules.state_dict())
-    assert [layer.active_structure for layer in adapted(model).values()] == [
+    assert [layer.active_structure for layer in adapted_layers(model).values()] == [
         rule.drawn(p.delta, p.site, 8) for p in plan.sites
     ]
-    assert RandomStructures(6).drawn(Terms(3), plan.sites[0].site, 1) != seen[0][0]
+    assert RandomStructures(6).drawn(GLoRADelta(3), plan.sites[0].site, 1) != seen[0][0]
 
 
 def test_every_structure_is_drawn_and_none_much_more_often() -> None:
-    site = sites.site("x", nn.Linear(4, 4))
-    drawn = [RandomStructures(0).drawn(Terms(3), site, step) for step in range(432 * 12)]
+    site = kinds.site("x", nn.Linear(4, 4))
+    drawn = [RandomStructures(0).drawn(GLoRADelta(3), site, step) for step in range(432 * 12)]
     counts = [drawn.count(terms) for terms in ALL]
     assert min(counts) > 0
     assert max(counts) < 36  # 12 on average: Poisson's tail beyond three times that is under 1e-8
 
 
 def test_a_layer_without_a_bias_is_drawn_no_d() -> None:
-    site = sites.site("x", nn.Linear(4, 4, bias=False))
-    assert {RandomStructures(0).drawn(Terms(3), site, step).D for step in range(200)} == {"none"}
+    site = kinds.site("x", nn.Linear(4, 4, bias=False))
+    assert {RandomStructures(0).drawn(GLoRADelta(3), site, step).D for step in range(200)} == {"none"}
 
 
 def test_slices_of_several_steps_train_one_tensor() -> None:
-    layer, x = attached(nn.Linear(5, 4), Terms(3), supernet=True), torch.randn(6, 5).double()
+    layer, x = attached(nn.Linear(5, 4), GLoRADelta(3), supernet=True), torch.randn(6, 5).double()
     optimizer = torch.optim.SGD(layer.params.values(), lr=0.1)
     for a in ("scalar", "vector", "lora"):
-        layer.active_structure = Terms(3, a, "none", "none", "none", "none")
+        layer.active_structure = GLoRADelta(3, a, "none", "none", "none", "none")
         before = layer.params["Ad"].detach().clone()
         loss_of(layer(x)).backward()
         optimizer.step()
@@ -568,7 +568,7 @@ def test_the_shift_is_remembered_for_the_precision_that_it_was_worked_out_in() -
     x = torch.randn(2, 16)
     with torch.no_grad():
         exact = model(x)
-        adapted(model)["0"].cached.clear()
+        adapted_layers(model)["0"].cached.clear()
         with torch.autocast("cpu", torch.bfloat16):
             assert not torch.equal(model(x).float(), exact)
         assert torch.equal(model(x), exact)

@@ -16,10 +16,10 @@ import transformers
 from torch import Tensor
 
 import lorary
+from lorary.adapters import export_peft
 from lorary.errors import FileError, MethodError, PlanError
-from lorary.formats import export_peft
-from lorary.methods.longlora import Extended
-from lorary.positions import PositionsWarning
+from lorary.layers.rope import PositionsWarning
+from lorary.methods.longlora import LongContext
 
 from .. import tiny
 
@@ -70,7 +70,7 @@ def test_counts_on_llama_2_7b() -> None:
     assert sum(n for name, n in sizes.items() if "norm" in name) == 266_240
     assert plan.trainable == sum(p.trainable for p in plan.sites) + sum(sizes.values()) == 139_726_848
     assert f"{plan.share:.2%}" == "2.07%"
-    assert plan.method.context == Extended(32768, factor=8.0, known=4096)
+    assert plan.method.context == LongContext(32768, factor=8.0, known=4096)
     assert "lm_head.weight" not in sizes
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lorary
-from lorary.adapted import adapted
+from lorary.layers.adapted import adapted_layers
 
 from .layers import EACH, LAYERS, attached, loss_of, shake, signature
 
@@ -137,7 +137,7 @@ def test_fused_projections_learn_a_pair_each() -> None:
     model = Attention()
     method = lorary.method(r=2, alpha=6.0)
     lorary.attach(model, lorary.plan(model, method, "c_attn[q,v]"), dtype=torch.float64)
-    layer = shake(adapted(model)["c_attn"])
+    layer = shake(adapted_layers(model)["c_attn"])
     B, A = layer.params["B"], layer.params["A"]
     assert A.shape == (4, 5)
     assert B.shape == (10, 2)
@@ -150,7 +150,7 @@ def test_fused_projections_learn_a_pair_each() -> None:
 def test_dropout_acts_on_the_input_of_the_adapter_and_only_in_training() -> None:
     model = nn.Sequential(nn.Linear(400, 4, bias=False))
     lorary.attach(model, lorary.plan(model, lorary.method(r=2, dropout=0.5), "0"))
-    layer = shake(adapted(model)["0"])
+    layer = shake(adapted_layers(model)["0"])
     x = torch.ones(1, 400)
     model.eval()
     exact = layer(x) - layer.base(x)

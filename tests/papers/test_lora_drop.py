@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 import lorary
-from lorary import plans
-from lorary.adapted import adapted
-from lorary.adapter import Adapter
+from lorary.adapters import export_peft
+from lorary.adapters.adapter import Adapter
+from lorary.analysis.importance import drop_layers
 from lorary.errors import PlanError
-from lorary.formats import export_peft
+from lorary.layers.adapted import adapted_layers
 from lorary.methods.lora_drop import Importance, Measured
-from lorary.probing import drop_layers
+from lorary.model import plan
 
 NAMES = [f"layers.{i}.{kind}" for i in range(4) for kind in ("up", "down")]
 KEPT = ["layers.2.up", "layers.0.down"]
@@ -74,7 +74,7 @@ def train(model: nn.Module, steps: int = 5, **settings: Any) -> torch.optim.Opti
 def sets(model: nn.Module, role: str) -> dict[str, list[str]]:
     """The sites by the one tensor that they hold."""
     found: dict[int, list[str]] = {}
-    for name, layer in adapted(model).items():
+    for name, layer in adapted_layers(model).items():
         found.setdefault(id(layer.params[role]), []).append(name)
     return {names[0]: names for names in found.values()}
 
@@ -120,7 +120,7 @@ def counted(model: nn.Module) -> None:
 
 def test_what_is_shared_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     counted(started())
-    monkeypatch.setattr(plans, "unique_tensor_sets", list)  # planted: every site counts its own
+    monkeypatch.setattr(plan, "unique_tensor_sets", list)  # planted: every site counts its own
     with pytest.raises(AssertionError):
         counted(started())
 
@@ -134,27 +134,29 @@ def test_gradients_of_what_is_shared_are_summed() -> None:
                 p.normal_()
     apart = Net().double()
     lorary.attach(apart, lorary.plan(apart, lorary.method(r=2, alpha=4.0)), dtype=torch.float64)
-    for mine, its in zip(adapted(model).values(), adapted(apart).values(), strict=True):
+    for mine, its in zip(adapted_layers(model).values(), adapted_layers(apart).values(), strict=True):
         its.load({role: p.detach() for role, p in mine.params.items()})
     x, y = batch(torch.float64)
     for each in (model, apart):
         (each(x) - y).square().mean().backward()
     for names in SHARED.values():
         for role in "AB":
-            expected = sum(adapted(apart)[name].params[role].grad for name in names)
-            torch.testing.assert_close(adapted(model)[names[0]].params[role].grad, expected, rtol=1e-12, atol=1e-14)
+            expected = sum(adapted_layers(apart)[name].params[role].grad for name in names)
+            torch.testing.assert_close(
+                adapted_layers(model)[names[0]].params[role].grad, expected, rtol=1e-12, atol=1e-14
+            )
 
 
 def test_a_step_moves_what_is_shared_once() -> None:
     """Decoupled decay alone shrinks a tensor by 1 - lr * decay, however many layers hold it."""
     model = started()
-    before = {name: layer.params["A"].detach().clone() for name, layer in adapted(model).items()}
+    before = {name: layer.params["A"].detach().clone() for name, layer in adapted_layers(model).items()}
     optimizer = torch.optim.AdamW(lorary.param_groups(model, lr=0.1, weight_decay=0.5))
     for p in model.parameters():
         if p.requires_grad:
             p.grad = torch.zeros_like(p)
     optimizer.step()
-    for name, layer in adapted(model).items():
+    for name, layer in adapted_layers(model).items():
         torch.testing.assert_close(layer.params["A"].detach(), before[name] * 0.95)
 
 
@@ -178,7 +180,11 @@ def test_every_form_of_the_finished_adapter_is_the_same_function(names: tuple[st
     lorary.save(model, tmp_path / "own")
     again = lorary.load(Net(), tmp_path / "own", trainable=True)
     assert torch.equal(again(x), y)
-    role = "A" if "A" in adapted(model)["layers.0.up"].params else next(iter(adapted(model)["layers.0.up"].params))
+    role = (
+        "A"
+        if "A" in adapted_layers(model)["layers.0.up"].params
+        else next(iter(adapted_layers(model)["layers.0.up"].params))
+    )
     assert sets(again, role) == SHARED, "they go on learning in common"
     export_peft(adapter, tmp_path / "peft")
     plain = lorary.load(Net(), tmp_path / "peft", trainable=True)
@@ -224,4 +230,4 @@ def test_sites_that_cannot_share_are_refused() -> None:
     shared = tuple(dataclasses.replace(p, share="up") for p in pissa.sites)
     with pytest.raises(PlanError, match="shares what it learns, and Principal starts at the weight of each layer"):
         lorary.attach(model, dataclasses.replace(pissa, sites=shared))
-    assert not adapted(model)
+    assert not adapted_layers(model)

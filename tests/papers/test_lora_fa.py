@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 import lorary
-from lorary.accounting import kept_for_backward
-from lorary.adapted import adapted
+from lorary.analysis.memory.live_bytes import kept_for_backward
+from lorary.layers.adapted import adapted_layers
 
 
 def attached(*names: str, width: int = 24, **options: float) -> nn.Module:
@@ -18,7 +18,7 @@ def attached(*names: str, width: int = 24, **options: float) -> nn.Module:
 
 def test_a_never_changes_and_b_does() -> None:
     model = attached("lora-fa")
-    layer = adapted(model)["0"]
+    layer = adapted_layers(model)["0"]
     before = layer.params["A"].clone()
     optimizer = torch.optim.AdamW(lorary.param_groups(model, lr=0.1, weight_decay=0.1))
     for _ in range(5):
@@ -36,13 +36,13 @@ def test_the_gradient_of_b_is_that_of_lora() -> None:
     for names in ((), ("lora-fa",)):
         model = attached(*names)
         model(x).square().sum().backward()
-        grads.append(adapted(model)["0"].params["B"].grad)
+        grads.append(adapted_layers(model)["0"].params["B"].grad)
     assert torch.equal(*grads)
 
 
 def test_the_update_stays_in_the_row_space_of_a() -> None:
     model = attached("lora-fa")
-    layer = adapted(model)["0"]
+    layer = adapted_layers(model)["0"]
     with torch.no_grad():
         layer.params["B"].normal_()
     update = layer.merged()[0] - layer.weight

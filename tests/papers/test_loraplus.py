@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lorary
-from lorary.adapted import adapted
+from lorary.layers.adapted import adapted_layers
 
 
 def attached(*names: str, **options: float) -> nn.Module:
@@ -25,7 +25,7 @@ def trained(model: nn.Module, steps: int = 5, decay: float = 0.0) -> list[torch.
         optimizer.zero_grad()
         model(x).square().sum().backward()
         optimizer.step()
-    return [p.detach() for layer in adapted(model).values() for p in layer.params.values()]
+    return [p.detach() for layer in adapted_layers(model).values() for p in layer.params.values()]
 
 
 @pytest.mark.parametrize("ratio", [16, 80, 2.5])
@@ -36,7 +36,7 @@ def test_groups_by_role(ratio: float) -> None:
     slow, fast = rows["A"], rows[f"B x{ratio:g}"]
     assert slow["lr"] == 0.001
     assert fast["lr"] == 0.001 * ratio
-    layers = adapted(model).values()
+    layers = adapted_layers(model).values()
     assert [id(p) for p in slow["params"]] == [id(layer.params["A"]) for layer in layers]
     assert [id(p) for p in fast["params"]] == [id(layer.params["B"]) for layer in layers]  # convolutions too
 

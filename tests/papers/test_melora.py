@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import lorary
-from lorary.adapted import adapted
-from lorary.adapter import Adapter
+from lorary.adapters.adapter import Adapter
+from lorary.layers.adapted import adapted_layers
 
 from .layers import (
     EACH_EVEN,
@@ -103,7 +103,7 @@ def test_one_of_them_is_lora(make: Any) -> None:
 def test_exported_it_is_lora_of_rank_n_r(make: Any, x: Any) -> None:
     model = nn.Sequential(make().double())
     lorary.attach(model, lorary.plan(model, lorary.method("melora", r=2, n=2, alpha=6.0), "0"), dtype=torch.float64)
-    layer = shake(adapted(model)["0"])
+    layer = shake(adapted_layers(model)["0"])
     form = Adapter.of(model).low_rank()["0"]
     assert form.A.shape[0] == 4
     # alpha' = n alpha: (n alpha) / (n r) is the small LoRAs' own scale
@@ -122,7 +122,7 @@ def test_the_parts_of_a_fused_weight_are_each_cut_into_slices() -> None:
     model = Attention()
     method = lorary.method("melora", r=1, n=2, alpha=3.0)
     lorary.attach(model, lorary.plan(model, method, "c_attn[q,v]"), dtype=torch.float64)
-    layer = shake(adapted(model)["c_attn"])
+    layer = shake(adapted_layers(model)["c_attn"])
     A, B = layer.params["A"].detach(), layer.params["B"].detach()
     assert (A.shape, B.shape) == ((4, 3), (12, 1))
     update = layer.merged()[0] - layer.weight

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import lorary
-from lorary.adapted import adapted
-from lorary.adapter import Adapter
+from lorary.adapters.adapter import Adapter
+from lorary.layers.adapted import adapted_layers
 
 from .layers import EACH_EVEN, attached, dense_gradients, exactly, gradients, matrix, same_function, shake, signature
 
@@ -87,7 +87,7 @@ def test_exported_it_is_lora_of_rank_n_r(make: Any, x: Any) -> None:
     model = nn.Sequential(make().double())
     method = lorary.method("multilora", r=2, n=N, alpha=6.0)
     lorary.attach(model, lorary.plan(model, method, "0"), dtype=torch.float64)
-    layer = shake(adapted(model)["0"])
+    layer = shake(adapted_layers(model)["0"])
     form = Adapter.of(model).low_rank()["0"]
     assert form.A.shape[0] == 2 * N
     assert torch.equal(form.A, layer.params["A"].float())  # gamma and s are in B
@@ -105,7 +105,7 @@ def test_the_parts_of_a_fused_weight_have_loras_of_their_own() -> None:
     model = Attention()
     method = lorary.method("multilora", r=1, n=N, alpha=3.0)
     lorary.attach(model, lorary.plan(model, method, "c_attn[q,v]"), dtype=torch.float64)
-    layer = shake(adapted(model)["c_attn"])
+    layer = shake(adapted_layers(model)["c_attn"])
     p = {role: t.detach() for role, t in layer.params.items()}
     assert {role: tuple(t.shape) for role, t in p.items()} == {"A": (4, 6), "B": (12, 2), "gamma": (24,)}
     update = (layer.merged()[0] - layer.weight).detach()
@@ -119,11 +119,11 @@ def test_it_learns() -> None:
     """Gamma and B both at zero would be a start from which nothing ever moves."""
     model = nn.Sequential(nn.Linear(6, 4))
     lorary.attach(model, lorary.plan(model, lorary.method("multilora", r=2, n=N), "0"))
-    before = {role: p.detach().clone() for role, p in adapted(model)["0"].params.items()}
+    before = {role: p.detach().clone() for role, p in adapted_layers(model)["0"].params.items()}
     optimizer = torch.optim.SGD(lorary.param_groups(model, lr=0.1))
     x = torch.randn(5, 6)
     for _ in range(2):
         optimizer.zero_grad()
         model(x).square().sum().backward()
         optimizer.step()
-    assert all(not torch.equal(before[role], p) for role, p in adapted(model)["0"].params.items())
+    assert all(not torch.equal(before[role], p) for role, p in adapted_layers(model)["0"].params.items())

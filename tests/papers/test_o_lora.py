@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import lorary
-from lorary.adapted import adapted
-from lorary.adapter import Adapter
+from lorary.adapters import export_peft
+from lorary.adapters.adapter import Adapter
 from lorary.errors import MethodError, PlanError, StateError
-from lorary.formats import export_peft
-from lorary.methods.o_lora import AwayFrom, Tasks, basis
+from lorary.layers.adapted import adapted_layers
+from lorary.methods.o_lora import OrthogonalToPast, SequentialLoRA, basis
 
 from .. import tiny
 from .layers import EACH, attached, exactly, signature
@@ -66,7 +66,7 @@ def tasks(n: int, **options: Any) -> list[Adapter]:
 
 
 def layers(model: nn.Module) -> dict[str, Any]:
-    return adapted(model)
+    return adapted_layers(model)
 
 
 # --- the first task ---------------------------------------------------------------------------------------------------
@@ -95,10 +95,12 @@ def test_a_later_task_starts_at_the_sum_of_the_earlier_ones(make: Any, x: Any) -
         for p in first.params.values():
             p.copy_(torch.randn_like(p).float())  # adapters are values in 32 bits
     model = nn.Sequential(first.base)
-    past = lorary.Adapter(first.method, (lorary.Placed(first.site, first.method),), {"0": dict(first.params.items())})
+    past = lorary.Adapter(
+        first.method, (lorary.AdaptedSite(first.site, first.method),), {"0": dict(first.params.items())}
+    )
     plan = lorary.plan(model, lorary.method("o-lora", r=R, alpha=6.0), "0", after=[past])
     lorary.attach(model, plan, dtype=torch.float64)
-    layer, inputs = adapted(model)["0"], x()
+    layer, inputs = adapted_layers(model)["0"], x()
     assert layer.scale == 3.0
     W = layer.kind.matrix(layer.base).detach() + 4.0 * (first.params["B"] @ first.params["A"]).detach()
     torch.testing.assert_close(
@@ -165,18 +167,18 @@ def test_the_penalty_in_both_forms() -> None:
     sums = {"authors": sum(abs(e) for e in entries), "paper": sum(e * e for e in entries)}
     assert len(entries) == 3 * R * R
     for form, total in sums.items():
-        one, mean = AwayFrom(0.7, form, mean=False), AwayFrom(0.7, form)
+        one, mean = OrthogonalToPast(0.7, form, mean=False), OrthogonalToPast(0.7, form)
         assert one.penalty(every, {}).item() == pytest.approx(0.7 * total, rel=1e-12)
         assert mean.penalty(every, {}).item() == pytest.approx(0.7 * total / len(entries), rel=1e-12)
-        assert AwayFrom(0.7, form, hard=True).penalty(every, {}) == 0.0
-        assert AwayFrom(0.0, form).penalty(every, {}) == 0.0
+        assert OrthogonalToPast(0.7, form, hard=True).penalty(every, {}) == 0.0
+        assert OrthogonalToPast(0.0, form).penalty(every, {}) == 0.0
 
 
 def test_the_penalty_on_the_norms() -> None:
     model = second()
     every = list(layers(model).values())
     norms = sum(float((layer.params[role].detach() ** 2).sum()) ** 0.5 for layer in every for role in "AB")
-    assert AwayFrom(0.0, norms=0.2).penalty(every, {}).item() == pytest.approx(0.2 * norms, rel=1e-12)
+    assert OrthogonalToPast(0.0, norms=0.2).penalty(every, {}).item() == pytest.approx(0.2 * norms, rel=1e-12)
 
 
 def test_only_a_has_a_gradient_from_the_penalty() -> None:
@@ -195,7 +197,7 @@ def test_the_gradient_is_zero_where_the_rows_are_orthogonal(form: str) -> None:
         for layer in every:
             layer.params["A_past"].zero_().fill_diagonal_(2.0)
             layer.params["A"][:, :R] = 0
-    penalty = AwayFrom(0.7, form).penalty(every, {})
+    penalty = OrthogonalToPast(0.7, form).penalty(every, {})
     penalty.backward()
     assert penalty.item() == 0
     assert all(not layer.params["A"].grad.any() for layer in every)
@@ -397,7 +399,7 @@ def test_every_form_of_three_tasks_is_the_same_function(tmp_path: Path) -> None:
     y = model(x).detach()
     adapter = done[-1]
     assert {form.A.shape[0] for form in adapter.low_rank().values()} == {3 * R}
-    assert {p.delta for p in adapter.sites} == {Tasks(R, (R, R))}
+    assert {p.delta for p in adapter.sites} == {SequentialLoRA(R, (R, R))}
     lorary.save(model, tmp_path / "own")
     assert torch.equal(lorary.load(net(single), tmp_path / "own")(x), y)
     export_peft(adapter, tmp_path / "peft")
@@ -439,7 +441,7 @@ def test_a_task_starts_elsewhere_than_the_ones_before_whatever_the_seed() -> Non
     for _ in range(3):
         model = copy.deepcopy(base)
         lorary.attach(model, lorary.plan(model, method, ["q_proj"], after=past), seed=7)
-        layer = next(iter(adapted(model).values()))
+        layer = next(iter(adapted_layers(model).values()))
         starts.append(layer.params["A"].detach().clone())
         with torch.no_grad():
             layer.params["B"].normal_()

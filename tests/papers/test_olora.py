@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import lorary
-from lorary.adapted import adapted
-from lorary.adapter import Adapter
+from lorary.adapters.adapter import Adapter
+from lorary.layers.adapted import adapted_layers
 
 from .layers import EACH_EVEN, attached, dense_gradients, exactly, gradients, matrix, same_function, shake, signature
 
@@ -115,7 +115,7 @@ def test_on_the_unmodified_base_it_is_lora_of_twice_the_rank(make: Any, x: Any, 
     model = nn.Sequential(base)
     method = lorary.method("olora", r=2, alpha=6.0, divide=divide)
     lorary.attach(model, lorary.plan(model, method, "0"), dtype=torch.float64)
-    layer = shake(adapted(model)["0"])
+    layer = shake(adapted_layers(model)["0"])
     form = Adapter.of(model).low_rank()["0"]
     assert form.A.shape[0] == 4
     inputs = x()

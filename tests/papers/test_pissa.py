@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import lorary
-from lorary.adapted import adapted
-from lorary.adapter import Adapter
-from lorary.methods.pissa import Principal
-from lorary.sites import Part, Site
+from lorary.adapters.adapter import Adapter
+from lorary.layers.adapted import adapted_layers
+from lorary.methods.pissa import SVDInit
+from lorary.spec.site import Part, Site
 
 from .layers import EACH_EVEN, attached, dense_gradients, exactly, gradients, matrix, same_function, shake, signature
 
@@ -46,7 +46,7 @@ def test_of_a_base_in_16_bits_the_rest_alone_is_rounded() -> None:
     model = nn.Sequential(nn.Linear(64, 48).bfloat16())
     W = model[0].weight.detach().float().clone()
     lorary.attach(model, lorary.plan(model, lorary.method("pissa", r=8), "0"))
-    layer = adapted(model)["0"]
+    layer = adapted_layers(model)["0"]
     start = layer.scale * layer.params["B"].detach() @ layer.params["A"].detach()
     assert layer.weight.dtype == torch.bfloat16
     torch.testing.assert_close(layer.weight.float(), (W - start).bfloat16().float(), rtol=0, atol=0)
@@ -80,7 +80,7 @@ def test_a_fused_weights_parts_are_decomposed_one_by_one() -> None:
     site = Site("x", "linear", 12, 6, False, (Part("q", 0, 2, 6, 2), Part("v", 4, 2, 6, 2)))
     W = torch.randn(12, 6)
     p = {"A": torch.zeros(4, 6), "B": torch.zeros(8, 2)}
-    Principal()(p, W, site, 1.0, torch.Generator())
+    SVDInit()(p, W, site, 1.0, torch.Generator())
     rows = [[0, 1, 6, 7], [4, 5, 10, 11]]
     for i, part in enumerate(rows):
         U, S, Vh = torch.linalg.svd(W[part], full_matrices=False)
@@ -114,7 +114,7 @@ def test_on_the_unmodified_base_it_is_lora_of_twice_the_rank(make: Any, x: Any, 
     plain.load_state_dict(base.state_dict())
     model = nn.Sequential(base)
     lorary.attach(model, lorary.plan(model, lorary.method(*names, r=2, alpha=6.0), "0"), dtype=torch.float64)
-    layer = shake(adapted(model)["0"])
+    layer = shake(adapted_layers(model)["0"])
     form = Adapter.of(model).low_rank()["0"]
     assert form.A.shape[0] == 4
     assert form.gain is None
@@ -153,7 +153,7 @@ def test_power_iterations_bring_it_closer(shape: tuple[int, int]) -> None:
     S = torch.linalg.svdvals(W)
     for niter in (1, 2, 4, 8):
         p = {"A": torch.zeros(16, shape[1]), "B": torch.zeros(shape[0], 16)}
-        Principal(niter)(p, W, site, 2.0, torch.Generator().manual_seed(0))
+        SVDInit(niter)(p, W, site, 2.0, torch.Generator().manual_seed(0))
         rest = torch.linalg.matrix_norm(W - 2.0 * p["B"] @ p["A"], 2)
         errors.append((rest / S[16] - 1).item())
     assert errors == sorted(errors, reverse=True) or max(errors[1:]) < 1e-4
@@ -175,7 +175,7 @@ def test_the_fast_one_depends_on_the_seed_alone() -> None:
         model = nn.Sequential(nn.Linear(40, 30))
         torch.manual_seed(seed + 5)
         lorary.attach(model, lorary.plan(model, lorary.method("pissa", r=4, niter=1), "0"), seed=seed)
-        return adapted(model)["0"].params["A"].detach()
+        return adapted_layers(model)["0"].params["A"].detach()
 
     assert torch.equal(start(0), start(0))
     assert not torch.equal(start(0), start(1))
@@ -184,7 +184,7 @@ def test_the_fast_one_depends_on_the_seed_alone() -> None:
 def test_the_fast_one_is_faster() -> None:
     W, site = torch.randn(1024, 1024), Site("x", "linear", 1024, 1024, False)
     seconds = []
-    for init in (Principal(None), Principal(4)):
+    for init in (SVDInit(None), SVDInit(4)):
         p = {"A": torch.zeros(16, 1024), "B": torch.zeros(1024, 16)}
         before = time.process_time()
         init(p, W, site, 1.0, torch.Generator().manual_seed(0))

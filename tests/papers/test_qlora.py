@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lorary
-from lorary.adapted import adapted
-from lorary.kernels.nf4 import CODE, DYNAMIC, pack, unpack
-from lorary.storage.nf4 import NF4, NF4Linear
-from lorary.weights import weight
+from lorary.kernels.nf4 import CODE, DYNAMIC, dequantize, quantize
+from lorary.layers.adapted import adapted_layers
+from lorary.layers.nf4 import NF4, NF4Linear
+from lorary.layers.quantized_weight import weight
 from tests import tiny
 
 from .layers import attached, dense_gradient, loss_of, shake, signature
@@ -51,8 +51,8 @@ def test_they_are_quantiles_of_the_normal_distribution() -> None:
 @pytest.mark.parametrize("double", [True, False])
 def test_packing_loses_half_a_gap_at_most_and_nothing_twice(double: bool) -> None:
     W = torch.randn(96, 200)
-    once = unpack(pack(W, double=double))
-    assert torch.equal(pack(once, double=False).codes, pack(W, double=double).codes)
+    once = dequantize(quantize(W, double=double))
+    assert torch.equal(quantize(once, double=False).codes, quantize(W, double=double).codes)
     if not double:
         largest = W.flatten().view(-1, 64).abs().amax(1, keepdim=True)
         upper = torch.searchsorted(CODE, (W.flatten().view(-1, 64) / largest).clamp(-1, 1)).clamp(min=1)
@@ -64,7 +64,7 @@ def test_packing_loses_half_a_gap_at_most_and_nothing_twice(double: bool) -> Non
 
 def test_largest_values_in_8_bits_are_within_1_5_percent() -> None:
     W = torch.randn(512, 512) * 0.02
-    packed = pack(W)
+    packed = quantize(W)
     found = DYNAMIC[packed.absmax.int()].view(-1, 256) * packed.nested_absmax[:, None] + packed.nested_offset
     largest = W.view(-1, 64).abs().amax(1)
     error = ((found.flatten() - largest) / largest).abs().max().item()
@@ -112,7 +112,7 @@ def test_the_gradient_reaches_what_comes_before_the_packed_layers() -> None:
     lorary.attach(model, lorary.plan(model, lorary.method("qlora", r=2)))
     tiny.shaken(model)
     model(tiny.ids(), labels=tiny.ids()).loss.backward()
-    first, last = (list(adapted(model).values())[i] for i in (0, -1))
+    first, last = (list(adapted_layers(model).values())[i] for i in (0, -1))
     assert all(layer.params[role].grad.abs().max() > 0 for layer in (first, last) for role in "AB")
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lorary
-from lorary.adapted import adapted
+from lorary.layers.adapted import adapted_layers
 
 RANKS = [4, 16, 64, 256, 1024]
 
@@ -29,7 +29,7 @@ def first_step(*names: str, r: int) -> float:
         before = model(x)
         lorary.attach(model, lorary.plan(model, lorary.method(*names, r=r, alpha=1.0), "0"), seed=seed)
         model(x).sum().backward()
-        B = adapted(model)["0"].params["B"]
+        B = adapted_layers(model)["0"].params["B"]
         with torch.no_grad():
             B -= 0.01 * B.grad
         moves.append((model(x) - before).abs().mean().item())
@@ -59,7 +59,7 @@ def test_the_first_step_in_closed_form(names: tuple[str, ...], r: int) -> None:
     lorary.attach(model, lorary.plan(model, lorary.method(*names, r=r, alpha=2.0), "0"), dtype=torch.float64)
     Gy = torch.randn(1, 8).double()
     model(x).backward(Gy)
-    layer = adapted(model)["0"]
+    layer = adapted_layers(model)["0"]
     with torch.no_grad():
         layer.params["B"] -= 0.01 * layer.params["B"].grad
     expected = -0.01 * layer.scale**2 * (x @ layer.params["A"].T).square().sum() * Gy

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import lorary
-from lorary.adapted import adapted
-from lorary.adapter import Adapter
-from lorary.sites import Part
+from lorary.adapters.adapter import Adapter
+from lorary.layers.adapted import adapted_layers
+from lorary.spec.site import Part
 
 from .. import tiny
 from .layers import EACH_EVEN, attached, dense_gradients, exactly, gradients, matrix, same_function, shake, signature
@@ -26,7 +26,7 @@ def vera(p: Any) -> Tensor:
 
 def bank(model: nn.Module) -> Any:
     """The one module that holds A and B."""
-    (only,) = {id(layer.shared): layer.shared for layer in adapted(model).values()}.values()
+    (only,) = {id(layer.shared): layer.shared for layer in adapted_layers(model).values()}.values()
     return only
 
 
@@ -56,7 +56,7 @@ def test_the_projections_are_uniform_within_the_root_of_six_over_the_fan() -> No
     """Kaiming's bound for a gain of the square root of 2, unlike LoRA's start: 0.61 for 16 inputs."""
     model = nn.Sequential(nn.Linear(16, 200))
     lorary.attach(model, lorary.plan(model, lorary.method("vera", r=300), "0"))
-    A, B = (adapted(model)["0"].tensors[role] for role in "AB")
+    A, B = (adapted_layers(model)["0"].tensors[role] for role in "AB")
     for tensor, bound in ((A, math.sqrt(6 / 16)), (B, math.sqrt(6 / 300))):
         assert 0.97 * bound < tensor.abs().max() <= bound
         assert tensor.var().item() == pytest.approx(bound**2 / 3, rel=0.05)
@@ -113,7 +113,7 @@ def test_the_parts_of_a_fused_weight_have_vectors_of_their_own() -> None:
 
     model = Attention()
     lorary.attach(model, lorary.plan(model, lorary.method("vera", r=3), "c_attn[q,v]"), dtype=torch.float64)
-    layer = shake(adapted(model)["c_attn"])
+    layer = shake(adapted_layers(model)["c_attn"])
     assert [type(part) for part in layer.site.parts] == [Part, Part]
     p = layer.tensors
     assert {role: tuple(t.shape) for role, t in p.items()} == {"A": (3, 6), "B": (6, 3), "b": (12,), "d": (6,)}
@@ -138,7 +138,7 @@ def test_on_the_unmodified_base_it_is_lora_of_the_same_rank() -> None:
     model = llama()
     tiny.shaken(model)
     forms = Adapter.of(model).low_rank()
-    for name, layer in adapted(model).items():
+    for name, layer in adapted_layers(model).items():
         form = forms[name]
         assert form.A.shape[0] == 6
         assert form.gain is None
@@ -158,7 +158,7 @@ def one(model: nn.Module) -> None:
     """All layers look at the leading corner of the same two tensors."""
     whole = bank(model).tensors
     assert {role: tuple(t.shape) for role, t in whole.items()} == {"A": (6, 40), "B": (24, 6)}
-    for layer in adapted(model).values():
+    for layer in adapted_layers(model).values():
         for role, tensor in layer.tensors.items():
             if role in whole:
                 assert tensor.data_ptr() == whole[role].data_ptr()
@@ -242,6 +242,6 @@ def test_ranks_of_their_own_look_at_fewer_rows() -> None:
     model = tiny.seeded("LlamaForCausalLM")
     lorary.attach(model, lorary.plan(model, lorary.method("vera", r=6), ranks={"*.mlp.*": 2}))
     whole = bank(model).tensors["A"]
-    small = adapted(model)["model.layers.0.mlp.up_proj"].tensors["A"]
+    small = adapted_layers(model)["model.layers.0.mlp.up_proj"].tensors["A"]
     assert small.shape == (2, 16)
     assert torch.equal(small, whole[:2, :16])

@@ -18,11 +18,12 @@ from accelerate.state import AcceleratorState
 from torch.distributed.tensor import DTensor
 
 import lorary
-from lorary.adapted import adapted as layers_of
 from lorary.errors import TrainingError
+from lorary.layers.adapted import adapted_layers as layers_of
 from lorary.methods.lora_drop import Measured
-from lorary.train import run, saving
-from lorary.train.config_file import from_dict
+from lorary.train import run
+from lorary.train.config.load import from_dict
+from lorary.train.trainer import resume
 from tests.train.runs import adapted, dpo, llama, log, rows, sft
 
 torch.set_num_threads(1)
@@ -127,7 +128,7 @@ def from_configuration(out: Path, batch_size: int) -> dict[str, Any]:
 
 def _plain(trainer: Any) -> dict[str, Any]:
     """The adapter as it would be saved: without the directions that a rule has masked."""
-    adapter = saving.taken(trainer.plain_model(), trainer.fingerprint).compact()
+    adapter = resume.taken(trainer.plain_model(), trainer.fingerprint).compact()
     return {f"{site}.{role}": t.tolist() for site, roles in adapter.tensors.items() for role, t in roles.items()}
 
 

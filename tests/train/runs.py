@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, SFTConfig
 
 import lorary
-from lorary.train.dpo import DPOTrainer
-from lorary.train.sft import SFTTrainer
+from lorary.train.trainer.dpo import DPOTrainer
+from lorary.train.trainer.sft import SFTTrainer
 from tests.train.small import tokenizer
 
 VOCABULARY = 300

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorary.errors import FileError, Problem
+from lorary.errors import Diagnostic, FileError
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ def path() -> Path:
     if not (_MODEL / "model.safetensors").is_file():
         raise FileError(
             "the built-in base is missing:",
-            [Problem(str(_MODEL), "no model.safetensors", "reinstall lorary, or run scripts/train_base.py")],
+            [Diagnostic(str(_MODEL), "no model.safetensors", "reinstall lorary, or run scripts/train_base.py")],
         )
     return _MODEL
 

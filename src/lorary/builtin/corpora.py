@@ -22,7 +22,7 @@ from functools import cache
 from typing import Any
 
 from lorary.builtin import sources, syntax
-from lorary.errors import DataError, Problem, did_you_mean
+from lorary.errors import DataError, Diagnostic, did_you_mean
 
 Record = dict[str, Any]
 Origins = tuple[tuple[str, Record], ...]  # (the file that a record is from, the record)
@@ -83,7 +83,7 @@ def _half(name: str, split: str, fallback: bool) -> Origins:
     corpus = _corpus(name)
     if split not in ("train", "validation"):
         raise DataError(
-            f"{name} has no split {split!r}", [Problem("split", f"got {split!r}", "use train or validation")]
+            f"{name} has no split {split!r}", [Diagnostic("split", f"got {split!r}", "use train or validation")]
         )
     try:
         records = corpus.read()
@@ -98,7 +98,7 @@ def _half(name: str, split: str, fallback: bool) -> Origins:
 def _corpus(name: str) -> Corpus:
     if name not in _CORPORA:
         raise DataError(
-            f"no built-in data set is called {name!r}", [Problem("", "unknown name", did_you_mean(name, names()))]
+            f"no built-in data set is called {name!r}", [Diagnostic("", "unknown name", did_you_mean(name, names()))]
         )
     return _CORPORA[name]
 

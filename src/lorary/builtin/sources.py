@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TextIO
 
-from lorary.errors import DataError, Problem
+from lorary.errors import DataError, Diagnostic
 
 # Not source that people wrote to be read: tests, generated tables, this machine's own build settings, pip's wheels,
 # and the topics, which are a corpus of their own.
@@ -41,7 +41,7 @@ def stdlib() -> tuple[tuple[str, str], ...]:
     if not found:
         raise DataError(
             "cannot read builtin:python:",
-            [Problem(str(root), "no .py files: this Python has no library source", "use builtin:topics")],
+            [Diagnostic(str(root), "no .py files: this Python has no library source", "use builtin:topics")],
         )
     return found
 
@@ -64,7 +64,7 @@ def headers() -> tuple[tuple[str, str], ...]:
         )
         raise DataError(
             "cannot read builtin:c-headers:",
-            [Problem(str(root), "no C headers: they are not installed with this Python", fix)],
+            [Diagnostic(str(root), "no C headers: they are not installed with this Python", fix)],
         )
     return found
 
@@ -81,7 +81,7 @@ def topics() -> tuple[tuple[str, str], ...]:
     except ImportError as error:
         raise DataError(
             "cannot read builtin:topics:",
-            [Problem("pydoc_data.topics", "not installed with this Python", "use builtin:python")],
+            [Diagnostic("pydoc_data.topics", "not installed with this Python", "use builtin:python")],
         ) from error
     return tuple(sorted((name, text.strip() + "\n") for name, text in shipped.items()))
 

@@ -28,19 +28,19 @@ def export(
     positions are divided (LongLoRA), `BASE.md` beside the files says how the base is to be loaded.
     """
     import lorary
-    from lorary.cli.adapters import adapter_folder, base_of
-    from lorary.cli.held_out import random_rows
-    from lorary.errors import ConfigError, FileError, Problem, did_you_mean
-    from lorary.formats import export_peft, load_adapter
-    from lorary.live import logits
-    from lorary.train.models import load_model
+    from lorary.adapters import export_peft, load_adapter
+    from lorary.adapters.resolve import adapter_folder, base_of
+    from lorary.analysis.merge_check import logits
+    from lorary.cli.comparison_rows import random_rows
+    from lorary.errors import ConfigError, Diagnostic, FileError, did_you_mean
+    from lorary.model.loading.from_pretrained import load_model
 
     if to not in FORMS:
         what, fix = "is nothing that an adapter can be written as", did_you_mean(to, FORMS)
-        raise ConfigError(f"cannot export {adapter}:", [Problem(f"--to {to}", what, fix)])
+        raise ConfigError(f"cannot export {adapter}:", [Diagnostic(f"--to {to}", what, fix)])
     folder = adapter_folder(adapter)
     if folder is None:
-        raise FileError(f"cannot export {adapter}:", [Problem(str(adapter), "there is no adapter in it")])
+        raise FileError(f"cannot export {adapter}:", [Diagnostic(str(adapter), "there is no adapter in it")])
     if base is None:
         with _told():
             export_peft(load_adapter(folder), output)
@@ -64,7 +64,7 @@ def export(
 @contextmanager
 def _told() -> Iterator[None]:
     """What PEFT's files do not say, as a line on standard error."""
-    from lorary.positions import PositionsWarning
+    from lorary.layers.rope import PositionsWarning
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", PositionsWarning)

@@ -26,8 +26,8 @@ def generate(
 
     lorary generate out/ "def parse(text):" uses the adapter of a run; lorary generate builtin:base the base alone.
     """
-    from lorary.cli.adapters import model_of, with_adapter
-    from lorary.train.models import load_tokenizer
+    from lorary.adapters.resolve import model_of, with_adapter
+    from lorary.model.loading.from_pretrained import load_tokenizer
 
     prompt = _text(prompt)
     folder, section = model_of(model, base)
@@ -44,7 +44,7 @@ def generate(
 
 def _text(prompt: str | None) -> str:
     """The prompt, from the argument or from stdin. Bytes that are no text reach a program as half characters."""
-    from lorary.errors import ConfigError, DataError, Problem
+    from lorary.errors import ConfigError, DataError, Diagnostic
 
     try:
         if prompt is None:
@@ -53,22 +53,22 @@ def _text(prompt: str | None) -> str:
             prompt = sys.stdin.read()
         prompt.encode()
     except UnicodeError as error:
-        problem = Problem("prompt", "holds bytes that are not UTF-8", "save it as UTF-8")
+        problem = Diagnostic("prompt", "holds bytes that are not UTF-8", "save it as UTF-8")
         raise DataError("cannot read the prompt:", [problem]) from error
     return prompt
 
 
 def _room(model: Any, tokens: int, wanted: int) -> int:
     """How many tokens may follow a prompt: a model has learnt nothing about positions beyond its own."""
-    from lorary.errors import DataError, Problem
-    from lorary.positions import reach, text_config
+    from lorary.errors import DataError, Diagnostic
+    from lorary.layers.rope import max_context, text_config
 
-    known = reach(text_config(model))
+    known = max_context(text_config(model))
     if known is None:
         return wanted
     if tokens >= known:
         what = f"has {tokens:,} tokens, and the model knows {known:,} positions"
-        raise DataError("the prompt is too long:", [Problem("prompt", what, "shorten it")])
+        raise DataError("the prompt is too long:", [Diagnostic("prompt", what, "shorten it")])
     return int(min(wanted, known - tokens))
 
 
@@ -85,9 +85,9 @@ def _continued(model: Any, ids: list[int], seed: int, **words: Any) -> list[int]
 
 def _ids(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
     """The prompt's tokens, as they were in training."""
-    from lorary.errors import DataError, Problem
-    from lorary.train.chat import render, require_template
-    from lorary.train.encode import plain
+    from lorary.errors import DataError, Diagnostic
+    from lorary.train.data.chat import render, require_template
+    from lorary.train.data.encode import plain
 
     if chat:
         require_template(tokenizer, "--chat")
@@ -95,5 +95,5 @@ def _ids(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     ids = plain(tokenizer, prompt) or [i for i in (tokenizer.bos_token_id,) if i is not None]
     if not ids:
-        raise DataError("cannot generate text:", [Problem("prompt", "is empty, and the tokenizer has no BOS")])
+        raise DataError("cannot generate text:", [Diagnostic("prompt", "is empty, and the tokenizer has no BOS")])
     return ids

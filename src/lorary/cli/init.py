@@ -19,16 +19,16 @@ def init(
 
     It runs as it is, offline, on the built-in base and data: lorary train train.yaml
     """
-    from lorary.errors import FileError, Problem
-    from lorary.formats.atomic import atomic_file
-    from lorary.train.template import json_schema, template
+    from lorary.errors import Diagnostic, FileError
+    from lorary.files.atomic import atomic_file
+    from lorary.train.config.template import json_schema, template
 
     if schema:
         print(json.dumps(json_schema(), indent=2))
     elif str(file) == "-":
         print(template(), end="")
     elif file.exists() and not force:
-        problem = Problem(str(file), "is there already, and was left as it is", "give --force, or another name")
+        problem = Diagnostic(str(file), "is there already, and was left as it is", "give --force, or another name")
         raise FileError("nothing was written:", [problem])
     else:
         text = template().encode()

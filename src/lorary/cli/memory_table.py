@@ -6,8 +6,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lorary.train.config import Config
-    from lorary.train.forecast import Forecast
+    from lorary.train.config.config import Config
+    from lorary.train.run.memory_forecast import Forecast
 
 Rows = list[tuple[str, ...]]
 
@@ -20,7 +20,7 @@ def show(config: Config, found: Forecast, size: float | None) -> None:
         found: what it will need.
         size: of the GPU that there is, in GB; None: the largest that there is.
     """
-    from lorary.footprint.gpu_fit import SIZES
+    from lorary.analysis.memory.gpu_fit import SIZES
 
     items: Rows = [*found.memory.rows(), *(("note", note) for note in found.memory.notes)]
     _print("in training, at the fullest moment", items)
@@ -33,14 +33,14 @@ def show(config: Config, found: Forecast, size: float | None) -> None:
 
 
 def _need(found: Forecast) -> str:
-    from lorary.footprint.gpu_fit import gigabytes
+    from lorary.analysis.memory.gpu_fit import gigabytes
 
     total, overhead = gigabytes(found.need.total), gigabytes(found.need.overhead)
     return f"on a GPU {total} as nvidia-smi counts: {overhead} of it CUDA and fragmentation"
 
 
 def _room(found: Forecast, size: float | None) -> Rows:
-    from lorary.footprint.gpu_fit import SIZES, gigabytes
+    from lorary.analysis.memory.gpu_fit import SIZES, gigabytes
 
     rows: Rows = []
     for of in sorted({*SIZES, *([size] if size else [])}):
@@ -51,8 +51,8 @@ def _room(found: Forecast, size: float | None) -> Rows:
 
 
 def _advice(config: Config, found: Forecast, size: float) -> Rows:
-    from lorary.footprint.gpu_fit import gigabytes
-    from lorary.train.advice import proposals
+    from lorary.analysis.memory.gpu_fit import gigabytes
+    from lorary.train.run.memory_advice import proposals
 
     rows: Rows = []
     for proposal in proposals(config, found, size):

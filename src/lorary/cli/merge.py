@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from lorary.adapter import Adapter
-    from lorary.cli.held_out import Rows
-    from lorary.fidelity import MergeError
-    from lorary.train.config import ModelSection
+    from lorary.adapters.adapter import Adapter
+    from lorary.analysis.merge_error import MergeError
+    from lorary.cli.comparison_rows import Rows
+    from lorary.model.loading.source import ModelSection
 
 DTYPES, ONTO = ("auto", "float32", "bfloat16", "float16"), ("trained", "original")
 REPORT = "fidelity.json"
@@ -47,16 +47,16 @@ def merge(
     The sum is taken in fp32 and rounded once. What that costs is measured against the live adapter, shown, and kept
     in fidelity.json. A base in 4 bits is written in 16 or 32: the adapter would not survive being packed again.
     """
-    from lorary.cli.adapters import adapter_folder, base_of
-    from lorary.errors import FileError, Problem
-    from lorary.formats import load_adapter
-    from lorary.formats.atomic import atomic_directory
-    from lorary.train.models import quiet
+    from lorary.adapters import load_adapter
+    from lorary.adapters.resolve import adapter_folder, base_of
+    from lorary.errors import Diagnostic, FileError
+    from lorary.files.atomic import atomic_directory
+    from lorary.model.loading.from_pretrained import quiet
 
     _check(adapter, dtype, onto)
     folder = adapter_folder(adapter)
     if folder is None:
-        raise FileError(f"cannot merge {adapter}:", [Problem(str(adapter), "there is no adapter in it")])
+        raise FileError(f"cannot merge {adapter}:", [Diagnostic(str(adapter), "there is no adapter in it")])
     value = load_adapter(folder)
     section, target = _precisions(adapter, value, base_of(folder, base), dtype, onto)
     with atomic_directory(output) as written:
@@ -80,8 +80,8 @@ def _check(adapter: Path, dtype: str, onto: str) -> None:
     Raises:
         ConfigError: every such option.
     """
-    from lorary.errors import ConfigError, Problem, did_you_mean
-    from lorary.merging import LOSSY
+    from lorary.errors import ConfigError, Diagnostic, did_you_mean
+    from lorary.model.merge import LOSSY
 
     problems = []
     for option, given, known in (("--dtype", dtype, DTYPES), ("--onto", onto, ONTO)):
@@ -89,9 +89,9 @@ def _check(adapter: Path, dtype: str, onto: str) -> None:
             continue
         if re.search(r"(?<!\d)[48](?!\d)|quant|packed", given.lower()):  # nf4, 4bit, int8, fp8, ...
             fix = "merge into bfloat16 or float32, or keep the 4-bit base and the adapter beside it"
-            problems.append(Problem(f"{option} {given}", f"would quantise the merged weights: {LOSSY}", fix))
+            problems.append(Diagnostic(f"{option} {given}", f"would quantise the merged weights: {LOSSY}", fix))
         else:
-            problems.append(Problem(f"{option} {given}", "is unknown", did_you_mean(given, known)))
+            problems.append(Diagnostic(f"{option} {given}", "is unknown", did_you_mean(given, known)))
     if problems:
         raise ConfigError(f"cannot merge {adapter}:", problems)
 
@@ -109,14 +109,14 @@ def _precisions(
     """
     import torch
 
-    from lorary.errors import FileError, Problem
-    from lorary.train.models import load_config
+    from lorary.errors import Diagnostic, FileError
+    from lorary.model.loading.from_pretrained import load_config
 
     config = load_config(section)
     if onto == "original" and getattr(config, "quantization_config", None) is not None:
         fix = "name the model that it was made from with --base, and pass --force"
         what = "is quantised itself, and what its weights were before is not there"
-        raise FileError(f"cannot merge {path} onto the original weights:", [Problem(section.id, what, fix)])
+        raise FileError(f"cannot merge {path} onto the original weights:", [Diagnostic(section.id, what, fix)])
     saved = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     target = saved if dtype == "auto" else getattr(torch, dtype)
     wide = torch.promote_types(saved, target)
@@ -128,7 +128,7 @@ def _precisions(
 
 def _run_dtype(path: Path) -> str:
     """What the base was loaded in by the run that made the adapter; `auto` where that cannot be told."""
-    from lorary.cli.held_out import run_config
+    from lorary.cli.comparison_rows import run_config
     from lorary.errors import LoraryError
 
     try:
@@ -141,7 +141,7 @@ def _run_dtype(path: Path) -> str:
 def _tokenizer(section: ModelSection) -> Any:
     """The base's tokenizer, or None where it has none."""
     from lorary.errors import FileError
-    from lorary.train.models import load_tokenizer
+    from lorary.model.loading.from_pretrained import load_tokenizer
 
     try:
         return load_tokenizer(section)
@@ -151,10 +151,10 @@ def _tokenizer(section: ModelSection) -> Any:
 
 
 def _rows(adapter: Path, tokenizer: Any, section: ModelSection, rows: int, data: str | None) -> Rows:
-    from lorary.cli.held_out import held_out
-    from lorary.train.models import load_config
+    from lorary.cli.comparison_rows import comparison_rows
+    from lorary.model.loading.from_pretrained import load_config
 
-    return held_out(adapter, tokenizer, load_config(section), rows, data)
+    return comparison_rows(adapter, tokenizer, load_config(section), rows, data)
 
 
 def _merged(
@@ -162,12 +162,12 @@ def _merged(
 ) -> tuple[PreTrainedModel, MergeError]:
     """The merged model and its report. There is one model at a time."""
     import lorary
-    from lorary.biases import BiasWarning, homeless
+    from lorary.analysis.merge_check import MergeCheck, round_weights
     from lorary.errors import StateError
-    from lorary.live import MergeCheck, round_weights
-    from lorary.train.models import kept_as, load_model
+    from lorary.model.bias_flags import BiasWarning, unserialisable_biases
+    from lorary.model.loading.from_pretrained import load_model, load_storage
 
-    model = load_model(section, kept_as(adapter.method, adapter.full))
+    model = load_model(section, load_storage(adapter.method, adapter.full))
     lorary.load(model, folder, force=force)
     live = MergeCheck.of(model, rows.ids)
     if onto == "original" and live.quantized:
@@ -179,7 +179,7 @@ def _merged(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", BiasWarning)  # refused below, with every name
         lorary.merge(model, dtype=target)
-    if lost := homeless(model):
+    if lost := unserialisable_biases(model):
         raise StateError("cannot save the merged model:", lost)
     lorary.dequantize(model, target)
     round_weights(model, target)
@@ -191,7 +191,7 @@ def _tell(fidelity: MergeError, done: str, rows: Rows) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from lorary.fidelity import HEAD
+    from lorary.analysis.merge_error import HEAD
 
     for note in rows.notes:
         print(f"note: {note}", file=sys.stderr)

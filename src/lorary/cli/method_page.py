@@ -7,10 +7,10 @@ import re
 from typing import Any
 
 import lorary
-from lorary.combinations import partners
-from lorary.placed import Placed
-from lorary.preset import Preset
-from lorary.sites import Site
+from lorary.methods.compatibility import partners
+from lorary.spec.placement import AdaptedSite
+from lorary.spec.presets import Preset
+from lorary.spec.site import Site
 
 EXAMPLE = Site("layer", "linear", out_features=2048, in_features=1024, bias=True)
 
@@ -94,20 +94,20 @@ def _tensors(preset: Preset) -> str:
     method = lorary.method(preset.name)
     if method.delta is None:
         return "## What trains\n\nBase parameters: " + ", ".join(f"`{p}`" for p in method.full) + "\n"
-    placed = Placed(EXAMPLE, method)
+    placed = AdaptedSite(EXAMPLE, method)
     rows = [
         f"| `{role}` | `{list(shape)}` | {math.prod(shape):,} | {_state(placed, role)} |"
         for role, shape in placed.shapes.items()
     ]
-    llama = sum(n * Placed(Site("", "linear", out, inp, False), method).trainable for n, inp, out in LLAMA)
+    llama = sum(n * AdaptedSite(Site("", "linear", out, inp, False), method).trainable for n, inp, out in LLAMA)
     return (
-        f"## What trains\n\nOn a linear layer of {EXAMPLE.in_features:,} inputs and {EXAMPLE.out_features:,} outputs, with the default "
-        "options:\n\n| tensor | shape | numbers | |\n|---|---|---|---|\n" + "\n".join(rows) + "\n\n"
+        f"## What trains\n\nOn a linear layer of {EXAMPLE.in_features:,} inputs and {EXAMPLE.out_features:,} outputs, with "
+        "the default options:\n\n| tensor | shape | numbers | |\n|---|---|---|---|\n" + "\n".join(rows) + "\n\n"
         f"{placed.trainable:,} numbers train there, and {llama:,} on all linear layers of LLaMA-2-7B but its head.\n"
     )
 
 
-def _state(placed: Placed, role: str) -> str:
+def _state(placed: AdaptedSite, role: str) -> str:
     if role in placed.delta.shared:
         return "frozen, one for all layers"
     return "trains" if role in placed.method.trained else "frozen"

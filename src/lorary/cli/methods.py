@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from lorary.preset import PlanFunction, Preset
+    from lorary.spec.presets import PlanFunction, Preset
 
 # A layer to count at: an attention projection of LLaMA-2-7B.
 WIDE = 4096
@@ -32,7 +32,7 @@ def methods(
     Methods combine: --method lora,rslora,lora+ takes the words of all three. Not sure? lorary methods --choose
     """
     if choosing or answers is not None:
-        from lorary.cli.choosing import choose
+        from lorary.cli.method_chooser import choose
 
         print(choose(_asked() if answers is None else _given(answers)).yaml(), end="")
         return
@@ -62,7 +62,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
 def table() -> list[dict[str, Any]]:
     """One entry per method, in the order of their files; functions of a plan at the end."""
     import lorary
-    from lorary.preset import FUNCTIONS
+    from lorary.spec.presets import FUNCTIONS
 
     presets = [
         _row(preset, preset.changes, preset.name)
@@ -90,14 +90,14 @@ def _page(rows: list[dict[str, Any]]) -> str:
     """The documentation page of one method."""
     import lorary
     from lorary.cli.method_page import method_page
-    from lorary.errors import ConfigError, Problem
+    from lorary.errors import ConfigError, Diagnostic
 
     if len(rows) != 1:
-        raise ConfigError("--markdown prints one page:", [Problem("NAME", "is missing", "name a method")])
+        raise ConfigError("--markdown prints one page:", [Diagnostic("NAME", "is missing", "name a method")])
     name = rows[0]["name"]
     if name not in lorary.presets():
         what = "is a function of a plan; its page is written by hand"
-        raise ConfigError("this page cannot be generated:", [Problem(name, what)])
+        raise ConfigError("this page cannot be generated:", [Diagnostic(name, what)])
     return method_page(name)
 
 
@@ -109,12 +109,12 @@ def _size(method: Any) -> dict[str, int | None]:
     """
     import math
 
-    from lorary.placed import Placed
-    from lorary.sites import Site
+    from lorary.spec.placement import AdaptedSite
+    from lorary.spec.site import Site
 
     if method.delta is None:
         return {"numbers": None, "bytes": None}
-    placed = Placed(Site("layer", "linear", WIDE, WIDE, False), method)
+    placed = AdaptedSite(Site("layer", "linear", WIDE, WIDE, False), method)
     own = [shape for role, shape in placed.shapes.items() if role not in placed.delta.shared]
     held = sum(math.prod(shape) for shape in (*own, *placed.starts.values()))
     state = sum(rule.holds(placed.shapes) for rule in method.rules)
@@ -128,19 +128,19 @@ def _costs(row: dict[str, Any]) -> str:
 
 def _named(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The row of one method."""
-    from lorary.errors import ConfigError, Problem, did_you_mean
+    from lorary.errors import ConfigError, Diagnostic, did_you_mean
 
     said = name.lower().replace("_", "-").replace(" ", "-")
     for row in rows:
         if row["name"] == said:
             return row
     hint = did_you_mean(said, [row["name"] for row in rows])
-    raise ConfigError("unknown method:", [Problem(name, "is no method that lorary knows", hint)])
+    raise ConfigError("unknown method:", [Diagnostic(name, "is no method that lorary knows", hint)])
 
 
 def _asked() -> dict[str, str]:
     """The answers, asked for on standard error, so that standard output holds the configuration alone."""
-    from lorary.cli.choosing import QUESTIONS
+    from lorary.cli.method_chooser import QUESTIONS
 
     answers = {}
     for key, question in QUESTIONS.items():
@@ -160,12 +160,14 @@ def _asked() -> dict[str, str]:
 
 def _given(text: str) -> dict[str, str]:
     """`memory=tight,quality=best` as answers by question."""
-    from lorary.errors import ConfigError, Problem
+    from lorary.errors import ConfigError, Diagnostic
 
     pairs = [part.strip().partition("=") for part in text.split(",") if part.strip()]
-    problems = [Problem("--answers", f"{key!r} has no answer", f"write {key}=...") for key, is_, _ in pairs if not is_]
+    problems = [
+        Diagnostic("--answers", f"{key!r} has no answer", f"write {key}=...") for key, is_, _ in pairs if not is_
+    ]
     twice = sorted({key for key, _, _ in pairs if [k for k, _, _ in pairs].count(key) > 1})
-    problems += [Problem("--answers", f"{key!r} is answered twice") for key in twice]
+    problems += [Diagnostic("--answers", f"{key!r} is answered twice") for key in twice]
     if problems:
         raise ConfigError("invalid answers:", problems)
     return {key.strip(): answer.strip() for key, _, answer in pairs}

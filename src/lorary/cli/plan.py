@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from lorary.train.config import Config
-    from lorary.train.forecast import Forecast
+    from lorary.train.config.config import Config
+    from lorary.train.run.memory_forecast import Forecast
 
 
 def plan(
@@ -54,7 +54,7 @@ def plan(
 
 
 def _config(model: str, given: list[str]) -> Config:
-    from lorary.train.config_file import from_dict, load
+    from lorary.train.config.load import from_dict, load
 
     if Path(model).suffix in (".yaml", ".yml"):
         return load(model, given)
@@ -62,13 +62,13 @@ def _config(model: str, given: list[str]) -> Config:
 
 
 def _show(config: Config, size: float | None, check: bool) -> None:
-    from lorary.bases.reading import reader
     from lorary.cli.memory_table import show
-    from lorary.train.forecast import forecast
-    from lorary.train.models import outline, skeleton
+    from lorary.model.loading.checkpoint_kind import reader
+    from lorary.model.loading.from_pretrained import fast_skeleton, skeleton
+    from lorary.train.run.memory_forecast import forecast
 
     # a method that changes how the model attends does so in Transformers' code
-    bare = outline(config.model) if config.method.build().context is None else skeleton(config.model)
+    bare = fast_skeleton(config.model) if config.method.build().context is None else skeleton(config.model)
     found = forecast(config, bare)
     reader(config.model.id, bare.config, found.plan.method.storage, None)  # refuses what is packed in another way
     print(found.plan)
@@ -79,10 +79,10 @@ def _show(config: Config, size: float | None, check: bool) -> None:
 
 def _checked(config: Config, found: Forecast) -> str:
     """The same by all blocks of Transformers' own model, and how far the prediction is off."""
-    from lorary.footprint.predict import predict
-    from lorary.plans import human_bytes
-    from lorary.train.forecast import workload
-    from lorary.train.models import skeleton
+    from lorary.analysis.memory.predict import predict
+    from lorary.model.loading.from_pretrained import skeleton
+    from lorary.model.plan import human_bytes
+    from lorary.train.run.memory_forecast import workload
 
     model = skeleton(config.model)
     counted = predict(model, found.plan, workload(config, model), config.training.optimizer, whole=True)

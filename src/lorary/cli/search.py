@@ -29,8 +29,8 @@ def search(
     Candidates are judged by the loss on the run's validation rows; nothing is trained. The best one becomes an adapter
     of its own, RUN/searched, which merges, loads and generates like any other.
     """
-    from lorary.evolution import EvolutionConfig
-    from lorary.train.searching import search_run
+    from lorary.analysis.supernet_search import EvolutionConfig
+    from lorary.train.run.supernet_search import search_run
 
     half = population // 2
     evolution = EvolutionConfig(

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from lorary.train.config import Config
-    from lorary.train.preparation import Prepared
+    from lorary.train.config.config import Config
+    from lorary.train.run.prepare import RunPlan
 
 
 def train(
@@ -33,7 +33,7 @@ def train(
 
     lorary train my.yaml --set training.lr=1e-4. SIGINT or SIGTERM finish the step and save a checkpoint.
     """
-    from lorary.train.config_file import load
+    from lorary.train.config.load import load
 
     past = [json.dumps([path for text in after for path in text.split(",")])] if after else []
     described = load(config, [*(sets or []), *(f"method.after={paths}" for paths in past)])
@@ -41,7 +41,7 @@ def train(
         if dry_run:
             _dry_run(described)
             return
-        from lorary.train.runner import run
+        from lorary.train.run.run import run
 
         done = run(described, resume=resume, overwrite=overwrite, quiet=quiet)
     if done.interrupted:
@@ -72,16 +72,16 @@ def _speaking(quiet: bool) -> Iterator[None]:
 
 
 def _dry_run(config: Config) -> None:
-    from lorary.train.preparation import prepare
+    from lorary.train.run.prepare import prepare
 
     prepared = prepare(config, processes=int(os.environ.get("WORLD_SIZE", "1")))
     _show(prepared)
 
 
-def _show(prepared: Prepared) -> None:
+def _show(prepared: RunPlan) -> None:
     from rich.console import Console
 
-    from lorary.train.lint import rich_text, text
+    from lorary.train.data.lint import rich_text, text
 
     print(prepared.config.to_yaml())
     print(prepared.plan)

@@ -6,7 +6,7 @@ A method outside this package registers itself through the entry point group `lo
 from importlib.metadata import entry_points  # noqa: I001 (the methods are in reading order)
 from warnings import warn
 
-from lorary.methods import lora, rslora, loraplus, lora_fa  # noqa: F401
+from lorary.methods import lora, rslora, lora_plus, lora_fa  # noqa: F401
 from lorary.methods import qlora  # noqa: F401 (storage)
 from lorary.methods import dora, glora, pissa, olora, vera, melora, multilora  # noqa: F401
 from lorary.methods import adalora, delta_lora, o_lora  # noqa: F401 (rules)

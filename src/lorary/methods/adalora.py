@@ -23,17 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorary.fields import AMOUNT, COUNT, POSITIVE, WHOLE, one_of, optional
+from lorary.layers.dtensor import full_tensor
 from lorary.methods.adalora_budget import ROLES, RankBudget
-from lorary.preset import preset
-from lorary.shards import together
-from lorary.sites import Site
-from lorary.words import Delta, Init, Layer, Rule, Shapes, Tensors, word
+from lorary.spec.fields import AMOUNT, COUNT, POSITIVE, WHOLE, one_of, optional
+from lorary.spec.interfaces import Delta, Init, Layer, Rule, Shapes, Tensors, component
+from lorary.spec.presets import preset
+from lorary.spec.site import Site
 
 
-@word
+@component
 @dataclass(frozen=True)
-class Spectral(Delta):
+class SVDDelta(Delta):
     """P [out, R], E [R] and Q [R, inp], with B = P diag(E) and A = Q.
 
     Args:
@@ -74,9 +74,9 @@ class Spectral(Delta):
         return found
 
 
-@word
+@component
 @dataclass(frozen=True)
-class SmallNormal(Init):
+class SVDDeltaInit(Init):
     """P, Q ~ N(0, std^2), E = 0."""
 
     std: float = field(default=0.02, metadata=POSITIVE)
@@ -92,9 +92,9 @@ class SmallNormal(Init):
         nn.init.zeros_(p["E"])
 
 
-@word
+@component
 @dataclass(frozen=True)
-class ByStartRank:
+class AlphaOverInitialRank:
     """s = alpha / (r + 1e-5) with the rank at the start: pruning does not change it."""
 
     alpha: float = field(metadata=POSITIVE)
@@ -103,9 +103,9 @@ class ByStartRank:
         return self.alpha / (r + 1e-5)
 
 
-@word
+@component
 @dataclass(frozen=True)
-class Orthogonal(Rule):
+class OrthogonalityPenalty(Rule):
     """The penalty ||P^T P - I|| and ||Q Q^T - I|| of every layer, which keeps P and Q close to orthonormal.
 
     Args:
@@ -122,7 +122,7 @@ class Orthogonal(Rule):
     def penalty(self, layers: Sequence[Layer], state: dict[str, Tensor]) -> Tensor | float:
         alike: dict[tuple[Any, ...], list[Tensor]] = {}  # matrices of one shape are multiplied at once
         for layer in layers:
-            for M in (together(layer.params["P"]).T, together(layer.params["Q"])):
+            for M in (full_tensor(layer.params["P"]).T, full_tensor(layer.params["Q"])):
                 rows = M if layer.active_structure is None else M[layer.active_structure]
                 if len(rows):
                     alike.setdefault((*rows.shape, rows.device, rows.dtype), []).append(rows)
@@ -172,8 +172,8 @@ def adalora(
         form: of the penalty: `authors`, norms averaged, or `paper`, squared norms summed.
     """
     return {
-        "delta": Spectral(r),
-        "init": SmallNormal(),
-        "scale": ByStartRank(alpha),
-        "rules": (RankBudget(target, start, final, every), Orthogonal(orthogonality, form)),
+        "delta": SVDDelta(r),
+        "init": SVDDeltaInit(),
+        "scale": AlphaOverInitialRank(alpha),
+        "rules": (RankBudget(target, start, final, every), OrthogonalityPenalty(orthogonality, form)),
     }

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorary.errors import ConfigError, Problem
-from lorary.fields import COUNT, SHARE, STEPS, steps_of
+from lorary.errors import ConfigError, Diagnostic
+from lorary.layers.dtensor import copy_into, distribute_like, full_tensor, local_shard
 from lorary.methods.lora import Add
-from lorary.shards import like, own, put, together
-from lorary.words import Layer, Rule, Run, Shapes, word
+from lorary.spec.fields import COUNT, SHARE, STEPS, as_steps
+from lorary.spec.interfaces import Layer, Rule, Run, Shapes, component
 
 ROLES = ("P", "E", "Q")
 
 
-@word
+@component
 @dataclass(frozen=True)
 class RankBudget(Rule):
     """The global rank budget: it falls from all directions to an average of `target` per layer.
@@ -62,7 +62,7 @@ class RankBudget(Rule):
 
     def times(self, steps: int) -> tuple[int, int]:
         """(t_i, t_f) of a run of `steps` optimizer steps."""
-        return steps_of(self.start_at, steps), steps_of(self.final, steps)
+        return as_steps(self.start_at, steps), as_steps(self.final, steps)
 
     def budget(self, step: int, steps: int, ranks: Sequence[int]) -> int:
         """b(t): the directions of the whole model after an optimizer step (from 1).
@@ -84,7 +84,7 @@ class RankBudget(Rule):
         if t_i + t_f >= steps:
             what = f"{t_i} steps before and {t_f} after leave none of the run's {steps} for the budget to fall"
             raise ConfigError(
-                "AdaLoRA's budget does not fit this run:", [Problem("rules", what, "lower start or final")]
+                "AdaLoRA's budget does not fit this run:", [Diagnostic("rules", what, "lower start or final")]
             )
         state = {"steps": torch.tensor(steps)}
         for layer in layers:
@@ -110,7 +110,9 @@ class RankBudget(Rule):
             return
         for layer in layers:  # masked directions have left the model, so they must not count in the gradient's norm
             if layer.active_structure is not None and layer.params["E"].grad is not None:
-                layer.params["E"].grad.mul_(like(layer.params["E"], layer.active_structure.to(layer.params["E"].dtype)))
+                layer.params["E"].grad.mul_(
+                    distribute_like(layer.params["E"], layer.active_structure.to(layer.params["E"].dtype))
+                )
 
     def after_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int, run: Run) -> None:
         steps = int(state["steps"])
@@ -138,9 +140,9 @@ class RankBudget(Rule):
         places = [(layer, role) for layer in layers for role in ROLES if layer.params[role].grad is not None]
         if not places:
             return
-        weights = [own(layer.params[role]).float() for layer, role in places]
-        gradients = [own(layer.params[role].grad).float() for layer, role in places]
-        means, doubts = ([own(state[f"{m}|{layer.site.name}|{role}"]) for layer, role in places] for m in "IU")
+        weights = [local_shard(layer.params[role]).float() for layer, role in places]
+        gradients = [local_shard(layer.params[role].grad).float() for layer, role in places]
+        means, doubts = ([local_shard(state[f"{m}|{layer.site.name}|{role}"]) for layer, role in places] for m in "IU")
         now = torch._foreach_mul(weights, gradients)
         torch._foreach_abs_(now)
         torch._foreach_lerp_(means, now, 1 - self.beta1)
@@ -154,7 +156,7 @@ class RankBudget(Rule):
             role: state[f"I|{layer.site.name}|{role}"] * state[f"U|{layer.site.name}|{role}"] for role in ROLES
         }  # equation 12
         out, inp = layer.site.out_features, layer.site.in_features
-        return together(s["E"]) + together(s["P"].sum(0)) / out + together(s["Q"].sum(1)) / inp
+        return full_tensor(s["E"]) + full_tensor(s["P"].sum(0)) / out + full_tensor(s["Q"].sum(1)) / inp
 
     def _choose(self, layers: Sequence[Layer], state: dict[str, Tensor], budget: int) -> None:
         """The best `budget` directions of the whole model; of equal ones those that come first."""
@@ -171,7 +173,7 @@ class RankBudget(Rule):
         for layer in layers:
             E, alive = layer.params["E"], state[f"alive|{layer.site.name}"]
             if not bool(alive.all()):
-                put(E, together(E.detach()) * alive.to(E.device))
+                copy_into(E, full_tensor(E.detach()) * alive.to(E.device))
 
     def _settle(self, layers: Sequence[Layer], state: dict[str, Tensor], run: Run) -> None:
         """The choice stands: the scores have done their work, and the masked directions can go."""

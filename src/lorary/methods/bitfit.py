@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorary.preset import Restriction, preset
+from lorary.spec.presets import Restriction, preset
 
 
 @preset(

@@ -23,19 +23,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lorary.errors import ConfigError, MethodError, Problem
-from lorary.fields import COUNT, FLAG, POSITIVE, WHOLE
+from lorary.errors import ConfigError, Diagnostic, MethodError
 from lorary.kernels.low_rank import add_low_rank
+from lorary.layers.dtensor import copy_into, full_tensor
 from lorary.methods.lora import Add, LowRank
-from lorary.preset import preset
-from lorary.shards import put, together
-from lorary.sites import Site
-from lorary.words import Delta, Layer, Rule, Run, Shapes, Tensors, word
+from lorary.spec.fields import COUNT, FLAG, POSITIVE, WHOLE
+from lorary.spec.interfaces import Delta, Layer, Rule, Run, Shapes, Tensors, component
+from lorary.spec.presets import preset
+from lorary.spec.site import Site
 
 
-@word
+@component
 @dataclass(frozen=True)
-class Propagated(Delta):
+class DeltaLoRADelta(Delta):
     """(1 + lambda) B A - lambda B_K A_K of B [out, r] and A [r, inp].
 
     Args:
@@ -81,13 +81,13 @@ def _same_gradient(method: Any) -> list[str]:
 
 
 def _alone(method: Any) -> list[str]:
-    several = sum(isinstance(rule, FollowProduct | WriteProduct) for rule in method.rules) > 1
+    several = sum(isinstance(rule, DeltaLoRARule | DeltaLoRAPaperRule) for rule in method.rules) > 1
     return ["the weight can follow the product once only"] if several else []
 
 
-@word
+@component
 @dataclass(frozen=True)
-class FollowProduct(Rule):
+class DeltaLoRARule(Rule):
     """The weight follows the product B A after every optimizer step beyond the first K: in closed form.
 
     Args:
@@ -104,7 +104,7 @@ class FollowProduct(Rule):
     def problems(self, method: Any) -> list[str]:
         found = _same_gradient(method) + _alone(method)
         delta = method.delta
-        if not isinstance(delta, Propagated) or (delta.ratio, delta.late) != (self.ratio, self.after > 0):
+        if not isinstance(delta, DeltaLoRADelta) or (delta.ratio, delta.late) != (self.ratio, self.after > 0):
             found.append(f"{self} goes with Propagated(r, ratio={self.ratio}, late={self.after > 0}), not with {delta}")
         return found
 
@@ -128,9 +128,9 @@ class FollowProduct(Rule):
                 layer.params["lam"].detach().fill_(self.ratio)
 
 
-@word
+@component
 @dataclass(frozen=True)
-class WriteProduct(Rule):
+class DeltaLoRAPaperRule(Rule):
     """The weight follows the product B A after every optimizer step beyond the first K: written, as in the paper.
 
     Args:
@@ -148,7 +148,7 @@ class WriteProduct(Rule):
         found = _same_gradient(method) + _alone(method)
         if others := method.delta.roles - self.needs:
             found.append(f"the product of A and B is written, and {', '.join(sorted(others))} would have a part in it")
-        if isinstance(method.delta, Propagated):
+        if isinstance(method.delta, DeltaLoRADelta):
             found.append("Propagated follows the product already: a weight that is written goes with LowRank")
         return found
 
@@ -157,7 +157,7 @@ class WriteProduct(Rule):
         coarse = [layer for layer in layers if cast(Tensor, layer.base.weight).dtype.itemsize < 4]
         if coarse:
             what = f"is {coarse[0].base.weight.dtype} by now: rounding would lose most of what is added to it"
-            problems = [Problem(layer.site.name, what, "keep the base in float32") for layer in coarse]
+            problems = [Diagnostic(layer.site.name, what, "keep the base in float32") for layer in coarse]
             raise ConfigError("Delta-LoRA cannot write these weights:", problems)
         return {f"{role}|{layer.site.name}": layer.params[role].detach().clone() for layer in layers for role in "AB"}
 
@@ -175,21 +175,21 @@ class WriteProduct(Rule):
         if step <= self.after:
             return
         for layer in layers:
-            before = {role: together(state[f"{role}|{layer.site.name}"]) for role in "AB"}
+            before = {role: full_tensor(state[f"{role}|{layer.site.name}"]) for role in "AB"}
             W, W_t = layer.kind.matrix(layer.base), cast(Tensor, layer.base.weight)
             B, A = layer.method.delta.factors(
-                layer.site, {role: together(layer.params[role].detach()) for role in "AB"}
+                layer.site, {role: full_tensor(layer.params[role].detach()) for role in "AB"}
             )
             B_t, A_t = layer.method.delta.factors(layer.site, before)
             change = torch.addmm(B @ A, B_t, A_t, alpha=-1).to(W.dtype)
-            moved = together(W_t.detach()) + layer.kind.weight(layer.base, self.ratio * layer.scale * change)
-            put(W_t, moved)
+            moved = full_tensor(W_t.detach()) + layer.kind.weight(layer.base, self.ratio * layer.scale * change)
+            copy_into(W_t, moved)
 
 
 def _check_start(after: int, steps: int) -> None:
     if steps <= after:
         what = f"the weight would begin to follow after step {after}, and the run has {steps}: it would be LoRA"
-        raise ConfigError("Delta-LoRA does not fit this run:", [Problem("rules", what, "use a smaller start")])
+        raise ConfigError("Delta-LoRA does not fit this run:", [Diagnostic("rules", what, "use a smaller start")])
 
 
 @preset(
@@ -207,8 +207,8 @@ def delta_lora(r: int = 16, ratio: float = 2.0, start: int = 500, mode: str = "c
         mode: `closed` leaves the weights alone; `paper` writes them, in fp32.
     """
     if mode not in ("closed", "paper"):
-        raise MethodError("invalid method:", [Problem("mode", f"is {mode!r}; it takes closed or paper")])
+        raise MethodError("invalid method:", [Diagnostic("mode", f"is {mode!r}; it takes closed or paper")])
     if mode == "paper":
-        return {"delta": LowRank(r), "rules": (WriteProduct(ratio, start),)}
+        return {"delta": LowRank(r), "rules": (DeltaLoRAPaperRule(ratio, start),)}
     late = type(start) is not int or start > 0  # the rule reports a value that is not a number
-    return {"delta": Propagated(r, ratio, late), "rules": (FollowProduct(ratio, start),)}
+    return {"delta": DeltaLoRADelta(r, ratio, late), "rules": (DeltaLoRARule(ratio, start),)}

@@ -5,7 +5,7 @@ norm is a constant in the backward pass, as published; `exact` differentiates th
 
 Liu et al. 2024, arXiv:2402.09353, equations 5 and 11 (their W is the transpose of ours: their columns are our rows).
 
-The norm is computed from the factors (`lorary.kernels.direction`), once per change of them, and from the weight as it
+The norm is computed from the factors (`lorary.kernels.row_norms`), once per change of them, and from the weight as it
 is stored. Dropout acts on the input of everything that the magnitude scales: y = W x + b + (g - 1) W x~ + g s B A x~
 with g = m / ||W + s B A||, as in the authors' code. The bias is not part of the direction and is never scaled.
 """
@@ -19,16 +19,16 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorary.fields import FLAG
-from lorary.kernels.direction import gained, row_norms, square_norms, times
-from lorary.preset import Restriction, preset
-from lorary.sites import Site
-from lorary.words import Join, Layer, Shapes, Tensors, word
+from lorary.kernels.row_norms import linear, row_norms, scale_rows, square_norms
+from lorary.spec.fields import FLAG
+from lorary.spec.interfaces import Join, Layer, Shapes, Tensors, component
+from lorary.spec.presets import Restriction, preset
+from lorary.spec.site import Site
 
 
-@word
+@component
 @dataclass(frozen=True)
-class Direction(Join):
+class MagnitudeDirection(Join):
     """W' = diag(m) V / ||V|| with V = W + s B A: a norm and a magnitude for every output row.
 
     Args:
@@ -51,11 +51,11 @@ class Direction(Join):
         along, bias = layer.kind.broadcast_over_rows, layer.bias
         shaped = along(gain), None if bias is None else along(bias)
         if not layer.dropout or not x.is_floating_point():
-            return gained(layer.add_delta(layer.base(x), x), *shaped)
+            return scale_rows(layer.add_delta(layer.base(x), x), *shaped)
         dropped = F.dropout(x, layer.dropout)
         v = layer.base(dropped)
         undropped: Tensor = layer.base(x) - v  # W (x - x~): not scaled
-        return undropped + gained(layer.add_delta(v, dropped, dropout=0.0), *shaped)
+        return undropped + scale_rows(layer.add_delta(v, dropped, dropout=0.0), *shaped)
 
     def merged(
         self, p: Tensors, W: Tensor, b: Tensor | None, BA: tuple[Tensor, Tensor]
@@ -89,7 +89,7 @@ class Direction(Join):
 
 def _row_norms(W: Tensor, BA: tuple[Tensor, Tensor]) -> Tensor:
     """[out]: the norms of the rows of W + B A."""
-    return row_norms(times(W, BA[1]), square_norms(W), *BA, 1.0)
+    return row_norms(linear(W, BA[1]), square_norms(W), *BA, 1.0)
 
 
 @preset(
@@ -111,4 +111,4 @@ def dora(exact: bool = False) -> dict[str, Any]:
     Args:
         exact: differentiate through the norm instead of holding it constant as the paper does.
     """
-    return {"join": Direction(exact)}
+    return {"join": MagnitudeDirection(exact)}

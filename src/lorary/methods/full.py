@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorary.preset import preset
+from lorary.spec.presets import preset
 
 
 @preset(

@@ -24,20 +24,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorary.errors import MethodError, Problem
-from lorary.fields import FLAG, SEED
+from lorary.errors import Diagnostic, MethodError
+from lorary.kernels.elementwise import add_supported, recomputed, supported
 from lorary.kernels.low_rank import autocasting
-from lorary.kernels.supports import add_supported, recomputed, supported
-from lorary.methods.glora_terms import DOWN, OWN, ROLES, Terms, pair, structures
-from lorary.methods.lora import Fixed
-from lorary.preset import Restriction, preset
-from lorary.sites import Site
-from lorary.words import Init, Join, Layer, Rule, Tensors, word
+from lorary.methods.glora_terms import DOWN, OWN, ROLES, GLoRADelta, pair, structures
+from lorary.methods.lora import ConstantScale
+from lorary.spec.fields import FLAG, SEED
+from lorary.spec.interfaces import Init, Join, Layer, Rule, Tensors, component
+from lorary.spec.presets import Restriction, preset
+from lorary.spec.site import Site
 
 
-@word
+@component
 @dataclass(frozen=True)
-class ZeroDown(Init):
+class ZeroDownInit(Init):
     """Down parts, vectors and scalars 0; up parts [r, columns] ~ U(-v, v) with v = sqrt(6 / (r + columns)) (Xavier)."""
 
     fills = ROLES
@@ -53,9 +53,9 @@ class ZeroDown(Init):
                 nn.init.zeros_(tensor)
 
 
-@word
+@component
 @dataclass(frozen=True)
-class Supports(Join):
+class GLoRAJoin(Join):
     """W' = W + W * A + s B, b' = b + b * D + E + W C. The weight of a convolution is its kernel as [out, inp]."""
 
     uses = OWN
@@ -118,12 +118,12 @@ def _gain(a: Tensor, out: int) -> Tensor:
     """
     if a.dim() == 2:
         what = "A is low-rank: W * A has full rank, so this is no low-rank change of W with a gain for every output"
-        raise MethodError("", [Problem("A", what, "merge it into the base")])
+        raise MethodError("", [Diagnostic("A", what, "merge it into the base")])
     gain = (1 + a).expand(out)
     silent = int((gain == 0).sum())
     if silent:
         what = f"A is -1 at {silent} of {out} outputs, where nothing of W is left to add B to"
-        raise MethodError("", [Problem("A", what, "merge it into the base")])
+        raise MethodError("", [Diagnostic("A", what, "merge it into the base")])
     return gain
 
 
@@ -192,7 +192,7 @@ def _low_rank_support(layer: Layer, x: Tensor, Ad: Tensor, Au: Tensor, shift: Te
     return y if shift is None else y + kind.broadcast_over_rows(shift.to(y.dtype))
 
 
-@word
+@component
 @dataclass(frozen=True)
 class RandomStructures(Rule):
     """Supernet training: every optimizer step trains one random structure of every layer.
@@ -212,10 +212,10 @@ class RandomStructures(Rule):
     def before_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
         for layer in layers:
             terms = layer.method.delta
-            if isinstance(terms, Terms):
+            if isinstance(terms, GLoRADelta):
                 layer.active_structure = self.drawn(terms, layer.site, step)
 
-    def drawn(self, terms: Terms, site: Site, step: int) -> Terms:
+    def drawn(self, terms: GLoRADelta, site: Site, step: int) -> GLoRADelta:
         """The structure of a site at an optimizer step (from 1)."""
         every = structures(terms, site.bias)
         digest = hashlib.sha256(f"{self.seed}/{step}/{site.name}".encode()).digest()
@@ -258,7 +258,12 @@ def glora(
         seed: of the random structures.
     """
     if type(supernet) is not bool:  # whatever is said in words, "no" among it, would count as true
-        problem = Problem("supernet", f"is {supernet!r}; it takes {FLAG['expects']}")
+        problem = Diagnostic("supernet", f"is {supernet!r}; it takes {FLAG['expects']}")
         raise MethodError("invalid method:", [problem])
-    words = {"delta": Terms(r, A, B, C, D, E), "init": ZeroDown(), "scale": Fixed(1.0), "join": Supports()}
+    words = {
+        "delta": GLoRADelta(r, A, B, C, D, E),
+        "init": ZeroDownInit(),
+        "scale": ConstantScale(1.0),
+        "join": GLoRAJoin(),
+    }
     return words | ({"rules": (RandomStructures(seed),)} if supernet else {})

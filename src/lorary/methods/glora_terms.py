@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorary.fields import COUNT
-from lorary.sites import Site
-from lorary.words import Delta, Shapes, Tensors, word
+from lorary.spec.fields import COUNT
+from lorary.spec.interfaces import Delta, Shapes, Tensors, component
+from lorary.spec.site import Site
 
 # term -> its forms, the most general first: each is a part of the one before it
 FORMS: dict[str, tuple[str, ...]] = {
@@ -36,9 +36,9 @@ def _one_of(term: str) -> dict[str, Any]:
     return {"check": lambda value: value in forms, "expects": f"one of {', '.join(forms)}"}
 
 
-@word
+@component
 @dataclass(frozen=True)
-class Terms(Delta):
+class GLoRADelta(Delta):
     """Ad [out, r] Au [r, inp], Bd Bu likewise, Cd [inp, r] Cu [r, 1], D and E [out]; a scalar is a vector of one.
 
     A vector of A, B, D or E has one number for every output, of C one for every input. A layer without a bias has no
@@ -110,7 +110,7 @@ class Terms(Delta):
 
 
 @cache
-def structures(terms: Terms, bias: bool = True) -> tuple[Terms, ...]:
+def structures(terms: GLoRADelta, bias: bool = True) -> tuple[GLoRADelta, ...]:
     """Every structure whose terms are parts of these; the most general terms have 432.
 
     Args:
@@ -120,7 +120,7 @@ def structures(terms: Terms, bias: bool = True) -> tuple[Terms, ...]:
     forms = {term: some[some.index(terms.form(term)) :] for term, some in FORMS.items()}
     if not bias:
         forms["D"] = ("none",)
-    return tuple(Terms(terms.r, *chosen) for chosen in itertools.product(*forms.values()))
+    return tuple(GLoRADelta(terms.r, *chosen) for chosen in itertools.product(*forms.values()))
 
 
 def pair(site: Site, p: Tensors) -> tuple[Tensor, Tensor]:

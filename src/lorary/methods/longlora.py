@@ -2,7 +2,7 @@
 
 The token embeddings and all normalisations train in full. Positions are divided by ceil(length / original context). In
 training only, a token attends within its group of a quarter of the tokens, and the groups of half of the heads are
-shifted by half a group (`lorary.attention`). Afterwards attention is full.
+shifted by half a group (`lorary.kernels.shifted_attention`). Afterwards attention is full.
 
 Chen et al. 2023, arXiv:2309.12307, section 3; the factor and the group size from the actual length are those of the
 authors' code.
@@ -22,17 +22,17 @@ from typing import Any, Self
 
 from torch import nn
 
-from lorary import positions
-from lorary.attending import Switch, limits
-from lorary.contexts import Context, Reading
-from lorary.fields import COUNT, FLAG, POSITIVE, one_of, optional
-from lorary.preset import Restriction, preset
-from lorary.words import word
+from lorary.layers import rope
+from lorary.layers.shifted_attention import TrainingOnlyAttention, check_support
+from lorary.spec.context import Context, ContextPatch
+from lorary.spec.fields import COUNT, FLAG, POSITIVE, one_of, optional
+from lorary.spec.interfaces import component
+from lorary.spec.presets import Restriction, preset
 
 
-@word
+@component
 @dataclass(frozen=True)
-class Extended(Context):
+class LongContext(Context):
     """A context of `length` tokens by RoPE scaling, with shifted sparse attention in training.
 
     Args:
@@ -45,7 +45,7 @@ class Extended(Context):
     """
 
     length: int | None = field(default=None, metadata=optional(COUNT))
-    rope: str = field(default="linear", metadata=one_of(*positions.FORMS))
+    rope: str = field(default="linear", metadata=one_of(*rope.FORMS))
     shifted: bool = field(default=True, metadata=FLAG)
     groups: int = field(default=4, metadata=COUNT)
     factor: float | None = field(default=None, metadata=optional(POSITIVE))
@@ -59,33 +59,33 @@ class Extended(Context):
 
     @property
     def words(self) -> dict[str, Any]:
-        return positions.words(self.rope, self.factor or 1.0, self.known or 0)
+        return rope.words(self.rope, self.factor or 1.0, self.known or 0)
 
     def planned(self, model: nn.Module) -> Self:
         if self.length is None or self.factor is not None:
             return self
-        config = positions.text_config(model)
+        config = rope.text_config(model)
         return dataclasses.replace(
-            self, factor=positions.needed(config, self.length), known=positions.trained_on(config)
+            self, factor=rope.scaling_factor(config, self.length), known=rope.original_context(config)
         )
 
     def problems(self, model: nn.Module) -> list[tuple[str, str]]:
         if self.length is None:
             return [("does not say how many tokens the model is to read", "say length=32768, or what you want")]
-        found = [(what, "") for what in positions.problems(model, self.rope, self.length)]
+        found = [(what, "") for what in rope.problems(model, self.rope, self.length)]
         if not found:
             found = [(what, "take the base that it was trained on") for what in self._other(model)]
         if self.shifted and self.groups > self.length:
             found.append((f"divides {self.length:,} tokens into {self.groups:,} groups", "say groups=4"))
         if self.shifted:
             fix = "set shifted=False to train with full attention"
-            found += [(what, fix) for what in limits(model, positions.text_config(model), self.length).problems]
+            found += [(what, fix) for what in check_support(model, rope.text_config(model), self.length).problems]
         return found
 
     def _other(self, model: nn.Module) -> list[str]:
         """What tells that this was planned for another model."""
-        config = positions.text_config(model)
-        here, known = positions.needed(config, self.length or 0), positions.trained_on(config)
+        config = rope.text_config(model)
+        here, known = rope.scaling_factor(config, self.length or 0), rope.original_context(config)
         if self.factor is None:
             return ["does not say by how much positions are divided"]
         if here != self.factor:
@@ -95,32 +95,32 @@ class Extended(Context):
         return []
 
     def notes(self, model: nn.Module) -> list[str]:
-        config, length = positions.text_config(model), self.length or 0
-        known = positions.reach(config)
+        config, length = rope.text_config(model), self.length or 0
+        known = rope.max_context(config)
         notes = [f"reads {length:,} tokens instead of {known:,}: positions divided by {self.factor:g} ({self.rope})"]
         if self.factor == 1:
             notes = [f"the base reads {known:,} tokens: for {length:,} its positions stay as they are"]
-        if positions.kind(config) in ("linear", "dynamic"):  # some configurations count the factor in already
+        if rope.kind(config) in ("linear", "dynamic"):  # some configurations count the factor in already
             notes.append(f"the base divides positions as it is: {known:,} is max_position_embeddings times its factor")
         if self.shifted:
             share = f"1/{self.groups} of the longest sequence in a batch"
             notes.append(f"attends in groups of {share} while it trains, and in full afterwards")
-            notes += limits(model, config, length).notes
+            notes += check_support(model, config, length).notes
         return notes
 
-    def apply(self, model: nn.Module) -> Reading:
-        return _Entered(model, self)
+    def apply(self, model: nn.Module) -> ContextPatch:
+        return _LongContextPatch(model, self)
 
 
-class _Entered:
+class _LongContextPatch:
     """The reversible change of a model to the longer context."""
 
-    def __init__(self, model: nn.Module, word: Extended) -> None:
+    def __init__(self, model: nn.Module, word: LongContext) -> None:
         factor = word.factor or 1.0
-        positions.unshared(model)
-        self.switch = Switch(model, positions.text_config(model), word.groups) if word.shifted else None
+        rope.own_config_copy(model)
+        self.switch = TrainingOnlyAttention(model, rope.text_config(model), word.groups) if word.shifted else None
         try:
-            self.stretched = positions.Stretched(model, word.rope, factor) if factor > 1 else None
+            self.stretched = rope.Stretched(model, word.rope, factor) if factor > 1 else None
         except BaseException:
             self.settle()
             raise
@@ -170,4 +170,4 @@ def longlora(length: int | None = None, rope: str = "linear", shifted: bool = Tr
         shifted: shifted sparse attention in training; False: full attention.
         groups: the number of groups in the longest sequence of a batch.
     """
-    return {"context": Extended(length, rope, shifted, groups), "full": ("embeddings", "norms")}
+    return {"context": LongContext(length, rope, shifted, groups), "full": ("embeddings", "norms")}

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorary.fields import COUNT, POSITIVE
-from lorary.preset import preset
-from lorary.sites import Site
-from lorary.words import Delta, Init, Join, Layer, Shapes, Tensors, word
+from lorary.spec.fields import COUNT, POSITIVE
+from lorary.spec.interfaces import Delta, Init, Join, Layer, Shapes, Tensors, component
+from lorary.spec.presets import preset
+from lorary.spec.site import Site
 
 
-@word
+@component
 @dataclass(frozen=True)
 class LowRank(Delta):
     """B [out, r] and A [r, inp]; every part of a fused site has its own pair."""
@@ -40,7 +40,7 @@ class LowRank(Delta):
         return site.place(p["B"]), p["A"]
 
 
-@word
+@component
 @dataclass(frozen=True)
 class Kaiming(Init):
     """A ~ U(-1/sqrt(inp), 1/sqrt(inp)), B = 0. An embedding starts the other way round: A = 0, B ~ N(0, 1).
@@ -62,7 +62,7 @@ class Kaiming(Init):
             nn.init.zeros_(p["B"])
 
 
-@word
+@component
 @dataclass(frozen=True)
 class Gaussian(Init):
     """A ~ N(0, 1/r^2), B = 0: PEFT's reading of the paper's Gaussian. Embeddings start as under `Kaiming`."""
@@ -79,9 +79,9 @@ class Gaussian(Init):
             nn.init.normal_(p["A"], std=1 / rank, generator=generator)
 
 
-@word
+@component
 @dataclass(frozen=True)
-class ByRank:
+class AlphaOverRank:
     """s = alpha / r."""
 
     alpha: float = field(metadata=POSITIVE)
@@ -90,9 +90,9 @@ class ByRank:
         return self.alpha / r
 
 
-@word
+@component
 @dataclass(frozen=True)
-class Fixed:
+class ConstantScale:
     """A constant s, independent of the rank, as after adapters were added or converted."""
 
     s: float = field(metadata=POSITIVE)
@@ -101,7 +101,7 @@ class Fixed:
         return self.s
 
 
-@word
+@component
 @dataclass(frozen=True)
 class Add(Join):
     """W' = W + s B A, b' = b."""
@@ -137,7 +137,7 @@ def lora(r: int = 16, alpha: float = 32.0, dropout: float = 0.0) -> dict[str, An
     return {
         "delta": LowRank(r),
         "init": Kaiming(),
-        "scale": ByRank(alpha),
+        "scale": AlphaOverRank(alpha),
         "join": Add(),
         "dropout": dropout,
     }

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorary.errors import FileError, Problem
-from lorary.grid import cells
+from lorary.errors import Diagnostic, FileError
+from lorary.layers.module_kinds import module_positions
 from lorary.methods.lora import Add
-from lorary.preset import PlanFunction, no_preset
-from lorary.record import Method, braces
+from lorary.spec.method import Method, braces
+from lorary.spec.presets import PlanFunction, register_non_preset
 
 THRESHOLD = 0.9  # the paper's T
 
@@ -100,7 +100,7 @@ class Importance:
 
     def _kinds(self) -> list[list[str]]:
         kinds: dict[str, list[str]] = {}
-        for site, cell in cells(self.g).items():
+        for site, cell in module_positions(self.g).items():
             kinds.setdefault(cell.kind, []).append(site)
         return list(kinds.values())
 
@@ -132,16 +132,16 @@ class Importance:
         """
         sites = data.get("sites") if isinstance(data, Mapping) else None
         if not isinstance(sites, Mapping) or not sites:
-            raise FileError("invalid importance record:", [Problem("sites", "holds no layers")])
+            raise FileError("invalid importance record:", [Diagnostic("sites", "holds no layers")])
         problems = [
-            Problem(str(site), f"`{key}` is no finite number of at least 0")
+            Diagnostic(str(site), f"`{key}` is no finite number of at least 0")
             for site, figures in sites.items()
             for key in ("g", "relative")
             if not _is_size(figures.get(key) if isinstance(figures, Mapping) else None)
         ]
         tokens = data.get("tokens")
         if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 0:
-            problems.append(Problem("tokens", "is no whole number of at least 0"))
+            problems.append(Diagnostic("tokens", "is no whole number of at least 0"))
         if problems:
             raise FileError("invalid importance record:", problems)
         found = (Measured(str(site), float(f["g"]), float(f["relative"])) for site, f in sites.items())
@@ -171,29 +171,29 @@ def squares(z: Tensor, B: Tensor, s: float, groups: int = 1) -> Tensor:
     return torch.einsum("...gi,gij,...gj->...", z, gram, z).clamp(min=0) * s**2
 
 
-def measurable(method: Method) -> list[Problem]:
+def measurable(method: Method) -> list[Diagnostic]:
     """The reasons why the importance of a method's layers cannot be measured or is meaningless."""
     if method.delta is None:
-        return [Problem("method", "adapts no layer: there are none to choose from")]
+        return [Diagnostic("method", "adapts no layer: there are none to choose from")]
     problems, delta, join = [], method.delta, method.join
     if not isinstance(join, Add):
         what = f"{type(join).__name__} changes a layer's output by more than s B A x, which is what is measured"
-        problems.append(Problem("join", what, "use a method that adds s B A to W"))
+        problems.append(Diagnostic("join", what, "use a method that adds s B A to W"))
     if delta.shared:
         what = f"all layers share {braces(delta.shared)} of {type(delta).__name__} already"
-        problems.append(Problem("delta", what, "leave LoRA-drop out"))
+        problems.append(Diagnostic("delta", what, "leave LoRA-drop out"))
     for rule in method.rules:
         what = f"{type(rule).__name__} decides for each layer while it trains, from that layer's own tensors"
-        problems.append(Problem("rules", what, "leave LoRA-drop out, or the rule"))
+        problems.append(Diagnostic("rules", what, "leave LoRA-drop out, or the rule"))
     return problems
 
 
-def shareable(method: Method) -> list[Problem]:
+def shareable(method: Method) -> list[Diagnostic]:
     """The reasons why layers cannot be measured, or cannot share a method's tensors afterwards."""
     problems = measurable(method)
     if method.init is not None and method.init.residual_init:
         what = f"{type(method.init).__name__} starts each layer from its own weight, and layers that share start alike"
-        problems.append(Problem("init", what, "use another init"))
+        problems.append(Diagnostic("init", what, "use another init"))
     return problems
 
 
@@ -205,14 +205,14 @@ def announced(threshold: float, sample: float) -> str:
     )
 
 
-def unknown_sites(found: Iterable[str], planned: Iterable[str]) -> list[Problem]:
+def unknown_sites(found: Iterable[str], planned: Iterable[str]) -> list[Diagnostic]:
     """The differences between the layers that were measured and those of a plan."""
     here, there = set(planned), set(found)
-    missing = [Problem(site, "is planned, but was not measured") for site in sorted(here - there)]
-    return missing + [Problem(site, "was measured, but is not planned") for site in sorted(there - here)]
+    missing = [Diagnostic(site, "is planned, but was not measured") for site in sorted(here - there)]
+    return missing + [Diagnostic(site, "was measured, but is not planned") for site in sorted(there - here)]
 
 
-no_preset(
+register_non_preset(
     PlanFunction(
         "lora-drop",
         about=__doc__ or "",

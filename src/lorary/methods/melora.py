@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorary.fields import COUNT
-from lorary.kernels.blocks import add_blocks
-from lorary.preset import preset
-from lorary.sites import Site
-from lorary.words import Delta, Layer, Shapes, Tensors, word
+from lorary.kernels.block_diagonal import add_blocks
+from lorary.spec.fields import COUNT
+from lorary.spec.interfaces import Delta, Layer, Shapes, Tensors, component
+from lorary.spec.presets import preset
+from lorary.spec.site import Site
 
 
-@word
+@component
 @dataclass(frozen=True)
-class Minis(Delta):
+class BlockDiagonal(Delta):
     """A_i [r, inp / n] and B_i [out / n, r], stacked: A [n r, inp / n] and B [out, r]."""
 
     r: int = field(metadata=COUNT)
@@ -73,4 +73,4 @@ def melora(r: int = 8, n: int = 2) -> dict[str, Any]:
         r: the rank of each mini-LoRA, which sets s.
         n: the number of mini-LoRAs; it must divide the inputs and outputs of every layer.
     """
-    return {"delta": Minis(r, n)}
+    return {"delta": BlockDiagonal(r, n)}

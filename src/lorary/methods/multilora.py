@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorary.fields import COUNT
-from lorary.preset import preset
-from lorary.sites import Site
-from lorary.words import Delta, Init, Shapes, Tensors, word
+from lorary.spec.fields import COUNT
+from lorary.spec.interfaces import Delta, Init, Shapes, Tensors, component
+from lorary.spec.presets import preset
+from lorary.spec.site import Site
 
 
-@word
+@component
 @dataclass(frozen=True)
-class Parallel(Delta):
+class ParallelLowRank(Delta):
     """A_i [r, inp], B_i [out, r] and gamma_i [out], stacked: A [n r, inp], B [out, n r], gamma [out n], row by row."""
 
     r: int = field(metadata=COUNT)
@@ -43,9 +43,9 @@ class Parallel(Delta):
         return site.place(B.flatten(1)), p["A"]
 
 
-@word
+@component
 @dataclass(frozen=True)
-class Balanced(Init):
+class MultiLoRAInit(Init):
     """A_i ~ U(-1/sqrt(inp), 1/sqrt(inp)), B_i ~ U(-1/sqrt(r), 1/sqrt(r)), gamma = 0."""
 
     fills = frozenset({"A", "B", "gamma"})
@@ -75,4 +75,4 @@ def multilora(r: int = 16, n: int = 3) -> dict[str, Any]:
         r: the rank of each LoRA, which sets s.
         n: the number of LoRAs.
     """
-    return {"delta": Parallel(r, n), "init": Balanced()}
+    return {"delta": ParallelLowRank(r, n), "init": MultiLoRAInit()}

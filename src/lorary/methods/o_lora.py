@@ -24,20 +24,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorary.fields import AMOUNT, COUNT, FLAG, SIZES, one_of
 from lorary.kernels.low_rank import add_low_rank
+from lorary.layers.dtensor import full_tensor, local_shard
 from lorary.methods.lora import Add, LowRank
-from lorary.preset import Restriction, preset
-from lorary.shards import own, together
-from lorary.sites import Site
-from lorary.words import Delta, Layer, Rule, Run, Shapes, Tensors, word
+from lorary.spec.fields import AMOUNT, COUNT, FLAG, SIZES, one_of
+from lorary.spec.interfaces import Delta, Layer, Rule, Run, Shapes, Tensors, component
+from lorary.spec.presets import Restriction, preset
+from lorary.spec.site import Site
 
 _MOMENTA = ("exp_avg", "momentum_buffer")  # an optimizer's running means of gradients
 
 
-@word
+@component
 @dataclass(frozen=True)
-class Tasks(Delta):
+class SequentialLoRA(Delta):
     """B [out, r] and A [r, inp] of this task; B_past [out, R] and A_past [R, inp] of all earlier ones.
 
     Args:
@@ -99,9 +99,9 @@ class Tasks(Delta):
         return [f"{room}: there is no room for {rank} more that are orthogonal to them"]
 
 
-@word
+@component
 @dataclass(frozen=True)
-class AwayFrom(Rule):
+class OrthogonalToPast(Rule):
     """The orthogonality of A to A_past: a penalty on the products of their rows, or a projection.
 
     Args:
@@ -151,12 +151,12 @@ class AwayFrom(Rule):
         value: Tensor | float = 0.0
         if self.norms:
             value = self.norms * _sum(
-                torch.linalg.vector_norm(together(layer.params[r])) for layer in layers for r in "AB"
+                torch.linalg.vector_norm(full_tensor(layer.params[r])) for layer in layers for r in "AB"
             )
         later = _later(layers)
         if self.hard or not later or not self.weight:
             return value
-        products = [together(layer.params["A_past"]) @ together(layer.params["A"]).T for layer in later]
+        products = [full_tensor(layer.params["A_past"]) @ full_tensor(layer.params["A"]).T for layer in later]
         total = _sum(P.abs().sum() if self.form == "authors" else P.square().sum() for P in products)
         return value + self.weight * total / (sum(P.numel() for P in products) if self.mean else 1)
 
@@ -198,7 +198,7 @@ def _sum(terms: Iterable[Tensor]) -> Tensor:
 
 def _basis_of(layer: Layer) -> Tensor:
     """An orthonormal basis of the row space of all earlier A's of a layer, in at least fp32."""
-    A = together(layer.params["A_past"]).detach()
+    A = full_tensor(layer.params["A_past"]).detach()
     A = A.to(torch.promote_types(A.dtype, torch.float32))
     Q = A.new_zeros(0, A.shape[1])
     for rows in A.split(layer.method.delta.past):
@@ -224,7 +224,7 @@ def _project(tensor: Tensor, Q: Tensor) -> None:
     checkpoint was loaded.
     """
     with torch.no_grad():
-        rows, Q = own(tensor), Q.clone()
+        rows, Q = local_shard(tensor), Q.clone()
         rows.sub_((rows.to(Q, copy=True) @ Q.T @ Q).to(rows))  # paged momenta are not where Q is
 
 
@@ -253,4 +253,4 @@ def o_lora(
         mean: the mean of the products instead of their sum.
         hard: instead of a penalty, project A_t onto the orthogonal complement of the earlier A's.
     """
-    return {"delta": Tasks(r), "rules": (AwayFrom(weight, form, mean, hard),)}
+    return {"delta": SequentialLoRA(r), "rules": (OrthogonalToPast(weight, form, mean, hard),)}

@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorary.fields import COUNT, FLAG, later
 from lorary.methods.pissa import start_by_parts, too_small
-from lorary.preset import preset
-from lorary.sites import Site
-from lorary.words import Init, Tensors, word
+from lorary.spec.fields import COUNT, FLAG, added_later
+from lorary.spec.interfaces import Init, Tensors, component
+from lorary.spec.presets import preset
+from lorary.spec.site import Site
 
 
-@word
+@component
 @dataclass(frozen=True)
-class Orthonormal(Init):
+class QRInit(Init):
     """B starts with orthonormal columns, A upper trapezoidal; the parts of a fused weight are decomposed one by one.
 
     Args:
@@ -36,7 +36,7 @@ class Orthonormal(Init):
     """
 
     divide: bool = field(default=False, metadata=FLAG)
-    rounds: int = field(default=1, metadata=later(COUNT))
+    rounds: int = field(default=1, metadata=added_later(COUNT))
 
     fills = frozenset({"A", "B"})
     residual_init = True
@@ -75,4 +75,4 @@ def olora(divide: bool = False, rounds: int = 1) -> dict[str, Any]:
         divide: start A at R_r / s, so that the start does not grow with alpha.
         rounds: with qlora, decompositions of W and then of the quantisation error.
     """
-    return {"init": Orthonormal(divide, rounds)}
+    return {"init": QRInit(divide, rounds)}

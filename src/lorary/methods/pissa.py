@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorary.fields import COUNT, later, optional
-from lorary.preset import preset
-from lorary.sites import Site
-from lorary.words import Init, Tensors, word
+from lorary.spec.fields import COUNT, added_later, optional
+from lorary.spec.interfaces import Init, Tensors, component
+from lorary.spec.presets import preset
+from lorary.spec.site import Site
 
 
-@word
+@component
 @dataclass(frozen=True)
-class Principal(Init):
+class SVDInit(Init):
     """The start at the best rank-r approximation of W; the parts of a fused weight are decomposed one by one.
 
     Args:
@@ -35,7 +35,7 @@ class Principal(Init):
 
     niter: int | None = field(default=None, metadata=optional(COUNT))
     oversample: int = field(default=16, metadata=COUNT)
-    rounds: int = field(default=1, metadata=later(COUNT))
+    rounds: int = field(default=1, metadata=added_later(COUNT))
 
     fills = frozenset({"A", "B"})
     residual_init = True
@@ -103,4 +103,4 @@ def pissa(niter: int | None = None, rounds: int = 1) -> dict[str, Any]:
         niter: power iterations of the fast randomised decomposition (4 is plenty); None decomposes exactly.
         rounds: with qlora, decompositions of W and then of the quantisation error (the authors take 5).
     """
-    return {"init": Principal(niter, rounds=rounds)}
+    return {"init": SVDInit(niter, rounds=rounds)}

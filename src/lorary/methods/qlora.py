@@ -3,7 +3,7 @@
 Gradients pass through the dequantised weight, and only the adapter trains. Every linear layer but the output head is
 quantised, adapted or not.
 
-Dettmers et al. 2023, arXiv:2305.14314, equations 5 and 6; `lorary.storage.nf4` is their NF4.
+Dettmers et al. 2023, arXiv:2305.14314, equations 5 and 6; `lorary.layers.nf4` is their NF4.
 
 Differs from the paper: products are computed in the dtype of the layer's input unless `compute` says otherwise.
 """
@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorary.errors import MethodError, Problem, did_you_mean
-from lorary.preset import preset
-from lorary.storage.bnb_nf4 import BnbNF4
-from lorary.storage.nf4 import NF4
+from lorary.errors import Diagnostic, MethodError, did_you_mean
+from lorary.layers.bitsandbytes import BnbNF4
+from lorary.layers.nf4 import NF4
+from lorary.spec.presets import preset
 
 _BACKENDS = ["lorary", "bitsandbytes"]
 
@@ -49,11 +49,11 @@ def qlora(
     return {"storage": NF4(block, double, compute, embeddings)}
 
 
-def _problems(embeddings: bool, backend: str) -> list[Problem]:
+def _problems(embeddings: bool, backend: str) -> list[Diagnostic]:
     """The options that a backend does not support."""
     if backend not in _BACKENDS:
-        return [Problem("backend", f"{backend!r} is unknown", did_you_mean(str(backend), _BACKENDS))]
+        return [Diagnostic("backend", f"{backend!r} is unknown", did_you_mean(str(backend), _BACKENDS))]
     if embeddings and backend == "bitsandbytes":
         what = "bitsandbytes cannot save an embedding that it has packed"
-        return [Problem("embeddings", what, "set backend='lorary', or leave the embeddings plain")]
+        return [Diagnostic("embeddings", what, "set backend='lorary', or leave the embeddings plain")]
     return []

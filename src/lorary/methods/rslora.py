@@ -12,14 +12,14 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorary.fields import POSITIVE
-from lorary.preset import preset
-from lorary.words import word
+from lorary.spec.fields import POSITIVE
+from lorary.spec.interfaces import component
+from lorary.spec.presets import preset
 
 
-@word
+@component
 @dataclass(frozen=True)
-class BySqrtRank:
+class AlphaOverSqrtRank:
     """s = alpha / sqrt(r)."""
 
     alpha: float = field(metadata=POSITIVE)
@@ -39,4 +39,4 @@ def rslora(alpha: float = 32.0) -> dict[str, Any]:
     Args:
         alpha: the same for every rank; switching from LoRA multiplies s by sqrt(r), so retune the learning rate.
     """
-    return {"scale": BySqrtRank(alpha)}
+    return {"scale": AlphaOverSqrtRank(alpha)}

@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorary.fields import COUNT, FLAG, POSITIVE, SEED
-from lorary.kernels.vectors import add_vectors
-from lorary.methods.lora import Fixed
-from lorary.preset import preset
-from lorary.sites import Site
-from lorary.words import Delta, Init, Layer, Shapes, Tensors, word
+from lorary.kernels.shared_projection import add_vectors
+from lorary.methods.lora import ConstantScale
+from lorary.spec.fields import COUNT, FLAG, POSITIVE, SEED
+from lorary.spec.interfaces import Delta, Init, Layer, Shapes, Tensors, component
+from lorary.spec.presets import preset
+from lorary.spec.site import Site
 
 
-@word
+@component
 @dataclass(frozen=True)
-class Vectors(Delta):
+class SharedProjectionDelta(Delta):
     """b [out] and d [r], around B [out, r] and A [r, inp] of all sites; the parts of a fused site have b and d each."""
 
     r: int = field(metadata=COUNT)
@@ -53,9 +53,9 @@ class Vectors(Delta):
         return add_vectors(y, x, p["A"], p["B"], p["b"], p["d"], layer.scale, dropout, layer.shared.once)
 
 
-@word
+@component
 @dataclass(frozen=True)
-class Projections(Init):
+class SharedProjectionInit(Init):
     """A, B ~ U(-sqrt(6 / fan), sqrt(6 / fan)) for all layers from one seed, d constant, b = 0.
 
     Args:
@@ -101,8 +101,8 @@ def vera(r: int = 256, seed: int = 0, d: float = 0.1, save_projections: bool = T
         save_projections: save A and B; otherwise they are regenerated from the seed.
     """
     return {
-        "delta": Vectors(r),
-        "init": Projections(seed, d, save_projections),
-        "scale": Fixed(1.0),
+        "delta": SharedProjectionDelta(r),
+        "init": SharedProjectionInit(seed, d, save_projections),
+        "scale": ConstantScale(1.0),
         "frozen": frozenset({"A", "B"}),
     }

@@ -1,12 +1,12 @@
-"""Training: configurations, data, and the loop (the only floor that touches TRL)."""
+"""How it is run: configurations, data, the loop, runs. The only room that touches TRL."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lorary.train.runner import Run as Run
-    from lorary.train.runner import run as run
+    from lorary.train.run.run import Run as Run
+    from lorary.train.run.run import run as run
 
 __all__ = ["Run", "run"]
 
@@ -15,6 +15,6 @@ def __getattr__(name: str) -> object:
     """`run` and `Run`, when they are first asked for: they bring Transformers and TRL along."""
     if name not in __all__:
         raise AttributeError(f"module 'lorary.train' has no attribute {name!r}")
-    from lorary.train import runner
+    from lorary.train.run import run
 
-    return getattr(runner, name)
+    return getattr(run, name)

@@ -1,0 +1,29 @@
+"""Trained adapters: as values, as folders, in PEFT's files, and from one task to another on a model.
+
+The names below are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lorary.adapters.save_load import export_peft as export_peft
+    from lorary.adapters.save_load import load_adapter as load_adapter
+    from lorary.adapters.save_load import save_adapter as save_adapter
+    from lorary.files.findings import AdapterWarning as AdapterWarning
+
+_HOMES = {
+    "AdapterWarning": "files.findings",
+    "export_peft": "adapters.save_load",
+    "load_adapter": "adapters.save_load",
+    "save_adapter": "adapters.save_load",
+}
+__all__ = ["AdapterWarning", "export_peft", "load_adapter", "save_adapter"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lorary.adapters' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"lorary.{_HOMES[name]}"), name)

@@ -1,0 +1,140 @@
+"""PEFT's ADALORA: AdaLoRA, with the directions that are left at each layer.
+
+    <site>.lora_A  (R, in) = Q        <site>.lora_B  (out, R) = P        <site>.lora_E  (R, 1)
+
+`rank_pattern` has a mask over the directions of the start for every layer that has lost some: PEFT takes how many are
+left from its length. Which of them those were is not known here, so the first ones are marked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorary.adapters.adapter import Adapter
+from lorary.adapters.peft.config import PeftConfig
+from lorary.adapters.peft.fields import ALPHA, EXCLUDE, PROBABILITY, RANK, SHARED, field, masks, unused
+from lorary.adapters.peft.lora import UNSUPPORTED, json_number
+from lorary.adapters.peft.types import Layout, PeftType, register
+from lorary.adapters.shared_tensors import SharedTensors
+from lorary.files.strict_json import show
+from lorary.methods.adalora import AlphaOverInitialRank, OrthogonalityPenalty, SVDDelta, SVDDeltaInit
+from lorary.methods.adalora_budget import RankBudget
+from lorary.methods.lora import Add
+from lorary.spec.fields import AMOUNT, COUNT, SHARE, WHOLE
+from lorary.spec.method import Method
+from lorary.spec.placement import AdaptedSite
+
+_E = ".lora_E"
+_NO_MAGNITUDES = {"check": lambda value: value is False, "expects": "false: PEFT's AdaLoRA has no magnitudes"}
+
+
+class AdaLora(PeftType):
+    """W + s P diag(E) Q, of one rank and one alpha at the start for all layers."""
+
+    name, title = "ADALORA", "AdaLoRA"
+    methods = ((SVDDelta, Add),)
+    fields = {  # noqa: RUF012 (never written)
+        **SHARED,
+        **UNSUPPORTED,
+        "r": field(RANK, 8),  # inherited; `init_r` is meant
+        "init_r": field(RANK, 12),
+        "target_r": field(RANK, 8),
+        "lora_alpha": field(ALPHA, 8.0),
+        "lora_dropout": field(PROBABILITY, 0.0),
+        "exclude_modules": EXCLUDE,
+        "rank_pattern": masks(_E),
+        "tinit": field(WHOLE, 0),
+        "tfinal": field(WHOLE, 0),
+        "deltaT": field(COUNT, 1),
+        "beta1": field(SHARE, 0.85),
+        "beta2": field(SHARE, 0.85),
+        "orth_reg_weight": field(AMOUNT, 0.5),
+        "total_step": field(COUNT),
+        "use_rslora": unused("AdaLoRA", False),
+        "use_dora": field(_NO_MAGNITUDES, nullable=True),
+        "alpha_pattern": unused("AdaLoRA", {}, None),
+        "init_lora_weights": unused("AdaLoRA", True, False, None),
+    }
+    leaves = {"lora_A": "Q", "lora_B": "P", "lora_E": "E"}  # noqa: RUF012
+    factors = (("lora_A", "lora_B"),)
+    kinds = ("linear", "transposed", "conv2d")
+    dilates = True
+
+    def to_method(self, config: PeftConfig, site: str = "") -> Method:
+        r, mask = config["init_r"], config["rank_pattern"].get(site)
+        # PEFT accepts a target above the start, which asks for nothing
+        betas = config["beta1"], config["beta2"]
+        budget = RankBudget(min(config["target_r"], r), config["tinit"], config["tfinal"], config["deltaT"], *betas)
+        return Method(
+            SVDDelta(r, None if mask is None else sum(mask)),
+            SVDDeltaInit(),
+            AlphaOverInitialRank(config["lora_alpha"]),
+            Add(),
+            rules=(budget, OrthogonalityPenalty(config["orth_reg_weight"])),
+            dropout=config["lora_dropout"],
+        )
+
+    def site_mismatches(self, config: PeftConfig, sites: set[str]) -> list[tuple[str, str]]:
+        r, found = config["init_r"], []
+        for name, mask in config["rank_pattern"].items():
+            if len(mask) != r:
+                what = f"has {len(mask)} entries for {show(name)}, and there were {r} directions at the start"
+                found.append(("rank_pattern", what))
+            if name not in sites:
+                found.append(("rank_pattern", f"is about {show(name)}, which is not adapted"))
+        return found
+
+    def peft_incompatibilities(self, adapter: Adapter, shared: SharedTensors) -> list[str]:
+        scales = {p.method.scale for p in adapter.sites}
+        reasons = {
+            "PEFT's AdaLoRA has one rank at the start and one alpha for all layers": len(scales) > 1
+            or len({p.r for p in adapter.sites}) > 1,
+            "PEFT's AdaLoRA takes `default` in a path for the name that it gives an adapter": any(
+                "default" in name for name in _masks(adapter)
+            ),
+            "PEFT's AdaLoRA has alpha / (r + 1e-5) for its scale": not all(
+                isinstance(s, AlphaOverInitialRank) for s in scales
+            ),
+        }
+        return [what for what, holds in reasons.items() if holds]
+
+    def from_adapter(self, adapter: Adapter, shared: SharedTensors) -> dict[str, Any]:
+        """The fields of an adapter's configuration beside the shared ones.
+
+        A run's length is not part of an adapter: `total_step` is the shortest that PEFT accepts with these phases, and
+        a phase that is a share of the run becomes 0 steps.
+        """
+        first, rules = adapter.sites[0], adapter.method.rules
+        budget = next((rule for rule in rules if isinstance(rule, RankBudget)), RankBudget(first.r))
+        penalty = next((rule for rule in rules if isinstance(rule, OrthogonalityPenalty)), OrthogonalityPenalty(0.0))
+        start, final = (int(steps) if steps >= 1 else 0 for steps in (budget.start_at, budget.final))
+        return {
+            "r": 8,  # PEFT's default, which its AdaLoRA does not look at
+            "init_r": first.r,
+            "target_r": budget.target,
+            "tinit": start,
+            "tfinal": final,
+            "total_step": start + final + 1,
+            "deltaT": budget.every,
+            "beta1": budget.beta1,
+            "beta2": budget.beta2,
+            "orth_reg_weight": penalty.weight,
+            "lora_alpha": json_number(first.alpha),
+            "lora_dropout": adapter.method.dropout,
+            "init_lora_weights": True,
+            "rank_pattern": _masks(adapter) or None,
+        }
+
+    def layout(self, p: AdaptedSite) -> Layout:
+        names = super().layout(p)
+        name, shape = names["E"]
+        return names | {"E": (name, (*shape, 1))}
+
+
+def _masks(adapter: Adapter) -> dict[str, list[bool]]:
+    left = {p.site.name: p.shapes["E"][0] for p in adapter.sites}
+    found = {f"{p.site.name}{_E}": [i < left[p.site.name] for i in range(p.r)] for p in adapter.sites}
+    return dict(sorted((name, mask) for name, mask in found.items() if not all(mask)))
+
+
+register(AdaLora())

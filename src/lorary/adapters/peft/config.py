@@ -1,0 +1,149 @@
+"""PEFT's `adapter_config.json`, read field by field: none is ignored silently.
+
+A field is understood and checked; or matters only while training, and only its type is checked; or belongs to a feature
+that is not supported, and has to be off; or it is unknown, and refused. Absent fields take PEFT's defaults, so that
+files of 2023 can be read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lorary.adapters.peft.fields import BOOK_KEEPING, EXCLUDE, SHARED, Field, TolerableError
+from lorary.errors import Diagnostic, suggestion
+from lorary.files.bounded_regex import MOST_CHARACTERS, Budget, Pattern
+from lorary.files.findings import Findings
+from lorary.files.strict_json import named, show
+from lorary.layers.adapted import unwrapped_modules
+
+NAME = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """A checked `adapter_config.json`: `config["r"]` is the value of a field, or PEFT's default.
+
+    Args:
+        peft_type: the name of the PEFT type.
+        values: the fields of all types and of this one, by PEFT's names.
+    """
+
+    peft_type: str
+    values: Mapping[str, Any]
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values[key]
+
+    def targets_module(self, path: str) -> bool:
+        """Whether PEFT would adapt the module at this path, were it of a kind that can be.
+
+        Raises:
+            ValueError: a pattern takes too much work.
+        """
+        if _names(self["exclude_modules"], path) or _inside(path, self["modules_to_save"]):
+            return False
+        if self["target_modules"] is None:
+            return True
+        layers = self["layers_to_transform"]
+        return _names(self["target_modules"], path) and (layers is None or self._layer(path) in layers)
+
+    def saves_module_of(self, path: str) -> bool:
+        """Whether the base parameter at this path belongs to a module of `modules_to_save`."""
+        components = path.split(".")
+        ancestors = [".".join(components[:i]) for i in range(1, len(components))]
+        return any(a.endswith(m) for a in ancestors for m in self["modules_to_save"])
+
+    def _layer(self, path: str) -> int | None:
+        """The number of the layer that a path lies in, by PEFT's rule: the first number in the right place."""
+        components, names = path.split("."), self["layers_pattern"]
+        for i, component in enumerate(components[:-1]):
+            if component.isdecimal() and (
+                any(components[i - 1 :: -1][: n.count(".") + 1] == n.split(".")[::-1] for n in names)
+                if names
+                else i >= 2
+            ):
+                return int(component)
+        return None
+
+
+def read_config(data: object, types: Mapping[str, Mapping[str, Field]], findings: Findings) -> PeftConfig | None:
+    """The configuration in a parsed `adapter_config.json`; None where its type is not one that is read.
+
+    Args:
+        data: the parsed JSON.
+        types: the fields of each PEFT type by its name.
+        findings: where everything wrong goes.
+    """
+    if not isinstance(data, dict):
+        findings.fatal.append(Diagnostic(NAME, "is not a JSON object"))
+        return None
+    name = data.get("peft_type")
+    if not isinstance(name, str) or name not in types:
+        what = "has no `peft_type`" if name is None else f"is of type {show(name)}"
+        findings.fatal.append(Diagnostic(NAME, what, f"lorary reads PEFT's {', '.join(types)} adapters"))
+        return None
+    known = {**types[name], **BOOK_KEEPING}
+    every = {"exclude_modules": EXCLUDE, **SHARED, **types[name]}
+    values = {key: field.default for key, field in every.items()}
+    budget = Budget()
+    for key, value in data.items():
+        where = f"{NAME}: {named(key)}"
+        if key not in known:
+            fix = suggestion(key, known) or "a newer PEFT may have written it; strict=False ignores it"
+            findings.tolerable.append(Diagnostic(where, "is not a field that lorary knows", fix))
+            continue
+        try:
+            if value is not None or not known[key].nullable:
+                values[key] = known[key].read(value, budget)
+        except TolerableError as error:
+            findings.tolerable.append(Diagnostic(where, str(error)))
+            values[key] = error.value
+        except ValueError as error:
+            findings.fatal.append(Diagnostic(where, str(error)))
+    if isinstance(values["target_modules"], Pattern) and values["layers_to_transform"] is not None:
+        what = "cannot be said together with a pattern in `target_modules`"
+        findings.fatal.append(Diagnostic(f"{NAME}: layers_to_transform", what))
+    if values["layers_pattern"] and values["layers_to_transform"] is None:
+        findings.fatal.append(Diagnostic(f"{NAME}: layers_pattern", "needs `layers_to_transform`"))
+    return PeftConfig(name, values)
+
+
+def config_text(values: Mapping[str, Any]) -> str:
+    """The file's text: sorted, so that the same adapter gives the same bytes."""
+    return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+
+def target_modules(sites: list[str], model: nn.Module | None) -> list[str] | str:
+    """PEFT's `target_modules` for exactly these sites: ends of names, else whole names, else one pattern.
+
+    >>> target_modules(["layers.0.q_proj", "layers.1.q_proj"], None)
+    ['layers.0.q_proj', 'layers.1.q_proj']
+    """
+    whole = sorted(sites)
+    pattern = "|".join(map(re.escape, whole))
+    if model is None:
+        # a name of one component is the end of many
+        exact = all("." in name for name in whole) or len(pattern) > MOST_CHARACTERS
+        return whole if exact else pattern
+    modules = list(unwrapped_modules(model))
+    for entries in (sorted({name.rpartition(".")[2] for name in whole}), whole):
+        if {m for m in modules if _names(tuple(entries), m)} == set(whole):
+            return entries
+    return pattern
+
+
+def _names(entries: tuple[str, ...] | Pattern, path: str) -> bool:
+    if isinstance(entries, Pattern):
+        return entries.fullmatch(path)
+    return any(path == entry or path.endswith(f".{entry}") for entry in entries)
+
+
+def _inside(path: str, modules: tuple[str, ...]) -> bool:
+    """Whether a path is that of one of these modules, or below it, by whole components."""
+    return any(f".{m}." in f".{path}." for m in modules)

@@ -1,0 +1,198 @@
+"""The fields of PEFT's `adapter_config.json`: the checks of their values, and the fields that all PEFT types have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lorary.files.bounded_regex import Budget, Pattern, TailPattern
+from lorary.files.strict_json import show
+from lorary.spec.fields import FLAG, one_of
+
+_MOST_RANK = 2**16
+_MOST_ALPHA = 1e6  # an adapter with a larger one is all noise
+_MOST_ENTRIES = 20_000
+
+
+class TolerableError(ValueError):
+    """A value that PEFT accepts, however odd; `value` is what it computes with."""
+
+    def __init__(self, message: str, value: object = None) -> None:
+        super().__init__(message)
+        self.value = value
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of the configuration.
+
+    Args:
+        read: (value, budget) -> the value as lorary uses it, or a ValueError that says what is wrong with it; the
+            budget is the work that all patterns of a file may take together.
+        default: the value where the file is silent: PEFT's own default.
+        nullable: whether null means silence.
+    """
+
+    read: Callable[[Any, Budget], Any]
+    default: Any = None
+    nullable: bool = False
+
+
+def field(rule: dict[str, Any], default: Any = None, *, nullable: bool = False) -> Field:
+    """A field whose values pass a rule in the form of `lorary.spec.fields`; they are read as the default's type."""
+
+    def read(value: Any, budget: Budget) -> Any:
+        if not rule["check"](value):
+            raise ValueError(f"is {show(value)}; it takes {rule['expects']}")
+        return float(value) if isinstance(default, float) else value
+
+    return Field(read, default, nullable)
+
+
+def unsupported(why: str) -> Field:
+    """A field of a feature that lorary does not support; only values that switch it off are accepted."""
+
+    def read(value: Any, budget: Budget) -> None:
+        if value not in (None, False, [], {}, 0):
+            raise ValueError(f"is {show(value)}: {why}")
+
+    return Field(read)
+
+
+def unused(title: str, *off: object) -> Field:
+    """A field that a PEFT type inherits and does not use; tolerable where it says something."""
+
+    def read(value: Any, budget: Budget) -> None:
+        if not any(value == o and type(value) is type(o) for o in off):
+            raise TolerableError(f"is {show(value)}, and PEFT's {title} computes without it")
+
+    return Field(read)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+RANK: dict[str, Any] = {
+    "check": lambda value: type(value) is int and 1 <= value <= _MOST_RANK,
+    "expects": f"a whole number from 1 to {_MOST_RANK:,}",
+}
+ALPHA: dict[str, Any] = {
+    "check": lambda value: _is_real(value) and 0 < value <= _MOST_ALPHA,
+    "expects": f"a positive number of at most {_MOST_ALPHA:,.0f}",
+}
+PROBABILITY: dict[str, Any] = {
+    "check": lambda value: _is_real(value) and 0 <= value < 1,
+    "expects": "a probability in [0, 1)",
+}
+
+
+def _typed(kind: type, expects: str) -> Field:
+    return field({"check": lambda value: value is None or isinstance(value, kind), "expects": expects})
+
+
+def _names_or_pattern(value: Any, budget: Budget) -> tuple[str, ...] | Pattern:
+    if value is None:
+        raise TolerableError("is null: nothing says which modules are adapted")
+    return Pattern(value, budget) if isinstance(value, str) else _names(value)
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    return _listed(value, lambda v: isinstance(v, str) and v != "", "names")
+
+
+def _listed(value: Any, valid: Callable[[Any], bool], what: str) -> tuple[Any, ...]:
+    if not isinstance(value, list) or not all(map(valid, value)):
+        raise ValueError(f"is {show(value)}, not a list of {what}")
+    return tuple(_not_too_many(value))
+
+
+def _plain_names(value: Any, budget: Budget) -> tuple[str, ...]:
+    names = _names([value] if isinstance(value, str) else value)
+    strange = [n for n in names if not all(c.isalnum() or c in "_." for c in n)]
+    if strange:  # PEFT reads them as regular expressions
+        raise ValueError(f"{show(strange[0])} is not a plain module name")
+    return names
+
+
+def _layer_numbers(value: Any, budget: Budget) -> tuple[int, ...] | None:
+    values = [value] if type(value) is int else value
+    return _listed(values, lambda v: type(v) is int and v >= 0, "layer numbers") or None
+
+
+def _not_too_many(value: Any) -> Any:
+    if len(value) > _MOST_ENTRIES:
+        raise ValueError(f"has {len(value):,} entries, more than {_MOST_ENTRIES:,}")
+    return value
+
+
+def by_pattern(entry: Field) -> Field:
+    """A field that maps patterns over the ends of paths to values, such as `rank_pattern`; the first match counts."""
+
+    def read(value: Any, budget: Budget) -> tuple[tuple[TailPattern, Any], ...]:
+        pairs, wrong = [], []
+        for key, item in _items(value, "patterns and values").items():
+            try:
+                pairs.append((TailPattern(key, budget), entry.read(item, budget)))
+            except ValueError as error:
+                wrong.append(f"{show(key)}: {error}")
+        if wrong:
+            raise ValueError("; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""))
+        return tuple(pairs)
+
+    return Field(read, (), nullable=True)
+
+
+def masks(leaf: str) -> Field:
+    """A field that maps the names of tensors, each a module's path and `leaf`, to lists of true and false."""
+
+    def read(value: Any, budget: Budget) -> dict[str, list[bool]]:
+        found = _items(value, "names and masks")
+        for name, mask in found.items():
+            if not name.endswith(leaf) or not isinstance(mask, list) or not all(isinstance(m, bool) for m in mask):
+                what = f"has {show(mask)} for {show(name)}"
+                raise ValueError(f"{what}; an entry is a module's {leaf}, and true and false")
+        return {name.removesuffix(leaf): mask for name, mask in found.items()}
+
+    return Field(read, {}, nullable=True)
+
+
+def _items(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"is {show(value)}, not an object of {what}")
+    found: dict[str, Any] = _not_too_many(value)
+    return found
+
+
+def _base(value: Any, budget: Budget) -> str:
+    if not isinstance(value, str) or len(value) > 4096:
+        raise ValueError(f"is {show(value)}, not a name or path")
+    return value
+
+
+def bias(only: str) -> Field:
+    """`bias`: which biases of the base the file holds; `only` is the type's word for those of the adapted layers."""
+    names = ("none", "all", only)
+    return field(one_of(*names) | {"expects": f"one of {', '.join(names)}"}, "none")
+
+
+SHARED: dict[str, Field] = {
+    "target_modules": Field(_names_or_pattern),  # absent where the tensors alone say it
+    "layers_to_transform": Field(_layer_numbers, nullable=True),
+    "layers_pattern": Field(_plain_names, (), nullable=True),
+    "modules_to_save": Field(_plain_names, (), nullable=True),
+    "bias": bias("lora_only"),
+    "fan_in_fan_out": field(FLAG, False),
+    "base_model_name_or_path": Field(_base, "", nullable=True),
+}
+EXCLUDE = Field(_names_or_pattern, (), nullable=True)
+
+# Fields that matter only while training, or to other programs.
+BOOK_KEEPING: dict[str, Field] = {
+    **dict.fromkeys(("peft_type", "task_type", "revision", "peft_version", "megatron_core"), _typed(str, "a text")),
+    **dict.fromkeys(("auto_mapping", "runtime_config", "loftq_config"), _typed(dict, "an object")),
+    **dict.fromkeys(("eva_config", "corda_config", "lora_ga_config"), _typed(dict, "an object")),
+    **dict.fromkeys(("inference_mode", "merge_weights"), _typed(bool, "true or false")),
+    "qalora_group_size": _typed(int, "a whole number"),
+}

@@ -1,0 +1,65 @@
+"""The names of the tensors in a PEFT file: prefixes, the base's own parameters, and what unexpected ones are.
+
+Every name begins with `base_model.model.`, but for tensors that all sites share: they begin with `base_model.`. Files
+written from a bare module have no prefix, and both are read. What follows is called the short name here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lorary.adapters.peft.types import PEFT_TYPES, PeftType
+
+PREFIX = "base_model.model."
+_OUTER = "base_model."
+
+
+def _shared() -> set[str]:
+    return {name for peft_type in PEFT_TYPES.values() for name in peft_type.shared.values()}
+
+
+def short(name: str) -> str:
+    """A tensor's name without its prefix."""
+    inner = name.removeprefix(_OUTER)
+    return inner if inner in _shared() else name.removeprefix(PREFIX)
+
+
+def full(name: str) -> str:
+    """The name in a file of the tensor with this short name."""
+    return (_OUTER if name in _shared() else PREFIX) + name
+
+
+def site_of(name: str, leaves: Iterable[str]) -> str | None:
+    """The site that a tensor with this short name belongs to; None where the name ends in no leaf."""
+    leaf = next((leaf for leaf in leaves if f".{name}".endswith(f".{leaf}")), None)
+    return None if leaf is None else name.removesuffix(leaf).removesuffix(".")
+
+
+def full_name(parameter: str, sites: set[str]) -> str:
+    """The short name of a base parameter that a file holds: PEFT moves those of adapted layers inwards."""
+    path, _, last = parameter.rpartition(".")
+    return f"{path}.base_layer.{last}" if path in sites else parameter
+
+
+def why_unexpected(name: str, peft_type: PeftType, base: set[str] | None) -> str:
+    """What a tensor is that the configuration does not call for.
+
+    Args:
+        name: its short name.
+        peft_type: the type that the configuration names.
+        base: the names of the base's parameters; None without the base.
+    """
+    leaves = {leaf: why for t in PEFT_TYPES.values() for leaf, why in t.refused_leaves.items()}
+    for other in PEFT_TYPES.values():
+        if other is not peft_type:
+            what = f"belongs to {other.title}, which the configuration does not say it is"
+            leaves |= {leaf: what for leaf in other.leaves if leaf not in leaves}
+    for leaf, what in leaves.items():
+        if name.endswith((f".{leaf}", f".{leaf}.weight")):
+            return what
+    if ".lora_A." in name or ".lora_B." in name:
+        return "has an adapter's name inside, which PEFT's files never have"
+    plain = name.replace(".base_layer.", ".")
+    if plain in base if base is not None else plain.endswith((".weight", ".bias")):
+        return "would overwrite a weight of the base, and `modules_to_save` does not list it"
+    return "is not a tensor of this adapter"

@@ -1,0 +1,273 @@
+"""PEFT's LORA: LoRA, rank-stabilised with `use_rslora`, DoRA with `use_dora`.
+
+    linear, transposed   <site>.lora_A.weight (R, in)             <site>.lora_B.weight (out, R)
+    embedding            <site>.lora_embedding_A (R, vocabulary)  <site>.lora_embedding_B (width, R)
+    convolution          <site>.lora_A.weight (R, in, *window)    <site>.lora_B.weight (out, R, 1, ...)
+    DoRA                 and <site>.lora_magnitude_vector (out,), of a convolution (1, out, 1, ...)
+
+A site whose fused weight is adapted part by part is, for PEFT, one LoRA of rank R = parts * r whose B is zero off the
+parts' blocks: the same update, number for number. The tasks learnt before (O-LoRA) follow as further directions.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorary.adapters.adapter import Adapter
+from lorary.adapters.peft.config import PeftConfig
+from lorary.adapters.peft.fields import ALPHA, EXCLUDE, PROBABILITY, RANK, SHARED, Field, by_pattern, field, unsupported
+from lorary.adapters.peft.types import Layout, PeftType, register
+from lorary.adapters.shared_tensors import SharedTensors
+from lorary.errors import Diagnostic, FileError
+from lorary.files.strict_json import show
+from lorary.methods.dora import MagnitudeDirection
+from lorary.methods.lora import Add, AlphaOverRank, Kaiming, LowRank
+from lorary.methods.o_lora import SequentialLoRA
+from lorary.methods.rslora import AlphaOverSqrtRank
+from lorary.spec.fields import FLAG
+from lorary.spec.method import Method
+from lorary.spec.placement import AdaptedSite
+from lorary.spec.site import Site
+
+_MAGNITUDE = "lora_magnitude_vector"
+_OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # inits that change the base
+_UNSUPPORTED_FEATURES = {  # features that change the adapter's function
+    "enable_lora": "adapters on parts of a fused weight (files of 2023) are not supported",
+    "use_qalora": "QA-LoRA pools its input, which is not supported",
+    "use_bdlora": "block-diagonal factors are not supported",
+    "lora_bias": "biases beside B are not supported",
+    "target_parameters": "adapters on bare parameters (fused experts) are not supported",
+    "trainable_token_indices": "rows of an embedding trained apart are not supported",
+    "layer_replication": "a model with repeated layers is not supported",
+    "alora_invocation_tokens": "adapters that start at a token (aLoRA) are not supported",
+    "ensure_weight_tying": "adapters tied between two layers are not supported",
+    "arrow_config": "routing between adapters (Arrow) is not supported",
+    "kasa_config": "KaSA changes the base weight, which is not supported",
+    "velora_config": "VeLoRA is not supported",
+    "monteclora_config": "MonteCLoRA is not supported",
+    "megatron_config": "Megatron's layers are not supported",
+}
+UNSUPPORTED = {key: unsupported(why) for key, why in _UNSUPPORTED_FEATURES.items()}
+
+
+def _init(value: Any, budget: object) -> None:
+    word = value.lower() if isinstance(value, str) else value
+    if isinstance(word, bool | None) or word in ("gaussian", "eva", "orthogonal"):
+        return
+    if isinstance(word, str) and word.startswith(_OTHER_BASE):
+        raise ValueError(
+            f"is {show(value)}: these factors belong to a base that PEFT changes while loading; let PEFT convert the "
+            "adapter (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    raise ValueError(f"is {show(value)}, an initialisation that lorary does not know")
+
+
+class Lora(PeftType):
+    """W + s B A, with DoRA's magnitudes at all layers or at none."""
+
+    name, title = "LORA", "LoRA"
+    methods = ((LowRank, Add), (SequentialLoRA, Add), (LowRank, MagnitudeDirection))
+    fields = {  # noqa: RUF012 (never written)
+        **SHARED,
+        **UNSUPPORTED,
+        "r": field(RANK, 8),
+        "lora_alpha": field(ALPHA, 8.0),
+        "lora_dropout": field(PROBABILITY, 0.0),
+        "use_rslora": field(FLAG, False),
+        "use_dora": field(FLAG, False, nullable=True),
+        "exclude_modules": EXCLUDE,
+        "rank_pattern": by_pattern(field(RANK)),
+        "alpha_pattern": by_pattern(field(ALPHA, 8.0)),
+        "init_lora_weights": Field(_init),
+    }
+    leaves = {  # noqa: RUF012
+        "lora_A.weight": "A",
+        "lora_B.weight": "B",
+        "lora_embedding_A": "A",
+        "lora_embedding_B": "B",
+    }
+    factors = (("lora_embedding_A", "lora_embedding_B"), ("lora_A.weight", "lora_B.weight"))
+    refused_leaves = {  # noqa: RUF012
+        _MAGNITUDE: "belongs to DoRA, which the configuration does not say it is",
+        "lora_B.bias": "is a bias beside B, which is not supported",
+        "lora_diag": "belongs to KaSA, which is not supported",
+    }
+
+    def to_method(self, config: PeftConfig, site: str = "") -> Method:
+        r, alpha = (
+            next((value for ending, value in config[pattern] if site and ending.fullmatch(site)), config[usual])
+            for pattern, usual in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+        )
+        scale = AlphaOverSqrtRank(alpha) if config["use_rslora"] else AlphaOverRank(alpha)
+        join = MagnitudeDirection() if config["use_dora"] else Add()
+        return Method(LowRank(r), Kaiming(), scale, join, dropout=config["lora_dropout"])
+
+    def peft_incompatibilities(self, adapter: Adapter, shared: SharedTensors) -> list[str]:
+        reasons = {
+            "PEFT's LoRA has DoRA's magnitudes at all layers or at none": len({is_dora(p) for p in adapter.sites}) > 1,
+            "PEFT's LoRA has one tensor for all tasks, and these are of two dtypes": any(
+                p.delta.fixed_roles and len({t.dtype for t in adapter.tensors[p.site.name].values()}) > 1
+                for p in adapter.sites
+            ),
+        }
+        return [what for what, holds in reasons.items() if holds]
+
+    def from_adapter(self, adapter: Adapter, shared: SharedTensors) -> dict[str, Any]:
+        root = all(isinstance(p.method.scale, AlphaOverSqrtRank) for p in adapter.sites)
+        sizes = {p.site.name: (_rank(p), _alpha(p, root)) for p in adapter.sites}
+        return lora_fields(adapter, sizes, root=root, dora=is_dora(adapter.sites[0]))
+
+    def leaves_of(self, config: PeftConfig) -> Mapping[str, str]:
+        return self.leaves | ({_MAGNITUDE: "m"} if config["use_dora"] else {})
+
+    def layout(self, p: AdaptedSite) -> Layout:
+        return _layout(p.site, _rank(p), is_dora(p))
+
+    def canonical_name(self, name: str) -> str:
+        # some write it as a module's weight
+        return name.removesuffix(".weight") if name.endswith(f".{_MAGNITUDE}.weight") else name
+
+    def read_shape(self, p: AdaptedSite, role: str, shape: tuple[int, ...], found: tuple[int, ...]) -> tuple[int, ...]:
+        """The one magnitude per output in any shape in which it has been written.
+
+        A row (1, out) can be told from a magnitude per input, which other programs have, only where the layer is not
+        square.
+        """
+        if role != "m":
+            return shape
+        site, ones = p.site, (1,) * len(p.site.kernel_size)
+        column, row = (site.out_features, 1, *ones), (1, site.out_features, *ones)
+        if found in ((site.out_features,), column) or (
+            found == row and (site.kernel_size or site.out_features != site.in_features)
+        ):
+            return found
+        if found[:1] == (1,) and math.prod(found) == site.in_features:
+            what = f"has the shape {list(found)}, a magnitude for each input; DoRA as published has one per output"
+            fix = f"where they are the outputs' all the same, write them as [{site.out_features}]"
+            raise FileError("", [Diagnostic(f"{site.name}.{_MAGNITUDE}", what, fix)])
+        return shape
+
+    def encode(self, p: AdaptedSite, roles: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        A, B = roles["A"], roles["B"]
+        if "A_past" in roles:
+            B = torch.cat([p.site.place(B), roles["B_past"]], 1)
+            A = torch.cat([A, roles["A_past"]])
+        return encode_factors(p.site, A, B, roles.get("m"))
+
+    def decode(self, p: AdaptedSite, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        site, names = p.site, {role: name for role, (name, _) in self.layout(p).items()}
+        A = tensors[names["A"]].reshape(_rank(p), site.in_features)
+        B = tensors[names["B"]].reshape(site.out_features, _rank(p))
+        found = {"m": tensors[names["m"]].reshape(site.out_features)} if "m" in names else {}
+        if "A_past" in p.shapes:
+            sizes = [p.shapes["A"][0], p.shapes["A_past"][0]]
+            (A, A_past), (B, B_past) = A.split(sizes), B.split(sizes, 1)
+            A, B, found = A.clone(), B.clone(), found | {"A_past": A_past.clone(), "B_past": B_past.clone()}
+        if site.parts:
+            whole = B
+            B = torch.cat([whole[part.rows(), i * p.r : (i + 1) * p.r] for i, part in enumerate(site.parts)])
+            if not torch.equal(site.place(B), whole):
+                what = f"is not zero off the blocks of {', '.join(part.name for part in site.parts)}"
+                raise FileError("", [Diagnostic(names["B"], what)])
+        return {"A": A, "B": B} | found
+
+
+def is_dora(p: AdaptedSite) -> bool:
+    """Whether a site has DoRA's magnitudes."""
+    return isinstance(p.method.join, MagnitudeDirection)
+
+
+def _rank(p: AdaptedSite) -> int:
+    """The rank that PEFT sees at a site: r for each part, and that of each earlier task."""
+    return sum(p.shapes[role][0] for role in ("A", "A_past") if role in p.shapes)
+
+
+def _alpha(p: AdaptedSite, root: bool) -> float:
+    """The alpha that gives a site's scale at PEFT's rank, as alpha / sqrt(rank) or alpha / rank."""
+    rank = _rank(p)
+    if p.alpha is not None and isinstance(p.method.scale, AlphaOverSqrtRank if root else AlphaOverRank):
+        return p.alpha * (math.sqrt(rank / p.r) if root else rank / p.r)
+    return p.scale * rank
+
+
+def _layout(site: Site, r: int, dora: bool) -> Layout:
+    """role -> (name, shape) of a LoRA of rank r, or a DoRA."""
+    middle, ending = ("embedding_", "") if site.kind == "embedding" else ("", ".weight")
+    channels, ones = site.in_features // math.prod(site.kernel_size), (1,) * len(site.kernel_size)
+    shapes = {"A": (r, channels, *site.kernel_size), "B": (site.out_features, r, *ones)}
+    found = {role: (f"{site.name}.lora_{middle}{role}{ending}", shape) for role, shape in shapes.items()}
+    m = (1, site.out_features, *ones) if site.kernel_size else (site.out_features,)
+    return found | ({"m": (f"{site.name}.{_MAGNITUDE}", m)} if dora else {})
+
+
+def encode_factors(site: Site, A: Tensor, B: Tensor, m: Tensor | None = None) -> dict[str, Tensor]:
+    """The tensors of a LoRA at one site by their names without prefix.
+
+    Args:
+        site: the site.
+        A: [R, inp].
+        B: [out, R], or stacked by parts [rows of the parts, r] at a fused site.
+        m: [out], DoRA's magnitudes.
+    """
+    B = site.place(B) if site.parts and tuple(B.shape) != (site.out_features, A.shape[0]) else B
+    roles = {"A": A, "B": B} if m is None else {"A": A, "B": B, "m": m}
+    layout = _layout(site, A.shape[0], dora=m is not None)
+    return {name: roles[role].reshape(shape) for role, (name, shape) in layout.items()}
+
+
+def lora_fields(adapter: Adapter, sizes: Mapping[str, tuple[int, float]], *, root: bool, dora: bool) -> dict[str, Any]:
+    """The fields of a LoRA's configuration beside the shared ones.
+
+    Args:
+        adapter: the adapter, for its dropout.
+        sizes: site -> (rank, alpha).
+        root: whether the scale is alpha / sqrt(rank).
+        dora: whether it has magnitudes.
+    """
+    r, alpha = (Counter(pair[i] for pair in sizes.values()).most_common(1)[0][0] for i in (0, 1))
+    return {
+        "r": r,
+        "lora_alpha": json_number(alpha),
+        "lora_dropout": adapter.method.dropout,
+        "use_rslora": root,
+        "use_dora": dora,
+        "lora_bias": False,
+        "init_lora_weights": True,
+        "exclude_modules": None,
+        "rank_pattern": patterns({name: size[0] for name, size in sizes.items()}, r),
+        "alpha_pattern": patterns({name: json_number(size[1]) for name, size in sizes.items()}, json_number(alpha)),
+    }
+
+
+def patterns(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
+    """PEFT's `rank_pattern` or `alpha_pattern`: for every site whose value is not the usual one, a key for it alone.
+
+    >>> patterns({"a.q_proj": 8, "b.q_proj": 8, "a.down_proj": 4, "b.down_proj": 4}, 8)
+    {'down_proj': 4}
+    """
+    by_ending: dict[str, set[Any]] = {}
+    for name, value in values.items():
+        by_ending.setdefault(name.rpartition(".")[2], set()).add(value)
+    found = {}
+    for name, value in values.items():
+        if value != usual:
+            ending = name.rpartition(".")[2]
+            key = re.escape(ending) if len(by_ending[ending]) == 1 else f"^{re.escape(name)}"
+            found[key] = value
+    return dict(sorted(found.items()))
+
+
+def json_number(value: float | None) -> float | int | None:
+    """A whole number as an integer: readers in other languages expect an integer alpha."""
+    return int(value) if value is not None and value == int(value) else value
+
+
+LORA = Lora()
+register(LORA)

@@ -1,0 +1,157 @@
+"""The base parameters in a PEFT file: `modules_to_save`, biases, and the copies of tables that PEFT adds by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lorary.adapters.adapter import Adapter
+from lorary.adapters.peft.config import PeftConfig
+from lorary.errors import Diagnostic
+from lorary.files.findings import Findings
+from lorary.files.safetensors_header import Entry
+from lorary.layers.adapted import base_parameters, unwrapped_modules
+
+_BASE = ".base_layer."
+
+
+@dataclass
+class ModulesToSave:
+    """The names of a file that are base parameters.
+
+    Args:
+        expected: name -> shape of those that replace the base's value.
+        parameters: name -> the base parameter's path; tied parameters go by the first of their paths.
+        copies: name -> the base parameter's path, for the copies of adapted embeddings' tables that PEFT adds by
+            itself; they must be what the base has, and are then dropped.
+        base: the model's parameters by path; None without a model.
+    """
+
+    expected: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    parameters: dict[str, str] = field(default_factory=dict)
+    copies: dict[str, str] = field(default_factory=dict)
+    base: Mapping[str, Tensor] | None = None
+
+    def values(self, values: Mapping[str, Tensor], findings: Findings) -> dict[str, Tensor]:
+        """Base parameter -> its value; two names of one tied parameter have to agree."""
+        full: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            if name not in values:
+                continue
+            if parameter in full and not torch.equal(full[parameter], values[name]):
+                what = f"differs from {parameter}, to which it is tied in this model"
+                findings.fatal.append(Diagnostic(name, what, "untie the base's weights before loading"))
+            full.setdefault(parameter, values[name])
+        return full
+
+    def check_copies(self, values: Mapping[str, Tensor], findings: Findings) -> None:
+        """Compares the copies with the base; where they differ, PEFT would overwrite the base with them."""
+        for name, parameter in self.copies.items():
+            if self.base is None:
+                findings.notes.append(f"{name} is a copy of the base's own table; it was left out")
+            elif not torch.equal(self.base[parameter].detach().to("cpu", values[name].dtype), values[name]):
+                what = "is a copy of the base's own table, and this model's is another"
+                findings.tolerable.append(Diagnostic(name, what, "load the base that it was trained on"))
+
+
+def modules_to_save(
+    config: PeftConfig,
+    model: nn.Module | None,
+    sites: set[str],
+    found: Mapping[str, Entry],
+    findings: Findings,
+) -> ModulesToSave:
+    """The base parameters among a file's tensors.
+
+    Args:
+        config: the file's configuration.
+        model: the base, or None.
+        sites: the paths of the adapted modules.
+        found: the names of the file, without prefix.
+        findings: where tied parameters that would come apart go.
+    """
+    base = dict(base_parameters(model)) if model is not None else None
+    saved = ModulesToSave(base=base)
+    first = _first_names(base or {})
+    for name, entry in found.items():
+        site, inside, leaf = name.rpartition(_BASE)
+        parameter = f"{site}.{leaf}" if inside and site in sites else name
+        if inside and site in sites and leaf == "weight":
+            if base is None or (parameter in base and base[parameter].shape == entry.shape):
+                saved.copies[name] = parameter
+        elif _meant(config, parameter, site in sites) and (base is None or parameter in base):
+            saved.parameters[name] = first.get(parameter, parameter)
+            saved.expected[name] = entry.shape if base is None else tuple(base[parameter].shape)
+    for parameter, tensor in (base or {}).items():
+        if config.saves_module_of(parameter):
+            saved.parameters.setdefault(parameter, first[parameter])
+            saved.expected[parameter] = tuple(tensor.shape)
+    _check_ties(config, saved, first, findings)
+    return saved
+
+
+def _meant(config: PeftConfig, parameter: str, at_site: bool) -> bool:
+    """Whether a configuration asks for a base parameter."""
+    is_bias = "bias" in parameter.rpartition(".")[2]
+    return config.saves_module_of(parameter) or (
+        is_bias and (config["bias"] == "all" or (config["bias"].endswith("_only") and at_site))
+    )
+
+
+def _first_names(base: Mapping[str, Tensor]) -> dict[str, str]:
+    """Every path of every parameter -> the first of the paths that lead to it."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in base.items()}
+
+
+def _check_ties(config: PeftConfig, saved: ModulesToSave, first: Mapping[str, str], findings: Findings) -> None:
+    """PEFT copies `modules_to_save`, so weights tied to the original do not change."""
+    for name in sorted(n for n in saved.parameters if config.saves_module_of(n) and n in first):
+        others = [n for n, f in first.items() if f == first[name] and n not in saved.parameters]
+        if others:
+            what = f"is tied to {', '.join(others)} in this model, and PEFT trained a copy of its own"
+            findings.fatal.append(Diagnostic(name, what, "untie the base's weights before loading"))
+
+
+def modules_and_biases(adapter: Adapter, model: nn.Module | None) -> tuple[list[str], str, list[Diagnostic]]:
+    """`modules_to_save` and `bias` for an adapter's base parameters, and why PEFT cannot save them."""
+    sites = {p.site.name for p in adapter.sites}
+    written = [name for name in sorted(adapter.full) if name.removesuffix(".weight") in sites]
+    if written:  # Delta-LoRA's
+        what = "is changed beside the adapter there, and PEFT leaves the weights alone that it adapts"
+        return [], "none", [Diagnostic(name, what, "merge the adapter, and save the model") for name in written]
+    biases = {name for name in adapter.full if name.rpartition(".")[2] == "bias"}
+    others = sorted(set(adapter.full) - biases)
+    if not others:
+        return [], "all" if biases else "none", []
+    if model is None:
+        where = others[0] + (f", and {len(others) - 1:,} more" if len(others) > 1 else "")
+        what = "is trained in full, and whether its module is trained whole only the model can tell"
+        return [], "none", [Diagnostic(where, what, "give the model too: model=, or --base on the command line")]
+    modules, parameters = unwrapped_modules(model), dict(base_parameters(model))
+    paths = sorted({name.rpartition(".")[0] for name in others})
+    problems = [p for path in paths for p in _why_not_saved(path, modules, parameters, adapter)]
+    apart = [name for name in biases if name.rpartition(".")[0] not in paths]
+    return paths, "all" if apart else "none", problems
+
+
+def _why_not_saved(
+    path: str, modules: Mapping[str, nn.Module], parameters: Mapping[str, Tensor], adapter: Adapter
+) -> list[Diagnostic]:
+    """Why PEFT cannot have the module at `path` in `modules_to_save`."""
+    inside = {name: t for name, t in parameters.items() if name.startswith(f"{path}.")}
+    left_out = sorted(set(inside) - set(adapter.full))
+    same = sorted(name for name in modules if name.endswith(path) and name != path)
+    ties = sorted(n for n, t in parameters.items() if n not in inside and any(t is own for own in inside.values()))
+    state = modules[path].state_dict() if path in modules else {}
+    reasons = {
+        "PEFT keeps modules, and this is a parameter of the model itself": not path,
+        f"PEFT keeps whole modules, and {', '.join(left_out[:3])} is not trained": bool(left_out),
+        f"PEFT would take {', '.join(same[:3])} for it": bool(same),
+        f"PEFT would untie it from {', '.join(ties[:3])}": bool(ties),
+        "PEFT keeps its buffers as well, which did not train": len(state) > len(inside),
+    }
+    return [Diagnostic(path, reason) for reason, holds in reasons.items() if holds]

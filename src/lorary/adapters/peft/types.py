@@ -1,0 +1,154 @@
+"""PEFT types: what an adapter type of PEFT has to say about itself, and the registry of those that lorary reads.
+
+A type is registered beside its class, inside the package or in a file of one's own:
+
+    register(Vera())
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, Protocol, cast
+
+from torch import Tensor, nn
+
+from lorary.adapters.adapter import Adapter
+from lorary.adapters.peft.config import PeftConfig
+from lorary.adapters.peft.fields import Field
+from lorary.adapters.shared_tensors import SharedTensors
+from lorary.layers.kinds import kind_of
+from lorary.spec.method import Method
+from lorary.spec.placement import AdaptedSite
+from lorary.spec.site import Site
+
+Layout = dict[str, tuple[str, tuple[int, ...]]]
+
+
+class PeftType(Protocol):
+    """An adapter type of PEFT: its configuration, its tensors, and the methods that it can express.
+
+    Attributes:
+        name: the `peft_type` of the configuration, such as `VERA`.
+        title: the name in messages, such as `VeRA`.
+        methods: the (delta, join) classes of the methods that it has the very tensors of.
+        fields: the fields of its configuration by PEFT's names.
+        leaves: the end of a tensor's name -> the role: `<site>.vera_lambda_b` is `b`.
+        shared: role -> the name of a tensor that all sites share, after `base_model.`.
+        refused_leaves: the end of a tensor's name -> why it is refused, for tensors of unsupported features.
+        factors: pairs of leaves whose two shapes tell the layer's; without any, only the model knows them.
+        kinds: the kinds of layers that it adapts; all if empty.
+        dilates: whether a dilated convolution's filters are dilated, too.
+    """
+
+    name: str
+    title: str
+    methods: Collection[tuple[type, type]]
+    fields: Mapping[str, Field]
+    leaves: Mapping[str, str]
+    shared: Mapping[str, str] = {}
+    refused_leaves: Mapping[str, str] = {}
+    factors: Collection[tuple[str, str]] = ()
+    kinds: Collection[str] = ()
+    dilates: bool = False
+
+    # --- the method ---
+
+    def to_method(self, config: PeftConfig, site: str = "") -> Method:
+        """The method that a configuration means: at a site, or at sites without values of their own."""
+        ...
+
+    def site_mismatches(self, config: PeftConfig, sites: set[str]) -> list[tuple[str, str]]:
+        """(field, why) for the fields of a configuration that do not fit these sites."""
+        return []
+
+    def peft_incompatibilities(self, adapter: Adapter, shared: SharedTensors) -> list[str]:
+        """Why an adapter of these methods has no configuration of this type."""
+        return []
+
+    def from_adapter(self, adapter: Adapter, shared: SharedTensors) -> dict[str, Any]:
+        """The fields of an adapter's configuration beside the shared ones."""
+        ...
+
+    # --- the layers ---
+
+    def why_not_adaptable(self, site: Site, layer: nn.Module | None = None) -> str:
+        """Why PEFT computes something else at a site, or cannot adapt it; empty where it can.
+
+        Args:
+            site: the site.
+            layer: the layer, where it is at hand: only it tells a convolution's dilation and padding.
+        """
+        if self.kinds and site.kind not in self.kinds:
+            return f"is of kind {site.kind}, which PEFT's {self.title} never adapts"
+        if site.groups > 1:
+            return (
+                f"is a convolution with {site.groups} groups: PEFT's {self.title} of it does not equal a change of its "
+                "weight"
+            )
+        if layer is None or not (kind_of(layer) or "").startswith("conv"):
+            return ""
+        conv = cast(nn.Conv1d, layer)
+        dilated = any(d != 1 and n != 1 for d, n in zip(conv.dilation, conv.kernel_size, strict=True))
+        if dilated and not self.dilates:
+            return f"is a convolution of dilation {conv.dilation}, which PEFT's {self.title} leaves out"
+        if conv.padding_mode != "zeros" and any(conv._reversed_padding_repeated_twice):
+            return f"is a convolution with {conv.padding_mode} padding, for which PEFT's {self.title} pads with zeros"
+        return ""
+
+    # --- the tensors: by default one for each role ---
+
+    def leaves_of(self, config: PeftConfig) -> Mapping[str, str]:
+        """The leaves of an adapter with this configuration."""
+        return self.leaves
+
+    def layout(self, p: AdaptedSite) -> Layout:
+        """role -> (name without prefix, shape) of a site's own tensors."""
+        return {role: (f"{p.site.name}.{leaf}", p.shapes[role]) for leaf, role in self.leaves.items()}
+
+    def canonical_name(self, name: str) -> str:
+        """A tensor's name as PEFT writes it, for names that other programs write."""
+        return name
+
+    def read_shape(self, p: AdaptedSite, role: str, shape: tuple[int, ...], found: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape to read a tensor in: that of the layout, or the one found where that is known to mean the same.
+
+        Raises:
+            FileError: the shape found is known to mean something else.
+        """
+        return shape
+
+    def encode(self, p: AdaptedSite, roles: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a site by their names without prefix."""
+        return {name: roles[role].reshape(shape) for role, (name, shape) in self.layout(p).items()}
+
+    def decode(self, p: AdaptedSite, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """role -> tensor of a site's own, from tensors of the layout's names.
+
+        Raises:
+            FileError: the tensors are not those of such a site.
+        """
+        return {role: tensors[name].reshape(p.shapes[role]) for role, (name, _) in self.layout(p).items()}
+
+
+PEFT_TYPES: dict[str, PeftType] = {}
+
+
+def register(peft_type: PeftType) -> None:
+    """Makes a PEFT type known to reading and writing.
+
+    Raises:
+        TypeError: there is one of this name, or one for the same methods.
+    """
+    for other in PEFT_TYPES.values():
+        if other.name == peft_type.name or set(other.methods) & set(peft_type.methods):
+            raise TypeError(f"the PEFT type {other.name} has the name or a method of {peft_type.name} already")
+    PEFT_TYPES[peft_type.name] = peft_type
+
+
+def peft_type_of(placed: Iterable[AdaptedSite]) -> PeftType | None:
+    """The one PEFT type with the tensors of these sites' methods; None where there is none."""
+    found = {
+        next((n for n, t in PEFT_TYPES.items() if (type(p.delta), type(p.method.join)) in t.methods), "")
+        for p in placed
+    }
+    return PEFT_TYPES.get(found.pop()) if len(found) == 1 else None

@@ -1,0 +1,74 @@
+"""PEFT's VERA: VeRA, with one pair of projections for all layers.
+
+    <site>.vera_lambda_b  (out,)         <site>.vera_lambda_d  (r,)
+    base_model.vera_A  (r, widest in)    base_model.vera_B  (widest out, r)
+
+Without the two projections (`save_projection` is false) they are drawn again from `projection_prng_key`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lorary.adapters.adapter import Adapter
+from lorary.adapters.peft.config import PeftConfig
+from lorary.adapters.peft.fields import PROBABILITY, RANK, SHARED, bias, field
+from lorary.adapters.peft.types import PeftType, register
+from lorary.adapters.shared_tensors import SharedTensors
+from lorary.methods.lora import Add, ConstantScale
+from lorary.methods.vera import SharedProjectionDelta, SharedProjectionInit
+from lorary.spec.fields import FLAG, POSITIVE, SEED
+from lorary.spec.method import Method
+
+
+class Vera(PeftType):
+    """W + diag(b) B diag(d) A of whole linear layers, one rank for all of them."""
+
+    name, title = "VERA", "VeRA"
+    methods = ((SharedProjectionDelta, Add),)
+    fields = SHARED | {
+        "r": field(RANK, 256),
+        "bias": bias("vera_only"),
+        "vera_dropout": field(PROBABILITY, 0.0),
+        "projection_prng_key": field(SEED, 0),
+        "save_projection": field(FLAG, True),
+        "d_initial": field(POSITIVE, 0.1),
+        "init_weights": field(FLAG, True),
+    }
+    leaves = {"vera_lambda_b": "b", "vera_lambda_d": "d"}  # noqa: RUF012 (never written)
+    shared = {"A": "vera_A", "B": "vera_B"}  # noqa: RUF012
+    kinds = ("linear", "transposed")
+
+    def to_method(self, config: PeftConfig, site: str = "") -> Method:
+        init = SharedProjectionInit(config["projection_prng_key"], config["d_initial"], config["save_projection"])
+        delta = SharedProjectionDelta(config["r"])
+        return Method(
+            delta, init, ConstantScale(1.0), Add(), frozen=SharedProjectionDelta.shared, dropout=config["vera_dropout"]
+        )
+
+    def peft_incompatibilities(self, adapter: Adapter, shared: SharedTensors) -> list[str]:
+        reasons = {
+            "PEFT's VeRA adapts whole linear layers": any(p.site.parts for p in adapter.sites),
+            "PEFT's VeRA has one rank for all layers": len({p.r for p in adapter.sites}) > 1,
+            "PEFT's VeRA has no scale": any(p.scale != 1 for p in adapter.sites),
+            "PEFT draws VeRA's projections in 32 bits": not shared.kept
+            and any(bank.dtype != torch.float32 for bank in shared.whole.values()),
+        }
+        return [what for what, holds in reasons.items() if holds]
+
+    def from_adapter(self, adapter: Adapter, shared: SharedTensors) -> dict[str, Any]:
+        init = adapter.method.init
+        start = init if isinstance(init, SharedProjectionInit) else SharedProjectionInit()
+        return {
+            "r": adapter.sites[0].r,
+            "vera_dropout": adapter.method.dropout,
+            "d_initial": start.d,
+            "projection_prng_key": start.seed,
+            "save_projection": shared.kept,
+            "init_weights": True,
+        }
+
+
+register(Vera())

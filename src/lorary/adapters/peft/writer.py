@@ -1,0 +1,138 @@
+"""An adapter as PEFT's two files, and why some adapters have none.
+
+PEFT matches module names by their ends and patterns by regular expressions; what is written here matches exactly the
+sites that are meant, in any model that has them. All lists and keys are sorted, so that the same adapter gives the same
+bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lorary.adapters.adapter import Adapter
+from lorary.adapters.peft import keys
+from lorary.adapters.peft.config import target_modules
+from lorary.adapters.peft.modules_to_save import modules_and_biases
+from lorary.adapters.peft.types import PeftType, peft_type_of
+from lorary.adapters.shared_tensors import SharedTensors
+from lorary.errors import Diagnostic
+from lorary.layers.adapted import unwrapped_modules
+
+_TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
+_README = """# A PEFT adapter on a base whose positions are divided
+
+It was trained on {base!r} with positions divided by {factor:g}. PEFT's files do not say so: load the base like this.
+
+```python
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM
+
+config = AutoConfig.from_pretrained({base!r})
+rope = config.rope_parameters
+rope.get("full_attention", rope).update({words})
+base = AutoModelForCausalLM.from_pretrained({base!r}, config=config)
+model = PeftModel.from_pretrained(base, "this folder")
+```
+"""
+
+
+def exact_type(adapter: Adapter, model: nn.Module | None, shared: SharedTensors) -> PeftType | None:
+    """The PEFT type that computes an adapter's function from its very tensors; None where there is none.
+
+    Args:
+        adapter: any adapter.
+        model: the base, where it is at hand: only it tells whether a module is trained whole, and a convolution's
+            dilation and padding.
+        shared: what its sites share.
+    """
+    found = peft_type_of(adapter.sites)
+    if found is None or any(p.starts for p in adapter.sites) or found.peft_incompatibilities(adapter, shared):
+        return None
+    return None if base_incompatibilities(adapter, model, found) else found
+
+
+def base_incompatibilities(adapter: Adapter, model: nn.Module | None, peft_type: PeftType) -> list[Diagnostic]:
+    """Why a PEFT type cannot adapt some of an adapter's sites, or save its base parameters."""
+    problems = []
+    if not adapter.sites:
+        what = "it trains base parameters only, and PEFT's adapters adapt at least one layer"
+        problems.append(Diagnostic("sites", what))
+    modules = unwrapped_modules(model) if model is not None else {}
+    for p in adapter.sites:
+        if what := peft_type.why_not_adaptable(p.site, modules.get(p.site.name)):
+            problems.append(Diagnostic(p.site.name, what))
+    *_, unsaved = modules_and_biases(adapter, model)
+    lacking = [
+        Diagnostic(key, f"PEFT's {peft_type.title} has no such field")
+        for key, value in _shared_fields(adapter, model).items()
+        if key not in peft_type.fields and value not in (None, False, "none")
+    ]
+    return problems + unsaved + lacking
+
+
+def peft_config(
+    adapter: Adapter, model: nn.Module | None, peft_type: PeftType, own: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The contents of `adapter_config.json`.
+
+    Args:
+        adapter: the adapter; only its sites, base parameters and base are looked at.
+        model: the base, where it is at hand: it makes for shorter target lists.
+        peft_type: the PEFT type to write.
+        own: the type's own fields.
+    """
+    architecture = adapter.base.architecture
+    shared = {key: value for key, value in _shared_fields(adapter, model).items() if key in peft_type.fields}
+    head = {
+        "peft_type": peft_type.name,
+        "task_type": next((task for end, task in _TASKS.items() if architecture.endswith(end)), None),
+        "auto_mapping": None,
+        "revision": None,
+        "inference_mode": True,
+    }
+    return head | shared | dict(own)
+
+
+def _shared_fields(adapter: Adapter, model: nn.Module | None) -> dict[str, Any]:
+    modules, bias, _ = modules_and_biases(adapter, model)
+    return {
+        "base_model_name_or_path": adapter.base.name or None,
+        "target_modules": target_modules([p.site.name for p in adapter.sites], model),
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "fan_in_fan_out": any(p.site.kind == "transposed" for p in adapter.sites),
+        "modules_to_save": modules or None,
+        "bias": bias,
+    }
+
+
+def exact_files(
+    adapter: Adapter, model: nn.Module | None, shared: SharedTensors, peft_type: PeftType
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(configuration, tensors) of an adapter of this very type."""
+    config = peft_config(adapter, model, peft_type, peft_type.from_adapter(adapter, shared))
+    tensors = {peft_type.shared[role]: t for role, t in shared.whole.items()} if shared.kept else {}
+    for p in adapter.sites:
+        tensors |= peft_type.encode(p, adapter.tensors[p.site.name])
+    return config, with_prefix(tensors, adapter)
+
+
+def with_prefix(tensors: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
+    """The contents of `adapter_model.safetensors`: these tensors, and the adapter's base parameters."""
+    sites = {p.site.name for p in adapter.sites}
+    whole = {keys.full_name(name, sites): t for name, t in adapter.full.items()}
+    return {keys.full(name): t for name, t in {**tensors, **whole}.items()}
+
+
+def rope_overrides(adapter: Adapter) -> dict[str, Any]:
+    """The `rope_parameters` that the base needs for an adapter; empty where the base's own may stay."""
+    return dict(adapter.method.context.words) if adapter.method.context is not None else {}
+
+
+def base_text(adapter: Adapter) -> str:
+    """How to load the base of an adapter that divides its positions."""
+    words = rope_overrides(adapter)
+    return _README.format(base=adapter.base.name or "the base", factor=words["factor"], words=words)

@@ -1,0 +1,73 @@
+"""How commands find an adapter and its base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorary.errors import Diagnostic, FileError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lorary.model.loading.source import ModelSection
+
+_FILES = ("lorary.json", "adapter_config.json")
+
+
+def adapter_folder(path: Path) -> Path | None:
+    """The adapter that `path` is, or that the run folder `path` holds; None where there is neither."""
+    for folder in (path, path / "adapter"):
+        if any((folder / name).is_file() for name in _FILES):
+            return folder
+    return None
+
+
+def base_of(adapter: Path, base: str | None, dtype: str = "auto") -> ModelSection:
+    """The model to put an adapter on: `base`, or else the one that it says it was trained on.
+
+    Raises:
+        FileError: neither names a model that can be found.
+    """
+    from lorary.adapters import load_adapter
+    from lorary.train.config.load import from_dict
+
+    name = base or load_adapter(adapter).base.name
+    if not name or (base is None and "/" not in name and not name.startswith("builtin:") and not Path(name).is_dir()):
+        what = f"it was trained on `{name}`, which is no Hub id" if name else "it does not say what it was trained on"
+        raise FileError(f"cannot find the base of {adapter}:", [Diagnostic("", what, "give --base MODEL")])
+    return from_dict({"model": {"id": name, "dtype": dtype}, "data": "builtin:docstrings"}).model
+
+
+def model_of(name: str, base: str | None = None) -> tuple[Path | None, ModelSection]:
+    """The adapter folder that `name` is, or that is in it, and the model to load: its base, or else `base` or `name`.
+
+    Args:
+        name: an adapter or run folder, a Hub id, a model folder, or builtin:base.
+        base: in place of the base that the adapter names.
+
+    Raises:
+        FileError: it is an adapter whose base cannot be found.
+    """
+    from lorary.train.config.load import from_dict
+
+    folder = adapter_folder(Path(name))
+    if folder is not None:
+        return folder, base_of(folder, base)
+    return None, from_dict({"model": base or name, "data": "builtin:docstrings"}).model
+
+
+def with_adapter(section: ModelSection, folder: Path | None) -> PreTrainedModel:
+    """A model in evaluation mode, with the adapter on it where there is one.
+
+    Raises:
+        LoraryError: the model cannot be loaded, or the adapter is not of it.
+    """
+    import lorary
+    from lorary.model.loading.from_pretrained import load_model, load_storage
+
+    adapter = lorary.load_adapter(folder) if folder else None
+    loaded = load_model(section, load_storage(adapter.method, adapter.full) if adapter else None)
+    if folder:
+        lorary.load(loaded, folder)
+    return loaded

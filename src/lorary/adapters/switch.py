@@ -1,0 +1,178 @@
+"""save, load, switch: adapters between files and a model, and from one to another on the same base."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorary.adapters.adapter import Adapter, stacked
+from lorary.adapters.save_load import load_adapter, save_adapter
+from lorary.errors import Diagnostic, FileError, StateError
+from lorary.layers.adapted import adapted_layers, base_parameters, unwrapped_modules
+from lorary.layers.quantized_weight import is_quantized
+from lorary.model.attach import attach_tensors, detach
+from lorary.model.checks import layer_mismatches
+from lorary.model.fingerprint import Fingerprint
+from lorary.model.quantize import already_quantized, quantizable_layers, warn_of_quantization
+from lorary.model.scan import scan
+from lorary.model.state import base_parameter, require, state_of
+
+
+def save(model: nn.Module, path: str | PathLike[str]) -> None:
+    """Write what is attached to a model as an adapter folder.
+
+    Raises:
+        StateError: nothing is attached.
+        FileError: the folder cannot be written.
+    """
+    save_adapter(Adapter.of(model), path, model=model)  # the model tells which modules were trained whole
+
+
+def load(
+    base: nn.Module,
+    path: str | PathLike[str],
+    *,
+    strict: bool = True,
+    force: bool = False,
+    trainable: bool = False,
+    pack: bool = True,
+) -> nn.Module:
+    """Attach a saved adapter, lorary's or PEFT's, to its base, in place.
+
+    Args:
+        base: the model that it was trained on.
+        path: the adapter folder.
+        strict: refuse whatever is missing, left over, malformed or not finite; False tolerates what PEFT does.
+        force: accept a base that is not the one it was trained on, so long as every tensor fits.
+        trainable: whether its parameters require gradients, to go on training.
+        pack: pack the layers that its method packs (QLoRA). False leaves the base's own weights, which are not those
+            that such an adapter was trained on.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FileError: every reason why the folder cannot be used on this base.
+        StateError: something is attached already.
+    """
+    if state_of(base) is not None:
+        raise StateError(
+            "cannot load:", [Diagnostic("model", "something is attached already", "lorary.switch replaces it")]
+        )
+    adapter = load_adapter(path, model=base, strict=strict)
+    here = Fingerprint.of(base)
+    _check_base(base, adapter, here, str(path), force=force or not strict)
+    _install(base, adapter, here, trainable=trainable, pack=pack)
+    return base
+
+
+def switch(model: nn.Module, adapters: Adapter | Sequence[Adapter] | None, *, force: bool = False) -> nn.Module:
+    """Another task on the same base: take off what is attached and put these on, their sum if there are several.
+
+    Takes time in proportion to the adapters, not to the model. Parameters do not require gradients afterwards. A base
+    that has been packed for an adapter stays packed beneath the next one.
+
+    Args:
+        model: the base, with or without an adapter.
+        adapters: one, several (their updates add up), or None for the base alone.
+        force: accept adapters of another base, so long as every tensor fits.
+
+    Raises:
+        FileError: an adapter does not fit the base; the model is as it was.
+        MethodError: several adapters have no sum.
+        StateError: the model's adapter is merged.
+    """
+    several = _adapters(adapters)
+    if state_of(model) is not None:
+        require(model, "switch")
+    here = Fingerprint.of(model)
+    for a in several:
+        _check_base(model, a, here, "the adapter", force=force)
+    chosen = several[0] if len(several) == 1 else stacked(several, model) if several else None
+    if state_of(model) is not None:
+        detach(model)
+    if chosen is not None:
+        _install(model, chosen, here, trainable=False)
+    return model
+
+
+def _adapters(adapters: Any) -> list[Adapter]:
+    """A list of them, whichever way they were given.
+
+    Raises:
+        FileError: something among them is no adapter.
+    """
+    alone = isinstance(adapters, (Adapter, str, PathLike)) or not isinstance(adapters or (), Iterable)
+    several = [adapters] if alone else list(adapters or ())
+    fix = "read one with lorary.load_adapter(path)"
+    wrong = [Diagnostic(repr(a), "is no adapter", fix) for a in several if not isinstance(a, Adapter)]
+    if wrong:
+        raise FileError("cannot switch adapters:", wrong)
+    return several
+
+
+def _check_base(model: nn.Module, adapter: Adapter, here: Fingerprint, where: str, *, force: bool) -> None:
+    modules = unwrapped_modules(model)
+    problems = [problem for p in adapter.sites for problem in layer_mismatches(p.site, modules.get(p.site.name))]
+    given_up = {name for name, layer in adapted_layers(model).items() if layer.start}  # detaching makes them plain
+    for p in adapter.sites:
+        if p.starts and is_quantized(modules.get(p.site.name)) and p.site.name not in given_up:
+            problems.append(already_quantized(p.site.name, p.init))
+        problems += _shape_problems(p.site.name, p.stored, adapter.tensors.get(p.site.name, {}))
+    parameters = {name: tuple(t.shape) for name, t in base_parameters(model)}
+    for name, tensor in adapter.full.items():
+        if parameters.get(name) != tuple(tensor.shape):
+            found = f"it is {parameters[name]}" if name in parameters else "it has no such parameter"
+            problems.append(Diagnostic(name, f"the adapter holds {tuple(tensor.shape)} for it; in this model {found}"))
+    problems += _context_problems(model, adapter)
+    if not force:
+        fix = "load the base that it was trained on, or pass force=True"
+        problems += [Diagnostic(p.where, p.what, fix) for p in adapter.base.disagreements(here)]
+    if problems:
+        raise FileError(f"{where} does not fit this model:", problems)
+
+
+def _context_problems(model: nn.Module, adapter: Adapter) -> list[Diagnostic]:
+    """Why the base cannot read as the adapter wants it to, whatever reads now."""
+    state, context = state_of(model), adapter.method.context
+    if context is None:
+        return []
+    with state.context_patch.reverted() if state is not None and state.context_patch else contextlib.nullcontext():
+        return [Diagnostic("context", *found) for found in context.problems(model)]
+
+
+def _shape_problems(
+    name: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor]
+) -> list[Diagnostic]:
+    shapes = {role: tuple(t.shape) for role, t in found.items()}
+    return [
+        Diagnostic(name, f"{role} is {shapes.get(role, 'missing')}, expected {expected.get(role, 'no such tensor')}")
+        for role in sorted(expected.keys() | shapes.keys())
+        if expected.get(role) != shapes.get(role)
+    ] + [Diagnostic(name, what) for role, t in found.items() if (what := _unusable(role, t))]
+
+
+def _unusable(role: str, tensor: Tensor) -> str:
+    if tensor.is_meta:
+        return f"{role} has no values: it is on the meta device"
+    if tensor.layout != torch.strided or not tensor.is_floating_point():
+        return f"{role} is a {tensor.layout} tensor of {tensor.dtype}, expected a dense one of floating-point numbers"
+    return ""
+
+
+def _install(model: nn.Module, adapter: Adapter, here: Fingerprint, *, trainable: bool, pack: bool = True) -> None:
+    full = {name: tuple(value.shape) for name, value in adapter.full.items()}
+    storage = adapter.method.storage
+    packed = quantizable_layers(scan(model), storage, full) if pack and not storage.writable else []
+    warn_of_quantization(unwrapped_modules(model), storage)
+    attach_tensors(model, adapter.method, adapter.sites, full, adapter.tensors, base=here, packed=packed)
+    with torch.no_grad():
+        for name, value in adapter.full.items():
+            base_parameter(model, name).copy_(value)
+    if not trainable:
+        model.requires_grad_(False)

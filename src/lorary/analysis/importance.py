@@ -1,0 +1,245 @@
+"""layer_importance and drop_layers: the contribution of every adapted layer, and the plan in which small ones share
+(LoRA-drop)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorary.errors import DataError, Diagnostic, PlanError, StateError, deduplicated
+from lorary.layers.adapted import Adapted, adapted_layers
+from lorary.layers.module_kinds import module_positions
+from lorary.methods.lora_drop import THRESHOLD, Importance, Measured, measurable, shareable, squares, unknown_sites
+from lorary.model.plan import Plan
+from lorary.model.state import eval_mode, require
+from lorary.spec.placement import AdaptedSite
+
+_MASKS = ("attention_mask", "decoder_attention_mask")
+
+
+@torch.no_grad()
+def layer_importance(
+    model: nn.Module, batches: Iterable[Any], *, over_ranks: Callable[[Tensor], Tensor] | None = None
+) -> Importance:
+    """How much every adapted layer adds to its output: the sum over all tokens of |s B A x|^2 (LoRA-drop's g).
+
+    In evaluation mode, without dropout and without gradients; the model is as before afterwards. Tokens that a batch's
+    `attention_mask` marks as padding do not count. A base that gave up a part of its weight at the start is measured
+    as it was: the change is what B A is more than it was then.
+
+    Args:
+        model: with a method attached, trained for a while.
+        batches: what the model is called with: mappings of keyword arguments, tuples of arguments, or single tensors.
+        over_ranks: sums a tensor over all ranks, where each of them has batches of its own.
+
+    Raises:
+        StateError: nothing is attached, nothing has been learnt yet, or numbers are not finite.
+        PlanError: the method's update is not s B A x alone, or all layers share it already.
+        DataError: there is no batch, or a layer's input cannot be matched to the attention mask.
+
+    >>> importance(model, [{"input_ids": ids, "attention_mask": mask}]).I["model.layers.0.self_attn.q_proj"]
+    """
+    state = require(model, "measure")
+    if problems := measurable(state.method):
+        raise PlanError("cannot measure layer importance:", problems)
+    layers = adapted_layers(model)
+    meter = _Meter(layers)
+    with eval_mode(model), meter.reading():
+        for batch in batches:
+            meter.expect(batch, model)
+            _call(model, batch)
+    return meter.result(over_ranks or (lambda sums: sums))
+
+
+def _call(model: nn.Module, batch: Any) -> None:
+    if isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, tuple | list):
+        model(*batch)
+    else:
+        model(batch)
+
+
+class _Meter:
+    """Sums over the batches what the layers' inputs and outputs say, by hooks on their frozen bases.
+
+    Args:
+        layers: by their sites' names.
+    """
+
+    def __init__(self, layers: Mapping[str, Adapted]) -> None:
+        self.layers = layers
+        self.sums: dict[str, list[Tensor]] = {name: [] for name in layers}  # of each call [2]: |s B A x|^2, |W x|^2
+        self.tokens = self.batches = 0
+        self.masks: list[Tensor] = []
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Inside, every call of a layer is measured."""
+        with ExitStack() as stack:
+            for name, layer in self.layers.items():
+                hook = layer.base.register_forward_hook(self._hook(name, layer))
+                stack.callback(hook.remove)
+            yield
+
+    def expect(self, batch: Any, model: nn.Module) -> None:
+        """This batch is next."""
+        self.batches += 1
+        given = batch if isinstance(batch, Mapping) else {}
+        masks = {key: given[key] for key in _MASKS if isinstance(given.get(key), Tensor)}
+        _check_masks(masks, model)
+        self.masks = [mask.bool() for mask in masks.values()]
+        ids = next((given[key] for key in ("input_ids", "inputs_embeds") if given.get(key) is not None), None)
+        self.tokens += int(self.masks[0].sum()) if self.masks else 0 if ids is None else ids.shape[:2].numel()
+
+    def _hook(self, name: str, layer: Adapted) -> Callable[..., None]:
+        def read(_: nn.Module, inputs: tuple[Any, ...], y: Tensor) -> None:
+            change, whole = _norms(layer, inputs[0], y)  # [...] each
+            counts = self._counting(name, tuple(change.shape))
+            if counts is not None:
+                counts = counts.to(change.device)
+                change, whole = change.where(counts, 0.0), whole.where(counts, 0.0)
+            self.sums[name].append(torch.stack([change.sum(), whole.sum()]))
+
+        return read
+
+    def _counting(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
+        """Which rows [...] of a layer's input are no padding; None where none is."""
+        if all(mask.all() for mask in self.masks):
+            return None
+        fitting = [counts for mask in self.masks if (counts := _fitted(mask, shape)) is not None]
+        if not fitting:
+            masks = " and ".join(str(list(mask.shape)) for mask in self.masks)
+            what = f"sees rows of the shape {list(shape)}, which an attention mask of {masks} does not tell padding in"
+            raise _unmatched(name, what, "measure on batches without padding, such as one row each")
+        if any(not torch.equal(fitting[0], other) for other in fitting[1:]):
+            what = "sees rows that both masks of the batch fit, and they differ"
+            raise _unmatched(name, what, "measure on batches whose two sides differ in length")
+        return fitting[0]
+
+    def result(self, over_ranks: Callable[[Tensor], Tensor]) -> Importance:
+        """What was measured, on all ranks."""
+        rows = [torch.stack(found).cpu().double().sum(0) if found else torch.zeros(2) for found in self.sums.values()]
+        sums = torch.stack([*rows, torch.tensor([float(self.tokens), float(self.batches)])]).double()
+        *found, (tokens, batches) = over_ranks(sums).tolist()
+        if not batches:
+            raise DataError("cannot measure layer importance:", [Diagnostic("batches", "there is none")])
+        headline = "cannot measure layer importance:"
+        wrong = [name for name, pair in zip(self.layers, found, strict=True) if any(v - v != 0 for v in pair)]
+        if wrong:
+            raise StateError(headline, deduplicated(Diagnostic(name, "its outputs are not finite") for name in wrong))
+        if not any(change for change, _ in found):
+            what = "no layer's adapter changes its output: nothing has been learnt yet"
+            raise StateError(headline, [Diagnostic("model", what, "train for some steps first")])
+        measured = (
+            Measured(name, change, (change / whole) ** 0.5 if whole else 0.0)
+            for name, (change, whole) in zip(self.layers, found, strict=True)
+        )
+        return Importance(tuple(measured), int(tokens))
+
+
+def _norms(layer: Adapted, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """(|s B A x|^2, |W x|^2) of every row of an input; y is the base's output. In at least 32 bits."""
+    site, kind, base = layer.site, layer.kind, layer.base
+    B, A = layer.factors()
+    B, A = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in (B, A))
+    x = x.to(A.dtype) if x.is_floating_point() else x
+    w = y.to(A.dtype) if layer.bias is None else y.to(A.dtype) - kind.broadcast_over_rows(layer.bias.to(A.dtype))
+    start = layer.start_factors()
+    if start is not None:  # W was what is left of it, and s B0 A0
+        B0, A0 = (factor.to(A) for factor in start)
+        w = kind.add(base, w, x, A0, B0, layer.scale, 0.0)
+        B, A = torch.cat([B, -B0], 1), torch.cat([A, A0])
+    z = kind.run(base, x, A.repeat(site.groups, 1), None)  # A x, for each group of a convolution
+    if site.kernel_size:
+        z, w = z.movedim(-len(site.kernel_size) - 1, -1), w.movedim(-len(site.kernel_size) - 1, -1)
+    if site.parts:  # the rows of W that are adapted
+        w = w[..., torch.cat([part.rows(w.device) for part in site.parts])]
+    return squares(z, B, layer.scale, site.groups), w.square().sum(-1)
+
+
+def _fitted(mask: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """A mask [batch, tokens] for rows of a shape: one for each token, in one line or not, or one for each example."""
+    if shape[:2] == mask.shape:
+        return mask.reshape(*mask.shape, *[1] * (len(shape) - 2)).expand(shape)
+    if shape == (mask.numel(),):
+        return mask.flatten()
+    return mask.any(1) if shape == mask.shape[:1] else None
+
+
+def _check_masks(masks: Mapping[str, Tensor], model: nn.Module) -> None:
+    for name, mask in masks.items():
+        if mask.dim() != 2:
+            what = f"is of the shape {list(mask.shape)}, expected [batch, tokens]"
+            raise _unmatched(name, what, "give the mask that marks padding")
+        if bool(((mask != 0) & (mask != 1)).any()):  # one that is added to scores has 0 where there is a token
+            raise _unmatched(name, "holds other values than 0 and 1", "give the mask that marks padding")
+    two_sided = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if two_sided and len(masks) == 1:
+        (missing,) = set(_MASKS) - set(masks)
+        raise _unmatched(missing, "is missing: the padding of one side cannot be told", "give both masks, or none")
+
+
+def _unmatched(where: str, what: str, fix: str) -> DataError:
+    return DataError("cannot tell padding from tokens:", [Diagnostic(where, what, fix)])
+
+
+def drop_layers(plan: Plan, importance: Importance, threshold: float = THRESHOLD) -> Plan:
+    """The plan in which only important layers have tensors of their own; all others of a module kind share one set.
+
+    Of every module kind the fewest layers are kept that together have `threshold` of its importance. The others share,
+    if their shapes, ranks and scales are the same; one that would share with none keeps its own: it costs the same.
+
+    Args:
+        plan: of the probe.
+        importance: what the probe has learnt at the plan's sites.
+        threshold: the paper's T, above 0 and at most 1; 1 keeps all layers.
+
+    Raises:
+        PlanError: the method cannot be shared, the importance is that of other sites or no size, or T is out of range.
+
+    >>> print(drop_layers(plan, layer_importance(model, batches)))
+    """
+    problems = shareable(plan.method) + unknown_sites(importance.g, (p.site.name for p in plan.sites))
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 < threshold <= 1:
+        problems.append(Diagnostic("threshold", f"{threshold!r} is no number above 0 and at most 1"))
+    for site, g in importance.g.items():
+        if not 0 <= g < float("inf"):
+            problems.append(Diagnostic(site, f"its importance is {g!r}, no finite number of at least 0"))
+    if problems:
+        raise PlanError("cannot drop layers from this plan:", problems)
+    kept = importance.kept(threshold)
+    names = _shares(plan.sites, kept)
+    placed = tuple(dataclasses.replace(p, share=names.get(p.site.name, "")) for p in plan.sites)
+    return dataclasses.replace(plan, sites=placed, notes=(*plan.notes, _note(placed, threshold)))
+
+
+def _shares(placed: Sequence[AdaptedSite], kept: Collection[str]) -> dict[str, str]:
+    """site -> the name of what it shares: its module kind; numbered where a kind has sites that cannot share."""
+    kinds = module_positions(p.site.name for p in placed)
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for p in placed:
+        s = p.site
+        if s.name in kept:
+            continue
+        alike = (s.kind, s.out_features, s.in_features, s.parts, s.groups, s.kernel_size, p.method)
+        groups.setdefault((kinds[s.name].kind, *alike), []).append(s.name)
+    names: dict[str, str] = {}
+    taken: dict[str, int] = {}
+    for (kind, *_), members in groups.items():
+        if len(members) > 1:
+            taken[kind] = taken.get(kind, 0) + 1
+            names |= dict.fromkeys(members, kind if taken[kind] == 1 else f"{kind} {taken[kind]}")
+    return names
+
+
+def _note(placed: Sequence[AdaptedSite], threshold: float) -> str:
+    shares = [p.share for p in placed]
+    own, sets = shares.count(""), len({name for name in shares if name})
+    others = f"the other {len(shares) - own} share {sets}, one for each module kind" if sets else "none shares"
+    return f"LoRA-drop, T = {threshold:g}: {own} of {len(shares)} layers have tensors of their own, {others}"

@@ -1,0 +1,155 @@
+"""A model of fewer blocks, without values: what has to be simulated, where the other blocks are like these."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorary.model.plan import Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """The blocks of a model.
+
+    Args:
+        path: of the list that they are in.
+        kinds: of every block. Blocks of one kind have the same layers, the same adapters and the same gradients.
+    """
+
+    path: str
+    kinds: tuple[Hashable, ...]
+
+    def samples(self) -> dict[Hashable | None, tuple[int, ...]]:
+        """Blocks to simulate: under None the last of every kind, under each kind that recurs one more of that kind."""
+        last = {kind: i for i, kind in enumerate(self.kinds)}
+        found: dict[Hashable | None, tuple[int, ...]] = {None: tuple(sorted(last.values()))}
+        for kind, count in self.counts.items():
+            if count > 1:
+                second = max(i for i, other in enumerate(self.kinds) if other == kind and i != last[kind])
+                found[kind] = tuple(sorted((*last.values(), second)))
+        return found
+
+    @property
+    def counts(self) -> Counter[Hashable]:
+        """kind -> how many blocks there are of it."""
+        return Counter(self.kinds)
+
+
+def blocks(model: nn.Module, plan: Plan) -> Blocks | None:
+    """The blocks of a model; None where its configuration does not say how many, or several lists are as long."""
+    number = getattr(text_config(model), "num_hidden_layers", None)
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == number
+    ]
+    if len(lists) != 1:
+        return None
+    path, layers = lists[0]
+    planned: list[list[Any]] = [[] for _ in layers]
+    learns = set()
+    for name, what in [
+        *((p.site.name, (_nameless(p), p.site.name in plan.quantized)) for p in plan.sites),
+        *((f.name, f.trains) for f in plan.full),
+        *((name, None) for name in plan.quantized),
+    ]:
+        if (place := _place(name, path)) is not None:
+            planned[place[0]].append((place[1], repr(what)))
+            learns |= {place[0]} if what not in (None, False) else set()
+    first = min(learns, default=0)  # before it nothing is kept, and in it less than in the others
+    kinds = [
+        (_structure(layer), tuple(its), (i > first) - (i < first))
+        for i, (layer, its) in enumerate(zip(layers, planned, strict=True))
+    ]
+    return Blocks(path, tuple(kinds))
+
+
+def without_values(
+    model: nn.Module, plan: Plan, dtype: torch.dtype | None, which: tuple[str, Sequence[int]] | None = None
+) -> tuple[nn.Module, Plan]:
+    """A copy of the model on the meta device, and the plan for it.
+
+    Args:
+        model: the model that was planned.
+        plan: what `lorary.plan` made of it.
+        dtype: of floating-point tensors; None: as they are.
+        which: (path of the list of blocks, the blocks to keep); None: all.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        empty = torch.empty_like(tensor, dtype=kind, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    if which is not None:
+        layers: Any = model.get_submodule(which[0])
+        memo[id(layers)] = nn.ModuleList(copy.deepcopy(layers[i], memo) for i in which[1])
+    twin: Any = copy.deepcopy(model, memo)
+    config: Any = getattr(twin, "config", None)
+    if getattr(config, "_attn_implementation", None) not in (None, "eager", "sdpa"):
+        twin.set_attn_implementation("sdpa")  # another fused kernel with the same memory
+    if hasattr(config, "use_cache"):
+        config.use_cache = False
+    if which is None:
+        return twin, plan
+    config = text_config(twin)
+    if kinds := getattr(config, "layer_types", None):
+        config.layer_types = [kinds[i] for i in which[1]]
+    config.num_hidden_layers = len(which[1])
+    return twin, _restricted(plan, *which)
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the model, or of its language part."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _restricted(plan: Plan, path: str, kept: Sequence[int]) -> Plan:
+    """The part of a plan that is about the kept blocks, under their new numbers."""
+    numbers = {old: new for new, old in enumerate(kept)}
+
+    def renamed(name: str) -> str | None:
+        place = _place(name, path)
+        if place is None:
+            return name
+        return f"{path}.{numbers[place[0]]}.{place[1]}" if place[0] in numbers else None
+
+    placed = [
+        dataclasses.replace(p, site=dataclasses.replace(p.site, name=name))
+        for p in plan.sites
+        if (name := renamed(p.site.name))
+    ]
+    full = [dataclasses.replace(f, name=name) for f in plan.full if (name := renamed(f.name))]
+    packed = [new for name in plan.quantized if (new := renamed(name))]
+    given = {new: values for name, values in plan.fixed_tensors.items() if (new := renamed(name))}
+    return dataclasses.replace(
+        plan, sites=tuple(placed), full=tuple(full), quantized=tuple(packed), fixed_tensors=given
+    )
+
+
+def _place(name: str, path: str) -> tuple[int, str] | None:
+    """(block, path in it); None for a name outside of the blocks."""
+    if not name.startswith(f"{path}."):
+        return None
+    number, _, rest = name[len(path) + 1 :].partition(".")
+    return int(number), rest
+
+
+def _nameless(placed: Any) -> Any:
+    return dataclasses.replace(placed, site=dataclasses.replace(placed.site, name=""), share="")
+
+
+def _structure(layer: nn.Module) -> Hashable:
+    """Modules with their switches (such as a kind of attention), and the shapes of the parameters."""
+    switches = tuple(
+        (name, type(module), tuple((k, v) for k, v in vars(module).items() if v is None or isinstance(v, bool | str)))
+        for name, module in layer.named_modules()
+    )
+    return switches, tuple((name, p.shape, p.dtype) for name, p in layer.named_parameters())

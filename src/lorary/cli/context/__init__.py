@@ -1,0 +1,1 @@
+"""`lorary inspect context`."""

@@ -1,0 +1,1 @@
+"""How bytes are trusted: atomic writes, manifests, strict JSON, safe opening."""

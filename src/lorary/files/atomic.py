@@ -1,0 +1,250 @@
+"""Writing so that a killed process or a full disk leaves the old bytes or the new ones, never a mixture.
+
+The recipe, for one file (`atomic_file`) and for a folder of several (`atomic_directory`): write under a
+temporary name beside the target, flush every file to the disk, flush the folder that lists them, rename,
+flush the parent. `rename(2)` is the commit. A folder that already exists is *exchanged* with the new one in a
+single system call where the system has it (Linux, macOS); elsewhere two renames do it, and `recover` finishes
+what a kill between them left.
+
+A temporary name starts with `.lorary-tmp-` and is held under an advisory lock while its writer lives, so
+`remove_stale` can tell the litter of a killed process from the work of a living one.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from lorary.errors import Diagnostic, FileError
+from lorary.files.fault_injection import fault_point
+from lorary.files.syscalls import abandoned, exchange, hold, sync_folder, sync_tree
+
+TEMPORARY = ".lorary-tmp-"
+REPLACED = ".lorary-old-"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Opens a new file for writing; at the end of the block it takes the place of `path`, whole or not at
+    all.
+
+    Args:
+        path: the file to make or to replace; its folder must exist.
+
+    Raises:
+        FileError: the disk is full, or the system refuses; whatever was at `path` is still there, untouched.
+
+    >>> import tempfile
+    >>> target = Path(tempfile.mkdtemp()) / "note.txt"
+    >>> with atomic_file(target) as file:
+    ...     _ = file.write(b"whole")
+    >>> target.read_bytes()
+    b'whole'
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:12]}")
+    try:
+        with open(temporary, "xb") as file:
+            hold(file.fileno())
+            yield file
+            fault_point("file.written")
+            file.flush()
+            os.fsync(file.fileno())
+            fault_point("file.before-rename")
+            os.replace(temporary, path)
+        fault_point("file.after-rename")
+        sync_folder(path.parent)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise refused(path, error) from error
+        raise
+
+
+@contextmanager
+def atomic_directory(
+    path: str | os.PathLike[str],
+    *,
+    replace: bool = False,
+    keep: bool = False,
+    drop: Collection[str] = (),
+    needed: int | None = None,
+) -> Iterator[Path]:
+    """Gives an empty folder to fill; at the end of the block it becomes `path`, whole or not at all.
+
+    Args:
+        path: the folder to make. Its parents are made too.
+        replace: whether a folder that already holds something may be replaced.
+        keep: whether the files of the replaced folder that were not written anew stay in it. Its subfolders
+            are refused then, since they could not be carried over in one step.
+        drop: names of files that do not stay, even so.
+        needed: how many bytes will be written, where that is known, for the message of a full disk.
+
+    Raises:
+        FileError: `path` holds something and may not be replaced, the disk is full, or the system refuses.
+            What was at `path` is still there, untouched, and nothing is left beside it.
+
+    >>> import tempfile
+    >>> target = Path(tempfile.mkdtemp()) / "run" / "step-10"
+    >>> with atomic_directory(target) as folder:
+    ...     _ = (folder / "weights").write_bytes(b"...")
+    >>> sorted(entry.name for entry in target.parent.iterdir())
+    ['step-10']
+    """
+    path = _resolved(path)
+    temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex[:12]}"
+    lock, filling = -1, False
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        recover(path)
+        _check_target(path, replace, keep)
+        temporary.mkdir()
+        lock = os.open(temporary, os.O_RDONLY)
+        hold(lock)
+        fault_point("directory.begin")
+        filling = True
+        yield temporary
+        filling = False
+        fault_point("directory.written")
+        if keep and path.is_dir():
+            _carry_over(path, temporary, drop)
+        sync_tree(temporary)
+        fault_point("directory.before-rename")
+        _commit(temporary, path)
+        fault_point("directory.after-rename")
+        sync_folder(path.parent)
+    except BaseException as error:
+        # The caller's own errors pass as they are, but for a full disk.
+        if isinstance(error, OSError) and (not filling or error.errno in FULL):
+            raise refused(path, error, needed) from error
+        raise
+    finally:
+        if lock >= 0:
+            os.close(lock)
+        # After the exchange this is the replaced folder; before it, the unfinished new one.
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_stale(parent: str | os.PathLike[str]) -> list[Path]:
+    """Removes what killed writers left in `parent` under temporary names; returns what was removed.
+
+    The temporaries of living writers are locked and stay. So does everything that has another kind of name.
+    """
+    removed = []
+    for entry in sorted(Path(parent).glob(f"{TEMPORARY}*")):
+        if abandoned(entry):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
+            removed.append(entry)
+    return removed
+
+
+def recover(path: str | os.PathLike[str]) -> bool:
+    """Puts the old folder back where a kill between the two renames of a replacement left none at `path`.
+
+    Returns:
+        whether anything had to be done.
+    """
+    path = Path(os.path.abspath(path))
+    left = sorted(path.parent.glob(f"{_replaced_name(path)}*")) if path.parent.is_dir() else []
+    if not left or not all(abandoned(entry) for entry in path.parent.glob(f"{TEMPORARY}*")):
+        return False  # nothing to do, or a writer is at it this moment
+    if not path.exists():
+        left.pop().rename(path)
+        sync_folder(path.parent)
+        return True
+    for entry in left:  # the new folder is in its place: the old one only waits for its removal
+        shutil.rmtree(entry, ignore_errors=True)
+    return False
+
+
+def refused(path: Path, error: OSError, needed: int | None = None) -> FileError:
+    """The error of a write that the system refused, with what can be done about it.
+
+    Args:
+        path: what was to be written.
+        error: what the system said.
+        needed: how many bytes the write wanted, where that is known.
+    """
+    what = os.strerror(error.errno).lower() if error.errno else str(error)
+    fix = ""
+    if error.errno in FULL:
+        free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.is_dir())).free
+        what += f": {free:,} bytes are free" + (f", {needed:,} are needed" if needed is not None else "")
+        fix = "free some space (or raise the quota or file-size limit) or choose another folder"
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        fix = "choose a folder that you may write to"
+    elif error.errno in (errno.ENOTDIR, errno.EEXIST):
+        fix = "a part of this path is a file, not a folder"
+    return FileError(f"cannot write {str(path)!r}; what was there before is unchanged", [Diagnostic("", what, fix)])
+
+
+def _resolved(path: str | os.PathLike[str]) -> Path:
+    try:
+        resolved = Path(path).resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: how Python < 3.13 reports a loop of links
+        problem = Diagnostic("", f"the path cannot be resolved: {error}", "choose another folder")
+        raise FileError(f"cannot write {str(path)!r}", [problem]) from error
+    if Path.cwd().is_relative_to(resolved):
+        problem = Diagnostic(
+            "",
+            "it is the working directory or contains it, and a replaced folder would take it away",
+            "name a folder below it",
+        )
+        raise FileError(f"cannot write {str(path)!r}", [problem])
+    return resolved
+
+
+def _check_target(path: Path, replace: bool, keep: bool) -> None:
+    if not path.exists():
+        return
+    if not path.is_dir():
+        problem = Diagnostic("", "a file of this name is in the way", "choose another name")
+        raise FileError(f"cannot write {str(path)!r}", [problem])
+    entries = sorted(path.iterdir())
+    if entries and not replace:
+        problem = Diagnostic("", f"the folder is not empty: it holds {entries[0].name!r}", "choose a new folder")
+        raise FileError(f"cannot write {str(path)!r}", [problem])
+    others = [e.name for e in entries if not e.is_file() or e.is_symlink()]
+    if keep and others:
+        problem = Diagnostic(
+            "",
+            f"the folder also holds {', '.join(map(repr, others[:5]))}, not a plain file",
+            "save into a folder of its own",
+        )
+        raise FileError(f"cannot write {str(path)!r}", [problem])
+
+
+def _carry_over(old: Path, new: Path, drop: Collection[str]) -> None:
+    for entry in old.iterdir():
+        if entry.name not in drop and not (new / entry.name).exists():
+            try:
+                os.link(entry, new / entry.name)
+            except OSError:  # a file system without hard links
+                shutil.copy2(entry, new / entry.name)
+
+
+def _commit(new: Path, path: Path) -> None:
+    if not path.exists() or not any(path.iterdir()):
+        os.rename(new, path)  # rename(2) may take the place of an empty folder
+    elif not exchange(new, path):
+        old = path.parent / f"{_replaced_name(path)}{uuid.uuid4().hex[:12]}"
+        os.rename(path, old)
+        fault_point("directory.between-renames")
+        os.rename(new, path)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _replaced_name(path: Path) -> str:
+    """How the temporary names of the folders that `path` replaces begin: one prefix per name, any name."""
+    return f"{REPLACED}{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]}-"

@@ -1,0 +1,77 @@
+"""What a reader finds wrong, gathered: refused all at once, or tolerated all in one warning."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from lorary.errors import Diagnostic, FileError
+
+_MOST = 40  # reasons shown; a file made for another model has one for every tensor
+
+
+class AdapterWarning(UserWarning):
+    """An adapter was read, but something about it deserves a look."""
+
+
+@dataclass
+class Findings:
+    """Everything found about one adapter.
+
+    Args:
+        subject: what is read, such as "the adapter 'out'".
+        strict: whether what PEFT would tolerate is refused too.
+        fatal: what no reader can make sense of.
+        tolerable: what PEFT swallows: missing and left-over tensors, values that are not finite, unknown fields.
+        alerts: what is right but surprising enough for a warning.
+        notes: what is right but worth knowing.
+    """
+
+    subject: str
+    strict: bool
+    fatal: list[Diagnostic] = field(default_factory=list)
+    tolerable: list[Diagnostic] = field(default_factory=list)
+    alerts: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def gathering(self, where: str = "") -> Iterator[None]:
+        """Turns the errors of a block into fatal findings, so that the reasons after it are found too."""
+        try:
+            yield
+        except FileError as error:
+            self.fatal += [replace(p, where=p.where or where) for p in error.problems]
+
+    def refused(self) -> list[Diagnostic]:
+        """The reasons to refuse, as many as a message takes."""
+        reasons = [*self.fatal, *(self.tolerable if self.strict else [])]
+        if len(reasons) <= _MOST:
+            return reasons
+        return [*reasons[:_MOST], Diagnostic("", f"and {len(reasons) - _MOST:,} more reasons")]
+
+    def settle(self) -> None:
+        """Raises what has been found so far, if it is to be refused.
+
+        Raises:
+            FileError: every reason at once.
+        """
+        if refused := self.refused():
+            raise FileError(f"cannot load {self.subject}", refused)
+
+    def conclude(self) -> tuple[str, ...]:
+        """The notes of an adapter that has been read; one warning lists what was tolerated and what surprises.
+
+        Raises:
+            FileError: every reason at once, if there are reasons to refuse.
+        """
+        self.settle()
+        tolerated = [f"{p.where}: {p.what}" if p.where else p.what for p in self.tolerable]
+        striking = [*tolerated, *self.alerts]
+        if striking:
+            lines = [f"  - {text}" for text in striking[:_MOST]]
+            if len(striking) > _MOST:
+                lines.append(f"  - and {len(striking) - _MOST:,} more")
+            warnings.warn("\n".join([f"{self.subject}:", *lines]), AdapterWarning, stacklevel=5)
+        return (*striking, *self.notes)

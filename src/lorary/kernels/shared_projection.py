@@ -1,0 +1,163 @@
+"""`y + s·b⊙(B·(d⊙(A·drop(x))))`: two vectors that train around two matrices that all layers share.
+
+Layers with the same input and the same A (q, k and v; gate and up) share the product with A: it is made and kept once,
+and its gradient goes back through A once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.weak import TensorWeakRef
+
+from lorary.kernels.low_rank import (
+    add_low_rank_reference,
+    draw_seed,
+    in_steps,
+    kept_mask,
+    may_overwrite,
+    without_autocast,
+)
+
+
+class LastProductCache:
+    """Remembers the last product with A, for as long as somebody else keeps it for the backward pass.
+
+    Every layer takes it once: one that asks again is in another pass, and x may hold other values by then.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[TensorWeakRef, TensorWeakRef, Any, set[int]] | None = None  # x, z, state, who took z
+
+    def __reduce__(self) -> Any:  # a copy begins anew
+        return LastProductCache, ()
+
+    def project(self, x: Tensor, A: Tensor, dtype: torch.dtype, taker: int) -> Tensor:
+        """[T, R] x·Aᵀ in this dtype: the one that was made for this very x and A, if it is still there.
+
+        Args:
+            x: [..., in], A: [R, in], dtype: of the product.
+            taker: tells the layers apart.
+        """
+        state = (x._version, A._version, A.data_ptr(), A.shape, dtype)
+        last = self._last  # read once: another thread may be at work
+        if last is not None and last[2] == state and last[0]() is x and taker not in last[3]:
+            known: Tensor | None = last[1]()
+            if known is not None:
+                last[3].add(taker)
+                return known
+        z = _project(x, A, dtype, 0.0)
+        self._last = TensorWeakRef(x), TensorWeakRef(z), state, {taker}
+        return z
+
+
+def add_vectors(
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    b: Tensor,
+    d: Tensor,
+    s: float,
+    dropout: float = 0.0,
+    once: LastProductCache | None = None,
+) -> Tensor:
+    """Adds `s·b⊙(B·(d⊙(A·drop(x))))` to a layer's output, computed in the dtype of that output.
+
+    Args:
+        y: [..., out] the frozen layer's output, given up by the caller as for `add_low_rank`.
+        x: [..., in] the layer's input.
+        A: [R, in] and
+        B: [out, R] frozen.
+        b: [out] and
+        d: [R] what trains.
+        s: scale of the product.
+        dropout: probability in [0, 1) that an element of `x` is dropped, as for `add_low_rank`.
+        once: shared by all layers of the same A, each with a b of its own.
+
+    Returns:
+        [..., out] the sum, in `y`'s dtype. For T rows and a rank of R, the R wide middle is kept for backward; up to
+        T = 2 R also B's product with it, which is no larger than twice B then; beyond, B's product is made again, in
+        the form of the gradient of diag(b)·B·diag(d).
+    """
+    if torch.compiler.is_compiling() or A.requires_grad or B.requires_grad:
+        return add_low_rank_reference(y, x, A, b[:, None] * B * d, s, dropout)
+    if once is not None and not dropout and torch.is_grad_enabled() and not x.is_inference():
+        z = once.project(x, A, y.dtype, id(b))
+    else:
+        z = _project(x, A, y.dtype, dropout)
+    total: Tensor = _AddVectors.apply(y, z, B, b, d, s, may_overwrite(y, x))  # type: ignore[no-untyped-call]
+    return total
+
+
+def _project(x: Tensor, A: Tensor, dtype: torch.dtype, dropout: float) -> Tensor:
+    dropout = in_steps(dropout)
+    seed = draw_seed() if dropout > 0.0 else None
+    z: Tensor = _Project.apply(x, A, dtype, dropout, seed)  # type: ignore[no-untyped-call]
+    return z
+
+
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, dtype: torch.dtype, dropout: float, seed: int | None) -> Tensor:
+        with without_autocast(x.device):
+            rows = x.reshape(-1, x.shape[-1]).to(dtype)  # [T, in]
+            if seed is not None:
+                rows = kept_mask(rows.shape, rows, dropout, seed).mul_(rows).mul_(1.0 / (1.0 - dropout))
+            z = rows @ A.to(dtype).t()
+        ctx.A = A  # frozen, and not saved: what is saved is gone after one backward pass, and others may come
+        ctx.x_shape, ctx.dropout, ctx.seed = x.shape, dropout, seed
+        return z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gz: Tensor) -> tuple[Tensor | None, ...]:
+        with without_autocast(gz.device):
+            gx = gz @ ctx.A.to(gz.dtype)  # [T, in]
+            if ctx.seed is not None:
+                gx = gx.mul_(kept_mask(gx.shape, gx, ctx.dropout, ctx.seed)).mul_(1.0 / (1.0 - ctx.dropout))
+        return gx.view(ctx.x_shape), None, None, None, None
+
+
+class _AddVectors(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, z: Tensor, B: Tensor, b: Tensor, d: Tensor, s: float, overwrite: bool) -> Tensor:
+        dtype = y.dtype
+        few = z.shape[0] <= 2 * z.shape[1]
+        with without_autocast(y.device):
+            total = y.detach() if overwrite else y.clone(memory_format=torch.contiguous_format)
+            flat = total.view(-1, y.shape[-1])
+            if few:
+                u = (z * d.to(dtype)) @ B.to(dtype).t()  # [T, out]
+                flat.addcmul_(u, b.to(dtype), value=s)
+            else:
+                u = None
+                flat.addmm_(z, (b[:, None] * B * d).to(dtype).t(), alpha=s)
+        trains = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+        ctx.save_for_backward(z if trains else None, u if ctx.needs_input_grad[3] else None, B, b, d)
+        ctx.s, ctx.few = s, few
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        z, u, B, b, d = ctx.saved_tensors
+        dtype, s = gy.dtype, ctx.s
+        _, z_wants, _, b_wants, d_wants, *_ = ctx.needs_input_grad
+        gz = gb = gd = None
+        with without_autocast(gy.device):
+            g = gy.reshape(-1, gy.shape[-1])  # [T, out]
+            if not ctx.few and (b_wants or d_wants):
+                each = (z.t() @ g).t().to(B.dtype) * B  # the gradient of diag(b)·B·diag(d), times B
+                gb, gd = s * (each @ d), s * (b @ each)
+            if ctx.few and b_wants:
+                gb = s * (g * u).sum(0, dtype=b.dtype)
+            if z_wants or (ctx.few and d_wants):
+                through = g @ ((s * b)[:, None] * B).to(dtype)  # [T, R], before d
+                if ctx.few and d_wants:
+                    gd = (through * z).sum(0, dtype=d.dtype)
+                gz = through.mul_(d.to(dtype)) if z_wants else None
+        return gy, gz, None, gb if b_wants else None, gd if d_wants else None, None, None

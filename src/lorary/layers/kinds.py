@@ -1,0 +1,233 @@
+"""Where an adapter sits: any layer with a weight, seen as an [out, inp] matrix, each kind as a few verbs.
+
+Nothing outside this file knows how a convolution, an embedding or GPT-2's transposed linear keeps its weight.
+A kind is six verbs on a layer of its sort; a `Site` is the pure data that a plan and a file need to know about one.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorary.kernels.low_rank import add_low_rank
+from lorary.layers.quantized_weight import (
+    is_quantized,
+    is_unrecognised_quantized,
+    quantized_spec,
+    unrecognised_quantized_layer,
+    weight,
+)
+from lorary.spec.site import Kind, Part, Site
+
+
+@dataclass(frozen=True)
+class Linear:
+    """nn.Linear, and with `transposed` GPT-2's Conv1D, which stores [inp, out]; and linear layers that are packed."""
+
+    transposed: bool = False
+    rowwise = True
+
+    def size(self, layer: Any) -> tuple[int, int]:
+        if is_quantized(layer):
+            return layer.out_features, layer.in_features
+        rows, columns = layer.weight.shape
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    def matrix(self, layer: Any) -> Tensor:
+        W = weight(layer)
+        return W.T if self.transposed else W
+
+    def weight(self, layer: Any, M: Tensor) -> Tensor:
+        return M.T.contiguous() if self.transposed else M
+
+    def broadcast_over_rows(self, v: Tensor) -> Tensor:
+        return v
+
+    def run(self, layer: Any, x: Tensor, M: Tensor, b: Tensor | None) -> Tensor:
+        return F.linear(x, M, b)
+
+    def add(self, layer: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float) -> Tensor:
+        return add_low_rank(y, x, A, B, s, dropout)
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """nn.Conv1d, nn.Conv2d, nn.Conv3d: A is R filters with the layer's own geometry, B a 1x1 convolution.
+
+    With groups the same A serves every group and the rows of B that belong to a group act on that group, so that
+    the delta is a kernel of the layer's own shape and merges exactly.
+    """
+
+    dims: int
+    rowwise = False
+
+    def size(self, layer: Any) -> tuple[int, int]:
+        return layer.out_channels, layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+
+    def matrix(self, layer: Any) -> Tensor:
+        return cast(Tensor, layer.weight.flatten(1))
+
+    def weight(self, layer: Any, M: Tensor) -> Tensor:
+        return M.reshape(layer.weight.shape)
+
+    def broadcast_over_rows(self, v: Tensor) -> Tensor:
+        return v.reshape(-1, *[1] * self.dims)
+
+    def run(self, layer: Any, x: Tensor, M: Tensor, b: Tensor | None) -> Tensor:
+        return self._slide(layer, x, M.reshape(M.shape[0], *layer.weight.shape[1:]), b, layer.groups)
+
+    def add(self, layer: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float) -> Tensor:
+        if not len(A):  # no direction is left (AdaLoRA), and a convolution needs a filter
+            return y
+        unbatched = x.dim() == self.dims + 1
+        x = F.dropout(x.unsqueeze(0) if unbatched else x, dropout)
+        filters = A.to(y.dtype).reshape(-1, *layer.weight.shape[1:])  # [R, C_in / groups, *window]
+        x = x.to(y.dtype)
+        # each group is a sample of its own while A slides over it, then they stand side by side again for B
+        folded = x.reshape(x.shape[0] * layer.groups, x.shape[1] // layer.groups, *x.shape[2:])
+        z = self._slide(layer, folded, filters, None, 1)
+        z = z.reshape(x.shape[0], layer.groups * z.shape[1], *z.shape[2:])  # of an empty batch -1 would mean anything
+        pointwise = B.to(y.dtype).reshape(*B.shape, *[1] * self.dims)
+        delta = self._function()(z, pointwise, groups=layer.groups)
+        return torch.add(y, delta.squeeze(0) if unbatched else delta, alpha=s)
+
+    def _slide(self, layer: Any, x: Tensor, kernel: Tensor, b: Tensor | None, groups: int) -> Tensor:
+        padding = layer.padding
+        if layer.padding_mode != "zeros":
+            x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+            padding = 0
+        return cast(Tensor, self._function()(x, kernel, b, layer.stride, padding, layer.dilation, groups))
+
+    def _function(self) -> Any:
+        return (F.conv1d, F.conv2d, F.conv3d)[self.dims - 1]
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """nn.Embedding [vocabulary, width], seen as the matrix [width, vocabulary] that meets one-hot vectors.
+
+    Dropout does not apply: there is no activation before A, only token ids. Tables that scale what they look up
+    (Gemma, BART: `embed_scale`) scale the delta too.
+    """
+
+    rowwise = False
+
+    def size(self, layer: Any) -> tuple[int, int]:
+        return layer.embedding_dim, layer.num_embeddings
+
+    def matrix(self, layer: Any) -> Tensor:
+        return weight(layer).T
+
+    def weight(self, layer: Any, M: Tensor) -> Tensor:
+        return M.T.contiguous()
+
+    def broadcast_over_rows(self, v: Tensor) -> Tensor:
+        return v
+
+    def run(self, layer: Any, x: Tensor, M: Tensor, b: Tensor | None) -> Tensor:
+        return cast(Tensor, F.embedding(x, M.T) * _embed_scale(layer))
+
+    def add(self, layer: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float) -> Tensor:
+        # the padding row gets no gradient from the layer either
+        z = F.embedding(x, A.T, layer.padding_idx).to(y.dtype)  # [..., R]
+        return torch.add(y, F.linear(z, B.to(y.dtype)) * _embed_scale(layer), alpha=s)
+
+
+KINDS: dict[str, Kind] = {
+    "linear": Linear(),
+    "transposed": Linear(transposed=True),
+    "conv1d": Convolution(1),
+    "conv2d": Convolution(2),
+    "conv3d": Convolution(3),
+    "embedding": Embedding(),
+}
+
+# Linear layers of other libraries with a forward pass of their own that is W x + b all the same.
+_PLAIN_FORWARD = {"FalconLinear"}
+
+_CLASSES: dict[str, type[nn.Module]] = {
+    "linear": nn.Linear,
+    "conv1d": nn.Conv1d,
+    "conv2d": nn.Conv2d,
+    "conv3d": nn.Conv3d,
+    "embedding": nn.Embedding,
+}
+
+
+def kind_of(layer: nn.Module) -> str | None:
+    """The kind of a layer, or None for a module that is no layer with a weight matrix."""
+    how = quantized_spec(layer)
+    if how is not None and how.kind != "weight":
+        return how.kind
+    if _is_conv1d(type(layer)):
+        return "transposed"
+    return next((kind for kind, cls in _CLASSES.items() if isinstance(layer, cls)), None)
+
+
+def _is_conv1d(cls: type) -> bool:
+    # transformers is only looked up, never imported: without it loaded there can be no Conv1D
+    gpt2 = sys.modules.get("transformers.pytorch_utils")
+    return gpt2 is not None and issubclass(cls, gpt2.Conv1D)
+
+
+def was_transposed(layer: nn.Module) -> bool:
+    """Whether a packed linear layer took the place of GPT-2's Conv1D. Who packs it keeps the class as `source_cls`:
+    lorary as Transformers does."""
+    return _is_conv1d(getattr(layer, "source_cls", nn.Linear))
+
+
+def why_not_adaptable(layer: nn.Module) -> str | None:
+    """Why a layer of a known kind cannot be adapted all the same, or None where it can."""
+    kind = kind_of(layer)
+    if is_unrecognised_quantized(layer):
+        return unrecognised_quantized_layer(layer)
+    if kind is None:
+        return f"a {type(layer).__name__} has no weight matrix that lorary knows"
+    if is_quantized(layer):
+        return None
+    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
+        return "its max_norm rewrites the weight in every forward pass"
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed from other parameters (weight_norm, spectral_norm or another parametrization)"
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return "its weight has no shape before the model has seen its first input"
+    cls = _CLASSES.get(kind)
+    if cls is None or type(layer).forward is cls.forward or type(layer).__name__ in _PLAIN_FORWARD:
+        return None
+    if isinstance(layer, nn.Embedding) and hasattr(layer, "embed_scale"):
+        return None
+    return f"{type(layer).__name__} computes its forward pass in a way of its own, not as W x + b"
+
+
+def site(name: str, layer: nn.Module, parts: tuple[Part, ...] = ()) -> Site:
+    """The site of a layer of a known kind."""
+    kind = kind_of(layer)
+    if kind is None:
+        raise TypeError(f"{name}: {why_not_adaptable(layer)}")
+    out, inp = KINDS[kind].size(layer)
+    conv: Any = layer if kind.startswith("conv") else None
+    return Site(
+        name=name,
+        kind=kind,
+        out_features=out,
+        in_features=inp,
+        bias=getattr(layer, "bias", None) is not None,
+        parts=parts,
+        groups=conv.groups if conv else 1,
+        kernel_size=tuple(conv.kernel_size) if conv else (),
+    )
+
+
+def _embed_scale(layer: nn.Module) -> Any:
+    """What a scaled embedding multiplies its rows by: a number or a tensor; 1 for any other layer."""
+    if isinstance(layer, nn.Embedding) and type(layer).forward is not nn.Embedding.forward:
+        scale = getattr(layer, "embed_scale", 1.0)
+        return scale.to(layer.weight.dtype) if isinstance(scale, Tensor) else scale
+    return 1.0

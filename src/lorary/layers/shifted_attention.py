@@ -1,0 +1,277 @@
+"""Shifted sparse attention in a model of Transformers: found by a name of its own, and in force while it trains.
+
+In evaluation mode the model's configuration says what it said before, so that nothing of this is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lorary.errors import Diagnostic, StateError
+from lorary.kernels.shifted_attention import GroupLayout, group_size, shifted, shifted_ragged
+
+_NAME = "lorary_shifted_{}"
+_CHILD = "_lorary_attention"  # a model's own module that switches
+_FULL = "train with shifted=False: full attention"
+# What some attention layers do besides, and no product of groups here does.
+_STRANGE = {
+    "softcap": "caps its scores",
+    "s_aux": "has learnt sinks",
+    "position_bias": "adds a bias by position",
+    "head_mask": "masks whole heads",
+    "cache": "reads a paged cache",
+}
+
+
+class TrainingOnlyAttention(nn.Module):
+    """A module of the model, without parameters, whose mode is the model's: in training it puts S² into force.
+
+    However the mode is set, by `train`, `eval` or the flag alone, and on whatever part of the model that has it.
+
+    Args:
+        model: of Transformers.
+        config: of its language part, where attention is looked up.
+        groups: into how many groups the longest sequence of a batch is divided.
+    """
+
+    model: Any
+    config: Any
+
+    def __init__(self, model: nn.Module, config: Any, groups: int) -> None:
+        self.__dict__["inside"] = False  # before nn.Module sets its mode
+        super().__init__()
+        self.__dict__["model"] = model  # no module of this one
+        self.config, self.groups, self.own = config, groups, config._attn_implementation
+        self.name = registered(groups)
+        self.into()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        registered(self.groups)  # in a process that has only read the model
+
+    @property
+    def training(self) -> bool:  # nn.Module has it as a plain flag
+        return bool(self.__dict__["_trains"])
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        self.__dict__["_trains"] = mode
+        if self.__dict__["inside"]:
+            self.config._attn_implementation = self.name if mode else self.own
+
+    def into(self) -> None:
+        """Put it into the model."""
+        self.own = self.config._attn_implementation
+        self.model.add_module(_CHILD, self)
+        self.inside = True
+        self.train(self.model.training)
+
+    def out(self) -> None:
+        """Take it out: the model attends as it did before."""
+        if self.inside:
+            self.inside = False
+            self.config._attn_implementation = self.own
+            delattr(self.model, _CHILD)
+
+
+class SupportReport(NamedTuple):
+    """What stands in the way of S² in a model, and what is worth knowing."""
+
+    problems: list[str]
+    notes: list[str]
+
+
+def check_support(model: nn.Module, config: Any, length: int) -> SupportReport:
+    """Why a model cannot be trained with S², or not in all layers.
+
+    Args:
+        model: of Transformers, or its shapes.
+        config: of its language part.
+        length: of the longest sequence.
+    """
+    name, found = type(model).__name__, []
+    if not getattr(model, "_supports_attention_backend", True):
+        found.append(f"{name} does not look its attention up at Transformers, and none can be put in its place")
+    if getattr(config, "attn_logit_softcapping", None):
+        found.append(f"{name} caps its scores, which attention in groups does not")
+    if any(hasattr(module, "sinks") for module in model.modules()):
+        found.append(f"{name} has learnt sinks, which attention in groups does not know")
+    own = [module for module in model.modules() if getattr(module, "config", None) is config]
+    if any(getattr(module, "is_causal", True) is False for module in own):
+        found.append(f"{name} has attention that sees what comes after a token")
+    window, windowed, layers = _windows(config, length)
+    if windowed and windowed == layers:
+        what = f"all layers of {name} see a window of {window:,} tokens: there is nothing to divide"
+        found.append(what)
+    some = f"{windowed} of {layers} layers see a window, and keep it; the others attend in groups"
+    return SupportReport(found, [some] if windowed and not found else [])
+
+
+def _windows(config: Any, length: int) -> tuple[int, int, int]:
+    """(a window below this length, how many layers see it, of how many)."""
+    layers = getattr(config, "num_hidden_layers", 0)
+    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+    if not window or window >= length or not getattr(config, "use_sliding_window", True):
+        return 0, 0, layers
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return window, sum(kind != "full_attention" for kind in kinds), len(kinds)
+    if str(getattr(config, "model_type", "")).startswith("gemma"):  # a `config.json` that leaves the pattern out
+        every = getattr(config, "sliding_window_pattern", None) or 6
+        return window, layers - layers // every, layers
+    return window, layers, layers
+
+
+def registered(groups: int) -> str:
+    """The name under which Transformers finds S² with so many groups in the longest sequence of a batch."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    name = _NAME.format(groups)
+    AttentionInterface.register(name, partial(_attend, groups=groups))
+    AttentionMaskInterface.register(name, partial(_mask, groups=groups))
+    return name
+
+
+def _attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    *,
+    groups: int,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Transformers' call of an attention function: [batch, heads, L, width] in, [batch, L, heads, width] out.
+
+    A layer that sees a window only, or all tokens both ways, stays as it is.
+    """
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    length, windowed = query.shape[2], getattr(attention_mask, "windowed", False)
+    if windowed or not causal or key.shape[2] != length:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        made: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
+        )
+        return made
+    if problems := _refused(module, attention_mask, length, sliding_window, kwargs):
+        raise StateError("cannot compute shifted sparse attention:", problems)
+    if attention_mask is None:
+        y = shifted(query, key, value, group_size(length, groups), scale=scaling, dropout=dropout)
+    else:
+        layout = getattr(attention_mask, "groups", None) or GroupLayout.of(attention_mask, groups)
+        y = shifted_ragged(query, key, value, layout, scale=scaling, dropout=dropout)
+    return y, None
+
+
+def _refused(
+    module: Any, mask: Tensor | None, length: int, window: int | None, kwargs: dict[str, Any]
+) -> list[Diagnostic]:
+    name = type(module).__name__
+    problems = [Diagnostic(name, what, _FULL) for key, what in _STRANGE.items() if kwargs.get(key) is not None]
+    if window is not None and window < length:
+        problems.append(Diagnostic(name, f"sees a window of {window} tokens, and its mask does not say so", _FULL))
+    if mask is not None and mask.dim() != 2:
+        what = f"is a mask of {mask.dim()} dimensions: groups are made of the padding, [batch, tokens]"
+        problems.append(Diagnostic("attention_mask", what, "give the padding alone"))
+    return problems
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    device: torch.device | str = "cpu",
+    *,
+    groups: int,
+    **kwargs: Any,
+) -> Tensor | None:
+    """Transformers' call of a mask function: None where sequences fill their rows, else their numbers [batch, L].
+
+    Raises:
+        StateError: the model's mask is neither causal nor causal within packed sequences.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    words: dict[str, Any] = {"attention_mask": attention_mask, "local_size": local_size, "device": device, **kwargs}
+    windowed = local_size is not None and local_size < kv_length
+    if windowed or q_length != kv_length or mask_function is None:
+        full: Tensor | None = sdpa_mask(
+            batch_size,
+            q_length,
+            kv_length,
+            q_offset,
+            kv_offset,
+            allow_is_causal_skip=allow_is_causal_skip,
+            **({} if mask_function is None else {"mask_function": mask_function}),
+            **words,
+        )
+        if full is not None:
+            vars(full)["windowed"] = windowed  # what `_attend` is told of it
+        return full
+    special = None if allow_is_causal_skip else mask_function
+    return _sequences(special, attention_mask, batch_size, q_length, torch.device(device), groups)
+
+
+def _sequences(
+    special: Callable[..., Any] | None,
+    padding: Tensor | None,
+    batch: int,
+    length: int,
+    device: torch.device,
+    groups: int,
+) -> Tensor | None:
+    """None, or [batch, L] sequence numbers with their layout. It depends on values: a compiled graph breaks here."""
+    if padding is not None and not padding.is_meta and bool(padding.all()):
+        padding = None
+    if padding is None and special is None:
+        return None
+    found = sequence_numbers(special, padding, batch, length, device)
+    if padding is None and not found.is_meta and bool((found == found[:, :1]).all()):
+        return None  # one sequence in each row
+    vars(found)["groups"] = GroupLayout.of(found, groups)  # once for all layers
+    return found
+
+
+def sequence_numbers(
+    mask_function: Callable[..., Any] | None, padding: Tensor | None, batch: int, length: int, device: torch.device
+) -> Tensor:
+    """[batch, L] numbers of the sequences in a batch, from 1 on, growing along its rows; 0 is padding.
+
+    Args:
+        mask_function: (batch, head, query, key) -> whether the query sees the key; None for causal rows.
+        padding: [batch, L], true where there is a token; None where all are.
+        batch, length: of the batch.
+        device: of the result.
+
+    Raises:
+        StateError: a token sees the one after it.
+    """
+    first = torch.zeros(batch, length, dtype=torch.long, device=device)
+    first[:, 0] = 1
+    if mask_function is not None and length > 1:
+        rows, at = torch.arange(batch, device=device)[:, None], torch.arange(length, device=device)
+        zero = torch.zeros((), dtype=torch.long, device=device)
+        ahead = mask_function(rows, zero, at[:-1], at[1:]).expand(batch, -1)
+        if not ahead.is_meta and bool(ahead.any()):
+            what = "shows some tokens what comes after them"
+            raise StateError("shifted sparse attention is causal:", [Diagnostic("attention_mask", what, _FULL)])
+        first[:, 1:] = ~mask_function(rows, zero, at[1:], at[:-1]).expand(batch, -1)
+    numbers = first.flatten().cumsum(0).view(batch, length)
+    return numbers if padding is None else numbers * padding[:, -length:]

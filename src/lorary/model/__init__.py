@@ -1,0 +1,1 @@
+"""What is done to a model: scan, plan, attach, merge, quantise, load."""

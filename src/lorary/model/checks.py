@@ -1,0 +1,186 @@
+"""What a plan cannot be made from, or attached to: told before anything changes."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorary.errors import Diagnostic
+from lorary.layers.kinds import kind_of, site
+from lorary.layers.quantized_weight import is_foreign, stored_tensors, weight
+from lorary.model.scan import Scan
+from lorary.spec.method import Method
+from lorary.spec.placement import AdaptedSite, inconsistent_ties
+from lorary.spec.site import Site
+
+
+def not_ready(scan: Scan) -> list[Diagnostic]:
+    """Why nothing can be planned for this model at all."""
+    model = scan.model
+    if any(type(m.module).__name__ == "Adapted" for m in scan.modules.values()):
+        return [Diagnostic("model", "has adapters attached", "detach them first")]
+    if scan.modules[""].kind is not None:
+        return [
+            Diagnostic("model", f"is a single {type(model).__name__}", "put it into a module: nn.Sequential(layer)")
+        ]
+    return [
+        Diagnostic(name, "has no shape before the model has seen its first input", "run the model once")
+        for name, parameter in scan.parameters.items()
+        if isinstance(parameter, nn.parameter.UninitializedParameter)
+    ]
+
+
+def not_a_module(model: Any) -> list[Diagnostic]:
+    """Why this is not a model."""
+    if isinstance(model, nn.Module):
+        return []
+    return [Diagnostic("model", f"is a {type(model).__name__}, not a torch.nn.Module")]
+
+
+def bad_arguments(method: Any, ranks: Any, alphas: Any) -> list[Diagnostic]:
+    """Arguments of `plan` that are of the wrong type."""
+    problems = []
+    if not isinstance(method, Method):
+        what = f"is a {type(method).__name__}, not a Method"
+        problems.append(Diagnostic("method", what, 'make one: lorary.method("lora", r=16)'))
+    for field, value in (("ranks", ranks), ("alphas", alphas)):
+        if value is not None and not isinstance(value, Mapping):
+            what = f"is {value!r}, not a mapping from site patterns to numbers"
+            problems.append(Diagnostic(field, what, f'write {field}={{"*.down_proj": 4}}'))
+    return problems
+
+
+def unwritable_weights(scan: Scan, method: Method, names: Iterable[str]) -> list[Diagnostic]:
+    """Why a rule of the method cannot write these weights: it needs at least 32 bits, and a weight that is not tied."""
+    writer = next((type(rule).__name__ for rule in method.rules if rule.writes_base), "a rule")
+    holders = Counter(scan.names.values())
+    problems = []
+    for name in sorted(set(names)):
+        if scan.is_quantised(name.rpartition(".")[0]):
+            problems.append(Diagnostic(name, f"is packed, and {writer} writes it", "load the base in float32"))
+            continue
+        if name not in scan.names:
+            continue
+        W = scan.parameter(name)
+        if W.dtype.itemsize < 4:
+            what = f"is {str(W.dtype).removeprefix('torch.')}, and {writer} adds small changes to it"
+            problems.append(Diagnostic(name, f"{what}: rounding would lose most of them", "load the base in float32"))
+        if holders[scan.names[name]] > 1:
+            what = f"is shared with another layer, and {writer} writes it"
+            problems.append(Diagnostic(name, what, "exclude the site, or untie the weights"))
+    return problems
+
+
+def blocks_gradient(scan: Scan, names: Iterable[str]) -> list[Diagnostic]:
+    """Why the model cannot be trained through layers that other libraries have quantised: some kernels let no gradient
+    pass, silently.
+
+    Probes a copy of one layer per class: some kernels repack their weight on first use.
+    """
+    problems, asked = [], set()
+    for name in names:
+        layer = scan.module(name)
+        sort = (type(layer), type(getattr(layer, "weight", None)))
+        if layer is None or sort in asked or not is_foreign(layer) or scan.modules[name].kind != "linear":
+            continue
+        if stored_tensors(layer)[0].is_meta:
+            continue
+        asked.add(sort)
+        with contextlib.suppress(Exception), torch.enable_grad():  # what cannot run here says so when it is used
+            own: Any = copy.deepcopy(layer).train()
+            W = weight(layer)
+            y = own(torch.zeros(1, own.in_features, dtype=W.dtype, device=W.device, requires_grad=True))
+            if not y.requires_grad:
+                kind = getattr(layer, "weight", layer) if type(layer) is nn.Linear else layer
+                what = f"{type(kind).__name__} lets no gradient through: the layers before it could not be trained"
+                problems.append(Diagnostic(name, what, "load the base in a form that can be trained on"))
+    return problems
+
+
+def not_quantizable(scan: Scan, names: Iterable[str]) -> list[Diagnostic]:
+    """Why these layers cannot be quantised: their weights are not finite, or a replaced forward would be lost."""
+    problems = []
+    for name in names:
+        layer = scan.module(name)
+        if layer is None:
+            continue
+        if "forward" in vars(layer):
+            what = "its forward was replaced, by Accelerate or by hand, and the packed layer would have its own"
+            problems.append(Diagnostic(name, what, "pack the base before that, as lorary.load_quantized does"))
+        W = weight(layer)
+        double = W.dtype == torch.float64
+        bad = 0 if W.is_meta else int((~(W.float() if double else W).isfinite()).sum())
+        if bad:
+            where = "NaN or infinite in 32 bits" if double else "NaN or infinite"
+            what = f"{bad:,} of {W.numel():,} numbers of its weight are {where}, and cannot be packed"
+            problems.append(Diagnostic(name, what, "repair the base, or leave the layer out"))
+    return problems
+
+
+def model_mismatches(
+    scan: Scan, placed: tuple[AdaptedSite, ...], full: Mapping[str, tuple[int, ...]], packed: Iterable[str] = ()
+) -> list[Diagnostic]:
+    """Why adapters cannot be put at these sites of a model, or these base parameters train, or these layers be
+    quantised."""
+    problems = []
+    for p in placed:
+        problems += layer_mismatches(p.site, scan.module(p.site.name))
+    for name, shape in full.items():
+        if name not in scan.names:
+            problems.append(Diagnostic(name, "the model has no such parameter"))
+        elif (found := tuple(scan.parameter(name).shape)) != tuple(shape):
+            problems.append(Diagnostic(name, f"is {found}, expected {tuple(shape)}"))
+    if not torch.is_inference_mode_enabled() and any(t.is_inference() for t in scan.parameters.values()):
+        what = "its weights were made in torch.inference_mode() and cannot be changed or trained with outside of it"
+        problems.append(Diagnostic("model", what, "create the model outside inference mode"))
+    problems += inconsistent_ties(placed)
+    problems += [] if problems else _several_devices(scan, placed)
+    return problems + [Diagnostic(name, "the model has no such module") for name in packed if name not in scan.modules]
+
+
+def _several_devices(scan: Scan, placed: tuple[AdaptedSite, ...]) -> list[Diagnostic]:
+    """Sites that share tensors and lie on several devices."""
+    devices: dict[str, set[str]] = {}
+    for p in placed:
+        if p.share or p.delta.shared:
+            devices.setdefault(p.share, set()).add(str(stored_tensors(scan.modules[p.site.name].module)[0].device))
+    return [
+        Diagnostic(
+            "model",
+            f"its layers lie on {', '.join(sorted(several))}, and what they share can lie on one only",
+            "adapt the layers of one device, or use another method",
+        )
+        for several in devices.values()
+        if len(several) > 1
+    ]
+
+
+def layer_mismatches(expected: Site, layer: nn.Module | None) -> list[Diagnostic]:
+    """How a model's layer differs from the site that was planned or saved."""
+    if layer is None:
+        return [Diagnostic(expected.name, "the model has no such module")]
+    if kind_of(layer) is None:
+        return [
+            Diagnostic(expected.name, f"is of class {type(layer).__name__}, expected a layer of kind {expected.kind}")
+        ]
+    found = site(expected.name, layer)
+    problems = []
+    # a linear layer and GPT-2's transposed one are the same matrix
+    if found.kind != expected.kind and {found.kind, expected.kind} != {"linear", "transposed"}:
+        problems.append(Diagnostic(expected.name, f"is {found.kind}, expected {expected.kind}"))
+    for side in ("out_features", "in_features", "groups"):
+        if getattr(found, side) != getattr(expected, side):
+            words = {"out_features": "output features", "in_features": "input features", "groups": "groups"}[side]
+            what = f"has {getattr(found, side)} {words}, expected {getattr(expected, side)}"
+            problems.append(Diagnostic(expected.name, what))
+    if expected.kernel_size and found.kernel_size and expected.kernel_size != found.kernel_size:
+        problems.append(
+            Diagnostic(expected.name, f"has a window of {found.kernel_size}, expected {expected.kernel_size}")
+        )
+    return problems

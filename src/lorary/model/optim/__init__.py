@@ -1,0 +1,1 @@
+"""A method in an optimizer and a training loop."""

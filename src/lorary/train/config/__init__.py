@@ -1,0 +1,1 @@
+"""A run's configuration: one strict value, read from YAML."""

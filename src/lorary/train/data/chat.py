@@ -1,0 +1,124 @@
+"""Conversations as tokens: the tokenizer's chat template renders them, and the mask follows its spans.
+
+Where the template marks the answers with `{% generation %}`, those marks are the mask. Otherwise every answer is
+found by rendering the conversation up to it and through it, which is only right when each rendering begins with
+the one before; a template that breaks this is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from lorary.errors import DataError, Diagnostic, did_you_mean
+from lorary.train.data.row_formats import Chat, Messages
+
+# Ends an answer with the tokenizer's own EOS, so that a model which never saw `<|im_end|>` learns to stop.
+CHATML = """{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\\n' -}}
+{%- if message['role'] == 'assistant' -%}
+{%- generation -%}{{- message['content'] + eos_token -}}{%- endgeneration -%}
+{%- else -%}
+{{- message['content'] + '<|im_end|>' -}}
+{%- endif -%}
+{{- '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+_MARK = re.compile(r"\{%-?\s*generation\b")
+TEMPLATES = {"builtin:chatml": CHATML}
+
+
+def use_template(tokenizer: Any, name: str | None) -> None:
+    """Give `tokenizer` the chat template `name`: built in, or a Jinja file; None leaves it its own.
+
+    Raises:
+        DataError: there is no such template, or it is not Jinja.
+    """
+    if name is None:
+        return
+    if name in TEMPLATES:
+        tokenizer.chat_template = TEMPLATES[name]
+        return
+    try:
+        text = Path(name).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        known = did_you_mean(name, list(TEMPLATES)) if name.startswith("builtin:") else f"or use {', '.join(TEMPLATES)}"
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        problem = Diagnostic("data.chat_template", f"cannot read `{name}`: {reason}", known)
+        raise DataError("unknown chat template:", [problem]) from None
+    tokenizer.chat_template = text
+
+
+def require_template(tokenizer: Any, where: str) -> None:
+    """Refuse conversations for a tokenizer without a chat template.
+
+    Raises:
+        DataError: it has none.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        what = "the rows are conversations, and the tokenizer has no chat template to render them with"
+        fix = f"set data.chat_template: {next(iter(TEMPLATES))}, or to a Jinja file"
+        raise DataError("cannot render the conversations:", [Diagnostic(where, what, fix)])
+
+
+def render(tokenizer: Any, messages: Messages, tools: Any = None, prompt: bool = False) -> str:
+    """The conversation as text; with `prompt`, up to where the next answer begins.
+
+    Raises:
+        ValueError: the template refuses these messages, with its own reason.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
+    except (TemplateError, KeyError, TypeError) as error:
+        raise ValueError(f"the chat template refuses it: {str(error) or type(error).__name__}") from None
+    return str(text)
+
+
+def encode(tokenizer: Any, chat: Chat) -> tuple[list[int], list[bool]]:
+    """(token ids, whether each is part of an answer that is learnt).
+
+    Raises:
+        ValueError: the template refuses the messages, or its renderings do not continue each other.
+    """
+    text = render(tokenizer, chat.messages, chat.tools)
+    answers = tuple(turn["role"] == "assistant" for turn in chat.messages)
+    if _MARK.search(tokenizer.chat_template) and chat.learn == answers:
+        spans = _marked(tokenizer, chat)
+        if spans is not None:
+            return spans
+    learnt = _spans(tokenizer, chat, text)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    mask = [
+        any(first <= start < last and end > start for first, last in learnt) for start, end in encoded["offset_mapping"]
+    ]
+    return list(encoded["input_ids"]), mask
+
+
+def _marked(tokenizer: Any, chat: Chat) -> tuple[list[int], list[bool]] | None:
+    """By the template's `{% generation %}` marks; None where it has none after all."""
+    encoded = tokenizer.apply_chat_template(
+        chat.messages, tools=chat.tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    mask = [bool(bit) for bit in encoded["assistant_masks"]]
+    return (list(encoded["input_ids"]), mask) if any(mask) else None
+
+
+def _spans(tokenizer: Any, chat: Chat, text: str) -> list[tuple[int, int]]:
+    """The characters of `text` that are learnt, one span per answer."""
+    spans = []
+    for i, learn in enumerate(chat.learn):
+        if not learn:
+            continue
+        before = render(tokenizer, chat.messages[:i], chat.tools, prompt=True) if i else ""
+        through = render(tokenizer, chat.messages[: i + 1], chat.tools)
+        if not through.startswith(before) or not text.startswith(through):
+            raise ValueError(
+                f"the chat template renders message {i} differently when more follows, so the answer cannot be "
+                "told from the rest; one with {% generation %} marks can: see data.chat_template: builtin:chatml"
+            )
+        spans.append((len(before), len(through)))
+    return spans

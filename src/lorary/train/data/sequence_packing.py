@@ -1,0 +1,43 @@
+"""Packing: several examples in one row, none of which may see another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lorary.errors import Diagnostic, TrainingError
+
+
+@torch.no_grad()
+def check_packing(model: Any, collate: Any) -> None:
+    """Tries it: two examples in one row must have the logits that each has by itself.
+
+    Whether they do depends on the model's code and on its attention kernel, and a model in which they do not trains
+    all the same, on answers to other examples' questions.
+
+    Args:
+        model: a causal language model.
+        collate: makes a batch of rows, as in training.
+
+    Raises:
+        TrainingError: the second example sees the first.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    first, second = ([(7 * i + start) % vocabulary for i in range(n)] for start, n in ((3, 9), (11, 12)))
+    row = {"input_ids": first + second, "labels": first + second, "seq_lengths": [len(first), len(second)]}
+    batch = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in collate([row]).items() if k != "labels"}
+    mode = model.training
+    model.eval()
+    try:
+        together = model(**batch, use_cache=False).logits[0, len(first) :].float()
+        alone = model(input_ids=torch.tensor([second], device=model.device), use_cache=False).logits[0].float()
+    finally:
+        model.train(mode)
+    difference = float((together - alone).abs().max() / alone.abs().max())
+    exact = model.dtype in (torch.float32, torch.float64)
+    if not difference <= (1e-3 if exact else 5e-2):  # also if it is not a number
+        kernel = model.config._attn_implementation
+        what = f"packed examples of {type(model).__name__} see each other ({kernel} attention)"
+        fix = "set data.packing: false, or model.attn_implementation: flash_attention_2"
+        raise TrainingError("this model cannot train on packed rows:", [Diagnostic("data.packing", what, fix)])

@@ -1,0 +1,1 @@
+"""A training run: prepare, run, record, report."""

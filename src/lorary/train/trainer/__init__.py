@@ -1,0 +1,1 @@
+"""The training loop: trainers over TRL and Transformers, checkpoints, exact resume."""

@@ -1,0 +1,70 @@
+"""Direct preference optimisation of an adapter: the reference is the same model with the adapter disabled.
+
+    loss = −log σ(β · ((log π(chosen) − log π₀(chosen)) − (log π(rejected) − log π₀(rejected))))
+
+π is the adapted model, π₀ the base (Rafailov et al. 2023, arXiv:2305.18290, eq. 7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import trl
+from torch import nn
+
+import lorary
+from lorary.train.trainer.mixin import AdapterTraining
+
+
+class Reference(nn.Module):
+    """The base's answers, from the adapted model itself: no second copy is loaded.
+
+    Args:
+        policy: gives the adapted model. A function, since a module would become a part of this one, and since FSDP
+            puts another model in its place before training.
+        config: the model's.
+    """
+
+    def __init__(self, policy: Callable[[], nn.Module], config: Any) -> None:
+        super().__init__()
+        self.policy = policy
+        self.config = config
+
+    def forward(self, **inputs: Any) -> Any:
+        model = self.policy()
+        with lorary.disabled(getattr(model, "_orig_mod", model)):
+            return model(**inputs)
+
+
+class DPOTrainer(AdapterTraining, trl.DPOTrainer):  # type: ignore[misc]  # TRL has no types
+    """TRL's `DPOTrainer` for a model with a method attached. All of TRL's losses and divergences are there.
+
+    Args:
+        model: a causal language model, after `lorary.attach`.
+        args: a `trl.DPOConfig`.
+        rest: what else TRL's trainer takes. Rows may be text, or tokens already (`prompt_ids`, `chosen_ids`,
+            `rejected_ids`).
+    """
+
+    statistics = ("entropy", "is_top1", "mean_logits")
+
+    def __init__(self, *, model: Any, args: Any, **rest: Any) -> None:
+        if args.use_weighting:
+            self.statistics = (*self.statistics, "log_sum_sq_probs")  # type: ignore[assignment]
+        # Without a reference TRL would load the base a second time. Where it computes all reference values before
+        # training it needs none: it asks `compute_ref_log_probs`.
+        given = None if args.precompute_ref_log_probs else Reference(lambda: model, model.config)
+        super().__init__(model=model, args=args, ref_model=given, **rest)
+        self.ref_model = Reference(lambda: self.model, model.config)
+
+    def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
+        """(chosen, rejected) log-probabilities of the disabled model, `[pairs]` each."""
+        with lorary.disabled(self.plain_model()):
+            return super().compute_ref_log_probs(model, inputs)
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        """Rows that are tokens already stay as they are."""
+        if "prompt_ids" in (dataset.column_names or ()):
+            return dataset
+        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)

@@ -1,0 +1,74 @@
+"""An optimizer's state by parameter name: the same on one process, under DDP and under FSDP2.
+
+PyTorch numbers the parameters, so that a state can only be read next to the very same list of them. Names let a
+checkpoint be checked, and sharded tensors are gathered, so that it can be resumed on another number of ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorary.errors import Diagnostic, TrainingError
+from lorary.layers.dtensor import distribute_like, full_cpu_copy, is_sharded
+
+
+def capture(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
+    """State and settings of every group. Under FSDP every rank has to call it: it gathers.
+
+    Returns:
+        `{"state": {parameter: {key: value}}, "groups": [{setting: value, …, "params": [parameter, …]}]}`
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = [
+        {k: v for k, v in group.items() if k != "params"} | {"params": [names[id(p)] for p in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    state = {
+        names[id(p)]: {k: full_cpu_copy(v) if isinstance(v, Tensor) else v for k, v in optimizer.state[p].items()}
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if p in optimizer.state
+    }
+    return {"state": state, "groups": groups}
+
+
+def restore(optimizer: torch.optim.Optimizer, model: nn.Module, saved: dict[str, Any]) -> None:
+    """Puts back what `capture` gave, each tensor to the device and in the shards of its parameter.
+
+    Raises:
+        TrainingError: the checkpoint's groups hold other parameters than the optimizer's.
+    """
+    parameters = dict(model.named_parameters())
+    names = {id(p): name for name, p in parameters.items()}
+    mine = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    theirs = [group["params"] for group in saved["groups"]]
+    if mine != theirs:
+        raise TrainingError("the checkpoint holds another optimizer's state:", _differences(mine, theirs))
+    numbers = {name: i for i, name in enumerate(name for group in mine for name in group)}
+    state = {
+        numbers[name]: {k: _as(parameters[name], v) for k, v in entry.items()} for name, entry in saved["state"].items()
+    }
+    groups = [group | {"params": [numbers[name] for name in group["params"]]} for group in saved["groups"]]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _as(parameter: Tensor, value: Any) -> Any:
+    """In shards like its parameter. What is whole the optimizer itself puts where it belongs, which may be the host."""
+    sharded = is_sharded(parameter) and isinstance(value, Tensor) and value.shape == parameter.shape
+    return distribute_like(parameter, value) if sharded else value
+
+
+def _differences(mine: list[list[str]], theirs: list[list[str]]) -> list[Diagnostic]:
+    if len(mine) != len(theirs):
+        return [Diagnostic("groups", f"{len(theirs)} in the checkpoint, {len(mine)} here")]
+    problems = []
+    for index, (here, there) in enumerate(zip(mine, theirs, strict=True)):
+        for name in sorted(set(here) ^ set(there)):
+            where = "here" if name in here else "in the checkpoint"
+            problems.append(Diagnostic(f"group {index}", f"{name} is only {where}"))
+        if set(here) == set(there) and here != there:
+            problems.append(Diagnostic(f"group {index}", "the same parameters in another order"))
+    return problems

@@ -1,0 +1,104 @@
+"""What one sees while it trains: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from transformers import TrainerCallback
+
+from lorary.model.plan import human_bytes
+from lorary.train.trainer import process_memory
+
+
+class ProgressLines(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
+    """Shows step, loss, learning rate, tokens per second, the time that is left, and memory.
+
+    Args:
+        stream: where to; a bar if it is a terminal, one line for each record of the log if not.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stderr
+        self.console = Console(file=self.stream, highlight=False)
+        self.bar: Progress | None = None
+        self.task = TaskID(0)
+        self.loss = self.rate = float("nan")
+        self.tokens = self.tokens_seen = 0.0  # per second, and in all
+        self.spent = self.spent_before = self.began = 0.0  # seconds in steps alone, without evaluations and checkpoints
+        self.first_step = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.first_step = state.global_step
+        if state.is_world_process_zero and self.console.is_terminal:
+            columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.description}"))
+            self.bar = Progress(*columns, TimeElapsedColumn(), console=self.console)
+            self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
+            self.bar.start()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.began = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.spent += time.monotonic() - self.began
+        if self.bar is not None:
+            self.bar.update(self.task, completed=state.global_step, description=self._figures(state))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        logs = logs or {}
+        if not state.is_world_process_zero or "train_loss" in logs:
+            return
+        place = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
+        if "eval_loss" in logs:
+            self._say(f"{place}  held-out loss {logs['eval_loss']:.4f}")
+        elif "loss" in logs:
+            self._measure(logs)
+            if self.bar is None:
+                self._say(f"{place}  {self._figures(state)}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leaves the bar as it is; also after an error, so that its message stands below."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+    def _measure(self, logs: dict[str, Any]) -> None:
+        self.loss, self.rate = logs["loss"], logs["learning_rate"]
+        seen, seconds = float(logs.get("num_tokens", 0)), self.spent - self.spent_before
+        if seconds > 0 and (self.tokens_seen or not self.first_step):  # resumed, the first line counts older tokens
+            self.tokens = (seen - self.tokens_seen) / seconds
+        self.tokens_seen, self.spent_before = seen, self.spent
+
+    def _figures(self, state: Any) -> str:
+        done = state.global_step - self.first_step
+        left = (state.max_steps - state.global_step) * self.spent / max(done, 1)
+        parts = [
+            f"loss {self.loss:.4f}" if self.loss == self.loss else "",
+            f"lr {self.rate:.2e}" if self.rate == self.rate else "",
+            f"{self.tokens:,.0f} tokens/s" if self.tokens else "",
+            f"eta {_clock(left)}",
+            human_bytes(process_memory.current_bytes()),
+        ]
+        return "  ".join(part for part in parts if part)
+
+    def _say(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.console.print(text, markup=False)
+        else:
+            print(text, file=self.stream, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    """Hours, minutes and seconds.
+
+    >>> _clock(3725)
+    '1:02:05'
+    """
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

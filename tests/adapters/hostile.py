@@ -1,0 +1,121 @@
+"""A good adapter folder to spoil, and safetensors files built byte by byte."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import lorary
+from lorary.adapters import export_peft
+from tests.adapters.models import BASES, adapted
+
+PREFIX = "base_model.model.model.layers."
+
+
+def safetensors(header: object, data: bytes = b"", length: int | None = None) -> bytes:
+    """A file of the format, right or wrong.
+
+    Args:
+        header: bytes as they are, a text as UTF-8, all else as JSON.
+        data: what follows the header.
+        length: what the first eight bytes say; the truth if silent.
+    """
+    if isinstance(header, bytes):
+        raw = header
+    else:
+        raw = header.encode() if isinstance(header, str) else json.dumps(header).encode()
+    return (len(raw) if length is None else length).to_bytes(8, "little") + raw + data
+
+
+def entry(shape: Any = (2,), start: Any = 0, stop: Any = 8, dtype: Any = "F32") -> dict[str, Any]:
+    """One tensor's entry in a header."""
+    return {"dtype": dtype, "shape": list(shape) if isinstance(shape, tuple) else shape, "data_offsets": [start, stop]}
+
+
+def lora() -> nn.Module:
+    """The adapter that is spoiled unless another is asked for."""
+    return adapted(BASES[0], targets=["q_proj", "v_proj"])
+
+
+class Spoiled:
+    """An adapter folder of its own, good until something is done to it.
+
+    Args:
+        folder: where.
+        native: whether lorary's record lies beside PEFT's two files.
+        make: makes the model whose adapter it is; a function with a name, which is called once.
+    """
+
+    def __init__(self, folder: Path, native: bool = False, make: Callable[[], nn.Module] = lora) -> None:
+        shutil.copytree(_good(native, make), folder)
+        self.folder = folder
+        self.weights = next(folder.glob("*.safetensors"))
+        self.config = folder / "adapter_config.json"
+        self.record = folder / "lorary.json"
+
+    def say(self, **words: Any) -> None:
+        """Changes fields of the configuration."""
+        self.config.write_text(json.dumps(json.loads(self.config.read_text()) | words))
+
+    def note(self, change: Callable[[dict[str, Any]], Any]) -> None:
+        """Changes lorary's record in place."""
+        record = json.loads(self.record.read_text())
+        change(record)
+        self.record.write_text(json.dumps(record))
+
+    def sign(self) -> None:
+        """Makes lorary's record agree with the files as they are now."""
+
+        def change(record: dict[str, Any]) -> None:
+            for name in record["files"]:
+                data = (self.folder / name).read_bytes()
+                record["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+        self.note(change)
+
+    def tensors(self, change: Callable[[dict[str, Tensor]], Any]) -> None:
+        """Changes the tensors in place; names in full."""
+        tensors = load_file(self.weights)
+        change(tensors)
+        save_file(tensors, self.weights)
+
+    def value(self, value: float, name: str = "0.self_attn.q_proj.lora_A.weight") -> None:
+        """Puts one number into one tensor."""
+
+        def change(tensors: dict[str, Tensor]) -> None:
+            tensors[PREFIX + name][1, 2] = value
+
+        self.tensors(change)
+
+    def rename(self, old: str, new: str) -> None:
+        """Renames a tensor; names without `PREFIX`."""
+        self.tensors(lambda tensors: tensors.update({new: tensors.pop(PREFIX + old)}))
+
+    def drop(self, *names: str) -> None:
+        """Removes tensors; names without `PREFIX`."""
+        self.tensors(lambda tensors: [tensors.pop(PREFIX + name) for name in names])
+
+    def add(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> None:
+        """Adds a tensor of ones; the name in full."""
+        self.tensors(lambda tensors: tensors.update({name: torch.ones(shape, dtype=dtype)}))
+
+
+@functools.cache
+def _good(native: bool, make: Callable[[], nn.Module]) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="lorary-tests-")) / "good"
+    model = make()
+    if native:
+        lorary.save(model, folder)
+    else:
+        export_peft(lorary.Adapter.of(model), folder, model=BASES[0].model())
+    return folder

@@ -1,0 +1,749 @@
+"""What cannot be: every impossible combination, value and shape, each with the whole sentence that refuses it.
+
+The pairs of the composition matrix are all here; `tests/test_combinations.py` holds the table of the pages to them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import lorary
+from lorary.errors import MethodError, PlanError
+from lorary.methods.adalora import SVDDelta
+from lorary.methods.adalora_budget import RankBudget
+from lorary.methods.delta_lora import DeltaLoRADelta, DeltaLoRAPaperRule
+from lorary.methods.dora import MagnitudeDirection
+from lorary.methods.lora import Add, AlphaOverRank, ConstantScale, Gaussian, Kaiming, LowRank
+from lorary.methods.melora import BlockDiagonal
+from lorary.methods.multilora import MultiLoRAInit, ParallelLowRank
+from lorary.methods.o_lora import SequentialLoRA
+from lorary.methods.olora import QRInit
+from lorary.methods.pissa import SVDInit
+from lorary.methods.vera import SharedProjectionDelta, SharedProjectionInit
+from tests import tiny
+
+UNMADE = "invalid method:"
+WRONG = "invalid method:"
+ONE_WORD = "\n      hint: a method has one word on this axis"
+ONE_OF_TWO = "\n      hint: use one of the two"
+NEEDLESS = "\n      hint: leave it out: it would change nothing"
+
+
+def told(headline: str, *problems: str) -> str:
+    return "\n".join([headline, *(f"  - {problem}" for problem in problems)])
+
+
+# --- pairs of presets -------------------------------------------------------------------------------------------------
+
+RSLORA, BY_VERA = "rslora says BySqrtRank", "vera says Fixed(s=1.0)"
+PISSA, OLORA = "pissa says Principal", "olora says Orthonormal"
+TERMS = "glora says Terms"
+SPECTRAL, PROPAGATED, TASKS = "adalora says Spectral", "delta-lora says Propagated", "o-lora says Tasks"
+PROJECTIONS = "vera says Projections"
+BY_GLORA = "{Ad, Au, Bd, Bu, Cd, Cu, D, E}"
+
+
+def everything_trains(delta: str) -> str:
+    return f"full: every base weight trains in full, which leaves nothing for {delta} to learn{ONE_OF_TWO}"
+
+
+def at_the_weight(init: str, delta: str) -> str:
+    return told(WRONG, f"init: {init} starts B A at a part of W; the factors of {delta} cannot be any matrices")
+
+
+def two(axis: str, one: str, other: str) -> str:
+    return f"{axis}: {one}; {other}{ONE_WORD}"
+
+
+PAIRS: dict[tuple[str, str], str] = {
+    # what a paper's own matrix excludes
+    ("lora+", "lora-fa"): told(
+        WRONG,
+        "lr: B would learn faster or slower than nothing: {A} is frozen\n"
+        "      hint: give the rate itself, without a multiplier",
+    ),
+    ("pissa", "melora"): told(
+        WRONG, "init: Principal starts B A at a part of W; the factors of Minis cannot be any matrices"
+    ),
+    ("olora", "melora"): told(
+        WRONG, "init: Orthonormal starts B A at a part of W; the factors of Minis cannot be any matrices"
+    ),
+    # VeRA excludes whatever trains, starts or scales A and B
+    ("rslora", "vera"): told(UNMADE, f"scale: {RSLORA}; vera says Fixed{ONE_WORD}"),
+    ("lora+", "vera"): told(WRONG, "lr: a learning rate for {B}, but what trains is {b, d}"),
+    ("lora-fa", "vera"): told(
+        UNMADE, f"frozen: {{A}}, which lora-fa would freeze, is frozen by vera already{NEEDLESS}"
+    ),
+    ("pissa", "vera"): told(UNMADE, f"init: {PISSA}; {PROJECTIONS}{ONE_WORD}"),
+    ("olora", "vera"): told(UNMADE, f"init: {OLORA}; {PROJECTIONS}{ONE_WORD}"),
+    ("vera", "melora"): told(UNMADE, f"delta: vera says Vectors; melora says Minis{ONE_WORD}"),
+    ("vera", "multilora"): told(
+        UNMADE,
+        f"delta: vera says Vectors; multilora says Parallel{ONE_WORD}",
+        f"init: {PROJECTIONS}; multilora says Balanced{ONE_WORD}",
+    ),
+    # two starts, two deltas
+    ("pissa", "olora"): told(UNMADE, f"init: {PISSA}; {OLORA}{ONE_WORD}"),
+    ("pissa", "multilora"): told(UNMADE, f"init: {PISSA}; multilora says Balanced{ONE_WORD}"),
+    ("olora", "multilora"): told(UNMADE, f"init: {OLORA}; multilora says Balanced{ONE_WORD}"),
+    ("melora", "multilora"): told(UNMADE, f"delta: melora says Minis; multilora says Parallel{ONE_WORD}"),
+    # GLoRA has terms of its own instead of all of this
+    ("rslora", "glora"): told(UNMADE, f"scale: {RSLORA}; glora says Fixed{ONE_WORD}"),
+    ("lora+", "glora"): told(WRONG, f"lr: a learning rate for {{B}}, but what trains is {BY_GLORA}"),
+    ("lora-fa", "glora"): told(WRONG, f"frozen: {{A}} cannot be frozen: the tensors are {BY_GLORA}"),
+    ("dora", "glora"): told(UNMADE, f"join: dora says Direction; glora says Supports{ONE_WORD}"),
+    ("glora", "pissa"): told(UNMADE, f"init: glora says ZeroDown; {PISSA}{ONE_WORD}"),
+    ("glora", "olora"): told(UNMADE, f"init: glora says ZeroDown; {OLORA}{ONE_WORD}"),
+    ("glora", "vera"): told(
+        UNMADE,
+        f"delta: {TERMS}; vera says Vectors{ONE_WORD}",
+        f"init: glora says ZeroDown; {PROJECTIONS}{ONE_WORD}",
+        f"scale: glora says Fixed(s=1.0); {BY_VERA}{ONE_WORD}",
+    ),
+    ("glora", "melora"): told(UNMADE, f"delta: {TERMS}; melora says Minis{ONE_WORD}"),
+    ("glora", "multilora"): told(
+        UNMADE,
+        f"delta: {TERMS}; multilora says Parallel{ONE_WORD}",
+        f"init: glora says ZeroDown; multilora says Balanced{ONE_WORD}",
+    ),
+    ("glora", "bitfit"): told(
+        WRONG,
+        "full: Terms learns a change of every adapted layer's bias; trained in full, it would be learnt twice"
+        + ONE_OF_TWO,
+    ),
+    # AdaLoRA's directions have a scale, a start and gradients of their own, and leave one by one
+    ("rslora", "adalora"): told(UNMADE, two("scale", RSLORA, "adalora says ByStartRank")),
+    ("lora-fa", "adalora"): told(WRONG, "rules: the scores need the gradients of P, E and Q, and Q is frozen"),
+    ("dora", "adalora"): told(
+        WRONG, "rules: Direction holds the norm of what it joins, which changes whenever a direction is masked"
+    ),
+    ("glora", "adalora"): told(
+        UNMADE,
+        two("delta", TERMS, SPECTRAL),
+        two("init", "glora says ZeroDown", "adalora says SmallNormal"),
+        two("scale", "glora says Fixed", "adalora says ByStartRank"),
+    ),
+    ("pissa", "adalora"): told(UNMADE, two("init", PISSA, "adalora says SmallNormal")),
+    ("olora", "adalora"): told(UNMADE, two("init", OLORA, "adalora says SmallNormal")),
+    ("vera", "adalora"): told(
+        UNMADE,
+        two("delta", "vera says Vectors", SPECTRAL),
+        two("init", PROJECTIONS, "adalora says SmallNormal"),
+        two("scale", "vera says Fixed", "adalora says ByStartRank"),
+    ),
+    ("melora", "adalora"): told(UNMADE, two("delta", "melora says Minis", SPECTRAL)),
+    ("multilora", "adalora"): told(
+        UNMADE,
+        two("delta", "multilora says Parallel", SPECTRAL),
+        two("init", "multilora says Balanced", "adalora says SmallNormal"),
+    ),
+    # Delta-LoRA follows B A, and O-LoRA adds B A to those of earlier tasks
+    ("dora", "delta-lora"): told(
+        WRONG,
+        "rules: Delta-LoRA takes the gradient of B A for that of W, which it is not under Direction",
+    ),
+    ("glora", "delta-lora"): told(UNMADE, two("delta", TERMS, PROPAGATED)),
+    ("pissa", "delta-lora"): at_the_weight("Principal", "Propagated"),
+    ("olora", "delta-lora"): at_the_weight("Orthonormal", "Propagated"),
+    ("vera", "delta-lora"): told(UNMADE, two("delta", "vera says Vectors", PROPAGATED)),
+    ("melora", "delta-lora"): told(UNMADE, two("delta", "melora says Minis", PROPAGATED)),
+    ("multilora", "delta-lora"): told(UNMADE, two("delta", "multilora says Parallel", PROPAGATED)),
+    ("adalora", "delta-lora"): told(UNMADE, two("delta", SPECTRAL, PROPAGATED)),
+    ("lora-fa", "o-lora"): told(
+        WRONG, "rules: the penalty is on A, which is frozen; hard=True lets A start in the complement instead"
+    ),
+    ("dora", "o-lora"): told(WRONG, "rules: the tasks of O-LoRA add up, and Direction is no sum"),
+    ("glora", "o-lora"): told(UNMADE, two("delta", TERMS, TASKS)),
+    ("pissa", "o-lora"): at_the_weight("Principal", "Tasks"),
+    ("olora", "o-lora"): at_the_weight("Orthonormal", "Tasks"),
+    ("vera", "o-lora"): told(UNMADE, two("delta", "vera says Vectors", TASKS)),
+    ("melora", "o-lora"): told(UNMADE, two("delta", "melora says Minis", TASKS)),
+    ("multilora", "o-lora"): told(UNMADE, two("delta", "multilora says Parallel", TASKS)),
+    ("adalora", "o-lora"): told(UNMADE, two("delta", SPECTRAL, TASKS)),
+    ("delta-lora", "o-lora"): told(UNMADE, two("delta", PROPAGATED, TASKS)),
+    # nothing is left to learn beside a base that trains as a whole
+    # a packed weight is frozen, and there is no dense one to take element by element
+    ("qlora", "full"): told(
+        WRONG,
+        "storage: NF4 keeps weights frozen, and `full` trains every one of them",
+        everything_trains("LowRank"),
+    ),
+    ("qlora", "glora"): told(
+        WRONG,
+        "storage: Terms takes W element by element in every step, and NF4 keeps no dense W\n"
+        "      hint: set A to 'vector', 'scalar' or 'none', which act on the output",
+    ),
+    ("lora", "full"): told(WRONG, everything_trains("LowRank")),
+    ("rslora", "full"): told(WRONG, everything_trains("LowRank")),
+    ("lora+", "full"): told(WRONG, everything_trains("LowRank")),
+    ("lora-fa", "full"): told(WRONG, everything_trains("LowRank")),
+    ("dora", "full"): told(WRONG, everything_trains("LowRank")),
+    ("glora", "full"): told(WRONG, everything_trains("Terms")),
+    ("pissa", "full"): told(WRONG, everything_trains("LowRank")),
+    ("olora", "full"): told(WRONG, everything_trains("LowRank")),
+    ("vera", "full"): told(WRONG, everything_trains("Vectors")),
+    ("melora", "full"): told(WRONG, everything_trains("Minis")),
+    ("multilora", "full"): told(WRONG, everything_trains("Parallel")),
+    ("adalora", "full"): told(WRONG, everything_trains("Spectral")),
+    ("delta-lora", "full"): told(WRONG, everything_trains("Propagated")),
+    ("o-lora", "full"): told(WRONG, everything_trains("Tasks")),
+    ("longlora", "full"): told(
+        UNMADE, f"full: embeddings, norms, which longlora would train, trains with everything of full already{NEEDLESS}"
+    ),
+    ("bitfit", "full"): told(
+        UNMADE, f"full: bias, which bitfit would train, trains with everything of full already{NEEDLESS}"
+    ),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=" + ".join)
+def test_pairs_that_do_not_go_together(pair: tuple[str, str]) -> None:
+    with pytest.raises(MethodError) as refusal:
+        lorary.method(*pair)
+    assert str(refusal.value) == PAIRS[pair]
+    with pytest.raises(MethodError):  # in the other order too
+        lorary.method(*reversed(pair))
+
+
+def test_no_pair_is_refused_but_these() -> None:
+    refused = set()
+    for pair in itertools.combinations(lorary.presets(), 2):
+        try:
+            lorary.method(*pair)
+        except MethodError:
+            refused.add(frozenset(pair))
+    assert refused == {frozenset(pair) for pair in PAIRS}
+
+
+# --- words and values -------------------------------------------------------------------------------------------------
+
+COUNTED, POSITIVE, SEEDED, FLAGGED = (
+    "a whole number of at least 1",
+    "a positive finite number",
+    "a whole number of at least 0",
+    "true or false",
+)
+STEPPED = "a share of the steps below 1, or a whole number of them"
+AMOUNT = "a finite number of at least 0"
+KNOWN = "alpha, context, delta, dropout, frozen, full, init, join, lr"
+
+SAID: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
+    # values that a field cannot hold
+    (("melora",), {"n": 0}, told(WRONG, f"delta: Minis has n = 0; it takes {COUNTED}")),
+    (("melora",), {"n": 2.0}, told(WRONG, f"delta: Minis has n = 2.0; it takes {COUNTED}")),
+    (("multilora",), {"n": -1}, told(WRONG, f"delta: Parallel has n = -1; it takes {COUNTED}")),
+    (("vera",), {"r": 0}, told(WRONG, f"delta: Vectors has r = 0; it takes {COUNTED}")),
+    (("pissa",), {"niter": 0}, told(WRONG, f"init: Principal has niter = 0; it takes {COUNTED}, or None")),
+    (("pissa",), {"niter": "fast"}, told(WRONG, f"init: Principal has niter = 'fast'; it takes {COUNTED}, or None")),
+    (
+        ("pissa",),
+        {"rounds": 5},
+        told(
+            WRONG,
+            "init: Principal starts 5 times at what packing loses, and AsIs loses nothing\n"
+            "      hint: set rounds=1, or add qlora",
+        ),
+    ),
+    (
+        ("qlora", "olora"),
+        {"rounds": 5},
+        told(
+            WRONG,
+            "init: Orthonormal starts at s times what it finds, and in 5 rounds that would grow\n"
+            "      hint: set divide=True",
+        ),
+    ),
+    (
+        ("qlora", "delta-lora"),
+        {"mode": "paper"},
+        told(WRONG, "rules: WriteProduct writes the base weight, which NF4 cannot take"),
+    ),
+    (
+        ("qlora",),
+        {"block": 48, "double": 1, "compute": "int8"},
+        told(
+            WRONG,
+            "storage: NF4 has block = 48; it takes a power of two from 32 to 4096",
+            "storage: NF4 has double = 1; it takes true or false",
+            "storage: NF4 has compute = 'int8'; it takes float32 or bfloat16 or float16, or None",
+        ),
+    ),
+    (("lora",), {"init": SVDInit(4, 0)}, told(WRONG, f"init: Principal has oversample = 0; it takes {COUNTED}")),
+    (("vera",), {"d": -1}, told(WRONG, f"init: Projections has d = -1; it takes {POSITIVE}")),
+    (("vera",), {"d": 0.0}, told(WRONG, f"init: Projections has d = 0.0; it takes {POSITIVE}")),
+    (("vera",), {"seed": -1}, told(WRONG, f"init: Projections has seed = -1; it takes {SEEDED}")),
+    (("vera",), {"seed": 1.5}, told(WRONG, f"init: Projections has seed = 1.5; it takes {SEEDED}")),
+    (("vera",), {"save_projections": 1}, told(WRONG, f"init: Projections has saved = 1; it takes {FLAGGED}")),
+    (("dora",), {"exact": "yes"}, told(WRONG, f"join: Direction has exact = 'yes'; it takes {FLAGGED}")),
+    (("olora",), {"divide": 1}, told(WRONG, f"init: Orthonormal has divide = 1; it takes {FLAGGED}")),
+    (("dora",), {"lr": {"m": -1}}, told(WRONG, "lr: the multiplier of m is -1, not a positive number")),
+    (("adalora",), {"r": 0}, told(WRONG, f"delta: Spectral has r = 0; it takes {COUNTED}")),
+    (("lora",), {"delta": SVDDelta(4, -1)}, told(WRONG, f"delta: Spectral has kept = -1; it takes {SEEDED}, or None")),
+    (("adalora",), {"target": 0}, told(WRONG, f"rules: RankBudget has target = 0; it takes {COUNTED}")),
+    (("adalora",), {"every": 0}, told(WRONG, f"rules: RankBudget has every = 0; it takes {COUNTED}")),
+    (("adalora",), {"start": 1.5}, told(WRONG, f"rules: RankBudget has start_at = 1.5; it takes {STEPPED}")),
+    (("adalora",), {"final": "half"}, told(WRONG, f"rules: RankBudget has final = 'half'; it takes {STEPPED}")),
+    (("adalora",), {"alpha": 0}, told(WRONG, f"scale: ByStartRank has alpha = 0; it takes {POSITIVE}")),
+    (("adalora",), {"orthogonality": -0.1}, told(WRONG, f"rules: Orthogonal has weight = -0.1; it takes {AMOUNT}")),
+    (("adalora",), {"form": "both"}, told(WRONG, "rules: Orthogonal has form = 'both'; it takes authors or paper")),
+    (
+        ("delta-lora",),
+        {"ratio": -2},
+        told(
+            WRONG,
+            f"delta: Propagated has ratio = -2; it takes {POSITIVE}",
+            f"rules: FollowProduct has ratio = -2; it takes {POSITIVE}",
+        ),
+    ),
+    (("delta-lora",), {"start": 2.5}, told(WRONG, f"rules: FollowProduct has after = 2.5; it takes {SEEDED}")),
+    (("delta-lora",), {"mode": "fast"}, told(UNMADE, "mode: is 'fast'; it takes closed or paper")),
+    (
+        ("lora",),
+        {"rules": (DeltaLoRAPaperRule(2.0), DeltaLoRAPaperRule(1.0))},
+        told(WRONG, *["rules: the weight can follow the product once only"] * 2),
+    ),
+    (
+        ("adalora",),
+        {"rules": (RankBudget(4),)},
+        told(WRONG, *["rules: there can be one budget only: two would undo each other's masks"] * 2),
+    ),
+    (
+        ("multilora",),
+        {"rules": (DeltaLoRAPaperRule(2.0),)},
+        told(WRONG, "rules: the product of A and B is written, and gamma would have a part in it"),
+    ),
+    (
+        ("lora",),
+        {"delta": DeltaLoRADelta(4, 2.0, late=False), "rules": (DeltaLoRAPaperRule(2.0),)},
+        told(WRONG, "rules: Propagated follows the product already: a weight that is written goes with LowRank"),
+    ),
+    (("lora",), {"rules": None}, told(WRONG, "rules: None is no word of this axis")),
+    (("o-lora",), {"weight": -1}, told(WRONG, f"rules: AwayFrom has weight = -1; it takes {AMOUNT}")),
+    (("o-lora",), {"mean": 1}, told(WRONG, f"rules: AwayFrom has mean = 1; it takes {FLAGGED}")),
+    (("o-lora",), {"hard": "yes"}, told(WRONG, f"rules: AwayFrom has hard = 'yes'; it takes {FLAGGED}")),
+    (("o-lora",), {"form": "l1"}, told(WRONG, "rules: AwayFrom has form = 'l1'; it takes authors or paper")),
+    (
+        ("lora",),
+        {"delta": SequentialLoRA(2, past=(0,))},
+        told(WRONG, "delta: Tasks has past = (0,); it takes whole numbers of at least 1"),
+    ),
+    # rules for other tensors, and rates of what a rule gives
+    (("lora",), {"rules": [RankBudget(2)]}, told(WRONG, "rules: RankBudget needs {E, P, Q}; LowRank has {A, B}")),
+    (
+        ("delta-lora",),
+        {"lr": {"lam": 2.0}},
+        told(WRONG, "lr: a learning rate for {lam}, but what trains is {A, B}"),
+    ),
+    # options of other papers, and of other libraries
+    (("vera",), {"alpha": 3}, told(UNMADE, f"alpha: {BY_VERA}, which has no alpha\n      hint: leave it out")),
+    (
+        ("vera",),
+        {"saved": True},
+        told(UNMADE, "saved: is no option of lora + vera\n      hint: did you mean `seed` or `scale`?"),
+    ),
+    (
+        ("vera",),
+        {"projection_prng_key": 3},
+        told(
+            UNMADE,
+            "projection_prng_key: is no option of lora + vera\n"
+            "      hint: known: alpha, context, d, delta, dropout, frozen, full, init, join, lr, r, rules, "
+            "save_projections, scale, seed, storage",
+        ),
+    ),
+    (
+        ("pissa",),
+        {"iters": 4},
+        told(UNMADE, "iters: is no option of lora + pissa\n      hint: did you mean `niter`?"),
+    ),
+    (
+        ("melora", "rslora"),
+        {"blocks": 4},
+        told(
+            UNMADE,
+            f"blocks: is no option of lora + melora + rslora\n      hint: known: {KNOWN}, n, r, rules, scale, storage",
+        ),
+    ),
+    (
+        ("dora",),
+        {"use_dora": True},
+        told(
+            UNMADE,
+            "use_dora: is no option of lora + dora\n"
+            "      hint: known: alpha, context, delta, dropout, exact, frozen, full, init, join, lr, r, rules, "
+            "scale, storage",
+        ),
+    ),
+    (
+        ("lora+", "dora"),
+        {"ration": 4},
+        told(UNMADE, "ration: is no option of lora + lora+ + dora\n      hint: did you mean `ratio`?"),
+    ),
+    # dropout would drop a part of W that the base has given up
+    (
+        ("pissa",),
+        {"dropout": 0.1},
+        told(
+            WRONG,
+            "dropout: Principal moves part of W into B A, and dropout would drop that part of W\n"
+            "      hint: set dropout=0",
+        ),
+    ),
+    (
+        ("olora", "dora"),
+        {"dropout": 0.05},
+        told(
+            WRONG,
+            "dropout: Orthonormal moves part of W into B A, and dropout would drop that part of W\n"
+            "      hint: set dropout=0",
+        ),
+    ),
+    # words of another axis
+    (("lora",), {"delta": MagnitudeDirection()}, told(WRONG, "delta: Direction(exact=False) is no word of this axis")),
+    (("lora",), {"delta": Kaiming()}, told(WRONG, "delta: Kaiming() is no word of this axis")),
+    (("lora",), {"join": BlockDiagonal(2, 2)}, told(WRONG, "join: Minis(r=2, n=2) is no word of this axis")),
+    (("lora",), {"join": AlphaOverRank(2.0)}, told(WRONG, "join: ByRank(alpha=2.0) is no word of this axis")),
+    (("lora",), {"init": SharedProjectionDelta(3)}, told(WRONG, "init: Vectors(r=3) is no word of this axis")),
+    (("lora",), {"init": Add()}, told(WRONG, "init: Add() is no word of this axis")),
+    (
+        ("lora",),
+        {"scale": SVDInit()},
+        told(WRONG, "scale: Principal(niter=None, oversample=16, rounds=1) is no word of this axis"),
+    ),
+    (("lora",), {"scale": LowRank(2)}, told(WRONG, "scale: LowRank(r=2) is no word of this axis")),
+    (
+        ("lora",),
+        {"storage": MagnitudeDirection()},
+        told(WRONG, "storage: Direction(exact=False) is no word of this axis"),
+    ),
+    (
+        ("lora",),
+        {"rules": (QRInit(),)},
+        told(WRONG, "rules: Orthonormal(divide=False, rounds=1) is no word of this axis"),
+    ),
+    (("dora",), {"join": Add()}, told(UNMADE, f"join: dora says Direction; you said Add{ONE_WORD}")),
+    (("vera",), {"scale": ConstantScale(2.0)}, told(UNMADE, f"scale: {BY_VERA}; you said Fixed(s=2.0){ONE_WORD}")),
+    # an init for other tensors
+    (
+        ("lora",),
+        {"init": SharedProjectionInit()},
+        told(WRONG, "init: Projections fills {A, B, b, d}; LowRank has {A, B}"),
+    ),
+    (("lora",), {"init": MultiLoRAInit()}, told(WRONG, "init: Balanced fills {A, B, gamma}; LowRank has {A, B}")),
+    (
+        ("melora",),
+        {"init": SharedProjectionInit()},
+        told(WRONG, "init: Projections fills {A, B, b, d}; Minis has {A, B}"),
+    ),
+    (
+        ("lora",),
+        {"delta": ParallelLowRank(2, 2), "init": Gaussian()},
+        told(WRONG, "init: Gaussian fills {A, B}; Parallel has {A, B, gamma}"),
+    ),
+    (
+        ("lora",),
+        {"delta": ParallelLowRank(2, 2), "init": SVDInit()},
+        told(
+            WRONG,
+            "init: Principal fills {A, B}; Parallel has {A, B, gamma}",
+            "init: Principal starts B A at a part of W; the factors of Parallel cannot be any matrices",
+        ),
+    ),
+    (
+        ("lora",),
+        {"delta": SharedProjectionDelta(4)},
+        told(
+            WRONG,
+            "init: Kaiming fills {A, B}; Vectors has {A, B, b, d}",
+            "frozen: {A, B} of Vectors belong to all sites and cannot train",
+        ),
+    ),
+    (
+        ("lora",),
+        {"delta": SharedProjectionDelta(4), "init": SharedProjectionInit()},
+        told(WRONG, "frozen: {A, B} of Vectors belong to all sites and cannot train"),
+    ),
+    # what trains
+    (("vera",), {"frozen": {"b", "d"}}, told(WRONG, "frozen: everything is frozen: nothing would train")),
+    (("dora",), {"frozen": {"A", "B", "m"}}, told(WRONG, "frozen: everything is frozen: nothing would train")),
+    (("lora",), {"frozen": "m"}, told(WRONG, "frozen: {m} cannot be frozen: the tensors are {A, B}")),
+    (("multilora",), {"frozen": "b"}, told(WRONG, "frozen: {b} cannot be frozen: the tensors are {A, B, gamma}")),
+    (("vera",), {"lr": {"A": 2}}, told(WRONG, "lr: a learning rate for {A}, but what trains is {b, d}")),
+    (("lora",), {"lr": {"m": 2}}, told(WRONG, "lr: a learning rate for {m}, but what trains is {A, B}")),
+    # more than one reason
+    (
+        ("dora",),
+        {"r": 0, "exact": 3, "dropout": 1.0},
+        told(
+            WRONG,
+            f"delta: LowRank has r = 0; it takes {COUNTED}",
+            f"join: Direction has exact = 3; it takes {FLAGGED}",
+            "dropout: 1.0 is no probability in [0, 1)",
+        ),
+    ),
+    (
+        ("rslora", "vera", "dora", "pissa", "melora"),
+        {},
+        told(
+            UNMADE,
+            f"scale: {RSLORA}; vera says Fixed{ONE_WORD}",
+            f"init: {PROJECTIONS}; {PISSA}{ONE_WORD}",
+            f"delta: vera says Vectors; melora says Minis{ONE_WORD}",
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("names", "options", "message"), SAID)
+def test_what_cannot_be_said(names: tuple[str, ...], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(MethodError) as refusal:
+        lorary.method(*names, **options)
+    assert str(refusal.value) == message
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+CANNOT = "invalid plan:"
+EXCLUDE = "\n      hint: exclude it, or use another init"
+
+
+def only(layer: nn.Module) -> nn.Module:
+    return nn.Sequential(layer)
+
+
+def dead(role: str, kind: str) -> str:
+    return f"{{{role}}} starts at zero in a layer of kind {kind} and is frozen: nothing could be learnt{EXCLUDE}"
+
+
+PLANNED: dict[str, tuple[Any, lorary.Method, Any, dict[str, Any], str]] = {
+    # more directions than a matrix has
+    "pissa, inputs": (
+        lambda: only(nn.Linear(4, 9)),
+        lorary.method("pissa", r=5),
+        "0",
+        {},
+        told(CANNOT, "0: its matrix has no more than 4 singular directions, and r is 5"),
+    ),
+    "pissa, outputs": (
+        lambda: only(nn.Linear(9, 4)),
+        lorary.method("pissa", r=5, niter=4),
+        "0",
+        {},
+        told(CANNOT, "0: its matrix has no more than 4 singular directions, and r is 5"),
+    ),
+    "pissa, embedding": (
+        lambda: only(nn.Embedding(9, 4)),
+        lorary.method("pissa", "rslora", r=6),
+        "0",
+        {},
+        told(CANNOT, "0: its matrix has no more than 4 singular directions, and r is 6"),
+    ),
+    "pissa, fused": (
+        lambda: tiny.model("GPT2LMHeadModel", bos_token_id=0, eos_token_id=0),
+        lorary.method("pissa", r=17),
+        "c_attn[q,v]",
+        {},
+        told(
+            CANNOT,
+            *(
+                f"transformer.h.{i}.attn.c_attn: its matrix has no more than 16 singular directions, and r is 17"
+                for i in (0, 1)
+            ),
+        ),
+    ),
+    "pissa, a rank of its own": (
+        tiny.llama,
+        lorary.method("pissa", "dora", r=1),
+        "all-linear",
+        {"ranks": {"layers.1.*.k_proj": 9}},
+        told(
+            CANNOT,
+            "model.layers.1.self_attn.k_proj: its matrix has no more than 8 singular directions, and r is 9",
+        ),
+    ),
+    "olora, linear": (
+        lambda: only(nn.Linear(9, 4)),
+        lorary.method("olora", r=5),
+        "0",
+        {},
+        told(CANNOT, "0: its matrix has no more than 4 orthonormal columns, and r is 5"),
+    ),
+    "olora, GPT-2": (
+        lambda: only(Conv1D(3, 8)),
+        lorary.method("olora", r=4),
+        "0",
+        {},
+        told(CANNOT, "0: its matrix has no more than 3 orthonormal columns, and r is 4"),
+    ),
+    "olora, convolution": (
+        lambda: only(nn.Conv2d(6, 8, 1, groups=2)),
+        lorary.method("olora", r=4),
+        "0",
+        {},
+        told(CANNOT, "0: its matrix has no more than 3 orthonormal columns, and r is 4"),
+    ),
+    # sizes that n does not divide
+    "melora, in": (
+        lambda: only(nn.Linear(9, 4)),
+        lorary.method("melora", r=1, n=2),
+        "0",
+        {},
+        told(CANNOT, "0: n = 2 does not divide its 9 input features"),
+    ),
+    "melora, out": (
+        lambda: only(nn.Linear(8, 9)),
+        lorary.method("melora", r=1, n=4),
+        "0",
+        {},
+        told(CANNOT, "0: n = 4 does not divide its 9 output features"),
+    ),
+    "melora, both, several sites": (
+        lambda: nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 4)),
+        lorary.method("melora", r=1, n=2),
+        ["0", "1"],
+        {},
+        told(
+            CANNOT,
+            "0: n = 2 does not divide its 9 input features",
+            "0: n = 2 does not divide its 9 output features",
+            "1: n = 2 does not divide its 9 input features",
+        ),
+    ),
+    "melora, vocabulary": (
+        lambda: only(nn.Embedding(9, 4)),
+        lorary.method("melora", r=1, n=2),
+        "0",
+        {},
+        told(CANNOT, "0: n = 2 does not divide its 9 input features"),
+    ),
+    "melora, window": (
+        lambda: only(nn.Conv2d(3, 8, 3)),
+        lorary.method("melora", "dora", r=1, n=2),
+        "0",
+        {},
+        told(CANNOT, "0: n = 2 does not divide its 27 input features"),
+    ),
+    "melora, fused": (
+        lambda: only(nn.ModuleDict({"c_attn": nn.Linear(6, 18)})),
+        lorary.method("melora", r=1, n=4),
+        "c_attn[q,v]",
+        {},
+        told(
+            CANNOT,
+            "0.c_attn: n = 4 does not divide its 6 input features",
+            "0.c_attn: n = 4 does not divide its 6 output features",
+        ),
+    ),
+    # what starts at zero is frozen
+    "lora-fa, embedding": (
+        tiny.llama,
+        lorary.method("lora-fa", r=1),
+        "embedding",
+        {},
+        told(CANNOT, f"model.embed_tokens: {dead('A', 'embedding')}"),
+    ),
+    "melora and lora-fa, embedding": (
+        lambda: only(nn.Embedding(8, 4)),
+        lorary.method("melora", "lora-fa", r=1, n=2),
+        "0",
+        {},
+        told(CANNOT, f"0: {dead('A', 'embedding')}"),
+    ),
+    "b of vera": (
+        lambda: only(nn.Linear(8, 4)),
+        lorary.method("vera", r=1, frozen="b"),
+        "0",
+        {},
+        told(CANNOT, f"0: {dead('b', 'linear')}"),
+    ),
+    "gamma of multilora": (
+        lambda: only(nn.Conv1d(8, 4, 1)),
+        lorary.method("multilora", r=1, frozen="gamma"),
+        "0",
+        {},
+        told(CANNOT, f"0: {dead('gamma', 'conv1d')}"),
+    ),
+    "B of lora": (
+        lambda: only(nn.Linear(8, 4)),
+        lorary.method("lora", r=1, frozen="B"),
+        "0",
+        {},
+        told(CANNOT, f"0: {dead('B', 'linear')}"),
+    ),
+    # ranks and alphas
+    "alphas of vera": (
+        tiny.llama,
+        lorary.method("vera", r=2),
+        "q_proj",
+        {"alphas": {"q_proj": 2}},
+        told(CANNOT, "alphas: Fixed(s=1.0) has no alpha\n      hint: leave them out"),
+    ),
+    "a rank of nothing": (
+        tiny.llama,
+        lorary.method("vera", r=2),
+        "q_proj",
+        {"ranks": {"layers.0.*": 0}},
+        told(CANNOT, f"model.layers.0.self_attn.q_proj: Vectors has r = 0; it takes {COUNTED}"),
+    ),
+    "an alpha of nothing": (
+        tiny.llama,
+        lorary.method("multilora", r=2),
+        "q_proj",
+        {"alphas": {"layers.0.*": 0}},
+        told(CANNOT, f"model.layers.0.self_attn.q_proj: ByRank has alpha = 0; it takes {POSITIVE}"),
+    ),
+    # a weight that trains in full as well
+    "a tied table": (
+        lambda: tiny.llama(tie_word_embeddings=True),
+        lorary.method("pissa", r=2, full="embed_tokens"),
+        "lm_head",
+        {},
+        told(
+            CANNOT,
+            "model.embed_tokens.weight: is adapted and trains in full as well: the adapter would have nothing of its "
+            "own to learn\n      hint: exclude the site, or narrow `full`",
+        ),
+    ),
+    "a magnitude is no base parameter": (
+        tiny.llama,
+        lorary.method("dora", r=2, full="m"),
+        "q_proj",
+        {},
+        told(CANNOT, "full: `m` matches no parameter"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_where_a_method_cannot_go(name: str) -> None:
+    make, method, targets, options, message = PLANNED[name]
+    model = make()
+    before = tiny.everything(model)
+    with pytest.raises(PlanError) as refusal:
+        lorary.plan(model, method, targets, **options)
+    assert str(refusal.value) == message
+    assert tiny.everything(model) == before
+
+
+def test_just_possible() -> None:
+    """The neighbours of what is refused: one direction less, a size that n divides."""
+    for layer, x, method in (
+        (nn.Linear(4, 9), torch.randn(2, 4), lorary.method("pissa", r=4)),
+        (nn.Linear(9, 4), torch.randn(2, 9), lorary.method("olora", r=4)),
+        (nn.Embedding(9, 4), torch.tensor([1, 8]), lorary.method("pissa", r=4, niter=1)),
+        (nn.Conv2d(6, 8, 1, groups=2), torch.randn(2, 6, 3, 3), lorary.method("olora", r=3)),
+        (nn.Linear(8, 6), torch.randn(2, 8), lorary.method("melora", r=1, n=2)),
+        (nn.Embedding(9, 4), torch.tensor([1, 8]), lorary.method("pissa", "lora-fa", r=2)),
+        (nn.Linear(8, 4), torch.randn(2, 8), lorary.method("vera", r=300, frozen="d")),
+        (nn.Linear(8, 4), torch.randn(2, 8), lorary.method("dora", r=2, frozen="m")),
+    ):
+        model = only(layer)
+        expected = model(x)
+        lorary.attach(model, lorary.plan(model, method, "0"))
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,623 @@
+"""Configurations that cannot be obeyed: each with the whole of what is said about it, and nothing written."""
+
+# ruff: noqa: E501 (messages stand here as they are printed)
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from lorary.errors import ConfigError
+from lorary.train.config.load import load
+
+
+class Bad(NamedTuple):
+    name: str
+    text: str
+    message: str
+    sets: tuple[str, ...] = ()
+
+
+# fmt: off
+TABLE = (
+Bad('a mistyped key', """\
+model: builtin:base
+data: builtin:docstrings
+method:
+  r: 8
+  alhpa: 16
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:5:3: unknown key `alhpa` in `method`
+      hint: did you mean `alpha` or `alphas`?"""),
+Bad('bf16 where the weights are in another half precision', """\
+model: {id: builtin:base, dtype: float16}
+data: builtin:docstrings
+training: {bf16: true}
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:12: `training.bf16`: the weights are in float16, and compute in it
+      hint: keep one of the two"""),
+Bad('bf16 twice', """\
+model: {id: builtin:base, dtype: bfloat16}
+data: builtin:docstrings
+training: {bf16: true}
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:12: `training.bf16`: has no effect: weights in bfloat16 compute in bfloat16
+      hint: remove it"""),
+Bad('the best of nothing', """\
+model: builtin:base
+data: builtin:docstrings
+training: {keep_best: true}
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:12: `training.keep_best`: has no effect without held-out data
+      hint: set data.validation or data.validation_split"""),
+Bad('the best between two evaluations', """\
+model: builtin:base
+data: {train: builtin:docstrings, validation_split: 0.1}
+training: {keep_best: true, eval_steps: 2, save_steps: 3}
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:12: `training.keep_best`: the best model can only be kept when every checkpoint falls on an evaluation
+      hint: make save_steps a multiple of eval_steps, or leave both empty"""),
+Bad('the best twice', """\
+model: builtin:base
+data: {train: builtin:docstrings, validation_split: 0.1}
+training: {keep_best: true, early_stopping_patience: 2}
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:12: `training.keep_best`: `early_stopping_patience` keeps the best anyhow
+      hint: remove it"""),
+Bad('earlier tasks for a method without a place for them', """\
+model: builtin:base
+data: builtin:docstrings
+method: {name: lora, after: runs/first/adapter}
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:22: `method.after`: `lora` has no place for earlier tasks
+      hint: set method.name: o-lora"""),
+Bad('a key like nothing', """\
+model: builtin:base
+data: builtin:docstrings
+training:
+  zzz: 1
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:4:3: unknown key `zzz` in `training`
+      hint: known: batch_size, bf16, dpo_beta, early_stopping_patience, epochs, eval_batch_size, eval_steps, gradient_accumulation_steps, gradient_checkpointing, keep_best, logging_steps, lr, max_grad_norm, max_steps, optimizer, report_to, save_steps, save_total_limit, schedule, seed, warmup, weight_decay"""),
+Bad('a mistyped key of another section', """\
+model: builtin:base
+data: builtin:docstrings
+training:
+  ranl: 16
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:4:3: unknown key `ranl` in `training`
+      hint: did you mean `rank`, under `method:`?"""),
+Bad('a right key in a wrong section', """\
+model: builtin:base
+data: builtin:docstrings
+method:
+  batch_size: 4
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:4:3: unknown key `batch_size` in `method`
+      hint: it belongs under `training:`"""),
+Bad("a section's key at the top", """\
+model: builtin:base
+data: builtin:docstrings
+lr: 1e-4
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:1: unknown key `lr`
+      hint: it belongs under `training:`"""),
+Bad("another tool's name in a wrong section", """\
+model: builtin:base
+data: builtin:docstrings
+method:
+  learning_rate: 1e-4
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:4:3: unknown key `learning_rate` in `method`
+      hint: it belongs under `training:`, as `lr`"""),
+Bad('a mistyped section', """\
+model: builtin:base
+data: builtin:docstrings
+trainin:
+  lr: 1e-4
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:1: unknown key `trainin`
+      hint: did you mean `training`?"""),
+Bad('a duplicate key', """\
+model: builtin:base
+data: builtin:docstrings
+training:
+  lr: 1e-4
+  seed: 1
+  lr: 2e-4
+""", """\
+cannot read train.yaml:
+  - train.yaml:6:3: `lr` is given twice; the first stands at 4:3
+      hint: keep one of them"""),
+Bad('a Python object', """\
+model: builtin:base
+data: builtin:docstrings
+output: !!python/object/apply:os.system [ls]
+""", """\
+cannot read train.yaml:
+  - train.yaml:3:9: the tag `tag:yaml.org,2002:python/object/apply:os.system`
+      hint: a configuration holds plain values only"""),
+Bad('a billion laughs', """\
+a: &a [x,x,x,x,x,x,x,x,x,x]
+b: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a,*a]
+c: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b,*b]
+d: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c,*c]
+e: [*d,*d,*d,*d,*d,*d,*d,*d,*d,*d]
+""", """\
+cannot read train.yaml:
+  - train.yaml:5:5: more than 20,000 values"""),
+Bad('a value that holds itself', """\
+model: &m
+  id: *m
+""", """\
+cannot read train.yaml:
+  - train.yaml:2:7: `*m` holds itself"""),
+Bad('a tab', 'model:\n\tid: builtin:base\n', """\
+cannot read train.yaml:
+  - train.yaml:2:1: a tab
+      hint: YAML indents with spaces"""),
+Bad('nesting', """\
+a: [[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[
+""", """\
+cannot read train.yaml:
+  - train.yaml:1:23: nested deeper than 20 levels"""),
+Bad('two documents', """\
+model: builtin:base
+data: builtin:docstrings
+---
+model: builtin:base
+data: builtin:docstrings
+""", """\
+cannot read train.yaml:
+  - train.yaml:3:1: a second document
+      hint: keep one configuration per file"""),
+Bad('a merge key', """\
+x: &x {id: a}
+model:
+  <<: *x
+""", """\
+cannot read train.yaml:
+  - train.yaml:3:3: a merge key `<<`
+      hint: write the keys out"""),
+Bad('unclosed', """\
+model: [builtin:base
+""", """\
+cannot read train.yaml:
+  - train.yaml:2:1: this is not YAML: while parsing a flow sequence expected ',' or ']', but got '<stream end>'
+      hint: close every bracket, and quote a text that holds `: `, `#`, `*`, `%` or `@`"""),
+Bad('a bare colon', """\
+model: builtin: base
+""", """\
+cannot read train.yaml:
+  - train.yaml:1:15: this is not YAML: mapping values are not allowed here
+      hint: close every bracket, and quote a text that holds `: `, `#`, `*`, `%` or `@`"""),
+Bad('a list', """\
+- model: builtin:base
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:1:1: it holds a list, not keys and values
+      hint: `lorary init` writes one to start from"""),
+Bad('nothing', '', """\
+invalid configuration train.yaml:
+  - it is empty
+      hint: `lorary init` writes one to start from"""),
+Bad('a word', """\
+train
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:1:1: it holds the text 'train', not keys and values
+      hint: `lorary init` writes one to start from"""),
+Bad('nothing but a method', """\
+method: lora
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:1:1: `model` is missing
+      hint: for example `model: builtin:base`
+  - train.yaml:1:1: `data` is missing
+      hint: for example `data: builtin:docstrings`"""),
+Bad('rank 0', """\
+model: builtin:base
+data: builtin:docstrings
+method: {r: 0}
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:10: `r` must be at least 1, not 0"""),
+Bad('rank -1', """\
+model: builtin:base
+data: builtin:docstrings
+method: {r: -1}
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:10: `r` must be at least 1, not -1"""),
+Bad('rank 1000000000', """\
+model: builtin:base
+data: builtin:docstrings
+method: {r: 1000000000}
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:10: `r` must be at most 65,536, not 1000000000"""),
+Bad("rank '4'", """\
+model: builtin:base
+data: builtin:docstrings
+method: {r: '4'}
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:10: `r` must be a whole number, not the text '4'"""),
+Bad('rank 4.5', """\
+model: builtin:base
+data: builtin:docstrings
+method: {r: 4.5}
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:10: `r` must be a whole number, not 4.5"""),
+Bad('rank true', """\
+model: builtin:base
+data: builtin:docstrings
+method: {r: true}
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:10: `r` must be a whole number, not true"""),
+Bad('rank 010', """\
+model: builtin:base
+data: builtin:docstrings
+method: {r: 010}
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:10: `r` must be a whole number, not the text '010'"""),
+Bad('alpha 0', """\
+model: builtin:base
+data: builtin:docstrings
+method: {alpha: 0}
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:10: `alpha` must be above 0, not 0"""),
+Bad('alpha -2', """\
+model: builtin:base
+data: builtin:docstrings
+method: {alpha: -2}
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:10: `alpha` must be above 0, not -2"""),
+Bad('alpha .nan', """\
+model: builtin:base
+data: builtin:docstrings
+method: {alpha: .nan}
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:10: `alpha` must be a finite number, not nan"""),
+Bad('alpha 1e308', """\
+model: builtin:base
+data: builtin:docstrings
+method: {alpha: 1e308}
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:10: `alpha` must be at most 1,000,000, not 1e+308"""),
+Bad('alpha high', """\
+model: builtin:base
+data: builtin:docstrings
+method: {alpha: high}
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:10: `alpha` must be a number, not the text 'high'"""),
+Bad('rates and counts out of range', """\
+model: builtin:base
+data: builtin:docstrings
+training:
+  lr: 10
+  epochs: 0
+  batch_size: 0
+  save_steps: 0
+  warmup: -1
+  weight_decay: .inf
+  seed: 4294967296
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:4:3: `lr` must be at most 1, not 10
+  - train.yaml:5:3: `epochs` must be above 0, not 0
+  - train.yaml:6:3: `batch_size` must be at least 1, not 0
+  - train.yaml:7:3: `save_steps` must be at least 1, not 0
+  - train.yaml:8:3: `warmup` must be at least 0, not -1
+  - train.yaml:9:3: `weight_decay` must be a finite number, not inf
+  - train.yaml:10:3: `seed` must be at most 4,294,967,295, not 4294967296"""),
+Bad('a rate of zero', """\
+model: builtin:base
+data: builtin:docstrings
+training: {lr: 0}
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:12: `lr` must be above 0, not 0"""),
+Bad('switches that are none', """\
+model: builtin:base
+data: builtin:docstrings
+x: {train: a.jsonl, packing: maybe}
+training: {gradient_checkpointing: 2}
+use_rslora: please
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:1: unknown key `x`
+      hint: known: data, method, model, output, task, training
+  - train.yaml:4:12: `gradient_checkpointing` must be true or false, not 2
+  - train.yaml:5:1: `use_rslora` must be true or false, not the text 'please'"""),
+Bad('words that are not offered', """\
+model: builtin:base
+data: builtin:docstrings
+task: ppo
+training: {schedule: cosin, optimizer: adam, report_to: [tensorbord, none]}
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:1: `task` must be one of `sft`, `dpo`, not the text 'ppo'
+      hint: did you mean `dpo`?
+  - train.yaml:4:12: `schedule` must be one of `cosine`, `linear`, `constant`, `polynomial`, `inverse_sqrt`, not the text 'cosin'
+      hint: did you mean `cosine`?
+  - train.yaml:4:29: `optimizer` must be one of `adamw_torch`, `adamw_torch_fused`, `paged_adamw`, `paged_adamw_32bit`, `adamw_bnb_8bit`, `adafactor`, `sgd`, not the text 'adam'
+  - train.yaml:4:58: `training.report_to[0]` must be one of `none`, `tensorboard`, `wandb`, `trackio`, not the text 'tensorbord'
+      hint: did you mean `tensorboard`?"""),
+Bad('an unknown method', """\
+model: builtin:base
+data: builtin:docstrings
+method: lora,rslorra
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:1: `rslorra` is no method that lorary knows
+      hint: did you mean `rslora` or `lora` or `qlora`?"""),
+Bad('an option of another method', """\
+model: builtin:base
+data: builtin:docstrings
+method: {name: rslora, ratio: 4}
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:24: `ratio` is no option of lora + rslora
+      hint: it is an option of lora+, delta-lora"""),
+Bad('a rank for a method without one', """\
+model: builtin:base
+data: builtin:docstrings
+method: {name: bitfit, r: 8}
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:24: `r` is no option of bitfit
+      hint: it is an option of lora, glora, vera, melora, multilora, adalora, delta-lora, o-lora"""),
+Bad('methods that contradict', """\
+model: builtin:base
+data: builtin:docstrings
+method: [lora+, lora-fa]
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:1: `lr`: B would learn faster or slower than nothing: {A} is frozen
+      hint: give the rate itself, without a multiplier"""),
+Bad('two names of one key', """\
+model: builtin:base
+data: builtin:docstrings
+training:
+  lr: 1e-4
+learning_rate: 2e-4
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:5:1: `learning_rate` and `lr` (train.yaml:4:3) both set `training.lr`
+      hint: keep one of the two"""),
+Bad('a switch and a share', """\
+model: builtin:base
+data: builtin:docstrings
+train_on_inputs: 1
+warmup_ratio: 3
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:1: `train_on_inputs` must be true or false, not 1
+  - train.yaml:4:1: `warmup_ratio` is a share of the steps and must be below 1, not 3"""),
+Bad('a secret', """\
+model: builtin:base
+data: builtin:docstrings
+hf_token: hf_abc
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:1: unknown key `hf_token`
+      hint: secrets do not belong in a file that is kept; set HF_TOKEN instead"""),
+Bad("PEFT's regular expressions", """\
+model: builtin:base
+data: builtin:docstrings
+method:
+  rank_pattern: {'.*q_proj': 8}
+  modules_to_save: [lm_head]
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:4:3: unknown key `rank_pattern` in `method`
+      hint: PEFT's patterns are regular expressions; write globs under `method.ranks`, such as '*.q_proj': 8
+  - train.yaml:5:3: unknown key `modules_to_save` in `method`
+      hint: base weights stay frozen; the methods `bitfit` and `full` train them"""),
+Bad('no held-out data to stop on', """\
+model: builtin:base
+data: builtin:docstrings
+training: {early_stopping_patience: 3, eval_steps: 5}
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:12: `training.early_stopping_patience`: has no effect without held-out data
+      hint: set data.validation or data.validation_split
+  - train.yaml:3:12: `training.early_stopping_patience`: the best model can only be kept when every checkpoint falls on an evaluation
+      hint: make save_steps a multiple of eval_steps, or leave both empty
+  - train.yaml:3:40: `training.eval_steps`: has no effect without held-out data
+      hint: set data.validation or data.validation_split"""),
+Bad('two ends and a late warmup', """\
+model: builtin:base
+data: builtin:docstrings
+training: {epochs: 1, max_steps: 10, warmup: 20}
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:12: `training.epochs`: `epochs` and `max_steps` both say when to stop
+      hint: keep one of the two
+  - train.yaml:3:38: `training.warmup`: 20 warmup steps, but the run ends after 10
+      hint: a value below 1 is a share of the steps"""),
+Bad('half a step', """\
+model: builtin:base
+data: builtin:docstrings
+training: {warmup: 2.5}
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:12: `training.warmup`: from 1 on it is a number of steps, and 2.5 is not whole
+      hint: 0.03 is three percent of the steps"""),
+Bad('checkpoints between evaluations', """\
+model: builtin:base
+data: {train: a.jsonl, validation: b.jsonl}
+training: {early_stopping_patience: 2, eval_steps: 4, save_steps: 6}
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:12: `training.early_stopping_patience`: the best model can only be kept when every checkpoint falls on an evaluation
+      hint: make save_steps a multiple of eval_steps, or leave both empty"""),
+Bad("SFT's options in DPO", """\
+model: builtin:base
+data: {train: a.jsonl, packing: true, loss: all, format: text}
+task: dpo
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:2:24: `data.packing`: preference pairs are not packed
+      hint: remove it, or set task: sft
+  - train.yaml:2:39: `data.loss`: has no effect when task is `dpo`: only the answers are compared
+      hint: remove it
+  - train.yaml:2:50: `data.format`: task `dpo` learns from preference pairs, not `text`
+      hint: use `preference` or task: sft"""),
+Bad("DPO's options in SFT", """\
+model: builtin:base
+data: {train: a.jsonl, format: preference}
+training: {dpo_beta: 0.1}
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:2:24: `data.format`: task `sft` does not learn from preference pairs
+      hint: set task: dpo, or map the answer with data.columns
+  - train.yaml:3:12: `training.dpo_beta`: has no effect when task is `sft`
+      hint: remove it, or set task: dpo"""),
+Bad('two ways to hold out', """\
+model: builtin:base
+data: {train: a.jsonl, validation: b.jsonl, validation_split: 0.1}
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:2:45: `data.validation_split`: has no effect beside `data.validation`
+      hint: keep one of the two"""),
+Bad('the root as output', """\
+model: builtin:base
+data: builtin:docstrings
+output: /
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:1: `output`: `/` is the root, home or working folder
+      hint: name a folder of its own, such as runs/first"""),
+Bad("the data's folder as output", """\
+model: builtin:base
+data: {train: here/rows.jsonl}
+output: here
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:1: `output`: `here` holds the training data (`here/rows.jsonl`)
+      hint: name another folder"""),
+Bad('ranks that are none', """\
+model: builtin:base
+data: builtin:docstrings
+method: {ranks: {'*.q_proj': 0, '*.k_proj': many}, targets: [q_proj, 3]}
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:18: `method.ranks['*.q_proj']` must be at least 1, not 0
+  - train.yaml:3:33: `method.ranks['*.k_proj']` must be a whole number, not the text 'many'
+  - train.yaml:3:70: `method.targets[1]` must be a text, not 3"""),
+Bad('a section that is a list', """\
+model: builtin:base
+data: builtin:docstrings
+training: [lr]
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:1: `training` must hold keys and values, not a list"""),
+Bad('overrides without a value', """\
+model: builtin:base
+data: builtin:docstrings
+""", """\
+cannot read the overrides:
+  - --set training.lr: is not key=value
+      hint: write --set section.key=value, such as --set training.lr=1e-4
+  - --set =3: is not key=value
+      hint: write --set section.key=value, such as --set training.lr=1e-4
+  - --set a..b=1: is not key=value
+      hint: write --set section.key=value, such as --set training.lr=1e-4""", ('training.lr', '=3', 'a..b=1')),
+Bad('bad overrides', """\
+model: builtin:base
+data: builtin:docstrings
+method: {r: 8}
+""", """\
+cannot read the overrides:
+  - --set data.train: this is not YAML: while parsing a flow node expected the node content, but found '<stream end>'
+      hint: close every bracket, and quote a text that holds `: `, `#`, `*`, `%` or `@`""", ('method.r=0', 'training.sed=1', 'data.train=[', 'lr=3')),
+Bad('more bad overrides', """\
+model: builtin:base
+data: builtin:docstrings
+method: {r: 8}
+""", """\
+invalid configuration train.yaml:
+  - --set training.sed: unknown key `sed` in `training`
+      hint: did you mean `seed`?
+  - --set lr: unknown key `lr`
+      hint: it belongs under `training:`
+  - --set method.r: `r` must be at least 1, not 0""", ('method.r=0', 'training.sed=1', 'lr=3')),
+Bad('a control character', "model: builtin:base\ndata: builtin:docstrings\noutput: 'a\x07b'\n", """\
+cannot read train.yaml:
+  - train.yaml:3: the character U+0007 is not allowed"""),
+)
+# fmt: on
+
+
+@pytest.mark.parametrize("bad", TABLE, ids=lambda bad: bad.name)
+def test_every_mistake_is_explained_at_its_place(bad: Bad, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/rows.jsonl").write_text("{}\n")
+    (tmp_path / "train.yaml").write_text(bad.text)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError) as refused:
+        load("train.yaml", bad.sets)
+    assert str(refused.value) == bad.message
+    assert refused.value.exit_code == 2
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+FILES = {
+    "no such file": (None, "cannot read the configuration train.yaml: No such file or directory"),
+    "bytes": (
+        b"model: x\noutput: \xff\n",
+        "train.yaml is not text:\n  - train.yaml:2: byte 0xff is not UTF-8\n      hint: save it as UTF-8",
+    ),
+    "a megabyte and more": (
+        b"#" * 1_000_001,
+        "cannot read the configuration train.yaml: it is larger than 1,000,000 bytes",
+    ),
+    "a NUL": (b"model: \0", "cannot read train.yaml:\n  - train.yaml:1: the character U+0000 is not allowed"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_that_hold_no_text(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, message = FILES[name]
+    monkeypatch.chdir(tmp_path)
+    if data is not None:
+        Path("train.yaml").write_bytes(data)
+    with pytest.raises(ConfigError) as refused:
+        load("train.yaml")
+    assert str(refused.value) == message
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["a pipe, which would block", "a folder"])
+def test_what_is_no_file_is_not_opened(make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make("train.yaml")
+    with pytest.raises(ConfigError) as refused:
+        load("train.yaml")
+    assert str(refused.value) == "cannot read the configuration train.yaml: it is not a regular file"
