@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorary.errors import Diagnostic, FileError
+from lorary.model.loading.source import ModelSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from lorary.model.loading.source import ModelSection
 
 _FILES = ("lorary.json", "adapter_config.json")
 
@@ -30,13 +29,12 @@ def base_of(adapter: Path, base: str | None, dtype: str = "auto") -> ModelSectio
         FileError: neither names a model that can be found.
     """
     from lorary.adapters import load_adapter
-    from lorary.train.config.load import from_dict
 
     name = base or load_adapter(adapter).base.name
     if not name or (base is None and "/" not in name and not name.startswith("builtin:") and not Path(name).is_dir()):
         what = f"it was trained on `{name}`, which is no Hub id" if name else "it does not say what it was trained on"
         raise FileError(f"cannot find the base of {adapter}:", [Diagnostic("", what, "give --base MODEL")])
-    return from_dict({"model": {"id": name, "dtype": dtype}, "data": "builtin:docstrings"}).model
+    return ModelSection.of(name, dtype=dtype)
 
 
 def model_of(name: str, base: str | None = None) -> tuple[Path | None, ModelSection]:
@@ -49,12 +47,11 @@ def model_of(name: str, base: str | None = None) -> tuple[Path | None, ModelSect
     Raises:
         FileError: it is an adapter whose base cannot be found.
     """
-    from lorary.train.config.load import from_dict
 
     folder = adapter_folder(Path(name))
     if folder is not None:
         return folder, base_of(folder, base)
-    return None, from_dict({"model": base or name, "data": "builtin:docstrings"}).model
+    return None, ModelSection.of(base or name)
 
 
 def with_adapter(section: ModelSection, folder: Path | None) -> PreTrainedModel:
@@ -63,11 +60,12 @@ def with_adapter(section: ModelSection, folder: Path | None) -> PreTrainedModel:
     Raises:
         LoraryError: the model cannot be loaded, or the adapter is not of it.
     """
-    import lorary
+    from lorary.adapters.save_load import load_adapter
+    from lorary.adapters.switch import load
     from lorary.model.loading.from_pretrained import load_model, load_storage
 
-    adapter = lorary.load_adapter(folder) if folder else None
+    adapter = load_adapter(folder) if folder else None
     loaded = load_model(section, load_storage(adapter.method, adapter.full) if adapter else None)
     if folder:
-        lorary.load(loaded, folder)
+        load(loaded, folder)
     return loaded

@@ -123,12 +123,11 @@ def load_quantized(
 
     from lorary.layers.nf4 import NF4
     from lorary.model.loading.checkpoint_kind import check
-    from lorary.train.config.load import from_dict
 
     check(source, storage, layers)
     if isinstance(words.get("dtype"), torch.dtype):
         words["dtype"] = str(words["dtype"]).removeprefix("torch.")
-    section = from_dict({"model": {"id": os.fspath(source), **words}, "data": "builtin:docstrings"}).model
+    section = ModelSection.of(os.fspath(source), **words)
     return load_model(section, NF4() if storage is None else storage, layers, kind)
 
 

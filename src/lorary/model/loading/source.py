@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lorary.errors import ConfigError, Diagnostic, did_you_mean
 
 
 class Section(BaseModel):
@@ -26,3 +28,25 @@ class ModelSection(Section):
         default=None, description="attention kernel; empty: what Transformers chooses"
     )
     trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
+
+    @classmethod
+    def of(cls, source: str, **options: Any) -> ModelSection:
+        """The section for a model by its Hub id, its folder or `builtin:base`.
+
+        Raises:
+            ConfigError: an unknown option or a value out of range; every one.
+        """
+        try:
+            return cls(id=source, **options)
+        except ValidationError as error:
+            problems = [_problem(dict(complaint)) for complaint in error.errors(include_url=False)]
+            raise ConfigError("invalid model options:", problems) from None
+
+
+def _problem(complaint: dict[str, Any]) -> Diagnostic:
+    name = str(complaint["loc"][0])
+    if complaint["type"] == "extra_forbidden":
+        return Diagnostic(name, "unknown option", did_you_mean(name, list(ModelSection.model_fields)))
+    if complaint["type"] == "string_too_short":
+        return Diagnostic(name, "is empty")
+    return Diagnostic(name, f"{complaint['msg'][0].lower()}{complaint['msg'][1:]}, not {complaint['input']!r}")
