@@ -291,7 +291,7 @@ NATIVE: list[tuple[str, Callable[[], nn.Module], Spoil, str]] = [
         dvora,
         note(lambda r: r["sites"][0].update(method={"delta": {"word": "Vectors", "r": 6}})),
         "\n".join(
-            f"  - lorary.json: {Q}: {axis}: is not said, and a delta needs it" for axis in ("init", "scale", "join")
+            f"  - lorary.json: {Q}: {axis}: is missing, and a delta needs it" for axis in ("init", "scale", "join")
         ),
     ),
     ("no checksums at all", drawn, note(lambda r: r.update(drawn={})), f"  - lorary.json: drawn: {MISSING}"),

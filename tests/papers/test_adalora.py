@@ -565,11 +565,11 @@ def refusal(*names: str, **options: Any) -> list[str]:
 
 def test_refusals() -> None:
     assert refusal("adalora", "dora") == [
-        "Direction holds the norm of what it joins, which changes whenever a direction is masked"
+        "MagnitudeDirection holds the norm of what it joins, which changes whenever a direction is masked"
     ]
     assert refusal("adalora", "lora-fa") == ["the scores need the gradients of P, E and Q, and Q is frozen"]
     assert refusal("adalora", r=4, target=5) == ["a target of 5 is more than the 4 directions of the start"]
-    assert refusal("adalora", beta1=0.5) == ["is no option of lora + adalora"]
+    assert refusal("adalora", beta1=0.5) == ["is not an option of lora + adalora"]
 
 
 def test_learning_rates_of_a_and_b_are_those_of_q_and_p() -> None:

@@ -451,18 +451,18 @@ def test_what_it_does_not_go_with(other: str) -> None:
 def test_a_bias_is_not_learnt_twice_and_nothing_is_dropped() -> None:
     assert refusal(MethodError, lambda: lorary.method("glora", "bitfit")) == (
         "invalid method:\n"
-        "  - full: Terms learns a change of every adapted layer's bias; trained in full, it would be learnt twice\n"
+        "  - full: GLoRADelta trains a change of every adapted layer's bias, which would train in full as well\n"
         "      hint: use one of the two"
     )
     assert refusal(MethodError, lambda: lorary.method("glora", dropout=0.1)) == (
         "invalid method:\n"
-        "  - dropout: Supports scales W x itself: there is no input of the adapter alone to drop from\n"
+        "  - dropout: GLoRAJoin scales W x itself: there is no input of the adapter alone to drop from\n"
         "      hint: set dropout=0"
     )
     assert refusal(MethodError, lambda: lorary.method("glora", C="scalar", D="lora")) == (
         "invalid method:\n"
-        "  - delta: Terms has C = 'scalar'; it takes one of lora, vector, none\n"
-        "  - delta: Terms has D = 'lora'; it takes one of vector, scalar, none"
+        "  - delta: GLoRADelta has C = 'scalar'; it takes one of lora, vector, none\n"
+        "  - delta: GLoRADelta has D = 'lora'; it takes one of vector, scalar, none"
     )
 
 

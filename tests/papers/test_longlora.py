@@ -186,7 +186,7 @@ def test_saved_and_loaded_it_has_equal_logits(names: tuple[str, ...], tmp_path: 
     assert torch.equal(logits(other), logits(model))
     assert other.config.rope_parameters["factor"] == 4.0
     assert json.loads((tmp_path / "lorary.json").read_text())["method"]["context"] == {
-        "word": "Extended",
+        "word": "LongContext",
         "length": LENGTH,
         "rope": "linear",
         "shifted": True,
@@ -272,13 +272,13 @@ def test_a_length_has_to_be_said() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"length": 0}, "Extended has length = 0; it takes a whole number of at least 1, or None"),
-        ({"length": "32k"}, "Extended has length = '32k'; it takes a whole number of at least 1, or None"),
-        ({"length": 1.5}, "Extended has length = 1.5; it takes a whole number of at least 1, or None"),
-        ({"length": True}, "Extended has length = True; it takes a whole number of at least 1, or None"),
-        ({"rope": "ntk"}, "Extended has rope = 'ntk'; it takes linear or yarn or dynamic"),
-        ({"groups": 0}, "Extended has groups = 0; it takes a whole number of at least 1"),
-        ({"shifted": 1}, "Extended has shifted = 1; it takes true or false"),
+        ({"length": 0}, "LongContext has length = 0; it takes a whole number of at least 1, or None"),
+        ({"length": "32k"}, "LongContext has length = '32k'; it takes a whole number of at least 1, or None"),
+        ({"length": 1.5}, "LongContext has length = 1.5; it takes a whole number of at least 1, or None"),
+        ({"length": True}, "LongContext has length = True; it takes a whole number of at least 1, or None"),
+        ({"rope": "ntk"}, "LongContext has rope = 'ntk'; it takes linear or yarn or dynamic"),
+        ({"groups": 0}, "LongContext has groups = 0; it takes a whole number of at least 1"),
+        ({"shifted": 1}, "LongContext has shifted = 1; it takes true or false"),
     ],
 )
 def test_what_the_words_may_not_hold(options: dict[str, Any], message: str) -> None:

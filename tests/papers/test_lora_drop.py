@@ -228,6 +228,6 @@ def test_sites_that_cannot_share_are_refused() -> None:
         lorary.attach(model, dataclasses.replace(plan, sites=shared))
     pissa = lorary.plan(model, lorary.method("pissa", r=2), "up")
     shared = tuple(dataclasses.replace(p, share="up") for p in pissa.sites)
-    with pytest.raises(PlanError, match="shares what it learns, and Principal starts at the weight of each layer"):
+    with pytest.raises(PlanError, match="shares what it learns, and SVDInit starts at the weight of each layer"):
         lorary.attach(model, dataclasses.replace(pissa, sites=shared))
     assert not adapted_layers(model)

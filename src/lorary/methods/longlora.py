@@ -58,7 +58,7 @@ class LongContext(Context):
         return self.groups if self.shifted else 0
 
     @property
-    def words(self) -> dict[str, Any]:
+    def config_overrides(self) -> dict[str, Any]:
         return rope.words(self.rope, self.factor or 1.0, self.known or 0)
 
     def planned(self, model: nn.Module) -> Self:
