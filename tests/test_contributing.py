@@ -45,10 +45,10 @@ def test_the_file_works_as_shown(tmp_path: Path) -> None:
     "protocol",
     [interfaces.Delta, interfaces.Join, interfaces.Init, interfaces.Rule, interfaces.Storage, interfaces.Scale],
 )
-def test_the_table_of_words_names_all_that_a_word_may_have(protocol: type) -> None:
-    """And nothing that no protocol of `words.py` has."""
+def test_the_table_lists_all_members_of_each_protocol(protocol: type) -> None:
+    """And nothing else."""
     members = {name for name in {*vars(protocol), *protocol.__annotations__} if not name.startswith("_")}
-    shown = {interfaces.Delta: "what is learnt", interfaces.Join: "how it joins", interfaces.Init: "where it starts"}
+    shown = {interfaces.Delta: "what is trained", interfaces.Join: "how it joins", interfaces.Init: "where it starts"}
     shown |= {interfaces.Rule: "what happens", interfaces.Storage: "how the weight", interfaces.Scale: "its size"}
     lines = PAGE.read_text(encoding="utf-8").splitlines()
     (row,) = [line for line in lines if line.startswith(f"| {shown[protocol]}")]

@@ -365,7 +365,7 @@ NATIVE += [
         f"  - lorary.json: {Q}: delta: Spectral has kept = 0.5; {WHOLE}",
     ),
     ("a list left", adalora, said(kept=[1]), f"  - lorary.json: {Q}: delta: Spectral has kept = (1,); {WHOLE}"),
-    ("more left than there were", adalora, said(kept=5), f"  - lorary.json: {Q}: 5 of 4 directions cannot be left"),
+    ("more left than there were", adalora, said(kept=5), f"  - lorary.json: {Q}: 5 of 4 directions cannot remain"),
     (
         "another number left",
         adalora,

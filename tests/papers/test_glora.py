@@ -318,7 +318,7 @@ def test_what_has_no_low_rank_form_says_why() -> None:
     lorary.attach(model, lorary.plan(model, lorary.method("glora")))
     with pytest.raises(MethodError) as refused:
         lorary.Adapter.of(model).low_rank(model)
-    what = "A is low-rank: W * A has full rank, so this is no low-rank change of W with a gain for every output"
+    what = "A is low-rank: W * A has full rank, so this is not a low-rank change of W with a gain for every output"
     assert str(refused.value) == (
         f"this adapter has no low-rank form:\n  - 0 and 1 more: {what}\n      hint: merge it into the base"
     )
@@ -422,16 +422,16 @@ def test_where_it_cannot_be() -> None:
     gpt2 = tiny.model("GPT2LMHeadModel")
     said = refusal(PlanError, lambda: lorary.plan(gpt2, lorary.method("glora"), ["wte", "h.0.attn.c_attn[q,v]"]))
     assert said.splitlines()[1:] == [
-        "  - transformer.wte: C, D and E change a bias, which an embedding has none of: "
-        "say C='none', D='none', E='none' for it",
-        "  - transformer.h.0.attn.c_attn: its projections cannot be adapted one by one: "
-        "GLoRA's terms are over all rows; adapt it whole",
+        "  - transformer.wte: C, D and E change the bias, and an embedding has none: "
+        "set C='none', D='none', E='none' for it",
+        "  - transformer.h.0.attn.c_attn: GLoRA's terms are over all rows, not over single "
+        "projections: adapt the fused weight as a whole",
     ]
     nothing = dict.fromkeys("ABCE", "none")
     said = refusal(
         PlanError, lambda: lorary.plan(tiny.llama(), lorary.method("glora", **nothing), "layers.0.mlp.up_proj")
     )
-    assert "every term that this layer could have is none: nothing could be learnt" in said
+    assert "every term that applies to this layer is none: nothing could train" in said
     some = lorary.method("glora", full=("layers.0.attn.c_attn.bias",))
     said = refusal(PlanError, lambda: lorary.plan(gpt2, lorary.method("glora", full=("*.c_attn.bias",)), "c_attn"))
     assert "c_attn.bias: is adapted and trains in full as well" in said

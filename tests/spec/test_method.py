@@ -45,7 +45,8 @@ _WRONG = "invalid method:\n  - "
         (
             ["lroa"],
             {},
-            f"{_UNKNOWN}'lroa': is not a method that lorary knows\n      hint: did you mean `lora` or `qlora` or `lora+`?",
+            f"{_UNKNOWN}'lroa': is not a method that lorary knows\n"
+            "      hint: did you mean `lora` or `qlora` or `lora+`?",
         ),
         (
             ["houlsby"],
@@ -71,7 +72,8 @@ _WRONG = "invalid method:\n  - "
         (
             ["rslora"],
             {"scale": AlphaOverRank(3)},
-            f"{_UNKNOWN}scale: rslora sets AlphaOverSqrtRank; you set AlphaOverRank\n      hint: a method has one component on this axis",
+            f"{_UNKNOWN}scale: rslora sets AlphaOverSqrtRank; you set AlphaOverRank\n"
+            "      hint: a method has one component on this axis",
         ),
         (["lora+"], {"lr": {"B": 2}}, f"{_UNKNOWN}lr: lora+ and you both set the rate of B"),
         (
@@ -81,7 +83,11 @@ _WRONG = "invalid method:\n  - "
         ),
         (["lora"], {"r": 8.0}, f"{_WRONG}delta: LowRank has r = 8.0; it takes a whole number of at least 1"),
         (["lora"], {"r": True}, f"{_WRONG}delta: LowRank has r = True; it takes a whole number of at least 1"),
-        (["lora"], {"alpha": "32"}, f"{_WRONG}scale: AlphaOverRank has alpha = '32'; it takes a positive finite number"),
+        (
+            ["lora"],
+            {"alpha": "32"},
+            f"{_WRONG}scale: AlphaOverRank has alpha = '32'; it takes a positive finite number",
+        ),
         (
             ["rslora"],
             {"alpha": float("nan")},
@@ -379,42 +385,42 @@ _WORDS = "      hint: known: ..."
         (None, "invalid method record:\n  - method: found NoneType"),
         (_LORA | {"dleta": None}, f"{_RECORD}dleta: is not an axis of a method\n      hint: did you mean `delta`?"),
         (
-            _LORA | {"init": {"word": "Kaimign"}},
+            _LORA | {"init": {"component": "Kaimign"}},
             f"{_RECORD}init: 'Kaimign' is not a known component\n      hint: did you mean `Kaiming`?",
         ),
         (_LORA | {"delta": 5}, f"{_RECORD}delta: 5 is not a known component\n{_WORDS}"),
         (
-            _LORA | {"delta": {"word": ["LowRank"]}},
+            _LORA | {"delta": {"component": ["LowRank"]}},
             f"{_RECORD}delta: ['LowRank'] is not a known component\n      hint: did you mean `LowRank`?",
         ),
-        (_LORA | {"delta": {"word": "LowRank"}}, f"{_RECORD}delta: missing 1 required positional argument: 'r'"),
+        (_LORA | {"delta": {"component": "LowRank"}}, f"{_RECORD}delta: missing 1 required positional argument: 'r'"),
         (
-            _LORA | {"delta": {"word": "LowRank", "r": 3, "bias": "all"}},
+            _LORA | {"delta": {"component": "LowRank", "r": 3, "bias": "all"}},
             f"{_RECORD}delta: LowRank has no field `bias`\n      hint: known: r",
         ),
         (
-            _LORA | {"delta": {"word": "LowRank", "r": [3]}},
+            _LORA | {"delta": {"component": "LowRank", "r": [3]}},
             f"{_WRONG}delta: LowRank has r = (3,); it takes a whole number of at least 1",
         ),
         (
-            _LORA | {"delta": {"word": "SequentialLoRA", "r": 3, "past": 8}},
+            _LORA | {"delta": {"component": "SequentialLoRA", "r": 3, "past": 8}},
             f"{_WRONG}delta: SequentialLoRA has past = 8; it takes whole numbers of at least 1",
         ),
         (
-            _LORA | {"delta": {"word": "SequentialLoRA", "r": 3, "past": [8, [8]]}},
+            _LORA | {"delta": {"component": "SequentialLoRA", "r": 3, "past": [8, [8]]}},
             f"{_WRONG}delta: SequentialLoRA has past = (8, [8]); it takes whole numbers of at least 1",
         ),
         (
-            _LORA | {"rules": [{"word": "OrthogonalToPast", "form": ["paper"]}]},
+            _LORA | {"rules": [{"component": "OrthogonalToPast", "form": ["paper"]}]},
             f"{_WRONG}rules: OrthogonalToPast has form = ('paper',); it takes authors or paper",
         ),
         (
-            _LORA | {"rules": [{"word": "RankBudget", "target": 3, "until": 5}]},
+            _LORA | {"rules": [{"component": "RankBudget", "target": 3, "until": 5}]},
             f"{_RECORD}rules[0]: RankBudget has no field `until`\n"
             "      hint: known: beta1, beta2, every, final, start_at, target",
         ),
-        (_LORA | {"delta": {"word": "Kaiming"}}, f"{_WRONG}delta: Kaiming() is not a component of this axis"),
-        (_LORA | {"scale": {"word": "Kaiming"}}, f"{_WRONG}scale: Kaiming() is not a component of this axis"),
+        (_LORA | {"delta": {"component": "Kaiming"}}, f"{_WRONG}delta: Kaiming() is not a component of this axis"),
+        (_LORA | {"scale": {"component": "Kaiming"}}, f"{_WRONG}scale: Kaiming() is not a component of this axis"),
         (_LORA | {"storage": None}, f"{_RECORD}storage: None is not a known component\n{_WORDS}"),
         (_LORA | {"frozen": "A"}, f"{_RECORD}frozen: expected list, found str"),
         (_LORA | {"frozen": [["A"]]}, f"{_RECORD}frozen: expected names, found [['A']]"),
@@ -445,7 +451,7 @@ def test_hostile_records(data: Any, message: str) -> None:
 
 def test_every_fault_of_a_record_is_told_at_once() -> None:
     with pytest.raises(MethodError) as refusal:
-        Method.from_dict({"delta": {"word": "X"}, "rank": 3, "lr": 4, "frozen": {}})
+        Method.from_dict({"delta": {"component": "X"}, "rank": 3, "lr": 4, "frozen": {}})
     assert [p.where for p in refusal.value.problems] == ["delta", "rank", "lr", "frozen"]
 
 
@@ -453,3 +459,12 @@ def test_a_method_can_be_refused_where_it_is_caught_as_a_value_error() -> None:
     assert issubclass(MethodError, ValueError)
     assert MethodError.exit_code == 2
     assert not issubclass(MethodError, PlanError)
+
+
+def test_records_of_format_1_are_still_read() -> None:
+    """lorary 0.5 and before wrote `word` for `component`, and other class names."""
+    old = _LORA | {"delta": {"word": "Tasks", "r": 3, "past": [2]}, "scale": {"word": "ByRank", "alpha": 8.0}}
+    method = Method.from_dict(old)
+    assert (method.delta, method.scale) == (SequentialLoRA(3, (2,)), AlphaOverRank(8.0))
+    with pytest.raises(MethodError, match="'Task' is not a known component"):
+        Method.from_dict(_LORA | {"delta": {"word": "Task"}})

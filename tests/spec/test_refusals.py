@@ -92,7 +92,9 @@ PAIRS: dict[tuple[str, str], str] = {
     ("pissa", "olora"): told(UNMADE, f"init: {PISSA}; {OLORA}{ONE_WORD}"),
     ("pissa", "multilora"): told(UNMADE, f"init: {PISSA}; multilora sets MultiLoRAInit{ONE_WORD}"),
     ("olora", "multilora"): told(UNMADE, f"init: {OLORA}; multilora sets MultiLoRAInit{ONE_WORD}"),
-    ("melora", "multilora"): told(UNMADE, f"delta: melora sets BlockDiagonal; multilora sets ParallelLowRank{ONE_WORD}"),
+    ("melora", "multilora"): told(
+        UNMADE, f"delta: melora sets BlockDiagonal; multilora sets ParallelLowRank{ONE_WORD}"
+    ),
     # GLoRA has terms of its own instead of all of this
     ("rslora", "glora"): told(UNMADE, f"scale: {RSLORA}; glora sets ConstantScale{ONE_WORD}"),
     ("lora+", "glora"): told(WRONG, f"lr: a learning rate for {{B}}, but what trains is {BY_GLORA}"),
@@ -121,7 +123,9 @@ PAIRS: dict[tuple[str, str], str] = {
     ("rslora", "adalora"): told(UNMADE, two("scale", RSLORA, "adalora sets AlphaOverInitialRank")),
     ("lora-fa", "adalora"): told(WRONG, "rules: the scores need the gradients of P, E and Q, and Q is frozen"),
     ("dora", "adalora"): told(
-        WRONG, "rules: MagnitudeDirection holds the norm of what it joins, which changes whenever a direction is masked"
+        WRONG,
+        "rules: MagnitudeDirection depends on the norm of the joined weight, "
+        "which changes whenever a direction is masked",
     ),
     ("glora", "adalora"): told(
         UNMADE,
@@ -146,7 +150,7 @@ PAIRS: dict[tuple[str, str], str] = {
     # Delta-LoRA follows B A, and O-LoRA adds B A to those of earlier tasks
     ("dora", "delta-lora"): told(
         WRONG,
-        "rules: Delta-LoRA takes the gradient of B A for that of W, which it is not under MagnitudeDirection",
+        "rules: Delta-LoRA uses the gradient of B A as that of W, which it is not under MagnitudeDirection",
     ),
     ("glora", "delta-lora"): told(UNMADE, two("delta", TERMS, PROPAGATED)),
     ("pissa", "delta-lora"): at_the_weight("SVDInit", "DeltaLoRADelta"),
@@ -158,7 +162,7 @@ PAIRS: dict[tuple[str, str], str] = {
     ("lora-fa", "o-lora"): told(
         WRONG, "rules: the penalty is on A, which is frozen; hard=True lets A start in the complement instead"
     ),
-    ("dora", "o-lora"): told(WRONG, "rules: the tasks of O-LoRA add up, and MagnitudeDirection is no sum"),
+    ("dora", "o-lora"): told(WRONG, "rules: the tasks of O-LoRA add up, and MagnitudeDirection is not a sum"),
     ("glora", "o-lora"): told(UNMADE, two("delta", TERMS, TASKS)),
     ("pissa", "o-lora"): at_the_weight("SVDInit", "SequentialLoRA"),
     ("olora", "o-lora"): at_the_weight("QRInit", "SequentialLoRA"),
@@ -279,7 +283,11 @@ SAID: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     (("vera",), {"d": 0.0}, told(WRONG, f"init: SharedProjectionInit has d = 0.0; it takes {POSITIVE}")),
     (("vera",), {"seed": -1}, told(WRONG, f"init: SharedProjectionInit has seed = -1; it takes {SEEDED}")),
     (("vera",), {"seed": 1.5}, told(WRONG, f"init: SharedProjectionInit has seed = 1.5; it takes {SEEDED}")),
-    (("vera",), {"save_projections": 1}, told(WRONG, f"init: SharedProjectionInit has store_shared = 1; it takes {FLAGGED}")),
+    (
+        ("vera",),
+        {"save_projections": 1},
+        told(WRONG, f"init: SharedProjectionInit has store_shared = 1; it takes {FLAGGED}"),
+    ),
     (("dora",), {"exact": "yes"}, told(WRONG, f"join: MagnitudeDirection has exact = 'yes'; it takes {FLAGGED}")),
     (("olora",), {"divide": 1}, told(WRONG, f"init: QRInit has divide = 1; it takes {FLAGGED}")),
     (("dora",), {"lr": {"m": -1}}, told(WRONG, "lr: the multiplier of m is -1, not a positive number")),
@@ -290,8 +298,16 @@ SAID: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     (("adalora",), {"start": 1.5}, told(WRONG, f"rules: RankBudget has start_at = 1.5; it takes {STEPPED}")),
     (("adalora",), {"final": "half"}, told(WRONG, f"rules: RankBudget has final = 'half'; it takes {STEPPED}")),
     (("adalora",), {"alpha": 0}, told(WRONG, f"scale: AlphaOverInitialRank has alpha = 0; it takes {POSITIVE}")),
-    (("adalora",), {"orthogonality": -0.1}, told(WRONG, f"rules: OrthogonalityPenalty has weight = -0.1; it takes {AMOUNT}")),
-    (("adalora",), {"form": "both"}, told(WRONG, "rules: OrthogonalityPenalty has form = 'both'; it takes authors or paper")),
+    (
+        ("adalora",),
+        {"orthogonality": -0.1},
+        told(WRONG, f"rules: OrthogonalityPenalty has weight = -0.1; it takes {AMOUNT}"),
+    ),
+    (
+        ("adalora",),
+        {"form": "both"},
+        told(WRONG, "rules: OrthogonalityPenalty has form = 'both'; it takes authors or paper"),
+    ),
     (
         ("delta-lora",),
         {"ratio": -2},
@@ -321,7 +337,7 @@ SAID: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     (
         ("lora",),
         {"delta": DeltaLoRADelta(4, 2.0, late=False), "rules": (DeltaLoRAPaperRule(2.0),)},
-        told(WRONG, "rules: DeltaLoRADelta follows the product already: a weight that is written goes with LowRank"),
+        told(WRONG, "rules: DeltaLoRADelta follows the product already: to write the weight, use LowRank"),
     ),
     (("lora",), {"rules": None}, told(WRONG, "rules: None is not a component of this axis")),
     (("o-lora",), {"weight": -1}, told(WRONG, f"rules: OrthogonalToPast has weight = -1; it takes {AMOUNT}")),
@@ -367,7 +383,8 @@ SAID: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
         {"blocks": 4},
         told(
             UNMADE,
-            f"blocks: is not an option of lora + melora + rslora\n      hint: known: {KNOWN}, n, r, rules, scale, storage",
+            f"blocks: is not an option of lora + melora + rslora\n"
+            f"      hint: known: {KNOWN}, n, r, rules, scale, storage",
         ),
     ),
     (
@@ -405,11 +422,27 @@ SAID: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
         ),
     ),
     # words of another axis
-    (("lora",), {"delta": MagnitudeDirection()}, told(WRONG, "delta: MagnitudeDirection(exact=False) is not a component of this axis")),
+    (
+        ("lora",),
+        {"delta": MagnitudeDirection()},
+        told(WRONG, "delta: MagnitudeDirection(exact=False) is not a component of this axis"),
+    ),
     (("lora",), {"delta": Kaiming()}, told(WRONG, "delta: Kaiming() is not a component of this axis")),
-    (("lora",), {"join": BlockDiagonal(2, 2)}, told(WRONG, "join: BlockDiagonal(r=2, n=2) is not a component of this axis")),
-    (("lora",), {"join": AlphaOverRank(2.0)}, told(WRONG, "join: AlphaOverRank(alpha=2.0) is not a component of this axis")),
-    (("lora",), {"init": SharedProjectionDelta(3)}, told(WRONG, "init: SharedProjectionDelta(r=3) is not a component of this axis")),
+    (
+        ("lora",),
+        {"join": BlockDiagonal(2, 2)},
+        told(WRONG, "join: BlockDiagonal(r=2, n=2) is not a component of this axis"),
+    ),
+    (
+        ("lora",),
+        {"join": AlphaOverRank(2.0)},
+        told(WRONG, "join: AlphaOverRank(alpha=2.0) is not a component of this axis"),
+    ),
+    (
+        ("lora",),
+        {"init": SharedProjectionDelta(3)},
+        told(WRONG, "init: SharedProjectionDelta(r=3) is not a component of this axis"),
+    ),
     (("lora",), {"init": Add()}, told(WRONG, "init: Add() is not a component of this axis")),
     (
         ("lora",),
@@ -428,7 +461,11 @@ SAID: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
         told(WRONG, "rules: QRInit(divide=False, rounds=1) is not a component of this axis"),
     ),
     (("dora",), {"join": Add()}, told(UNMADE, f"join: dora sets MagnitudeDirection; you set Add{ONE_WORD}")),
-    (("vera",), {"scale": ConstantScale(2.0)}, told(UNMADE, f"scale: {BY_VERA}; you set ConstantScale(s=2.0){ONE_WORD}")),
+    (
+        ("vera",),
+        {"scale": ConstantScale(2.0)},
+        told(UNMADE, f"scale: {BY_VERA}; you set ConstantScale(s=2.0){ONE_WORD}"),
+    ),
     # an init for other tensors
     (
         ("lora",),
@@ -518,7 +555,7 @@ def only(layer: nn.Module) -> nn.Module:
 
 
 def dead(role: str, kind: str) -> str:
-    return f"{{{role}}} starts at zero in a layer of kind {kind} and is frozen: nothing could be learnt{EXCLUDE}"
+    return f"{{{role}}} starts at zero in a layer of kind {kind} and is frozen: nothing could train{EXCLUDE}"
 
 
 PLANNED: dict[str, tuple[Any, lorary.Method, Any, dict[str, Any], str]] = {

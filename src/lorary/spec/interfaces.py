@@ -59,7 +59,7 @@ class Delta(Protocol):
         return False
 
     def shapes(self, site: Site) -> Shapes: ...
-    def factors(self, site: Site, p: Tensors) -> Factors:
+    def factors(self, site: Site, params: Tensors) -> Factors:
         """(B [out, R], A [R, in]), without the scale."""
         ...
 
@@ -122,7 +122,7 @@ class Init(Protocol):
         """Fill the shared tensors."""
         return None
 
-    def __call__(self, p: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
+    def __call__(self, params: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
         """Fill a site's own tensors; W [out, in] is its weight."""
         ...
 
@@ -161,17 +161,17 @@ class Join(Protocol):
         return None
 
     def forward(self, layer: Layer, x: Tensor) -> Tensor: ...
-    def merged(self, p: Tensors, W: Tensor, b: Tensor | None, BA: Factors) -> tuple[Tensor, Tensor | None]:
+    def merged(self, params: Tensors, W: Tensor, b: Tensor | None, BA: Factors) -> tuple[Tensor, Tensor | None]:
         """(W', b') with the same function as `forward`, which it specifies; BA is (s B, A)."""
         ...
 
     def on_output(
-        self, p: Tensors, W: Callable[[], Tensor], b: Callable[[], Tensor | None], BA: Factors
+        self, params: Tensors, W: Callable[[], Tensor], b: Callable[[], Tensor | None], BA: Factors
     ) -> tuple[Factors, Tensor | None, Tensor | None]:
         """((B, A), gain, shift) with `forward` = gain * (W x + B A x) + b + shift; None is a gain of 1, a shift of 0.
 
         Args:
-            p, BA: as for `merged`.
+            params, BA: as for `merged`.
             W, b: return the weight and the bias, or raise MethodError if the base is not available.
 
         Raises:
