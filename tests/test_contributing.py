@@ -67,7 +67,7 @@ def test_the_laws_find_it_and_hold(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_laws_notice_a_mistake(tmp_path: Path) -> None:
     """R that does not start at zero moves the model at step 0."""
-    wrong = example()[0].replace('p["R"].zero_()', 'p["R"].fill_(0.1)')
+    wrong = example()[0].replace('params["R"].zero_()', 'params["R"].fill_(0.1)')
     assert wrong != example()[0]
     status, printed = laws(tmp_path, wrong, "law_holds and [lora-xs-linear-float32")
     assert status == 1
