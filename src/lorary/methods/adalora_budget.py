@@ -44,7 +44,6 @@ class RankBudget(Rule):
     beta2: float = field(default=0.85, metadata=SHARE)
 
     needs = frozenset(ROLES)
-    writes_base = False
 
     def problems(self, method: Any) -> list[str]:
         found = []

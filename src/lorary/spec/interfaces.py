@@ -1,9 +1,9 @@
 """The interfaces of a method's components: one protocol per axis.
 
-A component is a class marked `@component`, which makes it a frozen dataclass, so that a method can be printed, compared,
-hashed and saved. It derives from the protocol of its axis and inherits that protocol's defaults. `lorary.spec.method` is
-the record of components; `lorary.spec.presets` names some of them after a paper. The context axis has a file of its own,
-`lorary.spec.context`.
+A component is a class marked `@component`, which makes it a frozen dataclass, so that a method can be printed,
+compared, hashed and saved. It derives from the protocol of its axis and inherits that protocol's defaults.
+`lorary.spec.method` is the record of components; `lorary.spec.presets` names some of them after a paper. The context
+axis has a file of its own, `lorary.spec.context`.
 """
 
 from __future__ import annotations
@@ -169,12 +169,11 @@ class Rule(Protocol):
         needs_optimizer: whether it changes the optimizer's state.
     """
 
+    writes_base: bool = False
     needs_optimizer: bool = False
 
     @property
     def needs(self) -> frozenset[str]: ...
-    @property
-    def writes_base(self) -> bool: ...
     def problems(self, method: Any) -> list[str]:
         """The reasons why it cannot work with the method's other components."""
         return []
