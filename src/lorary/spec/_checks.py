@@ -1,17 +1,17 @@
-"""The checks of a method: every contradiction between its components."""
+"""The checks of a method: every contradiction between its components.
+
+`method` is a `Method`, whose module imports this one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorary.errors import Diagnostic
 from lorary.spec.context import Context
 from lorary.spec.fields import POSITIVE, field_errors
 from lorary.spec.interfaces import COMPONENTS, Delta, Init, Join, Rule, Scale, Storage
-
-if TYPE_CHECKING:
-    from lorary.spec.method import Method
 
 # axis -> the protocol of its one component; a method may have several rules
 PROTOCOLS: dict[str, Any] = {
@@ -30,7 +30,7 @@ def braces(names: Iterable[str]) -> str:
     return "{" + ", ".join(sorted(map(str, names))) + "}"
 
 
-def contradictions(method: Method) -> list[Diagnostic]:
+def contradictions(method: Any) -> list[Diagnostic]:
     """The reasons why the values of a method's axes are invalid or contradict each other."""
     invalid = list(_component_problems(method))
     problems = [*invalid, *_value_problems(method)]
@@ -39,7 +39,7 @@ def contradictions(method: Method) -> list[Diagnostic]:
     return [*problems, *(_delta_problems(method, method.delta) if method.delta else _without_delta(method))]
 
 
-def _component_problems(method: Method) -> Iterator[Diagnostic]:
+def _component_problems(method: Any) -> Iterator[Diagnostic]:
     """The values that are not components of their axis, and the components' invalid fields."""
     for axis, value in [(axis, getattr(method, axis)) for axis in PROTOCOLS] + [("rules", r) for r in method.rules]:
         if value is None and axis not in ("storage", "rules"):
@@ -51,7 +51,7 @@ def _component_problems(method: Method) -> Iterator[Diagnostic]:
             yield from (Diagnostic(axis, what) for what in field_errors(value))
 
 
-def _value_problems(method: Method) -> Iterator[Diagnostic]:
+def _value_problems(method: Any) -> Iterator[Diagnostic]:
     dropout = method.dropout
     if "*" in method.full and not getattr(method.storage, "writable", True):
         what = f"{_name(method.storage)} keeps weights frozen, and `full` trains every one of them"
@@ -66,7 +66,7 @@ def _value_problems(method: Method) -> Iterator[Diagnostic]:
             yield Diagnostic("full", f"{pattern!r} is not a pattern over parameter names")
 
 
-def _without_delta(method: Method) -> Iterator[Diagnostic]:
+def _without_delta(method: Any) -> Iterator[Diagnostic]:
     axes = ("init", "scale", "join", "frozen", "lr", "rules", "dropout")
     what = "applies to a delta only, and this method has none"
     yield from (Diagnostic(axis, what) for axis in axes if getattr(method, axis))
@@ -74,7 +74,7 @@ def _without_delta(method: Method) -> Iterator[Diagnostic]:
         yield Diagnostic("full", "there is neither a delta nor a base parameter that trains")
 
 
-def _delta_problems(method: Method, delta: Delta) -> Iterator[Diagnostic]:
+def _delta_problems(method: Any, delta: Delta) -> Iterator[Diagnostic]:
     init, join = method.init, method.join
     if init is None or join is None or method.scale is None:
         missing = [axis for axis in ("init", "scale", "join") if getattr(method, axis) is None]
@@ -89,7 +89,7 @@ def _delta_problems(method: Method, delta: Delta) -> Iterator[Diagnostic]:
         yield from _rule_problems(method, rule, _name(delta))
 
 
-def _init_problems(method: Method, delta: Delta, init: Init) -> Iterator[Diagnostic]:
+def _init_problems(method: Any, delta: Delta, init: Init) -> Iterator[Diagnostic]:
     name = _name(delta)
     if init.fills != delta.roles - delta.fixed_roles:
         roles = braces(delta.roles - delta.fixed_roles)
@@ -102,7 +102,7 @@ def _init_problems(method: Method, delta: Delta, init: Init) -> Iterator[Diagnos
         yield Diagnostic("dropout", what, "set dropout=0")
 
 
-def _join_problems(method: Method, delta: Delta, join: Join) -> Iterator[Diagnostic]:
+def _join_problems(method: Any, delta: Delta, join: Join) -> Iterator[Diagnostic]:
     name = _name(join)
     if join.uses != delta.join_roles:
         what = f"{name} uses {braces(join.uses)} of a delta; {_name(delta)} has {braces(delta.join_roles)}"
@@ -112,7 +112,7 @@ def _join_problems(method: Method, delta: Delta, join: Join) -> Iterator[Diagnos
         yield Diagnostic("dropout", what, "set dropout=0")
 
 
-def _training_problems(method: Method, delta: Delta) -> Iterator[Diagnostic]:
+def _training_problems(method: Any, delta: Delta) -> Iterator[Diagnostic]:
     """The frozen roles and learning rates that name no tensor, or none that trains."""
     if unknown := method.frozen - method.roles:
         what = f"{braces(unknown)} cannot be frozen: the tensors are {braces(method.roles)}"
@@ -130,7 +130,7 @@ def _training_problems(method: Method, delta: Delta) -> Iterator[Diagnostic]:
         yield Diagnostic("frozen", what)
 
 
-def _storage_problems(method: Method, delta: Delta, init: Init) -> Iterator[Diagnostic]:
+def _storage_problems(method: Any, delta: Delta, init: Init) -> Iterator[Diagnostic]:
     storage = method.storage
     if delta.needs_dense_weight and not storage.writable:
         what = f"{_name(delta)} takes W element by element in every step, and {_name(storage)} keeps no dense W"
@@ -143,7 +143,7 @@ def _storage_problems(method: Method, delta: Delta, init: Init) -> Iterator[Diag
         yield Diagnostic("init", what, "set divide=True")
 
 
-def _full_problems(method: Method, delta: Delta) -> Iterator[Diagnostic]:
+def _full_problems(method: Any, delta: Delta) -> Iterator[Diagnostic]:
     name = _name(delta)
     if delta.changes_bias and "bias" in method.full:
         what = f"{name} trains a change of every adapted layer's bias, which would train in full as well"
@@ -153,7 +153,7 @@ def _full_problems(method: Method, delta: Delta) -> Iterator[Diagnostic]:
         yield Diagnostic("full", what, _ONE_OF_TWO)
 
 
-def _rule_problems(method: Method, rule: Rule, delta: str) -> Iterator[Diagnostic]:
+def _rule_problems(method: Any, rule: Rule, delta: str) -> Iterator[Diagnostic]:
     problems, name = [], _name(rule)
     if rule.needs - method.roles:
         problems.append(f"{name} needs {braces(rule.needs - method.roles)}; {delta} has {braces(method.roles)}")
