@@ -121,7 +121,7 @@ torch.testing.assert_close(theirs, adapted, rtol=0, atol=1e-5 * adapted.abs().ma
 def test_the_laws_hold_for_it(installed: Path) -> None:
     """Alone on every kind of layer, and on a linear one with every preset that it combines with."""
     chosen = "law_holds and float32 and ([moslora- or (moslora and -linear-))"
-    tests = ["-p", "no:cacheprovider", "tests/laws/test_laws.py", "-k", chosen]
+    tests = ["-p", "no:cacheprovider", "tests/laws/test_laws.py", "--laws=all", "-k", chosen]
     tests += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
     program = fresh.Program("-m", "pytest", *tests, folder=pages.ROOT, beside=installed, path=installed)
     status, printed, errors = program.ended(900)
