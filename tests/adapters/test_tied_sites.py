@@ -207,7 +207,7 @@ BAD: list[tuple[str, Callable[[], nn.Module], Callable[[Spoiled], Any], str]] = 
         ours,
         note(lambda r: r["method"].update(delta={"word": "LowRank", "r": 4}, init={"word": "Principal", "niter": 4})),
         "\n".join(
-            f"  - lorary.json: model.layers.{i}.{name}: shares its tensors, and Principal starts at the weight of "
+            f"  - lorary.json: model.layers.{i}.{name}: shares its tensors, and SVDInit starts at the weight of "
             "each layer"
             for i in (0, 1)
             for name in ("self_attn.q_proj", "mlp.down_proj")

@@ -211,7 +211,7 @@ class _Translation:
         if name in self.options:
             self._set(f"method.options.{name}", value, place, name)
         else:
-            what = f"`{name}` is no option of any method"
+            what = f"`{name}` is not an option of any method"
             self._problem(place, what, did_you_mean(name, sorted(self.options)) if self.options else "")
 
     def _flag(self, flag: str, place: Place, value: Any) -> None:

@@ -161,7 +161,7 @@ def _placed(problem: Diagnostic, section: MethodSection, read_: NormalisedConfig
         place = ("method", "options", said)
     elif said in ("r", "alpha", "dropout"):
         place = ("method", said)
-    if "is no option" in problem.what:
+    if "is not an option" in problem.what:
         owners = [preset.name for preset in presets().values() if said in preset.parameters]
         fix = f"it is an option of {', '.join(owners)}" if owners else fix
     joint = " " if problem.what.startswith("is ") else ": "
