@@ -39,7 +39,7 @@ data: builtin:docstrings
 training: {bf16: true}
 """, """\
 invalid configuration train.yaml:
-  - train.yaml:3:12: `training.bf16`: the weights are in float16, and compute in it
+  - train.yaml:3:12: `training.bf16`: weights in float16 compute in float16
       hint: keep one of the two"""),
 Bad('bf16 twice', """\
 model: {id: builtin:base, dtype: bfloat16}
@@ -63,7 +63,7 @@ data: {train: builtin:docstrings, validation_split: 0.1}
 training: {keep_best: true, eval_steps: 2, save_steps: 3}
 """, """\
 invalid configuration train.yaml:
-  - train.yaml:3:12: `training.keep_best`: the best model can only be kept when every checkpoint falls on an evaluation
+  - train.yaml:3:12: `training.keep_best`: the best model can only be kept if every checkpoint falls on an evaluation
       hint: make save_steps a multiple of eval_steps, or leave both empty"""),
 Bad('the best twice', """\
 model: builtin:base
@@ -71,7 +71,7 @@ data: {train: builtin:docstrings, validation_split: 0.1}
 training: {keep_best: true, early_stopping_patience: 2}
 """, """\
 invalid configuration train.yaml:
-  - train.yaml:3:12: `training.keep_best`: `early_stopping_patience` keeps the best anyhow
+  - train.yaml:3:12: `training.keep_best`: has no effect: `early_stopping_patience` keeps the best
       hint: remove it"""),
 Bad('earlier tasks for a method without a place for them', """\
 model: builtin:base
@@ -79,7 +79,7 @@ data: builtin:docstrings
 method: {name: lora, after: runs/first/adapter}
 """, """\
 invalid configuration train.yaml:
-  - train.yaml:3:22: `method.after`: `lora` has no place for earlier tasks
+  - train.yaml:3:22: `method.after`: `lora` cannot continue from earlier tasks
       hint: set method.name: o-lora"""),
 Bad('a key like nothing', """\
 model: builtin:base
@@ -167,7 +167,7 @@ model: &m
   id: *m
 """, """\
 cannot read train.yaml:
-  - train.yaml:2:7: `*m` holds itself"""),
+  - train.yaml:2:7: `*m` contains itself"""),
 Bad('a tab', 'model:\n\tid: builtin:base\n', """\
 cannot read train.yaml:
   - train.yaml:2:1: a tab
@@ -200,13 +200,13 @@ model: [builtin:base
 """, """\
 cannot read train.yaml:
   - train.yaml:2:1: this is not YAML: while parsing a flow sequence expected ',' or ']', but got '<stream end>'
-      hint: close every bracket, and quote a text that holds `: `, `#`, `*`, `%` or `@`"""),
+      hint: close every bracket, and quote text that contains `: `, `#`, `*`, `%` or `@`"""),
 Bad('a bare colon', """\
 model: builtin: base
 """, """\
 cannot read train.yaml:
   - train.yaml:1:15: this is not YAML: mapping values are not allowed here
-      hint: close every bracket, and quote a text that holds `: `, `#`, `*`, `%` or `@`"""),
+      hint: close every bracket, and quote text that contains `: `, `#`, `*`, `%` or `@`"""),
 Bad('a list', """\
 - model: builtin:base
 """, """\
@@ -426,7 +426,7 @@ hf_token: hf_abc
 """, """\
 invalid configuration train.yaml:
   - train.yaml:3:1: unknown key `hf_token`
-      hint: secrets do not belong in a file that is kept; set HF_TOKEN instead"""),
+      hint: keep secrets out of files; set HF_TOKEN instead"""),
 Bad("PEFT's regular expressions", """\
 model: builtin:base
 data: builtin:docstrings
@@ -447,7 +447,7 @@ training: {early_stopping_patience: 3, eval_steps: 5}
 invalid configuration train.yaml:
   - train.yaml:3:12: `training.early_stopping_patience`: has no effect without held-out data
       hint: set data.validation or data.validation_split
-  - train.yaml:3:12: `training.early_stopping_patience`: the best model can only be kept when every checkpoint falls on an evaluation
+  - train.yaml:3:12: `training.early_stopping_patience`: the best model can only be kept if every checkpoint falls on an evaluation
       hint: make save_steps a multiple of eval_steps, or leave both empty
   - train.yaml:3:40: `training.eval_steps`: has no effect without held-out data
       hint: set data.validation or data.validation_split"""),
@@ -457,7 +457,7 @@ data: builtin:docstrings
 training: {epochs: 1, max_steps: 10, warmup: 20}
 """, """\
 invalid configuration train.yaml:
-  - train.yaml:3:12: `training.epochs`: `epochs` and `max_steps` both say when to stop
+  - train.yaml:3:12: `training.epochs`: `epochs` and `max_steps` both set the length
       hint: keep one of the two
   - train.yaml:3:38: `training.warmup`: 20 warmup steps, but the run ends after 10
       hint: a value below 1 is a share of the steps"""),
@@ -467,7 +467,7 @@ data: builtin:docstrings
 training: {warmup: 2.5}
 """, """\
 invalid configuration train.yaml:
-  - train.yaml:3:12: `training.warmup`: from 1 on it is a number of steps, and 2.5 is not whole
+  - train.yaml:3:12: `training.warmup`: a value of 1 or more is a number of steps, and 2.5 is not a whole number
       hint: 0.03 is three percent of the steps"""),
 Bad('checkpoints between evaluations', """\
 model: builtin:base
@@ -475,7 +475,7 @@ data: {train: a.jsonl, validation: b.jsonl}
 training: {early_stopping_patience: 2, eval_steps: 4, save_steps: 6}
 """, """\
 invalid configuration train.yaml:
-  - train.yaml:3:12: `training.early_stopping_patience`: the best model can only be kept when every checkpoint falls on an evaluation
+  - train.yaml:3:12: `training.early_stopping_patience`: the best model can only be kept if every checkpoint falls on an evaluation
       hint: make save_steps a multiple of eval_steps, or leave both empty"""),
 Bad("SFT's options in DPO", """\
 model: builtin:base
@@ -485,9 +485,9 @@ task: dpo
 invalid configuration train.yaml:
   - train.yaml:2:24: `data.packing`: preference pairs are not packed
       hint: remove it, or set task: sft
-  - train.yaml:2:39: `data.loss`: has no effect when task is `dpo`: only the answers are compared
+  - train.yaml:2:39: `data.loss`: has no effect when task is `dpo`: the loss compares the answers
       hint: remove it
-  - train.yaml:2:50: `data.format`: task `dpo` learns from preference pairs, not `text`
+  - train.yaml:2:50: `data.format`: task `dpo` trains on preference pairs, not `text`
       hint: use `preference` or task: sft"""),
 Bad("DPO's options in SFT", """\
 model: builtin:base
@@ -495,7 +495,7 @@ data: {train: a.jsonl, format: preference}
 training: {dpo_beta: 0.1}
 """, """\
 invalid configuration train.yaml:
-  - train.yaml:2:24: `data.format`: task `sft` does not learn from preference pairs
+  - train.yaml:2:24: `data.format`: task `sft` does not train on preference pairs
       hint: set task: dpo, or map the answer with data.columns
   - train.yaml:3:12: `training.dpo_beta`: has no effect when task is `sft`
       hint: remove it, or set task: dpo"""),
@@ -520,7 +520,7 @@ data: {train: here/rows.jsonl}
 output: here
 """, """\
 invalid configuration train.yaml:
-  - train.yaml:3:1: `output`: `here` holds the training data (`here/rows.jsonl`)
+  - train.yaml:3:1: `output`: `here` contains the training data (`here/rows.jsonl`)
       hint: name another folder"""),
 Bad('ranks that are none', """\
 model: builtin:base
@@ -556,7 +556,7 @@ method: {r: 8}
 """, """\
 cannot read the overrides:
   - --set data.train: this is not YAML: while parsing a flow node expected the node content, but found '<stream end>'
-      hint: close every bracket, and quote a text that holds `: `, `#`, `*`, `%` or `@`""", ('method.r=0', 'training.sed=1', 'data.train=[', 'lr=3')),
+      hint: close every bracket, and quote text that contains `: `, `#`, `*`, `%` or `@`""", ('method.r=0', 'training.sed=1', 'data.train=[', 'lr=3')),
 Bad('more bad overrides', """\
 model: builtin:base
 data: builtin:docstrings

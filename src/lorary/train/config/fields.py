@@ -1,4 +1,4 @@
-"""What the fields of a configuration may hold, and what its sections have in common."""
+"""Types of configuration fields: numbers, and lists that one text may stand for."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ _DECIMAL = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads `2e-4` as text; whoever writes it means the number."""
+    """A number from decimal text; YAML 1.1 reads `2e-4` as text."""
     return float(value) if isinstance(value, str) and _DECIMAL.fullmatch(value) else value
 
 
-def words_of(value: Any) -> Any:
-    """`"lora, rslora"` is the list of its words; the comma in `c_attn[q,v]` divides nothing."""
-    return [word.strip() for word in re.split(r",(?![^\[]*\])", value)] if isinstance(value, str) else value
+def _split(value: Any) -> Any:
+    """The items of comma-separated text; a comma inside brackets, as in `c_attn[q,v]`, separates nothing."""
+    return [item.strip() for item in re.split(r",(?![^\[]*\])", value)] if isinstance(value, str) else value
 
 
-def _one(value: Any) -> Any:
-    """One path stands for the list of it."""
+def _as_list(value: Any) -> Any:
+    """One text as a list."""
     return [value] if isinstance(value, str) else value
 
 
-Whole = Annotated[int, Strict()]  # a boolean, a text or 4.5 is not a whole number
-Real = Annotated[float, BeforeValidator(_number), Strict(), Field(allow_inf_nan=False)]
-Rank = Annotated[Whole, Field(ge=1, le=65_536)]
-Alpha = Annotated[Real, Field(gt=0, le=1e6)]
-Count = Annotated[Whole, Field(ge=1, le=1_000_000_000)]
-Words = Annotated[tuple[str, ...], BeforeValidator(words_of), Field(min_length=1)]
-Sources = Annotated[tuple[str, ...], BeforeValidator(_one), Field(min_length=1)]
+Integer = Annotated[int, Strict()]  # a boolean, a text or 4.5 is not a whole number
+Number = Annotated[float, BeforeValidator(_number), Strict(), Field(allow_inf_nan=False)]
+Fraction = Annotated[Number, Field(ge=0, lt=1)]
+Alpha = Annotated[Number, Field(gt=0, le=1e6)]
+Size = Annotated[Integer, Field(ge=1, le=65_536)]  # a rank or a batch size
+Count = Annotated[Integer, Field(ge=1, le=1_000_000_000)]
+
 Tracker = Literal["none", "tensorboard", "wandb", "trackio"]
 Optimizer = Literal[
     "adamw_torch",
@@ -41,4 +41,17 @@ Optimizer = Literal[
     "adamw_bnb_8bit",
     "adafactor",
     "sgd",
+]
+
+_Texts = tuple[str, ...]
+_COMMAS = BeforeValidator(_split, json_schema_input_type=str | _Texts)
+Names = Annotated[_Texts, _COMMAS]
+SomeNames = Annotated[_Texts, Field(min_length=1), _COMMAS]
+Sources = Annotated[
+    _Texts, Field(min_length=1), BeforeValidator(_as_list, json_schema_input_type=str | _Texts)
+]  # a path may hold a comma
+Trackers = Annotated[
+    tuple[Tracker, ...],
+    Field(min_length=1),
+    BeforeValidator(_split, json_schema_input_type=str | tuple[Tracker, ...]),
 ]

@@ -1,4 +1,4 @@
-"""pydantic's complaints in the user's words, at the place where the value was written."""
+"""pydantic's validation errors in the user's terms, at the position of the value in its source."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ _EXAMPLES: dict[Place, str] = {
     ("data",): "data: builtin:docstrings",
     ("data", "train"): "train: builtin:docstrings",
 }
+_DROP = list(DropSection.model_fields)
 _KINDS = {
     "int_type": "a whole number",
     "float_type": "a number",
@@ -36,38 +37,32 @@ _BOUNDS = {
 }
 
 
-def explain(error: ValidationError, read_: NormalisedConfig) -> list[Diagnostic]:
-    """One problem per complaint, in the order of the fields."""
-    return [_problem(dict(complaint), read_) for complaint in error.errors(include_url=False)]
+def explain(error: ValidationError, config: NormalisedConfig) -> list[Diagnostic]:
+    """One problem per validation error, in the order of the fields."""
+    return [_problem(dict(details), config) for details in error.errors(include_url=False)]
 
 
-def _problem(complaint: dict[str, Any], read_: NormalisedConfig) -> Diagnostic:
-    place: Place = tuple(part for part in complaint["loc"] if part != "[key]")
-    key = read_.spelt.get(place) or _dotted(place)
-    kind, value, limits = complaint["type"], complaint["input"], complaint.get("ctx", {})
-    where = read_.find(place)
+def _problem(details: dict[str, Any], config: NormalisedConfig) -> Diagnostic:
+    place: Place = tuple(part for part in details["loc"] if part != "[key]")
+    kind, value, limits = details["type"], details["input"], details.get("ctx", {})
+    dotted = _dotted(place)
+    key, fix = config.spelt.get(place) or dotted, ""
     if kind == "missing":
-        return Diagnostic(where, f"`{_dotted(place)}` is missing", f"for example `{_EXAMPLES[place]}`")
-    if kind in _BOUNDS:
-        name, words = _BOUNDS[kind]
-        return Diagnostic(where, f"`{key}` must be {words} {_limit(limits[name])}, not {show(value)}")
-    if kind == "literal_error":
-        return _choice(where, key, value, str(limits["expected"]))
-    if kind == "extra_forbidden":  # in a section within a section; the others' keys have been looked at before
-        known = list(DropSection.model_fields)
-        return Diagnostic(
-            where, f"unknown key `{place[-1]}` in `{_dotted(place[:-1])}`", did_you_mean(str(place[-1]), known)
-        )
-    if kind in ("too_short", "string_too_short"):
-        return Diagnostic(where, f"`{key}` is empty")
-    return Diagnostic(where, f"`{key}` must be {_KINDS[kind]}, not {show(value)}")
-
-
-def _choice(where: str, key: str, value: object, expected: str) -> Diagnostic:
-    words = [word.strip("'") for word in expected.replace(" or ", ", ").split(", ")]
-    hint = suggestion(value, words) if isinstance(value, str) else ""
-    listed = ", ".join(f"`{word}`" for word in words)
-    return Diagnostic(where, f"`{key}` must be one of {listed}, not {show(value)}", hint)
+        what, fix = f"`{dotted}` is missing", f"for example `{_EXAMPLES[place]}`"
+    elif kind in _BOUNDS:
+        name, relation = _BOUNDS[kind]
+        what = f"`{key}` must be {relation} {_limit(limits[name])}, not {show(value)}"
+    elif kind == "literal_error":
+        choices = [choice.strip("'") for choice in limits["expected"].replace(" or ", ", ").split(", ")]
+        what = f"`{key}` must be one of {', '.join(f'`{choice}`' for choice in choices)}, not {show(value)}"
+        fix = suggestion(value, choices) if isinstance(value, str) else ""
+    elif kind == "extra_forbidden":  # in the only section within a section: `aliases` has checked the others
+        what, fix = f"unknown key `{place[-1]}` in `{_dotted(place[:-1])}`", did_you_mean(str(place[-1]), _DROP)
+    elif kind in ("too_short", "string_too_short"):
+        what = f"`{key}` is empty"
+    else:
+        what = f"`{key}` must be {_KINDS[kind]}, not {show(value)}"
+    return Diagnostic(config.find(place), what, fix)
 
 
 def _limit(value: float) -> str:
