@@ -1,4 +1,4 @@
-"""From files and shapes to tokens and masks."""
+"""Data from files and row formats to tokens and masks."""
 
 from __future__ import annotations
 
@@ -138,11 +138,11 @@ def test_several_sources_are_one_data_set() -> None:
     assert [e.where for e in loaded.train] == ["a.jsonl:1", "b.jsonl:1", "b.jsonl:2", "b.jsonl:3"]
 
 
-# --- shapes -----------------------------------------------------------------------------------------------------
+# --- formats ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("row", "shape"),
+    ("row", "row_format"),
     [
         ({"text": "hello"}, "text"),
         ({"text": "hello", "label": "x"}, "text"),
@@ -154,15 +154,15 @@ def test_several_sources_are_one_data_set() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "+".join(value),
 )
-def test_the_shape_is_detected_and_said(row: dict[str, Any], shape: str) -> None:
+def test_the_format_is_detected_and_noted(row: dict[str, Any], row_format: str) -> None:
     loaded = load.load(DataSection(train=jsonl([row, row])))  # type: ignore[arg-type]
-    assert loaded.shape == shape
-    assert loaded.notes[0] == f"rows.jsonl: 2 rows of the shape {shape} (detected)"
+    assert loaded.format == row_format
+    assert loaded.notes[0] == f"rows.jsonl: 2 rows in the format {row_format} (detected)"
 
 
 def test_fields_without_a_use_are_named() -> None:
     notes = load.load(DataSection(train=jsonl([{"text": "hello", "label": "x", "id": 3}]))).notes  # type: ignore[arg-type]
-    assert notes[1] == "fields that the shape text does not use: id, label"
+    assert notes[1] == "fields that the format text does not use: id, label"
 
 
 def test_columns_give_fields_their_names() -> None:
@@ -201,7 +201,7 @@ def test_content_in_parts_is_joined_and_empty_fields_of_tables_are_dropped() -> 
 
 
 @pytest.mark.parametrize("text", ["hello world", "<s>hello world", "hello world</s>", "<s>hello world</s>"])
-def test_text_has_one_bos_one_eos_and_is_learnt_whole(text: str) -> None:
+def test_text_has_one_bos_one_eos_and_is_labelled_whole(text: str) -> None:
     assert first([{"text": text}], tokenizer()) == "[[<s>hello world</s>]]"
 
 
@@ -219,7 +219,7 @@ def test_a_tokenizer_that_puts_no_bos_is_left_alone() -> None:
         ("the answer ", "two</s>", "<s>the answer [[two</s>]]"),
     ],
 )
-def test_only_the_completion_and_its_end_are_learnt(prompt: str, completion: str, expected: str) -> None:
+def test_only_the_completion_and_its_end_are_labelled(prompt: str, completion: str, expected: str) -> None:
     assert first([{"prompt": prompt, "completion": completion}], tokenizer()) == expected
 
 
@@ -248,7 +248,7 @@ MASKED = (
 )
 
 
-def test_every_answer_of_a_conversation_is_learnt_with_its_end() -> None:
+def test_every_answer_of_a_conversation_is_labelled_through_its_end() -> None:
     using = tokenizer(extra=("<|end|>",), template=PLAIN_CHAT)
     assert first([{"messages": TURNS}], using) == MASKED
 
@@ -270,7 +270,7 @@ def test_single_answers_can_be_left_out() -> None:
         assert first([{"messages": turns}], tokenizer(extra=("<|end|>",), template=template)) == expected
 
 
-def test_prompt_and_completion_as_messages_learn_the_completion_alone() -> None:
+def test_prompt_and_completion_as_messages_label_the_completion_only() -> None:
     using = tokenizer(extra=("<|end|>",), template=PLAIN_CHAT)
     expected = MASKED.replace("[[the answer<|end|>]]", "the answer<|end|>")
     assert first([{"prompt": TURNS[:4], "completion": TURNS[4:]}], using) == expected
@@ -355,7 +355,7 @@ LONG = [{"prompt": "hello ", "completion": "two " * n} for n in (2, 40, 3)] + [
 ]
 
 
-def test_long_text_is_divided_and_loses_nothing() -> None:
+def test_long_text_is_split_and_loses_nothing() -> None:
     using = tokenizer(bos=False)
     made = tokens([{"text": "hello world, " * 30}, {"text": "two"}], using, max_length=16)
     assert made.split == 1
@@ -368,7 +368,7 @@ def test_overlong_rows_are_dropped_or_cut_as_asked() -> None:
     using = tokenizer(bos=False)
     dropped, cut = (tokens(LONG, using, max_length=16, overlong=policy) for policy in ("drop", "truncate"))
     assert (len(dropped.rows), dropped.dropped, dropped.truncated) == (2, 2, 0)
-    # of the last row only the prompt would be left: nothing to learn
+    # only the prompt of the last row would be left, without a label
     assert (len(cut.rows), cut.dropped, cut.truncated) == (3, 1, 1)
     assert all(len(row["input_ids"]) == len(row["labels"]) <= 16 for row in cut.rows)
     assert len(cut.lengths) == 4

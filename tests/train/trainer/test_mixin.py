@@ -179,7 +179,7 @@ def test_a_model_whose_packed_rows_see_each_other_is_refused(tmp_path: Path) -> 
         check_packing(Leaky(llama().config), collate)
     assert str(caught.value) == (
         "this model cannot train on packed rows:\n"
-        "  - data.packing: packed examples of Leaky see each other (sdpa attention)\n"
+        "  - data.packing: packed examples of Leaky attend to each other (sdpa attention)\n"
         "      hint: set data.packing: false, or model.attn_implementation: flash_attention_2"
     )
 
