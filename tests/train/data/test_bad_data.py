@@ -161,7 +161,7 @@ bad("no answer", {"rows.jsonl": rows({"messages":[user("a")]}, {"messages":[]}, 
   - rows.jsonl:4: `messages[0]` must have `role` and `content`""")
 bad("pictures", {"rows.jsonl": rows({"messages":[{"role":"user","content":[{"type":"image"}]},answer("b")]})}, """\
 1 of 1 rows of rows.jsonl cannot be used:
-  - rows.jsonl:1: `messages[0]` holds image; only text is supported""")
+  - rows.jsonl:1: `messages[0]` has image; only text is supported""")
 bad("an unknown speaker", {"rows.jsonl": rows({"conversations":[{"from":"alien","value":"a"}]},{"conversations":[{"value":"a"}]})}, """\
 2 of 2 rows of rows.jsonl cannot be used:
   - rows.jsonl:1: `conversations[0]` is from 'alien'; known: assistant, chatgpt, gpt, human, observation, system, tool, user

@@ -34,13 +34,7 @@ Count = Annotated[Integer, Field(ge=1, le=1_000_000_000)]
 
 Tracker = Literal["none", "tensorboard", "wandb", "trackio"]
 Optimizer = Literal[
-    "adamw_torch",
-    "adamw_torch_fused",
-    "paged_adamw",
-    "paged_adamw_32bit",
-    "adamw_bnb_8bit",
-    "adafactor",
-    "sgd",
+    "adamw_torch", "adamw_torch_fused", "paged_adamw", "paged_adamw_32bit", "adamw_bnb_8bit", "adafactor", "sgd"
 ]
 
 _Texts = tuple[str, ...]

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from lorary.errors import DataError, Diagnostic, nearest
 from lorary.train.data.records import Record, convert, texts
 
 Messages = list[dict[str, Any]]
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -130,11 +132,11 @@ def _checked(row: Any, kind: str) -> Mapping[str, Any]:
         other = format_of(row)
         mixed = f"; it looks like {other}, the others like {kind}" if other else ""
         raise ValueError(f"has no {' or '.join(f'`{field}`' for field in missing)}{mixed}")
-    for text in texts([row[key] for key in (*row_format.required, *row_format.optional) if key in row]):
-        if "\0" in text:
-            raise ValueError("contains a NUL character")
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError("contains half of a surrogate pair, which is not Unicode text")
+    text = "".join(texts([row.get(field) for field in (*row_format.required, *row_format.optional)]))
+    if "\0" in text:
+        raise ValueError("contains a NUL character")
+    if _SURROGATE.search(text):
+        raise ValueError("contains half of a surrogate pair, which is not Unicode text")
     return row
 
 
@@ -256,7 +258,7 @@ def _content(content: Any, at: str) -> str:
         kinds = {part.get("type") for part in content}
         if kinds <= {"text"} and all(isinstance(part.get("text"), str) for part in content):
             return "".join(part["text"] for part in content)
-        raise ValueError(f"{at} holds {', '.join(sorted(map(str, kinds - {'text'})))}; only text is supported")
+        raise ValueError(f"{at} has {', '.join(sorted(map(str, kinds - {'text'})))}; only text is supported")
     raise ValueError(f"{at} has {_kind(content)} as its content, not a text")
 
 
