@@ -384,6 +384,13 @@ method: {name: rslora, ratio: 4}
 invalid configuration train.yaml:
   - train.yaml:3:24: `ratio` is no option of lora + rslora
       hint: it is an option of lora+, delta-lora"""),
+Bad('options that are not a mapping', """\
+model: builtin:base
+data: builtin:docstrings
+method: {name: lora+, options: lora, ratio: 4}
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:23: `options` must be keys and values, not the text 'lora'"""),
 Bad('a rank for a method without one', """\
 model: builtin:base
 data: builtin:docstrings

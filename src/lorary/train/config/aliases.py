@@ -206,6 +206,8 @@ class _Translation:
         target = self.out.tree
         for part in path[:-1]:
             target = target.setdefault(part, {})
+        if not isinstance(target, dict):  # `options: text`, which validation reports
+            return False
         target[path[-1]] = value
         self.out.where[path], self.out.spelt[path] = self.source.where(place), spelt
         for inner, mark in self.source.marks.items():

@@ -21,7 +21,7 @@ def _split(value: Any) -> Any:
 
 
 def _as_list(value: Any) -> Any:
-    """One text as a list."""
+    """One text as a list, whole: a path may contain a comma."""
     return [value] if isinstance(value, str) else value
 
 
@@ -32,20 +32,13 @@ Alpha = Annotated[Number, Field(gt=0, le=1e6)]
 Size = Annotated[Integer, Field(ge=1, le=65_536)]  # a rank or a batch size
 Count = Annotated[Integer, Field(ge=1, le=1_000_000_000)]
 
-Tracker = Literal["none", "tensorboard", "wandb", "trackio"]
 Optimizer = Literal[
     "adamw_torch", "adamw_torch_fused", "paged_adamw", "paged_adamw_32bit", "adamw_bnb_8bit", "adafactor", "sgd"
 ]
 
 _Texts = tuple[str, ...]
-_COMMAS = BeforeValidator(_split, json_schema_input_type=str | _Texts)
-Names = Annotated[_Texts, _COMMAS]
-SomeNames = Annotated[_Texts, Field(min_length=1), _COMMAS]
-Sources = Annotated[
-    _Texts, Field(min_length=1), BeforeValidator(_as_list, json_schema_input_type=str | _Texts)
-]  # a path may hold a comma
-Trackers = Annotated[
-    tuple[Tracker, ...],
-    Field(min_length=1),
-    BeforeValidator(_split, json_schema_input_type=str | tuple[Tracker, ...]),
-]
+Names = Annotated[_Texts, BeforeValidator(_split, json_schema_input_type=str | _Texts)]
+SomeNames = Annotated[Names, Field(min_length=1)]
+Sources = Annotated[_Texts, BeforeValidator(_as_list, json_schema_input_type=str | _Texts), Field(min_length=1)]
+_Trackers = tuple[Literal["none", "tensorboard", "wandb", "trackio"], ...]
+Trackers = Annotated[_Trackers, BeforeValidator(_split, json_schema_input_type=str | _Trackers), Field(min_length=1)]
