@@ -130,9 +130,9 @@ class DataSection(Section):
     format: Literal["auto", "text", "prompt-completion", "messages", "alpaca", "sharegpt", "preference"] = Field(
         default="auto", description="format of a row; auto: detected from its fields, and shown"
     )
-    columns: dict[str, str] = Field(default={}, description="your names of a format's fields: {prompt: question}")
+    columns: dict[str, str] = Field(default={}, description="your field names, such as {prompt: question}")
     max_length: Annotated[Integer, Field(ge=8, le=10_000_000)] = Field(
-        default=1024, description="tokens of the longest row"
+        default=1024, description="maximum tokens per row"
     )
     overlong: Literal["auto", "error", "drop", "truncate", "split"] = Field(
         default="auto", description="rows beyond max_length; auto: plain text is split, anything else is an error"
@@ -181,15 +181,17 @@ class TrainingSection(Section):
         default=42, description="seed of the data order, the initialisation and dropout"
     )
     logging_steps: Count = Field(default=10, description="optimizer steps between two log lines")
-    eval_steps: Count | None = Field(default=None, description="optimizer steps per evaluation; empty: once per epoch")
-    save_steps: Count | None = Field(default=None, description="optimizer steps per checkpoint; empty: once per epoch")
+    eval_steps: Count | None = Field(default=None, description="optimizer steps between evaluations; empty: an epoch")
+    save_steps: Count | None = Field(default=None, description="optimizer steps between checkpoints; empty: an epoch")
     save_total_limit: Count = Field(default=2, description="checkpoints to keep")
     early_stopping_patience: Count | None = Field(
         default=None, description="stop after so many evaluations without a lower loss; keeps the best"
     )
     keep_best: bool = Field(default=False, description="save the best evaluation's adapter, not the last step's")
     report_to: Trackers = Field(default=("none",), description="tensorboard, wandb or trackio, beside metrics.jsonl")
-    dpo_beta: Annotated[Number, Field(gt=0, le=1000)] | None = Field(default=None, description="DPO's beta; empty: 0.1")
+    dpo_beta: Annotated[Number, Field(gt=0, le=1000)] | None = Field(
+        default=None, description="DPO's beta, the pull to the base; empty: 0.1"
+    )
 
 
 class Config(Section):
