@@ -77,7 +77,7 @@ def test_every_kind_of_file_gives_the_same_rows(kind: str) -> None:
     assert [record.value for record in read_source(write(kind), "train")] == PAIRS
 
 
-def test_rows_know_where_they_stand() -> None:
+def test_rows_know_their_sources() -> None:
     Path("a.jsonl").write_text('\n{"text": "x"}\n\n{"text": "y"}\n')
     Path("a.csv").write_text('text,n\n"two\nlines",1\nz,2\n')
     assert [record.where for record in read_source("a.jsonl", "train")] == ["a.jsonl:2", "a.jsonl:4"]
@@ -85,24 +85,24 @@ def test_rows_know_where_they_stand() -> None:
     assert read_source(write("parquet"), "train")[1].where == "rows.parquet: row 2"
 
 
-def test_fields_of_a_table_stay_the_text_that_they_are() -> None:
+def test_fields_of_a_table_stay_text() -> None:
     Path("a [1].csv").write_text('id,text\n007,NA\n1e5," null"\n"",1.0\n')
     rows = [{"id": "007", "text": "NA"}, {"id": "1e5", "text": " null"}, {"id": "", "text": "1.0"}]
     assert [record.value for record in read_source("a [1].csv", "train")] == rows
 
 
-def test_a_byte_order_mark_crlf_and_a_last_line_without_end_are_no_harm() -> None:
+def test_a_byte_order_mark_crlf_and_a_last_line_without_end_are_accepted() -> None:
     Path("a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "x"}\r\n{"text": "y"}')
     Path("a.csv").write_bytes(b"\xef\xbb\xbftext\r\nx\r\ny")
     assert [r.value["text"] for r in read_source("a.jsonl", "train")] == ["x", "y"]
     assert [r.value["text"] for r in read_source("a.csv", "train")] == ["x", "y"]
 
 
-def test_json_lines_under_the_name_of_json_are_read() -> None:
+def test_json_lines_in_a_json_file_are_read() -> None:
     assert [r.value for r in read_source(jsonl(PAIRS, "a.json"), "train")] == PAIRS
 
 
-def test_folders_are_divided_by_the_names_of_their_files() -> None:
+def test_folders_are_split_by_their_file_names() -> None:
     for split, text in (("train", "a"), ("valid", "b"), ("test", "c")):
         jsonl([{"text": text}], f"folder/{split}.jsonl")
     jsonl([{"text": "d"}], "plain/part-0.jsonl")
@@ -127,9 +127,7 @@ def test_a_saved_data_set_is_read() -> None:
 def test_the_built_in_data_sets_have_splits() -> None:
     train, held_out = read_source("builtin:docstrings", "train"), read_source("builtin:docstrings#validation", "train")
     assert len(train) > len(held_out) > 100
-    assert (
-        held_out[0].where == "builtin:docstrings#validation: row 1" or held_out[0].where == "builtin:docstrings: row 1"
-    )
+    assert held_out[0].where == "builtin:docstrings: row 1"
 
 
 def test_several_sources_are_one_data_set() -> None:
@@ -205,7 +203,7 @@ def test_text_has_one_bos_one_eos_and_is_labelled_whole(text: str) -> None:
     assert first([{"text": text}], tokenizer()) == "[[<s>hello world</s>]]"
 
 
-def test_a_tokenizer_that_puts_no_bos_is_left_alone() -> None:
+def test_a_tokenizer_without_bos_gets_none() -> None:
     assert first([{"text": "hello world"}], tokenizer(bos=False)) == "[[hello world</s>]]"
 
 
@@ -223,7 +221,7 @@ def test_only_the_completion_and_its_end_are_labelled(prompt: str, completion: s
     assert first([{"prompt": prompt, "completion": completion}], tokenizer()) == expected
 
 
-def test_the_prompt_has_the_tokens_that_it_will_have_in_use() -> None:
+def test_the_prompt_has_its_tokens_at_inference() -> None:
     using = tokenizer()
     assert len(using("hello")["input_ids"]) < len(using("hel")["input_ids"]) + len(using("lo")["input_ids"]) - 1
     ids, start, shared = pair(using, "hel", "lo")
@@ -238,7 +236,7 @@ def test_a_token_that_prompt_and_answer_share_belongs_to_the_answer_and_is_count
     assert tokens([{"prompt": "hello", "completion": " two"}], using).joined == 0
 
 
-def test_loss_all_learns_the_prompt_as_well() -> None:
+def test_loss_all_labels_the_prompt_as_well() -> None:
     assert first([PAIRS[0]], tokenizer(), loss="all") == "[[<s>hello the answer 0</s>]]"
 
 
