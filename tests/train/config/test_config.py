@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from lorary.errors import ConfigError
-from lorary.train.config import aliases
+from lorary.train.config._aliases import CANONICAL, CANONICAL_AT_TOP, PRESET_OF
 from lorary.train.config.config import SECTIONS, Config, default_lr
 from lorary.train.config.load import from_dict, load
 from lorary.train.config.template import json_schema, template
@@ -112,7 +112,7 @@ def test_every_familiar_name_is_understood_and_noted() -> None:
         "training.lr": 0.125, "training.schedule": "linear", "training.warmup": 0.5, "training.optimizer": "sgd",
         "training.max_grad_norm": 0.75, "output": "elsewhere",
     }  # fmt: skip
-    for alias, key in aliases.CANONICAL.items():
+    for alias, key in CANONICAL.items():
         if key in ("data.loss", "training.dpo_beta", "training.keep_best"):
             continue
         value = values[key]
@@ -153,7 +153,7 @@ def test_familiar_values_are_translated(given: dict[str, object], key: str, valu
 def test_an_unknown_preset_of_a_switch_is_reported_at_the_switch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(aliases.PRESET_OF, "use_qdora", "qdora")
+    monkeypatch.setitem(PRESET_OF, "use_qdora", "qdora")
     with pytest.raises(ConfigError, match=r"train\.yaml:3:1: `qdora` is no method that lorary knows"):
         read(dump(LEAST) + "use_qdora: true\n", folder=tmp_path)
 
@@ -306,11 +306,11 @@ def test_the_schema_knows_every_key_and_every_familiar_name() -> None:
     schema = json_schema()
     assert json.loads(json.dumps(schema)) == schema
     assert set(SECTIONS[""]) <= set(schema["properties"])
-    assert set(aliases.CANONICAL_AT_TOP) <= set(schema["properties"])
+    assert set(CANONICAL_AT_TOP) <= set(schema["properties"])
     for name, keys in SECTIONS.items():
         if name:
             properties = schema["$defs"][f"{name.capitalize()}Section"]["properties"]
-            own = {alias for alias, key in aliases.CANONICAL.items() if key.startswith(f"{name}.")}
+            own = {alias for alias, key in CANONICAL.items() if key.startswith(f"{name}.")}
             assert set(keys) | own <= set(properties)
     assert schema["additionalProperties"] is False
     rank = schema["$defs"]["MethodSection"]["properties"]["r"]["anyOf"][0]

@@ -12,7 +12,7 @@ import pytest
 
 from lorary.errors import DataError
 from lorary.train.config.config import DataSection
-from lorary.train.data import files, load
+from lorary.train.data import _files, load
 from lorary.train.data.lint import lint
 from lorary.train.data.tokenize import tokenize
 from tests.train.small import PLAIN_CHAT, tokenizer
@@ -255,7 +255,7 @@ def test_every_bad_row_is_named(name: str, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_line_longer_than_any_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "MAX_LINE", 100)
+    monkeypatch.setattr(_files, "MAX_LINE", 100)
     (tmp_path / "rows.jsonl").write_bytes(rows({"text": "x"}, {"text": "x" * 100}))
     with pytest.raises(DataError) as refused:
         load.load(DataSection(train=str(tmp_path / "rows.jsonl")))

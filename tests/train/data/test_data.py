@@ -16,9 +16,9 @@ from lorary import builtin
 from lorary.errors import DataError
 from lorary.train.config.config import DataSection
 from lorary.train.data import load
+from lorary.train.data._sources import read_source
 from lorary.train.data.chat import CHATML
 from lorary.train.data.encode import pair
-from lorary.train.data.sources import read_source
 from lorary.train.data.tokenize import tokenize
 from tests.train.small import PLAIN_CHAT, shown, tokenizer
 

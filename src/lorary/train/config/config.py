@@ -16,7 +16,7 @@ from pydantic import Field, PrivateAttr
 from pydantic.fields import FieldInfo
 
 from lorary.model.loading.source import ModelSection, Section
-from lorary.train.config.fields import (
+from lorary.train.config._fields import (
     Alpha,
     Count,
     Fraction,

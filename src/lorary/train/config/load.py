@@ -15,10 +15,10 @@ from pydantic import ValidationError
 from lorary import methods  # noqa: F401 (registers the presets)
 from lorary.errors import ConfigError, Diagnostic, MethodError
 from lorary.spec.presets import presets
-from lorary.train.config.aliases import NormalisedConfig, apply_switches, normalise
+from lorary.train.config._aliases import NormalisedConfig, apply_switches, normalise
+from lorary.train.config._pydantic_errors import explain
 from lorary.train.config.config import SECTIONS, Config, MethodSection
 from lorary.train.config.conflicts import contradictions
-from lorary.train.config.pydantic_errors import explain
 from lorary.train.config.yaml_source import ParsedYaml, Place, parse, read, scalar
 
 _BY_KEY = (("method", "options"), ("method", "drop"))  # a later source changes these key by key

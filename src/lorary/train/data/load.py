@@ -9,9 +9,9 @@ from typing import Any
 
 from lorary.errors import DataError, Diagnostic
 from lorary.train.config.config import DataSection
-from lorary.train.data.records import Record
+from lorary.train.data._records import Record
+from lorary.train.data._sources import read_source
 from lorary.train.data.row_formats import Example, detect, normalise, unused
-from lorary.train.data.sources import read_source
 
 
 @dataclass(frozen=True)

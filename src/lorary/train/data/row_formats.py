@@ -20,7 +20,7 @@ from itertools import takewhile
 from typing import Any
 
 from lorary.errors import DataError, Diagnostic, nearest
-from lorary.train.data.records import Record, convert, texts
+from lorary.train.data._records import Record, convert, texts
 
 Messages = list[dict[str, Any]]
 _SURROGATE = re.compile("[\ud800-\udfff]")

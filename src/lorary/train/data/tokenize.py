@@ -13,7 +13,7 @@ from typing import Any
 from lorary.errors import DataError, Diagnostic
 from lorary.train.config.config import DataSection
 from lorary.train.data import chat, encode
-from lorary.train.data.records import BadRows, convert, source_of
+from lorary.train.data._records import BadRows, convert, source_of
 from lorary.train.data.row_formats import Chat, Example, Pair, Preference, Text
 
 IGNORED = -100

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lorary.errors import Diagnostic, did_you_mean, suggestion
-from lorary.train.config.aliases import NormalisedConfig, show
+from lorary.train.config._aliases import NormalisedConfig, show
 from lorary.train.config.config import DropSection
 from lorary.train.config.yaml_source import Place
 
@@ -56,7 +56,7 @@ def _problem(details: dict[str, Any], config: NormalisedConfig) -> Diagnostic:
         choices = [choice.strip("'") for choice in limits["expected"].replace(" or ", ", ").split(", ")]
         what = f"`{key}` must be one of {', '.join(f'`{choice}`' for choice in choices)}, not {show(value)}"
         fix = suggestion(value, choices) if isinstance(value, str) else ""
-    elif kind == "extra_forbidden":  # in the only section within a section: `aliases` has checked the others
+    elif kind == "extra_forbidden":  # in `method.drop`: `normalise` has checked the other sections
         what, fix = f"unknown key `{place[-1]}` in `{_dotted(place[:-1])}`", did_you_mean(str(place[-1]), _DROP)
     elif kind in ("too_short", "string_too_short"):
         what = f"`{key}` is empty"

@@ -10,7 +10,7 @@ from typing import Any
 
 from lorary.errors import DataError
 from lorary.files import strict_json
-from lorary.train.data.records import BadRows, Record, unreadable
+from lorary.train.data._records import BadRows, Record, unreadable
 
 MAX_LINE = 16 * 2**20  # bytes of one row; a longer line means a wrong file
 

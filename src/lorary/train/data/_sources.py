@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lorary.errors import DataError, Diagnostic, LoraryError, suggested_path
-from lorary.train.data.files import READERS, read_file
-from lorary.train.data.records import Record, unreadable
+from lorary.train.data._files import READERS, read_file
+from lorary.train.data._records import Record, unreadable
 
 # Prefixes of a split's file names, in a folder with one file or more per split.
 _STEMS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test",)}
