@@ -17,7 +17,6 @@ _EXAMPLES: dict[Place, str] = {
     ("data",): "data: builtin:docstrings",
     ("data", "train"): "train: builtin:docstrings",
 }
-_DROP = list(DropSection.model_fields)
 _KINDS = {
     "int_type": "a whole number",
     "float_type": "a number",
@@ -57,7 +56,10 @@ def _problem(details: dict[str, Any], config: NormalisedConfig) -> Diagnostic:
         what = f"`{key}` must be one of {', '.join(f'`{choice}`' for choice in choices)}, not {show(value)}"
         fix = suggestion(value, choices) if isinstance(value, str) else ""
     elif kind == "extra_forbidden":  # in `method.drop`: `normalise` has checked the other sections
-        what, fix = f"unknown key `{place[-1]}` in `{_dotted(place[:-1])}`", did_you_mean(str(place[-1]), _DROP)
+        what, fix = (
+            f"unknown key `{place[-1]}` in `{_dotted(place[:-1])}`",
+            did_you_mean(str(place[-1]), DropSection.model_fields),
+        )
     elif kind in ("too_short", "string_too_short"):
         what = f"`{key}` is empty"
     else:

@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from pydantic import Field, PrivateAttr
 from pydantic.fields import FieldInfo
 
+from lorary import methods  # noqa: F401 (registers the presets)
+from lorary.methods.lora_drop import announced
 from lorary.model.loading.source import ModelSection, Section
+from lorary.model.planning import default_targets, plan
+from lorary.spec.method import Method
+from lorary.spec.presets import method, resolve_presets
 from lorary.train.config._fields import (
     Alpha,
     Count,
@@ -29,6 +34,7 @@ from lorary.train.config._fields import (
     Sources,
     Trackers,
 )
+from lorary.train.config.previous_tasks import past_of
 from lorary.train.config.yaml_source import dump
 
 if TYPE_CHECKING:
@@ -36,8 +42,6 @@ if TYPE_CHECKING:
 
     from lorary.adapters.adapter import Adapter
     from lorary.model.plan import Plan
-    from lorary.spec.method import Method
-    from lorary.spec.presets import Preset
 
 LORA_LR = 2e-4
 _LORA_OPTIONS = ("r", "alpha", "dropout")
@@ -88,9 +92,6 @@ class MethodSection(Section):
         Raises:
             MethodError: unknown presets or options, and every contradiction between them.
         """
-        from lorary import methods  # noqa: F401 (registers the presets)
-        from lorary.spec.presets import method
-
         options = {key: value for key in _LORA_OPTIONS if (value := getattr(self, key)) is not None}
         return method(*self.name, **options, **self.options)
 
@@ -101,18 +102,11 @@ class MethodSection(Section):
             model: the base; it may be on the meta device.
             past: the adapters of `after` if they are loaded already.
         """
-        from lorary.model.planning import plan
-
-        if past is None and self.after:
-            from lorary.train.config.previous_tasks import past_of
-
-            past = past_of(self.after)
+        past = past_of(self.after) if past is None else past
         options: dict[str, Any] = {"ranks": self.ranks, "alphas": self.alphas, "exclude": self.exclude}
-        planned = plan(model, self.build(), self.targets, **options, after=past or ())
+        planned = plan(model, self.build(), self.targets, **options, after=past)
         if self.drop is None:
             return planned
-        from lorary.methods.lora_drop import announced
-
         return dataclasses.replace(planned, notes=(*planned.notes, announced(self.drop.threshold, self.drop.sample)))
 
 
@@ -245,10 +239,8 @@ class Config(Section):
 
     def _method_defaults(self) -> dict[str, Any]:
         """r, alpha, dropout and targets of the presets, as far as the method has them."""
-        from lorary.model.planning import default_targets
-
         found: dict[str, Any] = {}
-        for preset in _presets(self.method.name):
+        for preset in resolve_presets(self.method.name):
             found |= {key: preset.parameters[key] for key in _LORA_OPTIONS if key in preset.parameters}
         method = self.method.build()
         if not hasattr(method.scale, "alpha"):  # another preset replaced LoRA's scale
@@ -266,20 +258,13 @@ def _with_defaults(section: AnySection, defaults: dict[str, Any]) -> AnySection:
     return section.model_copy(update={key: v for key, v in defaults.items() if getattr(section, key) is None})
 
 
-def _presets(names: Sequence[str]) -> list[Preset]:
-    from lorary import methods  # noqa: F401 (registers the presets)
-    from lorary.spec.presets import resolve_presets
-
-    return list(resolve_presets(names))
-
-
 def default_lr(task: str, names: Sequence[str]) -> float:
     """The default peak learning rate of a task with these presets.
 
     2e-4 for SFT and 5e-6 for DPO, ten times the rate of full fine-tuning. A preset with another rate
     (`lorary.spec.presets.Preset.lr`) scales both; of several such presets the lowest rate counts.
     """
-    found = _presets(names)
+    found = resolve_presets(names)
     rates = [preset.lr for preset in found if preset.adapts] or [preset.lr for preset in found]
     lowest = min((rate for rate in rates if rate != LORA_LR), default=LORA_LR)
     return float(f"{lowest * {'sft': 1.0, 'dpo': 5e-6 / LORA_LR}[task]:.6g}")

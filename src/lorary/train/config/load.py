@@ -12,7 +12,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lorary import methods  # noqa: F401 (registers the presets)
 from lorary.errors import ConfigError, Diagnostic, MethodError
 from lorary.spec.presets import presets
 from lorary.train.config._aliases import NormalisedConfig, apply_switches, normalise
