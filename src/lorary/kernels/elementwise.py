@@ -1,7 +1,7 @@
-"""`x·(W + W⊙(Ad·Au))ᵀ`: a weight that a low-rank matrix scales element by element, and nothing of its size is kept.
+"""GLoRA's weight scaling `x·(W + W⊙(Ad·Au))ᵀ`, computed without storing a matrix of W's size.
 
-`W⊙(Ad·Au)` has full rank, so there is no narrow middle to go through. The scaled weight is made where it is needed, in
-forward and again in backward, and given up at once: what is kept is `x`, the weight itself and the two factors.
+`W⊙(Ad·Au)` has full rank, so it does not factor through rank r. The scaled weight is computed in forward and again in
+backward, and freed at once; backward keeps `x`, the weight itself and the two factors.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from lorary.kernels.low_rank import without_autocast
 
-_FEW = 2  # rows of input for which r more products with W take less time than making the scaled weight
+_FEW = 2  # rows of input up to which r more products with W are faster than computing the scaled weight
 
 
 def supported(x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor, b: Tensor | None = None) -> Tensor:
@@ -25,11 +25,11 @@ def supported(x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor, b: Tensor | None = N
     Args:
         x: [..., in] the input, in W's dtype.
         W: [out, in] the frozen weight, in any layout.
-        Ad: [out, r], Au: [r, in] the factors of what scales it.
+        Ad, Au: [out, r] and [r, in], the factors of the scaling matrix.
         b: [out] a bias, or None.
 
     Returns:
-        [..., out]. Where Ad is zero it is the frozen layer's own output, bit for bit.
+        [..., out]. If Ad is zero, the frozen layer's output, bit for bit.
     """
     if torch.compiler.is_compiling():
         return supported_reference(x, W, Ad, Au, b)
@@ -38,15 +38,14 @@ def supported(x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor, b: Tensor | None = N
 
 
 def supported_reference(x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor, b: Tensor | None = None) -> Tensor:
-    """The same as plain operations."""
+    """The specification of `supported` in plain operations."""
     return F.linear(x, W + W * (Ad.to(W.dtype) @ Au.to(W.dtype)), b)
 
 
 def add_supported(y: Tensor, x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor) -> Tensor:
     """`y + x·(W⊙(Ad·Au))ᵀ`, in y's dtype.
 
-    In 16 bits `W + W⊙(Ad·Au)` would round away what has been learnt, so long as it is small beside W: there the two
-    terms are two products.
+    For 16-bit weights, where `W + W⊙(Ad·Au)` would round small updates away: the two terms are separate products.
 
     Args:
         y: [..., out] the frozen layer's output.
@@ -59,16 +58,16 @@ def add_supported(y: Tensor, x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor) -> Te
 
 
 def add_supported_reference(y: Tensor, x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor) -> Tensor:
-    """The same as plain operations."""
+    """The specification of `add_supported` in plain operations."""
     with without_autocast(y.device):
         return y + F.linear(x.to(y.dtype), W.to(y.dtype) * (Ad.to(y.dtype) @ Au.to(y.dtype)))
 
 
 def recomputed(make: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """make(*tensors), which keeps nothing but these for backward and runs once more there. It must draw nothing."""
+    """make(*tensors), recomputed in backward from these tensors. `make` must not use random numbers."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # the compiler recomputes by itself
         return make(*tensors)
-    from torch.utils.checkpoint import checkpoint  # here: it takes a fifth of a second to import
+    from torch.utils.checkpoint import checkpoint  # takes 0.2 s to import
 
     return cast(Tensor, checkpoint(make, *tensors, use_reentrant=False, preserve_rng_state=False))
 
@@ -92,7 +91,7 @@ class _Supported(torch.autograd.Function):
             x, few = x.to(dtype), x.numel() <= _FEW * x.shape[-1]
             if not few:
                 return F.linear(x, _scaled(W, Ad, Au, dtype, whole), b)
-            # (W⊙(d·u))·x = d⊙(W·(u⊙x)): W is read, never written
+            # (W⊙(d·u))·x = d⊙(W·(u⊙x))
             W = W.to(dtype)
             terms = F.linear(x.unsqueeze(-2) * Au.to(dtype), W)  # [..., r, out]
             scaled = (terms * Ad.to(dtype).t()).sum(-2)
@@ -118,6 +117,6 @@ class _Supported(torch.autograd.Function):
 
 
 def _scaled(W: Tensor, Ad: Tensor, Au: Tensor, dtype: torch.dtype, whole: bool) -> Tensor:
-    """W⊙(Ad·Au), with W itself if `whole`: [out, in] in W's own layout, so that the product is the layer's own."""
+    """W⊙(Ad·Au), plus W if `whole`: [out, in] in W's memory layout, so that products equal the layer's bit for bit."""
     scaled = torch.mm(Ad.to(dtype), Au.to(dtype), out=torch.empty_like(W, dtype=dtype, requires_grad=False))
     return torch.addcmul(W, W, scaled, out=scaled) if whole else scaled.mul_(W)
