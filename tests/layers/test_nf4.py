@@ -27,7 +27,7 @@ STATE = "weight.quant_state.bitsandbytes__nf4"
 
 
 def linear(dtype: torch.dtype = torch.float32, storage: NF4 | None = None, bias: bool = True) -> Any:
-    """A packed layer [40, 72]: its rows do not end where its blocks do."""
+    """A quantised layer [40, 72]: its rows do not end where its blocks do."""
     torch.manual_seed(0)
     return (storage or NF4()).quantize(nn.Linear(72, 40, bias=bias, dtype=dtype).requires_grad_(False))
 

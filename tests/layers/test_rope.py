@@ -35,7 +35,7 @@ def long_logits(model: Any) -> Tensor:
     return tiny.logits(model, input_ids=ids)
 
 
-def anew(model: Any) -> Any:
+def rebuilt(model: Any) -> Any:
     """A model that is made of the configuration as it is now, with the same weights."""
     other = type(model)(copy.deepcopy(model.config)).eval()
     other.load_state_dict(model.state_dict())
@@ -50,7 +50,7 @@ def test_the_model_is_what_transformers_makes_of_the_configuration(kind: str, fo
     stretched = Stretched(model, form, 4.0)
     changed = long_logits(model)
     assert not torch.equal(changed, plain)
-    assert torch.equal(changed, long_logits(anew(model)))
+    assert torch.equal(changed, long_logits(rebuilt(model)))
     assert max_context(text_config(model)) == 4 * KNOWN
     stretched.swap()
     assert torch.equal(long_logits(model), plain)

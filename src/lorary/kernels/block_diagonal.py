@@ -14,8 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from lorary.kernels.low_rank import (
     add_low_rank_reference,
-    draw_seed,
-    in_steps,
+    dropout_and_seed,
+    dropped_rows,
     kept_mask,
     may_overwrite,
     without_autocast,
@@ -38,8 +38,7 @@ def add_blocks(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: fl
     """
     if torch.compiler.is_compiling():
         return add_low_rank_reference(y, x, torch.block_diag(*A), torch.block_diag(*B), s, dropout)
-    dropout = in_steps(dropout)
-    seed = draw_seed() if dropout > 0.0 else None
+    dropout, seed = dropout_and_seed(dropout)
     total: Tensor = _AddBlocks.apply(y, x, A, B, s, dropout, seed)  # type: ignore[no-untyped-call]
     return total
 
@@ -51,9 +50,7 @@ class _AddBlocks(torch.autograd.Function):
     ) -> Tensor:
         dtype, n = y.dtype, A.shape[0]
         with without_autocast(y.device):
-            rows = x.reshape(-1, x.shape[-1]).to(dtype)  # [T, in]
-            if seed is not None:
-                rows = kept_mask(rows.shape, rows, dropout, seed).mul_(rows)
+            rows = dropped_rows(x, dtype, dropout, seed)
             z = torch.bmm(_slices(rows, n), A.to(dtype).mT)  # [n, T, r]
             scale = s / (1.0 - dropout)
             total = y.detach() if may_overwrite(y, x) else y.clone(memory_format=torch.contiguous_format)
@@ -63,10 +60,7 @@ class _AddBlocks(torch.autograd.Function):
                 part.addmm_(z_i, B_i.t(), alpha=scale)
         _, x_wants, a_wants, b_wants, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
-            x if a_wants else None,
-            z if b_wants else None,
-            A if x_wants else None,
-            B if x_wants or a_wants else None,
+            x if a_wants else None, z if b_wants else None, A if x_wants else None, B if x_wants or a_wants else None
         )
         ctx.x_shape, ctx.n, ctx.scale, ctx.dropout, ctx.seed = x.shape, n, scale, dropout, seed
         return total

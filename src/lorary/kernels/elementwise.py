@@ -75,14 +75,7 @@ def recomputed(make: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 class _Supported(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        W: Tensor,
-        Ad: Tensor,
-        Au: Tensor,
-        b: Tensor | None,
-        dtype: torch.dtype,
-        whole: bool,
+        ctx: Any, x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor, b: Tensor | None, dtype: torch.dtype, whole: bool
     ) -> Tensor:
         _, _, d_wants, u_wants, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if d_wants or u_wants else None, W, Ad, Au)

@@ -45,8 +45,7 @@ def add_low_rank(
     """
     if torch.compiler.is_compiling():  # the compiler fuses and recomputes by itself
         return add_low_rank_reference(y, x, A, B, s, dropout, still)
-    dropout = in_steps(dropout)
-    seed = draw_seed() if dropout > 0.0 else None
+    dropout, seed = dropout_and_seed(dropout)
     if still is not None and dropout > 0.0:
         raise ValueError("`still` does not support dropout")
     fixed = still or (None, None)
@@ -77,24 +76,13 @@ def add_low_rank_reference(
 class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        y: Tensor,
-        x: Tensor,
-        A: Tensor,
-        B: Tensor,
-        s: float,
-        dropout: float,
-        seed: int | None,
-        still_A: Tensor | None,
-        still_B: Tensor | None,
+        ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float, seed: int | None, *still: Any
     ) -> Tensor:
+        still_A, still_B = still
         dtype, r = y.dtype, A.shape[0]
         with without_autocast(y.device):
             down, up = _joined(A, still_A, 0, dtype), _joined(B, still_B, 1, dtype)
-            rows = x.reshape(-1, x.shape[-1]).to(dtype)  # [T, in]
-            if seed is not None:
-                rows = kept_mask(rows.shape, rows, dropout, seed).mul_(rows)
-            z = rows @ down.t()  # [T, R + R']
+            z = dropped_rows(x, dtype, dropout, seed) @ down.t()  # [T, R + R']
             # 1/(1-p) of inverted dropout goes into the scale, which saves a pass over the activation
             scale = s / (1.0 - dropout)
             if may_overwrite(y, x):
@@ -160,6 +148,18 @@ def may_overwrite(y: Tensor, x: Tensor) -> bool:
     if y.is_inference() and not torch.is_inference_mode_enabled():
         return False
     return bool(y.untyped_storage()._cdata != x.untyped_storage()._cdata)
+
+
+def dropout_and_seed(dropout: float) -> tuple[float, int | None]:
+    """The dropout probability that `kept_mask` takes, and a seed for the mask; None without dropout."""
+    dropout = in_steps(dropout)
+    return dropout, draw_seed() if dropout > 0.0 else None
+
+
+def dropped_rows(x: Tensor, dtype: torch.dtype, dropout: float, seed: int | None) -> Tensor:
+    """[T, in] the rows of x [..., in] in this dtype, dropped elements zero; the scale 1/(1-p) is the caller's."""
+    rows = x.reshape(-1, x.shape[-1]).to(dtype)
+    return rows if seed is None else kept_mask(rows.shape, rows, dropout, seed).mul_(rows)
 
 
 def draw_seed() -> int:

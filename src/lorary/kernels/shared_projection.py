@@ -15,8 +15,8 @@ from torch.utils.weak import TensorWeakRef
 
 from lorary.kernels.low_rank import (
     add_low_rank_reference,
-    draw_seed,
-    in_steps,
+    dropout_and_seed,
+    dropped_rows,
     kept_mask,
     may_overwrite,
     without_autocast,
@@ -92,8 +92,7 @@ def add_vectors(
 
 
 def _project(x: Tensor, A: Tensor, dtype: torch.dtype, dropout: float) -> Tensor:
-    dropout = in_steps(dropout)
-    seed = draw_seed() if dropout > 0.0 else None
+    dropout, seed = dropout_and_seed(dropout)
     z: Tensor = _Project.apply(x, A, dtype, dropout, seed)  # type: ignore[no-untyped-call]
     return z
 
@@ -102,9 +101,8 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, dtype: torch.dtype, dropout: float, seed: int | None) -> Tensor:
         with without_autocast(x.device):
-            rows = x.reshape(-1, x.shape[-1]).to(dtype)  # [T, in]
-            if seed is not None:
-                rows = kept_mask(rows.shape, rows, dropout, seed).mul_(rows).mul_(1.0 / (1.0 - dropout))
+            rows = dropped_rows(x, dtype, dropout, seed)
+            rows = rows if seed is None else rows.mul_(1.0 / (1.0 - dropout))
             z = rows @ A.to(dtype).t()
         ctx.A = A  # frozen; saved tensors would be freed by the first of several backward passes
         ctx.x_shape, ctx.dropout, ctx.seed = x.shape, dropout, seed

@@ -92,16 +92,14 @@ def _read_metadata(found: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[st
         return {}, [f"{STATE} is not valid JSON: {error}"]
     if not isinstance(metadata, dict):
         return {}, [f"{STATE} is not a JSON object"]
-    problems = []
     shape, block = metadata.get("shape"), metadata.get("blocksize")
-    if not isinstance(shape, list) or not shape or not all(type(n) is int and n > 0 for n in shape):
-        problems.append(f"{STATE}: shape is {shape!r}")
-    if type(block) is not int or block not in BLOCK_SIZES:
-        problems.append(f"{STATE}: blocksize is {block!r}")
-    if metadata.get("dtype") not in ("float32", "bfloat16", "float16", "float64"):
-        problems.append(f"{STATE}: dtype is {metadata.get('dtype')!r}")
-    if metadata.get("quant_type", "nf4") != "nf4":
-        problems.append(f"{STATE}: quant_type is {metadata['quant_type']!r}")
+    valid = {
+        "shape": isinstance(shape, list) and bool(shape) and all(type(n) is int and n > 0 for n in shape),
+        "blocksize": type(block) is int and block in BLOCK_SIZES,
+        "dtype": metadata.get("dtype") in ("float32", "bfloat16", "float16", "float64"),
+        "quant_type": metadata.get("quant_type", "nf4") == "nf4",
+    }
+    problems = [f"{STATE}: {key} is {metadata.get(key)!r}" for key, ok in valid.items() if not ok]
     nested = {key: metadata[key] for key in ("nested_blocksize", "nested_dtype", "nested_offset") if key in metadata}
     offset = nested.get("nested_offset")
     if nested and (

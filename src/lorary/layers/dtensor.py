@@ -13,9 +13,9 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def full_tensor(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Any) -> Tensor:
     """The full tensor on its device, gathered from all ranks if it is sharded; differentiable."""
-    return cast(Tensor, cast(Any, tensor).full_tensor()) if is_sharded(tensor) else tensor
+    return cast(Tensor, tensor.full_tensor() if is_sharded(tensor) else tensor)
 
 
 def full_cpu_copy(tensor: Tensor) -> Tensor:
@@ -24,20 +24,19 @@ def full_cpu_copy(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_meta else tensor.to("cpu", copy=True).contiguous()
 
 
-def local_shard(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Any) -> Tensor:
     """This rank's part of a tensor, a view."""
-    return cast(Tensor, cast(Any, tensor).to_local()) if is_sharded(tensor) else tensor
+    return cast(Tensor, tensor.to_local() if is_sharded(tensor) else tensor)
 
 
-def distribute_like(tensor: Tensor, value: Tensor) -> Tensor:
+def distribute_like(tensor: Any, value: Tensor) -> Tensor:
     """A full value on the device of a tensor, sharded in the same way."""
     value = value.to(tensor.device)
     if not is_sharded(tensor):
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    spec = cast(Any, tensor)
-    return distribute_tensor(value, spec.device_mesh, spec.placements)
+    return distribute_tensor(value, tensor.device_mesh, tensor.placements)
 
 
 def copy_into(tensor: Tensor, value: Tensor) -> None:

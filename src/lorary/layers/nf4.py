@@ -114,16 +114,8 @@ class _NF4Layer(nn.Module):
         for key, value in written_state(self.quantized, self.dtype).items():
             destination[f"{prefix}weight.{key}"] = value
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        local_metadata, strict, _, unexpected_keys, error_msgs = args
         start = f"{prefix}weight."
         found = {key.removeprefix(start): state_dict.pop(key) for key in list(state_dict) if key.startswith(start)}
         if strict:
@@ -141,9 +133,7 @@ class _NF4Layer(nn.Module):
                 for name in _SCALES:
                     value = getattr(quantized, name)
                     setattr(self, name, None if value is None else value.to(device, copy=True))
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 _SCALES = ("absmax", "nested_absmax", "nested_offset")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lorary.errors import Diagnostic, StateError
 from lorary.kernels.shifted_attention import GroupLayout, group_size, shifted, shifted_ragged
 
+MaskFunction = Callable[..., Any]  # (batch, head, query, key) -> whether the query attends to the key
 _NAME = "lorary_shifted_{}"
 _CHILD = "_lorary_attention"  # the name of the switching submodule
 _FULL = "train with shifted=False: full attention"
@@ -144,7 +145,6 @@ def _attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
     is_causal: bool | None = None,
     *,
     groups: int,
@@ -163,7 +163,7 @@ def _attend(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
         )
         return output
-    if problems := _unsupported_arguments(module, attention_mask, length, sliding_window, kwargs):
+    if problems := _unsupported_arguments(module, attention_mask, length, kwargs):
         raise StateError("cannot compute shifted sparse attention:", problems)
     if attention_mask is None:
         y = shifted(query, key, value, group_size(length, groups), scale=scaling, dropout=dropout)
@@ -173,10 +173,8 @@ def _attend(
     return y, None
 
 
-def _unsupported_arguments(
-    module: Any, mask: Tensor | None, length: int, window: int | None, kwargs: dict[str, Any]
-) -> list[Diagnostic]:
-    name = type(module).__name__
+def _unsupported_arguments(module: Any, mask: Tensor | None, length: int, kwargs: dict[str, Any]) -> list[Diagnostic]:
+    name, window = type(module).__name__, kwargs.get("sliding_window")
     problems = [Diagnostic(name, what, _FULL) for key, what in _UNSUPPORTED.items() if kwargs.get(key) is not None]
     if window is not None and window < length:
         problems.append(Diagnostic(name, f"has a sliding window of {window} tokens that its mask does not have", _FULL))
@@ -186,21 +184,7 @@ def _unsupported_arguments(
     return problems
 
 
-def _mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Any] | None = None,
-    attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    allow_is_causal_skip: bool = True,
-    device: torch.device | str = "cpu",
-    *,
-    groups: int,
-    **kwargs: Any,
-) -> Tensor | None:
+def _mask(*, groups: int, **call: Any) -> Tensor | None:
     """Transformers' mask function: None if each row is one sequence, else sequence numbers [batch, L].
 
     Raises:
@@ -208,31 +192,22 @@ def _mask(
     """
     from transformers.masking_utils import sdpa_mask
 
-    words: dict[str, Any] = {"attention_mask": attention_mask, "local_size": local_size, "device": device, **kwargs}
-    windowed = local_size is not None and local_size < kv_length
-    if windowed or q_length != kv_length or mask_function is None:
-        full: Tensor | None = sdpa_mask(
-            batch_size,
-            q_length,
-            kv_length,
-            q_offset,
-            kv_offset,
-            allow_is_causal_skip=allow_is_causal_skip,
-            **({} if mask_function is None else {"mask_function": mask_function}),
-            **words,
-        )
+    length, window = call["kv_length"], call.get("local_size")
+    windowed = window is not None and window < length
+    if windowed or call["q_length"] != length or "mask_function" not in call:
+        full: Tensor | None = sdpa_mask(**call)
         if full is not None:
             vars(full)["windowed"] = windowed  # read by `_attend`
         return full
-    not_causal = None if allow_is_causal_skip else mask_function
-    return _sequences(not_causal, attention_mask, batch_size, q_length, torch.device(device), groups)
+    mask_function = None if call.get("allow_is_causal_skip", True) else call["mask_function"]
+    device = torch.device(call.get("device", "cpu"))
+    return _sequences(mask_function, call.get("attention_mask"), (call["batch_size"], length), device, groups)
 
 
 def _sequences(
-    mask_function: Callable[..., Any] | None,
+    mask_function: MaskFunction | None,
     padding: Tensor | None,
-    batch: int,
-    length: int,
+    shape: tuple[int, int],
     device: torch.device,
     groups: int,
 ) -> Tensor | None:
@@ -241,20 +216,20 @@ def _sequences(
         padding = None
     if padding is None and mask_function is None:
         return None
-    found = sequence_numbers(mask_function, padding, batch, length, device)
-    if padding is None and not found.is_meta and bool((found == found[:, :1]).all()):
+    numbers = sequence_numbers(mask_function, padding, *shape, device)
+    if padding is None and not numbers.is_meta and bool((numbers == numbers[:, :1]).all()):
         return None  # one sequence in each row
-    vars(found)["groups"] = GroupLayout.of(found, groups)  # computed once for all layers
-    return found
+    vars(numbers)["groups"] = GroupLayout.of(numbers, groups)  # computed once for all layers
+    return numbers
 
 
 def sequence_numbers(
-    mask_function: Callable[..., Any] | None, padding: Tensor | None, batch: int, length: int, device: torch.device
+    mask_function: MaskFunction | None, padding: Tensor | None, batch: int, length: int, device: torch.device
 ) -> Tensor:
     """[batch, L] sequence numbers, from 1 and growing along the rows; 0 is padding.
 
     Args:
-        mask_function: (batch, head, query, key) -> whether the query attends to the key; None for causal rows.
+        mask_function: of the model's mask; None for causal rows.
         padding: [batch, L], true for tokens; None without padding.
         batch, length: of the batch.
         device: of the result.

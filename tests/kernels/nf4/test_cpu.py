@@ -65,7 +65,7 @@ def test_every_sort_gives_the_tables_numbers(
 
 
 @pytest.mark.parametrize("shape", [(33, 63), (1, 1), (17, 100), (40, 128)], ids=str)
-def test_every_sort_packs_the_same(shape: tuple[int, int], libraries: dict[str, Native]) -> None:
+def test_every_build_quantizes_alike(shape: tuple[int, int], libraries: dict[str, Native]) -> None:
     W = torch.randn(shape) * 10 ** torch.randn(shape)
     W[0, : shape[1] // 2] = 0.0
     for block in (2, 16, 64, 1024):
@@ -205,7 +205,7 @@ def test_two_that_compile_at_once(empty: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut short", "another", "a folder", "others may write"])
-def test_a_file_that_is_not_as_it_was_written_is_made_anew(damage: str, empty: Path) -> None:
+def test_a_damaged_library_is_compiled_again(damage: str, empty: Path) -> None:
     """Loading it could end the process, in the middle of whatever it does."""
     made = cpu.compile_library((*OPTIONS, "-O0"))
     content = made.read_bytes()
@@ -244,7 +244,7 @@ def test_code_that_is_wrong_is_found_out_before_it_is_used(fault: str, tmp_path:
 
 
 def test_it_is_called_without_the_interpreters_lock() -> None:
-    """Two threads unpack two weights at once, each right."""
+    """Two threads dequantise two weights at once."""
     weights: list[QuantizedTensor] = [quantize(torch.randn(256, 256)) for _ in range(2)]
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(dequantize, weights * 8))

@@ -31,7 +31,7 @@ def _by(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sorts(shape: tuple[int, ...]) -> dict[str, Tensor]:
-    """Weights of one shape, of every sort that could be packed in another way."""
+    """Weights of one shape, with edge cases of quantisation."""
     random = torch.randn(shape)
     return {
         "random": random,
@@ -46,7 +46,7 @@ def sorts(shape: tuple[int, ...]) -> dict[str, Tensor]:
 
 
 def theirs(W: Tensor, block: int, double: bool = False) -> tuple[QuantizedTensor, Any]:
-    """What bitsandbytes packs on the CPU, as ours; and its own state."""
+    """bitsandbytes' quantisation on the CPU, in our layout; and its own state."""
     codes, state = BF.quantize_4bit(W, blocksize=block, compress_statistics=double, quant_type="nf4")
     nested = (state.state2.absmax, state.offset) if double else (None, None)
     return QuantizedTensor(codes, state.absmax, *nested, tuple(W.shape), block), state
@@ -77,7 +77,7 @@ def test_the_values_of_magnitudes_are_bitsandbytes() -> None:
     assert DYNAMIC[-1] == 1.0
 
 
-# --- packing ----------------------------------------------------------------------------------------------------------
+# --- quantising ----------------------------------------------------------------------------------------------------------
 
 
 @VIA
@@ -97,7 +97,7 @@ def test_codes_and_magnitudes_are_bitsandbytes_to_the_bit(via: str, shape: tuple
 @VIA
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("shape", [(64, 64), (33, 66), (130,), (17, 100), (8, 512), (3, 128)], ids=str)
-def test_unpacked_numbers_are_bitsandbytes_to_the_bit(via: str, shape: tuple[int, ...], double: bool) -> None:
+def test_dequantized_numbers_are_bitsandbytes_to_the_bit(via: str, shape: tuple[int, ...], double: bool) -> None:
     """From its own state. Blocks are not longer than a row: where they are, its CPU kernel takes wrong magnitudes."""
     for name, W in sorts(shape).items():
         for block in (block for block in BLOCKS if block <= shape[-1] or block == 32):
@@ -117,7 +117,7 @@ def test_unpacked_numbers_are_bitsandbytes_to_the_bit(via: str, shape: tuple[int
 @VIA
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("shape", [(63,), (5, 33), (2, 3, 25), (3, 64), (70, 96), (9, 1)], ids=str)
-def test_unpacking_is_the_product_that_is_written_down(via: str, shape: tuple[int, ...], double: bool) -> None:
+def test_dequantizing_is_code_times_magnitude(via: str, shape: tuple[int, ...], double: bool) -> None:
     """Of any block and shape: code times magnitude in 32 bits, rounded once; number by number."""
     for block in (2, 4, 16, 64, 256, 4096):
         quantized = quantize(torch.randn(shape), block, double)
@@ -141,7 +141,7 @@ def test_a_block_loses_at_most_half_of_the_gap_between_two_values() -> None:
     assert (error <= most + 1e-6).all()
 
 
-def test_packing_what_was_unpacked_changes_nothing() -> None:
+def test_quantizing_dequantized_numbers_changes_nothing() -> None:
     quantized = quantize(torch.randn(33, 100), double=False)
     again = quantize(dequantize(quantized), double=False)
     assert torch.equal(again.codes, quantized.codes)
@@ -160,7 +160,7 @@ def test_strides_and_tiles_make_no_difference(via: str, W: Tensor, tile: int, mo
 
 
 @VIA
-def test_packing_takes_a_few_tiles_of_memory(via: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantizing_takes_a_few_tiles_of_memory(via: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "AT_ONCE", 2**14)
     for W in (torch.randn(1024, 512).bfloat16(), torch.randn(512, 1024).bfloat16().T):
         with LiveBytes() as live:
@@ -178,7 +178,7 @@ def test_numbers_that_are_not_finite_are_refused(via: str, bad: float, place: tu
         quantize(W)
 
 
-def test_what_cannot_be_packed_is_refused() -> None:
+def test_invalid_weights_are_refused() -> None:
     with pytest.raises(ValueError, match="block is 48; it has to be a power of two from 2"):
         quantize(torch.randn(4), block=48)
     with pytest.raises(ValueError, match=r"the weight is of torch.int64; only floating numbers can be quantised"):

@@ -1,4 +1,4 @@
-"""The product with a packed weight is the product with the unpacked one, which is never there."""
+"""The product with a quantised weight equals the product with the dequantised one, which is never materialised."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def quantized(*shape: int, block: int = 64, double: bool = True, size: float = 0
 
 
 def table(p: QuantizedTensor, dtype: torch.dtype) -> Tensor:
-    """What the packed numbers mean, one by one."""
+    """The dense weight by definition, number by number."""
     return dequantize_at(p, torch.arange(math.prod(p.shape), device=DEVICE)).view(p.shape).to(dtype)
 
 
@@ -37,7 +37,7 @@ def table(p: QuantizedTensor, dtype: torch.dtype) -> Tensor:
 
 @DOUBLE
 @pytest.mark.parametrize("block", [2, 32, 64, 256, 4096, 8192])
-def test_unpacked_numbers_are_the_table_s_bit_for_bit(block: int, double: bool) -> None:
+def test_dequantized_numbers_are_the_table_s_bit_for_bit(block: int, double: bool) -> None:
     """Odd counts, a last block that is short, fewer numbers than a block, more than 256 blocks; subnormal numbers."""
     for shape in ((5, 7), (3, 64), (1, 1), (40, 130), (2, 3, 5), (9,)):
         p = quantized(*shape, block=block, double=double)
@@ -89,7 +89,7 @@ EXACT = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}  # o
 @DOUBLE
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 2, 16])
-def test_products_are_those_with_the_unpacked_weight(tokens: int, dtype: torch.dtype, double: bool) -> None:
+def test_products_are_those_with_the_dequantized_weight(tokens: int, dtype: torch.dtype, double: bool) -> None:
     """Rows that are no multiple of what a program takes, blocks of several pieces, rows of one piece and of many."""
     for shape, block in (((37, 192), 64), ((5, 64), 128), ((3, 1088), 64)):
         p = quantized(*shape, block=block, double=double)

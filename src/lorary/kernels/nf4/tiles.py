@@ -34,10 +34,7 @@ TILE_GPU = 2**26  # on a GPU, where a tile does not fit the cache: 128 MiB in 16
 FEW = 16  # up to this many rows of x the compiled code multiplies without writing the weight
 EVEN = 64  # a tile has a multiple of this many rows or columns
 # flags of /proc/cpuinfo for 16-bit products; without them 32-bit products are faster
-_SHORT = {
-    torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16"},
-    torch.float16: {"avx512_fp16", "amx_fp16", "asimdhp"},
-}
+_SHORT = {torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16"}, torch.float16: {"avx512_fp16", "amx_fp16", "asimdhp"}}
 Span = tuple[int, int]
 
 

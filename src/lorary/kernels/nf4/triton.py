@@ -4,8 +4,8 @@
     gemv         y = x·Wᵀ + b for 1 to 16 rows of x, summed in float32; reads 4 bits per number of the weight
 
 `dequantize` gives the numbers of `reference.dequantize_region`, bit for bit: its kernel is compiled without
-contraction, so that the magnitude is a product and a sum, each rounded. One row of x is multiplied in float32, more exactly than with
-a weight rounded to 16 bits; several rows use the tensor cores and round the weight.
+contraction, so that the magnitude is a product and a sum, each rounded. One row of x is multiplied in float32, more
+exactly than with a weight rounded to 16 bits; several rows use the tensor cores and round the weight.
 
 Importing this needs Triton. Without a GPU, `TRITON_INTERPRET=1` runs the kernels on the CPU: a check, not a use.
 """
@@ -63,19 +63,10 @@ def dequantize(quantized: QuantizedTensor, dtype: torch.dtype = torch.float32, o
         return out.copy_(dequantize(quantized, torch.float32).view(out.shape))
     piece = min(quantized.block, _LARGEST)
     pieces, at_once = -(-n // piece), max(1, 2048 // piece)
+    sizes = (n, pieces, quantized.block // piece)
+    constants = {"NESTED": NESTED, "PIECES": at_once, "HALF": piece // 2, "enable_fp_fusion": False}
     with _on(out):
-        _dequantize[(-(-pieces // at_once),)](
-            *_parts(quantized),
-            out,
-            n,
-            pieces,
-            quantized.block // piece,
-            NESTED=NESTED,
-            PIECES=at_once,
-            HALF=piece // 2,
-            **_flags(quantized),
-            enable_fp_fusion=False,
-        )
+        _dequantize[(-(-pieces // at_once),)](*_parts(quantized), out, *sizes, **constants, **_flags(quantized))
     return out
 
 
