@@ -33,7 +33,7 @@ def supported(x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor, b: Tensor | None = N
     """
     if torch.compiler.is_compiling():
         return supported_reference(x, W, Ad, Au, b)
-    out: Tensor = _Supported.apply(x, W, Ad, Au, b, W.dtype, True)  # type: ignore[no-untyped-call]
+    out: Tensor = _ScaledLinear.apply(x, W, Ad, Au, b, W.dtype, True)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -53,7 +53,7 @@ def add_supported(y: Tensor, x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor) -> Te
     """
     if torch.compiler.is_compiling():
         return add_supported_reference(y, x, W, Ad, Au)
-    term: Tensor = _Supported.apply(x, W, Ad, Au, None, y.dtype, False)  # type: ignore[no-untyped-call]
+    term: Tensor = _ScaledLinear.apply(x, W, Ad, Au, None, y.dtype, False)  # type: ignore[no-untyped-call]
     return y + term
 
 
@@ -72,23 +72,23 @@ def recomputed(make: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     return cast(Tensor, checkpoint(make, *tensors, use_reentrant=False, preserve_rng_state=False))
 
 
-class _Supported(torch.autograd.Function):
+class _ScaledLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor, b: Tensor | None, dtype: torch.dtype, whole: bool
+        ctx: Any, x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor, b: Tensor | None, dtype: torch.dtype, with_weight: bool
     ) -> Tensor:
         _, _, d_wants, u_wants, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if d_wants or u_wants else None, W, Ad, Au)
-        ctx.x_shape, ctx.dtype, ctx.whole = x.shape, dtype, whole
+        ctx.x_shape, ctx.dtype, ctx.with_weight = x.shape, dtype, with_weight
         with without_autocast(x.device):
             x, few = x.to(dtype), x.numel() <= _FEW * x.shape[-1]
             if not few:
-                return F.linear(x, _scaled(W, Ad, Au, dtype, whole), b)
+                return F.linear(x, _scaled(W, Ad, Au, dtype, with_weight), b)
             # (W⊙(d·u))·x = d⊙(W·(u⊙x))
             W = W.to(dtype)
             terms = F.linear(x.unsqueeze(-2) * Au.to(dtype), W)  # [..., r, out]
             scaled = (terms * Ad.to(dtype).t()).sum(-2)
-            return F.linear(x, W, b) + scaled if whole else scaled
+            return F.linear(x, W, b) + scaled if with_weight else scaled
 
     @staticmethod
     @once_differentiable
@@ -99,17 +99,17 @@ class _Supported(torch.autograd.Function):
         with without_autocast(gy.device):
             g = gy.reshape(-1, gy.shape[-1])  # [T, out]
             if x_wants:
-                gx = (g @ _scaled(W, Ad, Au, ctx.dtype, ctx.whole)).view(ctx.x_shape)
+                gx = (g @ _scaled(W, Ad, Au, ctx.dtype, ctx.with_weight)).view(ctx.x_shape)
             if d_wants or u_wants:
                 rows = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
-                each = (g.t() @ rows).mul_(W)  # [out, in], the gradient of Ad·Au
-                gAd = each @ Au.to(ctx.dtype).t() if d_wants else None
-                gAu = Ad.to(ctx.dtype).t() @ each if u_wants else None
+                gM = (g.t() @ rows).mul_(W)  # [out, in], the gradient of Ad·Au
+                gAd = gM @ Au.to(ctx.dtype).t() if d_wants else None
+                gAu = Ad.to(ctx.dtype).t() @ gM if u_wants else None
             gb = g.sum(0) if b_wants else None
         return gx, None, gAd, gAu, gb, None, None  # autograd casts each to the dtype of its tensor
 
 
-def _scaled(W: Tensor, Ad: Tensor, Au: Tensor, dtype: torch.dtype, whole: bool) -> Tensor:
-    """W⊙(Ad·Au), plus W if `whole`: [out, in] in W's memory layout, so that products equal the layer's bit for bit."""
+def _scaled(W: Tensor, Ad: Tensor, Au: Tensor, dtype: torch.dtype, with_weight: bool) -> Tensor:
+    """W⊙(Ad·Au), plus W if `with_weight`: [out, in], laid out like W so that products equal the layer's bit for bit."""
     scaled = torch.mm(Ad.to(dtype), Au.to(dtype), out=torch.empty_like(W, dtype=dtype, requires_grad=False))
-    return torch.addcmul(W, W, scaled, out=scaled) if whole else scaled.mul_(W)
+    return torch.addcmul(W, W, scaled, out=scaled) if with_weight else scaled.mul_(W)

@@ -35,30 +35,30 @@ def row_norms(WA: Tensor, square: Tensor, B: Tensor, A: Tensor, s: float) -> Ten
         exact = square.dtype
         A, B = A.to(exact), B.to(exact)
         # B is factored out of both terms: rowsum((2s·W·Aᵀ + s²·B·(A·Aᵀ))⊙B)
-        bent = torch.addmm(WA, B, A @ A.T, beta=2 * s, alpha=s * s)
-        squared = square + (bent * B).sum(1)
+        combined = torch.addmm(WA, B, A @ A.T, beta=2 * s, alpha=s * s)
+        squared = square + (combined * B).sum(1)
         return squared.clamp_min(torch.finfo(exact).tiny).sqrt()
 
 
 def linear(W: Tensor, A: Tensor) -> Tensor:
     """W·Aᵀ [out, R] of a frozen W [out, inp] of any precision, in A's [R, inp]; differentiable in A."""
     with without_autocast(W.device):
-        product: Any = _times if torch.compiler.is_compiling() else _Times.apply
-        WA: Tensor = product(W, A)
+        function: Any = _product if torch.compiler.is_compiling() else _Linear.apply
+        WA: Tensor = function(W, A)
         return WA
 
 
-def _times(W: Tensor, A: Tensor) -> Tensor:
+def _product(W: Tensor, A: Tensor) -> Tensor:
     return torch.cat([rows.to(A.dtype) @ A.T for rows in _chunks(W)])
 
 
-class _Times(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
     """W·Aᵀ in A's precision for a frozen W; saves W as it is stored, where autograd would save a 32-bit copy."""
 
     @staticmethod
     def forward(ctx: Any, W: Tensor, A: Tensor) -> Tensor:
         ctx.save_for_backward(W)
-        return _times(W, A)
+        return _product(W, A)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor]:
@@ -69,8 +69,8 @@ class _Times(torch.autograd.Function):
 
 
 def _chunks(W: Tensor) -> tuple[Tensor, ...]:
-    whole = torch.promote_types(W.dtype, torch.float32) == W.dtype
-    return (W,) if whole else W.split(max(1, _CHUNK // W.shape[1]))
+    unchunked = torch.promote_types(W.dtype, torch.float32) == W.dtype
+    return (W,) if unchunked else W.split(max(1, _CHUNK // W.shape[1]))
 
 
 def scale_rows(v: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -117,8 +117,8 @@ class _ScaleRows(torch.autograd.Function):
         gv, ggain, gbias = torch.mul(gy, gain, out=torch.empty_like(gy)), None, None
         if gain_wants:
             # without a bias gain·v was saved, which loses v for a gain of 0; then v is zero: the output of a zero row
-            along = _sum_to(gy * v, gain)
-            ggain = along - _sum_to(gy, gain) * rest[0] if rest else torch.where(gain == 0, 0.0, along / gain)
+            product = _sum_to(gy * v, gain)
+            ggain = product - _sum_to(gy, gain) * rest[0] if rest else torch.where(gain == 0, 0.0, product / gain)
         if bias_wants:
             gbias = _sum_to(gy - gv, rest[0])
         return gv, ggain, gbias

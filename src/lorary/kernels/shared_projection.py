@@ -147,13 +147,13 @@ class _AddVectors(torch.autograd.Function):
         with without_autocast(gy.device):
             g = gy.reshape(-1, gy.shape[-1])  # [T, out]
             if not ctx.few and (b_wants or d_wants):
-                each = (z.t() @ g).t().to(B.dtype) * B  # the gradient of diag(b)·B·diag(d), times B
-                gb, gd = s * (each @ d), s * (b @ each)
+                gM = (z.t() @ g).t().to(B.dtype) * B  # the gradient of diag(b)·B·diag(d), times B
+                gb, gd = s * (gM @ d), s * (b @ gM)
             if ctx.few and b_wants:
                 gb = s * (g * u).sum(0, dtype=b.dtype)
             if z_wants or (ctx.few and d_wants):
-                through = g @ ((s * b)[:, None] * B).to(dtype)  # [T, R], before d
+                gdz = g @ ((s * b)[:, None] * B).to(dtype)  # [T, R], before d
                 if ctx.few and d_wants:
-                    gd = (through * z).sum(0, dtype=d.dtype)
-                gz = through.mul_(d.to(dtype)) if z_wants else None
+                    gd = (gdz * z).sum(0, dtype=d.dtype)
+                gz = gdz.mul_(d.to(dtype)) if z_wants else None
         return gy, gz, None, gb if b_wants else None, gd if d_wants else None, None, None

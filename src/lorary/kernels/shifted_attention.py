@@ -53,7 +53,7 @@ def shifted(
         [batch, L, heads, width].
     """
     length = query.shape[2]
-    made = []
+    halves = []
     for (q, k, v), first in zip(_halves(query, key, value), (size, size // 2), strict=True):
         front = min(first % size, length)  # length of the short first group; the full groups are batched
         full, rest = divmod(length - front, size)
@@ -62,11 +62,11 @@ def shifted(
         outs = []
         for (n, count), part in zip(spans, parts, strict=True):
             # [batch, heads, count * n, width] -> [batch * count, heads, n, width]
-            together = [x.unflatten(2, (count, n)).transpose(1, 2).flatten(0, 1) for x in part]
-            y = _causal(together, scale, dropout)
+            batched = [x.unflatten(2, (count, n)).transpose(1, 2).flatten(0, 1) for x in part]
+            y = _causal(batched, scale, dropout)
             outs.append(y.transpose(1, 2).reshape(len(query), count * n, *y.shape[1::2]))
-        made.append(outs[0] if len(outs) == 1 else torch.cat(outs, 1))
-    return torch.cat(made, 2)
+        halves.append(outs[0] if len(outs) == 1 else torch.cat(outs, 1))
+    return torch.cat(halves, 2)
 
 
 def _halves(query: Tensor, key: Tensor, value: Tensor) -> list[tuple[Tensor, ...]]:
@@ -130,8 +130,8 @@ class GroupLayout:
         back = torch.zeros_like(flat, dtype=torch.long)
         back[tokens] = torch.arange(len(tokens), device=device)
         size = size or group_size(max(lengths, default=1), groups)
-        found = [_grouped(lengths, size, first, device) for first in (size, size // 2 or size)]
-        bounds, places, slots = zip(*found, strict=True)
+        layouts = [_group_layout(lengths, size, first, device) for first in (size, size // 2 or size)]
+        bounds, places, slots = zip(*layouts, strict=True)
         empty = not lengths
         return GroupLayout(
             tokens,
@@ -143,7 +143,7 @@ class GroupLayout:
         )
 
 
-def _grouped(lengths: Sequence[int], size: int, first: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _group_layout(lengths: Sequence[int], size: int, first: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """(bounds, places among the tokens, slots) of the groups of consecutive sequences of these lengths."""
     starts = [0, *accumulate(lengths)]
     stops = [start + end for start, n in zip(starts, lengths, strict=False) for end in group_ends(n, size, first)]
@@ -173,7 +173,7 @@ def shifted_ragged(
     if not len(layout.tokens):
         return query.new_zeros(batch, length, heads, value.shape[-1])
     kernel = _varlen() if _on_flash(query, value, dropout) else None
-    made = []
+    halves = []
     for half, (q, k, v) in enumerate(_halves(query, key, value)):
         rows = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # [batch * L, heads, width]
         places = layout.places[half]
@@ -184,9 +184,9 @@ def shifted_ragged(
             folded = [x.index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2) for x in rows]
             # a short group is padded with copies of its last token, to which no earlier token attends
             y, back = _causal(folded, scale, dropout).transpose(1, 2).flatten(0, 1), layout.slots[half]
-        made.append(y.index_select(0, back))
-    together = torch.cat(made, 1).masked_fill_(layout.padding[:, None, None], 0)  # [batch * L, heads, width]
-    return together.view(batch, length, *together.shape[1:])
+        halves.append(y.index_select(0, back))
+    output = torch.cat(halves, 1).masked_fill_(layout.padding[:, None, None], 0)  # [batch * L, heads, width]
+    return output.view(batch, length, *output.shape[1:])
 
 
 def _on_flash(query: Tensor, value: Tensor, dropout: float) -> bool:
@@ -209,8 +209,8 @@ def _varlen() -> Callable[..., Tensor] | None:
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float | None) -> Tensor:
         grouped = q.shape[1] != k.shape[1]
-        words: dict[str, Any] = {"scale": scale, "window_size": (-1, 0), "enable_gqa": grouped}
-        made: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, **words)
-        return cast(Tensor, made)
+        options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0), "enable_gqa": grouped}
+        output: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
+        return cast(Tensor, output)
 
     return kernel

@@ -44,13 +44,13 @@ def written_state(quantized: QuantizedTensor, dtype: torch.dtype) -> dict[str, T
     return tensors | {STATE: torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)}
 
 
-def read_state(codes: Tensor, found: Mapping[str, Tensor]) -> tuple[QuantizedTensor | None, torch.dtype, list[str]]:
+def read_state(codes: Tensor, state: Mapping[str, Tensor]) -> tuple[QuantizedTensor | None, torch.dtype, list[str]]:
     """The weight with these codes and this state.
 
     Returns:
         (the weight or None, its original dtype, all errors in the state).
     """
-    metadata, problems = _read_metadata(found)
+    metadata, problems = _read_metadata(state)
     if problems:
         return None, torch.float32, problems
     shape, block = tuple(metadata["shape"]), metadata["blocksize"]
@@ -61,7 +61,7 @@ def read_state(codes: Tensor, found: Mapping[str, Tensor]) -> tuple[QuantizedTen
     if nested:
         expected["nested_absmax"] = ((-(-blocks // NESTED),), torch.float32)
     for key, (size, kind) in expected.items():
-        tensor = found.get(key)
+        tensor = state.get(key)
         if tensor is None:
             problems.append(f"{key} is missing")
         elif tuple(tensor.shape) != size or tensor.dtype != kind:
@@ -72,22 +72,22 @@ def read_state(codes: Tensor, found: Mapping[str, Tensor]) -> tuple[QuantizedTen
         what = f"the codes are {codes.dtype} {tuple(codes.shape)}"
         problems.append(f"{what}, expected {-(-numbers // 2)} bytes for a weight of {shape}")
     for key, values in (("quant_map", CODE), ("nested_quant_map", DYNAMIC)):
-        if key in found and not torch.equal(found[key].float().cpu(), values):
+        if key in state and not torch.equal(state[key].float().cpu(), values):
             problems.append(f"{key} differs from the values of {'NF4' if values is CODE else 'the dynamic map'}")
     if problems:
         return None, torch.float32, problems
     offset = torch.tensor(metadata["nested_offset"], dtype=torch.float32, device=codes.device) if nested else None
-    weight = QuantizedTensor(codes.reshape(-1, 1), found["absmax"], found.get("nested_absmax"), offset, shape, block)
+    weight = QuantizedTensor(codes.reshape(-1, 1), state["absmax"], state.get("nested_absmax"), offset, shape, block)
     return weight, getattr(torch, metadata["dtype"]), []
 
 
-def _read_metadata(found: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[str]]:
+def _read_metadata(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[str]]:
     """The JSON with sizes and dtype, and the errors in it."""
-    if STATE not in found:
-        other = sorted(key for key in found if key.startswith("quant_state."))
+    if STATE not in state:
+        other = sorted(key for key in state if key.startswith("quant_state."))
         return {}, [f"{other[0]} is not NF4" if other else f"{STATE} is missing"]
     try:
-        metadata = json.loads(bytes(found[STATE].cpu().to(torch.uint8).flatten().tolist()))
+        metadata = json.loads(bytes(state[STATE].cpu().to(torch.uint8).flatten().tolist()))
     except (ValueError, RecursionError) as error:
         return {}, [f"{STATE} is not valid JSON: {error}"]
     if not isinstance(metadata, dict):

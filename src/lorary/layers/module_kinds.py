@@ -59,9 +59,9 @@ def _kind_and_numbers(shape: Path, members: list[Path]) -> tuple[Path, list[int]
 
 def _shortest_unique_ends(kinds: set[Path]) -> dict[Path, str]:
     """kind -> the shortest end of its path that is not the end of another kind."""
-    found = {}
+    ends: dict[Path, str] = {}
     for kind in kinds:
-        ends = (kind[-n:] for n in range(1, len(kind)))
-        unique = (end for end in ends if sum(other[-len(end) :] == end for other in kinds) == 1)
-        found[kind] = ".".join(next(unique, kind))
-    return found
+        candidates = (kind[-n:] for n in range(1, len(kind)))
+        unique = (end for end in candidates if sum(other[-len(end) :] == end for other in kinds) == 1)
+        ends[kind] = ".".join(next(unique, kind))
+    return ends

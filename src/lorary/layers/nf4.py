@@ -117,12 +117,12 @@ class _NF4Layer(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         local_metadata, strict, _, unexpected_keys, error_msgs = args
         start = f"{prefix}weight."
-        found = {key.removeprefix(start): state_dict.pop(key) for key in list(state_dict) if key.startswith(start)}
+        state = {key.removeprefix(start): state_dict.pop(key) for key in list(state_dict) if key.startswith(start)}
         if strict:
-            unexpected_keys += [f"{start}{key}" for key in found if key.partition(".")[0] not in KEYS]
+            unexpected_keys += [f"{start}{key}" for key in state if key.partition(".")[0] not in KEYS]
         codes = state_dict.get(f"{prefix}weight")
         if codes is not None:
-            quantized, dtype, problems = read_state(codes, found)
+            quantized, dtype, problems = read_state(codes, state)
             if quantized is not None and (tuple(quantized.shape), quantized.block) != (self.shape, self.block):
                 what = f"holds {tuple(quantized.shape)} in blocks of {quantized.block}"
                 problems.append(f"{what}, expected {self.shape} in blocks of {self.block}")

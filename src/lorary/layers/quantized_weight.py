@@ -115,8 +115,8 @@ def stored_tensors(layer: nn.Module) -> list[Tensor]:
     """The tensors that store a layer's weight: one, or the codes and scales of a quantised one."""
     if not is_quantized(layer):
         return [cast(Tensor, layer.weight)]
-    own = [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]
-    return [tensor for name, tensor in own if name != "bias"]
+    named = [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]
+    return [tensor for name, tensor in named if name != "bias"]
 
 
 def weight_by_forward(layer: Any, rows: int = 256) -> Tensor:

@@ -38,9 +38,9 @@ def own_config_copy(model: nn.Module) -> None:
     copies: dict[int, Any] = {}
     copy.deepcopy(getattr(model, "config", None), copies)
     for module in model.modules():
-        own = copies.get(id(getattr(module, "config", None)))
-        if own is not None:
-            module.config = own
+        copied = copies.get(id(getattr(module, "config", None)))
+        if copied is not None:
+            module.config = copied
 
 
 def rotation(config: Any) -> Mapping[str, Any] | None:
@@ -49,42 +49,42 @@ def rotation(config: Any) -> Mapping[str, Any] | None:
     Args:
         config: of Transformers, or the content of a `config.json` of a model with RoPE, as a SimpleNamespace.
     """
-    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
-    if not isinstance(found, Mapping) or not found:
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    if not isinstance(parameters, Mapping) or not parameters:
         return {"rope_type": "default"} if isinstance(config, SimpleNamespace) else None
-    inner = found.get(_FULL, found)
+    inner = parameters.get(_FULL, parameters)
     return inner if isinstance(inner, Mapping) else None
 
 
 def kind(config: Any) -> str:
     """The RoPE type of a configuration: `default` if it is not scaled."""
-    found = rotation(config) or {}
-    return str(found.get("rope_type") or found.get("type") or "default")
+    parameters = rotation(config) or {}
+    return str(parameters.get("rope_type") or parameters.get("type") or "default")
 
 
 def max_context(config: Any) -> int | None:
     """The context length of a configuration with its RoPE scaling; None if unknown."""
-    known, found = original_context(config), rotation(config) or {}
+    known, parameters = original_context(config), rotation(config) or {}
     if known is None or kind(config) not in FORMS:
         return known
-    factor = found.get("factor")
+    factor = parameters.get("factor")
     return int(known * factor) if isinstance(factor, int | float) and 0 < factor < math.inf else known
 
 
 def original_context(config: Any) -> int | None:
     """The context length before RoPE scaling; None if unknown."""
-    known: int | None = getattr(config, "max_position_embeddings", None)
-    own = (rotation(config) or {}).get("original_max_position_embeddings") if kind(config) == "yarn" else None
-    found = own or known
-    return int(found) if isinstance(found, int | float) and 0 < found < math.inf else None
+    length = getattr(config, "max_position_embeddings", None)
+    if kind(config) == "yarn":
+        length = (rotation(config) or {}).get("original_max_position_embeddings") or length
+    return int(length) if isinstance(length, int | float) and 0 < length < math.inf else None
 
 
 def words(form: str, factor: float, known: int) -> dict[str, Any]:
     """The entries of a configuration's `rope_parameters` for this scaling; `known` is the original context length."""
     if factor == 1:
         return {}
-    more = {"original_max_position_embeddings": known} if form == "yarn" else {}
-    return {"rope_type": form, "factor": factor} | more
+    yarn = {"original_max_position_embeddings": known} if form == "yarn" else {}
+    return {"rope_type": form, "factor": factor} | yarn
 
 
 def scaling_factor(config: Any, length: int) -> float:
@@ -167,10 +167,10 @@ def _rebuilt(module: Any) -> nn.Module:
     """A module of rotary angles rebuilt from its configuration, on the same device."""
     buffer = next(module.buffers(), None)
     with torch.device("cpu" if buffer is None else buffer.device):
-        made: nn.Module = type(module)(config=module.config)
+        rebuilt: nn.Module = type(module)(config=module.config)
     if kind(module.config) == "dynamic":
-        made.register_forward_pre_hook(_reset_cached_length)
-    return made
+        rebuilt.register_forward_pre_hook(_reset_cached_length)
+    return rebuilt
 
 
 def _reset_cached_length(module: nn.Module, args: Any) -> None:

@@ -95,21 +95,21 @@ def check_support(model: nn.Module, config: Any, length: int) -> SupportReport:
         config: of its language part.
         length: of the longest sequence.
     """
-    name, found = type(model).__name__, []
+    name, problems = type(model).__name__, list[str]()
     if not getattr(model, "_supports_attention_backend", True):
-        found.append(f"{name} does not use Transformers' attention interface, so its attention cannot be replaced")
+        problems.append(f"{name} does not use Transformers' attention interface, so its attention cannot be replaced")
     if getattr(config, "attn_logit_softcapping", None):
-        found.append(f"{name} caps attention scores, which grouped attention does not support")
+        problems.append(f"{name} caps attention scores, which grouped attention does not support")
     if any(hasattr(module, "sinks") for module in model.modules()):
-        found.append(f"{name} has attention sinks, which grouped attention does not support")
-    own = [module for module in model.modules() if getattr(module, "config", None) is config]
-    if any(getattr(module, "is_causal", True) is False for module in own):
-        found.append(f"{name} has bidirectional attention")
+        problems.append(f"{name} has attention sinks, which grouped attention does not support")
+    own_modules = [module for module in model.modules() if getattr(module, "config", None) is config]
+    if any(getattr(module, "is_causal", True) is False for module in own_modules):
+        problems.append(f"{name} has bidirectional attention")
     window, windowed, layers = _windows(config, length)
     if windowed and windowed == layers:
-        found.append(f"all layers of {name} use a sliding window of {window:,} tokens, which S² cannot divide")
-    some = f"{windowed} of {layers} layers keep their sliding window; the others attend in groups"
-    return SupportReport(found, [some] if windowed and not found else [])
+        problems.append(f"all layers of {name} use a sliding window of {window:,} tokens, which S² cannot divide")
+    note = f"{windowed} of {layers} layers keep their sliding window; the others attend in groups"
+    return SupportReport(problems, [note] if windowed and not problems else [])
 
 
 def _windows(config: Any, length: int) -> tuple[int, int, int]:

@@ -25,8 +25,8 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Native]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         able = {"plain C"}
-        able |= {"AVX2"} if {"avx2", "fma", "f16c"} <= cpu.features() else set()
-        able |= {"AVX-512"} if {"avx512f", "avx512bw"} <= cpu.features() else set()
+        able |= {"AVX2"} if {"avx2", "fma", "f16c"} <= cpu.cpu_features() else set()
+        able |= {"AVX-512"} if {"avx512f", "avx512bw"} <= cpu.cpu_features() else set()
         with ThreadPoolExecutor() as pool:
             paths = pool.map(lambda name: cpu.compile_library(OPTIONS + FEWER[name]), able)
             made = {name: Native(path) for name, path in zip(able, paths, strict=True)}
@@ -119,7 +119,7 @@ def test_threads_change_nothing(libraries: dict[str, Native], monkeypatch: pytes
 
 def test_it_is_not_given_what_it_cannot_read() -> None:
     good = quantize(torch.randn(40, 128))
-    assert cpu.readable(good)
+    assert cpu.is_readable(good)
     short: dict[str, Tensor | None] = {
         "codes": good.codes[:-1],
         "absmax": good.absmax[:-1],
@@ -127,9 +127,9 @@ def test_it_is_not_given_what_it_cannot_read() -> None:
         "nested_offset": torch.zeros((), dtype=torch.float64),
     }
     for name, part in short.items():
-        assert not cpu.readable(good._replace(**{name: part}))
-    assert not cpu.readable(good._replace(absmax=good.absmax.repeat_interleave(2)[::2]))
-    assert not cpu.readable(good._replace(shape=(41, 128)))
+        assert not cpu.is_readable(good._replace(**{name: part}))
+    assert not cpu.is_readable(good._replace(absmax=good.absmax.repeat_interleave(2)[::2]))
+    assert not cpu.is_readable(good._replace(shape=(41, 128)))
     with pytest.raises((IndexError, RuntimeError)):
         dequantize(good._replace(shape=(41, 128)))
 

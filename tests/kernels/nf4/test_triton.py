@@ -155,8 +155,8 @@ TYPES |= dict.fromkeys(("n", "pieces", "height", "across", "share", "tokens"), "
 CONSTANTS = {"NESTED": 256, "HALF": 32, "DOUBLE": True, "BIAS": True, "INTERPRETED": False, "TOKENS": 16}
 for kernel, sizes, fused in (
     (kernels._dequantize, {"PIECES": 32}, False),
-    (kernels._one, {"ROWS": 4, "PIECES": 16}, True),
-    (kernels._few, {"ROWS": 32, "PIECES": 2}, True),
+    (kernels._gemv_one, {"ROWS": 4, "PIECES": 16}, True),
+    (kernels._gemv_few, {"ROWS": 32, "PIECES": 2}, True),
 ):
     known = CONSTANTS | sizes
     kinds = {name: "constexpr" if name in known else TYPES[name] for name in kernel.arg_names}
@@ -183,7 +183,7 @@ def test_the_kernels_compile_for_a_gpu(tmp_path: Path, monkeypatch: pytest.Monke
     assert status == 0, err
     found = {name: rest for name, *rest in map(str.split, out.splitlines())}
     assert found["_dequantize"] == ["True", "0", "0", "0"]
-    assert found["_one"][0] == "True"
-    assert found["_one"][2] == "0"
-    assert found["_few"][0] == "True"
-    assert int(found["_few"][3]) > 0
+    assert found["_gemv_one"][0] == "True"
+    assert found["_gemv_one"][2] == "0"
+    assert found["_gemv_few"][0] == "True"
+    assert int(found["_gemv_few"][3]) > 0

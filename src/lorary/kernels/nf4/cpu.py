@@ -86,7 +86,7 @@ class Native:
         """Writes a rectangle of the weight.
 
         Args:
-            quantized: a `readable` weight, seen as a matrix [height, width].
+            quantized: a weight that `is_readable`, seen as a matrix [height, width].
             rows, columns: (start, stop).
             out: [rows, columns] of a dtype in `TYPES`, contiguous along its rows.
             dtype: a 16-bit type to round to when `out` is float32.
@@ -125,7 +125,7 @@ def _threads(numbers: int) -> int:
     return max(1, min(torch.get_num_threads(), numbers // SHARE))
 
 
-def readable(quantized: QuantizedTensor) -> bool:
+def is_readable(quantized: QuantizedTensor) -> bool:
     """Whether the compiled code can read these tensors: contiguous, on the CPU, of the sizes that the shape implies."""
     height, width = matrix_shape(quantized.shape)
     n = height * width
@@ -174,11 +174,11 @@ def compile_library(options: tuple[str, ...]) -> Path:
         raise FileNotFoundError("no C compiler found")
     source, seen = SOURCE.read_bytes() + HEADER.read_bytes(), os.stat(compiler)
     identity = (os.path.realpath(compiler), seen.st_size, seen.st_mtime_ns)
-    key = (source, *identity, options, platform.machine(), sorted(features()))
+    key = (source, *identity, options, platform.machine(), sorted(cpu_features()))
     folder = _cache_folder()
     start = f"nf4-{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}-"
-    if whole := [path for path in sorted(folder.glob(f"{start}*.so")) if _is_intact(path)]:
-        return whole[0]
+    if intact := [path for path in sorted(folder.glob(f"{start}*.so")) if _is_intact(path)]:
+        return intact[0]
     # written under another name first, so that a concurrent process sees all of the file or none
     handle, name = tempfile.mkstemp(suffix=".so", dir=folder)
     os.close(handle)
@@ -221,7 +221,7 @@ def _cache_folder() -> Path:
 
 
 @lru_cache
-def features() -> frozenset[str]:
+def cpu_features() -> frozenset[str]:
     """The processor's feature flags from `/proc/cpuinfo`; empty if there is no such file."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

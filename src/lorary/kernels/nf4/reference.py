@@ -124,13 +124,13 @@ def quantize_piece(w: Tensor, block: int, codes: Tensor, absmax: Tensor) -> None
 
     The last block may be short.
     """
-    whole = w.numel() - w.numel() % block
-    blocks = w[:whole].view(-1, block)
-    largest = blocks.abs().amax(1) if whole else w.new_empty(0)
+    end = w.numel() - w.numel() % block
+    blocks = w[:end].view(-1, block)
+    largest = blocks.abs().amax(1) if end else w.new_empty(0)
     v = (blocks * (1.0 / largest.clamp(min=_SMALLEST)).unsqueeze(1)).view(-1)
-    if whole < w.numel():  # bitsandbytes divides a short block, and stores the bounded magnitude
-        rest = w[whole:].abs().amax().clamp(min=_SMALLEST).view(1)
-        largest, v = torch.cat([largest, rest]), torch.cat([v, w[whole:] / rest])
+    if end < w.numel():  # bitsandbytes divides a short block, and stores the bounded magnitude
+        rest = w[end:].abs().amax().clamp(min=_SMALLEST).view(1)
+        largest, v = torch.cat([largest, rest]), torch.cat([v, w[end:] / rest])
     # the number of midpoints below v; ties take the lower value
     index = torch.bucketize(v.clamp_(-1, 1), MIDDLES.to(w.device), out_int32=True).to(torch.uint8)
     if index.numel() % 2:

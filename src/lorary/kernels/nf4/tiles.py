@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lorary.kernels.low_rank import without_autocast
-from lorary.kernels.nf4.cpu import TYPES, features, native, readable
+from lorary.kernels.nf4.cpu import TYPES, cpu_features, is_readable, native
 from lorary.kernels.nf4.reference import (
     AT_ONCE,
     NESTED,
@@ -49,9 +49,9 @@ def triton_kernels() -> Any:
 @lru_cache
 def working_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
     """The dtype to multiply in: float32 for 16-bit numbers on processors that cannot multiply them."""
-    if device != "cpu" or dtype not in _SHORT or not features():
+    if device != "cpu" or dtype not in _SHORT or not cpu_features():
         return dtype
-    return dtype if _SHORT[dtype] & features() else torch.float32
+    return dtype if _SHORT[dtype] & cpu_features() else torch.float32
 
 
 def dequantize_tile(
@@ -75,17 +75,17 @@ def dequantize_tile(
     if out.is_cuda and columns == (0, width) and out.is_contiguous() and (kernels := triton_kernels()) is not None:
         kernels.dequantize(row_slice(quantized, *rows), out.dtype, out)
         return out
-    compiled = native() if out.device.type == "cpu" and out.stride(1) == 1 and readable(quantized) else None
+    compiled = native() if out.device.type == "cpu" and out.stride(1) == 1 and is_readable(quantized) else None
     if compiled is not None and out.dtype in TYPES:
         compiled.dequantize(quantized, rows, columns, out, dtype)
         return out
     first = torch.float32 if compiled is not None and dtype not in TYPES else dtype
-    made = out if out.dtype == first else torch.empty(out.shape, dtype=first, device=out.device)
+    target = out if out.dtype == first else torch.empty(out.shape, dtype=first, device=out.device)
     if compiled is None:
-        dequantize_region(quantized, rows, columns, made)
+        dequantize_region(quantized, rows, columns, target)
     else:
-        compiled.dequantize(quantized, rows, columns, made)
-    return out if made is out else out.copy_(made)
+        compiled.dequantize(quantized, rows, columns, target)
+    return out if target is out else out.copy_(target)
 
 
 def dequantize_into(quantized: QuantizedTensor, out: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def dequantize_into(quantized: QuantizedTensor, out: Tensor) -> Tensor:
     if out.is_cuda:
         whole = triton_kernels() is not None
     else:
-        whole = out.dtype in TYPES and readable(quantized) and native() is not None
+        whole = out.dtype in TYPES and is_readable(quantized) and native() is not None
     for top, bottom in (
         [(0, height)] if whole else _spans(height, width)
     ):  # other code needs temporaries larger than the tile
@@ -111,7 +111,7 @@ def gather_rows(quantized: QuantizedTensor, rows: Tensor, dtype: torch.dtype) ->
     rows = rows.reshape(-1).to(out.device, torch.int64)
     if rows.device.type == "cpu" and (int(rows.min()) < 0 or int(rows.max()) >= height):
         raise IndexError(f"row {int(rows.min())} or {int(rows.max())} of a matrix of {height} rows")
-    compiled = native() if dtype in TYPES and readable(quantized) else None
+    compiled = native() if dtype in TYPES and is_readable(quantized) else None
     if compiled is not None:
         compiled.dequantize_rows(quantized, rows, out.view(-1, width))
         return out
@@ -159,7 +159,7 @@ def _few_rows(x: Tensor, quantized: QuantizedTensor, bias: Tensor | None) -> Ten
         kernels = triton_kernels()
         return kernels.gemv(x, quantized, bias) if kernels is not None and kernels.suits(quantized) else None
     suits = quantized.shape[1] % quantized.block == 0 and quantized.block % 64 == 0
-    compiled = native() if suits and readable(quantized) else None
+    compiled = native() if suits and is_readable(quantized) else None
     if compiled is None:
         return None
     y = compiled.linear(x.to(torch.float32).contiguous(), quantized, x.dtype)
@@ -171,8 +171,8 @@ def gradient(gy: Tensor, quantized: QuantizedTensor) -> Tensor:
     height, width = quantized.shape
     flat = gy.reshape(math.prod(gy.shape[:-1]), height)
     with without_autocast(gy.device):
-        made = _by_rows(flat, quantized) if gy.is_cuda else _by_columns(flat, quantized)
-    return made.view(*gy.shape[:-1], width)
+        gx = _by_rows(flat, quantized) if gy.is_cuda else _by_columns(flat, quantized)
+    return gx.view(*gy.shape[:-1], width)
 
 
 def _by_columns(gy: Tensor, quantized: QuantizedTensor) -> Tensor:

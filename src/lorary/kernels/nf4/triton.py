@@ -96,7 +96,7 @@ def gemv(x: Tensor, quantized: QuantizedTensor, bias: Tensor | None = None) -> T
     constants = {"NESTED": NESTED, "ROWS": rows, "PIECES": pieces, "HALF": PIECE // 2}
     with _on(x):
         flags = _flags(quantized) | {"BIAS": bias is not None, "enable_fp_fusion": True}
-        kernel = _one if tokens == 1 else _few
+        kernel = _gemv_one if tokens == 1 else _gemv_few
         more = {} if tokens == 1 else {"tokens": tokens, "TOKENS": MOST}
         kernel[(-(-out // rows),)](*given, out, inp // PIECE, quantized.block // PIECE, **more, **constants, **flags)
     return y
@@ -159,7 +159,7 @@ def _dequantize(
 
 
 @triton.jit
-def _one(
+def _gemv_one(
     codes, absmax, nested, offset, code, dynamic, x, bias, y, height, across, share,
     NESTED: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, HALF: tl.constexpr,
     DOUBLE: tl.constexpr, BIAS: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -187,7 +187,7 @@ def _one(
 
 
 @triton.jit
-def _few(
+def _gemv_few(
     codes, absmax, nested, offset, code, dynamic, x, bias, y, height, across, share, tokens,
     TOKENS: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, HALF: tl.constexpr,
     DOUBLE: tl.constexpr, BIAS: tl.constexpr, INTERPRETED: tl.constexpr,
