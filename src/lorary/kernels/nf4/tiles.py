@@ -95,9 +95,8 @@ def dequantize_into(quantized: QuantizedTensor, out: Tensor) -> Tensor:
         whole = triton_kernels() is not None
     else:
         whole = out.dtype in TYPES and is_readable(quantized) and native() is not None
-    for top, bottom in (
-        [(0, height)] if whole else _spans(height, width)
-    ):  # other code needs temporaries larger than the tile
+    # without a kernel for the whole weight, temporaries are larger than a tile
+    for top, bottom in [(0, height)] if whole else _spans(height, width):
         dequantize_tile(quantized, (top, bottom), (0, width), out[top:bottom])
     return out
 
