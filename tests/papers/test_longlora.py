@@ -288,7 +288,7 @@ def test_what_the_words_may_not_hold(options: dict[str, Any], message: str) -> N
 
 
 def test_a_model_without_rotary_positions() -> None:
-    with pytest.raises(PlanError, match="context: GPT2LMHeadModel has no rotary positions that could be stretched"):
+    with pytest.raises(PlanError, match="context: GPT2LMHeadModel has no rotary position embeddings to scale"):
         lorary.plan(tiny.model("GPT2LMHeadModel"), longlora())
 
 
