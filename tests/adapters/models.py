@@ -123,7 +123,7 @@ def adapted(base: Base, *names: str, targets: Any = None, **options: Any) -> nn.
     words = {k: options.pop(k) for k in ("ranks", "alphas", "exclude") if k in options}
     method = lorary.method(*(names or ("lora",)), **({"r": 4, "alpha": 6} | options))
     lorary.attach(model, lorary.plan(model, method, targets=targets or base.targets, **words))
-    fill(p for n, p in model.named_parameters() if ".p." in n)
+    fill(p for n, p in model.named_parameters() if ".params." in n)
     return model.eval()
 
 
@@ -132,5 +132,5 @@ def vera(base: Base, *names: str, targets: Any = None, **options: Any) -> nn.Mod
     model = base.model()
     method = lorary.method("vera", *names, **({"r": 6} | options))
     lorary.attach(model, lorary.plan(model, method, targets=targets or base.targets))
-    fill(p for n, p in model.named_parameters() if ".p." in n)
+    fill(p for n, p in model.named_parameters() if ".params." in n)
     return model.eval()

@@ -776,36 +776,41 @@ NATIVE: list[tuple[str, Spoil, str]] = [
     ("record that is a list", lambda s: s.record.write_text("[]"), "  - lorary.json: is not a JSON object"),
     (
         "record of a newer version",
-        note(lambda r: r.update(format=2, lorary="9.1")),
-        ("  - lorary.json: has format 2, written by lorary '9.1'; this version reads 1\n      hint: update lorary"),
+        note(lambda r: r.update(format=3, lorary="9.1")),
+        ("  - lorary.json: has format 3, written by lorary '9.1'; this version reads up to 2\n      hint: update lorary"),
     ),
     (
         "record of format true",
         note(lambda r: r.update(format=True)),
-        "  - lorary.json: format: is true; this version reads 1",
+        "  - lorary.json: format: is true; this version reads 1 to 2",
+    ),
+    (
+        "record of format 0",
+        note(lambda r: r.update(format=0)),
+        "  - lorary.json: format: is 0; this version reads 1 to 2",
     ),
     (
         "fields missing and left over",
         note(lambda r: (r.pop("base"), r.update(bse=1))),
-        ("  - lorary.json: base: is missing\n  - lorary.json: bse: is no field of the format"),
+        ("  - lorary.json: base: is missing\n  - lorary.json: bse: is not a field of the format"),
     ),
     (
         "base that is a list",
         note(lambda r: r.update(base=[])),
-        "  - lorary.json: base: has to hold the texts architecture, name, structure, weights",
+        "  - lorary.json: base: must hold the texts architecture, name, structure, weights",
     ),
     (
         "files that leave the folder",
         note(lambda r: r["files"].update({"../x": {"size": 1, "sha256": ""}})),
         (
-            "  - lorary.json: files: has to be about adapter_config.json and adapter_model.safetensors, or "
+            "  - lorary.json: files: must describe adapter_config.json and adapter_model.safetensors, or "
             "adapter.safetensors"
         ),
     ),
     (
-        "a word that does not exist",
-        note(lambda r: r["method"]["delta"].update(word="LowRnk")),
-        ("  - lorary.json: method: delta: 'LowRnk' is no word that lorary knows\n      hint: did you mean `LowRank`?"),
+        "a component that does not exist",
+        note(lambda r: r["method"]["delta"].update(component="LowRnk")),
+        ("  - lorary.json: method: delta: 'LowRnk' is not a known component\n      hint: did you mean `LowRank`?"),
     ),
     (
         "an axis that does not exist",
@@ -832,22 +837,22 @@ NATIVE: list[tuple[str, Spoil, str]] = [
         "a site without a kind",
         site(lambda s: s.pop("kind")),
         (
-            '  - lorary.json: sites[0]: is {"name": "model.layers.0.self_attn.q_proj", "out": 16, "inp": 16, '
-            '"bias": false}; a site has the fields bias, inp, kind, name, out'
+            '  - lorary.json: sites[0]: is {"name": "model.layers.0.self_attn.q_proj", "out_features": 16, '
+            '"in_features": 16, "bias…
         ),
     ),
     (
         "a site of no kind",
         site(lambda s: s.update(kind="quantum")),
         (
-            "  - lorary.json: sites[0]: 'quantum' is no kind of site; they are linear, transposed, conv1d, "
+            "  - lorary.json: sites[0]: 'quantum' is not a kind of site; the kinds are linear, transposed, conv1d, "
             "conv2d, conv3d, embedding"
         ),
     ),
     (
         "a site of negative size",
-        site(lambda s: s.update(out=-16)),
-        "  - lorary.json: sites[0]: `out` is -16, no whole number of at least 1",
+        site(lambda s: s.update(out_features=-16)),
+        "  - lorary.json: sites[0]: `out_features` is -16, not a whole number of at least 1",
     ),
     (
         "a site twice",
@@ -858,7 +863,7 @@ NATIVE: list[tuple[str, Spoil, str]] = [
         "a site's alpha is a text",
         site(lambda s: s.update(alpha="6")),
         (
-            "  - lorary.json: model.layers.0.self_attn.q_proj: scale: ByRank has alpha = '6'; it takes a "
+            "  - lorary.json: model.layers.0.self_attn.q_proj: scale: AlphaOverRank has alpha = '6'; it takes a "
             "positive finite number"
         ),
     ),
@@ -868,9 +873,9 @@ NATIVE: list[tuple[str, Spoil, str]] = [
         "  - lorary.json: sites[0]: the part 'q' does not lie within 16 rows",
     ),
     (
-        "a convolution's window on a linear",
-        site(lambda s: s.update(window=[3])),
-        "  - lorary.json: sites[0]: the window [3] is not that of a linear",
+        "a convolution's kernel size on a linear",
+        site(lambda s: s.update(kernel_size=[3])),
+        "  - lorary.json: sites[0]: the kernel size [3] is not that of a linear",
     ),
     (
         "a site that the file lacks",

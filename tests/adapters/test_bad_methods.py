@@ -63,7 +63,7 @@ def adalora() -> nn.Module:
     small = plan.sites[1].method.replace(delta=SVDDelta(4, kept=1))
     placed = (plan.sites[0], dataclasses.replace(plan.sites[1], method=small), *plan.sites[2:])
     lorary.attach(model, dataclasses.replace(plan, sites=placed))
-    models.fill(p for n, p in model.named_parameters() if ".p." in n)
+    models.fill(p for n, p in model.named_parameters() if ".params." in n)
     return model.eval()
 
 
@@ -76,7 +76,7 @@ def tasks() -> nn.Module:
     model = LLAMA.model()
     first = lorary.Adapter.of(adapted(LLAMA, "o-lora", r=2, targets=["q_proj"]))
     lorary.attach(model, lorary.plan(model, lorary.method("o-lora", r=4), targets=["q_proj"], after=[first]))
-    models.fill(p for n, p in model.named_parameters() if ".p." in n and p.requires_grad)
+    models.fill(p for n, p in model.named_parameters() if ".params." in n and p.requires_grad)
     for name, p in model.named_parameters():
         if name.endswith("_past"):
             p.data = p.data.bfloat16()
@@ -181,7 +181,7 @@ def test_magnitudes_in_every_shape_that_was_written_are_read(lead: tuple[int, ..
 
 # --- our own files -----------------------------------------------------------------------------------------------
 
-MISSING = "has to be about what the sites share: A, B"
+MISSING = "must describe the shared tensors: A, B"
 NATIVE: list[tuple[str, Callable[[], nn.Module], Spoil, str]] = [
     ("a start missing", pissa, drop(f"{Q}|A0"), f"  - {Q}|A0: is missing"),
     (
@@ -199,7 +199,7 @@ NATIVE: list[tuple[str, Callable[[], nn.Module], Spoil, str]] = [
     (
         "starts that the record denies",
         pissa,
-        note(lambda r: r["method"].update(init={"word": "Kaiming"})),
+        note(lambda r: r["method"].update(init={"component": "Kaiming"})),
         "\n".join(
             f"  - model.layers.{i}.self_attn.{name}_proj|{role}0: belongs to no site and no parameter of the record"
             for i in (0, 1)
@@ -262,7 +262,7 @@ NATIVE: list[tuple[str, Callable[[], nn.Module], Spoil, str]] = [
         "no blocks",
         melora,
         note(lambda r: r["method"]["delta"].update(n=0)),
-        "  - lorary.json: method: delta: Minis has n = 0; it takes a whole number of at least 1",
+        "  - lorary.json: method: delta: BlockDiagonal has n = 0; it takes a whole number of at least 1",
     ),
     (
         "more blocks",
@@ -277,19 +277,19 @@ NATIVE: list[tuple[str, Callable[[], nn.Module], Spoil, str]] = [
     (
         "a word that fills other tensors",
         pissa,
-        note(lambda r: r["method"].update(init={"word": "Balanced"})),
-        "  - lorary.json: method: init: Balanced fills {A, B, gamma}; LowRank has {A, B}",
+        note(lambda r: r["method"].update(init={"component": "MultiLoRAInit"})),
+        "  - lorary.json: method: init: MultiLoRAInit fills {A, B, gamma}; LowRank has {A, B}",
     ),
     (
         "an alpha for a scale without one",
         dvora,
         note(lambda r: r["sites"][0].update(alpha=3)),
-        f"  - lorary.json: {Q}: its scale, Fixed, has no alpha",
+        f"  - lorary.json: {Q}: its scale, ConstantScale, has no alpha",
     ),
     (
         "a site's own method that is none",
         dvora,
-        note(lambda r: r["sites"][0].update(method={"delta": {"word": "Vectors", "r": 6}})),
+        note(lambda r: r["sites"][0].update(method={"delta": {"component": "SharedProjectionDelta", "r": 6}})),
         "\n".join(
             f"  - lorary.json: {Q}: {axis}: is not said, and a delta needs it" for axis in ("init", "scale", "join")
         ),
@@ -301,7 +301,7 @@ NATIVE: list[tuple[str, Callable[[], nn.Module], Spoil, str]] = [
         "checksums of what is not shared",
         pissa,
         note(lambda r: r.update(drawn={"A": {"dtype": "F32", "sha256": "0"}})),
-        "  - lorary.json: drawn: has to be about what the sites share: nothing",
+        "  - lorary.json: drawn: must describe the shared tensors: none",
     ),
     (
         "a checksum of no precision",
@@ -321,7 +321,7 @@ NATIVE: list[tuple[str, Callable[[], nn.Module], Spoil, str]] = [
         "a rank beyond all integers of the machine",
         drawn,
         note(lambda r: r["method"]["delta"].update(r=2**63)),
-        "  - lorary.json: method: delta: Vectors has r = 9223372036854775808; it takes a whole number of at least 1",
+        "  - lorary.json: method: delta: SharedProjectionDelta has r = 9223372036854775808; it takes a whole number of at least 1",
     ),
     (
         "a rank beyond all memory",
@@ -356,15 +356,15 @@ WHOLE = "it takes a whole number of at least 0, or None"
 Q1 = "model.layers.1.self_attn.q_proj"
 TASKS = "it takes whole numbers of at least 1"
 NATIVE += [
-    ("fewer than none left", adalora, said(kept=-1), f"  - lorary.json: {Q}: delta: Spectral has kept = -1; {WHOLE}"),
-    ("true left", adalora, said(kept=True), f"  - lorary.json: {Q}: delta: Spectral has kept = True; {WHOLE}"),
+    ("fewer than none left", adalora, said(kept=-1), f"  - lorary.json: {Q}: delta: SVDDelta has kept = -1; {WHOLE}"),
+    ("true left", adalora, said(kept=True), f"  - lorary.json: {Q}: delta: SVDDelta has kept = True; {WHOLE}"),
     (
         "half a direction left",
         adalora,
         said(kept=0.5),
-        f"  - lorary.json: {Q}: delta: Spectral has kept = 0.5; {WHOLE}",
+        f"  - lorary.json: {Q}: delta: SVDDelta has kept = 0.5; {WHOLE}",
     ),
-    ("a list left", adalora, said(kept=[1]), f"  - lorary.json: {Q}: delta: Spectral has kept = (1,); {WHOLE}"),
+    ("a list left", adalora, said(kept=[1]), f"  - lorary.json: {Q}: delta: SVDDelta has kept = (1,); {WHOLE}"),
     ("more left than there were", adalora, said(kept=5), f"  - lorary.json: {Q}: 5 of 4 directions cannot be left"),
     (
         "another number left",
@@ -386,7 +386,7 @@ NATIVE += [
         "some left of a LoRA",
         melora,
         note(lambda r: r["sites"][0].update(kept=1)),
-        f"  - lorary.json: {Q}: `kept` is 1, and Minis has no such field",
+        f"  - lorary.json: {Q}: `kept` is 1, and BlockDiagonal has no such field",
     ),
     (
         "E of NaN",
@@ -449,10 +449,30 @@ NATIVE += [
         said(past=[]),
         "\n".join(f"  - {Q1}|{role}_past: belongs to no site and no parameter of the record" for role in "AB"),
     ),
-    ("a past of nothing", tasks, said(past=[2, 0]), f"  - lorary.json: {Q1}: delta: Tasks has past = (2, 0); {TASKS}"),
-    ("a past below zero", tasks, said(past=[-2]), f"  - lorary.json: {Q1}: delta: Tasks has past = (-2,); {TASKS}"),
-    ("a true past", tasks, said(past=[True]), f"  - lorary.json: {Q1}: delta: Tasks has past = (True,); {TASKS}"),
-    ("a past that is a number", tasks, said(past=2), f"  - lorary.json: {Q1}: delta: Tasks has past = 2; {TASKS}"),
+    (
+        "a past of nothing",
+        tasks,
+        said(past=[2, 0]),
+        f"  - lorary.json: {Q1}: delta: SequentialLoRA has past = (2, 0); {TASKS}",
+    ),
+    (
+        "a past below zero",
+        tasks,
+        said(past=[-2]),
+        f"  - lorary.json: {Q1}: delta: SequentialLoRA has past = (-2,); {TASKS}",
+    ),
+    (
+        "a true past",
+        tasks,
+        said(past=[True]),
+        f"  - lorary.json: {Q1}: delta: SequentialLoRA has past = (True,); {TASKS}",
+    ),
+    (
+        "a past that is a number",
+        tasks,
+        said(past=2),
+        f"  - lorary.json: {Q1}: delta: SequentialLoRA has past = 2; {TASKS}",
+    ),
     (
         "a past without end",
         tasks,

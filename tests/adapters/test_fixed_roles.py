@@ -38,7 +38,7 @@ def after(base: Base, targets: list[str], *names: str, ranks: tuple[int, ...] = 
         model = base.model()
         method = lorary.method("o-lora", *names, r=r, alpha=6, **options)
         lorary.attach(model, lorary.plan(model, method, targets, after=past[-1:]), seed=r)
-        fill(p for n, p in model.named_parameters() if ".p." in n and p.requires_grad)
+        fill(p for n, p in model.named_parameters() if ".params." in n and p.requires_grad)
         past.append(lorary.Adapter.of(model))
     return model.eval()
 
@@ -47,9 +47,9 @@ def delta(base: Base, targets: list[str], **options: Any) -> nn.Module:
     """The base with a filled Delta-LoRA on it, as after step K."""
     model = base.model()
     lorary.attach(model, lorary.plan(model, lorary.method("delta-lora", r=4, alpha=6, **options), targets))
-    fill(p for n, p in model.named_parameters() if ".p." in n)
+    fill(p for n, p in model.named_parameters() if ".params." in n)
     for name, p in model.named_parameters():
-        if name.endswith(".p.lam"):
+        if name.endswith(".params.lam"):
             p.data.fill_(2.0)
     return model.eval()
 
@@ -145,7 +145,7 @@ def written(base: Base = LLAMA) -> nn.Module:
     model = base.model()
     method = lorary.method("delta-lora", r=4, alpha=6, start=1, mode="paper")
     lorary.attach(model, lorary.plan(model, method, ["q_proj", "c_fc"][base is GPT2 :][:1]))
-    fill(p for n, p in model.named_parameters() if ".p." in n)
+    fill(p for n, p in model.named_parameters() if ".params." in n)
     with torch.no_grad():
         for layer in model.modules():
             if isinstance(layer, lorary.Adapted):
@@ -181,7 +181,7 @@ def test_written_weights_have_no_words_in_peft(model: Base | None, tmp_path: Pat
 def test_before_the_weight_follows_its_product_is_zero(tmp_path: Path) -> None:
     model = delta(LLAMA, ["q_proj"], start=5)
     for name, p in model.named_parameters():
-        if name.endswith((".p.A_K", ".p.B_K", ".p.lam")):
+        if name.endswith((".params.A_K", ".params.B_K", ".params.lam")):
             p.data.zero_()
     lorary.save(model, tmp_path)
     same(lorary.load_adapter(tmp_path), lorary.Adapter.of(model))

@@ -412,7 +412,7 @@ def test_what_could_not_be_read_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(FileError) as caught:
         export_peft(with_value(1, torch.float64), tmp_path / "a")
     assert str(caught.value).splitlines()[:2] == [
-        f"cannot save an adapter to {str(tmp_path / 'a')!r}",
+        f"cannot export an adapter to {str(tmp_path / 'a')!r} for PEFT",
         "  - base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight: is float64; adapters are saved as "
         "float32, float16, bfloat16",
     ]
@@ -505,7 +505,7 @@ torch.set_num_threads(1)
 net = torch.nn.Sequential(torch.nn.Linear(4, 4))
 lorary.attach(net, lorary.plan(net, lorary.method("lora", r=2), targets=["0"]))
 with torch.no_grad():
-    net[0].p["B"].fill_(2)
+    net[0].params["B"].fill_(2)
 lorary.save(net, sys.argv[1])
 """
 

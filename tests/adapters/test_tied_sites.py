@@ -39,7 +39,7 @@ def shared(base: Base = LLAMA, *names: str, **options: Any) -> nn.Module:
         for p, kind in zip(plan.sites, kinds, strict=True)
     )
     lorary.attach(model, dataclasses.replace(plan, sites=placed))
-    fill(p for n, p in model.named_parameters() if ".p." in n)
+    fill(p for n, p in model.named_parameters() if ".params." in n)
     return model.eval()
 
 
@@ -205,9 +205,13 @@ BAD: list[tuple[str, Callable[[], nn.Module], Callable[[Spoiled], Any], str]] = 
     (
         "a start in each layer's weight",
         ours,
-        note(lambda r: r["method"].update(delta={"word": "LowRank", "r": 4}, init={"word": "Principal", "niter": 4})),
+        note(
+            lambda r: r["method"].update(
+                delta={"component": "LowRank", "r": 4}, init={"component": "SVDInit", "niter": 4}
+            )
+        ),
         "\n".join(
-            f"  - lorary.json: model.layers.{i}.{name}: shares what it learns, and Principal starts at the weight of "
+            f"  - lorary.json: model.layers.{i}.{name}: shares what it learns, and SVDInit starts at the weight of "
             "each layer"
             for i in (0, 1)
             for name in ("self_attn.q_proj", "mlp.down_proj")

@@ -9,14 +9,14 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lorary.adapters.save_load import export_peft as export_peft
+    from lorary.adapters.peft.export import export_peft as export_peft
     from lorary.adapters.save_load import load_adapter as load_adapter
     from lorary.adapters.save_load import save_adapter as save_adapter
     from lorary.files.findings import AdapterWarning as AdapterWarning
 
 _HOMES = {
     "AdapterWarning": "files.findings",
-    "export_peft": "adapters.save_load",
+    "export_peft": "adapters.peft.export",
     "load_adapter": "adapters.save_load",
     "save_adapter": "adapters.save_load",
 }

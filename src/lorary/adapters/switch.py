@@ -118,12 +118,16 @@ def _adapters(adapters: Any) -> list[Adapter]:
 
 def _check_base(model: nn.Module, adapter: Adapter, here: Fingerprint, where: str, *, force: bool) -> None:
     modules = unwrapped_modules(model)
-    problems = [problem for p in adapter.sites for problem in layer_mismatches(p.site, modules.get(p.site.name))]
+    problems = [
+        problem
+        for adapted in adapter.sites
+        for problem in layer_mismatches(adapted.site, modules.get(adapted.site.name))
+    ]
     given_up = {name for name, layer in adapted_layers(model).items() if layer.start}  # detaching makes them plain
-    for p in adapter.sites:
-        if p.starts and is_quantized(modules.get(p.site.name)) and p.site.name not in given_up:
-            problems.append(already_quantized(p.site.name, p.init))
-        problems += _shape_problems(p.site.name, p.stored, adapter.tensors.get(p.site.name, {}))
+    for adapted in adapter.sites:
+        if adapted.starts and is_quantized(modules.get(adapted.site.name)) and adapted.site.name not in given_up:
+            problems.append(already_quantized(adapted.site.name, adapted.init))
+        problems += _shape_problems(adapted.site.name, adapted.stored, adapter.tensors.get(adapted.site.name, {}))
     parameters = {name: tuple(t.shape) for name, t in base_parameters(model)}
     for name, tensor in adapter.full.items():
         if parameters.get(name) != tuple(tensor.shape):

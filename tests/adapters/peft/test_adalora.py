@@ -49,7 +49,7 @@ def adalora(base: Base, left: tuple[int, ...] = LEFT, targets: Any = None, **opt
             dataclasses.replace(p, method=p.method.replace(delta=d)) for p, d in zip(placed, deltas, strict=True)
         )
     lorary.attach(model, dataclasses.replace(plan, sites=placed))
-    fill(p for n, p in model.named_parameters() if ".p." in n)
+    fill(p for n, p in model.named_parameters() if ".params." in n)
     return model.eval()
 
 
@@ -135,7 +135,7 @@ def test_masked_but_not_yet_dropped_directions_are_kept(tmp_path: Path) -> None:
     """In the middle of a run E is zero where a direction is masked; it may come back."""
     model = adalora(LLAMA, ())
     for name, p in model.named_parameters():
-        if name.endswith("p.E"):
+        if name.endswith("params.E"):
             p.data[1:3] = 0
     lorary.save(model, tmp_path / "a")
     same(lorary.load_adapter(tmp_path / "a"), lorary.Adapter.of(model))
@@ -153,7 +153,7 @@ def test_ranks_and_alphas_of_sites_are_kept_in_our_own_words(tmp_path: Path) -> 
     method = lorary.method("adalora", r=4, target=2)
     plan = lorary.plan(model, method, LLAMA.targets, ranks={"down_proj": 3}, alphas={"q_proj": 7})
     lorary.attach(model, plan)
-    fill(p for n, p in model.named_parameters() if ".p." in n)
+    fill(p for n, p in model.named_parameters() if ".params." in n)
     lorary.save(model.eval(), tmp_path / "a")
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["adapter.safetensors", "lorary.json"]
     same(lorary.load_adapter(tmp_path / "a"), lorary.Adapter.of(model))
@@ -165,7 +165,7 @@ def rescaled() -> nn.Module:
     model = LLAMA.model()
     method = lorary.method("adalora", r=4, target=2).replace(scale=AlphaOverSqrtRank(6.0))
     lorary.attach(model, lorary.plan(model, method, LLAMA.targets))
-    fill(p for n, p in model.named_parameters() if ".p." in n)
+    fill(p for n, p in model.named_parameters() if ".params." in n)
     return model.eval()
 
 

@@ -139,7 +139,7 @@ def test_ranks_of_sites_have_no_words_in_pefts_vera(tmp_path: Path) -> None:
     base = LLAMA.model()
     plan = lorary.plan(base, lorary.method("vera", r=6), targets=["q_proj", "down_proj"], ranks={"down_proj": 3})
     lorary.attach(base, plan)
-    fill(p for n, p in base.named_parameters() if ".p." in n)
+    fill(p for n, p in base.named_parameters() if ".params." in n)
     lorary.save(base.eval(), tmp_path)
     assert not (tmp_path / "adapter_config.json").exists()
     adapter = lorary.load_adapter(tmp_path)
@@ -162,8 +162,8 @@ def test_the_parts_are_put_together_once(
     saved: bool, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And once more where they are compared with what the seed gives."""
-    adapter, calls, original = lorary.Adapter.of(vera(LLAMA, save_projections=saved)), [], shared_tensors._gathered
-    monkeypatch.setattr(shared_tensors, "_gathered", lambda *words: calls.append(words) or original(*words))
+    adapter, calls, original = lorary.Adapter.of(vera(LLAMA, save_projections=saved)), [], shared_tensors._collect
+    monkeypatch.setattr(shared_tensors, "_collect", lambda *words: calls.append(words) or original(*words))
     lorary.save_adapter(adapter, tmp_path)
     assert len(calls) == times
 
@@ -204,7 +204,7 @@ def test_sixteen_bit_projections_are_drawn_to_the_same_bits(tmp_path: Path) -> N
     model = LLAMA.model()
     method = lorary.method("vera", r=6, save_projections=False)
     lorary.attach(model, lorary.plan(model, method, targets=["q_proj"]), dtype=torch.bfloat16)
-    fill(p for n, p in model.named_parameters() if ".p." in n)
+    fill(p for n, p in model.named_parameters() if ".params." in n)
     lorary.save(model, tmp_path)
     assert not (tmp_path / "adapter_config.json").exists(), "PEFT draws them in 32 bits"
     assert json.loads((tmp_path / "lorary.json").read_text())["drawn"]["A"]["dtype"] == "BF16"

@@ -11,10 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 from lorary.adapters.adapter import Adapter
+from lorary.adapters.expected_tensors import Layout
 from lorary.adapters.peft.config import PeftConfig
 from lorary.adapters.peft.fields import ALPHA, EXCLUDE, PROBABILITY, RANK, SHARED, field, masks, unused
 from lorary.adapters.peft.lora import UNSUPPORTED, json_number
-from lorary.adapters.peft.types import Layout, PeftType, register
+from lorary.adapters.peft.types import PeftType, register
 from lorary.adapters.shared_tensors import SharedTensors
 from lorary.files.strict_json import show
 from lorary.methods.adalora import AlphaOverInitialRank, OrthogonalityPenalty, SVDDelta, SVDDeltaInit
@@ -85,10 +86,10 @@ class AdaLora(PeftType):
         return found
 
     def peft_incompatibilities(self, adapter: Adapter, shared: SharedTensors) -> list[str]:
-        scales = {p.method.scale for p in adapter.sites}
+        scales = {adapted.method.scale for adapted in adapter.sites}
         reasons = {
             "PEFT's AdaLoRA has one rank at the start and one alpha for all layers": len(scales) > 1
-            or len({p.r for p in adapter.sites}) > 1,
+            or len({adapted.r for adapted in adapter.sites}) > 1,
             "PEFT's AdaLoRA takes `default` in a path for the name that it gives an adapter": any(
                 "default" in name for name in _masks(adapter)
             ),
@@ -125,16 +126,16 @@ class AdaLora(PeftType):
             "rank_pattern": _masks(adapter) or None,
         }
 
-    def layout(self, p: AdaptedSite) -> Layout:
-        names = super().layout(p)
+    def layout(self, adapted: AdaptedSite) -> Layout:
+        names = super().layout(adapted)
         name, shape = names["E"]
         return names | {"E": (name, (*shape, 1))}
 
 
 def _masks(adapter: Adapter) -> dict[str, list[bool]]:
-    left = {p.site.name: p.shapes["E"][0] for p in adapter.sites}
-    found = {f"{p.site.name}{_E}": [i < left[p.site.name] for i in range(p.r)] for p in adapter.sites}
-    return dict(sorted((name, mask) for name, mask in found.items() if not all(mask)))
+    """`rank_pattern`: a mask for each layer that has lost directions."""
+    sizes = {f"{a.site.name}{_E}": (a.shapes["E"][0], a.r) for a in adapter.sites}
+    return {name: [i < left for i in range(r)] for name, (left, r) in sorted(sizes.items()) if left < r}
 
 
 register(AdaLora())

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from lorary.adapters.adapter import Adapter
+from lorary.adapters.expected_tensors import Layout
 from lorary.adapters.peft.config import PeftConfig
 from lorary.adapters.peft.fields import ALPHA, EXCLUDE, PROBABILITY, RANK, SHARED, Field, by_pattern, field, unsupported
-from lorary.adapters.peft.types import Layout, PeftType, register
+from lorary.adapters.peft.types import PeftType, register
 from lorary.adapters.shared_tensors import SharedTensors
 from lorary.errors import Diagnostic, FileError
 from lorary.files.strict_json import show
@@ -111,30 +112,35 @@ class Lora(PeftType):
 
     def peft_incompatibilities(self, adapter: Adapter, shared: SharedTensors) -> list[str]:
         reasons = {
-            "PEFT's LoRA has DoRA's magnitudes at all layers or at none": len({is_dora(p) for p in adapter.sites}) > 1,
+            "PEFT's LoRA has DoRA's magnitudes at all layers or at none": len(
+                {is_dora(adapted) for adapted in adapter.sites}
+            )
+            > 1,
             "PEFT's LoRA has one tensor for all tasks, and these are of two dtypes": any(
-                p.delta.fixed_roles and len({t.dtype for t in adapter.tensors[p.site.name].values()}) > 1
-                for p in adapter.sites
+                adapted.delta.fixed_roles and len({t.dtype for t in adapter.tensors[adapted.site.name].values()}) > 1
+                for adapted in adapter.sites
             ),
         }
         return [what for what, holds in reasons.items() if holds]
 
     def from_adapter(self, adapter: Adapter, shared: SharedTensors) -> dict[str, Any]:
-        root = all(isinstance(p.method.scale, AlphaOverSqrtRank) for p in adapter.sites)
-        sizes = {p.site.name: (_rank(p), _alpha(p, root)) for p in adapter.sites}
+        root = all(isinstance(adapted.method.scale, AlphaOverSqrtRank) for adapted in adapter.sites)
+        sizes = {adapted.site.name: (_rank(adapted), _alpha(adapted, root)) for adapted in adapter.sites}
         return lora_fields(adapter, sizes, root=root, dora=is_dora(adapter.sites[0]))
 
     def leaves_of(self, config: PeftConfig) -> Mapping[str, str]:
         return self.leaves | ({_MAGNITUDE: "m"} if config["use_dora"] else {})
 
-    def layout(self, p: AdaptedSite) -> Layout:
-        return _layout(p.site, _rank(p), is_dora(p))
+    def layout(self, adapted: AdaptedSite) -> Layout:
+        return _layout(adapted.site, _rank(adapted), is_dora(adapted))
 
     def canonical_name(self, name: str) -> str:
         # some write it as a module's weight
         return name.removesuffix(".weight") if name.endswith(f".{_MAGNITUDE}.weight") else name
 
-    def read_shape(self, p: AdaptedSite, role: str, shape: tuple[int, ...], found: tuple[int, ...]) -> tuple[int, ...]:
+    def read_shape(
+        self, adapted: AdaptedSite, role: str, shape: tuple[int, ...], found: tuple[int, ...]
+    ) -> tuple[int, ...]:
         """The one magnitude per output in any shape in which it has been written.
 
         A row (1, out) can be told from a magnitude per input, which other programs have, only where the layer is not
@@ -142,7 +148,7 @@ class Lora(PeftType):
         """
         if role != "m":
             return shape
-        site, ones = p.site, (1,) * len(p.site.kernel_size)
+        site, ones = adapted.site, (1,) * len(adapted.site.kernel_size)
         column, row = (site.out_features, 1, *ones), (1, site.out_features, *ones)
         if found in ((site.out_features,), column) or (
             found == row and (site.kernel_size or site.out_features != site.in_features)
@@ -154,47 +160,49 @@ class Lora(PeftType):
             raise FileError("", [Diagnostic(f"{site.name}.{_MAGNITUDE}", what, fix)])
         return shape
 
-    def encode(self, p: AdaptedSite, roles: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def encode(self, adapted: AdaptedSite, roles: Mapping[str, Tensor]) -> dict[str, Tensor]:
         A, B = roles["A"], roles["B"]
         if "A_past" in roles:
-            B = torch.cat([p.site.place(B), roles["B_past"]], 1)
+            B = torch.cat([adapted.site.place(B), roles["B_past"]], 1)
             A = torch.cat([A, roles["A_past"]])
-        return encode_factors(p.site, A, B, roles.get("m"))
+        return encode_factors(adapted.site, A, B, roles.get("m"))
 
-    def decode(self, p: AdaptedSite, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        site, names = p.site, {role: name for role, (name, _) in self.layout(p).items()}
-        A = tensors[names["A"]].reshape(_rank(p), site.in_features)
-        B = tensors[names["B"]].reshape(site.out_features, _rank(p))
+    def decode(self, adapted: AdaptedSite, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        site, names = adapted.site, {role: name for role, (name, _) in self.layout(adapted).items()}
+        A = tensors[names["A"]].reshape(_rank(adapted), site.in_features)
+        B = tensors[names["B"]].reshape(site.out_features, _rank(adapted))
         found = {"m": tensors[names["m"]].reshape(site.out_features)} if "m" in names else {}
-        if "A_past" in p.shapes:
-            sizes = [p.shapes["A"][0], p.shapes["A_past"][0]]
+        if "A_past" in adapted.shapes:
+            sizes = [adapted.shapes["A"][0], adapted.shapes["A_past"][0]]
             (A, A_past), (B, B_past) = A.split(sizes), B.split(sizes, 1)
             A, B, found = A.clone(), B.clone(), found | {"A_past": A_past.clone(), "B_past": B_past.clone()}
         if site.parts:
             whole = B
-            B = torch.cat([whole[part.rows(), i * p.r : (i + 1) * p.r] for i, part in enumerate(site.parts)])
+            B = torch.cat(
+                [whole[part.rows(), i * adapted.r : (i + 1) * adapted.r] for i, part in enumerate(site.parts)]
+            )
             if not torch.equal(site.place(B), whole):
                 what = f"is not zero off the blocks of {', '.join(part.name for part in site.parts)}"
                 raise FileError("", [Diagnostic(names["B"], what)])
         return {"A": A, "B": B} | found
 
 
-def is_dora(p: AdaptedSite) -> bool:
+def is_dora(adapted: AdaptedSite) -> bool:
     """Whether a site has DoRA's magnitudes."""
-    return isinstance(p.method.join, MagnitudeDirection)
+    return isinstance(adapted.method.join, MagnitudeDirection)
 
 
-def _rank(p: AdaptedSite) -> int:
+def _rank(adapted: AdaptedSite) -> int:
     """The rank that PEFT sees at a site: r for each part, and that of each earlier task."""
-    return sum(p.shapes[role][0] for role in ("A", "A_past") if role in p.shapes)
+    return sum(adapted.shapes[role][0] for role in ("A", "A_past") if role in adapted.shapes)
 
 
-def _alpha(p: AdaptedSite, root: bool) -> float:
+def _alpha(adapted: AdaptedSite, root: bool) -> float:
     """The alpha that gives a site's scale at PEFT's rank, as alpha / sqrt(rank) or alpha / rank."""
-    rank = _rank(p)
-    if p.alpha is not None and isinstance(p.method.scale, AlphaOverSqrtRank if root else AlphaOverRank):
-        return p.alpha * (math.sqrt(rank / p.r) if root else rank / p.r)
-    return p.scale * rank
+    rank = _rank(adapted)
+    if adapted.alpha is not None and isinstance(adapted.method.scale, AlphaOverSqrtRank if root else AlphaOverRank):
+        return adapted.alpha * (math.sqrt(rank / adapted.r) if root else rank / adapted.r)
+    return adapted.scale * rank
 
 
 def _layout(site: Site, r: int, dora: bool) -> Layout:

@@ -118,7 +118,7 @@ def _check_ties(config: PeftConfig, saved: ModulesToSave, first: Mapping[str, st
 
 def modules_and_biases(adapter: Adapter, model: nn.Module | None) -> tuple[list[str], str, list[Diagnostic]]:
     """`modules_to_save` and `bias` for an adapter's base parameters, and why PEFT cannot save them."""
-    sites = {p.site.name for p in adapter.sites}
+    sites = {adapted.site.name for adapted in adapter.sites}
     written = [name for name in sorted(adapter.full) if name.removesuffix(".weight") in sites]
     if written:  # Delta-LoRA's
         what = "is changed beside the adapter there, and PEFT leaves the weights alone that it adapts"

@@ -10,19 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.expected_tensors import compare_tensors, mixed_dtypes
+from lorary.adapters.expected_tensors import Layout, expected_tensors, read_tensors, site_tensors
 from lorary.adapters.peft import keys
 from lorary.adapters.peft.config import NAME, PeftConfig, read_config
-from lorary.adapters.peft.modules_to_save import ModulesToSave, modules_to_save
+from lorary.adapters.peft.modules_to_save import modules_to_save
 from lorary.adapters.peft.types import PEFT_TYPES
-from lorary.adapters.shared_tensors import drawn, leading_slices
-from lorary.adapters.value_checks import does_nothing, not_finite, out_of_range
+from lorary.adapters.shared_tensors import regenerate
+from lorary.adapters.value_checks import alert_if_zero
 from lorary.errors import Diagnostic, FileError, nearest
 from lorary.files import strict_json
 from lorary.files.findings import Findings
@@ -32,13 +31,11 @@ from lorary.files.tensor_file import TensorFile
 from lorary.layers.adapted import base_parameters, unwrapped_modules
 from lorary.layers.kinds import kind_of, site
 from lorary.model.fingerprint import Fingerprint, base_name
-from lorary.spec.interfaces import Init
 from lorary.spec.placement import AdaptedSite, shared_shapes
 from lorary.spec.site import Site
 
 WEIGHTS = "adapter_model.safetensors"
 MOST_JSON = 4 * 2**20
-NO_OP = "every update is zero: this adapter changes nothing"
 
 
 def read_peft(folder: Path, model: nn.Module | None, findings: Findings) -> Adapter:
@@ -109,70 +106,62 @@ class _Reader:
         self.found = {short: file.header.tensors[name] for short, name in self.names.items()}
 
     def adapter(self) -> Adapter:
-        """The adapter, or every reason why there is none."""
-        placed = self._placed()
-        saved = modules_to_save(self.config, self.model, {p.site.name for p in placed}, self.found, self.findings)
-        method = self.type.to_method(self.config)
-        stored = not placed or cast(Init, method.init).store_shared  # whether the file holds what the sites share
-        expected, vital = self._expected(placed, stored)
-        found = {name: entry for name, entry in self.found.items() if name not in saved.copies}
-        usable = compare_tensors(expected | saved.expected, found, self.findings, self._explain, vital)
-        if not placed and not self.findings.fatal:
-            self.findings.fatal.append(self._nothing())
-        self.findings.settle()
-        values = self._values(usable, saved)
-        shared = leading_slices(placed, self._shared(placed, values, stored))
-        zeros = {name: torch.zeros(shape) for name, shape in expected.items() if name not in values}  # no change there
-        tensors = {p.site.name: self.type.decode(p, zeros | values) | shared[p.site.name] for p in placed}
-        full = saved.values(values, self.findings)
-        if does_nothing(placed, tensors):
-            self.findings.alerts.append(NO_OP)
-        self.findings.notes += mixed_dtypes(self.found)
-        base = Fingerprint(name=base_name(self.config["base_model_name_or_path"]))
-        return Adapter(method.replace(full=tuple(full)), placed, tensors, full, base, self.findings.conclude())
+        """The adapter, or a FileError with every reason why it cannot be used."""
+        findings, sites = self.findings, self._sites()
+        saved = modules_to_save(self.config, self.model, {a.site.name for a in sites}, self.found, findings)
+        stored = all(adapted.init.store_shared for adapted in sites)
+        expected, vital = expected_tensors(sites, self._layout, self.type.shared if stored else {})
+        if not sites and not findings.fatal:
+            findings.fatal.append(self._no_sites())
+        copies = {name: self.found[name].shape for name in saved.copies}
+        base = saved.expected | copies
+        values = read_tensors(self.file, self.names, expected | base, findings, self._explain, vital, copies)
+        saved.check_copies(values, findings)
+        findings.settle()
+        shared = self._shared(sites, values, stored)
+        tensors = site_tensors(sites, values, expected, self.type.decode, shared, findings)
+        full = saved.values(values, findings)
+        alert_if_zero(sites, tensors, findings)
+        method = self.type.to_method(self.config).replace(full=tuple(full))
+        fingerprint = Fingerprint(name=base_name(self.config["base_model_name_or_path"]))
+        return Adapter(method, sites, tensors, full, fingerprint, findings.conclude())
 
-    def _expected(self, placed: tuple[AdaptedSite, ...], stored: bool) -> tuple[dict[str, tuple[int, ...]], set[str]]:
-        """name -> shape of all that the sites need, and those of them that zero cannot stand for."""
-        expected: dict[str, tuple[int, ...]] = {}
-        vital = set(self.type.shared.values())
-        for p in placed:
-            for role, (name, shape) in self.type.layout(p).items():
-                expected[name] = found = self.found[name].shape if name in self.found else shape
+    def _layout(self, adapted: AdaptedSite) -> Layout:
+        """The layout of a site's own tensors, with the file's shapes where they mean the same."""
+        layout = self.type.layout(adapted)
+        for role, (name, shape) in layout.items():
+            if name in self.found:
                 with self.findings.gathering():
-                    expected[name] = self.type.read_shape(p, role, shape, found)
-                if role not in p.delta.roles:
-                    vital.add(name)
-        if stored:
-            expected |= {self.type.shared[role]: size for role, size in shared_shapes(placed).items()}
-        return expected, vital
+                    layout[role] = name, self.type.read_shape(adapted, role, shape, self.found[name].shape)
+        return layout
 
-    def _shared(self, placed: tuple[AdaptedSite, ...], values: Mapping[str, Tensor], stored: bool) -> dict[str, Tensor]:
-        """role -> what the sites share, from the file or drawn again."""
-        sizes = shared_shapes(placed)
+    def _shared(self, sites: tuple[AdaptedSite, ...], values: Mapping[str, Tensor], stored: bool) -> dict[str, Tensor]:
+        """role -> what the sites share, from the file or regenerated."""
+        roles = shared_shapes(sites)
         if stored:
-            return {role: values[self.type.shared[role]] for role in sizes}
-        method = placed[0].method
-        self.findings.notes.append(f"the file has no {', '.join(self.type.shared.values())}: drawn by {method.init}")
-        return drawn(method, placed, dict.fromkeys(sizes, torch.float32))
+            return {role: values[self.type.shared[role]] for role in roles}
+        method, names = sites[0].method, ", ".join(self.type.shared.values())
+        self.findings.notes.append(f"the file has no {names}: drawn by {method.init}")
+        return regenerate(method, sites, dict.fromkeys(roles, torch.float32))
 
-    def _placed(self) -> tuple[AdaptedSite, ...]:
+    def _sites(self) -> tuple[AdaptedSite, ...]:
         if not self.type.factors and self.layers is None:
             what = f"the shapes of the layers that PEFT's {self.type.title} adapts are known only to the model"
             self.findings.fatal.append(Diagnostic("", what, "read it onto its base: lorary.load(model, folder)"))
             self.findings.settle()
         try:
-            sites = list(self._sites_of_model(self.layers) if self.layers is not None else self._sites_of_file())
+            sites = list(self._sites_of_file() if self.layers is None else self._sites_of_model(self.layers))
             mismatches = self.type.site_mismatches(self.config, {s.name for s in sites})
-            if mismatches:
-                self.findings.fatal += [Diagnostic(f"{NAME}: {field}", what) for field, what in mismatches]
-                self.findings.settle()
-            return tuple(AdaptedSite(s, self.type.to_method(self.config, s.name)) for s in sites)
+            adapted = tuple(AdaptedSite(s, self.type.to_method(self.config, s.name)) for s in sites)
         except FileError:
             raise
-        except ValueError as error:  # the patterns' budget
+        except ValueError as error:  # the patterns' budget: the later checks would ask the patterns again
             self.findings.fatal.append(Diagnostic(NAME, str(error)))
-            self.findings.settle()  # the patterns cannot be asked again, and the other checks would ask them
-            return ()
+            raise FileError("") from None
+        if mismatches:
+            self.findings.fatal += [Diagnostic(f"{NAME}: {field}", what) for field, what in mismatches]
+            self.findings.settle()
+        return adapted
 
     def _sites_of_model(self, modules: Mapping[str, nn.Module]) -> Iterator[Site]:
         in_file = self._sites_in_names()
@@ -206,7 +195,7 @@ class _Reader:
             if lonely:
                 self.findings.tolerable.append(Diagnostic(lonely[0], "is missing, and its partner alone says nothing"))
                 for n in set(pair) - set(lonely):
-                    del self.found[n]
+                    del self.found[n], self.names[n]
                 continue
             A, B = (self.found[n].shape for n in pair)
             if len(A) not in (2, 3, 4, 5) or len(B) != len(A):
@@ -215,17 +204,8 @@ class _Reader:
                 continue
             yield _site_of_shapes(name, A, B, "embedding" in pair[0][len(name) :], self.config["fan_in_fan_out"])
 
-    def _values(self, usable: list[str], saved: ModulesToSave) -> dict[str, Tensor]:
-        wanted = [*usable, *saved.copies]
-        raw = self.file.read(self.names[name] for name in wanted)
-        values = {name: raw[self.names[name]] for name in wanted}
-        self.findings.tolerable += [*not_finite(values), *out_of_range({n: values[n] for n in usable})]
-        saved.check_copies(values, self.findings)
-        self.findings.settle()
-        return values
-
-    def _nothing(self) -> Diagnostic:
-        """Why there is no site at all."""
+    def _no_sites(self) -> Diagnostic:
+        """Why no layer is adapted at all."""
         if self.layers is None:
             return Diagnostic(WEIGHTS, "holds no pair of factors of any module that `target_modules` names")
         endings = sorted({n.rpartition(".")[2] for n, layer in self.layers.items() if n and kind_of(layer) is not None})

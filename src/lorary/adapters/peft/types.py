@@ -13,6 +13,7 @@ from typing import Any, Protocol, cast
 from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
+from lorary.adapters.expected_tensors import Layout
 from lorary.adapters.peft.config import PeftConfig
 from lorary.adapters.peft.fields import Field
 from lorary.adapters.shared_tensors import SharedTensors
@@ -20,8 +21,6 @@ from lorary.layers.kinds import kind_of
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite
 from lorary.spec.site import Site
-
-Layout = dict[str, tuple[str, tuple[int, ...]]]
 
 
 class PeftType(Protocol):
@@ -101,15 +100,17 @@ class PeftType(Protocol):
         """The leaves of an adapter with this configuration."""
         return self.leaves
 
-    def layout(self, p: AdaptedSite) -> Layout:
+    def layout(self, adapted: AdaptedSite) -> Layout:
         """role -> (name without prefix, shape) of a site's own tensors."""
-        return {role: (f"{p.site.name}.{leaf}", p.shapes[role]) for leaf, role in self.leaves.items()}
+        return {role: (f"{adapted.site.name}.{leaf}", adapted.shapes[role]) for leaf, role in self.leaves.items()}
 
     def canonical_name(self, name: str) -> str:
         """A tensor's name as PEFT writes it, for names that other programs write."""
         return name
 
-    def read_shape(self, p: AdaptedSite, role: str, shape: tuple[int, ...], found: tuple[int, ...]) -> tuple[int, ...]:
+    def read_shape(
+        self, adapted: AdaptedSite, role: str, shape: tuple[int, ...], found: tuple[int, ...]
+    ) -> tuple[int, ...]:
         """The shape to read a tensor in: that of the layout, or the one found where that is known to mean the same.
 
         Raises:
@@ -117,17 +118,17 @@ class PeftType(Protocol):
         """
         return shape
 
-    def encode(self, p: AdaptedSite, roles: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def encode(self, adapted: AdaptedSite, roles: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a site by their names without prefix."""
-        return {name: roles[role].reshape(shape) for role, (name, shape) in self.layout(p).items()}
+        return {name: roles[role].reshape(shape) for role, (name, shape) in self.layout(adapted).items()}
 
-    def decode(self, p: AdaptedSite, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def decode(self, adapted: AdaptedSite, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """role -> tensor of a site's own, from tensors of the layout's names.
 
         Raises:
             FileError: the tensors are not those of such a site.
         """
-        return {role: tensors[name].reshape(p.shapes[role]) for role, (name, _) in self.layout(p).items()}
+        return {role: tensors[name].reshape(adapted.shapes[role]) for role, (name, _) in self.layout(adapted).items()}
 
 
 PEFT_TYPES: dict[str, PeftType] = {}
@@ -145,10 +146,10 @@ def register(peft_type: PeftType) -> None:
     PEFT_TYPES[peft_type.name] = peft_type
 
 
-def peft_type_of(placed: Iterable[AdaptedSite]) -> PeftType | None:
+def peft_type_of(sites: Iterable[AdaptedSite]) -> PeftType | None:
     """The one PEFT type with the tensors of these sites' methods; None where there is none."""
     found = {
-        next((n for n, t in PEFT_TYPES.items() if (type(p.delta), type(p.method.join)) in t.methods), "")
-        for p in placed
+        next((n for n, t in PEFT_TYPES.items() if (type(adapted.delta), type(adapted.method.join)) in t.methods), "")
+        for adapted in sites
     }
     return PEFT_TYPES.get(found.pop()) if len(found) == 1 else None

@@ -50,9 +50,9 @@ class Vera(PeftType):
 
     def peft_incompatibilities(self, adapter: Adapter, shared: SharedTensors) -> list[str]:
         reasons = {
-            "PEFT's VeRA adapts whole linear layers": any(p.site.parts for p in adapter.sites),
-            "PEFT's VeRA has one rank for all layers": len({p.r for p in adapter.sites}) > 1,
-            "PEFT's VeRA has no scale": any(p.scale != 1 for p in adapter.sites),
+            "PEFT's VeRA adapts whole linear layers": any(adapted.site.parts for adapted in adapter.sites),
+            "PEFT's VeRA has one rank for all layers": len({adapted.r for adapted in adapter.sites}) > 1,
+            "PEFT's VeRA has no scale": any(adapted.scale != 1 for adapted in adapter.sites),
             "PEFT draws VeRA's projections in 32 bits": not shared.kept
             and any(bank.dtype != torch.float32 for bank in shared.whole.values()),
         }

@@ -22,7 +22,8 @@ from lorary.errors import Diagnostic
 from lorary.layers.adapted import unwrapped_modules
 
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
-_README = """# A PEFT adapter on a base whose positions are divided
+BASE_README = "BASE.md"  # explains how to load the base of an adapter with RoPE scaling
+_README_TEXT = """# A PEFT adapter on a base whose positions are divided
 
 It was trained on {base!r} with positions divided by {factor:g}. PEFT's files do not say so: load the base like this.
 
@@ -49,7 +50,7 @@ def exact_type(adapter: Adapter, model: nn.Module | None, shared: SharedTensors)
         shared: what its sites share.
     """
     found = peft_type_of(adapter.sites)
-    if found is None or any(p.starts for p in adapter.sites) or found.peft_incompatibilities(adapter, shared):
+    if found is None or any(a.starts for a in adapter.sites) or found.peft_incompatibilities(adapter, shared):
         return None
     return None if base_incompatibilities(adapter, model, found) else found
 
@@ -61,9 +62,9 @@ def base_incompatibilities(adapter: Adapter, model: nn.Module | None, peft_type:
         what = "it trains base parameters only, and PEFT's adapters adapt at least one layer"
         problems.append(Diagnostic("sites", what))
     modules = unwrapped_modules(model) if model is not None else {}
-    for p in adapter.sites:
-        if what := peft_type.why_not_adaptable(p.site, modules.get(p.site.name)):
-            problems.append(Diagnostic(p.site.name, what))
+    for adapted in adapter.sites:
+        if what := peft_type.why_not_adaptable(adapted.site, modules.get(adapted.site.name)):
+            problems.append(Diagnostic(adapted.site.name, what))
     *_, unsaved = modules_and_biases(adapter, model)
     lacking = [
         Diagnostic(key, f"PEFT's {peft_type.title} has no such field")
@@ -100,10 +101,10 @@ def _shared_fields(adapter: Adapter, model: nn.Module | None) -> dict[str, Any]:
     modules, bias, _ = modules_and_biases(adapter, model)
     return {
         "base_model_name_or_path": adapter.base.name or None,
-        "target_modules": target_modules([p.site.name for p in adapter.sites], model),
+        "target_modules": target_modules([adapted.site.name for adapted in adapter.sites], model),
         "layers_to_transform": None,
         "layers_pattern": None,
-        "fan_in_fan_out": any(p.site.kind == "transposed" for p in adapter.sites),
+        "fan_in_fan_out": any(adapted.site.kind == "transposed" for adapted in adapter.sites),
         "modules_to_save": modules or None,
         "bias": bias,
     }
@@ -115,14 +116,14 @@ def exact_files(
     """(configuration, tensors) of an adapter of this very type."""
     config = peft_config(adapter, model, peft_type, peft_type.from_adapter(adapter, shared))
     tensors = {peft_type.shared[role]: t for role, t in shared.whole.items()} if shared.kept else {}
-    for p in adapter.sites:
-        tensors |= peft_type.encode(p, adapter.tensors[p.site.name])
+    for adapted in adapter.sites:
+        tensors |= peft_type.encode(adapted, adapter.tensors[adapted.site.name])
     return config, with_prefix(tensors, adapter)
 
 
 def with_prefix(tensors: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
     """The contents of `adapter_model.safetensors`: these tensors, and the adapter's base parameters."""
-    sites = {p.site.name for p in adapter.sites}
+    sites = {adapted.site.name for adapted in adapter.sites}
     whole = {keys.full_name(name, sites): t for name, t in adapter.full.items()}
     return {keys.full(name): t for name, t in {**tensors, **whole}.items()}
 
@@ -135,4 +136,4 @@ def rope_overrides(adapter: Adapter) -> dict[str, Any]:
 def base_text(adapter: Adapter) -> str:
     """How to load the base of an adapter that divides its positions."""
     words = rope_overrides(adapter)
-    return _README.format(base=adapter.base.name or "the base", factor=words["factor"], words=words)
+    return _README_TEXT.format(base=adapter.base.name or "the base", factor=words["factor"], words=words)
