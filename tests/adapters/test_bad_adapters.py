@@ -777,7 +777,7 @@ NATIVE: list[tuple[str, Spoil, str]] = [
     (
         "record of a newer version",
         note(lambda r: r.update(format=3, lorary="9.1")),
-        ("  - lorary.json: has format 3, written by lorary '9.1'; this version reads up to 2\n      hint: update lorary"),
+        "  - lorary.json: has format 3, written by lorary '9.1'; this version reads up to 2\n      hint: update lorary",
     ),
     (
         "record of format true",
@@ -838,7 +838,8 @@ NATIVE: list[tuple[str, Spoil, str]] = [
         site(lambda s: s.pop("kind")),
         (
             '  - lorary.json: sites[0]: is {"name": "model.layers.0.self_attn.q_proj", "out_features": 16, '
-            '"in_features": 16, "bias…
+            '"in_features": 16, "bias": false… (97 characters); a site has the fields bias, '
+            "in_features, kind, name, out_features"
         ),
     ),
     (

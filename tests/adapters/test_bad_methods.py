@@ -321,7 +321,8 @@ NATIVE: list[tuple[str, Callable[[], nn.Module], Spoil, str]] = [
         "a rank beyond all integers of the machine",
         drawn,
         note(lambda r: r["method"]["delta"].update(r=2**63)),
-        "  - lorary.json: method: delta: SharedProjectionDelta has r = 9223372036854775808; it takes a whole number of at least 1",
+        "  - lorary.json: method: delta: SharedProjectionDelta has r = 9223372036854775808; it takes a whole number of "
+        "at least 1",
     ),
     (
         "a rank beyond all memory",
