@@ -257,12 +257,12 @@ PEFT: list[tuple[str, Spoil, str]] = [
     (
         "a field too many",
         header({"a": entry() | {"more": 1}}, bytes(8)),
-        ("  - adapter_model.safetensors: a: its entry has to have exactly the fields dtype, shape and data_offsets"),
+        ("  - adapter_model.safetensors: a: its entry must have exactly the fields dtype, shape and data_offsets"),
     ),
     (
         "an entry that is a list",
         header({"a": [1, 2]}, bytes(8)),
-        ("  - adapter_model.safetensors: a: its entry has to have exactly the fields dtype, shape and data_offsets"),
+        ("  - adapter_model.safetensors: a: its entry must have exactly the fields dtype, shape and data_offsets"),
     ),
     (
         "metadata of numbers",
@@ -351,7 +351,7 @@ PEFT: list[tuple[str, Spoil, str]] = [
     (
         "a name that is a path",
         header({"../../etc/passwd": entry()}, bytes(8)),
-        "  - adapter_model.safetensors: '../../etc/passwd': a tensor's name is no path",
+        "  - adapter_model.safetensors: '../../etc/passwd': a tensor's name is not a path",
     ),
     (
         "too many tensors",
@@ -364,7 +364,7 @@ PEFT: list[tuple[str, Spoil, str]] = [
         (
             "  - adapter_model.safetensors: 'a\\n': a tensor's name is made of printable ASCII\n"
             "  - adapter_model.safetensors: b: is 'F64'; accepted are F32, F16, BF16\n"
-            "  - adapter_model.safetensors: c: its entry has to have exactly the fields dtype, shape and "
+            "  - adapter_model.safetensors: c: its entry must have exactly the fields dtype, shape and "
             "data_offsets"
         ),
     ),

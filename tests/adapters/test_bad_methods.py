@@ -335,14 +335,14 @@ NATIVE: list[tuple[str, Callable[[], nn.Module], Spoil, str]] = [
         "another checksum",
         drawn,
         note(lambda r: r["drawn"]["A"].update(sha256="0" * 64)),
-        "  - lorary.json: drawn: A: what its seed gives here is not what the adapter was trained with (SHA-256 "
+        "  - lorary.json: drawn: A: its seed gives other numbers here than in training (SHA-256 "
         "differs)\n"
         "      hint: save it again with save_projections=True, on the base that it was trained on",
     ),
     (
         "inputs without end to draw for",
         drawn,
-        note(lambda r: r["sites"][0].update(inp=2**31)),
+        note(lambda r: r["sites"][0].update(in_features=2**31)),
         "  - lorary.json: drawn: takes 51,539,607,936 bytes to draw, more than the 1,073,741,824 that are accepted",
     ),
 ]

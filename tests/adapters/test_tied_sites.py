@@ -144,7 +144,7 @@ def replaced(adapter: lorary.Adapter, name: str, **words: Any) -> lorary.Adapter
 def test_sites_that_have_not_the_same_cannot_be_saved(tmp_path: Path) -> None:
     adapter = lorary.Adapter.of(shared())
     A = adapter.tensors[Q1]["A"]
-    line = f"  - {Q1}: its A is not that of {Q0}, with which it shares what it learns"
+    line = f"  - {Q1}: its A differs from that of {Q0}, to which it is tied"
     for other in (A + 1, A.bfloat16()):
         assert unsaved(changed(adapter, A=other), tmp_path / "a") == line
     lorary.save_adapter(changed(adapter, A=A.clone()), tmp_path / "a")
@@ -254,7 +254,7 @@ BAD: list[tuple[str, Callable[[], nn.Module], Callable[[Spoiled], Any], str]] = 
         "a copy that differs",
         shared,
         put(PREFIX + "1.self_attn.q_proj.lora_A.weight", 4, 16),
-        f"  - adapter_model.safetensors: {Q1}: its A is not that of {Q0}, with which it shares what it learns",
+        f"  - adapter_model.safetensors: {Q1}: its A differs from that of {Q0}, to which it is tied",
     ),
     (
         "a copy missing",
@@ -266,7 +266,7 @@ BAD: list[tuple[str, Callable[[], nn.Module], Callable[[Spoiled], Any], str]] = 
         "a module's name that begins with a bar",
         ours,
         site(Q0, name="|q_proj 2"),
-        "  - lorary.json: '|q_proj 2': begins with |, as the names of what sites share do",
+        "  - lorary.json: '|q_proj 2': begins with |, like the names of shared tensors",
     ),
 ]
 

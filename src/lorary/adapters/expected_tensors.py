@@ -64,7 +64,7 @@ def read_tensors(
     """
     found = {name: file.header.tensors[written] for name, written in names.items()}
     usable = _compare(expected, found, findings, explain, vital)
-    findings.settle()
+    findings.raise_refused()
     raw = file.read(names[name] for name in usable)
     values = {name: raw[names[name]] for name in usable}
     findings.tolerable += not_finite(values)
@@ -102,7 +102,7 @@ def site_tensors(
     for adapted in sites:
         with findings.gathering():
             tensors[adapted.site.name] = decode(adapted, zeros | values) | slices[adapted.site.name]
-    findings.settle()
+    findings.raise_refused()
     return tensors
 
 

@@ -96,16 +96,16 @@ def read_native(folder: Path, findings: Findings) -> Adapter:
     data = _record(parsed_json(folder, NAME), findings)
     plain_sites, files = read_sites(data["sites"], findings), data["files"]
     method = _method(data["method"])
-    findings.settle()
+    findings.raise_refused()
     sites = adapted_sites(plain_sites, data["sites"], method, findings)
-    findings.settle()
+    findings.raise_refused()
     if _DRAWN in data and (what := shared_tensors.invalid_record(data[_DRAWN], sites)):
         findings.fatal.append(Diagnostic(f"{NAME}: {_DRAWN}", what))
     peft_type = peft_type_of(sites) if WEIGHTS in files else None
     if peft_type is None and WEIGHTS in files:
         what = f"{WEIGHTS} is listed, but no PEFT adapter type has the tensors of this method"
         findings.fatal.append(Diagnostic(f"{NAME}: files", what))
-    findings.settle()
+    findings.raise_refused()
     if peft_type:
         path, recorded = folder / PEFT_CONFIG, files[PEFT_CONFIG]
         size = path.stat().st_size if path.is_file() else -1
@@ -113,7 +113,7 @@ def read_native(folder: Path, findings: Findings) -> Adapter:
         _check_digest(PEFT_CONFIG, size, digest, recorded, findings)
     with TensorFile(folder, WEIGHTS if peft_type else TENSORS) as file:
         _check_digest(file.name, file.size, file.sha256(), files[file.name], findings)
-        findings.settle()
+        findings.raise_refused()
         tensors, full = _tensors(file, sites, method, data, peft_type, findings)
     tensors, inconsistent = tied_sites.rejoined(sites, tensors)
     findings.fatal += [Diagnostic(f"{file.name}: {problem.where}", problem.what) for problem in inconsistent]
@@ -128,7 +128,7 @@ def _record(record: Any, findings: Findings) -> dict[str, Any]:
         FileError: every reason to refuse it.
     """
     findings.fatal += _outline_problems(record, findings)
-    findings.settle()
+    findings.raise_refused()
     sites = map(_deprecated.current_site, record["sites"]) if record["format"] == _OLDEST else record["sites"]
     return {**record, "sites": list(sites)}
 
@@ -204,7 +204,7 @@ def _tensors(
     full = {key: file.header.tensors[names[key]].shape if key in names else () for key in parameters.values()}
     explain = "belongs to no site and no parameter of the record"
     values = read_tensors(file, names, expected | full, findings, lambda name: explain, vital, full)
-    findings.settle()
+    findings.raise_refused()
     if _DRAWN in record:
         common, problems = shared_tensors.regenerate_recorded(record[_DRAWN], method, sites)
         findings.fatal += [Diagnostic(f"{NAME}: {_DRAWN}: {p.where}", p.what, p.fix) for p in problems]

@@ -1,10 +1,9 @@
-"""The header of a safetensors file, read and checked before a single tensor is.
+"""The header of a safetensors file, read and checked before any tensor.
 
-The format: eight bytes, little endian, the length N of the header; N bytes of JSON that begin with `{`,
-tensor name -> {dtype, shape, data_offsets}; then the tensors' bytes, contiguous, in the order of their
-offsets, to the very end of the file. The safetensors library accepts a few things its own specification
-forbids (equal keys, a space before the brace, further fields in an entry) and sets no bounds on numbers and
-names; here all of it is checked, in plain Python, at a cost in proportion to the header.
+The format: eight bytes, little endian, the length N of the header; N bytes of JSON that begin with `{`, tensor name ->
+{dtype, shape, data_offsets}; then the tensors' bytes, contiguous, in the order of their offsets, to the end of the
+file. The safetensors library accepts some things that its specification forbids (equal keys, a space before the brace,
+further fields in an entry) and sets no bounds on numbers and names; here all of it is checked, in plain Python.
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ _MOST_REPORTED = 20
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the file: its dtype as the format spells it, its shape, and its bytes' place in the
-    data."""
+    """One tensor of the file: its dtype in the format's spelling, its shape, and its byte range in the data."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -44,12 +42,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says about itself.
+    """A checked header.
 
     Args:
         tensors: name -> entry, in the order of the file.
-        metadata: what the writer added, name -> text.
-        data: where in the file the tensors' bytes begin.
+        metadata: the writer's metadata, name -> text.
+        data: the offset of the tensors' bytes in the file.
     """
 
     tensors: dict[str, Entry]
@@ -58,13 +56,13 @@ class Header:
 
 
 def read_header(file: BinaryIO, size: int, where: str, dtypes: tuple[str, ...] = ADAPTER_DTYPES) -> Header:
-    """Reads and checks the header of an open file; the position is left at the first byte of the data.
+    """Read and check the header of an open file; the position is left at the first byte of the data.
 
     Args:
         file: the file, at its start.
-        size: how many bytes it has.
+        size: its size in bytes.
         where: its name, for messages.
-        dtypes: the dtypes that are accepted.
+        dtypes: the accepted dtypes.
 
     Raises:
         FileError: every reason why this is not a well-formed file of tensors of these dtypes.
@@ -116,7 +114,7 @@ def _checked(written: Any, data_size: int, data: int, where: str, dtypes: tuple[
             problems.append(Diagnostic(named(name), what))
         else:
             tensors[name] = Entry(fields["dtype"], tuple(fields["shape"]), *fields["data_offsets"])
-    if not problems:  # where an entry is unreadable, so are the distances between entries
+    if not problems:  # an unreadable entry would show up as a hole too
         problems += _span_problems(tensors, data_size)
     if len(problems) > _MOST_REPORTED:
         more = len(problems) - _MOST_REPORTED
@@ -134,18 +132,18 @@ def _check_metadata(metadata: Any, problems: list[Diagnostic]) -> None:
 
 
 def name_problem(name: str) -> str:
-    """What is wrong with a tensor's name; empty where nothing is."""
+    """What is wrong with a tensor's name; empty if nothing is."""
     if len(name) > MOST_NAME:
         return f"a tensor's name has at most {MOST_NAME} characters"
     if not _NAME.fullmatch(name):
         return "a tensor's name is made of printable ASCII"
     # a module's path has no empty component, so a name with `..` in it can only be meant as a path
-    return "a tensor's name is no path" if ".." in name or name.startswith(("/", "\\")) else ""
+    return "a tensor's name is not a path" if ".." in name or name.startswith(("/", "\\")) else ""
 
 
 def _entry_problem(fields: Any, dtypes: tuple[str, ...]) -> str:
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
-        return "its entry has to have exactly the fields dtype, shape and data_offsets"
+        return "its entry must have exactly the fields dtype, shape and data_offsets"
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if dtype not in dtypes:
         known = isinstance(dtype, str) and dtype in ITEM_SIZES

@@ -227,7 +227,7 @@ def test_projections_that_the_seed_does_not_give_are_kept(tmp_path: Path) -> Non
 def test_another_draw_is_refused(tmp_path: Path) -> None:
     folder = drawn(tmp_path / "a")
     change(folder, lambda record: record["method"]["init"].update(seed=4))
-    what = "what its seed gives here is not what the adapter was trained with (SHA-256 differs)"
+    what = "its seed gives other numbers here than in training (SHA-256 differs)"
     fix = "      hint: save it again with save_projections=True, on the base that it was trained on"
     assert refusal(folder) == "\n".join(f"  - lorary.json: drawn: {role}: {what}\n{fix}" for role in "AB")
 
@@ -239,7 +239,7 @@ def test_sites_that_do_not_share_cannot_be_saved(tmp_path: Path) -> None:
     tensors[first]["A"] = tensors[first]["A"] + 1
     with pytest.raises(FileError) as caught:
         lorary.save_adapter(lorary.Adapter(adapter.method, adapter.sites, tensors, base=adapter.base), tmp_path / "a")
-    line = f"  - {first}: its A is not that of the other sites, which all share one"
+    line = f"  - {first}: its A differs from the other sites', which all share one"
     assert str(caught.value) == f"cannot save an adapter to {str(tmp_path / 'a')!r}\n{line}"
     assert not (tmp_path / "a").exists()
 

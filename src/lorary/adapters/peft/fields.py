@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lorary.files.bounded_regex import Budget, Pattern, TailPattern
+from lorary.files.bounded_regex import Budget, Pattern, SuffixPattern
 from lorary.files.strict_json import show
 from lorary.spec.fields import FLAG, one_of
 
@@ -130,11 +130,11 @@ def _not_too_many(value: Any) -> Any:
 def by_pattern(entry: Field) -> Field:
     """A field that maps patterns over the ends of paths to values, such as `rank_pattern`; the first match counts."""
 
-    def read(value: Any, budget: Budget) -> tuple[tuple[TailPattern, Any], ...]:
+    def read(value: Any, budget: Budget) -> tuple[tuple[SuffixPattern, Any], ...]:
         pairs, wrong = [], []
         for key, item in _items(value, "patterns and values").items():
             try:
-                pairs.append((TailPattern(key, budget), entry.read(item, budget)))
+                pairs.append((SuffixPattern(key, budget), entry.read(item, budget)))
             except ValueError as error:
                 wrong.append(f"{show(key)}: {error}")
         if wrong:

@@ -117,7 +117,7 @@ class _Reader:
         base = saved.expected | copies
         values = read_tensors(self.file, self.names, expected | base, findings, self._explain, vital, copies)
         saved.check_copies(values, findings)
-        findings.settle()
+        findings.raise_refused()
         shared = self._shared(sites, values, stored)
         tensors = site_tensors(sites, values, expected, self.type.decode, shared, findings)
         full = saved.values(values, findings)
@@ -131,8 +131,10 @@ class _Reader:
         layout = self.type.layout(adapted)
         for role, (name, shape) in layout.items():
             if name in self.found:
+                found = self.found[name].shape
+                layout[role] = name, found  # so that a refused shape is reported once
                 with self.findings.gathering():
-                    layout[role] = name, self.type.read_shape(adapted, role, shape, self.found[name].shape)
+                    layout[role] = name, self.type.read_shape(adapted, role, shape, found)
         return layout
 
     def _shared(self, sites: tuple[AdaptedSite, ...], values: Mapping[str, Tensor], stored: bool) -> dict[str, Tensor]:
@@ -148,7 +150,7 @@ class _Reader:
         if not self.type.factors and self.layers is None:
             what = f"the shapes of the layers that PEFT's {self.type.title} adapts are known only to the model"
             self.findings.fatal.append(Diagnostic("", what, "read it onto its base: lorary.load(model, folder)"))
-            self.findings.settle()
+            self.findings.raise_refused()
         try:
             sites = list(self._sites_of_file() if self.layers is None else self._sites_of_model(self.layers))
             mismatches = self.type.site_mismatches(self.config, {s.name for s in sites})
@@ -160,7 +162,7 @@ class _Reader:
             raise FileError("") from None
         if mismatches:
             self.findings.fatal += [Diagnostic(f"{NAME}: {field}", what) for field, what in mismatches]
-            self.findings.settle()
+            self.findings.raise_refused()
         return adapted
 
     def _sites_of_model(self, modules: Mapping[str, nn.Module]) -> Iterator[Site]:
