@@ -58,11 +58,7 @@ class ModulesToSave:
 
 
 def modules_to_save(
-    config: PeftConfig,
-    model: nn.Module | None,
-    sites: set[str],
-    found: Mapping[str, Entry],
-    findings: Findings,
+    config: PeftConfig, model: nn.Module | None, sites: set[str], found: Mapping[str, Entry], findings: Findings
 ) -> ModulesToSave:
     """The base parameters among a file's tensors.
 
