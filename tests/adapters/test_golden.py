@@ -466,3 +466,8 @@ def test_the_golden_folders_hold_every_renamed_component_but_one() -> None:
     text = "".join(path.read_text() for path in GOLDEN.glob("*/lorary.json"))
     assert set(_deprecated.COMPONENTS) == set(OLD_COMPONENTS.values())
     assert {old for old in OLD_COMPONENTS.values() if f'"word": "{old}"' not in text} == {"WriteProduct"}
+
+
+def test_the_format_page_lists_the_names_of_format_1() -> None:
+    page = (GOLDEN.parents[1] / "docs" / "reference" / "files.md").read_text(encoding="utf-8")
+    assert all(f"\n| `{old}` | `{new}` |\n" in page for new, old in OLD_COMPONENTS.items())
