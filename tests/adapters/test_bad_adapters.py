@@ -180,7 +180,7 @@ PEFT: list[tuple[str, Spoil, str]] = [
         only_a_pickle,
         (
             "  - adapter_model.bin: is a pickle, which can run code when it is read; it was not opened\n"
-            "      hint: where you trust its author, load it with PEFT and save it again: PEFT writes "
+            "      hint: if you trust its author, load it with PEFT and save it again: PEFT writes "
             "safetensors"
         ),
     ),
@@ -624,7 +624,7 @@ PEFT: list[tuple[str, Spoil, str]] = [
     (
         "layers with a pattern",
         say(target_modules=".*q_proj", layers_to_transform=[0]),
-        ("  - adapter_config.json: layers_to_transform: cannot be said together with a pattern in `target_modules`"),
+        ("  - adapter_config.json: layers_to_transform: cannot be combined with a pattern in `target_modules`"),
     ),
     (
         "layers that are texts",

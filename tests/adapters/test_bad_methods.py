@@ -120,14 +120,14 @@ PEFT: list[tuple[str, Spoil, str]] = [
         put(V, 1, 16),
         "  - model.layers.0.self_attn.v_proj.lora_magnitude_vector: has the shape [1, 16], a magnitude for "
         "each input; DoRA as published has one per output\n"
-        "      hint: where they are the outputs' all the same, write them as [8]",
+        "      hint: if they are the outputs' after all, write them as [8]",
     ),
     (
         "a row of magnitudes in a square layer",
         put(M, 1, 16),
         f"  - {Q}.lora_magnitude_vector: has the shape [1, 16], a magnitude for each input; DoRA as published "
         "has one per output\n"
-        "      hint: where they are the outputs' all the same, write them as [16]",
+        "      hint: if they are the outputs' after all, write them as [16]",
     ),
     (
         "a magnitude of NaN",
@@ -153,7 +153,7 @@ PEFT: list[tuple[str, Spoil, str]] = [
     (
         "VeRA's vectors",
         put(PREFIX + "0.self_attn.q_proj.vera_lambda_b", 16),
-        f"  - {Q}.vera_lambda_b: belongs to VeRA, which the configuration does not say it is",
+        f"  - {Q}.vera_lambda_b: belongs to VeRA, which the configuration does not name",
     ),
 ]
 

@@ -241,7 +241,7 @@ def test_without_a_model_a_factor_alone_is_refused(tmp_path: Path) -> None:
         lorary.load_adapter(spoiled.folder)
     assert str(caught.value) == (
         f"cannot load the adapter {str(spoiled.folder)!r}\n"
-        "  - model.layers.0.self_attn.q_proj.lora_B.weight: is missing, and its partner alone says nothing"
+        "  - model.layers.0.self_attn.q_proj.lora_B.weight: is missing, and its partner is useless alone"
     )
 
 
@@ -299,7 +299,7 @@ def test_a_kept_module_that_is_tied_is_refused(tmp_path: Path) -> None:
         lorary.load(base.model(), tmp_path)
     assert str(caught.value) == (
         f"cannot load the adapter {str(tmp_path)!r}\n"
-        "  - transformer.wte.weight: is tied to lm_head.weight in this model, and PEFT trained a copy of its own\n"
+        "  - transformer.wte.weight: is tied to lm_head.weight in this model, and PEFT trained a separate copy\n"
         "      hint: untie the base's weights before loading"
     )
 
@@ -325,7 +325,7 @@ def test_a_kept_module_that_is_tied_is_refused(tmp_path: Path) -> None:
         (
             "pickled",
             "adapter_model.bin: is a pickle, which can run code when it is read; it was not opened\n"
-            "      hint: where you trust its author, load it with PEFT and save it again: PEFT writes safetensors",
+            "      hint: if you trust its author, load it with PEFT and save it again: PEFT writes safetensors",
         ),
     ],
 )
@@ -444,8 +444,8 @@ def test_a_folder_of_other_things_is_not_taken(tmp_path: Path) -> None:
         ),
         (
             lambda: adapted(BERT, full=("*.0.output.LayerNorm.weight",)),
-            "  - bert.encoder.layer.0.output.LayerNorm.weight: is trained in full, and whether its module is trained "
-            "whole only the model can tell\n      hint: give the model too: model=, or --base on the command line",
+            "  - bert.encoder.layer.0.output.LayerNorm.weight: is trained in full, and only the model knows whether "
+            "its whole module is\n      hint: give the model too: model=, or --base on the command line",
         ),
     ],
     ids=["groups", "BitFit", "full"],
@@ -466,7 +466,7 @@ def test_modules_that_peft_could_not_keep(tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"cannot export an adapter to {str(tmp_path / 'a')!r} for PEFT\n"
         "  - bert.embeddings.word_embeddings: PEFT would untie it from cls.predictions.decoder.weight\n"
-        "  - bert.encoder.layer.0.output.LayerNorm: PEFT keeps whole modules, and "
+        "  - bert.encoder.layer.0.output.LayerNorm: PEFT saves whole modules, and "
         "bert.encoder.layer.0.output.LayerNorm.bias is not trained"
     )
 

@@ -1,6 +1,6 @@
-"""Trained adapters: as values, as folders, in PEFT's files, and from one task to another on a model.
+"""Trained adapters: as values, as lorary's and PEFT's folders, and switched on a model.
 
-The names below are loaded when they are first used.
+The names below are loaded on first use.
 """
 
 from __future__ import annotations

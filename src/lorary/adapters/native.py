@@ -30,7 +30,7 @@ from lorary.adapters.adapter import Adapter
 from lorary.adapters.expected_tensors import Layout, expected_tensors, read_tensors, site_tensors
 from lorary.adapters.peft import keys as peft_keys
 from lorary.adapters.peft.config import NAME as PEFT_CONFIG
-from lorary.adapters.peft.reader import WEIGHTS, parsed_json
+from lorary.adapters.peft.reader import MOST_JSON, WEIGHTS
 from lorary.adapters.peft.types import PeftType, peft_type_of
 from lorary.adapters.shared_tensors import SharedTensors
 from lorary.adapters.site_records import adapted_sites, read_sites, site_record
@@ -38,6 +38,7 @@ from lorary.adapters.value_checks import alert_if_zero
 from lorary.errors import Diagnostic, FileError, MethodError
 from lorary.files.findings import Findings
 from lorary.files.manifest import sha256
+from lorary.files.safe_open import read_json
 from lorary.files.strict_json import named, show
 from lorary.files.tensor_file import TensorFile
 from lorary.model.fingerprint import Fingerprint
@@ -84,7 +85,7 @@ def native_tensors(adapter: Adapter, shared: SharedTensors) -> dict[str, Tensor]
 
 
 def read_native(folder: Path, findings: Findings) -> Adapter:
-    """Read the adapter that lorary saved in `folder`.
+    """The adapter that lorary saved in `folder`.
 
     Args:
         folder: a resolved folder.
@@ -93,7 +94,7 @@ def read_native(folder: Path, findings: Findings) -> Adapter:
     Raises:
         FileError: every reason why it cannot be used.
     """
-    data = _record(parsed_json(folder, NAME), findings)
+    data = _record(read_json(folder, NAME, MOST_JSON), findings)
     plain_sites, files = read_sites(data["sites"], findings), data["files"]
     method = _method(data["method"])
     findings.raise_refused()

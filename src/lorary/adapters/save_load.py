@@ -29,7 +29,7 @@ ADAPTER_FILES = (native.NAME, native.TENSORS, PEFT_CONFIG, WEIGHTS, "adapter_mod
 def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.Module | None = None) -> None:
     """Write an adapter folder: `lorary.json`, and the tensors, in PEFT's two files if PEFT can read them.
 
-    A folder that holds an adapter already is replaced in one step, and its other files (a model card) stay; a killed
+    An adapter already in the folder is replaced in one step, and other files there (a model card) stay; a killed
     process or a full disk leaves the old adapter or the new one.
 
     Args:
@@ -38,7 +38,7 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.
         model: the base, if at hand: with it PEFT's files can hold modules trained in full and have short target lists.
 
     Raises:
-        FileError: the adapter holds what no reader would accept (NaN, other dtypes), or the folder cannot be written.
+        FileError: no reader would accept the adapter (NaN, other dtypes), or the folder cannot be written.
     """
     shared = collect_shared(adapter)
     tensors = native.native_tensors(adapter, shared)
@@ -57,17 +57,17 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.
 
 
 def load_adapter(folder: str | os.PathLike[str], *, model: nn.Module | None = None, strict: bool = True) -> Adapter:
-    """Reads an adapter folder, lorary's or PEFT's.
+    """Read an adapter folder, lorary's or PEFT's.
 
     Args:
         folder: the folder.
-        model: the base, where it is at hand: a PEFT folder is then held to the modules that PEFT would adapt in it.
-        strict: refuse whatever is missing, left over, malformed or not finite. False tolerates what PEFT tolerates,
-            with one warning that lists it all: a missing tensor is zero, a left-over one is dropped and never
-            overwrites a weight of the base.
+        model: the base, if at hand: a PEFT folder must then have tensors for the modules that PEFT would adapt in it.
+        strict: refuse anything missing, unexpected, malformed or not finite. False tolerates what PEFT tolerates, with
+            one warning that lists it all: a missing tensor is zero, an unexpected one is dropped and never overwrites a
+            weight of the base.
 
     Returns:
-        The adapter; its `notes` say what is worth knowing about the files.
+        The adapter, with remarks about the files in its `notes`.
 
     Raises:
         FileError: every reason why it cannot be used, at once.
@@ -75,11 +75,12 @@ def load_adapter(folder: str | os.PathLike[str], *, model: nn.Module | None = No
     path = existing_folder(folder)
     findings = Findings(subject(folder), strict)
     try:
-        if (path / native.NAME).exists() or (path / native.NAME).is_symlink():
+        if os.path.lexists(path / native.NAME):
             return native.read_native(path, findings)
-        if not (path / PEFT_CONFIG).exists() and not (path / PEFT_CONFIG).is_symlink():
-            raise FileError("", [_no_adapter(path)])
-        return read_peft(path, model, findings)
+        if os.path.lexists(path / PEFT_CONFIG):
+            return read_peft(path, model, findings)
+        weights_name(path)  # a lone pickle is the better reason
+        raise FileError("", [_no_adapter(path)])
     except FileError as error:
         if error.headline:
             raise
@@ -94,13 +95,9 @@ def _inconsistent(adapter: Adapter, shared: SharedTensors) -> list[Diagnostic]:
 
 
 def _no_adapter(path: Path) -> Diagnostic:
+    """Why a folder is not an adapter, with a guess at the right one."""
+    inside = sorted(p.name for p in path.iterdir() if (p / native.NAME).exists() or (p / PEFT_CONFIG).exists())
+    fix = f"an adapter is in its folder {inside[0]!r}" if inside else ""
     if (path / "config.json").exists():
         fix = "this looks like a whole model: load it as the base"
-    else:
-        inside = sorted(p.name for p in path.iterdir() if (p / native.NAME).exists() or (p / PEFT_CONFIG).exists())
-        fix = f"an adapter is in its folder {inside[0]!r}" if inside else ""
-    try:
-        weights_name(path)
-    except FileError as error:
-        return error.problems[0]
     return Diagnostic("", f"it holds neither {native.NAME} nor {PEFT_CONFIG}", fix)

@@ -48,7 +48,7 @@ def _differences(adapted: AdaptedSite, method: Method) -> dict[str, Any]:
 
 
 def read_sites(records: list[Any], findings: Findings) -> list[Site]:
-    """The plain sites of the records; every malformed record becomes a finding."""
+    """The sites of the records; every malformed record becomes a finding."""
     if len(records) > _MOST_SITES:
         findings.fatal.append(Diagnostic("lorary.json: sites", f"{len(records):,}, more than {_MOST_SITES:,}"))
         return []

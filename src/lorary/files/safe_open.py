@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lorary.errors import Diagnostic, FileError, did_you_mean
+from lorary.files import strict_json
 from lorary.files.atomic import recover
 from lorary.files.strict_json import show
 from lorary.files.syscalls import reason
@@ -103,6 +104,19 @@ def read_bytes(folder: Path, name: str, limit: int) -> bytes:
         data = bytearray(size)
         read_exactly(file, memoryview(data), name)
         return bytes(data)
+
+
+def read_json(folder: Path, name: str, limit: int) -> object:
+    """The value in a folder's JSON file, with the checks of `open_inside` and strict JSON.
+
+    Raises:
+        FileError: the file or its JSON is not acceptable.
+    """
+    data = read_bytes(folder, name, limit)
+    try:
+        return strict_json.parse(data, limit)
+    except ValueError as error:
+        raise _refused(name, str(error)) from None
 
 
 def _contained(folder: Path, name: str) -> Path:

@@ -268,7 +268,7 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "a LoRA's factor": (
         lambda f: rewrite(f, lambda t: t.update({f"base_model.model.{Q}.lora_A.weight": torch.ones(4, 16)})),
-        f"  - {Q}.lora_A.weight: belongs to LoRA, which the configuration does not say it is",
+        f"  - {Q}.lora_A.weight: belongs to LoRA, which the configuration does not name",
     ),
     "a mask of another length": (
         say(rank_pattern={f"{Q}.lora_E": [True] * 3}),

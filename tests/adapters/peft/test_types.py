@@ -210,7 +210,7 @@ def test_its_tensors_in_another_types_file_are_told_from_strangers(inside: str, 
     path = tmp_path / "adapter_model.safetensors"
     save_file(load_file(path) | {f"base_model.model.{Q}.{leaf}": torch.ones(3, 16)}, path)
     other = "LoRA" if inside == "LOHA" else "LoHa"
-    what = f"  - {Q}.{leaf}: belongs to {other}, which the configuration does not say it is"
+    what = f"  - {Q}.{leaf}: belongs to {other}, which the configuration does not name"
     assert refusal(tmp_path, LLAMA.model()) == what
 
 

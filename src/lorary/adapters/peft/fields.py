@@ -1,4 +1,4 @@
-"""The fields of PEFT's `adapter_config.json`: the checks of their values, and the fields that all PEFT types have."""
+"""The fields of PEFT's `adapter_config.json`: checks of their values, and the fields common to all PEFT types."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MOST_ENTRIES = 20_000
 
 
 class TolerableError(ValueError):
-    """A value that PEFT accepts, however odd; `value` is what it computes with."""
+    """An odd value that PEFT accepts; `value` is the one that it computes with."""
 
     def __init__(self, message: str, value: object = None) -> None:
         super().__init__(message)
@@ -28,10 +28,10 @@ class Field:
     """A field of the configuration.
 
     Args:
-        read: (value, budget) -> the value as lorary uses it, or a ValueError that says what is wrong with it; the
-            budget is the work that all patterns of a file may take together.
-        default: the value where the file is silent: PEFT's own default.
-        nullable: whether null means silence.
+        read: (value, budget) -> the value as lorary uses it, or a ValueError that says what is wrong; the budget bounds
+            the work of all patterns of a file together.
+        default: PEFT's default.
+        nullable: whether null means the default.
     """
 
     read: Callable[[Any, Budget], Any]
@@ -40,7 +40,7 @@ class Field:
 
 
 def field(rule: dict[str, Any], default: Any = None, *, nullable: bool = False) -> Field:
-    """A field whose values pass a rule in the form of `lorary.spec.fields`; they are read as the default's type."""
+    """A field with a rule as in `lorary.spec.fields`; a number is read as a float if the default is one."""
 
     def read(value: Any, budget: Budget) -> Any:
         if not rule["check"](value):
@@ -51,7 +51,7 @@ def field(rule: dict[str, Any], default: Any = None, *, nullable: bool = False) 
 
 
 def unsupported(why: str) -> Field:
-    """A field of a feature that lorary does not support; only values that switch it off are accepted."""
+    """A field of an unsupported feature: only values that switch it off are accepted."""
 
     def read(value: Any, budget: Budget) -> None:
         if value not in (None, False, [], {}, 0):
@@ -61,7 +61,7 @@ def unsupported(why: str) -> Field:
 
 
 def unused(title: str, *off: object) -> Field:
-    """A field that a PEFT type inherits and does not use; tolerable where it says something."""
+    """A field that a PEFT type inherits and ignores: other values than `off` are tolerable."""
 
     def read(value: Any, budget: Budget) -> None:
         if not any(value == o and type(value) is type(o) for o in off):
@@ -128,7 +128,7 @@ def _not_too_many(value: Any) -> Any:
 
 
 def by_pattern(entry: Field) -> Field:
-    """A field that maps patterns over the ends of paths to values, such as `rank_pattern`; the first match counts."""
+    """A field such as `rank_pattern` that maps patterns over the ends of paths to values; the first match counts."""
 
     def read(value: Any, budget: Budget) -> tuple[tuple[SuffixPattern, Any], ...]:
         pairs, wrong = [], []
@@ -145,7 +145,7 @@ def by_pattern(entry: Field) -> Field:
 
 
 def masks(leaf: str) -> Field:
-    """A field that maps the names of tensors, each a module's path and `leaf`, to lists of true and false."""
+    """A field that maps names of tensors, each a module's path and `leaf`, to lists of true and false."""
 
     def read(value: Any, budget: Budget) -> dict[str, list[bool]]:
         found = _items(value, "names and masks")
@@ -172,13 +172,13 @@ def _base(value: Any, budget: Budget) -> str:
 
 
 def bias(only: str) -> Field:
-    """`bias`: which biases of the base the file holds; `only` is the type's word for those of the adapted layers."""
+    """`bias`: the base biases in the file; `only` is the type's name for those of the adapted layers."""
     names = ("none", "all", only)
     return field(one_of(*names) | {"expects": f"one of {', '.join(names)}"}, "none")
 
 
 SHARED: dict[str, Field] = {
-    "target_modules": Field(_names_or_pattern),  # absent where the tensors alone say it
+    "target_modules": Field(_names_or_pattern),  # absent if the tensors alone tell
     "layers_to_transform": Field(_layer_numbers, nullable=True),
     "layers_pattern": Field(_plain_names, (), nullable=True),
     "modules_to_save": Field(_plain_names, (), nullable=True),

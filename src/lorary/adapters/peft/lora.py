@@ -2,11 +2,11 @@
 
     linear, transposed   <site>.lora_A.weight (R, in)             <site>.lora_B.weight (out, R)
     embedding            <site>.lora_embedding_A (R, vocabulary)  <site>.lora_embedding_B (width, R)
-    convolution          <site>.lora_A.weight (R, in, *window)    <site>.lora_B.weight (out, R, 1, ...)
+    convolution          <site>.lora_A.weight (R, in, *kernel)    <site>.lora_B.weight (out, R, 1, ...)
     DoRA                 and <site>.lora_magnitude_vector (out,), of a convolution (1, out, 1, ...)
 
-A site whose fused weight is adapted part by part is, for PEFT, one LoRA of rank R = parts * r whose B is zero off the
-parts' blocks: the same update, number for number. The tasks learnt before (O-LoRA) follow as further directions.
+A fused weight adapted in parts is, for PEFT, one LoRA of rank R = parts * r whose B is zero outside the parts' blocks:
+the same update, number for number. O-LoRA's earlier tasks follow as further rank directions.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from lorary.spec.placement import AdaptedSite
 from lorary.spec.site import Site
 
 _MAGNITUDE = "lora_magnitude_vector"
-_OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # inits that change the base
+_RESIDUAL_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # they change the base
 _UNSUPPORTED_FEATURES = {  # features that change the adapter's function
     "enable_lora": "adapters on parts of a fused weight (files of 2023) are not supported",
     "use_qalora": "QA-LoRA pools its input, which is not supported",
@@ -59,10 +59,10 @@ UNSUPPORTED = {key: unsupported(why) for key, why in _UNSUPPORTED_FEATURES.items
 
 
 def _init(value: Any, budget: object) -> None:
-    word = value.lower() if isinstance(value, str) else value
-    if isinstance(word, bool | None) or word in ("gaussian", "eva", "orthogonal"):
+    name = value.lower() if isinstance(value, str) else value
+    if isinstance(name, bool | None) or name in ("gaussian", "eva", "orthogonal"):
         return
-    if isinstance(word, str) and word.startswith(_OTHER_BASE):
+    if isinstance(name, str) and name.startswith(_RESIDUAL_INITS):
         raise ValueError(
             f"is {show(value)}: these factors belong to a base that PEFT changes while loading; let PEFT convert the "
             "adapter (save_pretrained with path_initial_model_for_weight_conversion)"
@@ -96,7 +96,7 @@ class Lora(PeftType):
     }
     factors = (("lora_embedding_A", "lora_embedding_B"), ("lora_A.weight", "lora_B.weight"))
     refused_leaves = {  # noqa: RUF012
-        _MAGNITUDE: "belongs to DoRA, which the configuration does not say it is",
+        _MAGNITUDE: "belongs to DoRA, which the configuration does not name",
         "lora_B.bias": "is a bias beside B, which is not supported",
         "lora_diag": "belongs to KaSA, which is not supported",
     }
@@ -135,16 +135,15 @@ class Lora(PeftType):
         return _layout(adapted.site, _rank(adapted), is_dora(adapted))
 
     def canonical_name(self, name: str) -> str:
-        # some write it as a module's weight
+        # some programs write it as a module's weight
         return name.removesuffix(".weight") if name.endswith(f".{_MAGNITUDE}.weight") else name
 
     def read_shape(
         self, adapted: AdaptedSite, role: str, shape: tuple[int, ...], found: tuple[int, ...]
     ) -> tuple[int, ...]:
-        """The one magnitude per output in any shape in which it has been written.
+        """The shape of DoRA's magnitudes, which has been written in several ways.
 
-        A row (1, out) can be told from a magnitude per input, which other programs have, only where the layer is not
-        square.
+        A row (1, out) differs from magnitudes per input, which other programs write, only if the layer is not square.
         """
         if role != "m":
             return shape
@@ -156,7 +155,7 @@ class Lora(PeftType):
             return found
         if found[:1] == (1,) and math.prod(found) == site.in_features:
             what = f"has the shape {list(found)}, a magnitude for each input; DoRA as published has one per output"
-            fix = f"where they are the outputs' all the same, write them as [{site.out_features}]"
+            fix = f"if they are the outputs' after all, write them as [{site.out_features}]"
             raise FileError("", [Diagnostic(f"{site.name}.{_MAGNITUDE}", what, fix)])
         return shape
 
@@ -182,7 +181,7 @@ class Lora(PeftType):
                 [whole[part.rows(), i * adapted.r : (i + 1) * adapted.r] for i, part in enumerate(site.parts)]
             )
             if not torch.equal(site.place(B), whole):
-                what = f"is not zero off the blocks of {', '.join(part.name for part in site.parts)}"
+                what = f"is not zero outside the blocks of {', '.join(part.name for part in site.parts)}"
                 raise FileError("", [Diagnostic(names["B"], what)])
         return {"A": A, "B": B} | found
 
@@ -193,12 +192,12 @@ def is_dora(adapted: AdaptedSite) -> bool:
 
 
 def _rank(adapted: AdaptedSite) -> int:
-    """The rank that PEFT sees at a site: r for each part, and that of each earlier task."""
+    """PEFT's rank at a site: r for each part, plus the ranks of earlier tasks."""
     return sum(adapted.shapes[role][0] for role in ("A", "A_past") if role in adapted.shapes)
 
 
 def _alpha(adapted: AdaptedSite, root: bool) -> float:
-    """The alpha that gives a site's scale at PEFT's rank, as alpha / sqrt(rank) or alpha / rank."""
+    """The alpha of a site's scale at PEFT's rank, as alpha / sqrt(rank) or alpha / rank."""
     rank = _rank(adapted)
     if adapted.alpha is not None and isinstance(adapted.method.scale, AlphaOverSqrtRank if root else AlphaOverRank):
         return adapted.alpha * (math.sqrt(rank / adapted.r) if root else rank / adapted.r)
@@ -220,8 +219,8 @@ def encode_factors(site: Site, A: Tensor, B: Tensor, m: Tensor | None = None) ->
 
     Args:
         site: the site.
-        A: [R, inp].
-        B: [out, R], or stacked by parts [rows of the parts, r] at a fused site.
+        A: [R, in].
+        B: [out, R], or [rows of the parts, r] at a fused site.
         m: [out], DoRA's magnitudes.
     """
     B = site.place(B) if site.parts and tuple(B.shape) != (site.out_features, A.shape[0]) else B
@@ -231,7 +230,7 @@ def encode_factors(site: Site, A: Tensor, B: Tensor, m: Tensor | None = None) ->
 
 
 def lora_fields(adapter: Adapter, sizes: Mapping[str, tuple[int, float]], *, root: bool, dora: bool) -> dict[str, Any]:
-    """The fields of a LoRA's configuration beside the shared ones.
+    """The LoRA-specific fields of a configuration.
 
     Args:
         adapter: the adapter, for its dropout.
@@ -255,7 +254,7 @@ def lora_fields(adapter: Adapter, sizes: Mapping[str, tuple[int, float]], *, roo
 
 
 def patterns(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
-    """PEFT's `rank_pattern` or `alpha_pattern`: for every site whose value is not the usual one, a key for it alone.
+    """PEFT's `rank_pattern` or `alpha_pattern`: a key for every value that is not the usual one.
 
     >>> patterns({"a.q_proj": 8, "b.q_proj": 8, "a.down_proj": 4, "b.down_proj": 4}, 8)
     {'down_proj': 4}
@@ -273,7 +272,7 @@ def patterns(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
 
 
 def json_number(value: float | None) -> float | int | None:
-    """A whole number as an integer: readers in other languages expect an integer alpha."""
+    """A whole number as an integer, since readers in other languages expect an integer alpha."""
     return int(value) if value is not None and value == int(value) else value
 
 

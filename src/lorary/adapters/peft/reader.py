@@ -1,8 +1,8 @@
-"""A PEFT folder as an `Adapter`: strict about every tensor, before any is read.
+"""The reader of PEFT's adapter folders, which checks every tensor's name and shape before it reads any.
 
-With the model at hand, the sites are those that PEFT would adapt in it, and every one of them must have its tensors in
-the file. Without, they are those that the file has factors for; a layer's kind beyond what a shape says (GPT-2's
-Conv1D, biases) is only known to the model.
+With a model, the sites are the modules that PEFT would adapt in it, and each must have its tensors in the file. Without
+one, they are the modules that the file has factors for; shapes do not tell GPT-2's Conv1D from a linear layer, nor
+whether a layer has a bias.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from lorary.adapters.peft.types import PEFT_TYPES
 from lorary.adapters.shared_tensors import regenerate
 from lorary.adapters.value_checks import alert_if_zero
 from lorary.errors import Diagnostic, FileError, nearest
-from lorary.files import strict_json
 from lorary.files.findings import Findings
-from lorary.files.safe_open import read_bytes
+from lorary.files.safe_open import read_json
 from lorary.files.strict_json import named
 from lorary.files.tensor_file import TensorFile
 from lorary.layers.adapted import base_parameters, unwrapped_modules
@@ -39,12 +38,12 @@ MOST_JSON = 4 * 2**20
 
 
 def read_peft(folder: Path, model: nn.Module | None, findings: Findings) -> Adapter:
-    """Reads the adapter that PEFT saved in `folder`.
+    """The adapter that PEFT saved in `folder`.
 
     Args:
         folder: a resolved folder.
-        model: the base, plain or adapted; it is only looked at.
-        findings: what is wrong goes there, and is raised from there.
+        model: the base, plain or adapted, which is not changed.
+        findings: collects the problems, and raises them.
 
     Raises:
         FileError: every reason why it cannot be used.
@@ -52,43 +51,29 @@ def read_peft(folder: Path, model: nn.Module | None, findings: Findings) -> Adap
     config = None
     with findings.gathering(NAME):
         types = {name: peft_type.fields for name, peft_type in PEFT_TYPES.items()}
-        config = read_config(parsed_json(folder, NAME), types, findings)
+        config = read_config(read_json(folder, NAME, MOST_JSON), types, findings)
     with TensorFile(folder, weights_name(folder)) as file:
-        if config is None or findings.fatal:  # what would follow from a wrong configuration says nothing
+        if config is None or findings.fatal:  # problems that follow from a wrong configuration would mislead
             raise FileError("")
         return _Reader(config, model, findings, file).adapter()
 
 
-def parsed_json(folder: Path, name: str) -> object:
-    """The value in a folder's JSON file.
-
-    Raises:
-        FileError: the file or its JSON is not acceptable.
-    """
-    try:
-        return strict_json.parse(read_bytes(folder, name, MOST_JSON), MOST_JSON)
-    except ValueError as error:
-        if isinstance(error, FileError):
-            raise
-        raise FileError("", [Diagnostic(name, str(error))]) from None
-
-
 def weights_name(folder: Path) -> str:
-    """The name of the tensor file, after making sure that it is not a pickle.
+    """The name of the tensor file.
 
     Raises:
-        FileError: there are only pickles, which are never opened.
+        FileError: there is only a pickle, which is never opened.
     """
     pickles = [n for n in ("adapter_model.bin", "adapter_model.pt") if (folder / n).exists()]
     if pickles and not (folder / WEIGHTS).exists():
-        fix = "where you trust its author, load it with PEFT and save it again: PEFT writes safetensors"
+        fix = "if you trust its author, load it with PEFT and save it again: PEFT writes safetensors"
         what = "is a pickle, which can run code when it is read; it was not opened"
         raise FileError("", [Diagnostic(pickles[0], what, fix)])
     return WEIGHTS
 
 
 class _Reader:
-    """One reading of one folder; its steps share what they know."""
+    """The reading of one folder."""
 
     def __init__(self, config: PeftConfig, model: nn.Module | None, findings: Findings, file: TensorFile) -> None:
         self.config, self.findings, self.file = config, findings, file
@@ -155,9 +140,7 @@ class _Reader:
             sites = list(self._sites_of_file() if self.layers is None else self._sites_of_model(self.layers))
             mismatches = self.type.site_mismatches(self.config, {s.name for s in sites})
             adapted = tuple(AdaptedSite(s, self.type.to_method(self.config, s.name)) for s in sites)
-        except FileError:
-            raise
-        except ValueError as error:  # the patterns' budget: the later checks would ask the patterns again
+        except ValueError as error:  # the patterns' budget, which the later checks would need too
             self.findings.fatal.append(Diagnostic(NAME, str(error)))
             raise FileError("") from None
         if mismatches:
@@ -183,7 +166,7 @@ class _Reader:
                 yield found
 
     def _sites_in_names(self) -> dict[str, None]:
-        """The sites that the file has tensors for, in its order."""
+        """The sites in the names of the tensors, in the file's order."""
         sites = (keys.site_of(name, self.leaves) for name in self.found)
         return dict.fromkeys(name for name in sites if name is not None)
 
@@ -195,7 +178,7 @@ class _Reader:
             pair = next((names for names in pairs if names[0] in self.found), pairs[-1])
             lonely = [n for n in pair if n not in self.found]
             if lonely:
-                self.findings.tolerable.append(Diagnostic(lonely[0], "is missing, and its partner alone says nothing"))
+                self.findings.tolerable.append(Diagnostic(lonely[0], "is missing, and its partner is useless alone"))
                 for n in set(pair) - set(lonely):
                     del self.found[n], self.names[n]
                 continue
@@ -218,7 +201,7 @@ class _Reader:
         return Diagnostic(f"{NAME}: target_modules", "names no layer of this model", fix)
 
     def _explain(self, name: str) -> str:
-        """What an unexpected tensor is."""
+        """An unexpected tensor, described."""
         at = keys.site_of(name, self.leaves)
         if name in self.type.shared.values():
             return "is there, and the configuration says that it is drawn from its seed"
@@ -237,8 +220,7 @@ class _Reader:
 
 
 def _site_of_shapes(name: str, A: tuple[int, ...], B: tuple[int, ...], embedding: bool, transposed: bool) -> Site:
-    """A site as far as the shapes of its two factors tell."""
+    """The site that the shapes of its two factors imply."""
     kind = f"conv{len(A) - 2}d" if len(A) > 2 else "transposed" if transposed else "linear"
-    if embedding:
-        return Site(name, "embedding", B[0], math.prod(A[1:]), bias=False)
-    return Site(name, kind, B[0], math.prod(A[1:]), bias=False, kernel_size=A[2:])
+    kind = "embedding" if embedding else kind
+    return Site(name, kind, B[0], math.prod(A[1:]), bias=False, kernel_size=() if embedding else A[2:])

@@ -3,7 +3,7 @@
     <site>.vera_lambda_b  (out,)         <site>.vera_lambda_d  (r,)
     base_model.vera_A  (r, widest in)    base_model.vera_B  (widest out, r)
 
-Without the two projections (`save_projection` is false) they are drawn again from `projection_prng_key`.
+With `save_projection` false, the two projections are regenerated from `projection_prng_key`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lorary.spec.method import Method
 
 
 class Vera(PeftType):
-    """W + diag(b) B diag(d) A of whole linear layers, one rank for all of them."""
+    """W + diag(b) B diag(d) A of whole linear layers, with one rank for all."""
 
     name, title = "VERA", "VeRA"
     methods = ((SharedProjectionDelta, Add),)

@@ -1,7 +1,7 @@
-"""An adapter as PEFT's two files, and why some adapters have none.
+"""The contents of PEFT's two files for an adapter, and the reasons why it has none.
 
-PEFT matches module names by their ends and patterns by regular expressions; what is written here matches exactly the
-sites that are meant, in any model that has them. All lists and keys are sorted, so that the same adapter gives the same
+PEFT matches module names by their ends and patterns by regular expressions; the names and patterns written here match
+exactly the adapted sites, in any model that has them. All lists and keys are sorted, so the same adapter gives the same
 bytes.
 """
 
@@ -23,9 +23,9 @@ from lorary.layers.adapted import unwrapped_modules
 
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
 BASE_README = "BASE.md"  # explains how to load the base of an adapter with RoPE scaling
-_README_TEXT = """# A PEFT adapter on a base whose positions are divided
+_README_TEXT = """# A PEFT adapter for a base with RoPE scaling
 
-It was trained on {base!r} with positions divided by {factor:g}. PEFT's files do not say so: load the base like this.
+It was trained on {base!r} with positions divided by {factor:g}. PEFT's files cannot say so: load the base like this.
 
 ```python
 from peft import PeftModel
@@ -41,13 +41,13 @@ model = PeftModel.from_pretrained(base, "this folder")
 
 
 def exact_type(adapter: Adapter, model: nn.Module | None, shared: SharedTensors) -> PeftType | None:
-    """The PEFT type that computes an adapter's function from its very tensors; None where there is none.
+    """The PEFT type that computes an adapter's function from exactly its tensors; None if no type does.
 
     Args:
         adapter: any adapter.
-        model: the base, where it is at hand: only it tells whether a module is trained whole, and a convolution's
-            dilation and padding.
-        shared: what its sites share.
+        model: the base, if at hand: only it tells whether a module is trained in full, and a convolution's dilation and
+            padding.
+        shared: the tensors that its sites share.
     """
     found = peft_type_of(adapter.sites)
     if found is None or any(a.starts for a in adapter.sites) or found.peft_incompatibilities(adapter, shared):
@@ -80,10 +80,10 @@ def peft_config(
     """The contents of `adapter_config.json`.
 
     Args:
-        adapter: the adapter; only its sites, base parameters and base are looked at.
-        model: the base, where it is at hand: it makes for shorter target lists.
+        adapter: the adapter; only its sites, base parameters and base matter.
+        model: the base, if at hand: it allows shorter target lists.
         peft_type: the PEFT type to write.
-        own: the type's own fields.
+        own: the type-specific fields.
     """
     architecture = adapter.base.architecture
     shared = {key: value for key, value in _shared_fields(adapter, model).items() if key in peft_type.fields}
@@ -113,7 +113,7 @@ def _shared_fields(adapter: Adapter, model: nn.Module | None) -> dict[str, Any]:
 def exact_files(
     adapter: Adapter, model: nn.Module | None, shared: SharedTensors, peft_type: PeftType
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(configuration, tensors) of an adapter of this very type."""
+    """(configuration, tensors) of an adapter of exactly this type."""
     config = peft_config(adapter, model, peft_type, peft_type.from_adapter(adapter, shared))
     tensors = {peft_type.shared[role]: t for role, t in shared.whole.items()} if shared.kept else {}
     for adapted in adapter.sites:
@@ -122,18 +122,18 @@ def exact_files(
 
 
 def with_prefix(tensors: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
-    """The contents of `adapter_model.safetensors`: these tensors, and the adapter's base parameters."""
+    """The contents of `adapter_model.safetensors`: these tensors and the adapter's base parameters."""
     sites = {adapted.site.name for adapted in adapter.sites}
     whole = {keys.full_name(name, sites): t for name, t in adapter.full.items()}
     return {keys.full(name): t for name, t in {**tensors, **whole}.items()}
 
 
 def rope_overrides(adapter: Adapter) -> dict[str, Any]:
-    """The `rope_parameters` that the base needs for an adapter; empty where the base's own may stay."""
+    """The `rope_parameters` that an adapter needs of its base; empty if the base's own are right."""
     return dict(adapter.method.context.words) if adapter.method.context is not None else {}
 
 
 def base_text(adapter: Adapter) -> str:
-    """How to load the base of an adapter that divides its positions."""
+    """The text of `BASE.md`."""
     words = rope_overrides(adapter)
     return _README_TEXT.format(base=adapter.base.name or "the base", factor=words["factor"], words=words)
