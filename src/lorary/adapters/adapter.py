@@ -152,7 +152,7 @@ def _summed_full(adapters: Sequence[Adapter], weights: Sequence[float], model: n
     total: dict[str, Tensor] = {}
     for adapter, w in zip(adapters, weights, strict=True):
         for name, value in adapter.full.items():
-            kept = state.full.get(name) if state is not None else None
-            before = (kept if kept is not None else base_parameter(model, name).detach()).float().cpu()
+            saved = state.full.get(name) if state is not None else None
+            before = (saved if saved is not None else base_parameter(model, name).detach()).float().cpu()
             total[name] = total.get(name, before) + w * (value.float() - before)
     return {name: value.to(base_parameter(model, name).dtype) for name, value in total.items()}

@@ -65,8 +65,8 @@ def write_record(folder: Path, adapter: Adapter, shared: SharedTensors) -> None:
         "full": sorted(adapter.full),
         "files": files,
     }
-    if not shared.kept:
-        head[_DRAWN] = shared_tensors.checksums(shared.whole)
+    if not shared.stored:
+        head[_DRAWN] = shared_tensors.checksums(shared.tensors)
     lines = [json.dumps(site_record(adapted, adapter.method)) for adapted in adapter.sites]
     sites = "\n    " + ",\n    ".join(lines) + "\n  " if lines else ""
     text = json.dumps(head, indent=2).removesuffix("\n}") + f',\n  "sites": [{sites}]\n}}\n'
@@ -80,7 +80,7 @@ def native_tensors(adapter: Adapter, shared: SharedTensors) -> dict[str, Tensor]
         for adapted in unique_tensor_sets(adapter.sites)
         for role, (name, _) in _layout(adapted).items()
     }
-    common = {f"|{role}": t for role, t in shared.whole.items()} if shared.kept else {}
+    common = {f"|{role}": t for role, t in shared.tensors.items()} if shared.stored else {}
     return own | common | dict(adapter.full)
 
 

@@ -32,9 +32,7 @@ def base_of(adapter: Path, base: str | None, dtype: str = "auto") -> ModelSectio
 
     name = base or load_adapter(adapter).base.name
     if not name or (base is None and "/" not in name and not name.startswith("builtin:") and not Path(name).is_dir()):
-        what = (
-            f"it was trained on `{name}`, which is not a Hub id" if name else "it does not say what it was trained on"
-        )
+        what = f"it was trained on `{name}`, which is not a Hub id" if name else "it does not name its base"
         raise FileError(f"cannot find the base of {adapter}:", [Diagnostic("", what, "give --base MODEL")])
     return ModelSection.of(name, dtype=dtype)
 

@@ -34,40 +34,40 @@ class SharedTensors(NamedTuple):
     """The tensors that all sites of an adapter share, collected once for everything that is written.
 
     Args:
-        whole: role -> the shared tensor.
-        kept: whether a file has to hold it; otherwise the init's seed gives it bit for bit.
+        tensors: role -> the shared tensor.
+        stored: whether a file must hold them; otherwise the init regenerates them bit for bit.
     """
 
-    whole: dict[str, Tensor]
-    kept: bool = True
+    tensors: dict[str, Tensor]
+    stored: bool = True
 
 
 def collect_shared(adapter: Adapter) -> SharedTensors:
     """The shared tensors of an adapter."""
-    whole = _collect(adapter.sites, adapter.tensors)
-    if not whole or adaptation(adapter.method).init.store_shared:
-        return SharedTensors(whole)
-    again = regenerate(adapter.method, adapter.sites, {role: t.dtype for role, t in whole.items()})
-    return SharedTensors(whole, kept=not all(torch.equal(again[role], t) for role, t in whole.items()))
+    shared = _collect(adapter.sites, adapter.tensors)
+    if not shared or adaptation(adapter.method).init.store_shared:
+        return SharedTensors(shared)
+    again = regenerate(adapter.method, adapter.sites, {role: t.dtype for role, t in shared.items()})
+    return SharedTensors(shared, stored=not all(torch.equal(again[role], t) for role, t in shared.items()))
 
 
 def _collect(sites: Sequence[AdaptedSite], tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """role -> the shared tensor, put together from each site's leading slice; zero where no site reaches."""
-    whole: dict[str, Tensor] = {}
+    shared: dict[str, Tensor] = {}
     sizes = shared_shapes(sites)
     for adapted in sites:
         for role in sorted(adapted.delta.shared):
             part = tensors[adapted.site.name][role].detach()
-            shared = whole.setdefault(role, part.new_zeros(sizes[role]))
-            leading_slice(shared, tuple(part.shape)).copy_(part)
-    return whole
+            tensor = shared.setdefault(role, part.new_zeros(sizes[role]))
+            leading_slice(tensor, tuple(part.shape)).copy_(part)
+    return shared
 
 
-def inconsistent_copies(adapter: Adapter, whole: Mapping[str, Tensor]) -> list[Diagnostic]:
+def inconsistent_copies(adapter: Adapter, shared: Mapping[str, Tensor]) -> list[Diagnostic]:
     """The sites whose slice of a shared tensor differs from that of the others."""
     return [
         Diagnostic(site, f"its {role} differs from the other sites', which all share one")
-        for site, slices in leading_slices(adapter.sites, whole).items()
+        for site, slices in leading_slices(adapter.sites, shared).items()
         for role, part in slices.items()
         if not torch.equal(part, adapter.tensors[site][role])
     ]
@@ -75,24 +75,24 @@ def inconsistent_copies(adapter: Adapter, whole: Mapping[str, Tensor]) -> list[D
 
 def regenerate(method: Method, sites: Sequence[AdaptedSite], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
     """role -> the shared tensor that the method's seed gives, in these dtypes."""
-    whole = {role: torch.zeros(size) for role, size in shared_shapes(sites).items()}
-    adaptation(method).init.share(whole)
-    return _collect(sites, leading_slices(sites, {role: t.to(dtypes[role]) for role, t in whole.items()}))
+    shared = {role: torch.zeros(size) for role, size in shared_shapes(sites).items()}
+    adaptation(method).init.share(shared)
+    return _collect(sites, leading_slices(sites, {role: t.to(dtypes[role]) for role, t in shared.items()}))
 
 
-def leading_slices(sites: Sequence[AdaptedSite], whole: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def leading_slices(sites: Sequence[AdaptedSite], shared: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """site -> role -> its slice of each shared tensor, a view."""
     return {
         adapted.site.name: {
-            role: leading_slice(whole[role], adapted.shapes[role]) for role in sorted(adapted.delta.shared)
+            role: leading_slice(shared[role], adapted.shapes[role]) for role in sorted(adapted.delta.shared)
         }
         for adapted in sites
     }
 
 
-def checksums(whole: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
+def checksums(shared: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
     """The `drawn` of `lorary.json`: the dtype and the checksum of each shared tensor."""
-    return {role: {"dtype": _CODES[t.dtype], "sha256": _sha256(t)} for role, t in sorted(whole.items())}
+    return {role: {"dtype": _CODES[t.dtype], "sha256": _sha256(t)} for role, t in sorted(shared.items())}
 
 
 def invalid_record(record: Any, sites: Sequence[AdaptedSite]) -> str:
@@ -111,11 +111,11 @@ def regenerate_recorded(
     record: Mapping[str, Any], method: Method, sites: Sequence[AdaptedSite]
 ) -> tuple[dict[str, Tensor], list[Diagnostic]]:
     """The shared tensors that a file left out, and those that differ from the ones of the training."""
-    whole = regenerate(method, sites, {role: DTYPES[entry["dtype"]] for role, entry in record.items()})
+    shared = regenerate(method, sites, {role: DTYPES[entry["dtype"]] for role, entry in record.items()})
     what = "its seed gives other numbers here than in training (SHA-256 differs)"
     fix = "save it again with save_projections=True, on the base that it was trained on"
-    wrong = [role for role, t in whole.items() if _sha256(t) != record[role]["sha256"]]
-    return whole, [Diagnostic(role, what, fix) for role in sorted(wrong)]
+    wrong = [role for role, t in shared.items() if _sha256(t) != record[role]["sha256"]]
+    return shared, [Diagnostic(role, what, fix) for role in sorted(wrong)]
 
 
 def _sha256(tensor: Tensor) -> str:

@@ -93,11 +93,11 @@ def switch(model: nn.Module, adapters: Adapter | Sequence[Adapter] | None, *, fo
     here = Fingerprint.of(model)
     for a in several:
         _check_base(model, a, here, "the adapter", force=force)
-    chosen = several[0] if len(several) == 1 else stacked(several, model) if several else None
+    replacement = several[0] if len(several) == 1 else stacked(several, model) if several else None
     if state_of(model) is not None:
         detach(model)
-    if chosen is not None:
-        _install(model, chosen, here, trainable=False)
+    if replacement is not None:
+        _install(model, replacement, here, trainable=False)
     return model
 
 

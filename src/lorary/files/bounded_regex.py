@@ -102,13 +102,13 @@ class Pattern:
         """The expression for `re`, and for `regex` if it can backtrack."""
         _parsed(text)  # alone first: `a)|(b` would be valid inside the brackets of a suffix pattern
         states = _states(text)
-        whole = self._FORM.format(text)
+        full = self._FORM.format(text)
         if not _BACKTRACKING.search(text):
-            return _parsed(whole), None
+            return _parsed(full), None
         self._budget.states -= states
         if self._budget.states < 0:
             raise ValueError("its patterns are too large together")
-        return _parsed(whole), regex.compile(whole, regex.V0)
+        return _parsed(full), regex.compile(full, regex.V0)
 
     def fullmatch(self, name: str) -> bool:
         """Whether the expression matches the whole name.

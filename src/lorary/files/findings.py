@@ -68,10 +68,10 @@ class Findings:
         """
         self.raise_refused()
         tolerated = [f"{p.where}: {p.what}" if p.where else p.what for p in self.tolerable]
-        striking = [*tolerated, *self.alerts]
-        if striking:
-            lines = [f"  - {text}" for text in striking[:_MOST]]
-            if len(striking) > _MOST:
-                lines.append(f"  - and {len(striking) - _MOST:,} more")
+        warned = [*tolerated, *self.alerts]
+        if warned:
+            lines = [f"  - {text}" for text in warned[:_MOST]]
+            if len(warned) > _MOST:
+                lines.append(f"  - and {len(warned) - _MOST:,} more")
             warnings.warn("\n".join([f"{self.subject}:", *lines]), AdapterWarning, stacklevel=5)
-        return (*striking, *self.notes)
+        return (*warned, *self.notes)

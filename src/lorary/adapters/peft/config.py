@@ -125,15 +125,15 @@ def target_modules(sites: list[str], model: nn.Module | None) -> list[str] | str
     >>> target_modules(["layers.0.q_proj", "layers.1.q_proj"], None)
     ['layers.0.q_proj', 'layers.1.q_proj']
     """
-    whole = sorted(sites)
-    pattern = "|".join(map(re.escape, whole))
+    names = sorted(sites)
+    pattern = "|".join(map(re.escape, names))
     if model is None:
         # a name of one component may be the end of others
-        exact = all("." in name for name in whole) or len(pattern) > MOST_CHARACTERS
-        return whole if exact else pattern
+        exact = all("." in name for name in names) or len(pattern) > MOST_CHARACTERS
+        return names if exact else pattern
     modules = list(unwrapped_modules(model))
-    for entries in (sorted({name.rpartition(".")[2] for name in whole}), whole):
-        if {m for m in modules if _names(tuple(entries), m)} == set(whole):
+    for entries in (sorted({name.rpartition(".")[2] for name in names}), names):
+        if {m for m in modules if _names(tuple(entries), m)} == set(names):
             return entries
     return pattern
 

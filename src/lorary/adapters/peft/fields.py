@@ -110,9 +110,9 @@ def _listed(value: Any, valid: Callable[[Any], bool], what: str) -> tuple[Any, .
 
 def _plain_names(value: Any, budget: Budget) -> tuple[str, ...]:
     names = _names([value] if isinstance(value, str) else value)
-    strange = [n for n in names if not all(c.isalnum() or c in "_." for c in n)]
-    if strange:  # PEFT reads them as regular expressions
-        raise ValueError(f"{show(strange[0])} is not a plain module name")
+    not_plain = [n for n in names if not all(c.isalnum() or c in "_." for c in n)]
+    if not_plain:  # PEFT reads them as regular expressions
+        raise ValueError(f"{show(not_plain[0])} is not a plain module name")
     return names
 
 

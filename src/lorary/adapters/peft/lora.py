@@ -176,11 +176,9 @@ class Lora(PeftType):
             (A, A_past), (B, B_past) = A.split(sizes), B.split(sizes, 1)
             A, B, found = A.clone(), B.clone(), found | {"A_past": A_past.clone(), "B_past": B_past.clone()}
         if site.parts:
-            whole = B
-            B = torch.cat(
-                [whole[part.rows(), i * adapted.r : (i + 1) * adapted.r] for i, part in enumerate(site.parts)]
-            )
-            if not torch.equal(site.place(B), whole):
+            full = B
+            B = torch.cat([full[part.rows(), i * adapted.r : (i + 1) * adapted.r] for i, part in enumerate(site.parts)])
+            if not torch.equal(site.place(B), full):
                 what = f"is not zero outside the blocks of {', '.join(part.name for part in site.parts)}"
                 raise FileError("", [Diagnostic(names["B"], what)])
         return {"A": A, "B": B} | found
@@ -238,25 +236,27 @@ def lora_fields(adapter: Adapter, sizes: Mapping[str, tuple[int, float]], *, roo
         root: whether the scale is alpha / sqrt(rank).
         dora: whether it has magnitudes.
     """
-    r, alpha = (Counter(pair[i] for pair in sizes.values()).most_common(1)[0][0] for i in (0, 1))
+    ranks = {name: rank for name, (rank, _) in sizes.items()}
+    alphas = {name: json_number(alpha) for name, (_, alpha) in sizes.items()}
+    r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
         "r": r,
-        "lora_alpha": json_number(alpha),
+        "lora_alpha": alpha,
         "lora_dropout": adapter.method.dropout,
         "use_rslora": root,
         "use_dora": dora,
         "lora_bias": False,
         "init_lora_weights": True,
         "exclude_modules": None,
-        "rank_pattern": patterns({name: size[0] for name, size in sizes.items()}, r),
-        "alpha_pattern": patterns({name: json_number(size[1]) for name, size in sizes.items()}, json_number(alpha)),
+        "rank_pattern": value_patterns(ranks, r),
+        "alpha_pattern": value_patterns(alphas, alpha),
     }
 
 
-def patterns(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
+def value_patterns(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
     """PEFT's `rank_pattern` or `alpha_pattern`: a key for every value that is not the usual one.
 
-    >>> patterns({"a.q_proj": 8, "b.q_proj": 8, "a.down_proj": 4, "b.down_proj": 4}, 8)
+    >>> value_patterns({"a.q_proj": 8, "b.q_proj": 8, "a.down_proj": 4, "b.down_proj": 4}, 8)
     {'down_proj': 4}
     """
     by_ending: dict[str, set[Any]] = {}

@@ -176,10 +176,10 @@ class _Reader:
                 continue
             pairs = [[f"{name}.{leaf}" for leaf in leaves] for leaves in self.type.factors]
             pair = next((names for names in pairs if names[0] in self.found), pairs[-1])
-            lonely = [n for n in pair if n not in self.found]
-            if lonely:
-                self.findings.tolerable.append(Diagnostic(lonely[0], "is missing, and its partner is useless alone"))
-                for n in set(pair) - set(lonely):
+            missing = [n for n in pair if n not in self.found]
+            if missing:
+                self.findings.tolerable.append(Diagnostic(missing[0], "is missing, and its partner is useless alone"))
+                for n in set(pair) - set(missing):
                     del self.found[n], self.names[n]
                 continue
             A, B = (self.found[n].shape for n in pair)

@@ -53,8 +53,8 @@ class Vera(PeftType):
             "PEFT's VeRA adapts whole linear layers": any(adapted.site.parts for adapted in adapter.sites),
             "PEFT's VeRA has one rank for all layers": len({adapted.r for adapted in adapter.sites}) > 1,
             "PEFT's VeRA has no scale": any(adapted.scale != 1 for adapted in adapter.sites),
-            "PEFT draws VeRA's projections in 32 bits": not shared.kept
-            and any(bank.dtype != torch.float32 for bank in shared.whole.values()),
+            "PEFT draws VeRA's projections in 32 bits": not shared.stored
+            and any(t.dtype != torch.float32 for t in shared.tensors.values()),
         }
         return [what for what, holds in reasons.items() if holds]
 
@@ -66,7 +66,7 @@ class Vera(PeftType):
             "vera_dropout": adapter.method.dropout,
             "d_initial": start.d,
             "projection_prng_key": start.seed,
-            "save_projection": shared.kept,
+            "save_projection": shared.stored,
             "init_weights": True,
         }
 

@@ -33,7 +33,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 config = AutoConfig.from_pretrained({base!r})
 rope = config.rope_parameters
-rope.get("full_attention", rope).update({words})
+rope.get("full_attention", rope).update({rope})
 base = AutoModelForCausalLM.from_pretrained({base!r}, config=config)
 model = PeftModel.from_pretrained(base, "this folder")
 ```
@@ -115,7 +115,7 @@ def exact_files(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(configuration, tensors) of an adapter of exactly this type."""
     config = peft_config(adapter, model, peft_type, peft_type.from_adapter(adapter, shared))
-    tensors = {peft_type.shared[role]: t for role, t in shared.whole.items()} if shared.kept else {}
+    tensors = {peft_type.shared[role]: t for role, t in shared.tensors.items()} if shared.stored else {}
     for adapted in adapter.sites:
         tensors |= peft_type.encode(adapted, adapter.tensors[adapted.site.name])
     return config, with_prefix(tensors, adapter)
@@ -124,8 +124,8 @@ def exact_files(
 def with_prefix(tensors: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
     """The contents of `adapter_model.safetensors`: these tensors and the adapter's base parameters."""
     sites = {adapted.site.name for adapted in adapter.sites}
-    whole = {keys.full_name(name, sites): t for name, t in adapter.full.items()}
-    return {keys.full(name): t for name, t in {**tensors, **whole}.items()}
+    full = {keys.full_name(name, sites): t for name, t in adapter.full.items()}
+    return {keys.full(name): t for name, t in {**tensors, **full}.items()}
 
 
 def rope_overrides(adapter: Adapter) -> dict[str, Any]:
@@ -135,5 +135,5 @@ def rope_overrides(adapter: Adapter) -> dict[str, Any]:
 
 def base_text(adapter: Adapter) -> str:
     """The text of `BASE.md`."""
-    words = rope_overrides(adapter)
-    return _README_TEXT.format(base=adapter.base.name or "the base", factor=words["factor"], words=words)
+    rope = rope_overrides(adapter)
+    return _README_TEXT.format(base=adapter.base.name or "the base", factor=rope["factor"], rope=rope)
