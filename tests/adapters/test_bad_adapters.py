@@ -267,7 +267,7 @@ PEFT: list[tuple[str, Spoil, str]] = [
     (
         "metadata of numbers",
         header({"__metadata__": {"a": 1}, "b": entry()}, bytes(8)),
-        "  - adapter_model.safetensors: __metadata__: has to map names to texts",
+        "  - adapter_model.safetensors: __metadata__: must map names to texts",
     ),
     (
         "metadata of 100 kB",

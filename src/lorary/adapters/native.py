@@ -37,7 +37,7 @@ from lorary.adapters.site_records import adapted_sites, read_sites, site_record
 from lorary.adapters.value_checks import alert_if_zero
 from lorary.errors import Diagnostic, FileError, MethodError
 from lorary.files.findings import Findings
-from lorary.files.manifest import sha256
+from lorary.files.manifest import digest, sha256
 from lorary.files.safe_open import read_json
 from lorary.files.strict_json import named, show
 from lorary.files.tensor_file import TensorFile
@@ -55,15 +55,13 @@ _DRAWN = "drawn"  # only if the tensors that all sites share are regenerated fro
 
 def write_record(folder: Path, adapter: Adapter, shared: SharedTensors) -> None:
     """Write `lorary.json`, with the digests of the files that are in `folder` already."""
-    paths = [path for name in (PEFT_CONFIG, WEIGHTS, TENSORS) if (path := folder / name).exists()]
-    files = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in paths}
     head = {
         "format": FORMAT,
         "lorary": __version__,
         "method": adapter.method.to_dict(),
         "base": asdict(adapter.base),
         "full": sorted(adapter.full),
-        "files": files,
+        "files": {n: digest(folder / n) for n in (PEFT_CONFIG, WEIGHTS, TENSORS) if (folder / n).exists()},
     }
     if not shared.stored:
         head[_DRAWN] = shared_tensors.checksums(shared.tensors)
@@ -110,8 +108,8 @@ def read_native(folder: Path, findings: Findings) -> Adapter:
     if peft_type:
         path, recorded = folder / PEFT_CONFIG, files[PEFT_CONFIG]
         size = path.stat().st_size if path.is_file() else -1
-        digest = sha256(path) if size == recorded["size"] else ""
-        _check_digest(PEFT_CONFIG, size, digest, recorded, findings)
+        hashed = sha256(path) if size == recorded["size"] else ""
+        _check_digest(PEFT_CONFIG, size, hashed, recorded, findings)
     with TensorFile(folder, WEIGHTS if peft_type else TENSORS) as file:
         _check_digest(file.name, file.size, file.sha256(), files[file.name], findings)
         findings.raise_refused()
@@ -173,9 +171,9 @@ def _method(record: Any) -> Method:
         raise FileError("", problems) from None
 
 
-def _check_digest(name: str, size: int, digest: str, recorded: Mapping[str, Any], findings: Findings) -> None:
+def _check_digest(name: str, size: int, hashed: str, recorded: Mapping[str, Any], findings: Findings) -> None:
     """Note a file that is missing (of size -1) or differs from the recorded one."""
-    if {"size": size, "sha256": digest} != recorded:
+    if {"size": size, "sha256": hashed} != recorded:
         what = "is missing" if size < 0 else "is not the file that was saved (SHA-256 differs)"
         fix = "restore it, or save the adapter again"
         if name != TENSORS and size >= 0:

@@ -39,7 +39,7 @@ def write_manifest(folder: str | os.PathLike[str], facts: Mapping[str, Any] | No
         name = entry.relative_to(folder).as_posix()
         mode = entry.lstat().st_mode
         if stat.S_ISREG(mode) and name != NAME:
-            files[name] = {"size": entry.stat().st_size, "sha256": sha256(entry)}
+            files[name] = digest(entry)
         elif not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             problems.append(Diagnostic(name, "neither a plain file nor a folder"))
     if problems:
@@ -77,6 +77,11 @@ def verify_manifest(folder: str | os.PathLike[str], *, hashes: bool = True) -> d
     if problems:
         raise FileError(headline, problems)
     return facts
+
+
+def digest(path: Path) -> dict[str, Any]:
+    """The size and the SHA-256 of a file, as recorded."""
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
