@@ -690,7 +690,7 @@ PEFT: list[tuple[str, Spoil, str]] = [
         lambda s: s.add(PREFIX + "0.self_attn.q_proj.lora_magnitude_vector", 16),
         (
             "  - model.layers.0.self_attn.q_proj.lora_magnitude_vector: belongs to DoRA, which the "
-            "configuration does not say it is"
+            "configuration does not name"
         ),
     ),
     (

@@ -145,7 +145,7 @@ PEFT: list[tuple[str, Spoil, str]] = [
         lambda s: s.say(use_dora=False),
         "\n".join(
             f"  - model.layers.{i}.self_attn.{name}_proj.lora_magnitude_vector: belongs to DoRA, which the "
-            "configuration does not say it is"
+            "configuration does not name"
             for i in (0, 1)
             for name in "qv"
         ),

@@ -321,8 +321,7 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "LoRA's factors": (
         lambda f: rewrite(f, lambda t: t.update({ENTRY.replace("vera_lambda_b", "lora_A.weight"): torch.ones(2, 16)})),
-        "  - model.layers.0.self_attn.q_proj.lora_A.weight: belongs to LoRA, which the configuration does not say "
-        "it is",
+        "  - model.layers.0.self_attn.q_proj.lora_A.weight: belongs to LoRA, which the configuration does not name",
     ),
 }
 
