@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-import lorary
-from lorary.errors import FileError
-from tests.adapters.hostile import PREFIX, Spoiled, entry, safetensors
-from tests.adapters.models import BASES
+from tests.adapters.hostile import PREFIX, Spoil, Spoiled, entry, note, refusal, safetensors
 
-Spoil = Callable[[Spoiled], Any]
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -753,10 +746,6 @@ PEFT: list[tuple[str, Spoil, str]] = [
 ]
 
 
-def note(change: Callable[[dict[str, Any]], Any]) -> Spoil:
-    return lambda s: s.note(change)
-
-
 def site(change: Callable[[dict[str, Any]], Any]) -> Spoil:
     return note(lambda r: change(r["sites"][0]))
 
@@ -926,45 +915,6 @@ NATIVE: list[tuple[str, Spoil, str]] = [
     ),
     ("weights missing beside the record", lambda s: s.weights.unlink(), "  - adapter_model.safetensors: is missing"),
 ]
-
-
-def state(model: nn.Module) -> str:
-    """Everything that an adapter could have changed."""
-    digest = hashlib.sha256(repr([(n, type(m).__name__, id(m)) for n, m in model.named_modules()]).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode() + tensor.numpy().tobytes())
-    digest.update(repr([p.requires_grad for p in model.parameters()]).encode())
-    return digest.hexdigest()
-
-
-def listing(folder: Path) -> list[tuple[str, int]]:
-    return sorted(
-        (str(p.relative_to(folder)), p.lstat().st_size) for p in folder.parent.rglob("*") if folder in p.parents
-    )
-
-
-def masked(text: str) -> str:
-    """A message without what differs from machine to machine."""
-    return text
-
-
-def refusal(spoiled: Spoiled) -> str:
-    """The message with which an adapter is refused, after making sure that nothing else happened."""
-    model = BASES[0].model()
-    before, there = state(model), listing(spoiled.folder)
-    start = time.process_time()
-    with pytest.raises(FileError) as caught:
-        lorary.load(model, spoiled.folder)
-    assert time.process_time() - start < 4, "refusing must be quick"
-    assert state(model) == before
-    assert listing(spoiled.folder) == there
-    assert not (spoiled.folder / "ran").exists(), "code of the file has run"
-    text = str(caught.value)
-    headline, _, rest = text.partition("\n")
-    assert headline == f"cannot load the adapter {str(spoiled.folder)!r}"
-    assert "\x1b" not in text
-    assert "\u202e" not in text
-    return rest
 
 
 @pytest.mark.parametrize(("spoil", "message"), [c[1:] for c in PEFT], ids=[c[0] for c in PEFT])

@@ -17,17 +17,14 @@ from lorary.errors import FileError
 from lorary.files.tensor_file import TensorFile
 from lorary.methods.adalora import SVDDelta
 from tests.adapters import models
-from tests.adapters.hostile import PREFIX, Spoiled, entry, safetensors
-from tests.adapters.models import BASES, adapted, outputs
-from tests.adapters.test_bad_adapters import refusal
-from tests.adapters.test_save_load import same
+from tests.adapters.hostile import PREFIX, Spoil, Spoiled, drop, entry, note, put, refusal, safetensors
+from tests.adapters.models import BASES, adapted, outputs, same
 
 LLAMA = BASES[0]
 QV = ["q_proj", "v_proj"]
 Q = "model.layers.0.self_attn.q_proj"
 M = PREFIX + "0.self_attn.q_proj.lora_magnitude_vector"
 V = PREFIX + "0.self_attn.v_proj.lora_magnitude_vector"
-Spoil = Callable[[Spoiled], Any]
 
 
 def dora() -> nn.Module:
@@ -81,19 +78,6 @@ def tasks() -> nn.Module:
         if name.endswith("_past"):
             p.data = p.data.bfloat16()
     return model.eval()
-
-
-def put(name: str, *shape: int, value: float = 1.0) -> Spoil:
-    """A tensor added, or in place of the one that is there."""
-    return lambda s: s.tensors(lambda t: t.update({name: torch.full(shape, value)}))
-
-
-def drop(name: str) -> Spoil:
-    return lambda s: s.tensors(lambda t: t.pop(name))
-
-
-def note(change: Callable[[dict[str, Any]], Any]) -> Spoil:
-    return lambda s: s.note(change)
 
 
 # --- PEFT's DoRA -------------------------------------------------------------------------------------------------

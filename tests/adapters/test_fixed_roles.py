@@ -15,10 +15,8 @@ from torch import nn
 import lorary
 from lorary.adapters import AdapterWarning, export_peft
 from lorary.errors import FileError
-from tests.adapters.models import BASES, Base, fill, outputs
+from tests.adapters.models import BASES, Base, by_peft, close, fill, outputs, same
 from tests.adapters.peft.test_export import refused
-from tests.adapters.peft.test_interop import by_peft, close
-from tests.adapters.test_save_load import same
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 LLAMA, GPT2, _, CONV = BASES

@@ -24,7 +24,7 @@ from lorary.errors import FileError
 from lorary.files import tensor_file
 from lorary.files.tensor_file import TensorFile
 from tests.adapters.hostile import PREFIX, Spoiled
-from tests.adapters.models import BASES, Base, adapted, fill, outputs, vera
+from tests.adapters.models import BASES, Base, adapted, fill, outputs, same, vera
 from tests.files.test_atomic import largest_file, litter
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -85,17 +85,6 @@ SAVED: dict[str, tuple[Callable[[], nn.Module], Base, str]] = {
     "BitFit": (lambda: bare("bitfit"), BERT, "adapter.safetensors"),
     "full fine-tuning": (lambda: bare("full"), BERT, "adapter.safetensors"),
 }
-
-
-def same(a: lorary.Adapter, b: lorary.Adapter) -> None:
-    """Equal in everything, the tensors bit for bit."""
-    assert (a.method, a.sites, a.base) == (b.method, b.sites, b.base)
-    assert a.tensors.keys() == b.tensors.keys()
-    for site, roles in a.tensors.items():
-        assert roles.keys() == b.tensors[site].keys()
-        assert all(torch.equal(t, b.tensors[site][role]) for role, t in roles.items())
-    assert a.full.keys() == b.full.keys()
-    assert all(torch.equal(t, b.full[name]) for name, t in a.full.items())
 
 
 @pytest.mark.parametrize(("make", "base", "file"), SAVED.values(), ids=SAVED)

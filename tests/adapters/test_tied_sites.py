@@ -16,11 +16,8 @@ from torch import Tensor, nn
 import lorary
 from lorary.adapters import export_peft
 from lorary.errors import FileError
-from tests.adapters.hostile import PREFIX, Spoiled
-from tests.adapters.models import BASES, Base, fill, outputs
-from tests.adapters.peft.test_interop import by_peft, close
-from tests.adapters.test_bad_adapters import refusal
-from tests.adapters.test_save_load import same
+from tests.adapters.hostile import PREFIX, Spoil, Spoiled, drop, note, put, refusal
+from tests.adapters.models import BASES, Base, by_peft, close, fill, outputs, same
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 LLAMA, GPT2, _, CONV = BASES
@@ -164,24 +161,12 @@ def test_sites_that_cannot_share_cannot_be_saved(tmp_path: Path) -> None:
 # --- not read --------------------------------------------------------------------------------------------------
 
 
-def note(change: Callable[[dict[str, Any]], Any]) -> Callable[[Spoiled], Any]:
-    return lambda s: s.note(change)
-
-
-def site(name: str, /, **words: Any) -> Callable[[Spoiled], Any]:
+def site(name: str, /, **words: Any) -> Spoil:
     return note(lambda r: next(s for s in r["sites"] if s["name"] == name).update(words))
 
 
-def put(name: str, *shape: int, value: float = 1.0) -> Callable[[Spoiled], Any]:
-    return lambda s: s.tensors(lambda t: t.update({name: torch.full(shape, value)}))
-
-
-def drop(name: str) -> Callable[[Spoiled], Any]:
-    return lambda s: s.tensors(lambda t: t.pop(name))
-
-
 NAME = "it is a name of printable ASCII without |"
-BAD: list[tuple[str, Callable[[], nn.Module], Callable[[Spoiled], Any], str]] = [
+BAD: list[tuple[str, Callable[[], nn.Module], Spoil, str]] = [
     ("a number", ours, site(Q0, share=3), f"  - lorary.json: sites[0]: `share` is 3; {NAME}"),
     ("nothing", ours, site(Q0, share=None), f"  - lorary.json: sites[0]: `share` is null; {NAME}"),
     ("an empty name", ours, site(Q0, share=""), f"  - lorary.json: sites[0]: `share` is ''; {NAME}"),
@@ -272,9 +257,7 @@ BAD: list[tuple[str, Callable[[], nn.Module], Callable[[Spoiled], Any], str]] = 
 
 
 @pytest.mark.parametrize(("make", "spoil", "message"), [c[1:] for c in BAD], ids=[c[0] for c in BAD])
-def test_a_bad_share_is_refused(
-    make: Callable[[], nn.Module], spoil: Callable[[Spoiled], Any], message: str, tmp_path: Path
-) -> None:
+def test_a_bad_share_is_refused(make: Callable[[], nn.Module], spoil: Spoil, message: str, tmp_path: Path) -> None:
     spoiled = Spoiled(tmp_path / "adapter", native=True, make=make)
     spoil(spoiled)
     spoiled.sign()

@@ -20,9 +20,7 @@ from lorary.errors import FileError
 from lorary.methods.adalora import AlphaOverInitialRank, OrthogonalityPenalty, SVDDelta
 from lorary.methods.adalora_budget import RankBudget
 from lorary.methods.rslora import AlphaOverSqrtRank
-from tests.adapters.models import BASES, Base, fill, outputs
-from tests.adapters.peft.test_interop import close
-from tests.adapters.test_save_load import same
+from tests.adapters.models import BASES, Base, close, fill, outputs, same
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),

@@ -26,9 +26,8 @@ import lorary
 from lorary.errors import FileError, MethodError, PlanError, StateError
 from lorary.methods.adalora import SVDDelta
 from tests.adapters import models
-from tests.adapters.models import BASES, Base, adapted, fill, outputs
+from tests.adapters.models import BASES, Base, adapted, close, fill, outputs
 from tests.adapters.peft.test_export import Slides
-from tests.adapters.peft.test_interop import close
 from tests.other_libraries import skip_if_it_works, skip_if_right
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own words about what is shown of it

@@ -16,9 +16,8 @@ import lorary
 from lorary.adapters import export_peft
 from lorary.errors import FileError, MethodError
 from tests.adapters import models
-from tests.adapters.models import BASES, Base, adapted, outputs
-from tests.adapters.peft.test_interop import by_peft, close
-from tests.adapters.test_save_load import GROUPED, same
+from tests.adapters.models import BASES, Base, adapted, by_peft, close, outputs, same
+from tests.adapters.test_save_load import GROUPED
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 LLAMA, GPT2, BERT, CONV = BASES

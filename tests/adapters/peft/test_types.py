@@ -31,9 +31,7 @@ from lorary.spec.fields import COUNT, FLAG
 from lorary.spec.interfaces import COMPONENTS, Delta, Init, Shapes, Tensors, component
 from lorary.spec.method import Method
 from lorary.spec.site import Site
-from tests.adapters.models import BASES, Base, fill, outputs
-from tests.adapters.peft.test_interop import by_peft, close
-from tests.adapters.test_save_load import same
+from tests.adapters.models import BASES, Base, by_peft, close, fill, outputs, same
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 LLAMA, _, BERT, CONV = BASES

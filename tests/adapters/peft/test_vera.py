@@ -14,9 +14,7 @@ from safetensors.torch import load_file, save_file
 import lorary
 from lorary.adapters import shared_tensors
 from lorary.errors import FileError
-from tests.adapters.models import BASES, Base, fill, outputs, vera
-from tests.adapters.peft.test_interop import close
-from tests.adapters.test_save_load import same
+from tests.adapters.models import BASES, Base, close, fill, outputs, same, vera
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
