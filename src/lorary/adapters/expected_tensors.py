@@ -77,7 +77,7 @@ def read_tensors(
 
 def site_tensors(
     sites: Sequence[AdaptedSite],
-    values: dict[str, Tensor],
+    values: Mapping[str, Tensor],
     expected: Mapping[str, tuple[int, ...]],
     decode: Callable[[AdaptedSite, Mapping[str, Tensor]], dict[str, Tensor]],
     shared: Mapping[str, Tensor],
@@ -96,12 +96,12 @@ def site_tensors(
     Raises:
         FileError: every reason to refuse the file.
     """
-    zeros = {name: torch.zeros(shape) for name, shape in expected.items() if name not in values}
+    own = {name: values[name] if name in values else torch.zeros(shape) for name, shape in expected.items()}
     slices = leading_slices(sites, shared)
     tensors = {}
     for adapted in sites:
         with findings.gathering():
-            tensors[adapted.site.name] = decode(adapted, zeros | values) | slices[adapted.site.name]
+            tensors[adapted.site.name] = decode(adapted, own) | slices[adapted.site.name]
     findings.raise_refused()
     return tensors
 
