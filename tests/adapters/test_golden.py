@@ -386,7 +386,7 @@ def test_no_other_file_is_there() -> None:
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_an_old_folder_loads_to_the_last_bit(name: str) -> None:
+def test_a_golden_folder_loads_to_the_last_bit(name: str) -> None:
     read, expected = lorary.load_adapter(GOLDEN / name), ADAPTERS[name]()
     assert (read.method, read.sites, read.base) == (expected.method, expected.sites, expected.base)
     for site, roles in expected.tensors.items():
@@ -459,6 +459,11 @@ def in_format_1(value: Any) -> Any:
     keys = OLD_KEYS | ({"store_shared": "saved"} if value.get("component") == "SharedProjectionInit" else {})
     old = {keys.get(key, key): in_format_1(item) for key, item in value.items()}
     return old | ({"word": OLD_COMPONENTS.get(old["word"], old["word"])} if "word" in old else {})
+
+
+def test_every_preset_has_a_golden_folder() -> None:
+    """In the last release of format 1; a new preset needs a folder of the release that brings it."""
+    assert {*PRESETS, "longlora"} == set(lorary.presets())
 
 
 def test_the_golden_folders_hold_every_renamed_component_but_one() -> None:
