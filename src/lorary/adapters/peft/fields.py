@@ -8,7 +8,7 @@ from typing import Any
 
 from lorary.files.bounded_regex import Budget, Pattern, SuffixPattern
 from lorary.files.strict_json import show
-from lorary.spec.fields import FLAG, one_of
+from lorary.spec.fields import AMOUNT, COUNT, FLAG, POSITIVE, one_of
 
 _MOST_RANK = 2**16
 _MOST_ALPHA = 1e6  # an adapter with a larger one is all noise
@@ -70,20 +70,16 @@ def unused(title: str, *off: object) -> Field:
     return Field(read)
 
 
-def _is_real(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 RANK: dict[str, Any] = {
-    "check": lambda value: type(value) is int and 1 <= value <= _MOST_RANK,
+    "check": lambda value: COUNT["check"](value) and value <= _MOST_RANK,
     "expects": f"a whole number from 1 to {_MOST_RANK:,}",
 }
 ALPHA: dict[str, Any] = {
-    "check": lambda value: _is_real(value) and 0 < value <= _MOST_ALPHA,
+    "check": lambda value: POSITIVE["check"](value) and value <= _MOST_ALPHA,
     "expects": f"a positive number of at most {_MOST_ALPHA:,.0f}",
 }
 PROBABILITY: dict[str, Any] = {
-    "check": lambda value: _is_real(value) and 0 <= value < 1,
+    "check": lambda value: AMOUNT["check"](value) and value < 1,
     "expects": "a probability in [0, 1)",
 }
 
@@ -105,7 +101,8 @@ def _names(value: Any) -> tuple[str, ...]:
 def _listed(value: Any, valid: Callable[[Any], bool], what: str) -> tuple[Any, ...]:
     if not isinstance(value, list) or not all(map(valid, value)):
         raise ValueError(f"is {show(value)}, not a list of {what}")
-    return tuple(_not_too_many(value))
+    _check_length(value)
+    return tuple(value)
 
 
 def _plain_names(value: Any, budget: Budget) -> tuple[str, ...]:
@@ -121,10 +118,9 @@ def _layer_numbers(value: Any, budget: Budget) -> tuple[int, ...] | None:
     return _listed(values, lambda v: type(v) is int and v >= 0, "layer numbers") or None
 
 
-def _not_too_many(value: Any) -> Any:
+def _check_length(value: list[Any] | dict[str, Any]) -> None:
     if len(value) > _MOST_ENTRIES:
         raise ValueError(f"has {len(value):,} entries, more than {_MOST_ENTRIES:,}")
-    return value
 
 
 def by_pattern(entry: Field) -> Field:
@@ -161,8 +157,8 @@ def masks(leaf: str) -> Field:
 def _items(value: Any, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"is {show(value)}, not an object of {what}")
-    found: dict[str, Any] = _not_too_many(value)
-    return found
+    _check_length(value)
+    return value
 
 
 def _base(value: Any, budget: Budget) -> str:
