@@ -117,17 +117,14 @@ def _adapters(adapters: Any) -> list[Adapter]:
 
 
 def _check_base(model: nn.Module, adapter: Adapter, here: Fingerprint, where: str, *, force: bool) -> None:
-    modules = unwrapped_modules(model)
-    problems = [
-        problem
-        for adapted in adapter.sites
-        for problem in layer_mismatches(adapted.site, modules.get(adapted.site.name))
-    ]
+    modules, problems = unwrapped_modules(model), []
     residual = {name for name, layer in adapted_layers(model).items() if layer.start}  # detaching makes them plain
     for adapted in adapter.sites:
-        if adapted.starts and is_quantized(modules.get(adapted.site.name)) and adapted.site.name not in residual:
-            problems.append(already_quantized(adapted.site.name, adapted.init))
-        problems += _shape_problems(adapted.site.name, adapted.stored, adapter.tensors.get(adapted.site.name, {}))
+        name = adapted.site.name
+        problems += layer_mismatches(adapted.site, modules.get(name))
+        if adapted.starts and is_quantized(modules.get(name)) and name not in residual:
+            problems.append(already_quantized(name, adapted.init))
+        problems += _tensor_problems(name, adapted.stored, adapter.tensors.get(name, {}))
     parameters = {name: tuple(t.shape) for name, t in base_parameters(model)}
     for name, tensor in adapter.full.items():
         if parameters.get(name) != tuple(tensor.shape):
@@ -150,23 +147,24 @@ def _context_problems(model: nn.Module, adapter: Adapter) -> list[Diagnostic]:
         return [Diagnostic("context", *found) for found in context.problems(model)]
 
 
-def _shape_problems(
+def _tensor_problems(
     name: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor]
 ) -> list[Diagnostic]:
+    """The tensors of a site that are missing, unexpected, of another shape, or unusable."""
     shapes = {role: tuple(t.shape) for role, t in found.items()}
-    return [
-        Diagnostic(name, f"{role} is {shapes.get(role, 'missing')}, expected {expected.get(role, 'no such tensor')}")
+    reasons = [
+        f"{role} is {shapes.get(role, 'missing')}, expected {expected.get(role, 'no such tensor')}"
         for role in sorted(expected.keys() | shapes.keys())
         if expected.get(role) != shapes.get(role)
-    ] + [Diagnostic(name, what) for role, t in found.items() if (what := _unusable(role, t))]
-
-
-def _unusable(role: str, tensor: Tensor) -> str:
-    if tensor.is_meta:
-        return f"{role} has no values: it is on the meta device"
-    if tensor.layout != torch.strided or not tensor.is_floating_point():
-        return f"{role} is a {tensor.layout} tensor of {tensor.dtype}, expected a dense one of floating-point numbers"
-    return ""
+    ]
+    for role, t in found.items():
+        if t.is_meta:
+            reasons.append(f"{role} has no values: it is on the meta device")
+        elif t.layout != torch.strided or not t.is_floating_point():
+            reasons.append(
+                f"{role} is a {t.layout} tensor of {t.dtype}, expected a dense one of floating-point numbers"
+            )
+    return [Diagnostic(name, what) for what in reasons]
 
 
 def _install(model: nn.Module, adapter: Adapter, here: Fingerprint, *, trainable: bool, pack: bool = True) -> None:
