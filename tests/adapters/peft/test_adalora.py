@@ -302,7 +302,7 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "an average of everything": (say(beta1=1.0), f"{C}beta1: is 1.0; it takes a number between 0 and 1"),
     "no length": (say(total_step=None), f"{C}total_step: is null; it takes a whole number of at least 1"),
-    "magnitudes": (say(use_dora=True), f"{C}use_dora: is true; it takes false: PEFT's AdaLoRA has no magnitudes"),
+    "magnitudes": (say(use_dora=True), f"{C}use_dora: is true: PEFT's AdaLoRA has no magnitudes"),
     "an embedding": (
         say(target_modules=["q_proj", "embed_tokens"]),
         "  - model.embed_tokens: is of kind embedding, which PEFT's AdaLoRA never adapts",

@@ -13,7 +13,7 @@ from typing import Any
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.expected_tensors import Layout
 from lorary.adapters.peft.config import PeftConfig
-from lorary.adapters.peft.fields import ALPHA, EXCLUDE, PROBABILITY, RANK, SHARED, field, masks, unused
+from lorary.adapters.peft.fields import ALPHA, EXCLUDE, PROBABILITY, RANK, SHARED, field, masks, unsupported, unused
 from lorary.adapters.peft.lora import UNSUPPORTED, json_number
 from lorary.adapters.peft.types import PeftType, register
 from lorary.adapters.shared_tensors import SharedTensors
@@ -26,7 +26,6 @@ from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite
 
 _E = ".lora_E"
-_NO_MAGNITUDES = {"check": lambda value: value is False, "expects": "false: PEFT's AdaLoRA has no magnitudes"}
 
 
 class AdaLora(PeftType):
@@ -52,7 +51,7 @@ class AdaLora(PeftType):
         "orth_reg_weight": field(AMOUNT, 0.5),
         "total_step": field(COUNT),
         "use_rslora": unused("AdaLoRA", False),
-        "use_dora": field(_NO_MAGNITUDES, nullable=True),
+        "use_dora": unsupported("PEFT's AdaLoRA has no magnitudes"),
         "alpha_pattern": unused("AdaLoRA", {}, None),
         "init_lora_weights": unused("AdaLoRA", True, False, None),
     }
