@@ -102,7 +102,7 @@ def test_switch_to_what_is_no_adapter(what: Any) -> None:
     model = net()
     lorary.switch(model, adapter())
     before = state_of(model)
-    with pytest.raises(FileError, match=r"is no adapter\n.*lorary.load_adapter"):
+    with pytest.raises(FileError, match=r"is not an adapter\n.*lorary.load_adapter"):
         lorary.switch(model, what)
     assert state_of(model) is before
 

@@ -246,7 +246,7 @@ def test_merge_names_what_is_missing(command: Command) -> None:
     Path("model").rename("moved")
     assert command("merge", "away/run", "merged").err == (
         "error: cannot find the base of away/run:\n"
-        "  - it was trained on `model`, which is no Hub id\n      hint: give --base MODEL\n"
+        "  - it was trained on `model`, which is not a Hub id\n      hint: give --base MODEL\n"
     )
     assert not Path("merged").exists()
 
