@@ -1,4 +1,4 @@
-"""The notes of a plan: what is worth knowing before training, and no reason to refuse."""
+"""The notes of a plan: hints that are worth reading before training, but not errors."""
 
 from __future__ import annotations
 
@@ -14,53 +14,60 @@ from lorary.spec.placement import AdaptedSite
 
 
 def plan_notes(
-    scan: Scan, method: Method, placed: Sequence[AdaptedSite], full: Sequence[FullParameter], packed: Sequence[str]
+    scan: Scan, method: Method, sites: Sequence[AdaptedSite], full: Sequence[FullParameter], quantized: Sequence[str]
 ) -> list[str]:
-    """The notes of a plan, but for the weights that its targets cannot name (`unreached_notes`)."""
+    """The notes of a plan, except for the weights that its targets cannot reach (`unreached_notes`)."""
     return [
-        *_rank_notes(placed),
-        *_tie_notes(scan, placed),
+        *_rank_notes(sites),
+        *_tie_notes(scan, sites),
         *_head_notes(scan, method, full),
         *_precision_notes(full),
-        *_storage_notes(scan, placed, method.storage, packed),
+        *_storage_notes(scan, sites, method.storage, quantized),
         *(method.context.notes(scan.model) if method.context else []),
     ]
 
 
 def unreached_notes(scan: Scan, total: int) -> list[str]:
-    """Matrices that no target can name: fused experts, nn.MultiheadAttention and other weights outside of layers."""
-    beyond = {}
-    for path, m in scan.modules.items():
-        if m.why_not_adaptable is None:
-            continue
-        for name, parameter in m.module.named_parameters(path, recurse=False):
-            if parameter.dim() > 1 and parameter.numel() > total / 100:
-                beyond[name] = parameter.numel()
-    return [f"no adapter reaches {_short(beyond)} ({sum(beyond.values()) / total:.0%} of the model)"] if beyond else []
+    """Matrices that targets cannot reach: fused experts, nn.MultiheadAttention and other weights outside of layers."""
+    unreached = {
+        name: parameter.numel()
+        for path, m in scan.modules.items()
+        if m.why_not_adaptable is not None
+        for name, parameter in m.module.named_parameters(path, recurse=False)
+        if parameter.dim() > 1 and parameter.numel() > total / 100
+    }
+    return _note(f"no adapter reaches {{}} ({sum(unreached.values()) / total:.0%} of the model)", unreached)
 
 
-def _short(paths: Iterable[str]) -> str:
-    return ", ".join(text for text, _ in abbreviate_paths(paths))
+def quantized_size(scan: Scan, storage: Storage, quantized: Sequence[str]) -> tuple[int, int]:
+    """The bytes of these layers' weights now, and once they are quantised."""
+    weights = [scan.parameter(f"{path}.weight") for path in quantized]
+    dense = sum(W.numel() * W.element_size() for W in weights)
+    return dense, sum(storage.bytes(W.numel(), W.element_size()) for W in weights)
 
 
-def _rank_notes(placed: Sequence[AdaptedSite]) -> list[str]:
-    """Sites whose two factors hold more numbers than the matrix that they stand for."""
+def _note(text: str, paths: Iterable[str]) -> list[str]:
+    """The text with the paths in place of `{}`; nothing if there are none."""
+    names = ", ".join(name for name, _ in abbreviate_paths(paths))
+    return [text.format(names)] if names else []
+
+
+def _rank_notes(sites: Sequence[AdaptedSite]) -> list[str]:
+    """Sites whose two factors are larger than the matrix itself."""
     wasteful = [
         p.site.name
-        for p in placed
+        for p in sites
         if p.r * (p.site.out_features + p.site.in_features) > p.site.out_features * p.site.in_features
     ]
-    if not wasteful:
-        return []
-    return [f"the factors are larger than the weight itself at {_short(wasteful)}: a lower rank loses nothing"]
+    return _note("the factors are larger than the weight itself at {}: a lower rank loses nothing", wasteful)
 
 
-def _tie_notes(scan: Scan, placed: Sequence[AdaptedSite]) -> list[str]:
+def _tie_notes(scan: Scan, sites: Sequence[AdaptedSite]) -> list[str]:
     """Adapted weights that other layers hold too: an adapter acts on one use, which gets its own copy when merged."""
     return [
         f"{p.site.name} shares its weight with {', '.join(others)}: the adapter acts on {p.site.name} alone, "
         "and merging gives it a weight of its own"
-        for p in placed
+        for p in sites
         if (others := scan.modules[p.site.name].tied_to)
     ]
 
@@ -74,21 +81,16 @@ def _head_notes(scan: Scan, method: Method, full: Sequence[FullParameter]) -> li
 def _precision_notes(full: Sequence[FullParameter]) -> list[str]:
     """Base parameters that train in 16 bits, where small steps are rounded away."""
     coarse = [f.name for f in full if f.trains and f.bytes < 4 * f.size]
-    if not coarse:
-        return []
-    return [f"{_short(coarse)} would train in 16 bits, where small steps are rounded away: load the base in float32"]
+    return _note("{} would train in 16 bits, where small steps are rounded away: load the base in float32", coarse)
 
 
-def _storage_notes(scan: Scan, placed: Sequence[AdaptedSite], storage: Storage, packed: Sequence[str]) -> list[str]:
+def _storage_notes(scan: Scan, sites: Sequence[AdaptedSite], storage: Storage, quantized: Sequence[str]) -> list[str]:
+    """How many layers are quantised, and the adapted ones that are not."""
     if storage.writable:
         return []
     name, notes = type(storage).__name__, []
-    if packed:
-        weights = [scan.parameter(f"{path}.weight") for path in packed]
-        now = human_bytes(sum(storage.bytes(W.numel(), W.element_size()) for W in weights))
-        was = human_bytes(sum(W.numel() * W.element_size() for W in weights))
-        notes.append(f"{name} packs {len(packed)} layers, in {now} instead of {was}")
-    kept = [p.site.name for p in placed if p.site.name not in set(packed) and not scan.is_quantised(p.site.name)]
-    if kept:
-        notes.append(f"{_short(kept)} stays as it is: {name} packs linear layers whose weight is theirs alone")
-    return notes
+    if quantized:
+        dense, stored = map(human_bytes, quantized_size(scan, storage, quantized))
+        notes.append(f"{name} quantises {len(quantized)} layers, in {stored} instead of {dense}")
+    kept = [p.site.name for p in sites if p.site.name not in set(quantized) and not scan.is_quantised(p.site.name)]
+    return notes + _note(f"{{}} stays dense: {name} quantises linear layers that are not tied", kept)

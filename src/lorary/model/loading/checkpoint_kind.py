@@ -7,7 +7,7 @@ from typing import Any
 
 from lorary.errors import ConfigError, Diagnostic, FileError
 from lorary.layers.nf4 import NF4
-from lorary.model.quantize import not_quantizing
+from lorary.model.quantize import bad_storage
 from lorary.spec.interfaces import Storage
 
 
@@ -17,7 +17,7 @@ def check(source: Any, storage: Any, layers: Any) -> None:
     Raises:
         ConfigError: every one.
     """
-    problems = [] if storage is None else not_quantizing(storage)
+    problems = [] if storage is None else bad_storage(storage)
     if storage is not None and not problems and not isinstance(storage, NF4):
         what = f"{type(storage).__name__} packs weights that are there in full, and none that are being read"
         problems.append(
