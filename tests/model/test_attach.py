@@ -59,8 +59,8 @@ def test_attach_freezes_everything_else() -> None:
     plan = lorary.plan(model, lorary.method("lora-fa", r=2, full="norm"), "q_proj")
     lorary.attach(model, plan)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
-        "model.layers.0.self_attn.q_proj.p.B",
-        "model.layers.1.self_attn.q_proj.p.B",
+        "model.layers.0.self_attn.q_proj.params.B",
+        "model.layers.1.self_attn.q_proj.params.B",
         "model.norm.weight",
     }
 
@@ -423,7 +423,7 @@ def test_what_layers_share_lies_on_one_device(name: str, share: str) -> None:
         lorary.attach(model, plan)
     assert str(refused.value) == (
         "the plan does not fit this model:\n"
-        "  - model: its layers lie on cpu, meta, and what they share can lie on one only\n"
+        "  - model: its layers lie on cpu, meta, and share tensors of one device\n"
         "      hint: adapt the layers of one device, or use another method"
     )
     assert state_of(model) is None

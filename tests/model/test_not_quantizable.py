@@ -29,7 +29,7 @@ def test_a_double_that_32_bits_do_not_hold_is_found_before_anything_is_packed() 
     model = tiny.seeded("LlamaForCausalLM").double()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[1, :2] = 1e300
-    what = "up_proj: 2 of 384 numbers of its weight are NaN or infinite in 32 bits, and cannot be packed"
+    what = "up_proj: 2 of 384 numbers of its weight are NaN or infinite in 32 bits, and cannot be quantised"
     refused: list[Callable[[], Any]] = [
         lambda: lorary.quantize(model),
         lambda: lorary.attach(model, lorary.plan(model, lorary.method("qlora", r=2))),
@@ -70,7 +70,7 @@ def test_a_forward_that_was_replaced_is_not_lost_in_silence(tmp_path: Path) -> N
     up = model.model.layers[0].mlp.up_proj
     up.forward = lambda x: 2 * nn.Linear.forward(up, x)
     before = tiny.everything(model)
-    what = "up_proj: its forward was replaced, by Accelerate or by hand, and the packed layer would have its own"
+    what = "up_proj: its forward was replaced, by Accelerate or by hand, and the quantised layer would not use it"
     refused: list[Callable[[], Any]] = [
         lambda: lorary.quantize(model),
         lambda: lorary.attach(model, lorary.plan(model, method)),
@@ -91,8 +91,8 @@ def test_an_adapter_of_a_base_that_was_packed_otherwise_says_so(tmp_path: Path) 
         lorary.load(base, tmp_path / "adapter")
     assert str(told[0].message) == (
         "the adapter was trained on a base in NF4(block=128, double=True, compute=None, embeddings=False); 14 of 14 "
-        "packed layers here are in blocks of 64 with double=True, and what packing has lost of them is not what it "
-        "was trained on. Load the base packed as it was"
+        "quantised layers here are in blocks of 64 with double=True, and have another quantisation error. Quantise the "
+        "base as the adapter says"
     )
 
 

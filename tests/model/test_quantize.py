@@ -168,13 +168,13 @@ def test_no_dense_weight_outlives_its_packing(words: tuple[str, ...], monkeypatc
     """Whoever kept the layers while attaching would keep all of them until it is done."""
     model = nn.Sequential(*(nn.Linear(128, 128) for _ in range(4)), nn.Linear(128, 4))
     dense = [weakref.ref(layer.weight) for layer in model]
-    left, pack = [], NF4.quantize
+    left, quantize = [], NF4.quantize
 
     def counted(self: NF4, layer: nn.Module, W: Tensor | None = None) -> nn.Module:
         left.append(sum(ref() is not None for ref in dense))
-        return pack(self, layer, W)
+        return quantize(self, layer, W)
 
-    monkeypatch.setattr(NF4, "pack", counted)
+    monkeypatch.setattr(NF4, "quantize", counted)
     lorary.attach(model, lorary.plan(model, lorary.method(*words, r=2), ["0", "2"]))
     assert left == [5, 4, 3, 2, 1]
 
@@ -207,7 +207,7 @@ def test_what_cannot_be_packed_is_refused_with_every_reason_and_nothing_changes(
     before = tiny.everything(model)
     with pytest.raises(StateError) as caught:
         lorary.quantize(model)
-    what = "numbers of its weight are NaN or infinite, and cannot be packed"
+    what = "numbers of its weight are NaN or infinite, and cannot be quantised"
     fix = "      hint: repair the base, or leave the layer out"
     assert str(caught.value).splitlines() == [
         "cannot quantise:",
@@ -222,7 +222,7 @@ def test_what_cannot_be_packed_is_refused_with_every_reason_and_nothing_changes(
 @pytest.mark.parametrize(
     ("wrong", "what"),
     [
-        (lambda: (lorary.quantize(tiny.llama()),), "model: has no layer to pack"),
+        (lambda: (lorary.quantize(tiny.llama()),), "model: has no plain linear layer to quantise"),
         (lambda: (nn.Linear(4, 4).weight,), "model: is a Parameter"),
         (
             lambda: (nn.Linear(4, 4),),
@@ -232,7 +232,7 @@ def test_what_cannot_be_packed_is_refused_with_every_reason_and_nothing_changes(
             lambda: (nn.Sequential(nn.LazyLinear(4)),),
             "0.weight: has no shape before the model has seen its first input",
         ),
-        (lambda: (tiny.llama(), NF4), "storage.nf4.NF4'> packs nothing\n      hint: say NF4()"),
+        (lambda: (tiny.llama(), NF4), "storage.nf4.NF4'> does not quantise\n      hint: pass NF4()"),
         (
             lambda: (tiny.llama(), NF4(block=8192)),
             "storage: NF4 has block = 8192; it takes a power of two from 32 to 4096",
@@ -241,9 +241,9 @@ def test_what_cannot_be_packed_is_refused_with_every_reason_and_nothing_changes(
             lambda: (tiny.llama(), NF4(compute="fp16")),
             "storage: NF4 has compute = 'fp16'; it takes float32 or bfloat16",
         ),
-        (lambda: (nn.Sequential(nn.Conv1d(2, 2, 1)),), "model: has no layer to pack"),
-        (lambda: (tiny.llama(), lorary.method("lora").storage), "storage: AsIs() packs nothing\n      hint: say NF4()"),
-        (lambda: (tiny.llama(), "nf4"), "storage: 'nf4' packs nothing\n      hint: say NF4()"),
+        (lambda: (nn.Sequential(nn.Conv1d(2, 2, 1)),), "model: has no plain linear layer to quantise"),
+        (lambda: (tiny.llama(), lorary.method("lora").storage), "storage: Unquantized() does not quantise\n      hint: pass NF4()"),
+        (lambda: (tiny.llama(), "nf4"), "storage: 'nf4' does not quantise\n      hint: pass NF4()"),
         (lambda: (tiny.trained(tiny.llama()),), "model: has adapters attached\n      hint: detach them first"),
     ],
 )

@@ -168,10 +168,10 @@ def test_saved_and_loaded_on_the_plain_base_it_is_the_same(names: tuple[str, ...
 def test_a_base_that_is_packed_already_gives_up_nothing_and_says_so(tmp_path: Path) -> None:
     lorary.save(shaken("pissa"), tmp_path)
     packed = lorary.quantize(base(2))
-    with pytest.raises(PlanError, match="is packed already, and Principal would take a part of it"):
+    with pytest.raises(PlanError, match="is quantised already, and SVDInit has to subtract its start from the weight"):
         lorary.plan(packed, lorary.method("qlora", "pissa", r=R))
     before = packed(torch.ones(1, INP))
-    what = r"\n  - 0: is packed already, and Principal would take a part of it\n      hint: load the base in full"
+    what = r"\n  - 0: is quantised already, and SVDInit has to subtract its start from the weight\n      hint: load the base in full"
     for put in (lambda: lorary.load(packed, tmp_path), lambda: lorary.switch(packed, lorary.load_adapter(tmp_path))):
         with pytest.raises(FileError, match=what):
             put()

@@ -227,14 +227,14 @@ FIX = "\n      hint: load it with Transformers and the library that wrote it; lo
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type is 'fp4', and only 'nf4' is read here" + FIX),
+        ({"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type is 'fp4', but only 'nf4' is read here" + FIX),
         (
             {"load_in_4bit": False, "load_in_8bit": True},
-            "packed by bitsandbytes to 8 bits, and only its NF4 is read here" + FIX,
+            "quantised by bitsandbytes to 8 bits, but only its NF4 is read here" + FIX,
         ),
         (
             {"quant_method": "gptq", "load_in_4bit": False},
-            "packed with gptq, and only bitsandbytes' NF4 is read here" + FIX,
+            "quantised with gptq, but only bitsandbytes' NF4 is read here" + FIX,
         ),
         (
             {"bnb_4bit_compute_dtype": "int7"},
@@ -251,7 +251,7 @@ def test_what_is_not_nf4_is_told(packed: Path, tmp_path: Path, changes: dict[str
 
 
 def test_a_damaged_fingerprint_is_told(packed: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileError, match="lorary_base: expected architecture, name, structure, weights, each a text"):
+    with pytest.raises(FileError, match="lorary_base: expected architecture, name, structure, weights, each a string"):
         lorary.load_quantized(_config(packed, tmp_path / "other", lorary_base={"name": 3}))
 
 
@@ -270,12 +270,12 @@ def test_what_such_files_do_not_know_is_refused(tmp_path: Path) -> None:
     assert str(refused.value) == (
         "cannot save the base:\n"
         "  - model: has adapters attached\n      hint: save these with lorary.save, and detach them\n"
-        "  - model.embed_tokens: is a packed embedding, which these files do not know\n      hint: leave it plain"
+        "  - model.embed_tokens: is a quantised embedding, which the format does not support\n      hint: leave it plain"
     )
     lorary.detach(model)
     mixed = lorary.quantize(tiny.llama())
     mixed.model.layers[0].mlp.up_proj.compute = "bfloat16"
-    with pytest.raises(StateError, match="layers compute in bfloat16 and float32, and these files know one precision"):
+    with pytest.raises(StateError, match="layers compute in bfloat16 and float32, but the format has one precision"):
         lorary.save_quantized(mixed, tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
