@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lorary.errors import Diagnostic, PlanError, StateError
-from lorary.layers.adapted import Adapted, SharedProjections, adapted_layers
-from lorary.layers.other_quantizers import keep_layout
-from lorary.layers.quantized_weight import stored_tensors
-from lorary.model.checks import blocks_gradient, model_mismatches, not_quantizable, unwritable_weights
+from lorary.errors import Diagnostic, PlanError
+from lorary.layers.adapted import Adapted, adapted_layers
+from lorary.model._insert import insert
+from lorary.model.checks import blocks_gradient, not_quantizable, unwritable_weights
 from lorary.model.fingerprint import STATE, Fingerprint
 from lorary.model.plan import Plan
 from lorary.model.quantize import inference_mode_like, quantize_layers, with_progress
@@ -27,7 +25,7 @@ from lorary.model.residual_base import (
     unwrapped_base,
 )
 from lorary.model.scan import Scan, scan
-from lorary.model.state import AttachedState, base_parameter, require, state_of
+from lorary.model.state import AttachedState, base_parameter, require, set_submodules, state_of
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite
 
@@ -54,7 +52,7 @@ def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = 
     scanned = scan(model)
     quantized = _layers_to_quantize(scanned, plan, dtype)
     full = {f.name: f.shape for f in plan.full}
-    _insert(scanned, plan.method, plan.sites, full, dtype=dtype, quantized=quantized)
+    insert(scanned, plan.method, plan.sites, full, dtype=dtype, quantized=quantized)
     del scanned  # it holds every dense weight, and quantising frees them one at a time
     with _detached_on_error(model), inference_mode_like(model):
         _start(model, seed, plan.fixed_tensors, quantized)
@@ -140,7 +138,7 @@ def attach_tensors(
     scanned = scan(model)
     if problems := not_quantizable(scanned, packed):
         raise PlanError("cannot attach:", problems)
-    _insert(scanned, method, sites, full, tensors=tensors, fingerprint=base, quantized=packed)
+    insert(scanned, method, sites, full, tensors=tensors, fingerprint=base, quantized=packed)
     del scanned  # it holds every dense weight, and quantising frees them one at a time
     with _detached_on_error(model):
         for layer in _with_progress(list(adapted_layers(model).values())):
@@ -155,110 +153,6 @@ def _detached_on_error(model: nn.Module) -> Iterator[None]:
     except BaseException:
         detach(model)
         raise
-
-
-def _insert(
-    scanned: Scan,
-    method: Method,
-    sites: tuple[AdaptedSite, ...],
-    full: Mapping[str, tuple[int, ...]],
-    *,
-    dtype: torch.dtype = torch.float32,
-    tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
-    fingerprint: Fingerprint | None = None,
-    quantized: Collection[str] = (),
-) -> None:
-    """Put adapters at the sites, zero or with the given tensors, freeze the rest and remember how to undo it."""
-    model = scanned.model
-    _check_fit(scanned, method, sites, full, quantized)
-    # a plan's linear layer may be GPT-2's transposed one here, and the other way round
-    sites = tuple(
-        dataclasses.replace(p, site=dataclasses.replace(p.site, kind=str(scanned.modules[p.site.name].kind)))
-        for p in sites
-    )
-    paths = {p.site.name: list(scanned.modules[p.site.name].paths) for p in sites}
-    fingerprint = fingerprint or Fingerprint.of(model)
-    if quantized:
-        fingerprint.remember(model)  # quantising changes parameters
-    trained = frozenset(name for name in scanned.names if scanned.parameter(name).requires_grad)
-    # memory may run out here, so the model changes only afterwards
-    layers = _adapted(scanned, sites, dtype, tensors)
-    kept = {name: _copy_on_cpu(scanned.parameter(name)) for name in full}
-    patch = None if method.context is None else method.context.apply(model)
-    model.requires_grad_(False)
-    for name, layer in layers.items():
-        _set_submodules(model, paths[name], layer)
-    for name in full.keys() - {f"{p.site.name}.weight" for p in sites}:  # only a rule writes an adapted weight
-        scanned.parameter(name).requires_grad_(True)
-    state = AttachedState(method, sites, kept, trained, paths, fingerprint, context_patch=patch)
-    object.__setattr__(model, STATE, state)
-
-
-def _check_fit(
-    scanned: Scan,
-    method: Method,
-    sites: tuple[AdaptedSite, ...],
-    full: Mapping[str, tuple[int, ...]],
-    quantized: Collection[str],
-) -> None:
-    """Refuse a model that is adapted already or does not fit.
-
-    Raises:
-        StateError: something is attached already.
-        PlanError: every mismatch.
-    """
-    model = scanned.model
-    if state_of(model) is not None:
-        what = "something is attached already"
-        raise StateError("cannot attach:", [Diagnostic("model", what, "detach it first, or use lorary.switch")])
-    keep_layout(model)
-    problems = model_mismatches(scanned, sites, full, quantized)
-    problems += [Diagnostic("context", *why) for why in (method.context.problems(model) if method.context else ())]
-    if problems:
-        raise PlanError("the plan does not fit this model:", problems)
-
-
-def _adapted(
-    scanned: Scan,
-    sites: tuple[AdaptedSite, ...],
-    dtype: torch.dtype,
-    tensors: Mapping[str, Mapping[str, Tensor]] | None,
-) -> dict[str, Adapted]:
-    """site -> its adapted layer, not yet in the model; zero, or with these tensors."""
-    layers: dict[str, Adapted] = {}
-    sets: dict[str, nn.ParameterDict] = {}  # sites may share one set of tensors
-    with inference_mode_like(scanned.model):
-        projections = _shared_projections(scanned, sites, dtype)
-        for p in sites:
-            name = p.site.name
-            plain = scanned.modules[name].module
-            layer = layers[name] = Adapted(plain, p, dtype, projections, sets.get(p.share))
-            layer.train(plain.training)
-            if p.share:
-                sets[p.share] = layer.params
-    for name, values in (tensors or {}).items():
-        layer = layers[name]
-        layer.load(values)
-        if layer.shared is not None:
-            layer.shared.load({role: values[role] for role in layer.shared_shapes})
-    return layers
-
-
-def _shared_projections(scanned: Scan, sites: tuple[AdaptedSite, ...], dtype: torch.dtype) -> SharedProjections | None:
-    """The tensors of which all sites hold a part (VeRA), or None for a method without them."""
-    if not any(p.delta.shared for p in sites):
-        return None
-    return SharedProjections(sites, dtype, stored_tensors(scanned.modules[sites[0].site.name].module)[0].device)
-
-
-def _copy_on_cpu(parameter: nn.Parameter) -> Tensor:
-    value = parameter.detach()
-    return value.to("meta" if value.is_meta else "cpu", copy=True)
-
-
-def _set_submodules(model: nn.Module, paths: Iterable[str], module: nn.Module) -> None:
-    for path in paths:
-        model.set_submodule(path, module)
 
 
 def _with_progress(layers: list[Adapted]) -> Iterable[Adapted]:
@@ -287,7 +181,7 @@ def detach(model: nn.Module) -> nn.Module:
     for name, layer in adapted_layers(model).items():
         if name in state.replaced_weights:
             restore_weight(layer, state.replaced_weights[name])
-        _set_submodules(model, state.paths[name], unwrapped_base(layer))
+        set_submodules(model, state.paths[name], unwrapped_base(layer))
     if state.untied:
         cast(Any, model).config.tie_word_embeddings = True
     object.__delattr__(model, STATE)

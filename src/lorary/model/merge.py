@@ -15,7 +15,7 @@ from lorary.layers.quantized_weight import is_quantized
 from lorary.model.bias_flags import BiasFlags, BiasWarning, enable_bias_flags, restore_bias_flags, unserialisable_biases
 from lorary.model.fingerprint import STATE, Fingerprint
 from lorary.model.quantize import dequantized_layer, holds_weights, precision, remove_quantization_config
-from lorary.model.state import Merged, TiedParameter, require, state_of
+from lorary.model.state import Merged, TiedParameter, require, set_submodules, state_of
 
 LOSSY = "the steps between 4-bit or 8-bit numbers are coarser than what an adapter changes, and rounding would undo it"
 
@@ -52,8 +52,7 @@ def merge(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = N
     untied, state.merged, created = False, {}, set()
     for name, layer in layers.items():
         merged = _merge_layer(model, layer, dtype)
-        for path in state.paths[name]:
-            model.set_submodule(path, merged.plain)
+        set_submodules(model, state.paths[name], merged.plain)
         if merged.bias is None and getattr(merged.plain, "bias", None) is not None:
             created |= {f"{path}.bias" for path in state.paths[name]}
         untied |= id(merged.weight) in shared or isinstance(state.replaced_weights.get(name), nn.Parameter)
@@ -114,8 +113,7 @@ def unmerge(model: nn.Module) -> nn.Module:
         raise StateError("cannot unmerge:", [Diagnostic("model", what, "merge with keep=True")])
     for name, merged in state.merged.items():
         _unmerge_layer(merged)
-        for path in state.paths[name]:
-            model.set_submodule(path, merged.layer)
+        set_submodules(model, state.paths[name], merged.layer)
     if state.tied is not None:
         cast(Any, model).config.tie_word_embeddings = not state.untied
         for module, name, parameter in state.tied:

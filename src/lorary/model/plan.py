@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,7 +65,7 @@ class Plan:
     @property
     def trainable(self) -> int:
         """The number of parameters that train."""
-        return sum(p.trainable for p in unique_tensor_sets(self.sites)) + sum(f.size for f in self.full if f.trains)
+        return trainable_size(self.sites, self.full)
 
     @property
     def share(self) -> float:
@@ -86,8 +86,7 @@ class Plan:
         return 12 * sum(p.trainable for p in sets) + 3 * sum(f.bytes for f in self.full if f.trains)
 
     def __str__(self) -> str:
-        lines = [str(self.method), *site_table(self.sites), *full_table(self.full), ""]
-        lines.append(f"trains    {self.trainable:,} of {self.total:,} parameters ({self.share:.4%})")
+        lines = trained_table(self.method, self.sites, self.full, self.total)
         sizes = (self.base_bytes, self.adapter_bytes, self.training_bytes)
         base, adapters, training = (human_bytes(n) for n in sizes)
         memory = f"base {base}, adapters {adapters}, gradients and AdamW {training}"
@@ -96,7 +95,19 @@ class Plan:
         return "\n".join(lines)
 
 
-def site_table(sites: Iterable[AdaptedSite]) -> list[str]:
+def trainable_size(sites: Iterable[AdaptedSite], full: Iterable[FullParameter]) -> int:
+    """The number of parameters that train; shared tensors count once."""
+    return sum(p.trainable for p in unique_tensor_sets(sites)) + sum(f.size for f in full if f.trains)
+
+
+def trained_table(method: Method, sites: Sequence[AdaptedSite], full: Sequence[FullParameter], total: int) -> list[str]:
+    """The lines that a plan and an attachment have in common: the method, the sites and the trained share."""
+    trains = trainable_size(sites, full)
+    share = f"trains    {trains:,} of {total:,} parameters ({trains / total:.4%})"
+    return [str(method), *_site_table(sites), *_full_table(full), "", share]
+
+
+def _site_table(sites: Iterable[AdaptedSite]) -> list[str]:
     """The lines of a table of adapted sites, one line for those that differ only in a number of their path."""
     rows: dict[tuple[Any, ...], list[AdaptedSite]] = {}
     for p in sites:
@@ -114,7 +125,7 @@ def site_table(sites: Iterable[AdaptedSite]) -> list[str]:
     return _aligned(table) if rows else []
 
 
-def full_table(full: Iterable[FullParameter]) -> list[str]:
+def _full_table(full: Iterable[FullParameter]) -> list[str]:
     """The lines of a table of the base parameters that train in full."""
     sizes = {f.name: f.size for f in full if f.trains}
     rows = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple, cast
@@ -14,11 +14,11 @@ from lorary.errors import Diagnostic, StateError
 from lorary.layers.adapted import Adapted, base_parameters
 from lorary.model.bias_flags import BiasFlags
 from lorary.model.fingerprint import STATE, Fingerprint
-from lorary.model.plan import FullParameter, full_table, site_table
+from lorary.model.plan import FullParameter, trainable_size, trained_table
 from lorary.model.scan import numbers_and_bytes
 from lorary.spec.context import ContextPatch
 from lorary.spec.method import Method
-from lorary.spec.placement import AdaptedSite, unique_tensor_sets
+from lorary.spec.placement import AdaptedSite
 
 TiedParameter = tuple[nn.Module, str, nn.Parameter]  # the module that holds it, and its name there
 
@@ -98,7 +98,7 @@ class Attachment:
     @property
     def trainable(self) -> int:
         """The number of parameters that the method trains, whether or not they require gradients now."""
-        return sum(p.trainable for p in unique_tensor_sets(self.sites)) + sum(f.size for f in self.full if f.trains)
+        return trainable_size(self.sites, self.full)
 
     @property
     def share(self) -> float:
@@ -109,15 +109,7 @@ class Attachment:
         base = " ".join(filter(None, (self.base.architecture, self.base.name, self.base.weights[-64:][:12])))
         state = ("merged" if self.merged else "attached") + ("" if self.enabled else ", disabled")
         return "\n".join(
-            [
-                str(self.method),
-                *site_table(self.sites),
-                *full_table(self.full),
-                "",
-                f"trains    {self.trainable:,} of {self.total:,} parameters ({self.share:.4%})",
-                f"base      {base}",
-                f"state     {state}",
-            ]
+            [*trained_table(self.method, self.sites, self.full, self.total), f"base      {base}", f"state     {state}"]
         )
 
 
@@ -175,6 +167,12 @@ def base_parameter(model: nn.Module, name: str) -> nn.Parameter:
     """A base parameter by its path in the plain model, also inside an adapted layer."""
     path, _, last = name.rpartition(".")
     return cast(nn.Parameter, getattr(model.get_submodule(path), last))
+
+
+def set_submodules(model: nn.Module, paths: Iterable[str], module: nn.Module) -> None:
+    """Put a module at each of these paths."""
+    for path in paths:
+        model.set_submodule(path, module)
 
 
 @contextmanager

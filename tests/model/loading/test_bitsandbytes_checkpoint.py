@@ -163,7 +163,7 @@ DAMAGE: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (lambda t: _put(t, "weight", torch.zeros(5, 1, dtype=torch.uint8)), "expected 4096 bytes for a weight of"),
     (lambda t: _put(t, "weight.quant_map", torch.zeros(16)), "other values than those of NF4"),
     (lambda t: _said(t, blocksize=63), "blocksize is 63"),
-    (lambda t: _said(t, shape=[64, 128]), r"holds a weight of \(64, 128\), and the model has one of \(128, 64\)"),
+    (lambda t: _said(t, shape=[64, 128]), r"holds a weight of \(64, 128\), but the model has one of \(128, 64\)"),
     (lambda t: _said(t, shape="everything"), "shape is 'everything'"),
     (lambda t: _said(t, dtype="int8"), "dtype is 'int8'"),
     (lambda t: _said(t, nested_offset="x"), "of the quantised absmax it says"),
@@ -259,7 +259,7 @@ def test_a_damaged_fingerprint_is_told(packed: Path, tmp_path: Path) -> None:
 
 
 def test_what_such_files_do_not_know_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StateError, match="is a Linear, not a model of Transformers"):
+    with pytest.raises(StateError, match="is a Linear, not a Transformers model"):
         lorary.save_quantized(torch.nn.Linear(2, 2), tmp_path / "x")
     with pytest.raises(StateError, match="has no layer in NF4"):
         lorary.save_quantized(tiny.llama(), tmp_path / "x")
