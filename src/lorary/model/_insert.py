@@ -106,9 +106,9 @@ def _adapted(
             layer.train(plain.training)
             if p.share:
                 sets[p.share] = layer.params
-    for name, values in (tensors or {}).items():
-        layer = layers[name]
-        layer.load(values)
-        if layer.shared is not None:
-            layer.shared.load({role: values[role] for role in layer.shared_shapes})
+    if tensors is not None:
+        for name, layer in layers.items():
+            layer.load(tensors[name])
+            if layer.shared is not None:
+                layer.shared.load({role: tensors[name][role] for role in layer.shared_shapes})
     return layers
