@@ -157,7 +157,7 @@ def test_a_model_that_reads_the_weights_of_its_own_layers(model: nn.Module) -> N
         lorary.plan(model, LORA, targets=name)
 
 
-@pytest.mark.parametrize(("method", "word"), [("pissa", "Principal"), ("olora", "Orthonormal")])
+@pytest.mark.parametrize(("method", "word"), [("pissa", "SVDInit"), ("olora", "QRInit")])
 def test_a_start_in_a_damaged_weight_names_every_layer_and_changes_nothing(method: str, word: str) -> None:
     model = net()
     with torch.no_grad():

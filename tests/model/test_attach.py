@@ -15,6 +15,7 @@ import lorary
 from lorary.adapters.adapter import Adapter
 from lorary.errors import StateError
 from lorary.layers.adapted import adapted_layers
+from lorary.layers.quantized_weight import is_quantized
 from lorary.model.state import state_of
 from tests import tiny
 
@@ -427,3 +428,17 @@ def test_what_layers_share_lies_on_one_device(name: str, share: str) -> None:
         "      hint: adapt the layers of one device, or use another method"
     )
     assert state_of(model) is None
+
+
+def test_layers_that_share_tensors_are_all_quantised() -> None:
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)), nn.Linear(64, 4))
+    plan = lorary.plan(model, lorary.method("qlora", r=2), ["0", "1", "2"])
+    plan = dataclasses.replace(plan, sites=tuple(dataclasses.replace(p, share="linear") for p in plan.sites))
+    lorary.attach(model, plan)
+    layers = adapted_layers(model)
+    assert (
+        {name for name, layer in layers.items() if is_quantized(layer.base)}
+        == {"0", "1", "2"}
+        == {*plan.quantized} - {"3"}
+    )
+    assert len({id(layer.params) for layer in layers.values()}) == 1

@@ -210,7 +210,7 @@ def test_a_scale_without_an_alpha() -> None:
     method = lorary.method("lora", scale=ConstantScale(0.5))
     assert lorary.plan(tiny.llama(), method, "q_proj").sites[0].alpha is None
     message = refused(tiny.llama(), method, "q_proj", alphas={"q_proj": 3})
-    assert message == "invalid plan:\n  - alphas: Fixed(s=0.5) has no alpha\n      hint: leave them out"
+    assert message == "invalid plan:\n  - alphas: ConstantScale(s=0.5) has no alpha\n      hint: leave them out"
 
 
 def test_every_problem_is_told_at_once() -> None:
@@ -285,8 +285,7 @@ def test_a_tied_parameter_by_each_of_its_names() -> None:
         ),
         (
             ("bias",),
-            "full: this model has no biases to train (Llama-like models have none)\n"
-            "      hint: use another method",
+            "full: this model has no biases to train (Llama-like models have none)\n      hint: use another method",
         ),
     ],
 )
@@ -299,7 +298,7 @@ def test_full_parameters_that_cannot_be(patterns: tuple[str, ...], problems: str
 def test_a_weight_that_is_adapted_under_another_name_is_refused_in_full() -> None:
     model = tiny.llama(tie_word_embeddings=True)
     message = refused(model, lorary.method("lora", full="embed_tokens.weight"), "lm_head")
-    assert "model.embed_tokens.weight: is adapted and trains in full as well" in message
+    assert "model.embed_tokens.weight: is adapted and would train in full as well" in message
 
 
 def test_the_bias_of_an_adapted_layer_may_train() -> None:
@@ -553,7 +552,7 @@ def test_written_weights_are_in_the_plan_and_train_in_no_optimizer() -> None:
     }
     assert plan.trainable == 2 * 2 * (16 + 16) + 16
     both = lorary.method("delta-lora", r=2, mode="paper", full="q_proj")
-    assert "is adapted and trains in full as well" in refused(tiny.llama(), both, "q_proj")
+    assert "is adapted and would train in full as well" in refused(tiny.llama(), both, "q_proj")
 
 
 def test_layers_that_share_are_printed_and_counted_as_one() -> None:

@@ -232,7 +232,7 @@ def test_what_cannot_be_packed_is_refused_with_every_reason_and_nothing_changes(
             lambda: (nn.Sequential(nn.LazyLinear(4)),),
             "0.weight: has no shape before the model has seen its first input",
         ),
-        (lambda: (tiny.llama(), NF4), "storage.nf4.NF4'> does not quantise\n      hint: pass NF4()"),
+        (lambda: (tiny.llama(), NF4), "layers.nf4.NF4'> does not quantise\n      hint: pass NF4()"),
         (
             lambda: (tiny.llama(), NF4(block=8192)),
             "storage: NF4 has block = 8192; it takes a power of two from 32 to 4096",
@@ -242,7 +242,10 @@ def test_what_cannot_be_packed_is_refused_with_every_reason_and_nothing_changes(
             "storage: NF4 has compute = 'fp16'; it takes float32 or bfloat16",
         ),
         (lambda: (nn.Sequential(nn.Conv1d(2, 2, 1)),), "model: has no plain linear layer to quantise"),
-        (lambda: (tiny.llama(), lorary.method("lora").storage), "storage: Unquantized() does not quantise\n      hint: pass NF4()"),
+        (
+            lambda: (tiny.llama(), lorary.method("lora").storage),
+            "storage: Unquantized() does not quantise\n      hint: pass NF4()",
+        ),
         (lambda: (tiny.llama(), "nf4"), "storage: 'nf4' does not quantise\n      hint: pass NF4()"),
         (lambda: (tiny.trained(tiny.llama()),), "model: has adapters attached\n      hint: detach them first"),
     ],

@@ -171,7 +171,10 @@ def test_a_base_that_is_packed_already_gives_up_nothing_and_says_so(tmp_path: Pa
     with pytest.raises(PlanError, match="is quantised already, and SVDInit has to subtract its start from the weight"):
         lorary.plan(packed, lorary.method("qlora", "pissa", r=R))
     before = packed(torch.ones(1, INP))
-    what = r"\n  - 0: is quantised already, and SVDInit has to subtract its start from the weight\n      hint: load the base in full"
+    what = (
+        r"\n  - 0: is quantised already, and SVDInit has to subtract its start from the weight"
+        r"\n      hint: load the base in full"
+    )
     for put in (lambda: lorary.load(packed, tmp_path), lambda: lorary.switch(packed, lorary.load_adapter(tmp_path))):
         with pytest.raises(FileError, match=what):
             put()

@@ -81,10 +81,7 @@ def test_sizes_count_tied_parameters_once_and_a_quantised_weight_as_the_dense_on
 
 def test_it_can_be_read() -> None:
     text = repr(scan(tiny.llama()).modules["lm_head"])
-    assert text == (
-        "ScannedModule(path='lm_head', kind='linear', quantised=False, paths=('lm_head',), "
-        "tied_to=())"
-    )
+    assert text == ("ScannedModule(path='lm_head', kind='linear', quantised=False, paths=('lm_head',), tied_to=())")
     assert repr(scan(tiny.llama())) == "Scan(heads=frozenset({'lm_head'}))"
 
 

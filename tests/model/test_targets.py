@@ -332,7 +332,7 @@ def test_a_layout_that_is_not_known_is_not_guessed() -> None:
 
 def test_the_cross_attention_of_gpt_2_has_no_queries_in_it() -> None:
     model = tiny.model("GPT2LMHeadModel", add_cross_attention=True, n_embd=24)
-    assert "transformer.h.0.crossattention.c_attn: is fused, and how" in refused(model, "attention-qv")
+    assert "transformer.h.0.crossattention.c_attn: is fused, and the layout" in refused(model, "attention-qv")
 
 
 # --- excluding -------------------------------------------------------------------------------------------------------

@@ -35,11 +35,7 @@ def insert(
     """Put adapters at the sites, zero or with the given tensors, freeze the rest and remember how to undo it."""
     model = scanned.model
     _check_fit(scanned, method, sites, full, quantized)
-    # a plan's linear layer may be GPT-2's transposed one here, and the other way round
-    sites = tuple(
-        dataclasses.replace(p, site=dataclasses.replace(p.site, kind=str(scanned.modules[p.site.name].kind)))
-        for p in sites
-    )
+    sites = tuple(_with_kind(p, scanned.modules[p.site.name].kind) for p in sites)
     paths = {p.site.name: list(scanned.modules[p.site.name].paths) for p in sites}
     fingerprint = fingerprint or Fingerprint.of(model)
     if quantized:
@@ -83,6 +79,11 @@ def _check_fit(
     problems += [Diagnostic("context", *why) for why in (method.context.problems(model) if method.context else ())]
     if problems:
         raise PlanError("the plan does not fit this model:", problems)
+
+
+def _with_kind(p: AdaptedSite, kind: str | None) -> AdaptedSite:
+    """The site with the kind of this model's layer: a planned linear layer may be GPT-2's transposed one here."""
+    return p if p.site.kind == kind else dataclasses.replace(p, site=dataclasses.replace(p.site, kind=str(kind)))
 
 
 def _adapted(

@@ -41,16 +41,16 @@ _log = logging.getLogger("lorary.train")
 
 @dataclass
 class TokenScores(ModelOutput):  # type: ignore[misc]  # Transformers has no types
-    """What TRL's trainers read. Every field per token is `[batch, tokens - 1]` and zero where there is no label.
+    """The outputs that TRL's trainers read. Every field per token is `[batch, tokens - 1]` and zero without a label.
 
     Args:
         loss: −Σ log_probs over `num_items_in_batch` (by default the number of labels).
-        log_probs: of the label, given what stands before it; the only field with a gradient.
+        log_probs: of the label, given the tokens before it; the only field with a gradient.
         entropy: of the predicted distribution, in nats.
         is_top1: whether the label was the most likely token.
         mean_logits: mean of the logits over the vocabulary.
         log_sum_sq_probs: log Σ p², for the weights of WPO.
-        label_mask: where there is a label.
+        label_mask: True at tokens with a label.
         aux_loss: the model's load-balancing loss of a mixture of experts.
     """
 
@@ -68,9 +68,9 @@ class LabelledHead:
     """Answers `model(..., labels=labels, fused_lm_head=True)` with `TokenScores`; every other call is the model's.
 
     Some architectures do something to the logits after the head (Gemma caps them, Cohere and Granite scale
-    them), and nothing in a model says so reliably. So the first call compares `head(backbone(ids))` with the
-    model's own logits on a few tokens; where they differ, or where the model has no plain backbone and head, the
-    model's own logits are used from then on, in full and with a line in the log.
+    them), and no attribute of a model tells reliably. So the first call compares `head(backbone(ids))` with the
+    model's own logits on a few tokens; if they differ, or the model has no plain backbone and head, the model's own
+    logits are used from then on, in full and with a line in the log.
 
     Args:
         model: a causal language model of Transformers, adapted or not.

@@ -9,10 +9,10 @@ from torch import nn
 
 from lorary.errors import Diagnostic, MethodError, PlanError, deduplicated, suggestion
 from lorary.layers.kinds import site
+from lorary.model._full_parameters import full_parameters
+from lorary.model._plan_notes import plan_notes, quantized_size, unreached_notes
 from lorary.model.checks import bad_arguments, not_a_module, not_ready
-from lorary.model.full_parameters import full_parameters
 from lorary.model.plan import Plan
-from lorary.model.plan_notes import plan_notes, quantized_size, unreached_notes
 from lorary.model.previous_tasks import PreviousAdapter, with_previous_tasks
 from lorary.model.quantize import already_quantized, quantizable_layers
 from lorary.model.scan import Scan, scan

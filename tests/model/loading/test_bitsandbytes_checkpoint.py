@@ -269,8 +269,9 @@ def test_what_such_files_do_not_know_is_refused(tmp_path: Path) -> None:
         lorary.save_quantized(model, tmp_path / "x")
     assert str(refused.value) == (
         "cannot save the base:\n"
-        "  - model: has adapters attached\n      hint: save these with lorary.save, and detach them\n"
-        "  - model.embed_tokens: is a quantised embedding, which the format does not support\n      hint: leave it plain"
+        "  - model: has adapters attached\n      hint: save these with lorary.save, then detach them\n"
+        "  - model.embed_tokens: is a quantised embedding, which the format does not support\n"
+        "      hint: leave it plain"
     )
     lorary.detach(model)
     mixed = lorary.quantize(tiny.llama())

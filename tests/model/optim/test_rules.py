@@ -373,7 +373,7 @@ def test_the_optimizer_keeps_its_groups_and_their_order_when_tensors_shrink() ->
     before = [{**group, "params": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
     objects = list(optimizer.param_groups)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 0.5**done)
-    untouched = {name: p for name, p in model.named_parameters() if p.requires_grad and ".p." not in name}
+    untouched = {name: p for name, p in model.named_parameters() if p.requires_grad and ".params." not in name}
     step(model, optimizer, rules)
     schedule.step()
     names = {id(p): name for name, p in model.named_parameters()}

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 from lorary.errors import Diagnostic, FileError, LoraryError
-from lorary.model.loading.locations import BUILTIN, check_folder, location
+from lorary.model.loading._locations import BUILTIN, check_folder, location
 from lorary.model.loading.source import ModelSection
 
 if TYPE_CHECKING:

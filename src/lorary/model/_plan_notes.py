@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from lorary.model.full_parameters import parameters_by_pattern
+from lorary.model._full_parameters import parameters_by_pattern
 from lorary.model.plan import FullParameter, human_bytes
 from lorary.model.scan import Scan
 from lorary.model.targets import abbreviate_paths
