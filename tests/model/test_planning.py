@@ -481,22 +481,22 @@ def test_gpt_2s_layer_is_a_linear_layer() -> None:
 # --- words that attaching does not obey yet --------------------------------------------------------------------------
 
 
-def test_a_storage_that_finds_nothing_to_pack_is_refused() -> None:
+def test_a_storage_that_finds_nothing_to_quantise_is_refused() -> None:
     model = nn.Sequential(nn.Conv1d(4, 4, 3))
     assert refused(model, lorary.method("qlora", r=2), targets="conv") == (
         "invalid plan:\n  - storage: NF4 finds no plain linear layer to quantise besides the output head"
     )
 
 
-def test_what_is_packed_is_in_the_plan() -> None:
+def test_what_is_quantised_is_in_the_plan() -> None:
     model = tiny.llama()
     plan = lorary.plan(model, lorary.method("qlora", r=2), targets=["q_proj", "embed_tokens"])
     assert len(plan.quantized) == 14  # adapted or not
     assert not any("lm_head" in name or "embed" in name for name in plan.quantized)
     numbers = [model.get_parameter(f"{name}.weight").numel() for name in plan.quantized]
     blocks = [-(-n // 64) for n in numbers]
-    packed = sum(n // 2 + b + 4 * -(-b // 256) + 4 for n, b in zip(numbers, blocks, strict=True))
-    assert plan.base_bytes == sum(p.numel() * 4 for p in model.parameters()) - 4 * sum(numbers) + packed
+    quantised = sum(n // 2 + b + 4 * -(-b // 256) + 4 for n, b in zip(numbers, blocks, strict=True))
+    assert plan.base_bytes == sum(p.numel() * 4 for p in model.parameters()) - 4 * sum(numbers) + quantised
     text = str(plan)
     assert "NF4 quantises 14 layers" in text
     assert "model.embed_tokens stays dense: NF4 quantises linear layers that are not tied" in text

@@ -1,4 +1,4 @@
-"""lorary.quantize and lorary.dequantize: which layers of a model are packed, and that nothing else about it changes."""
+"""lorary.quantize and lorary.dequantize: the layers that are quantised, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from lorary.layers.quantized_weight import is_quantized, stored_tensors, weight
 from tests import tiny
 
 
-def packed_names(model: nn.Module) -> list[str]:
-    """The last names of the layers that are packed, each once."""
+def quantised_names(model: nn.Module) -> list[str]:
+    """The last names of the layers that are quantised, each once."""
     return sorted({name.rpartition(".")[2] for name, m in model.named_modules() if is_quantized(m)})
 
 
@@ -44,7 +44,7 @@ def test_every_linear_layer_but_the_head(name: str, expected: list[str] | None) 
     model = tiny.seeded(name)
     before = {n: (type(m), dict(m.named_parameters(recurse=False))) for n, m in model.named_modules()}
     assert lorary.quantize(model) is model
-    found = packed_names(model)
+    found = quantised_names(model)
     assert expected is None or found == expected
     assert found
     assert not {"lm_head", "classifier", "score", "pooler", "wo"} & set(found)
@@ -60,7 +60,7 @@ def test_every_linear_layer_but_the_head(name: str, expected: list[str] | None) 
     assert all(not p.requires_grad for m in model.modules() if is_quantized(m) for p in [m.weight])
 
 
-def test_the_encoder_of_a_classifier_is_packed_and_its_new_head_is_not() -> None:
+def test_the_encoder_of_a_classifier_is_quantised_and_its_new_head_is_not() -> None:
     model = lorary.quantize(tiny.seeded("BertForSequenceClassification"))
     assert type(model.classifier) is nn.Linear
     assert isinstance(model.bert.encoder.layer[0].output.dense, NF4Linear)
@@ -127,7 +127,7 @@ class Shared(nn.Module):
         return y
 
 
-def test_a_layer_under_two_paths_is_packed_once_and_tied_weights_are_not() -> None:
+def test_a_layer_under_two_paths_is_quantised_once_and_tied_weights_are_not() -> None:
     model = lorary.quantize(Shared())
     assert isinstance(model.a, NF4Linear)
     assert model.again[0] is model.a
@@ -138,7 +138,7 @@ def test_a_layer_under_two_paths_is_packed_once_and_tied_weights_are_not() -> No
     assert model.again[0] is model.a
 
 
-def test_gpt2s_transposed_layer_is_packed_as_the_matrix_that_it_is() -> None:
+def test_gpt2s_transposed_layer_is_quantised_as_the_matrix_that_it_is() -> None:
     model = tiny.seeded("GPT2LMHeadModel")
     W = model.transformer.h[0].attn.c_attn.weight.detach().T.contiguous()
     lorary.quantize(model)
@@ -164,7 +164,7 @@ def test_what_has_been_gpt2s_layer_becomes_that_again(back: Callable[[nn.Module]
 
 
 @pytest.mark.parametrize("words", [("qlora",), ("qlora", "pissa")])
-def test_no_dense_weight_outlives_its_packing(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_dense_weight_outlives_its_quantising(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever kept the layers while attaching would keep all of them until it is done."""
     model = nn.Sequential(*(nn.Linear(128, 128) for _ in range(4)), nn.Linear(128, 4))
     dense = [weakref.ref(layer.weight) for layer in model]
@@ -186,7 +186,7 @@ def _linear(W: Tensor, dtype: torch.dtype = torch.float32, bias: bool = True) ->
     return layer
 
 
-def test_a_model_on_the_meta_device_is_packed_in_shapes() -> None:
+def test_a_model_on_the_meta_device_is_quantised_in_shapes() -> None:
     model = lorary.quantize(tiny.model("LlamaForCausalLM", "meta"))
     real = lorary.quantize(tiny.seeded("LlamaForCausalLM"))
     for (name, here), there in zip(model.named_modules(), real.modules(), strict=True):
@@ -199,7 +199,7 @@ def test_a_model_on_the_meta_device_is_packed_in_shapes() -> None:
     assert model(tiny.ids().to("meta")).logits.shape == (2, 5, 40)
 
 
-def test_what_cannot_be_packed_is_refused_with_every_reason_and_nothing_changes() -> None:
+def test_what_cannot_be_quantised_is_refused_with_every_reason_and_nothing_changes() -> None:
     model = tiny.seeded("LlamaForCausalLM")
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight[0, 0] = math.nan
@@ -256,18 +256,18 @@ def test_refusals(wrong: Callable[[], tuple[Any, ...]], what: str) -> None:
     assert what in str(caught.value)
 
 
-def test_unpacking_wants_no_adapters_either() -> None:
+def test_dequantising_wants_no_adapters_either() -> None:
     with pytest.raises(StateError, match=r"has adapters attached\s+hint: merge or detach them first"):
         lorary.dequantize(tiny.trained(tiny.llama(), lorary.method("qlora", r=2)))
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16, torch.float32])
-def test_unpacked_it_is_a_plain_model_that_computes_the_same(dtype: torch.dtype | None) -> None:
+def test_dequantised_it_is_a_plain_model_that_computes_the_same(dtype: torch.dtype | None) -> None:
     model = lorary.quantize(tiny.seeded("Qwen2ForCausalLM").to(torch.bfloat16))
     expected = tiny.logits(model)
     dense = {name: weight(m) for name, m in model.named_modules() if is_quantized(m)}
     assert lorary.dequantize(model, dtype) is model
-    assert not packed_names(model)
+    assert not quantised_names(model)
     for name, W in dense.items():
         layer = model.get_submodule(name)
         assert type(layer) is nn.Linear
@@ -279,18 +279,18 @@ def test_unpacked_it_is_a_plain_model_that_computes_the_same(dtype: torch.dtype 
     assert lorary.dequantize(model) is model  # nothing is left to do
 
 
-def test_an_adapter_of_the_plain_model_fits_the_packed_one() -> None:
-    plain, packed = tiny.seeded("LlamaForCausalLM"), lorary.quantize(tiny.seeded("LlamaForCausalLM"))
-    assert lorary.Fingerprint.of(packed) == lorary.Fingerprint.of(plain)
+def test_an_adapter_of_the_plain_model_fits_the_quantised_one() -> None:
+    plain, quantised = tiny.seeded("LlamaForCausalLM"), lorary.quantize(tiny.seeded("LlamaForCausalLM"))
+    assert lorary.Fingerprint.of(quantised) == lorary.Fingerprint.of(plain)
     adapter = lorary.Adapter.of(tiny.trained(plain))
-    base = tiny.logits(packed)
-    lorary.switch(packed, adapter)
-    assert (tiny.logits(packed) - base).abs().max() > 1e-3
-    assert torch.equal(tiny.logits(lorary.detach(packed)), base)
+    base = tiny.logits(quantised)
+    lorary.switch(quantised, adapter)
+    assert (tiny.logits(quantised) - base).abs().max() > 1e-3
+    assert torch.equal(tiny.logits(lorary.detach(quantised)), base)
 
 
 def _made(layers: int, *, attach: bool) -> tuple[int, int]:
-    """(the most bytes alive, those alive at the end) of packing so many layers [512, 512]."""
+    """(the most bytes alive, those alive at the end) of quantising so many layers [512, 512]."""
     model = nn.Sequential(*[nn.Linear(512, 512, bias=False) for _ in range(layers)])
     plan = lorary.plan(model, lorary.method("qlora", r=1)) if attach else None
     with LiveBytes() as live:
@@ -302,14 +302,14 @@ def _made(layers: int, *, attach: bool) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("attach", [False, True])
-def test_packing_takes_the_scratch_of_one_layer_whatever_their_number(attach: bool) -> None:
+def test_quantising_takes_the_scratch_of_one_layer_whatever_their_number(attach: bool) -> None:
     one, several = _made(1, attach=attach), _made(6, attach=attach)
-    packed = NF4().bytes(512 * 512) + (1024 * 4 if attach else 0)
-    assert several[1] - one[1] == 5 * packed
-    assert several[0] - one[0] <= 5 * packed + 10_000  # the dense layers take 1 MB each
+    quantised = NF4().bytes(512 * 512) + (1024 * 4 if attach else 0)
+    assert several[1] - one[1] == 5 * quantised
+    assert several[0] - one[0] <= 5 * quantised + 10_000  # the dense layers take 1 MB each
 
 
-def test_the_tensors_of_a_packed_layer_take_4_127_bits_a_number() -> None:
+def test_the_tensors_of_a_quantised_layer_take_4_127_bits_a_number() -> None:
     layer = NF4().quantize(nn.Linear(1024, 2048, bias=False))
     stored = sum(t.untyped_storage().nbytes() for t in stored_tensors(layer))
     bits = 8 * stored / (1024 * 2048)

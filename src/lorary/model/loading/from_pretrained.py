@@ -6,6 +6,7 @@ without `trust_remote_code`.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -58,8 +59,10 @@ def load_model(
     if section.attn_implementation is not None:
         options["attn_implementation"] = section.attn_implementation
     with quiet():
-        loader = reader(section.id, config, storage, layers)
-        model, info = _from_pretrained(kind or AutoModelForCausalLM, section, loader, **options)
+        cls = kind or AutoModelForCausalLM
+        load = reader(section.id, config, storage, layers)
+        load = cls.from_pretrained if load is None else functools.partial(load, cls)
+        model, info = _load(load, section, "model", **options)
     missing = {key if isinstance(key, str) else key[0] for k in ("missing_keys", "mismatched_keys") for key in info[k]}
     if kind is not None:  # Transformers initialises a new head at random
         heads = tuple(f"{name}." for name in scan(model).heads)
@@ -143,7 +146,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     folder, headline = Path(location(section)), f"cannot load the tokenizer of {section.id}:"
     if folder.is_dir() and not any(folder.glob("token*")) and not any(folder.glob("vocab*")):
         raise FileError(headline, [Diagnostic(section.id, "there is no tokenizer.json in it")])
-    tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, section)
+    tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer.from_pretrained, section, "tokenizer")
     if not tokenizer.is_fast:
         what = "its tokenizer has no `tokenizer.json`, so answers cannot be told from prompts"
         raise FileError(headline, [Diagnostic(section.id, what)])
@@ -211,7 +214,7 @@ def load_config(section: ModelSection) -> PretrainedConfig:
     from transformers import AutoConfig
 
     check_folder(section)
-    config: PretrainedConfig = _from_pretrained(AutoConfig, section)
+    config: PretrainedConfig = _load(AutoConfig.from_pretrained, section, "model")
     return config
 
 
@@ -258,18 +261,26 @@ def quiet() -> Iterator[None]:
 _UNREADABLE = (OSError, ValueError, ImportError, LookupError, AttributeError, TypeError, RuntimeError)
 
 
-def _from_pretrained(kind: Any, section: ModelSection, loader: Callable[..., Any] | None = None, **options: Any) -> Any:
+def _load(load: Callable[..., Any], section: ModelSection, what: str, **options: Any) -> Any:
+    """load(source, **options), with its errors as a FileError.
+
+    Args:
+        load: a `from_pretrained`.
+        section: which model.
+        what: "model" or "tokenizer", for the error.
+        options: for `load`.
+
+    Raises:
+        FileError: the reason.
+    """
     from safetensors import SafetensorError
 
     options |= {"revision": section.revision or "main", "trust_remote_code": section.trust_remote_code}
     try:
-        if loader is not None:
-            return loader(kind, location(section), **options)
-        return kind.from_pretrained(location(section), **options)
+        return load(location(section), **options)
     except LoraryError:
         raise
     except (*_UNREADABLE, SafetensorError) as error:
-        what = "tokenizer" if getattr(kind, "__name__", "") == "AutoTokenizer" else "model"
         raise _refused(section, what, error) from error
 
 

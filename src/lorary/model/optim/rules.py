@@ -46,7 +46,11 @@ class Rules:
     def __post_init__(self, state: Mapping[str, Tensor] | None) -> None:
         self.layers = list(adapted_layers(self.model).values())
         self.rules = self.layers[0].method.rules if self.layers else ()
-        _check_optimizer(self.rules, self.optimizer)
+        what, fix = "changes the optimizer's state", "lorary.rules(model, steps, optimizer)"
+        names = [type(rule).__name__ for rule in self.rules if rule.needs_optimizer and self.optimizer is None]
+        if names:
+            problems = [Diagnostic(name, what, fix) for name in names]
+            raise StateError("the method's rules need the optimizer:", problems)
         self.states = [rule.start(self.layers, self.steps) for rule in self.rules]
         if state is None:
             self._before_step()
@@ -128,14 +132,6 @@ class Rules:
             what = f"is {step:g}, but the run has {self.steps} steps"
             problem = Diagnostic("step", what, "pass the steps of the saved run")
             raise StateError("the training state belongs to another run:", [problem])
-
-
-def _check_optimizer(rules: tuple[Rule, ...], optimizer: torch.optim.Optimizer | None) -> None:
-    what, fix = "changes the optimizer's state", "lorary.rules(model, steps, optimizer)"
-    names = [type(rule).__name__ for rule in rules if rule.needs_optimizer and optimizer is None]
-    if names:
-        problems = [Diagnostic(name, what, fix) for name in names]
-        raise StateError("the method's rules need the optimizer:", problems)
 
 
 def rules(
