@@ -90,7 +90,7 @@ def test_a_model_is_saved_under_the_names_of_its_checkpoint(tmp_path: Path) -> N
     lorary.dequantize(lorary.load_quantized(folder, kind=AutoModelForMaskedLM)).save_pretrained(
         tmp_path / "dequantised"
     )
-    plain, dequantised = (load_file(tmp_path / which / "model.safetensors") for which in ("plain", "again"))
+    plain, dequantised = (load_file(tmp_path / which / "model.safetensors") for which in ("plain", "dequantised"))
     assert any("gamma" in name for name in plain)
     assert dequantised.keys() == plain.keys()
 
