@@ -16,7 +16,7 @@ from lorary.spec.placement import AdaptedSite
 
 
 @runtime_checkable
-class Shrinkable(Protocol):
+class PrunableDelta(Protocol):
     """A delta that is a sum of rank directions, each of which can be removed.
 
     Attributes:
@@ -34,7 +34,7 @@ class Shrinkable(Protocol):
         ...
 
 
-def shrink(model: nn.Module, keep: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> bool:
+def prune_directions(model: nn.Module, keep: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> bool:
     """Remove all other directions (keep: site -> bool [R]) from the tensors and from the optimizer's state.
 
     Returns:
@@ -52,7 +52,7 @@ def shrink(model: nn.Module, keep: Mapping[str, Tensor], optimizer: torch.optim.
     new: dict[int, nn.Parameter] = {}
     for name, layer in layers.items():
         kept = torch.nonzero(keep[name]).flatten()
-        delta = cast(Shrinkable, layer.method.delta)
+        delta = cast(PrunableDelta, layer.method.delta)
         for role, p in list(layer.params.items()):
             dim = delta.directions[role]
             small = nn.Parameter(_select(p.detach(), kept, dim), requires_grad=p.requires_grad)
@@ -70,7 +70,7 @@ def shrink(model: nn.Module, keep: Mapping[str, Tensor], optimizer: torch.optim.
 
 def directions_of(p: AdaptedSite) -> int:
     """The number of rank directions at a site; the rank itself for a delta that cannot be pruned."""
-    if not isinstance(p.delta, Shrinkable):
+    if not isinstance(p.delta, PrunableDelta):
         return p.r
     return min(p.shapes[role][dim] for role, dim in p.delta.directions.items() if role in p.shapes)
 
@@ -84,10 +84,10 @@ def fit(model: nn.Module, sites: tuple[AdaptedSite, ...]) -> None:
     there = {p.site.name: p for p in sites}
     for name, layer in adapted_layers(model).items():
         delta, other = layer.method.delta, there.get(name)
-        if other is None or not isinstance(delta, Shrinkable) or delta == other.delta:
+        if other is None or not isinstance(delta, PrunableDelta) or delta == other.delta:
             continue
         R = directions_of(other)
-        if not isinstance(other.delta, Shrinkable) or delta.left(R) != other.delta.left(R):
+        if not isinstance(other.delta, PrunableDelta) or delta.left(R) != other.delta.left(R):
             continue
         for role, shape in other.shapes.items():
             p = layer.params[role]
@@ -111,7 +111,7 @@ def compact(
     small, values = [], {}
     for p in sites:
         own = tensors[p.site.name]
-        if isinstance(p.delta, Shrinkable) and not bool((alive := p.delta.alive(own)).all()):
+        if isinstance(p.delta, PrunableDelta) and not bool((alive := p.delta.alive(own)).all()):
             kept = torch.nonzero(alive).flatten()
             dims = p.delta.directions  # a join's tensors have none
             own = {role: _select(t, kept, dims[role]) if role in dims else t for role, t in own.items()}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lorary.errors import ConfigError, Diagnostic, StateError
 from lorary.layers.adapted import Adapted, adapted_layers
 from lorary.layers.dtensor import distribute_like
-from lorary.model.rank_pruning import shrink
+from lorary.model.rank_pruning import prune_directions
 from lorary.model.state import require
 from lorary.spec.interfaces import Rule
 
@@ -94,7 +94,7 @@ class Rules:
         DDP and FSDP keep references to parameters: with them the adapter is pruned when it is saved.
         """
         single = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-        return single and self.optimizer is not None and shrink(self.model, keep, self.optimizer)
+        return single and self.optimizer is not None and prune_directions(self.model, keep, self.optimizer)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors by name, for a checkpoint; under FSDP they may be sharded."""
