@@ -87,11 +87,11 @@ def test_pissa_wants_the_full_weight(bases: dict[str, Callable[[], Any]]) -> Non
         lorary.plan(bases["nf4"](), lorary.method("pissa", r=2), "q_proj")
     first = str(error.value).splitlines()[1]
     where = "model.layers.0.self_attn.q_proj and 1 more"
-    assert first == f"  - {where}: is packed already, and SVDInit would take a part of it"
+    assert first == f"  - {where}: is quantised already, and SVDInit has to subtract its start from the weight"
 
 
 def test_a_packed_weight_cannot_train_in_full(bases: dict[str, Callable[[], Any]]) -> None:
-    with pytest.raises(PlanError, match=r"layers\.1\.mlp\.up_proj\.weight: is packed and cannot train in full"):
+    with pytest.raises(PlanError, match=r"layers\.1\.mlp\.up_proj\.weight: is quantised and cannot train in full"):
         lorary.plan(bases["int8"](), lorary.method("lora", r=2, full=("layers.1.mlp.up_proj",)), "q_proj")
 
 

@@ -60,9 +60,9 @@ def test_an_adapter_of_it_fits_the_plain_base(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("known")
 def test_what_asks_for_a_weight_of_its_own_is_refused() -> None:
-    with pytest.raises(PlanError, match="is packed already, and QRInit would take a part of it"):
+    with pytest.raises(PlanError, match="is quantised already, and QRInit has to subtract its start from the weight"):
         lorary.plan(base(), lorary.method("olora", r=2))
-    with pytest.raises(PlanError, match=r"q_proj\.weight: is packed, and .* writes it"):
+    with pytest.raises(PlanError, match=r"q_proj\.weight: is quantised, and .* writes it"):
         lorary.plan(base(), lorary.method("delta-lora", r=2, mode="paper"), "q_proj")
 
 

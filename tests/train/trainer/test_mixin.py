@@ -286,7 +286,7 @@ def test_a_run_goes_on_from_the_start_in_its_checkpoint_where_another_would_be_f
     lorary.save(model, tmp_path / "adapter")
     if "qlora" in words:
         other = lorary.attach(llama(), plan, seed=1)
-        with pytest.raises(StateError, match="began at other tensors here, and its weight is packed already"):
+        with pytest.raises(StateError, match="started at other tensors here, and its weight is quantised already"):
             resume.put(other, resume.adapter_of(tmp_path))
     lorary.attach(again, resume.begun(plan, tmp_path), seed=1)
     resume.put(again, resume.adapter_of(tmp_path))
