@@ -38,8 +38,8 @@ def outline(model: nn.Module) -> list[Any]:
         ((None, LORA), {}, ["model: is a NoneType, not a torch.nn.Module"]),
         (("gpt2", "lora"), {}, ["model: is a str, not", "method: is a str, not a Method", "lorary.method("]),
         ((LORA, net()), {}, ["model: is a Method, not", "method: is a Sequential, not a Method"]),
-        ((net(), LORA, 3), {}, ["targets: 3 is no name of a layer"]),
-        ((net(), LORA), {"exclude": 3}, ["exclude: 3 is no name of a layer"]),
+        ((net(), LORA, 3), {}, ["targets: 3 is not the name of a layer"]),
+        ((net(), LORA), {"exclude": 3}, ["exclude: 3 is not the name of a layer"]),
         ((net(), LORA), {"ranks": 4, "alphas": [4]}, ["ranks: is 4, not a mapping", "alphas: is [4], not a mapping"]),
     ],
 )
@@ -67,7 +67,7 @@ def test_attach_names_everything_and_changes_nothing(dtype: Any) -> None:
     with pytest.raises(PlanError) as refusal:
         lorary.attach(model, LORA, dtype=dtype)  # type: ignore[arg-type]
     assert "plan: is a Method, not a Plan" in str(refusal.value)
-    assert "is no precision to learn in" in str(refusal.value)
+    assert "is not a trainable dtype" in str(refusal.value)
     assert outline(model) == before
 
 
@@ -102,7 +102,7 @@ def test_switch_to_what_is_no_adapter(what: Any) -> None:
     model = net()
     lorary.switch(model, adapter())
     before = state_of(model)
-    with pytest.raises(FileError, match=r"is no adapter\n.*lorary.load_adapter"):
+    with pytest.raises(FileError, match=r"is not an adapter\n.*lorary.load_adapter"):
         lorary.switch(model, what)
     assert state_of(model) is before
 
@@ -185,8 +185,8 @@ def test_a_start_in_a_weight_of_zeros() -> None:
     with pytest.raises(PlanError) as refusal:
         lorary.attach(model, lorary.plan(model, lorary.method("pissa", r=2)))
     assert str(refusal.value) == (
-        "cannot attach:\n  - 2: its weight is zero, and so is the start that SVDInit makes of it: nothing could be "
-        "learnt\n      hint: exclude it, or use another init"
+        "cannot attach:\n  - 2: its weight is zero, and so are the factors that SVDInit takes from it: nothing could "
+        "be learned\n      hint: exclude it, or use another init"
     )
     assert outline(model) == before
     lorary.attach(model, lorary.plan(model, lorary.method("olora", r=2)))  # its B is not zero: A can learn
@@ -198,7 +198,7 @@ def test_a_base_that_cannot_give_up_its_start() -> None:
     with pytest.raises(PlanError) as refusal:
         lorary.attach(model, lorary.plan(model, lorary.method("olora", r=2, alpha=1e9)))
     assert str(refusal.value) == (
-        "cannot attach:\n  - 0: what is left of its weight, W - s B A with s = 5e+08, is not finite in torch.float16\n"
+        "cannot attach:\n  - 0: the residual of its weight, W - s B A with s = 5e+08, is not finite in torch.float16\n"
         "      hint: use a smaller alpha, or check the base"
     )
     assert outline(model) == before
@@ -212,8 +212,8 @@ def test_weights_from_inference_mode_are_refused_outside_of_it(method: str) -> N
     with pytest.raises(PlanError) as refusal:
         lorary.attach(model, lorary.plan(model, said))
     assert str(refusal.value) == (
-        "the plan does not fit this model:\n  - model: its weights were made in torch.inference_mode() and cannot be "
-        "changed or trained with outside of it\n      hint: create the model outside inference mode"
+        "the plan does not fit this model:\n  - model: its weights were created in torch.inference_mode() and cannot "
+        "be trained or changed outside of it\n      hint: create the model outside inference mode"
     )
     assert outline(model) == before
     with torch.inference_mode():  # inside, they can be used

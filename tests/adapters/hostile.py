@@ -7,16 +7,19 @@ import hashlib
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lorary
 from lorary.adapters import export_peft
+from lorary.errors import FileError
 from tests.adapters.models import BASES, adapted
 
 PREFIX = "base_model.model.model.layers."
@@ -119,3 +122,55 @@ def _good(native: bool, make: Callable[[], nn.Module]) -> Path:
     else:
         export_peft(lorary.Adapter.of(model), folder, model=BASES[0].model())
     return folder
+
+
+Spoil = Callable[[Spoiled], Any]
+
+
+def put(name: str, *shape: int, value: float = 1.0) -> Spoil:
+    """Adds a tensor, or replaces the one that is there."""
+    return lambda s: s.tensors(lambda t: t.update({name: torch.full(shape, value)}))
+
+
+def drop(name: str) -> Spoil:
+    """Removes a tensor."""
+    return lambda s: s.tensors(lambda t: t.pop(name))
+
+
+def note(change: Callable[[dict[str, Any]], Any]) -> Spoil:
+    """Changes lorary's record."""
+    return lambda s: s.note(change)
+
+
+def refusal(spoiled: Spoiled) -> str:
+    """The message with which an adapter is refused, after making sure that nothing else happened."""
+    model = BASES[0].model()
+    before, there = _state(model), _listing(spoiled.folder)
+    start = time.process_time()
+    with pytest.raises(FileError) as caught:
+        lorary.load(model, spoiled.folder)
+    assert time.process_time() - start < 4, "refusing must be quick"
+    assert _state(model) == before
+    assert _listing(spoiled.folder) == there
+    assert not (spoiled.folder / "ran").exists(), "code of the file has run"
+    text = str(caught.value)
+    headline, _, rest = text.partition("\n")
+    assert headline == f"cannot load the adapter {str(spoiled.folder)!r}"
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+    return rest
+
+
+def _state(model: nn.Module) -> str:
+    """Everything that an adapter could have changed."""
+    digest = hashlib.sha256(repr([(n, type(m).__name__, id(m)) for n, m in model.named_modules()]).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    digest.update(repr([p.requires_grad for p in model.parameters()]).encode())
+    return digest.hexdigest()
+
+
+def _listing(folder: Path) -> list[tuple[str, int]]:
+    return sorted(
+        (str(p.relative_to(folder)), p.lstat().st_size) for p in folder.parent.rglob("*") if folder in p.parents
+    )

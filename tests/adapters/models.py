@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,7 +124,7 @@ def adapted(base: Base, *names: str, targets: Any = None, **options: Any) -> nn.
     words = {k: options.pop(k) for k in ("ranks", "alphas", "exclude") if k in options}
     method = lorary.method(*(names or ("lora",)), **({"r": 4, "alpha": 6} | options))
     lorary.attach(model, lorary.plan(model, method, targets=targets or base.targets, **words))
-    fill(p for n, p in model.named_parameters() if ".p." in n)
+    fill(p for n, p in model.named_parameters() if ".params." in n)
     return model.eval()
 
 
@@ -132,5 +133,29 @@ def vera(base: Base, *names: str, targets: Any = None, **options: Any) -> nn.Mod
     model = base.model()
     method = lorary.method("vera", *names, **({"r": 6} | options))
     lorary.attach(model, lorary.plan(model, method, targets=targets or base.targets))
-    fill(p for n, p in model.named_parameters() if ".p." in n)
+    fill(p for n, p in model.named_parameters() if ".params." in n)
     return model.eval()
+
+
+def by_peft(base: Base, folder: Path) -> Tensor:
+    """The outputs of the base with PEFT's reading of an adapter folder."""
+    from peft import PeftModel
+
+    return outputs(PeftModel.from_pretrained(base.model(), str(folder)).eval())
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    """Equal to a millionth of the largest logit."""
+    assert torch.isfinite(a).all()
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-6 * max(1.0, b.abs().max().item()))
+
+
+def same(a: lorary.Adapter, b: lorary.Adapter) -> None:
+    """Equal in everything, the tensors bit for bit."""
+    assert (a.method, a.sites, a.base) == (b.method, b.sites, b.base)
+    assert a.tensors.keys() == b.tensors.keys()
+    for site, roles in a.tensors.items():
+        assert roles.keys() == b.tensors[site].keys()
+        assert all(torch.equal(t, b.tensors[site][role]) for role, t in roles.items())
+    assert a.full.keys() == b.full.keys()
+    assert all(torch.equal(t, b.full[name]) for name, t in a.full.items())

@@ -533,7 +533,8 @@ def test_what_has_no_low_rank_form_without_the_base() -> None:
     value = made("LlamaForCausalLM", "dora", targets=["layers.0.self_attn.q_proj", "layers.1.self_attn.v_proj"])
     assert refused(MethodError, value.low_rank) == (
         "this adapter has no low-rank form:\n"
-        "  - model.layers.0.self_attn.q_proj and 1 more: Direction has no such form without the base's weight\n"
+        "  - model.layers.0.self_attn.q_proj and 1 more: MagnitudeDirection has no such form without the base's "
+        "weight\n"
         "      hint: give the base"
     )
     assert list(value.low_rank(tiny.seeded("LlamaForCausalLM"))) == list(value.tensors)

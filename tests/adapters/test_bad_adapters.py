@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-import lorary
-from lorary.errors import FileError
-from tests.adapters.hostile import PREFIX, Spoiled, entry, safetensors
-from tests.adapters.models import BASES
+from tests.adapters.hostile import PREFIX, Spoil, Spoiled, entry, note, refusal, safetensors
 
-Spoil = Callable[[Spoiled], Any]
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -180,7 +173,7 @@ PEFT: list[tuple[str, Spoil, str]] = [
         only_a_pickle,
         (
             "  - adapter_model.bin: is a pickle, which can run code when it is read; it was not opened\n"
-            "      hint: where you trust its author, load it with PEFT and save it again: PEFT writes "
+            "      hint: if you trust its author, load it with PEFT and save it again: PEFT writes "
             "safetensors"
         ),
     ),
@@ -257,17 +250,17 @@ PEFT: list[tuple[str, Spoil, str]] = [
     (
         "a field too many",
         header({"a": entry() | {"more": 1}}, bytes(8)),
-        ("  - adapter_model.safetensors: a: its entry has to have exactly the fields dtype, shape and data_offsets"),
+        ("  - adapter_model.safetensors: a: its entry must have exactly the fields dtype, shape and data_offsets"),
     ),
     (
         "an entry that is a list",
         header({"a": [1, 2]}, bytes(8)),
-        ("  - adapter_model.safetensors: a: its entry has to have exactly the fields dtype, shape and data_offsets"),
+        ("  - adapter_model.safetensors: a: its entry must have exactly the fields dtype, shape and data_offsets"),
     ),
     (
         "metadata of numbers",
         header({"__metadata__": {"a": 1}, "b": entry()}, bytes(8)),
-        "  - adapter_model.safetensors: __metadata__: has to map names to texts",
+        "  - adapter_model.safetensors: __metadata__: must map names to texts",
     ),
     (
         "metadata of 100 kB",
@@ -351,7 +344,7 @@ PEFT: list[tuple[str, Spoil, str]] = [
     (
         "a name that is a path",
         header({"../../etc/passwd": entry()}, bytes(8)),
-        "  - adapter_model.safetensors: '../../etc/passwd': a tensor's name is no path",
+        "  - adapter_model.safetensors: '../../etc/passwd': a tensor's name is not a path",
     ),
     (
         "too many tensors",
@@ -364,7 +357,7 @@ PEFT: list[tuple[str, Spoil, str]] = [
         (
             "  - adapter_model.safetensors: 'a\\n': a tensor's name is made of printable ASCII\n"
             "  - adapter_model.safetensors: b: is 'F64'; accepted are F32, F16, BF16\n"
-            "  - adapter_model.safetensors: c: its entry has to have exactly the fields dtype, shape and "
+            "  - adapter_model.safetensors: c: its entry must have exactly the fields dtype, shape and "
             "data_offsets"
         ),
     ),
@@ -624,7 +617,7 @@ PEFT: list[tuple[str, Spoil, str]] = [
     (
         "layers with a pattern",
         say(target_modules=".*q_proj", layers_to_transform=[0]),
-        ("  - adapter_config.json: layers_to_transform: cannot be said together with a pattern in `target_modules`"),
+        ("  - adapter_config.json: layers_to_transform: cannot be combined with a pattern in `target_modules`"),
     ),
     (
         "layers that are texts",
@@ -690,7 +683,7 @@ PEFT: list[tuple[str, Spoil, str]] = [
         lambda s: s.add(PREFIX + "0.self_attn.q_proj.lora_magnitude_vector", 16),
         (
             "  - model.layers.0.self_attn.q_proj.lora_magnitude_vector: belongs to DoRA, which the "
-            "configuration does not say it is"
+            "configuration does not name"
         ),
     ),
     (
@@ -753,10 +746,6 @@ PEFT: list[tuple[str, Spoil, str]] = [
 ]
 
 
-def note(change: Callable[[dict[str, Any]], Any]) -> Spoil:
-    return lambda s: s.note(change)
-
-
 def site(change: Callable[[dict[str, Any]], Any]) -> Spoil:
     return note(lambda r: change(r["sites"][0]))
 
@@ -776,36 +765,41 @@ NATIVE: list[tuple[str, Spoil, str]] = [
     ("record that is a list", lambda s: s.record.write_text("[]"), "  - lorary.json: is not a JSON object"),
     (
         "record of a newer version",
-        note(lambda r: r.update(format=2, lorary="9.1")),
-        ("  - lorary.json: has format 2, written by lorary '9.1'; this version reads 1\n      hint: update lorary"),
+        note(lambda r: r.update(format=3, lorary="9.1")),
+        "  - lorary.json: has format 3, written by lorary '9.1'; this version reads up to 2\n      hint: update lorary",
     ),
     (
         "record of format true",
         note(lambda r: r.update(format=True)),
-        "  - lorary.json: format: is true; this version reads 1",
+        "  - lorary.json: format: is true; this version reads 1 to 2",
+    ),
+    (
+        "record of format 0",
+        note(lambda r: r.update(format=0)),
+        "  - lorary.json: format: is 0; this version reads 1 to 2",
     ),
     (
         "fields missing and left over",
         note(lambda r: (r.pop("base"), r.update(bse=1))),
-        ("  - lorary.json: base: is missing\n  - lorary.json: bse: is no field of the format"),
+        ("  - lorary.json: base: is missing\n  - lorary.json: bse: is not a field of the format"),
     ),
     (
         "base that is a list",
         note(lambda r: r.update(base=[])),
-        "  - lorary.json: base: has to hold the texts architecture, name, structure, weights",
+        "  - lorary.json: base: must hold the texts architecture, name, structure, weights",
     ),
     (
         "files that leave the folder",
         note(lambda r: r["files"].update({"../x": {"size": 1, "sha256": ""}})),
         (
-            "  - lorary.json: files: has to be about adapter_config.json and adapter_model.safetensors, or "
+            "  - lorary.json: files: must describe adapter_config.json and adapter_model.safetensors, or "
             "adapter.safetensors"
         ),
     ),
     (
-        "a word that does not exist",
-        note(lambda r: r["method"]["delta"].update(word="LowRnk")),
-        ("  - lorary.json: method: delta: 'LowRnk' is no word that lorary knows\n      hint: did you mean `LowRank`?"),
+        "a component that does not exist",
+        note(lambda r: r["method"]["delta"].update(component="LowRnk")),
+        ("  - lorary.json: method: delta: 'LowRnk' is not a known component\n      hint: did you mean `LowRank`?"),
     ),
     (
         "an axis that does not exist",
@@ -832,22 +826,23 @@ NATIVE: list[tuple[str, Spoil, str]] = [
         "a site without a kind",
         site(lambda s: s.pop("kind")),
         (
-            '  - lorary.json: sites[0]: is {"name": "model.layers.0.self_attn.q_proj", "out": 16, "inp": 16, '
-            '"bias": false}; a site has the fields bias, inp, kind, name, out'
+            '  - lorary.json: sites[0]: is {"name": "model.layers.0.self_attn.q_proj", "out_features": 16, '
+            '"in_features": 16, "bias": false… (97 characters); a site has the fields bias, '
+            "in_features, kind, name, out_features"
         ),
     ),
     (
         "a site of no kind",
         site(lambda s: s.update(kind="quantum")),
         (
-            "  - lorary.json: sites[0]: 'quantum' is no kind of site; they are linear, transposed, conv1d, "
+            "  - lorary.json: sites[0]: 'quantum' is not a kind of site; the kinds are linear, transposed, conv1d, "
             "conv2d, conv3d, embedding"
         ),
     ),
     (
         "a site of negative size",
-        site(lambda s: s.update(out=-16)),
-        "  - lorary.json: sites[0]: `out` is -16, no whole number of at least 1",
+        site(lambda s: s.update(out_features=-16)),
+        "  - lorary.json: sites[0]: `out_features` is -16, not a whole number of at least 1",
     ),
     (
         "a site twice",
@@ -858,7 +853,7 @@ NATIVE: list[tuple[str, Spoil, str]] = [
         "a site's alpha is a text",
         site(lambda s: s.update(alpha="6")),
         (
-            "  - lorary.json: model.layers.0.self_attn.q_proj: scale: ByRank has alpha = '6'; it takes a "
+            "  - lorary.json: model.layers.0.self_attn.q_proj: scale: AlphaOverRank has alpha = '6'; it takes a "
             "positive finite number"
         ),
     ),
@@ -868,9 +863,9 @@ NATIVE: list[tuple[str, Spoil, str]] = [
         "  - lorary.json: sites[0]: the part 'q' does not lie within 16 rows",
     ),
     (
-        "a convolution's window on a linear",
-        site(lambda s: s.update(window=[3])),
-        "  - lorary.json: sites[0]: the window [3] is not that of a linear",
+        "a convolution's kernel size on a linear",
+        site(lambda s: s.update(kernel_size=[3])),
+        "  - lorary.json: sites[0]: the kernel size [3] is not that of a linear",
     ),
     (
         "a site that the file lacks",
@@ -920,45 +915,6 @@ NATIVE: list[tuple[str, Spoil, str]] = [
     ),
     ("weights missing beside the record", lambda s: s.weights.unlink(), "  - adapter_model.safetensors: is missing"),
 ]
-
-
-def state(model: nn.Module) -> str:
-    """Everything that an adapter could have changed."""
-    digest = hashlib.sha256(repr([(n, type(m).__name__, id(m)) for n, m in model.named_modules()]).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode() + tensor.numpy().tobytes())
-    digest.update(repr([p.requires_grad for p in model.parameters()]).encode())
-    return digest.hexdigest()
-
-
-def listing(folder: Path) -> list[tuple[str, int]]:
-    return sorted(
-        (str(p.relative_to(folder)), p.lstat().st_size) for p in folder.parent.rglob("*") if folder in p.parents
-    )
-
-
-def masked(text: str) -> str:
-    """A message without what differs from machine to machine."""
-    return text
-
-
-def refusal(spoiled: Spoiled) -> str:
-    """The message with which an adapter is refused, after making sure that nothing else happened."""
-    model = BASES[0].model()
-    before, there = state(model), listing(spoiled.folder)
-    start = time.process_time()
-    with pytest.raises(FileError) as caught:
-        lorary.load(model, spoiled.folder)
-    assert time.process_time() - start < 4, "refusing must be quick"
-    assert state(model) == before
-    assert listing(spoiled.folder) == there
-    assert not (spoiled.folder / "ran").exists(), "code of the file has run"
-    text = str(caught.value)
-    headline, _, rest = text.partition("\n")
-    assert headline == f"cannot load the adapter {str(spoiled.folder)!r}"
-    assert "\x1b" not in text
-    assert "\u202e" not in text
-    return rest
 
 
 @pytest.mark.parametrize(("spoil", "message"), [c[1:] for c in PEFT], ids=[c[0] for c in PEFT])

@@ -17,17 +17,14 @@ from lorary.errors import FileError
 from lorary.files.tensor_file import TensorFile
 from lorary.methods.adalora import SVDDelta
 from tests.adapters import models
-from tests.adapters.hostile import PREFIX, Spoiled, entry, safetensors
-from tests.adapters.models import BASES, adapted, outputs
-from tests.adapters.test_bad_adapters import refusal
-from tests.adapters.test_save_load import same
+from tests.adapters.hostile import PREFIX, Spoil, Spoiled, drop, entry, note, put, refusal, safetensors
+from tests.adapters.models import BASES, adapted, outputs, same
 
 LLAMA = BASES[0]
 QV = ["q_proj", "v_proj"]
 Q = "model.layers.0.self_attn.q_proj"
 M = PREFIX + "0.self_attn.q_proj.lora_magnitude_vector"
 V = PREFIX + "0.self_attn.v_proj.lora_magnitude_vector"
-Spoil = Callable[[Spoiled], Any]
 
 
 def dora() -> nn.Module:
@@ -63,7 +60,7 @@ def adalora() -> nn.Module:
     small = plan.sites[1].method.replace(delta=SVDDelta(4, kept=1))
     placed = (plan.sites[0], dataclasses.replace(plan.sites[1], method=small), *plan.sites[2:])
     lorary.attach(model, dataclasses.replace(plan, sites=placed))
-    models.fill(p for n, p in model.named_parameters() if ".p." in n)
+    models.fill(p for n, p in model.named_parameters() if ".params." in n)
     return model.eval()
 
 
@@ -76,24 +73,11 @@ def tasks() -> nn.Module:
     model = LLAMA.model()
     first = lorary.Adapter.of(adapted(LLAMA, "o-lora", r=2, targets=["q_proj"]))
     lorary.attach(model, lorary.plan(model, lorary.method("o-lora", r=4), targets=["q_proj"], after=[first]))
-    models.fill(p for n, p in model.named_parameters() if ".p." in n and p.requires_grad)
+    models.fill(p for n, p in model.named_parameters() if ".params." in n and p.requires_grad)
     for name, p in model.named_parameters():
         if name.endswith("_past"):
             p.data = p.data.bfloat16()
     return model.eval()
-
-
-def put(name: str, *shape: int, value: float = 1.0) -> Spoil:
-    """A tensor added, or in place of the one that is there."""
-    return lambda s: s.tensors(lambda t: t.update({name: torch.full(shape, value)}))
-
-
-def drop(name: str) -> Spoil:
-    return lambda s: s.tensors(lambda t: t.pop(name))
-
-
-def note(change: Callable[[dict[str, Any]], Any]) -> Spoil:
-    return lambda s: s.note(change)
 
 
 # --- PEFT's DoRA -------------------------------------------------------------------------------------------------
@@ -120,14 +104,14 @@ PEFT: list[tuple[str, Spoil, str]] = [
         put(V, 1, 16),
         "  - model.layers.0.self_attn.v_proj.lora_magnitude_vector: has the shape [1, 16], a magnitude for "
         "each input; DoRA as published has one per output\n"
-        "      hint: where they are the outputs' all the same, write them as [8]",
+        "      hint: if they are the outputs' after all, write them as [8]",
     ),
     (
         "a row of magnitudes in a square layer",
         put(M, 1, 16),
         f"  - {Q}.lora_magnitude_vector: has the shape [1, 16], a magnitude for each input; DoRA as published "
         "has one per output\n"
-        "      hint: where they are the outputs' all the same, write them as [16]",
+        "      hint: if they are the outputs' after all, write them as [16]",
     ),
     (
         "a magnitude of NaN",
@@ -145,7 +129,7 @@ PEFT: list[tuple[str, Spoil, str]] = [
         lambda s: s.say(use_dora=False),
         "\n".join(
             f"  - model.layers.{i}.self_attn.{name}_proj.lora_magnitude_vector: belongs to DoRA, which the "
-            "configuration does not say it is"
+            "configuration does not name"
             for i in (0, 1)
             for name in "qv"
         ),
@@ -153,7 +137,7 @@ PEFT: list[tuple[str, Spoil, str]] = [
     (
         "VeRA's vectors",
         put(PREFIX + "0.self_attn.q_proj.vera_lambda_b", 16),
-        f"  - {Q}.vera_lambda_b: belongs to VeRA, which the configuration does not say it is",
+        f"  - {Q}.vera_lambda_b: belongs to VeRA, which the configuration does not name",
     ),
 ]
 
@@ -181,7 +165,7 @@ def test_magnitudes_in_every_shape_that_was_written_are_read(lead: tuple[int, ..
 
 # --- our own files -----------------------------------------------------------------------------------------------
 
-MISSING = "has to be about what the sites share: A, B"
+MISSING = "must describe the shared tensors: A, B"
 NATIVE: list[tuple[str, Callable[[], nn.Module], Spoil, str]] = [
     ("a start missing", pissa, drop(f"{Q}|A0"), f"  - {Q}|A0: is missing"),
     (
@@ -199,7 +183,7 @@ NATIVE: list[tuple[str, Callable[[], nn.Module], Spoil, str]] = [
     (
         "starts that the record denies",
         pissa,
-        note(lambda r: r["method"].update(init={"word": "Kaiming"})),
+        note(lambda r: r["method"].update(init={"component": "Kaiming"})),
         "\n".join(
             f"  - model.layers.{i}.self_attn.{name}_proj|{role}0: belongs to no site and no parameter of the record"
             for i in (0, 1)
@@ -262,7 +246,7 @@ NATIVE: list[tuple[str, Callable[[], nn.Module], Spoil, str]] = [
         "no blocks",
         melora,
         note(lambda r: r["method"]["delta"].update(n=0)),
-        "  - lorary.json: method: delta: Minis has n = 0; it takes a whole number of at least 1",
+        "  - lorary.json: method: delta: BlockDiagonal has n = 0; it takes a whole number of at least 1",
     ),
     (
         "more blocks",
@@ -277,19 +261,19 @@ NATIVE: list[tuple[str, Callable[[], nn.Module], Spoil, str]] = [
     (
         "a word that fills other tensors",
         pissa,
-        note(lambda r: r["method"].update(init={"word": "Balanced"})),
-        "  - lorary.json: method: init: Balanced fills {A, B, gamma}; LowRank has {A, B}",
+        note(lambda r: r["method"].update(init={"component": "MultiLoRAInit"})),
+        "  - lorary.json: method: init: MultiLoRAInit fills {A, B, gamma}; LowRank has {A, B}",
     ),
     (
         "an alpha for a scale without one",
         dvora,
         note(lambda r: r["sites"][0].update(alpha=3)),
-        f"  - lorary.json: {Q}: its scale, Fixed, has no alpha",
+        f"  - lorary.json: {Q}: its scale, ConstantScale, has no alpha",
     ),
     (
         "a site's own method that is none",
         dvora,
-        note(lambda r: r["sites"][0].update(method={"delta": {"word": "Vectors", "r": 6}})),
+        note(lambda r: r["sites"][0].update(method={"delta": {"component": "SharedProjectionDelta", "r": 6}})),
         "\n".join(
             f"  - lorary.json: {Q}: {axis}: is missing, and a delta needs it" for axis in ("init", "scale", "join")
         ),
@@ -301,7 +285,7 @@ NATIVE: list[tuple[str, Callable[[], nn.Module], Spoil, str]] = [
         "checksums of what is not shared",
         pissa,
         note(lambda r: r.update(drawn={"A": {"dtype": "F32", "sha256": "0"}})),
-        "  - lorary.json: drawn: has to be about what the sites share: nothing",
+        "  - lorary.json: drawn: must describe the shared tensors: none",
     ),
     (
         "a checksum of no precision",
@@ -321,7 +305,8 @@ NATIVE: list[tuple[str, Callable[[], nn.Module], Spoil, str]] = [
         "a rank beyond all integers of the machine",
         drawn,
         note(lambda r: r["method"]["delta"].update(r=2**63)),
-        "  - lorary.json: method: delta: Vectors has r = 9223372036854775808; it takes a whole number of at least 1",
+        "  - lorary.json: method: delta: SharedProjectionDelta has r = 9223372036854775808; it takes a whole number of "
+        "at least 1",
     ),
     (
         "a rank beyond all memory",
@@ -334,14 +319,14 @@ NATIVE: list[tuple[str, Callable[[], nn.Module], Spoil, str]] = [
         "another checksum",
         drawn,
         note(lambda r: r["drawn"]["A"].update(sha256="0" * 64)),
-        "  - lorary.json: drawn: A: what its seed gives here is not what the adapter was trained with (SHA-256 "
+        "  - lorary.json: drawn: A: its seed gives other numbers here than in training (SHA-256 "
         "differs)\n"
         "      hint: save it again with save_projections=True, on the base that it was trained on",
     ),
     (
         "inputs without end to draw for",
         drawn,
-        note(lambda r: r["sites"][0].update(inp=2**31)),
+        note(lambda r: r["sites"][0].update(in_features=2**31)),
         "  - lorary.json: drawn: takes 51,539,607,936 bytes to draw, more than the 1,073,741,824 that are accepted",
     ),
 ]
@@ -356,15 +341,15 @@ WHOLE = "it takes a whole number of at least 0, or None"
 Q1 = "model.layers.1.self_attn.q_proj"
 TASKS = "it takes whole numbers of at least 1"
 NATIVE += [
-    ("fewer than none left", adalora, said(kept=-1), f"  - lorary.json: {Q}: delta: Spectral has kept = -1; {WHOLE}"),
-    ("true left", adalora, said(kept=True), f"  - lorary.json: {Q}: delta: Spectral has kept = True; {WHOLE}"),
+    ("fewer than none left", adalora, said(kept=-1), f"  - lorary.json: {Q}: delta: SVDDelta has kept = -1; {WHOLE}"),
+    ("true left", adalora, said(kept=True), f"  - lorary.json: {Q}: delta: SVDDelta has kept = True; {WHOLE}"),
     (
         "half a direction left",
         adalora,
         said(kept=0.5),
-        f"  - lorary.json: {Q}: delta: Spectral has kept = 0.5; {WHOLE}",
+        f"  - lorary.json: {Q}: delta: SVDDelta has kept = 0.5; {WHOLE}",
     ),
-    ("a list left", adalora, said(kept=[1]), f"  - lorary.json: {Q}: delta: Spectral has kept = (1,); {WHOLE}"),
+    ("a list left", adalora, said(kept=[1]), f"  - lorary.json: {Q}: delta: SVDDelta has kept = (1,); {WHOLE}"),
     ("more left than there were", adalora, said(kept=5), f"  - lorary.json: {Q}: 5 of 4 directions cannot remain"),
     (
         "another number left",
@@ -386,7 +371,7 @@ NATIVE += [
         "some left of a LoRA",
         melora,
         note(lambda r: r["sites"][0].update(kept=1)),
-        f"  - lorary.json: {Q}: `kept` is 1, and Minis has no such field",
+        f"  - lorary.json: {Q}: `kept` is 1, and BlockDiagonal has no such field",
     ),
     (
         "E of NaN",
@@ -449,10 +434,30 @@ NATIVE += [
         said(past=[]),
         "\n".join(f"  - {Q1}|{role}_past: belongs to no site and no parameter of the record" for role in "AB"),
     ),
-    ("a past of nothing", tasks, said(past=[2, 0]), f"  - lorary.json: {Q1}: delta: Tasks has past = (2, 0); {TASKS}"),
-    ("a past below zero", tasks, said(past=[-2]), f"  - lorary.json: {Q1}: delta: Tasks has past = (-2,); {TASKS}"),
-    ("a true past", tasks, said(past=[True]), f"  - lorary.json: {Q1}: delta: Tasks has past = (True,); {TASKS}"),
-    ("a past that is a number", tasks, said(past=2), f"  - lorary.json: {Q1}: delta: Tasks has past = 2; {TASKS}"),
+    (
+        "a past of nothing",
+        tasks,
+        said(past=[2, 0]),
+        f"  - lorary.json: {Q1}: delta: SequentialLoRA has past = (2, 0); {TASKS}",
+    ),
+    (
+        "a past below zero",
+        tasks,
+        said(past=[-2]),
+        f"  - lorary.json: {Q1}: delta: SequentialLoRA has past = (-2,); {TASKS}",
+    ),
+    (
+        "a true past",
+        tasks,
+        said(past=[True]),
+        f"  - lorary.json: {Q1}: delta: SequentialLoRA has past = (True,); {TASKS}",
+    ),
+    (
+        "a past that is a number",
+        tasks,
+        said(past=2),
+        f"  - lorary.json: {Q1}: delta: SequentialLoRA has past = 2; {TASKS}",
+    ),
     (
         "a past without end",
         tasks,

@@ -18,7 +18,7 @@ from tests.adapters.models import BASES
 pytestmark = pytest.mark.filterwarnings("ignore::lorary.files.findings.AdapterWarning")
 JUNK: list[Any] = [
     None, True, False, 0, -1, 2**40, 1.5, -0.0, 1e300, "", "x", "../..", "\0", "(", "a" * 5000, [], {}, [[]], [None],
-    [1, 2, 3], {"": 0}, {"word": "LowRank"}, {"name": 1},
+    [1, 2, 3], {"": 0}, {"component": "LowRank"}, {"name": 1},
 ]  # fmt: skip
 
 

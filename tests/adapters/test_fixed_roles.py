@@ -15,10 +15,8 @@ from torch import nn
 import lorary
 from lorary.adapters import AdapterWarning, export_peft
 from lorary.errors import FileError
-from tests.adapters.models import BASES, Base, fill, outputs
+from tests.adapters.models import BASES, Base, by_peft, close, fill, outputs, same
 from tests.adapters.peft.test_export import refused
-from tests.adapters.peft.test_interop import by_peft, close
-from tests.adapters.test_save_load import same
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 LLAMA, GPT2, _, CONV = BASES
@@ -38,7 +36,7 @@ def after(base: Base, targets: list[str], *names: str, ranks: tuple[int, ...] = 
         model = base.model()
         method = lorary.method("o-lora", *names, r=r, alpha=6, **options)
         lorary.attach(model, lorary.plan(model, method, targets, after=past[-1:]), seed=r)
-        fill(p for n, p in model.named_parameters() if ".p." in n and p.requires_grad)
+        fill(p for n, p in model.named_parameters() if ".params." in n and p.requires_grad)
         past.append(lorary.Adapter.of(model))
     return model.eval()
 
@@ -47,9 +45,9 @@ def delta(base: Base, targets: list[str], **options: Any) -> nn.Module:
     """The base with a filled Delta-LoRA on it, as after step K."""
     model = base.model()
     lorary.attach(model, lorary.plan(model, lorary.method("delta-lora", r=4, alpha=6, **options), targets))
-    fill(p for n, p in model.named_parameters() if ".p." in n)
+    fill(p for n, p in model.named_parameters() if ".params." in n)
     for name, p in model.named_parameters():
-        if name.endswith(".p.lam"):
+        if name.endswith(".params.lam"):
             p.data.fill_(2.0)
     return model.eval()
 
@@ -145,7 +143,7 @@ def written(base: Base = LLAMA) -> nn.Module:
     model = base.model()
     method = lorary.method("delta-lora", r=4, alpha=6, start=1, mode="paper")
     lorary.attach(model, lorary.plan(model, method, ["q_proj", "c_fc"][base is GPT2 :][:1]))
-    fill(p for n, p in model.named_parameters() if ".p." in n)
+    fill(p for n, p in model.named_parameters() if ".params." in n)
     with torch.no_grad():
         for layer in model.modules():
             if isinstance(layer, lorary.Adapted):
@@ -171,7 +169,7 @@ def test_written_weights_are_in_the_folder(base: Base, tmp_path: Path) -> None:
 @pytest.mark.parametrize("model", [None, LLAMA], ids=["alone", "with the model"])
 def test_written_weights_have_no_words_in_peft(model: Base | None, tmp_path: Path) -> None:
     adapter = lorary.Adapter.of(written())
-    what = "is changed beside the adapter there, and PEFT leaves the weights alone that it adapts"
+    what = "is an adapted weight that trained too, and PEFT never saves the weights that it adapts"
     assert refused(adapter, tmp_path / "a", model.model() if model else None) == "\n".join(
         f"  - model.layers.{i}.self_attn.q_proj.weight: {what}\n      hint: merge the adapter, and save the model"
         for i in (0, 1)
@@ -181,7 +179,7 @@ def test_written_weights_have_no_words_in_peft(model: Base | None, tmp_path: Pat
 def test_before_the_weight_follows_its_product_is_zero(tmp_path: Path) -> None:
     model = delta(LLAMA, ["q_proj"], start=5)
     for name, p in model.named_parameters():
-        if name.endswith((".p.A_K", ".p.B_K", ".p.lam")):
+        if name.endswith((".params.A_K", ".params.B_K", ".params.lam")):
             p.data.zero_()
     lorary.save(model, tmp_path)
     same(lorary.load_adapter(tmp_path), lorary.Adapter.of(model))

@@ -1,12 +1,17 @@
-"""Adapters written by every release so far still load, and today's writer still gives the same bytes.
+"""Adapter folders of every release so far: they load to the last bit, and today's writer gives the same tensors.
 
-The folders under `tests/golden` are never written anew: a release that changes the format adds folders of its own,
-and reads these. Their numbers come from arithmetic alone, so that they are the same on every machine.
+The folders under `tests/golden` are never rewritten: a release that changes the format adds folders of its own and
+reads the old ones. Their numbers come from arithmetic alone, so they are the same on every machine.
+
+Releases up to 0.5 wrote format 1 of `lorary.json`, with other names for components and for the fields of a site. Of
+those folders, the tensors and PEFT's files are still written byte for byte, and `lorary.json` up to the new names. The
+folders of 0.6.0 pin the bytes of format 2, one for each structurally different kind.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +21,7 @@ import torch
 from torch import Tensor
 
 import lorary
-from lorary import AdaptedSite, Adapter, Fingerprint, Site
+from lorary import AdaptedSite, Adapter, Fingerprint, Site, _deprecated
 from lorary.adapters.shared_tensors import leading_slices
 from lorary.methods.adalora import SVDDelta
 from lorary.methods.longlora import LongContext
@@ -108,6 +113,22 @@ FILES = {
     "qpissa-0.4.0/lorary.json": "337baca1d10cf7c14972d61906787ad29dbc26309be3d3ca61b36315a47b215d",
     "longlora-0.5.0/adapter.safetensors": "651248eb3660691ad37f2c2af78c91125101bcac5e9056e13e129e005846084d",
     "longlora-0.5.0/lorary.json": "e13fb933e1db6fdf638f4649fde7d5bfcdbbccddd5da15706a24003dcc65fdc6",
+    "lora-0.6.0/adapter_config.json": "851023a13e7b57d963ec182e33e731b592a778da852bde453286b080a5794427",
+    "lora-0.6.0/adapter_model.safetensors": "5628e1335a848212dc0965faf637cad1a631b2d9d5c0da6c531569f75fde66a1",
+    "lora-0.6.0/lorary.json": "ace885ca7818ae630bd1675492643b86b728ff6c720c34d6afe0fac0927a0502",
+    "grouped-0.6.0/adapter.safetensors": "d6a91fc931fc5f19e49770779e83fa644cb1fdad83a290f6ac2f443e56aa49b6",
+    "grouped-0.6.0/lorary.json": "0a120baac298b02eb2f04191031cdce1d7cf317b8711b41a447686c55a754c64",
+    "pissa-0.6.0/adapter.safetensors": "54ddccef7a7afcc2836b30c90e467e03fc0989fb13a4272c4ef3430748b1b521",
+    "pissa-0.6.0/lorary.json": "5cea69807324fa2674dd26b4f4c2adb5c9ef7413cd4d0e7c2d067dd49c11cd40",
+    "vera-0.6.0/adapter_config.json": "36b380be468a0d035bed2779c0a0c33d8dead456d45d91ebb577aba62a4005c1",
+    "vera-0.6.0/adapter_model.safetensors": "79a5effdcf130b7335889d551722610830b913e20c6df0e2ba8a901eac7e213a",
+    "vera-0.6.0/lorary.json": "01cb88b1241a1cc611c43ca3b071d5314f3ee3eba87f2f355b0f777e585e142d",
+    "vera-drawn-0.6.0/adapter.safetensors": "406136568c5be88054b84a65a144b5a3d62b9305bbf4a7264bced0601421b3dd",
+    "vera-drawn-0.6.0/lorary.json": "78446f7c63d3a22d8149dc87391d0fe7ee284767c308203c63ff32149818f05a",
+    "shared-own-0.6.0/adapter.safetensors": "0a40de2f140983e0ddd72e07f10360c62ea0928532e9a03232077bb61a4329d5",
+    "shared-own-0.6.0/lorary.json": "1c50dbfb6d905824f7ba3bc621562c3c8fae995a0ba5cf563e221cfd99bec755",
+    "longlora-0.6.0/adapter.safetensors": "651248eb3660691ad37f2c2af78c91125101bcac5e9056e13e129e005846084d",
+    "longlora-0.6.0/lorary.json": "9ff04bcec8c954bdf8d9c52d68c79f2e4f93f9ded541c9f34fb8240aaa15bfe9",
 }
 
 
@@ -345,6 +366,13 @@ ADAPTERS = {f"{name.replace('+', '-plus')}-0.5.0": of_preset(name) for name in P
     "vera-0.2.0": vera,
     "vera-drawn-0.2.0": vera_drawn,
     "several-0.2.0": several,
+    "lora-0.6.0": lora,
+    "grouped-0.6.0": grouped,
+    "pissa-0.6.0": pissa,
+    "vera-0.6.0": vera,
+    "vera-drawn-0.6.0": vera_drawn,
+    "shared-own-0.6.0": shared_own,
+    "longlora-0.6.0": longlora,
 }
 
 
@@ -358,7 +386,7 @@ def test_no_other_file_is_there() -> None:
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_an_old_folder_loads_to_the_last_bit(name: str) -> None:
+def test_a_golden_folder_loads_to_the_last_bit(name: str) -> None:
     read, expected = lorary.load_adapter(GOLDEN / name), ADAPTERS[name]()
     assert (read.method, read.sites, read.base) == (expected.method, expected.sites, expected.base)
     for site, roles in expected.tensors.items():
@@ -373,7 +401,78 @@ def test_an_old_folder_loads_to_the_last_bit(name: str) -> None:
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_todays_writer_gives_the_same_bytes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written, golden = tmp_path / name, GOLDEN / name
     monkeypatch.setattr("lorary.adapters.native.__version__", name.rpartition("-")[2])
-    lorary.save_adapter(ADAPTERS[name](), tmp_path / name)
-    for path in sorted((tmp_path / name).iterdir()):
-        assert path.read_bytes() == (GOLDEN / name / path.name).read_bytes(), path.name
+    lorary.save_adapter(ADAPTERS[name](), written)
+    assert {path.name for path in written.iterdir()} == {path.name for path in golden.iterdir()}
+    for path in sorted(written.iterdir()):
+        if path.name == "lorary.json" and (record := json.loads((golden / path.name).read_text()))["format"] == 1:
+            assert_same_record(json.loads(path.read_text()), record)
+        else:
+            assert path.read_bytes() == (golden / path.name).read_bytes(), path.name
+
+
+def assert_same_record(new: dict[str, Any], old: dict[str, Any]) -> None:
+    """A record of format 2 says what one of format 1 says, in the same order, but for the names."""
+    assert (new.pop("format"), old.pop("format")) == (2, 1)
+    new["method"], new["sites"] = in_format_1(new["method"]), [in_format_1(site) for site in new["sites"]]
+    assert json.dumps(new) == json.dumps(old)
+
+
+# the names of format 2 -> those of format 1, written out here so that the reader's own table is tested too
+OLD_KEYS = {"component": "word", "out_features": "out", "in_features": "inp", "kernel_size": "window"}
+OLD_COMPONENTS = {
+    "AlphaOverInitialRank": "ByStartRank",
+    "AlphaOverRank": "ByRank",
+    "AlphaOverSqrtRank": "BySqrtRank",
+    "BlockDiagonal": "Minis",
+    "ConstantScale": "Fixed",
+    "DeltaLoRADelta": "Propagated",
+    "DeltaLoRAPaperRule": "WriteProduct",
+    "DeltaLoRARule": "FollowProduct",
+    "GLoRADelta": "Terms",
+    "GLoRAJoin": "Supports",
+    "LongContext": "Extended",
+    "MagnitudeDirection": "Direction",
+    "MultiLoRAInit": "Balanced",
+    "OrthogonalToPast": "AwayFrom",
+    "OrthogonalityPenalty": "Orthogonal",
+    "ParallelLowRank": "Parallel",
+    "QRInit": "Orthonormal",
+    "SVDDelta": "Spectral",
+    "SVDDeltaInit": "SmallNormal",
+    "SVDInit": "Principal",
+    "SequentialLoRA": "Tasks",
+    "SharedProjectionDelta": "Vectors",
+    "SharedProjectionInit": "Projections",
+    "Unquantized": "AsIs",
+    "ZeroDownInit": "ZeroDown",
+}
+
+
+def in_format_1(value: Any) -> Any:
+    """A value of a record of format 2, with the names of format 1."""
+    if isinstance(value, list):
+        return [in_format_1(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    keys = OLD_KEYS | ({"store_shared": "saved"} if value.get("component") == "SharedProjectionInit" else {})
+    old = {keys.get(key, key): in_format_1(item) for key, item in value.items()}
+    return old | ({"word": OLD_COMPONENTS.get(old["word"], old["word"])} if "word" in old else {})
+
+
+def test_every_preset_has_a_golden_folder() -> None:
+    """In the last release of format 1; a new preset needs a folder of the release that brings it."""
+    assert {*PRESETS, "longlora"} == set(lorary.presets())
+
+
+def test_the_golden_folders_hold_every_renamed_component_but_one() -> None:
+    """Delta-LoRA's paper rule writes the base each step and has no folder of its own."""
+    text = "".join(path.read_text() for path in GOLDEN.glob("*/lorary.json"))
+    assert set(_deprecated.COMPONENTS) == set(OLD_COMPONENTS.values())
+    assert {old for old in OLD_COMPONENTS.values() if f'"word": "{old}"' not in text} == {"WriteProduct"}
+
+
+def test_the_format_page_lists_the_names_of_format_1() -> None:
+    page = (GOLDEN.parents[1] / "docs" / "reference" / "files.md").read_text(encoding="utf-8")
+    assert all(f"\n| `{old}` | `{new}` |\n" in page for new, old in OLD_COMPONENTS.items())

@@ -84,7 +84,7 @@ def test_without_the_base(name: str) -> None:
             adapter.low_rank()
         assert str(refusal.value) == (
             "this adapter has no low-rank form:\n"
-            "  - 0: Direction has no such form without the base's weight\n"
+            "  - 0: MagnitudeDirection has no such form without the base's weight\n"
             "      hint: give the base"
         )
     else:

@@ -24,7 +24,7 @@ from lorary.errors import FileError
 from lorary.files import tensor_file
 from lorary.files.tensor_file import TensorFile
 from tests.adapters.hostile import PREFIX, Spoiled
-from tests.adapters.models import BASES, Base, adapted, fill, outputs, vera
+from tests.adapters.models import BASES, Base, adapted, fill, outputs, same, vera
 from tests.files.test_atomic import largest_file, litter
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -85,17 +85,6 @@ SAVED: dict[str, tuple[Callable[[], nn.Module], Base, str]] = {
     "BitFit": (lambda: bare("bitfit"), BERT, "adapter.safetensors"),
     "full fine-tuning": (lambda: bare("full"), BERT, "adapter.safetensors"),
 }
-
-
-def same(a: lorary.Adapter, b: lorary.Adapter) -> None:
-    """Equal in everything, the tensors bit for bit."""
-    assert (a.method, a.sites, a.base) == (b.method, b.sites, b.base)
-    assert a.tensors.keys() == b.tensors.keys()
-    for site, roles in a.tensors.items():
-        assert roles.keys() == b.tensors[site].keys()
-        assert all(torch.equal(t, b.tensors[site][role]) for role, t in roles.items())
-    assert a.full.keys() == b.full.keys()
-    assert all(torch.equal(t, b.full[name]) for name, t in a.full.items())
 
 
 @pytest.mark.parametrize(("make", "base", "file"), SAVED.values(), ids=SAVED)
@@ -241,7 +230,7 @@ def test_without_a_model_a_factor_alone_is_refused(tmp_path: Path) -> None:
         lorary.load_adapter(spoiled.folder)
     assert str(caught.value) == (
         f"cannot load the adapter {str(spoiled.folder)!r}\n"
-        "  - model.layers.0.self_attn.q_proj.lora_B.weight: is missing, and its partner alone says nothing"
+        "  - model.layers.0.self_attn.q_proj.lora_B.weight: is missing, and its partner is useless alone"
     )
 
 
@@ -299,7 +288,7 @@ def test_a_kept_module_that_is_tied_is_refused(tmp_path: Path) -> None:
         lorary.load(base.model(), tmp_path)
     assert str(caught.value) == (
         f"cannot load the adapter {str(tmp_path)!r}\n"
-        "  - transformer.wte.weight: is tied to lm_head.weight in this model, and PEFT trained a copy of its own\n"
+        "  - transformer.wte.weight: is tied to lm_head.weight in this model, and PEFT trained a separate copy\n"
         "      hint: untie the base's weights before loading"
     )
 
@@ -325,7 +314,7 @@ def test_a_kept_module_that_is_tied_is_refused(tmp_path: Path) -> None:
         (
             "pickled",
             "adapter_model.bin: is a pickle, which can run code when it is read; it was not opened\n"
-            "      hint: where you trust its author, load it with PEFT and save it again: PEFT writes safetensors",
+            "      hint: if you trust its author, load it with PEFT and save it again: PEFT writes safetensors",
         ),
     ],
 )
@@ -412,7 +401,7 @@ def test_what_could_not_be_read_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(FileError) as caught:
         export_peft(with_value(1, torch.float64), tmp_path / "a")
     assert str(caught.value).splitlines()[:2] == [
-        f"cannot save an adapter to {str(tmp_path / 'a')!r}",
+        f"cannot export an adapter to {str(tmp_path / 'a')!r} for PEFT",
         "  - base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight: is float64; adapters are saved as "
         "float32, float16, bfloat16",
     ]
@@ -444,8 +433,8 @@ def test_a_folder_of_other_things_is_not_taken(tmp_path: Path) -> None:
         ),
         (
             lambda: adapted(BERT, full=("*.0.output.LayerNorm.weight",)),
-            "  - bert.encoder.layer.0.output.LayerNorm.weight: is trained in full, and whether its module is trained "
-            "whole only the model can tell\n      hint: give the model too: model=, or --base on the command line",
+            "  - bert.encoder.layer.0.output.LayerNorm.weight: is trained in full, and only the model knows whether "
+            "its whole module is\n      hint: give the model too: model=, or --base on the command line",
         ),
     ],
     ids=["groups", "BitFit", "full"],
@@ -466,7 +455,7 @@ def test_modules_that_peft_could_not_keep(tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"cannot export an adapter to {str(tmp_path / 'a')!r} for PEFT\n"
         "  - bert.embeddings.word_embeddings: PEFT would untie it from cls.predictions.decoder.weight\n"
-        "  - bert.encoder.layer.0.output.LayerNorm: PEFT keeps whole modules, and "
+        "  - bert.encoder.layer.0.output.LayerNorm: PEFT saves whole modules, and "
         "bert.encoder.layer.0.output.LayerNorm.bias is not trained"
     )
 
@@ -505,7 +494,7 @@ torch.set_num_threads(1)
 net = torch.nn.Sequential(torch.nn.Linear(4, 4))
 lorary.attach(net, lorary.plan(net, lorary.method("lora", r=2), targets=["0"]))
 with torch.no_grad():
-    net[0].p["B"].fill_(2)
+    net[0].params["B"].fill_(2)
 lorary.save(net, sys.argv[1])
 """
 

@@ -16,11 +16,8 @@ from torch import Tensor, nn
 import lorary
 from lorary.adapters import export_peft
 from lorary.errors import FileError
-from tests.adapters.hostile import PREFIX, Spoiled
-from tests.adapters.models import BASES, Base, fill, outputs
-from tests.adapters.peft.test_interop import by_peft, close
-from tests.adapters.test_bad_adapters import refusal
-from tests.adapters.test_save_load import same
+from tests.adapters.hostile import PREFIX, Spoil, Spoiled, drop, note, put, refusal
+from tests.adapters.models import BASES, Base, by_peft, close, fill, outputs, same
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 LLAMA, GPT2, _, CONV = BASES
@@ -39,7 +36,7 @@ def shared(base: Base = LLAMA, *names: str, **options: Any) -> nn.Module:
         for p, kind in zip(plan.sites, kinds, strict=True)
     )
     lorary.attach(model, dataclasses.replace(plan, sites=placed))
-    fill(p for n, p in model.named_parameters() if ".p." in n)
+    fill(p for n, p in model.named_parameters() if ".params." in n)
     return model.eval()
 
 
@@ -144,7 +141,7 @@ def replaced(adapter: lorary.Adapter, name: str, **words: Any) -> lorary.Adapter
 def test_sites_that_have_not_the_same_cannot_be_saved(tmp_path: Path) -> None:
     adapter = lorary.Adapter.of(shared())
     A = adapter.tensors[Q1]["A"]
-    line = f"  - {Q1}: its A is not that of {Q0}, with which it shares what it learns"
+    line = f"  - {Q1}: its A differs from that of {Q0}, to which it is tied"
     for other in (A + 1, A.bfloat16()):
         assert unsaved(changed(adapter, A=other), tmp_path / "a") == line
     lorary.save_adapter(changed(adapter, A=A.clone()), tmp_path / "a")
@@ -164,24 +161,12 @@ def test_sites_that_cannot_share_cannot_be_saved(tmp_path: Path) -> None:
 # --- not read --------------------------------------------------------------------------------------------------
 
 
-def note(change: Callable[[dict[str, Any]], Any]) -> Callable[[Spoiled], Any]:
-    return lambda s: s.note(change)
-
-
-def site(name: str, /, **words: Any) -> Callable[[Spoiled], Any]:
+def site(name: str, /, **words: Any) -> Spoil:
     return note(lambda r: next(s for s in r["sites"] if s["name"] == name).update(words))
 
 
-def put(name: str, *shape: int, value: float = 1.0) -> Callable[[Spoiled], Any]:
-    return lambda s: s.tensors(lambda t: t.update({name: torch.full(shape, value)}))
-
-
-def drop(name: str) -> Callable[[Spoiled], Any]:
-    return lambda s: s.tensors(lambda t: t.pop(name))
-
-
 NAME = "it is a name of printable ASCII without |"
-BAD: list[tuple[str, Callable[[], nn.Module], Callable[[Spoiled], Any], str]] = [
+BAD: list[tuple[str, Callable[[], nn.Module], Spoil, str]] = [
     ("a number", ours, site(Q0, share=3), f"  - lorary.json: sites[0]: `share` is 3; {NAME}"),
     ("nothing", ours, site(Q0, share=None), f"  - lorary.json: sites[0]: `share` is null; {NAME}"),
     ("an empty name", ours, site(Q0, share=""), f"  - lorary.json: sites[0]: `share` is ''; {NAME}"),
@@ -205,7 +190,11 @@ BAD: list[tuple[str, Callable[[], nn.Module], Callable[[Spoiled], Any], str]] = 
     (
         "a start in each layer's weight",
         ours,
-        note(lambda r: r["method"].update(delta={"word": "LowRank", "r": 4}, init={"word": "Principal", "niter": 4})),
+        note(
+            lambda r: r["method"].update(
+                delta={"component": "LowRank", "r": 4}, init={"component": "SVDInit", "niter": 4}
+            )
+        ),
         "\n".join(
             f"  - lorary.json: model.layers.{i}.{name}: shares its tensors, and SVDInit starts at the weight of "
             "each layer"
@@ -250,7 +239,7 @@ BAD: list[tuple[str, Callable[[], nn.Module], Callable[[Spoiled], Any], str]] = 
         "a copy that differs",
         shared,
         put(PREFIX + "1.self_attn.q_proj.lora_A.weight", 4, 16),
-        f"  - adapter_model.safetensors: {Q1}: its A is not that of {Q0}, with which it shares what it learns",
+        f"  - adapter_model.safetensors: {Q1}: its A differs from that of {Q0}, to which it is tied",
     ),
     (
         "a copy missing",
@@ -262,15 +251,13 @@ BAD: list[tuple[str, Callable[[], nn.Module], Callable[[Spoiled], Any], str]] = 
         "a module's name that begins with a bar",
         ours,
         site(Q0, name="|q_proj 2"),
-        "  - lorary.json: '|q_proj 2': begins with |, as the names of what sites share do",
+        "  - lorary.json: '|q_proj 2': begins with |, like the names of shared tensors",
     ),
 ]
 
 
 @pytest.mark.parametrize(("make", "spoil", "message"), [c[1:] for c in BAD], ids=[c[0] for c in BAD])
-def test_a_bad_share_is_refused(
-    make: Callable[[], nn.Module], spoil: Callable[[Spoiled], Any], message: str, tmp_path: Path
-) -> None:
+def test_a_bad_share_is_refused(make: Callable[[], nn.Module], spoil: Spoil, message: str, tmp_path: Path) -> None:
     spoiled = Spoiled(tmp_path / "adapter", native=True, make=make)
     spoil(spoiled)
     spoiled.sign()

@@ -172,19 +172,19 @@ def test_plan_lists_every_mistake(command: Command) -> None:
     [
         ({}, "model: there is no config.json in it"),
         ({"adapter_config.json": "{}"}, "model: it is an adapter, not a model"),
-        ({"config.json": "{"}, "config.json: is no JSON"),
+        ({"config.json": "{"}, "config.json: is not valid JSON"),
         (
             {
                 "config.json": '{"model_type": "llama", "auto_map": {"AutoModel": "evil.Model"}}',
                 "evil.py": "raise SystemExit",
             },
-            "config.json: `auto_map`: the model would run Python code of its own\n"
+            "config.json: `auto_map`: the model would run its own Python code\n"
             "      hint: read that code, then set model.trust_remote_code: true",
         ),
         (
             {"config.json": '{"model_type": "llama"}', "pytorch_model.bin": "x"},
             "pytorch_model.bin: weights as a pickle, which can run code when it is opened\n"
-            "      hint: convert it to safetensors where you trust it",
+            "      hint: convert it to safetensors if you trust it",
         ),
     ],
 )
@@ -246,7 +246,7 @@ def test_merge_names_what_is_missing(command: Command) -> None:
     Path("model").rename("moved")
     assert command("merge", "away/run", "merged").err == (
         "error: cannot find the base of away/run:\n"
-        "  - it was trained on `model`, which is no Hub id\n      hint: give --base MODEL\n"
+        "  - it was trained on `model`, which is not a Hub id\n      hint: give --base MODEL\n"
     )
     assert not Path("merged").exists()
 

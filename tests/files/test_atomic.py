@@ -289,7 +289,7 @@ def damage(folder: Path, how: str) -> None:
         ("a link", "'inner/weights': not a plain file of this folder"),
         ("a linked folder", "'inner/weights': not a plain file of this folder"),
         ("no manifest", "MANIFEST.json: no such file or directory"),
-        ("[]", "MANIFEST.json: not a manifest: it has to have exactly the keys format, facts and files"),
+        ("[]", "MANIFEST.json: not a manifest: it must have exactly the keys format, facts and files"),
         ('{"format": 1, "format": 1}', "MANIFEST.json: the key 'format' appears twice"),
         ('{"format": 9, "facts": {}, "files": {}}', "MANIFEST.json: manifest format 9; this version reads 1"),
         (

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 
-from lorary.files.bounded_regex import Budget, Pattern, TailPattern
+from lorary.files.bounded_regex import Budget, Pattern, SuffixPattern
 
 PIECES = ["a", "b", ".", r"\.", r"\d", "[ab]", "[^a]", "[a-b1]", r"\w", r"\W", "_", "^", "$", r"\b", r"\B", r"\S"]
 QUANTIFIERS = ["*", "+", "?", "*?", "+?", "??", "{2}", "{1,3}", "{0,2}?", "{2,}"]
@@ -45,7 +45,7 @@ def test_the_answers_are_those_of_re() -> None:
                 theirs = re.compile(text)
             except re.error:
                 continue
-        ours, tail = Pattern(text), TailPattern(text)
+        ours, tail = Pattern(text), SuffixPattern(text)
         ending = re.compile(rf"(.*\.)?({text})")
         for _ in range(5):
             name = "".join(rng.choice("ab.1_-") for _ in range(rng.randrange(1, 7)))
@@ -59,7 +59,7 @@ def test_the_answers_are_those_of_re() -> None:
 @pytest.mark.parametrize("key", ["q_proj", r"layers\.1\.self_attn\.q_proj", "layers.1.self_attn.q_proj", "^q_proj"])
 def test_a_plain_tail_is_compared_by_whole_components(key: str) -> None:
     for name in ("q_proj", "layers.1.self_attn.q_proj", "layers.11.self_attn.q_proj", "eq_proj", "a.eq_proj"):
-        assert TailPattern(key).fullmatch(name) == (re.match(rf"(.*\.)?({key})$", name) is not None), name
+        assert SuffixPattern(key).fullmatch(name) == (re.match(rf"(.*\.)?({key})$", name) is not None), name
 
 
 NAME = "a" * 55 + "-"
@@ -109,7 +109,7 @@ def test_compiling_and_plain_patterns_take_time_as_well() -> None:
     message = "its patterns take too much time to match"
     budget = Budget(seconds=0.05)
     with pytest.raises(ValueError, match=message):
-        [TailPattern(rf"layers\.{i}\.q_proj", budget) for i in range(10_000)]
+        [SuffixPattern(rf"layers\.{i}\.q_proj", budget) for i in range(10_000)]
     plain = Pattern("q_proj", Budget(seconds=0.05))
     with pytest.raises(ValueError, match=message):
         any(plain.fullmatch("k_proj") for _ in range(10_000_000))
@@ -194,7 +194,7 @@ def test_letters_outside_ascii() -> None:
     ],
 )
 def test_what_is_not_supported_is_said(text: str, message: str) -> None:
-    for kind in (Pattern, TailPattern):
+    for kind in (Pattern, SuffixPattern):
         with pytest.raises(ValueError) as caught:  # noqa: PT011 (the whole message is compared)
             kind(text)
         assert str(caught.value) == message

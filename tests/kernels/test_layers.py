@@ -230,7 +230,7 @@ def test_gradients_of_a_whole_layer(name: str) -> None:
     roles = [role for role, p in layer.params.items() if p.requires_grad]
 
     def run(x: Tensor, *values: Tensor) -> Tensor:
-        given = {f"p.{role}": value for role, value in zip(roles, values, strict=True)}
+        given = {f"params.{role}": value for role, value in zip(roles, values, strict=True)}
         return torch.func.functional_call(layer, given, (x,))  # type: ignore[no-any-return]
 
     values = [layer.params[role].detach().clone().requires_grad_() for role in roles]

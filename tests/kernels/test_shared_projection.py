@@ -339,7 +339,7 @@ def test_without_gradients_and_then_with() -> None:
     torch.testing.assert_close(x.grad, y.grad)
 
 
-def test_copies_begin_anew() -> None:
+def test_copies_start_empty() -> None:
     model, x = attention(), torch.randn(2, 8).double()
     kept = model(x)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):

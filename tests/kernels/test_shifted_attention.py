@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorary.kernels import shifted_attention
-from lorary.kernels.shifted_attention import GroupLayout, ends, group_size, shifted, shifted_ragged
+from lorary.kernels.shifted_attention import GroupLayout, group_ends, group_size, shifted, shifted_ragged
 
 SHAPES = [  # batch, heads, key heads, length, group
     *itertools.product([1, 3], [4], [2, 4], [1, 2, 7, 16, 33], [1, 3, 4, 5, 8, 40]),
@@ -131,10 +131,10 @@ def test_the_rolled_form_would_be_caught() -> None:
 
 
 def test_the_shifted_half_has_a_group_more_whose_ends_are_halves() -> None:
-    assert ends(16, 4, 4) == [4, 8, 12, 16]
-    assert ends(16, 4, 2) == [2, 6, 10, 14, 16]
-    assert ends(16, 5, 2) == [2, 7, 12, 16]
-    assert ends(1, 4, 2) == [1]
+    assert group_ends(16, 4, 4) == [4, 8, 12, 16]
+    assert group_ends(16, 4, 2) == [2, 6, 10, 14, 16]
+    assert group_ends(16, 5, 2) == [2, 7, 12, 16]
+    assert group_ends(1, 4, 2) == [1]
     layout = GroupLayout.of(torch.ones(1, 16, dtype=torch.long), 4)
     assert [b.diff().tolist() for b in layout.bounds] == [[4, 4, 4, 4], [2, 4, 4, 4, 2]]
 

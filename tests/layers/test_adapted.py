@@ -90,7 +90,7 @@ def test_resizing_the_vocabulary() -> None:
     assert tiny.logits(free).shape[-1] == 44
     lorary.detach(free)
     adapted_table = tiny.trained(tiny.llama(), targets="embedding")
-    with pytest.raises(TypeError, match=r"Old embeddings are of type <class 'lorary\.adapted\.Adapted'>"):
+    with pytest.raises(TypeError, match=r"Old embeddings are of type <class 'lorary\.layers\.adapted\.Adapted'>"):
         adapted_table.resize_token_embeddings(44)
 
 

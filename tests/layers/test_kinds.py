@@ -77,10 +77,10 @@ def weight_norm(layer: nn.Module) -> nn.Module:
     ("layer", "reason"),
     [
         (nn.Embedding(4, 3, max_norm=1.0), "its max_norm rewrites the weight in every forward pass"),
-        (Doubling(2, 2), "Doubling computes its forward pass in a way of its own, not as W x + b"),
+        (Doubling(2, 2), "Doubling overrides forward, so it may not compute W x + b"),
         (
             OPTLearnedPositionalEmbedding(4, 3),
-            "OPTLearnedPositionalEmbedding computes its forward pass in a way of its own, not as W x + b",
+            "OPTLearnedPositionalEmbedding overrides forward, so it may not compute W x + b",
         ),
         (
             weight_norm(nn.Linear(2, 2)),

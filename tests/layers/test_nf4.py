@@ -27,7 +27,7 @@ STATE = "weight.quant_state.bitsandbytes__nf4"
 
 
 def linear(dtype: torch.dtype = torch.float32, storage: NF4 | None = None, bias: bool = True) -> Any:
-    """A packed layer [40, 72]: its rows do not end where its blocks do."""
+    """A quantised layer [40, 72]: its rows do not end where its blocks do."""
     torch.manual_seed(0)
     return (storage or NF4()).quantize(nn.Linear(72, 40, bias=bias, dtype=dtype).requires_grad_(False))
 
@@ -187,20 +187,20 @@ BAD: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
     ),
     "no JSON": (
         _set(STATE, torch.tensor([123], dtype=torch.uint8)),
-        "weight: quant_state.bitsandbytes__nf4 is no JSON",
+        "weight: quant_state.bitsandbytes__nf4 is not valid JSON",
     ),
-    "no text": (_set(STATE, torch.tensor([255, 200], dtype=torch.uint8)), "is no JSON"),
-    "a list": (_set(STATE, torch.tensor([91, 93], dtype=torch.uint8)), "holds no mapping"),
+    "no text": (_set(STATE, torch.tensor([255, 200], dtype=torch.uint8)), "is not valid JSON"),
+    "a list": (_set(STATE, torch.tensor([91, 93], dtype=torch.uint8)), "is not a JSON object"),
     "fp4": (_json(quant_type="fp4"), "quant_type is 'fp4'"),
     "shape": (_json(shape=[72, 40]), "holds (72, 40) in blocks of 64, expected (40, 72) in blocks of 64"),
     "no shape": (_json(shape="many"), "shape is 'many'"),
     "block": (_json(blocksize=48), "blocksize is 48"),
     "blocks": (_json(blocksize=128), "absmax is torch.uint8 (45,), expected torch.uint8 (23,)"),
     "dtype": (_json(dtype="int8"), "dtype is 'int8'"),
-    "offset": (_json(nested_offset=None), "of the quantised absmax it says"),
+    "offset": (_json(nested_offset=None), "invalid double quantisation"),
     "few codes": (_set("weight", torch.zeros(7, 1, dtype=torch.uint8)), "expected 1440 bytes"),
     "float codes": (_set("weight", torch.zeros(1440, 1)), "the codes are torch.float32"),
-    "values": (_set("weight.quant_map", torch.zeros(16)), "quant_map holds other values than those of NF4"),
+    "values": (_set("weight.quant_map", torch.zeros(16)), "quant_map differs from the values of NF4"),
 }
 
 
@@ -293,4 +293,4 @@ def test_its_scales_are_buffers_that_move_but_are_not_trained_or_reduced() -> No
     buffers = dict(model.named_buffers())
     assert {name.rpartition(".")[2] for name in buffers} == {"absmax", "nested_absmax", "nested_offset"}
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trainable == {"0.p.A", "0.p.B"}
+    assert trainable == {"0.params.A", "0.params.B"}

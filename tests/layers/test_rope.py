@@ -35,7 +35,7 @@ def long_logits(model: Any) -> Tensor:
     return tiny.logits(model, input_ids=ids)
 
 
-def anew(model: Any) -> Any:
+def rebuilt(model: Any) -> Any:
     """A model that is made of the configuration as it is now, with the same weights."""
     other = type(model)(copy.deepcopy(model.config)).eval()
     other.load_state_dict(model.state_dict())
@@ -50,7 +50,7 @@ def test_the_model_is_what_transformers_makes_of_the_configuration(kind: str, fo
     stretched = Stretched(model, form, 4.0)
     changed = long_logits(model)
     assert not torch.equal(changed, plain)
-    assert torch.equal(changed, long_logits(anew(model)))
+    assert torch.equal(changed, long_logits(rebuilt(model)))
     assert max_context(text_config(model)) == 4 * KNOWN
     stretched.swap()
     assert torch.equal(long_logits(model), plain)
@@ -91,7 +91,7 @@ def test_a_factor_on_top_of_another_is_of_what_the_model_was_trained_on() -> Non
     assert rope.problems(twice, "linear", 40) == []
     assert rope.problems(twice, "yarn", 16) == [], "it reads as many already"
     assert rope.problems(twice, "yarn", 40) == [
-        "it reads 16 tokens by positions that are stretched already (linear): yarn would undo that"
+        "its 16 tokens of context already use RoPE scaling (linear), which yarn would replace"
     ]
     yarn = made("Llama")
     Stretched(yarn, "yarn", 4.0)
@@ -100,12 +100,12 @@ def test_a_factor_on_top_of_another_is_of_what_the_model_was_trained_on() -> Non
 
 
 def test_other_forms_of_long_positions_are_left_alone() -> None:
-    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    model = made("Llama", rope_parameters=rope | {"original_max_position_embeddings": 4})
+    scaling = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    model = made("Llama", rope_parameters=scaling | {"original_max_position_embeddings": 4})
     assert max_context(model.config) == KNOWN
     assert rope.problems(model, "linear", KNOWN) == []
     (what,) = rope.problems(model, "linear", KNOWN + 1)
-    assert what == "it reads 8 tokens by positions that are stretched already (llama3): linear would undo that"
+    assert what == "its 8 tokens of context already use RoPE scaling (llama3), which linear would replace"
 
 
 def test_models_without_rotary_positions() -> None:
@@ -113,7 +113,7 @@ def test_models_without_rotary_positions() -> None:
         model = tiny.model(name)
         assert rotation(text_config(model)) is None
         (what,) = rope.problems(model, "linear", 5000)
-        assert what == f"{name} has no rotary positions that could be stretched"
+        assert what == f"{name} has no rotary position embeddings to scale"
 
 
 def test_the_content_of_a_config_json() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lorary
 from lorary.errors import PlanError, StateError
 from lorary.layers.rope import text_config
-from lorary.layers.shifted_attention import check_support, registered, sequence_numbers
+from lorary.layers.shifted_attention import check_support, register_attention, sequence_numbers
 from lorary.model.state import eval_mode
 from tests import tiny
 
@@ -180,9 +180,9 @@ def test_a_copy_of_the_model_switches_by_itself() -> None:
     model = longer(made("LlamaForCausalLM"))
     twin = copy.deepcopy(model).eval()
     assert twin.config._attn_implementation == "sdpa"
-    assert model.config._attn_implementation == registered(4)
+    assert model.config._attn_implementation == register_attention(4)
     lorary.detach(twin)
-    assert model.config._attn_implementation == registered(4)
+    assert model.config._attn_implementation == register_attention(4)
     assert not any("lorary" in name for name, _ in twin.named_modules())
 
 
@@ -192,28 +192,28 @@ def test_masks_that_are_not_causal_are_refused() -> None:
         model(input_ids=ids, attention_mask=torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool))
     assert str(refusal.value) == (
         "cannot compute shifted sparse attention:\n"
-        "  - attention_mask: is a mask of 4 dimensions: groups are made of the padding, [batch, tokens]\n"
-        "      hint: give the padding alone"
+        "  - attention_mask: has 4 dimensions; grouped attention takes padding, [batch, tokens]\n"
+        "      hint: pass the padding mask"
     )
-    with pytest.raises(StateError, match="shows some tokens what comes after them"):
+    with pytest.raises(StateError, match="lets some tokens attend to later ones"):
         sequence_numbers(lambda b, h, q, k: (q >= 0) & (k >= 0) & (b >= 0), None, 2, 5, torch.device("cpu"))
 
 
 REFUSED = {
-    "all layers of MistralForCausalLM see a window of 4 tokens: there is nothing to divide": (
+    "all layers of MistralForCausalLM use a sliding window of 4 tokens, which S² cannot divide": (
         "MistralForCausalLM",
         {"sliding_window": 4},
     ),
-    "Gemma2ForCausalLM caps its scores, which attention in groups does not": ("Gemma2ForCausalLM", {}),
-    "GptOssForCausalLM has learnt sinks, which attention in groups does not know": (
+    "Gemma2ForCausalLM caps attention scores, which grouped attention does not support": ("Gemma2ForCausalLM", {}),
+    "GptOssForCausalLM has attention sinks, which grouped attention does not support": (
         "GptOssForCausalLM",
         {},
     ),
-    "StableLmForCausalLM does not look its attention up at Transformers, and none can be put in its place": (
+    "StableLmForCausalLM does not use Transformers' attention interface, so its attention cannot be replaced": (
         "StableLmForCausalLM",
         {},
     ),
-    "ModernBertForMaskedLM has attention that sees what comes after a token": ("ModernBertForMaskedLM", {}),
+    "ModernBertForMaskedLM has bidirectional attention": ("ModernBertForMaskedLM", {}),
 }
 
 
@@ -229,7 +229,7 @@ def test_what_a_model_has_that_groups_have_not(sentence: str, of: tuple[str, dic
 def test_layers_with_a_window_keep_it_and_the_plan_says_so() -> None:
     model = made("Gemma3ForCausalLM")
     plan = lorary.plan(model, lorary.method("longlora", length=64))
-    assert "1 of 2 layers see a window, and keep it; the others attend in groups" in plan.notes
+    assert "1 of 2 layers keep their sliding window; the others attend in groups" in plan.notes
     wide = made("Gemma3ForCausalLM", sliding_window=64)
     assert not check_support(wide, text_config(wide), 64).notes
 
@@ -243,5 +243,5 @@ class Own(nn.Module):
 
 
 def test_a_model_of_ones_own_has_no_positions_to_divide() -> None:
-    with pytest.raises(PlanError, match="context: Own has no rotary positions that could be stretched"):
+    with pytest.raises(PlanError, match="context: Own has no rotary position embeddings to scale"):
         lorary.plan(Own(), lorary.method("longlora", length=64), "q_proj")

@@ -15,6 +15,7 @@ import lorary
 from lorary.adapters.adapter import Adapter
 from lorary.errors import StateError
 from lorary.layers.adapted import adapted_layers
+from lorary.layers.quantized_weight import is_quantized
 from lorary.model.state import state_of
 from tests import tiny
 
@@ -59,8 +60,8 @@ def test_attach_freezes_everything_else() -> None:
     plan = lorary.plan(model, lorary.method("lora-fa", r=2, full="norm"), "q_proj")
     lorary.attach(model, plan)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
-        "model.layers.0.self_attn.q_proj.p.B",
-        "model.layers.1.self_attn.q_proj.p.B",
+        "model.layers.0.self_attn.q_proj.params.B",
+        "model.layers.1.self_attn.q_proj.params.B",
         "model.norm.weight",
     }
 
@@ -94,7 +95,7 @@ def test_attaching_draws_nothing_from_the_global_generator() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_the_precision_of_what_is_learnt(dtype: torch.dtype) -> None:
+def test_the_precision_of_what_is_learned(dtype: torch.dtype) -> None:
     model = tiny.trained(tiny.llama().to(torch.bfloat16), dtype=dtype)
     assert {p.dtype for layer in adapted_layers(model).values() for p in layer.params.values()} == {dtype}
     assert tiny.logits(model).dtype == torch.bfloat16
@@ -423,7 +424,18 @@ def test_what_layers_share_lies_on_one_device(name: str, share: str) -> None:
         lorary.attach(model, plan)
     assert str(refused.value) == (
         "the plan does not fit this model:\n"
-        "  - model: its layers lie on cpu, meta, and what they share can lie on one only\n"
+        "  - model: its layers lie on cpu, meta, and share tensors of one device\n"
         "      hint: adapt the layers of one device, or use another method"
     )
     assert state_of(model) is None
+
+
+def test_layers_that_share_tensors_are_all_quantised() -> None:
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
+    plan = lorary.plan(model, lorary.method("qlora", r=2))
+    plan = dataclasses.replace(plan, sites=tuple(dataclasses.replace(p, share="linear") for p in plan.sites))
+    lorary.attach(model, plan)
+    layers = adapted_layers(model)
+    assert {*plan.quantized} == {"0", "1", "2"} == layers.keys()
+    assert all(is_quantized(layer.base) for layer in layers.values())
+    assert len({id(layer.params) for layer in layers.values()}) == 1

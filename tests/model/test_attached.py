@@ -32,7 +32,7 @@ def found(model: Any) -> lorary.Attachment:
 def test_it_says_what_the_plan_said(names: tuple[str, ...]) -> None:
     model, plan = attach(names, None if "full" in names else "attention", tiny.seeded("BertForSequenceClassification"))
     it = found(model)
-    assert (it.method, it.placed) == (plan.method, plan.sites)
+    assert (it.method, it.sites) == (plan.method, plan.sites)
     assert (it.full, it.total) == (plan.full, plan.total)
     assert (it.trainable, it.share) == (plan.trainable, plan.share)
     assert it.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -73,8 +73,8 @@ def test_it_is_a_value_of_its_moment() -> None:
     before = found(model)
     lorary.detach(model)
     attach(model=model, r=4)
-    assert {p.r for p in before.placed} == {2}
-    assert {p.r for p in found(model).placed} == {4}
+    assert {p.r for p in before.sites} == {2}
+    assert {p.r for p in found(model).sites} == {4}
     with pytest.raises(dataclasses.FrozenInstanceError):
         before.merged = True  # type: ignore[misc]
 

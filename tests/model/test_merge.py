@@ -81,7 +81,7 @@ def test_the_model_may_change_while_it_is_merged() -> None:
     assert {m.training for m in model.modules()} == {False}
     assert {p.dtype for p in lorary.detach(model).parameters()} == {torch.bfloat16}
     assert torch.equal(tiny.logits(model), tiny.logits(model))
-    assert [row[1] for row in before[1] if ".p." not in row[0]] == [
+    assert [row[1] for row in before[1] if ".params." not in row[0]] == [
         id(p) for _, p in model.named_parameters(remove_duplicate=False)
     ]
 
@@ -280,7 +280,7 @@ def test_unmerged_in_another_precision(way: str) -> None:
     lorary.merge(model, keep=True)
     model.to(torch.bfloat16)
     lorary.unmerge(model)
-    assert {p.dtype for n, p in model.named_parameters() if ".p." not in n} == {torch.bfloat16}
+    assert {p.dtype for n, p in model.named_parameters() if ".params." not in n} == {torch.bfloat16}
     torch.testing.assert_close(tiny.logits(model).float(), tiny.logits(low).float(), rtol=0.1, atol=0.1)
 
 

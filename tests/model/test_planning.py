@@ -31,7 +31,7 @@ _PRINTED = """\
 Method
   delta    LowRank(r=2)
   init     Kaiming()
-  scale    ByRank(alpha=4) -> s = 2
+  scale    AlphaOverRank(alpha=4) -> s = 2
   join     Add()
   trains   {A, B}
 
@@ -184,9 +184,9 @@ def test_the_first_pattern_that_matches_wins() -> None:
 @pytest.mark.parametrize(
     ("options", "problems"),
     [
-        ({"ranks": {"q_porj": 3}}, "ranks: `q_porj` matches no adapted site\n      hint: did you mean q_proj?"),
+        ({"ranks": {"q_porj": 3}}, "ranks: `q_porj` matches no adapted site\n      hint: did you mean `q_proj`?"),
         ({"ranks": {"*.zzz": 3}}, "ranks: `*.zzz` matches no adapted site"),
-        ({"alphas": {"k_proj": 3}}, "alphas: `k_proj` matches no adapted site\n      hint: did you mean q_proj?"),
+        ({"alphas": {"k_proj": 3}}, "alphas: `k_proj` matches no adapted site\n      hint: did you mean `q_proj`?"),
         (
             {"ranks": {"q_proj": 0}},
             "model.layers.0.self_attn.q_proj: LowRank has r = 0; it takes a whole number of at least 1",
@@ -197,7 +197,7 @@ def test_the_first_pattern_that_matches_wins() -> None:
         ),
         (
             {"alphas": {"*": -1}},
-            "model.layers.0.self_attn.q_proj: ByRank has alpha = -1; it takes a positive finite number",
+            "model.layers.0.self_attn.q_proj: AlphaOverRank has alpha = -1; it takes a positive finite number",
         ),
     ],
 )
@@ -210,7 +210,7 @@ def test_a_scale_without_an_alpha() -> None:
     method = lorary.method("lora", scale=ConstantScale(0.5))
     assert lorary.plan(tiny.llama(), method, "q_proj").sites[0].alpha is None
     message = refused(tiny.llama(), method, "q_proj", alphas={"q_proj": 3})
-    assert message == "invalid plan:\n  - alphas: Fixed(s=0.5) has no alpha\n      hint: leave them out"
+    assert message == "invalid plan:\n  - alphas: ConstantScale(s=0.5) has no alpha\n      hint: leave them out"
 
 
 def test_every_problem_is_told_at_once() -> None:
@@ -276,17 +276,16 @@ def test_a_tied_parameter_by_each_of_its_names() -> None:
         (
             ("norm.wieght",),
             "full: `norm.wieght` matches no parameter\n"
-            "      hint: did you mean norm.weight or model.norm.weight or o_proj.weight?",
+            "      hint: did you mean `norm.weight` or `model.norm.weight` or `o_proj.weight`?",
         ),
         (
             ("q_proj.weight",),
-            "model.layers.0.self_attn.q_proj.weight: is adapted and trains in full as well: the "
-            "adapter would have nothing of its own to learn\n      hint: exclude the site, or narrow `full`",
+            "model.layers.0.self_attn.q_proj.weight: is adapted and would train in full as well: "
+            "the adapter would be redundant\n      hint: exclude the site, or narrow `full`",
         ),
         (
             ("bias",),
-            "full: this model has no biases (models of the Llama kind have none): there is nothing to train\n"
-            "      hint: use another method",
+            "full: this model has no biases to train (Llama-like models have none)\n      hint: use another method",
         ),
     ],
 )
@@ -299,7 +298,7 @@ def test_full_parameters_that_cannot_be(patterns: tuple[str, ...], problems: str
 def test_a_weight_that_is_adapted_under_another_name_is_refused_in_full() -> None:
     model = tiny.llama(tie_word_embeddings=True)
     message = refused(model, lorary.method("lora", full="embed_tokens.weight"), "lm_head")
-    assert "model.embed_tokens.weight: is adapted and trains in full as well" in message
+    assert "model.embed_tokens.weight: is adapted and would train in full as well" in message
 
 
 def test_the_bias_of_an_adapted_layer_may_train() -> None:
@@ -462,7 +461,7 @@ def test_another_kind_of_layer_with_the_same_numbers_is_refused() -> None:
     plan = lorary.plan(nn.Sequential(nn.Conv2d(4, 6, (3, 1))), lorary.method(r=1), "0")
     for layer, what in [
         (nn.Linear(12, 6), "is linear, expected conv2d"),
-        (nn.Conv2d(4, 6, (1, 3)), "has a window of (1, 3), expected (3, 1)"),
+        (nn.Conv2d(4, 6, (1, 3)), "has a kernel of (1, 3), expected (3, 1)"),
         (nn.Conv2d(8, 6, (3, 1), groups=2), "has 2 groups, expected 1"),
         (nn.Conv2d(4, 9, (3, 1)), "has 9 output features, expected 6"),
     ]:
@@ -482,25 +481,25 @@ def test_gpt_2s_layer_is_a_linear_layer() -> None:
 # --- words that attaching does not obey yet --------------------------------------------------------------------------
 
 
-def test_a_storage_that_finds_nothing_to_pack_is_refused() -> None:
+def test_a_storage_that_finds_nothing_to_quantise_is_refused() -> None:
     model = nn.Sequential(nn.Conv1d(4, 4, 3))
     assert refused(model, lorary.method("qlora", r=2), targets="conv") == (
-        "invalid plan:\n  - storage: NF4 has nothing to pack: plain linear layers, without the output head"
+        "invalid plan:\n  - storage: NF4 finds no plain linear layer to quantise besides the output head"
     )
 
 
-def test_what_is_packed_is_in_the_plan() -> None:
+def test_what_is_quantised_is_in_the_plan() -> None:
     model = tiny.llama()
     plan = lorary.plan(model, lorary.method("qlora", r=2), targets=["q_proj", "embed_tokens"])
     assert len(plan.quantized) == 14  # adapted or not
     assert not any("lm_head" in name or "embed" in name for name in plan.quantized)
     numbers = [model.get_parameter(f"{name}.weight").numel() for name in plan.quantized]
     blocks = [-(-n // 64) for n in numbers]
-    packed = sum(n // 2 + b + 4 * -(-b // 256) + 4 for n, b in zip(numbers, blocks, strict=True))
-    assert plan.base_bytes == sum(p.numel() * 4 for p in model.parameters()) - 4 * sum(numbers) + packed
+    quantised = sum(n // 2 + b + 4 * -(-b // 256) + 4 for n, b in zip(numbers, blocks, strict=True))
+    assert plan.base_bytes == sum(p.numel() * 4 for p in model.parameters()) - 4 * sum(numbers) + quantised
     text = str(plan)
-    assert "NF4 packs 14 layers" in text
-    assert "model.embed_tokens stays as it is: NF4 packs linear layers whose weight is theirs alone" in text
+    assert "NF4 quantises 14 layers" in text
+    assert "model.embed_tokens stays dense: NF4 quantises linear layers that are not tied" in text
     assert plan.total == sum(p.numel() for p in model.parameters())
     lorary.attach(model, plan)
     held = lorary.detach(model)
@@ -553,7 +552,7 @@ def test_written_weights_are_in_the_plan_and_train_in_no_optimizer() -> None:
     }
     assert plan.trainable == 2 * 2 * (16 + 16) + 16
     both = lorary.method("delta-lora", r=2, mode="paper", full="q_proj")
-    assert "is adapted and trains in full as well" in refused(tiny.llama(), both, "q_proj")
+    assert "is adapted and would train in full as well" in refused(tiny.llama(), both, "q_proj")
 
 
 def test_layers_that_share_are_printed_and_counted_as_one() -> None:
@@ -587,4 +586,4 @@ def test_a_past_that_is_no_list_or_holds_no_numbers() -> None:
         )
     next(iter(adapter.tensors.values()))["A"][0, 0] = math.nan
     told = refused(tiny.model("LlamaForCausalLM"), method, "q_proj", after=[adapter])
-    assert "after[0]: holds numbers that are not finite" in told
+    assert "after[0]: holds NaN or infinite numbers" in told

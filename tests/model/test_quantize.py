@@ -1,4 +1,4 @@
-"""lorary.quantize and lorary.dequantize: which layers of a model are packed, and that nothing else about it changes."""
+"""lorary.quantize and lorary.dequantize: the layers that are quantised, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from lorary.layers.quantized_weight import is_quantized, stored_tensors, weight
 from tests import tiny
 
 
-def packed_names(model: nn.Module) -> list[str]:
-    """The last names of the layers that are packed, each once."""
+def quantised_names(model: nn.Module) -> list[str]:
+    """The last names of the layers that are quantised, each once."""
     return sorted({name.rpartition(".")[2] for name, m in model.named_modules() if is_quantized(m)})
 
 
@@ -44,7 +44,7 @@ def test_every_linear_layer_but_the_head(name: str, expected: list[str] | None) 
     model = tiny.seeded(name)
     before = {n: (type(m), dict(m.named_parameters(recurse=False))) for n, m in model.named_modules()}
     assert lorary.quantize(model) is model
-    found = packed_names(model)
+    found = quantised_names(model)
     assert expected is None or found == expected
     assert found
     assert not {"lm_head", "classifier", "score", "pooler", "wo"} & set(found)
@@ -60,7 +60,7 @@ def test_every_linear_layer_but_the_head(name: str, expected: list[str] | None) 
     assert all(not p.requires_grad for m in model.modules() if is_quantized(m) for p in [m.weight])
 
 
-def test_the_encoder_of_a_classifier_is_packed_and_its_new_head_is_not() -> None:
+def test_the_encoder_of_a_classifier_is_quantised_and_its_new_head_is_not() -> None:
     model = lorary.quantize(tiny.seeded("BertForSequenceClassification"))
     assert type(model.classifier) is nn.Linear
     assert isinstance(model.bert.encoder.layer[0].output.dense, NF4Linear)
@@ -127,7 +127,7 @@ class Shared(nn.Module):
         return y
 
 
-def test_a_layer_under_two_paths_is_packed_once_and_tied_weights_are_not() -> None:
+def test_a_layer_under_two_paths_is_quantised_once_and_tied_weights_are_not() -> None:
     model = lorary.quantize(Shared())
     assert isinstance(model.a, NF4Linear)
     assert model.again[0] is model.a
@@ -138,7 +138,7 @@ def test_a_layer_under_two_paths_is_packed_once_and_tied_weights_are_not() -> No
     assert model.again[0] is model.a
 
 
-def test_gpt2s_transposed_layer_is_packed_as_the_matrix_that_it_is() -> None:
+def test_gpt2s_transposed_layer_is_quantised_as_the_matrix_that_it_is() -> None:
     model = tiny.seeded("GPT2LMHeadModel")
     W = model.transformer.h[0].attn.c_attn.weight.detach().T.contiguous()
     lorary.quantize(model)
@@ -164,17 +164,17 @@ def test_what_has_been_gpt2s_layer_becomes_that_again(back: Callable[[nn.Module]
 
 
 @pytest.mark.parametrize("words", [("qlora",), ("qlora", "pissa")])
-def test_no_dense_weight_outlives_its_packing(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_dense_weight_outlives_its_quantising(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever kept the layers while attaching would keep all of them until it is done."""
     model = nn.Sequential(*(nn.Linear(128, 128) for _ in range(4)), nn.Linear(128, 4))
     dense = [weakref.ref(layer.weight) for layer in model]
-    left, pack = [], NF4.quantize
+    left, quantize = [], NF4.quantize
 
     def counted(self: NF4, layer: nn.Module, W: Tensor | None = None) -> nn.Module:
         left.append(sum(ref() is not None for ref in dense))
-        return pack(self, layer, W)
+        return quantize(self, layer, W)
 
-    monkeypatch.setattr(NF4, "pack", counted)
+    monkeypatch.setattr(NF4, "quantize", counted)
     lorary.attach(model, lorary.plan(model, lorary.method(*words, r=2), ["0", "2"]))
     assert left == [5, 4, 3, 2, 1]
 
@@ -186,7 +186,7 @@ def _linear(W: Tensor, dtype: torch.dtype = torch.float32, bias: bool = True) ->
     return layer
 
 
-def test_a_model_on_the_meta_device_is_packed_in_shapes() -> None:
+def test_a_model_on_the_meta_device_is_quantised_in_shapes() -> None:
     model = lorary.quantize(tiny.model("LlamaForCausalLM", "meta"))
     real = lorary.quantize(tiny.seeded("LlamaForCausalLM"))
     for (name, here), there in zip(model.named_modules(), real.modules(), strict=True):
@@ -199,7 +199,7 @@ def test_a_model_on_the_meta_device_is_packed_in_shapes() -> None:
     assert model(tiny.ids().to("meta")).logits.shape == (2, 5, 40)
 
 
-def test_what_cannot_be_packed_is_refused_with_every_reason_and_nothing_changes() -> None:
+def test_what_cannot_be_quantised_is_refused_with_every_reason_and_nothing_changes() -> None:
     model = tiny.seeded("LlamaForCausalLM")
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight[0, 0] = math.nan
@@ -207,7 +207,7 @@ def test_what_cannot_be_packed_is_refused_with_every_reason_and_nothing_changes(
     before = tiny.everything(model)
     with pytest.raises(StateError) as caught:
         lorary.quantize(model)
-    what = "numbers of its weight are NaN or infinite, and cannot be packed"
+    what = "numbers of its weight are NaN or infinite, and cannot be quantised"
     fix = "      hint: repair the base, or leave the layer out"
     assert str(caught.value).splitlines() == [
         "cannot quantise:",
@@ -222,7 +222,7 @@ def test_what_cannot_be_packed_is_refused_with_every_reason_and_nothing_changes(
 @pytest.mark.parametrize(
     ("wrong", "what"),
     [
-        (lambda: (lorary.quantize(tiny.llama()),), "model: has no layer to pack"),
+        (lambda: (lorary.quantize(tiny.llama()),), "model: has no plain linear layer to quantise"),
         (lambda: (nn.Linear(4, 4).weight,), "model: is a Parameter"),
         (
             lambda: (nn.Linear(4, 4),),
@@ -232,7 +232,7 @@ def test_what_cannot_be_packed_is_refused_with_every_reason_and_nothing_changes(
             lambda: (nn.Sequential(nn.LazyLinear(4)),),
             "0.weight: has no shape before the model has seen its first input",
         ),
-        (lambda: (tiny.llama(), NF4), "storage.nf4.NF4'> packs nothing\n      hint: say NF4()"),
+        (lambda: (tiny.llama(), NF4), "layers.nf4.NF4'> does not quantise\n      hint: pass NF4()"),
         (
             lambda: (tiny.llama(), NF4(block=8192)),
             "storage: NF4 has block = 8192; it takes a power of two from 32 to 4096",
@@ -241,9 +241,12 @@ def test_what_cannot_be_packed_is_refused_with_every_reason_and_nothing_changes(
             lambda: (tiny.llama(), NF4(compute="fp16")),
             "storage: NF4 has compute = 'fp16'; it takes float32 or bfloat16",
         ),
-        (lambda: (nn.Sequential(nn.Conv1d(2, 2, 1)),), "model: has no layer to pack"),
-        (lambda: (tiny.llama(), lorary.method("lora").storage), "storage: AsIs() packs nothing\n      hint: say NF4()"),
-        (lambda: (tiny.llama(), "nf4"), "storage: 'nf4' packs nothing\n      hint: say NF4()"),
+        (lambda: (nn.Sequential(nn.Conv1d(2, 2, 1)),), "model: has no plain linear layer to quantise"),
+        (
+            lambda: (tiny.llama(), lorary.method("lora").storage),
+            "storage: Unquantized() does not quantise\n      hint: pass NF4()",
+        ),
+        (lambda: (tiny.llama(), "nf4"), "storage: 'nf4' does not quantise\n      hint: pass NF4()"),
         (lambda: (tiny.trained(tiny.llama()),), "model: has adapters attached\n      hint: detach them first"),
     ],
 )
@@ -253,18 +256,18 @@ def test_refusals(wrong: Callable[[], tuple[Any, ...]], what: str) -> None:
     assert what in str(caught.value)
 
 
-def test_unpacking_wants_no_adapters_either() -> None:
+def test_dequantising_wants_no_adapters_either() -> None:
     with pytest.raises(StateError, match=r"has adapters attached\s+hint: merge or detach them first"):
         lorary.dequantize(tiny.trained(tiny.llama(), lorary.method("qlora", r=2)))
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16, torch.float32])
-def test_unpacked_it_is_a_plain_model_that_computes_the_same(dtype: torch.dtype | None) -> None:
+def test_dequantised_it_is_a_plain_model_that_computes_the_same(dtype: torch.dtype | None) -> None:
     model = lorary.quantize(tiny.seeded("Qwen2ForCausalLM").to(torch.bfloat16))
     expected = tiny.logits(model)
     dense = {name: weight(m) for name, m in model.named_modules() if is_quantized(m)}
     assert lorary.dequantize(model, dtype) is model
-    assert not packed_names(model)
+    assert not quantised_names(model)
     for name, W in dense.items():
         layer = model.get_submodule(name)
         assert type(layer) is nn.Linear
@@ -276,18 +279,18 @@ def test_unpacked_it_is_a_plain_model_that_computes_the_same(dtype: torch.dtype 
     assert lorary.dequantize(model) is model  # nothing is left to do
 
 
-def test_an_adapter_of_the_plain_model_fits_the_packed_one() -> None:
-    plain, packed = tiny.seeded("LlamaForCausalLM"), lorary.quantize(tiny.seeded("LlamaForCausalLM"))
-    assert lorary.Fingerprint.of(packed) == lorary.Fingerprint.of(plain)
+def test_an_adapter_of_the_plain_model_fits_the_quantised_one() -> None:
+    plain, quantised = tiny.seeded("LlamaForCausalLM"), lorary.quantize(tiny.seeded("LlamaForCausalLM"))
+    assert lorary.Fingerprint.of(quantised) == lorary.Fingerprint.of(plain)
     adapter = lorary.Adapter.of(tiny.trained(plain))
-    base = tiny.logits(packed)
-    lorary.switch(packed, adapter)
-    assert (tiny.logits(packed) - base).abs().max() > 1e-3
-    assert torch.equal(tiny.logits(lorary.detach(packed)), base)
+    base = tiny.logits(quantised)
+    lorary.switch(quantised, adapter)
+    assert (tiny.logits(quantised) - base).abs().max() > 1e-3
+    assert torch.equal(tiny.logits(lorary.detach(quantised)), base)
 
 
 def _made(layers: int, *, attach: bool) -> tuple[int, int]:
-    """(the most bytes alive, those alive at the end) of packing so many layers [512, 512]."""
+    """(the most bytes alive, those alive at the end) of quantising so many layers [512, 512]."""
     model = nn.Sequential(*[nn.Linear(512, 512, bias=False) for _ in range(layers)])
     plan = lorary.plan(model, lorary.method("qlora", r=1)) if attach else None
     with LiveBytes() as live:
@@ -299,14 +302,14 @@ def _made(layers: int, *, attach: bool) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("attach", [False, True])
-def test_packing_takes_the_scratch_of_one_layer_whatever_their_number(attach: bool) -> None:
+def test_quantising_takes_the_scratch_of_one_layer_whatever_their_number(attach: bool) -> None:
     one, several = _made(1, attach=attach), _made(6, attach=attach)
-    packed = NF4().bytes(512 * 512) + (1024 * 4 if attach else 0)
-    assert several[1] - one[1] == 5 * packed
-    assert several[0] - one[0] <= 5 * packed + 10_000  # the dense layers take 1 MB each
+    quantised = NF4().bytes(512 * 512) + (1024 * 4 if attach else 0)
+    assert several[1] - one[1] == 5 * quantised
+    assert several[0] - one[0] <= 5 * quantised + 10_000  # the dense layers take 1 MB each
 
 
-def test_the_tensors_of_a_packed_layer_take_4_127_bits_a_number() -> None:
+def test_the_tensors_of_a_quantised_layer_take_4_127_bits_a_number() -> None:
     layer = NF4().quantize(nn.Linear(1024, 2048, bias=False))
     stored = sum(t.untyped_storage().nbytes() for t in stored_tensors(layer))
     bits = 8 * stored / (1024 * 2048)

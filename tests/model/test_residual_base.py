@@ -1,4 +1,4 @@
-"""QPiSSA and QOLoRA: the delta starts at a part of the weight, and what is left of it is packed."""
+"""QPiSSA and QOLoRA: the delta starts at a part of the weight, and what is left of it is quantised."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ STARTS: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "options"), STARTS)
-def test_the_start_is_the_base_but_for_what_packing_the_rest_has_lost(name: str, options: dict[str, Any]) -> None:
+def test_the_start_is_the_base_but_for_what_quantising_the_rest_has_lost(name: str, options: dict[str, Any]) -> None:
     model = attached(name, **options)
     layer: Any = model[0]
     assert isinstance(layer.base, NF4Linear)
@@ -79,7 +79,7 @@ def test_the_start_is_the_base_but_for_what_packing_the_rest_has_lost(name: str,
     torch.testing.assert_close(model(x), x @ layer.merged()[0].T + layer.bias, rtol=1e-4, atol=1e-5)
 
 
-def test_packing_the_rest_loses_less_than_packing_the_weight() -> None:
+def test_quantising_the_rest_loses_less_than_quantising_the_weight() -> None:
     """The paper's claim: 18.97 % less on LLaMA-2-7B. Here the spectrum falls faster, and it is three quarters."""
     plain = lost(attached())
     assert plain == pytest.approx(0.0922, abs=2e-3)
@@ -162,21 +162,27 @@ def test_saved_and_loaded_on_the_plain_base_it_is_the_same(names: tuple[str, ...
     assert all(is_quantized(layer.base) for layer in adapted_layers(again).values())
     lorary.switch(again, None)
     lorary.switch(again, lorary.load_adapter(tmp_path))
-    torch.testing.assert_close(again(x), expected, rtol=1e-3, atol=1e-3)  # what it gave back is what it packs anew
+    torch.testing.assert_close(again(x), expected, rtol=1e-3, atol=1e-3)  # what it gave back is what it quantises anew
 
 
-def test_a_base_that_is_packed_already_gives_up_nothing_and_says_so(tmp_path: Path) -> None:
+def test_a_base_that_is_quantised_already_gives_up_nothing_and_says_so(tmp_path: Path) -> None:
     lorary.save(shaken("pissa"), tmp_path)
-    packed = lorary.quantize(base(2))
-    with pytest.raises(PlanError, match="is packed already, and Principal would take a part of it"):
-        lorary.plan(packed, lorary.method("qlora", "pissa", r=R))
-    before = packed(torch.ones(1, INP))
-    what = r"\n  - 0: is packed already, and Principal would take a part of it\n      hint: load the base in full"
-    for put in (lambda: lorary.load(packed, tmp_path), lambda: lorary.switch(packed, lorary.load_adapter(tmp_path))):
+    quantised = lorary.quantize(base(2))
+    with pytest.raises(PlanError, match="is quantised already, and SVDInit has to subtract its start from the weight"):
+        lorary.plan(quantised, lorary.method("qlora", "pissa", r=R))
+    before = quantised(torch.ones(1, INP))
+    what = (
+        r"\n  - 0: is quantised already, and SVDInit has to subtract its start from the weight"
+        r"\n      hint: load the base in full"
+    )
+    for put in (
+        lambda: lorary.load(quantised, tmp_path),
+        lambda: lorary.switch(quantised, lorary.load_adapter(tmp_path)),
+    ):
         with pytest.raises(FileError, match=what):
             put()
-        assert torch.equal(packed(torch.ones(1, INP)), before)
-        assert not adapted_layers(packed)
+        assert torch.equal(quantised(torch.ones(1, INP)), before)
+        assert not adapted_layers(quantised)
 
 
 def test_its_low_rank_form_is_the_change_of_the_unmodified_weight() -> None:
@@ -193,7 +199,7 @@ def test_its_low_rank_form_is_the_change_of_the_unmodified_weight() -> None:
 
 
 @pytest.mark.parametrize("names", [("dora",), ("dora", "pissa")])
-def test_the_gain_of_a_dora_is_that_of_the_weight_that_was_packed(names: tuple[str, ...]) -> None:
+def test_the_gain_of_a_dora_is_that_of_the_weight_that_was_quantised(names: tuple[str, ...]) -> None:
     model = shaken(*names)
     form = lorary.Adapter.of(model).low_rank(model)["0"]
     x = torch.randn(5, INP)
@@ -206,7 +212,7 @@ def test_the_gain_of_a_dora_is_that_of_the_weight_that_was_packed(names: tuple[s
     torch.testing.assert_close(form.gain * (x @ before.T + x @ form.A.T @ form.B.T), x @ dense.T, rtol=1e-4, atol=1e-4)
 
 
-def test_several_adapters_of_a_packed_base_add_up() -> None:
+def test_several_adapters_of_a_quantised_base_add_up() -> None:
     model = base(2)
     lorary.attach(model, lorary.plan(model, lorary.method("qlora", r=2)))
     with lorary.disabled(model):
@@ -227,7 +233,7 @@ def test_several_adapters_of_a_packed_base_add_up() -> None:
 # --- half way ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_weight_that_is_not_finite_is_found_before_anything_is_packed() -> None:
+def test_a_weight_that_is_not_finite_is_found_before_anything_is_quantised() -> None:
     for names in ((), ("pissa",)):
         model = base(3)
         with torch.no_grad():
@@ -243,7 +249,7 @@ def test_a_weight_that_is_not_finite_is_found_before_anything_is_packed() -> Non
 def test_interrupted_half_way_it_still_runs_and_can_be_attached_to_again(
     names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is packed by then stays so; what had given up a part of its weight has it back, up to what packing lost."""
+    """Quantised layers stay so; subtracted starts are added back, up to quantisation error."""
     model = base(4)
     x = torch.randn(3, INP)
     expected, print_ = model(x), lorary.Fingerprint.of(model)

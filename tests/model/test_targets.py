@@ -322,8 +322,8 @@ def test_a_layout_that_is_not_known_is_not_guessed() -> None:
     assert found(Odd(12), "attention") == ["qkv"]
     assert refused(Odd(12), "attention-qv") == (
         "invalid plan:\n"
-        "  - qkv: is fused, and how its q, k and v lie in it is not known\n"
-        "      hint: target the whole of it by its name"
+        "  - qkv: is fused, and the layout of its q, k and v is not known\n"
+        "      hint: target the whole layer by its name"
     )
     assert refused(Odd(12), "qkv[q]") == (
         "invalid plan:\n  - qkv: has no projection q\n      hint: it is not known to be fused"
@@ -332,7 +332,7 @@ def test_a_layout_that_is_not_known_is_not_guessed() -> None:
 
 def test_the_cross_attention_of_gpt_2_has_no_queries_in_it() -> None:
     model = tiny.model("GPT2LMHeadModel", add_cross_attention=True, n_embd=24)
-    assert "transformer.h.0.crossattention.c_attn: is fused, and how" in refused(model, "attention-qv")
+    assert "transformer.h.0.crossattention.c_attn: is fused, and the layout" in refused(model, "attention-qv")
 
 
 # --- excluding -------------------------------------------------------------------------------------------------------
@@ -410,8 +410,8 @@ def test_nothing_said_is_what_the_method_says() -> None:
             f"targets: `conv` matches no layer of this model\n      hint: {_TREE}",
         ),
         ([], [], f"targets: no target is given\n      hint: {_KNOWN}"),
-        (["q_proj", ""], [], f"targets: '' is no name of a layer\n      hint: {_KNOWN}"),
-        ([3], [], f"targets: 3 is no name of a layer\n      hint: {_KNOWN}"),
+        (["q_proj", ""], [], f"targets: '' is not the name of a layer\n      hint: {_KNOWN}"),
+        ([3], [], f"targets: 3 is not the name of a layer\n      hint: {_KNOWN}"),
         (
             "q_proj[q]",
             [],
@@ -427,8 +427,8 @@ def test_nothing_said_is_what_the_method_says() -> None:
         (
             "q_proj",
             ["v_proj[v]"],
-            "exclude: `v_proj[v]` names projections, and layers are excluded whole\n"
-            "      hint: target the projections that you want",
+            "exclude: `v_proj[v]` names projections, but layers are excluded whole\n"
+            "      hint: target the other projections instead",
         ),
         (
             "q_porj",

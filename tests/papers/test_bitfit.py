@@ -37,7 +37,7 @@ def test_a_model_without_biases_is_refused() -> None:
         lorary.plan(tiny.llama(), lorary.method("bitfit"))
     assert str(refusal.value) == (
         "invalid plan:\n"
-        "  - full: this model has no biases (models of the Llama kind have none): there is nothing to train\n"
+        "  - full: this model has no biases to train (Llama-like models have none)\n"
         "      hint: use another method"
     )
 

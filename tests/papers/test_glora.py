@@ -434,7 +434,7 @@ def test_where_it_cannot_be() -> None:
     assert "every term that applies to this layer is none: nothing could train" in said
     some = lorary.method("glora", full=("layers.0.attn.c_attn.bias",))
     said = refusal(PlanError, lambda: lorary.plan(gpt2, lorary.method("glora", full=("*.c_attn.bias",)), "c_attn"))
-    assert "c_attn.bias: is adapted and trains in full as well" in said
+    assert "c_attn.bias: is adapted and would train in full as well" in said
     assert some.trained == ROLES
 
 
@@ -522,7 +522,7 @@ def test_an_architecture_without_room_for_the_biases_is_told_of(
     monkeypatch.setattr("sys.argv", ["lorary", *arguments])
     with pytest.raises(SystemExit):
         main()
-    what = "Qwen2ForCausalLM has no bias there: read back, the merged model would be another"
+    what = "Qwen2ForCausalLM has no bias there: a checkpoint of the merged model would lose it"
     fix = "keep the adapter beside its base; or train it with C, D and E 'none'"
     _, _, said = capsys.readouterr().err.partition("error: ")  # Transformers' own bars come first
     assert said == "cannot save the merged model:\n" + "".join(

@@ -221,7 +221,7 @@ def test_adapters_switch_with_their_positions() -> None:
     lorary.switch(model, long)
     with pytest.raises(MethodError) as refusal:
         lorary.switch(model, [long, lora])
-    assert "context: they read in different ways: " in str(refusal.value)
+    assert "context: they use different RoPE scaling or attention: " in str(refusal.value)
     assert torch.equal(logits(model), alone[1]), "the model is as it was"
     both = logits(lorary.switch(model, [long, long]))
     assert not torch.equal(both, alone[1])
@@ -288,7 +288,7 @@ def test_invalid_options(options: dict[str, Any], message: str) -> None:
 
 
 def test_a_model_without_rotary_positions() -> None:
-    with pytest.raises(PlanError, match="context: GPT2LMHeadModel has no rotary positions that could be stretched"):
+    with pytest.raises(PlanError, match="context: GPT2LMHeadModel has no rotary position embeddings to scale"):
         lorary.plan(tiny.model("GPT2LMHeadModel"), longlora())
 
 

@@ -753,8 +753,8 @@ PLANNED: dict[str, tuple[Any, lorary.Method, Any, dict[str, Any], str]] = {
         {},
         told(
             CANNOT,
-            "model.embed_tokens.weight: is adapted and trains in full as well: the adapter would have nothing of its "
-            "own to learn\n      hint: exclude the site, or narrow `full`",
+            "model.embed_tokens.weight: is adapted and would train in full as well: the adapter would be redundant\n"
+            "      hint: exclude the site, or narrow `full`",
         ),
     ),
     "a magnitude is no base parameter": (

@@ -1,6 +1,6 @@
-"""Trained adapters: as values, as folders, in PEFT's files, and from one task to another on a model.
+"""Trained adapters: as values, as lorary's and PEFT's folders, and switched on a model.
 
-The names below are loaded when they are first used.
+The names below are loaded on first use.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lorary.adapters.save_load import export_peft as export_peft
+    from lorary.adapters.peft.export import export_peft as export_peft
     from lorary.adapters.save_load import load_adapter as load_adapter
     from lorary.adapters.save_load import save_adapter as save_adapter
     from lorary.files.findings import AdapterWarning as AdapterWarning
 
 _HOMES = {
     "AdapterWarning": "files.findings",
-    "export_peft": "adapters.save_load",
+    "export_peft": "adapters.peft.export",
     "load_adapter": "adapters.save_load",
     "save_adapter": "adapters.save_load",
 }

@@ -1,10 +1,10 @@
-"""LowRankForm: a site of any adapter as everything downstream sees it, as a change of the unmodified base."""
+"""The low-rank form: the update of any adapter at one site, relative to the unmodified base."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,11 @@ from lorary.spec.placement import AdaptedSite, start_name
 
 
 class LowRankForm(NamedTuple):
-    """An adapter at one site as everything downstream sees it: y = gain * (W x + B A x) + b + shift.
+    """y = gain * (W x + B A x) + b + shift at one site.
 
     Args:
         B: [out, R], with the scale in it.
-        A: [R, inp].
+        A: [R, in].
         gain: [out], or None for 1.
         shift: [out], or None for 0.
     """
@@ -32,66 +32,74 @@ class LowRankForm(NamedTuple):
     gain: Tensor | None = None
     shift: Tensor | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the update is B A alone."""
+        return self.gain is None and self.shift is None
+
 
 def low_rank_forms(
-    placed: Sequence[AdaptedSite], tensors: Mapping[str, Mapping[str, Tensor]], base: nn.Module | None = None
+    sites: Sequence[AdaptedSite], tensors: Mapping[str, Mapping[str, Tensor]], base: nn.Module | None = None
 ) -> dict[str, LowRankForm]:
-    """site -> its form, in fp32. What the base gave up at the start is subtracted: such a site has twice its rank.
+    """site -> its form, in fp32. The start of a residual base is subtracted, which doubles the rank.
 
     Args:
-        placed: the sites.
+        sites: the adapted sites.
         tensors: site -> role -> tensor.
-        base: the base, plain or with an adapter attached, for the joins whose gain or shift depends on its weights.
+        base: the base, with or without an adapter, for the joins whose gain or shift depends on its weights.
 
     Raises:
         MethodError: a join has no such form, or none without the base; the base lacks a layer. Each reason once.
     """
     forms, problems = {}, []
     modules = unwrapped_modules(base) if base is not None else {}
-    for p in placed:
-        own = tensors[p.site.name]
-        W, b = _given(base, p, modules.get(p.site.name))
+    for adapted in sites:
+        name = adapted.site.name
+        layer = _BaseLayer(base, adapted, modules.get(name))
         try:
-            BA, gain, shift = p.join.on_output(own, W, b, factors_on_base(p, own))
+            update = factors_on_base(adapted, tensors[name])
+            BA, gain, shift = adapted.join.on_output(tensors[name], layer.weight, layer.bias, update)
         except MethodError as error:
-            problems += [Diagnostic(p.site.name, q.what, q.fix) for q in error.problems]
-            continue
-        forms[p.site.name] = LowRankForm(*BA, gain, shift)
+            problems += [Diagnostic(name, problem.what, problem.fix) for problem in error.problems]
+        else:
+            forms[name] = LowRankForm(*BA, gain, shift)
     if problems:
         raise MethodError("this adapter has no low-rank form:", deduplicated(problems))
     return forms
 
 
-def factors_on_base(p: AdaptedSite, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(s B [out, R], A [R, inp]) of a site in fp32, as a change of the unmodified weight; what joins it is left out."""
-    B, A = (factor.float() for factor in p.delta.factors(p.site, tensors))
-    if p.starts:
-        start = {role: tensors[start_name(role)] for role in p.starts}
-        B0, A0 = (factor.float() for factor in p.delta.factors(p.site, start))
+def factors_on_base(adapted: AdaptedSite, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(s B [out, R], A [R, in]) of a site in fp32, as an update of the unmodified weight, without its join."""
+    B, A = (factor.float() for factor in adapted.delta.factors(adapted.site, tensors))
+    if adapted.starts:
+        start = {role: tensors[start_name(role)] for role in adapted.starts}
+        B0, A0 = (factor.float() for factor in adapted.delta.factors(adapted.site, start))
         B, A = torch.cat([B, -B0], 1), torch.cat([A, A0])
-    return p.scale * B, A
+    return adapted.scale * B, A
 
 
-def _given(
-    base: nn.Module | None, p: AdaptedSite, layer: nn.Module | None
-) -> tuple[Callable[[], Tensor], Callable[[], Tensor | None]]:
-    """What gives the base's own weight [out, inp] and bias [out] at a site, in fp32 on the CPU."""
+class _BaseLayer(NamedTuple):
+    """The base's layer at a site; only asking for its values raises what is wrong with it."""
 
-    def found() -> Any:
-        if base is None:
-            what, fix = f"{type(p.method.join).__name__} has no such form without the base's weight", "give the base"
-            raise MethodError("", [Diagnostic(p.site.name, what, fix)])
-        if wrong := layer_mismatches(p.site, layer):
-            raise MethodError("", wrong)
-        return layer
+    base: nn.Module | None
+    adapted: AdaptedSite
+    layer: nn.Module | None
 
-    def weight() -> Tensor:
-        kind = KINDS[cast(str, kind_of(found()))]
-        W = original_weight(cast(nn.Module, base), p.site.name)  # whatever has been attached and moved
-        return kind.matrix(SimpleNamespace(weight=W)).float().cpu()
+    def weight(self) -> Tensor:
+        """The unmodified weight [out, in], in fp32 on the CPU."""
+        base, layer = self._checked()
+        W = original_weight(base, self.adapted.site.name)
+        return KINDS[cast(str, kind_of(layer))].matrix(SimpleNamespace(weight=W)).float().cpu()
 
-    def bias() -> Tensor | None:
-        b = getattr(found(), "bias", None)
+    def bias(self) -> Tensor | None:
+        """The bias [out], in fp32 on the CPU."""
+        b = getattr(self._checked()[1], "bias", None)
         return None if b is None else b.detach().float().cpu()
 
-    return weight, bias
+    def _checked(self) -> tuple[nn.Module, nn.Module]:
+        if self.base is None:
+            what = f"{type(self.adapted.join).__name__} has no such form without the base's weight"
+            raise MethodError("", [Diagnostic(self.adapted.site.name, what, "give the base")])
+        if wrong := layer_mismatches(self.adapted.site, self.layer):
+            raise MethodError("", wrong)
+        return self.base, cast(nn.Module, self.layer)

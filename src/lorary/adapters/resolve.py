@@ -1,4 +1,4 @@
-"""How commands find an adapter and its base."""
+"""The adapter and the base that a command's arguments name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FILES = ("lorary.json", "adapter_config.json")
 
 
 def adapter_folder(path: Path) -> Path | None:
-    """The adapter that `path` is, or that the run folder `path` holds; None where there is neither."""
+    """The adapter folder at `path`, or in the run folder `path`; None if there is none."""
     for folder in (path, path / "adapter"):
         if any((folder / name).is_file() for name in _FILES):
             return folder
@@ -23,7 +23,7 @@ def adapter_folder(path: Path) -> Path | None:
 
 
 def base_of(adapter: Path, base: str | None, dtype: str = "auto") -> ModelSection:
-    """The model to put an adapter on: `base`, or else the one that it says it was trained on.
+    """The model to put an adapter on: `base`, or else the one that it was trained on.
 
     Raises:
         FileError: neither names a model that can be found.
@@ -32,22 +32,21 @@ def base_of(adapter: Path, base: str | None, dtype: str = "auto") -> ModelSectio
 
     name = base or load_adapter(adapter).base.name
     if not name or (base is None and "/" not in name and not name.startswith("builtin:") and not Path(name).is_dir()):
-        what = f"it was trained on `{name}`, which is no Hub id" if name else "it does not say what it was trained on"
+        what = f"it was trained on `{name}`, which is not a Hub id" if name else "it does not name its base"
         raise FileError(f"cannot find the base of {adapter}:", [Diagnostic("", what, "give --base MODEL")])
     return ModelSection.of(name, dtype=dtype)
 
 
 def model_of(name: str, base: str | None = None) -> tuple[Path | None, ModelSection]:
-    """The adapter folder that `name` is, or that is in it, and the model to load: its base, or else `base` or `name`.
+    """The adapter folder at or in `name`, if any, and the model to load: the adapter's base, or else `base` or `name`.
 
     Args:
         name: an adapter or run folder, a Hub id, a model folder, or builtin:base.
-        base: in place of the base that the adapter names.
+        base: replaces the base that the adapter names.
 
     Raises:
         FileError: it is an adapter whose base cannot be found.
     """
-
     folder = adapter_folder(Path(name))
     if folder is not None:
         return folder, base_of(folder, base)
@@ -55,10 +54,10 @@ def model_of(name: str, base: str | None = None) -> tuple[Path | None, ModelSect
 
 
 def with_adapter(section: ModelSection, folder: Path | None) -> PreTrainedModel:
-    """A model in evaluation mode, with the adapter on it where there is one.
+    """A model in evaluation mode, with the adapter on it if there is one.
 
     Raises:
-        LoraryError: the model cannot be loaded, or the adapter is not of it.
+        LoraryError: the model cannot be loaded, or the adapter does not fit it.
     """
     from lorary.adapters.save_load import load_adapter
     from lorary.adapters.switch import load

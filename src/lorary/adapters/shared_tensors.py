@@ -1,11 +1,11 @@
-"""What all sites of an adapter share (VeRA's A and B): in a file once, or not at all but for a checksum.
+"""The tensors that all sites of an adapter share (VeRA's A and B): stored once, or only as a checksum.
 
-A bank is as large as the largest site asks for in every direction, and each site holds its leading corner. Where an
-init can draw it again from its seed, `lorary.json` may say what it has to be instead:
+The shared tensor of a role is as large as the largest site needs in every direction, and each site uses its leading
+slice. An init can regenerate them from its seed, and then `lorary.json` may hold only
 
     "drawn": {"A": {"dtype": "F32", "sha256": ...}, "B": ...}
 
-The SHA-256 is that of the numbers in 32 bits, little end first, zero where no site reaches.
+The SHA-256 is over the numbers as little-endian 32-bit floats, zero where no site reaches.
 """
 
 from __future__ import annotations
@@ -31,73 +31,75 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class SharedTensors(NamedTuple):
-    """What all sites of an adapter share, put together once for everything that is written about it.
+    """The tensors that all sites of an adapter share, collected once for everything that is written.
 
     Args:
-        whole: role -> the whole of it.
-        kept: whether a file has to hold it; otherwise the init's seed gives it bit for bit.
+        tensors: role -> the shared tensor.
+        stored: whether a file must hold them; otherwise the init regenerates them bit for bit.
     """
 
-    whole: dict[str, Tensor]
-    kept: bool = True
+    tensors: dict[str, Tensor]
+    stored: bool = True
 
 
 def collect_shared(adapter: Adapter) -> SharedTensors:
-    """The banks of an adapter."""
-    whole = _gathered(adapter.sites, adapter.tensors)
-    if not whole or adaptation(adapter.method).init.store_shared:
-        return SharedTensors(whole)
-    again = drawn(adapter.method, adapter.sites, {role: t.dtype for role, t in whole.items()})
-    return SharedTensors(whole, kept=not all(torch.equal(again[role], bank) for role, bank in whole.items()))
+    """The shared tensors of an adapter."""
+    shared = _collect(adapter.sites, adapter.tensors)
+    if not shared or adaptation(adapter.method).init.store_shared:
+        return SharedTensors(shared)
+    again = regenerate(adapter.method, adapter.sites, {role: t.dtype for role, t in shared.items()})
+    return SharedTensors(shared, stored=not all(torch.equal(again[role], t) for role, t in shared.items()))
 
 
-def _gathered(placed: Sequence[AdaptedSite], tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """role -> the whole of what the sites share, put together from the corner of each; zero where none reaches."""
-    banks: dict[str, Tensor] = {}
-    sizes = shared_shapes(placed)
-    for p in placed:
-        for role in sorted(p.delta.shared):
-            part = tensors[p.site.name][role].detach()
-            bank = banks.setdefault(role, part.new_zeros(sizes[role]))
-            leading_slice(bank, tuple(part.shape)).copy_(part)
-    return banks
+def _collect(sites: Sequence[AdaptedSite], tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """role -> the shared tensor, put together from each site's leading slice; zero where no site reaches."""
+    shared: dict[str, Tensor] = {}
+    sizes = shared_shapes(sites)
+    for adapted in sites:
+        for role in sorted(adapted.delta.shared):
+            part = tensors[adapted.site.name][role].detach()
+            tensor = shared.setdefault(role, part.new_zeros(sizes[role]))
+            leading_slice(tensor, tuple(part.shape)).copy_(part)
+    return shared
 
 
-def inconsistent_copies(adapter: Adapter, banks: Mapping[str, Tensor]) -> list[Diagnostic]:
-    """The sites whose part of a bank is not what the others have."""
+def inconsistent_copies(adapter: Adapter, shared: Mapping[str, Tensor]) -> list[Diagnostic]:
+    """The sites whose slice of a shared tensor differs from that of the others."""
     return [
-        Diagnostic(p.site.name, f"its {role} is not that of the other sites, which all share one")
-        for p in adapter.sites
-        for role in sorted(p.delta.shared)
-        if not torch.equal(leading_slice(banks[role], p.shapes[role]), adapter.tensors[p.site.name][role])
+        Diagnostic(site, f"its {role} differs from the other sites', which all share one")
+        for site, slices in leading_slices(adapter.sites, shared).items()
+        for role, part in slices.items()
+        if not torch.equal(part, adapter.tensors[site][role])
     ]
 
 
-def drawn(method: Method, placed: Sequence[AdaptedSite], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """role -> the bank that the method's seed gives, in these precisions."""
-    whole = {role: torch.zeros(size) for role, size in shared_shapes(placed).items()}
-    adaptation(method).init.share(whole)
-    return _gathered(placed, leading_slices(placed, {role: t.to(dtypes[role]) for role, t in whole.items()}))
+def regenerate(method: Method, sites: Sequence[AdaptedSite], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """role -> the shared tensor that the method's seed gives, in these dtypes."""
+    shared = {role: torch.zeros(size) for role, size in shared_shapes(sites).items()}
+    adaptation(method).init.share(shared)
+    return _collect(sites, leading_slices(sites, {role: t.to(dtypes[role]) for role, t in shared.items()}))
 
 
-def leading_slices(placed: Sequence[AdaptedSite], banks: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """site -> role -> its part of each bank, a view."""
+def leading_slices(sites: Sequence[AdaptedSite], shared: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """site -> role -> its slice of each shared tensor, a view."""
     return {
-        p.site.name: {role: leading_slice(banks[role], p.shapes[role]) for role in sorted(p.delta.shared)}
-        for p in placed
+        adapted.site.name: {
+            role: leading_slice(shared[role], adapted.shapes[role]) for role in sorted(adapted.delta.shared)
+        }
+        for adapted in sites
     }
 
 
-def checksums(banks: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
-    """What `lorary.json` holds of banks that are not in the file."""
-    return {role: {"dtype": _CODES[bank.dtype], "sha256": _sha256(bank)} for role, bank in sorted(banks.items())}
+def checksums(shared: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
+    """The `drawn` of `lorary.json`: the dtype and the checksum of each shared tensor."""
+    return {role: {"dtype": _CODES[t.dtype], "sha256": _sha256(t)} for role, t in sorted(shared.items())}
 
 
-def invalid_record(record: Any, placed: Sequence[AdaptedSite]) -> str:
-    """What is wrong with the `drawn` of a `lorary.json`; empty where it is what it has to be."""
-    sizes = shared_shapes(placed)
+def invalid_record(record: Any, sites: Sequence[AdaptedSite]) -> str:
+    """What is wrong with the `drawn` of a `lorary.json`; empty if nothing is."""
+    sizes = shared_shapes(sites)
     if not isinstance(record, dict) or set(record) != set(sizes) or not sizes:
-        return f"has to be about what the sites share: {', '.join(sorted(sizes)) or 'nothing'}"
+        return f"must describe the shared tensors: {', '.join(sorted(sizes)) or 'none'}"
     for entry in record.values():
         if not isinstance(entry, dict) or set(entry) != {"dtype", "sha256"} or entry["dtype"] not in list(DTYPES):
             return f"has {show(entry)}; an entry is a dtype, one of {', '.join(DTYPES)}, and a SHA-256"
@@ -105,16 +107,16 @@ def invalid_record(record: Any, placed: Sequence[AdaptedSite]) -> str:
     return f"takes {needed:,} bytes to draw, more than the {most:,} that are accepted" if needed > most else ""
 
 
-def regenerate(
-    record: Mapping[str, Any], method: Method, placed: Sequence[AdaptedSite]
+def regenerate_recorded(
+    record: Mapping[str, Any], method: Method, sites: Sequence[AdaptedSite]
 ) -> tuple[dict[str, Tensor], list[Diagnostic]]:
-    """The banks that a file left out, and which of them are not what the adapter was trained with."""
-    banks = drawn(method, placed, {role: DTYPES[entry["dtype"]] for role, entry in record.items()})
-    what = "what its seed gives here is not what the adapter was trained with (SHA-256 differs)"
+    """The shared tensors that a file left out, and those that differ from the ones of the training."""
+    shared = regenerate(method, sites, {role: DTYPES[entry["dtype"]] for role, entry in record.items()})
+    what = "its seed gives other numbers here than in training (SHA-256 differs)"
     fix = "save it again with save_projections=True, on the base that it was trained on"
-    wrong = [role for role, bank in banks.items() if _sha256(bank) != record[role]["sha256"]]
-    return banks, [Diagnostic(role, what, fix) for role in sorted(wrong)]
+    wrong = [role for role, t in shared.items() if _sha256(t) != record[role]["sha256"]]
+    return shared, [Diagnostic(role, what, fix) for role in sorted(wrong)]
 
 
-def _sha256(bank: Tensor) -> str:
-    return hashlib.sha256(bank.float().contiguous().numpy().astype("<f4").tobytes()).hexdigest()
+def _sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.float().contiguous().numpy().astype("<f4").tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Sites as JSON and back: what `lorary.json` says about where an adapter sits."""
+"""The `sites` of `lorary.json`: adapted sites as JSON, and back."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from lorary.spec.placement import AdaptedSite, with_rank
 from lorary.spec.site import Part, Site
 
 _MOST_SITES = 20_000
-_VARIED = ("kept", "past")  # what a delta may have differently at each site, beside its rank
+_VARIED = ("kept", "past")  # fields of a delta that may differ between sites, beside the rank
 _EXTRA = {"r", "alpha", *_VARIED, "method", "share"}
 _NEEDED = {"name", "kind", "out_features", "in_features", "bias"}
 
 
-def site_record(p: AdaptedSite, method: Method) -> dict[str, Any]:
-    """A site as plain data: its fields that are not at their defaults, and how its method differs from `method`."""
+def site_record(adapted: AdaptedSite, method: Method) -> dict[str, Any]:
+    """A site as plain data: its fields that are not the defaults, and the differences of its method from `method`."""
     defaults = {f.name: f.default for f in fields(Site)}
-    record = {k: v for k, v in asdict(p.site).items() if k in _NEEDED or v != defaults[k]}
-    return record | _own(p, method) | ({"share": p.share} if p.share else {})
+    record = {k: v for k, v in asdict(adapted.site).items() if k in _NEEDED or v != defaults[k]}
+    return record | _differences(adapted, method) | ({"share": adapted.share} if adapted.share else {})
 
 
-def _own(p: AdaptedSite, method: Method) -> dict[str, Any]:
-    """How a site's method differs: in its rank, its alpha, what is left there or came before alone; or as a whole."""
-    if p.method == method:
+def _differences(adapted: AdaptedSite, method: Method) -> dict[str, Any]:
+    """The site's own rank, alpha, kept directions and earlier tasks, or else its whole method."""
+    if adapted.method == method:
         return {}
-    if (type(p.delta), type(p.method.scale)) != (type(method.delta), type(method.scale)):
-        return {"method": p.method.to_dict()}
+    if (type(adapted.delta), type(adapted.method.scale)) != (type(method.delta), type(method.scale)):
+        return {"method": adapted.method.to_dict()}
     own: dict[str, Any] = {}
-    if p.r != getattr(method.delta, "r", None):
-        own["r"] = p.r
-    if p.alpha is not None and p.alpha != getattr(method.scale, "alpha", None):
-        own["alpha"] = p.alpha
+    if adapted.r != getattr(method.delta, "r", None):
+        own["r"] = adapted.r
+    if adapted.alpha is not None and adapted.alpha != getattr(method.scale, "alpha", None):
+        own["alpha"] = adapted.alpha
     for name in _VARIED:
-        if (value := getattr(p.delta, name, None)) != getattr(method.delta, name, None):
+        if (value := getattr(adapted.delta, name, None)) != getattr(method.delta, name, None):
             own[name] = value
-    return own if _varied(method, own) == p.method else {"method": p.method.to_dict()}
+    return own if _with_differences(method, own) == adapted.method else {"method": adapted.method.to_dict()}
 
 
 def read_sites(records: list[Any], findings: Findings) -> list[Site]:
-    """The sites that `site_record` wrote; every malformed one becomes a finding."""
+    """The sites of the records; every malformed record becomes a finding."""
     if len(records) > _MOST_SITES:
         findings.fatal.append(Diagnostic("lorary.json: sites", f"{len(records):,}, more than {_MOST_SITES:,}"))
         return []
@@ -64,41 +64,44 @@ def read_sites(records: list[Any], findings: Findings) -> list[Site]:
     return list(sites.values())
 
 
-def placed_from(sites: list[Site], records: list[Any], method: Method, findings: Findings) -> tuple[AdaptedSite, ...]:
-    """The sites with their methods."""
-    placed = []
-    for found, record in zip(sites, records, strict=True):
+def adapted_sites(sites: list[Site], records: list[Any], method: Method, findings: Findings) -> tuple[AdaptedSite, ...]:
+    """The sites, each with its own method."""
+    found = []
+    for site, record in zip(sites, records, strict=True):
+        where = f"lorary.json: {site.name}"
         try:
-            if method.delta is None:
-                raise ValueError("the method has no delta, so it adapts no site")
-            own = record.get("method")
-            if own is None and "alpha" in record and not hasattr(method.scale, "alpha"):
-                raise ValueError(f"its scale, {type(method.scale).__name__}, has no alpha")
-            varied = Method.from_dict(own) if own is not None else _varied(method, record)
-            there = AdaptedSite(found, varied, record.get("share", ""))
-            findings.fatal += [Diagnostic(f"lorary.json: {found.name}", what) for what in _unfit(there)]
-            placed.append(there)
+            adapted = AdaptedSite(site, _own_method(method, record), record.get("share", ""))
+            what = adapted.delta.problems(site) + adapted.join.problems(site)
+            findings.fatal += [Diagnostic(where, w) for w in what]
+            found.append(adapted)
         except MethodError as error:
-            findings.fatal += [Diagnostic(f"lorary.json: {found.name}: {p.where}", p.what) for p in error.problems]
+            findings.fatal += [Diagnostic(f"{where}: {problem.where}", problem.what) for problem in error.problems]
         except (ValueError, TypeError) as error:
-            findings.fatal.append(Diagnostic(f"lorary.json: {found.name}", str(error)))
-    findings.fatal += [Diagnostic(f"lorary.json: {p.where}", p.what) for p in tied_sites.problems(placed)]
-    return tuple(placed)
+            findings.fatal.append(Diagnostic(where, str(error)))
+    findings.fatal += [Diagnostic(f"lorary.json: {p.where}", p.what) for p in tied_sites.problems(found)]
+    return tuple(found)
 
 
-def _unfit(p: AdaptedSite) -> list[str]:
-    """Why a method cannot be at a site, as far as its tensors' shapes and its function are concerned."""
-    return p.delta.problems(p.site) + p.join.problems(p.site)
+def _own_method(method: Method, record: Mapping[str, Any]) -> Method:
+    if method.delta is None:
+        raise ValueError("the method has no delta, so it adapts no site")
+    if (own := record.get("method")) is not None:
+        return Method.from_dict(own)
+    if "alpha" in record and not hasattr(method.scale, "alpha"):
+        raise ValueError(f"its scale, {type(method.scale).__name__}, has no alpha")
+    return _with_differences(method, record)
 
 
-def _varied(method: Method, own: Mapping[str, Any]) -> Method:
-    varied = with_rank(method, own.get("r"), own.get("alpha"))
-    words = {name: own[name] for name in _VARIED if name in own}
-    for name, value in words.items():
-        if not hasattr(varied.delta, name):
-            raise ValueError(f"`{name}` is {show(value)}, and {type(varied.delta).__name__} has no such field")
-    words = {name: tuple(value) if isinstance(value, list) else value for name, value in words.items()}
-    return varied.replace(delta=replace(cast(Any, varied.delta), **words)) if words else varied
+def _with_differences(method: Method, record: Mapping[str, Any]) -> Method:
+    varied = with_rank(method, record.get("r"), record.get("alpha"))
+    own = {}
+    for name in _VARIED:
+        if name in record:
+            value = record[name]
+            if not hasattr(varied.delta, name):
+                raise ValueError(f"`{name}` is {show(value)}, and {type(varied.delta).__name__} has no such field")
+            own[name] = tuple(value) if isinstance(value, list) else value
+    return varied.replace(delta=replace(cast(Any, varied.delta), **own)) if own else varied
 
 
 def _site(record: Any) -> Site:
@@ -109,9 +112,9 @@ def _site(record: Any) -> Site:
     if not isinstance(name, str) or not isinstance(bias, bool):
         raise ValueError("`name` is a text and `bias` true or false")
     if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"{show(kind)} is no kind of site; they are {', '.join(KINDS)}")
+        raise ValueError(f"{show(kind)} is not a kind of site; the kinds are {', '.join(KINDS)}")
     if "share" in record:
-        tied_sites.named_share(record["share"])
+        tied_sites.share_name(record["share"])
     kernel = record.get("kernel_size", [])
     if not isinstance(kernel, list) or len(kernel) != {"conv1d": 1, "conv2d": 2, "conv3d": 3}.get(kind, 0):
         raise ValueError(f"the kernel size {show(kernel)} is not that of a {kind}")
@@ -140,5 +143,5 @@ def _part(record: Any, out: int) -> Part:
 
 def _count(value: Any, key: str) -> int:
     if type(value) is not int or not 1 <= value <= MOST_EXTENT:
-        raise ValueError(f"`{key}` is {show(value)}, no whole number of at least 1")
+        raise ValueError(f"`{key}` is {show(value)}, not a whole number of at least 1")
     return value

@@ -1,4 +1,4 @@
-"""save, load, switch: adapters between files and a model, and from one to another on the same base."""
+"""Adapters on a model: save the attached one, load one from a folder, switch to others on the same base."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from lorary.model.state import base_parameter, require, state_of
 
 
 def save(model: nn.Module, path: str | PathLike[str]) -> None:
-    """Write what is attached to a model as an adapter folder.
+    """Write the adapter attached to a model as an adapter folder.
 
     Raises:
-        StateError: nothing is attached.
+        StateError: none is attached.
         FileError: the folder cannot be written.
     """
-    save_adapter(Adapter.of(model), path, model=model)  # the model tells which modules were trained whole
+    save_adapter(Adapter.of(model), path, model=model)
 
 
 def load(
@@ -47,18 +47,18 @@ def load(
     Args:
         base: the model that it was trained on.
         path: the adapter folder.
-        strict: refuse whatever is missing, left over, malformed or not finite; False tolerates what PEFT does.
-        force: accept a base that is not the one it was trained on, so long as every tensor fits.
-        trainable: whether its parameters require gradients, to go on training.
-        pack: pack the layers that its method packs (QLoRA). False leaves the base's own weights, which are not those
-            that such an adapter was trained on.
+        strict: refuse anything missing, unexpected, malformed or not finite; False tolerates what PEFT tolerates.
+        force: accept another base than the one it was trained on, if every tensor fits.
+        trainable: whether its parameters require gradients, for further training.
+        pack: quantise the layers that its method quantises (QLoRA). False keeps the base's own weights, which differ
+            from those that the adapter was trained on.
 
     Returns:
         The same model.
 
     Raises:
         FileError: every reason why the folder cannot be used on this base.
-        StateError: something is attached already.
+        StateError: an adapter is attached already.
     """
     if state_of(base) is not None:
         raise StateError(
@@ -72,18 +72,18 @@ def load(
 
 
 def switch(model: nn.Module, adapters: Adapter | Sequence[Adapter] | None, *, force: bool = False) -> nn.Module:
-    """Another task on the same base: take off what is attached and put these on, their sum if there are several.
+    """Replace the attached adapter by others on the same base: one, the sum of several, or none.
 
-    Takes time in proportion to the adapters, not to the model. Parameters do not require gradients afterwards. A base
-    that has been packed for an adapter stays packed beneath the next one.
+    The time depends on the adapters, not on the model. Parameters do not require gradients afterwards. A base that was
+    quantised for one adapter stays quantised for the next.
 
     Args:
         model: the base, with or without an adapter.
         adapters: one, several (their updates add up), or None for the base alone.
-        force: accept adapters of another base, so long as every tensor fits.
+        force: accept adapters of another base, if every tensor fits.
 
     Raises:
-        FileError: an adapter does not fit the base; the model is as it was.
+        FileError: an adapter does not fit the base; the model is unchanged.
         MethodError: several adapters have no sum.
         StateError: the model's adapter is merged.
     """
@@ -93,37 +93,38 @@ def switch(model: nn.Module, adapters: Adapter | Sequence[Adapter] | None, *, fo
     here = Fingerprint.of(model)
     for a in several:
         _check_base(model, a, here, "the adapter", force=force)
-    chosen = several[0] if len(several) == 1 else stacked(several, model) if several else None
+    replacement = several[0] if len(several) == 1 else stacked(several, model) if several else None
     if state_of(model) is not None:
         detach(model)
-    if chosen is not None:
-        _install(model, chosen, here, trainable=False)
+    if replacement is not None:
+        _install(model, replacement, here, trainable=False)
     return model
 
 
 def _adapters(adapters: Any) -> list[Adapter]:
-    """A list of them, whichever way they were given.
+    """The adapters of `switch` as a list.
 
     Raises:
-        FileError: something among them is no adapter.
+        FileError: one of them is not an adapter.
     """
     alone = isinstance(adapters, (Adapter, str, PathLike)) or not isinstance(adapters or (), Iterable)
     several = [adapters] if alone else list(adapters or ())
     fix = "read one with lorary.load_adapter(path)"
-    wrong = [Diagnostic(repr(a), "is no adapter", fix) for a in several if not isinstance(a, Adapter)]
+    wrong = [Diagnostic(repr(a), "is not an adapter", fix) for a in several if not isinstance(a, Adapter)]
     if wrong:
         raise FileError("cannot switch adapters:", wrong)
     return several
 
 
 def _check_base(model: nn.Module, adapter: Adapter, here: Fingerprint, where: str, *, force: bool) -> None:
-    modules = unwrapped_modules(model)
-    problems = [problem for p in adapter.sites for problem in layer_mismatches(p.site, modules.get(p.site.name))]
-    given_up = {name for name, layer in adapted_layers(model).items() if layer.start}  # detaching makes them plain
-    for p in adapter.sites:
-        if p.starts and is_quantized(modules.get(p.site.name)) and p.site.name not in given_up:
-            problems.append(already_quantized(p.site.name, p.init))
-        problems += _shape_problems(p.site.name, p.stored, adapter.tensors.get(p.site.name, {}))
+    modules, problems = unwrapped_modules(model), []
+    residual = {name for name, layer in adapted_layers(model).items() if layer.start}  # detaching makes them plain
+    for adapted in adapter.sites:
+        name = adapted.site.name
+        problems += layer_mismatches(adapted.site, modules.get(name))
+        if adapted.starts and is_quantized(modules.get(name)) and name not in residual:
+            problems.append(already_quantized(name, adapted.init))
+        problems += _tensor_problems(name, adapted.stored, adapter.tensors.get(name, {}))
     parameters = {name: tuple(t.shape) for name, t in base_parameters(model)}
     for name, tensor in adapter.full.items():
         if parameters.get(name) != tuple(tensor.shape):
@@ -138,7 +139,7 @@ def _check_base(model: nn.Module, adapter: Adapter, here: Fingerprint, where: st
 
 
 def _context_problems(model: nn.Module, adapter: Adapter) -> list[Diagnostic]:
-    """Why the base cannot read as the adapter wants it to, whatever reads now."""
+    """Why the base cannot have the adapter's context, regardless of the one applied now."""
     state, context = state_of(model), adapter.method.context
     if context is None:
         return []
@@ -146,23 +147,24 @@ def _context_problems(model: nn.Module, adapter: Adapter) -> list[Diagnostic]:
         return [Diagnostic("context", *found) for found in context.problems(model)]
 
 
-def _shape_problems(
+def _tensor_problems(
     name: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor]
 ) -> list[Diagnostic]:
+    """The tensors of a site that are missing, unexpected, of another shape, or unusable."""
     shapes = {role: tuple(t.shape) for role, t in found.items()}
-    return [
-        Diagnostic(name, f"{role} is {shapes.get(role, 'missing')}, expected {expected.get(role, 'no such tensor')}")
+    reasons = [
+        f"{role} is {shapes.get(role, 'missing')}, expected {expected.get(role, 'no such tensor')}"
         for role in sorted(expected.keys() | shapes.keys())
         if expected.get(role) != shapes.get(role)
-    ] + [Diagnostic(name, what) for role, t in found.items() if (what := _unusable(role, t))]
-
-
-def _unusable(role: str, tensor: Tensor) -> str:
-    if tensor.is_meta:
-        return f"{role} has no values: it is on the meta device"
-    if tensor.layout != torch.strided or not tensor.is_floating_point():
-        return f"{role} is a {tensor.layout} tensor of {tensor.dtype}, expected a dense one of floating-point numbers"
-    return ""
+    ]
+    for role, t in found.items():
+        if t.is_meta:
+            reasons.append(f"{role} has no values: it is on the meta device")
+        elif t.layout != torch.strided or not t.is_floating_point():
+            reasons.append(
+                f"{role} is a {t.layout} tensor of {t.dtype}, expected a dense one of floating-point numbers"
+            )
+    return [Diagnostic(name, what) for what in reasons]
 
 
 def _install(model: nn.Module, adapter: Adapter, here: Fingerprint, *, trainable: bool, pack: bool = True) -> None:

@@ -1,6 +1,6 @@
-"""Sites that train one set of tensors in common (LoRA-drop): once in our own file, at every site in PEFT's.
+"""Tied sites, which train one set of tensors (LoRA-drop): stored once in lorary's file, at every site in PEFT's.
 
-Wherever it was read from, such a set is one tensor for all its sites afterwards, as it was before it was saved.
+After reading either, such a set is one tensor for all its sites, as in training.
 """
 
 from __future__ import annotations
@@ -10,75 +10,66 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lorary.adapters.adapter import Adapter
 from lorary.errors import Diagnostic
 from lorary.files.safetensors_header import name_problem
 from lorary.files.strict_json import named, show
 from lorary.spec.placement import AdaptedSite, inconsistent_ties
 
-_BAR = "|"  # between a site and a role in our own file's keys
+_BAR = "|"  # between a site and a role in the keys of lorary's file
 
 
-def key(p: AdaptedSite, role: str) -> str:
-    """The name of a tensor in our own file: of what sites share the same for all of them."""
-    return f"|{p.share}|{role}" if p.share else f"{p.site.name}|{role}"
+def key(adapted: AdaptedSite, role: str) -> str:
+    """The name of a tensor in lorary's file: one for all sites of a share."""
+    return f"|{adapted.share}|{role}" if adapted.share else f"{adapted.site.name}|{role}"
 
 
-def named_share(value: object) -> str:
-    """The name of a share as a file has it.
+def share_name(value: object) -> str:
+    """The name of a share, checked.
 
     Raises:
-        ValueError: it is none.
+        ValueError: a file cannot hold it.
     """
     if not isinstance(value, str) or not value or _BAR in value or name_problem(value):
         raise ValueError(f"`share` is {show(value)}; it is a name of printable ASCII without {_BAR}")
     return value
 
 
-def problems(placed: Sequence[AdaptedSite]) -> list[Diagnostic]:
-    """Why the sites cannot share as they say, or could not be told apart in a file."""
-    found = inconsistent_ties(placed)
-    for p in placed:
-        if p.share:
+def problems(sites: Sequence[AdaptedSite]) -> list[Diagnostic]:
+    """Why the sites cannot be tied as they say, or could not be told apart in a file."""
+    found = inconsistent_ties(sites)
+    for adapted in sites:
+        name = adapted.site.name
+        if adapted.share:
             try:
-                named_share(p.share)
+                share_name(adapted.share)
             except ValueError as error:
-                found.append(Diagnostic(p.site.name, str(error)))
-        if p.site.name.startswith(_BAR):
-            what = f"begins with {_BAR}, as the names of what sites share do"
-            found.append(Diagnostic(named(p.site.name), what, "rename the module"))
+                found.append(Diagnostic(name, str(error)))
+        if name.startswith(_BAR):
+            what = f"begins with {_BAR}, like the names of shared tensors"
+            found.append(Diagnostic(named(name), what, "rename the module"))
     return found
 
 
-def inconsistent_copies(adapter: Adapter) -> list[Diagnostic]:
-    """The sites whose tensors are not those of the site that they share them with."""
-    return _rejoined(adapter.sites, adapter.tensors)[1]
-
-
 def rejoined(
-    placed: Iterable[AdaptedSite], tensors: Mapping[str, dict[str, Tensor]]
+    sites: Iterable[AdaptedSite], tensors: Mapping[str, dict[str, Tensor]]
 ) -> tuple[dict[str, dict[str, Tensor]], list[Diagnostic]]:
-    """site -> role -> tensor, one for all sites of a share; and the sites where a file has something else."""
-    first, found = _rejoined(placed, tensors)
-    return {name: tensors[first.get(name, name)] for name in tensors}, found
-
-
-def _rejoined(
-    placed: Iterable[AdaptedSite], tensors: Mapping[str, Mapping[str, Tensor]]
-) -> tuple[dict[str, str], list[Diagnostic]]:
-    """site -> the first site of its share, and the sites whose tensors differ from that one's."""
+    """site -> role -> tensor, one for all sites of a share; and the sites whose tensors differ from the first one's."""
+    joined, found = dict(tensors), []
     firsts: dict[str, str] = {}
-    where: dict[str, str] = {}
-    found = []
-    for p in placed:
-        name = p.site.name
-        if not p.share:
+    for adapted in sites:
+        name = adapted.site.name
+        if not adapted.share:
             continue
-        where[name] = first = firsts.setdefault(p.share, name)
+        first = firsts.setdefault(adapted.share, name)
         own, others = tensors[name], tensors[first]
         for role in sorted(own.keys() | others.keys()):
-            a, b = own.get(role), others.get(role)
-            if a is not b and (a is None or b is None or a.dtype != b.dtype or not torch.equal(a, b)):
-                what = f"its {role} is not that of {first}, with which it shares what it learns"
-                found.append(Diagnostic(name, what))
-    return where, found
+            if not _same(own.get(role), others.get(role)):
+                found.append(Diagnostic(name, f"its {role} differs from that of {first}, to which it is tied"))
+        joined[name] = others
+    return joined, found
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is b or a is None or b is None:
+        return a is b
+    return a.dtype == b.dtype and torch.equal(a, b)

@@ -1,13 +1,12 @@
-"""Writing so that a killed process or a full disk leaves the old bytes or the new ones, never a mixture.
+"""Atomic writes: a killed process or a full disk leaves the old bytes or the new ones, never a mixture.
 
-The recipe, for one file (`atomic_file`) and for a folder of several (`atomic_directory`): write under a
-temporary name beside the target, flush every file to the disk, flush the folder that lists them, rename,
-flush the parent. `rename(2)` is the commit. A folder that already exists is *exchanged* with the new one in a
-single system call where the system has it (Linux, macOS); elsewhere two renames do it, and `recover` finishes
-what a kill between them left.
+One file (`atomic_file`) or a folder of several (`atomic_directory`) is written under a temporary name beside the
+target; every file is flushed to the disk, then the folder that lists them; then it is renamed and the parent flushed.
+`rename(2)` is the commit. A folder that exists is *exchanged* with the new one in a single system call (Linux, macOS);
+elsewhere it takes two renames, and `recover` repairs a kill between them.
 
-A temporary name starts with `.lorary-tmp-` and is held under an advisory lock while its writer lives, so
-`remove_stale` can tell the litter of a killed process from the work of a living one.
+A temporary name starts with `.lorary-tmp-` and is locked (advisory) while its writer lives, so `remove_stale` can tell
+leftovers of a killed process from work in progress.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from typing import BinaryIO
 
 from lorary.errors import Diagnostic, FileError
 from lorary.files.fault_injection import fault_point
-from lorary.files.syscalls import abandoned, exchange, hold, sync_folder, sync_tree
+from lorary.files.syscalls import abandoned, exchange, hold, reason, sync_folder, sync_tree
 
 TEMPORARY = ".lorary-tmp-"
 REPLACED = ".lorary-old-"
@@ -33,11 +32,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Opens a new file for writing; at the end of the block it takes the place of `path`, whole or not at
-    all.
+    """A new file to write, which replaces `path` at the end of the block, as a whole or not at all.
 
     Args:
-        path: the file to make or to replace; its folder must exist.
+        path: the file to create or replace; its folder must exist.
 
     Raises:
         FileError: the disk is full, or the system refuses; whatever was at `path` is still there, untouched.
@@ -78,15 +76,15 @@ def atomic_directory(
     drop: Collection[str] = (),
     needed: int | None = None,
 ) -> Iterator[Path]:
-    """Gives an empty folder to fill; at the end of the block it becomes `path`, whole or not at all.
+    """An empty folder to fill, which becomes `path` at the end of the block, as a whole or not at all.
 
     Args:
-        path: the folder to make. Its parents are made too.
-        replace: whether a folder that already holds something may be replaced.
-        keep: whether the files of the replaced folder that were not written anew stay in it. Its subfolders
-            are refused then, since they could not be carried over in one step.
-        drop: names of files that do not stay, even so.
-        needed: how many bytes will be written, where that is known, for the message of a full disk.
+        path: the folder to create, with its parents.
+        replace: whether a folder that is not empty may be replaced.
+        keep: whether other files of the replaced folder stay. It must have no subfolders then, which could not be
+            carried over in one step.
+        drop: names of files that do not stay.
+        needed: the number of bytes to be written, if known, for the message about a full disk.
 
     Raises:
         FileError: `path` holds something and may not be replaced, the disk is full, or the system refuses.
@@ -122,21 +120,21 @@ def atomic_directory(
         fault_point("directory.after-rename")
         sync_folder(path.parent)
     except BaseException as error:
-        # The caller's own errors pass as they are, but for a full disk.
+        # the caller's own errors pass unchanged, except for a full disk
         if isinstance(error, OSError) and (not filling or error.errno in FULL):
             raise refused(path, error, needed) from error
         raise
     finally:
         if lock >= 0:
             os.close(lock)
-        # After the exchange this is the replaced folder; before it, the unfinished new one.
+        # after the exchange this is the replaced folder; before it, the unfinished new one
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_stale(parent: str | os.PathLike[str]) -> list[Path]:
-    """Removes what killed writers left in `parent` under temporary names; returns what was removed.
+    """Remove the temporary files and folders that killed writers left in `parent`; return their paths.
 
-    The temporaries of living writers are locked and stay. So does everything that has another kind of name.
+    The temporaries of living writers are locked and stay.
     """
     removed = []
     for entry in sorted(Path(parent).glob(f"{TEMPORARY}*")):
@@ -150,34 +148,33 @@ def remove_stale(parent: str | os.PathLike[str]) -> list[Path]:
 
 
 def recover(path: str | os.PathLike[str]) -> bool:
-    """Puts the old folder back where a kill between the two renames of a replacement left none at `path`.
+    """Restore the old folder if a kill between the two renames of a replacement left none at `path`.
 
     Returns:
-        whether anything had to be done.
+        whether it was restored.
     """
     path = Path(os.path.abspath(path))
     left = sorted(path.parent.glob(f"{_replaced_name(path)}*")) if path.parent.is_dir() else []
     if not left or not all(abandoned(entry) for entry in path.parent.glob(f"{TEMPORARY}*")):
-        return False  # nothing to do, or a writer is at it this moment
+        return False  # nothing to do, or a writer is at work
     if not path.exists():
         left.pop().rename(path)
         sync_folder(path.parent)
         return True
-    for entry in left:  # the new folder is in its place: the old one only waits for its removal
+    for entry in left:  # the new folder is in place: the old one is left to remove
         shutil.rmtree(entry, ignore_errors=True)
     return False
 
 
 def refused(path: Path, error: OSError, needed: int | None = None) -> FileError:
-    """The error of a write that the system refused, with what can be done about it.
+    """The error of a write that the system refused, with a remedy.
 
     Args:
-        path: what was to be written.
-        error: what the system said.
-        needed: how many bytes the write wanted, where that is known.
+        path: the target.
+        error: the system's error.
+        needed: the number of bytes to be written, if known.
     """
-    what = os.strerror(error.errno).lower() if error.errno else str(error)
-    fix = ""
+    what, fix = reason(error), ""
     if error.errno in FULL:
         free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.is_dir())).free
         what += f": {free:,} bytes are free" + (f", {needed:,} are needed" if needed is not None else "")
@@ -192,16 +189,11 @@ def refused(path: Path, error: OSError, needed: int | None = None) -> FileError:
 def _resolved(path: str | os.PathLike[str]) -> Path:
     try:
         resolved = Path(path).resolve()
-    except (OSError, RuntimeError) as error:  # RuntimeError: how Python < 3.13 reports a loop of links
-        problem = Diagnostic("", f"the path cannot be resolved: {error}", "choose another folder")
-        raise FileError(f"cannot write {str(path)!r}", [problem]) from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+        raise _not_writable(path, f"the path cannot be resolved: {error}", "choose another folder") from error
     if Path.cwd().is_relative_to(resolved):
-        problem = Diagnostic(
-            "",
-            "it is the working directory or contains it, and a replaced folder would take it away",
-            "name a folder below it",
-        )
-        raise FileError(f"cannot write {str(path)!r}", [problem])
+        what = "it is the working directory or contains it, and a replaced folder would take it away"
+        raise _not_writable(path, what, "name a folder below it")
     return resolved
 
 
@@ -209,20 +201,18 @@ def _check_target(path: Path, replace: bool, keep: bool) -> None:
     if not path.exists():
         return
     if not path.is_dir():
-        problem = Diagnostic("", "a file of this name is in the way", "choose another name")
-        raise FileError(f"cannot write {str(path)!r}", [problem])
+        raise _not_writable(path, "a file of this name is in the way", "choose another name")
     entries = sorted(path.iterdir())
     if entries and not replace:
-        problem = Diagnostic("", f"the folder is not empty: it holds {entries[0].name!r}", "choose a new folder")
-        raise FileError(f"cannot write {str(path)!r}", [problem])
-    others = [e.name for e in entries if not e.is_file() or e.is_symlink()]
+        raise _not_writable(path, f"the folder is not empty: it holds {entries[0].name!r}", "choose a new folder")
+    others = [repr(e.name) for e in entries if not e.is_file() or e.is_symlink()]
     if keep and others:
-        problem = Diagnostic(
-            "",
-            f"the folder also holds {', '.join(map(repr, others[:5]))}, not a plain file",
-            "save into a folder of its own",
-        )
-        raise FileError(f"cannot write {str(path)!r}", [problem])
+        what = f"the folder also holds {', '.join(others[:5])}, not a plain file"
+        raise _not_writable(path, what, "save into a folder of its own")
+
+
+def _not_writable(path: str | os.PathLike[str], what: str, fix: str) -> FileError:
+    return FileError(f"cannot write {str(path)!r}", [Diagnostic("", what, fix)])
 
 
 def _carry_over(old: Path, new: Path, drop: Collection[str]) -> None:
@@ -246,5 +236,5 @@ def _commit(new: Path, path: Path) -> None:
 
 
 def _replaced_name(path: Path) -> str:
-    """How the temporary names of the folders that `path` replaces begin: one prefix per name, any name."""
+    """The prefix of the temporary names of the folders that `path` replaces."""
     return f"{REPLACED}{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]}-"

@@ -1,11 +1,11 @@
 """Regular expressions from untrusted files, with the answers of `re.fullmatch` and bounds on time and memory.
 
-A configuration of PEFT names modules by regular expressions, and fifteen characters can keep `re` busy for days. The
-`regex` package reads the same expressions and stops at a timeout while it matches, but not while it compiles, where
-counted repetitions are copied: so the size of a pattern is bounded first.
+PEFT's configuration names modules by regular expressions, and fifteen characters can keep `re` busy for days. The
+`regex` package reads the same expressions and stops at a timeout while it matches, but not while it compiles, when it
+writes counted repetitions out: so the size of a pattern is bounded first.
 
-`re` has the last word on the syntax. What `regex` would read differently (fuzzy matching such as `a{e<=1}`, POSIX
-classes) is refused, and so are flags. `tests/formats/test_bounded_regex.py` compares the answers with those of `re`.
+`re` decides the syntax. Constructs that `regex` reads differently (fuzzy matching such as `a{e<=1}`, POSIX classes) are
+refused, and so are flags. `tests/files/test_bounded_regex.py` compares the answers with those of `re`.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ _CLASSES = re.compile(r"\\[wWsSdDbB]")
 
 @dataclass
 class Budget:
-    """The time and size that all patterns of one file may take together."""
+    """The time and size that all patterns of one file may use together."""
 
     seconds: float = MOST_SECONDS
     states: int = MOST_STATES_OF_FILE
 
     def run(self, work: Callable[[], _Result]) -> _Result:
-        """The result of `work`, whose time is subtracted.
+        """The result of `work`, with its time subtracted from the budget.
 
         Raises:
             ValueError: the time is used up.
@@ -80,7 +80,7 @@ class Pattern:
         budget: shared by the patterns of one file; by default the pattern has its own.
 
     Raises:
-        ValueError: `text` is not a regular expression, too large, or uses what is not supported.
+        ValueError: `text` is not a regular expression, is too large, or uses an unsupported construct.
 
     >>> Pattern(r"(([a-z]+)+)+\\.q_proj").fullmatch("layers.q_proj")
     True
@@ -100,15 +100,15 @@ class Pattern:
 
     def _compiled(self, text: str) -> tuple[re.Pattern[str], regex.Pattern[str] | None]:
         """The expression for `re`, and for `regex` if it can backtrack."""
-        _parsed(text)  # on its own first: `a)|(b` would make sense inside the brackets of a tail
+        _parsed(text)  # alone first: `a)|(b` would be valid inside the brackets of a suffix pattern
         states = _states(text)
-        whole = self._FORM.format(text)
+        full = self._FORM.format(text)
         if not _BACKTRACKING.search(text):
-            return _parsed(whole), None
+            return _parsed(full), None
         self._budget.states -= states
         if self._budget.states < 0:
             raise ValueError("its patterns are too large together")
-        return _parsed(whole), regex.compile(whole, regex.V0)
+        return _parsed(full), regex.compile(full, regex.V0)
 
     def fullmatch(self, name: str) -> bool:
         """Whether the expression matches the whole name.
@@ -124,7 +124,7 @@ class Pattern:
         return self._budget.run(lambda: timed.fullmatch(name, timeout=self._budget.seconds)) is not None
 
 
-class TailPattern(Pattern):
+class SuffixPattern(Pattern):
     """A regular expression for whole components at the end of a path, as in PEFT's `rank_pattern`.
 
     It matches what `(.*\\.)?(text)` matches.
@@ -132,7 +132,7 @@ class TailPattern(Pattern):
     Raises:
         ValueError: as for `Pattern`.
 
-    >>> TailPattern("q_proj").fullmatch("layers.0.q_proj"), TailPattern("q_proj").fullmatch("layers.0.eq_proj")
+    >>> SuffixPattern("q_proj").fullmatch("layers.0.q_proj"), SuffixPattern("q_proj").fullmatch("layers.0.eq_proj")
     (True, False)
     """
 
@@ -143,9 +143,9 @@ def _parsed(text: str) -> re.Pattern[str]:
     """The expression as `re` compiles it.
 
     Raises:
-        ValueError: it is not an expression.
+        ValueError: it is not a regular expression.
     """
-    with warnings.catch_warnings():  # about what a later version of `re` may read as a set of sets
+    with warnings.catch_warnings():  # a later version of `re` may read nested sets
         warnings.simplefilter("ignore", FutureWarning)
         try:
             return re.compile(text)
@@ -157,9 +157,9 @@ def _states(text: str) -> int:
     """The size of a valid expression once `regex` has written its counted repetitions out.
 
     Raises:
-        ValueError: it is too large, or has a construct that is not supported.
+        ValueError: it is too large, or has an unsupported construct.
     """
-    sizes, last = [0], 0  # of the open groups, and of what a repetition would repeat
+    sizes, last = [0], 0  # of the open groups, and of the item that a repetition would repeat
     for token in _TOKEN.finditer(text):
         kind = token.lastgroup or ""
         if kind in _REFUSED:

@@ -1,14 +1,13 @@
-"""Labelled points at which a test can kill the process or fill the disk; inert in everyday use.
+"""Fault points: labelled places where a test can kill the process or fill the disk.
 
-A crash test has to die *between* two particular system calls. The writers of this package name those places
-with `fault_point("directory.before-rename")`; the environment variable
+A crash test must stop *between* two particular system calls. The writers of this package name those places with
+`fault_point("directory.before-rename")`; the environment variable
 
     LORARY_FAULT="directory.before-rename:kill"        at every passage
     LORARY_FAULT="directory.before-rename:3:kill"      at the third passage only
 
-says what happens there: `kill` (SIGKILL to this very process, as the kernel's OOM killer would), `enospc`
-(the disk is full) or `raise` (an ordinary error). Without the variable a fault point is one dictionary
-lookup.
+chooses the fault: `kill` (SIGKILL to this process, as from the kernel's OOM killer), `enospc` (the disk is full) or
+`raise` (an ordinary error). Without the variable a fault point is one dictionary lookup.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ _passages: dict[str, int] = {}
 
 
 def fault_point(name: str) -> None:
-    """Does nothing, unless `LORARY_FAULT` names this point: then what it asks for.
+    """Trigger the fault that `LORARY_FAULT` asks for at this point, if any.
 
     Raises:
-        OSError: where the variable asks for `enospc`.
-        RuntimeError: where it asks for `raise`.
-        ValueError: where the variable itself cannot be understood.
+        OSError: the fault is `enospc`.
+        RuntimeError: the fault is `raise`.
+        ValueError: the variable names another fault.
     """
     wanted = os.environ.get("LORARY_FAULT")
     if not wanted or wanted.split(":", 1)[0] != name:

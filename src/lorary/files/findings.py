@@ -1,4 +1,4 @@
-"""What a reader finds wrong, gathered: refused all at once, or tolerated all in one warning."""
+"""The findings of a reader: refused all at once, or tolerated in one warning."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ _MOST = 40  # reasons shown; a file made for another model has one for every ten
 
 
 class AdapterWarning(UserWarning):
-    """An adapter was read, but something about it deserves a look."""
+    """An adapter was read, but something about it deserves attention."""
 
 
 @dataclass
 class Findings:
-    """Everything found about one adapter.
+    """All findings about one adapter.
 
     Args:
-        subject: what is read, such as "the adapter 'out'".
-        strict: whether what PEFT would tolerate is refused too.
-        fatal: what no reader can make sense of.
-        tolerable: what PEFT swallows: missing and left-over tensors, values that are not finite, unknown fields.
-        alerts: what is right but surprising enough for a warning.
-        notes: what is right but worth knowing.
+        subject: its name in messages, such as "the adapter 'out'".
+        strict: whether tolerable findings are refused too.
+        fatal: errors that no reader can ignore.
+        tolerable: errors that PEFT ignores: missing and unexpected tensors, values that are not finite, unknown fields.
+        alerts: surprises worth a warning.
+        notes: remarks.
     """
 
     subject: str
@@ -38,21 +38,21 @@ class Findings:
 
     @contextmanager
     def gathering(self, where: str = "") -> Iterator[None]:
-        """Turns the errors of a block into fatal findings, so that the reasons after it are found too."""
+        """Turn the errors of a block into fatal findings, so that later reasons are found too."""
         try:
             yield
         except FileError as error:
             self.fatal += [replace(p, where=p.where or where) for p in error.problems]
 
     def refused(self) -> list[Diagnostic]:
-        """The reasons to refuse, as many as a message takes."""
+        """The reasons to refuse, as many as fit into a message."""
         reasons = [*self.fatal, *(self.tolerable if self.strict else [])]
         if len(reasons) <= _MOST:
             return reasons
         return [*reasons[:_MOST], Diagnostic("", f"and {len(reasons) - _MOST:,} more reasons")]
 
-    def settle(self) -> None:
-        """Raises what has been found so far, if it is to be refused.
+    def raise_refused(self) -> None:
+        """Raise the findings so far that are to be refused.
 
         Raises:
             FileError: every reason at once.
@@ -61,17 +61,17 @@ class Findings:
             raise FileError(f"cannot load {self.subject}", refused)
 
     def conclude(self) -> tuple[str, ...]:
-        """The notes of an adapter that has been read; one warning lists what was tolerated and what surprises.
+        """The notes of an adapter that has been read; one warning lists the tolerated errors and the alerts.
 
         Raises:
-            FileError: every reason at once, if there are reasons to refuse.
+            FileError: every reason to refuse it, at once.
         """
-        self.settle()
+        self.raise_refused()
         tolerated = [f"{p.where}: {p.what}" if p.where else p.what for p in self.tolerable]
-        striking = [*tolerated, *self.alerts]
-        if striking:
-            lines = [f"  - {text}" for text in striking[:_MOST]]
-            if len(striking) > _MOST:
-                lines.append(f"  - and {len(striking) - _MOST:,} more")
+        warned = [*tolerated, *self.alerts]
+        if warned:
+            lines = [f"  - {text}" for text in warned[:_MOST]]
+            if len(warned) > _MOST:
+                lines.append(f"  - and {len(warned) - _MOST:,} more")
             warnings.warn("\n".join([f"{self.subject}:", *lines]), AdapterWarning, stacklevel=5)
-        return (*striking, *self.notes)
+        return (*warned, *self.notes)

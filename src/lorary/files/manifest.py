@@ -1,4 +1,4 @@
-"""A manifest: name, size and SHA-256 of every file of a folder, so that damage is found before it is used."""
+"""The manifest of a folder: name, size and SHA-256 of every file, so that damage is found before use."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lorary.errors import Diagnostic, FileError
 from lorary.files import strict_json
 from lorary.files.fault_injection import fault_point
 from lorary.files.strict_json import named, show
+from lorary.files.syscalls import reason
 
 NAME = "MANIFEST.json"
 _FORMAT = 1
@@ -21,17 +22,16 @@ _LIMIT = 16 * 2**20  # bytes of JSON; a checkpoint has tens of files, not tens o
 
 
 def write_manifest(folder: str | os.PathLike[str], facts: Mapping[str, Any] | None = None) -> Path:
-    """Writes `MANIFEST.json` over every file now in `folder` and its subfolders; returns its path.
+    """Write `MANIFEST.json` for every file in `folder` and its subfolders; return its path.
 
-    Call it last, inside the block of `atomic_directory`: the folder's rename commits it together with the
-    files.
+    Call it last inside the block of `atomic_directory`, whose rename commits it together with the files.
 
     Args:
         folder: the folder to describe.
-        facts: what else the manifest shall say (step, versions, …): JSON values only.
+        facts: further JSON values to record (step, versions, …).
 
     Raises:
-        FileError: the folder holds something else than plain files and folders.
+        FileError: the folder holds something other than plain files and folders.
     """
     folder = Path(folder)
     problems, files = [], {}
@@ -39,7 +39,7 @@ def write_manifest(folder: str | os.PathLike[str], facts: Mapping[str, Any] | No
         name = entry.relative_to(folder).as_posix()
         mode = entry.lstat().st_mode
         if stat.S_ISREG(mode) and name != NAME:
-            files[name] = {"size": entry.stat().st_size, "sha256": sha256(entry)}
+            files[name] = digest(entry)
         elif not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             problems.append(Diagnostic(name, "neither a plain file nor a folder"))
     if problems:
@@ -51,12 +51,11 @@ def write_manifest(folder: str | os.PathLike[str], facts: Mapping[str, Any] | No
 
 
 def verify_manifest(folder: str | os.PathLike[str], *, hashes: bool = True) -> dict[str, Any]:
-    """Compares a folder with its manifest; returns the manifest's facts.
+    """Compare a folder with its manifest; return the manifest's facts.
 
     Args:
         folder: the folder that `write_manifest` described.
-        hashes: whether contents are compared as well as sizes; without, the check reads no file but the
-            manifest.
+        hashes: whether to compare contents too; otherwise only the manifest is read.
 
     Raises:
         FileError: every file that is missing, new, of another size or of other contents, or what is wrong
@@ -69,7 +68,7 @@ def verify_manifest(folder: str | os.PathLike[str], *, hashes: bool = True) -> d
             manifest = strict_json.parse(file.read(_LIMIT + 1), _LIMIT)
         facts, files = _read(manifest)
     except (OSError, ValueError) as error:
-        what = os.strerror(error.errno).lower() if isinstance(error, OSError) and error.errno else str(error)
+        what = reason(error) if isinstance(error, OSError) else str(error)
         fix = "the folder was not written completely: use an older one"
         raise FileError(headline, [Diagnostic(NAME, what, fix)]) from error
     problems = [p for name, entry in files.items() for p in _compare(folder, name, entry, hashes)]
@@ -80,6 +79,11 @@ def verify_manifest(folder: str | os.PathLike[str], *, hashes: bool = True) -> d
     return facts
 
 
+def digest(path: Path) -> dict[str, Any]:
+    """The size and the SHA-256 of a file, as recorded."""
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
+
+
 def sha256(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal, read in pieces."""
     with open(path, "rb") as file:
@@ -88,18 +92,18 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 def _read(manifest: object) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     if not isinstance(manifest, dict) or set(manifest) != {"format", "facts", "files"}:
-        raise ValueError("not a manifest: it has to have exactly the keys format, facts and files")
+        raise ValueError("not a manifest: it must have exactly the keys format, facts and files")
     if manifest["format"] != _FORMAT:
         raise ValueError(f"manifest format {show(manifest['format'])}; this version reads {_FORMAT}")
     facts, files = manifest["facts"], manifest["files"]
     if not isinstance(facts, dict) or not isinstance(files, dict):
-        raise ValueError("not a manifest: facts and files have to be objects")
+        raise ValueError("not a manifest: facts and files must be objects")
     for name, entry in files.items():
         parts = PurePosixPath(name).parts
         if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
             raise ValueError(f"the file name {show(name)} leaves the folder")
         if not isinstance(entry, dict) or set(entry) != {"size", "sha256"}:
-            raise ValueError(f"the entry of {show(name)} has to have exactly the keys size and sha256")
+            raise ValueError(f"the entry of {show(name)} must have exactly the keys size and sha256")
     return facts, files
 
 
@@ -115,5 +119,5 @@ def _compare(folder: Path, name: str, entry: dict[str, Any], hashes: bool) -> li
         if hashes and sha256(path) != entry["sha256"]:
             return [Diagnostic(named(name), "its contents are not those that were written (SHA-256 differs)")]
     except OSError as error:
-        return [Diagnostic(named(name), os.strerror(error.errno).lower() if error.errno else str(error))]
+        return [Diagnostic(named(name), reason(error))]
     return []

@@ -1,8 +1,7 @@
-"""Opening a file of an adapter folder: plain files of that folder only, one descriptor, a bounded size.
+"""Safe opening of an adapter folder's files: plain files of that folder only, one descriptor, a bounded size.
 
-What a path names may change between a check and its use, so every check is made on the descriptor that is
-then read. Nothing is ever memory-mapped: a file cut short while it is read gives a sentence, not a dead
-process.
+What a path names may change between a check and its use, so every check is made on the descriptor that is then read.
+Nothing is memory-mapped: a file truncated while it is read raises an error and does not kill the process.
 """
 
 from __future__ import annotations
@@ -14,15 +13,25 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lorary.errors import Diagnostic, FileError, did_you_mean
+from lorary.files import strict_json
 from lorary.files.atomic import recover
 from lorary.files.strict_json import show
+from lorary.files.syscalls import reason
+
+_KINDS = {
+    stat.S_IFDIR: "folder",
+    stat.S_IFIFO: "named pipe",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
+}
 
 
 def existing_folder(path: str | os.PathLike[str]) -> Path:
     """The adapter folder that `path` names, symbolic links resolved.
 
     Raises:
-        FileError: there is none, or it is something else than a folder.
+        FileError: it does not exist, or is not a folder.
     """
     headline = f"cannot load {subject(path)}"
     try:
@@ -41,61 +50,55 @@ def existing_folder(path: str | os.PathLike[str]) -> Path:
 
 
 def subject(path: str | os.PathLike[str]) -> str:
-    """What is read, as messages name it."""
+    """An adapter folder's name in messages."""
     return f"the adapter {show(os.fspath(path), most=400)}"
 
 
 def open_inside(folder: Path, name: str, limit: int) -> tuple[BinaryIO, int]:
-    """Opens the plain file `name` of `folder` for reading.
+    """The plain file `name` of `folder`, open for reading and unbuffered, and its size in bytes.
 
     Args:
         folder: a resolved folder.
         name: the file's name in it.
-        limit: the most bytes that it may have.
-
-    Returns:
-        the open file, unbuffered, and its size in bytes at this moment.
+        limit: the largest accepted size in bytes.
 
     Raises:
-        FileError: the file is missing, leaves the folder, is no plain file, or is too large. It never blocks.
+        FileError: the file is missing, leaves the folder, is not a plain file, or is too large. It never blocks.
     """
-    path = _contained(folder, name)
+    # O_NONBLOCK: opening a FIFO must not wait for its other end; O_NOFOLLOW: the path is resolved already
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        # O_NONBLOCK: opening a FIFO must not wait for its other end. O_NOFOLLOW: the path is resolved
-        # already.
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        descriptor = os.open(path, flags)
+        descriptor = os.open(_contained(folder, name), flags)
     except OSError as error:
-        what = os.strerror(error.errno).lower() if error.errno else str(error)
-        raise FileError("", [Diagnostic(name, f"cannot be opened: {what}")]) from error
+        raise _refused(name, f"cannot be opened: {reason(error)}") from error
     status = os.fstat(descriptor)
     what = ""
     if not stat.S_ISREG(status.st_mode):
-        what = f"is a {_sort(status.st_mode)}, not a plain file"
+        what = f"is a {_KINDS.get(stat.S_IFMT(status.st_mode), 'special file')}, not a plain file"
     elif status.st_size > limit:
         what = f"is {status.st_size:,} bytes, more than the {limit:,} that are accepted"
     if what:
         os.close(descriptor)
-        raise FileError("", [Diagnostic(name, what)])
+        raise _refused(name, what)
     return os.fdopen(descriptor, "rb", buffering=0), status.st_size
 
 
 def read_exactly(file: BinaryIO, buffer: memoryview, where: str) -> None:
-    """Fills `buffer` from the file's position.
+    """Fill `buffer` from the file's position.
 
     Raises:
-        FileError: the file ended before: it was cut short while it was being read.
+        FileError: the file was truncated while it was being read.
     """
     done = 0
     while done < len(buffer):
         count = file.readinto(buffer[done:])  # type: ignore[attr-defined]
         if not count:
-            raise FileError("", [Diagnostic(where, "the file became shorter while it was being read")])
+            raise _refused(where, "the file became shorter while it was being read")
         done += count
 
 
 def read_bytes(folder: Path, name: str, limit: int) -> bytes:
-    """All bytes of a small plain file of `folder`, as checked as `open_inside` does."""
+    """All bytes of a small plain file of `folder`, with the checks of `open_inside`."""
     file, size = open_inside(folder, name, limit)
     with file:
         data = bytearray(size)
@@ -103,33 +106,36 @@ def read_bytes(folder: Path, name: str, limit: int) -> bytes:
         return bytes(data)
 
 
+def read_json(folder: Path, name: str, limit: int) -> object:
+    """The value in a folder's JSON file, with the checks of `open_inside` and strict JSON.
+
+    Raises:
+        FileError: the file or its JSON is not acceptable.
+    """
+    data = read_bytes(folder, name, limit)
+    try:
+        return strict_json.parse(data, limit)
+    except ValueError as error:
+        raise _refused(name, str(error)) from None
+
+
 def _contained(folder: Path, name: str) -> Path:
+    """The resolved path of a file that does not leave the folder."""
     try:
         path = (folder / name).resolve(strict=True)
     except FileNotFoundError:
-        what = "is a link to nothing" if (folder / name).is_symlink() else "is missing"
-        raise FileError("", [Diagnostic(name, what)]) from None
-    except RuntimeError:  # how Python < 3.13 reports a loop of links
-        raise FileError("", [Diagnostic(name, "is a link to itself")]) from None
+        raise _refused(name, "is a link to nothing" if (folder / name).is_symlink() else "is missing") from None
+    except RuntimeError:  # a loop of links, before Python 3.13
+        raise _refused(name, "is a link to itself") from None
     except OSError as error:
-        what = "is a link to itself" if error.errno == errno.ELOOP else f"cannot be followed: {error.strerror}"
-        raise FileError("", [Diagnostic(name, what)]) from None
-    inside = path.is_relative_to(folder)
-    # The Hugging Face cache keeps a snapshot's files as links into the repository's own `blobs` folder.
-    if folder.parent.name == "snapshots":
-        inside = inside or path.is_relative_to(folder.parent.parent / "blobs")
-    if not inside:
-        fix = "copy the file itself into the folder"
-        raise FileError("", [Diagnostic(name, "is a link that leaves the folder", fix)])
+        loop = error.errno == errno.ELOOP
+        raise _refused(name, "is a link to itself" if loop else f"cannot be followed: {error.strerror}") from None
+    # the Hugging Face cache keeps a snapshot's files as links into the repository's own `blobs` folder
+    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+    if not path.is_relative_to(folder) and not path.is_relative_to(blobs):
+        raise _refused(name, "is a link that leaves the folder", "copy the file itself into the folder")
     return path
 
 
-def _sort(mode: int) -> str:
-    sorts = [
-        (stat.S_ISDIR, "folder"),
-        (stat.S_ISFIFO, "named pipe"),
-        (stat.S_ISSOCK, "socket"),
-        (stat.S_ISCHR, "device"),
-        (stat.S_ISBLK, "device"),
-    ]
-    return next((word for is_a, word in sorts if is_a(mode)), "special file")
+def _refused(name: str, what: str, fix: str = "") -> FileError:
+    return FileError("", [Diagnostic(name, what, fix)])

@@ -1,10 +1,9 @@
-"""The header of a safetensors file, read and checked before a single tensor is.
+"""The header of a safetensors file, read and checked before any tensor.
 
-The format: eight bytes, little endian, the length N of the header; N bytes of JSON that begin with `{`,
-tensor name -> {dtype, shape, data_offsets}; then the tensors' bytes, contiguous, in the order of their
-offsets, to the very end of the file. The safetensors library accepts a few things its own specification
-forbids (equal keys, a space before the brace, further fields in an entry) and sets no bounds on numbers and
-names; here all of it is checked, in plain Python, at a cost in proportion to the header.
+The format: eight bytes, little endian, the length N of the header; N bytes of JSON that begin with `{`, tensor name ->
+{dtype, shape, data_offsets}; then the tensors' bytes, contiguous, in the order of their offsets, to the end of the
+file. The safetensors library accepts some things that its specification forbids (equal keys, a space before the brace,
+further fields in an entry) and sets no bounds on numbers and names; here all of it is checked, in plain Python.
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ _MOST_REPORTED = 20
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the file: its dtype as the format spells it, its shape, and its bytes' place in the
-    data."""
+    """One tensor of the file: its dtype in the format's spelling, its shape, and its byte range in the data."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -44,30 +42,27 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says about itself.
+    """A checked header.
 
     Args:
         tensors: name -> entry, in the order of the file.
-        metadata: what the writer added, name -> text.
-        data: where in the file the tensors' bytes begin.
+        data: the offset of the tensors' bytes in the file.
     """
 
     tensors: dict[str, Entry]
-    metadata: dict[str, str]
     data: int
 
 
-def read_header(file: BinaryIO, size: int, where: str, dtypes: tuple[str, ...] = ADAPTER_DTYPES) -> Header:
-    """Reads and checks the header of an open file; the position is left at the first byte of the data.
+def read_header(file: BinaryIO, size: int, where: str) -> Header:
+    """Read and check the header of an open file; the position is left at the first byte of the data.
 
     Args:
         file: the file, at its start.
-        size: how many bytes it has.
+        size: its size in bytes.
         where: its name, for messages.
-        dtypes: the dtypes that are accepted.
 
     Raises:
-        FileError: every reason why this is not a well-formed file of tensors of these dtypes.
+        FileError: every reason why this is not a well-formed file of tensors of `ADAPTER_DTYPES`.
     """
     if size < 10:
         what = "is empty" if size == 0 else f"has {size} bytes, too few for a safetensors file"
@@ -75,8 +70,7 @@ def read_header(file: BinaryIO, size: int, where: str, dtypes: tuple[str, ...] =
     start = bytearray(9)
     read_exactly(file, memoryview(start), where)
     length = int.from_bytes(start[:8], "little")
-    problem = _length_problem(bytes(start), length, size)
-    if problem:
+    if problem := _length_problem(bytes(start), length, size):
         raise FileError("", [Diagnostic(where, problem)])
     raw = bytearray(length)
     raw[:1] = start[8:]
@@ -85,7 +79,7 @@ def read_header(file: BinaryIO, size: int, where: str, dtypes: tuple[str, ...] =
         written = strict_json.parse(bytes(raw), MOST_HEADER_BYTES)
     except ValueError as error:
         raise FileError("", [Diagnostic(where, f"the header is damaged: {error}")]) from None
-    return _checked(written, size - 8 - length, 8 + length, where, dtypes)
+    return _checked(written, size - 8 - length, 8 + length, where)
 
 
 def _length_problem(start: bytes, length: int, size: int) -> str:
@@ -102,54 +96,53 @@ def _length_problem(start: bytes, length: int, size: int) -> str:
     return ""
 
 
-def _checked(written: Any, data_size: int, data: int, where: str, dtypes: tuple[str, ...]) -> Header:
+def _checked(written: Any, data_size: int, data: int, where: str) -> Header:
     problems: list[Diagnostic] = []
-    metadata = written.pop("__metadata__", {})
-    _check_metadata(metadata, problems)
+    if what := _metadata_problem(written.pop("__metadata__", {})):
+        problems.append(Diagnostic("__metadata__", what))
     if len(written) > MOST_TENSORS:
         what = f"{len(written):,} tensors, more than the {MOST_TENSORS:,} that are accepted"
         raise FileError("", [Diagnostic(where, what)])
     tensors = {}
     for name, fields in written.items():
-        what = name_problem(name) or _entry_problem(fields, dtypes)
-        if what:
+        if what := name_problem(name) or _entry_problem(fields):
             problems.append(Diagnostic(named(name), what))
         else:
             tensors[name] = Entry(fields["dtype"], tuple(fields["shape"]), *fields["data_offsets"])
-    if not problems:  # where an entry is unreadable, so are the distances between entries
+    if not problems:  # an unreadable entry would show up as a hole too
         problems += _span_problems(tensors, data_size)
     if len(problems) > _MOST_REPORTED:
         more = len(problems) - _MOST_REPORTED
         problems = [*problems[:_MOST_REPORTED], Diagnostic("", f"and {more:,} more of this sort")]
     if problems:
         raise FileError("", [Diagnostic(f"{where}: {p.where}" if p.where else where, p.what, p.fix) for p in problems])
-    return Header(tensors, metadata, data)
+    return Header(tensors, data)
 
 
-def _check_metadata(metadata: Any, problems: list[Diagnostic]) -> None:
+def _metadata_problem(metadata: Any) -> str:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        problems.append(Diagnostic("__metadata__", "has to map names to texts"))
-    elif sum(len(k) + len(v) for k, v in metadata.items()) > MOST_METADATA:
-        problems.append(Diagnostic("__metadata__", f"more than the {MOST_METADATA:,} characters that are accepted"))
+        return "must map names to texts"
+    most = f"more than the {MOST_METADATA:,} characters that are accepted"
+    return most if sum(len(k) + len(v) for k, v in metadata.items()) > MOST_METADATA else ""
 
 
 def name_problem(name: str) -> str:
-    """What is wrong with a tensor's name; empty where nothing is."""
+    """What is wrong with a tensor's name; empty if nothing is."""
     if len(name) > MOST_NAME:
         return f"a tensor's name has at most {MOST_NAME} characters"
     if not _NAME.fullmatch(name):
         return "a tensor's name is made of printable ASCII"
     # a module's path has no empty component, so a name with `..` in it can only be meant as a path
-    return "a tensor's name is no path" if ".." in name or name.startswith(("/", "\\")) else ""
+    return "a tensor's name is not a path" if ".." in name or name.startswith(("/", "\\")) else ""
 
 
-def _entry_problem(fields: Any, dtypes: tuple[str, ...]) -> str:
+def _entry_problem(fields: Any) -> str:
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
-        return "its entry has to have exactly the fields dtype, shape and data_offsets"
+        return "its entry must have exactly the fields dtype, shape and data_offsets"
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
-    if dtype not in dtypes:
+    if dtype not in ADAPTER_DTYPES:
         known = isinstance(dtype, str) and dtype in ITEM_SIZES
-        return f"{'is' if known else 'has the unknown dtype'} {show(dtype)}; accepted are {', '.join(dtypes)}"
+        return f"{'is' if known else 'has the unknown dtype'} {show(dtype)}; accepted are {', '.join(ADAPTER_DTYPES)}"
     if not _are_counts(shape, MOST_EXTENT) or len(shape) > MOST_DIMENSIONS:
         return f"the shape {show(shape)} is not at most {MOST_DIMENSIONS} whole numbers up to {MOST_EXTENT:,}"
     if not _are_counts(offsets, 2**63) or len(offsets) != 2 or offsets[0] > offsets[1]:

@@ -1,8 +1,7 @@
-"""JSON from a stranger: bounded, and refused where Python's reader would quietly choose.
+"""Strict JSON from untrusted files: bounded, without duplicate keys, NaN or infinities.
 
-Python's `json` keeps the last of two equal keys, accepts `NaN` and `Infinity`, turns `1e999` into infinity,
-and answers deep nesting and huge integers with errors of its own. Here each of these is a `ValueError` with a
-sentence.
+Python's `json` keeps the last of two equal keys, accepts `NaN` and `Infinity`, turns `1e999` into infinity, and raises
+errors of its own for deep nesting and huge integers. Here each of these is a `ValueError` with a sentence.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ _HARMLESS = re.compile(r"[A-Za-z0-9_.|\-]{1,200}")
 
 
 def parse(data: bytes, limit: int) -> Any:
-    """The value that `data` spells.
+    """The value of a JSON document in UTF-8.
 
     Args:
-        data: the file's bytes, UTF-8.
-        limit: the most bytes that are accepted.
+        data: the file's bytes.
+        limit: the largest accepted number of bytes.
 
     Raises:
         ValueError: the bytes are too many, not UTF-8, not JSON, too deeply nested, name a key twice, or hold
@@ -38,11 +37,11 @@ def parse(data: bytes, limit: int) -> Any:
 
 
 def loads(text: str, most_digits: int = 20) -> Any:
-    """The value that `text` spells, with the same strictness.
+    """The value of a JSON document, with the same strictness.
 
     Args:
-        text: a JSON document.
-        most_digits: the most digits of an integer that are accepted.
+        text: the document.
+        most_digits: the largest accepted number of digits of an integer.
 
     Raises:
         ValueError: as for `parse`.
@@ -53,7 +52,7 @@ def loads(text: str, most_digits: int = 20) -> Any:
             object_pairs_hook=_unique,
             parse_constant=_no_constant,
             parse_float=_finite,
-            parse_int=partial(_whole, most=most_digits),
+            parse_int=partial(_integer, most_digits=most_digits),
         )
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if "\n" in text.strip() else ""
@@ -63,7 +62,7 @@ def loads(text: str, most_digits: int = 20) -> Any:
 
 
 def show(name: object, most: int = 96) -> str:
-    """A name from a stranger's file as it may go into a message: quoted, escaped, cut.
+    """A name from an untrusted file, made safe for a message: quoted, escaped, cut.
 
     Control characters, escape sequences and marks that reverse the reading direction never reach a terminal.
 
@@ -77,7 +76,7 @@ def show(name: object, most: int = 96) -> str:
 
 
 def named(name: str) -> str:
-    """A tensor's or field's name at the head of a message: bare where it is harmless, else as `show` gives it.
+    """A tensor's or field's name at the head of a message: bare if harmless, else as in `show`.
 
     >>> named("layers.0.q_proj.lora_A.weight"), named("a b")
     ('layers.0.q_proj.lora_A.weight', "'a b'")
@@ -93,8 +92,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _no_constant(word: str) -> float:
-    raise ValueError(f"{word} is not a JSON number")
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _finite(digits: str) -> float:
@@ -104,7 +103,7 @@ def _finite(digits: str) -> float:
     return value
 
 
-def _whole(digits: str, most: int) -> int:
-    if len(digits) > most:
+def _integer(digits: str, most_digits: int) -> int:
+    if len(digits) > most_digits:
         raise ValueError(f"an integer of {len(digits)} digits")
     return int(digits)

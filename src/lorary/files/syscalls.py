@@ -1,4 +1,4 @@
-"""What the atomic writer asks of the operating system: exchanging, flushing and locking."""
+"""System calls of the atomic writer: exchange, flush and lock."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # not a POSIX system: no advisory locks, so nothing is ever held to be stale
+except ImportError:  # not POSIX: without advisory locks nothing counts as stale
     fcntl = None  # type: ignore[assignment]
 
 
+def reason(error: OSError) -> str:
+    """The system's reason for an error, in lower case."""
+    return os.strerror(error.errno).lower() if error.errno else str(error)
+
+
 def exchange(a: Path, b: Path) -> bool:
-    """Exchanges two names in one system call; False where the system or the file system has none."""
-    if os.environ.get("LORARY_NO_EXCHANGE"):  # lets the tests walk the other way on any system
+    """Exchange two names in one system call; False if the system or the file system has none."""
+    if os.environ.get("LORARY_NO_EXCHANGE"):  # lets the tests take the other way on any system
         return False
     libc = ctypes.CDLL(None, use_errno=True)
     paths = os.fsencode(a), os.fsencode(b)
@@ -28,7 +33,7 @@ def exchange(a: Path, b: Path) -> bool:
 
 
 def sync_tree(folder: Path) -> None:
-    """Flushes every file below a folder, and every folder, to the disk."""
+    """Flush a folder and everything below it to the disk."""
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             sync_tree(entry)
@@ -39,8 +44,8 @@ def sync_tree(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flushes the list of a folder's names to the disk."""
-    if os.name != "posix":  # elsewhere a folder cannot be opened for this
+    """Flush the list of a folder's names to the disk."""
+    if os.name != "posix":  # elsewhere a folder cannot be opened
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -50,16 +55,16 @@ def sync_folder(folder: Path) -> None:
 
 
 def hold(descriptor: int) -> None:
-    """Locks an open file or folder for as long as it stays open: its writer lives."""
+    """Lock an open file or folder until it is closed, as a sign that its writer lives."""
     if fcntl is not None:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # a file system without locks: then nothing there can be told to be stale
+        except OSError:  # a file system without locks: nothing there counts as stale
             return
 
 
 def abandoned(entry: Path) -> bool:
-    """Whether nobody holds this file or folder any more; False where that cannot be known."""
+    """Whether no process holds the lock of this file or folder; False if unknown."""
     if fcntl is None:
         return False
     try:

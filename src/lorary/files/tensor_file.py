@@ -1,4 +1,4 @@
-"""A safetensors file: opened and checked once, its tensors read from that same descriptor; and written."""
+"""Safetensors files: opened and checked once and read from the same descriptor; and written."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TensorFile:
     """An open safetensors file whose header has been checked. A context manager.
 
     Args:
-        folder: the resolved folder that the file has to stay in.
+        folder: the resolved folder that the file must be in.
         name: the file's name there.
 
     Raises:
@@ -52,10 +52,10 @@ class TensorFile:
         self._file.close()
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Reads the tensors of these names, each into memory of its own, in their own dtype.
+        """The tensors of these names, each in its own memory and dtype.
 
         Raises:
-            FileError: they need more memory than the machine has, or the file was cut short meanwhile.
+            FileError: they need more memory than the machine has, or the file was truncated meanwhile.
         """
         entries = {name: self.header.tensors[name] for name in names}
         needed, most = sum(e.stop - e.start for e in entries.values()), memory()
@@ -65,7 +65,7 @@ class TensorFile:
         return {name: self._tensor(entry) for name, entry in sorted(entries.items(), key=lambda i: i[1].start)}
 
     def sha256(self) -> str:
-        """The SHA-256 of the whole file, from the descriptor that the tensors are read from."""
+        """The SHA-256 of the whole file, from the same descriptor as the tensors."""
         self._file.seek(0)
         return hashlib.file_digest(cast(Any, self._file), "sha256").hexdigest()
 
@@ -79,17 +79,17 @@ class TensorFile:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a new safetensors file; the bytes depend on the tensors and their names alone.
+    """Write a new safetensors file, whose bytes depend on the tensors and their names alone.
 
     Raises:
         OSError: the disk is full, or the system refuses.
     """
     plain = {name: t.detach().to("cpu").contiguous() for name, t in sorted(tensors.items())}
     shared = {t.untyped_storage().data_ptr() for t in plain.values() if t.numel()}
-    if len(shared) < sum(1 for t in plain.values() if t.numel()):  # views of one memory: the format wants copies
+    if len(shared) < sum(1 for t in plain.values() if t.numel()):  # the library refuses views of one memory
         plain = {name: t.clone() for name, t in plain.items()}
     with open(path, "xb") as file:
-        mode = os.fstat(file.fileno()).st_mode  # the library's own file would be readable by its owner alone
+        mode = os.fstat(file.fileno()).st_mode  # the library creates files that only their owner can read
     try:
         save_file(plain, path, metadata={"format": "pt"})
     except SafetensorError as error:
@@ -98,11 +98,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _as_os_error(error: SafetensorError, path: Path) -> OSError:
-    """The library gives what the system said as text only; the error's number is in it."""
+    """The system's error, whose number the library gives only inside its text."""
     number = re.search(r"os error (\d+)", str(error))
     return OSError(int(number[1]), os.strerror(int(number[1])), str(path)) if number else OSError(0, str(error))
 
 
 def memory() -> int:
-    """Bytes of memory of this machine."""
+    """This machine's memory in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,1 +1,1 @@
-"""Fused paths, each with a plain reference beside it and the same law for both."""
+"""Fused kernels, each with a reference implementation in plain operations."""

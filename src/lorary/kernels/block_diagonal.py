@@ -1,7 +1,7 @@
-"""`y + s · drop(x)·blockdiag(A)ᵀ·blockdiag(B)ᵀ` as batched products of the blocks, never as dense matrices.
+"""MELoRA's update `y + s · drop(x)·blockdiag(A)ᵀ·blockdiag(B)ᵀ` as batched products of the blocks.
 
-n blocks of rank r cost what one pair of rank r costs, and n times less than the dense pair of rank n·r that they
-stand for. What is kept for backward is `x` itself, the n·r wide middle and the masters.
+n blocks of rank r cost as much as one pair of rank r, a factor n less than the equivalent dense pair of rank n·r.
+Backward keeps `x` itself, the product with A [n, T, r] and the masters.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from lorary.kernels.low_rank import (
     add_low_rank_reference,
-    draw_seed,
-    in_steps,
+    dropout_and_seed,
+    dropped_rows,
     kept_mask,
     may_overwrite,
     without_autocast,
@@ -23,23 +23,22 @@ from lorary.kernels.low_rank import (
 
 
 def add_blocks(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float = 0.0) -> Tensor:
-    """Adds `s · B_i·A_i·drop(x)_i` to the i-th slice of a layer's output, computed in the dtype of that output.
+    """A layer's output plus `s · B_i·A_i·drop(x)_i` in its i-th slice, computed in the output's dtype.
 
     Args:
-        y: [..., out] the frozen layer's output, given up by the caller as for `add_low_rank`.
+        y: [..., out] the frozen layer's output, which may be overwritten as in `add_low_rank`.
         x: [..., in] the layer's input; n divides in and out.
         A: [n, r, in/n] first factors.
         B: [n, out/n, r] second factors.
         s: scale of the product.
-        dropout: probability in [0, 1) that an element of `x` is dropped, as for `add_low_rank`.
+        dropout: probability in [0, 1) of dropping an element of `x`, as in `add_low_rank`.
 
     Returns:
         [..., out] the sum, in `y`'s dtype. The input is kept for backward only where `A` trains.
     """
     if torch.compiler.is_compiling():
         return add_low_rank_reference(y, x, torch.block_diag(*A), torch.block_diag(*B), s, dropout)
-    dropout = in_steps(dropout)
-    seed = draw_seed() if dropout > 0.0 else None
+    dropout, seed = dropout_and_seed(dropout)
     total: Tensor = _AddBlocks.apply(y, x, A, B, s, dropout, seed)  # type: ignore[no-untyped-call]
     return total
 
@@ -51,22 +50,17 @@ class _AddBlocks(torch.autograd.Function):
     ) -> Tensor:
         dtype, n = y.dtype, A.shape[0]
         with without_autocast(y.device):
-            rows = x.reshape(-1, x.shape[-1]).to(dtype)  # [T, in]
-            if seed is not None:
-                rows = kept_mask(rows.shape, rows, dropout, seed).mul_(rows)
+            rows = dropped_rows(x, dtype, dropout, seed)
             z = torch.bmm(_slices(rows, n), A.to(dtype).mT)  # [n, T, r]
             scale = s / (1.0 - dropout)
             total = y.detach() if may_overwrite(y, x) else y.clone(memory_format=torch.contiguous_format)
             flat = total.view(-1, y.shape[-1])
-            # a slice of the output at a time: n is small, and each product goes straight to where it belongs
+            # n is small, and each product is accumulated in place
             for part, z_i, B_i in zip(flat.chunk(n, 1), z, B.to(dtype), strict=True):
                 part.addmm_(z_i, B_i.t(), alpha=scale)
         _, x_wants, a_wants, b_wants, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
-            x if a_wants else None,
-            z if b_wants else None,
-            A if x_wants else None,
-            B if x_wants or a_wants else None,
+            x if a_wants else None, z if b_wants else None, A if x_wants else None, B if x_wants or a_wants else None
         )
         ctx.x_shape, ctx.n, ctx.scale, ctx.dropout, ctx.seed = x.shape, n, scale, dropout, seed
         return total
@@ -101,4 +95,4 @@ class _AddBlocks(torch.autograd.Function):
 
 def _slices(rows: Tensor, n: int) -> Tensor:
     """[T, width] as n slices side by side: [n, T, width/n], a view."""
-    return rows.view(rows.shape[0], n, rows.shape[1] // n).transpose(0, 1)  # of no rows -1 would mean anything
+    return rows.view(rows.shape[0], n, rows.shape[1] // n).transpose(0, 1)  # -1 is ambiguous for no rows

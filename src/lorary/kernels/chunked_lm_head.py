@@ -1,4 +1,4 @@
-"""The LM head over chunks of tokens: log-probabilities of the labels without all logits at once."""
+"""The LM head in chunks of tokens: log-probabilities of labels without all logits in memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 LOGITS = 2**24
 """Logits per call of the head (64 MiB in fp32), unless that would be fewer than `TOKENS` tokens."""
 TOKENS = 512
-"""The least number of tokens per call. On a CPU smaller ones cost time: 64 instead of 512 tokens, +80 %."""
+"""The minimum number of tokens per call. Smaller chunks are slower on a CPU: 64 tokens instead of 512, +80 %."""
 
 Head = Callable[[Tensor], Tensor]
 
@@ -26,9 +26,9 @@ def chunk(vocabulary: int) -> int:
 def scores_in_chunks(
     head: Head, states: Tensor, targets: Tensor, statistics: tuple[str, ...], size: int
 ) -> dict[str, Tensor]:
-    """The scores of all rows, `size` rows at a time; all chunks but the last are recomputed in the backward pass.
+    """The scores of all rows, `size` rows at a time; all chunks but the last are recomputed in backward.
 
-    Without rows one empty chunk is scored, so that the result stays connected to the model.
+    Without rows, one empty chunk is scored to keep the result connected to the model.
     """
     score = functools.partial(scores, head, statistics=statistics)
     count = max(1, -(-len(targets) // size))
@@ -42,7 +42,7 @@ def scores(head: Head, states: Tensor, targets: Tensor, statistics: tuple[str, .
     logits = head(states).float()  # [n, vocabulary]
     log_p = logits.log_softmax(-1)
     found = {"log_probs": -F.nll_loss(log_p, targets, reduction="none")}
-    # After the last operation that keeps anything for the backward pass: a recomputation stops before this.
+    # last, because a recomputation stops after the last operation that saves tensors
     with torch.no_grad():
         if "is_top1" in statistics:
             found["is_top1"] = found["log_probs"] >= log_p.amax(-1)  # argmax is several times slower on a CPU

@@ -1,7 +1,7 @@
-"""`x·(W + W⊙(Ad·Au))ᵀ`: a weight that a low-rank matrix scales element by element, and nothing of its size is kept.
+"""GLoRA's weight scaling `x·(W + W⊙(Ad·Au))ᵀ`, computed without storing a matrix of W's size.
 
-`W⊙(Ad·Au)` has full rank, so there is no narrow middle to go through. The scaled weight is made where it is needed, in
-forward and again in backward, and given up at once: what is kept is `x`, the weight itself and the two factors.
+`W⊙(Ad·Au)` has full rank, so it does not factor through rank r. The scaled weight is computed in forward and again in
+backward, and freed at once; backward keeps `x`, the weight itself and the two factors.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from lorary.kernels.low_rank import without_autocast
 
-_FEW = 2  # rows of input for which r more products with W take less time than making the scaled weight
+_FEW = 2  # rows of input up to which r more products with W are faster than computing the scaled weight
 
 
 def supported(x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor, b: Tensor | None = None) -> Tensor:
@@ -25,28 +25,27 @@ def supported(x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor, b: Tensor | None = N
     Args:
         x: [..., in] the input, in W's dtype.
         W: [out, in] the frozen weight, in any layout.
-        Ad: [out, r], Au: [r, in] the factors of what scales it.
+        Ad, Au: [out, r] and [r, in], the factors of the scaling matrix.
         b: [out] a bias, or None.
 
     Returns:
-        [..., out]. Where Ad is zero it is the frozen layer's own output, bit for bit.
+        [..., out]. If Ad is zero, the frozen layer's output, bit for bit.
     """
     if torch.compiler.is_compiling():
         return supported_reference(x, W, Ad, Au, b)
-    out: Tensor = _Supported.apply(x, W, Ad, Au, b, W.dtype, True)  # type: ignore[no-untyped-call]
+    out: Tensor = _ScaledLinear.apply(x, W, Ad, Au, b, W.dtype, True)  # type: ignore[no-untyped-call]
     return out
 
 
 def supported_reference(x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor, b: Tensor | None = None) -> Tensor:
-    """The same as plain operations."""
+    """The specification of `supported` in plain operations."""
     return F.linear(x, W + W * (Ad.to(W.dtype) @ Au.to(W.dtype)), b)
 
 
 def add_supported(y: Tensor, x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor) -> Tensor:
     """`y + x·(W⊙(Ad·Au))ᵀ`, in y's dtype.
 
-    In 16 bits `W + W⊙(Ad·Au)` would round away what has been learnt, so long as it is small beside W: there the two
-    terms are two products.
+    For 16-bit weights, where `W + W⊙(Ad·Au)` would round small updates away: the two terms are separate products.
 
     Args:
         y: [..., out] the frozen layer's output.
@@ -54,49 +53,42 @@ def add_supported(y: Tensor, x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor) -> Te
     """
     if torch.compiler.is_compiling():
         return add_supported_reference(y, x, W, Ad, Au)
-    term: Tensor = _Supported.apply(x, W, Ad, Au, None, y.dtype, False)  # type: ignore[no-untyped-call]
+    term: Tensor = _ScaledLinear.apply(x, W, Ad, Au, None, y.dtype, False)  # type: ignore[no-untyped-call]
     return y + term
 
 
 def add_supported_reference(y: Tensor, x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor) -> Tensor:
-    """The same as plain operations."""
+    """The specification of `add_supported` in plain operations."""
     with without_autocast(y.device):
         return y + F.linear(x.to(y.dtype), W.to(y.dtype) * (Ad.to(y.dtype) @ Au.to(y.dtype)))
 
 
 def recomputed(make: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """make(*tensors), which keeps nothing but these for backward and runs once more there. It must draw nothing."""
+    """make(*tensors), recomputed in backward from these tensors. `make` must not use random numbers."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # the compiler recomputes by itself
         return make(*tensors)
-    from torch.utils.checkpoint import checkpoint  # here: it takes a fifth of a second to import
+    from torch.utils.checkpoint import checkpoint  # takes 0.2 s to import
 
     return cast(Tensor, checkpoint(make, *tensors, use_reentrant=False, preserve_rng_state=False))
 
 
-class _Supported(torch.autograd.Function):
+class _ScaledLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        W: Tensor,
-        Ad: Tensor,
-        Au: Tensor,
-        b: Tensor | None,
-        dtype: torch.dtype,
-        whole: bool,
+        ctx: Any, x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor, b: Tensor | None, dtype: torch.dtype, with_weight: bool
     ) -> Tensor:
         _, _, d_wants, u_wants, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if d_wants or u_wants else None, W, Ad, Au)
-        ctx.x_shape, ctx.dtype, ctx.whole = x.shape, dtype, whole
+        ctx.x_shape, ctx.dtype, ctx.with_weight = x.shape, dtype, with_weight
         with without_autocast(x.device):
             x, few = x.to(dtype), x.numel() <= _FEW * x.shape[-1]
             if not few:
-                return F.linear(x, _scaled(W, Ad, Au, dtype, whole), b)
-            # (W⊙(d·u))·x = d⊙(W·(u⊙x)): W is read, never written
+                return F.linear(x, _scaled(W, Ad, Au, dtype, with_weight), b)
+            # (W⊙(d·u))·x = d⊙(W·(u⊙x))
             W = W.to(dtype)
             terms = F.linear(x.unsqueeze(-2) * Au.to(dtype), W)  # [..., r, out]
             scaled = (terms * Ad.to(dtype).t()).sum(-2)
-            return F.linear(x, W, b) + scaled if whole else scaled
+            return F.linear(x, W, b) + scaled if with_weight else scaled
 
     @staticmethod
     @once_differentiable
@@ -107,17 +99,17 @@ class _Supported(torch.autograd.Function):
         with without_autocast(gy.device):
             g = gy.reshape(-1, gy.shape[-1])  # [T, out]
             if x_wants:
-                gx = (g @ _scaled(W, Ad, Au, ctx.dtype, ctx.whole)).view(ctx.x_shape)
+                gx = (g @ _scaled(W, Ad, Au, ctx.dtype, ctx.with_weight)).view(ctx.x_shape)
             if d_wants or u_wants:
                 rows = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
-                each = (g.t() @ rows).mul_(W)  # [out, in], the gradient of Ad·Au
-                gAd = each @ Au.to(ctx.dtype).t() if d_wants else None
-                gAu = Ad.to(ctx.dtype).t() @ each if u_wants else None
+                gM = (g.t() @ rows).mul_(W)  # [out, in], the gradient of Ad·Au
+                gAd = gM @ Au.to(ctx.dtype).t() if d_wants else None
+                gAu = Ad.to(ctx.dtype).t() @ gM if u_wants else None
             gb = g.sum(0) if b_wants else None
         return gx, None, gAd, gAu, gb, None, None  # autograd casts each to the dtype of its tensor
 
 
-def _scaled(W: Tensor, Ad: Tensor, Au: Tensor, dtype: torch.dtype, whole: bool) -> Tensor:
-    """W⊙(Ad·Au), with W itself if `whole`: [out, in] in W's own layout, so that the product is the layer's own."""
+def _scaled(W: Tensor, Ad: Tensor, Au: Tensor, dtype: torch.dtype, with_weight: bool) -> Tensor:
+    """W⊙(Ad·Au), plus W if `with_weight`: [out, in], laid out like W so that products equal the layer's bit for bit."""
     scaled = torch.mm(Ad.to(dtype), Au.to(dtype), out=torch.empty_like(W, dtype=dtype, requires_grad=False))
-    return torch.addcmul(W, W, scaled, out=scaled) if whole else scaled.mul_(W)
+    return torch.addcmul(W, W, scaled, out=scaled) if with_weight else scaled.mul_(W)

@@ -1,9 +1,8 @@
-"""`y + s · (drop(x)·Aᵀ)·Bᵀ`: what a low-rank adapter adds to its layer's output, in time and memory.
+"""The low-rank update `y + s · (drop(x)·Aᵀ)·Bᵀ`, with less memory than its plain composition.
 
-The plain composition, as autograd records it, keeps for backward a copy of the activation in the adapters'
-dtype and the dropout mask. Here the factors are cast, never the activations; what is kept is `x` itself, as
-it came and shared with whoever else keeps it, the `R` wide `z = drop(x)·Aᵀ` and the masters of `A` and `B`. A
-dropout mask is drawn again from its seed, and the product is accumulated in place into `y`.
+Recorded by autograd, the plain composition keeps a copy of the activation in the adapter's dtype and the dropout mask.
+Here the factors are cast, not the activations; backward keeps `x` itself (which other layers share), `z = drop(x)·Aᵀ`
+and the masters of `A` and `B`. Dropout masks are regenerated from their seed, and the product is accumulated into `y`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ Pair = tuple[Tensor, Tensor]
 def add_low_rank(
     y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float = 0.0, still: Pair | None = None
 ) -> Tensor:
-    """Adds `s · (drop(x)·Aᵀ)·Bᵀ` to a layer's output, computed in the dtype of that output.
+    """A layer's output plus `s · (drop(x)·Aᵀ)·Bᵀ`, computed in the output's dtype.
 
     Args:
         y: [..., out] the frozen layer's output, given up by the caller: its memory becomes the result's where
@@ -34,7 +33,7 @@ def add_low_rank(
         dropout: probability in [0, 1) that an element of `x` is dropped from the adapter's input; 0 when not
             training, in steps of 2⁻¹⁶. The mask depends on the state of torch's default CPU generator alone, on
             every device.
-        still: (A [R', in], B [out, R']) that get no gradient, whose product is added as well; not with dropout.
+        still: (A [R', in], B [out, R']) that get no gradient; their product is added as well. Not with dropout.
 
     Returns:
         [..., out] the sum, in `y`'s dtype. Its gradient can be taken once, not twice. The input is kept for
@@ -44,12 +43,11 @@ def add_low_rank(
         >>> y = torch.nn.functional.linear(x, W)
         >>> y = add_low_rank(y, x, A, B, s=alpha / r)
     """
-    if torch.compiler.is_compiling():  # it fuses and recomputes by itself
+    if torch.compiler.is_compiling():  # the compiler fuses and recomputes by itself
         return add_low_rank_reference(y, x, A, B, s, dropout, still)
-    dropout = in_steps(dropout)
-    seed = draw_seed() if dropout > 0.0 else None
+    dropout, seed = dropout_and_seed(dropout)
     if still is not None and dropout > 0.0:
-        raise ValueError("`still` is not dropped from")
+        raise ValueError("`still` does not support dropout")
     fixed = still or (None, None)
     total: Tensor = _AddLowRank.apply(y, x, A, B, s, dropout, seed, *fixed)  # type: ignore[no-untyped-call]
     return total
@@ -58,9 +56,9 @@ def add_low_rank(
 def add_low_rank_reference(
     y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float = 0.0, still: Pair | None = None
 ) -> Tensor:
-    """The same sum as plain operations: the specification of `add_low_rank`, and what the compiler is given.
+    """The specification of `add_low_rank` in plain operations, used inside `torch.compile`.
 
-    Outside a compiled region it drops the very elements that `add_low_rank` drops from the same random state.
+    Outside compiled regions it drops the same elements as `add_low_rank` from the same random state.
     """
     with without_autocast(y.device):
         dropped = x.to(y.dtype)
@@ -78,30 +76,19 @@ def add_low_rank_reference(
 class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        y: Tensor,
-        x: Tensor,
-        A: Tensor,
-        B: Tensor,
-        s: float,
-        dropout: float,
-        seed: int | None,
-        still_A: Tensor | None,
-        still_B: Tensor | None,
+        ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float, seed: int | None, *still: Any
     ) -> Tensor:
+        still_A, still_B = still
         dtype, r = y.dtype, A.shape[0]
         with without_autocast(y.device):
             down, up = _joined(A, still_A, 0, dtype), _joined(B, still_B, 1, dtype)
-            rows = x.reshape(-1, x.shape[-1]).to(dtype)  # [T, in]
-            if seed is not None:
-                rows = kept_mask(rows.shape, rows, dropout, seed).mul_(rows)
-            z = rows @ down.t()  # [T, R + R']
-            # 1/(1-p) of inverted dropout rides on the scale: one pass over the activation less.
+            z = dropped_rows(x, dtype, dropout, seed) @ down.t()  # [T, R + R']
+            # 1/(1-p) of inverted dropout goes into the scale, which saves a pass over the activation
             scale = s / (1.0 - dropout)
             if may_overwrite(y, x):
-                # detach() shares memory and version counter with y. Autograd sees a new tensor, so that a y
-                # that is a view is no obstacle; and a layer that had kept y for its own backward fails loudly
-                # on the version instead of computing with a changed value.
+                # detach() shares memory and version counter with y. To autograd it is a new tensor, so y may be a
+                # view; and a layer that saved y for its own backward raises an error on the version instead of
+                # computing with a changed value.
                 total = y.detach()
                 total.view(-1, B.shape[0]).addmm_(z, up.t(), alpha=scale)
             else:
@@ -150,12 +137,12 @@ def _joined(factor: Tensor, still: Tensor | None, dim: int, dtype: torch.dtype) 
 
 
 def _scaled(s: float, left: Tensor, right: Tensor) -> Tensor:
-    """s · left·right in one kernel (with beta = 0 the first argument gives nothing but its dtype)."""
+    """s · left·right in one kernel (with beta = 0 only the dtype of the first argument matters)."""
     return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=s)
 
 
 def may_overwrite(y: Tensor, x: Tensor) -> bool:
-    """Whether y's memory may hold the result: nobody but the caller, who gives it up, can be reading it."""
+    """Whether the result may overwrite y: only the caller, who gives it up, can be reading it."""
     if not y.is_contiguous() or (y.is_leaf and y.requires_grad):
         return False
     if y.is_inference() and not torch.is_inference_mode_enabled():
@@ -163,17 +150,29 @@ def may_overwrite(y: Tensor, x: Tensor) -> bool:
     return bool(y.untyped_storage()._cdata != x.untyped_storage()._cdata)
 
 
+def dropout_and_seed(dropout: float) -> tuple[float, int | None]:
+    """The dropout probability that `kept_mask` takes, and a seed for the mask; None without dropout."""
+    dropout = in_steps(dropout)
+    return dropout, draw_seed() if dropout > 0.0 else None
+
+
+def dropped_rows(x: Tensor, dtype: torch.dtype, dropout: float, seed: int | None) -> Tensor:
+    """[T, in] the rows of x [..., in] in this dtype, dropped elements zero; the scale 1/(1-p) is the caller's."""
+    rows = x.reshape(-1, x.shape[-1]).to(dtype)
+    return rows if seed is None else kept_mask(rows.shape, rows, dropout, seed).mul_(rows)
+
+
 def draw_seed() -> int:
-    """A seed from torch's default CPU generator, whose state checkpointing and a resumed run restore."""
+    """A seed from torch's default CPU generator, whose state checkpointing and resumed runs restore."""
     return int(torch.randint(2**62, (), device="cpu").item())
 
 
 def kept_mask(shape: tuple[int, ...] | torch.Size, like: Tensor, dropout: float, seed: int) -> Tensor:
-    """The mask of the kept elements, 1 or 0 in `like`'s dtype; the same for the same seed, shape and device.
+    """The dropout mask, 1 for kept elements, in `like`'s dtype; a function of seed, shape and device.
 
-    Sixteen random bits decide on an element, `dropout` being a multiple of 2⁻¹⁶. Where `bernoulli_` draws one
-    number per element (a CPU without MKL's generators) this is three times as quick, so that drawing the mask
-    twice takes less time than drawing and keeping it once.
+    It uses sixteen random bits per element, `dropout` being a multiple of 2⁻¹⁶. Where `bernoulli_` draws one number per
+    element (a CPU without MKL's generators) this is three times as fast, so that drawing the mask twice takes less time
+    than drawing and keeping it once.
     """
     mask = torch.empty(shape, dtype=like.dtype, device=like.device)
     # the meta device has shapes but no randomness
@@ -190,10 +189,10 @@ def in_steps(dropout: float) -> float:
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The dtypes here are chosen; autocast would choose others."""
+    """A context without autocast, for products whose dtypes are chosen explicitly."""
     return torch.autocast(device.type, enabled=False) if autocasting(device) else contextlib.nullcontext()
 
 
 def autocasting(device: torch.device) -> bool:
-    """Whether autocast chooses dtypes on this device now. (It does not know every device.)"""
+    """Whether autocast is enabled on this device; it does not support every device."""
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)

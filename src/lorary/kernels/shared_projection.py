@@ -1,7 +1,7 @@
-"""`y + s·b⊙(B·(d⊙(A·drop(x))))`: two vectors that train around two matrices that all layers share.
+"""VeRA's update `y + s·b⊙(B·(d⊙(A·drop(x))))`: trained vectors b, d and frozen matrices shared by all layers.
 
-Layers with the same input and the same A (q, k and v; gate and up) share the product with A: it is made and kept once,
-and its gradient goes back through A once.
+Layers with the same input and the same A (q, k and v; gate and up) share the product with A: it is computed and kept
+once, and so is its gradient.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch.utils.weak import TensorWeakRef
 
 from lorary.kernels.low_rank import (
     add_low_rank_reference,
-    draw_seed,
-    in_steps,
+    dropout_and_seed,
+    dropped_rows,
     kept_mask,
     may_overwrite,
     without_autocast,
@@ -24,31 +24,31 @@ from lorary.kernels.low_rank import (
 
 
 class LastProductCache:
-    """Remembers the last product with A, for as long as somebody else keeps it for the backward pass.
+    """The last product with A, as long as the backward pass keeps it alive.
 
-    Every layer takes it once: one that asks again is in another pass, and x may hold other values by then.
+    Each layer takes it once: a second request comes from another pass, in which x may hold other values.
     """
 
     def __init__(self) -> None:
-        self._last: tuple[TensorWeakRef, TensorWeakRef, Any, set[int]] | None = None  # x, z, state, who took z
+        self._last: tuple[TensorWeakRef, TensorWeakRef, Any, set[int]] | None = None  # x, z, state, takers of z
 
-    def __reduce__(self) -> Any:  # a copy begins anew
+    def __reduce__(self) -> Any:  # a copy starts empty
         return LastProductCache, ()
 
     def project(self, x: Tensor, A: Tensor, dtype: torch.dtype, taker: int) -> Tensor:
-        """[T, R] x·Aᵀ in this dtype: the one that was made for this very x and A, if it is still there.
+        """[T, R] x·Aᵀ in this dtype, reused if it was the last product, of the same x and A.
 
         Args:
             x: [..., in], A: [R, in], dtype: of the product.
-            taker: tells the layers apart.
+            taker: identifies the layer.
         """
         state = (x._version, A._version, A.data_ptr(), A.shape, dtype)
-        last = self._last  # read once: another thread may be at work
+        last = self._last  # read once, because of other threads
         if last is not None and last[2] == state and last[0]() is x and taker not in last[3]:
-            known: Tensor | None = last[1]()
-            if known is not None:
+            z: Tensor | None = last[1]()
+            if z is not None:
                 last[3].add(taker)
-                return known
+                return z
         z = _project(x, A, dtype, 0.0)
         self._last = TensorWeakRef(x), TensorWeakRef(z), state, {taker}
         return z
@@ -65,23 +65,21 @@ def add_vectors(
     dropout: float = 0.0,
     once: LastProductCache | None = None,
 ) -> Tensor:
-    """Adds `s·b⊙(B·(d⊙(A·drop(x))))` to a layer's output, computed in the dtype of that output.
+    """A layer's output plus `s·b⊙(B·(d⊙(A·drop(x))))`, computed in the output's dtype.
 
     Args:
-        y: [..., out] the frozen layer's output, given up by the caller as for `add_low_rank`.
+        y: [..., out] the frozen layer's output, which may be overwritten as in `add_low_rank`.
         x: [..., in] the layer's input.
-        A: [R, in] and
-        B: [out, R] frozen.
-        b: [out] and
-        d: [R] what trains.
+        A, B: [R, in] and [out, R], frozen.
+        b, d: [out] and [R], trained.
         s: scale of the product.
-        dropout: probability in [0, 1) that an element of `x` is dropped, as for `add_low_rank`.
-        once: shared by all layers of the same A, each with a b of its own.
+        dropout: probability in [0, 1) of dropping an element of `x`, as in `add_low_rank`.
+        once: the cache that all layers with the same A share.
 
     Returns:
-        [..., out] the sum, in `y`'s dtype. For T rows and a rank of R, the R wide middle is kept for backward; up to
-        T = 2 R also B's product with it, which is no larger than twice B then; beyond, B's product is made again, in
-        the form of the gradient of diag(b)·B·diag(d).
+        [..., out] the sum, in `y`'s dtype. For T rows and rank R, backward keeps the [T, R] product with A; up to
+        T = 2 R also B's product with it, then at most twice the size of B; beyond, it computes the gradient of
+        diag(b)·B·diag(d) instead.
     """
     if torch.compiler.is_compiling() or A.requires_grad or B.requires_grad:
         return add_low_rank_reference(y, x, A, b[:, None] * B * d, s, dropout)
@@ -94,8 +92,7 @@ def add_vectors(
 
 
 def _project(x: Tensor, A: Tensor, dtype: torch.dtype, dropout: float) -> Tensor:
-    dropout = in_steps(dropout)
-    seed = draw_seed() if dropout > 0.0 else None
+    dropout, seed = dropout_and_seed(dropout)
     z: Tensor = _Project.apply(x, A, dtype, dropout, seed)  # type: ignore[no-untyped-call]
     return z
 
@@ -104,11 +101,10 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, dtype: torch.dtype, dropout: float, seed: int | None) -> Tensor:
         with without_autocast(x.device):
-            rows = x.reshape(-1, x.shape[-1]).to(dtype)  # [T, in]
-            if seed is not None:
-                rows = kept_mask(rows.shape, rows, dropout, seed).mul_(rows).mul_(1.0 / (1.0 - dropout))
+            rows = dropped_rows(x, dtype, dropout, seed)
+            rows = rows if seed is None else rows.mul_(1.0 / (1.0 - dropout))
             z = rows @ A.to(dtype).t()
-        ctx.A = A  # frozen, and not saved: what is saved is gone after one backward pass, and others may come
+        ctx.A = A  # frozen; saved tensors would be freed by the first of several backward passes
         ctx.x_shape, ctx.dropout, ctx.seed = x.shape, dropout, seed
         return z
 
@@ -151,13 +147,13 @@ class _AddVectors(torch.autograd.Function):
         with without_autocast(gy.device):
             g = gy.reshape(-1, gy.shape[-1])  # [T, out]
             if not ctx.few and (b_wants or d_wants):
-                each = (z.t() @ g).t().to(B.dtype) * B  # the gradient of diag(b)·B·diag(d), times B
-                gb, gd = s * (each @ d), s * (b @ each)
+                gM = (z.t() @ g).t().to(B.dtype) * B  # the gradient of diag(b)·B·diag(d), times B
+                gb, gd = s * (gM @ d), s * (b @ gM)
             if ctx.few and b_wants:
                 gb = s * (g * u).sum(0, dtype=b.dtype)
             if z_wants or (ctx.few and d_wants):
-                through = g @ ((s * b)[:, None] * B).to(dtype)  # [T, R], before d
+                gdz = g @ ((s * b)[:, None] * B).to(dtype)  # [T, R], before d
                 if ctx.few and d_wants:
-                    gd = (through * z).sum(0, dtype=d.dtype)
-                gz = through.mul_(d.to(dtype)) if z_wants else None
+                    gd = (gdz * z).sum(0, dtype=d.dtype)
+                gz = gdz.mul_(d.to(dtype)) if z_wants else None
         return gy, gz, None, gb if b_wants else None, gd if d_wants else None, None, None

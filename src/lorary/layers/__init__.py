@@ -1,3 +1,3 @@
-"""What computes: kinds of layers, the adapter module, quantised weights, RoPE, shifted attention."""
+"""Layers: their kinds, the adapter module, quantised weights, RoPE scaling, shifted sparse attention."""
 
-from lorary.layers import other_quantizers  # noqa: F401 (makes the packed layers of other libraries known)
+from lorary.layers import other_quantizers  # noqa: F401 (registers the quantised layers of other libraries)

@@ -1,185 +1,150 @@
-"""Adapted: the one adapter module. A frozen layer, and what is being learnt about it; and what all of them share."""
+"""Adapted: the module that wraps a frozen layer and holds its adapter; and lookups in models that contain it."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lorary.kernels.row_norms import linear
-from lorary.kernels.shared_projection import LastProductCache
 from lorary.layers.cache import TensorCache
 from lorary.layers.kinds import KINDS
 from lorary.layers.quantized_weight import is_quantized, stored_tensors, weight
+from lorary.layers.shared_projections import SharedProjections as SharedProjections
+from lorary.layers.shared_projections import leading_slice as leading_slice
 from lorary.spec.interfaces import Fused
 from lorary.spec.layer import Kind
 from lorary.spec.method import Method
-from lorary.spec.placement import AdaptedSite, adaptation, shared_shapes, start_name
-
-
-class SharedProjections(nn.Module):
-    """The frozen tensors of which every adapted layer holds a part: one bank for the whole model.
-
-    They are buffers of one module that all layers have in common, so that they are no parameters of any optimizer,
-    move with the model as one tensor, and stay one when it is copied.
-
-    Args:
-        placed: all sites; each tensor is as large as the largest of them asks for.
-        dtype: of the tensors.
-        device: where they are.
-    """
-
-    def __init__(self, placed: Sequence[AdaptedSite], dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
-        for role, size in shared_shapes(placed).items():
-            self.register_buffer(role, torch.zeros(size, dtype=dtype, device=device), persistent=False)
-        self.once = LastProductCache()
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """role -> tensor, whole."""
-        return dict(self.named_buffers(recurse=False))
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy values into the leading corner of each tensor."""
-        with torch.no_grad():
-            for role, tensor in tensors.items():
-                leading_slice(self.tensors[role], tuple(tensor.shape)).copy_(tensor)
-
-
-def leading_slice(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The leading slice of a tensor, a view of this shape."""
-    return tensor[tuple(slice(n) for n in shape)]
+from lorary.spec.placement import AdaptedSite, adaptation, start_name
 
 
 class Adapted(nn.Module):
-    """A frozen layer and what is being learnt about it.
+    """A frozen layer with an adapter.
 
     Args:
-        base: the layer; it is kept as it is, and its parameters are expected to be frozen already.
-        placed: the site and the method that it takes there, with the site's own rank and scale.
-        dtype: of the learnt tensors; 32-bit masters keep small steps that a 16-bit weight would round away.
-        shared: what all layers of the model share, where the method has such tensors.
-        p: the tensors of another layer, where the plan says that the two share what they learn.
+        base: the layer, unchanged; its parameters should be frozen already.
+        site: the site, its method, and the method's rank and scale there.
+        dtype: of the adapter's tensors; 32-bit masters keep small steps that a 16-bit weight would round away.
+        shared: the tensors that all layers of the model share, if the method has any.
+        params: the adapter tensors of another layer, if the plan ties the two.
 
     Attributes:
-        p: role -> parameter. A and B for LoRA; the papers' letters for the others.
-        start: role -> its start, on the CPU, where the base gave up s B A for it.
-        enabled: whether forward adds what was learnt; `lorary.disabled` clears it for a while.
-        chosen: what a rule has drawn for the present optimizer step; None where none draws.
+        params: role -> parameter: A and B for LoRA, the papers' letters for other methods.
+        start: role -> initial value, on the CPU, if the base was reduced by the initial s B A (PiSSA, OLoRA).
+        enabled: whether forward applies the adapter; `lorary.disabled` clears it temporarily.
+        active_structure: the structure that a rule has drawn for this optimizer step (GLoRA's supernet), or None.
+        cached: values derived from the layer's tensors, such as DoRA's norms.
 
-    `weight` and `bias` are those of the base, because foreign code reads them (weight tying, dtype look-ups), and so
-    are its plain attributes, such as `in_features`, `stride` or `padding_idx`.
+    `weight` and `bias` are the base's, because other libraries read them (weight tying, dtype look-ups), as are its
+    plain attributes, such as `in_features`, `stride` or `padding_idx`.
     """
 
     def __init__(
         self,
         base: nn.Module,
-        placed: AdaptedSite,
+        site: AdaptedSite,
         dtype: torch.dtype = torch.float32,
         shared: SharedProjections | None = None,
-        p: nn.ParameterDict | None = None,
+        params: nn.ParameterDict | None = None,
     ) -> None:
         super().__init__()
         for name, value in vars(base).items():
             if not (name.startswith("_") or name == "training" or hasattr(Adapted, name)):
                 vars(self)[name] = value
-        self.site = placed.site
-        self.method = placed.method
-        self.scale = placed.scale
+        self.site = site.site
+        self.method = site.method
+        self.scale = site.scale
         self.enabled = True
         self.active_structure: Any = None
         self.base = base
         self.shared = shared
         self.cached = TensorCache()
         self.start: dict[str, Tensor] = {}
-        self.params = p if p is not None else _zeros(placed, dtype, stored_tensors(base)[0].device)
-        # role -> the corner of the shared tensor that is this site's
-        self.shared_shapes = {role: placed.shapes[role] for role in sorted(placed.delta.shared)}
+        self.params = _zero_parameters(site, dtype, stored_tensors(base)[0].device) if params is None else params
+        self.shared_shapes = {role: site.shapes[role] for role in sorted(site.delta.shared)}
 
     @property
     def method(self) -> Method:
-        """The method at this site. Its delta, init and join are resolved when it is set, not in every step."""
+        """The method at this site; setting it resolves delta, init and join once, not in every step."""
         return self._method
 
     @method.setter
     def method(self, method: Method) -> None:
-        words = adaptation(method)
-        self._method, self.delta, self.init, self.join = method, words.delta, words.init, words.join
+        self._method = method
+        self.delta, self.init, _, self.join = adaptation(method)
 
     @property
     def kind(self) -> Kind:
-        """How this sort of layer deals with [out, inp] matrices."""
+        """The layer kind: how its weight is seen as an [out, inp] matrix."""
         return KINDS[self.site.kind]
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight as the layer keeps it: in its own layout, or the first tensor of a packed one."""
+        """The base's weight in its own layout; for a quantised base, the first of its tensors."""
         return stored_tensors(self.base)[0]
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision of the base layer's dense weight."""
+        """The dtype of the base's dense weight."""
         return weight(self.base).dtype if is_quantized(self.base) else self.weight.dtype
 
     @property
     def stored_tensors(self) -> list[Tensor]:
-        """The tensors in which the base layer keeps its weight."""
+        """The tensors that store the base's weight: one, or codes and scales."""
         return stored_tensors(self.base)
 
     @property
     def bias(self) -> Tensor | None:
-        """The base layer's bias."""
+        """The base's bias."""
         return getattr(self.base, "bias", None)
 
     @property
     def dropout(self) -> float:
-        """The probability of dropping an input of the adapter now."""
+        """The dropout probability of the adapter's input, 0 in evaluation mode."""
         return self.method.dropout if self.training else 0.0
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """role -> tensor: its own parameters, and its part of what all layers share."""
+        """role -> tensor: the layer's parameters and its slices of the shared tensors."""
         own: dict[str, Tensor] = dict(self.params.items())
         if self.shared is None:
             return own
-        whole = self.shared.tensors
-        return own | {role: leading_slice(whole[role], shape) for role, shape in self.shared_shapes.items()}
+        full = self.shared.tensors
+        return own | {role: leading_slice(full[role], shape) for role, shape in self.shared_shapes.items()}
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # tying code assigns `module.weight`: the base is meant
+        # code that ties weights assigns `module.weight`: forward it to the base
         if name in ("weight", "bias"):
             setattr(self.base, name, value)
         else:
             super().__setattr__(name, value)
 
     def initialise(self, seed: int, W: Tensor | None = None) -> None:
-        """Fill the tensors so that nothing moves at step 0. The draw depends on the seed, the site's name and turn.
+        """Fill the adapter's tensors by the method's init. The draw depends on the seed, the site's name and the task.
 
         Args:
-            seed: of the draw.
-            W: [out, inp] what to start at instead of the layer's own weight.
+            seed: of the random draw.
+            W: [out, inp] the weight to start from, if not the base's own.
         """
         if self.weight.is_meta:
             return
-        delta, init = self.delta, self.init
-        turn = f"/{delta.task_index}" if delta.task_index else ""
-        digest = hashlib.sha256(f"{seed}/{self.site.name}{turn}".encode()).digest()
+        task = f"/{self.delta.task_index}" if self.delta.task_index else ""
+        digest = hashlib.sha256(f"{seed}/{self.site.name}{task}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         with torch.no_grad():
-            own = [role for role in self.params if role in delta.roles - delta.fixed_roles]
-            cpu = {role: torch.zeros(self.params[role].shape, dtype=self.params[role].dtype) for role in own}
+            filled = {role: p for role, p in self.params.items() if role in self.delta.roles - self.delta.fixed_roles}
+            values = {role: torch.zeros(p.shape, dtype=p.dtype) for role, p in filled.items()}
             W = self.kind.matrix(self.base).detach() if W is None else W
-            init(cpu, W, self.site, self.scale, generator)
-            if init.residual_init:
-                cpu |= {start_name(role): t for role, t in cpu.items()}
-            self.load(cpu)
+            self.init(values, W, self.site, self.scale, generator)
+            if self.init.residual_init:
+                values |= {start_name(role): value for role, value in values.items()}
+            self.load(values)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy values in, role by role; shapes have been checked by whoever read them."""
+        """Copy values into the adapter's tensors by role; shapes must match."""
         with torch.no_grad():
             for role, tensor in tensors.items():
                 if role in self.params:
@@ -192,25 +157,25 @@ class Adapted(nn.Module):
         return self.delta.factors(self.site, self.tensors)
 
     def start_factors(self) -> tuple[Tensor, Tensor] | None:
-        """(B [out, R], A [R, inp]) at the start, without the scale, where the base gave up s B A for them."""
+        """(B [out, R], A [R, inp]) of the initial delta that the base was reduced by; None for an unreduced base."""
         if not self.start:
             return None
         return self.delta.factors(self.site, {role: self.start[start_name(role)] for role in self.delta.roles})
 
     def weight_times(self, A: Tensor) -> Tensor:
-        """W A^T [out, R] of A [R, inp], in A's precision, differentiable in A; keeps W as the base keeps it."""
-        lean: Any = getattr(self.base, "product", None)
-        if lean is not None:
-            return cast(Tensor, lean(A)).T
+        """W A^T [out, R] of A [R, inp], in A's precision, differentiable in A; keeps no second copy of W."""
+        product: Any = getattr(self.base, "weight_times", None)
+        if product is not None:
+            return cast(Tensor, product(A)).T
         return linear(self.kind.matrix(self.base).detach(), A)
 
     def add_delta(self, y: Tensor, x: Tensor, dropout: float | None = None) -> Tensor:
-        """y + s * B A x: the seam where fused kernels plug in. May write into y.
+        """y + s B A x, by the delta's fused kernel where it has one. May write into y.
 
         Args:
-            y: the layer's output, or what stands for it.
-            x: its input.
-            dropout: of the input; the method's where nothing is said.
+            y: the layer's output.
+            x: the layer's input.
+            dropout: of the input; the method's by default.
         """
         dropout = self.dropout if dropout is None else dropout
         delta = self.delta
@@ -220,12 +185,10 @@ class Adapted(nn.Module):
         return self.kind.add(self.base, y, x, A, B, self.scale, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.enabled:
-            return self.base_output(x)
-        return self.join.forward(self, x)
+        return self.join.forward(self, x) if self.enabled else self.base_output(x)
 
     def base_output(self, x: Tensor) -> Tensor:
-        """The base's function of x; a packed base keeps what it gave up at the start in the start's factors alone."""
+        """The output of the original layer; a quantised residual base needs its initial delta added back."""
         y: Tensor = self.base(x)
         factors = self.start_factors() if is_quantized(self.base) else None
         if factors is None:
@@ -235,7 +198,7 @@ class Adapted(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> tuple[Tensor, Tensor | None]:
-        """(W' [out, inp], b' [out]) of the plain layer with the same function, in at least 32 bits, not yet rounded."""
+        """(W' [out, inp], b' [out]) of the plain layer with the same function, unrounded, in at least 32 bits."""
         W = self.kind.matrix(self.base)
         exact = torch.promote_types(W.dtype, torch.float32)
         B, A = (factor.to(exact) for factor in self.factors())
@@ -246,25 +209,20 @@ class Adapted(nn.Module):
         return f"{self.site.name}, r={self.delta.r}, s={self.scale:g}"
 
 
-def _zeros(placed: AdaptedSite, dtype: torch.dtype, device: torch.device) -> nn.ParameterDict:
-    """role -> parameter, all zero, of everything that is a site's own."""
-    own = {role: shape for role, shape in placed.shapes.items() if role not in placed.delta.shared}
-    trained = placed.method.trained
-    return nn.ParameterDict(
-        {
-            role: nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad=role in trained)
-            for role, shape in own.items()
-        }
-    )
+def _zero_parameters(site: AdaptedSite, dtype: torch.dtype, device: torch.device) -> nn.ParameterDict:
+    """role -> parameter, all zero, for every role that is not shared."""
+    own = {role: shape for role, shape in site.shapes.items() if role not in site.delta.shared}
+    zeros = {role: torch.zeros(shape, dtype=dtype, device=device) for role, shape in own.items()}
+    return nn.ParameterDict({role: nn.Parameter(t, role in site.method.trained) for role, t in zeros.items()})
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
-    """The adapted layers of a model by site name, in the model's order."""
+    """The adapted layers of a model by site name, in module order."""
     return {m.site.name: m for m in model.modules() if isinstance(m, Adapted)}
 
 
 def unwrapped_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of the plain model by path, whatever is attached to it."""
+    """The modules of the plain model by path; adapted layers appear as their bases."""
     layers = adapted_layers(model)
     inside = tuple(f"{name}." for name in layers)
     return {
@@ -275,7 +233,7 @@ def unwrapped_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def base_parameters(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
-    """All base parameters by their paths in the plain model, tied ones under each of their names."""
+    """The base parameters by their paths in the plain model; tied ones appear under each of their names."""
     if isinstance(model, Adapted):
         yield from base_parameters(model.base, prefix)
         return

@@ -1,7 +1,7 @@
-"""BnbNF4: the frozen weight in 4 bits a number, kept and multiplied by bitsandbytes.
+"""BnbNF4: NF4 storage in bitsandbytes' layers, computed by its kernels.
 
-The codes are those of `NF4`, bit for bit; what differs is whose kernels compute with them. bitsandbytes makes the whole
-dense weight in every backward pass, one layer at a time; on CUDA its products of a few rows are compiled.
+The codes equal those of `NF4`, bit for bit. In the backward pass bitsandbytes dequantises the whole weight, one layer
+at a time; on CUDA it has compiled kernels for products with a few rows.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from lorary.spec.interfaces import Storage, component
 
 @component
 class BnbNF4(Storage):
-    """Linear layers become bitsandbytes' Linear4bit; the output head, embeddings and norms stay as they are.
+    """Linear layers as bitsandbytes' Linear4bit; the output head, embeddings and norms stay unquantised.
 
     Args:
-        block: how many numbers share one largest value.
-        double: keep these largest values in 8 bits, too.
-        compute: the precision of the products; None for that of the first input that a layer meets.
+        block: numbers that share one largest magnitude.
+        double: quantise these magnitudes to 8 bits as well.
+        compute: dtype of the matrix products; None for the dtype of a layer's first input.
     """
 
     block: int = field(default=64, metadata=BLOCKS)
@@ -53,19 +53,19 @@ class BnbNF4(Storage):
 
     def quantize(self, layer: nn.Module, W: Tensor | None = None) -> nn.Module:
         bitsandbytes: Any = importlib.import_module("bitsandbytes.nn")
-        kind, own = KINDS[cast(str, kind_of(layer))], cast(Tensor, layer.weight)
-        matrix = (kind.matrix(layer) if W is None else W).detach().contiguous()  # [out, inp]
+        matrix = KINDS[cast(str, kind_of(layer))].matrix(layer) if W is None else W  # [out, inp]
         compute = None if self.compute is None else getattr(torch, self.compute)
-        words = {"compress_statistics": self.double, "quant_type": "nf4"}
+        options = {"compress_statistics": self.double, "quant_type": "nf4"}
         with torch.device("meta"):
-            made = bitsandbytes.Linear4bit(matrix.shape[1], matrix.shape[0], False, compute, **words)
-        weight = bitsandbytes.Params4bit(matrix, False, blocksize=self.block, module=made, **words)
-        made.weight = weight.to(matrix.device)  # packs it, unless there are no values
-        if made.weight.quant_state is not None:
-            made.weight.quant_state.dtype = own.dtype
-        made.bias, made.source_cls = getattr(layer, "bias", None), type(layer)
-        keep_layout(made)
-        return in_place_of(layer, made)
+            replacement = bitsandbytes.Linear4bit(matrix.shape[1], matrix.shape[0], False, compute, **options)
+        matrix = matrix.detach().contiguous()
+        weight = bitsandbytes.Params4bit(matrix, False, blocksize=self.block, module=replacement, **options)
+        replacement.weight = weight.to(matrix.device)  # quantises, except on the meta device
+        if replacement.weight.quant_state is not None:
+            replacement.weight.quant_state.dtype = cast(Tensor, layer.weight).dtype
+        replacement.bias, replacement.source_cls = getattr(layer, "bias", None), type(layer)
+        keep_layout(replacement)
+        return in_place_of(layer, replacement)
 
     def bytes(self, numbers: int, width: int = 0) -> int:
         return NF4(self.block, self.double).bytes(numbers)

@@ -1,4 +1,4 @@
-"""Memo: what a layer works out from its tensors once, and keeps for as long as they stay as they were."""
+"""TensorCache: values derived from tensors, valid until a tensor changes."""
 
 from __future__ import annotations
 
@@ -18,43 +18,44 @@ def _count(*_: Any) -> None:
     _steps += 1
 
 
-# A fused or foreign optimizer may write parameters without raising their version: every step of any optimizer counts.
+# Fused and third-party optimizers may write parameters without raising their versions, so every step invalidates.
 register_optimizer_step_post_hook(_count)
 
 
 class TensorCache:
-    """Results by name, each with the state of the tensors that it came from."""
+    """Cached results by name, each with the state of the tensors that it was computed from."""
 
     def __init__(self) -> None:
-        # the weak references own nothing but an address each: no other storage can be where one of these has been
-        self._kept: dict[str, tuple[Any, Tensor, list[StorageWeakRef]]] = {}
+        # the weak references keep the addresses in use, so that no other storage can have them
+        self._entries: dict[str, tuple[Any, Tensor, list[StorageWeakRef]]] = {}
 
-    def __reduce__(self) -> Any:  # a copy of a layer has other tensors
+    def __reduce__(self) -> Any:  # a copied layer has other tensors
         return TensorCache, ()
 
     def __call__(self, name: str, of: Sequence[Tensor], make: Callable[[], Tensor]) -> Tensor:
-        """make(), or what it gave before, if no optimizer has stepped and none of the tensors changed since.
+        """The cached result of `make`, recomputed after any optimizer step or change of a tensor in `of`.
 
-        A tensor whose numbers are changed by way of its `.data` outside of an optimizer's step is not noticed.
+        Changes through `.data` outside an optimizer step are not detected.
         """
-        if not _trusted(of):
+        if not _versions_are_reliable(of):
             return make()
-        where = ((t._version, t.untyped_storage()._cdata, t.storage_offset(), t.dtype, t.shape) for t in of)
-        state = (_steps, *where)
-        if name not in self._kept or self._kept[name][0] != state:
-            # constants, and normal tensors even in inference mode: the next backward pass may save them
+        state = _steps, *((t._version, t.untyped_storage()._cdata, t.storage_offset(), t.dtype, t.shape) for t in of)
+        if name not in self._entries or self._entries[name][0] != state:
+            # normal tensors even in inference mode, because a later backward pass may save them
             with torch.inference_mode(False), torch.no_grad():
-                self._kept[name] = (state, make(), [StorageWeakRef(t.untyped_storage()) for t in of])
-        return self._kept[name][1]
+                self._entries[name] = (state, make(), [StorageWeakRef(t.untyped_storage()) for t in of])
+        return self._entries[name][1]
 
     def clear(self) -> None:
-        """Forget everything."""
-        self._kept.clear()
+        """Remove all entries."""
+        self._entries.clear()
 
 
-def _trusted(tensors: Sequence[Tensor]) -> bool:
-    """Whether versions tell of every change: not while compiling, not of inference tensors, and not where shards of
-    the parameters are gathered into the same memory time and again (FSDP keeps the versions as they were)."""
+def _versions_are_reliable(tensors: Sequence[Tensor]) -> bool:
+    """Whether versions reveal every change: not while compiling, not for inference tensors, not under FSDP.
+
+    FSDP gathers parameters into the same memory again and again without raising their versions.
+    """
     if torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):
         return False
     return not (torch.distributed.is_available() and torch.distributed.is_initialized())

@@ -1,4 +1,4 @@
-"""Fused projections: which output rows of one weight are q, k and v (or gate and up) in which model."""
+"""Fused projections: the output rows of q, k and v, or of gate and up, in one weight, per architecture."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lorary.spec.site import Part
 
 FUSED = {"c_attn", "qkv", "qkv_proj", "query_key_value", "Wqkv"}
 
-# Models whose fused weight holds q, k and v of the first head, then of the next; the others, q of all heads first.
+# Models that store q, k and v head by head; the others store q of all heads first.
 _HEAD_BY_HEAD = {"bloom", "gpt_neox", "gpt_neox_japanese", "persimmon"}
 
 
 def fused_parts(name: str, layer: nn.Module, config: Any) -> dict[str, Part]:
-    """The projections inside a fused weight by name, or {} for a layer whose layout is not known."""
+    """name -> projection inside a fused weight; {} for an unknown layout."""
     last = name.rpartition(".")[2]
     rows, columns = KINDS[kind_of(layer) or ""].size(layer)
     if last == "gate_up_proj" and rows % 2 == 0:
@@ -24,7 +24,7 @@ def fused_parts(name: str, layer: nn.Module, config: Any) -> dict[str, Part]:
     if last not in FUSED:
         return {}
     model = getattr(config, "model_type", "")
-    if model == "codegen" and rows % 12 == 0:  # four blocks, each with its share of q, v, k in this order
+    if model == "codegen" and rows % 12 == 0:  # four blocks of q, v, k
         return {p: Part(p, i * (rows // 12), rows // 12, rows // 4, 4) for i, p in enumerate("qvk")}
     heads = getattr(config, "num_attention_heads", None) or 0
     kv = getattr(config, "num_key_value_heads", None) or heads
@@ -33,7 +33,7 @@ def fused_parts(name: str, layer: nn.Module, config: Any) -> dict[str, Part]:
         return _turns(rows, heads, kv, turns=kv)
     if model in _HEAD_BY_HEAD or (model == "gpt_bigcode" and not config.multi_query):
         return _turns(rows, heads, heads, turns=heads)
-    if last == "query_key_value" or model == "minimax":  # a layout of its own
+    if last == "query_key_value" or model == "minimax":  # another layout
         return {}
     size = getattr(config, "head_dim", None) or (getattr(config, "hidden_size", 0) // heads if heads else 0)
     if kv != heads and rows == (heads + 2 * kv) * size:
@@ -42,7 +42,7 @@ def fused_parts(name: str, layer: nn.Module, config: Any) -> dict[str, Part]:
 
 
 def _turns(rows: int, heads: int, kv: int, turns: int = 1) -> dict[str, Part]:
-    """q, k, v in so many turns, each turn with its share of the heads' rows."""
+    """q, k, v repeated `turns` times, each time with an equal share of the heads."""
     if not heads or rows % (heads + 2 * kv):
         return {}
     size, step = rows // (heads + 2 * kv), rows // turns if turns > 1 else 0

@@ -1,7 +1,7 @@
-"""Where an adapter sits: any layer with a weight, seen as an [out, inp] matrix, each kind as a few verbs.
+"""Layer kinds: every layer with a weight, seen as an [out, inp] matrix.
 
-Nothing outside this file knows how a convolution, an embedding or GPT-2's transposed linear keeps its weight.
-A kind is six verbs on a layer of its sort; a `Site` is the pure data that a plan and a file need to know about one.
+Linear, transposed linear (GPT-2's Conv1D), convolution (grouped ones included) and embedding each implement
+`lorary.spec.site.Kind`; only this file knows how they lay out their weights.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lorary.spec.site import Part, Site
 
 @dataclass(frozen=True)
 class Linear:
-    """nn.Linear, and with `transposed` GPT-2's Conv1D, which stores [inp, out]; and linear layers that are packed."""
+    """nn.Linear, quantised linear layers, and with `transposed` GPT-2's Conv1D, which stores [inp, out]."""
 
     transposed: bool = False
     rowwise = True
@@ -61,8 +61,8 @@ class Linear:
 class Convolution:
     """nn.Conv1d, nn.Conv2d, nn.Conv3d: A is R filters with the layer's own geometry, B a 1x1 convolution.
 
-    With groups the same A serves every group and the rows of B that belong to a group act on that group, so that
-    the delta is a kernel of the layer's own shape and merges exactly.
+    Grouped convolutions: all groups share A, and each group has its own rows of B, so that B A has the shape of the
+    layer's kernel and merges exactly.
     """
 
     dims: int
@@ -81,24 +81,25 @@ class Convolution:
         return v.reshape(-1, *[1] * self.dims)
 
     def run(self, layer: Any, x: Tensor, M: Tensor, b: Tensor | None) -> Tensor:
-        return self._slide(layer, x, M.reshape(M.shape[0], *layer.weight.shape[1:]), b, layer.groups)
+        return self._convolve(layer, x, M.reshape(M.shape[0], *layer.weight.shape[1:]), b, layer.groups)
 
     def add(self, layer: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float) -> Tensor:
-        if not len(A):  # no direction is left (AdaLoRA), and a convolution needs a filter
+        if not len(A):  # AdaLoRA may prune all directions, and a convolution needs at least one filter
             return y
         unbatched = x.dim() == self.dims + 1
-        x = F.dropout(x.unsqueeze(0) if unbatched else x, dropout)
-        filters = A.to(y.dtype).reshape(-1, *layer.weight.shape[1:])  # [R, C_in / groups, *window]
-        x = x.to(y.dtype)
-        # each group is a sample of its own while A slides over it, then they stand side by side again for B
-        folded = x.reshape(x.shape[0] * layer.groups, x.shape[1] // layer.groups, *x.shape[2:])
-        z = self._slide(layer, folded, filters, None, 1)
-        z = z.reshape(x.shape[0], layer.groups * z.shape[1], *z.shape[2:])  # of an empty batch -1 would mean anything
+        x = F.dropout(x.unsqueeze(0) if unbatched else x, dropout).to(y.dtype)
+        z = self._filter_groups(layer, x, A.to(y.dtype).reshape(-1, *layer.weight.shape[1:]))
         pointwise = B.to(y.dtype).reshape(*B.shape, *[1] * self.dims)
         delta = self._function()(z, pointwise, groups=layer.groups)
         return torch.add(y, delta.squeeze(0) if unbatched else delta, alpha=s)
 
-    def _slide(self, layer: Any, x: Tensor, kernel: Tensor, b: Tensor | None, groups: int) -> Tensor:
+    def _filter_groups(self, layer: Any, x: Tensor, filters: Tensor) -> Tensor:
+        """[batch, groups * R, ...]: the same filters [R, C_in / groups, *kernel_size] applied to each group of x."""
+        batch, channels, *size = x.shape
+        z = self._convolve(layer, x.reshape(batch * layer.groups, channels // layer.groups, *size), filters, None, 1)
+        return z.reshape(batch, layer.groups * z.shape[1], *z.shape[2:])  # -1 is ambiguous for an empty batch
+
+    def _convolve(self, layer: Any, x: Tensor, kernel: Tensor, b: Tensor | None, groups: int) -> Tensor:
         padding = layer.padding
         if layer.padding_mode != "zeros":
             x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
@@ -111,10 +112,10 @@ class Convolution:
 
 @dataclass(frozen=True)
 class Embedding:
-    """nn.Embedding [vocabulary, width], seen as the matrix [width, vocabulary] that meets one-hot vectors.
+    """nn.Embedding [vocabulary, width], seen as the matrix [width, vocabulary] applied to one-hot vectors.
 
-    Dropout does not apply: there is no activation before A, only token ids. Tables that scale what they look up
-    (Gemma, BART: `embed_scale`) scale the delta too.
+    Dropout does not apply, because A's input is token ids. Scaled embeddings (Gemma, BART: `embed_scale`) scale the
+    delta as well.
     """
 
     rowwise = False
@@ -135,7 +136,7 @@ class Embedding:
         return cast(Tensor, F.embedding(x, M.T) * _embed_scale(layer))
 
     def add(self, layer: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float) -> Tensor:
-        # the padding row gets no gradient from the layer either
+        # as in nn.Embedding, the padding row gets no gradient
         z = F.embedding(x, A.T, layer.padding_idx).to(y.dtype)  # [..., R]
         return torch.add(y, F.linear(z, B.to(y.dtype)) * _embed_scale(layer), alpha=s)
 
@@ -149,7 +150,7 @@ KINDS: dict[str, Kind] = {
     "embedding": Embedding(),
 }
 
-# Linear layers of other libraries with a forward pass of their own that is W x + b all the same.
+# Linear layers that override forward and still compute W x + b.
 _PLAIN_FORWARD = {"FalconLinear"}
 
 _CLASSES: dict[str, type[nn.Module]] = {
@@ -162,29 +163,28 @@ _CLASSES: dict[str, type[nn.Module]] = {
 
 
 def kind_of(layer: nn.Module) -> str | None:
-    """The kind of a layer, or None for a module that is no layer with a weight matrix."""
-    how = quantized_spec(layer)
-    if how is not None and how.kind != "weight":
-        return how.kind
+    """The kind of a layer; None for a module without an adaptable weight matrix."""
+    spec = quantized_spec(layer)
+    if spec is not None and spec.kind != "weight":
+        return spec.kind
     if _is_conv1d(type(layer)):
         return "transposed"
     return next((kind for kind, cls in _CLASSES.items() if isinstance(layer, cls)), None)
 
 
 def _is_conv1d(cls: type) -> bool:
-    # transformers is only looked up, never imported: without it loaded there can be no Conv1D
+    # without importing transformers: if it is not loaded, there is no Conv1D
     gpt2 = sys.modules.get("transformers.pytorch_utils")
     return gpt2 is not None and issubclass(cls, gpt2.Conv1D)
 
 
 def was_transposed(layer: nn.Module) -> bool:
-    """Whether a packed linear layer took the place of GPT-2's Conv1D. Who packs it keeps the class as `source_cls`:
-    lorary as Transformers does."""
+    """Whether a quantised linear layer replaces GPT-2's Conv1D; lorary and Transformers store this as `source_cls`."""
     return _is_conv1d(getattr(layer, "source_cls", nn.Linear))
 
 
 def why_not_adaptable(layer: nn.Module) -> str | None:
-    """Why a layer of a known kind cannot be adapted all the same, or None where it can."""
+    """The reason why a layer cannot be adapted, or None."""
     kind = kind_of(layer)
     if is_unrecognised_quantized(layer):
         return unrecognised_quantized_layer(layer)
@@ -204,7 +204,7 @@ def why_not_adaptable(layer: nn.Module) -> str | None:
         return None
     if isinstance(layer, nn.Embedding) and hasattr(layer, "embed_scale"):
         return None
-    return f"{type(layer).__name__} computes its forward pass in a way of its own, not as W x + b"
+    return f"{type(layer).__name__} overrides forward, so it may not compute W x + b"
 
 
 def site(name: str, layer: nn.Module, parts: tuple[Part, ...] = ()) -> Site:
@@ -227,7 +227,7 @@ def site(name: str, layer: nn.Module, parts: tuple[Part, ...] = ()) -> Site:
 
 
 def _embed_scale(layer: nn.Module) -> Any:
-    """What a scaled embedding multiplies its rows by: a number or a tensor; 1 for any other layer."""
+    """The factor of a scaled embedding's rows, a number or a tensor; 1 for other layers."""
     if isinstance(layer, nn.Embedding) and type(layer).forward is not nn.Embedding.forward:
         scale = getattr(layer, "embed_scale", 1.0)
         return scale.to(layer.weight.dtype) if isinstance(scale, Tensor) else scale

@@ -1,7 +1,7 @@
-"""NF4: a frozen weight in 4 bits a number, as QLoRA keeps its base.
+"""NF4, QLoRA's 4-bit storage of the frozen weight, and the layers that compute with it.
 
-Blocks of 64 numbers share a largest value, which is itself kept in 8 bits (double quantisation): 4.127 bits a number.
-What a layer computes with is Dq(Wq), made tile by tile in forward and again in backward; the gradient goes through it.
+Blocks of 64 numbers share their largest magnitude, itself stored in 8 bits (double quantisation): 4.127 bits a number.
+Layers compute with Dq(Wq), dequantised tile by tile in the forward pass and again in the backward pass.
 
 Dettmers et al. 2023, arXiv:2305.14314, equations 1 to 6; layout and values are bitsandbytes'.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lorary.kernels.low_rank import autocasting
 from lorary.kernels.nf4 import QuantizedTensor, dequantize, dequantize_rows, linear
-from lorary.kernels.nf4 import quantize as pack_matrix
+from lorary.kernels.nf4 import quantize as quantize_tensor
 from lorary.layers.bitsandbytes_state import BLOCK_SIZES, KEYS, read_state, written_state
 from lorary.layers.kinds import KINDS, kind_of, why_not_adaptable
 from lorary.layers.quantized_weight import in_place_of, is_quantized, register_quantized
@@ -33,13 +33,13 @@ COMPUTES = one_of("float32", "bfloat16", "float16")
 
 @component
 class NF4(Storage):
-    """Linear layers are kept in 4 bits a number; the output head, norms and convolutions stay as they are.
+    """Linear layers in 4 bits per number; the output head, norms and convolutions stay unquantised.
 
     Args:
-        block: how many numbers share one largest value.
-        double: keep these largest values in 8 bits, too.
-        compute: the precision of the products; None for that of each layer's input.
-        embeddings: pack token embeddings, too, unless another layer has the same weight.
+        block: numbers that share one largest magnitude.
+        double: quantise these magnitudes to 8 bits as well.
+        compute: dtype of the matrix products; None for each input's dtype.
+        embeddings: also quantise token embeddings that are not tied to another layer.
     """
 
     block: int = field(default=64, metadata=BLOCKS)
@@ -56,53 +56,49 @@ class NF4(Storage):
         return kind in ("linear", "transposed") or (self.embeddings and type(layer) is nn.Embedding)
 
     def quantize(self, layer: nn.Module, W: Tensor | None = None) -> nn.Module:
-        kind = KINDS[cast(str, kind_of(layer))]
-        own = cast(Tensor, layer.weight)
-        made: NF4Linear | NF4Embedding
+        kind, dtype = KINDS[cast(str, kind_of(layer))], cast(Tensor, layer.weight).dtype
+        matrix = kind.matrix(layer) if W is None else W  # [out, inp]
         if isinstance(layer, nn.Embedding):
-            rows = own if W is None else kind.weight(layer, W)
-            made = NF4Embedding(pack_matrix(rows.detach(), self.block, self.double), own.dtype, layer.padding_idx)
-        else:
-            matrix = kind.matrix(layer) if W is None else W
-            bias = cast("nn.Parameter | None", getattr(layer, "bias", None))
-            packed = pack_matrix(matrix.detach().contiguous(), self.block, self.double)
-            made = NF4Linear(packed, own.dtype, bias, self.compute, type(layer))
-        return in_place_of(layer, made)
+            rows = quantize_tensor(matrix.T.detach(), self.block, self.double)  # [vocabulary, width]
+            return in_place_of(layer, NF4Embedding(rows, dtype, layer.padding_idx))
+        weight = quantize_tensor(matrix.detach().contiguous(), self.block, self.double)
+        bias = cast("nn.Parameter | None", getattr(layer, "bias", None))
+        return in_place_of(layer, NF4Linear(weight, dtype, bias, self.compute, type(layer)))
 
     def bytes(self, numbers: int, width: int = 0) -> int:
         blocks = -(-numbers // self.block)
         return -(-numbers // 2) + (blocks + 4 * -(-blocks // 256) + 4 if self.double else 4 * blocks)
 
 
-class _Packed(nn.Module):
-    """A frozen weight in NF4: its tensors, and how they move, are saved and are read. Not a layer by itself.
+class _NF4Layer(nn.Module):
+    """Base class of layers with a frozen NF4 weight: storage, moving, state dicts.
 
-    A state dict has them under bitsandbytes' names, so that its checkpoints are ours and ours are its.
+    State dicts use bitsandbytes' names, so that checkpoints are interchangeable.
 
     Attributes:
-        weight: uint8 [ceil(n / 2), 1], two codes a byte.
-        absmax: the largest value of every block: fp32, or uint8 codes with double quantisation.
+        weight: uint8 [ceil(n / 2), 1], two codes per byte.
+        absmax: the largest magnitude of each block: fp32, or uint8 codes with double quantisation.
         nested_absmax, nested_offset: fp32 [ceil(blocks / 256)] and [], or None without double quantisation.
-        shape: of the weight that is packed.
+        shape: of the weight.
         block: numbers in a block.
-        dtype: of the weight that was packed, and of the dense one that is made of it.
+        dtype: of the original and of the dequantised weight.
     """
 
-    def __init__(self, packed: QuantizedTensor, dtype: torch.dtype) -> None:
+    def __init__(self, quantized: QuantizedTensor, dtype: torch.dtype) -> None:
         super().__init__()
-        self.shape, self.block, self.dtype = tuple(packed.shape), packed.block, dtype
-        self.weight = nn.Parameter(packed.codes, requires_grad=False)
+        self.shape, self.block, self.dtype = tuple(quantized.shape), quantized.block, dtype
+        self.weight = nn.Parameter(quantized.codes, requires_grad=False)
         for name in _SCALES:
-            self.register_buffer(name, getattr(packed, name), persistent=False)
+            self.register_buffer(name, getattr(quantized, name), persistent=False)
 
     @property
-    def packed(self) -> QuantizedTensor:
-        """The weight as the kernels take it."""
+    def quantized(self) -> QuantizedTensor:
+        """The weight in the form that the kernels take."""
         absmax, nested_absmax, nested_offset = (getattr(self, name) for name in _SCALES)
         return QuantizedTensor(self.weight, absmax, nested_absmax, nested_offset, self.shape, self.block)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Moves everything; a change of precision is for the dense weight alone: codes and scales are what they are."""
+        """Move all tensors; a change of dtype applies to the dense weight only, not to codes and scales."""
         before = {name: getattr(self, name) for name in _SCALES}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, value in before.items():
@@ -114,102 +110,90 @@ class _Packed(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for key, value in written_state(self.packed, self.dtype).items():
+        for key, value in written_state(self.quantized, self.dtype).items():
             destination[f"{prefix}weight.{key}"] = value
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        local_metadata, strict, _, unexpected_keys, error_msgs = args
         start = f"{prefix}weight."
-        found = {key.removeprefix(start): state_dict.pop(key) for key in list(state_dict) if key.startswith(start)}
+        state = {key.removeprefix(start): state_dict.pop(key) for key in list(state_dict) if key.startswith(start)}
         if strict:
-            unexpected_keys += [f"{start}{key}" for key in found if key.partition(".")[0] not in KEYS]
+            unexpected_keys += [f"{start}{key}" for key in state if key.partition(".")[0] not in KEYS]
         codes = state_dict.get(f"{prefix}weight")
         if codes is not None:
-            packed, dtype, problems = read_state(codes, found)
-            if packed is not None and (tuple(packed.shape), packed.block) != (self.shape, self.block):
-                what = f"holds {tuple(packed.shape)} in blocks of {packed.block}"
+            quantized, dtype, problems = read_state(codes, state)
+            if quantized is not None and (tuple(quantized.shape), quantized.block) != (self.shape, self.block):
+                what = f"holds {tuple(quantized.shape)} in blocks of {quantized.block}"
                 problems.append(f"{what}, expected {self.shape} in blocks of {self.block}")
             error_msgs += [f"{prefix}weight: {problem}" for problem in problems]
-            if packed is not None and not problems:
+            if quantized is not None and not problems:
                 self.dtype = dtype
-                place = codes.device if local_metadata.get("assign_to_params_buffers") else self.weight.device
+                device = codes.device if local_metadata.get("assign_to_params_buffers") else self.weight.device
                 for name in _SCALES:
-                    value = getattr(packed, name)
-                    setattr(self, name, None if value is None else value.to(place, copy=True))
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+                    value = getattr(quantized, name)
+                    setattr(self, name, None if value is None else value.to(device, copy=True))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 _SCALES = ("absmax", "nested_absmax", "nested_offset")
 
 
-class NF4Linear(_Packed):
-    """y = x Dq(Wq)^T + b: a frozen linear layer in NF4. GPT-2's Conv1D becomes one as well, of the same matrix.
+class NF4Linear(_NF4Layer):
+    """A frozen linear layer in NF4, y = x Dq(Wq)^T + b. It also replaces GPT-2's Conv1D, with the weight as [out, inp].
 
     Args:
-        packed: the weight [out, inp].
-        dtype: of the weight that was packed.
+        quantized: the weight [out, inp].
+        dtype: of the original weight.
         bias: [out], the layer's own, or None.
-        compute: the precision of the product; None for that of the input.
-        source_cls: the class of the layer that was packed, by Transformers' name for it.
+        compute: dtype of the matrix product; None for the input's.
+        source_cls: the class of the original layer; Transformers uses the same attribute.
     """
 
     def __init__(
         self,
-        packed: QuantizedTensor,
+        quantized: QuantizedTensor,
         dtype: torch.dtype,
         bias: nn.Parameter | None = None,
         compute: str | None = None,
         source_cls: type[nn.Module] = nn.Linear,
     ) -> None:
-        super().__init__(packed, dtype)
-        self.out_features, self.in_features = packed.shape
+        super().__init__(quantized, dtype)
+        self.out_features, self.in_features = quantized.shape
         self.compute, self.source_cls = compute, source_cls
         self.bias: nn.Parameter | None
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self._times(x, self.bias)
-        return y if y.dtype == x.dtype or autocasting(x.device) else y.to(x.dtype)
-
-    def weight_times(self, A: Tensor) -> Tensor:
-        """A Dq(Wq)^T [R, out] of rows A [R, inp] in A's own precision, differentiable in A; keeps no dense weight."""
-        return linear(A, self.packed)
-
-    def _times(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        dtype = x.dtype
         if self.compute is not None and x.is_floating_point() and not autocasting(x.device):
             x = x.to(getattr(torch, self.compute))
-        return linear(x, self.packed, bias)
+        y = linear(x, self.quantized, self.bias)
+        return y if y.dtype == dtype or autocasting(x.device) else y.to(dtype)
+
+    def weight_times(self, A: Tensor) -> Tensor:
+        """A Dq(Wq)^T [R, out] of A [R, inp] in A's precision, differentiable in A; keeps no dense weight."""
+        return linear(A, self.quantized)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, NF4"
 
 
-class NF4Embedding(_Packed):
-    """Rows of Dq(Wq) by token id: a frozen embedding [vocabulary, width] in NF4.
+class NF4Embedding(_NF4Layer):
+    """A frozen embedding [vocabulary, width] in NF4.
 
     Args:
-        packed: the table.
-        dtype: of the table that was packed, and of the rows that are looked up.
+        quantized: the table.
+        dtype: of the original table and of the rows that are looked up.
         padding_idx: as for nn.Embedding.
     """
 
-    def __init__(self, packed: QuantizedTensor, dtype: torch.dtype, padding_idx: int | None = None) -> None:
-        super().__init__(packed, dtype)
-        self.num_embeddings, self.embedding_dim = packed.shape
+    def __init__(self, quantized: QuantizedTensor, dtype: torch.dtype, padding_idx: int | None = None) -> None:
+        super().__init__(quantized, dtype)
+        self.num_embeddings, self.embedding_dim = quantized.shape
         self.padding_idx = padding_idx
 
     def forward(self, ids: Tensor) -> Tensor:
-        return dequantize_rows(self.packed, ids.flatten(), self.dtype).view(*ids.shape, self.embedding_dim)
+        return dequantize_rows(self.quantized, ids.flatten(), self.dtype).view(*ids.shape, self.embedding_dim)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, NF4"
@@ -217,5 +201,5 @@ class NF4Embedding(_Packed):
 
 @register_quantized("linear", NF4Linear)
 @register_quantized("embedding", NF4Embedding)
-def _dense(layer: _Packed) -> Tensor:
-    return dequantize(layer.packed, layer.dtype)
+def _dense(layer: _NF4Layer) -> Tensor:
+    return dequantize(layer.quantized, layer.dtype)

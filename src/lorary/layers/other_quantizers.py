@@ -1,11 +1,10 @@
-"""Layers that other libraries have packed: how the dense weight of each is had. None of them is imported here.
+"""Dequantisation of the quantised layers of other libraries, none of which is imported here.
 
     bitsandbytes    Linear4bit (NF4, FP4), Linear8bitLt, Embedding4bit, Embedding8bit
     torchao         any of its tensors, as the weight of nn.Linear or nn.Embedding
     GPT-QModel      GPTQ and AWQ, as Transformers loads them
 
-Each class is named by the module that it is defined in. A class that is not named here is named by its user, with
-`lorary.layers.quantized_weight.register_quantized`.
+Users register other classes with `lorary.layers.quantized_weight.register_quantized`.
 """
 
 from __future__ import annotations
@@ -26,32 +25,31 @@ _GPTQ = "gptqmodel.nn_modules.qlinear"
 @register_quantized("linear", f"{_BITSANDBYTES}.Linear4bit")
 @register_quantized("embedding", f"{_BITSANDBYTES}.Embedding4bit")
 def _four_bit(layer: Any) -> Tensor:
-    """Dq(Wq) in the precision that the weight came in."""
+    """The dequantised 4-bit weight, in its original dtype."""
     state = getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
-    if state is None:  # it is packed by being moved to a device with values, and has not been
+    if state is None:  # not quantised yet: that happens on the first move to a device
         return cast(Tensor, layer.weight.data)
-    codes, state = _as_packed(layer.weight.data, state)
+    codes, state = _original_layout(layer.weight.data, state)
     W = cast(Any, sys.modules["bitsandbytes.functional"]).dequantize_4bit(codes.reshape(-1, 1), state)
     return cast(Tensor, W if getattr(layer, "dtype", None) is None else W.to(layer.dtype))
 
 
-def _as_packed(codes: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """Codes and scales laid out as they were packed, whatever evaluating on a CPU has made of them."""
+def _original_layout(codes: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """Codes and scales in the layout of quantisation, undoing the one that evaluation on a CPU switches to."""
     if not getattr(state, "packing_format_for_cpu", False):
         return codes, state
     state, functional = copy.copy(state), cast(Any, sys.modules["bitsandbytes.functional"])
-    # bitsandbytes' way back would quantise the scales anew, or leave them in the other order
+    # bitsandbytes' own inverse would requantise the scales, or leave them transposed
     state.original_nested, state.state2, state.offset = False, None, None
     state.absmax = state.absmax.T.reshape(-1).float()
     return cast("tuple[Tensor, Any]", functional._convert_weight_packed_for_cpu_inverse(codes, state))
 
 
 def keep_layout(model: nn.Module) -> None:
-    """Let bitsandbytes' 4-bit layers keep their codes as they were packed, and undo it where they have not.
+    """Make bitsandbytes' 4-bit layers keep their original layout, and restore it where evaluation has changed it.
 
-    On a CPU with AVX512-BF16 evaluating lays them out anew, for good: no gradient goes through such a layer any more,
-    not in training either, and it is saved wrongly (bitsandbytes 0.50.2). Undone it computes with the same scales,
-    which have been rounded to bfloat16.
+    On a CPU with AVX512-BF16, evaluation repacks the codes for good: gradients no longer pass, not even in training,
+    and the layer is saved wrongly (bitsandbytes 0.50.2). The scales stay rounded to bfloat16 after restoring.
     """
     layer: Any
     for layer in model.modules():
@@ -59,17 +57,17 @@ def keep_layout(model: nn.Module) -> None:
             layer.support_avx512bf16_for_cpu = False
             state = getattr(layer.weight, "quant_state", None)
             if getattr(state, "packing_format_for_cpu", False):
-                layer.weight.data, state = _as_packed(layer.weight.data, state)
+                layer.weight.data, state = _original_layout(layer.weight.data, state)
                 layer.weight.quant_state = layer.quant_state = state
 
 
 @register_quantized("linear", f"{_BITSANDBYTES}.Linear8bitLt")
 @register_quantized("embedding", f"{_BITSANDBYTES}.Embedding8bit")
 def _eight_bit(layer: Any) -> Tensor:
-    """Each row's codes times its largest value / 127, in 32 bits: what the precision was is not kept."""
+    """Each row's codes times its largest value / 127, in 32 bits: the layer does not store its original dtype."""
     state = getattr(layer, "state", None)
     scales = layer.weight.SCB if getattr(layer.weight, "SCB", None) is not None else getattr(state, "SCB", None)
-    if scales is None:  # has_fp16_weights: the weight is dense, and is rounded as it is used
+    if scales is None:  # has_fp16_weights: the weight is dense and rounded in forward
         return cast(Tensor, layer.weight.data)
     W = cast(Any, sys.modules["bitsandbytes.functional"]).int8_vectorwise_dequant(layer.weight.data, scales)
     return cast(Tensor, W if getattr(layer, "dtype", None) is None else W.to(layer.dtype))
@@ -77,20 +75,20 @@ def _eight_bit(layer: Any) -> Tensor:
 
 @register_quantized("weight", "torchao.utils.TorchAOBaseTensor", "torchao.quantization.TorchAOBaseTensor")
 def _tensor(layer: Any) -> Tensor:
-    """What the tensor itself says that it stands for."""
+    """The tensor's own dequantisation."""
     return cast(Tensor, layer.weight.dequantize())
 
 
 @register_quantized("linear", f"{_GPTQ}.PackableQuantLinear")
 def _gptq(layer: Any) -> Tensor:
-    """scales * (codes - zeros) [inp, out] of each group, transposed: GPT-QModel's own."""
-    if getattr(layer, "linear_mode", None) == "inference":  # evaluating has laid the codes out anew
+    """scales * (codes - zeros) [inp, out] per group, transposed, by GPT-QModel's own method."""
+    if getattr(layer, "linear_mode", None) == "inference":  # evaluation has repacked the codes
         return weight_by_forward(layer)
     return cast(Tensor, layer.dequantize_weight().T)
 
 
-# the order in which AWQ lays eight numbers into a word, inverted: number i lies at the bits of _AWQ[i]
-_AWQ = (0, 4, 1, 5, 2, 6, 3, 7)
+# number i of eight is stored in the 4-bit field _AWQ_ORDER[i] of a 32-bit word
+_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 @register_quantized("linear", f"{_GPTQ}.torch_awq.AwqTorchLinear", f"{_GPTQ}.gemm_awq.AwqGEMMLinear")
@@ -99,7 +97,7 @@ def _awq(layer: Any) -> Tensor:
     """scales * (codes - zeros) of AWQ's GEMM layout: qweight int32 [inp, out / 8], qzeros and scales a row a group."""
     if layer.bits != 4:
         return weight_by_forward(layer)
-    shifts = 4 * torch.tensor(_AWQ, device=layer.qweight.device)
+    shifts = 4 * torch.tensor(_AWQ_ORDER, device=layer.qweight.device)
 
     def codes(words: Tensor) -> Tensor:
         return (words[..., None] >> shifts & 15).flatten(-2)  # [rows, out]
@@ -109,20 +107,20 @@ def _awq(layer: Any) -> Tensor:
     return ((codes(layer.qweight) - zeros) * scales).T
 
 
-# kernels that lay the weight out anew, each in its own way: what they multiply by is asked of themselves
+# kernels with layouts of their own: recover the weight from their forward pass
 register_quantized("linear", f"{_GPTQ}.GPTQQuantLinear", f"{_GPTQ}.AWQuantLinear")(weight_by_forward)
 
 
 def stored(layer: Any) -> int:
-    """Bytes of the memory in which a layer keeps its weight: codes, scales and tables, whoever has packed it."""
+    """Bytes that store a layer's weight: codes, scales and tables, for any library's quantised layer."""
     todo: list[Any] = [*stored_tensors(layer), getattr(layer, "state", None)]
-    met: list[Any] = []  # objects, kept alive while their addresses stand for them
+    seen: list[Any] = []
     memory: dict[int, int] = {}
     while todo:
         one = todo.pop()
-        if any(one is other for other in met):
+        if any(one is other for other in seen):
             continue
-        met.append(one)
+        seen.append(one)
         if isinstance(one, Tensor) and hasattr(one, "__tensor_flatten__"):
             todo += [getattr(one, name) for name in cast(Any, one).__tensor_flatten__()[0]]
         elif isinstance(one, Tensor):

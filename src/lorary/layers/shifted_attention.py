@@ -1,6 +1,6 @@
-"""Shifted sparse attention in a model of Transformers: found by a name of its own, and in force while it trains.
+"""Shifted sparse attention (S²) in a Transformers model: registered as an attention implementation, used in training.
 
-In evaluation mode the model's configuration says what it said before, so that nothing of this is there.
+In evaluation mode the model's configuration names its own attention.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from lorary.errors import Diagnostic, StateError
 from lorary.kernels.shifted_attention import GroupLayout, group_size, shifted, shifted_ragged
 
+MaskFunction = Callable[..., Any]  # (batch, head, query, key) -> whether the query attends to the key
 _NAME = "lorary_shifted_{}"
-_CHILD = "_lorary_attention"  # a model's own module that switches
+_CHILD = "_lorary_attention"  # the name of the switching submodule
 _FULL = "train with shifted=False: full attention"
-# What some attention layers do besides, and no product of groups here does.
-_STRANGE = {
-    "softcap": "caps its scores",
-    "s_aux": "has learnt sinks",
+# arguments of attention layers that grouped attention does not implement
+_UNSUPPORTED = {
+    "softcap": "caps attention scores",
+    "s_aux": "has attention sinks",
     "position_bias": "adds a bias by position",
     "head_mask": "masks whole heads",
     "cache": "reads a paged cache",
@@ -29,33 +30,33 @@ _STRANGE = {
 
 
 class TrainingOnlyAttention(nn.Module):
-    """A module of the model, without parameters, whose mode is the model's: in training it puts S² into force.
+    """A submodule without parameters that selects S² when the model is in training mode.
 
-    However the mode is set, by `train`, `eval` or the flag alone, and on whatever part of the model that has it.
+    It follows the mode however it is set: by `train`, `eval` or the `training` flag, on the model or a part of it.
 
     Args:
         model: of Transformers.
-        config: of its language part, where attention is looked up.
-        groups: into how many groups the longest sequence of a batch is divided.
+        config: of its language part, which names the attention implementation.
+        groups: the longest sequence of a batch is divided into this many groups.
     """
 
     model: Any
     config: Any
 
     def __init__(self, model: nn.Module, config: Any, groups: int) -> None:
-        self.__dict__["inside"] = False  # before nn.Module sets its mode
+        self.__dict__["inside"] = False  # needed when nn.Module sets the mode
         super().__init__()
-        self.__dict__["model"] = model  # no module of this one
+        self.__dict__["model"] = model  # not as a submodule
         self.config, self.groups, self.own = config, groups, config._attn_implementation
-        self.name = registered(groups)
+        self.name = register_attention(groups)
         self.into()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        registered(self.groups)  # in a process that has only read the model
+        register_attention(self.groups)  # in a process that unpickles the model
 
     @property
-    def training(self) -> bool:  # nn.Module has it as a plain flag
+    def training(self) -> bool:  # nn.Module has a plain attribute
         return bool(self.__dict__["_trains"])
 
     @training.setter
@@ -65,14 +66,14 @@ class TrainingOnlyAttention(nn.Module):
             self.config._attn_implementation = self.name if mode else self.own
 
     def into(self) -> None:
-        """Put it into the model."""
+        """Install it in the model."""
         self.own = self.config._attn_implementation
         self.model.add_module(_CHILD, self)
         self.inside = True
         self.train(self.model.training)
 
     def out(self) -> None:
-        """Take it out: the model attends as it did before."""
+        """Remove it and restore the model's own attention."""
         if self.inside:
             self.inside = False
             self.config._attn_implementation = self.own
@@ -80,40 +81,39 @@ class TrainingOnlyAttention(nn.Module):
 
 
 class SupportReport(NamedTuple):
-    """What stands in the way of S² in a model, and what is worth knowing."""
+    """The reasons why a model cannot use S², and notes for the user."""
 
     problems: list[str]
     notes: list[str]
 
 
 def check_support(model: nn.Module, config: Any, length: int) -> SupportReport:
-    """Why a model cannot be trained with S², or not in all layers.
+    """Whether a model can be trained with S², in all layers or some.
 
     Args:
-        model: of Transformers, or its shapes.
+        model: of Transformers, also on the meta device.
         config: of its language part.
         length: of the longest sequence.
     """
-    name, found = type(model).__name__, []
+    name, problems = type(model).__name__, list[str]()
     if not getattr(model, "_supports_attention_backend", True):
-        found.append(f"{name} does not look its attention up at Transformers, and none can be put in its place")
+        problems.append(f"{name} does not use Transformers' attention interface, so its attention cannot be replaced")
     if getattr(config, "attn_logit_softcapping", None):
-        found.append(f"{name} caps its scores, which attention in groups does not")
+        problems.append(f"{name} caps attention scores, which grouped attention does not support")
     if any(hasattr(module, "sinks") for module in model.modules()):
-        found.append(f"{name} has learnt sinks, which attention in groups does not know")
-    own = [module for module in model.modules() if getattr(module, "config", None) is config]
-    if any(getattr(module, "is_causal", True) is False for module in own):
-        found.append(f"{name} has attention that sees what comes after a token")
+        problems.append(f"{name} has attention sinks, which grouped attention does not support")
+    own_modules = [module for module in model.modules() if getattr(module, "config", None) is config]
+    if any(getattr(module, "is_causal", True) is False for module in own_modules):
+        problems.append(f"{name} has bidirectional attention")
     window, windowed, layers = _windows(config, length)
     if windowed and windowed == layers:
-        what = f"all layers of {name} see a window of {window:,} tokens: there is nothing to divide"
-        found.append(what)
-    some = f"{windowed} of {layers} layers see a window, and keep it; the others attend in groups"
-    return SupportReport(found, [some] if windowed and not found else [])
+        problems.append(f"all layers of {name} use a sliding window of {window:,} tokens, which S² cannot divide")
+    note = f"{windowed} of {layers} layers keep their sliding window; the others attend in groups"
+    return SupportReport(problems, [note] if windowed and not problems else [])
 
 
 def _windows(config: Any, length: int) -> tuple[int, int, int]:
-    """(a window below this length, how many layers see it, of how many)."""
+    """(sliding window if below this length, number of layers with it, number of layers)."""
     layers = getattr(config, "num_hidden_layers", 0)
     window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
     if not window or window >= length or not getattr(config, "use_sliding_window", True):
@@ -121,14 +121,14 @@ def _windows(config: Any, length: int) -> tuple[int, int, int]:
     kinds = getattr(config, "layer_types", None)
     if kinds:
         return window, sum(kind != "full_attention" for kind in kinds), len(kinds)
-    if str(getattr(config, "model_type", "")).startswith("gemma"):  # a `config.json` that leaves the pattern out
+    if str(getattr(config, "model_type", "")).startswith("gemma"):  # a `config.json` without `layer_types`
         every = getattr(config, "sliding_window_pattern", None) or 6
         return window, layers - layers // every, layers
     return window, layers, layers
 
 
-def registered(groups: int) -> str:
-    """The name under which Transformers finds S² with so many groups in the longest sequence of a batch."""
+def register_attention(groups: int) -> str:
+    """The name of S² with this many groups in Transformers' attention interface, registered there."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     name = _NAME.format(groups)
@@ -145,26 +145,25 @@ def _attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
     is_causal: bool | None = None,
     *,
     groups: int,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' call of an attention function: [batch, heads, L, width] in, [batch, L, heads, width] out.
+    """Transformers' attention function: [batch, heads, L, width] -> [batch, L, heads, width].
 
-    A layer that sees a window only, or all tokens both ways, stays as it is.
+    Layers with a sliding window or bidirectional attention use PyTorch's.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     length, windowed = query.shape[2], getattr(attention_mask, "windowed", False)
     if windowed or not causal or key.shape[2] != length:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        made: tuple[Tensor, None] = sdpa_attention_forward(
+        output: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
         )
-        return made
-    if problems := _refused(module, attention_mask, length, sliding_window, kwargs):
+        return output
+    if problems := _unsupported_arguments(module, attention_mask, length, kwargs):
         raise StateError("cannot compute shifted sparse attention:", problems)
     if attention_mask is None:
         y = shifted(query, key, value, group_size(length, groups), scale=scaling, dropout=dropout)
@@ -174,94 +173,69 @@ def _attend(
     return y, None
 
 
-def _refused(
-    module: Any, mask: Tensor | None, length: int, window: int | None, kwargs: dict[str, Any]
-) -> list[Diagnostic]:
-    name = type(module).__name__
-    problems = [Diagnostic(name, what, _FULL) for key, what in _STRANGE.items() if kwargs.get(key) is not None]
+def _unsupported_arguments(module: Any, mask: Tensor | None, length: int, kwargs: dict[str, Any]) -> list[Diagnostic]:
+    name, window = type(module).__name__, kwargs.get("sliding_window")
+    problems = [Diagnostic(name, what, _FULL) for key, what in _UNSUPPORTED.items() if kwargs.get(key) is not None]
     if window is not None and window < length:
-        problems.append(Diagnostic(name, f"sees a window of {window} tokens, and its mask does not say so", _FULL))
+        problems.append(Diagnostic(name, f"has a sliding window of {window} tokens that its mask does not have", _FULL))
     if mask is not None and mask.dim() != 2:
-        what = f"is a mask of {mask.dim()} dimensions: groups are made of the padding, [batch, tokens]"
-        problems.append(Diagnostic("attention_mask", what, "give the padding alone"))
+        what = f"has {mask.dim()} dimensions; grouped attention takes padding, [batch, tokens]"
+        problems.append(Diagnostic("attention_mask", what, "pass the padding mask"))
     return problems
 
 
-def _mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Any] | None = None,
-    attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    allow_is_causal_skip: bool = True,
-    device: torch.device | str = "cpu",
-    *,
-    groups: int,
-    **kwargs: Any,
-) -> Tensor | None:
-    """Transformers' call of a mask function: None where sequences fill their rows, else their numbers [batch, L].
+def _mask(*, groups: int, **call: Any) -> Tensor | None:
+    """Transformers' mask function: None if each row is one sequence, else sequence numbers [batch, L].
 
     Raises:
         StateError: the model's mask is neither causal nor causal within packed sequences.
     """
     from transformers.masking_utils import sdpa_mask
 
-    words: dict[str, Any] = {"attention_mask": attention_mask, "local_size": local_size, "device": device, **kwargs}
-    windowed = local_size is not None and local_size < kv_length
-    if windowed or q_length != kv_length or mask_function is None:
-        full: Tensor | None = sdpa_mask(
-            batch_size,
-            q_length,
-            kv_length,
-            q_offset,
-            kv_offset,
-            allow_is_causal_skip=allow_is_causal_skip,
-            **({} if mask_function is None else {"mask_function": mask_function}),
-            **words,
-        )
+    length, window = call["kv_length"], call.get("local_size")
+    windowed = window is not None and window < length
+    if windowed or call["q_length"] != length or "mask_function" not in call:
+        full: Tensor | None = sdpa_mask(**call)
         if full is not None:
-            vars(full)["windowed"] = windowed  # what `_attend` is told of it
+            vars(full)["windowed"] = windowed  # read by `_attend`
         return full
-    special = None if allow_is_causal_skip else mask_function
-    return _sequences(special, attention_mask, batch_size, q_length, torch.device(device), groups)
+    mask_function = None if call.get("allow_is_causal_skip", True) else call["mask_function"]
+    device = torch.device(call.get("device", "cpu"))
+    return _sequences(mask_function, call.get("attention_mask"), (call["batch_size"], length), device, groups)
 
 
 def _sequences(
-    special: Callable[..., Any] | None,
+    mask_function: MaskFunction | None,
     padding: Tensor | None,
-    batch: int,
-    length: int,
+    shape: tuple[int, int],
     device: torch.device,
     groups: int,
 ) -> Tensor | None:
-    """None, or [batch, L] sequence numbers with their layout. It depends on values: a compiled graph breaks here."""
+    """None, or [batch, L] sequence numbers with their layout. It depends on values, so a compiled graph breaks here."""
     if padding is not None and not padding.is_meta and bool(padding.all()):
         padding = None
-    if padding is None and special is None:
+    if padding is None and mask_function is None:
         return None
-    found = sequence_numbers(special, padding, batch, length, device)
-    if padding is None and not found.is_meta and bool((found == found[:, :1]).all()):
+    numbers = sequence_numbers(mask_function, padding, *shape, device)
+    if padding is None and not numbers.is_meta and bool((numbers == numbers[:, :1]).all()):
         return None  # one sequence in each row
-    vars(found)["groups"] = GroupLayout.of(found, groups)  # once for all layers
-    return found
+    vars(numbers)["groups"] = GroupLayout.of(numbers, groups)  # computed once for all layers
+    return numbers
 
 
 def sequence_numbers(
-    mask_function: Callable[..., Any] | None, padding: Tensor | None, batch: int, length: int, device: torch.device
+    mask_function: MaskFunction | None, padding: Tensor | None, batch: int, length: int, device: torch.device
 ) -> Tensor:
-    """[batch, L] numbers of the sequences in a batch, from 1 on, growing along its rows; 0 is padding.
+    """[batch, L] sequence numbers, from 1 and growing along the rows; 0 is padding.
 
     Args:
-        mask_function: (batch, head, query, key) -> whether the query sees the key; None for causal rows.
-        padding: [batch, L], true where there is a token; None where all are.
+        mask_function: of the model's mask; None for causal rows.
+        padding: [batch, L], true for tokens; None without padding.
         batch, length: of the batch.
         device: of the result.
 
     Raises:
-        StateError: a token sees the one after it.
+        StateError: a token attends to the next one.
     """
     first = torch.zeros(batch, length, dtype=torch.long, device=device)
     first[:, 0] = 1
@@ -270,7 +244,7 @@ def sequence_numbers(
         zero = torch.zeros((), dtype=torch.long, device=device)
         ahead = mask_function(rows, zero, at[:-1], at[1:]).expand(batch, -1)
         if not ahead.is_meta and bool(ahead.any()):
-            what = "shows some tokens what comes after them"
+            what = "lets some tokens attend to later ones"
             raise StateError("shifted sparse attention is causal:", [Diagnostic("attention_mask", what, _FULL)])
         first[:, 1:] = ~mask_function(rows, zero, at[1:], at[:-1]).expand(batch, -1)
     numbers = first.flatten().cumsum(0).view(batch, length)

@@ -1,8 +1,7 @@
-"""Biases that a merge creates: what a model's configuration must say, so that its checkpoint is read back with them.
+"""Bias flags: the configuration of a model whose merge created biases, so that its checkpoint loads with them.
 
-Architectures without biases have, at most, a flag that gives some of their layers one (Llama: `attention_bias` for q,
-k, v and o, `mlp_bias` for the rest). Which flag that is, the model's own class tells: it is built once for every flag,
-without memory.
+Some architectures without biases have a flag that adds them (Llama: `attention_bias` for q, k, v and o, `mlp_bias` for
+the rest). To find the flag, the model's class is built once per flag on the meta device.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from lorary.errors import Diagnostic
 
 
 class BiasWarning(UserWarning):
-    """A checkpoint of the merged model could not be read back."""
+    """The merged model has biases that its checkpoint would lose."""
 
 
 @dataclass(frozen=True)
 class BiasFlags:
-    """What was done so that a model's configuration allows for the biases that it has.
+    """The bias flags that a merge set.
 
     Args:
-        flags: of its configuration, set to True.
-        added: modules that got a bias of zeros, because a flag that another one needs gives them one.
+        flags: the attributes of the configuration that became True.
+        added: modules that got a zero bias, because the flag of another module gives them one too.
     """
 
     flags: tuple[str, ...] = ()
@@ -37,14 +36,14 @@ class BiasFlags:
 
 
 def enable_bias_flags(model: nn.Module, created: AbstractSet[str]) -> BiasFlags:
-    """Make a Transformers model's configuration allow for biases that its layers have been given.
+    """Set the flags of a Transformers configuration that allow for new biases.
 
     Args:
         model: the model; one without a configuration is left as it is.
-        created: the new biases by their paths.
+        created: the paths of the new biases.
 
     Returns:
-        What was done: nothing where the flags do not cover all of them (`homeless` names those).
+        The flags that were set; none if they would not cover all of the biases (`unserialisable_biases` names those).
     """
     config = getattr(model, "config", None)
     without = _biases(model, {}) if created else None
@@ -66,27 +65,27 @@ def enable_bias_flags(model: nn.Module, created: AbstractSet[str]) -> BiasFlags:
     return BiasFlags(flags, tuple(added))
 
 
-def restore_bias_flags(model: nn.Module, room: BiasFlags) -> None:
-    """Undo `make_room`."""
-    for module in room.added:
+def restore_bias_flags(model: nn.Module, changed: BiasFlags) -> None:
+    """Undo `enable_bias_flags`."""
+    for module in changed.added:
         module.bias = cast(Any, None)
-    for name in room.flags:
+    for name in changed.flags:
         setattr(model.config, name, False)
 
 
 def unserialisable_biases(model: nn.Module) -> list[Diagnostic]:
-    """The biases that a checkpoint of this model would lose: its architecture, as configured, has no place for them."""
+    """The biases that a checkpoint of this model would lose: its architecture, as configured, does not have them."""
     kept = _biases(model, {})
     if kept is None:
         return []
     mine = {name for name, _ in model.named_parameters(remove_duplicate=False) if name.rpartition(".")[2] == "bias"}
-    what = f"{type(model).__name__} has no bias there: read back, the merged model would be another"
+    what = f"{type(model).__name__} has no bias there: a checkpoint of the merged model would lose it"
     fix = "keep the adapter beside its base; or train it with C, D and E 'none'"
     return [Diagnostic(name, what, fix) for name in sorted(mine - kept.keys())]
 
 
 def _biases(model: nn.Module, changes: Mapping[str, bool]) -> dict[str, Tensor] | None:
-    """The biases that the model's class has under its configuration, as shapes; None where it cannot be built."""
+    """The biases of the model's class with a changed configuration, on the meta device; None if it cannot be built."""
     config = copy.deepcopy(getattr(model, "config", None))
     if config is None:
         return None
@@ -95,7 +94,7 @@ def _biases(model: nn.Module, changes: Mapping[str, bool]) -> dict[str, Tensor] 
     try:
         with torch.device("meta"):
             built = type(model)(config)
-    except Exception:  # a class of one's own, made in a way of its own: nothing is known about its checkpoints
+    except Exception:  # a class with another constructor: nothing is known about its checkpoints
         return None
     parameters = built.named_parameters(remove_duplicate=False)
     return {name: parameter for name, parameter in parameters if name.rpartition(".")[2] == "bias"}

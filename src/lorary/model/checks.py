@@ -1,4 +1,4 @@
-"""What a plan cannot be made from, or attached to: told before anything changes."""
+"""Reasons against planning, attaching or quantising, all found before anything changes."""
 
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ from lorary.spec.site import Site
 
 
 def not_ready(scan: Scan) -> list[Diagnostic]:
-    """Why nothing can be planned for this model at all."""
+    """Why a model cannot be planned for yet."""
     model = scan.model
     if any(type(m.module).__name__ == "Adapted" for m in scan.modules.values()):
         return [Diagnostic("model", "has adapters attached", "detach them first")]
     if scan.modules[""].kind is not None:
-        return [
-            Diagnostic("model", f"is a single {type(model).__name__}", "put it into a module: nn.Sequential(layer)")
-        ]
+        what = f"is a single {type(model).__name__}"
+        return [Diagnostic("model", what, "put it into a module: nn.Sequential(layer)")]
     return [
         Diagnostic(name, "has no shape before the model has seen its first input", "run the model once")
         for name, parameter in scan.parameters.items()
@@ -44,7 +43,7 @@ def not_a_module(model: Any) -> list[Diagnostic]:
 
 
 def bad_arguments(method: Any, ranks: Any, alphas: Any) -> list[Diagnostic]:
-    """Arguments of `plan` that are of the wrong type."""
+    """The arguments of `plan` with a wrong type."""
     problems = []
     if not isinstance(method, Method):
         what = f"is a {type(method).__name__}, not a Method"
@@ -63,7 +62,7 @@ def unwritable_weights(scan: Scan, method: Method, names: Iterable[str]) -> list
     problems = []
     for name in sorted(set(names)):
         if scan.is_quantised(name.rpartition(".")[0]):
-            problems.append(Diagnostic(name, f"is packed, and {writer} writes it", "load the base in float32"))
+            problems.append(Diagnostic(name, f"is quantised, and {writer} writes it", "load the base in float32"))
             continue
         if name not in scan.names:
             continue
@@ -78,28 +77,27 @@ def unwritable_weights(scan: Scan, method: Method, names: Iterable[str]) -> list
 
 
 def blocks_gradient(scan: Scan, names: Iterable[str]) -> list[Diagnostic]:
-    """Why the model cannot be trained through layers that other libraries have quantised: some kernels let no gradient
-    pass, silently.
+    """Layers quantised by other libraries whose kernels silently block gradients.
 
     Probes a copy of one layer per class: some kernels repack their weight on first use.
     """
-    problems, asked = [], set()
+    problems, probed = [], set()
     for name in names:
         layer = scan.module(name)
-        sort = (type(layer), type(getattr(layer, "weight", None)))
-        if layer is None or sort in asked or not is_foreign(layer) or scan.modules[name].kind != "linear":
+        classes = (type(layer), type(getattr(layer, "weight", None)))
+        if layer is None or classes in probed or not is_foreign(layer) or scan.modules[name].kind != "linear":
             continue
         if stored_tensors(layer)[0].is_meta:
             continue
-        asked.add(sort)
-        with contextlib.suppress(Exception), torch.enable_grad():  # what cannot run here says so when it is used
-            own: Any = copy.deepcopy(layer).train()
+        probed.add(classes)
+        with contextlib.suppress(Exception), torch.enable_grad():  # a layer that cannot run here fails when it is used
+            probe: Any = copy.deepcopy(layer).train()
             W = weight(layer)
-            y = own(torch.zeros(1, own.in_features, dtype=W.dtype, device=W.device, requires_grad=True))
+            y = probe(torch.zeros(1, probe.in_features, dtype=W.dtype, device=W.device, requires_grad=True))
             if not y.requires_grad:
                 kind = getattr(layer, "weight", layer) if type(layer) is nn.Linear else layer
                 what = f"{type(kind).__name__} lets no gradient through: the layers before it could not be trained"
-                problems.append(Diagnostic(name, what, "load the base in a form that can be trained on"))
+                problems.append(Diagnostic(name, what, "load the base in a trainable format"))
     return problems
 
 
@@ -111,76 +109,66 @@ def not_quantizable(scan: Scan, names: Iterable[str]) -> list[Diagnostic]:
         if layer is None:
             continue
         if "forward" in vars(layer):
-            what = "its forward was replaced, by Accelerate or by hand, and the packed layer would have its own"
-            problems.append(Diagnostic(name, what, "pack the base before that, as lorary.load_quantized does"))
+            what = "its forward was replaced, by Accelerate or by hand, and the quantised layer would not use it"
+            problems.append(Diagnostic(name, what, "quantise the base before that, as lorary.load_quantized does"))
         W = weight(layer)
         double = W.dtype == torch.float64
         bad = 0 if W.is_meta else int((~(W.float() if double else W).isfinite()).sum())
         if bad:
             where = "NaN or infinite in 32 bits" if double else "NaN or infinite"
-            what = f"{bad:,} of {W.numel():,} numbers of its weight are {where}, and cannot be packed"
+            what = f"{bad:,} of {W.numel():,} numbers of its weight are {where}, and cannot be quantised"
             problems.append(Diagnostic(name, what, "repair the base, or leave the layer out"))
     return problems
 
 
 def model_mismatches(
-    scan: Scan, placed: tuple[AdaptedSite, ...], full: Mapping[str, tuple[int, ...]], packed: Iterable[str] = ()
+    scan: Scan, sites: tuple[AdaptedSite, ...], full: Mapping[str, tuple[int, ...]], quantized: Iterable[str]
 ) -> list[Diagnostic]:
-    """Why adapters cannot be put at these sites of a model, or these base parameters train, or these layers be
-    quantised."""
-    problems = []
-    for p in placed:
-        problems += layer_mismatches(p.site, scan.module(p.site.name))
+    """How a model differs from the one whose sites, full parameters and layers to quantise these are."""
+    problems = [problem for p in sites for problem in layer_mismatches(p.site, scan.module(p.site.name))]
     for name, shape in full.items():
         if name not in scan.names:
             problems.append(Diagnostic(name, "the model has no such parameter"))
         elif (found := tuple(scan.parameter(name).shape)) != tuple(shape):
             problems.append(Diagnostic(name, f"is {found}, expected {tuple(shape)}"))
     if not torch.is_inference_mode_enabled() and any(t.is_inference() for t in scan.parameters.values()):
-        what = "its weights were made in torch.inference_mode() and cannot be changed or trained with outside of it"
+        what = "its weights were created in torch.inference_mode() and cannot be trained or changed outside of it"
         problems.append(Diagnostic("model", what, "create the model outside inference mode"))
-    problems += inconsistent_ties(placed)
-    problems += [] if problems else _several_devices(scan, placed)
-    return problems + [Diagnostic(name, "the model has no such module") for name in packed if name not in scan.modules]
+    problems += inconsistent_ties(sites)
+    problems += [] if problems else _several_devices(scan, sites)
+    problems += [Diagnostic(path, "the model has no such module") for path in quantized if path not in scan.modules]
+    return problems
 
 
-def _several_devices(scan: Scan, placed: tuple[AdaptedSite, ...]) -> list[Diagnostic]:
+def _several_devices(scan: Scan, sites: tuple[AdaptedSite, ...]) -> list[Diagnostic]:
     """Sites that share tensors and lie on several devices."""
     devices: dict[str, set[str]] = {}
-    for p in placed:
+    for p in sites:
         if p.share or p.delta.shared:
             devices.setdefault(p.share, set()).add(str(stored_tensors(scan.modules[p.site.name].module)[0].device))
+    fix = "adapt the layers of one device, or use another method"
     return [
-        Diagnostic(
-            "model",
-            f"its layers lie on {', '.join(sorted(several))}, and what they share can lie on one only",
-            "adapt the layers of one device, or use another method",
-        )
+        Diagnostic("model", f"its layers lie on {', '.join(sorted(several))}, and share tensors of one device", fix)
         for several in devices.values()
         if len(several) > 1
     ]
 
 
 def layer_mismatches(expected: Site, layer: nn.Module | None) -> list[Diagnostic]:
-    """How a model's layer differs from the site that was planned or saved."""
+    """How a model's layer differs from a planned or saved site."""
     if layer is None:
         return [Diagnostic(expected.name, "the model has no such module")]
     if kind_of(layer) is None:
-        return [
-            Diagnostic(expected.name, f"is of class {type(layer).__name__}, expected a layer of kind {expected.kind}")
-        ]
+        what = f"is of class {type(layer).__name__}, expected a layer of kind {expected.kind}"
+        return [Diagnostic(expected.name, what)]
     found = site(expected.name, layer)
-    problems = []
+    differences = []
     # a linear layer and GPT-2's transposed one are the same matrix
     if found.kind != expected.kind and {found.kind, expected.kind} != {"linear", "transposed"}:
-        problems.append(Diagnostic(expected.name, f"is {found.kind}, expected {expected.kind}"))
-    for side in ("out_features", "in_features", "groups"):
-        if getattr(found, side) != getattr(expected, side):
-            words = {"out_features": "output features", "in_features": "input features", "groups": "groups"}[side]
-            what = f"has {getattr(found, side)} {words}, expected {getattr(expected, side)}"
-            problems.append(Diagnostic(expected.name, what))
+        differences.append(f"is {found.kind}, expected {expected.kind}")
+    for field, name in (("out_features", "output features"), ("in_features", "input features"), ("groups", "groups")):
+        if (here := getattr(found, field)) != (there := getattr(expected, field)):
+            differences.append(f"has {here} {name}, expected {there}")
     if expected.kernel_size and found.kernel_size and expected.kernel_size != found.kernel_size:
-        problems.append(
-            Diagnostic(expected.name, f"has a window of {found.kernel_size}, expected {expected.kernel_size}")
-        )
-    return problems
+        differences.append(f"has a kernel of {found.kernel_size}, expected {expected.kernel_size}")
+    return [Diagnostic(expected.name, what) for what in differences]

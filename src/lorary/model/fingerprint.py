@@ -1,4 +1,4 @@
-"""Fingerprint: which base an adapter was trained on, small enough for a file and quick enough to ask every time."""
+"""Fingerprint: the identity of a base model, small enough for an adapter file and quick to compute."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ from lorary.layers.adapted import base_parameters, unwrapped_modules
 from lorary.layers.kinds import KINDS, kind_of, was_transposed
 from lorary.layers.quantized_weight import is_foreign
 
-STATE = "_lorary"  # where a model remembers what is attached to it, and the fingerprint that its base had then
-_PLAIN = "_lorary_base"  # where a packed model remembers the fingerprint that it had before
-_OTHERS = "unpacked:"  # before what is known of the weights of a base that has been packed by others
+STATE = "_lorary"  # the attribute of a model for its AttachedState, which holds its base's fingerprint
+_PLAIN = "_lorary_base"  # the attribute of a quantised model for the fingerprint from before
+_FOREIGN = "unpacked:"  # prefix of the weights' digest if another library quantised some of them
 _SAMPLES = 64  # numbers read from each parameter
 
 
 class Sample(NamedTuple):
-    """What a fingerprint reads of one parameter: taken while a checkpoint streams by, of a weight that is never there
-    in full once the model is.
+    """The sample of one parameter for a fingerprint; may be taken while a checkpoint is read, before quantisation.
 
     Args:
         shape: of the parameter in the plain model.
-        values: 64 numbers, evenly spread, in bfloat16; None of a parameter without values.
+        values: 64 numbers, evenly spread, in bfloat16; empty if not floating-point, None on the meta device.
     """
 
     shape: tuple[int, ...]
@@ -36,25 +35,27 @@ class Sample(NamedTuple):
 
     @staticmethod
     def of(tensor: Tensor) -> Sample:
-        """The sample of a parameter; whole numbers and truth values have none."""
-        value = tensor.detach()
-        if value.is_meta:
-            return Sample(tuple(value.shape), None)
-        return Sample(tuple(value.shape), _sample(value) if value.is_floating_point() else b"")
+        """The sample of a parameter."""
+        shape, flat = tuple(tensor.shape), tensor.detach().reshape(-1)
+        if flat.is_meta or not flat.is_floating_point():
+            return Sample(shape, None if flat.is_meta else b"")
+        at = torch.linspace(0, max(len(flat) - 1, 0), min(_SAMPLES, len(flat)), dtype=torch.float64).long()
+        values = flat[at.to(flat.device)].to(torch.bfloat16).cpu()
+        return Sample(shape, values.view(torch.int16).numpy().tobytes())
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What identifies a base model.
+    """The identity of a base model.
 
     Args:
         architecture: the model's class.
         structure: SHA-256 over the names and shapes of all parameters.
         weights: SHA-256 over 64 numbers of every floating parameter, evenly spread and rounded to bfloat16, so that
-            the same checkpoint has the same fingerprint in fp32 and in bf16; empty for a model without values. Where
-            another library has packed layers it is that of the other parameters, and says so: it is compared with
-            those of bases that are packed as well, in whichever way.
-        name: the Hub id or folder's last name that the model was loaded from; empty where it does not say.
+            the same checkpoint has the same fingerprint in fp32 and in bf16; empty for a model without values. If
+            another library quantised layers, it covers the other parameters, has a prefix, and is compared only with
+            those of bases that are quantised by another library too.
+        name: the Hub id or last folder name that the model was loaded from; empty if the model does not say.
     """
 
     architecture: str = ""
@@ -64,22 +65,23 @@ class Fingerprint:
 
     @staticmethod
     def of(model: nn.Module, known: Mapping[str, Sample] | None = None) -> Fingerprint:
-        """The fingerprint of a model's base: neither adapters that are attached nor packing change it.
+        """The fingerprint of a model's base; attached adapters and quantisation by lorary do not change it.
 
         Args:
             model: the model.
-            known: samples of parameters as they were, where the model has them in another form, without values of
-                those that another library has packed; what the model remembers is not asked then.
+            known: samples of parameters from before they were quantised, empty for those that another library
+                quantised; given these, a remembered fingerprint is not used.
         """
         for remembered in (getattr(getattr(model, STATE, None), "fingerprint", None), getattr(model, _PLAIN, None)):
             if isinstance(remembered, Fingerprint) and known is None:
                 return remembered
+        known = known or {}
         structure, weights = hashlib.sha256(), hashlib.sha256()
         empty = False
-        parameters, packed = _plain_parameters(model)
-        packed = packed or any(not sample.values for sample in (known or {}).values())
-        for name, tensor in sorted(parameters.items()):
-            shape, values = (known or {}).get(name) or tensor
+        samples, foreign = _plain_samples(model)
+        foreign = foreign or any(not sample.values for sample in known.values())
+        for name, sample in sorted(samples.items()):
+            shape, values = known.get(name) or sample
             structure.update(f"{name} {shape}\n".encode())
             empty = empty or values is None
             weights.update(values or b"")
@@ -87,35 +89,35 @@ class Fingerprint:
         return Fingerprint(
             type(model).__name__,
             structure.hexdigest(),
-            "" if empty else (_OTHERS if packed else "") + weights.hexdigest(),
+            "" if empty else (_FOREIGN if foreign else "") + weights.hexdigest(),
             base_name(str(getattr(config, "_name_or_path", "") or "")),
         )
 
     def remember(self, model: nn.Module) -> None:
-        """Let this be the model's fingerprint from now on, whatever its weights are packed into."""
+        """Make this the model's fingerprint from now on, however its weights are quantised."""
         object.__setattr__(model, _PLAIN, self)
 
     @staticmethod
     def rename(model: nn.Module, name: str) -> None:
-        """Let a model of Transformers say another name than that of the folder from which it was read."""
+        """Change the name of a Transformers model, which is otherwise the folder it was loaded from."""
         model.config._name_or_path = name  # type: ignore[union-attr]
         if isinstance(remembered := getattr(model, _PLAIN, None), Fingerprint):
             replace(remembered, name=base_name(name)).remember(model)
 
     @staticmethod
     def forget(model: nn.Module) -> None:
-        """Undo `remember`: the model's fingerprint is that of the weights that it has."""
+        """Undo `remember`: the model's fingerprint is that of its present weights again."""
         vars(model).pop(_PLAIN, None)
 
     def disagreements(self, other: Fingerprint) -> list[Diagnostic]:
-        """How another base differs from this one; what either does not know is not compared."""
+        """How another base differs from this one; fields that are empty in either are not compared."""
         problems = []
         for field, what in (("architecture", "another architecture"), ("structure", "other layers or sizes")):
             mine, its = getattr(self, field), getattr(other, field)
             if mine and its and mine != its:
                 text = f"{what}: {_short(mine)} when it was trained, {_short(its)} here"
                 problems.append(Diagnostic("base", text))
-        alike = self.weights.startswith(_OTHERS) == other.weights.startswith(_OTHERS)
+        alike = self.weights.startswith(_FOREIGN) == other.weights.startswith(_FOREIGN)
         if not problems and self.weights and other.weights and alike and self.weights != other.weights:
             was = f" (it was trained on `{self.name}`)" if self.name else ""
             what = f"other weights: {_short(self.weights)} when it was trained, {_short(other.weights)} here{was}"
@@ -123,22 +125,22 @@ class Fingerprint:
         return problems
 
 
-def _plain_parameters(model: nn.Module) -> tuple[dict[str, Sample], bool]:
-    """(path in the plain model -> sample, whether another library has packed some: these are shapes alone)."""
+def _plain_samples(model: nn.Module) -> tuple[dict[str, Sample], bool]:
+    """(path in the plain model -> sample, whether another library quantised some: these are shapes only)."""
     foreign = {name: m for name, m in unwrapped_modules(model).items() if is_foreign(m)}
     theirs = {id(t) for m in foreign.values() for t in m.parameters()}
-    found = {name: Sample.of(t) for name, t in base_parameters(model) if id(t) not in theirs}
+    samples = {name: Sample.of(t) for name, t in base_parameters(model) if id(t) not in theirs}
     for name, layer in foreign.items():
-        out, inp = KINDS[str(kind_of(layer))].size(layer)
-        turned = kind_of(layer) == "embedding" or was_transposed(layer)
-        found[f"{name}.weight"] = Sample((inp, out) if turned else (out, inp), b"")
+        rows, columns = KINDS[str(kind_of(layer))].size(layer)
+        transposed = kind_of(layer) == "embedding" or was_transposed(layer)
+        samples[f"{name}.weight"] = Sample((columns, rows) if transposed else (rows, columns), b"")
         if getattr(layer, "bias", None) is not None:  # GPTQ's is a buffer
-            found[f"{name}.bias"] = Sample((out,), b"")
-    return found, bool(foreign)
+            samples[f"{name}.bias"] = Sample((rows,), b"")
+    return samples, bool(foreign)
 
 
 def base_name(path: str) -> str:
-    """A Hub id whole; of a folder only its last name, which says nothing about the machine.
+    """The full Hub id, or the last name of a folder, which tells nothing about the machine.
 
     >>> base_name("org/model"), base_name("/data/models/small/")
     ('org/model', 'small')
@@ -149,12 +151,5 @@ def base_name(path: str) -> str:
 
 
 def _short(text: str) -> str:
-    text = text.removeprefix(_OTHERS)
+    text = text.removeprefix(_FOREIGN)
     return text[:12] if len(text) == 64 else text
-
-
-def _sample(tensor: Tensor) -> bytes:
-    flat = tensor.reshape(-1)
-    at = torch.linspace(0, max(flat.numel() - 1, 0), min(_SAMPLES, flat.numel()), dtype=torch.float64).long()
-    values = flat[at.to(flat.device)].to(torch.bfloat16).cpu()
-    return values.view(torch.int16).numpy().tobytes()

@@ -1,16 +1,16 @@
-"""The loss of a causal language model, in which a token without a label never reaches the LM head.
+"""The loss of a causal language model in which tokens without a label never reach the LM head.
 
     loss = Σ over labelled tokens t of −log softmax(head(h_t))[y_t]  /  number of labelled tokens
 
 A head of 128 k words costs more than a transformer block and its fp32 logits more memory than all of them, so
 only the hidden states that have a label are selected, some 64 MiB of logits at a time, and every chunk but the
 last is computed again in the backward pass instead of being kept. (The backward pass begins with the last one:
-to recompute it would save nothing.)
+recomputing it would save nothing.)
 
 TRL computes its losses from `model(..., labels=…, fused_lm_head=True)`: log-probabilities per token instead of
 logits. `LabelledHead` answers that call in place of TRL's own implementation, for two reasons. TRL's reads
-`lm_head.weight`, so an adapter on the head would be passed over in silence and never train; here the head is
-called as the module it is. And without a GPU TRL's scores every position and drops the unlabelled ones
+`lm_head.weight`, so an adapter on the head would silently be ignored and never train; here the head is
+called as a module. And without a GPU TRL's scores every position and drops the unlabelled ones
 afterwards: with a quarter of 2,048 tokens labelled its loss step took nine times as long as this one, and
 Transformers' own over all logits three times (`benchmarks/loss.py`, one thread, vocabulary 32,000). Where every
 token is labelled the price of not keeping the logits shows: 1.6 times Transformers' time for 0.4 of its memory.
@@ -41,17 +41,17 @@ _log = logging.getLogger("lorary.train")
 
 @dataclass
 class TokenScores(ModelOutput):  # type: ignore[misc]  # Transformers has no types
-    """What TRL's trainers read. Every field per token is `[batch, tokens - 1]` and zero where there is no label.
+    """The outputs that TRL's trainers read. Every field per token is `[batch, tokens - 1]` and zero without a label.
 
     Args:
-        loss: −Σ log_probs over `num_items_in_batch` (the number of labels, where that is not given).
-        log_probs: of the label, given what stands before it; the only field with a gradient.
+        loss: −Σ log_probs over `num_items_in_batch` (by default the number of labels).
+        log_probs: of the label, given the tokens before it; the only field with a gradient.
         entropy: of the predicted distribution, in nats.
         is_top1: whether the label was the most likely token.
         mean_logits: mean of the logits over the vocabulary.
         log_sum_sq_probs: log Σ p², for the weights of WPO.
-        label_mask: where there is a label.
-        aux_loss: load balancing of a mixture of experts, as the model computes it.
+        label_mask: True at tokens with a label.
+        aux_loss: the model's load-balancing loss of a mixture of experts.
     """
 
     loss: Tensor | None = None
@@ -68,14 +68,14 @@ class LabelledHead:
     """Answers `model(..., labels=labels, fused_lm_head=True)` with `TokenScores`; every other call is the model's.
 
     Some architectures do something to the logits after the head (Gemma caps them, Cohere and Granite scale
-    them), and nothing in a model says so reliably. So the first call compares `head(backbone(ids))` with the
-    model's own logits on a few tokens; where they differ, or where the model has no plain backbone and head, the
-    model's own logits are used from then on, in full and with a line in the log.
+    them), and no attribute of a model tells reliably. So the first call compares `head(backbone(ids))` with the
+    model's own logits on a few tokens; if they differ, or the model has no plain backbone and head, the model's own
+    logits are used from then on, in full and with a line in the log.
 
     Args:
         model: a causal language model of Transformers, adapted or not.
         statistics: which of `STATISTICS` to compute beside the log-probabilities.
-        chunk: tokens per call of the head; chosen by the size of the vocabulary where it is not given.
+        chunk: tokens per call of the head; None to choose it by the size of the vocabulary.
     """
 
     def __init__(self, model: Any, statistics: tuple[str, ...] = STATISTICS[:2], chunk: int | None = None) -> None:
@@ -87,7 +87,7 @@ class LabelledHead:
         self.original: Callable[..., Any] = model.forward
 
     def install(self) -> LabelledHead:
-        """Takes the place of `model.forward`; returns itself."""
+        """Replace `model.forward`; returns itself."""
 
         # `generate` reads the parameters of `forward` to check what it was given.
         @functools.wraps(type(self.model).forward)
@@ -98,10 +98,10 @@ class LabelledHead:
         return self
 
     def remove(self) -> None:
-        """Gives the model its own `forward` back."""
+        """Restore the model's own `forward`."""
         self.model.forward = self.original
         if getattr(self.original, "__func__", None) is type(self.model).forward:
-            del self.model.forward  # it was never an attribute of the instance
+            del self.model.forward  # the class has it
 
     def _scores(
         self,
@@ -116,7 +116,7 @@ class LabelledHead:
             raise TypeError("the loss needs `labels`")
         if self.plain is None:
             self.plain = self._is_plain(inputs.get("input_ids"))
-        whole = shift_labels is not None  # given already shifted, as under context parallelism
+        shifted = shift_labels is not None  # as under context parallelism
         targets = shift_labels if shift_labels is not None else labels[:, 1:]  # type: ignore[index]
         aux_loss = None
         # A mixture of experts computes its load-balancing loss in its own forward.
@@ -127,7 +127,7 @@ class LabelledHead:
             outputs = self.original(*args, **inputs)
             states, aux_loss = outputs.logits, outputs.get("aux_loss")  # [batch, tokens, vocabulary]
             score = functools.partial(scores, nn.Identity(), statistics=self.statistics)
-        states = states if whole else states[:, :-1]
+        states = states if shifted else states[:, :-1]
         targets = targets.to(states.device)
         mask = targets != -100
         found = score(states[mask], targets[mask])
@@ -201,7 +201,7 @@ def _scaled_output(backbone: nn.Module, factor: float) -> Iterator[None]:
 
 @contextmanager
 def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Calling `module` runs its hooks as ever and, inside, `forward` instead of its own."""
+    """Calls of `module` run `forward` instead of its own inside the block; its hooks run as usual."""
     own = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
     try:
@@ -213,7 +213,7 @@ def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 def _all_agree(answer: bool, device: torch.device) -> bool:
-    """Whether every rank says yes: one that computes another way than the others would leave them waiting."""
+    """Whether every rank says yes: ranks that compute differently would deadlock in a collective."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return answer
     answers = torch.tensor(int(answer), device=device)

@@ -1,10 +1,11 @@
-"""Plan: what `attach` will do to a model, as a value that can be printed and compared."""
+"""Plan: the layers, parameters and memory of an `attach` to come, as a value that can be printed and compared."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ class FullParameter:
     Args:
         name: its path in the model.
         shape: its shape.
-        bytes: what it takes at the model's precision.
+        bytes: its size at the model's precision.
         trains: whether an optimizer trains it; otherwise a rule of the method writes it.
     """
 
@@ -33,23 +34,23 @@ class FullParameter:
 
     @property
     def size(self) -> int:
-        """How many numbers it holds."""
+        """The number of its elements."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `attach` will do, as a value.
+    """The layers that `attach` will adapt, the parameters that will train, and their memory.
 
     Args:
-        method: the method, at the rank that sites without one of their own take.
+        method: the method, at the default rank.
         sites: the adapted sites in the model's order, each with its own rank and scale.
         full: the base parameters that train in full.
         total: parameters of the base model, tied ones counted once.
-        base_bytes: what they take, once packed.
-        packed: the layers that attaching packs, adapted or not.
-        notes: what is worth knowing before training.
-        given: site -> role -> values that the adapters begin with, of earlier tasks (`plan(after=...)`).
+        base_bytes: the size of the base, once quantised.
+        notes: hints about the result, such as tied weights or a rank that is too large.
+        fixed_tensors: site -> role -> the values of earlier tasks (`plan(after=...)`).
+        quantized: the paths of the layers that attaching quantises, adapted or not.
     """
 
     method: Method
@@ -63,17 +64,17 @@ class Plan:
 
     @property
     def trainable(self) -> int:
-        """How many numbers train."""
-        return sum(p.trainable for p in unique_tensor_sets(self.sites)) + sum(f.size for f in self.full if f.trains)
+        """The number of parameters that train."""
+        return trainable_size(self.sites, self.full)
 
     @property
     def share(self) -> float:
-        """Trained numbers over the base model's parameters."""
+        """Trained parameters over the base model's."""
         return self.trainable / self.total
 
     @property
     def adapter_bytes(self) -> int:
-        """What the adapters' tensors take, as 32-bit masters; what sites share counts once."""
+        """The size of the adapters' tensors, as 32-bit masters; shared tensors count once."""
         sets = unique_tensor_sets(self.sites)
         own = [shape for p in sets for role, shape in p.shapes.items() if role not in p.delta.shared]
         return 4 * sum(map(math.prod, [*own, *shared_shapes(self.sites).values()]))
@@ -85,58 +86,54 @@ class Plan:
         return 12 * sum(p.trainable for p in sets) + 3 * sum(f.bytes for f in self.full if f.trains)
 
     def __str__(self) -> str:
-        lines = [str(self.method), *site_table(self.sites), *full_table(self.full), ""]
-        lines.append(f"trains    {self.trainable:,} of {self.total:,} parameters ({self.share:.4%})")
+        lines = trained_table(self.method, self.sites, self.full, self.total)
         sizes = (self.base_bytes, self.adapter_bytes, self.training_bytes)
         base, adapters, training = (human_bytes(n) for n in sizes)
-        lines.append(
-            f"memory    base {base}, adapters {adapters}, gradients and AdamW {training}; activations come on top"
-        )
+        memory = f"base {base}, adapters {adapters}, gradients and AdamW {training}"
+        lines.append(f"memory    {memory}; activations come on top")
         lines += [f"note      {note}" for note in self.notes]
         return "\n".join(lines)
 
 
-def site_table(placed: Iterable[AdaptedSite]) -> list[str]:
-    """The lines of a table of adapted sites, one for those that differ only in a number of their path."""
-    by_name = {p.site.name: p for p in placed}
-    rows: dict[tuple[Any, ...], list[str]] = {}
-    for p in by_name.values():
-        s = p.site
-        key = (
-            re.sub(r"\d+", "#", s.name),
-            s.kind,
-            s.out_features,
-            s.in_features,
-            s.parts,
-            tuple(p.shapes.values()),
-            p.scale,
-            p.share,
-        )
-        rows.setdefault(key, []).append(s.name)
+def trainable_size(sites: Iterable[AdaptedSite], full: Iterable[FullParameter]) -> int:
+    """The number of parameters that train; shared tensors count once."""
+    return sum(p.trainable for p in unique_tensor_sets(sites)) + sum(f.size for f in full if f.trains)
+
+
+def trained_table(method: Method, sites: Sequence[AdaptedSite], full: Sequence[FullParameter], total: int) -> list[str]:
+    """The lines that a plan and an attachment have in common: the method, the sites and the trained share."""
+    trains = trainable_size(sites, full)
+    share = f"trains    {trains:,} of {total:,} parameters ({trains / total:.4%})"
+    return [str(method), *_site_table(sites), *_full_table(full), "", share]
+
+
+def _site_table(sites: Iterable[AdaptedSite]) -> list[str]:
+    """The lines of a table of adapted sites, one line for those that differ only in a number of their path."""
+    rows: dict[tuple[Any, ...], list[AdaptedSite]] = {}
+    for p in sites:
+        site = dataclasses.replace(p.site, name=re.sub(r"\d+", "#", p.site.name), bias=False)
+        rows.setdefault((site, tuple(p.shapes.values()), p.scale, p.share), []).append(p)
     table: list[tuple[str, ...]] = [("site", "kind", "out x in", "tensors", "s", "trains")]
-    for names in rows.values():
-        p = by_name[names[0]]
-        parts = f"[{','.join(part.name for part in p.site.parts)}]" if p.site.parts else ""
-        times = f" x{len(names)}" if len(names) > 1 else ""
+    for p, *others in rows.values():
+        site, count = p.site, 1 + len(others)
+        parts = f"[{','.join(part.name for part in site.parts)}]" if site.parts else ""
+        text = abbreviate_paths([site.name, *(other.site.name for other in others)])[0][0] + parts
+        text += (f" x{count}" if others else "") + (" share one" if p.share else "")
         tensors = " ".join(f"{role}[{'x'.join(map(str, shape))}]" for role, shape in p.shapes.items())
-        text = abbreviate_paths(names)[0][0] + parts + times
-        if p.share:
-            text += " share one"
-        counts = f"{p.trainable * (1 if p.share else len(names)):,}"
-        table.append(
-            (text, p.site.kind, f"{p.site.out_features}x{p.site.in_features}", tensors, f"{p.scale:g}", counts)
-        )
-    return _aligned(table) if len(table) > 1 else []
+        trains = f"{p.trainable * (1 if p.share else count):,}"
+        table.append((text, site.kind, f"{site.out_features}x{site.in_features}", tensors, f"{p.scale:g}", trains))
+    return _aligned(table) if rows else []
 
 
-def full_table(full: Iterable[FullParameter]) -> list[str]:
+def _full_table(full: Iterable[FullParameter]) -> list[str]:
     """The lines of a table of the base parameters that train in full."""
-    lines = []
     sizes = {f.name: f.size for f in full if f.trains}
-    for text, names in abbreviate_paths(sizes):
-        lines.append((text + (f" x{len(names)}" if len(names) > 1 else ""), f"{sum(sizes[n] for n in names):,}"))
-    shown = lines[:20] + ([(f"... and {len(lines) - 20} more", "")] if len(lines) > 20 else [])
-    return _aligned([("base parameter, in full", "trains"), *shown]) if lines else []
+    rows = [
+        (text + (f" x{len(names)}" if len(names) > 1 else ""), f"{sum(sizes[name] for name in names):,}")
+        for text, names in abbreviate_paths(sizes)
+    ]
+    rows[20:] = [(f"... and {len(rows) - 20} more", "")] if len(rows) > 20 else []
+    return _aligned([("base parameter, in full", "trains"), *rows]) if rows else []
 
 
 def _aligned(table: list[tuple[str, ...]]) -> list[str]:
@@ -146,13 +143,15 @@ def _aligned(table: list[tuple[str, ...]]) -> list[str]:
 
 
 def human_bytes(n: float) -> str:
-    """A size for people: 1,536 -> `1.5 KiB`.
+    """A number of bytes in a readable unit.
 
     >>> human_bytes(1536)
     '1.5 KiB'
     """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n < 1024 or unit == "GiB":
-            return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
+    if n < 1024:
+        return f"{n:.0f} B"
+    for unit in ("KiB", "MiB"):
         n /= 1024
-    raise AssertionError("unreachable")
+        if n < 1024:
+            return f"{n:.1f} {unit}"
+    return f"{n / 1024:.1f} GiB"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -27,108 +27,112 @@ T = TypeVar("T")
 
 
 def quantize(model: nn.Module, storage: Storage | None = None) -> nn.Module:
-    """Pack every linear layer of a model but its output head, in place, one at a time.
+    """Quantise every linear layer of a model except its output head, in place, one at a time.
 
-    What it was is given up: that is what saves the memory. Adapters of the plain model still fit.
+    The dense weights are dropped, which is what saves the memory. Adapters of the plain model still fit.
 
     Args:
-        model: a model without adapters. Attaching a method that packs (`qlora`) does the same by itself.
-        storage: how; NF4 with double quantisation where nothing is said.
+        model: a model without adapters. Attaching a method that quantises (`qlora`) does the same by itself.
+        storage: how; by default NF4 with double quantisation.
 
     Returns:
         The same model.
 
     Raises:
-        StateError: adapters are attached, a weight is not finite, or there is nothing to pack. Every reason.
+        StateError: adapters are attached, a weight is not finite, or there is nothing to quantise. Every reason.
     """
     storage = NF4() if storage is None else storage
-    names = _names_to_pack(model, storage)
-    with mode(model):
-        remember(model)
-        for name in shown(names, "packing"):
-            replace(model, name, storage.quantize(model.get_submodule(name)))
+    paths = _paths_to_quantize(model, storage)
+    with inference_mode_like(model):
+        Fingerprint.of(model).remember(model)  # quantising changes parameters
+        quantize_layers(model, paths, storage)
     return model
 
 
-def _names_to_pack(model: nn.Module, storage: Storage) -> list[str]:
-    """The layers to pack, by name: a scan kept meanwhile would keep every dense weight.
+def quantize_layers(model: nn.Module, paths: Sequence[str], storage: Storage) -> None:
+    """Quantise the layers at these paths, one at a time."""
+    for path in with_progress(paths, "quantising"):
+        replace(model, path, storage.quantize(model.get_submodule(path)))
+
+
+def _paths_to_quantize(model: nn.Module, storage: Storage) -> list[str]:
+    """The paths of the layers to quantise. The scan ends here, because it holds every dense weight.
 
     Raises:
-        StateError: every reason why the model cannot be packed.
+        StateError: every reason why the model cannot be quantised.
     """
     problems = not_a_module(model)
-    found = None if problems else scan(model)
-    problems += [*(not_ready(found) if found else ()), *not_quantizing(storage)]
+    scanned = None if problems else scan(model)
+    problems += [*(not_ready(scanned) if scanned else ()), *bad_storage(storage)]
     if not problems and hasattr(model, STATE):
         problems.append(Diagnostic("model", "has adapters attached", "detach them first"))
-    names: list[str] = []
-    if found and not problems:
-        names = quantizable_layers(found, storage)
-        problems += not_quantizable(found, names)
-        if not names:
-            problems.append(Diagnostic("model", "has no layer to pack: plain linear ones, without the output head"))
+    paths: list[str] = []
+    if scanned and not problems:
+        paths = quantizable_layers(scanned, storage)
+        problems += not_quantizable(scanned, paths)
+        if not paths:
+            problems.append(Diagnostic("model", "has no plain linear layer to quantise besides its output head"))
     if problems:
         raise StateError("cannot quantise:", problems)
-    return names
+    return paths
 
 
-def not_quantizing(storage: Any) -> list[Diagnostic]:
-    """Why this is no storage to pack into."""
+def bad_storage(storage: Any) -> list[Diagnostic]:
+    """Why this is not a storage that quantises."""
     if isinstance(storage, type) or not isinstance(storage, Storage) or storage.writable:
-        return [Diagnostic("storage", f"{storage!r} packs nothing", "say NF4()")]
+        return [Diagnostic("storage", f"{storage!r} does not quantise", "pass NF4()")]
     return [Diagnostic("storage", what) for what in field_errors(storage)]
 
 
-def mode(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """In inference mode new tensors could never be trained, and so they are made outside of it; unless the base's
-    own weights come from there, which can be used nowhere else."""
+def inference_mode_like(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Inference mode if the base holds inference tensors; otherwise off, because new tensors must be trainable."""
     inside = torch.is_inference_mode_enabled() and any(t.is_inference() for t in model.parameters())
     return cast("contextlib.AbstractContextManager[None]", torch.inference_mode(inside))
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Make every packed layer a plain one that computes the same, in place: W = Dq(Wq).
+    """Make every quantised layer a plain one with the same function, in place: W = Dq(Wq).
 
     Args:
         model: a model without adapters.
-        dtype: of the plain weights; None for the precision that each was packed from, or where another library has
-            packed it, for that of the model's plain weights.
+        dtype: of the plain weights; None for the precision before quantisation or, for a layer that another library
+            quantised, that of the model's plain weights.
 
     Raises:
-        StateError: adapters are attached, or the precision is none that holds a weight.
+        StateError: adapters are attached, or the precision cannot hold weights.
     """
-    problems = [] if isinstance(model, nn.Module) else [Diagnostic("model", f"is a {type(model).__name__}")]
+    problems = not_a_module(model)
     if hasattr(model, STATE):
         problems.append(Diagnostic("model", "has adapters attached", "merge or detach them first"))
     if dtype is not None and not holds_weights(dtype):
         problems.append(Diagnostic("dtype", f"is {dtype!r}", "use torch.bfloat16 or torch.float32"))
     if problems:
         raise StateError("cannot dequantise:", problems)
-    names = [name for name, module in model.named_modules() if name and is_quantized(module)]
-    with mode(model):
-        for name in shown(names, "unpacking"):
-            layer = model.get_submodule(name)
+    paths = [path for path, module in model.named_modules() if path and is_quantized(module)]
+    with inference_mode_like(model):
+        for path in with_progress(paths, "dequantising"):
+            layer = model.get_submodule(path)
             W = weight(layer)
-            replace(model, name, dequantized_layer(layer, W.to(dtype or precision(model, layer) or W.dtype)))
-    settle_config(model)
+            replace(model, path, dequantized_layer(layer, W.to(dtype or precision(model, layer) or W.dtype)))
+    remove_quantization_config(model)
     return model
 
 
 def holds_weights(dtype: Any) -> bool:
-    """Whether this is a precision of plain weights: of at least 16 bits."""
+    """Whether plain weights can have this dtype: floating-point numbers of at least 16 bits."""
     return isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
 
 
 def quantizable_layers(scan: Scan, storage: Storage, full: Collection[str] = ()) -> list[str]:
-    """The layers that a storage packs, in the model's order.
+    """The paths of the layers that a storage quantises, in the model's order.
 
-    Not the output head, nothing that other modules hold or read as well, nothing that trains in full, and nothing that
-    the architecture wants in 32 bits.
+    Left out: the output head, weights that other modules hold or read too, weights that train in full, and modules that
+    the architecture keeps in 32 bits.
 
     Args:
         scan: of the model.
-        storage: the word.
-        full: the base parameters that train in full.
+        storage: the storage.
+        full: the names of the base parameters that train in full.
     """
     exact = exact_modules(scan.model)
     return [
@@ -145,26 +149,26 @@ def quantizable_layers(scan: Scan, storage: Storage, full: Collection[str] = ())
 
 
 def exact_modules(model: nn.Module) -> set[str]:
-    """The components of module paths that a Transformers architecture wants in 32 bits."""
+    """The components of module paths that a Transformers architecture keeps in 32 bits."""
     return {name for key in ("", "_strict") for name in getattr(model, f"_keep_in_fp32_modules{key}", None) or ()}
 
 
 def already_quantized(name: str, init: Init) -> Diagnostic:
-    """Why an init cannot start at a part of this layer's weight."""
-    what = f"is packed already, and {type(init).__name__} would take a part of it"
+    """Why an init that decomposes the weight cannot start at a quantised one."""
+    what = f"is quantised already, and {type(init).__name__} has to subtract its start from the weight"
     return Diagnostic(name, what, "load the base in full precision: qlora quantises the residual")
 
 
 class QuantizationWarning(UserWarning):
-    """An adapter meets a base that is packed in another way than the one that it was trained on."""
+    """An adapter is attached to a base quantised in another way than the one it was trained on."""
 
 
 def warn_of_quantization(modules: Mapping[str, nn.Module], storage: Storage) -> None:
-    """Say where an adapter of a packed base meets one that has been packed otherwise: its function is another one.
+    """Warn about a base that is quantised in other blocks than an adapter's own, with another quantisation error.
 
     Args:
         modules: of the base.
-        storage: the adapter's.
+        storage: of the adapter's method.
     """
     trained = [getattr(storage, name, None) for name in ("block", "double")]
     if None in trained:
@@ -173,20 +177,15 @@ def warn_of_quantization(modules: Mapping[str, nn.Module], storage: Storage) -> 
     others = [m for m in layers if [m.block, m.nested_absmax is not None] != trained]
     if others:
         text = (
-            f"the adapter was trained on a base in {storage}; {len(others):,} of {len(layers):,} packed layers here "
-            f"are in blocks of {others[0].block} with double={others[0].nested_absmax is not None}, and what packing "
-            "has lost of them is not what it was trained on. Load the base packed as it was"
+            f"the adapter was trained on a base in {storage}; {len(others):,} of {len(layers):,} quantised layers here "
+            f"are in blocks of {others[0].block} with double={others[0].nested_absmax is not None}, and have another "
+            "quantisation error. Quantise the base as the adapter says"
         )
         warnings.warn(text, QuantizationWarning, stacklevel=5)
 
 
-def remember(model: nn.Module) -> None:
-    """Let a model keep the fingerprint that it has, for packing changes every parameter that is packed."""
-    Fingerprint.of(model).remember(model)
-
-
 def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put a layer wherever the model holds the one at this path."""
+    """Put a layer in place of the one at this path, at every path that it has."""
     old = model.get_submodule(name)
     paths = [path for path, module in model.named_modules(remove_duplicate=False) if module is old]
     for path in paths:
@@ -194,20 +193,19 @@ def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def precision(model: nn.Module, layer: nn.Module) -> torch.dtype | None:
-    """What a layer becomes that another library has packed: the precision of the model's plain weights.
+    """The dtype for the dense weight of a layer that another library quantised: that of the model's plain weights.
 
-    Not all of them keep the precision that they were packed from, and those that do may compute in another one.
-    None for a layer that is plain or that lorary has packed, and for a model without plain weights.
+    Some libraries do not keep the dtype before quantisation, and some compute in another one. None for a plain layer,
+    a layer quantised by lorary, and a model without plain weights.
     """
     if not is_foreign(layer):
         return None
-    plains = (m for m in model.modules() if not is_quantized(m))
-    own = (p for m in plains for p in m.parameters(recurse=False) if p.is_floating_point())
-    return next((p.dtype for p in own if p.dtype.itemsize > 1), None)
+    plain = (m for m in model.modules() if not is_quantized(m))
+    return next((p.dtype for m in plain for p in m.parameters(recurse=False) if holds_weights(p.dtype)), None)
 
 
-def settle_config(model: nn.Module) -> None:
-    """Let a Transformers model in which nothing is packed any more not say that it is: it would be read as such."""
+def remove_quantization_config(model: nn.Module) -> None:
+    """Remove the quantisation config of a Transformers model without quantised layers: it would be loaded by it."""
     quantiser: Any = getattr(model, "hf_quantizer", None)
     if quantiser is None or any(map(is_quantized, model.modules())):
         return
@@ -217,24 +215,24 @@ def settle_config(model: nn.Module) -> None:
 
 
 def dequantized_layer(layer: nn.Module, W: Tensor, b: Tensor | None = None) -> nn.Module:
-    """A plain frozen layer of the class that a packed one took the place of.
+    """A plain frozen layer in place of a quantised one, of the class from before quantisation.
 
     Args:
-        layer: the packed layer.
-        W: its weight from now on, as `weight(layer)` gives it.
-        b: its bias; None for its own.
+        layer: the quantised layer.
+        W: the weight, in the layout of `weight(layer)`.
+        b: the bias; None for the layer's own.
     """
-    made = _without_values(layer)
+    plain = _plain_without_values(layer)
     if kind_of(layer) == "linear":
         W = W.T.contiguous() if was_transposed(layer) else W
         b = getattr(layer, "bias", None) if b is None else b
-        made.bias = None if b is None else nn.Parameter(b.detach().to(W.dtype), requires_grad=False)
-    made.weight = nn.Parameter(W.detach(), requires_grad=False)
-    return in_place_of(layer, made)
+        plain.bias = None if b is None else nn.Parameter(b.detach().to(W.dtype), requires_grad=False)
+    plain.weight = nn.Parameter(W.detach(), requires_grad=False)
+    return in_place_of(layer, plain)
 
 
-def _without_values(layer: Any) -> Any:
-    """The plain layer that a packed one took the place of: GPT-2's own, or files would hold its weights transposed."""
+def _plain_without_values(layer: Any) -> Any:
+    """The plain form of a quantised layer on the meta device; GPT-2's keeps its class, whose files are transposed."""
     with torch.device("meta"):
         if kind_of(layer) == "embedding":
             return nn.Embedding(layer.num_embeddings, layer.embedding_dim, layer.padding_idx)
@@ -243,8 +241,8 @@ def _without_values(layer: Any) -> Any:
         return nn.Linear(layer.in_features, layer.out_features, bias=False)
 
 
-def shown(things: list[T], doing: str) -> Iterable[T]:
-    """With a progress bar on a terminal."""
+def with_progress(items: Sequence[T], label: str) -> Iterable[T]:
+    """The items, with a progress bar on a terminal."""
     if not sys.stderr.isatty():
-        return things
-    return track(things, doing, console=Console(stderr=True), transient=True)
+        return items
+    return track(items, label, console=Console(stderr=True), transient=True)

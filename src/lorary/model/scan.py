@@ -1,10 +1,11 @@
-"""scan: one walk over a model's module tree, as a value that answers whatever planning asks about the model."""
+"""scan: one walk over a model's module tree, as a value that planning, attaching and quantising read."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -16,40 +17,47 @@ from lorary.layers.quantized_weight import is_quantized, is_unrecognised_quantiz
 
 @dataclass(frozen=True, eq=False)
 class ScannedModule:
-    """A module of a model, and what can be done with it.
+    """A module of a model, and its place there.
 
     Args:
         path: its path; the first one of a module that has several.
         module: the module itself.
         kind: the layer kind (`linear`, `conv2d`, ...); None for a module without a weight matrix.
         quantised: whether its weight is stored in another form than the layer's own.
-        unrecognised: whether it looks like a quantised layer of a class that is not registered.
-        why_not_adaptable: why no adapter can sit here; None where one can.
         paths: every path, more than one for a shared module.
         tied_to: the names under which other modules hold its weight.
+        parent: the module around it; None for the model itself.
     """
 
     path: str
     module: nn.Module = field(repr=False)
     kind: str | None
     quantised: bool
-    unrecognised: bool
-    why_not_adaptable: str | None
     paths: tuple[str, ...]
     tied_to: tuple[str, ...]
+    parent: nn.Module | None = field(repr=False)
+
+    @cached_property
+    def unrecognised(self) -> bool:
+        """Whether it looks like a quantised layer of a class that is not registered."""
+        return is_unrecognised_quantized(self.module)
+
+    @cached_property
+    def why_not_adaptable(self) -> str | None:
+        """Why an adapter cannot sit here; None if it can."""
+        return why_not_adaptable(self.module) or _why_bypassed(self.parent)
 
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """A model's modules and base parameters, each once, in the model's order. It holds them: drop it to free memory.
+    """A model's modules and parameters, each once, in the model's order. It holds them: drop it to free memory.
 
     Args:
         model: the model.
         modules: first path -> module; the model itself is under the empty path.
         parameters: first name -> base parameter.
         names: every name of a base parameter -> its first one; tied parameters have several.
-        heads: paths of the modules that turn hidden states into answers: the language-model head, or everything
-            outside of the base model.
+        heads: the paths of the output head: the language-model head, and everything outside of the base model.
     """
 
     model: nn.Module = field(repr=False)
@@ -63,7 +71,7 @@ class Scan:
         return self.modules[path].module if path in self.modules else None
 
     def parameter(self, name: str) -> nn.Parameter:
-        """The base parameter of this name, any of those that it has."""
+        """The base parameter with this name, the first or another one."""
         return self.parameters[self.names[name]]
 
     def is_quantised(self, path: str) -> bool:
@@ -76,17 +84,22 @@ class Scan:
         return {path: m for path, m in self.modules.items() if m.kind is not None}
 
     def sizes(self) -> tuple[int, int]:
-        """(numbers, bytes) of the base; tied parameters count once, a quantised weight as the dense one's numbers."""
-        # by their first tensor: two layers may hold the same quantised weight
-        quantised = {id(stored_tensors(m.module)[0]): m for m in self.modules.values() if m.quantised}.values()
-        theirs = {id(t) for m in quantised for t in stored_tensors(m.module)}
-        plain = [p for p in self.parameters.values() if id(p) not in theirs]
-        numbers = sum(p.numel() for p in plain) + sum(math.prod(KINDS[str(m.kind)].size(m.module)) for m in quantised)
-        return numbers, sum(p.numel() * p.element_size() for p in plain) + sum(stored(m.module) for m in quantised)
+        """(numbers, bytes) of the base; see `numbers_and_bytes`."""
+        return numbers_and_bytes((m.module for m in self.modules.values()), self.parameters.values())
+
+
+def numbers_and_bytes(modules: Iterable[nn.Module], parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
+    """The size of a model; tied parameters count once, a quantised weight with the numbers of the dense one."""
+    # by their first tensor: two layers may hold the same quantised weight
+    quantised = {id(stored_tensors(m)[0]): m for m in modules if is_quantized(m)}.values()
+    theirs = {id(t) for m in quantised for t in stored_tensors(m)}
+    plain = {id(p): p for p in parameters if id(p) not in theirs}.values()
+    numbers = sum(p.numel() for p in plain) + sum(math.prod(KINDS[str(kind_of(m))].size(m)) for m in quantised)
+    return numbers, sum(p.numel() * p.element_size() for p in plain) + sum(map(stored, quantised))
 
 
 def scan(model: nn.Module) -> Scan:
-    """The scan of a model: one walk over its module tree, which touches nothing and works on the meta device."""
+    """The scan of a model, on any device, also the meta device; changes nothing."""
     paths: dict[nn.Module, list[str]] = {}  # in the model's order
     first: dict[int, str] = {}  # id of a parameter -> its first name
     names: dict[str, str] = {}
@@ -101,27 +114,25 @@ def scan(model: nn.Module) -> Scan:
             if len(known) == 1:
                 holders.setdefault(id(parameter), {})[name] = module
     modules: dict[str, ScannedModule] = {}
-    for module, known in paths.items():
-        parent = modules.get(known[0].rpartition(".")[0]) if known[0] else None
+    for module, (path, *others) in paths.items():
         holding = holders.get(id(module._parameters.get("weight")), {})  # a quantised layer may have no parameter
-        modules[known[0]] = ScannedModule(
-            path=known[0],
+        modules[path] = ScannedModule(
+            path=path,
             module=module,
             kind=kind_of(module),
             quantised=is_quantized(module),
-            unrecognised=is_unrecognised_quantized(module),
-            why_not_adaptable=why_not_adaptable(module) or _bypassed_by(parent),
-            paths=tuple(known),
+            paths=(path, *others),
             tied_to=tuple(name for name, holder in holding.items() if holder is not module),
+            parent=modules[path.rpartition(".")[0]].module if path else None,
         )
     return Scan(model, modules, parameters, names, _heads(model, modules))
 
 
-def _bypassed_by(parent: ScannedModule | None) -> str | None:
-    """Why an adapter would have no effect: the parent reads the layer's weight past its forward."""
-    if parent is not None and isinstance(parent.module, nn.MultiheadAttention):
+def _why_bypassed(parent: nn.Module | None) -> str | None:
+    """Why an adapter would have no effect: the parent reads the layer's weight instead of calling the layer."""
+    if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads its weight and never calls it: an adapter there would do nothing"
-    if parent is not None and isinstance(parent.module, nn.TransformerEncoderLayer):
+    if isinstance(parent, nn.TransformerEncoderLayer):
         return "nn.TransformerEncoderLayer reads its weight when it evaluates: an adapter would act in training only"
     return None
 

@@ -1,9 +1,8 @@
-"""What a model remembers while a method is attached to it, and the summary of it that `lorary.attached` gives."""
+"""The state of a model while a method is attached, and `lorary.attached`, its public summary."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple, cast
@@ -13,19 +12,22 @@ from torch import Tensor, nn
 
 from lorary.errors import Diagnostic, StateError
 from lorary.layers.adapted import Adapted, base_parameters
-from lorary.layers.kinds import KINDS, kind_of
-from lorary.layers.quantized_weight import is_quantized, stored_tensors
 from lorary.model.bias_flags import BiasFlags
 from lorary.model.fingerprint import STATE, Fingerprint
-from lorary.model.plan import FullParameter, full_table, site_table
+from lorary.model.plan import FullParameter, trainable_size, trained_table
+from lorary.model.scan import numbers_and_bytes
 from lorary.spec.context import ContextPatch
 from lorary.spec.method import Method
-from lorary.spec.placement import AdaptedSite, unique_tensor_sets
+from lorary.spec.placement import AdaptedSite
+
+TiedParameter = tuple[nn.Module, str, nn.Parameter]  # the module that holds it, and its name there
 
 
 class Merged(NamedTuple):
-    """What a merge replaced at a site: the weight and bias of the base, the adapted layer; and the layer there now,
-    with the precision that the merge gave it."""
+    """A merged site: the base's weight and bias and the adapted layer from before, and the plain layer there now.
+
+    `dtype` is the precision of the merged weight: the model may be converted to another one before it is unmerged.
+    """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -36,24 +38,24 @@ class Merged(NamedTuple):
 
 @dataclass
 class AttachedState:
-    """What a model remembers while adapters are attached, so that everything can be put back.
+    """The record by which everything that attaching or merging did to a model can be undone.
 
     Args:
         method: the method.
         sites: the adapted sites.
         full: base parameters that train in full -> their values before training.
-        trained: the names of parameters that required gradients before.
+        trained: the names of the parameters that required gradients before.
         paths: site -> every path of its layer, more than one for a shared layer.
-        moved: site -> what its weight was before the base gave up a part of it: the values, on the CPU, or the
-            parameter itself where others hold it too and the layer got one of its own.
-        untied: whether the model's configuration says that its embeddings are no longer tied, because one of them
-            has got a weight of its own: else the next `tie_weights` would take it away again.
         fingerprint: of the base, taken before anything changed or was sharded.
-        merged: once merged, site -> what the merge replaced, and by what.
-        tied: the parameters that a merge untied from each other: module, name, and what it held there before.
-        room: what a merge did to the model so that it may have biases which it had not.
-        off: how many `disabled` blocks the model is in.
-        reading: what the method's context did to the model.
+        replaced_weights: site -> its weight before the start was subtracted: a copy on the CPU, or the parameter itself
+            if other layers hold it too and this one got its own.
+        untied: whether attaching cleared the configuration's `tie_word_embeddings`, because a tied layer got a weight
+            of its own that the next `tie_weights` would remove.
+        merged: once merged, site -> the replaced layer and its replacement.
+        tied: the tied parameters that a merge replaced by copies.
+        bias_flags: the configuration's bias flags that a merge set.
+        disabled_depth: how many `disabled` blocks the model is in.
+        context_patch: the context's change to the model.
     """
 
     method: Method
@@ -65,7 +67,7 @@ class AttachedState:
     replaced_weights: dict[str, Tensor] = field(default_factory=dict)
     untied: bool = False
     merged: dict[str, Merged] | None = None
-    tied: list[tuple[nn.Module, str, nn.Parameter]] | None = None
+    tied: list[TiedParameter] | None = None
     bias_flags: BiasFlags = field(default_factory=BiasFlags)
     disabled_depth: int = 0
     context_patch: ContextPatch | None = None
@@ -73,10 +75,10 @@ class AttachedState:
 
 @dataclass(frozen=True)
 class Attachment:
-    """What is attached to a model, as a value. Prints like a plan.
+    """A summary of what is attached to a model. Prints like a plan.
 
     Args:
-        method: the method, at the rank that sites without one of their own take.
+        method: the method, at the default rank.
         sites: the adapted sites, each with its rank, scale and shapes.
         full: the base parameters that train in full.
         total: parameters of the base model, tied ones counted once.
@@ -95,36 +97,28 @@ class Attachment:
 
     @property
     def trainable(self) -> int:
-        """How many numbers the method trains, whether or not they require gradients now."""
-        return sum(p.trainable for p in unique_tensor_sets(self.sites)) + sum(f.size for f in self.full if f.trains)
+        """The number of parameters that the method trains, whether or not they require gradients now."""
+        return trainable_size(self.sites, self.full)
 
     @property
     def share(self) -> float:
-        """Trained numbers over the base model's parameters."""
+        """Trained parameters over the base model's."""
         return self.trainable / self.total
 
     def __str__(self) -> str:
         base = " ".join(filter(None, (self.base.architecture, self.base.name, self.base.weights[-64:][:12])))
         state = ("merged" if self.merged else "attached") + ("" if self.enabled else ", disabled")
         return "\n".join(
-            [
-                str(self.method),
-                *site_table(self.sites),
-                *full_table(self.full),
-                "",
-                f"trains    {self.trainable:,} of {self.total:,} parameters ({self.share:.4%})",
-                f"base      {base}",
-                f"state     {state}",
-            ]
+            [*trained_table(self.method, self.sites, self.full, self.total), f"base      {base}", f"state     {state}"]
         )
 
 
 def attached(model: nn.Module) -> Attachment | None:
-    """What is attached to a model, or None.
+    """A summary of what is attached to a model.
 
     Returns:
-        A summary of this moment, which does not follow later changes; None for a plain model, also after `detach` and
-        after a `merge` without `keep`.
+        A value that does not follow later changes; None for a plain model, also after `detach` and after a `merge`
+        without `keep`.
 
     Example:
         >>> print(lorary.attached(model))
@@ -132,34 +126,31 @@ def attached(model: nn.Module) -> Attachment | None:
     state = state_of(model)
     if state is None:
         return None
-    adapted_weights = {f"{p.site.name}.weight" for p in state.sites}  # a rule writes these, no optimizer trains them
+    adapted_weights = {f"{p.site.name}.weight" for p in state.sites}  # written by a rule, not by the optimizer
     full = []
     for name in state.full:
         value = base_parameter(model, name)
         size = value.numel() * value.element_size()
         full.append(FullParameter(name, tuple(value.shape), size, trains=name not in adapted_weights))
+    total, _ = numbers_and_bytes(model.modules(), (parameter for _, parameter in base_parameters(model)))
     merged, enabled = state.merged is not None, not state.disabled_depth
-    return Attachment(state.method, state.sites, tuple(full), _total(model), state.fingerprint, merged, enabled)
-
-
-def _total(model: nn.Module) -> int:
-    """Parameters of the base; tied ones and packed layers that share a weight count once."""
-    packed = {id(stored_tensors(m)[0]): m for m in model.modules() if is_quantized(m)}.values()
-    inside = {id(t) for m in packed for t in stored_tensors(m)}
-    plain = {id(p): p.numel() for _, p in base_parameters(model) if id(p) not in inside}
-    return sum(plain.values()) + sum(math.prod(KINDS[str(kind_of(m))].size(m)) for m in packed)
+    return Attachment(state.method, state.sites, tuple(full), total, state.fingerprint, merged, enabled)
 
 
 def state_of(model: nn.Module) -> AttachedState | None:
-    """The live state behind `attached`, or None."""
+    """The state of a model with a method attached; None for a plain one."""
     return cast("AttachedState | None", getattr(model, STATE, None))
 
 
 def require(model: nn.Module, verb: str) -> AttachedState:
-    """What is attached to a model.
+    """The state of a model with a method attached, unmerged and enabled.
+
+    Args:
+        model: the model.
+        verb: the refused action, for the error.
 
     Raises:
-        StateError: nothing is, it has been merged, or it is disabled for now.
+        StateError: nothing is attached, it has been merged, or it is disabled for now.
     """
     state = state_of(model)
     if state is None:
@@ -173,15 +164,20 @@ def require(model: nn.Module, verb: str) -> AttachedState:
 
 
 def base_parameter(model: nn.Module, name: str) -> nn.Parameter:
-    """A base parameter by its path in the plain model, wherever an adapter has moved it to."""
+    """A base parameter by its path in the plain model, also inside an adapted layer."""
     path, _, last = name.rpartition(".")
-    module = model.get_submodule(path)
-    return cast(nn.Parameter, getattr(module, last))
+    return cast(nn.Parameter, getattr(model.get_submodule(path), last))
+
+
+def set_submodules(model: nn.Module, paths: Iterable[str], module: nn.Module) -> None:
+    """Put a module at each of these paths."""
+    for path in paths:
+        model.set_submodule(path, module)
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode inside, without dropout; afterwards every module is in the mode it was in."""
+    """Evaluation mode inside the block, without dropout; afterwards every module has its own mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -20,9 +20,7 @@ from lorary.errors import FileError
 from lorary.methods.adalora import AlphaOverInitialRank, OrthogonalityPenalty, SVDDelta
 from lorary.methods.adalora_budget import RankBudget
 from lorary.methods.rslora import AlphaOverSqrtRank
-from tests.adapters.models import BASES, Base, fill, outputs
-from tests.adapters.peft.test_interop import close
-from tests.adapters.test_save_load import same
+from tests.adapters.models import BASES, Base, close, fill, outputs, same
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -49,7 +47,7 @@ def adalora(base: Base, left: tuple[int, ...] = LEFT, targets: Any = None, **opt
             dataclasses.replace(p, method=p.method.replace(delta=d)) for p, d in zip(placed, deltas, strict=True)
         )
     lorary.attach(model, dataclasses.replace(plan, sites=placed))
-    fill(p for n, p in model.named_parameters() if ".p." in n)
+    fill(p for n, p in model.named_parameters() if ".params." in n)
     return model.eval()
 
 
@@ -135,7 +133,7 @@ def test_masked_but_not_yet_dropped_directions_are_kept(tmp_path: Path) -> None:
     """In the middle of a run E is zero where a direction is masked; it may come back."""
     model = adalora(LLAMA, ())
     for name, p in model.named_parameters():
-        if name.endswith("p.E"):
+        if name.endswith("params.E"):
             p.data[1:3] = 0
     lorary.save(model, tmp_path / "a")
     same(lorary.load_adapter(tmp_path / "a"), lorary.Adapter.of(model))
@@ -153,7 +151,7 @@ def test_ranks_and_alphas_of_sites_are_kept_in_our_own_words(tmp_path: Path) -> 
     method = lorary.method("adalora", r=4, target=2)
     plan = lorary.plan(model, method, LLAMA.targets, ranks={"down_proj": 3}, alphas={"q_proj": 7})
     lorary.attach(model, plan)
-    fill(p for n, p in model.named_parameters() if ".p." in n)
+    fill(p for n, p in model.named_parameters() if ".params." in n)
     lorary.save(model.eval(), tmp_path / "a")
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["adapter.safetensors", "lorary.json"]
     same(lorary.load_adapter(tmp_path / "a"), lorary.Adapter.of(model))
@@ -165,7 +163,7 @@ def rescaled() -> nn.Module:
     model = LLAMA.model()
     method = lorary.method("adalora", r=4, target=2).replace(scale=AlphaOverSqrtRank(6.0))
     lorary.attach(model, lorary.plan(model, method, LLAMA.targets))
-    fill(p for n, p in model.named_parameters() if ".p." in n)
+    fill(p for n, p in model.named_parameters() if ".params." in n)
     return model.eval()
 
 
@@ -268,7 +266,7 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "a LoRA's factor": (
         lambda f: rewrite(f, lambda t: t.update({f"base_model.model.{Q}.lora_A.weight": torch.ones(4, 16)})),
-        f"  - {Q}.lora_A.weight: belongs to LoRA, which the configuration does not say it is",
+        f"  - {Q}.lora_A.weight: belongs to LoRA, which the configuration does not name",
     ),
     "a mask of another length": (
         say(rank_pattern={f"{Q}.lora_E": [True] * 3}),
@@ -304,7 +302,7 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "an average of everything": (say(beta1=1.0), f"{C}beta1: is 1.0; it takes a number between 0 and 1"),
     "no length": (say(total_step=None), f"{C}total_step: is null; it takes a whole number of at least 1"),
-    "magnitudes": (say(use_dora=True), f"{C}use_dora: is true; it takes false: PEFT's AdaLoRA has no magnitudes"),
+    "magnitudes": (say(use_dora=True), f"{C}use_dora: is true: PEFT's AdaLoRA has no magnitudes"),
     "an embedding": (
         say(target_modules=["q_proj", "embed_tokens"]),
         "  - model.embed_tokens: is of kind embedding, which PEFT's AdaLoRA never adapts",

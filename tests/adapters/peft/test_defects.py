@@ -26,9 +26,8 @@ import lorary
 from lorary.errors import FileError, MethodError, PlanError, StateError
 from lorary.methods.adalora import SVDDelta
 from tests.adapters import models
-from tests.adapters.models import BASES, Base, adapted, fill, outputs
+from tests.adapters.models import BASES, Base, adapted, close, fill, outputs
 from tests.adapters.peft.test_export import Slides
-from tests.adapters.peft.test_interop import close
 from tests.other_libraries import skip_if_it_works, skip_if_right
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own words about what is shown of it
@@ -152,7 +151,7 @@ def test_merged_and_unmerged_the_weights_are_bit_for_bit_the_same(name: str) -> 
     """There, the update is subtracted again, which in 16 bits leaves another weight."""
     model = LLAMA.model().bfloat16()
     lorary.attach(model, lorary.plan(model, lorary.method(name, r=4), targets=["q_proj"]))
-    fill(p for n, p in model.named_parameters() if ".p." in n)
+    fill(p for n, p in model.named_parameters() if ".params." in n)
     before = {n: t.clone() for n, t in model.state_dict().items()}
     for _ in range(3):
         lorary.unmerge(lorary.merge(model, keep=True))
@@ -457,7 +456,7 @@ def test_a_classifiers_adapter_learns_in_32_bits() -> None:
     config = LlamaConfig(**sizes, vocab_size=30, num_key_value_heads=2, pad_token_id=0)
     model = LlamaForSequenceClassification(config).bfloat16()
     lorary.attach(model, lorary.plan(model, lorary.method("dora", r=2, full=("score",)), targets=["q_proj"]))
-    learnt = [p for n, p in model.named_parameters() if ".p." in n]
+    learnt = [p for n, p in model.named_parameters() if ".params." in n]
     assert learnt
     assert {p.dtype for p in learnt} == {torch.float32}
 
@@ -467,7 +466,7 @@ def test_what_trains_is_named_by_whole_components() -> None:
     model = nn.ModuleDict({"a": nn.Linear(4, 4), "abc": nn.Linear(4, 4), "base": nn.Linear(4, 4)})
     lorary.attach(model, lorary.plan(model, lorary.method("lora", r=2, full=("a",)), targets=["base"]))
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert trained == {"a.weight", "a.bias", "base.p.A", "base.p.B"}
+    assert trained == {"a.weight", "a.bias", "base.params.A", "base.params.B"}
 
 
 def test_left_over_tensors_are_refused(tmp_path: Path) -> None:
@@ -554,7 +553,7 @@ def adalora(**words: Any) -> nn.Module:
     model = LLAMA.model()
     method = lorary.method("adalora", **({"r": 4, "target": 2} | words))
     lorary.attach(model, lorary.plan(model, method, targets=["q_proj"]))
-    fill(p for n, p in model.named_parameters() if ".p." in n)
+    fill(p for n, p in model.named_parameters() if ".params." in n)
     return model.eval()
 
 
@@ -695,7 +694,7 @@ def test_names_in_paths_are_never_taken_for_an_adapters(tmp_path: Path) -> None:
     plan = lorary.plan(model, lorary.method("adalora", r=4, target=2), targets=["lora.default", "lora.base_layer"])
     small = tuple(dataclasses.replace(p, method=p.method.replace(delta=SVDDelta(4, kept=2))) for p in plan.sites)
     lorary.attach(model, dataclasses.replace(plan, sites=small))
-    fill(p for n, p in model.named_parameters() if ".p." in n)
+    fill(p for n, p in model.named_parameters() if ".params." in n)
     lorary.save(model.eval(), tmp_path)
     assert not (tmp_path / "adapter_config.json").exists(), "PEFT could not load it"
     assert torch.equal(outputs(lorary.load(base.model(), tmp_path)), outputs(model))

@@ -16,9 +16,8 @@ import lorary
 from lorary.adapters import export_peft
 from lorary.errors import FileError, MethodError
 from tests.adapters import models
-from tests.adapters.models import BASES, Base, adapted, outputs
-from tests.adapters.peft.test_interop import by_peft, close
-from tests.adapters.test_save_load import GROUPED, same
+from tests.adapters.models import BASES, Base, adapted, by_peft, close, outputs, same
+from tests.adapters.test_save_load import GROUPED
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 LLAMA, GPT2, BERT, CONV = BASES
@@ -90,7 +89,7 @@ def test_a_site_with_a_method_of_its_own_is_saved_and_exported(tmp_path: Path) -
     planned = lorary.plan(base, melora, targets=["q_proj", "v_proj"])
     own = (planned.sites[0], *(dataclasses.replace(p, method=pissa) for p in planned.sites[1:]))
     lorary.attach(base, dataclasses.replace(planned, sites=own))
-    models.fill(p for n, p in base.named_parameters() if ".p." in n)
+    models.fill(p for n, p in base.named_parameters() if ".params." in n)
     adapter = lorary.Adapter.of(base.eval())
     lorary.save(base, tmp_path / "a")
     record = json.loads((tmp_path / "a" / "lorary.json").read_text())
@@ -107,7 +106,7 @@ def test_a_site_whose_scale_has_an_alpha_that_the_others_lack_is_saved(tmp_path:
     planned = lorary.plan(base, vera, targets=["q_proj"])
     own = (planned.sites[0], dataclasses.replace(planned.sites[1], method=task))
     lorary.attach(base, dataclasses.replace(planned, sites=own))
-    models.fill(p for n, p in base.named_parameters() if ".p." in n)
+    models.fill(p for n, p in base.named_parameters() if ".params." in n)
     adapter = lorary.Adapter.of(base.eval())
     lorary.save_adapter(adapter, tmp_path)
     same(lorary.load_adapter(tmp_path), adapter)
@@ -134,7 +133,7 @@ def test_magnitudes_alone_are_something(tmp_path: Path) -> None:
     """DoRA's B may be zero while its magnitudes have moved."""
     model = LLAMA.model()
     lorary.attach(model, lorary.plan(model, lorary.method("dora", r=4), targets=["q_proj"]))
-    models.fill(p for n, p in model.named_parameters() if n.endswith(".p.m"))
+    models.fill(p for n, p in model.named_parameters() if n.endswith(".params.m"))
     lorary.save(model, tmp_path)
     assert lorary.load_adapter(tmp_path).notes == ()
     close(by_peft(LLAMA, tmp_path), outputs(model.eval()))
@@ -224,7 +223,7 @@ def glora(base: Base, **words: Any) -> nn.Module:
     """The base with a filled GLoRA on it, which has no alpha."""
     model = base.model()
     lorary.attach(model, lorary.plan(model, lorary.method("glora", **words), targets=base.targets))
-    models.fill(p for n, p in model.named_parameters() if ".p." in n)
+    models.fill(p for n, p in model.named_parameters() if ".params." in n)
     return model.eval()
 
 

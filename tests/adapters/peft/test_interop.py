@@ -14,7 +14,7 @@ from torch import nn
 
 import lorary
 from lorary.adapters import export_peft, load_adapter, save_adapter
-from tests.adapters.models import BASES, Base, adapted, fill, outputs
+from tests.adapters.models import BASES, Base, adapted, by_peft, close, fill, outputs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT asks for it
@@ -45,10 +45,6 @@ def saved_by_peft(base: Base, folder: Path, **words: Any) -> torch.Tensor:
     return outputs(model)
 
 
-def by_peft(base: Base, folder: Path) -> torch.Tensor:
-    return outputs(PeftModel.from_pretrained(base.model(), str(folder)).eval())
-
-
 def ours(base: Base, variant: str) -> nn.Module:
     words: dict[str, Any] = {}
     if variant.startswith("patterns"):
@@ -56,12 +52,6 @@ def ours(base: Base, variant: str) -> nn.Module:
     targets = (base.embedding, base.targets[0]) if variant.startswith("embedding") else None
     name = "rslora" if variant == "rsLoRA" else "dora" if "DoRA" in variant else "lora"
     return adapted(base, name, targets=targets, **words)
-
-
-def close(a: torch.Tensor, b: torch.Tensor) -> None:
-    """Equal to a millionth of the largest logit."""
-    assert torch.isfinite(a).all()
-    torch.testing.assert_close(a, b, rtol=0, atol=1e-6 * max(1.0, b.abs().max().item()))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

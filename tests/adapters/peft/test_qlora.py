@@ -58,7 +58,7 @@ def ours(*names: str, **options: Any) -> Any:
     model = LLAMA.model()
     method = lorary.method(*names, r=4, **({"alpha": 6} | EXACT | options))
     lorary.attach(model, lorary.plan(model, method))
-    fill(p for n, p in model.named_parameters() if ".p." in n)
+    fill(p for n, p in model.named_parameters() if ".params." in n)
     return model.eval()
 
 

@@ -31,9 +31,7 @@ from lorary.spec.fields import COUNT, FLAG
 from lorary.spec.interfaces import COMPONENTS, Delta, Init, Shapes, Tensors, component
 from lorary.spec.method import Method
 from lorary.spec.site import Site
-from tests.adapters.models import BASES, Base, fill, outputs
-from tests.adapters.peft.test_interop import by_peft, close
-from tests.adapters.test_save_load import same
+from tests.adapters.models import BASES, Base, by_peft, close, fill, outputs, same
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 LLAMA, _, BERT, CONV = BASES
@@ -210,7 +208,7 @@ def test_its_tensors_in_another_types_file_are_told_from_strangers(inside: str, 
     path = tmp_path / "adapter_model.safetensors"
     save_file(load_file(path) | {f"base_model.model.{Q}.{leaf}": torch.ones(3, 16)}, path)
     other = "LoRA" if inside == "LOHA" else "LoHa"
-    what = f"  - {Q}.{leaf}: belongs to {other}, which the configuration does not say it is"
+    what = f"  - {Q}.{leaf}: belongs to {other}, which the configuration does not name"
     assert refusal(tmp_path, LLAMA.model()) == what
 
 
@@ -232,7 +230,7 @@ def test_pefts_files_of_a_method_that_it_lacks_are_refused(tmp_path: Path) -> No
     lorary.save(loha(LLAMA), tmp_path)
     del PEFT_TYPES["LOHA"]
     try:
-        what = "PEFT has no adapter with the tensors of this method, and they are said to be in PEFT's file"
+        what = "adapter_model.safetensors is listed, but no PEFT adapter type has the tensors of this method"
         assert refusal(tmp_path) == f"  - lorary.json: files: {what}"
     finally:
         register(LoHa())

@@ -14,9 +14,7 @@ from safetensors.torch import load_file, save_file
 import lorary
 from lorary.adapters import shared_tensors
 from lorary.errors import FileError
-from tests.adapters.models import BASES, Base, fill, outputs, vera
-from tests.adapters.peft.test_interop import close
-from tests.adapters.test_save_load import same
+from tests.adapters.models import BASES, Base, close, fill, outputs, same, vera
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -139,7 +137,7 @@ def test_ranks_of_sites_have_no_words_in_pefts_vera(tmp_path: Path) -> None:
     base = LLAMA.model()
     plan = lorary.plan(base, lorary.method("vera", r=6), targets=["q_proj", "down_proj"], ranks={"down_proj": 3})
     lorary.attach(base, plan)
-    fill(p for n, p in base.named_parameters() if ".p." in n)
+    fill(p for n, p in base.named_parameters() if ".params." in n)
     lorary.save(base.eval(), tmp_path)
     assert not (tmp_path / "adapter_config.json").exists()
     adapter = lorary.load_adapter(tmp_path)
@@ -162,8 +160,8 @@ def test_the_parts_are_put_together_once(
     saved: bool, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And once more where they are compared with what the seed gives."""
-    adapter, calls, original = lorary.Adapter.of(vera(LLAMA, save_projections=saved)), [], shared_tensors._gathered
-    monkeypatch.setattr(shared_tensors, "_gathered", lambda *words: calls.append(words) or original(*words))
+    adapter, calls, original = lorary.Adapter.of(vera(LLAMA, save_projections=saved)), [], shared_tensors._collect
+    monkeypatch.setattr(shared_tensors, "_collect", lambda *words: calls.append(words) or original(*words))
     lorary.save_adapter(adapter, tmp_path)
     assert len(calls) == times
 
@@ -204,7 +202,7 @@ def test_sixteen_bit_projections_are_drawn_to_the_same_bits(tmp_path: Path) -> N
     model = LLAMA.model()
     method = lorary.method("vera", r=6, save_projections=False)
     lorary.attach(model, lorary.plan(model, method, targets=["q_proj"]), dtype=torch.bfloat16)
-    fill(p for n, p in model.named_parameters() if ".p." in n)
+    fill(p for n, p in model.named_parameters() if ".params." in n)
     lorary.save(model, tmp_path)
     assert not (tmp_path / "adapter_config.json").exists(), "PEFT draws them in 32 bits"
     assert json.loads((tmp_path / "lorary.json").read_text())["drawn"]["A"]["dtype"] == "BF16"
@@ -227,7 +225,7 @@ def test_projections_that_the_seed_does_not_give_are_kept(tmp_path: Path) -> Non
 def test_another_draw_is_refused(tmp_path: Path) -> None:
     folder = drawn(tmp_path / "a")
     change(folder, lambda record: record["method"]["init"].update(seed=4))
-    what = "what its seed gives here is not what the adapter was trained with (SHA-256 differs)"
+    what = "its seed gives other numbers here than in training (SHA-256 differs)"
     fix = "      hint: save it again with save_projections=True, on the base that it was trained on"
     assert refusal(folder) == "\n".join(f"  - lorary.json: drawn: {role}: {what}\n{fix}" for role in "AB")
 
@@ -239,7 +237,7 @@ def test_sites_that_do_not_share_cannot_be_saved(tmp_path: Path) -> None:
     tensors[first]["A"] = tensors[first]["A"] + 1
     with pytest.raises(FileError) as caught:
         lorary.save_adapter(lorary.Adapter(adapter.method, adapter.sites, tensors, base=adapter.base), tmp_path / "a")
-    line = f"  - {first}: its A is not that of the other sites, which all share one"
+    line = f"  - {first}: its A differs from the other sites', which all share one"
     assert str(caught.value) == f"cannot save an adapter to {str(tmp_path / 'a')!r}\n{line}"
     assert not (tmp_path / "a").exists()
 
@@ -321,8 +319,7 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "LoRA's factors": (
         lambda f: rewrite(f, lambda t: t.update({ENTRY.replace("vera_lambda_b", "lora_A.weight"): torch.ones(2, 16)})),
-        "  - model.layers.0.self_attn.q_proj.lora_A.weight: belongs to LoRA, which the configuration does not say "
-        "it is",
+        "  - model.layers.0.self_attn.q_proj.lora_A.weight: belongs to LoRA, which the configuration does not name",
     ),
 }
 

@@ -25,10 +25,10 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Native]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         able = {"plain C"}
-        able |= {"AVX2"} if {"avx2", "fma", "f16c"} <= cpu.features() else set()
-        able |= {"AVX-512"} if {"avx512f", "avx512bw"} <= cpu.features() else set()
+        able |= {"AVX2"} if {"avx2", "fma", "f16c"} <= cpu.cpu_features() else set()
+        able |= {"AVX-512"} if {"avx512f", "avx512bw"} <= cpu.cpu_features() else set()
         with ThreadPoolExecutor() as pool:
-            paths = pool.map(lambda name: cpu.library(OPTIONS + FEWER[name]), able)
+            paths = pool.map(lambda name: cpu.compile_library(OPTIONS + FEWER[name]), able)
             made = {name: Native(path) for name, path in zip(able, paths, strict=True)}
     assert {name: library.isa for name, library in made.items()} == {name: name for name in made}
     return made
@@ -47,31 +47,31 @@ def test_every_sort_gives_the_tables_numbers(
     height, width = shape
     rows, columns = (height // 3, height), (width // 3, width - width // 4)
     for block in (2, 16, 32, 64, 1024):
-        packed = quantize(torch.randn(shape) * 10 ** torch.randn(shape), block, double)
+        quantized = quantize(torch.randn(shape) * 10 ** torch.randn(shape), block, double)
         for dtype in TYPES:
-            table = reference.region(packed, (0, height), (0, width), torch.empty(shape, dtype=dtype))
+            table = reference.dequantize_region(quantized, (0, height), (0, width), torch.empty(shape, dtype=dtype))
             for name, library in libraries.items():
                 out, wide = torch.full((height, width + 3), 7.0, dtype=dtype), torch.empty(shape)
-                library.unpack(packed, (0, height), (0, width), out[:, :width])
+                library.dequantize(quantized, (0, height), (0, width), out[:, :width])
                 assert torch.equal(out[:, :width], table), (name, block, dtype)
                 assert (out[:, width:] == 7).all(), (name, block, dtype)
-                library.unpack(packed, (0, height), (0, width), wide, dtype)
+                library.dequantize(quantized, (0, height), (0, width), wide, dtype)
                 assert torch.equal(wide, table.float()), (name, block, dtype)
                 out.fill_(7.0)
                 piece = out[rows[0] : rows[1], columns[0] : columns[1]]
-                library.unpack(packed, rows, columns, piece)
+                library.dequantize(quantized, rows, columns, piece)
                 assert torch.equal(piece, table[rows[0] : rows[1], columns[0] : columns[1]]), (name, block, dtype)
                 assert (out == 7).sum() >= out.numel() - piece.numel()
 
 
 @pytest.mark.parametrize("shape", [(33, 63), (1, 1), (17, 100), (40, 128)], ids=str)
-def test_every_sort_packs_the_same(shape: tuple[int, int], libraries: dict[str, Native]) -> None:
+def test_every_build_quantizes_alike(shape: tuple[int, int], libraries: dict[str, Native]) -> None:
     W = torch.randn(shape) * 10 ** torch.randn(shape)
     W[0, : shape[1] // 2] = 0.0
     for block in (2, 16, 64, 1024):
         expected = reference.quantize(W, block, False, reference.quantize_piece)
         for name, library in libraries.items():
-            ours = reference.quantize(W, block, False, library.pack_piece)
+            ours = reference.quantize(W, block, False, library.quantize_piece)
             assert torch.equal(ours.codes, expected.codes), (name, block)
             assert torch.equal(ours.absmax, expected.absmax), (name, block)
 
@@ -79,39 +79,39 @@ def test_every_sort_packs_the_same(shape: tuple[int, int], libraries: dict[str, 
 @pytest.mark.parametrize("scale", [1e-7, 1e-4, 1e38, 1e-39, float("inf"), float("nan")])
 def test_rounding_at_the_ends_of_each_type(scale: float, libraries: dict[str, Native]) -> None:
     """Subnormal numbers, overflow, infinity and NaN, as magnitudes of a foreign checkpoint may have them."""
-    packed = quantize(torch.randn(8, 128), double=False)
-    packed = packed._replace(absmax=packed.absmax * scale)
+    quantized = quantize(torch.randn(8, 128), double=False)
+    quantized = quantized._replace(absmax=quantized.absmax * scale)
     for dtype in TYPES:
-        table = reference.region(packed, (0, 8), (0, 128), torch.empty(8, 128, dtype=dtype))
+        table = reference.dequantize_region(quantized, (0, 8), (0, 128), torch.empty(8, 128, dtype=dtype))
         for name, library in libraries.items():
             out = torch.empty(8, 128, dtype=dtype)
-            library.unpack(packed, (0, 8), (0, 128), out)
+            library.dequantize(quantized, (0, 8), (0, 128), out)
             torch.testing.assert_close(out, table, rtol=0, atol=0, equal_nan=True, msg=f"{name}, {dtype}")
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_every_sort_gives_the_product(dtype: torch.dtype, libraries: dict[str, Native]) -> None:
     for block, double in ((64, True), (128, False)):
-        packed = quantize(torch.randn(50, 256) * 0.1, block, double)
+        quantized = quantize(torch.randn(50, 256) * 0.1, block, double)
         for tokens in (1, 2, 3, 4, 7):
             x = torch.randn(tokens, 256)
-            exact = x.double() @ dequantize(packed, dtype).double().T
+            exact = x.double() @ dequantize(quantized, dtype).double().T
             for name, library in libraries.items():
-                error = (library.times(x, packed, dtype).double() - exact).abs().max()
+                error = (library.linear(x, quantized, dtype).double() - exact).abs().max()
                 assert error < 1e-5, (name, tokens, error)
 
 
 def test_threads_change_nothing(libraries: dict[str, Native], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "SHARE", 100)
-    packed, x = quantize(torch.randn(37, 192)), torch.randn(3, 192)
+    quantized, x = quantize(torch.randn(37, 192)), torch.randn(3, 192)
     library, found = libraries["plain C"], []
     try:
         for threads in (1, 2, 5, 100):
             torch.set_num_threads(threads)
             out = torch.empty(37, 192)
-            library.unpack(packed, (0, 37), (0, 192), out)
-            again = reference.quantize(out, 64, False, library.pack_piece)
-            found.append((out, library.times(x, packed, torch.float32), again.codes, again.absmax))
+            library.dequantize(quantized, (0, 37), (0, 192), out)
+            again = reference.quantize(out, 64, False, library.quantize_piece)
+            found.append((out, library.linear(x, quantized, torch.float32), again.codes, again.absmax))
     finally:
         torch.set_num_threads(1)
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
@@ -119,7 +119,7 @@ def test_threads_change_nothing(libraries: dict[str, Native], monkeypatch: pytes
 
 def test_it_is_not_given_what_it_cannot_read() -> None:
     good = quantize(torch.randn(40, 128))
-    assert cpu.readable(good)
+    assert cpu.is_readable(good)
     short: dict[str, Tensor | None] = {
         "codes": good.codes[:-1],
         "absmax": good.absmax[:-1],
@@ -127,9 +127,9 @@ def test_it_is_not_given_what_it_cannot_read() -> None:
         "nested_offset": torch.zeros((), dtype=torch.float64),
     }
     for name, part in short.items():
-        assert not cpu.readable(good._replace(**{name: part}))
-    assert not cpu.readable(good._replace(absmax=good.absmax.repeat_interleave(2)[::2]))
-    assert not cpu.readable(good._replace(shape=(41, 128)))
+        assert not cpu.is_readable(good._replace(**{name: part}))
+    assert not cpu.is_readable(good._replace(absmax=good.absmax.repeat_interleave(2)[::2]))
+    assert not cpu.is_readable(good._replace(shape=(41, 128)))
     with pytest.raises((IndexError, RuntimeError)):
         dequantize(good._replace(shape=(41, 128)))
 
@@ -146,13 +146,13 @@ def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def works_by_the_table() -> bool:
     """Whether nothing compiled can be had, and a product is right all the same."""
-    cpu._made.cache_clear()
+    cpu._load_native.cache_clear()
     try:
-        packed, x = quantize(torch.randn(70, 128)), torch.randn(5, 128)
-        torch.testing.assert_close(linear(x, packed), x @ dequantize(packed).T)
+        quantized, x = quantize(torch.randn(70, 128)), torch.randn(5, 128)
+        torch.testing.assert_close(linear(x, quantized), x @ dequantize(quantized).T)
         return backend() == "table"
     finally:
-        cpu._made.cache_clear()
+        cpu._load_native.cache_clear()
 
 
 def script(folder: Path, text: str) -> str:
@@ -196,18 +196,18 @@ def test_when_it_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_two_that_compile_at_once(empty: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(lambda _: cpu.library((*OPTIONS, "-O0")), range(2))
+        first, second = pool.map(lambda _: cpu.compile_library((*OPTIONS, "-O0")), range(2))
     assert first == second
     assert list((empty / "cache" / "lorary").iterdir()) == [first]
     assert Native(first).isa == "plain C"
     seen = first.stat().st_mtime_ns
-    assert cpu.library((*OPTIONS, "-O0")).stat().st_mtime_ns == seen  # and not again
+    assert cpu.compile_library((*OPTIONS, "-O0")).stat().st_mtime_ns == seen  # and not again
 
 
 @pytest.mark.parametrize("damage", ["cut short", "another", "a folder", "others may write"])
-def test_a_file_that_is_not_as_it_was_written_is_made_anew(damage: str, empty: Path) -> None:
+def test_a_damaged_library_is_compiled_again(damage: str, empty: Path) -> None:
     """Loading it could end the process, in the middle of whatever it does."""
-    made = cpu.library((*OPTIONS, "-O0"))
+    made = cpu.compile_library((*OPTIONS, "-O0"))
     content = made.read_bytes()
     if damage == "a folder":
         made.rename(made.with_name("aside"))
@@ -216,7 +216,7 @@ def test_a_file_that_is_not_as_it_was_written_is_made_anew(damage: str, empty: P
         made.chmod(0o777)
     else:
         made.write_bytes(content[:5000] if damage == "cut short" else content[::-1])
-    again = cpu.library((*OPTIONS, "-O0"))
+    again = cpu.compile_library((*OPTIONS, "-O0"))
     assert again.read_bytes() == content
     assert again.stat().st_mode & 0o777 == 0o700
     assert Native(again).isa == "plain C"
@@ -237,14 +237,14 @@ def test_code_that_is_wrong_is_found_out_before_it_is_used(fault: str, tmp_path:
     text = cpu.SOURCE.read_text()
     assert old in text
     (tmp_path / "nf4.c").write_text(text.replace(old, new))
-    (tmp_path / "nf4_lanes.h").write_text(cpu.HEADER.read_text())
+    (tmp_path / "simd.h").write_text(cpu.HEADER.read_text())
     command = ["cc", *OPTIONS, "-O0", "-o", str(tmp_path / "wrong.so"), str(tmp_path / "nf4.c")]
     subprocess.run(command, check=True, capture_output=True)
-    assert not cpu._agrees(Native(tmp_path / "wrong.so"))
+    assert not cpu.matches_reference(Native(tmp_path / "wrong.so"))
 
 
 def test_it_is_called_without_the_interpreters_lock() -> None:
-    """Two threads unpack two weights at once, each right."""
+    """Two threads dequantise two weights at once."""
     weights: list[QuantizedTensor] = [quantize(torch.randn(256, 256)) for _ in range(2)]
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(dequantize, weights * 8))

@@ -31,7 +31,7 @@ def _by(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sorts(shape: tuple[int, ...]) -> dict[str, Tensor]:
-    """Weights of one shape, of every sort that could be packed in another way."""
+    """Weights of one shape, with edge cases of quantisation."""
     random = torch.randn(shape)
     return {
         "random": random,
@@ -46,7 +46,7 @@ def sorts(shape: tuple[int, ...]) -> dict[str, Tensor]:
 
 
 def theirs(W: Tensor, block: int, double: bool = False) -> tuple[QuantizedTensor, Any]:
-    """What bitsandbytes packs on the CPU, as ours; and its own state."""
+    """bitsandbytes' quantisation on the CPU, in our layout; and its own state."""
     codes, state = BF.quantize_4bit(W, blocksize=block, compress_statistics=double, quant_type="nf4")
     nested = (state.state2.absmax, state.offset) if double else (None, None)
     return QuantizedTensor(codes, state.absmax, *nested, tuple(W.shape), block), state
@@ -77,7 +77,7 @@ def test_the_values_of_magnitudes_are_bitsandbytes() -> None:
     assert DYNAMIC[-1] == 1.0
 
 
-# --- packing ----------------------------------------------------------------------------------------------------------
+# --- quantising -------------------------------------------------------------------------------------------------------
 
 
 @VIA
@@ -97,16 +97,19 @@ def test_codes_and_magnitudes_are_bitsandbytes_to_the_bit(via: str, shape: tuple
 @VIA
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("shape", [(64, 64), (33, 66), (130,), (17, 100), (8, 512), (3, 128)], ids=str)
-def test_unpacked_numbers_are_bitsandbytes_to_the_bit(via: str, shape: tuple[int, ...], double: bool) -> None:
+def test_dequantized_numbers_are_bitsandbytes_to_the_bit(via: str, shape: tuple[int, ...], double: bool) -> None:
     """From its own state. Blocks are not longer than a row: where they are, its CPU kernel takes wrong magnitudes."""
     for name, W in sorts(shape).items():
         for block in (block for block in BLOCKS if block <= shape[-1] or block == 32):
-            packed, state = theirs(W, block, double)
+            quantized, state = theirs(W, block, double)
             for state.dtype in DTYPES:
-                ours, expected = dequantize(packed, state.dtype), BF.dequantize_4bit(packed.codes, state).view(shape)
+                ours, expected = (
+                    dequantize(quantized, state.dtype),
+                    BF.dequantize_4bit(quantized.codes, state).view(shape),
+                )
                 if state.dtype == torch.bfloat16 and BF.has_avx512bf16():
                     # that instruction makes zeros of what is subnormal in 32 bits
-                    subnormal = dequantize(packed).abs() < torch.finfo(torch.float32).tiny
+                    subnormal = dequantize(quantized).abs() < torch.finfo(torch.float32).tiny
                     ours = ours.masked_fill(subnormal & (expected == 0), 0)
                 assert torch.equal(ours, expected), (name, block, state.dtype)
 
@@ -114,35 +117,35 @@ def test_unpacked_numbers_are_bitsandbytes_to_the_bit(via: str, shape: tuple[int
 @VIA
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("shape", [(63,), (5, 33), (2, 3, 25), (3, 64), (70, 96), (9, 1)], ids=str)
-def test_unpacking_is_the_product_that_is_written_down(via: str, shape: tuple[int, ...], double: bool) -> None:
+def test_dequantizing_is_code_times_magnitude(via: str, shape: tuple[int, ...], double: bool) -> None:
     """Of any block and shape: code times magnitude in 32 bits, rounded once; number by number."""
     for block in (2, 4, 16, 64, 256, 4096):
-        packed = quantize(torch.randn(shape), block, double)
-        magnitude = packed.absmax
+        quantized = quantize(torch.randn(shape), block, double)
+        magnitude = quantized.absmax
         if double:
             places = torch.arange(len(magnitude)) // 256
-            magnitude = DYNAMIC[packed.absmax.int()] * packed.nested_absmax[places] + packed.nested_offset
-        nibbles = torch.stack([packed.codes[:, 0] >> 4, packed.codes[:, 0] & 15], 1).view(-1)[: math.prod(shape)]
+            magnitude = DYNAMIC[quantized.absmax.int()] * quantized.nested_absmax[places] + quantized.nested_offset
+        nibbles = torch.stack([quantized.codes[:, 0] >> 4, quantized.codes[:, 0] & 15], 1).view(-1)[: math.prod(shape)]
         numbers = CODE[nibbles.int()] * magnitude.repeat_interleave(block)[: math.prod(shape)]
         for dtype in [*DTYPES, torch.float64]:
-            assert torch.equal(dequantize(packed, dtype), numbers.view(shape).to(dtype)), (block, dtype)
+            assert torch.equal(dequantize(quantized, dtype), numbers.view(shape).to(dtype)), (block, dtype)
 
 
 def test_a_block_loses_at_most_half_of_the_gap_between_two_values() -> None:
     W = torch.randn(64, 256)
-    packed = quantize(W, double=False)
+    quantized = quantize(W, double=False)
     gaps = torch.cat([CODE.diff(), CODE.diff()[-1:]])
-    index = torch.stack([packed.codes[:, 0] >> 4, packed.codes[:, 0] & 15], 1).view(-1).int()
+    index = torch.stack([quantized.codes[:, 0] >> 4, quantized.codes[:, 0] & 15], 1).view(-1).int()
     most = torch.maximum(gaps[index], gaps[(index - 1).clamp(min=0)]) / 2
-    error = (dequantize(packed) - W).abs().view(-1) / packed.absmax.repeat_interleave(64)
+    error = (dequantize(quantized) - W).abs().view(-1) / quantized.absmax.repeat_interleave(64)
     assert (error <= most + 1e-6).all()
 
 
-def test_packing_what_was_unpacked_changes_nothing() -> None:
-    packed = quantize(torch.randn(33, 100), double=False)
-    again = quantize(dequantize(packed), double=False)
-    assert torch.equal(again.codes, packed.codes)
-    assert torch.equal(again.absmax, packed.absmax)
+def test_quantizing_dequantized_numbers_changes_nothing() -> None:
+    quantized = quantize(torch.randn(33, 100), double=False)
+    again = quantize(dequantize(quantized), double=False)
+    assert torch.equal(again.codes, quantized.codes)
+    assert torch.equal(again.absmax, quantized.absmax)
 
 
 @pytest.mark.parametrize("W", [torch.randn(96, 130).T, torch.randn(64, 3, 40).permute(1, 2, 0), torch.randn(())])
@@ -157,7 +160,7 @@ def test_strides_and_tiles_make_no_difference(via: str, W: Tensor, tile: int, mo
 
 
 @VIA
-def test_packing_takes_a_few_tiles_of_memory(via: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantizing_takes_a_few_tiles_of_memory(via: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "AT_ONCE", 2**14)
     for W in (torch.randn(1024, 512).bfloat16(), torch.randn(512, 1024).bfloat16().T):
         with LiveBytes() as live:
@@ -175,16 +178,18 @@ def test_numbers_that_are_not_finite_are_refused(via: str, bad: float, place: tu
         quantize(W)
 
 
-def test_what_cannot_be_packed_is_refused() -> None:
+def test_invalid_weights_are_refused() -> None:
     with pytest.raises(ValueError, match="block is 48; it has to be a power of two from 2"):
         quantize(torch.randn(4), block=48)
-    with pytest.raises(ValueError, match=r"the weight is of torch.int64; only floating numbers can be packed"):
+    with pytest.raises(ValueError, match=r"the weight is of torch.int64; only floating numbers can be quantised"):
         quantize(torch.arange(4))
     with pytest.raises(ValueError, match="outside the range of float32"):
         quantize(torch.tensor([1e300], dtype=torch.float64))
     large = torch.full((4, 64), 3e38)  # so that the sum of their magnitudes is infinite
     assert dequantize(quantize(large, double=False)).isfinite().all()
-    with pytest.raises(ValueError, match="the mean magnitude is outside the range of float32: pack it without double"):
+    with pytest.raises(
+        ValueError, match="the mean magnitude is outside the range of float32: quantise it without double"
+    ):
         quantize(large)
 
 
@@ -220,8 +225,8 @@ def test_magnitudes_are_decoded_to_within_what_bitsandbytes_loses() -> None:
 
 @pytest.mark.parametrize(("double", "bits"), [(True, 4 + 8 / 64 + 32 / (64 * 256)), (False, 4.5)])
 def test_bits_of_a_number_in_memory(double: bool, bits: float) -> None:
-    packed = quantize(torch.randn(1024, 1024), double=double)
-    parts = [part for part in packed[:4] if part is not None]
+    quantized = quantize(torch.randn(1024, 1024), double=double)
+    parts = [part for part in quantized[:4] if part is not None]
     taken = 8 * sum(part.untyped_storage().nbytes() for part in parts)
     assert taken == bits * 2**20 + (32 if double else 0)  # and one mean for the whole weight
     large = quantize(torch.empty(8192, 28672, device="meta"), double=double)
@@ -234,37 +239,37 @@ def test_bits_of_a_number_in_memory(double: bool, bits: float) -> None:
 
 @VIA
 def test_into_a_buffer(via: str) -> None:
-    packed, out = quantize(torch.randn(33, 100)), torch.full((33, 100), 7.0)
-    assert dequantize(packed, out=out) is out
-    assert torch.equal(out, dequantize(packed))
+    quantized, out = quantize(torch.randn(33, 100)), torch.full((33, 100), 7.0)
+    assert dequantize(quantized, out=out) is out
+    assert torch.equal(out, dequantize(quantized))
     for wrong in (out.T, out.bfloat16(), out[:, :50], torch.empty(100, 33)):
         with pytest.raises(ValueError, match="it has to be contiguous and"):
-            dequantize(packed, out=wrong)
+            dequantize(quantized, out=wrong)
 
 
 @VIA
 @pytest.mark.parametrize("shape", [(40, 64), (40, 33), (40, 1)], ids=str)
 def test_some_rows(via: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "AT_ONCE", 100)
-    packed = quantize(torch.randn(shape))
+    quantized = quantize(torch.randn(shape))
     rows = torch.tensor([[0, 39, 7], [7, 8, 0]], dtype=torch.int32)
     for dtype in [*DTYPES, torch.float64]:
-        assert torch.equal(dequantize_rows(packed, rows, dtype), dequantize(packed, dtype)[rows])
-    assert dequantize_rows(packed, rows[:, :0]).shape == (2, 0, shape[1])
+        assert torch.equal(dequantize_rows(quantized, rows, dtype), dequantize(quantized, dtype)[rows])
+    assert dequantize_rows(quantized, rows[:, :0]).shape == (2, 0, shape[1])
     for bad in (-1, 40):
         with pytest.raises(IndexError, match=f"row {bad} or {bad} of a matrix of 40 rows"):
-            dequantize_rows(packed, torch.tensor([bad]))
+            dequantize_rows(quantized, torch.tensor([bad]))
     for dtype in (torch.float32, torch.bool, torch.complex64):
-        with pytest.raises(TypeError, match=f"rows are of {dtype}; they have to be whole numbers"):
-            dequantize_rows(packed, torch.zeros(1, dtype=dtype))
+        with pytest.raises(TypeError, match=f"rows are of {dtype}; they have to be integers"):
+            dequantize_rows(quantized, torch.zeros(1, dtype=dtype))
 
 
 @VIA
 @pytest.mark.parametrize("shape", [(0,), (0, 64), (64, 0), (5, 0, 3)], ids=str)
 def test_nothing_at_all(via: str, shape: tuple[int, ...]) -> None:
-    packed = quantize(torch.randn(shape))
-    assert packed.codes.shape == (0, 1)
-    assert dequantize(packed).shape == shape
+    quantized = quantize(torch.randn(shape))
+    assert quantized.codes.shape == (0, 1)
+    assert dequantize(quantized).shape == shape
 
 
 def test_shapes_without_numbers() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorary.kernels.nf4.reference import QuantizedTensor, numbers_at, quantize
+from lorary.kernels.nf4.reference import QuantizedTensor, dequantize_at, quantize, quantize_piece
 from tests.fresh import GROUP, Program
 
 pytest.importorskip("triton")
@@ -23,28 +23,28 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 DOUBLE = pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
 
 
-def packed(*shape: int, block: int = 64, double: bool = True, size: float = 0.02) -> QuantizedTensor:
-    return quantize(torch.randn(shape, device=DEVICE) * size, block, double)
+def quantized(*shape: int, block: int = 64, double: bool = True, size: float = 0.02) -> QuantizedTensor:
+    return quantize(torch.randn(shape, device=DEVICE) * size, block, double, quantize_piece)
 
 
 def table(p: QuantizedTensor, dtype: torch.dtype) -> Tensor:
-    """What the packed numbers mean, one by one."""
-    return numbers_at(p, torch.arange(math.prod(p.shape), device=DEVICE)).view(p.shape).to(dtype)
+    """The dense weight by definition, number by number."""
+    return dequantize_at(p, torch.arange(math.prod(p.shape), device=DEVICE)).view(p.shape).to(dtype)
 
 
-# --- unpack -----------------------------------------------------------------------------------------------------------
+# --- dequantize -------------------------------------------------------------------------------------------------------
 
 
 @DOUBLE
 @pytest.mark.parametrize("block", [2, 32, 64, 256, 4096, 8192])
-def test_unpacked_numbers_are_the_table_s_bit_for_bit(block: int, double: bool) -> None:
+def test_dequantized_numbers_are_the_table_s_bit_for_bit(block: int, double: bool) -> None:
     """Odd counts, a last block that is short, fewer numbers than a block, more than 256 blocks; subnormal numbers."""
     for shape in ((5, 7), (3, 64), (1, 1), (40, 130), (2, 3, 5), (9,)):
-        p = packed(*shape, block=block, double=double)
+        p = quantized(*shape, block=block, double=double)
         for dtype in (*DTYPES, torch.float64):
             assert torch.equal(triton.dequantize(p, dtype), table(p, dtype)), (shape, dtype)
     if block == 64:
-        p = packed(300, 129, block=2 * block, double=double, size=1e-39)
+        p = quantized(300, 129, block=2 * block, double=double, size=1e-39)
         assert torch.equal(triton.dequantize(p), table(p, torch.float32))
 
 
@@ -62,17 +62,17 @@ def test_numbers_are_rounded_to_the_nearest_and_ties_to_even() -> None:
 
 
 def test_numbers_go_where_they_are_asked_to() -> None:
-    p = packed(6, 10)
+    p = quantized(6, 10)
     out = torch.full((80,), 7.0, device=DEVICE)
     assert triton.dequantize(p, torch.float32, out[10:70]).data_ptr() == out[10:].data_ptr()
     assert torch.equal(out[10:70].view(6, 10), table(p, torch.float32))
     assert out[:10].eq(7).all()
     assert out[70:].eq(7).all()
-    assert triton.dequantize(packed(0, 10)).shape == (0, 10)
+    assert triton.dequantize(quantized(0, 10)).shape == (0, 10)
 
 
 def test_a_place_that_is_none_is_refused() -> None:
-    p = packed(6, 10)
+    p = quantized(6, 10)
     message = "`out` has 59 numbers of torch.float32; it has to be contiguous and have 60 of torch.float32"
     with pytest.raises(ValueError, match=re.escape(message)):
         triton.dequantize(p, torch.float32, torch.empty(59, device=DEVICE))
@@ -89,10 +89,10 @@ EXACT = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}  # o
 @DOUBLE
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 2, 16])
-def test_products_are_those_with_the_unpacked_weight(tokens: int, dtype: torch.dtype, double: bool) -> None:
+def test_products_are_those_with_the_dequantized_weight(tokens: int, dtype: torch.dtype, double: bool) -> None:
     """Rows that are no multiple of what a program takes, blocks of several pieces, rows of one piece and of many."""
     for shape, block in (((37, 192), 64), ((5, 64), 128), ((3, 1088), 64)):
-        p = packed(*shape, block=block, double=double)
+        p = quantized(*shape, block=block, double=double)
         bias = torch.randn(shape[0], device=DEVICE).to(dtype) if shape[0] != 5 else None
         x = torch.randn(tokens, shape[1], device=DEVICE).to(dtype)
         y = triton.gemv(x, p, bias)
@@ -104,7 +104,7 @@ def test_products_are_those_with_the_unpacked_weight(tokens: int, dtype: torch.d
 
 def test_a_product_with_one_row_is_summed_in_32_bits_and_rounded_once() -> None:
     """It is nearer to the true product than one with a weight in bfloat16 can be."""
-    p = packed(64, 1024)
+    p = quantized(64, 1024)
     x = torch.randn(1, 1024, device=DEVICE).bfloat16()
     true = x.double() @ table(p, torch.float64).T
     ours = triton.gemv(x, p)
@@ -112,29 +112,29 @@ def test_a_product_with_one_row_is_summed_in_32_bits_and_rounded_once() -> None:
 
 
 def test_x_may_be_a_view_and_may_want_a_gradient() -> None:
-    p = packed(8, 64)
+    p = quantized(8, 64)
     x = torch.randn(64, 3, device=DEVICE, requires_grad=True)
     torch.testing.assert_close(triton.gemv(x.t(), p), (x.t() @ table(p, torch.float32).T).detach())
 
 
 def test_which_weights_suit() -> None:
-    assert triton.suits(packed(3, 128))
-    assert triton.suits(packed(3, 64, block=256))
-    assert not triton.suits(packed(3, 96))
-    assert not triton.suits(packed(3, 64, block=32))
-    assert not triton.suits(packed(3, 2, 64))
-    assert not triton.suits(packed(0, 64))
-    p = packed(4, 64)
+    assert triton.suits(quantized(3, 128))
+    assert triton.suits(quantized(3, 64, block=256))
+    assert not triton.suits(quantized(3, 96))
+    assert not triton.suits(quantized(3, 64, block=32))
+    assert not triton.suits(quantized(3, 2, 64))
+    assert not triton.suits(quantized(0, 64))
+    p = quantized(4, 64)
     assert not triton.suits(p._replace(codes=p.codes.repeat(1, 2)[:, :1]))
 
 
 def test_what_does_not_suit_is_refused() -> None:
-    p = packed(4, 64)
+    p = quantized(4, 64)
     for x in (torch.ones(17, 64), torch.ones(0, 64), torch.ones(1, 32), torch.ones(1, 64, dtype=torch.float64)):
         with pytest.raises(ValueError, match="this takes 1 to 16 rows of pieces of 64 numbers in at most 32 bits"):
             triton.gemv(x.to(DEVICE), p)
     with pytest.raises(ValueError, match=r"x is \[1, 96\] of torch.float32, the weight \[4, 96\] in blocks of 64"):
-        triton.gemv(torch.ones(1, 96, device=DEVICE), packed(4, 96))
+        triton.gemv(torch.ones(1, 96, device=DEVICE), quantized(4, 96))
 
 
 # --- for a GPU that is not here ---------------------------------------------------------------------------------------
@@ -147,16 +147,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lorary.kernels import nf4_triton as kernels
+from lorary.kernels.nf4 import triton as kernels
 
 TYPES = {"codes": "*u8", "absmax": "*u8", "out": "*bf16", "x": "*bf16", "y": "*bf16", "bias": "*bf16"}
 TYPES |= dict.fromkeys(("nested", "offset", "code", "dynamic"), "*fp32")
 TYPES |= dict.fromkeys(("n", "pieces", "height", "across", "share", "tokens"), "i32")
 CONSTANTS = {"NESTED": 256, "HALF": 32, "DOUBLE": True, "BIAS": True, "INTERPRETED": False, "TOKENS": 16}
 for kernel, sizes, fused in (
-    (kernels._unpack, {"PIECES": 32}, False),
-    (kernels._one, {"ROWS": 4, "PIECES": 16}, True),
-    (kernels._few, {"ROWS": 32, "PIECES": 2}, True),
+    (kernels._dequantize, {"PIECES": 32}, False),
+    (kernels._gemv_one, {"ROWS": 4, "PIECES": 16}, True),
+    (kernels._gemv_few, {"ROWS": 32, "PIECES": 2}, True),
 ):
     known = CONSTANTS | sizes
     kinds = {name: "constexpr" if name in known else TYPES[name] for name in kernel.arg_names}
@@ -173,7 +173,7 @@ for kernel, sizes, fused in (
 @pytest.mark.xdist_group(GROUP)
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's own compiler for NVIDIA is on Linux alone")
 def test_the_kernels_compile_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To machine code, without a GPU: nothing is contracted in `unpack`, subnormals stay, tensor cores are used."""
+    """To machine code, without a GPU: nothing is contracted in `dequantize`, subnormals stay, tensor cores are used."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "run").mkdir()
@@ -182,8 +182,8 @@ def test_the_kernels_compile_for_a_gpu(tmp_path: Path, monkeypatch: pytest.Monke
     status, out, err = Program(str(file), folder=tmp_path / "run").ended()
     assert status == 0, err
     found = {name: rest for name, *rest in map(str.split, out.splitlines())}
-    assert found["_unpack"] == ["True", "0", "0", "0"]
-    assert found["_one"][0] == "True"
-    assert found["_one"][2] == "0"
-    assert found["_few"][0] == "True"
-    assert int(found["_few"][3]) > 0
+    assert found["_dequantize"] == ["True", "0", "0", "0"]
+    assert found["_gemv_one"][0] == "True"
+    assert found["_gemv_one"][2] == "0"
+    assert found["_gemv_few"][0] == "True"
+    assert int(found["_gemv_few"][3]) > 0

@@ -1,4 +1,4 @@
-"""What must hold of an adapter on a base that another library has packed, whichever library it is."""
+"""Checks of an adapter on a base that another library has quantised, whichever library it is."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_adapter(make: Callable[[], Any], method: lorary.Method, folder: Path, 
     """Attach, train a step, save, load, detach and merge.
 
     Args:
-        make: the packed base, the same at every call.
+        make: the quantised base, the same at every call.
         method: the method.
         folder: where the adapter is saved.
         slack: how far the merged model may be from the live one, as a share of what the adapter does: what the base

@@ -43,8 +43,8 @@ class QuantLinear(nn.Module):
         """[inp, out]"""
         own: Any = self
         groups = own.g_idx.long()
-        zeros = _unpacked(own.qzeros)
-        codes = _unpacked(own.qweight.T).T
+        zeros = _unpack_words(own.qzeros)
+        codes = _unpack_words(own.qweight.T).T
         W: Tensor = own.scales[groups] * (codes - zeros[groups])
         return W
 
@@ -61,7 +61,7 @@ def _packed(numbers: Tensor) -> Tensor:
     return torch.where(words >= 2**31, words - 2**32, words).int()
 
 
-def _unpacked(words: Tensor) -> Tensor:
+def _unpack_words(words: Tensor) -> Tensor:
     return (words[..., None] >> (4 * torch.arange(8)) & 15).flatten(-2)
 
 

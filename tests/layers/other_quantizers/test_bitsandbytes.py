@@ -1,4 +1,4 @@
-"""Bases that bitsandbytes has packed, as Transformers loads them, on the CPU."""
+"""Bases that bitsandbytes has quantised, as Transformers loads them, on the CPU."""
 
 from __future__ import annotations
 
@@ -87,11 +87,11 @@ def test_pissa_wants_the_full_weight(bases: dict[str, Callable[[], Any]]) -> Non
         lorary.plan(bases["nf4"](), lorary.method("pissa", r=2), "q_proj")
     first = str(error.value).splitlines()[1]
     where = "model.layers.0.self_attn.q_proj and 1 more"
-    assert first == f"  - {where}: is packed already, and Principal would take a part of it"
+    assert first == f"  - {where}: is quantised already, and SVDInit has to subtract its start from the weight"
 
 
 def test_a_packed_weight_cannot_train_in_full(bases: dict[str, Callable[[], Any]]) -> None:
-    with pytest.raises(PlanError, match=r"layers\.1\.mlp\.up_proj\.weight: is packed and cannot train in full"):
+    with pytest.raises(PlanError, match=r"layers\.1\.mlp\.up_proj\.weight: is quantised and cannot train in full"):
         lorary.plan(bases["int8"](), lorary.method("lora", r=2, full=("layers.1.mlp.up_proj",)), "q_proj")
 
 
@@ -102,7 +102,7 @@ def test_an_adapter_fits_the_plain_base_and_no_other(
     lorary.save(model, tmp_path)
     dense = transformers.LlamaForCausalLM.from_pretrained(plain)
     assert (tiny.logits(lorary.load(dense, tmp_path)) - tiny.logits(model)).abs().max() < 0.1
-    lorary.load(bases["fp4"](), tmp_path)  # packed otherwise, of the same weights
+    lorary.load(bases["fp4"](), tmp_path)  # quantised differently, from the same weights
     other = bases["nf4"]()
     with torch.no_grad():
         other.model.embed_tokens.weight.add_(1)
@@ -119,7 +119,7 @@ def test_merged_it_is_a_plain_model_on_disk(bases: dict[str, Callable[[], Any]],
     assert torch.equal(tiny.logits(again), tiny.logits(merged))
 
 
-def test_unmerge_and_unpack(bases: dict[str, Callable[[], Any]]) -> None:
+def test_unmerge_and_dequantize(bases: dict[str, Callable[[], Any]]) -> None:
     model = bases["nf4"]()
     before = tiny.frozen_copy(model)
     live = tiny.logits(tiny.trained(model, lorary.method("lora", r=2)))

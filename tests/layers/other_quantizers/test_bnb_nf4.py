@@ -60,7 +60,7 @@ def test_the_same_model_as_ours(names: tuple[str, ...], tmp_path: Path) -> None:
     assert (tiny.logits(lorary.merge(again)) - live).abs().max() < 2e-5
 
 
-def test_an_avx512_cpu_does_not_lay_the_codes_out_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_avx512_cpu_does_not_repack_the_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     layer, x = (
         BnbNF4().quantize(torch.nn.Linear(64, 48).eval()),

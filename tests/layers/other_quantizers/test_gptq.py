@@ -30,7 +30,7 @@ def known() -> Iterator[None]:
         return layer.dequantize_weight().T
 
     yield
-    del quantized_weight._KEPT[f"{QuantLinear.__module__}.QuantLinear"]
+    del quantized_weight._REGISTRY[f"{QuantLinear.__module__}.QuantLinear"]
 
 
 @pytest.mark.usefixtures("known")
@@ -60,18 +60,19 @@ def test_an_adapter_of_it_fits_the_plain_base(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("known")
 def test_what_asks_for_a_weight_of_its_own_is_refused() -> None:
-    with pytest.raises(PlanError, match="is packed already, and Orthonormal would take a part of it"):
+    with pytest.raises(PlanError, match="is quantised already, and QRInit has to subtract its start from the weight"):
         lorary.plan(base(), lorary.method("olora", r=2))
-    with pytest.raises(PlanError, match=r"q_proj\.weight: is packed, and .* writes it"):
+    with pytest.raises(PlanError, match=r"q_proj\.weight: is quantised, and .* writes it"):
         lorary.plan(base(), lorary.method("delta-lora", r=2, mode="paper"), "q_proj")
 
 
 def test_an_unknown_one_is_told_with_what_to_do() -> None:
     model = base()
     sentence = (
-        "QuantLinear keeps its weight packed in a way that lorary does not know: say how it is had, "
-        'lorary.layers.quantized_weight.register_quantized("linear", "tests.foreign.gptq.QuantLinear")(lambda layer: ...), '
-        "or (lorary.layers.quantized_weight.weight_by_forward)"
+        "QuantLinear stores its weight in a quantised form that lorary does not know; register it: "
+        'lorary.layers.quantized_weight.register_quantized("linear", "tests.layers.other_quantizers.gptq.QuantLinear")'
+        "(dense), where dense(layer) returns the dense weight; "
+        "lorary.layers.quantized_weight.weight_by_forward works for any linear layer"
     )
     for targets in ("all-linear", "attention", "q_proj"):
         with pytest.raises(PlanError) as error:
@@ -91,7 +92,7 @@ def test_an_unknown_child_of_a_linear_layer_is_told_as_well() -> None:
             return x @ self.weight.T.to(x.dtype)
 
     model = nn.Sequential(Int8Linear(), nn.Linear(4, 2))
-    with pytest.raises(PlanError, match="0: Int8Linear keeps its weight packed in a way that lorary does not know"):
+    with pytest.raises(PlanError, match="0: Int8Linear stores its weight in a quantised form that lorary does not"):
         lorary.plan(model, lorary.method("lora", r=2))
     assert len(lorary.plan(model, lorary.method("lora", r=2), exclude="0").sites) == 1
 

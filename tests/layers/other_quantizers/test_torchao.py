@@ -1,4 +1,4 @@
-"""Bases that torchao has packed, as Transformers loads them: tensors of a class of their own in plain layers.
+"""Bases that torchao has quantised, as Transformers loads them: tensors of a class of their own in plain layers.
 
 torchao makes every import of Transformers slower by a second, so it is no part of the set-up for development:
 `pip install torchao` runs these.
@@ -79,7 +79,7 @@ def test_what_lets_no_gradient_through_and_what_wants_the_weight(plain: Path) ->
     with pytest.raises(PlanError, match=r"q_proj: Int8Tensor lets no gradient through"):
         lorary.attach(model, lorary.plan(model, lorary.method("lora", r=2)))
     model = load(plain, CONFIGS["int8"])
-    with pytest.raises(PlanError, match=r"q_proj\.weight: is packed, and WriteProduct writes it"):
+    with pytest.raises(PlanError, match=r"q_proj\.weight: is quantised, and DeltaLoRAPaperRule writes it"):
         lorary.plan(model, lorary.method("delta-lora", r=2, mode="paper"))
-    with pytest.raises(PlanError, match=r"up_proj\.weight: is packed and cannot train in full"):
+    with pytest.raises(PlanError, match=r"up_proj\.weight: is quantised and cannot train in full"):
         lorary.plan(model, lorary.method("lora", r=2, full=("up_proj",)), "q_proj")

@@ -1,4 +1,4 @@
-"""The trainer on a base that Transformers has packed."""
+"""The trainer on a base that Transformers has quantised."""
 
 from __future__ import annotations
 

@@ -61,9 +61,9 @@ def test_theirs_here_and_ours_there(
     tmp_path: Path, name: str, sizes: dict[str, Any], double: bool, dtype: str, compute: str
 ) -> None:
     base = plain(tmp_path / "plain", name, dtype, **sizes)
-    packed = theirs(base, double, compute)
-    packed.save_pretrained(tmp_path / "theirs")
-    expected = tiny.exact_logits(packed)
+    quantised = theirs(base, double, compute)
+    quantised.save_pretrained(tmp_path / "theirs")
+    expected = tiny.exact_logits(quantised)
     here = lorary.load_quantized(tmp_path / "theirs", dtype=dtype)
     layers = [module for module in here.modules() if isinstance(module, NF4Linear)]
     assert {(layer.nested_absmax is not None, layer.compute) for layer in layers} == {(double, compute)}
@@ -78,7 +78,7 @@ def test_theirs_here_and_ours_there(
     assert there.dtype == getattr(torch, dtype)
 
 
-def test_what_is_packed_here_is_theirs_bit_for_bit(tmp_path: Path) -> None:
+def test_what_is_quantised_here_is_theirs_bit_for_bit(tmp_path: Path) -> None:
     base = plain(tmp_path / "plain")
     theirs(base, double=False).save_pretrained(tmp_path / "theirs")
     lorary.save_quantized(lorary.load_quantized(base, lorary.NF4(double=False)), tmp_path / "ours")
@@ -100,7 +100,7 @@ def test_bitsandbytes_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert torch.equal(tiny.logits(again), tiny.logits(base))
 
 
-def test_adapters_fit_a_base_that_was_packed_and_saved(tmp_path: Path) -> None:
+def test_adapters_fit_a_base_that_was_quantised_and_saved(tmp_path: Path) -> None:
     base = lorary.load_quantized(plain(tmp_path / "plain"))
     lorary.save_quantized(base, tmp_path / "ours")
     again = lorary.load_quantized(tmp_path / "ours")
@@ -157,34 +157,37 @@ DAMAGE: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (lambda t: _without(t, "weight.nested_absmax"), "nested_absmax is missing"),
     (lambda t: _without(t, SAID), "quant_state.bitsandbytes__nf4 is missing"),
     (lambda t: _without(t, "weight"), "the codes are missing"),
-    (lambda t: _put(t, SAID, torch.zeros(3, dtype=torch.uint8)), "is no JSON: Expecting"),
-    (lambda t: _put(t, SAID, torch.full((100_000,), ord("["), dtype=torch.uint8)), "is no JSON: maximum recursion"),
+    (lambda t: _put(t, SAID, torch.zeros(3, dtype=torch.uint8)), "is not valid JSON: Expecting"),
+    (
+        lambda t: _put(t, SAID, torch.full((100_000,), ord("["), dtype=torch.uint8)),
+        "is not valid JSON: maximum recursion",
+    ),
     (lambda t: _put(t, "weight.absmax", torch.zeros(3, dtype=torch.uint8)), r"absmax is torch.uint8 \(3,\), expected"),
     (lambda t: _put(t, "weight", torch.zeros(5, 1, dtype=torch.uint8)), "expected 4096 bytes for a weight of"),
-    (lambda t: _put(t, "weight.quant_map", torch.zeros(16)), "other values than those of NF4"),
+    (lambda t: _put(t, "weight.quant_map", torch.zeros(16)), "quant_map differs from the values of NF4"),
     (lambda t: _said(t, blocksize=63), "blocksize is 63"),
-    (lambda t: _said(t, shape=[64, 128]), r"holds a weight of \(64, 128\), and the model has one of \(128, 64\)"),
+    (lambda t: _said(t, shape=[64, 128]), r"holds a weight of \(64, 128\), but the model has one of \(128, 64\)"),
     (lambda t: _said(t, shape="everything"), "shape is 'everything'"),
     (lambda t: _said(t, dtype="int8"), "dtype is 'int8'"),
-    (lambda t: _said(t, nested_offset="x"), "of the quantised absmax it says"),
-    (lambda t: _said(t, nested_offset=True), "of the quantised absmax it says"),
-    (lambda t: _said(t, nested_offset=10**400), "of the quantised absmax it says"),
-    (lambda t: _said(t, nested_offset=1e39), "of the quantised absmax it says"),
-    (lambda t: t[UP + "weight.nested_absmax"].fill_(float("nan")), "nested_absmax holds numbers that are NaN or inf"),
+    (lambda t: _said(t, nested_offset="x"), "invalid double quantisation"),
+    (lambda t: _said(t, nested_offset=True), "invalid double quantisation"),
+    (lambda t: _said(t, nested_offset=10**400), "invalid double quantisation"),
+    (lambda t: _said(t, nested_offset=1e39), "invalid double quantisation"),
+    (lambda t: t[UP + "weight.nested_absmax"].fill_(float("nan")), "nested_absmax holds NaN or inf"),
 ]
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("packed")
+def quantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quantised")
     lorary.save_quantized(lorary.load_quantized(plain(folder / "plain")), folder / "ours")
     return folder / "ours"
 
 
-def _damaged(packed: Path, folder: Path, *damage: Callable[[dict[str, Any]], None]) -> Path:
+def _damaged(quantised: Path, folder: Path, *damage: Callable[[dict[str, Any]], None]) -> Path:
     folder.mkdir()
-    (folder / "config.json").write_bytes((packed / "config.json").read_bytes())
-    tensors = load_file(packed / "model.safetensors")
+    (folder / "config.json").write_bytes((quantised / "config.json").read_bytes())
+    tensors = load_file(quantised / "model.safetensors")
     for harm in damage:
         harm(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -192,27 +195,27 @@ def _damaged(packed: Path, folder: Path, *damage: Callable[[dict[str, Any]], Non
 
 
 @pytest.mark.parametrize(("damage", "said"), DAMAGE, ids=[said for _, said in DAMAGE])
-def test_a_damaged_weight_is_told(packed: Path, tmp_path: Path, damage: Any, said: str) -> None:
+def test_a_damaged_weight_is_told(quantised: Path, tmp_path: Path, damage: Any, said: str) -> None:
     with pytest.raises(FileError, match=said) as refused:
-        lorary.load_quantized(_damaged(packed, tmp_path / "damaged", damage))
+        lorary.load_quantized(_damaged(quantised, tmp_path / "damaged", damage))
     assert {problem.where for problem in refused.value.problems} == {UP + "weight"}
 
 
-def test_every_damaged_weight_is_told_at_once(packed: Path, tmp_path: Path) -> None:
+def test_every_damaged_weight_is_told_at_once(quantised: Path, tmp_path: Path) -> None:
     def another(tensors: dict[str, Any]) -> None:
         del tensors["model.layers.1.self_attn.q_proj.weight.quant_map"]
         del tensors["model.layers.1.self_attn.q_proj.weight.absmax"]
 
     with pytest.raises(FileError) as refused:
-        lorary.load_quantized(_damaged(packed, tmp_path / "damaged", DAMAGE[0][0], another))
+        lorary.load_quantized(_damaged(quantised, tmp_path / "damaged", DAMAGE[0][0], another))
     assert str(refused.value).splitlines()[1:] == [
         "  - model.layers.0.mlp.up_proj.weight: absmax is missing",
         "  - model.layers.1.self_attn.q_proj.weight: absmax is missing",
     ]
 
 
-def _config(packed: Path, folder: Path, **changes: Any) -> Path:
-    _damaged(packed, folder)
+def _config(quantised: Path, folder: Path, **changes: Any) -> Path:
+    _damaged(quantised, folder)
     words = json.loads((folder / "config.json").read_text())
     for key, value in changes.items():
         target = words["quantization_config"] if key in words["quantization_config"] else words
@@ -227,14 +230,14 @@ FIX = "\n      hint: load it with Transformers and the library that wrote it; lo
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type is 'fp4', and only 'nf4' is read here" + FIX),
+        ({"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type is 'fp4', but only 'nf4' is read here" + FIX),
         (
             {"load_in_4bit": False, "load_in_8bit": True},
-            "packed by bitsandbytes to 8 bits, and only its NF4 is read here" + FIX,
+            "quantised by bitsandbytes to 8 bits, but only its NF4 is read here" + FIX,
         ),
         (
             {"quant_method": "gptq", "load_in_4bit": False},
-            "packed with gptq, and only bitsandbytes' NF4 is read here" + FIX,
+            "quantised with gptq, but only bitsandbytes' NF4 is read here" + FIX,
         ),
         (
             {"bnb_4bit_compute_dtype": "int7"},
@@ -242,24 +245,24 @@ FIX = "\n      hint: load it with Transformers and the library that wrote it; lo
         ),
     ],
 )
-def test_what_is_not_nf4_is_told(packed: Path, tmp_path: Path, changes: dict[str, Any], said: str) -> None:
-    folder = _config(packed, tmp_path / "other", **changes)
+def test_what_is_not_nf4_is_told(quantised: Path, tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    folder = _config(quantised, tmp_path / "other", **changes)
     with pytest.raises(FileError) as refused:
         lorary.load_quantized(folder)
     expected = f"cannot load the model {folder}:\n  - config.json: quantization_config: {said}"
     assert str(refused.value) == expected
 
 
-def test_a_damaged_fingerprint_is_told(packed: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileError, match="lorary_base: expected architecture, name, structure, weights, each a text"):
-        lorary.load_quantized(_config(packed, tmp_path / "other", lorary_base={"name": 3}))
+def test_a_damaged_fingerprint_is_told(quantised: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="lorary_base: expected architecture, name, structure, weights, each a string"):
+        lorary.load_quantized(_config(quantised, tmp_path / "other", lorary_base={"name": 3}))
 
 
 # --- what cannot be saved ---------------------------------------------------------------------------------------------
 
 
 def test_what_such_files_do_not_know_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StateError, match="is a Linear, not a model of Transformers"):
+    with pytest.raises(StateError, match="is a Linear, not a Transformers model"):
         lorary.save_quantized(torch.nn.Linear(2, 2), tmp_path / "x")
     with pytest.raises(StateError, match="has no layer in NF4"):
         lorary.save_quantized(tiny.llama(), tmp_path / "x")
@@ -269,13 +272,14 @@ def test_what_such_files_do_not_know_is_refused(tmp_path: Path) -> None:
         lorary.save_quantized(model, tmp_path / "x")
     assert str(refused.value) == (
         "cannot save the base:\n"
-        "  - model: has adapters attached\n      hint: save these with lorary.save, and detach them\n"
-        "  - model.embed_tokens: is a packed embedding, which these files do not know\n      hint: leave it plain"
+        "  - model: has adapters attached\n      hint: save these with lorary.save, then detach them\n"
+        "  - model.embed_tokens: is a quantised embedding, which the format does not support\n"
+        "      hint: leave it plain"
     )
     lorary.detach(model)
     mixed = lorary.quantize(tiny.llama())
     mixed.model.layers[0].mlp.up_proj.compute = "bfloat16"
-    with pytest.raises(StateError, match="layers compute in bfloat16 and float32, and these files know one precision"):
+    with pytest.raises(StateError, match="layers compute in bfloat16 and float32, but the format has one precision"):
         lorary.save_quantized(mixed, tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
@@ -287,7 +291,7 @@ def test_a_model_without_values_is_not_written(tmp_path: Path) -> None:
     assert not (tmp_path / "base").exists()
 
 
-def test_layers_that_are_not_packed_are_named(tmp_path: Path) -> None:
+def test_layers_that_are_not_quantised_are_named(tmp_path: Path) -> None:
     base = plain(tmp_path / "plain")
     some = lorary.load_quantized(base, layers=["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"])
     lorary.save_quantized(some, tmp_path / "ours")

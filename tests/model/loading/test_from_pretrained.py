@@ -101,6 +101,6 @@ def test_the_built_in_base_says_what_it_is_and_not_where() -> None:
     assert Fingerprint.of(load_model(ModelSection(id="builtin:base"))).name == "builtin:base"
 
 
-def test_so_does_a_base_that_was_packed_as_it_was_read() -> None:
-    plain, packed = (load_model(ModelSection(id="builtin:base"), storage) for storage in (None, NF4()))
-    assert Fingerprint.of(packed) == Fingerprint.of(plain)
+def test_so_does_a_base_that_was_quantised_as_it_was_read() -> None:
+    plain, quantised = (load_model(ModelSection(id="builtin:base"), storage) for storage in (None, NF4()))
+    assert Fingerprint.of(quantised) == Fingerprint.of(plain)

@@ -1,4 +1,4 @@
-"""Bases that are packed as they are read: the same as if they had been packed in memory, and never there in full."""
+"""Bases quantised while they are read: equal to quantising in memory, without ever holding the plain model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def saved(folder: Path, name: str = "LlamaForCausalLM", dtype: str = "float32", 
 
 
 def in_memory(folder: Path, dtype: str = "float32", storage: lorary.NF4 | None = None) -> Any:
-    """What it is compared with: loaded in full, then packed."""
+    """What it is compared with: loaded in full, then quantised."""
     return lorary.quantize(AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)), storage)
 
 
@@ -51,29 +51,29 @@ def in_memory(folder: Path, dtype: str = "float32", storage: lorary.NF4 | None =
         ("MixtralForCausalLM", "float32", "float32", {}),  # experts become one tensor on the way
     ],
 )
-def test_it_is_what_packing_in_memory_gives(
+def test_it_is_what_quantising_in_memory_gives(
     tmp_path: Path, name: str, saved_in: str, dtype: str, changes: dict[str, Any]
 ) -> None:
     folder = saved(tmp_path / "base", name, saved_in, **changes)
-    straight, packed = lorary.load_quantized(folder, dtype=dtype), in_memory(folder, dtype)
-    assert tiny.same(straight.state_dict(), packed.state_dict())
-    assert torch.equal(tiny.logits(straight), tiny.logits(packed))
-    names = [n for n, m in packed.named_modules() if isinstance(m, NF4Linear)]
+    straight, quantised = lorary.load_quantized(folder, dtype=dtype), in_memory(folder, dtype)
+    assert tiny.same(straight.state_dict(), quantised.state_dict())
+    assert torch.equal(tiny.logits(straight), tiny.logits(quantised))
+    names = [n for n, m in quantised.named_modules() if isinstance(m, NF4Linear)]
     assert names == [n for n, m in straight.named_modules() if isinstance(m, NF4Linear)]
     assert not any("lm_head" in n for n in names)
-    assert Fingerprint.of(straight) == Fingerprint.of(packed)
+    assert Fingerprint.of(straight) == Fingerprint.of(quantised)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     assert Fingerprint.of(straight) == Fingerprint.of(plain)
 
 
 def test_nothing_of_the_loader_stays_on_the_model(tmp_path: Path) -> None:
     folder = saved(tmp_path / "base", "GPT2LMHeadModel")
-    straight, packed = lorary.load_quantized(folder), in_memory(folder)
-    assert [sorted(vars(m)) for m in straight.modules()] == [sorted(vars(m)) for m in packed.modules()]
+    straight, quantised = lorary.load_quantized(folder), in_memory(folder)
+    assert [sorted(vars(m)) for m in straight.modules()] == [sorted(vars(m)) for m in quantised.modules()]
     assert [m._non_persistent_buffers_set for m in straight.modules()] == [
-        m._non_persistent_buffers_set for m in packed.modules()
+        m._non_persistent_buffers_set for m in quantised.modules()
     ]
-    assert straight.config.to_dict() == packed.config.to_dict()
+    assert straight.config.to_dict() == quantised.config.to_dict()
     assert not straight.training
     straight.half()  # which Transformers refuses of models that it takes for quantised
 
@@ -87,10 +87,12 @@ def test_a_model_is_saved_under_the_names_of_its_checkpoint(tmp_path: Path) -> N
     weights = {re.sub(r"LayerNorm\.\w+$", lambda end: old[end[0]], name): W for name, W in load_file(file).items()}
     save_file(weights, file, metadata={"format": "pt"})
     AutoModelForMaskedLM.from_pretrained(folder).save_pretrained(tmp_path / "plain")
-    lorary.dequantize(lorary.load_quantized(folder, kind=AutoModelForMaskedLM)).save_pretrained(tmp_path / "unpacked")
-    plain, unpacked = (load_file(tmp_path / which / "model.safetensors") for which in ("plain", "unpacked"))
+    lorary.dequantize(lorary.load_quantized(folder, kind=AutoModelForMaskedLM)).save_pretrained(
+        tmp_path / "dequantised"
+    )
+    plain, dequantised = (load_file(tmp_path / which / "model.safetensors") for which in ("plain", "dequantised"))
     assert any("gamma" in name for name in plain)
-    assert unpacked.keys() == plain.keys()
+    assert dequantised.keys() == plain.keys()
 
 
 @pytest.mark.parametrize(
@@ -100,13 +102,13 @@ def test_a_model_is_saved_under_the_names_of_its_checkpoint(tmp_path: Path) -> N
 )
 def test_the_word_says_how(tmp_path: Path, storage: lorary.NF4) -> None:
     folder = saved(tmp_path / "base")
-    straight, packed = lorary.load_quantized(folder, storage), in_memory(folder, storage=storage)
-    assert tiny.same(straight.state_dict(), packed.state_dict())
-    assert torch.equal(tiny.logits(straight), tiny.logits(packed))
+    straight, quantised = lorary.load_quantized(folder, storage), in_memory(folder, storage=storage)
+    assert tiny.same(straight.state_dict(), quantised.state_dict())
+    assert torch.equal(tiny.logits(straight), tiny.logits(quantised))
     assert isinstance(straight.get_input_embeddings(), NF4Embedding) == storage.embeddings
 
 
-def test_a_tied_embedding_is_not_packed(tmp_path: Path) -> None:
+def test_a_tied_embedding_is_not_quantised(tmp_path: Path) -> None:
     folder = saved(tmp_path / "base", tie_word_embeddings=True)
     model = lorary.load_quantized(folder, lorary.NF4(embeddings=True))
     assert type(model.get_input_embeddings()) is nn.Embedding
@@ -145,11 +147,11 @@ def test_adapters_of_either_fit_the_other(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ({"storage": "nf4"}, "storage: 'nf4' packs nothing\n      hint: say NF4()"),
-        ({"storage": lorary.NF4}, "packs nothing\n      hint: say NF4()"),
+        ({"storage": "nf4"}, "storage: 'nf4' does not quantise\n      hint: pass NF4()"),
+        ({"storage": lorary.NF4}, "does not quantise\n      hint: pass NF4()"),
         ({"storage": lorary.NF4(block=63)}, "storage: NF4 has block = 63; it takes a power of two from 32 to 4096"),
-        ({"storage": BnbNF4()}, "storage: BnbNF4 packs weights that are there in full, and none that are being read"),
-        ({"layers": "lm_head"}, "layers: is the text 'lm_head'\n      hint: say ['lm_head']"),
+        ({"storage": BnbNF4()}, "storage: BnbNF4 quantises models in memory, not checkpoints that are being read"),
+        ({"layers": "lm_head"}, "layers: is the string 'lm_head', not a list\n      hint: pass ['lm_head']"),
         ({"layers": ["nope", "model.norm"]}, "model.norm: NF4(block=64, double=True, compute=None, embeddings=False)"),
         ({"layers": 5}, "'int' object is not iterable"),
         ({"kind": "AutoModel"}, "'str' object has no attribute 'from_pretrained'"),
@@ -219,7 +221,7 @@ def test_a_pickle_or_code_is_refused_as_everywhere(tmp_path: Path) -> None:
     folder = saved(tmp_path / "base")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "theirs.Model"}}))
-    with pytest.raises(FileError, match="Python code of its own"):
+    with pytest.raises(FileError, match="its own Python code"):
         lorary.load_quantized(folder)
 
 
@@ -250,7 +252,7 @@ def _peak(load: Any, small: Path, folder: Path) -> tuple[int, int]:
 
 
 @linux
-def test_the_host_never_holds_more_than_the_packed_model_and_one_tensor(tmp_path: Path) -> None:
+def test_the_host_never_holds_more_than_the_quantised_model_and_one_tensor(tmp_path: Path) -> None:
     sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 2, "vocab_size": 256}
     wide, MiB = tiny.model("LlamaForCausalLM", device="meta", **sizes).to_empty(device="cpu"), 2**20
     with torch.no_grad():
@@ -261,7 +263,7 @@ def test_the_host_never_holds_more_than_the_packed_model_and_one_tensor(tmp_path
     folder, small = tmp_path / "base", saved(tmp_path / "small")
     size, straight = _peak(lorary.load_quantized, small, folder)
     _, in_full = _peak(lambda path: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float16), small, folder)
-    largest, slack = 8 * MiB, 16 * MiB  # packing works on 2^20 numbers at a time
+    largest, slack = 8 * MiB, 16 * MiB  # quantising works on 2^20 numbers at a time
     assert size < 12 * MiB
     assert straight < size + largest + slack
     assert in_full > 2 * (size + largest + slack)  # the test would see it

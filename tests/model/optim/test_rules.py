@@ -105,7 +105,7 @@ def test_a_stray_parameter_is_refused() -> None:
     with pytest.raises(StateError) as refusal:
         lorary.param_groups(model, lr=1e-3)
     assert str(refusal.value) == (
-        "the parameter groups do not match what trains:\n"
+        "the parameter groups do not match the trainable parameters:\n"
         "  - model.norm.weight: requires a gradient, but no plan trains it\n"
         "      hint: freeze it, or name it in `full`\n"
         "  - lm_head.weight: requires a gradient, but no plan trains it\n"
@@ -372,7 +372,7 @@ def test_the_optimizer_keeps_its_groups_and_their_order_when_tensors_shrink() ->
     before = [{**group, "params": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
     objects = list(optimizer.param_groups)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 0.5**done)
-    untouched = {name: p for name, p in model.named_parameters() if p.requires_grad and ".p." not in name}
+    untouched = {name: p for name, p in model.named_parameters() if p.requires_grad and ".params." not in name}
     step(model, optimizer, rules)
     schedule.step()
     names = {id(p): name for name, p in model.named_parameters()}
@@ -467,7 +467,7 @@ def test_what_is_no_number_of_steps_is_refused(steps: Any) -> None:
     lorary.attach(model, lorary.plan(model, lorary.method("o-lora", r=2)))
     with pytest.raises(ConfigError) as caught:
         lorary.rules(model, steps)
-    assert str(caught.value) == f"invalid number of steps:\n  - steps: {steps!r} is no number of optimizer steps"
+    assert str(caught.value) == f"invalid number of steps:\n  - steps: {steps!r} is not a number of optimizer steps"
 
 
 @pytest.mark.parametrize("state", [5, {"step": 3}, {"step": torch.tensor(9)}, {"step": torch.tensor(2.5)}])

@@ -1,10 +1,11 @@
-"""Configurations that cannot be obeyed: each with the whole of what is said about it, and nothing written."""
+"""Invalid configurations: the full message for each mistake, and nothing written."""
 
 # ruff: noqa: E501 (messages stand here as they are printed)
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +40,7 @@ data: builtin:docstrings
 training: {bf16: true}
 """, """\
 invalid configuration train.yaml:
-  - train.yaml:3:12: `training.bf16`: the weights are in float16, and compute in it
+  - train.yaml:3:12: `training.bf16`: weights in float16 compute in float16
       hint: keep one of the two"""),
 Bad('bf16 twice', """\
 model: {id: builtin:base, dtype: bfloat16}
@@ -49,7 +50,7 @@ training: {bf16: true}
 invalid configuration train.yaml:
   - train.yaml:3:12: `training.bf16`: has no effect: weights in bfloat16 compute in bfloat16
       hint: remove it"""),
-Bad('the best of nothing', """\
+Bad('keeping the best without held-out data', """\
 model: builtin:base
 data: builtin:docstrings
 training: {keep_best: true}
@@ -57,31 +58,31 @@ training: {keep_best: true}
 invalid configuration train.yaml:
   - train.yaml:3:12: `training.keep_best`: has no effect without held-out data
       hint: set data.validation or data.validation_split"""),
-Bad('the best between two evaluations', """\
+Bad('keeping the best between two evaluations', """\
 model: builtin:base
 data: {train: builtin:docstrings, validation_split: 0.1}
 training: {keep_best: true, eval_steps: 2, save_steps: 3}
 """, """\
 invalid configuration train.yaml:
-  - train.yaml:3:12: `training.keep_best`: the best model can only be kept when every checkpoint falls on an evaluation
+  - train.yaml:3:12: `training.keep_best`: the best model can only be kept if every checkpoint falls on an evaluation
       hint: make save_steps a multiple of eval_steps, or leave both empty"""),
-Bad('the best twice', """\
+Bad('keeping the best twice', """\
 model: builtin:base
 data: {train: builtin:docstrings, validation_split: 0.1}
 training: {keep_best: true, early_stopping_patience: 2}
 """, """\
 invalid configuration train.yaml:
-  - train.yaml:3:12: `training.keep_best`: `early_stopping_patience` keeps the best anyhow
+  - train.yaml:3:12: `training.keep_best`: has no effect: `early_stopping_patience` keeps the best
       hint: remove it"""),
-Bad('earlier tasks for a method without a place for them', """\
+Bad('earlier tasks for a method that cannot continue from them', """\
 model: builtin:base
 data: builtin:docstrings
 method: {name: lora, after: runs/first/adapter}
 """, """\
 invalid configuration train.yaml:
-  - train.yaml:3:22: `method.after`: `lora` has no place for earlier tasks
+  - train.yaml:3:22: `method.after`: `lora` cannot continue from earlier tasks
       hint: set method.name: o-lora"""),
-Bad('a key like nothing', """\
+Bad('an unknown key', """\
 model: builtin:base
 data: builtin:docstrings
 training:
@@ -167,7 +168,7 @@ model: &m
   id: *m
 """, """\
 cannot read train.yaml:
-  - train.yaml:2:7: `*m` holds itself"""),
+  - train.yaml:2:7: `*m` contains itself"""),
 Bad('a tab', 'model:\n\tid: builtin:base\n', """\
 cannot read train.yaml:
   - train.yaml:2:1: a tab
@@ -200,13 +201,13 @@ model: [builtin:base
 """, """\
 cannot read train.yaml:
   - train.yaml:2:1: this is not YAML: while parsing a flow sequence expected ',' or ']', but got '<stream end>'
-      hint: close every bracket, and quote a text that holds `: `, `#`, `*`, `%` or `@`"""),
+      hint: close every bracket, and quote text that contains `: `, `#`, `*`, `%` or `@`"""),
 Bad('a bare colon', """\
 model: builtin: base
 """, """\
 cannot read train.yaml:
   - train.yaml:1:15: this is not YAML: mapping values are not allowed here
-      hint: close every bracket, and quote a text that holds `: `, `#`, `*`, `%` or `@`"""),
+      hint: close every bracket, and quote text that contains `: `, `#`, `*`, `%` or `@`"""),
 Bad('a list', """\
 - model: builtin:base
 """, """\
@@ -217,7 +218,7 @@ Bad('nothing', '', """\
 invalid configuration train.yaml:
   - it is empty
       hint: `lorary init` writes one to start from"""),
-Bad('a word', """\
+Bad('a text', """\
 train
 """, """\
 invalid configuration train.yaml:
@@ -231,90 +232,6 @@ invalid configuration train.yaml:
       hint: for example `model: builtin:base`
   - train.yaml:1:1: `data` is missing
       hint: for example `data: builtin:docstrings`"""),
-Bad('rank 0', """\
-model: builtin:base
-data: builtin:docstrings
-method: {r: 0}
-""", """\
-invalid configuration train.yaml:
-  - train.yaml:3:10: `r` must be at least 1, not 0"""),
-Bad('rank -1', """\
-model: builtin:base
-data: builtin:docstrings
-method: {r: -1}
-""", """\
-invalid configuration train.yaml:
-  - train.yaml:3:10: `r` must be at least 1, not -1"""),
-Bad('rank 1000000000', """\
-model: builtin:base
-data: builtin:docstrings
-method: {r: 1000000000}
-""", """\
-invalid configuration train.yaml:
-  - train.yaml:3:10: `r` must be at most 65,536, not 1000000000"""),
-Bad("rank '4'", """\
-model: builtin:base
-data: builtin:docstrings
-method: {r: '4'}
-""", """\
-invalid configuration train.yaml:
-  - train.yaml:3:10: `r` must be a whole number, not the text '4'"""),
-Bad('rank 4.5', """\
-model: builtin:base
-data: builtin:docstrings
-method: {r: 4.5}
-""", """\
-invalid configuration train.yaml:
-  - train.yaml:3:10: `r` must be a whole number, not 4.5"""),
-Bad('rank true', """\
-model: builtin:base
-data: builtin:docstrings
-method: {r: true}
-""", """\
-invalid configuration train.yaml:
-  - train.yaml:3:10: `r` must be a whole number, not true"""),
-Bad('rank 010', """\
-model: builtin:base
-data: builtin:docstrings
-method: {r: 010}
-""", """\
-invalid configuration train.yaml:
-  - train.yaml:3:10: `r` must be a whole number, not the text '010'"""),
-Bad('alpha 0', """\
-model: builtin:base
-data: builtin:docstrings
-method: {alpha: 0}
-""", """\
-invalid configuration train.yaml:
-  - train.yaml:3:10: `alpha` must be above 0, not 0"""),
-Bad('alpha -2', """\
-model: builtin:base
-data: builtin:docstrings
-method: {alpha: -2}
-""", """\
-invalid configuration train.yaml:
-  - train.yaml:3:10: `alpha` must be above 0, not -2"""),
-Bad('alpha .nan', """\
-model: builtin:base
-data: builtin:docstrings
-method: {alpha: .nan}
-""", """\
-invalid configuration train.yaml:
-  - train.yaml:3:10: `alpha` must be a finite number, not nan"""),
-Bad('alpha 1e308', """\
-model: builtin:base
-data: builtin:docstrings
-method: {alpha: 1e308}
-""", """\
-invalid configuration train.yaml:
-  - train.yaml:3:10: `alpha` must be at most 1,000,000, not 1e+308"""),
-Bad('alpha high', """\
-model: builtin:base
-data: builtin:docstrings
-method: {alpha: high}
-""", """\
-invalid configuration train.yaml:
-  - train.yaml:3:10: `alpha` must be a number, not the text 'high'"""),
 Bad('rates and counts out of range', """\
 model: builtin:base
 data: builtin:docstrings
@@ -335,14 +252,7 @@ invalid configuration train.yaml:
   - train.yaml:8:3: `warmup` must be at least 0, not -1
   - train.yaml:9:3: `weight_decay` must be a finite number, not inf
   - train.yaml:10:3: `seed` must be at most 4,294,967,295, not 4294967296"""),
-Bad('a rate of zero', """\
-model: builtin:base
-data: builtin:docstrings
-training: {lr: 0}
-""", """\
-invalid configuration train.yaml:
-  - train.yaml:3:12: `lr` must be above 0, not 0"""),
-Bad('switches that are none', """\
+Bad('switches that are not booleans', """\
 model: builtin:base
 data: builtin:docstrings
 x: {train: a.jsonl, packing: maybe}
@@ -354,7 +264,7 @@ invalid configuration train.yaml:
       hint: known: data, method, model, output, task, training
   - train.yaml:4:12: `gradient_checkpointing` must be true or false, not 2
   - train.yaml:5:1: `use_rslora` must be true or false, not the text 'please'"""),
-Bad('words that are not offered', """\
+Bad('unknown choices', """\
 model: builtin:base
 data: builtin:docstrings
 task: ppo
@@ -384,6 +294,13 @@ method: {name: rslora, ratio: 4}
 invalid configuration train.yaml:
   - train.yaml:3:24: `ratio` is not an option of lora + rslora
       hint: it is an option of lora+, delta-lora"""),
+Bad('options that are not a mapping', """\
+model: builtin:base
+data: builtin:docstrings
+method: {name: lora+, options: lora, ratio: 4}
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:23: `options` must be keys and values, not the text 'lora'"""),
 Bad('a rank for a method without one', """\
 model: builtin:base
 data: builtin:docstrings
@@ -426,7 +343,7 @@ hf_token: hf_abc
 """, """\
 invalid configuration train.yaml:
   - train.yaml:3:1: unknown key `hf_token`
-      hint: secrets do not belong in a file that is kept; set HF_TOKEN instead"""),
+      hint: keep secrets out of files; set HF_TOKEN instead"""),
 Bad("PEFT's regular expressions", """\
 model: builtin:base
 data: builtin:docstrings
@@ -447,7 +364,7 @@ training: {early_stopping_patience: 3, eval_steps: 5}
 invalid configuration train.yaml:
   - train.yaml:3:12: `training.early_stopping_patience`: has no effect without held-out data
       hint: set data.validation or data.validation_split
-  - train.yaml:3:12: `training.early_stopping_patience`: the best model can only be kept when every checkpoint falls on an evaluation
+  - train.yaml:3:12: `training.early_stopping_patience`: the best model can only be kept if every checkpoint falls on an evaluation
       hint: make save_steps a multiple of eval_steps, or leave both empty
   - train.yaml:3:40: `training.eval_steps`: has no effect without held-out data
       hint: set data.validation or data.validation_split"""),
@@ -457,7 +374,7 @@ data: builtin:docstrings
 training: {epochs: 1, max_steps: 10, warmup: 20}
 """, """\
 invalid configuration train.yaml:
-  - train.yaml:3:12: `training.epochs`: `epochs` and `max_steps` both say when to stop
+  - train.yaml:3:12: `training.epochs`: `epochs` and `max_steps` both set the length
       hint: keep one of the two
   - train.yaml:3:38: `training.warmup`: 20 warmup steps, but the run ends after 10
       hint: a value below 1 is a share of the steps"""),
@@ -467,7 +384,7 @@ data: builtin:docstrings
 training: {warmup: 2.5}
 """, """\
 invalid configuration train.yaml:
-  - train.yaml:3:12: `training.warmup`: from 1 on it is a number of steps, and 2.5 is not whole
+  - train.yaml:3:12: `training.warmup`: a value of 1 or more is a number of steps, and 2.5 is not a whole number
       hint: 0.03 is three percent of the steps"""),
 Bad('checkpoints between evaluations', """\
 model: builtin:base
@@ -475,7 +392,7 @@ data: {train: a.jsonl, validation: b.jsonl}
 training: {early_stopping_patience: 2, eval_steps: 4, save_steps: 6}
 """, """\
 invalid configuration train.yaml:
-  - train.yaml:3:12: `training.early_stopping_patience`: the best model can only be kept when every checkpoint falls on an evaluation
+  - train.yaml:3:12: `training.early_stopping_patience`: the best model can only be kept if every checkpoint falls on an evaluation
       hint: make save_steps a multiple of eval_steps, or leave both empty"""),
 Bad("SFT's options in DPO", """\
 model: builtin:base
@@ -485,9 +402,9 @@ task: dpo
 invalid configuration train.yaml:
   - train.yaml:2:24: `data.packing`: preference pairs are not packed
       hint: remove it, or set task: sft
-  - train.yaml:2:39: `data.loss`: has no effect when task is `dpo`: only the answers are compared
+  - train.yaml:2:39: `data.loss`: has no effect when task is `dpo`: the loss compares the answers
       hint: remove it
-  - train.yaml:2:50: `data.format`: task `dpo` learns from preference pairs, not `text`
+  - train.yaml:2:50: `data.format`: task `dpo` trains on preference pairs, not `text`
       hint: use `preference` or task: sft"""),
 Bad("DPO's options in SFT", """\
 model: builtin:base
@@ -495,7 +412,7 @@ data: {train: a.jsonl, format: preference}
 training: {dpo_beta: 0.1}
 """, """\
 invalid configuration train.yaml:
-  - train.yaml:2:24: `data.format`: task `sft` does not learn from preference pairs
+  - train.yaml:2:24: `data.format`: task `sft` does not train on preference pairs
       hint: set task: dpo, or map the answer with data.columns
   - train.yaml:3:12: `training.dpo_beta`: has no effect when task is `sft`
       hint: remove it, or set task: dpo"""),
@@ -520,9 +437,9 @@ data: {train: here/rows.jsonl}
 output: here
 """, """\
 invalid configuration train.yaml:
-  - train.yaml:3:1: `output`: `here` holds the training data (`here/rows.jsonl`)
+  - train.yaml:3:1: `output`: `here` contains the training data (`here/rows.jsonl`)
       hint: name another folder"""),
-Bad('ranks that are none', """\
+Bad('ranks that are not numbers', """\
 model: builtin:base
 data: builtin:docstrings
 method: {ranks: {'*.q_proj': 0, '*.k_proj': many}, targets: [q_proj, 3]}
@@ -556,7 +473,7 @@ method: {r: 8}
 """, """\
 cannot read the overrides:
   - --set data.train: this is not YAML: while parsing a flow node expected the node content, but found '<stream end>'
-      hint: close every bracket, and quote a text that holds `: `, `#`, `*`, `%` or `@`""", ('method.r=0', 'training.sed=1', 'data.train=[', 'lr=3')),
+      hint: close every bracket, and quote text that contains `: `, `#`, `*`, `%` or `@`""", ('method.r=0', 'training.sed=1', 'data.train=[', 'lr=3')),
 Bad('more bad overrides', """\
 model: builtin:base
 data: builtin:docstrings
@@ -575,18 +492,50 @@ cannot read train.yaml:
 # fmt: on
 
 
-@pytest.mark.parametrize("bad", TABLE, ids=lambda bad: bad.name)
-def test_every_mistake_is_explained_at_its_place(bad: Bad, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def refused(sets: tuple[str, ...] = ()) -> str:
+    """The message for train.yaml in the working folder."""
+    with pytest.raises(ConfigError) as error:
+        load("train.yaml", sets)
+    assert error.value.exit_code == 2
+    return str(error.value)
+
+
+@pytest.fixture(autouse=True)
+def _working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "here").mkdir()
-    (tmp_path / "here/rows.jsonl").write_text("{}\n")
-    (tmp_path / "train.yaml").write_text(bad.text)
+
+
+@pytest.mark.parametrize("bad", TABLE, ids=lambda bad: bad.name)
+def test_every_mistake_is_explained_at_its_place(bad: Bad, tmp_path: Path) -> None:
+    Path("here").mkdir()
+    Path("here/rows.jsonl").write_text("{}\n")
+    Path("train.yaml").write_text(bad.text)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ConfigError) as refused:
-        load("train.yaml", bad.sets)
-    assert str(refused.value) == bad.message
-    assert refused.value.exit_code == 2
+    assert refused(bad.sets) == bad.message
     assert sorted(tmp_path.rglob("*")) == before
+
+
+VALUES = [  # third line of the file, position of the value, message
+    ("method: {r: 0}", "3:10", "`r` must be at least 1, not 0"),
+    ("method: {r: -1}", "3:10", "`r` must be at least 1, not -1"),
+    ("method: {r: 1000000000}", "3:10", "`r` must be at most 65,536, not 1000000000"),
+    ("method: {r: '4'}", "3:10", "`r` must be a whole number, not the text '4'"),
+    ("method: {r: 4.5}", "3:10", "`r` must be a whole number, not 4.5"),
+    ("method: {r: true}", "3:10", "`r` must be a whole number, not true"),
+    ("method: {r: 010}", "3:10", "`r` must be a whole number, not the text '010'"),
+    ("method: {alpha: 0}", "3:10", "`alpha` must be above 0, not 0"),
+    ("method: {alpha: -2}", "3:10", "`alpha` must be above 0, not -2"),
+    ("method: {alpha: .nan}", "3:10", "`alpha` must be a finite number, not nan"),
+    ("method: {alpha: 1e308}", "3:10", "`alpha` must be at most 1,000,000, not 1e+308"),
+    ("method: {alpha: high}", "3:10", "`alpha` must be a number, not the text 'high'"),
+    ("training: {lr: 0}", "3:12", "`lr` must be above 0, not 0"),
+]
+
+
+@pytest.mark.parametrize(("line", "position", "message"), VALUES)
+def test_invalid_values_are_explained(line: str, position: str, message: str) -> None:
+    Path("train.yaml").write_text(f"model: builtin:base\ndata: builtin:docstrings\n{line}\n")
+    assert refused() == f"invalid configuration train.yaml:\n  - train.yaml:{position}: {message}"
 
 
 FILES = {
@@ -604,20 +553,14 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_files_that_hold_no_text(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_without_text_are_refused(name: str) -> None:
     data, message = FILES[name]
-    monkeypatch.chdir(tmp_path)
     if data is not None:
         Path("train.yaml").write_bytes(data)
-    with pytest.raises(ConfigError) as refused:
-        load("train.yaml")
-    assert str(refused.value) == message
+    assert refused() == message
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["a pipe, which would block", "a folder"])
-def test_what_is_no_file_is_not_opened(make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_only_regular_files_are_opened(make: Callable[[str], None]) -> None:
     make("train.yaml")
-    with pytest.raises(ConfigError) as refused:
-        load("train.yaml")
-    assert str(refused.value) == "cannot read the configuration train.yaml: it is not a regular file"
+    assert refused() == "cannot read the configuration train.yaml: it is not a regular file"

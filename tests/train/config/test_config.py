@@ -1,4 +1,4 @@
-"""Configurations that can be obeyed: what they are read as, and how they are written down again."""
+"""Valid configurations: reading, translation, defaults and writing; the template and the schema."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from lorary.errors import ConfigError
-from lorary.train.config import aliases
+from lorary.train.config._aliases import CANONICAL, CANONICAL_AT_TOP, PRESET_OF
 from lorary.train.config.config import SECTIONS, Config, default_lr
 from lorary.train.config.load import from_dict, load
 from lorary.train.config.template import json_schema, template
@@ -88,14 +88,14 @@ def test_the_method_section_builds_the_method() -> None:
     assert section.options == {"ratio": 4}
 
 
-def test_numbers_are_read_as_people_write_them(tmp_path: Path) -> None:
+def test_numbers_are_read_in_every_usual_notation(tmp_path: Path) -> None:
     text = dump(LEAST) + "training: {lr: 2e-4, warmup: .1, epochs: 2, gradient_checkpointing: yes}\n"
     training = read(text, folder=tmp_path).training
     assert (training.lr, training.warmup, training.epochs, training.gradient_checkpointing) == (2e-4, 0.1, 2.0, True)
     assert from_dict(LEAST | {"training": {"lr": "2e-4"}}).training.lr == 2e-4
 
 
-def test_words_may_stand_in_one_text() -> None:
+def test_names_may_be_separated_by_commas() -> None:
     config = from_dict(LEAST | {"method": "lora, rslora", "target_modules": "c_attn[q,v], mlp"})
     assert config.method.name == ("lora", "rslora")
     assert config.method.targets == ("c_attn[q,v]", "mlp")
@@ -112,7 +112,7 @@ def test_every_familiar_name_is_understood_and_noted() -> None:
         "training.lr": 0.125, "training.schedule": "linear", "training.warmup": 0.5, "training.optimizer": "sgd",
         "training.max_grad_norm": 0.75, "output": "elsewhere",
     }  # fmt: skip
-    for alias, key in aliases.CANONICAL.items():
+    for alias, key in CANONICAL.items():
         if key in ("data.loss", "training.dpo_beta", "training.keep_best"):
             continue
         value = values[key]
@@ -127,7 +127,7 @@ def test_every_familiar_name_is_understood_and_noted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "key", "value"),
+    ("given", "key", "value"),
     [
         ({"completion_only_loss": False}, "data.loss", "all"),
         ({"assistant_only_loss": True}, "data.loss", "completion"),
@@ -146,14 +146,14 @@ def test_every_familiar_name_is_understood_and_noted() -> None:
         ({"beta": 0.5, "task": "dpo"}, "training.dpo_beta", 0.5),
     ],
 )
-def test_familiar_values_are_translated(said: dict[str, object], key: str, value: object) -> None:
-    assert field(from_dict(LEAST | said), key) == value
+def test_familiar_values_are_translated(given: dict[str, object], key: str, value: object) -> None:
+    assert field(from_dict(LEAST | given), key) == value
 
 
-def test_a_method_that_is_not_there_yet_is_named_where_the_switch_stands(
+def test_an_unknown_preset_of_a_switch_is_reported_at_the_switch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(aliases.PRESET_OF, "use_qdora", "qdora")
+    monkeypatch.setitem(PRESET_OF, "use_qdora", "qdora")
     with pytest.raises(ConfigError, match=r"train\.yaml:3:1: `qdora` is not a method that lorary knows"):
         read(dump(LEAST) + "use_qdora: true\n", folder=tmp_path)
 
@@ -187,7 +187,7 @@ def test_overrides_win_in_their_order(tmp_path: Path) -> None:
         ("training.lr = 3e-4", "training.lr", 3e-4),
     ],
 )
-def test_an_overrides_value_is_meant_as_it_stands(text: str, key: str, value: object) -> None:
+def test_an_overrides_value_needs_no_quotes(text: str, key: str, value: object) -> None:
     assert field(from_dict(LEAST, [text]), key) == value
 
 
@@ -223,9 +223,15 @@ def test_what_was_translated_is_written_above_the_resolved_configuration() -> No
     ]
 
 
-def test_a_home_folder_is_spelt_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     assert from_dict(LEAST | {"output": "~/runs"}).resolve().output == "/home/someone/runs"
+
+
+def test_the_package_offers_the_configuration_and_its_readers() -> None:
+    from lorary.train import config
+
+    assert (config.Config, config.load, config.from_dict) == (Config, load, from_dict)
 
 
 def test_a_configuration_is_frozen() -> None:
@@ -263,7 +269,7 @@ def test_anchors_that_only_repeat_are_followed() -> None:
 
 
 @pytest.mark.parametrize("value", ["010", "2e-4", "no", "null", "~", "1e5", "a: b", "# x", "ü", "", " x ", "-"])
-def test_a_text_stays_a_text(value: str) -> None:
+def test_text_stays_text(value: str) -> None:
     assert parse(dump({"a": value}), "t").tree == {"a": value}
 
 
@@ -300,11 +306,11 @@ def test_the_schema_knows_every_key_and_every_familiar_name() -> None:
     schema = json_schema()
     assert json.loads(json.dumps(schema)) == schema
     assert set(SECTIONS[""]) <= set(schema["properties"])
-    assert set(aliases.CANONICAL_AT_TOP) <= set(schema["properties"])
+    assert set(CANONICAL_AT_TOP) <= set(schema["properties"])
     for name, keys in SECTIONS.items():
         if name:
             properties = schema["$defs"][f"{name.capitalize()}Section"]["properties"]
-            own = {alias for alias, key in aliases.CANONICAL.items() if key.startswith(f"{name}.")}
+            own = {alias for alias, key in CANONICAL.items() if key.startswith(f"{name}.")}
             assert set(keys) | own <= set(properties)
     assert schema["additionalProperties"] is False
     rank = schema["$defs"]["MethodSection"]["properties"]["r"]["anyOf"][0]
@@ -315,7 +321,7 @@ def test_the_schema_knows_every_key_and_every_familiar_name() -> None:
 
 
 @pytest.mark.parametrize("name", ["vera", "glora"])
-def test_a_method_whose_scale_has_no_alpha_is_given_none(name: str) -> None:
+def test_a_scale_without_alpha_gets_no_default(name: str) -> None:
     config = from_dict(LEAST | {"method": {"name": name}}).resolve()
     assert config.method.alpha is None
     assert config.method.r == config.method.build().delta.r

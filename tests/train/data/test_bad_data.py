@@ -1,4 +1,4 @@
-"""Data that cannot be learnt from: each with the whole of what is said about it, and nothing written."""
+"""Data that cannot be used: the full message for each mistake, and nothing written."""
 
 # ruff: noqa: E501 (messages stand here as they are printed)
 
@@ -12,7 +12,7 @@ import pytest
 
 from lorary.errors import DataError
 from lorary.train.config.config import DataSection
-from lorary.train.data import files, load
+from lorary.train.data import _files, load
 from lorary.train.data.lint import lint
 from lorary.train.data.tokenize import tokenize
 from tests.train.small import PLAIN_CHAT, tokenizer
@@ -20,9 +20,9 @@ from tests.train.small import PLAIN_CHAT, tokenizer
 TABLE: dict[str, tuple[dict[str, bytes], str, dict[str, Any]]] = {}
 
 
-def bad(name: str, files: dict[str, bytes], message: str, **words: Any) -> None:
-    """words: task, template, bos, and fields of the data section."""
-    TABLE[name] = (files, message, words)
+def bad(name: str, files: dict[str, bytes], message: str, **options: Any) -> None:
+    """options: task, template, bos, and fields of the data section."""
+    TABLE[name] = (files, message, options)
 
 
 def rows(*values: Any) -> bytes:
@@ -40,13 +40,13 @@ def answer(text: str) -> dict[str, str]:
 GOOD = {"prompt": "hello ", "completion": "two"}
 
 # fmt: off
-bad("an empty file", {"rows.jsonl": b""}, 'rows.jsonl holds no rows')
-bad("blank lines", {"rows.jsonl": b"\n\n  \n"}, 'rows.jsonl holds no rows')
+bad("an empty file", {"rows.jsonl": b""}, 'rows.jsonl has no rows')
+bad("blank lines", {"rows.jsonl": b"\n\n  \n"}, 'rows.jsonl has no rows')
 bad("UTF-16", {"rows.jsonl": '{"text": "x"}\n'.encode("utf-16")}, """\
 cannot read rows.jsonl:
   - rows.jsonl: is UTF-16
       hint: save it as UTF-8""")
-bad("bytes that are no text", {"rows.jsonl": b'{"text": "x"}\n{"text": "\xff"}\n'}, """\
+bad("bytes that are not text", {"rows.jsonl": b'{"text": "x"}\n{"text": "\xff"}\n'}, """\
 1 of 2 rows of rows.jsonl cannot be used:
   - rows.jsonl:2: byte 0xff is not UTF-8
       hint: save it as UTF-8""")
@@ -58,12 +58,12 @@ bad("a NUL in a text", {"rows.jsonl": rows({"text":"a\0b"})}, """\
   - rows.jsonl:1: contains a NUL character""")
 bad("half a character", {"rows.jsonl": b'{"text": "\\ud800"}\n'}, """\
 1 of 1 rows of rows.jsonl cannot be used:
-  - rows.jsonl:1: contains half of a surrogate pair, which is no Unicode text""")
-bad("no JSON", {"rows.jsonl": b'{"text": "x"}\n{"text": \n{text: 1}\n'}, """\
+  - rows.jsonl:1: contains half of a surrogate pair, which is not Unicode text""")
+bad("not JSON", {"rows.jsonl": b'{"text": "x"}\n{"text": \n{text: 1}\n'}, """\
 2 of 3 rows of rows.jsonl cannot be used:
   - rows.jsonl:2: not JSON: expecting value (column 10)
   - rows.jsonl:3: not JSON: expecting property name enclosed in double quotes (column 2)""")
-bad("more offenders than are shown", {"rows.jsonl": b'{"text": "x"}\n' + b"?\n"*42}, """\
+bad("more bad rows than are shown", {"rows.jsonl": b'{"text": "x"}\n' + b"?\n"*42}, """\
 42 of 43 rows of rows.jsonl cannot be used:
   - rows.jsonl:2: not JSON: expecting value (column 1)
   - rows.jsonl:3: not JSON: expecting value (column 1)
@@ -86,24 +86,24 @@ bad("a number beyond floats", {"rows.jsonl": b'{"text": "x", "weight": 1e999}\n'
 bad("a number of 5,000 digits", {"rows.jsonl": b'{"text": ' + b"1"*5000 + b'}\n'}, """\
 1 of 1 rows of rows.jsonl cannot be used:
   - rows.jsonl:1: an integer of 5000 digits""")
-bad("rows that are no objects", {"rows.jsonl": b'["x"]\n"y"\n'}, """\
+bad("rows that are not objects", {"rows.jsonl": b'["x"]\n"y"\n'}, """\
 unknown row format in rows.jsonl:
-  - rows.jsonl:1: the rows are no objects with fields
-      hint: name the fields with data.columns, such as {prompt: question}; the shapes are: preference (chosen, rejected); messages (messages); sharegpt (conversations); prompt-completion (prompt, completion); alpaca (instruction, output); text (text)""")
+  - rows.jsonl:1: the rows are not objects with fields
+      hint: name the fields with data.columns, such as {prompt: question}; the formats are: preference (chosen, rejected); messages (messages); sharegpt (conversations); prompt-completion (prompt, completion); alpaca (instruction, output); text (text)""")
 bad("a broken array", {"rows.json": b'[{"text": "x"},\n {"text": }]'}, """\
 cannot read rows.json:
   - rows.json: not JSON: expecting value (line 2, column 11)""", train="rows.json")
 bad("fields that mean nothing", {"rows.jsonl": rows({"promt":"a","answer":"b"})}, """\
 unknown row format in rows.jsonl:
   - rows.jsonl:1: found the fields `answer`, `promt`
-      hint: name the fields with data.columns, such as {prompt: promt}; the shapes are: preference (chosen, rejected); messages (messages); sharegpt (conversations); prompt-completion (prompt, completion); alpaca (instruction, output); text (text)""")
+      hint: name the fields with data.columns, such as {prompt: promt}; the formats are: preference (chosen, rejected); messages (messages); sharegpt (conversations); prompt-completion (prompt, completion); alpaca (instruction, output); text (text)""")
 bad("a missing field", {"rows.jsonl": rows(GOOD, {"prompt":"hello"}, GOOD)}, """\
 1 of 3 rows of rows.jsonl cannot be used:
-  - rows.jsonl:2: misses `completion`""")
-bad("mixed shapes", {"rows.jsonl": rows(GOOD, GOOD, {"text":"x"}, {"messages":[user("a"),answer("b")]})}, """\
+  - rows.jsonl:2: has no `completion`""")
+bad("mixed formats", {"rows.jsonl": rows(GOOD, GOOD, {"text":"x"}, {"messages":[user("a"),answer("b")]})}, """\
 2 of 4 rows of rows.jsonl cannot be used:
-  - rows.jsonl:3: misses `prompt` and `completion`; it looks like text, the others like prompt-completion
-  - rows.jsonl:4: misses `prompt` and `completion`; it looks like messages, the others like prompt-completion""")
+  - rows.jsonl:3: has no `prompt` or `completion`; it looks like text, the others like prompt-completion
+  - rows.jsonl:4: has no `prompt` or `completion`; it looks like messages, the others like prompt-completion""")
 bad("the wrong type", {"rows.jsonl": rows(GOOD, {"prompt":"a","completion":3}, {"prompt":"a","completion":["x"]})}, """\
 2 of 3 rows of rows.jsonl cannot be used:
   - rows.jsonl:2: `completion` must be a text, not a number
@@ -120,16 +120,16 @@ bad("a ragged table", {"rows.csv": b"prompt,completion\na,b\nc\nd,e,f\n"}, """\
 bad("two columns of one name", {"rows.csv": b"text,text\na,b\n"}, """\
 cannot read rows.csv:
   - rows.csv:1: two columns are named `text`""", train="rows.csv")
-bad("a header alone", {"rows.csv": b"text\n"}, 'rows.csv holds no rows', train="rows.csv")
+bad("a header alone", {"rows.csv": b"text\n"}, 'rows.csv has no rows', train="rows.csv")
 bad("an open quote", {"rows.csv": b'text\nx\n"y\n'}, """\
 1 of 2 rows of rows.csv cannot be used:
-  - rows.csv:3: is no CSV: unexpected end of data""", train="rows.csv")
-bad("no parquet", {"rows.parquet": b"PAR1 not really"}, """\
+  - rows.csv:3: not CSV: unexpected end of data""", train="rows.csv")
+bad("not parquet", {"rows.parquet": b"PAR1 not really"}, """\
 cannot read rows.parquet:
-  - rows.parquet: is no parquet file, or a damaged one""", train="rows.parquet")
+  - rows.parquet: not a parquet file, or a damaged one""", train="rows.parquet")
 bad("an unknown kind of file", {"rows.xlsx": b"x"}, """\
 cannot read rows.xlsx:
-  - `.xlsx` is no known kind of file
+  - unknown file type `.xlsx`
       hint: known: .csv, .json, .jsonl, .parquet, .tsv""", train="rows.xlsx")
 bad("a mistyped file", {"rows.jsonl": rows(GOOD)}, """\
 cannot read row.jsonl:
@@ -141,7 +141,7 @@ cannot read rows.jsonl#test:
 bad("a folder without the split", {"set/train.jsonl": rows(GOOD), "set/notes.md": b"x"}, """\
 cannot read the folder set:
   - no file of the split `validation` (validation*, valid*, val*, dev*, eval*; .csv, .json, .jsonl, .parquet, .tsv)
-      hint: it holds notes.md, train.jsonl""", train="set#validation")
+      hint: it contains notes.md, train.jsonl""", train="set#validation")
 bad("a mistyped built-in data set", {}, """\
 no built-in data set is called 'builtin:docstring'
   - unknown name
@@ -152,33 +152,33 @@ builtin:topics has no split 'tset'
       hint: use train or validation""", train="builtin:topics#tset")
 bad("an unknown role", {"rows.jsonl": rows({"messages":[{"role":"bot","content":"a"},answer("b")]})}, """\
 1 of 1 rows of rows.jsonl cannot be used:
-  - rows.jsonl:1: `messages[0]` has the role 'bot', which is none of system, developer, user, assistant, tool""")
+  - rows.jsonl:1: `messages[0]` has the role 'bot'; known: system, developer, user, assistant, tool""")
 bad("no answer", {"rows.jsonl": rows({"messages":[user("a")]}, {"messages":[]}, {"messages":[user("a"),answer("")]}, {"messages":[{"content":"x"}]})}, """\
 4 of 4 rows of rows.jsonl cannot be used:
-  - rows.jsonl:1: has no assistant message to learn
+  - rows.jsonl:1: has no assistant message to train on
   - rows.jsonl:2: `messages` is empty
   - rows.jsonl:3: `messages[1]` is an empty answer
-  - rows.jsonl:4: `messages[0]` must hold `role` and `content`""")
+  - rows.jsonl:4: `messages[0]` must have `role` and `content`""")
 bad("pictures", {"rows.jsonl": rows({"messages":[{"role":"user","content":[{"type":"image"}]},answer("b")]})}, """\
 1 of 1 rows of rows.jsonl cannot be used:
-  - rows.jsonl:1: `messages[0]` holds image; only text can be learnt here""")
+  - rows.jsonl:1: `messages[0]` has image; only text is supported""")
 bad("an unknown speaker", {"rows.jsonl": rows({"conversations":[{"from":"alien","value":"a"}]},{"conversations":[{"value":"a"}]})}, """\
 2 of 2 rows of rows.jsonl cannot be used:
-  - rows.jsonl:1: `conversations[0]` is from 'alien', which is none of assistant, chatgpt, gpt, human, observation, system, tool, user
-  - rows.jsonl:2: `conversations[0]` must hold `from` and `value`""")
+  - rows.jsonl:1: `conversations[0]` is from 'alien'; known: assistant, chatgpt, gpt, human, observation, system, tool, user
+  - rows.jsonl:2: `conversations[0]` must have `from` and `value`""")
 bad("preferences without a difference", {"rows.jsonl": rows({"prompt":"a","chosen":"b","rejected":"b"},{"chosen":"b","rejected":"c"},{"chosen":[user("a"),answer("b")],"rejected":[user("x"),answer("c")]})}, """\
 3 of 3 rows of rows.jsonl cannot be used:
   - rows.jsonl:1: `chosen` and `rejected` are the same
   - rows.jsonl:2: all three must be texts, or all three lists of messages: `prompt` is nothing, `chosen` is a text, `rejected` is a text
-  - rows.jsonl:3: `chosen` and `rejected` must begin with the same prompt, and go on after it""", task="dpo")
+  - rows.jsonl:3: `chosen` and `rejected` must begin with the same prompt, and continue after it""", task="dpo")
 bad("preferences for SFT", {"rows.jsonl": rows({"prompt":"a","chosen":"b","rejected":"c"})}, """\
 cannot train on rows.jsonl:
-  - data: the rows have the shape preference, and the task is sft
+  - data: the rows are in the format preference, and the task is sft
       hint: set task: dpo""")
 bad("pairs for DPO", {"rows.jsonl": rows(GOOD)}, """\
 cannot train on rows.jsonl:
-  - data: the rows have the shape prompt-completion, and the task is dpo
-      hint: DPO learns from rows with `prompt`, `chosen` and `rejected`""", task="dpo")
+  - data: the rows are in the format prompt-completion, and the task is dpo
+      hint: DPO trains on rows with `prompt`, `chosen` and `rejected`""", task="dpo")
 bad("a column that is not there", {"rows.jsonl": rows({"q":"a","completion":"b"})}, """\
 cannot rename the fields of a row:
   - rows.jsonl:1: has no field `question`, which data.columns names; it has `q`, `completion`""", columns={"prompt":"question"})
@@ -192,12 +192,12 @@ cannot render the conversations:
 bad("a template that refuses", {"rows.jsonl": rows({"messages":[user("a"),answer("b")]})}, """\
 1 of 1 rows of the data cannot be used:
   - rows.jsonl:1: the chat template refuses it: only users speak""", template="{{ raise_exception('only users speak') }}")
-bad("a template that is no Jinja", {"rows.jsonl": rows({"messages":[user("a"),answer("b")]})}, """\
+bad("a template that is not Jinja", {"rows.jsonl": rows({"messages":[user("a"),answer("b")]})}, """\
 1 of 1 rows of the data cannot be used:
   - rows.jsonl:1: the chat template refuses it: Expected an expression, got 'end of statement block'""", template="{% for %}")
 bad("a template that rewrites the past", {"rows.jsonl": rows({"messages":[user("a"),answer("b"),user("c"),answer("d")]})}, """\
 1 of 1 rows of the data cannot be used:
-  - rows.jsonl:1: the chat template renders message 1 differently when more follows, so the answer cannot be told from the rest; one with {% generation %} marks can: see data.chat_template: builtin:chatml""", template="{% for m in messages %}{{ m.content if loop.last else '?' }}{% endfor %}")
+  - rows.jsonl:1: the chat template renders message 1 differently when more follows, so the answer cannot be separated from the rest; use a template with {% generation %} marks, such as data.chat_template: builtin:chatml""", template="{% for m in messages %}{{ m.content if loop.last else '?' }}{% endfor %}")
 bad("a mistyped template", {"rows.jsonl": rows({"messages":[user("a"),answer("b")]})}, """\
 unknown chat template:
   - data.chat_template: cannot read `builtin:chatlm`: No such file or directory
@@ -214,11 +214,11 @@ bad("overlong rows", {"rows.jsonl": rows(GOOD, *({"prompt":"a ","completion":"tw
       hint: raise data.max_length to 33, or set data.overlong to drop or truncate""", max_length=16)
 bad("pairs that cannot be divided", {"rows.jsonl": rows(GOOD)}, """\
 cannot shorten the data:
-  - data.overlong: `split` makes several rows of one, and only plain text can be divided anywhere
+  - data.overlong: `split` makes several rows of one, which only plain text allows
       hint: use drop or truncate""", overlong="split")
 bad("answers in plain text", {"rows.jsonl": rows({"text":"x"})}, """\
 cannot mask the data:
-  - data.loss: `completion` learns answers alone, and plain text has none
+  - data.loss: `completion` trains on answers only, and plain text has none
       hint: use `all`, or rows with a prompt""", loss="completion")
 bad("nothing short enough", {"rows.jsonl": rows({"prompt":"a ","completion":"two "*20})}, """\
 the training data has errors:
@@ -226,27 +226,27 @@ the training data has errors:
       hint: raise data.max_length""", max_length=16, overlong="drop")
 bad("two beginnings", {"rows.jsonl": rows({"messages":[user("a"),answer("b")]})}, """\
 the training data has errors:
-  - 1 of 1 rows hold more than one BOS ('<s>')
+  - 1 of 1 rows have more than one BOS ('<s>')
       hint: the text or the chat template writes one that the tokenizer adds as well""", template="<s>"+PLAIN_CHAT)
-bad("everything is learnt", {"rows.jsonl": rows({"prompt":"","completion":"x"})}, """\
+bad("every token is labelled", {"rows.jsonl": rows({"prompt":"","completion":"x"})}, """\
 the training data has errors:
-  - every token is learnt (100 % labelled), prompts included
+  - every token has a label (100 % labelled), prompts included
       hint: look at the sample; set data.loss: all if that is what you want""", bos=False)
 # fmt: on
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_every_offender_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_bad_row_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     contents, message, options = TABLE[name]
-    words = dict(options)
+    options = dict(options)
     monkeypatch.chdir(tmp_path)
     for file, content in contents.items():
         Path(file).parent.mkdir(exist_ok=True)
         Path(file).write_bytes(content)
     before = sorted(tmp_path.rglob("*"))
-    using = tokenizer(extra=("<|end|>",), template=words.pop("template", None), bos=words.pop("bos", True))
-    task = words.pop("task", "sft")
-    section = DataSection(**({"train": "rows.jsonl"} | words))
+    using = tokenizer(extra=("<|end|>",), template=options.pop("template", None), bos=options.pop("bos", True))
+    task = options.pop("task", "sft")
+    section = DataSection(**({"train": "rows.jsonl"} | options))
     with pytest.raises(DataError) as refused:
         lint(tokenize(load.load(section, task).train, using, section), using, 300).refuse()
     assert str(refused.value) == message
@@ -255,14 +255,14 @@ def test_every_offender_is_named(name: str, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_line_longer_than_any_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "MAX_LINE", 100)
+    monkeypatch.setattr(_files, "MAX_LINE", 100)
     (tmp_path / "rows.jsonl").write_bytes(rows({"text": "x"}, {"text": "x" * 100}))
     with pytest.raises(DataError) as refused:
         load.load(DataSection(train=str(tmp_path / "rows.jsonl")))
     assert str(refused.value) == (
         "1 of 2 rows of rows.jsonl cannot be used:\n"
         "  - rows.jsonl:2: a line of more than 100 bytes\n"
-        "      hint: one row stands on one line"
+        "      hint: write one row per line"
     )
 
 

@@ -1,4 +1,4 @@
-"""From files and shapes to tokens and masks."""
+"""Data from files and row formats to tokens and masks."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from lorary import builtin
 from lorary.errors import DataError
 from lorary.train.config.config import DataSection
 from lorary.train.data import load
+from lorary.train.data._sources import read_source
 from lorary.train.data.chat import CHATML
 from lorary.train.data.encode import pair
-from lorary.train.data.sources import read_source
 from lorary.train.data.tokenize import tokenize
 from tests.train.small import PLAIN_CHAT, shown, tokenizer
 
@@ -77,7 +77,7 @@ def test_every_kind_of_file_gives_the_same_rows(kind: str) -> None:
     assert [record.value for record in read_source(write(kind), "train")] == PAIRS
 
 
-def test_rows_know_where_they_stand() -> None:
+def test_rows_know_their_sources() -> None:
     Path("a.jsonl").write_text('\n{"text": "x"}\n\n{"text": "y"}\n')
     Path("a.csv").write_text('text,n\n"two\nlines",1\nz,2\n')
     assert [record.where for record in read_source("a.jsonl", "train")] == ["a.jsonl:2", "a.jsonl:4"]
@@ -85,24 +85,24 @@ def test_rows_know_where_they_stand() -> None:
     assert read_source(write("parquet"), "train")[1].where == "rows.parquet: row 2"
 
 
-def test_fields_of_a_table_stay_the_text_that_they_are() -> None:
+def test_fields_of_a_table_stay_text() -> None:
     Path("a [1].csv").write_text('id,text\n007,NA\n1e5," null"\n"",1.0\n')
     rows = [{"id": "007", "text": "NA"}, {"id": "1e5", "text": " null"}, {"id": "", "text": "1.0"}]
     assert [record.value for record in read_source("a [1].csv", "train")] == rows
 
 
-def test_a_byte_order_mark_crlf_and_a_last_line_without_end_are_no_harm() -> None:
+def test_a_byte_order_mark_crlf_and_a_last_line_without_end_are_accepted() -> None:
     Path("a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "x"}\r\n{"text": "y"}')
     Path("a.csv").write_bytes(b"\xef\xbb\xbftext\r\nx\r\ny")
     assert [r.value["text"] for r in read_source("a.jsonl", "train")] == ["x", "y"]
     assert [r.value["text"] for r in read_source("a.csv", "train")] == ["x", "y"]
 
 
-def test_json_lines_under_the_name_of_json_are_read() -> None:
+def test_json_lines_in_a_json_file_are_read() -> None:
     assert [r.value for r in read_source(jsonl(PAIRS, "a.json"), "train")] == PAIRS
 
 
-def test_folders_are_divided_by_the_names_of_their_files() -> None:
+def test_folders_are_split_by_their_file_names() -> None:
     for split, text in (("train", "a"), ("valid", "b"), ("test", "c")):
         jsonl([{"text": text}], f"folder/{split}.jsonl")
     jsonl([{"text": "d"}], "plain/part-0.jsonl")
@@ -127,9 +127,7 @@ def test_a_saved_data_set_is_read() -> None:
 def test_the_built_in_data_sets_have_splits() -> None:
     train, held_out = read_source("builtin:docstrings", "train"), read_source("builtin:docstrings#validation", "train")
     assert len(train) > len(held_out) > 100
-    assert (
-        held_out[0].where == "builtin:docstrings#validation: row 1" or held_out[0].where == "builtin:docstrings: row 1"
-    )
+    assert held_out[0].where == "builtin:docstrings: row 1"
 
 
 def test_several_sources_are_one_data_set() -> None:
@@ -138,11 +136,11 @@ def test_several_sources_are_one_data_set() -> None:
     assert [e.where for e in loaded.train] == ["a.jsonl:1", "b.jsonl:1", "b.jsonl:2", "b.jsonl:3"]
 
 
-# --- shapes -----------------------------------------------------------------------------------------------------
+# --- formats ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("row", "shape"),
+    ("row", "row_format"),
     [
         ({"text": "hello"}, "text"),
         ({"text": "hello", "label": "x"}, "text"),
@@ -154,15 +152,15 @@ def test_several_sources_are_one_data_set() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "+".join(value),
 )
-def test_the_shape_is_detected_and_said(row: dict[str, Any], shape: str) -> None:
+def test_the_format_is_detected_and_noted(row: dict[str, Any], row_format: str) -> None:
     loaded = load.load(DataSection(train=jsonl([row, row])))  # type: ignore[arg-type]
-    assert loaded.shape == shape
-    assert loaded.notes[0] == f"rows.jsonl: 2 rows of the shape {shape} (detected)"
+    assert loaded.format == row_format
+    assert loaded.notes[0] == f"rows.jsonl: 2 rows in the format {row_format} (detected)"
 
 
 def test_fields_without_a_use_are_named() -> None:
     notes = load.load(DataSection(train=jsonl([{"text": "hello", "label": "x", "id": 3}]))).notes  # type: ignore[arg-type]
-    assert notes[1] == "fields that the shape text does not use: id, label"
+    assert notes[1] == "fields that the format text does not use: id, label"
 
 
 def test_columns_give_fields_their_names() -> None:
@@ -201,11 +199,11 @@ def test_content_in_parts_is_joined_and_empty_fields_of_tables_are_dropped() -> 
 
 
 @pytest.mark.parametrize("text", ["hello world", "<s>hello world", "hello world</s>", "<s>hello world</s>"])
-def test_text_has_one_bos_one_eos_and_is_learnt_whole(text: str) -> None:
+def test_text_has_one_bos_one_eos_and_is_labelled_whole(text: str) -> None:
     assert first([{"text": text}], tokenizer()) == "[[<s>hello world</s>]]"
 
 
-def test_a_tokenizer_that_puts_no_bos_is_left_alone() -> None:
+def test_a_tokenizer_without_bos_gets_none() -> None:
     assert first([{"text": "hello world"}], tokenizer(bos=False)) == "[[hello world</s>]]"
 
 
@@ -219,11 +217,11 @@ def test_a_tokenizer_that_puts_no_bos_is_left_alone() -> None:
         ("the answer ", "two</s>", "<s>the answer [[two</s>]]"),
     ],
 )
-def test_only_the_completion_and_its_end_are_learnt(prompt: str, completion: str, expected: str) -> None:
+def test_only_the_completion_and_its_end_are_labelled(prompt: str, completion: str, expected: str) -> None:
     assert first([{"prompt": prompt, "completion": completion}], tokenizer()) == expected
 
 
-def test_the_prompt_has_the_tokens_that_it_will_have_in_use() -> None:
+def test_the_prompt_has_its_tokens_at_inference() -> None:
     using = tokenizer()
     assert len(using("hello")["input_ids"]) < len(using("hel")["input_ids"]) + len(using("lo")["input_ids"]) - 1
     ids, start, shared = pair(using, "hel", "lo")
@@ -238,7 +236,7 @@ def test_a_token_that_prompt_and_answer_share_belongs_to_the_answer_and_is_count
     assert tokens([{"prompt": "hello", "completion": " two"}], using).joined == 0
 
 
-def test_loss_all_learns_the_prompt_as_well() -> None:
+def test_loss_all_labels_the_prompt_as_well() -> None:
     assert first([PAIRS[0]], tokenizer(), loss="all") == "[[<s>hello the answer 0</s>]]"
 
 
@@ -248,7 +246,7 @@ MASKED = (
 )
 
 
-def test_every_answer_of_a_conversation_is_learnt_with_its_end() -> None:
+def test_every_answer_of_a_conversation_is_labelled_through_its_end() -> None:
     using = tokenizer(extra=("<|end|>",), template=PLAIN_CHAT)
     assert first([{"messages": TURNS}], using) == MASKED
 
@@ -270,7 +268,7 @@ def test_single_answers_can_be_left_out() -> None:
         assert first([{"messages": turns}], tokenizer(extra=("<|end|>",), template=template)) == expected
 
 
-def test_prompt_and_completion_as_messages_learn_the_completion_alone() -> None:
+def test_prompt_and_completion_as_messages_label_the_completion_only() -> None:
     using = tokenizer(extra=("<|end|>",), template=PLAIN_CHAT)
     expected = MASKED.replace("[[the answer<|end|>]]", "the answer<|end|>")
     assert first([{"prompt": TURNS[:4], "completion": TURNS[4:]}], using) == expected
@@ -355,7 +353,7 @@ LONG = [{"prompt": "hello ", "completion": "two " * n} for n in (2, 40, 3)] + [
 ]
 
 
-def test_long_text_is_divided_and_loses_nothing() -> None:
+def test_long_text_is_split_and_loses_nothing() -> None:
     using = tokenizer(bos=False)
     made = tokens([{"text": "hello world, " * 30}, {"text": "two"}], using, max_length=16)
     assert made.split == 1
@@ -368,7 +366,7 @@ def test_overlong_rows_are_dropped_or_cut_as_asked() -> None:
     using = tokenizer(bos=False)
     dropped, cut = (tokens(LONG, using, max_length=16, overlong=policy) for policy in ("drop", "truncate"))
     assert (len(dropped.rows), dropped.dropped, dropped.truncated) == (2, 2, 0)
-    # of the last row only the prompt would be left: nothing to learn
+    # only the prompt of the last row would be left, without a label
     assert (len(cut.rows), cut.dropped, cut.truncated) == (3, 1, 1)
     assert all(len(row["input_ids"]) == len(row["labels"]) <= 16 for row in cut.rows)
     assert len(cut.lengths) == 4

@@ -1,4 +1,4 @@
-"""The lint: what it counts, what it refuses, and what it shows."""
+"""The lint: its counts, refusals and display."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ USING = tokenizer()
 BOS, EOS = 0, 1
 
 
-def row(ids: list[int], learnt: int) -> Row:
-    """The last `learnt` tokens are learnt."""
-    return {"input_ids": ids, "labels": [-100] * (len(ids) - learnt) + ids[len(ids) - learnt :]}
+def row(ids: list[int], labelled: int) -> Row:
+    """A row whose last `labelled` tokens have labels."""
+    return {"input_ids": ids, "labels": [-100] * (len(ids) - labelled) + ids[len(ids) - labelled :]}
 
 
 GOOD = row([BOS, 30, 31, 32, EOS], 3)
 
 
-def judge(*rows: Row, using: Any = USING, vocabulary: int = 300, held_out: tuple[Row, ...] = (), **words: Any) -> Lint:
+def judge(*rows: Row, using: Any = USING, vocabulary: int = 300, held_out: tuple[Row, ...] = (), **fields: Any) -> Lint:
     lengths = tuple(len(r.get("input_ids", [])) for r in rows)
     others = Tokens(held_out, ()) if held_out else None
-    return lint(Tokens(rows, **{"lengths": lengths, **words}), using, vocabulary, others)
+    return lint(Tokens(rows, **{"lengths": lengths, **fields}), using, vocabulary, others)
 
 
 def refused(found: Lint) -> str:
@@ -53,33 +53,33 @@ def test_percentiles_are_lengths_that_occur(lengths: list[int], expected: dict[i
     assert percentiles(lengths[::-1]) == expected
 
 
-def test_nothing_learnt_is_refused() -> None:
+def test_rows_without_labels_are_refused() -> None:
     only_first = {"input_ids": [30, 31, EOS], "labels": [30, -100, -100]}  # predicted from nothing
     for silent in (row([BOS, 30, EOS], 0), only_first):
         assert refused(judge(silent)) == (
-            "  - no token is learnt (0 % labelled)\n      hint: look at the sample: the mask covers everything\n"
-            "  - no answer ends with a token that is learnt: EOS ('</s>') is masked everywhere\n"
+            "  - no token has a label (0 % labelled)\n      hint: look at the sample: the mask covers everything\n"
+            "  - no answer ends with a labelled token: EOS ('</s>') is masked everywhere\n"
             "      hint: the model would never stop; look at the sample"
         )
 
 
 def test_some_silent_rows_are_refused_with_their_number() -> None:
-    assert refused(judge(GOOD, row([BOS, 30, EOS], 0))) == "  - 1 of 2 rows have no token that is learnt"
+    assert refused(judge(GOOD, row([BOS, 30, EOS], 0))) == "  - 1 of 2 rows have no labelled token"
 
 
-def test_everything_learnt_is_refused_unless_the_data_is_plain() -> None:
+def test_fully_labelled_rows_are_refused_unless_the_data_is_plain() -> None:
     whole = row([BOS, 30, 31, EOS], 4)
-    assert "every token is learnt (100 % labelled), prompts included" in refused(judge(whole))
+    assert "every token has a label (100 % labelled), prompts included" in refused(judge(whole))
     judge(whole, plain=True).refuse()
 
 
 def test_a_masked_end_is_refused() -> None:
     endless = {"input_ids": [BOS, 30, 31, EOS], "labels": [-100, -100, 31, -100]}
     assert refused(judge(endless, endless)) == (
-        "  - no answer ends with a token that is learnt: EOS ('</s>') is masked everywhere\n"
+        "  - no answer ends with a labelled token: EOS ('</s>') is masked everywhere\n"
         "      hint: the model would never stop; look at the sample"
     )
-    judge(endless, truncated=1).refuse()  # the end was cut off, which is said elsewhere
+    judge(endless, truncated=1).refuse()  # the end was cut off, which has its own note
 
 
 def test_another_end_is_worth_a_note() -> None:
@@ -92,16 +92,16 @@ def test_another_end_is_worth_a_note() -> None:
 
 def test_two_beginnings_are_refused() -> None:
     assert refused(judge(GOOD, row([BOS, BOS, 30, EOS], 2))) == (
-        "  - 1 of 2 rows hold more than one BOS ('<s>')\n"
+        "  - 1 of 2 rows have more than one BOS ('<s>')\n"
         "      hint: the text or the chat template writes one that the tokenizer adds as well"
     )
 
 
-def test_a_missing_bos_is_worth_a_note_where_the_tokenizer_puts_one() -> None:
+def test_a_missing_bos_is_worth_a_note_if_the_tokenizer_adds_one() -> None:
     bare = row([30, 31, EOS], 2)
-    assert judge(GOOD, bare).notes == ("1 of 2 rows begin without the BOS that this tokenizer puts",)
+    assert judge(GOOD, bare).notes == ("1 of 2 rows begin without the BOS that this tokenizer adds",)
     assert judge(GOOD, bare, using=tokenizer(bos=False)).notes == ()
-    assert judge(GOOD, bare, split=1).notes == ("1 of 2 texts are divided into several rows",)
+    assert judge(GOOD, bare, split=1).notes == ("1 of 2 texts are split into several rows",)
 
 
 def test_a_bos_that_is_also_the_eos_may_occur_twice() -> None:
@@ -125,7 +125,7 @@ def test_repeats_and_overlap_are_counted() -> None:
     notes = judge(GOOD, GOOD, row([BOS, 40, EOS], 1), held_out=(GOOD, row([BOS, 50, EOS], 1))).notes
     assert notes == (
         "1 of 3 rows repeat another",
-        "1 of 2 held-out rows are learnt as well: their loss means nothing",
+        "1 of 2 held-out rows are also trained on: their loss means nothing",
     )
 
 
@@ -135,7 +135,7 @@ def test_what_was_cut_is_counted() -> None:
     assert found.notes == (
         "1 of 4 examples are truncated, and lose their end",
         "2 of 4 examples are left out for their length",
-        "3 of 4 texts are divided into several rows",
+        "3 of 4 texts are split into several rows",
         "4 prompts end inside a token of the answer: end prompts at a word's end",
     )
 
@@ -159,27 +159,27 @@ def sample() -> Lint:
     return judge({"input_ids": [*ids, EOS], "labels": [*[-100] * 2, *ids[2:], EOS]})
 
 
-def test_the_sample_is_the_text_in_stretches() -> None:
+def test_the_sample_is_the_text_in_runs() -> None:
     assert sample().sample == (("<s>hello", False), (" the answer</s>", True))
 
 
 def test_a_long_sample_is_cut() -> None:
     shown = pieces([30] * 50, [-100] * 10 + [30] * 40, USING, most=20)
-    assert [(len(piece), learnt) for piece, learnt in shown] == [(10, False), (10, True)]
+    assert [(len(piece), labelled) for piece, labelled in shown] == [(10, False), (10, True)]
 
 
-def test_plain_text_marks_what_is_learnt() -> None:
+def test_plain_text_marks_labelled_tokens() -> None:
     assert text(sample()) == (
-        "rows      1 to learn from, 0 held out\n"
-        "tokens    of a row at most, for 50 %: 5, 90 %: 5, 99 %: 5, 100 %: 5; 0.0% of the rows cut\n"
-        "learnt    60.0% of the tokens\n"
-        "sample    [[learnt]], the rest is only read\n"
+        "rows      1 to train on, 0 held out\n"
+        "tokens    per row: 50 % up to 5, 90 % up to 5, 99 % up to 5, 100 % up to 5; 0.0% of the rows cut\n"
+        "labelled  60.0% of the tokens\n"
+        "sample    [[labelled]], the rest is context\n"
         "<s>hello[[ the answer</s>]]"
     )
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
-def test_a_terminal_underlines_what_is_learnt_and_a_pipe_gets_no_colour(width: int) -> None:
+def test_a_terminal_underlines_labelled_tokens_and_a_pipe_gets_no_colour(width: int) -> None:
     coloured, plain = (
         Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system="standard" if terminal else None)
         for terminal in (True, False)

@@ -82,7 +82,7 @@ def test_from_a_configuration_to_a_merged_model(words: dict[str, Any], packing: 
 def test_rows_and_positions_that_do_not_fit_are_told(words: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as refusal:
         prepare(from_dict(changed(words, "data", max_length=LENGTH + 1)))
-    assert "rows of up to 65 tokens, and the method lets the model read 64" in str(refusal.value)
+    assert "rows of up to 65 tokens, but the method extends the context to 64" in str(refusal.value)
     assert "hint: set method.options: {length: 65}" in str(refusal.value)
     far = changed(words, "method", options={"length": 6400})
     notes = prepare(from_dict(far)).notes

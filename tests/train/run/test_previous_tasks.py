@@ -115,8 +115,8 @@ def test_a_resumed_task_has_the_same_past_or_is_refused(words: dict[str, Any], p
         run(resolved, resume=True, quiet=True)
     assert str(caught.value) == (
         "the adapter of an earlier task has changed:\n"
-        f"  - method.after: mine holds another adapter: {second}, and the configuration was made with {first}\n"
-        "      hint: write mine alone to take it as it is now"
+        f"  - method.after: mine contains another adapter: {second}, and the configuration was made with {first}\n"
+        "      hint: write mine without a digest to take it as it is now"
     )
     shutil.rmtree("mine")
     shutil.copytree(past[0], "mine")
@@ -133,10 +133,10 @@ def test_what_cannot_be_the_past_is_refused_before_anything_is_written(
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         from_dict(changed(words, "method", name="lora", after=past[0]))
-    assert "`method.after`: `lora` has no place for earlier tasks\n      hint: set method.name: o-lora" in str(
+    assert "`method.after`: `lora` cannot continue from earlier tasks\n      hint: set method.name: o-lora" in str(
         caught.value
     )
-    with pytest.raises(ConfigError, match=r"`output`: `.*` holds the adapter of an earlier task"):
+    with pytest.raises(ConfigError, match=r"`output`: `.*` contains the adapter of an earlier task"):
         from_dict(changed(words, "method", after=past[0]) | {"output": str(Path(past[0]).parent)})
     with pytest.raises(FileError, match="missing"):
         run(from_dict(changed(words, "method", after="missing")), quiet=True)

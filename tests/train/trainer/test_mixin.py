@@ -179,7 +179,7 @@ def test_a_model_whose_packed_rows_see_each_other_is_refused(tmp_path: Path) -> 
         check_packing(Leaky(llama().config), collate)
     assert str(caught.value) == (
         "this model cannot train on packed rows:\n"
-        "  - data.packing: packed examples of Leaky see each other (sdpa attention)\n"
+        "  - data.packing: packed examples of Leaky attend to each other (sdpa attention)\n"
         "      hint: set data.packing: false, or model.attn_implementation: flash_attention_2"
     )
 
@@ -286,7 +286,7 @@ def test_a_run_goes_on_from_the_start_in_its_checkpoint_where_another_would_be_f
     lorary.save(model, tmp_path / "adapter")
     if "qlora" in words:
         other = lorary.attach(llama(), plan, seed=1)
-        with pytest.raises(StateError, match="began at other tensors here, and its weight is packed already"):
+        with pytest.raises(StateError, match="started at other tensors here, and its weight is quantised already"):
             resume.put(other, resume.adapter_of(tmp_path))
     lorary.attach(again, resume.begun(plan, tmp_path), seed=1)
     resume.put(again, resume.adapter_of(tmp_path))

@@ -1,3 +1,3 @@
-"""PEFT's adapter folders, one file per PEFT type. Importing a file registers its type: a new one is one line here."""
+"""PEFT's adapter folders: reading, writing, and one file per PEFT type, which registers it when imported here."""
 
 from lorary.adapters.peft import lora, adalora, vera  # noqa: F401, I001 (reading order)

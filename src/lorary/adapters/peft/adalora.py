@@ -1,9 +1,9 @@
-"""PEFT's ADALORA: AdaLoRA, with the directions that are left at each layer.
+"""PEFT's ADALORA: AdaLoRA, with the rank directions left at each layer.
 
     <site>.lora_A  (R, in) = Q        <site>.lora_B  (out, R) = P        <site>.lora_E  (R, 1)
 
-`rank_pattern` has a mask over the directions of the start for every layer that has lost some: PEFT takes how many are
-left from its length. Which of them those were is not known here, so the first ones are marked.
+`rank_pattern` has a mask over the initial directions for every layer that has lost some. PEFT uses only the number of
+directions left; which ones they were is not stored here, so the first ones are marked.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 from lorary.adapters.adapter import Adapter
+from lorary.adapters.expected_tensors import Layout
 from lorary.adapters.peft.config import PeftConfig
-from lorary.adapters.peft.fields import ALPHA, EXCLUDE, PROBABILITY, RANK, SHARED, field, masks, unused
+from lorary.adapters.peft.fields import ALPHA, EXCLUDE, PROBABILITY, RANK, SHARED, field, masks, unsupported, unused
 from lorary.adapters.peft.lora import UNSUPPORTED, json_number
-from lorary.adapters.peft.types import Layout, PeftType, register
+from lorary.adapters.peft.types import PeftType, register
 from lorary.adapters.shared_tensors import SharedTensors
 from lorary.files.strict_json import show
 from lorary.methods.adalora import AlphaOverInitialRank, OrthogonalityPenalty, SVDDelta, SVDDeltaInit
@@ -25,11 +26,10 @@ from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite
 
 _E = ".lora_E"
-_NO_MAGNITUDES = {"check": lambda value: value is False, "expects": "false: PEFT's AdaLoRA has no magnitudes"}
 
 
 class AdaLora(PeftType):
-    """W + s P diag(E) Q, of one rank and one alpha at the start for all layers."""
+    """W + s P diag(E) Q, with one initial rank and one alpha for all layers."""
 
     name, title = "ADALORA", "AdaLoRA"
     methods = ((SVDDelta, Add),)
@@ -51,7 +51,7 @@ class AdaLora(PeftType):
         "orth_reg_weight": field(AMOUNT, 0.5),
         "total_step": field(COUNT),
         "use_rslora": unused("AdaLoRA", False),
-        "use_dora": field(_NO_MAGNITUDES, nullable=True),
+        "use_dora": unsupported("PEFT's AdaLoRA has no magnitudes"),
         "alpha_pattern": unused("AdaLoRA", {}, None),
         "init_lora_weights": unused("AdaLoRA", True, False, None),
     }
@@ -62,7 +62,7 @@ class AdaLora(PeftType):
 
     def to_method(self, config: PeftConfig, site: str = "") -> Method:
         r, mask = config["init_r"], config["rank_pattern"].get(site)
-        # PEFT accepts a target above the start, which asks for nothing
+        # PEFT accepts a target above the initial rank, which prunes nothing
         betas = config["beta1"], config["beta2"]
         budget = RankBudget(min(config["target_r"], r), config["tinit"], config["tfinal"], config["deltaT"], *betas)
         return Method(
@@ -85,11 +85,11 @@ class AdaLora(PeftType):
         return found
 
     def peft_incompatibilities(self, adapter: Adapter, shared: SharedTensors) -> list[str]:
-        scales = {p.method.scale for p in adapter.sites}
+        scales = {adapted.method.scale for adapted in adapter.sites}
         reasons = {
             "PEFT's AdaLoRA has one rank at the start and one alpha for all layers": len(scales) > 1
-            or len({p.r for p in adapter.sites}) > 1,
-            "PEFT's AdaLoRA takes `default` in a path for the name that it gives an adapter": any(
+            or len({adapted.r for adapted in adapter.sites}) > 1,
+            "PEFT's AdaLoRA takes `default` in a path for an adapter's name": any(
                 "default" in name for name in _masks(adapter)
             ),
             "PEFT's AdaLoRA has alpha / (r + 1e-5) for its scale": not all(
@@ -99,17 +99,17 @@ class AdaLora(PeftType):
         return [what for what, holds in reasons.items() if holds]
 
     def from_adapter(self, adapter: Adapter, shared: SharedTensors) -> dict[str, Any]:
-        """The fields of an adapter's configuration beside the shared ones.
+        """The AdaLoRA-specific fields of a configuration.
 
-        A run's length is not part of an adapter: `total_step` is the shortest that PEFT accepts with these phases, and
-        a phase that is a share of the run becomes 0 steps.
+        An adapter does not store the length of its run: `total_step` is the smallest that PEFT accepts with these
+        phases, and a phase that is a fraction of the run becomes 0 steps.
         """
         first, rules = adapter.sites[0], adapter.method.rules
         budget = next((rule for rule in rules if isinstance(rule, RankBudget)), RankBudget(first.r))
         penalty = next((rule for rule in rules if isinstance(rule, OrthogonalityPenalty)), OrthogonalityPenalty(0.0))
         start, final = (int(steps) if steps >= 1 else 0 for steps in (budget.start_at, budget.final))
         return {
-            "r": 8,  # PEFT's default, which its AdaLoRA does not look at
+            "r": 8,  # PEFT's default, which its AdaLoRA ignores
             "init_r": first.r,
             "target_r": budget.target,
             "tinit": start,
@@ -125,16 +125,16 @@ class AdaLora(PeftType):
             "rank_pattern": _masks(adapter) or None,
         }
 
-    def layout(self, p: AdaptedSite) -> Layout:
-        names = super().layout(p)
+    def layout(self, adapted: AdaptedSite) -> Layout:
+        names = super().layout(adapted)
         name, shape = names["E"]
         return names | {"E": (name, (*shape, 1))}
 
 
 def _masks(adapter: Adapter) -> dict[str, list[bool]]:
-    left = {p.site.name: p.shapes["E"][0] for p in adapter.sites}
-    found = {f"{p.site.name}{_E}": [i < left[p.site.name] for i in range(p.r)] for p in adapter.sites}
-    return dict(sorted((name, mask) for name, mask in found.items() if not all(mask)))
+    """`rank_pattern`: a mask for each layer that has lost directions."""
+    sizes = {f"{a.site.name}{_E}": (a.shapes["E"][0], a.r) for a in adapter.sites}
+    return {name: [i < left for i in range(r)] for name, (left, r) in sorted(sizes.items()) if left < r}
 
 
 register(AdaLora())

@@ -1,8 +1,8 @@
-"""PEFT's `adapter_config.json`, read field by field: none is ignored silently.
+"""PEFT's `adapter_config.json`, read field by field without silently ignoring any.
 
-A field is understood and checked; or matters only while training, and only its type is checked; or belongs to a feature
-that is not supported, and has to be off; or it is unknown, and refused. Absent fields take PEFT's defaults, so that
-files of 2023 can be read.
+A field is understood and checked; or it matters only in training, and only its type is checked; or it belongs to an
+unsupported feature, which must be off; or it is unknown, and refused. Absent fields take PEFT's defaults, so that files
+of 2023 can be read.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class PeftConfig:
         return self.values[key]
 
     def targets_module(self, path: str) -> bool:
-        """Whether PEFT would adapt the module at this path, were it of a kind that can be.
+        """Whether PEFT would adapt the module at this path, if it can adapt modules of its kind.
 
         Raises:
             ValueError: a pattern takes too much work.
@@ -60,7 +60,7 @@ class PeftConfig:
         return any(a.endswith(m) for a in ancestors for m in self["modules_to_save"])
 
     def _layer(self, path: str) -> int | None:
-        """The number of the layer that a path lies in, by PEFT's rule: the first number in the right place."""
+        """The layer number of a path by PEFT's rule: the first number in the right place."""
         components, names = path.split("."), self["layers_pattern"]
         for i, component in enumerate(components[:-1]):
             if component.isdecimal() and (
@@ -73,12 +73,12 @@ class PeftConfig:
 
 
 def read_config(data: object, types: Mapping[str, Mapping[str, Field]], findings: Findings) -> PeftConfig | None:
-    """The configuration in a parsed `adapter_config.json`; None where its type is not one that is read.
+    """The configuration in a parsed `adapter_config.json`; None if lorary does not read its type.
 
     Args:
         data: the parsed JSON.
         types: the fields of each PEFT type by its name.
-        findings: where everything wrong goes.
+        findings: collects the problems.
     """
     if not isinstance(data, dict):
         findings.fatal.append(Diagnostic(NAME, "is not a JSON object"))
@@ -107,7 +107,7 @@ def read_config(data: object, types: Mapping[str, Mapping[str, Field]], findings
         except ValueError as error:
             findings.fatal.append(Diagnostic(where, str(error)))
     if isinstance(values["target_modules"], Pattern) and values["layers_to_transform"] is not None:
-        what = "cannot be said together with a pattern in `target_modules`"
+        what = "cannot be combined with a pattern in `target_modules`"
         findings.fatal.append(Diagnostic(f"{NAME}: layers_to_transform", what))
     if values["layers_pattern"] and values["layers_to_transform"] is None:
         findings.fatal.append(Diagnostic(f"{NAME}: layers_pattern", "needs `layers_to_transform`"))
@@ -115,25 +115,25 @@ def read_config(data: object, types: Mapping[str, Mapping[str, Field]], findings
 
 
 def config_text(values: Mapping[str, Any]) -> str:
-    """The file's text: sorted, so that the same adapter gives the same bytes."""
+    """The file's text, sorted, so that the same adapter gives the same bytes."""
     return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 
 def target_modules(sites: list[str], model: nn.Module | None) -> list[str] | str:
-    """PEFT's `target_modules` for exactly these sites: ends of names, else whole names, else one pattern.
+    """PEFT's `target_modules` for exactly these sites: ends of names, or whole names, or one pattern.
 
     >>> target_modules(["layers.0.q_proj", "layers.1.q_proj"], None)
     ['layers.0.q_proj', 'layers.1.q_proj']
     """
-    whole = sorted(sites)
-    pattern = "|".join(map(re.escape, whole))
+    names = sorted(sites)
+    pattern = "|".join(map(re.escape, names))
     if model is None:
-        # a name of one component is the end of many
-        exact = all("." in name for name in whole) or len(pattern) > MOST_CHARACTERS
-        return whole if exact else pattern
+        # a name of one component may be the end of others
+        exact = all("." in name for name in names) or len(pattern) > MOST_CHARACTERS
+        return names if exact else pattern
     modules = list(unwrapped_modules(model))
-    for entries in (sorted({name.rpartition(".")[2] for name in whole}), whole):
-        if {m for m in modules if _names(tuple(entries), m)} == set(whole):
+    for entries in (sorted({name.rpartition(".")[2] for name in names}), names):
+        if {m for m in modules if _names(tuple(entries), m)} == set(names):
             return entries
     return pattern
 
@@ -145,5 +145,5 @@ def _names(entries: tuple[str, ...] | Pattern, path: str) -> bool:
 
 
 def _inside(path: str, modules: tuple[str, ...]) -> bool:
-    """Whether a path is that of one of these modules, or below it, by whole components."""
+    """Whether a path is one of these modules or below one, by whole components."""
     return any(f".{m}." in f".{path}." for m in modules)

@@ -1,4 +1,4 @@
-"""The fields of PEFT's `adapter_config.json`: the checks of their values, and the fields that all PEFT types have."""
+"""The fields of PEFT's `adapter_config.json`: checks of their values, and the fields common to all PEFT types."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lorary.files.bounded_regex import Budget, Pattern, TailPattern
+from lorary.files.bounded_regex import Budget, Pattern, SuffixPattern
 from lorary.files.strict_json import show
-from lorary.spec.fields import FLAG, one_of
+from lorary.spec.fields import AMOUNT, COUNT, FLAG, POSITIVE, one_of
 
 _MOST_RANK = 2**16
 _MOST_ALPHA = 1e6  # an adapter with a larger one is all noise
@@ -16,7 +16,7 @@ _MOST_ENTRIES = 20_000
 
 
 class TolerableError(ValueError):
-    """A value that PEFT accepts, however odd; `value` is what it computes with."""
+    """An odd value that PEFT accepts; `value` is the one that it computes with."""
 
     def __init__(self, message: str, value: object = None) -> None:
         super().__init__(message)
@@ -28,10 +28,10 @@ class Field:
     """A field of the configuration.
 
     Args:
-        read: (value, budget) -> the value as lorary uses it, or a ValueError that says what is wrong with it; the
-            budget is the work that all patterns of a file may take together.
-        default: the value where the file is silent: PEFT's own default.
-        nullable: whether null means silence.
+        read: (value, budget) -> the value as lorary uses it, or a ValueError that says what is wrong; the budget bounds
+            the work of all patterns of a file together.
+        default: PEFT's default.
+        nullable: whether null means the default.
     """
 
     read: Callable[[Any, Budget], Any]
@@ -40,7 +40,7 @@ class Field:
 
 
 def field(rule: dict[str, Any], default: Any = None, *, nullable: bool = False) -> Field:
-    """A field whose values pass a rule in the form of `lorary.spec.fields`; they are read as the default's type."""
+    """A field with a rule as in `lorary.spec.fields`; a number is read as a float if the default is one."""
 
     def read(value: Any, budget: Budget) -> Any:
         if not rule["check"](value):
@@ -51,7 +51,7 @@ def field(rule: dict[str, Any], default: Any = None, *, nullable: bool = False) 
 
 
 def unsupported(why: str) -> Field:
-    """A field of a feature that lorary does not support; only values that switch it off are accepted."""
+    """A field of an unsupported feature: only values that switch it off are accepted."""
 
     def read(value: Any, budget: Budget) -> None:
         if value not in (None, False, [], {}, 0):
@@ -61,7 +61,7 @@ def unsupported(why: str) -> Field:
 
 
 def unused(title: str, *off: object) -> Field:
-    """A field that a PEFT type inherits and does not use; tolerable where it says something."""
+    """A field that a PEFT type inherits and ignores: other values than `off` are tolerable."""
 
     def read(value: Any, budget: Budget) -> None:
         if not any(value == o and type(value) is type(o) for o in off):
@@ -70,20 +70,16 @@ def unused(title: str, *off: object) -> Field:
     return Field(read)
 
 
-def _is_real(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 RANK: dict[str, Any] = {
-    "check": lambda value: type(value) is int and 1 <= value <= _MOST_RANK,
+    "check": lambda value: COUNT["check"](value) and value <= _MOST_RANK,
     "expects": f"a whole number from 1 to {_MOST_RANK:,}",
 }
 ALPHA: dict[str, Any] = {
-    "check": lambda value: _is_real(value) and 0 < value <= _MOST_ALPHA,
+    "check": lambda value: POSITIVE["check"](value) and value <= _MOST_ALPHA,
     "expects": f"a positive number of at most {_MOST_ALPHA:,.0f}",
 }
 PROBABILITY: dict[str, Any] = {
-    "check": lambda value: _is_real(value) and 0 <= value < 1,
+    "check": lambda value: AMOUNT["check"](value) and value < 1,
     "expects": "a probability in [0, 1)",
 }
 
@@ -105,14 +101,15 @@ def _names(value: Any) -> tuple[str, ...]:
 def _listed(value: Any, valid: Callable[[Any], bool], what: str) -> tuple[Any, ...]:
     if not isinstance(value, list) or not all(map(valid, value)):
         raise ValueError(f"is {show(value)}, not a list of {what}")
-    return tuple(_not_too_many(value))
+    _check_length(value)
+    return tuple(value)
 
 
 def _plain_names(value: Any, budget: Budget) -> tuple[str, ...]:
     names = _names([value] if isinstance(value, str) else value)
-    strange = [n for n in names if not all(c.isalnum() or c in "_." for c in n)]
-    if strange:  # PEFT reads them as regular expressions
-        raise ValueError(f"{show(strange[0])} is not a plain module name")
+    not_plain = [n for n in names if not all(c.isalnum() or c in "_." for c in n)]
+    if not_plain:  # PEFT reads them as regular expressions
+        raise ValueError(f"{show(not_plain[0])} is not a plain module name")
     return names
 
 
@@ -121,20 +118,19 @@ def _layer_numbers(value: Any, budget: Budget) -> tuple[int, ...] | None:
     return _listed(values, lambda v: type(v) is int and v >= 0, "layer numbers") or None
 
 
-def _not_too_many(value: Any) -> Any:
+def _check_length(value: list[Any] | dict[str, Any]) -> None:
     if len(value) > _MOST_ENTRIES:
         raise ValueError(f"has {len(value):,} entries, more than {_MOST_ENTRIES:,}")
-    return value
 
 
 def by_pattern(entry: Field) -> Field:
-    """A field that maps patterns over the ends of paths to values, such as `rank_pattern`; the first match counts."""
+    """A field such as `rank_pattern` that maps patterns over the ends of paths to values; the first match counts."""
 
-    def read(value: Any, budget: Budget) -> tuple[tuple[TailPattern, Any], ...]:
+    def read(value: Any, budget: Budget) -> tuple[tuple[SuffixPattern, Any], ...]:
         pairs, wrong = [], []
         for key, item in _items(value, "patterns and values").items():
             try:
-                pairs.append((TailPattern(key, budget), entry.read(item, budget)))
+                pairs.append((SuffixPattern(key, budget), entry.read(item, budget)))
             except ValueError as error:
                 wrong.append(f"{show(key)}: {error}")
         if wrong:
@@ -145,7 +141,7 @@ def by_pattern(entry: Field) -> Field:
 
 
 def masks(leaf: str) -> Field:
-    """A field that maps the names of tensors, each a module's path and `leaf`, to lists of true and false."""
+    """A field that maps names of tensors, each a module's path and `leaf`, to lists of true and false."""
 
     def read(value: Any, budget: Budget) -> dict[str, list[bool]]:
         found = _items(value, "names and masks")
@@ -161,8 +157,8 @@ def masks(leaf: str) -> Field:
 def _items(value: Any, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"is {show(value)}, not an object of {what}")
-    found: dict[str, Any] = _not_too_many(value)
-    return found
+    _check_length(value)
+    return value
 
 
 def _base(value: Any, budget: Budget) -> str:
@@ -172,13 +168,13 @@ def _base(value: Any, budget: Budget) -> str:
 
 
 def bias(only: str) -> Field:
-    """`bias`: which biases of the base the file holds; `only` is the type's word for those of the adapted layers."""
+    """`bias`: the base biases in the file; `only` is the type's name for those of the adapted layers."""
     names = ("none", "all", only)
     return field(one_of(*names) | {"expects": f"one of {', '.join(names)}"}, "none")
 
 
 SHARED: dict[str, Field] = {
-    "target_modules": Field(_names_or_pattern),  # absent where the tensors alone say it
+    "target_modules": Field(_names_or_pattern),  # absent if the tensors alone tell
     "layers_to_transform": Field(_layer_numbers, nullable=True),
     "layers_pattern": Field(_plain_names, (), nullable=True),
     "modules_to_save": Field(_plain_names, (), nullable=True),

@@ -1,7 +1,7 @@
-"""The names of the tensors in a PEFT file: prefixes, the base's own parameters, and what unexpected ones are.
+"""The names of the tensors in a PEFT file: prefixes, base parameters, and explanations of unexpected names.
 
-Every name begins with `base_model.model.`, but for tensors that all sites share: they begin with `base_model.`. Files
-written from a bare module have no prefix, and both are read. What follows is called the short name here.
+Names begin with `base_model.model.`, and with `base_model.` for tensors that all sites share. Files written from a bare
+module have no prefix, and both are read. The short name is the name without its prefix.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ def short(name: str) -> str:
 
 
 def full(name: str) -> str:
-    """The name in a file of the tensor with this short name."""
+    """The name in a file of a short name."""
     return (_OUTER if name in _shared() else PREFIX) + name
 
 
 def site_of(name: str, leaves: Iterable[str]) -> str | None:
-    """The site that a tensor with this short name belongs to; None where the name ends in no leaf."""
+    """The site of a short name; None if it ends in no leaf."""
     leaf = next((leaf for leaf in leaves if f".{name}".endswith(f".{leaf}")), None)
     return None if leaf is None else name.removesuffix(leaf).removesuffix(".")
 
 
 def full_name(parameter: str, sites: set[str]) -> str:
-    """The short name of a base parameter that a file holds: PEFT moves those of adapted layers inwards."""
+    """The short name of a base parameter: PEFT moves those of adapted layers into `base_layer`."""
     path, _, last = parameter.rpartition(".")
     return f"{path}.base_layer.{last}" if path in sites else parameter
 
 
 def why_unexpected(name: str, peft_type: PeftType, base: set[str] | None) -> str:
-    """What a tensor is that the configuration does not call for.
+    """An explanation of a tensor that the configuration does not call for.
 
     Args:
         name: its short name.
-        peft_type: the type that the configuration names.
+        peft_type: the configuration's type.
         base: the names of the base's parameters; None without the base.
     """
     leaves = {leaf: why for t in PEFT_TYPES.values() for leaf, why in t.refused_leaves.items()}
     for other in PEFT_TYPES.values():
         if other is not peft_type:
-            what = f"belongs to {other.title}, which the configuration does not say it is"
+            what = f"belongs to {other.title}, which the configuration does not name"
             leaves |= {leaf: what for leaf in other.leaves if leaf not in leaves}
     for leaf, what in leaves.items():
         if name.endswith((f".{leaf}", f".{leaf}.weight")):

@@ -2,11 +2,11 @@
 
     linear, transposed   <site>.lora_A.weight (R, in)             <site>.lora_B.weight (out, R)
     embedding            <site>.lora_embedding_A (R, vocabulary)  <site>.lora_embedding_B (width, R)
-    convolution          <site>.lora_A.weight (R, in, *window)    <site>.lora_B.weight (out, R, 1, ...)
+    convolution          <site>.lora_A.weight (R, in, *kernel)    <site>.lora_B.weight (out, R, 1, ...)
     DoRA                 and <site>.lora_magnitude_vector (out,), of a convolution (1, out, 1, ...)
 
-A site whose fused weight is adapted part by part is, for PEFT, one LoRA of rank R = parts * r whose B is zero off the
-parts' blocks: the same update, number for number. The tasks learnt before (O-LoRA) follow as further directions.
+A fused weight adapted in parts is, for PEFT, one LoRA of rank R = parts * r whose B is zero outside the parts' blocks:
+the same update, number for number. O-LoRA's earlier tasks follow as further rank directions.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from lorary.adapters.adapter import Adapter
+from lorary.adapters.expected_tensors import Layout
 from lorary.adapters.peft.config import PeftConfig
 from lorary.adapters.peft.fields import ALPHA, EXCLUDE, PROBABILITY, RANK, SHARED, Field, by_pattern, field, unsupported
-from lorary.adapters.peft.types import Layout, PeftType, register
+from lorary.adapters.peft.types import PeftType, register
 from lorary.adapters.shared_tensors import SharedTensors
 from lorary.errors import Diagnostic, FileError
 from lorary.files.strict_json import show
@@ -37,7 +38,7 @@ from lorary.spec.placement import AdaptedSite
 from lorary.spec.site import Site
 
 _MAGNITUDE = "lora_magnitude_vector"
-_OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # inits that change the base
+_RESIDUAL_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # they change the base
 _UNSUPPORTED_FEATURES = {  # features that change the adapter's function
     "enable_lora": "adapters on parts of a fused weight (files of 2023) are not supported",
     "use_qalora": "QA-LoRA pools its input, which is not supported",
@@ -58,10 +59,10 @@ UNSUPPORTED = {key: unsupported(why) for key, why in _UNSUPPORTED_FEATURES.items
 
 
 def _init(value: Any, budget: object) -> None:
-    word = value.lower() if isinstance(value, str) else value
-    if isinstance(word, bool | None) or word in ("gaussian", "eva", "orthogonal"):
+    name = value.lower() if isinstance(value, str) else value
+    if isinstance(name, bool | None) or name in ("gaussian", "eva", "orthogonal"):
         return
-    if isinstance(word, str) and word.startswith(_OTHER_BASE):
+    if isinstance(name, str) and name.startswith(_RESIDUAL_INITS):
         raise ValueError(
             f"is {show(value)}: these factors belong to a base that PEFT changes while loading; let PEFT convert the "
             "adapter (save_pretrained with path_initial_model_for_weight_conversion)"
@@ -95,7 +96,7 @@ class Lora(PeftType):
     }
     factors = (("lora_embedding_A", "lora_embedding_B"), ("lora_A.weight", "lora_B.weight"))
     refused_leaves = {  # noqa: RUF012
-        _MAGNITUDE: "belongs to DoRA, which the configuration does not say it is",
+        _MAGNITUDE: "belongs to DoRA, which the configuration does not name",
         "lora_B.bias": "is a bias beside B, which is not supported",
         "lora_diag": "belongs to KaSA, which is not supported",
     }
@@ -111,38 +112,42 @@ class Lora(PeftType):
 
     def peft_incompatibilities(self, adapter: Adapter, shared: SharedTensors) -> list[str]:
         reasons = {
-            "PEFT's LoRA has DoRA's magnitudes at all layers or at none": len({is_dora(p) for p in adapter.sites}) > 1,
+            "PEFT's LoRA has DoRA's magnitudes at all layers or at none": len(
+                {is_dora(adapted) for adapted in adapter.sites}
+            )
+            > 1,
             "PEFT's LoRA has one tensor for all tasks, and these are of two dtypes": any(
-                p.delta.fixed_roles and len({t.dtype for t in adapter.tensors[p.site.name].values()}) > 1
-                for p in adapter.sites
+                adapted.delta.fixed_roles and len({t.dtype for t in adapter.tensors[adapted.site.name].values()}) > 1
+                for adapted in adapter.sites
             ),
         }
         return [what for what, holds in reasons.items() if holds]
 
     def from_adapter(self, adapter: Adapter, shared: SharedTensors) -> dict[str, Any]:
-        root = all(isinstance(p.method.scale, AlphaOverSqrtRank) for p in adapter.sites)
-        sizes = {p.site.name: (_rank(p), _alpha(p, root)) for p in adapter.sites}
+        root = all(isinstance(adapted.method.scale, AlphaOverSqrtRank) for adapted in adapter.sites)
+        sizes = {adapted.site.name: (_rank(adapted), _alpha(adapted, root)) for adapted in adapter.sites}
         return lora_fields(adapter, sizes, root=root, dora=is_dora(adapter.sites[0]))
 
     def leaves_of(self, config: PeftConfig) -> Mapping[str, str]:
         return self.leaves | ({_MAGNITUDE: "m"} if config["use_dora"] else {})
 
-    def layout(self, p: AdaptedSite) -> Layout:
-        return _layout(p.site, _rank(p), is_dora(p))
+    def layout(self, adapted: AdaptedSite) -> Layout:
+        return _layout(adapted.site, _rank(adapted), is_dora(adapted))
 
     def canonical_name(self, name: str) -> str:
-        # some write it as a module's weight
+        # some programs write it as a module's weight
         return name.removesuffix(".weight") if name.endswith(f".{_MAGNITUDE}.weight") else name
 
-    def read_shape(self, p: AdaptedSite, role: str, shape: tuple[int, ...], found: tuple[int, ...]) -> tuple[int, ...]:
-        """The one magnitude per output in any shape in which it has been written.
+    def read_shape(
+        self, adapted: AdaptedSite, role: str, shape: tuple[int, ...], found: tuple[int, ...]
+    ) -> tuple[int, ...]:
+        """The shape of DoRA's magnitudes, which has been written in several ways.
 
-        A row (1, out) can be told from a magnitude per input, which other programs have, only where the layer is not
-        square.
+        A row (1, out) differs from magnitudes per input, which other programs write, only if the layer is not square.
         """
         if role != "m":
             return shape
-        site, ones = p.site, (1,) * len(p.site.kernel_size)
+        site, ones = adapted.site, (1,) * len(adapted.site.kernel_size)
         column, row = (site.out_features, 1, *ones), (1, site.out_features, *ones)
         if found in ((site.out_features,), column) or (
             found == row and (site.kernel_size or site.out_features != site.in_features)
@@ -150,51 +155,51 @@ class Lora(PeftType):
             return found
         if found[:1] == (1,) and math.prod(found) == site.in_features:
             what = f"has the shape {list(found)}, a magnitude for each input; DoRA as published has one per output"
-            fix = f"where they are the outputs' all the same, write them as [{site.out_features}]"
+            fix = f"if they are the outputs' after all, write them as [{site.out_features}]"
             raise FileError("", [Diagnostic(f"{site.name}.{_MAGNITUDE}", what, fix)])
         return shape
 
-    def encode(self, p: AdaptedSite, roles: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def encode(self, adapted: AdaptedSite, roles: Mapping[str, Tensor]) -> dict[str, Tensor]:
         A, B = roles["A"], roles["B"]
         if "A_past" in roles:
-            B = torch.cat([p.site.place(B), roles["B_past"]], 1)
+            B = torch.cat([adapted.site.place(B), roles["B_past"]], 1)
             A = torch.cat([A, roles["A_past"]])
-        return encode_factors(p.site, A, B, roles.get("m"))
+        return encode_factors(adapted.site, A, B, roles.get("m"))
 
-    def decode(self, p: AdaptedSite, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        site, names = p.site, {role: name for role, (name, _) in self.layout(p).items()}
-        A = tensors[names["A"]].reshape(_rank(p), site.in_features)
-        B = tensors[names["B"]].reshape(site.out_features, _rank(p))
+    def decode(self, adapted: AdaptedSite, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        site, names = adapted.site, {role: name for role, (name, _) in self.layout(adapted).items()}
+        A = tensors[names["A"]].reshape(_rank(adapted), site.in_features)
+        B = tensors[names["B"]].reshape(site.out_features, _rank(adapted))
         found = {"m": tensors[names["m"]].reshape(site.out_features)} if "m" in names else {}
-        if "A_past" in p.shapes:
-            sizes = [p.shapes["A"][0], p.shapes["A_past"][0]]
+        if "A_past" in adapted.shapes:
+            sizes = [adapted.shapes["A"][0], adapted.shapes["A_past"][0]]
             (A, A_past), (B, B_past) = A.split(sizes), B.split(sizes, 1)
             A, B, found = A.clone(), B.clone(), found | {"A_past": A_past.clone(), "B_past": B_past.clone()}
         if site.parts:
-            whole = B
-            B = torch.cat([whole[part.rows(), i * p.r : (i + 1) * p.r] for i, part in enumerate(site.parts)])
-            if not torch.equal(site.place(B), whole):
-                what = f"is not zero off the blocks of {', '.join(part.name for part in site.parts)}"
+            full = B
+            B = torch.cat([full[part.rows(), i * adapted.r : (i + 1) * adapted.r] for i, part in enumerate(site.parts)])
+            if not torch.equal(site.place(B), full):
+                what = f"is not zero outside the blocks of {', '.join(part.name for part in site.parts)}"
                 raise FileError("", [Diagnostic(names["B"], what)])
         return {"A": A, "B": B} | found
 
 
-def is_dora(p: AdaptedSite) -> bool:
+def is_dora(adapted: AdaptedSite) -> bool:
     """Whether a site has DoRA's magnitudes."""
-    return isinstance(p.method.join, MagnitudeDirection)
+    return isinstance(adapted.method.join, MagnitudeDirection)
 
 
-def _rank(p: AdaptedSite) -> int:
-    """The rank that PEFT sees at a site: r for each part, and that of each earlier task."""
-    return sum(p.shapes[role][0] for role in ("A", "A_past") if role in p.shapes)
+def _rank(adapted: AdaptedSite) -> int:
+    """PEFT's rank at a site: r for each part, plus the ranks of earlier tasks."""
+    return sum(adapted.shapes[role][0] for role in ("A", "A_past") if role in adapted.shapes)
 
 
-def _alpha(p: AdaptedSite, root: bool) -> float:
-    """The alpha that gives a site's scale at PEFT's rank, as alpha / sqrt(rank) or alpha / rank."""
-    rank = _rank(p)
-    if p.alpha is not None and isinstance(p.method.scale, AlphaOverSqrtRank if root else AlphaOverRank):
-        return p.alpha * (math.sqrt(rank / p.r) if root else rank / p.r)
-    return p.scale * rank
+def _alpha(adapted: AdaptedSite, root: bool) -> float:
+    """The alpha of a site's scale at PEFT's rank, as alpha / sqrt(rank) or alpha / rank."""
+    rank = _rank(adapted)
+    if adapted.alpha is not None and isinstance(adapted.method.scale, AlphaOverSqrtRank if root else AlphaOverRank):
+        return adapted.alpha * (math.sqrt(rank / adapted.r) if root else rank / adapted.r)
+    return adapted.scale * rank
 
 
 def _layout(site: Site, r: int, dora: bool) -> Layout:
@@ -212,8 +217,8 @@ def encode_factors(site: Site, A: Tensor, B: Tensor, m: Tensor | None = None) ->
 
     Args:
         site: the site.
-        A: [R, inp].
-        B: [out, R], or stacked by parts [rows of the parts, r] at a fused site.
+        A: [R, in].
+        B: [out, R], or [rows of the parts, r] at a fused site.
         m: [out], DoRA's magnitudes.
     """
     B = site.place(B) if site.parts and tuple(B.shape) != (site.out_features, A.shape[0]) else B
@@ -223,7 +228,7 @@ def encode_factors(site: Site, A: Tensor, B: Tensor, m: Tensor | None = None) ->
 
 
 def lora_fields(adapter: Adapter, sizes: Mapping[str, tuple[int, float]], *, root: bool, dora: bool) -> dict[str, Any]:
-    """The fields of a LoRA's configuration beside the shared ones.
+    """The LoRA-specific fields of a configuration.
 
     Args:
         adapter: the adapter, for its dropout.
@@ -231,25 +236,27 @@ def lora_fields(adapter: Adapter, sizes: Mapping[str, tuple[int, float]], *, roo
         root: whether the scale is alpha / sqrt(rank).
         dora: whether it has magnitudes.
     """
-    r, alpha = (Counter(pair[i] for pair in sizes.values()).most_common(1)[0][0] for i in (0, 1))
+    ranks = {name: rank for name, (rank, _) in sizes.items()}
+    alphas = {name: json_number(alpha) for name, (_, alpha) in sizes.items()}
+    r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
         "r": r,
-        "lora_alpha": json_number(alpha),
+        "lora_alpha": alpha,
         "lora_dropout": adapter.method.dropout,
         "use_rslora": root,
         "use_dora": dora,
         "lora_bias": False,
         "init_lora_weights": True,
         "exclude_modules": None,
-        "rank_pattern": patterns({name: size[0] for name, size in sizes.items()}, r),
-        "alpha_pattern": patterns({name: json_number(size[1]) for name, size in sizes.items()}, json_number(alpha)),
+        "rank_pattern": value_patterns(ranks, r),
+        "alpha_pattern": value_patterns(alphas, alpha),
     }
 
 
-def patterns(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
-    """PEFT's `rank_pattern` or `alpha_pattern`: for every site whose value is not the usual one, a key for it alone.
+def value_patterns(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
+    """PEFT's `rank_pattern` or `alpha_pattern`: a key for every value that is not the usual one.
 
-    >>> patterns({"a.q_proj": 8, "b.q_proj": 8, "a.down_proj": 4, "b.down_proj": 4}, 8)
+    >>> value_patterns({"a.q_proj": 8, "b.q_proj": 8, "a.down_proj": 4, "b.down_proj": 4}, 8)
     {'down_proj': 4}
     """
     by_ending: dict[str, set[Any]] = {}
@@ -265,7 +272,7 @@ def patterns(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
 
 
 def json_number(value: float | None) -> float | int | None:
-    """A whole number as an integer: readers in other languages expect an integer alpha."""
+    """A whole number as an integer, since readers in other languages expect an integer alpha."""
     return int(value) if value is not None and value == int(value) else value
 
 

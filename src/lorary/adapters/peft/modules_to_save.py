@@ -20,13 +20,13 @@ _BASE = ".base_layer."
 
 @dataclass
 class ModulesToSave:
-    """The names of a file that are base parameters.
+    """The base parameters in a file.
 
     Args:
         expected: name -> shape of those that replace the base's value.
-        parameters: name -> the base parameter's path; tied parameters go by the first of their paths.
-        copies: name -> the base parameter's path, for the copies of adapted embeddings' tables that PEFT adds by
-            itself; they must be what the base has, and are then dropped.
+        parameters: name -> the base parameter's path; for tied parameters the first of their paths.
+        copies: name -> the base parameter's path, for the tables of adapted embeddings that PEFT adds by itself; they
+            must equal the base's, and are then dropped.
         base: the model's parameters by path; None without a model.
     """
 
@@ -36,7 +36,7 @@ class ModulesToSave:
     base: Mapping[str, Tensor] | None = None
 
     def values(self, values: Mapping[str, Tensor], findings: Findings) -> dict[str, Tensor]:
-        """Base parameter -> its value; two names of one tied parameter have to agree."""
+        """Base parameter -> its value; two names of one tied parameter must agree."""
         full: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             if name not in values:
@@ -48,7 +48,7 @@ class ModulesToSave:
         return full
 
     def check_copies(self, values: Mapping[str, Tensor], findings: Findings) -> None:
-        """Compares the copies with the base; where they differ, PEFT would overwrite the base with them."""
+        """Compare the copies with the base, which PEFT would overwrite with them."""
         for name, parameter in self.copies.items():
             if self.base is None:
                 findings.notes.append(f"{name} is a copy of the base's own table; it was left out")
@@ -58,11 +58,7 @@ class ModulesToSave:
 
 
 def modules_to_save(
-    config: PeftConfig,
-    model: nn.Module | None,
-    sites: set[str],
-    found: Mapping[str, Entry],
-    findings: Findings,
+    config: PeftConfig, model: nn.Module | None, sites: set[str], found: Mapping[str, Entry], findings: Findings
 ) -> ModulesToSave:
     """The base parameters among a file's tensors.
 
@@ -70,8 +66,8 @@ def modules_to_save(
         config: the file's configuration.
         model: the base, or None.
         sites: the paths of the adapted modules.
-        found: the names of the file, without prefix.
-        findings: where tied parameters that would come apart go.
+        found: the file's tensors by short name.
+        findings: collects tied parameters that would come apart.
     """
     base = dict(base_parameters(model)) if model is not None else None
     saved = ModulesToSave(base=base)
@@ -82,7 +78,7 @@ def modules_to_save(
         if inside and site in sites and leaf == "weight":
             if base is None or (parameter in base and base[parameter].shape == entry.shape):
                 saved.copies[name] = parameter
-        elif _meant(config, parameter, site in sites) and (base is None or parameter in base):
+        elif _asked_for(config, parameter, site in sites) and (base is None or parameter in base):
             saved.parameters[name] = first.get(parameter, parameter)
             saved.expected[name] = entry.shape if base is None else tuple(base[parameter].shape)
     for parameter, tensor in (base or {}).items():
@@ -93,8 +89,8 @@ def modules_to_save(
     return saved
 
 
-def _meant(config: PeftConfig, parameter: str, at_site: bool) -> bool:
-    """Whether a configuration asks for a base parameter."""
+def _asked_for(config: PeftConfig, parameter: str, at_site: bool) -> bool:
+    """Whether the configuration asks for a base parameter."""
     is_bias = "bias" in parameter.rpartition(".")[2]
     return config.saves_module_of(parameter) or (
         is_bias and (config["bias"] == "all" or (config["bias"].endswith("_only") and at_site))
@@ -102,7 +98,7 @@ def _meant(config: PeftConfig, parameter: str, at_site: bool) -> bool:
 
 
 def _first_names(base: Mapping[str, Tensor]) -> dict[str, str]:
-    """Every path of every parameter -> the first of the paths that lead to it."""
+    """Every path of a parameter -> the first path of the same parameter."""
     first: dict[int, str] = {}
     return {name: first.setdefault(id(tensor), name) for name, tensor in base.items()}
 
@@ -112,16 +108,16 @@ def _check_ties(config: PeftConfig, saved: ModulesToSave, first: Mapping[str, st
     for name in sorted(n for n in saved.parameters if config.saves_module_of(n) and n in first):
         others = [n for n, f in first.items() if f == first[name] and n not in saved.parameters]
         if others:
-            what = f"is tied to {', '.join(others)} in this model, and PEFT trained a copy of its own"
+            what = f"is tied to {', '.join(others)} in this model, and PEFT trained a separate copy"
             findings.fatal.append(Diagnostic(name, what, "untie the base's weights before loading"))
 
 
 def modules_and_biases(adapter: Adapter, model: nn.Module | None) -> tuple[list[str], str, list[Diagnostic]]:
     """`modules_to_save` and `bias` for an adapter's base parameters, and why PEFT cannot save them."""
-    sites = {p.site.name for p in adapter.sites}
+    sites = {adapted.site.name for adapted in adapter.sites}
     written = [name for name in sorted(adapter.full) if name.removesuffix(".weight") in sites]
     if written:  # Delta-LoRA's
-        what = "is changed beside the adapter there, and PEFT leaves the weights alone that it adapts"
+        what = "is an adapted weight that trained too, and PEFT never saves the weights that it adapts"
         return [], "none", [Diagnostic(name, what, "merge the adapter, and save the model") for name in written]
     biases = {name for name in adapter.full if name.rpartition(".")[2] == "bias"}
     others = sorted(set(adapter.full) - biases)
@@ -129,7 +125,7 @@ def modules_and_biases(adapter: Adapter, model: nn.Module | None) -> tuple[list[
         return [], "all" if biases else "none", []
     if model is None:
         where = others[0] + (f", and {len(others) - 1:,} more" if len(others) > 1 else "")
-        what = "is trained in full, and whether its module is trained whole only the model can tell"
+        what = "is trained in full, and only the model knows whether its whole module is"
         return [], "none", [Diagnostic(where, what, "give the model too: model=, or --base on the command line")]
     modules, parameters = unwrapped_modules(model), dict(base_parameters(model))
     paths = sorted({name.rpartition(".")[0] for name in others})
@@ -141,17 +137,17 @@ def modules_and_biases(adapter: Adapter, model: nn.Module | None) -> tuple[list[
 def _why_not_saved(
     path: str, modules: Mapping[str, nn.Module], parameters: Mapping[str, Tensor], adapter: Adapter
 ) -> list[Diagnostic]:
-    """Why PEFT cannot have the module at `path` in `modules_to_save`."""
+    """Why `modules_to_save` cannot hold the module at `path`."""
     inside = {name: t for name, t in parameters.items() if name.startswith(f"{path}.")}
     left_out = sorted(set(inside) - set(adapter.full))
     same = sorted(name for name in modules if name.endswith(path) and name != path)
     ties = sorted(n for n, t in parameters.items() if n not in inside and any(t is own for own in inside.values()))
     state = modules[path].state_dict() if path in modules else {}
     reasons = {
-        "PEFT keeps modules, and this is a parameter of the model itself": not path,
-        f"PEFT keeps whole modules, and {', '.join(left_out[:3])} is not trained": bool(left_out),
+        "PEFT saves modules, and this is a parameter of the model itself": not path,
+        f"PEFT saves whole modules, and {', '.join(left_out[:3])} is not trained": bool(left_out),
         f"PEFT would take {', '.join(same[:3])} for it": bool(same),
         f"PEFT would untie it from {', '.join(ties[:3])}": bool(ties),
-        "PEFT keeps its buffers as well, which did not train": len(state) > len(inside),
+        "PEFT saves its buffers too, which did not train": len(state) > len(inside),
     }
     return [Diagnostic(path, reason) for reason, holds in reasons.items() if holds]

@@ -1,8 +1,8 @@
-"""A PEFT folder as an `Adapter`: strict about every tensor, before any is read.
+"""The reader of PEFT's adapter folders, which checks every tensor's name and shape before it reads any.
 
-With the model at hand, the sites are those that PEFT would adapt in it, and every one of them must have its tensors in
-the file. Without, they are those that the file has factors for; a layer's kind beyond what a shape says (GPT-2's
-Conv1D, biases) is only known to the model.
+With a model, the sites are the modules that PEFT would adapt in it, and each must have its tensors in the file. Without
+one, they are the modules that the file has factors for; shapes do not tell GPT-2's Conv1D from a linear layer, nor
+whether a layer has a bias.
 """
 
 from __future__ import annotations
@@ -10,44 +10,40 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.expected_tensors import compare_tensors, mixed_dtypes
+from lorary.adapters.expected_tensors import Layout, expected_tensors, read_tensors, site_tensors
 from lorary.adapters.peft import keys
 from lorary.adapters.peft.config import NAME, PeftConfig, read_config
-from lorary.adapters.peft.modules_to_save import ModulesToSave, modules_to_save
+from lorary.adapters.peft.modules_to_save import modules_to_save
 from lorary.adapters.peft.types import PEFT_TYPES
-from lorary.adapters.shared_tensors import drawn, leading_slices
-from lorary.adapters.value_checks import does_nothing, not_finite, out_of_range
+from lorary.adapters.shared_tensors import regenerate
+from lorary.adapters.value_checks import alert_if_zero
 from lorary.errors import Diagnostic, FileError, nearest
-from lorary.files import strict_json
 from lorary.files.findings import Findings
-from lorary.files.safe_open import read_bytes
+from lorary.files.safe_open import read_json
 from lorary.files.strict_json import named
 from lorary.files.tensor_file import TensorFile
 from lorary.layers.adapted import base_parameters, unwrapped_modules
 from lorary.layers.kinds import kind_of, site
 from lorary.model.fingerprint import Fingerprint, base_name
-from lorary.spec.interfaces import Init
 from lorary.spec.placement import AdaptedSite, shared_shapes
 from lorary.spec.site import Site
 
 WEIGHTS = "adapter_model.safetensors"
 MOST_JSON = 4 * 2**20
-NO_OP = "every update is zero: this adapter changes nothing"
 
 
 def read_peft(folder: Path, model: nn.Module | None, findings: Findings) -> Adapter:
-    """Reads the adapter that PEFT saved in `folder`.
+    """The adapter that PEFT saved in `folder`.
 
     Args:
         folder: a resolved folder.
-        model: the base, plain or adapted; it is only looked at.
-        findings: what is wrong goes there, and is raised from there.
+        model: the base, plain or adapted, which is not changed.
+        findings: collects the problems, and raises them.
 
     Raises:
         FileError: every reason why it cannot be used.
@@ -55,43 +51,29 @@ def read_peft(folder: Path, model: nn.Module | None, findings: Findings) -> Adap
     config = None
     with findings.gathering(NAME):
         types = {name: peft_type.fields for name, peft_type in PEFT_TYPES.items()}
-        config = read_config(parsed_json(folder, NAME), types, findings)
+        config = read_config(read_json(folder, NAME, MOST_JSON), types, findings)
     with TensorFile(folder, weights_name(folder)) as file:
-        if config is None or findings.fatal:  # what would follow from a wrong configuration says nothing
+        if config is None or findings.fatal:  # problems that follow from a wrong configuration would mislead
             raise FileError("")
         return _Reader(config, model, findings, file).adapter()
 
 
-def parsed_json(folder: Path, name: str) -> object:
-    """The value in a folder's JSON file.
-
-    Raises:
-        FileError: the file or its JSON is not acceptable.
-    """
-    try:
-        return strict_json.parse(read_bytes(folder, name, MOST_JSON), MOST_JSON)
-    except ValueError as error:
-        if isinstance(error, FileError):
-            raise
-        raise FileError("", [Diagnostic(name, str(error))]) from None
-
-
 def weights_name(folder: Path) -> str:
-    """The name of the tensor file, after making sure that it is not a pickle.
+    """The name of the tensor file.
 
     Raises:
-        FileError: there are only pickles, which are never opened.
+        FileError: there is only a pickle, which is never opened.
     """
     pickles = [n for n in ("adapter_model.bin", "adapter_model.pt") if (folder / n).exists()]
     if pickles and not (folder / WEIGHTS).exists():
-        fix = "where you trust its author, load it with PEFT and save it again: PEFT writes safetensors"
+        fix = "if you trust its author, load it with PEFT and save it again: PEFT writes safetensors"
         what = "is a pickle, which can run code when it is read; it was not opened"
         raise FileError("", [Diagnostic(pickles[0], what, fix)])
     return WEIGHTS
 
 
 class _Reader:
-    """One reading of one folder; its steps share what they know."""
+    """The reading of one folder."""
 
     def __init__(self, config: PeftConfig, model: nn.Module | None, findings: Findings, file: TensorFile) -> None:
         self.config, self.findings, self.file = config, findings, file
@@ -109,70 +91,62 @@ class _Reader:
         self.found = {short: file.header.tensors[name] for short, name in self.names.items()}
 
     def adapter(self) -> Adapter:
-        """The adapter, or every reason why there is none."""
-        placed = self._placed()
-        saved = modules_to_save(self.config, self.model, {p.site.name for p in placed}, self.found, self.findings)
-        method = self.type.to_method(self.config)
-        stored = not placed or cast(Init, method.init).store_shared  # whether the file holds what the sites share
-        expected, vital = self._expected(placed, stored)
-        found = {name: entry for name, entry in self.found.items() if name not in saved.copies}
-        usable = compare_tensors(expected | saved.expected, found, self.findings, self._explain, vital)
-        if not placed and not self.findings.fatal:
-            self.findings.fatal.append(self._nothing())
-        self.findings.settle()
-        values = self._values(usable, saved)
-        shared = leading_slices(placed, self._shared(placed, values, stored))
-        zeros = {name: torch.zeros(shape) for name, shape in expected.items() if name not in values}  # no change there
-        tensors = {p.site.name: self.type.decode(p, zeros | values) | shared[p.site.name] for p in placed}
-        full = saved.values(values, self.findings)
-        if does_nothing(placed, tensors):
-            self.findings.alerts.append(NO_OP)
-        self.findings.notes += mixed_dtypes(self.found)
-        base = Fingerprint(name=base_name(self.config["base_model_name_or_path"]))
-        return Adapter(method.replace(full=tuple(full)), placed, tensors, full, base, self.findings.conclude())
+        """The adapter, or a FileError with every reason why it cannot be used."""
+        findings, sites = self.findings, self._sites()
+        saved = modules_to_save(self.config, self.model, {a.site.name for a in sites}, self.found, findings)
+        stored = all(adapted.init.store_shared for adapted in sites)
+        expected, vital = expected_tensors(sites, self._layout, self.type.shared if stored else {})
+        if not sites and not findings.fatal:
+            findings.fatal.append(self._no_sites())
+        copies = {name: self.found[name].shape for name in saved.copies}
+        base = saved.expected | copies
+        values = read_tensors(self.file, self.names, expected | base, findings, self._explain, vital, copies)
+        saved.check_copies(values, findings)
+        findings.raise_refused()
+        shared = self._shared(sites, values, stored)
+        tensors = site_tensors(sites, values, expected, self.type.decode, shared, findings)
+        full = saved.values(values, findings)
+        alert_if_zero(sites, tensors, findings)
+        method = self.type.to_method(self.config).replace(full=tuple(full))
+        fingerprint = Fingerprint(name=base_name(self.config["base_model_name_or_path"]))
+        return Adapter(method, sites, tensors, full, fingerprint, findings.conclude())
 
-    def _expected(self, placed: tuple[AdaptedSite, ...], stored: bool) -> tuple[dict[str, tuple[int, ...]], set[str]]:
-        """name -> shape of all that the sites need, and those of them that zero cannot stand for."""
-        expected: dict[str, tuple[int, ...]] = {}
-        vital = set(self.type.shared.values())
-        for p in placed:
-            for role, (name, shape) in self.type.layout(p).items():
-                expected[name] = found = self.found[name].shape if name in self.found else shape
+    def _layout(self, adapted: AdaptedSite) -> Layout:
+        """The layout of a site's own tensors, with the file's shapes where they mean the same."""
+        layout = self.type.layout(adapted)
+        for role, (name, shape) in layout.items():
+            if name in self.found:
+                found = self.found[name].shape
+                layout[role] = name, found  # so that a refused shape is reported once
                 with self.findings.gathering():
-                    expected[name] = self.type.read_shape(p, role, shape, found)
-                if role not in p.delta.roles:
-                    vital.add(name)
-        if stored:
-            expected |= {self.type.shared[role]: size for role, size in shared_shapes(placed).items()}
-        return expected, vital
+                    layout[role] = name, self.type.read_shape(adapted, role, shape, found)
+        return layout
 
-    def _shared(self, placed: tuple[AdaptedSite, ...], values: Mapping[str, Tensor], stored: bool) -> dict[str, Tensor]:
-        """role -> what the sites share, from the file or drawn again."""
-        sizes = shared_shapes(placed)
+    def _shared(self, sites: tuple[AdaptedSite, ...], values: Mapping[str, Tensor], stored: bool) -> dict[str, Tensor]:
+        """role -> what the sites share, from the file or regenerated."""
+        roles = shared_shapes(sites)
         if stored:
-            return {role: values[self.type.shared[role]] for role in sizes}
-        method = placed[0].method
-        self.findings.notes.append(f"the file has no {', '.join(self.type.shared.values())}: drawn by {method.init}")
-        return drawn(method, placed, dict.fromkeys(sizes, torch.float32))
+            return {role: values[self.type.shared[role]] for role in roles}
+        method, names = sites[0].method, ", ".join(self.type.shared.values())
+        self.findings.notes.append(f"the file has no {names}: drawn by {method.init}")
+        return regenerate(method, sites, dict.fromkeys(roles, torch.float32))
 
-    def _placed(self) -> tuple[AdaptedSite, ...]:
+    def _sites(self) -> tuple[AdaptedSite, ...]:
         if not self.type.factors and self.layers is None:
             what = f"the shapes of the layers that PEFT's {self.type.title} adapts are known only to the model"
             self.findings.fatal.append(Diagnostic("", what, "read it onto its base: lorary.load(model, folder)"))
-            self.findings.settle()
+            self.findings.raise_refused()
         try:
-            sites = list(self._sites_of_model(self.layers) if self.layers is not None else self._sites_of_file())
+            sites = list(self._sites_of_file() if self.layers is None else self._sites_of_model(self.layers))
             mismatches = self.type.site_mismatches(self.config, {s.name for s in sites})
-            if mismatches:
-                self.findings.fatal += [Diagnostic(f"{NAME}: {field}", what) for field, what in mismatches]
-                self.findings.settle()
-            return tuple(AdaptedSite(s, self.type.to_method(self.config, s.name)) for s in sites)
-        except FileError:
-            raise
-        except ValueError as error:  # the patterns' budget
+            adapted = tuple(AdaptedSite(s, self.type.to_method(self.config, s.name)) for s in sites)
+        except ValueError as error:  # the patterns' budget, which the later checks would need too
             self.findings.fatal.append(Diagnostic(NAME, str(error)))
-            self.findings.settle()  # the patterns cannot be asked again, and the other checks would ask them
-            return ()
+            raise FileError("") from None
+        if mismatches:
+            self.findings.fatal += [Diagnostic(f"{NAME}: {field}", what) for field, what in mismatches]
+            self.findings.raise_refused()
+        return adapted
 
     def _sites_of_model(self, modules: Mapping[str, nn.Module]) -> Iterator[Site]:
         in_file = self._sites_in_names()
@@ -192,7 +166,7 @@ class _Reader:
                 yield found
 
     def _sites_in_names(self) -> dict[str, None]:
-        """The sites that the file has tensors for, in its order."""
+        """The sites in the names of the tensors, in the file's order."""
         sites = (keys.site_of(name, self.leaves) for name in self.found)
         return dict.fromkeys(name for name in sites if name is not None)
 
@@ -202,11 +176,11 @@ class _Reader:
                 continue
             pairs = [[f"{name}.{leaf}" for leaf in leaves] for leaves in self.type.factors]
             pair = next((names for names in pairs if names[0] in self.found), pairs[-1])
-            lonely = [n for n in pair if n not in self.found]
-            if lonely:
-                self.findings.tolerable.append(Diagnostic(lonely[0], "is missing, and its partner alone says nothing"))
-                for n in set(pair) - set(lonely):
-                    del self.found[n]
+            missing = [n for n in pair if n not in self.found]
+            if missing:
+                self.findings.tolerable.append(Diagnostic(missing[0], "is missing, and its partner is useless alone"))
+                for n in set(pair) - set(missing):
+                    del self.found[n], self.names[n]
                 continue
             A, B = (self.found[n].shape for n in pair)
             if len(A) not in (2, 3, 4, 5) or len(B) != len(A):
@@ -215,17 +189,8 @@ class _Reader:
                 continue
             yield _site_of_shapes(name, A, B, "embedding" in pair[0][len(name) :], self.config["fan_in_fan_out"])
 
-    def _values(self, usable: list[str], saved: ModulesToSave) -> dict[str, Tensor]:
-        wanted = [*usable, *saved.copies]
-        raw = self.file.read(self.names[name] for name in wanted)
-        values = {name: raw[self.names[name]] for name in wanted}
-        self.findings.tolerable += [*not_finite(values), *out_of_range({n: values[n] for n in usable})]
-        saved.check_copies(values, self.findings)
-        self.findings.settle()
-        return values
-
-    def _nothing(self) -> Diagnostic:
-        """Why there is no site at all."""
+    def _no_sites(self) -> Diagnostic:
+        """Why no layer is adapted at all."""
         if self.layers is None:
             return Diagnostic(WEIGHTS, "holds no pair of factors of any module that `target_modules` names")
         endings = sorted({n.rpartition(".")[2] for n, layer in self.layers.items() if n and kind_of(layer) is not None})
@@ -236,7 +201,7 @@ class _Reader:
         return Diagnostic(f"{NAME}: target_modules", "names no layer of this model", fix)
 
     def _explain(self, name: str) -> str:
-        """What an unexpected tensor is."""
+        """An unexpected tensor, described."""
         at = keys.site_of(name, self.leaves)
         if name in self.type.shared.values():
             return "is there, and the configuration says that it is drawn from its seed"
@@ -255,8 +220,7 @@ class _Reader:
 
 
 def _site_of_shapes(name: str, A: tuple[int, ...], B: tuple[int, ...], embedding: bool, transposed: bool) -> Site:
-    """A site as far as the shapes of its two factors tell."""
+    """The site that the shapes of its two factors imply."""
     kind = f"conv{len(A) - 2}d" if len(A) > 2 else "transposed" if transposed else "linear"
-    if embedding:
-        return Site(name, "embedding", B[0], math.prod(A[1:]), bias=False)
-    return Site(name, kind, B[0], math.prod(A[1:]), bias=False, kernel_size=A[2:])
+    kind = "embedding" if embedding else kind
+    return Site(name, kind, B[0], math.prod(A[1:]), bias=False, kernel_size=() if embedding else A[2:])

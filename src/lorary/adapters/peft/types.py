@@ -1,6 +1,6 @@
-"""PEFT types: what an adapter type of PEFT has to say about itself, and the registry of those that lorary reads.
+"""PEFT adapter types: their interface, and the registry of those that lorary reads and writes.
 
-A type is registered beside its class, inside the package or in a file of one's own:
+A type is registered after its class, in this package or in your own file:
 
     register(Vera())
 """
@@ -13,6 +13,7 @@ from typing import Any, Protocol, cast
 from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
+from lorary.adapters.expected_tensors import Layout
 from lorary.adapters.peft.config import PeftConfig
 from lorary.adapters.peft.fields import Field
 from lorary.adapters.shared_tensors import SharedTensors
@@ -21,8 +22,6 @@ from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite
 from lorary.spec.site import Site
 
-Layout = dict[str, tuple[str, tuple[int, ...]]]
-
 
 class PeftType(Protocol):
     """An adapter type of PEFT: its configuration, its tensors, and the methods that it can express.
@@ -30,14 +29,14 @@ class PeftType(Protocol):
     Attributes:
         name: the `peft_type` of the configuration, such as `VERA`.
         title: the name in messages, such as `VeRA`.
-        methods: the (delta, join) classes of the methods that it has the very tensors of.
+        methods: the (delta, join) classes of the methods with exactly its tensors.
         fields: the fields of its configuration by PEFT's names.
         leaves: the end of a tensor's name -> the role: `<site>.vera_lambda_b` is `b`.
         shared: role -> the name of a tensor that all sites share, after `base_model.`.
         refused_leaves: the end of a tensor's name -> why it is refused, for tensors of unsupported features.
-        factors: pairs of leaves whose two shapes tell the layer's; without any, only the model knows them.
+        factors: pairs of leaves whose shapes determine the layer's; without any, only the model knows it.
         kinds: the kinds of layers that it adapts; all if empty.
-        dilates: whether a dilated convolution's filters are dilated, too.
+        dilates: whether it dilates its own filters with a dilated convolution.
     """
 
     name: str
@@ -54,37 +53,35 @@ class PeftType(Protocol):
     # --- the method ---
 
     def to_method(self, config: PeftConfig, site: str = "") -> Method:
-        """The method that a configuration means: at a site, or at sites without values of their own."""
+        """The method of a configuration: at a site, or at sites without their own values."""
         ...
 
     def site_mismatches(self, config: PeftConfig, sites: set[str]) -> list[tuple[str, str]]:
-        """(field, why) for the fields of a configuration that do not fit these sites."""
+        """(field, reason) for the fields of a configuration that do not fit these sites."""
         return []
 
     def peft_incompatibilities(self, adapter: Adapter, shared: SharedTensors) -> list[str]:
-        """Why an adapter of these methods has no configuration of this type."""
+        """Why this type cannot express an adapter of its methods."""
         return []
 
     def from_adapter(self, adapter: Adapter, shared: SharedTensors) -> dict[str, Any]:
-        """The fields of an adapter's configuration beside the shared ones."""
+        """The type-specific fields of an adapter's configuration."""
         ...
 
     # --- the layers ---
 
     def why_not_adaptable(self, site: Site, layer: nn.Module | None = None) -> str:
-        """Why PEFT computes something else at a site, or cannot adapt it; empty where it can.
+        """Why PEFT cannot adapt a site, or computes something else there; empty if it can.
 
         Args:
             site: the site.
-            layer: the layer, where it is at hand: only it tells a convolution's dilation and padding.
+            layer: the layer, if at hand: only it has a convolution's dilation and padding.
         """
         if self.kinds and site.kind not in self.kinds:
             return f"is of kind {site.kind}, which PEFT's {self.title} never adapts"
         if site.groups > 1:
-            return (
-                f"is a convolution with {site.groups} groups: PEFT's {self.title} of it does not equal a change of its "
-                "weight"
-            )
+            why = f"PEFT's {self.title} of it does not equal a change of its weight"
+            return f"is a convolution with {site.groups} groups: {why}"
         if layer is None or not (kind_of(layer) or "").startswith("conv"):
             return ""
         conv = cast(nn.Conv1d, layer)
@@ -101,43 +98,45 @@ class PeftType(Protocol):
         """The leaves of an adapter with this configuration."""
         return self.leaves
 
-    def layout(self, p: AdaptedSite) -> Layout:
+    def layout(self, adapted: AdaptedSite) -> Layout:
         """role -> (name without prefix, shape) of a site's own tensors."""
-        return {role: (f"{p.site.name}.{leaf}", p.shapes[role]) for leaf, role in self.leaves.items()}
+        return {role: (f"{adapted.site.name}.{leaf}", adapted.shapes[role]) for leaf, role in self.leaves.items()}
 
     def canonical_name(self, name: str) -> str:
-        """A tensor's name as PEFT writes it, for names that other programs write."""
+        """PEFT's spelling of a tensor's name that another program wrote."""
         return name
 
-    def read_shape(self, p: AdaptedSite, role: str, shape: tuple[int, ...], found: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape to read a tensor in: that of the layout, or the one found where that is known to mean the same.
+    def read_shape(
+        self, adapted: AdaptedSite, role: str, shape: tuple[int, ...], found: tuple[int, ...]
+    ) -> tuple[int, ...]:
+        """The expected shape of a tensor: the layout's, or the one found if it is known to mean the same.
 
         Raises:
             FileError: the shape found is known to mean something else.
         """
         return shape
 
-    def encode(self, p: AdaptedSite, roles: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def encode(self, adapted: AdaptedSite, roles: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a site by their names without prefix."""
-        return {name: roles[role].reshape(shape) for role, (name, shape) in self.layout(p).items()}
+        return {name: roles[role].reshape(shape) for role, (name, shape) in self.layout(adapted).items()}
 
-    def decode(self, p: AdaptedSite, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """role -> tensor of a site's own, from tensors of the layout's names.
+    def decode(self, adapted: AdaptedSite, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """role -> tensor of a site's own, from tensors by the layout's names.
 
         Raises:
-            FileError: the tensors are not those of such a site.
+            FileError: the tensors do not belong to such a site.
         """
-        return {role: tensors[name].reshape(p.shapes[role]) for role, (name, _) in self.layout(p).items()}
+        return {role: tensors[name].reshape(adapted.shapes[role]) for role, (name, _) in self.layout(adapted).items()}
 
 
 PEFT_TYPES: dict[str, PeftType] = {}
 
 
 def register(peft_type: PeftType) -> None:
-    """Makes a PEFT type known to reading and writing.
+    """Register a PEFT type for reading and writing.
 
     Raises:
-        TypeError: there is one of this name, or one for the same methods.
+        TypeError: its name or one of its methods is registered already.
     """
     for other in PEFT_TYPES.values():
         if other.name == peft_type.name or set(other.methods) & set(peft_type.methods):
@@ -145,10 +144,10 @@ def register(peft_type: PeftType) -> None:
     PEFT_TYPES[peft_type.name] = peft_type
 
 
-def peft_type_of(placed: Iterable[AdaptedSite]) -> PeftType | None:
-    """The one PEFT type with the tensors of these sites' methods; None where there is none."""
+def peft_type_of(sites: Iterable[AdaptedSite]) -> PeftType | None:
+    """The PEFT type with the tensors of all these sites' methods; None if no single one has them."""
     found = {
-        next((n for n, t in PEFT_TYPES.items() if (type(p.delta), type(p.method.join)) in t.methods), "")
-        for p in placed
+        next((n for n, t in PEFT_TYPES.items() if (type(adapted.delta), type(adapted.method.join)) in t.methods), "")
+        for adapted in sites
     }
     return PEFT_TYPES.get(found.pop()) if len(found) == 1 else None

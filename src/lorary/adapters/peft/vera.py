@@ -3,7 +3,7 @@
     <site>.vera_lambda_b  (out,)         <site>.vera_lambda_d  (r,)
     base_model.vera_A  (r, widest in)    base_model.vera_B  (widest out, r)
 
-Without the two projections (`save_projection` is false) they are drawn again from `projection_prng_key`.
+With `save_projection` false, the two projections are regenerated from `projection_prng_key`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lorary.spec.method import Method
 
 
 class Vera(PeftType):
-    """W + diag(b) B diag(d) A of whole linear layers, one rank for all of them."""
+    """W + diag(b) B diag(d) A of whole linear layers, with one rank for all."""
 
     name, title = "VERA", "VeRA"
     methods = ((SharedProjectionDelta, Add),)
@@ -50,11 +50,11 @@ class Vera(PeftType):
 
     def peft_incompatibilities(self, adapter: Adapter, shared: SharedTensors) -> list[str]:
         reasons = {
-            "PEFT's VeRA adapts whole linear layers": any(p.site.parts for p in adapter.sites),
-            "PEFT's VeRA has one rank for all layers": len({p.r for p in adapter.sites}) > 1,
-            "PEFT's VeRA has no scale": any(p.scale != 1 for p in adapter.sites),
-            "PEFT draws VeRA's projections in 32 bits": not shared.kept
-            and any(bank.dtype != torch.float32 for bank in shared.whole.values()),
+            "PEFT's VeRA adapts whole linear layers": any(adapted.site.parts for adapted in adapter.sites),
+            "PEFT's VeRA has one rank for all layers": len({adapted.r for adapted in adapter.sites}) > 1,
+            "PEFT's VeRA has no scale": any(adapted.scale != 1 for adapted in adapter.sites),
+            "PEFT draws VeRA's projections in 32 bits": not shared.stored
+            and any(t.dtype != torch.float32 for t in shared.tensors.values()),
         }
         return [what for what, holds in reasons.items() if holds]
 
@@ -66,7 +66,7 @@ class Vera(PeftType):
             "vera_dropout": adapter.method.dropout,
             "d_initial": start.d,
             "projection_prng_key": start.seed,
-            "save_projection": shared.kept,
+            "save_projection": shared.stored,
             "init_weights": True,
         }
 

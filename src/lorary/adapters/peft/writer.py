@@ -1,7 +1,7 @@
-"""An adapter as PEFT's two files, and why some adapters have none.
+"""The contents of PEFT's two files for an adapter, and the reasons why it has none.
 
-PEFT matches module names by their ends and patterns by regular expressions; what is written here matches exactly the
-sites that are meant, in any model that has them. All lists and keys are sorted, so that the same adapter gives the same
+PEFT matches module names by their ends and patterns by regular expressions; the names and patterns written here match
+exactly the adapted sites, in any model that has them. All lists and keys are sorted, so the same adapter gives the same
 bytes.
 """
 
@@ -22,9 +22,10 @@ from lorary.errors import Diagnostic
 from lorary.layers.adapted import unwrapped_modules
 
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
-_README = """# A PEFT adapter on a base whose positions are divided
+BASE_README = "BASE.md"  # explains how to load the base of an adapter with RoPE scaling
+_README_TEXT = """# A PEFT adapter for a base with RoPE scaling
 
-It was trained on {base!r} with positions divided by {factor:g}. PEFT's files do not say so: load the base like this.
+It was trained on {base!r} with positions divided by {factor:g}. PEFT's files cannot say so: load the base like this.
 
 ```python
 from peft import PeftModel
@@ -32,7 +33,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 config = AutoConfig.from_pretrained({base!r})
 rope = config.rope_parameters
-rope.get("full_attention", rope).update({words})
+rope.get("full_attention", rope).update({rope})
 base = AutoModelForCausalLM.from_pretrained({base!r}, config=config)
 model = PeftModel.from_pretrained(base, "this folder")
 ```
@@ -40,16 +41,16 @@ model = PeftModel.from_pretrained(base, "this folder")
 
 
 def exact_type(adapter: Adapter, model: nn.Module | None, shared: SharedTensors) -> PeftType | None:
-    """The PEFT type that computes an adapter's function from its very tensors; None where there is none.
+    """The PEFT type that computes an adapter's function from exactly its tensors; None if no type does.
 
     Args:
         adapter: any adapter.
-        model: the base, where it is at hand: only it tells whether a module is trained whole, and a convolution's
-            dilation and padding.
-        shared: what its sites share.
+        model: the base, if at hand: only it tells whether a module is trained in full, and a convolution's dilation and
+            padding.
+        shared: the tensors that its sites share.
     """
     found = peft_type_of(adapter.sites)
-    if found is None or any(p.starts for p in adapter.sites) or found.peft_incompatibilities(adapter, shared):
+    if found is None or any(a.starts for a in adapter.sites) or found.peft_incompatibilities(adapter, shared):
         return None
     return None if base_incompatibilities(adapter, model, found) else found
 
@@ -61,9 +62,9 @@ def base_incompatibilities(adapter: Adapter, model: nn.Module | None, peft_type:
         what = "it trains base parameters only, and PEFT's adapters adapt at least one layer"
         problems.append(Diagnostic("sites", what))
     modules = unwrapped_modules(model) if model is not None else {}
-    for p in adapter.sites:
-        if what := peft_type.why_not_adaptable(p.site, modules.get(p.site.name)):
-            problems.append(Diagnostic(p.site.name, what))
+    for adapted in adapter.sites:
+        if what := peft_type.why_not_adaptable(adapted.site, modules.get(adapted.site.name)):
+            problems.append(Diagnostic(adapted.site.name, what))
     *_, unsaved = modules_and_biases(adapter, model)
     lacking = [
         Diagnostic(key, f"PEFT's {peft_type.title} has no such field")
@@ -79,10 +80,10 @@ def peft_config(
     """The contents of `adapter_config.json`.
 
     Args:
-        adapter: the adapter; only its sites, base parameters and base are looked at.
-        model: the base, where it is at hand: it makes for shorter target lists.
+        adapter: the adapter; only its sites, base parameters and base matter.
+        model: the base, if at hand: it allows shorter target lists.
         peft_type: the PEFT type to write.
-        own: the type's own fields.
+        own: the type-specific fields.
     """
     architecture = adapter.base.architecture
     shared = {key: value for key, value in _shared_fields(adapter, model).items() if key in peft_type.fields}
@@ -100,10 +101,10 @@ def _shared_fields(adapter: Adapter, model: nn.Module | None) -> dict[str, Any]:
     modules, bias, _ = modules_and_biases(adapter, model)
     return {
         "base_model_name_or_path": adapter.base.name or None,
-        "target_modules": target_modules([p.site.name for p in adapter.sites], model),
+        "target_modules": target_modules([adapted.site.name for adapted in adapter.sites], model),
         "layers_to_transform": None,
         "layers_pattern": None,
-        "fan_in_fan_out": any(p.site.kind == "transposed" for p in adapter.sites),
+        "fan_in_fan_out": any(adapted.site.kind == "transposed" for adapted in adapter.sites),
         "modules_to_save": modules or None,
         "bias": bias,
     }
@@ -112,27 +113,27 @@ def _shared_fields(adapter: Adapter, model: nn.Module | None) -> dict[str, Any]:
 def exact_files(
     adapter: Adapter, model: nn.Module | None, shared: SharedTensors, peft_type: PeftType
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(configuration, tensors) of an adapter of this very type."""
+    """(configuration, tensors) of an adapter of exactly this type."""
     config = peft_config(adapter, model, peft_type, peft_type.from_adapter(adapter, shared))
-    tensors = {peft_type.shared[role]: t for role, t in shared.whole.items()} if shared.kept else {}
-    for p in adapter.sites:
-        tensors |= peft_type.encode(p, adapter.tensors[p.site.name])
+    tensors = {peft_type.shared[role]: t for role, t in shared.tensors.items()} if shared.stored else {}
+    for adapted in adapter.sites:
+        tensors |= peft_type.encode(adapted, adapter.tensors[adapted.site.name])
     return config, with_prefix(tensors, adapter)
 
 
 def with_prefix(tensors: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
-    """The contents of `adapter_model.safetensors`: these tensors, and the adapter's base parameters."""
-    sites = {p.site.name for p in adapter.sites}
-    whole = {keys.full_name(name, sites): t for name, t in adapter.full.items()}
-    return {keys.full(name): t for name, t in {**tensors, **whole}.items()}
+    """The contents of `adapter_model.safetensors`: these tensors and the adapter's base parameters."""
+    sites = {adapted.site.name for adapted in adapter.sites}
+    full = {keys.full_name(name, sites): t for name, t in adapter.full.items()}
+    return {keys.full(name): t for name, t in {**tensors, **full}.items()}
 
 
 def rope_overrides(adapter: Adapter) -> dict[str, Any]:
-    """The `rope_parameters` that the base needs for an adapter; empty where the base's own may stay."""
+    """The `rope_parameters` that an adapter needs of its base; empty if the base's own are right."""
     return dict(adapter.method.context.config_overrides) if adapter.method.context is not None else {}
 
 
 def base_text(adapter: Adapter) -> str:
-    """How to load the base of an adapter that divides its positions."""
-    words = rope_overrides(adapter)
-    return _README.format(base=adapter.base.name or "the base", factor=words["factor"], words=words)
+    """The text of `BASE.md`."""
+    rope = rope_overrides(adapter)
+    return _README_TEXT.format(base=adapter.base.name or "the base", factor=rope["factor"], rope=rope)

@@ -1,4 +1,4 @@
-"""The same for `torch.compile`: operators that it need not look into, with the shapes and gradients it asks for."""
+"""NF4 operators for `torch.compile`: opaque to the compiler, with the shapes and gradients that it needs."""
 
 from __future__ import annotations
 
@@ -8,38 +8,42 @@ import torch
 from torch import Tensor
 
 from lorary.kernels.nf4.reference import QuantizedTensor, matrix_shape
-from lorary.kernels.nf4.tiles import dequantize_into, gradient, product, some_rows
+from lorary.kernels.nf4.tiles import dequantize_into, gather_rows, gradient, product
 
 _PARTS = "Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, int[] shape, int block"
 
 
-@torch.library.custom_op("lorary::nf4_times", mutates_args=(), schema=f"(Tensor x, {_PARTS}, Tensor? bias) -> Tensor")
+def _weight(codes: Tensor, absmax: Tensor, nested: Any, offset: Any, shape: Any, block: int) -> QuantizedTensor:
+    return QuantizedTensor(codes, absmax, nested, offset, tuple(shape), block)
+
+
+@torch.library.custom_op("lorary::nf4_linear", mutates_args=(), schema=f"(Tensor x, {_PARTS}, Tensor? bias) -> Tensor")
 def linear(x: Tensor, *parts: Any) -> Tensor:
     """x·Wᵀ + b."""
-    return product(x, quantized_tensor_of(*parts[:6]), parts[6])
+    return product(x, _weight(*parts[:6]), parts[6])
 
 
-@torch.library.custom_op("lorary::nf4_times_backward", mutates_args=(), schema=f"(Tensor gy, {_PARTS}) -> Tensor")
+@torch.library.custom_op("lorary::nf4_linear_backward", mutates_args=(), schema=f"(Tensor gy, {_PARTS}) -> Tensor")
 def linear_backward(gy: Tensor, *parts: Any) -> Tensor:
     """gy·W."""
-    return gradient(gy, quantized_tensor_of(*parts))
+    return gradient(gy, _weight(*parts))
 
 
-@torch.library.custom_op("lorary::nf4_unpack", mutates_args=(), schema=f"({_PARTS}, ScalarType dtype) -> Tensor")
+@torch.library.custom_op("lorary::nf4_dequantize", mutates_args=(), schema=f"({_PARTS}, ScalarType dtype) -> Tensor")
 def dequantize(*parts: Any) -> Tensor:
     """W."""
-    packed = quantized_tensor_of(*parts[:6])
-    out = torch.empty(packed.shape, dtype=parts[6], device=packed.codes.device)
-    dequantize_into(packed, out.view(matrix_shape(packed.shape)))
+    weight = _weight(*parts[:6])
+    out = torch.empty(weight.shape, dtype=parts[6], device=weight.codes.device)
+    dequantize_into(weight, out.view(matrix_shape(weight.shape)))
     return out
 
 
 @torch.library.custom_op(
-    "lorary::nf4_unpack_rows", mutates_args=(), schema=f"({_PARTS}, Tensor rows, ScalarType dtype) -> Tensor"
+    "lorary::nf4_dequantize_rows", mutates_args=(), schema=f"({_PARTS}, Tensor rows, ScalarType dtype) -> Tensor"
 )
 def dequantize_rows(*parts: Any) -> Tensor:
-    """Some rows of W."""
-    return some_rows(quantized_tensor_of(*parts[:6]), *parts[6:])
+    """Selected rows of W."""
+    return gather_rows(_weight(*parts[:6]), *parts[6:])
 
 
 @linear.register_fake
@@ -53,22 +57,13 @@ def _(gy: Tensor, *parts: Any) -> Tensor:
 
 
 @dequantize.register_fake
-def _(*parts: Any) -> Tensor:
-    made: Tensor = parts[0].new_empty(parts[4], dtype=parts[6])
-    return made
+def _(codes: Tensor, *parts: Any) -> Tensor:
+    return codes.new_empty(parts[3], dtype=parts[5])
 
 
 @dequantize_rows.register_fake
-def _(*parts: Any) -> Tensor:
-    made: Tensor = parts[0].new_empty((*parts[6].shape, parts[4][-1]), dtype=parts[7])
-    return made
-
-
-def quantized_tensor_of(
-    codes: Tensor, absmax: Tensor, nested: Any, offset: Any, shape: Any, block: int
-) -> QuantizedTensor:
-    """The parts of a packed weight as one."""
-    return QuantizedTensor(codes, absmax, nested, offset, tuple(shape), block)
+def _(codes: Tensor, *parts: Any) -> Tensor:
+    return codes.new_empty((*parts[5].shape, parts[3][-1]), dtype=parts[6])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -1,8 +1,8 @@
-/* NF4 on the CPU: what nf4_values.py says in plain operations, bit for bit, at the speed of the memory.
+/* NF4 on the CPU: the same numbers as reference.py, bit for bit, at memory bandwidth.
  *
- * Compiled once on the user's machine for its own processor (nf4_native.py), and called without the interpreter's lock.
+ * cpu.py compiles it once for the user's processor; it is called without the interpreter's lock.
  * A block of numbers has 16 possible values: its magnitude times each of the 16 codes, rounded to the wanted type. These
- * are computed once a block; a number is then a look-up, one instruction for 16 or 32 numbers with AVX-512.
+ * are computed once per block; each number is then a look-up, one instruction for 16 or 32 numbers with AVX-512.
  *
  * Products must not be fused with sums (-ffp-contract=off): the results would differ in the last bit.
  */
@@ -11,7 +11,7 @@
 #include <pthread.h>
 #include <stdlib.h>
 
-#include "nf4_lanes.h"
+#include "simd.h"
 
 enum { NESTED = 256, MOST_THREADS = 64 };
 
@@ -24,11 +24,11 @@ typedef struct {
     const float *code;    /* the 16 values */
     const float *dynamic; /* the 256 values */
     int64_t block;        /* numbers in a block, even */
-} Packed;
+} Quantized;
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-static inline Wide numbers_of(const Packed *w, int64_t block) {
+static inline Wide numbers_of(const Quantized *w, int64_t block) {
     if (w->absmax) return scaled(w->code, w->absmax[block]);
     const float product = w->dynamic[w->coded[block]] * w->nested[block / NESTED];
     return scaled(w->code, product + *w->offset);
@@ -48,7 +48,7 @@ static void *run_share(void *given) {
     return NULL;
 }
 
-/* Threads live for one call: none is left to be lost in a fork, and none competes with the pool that torch has. */
+/* Threads live for one call: none is lost in a fork, and none competes with torch's pool. */
 static void split(void (*work)(const void *, int64_t, int64_t), const void *job, int64_t count, int threads) {
     Share shares[MOST_THREADS];
     pthread_t ids[MOST_THREADS];
@@ -63,14 +63,14 @@ static void split(void (*work)(const void *, int64_t, int64_t), const void *job,
     }
 }
 
-/* --- packing --------------------------------------------------------------------------------------------------------- */
+/* --- quantising ------------------------------------------------------------------------------------------------------ */
 
 typedef struct {
     const float *x, *middles; /* the numbers, from the first of a block; the 15 places between two values */
     int64_t n, block;
     uint8_t *codes;
     float *absmax;
-} Packing;
+} Quantization;
 
 /* The largest magnitude of up to a block of numbers; NaN if one is not finite. */
 static float largest_of(const float *x, int64_t n) {
@@ -104,8 +104,8 @@ static void code_of(const float *x, int64_t n, const float *middles, float by, i
     for (int64_t j = 0; j < (n + 1) / 2; j++) codes[j] = (uint8_t)(index[2 * j] << 4 | index[2 * j + 1]);
 }
 
-static void pack_share(const void *given, int64_t first, int64_t last) {
-    const Packing *j = given;
+static void quantize_share(const void *given, int64_t first, int64_t last) {
+    const Quantization *j = given;
     for (int64_t block = first; block < last; block++) {
         const int64_t start = block * j->block, count = smaller(j->block, j->n - start);
         const int divide = count < j->block;
@@ -118,13 +118,13 @@ static void pack_share(const void *given, int64_t first, int64_t last) {
 }
 
 /* Codes and magnitudes of n numbers; the magnitude of a block with one that is not finite is NaN. */
-void lorary_nf4_pack(const float *x, int64_t n, int64_t block, const float *middles, uint8_t *codes, float *absmax,
+void lorary_nf4_quantize(const float *x, int64_t n, int64_t block, const float *middles, uint8_t *codes, float *absmax,
                      int threads) {
-    const Packing job = {x, middles, n, block, codes, absmax};
-    split(pack_share, &job, (n + block - 1) / block, threads);
+    const Quantization job = {x, middles, n, block, codes, absmax};
+    split(quantize_share, &job, (n + block - 1) / block, threads);
 }
 
-/* --- unpacking ------------------------------------------------------------------------------------------------------- */
+/* --- dequantising ---------------------------------------------------------------------------------------------------- */
 
 /* `count` numbers of one block from place `start`: an odd one first, 32 at a time, and the rest. */
 #define PUT(NAME, TYPE, TABLE, PUT32, SPILL)                                                              \
@@ -142,8 +142,8 @@ PUT(put_halves, uint16_t, Narrow, put_narrow, spill_narrow)
 
 static inline int64_t size_of(int type) { return type == FLOAT32 || type >= WIDE ? 4 : 2; }
 
-/* `count` numbers from place `start` of the flattened weight, whatever blocks they lie in. */
-static void unpack_range(const Packed *w, int64_t start, int64_t count, int type, char *out) {
+/* `count` numbers from index `start` of the flattened weight, across blocks. */
+static void dequantize_range(const Quantized *w, int64_t start, int64_t count, int type, char *out) {
     int64_t block = start / w->block, here = smaller(count, (block + 1) * w->block - start);
     for (; count > 0; block++, here = smaller(count, w->block)) { /* `here` lie in this block */
         const Wide t = numbers_of(w, block);
@@ -155,36 +155,36 @@ static void unpack_range(const Packed *w, int64_t start, int64_t count, int type
 }
 
 typedef struct {
-    const Packed *w;
-    const int64_t *list;                   /* the numbers of the rows, or NULL where they follow each other */
+    const Quantized *w;
+    const int64_t *list;                   /* row indices, or NULL for consecutive rows */
     int64_t start, width, columns, stride; /* a row begins `width` numbers after the one before it, and `stride` in out */
     int type;
     char *out;
-} Unpacking;
+} Dequantization;
 
-static void unpack_share(const void *given, int64_t first, int64_t last) {
-    const Unpacking *j = given;
+static void dequantize_share(const void *given, int64_t first, int64_t last) {
+    const Dequantization *j = given;
     const int64_t size = size_of(j->type);
     const int one = !j->list && j->columns == j->width && j->stride == j->width; /* one range */
     const int64_t step = one ? last - first : 1, count = one ? step * j->width : j->columns;
     for (int64_t row = first; row < last; row += step) {
         const int64_t place = j->start + (j->list ? j->list[row] : row) * j->width;
-        unpack_range(j->w, place, count, j->type, j->out + row * j->stride * size);
+        dequantize_range(j->w, place, count, j->type, j->out + row * j->stride * size);
     }
 }
 
 /* A rectangle of a matrix of `width` columns: `rows` by `columns` numbers, the first at place `start`; or, of the rows
  * whose numbers are listed, the columns from `start`. */
-void lorary_nf4_unpack(const Packed *w, const int64_t *list, int64_t start, int64_t rows, int64_t columns,
+void lorary_nf4_dequantize(const Quantized *w, const int64_t *list, int64_t start, int64_t rows, int64_t columns,
                        int64_t width, void *out, int64_t stride, int type, int threads) {
-    const Unpacking job = {w, list, start, width, columns, stride, type, out};
-    split(unpack_share, &job, rows, threads);
+    const Dequantization job = {w, list, start, width, columns, stride, type, out};
+    split(dequantize_share, &job, rows, threads);
 }
 
 /* --- the product with few rows --------------------------------------------------------------------------------------- */
 
 typedef struct {
-    const Packed *w;
+    const Quantized *w;
     const float *x; /* [tokens, width], in each 32 the even ones first */
     float *y;       /* [tokens, height] */
     int64_t height, width;
@@ -192,7 +192,7 @@ typedef struct {
 } Product;
 
 static inline void dot(const Product *j, int64_t row, int token, const int tokens, const int type) {
-    const Packed *w = j->w;
+    const Quantized *w = j->w;
     const uint8_t *bytes = w->codes + row * (j->width / 2);
     const float *x = j->x + token * j->width;
     const int64_t blocks = j->width / w->block, first = row * blocks;
@@ -227,7 +227,7 @@ static void product_share(const void *given, int64_t first, int64_t last) {
 
 /* y = x·Wᵀ summed in 32 bits, W rounded to `type`, for blocks of multiples of 64 that lie within rows.
  * Returns 0, or 1 where there is no memory. */
-int lorary_nf4_times(const Packed *w, const float *x, float *y, int tokens, int64_t height, int64_t width, int type,
+int lorary_nf4_linear(const Quantized *w, const float *x, float *y, int tokens, int64_t height, int64_t width, int type,
                      int threads) {
     float *arranged = malloc(sizeof(float) * (size_t)tokens * (size_t)width + 1);
     if (!arranged) return 1;

@@ -1,10 +1,10 @@
-"""What NF4 means, in plain operations: how a weight becomes 4-bit codes and how a code becomes a number again.
+"""The NF4 format in plain operations: from numbers to 4-bit codes and back.
 
-A weight is flattened row by row and cut into blocks of `block` numbers. A block keeps its largest magnitude
-`absmax` and, for each number, which of 16 fixed values is nearest to number / absmax. With double quantisation the
-magnitudes, less their mean, are themselves kept as one byte each: which of 256 fixed values is nearest after a
-division by the largest of 256 of them. Dettmers et al. 2023 (QLoRA, arXiv 2305.14314), section 3; the values, the
-order of the codes in a byte and the rounding are those of bitsandbytes, bit for bit.
+A weight is flattened row by row and cut into blocks of `block` numbers. A block stores its largest magnitude `absmax`
+and, for each number, the index of the nearest of 16 fixed values to number / absmax. With double quantisation the
+magnitudes, less their mean, are stored as one byte each: the nearest of 256 fixed values after division by the largest
+of 256 magnitudes. Dettmers et al. 2023 (QLoRA, arXiv 2305.14314), section 3; the values, the order of the codes in a
+byte and the rounding are bitsandbytes', bit for bit.
 """
 
 from __future__ import annotations
@@ -18,33 +18,19 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-# The 16 values, made exactly as floats: quantiles of the normal distribution, and a zero.
-CODE = torch.tensor(
-    [
-        -1.0,
-        -0.6961928009986877,
-        -0.5250730514526367,
-        -0.39491748809814453,
-        -0.28444138169288635,
-        -0.18477343022823334,
-        -0.09105003625154495,
-        0.0,
-        0.07958029955625534,
-        0.16093020141124725,
-        0.24611230194568634,
-        0.33791524171829224,
-        0.44070982933044434,
-        0.5626170039176941,
-        0.7229568362236023,
-        1.0,
-    ],
-    dtype=torch.float32,
-    device="cpu",
-)
+# The 16 values: quantiles of the normal distribution, and zero.
+# fmt: off
+CODE = torch.tensor([
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+], dtype=torch.float32, device="cpu")
+# fmt: on
 MIDDLES = (CODE[:-1] + CODE[1:]) / 2  # [15]
 NESTED = 256  # magnitudes that share one second-level magnitude
-AT_ONCE = 2**20  # numbers that are packed or looked up at a time
-_SMALLEST = 1e-38  # an absmax below it divides as if it were this
+AT_ONCE = 2**20  # numbers that are quantised or looked up at a time
+_SMALLEST = 1e-38  # lower bound of an absmax as a divisor
 
 
 def _dynamic() -> Tensor:
@@ -58,19 +44,17 @@ def _dynamic() -> Tensor:
 
 
 DYNAMIC = _dynamic()
-
-
-Piece = Callable[[Tensor, int, Tensor, Tensor], None]  # as `pack_piece`
+Piece = Callable[[Tensor, int, Tensor, Tensor], None]  # the signature of `quantize_piece`
 
 
 class QuantizedTensor(NamedTuple):
-    """NF4 numbers of one weight, as plain tensors in bitsandbytes' own layout.
+    """An NF4 weight as plain tensors in bitsandbytes' layout.
 
     Args:
         codes: uint8 [ceil(n / 2), 1] for n numbers, the first of a pair in the high nibble, row by row.
         absmax: [ceil(n / block)] largest magnitude of a block: float32, or uint8 with double quantisation.
         nested_absmax: float32 [ceil(blocks / 256)], or None without double quantisation.
-        nested_offset: float32 [] the mean that was taken off the magnitudes, or None.
+        nested_offset: float32 [] the mean that was subtracted from the magnitudes, or None.
         shape: of the weight, (out, inp) for a linear layer.
         block: numbers that share a magnitude.
     """
@@ -84,12 +68,12 @@ class QuantizedTensor(NamedTuple):
 
 
 def shapes_only(*tensors: Tensor) -> bool:
-    """Whether one of them has no numbers to read or write: on the meta device, or fake."""
+    """Whether one of the tensors has no data: it is on the meta device, or fake."""
     return any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors)
 
 
 @lru_cache
-def on(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """The 16 values, the 256 of the dynamic map, and [256, 2] the pair of values of each byte, on a device."""
     byte = torch.arange(256, device="cpu")
     pairs = torch.stack([CODE[byte >> 4], CODE[byte & 15]], 1)
@@ -99,13 +83,12 @@ def on(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 # --- from numbers to codes --------------------------------------------------------------------------------------------
 
 
-def quantize(W: Tensor, block: int = 64, double: bool = True, piece: Piece | None = None) -> QuantizedTensor:
-    """Packs a weight, some rows at a time, each by `pack_piece` or by what is faster. See `nf4.pack`."""
-    piece = piece or quantize_piece
+def quantize(W: Tensor, block: int, double: bool, piece: Piece) -> QuantizedTensor:
+    """The NF4 form of a weight; `piece` quantises some rows at a time. See `nf4.quantize`."""
     if block < 2 or block & (block - 1):
         raise ValueError(f"block is {block}; it has to be a power of two from 2")
     if not W.dtype.is_floating_point:
-        raise ValueError(f"the weight is of {W.dtype}; only floating numbers can be packed")
+        raise ValueError(f"the weight is of {W.dtype}; only floating numbers can be quantised")
     n = W.numel()
     codes = torch.empty((-(-n // 2), 1), dtype=torch.uint8, device=W.device)
     absmax = torch.empty(-(-n // block), dtype=torch.float32, device=W.device)
@@ -118,34 +101,37 @@ def quantize(W: Tensor, block: int = 64, double: bool = True, piece: Piece | Non
             raise ValueError("a number of the weight is NaN, infinite or outside the range of float32")
     if not double:
         return QuantizedTensor(codes, absmax, None, None, tuple(W.shape), block)
-    nested = nest(absmax)
+    nested = quantize_magnitudes(absmax)
     if not shapes_only(absmax) and not bool(nested[2].isfinite()):
-        raise ValueError("the mean magnitude is outside the range of float32: pack it without double quantisation")
+        raise ValueError("the mean magnitude is outside the range of float32: quantise it without double quantisation")
     return QuantizedTensor(codes, *nested, tuple(W.shape), block)
 
 
 def _pieces(W: Tensor, block: int) -> Iterator[tuple[int, Tensor]]:
-    """(place of its first number, float32 [m] numbers) of one piece after the other; m fits blocks but at the end."""
+    """(index of its first number, float32 [m] numbers) of each piece; m is whole blocks, except in the last piece."""
     rows = W.reshape(-1) if W.is_contiguous() or W.dim() == 0 else W
     width = math.prod(rows.shape[1:])
     if width == 0:
         return
-    fit = block // math.gcd(block, width)  # so many rows are whole blocks
+    fit = block // math.gcd(block, width)  # this many rows are whole blocks
     step = -(-max(1, AT_ONCE // width) // fit) * fit
     for first in range(0, rows.shape[0], step):
         yield first * width, rows[first : first + step].reshape(-1).to(torch.float32)
 
 
 def quantize_piece(w: Tensor, block: int, codes: Tensor, absmax: Tensor) -> None:
-    """Writes the codes uint8 [ceil(m / 2)] and magnitudes [ceil(m / block)] of w, float32 [m]; its end may be short."""
-    whole = w.numel() - w.numel() % block
-    blocks = w[:whole].view(-1, block)
-    largest = blocks.abs().amax(1) if whole else w.new_empty(0)
+    """Writes the codes uint8 [ceil(m / 2)] and magnitudes [ceil(m / block)] of w, float32 [m].
+
+    The last block may be short.
+    """
+    end = w.numel() - w.numel() % block
+    blocks = w[:end].view(-1, block)
+    largest = blocks.abs().amax(1) if end else w.new_empty(0)
     v = (blocks * (1.0 / largest.clamp(min=_SMALLEST)).unsqueeze(1)).view(-1)
-    if whole < w.numel():  # bitsandbytes divides here where it multiplies above, and keeps the bound
-        rest = w[whole:].abs().amax().clamp(min=_SMALLEST).view(1)
-        largest, v = torch.cat([largest, rest]), torch.cat([v, w[whole:] / rest])
-    # how many of the middles between two values lie below v: in the middle the lower value is taken
+    if end < w.numel():  # bitsandbytes divides a short block, and stores the bounded magnitude
+        rest = w[end:].abs().amax().clamp(min=_SMALLEST).view(1)
+        largest, v = torch.cat([largest, rest]), torch.cat([v, w[end:] / rest])
+    # the number of midpoints below v; ties take the lower value
     index = torch.bucketize(v.clamp_(-1, 1), MIDDLES.to(w.device), out_int32=True).to(torch.uint8)
     if index.numel() % 2:
         index = torch.cat([index, index.new_full((1,), 7)])
@@ -153,10 +139,10 @@ def quantize_piece(w: Tensor, block: int, codes: Tensor, absmax: Tensor) -> None
     absmax.copy_(largest)
 
 
-def nest(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Magnitudes as bytes: (uint8 [blocks], float32 [ceil(blocks / 256)], their mean float32 []).
+def quantize_magnitudes(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Double quantisation: (uint8 [blocks], float32 [ceil(blocks / 256)], the mean float32 []).
 
-    The nearest of the 256 values is taken, as on a GPU; bitsandbytes on the CPU takes one near it.
+    Takes the nearest of the 256 values, as bitsandbytes does on a GPU; on the CPU it may take a neighbour.
     """
     blocks = absmax.numel()
     coded = torch.empty(blocks, dtype=torch.uint8, device=absmax.device)
@@ -167,7 +153,7 @@ def nest(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     centred = torch.nn.functional.pad(absmax - offset, (0, -blocks % NESTED)).view(-1, NESTED)
     largest = centred.abs().amax(1)
     v = (centred * (1.0 / largest.clamp(min=_SMALLEST)).unsqueeze(1)).view(-1)[:blocks]
-    dynamic = on(absmax.device)[1]
+    dynamic = tables(absmax.device)[1]
     coded.copy_(torch.bucketize(v, (dynamic[:-1] + dynamic[1:]) / 2, out_int32=True))
     return coded, nested.copy_(largest), offset
 
@@ -175,46 +161,45 @@ def nest(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 # --- from codes to numbers --------------------------------------------------------------------------------------------
 
 
-def magnitudes(packed: QuantizedTensor, index: Tensor) -> Tensor:
-    """float32: the magnitudes of some blocks, given by their numbers (int64, any shape)."""
-    if packed.nested_absmax is None or packed.nested_offset is None:
-        return packed.absmax[index]
-    dynamic = on(packed.codes.device)[1]
-    return dynamic[packed.absmax[index].int()] * packed.nested_absmax[index // NESTED] + packed.nested_offset
+def magnitudes(quantized: QuantizedTensor, index: Tensor) -> Tensor:
+    """float32: the magnitudes of the blocks with these indices (int64, any shape)."""
+    if quantized.nested_absmax is None or quantized.nested_offset is None:
+        return quantized.absmax[index]
+    dynamic = tables(quantized.codes.device)[1]
+    return dynamic[quantized.absmax[index].int()] * quantized.nested_absmax[index // NESTED] + quantized.nested_offset
 
 
-def numbers_at(packed: QuantizedTensor, index: Tensor) -> Tensor:
-    """float32: some numbers of a weight, by their places (int64, any shape) in it flattened: what NF4 means."""
-    byte = packed.codes.view(-1)[index // 2]
+def dequantize_at(quantized: QuantizedTensor, index: Tensor) -> Tensor:
+    """float32: the numbers at these indices (int64, any shape) of the flattened weight."""
+    byte = quantized.codes.view(-1)[index // 2]
     code = torch.where(index % 2 == 0, byte >> 4, byte & 15)
-    return on(packed.codes.device)[0][code.int()] * magnitudes(packed, index // packed.block)
+    return tables(quantized.codes.device)[0][code.int()] * magnitudes(quantized, index // quantized.block)
 
 
-def region(packed: QuantizedTensor, rows: tuple[int, int], columns: tuple[int, int], out: Tensor) -> Tensor:
-    """Writes a rectangle of a weight of `[height, width]` (flattened from `packed.shape`) to `out`, by a table.
-
-    A byte is looked up as the pair of values that it stands for, where pairs lie within rows and blocks.
+def dequantize_region(
+    quantized: QuantizedTensor, rows: tuple[int, int], columns: tuple[int, int], out: Tensor
+) -> Tensor:
+    """Writes a rectangle of the weight, as a matrix [height, width], to `out`; a table maps bytes to pairs of values.
 
     Args:
-        packed: the weight; a shape of more or fewer dimensions is taken as a matrix of its last one.
-        rows: (first, behind the last).
-        columns: likewise.
+        quantized: the weight; other than two dimensions are folded as in `matrix_shape`.
+        rows, columns: (start, stop).
         out: [rows, columns] of any floating dtype and strides; the product of value and magnitude is rounded once.
     """
-    width = matrix_shape(packed.shape)[1]
+    width = matrix_shape(quantized.shape)[1]
     (top, bottom), (left, right) = rows, columns
-    group = math.gcd(packed.block, width, left, right)  # so many neighbours share a magnitude
+    group = math.gcd(quantized.block, width, left, right)  # this many neighbours share a magnitude
     starts = torch.arange(top, bottom, device=out.device).unsqueeze(1) * width
     starts = starts + torch.arange(left, right, group, device=out.device)
     if group == 1:
-        return out.copy_(numbers_at(packed, starts))
-    codes = packed.codes.view(-1, width // 2)[top:bottom, left // 2 : right // 2].int()
-    scale = magnitudes(packed, starts // packed.block).unsqueeze(2)  # [rows, groups, 1]
-    numbers = on(out.device)[2][codes].view(*scale.shape[:2], group)  # from [rows, columns / 2, 2]
+        return out.copy_(dequantize_at(quantized, starts))
+    codes = quantized.codes.view(-1, width // 2)[top:bottom, left // 2 : right // 2].int()
+    scale = magnitudes(quantized, starts // quantized.block).unsqueeze(2)  # [rows, groups, 1]
+    numbers = tables(out.device)[2][codes].view(*scale.shape[:2], group)  # from [rows, columns / 2, 2]
     return out.copy_(numbers.mul_(scale).view(out.shape))
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """A shape as (height, width): all dimensions but the last, and the last."""
+    """(height, width) of a shape: the product of all dimensions but the last, and the last."""
     width = shape[-1] if shape else 1
     return math.prod(shape[:-1]) if width else 0, width

@@ -1,4 +1,4 @@
-/* What nf4.c needs of a processor: the 16 numbers that a block can hold, in registers, and looking numbers up in them.
+/* SIMD look-ups for nf4.c: the 16 values of a block in registers, and gathering numbers from them.
  *
  *   Wide       the 16 numbers as 32-bit floats        scaled(code, m), rounded(wide, type), spill_wide(wide, array)
  *   Narrow     rounded to a 16-bit type               narrow(wide, type), spill_narrow(narrow, array)
@@ -6,7 +6,7 @@
  *   Sum        a sum in several lanes                 nothing(), plus(a, b), total(sum)
  *   add        the product of 32 numbers with rows of x, to a sum for each row
  *
- * Three times: AVX-512, AVX2, and plain C for everything else.
+ * Three implementations: AVX-512, AVX2, and plain C.
  */
 #include <stdint.h>
 #include <string.h>

@@ -1,12 +1,11 @@
-"""Packed weights on a GPU: read, and multiplied with a few rows, by Triton kernels. `nf4_values` says what they mean.
+"""Triton kernels for NF4 weights on a GPU; `reference` defines the format.
 
-    unpack   out = value[code] · absmax[block], rounded once
-    gemv     y = x·Wᵀ + b for 1 to 16 rows of x, summed in float32; the weight is looked up while it is multiplied
-             with, and 4 bits a number are all that is read of it
+    dequantize   out = value[code] · absmax[block], rounded once
+    gemv         y = x·Wᵀ + b for 1 to 16 rows of x, summed in float32; reads 4 bits per number of the weight
 
-`unpack` gives the numbers of `nf4_values.region`, bit for bit: its kernel is compiled without contraction, so that
-the magnitude is a product and a sum, each rounded, as it is there. One row of x meets the weight in float32, in which
-it is more exact than a product with a weight rounded to 16 bits; more rows take the tensor cores, and the rounding.
+`dequantize` gives the numbers of `reference.dequantize_region`, bit for bit: its kernel is compiled without
+contraction, so that the magnitude is a product and a sum, each rounded. One row of x is multiplied in float32, more
+exactly than with a weight rounded to 16 bits; several rows use the tensor cores and round the weight.
 
 Importing this needs Triton. Without a GPU, `TRITON_INTERPRET=1` runs the kernels on the CPU: a check, not a use.
 """
@@ -23,28 +22,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorary.kernels.nf4.reference import NESTED, QuantizedTensor, on
+from lorary.kernels.nf4.reference import NESTED, QuantizedTensor, tables
 
-MOST = 16  # rows of x: of the smallest tile of the tensor cores
-PIECE = 64  # numbers of a row that are read as one: they lie within a block
-_LARGEST = 4096  # numbers of a block that `unpack` reads as one
+MOST = 16  # rows of x: the smallest tile of the tensor cores
+PIECE = 64  # numbers of a row that are read at once; they lie within a block
+_LARGEST = 4096  # most numbers of a block that `dequantize` reads at once
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def suits(packed: QuantizedTensor) -> bool:
-    """Whether `gemv` can read a weight: a matrix whose rows and blocks are made of whole pieces of 64 numbers."""
-    parts = [part for part in packed[:4] if part is not None]
-    whole = len(packed.shape) == 2 and packed.shape[1] % PIECE == 0 and packed.block % PIECE == 0
-    return whole and math.prod(packed.shape) > 0 and all(part.is_contiguous() for part in parts)
+def suits(quantized: QuantizedTensor) -> bool:
+    """Whether `gemv` takes this weight: a matrix whose rows and blocks are whole pieces of 64 numbers."""
+    parts = [part for part in quantized[:4] if part is not None]
+    whole = len(quantized.shape) == 2 and quantized.shape[1] % PIECE == 0 and quantized.block % PIECE == 0
+    return whole and math.prod(quantized.shape) > 0 and all(part.is_contiguous() for part in parts)
 
 
-def dequantize(packed: QuantizedTensor, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
-    """The numbers of a packed weight, of any shape and block: value times magnitude in float32, rounded once.
+def dequantize(quantized: QuantizedTensor, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+    """The dense weight, for any shape and block: value times magnitude in float32, rounded once.
 
     Args:
-        packed: the weight.
+        quantized: the weight.
         dtype: of the result.
-        out: contiguous, of as many numbers and of `dtype`: where they are written, if given.
+        out: contiguous, of as many numbers and of `dtype`: receives them, if given.
 
     Returns:
         `out`, or a new tensor [*shape].
@@ -52,40 +51,31 @@ def dequantize(packed: QuantizedTensor, dtype: torch.dtype = torch.float32, out:
     Raises:
         ValueError: if `out` has another size or dtype, or is not contiguous.
     """
-    n = math.prod(packed.shape)
+    n = math.prod(quantized.shape)
     if out is None:
-        out = torch.empty(packed.shape, dtype=dtype, device=packed.codes.device)
+        out = torch.empty(quantized.shape, dtype=dtype, device=quantized.codes.device)
     if (out.numel(), out.dtype) != (n, dtype) or not out.is_contiguous():
         given = f"{out.numel()} numbers of {out.dtype}"
         raise ValueError(f"`out` has {given}; it has to be contiguous and have {n} of {dtype}")
     if n == 0:
         return out
     if dtype not in _TYPES:
-        return out.copy_(dequantize(packed, torch.float32).view(out.shape))
-    piece = min(packed.block, _LARGEST)
+        return out.copy_(dequantize(quantized, torch.float32).view(out.shape))
+    piece = min(quantized.block, _LARGEST)
     pieces, at_once = -(-n // piece), max(1, 2048 // piece)
+    sizes = (n, pieces, quantized.block // piece)
+    constants = {"NESTED": NESTED, "PIECES": at_once, "HALF": piece // 2, "enable_fp_fusion": False}
     with _on(out):
-        _unpack[(-(-pieces // at_once),)](
-            *_parts(packed),
-            out,
-            n,
-            pieces,
-            packed.block // piece,
-            NESTED=NESTED,
-            PIECES=at_once,
-            HALF=piece // 2,
-            **_flags(packed),
-            enable_fp_fusion=False,
-        )
+        _dequantize[(-(-pieces // at_once),)](*_parts(quantized), out, *sizes, **constants, **_flags(quantized))
     return out
 
 
-def gemv(x: Tensor, packed: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
-    """`x·Wᵀ + b` for a few rows, as one token after the other is generated.
+def gemv(x: Tensor, quantized: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
+    """`x·Wᵀ + b` for a few rows, as in token-by-token generation.
 
     Args:
         x: [tokens, inp] float32, bfloat16 or float16; 1 to 16 rows.
-        packed: [out, inp] a weight that `suits`.
+        quantized: [out, inp] a weight that `suits`.
         bias: [out] or None.
 
     Returns:
@@ -95,44 +85,44 @@ def gemv(x: Tensor, packed: QuantizedTensor, bias: Tensor | None = None) -> Tens
         ValueError: if the weight does not suit, or x has another width, dtype or number of rows.
     """
     tokens = x.shape[0]
-    if not suits(packed) or x.shape[1:] != packed.shape[1:] or x.dtype not in _TYPES or not 0 < tokens <= MOST:
-        what = f"x is {list(x.shape)} of {x.dtype}, the weight {list(packed.shape)} in blocks of {packed.block}"
+    if not suits(quantized) or x.shape[1:] != quantized.shape[1:] or x.dtype not in _TYPES or not 0 < tokens <= MOST:
+        what = f"x is {list(x.shape)} of {x.dtype}, the weight {list(quantized.shape)} in blocks of {quantized.block}"
         raise ValueError(f"{what}; this takes 1 to {MOST} rows of pieces of {PIECE} numbers in at most 32 bits")
     x = x.detach().contiguous()
-    out, inp = packed.shape
+    out, inp = quantized.shape
     y = x.new_empty((tokens, out))
     rows, pieces = (4, 16) if tokens == 1 else (32, 2)
-    given = (*_parts(packed), x, bias.detach().contiguous() if bias is not None else x, y)
+    given = (*_parts(quantized), x, bias.detach().contiguous() if bias is not None else x, y)
     constants = {"NESTED": NESTED, "ROWS": rows, "PIECES": pieces, "HALF": PIECE // 2}
     with _on(x):
-        flags = _flags(packed) | {"BIAS": bias is not None, "enable_fp_fusion": True}
-        kernel = _one if tokens == 1 else _few
+        flags = _flags(quantized) | {"BIAS": bias is not None, "enable_fp_fusion": True}
+        kernel = _gemv_one if tokens == 1 else _gemv_few
         more = {} if tokens == 1 else {"tokens": tokens, "TOKENS": MOST}
-        kernel[(-(-out // rows),)](*given, out, inp // PIECE, packed.block // PIECE, **more, **constants, **flags)
+        kernel[(-(-out // rows),)](*given, out, inp // PIECE, quantized.block // PIECE, **more, **constants, **flags)
     return y
 
 
-def _parts(packed: QuantizedTensor) -> tuple[Tensor, ...]:
-    """The tensors that every kernel begins with; what a weight does not have stands for itself."""
-    codes, absmax, nested, offset = packed[:4]
-    code, dynamic, _ = on(codes.device)
+def _parts(quantized: QuantizedTensor) -> tuple[Tensor, ...]:
+    """The tensor arguments common to all kernels; absmax fills in for missing second-level tensors."""
+    codes, absmax, nested, offset = quantized[:4]
+    code, dynamic, _ = tables(codes.device)
     nested, offset = (nested, offset) if nested is not None and offset is not None else (absmax, absmax)
     return codes, absmax, nested, offset, code, dynamic
 
 
-def _flags(packed: QuantizedTensor) -> dict[str, bool]:
-    interpreted = packed.codes.device.type == "cpu"
-    return {"DOUBLE": packed.nested_absmax is not None, "INTERPRETED": interpreted}
+def _flags(quantized: QuantizedTensor) -> dict[str, bool]:
+    interpreted = quantized.codes.device.type == "cpu"
+    return {"DOUBLE": quantized.nested_absmax is not None, "INTERPRETED": interpreted}
 
 
 def _on(tensor: Tensor) -> Any:
-    """Within, kernels are launched on a tensor's device."""
+    """A context that launches kernels on the tensor's device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 @triton.jit
 def _magnitudes(absmax, nested, offset, dynamic, block, there, NESTED: tl.constexpr, DOUBLE: tl.constexpr):
-    """float32: the magnitudes of some blocks, by their numbers."""
+    """float32: the magnitudes of the blocks with these indices."""
     kept = tl.load(absmax + block, mask=there, other=0)
     if DOUBLE:
         largest = tl.load(nested + block // NESTED, mask=there, other=0.0)
@@ -142,7 +132,7 @@ def _magnitudes(absmax, nested, offset, dynamic, block, there, NESTED: tl.conste
 
 @triton.jit
 def _rounded(numbers, kind: tl.constexpr, INTERPRETED: tl.constexpr):
-    """To the nearest, or the even one of two: the interpreter cuts off what does not fit in bfloat16."""
+    """Round to nearest even; Triton's interpreter would truncate to bfloat16."""
     if INTERPRETED and kind == tl.bfloat16:
         bits = numbers.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -153,12 +143,12 @@ def _rounded(numbers, kind: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def _unpack(
+def _dequantize(
     codes, absmax, nested, offset, code, dynamic, out, n, pieces, share,
     NESTED: tl.constexpr, PIECES: tl.constexpr, HALF: tl.constexpr,
     DOUBLE: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Some pieces of 2·HALF numbers that lie within a block; `share` of them are a block."""
+    """PIECES pieces of 2·HALF numbers each; `share` pieces make a block."""
     piece = tl.program_id(0).to(tl.int64) * PIECES + tl.arange(0, PIECES)
     scale = _magnitudes(absmax, nested, offset, dynamic, piece // share, piece < pieces, NESTED, DOUBLE)[:, None]
     byte = piece[:, None] * HALF + tl.arange(0, HALF)[None, :]
@@ -169,12 +159,12 @@ def _unpack(
 
 
 @triton.jit
-def _one(
+def _gemv_one(
     codes, absmax, nested, offset, code, dynamic, x, bias, y, height, across, share,
     NESTED: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, HALF: tl.constexpr,
     DOUBLE: tl.constexpr, BIAS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Some rows of the weight, of `across` pieces each, times one x: summed place by place, and at the end together."""
+    """ROWS rows of the weight, of `across` pieces each, times one x: summed per lane, and across lanes at the end."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     within = tl.arange(0, HALF)
     total = tl.zeros((ROWS, PIECES, HALF), dtype=tl.float32)
@@ -197,12 +187,12 @@ def _one(
 
 
 @triton.jit
-def _few(
+def _gemv_few(
     codes, absmax, nested, offset, code, dynamic, x, bias, y, height, across, share, tokens,
     TOKENS: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, HALF: tl.constexpr,
     DOUBLE: tl.constexpr, BIAS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Some rows of the weight times up to TOKENS rows of x: a product of the even columns, and one of the odd."""
+    """ROWS rows of the weight times up to TOKENS rows of x: one product of the even columns, one of the odd."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.arange(0, TOKENS)
     within = tl.arange(0, HALF)
@@ -222,7 +212,7 @@ def _few(
         spot = token[:, None] * (2 * HALF * across) + place[None, :]
         even = tl.load(x + spot, mask=known, other=0.0)
         odd = tl.load(x + spot + 1, mask=known, other=0.0)
-        if INTERPRETED:  # which multiplies the bits of 16-bit numbers
+        if INTERPRETED:  # it would multiply the bits of 16-bit numbers
             even, odd, high, low = even.to(tl.float32), odd.to(tl.float32), high.to(tl.float32), low.to(tl.float32)
         sums += tl.dot(even, tl.trans(tl.reshape(high, (ROWS, PIECES * HALF))), input_precision="ieee")
         sums += tl.dot(odd, tl.trans(tl.reshape(low, (ROWS, PIECES * HALF))), input_precision="ieee")

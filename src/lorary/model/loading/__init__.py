@@ -1,1 +1,1 @@
-"""Loading a base model: from the Hub or a folder, quantised while it is read, or as a skeleton without values."""
+"""Loading a base model: from the Hub or a folder, quantised while it is read, or without weights."""

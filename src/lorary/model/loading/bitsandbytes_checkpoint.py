@@ -1,7 +1,7 @@
-"""bitsandbytes' 4-bit checkpoints, as Transformers saves them: read and written without bitsandbytes.
+"""bitsandbytes' 4-bit checkpoints as Transformers saves them, read and written without bitsandbytes.
 
-The weights lie in the usual safetensors files; `quantization_config` in config.json says how they are packed. lorary
-adds the fingerprint of the base before it was packed, so that adapters of either fit.
+The weights are in the usual safetensors files, their format in `quantization_config` of config.json. lorary adds the
+fingerprint of the base before quantisation, so that adapters of either fit.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ _DTYPES = ("float32", "bfloat16", "float16")
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def said(config: PretrainedConfig) -> dict[str, Any] | None:
-    """The `quantization_config` of a checkpoint as a mapping; None of a plain one."""
-    found = getattr(config, "quantization_config", None)
-    return found if found is None or isinstance(found, dict) else dict(found.to_dict())
+def _quantization_settings(config: PretrainedConfig) -> dict[str, Any]:
+    """The `quantization_config` of a checkpoint as a mapping."""
+    found = getattr(config, "quantization_config", None) or {}
+    return found if isinstance(found, dict) else dict(found.to_dict())
 
 
 def unreadable(config: PretrainedConfig) -> list[Diagnostic]:
-    """Why a checkpoint with a `quantization_config` cannot be read here: every reason."""
-    words = said(config) or {}
-    method, where = words.get("quant_method"), "config.json: quantization_config"
+    """Why a quantised checkpoint cannot be read here: every reason."""
+    settings = _quantization_settings(config)
+    method, where = settings.get("quant_method"), "config.json: quantization_config"
     fix = "load it with Transformers and the library that wrote it; lorary adapts those layers"
-    four, eight = (words.get(f"load_in_{n}bit", words.get(f"_load_in_{n}bit", False)) for n in (4, 8))
+    four, eight = (settings.get(f"load_in_{n}bit", settings.get(f"_load_in_{n}bit", False)) for n in (4, 8))
     if str(getattr(method, "value", method)) != "bitsandbytes" and not four and not eight:
-        return [Diagnostic(where, f"packed with {method}, and only bitsandbytes' NF4 is read here", fix)]
+        return [Diagnostic(where, f"quantised with {method}, but only bitsandbytes' NF4 is read here", fix)]
     if eight or not four:
-        return [Diagnostic(where, "packed by bitsandbytes to 8 bits, and only its NF4 is read here", fix)]
+        return [Diagnostic(where, "quantised by bitsandbytes to 8 bits, but only its NF4 is read here", fix)]
     problems = []
-    kind, compute = words.get("bnb_4bit_quant_type", "fp4"), words.get("bnb_4bit_compute_dtype", "float32")
+    kind, compute = settings.get("bnb_4bit_quant_type", "fp4"), settings.get("bnb_4bit_compute_dtype", "float32")
     if kind != "nf4":
-        problems.append(Diagnostic(where, f"bnb_4bit_quant_type is {kind!r}, and only 'nf4' is read here", fix))
+        problems.append(Diagnostic(where, f"bnb_4bit_quant_type is {kind!r}, but only 'nf4' is read here", fix))
     if compute not in _DTYPES:
         what = f"bnb_4bit_compute_dtype is {compute!r}, expected one of {', '.join(_DTYPES)}"
         problems.append(Diagnostic(where, what))
@@ -63,42 +63,42 @@ def unreadable(config: PretrainedConfig) -> list[Diagnostic]:
 
 
 def compute_of(config: PretrainedConfig) -> str:
-    """The precision in which the layers of such a checkpoint compute."""
-    return str((said(config) or {}).get("bnb_4bit_compute_dtype") or "float32")
+    """The compute precision of a quantised checkpoint's layers."""
+    return str(_quantization_settings(config).get("bnb_4bit_compute_dtype") or "float32")
 
 
-def layer_of(
+def quantized_layer(
     layer: nn.Module, tensors: Mapping[str, Tensor], compute: str | None
 ) -> tuple[NF4Linear | None, list[str]]:
-    """The packed layer in the place of a plain one.
+    """The quantised layer in place of a plain one.
 
     Args:
         layer: the plain one; its weight may have no values.
-        tensors: `weight` and what bitsandbytes keeps beside it, `weight.absmax` and so on.
+        tensors: bitsandbytes' tensors: `weight`, `weight.absmax` and so on.
         compute: the precision of the products.
 
     Returns:
-        (the packed layer or None, every reason why there is none).
+        (the quantised layer or None, every reason against it).
     """
-    kind, own = kind_of(layer), cast(Tensor, layer.weight)
+    kind, plain = kind_of(layer), cast(Tensor, layer.weight)
     if kind not in ("linear", "transposed"):
-        return None, [f"a {type(layer).__name__} cannot be packed in 4 bits"]
+        return None, [f"a {type(layer).__name__} cannot be quantised to 4 bits"]
     if "weight" not in tensors:
         return None, ["the codes are missing"]
     codes = tensors["weight"].contiguous()
-    beside = {key.removeprefix("weight."): value for key, value in tensors.items() if key != "weight"}
-    packed, _, problems = read_state(codes.view(-1).view(torch.uint8), beside)
-    expected = tuple(own.shape) if kind == "linear" else tuple(reversed(own.shape))
-    if packed is not None and packed.shape != expected:
-        problems.append(f"holds a weight of {packed.shape}, and the model has one of {expected}")
-    if packed is None or problems:
+    state = {key.removeprefix("weight."): value for key, value in tensors.items() if key != "weight"}
+    quantized, _, problems = read_state(codes.view(-1).view(torch.uint8), state)
+    expected = tuple(plain.shape) if kind == "linear" else tuple(reversed(plain.shape))
+    if quantized is not None and quantized.shape != expected:
+        problems.append(f"holds a weight of {quantized.shape}, but the model has one of {expected}")
+    if quantized is None or problems:
         return None, problems
     bias = cast("nn.Parameter | None", getattr(layer, "bias", None))
-    return NF4Linear(packed, own.dtype, bias, compute, type(layer)).train(layer.training), []
+    return NF4Linear(quantized, plain.dtype, bias, compute, type(layer)).train(layer.training), []
 
 
 def base_of(config: PretrainedConfig) -> Fingerprint | None:
-    """The fingerprint of the plain base, where the checkpoint was written by lorary; takes it out of the config.
+    """The fingerprint of the plain base in a checkpoint written by lorary, removed from the config; or None.
 
     Raises:
         FileError: it is damaged.
@@ -108,7 +108,7 @@ def base_of(config: PretrainedConfig) -> Fingerprint | None:
     if found is None:
         return None
     if not isinstance(found, dict) or set(found) != fields or not all(isinstance(v, str) for v in found.values()):
-        what = f"expected {', '.join(sorted(fields))}, each a text"
+        what = f"expected {', '.join(sorted(fields))}, each a string"
         raise FileError("cannot read the base:", [Diagnostic(f"config.json: {_BASE}", what)])
     return Fingerprint(**found)
 
@@ -117,17 +117,17 @@ def base_of(config: PretrainedConfig) -> Fingerprint | None:
 
 
 def save_quantized(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
-    """Write a base with packed layers as Transformers and bitsandbytes read it, and `load_quantized`.
+    """Write a quantised base in the format of Transformers and bitsandbytes, which `load_quantized` reads too.
 
     Args:
-        model: a model of Transformers, packed, without adapters.
-        folder: for `model.safetensors`, or several, and `config.json`; must not hold anything.
+        model: a quantised Transformers model without adapters.
+        folder: for `model.safetensors`, or several, and `config.json`; must be empty or not exist.
 
     Returns:
         The folder.
 
     Raises:
-        StateError: the model is no such; every reason.
+        StateError: another model; every reason.
         FileError: the folder cannot be written.
 
     Example:
@@ -136,46 +136,47 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     problems = _unsavable(model)
     if problems:
         raise StateError("cannot save the base:", problems)
-    whole = cast(PreTrainedModel, model)
-    config = whole.config
+    pretrained = cast(PreTrainedModel, model)
+    config = pretrained.config
     with atomic_directory(folder) as target:
-        whole.config = copy.deepcopy(config)
-        whole.config.quantization_config = _quantization_config(whole)
-        setattr(whole.config, _BASE, dataclasses.asdict(Fingerprint.of(model)))
+        pretrained.config = copy.deepcopy(config)
+        pretrained.config.quantization_config = _quantization_config(pretrained)
+        setattr(pretrained.config, _BASE, dataclasses.asdict(Fingerprint.of(model)))
         try:
-            whole.save_pretrained(target)
+            pretrained.save_pretrained(target)
         finally:
-            whole.config = config
+            pretrained.config = config
     return Path(folder)
 
 
 def _unsavable(model: nn.Module) -> list[Diagnostic]:
-    """Why a model cannot be written as such a checkpoint: every reason."""
+    """Why a model cannot be saved as a quantised checkpoint: every reason."""
     if not isinstance(model, PreTrainedModel):
-        return [Diagnostic("model", f"is a {type(model).__name__}, not a model of Transformers")]
+        return [Diagnostic("model", f"is a {type(model).__name__}, not a Transformers model")]
     problems = []
     if hasattr(model, STATE):
-        problems.append(Diagnostic("model", "has adapters attached", "save these with lorary.save, and detach them"))
-    packed = {name: module for name, module in model.named_modules() if is_quantized(module)}
-    if not any(isinstance(module, NF4Linear) for module in packed.values()):
+        problems.append(Diagnostic("model", "has adapters attached", "save these with lorary.save, then detach them"))
+    quantized = {name: module for name, module in model.named_modules() if is_quantized(module)}
+    if not any(isinstance(module, NF4Linear) for module in quantized.values()):
         problems.append(Diagnostic("model", "has no layer in NF4", "quantise it with lorary.quantize(model)"))
     if any(t.is_meta for t in model.parameters()):
         problems.append(Diagnostic("model", "has parameters without values, on the meta device"))
-    for name, module in packed.items():
+    for name, module in quantized.items():
         if isinstance(module, NF4Embedding):
-            problems.append(Diagnostic(name, "is a packed embedding, which these files do not know", "leave it plain"))
+            what = "is a quantised embedding, which the format does not support"
+            problems.append(Diagnostic(name, what, "leave it plain"))
         elif not isinstance(module, NF4Linear):
-            problems.append(Diagnostic(name, f"is a {type(module).__name__}, packed by another library"))
+            problems.append(Diagnostic(name, f"is a {type(module).__name__}, quantised by another library"))
     return problems
 
 
 def _quantization_config(model: PreTrainedModel) -> dict[str, Any]:
-    """What `BitsAndBytesConfig` reads."""
+    """The fields of Transformers' `BitsAndBytesConfig`."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, NF4Linear)}
     first = next(iter(layers.values()))
     computes = {layer.compute or str(layer.dtype).removeprefix("torch.") for layer in layers.values()}
     if len(computes) > 1:
-        what = f"layers compute in {' and '.join(sorted(computes))}, and these files know one precision for all"
+        what = f"its layers compute in {' and '.join(sorted(computes))}, but the format has one precision for all"
         raise StateError("cannot save the base:", [Diagnostic("model", what)])
     return {
         "quant_method": "bitsandbytes",
@@ -185,11 +186,11 @@ def _quantization_config(model: PreTrainedModel) -> dict[str, Any]:
         "bnb_4bit_use_double_quant": first.nested_absmax is not None,
         "bnb_4bit_compute_dtype": computes.pop(),
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": _plain(model, list(layers)),
+        "llm_int8_skip_modules": _plain_layers(model, list(layers)),
     }
 
 
-def _plain(model: PreTrainedModel, packed: list[str]) -> list[str]:
-    """The layers that are not packed, in the words of Transformers, where a name also stands for what ends in it."""
-    plain = [n for n, m in model.named_modules() if kind_of(m) in ("linear", "transposed") and n not in packed]
-    return [n if all(should_convert_module(p, [n]) for p in packed) else f"^{re.escape(n)}$" for n in plain]
+def _plain_layers(model: PreTrainedModel, quantized: list[str]) -> list[str]:
+    """Patterns for the plain layers; to Transformers a name also matches paths that end in it."""
+    plain = [n for n, m in model.named_modules() if kind_of(m) in ("linear", "transposed") and n not in quantized]
+    return [n if all(should_convert_module(q, [n]) for q in quantized) else f"^{re.escape(n)}$" for n in plain]

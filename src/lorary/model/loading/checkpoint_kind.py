@@ -1,4 +1,4 @@
-"""Which way a checkpoint's weights are read: by Transformers alone, packed on the way, or as they have been packed."""
+"""The loader of a checkpoint: Transformers alone, quantising while reading, or reading quantised weights."""
 
 from __future__ import annotations
 
@@ -7,24 +7,23 @@ from typing import Any
 
 from lorary.errors import ConfigError, Diagnostic, FileError
 from lorary.layers.nf4 import NF4
-from lorary.model.quantize import not_quantizing
+from lorary.model.quantize import bad_storage
 from lorary.spec.interfaces import Storage
 
 
-def check(source: Any, storage: Any, layers: Any) -> None:
-    """Refuse words that say nothing about how a model is read.
+def check_options(source: Any, storage: Any, layers: Any) -> None:
+    """Refuse invalid options of `load_quantized`.
 
     Raises:
         ConfigError: every one.
     """
-    problems = [] if storage is None else not_quantizing(storage)
+    problems = [] if storage is None else bad_storage(storage)
     if storage is not None and not problems and not isinstance(storage, NF4):
-        what = f"{type(storage).__name__} packs weights that are there in full, and none that are being read"
-        problems.append(
-            Diagnostic("storage", what, "pass NF4(), or load the plain model and call lorary.quantize on it")
-        )
+        what = f"{type(storage).__name__} quantises models in memory, not checkpoints that are being read"
+        fix = "pass NF4(), or load the plain model and call lorary.quantize on it"
+        problems.append(Diagnostic("storage", what, fix))
     if isinstance(layers, str):
-        problems.append(Diagnostic("layers", f"is the text {layers!r}", f"say [{layers!r}]"))
+        problems.append(Diagnostic("layers", f"is the string {layers!r}, not a list", f"pass [{layers!r}]"))
     if problems:
         raise ConfigError(f"cannot load {source}:", problems)
 
@@ -32,17 +31,16 @@ def check(source: Any, storage: Any, layers: Any) -> None:
 def reader(
     name: str, config: Any, storage: Storage | None, layers: Collection[str] | None
 ) -> Callable[..., Any] | None:
-    """What loads the weights of a model, (class, source, words) -> what `from_pretrained` returns; None where that is
-    Transformers alone.
+    """A replacement for `kind.from_pretrained(source, **options)`, or None for Transformers' own.
 
     Args:
         name: of the model, for errors.
         config: of the model.
-        storage: how its weights are to be kept.
-        layers: paths of the layers that are packed; None for every linear one but the output head.
+        storage: the storage of its weights.
+        layers: paths of the layers to quantise; None for every linear one except the output head.
 
     Raises:
-        FileError: they are to be packed, and are already, in another way.
+        FileError: the weights are to be quantised, and already are in another way.
     """
     saved = getattr(config, "quantization_config", None)
     if saved is None and not isinstance(storage, NF4):
@@ -54,6 +52,6 @@ def reader(
     if problems and isinstance(storage, NF4):
         raise FileError(f"cannot load the model {name}:", problems)
     if problems:
-        return None  # Transformers and the library that has packed it, if that is there
-    word = storage if isinstance(storage, NF4) else NF4()
-    return lambda kind, source, **words: quantized.load(kind, source, config, word, layers, **words)
+        return None  # for Transformers and the library that quantised it, if that is installed
+    nf4 = storage if isinstance(storage, NF4) else NF4()
+    return lambda kind, source, **options: quantized.load(kind, source, config, nf4, layers, **options)

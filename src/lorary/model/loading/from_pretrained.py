@@ -1,11 +1,12 @@
-"""Base models and tokenizers by name: a Hub id, a folder or the built-in base. Only this file calls from_pretrained.
+"""Base models and tokenizers from a Hub id, a folder or the built-in base. Only this file calls from_pretrained.
 
-Code and pickles that come with a model are not run: weights are read from safetensors, and a model that brings
-Python of its own is refused unless `trust_remote_code` says otherwise.
+Neither code nor pickles of a model are run: weights are read from safetensors, and a model with Python code is refused
+without `trust_remote_code`.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -13,10 +14,10 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lorary.errors import Diagnostic, FileError, LoraryError
-from lorary.model.loading.locations import BUILTIN, check_folder, location
+from lorary.model.loading._locations import BUILTIN, check_folder, location
 from lorary.model.loading.source import ModelSection
 
 if TYPE_CHECKING:
@@ -38,13 +39,13 @@ def load_model(
 
     Args:
         section: which model.
-        storage: NF4 packs weights as they are read, so that the plain model is never there as a whole. Any other word
-            leaves them as they are. A checkpoint in bitsandbytes' NF4 is taken as it is in every case.
-        layers: paths of the layers that are packed; None for every linear one but the output head.
-        kind: the class of Transformers that loads it; None for AutoModelForCausalLM.
+        storage: NF4 quantises weights while they are read, so that the plain model is never in memory. Any other
+            storage leaves them plain. A checkpoint in bitsandbytes' NF4 stays quantised in every case.
+        layers: paths of the layers to quantise; None for every linear one except the output head.
+        kind: the Transformers class that loads it; None for AutoModelForCausalLM.
 
     Raises:
-        FileError: there is no such model, it brings code or pickles, or its weights are not all there.
+        FileError: the model does not exist, contains code or pickles, or lacks weights.
     """
     from transformers import AutoModelForCausalLM
 
@@ -53,37 +54,39 @@ def load_model(
     from lorary.model.scan import scan
 
     config = load_config(section)
-    words: dict[str, Any] = {"dtype": dtype(section, config), "use_safetensors": True, "output_loading_info": True}
-    words["ignore_mismatched_sizes"] = True  # refused below, with every name
+    options: dict[str, Any] = {"dtype": dtype(section, config), "use_safetensors": True, "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # refused below, with every name
     if section.attn_implementation is not None:
-        words["attn_implementation"] = section.attn_implementation
+        options["attn_implementation"] = section.attn_implementation
     with quiet():
-        loader = reader(section.id, config, storage, layers)
-        model, info = _from_pretrained(kind or AutoModelForCausalLM, section, loader, **words)
-    lost = {key if isinstance(key, str) else key[0] for k in ("missing_keys", "mismatched_keys") for key in info[k]}
-    if kind is not None:  # a new head may start at random, as Transformers would have it
+        cls = kind or AutoModelForCausalLM
+        load = reader(section.id, config, storage, layers)
+        load = cls.from_pretrained if load is None else functools.partial(load, cls)
+        model, info = _load(load, section, "model", **options)
+    missing = {key if isinstance(key, str) else key[0] for k in ("missing_keys", "mismatched_keys") for key in info[k]}
+    if kind is not None:  # Transformers initialises a new head at random
         heads = tuple(f"{name}." for name in scan(model).heads)
-        lost -= {key for key in info["missing_keys"] if key.startswith(heads)}
-    if lost:
-        more = f" and {len(lost) - 5:,} more" if len(lost) > 5 else ""
-        what = f"no weights of the right shape for {', '.join(sorted(lost)[:5])}{more}"
-        fix = "the folder is incomplete, or not of a model that generates text"
+        missing -= {key for key in info["missing_keys"] if key.startswith(heads)}
+    if missing:
+        more = f" and {len(missing) - 5:,} more" if len(missing) > 5 else ""
+        what = f"no weights of the right shape for {', '.join(sorted(missing)[:5])}{more}"
+        fix = "the folder is incomplete, or its model does not generate text"
         raise FileError(f"cannot load the model {section.id}:", [Diagnostic(section.id, what, fix)])
     loaded: PreTrainedModel = model.eval()
     if section.id in BUILTIN:
-        Fingerprint.rename(loaded, section.id)  # what an adapter says about its base; the folder differs by machine
+        Fingerprint.rename(loaded, section.id)  # adapters name their base, and its folder differs by machine
     return loaded
 
 
 def load_storage(method: Method, full: Collection[str] = ()) -> Storage | None:
-    """The storage into which `load_model` may read the base of a method, or of an adapter of it.
+    """The storage in which `load_model` may load the base of a method or adapter; None for plain weights.
 
     Args:
-        method: it may need the plain weights, to take a part of them first: then None.
-        full: base parameters that an adapter holds in full: where there are any, attaching it packs the others.
+        method: the method; an init that decomposes the weights needs them plain.
+        full: the base parameters that an adapter holds in full; if there are any, attaching quantises the others.
     """
-    moves = method.init is not None and method.init.residual_init
-    return None if full or moves else method.storage
+    residual = method.init is not None and method.init.residual_init
+    return None if full or residual else method.storage
 
 
 def load_quantized(
@@ -92,28 +95,28 @@ def load_quantized(
     *,
     kind: Any = None,
     layers: Collection[str] | None = None,
-    **words: Any,
+    **options: Any,
 ) -> PreTrainedModel:
-    """A base model in 4 bits, packed as its checkpoint is read: the plain model is never there as a whole.
+    """A base model in 4 bits, quantised while its checkpoint is read: the plain model is never in memory.
 
-    It is the same as if the model had been loaded in full and quantised with `quantize`, bit for bit, and has the plain
-    model's fingerprint: adapters of either fit. A checkpoint in bitsandbytes' NF4 is taken as it is, without
-    bitsandbytes.
+    The result equals loading in full and `quantize`, bit for bit, and has the plain model's fingerprint, so that
+    adapters of either fit. A checkpoint in bitsandbytes' NF4 is used as it is, without bitsandbytes.
 
     Args:
         source: a folder, a Hub id or builtin:base.
-        storage: how weights are packed; NF4 with double quantisation where nothing is said.
-        kind: the class of Transformers that loads it; None for AutoModelForCausalLM.
-        layers: paths of the layers that are packed; None for every linear one but the output head.
-        words: `dtype`, `revision`, `attn_implementation` and `trust_remote_code`, as in the model section of a
+        storage: how weights are quantised; by default NF4 with double quantisation.
+        kind: the Transformers class that loads it; None for AutoModelForCausalLM.
+        layers: paths of the layers to quantise; None for every linear one except the output head.
+        options: `dtype`, `revision`, `attn_implementation` and `trust_remote_code`, as in the model section of a
             configuration.
 
     Returns:
         The model in evaluation mode, on the CPU.
 
     Raises:
-        FileError: there is no such model, it brings code or pickles, its weights are not all there or cannot be packed.
-        ConfigError: another word.
+        FileError: the model does not exist, contains code or pickles, or has weights that are missing or cannot be
+            quantised.
+        ConfigError: an unknown option or a value out of range.
 
     Example:
         >>> base = lorary.load_quantized("org/model", dtype="bfloat16")
@@ -122,42 +125,41 @@ def load_quantized(
     import torch
 
     from lorary.layers.nf4 import NF4
-    from lorary.model.loading.checkpoint_kind import check
+    from lorary.model.loading.checkpoint_kind import check_options
 
-    check(source, storage, layers)
-    if isinstance(words.get("dtype"), torch.dtype):
-        words["dtype"] = str(words["dtype"]).removeprefix("torch.")
-    section = ModelSection.of(os.fspath(source), **words)
+    check_options(source, storage, layers)
+    if isinstance(options.get("dtype"), torch.dtype):
+        options["dtype"] = str(options["dtype"]).removeprefix("torch.")
+    section = ModelSection.of(os.fspath(source), **options)
     return load_model(section, NF4() if storage is None else storage, layers, kind)
 
 
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; EOS pads where it has no padding token.
+    """The model's tokenizer; pads with EOS if it has no padding token.
 
     Raises:
-        FileError: the model has none, or none that is fast.
+        FileError: the model has no fast tokenizer.
     """
     from transformers import AutoTokenizer
 
     check_folder(section)
-    folder = Path(location(section))
+    folder, headline = Path(location(section)), f"cannot load the tokenizer of {section.id}:"
     if folder.is_dir() and not any(folder.glob("token*")) and not any(folder.glob("vocab*")):
-        what = "there is no tokenizer.json in it"
-        raise FileError(f"cannot load the tokenizer of {section.id}:", [Diagnostic(section.id, what)])
-    tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, section)
+        raise FileError(headline, [Diagnostic(section.id, "there is no tokenizer.json in it")])
+    tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer.from_pretrained, section, "tokenizer")
     if not tokenizer.is_fast:
         what = "its tokenizer has no `tokenizer.json`, so answers cannot be told from prompts"
-        raise FileError(f"cannot load the tokenizer of {section.id}:", [Diagnostic(section.id, what)])
+        raise FileError(headline, [Diagnostic(section.id, what)])
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def fast_skeleton(section: ModelSection) -> nn.Module:
-    """The model's layers without its weights: of known families without Transformers, at once, else `skeleton`.
+    """The model without its weights; for known families at once, without importing Transformers.
 
     Raises:
-        FileError: there is no such model, or it brings code.
+        FileError: the model does not exist, or contains code.
     """
     from lorary.model.loading import skeleton as fast
 
@@ -166,17 +168,16 @@ def fast_skeleton(section: ModelSection) -> nn.Module:
     if file.is_file():
         settings = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(settings, dict) and "auto_map" not in settings:
-            settings["dtype"] = _saved(settings)
+            settings["dtype"] = _saved_dtype(settings)
             settings["_attn_implementation"] = section.attn_implementation
-            made = fast.skeleton(settings, dtype(section, SimpleNamespace(**settings)))
-            if made is not None:
-                return made
-    whole: nn.Module = skeleton(section)
-    return whole
+            model = fast.skeleton(settings, dtype(section, SimpleNamespace(**settings)))
+            if model is not None:
+                return model
+    return cast("nn.Module", skeleton(section))
 
 
-def _saved(settings: dict[str, Any]) -> torch.dtype:
-    """The precision that a `config.json` says its weights have."""
+def _saved_dtype(settings: dict[str, Any]) -> torch.dtype:
+    """The precision of the weights according to `config.json`."""
     import torch
 
     name = settings.get("dtype") or settings.get("torch_dtype")
@@ -185,10 +186,10 @@ def _saved(settings: dict[str, Any]) -> torch.dtype:
 
 
 def skeleton(section: ModelSection) -> PreTrainedModel:
-    """The model without its weights, on the meta device: enough to plan with, and read from one small file.
+    """The model without its weights, on the meta device: enough for a plan, and read from one small file.
 
     Raises:
-        FileError: there is no such model, or it brings code.
+        FileError: the model does not exist, or contains code.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -208,18 +209,20 @@ def load_config(section: ModelSection) -> PretrainedConfig:
     """The model's own configuration.
 
     Raises:
-        FileError: there is no such model, or it brings code.
+        FileError: the model does not exist, or contains code.
     """
     from transformers import AutoConfig
 
     check_folder(section)
-    config: PretrainedConfig = _from_pretrained(AutoConfig, section)
+    config: PretrainedConfig = _load(AutoConfig.from_pretrained, section, "model")
     return config
 
 
 def dtype(section: ModelSection, config: PretrainedConfig | SimpleNamespace) -> torch.dtype:
-    """What the frozen weights are kept in. `auto` is what they were saved in, but float32 on a CPU without 16-bit
-    arithmetic, where a 16-bit product takes several times as long."""
+    """The precision of the frozen weights. `auto`: as saved, but float32 on a CPU without 16-bit arithmetic.
+
+    There a product in 16 bits takes several times as long.
+    """
     import torch
 
     if section.dtype != "auto":
@@ -232,18 +235,16 @@ def dtype(section: ModelSection, config: PretrainedConfig | SimpleNamespace) -> 
 
 def _cpu_is_quick(dtype: torch.dtype) -> bool:
     flags = Path("/proc/cpuinfo")
-    wanted = {"torch.bfloat16": ("avx512_bf16", "amx_bf16"), "torch.float16": ("avx512_fp16", "amx_fp16")}.get(
-        str(dtype), ()
-    )
+    suffix = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}.get(str(dtype))
     try:
-        return any(flag in flags.read_text() for flag in wanted)
+        return suffix is not None and any(f"{unit}_{suffix}" in flags.read_text() for unit in ("avx512", "amx"))
     except OSError:
         return False
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bar where nobody watches it."""
+    """Transformers' progress bars only on a terminal."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -256,22 +257,30 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-# what Transformers and its quantisers raise at files that they cannot make sense of
+# raised by Transformers and its quantisers for unreadable files
 _UNREADABLE = (OSError, ValueError, ImportError, LookupError, AttributeError, TypeError, RuntimeError)
 
 
-def _from_pretrained(kind: Any, section: ModelSection, loader: Callable[..., Any] | None = None, **words: Any) -> Any:
+def _load(load: Callable[..., Any], section: ModelSection, what: str, **options: Any) -> Any:
+    """load(source, **options), with its errors as a FileError.
+
+    Args:
+        load: a `from_pretrained`.
+        section: which model.
+        what: "model" or "tokenizer", for the error.
+        options: for `load`.
+
+    Raises:
+        FileError: the reason.
+    """
     from safetensors import SafetensorError
 
-    words |= {"revision": section.revision or "main", "trust_remote_code": section.trust_remote_code}
+    options |= {"revision": section.revision or "main", "trust_remote_code": section.trust_remote_code}
     try:
-        if loader is not None:
-            return loader(kind, location(section), **words)
-        return kind.from_pretrained(location(section), **words)
+        return load(location(section), **options)
     except LoraryError:
         raise
     except (*_UNREADABLE, SafetensorError) as error:
-        what = "tokenizer" if getattr(kind, "__name__", "") == "AutoTokenizer" else "model"
         raise _refused(section, what, error) from error
 
 

@@ -1,8 +1,8 @@
-"""Checkpoints loaded straight into packed layers, one tensor at a time: a quantiser for Transformers' own loader.
+"""Quantisation while a checkpoint is read: a quantiser for Transformers' own loader.
 
-The names of tensors, sharded files, devices and precisions are Transformers' work. Its loader hands each weight over
-as it is read; it is packed at once, and the layer takes the place of the plain one. So a host has to hold the packed
-model and one tensor. A checkpoint that bitsandbytes has packed is taken as it is (`bitsandbytes_files`).
+Transformers resolves the names of tensors, sharded files, devices and precisions. Its loader passes each weight on as
+it is read; the quantised layer replaces the plain one at once, so that memory holds the quantised model and one tensor.
+A checkpoint that bitsandbytes has quantised is used as it is (`bitsandbytes_checkpoint`).
 """
 
 from __future__ import annotations
@@ -26,99 +26,100 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lorary.errors import Diagnostic, FileError
 from lorary.layers.nf4 import NF4
 from lorary.model.fingerprint import Fingerprint, Sample
-from lorary.model.loading.bitsandbytes_checkpoint import KEYS, base_of, compute_of, layer_of
+from lorary.model.loading.bitsandbytes_checkpoint import KEYS, base_of, compute_of, quantized_layer
 from lorary.model.quantize import quantizable_layers
 from lorary.model.scan import scan
 from lorary.spec.interfaces import Storage
 
-PACKED = "lorary_packed"  # the name of the quantiser among Transformers'
-# Where Transformers keeps how the checkpoint's names became the model's, to save under the names that it read. It has
-# no public name for this; without it a model is saved under its own names, which Transformers reads as well.
+QUANT_METHOD = "lorary"  # the quantiser's name in Transformers
+# Transformers' attribute for the mapping of the checkpoint's names to the model's, which it saves under again. There is
+# no public one; without it a model is saved under its own names, which Transformers reads as well.
 _CONVERSIONS = "_weight_conversions"
+_NO_READ_AHEAD = "HF_DEACTIVATE_ASYNC_LOAD"  # an environment variable of Transformers
 _loading = threading.Lock()
 
 
 def load(
-    kind: Any, source: str, config: PretrainedConfig, storage: NF4, layers: Collection[str] | None, **words: Any
+    kind: Any, source: str, config: PretrainedConfig, storage: NF4, layers: Collection[str] | None, **options: Any
 ) -> Any:
-    """A checkpoint with its weights packed: `kind.from_pretrained`, without the whole of it ever in memory.
+    """`kind.from_pretrained` with quantised weights, never holding the plain model.
 
     Args:
-        kind: a class of Transformers, such as AutoModelForCausalLM.
+        kind: a Transformers class, such as AutoModelForCausalLM.
         source: a folder or a Hub id.
-        config: of the model. Where it says that bitsandbytes has packed the checkpoint, it is taken as it is.
-        storage: how weights are packed.
-        layers: paths of the layers that are packed; None for every linear one but the output head.
-        words: for `from_pretrained`.
+        config: of the model; a checkpoint that bitsandbytes has quantised is used as it is.
+        storage: how weights are quantised.
+        layers: paths of the layers to quantise; None for every linear one except the output head.
+        options: for `from_pretrained`.
 
     Returns:
-        What `from_pretrained` returns: the model, or with `output_loading_info` the model and what is said of keys.
+        The result of `from_pretrained`: the model, or with `output_loading_info` the model and a report about keys.
 
     Raises:
-        FileError: weights that cannot be packed or unpacked, all of them.
+        FileError: every weight that cannot be quantised or read.
     """
     config = copy.deepcopy(config)
     if getattr(config, "quantization_config", None) is None:
-        words["quantization_config"] = QuantizationConfig(storage, layers)
+        options["quantization_config"] = QuantizationConfig(storage, layers)
     else:
         storage = dataclasses.replace(storage, compute=storage.compute or compute_of(config))
-        config.quantization_config = {"quant_method": PACKED, "storage": storage}
-    with one_at_a_time():
-        return kind.from_pretrained(source, config=config, **words)
+        config.quantization_config = {"quant_method": QUANT_METHOD, "storage": storage}
+    with _one_tensor_at_a_time():
+        return kind.from_pretrained(source, config=config, **options)
 
 
 @contextmanager
-def one_at_a_time() -> Iterator[None]:
-    """Transformers reads a tensor when it is wanted, in this thread, into memory of its own.
+def _one_tensor_at_a_time() -> Iterator[None]:
+    """Tensors are read on demand, in this thread, into their own memory.
 
-    Else worker threads read ahead, and every page of a mapped file that has been read stays with the process until
-    the file is closed.
+    Otherwise Transformers' worker threads read ahead, and every page of a mapped file that has been read stays in the
+    process until the file is closed.
     """
-    opened, variable = modeling_utils.safe_open, "HF_DEACTIVATE_ASYNC_LOAD"
+    safe_open = modeling_utils.safe_open
 
-    def read(*args: Any, **words: Any) -> Any:
-        return opened(*args, **(words | {"backend": "pread"}))
+    def pread(*args: Any, **options: Any) -> Any:
+        return safe_open(*args, **(options | {"backend": "pread"}))
 
     with _loading:
-        before = os.environ.get(variable)
-        modeling_utils.safe_open, os.environ[variable] = read, "1"
+        before = os.environ.get(_NO_READ_AHEAD)
+        modeling_utils.safe_open, os.environ[_NO_READ_AHEAD] = pread, "1"
         try:
             yield
         finally:
-            modeling_utils.safe_open = opened
-            del os.environ[variable]
+            modeling_utils.safe_open = safe_open
+            del os.environ[_NO_READ_AHEAD]
             if before is not None:
-                os.environ[variable] = before
+                os.environ[_NO_READ_AHEAD] = before
 
 
-@register_quantization_config(PACKED)
+@register_quantization_config(QUANT_METHOD)
 class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """What a checkpoint is loaded into: `from_pretrained(..., quantization_config=PackedConfig(NF4()))`.
+    """The `quantization_config` that makes `from_pretrained` quantise with lorary.
 
     Args:
-        storage: how weights are packed.
-        layers: paths of the layers that are packed; None for every linear one but the output head.
+        storage: how weights are quantised.
+        layers: paths of the layers to quantise; None for every linear one except the output head.
     """
 
     def __init__(self, storage: Storage | None = None, layers: Collection[str] | None = None, **_: Any) -> None:
-        self.quant_method = PACKED
+        self.quant_method = QUANT_METHOD
         self.storage = NF4() if storage is None else storage
         self.layers = layers
 
 
-@register_quantizer(PACKED)
+@register_quantizer(QUANT_METHOD)
 class LoraryQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Packs weights as Transformers reads them, or takes them packed, and leaves a plain model behind."""
+    """A Transformers quantiser that replaces layers while their weights are read, and then removes itself."""
 
     serialized_names: ClassVar[dict[str, list[str]]] = {"weight": ["weight", *(f"weight.{key}" for key in KEYS)]}
 
-    def __init__(self, quantization_config: QuantizationConfig, **words: Any) -> None:
-        super().__init__(quantization_config, **words)
+    def __init__(self, quantization_config: QuantizationConfig, **options: Any) -> None:
+        super().__init__(quantization_config, **options)
         self.storage: Any = quantization_config.storage
         self.layers = quantization_config.layers
-        self.names: set[str] = set()  # of the parameters that are to be packed
-        self.known: dict[str, Sample] = {}  # what they were
-        self.packed: list[nn.Module] = []
+        self.names: set[str] = set()  # of the parameters to quantise
+        self.samples: dict[str, Sample] = {}  # of the plain parameters, for the fingerprint
+        self.replaced: list[nn.Module] = []
         self.problems: list[Diagnostic] = []
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
@@ -129,7 +130,7 @@ class LoraryQuantizer(HfQuantizer):  # type: ignore[misc]
         modules = dict(model.named_modules())
         wrong = [name for name in names if name not in modules or not self.storage.quantizes(modules[name])]
         if wrong:
-            what = f"{self.storage} packs no such layer of a {type(model).__name__}"
+            what = f"{self.storage} cannot quantise this layer of a {type(model).__name__}, or there is none"
             raise FileError("cannot quantise these layers:", [Diagnostic(str(name), what) for name in wrong])
         self.names = {f"{name}.weight" for name in names} - {*tied, *tied.values()}
 
@@ -141,66 +142,67 @@ class LoraryQuantizer(HfQuantizer):  # type: ignore[misc]
         return float(self.storage.bytes(2**20, 2)) / 2**20
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _Pack(self)
+        return _QuantizeOp(self)
 
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
-        return {"deserialize": _Take}
+        return {"deserialize": _DeserializeOp}
 
-    def pack(self, model: PreTrainedModel, name: str, W: Tensor) -> bool:
-        """Puts a packed layer in the place of the plain one that is to have this weight; whether it could."""
+    def quantize(self, model: PreTrainedModel, name: str, W: Tensor) -> bool:
+        """Replace the plain layer of a weight that has just been read; False if its shape is wrong."""
         layer: Any = model.get_submodule(name.rpartition(".")[0])
         if name not in self.names or W.shape != layer.weight.shape:
-            self.names.discard(name)  # so that the loader compares the shapes, and says so
+            self.names.discard(name)  # the loader then compares the shapes and reports it
             return False
         empty, layer.weight = layer.weight, nn.Parameter(W, requires_grad=False)
-        self._pack(model, name)
+        self._quantize(model, name)
         layer.weight = empty
         return True
 
-    def _pack(self, model: PreTrainedModel, name: str) -> None:
+    def _quantize(self, model: PreTrainedModel, name: str) -> None:
         path = name.rpartition(".")[0]
         layer: Any = model.get_submodule(path)
-        self.known[name] = Sample.of(layer.weight)
+        self.samples[name] = Sample.of(layer.weight)
         try:
-            self._place(model, path, self.storage.quantize(layer))
+            self._replace(model, path, self.storage.quantize(layer))
         except ValueError as error:
             self.problems.append(Diagnostic(name, str(error), "repair the base, or leave the layer out"))
 
-    def take(self, model: PreTrainedModel, name: str, tensors: dict[str, Tensor]) -> None:
-        """Puts a packed layer in the place of the plain one, from the tensors that bitsandbytes keeps of it."""
+    def deserialize(self, model: PreTrainedModel, name: str, tensors: dict[str, Tensor]) -> None:
+        """Replace the plain layer by a quantised one, made from bitsandbytes' tensors."""
         path = name.rpartition(".")[0]
         layer: Any = model.get_submodule(path)
-        made, problems = layer_of(layer, tensors, self.storage.compute)
+        quantized, problems = quantized_layer(layer, tensors, self.storage.compute)
         self.problems += [Diagnostic(name, problem) for problem in problems]
-        if made is not None:
-            self.known[name] = Sample(tuple(layer.weight.shape), b"")
-            self._place(model, path, made)
+        if quantized is not None:
+            self.samples[name] = Sample(tuple(layer.weight.shape), b"")
+            self._replace(model, path, quantized)
 
-    def _place(self, model: PreTrainedModel, path: str, made: Any) -> None:
-        made._is_hf_initialized = made.weight._is_hf_initialized = True  # parents start weights of their children, too
-        made._non_persistent_buffers_set.clear()  # for now: the loader makes such buffers anew, without their values
-        model.set_submodule(path, made)
-        self.packed.append(made)
+    def _replace(self, model: PreTrainedModel, path: str, layer: Any) -> None:
+        layer._is_hf_initialized = layer.weight._is_hf_initialized = True  # parents initialise weights of children too
+        layer._non_persistent_buffers_set.clear()  # for now: the loader replaces such buffers by empty ones
+        model.set_submodule(path, layer)
+        self.replaced.append(layer)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        for name in sorted(self.names - self.known.keys()):  # that came out of one tensor together with another
-            self._pack(model, name)
-        for layer in self.packed:
+        for name in sorted(self.names - self.samples.keys()):  # split from a fused tensor
+            self._quantize(model, name)
+        for layer in self.replaced:
             layer._non_persistent_buffers_set.update(layer._buffers)
             del layer._is_hf_initialized
-        self._plain(model)
+        self._remove_traces(model)
         if self.problems:
             raise FileError(f"cannot load the weights of {model.config._name_or_path}:", self.problems)
-        (base_of(model.config) or Fingerprint.of(model, self.known)).remember(model)
+        (base_of(model.config) or Fingerprint.of(model, self.samples)).remember(model)
         return model
 
-    def _plain(self, model: PreTrainedModel) -> None:
-        """Leaves no trace of a quantiser on the model, which its packed layers do not need."""
+    def _remove_traces(self, model: PreTrainedModel) -> None:
+        """Remove the quantiser from the model, whose quantised layers do not need it."""
         conversions = getattr(model, _CONVERSIONS, None)
         self.remove_quantization_config(model)
         del model.is_quantized
         if conversions is not None:  # Transformers 5.24 has removed them with the configuration
-            setattr(model, _CONVERSIONS, [c for c in conversions if not _takes(c)])
+            kept = [conversion for conversion in conversions if not _deserializes(conversion)]
+            setattr(model, _CONVERSIONS, kept)
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 vars(module.config).pop("_is_quantized", None)
@@ -213,31 +215,31 @@ class LoraryQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-class _Pack(ConversionOps):  # type: ignore[misc]
-    """A dense weight that has just been read becomes a packed layer; what is left is for the loader to place."""
+class _QuantizeOp(ConversionOps):  # type: ignore[misc]
+    """Quantises the layer of a dense weight that has just been read; returns the tensors that stay plain."""
 
     def __init__(self, quantizer: LoraryQuantizer) -> None:
         self.quantizer = quantizer
 
     def convert(self, input_dict: dict[str, Any], *, model: Any, missing_keys: Any, **_: Any) -> dict[str, Tensor]:
-        left = {}
+        plain = {}
         for name, value in input_dict.items():
             tensor = value[0] if isinstance(value, list) else value
-            if self.quantizer.pack(model, name, tensor):
+            if self.quantizer.quantize(model, name, tensor):
                 missing_keys.discard(name)
             else:
-                left[name] = tensor
-        return left
+                plain[name] = tensor
+        return plain
 
 
-class _Take(ConversionOps):  # type: ignore[misc]
-    """The tensors that bitsandbytes keeps of a weight become a packed layer; a weight by itself stays as it is."""
+class _DeserializeOp(ConversionOps):  # type: ignore[misc]
+    """Makes a quantised layer from bitsandbytes' tensors of a weight; a plain weight stays as it is."""
 
     def __init__(self, quantizer: LoraryQuantizer) -> None:
-        self.hf_quantizer = quantizer  # by this name, so that the loader leaves the precision of what it reads
+        self.hf_quantizer = quantizer  # the loader looks for this name before it converts dtypes
 
-    def __deepcopy__(self, memo: Any) -> _Take:
-        return self  # the loader copies it for every weight, and there is one quantiser
+    def __deepcopy__(self, memo: Any) -> _DeserializeOp:
+        return self  # the loader copies it for every weight, but there is one quantiser
 
     def convert(
         self, input_dict: dict[str, Any], *, model: Any, full_layer_name: str, missing_keys: Any, **_: Any
@@ -246,17 +248,17 @@ class _Take(ConversionOps):  # type: ignore[misc]
         alone = tensors.get("weight") if len(tensors) == 1 else None
         if alone is not None and alone.dtype != torch.uint8:
             return {"weight": alone.to(_dtype(model, full_layer_name))}
-        self.hf_quantizer.take(model, full_layer_name, tensors)
+        self.hf_quantizer.deserialize(model, full_layer_name, tensors)
         missing_keys.discard(full_layer_name)
         return {}
 
 
 def _dtype(model: Any, name: str) -> torch.dtype:
-    """The precision that the loader gives a plain tensor."""
+    """The precision in which the loader keeps a plain tensor."""
     own: torch.dtype = model.get_parameter_or_buffer(name).dtype
     plan: dict[str, torch.dtype] = model._get_dtype_plan(own)
     return next((dtype for part, dtype in plan.items() if re.search(part.replace("*", ".*"), name)), own)
 
 
-def _takes(conversion: Any) -> bool:
-    return any(isinstance(op, _Take) for op in getattr(conversion, "operations", ()))
+def _deserializes(conversion: Any) -> bool:
+    return any(isinstance(op, _DeserializeOp) for op in getattr(conversion, "operations", ()))

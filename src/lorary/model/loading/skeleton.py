@@ -1,7 +1,7 @@
-"""Llama's decoder on the meta device, without Transformers, whose import takes longer than all else in `lorary plan`.
+"""Llama's decoder on the meta device, without Transformers: its import would take most of the time of `lorary plan`.
 
-It has the names, the shapes and the operations of Transformers' own models of the families below, so a step of it
-holds the same bytes; the tests compare both. Every other model comes from Transformers.
+Names, shapes and operations are those of Transformers' models of the families below, so a training step takes the same
+memory; the tests compare both. Every other model comes from Transformers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
-Rotation = tuple[Tensor, Tensor]  # cosines and sines, [1, length, width of a head]
+Rotation = tuple[Tensor, Tensor]  # cosines and sines, [1, length, head width]
 
 
 class Norm(nn.Module):
@@ -34,7 +34,7 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention with rotated queries and keys, fewer heads of keys and values, and a norm for each head (Qwen 3)."""
+    """Grouped-query attention with RoPE, and with norms per head for Qwen 3."""
 
     def __init__(self, a: SimpleNamespace) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Attention(nn.Module):
         if self.normed:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = _rotated(q.transpose(1, 2), rotation), _rotated(k.transpose(1, 2), rotation), v.transpose(1, 2)
-        if mask is not None:  # no fused kernel takes a mask and fewer heads of keys
+        if mask is not None:  # no fused kernel takes both a mask and grouped keys
             k, v = self._for_all_heads(k), self._for_all_heads(v)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=mask is None)
         projected: Tensor = self.o_proj(y.transpose(1, 2).contiguous().reshape(*x.shape[:-1], -1))
@@ -88,7 +88,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each of a normed input and added to it."""
+    """A pre-norm transformer block."""
 
     def __init__(self, a: SimpleNamespace) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Block(nn.Module):
 
 
 class Rotary(nn.Module):
-    """The angles of rotary position embedding."""
+    """Rotary position embedding."""
 
     inv_freq: Tensor
 
@@ -112,14 +112,14 @@ class Rotary(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Rotation:
-        places = torch.arange(x.shape[1], device=x.device)[None, :, None].float()
-        angles = places * self.inv_freq.float()
+        positions = torch.arange(x.shape[1], device=x.device)[None, :, None].float()
+        angles = positions * self.inv_freq.float()
         both = torch.cat((angles, angles), dim=-1)
         return both.cos().to(x.dtype), both.sin().to(x.dtype)
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and the last norm."""
+    """Embedding, blocks and the final norm."""
 
     def __init__(self, a: SimpleNamespace) -> None:
         super().__init__()
@@ -136,17 +136,17 @@ class Decoder(nn.Module):
             batch, length = input_ids.shape
             mask = torch.empty(batch, 1, length, length, dtype=torch.bool, device=x.device)
         for block in self.layers:
-            given = (x, rotation, mask)
-            x = checkpoint(block, *given, **self.checkpointing) if self.checkpointing else block(*given)
-            del given
+            inputs = (x, rotation, mask)
+            x = checkpoint(block, *inputs, **self.checkpointing) if self.checkpointing else block(*inputs)
+            del inputs
         return (self.norm(x),)
 
 
 class Skeleton(nn.Module):
-    """A causal language model of Llama's kind.
+    """A Llama-like causal language model.
 
     Args:
-        a: the content of `config.json`, with `sizes` filled in.
+        a: the content of `config.json`, completed by `_sizes`.
     """
 
     base_model_prefix = "model"
@@ -165,7 +165,7 @@ class Skeleton(nn.Module):
         return self.model
 
     def get_input_embeddings(self) -> nn.Module:
-        """The table of tokens."""
+        """The token embedding."""
         return self.model.embed_tokens
 
     def get_output_embeddings(self) -> nn.Module:
@@ -173,12 +173,12 @@ class Skeleton(nn.Module):
         return self.lm_head
 
     def gradient_checkpointing_enable(self, options: Mapping[str, Any]) -> None:
-        """Compute every block again in the backward pass, by `checkpoint` with these options."""
+        """Recompute every block in the backward pass, by `checkpoint` with these options."""
         self.model.checkpointing = options
 
 
 def skeleton(settings: Mapping[str, Any], dtype: torch.dtype) -> Skeleton | None:
-    """The model that a `config.json` describes, on the meta device; None for one that differs from Llama's.
+    """The model of a `config.json` on the meta device; None if it is not Llama-like.
 
     Args:
         settings: its content.
@@ -188,10 +188,10 @@ def skeleton(settings: Mapping[str, Any], dtype: torch.dtype) -> Skeleton | None
     if a is None:
         return None
     with torch.device("meta"):
-        made = Skeleton(a)
-    for parameter in made.parameters():
+        model = Skeleton(a)
+    for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    return made.eval()
+    return model.eval()
 
 
 def _sizes(settings: Mapping[str, Any]) -> SimpleNamespace | None:
@@ -220,12 +220,11 @@ def _sizes(settings: Mapping[str, Any]) -> SimpleNamespace | None:
     return a
 
 
-def linear(inp: int, out: int, bias: bool = False) -> nn.Linear:
-    """A linear layer on the meta device. nn.Linear itself draws its numbers even there, which takes its time."""
+def linear(in_features: int, out_features: int, bias: bool = False) -> nn.Linear:
+    """A linear layer on the meta device, without nn.Linear's initialisation, which takes time even there."""
     layer = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(layer)
-    layer.in_features, layer.out_features = inp, out
-    layer.weight = nn.Parameter(torch.empty(out, inp, device="meta"))
-    made = nn.Parameter(torch.empty(out, device="meta")) if bias else None
-    layer.register_parameter("bias", made)
+    layer.in_features, layer.out_features = in_features, out_features
+    layer.weight = nn.Parameter(torch.empty(out_features, in_features, device="meta"))
+    layer.register_parameter("bias", nn.Parameter(torch.empty(out_features, device="meta")) if bias else None)
     return layer

@@ -1,1 +1,1 @@
-"""A method in an optimizer and a training loop."""
+"""A method in your own optimizer and training loop: param_groups and rules."""

@@ -1,4 +1,4 @@
-"""Optimizer groups of a method: one for every learning-rate multiplier."""
+"""param_groups: optimizer groups of a method, one per learning-rate multiplier."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from lorary.model.state import base_parameter, require
 
 
 def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-    """Optimizer groups that cover the trainable set exactly: one for each learning-rate multiplier and decay.
+    """Optimizer groups that cover the trainable set exactly, one per learning-rate multiplier and weight decay.
 
     Args:
         model: a model with a method attached.
         lr: the learning rate of a role with multiplier 1, per optimizer step.
-        weight_decay: decoupled decay; vectors (biases, norms, magnitudes) take none.
+        weight_decay: decoupled weight decay; vectors (biases, norms, magnitudes) have none.
 
     Returns:
-        Groups as torch.optim takes them, each with a `name` that says what is in it.
+        Groups for torch.optim, each with a `name` such as "B x16 decayed".
 
     Raises:
-        StateError: nothing is attached, nothing of it trains, or some parameter that requires a gradient is neither
-            an adapter's nor planned.
+        StateError: nothing is attached, no adapter trains, or a parameter that requires a gradient belongs neither to
+            an adapter nor to the plan.
         ConfigError: the rate or the decay is out of range.
     """
     state = require(model, "train")
@@ -36,41 +36,44 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
         problems.append(Diagnostic("weight_decay", f"{weight_decay!r} is not a finite number of at least 0"))
     if problems:
         raise ConfigError("invalid optimizer settings:", problems)
-    rows: dict[tuple[float, float], dict[str, Any]] = {}
-
-    def put(role: str, parameter: nn.Parameter, rate: float) -> None:
+    trained = [
+        (parameter, role, layer.method.rate(role))
+        for layer in adapted_layers(model).values()
+        for role, parameter in layer.params.items()
+    ]
+    trained += [(base_parameter(model, name), "full", 1.0) for name in state.full]
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    seen: set[nn.Parameter] = set()  # layers may share tensors, and base parameters be tied
+    for parameter, role, rate in trained:
+        if not parameter.requires_grad or parameter in seen:
+            continue
+        seen.add(parameter)
         decay = weight_decay if parameter.dim() > 1 else 0.0
-        row = rows.setdefault((rate, decay), {"params": [], "lr": lr * rate, "weight_decay": decay, "roles": {}})
-        row["params"].append(parameter)
-        row["roles"][role] = None
-
-    seen: set[int] = set()  # layers may train one set of tensors in common
-    for layer in adapted_layers(model).values():
-        for role, parameter in layer.params.items():
-            if parameter.requires_grad and id(parameter) not in seen:
-                put(role, parameter, layer.method.rate(role))
-                seen.add(id(parameter))
-    for parameter in {id(p): p for p in (base_parameter(model, name) for name in state.full)}.values():
-        if parameter.requires_grad:
-            put("full", parameter, 1.0)
-    _check_cover(model, [p for row in rows.values() for p in row["params"]])
-    for (rate, decay), row in rows.items():
-        row["name"] = " ".join(row.pop("roles")) + (f" x{rate:g}" if rate != 1 else "") + (" decayed" if decay else "")
-    return list(rows.values())
+        group = groups.setdefault((rate, decay), {"params": [], "lr": lr * rate, "weight_decay": decay, "roles": {}})
+        group["params"].append(parameter)
+        group["roles"][role] = None
+    _check_cover(model, seen)
+    for (rate, decay), group in groups.items():
+        suffix = (f" x{rate:g}" if rate != 1 else "") + (" decayed" if decay else "")
+        group["name"] = " ".join(group.pop("roles")) + suffix
+    return list(groups.values())
 
 
 def _number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _check_cover(model: nn.Module, grouped: list[nn.Parameter]) -> None:
-    """Every parameter that trains is in exactly one group."""
-    ids = {id(p) for p in grouped}
+def _check_cover(model: nn.Module, grouped: set[nn.Parameter]) -> None:
+    """Refuse parameters that require a gradient outside of the groups, and empty groups.
+
+    Raises:
+        StateError: every such parameter.
+    """
     what, fix = "requires a gradient, but no plan trains it", "freeze it, or name it in `full`"
-    stray = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in ids]
+    stray = [name for name, p in model.named_parameters() if p.requires_grad and p not in grouped]
     if stray:
         problems = [Diagnostic(name, what, fix) for name in stray]
-        raise StateError("the parameter groups do not match what trains:", problems)
+        raise StateError("the parameter groups do not match the trainable parameters:", problems)
     if not grouped:
         what, fix = "no parameter requires a gradient", "load the adapter with trainable=True"
         raise StateError("nothing to train:", [Diagnostic("model", what, fix)])

@@ -1,4 +1,4 @@
-"""param_groups and rules: a method in an optimizer and in any training loop."""
+"""rules: the training-time rules of a method (AdaLoRA, Delta-LoRA, O-LoRA, GLoRA) in any training loop."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from torch import Tensor, nn
 from lorary.errors import ConfigError, Diagnostic, StateError
 from lorary.layers.adapted import Adapted, adapted_layers
 from lorary.layers.dtensor import distribute_like
-from lorary.model.rank_pruning import shrink
+from lorary.model.rank_pruning import prune_directions
 from lorary.model.state import require
 from lorary.spec.interfaces import Rule
 
 
 @dataclass
 class Rules:
-    """A method's rules at work in a training run. Without rules every call does nothing.
+    """The rules of a method in a training run. Without rules every call does nothing.
 
     Args:
         model: with a method attached.
-        steps: how many optimizer steps the run has.
-        optimizer: the one that trains, for the rules that reach into its state.
-        state: what `state_dict` gave, to go on from there.
+        steps: the number of optimizer steps of the run.
+        optimizer: the run's optimizer, for rules that change its state.
+        state: from `state_dict`, to resume a run.
 
     Attributes:
         step: optimizer steps done.
         layers: the adapted layers.
-        rules: the method's.
-        states: one for each rule, its tensors by name.
+        rules: the method's rules.
+        states: one per rule, its tensors by name.
     """
 
     model: nn.Module = field(repr=False)
@@ -46,95 +46,92 @@ class Rules:
     def __post_init__(self, state: Mapping[str, Tensor] | None) -> None:
         self.layers = list(adapted_layers(self.model).values())
         self.rules = self.layers[0].method.rules if self.layers else ()
-        _check_optimizer(self.rules, self.optimizer)
+        what, fix = "changes the optimizer's state", "lorary.rules(model, steps, optimizer)"
+        names = [type(rule).__name__ for rule in self.rules if rule.needs_optimizer and self.optimizer is None]
+        if names:
+            problems = [Diagnostic(name, what, fix) for name in names]
+            raise StateError("the method's rules need the optimizer:", problems)
         self.states = [rule.start(self.layers, self.steps) for rule in self.rules]
         if state is None:
             self._before_step()
-        else:  # what a rule does before the first step it has done
+        else:  # the rules have done their work before the first step
             self.load_state_dict(state)
 
     @property
-    def _at_work(self) -> Iterator[tuple[Rule, dict[str, Tensor]]]:
+    def _rules_and_states(self) -> Iterator[tuple[Rule, dict[str, Tensor]]]:
         return zip(self.rules, self.states, strict=True)
 
     def _before_step(self) -> None:
-        for rule, state in self._at_work:
+        for rule, state in self._rules_and_states:
             rule.before_step(self.layers, state, self.step + 1)
 
     def penalty(self) -> Tensor | float:
-        """What the rules add to the training loss."""
-        terms = [rule.penalty(self.layers, state) for rule, state in self._at_work]
+        """The sum of the rules' terms of the training loss."""
+        terms = [rule.penalty(self.layers, state) for rule, state in self._rules_and_states]
         return sum(terms[1:], start=terms[0]) if terms else 0.0
 
     def after_backward(self) -> None:
-        """Call when the gradients of an optimizer step are complete, before they are clipped."""
-        for rule, state in self._at_work:
+        """Call when the gradients of an optimizer step are complete, before clipping."""
+        for rule, state in self._rules_and_states:
             rule.after_backward(self.layers, state, self.step + 1)
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Call after the optimizer has stepped, before the gradients are cleared."""
         self.step += 1
-        for rule, state in self._at_work:
+        for rule, state in self._rules_and_states:
             rule.after_step(self.layers, state, self.step, self)
         self._before_step()
 
     def report(self) -> dict[str, Any]:
-        """Figures of the rules for the log: numbers, or numbers by site."""
-        return {name: value for rule, state in self._at_work for name, value in rule.report(self.layers, state).items()}
+        """Metrics of the rules for the log: numbers, or numbers by site."""
+        reports = [rule.report(self.layers, state) for rule, state in self._rules_and_states]
+        return {name: value for report in reports for name, value in report.items()}
 
     def shrink(self, keep: Mapping[str, Tensor]) -> bool:
-        """Keep these directions alone (site -> bool [R]); see `lorary.spec.interfaces.Run`.
+        """Remove all other rank directions (keep: site -> bool [R]); see `lorary.spec.interfaces.Run`.
 
-        DDP and FSDP hold on to the parameters that they were given: with them the adapter shrinks when it is saved.
+        DDP and FSDP keep references to parameters: with them the adapter is pruned when it is saved.
         """
-        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-        return alone and self.optimizer is not None and shrink(self.model, keep, self.optimizer)
+        single = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        return single and self.optimizer is not None and prune_directions(self.model, keep, self.optimizer)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Flat tensors, for a checkpoint; under FSDP they may be sharded."""
+        """Tensors by name, for a checkpoint; under FSDP they may be sharded."""
         flat = {f"{i}.{name}": t for i, state in enumerate(self.states) for name, t in state.items()}
         return flat | {"step": torch.tensor(self.step)}
 
     def load_state_dict(self, flat: Mapping[str, Tensor]) -> None:
-        """Put back what `state_dict` gave, whole tensors also where the state is sharded here.
+        """Load the result of `state_dict`: full tensors, also if the state is sharded here.
 
         Raises:
-            StateError: it was another method's: names or shapes differ.
+            StateError: it belongs to another method or run.
         """
+        self._check_state(flat)
+        self.step = int(flat["step"])
+        for i, state in enumerate(self.states):
+            for name, mine in state.items():
+                value = flat[f"{i}.{name}"]
+                fits = value.shape == mine.shape
+                state[name] = distribute_like(mine, value.clone()) if fits else value.to(mine.device, copy=True)
+        self._before_step()
+
+    def _check_state(self, flat: Mapping[str, Tensor]) -> None:
         if not isinstance(flat, Mapping) or not all(isinstance(t, Tensor) for t in flat.values()):
-            problem = Diagnostic("state", "is no mapping of names to tensors", "pass the result of Rules.state_dict")
+            what = "is not a mapping from names to tensors"
+            problem = Diagnostic("state", what, "pass the result of Rules.state_dict")
             raise StateError("invalid training state:", [problem])
         mine = self.state_dict()
         wrong = sorted(set(mine) ^ set(flat), key=str)
-        # what a rule needs no more it gives back: nothing is left of it
+        # a rule empties the tensors that it no longer needs
         wrong += [k for k in mine.keys() & flat.keys() if mine[k].shape != flat[k].shape and flat[k].numel()]
         if wrong:
             problems = [Diagnostic(key, "is missing, unknown or of another shape") for key in wrong]
             raise StateError("the training state belongs to another method:", problems)
         if not 0 <= (step := float(flat["step"])) <= self.steps or step != int(step):
-            problem = Diagnostic(
-                "step", f"is {step:g}, and the run has {self.steps} steps", "pass the steps of the saved run"
-            )
+            what = f"is {step:g}, but the run has {self.steps} steps"
+            problem = Diagnostic("step", what, "pass the steps of the saved run")
             raise StateError("the training state belongs to another run:", [problem])
-        self.step = int(step)
-        for i, state in enumerate(self.states):
-            for name in state:
-                value = flat[f"{i}.{name}"]
-                fits = value.shape == state[name].shape
-                state[name] = (
-                    distribute_like(state[name], value.clone()) if fits else value.to(state[name].device, copy=True)
-                )
-        self._before_step()
-
-
-def _check_optimizer(rules: tuple[Rule, ...], optimizer: torch.optim.Optimizer | None) -> None:
-    what, fix = "reaches into the optimizer's state", "lorary.rules(model, steps, optimizer)"
-    problems = [
-        Diagnostic(type(rule).__name__, what, fix) for rule in rules if rule.needs_optimizer and optimizer is None
-    ]
-    if problems:
-        raise StateError("the method's rules need the optimizer:", problems)
 
 
 def rules(
@@ -143,20 +140,20 @@ def rules(
     optimizer: torch.optim.Optimizer | None = None,
     state: Mapping[str, Tensor] | None = None,
 ) -> Rules:
-    """The rules of the attached method, for a run of so many optimizer steps.
+    """The rules of the attached method for a training run.
 
     Args:
-        model: with a method attached, as it is at the start of the run, or where the run was left.
-        steps: optimizer steps of the whole run.
-        optimizer: the one that trains. Some rules need it (O-LoRA's hard mode), and AdaLoRA takes less memory with it.
-        state: what `Rules.state_dict` gave, to go on from there.
+        model: with a method attached, at the start of the run or at the checkpoint to resume.
+        steps: the number of optimizer steps of the whole run.
+        optimizer: the run's optimizer. Some rules need it (O-LoRA's hard mode); AdaLoRA takes less memory with it.
+        state: from `Rules.state_dict`, to resume.
 
     Raises:
-        StateError: nothing is attached; a rule needs the optimizer; the state is another method's.
-        ConfigError: so many steps leave no room for a rule.
+        StateError: nothing is attached; a rule needs the optimizer; the state belongs to another method or run.
+        ConfigError: the number of steps is invalid, or too small for a rule.
     """
     require(model, "train")
     if type(steps) is not int or steps < 0:
-        problem = Diagnostic("steps", f"{steps!r} is no number of optimizer steps")
+        problem = Diagnostic("steps", f"{steps!r} is not a number of optimizer steps")
         raise ConfigError("invalid number of steps:", [problem])
     return Rules(model, steps, optimizer, state)

@@ -1,1 +1,6 @@
-"""A run's configuration: one strict value, read from YAML."""
+"""A run's configuration: one strict value, read from YAML or a dictionary."""
+
+from lorary.train.config.config import Config
+from lorary.train.config.load import from_dict, load
+
+__all__ = ["Config", "from_dict", "load"]

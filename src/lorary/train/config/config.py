@@ -1,8 +1,8 @@
-"""What a training run is, as one strict value: `Config`, read from YAML by `lorary.train.config.load`.
+"""The configuration of a training run: `Config` and its sections.
 
-Every field has a range, a default and a sentence; `lorary init`, the JSON schema and the documentation are
-generated from these models, so they cannot disagree. Nothing is ignored: an unknown key is an error, and so
-is a key that would have no effect beside another one (`lorary.train.config.conflicts`).
+Every field has a range, a default and a description. `lorary init`, the JSON schema and the documentation are
+generated from these models, so they cannot disagree. An unknown key is an error, and so is a key without effect
+(`lorary.train.config.conflicts`).
 """
 
 from __future__ import annotations
@@ -10,13 +10,31 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, PrivateAttr
+from pydantic import Field, PrivateAttr
 from pydantic.fields import FieldInfo
 
+from lorary import methods  # noqa: F401 (registers the presets)
+from lorary.methods.lora_drop import announced
 from lorary.model.loading.source import ModelSection, Section
-from lorary.train.config.fields import Alpha, Count, Optimizer, Rank, Real, Sources, Tracker, Whole, Words, words_of
+from lorary.model.planning import default_targets, plan
+from lorary.spec.method import Method
+from lorary.spec.presets import method, resolve_presets
+from lorary.train.config._fields import (
+    Alpha,
+    Count,
+    Fraction,
+    Integer,
+    Names,
+    Number,
+    Optimizer,
+    Size,
+    SomeNames,
+    Sources,
+    Trackers,
+)
+from lorary.train.config.previous_tasks import past_of
 from lorary.train.config.yaml_source import dump
 
 if TYPE_CHECKING:
@@ -24,118 +42,98 @@ if TYPE_CHECKING:
 
     from lorary.adapters.adapter import Adapter
     from lorary.model.plan import Plan
-    from lorary.spec.method import Method
 
 LORA_LR = 2e-4
+_LORA_OPTIONS = ("r", "alpha", "dropout")
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 class DropSection(Section):
-    """LoRA-drop: layers in which a short probe learns little share one LoRA."""
+    """LoRA-drop: layers that a short probe finds unimportant share one LoRA."""
 
-    threshold: Annotated[Real, Field(gt=0, lt=1)] = Field(
-        default=0.9, description="layers are kept until they have this share of their module kind's importance"
+    threshold: Annotated[Number, Field(gt=0, lt=1)] = Field(
+        default=0.9, description="share of a module kind's importance that the layers with their own LoRA must hold"
     )
-    sample: Annotated[Real, Field(gt=0, le=1)] = Field(
-        default=0.1, description="share of the training rows that the probe learns from"
+    sample: Annotated[Number, Field(gt=0, le=1)] = Field(
+        default=0.1, description="share of the training rows that the probe trains on"
     )
-    steps: Annotated[Whole, Field(ge=2, le=1_000_000_000)] | None = Field(
+    steps: Annotated[Integer, Field(ge=2, le=1_000_000_000)] | None = Field(
         default=None, description="optimizer steps of the probe; empty: one pass over its rows"
     )
 
 
 class MethodSection(Section):
-    """What is learnt, and where."""
+    """The method and its targets."""
 
-    name: Words = Field(
-        default=("lora",), description="presets that combine, such as lora, rslora; see `lorary methods`"
+    name: SomeNames = Field(
+        default=("lora",), description="presets to combine, such as lora, rslora; see `lorary methods`"
     )
-    r: Rank | None = Field(default=None, description="rank of every adapter; empty: the method's own, 16 for lora")
+    r: Size | None = Field(default=None, description="rank; empty: the method's default, 16 for lora")
     alpha: Alpha | None = Field(
-        default=None, description="adapters are scaled by alpha/r (rslora: alpha/sqrt(r)); empty: 32 for lora"
+        default=None, description="numerator of the scale alpha/r (rslora: alpha/sqrt(r)); empty: 32 for lora"
     )
-    dropout: Annotated[Real, Field(ge=0, lt=1)] | None = Field(
-        default=None, description="dropout of an adapter's input; empty: 0"
-    )
-    targets: Words | None = Field(
+    dropout: Fraction | None = Field(default=None, description="dropout on the adapter's input; empty: 0")
+    targets: SomeNames | None = Field(
         default=None,
         description="all-linear, attention, attention-qv, mlp, embedding, conv, names, globs; empty: the method's own",
     )
-    exclude: Annotated[tuple[str, ...], BeforeValidator(words_of)] = Field(
-        default=(), description="component names or globs that stay frozen although targets names them"
-    )
-    ranks: dict[str, Rank] = Field(default={}, description='ranks of single sites by glob, such as {"*.down_proj": 4}')
-    alphas: dict[str, Alpha] = Field(default={}, description="alphas of single sites by glob")
-    options: dict[str, Any] = Field(
-        default={}, description="parameters of the presets themselves, such as {ratio: 16} for lora+"
-    )
-    after: Annotated[tuple[str, ...], BeforeValidator(words_of)] = Field(
-        default=(), description="adapter folders of the tasks before this one, the first one first (o-lora)"
-    )
+    exclude: Names = Field(default=(), description="component names or globs to leave out of targets")
+    ranks: dict[str, Size] = Field(default={}, description='ranks by glob, such as {"*.down_proj": 4}')
+    alphas: dict[str, Alpha] = Field(default={}, description="alphas by glob")
+    options: dict[str, Any] = Field(default={}, description="presets' parameters, such as {ratio: 16} for lora+")
+    after: Names = Field(default=(), description="adapter folders of the earlier tasks, in order (o-lora)")
     drop: DropSection | None = Field(
-        default=None, description="LoRA-drop, such as {threshold: 0.9, sample: 0.1}; empty: every layer has its own"
+        default=None, description="LoRA-drop, such as {threshold: 0.9, sample: 0.1}; empty: one LoRA per layer"
     )
 
     def build(self) -> Method:
-        """The method that this section asks for.
+        """The method of this section.
 
         Raises:
             MethodError: unknown presets or options, and every contradiction between them.
         """
-        from lorary import methods  # noqa: F401 (registers the presets)
-        from lorary.spec.presets import method
-
-        given = {key: getattr(self, key) for key in ("r", "alpha", "dropout")}
-        options = {key: value for key, value in given.items() if value is not None}
+        options = {key: value for key in _LORA_OPTIONS if (value := getattr(self, key)) is not None}
         return method(*self.name, **options, **self.options)
 
     def plan(self, model: nn.Module, past: Sequence[Adapter] | None = None) -> Plan:
-        """Where that method goes in a model; nothing is touched. Raises what `build` and `lorary.plan` raise.
+        """The plan of this method for a model, which stays unchanged. Raises what `build` and `lorary.plan` raise.
 
         Args:
             model: the base; it may be on the meta device.
-            past: the adapters of `after`, where they have been read before.
+            past: the adapters of `after` if they are loaded already.
         """
-        from lorary.model.planning import plan
-
-        if past is None and self.after:
-            from lorary.train.config.previous_tasks import past_of
-
-            past = past_of(self.after)
-        words: dict[str, Any] = {"ranks": self.ranks, "alphas": self.alphas, "exclude": self.exclude}
-        made = plan(model, self.build(), self.targets, **words, after=past or ())
+        past = past_of(self.after) if past is None else past
+        options: dict[str, Any] = {"ranks": self.ranks, "alphas": self.alphas, "exclude": self.exclude}
+        planned = plan(model, self.build(), self.targets, **options, after=past)
         if self.drop is None:
-            return made
-        from lorary.methods.lora_drop import announced
-
-        return dataclasses.replace(made, notes=(*made.notes, announced(self.drop.threshold, self.drop.sample)))
+            return planned
+        return dataclasses.replace(planned, notes=(*planned.notes, announced(self.drop.threshold, self.drop.sample)))
 
 
 class DataSection(Section):
-    """What it is learnt from."""
+    """The training and held-out data."""
 
     train: Sources = Field(
         description="file (jsonl, json, csv, parquet), folder, Hub id, builtin:NAME, or a list of them"
     )
     validation: Sources | None = Field(default=None, description="the same for held-out data")
-    validation_split: Annotated[Real, Field(ge=0, lt=1)] = Field(
-        default=0.0, description="share of the training rows that is held out when validation is empty"
+    validation_split: Fraction = Field(
+        default=0.0, description="share of the training rows to hold out when validation is empty"
     )
     subset: str | None = Field(default=None, description="configuration name of a Hub data set")
     format: Literal["auto", "text", "prompt-completion", "messages", "alpaca", "sharegpt", "preference"] = Field(
-        "auto", description="shape of a row; auto: detected from its fields, and shown"
+        default="auto", description="format of a row; auto: detected from its fields, and shown"
     )
-    columns: dict[str, str] = Field(
-        default={}, description="your names of a shape's fields, such as {prompt: question}"
+    columns: dict[str, str] = Field(default={}, description="your field names, such as {prompt: question}")
+    max_length: Annotated[Integer, Field(ge=8, le=10_000_000)] = Field(
+        default=1024, description="maximum tokens per row"
     )
-    max_length: Annotated[Whole, Field(ge=8, le=10_000_000)] = Field(default=1024, description="longest row, in tokens")
     overlong: Literal["auto", "error", "drop", "truncate", "split"] = Field(
-        default="auto",
-        description="a row beyond max_length; auto: text is split into rows, anything else is an error",
+        default="auto", description="rows beyond max_length; auto: plain text is split, anything else is an error"
     )
-    packing: bool = Field(default=False, description="fill rows of max_length with several examples")
+    packing: bool = Field(default=False, description="pack several examples into one row of max_length")
     loss: Literal["auto", "completion", "all"] = Field(
-        default="auto",
-        description="tokens that are learnt; auto: the answers alone, in plain text everything",
+        default="auto", description="tokens in the loss; auto: the answers, or all of a plain text"
     )
     chat_template: str | None = Field(
         default=None, description="Jinja file or builtin:chatml; empty: the tokenizer's own template"
@@ -143,159 +141,136 @@ class DataSection(Section):
 
 
 class TrainingSection(Section):
-    """How it is learnt."""
+    """The optimization."""
 
-    epochs: Annotated[Real, Field(gt=0, le=100_000)] | None = Field(
-        default=None, description="passes over the training data; 3 when max_steps is empty too"
+    epochs: Annotated[Number, Field(gt=0, le=100_000)] | None = Field(
+        default=None, description="passes over the training data; 3 if max_steps is empty too"
     )
-    max_steps: Count | None = Field(default=None, description="optimizer steps, instead of epochs")
-    batch_size: Annotated[Whole, Field(ge=1, le=65_536)] = Field(
-        default=4, description="rows per device and forward pass"
-    )
-    gradient_accumulation_steps: Annotated[Whole, Field(ge=1, le=65_536)] = Field(
-        default=4, description="forward passes per optimizer step"
-    )
-    eval_batch_size: Annotated[Whole, Field(ge=1, le=65_536)] | None = Field(
-        default=None, description="rows per device in evaluation; empty: batch_size"
-    )
-    lr: Annotated[Real, Field(gt=0, le=1)] | None = Field(
+    max_steps: Count | None = Field(default=None, description="optimizer steps; replaces epochs")
+    batch_size: Size = Field(default=4, description="rows per device and forward pass")
+    gradient_accumulation_steps: Size = Field(default=4, description="forward passes per optimizer step")
+    eval_batch_size: Size | None = Field(default=None, description="rows per device in evaluation; empty: batch_size")
+    lr: Annotated[Number, Field(gt=0, le=1)] | None = Field(
         default=None, description="learning rate; empty: 2e-4 (SFT) or 5e-6 (DPO), times the method's factor"
     )
     schedule: Literal["cosine", "linear", "constant", "polynomial", "inverse_sqrt"] = Field(
-        default="cosine", description="learning rate after the warmup"
+        default="cosine", description="learning-rate schedule after the warmup"
     )
-    warmup: Annotated[Real, Field(ge=0, le=1_000_000_000)] = Field(
-        default=0.03, description="share of the steps when below 1, otherwise their number"
+    warmup: Annotated[Number, Field(ge=0, le=1_000_000_000)] = Field(
+        default=0.03, description="share of the steps if below 1, number of steps otherwise"
     )
     optimizer: Optimizer = Field(
         default="adamw_torch",
         description="as Transformers names it; paged_adamw (bitsandbytes, CUDA) keeps its state on the host",
     )
-    weight_decay: Annotated[Real, Field(ge=0, le=1)] = Field(default=0.0, description="decoupled decay")
-    max_grad_norm: Annotated[Real, Field(ge=0, le=1e6)] = Field(
-        default=1.0, description="gradients are clipped to this norm; 0: never"
+    weight_decay: Annotated[Number, Field(ge=0, le=1)] = Field(default=0.0, description="decoupled weight decay")
+    max_grad_norm: Annotated[Number, Field(ge=0, le=1e6)] = Field(
+        default=1.0, description="gradient clipping norm; 0: no clipping"
     )
     gradient_checkpointing: bool = Field(
-        default=False, description="recompute activations: less memory, a third more time"
+        default=False, description="recompute activations: less memory, about a third more time"
     )
-    bf16: bool = Field(
-        default=False, description="compute in bfloat16 where the weights are kept in float32 (autocast)"
+    bf16: bool = Field(default=False, description="compute in bfloat16 with float32 weights (autocast)")
+    seed: Annotated[Integer, Field(ge=0, le=2**32 - 1)] = Field(
+        default=42, description="seed of the data order, the initialisation and dropout"
     )
-    seed: Annotated[Whole, Field(ge=0, le=2**32 - 1)] = Field(
-        default=42, description="of the data order, the start and dropout"
-    )
-    logging_steps: Count = Field(default=10, description="optimizer steps between two lines of the log")
-    eval_steps: Count | None = Field(
-        default=None, description="optimizer steps between evaluations; empty: once per epoch"
-    )
-    save_steps: Count | None = Field(
-        default=None, description="optimizer steps between checkpoints; empty: once per epoch"
-    )
-    save_total_limit: Count = Field(default=2, description="checkpoints that are kept")
+    logging_steps: Count = Field(default=10, description="optimizer steps between two log lines")
+    eval_steps: Count | None = Field(default=None, description="optimizer steps between evaluations; empty: an epoch")
+    save_steps: Count | None = Field(default=None, description="optimizer steps between checkpoints; empty: an epoch")
+    save_total_limit: Count = Field(default=2, description="checkpoints to keep")
     early_stopping_patience: Count | None = Field(
-        default=None, description="stop after this many evaluations without a better loss, and keep the best"
+        default=None, description="stop after so many evaluations without a lower loss; keeps the best"
     )
-    keep_best: bool = Field(
-        default=False, description="the result is the adapter of the best evaluation, not of the last step"
-    )
-    report_to: Annotated[tuple[Tracker, ...], BeforeValidator(words_of), Field(min_length=1)] = Field(
-        default=("none",), description="tensorboard, wandb, trackio; metrics.jsonl is always written"
-    )
-    dpo_beta: Annotated[Real, Field(gt=0, le=1000)] | None = Field(
-        default=None, description="strength of the pull to the base model in DPO; 0.1 when empty"
+    keep_best: bool = Field(default=False, description="save the best evaluation's adapter, not the last step's")
+    report_to: Trackers = Field(default=("none",), description="tensorboard, wandb or trackio, beside metrics.jsonl")
+    dpo_beta: Annotated[Number, Field(gt=0, le=1000)] | None = Field(
+        default=None, description="DPO's beta, the pull to the base; empty: 0.1"
     )
 
 
 class Config(Section):
     """One training run.
 
-    Build it from a file with `lorary.train.config.load.load`, from a dictionary with
-    `lorary.train.config.load.from_dict` (both explain every mistake at once), or from its sections.
+    Built from a file by `lorary.train.config.load`, from a dictionary by `lorary.train.config.from_dict` (both report
+    every mistake at once), or from its sections.
     """
 
     model: ModelSection
-    task: Literal["sft", "dpo"] = Field(default="sft", description="sft: next tokens; dpo: preference pairs")
+    task: Literal["sft", "dpo"] = Field(default="sft", description="sft: next-token prediction; dpo: preference pairs")
     method: MethodSection = MethodSection()
     data: DataSection
     training: TrainingSection = TrainingSection()
-    output: str = Field(
-        default="out", min_length=1, description="run folder: config, metrics, plots, checkpoints, adapter"
-    )
+    output: str = Field(default="out", min_length=1, description="run folder: metrics, plots, checkpoints, adapter")
 
     _notes: tuple[str, ...] = PrivateAttr(())
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """How the file was read where not word for word: other tools' names, defaults of `resolve`."""
+        """Translations of other tools' names, and the defaults that `resolve` chose."""
         return self._notes
 
-    def noted(self, *notes: str) -> Config:
-        """The same configuration with further notes."""
+    def with_notes(self, *notes: str) -> Config:
+        """A copy with further notes."""
         copy = self.model_copy()
         copy._notes = (*self._notes, *notes)
         return copy
 
     def __eq__(self, other: object) -> bool:
-        """Two configurations are equal when they ask for the same; notes do not count."""
+        """Equality of all fields; notes do not count."""
         return isinstance(other, Config) and self.model_dump() == other.model_dump()
 
     def resolve(self) -> Config:
-        """The same run with every default that depends on other fields filled in."""
-        training: dict[str, Any] = {}
+        """The configuration with every default filled in that depends on other fields."""
+        training: dict[str, Any] = {"eval_batch_size": self.training.batch_size}
         notes: list[str] = []
-        if self.training.epochs is None and self.training.max_steps is None:
+        if self.training.max_steps is None:
             training["epochs"] = 3.0
-        if self.training.eval_batch_size is None:
-            training["eval_batch_size"] = self.training.batch_size
+        if self.task == "dpo":
+            training["dpo_beta"] = 0.1
         if self.training.lr is None:
             training["lr"] = default_lr(self.task, self.method.name)
-            of = f"{self.task} with {', '.join(self.method.name)}"
-            notes.append(f"training.lr: {training['lr']:g}, the default of {of}")
-        if self.task == "dpo" and self.training.dpo_beta is None:
-            training["dpo_beta"] = 0.1
+            notes = [f"training.lr: {training['lr']:g}, the default of {self.task} with {', '.join(self.method.name)}"]
         sections = {
-            "training": self.training.model_copy(update=training),
-            "method": self.method.model_copy(update=self._method_defaults()),
+            "training": _with_defaults(self.training, training),
+            "method": _with_defaults(self.method, self._method_defaults()),
             "output": str(Path(self.output).expanduser()),
         }
-        return self.model_copy(update=sections).noted(*notes)
+        return self.model_copy(update=sections).with_notes(*notes)
 
     def _method_defaults(self) -> dict[str, Any]:
-        """r, alpha, dropout and targets where they are empty and the method has them."""
-        from lorary import methods  # noqa: F401 (registers the presets)
-        from lorary.model.planning import default_targets
-        from lorary.spec.presets import resolve_presets
-
+        """r, alpha, dropout and targets of the presets, as far as the method has them."""
         found: dict[str, Any] = {}
         for preset in resolve_presets(self.method.name):
-            found |= {key: preset.parameters[key] for key in ("r", "alpha", "dropout") if key in preset.parameters}
-        made = self.method.build()
-        found["targets"] = default_targets(made)
-        if not hasattr(made.scale, "alpha"):  # another preset's scale has taken the place of LoRA's
+            found |= {key: preset.parameters[key] for key in _LORA_OPTIONS if key in preset.parameters}
+        method = self.method.build()
+        if not hasattr(method.scale, "alpha"):  # another preset replaced LoRA's scale
             found.pop("alpha", None)
-        return {key: value for key, value in found.items() if getattr(self.method, key) is None}
+        return found | {"targets": default_targets(method)}
 
     def to_yaml(self) -> str:
-        """This configuration as YAML that `load` reads back equal; notes stand above it as comments."""
+        """YAML that `load` reads back as an equal configuration, with the notes above it as comments."""
         head = "".join(f"# {note}\n" for note in self.notes)
         return head + dump(self.model_dump(mode="json"))
 
 
-def default_lr(task: str, names: tuple[str, ...]) -> float:
-    """The peak learning rate that `task` and the presets `names` start from when none is given.
+def _with_defaults(section: AnySection, defaults: dict[str, Any]) -> AnySection:
+    """The section with its empty fields filled in."""
+    return section.model_copy(update={key: v for key, v in defaults.items() if getattr(section, key) is None})
 
-    2e-4 for SFT and 5e-6 for DPO, ten times what full fine-tuning takes; a preset that asks for another rate
-    (`lorary.spec.presets.Preset.lr`) scales both, and among several such presets the lowest rate counts.
+
+def default_lr(task: str, names: Sequence[str]) -> float:
+    """The default peak learning rate of a task with these presets.
+
+    2e-4 for SFT and 5e-6 for DPO, ten times the rate of full fine-tuning. A preset with another rate
+    (`lorary.spec.presets.Preset.lr`) scales both; of several such presets the lowest rate counts.
     """
-    from lorary import methods  # noqa: F401 (registers the presets)
-    from lorary.spec.presets import resolve_presets
-
-    rates = [preset.lr for preset in resolve_presets(names) if preset.adapts] or [p.lr for p in resolve_presets(names)]
-    asked = [rate for rate in rates if rate != LORA_LR] or [LORA_LR]
-    return float(f"{min(asked) * {'sft': 1.0, 'dpo': 5e-6 / LORA_LR}[task]:.6g}")
+    found = resolve_presets(names)
+    rates = [preset.lr for preset in found if preset.adapts] or [preset.lr for preset in found]
+    lowest = min((rate for rate in rates if rate != LORA_LR), default=LORA_LR)
+    return float(f"{lowest * {'sft': 1.0, 'dpo': 5e-6 / LORA_LR}[task]:.6g}")
 
 
-# Section -> its keys; "" is the top level.
+# Section -> its fields; "" is the top level.
 SECTIONS: dict[str, dict[str, FieldInfo]] = {
     "": dict(Config.model_fields),
     "model": dict(ModelSection.model_fields),

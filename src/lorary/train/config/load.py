@@ -1,4 +1,4 @@
-"""Configurations from files, dictionaries and the command line, with every mistake explained at once.
+"""Configurations from files, dictionaries and the command line, with every mistake reported at once.
 
 Precedence, lowest first: defaults, the file, `--set key=value` in the order given. The environment is not read.
 """
@@ -12,17 +12,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lorary import methods  # noqa: F401 (registers the presets)
 from lorary.errors import ConfigError, Diagnostic, MethodError
 from lorary.spec.presets import presets
-from lorary.train.config.aliases import NormalisedConfig, apply_flags, canonical
+from lorary.train.config._aliases import NormalisedConfig, apply_switches, normalise
+from lorary.train.config._pydantic_errors import explain
 from lorary.train.config.config import SECTIONS, Config, MethodSection
 from lorary.train.config.conflicts import contradictions
-from lorary.train.config.pydantic_errors import explain
 from lorary.train.config.yaml_source import ParsedYaml, Place, parse, read, scalar
 
-_BY_KEY = (("method", "options"), ("method", "drop"))  # what a later source changes key by key
-_YAML = ("[", "{", "'", '"')  # a value that begins otherwise is meant as it stands: *.q_proj is no alias
+_BY_KEY = (("method", "options"), ("method", "drop"))  # a later source changes these key by key
+_YAML = ("[", "{", "'", '"')  # any other value is taken literally: *.q_proj is not an alias
 
 
 def load(path: str | Path, sets: Sequence[str] = ()) -> Config:
@@ -30,18 +29,17 @@ def load(path: str | Path, sets: Sequence[str] = ()) -> Config:
 
     Args:
         path: the file.
-        sets: `key=value` each; the key is dotted, the value as in YAML, but that a glob needs no quotes. Later ones win
-            over earlier ones and over the file.
+        sets: `key=value` each: a dotted key and a YAML value, in which globs need no quotes. Later overrides win over
+            earlier ones and over the file.
 
     Raises:
         ConfigError: every mistake in the file and the overrides, each with file:line:column or `--set key`.
     """
-    source = read(path)
-    return _config([source, *overrides(sets)], str(path))
+    return _config([read(path), *_overrides(sets)], str(path))
 
 
 def from_dict(tree: Mapping[str, Any], sets: Sequence[str] = ()) -> Config:
-    """The configuration that `tree` holds, under the same names and rules as a file.
+    """The configuration in a dictionary, with the names and rules of a file.
 
     >>> from_dict({"model": "builtin:base", "data": "builtin:docstrings", "method": {"r": 8}}).method.r
     8
@@ -49,15 +47,25 @@ def from_dict(tree: Mapping[str, Any], sets: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: every mistake, each with its dotted key.
     """
-    plain = _plain(tree)
-    return _config([ParsedYaml(plain, _dotted(plain)), *overrides(sets)], "the configuration")
+    marks: dict[Place, str] = {}
+    return _config([ParsedYaml(_plain(tree, (), marks), marks), *_overrides(sets)], "the configuration")
 
 
-def overrides(sets: Sequence[str]) -> list[ParsedYaml]:
+def _plain(value: Any, place: Place, marks: dict[Place, str]) -> Any:
+    """The value as plain dicts and lists; every place is marked with its dotted key."""
+    marks[place] = ".".join(map(str, place))
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner, (*place, str(key)), marks) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner, (*place, i), marks) for i, inner in enumerate(value)]
+    return value
+
+
+def _overrides(sets: Sequence[str]) -> list[ParsedYaml]:
     """One source per `key=value`.
 
     Raises:
-        ConfigError: every one that is not of this form, or whose value is no YAML.
+        ConfigError: every malformed override, and every value that is not YAML.
     """
     sources, problems = [], []
     for text in sets:
@@ -73,11 +81,9 @@ def overrides(sets: Sequence[str]) -> list[ParsedYaml]:
         except ConfigError as error:
             problems += [Diagnostic(where, problem.what, problem.fix) for problem in error.problems]
             continue
-        marks: dict[Place, str] = {(): where}
-        for i in range(len(keys), 0, -1):
-            marks[tuple(keys[:i])] = where
-            tree = {keys[i - 1]: tree}
-        sources.append(ParsedYaml(tree, marks))
+        for part in reversed(keys):
+            tree = {part: tree}
+        sources.append(ParsedYaml(tree, {tuple(keys[:i]): where for i in range(len(keys) + 1)}))
     if problems:
         raise ConfigError("cannot read the overrides:", problems)
     return sources
@@ -85,99 +91,78 @@ def overrides(sets: Sequence[str]) -> list[ParsedYaml]:
 
 def _config(sources: Sequence[ParsedYaml], name: str) -> Config:
     options = frozenset(key for preset in presets().values() for key in preset.parameters) - set(SECTIONS["method"])
-    read_ = _merged([canonical(source, options) for source in sources])
-    apply_flags(read_)
-    problems, config = list(read_.problems), None
+    found = _merged([normalise(source, options) for source in sources])
+    apply_switches(found)
+    problems, config = list(found.problems), None
     try:
-        config = Config.model_validate(read_.tree)
+        config = Config.model_validate(found.tree)
     except ValidationError as error:
-        if read_.tree or not problems:
-            problems += explain(error, read_)
-    problems += _method_problems(read_)
+        if found.tree or not problems:
+            problems += explain(error, found)
+    problems += _method_problems(found)
     if config is not None:
         problems += [
-            Diagnostic(read_.find(tuple(key.split("."))) or name, f"`{key}`: {problem.what}", problem.fix)
-            for key, problem in contradictions(config)
+            Diagnostic(found.find(tuple(p.where.split("."))) or name, f"`{p.where}`: {p.what}", p.fix)
+            for p in contradictions(config)
         ]
     if problems or config is None:
         raise ConfigError(f"invalid configuration {name}:", sorted(problems, key=_position))
-    return config.noted(*read_.notes)
+    return config.with_notes(*found.notes)
 
 
 def _position(problem: Diagnostic) -> tuple[int, int, int]:
-    """Line and column, so that problems come in the order of the file; those of overrides last."""
+    """Sort key: line and column in the file, overrides last."""
     at = re.search(r":(\d+):(\d+)$", problem.where)
     return (0, int(at[1]), int(at[2])) if at else (1, 0, 0)
 
 
 def _merged(parts: Sequence[NormalisedConfig]) -> NormalisedConfig:
     """Later parts over earlier ones: sections, preset options and LoRA-drop by key, everything else as a whole."""
-    whole = NormalisedConfig()
+    merged = NormalisedConfig()
     for part in parts:
         for key, value in part.tree.items():
             if not isinstance(value, dict):
-                whole.tree[key] = value
+                merged.tree[key] = value
                 continue
-            section = whole.tree.setdefault(key, {})
-            for inner, inner_value in value.items():
-                if (key, inner) in _BY_KEY and isinstance(inner_value, dict):
-                    before = section.get(inner)
-                    section[inner] = (before if isinstance(before, dict) else {}) | inner_value
+            section = merged.tree.setdefault(key, {})
+            for inner, new in value.items():
+                before = section.get(inner)
+                if (key, inner) in _BY_KEY and isinstance(before, dict) and isinstance(new, dict):
+                    section[inner] = before | new
                 else:
-                    section[inner] = inner_value
-                    _forget(whole, (key, inner))
-        whole.where |= {place: at for place, at in part.where.items() if len(place) != 0 or not whole.where}
-        whole.spelt |= part.spelt
-        whole.flags += part.flags
-        whole.notes += part.notes
-        whole.problems += part.problems
-    return whole
+                    section[inner] = new
+                    merged.where = {place: at for place, at in merged.where.items() if place[:2] != (key, inner)}
+        merged.where |= {place: at for place, at in part.where.items() if place or not merged.where}
+        merged.spelt |= part.spelt
+        merged.switches += part.switches
+        merged.notes += part.notes
+        merged.problems += part.problems
+    return merged
 
 
-def _forget(whole: NormalisedConfig, place: Place) -> None:
-    for old in [p for p in whole.where if p[: len(place)] == place]:
-        del whole.where[old]
-
-
-def _method_problems(read_: NormalisedConfig) -> list[Diagnostic]:
-    """What `lorary.method` says against the method section, placed where its words were written."""
+def _method_problems(found: NormalisedConfig) -> list[Diagnostic]:
+    """Errors of `lorary.method`, at the keys that caused them."""
     try:
-        section = MethodSection.model_validate(read_.tree.get("method", {}))
-    except ValidationError:
-        return []  # explained already
-    try:
+        section = MethodSection.model_validate(found.tree.get("method", {}))
         section.build()
     except MethodError as error:
-        return [_placed(problem, section, read_) for problem in error.problems]
+        return [_located(problem, section, found) for problem in error.problems]
+    except ValidationError:  # explained already
+        pass
     return []
 
 
-def _placed(problem: Diagnostic, section: MethodSection, read_: NormalisedConfig) -> Diagnostic:
-    said, fix = problem.where.strip("'\""), problem.fix
+def _located(problem: Diagnostic, section: MethodSection, found: NormalisedConfig) -> Diagnostic:
+    key, fix = problem.where.strip("'\""), problem.fix
     place: Place = ("method", "name")
-    if said in section.name:
-        place = ("method", "name", section.name.index(said))
-    elif said in section.options:
-        place = ("method", "options", said)
-    elif said in ("r", "alpha", "dropout"):
-        place = ("method", said)
-    if "is not an option" in problem.what:
-        owners = [preset.name for preset in presets().values() if said in preset.parameters]
+    if key in section.name:
+        place = ("method", "name", section.name.index(key))
+    elif key in section.options:
+        place = ("method", "options", key)
+    elif key in ("r", "alpha", "dropout"):
+        place = ("method", key)
+    if "option" in problem.what:
+        owners = [preset.name for preset in presets().values() if key in preset.parameters]
         fix = f"it is an option of {', '.join(owners)}" if owners else fix
     joint = " " if problem.what.startswith("is ") else ": "
-    what = f"`{said}`{joint}{problem.what}" if said else problem.what
-    return Diagnostic(read_.find(place), what, fix)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-
-def _dotted(tree: Any, place: Place = ()) -> dict[Place, str]:
-    marks = {place: ".".join(map(str, place))}
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    for key, inner in items:
-        marks |= _dotted(inner, (*place, key))
-    return marks
+    return Diagnostic(found.find(place), f"`{key}`{joint}{problem.what}" if key else problem.what, fix)

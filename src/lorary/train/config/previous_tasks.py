@@ -1,4 +1,4 @@
-"""The adapters of earlier tasks that a configuration names (`method.after`): read, and told apart by what they hold."""
+"""The adapters of earlier tasks (`method.after`): loaded, and identified by a digest of their tensors."""
 
 from __future__ import annotations
 
@@ -13,38 +13,36 @@ from lorary.adapters.adapter import Adapter
 from lorary.errors import ConfigError, Diagnostic, FileError
 from lorary.model.fingerprint import Fingerprint
 
-_DIGITS = 16
-
 
 def path_of(name: str) -> str:
-    """The folder in `FOLDER` or `FOLDER#DIGEST`."""
+    """The folder of `FOLDER` or `FOLDER#DIGEST`."""
     return name.partition("#")[0]
 
 
 def past_of(names: Sequence[str]) -> list[Adapter]:
-    """The adapters that `method.after` names, each as it was when it was named with its digest.
+    """The adapters of `method.after`; a name with a digest must still hold that adapter.
 
     Raises:
-        FileError: there is none, or it is damaged.
-        ConfigError: one is another than the one whose digest stands behind its name; all of them.
+        FileError: an adapter is missing or damaged.
+        ConfigError: digests that do not match; all of them.
     """
     adapters = [load_adapter(path_of(name)) for name in names]
     problems = []
     for name, adapter in zip(names, adapters, strict=True):
         path, _, wanted = name.partition("#")
         if wanted and wanted != (found := digest(adapter)):
-            what = f"{path} holds another adapter: {found}, and the configuration was made with {wanted}"
-            problems.append(Diagnostic("method.after", what, f"write {path} alone to take it as it is now"))
+            what = f"{path} contains another adapter: {found}, and the configuration was made with {wanted}"
+            problems.append(Diagnostic("method.after", what, f"write {path} without a digest to take it as it is now"))
     if problems:
         raise ConfigError("the adapter of an earlier task has changed:", problems)
     return adapters
 
 
 def check_base(names: Sequence[str], adapters: Sequence[Adapter], base: nn.Module) -> None:
-    """Refuses earlier tasks of other weights, which a plan without any could not tell.
+    """Refuse earlier tasks that were trained on another base.
 
     Raises:
-        FileError: each of them.
+        FileError: every difference.
     """
     here = Fingerprint.of(base) if adapters else Fingerprint()
     problems = [
@@ -57,16 +55,16 @@ def check_base(names: Sequence[str], adapters: Sequence[Adapter], base: nn.Modul
 
 
 def with_digests(names: Sequence[str], adapters: Sequence[Adapter]) -> tuple[str, ...]:
-    """The same names, each with the digest of its adapter."""
+    """The names, each with the digest of its adapter."""
     return tuple(f"{path_of(name)}#{digest(adapter)}" for name, adapter in zip(names, adapters, strict=True))
 
 
 def digest(adapter: Adapter) -> str:
-    """The first 16 digits of a SHA-256 over the values, whatever file they are kept in."""
+    """The first 16 hexadecimal digits of a SHA-256 over an adapter's values, independent of its file format."""
     hashed = hashlib.sha256()
-    for p in adapter.sites:
-        hashed.update(f"{p.site.name} {p.scale!r}".encode())
-        for role, tensor in sorted(adapter.tensors[p.site.name].items()):
+    for adapted in adapter.sites:
+        hashed.update(f"{adapted.site.name} {adapted.scale!r}".encode())
+        for role, tensor in sorted(adapter.tensors[adapted.site.name].items()):
             numbers = tensor.flatten().view(torch.uint8).numpy()  # numpy has no bfloat16
             hashed.update(f"{role} {tuple(tensor.shape)}".encode() + numbers.tobytes())
-    return hashed.hexdigest()[:_DIGITS]
+    return hashed.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The configuration explained: a commented YAML to start from, and the JSON schema that editors complete with."""
+"""The configuration explained: a commented YAML template, and the JSON schema with which editors complete."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from lorary.spec.presets import presets
-from lorary.train.config.aliases import CANONICAL_AT_TOP, PRESET_OF, SHORTHAND
+from lorary.train.config._aliases import CANONICAL_AT_TOP, PRESET_OF, SHORTHAND
 from lorary.train.config.config import SECTIONS, Config
 from lorary.train.config.load import from_dict
 from lorary.train.config.yaml_source import dump
 
 _START = {"id": "builtin:base", "train": "builtin:docstrings", "validation": "builtin:docstrings"}
-_LISTS = ("name", "targets", "exclude", "train", "validation", "report_to")  # where one text stands for the list of it
+_BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 
 
 def template() -> str:
-    """YAML that holds every key with its default and its meaning; it runs as it is, offline.
+    """YAML with every key, its default and its description; it runs as it is, offline.
 
     >>> template().splitlines()[0]
     '# One training run. Try it with: lorary train THIS_FILE --dry-run'
@@ -28,7 +28,7 @@ def template() -> str:
     defaults = from_dict(start).resolve()
     lines = [
         "# One training run. Try it with: lorary train THIS_FILE --dry-run",
-        "# What a `#` stands before is the default.",
+        "# Keys after a `#` have their default.",
     ]
     for key, field in SECTIONS[""].items():
         lines.append("")
@@ -53,50 +53,30 @@ def _entry(name: str, field: FieldInfo, default: Any, indent: str) -> list[str]:
 
 def json_schema() -> dict[str, Any]:
     """The JSON schema (2020-12) of a configuration file, other tools' names included."""
-    schema: dict[str, Any] = Config.model_json_schema()
-    sections = {name: schema["$defs"][f"{name.capitalize()}Section"] for name in SECTIONS if name}
-    for section in sections.values():
-        for key in set(_LISTS) & set(section["properties"]):
-            section["properties"][key] = _or_text(section["properties"][key])
-    _allow_presets_options(sections["method"])
+    schema: dict[str, Any] = _standard(Config.model_json_schema())
     top = schema["properties"]
-    for alias, to in CANONICAL_AT_TOP.items():
-        home, _, key = to.rpartition(".")
-        there = sections[home]["properties"] if home else top
-        said = {"description": f"another name of {to}", "deprecated": True}
-        top[alias] = said
-        if home:
-            there.setdefault(alias, said)
-    for flag, preset in PRESET_OF.items():
-        said = {"type": "boolean", "description": f"adds {preset} to method.name", "deprecated": True}
-        top[flag] = sections["method"]["properties"][flag] = said
+    sections = {name: schema["$defs"][f"{name.capitalize()}Section"]["properties"] for name in SECTIONS if name}
+    for preset in presets().values():
+        for key, default in preset.parameters.items():
+            option = {"description": f"option of {preset.name}; default {json.dumps(default, default=str)}"}
+            sections["method"].setdefault(key, option)
+    for alias, target in CANONICAL_AT_TOP.items():
+        top[alias] = {"description": f"another name of {target}", "deprecated": True}
+        section = target.rpartition(".")[0]
+        (sections[section] if section else top).setdefault(alias, top[alias])
+    for switch, preset_name in PRESET_OF.items():
+        flag = {"type": "boolean", "description": f"adds {preset_name} to method.name", "deprecated": True}
+        top[switch] = sections["method"][switch] = flag
     for name, key in SHORTHAND.items():
-        inner = sections[name]["properties"][key]
-        top[name] = {"anyOf": [top[name], inner], "description": f"the section, or {name}.{key} alone"}
-    schema["required"] = []  # a flat file names them otherwise
-    schema = _standard(schema)
+        top[name] = {"anyOf": [top[name], sections[name][key]], "description": f"the section, or {name}.{key} alone"}
+    schema["required"] = []  # other tools' names can set all of them
     return schema | {"$schema": "https://json-schema.org/draft/2020-12/schema"}
 
 
 def _standard(schema: Any) -> Any:
-    """JSON schema's own words for bounds that stand outside a converter, where pydantic keeps its own."""
+    """The schema with JSON schema's names of bounds, where pydantic keeps its own for bounds around a converter."""
     if isinstance(schema, list):
         return [_standard(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    words = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
-    if schema.get("type") == "array":
-        words["minLength"] = "minItems"
-    return {words.get(key, key): _standard(value) for key, value in schema.items()}
-
-
-def _or_text(schema: dict[str, Any]) -> dict[str, Any]:
-    outer = {key: schema[key] for key in ("description", "default", "title") if key in schema}
-    return outer | {"anyOf": [{"type": "string"}, {k: v for k, v in schema.items() if k not in outer}]}
-
-
-def _allow_presets_options(method: dict[str, Any]) -> None:
-    for preset in presets().values():
-        for key, default in preset.parameters.items():
-            said = {"description": f"option of {preset.name}; default {json.dumps(default, default=str)}"}
-            method["properties"].setdefault(key, said)
+    return {_BOUNDS.get(key, key): _standard(value) for key, value in schema.items()}

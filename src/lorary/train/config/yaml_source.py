@@ -1,8 +1,8 @@
-"""YAML that remembers where it came from, and refuses what YAML allows but a configuration should not hold.
+"""A strict YAML reader that records the line and column of every key.
 
-The reading is YAML 1.2's core schema, so that `no` is a word and `2e-4` is a number. Duplicate keys, tags,
-merge keys, several documents, tabs, deep nesting, files over a megabyte and aliases that multiply are refused;
-every mistake that can be told apart is reported at once.
+Scalars follow YAML 1.2's core schema, so that `no` is text and `2e-4` is a number. Duplicate keys, tags, merge keys,
+several documents, tabs, deep nesting, files over a megabyte and exponential aliases are refused, with as many mistakes
+at once as possible.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -22,12 +22,12 @@ MAX_VALUES = 20_000  # after aliases are followed
 
 Place = tuple[str | int, ...]
 
-_WORDS: dict[str, bool | None] = {
+_NAMED: dict[str, bool | None] = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL")),
     **dict.fromkeys(("true", "True", "TRUE"), True),
     **dict.fromkeys(("false", "False", "FALSE"), False),
 }
-_INT = re.compile(r"[-+]?(0|[1-9][0-9]*)")  # 010 is eight in YAML 1.1 and ten in 1.2: it stays a text
+_INT = re.compile(r"[-+]?(0|[1-9][0-9]*)")  # 010 is eight in YAML 1.1 and ten in 1.2: it stays text
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _SPECIAL = re.compile(r"([-+]?)\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
@@ -38,24 +38,27 @@ class ParsedYaml:
 
     Args:
         tree: plain dicts, lists and scalars.
-        marks: path of a key or item -> where it stands, such as `train.yaml:14:3`.
+        marks: place of a key or item -> its position, such as `train.yaml:14:3`.
     """
 
     tree: Any
     marks: dict[Place, str] = field(default_factory=dict)
 
-    def where(self, path: Place) -> str:
-        """Where `path` stands, or the nearest of its parents that stands anywhere."""
-        while path and path not in self.marks:
-            path = path[:-1]
-        return self.marks.get(path, "")
+    def where(self, place: Place) -> str:
+        """The position of `place`, or of its nearest parent that has one."""
+        return nearest_mark(self.marks, place)
+
+
+def nearest_mark(marks: dict[Place, str], place: Place) -> str:
+    """The mark of `place`, or of its nearest parent that has one; empty if none has."""
+    return next((marks[place[:i]] for i in range(len(place), -1, -1) if place[:i] in marks), "")
 
 
 def read(path: str | Path) -> ParsedYaml:
     """The document in the file `path`.
 
     Raises:
-        ConfigError: the file cannot be read, is no UTF-8 text or no YAML that is accepted here.
+        ConfigError: the file cannot be read, is not UTF-8 text, or is not YAML that is accepted here.
     """
     path = Path(path)
     try:
@@ -84,7 +87,7 @@ def _decoded(data: bytes, name: str) -> str:
 
 
 def parse(text: str, name: str) -> ParsedYaml:
-    """The document in `text`; `name` is what messages call it.
+    """The document in `text`; messages call it `name`.
 
     Raises:
         ConfigError: every reason why the text is not accepted.
@@ -93,8 +96,8 @@ def parse(text: str, name: str) -> ParsedYaml:
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             builder.take(event)
-            if builder.hopeless:
-                break
+    except _RejectedError as error:
+        builder.problems.append(error.args[0])
     except yaml.MarkedYAMLError as error:
         builder.problems.append(_syntax(error, name, text))
     except yaml.reader.ReaderError as error:
@@ -106,34 +109,33 @@ def parse(text: str, name: str) -> ParsedYaml:
 
 
 def scalar(text: str) -> Any:
-    """What an unquoted YAML 1.2 scalar means."""
-    if text in _WORDS:
-        return _WORDS[text]
+    """The value of an unquoted YAML 1.2 scalar."""
+    if text in _NAMED:
+        return _NAMED[text]
     if _INT.fullmatch(text) and len(text) < 400:
         return int(text)
     if _FLOAT.fullmatch(text) and not re.fullmatch(r"[-+]?0[0-9]+", text):
         return float(text)
-    special = _SPECIAL.fullmatch(text)
-    if special:
+    if special := _SPECIAL.fullmatch(text):
         return float("nan") if special[3] else float(f"{special[1]}inf")
     return text
 
 
 def dump(tree: Any) -> str:
-    """YAML that `parse`, and any YAML 1.1 or 1.2 reader, reads back as `tree`."""
+    """`tree` as YAML that `parse`, and any YAML 1.1 or 1.2 reader, reads back equal."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes a text that either version of YAML would read as something else."""
+    """Quotes text that either version of YAML would read as something else."""
 
 
-def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
     style = None if isinstance(scalar(value), str) else "'"
     return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
 
-_Dumper.add_representer(str, _text)
+_Dumper.add_representer(str, _represent_text)
 
 
 def _syntax(error: yaml.MarkedYAMLError, name: str, text: str) -> Diagnostic:
@@ -146,11 +148,21 @@ def _syntax(error: yaml.MarkedYAMLError, name: str, text: str) -> Diagnostic:
     if "\t" in line[: mark.column + 1]:
         return Diagnostic(where, "a tab", "YAML indents with spaces")
     what = " ".join(part for part in (error.context, error.problem) if part)
-    return Diagnostic(
-        where,
-        f"this is not YAML: {what}",
-        "close every bracket, and quote a text that holds `: `, `#`, `*`, `%` or `@`",
-    )
+    fix = "close every bracket, and quote text that contains `: `, `#`, `*`, `%` or `@`"
+    return Diagnostic(where, f"this is not YAML: {what}", fix)
+
+
+class _RejectedError(Exception):
+    """A mistake that ends the reading; carries its `Diagnostic`."""
+
+
+@dataclass
+class _Container:
+    """A dict or list that is being filled, and the key that waits for its value."""
+
+    value: Any
+    place: Place
+    key: str | None = None
 
 
 class _Builder:
@@ -160,104 +172,95 @@ class _Builder:
         self.name, self.root = name, None
         self.marks: dict[Place, str] = {}
         self.problems: list[Diagnostic] = []
-        self.hopeless = False
-        self._open: list[tuple[Any, Place]] = []  # containers being filled, and their paths
-        self._keys: list[Any] = []  # of the open mappings: the key that waits for its value
+        self._open: list[_Container] = []
         self._anchors: dict[str, Any] = {}
         self._values = self._documents = 0
 
     def take(self, event: yaml.Event) -> None:
-        """Take one event of the parser."""
+        """Process one event of the parser."""
         if isinstance(event, yaml.DocumentStartEvent):
             self._documents += 1
             if self._documents > 1:
-                self._refuse(event, "a second document", "keep one configuration per file", hopeless=True)
+                self._reject(event, "a second document", "keep one configuration per file")
         elif isinstance(event, yaml.AliasEvent):
             self._alias(event)
         elif isinstance(event, yaml.ScalarEvent):
-            self._check(event)
             plain = event.implicit[0] and event.style is None
             self._put(event, scalar(event.value) if plain else event.value)
         elif isinstance(event, yaml.CollectionStartEvent):
-            self._check(event)
-            self._put(event, {} if isinstance(event, yaml.MappingStartEvent) else [], opens=True)
+            self._put(event, {} if isinstance(event, yaml.MappingStartEvent) else [])
         elif isinstance(event, yaml.CollectionEndEvent):
             self._open.pop()
-            self._keys.pop()
-
-    def _check(self, event: yaml.ScalarEvent | yaml.CollectionStartEvent) -> None:
-        if event.tag not in (None, "!"):
-            self._refuse(event, f"the tag `{event.tag}`", "a configuration holds plain values only")
 
     def _alias(self, event: yaml.AliasEvent) -> None:
         if event.anchor not in self._anchors:
-            return self._refuse(event, f"`*{event.anchor}` refers to nothing before it")
+            return self._report(event, f"`*{event.anchor}` refers to nothing before it")
         value = self._anchors[event.anchor]
-        if any(value is container for container, _ in self._open):
-            return self._refuse(event, f"`*{event.anchor}` holds itself", hopeless=True)
-        self._values += _size(value, MAX_VALUES)
+        if any(value is container.value for container in self._open):
+            self._reject(event, f"`*{event.anchor}` contains itself")
+        self._values += _size(value)
         self._put(event, value)
 
-    def _put(self, event: Any, value: Any, opens: bool = False) -> None:
+    def _put(self, event: Any, value: Any) -> None:
+        """Put the value of a node where the parser stands."""
+        if getattr(event, "tag", None) not in (None, "!"):
+            self._report(event, f"the tag `{event.tag}`", "a configuration holds plain values only")
         self._values += 1
         if self._values > MAX_VALUES:
-            return self._refuse(event, f"more than {MAX_VALUES:,} values", hopeless=True)
+            self._reject(event, f"more than {MAX_VALUES:,} values")
         if len(self._open) >= MAX_DEPTH:
-            return self._refuse(event, f"nested deeper than {MAX_DEPTH} levels", hopeless=True)
-        path = self._place(event, value)
-        if getattr(event, "anchor", None) is not None and not isinstance(event, yaml.AliasEvent):
+            self._reject(event, f"nested deeper than {MAX_DEPTH} levels")
+        place = self._place(event, value)
+        if event.anchor is not None:
             self._anchors[event.anchor] = value
-        if opens:
-            self._open.append((value, path))
-            self._keys.append(_NONE)
+        if isinstance(event, yaml.CollectionStartEvent):
+            self._open.append(_Container(value, place))
 
     def _place(self, event: Any, value: Any) -> Place:
-        """Put a value where the parser stands; gives its path."""
-        where = f"{self.name}:{event.start_mark.line + 1}:{event.start_mark.column + 1}"
+        """Add a value to the innermost container; returns its place."""
+        place: Place = ()
         if not self._open:
             self.root = value
-            self.marks[()] = where
-            return ()
-        container, parent = self._open[-1]
-        if isinstance(container, list):
-            container.append(value)
-            path = (*parent, len(container) - 1)
-        elif self._keys[-1] is _NONE:
-            self._keys[-1] = self._key(event, value, container, parent, where)
-            return parent
         else:
-            key, self._keys[-1] = self._keys[-1], _NONE
-            container[key] = value
-            return (*parent, key)
-        self.marks.setdefault(path, where)
-        return path
+            parent = self._open[-1]
+            if isinstance(parent.value, list):
+                place = (*parent.place, len(parent.value))
+                parent.value.append(value)
+            elif parent.key is None:
+                parent.key = self._key(event, value, parent)
+                place = (*parent.place, parent.key)
+            else:
+                place = (*parent.place, parent.key)
+                parent.value[parent.key] = value
+                parent.key = None
+        self.marks.setdefault(place, self._where(event))
+        return place
 
-    def _key(self, event: Any, value: Any, container: dict[Any, Any], parent: Place, where: str) -> str:
+    def _key(self, event: Any, value: Any, parent: _Container) -> str:
         if isinstance(value, dict | list):
-            self._refuse(event, "a key that is a list or a mapping", hopeless=True)
-            return ""
+            self._reject(event, "a key that is a list or a mapping")
         key = str(getattr(event, "value", value))
         if key == "<<":
-            self._refuse(event, "a merge key `<<`", "write the keys out")
-        if key in container:
-            first = self.marks[(*parent, key)].removeprefix(f"{self.name}:")
-            self._refuse(event, f"`{key}` is given twice; the first stands at {first}", "keep one of them")
-        self.marks.setdefault((*parent, key), where)
+            self._report(event, "a merge key `<<`", "write the keys out")
+        if key in parent.value:
+            first = self.marks[(*parent.place, key)].removeprefix(f"{self.name}:")
+            self._report(event, f"`{key}` is given twice; the first stands at {first}", "keep one of them")
         return key
 
-    def _refuse(self, event: Any, what: str, fix: str = "", hopeless: bool = False) -> None:
-        mark = event.start_mark
-        self.problems.append(Diagnostic(f"{self.name}:{mark.line + 1}:{mark.column + 1}", what, fix))
-        self.hopeless |= hopeless
+    def _where(self, event: Any) -> str:
+        return f"{self.name}:{event.start_mark.line + 1}:{event.start_mark.column + 1}"
+
+    def _report(self, event: yaml.Event, what: str, fix: str = "") -> None:
+        self.problems.append(Diagnostic(self._where(event), what, fix))
+
+    def _reject(self, event: yaml.Event, what: str, fix: str = "") -> NoReturn:
+        raise _RejectedError(Diagnostic(self._where(event), what, fix))
 
 
-_NONE = object()
-
-
-def _size(value: Any, most: int) -> int:
-    """How many values `value` holds, counted up to `most`."""
+def _size(value: Any) -> int:
+    """The number of values in `value`; counting stops beyond `MAX_VALUES`."""
     count, stack = 0, [value]
-    while stack and count <= most:
+    while stack and count <= MAX_VALUES:
         item = stack.pop()
         count += 1
         stack.extend(item.values() if isinstance(item, dict) else item if isinstance(item, list) else ())

@@ -1,1 +1,1 @@
-"""Training data: sources, row formats, tokens, masks, order."""
+"""The training data: from files to tokenized, linted rows, and their order."""

@@ -1,8 +1,8 @@
-"""Conversations as tokens: the tokenizer's chat template renders them, and the mask follows its spans.
+"""Conversations as token ids with a loss mask, rendered by the tokenizer's chat template.
 
-Where the template marks the answers with `{% generation %}`, those marks are the mask. Otherwise every answer is
-found by rendering the conversation up to it and through it, which is only right when each rendering begins with
-the one before; a template that breaks this is refused.
+If the template marks the answers with `{% generation %}`, these marks are the mask. Otherwise the conversation is
+rendered up to and through each answer, which requires that every rendering begins with the previous one; a template
+that breaks this is refused.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from lorary.errors import DataError, Diagnostic, did_you_mean
 from lorary.train.data.row_formats import Chat, Messages
 
-# Ends an answer with the tokenizer's own EOS, so that a model which never saw `<|im_end|>` learns to stop.
+# Answers end with the tokenizer's own EOS, so that a model that has never seen `<|im_end|>` learns to stop.
 CHATML = """{%- for message in messages -%}
 {{- '<|im_start|>' + message['role'] + '\\n' -}}
 {%- if message['role'] == 'assistant' -%}
@@ -28,13 +28,14 @@ CHATML = """{%- for message in messages -%}
 """
 _MARK = re.compile(r"\{%-?\s*generation\b")
 TEMPLATES = {"builtin:chatml": CHATML}
+Masked = tuple[list[int], list[bool]]  # token ids, and whether each is in the loss
 
 
 def use_template(tokenizer: Any, name: str | None) -> None:
-    """Give `tokenizer` the chat template `name`: built in, or a Jinja file; None leaves it its own.
+    """Give `tokenizer` the chat template `name`, built-in or a Jinja file; None keeps its own.
 
     Raises:
-        DataError: there is no such template, or it is not Jinja.
+        DataError: the template cannot be read.
     """
     if name is None:
         return
@@ -64,7 +65,7 @@ def require_template(tokenizer: Any, where: str) -> None:
 
 
 def render(tokenizer: Any, messages: Messages, tools: Any = None, prompt: bool = False) -> str:
-    """The conversation as text; with `prompt`, up to where the next answer begins.
+    """The conversation as text; with `prompt`, up to the start of the next answer.
 
     Raises:
         ValueError: the template refuses these messages, with its own reason.
@@ -78,8 +79,8 @@ def render(tokenizer: Any, messages: Messages, tools: Any = None, prompt: bool =
     return str(text)
 
 
-def encode(tokenizer: Any, chat: Chat) -> tuple[list[int], list[bool]]:
-    """(token ids, whether each is part of an answer that is learnt).
+def encode(tokenizer: Any, chat: Chat) -> Masked:
+    """The token ids of a conversation, and whether each is in the loss.
 
     Raises:
         ValueError: the template refuses the messages, or its renderings do not continue each other.
@@ -87,38 +88,32 @@ def encode(tokenizer: Any, chat: Chat) -> tuple[list[int], list[bool]]:
     text = render(tokenizer, chat.messages, chat.tools)
     answers = tuple(turn["role"] == "assistant" for turn in chat.messages)
     if _MARK.search(tokenizer.chat_template) and chat.learn == answers:
-        spans = _marked(tokenizer, chat)
-        if spans is not None:
-            return spans
-    learnt = _spans(tokenizer, chat, text)
+        marked = tokenizer.apply_chat_template(
+            chat.messages, tools=chat.tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        if any(marked["assistant_masks"]):
+            return list(marked["input_ids"]), [bool(bit) for bit in marked["assistant_masks"]]
+    return mask_spans(tokenizer, text, _spans(tokenizer, chat, text))
+
+
+def mask_spans(tokenizer: Any, text: str, spans: list[tuple[int, int]]) -> Masked:
+    """The token ids of `text`, and whether each begins in one of the character `spans`."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    mask = [
-        any(first <= start < last and end > start for first, last in learnt) for start, end in encoded["offset_mapping"]
-    ]
+    mask = [any(a <= start < b and end > start for a, b in spans) for start, end in encoded["offset_mapping"]]
     return list(encoded["input_ids"]), mask
 
 
-def _marked(tokenizer: Any, chat: Chat) -> tuple[list[int], list[bool]] | None:
-    """By the template's `{% generation %}` marks; None where it has none after all."""
-    encoded = tokenizer.apply_chat_template(
-        chat.messages, tools=chat.tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
-    mask = [bool(bit) for bit in encoded["assistant_masks"]]
-    return (list(encoded["input_ids"]), mask) if any(mask) else None
-
-
 def _spans(tokenizer: Any, chat: Chat, text: str) -> list[tuple[int, int]]:
-    """The characters of `text` that are learnt, one span per answer."""
+    """The characters of `text` in the loss, one span per answer."""
     spans = []
-    for i, learn in enumerate(chat.learn):
-        if not learn:
-            continue
+    for i in (i for i, learn in enumerate(chat.learn) if learn):
         before = render(tokenizer, chat.messages[:i], chat.tools, prompt=True) if i else ""
         through = render(tokenizer, chat.messages[: i + 1], chat.tools)
         if not through.startswith(before) or not text.startswith(through):
             raise ValueError(
                 f"the chat template renders message {i} differently when more follows, so the answer cannot be "
-                "told from the rest; one with {% generation %} marks can: see data.chat_template: builtin:chatml"
+                "separated from the rest; use a template with {% generation %} marks, such as "
+                "data.chat_template: builtin:chatml"
             )
         spans.append((len(before), len(through)))
     return spans

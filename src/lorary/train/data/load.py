@@ -1,116 +1,117 @@
-"""The data of a run: read, brought to one form, and divided into what is learnt and what is held out."""
+"""The data of a run: read, normalised, and divided into training and held-out examples."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lorary.errors import DataError, Diagnostic
 from lorary.train.config.config import DataSection
-from lorary.train.data.records import Record
+from lorary.train.data._records import Record
+from lorary.train.data._sources import read_source
 from lorary.train.data.row_formats import Example, detect, normalise, unused
-from lorary.train.data.sources import read_source
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a run learns from.
+    """The examples of a run.
 
     Args:
-        train: the examples that are learnt.
-        validation: the held-out ones; empty where there are none.
-        shape: the shape that the rows had.
-        notes: what is worth knowing, the detected shape among it.
+        train: the examples to train on.
+        validation: the held-out ones.
+        format: the row format.
+        notes: what a user should know, such as a detected format.
     """
 
     train: tuple[Example, ...]
     validation: tuple[Example, ...]
-    shape: str
+    format: str
     notes: tuple[str, ...]
 
 
 def load(section: DataSection, task: str = "sft", seed: int = 42) -> Data:
-    """Read the data that the `data` section of a configuration names.
+    """The data of a configuration's `data` section.
 
     Args:
         section: the section.
-        task: "sft" or "dpo": whether rows must be preference pairs.
-        seed: of the random choice of held-out rows, where `validation_split` asks for one.
+        task: "sft", or "dpo" for preference pairs.
+        seed: seed of the random held-out rows of `validation_split`.
 
     Raises:
-        DataError: a source that cannot be read, rows without a common shape, or a shape that the task cannot use.
+        DataError: a source cannot be read, the rows have no common format, or the task cannot use their format.
     """
-    shown = ", ".join(section.train)
-    train = _read(section.train, "train", section)
-    shape = section.format if section.format != "auto" else detect(train, shown)
-    if (shape == "preference") != (task == "dpo"):
-        what = f"the rows have the shape {shape}, and the task is {task}"
-        fix = "set task: dpo" if task == "sft" else "DPO learns from rows with `prompt`, `chosen` and `rejected`"
-        raise DataError(f"cannot train on {shown}:", [Diagnostic("data", what, fix)])
-    notes = [f"{shown}: {len(train):,} rows of the shape {shape}" + ("" if section.format != "auto" else " (detected)")]
-    train, blank = _without_blanks(train, shape, shown)
-    if blank:
-        notes.append(f"{blank:,} rows of {shown} are empty and left out")
-    examples = normalise(train, shape, shown)
-    left_out = unused(train, shape)
-    if left_out:
-        notes.append(f"fields that the shape {shape} does not use: {', '.join(left_out)}")
+    name, rows = _read(section.train, "train", section)
+    row_format = _format(rows, name, section)
+    if (row_format == "preference") != (task == "dpo"):
+        what = f"the rows are in the format {row_format}, and the task is {task}"
+        fix = "set task: dpo" if task == "sft" else "DPO trains on rows with `prompt`, `chosen` and `rejected`"
+        raise DataError(f"cannot train on {name}:", [Diagnostic("data", what, fix)])
+    notes = [
+        f"{name}: {len(rows):,} rows in the format {row_format}{' (detected)' if section.format == 'auto' else ''}"
+    ]
+    examples = _examples(rows, row_format, name)
+    if blank := len(rows) - len(examples):
+        notes.append(f"{blank:,} rows of {name} are empty and left out")
+    if left_out := unused(rows, row_format):
+        notes.append(f"fields that the format {row_format} does not use: {', '.join(left_out)}")
     held_out: list[Example] = []
     if section.validation is not None:
-        rows = _read(section.validation, "validation", section)
-        name = ", ".join(section.validation)
-        held_out = normalise(_without_blanks(rows, shape, name)[0], shape, name)
+        name, rows = _read(section.validation, "validation", section)
+        held_out = _examples(rows, row_format, name)
         notes.append(f"{name}: {len(held_out):,} rows held out")
     elif section.validation_split > 0:
         examples, held_out = _divide(examples, section.validation_split, seed)
         notes.append(f"{len(held_out):,} of these rows held out, drawn with seed {seed}")
-    return Data(tuple(examples), tuple(held_out), shape, tuple(notes))
+    return Data(tuple(examples), tuple(held_out), row_format, tuple(notes))
 
 
 def validation(section: DataSection) -> list[Example]:
-    """The rows of `section.validation` alone, without reading what is learnt.
+    """The examples of `section.validation`, without reading the training data.
 
     Raises:
-        DataError: a source that cannot be read, or rows without a common shape.
+        DataError: a source cannot be read, or the rows have no common format.
     """
-    sources = section.validation or ()
-    rows, name = _read(sources, "validation", section), ", ".join(sources)
-    shape = section.format if section.format != "auto" else detect(rows, name)
-    return normalise(_without_blanks(rows, shape, name)[0], shape, name)
+    name, rows = _read(section.validation or (), "validation", section)
+    return _examples(rows, _format(rows, name, section), name)
 
 
-def _read(sources: Sequence[str], split: str, section: DataSection) -> list[Record]:
+def _read(sources: Sequence[str], split: str, section: DataSection) -> tuple[str, list[Record]]:
+    """(the sources' names, their rows)."""
     records = [record for source in sources for record in read_source(source, split, section.subset)]
-    return [_renamed(record, section) for record in records] if section.columns else records
+    return ", ".join(sources), [_renamed(record, section.columns) for record in records]
 
 
-def _without_blanks(records: list[Record], shape: str, name: str) -> tuple[list[Record], int]:
-    """Rows of plain text that hold any, and how many others there are: data sets of documents have blank lines."""
-    if shape != "text":
-        return records, 0
-    kept = [
-        r
-        for r in records
-        if not isinstance(r.value, dict) or r.value.get("text") is None or str(r.value["text"]).strip()
-    ]
-    if not kept:
-        raise DataError(f"every text of {name} is empty")
-    return kept, len(records) - len(kept)
+def _format(rows: list[Record], name: str, section: DataSection) -> str:
+    return detect(rows, name) if section.format == "auto" else section.format
 
 
-def _renamed(record: Record, section: DataSection) -> Record:
-    """The row under the names that shapes know; `columns` maps those to the row's own."""
-    if not isinstance(record.value, dict):
+def _examples(rows: list[Record], row_format: str, name: str) -> list[Example]:
+    """The rows as examples, without blank texts: data sets of documents have blank lines."""
+    if row_format == "text":
+        rows = [row for row in rows if not _is_blank(row.value)]
+        if not rows:
+            raise DataError(f"every text of {name} is empty")
+    return normalise(rows, row_format, name)
+
+
+def _is_blank(row: Any) -> bool:
+    text = row.get("text") if isinstance(row, dict) else None
+    return isinstance(text, str) and not text.strip()
+
+
+def _renamed(record: Record, columns: dict[str, str]) -> Record:
+    """The row under the format's own field names; `columns` maps these to the row's."""
+    if not isinstance(record.value, dict) or not columns:
         return record
-    missing = [own for own in section.columns.values() if own not in record.value]
-    if missing:
+    if missing := [theirs for theirs in columns.values() if theirs not in record.value]:
         fields = ", ".join(f"`{field}`" for field in record.value)
         what = f"has no field `{missing[0]}`, which data.columns names; it has {fields}"
         raise DataError("cannot rename the fields of a row:", [Diagnostic(record.where, what)])
-    own = set(section.columns.values())
-    kept = {key: value for key, value in record.value.items() if key not in own and key not in section.columns}
-    return Record(kept | {ours: record.value[theirs] for ours, theirs in section.columns.items()}, record.where)
+    used = {*columns.values(), *columns}
+    kept = {key: value for key, value in record.value.items() if key not in used}
+    return Record(kept | {ours: record.value[theirs] for ours, theirs in columns.items()}, record.where)
 
 
 def _divide(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:

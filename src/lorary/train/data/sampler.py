@@ -1,7 +1,7 @@
 """The order of the training rows: a pure function of the seed and the epoch.
 
-Neither the number of worker processes, nor evaluation, nor logging, nor having been interrupted changes it; and
-which rows a batch holds can be said afterwards, without having watched.
+Worker processes, evaluation, logging and interruptions do not change it, and the rows of any batch can be computed
+afterwards.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch.utils.data import Sampler
 
 
 class SeededSampler(Sampler[int]):
-    """All rows in the order that `seed` and the current epoch give.
+    """All rows, shuffled by `seed` and the current epoch.
 
     Args:
         rows: number of rows.
-        seed: of the whole run.
-        shuffle: False gives the rows as they stand.
+        seed: the run's seed.
+        shuffle: False keeps the rows in their order.
 
     Attributes:
-        epoch: the epoch that the next iteration is about, from 0; the trainer sets it.
+        epoch: epoch of the next iteration, from 0; the trainer sets it.
     """
 
     def __init__(self, rows: int, seed: int, shuffle: bool = True) -> None:
@@ -52,12 +52,12 @@ class SeededSampler(Sampler[int]):
 
 @dataclass(frozen=True)
 class Position:
-    """One forward pass of a run.
+    """The position of one forward pass in a run.
 
     Args:
         epoch: from 0.
-        batch: of this rank within the epoch, from 0.
-        rank: of the process.
+        batch: index of this rank's batch within the epoch.
+        rank: rank of the process.
     """
 
     epoch: int
@@ -68,12 +68,12 @@ class Position:
 def rows_of(
     sampler: SeededSampler, at: Position, batch_size: int, ranks: int = 1, drop_last: bool = False
 ) -> list[int]:
-    """Which rows the batch at a position holds.
+    """The rows of the batch at a position.
 
-    Batches go round the ranks in turn; the last ones are filled up from the beginning of the epoch, so that all
-    ranks have as many (accelerate's `even_batches`). A single process keeps its shorter last batch.
+    Ranks take batches in turn; the last batches are filled up from the beginning of the epoch, so that all ranks have
+    equally many (accelerate's `even_batches`). A single process keeps its shorter last batch.
 
-    >>> rows_of(Shuffled(5, seed=0, shuffle=False), Position(epoch=0, batch=1, rank=1), batch_size=2, ranks=2)
+    >>> rows_of(SeededSampler(5, seed=0, shuffle=False), Position(epoch=0, batch=1, rank=1), batch_size=2, ranks=2)
     [1, 2]
     """
     order = sampler.order(at.epoch)

@@ -1,4 +1,4 @@
-"""Packing: several examples in one row, none of which may see another."""
+"""Sequence packing: several examples in one row, isolated from each other."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from lorary.errors import Diagnostic, TrainingError
 
 @torch.no_grad()
 def check_packing(model: Any, collate: Any) -> None:
-    """Tries it: two examples in one row must have the logits that each has by itself.
+    """Refuse a model that does not isolate the examples of a packed row.
 
-    Whether they do depends on the model's code and on its attention kernel, and a model in which they do not trains
-    all the same, on answers to other examples' questions.
+    Two examples in one row must have the same logits as alone. Whether they do depends on the model's code and its
+    attention kernel; a model that mixes them trains without an error, on the contents of other examples.
 
     Args:
         model: a causal language model.
-        collate: makes a batch of rows, as in training.
+        collate: the data collator of training.
 
     Raises:
-        TrainingError: the second example sees the first.
+        TrainingError: the second example attends to the first.
     """
     vocabulary = model.config.get_text_config().vocab_size
     first, second = ([(7 * i + start) % vocabulary for i in range(n)] for start, n in ((3, 9), (11, 12)))
@@ -36,8 +36,8 @@ def check_packing(model: Any, collate: Any) -> None:
         model.train(mode)
     difference = float((together - alone).abs().max() / alone.abs().max())
     exact = model.dtype in (torch.float32, torch.float64)
-    if not difference <= (1e-3 if exact else 5e-2):  # also if it is not a number
+    if not difference <= (1e-3 if exact else 5e-2):  # also refuses NaN
         kernel = model.config._attn_implementation
-        what = f"packed examples of {type(model).__name__} see each other ({kernel} attention)"
+        what = f"packed examples of {type(model).__name__} attend to each other ({kernel} attention)"
         fix = "set data.packing: false, or model.attn_implementation: flash_attention_2"
         raise TrainingError("this model cannot train on packed rows:", [Diagnostic("data.packing", what, fix)])

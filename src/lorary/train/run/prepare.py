@@ -10,7 +10,7 @@ from typing import Any
 from lorary.adapters.adapter import Adapter
 from lorary.analysis.memory.memory import Memory
 from lorary.analysis.memory.predict import predict
-from lorary.errors import ConfigError, Diagnostic
+from lorary.errors import ConfigError
 from lorary.layers.rope import max_context, rotation
 from lorary.model.loading.checkpoint_kind import reader
 from lorary.model.loading.from_pretrained import dtype, load_config, load_tokenizer, skeleton
@@ -64,8 +64,7 @@ def prepare(config: Config, *, processes: int = 1) -> RunPlan:
         LoraryError: whatever is wrong with the configuration, the method, the model or the data.
     """
     config = config.resolve()
-    problems = [Diagnostic(key, p.what, p.fix) for key, p in contradictions(config)]
-    if problems:
+    if problems := contradictions(config):
         raise ConfigError("the configuration contradicts itself:", problems)
     past = past_of(config.method.after)
     method = config.method.model_copy(update={"after": with_digests(config.method.after, past)})

@@ -1,8 +1,8 @@
-"""The names that people know from elsewhere, and where they live here.
+"""Aliases: other tools' names of configuration keys, translated to lorary's.
 
-PEFT's, TRL's, LLaMA-Factory's, Axolotl's and Unsloth's names of the same thing are understood, in their section or
-at the top level where those tools' flat files have them, and every one that is met is noted. A right key in a wrong
-section, and a key that cannot be translated, are errors that say what to write.
+The names of PEFT, TRL, LLaMA-Factory, Axolotl and Unsloth are understood in their section, and at the top level as in
+those tools' flat files; every translation is noted. A key in the wrong section, and a key that cannot be translated,
+are errors that say what to write.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from lorary.errors import Diagnostic, did_you_mean, nearest, suggestion
 from lorary.train.config.config import SECTIONS
-from lorary.train.config.yaml_source import ParsedYaml, Place
+from lorary.train.config.yaml_source import ParsedYaml, Place, nearest_mark
 
 ALIASES = {
     "model.id": "model_name_or_path model_name base_model",
@@ -47,7 +47,7 @@ ALIASES = {
 }
 CANONICAL = {alias: key for key, aliases in ALIASES.items() for alias in aliases.split()}
 
-# Keys that TRL's flat files have under the very name that a section has here.
+# Keys of TRL's flat files that have the same name in a section here.
 FLAT = {
     "model": "attn_implementation trust_remote_code dtype",
     "data": "max_length packing",
@@ -56,18 +56,23 @@ FLAT = {
 }
 CANONICAL_AT_TOP = CANONICAL | {key: f"{name}.{key}" for name, keys in FLAT.items() for key in keys.split()}
 
-# Switches that stand for a preset: true adds it to method.name.
-PRESET_OF = {"use_rslora": "rslora", "peft_use_rslora": "rslora", "use_dora": "dora", "peft_use_dora": "dora"}
-PRESET_OF["load_in_4bit"] = "qlora"
+# Switches for a preset: true adds it to method.name.
+PRESET_OF = {
+    "use_rslora": "rslora",
+    "peft_use_rslora": "rslora",
+    "use_dora": "dora",
+    "peft_use_dora": "dora",
+    "load_in_4bit": "qlora",
+}
 
-SHORTHAND = {"model": "id", "method": "name", "data": "train"}  # a plain value in place of the section
+SHORTHAND = {"model": "id", "method": "name", "data": "train"}  # the key that a plain value in place of a section sets
 
 HINTS = {
     "rank_pattern": "PEFT's patterns are regular expressions; write globs under `method.ranks`, such as '*.q_proj': 8",
     "alpha_pattern": "PEFT's patterns are regular expressions; write globs under `method.alphas`",
     "modules_to_save": "base weights stay frozen; the methods `bitfit` and `full` train them",
     "bias": "biases stay frozen; the method `bitfit` trains them",
-    "task_type": "`task` is sft or dpo; the kind of model is read from the model",
+    "task_type": "`task` is sft or dpo; the kind of model comes from its own configuration",
     "fp16": "write model.dtype: float16",
     "loraplus_lr_ratio": "write method: {name: lora+, ratio: 16}",
     "eval_strategy": "evaluation runs every training.eval_steps, or once per epoch",
@@ -75,15 +80,16 @@ HINTS = {
     "resume_from_checkpoint": "give --resume on the command line",
     "overwrite_output_dir": "give --overwrite on the command line",
     "push_to_hub": "nothing is uploaded",
-    **dict.fromkeys(
-        ("hf_token", "token", "api_key"), "secrets do not belong in a file that is kept; set HF_TOKEN instead"
-    ),
+    **dict.fromkeys(("hf_token", "token", "api_key"), "keep secrets out of files; set HF_TOKEN instead"),
 }
 
-_TRUE_IS = {"completion_only_loss": "completion", "assistant_only_loss": "completion"}
-_TRUE_IS |= {"train_on_inputs": "all", "train_on_input": "all"}
-_VALUES: dict[str, dict[Any, Any]] = {
-    **{alias: {True: is_, False: "all" if is_ == "completion" else "completion"} for alias, is_ in _TRUE_IS.items()},
+_LOSS = {True: "completion", False: "all"}
+_INVERTED = {True: "all", False: "completion"}
+_VALUES: dict[str, dict[Any, Any]] = {  # alias -> translated values
+    "completion_only_loss": _LOSS,
+    "assistant_only_loss": _LOSS,
+    "train_on_inputs": _INVERTED,
+    "train_on_input": _INVERTED,
     "lora_target": {"all": "all-linear"},
     "lr_scheduler_type": {"constant_with_warmup": "constant"},
     "excess_length_strategy": {"raise": "error"},
@@ -92,45 +98,47 @@ _VALUES: dict[str, dict[Any, Any]] = {
 
 @dataclass
 class NormalisedConfig:
-    """A configuration under the names of `lorary.train.config.config`, and what was said on the way.
+    """A configuration under lorary's own names, with its sources and notes.
 
     Args:
         tree: section -> key -> value.
-        where: place of a key -> where its value was written.
-        spelt: place of a key -> the name it was written under.
-        flags: the switches for presets that `apply_flags` has yet to obey.
+        where: place of a key -> position of its value in the source.
+        spelt: place of a key -> its name in the source.
+        switches: (name of `PRESET_OF`, position, value); `apply_switches` applies them.
+        notes: every translation.
+        problems: every mistake.
     """
 
     tree: dict[str, Any] = field(default_factory=dict)
     where: dict[Place, str] = field(default_factory=dict)
     spelt: dict[Place, str] = field(default_factory=dict)
-    flags: list[tuple[str, str, bool]] = field(default_factory=list)  # of PRESET_OF: name, where, value
+    switches: list[tuple[str, str, bool]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     problems: list[Diagnostic] = field(default_factory=list)
 
     def find(self, place: Place) -> str:
-        """Where `place`, or the nearest key that holds it, was written."""
-        while place and place not in self.where:
-            place = place[:-1]
-        return self.where.get(place, "")
+        """The position of `place`, or of the nearest key around it."""
+        return nearest_mark(self.where, place)
 
 
-def canonical(source: ParsedYaml, options: frozenset[str]) -> NormalisedConfig:
-    """`source` under lorary's names; `options` are the parameters that presets have, allowed under `method`."""
+def normalise(source: ParsedYaml, options: frozenset[str]) -> NormalisedConfig:
+    """`source` under lorary's names; `options` are the presets' parameters, allowed under `method`."""
     return _Translation(source, options).run()
 
 
-def apply_flags(read: NormalisedConfig) -> None:
-    """Let switches such as `use_rslora: true` add their preset to `method.name`, whatever that is by now."""
-    for flag, where, value in read.flags:
-        preset = PRESET_OF[flag]
-        read.notes.append(f"`{flag}: {show(value)}` {'adds' if value else 'does not add'} `{preset}` to `method.name`")
-        names = read.tree.setdefault("method", {}).get("name", ["lora"])
+def apply_switches(config: NormalisedConfig) -> None:
+    """Add the presets of switches such as `use_rslora: true` to `method.name`."""
+    for switch, where, value in config.switches:
+        preset = PRESET_OF[switch]
+        config.notes.append(
+            f"`{switch}: {show(value)}` {'adds' if value else 'does not add'} `{preset}` to `method.name`"
+        )
+        names = config.tree.setdefault("method", {}).get("name", ["lora"])
         names = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
         if value and isinstance(names, list) and preset not in names:
-            read.tree["method"]["name"] = [*names, preset]
+            config.tree["method"]["name"] = [*names, preset]
             place = ("method", "name", len(names))
-            read.where[place], read.spelt[place] = where, flag
+            config.where[place], config.spelt[place] = where, switch
 
 
 class _Translation:
@@ -140,8 +148,8 @@ class _Translation:
     def run(self) -> NormalisedConfig:
         tree = self.source.tree
         if not isinstance(tree, dict):
-            what = "it is empty" if tree is None else f"it holds {_kind(tree)}, not keys and values"
-            self.out.problems.append(Diagnostic(self.source.where(()), what, "`lorary init` writes one to start from"))
+            what = "it is empty" if tree is None else f"it holds {show(tree)}, not keys and values"
+            self._problem((), what, "`lorary init` writes one to start from")
             return self.out
         self.out.where[()] = self.source.where(())
         for key, value in tree.items():
@@ -157,51 +165,51 @@ class _Translation:
         return self.out
 
     def _key(self, section: str, key: str, value: Any, place: Place) -> None:
-        own = SECTIONS.get(section, {})
-        to = (CANONICAL if section else CANONICAL_AT_TOP).get(key)
+        target = (CANONICAL if section else CANONICAL_AT_TOP).get(key)
         if section == "method" and key == "options" and isinstance(value, dict):
             for name, option in value.items():
                 self._option(name, option, (*place, name))
-        elif key in own:
+        elif key in SECTIONS.get(section, {}):
             self._set(f"{section}.{key}" if section else key, value, place, key)
         elif key in PRESET_OF and section in ("", "method", "model"):
-            self._flag(key, place, value)
-        elif to is not None and (not section or to.startswith(f"{section}.")):
-            self._translate(key, to, value, place)
+            if isinstance(value, bool):
+                self.out.switches.append((key, self.source.where(place), value))
+            else:
+                self._problem(place, f"`{key}` must be true or false, not {show(value)}")
+        elif target is not None and (not section or target.startswith(f"{section}.")):
+            self._translate(key, target, value, place)
         elif section == "method" and key in self.options:
             self._option(key, value, place)
         else:
-            self._unknown(section, key, place)
+            what = f"unknown key `{key}`" + (f" in `{section}`" if section else "")
+            self._problem(place, what, HINTS.get(key) or _right_section(key) or _nearest_key(section, key))
 
-    def _translate(self, alias: str, to: str, value: Any, place: Place) -> None:
+    def _translate(self, alias: str, target: str, value: Any, place: Place) -> None:
         values = _VALUES.get(alias, {})
-        known = value in values if isinstance(value, str | bool) else False
-        if alias in _TRUE_IS and not known:
+        translated = isinstance(value, str | bool) and value in values
+        if True in values and not translated:
             self._problem(place, f"`{alias}` must be true or false, not {show(value)}")
-            return
-        if alias == "warmup_ratio" and isinstance(value, int | float) and value >= 1:
+        elif alias == "warmup_ratio" and isinstance(value, int | float) and value >= 1:
             self._problem(place, f"`warmup_ratio` is a share of the steps and must be below 1, not {show(value)}")
-            return
-        if self._set(to, values[value] if known else value, place, alias):
-            became = f": {values[value]}" if known else ""
-            self.out.notes.append(f"`{alias}` is read as `{to}{became}`")
+        elif self._set(target, values[value] if translated else value, place, alias):
+            self.out.notes.append(f"`{alias}` is read as `{target}{f': {values[value]}' if translated else ''}`")
 
     def _set(self, key: str, value: Any, place: Place, spelt: str) -> bool:
         path = tuple(key.split(".", 2))
-        where = self.source.where(place)
         if path in self.out.where:
             what = f"`{spelt}` and `{self.out.spelt[path]}` ({self.out.where[path]}) both set `{key}`"
-            self.out.problems.append(Diagnostic(where, what, "keep one of the two"))
+            self._problem(place, what, "keep one of the two")
             return False
         if len(path) == 1 and path[0] in SECTIONS:
-            what = f"`{key}` must hold keys and values, not {show(value)}"
-            self.out.problems.append(Diagnostic(where, what))
+            self._problem(place, f"`{key}` must hold keys and values, not {show(value)}")
             return False
         target = self.out.tree
         for part in path[:-1]:
             target = target.setdefault(part, {})
+        if not isinstance(target, dict):  # `options: text`, which validation reports
+            return False
         target[path[-1]] = value
-        self.out.where[path], self.out.spelt[path] = where, spelt
+        self.out.where[path], self.out.spelt[path] = self.source.where(place), spelt
         for inner, mark in self.source.marks.items():
             if inner[: len(place)] == place and len(inner) > len(place):
                 self.out.where[(*path, *inner[len(place) :])] = mark
@@ -211,61 +219,41 @@ class _Translation:
         if name in self.options:
             self._set(f"method.options.{name}", value, place, name)
         else:
-            what = f"`{name}` is not an option of any method"
-            self._problem(place, what, did_you_mean(name, sorted(self.options)) if self.options else "")
-
-    def _flag(self, flag: str, place: Place, value: Any) -> None:
-        if isinstance(value, bool):
-            self.out.flags.append((flag, self.source.where(place), value))
-        else:
-            self._problem(place, f"`{flag}` must be true or false, not {show(value)}")
-
-    def _unknown(self, section: str, key: str, place: Place) -> None:
-        what = f"unknown key `{key}`" + (f" in `{section}`" if section else "")
-        self._problem(place, what, HINTS.get(key) or _home(section, key) or self._nearest(section, key))
-
-    def _nearest(self, section: str, key: str) -> str:
-        own = list(SECTIONS.get(section, {}))
-        own += [alias for alias, to in CANONICAL.items() if to.startswith(f"{section}.")] if section else []
-        if hint := suggestion(key, own):
-            return hint
-        elsewhere = {inner: name for name, keys in SECTIONS.items() if name for inner in keys} | {
-            alias: to.partition(".")[0] for alias, to in CANONICAL.items() if "." in to
-        }
-        near = nearest(key, elsewhere, most=1)
-        return (
-            f"did you mean `{near[0]}`, under `{elsewhere[near[0]]}:`?"
-            if near
-            else did_you_mean(key, list(SECTIONS[section]))
-        )
+            hint = did_you_mean(name, sorted(self.options)) if self.options else ""
+            self._problem(place, f"`{name}` is not an option of any method", hint)
 
     def _problem(self, place: Place, what: str, fix: str = "") -> None:
         self.out.problems.append(Diagnostic(self.source.where(place), what, fix))
 
 
-def _home(section: str, key: str) -> str:
-    """Where a key that is right elsewhere belongs."""
-    homes = [name for name, keys in SECTIONS.items() if key in keys]
-    if not homes and key in CANONICAL:
-        home, _, name = CANONICAL[key].rpartition(".")
-        return f"it belongs under `{home}:`, as `{name}`" if home else f"it belongs at the top level, as `{name}`"
-    if not homes:
-        return ""
-    return " or ".join(f"it belongs under `{name}:`" if name else "it belongs at the top level" for name in homes)
+def _right_section(key: str) -> str:
+    """A hint for a key in the wrong section."""
+    if homes := [name for name, keys in SECTIONS.items() if key in keys]:
+        return " or ".join(f"it belongs under `{name}:`" if name else "it belongs at the top level" for name in homes)
+    home, _, name = CANONICAL.get(key, "").rpartition(".")
+    place = f"under `{home}:`" if home else "at the top level"
+    return f"it belongs {place}, as `{name}`" if name else ""
+
+
+def _nearest_key(section: str, key: str) -> str:
+    """A hint for a mistyped key: of this section, or else of another one."""
+    known = list(SECTIONS.get(section, {}))
+    known += [alias for alias, target in CANONICAL.items() if section and target.startswith(f"{section}.")]
+    if hint := suggestion(key, known):
+        return hint
+    elsewhere = {inner: name for name, keys in SECTIONS.items() if name for inner in keys}
+    elsewhere |= {alias: target.partition(".")[0] for alias, target in CANONICAL.items() if "." in target}
+    if near := nearest(key, elsewhere, most=1):
+        return f"did you mean `{near[0]}`, under `{elsewhere[near[0]]}:`?"
+    return did_you_mean(key, list(SECTIONS[section]))
 
 
 def show(value: Any) -> str:
-    """A value as it would be written, kept short."""
+    """A value as it would be written, shortened."""
     if value is None or isinstance(value, bool):
         return {True: "true", False: "false", None: "nothing"}[value]
-    if not isinstance(value, str | int | float):
-        return _kind(value)
-    text = f"the text {value!r}" if isinstance(value, str) else f"{value}"
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _kind(value: Any) -> str:
+    if isinstance(value, str | int | float):
+        text = f"the text {value!r}" if isinstance(value, str) else f"{value}"
+        return text if len(text) <= 60 else text[:57] + "..."
     kinds: dict[type, str] = {dict: "keys and values", list: "a list", tuple: "a list"}
-    if value is None or isinstance(value, str | int | float):
-        return show(value)
     return kinds.get(type(value), f"a {type(value).__name__}")

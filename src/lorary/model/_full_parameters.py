@@ -1,4 +1,4 @@
-"""The base parameters that train in full: those of a method's patterns, a new head, and weights that a rule writes."""
+"""Base parameters that train in full: those of a method's patterns, a new head, and weights that a rule writes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 
-from lorary.errors import Diagnostic, nearest
+from lorary.errors import Diagnostic, suggestion
 from lorary.model.checks import unwritable_weights
 from lorary.model.plan import FullParameter
 from lorary.model.scan import Scan, ScannedModule
@@ -19,7 +19,7 @@ _NEW_HEAD = re.compile(r"For((Sequence|Token|Image|Audio|Video)?Classification|Q
 
 
 def full_parameters(
-    scan: Scan, method: Method, placed: Sequence[AdaptedSite]
+    scan: Scan, method: Method, sites: Sequence[AdaptedSite]
 ) -> tuple[list[FullParameter], list[Diagnostic]]:
     """The base parameters that train in full or that a rule writes, in the model's order, and every problem."""
     problems: list[Diagnostic] = []
@@ -30,9 +30,9 @@ def full_parameters(
         trained |= names
     if _NEW_HEAD.search(type(scan.model).__name__):
         trained |= {name for name in scan.parameters if name.startswith(tuple(f"{head}." for head in scan.heads))}
-    problems += _cannot_train(scan, placed, trained)
+    problems += _cannot_train(scan, sites, trained)
     writes = any(rule.writes_base for rule in method.rules)
-    written = {f"{p.site.name}.weight" for p in placed} if writes else set()
+    written = {f"{p.site.name}.weight" for p in sites} if writes else set()
     problems += unwritable_weights(scan, method, written)
     full = [
         FullParameter(name, tuple(t.shape), t.numel() * t.element_size(), name in trained)
@@ -43,7 +43,7 @@ def full_parameters(
 
 
 def parameters_by_pattern(scan: Scan, method: Method) -> dict[str, set[str]]:
-    """Pattern of `full` -> the parameters that it names, tied ones by their first name."""
+    """Pattern of `full` -> the parameters that it matches, tied ones by their first name."""
     kinds = _names_by_kind(scan) if method.full else {}
     return {
         pattern: kinds.get(pattern, set()) | {first for name, first in scan.names.items() if _covers(pattern, name)}
@@ -52,7 +52,7 @@ def parameters_by_pattern(scan: Scan, method: Method) -> dict[str, set[str]]:
 
 
 def _names_by_kind(scan: Scan) -> dict[str, set[str]]:
-    """The patterns `embeddings` and `norms`, which go by what a layer is, whatever its name."""
+    """The parameters of `embeddings` and `norms`, two patterns for the type of a layer instead of its name."""
     found: dict[str, set[str]] = {"embeddings": set(), "norms": set()}
     for path, m in scan.modules.items():
         own = dict(m.module.named_parameters(path, recurse=False))
@@ -68,30 +68,30 @@ def _is_norm(m: ScannedModule) -> bool:
 
 
 def _covers(pattern: str, name: str) -> bool:
-    """Whether a pattern names this parameter, or a module that holds it."""
+    """Whether a pattern matches this parameter, or a module that holds it."""
     components = name.split(".")
     return any(matches(pattern, ".".join(components[: i + 1])) for i in range(len(components)))
 
 
 def _no_parameter(pattern: str, names: list[str]) -> Diagnostic:
     if pattern == "bias":
-        what = "this model has no biases (models of the Llama kind have none): there is nothing to train"
+        what = "this model has no biases to train (Llama-like models have none)"
         return Diagnostic("full", what, "use another method")
-    near = nearest(pattern, names + list({".".join(n.split(".")[-2:]) for n in names}))
-    return Diagnostic("full", f"`{pattern}` matches no parameter", f"did you mean {' or '.join(near)}?" if near else "")
+    known = names + list({".".join(name.split(".")[-2:]) for name in names})
+    return Diagnostic("full", f"`{pattern}` matches no parameter", suggestion(pattern, known))
 
 
-def _cannot_train(scan: Scan, placed: Sequence[AdaptedSite], trained: Collection[str]) -> list[Diagnostic]:
-    """Why some of these parameters cannot train in full: adapted, quantised or not of floating-point numbers."""
+def _cannot_train(scan: Scan, sites: Sequence[AdaptedSite], trained: Collection[str]) -> list[Diagnostic]:
+    """Why some of these parameters cannot train in full: adapted, quantised or not floating-point."""
     problems = []
-    sites = {f"{p.site.name}.weight" for p in placed} | {f"{p.site.name}.bias" for p in placed if p.delta.changes_bias}
-    for name in sorted({scan.names[site] for site in sites & scan.names.keys()} & set(trained)):
-        what = "is adapted and trains in full as well: the adapter would have nothing of its own to learn"
+    adapted = {f"{p.site.name}.weight" for p in sites} | {f"{p.site.name}.bias" for p in sites if p.delta.changes_bias}
+    for name in sorted({scan.names[name] for name in adapted & scan.names.keys()} & set(trained)):
+        what = "is adapted and would train in full as well: the adapter would be redundant"
         problems.append(Diagnostic(name, what, "exclude the site, or narrow `full`"))
     for name in sorted(trained):
         path, _, last = name.rpartition(".")
         if last != "bias" and scan.is_quantised(path):
-            problems.append(Diagnostic(name, "is packed and cannot train in full", "leave it out of `full`"))
+            problems.append(Diagnostic(name, "is quantised and cannot train in full", "leave it out of `full`"))
         elif not torch.is_floating_point(scan.parameters[name]):
             problems.append(Diagnostic(name, f"is {scan.parameters[name].dtype} and cannot train in full"))
     return problems

@@ -1,4 +1,4 @@
-"""Where rows come from: files, folders, built-in data sets, the Hub. `SOURCE#SPLIT` picks a split."""
+"""Sources of rows: files, folders, built-in data sets, the Hub. `SOURCE#SPLIT` selects a split."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from lorary.errors import DataError, Diagnostic, LoraryError, suggested_path
-from lorary.train.data.files import READERS, read_file
-from lorary.train.data.records import Record
+from lorary.train.data._files import READERS, read_file
+from lorary.train.data._records import Record, unreadable
 
-# How the files of a split begin, in a folder that keeps one file or more per split.
+# Prefixes of a split's file names, in a folder with one file or more per split.
 _STEMS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test",)}
 
 
@@ -18,11 +18,11 @@ def read_source(source: str, split: str, subset: str | None = None) -> list[Reco
 
     Args:
         source: a file, a folder, `builtin:NAME` or a Hub id; `#SPLIT` may follow.
-        split: the split that is meant where the source does not name one.
+        split: the split if the source does not name one.
         subset: configuration name of a Hub data set.
 
     Raises:
-        DataError: there is nothing of that name, or it holds rows that cannot be read.
+        DataError: the source does not exist, or has rows that cannot be read.
     """
     name, chosen = source, ""
     if "#" in source and not Path(source).exists():
@@ -30,26 +30,18 @@ def read_source(source: str, split: str, subset: str | None = None) -> list[Reco
     split = chosen or split
     path = Path(name).expanduser()
     if name.startswith("builtin:"):
-        return _builtin(name, split)
+        from lorary.builtin import corpora
+
+        return _records(corpora.load(name, split), name)
     if path.is_dir():
         return _folder(path, split, asked=bool(chosen))
     if path.exists():
         if chosen:
-            raise DataError(
-                f"cannot read {source}:", [Diagnostic("", f"{name} is one file and has no split `{chosen}`")]
-            )
+            raise unreadable(source, f"{name} is one file and has no split `{chosen}`")
         return read_file(path)
     if path.suffix.lower() in READERS or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise DataError(
-            f"cannot read {name}:", [Diagnostic("", "there is no such file or folder", suggested_path(path))]
-        )
+        raise unreadable(name, "there is no such file or folder", suggested_path(path))
     return _hub(name, subset, split)
-
-
-def _builtin(name: str, split: str) -> list[Record]:
-    from lorary.builtin import corpora
-
-    return [Record(row, f"{name}: row {i}") for i, row in enumerate(corpora.load(name, split), 1)]
 
 
 def _folder(path: Path, split: str, asked: bool) -> list[Record]:
@@ -60,13 +52,11 @@ def _folder(path: Path, split: str, asked: bool) -> list[Record]:
     chosen = [file for file in files if file.stem.lower().startswith(stems)]
     known = tuple(stem for each in _STEMS.values() for stem in each)
     if not chosen and not asked and not any(file.stem.lower().startswith(known) for file in files):
-        chosen = files  # a folder without splits is all of one
+        chosen = files  # the folder has no splits
     if not chosen:
         there = ", ".join(entry.name for entry in sorted(path.iterdir())[:8]) or "nothing"
-        what = (
-            f"no file of the split `{split}` ({', '.join(f'{stem}*' for stem in stems)}; {', '.join(sorted(READERS))})"
-        )
-        raise DataError(f"cannot read the folder {path}:", [Diagnostic("", what, f"it holds {there}")])
+        names = f"{', '.join(f'{stem}*' for stem in stems)}; {', '.join(sorted(READERS))}"
+        raise unreadable(f"the folder {path}", f"no file of the split `{split}` ({names})", f"it contains {there}")
     return [record for file in chosen for record in read_file(file)]
 
 
@@ -76,13 +66,12 @@ def _saved(path: Path, split: str) -> list[Record]:
     try:
         loaded = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"cannot read the data set {path}:", [Diagnostic("", str(error).splitlines()[0])]) from None
+        raise unreadable(f"the data set {path}", str(error).splitlines()[0]) from None
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
-            what = f"has no split `{split}`"
-            raise DataError(f"cannot read the data set {path}:", [Diagnostic("", what, f"it has {', '.join(loaded)}")])
+            raise unreadable(f"the data set {path}", f"has no split `{split}`", f"it has {', '.join(loaded)}")
         loaded = loaded[split]
-    return _rows(loaded, path.name)
+    return _records(loaded, path.name)
 
 
 def _hub(name: str, subset: str | None, split: str) -> list[Record]:
@@ -92,14 +81,14 @@ def _hub(name: str, subset: str | None, split: str) -> list[Record]:
         loaded = datasets.load_dataset(name, subset, split=split)
     except LoraryError:
         raise
-    except Exception as error:  # the Hub, the network and many readers stand behind this one call
+    except Exception as error:  # the Hub, the network and many readers are behind this one call
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         fix = "no file or folder has that name either; the Hub needs a network, and HF_TOKEN for private data"
         raise DataError(f"cannot load `{name}` from the Hub:", [Diagnostic("", reason, fix)]) from error
-    return _rows(loaded, f"{name}[{split}]")
+    return _records(loaded, f"{name}[{split}]")
 
 
-def _rows(loaded: Any, name: str) -> list[Record]:
-    if not len(loaded):
-        raise DataError(f"{name} holds no rows")
-    return [Record(dict(row), f"{name}: row {i}") for i, row in enumerate(loaded, 1)]
+def _records(rows: Any, name: str) -> list[Record]:
+    if not len(rows):
+        raise DataError(f"{name} has no rows")
+    return [Record(dict(row), f"{name}: row {i}") for i, row in enumerate(rows, 1)]

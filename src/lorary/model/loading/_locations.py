@@ -1,4 +1,4 @@
-"""Where a model lies, by its name: a folder, a Hub id or the built-in base; and what is refused before it is read."""
+"""The location of a model: a folder, a Hub id or the built-in base; and the checks of a folder before it is read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BUILTIN = ("builtin:base",)
 
 
 def location(section: ModelSection) -> str:
-    """What Transformers calls the model: a folder or a Hub id.
+    """The folder or Hub id that Transformers takes.
 
     Raises:
         FileError: there is no built-in model of that name.
@@ -20,16 +20,15 @@ def location(section: ModelSection) -> str:
     if not section.id.startswith("builtin:"):
         return str(Path(section.id).expanduser()) if section.id.startswith("~") else section.id
     if section.id not in BUILTIN:
-        raise FileError(
-            f"cannot load {section.id}:", [Diagnostic("model.id", "no such model", did_you_mean(section.id, BUILTIN))]
-        )
+        problem = Diagnostic("model.id", "no such model", did_you_mean(section.id, BUILTIN))
+        raise FileError(f"cannot load {section.id}:", [problem])
     from lorary import builtin
 
     return str(builtin.path())
 
 
 def check_folder(section: ModelSection) -> None:
-    """Refuse a folder that is no model, or that would run code.
+    """Refuse a folder that does not hold a model, or would run code.
 
     Raises:
         FileError: every reason.
@@ -38,9 +37,8 @@ def check_folder(section: ModelSection) -> None:
     headline = f"cannot load the model {section.id}:"
     if not folder.exists():
         if section.id.startswith((".", "/", "~")) or section.id.count("/") > 1:
-            raise FileError(
-                headline, [Diagnostic(section.id, "there is no such folder", suggested_path(folder, folders=True))]
-            )
+            fix = suggested_path(folder, folders=True)
+            raise FileError(headline, [Diagnostic(section.id, "there is no such folder", fix)])
         return  # a Hub id
     if not (folder / "config.json").is_file():
         adapter = any((folder / name).is_file() for name in ("adapter_config.json", "lorary.json"))
@@ -50,13 +48,13 @@ def check_folder(section: ModelSection) -> None:
     try:
         written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise FileError(headline, [Diagnostic("config.json", f"is no JSON: {error}")]) from None
+        raise FileError(headline, [Diagnostic("config.json", f"is not valid JSON: {error}")]) from None
     if isinstance(written, dict) and "auto_map" in written and not section.trust_remote_code:
         fix = "read that code, then set model.trust_remote_code: true"
-        problems.append(Diagnostic("config.json", "`auto_map`: the model would run Python code of its own", fix))
+        problems.append(Diagnostic("config.json", "`auto_map`: the model would run its own Python code", fix))
     pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
     if pickles and not any(folder.glob("*.safetensors")):
         what = "weights as a pickle, which can run code when it is opened"
-        problems.append(Diagnostic(pickles[0].name, what, "convert it to safetensors where you trust it"))
+        problems.append(Diagnostic(pickles[0].name, what, "convert it to safetensors if you trust it"))
     if problems:
         raise FileError(headline, problems)

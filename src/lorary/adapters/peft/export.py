@@ -1,0 +1,101 @@
+"""Export: an adapter of any method as a plain PEFT LoRA or DoRA."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lorary.adapters import native
+from lorary.adapters.adapter import Adapter
+from lorary.adapters.low_rank_form import factors_on_base, low_rank_forms
+from lorary.adapters.peft import writer
+from lorary.adapters.peft.config import NAME, config_text
+from lorary.adapters.peft.lora import LORA, encode_factors, is_dora, lora_fields
+from lorary.adapters.peft.reader import WEIGHTS
+from lorary.adapters.save_load import ADAPTER_FILES
+from lorary.adapters.shared_tensors import collect_shared
+from lorary.adapters.value_checks import unwritable
+from lorary.errors import Diagnostic, FileError
+from lorary.files.atomic import atomic_directory
+from lorary.files.strict_json import show
+from lorary.files.tensor_file import write_tensors
+from lorary.layers.rope import PositionsWarning
+
+
+def export_peft(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.Module | None = None) -> None:
+    """Write an adapter as a plain PEFT LoRA with the same function, whatever method trained it.
+
+    LoRA and DoRA keep their tensors. Every other method is written as the two factors of its update of the unmodified
+    base, with the scale in B, and with DoRA's magnitudes if it has them.
+
+    PEFT's files cannot hold RoPE scaling: for an adapter that needs it (LongLoRA), `BASE.md` beside them explains how
+    to load the base, and a warning says so.
+
+    Args:
+        adapter: the adapter.
+        folder: a new folder, or one that holds a PEFT adapter to be replaced.
+        model: the base, if at hand, as for `save_adapter`; some methods have no such form without it.
+
+    Raises:
+        FileError: PEFT has no LoRA with this function, with every reason; or the folder cannot be written.
+        MethodError: the method has no low-rank form.
+    """
+    problems = writer.base_incompatibilities(adapter, model, LORA)
+    if (Path(folder) / native.NAME).exists():
+        what = f"it holds {native.NAME}: the adapter there would be lost"
+        problems.append(Diagnostic("", what, "export to another folder"))
+    _refuse(folder, problems)
+    shared = collect_shared(adapter)
+    if writer.exact_type(adapter, model, shared) is LORA:
+        config, tensors = writer.exact_files(adapter, model, shared, LORA)
+    else:
+        config, tensors = _as_lora(adapter, model, folder)
+    _refuse(folder, unwritable(tensors))
+    needed, rope = sum(t.nbytes for t in tensors.values()), writer.rope_overrides(adapter)
+    with atomic_directory(folder, replace=True, keep=True, drop=ADAPTER_FILES, needed=needed) as temporary:
+        (temporary / NAME).write_text(config_text(config), encoding="utf-8")
+        write_tensors(temporary / WEIGHTS, tensors)
+        if rope:
+            (temporary / writer.BASE_README).write_text(writer.base_text(adapter), encoding="utf-8")
+    if rope:
+        what = f"PEFT's files do not say how positions are divided: load the base with rope_parameters {rope}"
+        warnings.warn(f"{what}; {writer.BASE_README} there says how", PositionsWarning, stacklevel=2)
+
+
+def _refuse(folder: str | os.PathLike[str], problems: list[Diagnostic]) -> None:
+    if problems:
+        raise FileError(f"cannot export an adapter to {show(os.fspath(folder), most=400)} for PEFT", problems)
+
+
+def _as_lora(
+    adapter: Adapter, model: nn.Module | None, folder: str | os.PathLike[str]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(configuration, tensors) of the LoRA, or the DoRA, that an adapter of another method is."""
+    adapter = adapter.compact()
+    left = tuple(a for a in adapter.sites if any(map(min, a.shapes.values())))  # AdaLoRA may leave no rank direction
+    if not left:
+        what = "no layer has a direction left, and PEFT's adapters adapt at least one layer"
+        _refuse(folder, [Diagnostic("sites", what)])
+    adapter = dataclasses.replace(adapter, sites=left)
+    forms = low_rank_forms([a for a in adapter.sites if not is_dora(a)], adapter.tensors, model)
+    what = "its output has a gain or a shift, which PEFT's LoRA has not"
+    problems = [Diagnostic(name, what) for name, form in forms.items() if not form.is_plain]
+    if forms and len(forms) < len(adapter.sites):
+        what = "some have DoRA's magnitudes and some not; PEFT's adapters have all or none"
+        problems.append(Diagnostic("sites", what))
+    _refuse(folder, problems)
+    tensors: dict[str, Tensor] = {}
+    sizes: dict[str, tuple[int, float]] = {}
+    for adapted in adapter.sites:
+        name, own = adapted.site.name, adapter.tensors[adapted.site.name]
+        # DoRA's gain follows from the factors and the magnitudes, which PEFT keeps as they are
+        B, A = factors_on_base(adapted, own) if is_dora(adapted) else forms[name][:2]
+        tensors |= encode_factors(adapted.site, A, B, own.get("m"))
+        sizes[name] = (A.shape[0], float(A.shape[0]))
+    fields = lora_fields(adapter, sizes, root=False, dora=not forms)
+    return writer.peft_config(adapter, model, LORA, fields), writer.with_prefix(tensors, adapter)

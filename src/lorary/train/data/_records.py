@@ -1,0 +1,110 @@
+"""Rows with their sources, and the errors for rows and files that cannot be read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from lorary.errors import DataError, Diagnostic
+
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row as it was written.
+
+    Args:
+        value: the decoded JSON.
+        where: its source, such as `train.jsonl:12`.
+    """
+
+    value: Any
+    where: str
+
+
+class Located(Protocol):
+    """A row that knows its source."""
+
+    @property
+    def where(self) -> str:
+        """Such as `train.jsonl:12`."""
+
+
+Row = TypeVar("Row", bound=Located)
+Result = TypeVar("Result")
+
+
+@dataclass
+class BadRows:
+    """Rows that cannot be used: the first few in full, the others counted."""
+
+    shown: list[Diagnostic] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, where: str, what: str, fix: str = "") -> None:
+        """Record one more."""
+        self.count += 1
+        if len(self.shown) < SHOWN:
+            self.shown.append(Diagnostic(where, what, fix))
+
+    @property
+    def problems(self) -> list[Diagnostic]:
+        """The first five, and the number of the others."""
+        more = [Diagnostic("", f"and {self.count - SHOWN:,} more")] if self.count > SHOWN else []
+        return [*self.shown, *more]
+
+    def refuse(self, name: str, rows: int) -> None:
+        """Raise if there are any.
+
+        Raises:
+            DataError: the first five bad rows, and the number of all.
+        """
+        if self.count:
+            share = f"{self.count:,} of {rows:,} rows" if rows >= self.count else f"{self.count:,} rows"
+            raise DataError(f"{share} of {name} cannot be used:", self.problems)
+
+
+def convert(rows: Sequence[Row], function: Callable[[Row], Result], name: str) -> list[Result]:
+    """`function` of every row.
+
+    Raises:
+        DataError: rows for which `function` raises a ValueError; the first five are named, the others counted.
+    """
+    bad, results = BadRows(), []
+    for row in rows:
+        try:
+            results.append(function(row))
+        except ValueError as error:
+            bad.add(row.where, str(error))
+    bad.refuse(name, len(rows))
+    return results
+
+
+def unreadable(source: object, what: str, fix: str = "", where: str = "") -> DataError:
+    """The error for a source that cannot be read."""
+    return DataError(f"cannot read {source}:", [Diagnostic(where, what, fix)])
+
+
+def source_of(where: str) -> str:
+    """The file or data set of a row, from its `where`.
+
+    >>> source_of("train.jsonl:12"), source_of("builtin:docstrings: row 3")
+    ('train.jsonl', 'builtin:docstrings')
+    """
+    return re.sub(r":(?: row )?\d+$", "", where)
+
+
+def texts(value: Any) -> Iterator[str]:
+    """Every text inside a row."""
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, dict):
+            stack.extend([*item.keys(), *item.values()])
+        elif isinstance(item, list | tuple):
+            stack.extend(item)
