@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lorary._deprecated import RenamedAttribute
 from lorary.kernels.row_norms import linear
 from lorary.kernels.shared_projection import LastProductCache
 from lorary.layers.cache import TensorCache
@@ -74,6 +75,8 @@ class Adapted(nn.Module):
     `weight` and `bias` are those of the base, because foreign code reads them (weight tying, dtype look-ups), and so
     are its plain attributes, such as `in_features`, `stride` or `padding_idx`.
     """
+
+    p = RenamedAttribute("params")
 
     def __init__(
         self,
