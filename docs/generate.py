@@ -1,8 +1,8 @@
 """Writes the reference pages that the code knows best: `python docs/generate.py` (a part of `make docs`).
 
-The configuration's page is made from the models in `lorary.train.config.config`, the commands' from the command line itself,
-the head of every method's page from its preset, and the combinations from their table, so that none can disagree with
-what it describes; a test fails where a committed page is not what this would write.
+The configuration's page is made from the models in `lorary.train.config.config`, the commands' from the command line
+itself, the head of every method's page from its preset, and the combinations from their table, so that none can
+disagree with the code; a test fails if a committed page is out of date.
 """
 
 from __future__ import annotations
@@ -136,11 +136,11 @@ def picture(name: str) -> str:
 
 COMBINATIONS_HEAD = """# Combinations
 
-Presets combine by union: each is a name for some words, and silent on the rest. **Y**: they go together. **r**: they
-do, with the restriction below. **N**: refused, for the reason below, which is what the refusal itself says. Every Y and
-r of this page trains in the tests, and every N is refused there.
+Presets combine by union: each sets the components of some axes and leaves the others alone. **Y**: they combine.
+**r**: they combine with the restriction below. **N**: refused, for the reason below, which is also the error message.
+Every Y and r of this page trains in the tests, and every N is refused there.
 
-More than two combine where each pair does, such as `dora,rslora,pissa,lora+`. The numbers above the columns are
+More than two combine if each pair does, such as `dora,rslora,pissa,lora+`. The numbers above the columns are
 those of the rows.
 
 """
@@ -170,8 +170,8 @@ def combinations_page() -> str:
 
 INDEX_HEAD = """# The methods
 
-A method is a record of components, one per axis. A preset is a paper's name for some of them; LoRA's components fill the other axes. Presets
-combine by union; [which go together](../combinations.md) is a table of its own.
+A method is a record of components, one per axis. A preset is a paper's name for some of them; LoRA's components are the
+defaults for the others. Presets combine by union; a [table](../combinations.md) shows which pairs do.
 
 | preset | equation | paper | what it changes | when |
 |---|---|---|---|---|

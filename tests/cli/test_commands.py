@@ -164,7 +164,7 @@ def test_plan_lists_every_mistake(command: Command) -> None:
         "  - --set method.r: `r` must be at least 1, not 0\n"
         "  - --set training.lr: `lr` must be at most 1, not 9\n",
     )
-    assert "`lorra` is no method that lorary knows" in command("plan", "builtin:base", "--method", "lorra").err
+    assert "`lorra` is not a method that lorary knows" in command("plan", "builtin:base", "--method", "lorra").err
 
 
 @pytest.mark.parametrize(

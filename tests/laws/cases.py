@@ -179,14 +179,14 @@ def numbers(method: lorary.Method, kind: Kind) -> int:
     A, B = kind.parts * kind.inp, kind.rows  # what a rank of one costs
     formulas: dict[str, Callable[[int], dict[str, int]]] = {
         "LowRank": lambda r: {"A": r * A, "B": r * B},
-        "Propagated": lambda r: {"A": r * A, "B": r * B},  # the product of step K stays as it is
-        "Tasks": lambda r: {"A": r * A, "B": r * B},  # and so do the earlier tasks
-        "Spectral": lambda r: {"P": r * B, "E": r, "Q": r * A},
-        "Minis": lambda r: {"A": r * A, "B": r * B},  # whatever n is
-        "Parallel": lambda r: {"A": delta.n * r * A, "B": delta.n * r * B, "gamma": delta.n * B},
-        "Vectors": lambda r: {"A": 0, "B": 0, "b": B, "d": kind.parts * r},
+        "DeltaLoRADelta": lambda r: {"A": r * A, "B": r * B},  # the product of step K stays as it is
+        "SequentialLoRA": lambda r: {"A": r * A, "B": r * B},  # and so do the earlier tasks
+        "SVDDelta": lambda r: {"P": r * B, "E": r, "Q": r * A},
+        "BlockDiagonal": lambda r: {"A": r * A, "B": r * B},  # whatever n is
+        "ParallelLowRank": lambda r: {"A": delta.n * r * A, "B": delta.n * r * B, "gamma": delta.n * B},
+        "SharedProjectionDelta": lambda r: {"A": 0, "B": 0, "b": B, "d": kind.parts * r},
         # A (on a packed base a vector), B and C low-rank, D (where there is a bias) and E vectors
-        "Terms": lambda r: (
+        "GLoRADelta": lambda r: (
             {"Bd": r * B, "Bu": r * A, "Cd": r * A, "Cu": r, "E": B}
             | ({"Ad": r * B, "Au": r * A} if delta.A == "lora" else {"Ad": B})
             | ({"D": B} if kind.bias else {})

@@ -296,7 +296,7 @@ def test_hard_starts_in_the_complement_and_needs_the_optimizer() -> None:
         lorary.rules(model, 5)
     assert str(error.value) == (
         "the method's rules need the optimizer:\n"
-        "  - AwayFrom: reaches into the optimizer's state\n"
+        "  - OrthogonalToPast: reaches into the optimizer's state\n"
         "      hint: lorary.rules(model, steps, optimizer)"
     )
     lorary.rules(model, 5, torch.optim.SGD(lorary.param_groups(model, 0.1)))

@@ -45,33 +45,35 @@ _WRONG = "invalid method:\n  - "
         (
             ["lroa"],
             {},
-            f"{_UNKNOWN}'lroa': is no method that lorary knows\n      hint: did you mean `lora` or `qlora` or `lora+`?",
+            f"{_UNKNOWN}'lroa': is not a method that lorary knows\n"
+            "      hint: did you mean `lora` or `qlora` or `lora+`?",
         ),
         (
             ["houlsby"],
             {},
-            f"{_UNKNOWN}'houlsby': is no method that lorary knows\n      hint: known: ...",
+            f"{_UNKNOWN}'houlsby': is not a method that lorary knows\n      hint: known: ...",
         ),
         (
             [None],
             {},
-            f"{_UNKNOWN}None: is no method that lorary knows\n      hint: known: ...",
+            f"{_UNKNOWN}None: is not a method that lorary knows\n      hint: known: ...",
         ),
         (
             ["lora"],
             {"dropuot": 0.1},
-            f"{_UNKNOWN}dropuot: is no option of lora\n      hint: did you mean `dropout`?",
+            f"{_UNKNOWN}dropuot: is not an option of lora\n      hint: did you mean `dropout`?",
         ),
         (
             ["rslora"],
             {"ratio": 2},
-            f"{_UNKNOWN}ratio: is no option of lora + rslora\n      hint: known: alpha, context, delta, dropout, "
+            f"{_UNKNOWN}ratio: is not an option of lora + rslora\n      hint: known: alpha, context, delta, dropout, "
             "frozen, full, init, join, lr, r, rules, scale, storage",
         ),
         (
             ["rslora"],
             {"scale": AlphaOverRank(3)},
-            f"{_UNKNOWN}scale: rslora says BySqrtRank; you said ByRank\n      hint: a method has one word on this axis",
+            f"{_UNKNOWN}scale: rslora sets AlphaOverSqrtRank; you set AlphaOverRank\n"
+            "      hint: a method has one component on this axis",
         ),
         (["lora+"], {"lr": {"B": 2}}, f"{_UNKNOWN}lr: lora+ and you both set the rate of B"),
         (
@@ -81,15 +83,19 @@ _WRONG = "invalid method:\n  - "
         ),
         (["lora"], {"r": 8.0}, f"{_WRONG}delta: LowRank has r = 8.0; it takes a whole number of at least 1"),
         (["lora"], {"r": True}, f"{_WRONG}delta: LowRank has r = True; it takes a whole number of at least 1"),
-        (["lora"], {"alpha": "32"}, f"{_WRONG}scale: ByRank has alpha = '32'; it takes a positive finite number"),
+        (
+            ["lora"],
+            {"alpha": "32"},
+            f"{_WRONG}scale: AlphaOverRank has alpha = '32'; it takes a positive finite number",
+        ),
         (
             ["rslora"],
             {"alpha": float("nan")},
-            f"{_WRONG}scale: BySqrtRank has alpha = nan; it takes a positive finite number",
+            f"{_WRONG}scale: AlphaOverSqrtRank has alpha = nan; it takes a positive finite number",
         ),
-        (["lora"], {"dropout": 1}, f"{_WRONG}dropout: 1 is no probability in [0, 1)"),
-        (["lora"], {"dropout": -0.1}, f"{_WRONG}dropout: -0.1 is no probability in [0, 1)"),
-        (["lora"], {"dropout": None}, f"{_WRONG}dropout: None is no probability in [0, 1)"),
+        (["lora"], {"dropout": 1}, f"{_WRONG}dropout: 1 is not a probability in [0, 1)"),
+        (["lora"], {"dropout": -0.1}, f"{_WRONG}dropout: -0.1 is not a probability in [0, 1)"),
+        (["lora"], {"dropout": None}, f"{_WRONG}dropout: None is not a probability in [0, 1)"),
         (["lora+"], {"ratio": 0}, f"{_WRONG}lr: the multiplier of B is 0, not a positive number"),
         (["lora"], {"lr": {"C": 3}}, f"{_WRONG}lr: a learning rate for {{C}}, but what trains is {{A, B}}"),
         (
@@ -100,8 +106,8 @@ _WRONG = "invalid method:\n  - "
         (
             ["lora+", "lora-fa"],
             {},
-            f"{_WRONG}lr: B would learn faster or slower than nothing: {{A}} is frozen\n"
-            "      hint: give the rate itself, without a multiplier",
+            f"{_WRONG}lr: a learning-rate ratio has no effect: {{B}} is the only trained tensor\n"
+            "      hint: set the learning rate itself, without a multiplier",
         ),
         (["lora-fa"], {"frozen": "B"}, f"{_WRONG}frozen: everything is frozen: nothing would train"),
         (["lora"], {"frozen": {"E"}}, f"{_WRONG}frozen: {{E}} cannot be frozen: the tensors are {{A, B}}"),
@@ -111,17 +117,17 @@ _WRONG = "invalid method:\n  - "
             f"{_WRONG}full: every base weight trains in full, which leaves nothing for LowRank to learn\n"
             "      hint: use one of the two",
         ),
-        (["lora"], {"full": ("",)}, f"{_WRONG}full: '' is no pattern over parameter names"),
-        (["lora"], {"init": AlphaOverRank(3)}, f"{_WRONG}init: ByRank(alpha=3) is no word of this axis"),
-        (["lora"], {"scale": Kaiming()}, f"{_WRONG}scale: Kaiming() is no word of this axis"),
-        (["lora"], {"init": Gaussian}, f"{_WRONG}init: {Gaussian!r} is no word of this axis"),
-        (["lora"], {"storage": None}, f"{_WRONG}storage: None is no word of this axis"),
-        (["lora"], {"rules": (Unquantized(),)}, f"{_WRONG}rules: AsIs() is no word of this axis"),
+        (["lora"], {"full": ("",)}, f"{_WRONG}full: '' is not a pattern over parameter names"),
+        (["lora"], {"init": AlphaOverRank(3)}, f"{_WRONG}init: AlphaOverRank(alpha=3) is not a component of this axis"),
+        (["lora"], {"scale": Kaiming()}, f"{_WRONG}scale: Kaiming() is not a component of this axis"),
+        (["lora"], {"init": Gaussian}, f"{_WRONG}init: {Gaussian!r} is not a component of this axis"),
+        (["lora"], {"storage": None}, f"{_WRONG}storage: None is not a component of this axis"),
+        (["lora"], {"rules": (Unquantized(),)}, f"{_WRONG}rules: Unquantized() is not a component of this axis"),
         (
             ["bitfit"],
             {"frozen": {"A"}, "dropout": 0.5},
-            f"{_WRONG}frozen: makes sense for a delta only, and this method has none\n"
-            "  - dropout: makes sense for a delta only, and this method has none",
+            f"{_WRONG}frozen: applies to a delta only, and this method has none\n"
+            "  - dropout: applies to a delta only, and this method has none",
         ),
     ],
 )
@@ -315,7 +321,7 @@ def test_but_changes_only_what_is_said_and_checks_again() -> None:
     with pytest.raises(MethodError) as refusal:
         method.replace(scael=AlphaOverRank(3))
     assert str(refusal.value) == f"{_WRONG}scael: is not an axis of a method\n      hint: did you mean `scale`?"
-    with pytest.raises(MethodError, match="is no probability"):
+    with pytest.raises(MethodError, match="is not a probability"):
         method.replace(dropout=3)
 
 
@@ -332,7 +338,7 @@ def test_one_name_stands_for_a_set_of_one() -> None:
             "Method\n"
             "  delta    LowRank(r=16)\n"
             "  init     Kaiming()\n"
-            "  scale    ByRank(alpha=32.0) -> s = 2\n"
+            "  scale    AlphaOverRank(alpha=32.0) -> s = 2\n"
             "  join     Add()\n"
             "  trains   {A, B}",
         ),
@@ -341,7 +347,7 @@ def test_one_name_stands_for_a_set_of_one() -> None:
             "Method\n"
             "  delta    LowRank(r=4)\n"
             "  init     Kaiming()\n"
-            "  scale    BySqrtRank(alpha=8) -> s = 4\n"
+            "  scale    AlphaOverSqrtRank(alpha=8) -> s = 4\n"
             "  join     Add()\n"
             "  lr       B x16\n"
             "  full     bias, norm\n"
@@ -353,7 +359,7 @@ def test_one_name_stands_for_a_set_of_one() -> None:
             "Method\n"
             "  delta    LowRank(r=16)\n"
             "  init     Kaiming()\n"
-            "  scale    ByRank(alpha=32.0) -> s = 2\n"
+            "  scale    AlphaOverRank(alpha=32.0) -> s = 2\n"
             "  join     Add()\n"
             "  frozen   {A}\n"
             "  trains   {B}",
@@ -379,43 +385,43 @@ _WORDS = "      hint: known: ..."
         (None, "invalid method record:\n  - method: found NoneType"),
         (_LORA | {"dleta": None}, f"{_RECORD}dleta: is not an axis of a method\n      hint: did you mean `delta`?"),
         (
-            _LORA | {"init": {"word": "Kaimign"}},
-            f"{_RECORD}init: 'Kaimign' is no word that lorary knows\n      hint: did you mean `Kaiming`?",
+            _LORA | {"init": {"component": "Kaimign"}},
+            f"{_RECORD}init: 'Kaimign' is not a known component\n      hint: did you mean `Kaiming`?",
         ),
-        (_LORA | {"delta": 5}, f"{_RECORD}delta: 5 is no word that lorary knows\n{_WORDS}"),
+        (_LORA | {"delta": 5}, f"{_RECORD}delta: 5 is not a known component\n{_WORDS}"),
         (
-            _LORA | {"delta": {"word": ["LowRank"]}},
-            f"{_RECORD}delta: ['LowRank'] is no word that lorary knows\n      hint: did you mean `LowRank`?",
+            _LORA | {"delta": {"component": ["LowRank"]}},
+            f"{_RECORD}delta: ['LowRank'] is not a known component\n      hint: did you mean `LowRank`?",
         ),
-        (_LORA | {"delta": {"word": "LowRank"}}, f"{_RECORD}delta: missing 1 required positional argument: 'r'"),
+        (_LORA | {"delta": {"component": "LowRank"}}, f"{_RECORD}delta: missing 1 required positional argument: 'r'"),
         (
-            _LORA | {"delta": {"word": "LowRank", "r": 3, "bias": "all"}},
+            _LORA | {"delta": {"component": "LowRank", "r": 3, "bias": "all"}},
             f"{_RECORD}delta: LowRank has no field `bias`\n      hint: known: r",
         ),
         (
-            _LORA | {"delta": {"word": "LowRank", "r": [3]}},
+            _LORA | {"delta": {"component": "LowRank", "r": [3]}},
             f"{_WRONG}delta: LowRank has r = (3,); it takes a whole number of at least 1",
         ),
         (
-            _LORA | {"delta": {"word": "Tasks", "r": 3, "past": 8}},
-            f"{_WRONG}delta: Tasks has past = 8; it takes whole numbers of at least 1",
+            _LORA | {"delta": {"component": "SequentialLoRA", "r": 3, "past": 8}},
+            f"{_WRONG}delta: SequentialLoRA has past = 8; it takes whole numbers of at least 1",
         ),
         (
-            _LORA | {"delta": {"word": "Tasks", "r": 3, "past": [8, [8]]}},
-            f"{_WRONG}delta: Tasks has past = (8, [8]); it takes whole numbers of at least 1",
+            _LORA | {"delta": {"component": "SequentialLoRA", "r": 3, "past": [8, [8]]}},
+            f"{_WRONG}delta: SequentialLoRA has past = (8, [8]); it takes whole numbers of at least 1",
         ),
         (
-            _LORA | {"rules": [{"word": "AwayFrom", "form": ["paper"]}]},
-            f"{_WRONG}rules: AwayFrom has form = ('paper',); it takes authors or paper",
+            _LORA | {"rules": [{"component": "OrthogonalToPast", "form": ["paper"]}]},
+            f"{_WRONG}rules: OrthogonalToPast has form = ('paper',); it takes authors or paper",
         ),
         (
-            _LORA | {"rules": [{"word": "RankBudget", "target": 3, "until": 5}]},
+            _LORA | {"rules": [{"component": "RankBudget", "target": 3, "until": 5}]},
             f"{_RECORD}rules[0]: RankBudget has no field `until`\n"
             "      hint: known: beta1, beta2, every, final, start_at, target",
         ),
-        (_LORA | {"delta": {"word": "Kaiming"}}, f"{_WRONG}delta: Kaiming() is no word of this axis"),
-        (_LORA | {"scale": {"word": "Kaiming"}}, f"{_WRONG}scale: Kaiming() is no word of this axis"),
-        (_LORA | {"storage": None}, f"{_RECORD}storage: None is no word that lorary knows\n{_WORDS}"),
+        (_LORA | {"delta": {"component": "Kaiming"}}, f"{_WRONG}delta: Kaiming() is not a component of this axis"),
+        (_LORA | {"scale": {"component": "Kaiming"}}, f"{_WRONG}scale: Kaiming() is not a component of this axis"),
+        (_LORA | {"storage": None}, f"{_RECORD}storage: None is not a known component\n{_WORDS}"),
         (_LORA | {"frozen": "A"}, f"{_RECORD}frozen: expected list, found str"),
         (_LORA | {"frozen": [["A"]]}, f"{_RECORD}frozen: expected names, found [['A']]"),
         (_LORA | {"full": [1]}, f"{_RECORD}full: expected names, found [1]"),
@@ -423,15 +429,15 @@ _WORDS = "      hint: known: ..."
         (_LORA | {"lr": {"B": "fast"}}, f"{_WRONG}lr: the multiplier of B is 'fast', not a positive number"),
         (_LORA | {"lr": {"B": float("inf")}}, f"{_WRONG}lr: the multiplier of B is inf, not a positive number"),
         (_LORA | {"rules": {}}, f"{_RECORD}rules: expected list, found dict"),
-        (_LORA | {"rules": ["Xylograph"]}, f"{_RECORD}rules[0]: 'Xylograph' is no word that lorary knows\n{_WORDS}"),
+        (_LORA | {"rules": ["Xylograph"]}, f"{_RECORD}rules[0]: 'Xylograph' is not a known component\n{_WORDS}"),
         (_LORA | {"dropout": "0.1"}, f"{_RECORD}dropout: expected int or float, found str"),
         (_LORA | {"dropout": None}, f"{_RECORD}dropout: expected int or float, found NoneType"),
-        (_LORA | {"dropout": float("nan")}, f"{_WRONG}dropout: nan is no probability in [0, 1)"),
+        (_LORA | {"dropout": float("nan")}, f"{_WRONG}dropout: nan is not a probability in [0, 1)"),
         (
             _LORA | {"delta": None},
-            f"{_WRONG}init: makes sense for a delta only, and this method has none\n"
-            "  - scale: makes sense for a delta only, and this method has none\n"
-            "  - join: makes sense for a delta only, and this method has none\n"
+            f"{_WRONG}init: applies to a delta only, and this method has none\n"
+            "  - scale: applies to a delta only, and this method has none\n"
+            "  - join: applies to a delta only, and this method has none\n"
             "  - full: there is neither a delta nor a base parameter that trains",
         ),
         ({}, f"{_WRONG}full: there is neither a delta nor a base parameter that trains"),
@@ -445,7 +451,7 @@ def test_hostile_records(data: Any, message: str) -> None:
 
 def test_every_fault_of_a_record_is_told_at_once() -> None:
     with pytest.raises(MethodError) as refusal:
-        Method.from_dict({"delta": {"word": "X"}, "rank": 3, "lr": 4, "frozen": {}})
+        Method.from_dict({"delta": {"component": "X"}, "rank": 3, "lr": 4, "frozen": {}})
     assert [p.where for p in refusal.value.problems] == ["delta", "rank", "lr", "frozen"]
 
 
@@ -453,3 +459,12 @@ def test_a_method_can_be_refused_where_it_is_caught_as_a_value_error() -> None:
     assert issubclass(MethodError, ValueError)
     assert MethodError.exit_code == 2
     assert not issubclass(MethodError, PlanError)
+
+
+def test_records_of_format_1_are_still_read() -> None:
+    """lorary 0.5 and before wrote `word` for `component`, and other class names."""
+    old = _LORA | {"delta": {"word": "Tasks", "r": 3, "past": [2]}, "scale": {"word": "ByRank", "alpha": 8.0}}
+    method = Method.from_dict(old)
+    assert (method.delta, method.scale) == (SequentialLoRA(3, (2,)), AlphaOverRank(8.0))
+    with pytest.raises(MethodError, match="'Task' is not a known component"):
+        Method.from_dict(_LORA | {"delta": {"word": "Task"}})

@@ -121,5 +121,5 @@ def test_speakers_put_lora_first_where_anything_adapts() -> None:
 
 
 def test_a_preset_cannot_be_registered_twice() -> None:
-    with pytest.raises(TypeError, match="there is a preset lora already"):
+    with pytest.raises(TypeError, match="the preset lora is already registered"):
         presets.preset("lora", citation="nobody")(lambda: {})

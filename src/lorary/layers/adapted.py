@@ -16,9 +16,9 @@ from lorary.layers.cache import TensorCache
 from lorary.layers.kinds import KINDS
 from lorary.layers.quantized_weight import is_quantized, stored_tensors, weight
 from lorary.spec.interfaces import Fused
+from lorary.spec.layer import Kind
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite, adaptation, shared_shapes, start_name
-from lorary.spec.site import Kind
 
 
 class SharedProjections(nn.Module):

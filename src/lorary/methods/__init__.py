@@ -1,4 +1,4 @@
-"""One file per paper. Importing a file registers its words and its preset: a new method is one line here.
+"""One file per paper. Importing a file registers its components and its preset: a new method is one line here.
 
 A method outside this package registers itself through the entry point group `lorary.methods` of its own package.
 """
@@ -17,7 +17,7 @@ from lorary.methods import bitfit, full  # noqa: F401
 
 
 def _load_installed() -> None:
-    """Import the methods that installed packages bring; a broken one is reported and leaves the others usable."""
+    """Import the methods of installed packages; a broken one is reported and does not affect the others."""
     for entry in sorted(entry_points(group="lorary.methods"), key=lambda entry: entry.name):
         try:
             entry.load()

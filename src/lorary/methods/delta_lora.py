@@ -28,7 +28,7 @@ from lorary.kernels.low_rank import add_low_rank
 from lorary.layers.dtensor import copy_into, full_tensor
 from lorary.methods.lora import Add, LowRank
 from lorary.spec.fields import COUNT, FLAG, POSITIVE, WHOLE
-from lorary.spec.interfaces import Delta, Layer, Rule, Run, Shapes, Tensors, component
+from lorary.spec.interfaces import Delta, Factors, Layer, Rule, Run, Shapes, Tensors, component
 from lorary.spec.presets import preset
 from lorary.spec.site import Site
 
@@ -36,13 +36,13 @@ from lorary.spec.site import Site
 @component
 @dataclass(frozen=True)
 class DeltaLoRADelta(Delta):
-    """(1 + lambda) B A - lambda B_K A_K of B [out, r] and A [r, inp].
+    """(1 + lambda) B A - lambda B_K A_K of B [out, r] and A [r, in].
 
     Args:
         r: the rank of B A, which sets s.
         ratio: lambda.
         late: whether the weight begins to follow at a later step K. The product of that step is then kept as A_K
-            [r, inp] and B_K [out, r], with lam [1]: zero before it, lambda from then on.
+            [r, in] and B_K [out, r], with lam [1]: zero before it, lambda from then on.
     """
 
     r: int = field(metadata=COUNT)
@@ -61,11 +61,11 @@ class DeltaLoRADelta(Delta):
         now = LowRank(self.r).shapes(site)
         return now | ({"A_K": now["A"], "B_K": now["B"], "lam": (1,)} if self.late else {})
 
-    def factors(self, site: Site, p: Tensors) -> tuple[Tensor, Tensor]:
+    def factors(self, site: Site, params: Tensors) -> Factors:
         if not self.late:
-            return (1 + self.ratio) * site.place(p["B"]), p["A"]
-        B, B_K = (1 + p["lam"]) * p["B"], -p["lam"] * p["B_K"]
-        return torch.cat([site.place(B), site.place(B_K)], 1), torch.cat([p["A"], p["A_K"]])
+            return (1 + self.ratio) * site.place(params["B"]), params["A"]
+        B, B_K = (1 + params["lam"]) * params["B"], -params["lam"] * params["B_K"]
+        return torch.cat([site.place(B), site.place(B_K)], 1), torch.cat([params["A"], params["A_K"]])
 
     def add(self, layer: Layer, y: Tensor, x: Tensor, dropout: float) -> Tensor:
         if self.late:
@@ -77,7 +77,7 @@ class DeltaLoRADelta(Delta):
 def _same_gradient(method: Any) -> list[str]:
     where = ["with dropout: set dropout=0"] if method.dropout else []
     where += [] if isinstance(method.join, Add) else [f"under {type(method.join).__name__}"]
-    return [f"Delta-LoRA takes the gradient of B A for that of W, which it is not {text}" for text in where]
+    return [f"Delta-LoRA uses the gradient of B A as that of W, which it is not {text}" for text in where]
 
 
 def _alone(method: Any) -> list[str]:
@@ -105,7 +105,9 @@ class DeltaLoRARule(Rule):
         found = _same_gradient(method) + _alone(method)
         delta = method.delta
         if not isinstance(delta, DeltaLoRADelta) or (delta.ratio, delta.late) != (self.ratio, self.after > 0):
-            found.append(f"{self} goes with Propagated(r, ratio={self.ratio}, late={self.after > 0}), not with {delta}")
+            found.append(
+                f"{self} goes with DeltaLoRADelta(r, ratio={self.ratio}, late={self.after > 0}), not with {delta}"
+            )
         return found
 
     def start(self, layers: Sequence[Layer], steps: int) -> dict[str, Tensor]:
@@ -149,7 +151,7 @@ class DeltaLoRAPaperRule(Rule):
         if others := method.delta.roles - self.needs:
             found.append(f"the product of A and B is written, and {', '.join(sorted(others))} would have a part in it")
         if isinstance(method.delta, DeltaLoRADelta):
-            found.append("Propagated follows the product already: a weight that is written goes with LowRank")
+            found.append("DeltaLoRADelta follows the product already: to write the weight, use LowRank")
         return found
 
     def start(self, layers: Sequence[Layer], steps: int) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What a field of a word may hold, as dataclass metadata: `r: int = field(metadata=COUNT)`. The record checks it."""
+"""Validators of a component's fields, as dataclass metadata: `r: int = field(metadata=COUNT)`. `Method` runs them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SHARE: dict[str, Any] = {
     "check": lambda value: _is_positive(value) and value < 1,
     "expects": "a number between 0 and 1",
 }
-# Of a run's optimizer steps: a share below 1, or their number.
+# A part of a run: a share of its optimizer steps below 1, or their number.
 STEPS: dict[str, Any] = {
     "check": lambda value: AMOUNT["check"](value) and (value < 1 or value == int(value)),
     "expects": "a share of the steps below 1, or a whole number of them",
@@ -46,28 +46,27 @@ SIZES: dict[str, Any] = {
 }
 
 
-def field_errors(word: Any) -> list[str]:
-    """What the fields of a word hold that they may not."""
-    contents = [(f, getattr(word, f.name)) for f in dataclasses.fields(word) if "check" in f.metadata]
+def field_errors(component: Any) -> list[str]:
+    """The validation errors of a component's fields."""
     return [
-        f"{type(word).__name__} has {f.name} = {content!r}; it takes {f.metadata['expects']}"
-        for f, content in contents
-        if not f.metadata["check"](content)
+        f"{type(component).__name__} has {f.name} = {value!r}; it takes {f.metadata['expects']}"
+        for f in dataclasses.fields(component)
+        if "check" in f.metadata and not f.metadata["check"](value := getattr(component, f.name))
     ]
 
 
 def one_of(*names: str) -> dict[str, Any]:
-    """One of these texts."""
+    """Validator of a choice between names."""
     return {"check": lambda value: isinstance(value, str) and value in names, "expects": " or ".join(names)}
 
 
-def as_steps(said: float, steps: int) -> int:
-    """What `STEPS` says of a run of so many optimizer steps, as a number of them."""
-    return round(said * steps) if said < 1 else int(said)
+def as_steps(value: float, steps: int) -> int:
+    """The number of optimizer steps that a value of a `STEPS` field stands for in a run of `steps`."""
+    return round(value * steps) if value < 1 else int(value)
 
 
 def optional(field: dict[str, Any]) -> dict[str, Any]:
-    """The same, or None."""
+    """A validator that accepts None as well."""
     return {
         "check": lambda value: value is None or field["check"](value),
         "expects": f"{field['expects']}, or None",
@@ -75,5 +74,5 @@ def optional(field: dict[str, Any]) -> dict[str, Any]:
 
 
 def added_later(field: dict[str, Any]) -> dict[str, Any]:
-    """The same for a field that older files do not have: it is written only where it is not what it is by default."""
+    """The validator of a field that older files lack: it is serialised only when it differs from the default."""
     return field | {"later": True}

@@ -154,7 +154,7 @@ def test_a_method_that_is_not_there_yet_is_named_where_the_switch_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(aliases.PRESET_OF, "use_qdora", "qdora")
-    with pytest.raises(ConfigError, match=r"train\.yaml:3:1: `qdora` is no method that lorary knows"):
+    with pytest.raises(ConfigError, match=r"train\.yaml:3:1: `qdora` is not a method that lorary knows"):
         read(dump(LEAST) + "use_qdora: true\n", folder=tmp_path)
 
 

@@ -1,0 +1,79 @@
+"""Methods as plain data: the records that files hold."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lorary._deprecated import current_component
+from lorary.errors import Diagnostic, did_you_mean
+from lorary.spec._checks import PROTOCOLS
+from lorary.spec.interfaces import COMPONENTS
+
+if TYPE_CHECKING:
+    from lorary.spec.method import Method
+
+_PLAIN: dict[str, tuple[type, ...]] = {"frozen": (list,), "rules": (list,), "full": (list,), "lr": (dict,)}
+
+
+def write(method: Method) -> dict[str, Any]:
+    """The record of a method: axis -> {"component": name, its fields} or a plain value."""
+    return {
+        "delta": _write_component(method.delta),
+        "init": _write_component(method.init),
+        "scale": _write_component(method.scale),
+        "join": _write_component(method.join),
+        "frozen": sorted(method.frozen),
+        "lr": method.rates,
+        "rules": [_write_component(rule) for rule in method.rules],
+        "storage": _write_component(method.storage),
+        "full": list(method.full),
+        "dropout": method.dropout,
+    } | ({"context": _write_component(method.context)} if method.context else {})
+
+
+def _write_component(value: Any) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    fields = {f: getattr(value, f.name) for f in dataclasses.fields(value)}
+    written = {f.name: content for f, content in fields.items() if content != f.default or "later" not in f.metadata}
+    return {"component": type(value).__name__} | written
+
+
+def read_axis(axis: str, value: Any, problems: list[Diagnostic]) -> Any:
+    """The value of an axis from its record; its errors are added to `problems`."""
+    if axis in PROTOCOLS:
+        return None if value is None and axis != "storage" else _read_component(axis, value, problems)
+    expected = _PLAIN.get(axis, (int, float))
+    fits = isinstance(value, expected)
+    if not fits:
+        names = " or ".join(t.__name__ for t in expected)
+        problems.append(Diagnostic(axis, f"expected {names}, found {type(value).__name__}"))
+    elif axis in ("frozen", "full") and not all(isinstance(name, str) for name in value):
+        problems.append(Diagnostic(axis, f"expected names, found {value!r}"))
+    elif axis == "rules":
+        return tuple(_read_component(f"rules[{i}]", rule, problems) for i, rule in enumerate(value))
+    return value
+
+
+def _read_component(where: str, value: Any, problems: list[Diagnostic]) -> Any:
+    if isinstance(value, Mapping) and "word" in value:  # lorary 0.5 and before
+        value = current_component(value)
+    name = value.get("component") if isinstance(value, Mapping) else None
+    cls = COMPONENTS.get(name) if isinstance(name, str) else None
+    if cls is None:
+        shown = value if name is None else name
+        problems.append(
+            Diagnostic(where, f"{shown!r} is not a known component", did_you_mean(str(shown), list(COMPONENTS)))
+        )
+        return None
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items() if k != "component"}
+    known = {f.name for f in dataclasses.fields(cls)}
+    for key in sorted(set(fields) - known):
+        problems.append(Diagnostic(where, f"{name} has no field `{key}`", did_you_mean(key, sorted(known))))
+    try:
+        return cls(**{k: v for k, v in fields.items() if k in known})
+    except TypeError as error:  # a required field is missing
+        problems.append(Diagnostic(where, str(error).partition("__init__() ")[2] or str(error)))
+        return None
