@@ -7,7 +7,7 @@ Wu et al. 2024, arXiv:2406.11909, section 3.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from lorary.spec.site import Site
 
 
 @component
-@dataclass(frozen=True)
 class Mixed(Delta):
     """B [out, r], M [r, r] and A [r, inp]; every part of a fused site has its own three."""
 
@@ -37,7 +36,6 @@ class Mixed(Delta):
 
 
 @component
-@dataclass(frozen=True)
 class Mixer(Init):
     """A and B as LoRA's, M orthogonal."""
 

@@ -25,10 +25,22 @@ from lorary.spec.fields import (
 from lorary.spec.site import Site
 
 
-def test_a_component_is_a_dataclass_with_a_unique_name() -> None:
-    with pytest.raises(TypeError, match="LowRank cannot be a component: it must be a dataclass with a unique name"):
-        interfaces.component(dataclasses.make_dataclass("LowRank", ["r"], frozen=True))
-    with pytest.raises(TypeError, match="int cannot be a component"):
+def test_a_component_is_a_frozen_dataclass_with_a_unique_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interfaces, "COMPONENTS", dict(interfaces.COMPONENTS))
+
+    class Fresh:
+        r: int
+
+    made = interfaces.component(Fresh)
+    assert interfaces.COMPONENTS["Fresh"] is made
+    assert made(3) == made(r=3) != made(4)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made(3).r = 4
+    already = interfaces.component(dataclasses.make_dataclass("Already", ["r"], frozen=True))
+    assert interfaces.component(already) is already
+    with pytest.raises(TypeError, match="the component Fresh is already registered"):
+        interfaces.component(dataclasses.make_dataclass("Fresh", ["r"], frozen=True))
+    with pytest.raises(TypeError):
         interfaces.component(int)
 
 

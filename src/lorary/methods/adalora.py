@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -32,7 +32,6 @@ from lorary.spec.site import Site
 
 
 @component
-@dataclass(frozen=True)
 class SVDDelta(Delta):
     """P [out, R], E [R] and Q [R, in], with B = P diag(E) and A = Q.
 
@@ -75,7 +74,6 @@ class SVDDelta(Delta):
 
 
 @component
-@dataclass(frozen=True)
 class SVDDeltaInit(Init):
     """P, Q ~ N(0, std^2), E = 0."""
 
@@ -93,7 +91,6 @@ class SVDDeltaInit(Init):
 
 
 @component
-@dataclass(frozen=True)
 class AlphaOverInitialRank:
     """s = alpha / (r + 1e-5) with the rank at the start: pruning does not change it."""
 
@@ -104,7 +101,6 @@ class AlphaOverInitialRank:
 
 
 @component
-@dataclass(frozen=True)
 class OrthogonalityPenalty(Rule):
     """The penalty ||P^T P - I|| and ||Q Q^T - I|| of every layer, which keeps P and Q close to orthonormal.
 

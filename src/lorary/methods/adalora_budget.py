@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ ROLES = ("P", "E", "Q")
 
 
 @component
-@dataclass(frozen=True)
 class RankBudget(Rule):
     """The global rank budget, which falls from all directions to an average of `target` per layer.
 

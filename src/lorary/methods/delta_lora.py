@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, cast
 
 import torch
@@ -34,7 +34,6 @@ from lorary.spec.site import Site
 
 
 @component
-@dataclass(frozen=True)
 class DeltaLoRADelta(Delta):
     """(1 + lambda) B A - lambda B_K A_K of B [out, r] and A [r, in].
 
@@ -86,7 +85,6 @@ def _alone(method: Any) -> list[str]:
 
 
 @component
-@dataclass(frozen=True)
 class DeltaLoRARule(Rule):
     """The weight follows the product B A after every optimizer step beyond the first K: in closed form.
 
@@ -131,7 +129,6 @@ class DeltaLoRARule(Rule):
 
 
 @component
-@dataclass(frozen=True)
 class DeltaLoRAPaperRule(Rule):
     """The weight follows the product B A after every optimizer step beyond the first K: written, as in the paper.
 

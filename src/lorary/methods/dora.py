@@ -13,7 +13,7 @@ with g = m / ||W + s B A||, as in the authors' code. The bias is not part of the
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch.nn.functional as F
@@ -27,7 +27,6 @@ from lorary.spec.site import Site
 
 
 @component
-@dataclass(frozen=True)
 class MagnitudeDirection(Join):
     """W' = diag(m) V / ||V|| with V = W + s B A: a norm and a magnitude for every output row.
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -36,7 +36,6 @@ from lorary.spec.site import Site
 
 
 @component
-@dataclass(frozen=True)
 class ZeroDownInit(Init):
     """Down parts, vectors and scalars 0; up parts [r, columns] ~ U(-v, v) with v = sqrt(6 / (r + columns)) (Xavier)."""
 
@@ -54,7 +53,6 @@ class ZeroDownInit(Init):
 
 
 @component
-@dataclass(frozen=True)
 class GLoRAJoin(Join):
     """W' = W + W * A + s B, b' = b + b * D + E + W C. The weight of a convolution is its kernel as [out, in]."""
 
@@ -191,7 +189,6 @@ def _low_rank_support(layer: Layer, x: Tensor, Ad: Tensor, Au: Tensor, shift: Te
 
 
 @component
-@dataclass(frozen=True)
 class RandomStructures(Rule):
     """Supernet training: every optimizer step trains a random structure of every layer.
 

@@ -7,7 +7,7 @@ scalar that column's first number (the authors' weight entanglement).
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cache
 from typing import Any
 
@@ -37,7 +37,6 @@ def _one_of(term: str) -> dict[str, Any]:
 
 
 @component
-@dataclass(frozen=True)
 class GLoRADelta(Delta):
     """Ad [out, r] Au [r, in], Bd Bu likewise, Cd [in, r] Cu [r, 1], D and E [out]; a scalar is a vector of one.
 

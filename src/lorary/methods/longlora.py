@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Self
 
 from torch import nn
@@ -31,7 +31,6 @@ from lorary.spec.presets import Restriction, preset
 
 
 @component
-@dataclass(frozen=True)
 class LongContext(Context):
     """A context of `length` tokens by RoPE scaling, with shifted sparse attention in training.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ from lorary.spec.site import Site
 
 
 @component
-@dataclass(frozen=True)
 class LowRank(Delta):
     """B [out, r] and A [r, in]; every part of a fused site has its own pair."""
 
@@ -41,7 +40,6 @@ class LowRank(Delta):
 
 
 @component
-@dataclass(frozen=True)
 class Kaiming(Init):
     """A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0. An embedding starts the other way round: A = 0, B ~ N(0, 1).
 
@@ -63,7 +61,6 @@ class Kaiming(Init):
 
 
 @component
-@dataclass(frozen=True)
 class Gaussian(Init):
     """A ~ N(0, 1/r^2), B = 0: PEFT's reading of the paper's Gaussian. Embeddings start as under `Kaiming`."""
 
@@ -80,7 +77,6 @@ class Gaussian(Init):
 
 
 @component
-@dataclass(frozen=True)
 class AlphaOverRank:
     """s = alpha / r."""
 
@@ -91,7 +87,6 @@ class AlphaOverRank:
 
 
 @component
-@dataclass(frozen=True)
 class ConstantScale:
     """A constant s, independent of the rank, as after adapters were added or converted."""
 
@@ -102,7 +97,6 @@ class ConstantScale:
 
 
 @component
-@dataclass(frozen=True)
 class Add(Join):
     """W' = W + s B A, b' = b."""
 

@@ -11,7 +11,7 @@ modules by a name); sizes that n does not divide are refused, where theirs drops
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -25,7 +25,6 @@ from lorary.spec.site import Site
 
 
 @component
-@dataclass(frozen=True)
 class BlockDiagonal(Delta):
     """A_i [r, in / n] and B_i [out / n, r], stacked: A [n r, in / n] and B [out, r]."""
 

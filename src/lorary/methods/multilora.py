@@ -10,7 +10,7 @@ is our reading.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ from lorary.spec.site import Site
 
 
 @component
-@dataclass(frozen=True)
 class ParallelLowRank(Delta):
     """A_i [r, in], B_i [out, r] and gamma_i [out], stacked: A [n r, in], B [out, n r], gamma [out n], row by row."""
 
@@ -44,7 +43,6 @@ class ParallelLowRank(Delta):
 
 
 @component
-@dataclass(frozen=True)
 class MultiLoRAInit(Init):
     """A_i ~ U(-1/sqrt(in), 1/sqrt(in)), B_i ~ U(-1/sqrt(r), 1/sqrt(r)), gamma = 0."""
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -36,7 +36,6 @@ _MOMENTA = ("exp_avg", "momentum_buffer")  # an optimizer's running means of gra
 
 
 @component
-@dataclass(frozen=True)
 class SequentialLoRA(Delta):
     """B [out, r] and A [r, in] of this task; B_past [out, R] and A_past [R, in] of all earlier ones.
 
@@ -100,7 +99,6 @@ class SequentialLoRA(Delta):
 
 
 @component
-@dataclass(frozen=True)
 class OrthogonalToPast(Rule):
     """The orthogonality of A to A_past: a penalty on the products of their rows, or a projection.
 

@@ -11,7 +11,7 @@ or changes the output if it is square.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -25,7 +25,6 @@ from lorary.spec.site import Site
 
 
 @component
-@dataclass(frozen=True)
 class QRInit(Init):
     """B starts with orthonormal columns, A upper trapezoidal; the parts of a fused weight are decomposed one by one.
 

@@ -9,7 +9,7 @@ Meng et al. 2024, arXiv:2404.02948, equations 2 to 4. The division by s, which a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from lorary.spec.site import Site
 
 
 @component
-@dataclass(frozen=True)
 class SVDInit(Init):
     """The start at the best rank-r approximation of W; the parts of a fused weight are decomposed one by one.
 

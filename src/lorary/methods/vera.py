@@ -9,7 +9,7 @@ points.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ from lorary.spec.site import Site
 
 
 @component
-@dataclass(frozen=True)
 class SharedProjectionDelta(Delta):
     """b [out] and d [r] around the shared B [out, r] and A [r, in]; every part of a fused site has its own b and d."""
 
@@ -56,7 +55,6 @@ class SharedProjectionDelta(Delta):
 
 
 @component
-@dataclass(frozen=True)
 class SharedProjectionInit(Init):
     """A, B ~ U(-sqrt(6 / fan), sqrt(6 / fan)) for all layers from one seed, d constant, b = 0.
 

@@ -1,15 +1,15 @@
-"""Methods as plain data: the records that files hold."""
+"""Methods as plain data, which files hold, and as text."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lorary._deprecated import current_component
-from lorary.errors import Diagnostic, did_you_mean
-from lorary.spec._checks import PROTOCOLS
-from lorary.spec.interfaces import COMPONENTS
+from lorary.errors import Diagnostic, MethodError, did_you_mean
+from lorary.spec._checks import PROTOCOLS, braces
+from lorary.spec.interfaces import COMPONENTS, Unquantized
 
 if TYPE_CHECKING:
     from lorary.spec.method import Method
@@ -41,8 +41,32 @@ def _write_component(value: Any) -> dict[str, Any] | None:
     return {"component": type(value).__name__} | written
 
 
-def read_axis(axis: str, value: Any, problems: list[Diagnostic]) -> Any:
-    """The value of an axis from its record; its errors are added to `problems`."""
+def read(data: Any, axes: Iterable[str]) -> dict[str, Any]:
+    """axis -> component or plain value, from the record of a method.
+
+    Raises:
+        MethodError: unknown axes, components or fields.
+    """
+    if not isinstance(data, Mapping):
+        raise MethodError("invalid method record:", [Diagnostic("method", f"found {type(data).__name__}")])
+    problems: list[Diagnostic] = []
+    components = {}
+    for axis, value in data.items():
+        if axis in axes:
+            components[axis] = _read_axis(axis, value, problems)
+        else:
+            problems.append(unknown_axis(str(axis), axes))
+    if problems:
+        raise MethodError("invalid method record:", problems)
+    return components
+
+
+def unknown_axis(name: str, axes: Iterable[str]) -> Diagnostic:
+    """The error of a name that is not an axis."""
+    return Diagnostic(name, "is not an axis of a method", did_you_mean(name, axes))
+
+
+def _read_axis(axis: str, value: Any, problems: list[Diagnostic]) -> Any:
     if axis in PROTOCOLS:
         return None if value is None and axis != "storage" else _read_component(axis, value, problems)
     expected = _PLAIN.get(axis, (int, float))
@@ -77,3 +101,21 @@ def _read_component(where: str, value: Any, problems: list[Diagnostic]) -> Any:
     except TypeError as error:  # a required field is missing
         problems.append(Diagnostic(where, str(error).partition("__init__() ")[2] or str(error)))
         return None
+
+
+def as_text(method: Method, axes: Iterable[str]) -> str:
+    """A method as lines of text: the axes that differ from their defaults, and what trains."""
+    shown: dict[str, Any] = {axis: getattr(method, axis) for axis in axes}
+    if method.delta and method.scale:
+        shown["scale"] = f"{method.scale} -> s = {method.scale(method.delta.r):g}"
+    shown |= {
+        "frozen": method.frozen and braces(method.frozen),
+        "lr": ", ".join(f"{role} x{rate:g}" for role, rate in method.rates.items()),
+        "rules": ", ".join(map(str, method.rules)),
+        "storage": None if method.storage == Unquantized() else method.storage,
+        "full": ", ".join(method.full),
+    }
+    trains = [braces(method.trained)] if method.trained else []
+    trains += [f"base parameters {', '.join(method.full)}"] if method.full else []
+    lines = [f"  {axis:<8} {value}" for axis, value in shown.items() if value]
+    return "\n".join(["Method", *lines, f"  trains   {' and '.join(trains)}"])

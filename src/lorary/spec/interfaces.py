@@ -1,9 +1,9 @@
 """The interfaces of a method's components: one protocol per axis.
 
-A component is a frozen dataclass marked `@component`, so that a method can be printed, compared, hashed and saved. It
-derives from the protocol of its axis and inherits that protocol's defaults. `lorary.spec.method` is the record of
-components; `lorary.spec.presets` names some of them after a paper. The axis of the context length has a file of its
-own, `lorary.spec.context`.
+A component is a class marked `@component`, which makes it a frozen dataclass, so that a method can be printed, compared,
+hashed and saved. It derives from the protocol of its axis and inherits that protocol's defaults. `lorary.spec.method` is
+the record of components; `lorary.spec.presets` names some of them after a paper. The context axis has a file of its own,
+`lorary.spec.context`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, dataclass_transform, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from lorary.spec.layer import Factors as Factors  # a component's file imports all of these from here
+from lorary.spec._optional import Fused as Fused  # a component's file imports all of these from here
+from lorary.spec._optional import Sequential as Sequential
+from lorary.spec.layer import Factors as Factors
 from lorary.spec.layer import Layer as Layer
 from lorary.spec.layer import Run as Run
 from lorary.spec.layer import Tensors as Tensors
@@ -66,33 +68,6 @@ class Delta(Protocol):
     def problems(self, site: Site) -> list[str]:
         """The reasons why it cannot adapt this site."""
         return []
-
-
-@runtime_checkable
-class Fused(Protocol):
-    """A delta with a faster path for rowwise layers; its factors remain the specification."""
-
-    def add(self, layer: Layer, y: Tensor, x: Tensor, dropout: float) -> Tensor:
-        """y + s * B A dropout(x). May write into y."""
-        ...
-
-
-@runtime_checkable
-class Sequential(Protocol):
-    """A delta that keeps the frozen factors of earlier tasks beside its own."""
-
-    def after(self, past: Sequence[Factors], scale: float) -> tuple[Delta, dict[str, Tensor]]:
-        """The delta of the next task, and the values of its fixed roles.
-
-        Args:
-            past: the factors of each earlier task, the oldest first, with their scales in B.
-            scale: the new task's s.
-        """
-        ...
-
-    def tasks(self, B: Tensor, A: Tensor) -> list[Factors]:
-        """The factors of every task, the oldest first."""
-        ...
 
 
 @runtime_checkable
@@ -261,18 +236,23 @@ class Storage(Protocol):
 
 
 COMPONENTS: dict[str, type] = {}
-ComponentT = TypeVar("ComponentT", bound=type)
+ComponentT = TypeVar("ComponentT")
 
 
-def component(cls: ComponentT) -> ComponentT:
-    """Register a frozen dataclass by its name, by which files refer to it."""
-    if not dataclasses.is_dataclass(cls) or COMPONENTS.get(cls.__name__, cls) is not cls:
-        raise TypeError(f"{cls.__name__} cannot be a component: it must be a dataclass with a unique name")
-    COMPONENTS[cls.__name__] = cls
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+def component(cls: type[ComponentT]) -> type[ComponentT]:
+    """Make a class a frozen dataclass, and register it under its name, which files refer to.
+
+    Raises:
+        TypeError: another component has this name.
+    """
+    if "__dataclass_fields__" not in vars(cls):
+        cls = dataclasses.dataclass(frozen=True)(cls)
+    if COMPONENTS.setdefault(cls.__name__, cls) is not cls:
+        raise TypeError(f"the component {cls.__name__} is already registered")
     return cls
 
 
 @component
-@dataclasses.dataclass(frozen=True)
 class Unquantized(Storage):
     """The weights as they are."""

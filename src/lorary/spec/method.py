@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorary._deprecated import warn
-from lorary.errors import Diagnostic, MethodError, did_you_mean
+from lorary.errors import MethodError
 from lorary.spec import _checks, _records
 from lorary.spec._checks import braces as braces
 from lorary.spec.context import Context
@@ -97,7 +97,7 @@ class Method:
     def replace(self, **components: Any) -> Method:
         """The method with some components replaced."""
         if unknown := sorted(set(components) - set(AXES)):
-            raise MethodError("invalid method:", [unknown_axis(axis) for axis in unknown])
+            raise MethodError("invalid method:", [_records.unknown_axis(axis, AXES) for axis in unknown])
         return dataclasses.replace(self, **components)
 
     def but(self, **components: Any) -> Method:
@@ -116,36 +116,7 @@ class Method:
         Raises:
             MethodError: unknown axes, components or fields, and every contradiction.
         """
-        problems: list[Diagnostic] = []
-        if not isinstance(data, Mapping):
-            raise MethodError("invalid method record:", [Diagnostic("method", f"found {type(data).__name__}")])
-        components = {}
-        for axis, value in data.items():
-            if axis in AXES:
-                components[axis] = _records.read_axis(axis, value, problems)
-            else:
-                problems.append(unknown_axis(str(axis)))
-        if problems:
-            raise MethodError("invalid method record:", problems)
-        return Method(**components)
+        return Method(**_records.read(data, AXES))
 
     def __str__(self) -> str:
-        shown: dict[str, Any] = {axis: getattr(self, axis) for axis in AXES}
-        if self.delta and self.scale:
-            shown["scale"] = f"{self.scale} -> s = {self.scale(self.delta.r):g}"
-        shown |= {
-            "frozen": self.frozen and braces(self.frozen),
-            "lr": ", ".join(f"{role} x{rate:g}" for role, rate in self.rates.items()),
-            "rules": ", ".join(map(str, self.rules)),
-            "storage": None if self.storage == Unquantized() else self.storage,
-            "full": ", ".join(self.full),
-        }
-        trains = [braces(self.trained)] if self.trained else []
-        trains += [f"base parameters {', '.join(self.full)}"] if self.full else []
-        lines = [f"  {axis:<8} {value}" for axis, value in shown.items() if value]
-        return "\n".join(["Method", *lines, f"  trains   {' and '.join(trains)}"])
-
-
-def unknown_axis(name: str) -> Diagnostic:
-    """The error of a name that is not an axis."""
-    return Diagnostic(name, "is not an axis of a method", did_you_mean(name, AXES))
+        return _records.as_text(self, AXES)

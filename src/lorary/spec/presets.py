@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from lorary.errors import Diagnostic, MethodError, did_you_mean
-from lorary.spec._preset import PlanFunction as PlanFunction
-from lorary.spec._preset import Preset as Preset
-from lorary.spec._preset import Restriction as Restriction
+from lorary.spec._registry import FUNCTIONS as FUNCTIONS
+from lorary.spec._registry import PRESETS as PRESETS
+from lorary.spec._registry import PlanFunction as PlanFunction
+from lorary.spec._registry import Preset as Preset
+from lorary.spec._registry import Restriction as Restriction
+from lorary.spec._registry import add_preset, resolve
 from lorary.spec._union import Union, sets
 from lorary.spec.method import AXES, Method
 
-PRESETS: dict[str, Preset] = {}
-FUNCTIONS: dict[str, PlanFunction] = {}
-_ALIASES: dict[str, str] = {}
 ComponentsT = TypeVar("ComponentsT", bound=Callable[..., dict[str, Any]])
 
 
@@ -37,11 +36,7 @@ def preset(
     restricted = {k: Restriction(v) if isinstance(v, str) else v for k, v in (restrictions or {}).items()}
 
     def register(components: ComponentsT) -> ComponentsT:
-        if name in PRESETS:
-            raise TypeError(f"the preset {name} is already registered")
-        PRESETS[name] = Preset(name, components, citation, adapts, lr, when, restricted, answers or {})
-        for alias in (name, *aliases):
-            _ALIASES.setdefault(_normalised(alias), name)
+        add_preset(Preset(name, components, citation, adapts, lr, when, restricted, answers or {}), aliases)
         return components
 
     return register
@@ -73,7 +68,7 @@ def method(*names: str, **options: Any) -> Method:
             every contradiction between the components.
     """
     problems: list[Diagnostic] = []
-    chosen = _resolve(names, problems)
+    chosen = resolve(names, problems)
     known = {option for p in chosen for option in p.parameters}
     for option in sorted(set(options) - known - set(AXES)):
         hint = did_you_mean(option, sorted(known | set(AXES)))
@@ -100,32 +95,7 @@ def resolve_presets(names: Sequence[str]) -> tuple[Preset, ...]:
         MethodError: unknown names.
     """
     problems: list[Diagnostic] = []
-    chosen = _resolve(names, problems)
+    chosen = resolve(names, problems)
     if problems:
         raise MethodError("invalid method:", problems)
     return tuple(chosen)
-
-
-def _resolve(names: Sequence[str], problems: list[Diagnostic]) -> list[Preset]:
-    chosen: list[Preset] = []
-    functions = {_normalised(name): function for name, function in FUNCTIONS.items()}
-    for name in names:
-        if function := functions.get(_normalised(str(name))):
-            problems.append(Diagnostic(repr(name), function.what, f"write {function.say}"))
-        elif found := _find(name) if isinstance(name, str) else None:
-            chosen.append(found)
-        else:
-            hint = did_you_mean(str(name), list(PRESETS))
-            problems.append(Diagnostic(repr(name), "is not a method that lorary knows", hint))
-    default = [PRESETS["lora"]] if any(p.adapts for p in chosen) or not chosen else []
-    return list({p.name: p for p in default + chosen}.values())
-
-
-def _find(name: str) -> Preset | None:
-    """The preset of that name; hyphens count if they distinguish two: O-LoRA is not OLoRA."""
-    exact = re.sub(r"[\s_]", "-", name.strip().lower())
-    return PRESETS.get(exact) or PRESETS.get(_ALIASES.get(_normalised(name), ""))
-
-
-def _normalised(name: str) -> str:
-    return re.sub(r"[\s_-]", "", name.lower())

@@ -1,14 +1,14 @@
-"""The records of registered methods: presets, and functions of a plan."""
+"""The registry of methods: presets, functions of a plan, and their names."""
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorary.errors import Diagnostic
+from lorary.errors import Diagnostic, did_you_mean
 from lorary.spec.method import AXES, Method
 
 
@@ -138,3 +138,47 @@ class PlanFunction:
 def _year(citation: str) -> int | None:
     found = re.search(r"\b(?:19|20)\d\d\b(?!\.)", citation)
     return int(found[0]) if found else None
+
+
+PRESETS: dict[str, Preset] = {}
+FUNCTIONS: dict[str, PlanFunction] = {}
+_ALIASES: dict[str, str] = {}
+
+
+def add_preset(preset: Preset, aliases: Sequence[str]) -> None:
+    """Register a preset under its name and aliases.
+
+    Raises:
+        TypeError: the name is already registered.
+    """
+    if preset.name in PRESETS:
+        raise TypeError(f"the preset {preset.name} is already registered")
+    PRESETS[preset.name] = preset
+    for alias in (preset.name, *aliases):
+        _ALIASES.setdefault(_normalised(alias), preset.name)
+
+
+def resolve(names: Sequence[str], problems: list[Diagnostic]) -> list[Preset]:
+    """The presets of these names, LoRA first unless none of them adapts; errors are added to `problems`."""
+    chosen: list[Preset] = []
+    functions = {_normalised(name): function for name, function in FUNCTIONS.items()}
+    for name in names:
+        if function := functions.get(_normalised(str(name))):
+            problems.append(Diagnostic(repr(name), function.what, f"write {function.say}"))
+        elif found := _find(name) if isinstance(name, str) else None:
+            chosen.append(found)
+        else:
+            hint = did_you_mean(str(name), list(PRESETS))
+            problems.append(Diagnostic(repr(name), "is not a method that lorary knows", hint))
+    default = [PRESETS["lora"]] if any(p.adapts for p in chosen) or not chosen else []
+    return list({p.name: p for p in default + chosen}.values())
+
+
+def _find(name: str) -> Preset | None:
+    """The preset of that name; hyphens count if they distinguish two: O-LoRA is not OLoRA."""
+    exact = re.sub(r"[\s_]", "-", name.strip().lower())
+    return PRESETS.get(exact) or PRESETS.get(_ALIASES.get(_normalised(name), ""))
+
+
+def _normalised(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name.lower())
