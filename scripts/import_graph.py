@@ -5,9 +5,9 @@
 
 The picture shows every room in the order in which it may import, with the number of imports from room to room.
 
-The way of one weight is a tiny model that is planned, attached, run, trained for one step, saved, loaded and merged, with
-LoRA, in a fresh process. A file counts as entered where one of its functions is called for this, and not merely when the
-file is imported: what an import itself runs (decorators, class bodies) does not count.
+The way of one weight is a tiny model that is planned, attached, run, trained for one step, saved, loaded and merged,
+with LoRA, in a fresh process. A file counts as entered where one of its functions is called for this, and not merely
+when the file is imported: what an import itself runs (decorators, class bodies) does not count.
 """
 
 from __future__ import annotations

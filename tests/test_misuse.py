@@ -157,7 +157,7 @@ def test_a_model_that_reads_the_weights_of_its_own_layers(model: nn.Module) -> N
         lorary.plan(model, LORA, targets=name)
 
 
-@pytest.mark.parametrize(("method", "word"), [("pissa", "Principal"), ("olora", "Orthonormal")])
+@pytest.mark.parametrize(("method", "word"), [("pissa", "SVDInit"), ("olora", "QRInit")])
 def test_a_start_in_a_damaged_weight_names_every_layer_and_changes_nothing(method: str, word: str) -> None:
     model = net()
     with torch.no_grad():
@@ -185,7 +185,7 @@ def test_a_start_in_a_weight_of_zeros() -> None:
     with pytest.raises(PlanError) as refusal:
         lorary.attach(model, lorary.plan(model, lorary.method("pissa", r=2)))
     assert str(refusal.value) == (
-        "cannot attach:\n  - 2: its weight is zero, and so is the start that Principal makes of it: nothing could be "
+        "cannot attach:\n  - 2: its weight is zero, and so is the start that SVDInit makes of it: nothing could be "
         "learnt\n      hint: exclude it, or use another init"
     )
     assert outline(model) == before

@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
+from scripts import import_graph
 
 import lorary
 from lorary.cli import COMMANDS
 from lorary.spec.presets import FUNCTIONS
-from scripts import import_graph
 from tests import pages
 
 README = pages.ROOT / "README.md"
