@@ -68,7 +68,7 @@ def test_the_command_line_knows_it(installed: Path, tmp_path: Path) -> None:
     assert f"# Or DoRA: {lorary.presets()['dora'].when[:40]}" in chosen
 
 
-def test_its_verdicts_follow_from_its_words(installed: Path, tmp_path: Path) -> None:
+def test_its_verdicts_follow_from_its_components(installed: Path, tmp_path: Path) -> None:
     code = "from lorary.methods.compatibility import partners; print(*(v.letter for v in partners('moslora').values()))"
     assert ran(installed, tmp_path / "run", "-c", code).split() == LETTERS
 

@@ -235,7 +235,7 @@ def methods() -> dict[str, lorary.Method]:
 
 
 def made_of(*names: str, **options: Any) -> lorary.Method:
-    """The method of these presets, of rank 3 and with alpha where their words have such."""
+    """The method of these presets, of rank 3, with alpha if their components have one."""
     if not any(lorary.presets()[n].adapts for n in names):
         return lorary.method(*names, **options)
     options = {"r": 3, "alpha": 6.0} | {k: v for n in names for k, v in OPTIONS.get(n, {}).items()} | options

@@ -577,8 +577,8 @@ def test_learning_rates_of_a_and_b_are_those_of_q_and_p() -> None:
     assert (made.rate("P"), made.rate("Q"), made.rate("E")) == (4, 1, 1)
 
 
-def test_words_of_its_own_can_be_said_alone() -> None:
-    words = lorary.Method(SVDDelta(4), SVDDeltaInit(0.1), AlphaOverInitialRank(8.0), lorary.method().join)
+def test_its_components_work_without_the_preset() -> None:
+    method = lorary.Method(SVDDelta(4), SVDDeltaInit(0.1), AlphaOverInitialRank(8.0), lorary.method().join)
     model = net()
-    lorary.attach(model, lorary.plan(model, words), dtype=torch.float64)
+    lorary.attach(model, lorary.plan(model, method), dtype=torch.float64)
     assert lorary.rules(model, 5).penalty() == 0.0

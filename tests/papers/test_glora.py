@@ -448,7 +448,7 @@ def test_what_it_does_not_go_with(other: str) -> None:
             lorary.method(*names)
 
 
-def test_a_bias_is_not_learnt_twice_and_nothing_is_dropped() -> None:
+def test_a_bias_is_not_trained_twice_and_nothing_is_dropped() -> None:
     assert refusal(MethodError, lambda: lorary.method("glora", "bitfit")) == (
         "invalid method:\n"
         "  - full: GLoRADelta trains a change of every adapted layer's bias, which would train in full as well\n"
@@ -461,8 +461,8 @@ def test_a_bias_is_not_learnt_twice_and_nothing_is_dropped() -> None:
     )
     assert refusal(MethodError, lambda: lorary.method("glora", C="scalar", D="lora")) == (
         "invalid method:\n"
-        "  - delta: GLoRADelta has C = 'scalar'; it takes one of lora, vector, none\n"
-        "  - delta: GLoRADelta has D = 'lora'; it takes one of vector, scalar, none"
+        "  - delta: GLoRADelta has C = 'scalar'; it takes lora or vector or none\n"
+        "  - delta: GLoRADelta has D = 'lora'; it takes vector or scalar or none"
     )
 
 

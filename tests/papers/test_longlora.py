@@ -115,7 +115,7 @@ def test_at_step_0_it_is_the_base_with_divided_positions() -> None:
 @pytest.mark.parametrize("rope", ["linear", "yarn", "dynamic"])
 def test_detached_and_disabled_it_is_the_base_again(rope: str) -> None:
     model = base()
-    before, values, plain, words = (
+    before, values, plain, config = (
         tiny.everything(model),
         tiny.frozen_copy(model),
         logits(model),
@@ -131,7 +131,7 @@ def test_detached_and_disabled_it_is_the_base_again(rope: str) -> None:
     lorary.detach(model)
     assert tiny.everything(model) == before
     assert tiny.same(tiny.frozen_copy(model), values)
-    assert model.config.to_dict() == words
+    assert model.config.to_dict() == config
     assert torch.equal(logits(model), plain)
 
 
@@ -235,9 +235,9 @@ def test_peft_reads_the_export_over_a_base_that_is_loaded_as_its_readme_says(tmp
     lorary.detach(model)
     with pytest.warns(PositionsWarning, match="'rope_type': 'linear', 'factor': 4.0"):
         export_peft(adapter, tmp_path / "peft", model=model)
-    words = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
-    assert "model.embed_tokens" in words["modules_to_save"]
-    assert sum("norm" in name for name in words["modules_to_save"]) == 5
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert "model.embed_tokens" in config["modules_to_save"]
+    assert sum("norm" in name for name in config["modules_to_save"]) == 5
     model.save_pretrained(tmp_path / "base")
     code = (tmp_path / "peft" / "BASE.md").read_text().partition("```python\n")[2].partition("```")[0]
     code = code.replace("'the base'", repr(str(tmp_path / "base")))
@@ -281,7 +281,7 @@ def test_a_length_has_to_be_said() -> None:
         ({"shifted": 1}, "LongContext has shifted = 1; it takes true or false"),
     ],
 )
-def test_what_the_words_may_not_hold(options: dict[str, Any], message: str) -> None:
+def test_invalid_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(MethodError) as refusal:
         longlora(**options)
     assert f"context: {message}" in str(refusal.value)

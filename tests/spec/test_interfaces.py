@@ -149,7 +149,6 @@ def test_a_rule_without_methods_does_nothing() -> None:
     @dataclasses.dataclass(frozen=True)
     class Idle(interfaces.Rule):
         needs = frozenset()
-        writes_base = False
 
     rule = Idle()
     state = rule.start([], 10)

@@ -113,7 +113,6 @@ class OrthogonalityPenalty(Rule):
     form: str = field(default="authors", metadata=one_of("authors", "paper"))
 
     needs = frozenset({"P", "Q"})
-    writes_base = False
 
     def penalty(self, layers: Sequence[Layer], state: dict[str, Tensor]) -> Tensor | float:
         alike: dict[tuple[Any, ...], list[Tensor]] = {}  # matrices of one shape are multiplied at once

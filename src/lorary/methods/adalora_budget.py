@@ -23,13 +23,13 @@ ROLES = ("P", "E", "Q")
 class RankBudget(Rule):
     """The global rank budget, which falls from all directions to an average of `target` per layer.
 
-    Time is counted in optimizer steps. All directions stay during the first `start` steps; then the budget falls along
+    Time is counted in optimizer steps. All directions stay during the first `start_at` steps; then the budget falls along
     a cubic curve; during the last `final` steps the choice is final: the masked directions are removed from the tensors
     and the optimizer's state (with several ranks: when the adapter is saved), and the scores are freed.
 
     Args:
         target: the directions that remain, on average over the layers.
-        start: t_i, steps before the first mask: a share of the run below 1, or their number.
+        start_at: t_i, steps before the first mask: a share of the run below 1, or their number.
         final: t_f, steps at the end during which the choice is final, likewise.
         every: Delta T, steps between two masks.
         beta1: the smoothing of the sensitivity.
@@ -44,7 +44,6 @@ class RankBudget(Rule):
     beta2: float = field(default=0.85, metadata=SHARE)
 
     needs = frozenset(ROLES)
-    writes_base = False
 
     def problems(self, method: Any) -> list[str]:
         found = []

@@ -73,15 +73,13 @@ class DeltaLoRADelta(Delta):
         return add_low_rank(y, x, layer.params["A"], layer.params["B"], layer.scale * (1 + self.ratio), dropout)
 
 
-def _same_gradient(method: Any) -> list[str]:
+def _common_problems(method: Any) -> list[str]:
     where = ["with dropout: set dropout=0"] if method.dropout else []
     where += [] if isinstance(method.join, Add) else [f"under {type(method.join).__name__}"]
-    return [f"Delta-LoRA uses the gradient of B A as that of W, which it is not {text}" for text in where]
-
-
-def _alone(method: Any) -> list[str]:
-    several = sum(isinstance(rule, DeltaLoRARule | DeltaLoRAPaperRule) for rule in method.rules) > 1
-    return ["the weight can follow the product once only"] if several else []
+    problems = [f"Delta-LoRA uses the gradient of B A as that of W, which it is not {text}" for text in where]
+    if sum(isinstance(rule, DeltaLoRARule | DeltaLoRAPaperRule) for rule in method.rules) > 1:
+        problems.append("the weight can follow the product once only")
+    return problems
 
 
 @component
@@ -97,10 +95,9 @@ class DeltaLoRARule(Rule):
     after: int = field(default=0, metadata=WHOLE)
 
     needs = frozenset({"A", "B"})
-    writes_base = False
 
     def problems(self, method: Any) -> list[str]:
-        found = _same_gradient(method) + _alone(method)
+        found = _common_problems(method)
         delta = method.delta
         if not isinstance(delta, DeltaLoRADelta) or (delta.ratio, delta.late) != (self.ratio, self.after > 0):
             found.append(
@@ -144,7 +141,7 @@ class DeltaLoRAPaperRule(Rule):
     writes_base = True
 
     def problems(self, method: Any) -> list[str]:
-        found = _same_gradient(method) + _alone(method)
+        found = _common_problems(method)
         if others := method.delta.roles - self.needs:
             found.append(f"the product of A and B is written, and {', '.join(sorted(others))} would have a part in it")
         if isinstance(method.delta, DeltaLoRADelta):

@@ -202,7 +202,6 @@ class RandomStructures(Rule):
     seed: int = field(default=0, metadata=SEED)
 
     needs = ROLES
-    writes_base = False
 
     def before_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
         for layer in layers:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import itertools
 from dataclasses import field
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorary.spec.fields import COUNT
+from lorary.spec.fields import COUNT, one_of
 from lorary.spec.interfaces import Delta, Factors, Shapes, Tensors, component
 from lorary.spec.site import Site
 
@@ -31,11 +30,6 @@ ROLES = frozenset({"Ad", "Au", "Bd", "Bu", "Cd", "Cu", "D", "E"})
 JOIN_ROLES = ROLES - {"Bd", "Bu"}  # only B is a low-rank change of W
 
 
-def _one_of(term: str) -> dict[str, Any]:
-    forms = FORMS[term]
-    return {"check": lambda value: value in forms, "expects": f"one of {', '.join(forms)}"}
-
-
 @component
 class GLoRADelta(Delta):
     """Ad [out, r] Au [r, in], Bd Bu likewise, Cd [in, r] Cu [r, 1], D and E [out]; a scalar is a vector of one.
@@ -45,11 +39,11 @@ class GLoRADelta(Delta):
     """
 
     r: int = field(metadata=COUNT)
-    A: str = field(default="lora", metadata=_one_of("A"))
-    B: str = field(default="lora", metadata=_one_of("B"))
-    C: str = field(default="lora", metadata=_one_of("C"))
-    D: str = field(default="vector", metadata=_one_of("D"))
-    E: str = field(default="vector", metadata=_one_of("E"))
+    A: str = field(default="lora", metadata=one_of(*FORMS["A"]))
+    B: str = field(default="lora", metadata=one_of(*FORMS["B"]))
+    C: str = field(default="lora", metadata=one_of(*FORMS["C"]))
+    D: str = field(default="vector", metadata=one_of(*FORMS["D"]))
+    E: str = field(default="vector", metadata=one_of(*FORMS["E"]))
 
     roles = ROLES
     join_roles = JOIN_ROLES

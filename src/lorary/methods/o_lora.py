@@ -117,7 +117,6 @@ class OrthogonalToPast(Rule):
     norms: float = field(default=0.0, metadata=AMOUNT)
 
     needs = frozenset({"A", "B"})
-    writes_base = False
 
     @property
     def needs_optimizer(self) -> bool:  # type: ignore[override]  # a constant of most rules

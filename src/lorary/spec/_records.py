@@ -1,23 +1,23 @@
-"""Methods as plain data, which files hold, and as text."""
+"""Methods as plain data, which files hold, and as text.
+
+`method` is a `Method`, whose module imports this one.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorary._deprecated import current_component
 from lorary.errors import Diagnostic, MethodError, did_you_mean
 from lorary.spec._checks import PROTOCOLS, braces
 from lorary.spec.interfaces import COMPONENTS, Unquantized
 
-if TYPE_CHECKING:
-    from lorary.spec.method import Method
-
 _PLAIN: dict[str, tuple[type, ...]] = {"frozen": (list,), "rules": (list,), "full": (list,), "lr": (dict,)}
 
 
-def write(method: Method) -> dict[str, Any]:
+def write(method: Any) -> dict[str, Any]:
     """The record of a method: axis -> {"component": name, its fields} or a plain value."""
     return {
         "delta": _write_component(method.delta),
@@ -103,7 +103,7 @@ def _read_component(where: str, value: Any, problems: list[Diagnostic]) -> Any:
         return None
 
 
-def as_text(method: Method, axes: Iterable[str]) -> str:
+def as_text(method: Any, axes: Iterable[str]) -> str:
     """A method as lines of text: the axes that differ from their defaults, and what trains."""
     shown: dict[str, Any] = {axis: getattr(method, axis) for axis in axes}
     if method.delta and method.scale:

@@ -17,7 +17,7 @@ _UNITES: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-class Union:
+class PresetUnion:
     """Components by axis, from several sources: presets by their names, and "you" for explicit arguments."""
 
     def __init__(self) -> None:

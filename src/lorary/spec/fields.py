@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
 
@@ -19,31 +20,25 @@ def _is_positive(value: object) -> bool:
     return _is_number(value) and 0 < value <= sys.float_info.max
 
 
-WHOLE: dict[str, Any] = {
-    "check": lambda value: _is_count(value) or (type(value) is int and value == 0),
-    "expects": "a whole number of at least 0",
-}
-COUNT: dict[str, Any] = {"check": _is_count, "expects": "a whole number of at least 1"}
-POSITIVE: dict[str, Any] = {"check": _is_positive, "expects": "a positive finite number"}
+def _validator(check: Callable[[Any], bool], expects: str) -> dict[str, Any]:
+    return {"check": check, "expects": expects}
+
+
+WHOLE = _validator(
+    lambda value: _is_count(value) or (type(value) is int and value == 0), "a whole number of at least 0"
+)
+COUNT = _validator(_is_count, "a whole number of at least 1")
+POSITIVE = _validator(_is_positive, "a positive finite number")
 SEED = WHOLE
-FLAG: dict[str, Any] = {"check": lambda value: type(value) is bool, "expects": "true or false"}
-AMOUNT: dict[str, Any] = {
-    "check": lambda value: _is_positive(value) or (_is_number(value) and value == 0),
-    "expects": "a finite number of at least 0",
-}
-SHARE: dict[str, Any] = {
-    "check": lambda value: _is_positive(value) and value < 1,
-    "expects": "a number between 0 and 1",
-}
-# A part of a run: a share of its optimizer steps below 1, or their number.
-STEPS: dict[str, Any] = {
-    "check": lambda value: AMOUNT["check"](value) and (value < 1 or value == int(value)),
-    "expects": "a share of the steps below 1, or a whole number of them",
-}
-SIZES: dict[str, Any] = {
-    "check": lambda value: isinstance(value, tuple) and all(map(_is_count, value)),
-    "expects": "whole numbers of at least 1",
-}
+FLAG = _validator(lambda x: type(x) is bool, "true or false")
+AMOUNT = _validator(lambda x: _is_positive(x) or (_is_number(x) and x == 0), "a finite number of at least 0")
+SHARE = _validator(lambda x: _is_positive(x) and x < 1, "a number between 0 and 1")
+# a part of a run: a share of its optimizer steps below 1, or their number
+STEPS = _validator(
+    lambda x: AMOUNT["check"](x) and (x < 1 or x == int(x)),
+    "a share of the steps below 1, or a whole number of them",
+)
+SIZES = _validator(lambda value: isinstance(value, tuple) and all(map(_is_count, value)), "whole numbers of at least 1")
 
 
 def field_errors(component: Any) -> list[str]:
@@ -57,7 +52,7 @@ def field_errors(component: Any) -> list[str]:
 
 def one_of(*names: str) -> dict[str, Any]:
     """Validator of a choice between names."""
-    return {"check": lambda value: isinstance(value, str) and value in names, "expects": " or ".join(names)}
+    return _validator(lambda x: isinstance(x, str) and x in names, " or ".join(names))
 
 
 def as_steps(value: float, steps: int) -> int:
@@ -67,10 +62,7 @@ def as_steps(value: float, steps: int) -> int:
 
 def optional(field: dict[str, Any]) -> dict[str, Any]:
     """A validator that accepts None as well."""
-    return {
-        "check": lambda value: value is None or field["check"](value),
-        "expects": f"{field['expects']}, or None",
-    }
+    return _validator(lambda x: x is None or field["check"](x), f"{field['expects']}, or None")
 
 
 def added_later(field: dict[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """The interfaces of a method's components: one protocol per axis.
 
-A component is a class marked `@component`, which makes it a frozen dataclass, so that a method can be printed, compared,
-hashed and saved. It derives from the protocol of its axis and inherits that protocol's defaults. `lorary.spec.method` is
-the record of components; `lorary.spec.presets` names some of them after a paper. The context axis has a file of its own,
-`lorary.spec.context`.
+A component is a class marked `@component`, which makes it a frozen dataclass, so that a method can be printed,
+compared, hashed and saved. It derives from the protocol of its axis and inherits that protocol's defaults.
+`lorary.spec.method` is the record of components; `lorary.spec.presets` names some of them after a paper. The context
+axis has a file of its own, `lorary.spec.context`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ from typing import Any, Protocol, TypeVar, dataclass_transform, runtime_checkabl
 import torch
 from torch import Tensor, nn
 
-from lorary.spec._optional import Fused as Fused  # a component's file imports all of these from here
-from lorary.spec._optional import Sequential as Sequential
-from lorary.spec.layer import Factors as Factors
+from lorary.spec.layer import Factors as Factors  # a component's file imports all of these from here
 from lorary.spec.layer import Layer as Layer
 from lorary.spec.layer import Run as Run
 from lorary.spec.layer import Tensors as Tensors
@@ -68,6 +66,33 @@ class Delta(Protocol):
     def problems(self, site: Site) -> list[str]:
         """The reasons why it cannot adapt this site."""
         return []
+
+
+@runtime_checkable
+class Fused(Protocol):
+    """A delta with a faster path for rowwise layers; its factors remain the specification."""
+
+    def add(self, layer: Layer, y: Tensor, x: Tensor, dropout: float) -> Tensor:
+        """y + s * B A dropout(x). May write into y."""
+        ...
+
+
+@runtime_checkable
+class Sequential(Protocol):
+    """A delta that keeps the frozen factors of earlier tasks beside its own."""
+
+    def after(self, past: Sequence[Factors], scale: float) -> tuple[Delta, dict[str, Tensor]]:
+        """The delta of the next task, and the values of its fixed roles.
+
+        Args:
+            past: the factors of each earlier task, the oldest first, with their scales in B.
+            scale: the new task's s.
+        """
+        ...
+
+    def tasks(self, B: Tensor, A: Tensor) -> list[Factors]:
+        """The factors of every task, the oldest first."""
+        ...
 
 
 @runtime_checkable
@@ -169,12 +194,11 @@ class Rule(Protocol):
         needs_optimizer: whether it changes the optimizer's state.
     """
 
+    writes_base: bool = False
     needs_optimizer: bool = False
 
     @property
     def needs(self) -> frozenset[str]: ...
-    @property
-    def writes_base(self) -> bool: ...
     def problems(self, method: Any) -> list[str]:
         """The reasons why it cannot work with the method's other components."""
         return []

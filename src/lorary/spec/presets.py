@@ -12,7 +12,7 @@ from lorary.spec._registry import PlanFunction as PlanFunction
 from lorary.spec._registry import Preset as Preset
 from lorary.spec._registry import Restriction as Restriction
 from lorary.spec._registry import add_preset, resolve
-from lorary.spec._union import Union, sets
+from lorary.spec._union import PresetUnion, sets
 from lorary.spec.method import AXES, Method
 
 ComponentsT = TypeVar("ComponentsT", bound=Callable[..., dict[str, Any]])
@@ -75,7 +75,7 @@ def method(*names: str, **options: Any) -> Method:
         problems.append(Diagnostic(option, f"is not an option of {' + '.join(p.name for p in chosen)}", hint))
     if problems:
         raise MethodError("invalid method:", problems)
-    union = Union()
+    union = PresetUnion()
     for p in chosen:
         union.add(p.name, p.components(**{k: v for k, v in options.items() if k in p.parameters}))
     union.add("you", {k: v for k, v in options.items() if k in AXES and k not in known})
