@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from scripts import import_graph
 
 from lorary.spec import interfaces
 from tests import fresh, pages
@@ -45,16 +46,31 @@ def test_the_file_works_as_shown(tmp_path: Path) -> None:
     "protocol",
     [interfaces.Delta, interfaces.Join, interfaces.Init, interfaces.Rule, interfaces.Storage, interfaces.Scale],
 )
-def test_the_table_of_words_names_all_that_a_word_may_have(protocol: type) -> None:
-    """And nothing that no protocol of `words.py` has."""
+def test_the_table_lists_all_members_of_each_protocol(protocol: type) -> None:
+    """And nothing else."""
     members = {name for name in {*vars(protocol), *protocol.__annotations__} if not name.startswith("_")}
-    shown = {interfaces.Delta: "what is learnt", interfaces.Join: "how it joins", interfaces.Init: "where it starts"}
+    shown = {interfaces.Delta: "what is trained", interfaces.Join: "how it joins", interfaces.Init: "where it starts"}
     shown |= {interfaces.Rule: "what happens", interfaces.Storage: "how the weight", interfaces.Scale: "its size"}
     lines = PAGE.read_text(encoding="utf-8").splitlines()
     (row,) = [line for line in lines if line.startswith(f"| {shown[protocol]}")]
     must, may = row.split("|")[3:5]
     named = set(re.findall(r"`(\w+)", must + may))
     assert named - {"add", "Fused"} == members
+
+
+def test_every_question_leads_to_a_file_in_its_room() -> None:
+    rows = re.findall(r"^\| [^|]+\? \| ([^|]*) \| ([^|]+) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert {room for rooms, _ in rows for room in re.findall(r"`(\w+)`", rooms)} == set(import_graph.ROOMS) - {
+        "builtin",
+        "errors",
+    }
+    for rooms, files in rows:
+        paths = re.findall(r"`([^`]+)`", files)
+        assert [path for path in paths if not (import_graph.SOURCE / path).exists()] == []
+        assert {import_graph.room(path.replace("/", ".")) for path in paths} <= {
+            *re.findall(r"`(\w+)`", rooms),
+            "errors",
+        }
 
 
 @pytest.mark.slow
@@ -67,7 +83,7 @@ def test_the_laws_find_it_and_hold(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_laws_notice_a_mistake(tmp_path: Path) -> None:
     """R that does not start at zero moves the model at step 0."""
-    wrong = example()[0].replace('p["R"].zero_()', 'p["R"].fill_(0.1)')
+    wrong = example()[0].replace('params["R"].zero_()', 'params["R"].fill_(0.1)')
     assert wrong != example()[0]
     status, printed = laws(tmp_path, wrong, "law_holds and [lora-xs-linear-float32")
     assert status == 1

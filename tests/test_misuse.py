@@ -56,7 +56,7 @@ def test_plan_of_base_parameters_needs_no_targets() -> None:
 
 @pytest.mark.parametrize("name", [["lora"], {"lora": 1}, 3, None])
 def test_method(name: Any) -> None:
-    with pytest.raises(MethodError, match="is no method that lorary knows"):
+    with pytest.raises(MethodError, match="is not a method that lorary knows"):
         lorary.method(name)
 
 

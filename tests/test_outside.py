@@ -54,7 +54,7 @@ def test_the_command_line_knows_it(installed: Path, tmp_path: Path) -> None:
     (row,) = json.loads(said("methods", "moslora", "--json"))
     assert (row["equation"], row["year"], row["lr"]) == ("y = W x + b + s B M A x", 2024, 3e-4)
     assert row["numbers"] == 16 * (4096 + 4096) + 16 * 16
-    assert row["changes"] == ["what is learnt", "where it starts"]
+    assert row["changes"] == ["what is trained", "where it starts"]
 
     page = said("methods", "moslora", "--markdown")
     assert page.startswith("# MoSLoRA\n\n```text\ny = W x + b + s B M A x\n```\n\nLoRA adds r subspaces one by one")
@@ -68,7 +68,7 @@ def test_the_command_line_knows_it(installed: Path, tmp_path: Path) -> None:
     assert f"# Or DoRA: {lorary.presets()['dora'].when[:40]}" in chosen
 
 
-def test_its_verdicts_follow_from_its_words(installed: Path, tmp_path: Path) -> None:
+def test_its_verdicts_follow_from_its_components(installed: Path, tmp_path: Path) -> None:
     code = "from lorary.methods.compatibility import partners; print(*(v.letter for v in partners('moslora').values()))"
     assert ran(installed, tmp_path / "run", "-c", code).split() == LETTERS
 
@@ -88,7 +88,7 @@ def test_it_trains_resumes_saves_and_is_exported(installed: Path, tmp_path: Path
     (folder / "train.yaml").write_text(CONFIG)
     ran(installed, folder, "-m", "lorary", "train", "train.yaml", "--quiet")
     shutil.copytree(folder / "out" / "adapter", folder / "whole")
-    assert json.loads((folder / "whole" / "lorary.json").read_text())["method"]["delta"]["word"] == "Mixed"
+    assert json.loads((folder / "whole" / "lorary.json").read_text())["method"]["delta"]["component"] == "Mixed"
 
     shutil.rmtree(folder / "out" / "adapter")
     shutil.rmtree(folder / "out" / "checkpoints" / "checkpoint-4")
@@ -121,7 +121,7 @@ torch.testing.assert_close(theirs, adapted, rtol=0, atol=1e-5 * adapted.abs().ma
 def test_the_laws_hold_for_it(installed: Path) -> None:
     """Alone on every kind of layer, and on a linear one with every preset that it combines with."""
     chosen = "law_holds and float32 and ([moslora- or (moslora and -linear-))"
-    tests = ["-p", "no:cacheprovider", "tests/laws/test_laws.py", "-k", chosen]
+    tests = ["-p", "no:cacheprovider", "tests/laws/test_laws.py", "--laws=all", "-k", chosen]
     tests += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
     program = fresh.Program("-m", "pytest", *tests, folder=pages.ROOT, beside=installed, path=installed)
     status, printed, errors = program.ended(900)

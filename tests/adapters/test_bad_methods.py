@@ -275,7 +275,7 @@ NATIVE: list[tuple[str, Callable[[], nn.Module], Spoil, str]] = [
         dvora,
         note(lambda r: r["sites"][0].update(method={"delta": {"component": "SharedProjectionDelta", "r": 6}})),
         "\n".join(
-            f"  - lorary.json: {Q}: {axis}: is not said, and a delta needs it" for axis in ("init", "scale", "join")
+            f"  - lorary.json: {Q}: {axis}: is missing, and a delta needs it" for axis in ("init", "scale", "join")
         ),
     ),
     ("no checksums at all", drawn, note(lambda r: r.update(drawn={})), f"  - lorary.json: drawn: {MISSING}"),
@@ -350,7 +350,7 @@ NATIVE += [
         f"  - lorary.json: {Q}: delta: SVDDelta has kept = 0.5; {WHOLE}",
     ),
     ("a list left", adalora, said(kept=[1]), f"  - lorary.json: {Q}: delta: SVDDelta has kept = (1,); {WHOLE}"),
-    ("more left than there were", adalora, said(kept=5), f"  - lorary.json: {Q}: 5 of 4 directions cannot be left"),
+    ("more left than there were", adalora, said(kept=5), f"  - lorary.json: {Q}: 5 of 4 directions cannot remain"),
     (
         "another number left",
         adalora,

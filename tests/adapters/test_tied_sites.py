@@ -150,9 +150,9 @@ def test_sites_that_have_not_the_same_cannot_be_saved(tmp_path: Path) -> None:
 
 def test_sites_that_cannot_share_cannot_be_saved(tmp_path: Path) -> None:
     adapter = lorary.Adapter.of(shared())
-    what = f"{V0}: shares what it learns with {Q0}, which has other shapes or another method"
+    what = f"{V0}: shares its tensors with {Q0}, which has other shapes or another method"
     assert unsaved(replaced(adapter, V0, share="q_proj 2"), tmp_path / "a") == (
-        f"  - {what}\n      hint: let it learn its own"
+        f"  - {what}\n      hint: give it tensors of its own"
     )
     what = "`share` is 'a|b'; it is a name of printable ASCII without |"
     assert unsaved(replaced(adapter, V0, share="a|b"), tmp_path / "a") == f"  - {V0}: {what}"
@@ -179,13 +179,13 @@ BAD: list[tuple[str, Callable[[], nn.Module], Spoil, str]] = [
         "other shapes",
         ours,
         site(V0, share="q_proj 2"),
-        f"  - lorary.json: {V0}: shares what it learns with {Q0}, which has other shapes or another method",
+        f"  - lorary.json: {V0}: shares its tensors with {Q0}, which has other shapes or another method",
     ),
     (
         "another method",
         ours,
         site(Q1, alpha=7),
-        f"  - lorary.json: {Q1}: shares what it learns with {Q0}, which has other shapes or another method",
+        f"  - lorary.json: {Q1}: shares its tensors with {Q0}, which has other shapes or another method",
     ),
     (
         "a start in each layer's weight",
@@ -196,7 +196,7 @@ BAD: list[tuple[str, Callable[[], nn.Module], Spoil, str]] = [
             )
         ),
         "\n".join(
-            f"  - lorary.json: model.layers.{i}.{name}: shares what it learns, and SVDInit starts at the weight of "
+            f"  - lorary.json: model.layers.{i}.{name}: shares its tensors, and SVDInit starts at the weight of "
             "each layer"
             for i in (0, 1)
             for name in ("self_attn.q_proj", "mlp.down_proj")

@@ -198,11 +198,11 @@ def test_what_cannot_be_measured_is_refused() -> None:
 
 
 REFUSED = {
-    "dora": "join: Direction changes a layer's output by more than s B A x, which is what is measured",
-    "glora": "join: Supports changes a layer's output by more than s B A x, which is what is measured",
-    "vera": "delta: all layers share {A, B} of Vectors already",
-    "pissa": "init: Principal starts each layer from its own weight, and layers that share start alike",
-    "bitfit": "method: adapts no layer: there are none to choose from",
+    "dora": "join: MagnitudeDirection changes a layer's output by more than s B A x, which is what is measured",
+    "glora": "join: GLoRAJoin changes a layer's output by more than s B A x, which is what is measured",
+    "vera": "delta: all layers share {A, B} of SharedProjectionDelta already",
+    "pissa": "init: SVDInit starts each layer from its own weight, and layers that share start alike",
+    "bitfit": "method: adapts no layers: there are none to choose from",
 }
 
 
@@ -220,7 +220,7 @@ def test_its_name_is_no_preset() -> None:
         with pytest.raises(MethodError) as caught:
             lorary.method("lora", name)
         assert str(caught.value) == (
-            f"invalid method:\n  - {name!r}: chooses layers for a method and is none itself\n"
+            f"invalid method:\n  - {name!r}: is not a method: it chooses layers for one\n"
             "      hint: write `drop: {threshold: 0.9}` under `method:` in a configuration, or call lorary.drop_layers"
         )
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import lorary
-from lorary.cli.method_chooser import QUESTIONS, choose
+from lorary.cli._method_chooser import QUESTIONS, choose
 from lorary.cli.methods import table
 from lorary.errors import MethodError
 from lorary.model.loading.from_pretrained import skeleton
@@ -63,7 +63,7 @@ def test_one_method(command: Command) -> None:
     assert row["equation"].startswith("g_l = sum over x of |s B_l A_l x_l|^2")
     ran = command("methods", "adalor")
     assert (ran.code, ran.out) == (2, "")
-    assert "adalor: is no method that lorary knows\n      hint: did you mean `adalora`" in ran.err
+    assert "adalor: is not a method that lorary knows\n      hint: did you mean `adalora`" in ran.err
 
 
 def test_the_page_of_a_method(command: Command) -> None:

@@ -179,14 +179,14 @@ def numbers(method: lorary.Method, kind: Kind) -> int:
     A, B = kind.parts * kind.inp, kind.rows  # what a rank of one costs
     formulas: dict[str, Callable[[int], dict[str, int]]] = {
         "LowRank": lambda r: {"A": r * A, "B": r * B},
-        "Propagated": lambda r: {"A": r * A, "B": r * B},  # the product of step K stays as it is
-        "Tasks": lambda r: {"A": r * A, "B": r * B},  # and so do the earlier tasks
-        "Spectral": lambda r: {"P": r * B, "E": r, "Q": r * A},
-        "Minis": lambda r: {"A": r * A, "B": r * B},  # whatever n is
-        "Parallel": lambda r: {"A": delta.n * r * A, "B": delta.n * r * B, "gamma": delta.n * B},
-        "Vectors": lambda r: {"A": 0, "B": 0, "b": B, "d": kind.parts * r},
+        "DeltaLoRADelta": lambda r: {"A": r * A, "B": r * B},  # the product of step K stays as it is
+        "SequentialLoRA": lambda r: {"A": r * A, "B": r * B},  # and so do the earlier tasks
+        "SVDDelta": lambda r: {"P": r * B, "E": r, "Q": r * A},
+        "BlockDiagonal": lambda r: {"A": r * A, "B": r * B},  # whatever n is
+        "ParallelLowRank": lambda r: {"A": delta.n * r * A, "B": delta.n * r * B, "gamma": delta.n * B},
+        "SharedProjectionDelta": lambda r: {"A": 0, "B": 0, "b": B, "d": kind.parts * r},
         # A (on a packed base a vector), B and C low-rank, D (where there is a bias) and E vectors
-        "Terms": lambda r: (
+        "GLoRADelta": lambda r: (
             {"Bd": r * B, "Bu": r * A, "Cd": r * A, "Cu": r, "E": B}
             | ({"Ad": r * B, "Au": r * A} if delta.A == "lora" else {"Ad": B})
             | ({"D": B} if kind.bias else {})
@@ -235,7 +235,7 @@ def methods() -> dict[str, lorary.Method]:
 
 
 def made_of(*names: str, **options: Any) -> lorary.Method:
-    """The method of these presets, of rank 3 and with alpha where their words have such."""
+    """The method of these presets, of rank 3, with alpha if their components have one."""
     if not any(lorary.presets()[n].adapts for n in names):
         return lorary.method(*names, **options)
     options = {"r": 3, "alpha": 6.0} | {k: v for n in names for k, v in OPTIONS.get(n, {}).items()} | options

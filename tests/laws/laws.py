@@ -219,7 +219,7 @@ def low_rank_form_is_forward(case: Case) -> None:
     try:
         forms = adapter.low_rank(base)
     except MethodError:
-        assert type(case.method.join).__name__ == "Supports", "every other join has this form"
+        assert type(case.method.join).__name__ == "GLoRAJoin", "every other join has this form"
         return
     with torch.no_grad():
         for name, layer in adapted_layers(model).items():

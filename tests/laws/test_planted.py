@@ -38,7 +38,7 @@ def kind(name: str) -> Any:
 
 @contextlib.contextmanager
 def known(*classes: type) -> Iterator[None]:
-    """Make planted words known for as long as a test runs."""
+    """Register planted components for the duration of a test."""
     for cls in classes:
         interfaces.component(cls)
     try:
@@ -337,7 +337,7 @@ def test_fast_paths_of_their_own_are_caught() -> None:
 
 @dataclass(frozen=True)
 class FollowsUnsaid(DeltaLoRADelta):
-    """Delta-LoRA whose snapshot is one more thing that is learnt."""
+    """Delta-LoRA whose snapshot trains."""
 
     fixed_roles = frozenset()
     roles = frozenset({"A", "B", "A_K", "B_K", "lam"})

@@ -414,7 +414,7 @@ def test_a_model_that_has_seen_nothing_is_refused() -> None:
 
 
 def test_a_factor_that_starts_at_zero_cannot_be_frozen() -> None:
-    message = "{} starts at zero in a layer of kind {} and is frozen: nothing could be learnt"
+    message = "{} starts at zero in a layer of kind {} and is frozen: nothing could train"
     hint = "\n      hint: exclude it, or use another init"
     assert refused(tiny.llama(), lorary.method("lora-fa"), "embedding") == (
         f"invalid plan:\n  - model.embed_tokens: {message.format('{A}', 'embedding')}{hint}"
@@ -537,7 +537,7 @@ def test_a_rank_below_the_budgets_target_is_refused_at_its_site() -> None:
 
 def test_parts_of_a_fused_weight_have_no_spectrum_each() -> None:
     method = lorary.method("adalora", r=4, target=2)
-    why = "its projections cannot have a spectrum each: adapt the fused weight as a whole"
+    why = "its projections cannot have separate spectra: adapt the fused weight as a whole"
     sites = "".join(f"\n  - transformer.h.{i}.attn.c_attn: {why}" for i in range(2))
     assert refused(tiny.model("GPT2LMHeadModel"), method, "c_attn[q,v]") == f"invalid plan:{sites}"
     assert len(lorary.plan(tiny.model("GPT2LMHeadModel"), method, "c_attn").sites) == 2

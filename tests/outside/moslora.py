@@ -7,7 +7,7 @@ Wu et al. 2024, arXiv:2406.11909, section 3.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -15,15 +15,14 @@ from torch import Tensor, nn
 
 from lorary.methods.lora import Kaiming, LowRank
 from lorary.spec.fields import COUNT
-from lorary.spec.interfaces import Delta, Init, Shapes, Tensors, component
+from lorary.spec.interfaces import Delta, Factors, Init, Shapes, Tensors, component
 from lorary.spec.presets import preset
 from lorary.spec.site import Site
 
 
 @component
-@dataclass(frozen=True)
 class Mixed(Delta):
-    """B [out, r], M [r, r] and A [r, inp]; every part of a fused site has its own three."""
+    """B [out, r], M [r, r] and A [r, in]; every part of a fused site has its own three."""
 
     r: int = field(metadata=COUNT)
 
@@ -32,12 +31,11 @@ class Mixed(Delta):
     def shapes(self, site: Site) -> Shapes:
         return LowRank(self.r).shapes(site) | {"M": (self.r * len(site.rows), self.r)}
 
-    def factors(self, site: Site, p: Tensors) -> tuple[Tensor, Tensor]:
-        return site.place(p["B"]) @ torch.block_diag(*p["M"].split(self.r)), p["A"]
+    def factors(self, site: Site, params: Tensors) -> Factors:
+        return site.place(params["B"]) @ torch.block_diag(*params["M"].split(self.r)), params["A"]
 
 
 @component
-@dataclass(frozen=True)
 class Mixer(Init):
     """A and B as LoRA's, M orthogonal."""
 
@@ -46,9 +44,9 @@ class Mixer(Init):
     def zeros(self, site: Site) -> frozenset[str]:
         return Kaiming().zeros(site)
 
-    def __call__(self, p: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
-        Kaiming()(p, W, site, scale, generator)
-        for M in p["M"].split(p["M"].shape[1]):
+    def __call__(self, params: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
+        Kaiming()(params, W, site, scale, generator)
+        for M in params["M"].split(params["M"].shape[1]):
             nn.init.orthogonal_(M, generator=generator)
 
 

@@ -230,14 +230,14 @@ def test_also_where_all_scores_are_equal() -> None:
 class OffByOne(RankBudget):
     """Keeps one direction more than the budget."""
 
-    def _choose(self, layers: Any, state: Any, budget: int) -> None:
-        super()._choose(layers, state, budget + 1)
+    def _select(self, layers: Any, state: Any, budget: int) -> None:
+        super()._select(layers, state, budget + 1)
 
 
 class TiesStay(RankBudget):
     """The authors' threshold: whatever scores more than the (b_0 - b)-th smallest stays, and equal ones all go."""
 
-    def _choose(self, layers: Any, state: Any, budget: int) -> None:
+    def _select(self, layers: Any, state: Any, budget: int) -> None:
         scores = torch.cat([self.scores(layer, state) for layer in layers])
         threshold = torch.kthvalue(scores, max(len(scores) - budget, 1)).values
         for layer in layers:
@@ -518,7 +518,7 @@ def test_what_joins_the_directions_stays_whole() -> None:
     method = lorary.method("adalora", r=4, target=2).replace(rules=(), join=MagnitudeDirection())
     lorary.attach(model, lorary.plan(model, method))
     with torch.no_grad():
-        model[0].p["E"][1:3] = 0.5
+        model[0].params["E"][1:3] = 0.5
     x = torch.randn(3, 6)
     y = model(x)
     small = Adapter.of(model).compact()
@@ -565,11 +565,11 @@ def refusal(*names: str, **options: Any) -> list[str]:
 
 def test_refusals() -> None:
     assert refusal("adalora", "dora") == [
-        "Direction holds the norm of what it joins, which changes whenever a direction is masked"
+        "MagnitudeDirection depends on the norm of the joined weight, which changes whenever a direction is masked"
     ]
     assert refusal("adalora", "lora-fa") == ["the scores need the gradients of P, E and Q, and Q is frozen"]
     assert refusal("adalora", r=4, target=5) == ["a target of 5 is more than the 4 directions of the start"]
-    assert refusal("adalora", beta1=0.5) == ["is no option of lora + adalora"]
+    assert refusal("adalora", beta1=0.5) == ["is not an option of lora + adalora"]
 
 
 def test_learning_rates_of_a_and_b_are_those_of_q_and_p() -> None:
@@ -577,8 +577,8 @@ def test_learning_rates_of_a_and_b_are_those_of_q_and_p() -> None:
     assert (made.rate("P"), made.rate("Q"), made.rate("E")) == (4, 1, 1)
 
 
-def test_words_of_its_own_can_be_said_alone() -> None:
-    words = lorary.Method(SVDDelta(4), SVDDeltaInit(0.1), AlphaOverInitialRank(8.0), lorary.method().join)
+def test_its_components_work_without_the_preset() -> None:
+    method = lorary.Method(SVDDelta(4), SVDDeltaInit(0.1), AlphaOverInitialRank(8.0), lorary.method().join)
     model = net()
-    lorary.attach(model, lorary.plan(model, words), dtype=torch.float64)
+    lorary.attach(model, lorary.plan(model, method), dtype=torch.float64)
     assert lorary.rules(model, 5).penalty() == 0.0

@@ -298,9 +298,9 @@ def refusal(*names: str, **options: Any) -> list[str]:
 
 @pytest.mark.parametrize("mode", ["closed", "paper"])
 def test_refusals(mode: str) -> None:
-    gradient = "Delta-LoRA takes the gradient of B A for that of W, which it is not"
+    gradient = "Delta-LoRA uses the gradient of B A as that of W, which it is not"
     assert refusal("delta-lora", mode=mode, dropout=0.1) == [f"{gradient} with dropout: set dropout=0"]
-    assert refusal("delta-lora", "dora", mode=mode) == [f"{gradient} under Direction"]
+    assert refusal("delta-lora", "dora", mode=mode) == [f"{gradient} under MagnitudeDirection"]
     assert refusal("delta-lora", mode="loop") == ["is 'loop'; it takes closed or paper"]
     assert refusal("delta-lora", start=-1, mode=mode)[0].endswith("it takes a whole number of at least 0")
 
@@ -308,7 +308,7 @@ def test_refusals(mode: str) -> None:
 def test_a_rule_and_a_delta_of_different_minds_are_refused() -> None:
     said = lorary.method("delta-lora", r=4).rules
     (what,) = refusal("lora", r=4, delta=DeltaLoRADelta(4, 3.0), rules=said)
-    assert "goes with Propagated(r, ratio=2.0, late=True)" in what
+    assert "goes with DeltaLoRADelta(r, ratio=2.0, late=True)" in what
     (what,) = refusal("lora", r=4, delta=DeltaLoRADelta(4, 2.0, late=False), rules=said)
     assert "late=True" in what
     assert lorary.method("lora", delta=DeltaLoRADelta(4, 2.0), rules=[DeltaLoRARule(2.0, 9)])
@@ -334,7 +334,7 @@ def test_16_bit_weights_are_written_by_nobody(dtype: torch.dtype) -> None:
     name = str(dtype).removeprefix("torch.")
     assert str(error.value) == (
         "invalid plan:\n"
-        f"  - 0.weight: is {name}, and WriteProduct adds small changes to it: rounding would lose most of them\n"
+        f"  - 0.weight: is {name}, and DeltaLoRAPaperRule adds small changes to it: rounding would lose most of them\n"
         "      hint: load the base in float32"
     )
     assert lorary.plan(model, lorary.method("delta-lora"), "0").trainable == 16 * (6 + 8)
@@ -343,7 +343,7 @@ def test_16_bit_weights_are_written_by_nobody(dtype: torch.dtype) -> None:
 def test_a_weight_that_two_layers_hold_is_not_written() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight
-    with pytest.raises(PlanError, match="is shared with another layer, and WriteProduct writes it"):
+    with pytest.raises(PlanError, match="is shared with another layer, and DeltaLoRAPaperRule writes it"):
         lorary.plan(model, lorary.method("delta-lora", mode="paper"), "0")
     assert lorary.plan(model, lorary.method("delta-lora"), "0")
 
@@ -352,7 +352,7 @@ def test_weights_that_turn_coarse_after_the_plan_are_not_written() -> None:
     """Planned in 32 bits, and then the base, or the model, is one of 16."""
     method = lorary.method("delta-lora", r=2, start=0, mode="paper")
     plan = lorary.plan(tiny.llama(), method, ["q_proj"])
-    with pytest.raises(PlanError, match=r"q_proj.weight: is bfloat16, and WriteProduct adds small changes to it"):
+    with pytest.raises(PlanError, match=r"q_proj.weight: is bfloat16, and DeltaLoRAPaperRule adds small changes to it"):
         lorary.attach(tiny.llama().bfloat16(), plan)
     model = lorary.attach(tiny.llama(), plan).bfloat16()
     with pytest.raises(ConfigError, match=r"q_proj: is torch.bfloat16 by now: rounding would lose most"):

@@ -318,7 +318,7 @@ def test_what_has_no_low_rank_form_says_why() -> None:
     lorary.attach(model, lorary.plan(model, lorary.method("glora")))
     with pytest.raises(MethodError) as refused:
         lorary.Adapter.of(model).low_rank(model)
-    what = "A is low-rank: W * A has full rank, so this is no low-rank change of W with a gain for every output"
+    what = "A is low-rank: W * A has full rank, so this is not a low-rank change of W with a gain for every output"
     assert str(refused.value) == (
         f"this adapter has no low-rank form:\n  - 0 and 1 more: {what}\n      hint: merge it into the base"
     )
@@ -422,16 +422,16 @@ def test_where_it_cannot_be() -> None:
     gpt2 = tiny.model("GPT2LMHeadModel")
     said = refusal(PlanError, lambda: lorary.plan(gpt2, lorary.method("glora"), ["wte", "h.0.attn.c_attn[q,v]"]))
     assert said.splitlines()[1:] == [
-        "  - transformer.wte: C, D and E change a bias, which an embedding has none of: "
-        "say C='none', D='none', E='none' for it",
-        "  - transformer.h.0.attn.c_attn: its projections cannot be adapted one by one: "
-        "GLoRA's terms are over all rows; adapt it whole",
+        "  - transformer.wte: C, D and E change the bias, and an embedding has none: "
+        "set C='none', D='none', E='none' for it",
+        "  - transformer.h.0.attn.c_attn: GLoRA's terms are over all rows, not over single "
+        "projections: adapt the fused weight as a whole",
     ]
     nothing = dict.fromkeys("ABCE", "none")
     said = refusal(
         PlanError, lambda: lorary.plan(tiny.llama(), lorary.method("glora", **nothing), "layers.0.mlp.up_proj")
     )
-    assert "every term that this layer could have is none: nothing could be learnt" in said
+    assert "every term that applies to this layer is none: nothing could train" in said
     some = lorary.method("glora", full=("layers.0.attn.c_attn.bias",))
     said = refusal(PlanError, lambda: lorary.plan(gpt2, lorary.method("glora", full=("*.c_attn.bias",)), "c_attn"))
     assert "c_attn.bias: is adapted and would train in full as well" in said
@@ -448,21 +448,21 @@ def test_what_it_does_not_go_with(other: str) -> None:
             lorary.method(*names)
 
 
-def test_a_bias_is_not_learnt_twice_and_nothing_is_dropped() -> None:
+def test_a_bias_is_not_trained_twice_and_nothing_is_dropped() -> None:
     assert refusal(MethodError, lambda: lorary.method("glora", "bitfit")) == (
         "invalid method:\n"
-        "  - full: Terms learns a change of every adapted layer's bias; trained in full, it would be learnt twice\n"
+        "  - full: GLoRADelta trains a change of every adapted layer's bias, which would train in full as well\n"
         "      hint: use one of the two"
     )
     assert refusal(MethodError, lambda: lorary.method("glora", dropout=0.1)) == (
         "invalid method:\n"
-        "  - dropout: Supports scales W x itself: there is no input of the adapter alone to drop from\n"
+        "  - dropout: GLoRAJoin scales W x itself: there is no input of the adapter alone to drop from\n"
         "      hint: set dropout=0"
     )
     assert refusal(MethodError, lambda: lorary.method("glora", C="scalar", D="lora")) == (
         "invalid method:\n"
-        "  - delta: Terms has C = 'scalar'; it takes one of lora, vector, none\n"
-        "  - delta: Terms has D = 'lora'; it takes one of vector, scalar, none"
+        "  - delta: GLoRADelta has C = 'scalar'; it takes lora or vector or none\n"
+        "  - delta: GLoRADelta has D = 'lora'; it takes vector or scalar or none"
     )
 
 

@@ -115,7 +115,7 @@ def test_at_step_0_it_is_the_base_with_divided_positions() -> None:
 @pytest.mark.parametrize("rope", ["linear", "yarn", "dynamic"])
 def test_detached_and_disabled_it_is_the_base_again(rope: str) -> None:
     model = base()
-    before, values, plain, words = (
+    before, values, plain, config = (
         tiny.everything(model),
         tiny.frozen_copy(model),
         logits(model),
@@ -131,7 +131,7 @@ def test_detached_and_disabled_it_is_the_base_again(rope: str) -> None:
     lorary.detach(model)
     assert tiny.everything(model) == before
     assert tiny.same(tiny.frozen_copy(model), values)
-    assert model.config.to_dict() == words
+    assert model.config.to_dict() == config
     assert torch.equal(logits(model), plain)
 
 
@@ -186,7 +186,7 @@ def test_saved_and_loaded_it_has_equal_logits(names: tuple[str, ...], tmp_path: 
     assert torch.equal(logits(other), logits(model))
     assert other.config.rope_parameters["factor"] == 4.0
     assert json.loads((tmp_path / "lorary.json").read_text())["method"]["context"] == {
-        "word": "Extended",
+        "component": "LongContext",
         "length": LENGTH,
         "rope": "linear",
         "shifted": True,
@@ -235,9 +235,9 @@ def test_peft_reads_the_export_over_a_base_that_is_loaded_as_its_readme_says(tmp
     lorary.detach(model)
     with pytest.warns(PositionsWarning, match="'rope_type': 'linear', 'factor': 4.0"):
         export_peft(adapter, tmp_path / "peft", model=model)
-    words = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
-    assert "model.embed_tokens" in words["modules_to_save"]
-    assert sum("norm" in name for name in words["modules_to_save"]) == 5
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert "model.embed_tokens" in config["modules_to_save"]
+    assert sum("norm" in name for name in config["modules_to_save"]) == 5
     model.save_pretrained(tmp_path / "base")
     code = (tmp_path / "peft" / "BASE.md").read_text().partition("```python\n")[2].partition("```")[0]
     code = code.replace("'the base'", repr(str(tmp_path / "base")))
@@ -264,24 +264,24 @@ def test_a_length_has_to_be_said() -> None:
         lorary.plan(base(), lorary.method("longlora"))
     assert str(refusal.value) == (
         "invalid plan:\n"
-        "  - context: does not say how many tokens the model is to read\n"
-        "      hint: say length=32768, or what you want"
+        "  - context: the context length is missing\n"
+        "      hint: set length=32768, or another number of tokens"
     )
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"length": 0}, "Extended has length = 0; it takes a whole number of at least 1, or None"),
-        ({"length": "32k"}, "Extended has length = '32k'; it takes a whole number of at least 1, or None"),
-        ({"length": 1.5}, "Extended has length = 1.5; it takes a whole number of at least 1, or None"),
-        ({"length": True}, "Extended has length = True; it takes a whole number of at least 1, or None"),
-        ({"rope": "ntk"}, "Extended has rope = 'ntk'; it takes linear or yarn or dynamic"),
-        ({"groups": 0}, "Extended has groups = 0; it takes a whole number of at least 1"),
-        ({"shifted": 1}, "Extended has shifted = 1; it takes true or false"),
+        ({"length": 0}, "LongContext has length = 0; it takes a whole number of at least 1, or None"),
+        ({"length": "32k"}, "LongContext has length = '32k'; it takes a whole number of at least 1, or None"),
+        ({"length": 1.5}, "LongContext has length = 1.5; it takes a whole number of at least 1, or None"),
+        ({"length": True}, "LongContext has length = True; it takes a whole number of at least 1, or None"),
+        ({"rope": "ntk"}, "LongContext has rope = 'ntk'; it takes linear or yarn or dynamic"),
+        ({"groups": 0}, "LongContext has groups = 0; it takes a whole number of at least 1"),
+        ({"shifted": 1}, "LongContext has shifted = 1; it takes true or false"),
     ],
 )
-def test_what_the_words_may_not_hold(options: dict[str, Any], message: str) -> None:
+def test_invalid_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(MethodError) as refusal:
         longlora(**options)
     assert f"context: {message}" in str(refusal.value)
@@ -293,7 +293,7 @@ def test_a_model_without_rotary_positions() -> None:
 
 
 def test_more_groups_than_tokens() -> None:
-    with pytest.raises(PlanError, match="context: divides 32 tokens into 33 groups\n      hint: say groups=4"):
+    with pytest.raises(PlanError, match="context: divides 32 tokens into 33 groups\n      hint: set groups=4"):
         lorary.plan(base(), longlora(groups=33))
 
 
@@ -302,7 +302,7 @@ def test_a_file_that_does_not_say_the_factor(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "lorary.json").read_text())
     del record["method"]["context"]["factor"]
     (tmp_path / "lorary.json").write_text(json.dumps(record))
-    with pytest.raises(FileError, match="context: does not say by how much positions are divided"):
+    with pytest.raises(FileError, match="context: the RoPE scaling factor is missing"):
         lorary.load(base(), tmp_path)
 
 

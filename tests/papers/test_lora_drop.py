@@ -224,10 +224,10 @@ def test_sites_that_cannot_share_are_refused() -> None:
     model = Net()
     plan = lorary.plan(model, lorary.method(r=2))
     shared = tuple(dataclasses.replace(p, share="all") for p in plan.sites)
-    with pytest.raises(PlanError, match=r"layers\.0\.down: shares what it learns with layers\.0\.up"):
+    with pytest.raises(PlanError, match=r"layers\.0\.down: shares its tensors with layers\.0\.up"):
         lorary.attach(model, dataclasses.replace(plan, sites=shared))
     pissa = lorary.plan(model, lorary.method("pissa", r=2), "up")
     shared = tuple(dataclasses.replace(p, share="up") for p in pissa.sites)
-    with pytest.raises(PlanError, match="shares what it learns, and Principal starts at the weight of each layer"):
+    with pytest.raises(PlanError, match="shares its tensors, and SVDInit starts at the weight of each layer"):
         lorary.attach(model, dataclasses.replace(pissa, sites=shared))
     assert not adapted_layers(model)

@@ -1,4 +1,4 @@
-"""MultiLoRA: parallel LoRAs, each scaled per output by what is learnt."""
+"""MultiLoRA: parallel LoRAs, each with a trained scale per output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Words: frozen dataclasses known by their names, and what their fields may hold."""
+"""Components: frozen dataclasses known by their names, and the values of their fields."""
 
 from __future__ import annotations
 
@@ -25,10 +25,22 @@ from lorary.spec.fields import (
 from lorary.spec.site import Site
 
 
-def test_a_word_is_a_dataclass_with_a_name_of_its_own() -> None:
-    with pytest.raises(TypeError, match="LowRank must be a dataclass with a name of its own"):
-        interfaces.component(dataclasses.make_dataclass("LowRank", ["r"], frozen=True))
-    with pytest.raises(TypeError, match="int must be a dataclass"):
+def test_a_component_is_a_frozen_dataclass_with_a_unique_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interfaces, "COMPONENTS", dict(interfaces.COMPONENTS))
+
+    class Fresh:
+        r: int
+
+    made = interfaces.component(Fresh)
+    assert interfaces.COMPONENTS["Fresh"] is made
+    assert made(3) == made(r=3) != made(4)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made(3).r = 4
+    already = interfaces.component(dataclasses.make_dataclass("Already", ["r"], frozen=True))
+    assert interfaces.component(already) is already
+    with pytest.raises(TypeError, match="the component Fresh is already registered"):
+        interfaces.component(dataclasses.make_dataclass("Fresh", ["r"], frozen=True))
+    with pytest.raises(TypeError):
         interfaces.component(int)
 
 
@@ -100,14 +112,14 @@ AXES = {"delta": interfaces.Delta, "init": interfaces.Init, "join": interfaces.J
 
 
 @pytest.mark.parametrize("name", sorted(interfaces.COMPONENTS))
-def test_a_word_of_an_axis_is_of_no_other(name: str) -> None:
-    """The protocols are told apart by what a word derives from, so that `isinstance` is enough."""
+def test_a_component_has_one_axis(name: str) -> None:
+    """The protocols are told apart by inheritance, so that `isinstance` is enough."""
     cls = interfaces.COMPONENTS[name]
     assert sum(axis in cls.__mro__ for axis in AXES.values()) <= 1
 
 
-def test_what_a_word_is_silent_on_it_inherits() -> None:
-    """A word that says no more than it must can be used at once."""
+def test_a_component_inherits_the_defaults_of_its_protocol() -> None:
+    """A component with nothing but the required members works."""
 
     @dataclasses.dataclass(frozen=True)
     class Quiet(interfaces.Delta):
@@ -133,11 +145,10 @@ def test_what_a_word_is_silent_on_it_inherits() -> None:
     assert delta.problems(site) == join.problems(site) == init.problems(site, 1) == []
 
 
-def test_a_rule_that_is_silent_does_nothing() -> None:
+def test_a_rule_without_methods_does_nothing() -> None:
     @dataclasses.dataclass(frozen=True)
     class Idle(interfaces.Rule):
         needs = frozenset()
-        writes_base = False
 
     rule = Idle()
     state = rule.start([], 10)
@@ -147,9 +158,9 @@ def test_a_rule_that_is_silent_does_nothing() -> None:
     assert done == [None] * 3
 
 
-def test_every_word_is_frozen_and_says_what_its_fields_take() -> None:
+def test_every_component_is_frozen_and_checks_its_fields() -> None:
     for name, cls in interfaces.COMPONENTS.items():
         assert cls.__name__ == name
         assert cls.__dataclass_params__.frozen, f"{name} could be changed after it was checked"
         for field in dataclasses.fields(cls):
-            assert {"check", "expects"} <= set(field.metadata), f"{name}.{field.name} is checked by nobody"
+            assert {"check", "expects"} <= set(field.metadata), f"{name}.{field.name} is not checked"

@@ -21,7 +21,7 @@ from lorary.spec.method import Method
 
 
 def said(*names: Any, **options: Any) -> str:
-    """The whole message with which a method is refused, lists of all words and presets left out."""
+    """The whole message with which a method is refused, lists of all components and presets left out."""
     with pytest.raises(MethodError) as refusal:
         lorary.method(*names, **options)
     return shortened(refusal.value)
@@ -35,8 +35,7 @@ def shortened(error: MethodError) -> str:
 
 # --- contradictions, each with its whole sentence --------------------------------------------------------------------
 
-_UNKNOWN = "invalid method:\n  - "
-_WRONG = "invalid method:\n  - "
+_INVALID = "invalid method:\n  - "
 
 
 @pytest.mark.parametrize(
@@ -45,83 +44,93 @@ _WRONG = "invalid method:\n  - "
         (
             ["lroa"],
             {},
-            f"{_UNKNOWN}'lroa': is no method that lorary knows\n      hint: did you mean `lora` or `qlora` or `lora+`?",
+            f"{_INVALID}'lroa': is not a method that lorary knows\n"
+            "      hint: did you mean `lora` or `qlora` or `lora+`?",
         ),
         (
             ["houlsby"],
             {},
-            f"{_UNKNOWN}'houlsby': is no method that lorary knows\n      hint: known: ...",
+            f"{_INVALID}'houlsby': is not a method that lorary knows\n      hint: known: ...",
         ),
         (
             [None],
             {},
-            f"{_UNKNOWN}None: is no method that lorary knows\n      hint: known: ...",
+            f"{_INVALID}None: is not a method that lorary knows\n      hint: known: ...",
         ),
         (
             ["lora"],
             {"dropuot": 0.1},
-            f"{_UNKNOWN}dropuot: is no option of lora\n      hint: did you mean `dropout`?",
+            f"{_INVALID}dropuot: is not an option of lora\n      hint: did you mean `dropout`?",
         ),
         (
             ["rslora"],
             {"ratio": 2},
-            f"{_UNKNOWN}ratio: is no option of lora + rslora\n      hint: known: alpha, context, delta, dropout, "
+            f"{_INVALID}ratio: is not an option of lora + rslora\n      hint: known: alpha, context, delta, dropout, "
             "frozen, full, init, join, lr, r, rules, scale, storage",
         ),
         (
             ["rslora"],
             {"scale": AlphaOverRank(3)},
-            f"{_UNKNOWN}scale: rslora says BySqrtRank; you said ByRank\n      hint: a method has one word on this axis",
+            f"{_INVALID}scale: rslora sets AlphaOverSqrtRank; you set AlphaOverRank\n"
+            "      hint: a method has one component on this axis",
         ),
-        (["lora+"], {"lr": {"B": 2}}, f"{_UNKNOWN}lr: lora+ and you both set the rate of B"),
+        (["lora+"], {"lr": {"B": 2}}, f"{_INVALID}lr: lora+ and you both set the rate of B"),
         (
             ["lora"],
             {"r": 0},
-            f"{_WRONG}delta: LowRank has r = 0; it takes a whole number of at least 1",
+            f"{_INVALID}delta: LowRank has r = 0; it takes a whole number of at least 1",
         ),
-        (["lora"], {"r": 8.0}, f"{_WRONG}delta: LowRank has r = 8.0; it takes a whole number of at least 1"),
-        (["lora"], {"r": True}, f"{_WRONG}delta: LowRank has r = True; it takes a whole number of at least 1"),
-        (["lora"], {"alpha": "32"}, f"{_WRONG}scale: ByRank has alpha = '32'; it takes a positive finite number"),
+        (["lora"], {"r": 8.0}, f"{_INVALID}delta: LowRank has r = 8.0; it takes a whole number of at least 1"),
+        (["lora"], {"r": True}, f"{_INVALID}delta: LowRank has r = True; it takes a whole number of at least 1"),
+        (
+            ["lora"],
+            {"alpha": "32"},
+            f"{_INVALID}scale: AlphaOverRank has alpha = '32'; it takes a positive finite number",
+        ),
         (
             ["rslora"],
             {"alpha": float("nan")},
-            f"{_WRONG}scale: BySqrtRank has alpha = nan; it takes a positive finite number",
+            f"{_INVALID}scale: AlphaOverSqrtRank has alpha = nan; it takes a positive finite number",
         ),
-        (["lora"], {"dropout": 1}, f"{_WRONG}dropout: 1 is no probability in [0, 1)"),
-        (["lora"], {"dropout": -0.1}, f"{_WRONG}dropout: -0.1 is no probability in [0, 1)"),
-        (["lora"], {"dropout": None}, f"{_WRONG}dropout: None is no probability in [0, 1)"),
-        (["lora+"], {"ratio": 0}, f"{_WRONG}lr: the multiplier of B is 0, not a positive number"),
-        (["lora"], {"lr": {"C": 3}}, f"{_WRONG}lr: a learning rate for {{C}}, but what trains is {{A, B}}"),
+        (["lora"], {"dropout": 1}, f"{_INVALID}dropout: 1 is not a probability in [0, 1)"),
+        (["lora"], {"dropout": -0.1}, f"{_INVALID}dropout: -0.1 is not a probability in [0, 1)"),
+        (["lora"], {"dropout": None}, f"{_INVALID}dropout: None is not a probability in [0, 1)"),
+        (["lora+"], {"ratio": 0}, f"{_INVALID}lr: the multiplier of B is 0, not a positive number"),
+        (["lora"], {"lr": {"C": 3}}, f"{_INVALID}lr: a learning rate for {{C}}, but what trains is {{A, B}}"),
         (
             ["lora-fa"],
             {"lr": {"A": 3}},
-            f"{_WRONG}lr: a learning rate for {{A}}, but what trains is {{B}}",
+            f"{_INVALID}lr: a learning rate for {{A}}, but what trains is {{B}}",
         ),
         (
             ["lora+", "lora-fa"],
             {},
-            f"{_WRONG}lr: B would learn faster or slower than nothing: {{A}} is frozen\n"
-            "      hint: give the rate itself, without a multiplier",
+            f"{_INVALID}lr: a learning-rate ratio has no effect: {{B}} is the only trained tensor\n"
+            "      hint: set the learning rate itself, without a multiplier",
         ),
-        (["lora-fa"], {"frozen": "B"}, f"{_WRONG}frozen: everything is frozen: nothing would train"),
-        (["lora"], {"frozen": {"E"}}, f"{_WRONG}frozen: {{E}} cannot be frozen: the tensors are {{A, B}}"),
+        (["lora-fa"], {"frozen": "B"}, f"{_INVALID}frozen: everything is frozen: nothing would train"),
+        (["lora"], {"frozen": {"E"}}, f"{_INVALID}frozen: {{E}} cannot be frozen: the tensors are {{A, B}}"),
         (
             ["lora", "full"],
             {},
-            f"{_WRONG}full: every base weight trains in full, which leaves nothing for LowRank to learn\n"
+            f"{_INVALID}full: every base weight trains in full, which leaves nothing for LowRank to learn\n"
             "      hint: use one of the two",
         ),
-        (["lora"], {"full": ("",)}, f"{_WRONG}full: '' is no pattern over parameter names"),
-        (["lora"], {"init": AlphaOverRank(3)}, f"{_WRONG}init: ByRank(alpha=3) is no word of this axis"),
-        (["lora"], {"scale": Kaiming()}, f"{_WRONG}scale: Kaiming() is no word of this axis"),
-        (["lora"], {"init": Gaussian}, f"{_WRONG}init: {Gaussian!r} is no word of this axis"),
-        (["lora"], {"storage": None}, f"{_WRONG}storage: None is no word of this axis"),
-        (["lora"], {"rules": (Unquantized(),)}, f"{_WRONG}rules: AsIs() is no word of this axis"),
+        (["lora"], {"full": ("",)}, f"{_INVALID}full: '' is not a pattern over parameter names"),
+        (
+            ["lora"],
+            {"init": AlphaOverRank(3)},
+            f"{_INVALID}init: AlphaOverRank(alpha=3) is not a component of this axis",
+        ),
+        (["lora"], {"scale": Kaiming()}, f"{_INVALID}scale: Kaiming() is not a component of this axis"),
+        (["lora"], {"init": Gaussian}, f"{_INVALID}init: {Gaussian!r} is not a component of this axis"),
+        (["lora"], {"storage": None}, f"{_INVALID}storage: None is not a component of this axis"),
+        (["lora"], {"rules": (Unquantized(),)}, f"{_INVALID}rules: Unquantized() is not a component of this axis"),
         (
             ["bitfit"],
             {"frozen": {"A"}, "dropout": 0.5},
-            f"{_WRONG}frozen: makes sense for a delta only, and this method has none\n"
-            "  - dropout: makes sense for a delta only, and this method has none",
+            f"{_INVALID}frozen: applies to a delta only, and this method has none\n"
+            "  - dropout: applies to a delta only, and this method has none",
         ),
     ],
 )
@@ -208,14 +217,14 @@ def _known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_known")
-def test_contradictions_between_words_of_other_papers() -> None:
-    assert said("lora", delta=Triple()) == f"{_WRONG}init: Kaiming fills {{A, B}}; Triple has {{A, B, E}}"
+def test_contradictions_between_components_of_other_papers() -> None:
+    assert said("lora", delta=Triple()) == f"{_INVALID}init: Kaiming fills {{A, B}}; Triple has {{A, B, E}}"
     assert said("lora", rules=[Writer()], storage=Sealed()) == (
-        f"{_WRONG}rules: Writer needs {{E}}; LowRank has {{A, B}}\n"
+        f"{_INVALID}rules: Writer needs {{E}}; LowRank has {{A, B}}\n"
         "  - rules: Writer writes the base weight, which Sealed cannot take"
     )
     assert said("lora", init=Halved(), dropout=0.1) == (
-        f"{_WRONG}dropout: Halved moves part of W into B A, and dropout would drop that part of W\n"
+        f"{_INVALID}dropout: Halved moves part of W into B A, and dropout would drop that part of W\n"
         "      hint: set dropout=0"
     )
 
@@ -276,11 +285,11 @@ def test_methods_differ_in_every_axis() -> None:
 
 def test_a_delta_that_calls_a_and_b_by_other_names_takes_presets_that_speak_of_them() -> None:
     """AdaLoRA's Q is A and its P is B, in rates and in what is frozen; its own names are taken as they are."""
-    words = lorary.method("adalora").replace(rules=())
-    assert words.replace(lr={"B": 4, "A": 2}) == words.replace(lr={"P": 4, "Q": 2})
-    assert words.replace(frozen="A") == words.replace(frozen="Q")
-    assert words.replace(frozen="A").trained == {"P", "E"}
-    assert Method.from_dict(words.replace(lr={"B": 4}).to_dict()).lr == (("P", 4),)
+    method = lorary.method("adalora").replace(rules=())
+    assert method.replace(lr={"B": 4, "A": 2}) == method.replace(lr={"P": 4, "Q": 2})
+    assert method.replace(frozen="A") == method.replace(frozen="Q")
+    assert method.replace(frozen="A").trained == {"P", "E"}
+    assert Method.from_dict(method.replace(lr={"B": 4}).to_dict()).lr == (("P", 4),)
 
 
 def test_what_is_given_is_no_inits_to_fill_and_never_trains() -> None:
@@ -314,8 +323,8 @@ def test_but_changes_only_what_is_said_and_checks_again() -> None:
     assert method.replace() == method
     with pytest.raises(MethodError) as refusal:
         method.replace(scael=AlphaOverRank(3))
-    assert str(refusal.value) == f"{_WRONG}scael: is not an axis of a method\n      hint: did you mean `scale`?"
-    with pytest.raises(MethodError, match="is no probability"):
+    assert str(refusal.value) == f"{_INVALID}scael: is not an axis of a method\n      hint: did you mean `scale`?"
+    with pytest.raises(MethodError, match="is not a probability"):
         method.replace(dropout=3)
 
 
@@ -332,7 +341,7 @@ def test_one_name_stands_for_a_set_of_one() -> None:
             "Method\n"
             "  delta    LowRank(r=16)\n"
             "  init     Kaiming()\n"
-            "  scale    ByRank(alpha=32.0) -> s = 2\n"
+            "  scale    AlphaOverRank(alpha=32.0) -> s = 2\n"
             "  join     Add()\n"
             "  trains   {A, B}",
         ),
@@ -341,7 +350,7 @@ def test_one_name_stands_for_a_set_of_one() -> None:
             "Method\n"
             "  delta    LowRank(r=4)\n"
             "  init     Kaiming()\n"
-            "  scale    BySqrtRank(alpha=8) -> s = 4\n"
+            "  scale    AlphaOverSqrtRank(alpha=8) -> s = 4\n"
             "  join     Add()\n"
             "  lr       B x16\n"
             "  full     bias, norm\n"
@@ -353,7 +362,7 @@ def test_one_name_stands_for_a_set_of_one() -> None:
             "Method\n"
             "  delta    LowRank(r=16)\n"
             "  init     Kaiming()\n"
-            "  scale    ByRank(alpha=32.0) -> s = 2\n"
+            "  scale    AlphaOverRank(alpha=32.0) -> s = 2\n"
             "  join     Add()\n"
             "  frozen   {A}\n"
             "  trains   {B}",
@@ -369,7 +378,7 @@ def test_printed(method: Method, text: str) -> None:
 
 _LORA = lorary.method("lora").to_dict()
 _RECORD = "invalid method record:\n  - "
-_WORDS = "      hint: known: ..."
+_COMPONENTS = "      hint: known: ..."
 
 
 @pytest.mark.parametrize(
@@ -379,62 +388,62 @@ _WORDS = "      hint: known: ..."
         (None, "invalid method record:\n  - method: found NoneType"),
         (_LORA | {"dleta": None}, f"{_RECORD}dleta: is not an axis of a method\n      hint: did you mean `delta`?"),
         (
-            _LORA | {"init": {"word": "Kaimign"}},
-            f"{_RECORD}init: 'Kaimign' is no word that lorary knows\n      hint: did you mean `Kaiming`?",
+            _LORA | {"init": {"component": "Kaimign"}},
+            f"{_RECORD}init: 'Kaimign' is not a known component\n      hint: did you mean `Kaiming`?",
         ),
-        (_LORA | {"delta": 5}, f"{_RECORD}delta: 5 is no word that lorary knows\n{_WORDS}"),
+        (_LORA | {"delta": 5}, f"{_RECORD}delta: 5 is not a known component\n{_COMPONENTS}"),
         (
-            _LORA | {"delta": {"word": ["LowRank"]}},
-            f"{_RECORD}delta: ['LowRank'] is no word that lorary knows\n      hint: did you mean `LowRank`?",
+            _LORA | {"delta": {"component": ["LowRank"]}},
+            f"{_RECORD}delta: ['LowRank'] is not a known component\n      hint: did you mean `LowRank`?",
         ),
-        (_LORA | {"delta": {"word": "LowRank"}}, f"{_RECORD}delta: missing 1 required positional argument: 'r'"),
+        (_LORA | {"delta": {"component": "LowRank"}}, f"{_RECORD}delta: missing 1 required positional argument: 'r'"),
         (
-            _LORA | {"delta": {"word": "LowRank", "r": 3, "bias": "all"}},
+            _LORA | {"delta": {"component": "LowRank", "r": 3, "bias": "all"}},
             f"{_RECORD}delta: LowRank has no field `bias`\n      hint: known: r",
         ),
         (
-            _LORA | {"delta": {"word": "LowRank", "r": [3]}},
-            f"{_WRONG}delta: LowRank has r = (3,); it takes a whole number of at least 1",
+            _LORA | {"delta": {"component": "LowRank", "r": [3]}},
+            f"{_INVALID}delta: LowRank has r = (3,); it takes a whole number of at least 1",
         ),
         (
-            _LORA | {"delta": {"word": "Tasks", "r": 3, "past": 8}},
-            f"{_WRONG}delta: Tasks has past = 8; it takes whole numbers of at least 1",
+            _LORA | {"delta": {"component": "SequentialLoRA", "r": 3, "past": 8}},
+            f"{_INVALID}delta: SequentialLoRA has past = 8; it takes whole numbers of at least 1",
         ),
         (
-            _LORA | {"delta": {"word": "Tasks", "r": 3, "past": [8, [8]]}},
-            f"{_WRONG}delta: Tasks has past = (8, [8]); it takes whole numbers of at least 1",
+            _LORA | {"delta": {"component": "SequentialLoRA", "r": 3, "past": [8, [8]]}},
+            f"{_INVALID}delta: SequentialLoRA has past = (8, [8]); it takes whole numbers of at least 1",
         ),
         (
-            _LORA | {"rules": [{"word": "AwayFrom", "form": ["paper"]}]},
-            f"{_WRONG}rules: AwayFrom has form = ('paper',); it takes authors or paper",
+            _LORA | {"rules": [{"component": "OrthogonalToPast", "form": ["paper"]}]},
+            f"{_INVALID}rules: OrthogonalToPast has form = ('paper',); it takes authors or paper",
         ),
         (
-            _LORA | {"rules": [{"word": "RankBudget", "target": 3, "until": 5}]},
+            _LORA | {"rules": [{"component": "RankBudget", "target": 3, "until": 5}]},
             f"{_RECORD}rules[0]: RankBudget has no field `until`\n"
             "      hint: known: beta1, beta2, every, final, start_at, target",
         ),
-        (_LORA | {"delta": {"word": "Kaiming"}}, f"{_WRONG}delta: Kaiming() is no word of this axis"),
-        (_LORA | {"scale": {"word": "Kaiming"}}, f"{_WRONG}scale: Kaiming() is no word of this axis"),
-        (_LORA | {"storage": None}, f"{_RECORD}storage: None is no word that lorary knows\n{_WORDS}"),
+        (_LORA | {"delta": {"component": "Kaiming"}}, f"{_INVALID}delta: Kaiming() is not a component of this axis"),
+        (_LORA | {"scale": {"component": "Kaiming"}}, f"{_INVALID}scale: Kaiming() is not a component of this axis"),
+        (_LORA | {"storage": None}, f"{_RECORD}storage: None is not a known component\n{_COMPONENTS}"),
         (_LORA | {"frozen": "A"}, f"{_RECORD}frozen: expected list, found str"),
         (_LORA | {"frozen": [["A"]]}, f"{_RECORD}frozen: expected names, found [['A']]"),
         (_LORA | {"full": [1]}, f"{_RECORD}full: expected names, found [1]"),
         (_LORA | {"lr": [["B", 2]]}, f"{_RECORD}lr: expected dict, found list"),
-        (_LORA | {"lr": {"B": "fast"}}, f"{_WRONG}lr: the multiplier of B is 'fast', not a positive number"),
-        (_LORA | {"lr": {"B": float("inf")}}, f"{_WRONG}lr: the multiplier of B is inf, not a positive number"),
+        (_LORA | {"lr": {"B": "fast"}}, f"{_INVALID}lr: the multiplier of B is 'fast', not a positive number"),
+        (_LORA | {"lr": {"B": float("inf")}}, f"{_INVALID}lr: the multiplier of B is inf, not a positive number"),
         (_LORA | {"rules": {}}, f"{_RECORD}rules: expected list, found dict"),
-        (_LORA | {"rules": ["Xylograph"]}, f"{_RECORD}rules[0]: 'Xylograph' is no word that lorary knows\n{_WORDS}"),
+        (_LORA | {"rules": ["Xylograph"]}, f"{_RECORD}rules[0]: 'Xylograph' is not a known component\n{_COMPONENTS}"),
         (_LORA | {"dropout": "0.1"}, f"{_RECORD}dropout: expected int or float, found str"),
         (_LORA | {"dropout": None}, f"{_RECORD}dropout: expected int or float, found NoneType"),
-        (_LORA | {"dropout": float("nan")}, f"{_WRONG}dropout: nan is no probability in [0, 1)"),
+        (_LORA | {"dropout": float("nan")}, f"{_INVALID}dropout: nan is not a probability in [0, 1)"),
         (
             _LORA | {"delta": None},
-            f"{_WRONG}init: makes sense for a delta only, and this method has none\n"
-            "  - scale: makes sense for a delta only, and this method has none\n"
-            "  - join: makes sense for a delta only, and this method has none\n"
+            f"{_INVALID}init: applies to a delta only, and this method has none\n"
+            "  - scale: applies to a delta only, and this method has none\n"
+            "  - join: applies to a delta only, and this method has none\n"
             "  - full: there is neither a delta nor a base parameter that trains",
         ),
-        ({}, f"{_WRONG}full: there is neither a delta nor a base parameter that trains"),
+        ({}, f"{_INVALID}full: there is neither a delta nor a base parameter that trains"),
     ],
 )
 def test_hostile_records(data: Any, message: str) -> None:
@@ -445,7 +454,7 @@ def test_hostile_records(data: Any, message: str) -> None:
 
 def test_every_fault_of_a_record_is_told_at_once() -> None:
     with pytest.raises(MethodError) as refusal:
-        Method.from_dict({"delta": {"word": "X"}, "rank": 3, "lr": 4, "frozen": {}})
+        Method.from_dict({"delta": {"component": "X"}, "rank": 3, "lr": 4, "frozen": {}})
     assert [p.where for p in refusal.value.problems] == ["delta", "rank", "lr", "frozen"]
 
 
@@ -453,3 +462,12 @@ def test_a_method_can_be_refused_where_it_is_caught_as_a_value_error() -> None:
     assert issubclass(MethodError, ValueError)
     assert MethodError.exit_code == 2
     assert not issubclass(MethodError, PlanError)
+
+
+def test_records_of_format_1_are_still_read() -> None:
+    """lorary 0.5 and before wrote `word` for `component`, and other class names."""
+    old = _LORA | {"delta": {"word": "Tasks", "r": 3, "past": [2]}, "scale": {"word": "ByRank", "alpha": 8.0}}
+    method = Method.from_dict(old)
+    assert (method.delta, method.scale) == (SequentialLoRA(3, (2,)), AlphaOverRank(8.0))
+    with pytest.raises(MethodError, match="'Task' is not a known component"):
+        Method.from_dict(_LORA | {"delta": {"word": "Task"}})

@@ -50,8 +50,8 @@ def test_another_rank_or_alpha_and_every_other_word_as_it_is() -> None:
     [
         (LINEAR, "A", None),
         (TABLE, "B", None),
-        (LINEAR, "B", "x: {B} starts at zero in a layer of kind linear and is frozen: nothing could be learnt"),
-        (TABLE, "A", "x: {A} starts at zero in a layer of kind embedding and is frozen: nothing could be learnt"),
+        (LINEAR, "B", "x: {B} starts at zero in a layer of kind linear and is frozen: nothing could train"),
+        (TABLE, "A", "x: {A} starts at zero in a layer of kind embedding and is frozen: nothing could train"),
     ],
 )
 def test_a_factor_that_starts_at_zero_must_train(site: Site, frozen: str, problem: str | None) -> None:

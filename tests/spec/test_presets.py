@@ -1,4 +1,4 @@
-"""Presets: papers' names for words, how they unite, and their options."""
+"""Presets: papers' names for components, how they unite, and their options."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_lora_is_the_default() -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "words"),
+    ("names", "components"),
     [
         (("rslora",), {"scale": AlphaOverSqrtRank(32.0)}),
         (("lora-fa",), {"frozen": {"A"}}),
@@ -30,8 +30,8 @@ def test_lora_is_the_default() -> None:
         (("bitfit", "lora"), {"full": ("bias",)}),
     ],
 )
-def test_presets_unite(names: tuple[str, ...], words: dict[str, Any]) -> None:
-    assert lorary.method(*names) == lorary.method("lora").replace(**words)
+def test_presets_unite(names: tuple[str, ...], components: dict[str, Any]) -> None:
+    assert lorary.method(*names) == lorary.method("lora").replace(**components)
     assert lorary.method(*reversed(names)) == lorary.method(*names)
 
 
@@ -67,7 +67,7 @@ def test_options_reach_every_preset_that_has_them() -> None:
     assert method == Method(LowRank(4), Kaiming(), AlphaOverSqrtRank(7), Add(), lr={"B": 3}, dropout=0.25)
 
 
-def test_words_are_said_like_options() -> None:
+def test_components_are_passed_like_options() -> None:
     assert lorary.method("lora", init=Gaussian()).init == Gaussian()
     assert lorary.method("lora", scale=ConstantScale(0.5)).scale == ConstantScale(0.5)
     assert lorary.method("bitfit", full=("norm",)).full == ("bias", "norm")
@@ -121,5 +121,5 @@ def test_speakers_put_lora_first_where_anything_adapts() -> None:
 
 
 def test_a_preset_cannot_be_registered_twice() -> None:
-    with pytest.raises(TypeError, match="there is a preset lora already"):
+    with pytest.raises(TypeError, match="the preset lora is already registered"):
         presets.preset("lora", citation="nobody")(lambda: {})

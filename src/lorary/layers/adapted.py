@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lorary._deprecated import RenamedAttribute
 from lorary.kernels.row_norms import linear
 from lorary.layers.cache import TensorCache
 from lorary.layers.kinds import KINDS
@@ -16,9 +17,9 @@ from lorary.layers.quantized_weight import is_quantized, stored_tensors, weight
 from lorary.layers.shared_projections import SharedProjections as SharedProjections
 from lorary.layers.shared_projections import leading_slice as leading_slice
 from lorary.spec.interfaces import Fused
+from lorary.spec.layer import Kind
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite, adaptation, start_name
-from lorary.spec.site import Kind
 
 
 class Adapted(nn.Module):
@@ -41,6 +42,8 @@ class Adapted(nn.Module):
     `weight` and `bias` are the base's, because other libraries read them (weight tying, dtype look-ups), as are its
     plain attributes, such as `in_features`, `stride` or `padding_idx`.
     """
+
+    p = RenamedAttribute("params")
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, cast
 
 import torch
@@ -24,7 +24,6 @@ from lorary.spec.interfaces import Storage, component
 
 
 @component
-@dataclass(frozen=True)
 class BnbNF4(Storage):
     """Linear layers as bitsandbytes' Linear4bit; the output head, embeddings and norms stay unquantised.
 

@@ -23,7 +23,8 @@ from lorary.layers.quantized_weight import (
     unrecognised_quantized_layer,
     weight,
 )
-from lorary.spec.site import Kind, Part, Site
+from lorary.spec.layer import Kind
+from lorary.spec.site import Part, Site
 
 
 @dataclass(frozen=True)

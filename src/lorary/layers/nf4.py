@@ -9,7 +9,7 @@ Dettmers et al. 2023, arXiv:2305.14314, equations 1 to 6; layout and values are 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, cast
 
 import torch
@@ -32,7 +32,6 @@ COMPUTES = one_of("float32", "bfloat16", "float16")
 
 
 @component
-@dataclass(frozen=True)
 class NF4(Storage):
     """Linear layers in 4 bits per number; the output head, norms and convolutions stay unquantised.
 

@@ -1,4 +1,4 @@
-"""One file per paper. Importing a file registers its words and its preset: a new method is one line here.
+"""One file per paper. Importing a file registers its components and its preset: a new method is one line here.
 
 A method outside this package registers itself through the entry point group `lorary.methods` of its own package.
 """
@@ -6,6 +6,7 @@ A method outside this package registers itself through the entry point group `lo
 from importlib.metadata import entry_points  # noqa: I001 (the methods are in reading order)
 from warnings import warn
 
+from lorary._deprecated import keep_old_names
 from lorary.methods import lora, rslora, lora_plus, lora_fa  # noqa: F401
 from lorary.methods import qlora  # noqa: F401 (storage)
 from lorary.methods import dora, glora, pissa, olora, vera, melora, multilora  # noqa: F401
@@ -16,7 +17,7 @@ from lorary.methods import bitfit, full  # noqa: F401
 
 
 def _load_installed() -> None:
-    """Import the methods that installed packages bring; a broken one is reported and leaves the others usable."""
+    """Import the methods of installed packages; a broken one is reported and does not affect the others."""
     for entry in sorted(entry_points(group="lorary.methods"), key=lambda entry: entry.name):
         try:
             entry.load()
@@ -25,4 +26,5 @@ def _load_installed() -> None:
             warn(f"the method {entry.name} of {package} cannot be loaded: {error!r}", stacklevel=2)
 
 
+keep_old_names("lorary.methods")
 _load_installed()

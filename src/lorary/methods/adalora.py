@@ -1,6 +1,6 @@
-"""AdaLoRA: W' = W + s P diag(E) Q, whose directions are pruned so that the rank goes to the layers that need it most.
+"""AdaLoRA: W' = W + s P diag(E) Q, pruned so that the rank goes to the layers that need it most.
 
-P [out, r], E [r] and Q [r, inp] have the shape of a singular value decomposition; a penalty keeps P and Q close to
+P [out, r], E [r] and Q [r, in] have the shape of a singular value decomposition; a penalty keeps P and Q close to
 orthonormal. The importance of a direction is the sensitivity of the loss to its entries, smoothed, times its
 uncertainty. The least important directions of the whole model are masked (their E is zero) until the current budget is
 met. A masked direction keeps its P and Q and may return, until the last phase, in which the choice is final.
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -26,15 +26,14 @@ from torch import Tensor, nn
 from lorary.layers.dtensor import full_tensor
 from lorary.methods.adalora_budget import ROLES, RankBudget
 from lorary.spec.fields import AMOUNT, COUNT, POSITIVE, WHOLE, one_of, optional
-from lorary.spec.interfaces import Delta, Init, Layer, Rule, Shapes, Tensors, component
+from lorary.spec.interfaces import Delta, Factors, Init, Layer, Rule, Shapes, Tensors, component
 from lorary.spec.presets import preset
 from lorary.spec.site import Site
 
 
 @component
-@dataclass(frozen=True)
 class SVDDelta(Delta):
-    """P [out, R], E [R] and Q [R, inp], with B = P diag(E) and A = Q.
+    """P [out, R], E [R] and Q [R, in], with B = P diag(E) and A = Q.
 
     Args:
         r: the number of directions at the start, which sets s.
@@ -56,26 +55,25 @@ class SVDDelta(Delta):
     def shapes(self, site: Site) -> Shapes:
         return {"P": (site.out_features, self.R), "E": (self.R,), "Q": (self.R, site.in_features)}
 
-    def factors(self, site: Site, p: Tensors) -> tuple[Tensor, Tensor]:
-        return p["P"] * p["E"], p["Q"]
+    def factors(self, site: Site, params: Tensors) -> Factors:
+        return params["P"] * params["E"], params["Q"]
 
     def left(self, R: int) -> Delta:
-        """This delta with R remaining directions."""
+        """The delta with R remaining directions."""
         return dataclasses.replace(self, kept=R)
 
-    def alive(self, p: Tensors) -> Tensor:
-        """[R]: which directions are part of the update."""
-        return p["E"] != 0
+    def alive(self, params: Tensors) -> Tensor:
+        """[R]: whether each direction is part of the update."""
+        return params["E"] != 0
 
     def problems(self, site: Site) -> list[str]:
-        found = [f"{self.kept} of {self.r} directions cannot be left"] if self.r < self.R else []
+        found = [f"{self.kept} of {self.r} directions cannot remain"] if self.r < self.R else []
         if site.parts:
-            found.append("its projections cannot have a spectrum each: adapt the fused weight as a whole")
+            found.append("its projections cannot have separate spectra: adapt the fused weight as a whole")
         return found
 
 
 @component
-@dataclass(frozen=True)
 class SVDDeltaInit(Init):
     """P, Q ~ N(0, std^2), E = 0."""
 
@@ -86,14 +84,13 @@ class SVDDeltaInit(Init):
     def zeros(self, site: Site) -> frozenset[str]:
         return frozenset({"E"})
 
-    def __call__(self, p: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
-        nn.init.normal_(p["P"], std=self.std, generator=generator)
-        nn.init.normal_(p["Q"], std=self.std, generator=generator)
-        nn.init.zeros_(p["E"])
+    def __call__(self, params: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
+        nn.init.normal_(params["P"], std=self.std, generator=generator)
+        nn.init.normal_(params["Q"], std=self.std, generator=generator)
+        nn.init.zeros_(params["E"])
 
 
 @component
-@dataclass(frozen=True)
 class AlphaOverInitialRank:
     """s = alpha / (r + 1e-5) with the rank at the start: pruning does not change it."""
 
@@ -104,7 +101,6 @@ class AlphaOverInitialRank:
 
 
 @component
-@dataclass(frozen=True)
 class OrthogonalityPenalty(Rule):
     """The penalty ||P^T P - I|| and ||Q Q^T - I|| of every layer, which keeps P and Q close to orthonormal.
 
@@ -117,7 +113,6 @@ class OrthogonalityPenalty(Rule):
     form: str = field(default="authors", metadata=one_of("authors", "paper"))
 
     needs = frozenset({"P", "Q"})
-    writes_base = False
 
     def penalty(self, layers: Sequence[Layer], state: dict[str, Tensor]) -> Tensor | float:
         alike: dict[tuple[Any, ...], list[Tensor]] = {}  # matrices of one shape are multiplied at once

@@ -1,10 +1,10 @@
-"""RankBudget: the rule by which AdaLoRA prunes directions to a budget (`methods/adalora.py`)."""
+"""AdaLoRA's rank budget: the rule that prunes directions (see `adalora`)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -20,17 +20,16 @@ ROLES = ("P", "E", "Q")
 
 
 @component
-@dataclass(frozen=True)
 class RankBudget(Rule):
-    """The global rank budget: it falls from all directions to an average of `target` per layer.
+    """The global rank budget, which falls from all directions to an average of `target` per layer.
 
-    Time is counted in optimizer steps. All directions stay during the first `start` steps; then the budget falls along
+    Time is counted in optimizer steps. All directions stay during the first `start_at` steps; then the budget falls along
     a cubic curve; during the last `final` steps the choice is final: the masked directions are removed from the tensors
     and the optimizer's state (with several ranks: when the adapter is saved), and the scores are freed.
 
     Args:
         target: the directions that remain, on average over the layers.
-        start: t_i, steps before the first mask: a share of the run below 1, or their number.
+        start_at: t_i, steps before the first mask: a share of the run below 1, or their number.
         final: t_f, steps at the end during which the choice is final, likewise.
         every: Delta T, steps between two masks.
         beta1: the smoothing of the sensitivity.
@@ -45,13 +44,14 @@ class RankBudget(Rule):
     beta2: float = field(default=0.85, metadata=SHARE)
 
     needs = frozenset(ROLES)
-    writes_base = False
 
     def problems(self, method: Any) -> list[str]:
         found = []
         if not isinstance(method.join, Add):
             name = type(method.join).__name__
-            found.append(f"{name} holds the norm of what it joins, which changes whenever a direction is masked")
+            found.append(
+                f"{name} depends on the norm of the joined weight, which changes whenever a direction is masked"
+            )
         if sum(isinstance(rule, RankBudget) for rule in method.rules) > 1:
             found.append("there can be one budget only: two would undo each other's masks")
         if frozen := self.needs - method.trained:
@@ -101,12 +101,12 @@ class RankBudget(Rule):
     def before_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
         for layer in layers:
             alive = state[f"alive|{layer.site.name}"]
-            stands = self._stands(state, step - 1) and not bool(alive.all())
-            layer.active_structure = alive.to(layer.params["E"].device) if stands else None
+            final = self._is_final(state, step - 1) and not bool(alive.all())
+            layer.active_structure = alive.to(layer.params["E"].device) if final else None
 
     def after_backward(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
-        if not self._stands(state, step - 1):
-            self._observe(layers, state)
+        if not self._is_final(state, step - 1):
+            self._update_importance(layers, state)
             return
         for layer in layers:  # masked directions have left the model, so they must not count in the gradient's norm
             if layer.active_structure is not None and layer.params["E"].grad is not None:
@@ -117,25 +117,25 @@ class RankBudget(Rule):
     def after_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int, run: Run) -> None:
         steps = int(state["steps"])
         t_i, t_f = self.times(steps)
-        if not self._stands(state, step - 1) and (step == steps - t_f or (step > t_i and step % self.every == 0)):
-            self._choose(layers, state, self.budget(step, steps, [layer.method.delta.r for layer in layers]))
+        if not self._is_final(state, step - 1) and (step == steps - t_f or (step > t_i and step % self.every == 0)):
+            self._select(layers, state, self.budget(step, steps, [layer.method.delta.r for layer in layers]))
             self._mask(layers, state)
-        elif self._stands(state, step - 1):
+        elif self._is_final(state, step - 1):
             self._mask(layers, state)
-        if self._stands(state, step):
-            self._settle(layers, state, run)
+        if self._is_final(state, step):
+            self._finalise(layers, state, run)
 
     def report(self, layers: Sequence[Layer], state: dict[str, Tensor]) -> dict[str, Any]:
         ranks = {layer.site.name: int(state[f"alive|{layer.site.name}"].sum()) for layer in layers}
         return {"rank_budget": sum(ranks.values()), "ranks": ranks}
 
-    def _stands(self, state: dict[str, Tensor], step: int) -> bool:
-        """Whether the choice is final after `step` steps."""
+    def _is_final(self, state: dict[str, Tensor], step: int) -> bool:
+        """Whether the choice of directions is final after `step` steps."""
         steps = int(state["steps"])
         return step >= steps - self.times(steps)[1]
 
     @torch.no_grad()
-    def _observe(self, layers: Sequence[Layer], state: dict[str, Tensor]) -> None:
+    def _update_importance(self, layers: Sequence[Layer], state: dict[str, Tensor]) -> None:
         """Equations 9-11: I <- b1 I + (1 - b1) |w g|, then U <- b2 U + (1 - b2) | |w g| - I |."""
         places = [(layer, role) for layer in layers for role in ROLES if layer.params[role].grad is not None]
         if not places:
@@ -151,14 +151,14 @@ class RankBudget(Rule):
         torch._foreach_lerp_(doubts, now, 1 - self.beta2)
 
     def scores(self, layer: Layer, state: dict[str, Tensor]) -> Tensor:
-        """[R]: of each direction, that of its E and the means of those of its column of P and row of Q (equation 8)."""
+        """[R]: the importance of every direction: its E's, plus the means over its column of P and row of Q (eq. 8)."""
         s = {
             role: state[f"I|{layer.site.name}|{role}"] * state[f"U|{layer.site.name}|{role}"] for role in ROLES
         }  # equation 12
         out, inp = layer.site.out_features, layer.site.in_features
         return full_tensor(s["E"]) + full_tensor(s["P"].sum(0)) / out + full_tensor(s["Q"].sum(1)) / inp
 
-    def _choose(self, layers: Sequence[Layer], state: dict[str, Tensor], budget: int) -> None:
+    def _select(self, layers: Sequence[Layer], state: dict[str, Tensor], budget: int) -> None:
         """The best `budget` directions of the whole model; of equal ones those that come first."""
         sizes = [layer.params["E"].shape[0] for layer in layers]
         found = [self.scores(layer, state) for layer in layers]
@@ -175,8 +175,8 @@ class RankBudget(Rule):
             if not bool(alive.all()):
                 copy_into(E, full_tensor(E.detach()) * alive.to(E.device))
 
-    def _settle(self, layers: Sequence[Layer], state: dict[str, Tensor], run: Run) -> None:
-        """The choice stands: the scores have done their work, and the masked directions can go."""
+    def _finalise(self, layers: Sequence[Layer], state: dict[str, Tensor], run: Run) -> None:
+        """Free the scores and remove the masked directions: the choice is final."""
         for name in state:
             if name[0] in "IU" and state[name].numel():
                 state[name] = torch.zeros(0)

@@ -1,7 +1,6 @@
-"""Which presets go together: one verdict for every pair, which the tests hold to be true and the docs show.
+"""The compatibility of presets: a verdict for every pair, which the tests verify and the docs show.
 
-Whether a pair is refused follows from its words: `method` raises. Each preset adds the restrictions on its
-combinations with earlier ones.
+A pair is refused if `method` raises for it. Each preset adds the restrictions on its combinations with earlier ones.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from lorary.spec.presets import PRESETS, Restriction, method
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether two presets go together.
+    """The compatibility of two presets.
 
     Args:
         letter: `Y`, `r` (with a restriction) or `N`.
@@ -31,7 +30,7 @@ class Verdict:
 
 
 def verdict(one: str, other: str) -> Verdict:
-    """Whether two presets go together, in either order."""
+    """The compatibility of two presets, in either order."""
     first, second = sorted((one, other), key=list(PRESETS).index)
     restriction = restriction_of(first, second)
     options = restriction.options if restriction else {}
@@ -46,7 +45,7 @@ def restriction_of(one: str, other: str) -> Restriction | None:
 
 
 def refusal(*names: str, **options: Any) -> list[str]:
-    """Why these presets make no method, in the words of the refusal; empty if they make one."""
+    """The reasons why `method` refuses these presets; empty if it does not."""
     try:
         method(*names, **options)
     except MethodError as error:
@@ -55,5 +54,5 @@ def refusal(*names: str, **options: Any) -> list[str]:
 
 
 def partners(name: str) -> dict[str, Verdict]:
-    """The verdict on a preset with every other one, in the order of the presets."""
+    """The compatibility of a preset with every other one, in the order of the presets."""
     return {other: verdict(name, other) for other in PRESETS if other != name}

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, cast
 
 import torch
@@ -28,21 +28,20 @@ from lorary.kernels.low_rank import add_low_rank
 from lorary.layers.dtensor import copy_into, full_tensor
 from lorary.methods.lora import Add, LowRank
 from lorary.spec.fields import COUNT, FLAG, POSITIVE, WHOLE
-from lorary.spec.interfaces import Delta, Layer, Rule, Run, Shapes, Tensors, component
+from lorary.spec.interfaces import Delta, Factors, Layer, Rule, Run, Shapes, Tensors, component
 from lorary.spec.presets import preset
 from lorary.spec.site import Site
 
 
 @component
-@dataclass(frozen=True)
 class DeltaLoRADelta(Delta):
-    """(1 + lambda) B A - lambda B_K A_K of B [out, r] and A [r, inp].
+    """(1 + lambda) B A - lambda B_K A_K of B [out, r] and A [r, in].
 
     Args:
         r: the rank of B A, which sets s.
         ratio: lambda.
         late: whether the weight begins to follow at a later step K. The product of that step is then kept as A_K
-            [r, inp] and B_K [out, r], with lam [1]: zero before it, lambda from then on.
+            [r, in] and B_K [out, r], with lam [1]: zero before it, lambda from then on.
     """
 
     r: int = field(metadata=COUNT)
@@ -61,11 +60,11 @@ class DeltaLoRADelta(Delta):
         now = LowRank(self.r).shapes(site)
         return now | ({"A_K": now["A"], "B_K": now["B"], "lam": (1,)} if self.late else {})
 
-    def factors(self, site: Site, p: Tensors) -> tuple[Tensor, Tensor]:
+    def factors(self, site: Site, params: Tensors) -> Factors:
         if not self.late:
-            return (1 + self.ratio) * site.place(p["B"]), p["A"]
-        B, B_K = (1 + p["lam"]) * p["B"], -p["lam"] * p["B_K"]
-        return torch.cat([site.place(B), site.place(B_K)], 1), torch.cat([p["A"], p["A_K"]])
+            return (1 + self.ratio) * site.place(params["B"]), params["A"]
+        B, B_K = (1 + params["lam"]) * params["B"], -params["lam"] * params["B_K"]
+        return torch.cat([site.place(B), site.place(B_K)], 1), torch.cat([params["A"], params["A_K"]])
 
     def add(self, layer: Layer, y: Tensor, x: Tensor, dropout: float) -> Tensor:
         if self.late:
@@ -74,19 +73,16 @@ class DeltaLoRADelta(Delta):
         return add_low_rank(y, x, layer.params["A"], layer.params["B"], layer.scale * (1 + self.ratio), dropout)
 
 
-def _same_gradient(method: Any) -> list[str]:
+def _common_problems(method: Any) -> list[str]:
     where = ["with dropout: set dropout=0"] if method.dropout else []
     where += [] if isinstance(method.join, Add) else [f"under {type(method.join).__name__}"]
-    return [f"Delta-LoRA takes the gradient of B A for that of W, which it is not {text}" for text in where]
-
-
-def _alone(method: Any) -> list[str]:
-    several = sum(isinstance(rule, DeltaLoRARule | DeltaLoRAPaperRule) for rule in method.rules) > 1
-    return ["the weight can follow the product once only"] if several else []
+    problems = [f"Delta-LoRA uses the gradient of B A as that of W, which it is not {text}" for text in where]
+    if sum(isinstance(rule, DeltaLoRARule | DeltaLoRAPaperRule) for rule in method.rules) > 1:
+        problems.append("the weight can follow the product once only")
+    return problems
 
 
 @component
-@dataclass(frozen=True)
 class DeltaLoRARule(Rule):
     """The weight follows the product B A after every optimizer step beyond the first K: in closed form.
 
@@ -99,13 +95,14 @@ class DeltaLoRARule(Rule):
     after: int = field(default=0, metadata=WHOLE)
 
     needs = frozenset({"A", "B"})
-    writes_base = False
 
     def problems(self, method: Any) -> list[str]:
-        found = _same_gradient(method) + _alone(method)
+        found = _common_problems(method)
         delta = method.delta
         if not isinstance(delta, DeltaLoRADelta) or (delta.ratio, delta.late) != (self.ratio, self.after > 0):
-            found.append(f"{self} goes with Propagated(r, ratio={self.ratio}, late={self.after > 0}), not with {delta}")
+            found.append(
+                f"{self} goes with DeltaLoRADelta(r, ratio={self.ratio}, late={self.after > 0}), not with {delta}"
+            )
         return found
 
     def start(self, layers: Sequence[Layer], steps: int) -> dict[str, Tensor]:
@@ -129,7 +126,6 @@ class DeltaLoRARule(Rule):
 
 
 @component
-@dataclass(frozen=True)
 class DeltaLoRAPaperRule(Rule):
     """The weight follows the product B A after every optimizer step beyond the first K: written, as in the paper.
 
@@ -145,11 +141,11 @@ class DeltaLoRAPaperRule(Rule):
     writes_base = True
 
     def problems(self, method: Any) -> list[str]:
-        found = _same_gradient(method) + _alone(method)
+        found = _common_problems(method)
         if others := method.delta.roles - self.needs:
             found.append(f"the product of A and B is written, and {', '.join(sorted(others))} would have a part in it")
         if isinstance(method.delta, DeltaLoRADelta):
-            found.append("Propagated follows the product already: a weight that is written goes with LowRank")
+            found.append("DeltaLoRADelta follows the product already: to write the weight, use LowRank")
         return found
 
     def start(self, layers: Sequence[Layer], steps: int) -> dict[str, Tensor]:

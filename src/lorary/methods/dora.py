@@ -13,7 +13,7 @@ with g = m / ||W + s B A||, as in the authors' code. The bias is not part of the
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch.nn.functional as F
@@ -21,13 +21,12 @@ from torch import Tensor
 
 from lorary.kernels.row_norms import linear, row_norms, scale_rows, square_norms
 from lorary.spec.fields import FLAG
-from lorary.spec.interfaces import Join, Layer, Shapes, Tensors, component
+from lorary.spec.interfaces import Factors, Join, Layer, Shapes, Tensors, component
 from lorary.spec.presets import Restriction, preset
 from lorary.spec.site import Site
 
 
 @component
-@dataclass(frozen=True)
 class MagnitudeDirection(Join):
     """W' = diag(m) V / ||V|| with V = W + s B A: a norm and a magnitude for every output row.
 
@@ -57,18 +56,16 @@ class MagnitudeDirection(Join):
         undropped: Tensor = layer.base(x) - v  # W (x - x~): not scaled
         return undropped + scale_rows(layer.add_delta(v, dropped, dropout=0.0), *shaped)
 
-    def merged(
-        self, p: Tensors, W: Tensor, b: Tensor | None, BA: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
+    def merged(self, params: Tensors, W: Tensor, b: Tensor | None, BA: Factors) -> tuple[Tensor, Tensor | None]:
         B, A = BA
-        gain = p["m"].to(W.dtype) / _row_norms(W, BA)
+        gain = params["m"].to(W.dtype) / _row_norms(W, BA)
         return gain[:, None] * (W + B @ A), b
 
     def on_output(
-        self, p: Tensors, W: Callable[[], Tensor], b: Callable[[], Tensor | None], BA: tuple[Tensor, Tensor]
-    ) -> tuple[tuple[Tensor, Tensor], Tensor | None, Tensor | None]:
+        self, params: Tensors, W: Callable[[], Tensor], b: Callable[[], Tensor | None], BA: Factors
+    ) -> tuple[Factors, Tensor | None, Tensor | None]:
         weight = W()
-        return BA, p["m"].to(weight.dtype) / _row_norms(weight, BA), None
+        return BA, params["m"].to(weight.dtype) / _row_norms(weight, BA), None
 
     def _norms(self, layer: Layer) -> Tensor:
         def square() -> Tensor:
@@ -87,7 +84,7 @@ class MagnitudeDirection(Join):
         )
 
 
-def _row_norms(W: Tensor, BA: tuple[Tensor, Tensor]) -> Tensor:
+def _row_norms(W: Tensor, BA: Factors) -> Tensor:
     """[out]: the norms of the rows of W + B A."""
     return row_norms(linear(W, BA[1]), square_norms(W), *BA, 1.0)
 

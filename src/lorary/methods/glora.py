@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -27,16 +27,15 @@ from torch import Tensor, nn
 from lorary.errors import Diagnostic, MethodError
 from lorary.kernels.elementwise import add_supported, recomputed, supported
 from lorary.kernels.low_rank import autocasting
-from lorary.methods.glora_terms import DOWN, OWN, ROLES, GLoRADelta, pair, structures
+from lorary.methods.glora_terms import DOWN, JOIN_ROLES, ROLES, GLoRADelta, pair, structures
 from lorary.methods.lora import ConstantScale
 from lorary.spec.fields import FLAG, SEED
-from lorary.spec.interfaces import Init, Join, Layer, Rule, Tensors, component
+from lorary.spec.interfaces import Factors, Init, Join, Layer, Rule, Tensors, component
 from lorary.spec.presets import Restriction, preset
 from lorary.spec.site import Site
 
 
 @component
-@dataclass(frozen=True)
 class ZeroDownInit(Init):
     """Down parts, vectors and scalars 0; up parts [r, columns] ~ U(-v, v) with v = sqrt(6 / (r + columns)) (Xavier)."""
 
@@ -45,8 +44,8 @@ class ZeroDownInit(Init):
     def zeros(self, site: Site) -> frozenset[str]:
         return frozenset(DOWN.values())
 
-    def __call__(self, p: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
-        for role, tensor in p.items():
+    def __call__(self, params: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
+        for role, tensor in params.items():
             if role.endswith("u"):
                 nn.init.xavier_uniform_(tensor, generator=generator)
             else:
@@ -54,29 +53,28 @@ class ZeroDownInit(Init):
 
 
 @component
-@dataclass(frozen=True)
 class GLoRAJoin(Join):
-    """W' = W + W * A + s B, b' = b + b * D + E + W C. The weight of a convolution is its kernel as [out, inp]."""
+    """W' = W + W * A + s B, b' = b + b * D + E + W C. The weight of a convolution is its kernel as [out, in]."""
 
-    uses = OWN
+    uses = JOIN_ROLES
     supports_dropout = False
 
     def forward(self, layer: Layer, x: Tensor) -> Tensor:
-        p, idle = layer.tensors, []
+        params, idle = layer.tensors, []
         if layer.training and layer.active_structure is not None:
-            whole, p = p, layer.active_structure.slices(p)
-            idle = [t for role, t in whole.items() if role not in p]
-        y = self._supported(layer, x, p, _shift(layer, x, p, idle))
-        if "Bd" not in p:
+            whole, params = params, layer.active_structure.slices(params)
+            idle = [t for role, t in whole.items() if role not in params]
+        y = self._supported(layer, x, params, _shift(layer, x, params, idle))
+        if "Bd" not in params:
             return y
-        B, A = pair(layer.site, p)
+        B, A = pair(layer.site, params)
         return layer.kind.add(layer.base, y, x, A, B, layer.scale, 0.0)
 
-    def _supported(self, layer: Layer, x: Tensor, p: Tensors, shift: Tensor | None) -> Tensor:
+    def _supported(self, layer: Layer, x: Tensor, params: Tensors, shift: Tensor | None) -> Tensor:
         """(W + W * A) x + b + shift."""
-        along, b, a = layer.kind.broadcast_over_rows, layer.bias, p.get("Ad")
+        along, b, a = layer.kind.broadcast_over_rows, layer.bias, params.get("Ad")
         if a is not None and a.dim() == 2:
-            return _low_rank_support(layer, x, a, p["Au"], shift)
+            return _low_rank_support(layer, x, a, params["Au"], shift)
         y: Tensor = layer.base(x)
         if a is None:
             return y if shift is None else y + along(shift.to(y.dtype))
@@ -86,67 +84,65 @@ class GLoRAJoin(Join):
             shift = (0 if shift is None else shift) - a * b
         return (y * gain if shift is None else torch.addcmul(along(shift), y, gain)).to(y.dtype)
 
-    def merged(
-        self, p: Tensors, W: Tensor, b: Tensor | None, BA: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
-        p = {role: t.to(W.dtype) for role, t in p.items()}
-        merged, a = torch.addmm(W, *BA), p.get("Ad")
+    def merged(self, params: Tensors, W: Tensor, b: Tensor | None, BA: Factors) -> tuple[Tensor, Tensor | None]:
+        params = {role: t.to(W.dtype) for role, t in params.items()}
+        merged, a = torch.addmm(W, *BA), params.get("Ad")
         if a is not None:
-            merged = torch.addcmul(merged, W, a @ p["Au"] if a.dim() == 2 else a[:, None])
-        shift = _change(p, b, lambda c: W @ c)
+            merged = torch.addcmul(merged, W, a @ params["Au"] if a.dim() == 2 else a[:, None])
+        shift = _change(params, b, lambda c: W @ c)
         if shift is None:
             return merged, b
         return merged, W.new_zeros(W.shape[0]) + shift if b is None else b + shift
 
     def on_output(
-        self, p: Tensors, W: Callable[[], Tensor], b: Callable[[], Tensor | None], BA: tuple[Tensor, Tensor]
-    ) -> tuple[tuple[Tensor, Tensor], Tensor | None, Tensor | None]:
-        (B, A), p = BA, {role: t.to(BA[0].dtype) for role, t in p.items()}
+        self, params: Tensors, W: Callable[[], Tensor], b: Callable[[], Tensor | None], BA: Factors
+    ) -> tuple[Factors, Tensor | None, Tensor | None]:
+        (B, A), params = BA, {role: t.to(BA[0].dtype) for role, t in params.items()}
         gain, out = None, B.shape[0]
-        if "Ad" in p:
-            gain = _gain(p["Ad"], out)
+        if "Ad" in params:
+            gain = _gain(params["Ad"], out)
             B = B / gain[:, None]
-        shift = _change(p, b() if "D" in p else None, lambda c: W() @ c)
+        shift = _change(params, b() if "D" in params else None, lambda c: W() @ c)
         return (B, A), gain, None if shift is None else shift.expand(out)
 
 
 def _gain(a: Tensor, out: int) -> Tensor:
-    """1 + a, for every output, where A acts on the outputs alone and can be undone.
+    """The gain 1 + a of every output, which the caller divides by.
 
     Raises:
-        MethodError: it cannot.
+        MethodError: A is low-rank, or a gain is 0.
     """
     if a.dim() == 2:
-        what = "A is low-rank: W * A has full rank, so this is no low-rank change of W with a gain for every output"
+        what = "A is low-rank: W * A has full rank, so this is not a low-rank change of W with a gain for every output"
         raise MethodError("", [Diagnostic("A", what, "merge it into the base")])
     gain = (1 + a).expand(out)
-    silent = int((gain == 0).sum())
-    if silent:
-        what = f"A is -1 at {silent} of {out} outputs, where nothing of W is left to add B to"
+    dead = int((gain == 0).sum())
+    if dead:
+        what = f"A is -1 at {dead} of {out} outputs, where nothing of W is left to add B to"
         raise MethodError("", [Diagnostic("A", what, "merge it into the base")])
     return gain
 
 
-def _column(p: Tensors) -> Tensor | None:
-    """C [inp]: a product of its factors, or a vector."""
-    Cd = p.get("Cd")
-    return Cd if Cd is None or Cd.dim() == 1 else (Cd @ p["Cu"])[:, 0]
+def _column(params: Tensors) -> Tensor | None:
+    """C [in]: a product of its factors, or a vector."""
+    Cd = params.get("Cd")
+    return Cd if Cd is None or Cd.dim() == 1 else (Cd @ params["Cu"])[:, 0]
 
 
-def _change(p: Tensors, b: Tensor | None, Wc: Callable[[Tensor], Tensor]) -> Tensor | None:
+def _change(params: Tensors, b: Tensor | None, Wc: Callable[[Tensor], Tensor]) -> Tensor | None:
     """b * D + E + W C, [out] or [1]; None without these terms."""
-    terms = [b * p["D"]] if "D" in p and b is not None else []
-    terms += [p["E"]] if "E" in p else []
-    c = _column(p)
+    terms = [b * params["D"]] if "D" in params and b is not None else []
+    terms += [params["E"]] if "E" in params else []
+    c = _column(params)
     terms += [Wc(c)] if c is not None else []
     return sum(terms[1:], start=terms[0]) if terms else None
 
 
-def _shift(layer: Layer, x: Tensor, p: Tensors, idle: Sequence[Tensor]) -> Tensor | None:
-    """The change of the bias, once for a whole batch; without gradients, once for all batches.
+def _shift(layer: Layer, x: Tensor, params: Tensors, idle: Sequence[Tensor]) -> Tensor | None:
+    """The change of the bias, computed once per batch; without gradients, once and cached.
 
-    The tensors of a supernet that the structure of this step has no use for take part with nothing of them, so that
-    each has a gradient on every rank, whatever was drawn.
+    The supernet's tensors that the structure of this step does not use enter with an empty slice, so that every tensor
+    has a gradient on every rank, whichever structures were drawn.
     """
 
     def through(c: Tensor) -> Tensor:
@@ -156,12 +152,12 @@ def _shift(layer: Layer, x: Tensor, p: Tensors, idle: Sequence[Tensor]) -> Tenso
         return row if layer.bias is None else row - layer.bias
 
     b = layer.bias
-    of = [p[role] for role in ("Cd", "Cu", "D", "E") if role in p]
+    of = [params[role] for role in ("Cd", "Cu", "D", "E") if role in params]
     if of and not torch.is_grad_enabled():
         weights = [*layer.stored_tensors, *([] if b is None else [b])]
         precision = f"{x.dtype}, autocast {torch.is_autocast_enabled(x.device.type)}"  # W c is taken in it
-        return layer.cached(f"shift {precision}", [*of, *weights], lambda: torch.as_tensor(_change(p, b, through)))
-    change = _change(p, b, through)
+        return layer.cached(f"shift {precision}", [*of, *weights], lambda: torch.as_tensor(_change(params, b, through)))
+    change = _change(params, b, through)
     if not idle:
         return change
     nothing = torch.stack([t.flatten()[:0].sum() for t in idle]).sum()
@@ -172,7 +168,7 @@ def _low_rank_support(layer: Layer, x: Tensor, Ad: Tensor, Au: Tensor, shift: Te
     """(W + W * (Ad Au)) x + b + shift, without keeping a matrix of W's size for backward."""
     kind, base, b = layer.kind, layer.base, layer.bias
     W = kind.matrix(base)
-    if layer.site.kind == "embedding":  # a column of W for every token: scale those that are looked up
+    if layer.site.kind == "embedding":  # one column of W per token: scale the ones that are looked up
         y: Tensor = base(x)
         y = torch.addcmul(y, y, F.linear(F.embedding(x, Au.T), Ad).to(y.dtype))
     elif W.dtype.itemsize < 4 or W.dtype != x.dtype or autocasting(x.device):
@@ -193,9 +189,8 @@ def _low_rank_support(layer: Layer, x: Tensor, Ad: Tensor, Au: Tensor, shift: Te
 
 
 @component
-@dataclass(frozen=True)
 class RandomStructures(Rule):
-    """Supernet training: every optimizer step trains one random structure of every layer.
+    """Supernet training: every optimizer step trains a random structure of every layer.
 
     The draw depends only on the seed, the step and the layer's name, so all ranks agree and a resumed run repeats it.
     Outside training a layer uses its most general structure.
@@ -207,7 +202,6 @@ class RandomStructures(Rule):
     seed: int = field(default=0, metadata=SEED)
 
     needs = ROLES
-    writes_base = False
 
     def before_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
         for layer in layers:
@@ -257,13 +251,13 @@ def glora(
         supernet: train a random structure of every layer in every step, for `lorary search`.
         seed: of the random structures.
     """
-    if type(supernet) is not bool:  # whatever is said in words, "no" among it, would count as true
+    if type(supernet) is not bool:  # any text would count as true, "no" included
         problem = Diagnostic("supernet", f"is {supernet!r}; it takes {FLAG['expects']}")
         raise MethodError("invalid method:", [problem])
-    words = {
+    components = {
         "delta": GLoRADelta(r, A, B, C, D, E),
         "init": ZeroDownInit(),
         "scale": ConstantScale(1.0),
         "join": GLoRAJoin(),
     }
-    return words | ({"rules": (RandomStructures(seed),)} if supernet else {})
+    return components | ({"rules": (RandomStructures(seed),)} if supernet else {})

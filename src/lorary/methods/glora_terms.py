@@ -1,4 +1,4 @@
-"""GLoRA's terms: the forms of each, and the tensors that they need (`methods/glora.py`).
+"""GLoRA's terms: the forms of each, and their tensors (see `glora`).
 
 A supernet's tensors serve every structure of a layer: the vector of a term is the first column of its down part, its
 scalar that column's first number (the authors' weight entanglement).
@@ -7,18 +7,17 @@ scalar that column's first number (the authors' weight entanglement).
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorary.spec.fields import COUNT
-from lorary.spec.interfaces import Delta, Shapes, Tensors, component
+from lorary.spec.fields import COUNT, one_of
+from lorary.spec.interfaces import Delta, Factors, Shapes, Tensors, component
 from lorary.spec.site import Site
 
-# term -> its forms, the most general first: each is a part of the one before it
+# term -> its forms, the most general first: each is a special case of the one before it
 FORMS: dict[str, tuple[str, ...]] = {
     "A": ("lora", "vector", "scalar", "none"),
     "B": ("lora", "vector", "scalar", "none"),
@@ -26,34 +25,28 @@ FORMS: dict[str, tuple[str, ...]] = {
     "D": ("vector", "scalar", "none"),
     "E": ("vector", "scalar", "none"),
 }
-DOWN = {"A": "Ad", "B": "Bd", "C": "Cd", "D": "D", "E": "E"}  # term -> the role that holds every form of it
+DOWN = {"A": "Ad", "B": "Bd", "C": "Cd", "D": "D", "E": "E"}  # term -> the role of all of its forms
 ROLES = frozenset({"Ad", "Au", "Bd", "Bu", "Cd", "Cu", "D", "E"})
-OWN = ROLES - {"Bd", "Bu"}  # what the join reads; B alone is a low-rank change of W
-
-
-def _one_of(term: str) -> dict[str, Any]:
-    forms = FORMS[term]
-    return {"check": lambda value: value in forms, "expects": f"one of {', '.join(forms)}"}
+JOIN_ROLES = ROLES - {"Bd", "Bu"}  # only B is a low-rank change of W
 
 
 @component
-@dataclass(frozen=True)
 class GLoRADelta(Delta):
-    """Ad [out, r] Au [r, inp], Bd Bu likewise, Cd [inp, r] Cu [r, 1], D and E [out]; a scalar is a vector of one.
+    """Ad [out, r] Au [r, in], Bd Bu likewise, Cd [in, r] Cu [r, 1], D and E [out]; a scalar is a vector of one.
 
     A vector of A, B, D or E has one number for every output, of C one for every input. A layer without a bias has no
     D, which would multiply it.
     """
 
     r: int = field(metadata=COUNT)
-    A: str = field(default="lora", metadata=_one_of("A"))
-    B: str = field(default="lora", metadata=_one_of("B"))
-    C: str = field(default="lora", metadata=_one_of("C"))
-    D: str = field(default="vector", metadata=_one_of("D"))
-    E: str = field(default="vector", metadata=_one_of("E"))
+    A: str = field(default="lora", metadata=one_of(*FORMS["A"]))
+    B: str = field(default="lora", metadata=one_of(*FORMS["B"]))
+    C: str = field(default="lora", metadata=one_of(*FORMS["C"]))
+    D: str = field(default="vector", metadata=one_of(*FORMS["D"]))
+    E: str = field(default="vector", metadata=one_of(*FORMS["E"]))
 
     roles = ROLES
-    join_roles = OWN
+    join_roles = JOIN_ROLES
 
     @property
     def changes_bias(self) -> bool:
@@ -82,27 +75,27 @@ class GLoRADelta(Delta):
             shapes.pop("D", None)
         return shapes
 
-    def factors(self, site: Site, p: Tensors) -> tuple[Tensor, Tensor]:
-        return pair(site, p)
+    def factors(self, site: Site, params: Tensors) -> Factors:
+        return pair(site, params)
 
     def problems(self, site: Site) -> list[str]:
         if site.parts:
-            return ["its projections cannot be adapted one by one: GLoRA's terms are over all rows; adapt it whole"]
+            return ["GLoRA's terms are over all rows, not over single projections: adapt the fused weight as a whole"]
         if site.kind == "embedding" and self.changes_bias:
-            return ["C, D and E change a bias, which an embedding has none of: say C='none', D='none', E='none' for it"]
+            return ["C, D and E change the bias, and an embedding has none: set C='none', D='none', E='none' for it"]
         if not self.shapes(site):
-            return ["every term that this layer could have is none: nothing could be learnt"]
+            return ["every term that applies to this layer is none: nothing could train"]
         return []
 
-    def slices(self, p: Tensors) -> dict[str, Tensor]:
-        """The tensors of this structure as views of a more general one's, so that they train together."""
+    def slices(self, params: Tensors) -> dict[str, Tensor]:
+        """The tensors of this structure, as views of those of a more general one."""
         found: dict[str, Tensor] = {}
         for term, down in DOWN.items():
-            whole, form = p.get(down), self.form(term)
+            whole, form = params.get(down), self.form(term)
             if whole is None or form == "none":
                 continue
             if form == "lora":
-                found |= {down: whole, f"{term}u": p[f"{term}u"]}
+                found |= {down: whole, f"{term}u": params[f"{term}u"]}
                 continue
             vector = whole[:, 0] if whole.dim() == 2 else whole
             found[down] = vector if form == "vector" else vector[:1]
@@ -111,7 +104,7 @@ class GLoRADelta(Delta):
 
 @cache
 def structures(terms: GLoRADelta, bias: bool = True) -> tuple[GLoRADelta, ...]:
-    """Every structure whose terms are parts of these; the most general terms have 432.
+    """Every structure whose terms are special cases of these; the most general terms have 432.
 
     Args:
         terms: the most general form of every term.
@@ -123,10 +116,14 @@ def structures(terms: GLoRADelta, bias: bool = True) -> tuple[GLoRADelta, ...]:
     return tuple(GLoRADelta(terms.r, *chosen) for chosen in itertools.product(*forms.values()))
 
 
-def pair(site: Site, p: Tensors) -> tuple[Tensor, Tensor]:
-    """B as two factors, [out, R] and [R, inp]: a vector or a scalar adds its multiple of the sum of all inputs."""
-    Bd = p.get("Bd")
+def pair(site: Site, params: Tensors) -> Factors:
+    """The factors of B: a vector or a scalar is multiplied by the sum of all inputs."""
+    Bd = params.get("Bd")
     if Bd is None:
-        like = next(iter(p.values()), torch.empty(0))
+        like = next(iter(params.values()), torch.empty(0))
         return like.new_zeros(site.out_features, 0), like.new_zeros(0, site.in_features)
-    return (Bd, p["Bu"]) if Bd.dim() == 2 else (Bd.expand(site.out_features)[:, None], Bd.new_ones(1, site.in_features))
+    return (
+        (Bd, params["Bu"])
+        if Bd.dim() == 2
+        else (Bd.expand(site.out_features)[:, None], Bd.new_ones(1, site.in_features))
+    )

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Self
 
 from torch import nn
@@ -31,7 +31,6 @@ from lorary.spec.presets import Restriction, preset
 
 
 @component
-@dataclass(frozen=True)
 class LongContext(Context):
     """A context of `length` tokens by RoPE scaling, with shifted sparse attention in training.
 
@@ -58,7 +57,7 @@ class LongContext(Context):
         return self.groups if self.shifted else 0
 
     @property
-    def words(self) -> dict[str, Any]:
+    def config_overrides(self) -> dict[str, Any]:
         return rope.words(self.rope, self.factor or 1.0, self.known or 0)
 
     def planned(self, model: nn.Module) -> Self:
@@ -71,26 +70,26 @@ class LongContext(Context):
 
     def problems(self, model: nn.Module) -> list[tuple[str, str]]:
         if self.length is None:
-            return [("does not say how many tokens the model is to read", "say length=32768, or what you want")]
+            return [("the context length is missing", "set length=32768, or another number of tokens")]
         found = [(what, "") for what in rope.problems(model, self.rope, self.length)]
         if not found:
-            found = [(what, "take the base that it was trained on") for what in self._other(model)]
+            found = [(what, "use the base that it was trained on") for what in self._model_mismatches(model)]
         if self.shifted and self.groups > self.length:
-            found.append((f"divides {self.length:,} tokens into {self.groups:,} groups", "say groups=4"))
+            found.append((f"divides {self.length:,} tokens into {self.groups:,} groups", "set groups=4"))
         if self.shifted:
             fix = "set shifted=False to train with full attention"
             found += [(what, fix) for what in check_support(model, rope.text_config(model), self.length).problems]
         return found
 
-    def _other(self, model: nn.Module) -> list[str]:
-        """What tells that this was planned for another model."""
+    def _model_mismatches(self, model: nn.Module) -> list[str]:
+        """The reasons why this was not planned for this model."""
         config = rope.text_config(model)
         here, known = rope.scaling_factor(config, self.length or 0), rope.original_context(config)
         if self.factor is None:
-            return ["does not say by how much positions are divided"]
+            return ["the RoPE scaling factor is missing"]
         if here != self.factor:
             return [f"divides positions by {self.factor:g}; for {self.length:,} tokens this model needs {here:g}"]
-        if self.factor != 1 and self.rope != "linear" and known != self.known:  # which enters those forms
+        if self.factor != 1 and self.rope != "linear" and known != self.known:  # yarn and dynamic use it
             return [f"is for a model of {self.known or 0:,} positions; this one has {known or 0:,}"]
         return []
 
@@ -113,14 +112,14 @@ class LongContext(Context):
 
 
 class _LongContextPatch:
-    """The reversible change of a model to the longer context."""
+    """The reversible change of a model to a longer context."""
 
-    def __init__(self, model: nn.Module, word: LongContext) -> None:
-        factor = word.factor or 1.0
+    def __init__(self, model: nn.Module, context: LongContext) -> None:
+        factor = context.factor or 1.0
         rope.own_config_copy(model)
-        self.switch = TrainingOnlyAttention(model, rope.text_config(model), word.groups) if word.shifted else None
+        self.switch = TrainingOnlyAttention(model, rope.text_config(model), context.groups) if context.shifted else None
         try:
-            self.stretched = rope.Stretched(model, word.rope, factor) if factor > 1 else None
+            self.stretched = rope.Stretched(model, context.rope, factor) if factor > 1 else None
         except BaseException:
             self.settle()
             raise

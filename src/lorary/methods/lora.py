@@ -11,22 +11,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorary.spec.fields import COUNT, POSITIVE
-from lorary.spec.interfaces import Delta, Init, Join, Layer, Shapes, Tensors, component
+from lorary.spec.interfaces import Delta, Factors, Init, Join, Layer, Shapes, Tensors, component
 from lorary.spec.presets import preset
 from lorary.spec.site import Site
 
 
 @component
-@dataclass(frozen=True)
 class LowRank(Delta):
-    """B [out, r] and A [r, inp]; every part of a fused site has its own pair."""
+    """B [out, r] and A [r, in]; every part of a fused site has its own pair."""
 
     r: int = field(metadata=COUNT)
 
@@ -36,16 +35,15 @@ class LowRank(Delta):
     def shapes(self, site: Site) -> Shapes:
         return {"A": (self.r * len(site.rows), site.in_features), "B": (sum(site.rows), self.r)}
 
-    def factors(self, site: Site, p: Tensors) -> tuple[Tensor, Tensor]:
-        return site.place(p["B"]), p["A"]
+    def factors(self, site: Site, params: Tensors) -> Factors:
+        return site.place(params["B"]), params["A"]
 
 
 @component
-@dataclass(frozen=True)
 class Kaiming(Init):
-    """A ~ U(-1/sqrt(inp), 1/sqrt(inp)), B = 0. An embedding starts the other way round: A = 0, B ~ N(0, 1).
+    """A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0. An embedding starts the other way round: A = 0, B ~ N(0, 1).
 
-    inp is the number of inputs of a row of A: those of one slice if A is block-diagonal.
+    in is the number of inputs of a row of A: those of one slice if A is block-diagonal.
     """
 
     fills = frozenset({"A", "B"})
@@ -53,17 +51,16 @@ class Kaiming(Init):
     def zeros(self, site: Site) -> frozenset[str]:
         return frozenset("A" if site.kind == "embedding" else "B")
 
-    def __call__(self, p: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
+    def __call__(self, params: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
         if site.kind == "embedding":
-            nn.init.zeros_(p["A"])
-            nn.init.normal_(p["B"], generator=generator)
+            nn.init.zeros_(params["A"])
+            nn.init.normal_(params["B"], generator=generator)
         else:
-            nn.init.kaiming_uniform_(p["A"], a=math.sqrt(5), generator=generator)
-            nn.init.zeros_(p["B"])
+            nn.init.kaiming_uniform_(params["A"], a=math.sqrt(5), generator=generator)
+            nn.init.zeros_(params["B"])
 
 
 @component
-@dataclass(frozen=True)
 class Gaussian(Init):
     """A ~ N(0, 1/r^2), B = 0: PEFT's reading of the paper's Gaussian. Embeddings start as under `Kaiming`."""
 
@@ -72,15 +69,14 @@ class Gaussian(Init):
     def zeros(self, site: Site) -> frozenset[str]:
         return Kaiming().zeros(site)
 
-    def __call__(self, p: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
-        Kaiming()(p, W, site, scale, generator)
+    def __call__(self, params: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
+        Kaiming()(params, W, site, scale, generator)
         if site.kind != "embedding":
-            rank = p["B"].shape[1]
-            nn.init.normal_(p["A"], std=1 / rank, generator=generator)
+            rank = params["B"].shape[1]
+            nn.init.normal_(params["A"], std=1 / rank, generator=generator)
 
 
 @component
-@dataclass(frozen=True)
 class AlphaOverRank:
     """s = alpha / r."""
 
@@ -91,7 +87,6 @@ class AlphaOverRank:
 
 
 @component
-@dataclass(frozen=True)
 class ConstantScale:
     """A constant s, independent of the rank, as after adapters were added or converted."""
 
@@ -102,22 +97,19 @@ class ConstantScale:
 
 
 @component
-@dataclass(frozen=True)
 class Add(Join):
     """W' = W + s B A, b' = b."""
 
     def forward(self, layer: Layer, x: Tensor) -> Tensor:
         return layer.add_delta(layer.base(x), x)
 
-    def merged(
-        self, p: Tensors, W: Tensor, b: Tensor | None, BA: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
+    def merged(self, params: Tensors, W: Tensor, b: Tensor | None, BA: Factors) -> tuple[Tensor, Tensor | None]:
         B, A = BA
         return torch.addmm(W, B, A), b
 
     def on_output(
-        self, p: Tensors, W: Callable[[], Tensor], b: Callable[[], Tensor | None], BA: tuple[Tensor, Tensor]
-    ) -> tuple[tuple[Tensor, Tensor], Tensor | None, Tensor | None]:
+        self, params: Tensors, W: Callable[[], Tensor], b: Callable[[], Tensor | None], BA: Factors
+    ) -> tuple[Factors, Tensor | None, Tensor | None]:
         return BA, None, None
 
 

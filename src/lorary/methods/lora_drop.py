@@ -74,7 +74,7 @@ class Importance:
 
     @property
     def within(self) -> dict[str, float]:
-        """site -> its share of the sum over its module kind, which is compared with T."""
+        """site -> its share of the sum over its module kind, which T is compared with."""
         return {
             site: self.g[site] / total if total else 0.0
             for members in self._kinds()
@@ -83,7 +83,7 @@ class Importance:
         }
 
     def kept(self, threshold: float = THRESHOLD) -> frozenset[str]:
-        """The fewest layers of every module kind that together have `threshold` of its sum. 1 keeps all.
+        """The fewest layers of every module kind that make up `threshold` of its sum; 1 keeps all.
 
         The name breaks ties, so that the result does not depend on the order of the layers.
         """
@@ -134,14 +134,14 @@ class Importance:
         if not isinstance(sites, Mapping) or not sites:
             raise FileError("invalid importance record:", [Diagnostic("sites", "holds no layers")])
         problems = [
-            Diagnostic(str(site), f"`{key}` is no finite number of at least 0")
+            Diagnostic(str(site), f"`{key}` is not a finite number of at least 0")
             for site, figures in sites.items()
             for key in ("g", "relative")
             if not _is_size(figures.get(key) if isinstance(figures, Mapping) else None)
         ]
         tokens = data.get("tokens")
         if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 0:
-            problems.append(Diagnostic("tokens", "is no whole number of at least 0"))
+            problems.append(Diagnostic("tokens", "is not a whole number of at least 0"))
         if problems:
             raise FileError("invalid importance record:", problems)
         found = (Measured(str(site), float(f["g"]), float(f["relative"])) for site, f in sites.items())
@@ -174,7 +174,7 @@ def squares(z: Tensor, B: Tensor, s: float, groups: int = 1) -> Tensor:
 def measurable(method: Method) -> list[Diagnostic]:
     """The reasons why the importance of a method's layers cannot be measured or is meaningless."""
     if method.delta is None:
-        return [Diagnostic("method", "adapts no layer: there are none to choose from")]
+        return [Diagnostic("method", "adapts no layers: there are none to choose from")]
     problems, delta, join = [], method.delta, method.join
     if not isinstance(join, Add):
         what = f"{type(join).__name__} changes a layer's output by more than s B A x, which is what is measured"
@@ -198,7 +198,7 @@ def shareable(method: Method) -> list[Diagnostic]:
 
 
 def announced(threshold: float, sample: float) -> str:
-    """The note in a plan that a probe will change."""
+    """The note of a plan that a probe will change."""
     return (
         f"LoRA-drop: a probe on {sample:.3g} of the training rows will choose which layers keep tensors of their own "
         f"(T = {threshold:g}); the others of a module kind will share one set"
@@ -218,8 +218,8 @@ register_non_preset(
         about=__doc__ or "",
         citation="Zhou et al. 2024, arXiv:2402.07721",
         when="For fewer parameters than LoRA's, if a short probe on the same data is affordable.",
-        changes="which layers share what they learn",
-        what="chooses layers for a method and is none itself",
+        changes="which layers share their tensors",
+        what="is not a method: it chooses layers for one",
         say="`drop: {threshold: 0.9}` under `method:` in a configuration, or call lorary.drop_layers",
         section={"drop": {"threshold": THRESHOLD}},
         answers=frozenset({"layers=differ", "layers=search"}),

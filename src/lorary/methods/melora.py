@@ -11,7 +11,7 @@ modules by a name); sizes that n does not divide are refused, where theirs drops
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -19,15 +19,14 @@ from torch import Tensor
 
 from lorary.kernels.block_diagonal import add_blocks
 from lorary.spec.fields import COUNT
-from lorary.spec.interfaces import Delta, Layer, Shapes, Tensors, component
+from lorary.spec.interfaces import Delta, Factors, Layer, Shapes, Tensors, component
 from lorary.spec.presets import preset
 from lorary.spec.site import Site
 
 
 @component
-@dataclass(frozen=True)
 class BlockDiagonal(Delta):
-    """A_i [r, inp / n] and B_i [out / n, r], stacked: A [n r, inp / n] and B [out, r]."""
+    """A_i [r, in / n] and B_i [out / n, r], stacked: A [n r, in / n] and B [out, r]."""
 
     r: int = field(metadata=COUNT)
     n: int = field(metadata=COUNT)
@@ -37,9 +36,9 @@ class BlockDiagonal(Delta):
     def shapes(self, site: Site) -> Shapes:
         return {"A": (len(site.rows) * self.n * self.r, site.in_features // self.n), "B": (sum(site.rows), self.r)}
 
-    def factors(self, site: Site, p: Tensors) -> tuple[Tensor, Tensor]:
-        downs = p["A"].split(self.n * self.r)  # of every part of a fused site
-        ups = p["B"].split(site.rows)
+    def factors(self, site: Site, params: Tensors) -> Factors:
+        downs = params["A"].split(self.n * self.r)  # of every part of a fused site
+        ups = params["B"].split(site.rows)
         A = torch.cat([torch.block_diag(*down.chunk(self.n)) for down in downs])
         B = torch.cat([torch.block_diag(*up.chunk(self.n)) for up in ups])
         return site.place(B), A

@@ -1,6 +1,6 @@
 """MultiLoRA: y = W x + b + s (diag(gamma_1) B_1 A_1 + ... + diag(gamma_n) B_n A_n) x.
 
-n parallel LoRAs of full width have a learnt scale per output. A and B start at random and gamma at zero, so that
+n parallel LoRAs of full width have a trained scale per output. A and B start at random and gamma at zero, so that
 several directions carry equal weight, whereas a few singular values dominate the update of one LoRA.
 
 Wang et al. 2023, arXiv:2311.11501, section 3.2. The authors have published no code: gamma as a vector over the outputs
@@ -10,22 +10,21 @@ is our reading.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorary.spec.fields import COUNT
-from lorary.spec.interfaces import Delta, Init, Shapes, Tensors, component
+from lorary.spec.interfaces import Delta, Factors, Init, Shapes, Tensors, component
 from lorary.spec.presets import preset
 from lorary.spec.site import Site
 
 
 @component
-@dataclass(frozen=True)
 class ParallelLowRank(Delta):
-    """A_i [r, inp], B_i [out, r] and gamma_i [out], stacked: A [n r, inp], B [out, n r], gamma [out n], row by row."""
+    """A_i [r, in], B_i [out, r] and gamma_i [out], stacked: A [n r, in], B [out, n r], gamma [out n], row by row."""
 
     r: int = field(metadata=COUNT)
     n: int = field(metadata=COUNT)
@@ -37,28 +36,27 @@ class ParallelLowRank(Delta):
         wide = self.n * self.r
         return {"A": (len(site.rows) * wide, site.in_features), "B": (rows, wide), "gamma": (rows * self.n,)}
 
-    def factors(self, site: Site, p: Tensors) -> tuple[Tensor, Tensor]:
-        gamma = p["gamma"].view(-1, self.n, 1)
-        B = p["B"].view(-1, self.n, self.r) * gamma
-        return site.place(B.flatten(1)), p["A"]
+    def factors(self, site: Site, params: Tensors) -> Factors:
+        gamma = params["gamma"].view(-1, self.n, 1)
+        B = params["B"].view(-1, self.n, self.r) * gamma
+        return site.place(B.flatten(1)), params["A"]
 
 
 @component
-@dataclass(frozen=True)
 class MultiLoRAInit(Init):
-    """A_i ~ U(-1/sqrt(inp), 1/sqrt(inp)), B_i ~ U(-1/sqrt(r), 1/sqrt(r)), gamma = 0."""
+    """A_i ~ U(-1/sqrt(in), 1/sqrt(in)), B_i ~ U(-1/sqrt(r), 1/sqrt(r)), gamma = 0."""
 
     fills = frozenset({"A", "B", "gamma"})
 
     def zeros(self, site: Site) -> frozenset[str]:
         return frozenset({"gamma"})
 
-    def __call__(self, p: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
-        n = p["gamma"].numel() // p["B"].shape[0]
-        nn.init.kaiming_uniform_(p["A"], a=math.sqrt(5), generator=generator)
-        bound = 1 / math.sqrt(p["B"].shape[1] // n)
-        nn.init.uniform_(p["B"], -bound, bound, generator=generator)
-        nn.init.zeros_(p["gamma"])
+    def __call__(self, params: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
+        n = params["gamma"].numel() // params["B"].shape[0]
+        nn.init.kaiming_uniform_(params["A"], a=math.sqrt(5), generator=generator)
+        bound = 1 / math.sqrt(params["B"].shape[1] // n)
+        nn.init.uniform_(params["B"], -bound, bound, generator=generator)
+        nn.init.zeros_(params["gamma"])
 
 
 @preset(

@@ -1,6 +1,6 @@
 """O-LoRA: y = W x + b + s (B_1 A_1 + ... + B_t A_t) x, with A_t kept orthogonal to the A of the tasks before.
 
-Tasks are learnt one after another, and only A_t and B_t train. If the rows of A_t are orthogonal to those of A_i, the
+Tasks are trained one after another, and only A_t and B_t train. If the rows of A_t are orthogonal to those of A_i, the
 new task changes nothing for inputs in the row space of A_i. B is not constrained: orthogonality of B is neither
 necessary nor sufficient.
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from lorary.kernels.low_rank import add_low_rank
 from lorary.layers.dtensor import full_tensor, local_shard
 from lorary.methods.lora import Add, LowRank
 from lorary.spec.fields import AMOUNT, COUNT, FLAG, SIZES, one_of
-from lorary.spec.interfaces import Delta, Layer, Rule, Run, Shapes, Tensors, component
+from lorary.spec.interfaces import Delta, Factors, Layer, Rule, Run, Shapes, Tensors, component
 from lorary.spec.presets import Restriction, preset
 from lorary.spec.site import Site
 
@@ -36,9 +36,8 @@ _MOMENTA = ("exp_avg", "momentum_buffer")  # an optimizer's running means of gra
 
 
 @component
-@dataclass(frozen=True)
 class SequentialLoRA(Delta):
-    """B [out, r] and A [r, inp] of this task; B_past [out, R] and A_past [R, inp] of all earlier ones.
+    """B [out, r] and A [r, in] of this task; B_past [out, R] and A_past [R, in] of all earlier ones.
 
     Args:
         r: the rank of this task.
@@ -60,32 +59,32 @@ class SequentialLoRA(Delta):
 
     @property
     def task_index(self) -> int:  # type: ignore[override]  # a constant of most deltas
-        return len(self.past) if isinstance(self.past, tuple) else 0  # the record has yet to check what it is
+        return len(self.past) if isinstance(self.past, tuple) else 0  # its field has not been checked yet
 
     def shapes(self, site: Site) -> Shapes:
         now = LowRank(self.r).shapes(site)
         before: Shapes = {"A_past": (sum(self.past), site.in_features), "B_past": (site.out_features, sum(self.past))}
         return now | (before if self.past else {})
 
-    def factors(self, site: Site, p: Tensors) -> tuple[Tensor, Tensor]:
-        B, A = site.place(p["B"]), p["A"]
-        return (torch.cat([B, p["B_past"]], 1), torch.cat([A, p["A_past"]])) if self.past else (B, A)
+    def factors(self, site: Site, params: Tensors) -> Factors:
+        B, A = site.place(params["B"]), params["A"]
+        return (torch.cat([B, params["B_past"]], 1), torch.cat([A, params["A_past"]])) if self.past else (B, A)
 
     def add(self, layer: Layer, y: Tensor, x: Tensor, dropout: float) -> Tensor:
-        p, add = layer.tensors, layer.kind.add
-        B = layer.site.place(p["B"])
+        params, add = layer.tensors, layer.kind.add
+        B = layer.site.place(params["B"])
         if self.past and layer.kind.rowwise and not dropout:
-            return add_low_rank(y, x, p["A"], B, layer.scale, still=(p["A_past"], p["B_past"]))
-        if self.past:  # by itself, for it is never dropped from
-            y = add(layer.base, y, x, p["A_past"], p["B_past"], layer.scale, 0.0)
-        return add(layer.base, y, x, p["A"], B, layer.scale, dropout)
+            return add_low_rank(y, x, params["A"], B, layer.scale, still=(params["A_past"], params["B_past"]))
+        if self.past:  # separately: dropout never acts on the earlier tasks
+            y = add(layer.base, y, x, params["A_past"], params["B_past"], layer.scale, 0.0)
+        return add(layer.base, y, x, params["A"], B, layer.scale, dropout)
 
-    def after(self, past: Sequence[tuple[Tensor, Tensor]], scale: float) -> tuple[Delta, dict[str, Tensor]]:
+    def after(self, past: Sequence[Factors], scale: float) -> tuple[Delta, dict[str, Tensor]]:
         delta = dataclasses.replace(self, past=tuple(A.shape[0] for _, A in past))
         B, A = torch.cat([B for B, _ in past], 1), torch.cat([A for _, A in past])
         return delta, {"A_past": A, "B_past": B / scale}
 
-    def tasks(self, B: Tensor, A: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def tasks(self, B: Tensor, A: Tensor) -> list[Factors]:
         sizes = [A.shape[0] - sum(self.past), *self.past]
         now, *before = zip(B.split(sizes, 1), A.split(sizes), strict=True)
         return [*before, now]
@@ -95,12 +94,11 @@ class SequentialLoRA(Delta):
         left = site.in_features - sum(self.past)
         if not self.past or rank <= left:
             return []
-        room = f"of its {site.in_features} input directions {len(self.past)} earlier tasks have taken {sum(self.past)}"
-        return [f"{room}: there is no room for {rank} more that are orthogonal to them"]
+        taken = f"of its {site.in_features} input directions {len(self.past)} earlier tasks have taken {sum(self.past)}"
+        return [f"{taken}: there is no room for {rank} more that are orthogonal to them"]
 
 
 @component
-@dataclass(frozen=True)
 class OrthogonalToPast(Rule):
     """The orthogonality of A to A_past: a penalty on the products of their rows, or a projection.
 
@@ -119,7 +117,6 @@ class OrthogonalToPast(Rule):
     norms: float = field(default=0.0, metadata=AMOUNT)
 
     needs = frozenset({"A", "B"})
-    writes_base = False
 
     @property
     def needs_optimizer(self) -> bool:  # type: ignore[override]  # a constant of most rules
@@ -128,7 +125,7 @@ class OrthogonalToPast(Rule):
     def problems(self, method: Any) -> list[str]:
         found = []
         if not isinstance(method.join, Add):
-            found.append(f"the tasks of O-LoRA add up, and {type(method.join).__name__} is no sum")
+            found.append(f"the tasks of O-LoRA add up, and {type(method.join).__name__} is not a sum")
         if "A" not in method.trained and not self.hard:
             found.append("the penalty is on A, which is frozen; hard=True lets A start in the complement instead")
         return found
@@ -136,7 +133,7 @@ class OrthogonalToPast(Rule):
     def start(self, layers: Sequence[Layer], steps: int) -> dict[str, Tensor]:
         if not self.hard:
             return {}
-        return {f"basis|{layer.site.name}": _basis_of(layer) for layer in _later(layers)}
+        return {f"basis|{layer.site.name}": _basis_of(layer) for layer in _layers_with_past(layers)}
 
     def state_bytes(self, shapes: Shapes) -> int:
         return 4 * math.prod(shapes["A_past"]) if self.hard and "A_past" in shapes else 0  # the basis
@@ -144,7 +141,7 @@ class OrthogonalToPast(Rule):
     def before_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
         """A starts in the complement; B is still zero, so nothing moves."""
         if self.hard and step == 1:
-            for layer in _later(layers):
+            for layer in _layers_with_past(layers):
                 _project(layer.params["A"], state[f"basis|{layer.site.name}"])
 
     def penalty(self, layers: Sequence[Layer], state: dict[str, Tensor]) -> Tensor | float:
@@ -153,7 +150,7 @@ class OrthogonalToPast(Rule):
             value = self.norms * _sum(
                 torch.linalg.vector_norm(full_tensor(layer.params[r])) for layer in layers for r in "AB"
             )
-        later = _later(layers)
+        later = _layers_with_past(layers)
         if self.hard or not later or not self.weight:
             return value
         products = [full_tensor(layer.params["A_past"]) @ full_tensor(layer.params["A"]).T for layer in later]
@@ -167,14 +164,14 @@ class OrthogonalToPast(Rule):
         momentum of other inputs by a second moment of zero there.
         """
         if self.hard:
-            for layer in _later(layers):
+            for layer in _layers_with_past(layers):
                 if layer.params["A"].grad is not None:
                     _project(layer.params["A"].grad, state[f"basis|{layer.site.name}"])
 
     def after_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int, run: Run) -> None:
         if not self.hard:
             return
-        for layer in _later(layers):
+        for layer in _layers_with_past(layers):
             A, Q = layer.params["A"], state[f"basis|{layer.site.name}"]
             if not A.requires_grad:
                 continue
@@ -185,8 +182,8 @@ class OrthogonalToPast(Rule):
                     _project(moments[name], Q)
 
 
-def _later(layers: Sequence[Layer]) -> list[Layer]:
-    """The layers that an earlier task adapted."""
+def _layers_with_past(layers: Sequence[Layer]) -> list[Layer]:
+    """The layers with factors of earlier tasks."""
     return [layer for layer in layers if "A_past" in layer.params]
 
 
@@ -208,7 +205,7 @@ def _basis_of(layer: Layer) -> Tensor:
 
 @torch.no_grad()
 def basis(A: Tensor, Q: Tensor) -> Tensor:
-    """An orthonormal basis [k, inp] of the rows of Q [., inp], which come first, and of A [R, inp]."""
+    """An orthonormal basis [k, in] of the rows of Q [., in], which it begins with, and of A [R, in]."""
     rest = A - (A @ Q.T) @ Q
     rest = rest - (rest @ Q.T) @ Q  # twice is enough (Kahan)
     _, sizes, rows = torch.linalg.svd(rest, full_matrices=False)
@@ -225,7 +222,7 @@ def _project(tensor: Tensor, Q: Tensor) -> None:
     """
     with torch.no_grad():
         rows, Q = local_shard(tensor), Q.clone()
-        rows.sub_((rows.to(Q, copy=True) @ Q.T @ Q).to(rows))  # paged momenta are not where Q is
+        rows.sub_((rows.to(Q, copy=True) @ Q.T @ Q).to(rows))  # paged momenta are on another device
 
 
 @preset(

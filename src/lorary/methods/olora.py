@@ -11,7 +11,7 @@ or changes the output if it is square.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -25,14 +25,13 @@ from lorary.spec.site import Site
 
 
 @component
-@dataclass(frozen=True)
 class QRInit(Init):
     """B starts with orthonormal columns, A upper trapezoidal; the parts of a fused weight are decomposed one by one.
 
     Args:
         divide: start with s B A = Q_r R_r, by dividing A by s, instead of s Q_r R_r: with a large s the latter makes
             base and delta two large terms that cancel.
-        rounds: as for PiSSA's `Principal`; more than one needs `divide`, or the error would grow by s in each.
+        rounds: as for PiSSA's `SVDInit`; more than one needs `divide`, or the error would grow by s in each.
     """
 
     divide: bool = field(default=False, metadata=FLAG)
@@ -42,17 +41,17 @@ class QRInit(Init):
     residual_init = True
 
     @property
-    def scale_free_start(self) -> bool:  # type: ignore[override]  # a plain attribute of the others
+    def scale_free_start(self) -> bool:  # type: ignore[override]  # a constant of most inits
         return self.divide
 
-    def __call__(self, p: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
-        r = p["B"].shape[1]
+    def __call__(self, params: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
+        r = params["B"].shape[1]
 
         def orthonormal(part: Tensor) -> tuple[Tensor, Tensor]:
             Q, _ = torch.linalg.qr(part[:, :r])
             return Q, Q.T @ part / (scale if self.divide else 1.0)
 
-        start_by_parts(p, W, site, orthonormal)
+        start_by_parts(params, W, site, orthonormal)
 
     def problems(self, site: Site, r: int) -> list[str]:
         return too_small(site, r, "orthonormal columns")

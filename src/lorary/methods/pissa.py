@@ -9,20 +9,19 @@ Meng et al. 2024, arXiv:2404.02948, equations 2 to 4. The division by s, which a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorary.spec.fields import COUNT, added_later, optional
-from lorary.spec.interfaces import Init, Tensors, component
+from lorary.spec.interfaces import Factors, Init, Tensors, component
 from lorary.spec.presets import preset
 from lorary.spec.site import Site
 
 
 @component
-@dataclass(frozen=True)
 class SVDInit(Init):
     """The start at the best rank-r approximation of W; the parts of a fused weight are decomposed one by one.
 
@@ -40,15 +39,15 @@ class SVDInit(Init):
     fills = frozenset({"A", "B"})
     residual_init = True
 
-    def __call__(self, p: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
-        r = p["B"].shape[1]
+    def __call__(self, params: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
+        r = params["B"].shape[1]
 
         def principal(part: Tensor) -> tuple[Tensor, Tensor]:
             U, S, Vh = _exact(part, r) if self.niter is None else self._randomised(part, r, generator)
             root = (S / scale).sqrt()
             return U * root, root[:, None] * Vh
 
-        start_by_parts(p, W, site, principal)
+        start_by_parts(params, W, site, principal)
 
     def problems(self, site: Site, r: int) -> list[str]:
         return too_small(site, r, "singular directions")
@@ -73,15 +72,15 @@ def _exact(W: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     return U[:, :r], S[:r], Vh[:r]
 
 
-def start_by_parts(p: Tensors, W: Tensor, site: Site, start: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
-    """Fill B and A with start(part) = (B_i [rows, r], A_i [r, inp]) of every part of W, in fp32."""
+def start_by_parts(params: Tensors, W: Tensor, site: Site, start: Callable[[Tensor], Factors]) -> None:
+    """Fill B and A with start(part) = (B_i [rows, r], A_i [r, in]) of every part of W, computed in fp32."""
     pairs = [start(part) for part in site.split(W.float())]
-    p["B"].copy_(torch.cat([B for B, _ in pairs]))
-    p["A"].copy_(torch.cat([A for _, A in pairs]))
+    params["B"].copy_(torch.cat([B for B, _ in pairs]))
+    params["A"].copy_(torch.cat([A for _, A in pairs]))
 
 
 def too_small(site: Site, r: int, what: str) -> list[str]:
-    """The error of a start in W's own directions if it has fewer than r."""
+    """The error of a start in r directions of a W that has fewer."""
     most = min(*site.rows, site.in_features)
     return [f"its matrix has no more than {most} {what}, and r is {r}"] if r > most else []
 

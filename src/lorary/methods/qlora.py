@@ -50,10 +50,10 @@ def qlora(
 
 
 def _problems(embeddings: bool, backend: str) -> list[Diagnostic]:
-    """The options that a backend does not support."""
+    """The invalid or unsupported options of a backend."""
     if backend not in _BACKENDS:
         return [Diagnostic("backend", f"{backend!r} is unknown", did_you_mean(str(backend), _BACKENDS))]
     if embeddings and backend == "bitsandbytes":
-        what = "bitsandbytes cannot save an embedding that it has packed"
-        return [Diagnostic("embeddings", what, "set backend='lorary', or leave the embeddings plain")]
+        what = "bitsandbytes cannot save an embedding that it has quantised"
+        return [Diagnostic("embeddings", what, "set backend='lorary', or embeddings=False")]
     return []

@@ -9,7 +9,7 @@ Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from lorary.spec.fields import POSITIVE
@@ -18,7 +18,6 @@ from lorary.spec.presets import preset
 
 
 @component
-@dataclass(frozen=True)
 class AlphaOverSqrtRank:
     """s = alpha / sqrt(r)."""
 

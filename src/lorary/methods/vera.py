@@ -1,7 +1,7 @@
 """VeRA: y = W x + b + diag(b) B diag(d) A x, with A and B random, frozen and shared by all layers.
 
-Only two vectors train at every site. A [r, the largest inp] and B [the largest out, r] are one pair for the whole
-model, of which a layer takes the leading columns and rows. There is no alpha: b and d hold the scale.
+Only two vectors train at every site. A [r, the largest input] and B [the largest out, r] are one pair for the whole
+model, and a layer uses its leading columns and rows. There is no alpha: b and d hold the scale.
 
 Kopiczko et al. 2023, arXiv:2310.11454, equation 2. Start and slicing are those of PEFT, to which the authors' own code
 points.
@@ -9,7 +9,7 @@ points.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -18,15 +18,14 @@ from torch import Tensor, nn
 from lorary.kernels.shared_projection import add_vectors
 from lorary.methods.lora import ConstantScale
 from lorary.spec.fields import COUNT, FLAG, POSITIVE, SEED
-from lorary.spec.interfaces import Delta, Init, Layer, Shapes, Tensors, component
+from lorary.spec.interfaces import Delta, Factors, Init, Layer, Shapes, Tensors, component
 from lorary.spec.presets import preset
 from lorary.spec.site import Site
 
 
 @component
-@dataclass(frozen=True)
 class SharedProjectionDelta(Delta):
-    """b [out] and d [r], around B [out, r] and A [r, inp] of all sites; the parts of a fused site have b and d each."""
+    """b [out] and d [r] around the shared B [out, r] and A [r, in]; every part of a fused site has its own b and d."""
 
     r: int = field(metadata=COUNT)
 
@@ -42,26 +41,27 @@ class SharedProjectionDelta(Delta):
             "d": (self.r * len(rows),),
         }
 
-    def factors(self, site: Site, p: Tensors) -> tuple[Tensor, Tensor]:
+    def factors(self, site: Site, params: Tensors) -> Factors:
         rows = site.rows
-        pairs = zip(p["b"].split(rows), p["d"].split(self.r), strict=True)
-        B = torch.cat([b[:, None] * p["B"][: len(b)] * d for b, d in pairs])
-        return site.place(B), p["A"].repeat(len(rows), 1)
+        pairs = zip(params["b"].split(rows), params["d"].split(self.r), strict=True)
+        B = torch.cat([b[:, None] * params["B"][: len(b)] * d for b, d in pairs])
+        return site.place(B), params["A"].repeat(len(rows), 1)
 
     def add(self, layer: Layer, y: Tensor, x: Tensor, dropout: float) -> Tensor:
-        p = layer.tensors
-        return add_vectors(y, x, p["A"], p["B"], p["b"], p["d"], layer.scale, dropout, layer.shared.once)
+        params = layer.tensors
+        return add_vectors(
+            y, x, params["A"], params["B"], params["b"], params["d"], layer.scale, dropout, layer.shared.once
+        )
 
 
 @component
-@dataclass(frozen=True)
 class SharedProjectionInit(Init):
     """A, B ~ U(-sqrt(6 / fan), sqrt(6 / fan)) for all layers from one seed, d constant, b = 0.
 
     Args:
         seed: of A and B. Adapters of one seed, r and set of layers have the same A and B.
         d: the initial value of d.
-        saved: whether files hold A and B; otherwise they are regenerated and checked against a checksum.
+        store_shared: whether files hold A and B; otherwise they are regenerated and checked against a checksum.
     """
 
     seed: int = field(default=0, metadata=SEED)
@@ -79,9 +79,9 @@ class SharedProjectionInit(Init):
             drawn = nn.init.kaiming_uniform_(torch.empty(shared[role].shape), generator=generator)
             shared[role].copy_(drawn)
 
-    def __call__(self, p: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
-        nn.init.zeros_(p["b"])
-        nn.init.constant_(p["d"], self.d)
+    def __call__(self, params: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
+        nn.init.zeros_(params["b"])
+        nn.init.constant_(params["d"], self.d)
 
 
 @preset(

@@ -1,1 +1,1 @@
-"""What is said: sites, component interfaces, methods and presets, as values; nothing here looks at a model."""
+"""Sites, component interfaces, methods and presets: immutable values that need no model."""

@@ -1,4 +1,4 @@
-"""Context: the word that says how far a model reads, and how its tokens see each other while it is trained."""
+"""The context axis: how many tokens a model reads, and how its attention works in training."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from torch import nn
 
 
 class ContextPatch(Protocol):
-    """A model that reads otherwise than it did, and the way back (`Context.enter` makes it)."""
+    """A reversible change to a model's RoPE scaling and attention, made by `Context.apply`."""
 
     def revert(self) -> None:
-        """The model as it was."""
+        """Restore the original model."""
 
     def settle(self) -> None:
-        """The model as it is to be used from now on: what was for training alone is gone."""
+        """Remove the parts that are for training only, such as shifted attention."""
 
     def reapply(self) -> None:
         """Undo `settle`."""
 
     def reverted(self) -> AbstractContextManager[Any]:
-        """Within, the model is as it was."""
+        """A context in which the original model is restored."""
 
 
 @runtime_checkable
 class Context(Protocol):
-    """How far a model reads, and how its tokens see each other while it is trained.
+    """The context length of a model, and its attention in training.
 
     Attributes:
-        targets: which layers are adapted where nothing is said.
-        length: tokens that the model is to read; None for what it reads already.
+        targets: the default target layers.
+        length: the context length in tokens; None for the model's own.
     """
 
     targets: Sequence[str]
@@ -39,26 +39,26 @@ class Context(Protocol):
 
     @property
     def attention_groups(self) -> int:
-        """Into how many groups attention divides the longest sequence of a batch in training; 0: it does not."""
+        """The number of groups into which attention divides a batch's longest sequence in training; 0: none."""
         return 0
 
     @property
-    def words(self) -> Mapping[str, Any]:
-        """What the base's configuration must say of its positions, for whoever does not know this word."""
+    def config_overrides(self) -> Mapping[str, Any]:
+        """The configuration values, such as `rope_parameters`, with which other tools reproduce this scaling."""
         ...
 
     def planned(self, model: nn.Module) -> Self:
-        """The same, with what follows from the model."""
+        """This context with the values that depend on the model filled in."""
         ...
 
     def problems(self, model: nn.Module) -> list[tuple[str, str]]:
-        """(what, what to do about it): why it cannot be with this model."""
+        """(reason, fix): the reasons why it cannot be applied to this model."""
         ...
 
     def notes(self, model: nn.Module) -> list[str]:
-        """What is worth knowing before training."""
+        """Facts worth knowing before training."""
         ...
 
     def apply(self, model: nn.Module) -> ContextPatch:
-        """Let the model read so."""
+        """Apply the RoPE scaling and the training attention."""
         ...

@@ -1,9 +1,10 @@
-"""What a field of a word may hold, as dataclass metadata: `r: int = field(metadata=COUNT)`. The record checks it."""
+"""Validators of a component's fields, as dataclass metadata: `r: int = field(metadata=COUNT)`. `Method` runs them."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
 
@@ -19,61 +20,51 @@ def _is_positive(value: object) -> bool:
     return _is_number(value) and 0 < value <= sys.float_info.max
 
 
-WHOLE: dict[str, Any] = {
-    "check": lambda value: _is_count(value) or (type(value) is int and value == 0),
-    "expects": "a whole number of at least 0",
-}
-COUNT: dict[str, Any] = {"check": _is_count, "expects": "a whole number of at least 1"}
-POSITIVE: dict[str, Any] = {"check": _is_positive, "expects": "a positive finite number"}
+def _validator(check: Callable[[Any], bool], expects: str) -> dict[str, Any]:
+    return {"check": check, "expects": expects}
+
+
+WHOLE = _validator(
+    lambda value: _is_count(value) or (type(value) is int and value == 0), "a whole number of at least 0"
+)
+COUNT = _validator(_is_count, "a whole number of at least 1")
+POSITIVE = _validator(_is_positive, "a positive finite number")
 SEED = WHOLE
-FLAG: dict[str, Any] = {"check": lambda value: type(value) is bool, "expects": "true or false"}
-AMOUNT: dict[str, Any] = {
-    "check": lambda value: _is_positive(value) or (_is_number(value) and value == 0),
-    "expects": "a finite number of at least 0",
-}
-SHARE: dict[str, Any] = {
-    "check": lambda value: _is_positive(value) and value < 1,
-    "expects": "a number between 0 and 1",
-}
-# Of a run's optimizer steps: a share below 1, or their number.
-STEPS: dict[str, Any] = {
-    "check": lambda value: AMOUNT["check"](value) and (value < 1 or value == int(value)),
-    "expects": "a share of the steps below 1, or a whole number of them",
-}
-SIZES: dict[str, Any] = {
-    "check": lambda value: isinstance(value, tuple) and all(map(_is_count, value)),
-    "expects": "whole numbers of at least 1",
-}
+FLAG = _validator(lambda x: type(x) is bool, "true or false")
+AMOUNT = _validator(lambda x: _is_positive(x) or (_is_number(x) and x == 0), "a finite number of at least 0")
+SHARE = _validator(lambda x: _is_positive(x) and x < 1, "a number between 0 and 1")
+# a part of a run: a share of its optimizer steps below 1, or their number
+STEPS = _validator(
+    lambda x: AMOUNT["check"](x) and (x < 1 or x == int(x)),
+    "a share of the steps below 1, or a whole number of them",
+)
+SIZES = _validator(lambda value: isinstance(value, tuple) and all(map(_is_count, value)), "whole numbers of at least 1")
 
 
-def field_errors(word: Any) -> list[str]:
-    """What the fields of a word hold that they may not."""
-    contents = [(f, getattr(word, f.name)) for f in dataclasses.fields(word) if "check" in f.metadata]
+def field_errors(component: Any) -> list[str]:
+    """The validation errors of a component's fields."""
     return [
-        f"{type(word).__name__} has {f.name} = {content!r}; it takes {f.metadata['expects']}"
-        for f, content in contents
-        if not f.metadata["check"](content)
+        f"{type(component).__name__} has {f.name} = {value!r}; it takes {f.metadata['expects']}"
+        for f in dataclasses.fields(component)
+        if "check" in f.metadata and not f.metadata["check"](value := getattr(component, f.name))
     ]
 
 
 def one_of(*names: str) -> dict[str, Any]:
-    """One of these texts."""
-    return {"check": lambda value: isinstance(value, str) and value in names, "expects": " or ".join(names)}
+    """Validator of a choice between names."""
+    return _validator(lambda x: isinstance(x, str) and x in names, " or ".join(names))
 
 
-def as_steps(said: float, steps: int) -> int:
-    """What `STEPS` says of a run of so many optimizer steps, as a number of them."""
-    return round(said * steps) if said < 1 else int(said)
+def as_steps(value: float, steps: int) -> int:
+    """The number of optimizer steps that a value of a `STEPS` field stands for in a run of `steps`."""
+    return round(value * steps) if value < 1 else int(value)
 
 
 def optional(field: dict[str, Any]) -> dict[str, Any]:
-    """The same, or None."""
-    return {
-        "check": lambda value: value is None or field["check"](value),
-        "expects": f"{field['expects']}, or None",
-    }
+    """A validator that accepts None as well."""
+    return _validator(lambda x: x is None or field["check"](x), f"{field['expects']}, or None")
 
 
 def added_later(field: dict[str, Any]) -> dict[str, Any]:
-    """The same for a field that older files do not have: it is written only where it is not what it is by default."""
+    """The validator of a field that older files lack: it is serialised only when it differs from the default."""
     return field | {"later": True}

@@ -1,7 +1,9 @@
 """The interfaces of a method's components: one protocol per axis.
 
-A component is a frozen dataclass marked `@component`, so that a method can be printed, compared, hashed and written to
-a file. `lorary.spec.method` is the record of components; `lorary.spec.presets` gives some of them a paper's name.
+A component is a class marked `@component`, which makes it a frozen dataclass, so that a method can be printed,
+compared, hashed and saved. It derives from the protocol of its axis and inherits that protocol's defaults.
+`lorary.spec.method` is the record of components; `lorary.spec.presets` names some of them after a paper. The context
+axis has a file of its own, `lorary.spec.context`.
 """
 
 from __future__ import annotations
@@ -9,73 +11,34 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, dataclass_transform, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from lorary.spec.site import Kind, Site
+from lorary.spec.layer import Factors as Factors  # a component's file imports all of these from here
+from lorary.spec.layer import Layer as Layer
+from lorary.spec.layer import Run as Run
+from lorary.spec.layer import Tensors as Tensors
+from lorary.spec.site import Site
 
-Tensors = Mapping[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
 
 
-class Layer(Protocol):
-    """What the words see of an adapted layer (`lorary.layers.adapted.Adapted` is the one that exists)."""
-
-    site: Site
-    scale: float
-    method: Any  # Method, whose words these are
-    params: Any  # role -> Parameter
-    base: nn.Module
-    shared: Any  # the bank of what all layers share, or None
-    training: bool
-    active_structure: Any  # what a rule has drawn for the present step; None: nothing
-
-    @property
-    def kind(self) -> Kind: ...
-    @property
-    def stored_tensors(self) -> Sequence[Tensor]:
-        """The tensors in which the base keeps its weight, for `remember`."""
-
-    @property
-    def bias(self) -> Tensor | None: ...
-    @property
-    def tensors(self) -> Tensors:
-        """role -> tensor: what is the layer's own, and its share of what all layers share."""
-        ...
-
-    @property
-    def dropout(self) -> float:
-        """The probability of dropping an input of the adapter now: 0 outside training."""
-        ...
-
-    def factors(self) -> tuple[Tensor, Tensor]: ...
-    def weight_times(self, A: Tensor) -> Tensor:
-        """W A^T [out, R] of A [R, inp], in A's precision, differentiable in A; keeps W as the base keeps it."""
-        ...
-
-    def add_delta(self, y: Tensor, x: Tensor, dropout: float | None = None) -> Tensor: ...
-    def cached(self, name: str, of: Sequence[Tensor], make: Callable[[], Tensor]) -> Tensor:
-        """make(), or what it gave before while none of these tensors has changed since."""
-        ...
-
-
-# A word derives from its axis' protocol, and inherits what it is silent on.
 @runtime_checkable
 class Delta(Protocol):
-    """What is learnt: the tensors of a site, and the two factors that they stand for.
+    """The trained update s B A of a site: its tensors, and its two factors.
 
     Attributes:
-        r: the rank that the scale is taken of.
-        shared: roles of which all sites hold a part of one tensor, its leading corner. They never train.
-        given: roles that no init fills: zero until a plan or a rule gives them their values. They never train.
-        free: whether the factors can be any two matrices, so that an init may choose them.
-        extras: roles that are no part of the factors; the join reads them.
-        known_as: how presets that speak of A and B reach its roles, such as {"A": "Q", "B": "P"}.
-        everywhere: whether its own path (`Fused`) goes through layers of every kind.
-        turn: how many tasks have gone before: each starts at a draw of its own, whatever the seed.
-        weighs: whether every step takes the dense weight itself, element by element.
+        r: the rank that determines the scale.
+        shared: roles that are the leading slice of one tensor for the whole model. They never train.
+        fixed_roles: roles that no init fills: zero until a plan or a rule sets them. They never train.
+        arbitrary_factors: whether the factors can be any two matrices, so that an init may choose them.
+        join_roles: roles that the join uses and the factors do not.
+        role_aliases: its roles for A and B, which presets refer to, such as {"A": "Q", "B": "P"}.
+        fused_for_all_kinds: whether `Fused.add` supports every kind of layer.
+        task_index: mixed into the seed, so that every task gets its own initialisation.
+        needs_dense_weight: whether every step uses the elements of the weight.
     """
 
     r: int
@@ -92,22 +55,22 @@ class Delta(Protocol):
     def roles(self) -> frozenset[str]: ...
     @property
     def changes_bias(self) -> bool:
-        """Whether the layer's bias changes, too: then it cannot train in full as well."""
+        """Whether it changes the layer's bias, which then cannot train in full."""
         return False
 
     def shapes(self, site: Site) -> Shapes: ...
-    def factors(self, site: Site, p: Tensors) -> tuple[Tensor, Tensor]:
-        """(B [out, R], A [R, inp]) with delta = scale * B A."""
+    def factors(self, site: Site, params: Tensors) -> Factors:
+        """(B [out, R], A [R, in]), without the scale."""
         ...
 
     def problems(self, site: Site) -> list[str]:
-        """Why it cannot be at this site."""
+        """The reasons why it cannot adapt this site."""
         return []
 
 
 @runtime_checkable
 class Fused(Protocol):
-    """A delta with a path of its own through layers that take rows [..., inp]; its factors stay the specification."""
+    """A delta with a faster path for rowwise layers; its factors remain the specification."""
 
     def add(self, layer: Layer, y: Tensor, x: Tensor, dropout: float) -> Tensor:
         """y + s * B A dropout(x). May write into y."""
@@ -116,30 +79,73 @@ class Fused(Protocol):
 
 @runtime_checkable
 class Sequential(Protocol):
-    """A delta with a place for what earlier tasks have learnt, beneath what is being learnt now."""
+    """A delta that keeps the frozen factors of earlier tasks beside its own."""
 
-    def after(self, past: Sequence[tuple[Tensor, Tensor]], scale: float) -> tuple[Delta, dict[str, Tensor]]:
-        """The delta of the next task, and the values of its roles that are given.
+    def after(self, past: Sequence[Factors], scale: float) -> tuple[Delta, dict[str, Tensor]]:
+        """The delta of the next task, and the values of its fixed roles.
 
         Args:
-            past: (B [out, R], A [R, inp]) of each earlier task, the first one first, scales within B.
+            past: the factors of each earlier task, the oldest first, with their scales in B.
             scale: the new task's s.
         """
         ...
 
-    def tasks(self, B: Tensor, A: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The factors of all tasks, taken apart, the first one first."""
+    def tasks(self, B: Tensor, A: Tensor) -> list[Factors]:
+        """The factors of every task, the oldest first."""
         ...
 
 
 @runtime_checkable
+class Init(Protocol):
+    """The initialisation of a delta.
+
+    Attributes:
+        fills: all roles of the delta that it fills.
+        residual_init: whether s B A is not zero at the start and is subtracted from the base.
+        store_shared: whether files hold the shared tensors although they can be regenerated.
+        rounds: how often it runs; from the second time on, on the quantisation error W - Dq(Q(W - s B A)).
+        scale_free_start: whether the start is independent of s, so that it can be iterated with quantisation.
+    """
+
+    residual_init: bool = False
+    store_shared: bool = True
+    rounds: int = 1
+    scale_free_start: bool = True
+
+    @property
+    def fills(self) -> frozenset[str]: ...
+    def zeros(self, site: Site) -> frozenset[str]:
+        """The roles that start at zero; with all of them frozen nothing could train."""
+        return frozenset()
+
+    def share(self, shared: Tensors) -> None:
+        """Fill the shared tensors."""
+        return None
+
+    def __call__(self, params: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
+        """Fill a site's own tensors; W [out, in] is its weight."""
+        ...
+
+    def problems(self, site: Site, r: int) -> list[str]:
+        """The reasons why it cannot start a delta of rank r at this site."""
+        return []
+
+
+@runtime_checkable
+class Scale(Protocol):
+    """The factor s before B A, as a function of the rank."""
+
+    def __call__(self, r: int) -> float: ...
+
+
+@runtime_checkable
 class Join(Protocol):
-    """How the delta joins the frozen weight W [out, inp] and bias b [out].
+    """The combination of the delta with the frozen weight W [out, in] and bias b [out].
 
     Attributes:
         roles: its own tensors.
-        reads: the delta's extra roles that it makes use of.
-        drops: whether there is an input of the adapter, apart from the layer's own, of which dropout can drop some.
+        uses: the delta's `join_roles`.
+        supports_dropout: whether the adapter has an input apart from the layer's own that dropout can act on.
     """
 
     roles: frozenset[str] = frozenset()
@@ -151,24 +157,22 @@ class Join(Protocol):
         return {}
 
     def setup(self, layer: Layer) -> None:
-        """Fill the join's own tensors once the delta has started, so that nothing moves at step 0."""
+        """Fill its own tensors after the delta's, so that nothing moves at step 0."""
         return None
 
     def forward(self, layer: Layer, x: Tensor) -> Tensor: ...
-    def merged(
-        self, p: Tensors, W: Tensor, b: Tensor | None, BA: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
-        """(W', b') with the same function as `forward`; BA is (s B, A). The specification of `forward`."""
+    def merged(self, params: Tensors, W: Tensor, b: Tensor | None, BA: Factors) -> tuple[Tensor, Tensor | None]:
+        """(W', b') with the same function as `forward`, which it specifies; BA is (s B, A)."""
         ...
 
     def on_output(
-        self, p: Tensors, W: Callable[[], Tensor], b: Callable[[], Tensor | None], BA: tuple[Tensor, Tensor]
-    ) -> tuple[tuple[Tensor, Tensor], Tensor | None, Tensor | None]:
-        """((B, A), gain, shift) with `forward` = gain * (W x + B A x) + b + shift; None is 1, and 0.
+        self, params: Tensors, W: Callable[[], Tensor], b: Callable[[], Tensor | None], BA: Factors
+    ) -> tuple[Factors, Tensor | None, Tensor | None]:
+        """((B, A), gain, shift) with `forward` = gain * (W x + B A x) + b + shift; None is a gain of 1, a shift of 0.
 
         Args:
-            p, BA: as for `merged`.
-            W, b: give the weight and the bias, and raise MethodError where the base is not at hand.
+            params, BA: as for `merged`.
+            W, b: return the weight and the bias, or raise MethodError if the base is not available.
 
         Raises:
             MethodError: it has no such form.
@@ -176,161 +180,103 @@ class Join(Protocol):
         ...
 
     def problems(self, site: Site) -> list[str]:
-        """Why it cannot be at this site."""
+        """The reasons why it cannot join a delta to this site."""
         return []
-
-
-@runtime_checkable
-class Init(Protocol):
-    """Where the delta starts.
-
-    Attributes:
-        fills: the delta's roles, all of them.
-        moves_base: whether s B A is not zero at the start, so that the base must give it up.
-        saved: whether a file holds what all sites share, even where the init can draw it again.
-        rounds: how often it starts: from the second time on at what a packed base has lost, W - Dq(Q(W - s B A)).
-        within: whether s B A starts at a part of W, however large s is, so that it may start several times.
-    """
-
-    residual_init: bool = False
-    store_shared: bool = True
-    rounds: int = 1
-    scale_free_start: bool = True
-
-    @property
-    def fills(self) -> frozenset[str]: ...
-    def zeros(self, site: Site) -> frozenset[str]:
-        """The roles that start at zero: were they all frozen, nothing could ever be learnt."""
-        return frozenset()
-
-    def share(self, shared: Tensors) -> None:
-        """Fill the tensors that all sites share."""
-        return None
-
-    def __call__(self, p: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
-        """Fill a site's own tensors; W [out, inp] is its weight."""
-        ...
-
-    def problems(self, site: Site, r: int) -> list[str]:
-        """Why it cannot start a delta of rank r at this site."""
-        return []
-
-
-@runtime_checkable
-class Scale(Protocol):
-    """The factor s before B A, as a function of the rank."""
-
-    def __call__(self, r: int) -> float: ...
-
-
-class Run(Protocol):
-    """What a rule may do to the run beside its layers (`lorary.Rules` is the one that exists).
-
-    Attributes:
-        optimizer: the one that trains; None where the loop has kept it to itself.
-    """
-
-    optimizer: torch.optim.Optimizer | None
-
-    def shrink(self, keep: Mapping[str, Tensor]) -> bool:
-        """Keep these directions alone (site -> bool [R]) in the tensors and in the optimizer's state, for good.
-
-        Returns:
-            whether it could be done: not without the optimizer, and not where its state or the parameters are in
-            other hands (several ranks).
-        """
-        ...
 
 
 @runtime_checkable
 class Rule(Protocol):
-    """What happens while training: a frozen specification; its state is carried by `lorary.rules`.
+    """A change to training: a frozen specification, whose state `lorary.rules` carries.
 
     Attributes:
         needs: the roles that it works on.
         writes_base: whether it writes the base weights of the adapted layers.
-        steers: whether it has to reach into the optimizer's state.
+        needs_optimizer: whether it changes the optimizer's state.
     """
 
+    writes_base: bool = False
     needs_optimizer: bool = False
 
     @property
     def needs(self) -> frozenset[str]: ...
-    @property
-    def writes_base(self) -> bool: ...
     def problems(self, method: Any) -> list[str]:
-        """Why it cannot go together with the other words of a method."""
+        """The reasons why it cannot work with the method's other components."""
         return []
 
     def start(self, layers: Sequence[Layer], steps: int) -> dict[str, Tensor]:
-        """Its state at the start of a run of so many optimizer steps.
+        """Its state at the start of a run.
 
         Raises:
-            ConfigError: so many steps leave no room for it.
+            ConfigError: a run of this many optimizer steps is too short.
         """
         return {}
 
     def state_bytes(self, shapes: Shapes) -> int:
-        """Bytes of its state, at most, for a site with tensors of these shapes."""
+        """An upper bound on the bytes of its state for a site with tensors of these shapes."""
         return 0
 
     def before_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
-        """Optimizer step `step` (from 1) is next: the first one of a run, of a resumed run, or the one after."""
+        """Called before the forward pass of optimizer step `step` (from 1), also after a resume."""
         return None
 
     def penalty(self, layers: Sequence[Layer], state: dict[str, Tensor]) -> Tensor | float:
-        """Added to the training loss."""
+        """A term added to the training loss."""
         return 0.0
 
     def after_backward(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
-        """Gradients of optimizer step `step` (from 1) are complete and unclipped."""
+        """Called when the gradients of step `step` are complete and not yet clipped."""
         return None
 
     def after_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int, run: Run) -> None:
-        """Parameters have moved; gradients are still there."""
+        """Called after the optimizer's update; the gradients are still there."""
         return None
 
     def report(self, layers: Sequence[Layer], state: dict[str, Tensor]) -> dict[str, Any]:
-        """Figures of the present moment for the log: numbers, or numbers by site."""
+        """Current figures for the log: numbers, or numbers by site."""
         return {}
 
 
 @runtime_checkable
 class Storage(Protocol):
-    """How the frozen weights of the base are kept.
+    """The form in which the frozen base weights are stored.
 
     Attributes:
-        writable: whether a rule may write a weight while training; False for what packs.
+        writable: whether a rule may write a weight in training; False for quantised weights.
     """
 
     writable: bool = True
 
     def quantizes(self, layer: nn.Module) -> bool:
-        """Whether it keeps the weight of such a layer in another form than the layer does."""
+        """Whether it quantises the weight of such a layer."""
         return False
 
     def quantize(self, layer: nn.Module, W: Tensor | None = None) -> nn.Module:
-        """A frozen layer that does what this one does, with the matrix W [out, inp] packed; None for its own."""
+        """A frozen layer with the same function and the quantised matrix W [out, in]; None for the layer's own."""
         return layer
 
     def bytes(self, numbers: int, width: int) -> int:
-        """What a weight of so many numbers takes, once packed; `width` is the bytes of each before."""
+        """The stored bytes of a weight of this many numbers, of `width` bytes each before."""
         return numbers * width
 
 
 COMPONENTS: dict[str, type] = {}
-W_ = TypeVar("W_", bound=type)
+ComponentT = TypeVar("ComponentT")
 
 
-def component(cls: W_) -> W_:
-    """Register a frozen dataclass by its name, so that files can name it."""
-    if not dataclasses.is_dataclass(cls) or COMPONENTS.get(cls.__name__, cls) is not cls:
-        raise TypeError(f"{cls.__name__} cannot be a component: it must be a dataclass with a unique name")
-    COMPONENTS[cls.__name__] = cls
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+def component(cls: type[ComponentT]) -> type[ComponentT]:
+    """Make a class a frozen dataclass, and register it under its name, which files refer to.
+
+    Raises:
+        TypeError: another component has this name.
+    """
+    if "__dataclass_fields__" not in vars(cls):
+        cls = dataclasses.dataclass(frozen=True)(cls)
+    if COMPONENTS.setdefault(cls.__name__, cls) is not cls:
+        raise TypeError(f"the component {cls.__name__} is already registered")
     return cls
 
 
 @component
-@dataclasses.dataclass(frozen=True)
 class Unquantized(Storage):
-    """Every layer keeps its weight as it is."""
+    """The weights as they are."""

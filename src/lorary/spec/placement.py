@@ -1,4 +1,4 @@
-"""Placed: one site and the method that it takes there, with its own rank and scale."""
+"""Adapted sites: a site with its method, which may have its own rank and scale there."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorary.spec.site import Site
 
 
 class Adaptation(NamedTuple):
-    """The components of a method that adapts layers, none of them missing: what is learnt, its start, size and join."""
+    """The components of a method that has a delta, none of which is None."""
 
     delta: Delta
     init: Init
@@ -24,7 +24,7 @@ class Adaptation(NamedTuple):
 
 
 def adaptation(method: Method) -> Adaptation:
-    """The components by which a method adapts a layer.
+    """The delta of a method, with its init, scale and join.
 
     Raises:
         MethodError: it trains base parameters only.
@@ -36,12 +36,12 @@ def adaptation(method: Method) -> Adaptation:
 
 @dataclass(frozen=True)
 class AdaptedSite:
-    """One adapted site: where, and the method there. A plan lists them, an adapter holds tensors for them.
+    """A site and its method. A plan lists them, an adapter holds tensors for them.
 
     Args:
-        site: where.
-        method: the method there, with the site's own rank and scale.
-        share: the name of a set of tensors that all sites of that name train in common; empty for its own.
+        site: the layer.
+        method: the method, with the site's own rank and scale.
+        share: the name of a set of tensors that several sites share; empty for tensors of its own.
     """
 
     site: Site
@@ -67,7 +67,7 @@ class AdaptedSite:
 
     @property
     def alpha(self) -> float | None:
-        """The alpha at this site; None for a scale that has none."""
+        """The alpha at this site; None if the scale has none."""
         return getattr(self.method.scale, "alpha", None)
 
     @property
@@ -82,79 +82,79 @@ class AdaptedSite:
 
     @property
     def stored(self) -> Shapes:
-        """role -> shape of everything that a file holds of this site: where a moved base's delta started, too."""
+        """role -> shape of every tensor that a file holds for this site, the start of a residual init included."""
         return self.shapes | {start_name(role): shape for role, shape in self.starts.items()}
 
     @property
     def starts(self) -> Shapes:
-        """role -> shape of the tensors whose start is kept, because the base gave up s B A for it."""
+        """role -> shape of the tensors whose start is kept, because it was subtracted from the base."""
         return self.delta.shapes(self.site) if self.init.residual_init else {}
 
     @property
     def trainable(self) -> int:
-        """How many numbers train at this site."""
+        """The number of trainable numbers at this site."""
         return sum(math.prod(shape) for role, shape in self.shapes.items() if role in self.method.trained)
 
     def problems(self) -> list[Diagnostic]:
-        """Why this method cannot work at this site."""
+        """The reasons why this method cannot adapt this site."""
         why = self.delta.problems(self.site) + self.init.problems(self.site, self.r) + self.join.problems(self.site)
         found = [Diagnostic(self.site.name, what) for what in why]
         zeros = self.init.zeros(self.site)
         if zeros and not zeros & self.method.trained:
             where = f"{braces(zeros)} starts at zero in a layer of kind {self.site.kind}"
-            what = f"{where} and is frozen: nothing could be learnt"
+            what = f"{where} and is frozen: nothing could train"
             found.append(Diagnostic(self.site.name, what, "exclude it, or use another init"))
         return found
 
 
-def unique_tensor_sets(placed: Iterable[AdaptedSite]) -> list[AdaptedSite]:
-    """One site for each set of tensors: of those that train one in common the first."""
+def unique_tensor_sets(sites: Iterable[AdaptedSite]) -> list[AdaptedSite]:
+    """The sites without those that share the tensors of an earlier one."""
     first: dict[tuple[str, str], AdaptedSite] = {}
-    for p in placed:
-        first.setdefault(("share", p.share) if p.share else ("site", p.site.name), p)
+    for s in sites:
+        first.setdefault(("share", s.share) if s.share else ("site", s.site.name), s)
     return list(first.values())
 
 
-def inconsistent_ties(placed: Iterable[AdaptedSite]) -> list[Diagnostic]:
-    """The sites that are to train one set of tensors with another site, and cannot."""
+def inconsistent_ties(sites: Iterable[AdaptedSite]) -> list[Diagnostic]:
+    """The sites that cannot share the tensors of another site."""
     first: dict[str, AdaptedSite] = {}
     problems = []
-    for p in placed:
-        other = first.setdefault(p.share, p) if p.share else p
-        if p.shapes != other.shapes or p.method != other.method:
-            what = f"shares what it learns with {other.site.name}, which has other shapes or another method"
-            problems.append(Diagnostic(p.site.name, what, "let it learn its own"))
-        elif p.share and p.init.residual_init:
-            what = f"shares what it learns, and {type(p.init).__name__} starts at the weight of each layer"
-            problems.append(Diagnostic(p.site.name, what, "say another init"))
+    for s in sites:
+        other = first.setdefault(s.share, s) if s.share else s
+        if s.shapes != other.shapes or s.method != other.method:
+            what = f"shares its tensors with {other.site.name}, which has other shapes or another method"
+            problems.append(Diagnostic(s.site.name, what, "give it tensors of its own"))
+        elif s.share and s.init.residual_init:
+            what = f"shares its tensors, and {type(s.init).__name__} starts at the weight of each layer"
+            problems.append(Diagnostic(s.site.name, what, "use another init"))
     return problems
 
 
-def shared_shapes(placed: Iterable[AdaptedSite]) -> Shapes:
-    """role -> shape of what all sites share: in every direction as large as the largest of them asks for."""
+def shared_shapes(sites: Iterable[AdaptedSite]) -> Shapes:
+    """role -> shape of the tensors shared by all sites: in every dimension the largest that a site needs."""
     sizes: Shapes = {}
-    for p in placed:
-        for role in sorted(p.delta.shared):
-            shape = p.shapes[role]
+    for s in sites:
+        for role in sorted(s.delta.shared):
+            shape = s.shapes[role]
             sizes[role] = tuple(map(max, shape, sizes.get(role, shape)))
     return sizes
 
 
 def start_name(role: str) -> str:
-    """The name of a role's start: `A0` for `A`."""
+    """The name of the kept start of a role: `A0` for `A`."""
     return f"{role}0"
 
 
 def with_rank(method: Method, r: int | None = None, alpha: float | None = None) -> Method:
-    """The method with another rank or alpha, every other word as it is.
+    """The method with another rank or alpha.
 
     Raises:
         MethodError: the rank or alpha is out of range.
         TypeError: the scale has no alpha to change.
     """
-    words: dict[str, object] = {}
+    components: dict[str, object] = {}
     if r is not None:
-        words["delta"] = dataclasses.replace(cast(Any, method.delta), r=r)
+        components["delta"] = dataclasses.replace(cast(Any, method.delta), r=r)
     if alpha is not None:
-        words["scale"] = dataclasses.replace(cast(Any, method.scale), alpha=alpha)
-    return method.replace(**words) if words else method
+        components["scale"] = dataclasses.replace(cast(Any, method.scale), alpha=alpha)
+    return method.replace(**components) if components else method

@@ -1,12 +1,13 @@
-"""The site of an adapter: which layer, of which kind and size, as pure data."""
+"""The site of an adapter: the path, kind and size of a layer, as plain data."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from lorary._deprecated import RenamedAttribute
 
 
 @dataclass(frozen=True)
@@ -30,17 +31,17 @@ class Part:
 
 @dataclass(frozen=True)
 class Site:
-    """One layer that is adapted, as data.
+    """An adapted layer, as plain data.
 
     Args:
         name: the module's path in the model, such as `model.layers.0.self_attn.q_proj`.
         kind: `linear`, `transposed` (GPT-2's Conv1D), `conv1d`, `conv2d`, `conv3d` or `embedding`.
-        out: rows of the weight matrix: output features, channels, or the embedding's width.
-        inp: columns: input features, input channels per group times the kernel's size, or the vocabulary.
+        out_features: rows of the weight matrix: output features, channels, or the embedding's width.
+        in_features: columns: input features, input channels per group times the kernel's size, or the vocabulary.
         bias: whether the layer has a bias.
-        parts: the projections of a fused weight that are adapted one by one; empty for the whole weight.
+        parts: the separately adapted projections of a fused weight; empty for the whole weight.
         groups: the convolution's groups; 1 elsewhere.
-        window: the convolution's kernel size; empty elsewhere.
+        kernel_size: the convolution's kernel size; empty elsewhere.
     """
 
     name: str
@@ -52,54 +53,23 @@ class Site:
     groups: int = 1
     kernel_size: tuple[int, ...] = ()
 
+    out = RenamedAttribute("out_features")
+    inp = RenamedAttribute("in_features")
+    window = RenamedAttribute("kernel_size")
+
     @property
     def rows(self) -> list[int]:
-        """How many output rows each part has: one part for a whole weight."""
+        """The number of output rows of each part, or of the whole weight."""
         return [part.size * part.count for part in self.parts] or [self.out_features]
 
     def split(self, W: Tensor) -> list[Tensor]:
-        """The rows [., inp] of a weight [out, inp] that belong to each part."""
+        """The rows [., in] of a weight [out, in], by part."""
         return [W[part.rows(W.device)] for part in self.parts] or [W]
 
     def place(self, B: Tensor) -> Tensor:
-        """Stacked part factors [rows of the parts, r] as one factor [out, parts * r], zero off the blocks."""
+        """The parts' factors [rows of the parts, r] as one factor [out, parts * r], zero outside their blocks."""
         if not self.parts:
             return B
         blocks: Tensor = torch.block_diag(*B.split(self.rows))
         rows = torch.cat([part.rows(B.device) for part in self.parts])
         return blocks.new_zeros(self.out_features, blocks.shape[1]).index_copy(0, rows, blocks)
-
-
-class Kind(Protocol):
-    """A sort of layer, as what an [out, inp] matrix needs. B is [out, R], A is [R, inp], M is [out, inp].
-
-    Attributes:
-        rowwise: whether its input comes in rows [..., inp], one for every row of its output.
-    """
-
-    @property
-    def rowwise(self) -> bool: ...
-
-    def size(self, layer: Any) -> tuple[int, int]:
-        """(out, inp)."""
-        ...
-
-    def matrix(self, layer: Any) -> Tensor:
-        """The weight as [out, inp]: a view, or of a packed layer made anew."""
-        ...
-
-    def weight(self, layer: Any, M: Tensor) -> Tensor:
-        """A matrix [out, inp] in the layout of the layer's own weight."""
-        ...
-
-    def broadcast_over_rows(self, v: Tensor) -> Tensor:
-        """A vector [out], shaped to broadcast over the layer's output."""
-        ...
-
-    def run(self, layer: Any, x: Tensor, M: Tensor, b: Tensor | None) -> Tensor:
-        """The layer's function of x with another matrix and bias: the specification of every fast path."""
-        ...
-
-    def add(self, layer: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float) -> Tensor:
-        """y + s * layer(dropout(x); B A) by way of the R-wide middle, never forming B A."""
-        ...

@@ -84,7 +84,7 @@ def test_plan_and_the_meta_device() -> None:
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MethodError, match=r"backend: 'bitsandbites' is unknown\n.*did you mean `bitsandbytes`"):
         lorary.method("qlora", backend="bitsandbites")
-    with pytest.raises(MethodError, match="embeddings: bitsandbytes cannot save an embedding that it has packed"):
+    with pytest.raises(MethodError, match="embeddings: bitsandbytes cannot save an embedding that it has quantised"):
         lorary.method("qlora", backend="bitsandbytes", embeddings=True)
     method = lorary.method("qlora", backend="bitsandbytes")
     with pytest.raises(PlanError, match="kernel for CPUs misreads a weight of 16 x 16 in blocks of 64"):

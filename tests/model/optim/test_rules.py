@@ -179,7 +179,6 @@ class Pull(Rule):
     to: float = 1.0
     factor: float = 0.5
     needs = frozenset({"B"})
-    writes_base = False
 
     def start(self, layers: Sequence[Layer], steps: int) -> dict[str, Tensor]:
         return {"seen": torch.zeros(3, dtype=torch.int64), "weight": torch.tensor(1.0 / steps)}

@@ -284,7 +284,7 @@ data: builtin:docstrings
 method: lora,rslorra
 """, """\
 invalid configuration train.yaml:
-  - train.yaml:3:1: `rslorra` is no method that lorary knows
+  - train.yaml:3:1: `rslorra` is not a method that lorary knows
       hint: did you mean `rslora` or `lora` or `qlora`?"""),
 Bad('an option of another method', """\
 model: builtin:base
@@ -292,7 +292,7 @@ data: builtin:docstrings
 method: {name: rslora, ratio: 4}
 """, """\
 invalid configuration train.yaml:
-  - train.yaml:3:24: `ratio` is no option of lora + rslora
+  - train.yaml:3:24: `ratio` is not an option of lora + rslora
       hint: it is an option of lora+, delta-lora"""),
 Bad('options that are not a mapping', """\
 model: builtin:base
@@ -307,7 +307,7 @@ data: builtin:docstrings
 method: {name: bitfit, r: 8}
 """, """\
 invalid configuration train.yaml:
-  - train.yaml:3:24: `r` is no option of bitfit
+  - train.yaml:3:24: `r` is not an option of bitfit
       hint: it is an option of lora, glora, vera, melora, multilora, adalora, delta-lora, o-lora"""),
 Bad('methods that contradict', """\
 model: builtin:base
@@ -315,8 +315,8 @@ data: builtin:docstrings
 method: [lora+, lora-fa]
 """, """\
 invalid configuration train.yaml:
-  - train.yaml:3:1: `lr`: B would learn faster or slower than nothing: {A} is frozen
-      hint: give the rate itself, without a multiplier"""),
+  - train.yaml:3:1: `lr`: a learning-rate ratio has no effect: {B} is the only trained tensor
+      hint: set the learning rate itself, without a multiplier"""),
 Bad('two names of one key', """\
 model: builtin:base
 data: builtin:docstrings

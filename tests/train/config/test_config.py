@@ -154,7 +154,7 @@ def test_an_unknown_preset_of_a_switch_is_reported_at_the_switch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(PRESET_OF, "use_qdora", "qdora")
-    with pytest.raises(ConfigError, match=r"train\.yaml:3:1: `qdora` is no method that lorary knows"):
+    with pytest.raises(ConfigError, match=r"train\.yaml:3:1: `qdora` is not a method that lorary knows"):
         read(dump(LEAST) + "use_qdora: true\n", folder=tmp_path)
 
 

@@ -39,7 +39,6 @@ class Diary(Rule):
     weight: float = 0.0
 
     needs = frozenset({"B"})
-    writes_base = False
 
     def start(self, layers: Sequence[Any], steps: int) -> dict[str, Tensor]:
         SEEN.append(("start", len(layers), steps))
