@@ -23,9 +23,9 @@ ROLES = ("P", "E", "Q")
 class RankBudget(Rule):
     """The global rank budget, which falls from all directions to an average of `target` per layer.
 
-    Time is counted in optimizer steps. All directions stay during the first `start_at` steps; then the budget falls along
-    a cubic curve; during the last `final` steps the choice is final: the masked directions are removed from the tensors
-    and the optimizer's state (with several ranks: when the adapter is saved), and the scores are freed.
+    Time is counted in optimizer steps. All directions stay during the first `start_at` steps; then the budget falls
+    along a cubic curve; during the last `final` steps the choice is final: the masked directions are removed from the
+    tensors and the optimizer's state (with several ranks: when the adapter is saved), and the scores are freed.
 
     Args:
         target: the directions that remain, on average over the layers.
