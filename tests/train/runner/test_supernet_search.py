@@ -22,7 +22,7 @@ from lorary.methods.glora import RandomStructures
 from lorary.methods.glora_terms import GLoRADelta
 from lorary.train import run
 from lorary.train.config.load import from_dict
-from lorary.train.run.supernet_search import search_run
+from lorary.train.runner.supernet_search import search_run
 from tests import fresh
 from tests.cli.command import Command
 from tests.train.runs import adapted as attached
@@ -119,7 +119,7 @@ def test_a_search_needs_held_out_rows(words: dict[str, Any]) -> None:
         search_run(done.folder, FEW)
     assert str(refused.value) == (
         "cannot search in 'out':\n"
-        "  - data.validation: the run held no rows out, and what it has learnt cannot judge itself\n"
+        "  - data.validation: the run held no rows out, and a loss on its training rows cannot rank candidates\n"
         "      hint: train with data.validation or data.validation_split"
     )
     assert not (done.folder / "searched").exists()
@@ -133,9 +133,9 @@ def test_a_search_needs_the_rows_of_the_run(words: dict[str, Any]) -> None:
         search_run(done.folder, FEW)
     assert str(refused.value) == (
         f"cannot search in {str(done.folder)!r}:\n"
-        "  - data.train: the training rows are not those of the run, and so the rows held out may be among those that "
-        "it learnt\n"
-        "      hint: restore the data that the run began with"
+        "  - data.train: the training rows are not those of the run, so the held-out rows may be among its training "
+        "rows\n"
+        "      hint: restore the run's original data"
     )
     assert not (done.folder / "searched").exists()
     Path("data.jsonl").write_text(data)
@@ -143,7 +143,9 @@ def test_a_search_needs_the_rows_of_the_run(words: dict[str, Any]) -> None:
 
 
 def test_what_is_no_finished_supernet_run(words: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(FileError, match=r"holds no config.resolved.yaml and no adapter"):
+    with pytest.raises(
+        FileError, match=r"is not the folder of a finished run: config.resolved.yaml and adapter missing"
+    ):
         search_run(tmp_path, FEW)
     words["method"] = {"name": "lora", "r": 2}
     done = run(from_dict(words), quiet=True)

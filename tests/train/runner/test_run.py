@@ -25,7 +25,7 @@ from lorary.cli import app
 from lorary.errors import ConfigError, DataError, StateError, TrainingError
 from lorary.train import run
 from lorary.train.config.load import from_dict
-from lorary.train.run.folder import RunFolder
+from lorary.train.runner.folder import RunFolder
 from lorary.train.trainer.progress import ProgressLines
 from tests.train.resume.processes import child
 from tests.train.runs import WORDS, base_folder, changed, configuration
@@ -131,7 +131,7 @@ def test_a_folder_that_is_not_empty_is_refused(words: dict[str, Any]) -> None:
     for how in ("overwrite", "resume"):
         with pytest.raises(ConfigError) as caught:
             run(from_dict(words), quiet=True, **{how: True})
-        assert "holds what no run of lorary wrote: thesis.tex" in str(caught.value)
+        assert "holds files that no run of lorary wrote: thesis.tex" in str(caught.value)
     assert [p.name for p in Path("out").iterdir()] == ["thesis.tex"]
 
 
@@ -157,7 +157,7 @@ def test_folders_that_must_not_go_are_refused(words: dict[str, Any], base: Path,
 
 
 def test_resuming_and_overwriting_at_once_is_refused(words: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="`resume` keeps what is there, `overwrite` removes it"):
+    with pytest.raises(ConfigError, match="`resume` keeps the run in the folder, `overwrite` removes it"):
         run(from_dict(words), resume=True, overwrite=True)
 
 
@@ -245,7 +245,7 @@ def test_resuming_before_there_is_a_checkpoint_begins_anew(
     with caplog.at_level(logging.INFO, logger="lorary.train"):
         done = run(from_dict(words), resume=True, quiet=True)
     assert done.steps == 6
-    assert "there is no complete checkpoint to resume from: training begins anew" in caplog.text
+    assert "no complete checkpoint to resume from: training starts from the beginning" in caplog.text
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -254,13 +254,16 @@ def test_an_interrupted_command_exits_with_the_signals_code(
 ) -> None:
 
     Path("my.yaml").write_text(yaml.safe_dump(words))
-    real = run.run
-    monkeypatch.setattr(run, "run", lambda *a, **k: real(*a, **k, callbacks=[Kill(2, number)]))
+
+    def killed(*a: Any, **k: Any) -> Any:
+        return run(*a, **k, callbacks=[Kill(2, number)])
+
+    monkeypatch.setattr("lorary.train.runner.run.run", killed)
     ended = CliRunner().invoke(app(), ["train", "my.yaml", "--quiet"])
     assert ended.exit_code == code
     assert Path("out/checkpoints/checkpoint-3").is_dir()
     assert not Path("out/adapter").exists()
-    monkeypatch.setattr(run, "run", real)
+    monkeypatch.setattr("lorary.train.runner.run.run", run)
     ended = CliRunner().invoke(app(), ["train", "my.yaml", "--quiet", "--resume"])
     assert (ended.exit_code, ended.stdout) == (0, "out/adapter\n")
 
@@ -301,7 +304,7 @@ def test_data_that_would_teach_nothing_is_refused_before_anything_is_written(wor
 
 
 def test_steps_are_counted_as_the_trainer_counts_them(words: dict[str, Any]) -> None:
-    from lorary.train.run.prepare import prepare
+    from lorary.train.runner.prepare import prepare
 
     for packing in (False, True):
         tree = changed(changed(words, "data", packing=packing), "training", max_steps=None, epochs=1.5, eval_steps=1)
@@ -343,6 +346,17 @@ def test_progress_as_a_bar_on_a_terminal(words: dict[str, Any]) -> None:
     assert "6/6" in stream.getvalue()
     assert "tokens/s" in stream.getvalue()
     assert bar.bar is None  # stopped, so that the terminal is as it was
+
+
+def test_run_is_the_function_whatever_was_imported_before() -> None:
+    """No module of the package may have its name, or its import would hide the function."""
+    import importlib
+
+    for path in Path(lorary.train.__path__[0]).rglob("*.py"):
+        name = ".".join(path.relative_to(lorary.train.__path__[0]).with_suffix("").parts).removesuffix("__init__")
+        importlib.import_module(f"lorary.train.{name}".rstrip("."))
+    assert lorary.train.run is run
+    assert callable(run)
 
 
 def test_importing_the_package_brings_no_trainer() -> None:
