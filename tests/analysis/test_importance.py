@@ -198,10 +198,10 @@ def test_what_cannot_be_measured_is_refused() -> None:
 
 
 REFUSED = {
-    "dora": "join: Direction changes a layer's output by more than s B A x, which is what is measured",
-    "glora": "join: Supports changes a layer's output by more than s B A x, which is what is measured",
-    "vera": "delta: all layers share {A, B} of Vectors already",
-    "pissa": "init: Principal starts each layer from its own weight, and layers that share start alike",
+    "dora": "join: MagnitudeDirection changes a layer's output by more than s B A x, which is what is measured",
+    "glora": "join: GLoRAJoin changes a layer's output by more than s B A x, which is what is measured",
+    "vera": "delta: all layers share {A, B} of SharedProjectionDelta already",
+    "pissa": "init: SVDInit starts each layer from its own weight, and layers that share start alike",
     "bitfit": "method: adapts no layer: there are none to choose from",
 }
 

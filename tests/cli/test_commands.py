@@ -94,7 +94,7 @@ def test_plan_reads_no_weights(command: Command) -> None:
     assert (ran.code, ran.err) == (0, "")
     assert "\nactivations " in ran.out
     assert "4 x 1,024 tokens (some padding), weights in" in ran.out
-    assert "BySqrtRank" in ran.out
+    assert "AlphaOverSqrtRank" in ran.out
     assert "trains    448 of" in ran.out  # layer 0: q 4 (32 + 32), v 4 (16 + 32)
 
 

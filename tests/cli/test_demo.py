@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from lorary import builtin
 from lorary.builtin import corpora
-from lorary.cli.demo import report, run
-from lorary.cli.demo.command import demo
-from lorary.cli.demo.folder import make_room
+from lorary.cli._demo import report, run
+from lorary.cli.demo import demo
+from lorary.cli._demo.folder import make_room
 from lorary.errors import DataError, FileError
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("demo")]  # one run serves them all

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import lorary
 from lorary import builtin
-from lorary.cli.comparison_rows import comparison_rows
+from lorary.cli._comparison_rows import comparison_rows
 from lorary.layers.nf4 import NF4Linear
 from lorary.model.loading.bitsandbytes_checkpoint import save_quantized
 from lorary.train.config.yaml_source import dump

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import lorary
-from lorary.cli.method_chooser import QUESTIONS, choose
+from lorary.cli._method_chooser import QUESTIONS, choose
 from lorary.cli.methods import table
 from lorary.errors import MethodError
 from lorary.model.loading.from_pretrained import skeleton

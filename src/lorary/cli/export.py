@@ -31,7 +31,7 @@ def export(
     from lorary.adapters import export_peft, load_adapter
     from lorary.adapters.resolve import adapter_folder, base_of
     from lorary.analysis.merge_check import logits
-    from lorary.cli.comparison_rows import random_rows
+    from lorary.cli._comparison_rows import random_rows
     from lorary.errors import ConfigError, Diagnostic, FileError, did_you_mean
     from lorary.model.loading.from_pretrained import load_model
 

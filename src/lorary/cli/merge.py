@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from lorary.adapters.adapter import Adapter
     from lorary.analysis.merge_error import MergeError
-    from lorary.cli.comparison_rows import Rows
+    from lorary.cli._comparison_rows import Rows
     from lorary.model.loading.source import ModelSection
 
 DTYPES, ONTO = ("auto", "float32", "bfloat16", "float16"), ("trained", "original")
@@ -128,7 +128,7 @@ def _precisions(
 
 def _run_dtype(path: Path) -> str:
     """What the base was loaded in by the run that made the adapter; `auto` where that cannot be told."""
-    from lorary.cli.comparison_rows import run_config
+    from lorary.cli._comparison_rows import run_config
     from lorary.errors import LoraryError
 
     try:
@@ -151,7 +151,7 @@ def _tokenizer(section: ModelSection) -> Any:
 
 
 def _rows(adapter: Path, tokenizer: Any, section: ModelSection, rows: int, data: str | None) -> Rows:
-    from lorary.cli.comparison_rows import comparison_rows
+    from lorary.cli._comparison_rows import comparison_rows
     from lorary.model.loading.from_pretrained import load_config
 
     return comparison_rows(adapter, tokenizer, load_config(section), rows, data)

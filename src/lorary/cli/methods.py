@@ -32,7 +32,7 @@ def methods(
     Methods combine: --method lora,rslora,lora+ takes the words of all three. Not sure? lorary methods --choose
     """
     if choosing or answers is not None:
-        from lorary.cli.method_chooser import choose
+        from lorary.cli._method_chooser import choose
 
         print(choose(_asked() if answers is None else _given(answers)).yaml(), end="")
         return
@@ -117,7 +117,7 @@ def _size(method: Any) -> dict[str, int | None]:
     placed = AdaptedSite(Site("layer", "linear", WIDE, WIDE, False), method)
     own = [shape for role, shape in placed.shapes.items() if role not in placed.delta.shared]
     held = sum(math.prod(shape) for shape in (*own, *placed.starts.values()))
-    state = sum(rule.holds(placed.shapes) for rule in method.rules)
+    state = sum(rule.state_bytes(placed.shapes) for rule in method.rules)
     return {"numbers": placed.trainable, "bytes": 4 * held + 12 * placed.trainable + state}
 
 
@@ -140,7 +140,7 @@ def _named(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _asked() -> dict[str, str]:
     """The answers, asked for on standard error, so that standard output holds the configuration alone."""
-    from lorary.cli.method_chooser import QUESTIONS
+    from lorary.cli._method_chooser import QUESTIONS
 
     answers = {}
     for key, question in QUESTIONS.items():

@@ -62,7 +62,7 @@ def _config(model: str, given: list[str]) -> Config:
 
 
 def _show(config: Config, size: float | None, check: bool) -> None:
-    from lorary.cli.memory_table import show
+    from lorary.cli._memory_table import show
     from lorary.model.loading.checkpoint_kind import reader
     from lorary.model.loading.from_pretrained import fast_skeleton, skeleton
     from lorary.train.runner.memory_forecast import forecast

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from lorary.analysis.long_context import Context
 from lorary.analysis.passkey import DEPTHS, Retrieval
-from lorary.cli.context.plan import HTML, JSON, SVG
-from lorary.cli.context.run import Found
+from lorary.cli._context.plan import HTML, JSON, SVG
+from lorary.cli._context.run import Found
 
 if TYPE_CHECKING:
     from lorary.analysis.html_report import KeyFigure

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 import lorary
 from lorary import builtin
 from lorary.builtin import corpora
-from lorary.cli.demo.folder import MERGED, RUN
+from lorary.cli._demo.folder import MERGED, RUN
 from lorary.errors import DataError
 from lorary.model.plan import Plan
 from lorary.train.config.config import Config

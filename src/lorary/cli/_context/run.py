@@ -15,7 +15,7 @@ from lorary.adapters.resolve import with_adapter
 from lorary.analysis.long_context import Context, by_length, by_position, losses
 from lorary.analysis.passkey import DEPTHS, Haystack, Retrieval, retrieval
 from lorary.cli import printable
-from lorary.cli.context.plan import ModelUnderTest, Plan, quietly
+from lorary.cli._context.plan import ModelUnderTest, Plan, quietly
 from lorary.layers.rope import max_context, text_config
 from lorary.model.labelled_head import LabelledHead
 

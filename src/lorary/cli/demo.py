@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorary.cli.demo.folder import REPORT, make_room
+from lorary.cli._demo.folder import REPORT, make_room
 
 
 def demo(
@@ -20,7 +20,7 @@ def demo(
     after, saves, reloads, merges, verifies, and writes one HTML report. Needs no network and no GPU.
     """
     make_room(out)
-    from lorary.cli.demo import report, run
+    from lorary.cli._demo import report, run
 
     found = run.perform(out, steps)
     report.write(found, out / REPORT)

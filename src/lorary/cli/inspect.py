@@ -41,9 +41,9 @@ def context(
     lorary inspect context builtin:base out/ compares a run with its base; one model is in memory at a time. Lengths
     beyond what a model knows are the point of it, where positions are rotary: a learnt table has no more than it has.
     """
-    from lorary.cli.context.plan import Request, checked
-    from lorary.cli.context.report import tell, write
-    from lorary.cli.context.run import measure
+    from lorary.cli._context.plan import Request, checked
+    from lorary.cli._context.report import tell, write
+    from lorary.cli._context.run import measure
     from lorary.files.atomic import atomic_directory
 
     asked = checked(Request(tuple(models), base, lengths, data, tokens, passkeys, out))
