@@ -371,6 +371,6 @@ def test_a_method_that_adapts_no_layer_trains(words: dict[str, Any]) -> None:
     """There is no init that could need the plain weights."""
     done = run(from_dict(words | {"method": "full"}), quiet=True)
     assert done.steps == 6
-    adapter = lorary.Adapter.load(done.adapter)
+    adapter = lorary.load_adapter(done.adapter)
     assert (adapter.sites, adapter.method.delta) == ((), None)
     assert "model.norm.weight" in adapter.full
