@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -23,7 +24,7 @@ from typer.testing import CliRunner
 import lorary
 from lorary.cli import app
 from lorary.errors import ConfigError, DataError, StateError, TrainingError
-from lorary.train import run
+from lorary.train import Run, run
 from lorary.train.config.load import from_dict
 from lorary.train.runner.folder import RunFolder
 from lorary.train.trainer.progress import ProgressLines
@@ -44,9 +45,23 @@ def words(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
     return configuration(base, Path("data.jsonl"))
 
 
-def test_a_run_leaves_everything_about_itself(words: dict[str, Any], base: Path) -> None:
-    done = run(from_dict(words), quiet=True)
-    out = Path("out")
+@pytest.fixture(scope="module")
+def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
+    """A finished run and its folder, which no test changes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("finished"))
+        done = run(from_dict(configuration(base, Path("data.jsonl"))), quiet=True)
+        return done, done.folder.absolute()
+
+
+@pytest.fixture
+def out(words: dict[str, Any], finished: tuple[Run, Path]) -> Path:
+    """A copy of that folder, beside its data."""
+    return Path(shutil.copytree(finished[1], "out"))
+
+
+def test_a_run_leaves_everything_about_itself(finished: tuple[Run, Path], out: Path, base: Path) -> None:
+    done, _ = finished
     assert sorted(p.name for p in out.iterdir()) == [
         "README.md",
         "adapter",
@@ -75,8 +90,11 @@ def test_a_run_leaves_everything_about_itself(words: dict[str, Any], base: Path)
     assert (out / "adapter" / "tokenizer.json").is_file()
 
 
-def test_the_card_says_what_is_true_and_nothing_about_the_machine(words: dict[str, Any], base: Path) -> None:
-    done = run(from_dict(words), quiet=True)
+@pytest.mark.usefixtures("out")
+def test_the_card_says_what_is_true_and_nothing_about_the_machine(
+    words: dict[str, Any], base: Path, finished: tuple[Run, Path]
+) -> None:
+    done, _ = finished
     card = Path("out/README.md").read_text()
     assert card == Path("out/adapter/README.md").read_text()
     front, body = card.split("---\n")[1:]
@@ -99,7 +117,7 @@ def test_the_card_says_what_is_true_and_nothing_about_the_machine(words: dict[st
     assert "| examples | 19, 5 held out; " in body
     assert "| steps | 6 of 4 × 1 rows, " in body
     assert "for `small`" in body
-    for private in (str(base.parent), str(Path.cwd()), socket.gethostname(), "todo".upper(), "[More", "None"):
+    for private in (str(base.parent), str(finished[1].parent), socket.gethostname(), "todo".upper(), "[More", "None"):
         assert private not in body
     config = json.loads(Path("out/adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "small"
@@ -135,8 +153,8 @@ def test_a_folder_that_is_not_empty_is_refused(words: dict[str, Any]) -> None:
     assert [p.name for p in Path("out").iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.usefixtures("out")
 def test_overwriting_removes_the_run_that_was_there(words: dict[str, Any]) -> None:
-    run(from_dict(words), quiet=True)
     again = run(from_dict(changed(words, "training", max_steps=3)), overwrite=True, quiet=True)
     assert again.steps == 3
     assert max(r["step"] for r in again.history) == 3
@@ -211,8 +229,8 @@ def _plain(history: tuple[dict[str, Any], ...]) -> list[dict[str, Any]]:
     return [{k: v for k, v in r.items() if not k.endswith(("runtime", "per_second"))} for r in history]
 
 
-def test_a_killed_run_is_resumed_to_the_very_same_folder(words: dict[str, Any]) -> None:
-    whole = run(from_dict(words | {"output": "whole"}), quiet=True)
+def test_a_killed_run_is_resumed_to_the_very_same_folder(words: dict[str, Any], finished: tuple[Run, Path]) -> None:
+    whole, folder = finished
     pid = child(lambda: run(from_dict(words), quiet=True, callbacks=[Kill(5, signal.SIGKILL)]))
     _, status = os.waitpid(pid, 0)
     assert os.WTERMSIG(status) == signal.SIGKILL
@@ -223,12 +241,12 @@ def test_a_killed_run_is_resumed_to_the_very_same_folder(words: dict[str, Any]) 
     assert _plain(again.history) == _plain(whole.history)
     names = ("adapter_model.safetensors", "adapter_config.json", "lorary.json")
     for name in names:
-        assert Path("out/adapter", name).read_bytes() == Path("whole/adapter", name).read_bytes()
+        assert Path("out/adapter", name).read_bytes() == (folder / "adapter" / name).read_bytes()
     assert not list(Path("out").rglob(".lorary-tmp-*"))
 
 
+@pytest.mark.usefixtures("out")
 def test_resuming_with_another_configuration_is_refused(words: dict[str, Any]) -> None:
-    run(from_dict(words), quiet=True)
     other = changed(changed(words, "training", lr=5e-4, save_total_limit=5), "method", r=8)
     with pytest.raises(ConfigError) as caught:
         run(from_dict(other), resume=True, quiet=True)
