@@ -31,7 +31,7 @@ CONFIG: dict[str, Any] = {
     },
     "data": {"train": "rows.jsonl", "max_length": 128},
     "training": {
-        "max_steps": 6,
+        "max_steps": 4,
         "batch_size": 2,
         "gradient_accumulation_steps": 1,
         "lr": 1e-3,

@@ -124,11 +124,11 @@ def _run(
     return result
 
 
-def _write_start(prepared: RunPlan, folder: RunFolder, resumed: Path | None, warnings: Sequence[str]) -> None:
+def _write_start(prepared: RunPlan, folder: RunFolder, resumed: Path | None, messages: Sequence[str]) -> None:
     folder.write(CONFIG, prepared.config.to_yaml())
     folder.write(ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
     folder.write(SAMPLE, text(prepared.lint) + "\n")
-    for sentence in warnings:
+    for sentence in messages:
         _log.warning("%s", sentence)
     folder.truncate_history(checkpoint.step_of(resumed) if resumed else -1)
     for note in prepared.notes:

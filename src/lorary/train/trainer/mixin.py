@@ -37,13 +37,7 @@ from lorary.model.labelled_head import LabelledHead
 from lorary.model.rank_pruning import fit
 from lorary.model.state import require
 from lorary.train.data.sampler import Position, SeededSampler, rows_of
-from lorary.train.trainer import checkpoint, resume, rng
-from lorary.train.trainer.distributed import (
-    check_strategy,
-    enable_fsdp_on_cpus,
-    refuse_sharding_shared_layers,
-    reshard,
-)
+from lorary.train.trainer import checkpoint, distributed, resume, rng
 from lorary.train.trainer.failure_messages import with_failure_help
 from lorary.train.trainer.nan_guard import NanGuard
 from lorary.train.trainer.quantized_base import hide_quantization
@@ -113,9 +107,9 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
         before = model.__dict__.get("forward")
         with hide_quantization(model):
             super().__init__(model=model, args=args, callbacks=[_Events(self), *(callbacks or [])], **rest)
-        check_strategy(self.accelerator.state)
+        distributed.check_strategy(self.accelerator.state)
         if self.is_fsdp_enabled and any(site.share for site in sites):
-            refuse_sharding_shared_layers()
+            distributed.refuse_sharding_shared_layers()
         del model.__dict__["forward"]  # TRL's own head
         if before is not None:
             model.__dict__["forward"] = before
@@ -124,7 +118,7 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
     def create_accelerator_and_postprocess(self) -> None:
         """Transformers' own, and FSDP2 on CPUs, where accelerate would silently use DDP."""
         super().create_accelerator_and_postprocess()
-        if enable_fsdp_on_cpus(self.accelerator.state, self.args.fsdp_plugin_args):
+        if distributed.enable_fsdp_on_cpus(self.accelerator.state, self.args.fsdp_plugin_args):
             self.is_fsdp_enabled = True
 
     def _send_telemetry(self) -> None:
@@ -185,7 +179,7 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
     def unwrapped_model(self) -> nn.Module:
         """The model without the wrappers of DDP and `torch.compile`."""
         model: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        return reshard(model) if self.is_fsdp_enabled else model
+        return distributed.reshard(model) if self.is_fsdp_enabled else model
 
     # --- the data ---------------------------------------------------------------------------------------------
 
@@ -209,9 +203,8 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
         if self.sampler is None:
             return "rows of a stream, which have no numbers"
         accumulated, ranks = self.args.gradient_accumulation_steps, self.args.world_size
-        epoch, step = divmod(
-            self.state.global_step, math.ceil(len(self.callback_handler.train_dataloader) / accumulated)
-        )
+        steps = math.ceil(len(self.callback_handler.train_dataloader) / accumulated)
+        epoch, step = divmod(self.state.global_step, steps)
         at = Position(epoch, step * accumulated + micro_batch, self.args.process_index)
         rows = rows_of(self.sampler, at, self._train_batch_size, ranks, self.args.dataloader_drop_last)
         return f"rows {', '.join(map(str, rows))} of the training data (the first is 0)"

@@ -55,9 +55,8 @@ class NanGuard:
         """
         losses, self.losses = torch.stack(self.losses).float(), []
         # each rank checks its own shards; those of a fully pruned layer are empty
-        gradients = [
-            local_shard(p.grad) for p in model.parameters() if p.grad is not None and local_shard(p.grad).numel()
-        ]
+        shards = [local_shard(p.grad) for p in model.parameters() if p.grad is not None]
+        gradients = [shard for shard in shards if shard.numel()]
         finite = torch.isfinite(losses).all()
         if gradients and not scaled:
             # the largest entry, since a sum of squares could overflow although no gradient did

@@ -124,16 +124,15 @@ def save_checkpoint(trainer: Any, path: Path) -> None:
     model = trainer.unwrapped_model()
     state, adapter = _training_state(trainer, model), copy_adapter(model, trainer.fingerprint)
     facts = {"step": trainer.state.global_step, "lorary": lorary.__version__}
-    error: LoraryError | None = None
+    failure: LoraryError | None = None
     if trainer.args.should_save:
         try:
             checkpoint.write(path, adapter, state, facts, lambda folder: _write_trainer_state(trainer, folder), model)
             checkpoint.rotate(path.parent, trainer.args.save_total_limit, trainer.state.best_model_checkpoint)
-        except LoraryError as failure:
-            error = failure
-    for failure in gather_object([error]):
-        if failure is not None:
-            raise failure
+        except LoraryError as error:
+            failure = error
+    for error in filter(None, gather_object([failure])):
+        raise error
 
 
 def choose_checkpoint(trainer: Any, wanted: str | bool) -> Path:
