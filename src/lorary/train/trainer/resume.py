@@ -131,8 +131,8 @@ def save_checkpoint(trainer: Any, path: Path) -> None:
             checkpoint.rotate(path.parent, trainer.args.save_total_limit, trainer.state.best_model_checkpoint)
         except LoraryError as error:
             failure = error
-    for error in filter(None, gather_object([failure])):
-        raise error
+    for reported in filter(None, gather_object([failure])):
+        raise reported
 
 
 def choose_checkpoint(trainer: Any, wanted: str | bool) -> Path:
