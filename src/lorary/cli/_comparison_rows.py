@@ -17,7 +17,7 @@ from lorary.train.config.load import load as load_config
 from lorary.train.data.load import load, validation
 from lorary.train.data.row_formats import Example
 from lorary.train.data.tokenize import tokenize
-from lorary.train.run.folder import ADAPTER, CONFIG
+from lorary.train.runner.folder import ADAPTER, CONFIG
 
 WINDOW = 128  # tokens of a row: the logits of each are as many numbers as the vocabulary has
 TEXTS = "builtin:topics"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lorary.train.config.config import Config
-    from lorary.train.run.memory_forecast import Forecast
+    from lorary.train.runner.memory_forecast import Forecast
 
 Rows = list[tuple[str, ...]]
 
@@ -52,7 +52,7 @@ def _room(found: Forecast, size: float | None) -> Rows:
 
 def _advice(config: Config, found: Forecast, size: float) -> Rows:
     from lorary.analysis.memory.gpu_fit import gigabytes
-    from lorary.train.run.memory_advice import proposals
+    from lorary.train.runner.memory_advice import proposals
 
     rows: Rows = []
     for proposal in proposals(config, found, size):

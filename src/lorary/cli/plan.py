@@ -10,7 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from lorary.train.config.config import Config
-    from lorary.train.run.memory_forecast import Forecast
+    from lorary.train.runner.memory_forecast import Forecast
 
 
 def plan(
@@ -65,7 +65,7 @@ def _show(config: Config, size: float | None, check: bool) -> None:
     from lorary.cli._memory_table import show
     from lorary.model.loading.checkpoint_kind import reader
     from lorary.model.loading.from_pretrained import fast_skeleton, skeleton
-    from lorary.train.run.memory_forecast import forecast
+    from lorary.train.runner.memory_forecast import forecast
 
     # a method that changes how the model attends does so in Transformers' code
     bare = fast_skeleton(config.model) if config.method.build().context is None else skeleton(config.model)
@@ -82,7 +82,7 @@ def _checked(config: Config, found: Forecast) -> str:
     from lorary.analysis.memory.predict import predict
     from lorary.model.loading.from_pretrained import skeleton
     from lorary.model.plan import human_bytes
-    from lorary.train.run.memory_forecast import workload
+    from lorary.train.runner.memory_forecast import workload
 
     model = skeleton(config.model)
     counted = predict(model, found.plan, workload(config, model), config.training.optimizer, whole=True)

@@ -30,7 +30,7 @@ def search(
     of its own, RUN/searched, which merges, loads and generates like any other.
     """
     from lorary.analysis.supernet_search import EvolutionConfig
-    from lorary.train.run.supernet_search import search_run
+    from lorary.train.runner.supernet_search import search_run
 
     half = population // 2
     evolution = EvolutionConfig(

@@ -14,7 +14,7 @@ import typer
 
 if TYPE_CHECKING:
     from lorary.train.config.config import Config
-    from lorary.train.run.prepare import RunPlan
+    from lorary.train.runner.prepare import RunPlan
 
 
 def train(
@@ -41,7 +41,7 @@ def train(
         if dry_run:
             _dry_run(described)
             return
-        from lorary.train.run.run import run
+        from lorary.train.runner.run import run
 
         done = run(described, resume=resume, overwrite=overwrite, quiet=quiet)
     if done.interrupted:
@@ -72,7 +72,7 @@ def _speaking(quiet: bool) -> Iterator[None]:
 
 
 def _dry_run(config: Config) -> None:
-    from lorary.train.run.prepare import prepare
+    from lorary.train.runner.prepare import prepare
 
     prepared = prepare(config, processes=int(os.environ.get("WORLD_SIZE", "1")))
     _show(prepared)

@@ -22,7 +22,7 @@ from lorary.errors import DataError
 from lorary.model.plan import Plan
 from lorary.train.config.config import Config
 from lorary.train.config.load import from_dict
-from lorary.train.run.run import run
+from lorary.train.runner.run import run
 
 WINDOW = 128  # tokens per row, in training and in measuring
 ABOUT = {"builtin:c-headers": "C headers", "builtin:topics": "English prose about Python"}

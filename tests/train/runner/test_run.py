@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -23,9 +24,9 @@ from typer.testing import CliRunner
 import lorary
 from lorary.cli import app
 from lorary.errors import ConfigError, DataError, StateError, TrainingError
-from lorary.train import run
+from lorary.train import Run, run
 from lorary.train.config.load import from_dict
-from lorary.train.run.folder import RunFolder
+from lorary.train.runner.folder import RunFolder
 from lorary.train.trainer.progress import ProgressLines
 from tests.train.resume.processes import child
 from tests.train.runs import WORDS, base_folder, changed, configuration
@@ -44,9 +45,23 @@ def words(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
     return configuration(base, Path("data.jsonl"))
 
 
-def test_a_run_leaves_everything_about_itself(words: dict[str, Any], base: Path) -> None:
-    done = run(from_dict(words), quiet=True)
-    out = Path("out")
+@pytest.fixture(scope="module")
+def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
+    """A finished run and its folder, which no test changes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("finished"))
+        done = run(from_dict(configuration(base, Path("data.jsonl"))), quiet=True)
+        return done, done.folder.absolute()
+
+
+@pytest.fixture
+def out(words: dict[str, Any], finished: tuple[Run, Path]) -> Path:
+    """A copy of that folder, beside its data."""
+    return Path(shutil.copytree(finished[1], "out"))
+
+
+def test_a_run_leaves_everything_about_itself(finished: tuple[Run, Path], out: Path, base: Path) -> None:
+    done, _ = finished
     assert sorted(p.name for p in out.iterdir()) == [
         "README.md",
         "adapter",
@@ -75,8 +90,11 @@ def test_a_run_leaves_everything_about_itself(words: dict[str, Any], base: Path)
     assert (out / "adapter" / "tokenizer.json").is_file()
 
 
-def test_the_card_says_what_is_true_and_nothing_about_the_machine(words: dict[str, Any], base: Path) -> None:
-    done = run(from_dict(words), quiet=True)
+@pytest.mark.usefixtures("out")
+def test_the_card_says_what_is_true_and_nothing_about_the_machine(
+    words: dict[str, Any], base: Path, finished: tuple[Run, Path]
+) -> None:
+    done, _ = finished
     card = Path("out/README.md").read_text()
     assert card == Path("out/adapter/README.md").read_text()
     front, body = card.split("---\n")[1:]
@@ -99,7 +117,7 @@ def test_the_card_says_what_is_true_and_nothing_about_the_machine(words: dict[st
     assert "| examples | 19, 5 held out; " in body
     assert "| steps | 6 of 4 × 1 rows, " in body
     assert "for `small`" in body
-    for private in (str(base.parent), str(Path.cwd()), socket.gethostname(), "todo".upper(), "[More", "None"):
+    for private in (str(base.parent), str(finished[1].parent), socket.gethostname(), "todo".upper(), "[More", "None"):
         assert private not in body
     config = json.loads(Path("out/adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "small"
@@ -131,12 +149,12 @@ def test_a_folder_that_is_not_empty_is_refused(words: dict[str, Any]) -> None:
     for how in ("overwrite", "resume"):
         with pytest.raises(ConfigError) as caught:
             run(from_dict(words), quiet=True, **{how: True})
-        assert "holds what no run of lorary wrote: thesis.tex" in str(caught.value)
+        assert "holds files that no run of lorary wrote: thesis.tex" in str(caught.value)
     assert [p.name for p in Path("out").iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.usefixtures("out")
 def test_overwriting_removes_the_run_that_was_there(words: dict[str, Any]) -> None:
-    run(from_dict(words), quiet=True)
     again = run(from_dict(changed(words, "training", max_steps=3)), overwrite=True, quiet=True)
     assert again.steps == 3
     assert max(r["step"] for r in again.history) == 3
@@ -157,7 +175,7 @@ def test_folders_that_must_not_go_are_refused(words: dict[str, Any], base: Path,
 
 
 def test_resuming_and_overwriting_at_once_is_refused(words: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="`resume` keeps what is there, `overwrite` removes it"):
+    with pytest.raises(ConfigError, match="`resume` keeps the run in the folder, `overwrite` removes it"):
         run(from_dict(words), resume=True, overwrite=True)
 
 
@@ -211,8 +229,8 @@ def _plain(history: tuple[dict[str, Any], ...]) -> list[dict[str, Any]]:
     return [{k: v for k, v in r.items() if not k.endswith(("runtime", "per_second"))} for r in history]
 
 
-def test_a_killed_run_is_resumed_to_the_very_same_folder(words: dict[str, Any]) -> None:
-    whole = run(from_dict(words | {"output": "whole"}), quiet=True)
+def test_a_killed_run_is_resumed_to_the_very_same_folder(words: dict[str, Any], finished: tuple[Run, Path]) -> None:
+    whole, folder = finished
     pid = child(lambda: run(from_dict(words), quiet=True, callbacks=[Kill(5, signal.SIGKILL)]))
     _, status = os.waitpid(pid, 0)
     assert os.WTERMSIG(status) == signal.SIGKILL
@@ -223,12 +241,12 @@ def test_a_killed_run_is_resumed_to_the_very_same_folder(words: dict[str, Any]) 
     assert _plain(again.history) == _plain(whole.history)
     names = ("adapter_model.safetensors", "adapter_config.json", "lorary.json")
     for name in names:
-        assert Path("out/adapter", name).read_bytes() == Path("whole/adapter", name).read_bytes()
+        assert Path("out/adapter", name).read_bytes() == (folder / "adapter" / name).read_bytes()
     assert not list(Path("out").rglob(".lorary-tmp-*"))
 
 
+@pytest.mark.usefixtures("out")
 def test_resuming_with_another_configuration_is_refused(words: dict[str, Any]) -> None:
-    run(from_dict(words), quiet=True)
     other = changed(changed(words, "training", lr=5e-4, save_total_limit=5), "method", r=8)
     with pytest.raises(ConfigError) as caught:
         run(from_dict(other), resume=True, quiet=True)
@@ -245,7 +263,7 @@ def test_resuming_before_there_is_a_checkpoint_begins_anew(
     with caplog.at_level(logging.INFO, logger="lorary.train"):
         done = run(from_dict(words), resume=True, quiet=True)
     assert done.steps == 6
-    assert "there is no complete checkpoint to resume from: training begins anew" in caplog.text
+    assert "no complete checkpoint to resume from: training starts from the beginning" in caplog.text
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -254,13 +272,16 @@ def test_an_interrupted_command_exits_with_the_signals_code(
 ) -> None:
 
     Path("my.yaml").write_text(yaml.safe_dump(words))
-    real = run.run
-    monkeypatch.setattr(run, "run", lambda *a, **k: real(*a, **k, callbacks=[Kill(2, number)]))
+
+    def killed(*a: Any, **k: Any) -> Any:
+        return run(*a, **k, callbacks=[Kill(2, number)])
+
+    monkeypatch.setattr("lorary.train.runner.run.run", killed)
     ended = CliRunner().invoke(app(), ["train", "my.yaml", "--quiet"])
     assert ended.exit_code == code
     assert Path("out/checkpoints/checkpoint-3").is_dir()
     assert not Path("out/adapter").exists()
-    monkeypatch.setattr(run, "run", real)
+    monkeypatch.setattr("lorary.train.runner.run.run", run)
     ended = CliRunner().invoke(app(), ["train", "my.yaml", "--quiet", "--resume"])
     assert (ended.exit_code, ended.stdout) == (0, "out/adapter\n")
 
@@ -301,7 +322,7 @@ def test_data_that_would_teach_nothing_is_refused_before_anything_is_written(wor
 
 
 def test_steps_are_counted_as_the_trainer_counts_them(words: dict[str, Any]) -> None:
-    from lorary.train.run.prepare import prepare
+    from lorary.train.runner.prepare import prepare
 
     for packing in (False, True):
         tree = changed(changed(words, "data", packing=packing), "training", max_steps=None, epochs=1.5, eval_steps=1)
@@ -345,6 +366,17 @@ def test_progress_as_a_bar_on_a_terminal(words: dict[str, Any]) -> None:
     assert bar.bar is None  # stopped, so that the terminal is as it was
 
 
+def test_run_is_the_function_whatever_was_imported_before() -> None:
+    """No module of the package may have its name, or its import would hide the function."""
+    import importlib
+
+    for path in Path(lorary.train.__path__[0]).rglob("*.py"):
+        name = ".".join(path.relative_to(lorary.train.__path__[0]).with_suffix("").parts).removesuffix("__init__")
+        importlib.import_module(f"lorary.train.{name}".rstrip("."))
+    assert lorary.train.run is run
+    assert callable(run)
+
+
 def test_importing_the_package_brings_no_trainer() -> None:
     import subprocess
 
@@ -357,6 +389,6 @@ def test_a_method_that_adapts_no_layer_trains(words: dict[str, Any]) -> None:
     """There is no init that could need the plain weights."""
     done = run(from_dict(words | {"method": "full"}), quiet=True)
     assert done.steps == 6
-    adapter = lorary.Adapter.load(done.adapter)
+    adapter = lorary.load_adapter(done.adapter)
     assert (adapter.sites, adapter.method.delta) == ((), None)
     assert "model.norm.weight" in adapter.full

@@ -1,4 +1,4 @@
-"""What a run folder hears of the training loop."""
+"""Trainer callbacks of a run: `metrics.jsonl`, and an evaluation at the end."""
 
 from __future__ import annotations
 
@@ -8,34 +8,35 @@ from typing import Any
 from transformers import TrainerCallback
 
 from lorary.files.atomic import refused
-from lorary.train.run.folder import METRICS, RunFolder, line
+from lorary.train.runner.folder import METRICS, RunFolder, json_line
 
 
 class Recorder(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
-    """Writes every record of the log to `metrics.jsonl`, as soon as there is one.
+    """The log as `metrics.jsonl`, written line by line.
 
     Args:
         folder: of the run.
 
     Attributes:
-        figures: gives what the method's rules report; it stands beside the training loss.
+        rule_report: returns the figures of the method's rules, which are added to a training loss.
     """
 
     def __init__(self, folder: RunFolder) -> None:
         self.path = folder / METRICS
-        self.figures: Callable[[], dict[str, Any]] = dict
+        self.rule_report: Callable[[], dict[str, Any]] = dict
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if state.is_world_process_zero and logs:
+            record = {"step": state.global_step, **logs, **(self.rule_report() if "loss" in logs else {})}
             try:
                 with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(line({"step": state.global_step, **logs, **(self.figures() if "loss" in logs else {})}))
+                    file.write(json_line(record))
             except OSError as error:
                 raise refused(self.path, error) from error
 
 
-class LastEvaluation(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
-    """Evaluates after the last step too, where evaluations go by steps and it is not their turn."""
+class EvaluateAtEnd(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
+    """An evaluation after the last step, if evaluations are every few steps and it would have none."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if args.eval_strategy == "steps" and state.global_step >= state.max_steps:

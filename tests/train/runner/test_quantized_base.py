@@ -13,8 +13,8 @@ from lorary.layers.nf4 import NF4Linear
 from lorary.model.loading import quantized
 from lorary.model.loading.from_pretrained import load_model
 from lorary.train.config.load import from_dict
-from lorary.train.run.build import model_of
-from lorary.train.run.prepare import prepare
+from lorary.train.runner.build import build_model
+from lorary.train.runner.prepare import prepare
 from tests import tiny
 from tests.train.runs import base_folder, changed, configuration
 
@@ -36,7 +36,7 @@ def test_a_run_holds_no_plain_base(
     read: list[Any] = []
     load = quantized.load
     monkeypatch.setattr(quantized, "load", lambda *given, **more: read.append(given) or load(*given, **more))
-    model = model_of(prepared)
+    model = build_model(prepared)
     assert bool(read) == straight
     plain = lorary.attach(load_model(prepared.config.model), prepared.plan, seed=prepared.config.training.seed)
     assert tiny.same(model.state_dict(), plain.state_dict())
@@ -50,7 +50,9 @@ def test_a_base_that_was_packed_and_saved_is_taken_as_it_is(words: dict[str, Any
     for file in Path(base).glob("token*"):
         (tmp_path / "packed" / file.name).write_bytes(file.read_bytes())
     for names in (["qlora"], ["lora"]):
-        model = model_of(prepare(from_dict(changed(words, "method", name=names) | {"model": str(tmp_path / "packed")})))
+        model = build_model(
+            prepare(from_dict(changed(words, "method", name=names) | {"model": str(tmp_path / "packed")}))
+        )
         layers = [module for module in model.modules() if isinstance(module, NF4Linear)]
         assert len(layers) == 14
         assert all(layer.nested_absmax is None for layer in layers)

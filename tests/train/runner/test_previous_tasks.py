@@ -21,7 +21,7 @@ from lorary.model.loading.from_pretrained import load_model
 from lorary.train import run
 from lorary.train.config.load import from_dict
 from lorary.train.config.previous_tasks import digest
-from lorary.train.run.prepare import prepare
+from lorary.train.runner.prepare import prepare
 from tests.cli.command import Command
 from tests.train.resume.processes import forked
 from tests.train.runs import base_folder, changed, configuration, llama
@@ -78,7 +78,7 @@ def test_a_digest_is_of_the_values_in_whatever_precision() -> None:
         model = torch.nn.Sequential(torch.nn.Linear(4, 4))
         lorary.attach(model, lorary.plan(model, lorary.method("lora", r=2)), dtype=dtype)
         digests.append(digest(lorary.Adapter.of(model)))
-        model[0].p["B"].data[0, 0] = 1
+        model[0].params["B"].data[0, 0] = 1
         digests.append(digest(lorary.Adapter.of(model)))
     assert len(set(digests)) == 6
 

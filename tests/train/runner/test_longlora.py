@@ -17,7 +17,7 @@ from lorary.cli import app
 from lorary.errors import ConfigError
 from lorary.train import run
 from lorary.train.config.load import from_dict
-from lorary.train.run.prepare import prepare
+from lorary.train.runner.prepare import prepare
 from tests import tiny
 from tests.train.runs import changed, configuration, dpo, llama
 from tests.train.small import tokenizer
@@ -86,7 +86,7 @@ def test_rows_and_positions_that_do_not_fit_are_told(words: dict[str, Any]) -> N
     assert "hint: set method.options: {length: 65}" in str(refusal.value)
     far = changed(words, "method", options={"length": 6400})
     notes = prepare(from_dict(far)).notes
-    assert any("nothing is learnt about the 6,400 it is to read" in note for note in notes)
+    assert any("training covers only these of the 6,400 positions" in note for note in notes)
     notes = prepare(from_dict(words | {"method": {"name": "lora", "r": 2}})).notes
     assert any("the model knows 16 positions: longlora extends them" in note for note in notes)
 

@@ -1,4 +1,4 @@
-"""The memory of a configured run, before anything is read but the model's configuration."""
+"""The memory of a configured run, from the model's configuration alone."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Forecast:
     """The memory that a run needs.
 
     Args:
-        model: the base's shapes.
-        plan: what the method does to it.
-        memory: of the fullest moment.
+        model: the base on the meta device.
+        plan: of the method on it.
+        memory: at the peak.
         need: of a GPU.
     """
 
@@ -40,8 +40,8 @@ def forecast(config: Config, model: nn.Module, planned: Plan | None = None) -> F
 
     Args:
         config: of the run.
-        model: the base's shapes.
-        planned: what the method does to it, where that is known.
+        model: the base on the meta device.
+        planned: the method's plan for it, if it is known.
     """
     planned = planned or config.method.plan(model)
     memory = predict(model, planned, workload(config, model), config.training.optimizer)
@@ -49,7 +49,7 @@ def forecast(config: Config, model: nn.Module, planned: Plan | None = None) -> F
 
 
 def workload(config: Config, model: Any) -> Workload:
-    """The micro-batch of a run. DPO scores a preferred and a rejected answer for every row."""
+    """The micro-batch of a run; DPO scores a preferred and a rejected answer for every row."""
     training, kind = config.training, dtype(config.model, model.config)
     batch = training.batch_size * (2 if config.task == "dpo" else 1)
     return Workload(

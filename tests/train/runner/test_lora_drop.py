@@ -24,10 +24,10 @@ from lorary.methods.lora_drop import Importance
 from lorary.train import Run, run
 from lorary.train.config.load import from_dict
 from lorary.train.data.tokenize import Tokens
-from lorary.train.run import lora_drop
-from lorary.train.run.folder import RunFolder
-from lorary.train.run.lora_drop import sample
-from lorary.train.run.prepare import prepare
+from lorary.train.runner import lora_drop
+from lorary.train.runner.folder import RunFolder
+from lorary.train.runner.lora_drop import sample_rows
+from lorary.train.runner.prepare import prepare
 from tests.train.runs import llama
 from tests.train.small import tokenizer
 
@@ -129,7 +129,7 @@ def test_layers_that_share_have_the_same_tensors_in_the_file(ended: tuple[Run, P
 
 def _probe_rows(words: Tree) -> list[Any]:
     prepared = prepare(from_dict(words))
-    return [prepared.train.rows[i] for i in sample(prepared.train, 0.5, prepared.config.training.seed)]
+    return [prepared.train.rows[i] for i in sample_rows(prepared.train, 0.5, prepared.config.training.seed)]
 
 
 def test_the_run_is_the_one_without_a_probe_but_for_its_plan(
@@ -137,12 +137,12 @@ def test_the_run_is_the_one_without_a_probe_but_for_its_plan(
 ) -> None:
     """Fresh starts: what the probe drew and learnt has left no trace."""
     found = Importance.from_dict(json.loads((ended[1] / "importance.json").read_text()))
-    real = lora_drop.model_of
+    real = lora_drop.build_model
 
     def chosen_by_hand(prepared: Any, resumed: Any) -> Any:
-        return real(lora_drop.replanned(prepared, drop_layers(prepared.plan, found, 0.5)), resumed)
+        return real(lora_drop.with_plan(prepared, drop_layers(prepared.plan, found, 0.5)), resumed)
 
-    monkeypatch.setattr("lorary.train.run.run.model_of", chosen_by_hand)
+    monkeypatch.setattr("lorary.train.runner.run.build_model", chosen_by_hand)
     run(from_dict(_with(words, "method", drop=None)), quiet=True)
     _same(ended[1], Path("out"))
 
@@ -167,7 +167,7 @@ def test_a_resumed_run_reads_its_choice_and_never_probes_again(
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("it has probed again")
 
-    monkeypatch.setattr(lora_drop, "_probed", never)
+    monkeypatch.setattr(lora_drop, "_run_probe", never)
     with pytest.raises(ConfigError, match=r"method\.drop\.threshold: 0.5 in the run, 0.2 here"):
         run(from_dict(words, ["method.drop.threshold=0.2"]), resume=True, quiet=True)
     done = run(from_dict(words), resume=True, quiet=True)
@@ -186,7 +186,7 @@ def test_a_record_that_is_missing_damaged_or_changed_is_told(words: Tree, copy: 
     path = copy / "importance.json"
     record = path.read_text()
     path.unlink()
-    with pytest.raises(FileError, match=r"importance\.json: is missing: which layers the run has chosen"):
+    with pytest.raises(FileError, match=r"importance\.json: is missing: it holds the run's choice of layers"):
         run(from_dict(words), resume=True, quiet=True)
     path.write_text(record[:-40])
     with pytest.raises(FileError, match="invalid importance record"):
@@ -194,7 +194,7 @@ def test_a_record_that_is_missing_damaged_or_changed_is_told(words: Tree, copy: 
     changed = json.loads(record)
     changed["shares"] = dict.fromkeys(changed["shares"], "")
     path.write_text(json.dumps(changed))
-    with pytest.raises(FileError, match="`shares` is not what follows from the importance that it holds"):
+    with pytest.raises(FileError, match="`shares` does not follow from the importance in the record"):
         run(from_dict(words), resume=True, quiet=True)
     changed["sites"] = {site.replace("layers.3", "layers.4"): figures for site, figures in changed["sites"].items()}
     path.write_text(json.dumps(changed))
@@ -203,13 +203,13 @@ def test_a_record_that_is_missing_damaged_or_changed_is_told(words: Tree, copy: 
 
 
 def test_an_interrupted_probe_leaves_nothing_and_begins_anew(words: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = lora_drop.trainer_of
+    real = lora_drop.build_trainer
 
     def interrupted(*args: Any, callbacks: list[Any], **rest: Any) -> Any:
         return real(*args, callbacks=[*callbacks, Kill(2)], **rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(lora_drop, "trainer_of", interrupted)
+        patch.setattr(lora_drop, "build_trainer", interrupted)
         stopped = run(from_dict(words), quiet=True)
     assert (stopped.interrupted, stopped.steps, stopped.history) == (signal.SIGTERM, 0, ())
     there = {p.name for p in Path("out").iterdir()}
@@ -227,7 +227,7 @@ def _probe(words: Tree) -> Importance:
     """What a probe of two steps finds, without the run after it."""
     prepared = prepare(from_dict(words, ["method.drop.steps=2"]))
     others = set(map(id, _models()))  # other tests' may be there still
-    new, stopped = lora_drop.drop_run(prepared, RunFolder("probe"), resumed=False, quiet=True)
+    new, stopped = lora_drop.choose_layers(prepared, RunFolder("probe"), resumed=False, quiet=True)
     assert stopped == 0
     assert new.memory.total < prepared.memory.total
     assert sorted(p.name for p in Path("probe").rglob("*")) == ["importance.json", "importance.svg", "plots"]
@@ -242,7 +242,7 @@ def test_pairs_of_answers_are_probed_too(words: Tree) -> None:
     tree = _with(words, "data", train="pairs.jsonl") | {"task": "dpo"}
     found = _probe(tree)
     prepared = prepare(from_dict(tree))
-    picked = [prepared.train.rows[i] for i in sample(prepared.train, 0.5, prepared.config.training.seed)]
+    picked = [prepared.train.rows[i] for i in sample_rows(prepared.train, 0.5, prepared.config.training.seed)]
     prompts = 2 * sum(len(row["prompt_ids"]) for row in picked)
     assert found.tokens == prompts + sum(len(row[side]) for row in picked for side in ("chosen_ids", "rejected_ids"))
 
@@ -265,20 +265,20 @@ def _tokens(lengths: list[int], sources: list[str] | None = None) -> Tokens:
 def test_every_source_and_every_length_has_its_share() -> None:
     lengths = [10 + i % 100 for i in range(1000)]
     sources = ["a"] * 800 + ["b"] * 200
-    picked = sample(_tokens(lengths, sources), 0.1, seed=3)
+    picked = sample_rows(_tokens(lengths, sources), 0.1, seed=3)
     assert len(picked) == len(set(picked)) == 100
     assert picked == sorted(picked)
     assert Counter(sources[i] for i in picked) == {"a": 80, "b": 20}
     quartiles = Counter((lengths[i] - 10) // 25 for i in picked)
     assert all(abs(count - 25) <= 2 for count in quartiles.values()), quartiles
-    assert picked == sample(_tokens(lengths, sources), 0.1, seed=3)
-    assert picked != sample(_tokens(lengths, sources), 0.1, seed=4)
+    assert picked == sample_rows(_tokens(lengths, sources), 0.1, seed=3)
+    assert picked != sample_rows(_tokens(lengths, sources), 0.1, seed=4)
 
 
 @pytest.mark.parametrize(("count", "share", "expected"), [(1, 0.1, 1), (3, 0.1, 1), (7, 0.5, 4), (9, 1.0, 9)])
 def test_a_sample_of_few_rows_is_some(count: int, share: float, expected: int) -> None:
-    assert len(sample(_tokens(list(range(5, 5 + count))), share, 0)) == expected
-    assert len(sample(_tokens([8] * count), share, 0)) == expected
+    assert len(sample_rows(_tokens(list(range(5, 5 + count))), share, 0)) == expected
+    assert len(sample_rows(_tokens([8] * count), share, 0)) == expected
 
 
 def test_rows_know_their_source(words: Tree) -> None:
@@ -305,9 +305,9 @@ def test_a_plan_says_that_a_probe_will_choose(words: Tree, base: Path) -> None:
 
 
 REFUSED = {
-    "dora": "`method.drop`: Direction changes a layer's output by more than s B A x, which is what is measured",
-    "vera": "`method.drop`: all layers share {A, B} of Vectors already",
-    "pissa": "`method.drop`: Principal starts each layer from its own weight, and layers that share start alike",
+    "dora": "`method.drop`: MagnitudeDirection changes a layer's output by more than s B A x, ",
+    "vera": "`method.drop`: all layers share {A, B} of SharedProjectionDelta already",
+    "pissa": "`method.drop`: SVDInit starts each layer from its own weight, and layers that share start alike",
     "adalora": "`method.drop`: RankBudget decides for each layer while it trains, from that layer's own tensors",
 }
 
@@ -352,6 +352,6 @@ def test_its_name_among_the_methods_says_where_it_is(words: Tree) -> None:
 
 def test_shards_are_refused() -> None:
     with pytest.raises(TrainingError) as caught:
-        lora_drop.refuse_shares()
+        lora_drop.refuse_sharding_shared_layers()
     assert "fsdp: shards every layer with its tensors, and those of layers that share (LoRA-drop)" in str(caught.value)
     assert "hint: train with DDP, or without LoRA-drop" in str(caught.value)

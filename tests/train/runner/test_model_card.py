@@ -10,16 +10,17 @@ import pytest
 from huggingface_hub import ModelCard
 
 import lorary
+from lorary.train import Run
 from lorary.train.config.load import from_dict
-from lorary.train.run.model_card import Facts, card
+from lorary.train.runner.model_card import CardData, model_card
 from tests import tiny
 
-HISTORY = [
+HISTORY = (
     {"step": 0, "eval_loss": 3.0},
     {"step": 1, "loss": 2.5},
     {"step": 2, "eval_loss": 1.5},
     {"step": 4, "loss": 1.25, "eval_loss": 2.0},
-]
+)
 
 
 def made(where: Path, peft: bool = True, **changed: Any) -> ModelCard:
@@ -33,13 +34,15 @@ def made(where: Path, peft: bool = True, **changed: Any) -> ModelCard:
         "method": {"name": "dora"},
     }
     changed["training"] = {"lr": 1e-4} | changed.get("training", {})
-    facts = Facts(
+    data = CardData(
         config=from_dict(tree | changed),
         plan=lorary.plan(tiny.model("LlamaForCausalLM"), lorary.method("dora", r=2)),
-        rows=(10, 2), labelled=0.5, steps=4, tokens=100, seconds=1.0, history=HISTORY, predicted=None, measured=2**20,
-        versions={"lorary": "1"},
-    )  # fmt: skip
-    return ModelCard(card("my-run", facts, where / "adapter"))
+        rows=(10, 2),
+        labelled=0.5,
+        tokens=100,
+        run=Run(where, steps=4, history=HISTORY, interrupted=0, seconds=1.0, predicted=None, measured=2**20),
+    )
+    return ModelCard(model_card("my-run", data))
 
 
 def test_the_hub_finds_base_data_and_metrics(tmp_path: Path) -> None:
@@ -54,11 +57,13 @@ def test_the_hub_finds_base_data_and_metrics(tmp_path: Path) -> None:
 
 
 def test_the_results_are_those_of_the_adapter_that_was_kept(tmp_path: Path) -> None:
-    (tmp_path / "last").mkdir()
-    (tmp_path / "best").mkdir()
+    for name in ("last", "best", "stopped"):
+        (tmp_path / name).mkdir()
+    steps = {"eval_steps": 2, "save_steps": 2}
     last = made(tmp_path / "last")
-    best = made(tmp_path / "best", training={"early_stopping_patience": 2, "eval_steps": 2, "save_steps": 2})
-    for found, loss, step in ((last, 2.0, 4), (best, 1.5, 2)):
+    best = made(tmp_path / "best", training=steps | {"keep_best": True})
+    stopped = made(tmp_path / "stopped", training=steps | {"early_stopping_patience": 2})
+    for found, loss, step in ((last, 2.0, 4), (best, 1.5, 2), (stopped, 1.5, 2)):
         values = {result.metric_type: result.metric_value for result in found.data.eval_results or []}
         assert values == {"loss": loss, "perplexity": round(math.exp(loss), 4)}
         assert f"{loss:.4f} (perplexity {math.exp(loss):.2f}) at step {step} |" in found.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from datetime import timedelta
 from pathlib import Path
@@ -22,11 +23,11 @@ from lorary.methods.glora import RandomStructures
 from lorary.methods.glora_terms import GLoRADelta
 from lorary.train import run
 from lorary.train.config.load import from_dict
-from lorary.train.run.supernet_search import search_run
+from lorary.train.runner.supernet_search import search_run
 from tests import fresh
 from tests.cli.command import Command
 from tests.train.runs import adapted as attached
-from tests.train.runs import llama, rows, sft, trained
+from tests.train.runs import configuration, llama, rows, sft, trained
 from tests.train.small import tokenizer
 
 
@@ -47,27 +48,40 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def words(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A configuration of a supernet: 24 questions, some held out, 6 steps."""
-    monkeypatch.chdir(tmp_path)
-    texts = ("hello", "world", "the", "answer", "is", "two", "three")
-    made = [{"prompt": f"{texts[i % 7]} {texts[i % 5]}", "completion": f" {texts[i % 3]} {i}"} for i in range(24)]
-    Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
-    return {
+def _configuration(base: Path) -> dict[str, Any]:
+    """A supernet: 24 questions, written here, some held out, 6 steps."""
+    return configuration(base, Path("data.jsonl")) | {
         "model": str(base),
         "method": {"name": "glora", "r": 2, "options": {"supernet": True, "seed": 3}},
         "data": {"train": "data.jsonl", "validation_split": 0.2, "max_length": 64},
         "training": {"max_steps": 6, "batch_size": 4, "gradient_accumulation_steps": 1, "lr": 1e-2, "save_steps": 3},
-        "output": "out",
     }
 
 
-def test_a_search_leaves_an_adapter_beside_the_supernet(words: dict[str, Any], base: Path) -> None:
-    done = run(from_dict(words), quiet=True)
+@pytest.fixture
+def words(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.chdir(tmp_path)
+    return _configuration(base)
+
+
+@pytest.fixture(scope="module")
+def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run, which no test changes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("finished"))
+        return run(from_dict(_configuration(base)), quiet=True).folder.absolute()
+
+
+@pytest.fixture
+def out(words: dict[str, Any], finished: Path) -> Path:
+    """A copy of that folder, beside its data."""
+    return Path(shutil.copytree(finished, "out"))
+
+
+def test_a_search_leaves_an_adapter_beside_the_supernet(out: Path, base: Path) -> None:
     told: list[Any] = []
-    folder, found = search_run(done.folder, FEW, progress=lambda *figures: told.append(figures))
-    assert folder == done.folder / "searched"
+    folder, found = search_run(out, FEW, progress=lambda *figures: told.append(figures))
+    assert folder == out / "searched"
     assert len(told) == found.judged == 12
     # what it says about itself is so: the loss of the adapter on the held-out rows
     record = json.loads((folder / "search.json").read_text())
@@ -119,31 +133,32 @@ def test_a_search_needs_held_out_rows(words: dict[str, Any]) -> None:
         search_run(done.folder, FEW)
     assert str(refused.value) == (
         "cannot search in 'out':\n"
-        "  - data.validation: the run held no rows out, and what it has learnt cannot judge itself\n"
+        "  - data.validation: the run held no rows out, and a loss on its training rows cannot rank candidates\n"
         "      hint: train with data.validation or data.validation_split"
     )
     assert not (done.folder / "searched").exists()
 
 
-def test_a_search_needs_the_rows_of_the_run(words: dict[str, Any]) -> None:
-    done = run(from_dict(words), quiet=True)
+def test_a_search_needs_the_rows_of_the_run(out: Path) -> None:
     data = Path("data.jsonl").read_text()
     Path("data.jsonl").write_text("\n".join(reversed(data.splitlines())) + "\n")  # others are held out now
     with pytest.raises(ConfigError) as refused:
-        search_run(done.folder, FEW)
+        search_run(out, FEW)
     assert str(refused.value) == (
-        f"cannot search in {str(done.folder)!r}:\n"
-        "  - data.train: the training rows are not those of the run, and so the rows held out may be among those that "
-        "it learnt\n"
-        "      hint: restore the data that the run began with"
+        "cannot search in 'out':\n"
+        "  - data.train: the training rows are not those of the run, so the held-out rows may be among its training "
+        "rows\n"
+        "      hint: restore the run's original data"
     )
-    assert not (done.folder / "searched").exists()
+    assert not (out / "searched").exists()
     Path("data.jsonl").write_text(data)
-    search_run(done.folder, FEW)
+    search_run(out, FEW)
 
 
 def test_what_is_no_finished_supernet_run(words: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(FileError, match=r"holds no config.resolved.yaml and no adapter"):
+    with pytest.raises(
+        FileError, match=r"is not the folder of a finished run: config.resolved.yaml and adapter missing"
+    ):
         search_run(tmp_path, FEW)
     words["method"] = {"name": "lora", "r": 2}
     done = run(from_dict(words), quiet=True)
@@ -154,8 +169,8 @@ def test_what_is_no_finished_supernet_run(words: dict[str, Any], tmp_path: Path)
         search_run(done.folder, FEW)
 
 
+@pytest.mark.usefixtures("out")
 def test_on_the_command_line(words: dict[str, Any], base: Path, command: Command) -> None:
-    run(from_dict(words), quiet=True)
     arguments = ["search", "out", "--population", "4", "--generations", "2", "--ceiling", "500"]
     ran = command(*arguments)
     assert (ran.code, ran.out) == (0, "out/searched\n")
