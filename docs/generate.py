@@ -1,8 +1,8 @@
 """Writes the reference pages that the code knows best: `python docs/generate.py` (a part of `make docs`).
 
-The configuration's page is made from the models in `lorary.train.config.config`, the commands' from the command line itself,
-the head of every method's page from its preset, and the combinations from their table, so that none can disagree with
-what it describes; a test fails where a committed page is not what this would write.
+The configuration's page is made from the models in `lorary.train.config.config`, the commands' from the command line
+itself, the head of every method's page from its preset, and the combinations from their table, so that none can
+disagree with the code; a test fails if a committed page is out of date.
 """
 
 from __future__ import annotations

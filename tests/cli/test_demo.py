@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from lorary import builtin
 from lorary.builtin import corpora
 from lorary.cli._demo import report, run
-from lorary.cli.demo import demo
 from lorary.cli._demo.folder import make_room
+from lorary.cli.demo import demo
 from lorary.errors import DataError, FileError
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("demo")]  # one run serves them all

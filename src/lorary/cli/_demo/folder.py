@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from lorary.errors import FileError, Diagnostic
+from lorary.errors import Diagnostic, FileError
 
 RUN, MERGED, REPORT = "run", "merged", "report.html"
 MADE = (RUN, MERGED, REPORT)

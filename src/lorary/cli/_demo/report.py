@@ -11,11 +11,21 @@ from rich.console import Console
 from rich.table import Column
 from rich.table import Table as Columns
 
+from lorary.analysis.html_report import (
+    Block,
+    Code,
+    KeyFigure,
+    Paragraph,
+    Picture,
+    Section,
+    SideBySide,
+    Table,
+    html_report,
+)
+from lorary.analysis.loss_plot import loss_svg
 from lorary.cli._demo.folder import MERGED, RUN
 from lorary.cli._demo.run import ABOUT, Demo
 from lorary.files.atomic import atomic_file
-from lorary.analysis.html_report import Block, Code, KeyFigure, Paragraph, Picture, Section, SideBySide, Table, html_report
-from lorary.analysis.loss_plot import loss_svg
 
 
 def tell(found: Demo, report: Path) -> None:
