@@ -280,7 +280,7 @@ def test_generate_refuses_what_cannot_be_continued(command: Command, monkeypatch
     long = command("generate", "model", "hello " * 40)
     assert long.code == 3
     assert "prompt: has " in long.err
-    assert "tokens, and the model knows " in long.err
+    assert "tokens, but the model's context is " in long.err
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
     for ran in (command("generate", "model", "caf\udce9"), command("generate", "model")):
         expected = (
