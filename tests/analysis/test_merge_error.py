@@ -246,7 +246,8 @@ def test_the_report_prints_the_worst_first() -> None:
             [site("q", 3.1, 0.03, original=True)],
             (
                 "the adapter was trained on quantised weights: undoing the quantisation error changes the weights by "
-                "3.1 times as much as the adapter does. Often that is the better model, but it is another one: evaluate it",
+                "3.1 times as much as the adapter does. Often that is the better model, but it is another "
+                "one: evaluate it",
             ),
         ),
         ([SiteMergeError("q", 0.1, 0.0, 1.0, "bfloat16")], ("the adapter changes no weight: is it the trained one?",)),

@@ -1,8 +1,8 @@
 """Evolutionary search of a trained GLoRA supernet: the best structure of every layer on held-out data.
 
-The second stage of GLoRA (Chavan et al. 2023, arXiv:2306.07967, section 3.3). Differs from the authors' code: candidates
-are scored on a validation split instead of the test data; candidates over the ceiling are reduced at random instead of
-redrawn.
+The second stage of GLoRA (Chavan et al. 2023, arXiv:2306.07967, section 3.3). Differs from the authors' code:
+candidates are scored on a validation split instead of the test data; those over the ceiling are reduced at random
+instead of redrawn.
 
 No weight is trained. A candidate's tensors are views of the supernet's, so the scored model is exactly the resulting
 adapter.
@@ -117,8 +117,8 @@ def search_supernet(
 
     Args:
         model: with a supernet attached (`glora` with `supernet=True`), trained.
-        fitness: scores the model on VALIDATION data, larger is better. Called once per candidate, in evaluation mode and
-            without gradients; non-finite scores count as worst.
+        fitness: scores the model on VALIDATION data, larger is better. Called once per candidate, in evaluation mode
+            and without gradients; non-finite scores count as worst.
         evolution: settings of the search.
         progress: called after each candidate with (number judged, number at most, best fitness).
 
