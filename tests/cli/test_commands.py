@@ -68,8 +68,8 @@ def test_init_leaves_a_file_that_is_there(command: Command) -> None:
     assert ran == (
         4,
         "",
-        "error: nothing was written:\n  - mine.yaml: is there already, and was left as it is\n"
-        "      hint: give --force, or another name\n",
+        "error: nothing was written:\n  - mine.yaml: exists already, and was not changed\n"
+        "      hint: use --force, or another name\n",
     )
     assert Path("mine.yaml").read_text() == "model: mine\n"
     assert command("init", "mine.yaml", "--force").code == 0
