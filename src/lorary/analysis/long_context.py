@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorary.analysis._finite import finite
 from lorary.analysis.passkey import Retrieval, Scores
 from lorary.errors import DataError, Diagnostic
 
@@ -100,9 +101,9 @@ class Context:
         return {
             "model": self.model,
             "known": self.max_context,
-            "lengths": [_finite(record) for record in lengths],
-            "positions": [_finite(vars(block)) for block in self.blocks],
-            "passkeys": [_finite(record) for record in passkeys],
+            "lengths": [finite(record) for record in lengths],
+            "positions": [finite(vars(block)) for block in self.blocks],
+            "passkeys": [finite(record) for record in passkeys],
         }
 
 
@@ -182,7 +183,3 @@ def default_lengths(max_contexts: Sequence[int | None]) -> tuple[int, ...]:
     most = max((k for k in max_contexts if k), default=512)
     powers = [2**i for i in range(1, (4 * most).bit_length()) if 2**i >= most / 4]
     return tuple(powers)
-
-
-def _finite(record: dict[str, Any]) -> dict[str, Any]:
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}

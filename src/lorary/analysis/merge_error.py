@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from lorary.analysis._finite import finite
+
 LOSS = 0.05  # of the update: a larger rounding error leads to advice
 _SHOWN = 10  # sites in a printed report
 
@@ -117,8 +119,8 @@ class MergeError:
         sites = [{"site": s.site, "error": s.error, "effect": s.effect, "dtype": s.dtype} for s in self.sites]
         names = ("error", "effect", "tokens", "top1", "kl", "largest")
         whole = {name: getattr(self, name) for name in names} | {"original": self.original}
-        finite = [_finite(record) for record in (whole, *sites)]
-        return finite[0] | {"advice": list(self.advice), "sites": finite[1:]}
+        plain = [finite(record) for record in (whole, *sites)]
+        return plain[0] | {"advice": list(self.advice), "sites": plain[1:]}
 
     def rows(self, most: int = _SHOWN) -> list[tuple[str, str, str]]:
         """Rows of a table: (site, ||dW|| / ||W||, error), the worst `most` sites, then all together."""
@@ -159,7 +161,3 @@ def _percent(ratio: float) -> str:
     if math.isinf(ratio):
         return "no effect"
     return f"{ratio:.1f} times" if ratio >= 10 else f"{ratio:.2%}"
-
-
-def _finite(record: dict[str, Any]) -> dict[str, Any]:
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
