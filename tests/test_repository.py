@@ -19,7 +19,7 @@ import lorary
 ROOT = Path(__file__).resolve().parents[1]
 
 # Within train/: each package imports only those before it.
-TRAIN = ("config", "data", "trainer", "run")
+TRAIN = ("config", "data", "trainer", "runner")
 # Folders of tests that are of no single room.
 ACROSS = {"laws", "papers", "golden", "outside"}
 MOST_LINES = 330  # about 300
@@ -105,7 +105,7 @@ def test_no_import_goes_in_a_circle(folder: str, prefix: str) -> None:
         ("adapters.switch", "model._checks", "it is private to model"),
         ("adapters.switch", "model.attach", None),
         ("train.data.load", "train.config.load", None),
-        ("train.data.load", "train.run.run", "train.run is above train.data"),
+        ("train.data.load", "train.runner.run", "train.runner is above train.data"),
         ("files.atomic", "__init__", "__init__ is above files"),
         ("files.atomic", "_deprecated", None),
     ],

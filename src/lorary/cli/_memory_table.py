@@ -1,4 +1,4 @@
-"""The memory of a run, as `lorary plan` shows it: plain text in a pipe, tables in a terminal."""
+"""The memory of a run for `lorary plan`: plain text in a pipe, tables on a terminal."""
 
 from __future__ import annotations
 
@@ -13,40 +13,35 @@ Rows = list[tuple[str, ...]]
 
 
 def show(config: Config, found: Forecast, size: float | None) -> None:
-    """Items, the GPUs that have room for them, and what to change where the wanted one has not.
+    """Print the items, the GPUs that fit, and changes to fit the user's GPU.
 
     Args:
         config: of the run.
-        found: what it will need.
-        size: of the GPU that there is, in GB; None: the largest that there is.
+        found: its forecast.
+        size: of the user's GPU, in GB; None: the largest one known.
     """
-    from lorary.analysis.memory.gpu_fit import SIZES
+    from lorary.analysis.memory.gpu_fit import SIZES, gigabytes
 
     items: Rows = [*found.memory.rows(), *(("note", note) for note in found.memory.notes)]
-    _print("in training, at the fullest moment", items)
+    _print("peak in training", items)
     if found.memory.activations is None:
         return
-    _print(_need(found), _room(found, size))
+    total, overhead = gigabytes(found.need.total), gigabytes(found.need.overhead)
+    title = f"on a GPU {total} as nvidia-smi counts: {overhead} of it CUDA and fragmentation"
+    _print(title, _free_memory(found, size))
     wanted = size or SIZES[-1]
     if found.need.room(wanted) < 0:
         _print(f"to fit into {wanted:g} GB", _advice(config, found, wanted))
 
 
-def _need(found: Forecast) -> str:
-    from lorary.analysis.memory.gpu_fit import gigabytes
-
-    total, overhead = gigabytes(found.need.total), gigabytes(found.need.overhead)
-    return f"on a GPU {total} as nvidia-smi counts: {overhead} of it CUDA and fragmentation"
-
-
-def _room(found: Forecast, size: float | None) -> Rows:
+def _free_memory(found: Forecast, size: float | None) -> Rows:
     from lorary.analysis.memory.gpu_fit import SIZES, gigabytes
 
     rows: Rows = []
-    for of in sorted({*SIZES, *([size] if size else [])}):
-        room = found.need.room(of)
-        answer = f"fits, {gigabytes(room)} free" if room >= 0 else f"{gigabytes(-room)} too much"
-        rows.append((f"{of:>5g} GB", answer))
+    for gpu in sorted({*SIZES, *([size] if size else [])}):
+        free = found.need.room(gpu)
+        answer = f"fits, {gigabytes(free)} free" if free >= 0 else f"{gigabytes(-free)} too much"
+        rows.append((f"{gpu:>5g} GB", answer))
     return rows
 
 
@@ -58,7 +53,7 @@ def _advice(config: Config, found: Forecast, size: float) -> Rows:
     for proposal in proposals(config, found, size):
         fits = "fits" if proposal.need.room(size) >= 0 else "not enough"
         rows.append((f"{gigabytes(proposal.need.total):>8}", fits, proposal.what, proposal.how))
-    return rows or [("nothing", "that lorary knows saves a hundredth of it")]
+    return rows or [("nothing", "no known change saves a hundredth of it")]
 
 
 def _print(title: str, rows: Rows) -> None:

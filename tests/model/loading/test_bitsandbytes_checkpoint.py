@@ -158,7 +158,10 @@ DAMAGE: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (lambda t: _without(t, SAID), "quant_state.bitsandbytes__nf4 is missing"),
     (lambda t: _without(t, "weight"), "the codes are missing"),
     (lambda t: _put(t, SAID, torch.zeros(3, dtype=torch.uint8)), "is not valid JSON: Expecting"),
-    (lambda t: _put(t, SAID, torch.full((100_000,), ord("["), dtype=torch.uint8)), "is not valid JSON: maximum recursion"),
+    (
+        lambda t: _put(t, SAID, torch.full((100_000,), ord("["), dtype=torch.uint8)),
+        "is not valid JSON: maximum recursion",
+    ),
     (lambda t: _put(t, "weight.absmax", torch.zeros(3, dtype=torch.uint8)), r"absmax is torch.uint8 \(3,\), expected"),
     (lambda t: _put(t, "weight", torch.zeros(5, 1, dtype=torch.uint8)), "expected 4096 bytes for a weight of"),
     (lambda t: _put(t, "weight.quant_map", torch.zeros(16)), "quant_map differs from the values of NF4"),

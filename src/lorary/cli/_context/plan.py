@@ -1,7 +1,8 @@
-"""What `lorary inspect context` is asked for, checked before any weight is read."""
+"""The options of `lorary inspect context`, checked before any weight is read."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,12 +26,12 @@ from lorary.train.data.tokenize import tokenize
 HTML, JSON, SVG = "context.html", "context.json", "context.svg"
 _UNCUT = 10_000_000  # tokens of one document
 _SHORTEST = 2
-_DIGITS = 9  # of a length: more would be no text that anybody has
+_DIGITS = 9  # of a length; no text is longer
 
 
 @dataclass(frozen=True)
 class Request:
-    """The command line as it was given."""
+    """The options of the command line."""
 
     models: tuple[str, ...]
     base: str | None
@@ -43,14 +44,14 @@ class Request:
 
 @dataclass(frozen=True)
 class ModelUnderTest:
-    """A model that can be loaded.
+    """One of the models to measure.
 
     Args:
-        name: as it was given.
-        folder: of the adapter on it, if there is one.
-        section: which model.
-        config: of its language part.
-        tokenizer: its own.
+        name: from the command line.
+        folder: of its adapter, if any.
+        section: the base model.
+        config: of the language model.
+        tokenizer: of the base model.
     """
 
     name: str
@@ -60,30 +61,30 @@ class ModelUnderTest:
     tokenizer: Any
 
     @property
-    def known(self) -> int | None:
-        """How many tokens it reads, where it says so; an adapter on it may know more."""
+    def max_context(self) -> int | None:
+        """The longest context that its configuration states; an adapter may extend it."""
         return max_context(self.config)
 
     @property
-    def most(self) -> int | None:
-        """The longest text that it can read at all: positions that are learnt one by one end with their table."""
-        return self.known if rotation(self.config) is None else None
+    def limit(self) -> int | None:
+        """The longest readable text of a model with learned position embeddings; None for others."""
+        return self.max_context if rotation(self.config) is None else None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be measured.
+    """The measurements to make.
 
     Args:
-        subjects: the models.
-        texts: of each, the text [stretches, longest] in its tokens.
+        models: the models.
+        texts: for each model, the text in its tokens: [stretches, longest].
         lengths: ascending.
-        passkeys: at each length and depth.
-        data: where the text is from.
-        notes: what is worth knowing.
+        passkeys: trials at each length and depth.
+        data: the source of the text.
+        notes: remarks for the user.
     """
 
-    subjects: tuple[ModelUnderTest, ...]
+    models: tuple[ModelUnderTest, ...]
     texts: tuple[Tensor, ...] = field(repr=False)
     lengths: tuple[int, ...]
     passkeys: int
@@ -91,117 +92,116 @@ class Plan:
     notes: tuple[str, ...] = ()
 
 
-def checked(asked: Request) -> Plan:
-    """What a command line comes to, before any weight is read.
+def make_plan(request: Request) -> Plan:
+    """The plan for a request.
 
     Raises:
-        ConfigError: every option that cannot be, and every model that cannot be found.
-        FileError: the same, where models alone are to blame.
+        ConfigError: every invalid option, and every model that cannot be found.
+        FileError: only models cannot be found.
         DataError: the text cannot be read, or there is too little of it.
     """
-    with quietly():
-        subjects, unknown = _subjects(asked)
-        lengths, problems = _lengths(asked.lengths, subjects)
-        problems += _folder(asked.out)
+    with without_warnings():
+        models, unknown = _models(request)
+        lengths, problems = _lengths(request.lengths, models)
+        problems += _folder(request.out)
         if problems or unknown:
             kind = ConfigError if problems else FileError
-            raise kind("the use of context cannot be measured:", [*problems, *unknown])
-        streams = _streams(asked.data, subjects)
+            raise kind("cannot measure the use of context:", [*problems, *unknown])
+        streams = _streams(request.data, models)
     fits = tuple(length for length in lengths if length <= min(map(len, streams)))
     notes = []
     if len(fits) < len(lengths):
-        left = ", ".join(f"{length:,}" for length in lengths[len(fits) :])
-        what = f"has {min(map(len, streams)):,} tokens: too few for a length of {left}"
+        left_out = ", ".join(f"{length:,}" for length in lengths[len(fits) :])
+        what = f"has {min(map(len, streams)):,} tokens: too few for a length of {left_out}"
         if not fits:
-            fix = f"name another text with --data, or shorter --lengths, from {_SHORTEST} on"
-            raise DataError("not enough text:", [Diagnostic(asked.data, what, fix)])
-        notes.append(f"{asked.data} {what}, which is left out")
+            fix = f"name another text with --data, or shorter --lengths (at least {_SHORTEST})"
+            raise DataError("not enough text:", [Diagnostic(request.data, what, fix)])
+        notes.append(f"{request.data} {what}, which is left out")
     if not all(torch.equal(streams[0], stream) for stream in streams[1:]):
-        notes.append("these models divide text into other tokens: their perplexities per token cannot be compared")
-    texts = tuple(stretches(stream, fits[-1], asked.tokens) for stream in streams)
-    return Plan(subjects, texts, fits, asked.passkeys, asked.data, tuple(notes))
+        notes.append("these models tokenize differently: their perplexities per token cannot be compared")
+    texts = tuple(stretches(stream, fits[-1], request.tokens) for stream in streams)
+    return Plan(models, texts, fits, request.passkeys, request.data, tuple(notes))
 
 
-def _subjects(asked: Request) -> tuple[tuple[ModelUnderTest, ...], list[Diagnostic]]:
-    """The models, and why others cannot be had."""
+def _models(request: Request) -> tuple[tuple[ModelUnderTest, ...], list[Diagnostic]]:
+    """The models, and the reasons why others are not available."""
     found: list[ModelUnderTest] = []
     problems: list[Diagnostic] = []
-    for name in dict.fromkeys(asked.models):
+    for name in dict.fromkeys(request.models):
         try:
-            folder, section = model_of(name, asked.base if adapter_folder(Path(name)) else None)
-            found.append(
-                ModelUnderTest(name, folder, section, load_config(section).get_text_config(), load_tokenizer(section))
-            )
+            folder, section = model_of(name, request.base if adapter_folder(Path(name)) else None)
+            config, tokenizer = load_config(section).get_text_config(), load_tokenizer(section)
+            found.append(ModelUnderTest(name, folder, section, config, tokenizer))
         except LoraryError as error:
             problems += error.problems or [Diagnostic(name, error.headline)]
-    if asked.base is not None and not any(adapter_folder(Path(name)) for name in asked.models):
-        problems.append(Diagnostic(f"--base {asked.base}", "no adapter is named that could go on it", "leave it out"))
+    if request.base is not None and not any(adapter_folder(Path(name)) for name in request.models):
+        problems.append(Diagnostic(f"--base {request.base}", "none of the models is an adapter", "leave it out"))
     return tuple(found), problems
 
 
-def _lengths(given: str | None, subjects: Sequence[ModelUnderTest]) -> tuple[tuple[int, ...], list[Diagnostic]]:
-    """The lengths that are asked for, ascending, and why some cannot be."""
-    limits = {subject.name: subject.most for subject in subjects if subject.most}
+def _lengths(given: str | None, models: Sequence[ModelUnderTest]) -> tuple[tuple[int, ...], list[Diagnostic]]:
+    """The requested lengths, ascending, and the reasons against others."""
+    limits = {model.name: model.limit for model in models if model.limit}
     if given is None:
-        lengths = default_lengths([subject.known for subject in subjects])
-        least = min(limits.values(), default=None)
-        return tuple(x for x in lengths if least is None or x <= least) or (least or 0,), []
-    words = [word.strip() for word in given.split(",") if word.strip()]
+        lengths = default_lengths([model.max_context for model in models])
+        limit = min(limits.values(), default=math.inf)
+        return tuple(x for x in lengths if x <= limit) or (int(limit),), []
+    texts = [text.strip() for text in given.split(",") if text.strip()] or [given]
     problems = [
-        Diagnostic(f"--lengths {word}", "is no whole number of tokens, 2 or more", "write it as in 256,512,1024")
-        for word in words or [given]
-        if not _is_length(word)
+        Diagnostic(f"--lengths {text}", f"is not a number of tokens, {_SHORTEST} or more", "such as 256,512,1024")
+        for text in texts
+        if not _is_length(text)
     ]
-    lengths = tuple(sorted({int(word) for word in words if _is_length(word)}))
-    for name, most in limits.items():
-        beyond = [f"{length:,}" for length in lengths if length > most]
+    lengths = tuple(sorted({int(text) for text in texts if _is_length(text)}))
+    for name, limit in limits.items():
+        beyond = [f"{length:,}" for length in lengths if length > limit]
         if beyond:
-            what = f"{name} has a learnt table of {most:,} positions and nothing beyond it"
-            problems.append(Diagnostic(f"--lengths {', '.join(beyond)}", what, f"ask for at most {most}"))
+            what = f"{name} has learned embeddings of {limit:,} positions only"
+            problems.append(Diagnostic(f"--lengths {', '.join(beyond)}", what, f"use at most {limit}"))
     return lengths, problems
 
 
-def _is_length(word: str) -> bool:
-    return word.isdecimal() and len(word) <= _DIGITS and int(word) >= _SHORTEST
+def _is_length(text: str) -> bool:
+    return text.isdecimal() and len(text) <= _DIGITS and int(text) >= _SHORTEST
 
 
 def _folder(out: Path | None) -> list[Diagnostic]:
-    """Why nothing may be written there; what an earlier call wrote is replaced."""
+    """Problems of the output folder; results of an earlier call may be replaced."""
     if out is None or not out.exists():
         return []
     if not out.is_dir():
         return [Diagnostic(f"--out {out}", "is a file", "name a folder")]
-    strange = sorted(path.name for path in out.iterdir() if path.name not in (HTML, JSON, SVG))
-    what = f"holds what this command did not write: {', '.join(strange[:5])}"
-    return [Diagnostic(f"--out {out}", what, "name another folder")] if strange else []
+    foreign = sorted(path.name for path in out.iterdir() if path.name not in (HTML, JSON, SVG))
+    what = f"holds files that are not from this command: {', '.join(foreign[:5])}"
+    return [Diagnostic(f"--out {out}", what, "name another folder")] if foreign else []
 
 
-def _streams(data: str, subjects: Sequence[ModelUnderTest]) -> list[Tensor]:
-    """The held-out documents one after another, in the tokens of each model.
+def _streams(data: str, models: Sequence[ModelUnderTest]) -> list[Tensor]:
+    """The concatenated held-out documents, in the tokens of each model.
 
     Raises:
-        DataError: they cannot be read, or a tokenizer has more tokens than its model.
+        DataError: the data cannot be read, or a tokenizer has more tokens than its model.
     """
-    words: dict[str, Any] = {"max_length": _UNCUT, "overlong": "truncate", "loss": "all"}
-    section = DataSection(train=(data,), validation=(data,), format="auto", **words)
+    options: dict[str, Any] = {"max_length": _UNCUT, "overlong": "truncate", "loss": "all"}
+    section = DataSection(train=(data,), validation=(data,), format="auto", **options)
     examples = validation(section)
     streams: list[Tensor] = []
     problems: list[Diagnostic] = []
-    for subject in subjects:
-        rows = tokenize(examples, subject.tokenizer, section).rows
+    for model in models:
+        rows = tokenize(examples, model.tokenizer, section).rows
         ids = [i for row in rows for i in (row.get("input_ids") or row["prompt_ids"] + row["chosen_ids"])]
         streams.append(torch.tensor(ids))
-        if max(ids, default=0) >= subject.config.vocab_size:
-            what = f"its tokenizer says token {max(ids):,}, and the model has {subject.config.vocab_size:,}"
-            problems.append(Diagnostic(subject.name, what, "the tokenizer beside the model is not its own"))
+        if max(ids, default=0) >= model.config.vocab_size:
+            what = f"its tokenizer has token {max(ids):,}, but the model has only {model.config.vocab_size:,}"
+            problems.append(Diagnostic(model.name, what, "the tokenizer does not belong to the model"))
     if problems:
         raise DataError(f"cannot read {data}:", problems)
     return streams
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
-    """Without Transformers' warnings: texts longer than what a model knows are what is asked for here."""
+def without_warnings() -> Iterator[None]:
+    """Without Transformers' warnings: texts longer than a model's context are intended here."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

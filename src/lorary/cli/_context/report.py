@@ -1,19 +1,17 @@
-"""What `lorary inspect context` found, as tables, JSON, a picture and one HTML page."""
+"""The measurements of `lorary inspect context` as tables, JSON, a picture and one HTML page."""
 
 from __future__ import annotations
 
 import json
 import math
-import platform
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorary.analysis.long_context import Context
 from lorary.analysis.passkey import DEPTHS, Retrieval
 from lorary.cli._context.plan import HTML, JSON, SVG
-from lorary.cli._context.run import Found
+from lorary.cli._context.run import Measurements
 
 if TYPE_CHECKING:
     from lorary.analysis.html_report import KeyFigure
@@ -23,59 +21,61 @@ _BEYOND, _WITHIN = "*", "\N{FIGURE SPACE}"
 
 _HOW = (
     "Perplexity is exp of the mean loss per predicted token. The text is cut into windows of each length: all lengths "
-    "see the same text, and a longer window only adds what stands further back."
+    "see the same text, and longer windows only add context."
 )
 _KEYS = (
     "A random key of five digits is hidden in filler text, at a share of it (the depth), and asked for at the end "
     "(Mohtashami & Jaggi 2023, arXiv:2305.16300). Found: the likeliest continuation is the key. Gain: by how many nats "
     "per token the right key is likelier than after the same text with another key hidden in it; a model that does not "
-    "look back so far gains nothing."
+    "look back that far gains nothing."
 )
 
 
-def tell(found: Found, as_json: bool, out: Path | None) -> None:
-    """The result on standard output, as tables or as JSON; notes and where files lie on standard error."""
-    for note in found.notes:
+def print_report(measured: Measurements, as_json: bool, out: Path | None) -> None:
+    """Print tables or JSON to standard output, and notes to standard error."""
+    for note in measured.notes:
         print(f"note: {note}", file=sys.stderr)
     if as_json:
-        print(json.dumps(record(found), indent=2))
+        print(json.dumps(record(measured), indent=2))
     else:
-        _print(found)
+        _print(measured)
     if out is not None:
         print(f"wrote {out / HTML}, {JSON} and {SVG}", file=sys.stderr)
 
 
-def record(found: Found) -> dict[str, Any]:
-    """Everything in plain values; what is not finite is None."""
+def record(measured: Measurements) -> dict[str, Any]:
+    """The measurements in JSON types; None for values that are not finite."""
+    from lorary.analysis.html_report import versions
+
     return {
-        "data": found.data,
-        "tokens": found.tokens,
-        "passkeys": found.passkeys,
-        "models": [context.to_dict() for context in found.contexts],
-        "notes": list(found.notes),
-        "versions": dict(_versions()),
+        "data": measured.data,
+        "tokens": measured.tokens,
+        "passkeys": measured.passkeys,
+        "models": [context.to_dict() for context in measured.contexts],
+        "notes": list(measured.notes),
+        "versions": versions("lorary", "torch", "transformers"),
     }
 
 
-def write(found: Found, folder: Path) -> None:
-    """Writes context.json, context.svg and context.html into a folder that is there."""
+def write_report(measured: Measurements, folder: Path) -> None:
+    """Write context.json, context.svg and context.html into an existing folder."""
     from lorary.analysis.long_context_plot import context_svg
 
     texts = {
-        JSON: json.dumps(record(found), indent=2) + "\n",
-        SVG: context_svg(found.contexts) + "\n",
-        HTML: _page(found),
+        JSON: json.dumps(record(measured), indent=2) + "\n",
+        SVG: context_svg(measured.contexts) + "\n",
+        HTML: _page(measured),
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def _print(found: Found) -> None:
+def _print(measured: Measurements) -> None:
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False)
-    for title, head, rows in _tables(found):
+    for title, head, rows in _tables(measured):
         if not console.is_terminal:
             print(title, *_aligned([head, *rows]), "", sep="\n")
             continue
@@ -88,7 +88,7 @@ def _print(found: Found) -> None:
 
 
 def _aligned(rows: Rows) -> list[str]:
-    """Plain text: the second column, of names, to the left and all others to the right."""
+    """Plain text; the second column (names) left-aligned, all others right-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join(
@@ -98,56 +98,53 @@ def _aligned(rows: Rows) -> list[str]:
     ]
 
 
-def _tables(found: Found) -> list[tuple[str, tuple[str, ...], Rows]]:
+def _tables(measured: Measurements) -> list[tuple[str, tuple[str, ...], Rows]]:
     """(title, head, rows) of each table."""
-    longest = found.contexts[0].lengths[-1].tokens
-    head, rows = _lengths(found)
-    beyond = (
-        f" ({_BEYOND} beyond what the model knows)"
-        if any(c.known and longest > c.known for c in found.contexts)
-        else ""
-    )
+    longest = measured.contexts[0].lengths[-1].tokens
+    beyond = any(c.max_context and longest > c.max_context for c in measured.contexts)
+    legend = f" ({_BEYOND} beyond the model's context)" if beyond else ""
     tables = [
-        (f"perplexity on {found.tokens:,} tokens of {found.data}{beyond}", head, rows),
-        (f"nats per token by position, in windows of {longest:,} tokens", *_positions(found)),
+        (f"perplexity on {measured.tokens:,} tokens of {measured.data}{legend}", *_lengths(measured)),
+        (f"nats per token by position, in windows of {longest:,} tokens", *_positions(measured)),
     ]
-    if any(context.passkeys for context in found.contexts):
-        tables.append(("passkeys by depth: found, and gain in nats per token", *_depths(found)))
+    if any(context.passkeys for context in measured.contexts):
+        tables.append(("passkeys by depth: found, and gain in nats per token", *_depths(measured)))
     return tables
 
 
-def _lengths(found: Found) -> tuple[tuple[str, ...], Rows]:
-    """One row for each length and model: the models below each other, to be compared."""
+def _lengths(measured: Measurements) -> tuple[tuple[str, ...], Rows]:
+    """One row per length and model."""
     head: tuple[str, ...] = ("length", "model", "perplexity", "nats")
-    asked = any(context.passkeys for context in found.contexts)
+    passkeys = any(context.passkeys for context in measured.contexts)
     rows: Rows = []
-    for i, length in enumerate(found.contexts[0].lengths):
-        for k, context in enumerate(found.contexts):
-            of = context.lengths[i]
-            mark = _BEYOND if context.known and of.tokens > context.known else _WITHIN
-            row = ("" if k else f"{length.tokens:,}", context.model, _shown(of.perplexity) + mark, _nats(of.nats))
-            rows.append((*row, *_found(context.hidden(length.tokens))) if asked else row)
-    return ((*head, "passkeys found", "gain") if asked else head), rows
+    for i, length in enumerate(measured.contexts[0].lengths):
+        for k, context in enumerate(measured.contexts):
+            result = context.lengths[i]
+            mark = _BEYOND if context.max_context and result.tokens > context.max_context else _WITHIN
+            texts = (_perplexity(result.perplexity) + mark, _nats(result.nats))
+            row = ("" if k else f"{length.tokens:,}", context.model, *texts)
+            rows.append((*row, *_found(context.all_depths(length.tokens))) if passkeys else row)
+    return ((*head, "passkeys found", "gain") if passkeys else head), rows
 
 
-def _positions(found: Found) -> tuple[tuple[str, ...], Rows]:
-    """One row for each block of positions and model."""
+def _positions(measured: Measurements) -> tuple[tuple[str, ...], Rows]:
+    """One row per block of positions and model."""
     rows: Rows = [
         ("" if k else f"{block.start:,}-{block.stop - 1:,}", context.model, _nats(context.blocks[i].nats))
-        for i, block in enumerate(found.contexts[0].blocks)
-        for k, context in enumerate(found.contexts)
+        for i, block in enumerate(measured.contexts[0].blocks)
+        for k, context in enumerate(measured.contexts)
     ]
     return ("positions", "model", "nats"), rows
 
 
-def _depths(found: Found) -> tuple[tuple[str, ...], Rows]:
-    """One row for each length and model, one column for each depth."""
+def _depths(measured: Measurements) -> tuple[tuple[str, ...], Rows]:
+    """One row per length and model, one column per depth."""
     rows: Rows = []
-    for length in sorted({cell.length for context in found.contexts for cell in context.passkeys}):
-        for k, context in enumerate(found.contexts):
+    for length in sorted({cell.length for context in measured.contexts for cell in context.passkeys}):
+        for k, context in enumerate(measured.contexts):
             cells = {cell.depth: cell for cell in context.passkeys if cell.length == length}
-            said = ["  ".join(_found(cells.get(depth))) for depth in DEPTHS]
-            rows.append(("" if k else f"{length:,}", context.model, *said))
+            texts = ["  ".join(_found(cells.get(depth))) for depth in DEPTHS]
+            rows.append(("" if k else f"{length:,}", context.model, *texts))
     return ("length", "model", *(f"{depth:.0%}" for depth in DEPTHS)), rows
 
 
@@ -155,32 +152,28 @@ def _found(cell: Retrieval | None) -> tuple[str, str]:
     return ("", "") if cell is None else (f"{cell.found}/{cell.trials}", f"{cell.gain:+.3f}")
 
 
-def _page(found: Found) -> str:
-    from lorary.analysis.html_report import Block, Paragraph, Picture, Section, Table, html_report
+def _page(measured: Measurements) -> str:
+    from lorary.analysis.html_report import Paragraph, Picture, Section, Table, html_report, versions
     from lorary.analysis.long_context_plot import context_svg, positions_svg
 
-    lengths, positions, *depths = _tables(found)
-    longest = found.contexts[0].lengths[-1].tokens
-    asked = bool(depths)
-    pictured: list[Block] = [
-        Picture(
-            context_svg(found.contexts), _HOW + (" The dotted lines mark what a model knows." if _marked(found) else "")
-        ),
-        Table(*lengths[1:]),
+    lengths, positions, *depths = [Table(head, rows) for _, head, rows in _tables(measured)]
+    longest = measured.contexts[0].lengths[-1].tokens
+    marked = any(context.max_context for context in measured.contexts)
+    about = _HOW + (" Dotted lines mark the context of a model." if marked else "")
+    by_position = Picture(positions_svg(measured.contexts), f"In windows of {longest:,} tokens of the text.")
+    sections = [
+        Section("Perplexity by length", [Picture(context_svg(measured.contexts), about), lengths]),
+        Section("Loss by position", [by_position, positions]),
+        *(Section("Passkeys", [Paragraph(_KEYS), table]) for table in depths),
     ]
-    by_position: list[Block] = [
-        Picture(positions_svg(found.contexts), f"In windows of {longest:,} tokens of the text."),
-        Table(*positions[1:]),
-    ]
-    sections = [Section("Perplexity by length", pictured), Section("Loss by position", by_position)]
-    if asked:
-        sections.append(Section("Passkeys", [Paragraph(_KEYS), Table(*depths[0][1:])]))
-    if found.notes:
-        sections.append(Section("Notes", [Paragraph(note) for note in found.notes]))
-    sections.append(Section("Versions", [Table(("package", "version"), _versions())]))
-    names = ", ".join(context.model for context in found.contexts)
-    lead = f"{names}, on {found.tokens:,} tokens of {found.data}."
-    return html_report("Use of context", lead, [_figure(context) for context in found.contexts], sections)
+    if measured.notes:
+        sections.append(Section("Notes", [Paragraph(note) for note in measured.notes]))
+    sections.append(
+        Section("Versions", [Table(("package", "version"), [*versions("lorary", "torch", "transformers").items()])])
+    )
+    names = ", ".join(context.model for context in measured.contexts)
+    lead = f"{names}, on {measured.tokens:,} tokens of {measured.data}."
+    return html_report("Use of context", lead, [_figure(context) for context in measured.contexts], sections)
 
 
 def _figure(context: Context) -> KeyFigure:
@@ -188,21 +181,12 @@ def _figure(context: Context) -> KeyFigure:
     from lorary.analysis.html_report import KeyFigure
 
     first, last = context.lengths[0], context.lengths[-1]
-    value = f"{_shown(first.perplexity)} \N{RIGHTWARDS ARROW} {_shown(last.perplexity)}"
+    value = f"{_perplexity(first.perplexity)} \N{RIGHTWARDS ARROW} {_perplexity(last.perplexity)}"
     note = f"perplexity from {first.tokens:,} to {last.tokens:,} tokens"
-    return KeyFigure(context.model, value, note + (f"; knows {context.known:,}" if context.known else ""))
+    return KeyFigure(context.model, value, note + (f"; context {context.max_context:,}" if context.max_context else ""))
 
 
-def _marked(found: Found) -> bool:
-    return any(context.known for context in found.contexts)
-
-
-def _versions() -> list[tuple[str, str]]:
-    names = ("lorary", "torch", "transformers")
-    return [("python", platform.python_version()), *((name, metadata.version(name)) for name in names)]
-
-
-def _shown(perplexity: float) -> str:
+def _perplexity(perplexity: float) -> str:
     if not math.isfinite(perplexity):
         return "infinite" if perplexity == math.inf else "no number"
     return f"{perplexity:.2f}" if perplexity < 1000 else f"{perplexity:,.0f}"

@@ -1,4 +1,4 @@
-"""What a demo does, with the pieces that anybody would use: a configuration, a run, and a dozen calls of the API."""
+"""The steps of a demo, by the public API: a configuration, a run, and a dozen calls."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from lorary.train.config.load import from_dict
 from lorary.train.runner.run import run
 
 WINDOW = 128  # tokens per row, in training and in measuring
-ABOUT = {"builtin:c-headers": "C headers", "builtin:topics": "English prose about Python"}
+DESCRIPTIONS = {"builtin:c-headers": "C headers", "builtin:topics": "English prose about Python"}
 PROMPTS = {
     "builtin:c-headers": ("PyAPI_FUNC(PyObject *)", "#ifndef Py_LIMITED_API", "static inline int"),
     "builtin:topics": ("The", "If the", "A class"),
 }
-DRAWN = {"do_sample": True, "temperature": 0.6, "top_k": 40, "repetition_penalty": 1.1, "max_new_tokens": 56}
+SAMPLING = {"do_sample": True, "temperature": 0.6, "top_k": 40, "repetition_penalty": 1.1, "max_new_tokens": 56}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What both models made of the same beginning."""
+    """The continuations of one prompt by both models."""
 
     prompt: str
     base: str
@@ -43,8 +43,8 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Demo:
-    """Everything that a demo found out.
+class DemoResult:
+    """The results of a demo.
 
     Args:
         data: the data set.
@@ -52,14 +52,14 @@ class Demo:
         history: the records of `metrics.jsonl`.
         before: perplexity per token of the base on held-out text.
         after: the same with the adapter.
-        samples: both models, the same beginnings.
+        samples: the same prompts, continued by both models.
         reloaded: largest difference between logits of the trained model and of a fresh base with the saved adapter.
         merged: largest difference between logits of the trained model and of the merged one, read from its folder.
-        largest: the largest logit in size, to compare the differences with.
+        largest: the largest absolute logit, as a scale for the differences.
         adapter_bytes: of the saved tensors.
         seconds: of the whole demo.
         training: of the training alone.
-        folder: where everything lies.
+        folder: the output folder.
     """
 
     data: str
@@ -77,8 +77,8 @@ class Demo:
     folder: Path
 
 
-def perform(folder: Path, steps: int) -> Demo:
-    """The whole demo, told on the terminal as it goes.
+def run_demo(folder: Path, steps: int) -> DemoResult:
+    """The whole demo, reported on the terminal as it runs.
 
     Args:
         folder: an empty folder.
@@ -87,48 +87,47 @@ def perform(folder: Path, steps: int) -> Demo:
     start = time.perf_counter()
     transformers_logging.disable_progress_bar()  # of loading weights: the model is small
     console = Console(highlight=False)
-    data = _data()
+    data = _choose_data()
     config = _config(data, steps, folder / RUN)
     model, tokenizer = builtin.load_model(), builtin.load_tokenizer()
-    rows = _rows(tokenizer, data)
+    rows = _held_out_rows(tokenizer, data)
 
-    _say(console, f"A language model of {model.num_parameters():,} parameters that has only read Python …")
+    _heading(console, f"A language model of {model.num_parameters():,} parameters that has only read Python …")
     before = _perplexity(model, rows)
-    base = _continued(model, tokenizer, PROMPTS[data])
-    console.print(f"perplexity on {ABOUT[data]}: {before:.1f}")
+    base = _continuations(model, tokenizer, PROMPTS[data])
+    console.print(f"perplexity on {DESCRIPTIONS[data]}: {before:.1f}")
 
-    section = config.method
-    plan = lorary.plan(model, section.build(), section.targets)
-    _say(console, f"… learns {ABOUT[data]}. The plan:")
+    plan = lorary.plan(model, config.method.build(), config.method.targets)
+    _heading(console, f"… learns {DESCRIPTIONS[data]}. The plan:")
     console.print(str(plan), soft_wrap=True, markup=False)
 
-    _say(console, f"Training: {steps} steps of {config.training.batch_size} × {WINDOW} tokens")
-    trained = _Trained()
-    done = run(config, callbacks=[trained])
+    _heading(console, f"Training: {steps} steps of {config.training.batch_size} × {WINDOW} tokens")
+    keep = _KeepModel()
+    done = run(config, callbacks=[keep])
     if done.interrupted:
         raise SystemExit(128 + done.interrupted)
 
-    _say(console, "Before and after")
-    after = _perplexity(trained.model, rows)
-    made = _continued(trained.model, tokenizer, PROMPTS[data])
-    samples = tuple(map(Sample, PROMPTS[data], base, made))
+    _heading(console, "Before and after")
+    after = _perplexity(keep.model, rows)
+    adapted = _continuations(keep.model, tokenizer, PROMPTS[data])
+    samples = tuple(map(Sample, PROMPTS[data], base, adapted))
 
-    again: Any = lorary.load(builtin.load_model(), done.adapter)
-    logits, reloaded = _logits(trained.model, rows), _logits(again, rows)
-    lorary.merge(again)
-    again.save_pretrained(folder / MERGED)
+    reloaded_model: Any = lorary.load(builtin.load_model(), done.adapter)
+    logits, reloaded = _logits(keep.model, rows), _logits(reloaded_model, rows)
+    lorary.merge(reloaded_model)
+    reloaded_model.save_pretrained(folder / MERGED)
     tokenizer.save_pretrained(folder / MERGED)
     merged = _logits(AutoModelForCausalLM.from_pretrained(folder / MERGED, dtype=torch.float32), rows)
-    return Demo(
+    return DemoResult(
         data=data,
         plan=plan,
         history=done.history,
         before=before,
         after=after,
         samples=samples,
-        reloaded=_largest(reloaded - logits),
-        merged=_largest(merged - logits),
-        largest=_largest(logits),
+        reloaded=_largest_magnitude(reloaded - logits),
+        merged=_largest_magnitude(merged - logits),
+        largest=_largest_magnitude(logits),
         adapter_bytes=lorary.load_adapter(done.adapter).size,
         seconds=time.perf_counter() - start,
         training=done.seconds,
@@ -136,8 +135,8 @@ def perform(folder: Path, steps: int) -> Demo:
     )
 
 
-class _Trained(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
-    """Keeps the model as training left it, to hold what is saved and merged against it."""
+class _KeepModel(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
+    """Keeps the trained model, as the reference for the saved and the merged one."""
 
     model: Any = None
 
@@ -145,12 +144,12 @@ class _Trained(TrainerCallback):  # type: ignore[misc]  # Transformers has no ty
         self.model = model
 
 
-def _say(console: Console, title: str) -> None:
+def _heading(console: Console, title: str) -> None:
     console.print(f"\n[bold]{title}[/bold]")
 
 
-def _data() -> str:
-    """C headers where this Python has them, prose otherwise."""
+def _choose_data() -> str:
+    """C headers if this Python has them, else prose."""
     try:
         corpora.load("builtin:c-headers", "validation")
     except DataError:
@@ -161,10 +160,7 @@ def _data() -> str:
 def _config(data: str, steps: int, output: Path) -> Config:
     return from_dict(
         {
-            "model": {
-                "id": "builtin:base",
-                "dtype": "float32",
-            },  # some CPUs would take bfloat16: exactness is shown here
+            "model": {"id": "builtin:base", "dtype": "float32"},  # not auto: the demo shows exactness
             "method": {"name": "lora", "r": 16, "alpha": 32},
             "data": {"train": data, "validation": data, "max_length": WINDOW},
             "training": {
@@ -182,7 +178,7 @@ def _config(data: str, steps: int, output: Path) -> Config:
     )
 
 
-def _rows(tokenizer: Any, name: str, most: int = 96) -> Tensor:
+def _held_out_rows(tokenizer: Any, name: str, most: int = 96) -> Tensor:
     """At most `most` rows of held-out text, evenly spread: [rows, WINDOW] token ids."""
     texts = [record["text"] for record in corpora.load(name, "validation")]
     ids = torch.tensor([i for row in tokenizer(texts)["input_ids"] for i in row])
@@ -205,17 +201,17 @@ def _logits(model: Any, rows: Tensor) -> Tensor:
     return logits
 
 
-def _largest(values: Tensor) -> float:
+def _largest_magnitude(values: Tensor) -> float:
     return float(values.abs().max())
 
 
 @torch.inference_mode()
-def _continued(model: Any, tokenizer: Any, prompts: tuple[str, ...]) -> list[str]:
-    """What a model makes of each beginning: drawn, with the same random numbers for every model."""
-    made = []
+def _continuations(model: Any, tokenizer: Any, prompts: tuple[str, ...]) -> list[str]:
+    """Sampled continuations of each prompt, with the same random numbers for every model."""
+    texts = []
     for prompt in prompts:
         row = tokenizer(prompt, return_tensors="pt")
         torch.manual_seed(0)
-        ids = model.generate(**row, **DRAWN)
-        made.append(tokenizer.decode(ids[0, row["input_ids"].shape[1] :], skip_special_tokens=True))
-    return made
+        ids = model.generate(**row, **SAMPLING)
+        texts.append(tokenizer.decode(ids[0, row["input_ids"].shape[1] :], skip_special_tokens=True))
+    return texts
