@@ -53,7 +53,7 @@ types: $(READY)
 	@$(PY) -m mypy
 
 docs: $(READY)
-	@$(PY) docs/generate.py
+	@$(PY) docs/generate.py && $(PY) scripts/import_graph.py
 	@$(PY) -m sphinx --quiet --fail-on-warning --keep-going -b html docs build/docs && echo "build/docs/index.html"
 
 bench: $(READY)

@@ -1,4 +1,4 @@
-"""The methods that are measured, in the words of lorary and of PEFT, and the model that they are measured on."""
+"""The measured methods, as lorary and as PEFT configure them, and the model for the measurements."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 
 @dataclass(frozen=True)
 class Case:
-    """One method, in both libraries' words.
+    """One method, configured for both libraries.
 
     Args:
         name: of the method.

@@ -83,7 +83,7 @@ def codes(out: int, inp: int, device: torch.device) -> QuantizedTensor:
 
 
 def filled(model: Any, device: torch.device) -> Any:
-    """Everything of a model that is on the meta device and is not packed, with random values on the device."""
+    """Random values for all unquantised tensors of a meta-device model, on the device."""
     for module in list(model.modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:

@@ -1,4 +1,4 @@
-"""Host memory and time of loading a base in 4 bits: straight, loaded in full and packed, and bitsandbytes.
+"""Host memory and time of loading a base in 4 bits: straight, in full and then quantised, and with bitsandbytes.
 
     python benchmarks/loading.py
 

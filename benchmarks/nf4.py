@@ -78,7 +78,7 @@ def unpacking(arguments: argparse.Namespace) -> Found:
             state = their_linear(W).weight
             codes, quantised = state.data, state.quant_state
             nested, offset = quantised.state2.absmax, quantised.offset
-            packed = nf4.Packed(codes, quantised.absmax, nested, offset, (side, side), 64)
+            packed = nf4.QuantizedTensor(codes, quantised.absmax, nested, offset, (side, side), 64)
             ours, buffer = torch.empty_like(W), torch.empty_like(W)
             runs = {
                 "lorary": lambda p=packed, d=dtype, o=ours: nf4.dequantize(p, d, o),

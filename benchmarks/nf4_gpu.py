@@ -4,7 +4,7 @@
     python benchmarks/nf4_gpu.py --small    # small layers, wherever it runs: on the CPU a check of this script
 
 Unpacking a weight and multiplying it with a few rows take as long as their bytes take to come and go, if the kernels
-are good: the packed weight once, and what goes in and out. Those bytes over the time are the bandwidth reached; its
+are good: the quantised weight once, the input and the output. Those bytes over the time are the bandwidth reached; its
 share is of what a copy of a large tensor reaches in the same run, and of what the memory is built for, where the
 driver says it. Every call of a kernel meets another copy of its weight, so that none comes from the GPU's cache; on a
 GPU the calls are replayed as one graph, so that the time to launch them does not count. Both libraries read the very
@@ -97,11 +97,11 @@ def of_memory(device: torch.device) -> float | None:
 
 
 class Layer:
-    """One layer's weight in copies: packed, as bitsandbytes has it, and dense.
+    """Copies of one layer's weight: quantised, for both libraries, and dense.
 
     Args:
         shape: (out, inp).
-        cold: bytes that the packed copies have together at least.
+        cold: the least total bytes of the quantised copies.
         device: where it is.
         dtype: of what goes in and out.
     """

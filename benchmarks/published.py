@@ -59,7 +59,7 @@ class Convention:
         gradients_first: whether gradients are there when the loss is computed (accumulation), or freed at every step.
         fused_norms: whether a norm is one kernel, which keeps its input as it comes.
         bits: bits for each number of the linear layers but the head: 16, or 4.127 and 4.5 for NF4.
-        keeps_inputs: whether a packed layer keeps its input although its weight is frozen (bitsandbytes before 0.44).
+        keeps_inputs: whether a quantised layer with a frozen weight keeps its input (bitsandbytes < 0.44).
     """
 
     trains: str = "all-linear"

@@ -168,26 +168,38 @@ def combinations_page() -> str:
     return f"{COMBINATIONS_HEAD}{table}\n\n## Restrictions\n\n{listed['r']}\n\n## Refusals\n\n{listed['N']}\n"
 
 
-def index_page() -> str:
-    """The page over the methods' pages."""
-    file = HERE / "methods" / "index.md"
-    presets = lorary.presets().values()
-    rows = [
-        f"| [`{p.name}`]({stem(p.name)}.md) | `{_pipe(p.summary)}` | {p.year or ''} | "
-        f"{', '.join(p.changes)} | {cell(p.when)} |"
-        for p in presets
-    ]
-    head = """# The methods
+INDEX_HEAD = """# The methods
 
 A method is a record of components, one per axis. A preset is a paper's name for some of them; LoRA's components are the
 defaults for the others. Presets combine by union; a [table](../combinations.md) shows which pairs do.
 
-| preset | equation | year | what it changes | when |
+| preset | equation | paper | what it changes | when |
 |---|---|---|---|---|
 """
-    pages = [*(stem(p.name) for p in presets), *FUNCTIONS]
-    toctree = "\n\n```{toctree}\n:hidden:\n\n" + "\n".join(pages) + "\n```\n\n"
-    return head + "\n".join(rows) + toctree + BY_HAND + file.read_text(encoding="utf-8").partition(BY_HAND)[2]
+
+# Methods that are planned: title -> paper.
+PLANNED = {
+    "S-LoRA": "Sheng et al. 2023, arXiv:2311.03285",
+    "LoRAHub": "Huang et al. 2023, arXiv:2307.13269",
+    "Houlsby adapters": "Houlsby et al. 2019, arXiv:1902.00751",
+    "Prefix tuning": "Li & Liang 2021, arXiv:2101.00190",
+    "Prompt tuning": "Lester et al. 2021, arXiv:2104.08691",
+}
+
+
+def index_page() -> str:
+    """The page over the methods' pages."""
+    file = HERE / "methods" / "index.md"
+    found = [*lorary.presets().values(), *FUNCTIONS.values()]
+    rows = [
+        f"| [`{p.name}`]({stem(p.name)}.md) | `{_pipe(p.summary)}` | {paper(p.citation) if p.year else ''} | "
+        f"{p.changes if isinstance(p.changes, str) else ', '.join(p.changes)} | {cell(p.when)} |"
+        for p in found
+    ]
+    planned = ", ".join(f"{title} ({paper(citation)})" for title, citation in PLANNED.items())
+    toctree = "```{toctree}\n:hidden:\n\n" + "\n".join(stem(p.name) for p in found) + "\n```"
+    by_hand = file.read_text(encoding="utf-8").partition(BY_HAND)[2]
+    return INDEX_HEAD + "\n".join(rows) + f"\n\nPlanned: {planned}.\n\n{toctree}\n\n{BY_HAND}{by_hand}"
 
 
 _README = "<!-- The methods; written by docs/generate.py. -->"
@@ -196,11 +208,11 @@ _README = "<!-- The methods; written by docs/generate.py. -->"
 def readme() -> str:
     """The README, with its table of methods from the presets."""
     rows = [
-        f"| [{found.title}](docs/methods/{stem(found.name)}.md) | `{_pipe(found.summary)}` | "
-        f"{paper(found.citation) if found.year else ''} | `{found.name}` |"
+        f"| [`{found.name}`](docs/methods/{stem(found.name)}.md) | `{_pipe(found.summary)}` | here |"
         for found in (*lorary.presets().values(), *FUNCTIONS.values())
     ]
-    table = "| method | equation | paper | name |\n|---|---|---|---|\n" + "\n".join(rows)
+    rows += [f"| {', '.join(PLANNED)} | | planned |"]
+    table = "| method | equation | status |\n|---|---|---|\n" + "\n".join(rows)
     before, _, after = (HERE.parent / "README.md").read_text(encoding="utf-8").split(_README)
     return f"{before}{_README}\n\n{table}\n\n{_README}{after}"
 

@@ -2,7 +2,7 @@
 
     python examples/qlora.py                               # or: ... path/to/a/model, or a Hub id
 
-Runs offline on the built-in base. The plain model is never in memory: each weight is packed as it is read.
+Runs offline on the built-in base. The plain model is never in memory: each weight is quantised as it is read.
 """
 
 import sys

@@ -16,7 +16,7 @@ from lorary.builtin import corpora
 
 
 def tokenizer_for(work: Path, recipe: Recipe) -> PreTrainedTokenizerFast:
-    """The tokenizer learnt from the training files; kept in `work`, so that a resumed run has the same."""
+    """The tokenizer learned from the training files; kept in `work`, so that a resumed run has the same."""
     folder = work / f"tokenizer-{recipe.vocabulary}"
     if not folder.exists():
         texts = [record["text"] for record in corpora.load("builtin:python", "train")]

@@ -38,7 +38,7 @@ on a real model that really gets better when it is adapted. It is no assistant a
   docstring).
 - Everything that decides the result, the versions and the hash of the corpus: `report.json`.
 
-The text it learnt from, the standard library, is © Python Software Foundation and others, under the PSF licence.
+The text it learned from, the standard library, is © Python Software Foundation and others, under the PSF licence.
 """
 
 

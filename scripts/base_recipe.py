@@ -30,7 +30,7 @@ class Recipe:
     momentum: float = 0.95
     clip: float = 1.0
     echoes: int = 2  # of a batch's windows, in the first third of the first cycle: a passage again and again
-    chat_one_in: int = 4  # this share of the docstring pairs is learnt as conversations: 2 % of all tokens
+    chat_one_in: int = 4  # this share of the docstring pairs is learned as conversations: 2 % of all tokens
     seed: int = 0
 
 

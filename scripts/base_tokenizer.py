@@ -29,7 +29,7 @@ CHAT_TEMPLATE = (
 
 
 def train(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of `vocabulary` tokens learnt from `texts`.
+    """A tokenizer of `vocabulary` tokens learned from `texts`.
 
     It adds no BOS by itself: the chat template writes the only one.
     """

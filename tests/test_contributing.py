@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from scripts import import_graph
 
 from lorary.spec import interfaces
 from tests import fresh, pages
@@ -55,6 +56,21 @@ def test_the_table_lists_all_members_of_each_protocol(protocol: type) -> None:
     must, may = row.split("|")[3:5]
     named = set(re.findall(r"`(\w+)", must + may))
     assert named - {"add", "Fused"} == members
+
+
+def test_every_question_leads_to_a_file_in_its_room() -> None:
+    rows = re.findall(r"^\| [^|]+\? \| ([^|]*) \| ([^|]+) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert {room for rooms, _ in rows for room in re.findall(r"`(\w+)`", rooms)} == set(import_graph.ROOMS) - {
+        "builtin",
+        "errors",
+    }
+    for rooms, files in rows:
+        paths = re.findall(r"`([^`]+)`", files)
+        assert [path for path in paths if not (import_graph.SOURCE / path).exists()] == []
+        assert {import_graph.room(path.replace("/", ".")) for path in paths} <= {
+            *re.findall(r"`(\w+)`", rooms),
+            "errors",
+        }
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import shutil
@@ -13,80 +12,36 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from scripts import import_graph
 
 import lorary
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE = ROOT / "src" / "lorary"
 
-# From the ground up. A module imports from the floors below its own and from its own package, never from above.
-FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "_deprecated"),
-    ("kernels", "accounting", "biases", "builtin", "memo", "grid", "fields", "shards", "weights", "attention"),
-    ("sites", "attending", "positions"),
-    ("words", "contexts"),
-    ("storage",),
-    ("record",),
-    ("preset",),
-    ("methods",),
-    ("placed", "fused", "combinations", "scan"),
-    ("targets",),
-    ("adapted", "preconditions", "plans"),
-    ("fingerprint", "full_parameters"),
-    ("packing", "plan_notes"),
-    ("past",),
-    ("planning",),
-    ("state",),
-    ("residual", "shrinking"),
-    ("surgery",),
-    ("merging", "loop", "forms", "fidelity"),
-    ("adapter", "live"),
-    ("evolution", "probing"),
-    ("formats",),
-    ("switching",),
-    ("bases",),
-    ("inspect",),
-    ("footprint",),
-    ("train",),
-    ("cli",),
-    ("__main__",),
-)
+# Within train/: each package imports only those before it.
+TRAIN = ("config", "data", "trainer", "runner")
+# Folders of tests that are of no single room.
+ACROSS = {"laws", "papers", "golden", "outside"}
 MOST_LINES = 330  # about 300
+MOST_ENTERED = 60
 
 _MACHINE = re.compile(r"(?<![\w.*:])/(?:home(?!/(?:me|someone)\b)|opt|root|Users|work|workspace)/[\w.]")
 _REGISTRY = re.compile(r"\b(?:pypi|pythonhosted|npmjs|anaconda)\.(?:org|com)\b|download\.pytorch", re.IGNORECASE)
 _UNDONE = re.compile(r"\b(?:TO" r"DO|FIX" r"ME|X" r"XX)\b")
 
 
-def modules() -> dict[str, Path]:
-    """Dotted name, without `lorary.`, of every module of the package but its `__init__`."""
-    found = {}
-    for path in sorted(SOURCE.rglob("*.py")):
-        parts = path.relative_to(SOURCE).with_suffix("").parts
-        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        if name:
-            found[name] = path
-    return found
-
-
-def floor(module: str) -> int:
-    top = module.partition(".")[0]
-    return next(i for i, names in enumerate(FLOORS) if top in names)
-
-
-def imported(path: Path, package: str) -> set[str]:
-    """What of lorary a file imports, anywhere in it: inside functions and for type checkers too."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}:{node.lineno}: imports are written out from lorary"
-            module = node.module or ""
-            names |= {f"{module}.{alias.name}" for alias in node.names} | {module}
-    known = modules()
-    own = {name.removeprefix("lorary.") for name in names if name.startswith("lorary.")}
-    return {name for name in own if name in known and name != package}
+def misplaced(module: str, other: str) -> str | None:
+    """Why a module may not import another, if it may not."""
+    order = [*import_graph.ABOVE, *import_graph.ROOMS, *import_graph.BELOW]
+    here, there = module.split("."), other.split(".")
+    if here[0] != there[0]:
+        if order.index(there[0]) < order.index(here[0]):
+            return f"{there[0]} is above {here[0]}"
+        if any(part.startswith("_") for part in there[1:]):
+            return f"it is private to {there[0]}"
+    elif here[0] == "train" and len(here) > 1 and TRAIN.index(there[1]) > TRAIN.index(here[1]):
+        return f"train.{there[1]} is above train.{here[1]}"
+    return None
 
 
 @cache
@@ -108,45 +63,97 @@ def texts() -> dict[Path, str]:
     return found
 
 
-def test_every_module_has_a_floor() -> None:
-    known = {name for names in FLOORS for name in names}
-    assert {name.partition(".")[0] for name in modules()} - known == set()
+def test_the_package_has_twelve_rooms() -> None:
+    names = {import_graph.room(name) for name in import_graph.modules()}
+    assert names == {*import_graph.ABOVE, *import_graph.ROOMS, *import_graph.BELOW}
+    assert len(import_graph.ROOMS) == 12
 
 
-@pytest.mark.parametrize("module", sorted(modules()))
-def test_imports_go_down(module: str) -> None:
-    top = module.partition(".")[0]
-    for other in imported(modules()[module], module):
-        inside = other.partition(".")[0] == top
-        assert inside or floor(other) < floor(module), f"{module} imports {other}, which is not below it"
+def test_the_tests_mirror_the_rooms() -> None:
+    folders = {path.parent.name for path in (ROOT / "tests").glob("*/*") if path.parent.name != "__pycache__"}
+    assert folders - ACROSS <= set(import_graph.ROOMS)
+    assert folders > ACROSS
 
 
-def test_no_import_goes_in_a_circle() -> None:
-    graph = {name: imported(path, name) for name, path in modules().items()}
-    # A package's __init__ is run by importing anything in it; that is Python's rule, not a circle of ours.
-    graph = {name: {o for o in others if not name.startswith(f"{o}.")} for name, others in graph.items()}
-    done: set[str] = set()
-
-    def visit(name: str, path: tuple[str, ...]) -> None:
-        assert name not in path, "circle: " + " → ".join([*path[path.index(name) :], name])
-        if name not in done:
-            for other in sorted(graph[name]):
-                visit(other, (*path, name))
-            done.add(name)
-
-    for name in graph:
-        visit(name, ())
+def test_imports_go_down() -> None:
+    wrong = [
+        f"{module} imports {other}: {reason}"
+        for module, others in import_graph.graph().items()
+        for other in others
+        if (reason := misplaced(module, other))
+    ]
+    assert wrong == []
 
 
-def test_a_circle_and_an_upward_import_would_be_seen(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("folder", "prefix"),
+    [("src/lorary", "lorary."), ("benchmarks", ""), ("benchmarks/claims", ""), ("scripts", ""), ("docs", "")],
+)
+def test_no_import_goes_in_a_circle(folder: str, prefix: str) -> None:
+    """In the package's files, and in the programs beside it, which import each other by their bare names."""
+    edges = import_graph.graph(ROOT / folder, prefix)
+    assert edges
+    assert import_graph.circle(edges) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "other", "reason"),
+    [
+        ("errors", "train.config.config", "train is above errors"),
+        ("spec.method", "methods.lora", "methods is above spec"),
+        ("model.attach", "model._checks", None),
+        ("adapters.switch", "model._checks", "it is private to model"),
+        ("adapters.switch", "model.attach", None),
+        ("train.data.load", "train.config.load", None),
+        ("train.data.load", "train.runner.run", "train.runner is above train.data"),
+        ("files.atomic", "__init__", "__init__ is above files"),
+        ("files.atomic", "_deprecated", None),
+    ],
+)
+def test_a_misplaced_import_would_be_seen(module: str, other: str, reason: str | None) -> None:
+    assert misplaced(module, other) == reason
+
+
+def test_an_import_is_found_wherever_it_is(tmp_path: Path) -> None:
     file = tmp_path / "planted.py"
-    file.write_text("def late():\n    from lorary.train import config\n")
-    assert imported(file, "errors") == {"train", "train.config"}
-    assert floor("train.config") > floor("errors")
+    file.write_text("import lorary.errors\ndef late():\n    from lorary.train import config\n")
+    assert import_graph.imports(file, import_graph.modules()) == {"errors", "train", "train.config"}
+    file.write_text("from . import config\n")
+    with pytest.raises(ValueError, match="a relative import"):
+        import_graph.imports(file, ())
+
+
+def test_a_circle_would_be_seen(tmp_path: Path) -> None:
+    for name, text in {
+        "a": "import b",
+        "b": "def late():\n    from c import x",
+        "c": "import a",
+        "d": "import a",
+    }.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    assert import_graph.circle(import_graph.graph(tmp_path, "")) == ["a", "b", "c", "a"]
+    (tmp_path / "c.py").write_text("import json")
+    assert import_graph.circle(import_graph.graph(tmp_path, "")) == []
+
+
+def test_the_picture_of_the_rooms_is_up_to_date() -> None:
+    assert import_graph.PICTURE.read_text(encoding="utf-8") == import_graph.svg(), "python scripts/import_graph.py"
+
+
+def test_the_way_of_one_weight_is_short() -> None:
+    """From plan to merge, in a new Python: a file counts where one of its functions is called."""
+    done = subprocess.run(
+        [sys.executable, "scripts/import_graph.py", "--way"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    entered = re.search(r"^entered: (\d+) files", done.stdout, re.MULTILINE)
+    assert entered
+    assert 20 < int(entered[1]) <= MOST_ENTERED, done.stdout
 
 
 def test_files_stay_short() -> None:
-    lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in modules().items()}
+    lengths = {
+        name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in import_graph.modules().items()
+    }
     long = {name: length for name, length in lengths.items() if length > MOST_LINES}
     assert not long, f"files of more than {MOST_LINES} lines: {long}"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import arms
 import continual
-from continual import both, forgotten, forgotten_equally_good, learnt
+from continual import both, forgotten, forgotten_equally_good, learned
 from measures import Measure, loss, speed
 from protocol import Bench, Difference, paired
 from training import Arm
@@ -65,7 +65,7 @@ def _continual(claim: str, method: Arm, against: Arm) -> list[Row]:
         Row(claim, method, against, "loss of both tasks", both),
         Row(claim, method, against, "first task forgotten", forgotten),
         Row(claim, method, against, "first task forgotten, second equally good", forgotten_equally_good),
-        Row("... and learns the new task as well", method, against, "loss of the second task", learnt, equal=True),
+        Row("... and learns the new task as well", method, against, "loss of the second task", learned, equal=True),
     ]
 
 

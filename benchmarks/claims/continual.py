@@ -1,6 +1,6 @@
 """One task after the other: C headers first, then prose. What the second one does to the first.
 
-All ways begin from the very same adapter of the first task. What is started anew for the second one starts from a
+All ways begin from the same adapter of the first task. A fresh start for the second one begins at a
 seed of its own: from the same seed it would start where the first one did.
 """
 
@@ -26,21 +26,21 @@ SECOND_SEED = 10_000  # added to the first task's
 
 
 @cache
-def _learnt(setting: Setting, seed: int) -> nn.Module:
-    """The model with a LoRA that has learnt the first task."""
+def _learned(setting: Setting, seed: int) -> nn.Module:
+    """The model with a LoRA that has learned the first task."""
     model, steps = LORA.build(setting, seed), setting.size.short
     train(model, HEADERS, setting.rate(LORA, steps), seed, steps, setting.size.batch)
     return model
 
 
 def _same_adapter(setting: Setting, seed: int) -> nn.Module:
-    return copy.deepcopy(_learnt(setting, seed))
+    return copy.deepcopy(_learned(setting, seed))
 
 
 def _another(**options: object) -> Callable[[Setting, int], nn.Module]:
     def build(setting: Setting, seed: int) -> nn.Module:
         method, model = lora("o-lora", **options), builtin.load_model()
-        plan = lorary.plan(model, method, after=[lorary.Adapter.of(_learnt(setting, seed))])
+        plan = lorary.plan(model, method, after=[lorary.Adapter.of(_learned(setting, seed))])
         return lorary.attach(model, plan, seed=seed + SECOND_SEED)
 
     return build
@@ -96,7 +96,7 @@ def forgotten(method: list[Record], against: list[Record], horizon: int) -> Figu
 
 
 def forgotten_equally_good(method: list[Record], against: list[Record], horizon: int) -> Figures:
-    """The same when both have learnt the second task equally well: as well as the worse of the two in the end."""
+    """The same when both have learned the second task equally well: as well as the worse of the two in the end."""
     figures: Figures = ([], [])
     for pair in zip(method, against, strict=True):
         target = max(loss_at(run, TOPICS, horizon) for run in pair)
@@ -105,7 +105,7 @@ def forgotten_equally_good(method: list[Record], against: list[Record], horizon:
     return figures
 
 
-def learnt(method: list[Record], against: list[Record], horizon: int) -> Figures:
+def learned(method: list[Record], against: list[Record], horizon: int) -> Figures:
     """The second task's loss in the end, nats."""
     return [loss_at(run, TOPICS, horizon) for run in method], [loss_at(run, TOPICS, horizon) for run in against]
 

@@ -43,7 +43,7 @@ class Ledger:
         return record
 
     def write(self) -> None:
-        """Write the file anew, beside the old one, and put it in its place."""
+        """Rewrite the file atomically: a new one beside it, then one rename."""
         head = {"versions": {"python": platform.python_version()} | {n: version(n) for n in ("torch", "transformers")}}
         rows = ",\n  ".join(json.dumps(run) for run in self.runs.values())
         text = json.dumps(head | {"bytes_kept": self.bytes_kept})[:-1] + f', "runs": [\n  {rows}\n]}}\n'

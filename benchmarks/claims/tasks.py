@@ -1,4 +1,4 @@
-"""What is learnt: the built-in data sets, tokenised once, cut into windows."""
+"""The tasks: the built-in data sets, tokenised once, cut into windows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One run: a plain loop around lorary's words, with the losses on held-out windows along the way."""
+"""One run: a plain loop around lorary's API, with the losses on held-out windows along the way."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from lorary import _deprecated
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 
 _HOMES = {
     "Adapted": "layers.adapted",

@@ -1,11 +1,13 @@
 """Names that keep working for one release, each with a `DeprecationWarning` that names the new one.
 
-The two tables are all there is to edit. `lorary.__getattr__` asks `renamed` for a name that it does not have, and a
-finder at the end of `sys.meta_path` serves module paths that no longer exist.
+The tables are all there is to edit. `lorary.__getattr__` asks `renamed` for a name that it does not have, and a
+finder at the end of `sys.meta_path` serves module paths that no longer exist. Modules that are still there call
+`keep_old_names`, and classes have a `RenamedAttribute` for each attribute.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -39,11 +41,67 @@ NAMES: dict[str, tuple[str, str]] = {
 
 # old module path -> the modules that its names are in now, searched in this order. A package needs its own line, and
 # so does each of its modules.
-MODULES: dict[str, tuple[str, ...]] = {}
-
-# (old module path, old name) -> the new name, for names that changed as well as moved
-MEMBERS: dict[tuple[str, str], str] = {}
-
+MODULES: dict[str, tuple[str, ...]] = {
+    "lorary.accounting": ("lorary.analysis.memory.live_bytes",),
+    "lorary.adapted": ("lorary.layers.adapted",),
+    "lorary.adapter": ("lorary.adapters.adapter",),
+    "lorary.attending": ("lorary.layers.shifted_attention",),
+    "lorary.attention": ("lorary.kernels.shifted_attention",),
+    "lorary.bases": ("lorary.model.loading",),
+    "lorary.biases": ("lorary.model.bias_flags",),
+    "lorary.combinations": ("lorary.methods.compatibility",),
+    "lorary.contexts": ("lorary.spec.context",),
+    "lorary.evolution": ("lorary.analysis.supernet_search",),
+    "lorary.fidelity": ("lorary.analysis.merge_error",),
+    "lorary.fields": ("lorary.spec.fields",),
+    "lorary.fingerprint": ("lorary.model.fingerprint",),
+    "lorary.footprint": ("lorary.analysis.memory",),
+    "lorary.formats": ("lorary.adapters",),
+    "lorary.formats.findings": ("lorary.files.findings",),
+    "lorary.forms": ("lorary.adapters.low_rank_form",),
+    "lorary.fused": ("lorary.layers.fused_qkv",),
+    "lorary.grid": ("lorary.layers.module_kinds",),
+    "lorary.inspect": ("lorary.analysis",),
+    "lorary.inspect.canvas": ("lorary.analysis.svg",),
+    "lorary.inspect.context": ("lorary.analysis.long_context",),
+    "lorary.inspect.context_plot": ("lorary.analysis.long_context_plot",),
+    "lorary.inspect.heatmap": ("lorary.analysis.heatmap",),
+    "lorary.inspect.passkey": ("lorary.analysis.passkey",),
+    "lorary.inspect.plots": ("lorary.analysis.loss_plot",),
+    "lorary.inspect.report": ("lorary.analysis.html_report",),
+    "lorary.live": ("lorary.analysis.merge_check",),
+    "lorary.loop": ("lorary.model.optim.param_groups", "lorary.model.optim.rules", "lorary.model.state"),
+    "lorary.memo": ("lorary.layers.cache",),
+    "lorary.merging": ("lorary.model.merge",),
+    "lorary.methods.loraplus": ("lorary.methods.lora_plus",),
+    "lorary.packing": ("lorary.model.quantize",),
+    "lorary.past": ("lorary.model.previous_tasks",),
+    "lorary.placed": ("lorary.spec.placement",),
+    "lorary.planning": ("lorary.model.planning",),
+    "lorary.plans": ("lorary.model.plan",),
+    "lorary.positions": ("lorary.layers.rope",),
+    "lorary.preconditions": ("lorary.model.checks",),
+    "lorary.preset": ("lorary.spec.presets",),
+    "lorary.probing": ("lorary.analysis.importance",),
+    "lorary.record": ("lorary.spec.method",),
+    "lorary.residual": ("lorary.model.residual_base",),
+    "lorary.shards": ("lorary.layers.dtensor",),
+    "lorary.shrinking": ("lorary.model.rank_pruning",),
+    "lorary.sites": ("lorary.spec.site", "lorary.layers.kinds"),
+    "lorary.state": ("lorary.model.state",),
+    "lorary.storage": ("lorary.layers",),
+    "lorary.storage.as_is": ("lorary.spec.interfaces",),
+    "lorary.storage.bitsandbytes_state": ("lorary.layers.bitsandbytes_state",),
+    "lorary.storage.bnb_nf4": ("lorary.layers.bitsandbytes",),
+    "lorary.storage.foreign": ("lorary.layers.other_quantizers",),
+    "lorary.storage.nf4": ("lorary.layers.nf4",),
+    "lorary.surgery": ("lorary.model.attach",),
+    "lorary.switching": ("lorary.adapters.switch",),
+    "lorary.targets": ("lorary.model.targets",),
+    "lorary.train.config": ("lorary.train.config.config",),
+    "lorary.weights": ("lorary.layers.quantized_weight",),
+    "lorary.words": ("lorary.spec.interfaces",),
+}
 
 # A component's class name in files of format 1 (lorary 0.5 and before) -> its module and its name now
 COMPONENTS: dict[str, tuple[str, str]] = {
@@ -73,6 +131,37 @@ COMPONENTS: dict[str, tuple[str, str]] = {
     "WriteProduct": ("lorary.methods.delta_lora", "DeltaLoRAPaperRule"),
     "ZeroDown": ("lorary.methods.glora", "ZeroDownInit"),
 }
+
+# (old module path, old name) -> the new name, for names that changed. Where the module itself did not move, it calls
+# `keep_old_names`.
+MEMBERS: dict[tuple[str, str], str] = {
+    ("lorary.contexts", "Reading"): "ContextPatch",
+    ("lorary.errors", "Problem"): "Diagnostic",
+    ("lorary.evolution", "Evolution"): "EvolutionConfig",
+    ("lorary.evolution", "Found"): "SearchResult",
+    ("lorary.evolution", "search"): "search_supernet",
+    ("lorary.fidelity", "Fidelity"): "MergeError",
+    ("lorary.fidelity", "SiteFidelity"): "SiteMergeError",
+    ("lorary.live", "Live"): "MergeCheck",
+    ("lorary.loop", "Tuning"): "Rules",
+    ("lorary.loop", "evaluating"): "eval_mode",
+    ("lorary.loop", "groups"): "param_groups",
+    ("lorary.loop", "tuning"): "rules",
+    ("lorary.packing", "PackingWarning"): "QuantizationWarning",
+    ("lorary.packing", "pack"): "quantize",
+    ("lorary.packing", "unpack"): "dequantize",
+    ("lorary.placed", "Placed"): "AdaptedSite",
+    ("lorary.probing", "dropped"): "drop_layers",
+    ("lorary.probing", "importance"): "layer_importance",
+    ("lorary.storage.as_is", "AsIs"): "Unquantized",
+    ("lorary.weights", "by_forward"): "weight_by_forward",
+    ("lorary.weights", "is_packed"): "is_quantized",
+    ("lorary.weights", "keeps"): "register_quantized",
+    ("lorary.words", "WORDS"): "COMPONENTS",
+    ("lorary.words", "word"): "component",
+}
+MEMBERS |= {(module, old): new for old, (module, new) in COMPONENTS.items()}
+
 # its name now -> its fields in those files, and a site's
 FIELDS: dict[str, dict[str, str]] = {"SharedProjectionInit": {"saved": "store_shared"}}
 SITE = {"out": "out_features", "inp": "in_features", "window": "kernel_size"}
@@ -124,6 +213,50 @@ def forwarding(old: str, new: str) -> Callable[..., Any]:
     return method
 
 
+class RenamedAttribute:
+    """A deprecated attribute of a class: `inp = RenamedAttribute("in_features")`."""
+
+    def __init__(self, new: str) -> None:
+        self.new = new
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.owner, self.old = owner.__name__, name
+
+    def __get__(self, instance: object | None, owner: type | None = None) -> Any:
+        if instance is None:
+            return self
+        warn(f"{self.owner}.{self.old}", f"{self.owner}.{self.new}")
+        return getattr(instance, self.new)
+
+
+def _member(module: str, name: str) -> tuple[str, Any]:
+    """The module in which a name of an old module path is now, and its value.
+
+    Raises:
+        AttributeError: there was never such a name.
+    """
+    new = MEMBERS.get((module, name), name)
+    for home in MODULES.get(module, (module,)):
+        found = importlib.import_module(home)
+        # a module that is asked for its own old names would ask this function again
+        if new in vars(found) or (home != module and hasattr(found, new)):
+            return f"{home}.{new}", getattr(found, new)
+    raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+
+def keep_old_names(package: str) -> None:
+    """Let `package` and the modules in it give their old names too, each use with a warning."""
+
+    def find(module: str, name: str) -> Any:
+        path, value = _member(module, name)
+        warn(f"{module}.{name}", path)
+        return value
+
+    for module in {*MODULES, *(module for module, _ in MEMBERS)}:
+        if f"{module}.".startswith(f"{package}.") and module in sys.modules:
+            sys.modules[module].__dict__["__getattr__"] = functools.partial(find, module)
+
+
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Serves the paths in `MODULES` as modules whose names are looked up in the new ones."""
 
@@ -136,21 +269,13 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         old = module.__name__
-        homes = MODULES[old]
-        warn(old, " or ".join(homes))
-
-        def find(name: str) -> Any:
-            new = MEMBERS.get((old, name), name)
-            for home in homes:
-                found = importlib.import_module(home)
-                if hasattr(found, new):
-                    return getattr(found, new)
-            raise AttributeError(f"module {old!r} has no attribute {name!r}")
-
-        module.__dict__["__getattr__"] = find
+        warn(old, " or ".join(MODULES[old]))
+        module.__dict__["__getattr__"] = lambda name: _member(old, name)[1]
 
 
 def install() -> None:
-    """Put the finder at the end of `sys.meta_path`, after those that find real modules."""
+    """Put the finder at the end of `sys.meta_path`, after those that find real modules; keep the names of `errors`."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())
+    importlib.import_module("lorary.errors")
+    keep_old_names("lorary.errors")

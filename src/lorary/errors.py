@@ -1,4 +1,4 @@
-"""Errors that a user can cause: a headline, and all reasons at once, each with where, what and what to do."""
+"""Errors that a user can cause: a headline and all problems at once, each with place, cause and fix."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Diagnostic:
-    """One reason why something cannot work.
+    """One problem of an error.
 
     Args:
-        where: the site, key, file or line that the reason is about; empty where the headline says it.
-        what: what is wrong, with both values where two disagree.
-        fix: what the user can do about it; empty where `what` already says so.
+        where: the site, key, file or line; empty if the headline names it.
+        what: the cause, with both values if two disagree.
+        fix: what the user can do; empty if `what` says so.
     """
 
     where: str
@@ -28,9 +28,9 @@ class Diagnostic:
 
 
 def deduplicated(problems: Iterable[Diagnostic]) -> list[Diagnostic]:
-    """Each reason once, with the first place that it holds at and how many more there are.
+    """The distinct problems, each with its first place and the number of others.
 
-    >>> print(once([Problem("q", "is too small"), Problem("k", "is too small"), Problem("v", "is missing")])[0])
+    >>> print(deduplicated([Diagnostic("q", "is too small"), Diagnostic("k", "is too small")])[0])
     q and 1 more: is too small
     """
     places: dict[tuple[str, str], list[str]] = {}
@@ -46,8 +46,8 @@ class LoraryError(Exception):
     """The base of every error that a user can cause.
 
     Args:
-        headline: one line that says what could not be done.
-        problems: every reason, gathered before anything was raised.
+        headline: one line: what failed.
+        problems: all problems, collected before raising.
     """
 
     exit_code = 1
@@ -59,25 +59,25 @@ class LoraryError(Exception):
 
 
 class MethodError(LoraryError, ValueError):
-    """A method whose parts are invalid or contradict each other."""
+    """A method with invalid or contradictory components."""
 
     exit_code = 2
 
 
 class PlanError(LoraryError, ValueError):
-    """A method that does not fit this model, or targets that name nothing in it."""
+    """A method that does not fit the model, or targets that match nothing."""
 
     exit_code = 2
 
 
 class ConfigError(LoraryError, ValueError):
-    """A configuration file or a command line that cannot be understood."""
+    """An invalid configuration file or command line."""
 
     exit_code = 2
 
 
 class DataError(LoraryError, ValueError):
-    """Training data that is malformed, or that would teach nothing."""
+    """Training data that is malformed or without any label."""
 
     exit_code = 3
 
@@ -89,7 +89,7 @@ class FileError(LoraryError, ValueError):
 
 
 class StateError(LoraryError, RuntimeError):
-    """A call that the model's present state does not allow (merge without an adapter, attach over one)."""
+    """A call that the model's state does not allow (merge without an adapter, attach over one)."""
 
 
 class TrainingError(LoraryError, RuntimeError):
@@ -97,7 +97,7 @@ class TrainingError(LoraryError, RuntimeError):
 
 
 def nearest(word: str, known: Iterable[str], most: int = 3) -> list[str]:
-    """The `most` words of `known` that a mistyped `word` most likely meant, best first.
+    """The `most` entries of `known` nearest to a mistyped `word`, best first.
 
     >>> nearest("q_porj", ["q_proj", "k_proj", "norm"])
     ['q_proj', 'k_proj']
@@ -107,23 +107,26 @@ def nearest(word: str, known: Iterable[str], most: int = 3) -> list[str]:
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """A hint that names the nearest known words; empty where none is near.
+    """A hint with the nearest known words; empty if none is near.
 
     >>> suggestion("q_porj", ["q_proj", "k_proj", "norm"])
     'did you mean `q_proj` or `k_proj`?'
     """
-    near = nearest(word, known)
-    return "did you mean " + " or ".join(f"`{n}`" for n in near) + "?" if near else ""
+    return _did_you_mean(nearest(word, known))
 
 
 def suggested_path(path: Path, *, folders: bool = False) -> str:
-    """A hint that names what lies beside a path that is not there and is called nearly so; only folders if asked."""
+    """A hint with the existing files nearest to a missing path; with `folders`, folders only."""
     beside = [p.name for p in path.parent.iterdir() if p.is_dir() or not folders] if path.parent.is_dir() else []
-    near = nearest(path.name, beside)
-    return "did you mean " + " or ".join(f"`{path.parent / n}`" for n in near) + "?" if near else ""
+    return _did_you_mean(path.parent / name for name in nearest(path.name, beside))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A hint that names the nearest known words, or lists them all where none is near."""
+    """A hint with the nearest known words, or all of them if none is near."""
     known = list(known)
     return suggestion(word, known) or "known: " + ", ".join(sorted(known))
+
+
+def _did_you_mean(near: Iterable[object]) -> str:
+    names = " or ".join(f"`{name}`" for name in near)
+    return f"did you mean {names}?" if names else ""

@@ -63,8 +63,8 @@ def test_every_rank_stands_in_its_layer_and_row() -> None:
         ["v_proj", "1", "4", "7", "1"],
         ["down_proj", "2", "5", "8", "2"],
         ["lm_head", "8"],
-        ["47 of 104 directions are left in 13 sites; none in 2 of them."],
-        ["The darker, the nearer to 8."],
+        ["47 of 104 directions remain in 13 sites; none in 2 of them."],
+        ["Darker: nearer to 8."],
     ]
     assert {x for _, x, text in texts(svg) if text == "–"} == {[x for _, x, text in texts(svg) if text == "8"][-1]}
 
@@ -108,7 +108,7 @@ def test_importance_is_a_share_of_its_kind_and_kept_layers_are_marked() -> None:
         ["lm_head", "100"],
     ]
     assert len(re.findall(r"stroke-width: 1.8", svg)) == 3, "layers 0 and 2, and the head"
-    assert "Framed: a LoRA of its own" in " ".join(text for _, _, text in texts(svg))
+    assert "Framed: its own LoRA" in " ".join(text for _, _, text in texts(svg))
     label = ElementTree.fromstring(svg).get("aria-label")
     assert label == "Importance of every layer: 3 of 5 layers have tensors of their own"
 
@@ -122,5 +122,5 @@ def test_the_same_numbers_are_the_same_bytes_and_words_are_only_words() -> None:
 
 
 def test_no_site_and_one_site_are_pictures_too() -> None:
-    assert "0 of 0 directions are left in 0 sites." in " ".join(text for _, _, text in texts(ranks_svg({}, 4)))
+    assert "0 of 0 directions remain in 0 sites." in " ".join(text for _, _, text in texts(ranks_svg({}, 4)))
     assert ["head", "2"] in lines(ranks_svg({"head": 2}, 4))

@@ -158,7 +158,7 @@ def test_rows_that_fit_no_mask_are_refused_and_pass_where_nothing_is_padded() ->
         layer_importance(model, [BATCH])
     assert str(caught.value) == (
         "cannot tell padding from tokens:\n"
-        "  - up: sees rows of the shape [7], which an attention mask of [2, 5] does not tell padding in\n"
+        "  - up: has inputs of shape [7], which an attention mask of [2, 5] does not fit\n"
         "      hint: measure on batches without padding, such as one row each"
     )
     assert layer_importance(model, [BATCH | {"attention_mask": torch.ones_like(MASK)}]).g["up"] > 0
@@ -172,7 +172,7 @@ def test_both_sides_of_a_translation_have_padding_of_their_own() -> None:
     assert found.g == pytest.approx(other.g, rel=1e-6)
     with pytest.raises(DataError, match="decoder_attention_mask: is missing"):
         layer_importance(model, [BATCH | {"decoder_input_ids": IDS}])
-    with pytest.raises(DataError, match="sees rows that both masks of the batch fit, and they differ"):
+    with pytest.raises(DataError, match="has inputs that both masks of the batch fit, but the masks differ"):
         layer_importance(model, [BATCH | {"decoder_input_ids": IDS, "decoder_attention_mask": MASK.flip(0)}])
 
 
@@ -181,7 +181,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
         layer_importance(tiny.llama(), [BATCH])
     fresh = tiny.llama()
     lorary.attach(fresh, lorary.plan(fresh, lorary.method("lora", r=2)))
-    with pytest.raises(StateError, match="nothing has been learnt yet"):
+    with pytest.raises(StateError, match="nothing is trained yet"):
         layer_importance(fresh, [BATCH])
     with pytest.raises(DataError, match="batches: there is none"):
         layer_importance(fresh, [])
@@ -198,10 +198,10 @@ def test_what_cannot_be_measured_is_refused() -> None:
 
 
 REFUSED = {
-    "dora": "join: Direction changes a layer's output by more than s B A x, which is what is measured",
-    "glora": "join: Supports changes a layer's output by more than s B A x, which is what is measured",
-    "vera": "delta: all layers share {A, B} of Vectors already",
-    "pissa": "init: Principal starts each layer from its own weight, and layers that share start alike",
+    "dora": "join: MagnitudeDirection changes a layer's output by more than s B A x, which is what is measured",
+    "glora": "join: GLoRAJoin changes a layer's output by more than s B A x, which is what is measured",
+    "vera": "delta: all layers share {A, B} of SharedProjectionDelta already",
+    "pissa": "init: SVDInit starts each layer from its own weight, and layers that share start alike",
     "bitfit": "method: adapts no layers: there are none to choose from",
 }
 
@@ -373,7 +373,7 @@ def test_ranks_and_scales_that_differ_do_not_share() -> None:
 @pytest.mark.parametrize("threshold", [0, -1, 1.5, float("nan"), True, "0.9"])
 def test_a_threshold_that_is_none_is_refused(threshold: Any) -> None:
     plan = deep(targets=["q_proj"])
-    with pytest.raises(LoraryError, match="is no number above 0 and at most 1"):
+    with pytest.raises(LoraryError, match="is not a number above 0 and at most 1"):
         drop_layers(plan, flat(plan), threshold)
 
 
@@ -381,7 +381,9 @@ def test_a_threshold_that_is_none_is_refused(threshold: Any) -> None:
 def test_an_importance_that_is_no_size_is_refused(g: float) -> None:
     plan = deep(targets=["q_proj"])
     site = plan.sites[1].site.name
-    with pytest.raises(PlanError, match=re.escape(f"{site}: its importance is {g!r}, no finite number of at least 0")):
+    with pytest.raises(
+        PlanError, match=re.escape(f"{site}: its importance is {g!r}, not a finite number of at least 0")
+    ):
         drop_layers(plan, made({p.site.name: g if p.site.name == site else 1.0 for p in plan.sites}))
 
 

@@ -160,7 +160,7 @@ def merging() -> PreTrainedTokenizerFast:
 def test_a_prompt_with_its_answer_is_exactly_as_long_as_asked(words: Any) -> None:
     haystack = Haystack(words, 700)
     sizes = set()
-    for length in (haystack.least + 2, 500, 633):
+    for length in (haystack.shortest + 2, 500, 633):
         for depth in DEPTHS:
             trial = haystack.trial(length, depth, seed=length)
             assert trial is not None
@@ -179,7 +179,7 @@ def test_a_prompt_with_its_answer_is_exactly_as_long_as_asked(words: Any) -> Non
             assert length < 500 or abs(before - (0.25 + 0.65 * depth)) < 0.17, "it lies where it was asked for"
             sizes.add(len(trial.answer))
         assert list(trial.prompt).count(0) == (words.bos_token_id == 0), "one BOS"
-    assert haystack.trial(haystack.least - 6, 0.5, 0) is None
+    assert haystack.trial(haystack.shortest - 6, 0.5, 0) is None
     assert len(sizes) > 1 or words.vocab_size != 400, "keys of several sizes were met"
 
 
@@ -227,11 +227,11 @@ def test_found_is_the_key_first_and_nothing_more(said: str, found: int) -> None:
 # --- the record and its pictures ----------------------------------------------------------------------------------
 
 
-def made(name: str = "base", known: int | None = 256, found: int = 0) -> Context:
+def made(name: str = "base", max_context: int | None = 256, found: int = 0) -> Context:
     lengths = tuple(Length(n, 4096 // n, 4096 - 4096 // n, 3.0 - 0.1 * i) for i, n in enumerate((128, 256, 512)))
     blocks = tuple(Block(i * 32, i * 32 + 32, 256 - 8 * (i == 0), 3.0 - i / 16) for i in range(16))
     cells = tuple(Retrieval(n, depth, 4, found, 2.0, 2.0 + depth) for n in (256, 512) for depth in DEPTHS)
-    return Context(name, known, lengths, blocks, cells)
+    return Context(name, max_context, lengths, blocks, cells)
 
 
 def test_a_record_in_plain_values() -> None:
@@ -240,10 +240,10 @@ def test_a_record_in_plain_values() -> None:
         "tokens": 256, "windows": 16, "predicted": 4080, "nats": 2.9, "perplexity": math.exp(2.9),
     }  # fmt: skip
     assert record["passkeys"][2]["gain"] == 0.5
-    whole = made(found=1).hidden(256)
+    whole = made(found=1).all_depths(256)
     assert whole is not None
     assert (whole.trials, whole.found, whole.gain) == (20, 5, 0.5)
-    assert made().hidden(128) is None
+    assert made().all_depths(128) is None
     broken = replace(made(), lengths=(Length(8, 1, 7, math.nan), Length(16, 1, 15, 1e4)))
     assert [length["perplexity"] for length in broken.to_dict()["lengths"]] == [None, None]
 
@@ -253,10 +253,10 @@ def words_of(svg: str) -> list[str]:
 
 
 def test_the_picture_says_every_number_of_the_passkeys() -> None:
-    pair = [made("base"), made("out/$a$ & <b>", known=512)]
+    pair = [made("base"), made("out/$a$ & <b>", max_context=512)]
     said = words_of(context_svg(pair))
     assert [said.count(f"{depth:+.2f}") for depth in DEPTHS] == [4] * 5
-    assert {"base", "out/$a$ & <b>", "knows 256", "knows 512"} <= {text.strip() for text in said}
+    assert {"base", "out/$a$ & <b>", "context 256", "context 512"} <= {text.strip() for text in said}
     retrieved = words_of(context_svg([made(found=3), made("other")]))
     assert retrieved.count("75%  +0.5") == 2
     assert retrieved.count("0%  +0.5") == 2
@@ -268,8 +268,8 @@ def test_the_pictures_are_true_and_the_same_every_time() -> None:
     assert svg == context_svg([made()]) != context_svg([made(found=1)])
     label = ET.fromstring(svg).get("aria-label") or ""
     assert label.endswith("base: perplexity 20.09 at 128 tokens, 16.44 at 512; 0 of 40 passkeys retrieved")
-    broken = replace(made(known=None), lengths=(Length(128, 1, 127, math.nan), Length(256, 1, 255, 3.0)))
-    assert "knows" not in " ".join(words_of(context_svg([broken])))
+    broken = replace(made(max_context=None), lengths=(Length(128, 1, 127, math.nan), Length(256, 1, 255, 3.0)))
+    assert "context" not in " ".join(words_of(context_svg([broken])))
     steps = positions_svg([made(), made("other")])
     assert "2.062 in the last" in (ET.fromstring(steps).get("aria-label") or "")
     assert "currentColor" in steps

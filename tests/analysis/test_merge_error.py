@@ -231,24 +231,23 @@ def test_the_report_prints_the_worst_first() -> None:
         (
             [site("q", 0.16, 0.01), site("k", 0.02)],
             (
-                "bfloat16 loses more than 5% of what the adapter changes at 1 of 2 sites, since that is little: 1.00% "
-                "of the weight at q, of which 16% is lost. To keep it, merge in float32 or keep the adapter beside its "
-                "base",
+                "bfloat16 loses more than 5% of a small update at 1 of 2 sites: it is 1.00% of the weight at q, of "
+                "which 16% is lost. To keep it, merge in float32 or keep the adapter beside its base",
             ),
         ),
         (
             [site("q", 0.06, 1e-6, "float32")],
             (
-                "float32 loses more than 5% of what the adapter changes everywhere, since that is little: 0.00% of the "
-                "weight at q, of which 6% is lost. To keep it, keep the adapter beside its base",
+                "float32 loses more than 5% of a small update everywhere: it is 0.00% of the weight at q, of which 6% "
+                "is lost. To keep it, keep the adapter beside its base",
             ),
         ),
         (
             [site("q", 3.1, 0.03, original=True)],
             (
-                "these are not the weights that the adapter was trained on: with what packing had lost of them comes "
-                "back 3.1 times as much as the adapter changes. Often that is the better model, but it is another one: "
-                "evaluate it",
+                "the adapter was trained on quantised weights: undoing the quantisation error changes the weights by "
+                "3.1 times as much as the adapter does. Often that is the better model, but it is another "
+                "one: evaluate it",
             ),
         ),
         ([SiteMergeError("q", 0.1, 0.0, 1.0, "bfloat16")], ("the adapter changes no weight: is it the trained one?",)),

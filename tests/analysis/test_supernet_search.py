@@ -263,28 +263,28 @@ def test_settings_that_are_none() -> None:
         "invalid search settings:",
         "  - keep: 0 is less than 1",
         "  - generations: 0 is less than 1",
-        "  - p: 0.0 is no probability above 0",
+        "  - p: 0.0 is not a probability above 0",
         "  - population: 9 crossovers and 9 mutations do not fit into 10",
-        "  - ceiling: 0 leaves nothing to an adapter",
+        "  - ceiling: 0 is less than 1",
     ]
     method = lorary.method("glora", A="none", B="none", C="vector", D="none", E="none", supernet=True)
-    with pytest.raises(MethodError, match="5 numbers are less than the smallest structure of any layer, 6"):
+    with pytest.raises(MethodError, match="5 is less than the smallest structure of any layer, 6 parameters"):
         lorary.search_supernet(supernet(method=method), lambda model: 0.0, EvolutionConfig(ceiling=5))
 
 
 @pytest.mark.parametrize(
     ("numbers", "said"),
     [
-        ({"population": "x"}, "population: 'x' is no whole number"),
-        ({"keep": None}, "keep: None is no whole number"),
-        ({"keep": 1.5}, "keep: 1.5 is no whole number"),
-        ({"crossovers": 2.5}, "crossovers: 2.5 is no whole number"),
-        ({"mutations": True}, "mutations: True is no whole number"),
-        ({"generations": "3"}, "generations: '3' is no whole number"),
-        ({"ceiling": 1.5}, "ceiling: 1.5 is no whole number"),
-        ({"seed": None}, "seed: None is no whole number"),
-        ({"p": "x"}, "p: 'x' is no number"),
-        ({"p": float("nan")}, "p: nan is no probability above 0"),
+        ({"population": "x"}, "population: 'x' is not an integer"),
+        ({"keep": None}, "keep: None is not an integer"),
+        ({"keep": 1.5}, "keep: 1.5 is not an integer"),
+        ({"crossovers": 2.5}, "crossovers: 2.5 is not an integer"),
+        ({"mutations": True}, "mutations: True is not an integer"),
+        ({"generations": "3"}, "generations: '3' is not an integer"),
+        ({"ceiling": 1.5}, "ceiling: 1.5 is not an integer"),
+        ({"seed": None}, "seed: None is not an integer"),
+        ({"p": "x"}, "p: 'x' is not a number"),
+        ({"p": float("nan")}, "p: nan is not a probability above 0"),
     ],
 )
 def test_numbers_of_a_search_that_are_none(numbers: dict[str, Any], said: str) -> None:
@@ -300,7 +300,7 @@ def test_a_fitness_that_is_no_number(score: Any) -> None:
     with pytest.raises(ConfigError) as refused:
         lorary.search_supernet(model, lambda _: score)
     assert str(refused.value) == (
-        f"cannot search:\n  - fitness: gave a {type(score).__name__} that is no number\n      hint: return one number"
+        f"cannot search:\n  - fitness: returned a {type(score).__name__}, not a number\n      hint: return one number"
     )
     assert everything(model) == before
 
@@ -309,7 +309,7 @@ def test_what_is_no_fitness_and_no_evolution() -> None:
     with pytest.raises(ConfigError) as refused:
         lorary.search_supernet(supernet(), 3, {"population": 2})  # type: ignore[arg-type]
     assert str(refused.value) == (
-        "cannot search:\n  - fitness: is 3, no function of a model\n  - evolution: is a dict, not an EvolutionConfig"
+        "cannot search:\n  - fitness: is 3, not a function of a model\n  - evolution: is a dict, not an EvolutionConfig"
     )
 
 

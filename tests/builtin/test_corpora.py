@@ -196,7 +196,11 @@ def test_an_unknown_split_is_refused():
 @pytest.fixture
 def bare_python(tmp_path, monkeypatch):
     """A Python installation without headers and without its library's source."""
-    caches = (sources.headers, sources.stdlib, corpora._headers, corpora._python)
+    caches = (
+        sources.headers,
+        sources.stdlib,
+        *(corpora._CORPORA[name].read for name in ("builtin:c-headers", "builtin:python")),
+    )
     for cached in caches:
         cached.cache_clear()
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / name))

@@ -68,8 +68,8 @@ def test_init_leaves_a_file_that_is_there(command: Command) -> None:
     assert ran == (
         4,
         "",
-        "error: nothing was written:\n  - mine.yaml: is there already, and was left as it is\n"
-        "      hint: give --force, or another name\n",
+        "error: nothing was written:\n  - mine.yaml: exists already, and was not changed\n"
+        "      hint: use --force, or another name\n",
     )
     assert Path("mine.yaml").read_text() == "model: mine\n"
     assert command("init", "mine.yaml", "--force").code == 0
@@ -94,7 +94,7 @@ def test_plan_reads_no_weights(command: Command) -> None:
     assert (ran.code, ran.err) == (0, "")
     assert "\nactivations " in ran.out
     assert "4 x 1,024 tokens (some padding), weights in" in ran.out
-    assert "BySqrtRank" in ran.out
+    assert "AlphaOverSqrtRank" in ran.out
     assert "trains    448 of" in ran.out  # layer 0: q 4 (32 + 32), v 4 (16 + 32)
 
 
@@ -160,7 +160,7 @@ def test_plan_lists_every_mistake(command: Command) -> None:
     assert ran == (
         2,
         "",
-        "error: the invalid configuration configuration:\n"
+        "error: invalid configuration the configuration:\n"
         "  - --set method.r: `r` must be at least 1, not 0\n"
         "  - --set training.lr: `lr` must be at most 1, not 9\n",
     )
@@ -280,7 +280,7 @@ def test_generate_refuses_what_cannot_be_continued(command: Command, monkeypatch
     long = command("generate", "model", "hello " * 40)
     assert long.code == 3
     assert "prompt: has " in long.err
-    assert "tokens, and the model knows " in long.err
+    assert "tokens, but the model's context is " in long.err
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
     for ran in (command("generate", "model", "caf\udce9"), command("generate", "model")):
         expected = (

@@ -15,64 +15,65 @@ from transformers import AutoModelForCausalLM
 
 from lorary import builtin
 from lorary.builtin import corpora
-from lorary.cli.demo import report, run
-from lorary.cli.demo.command import demo
-from lorary.cli.demo.folder import make_room
+from lorary.cli._demo import report, run
+from lorary.cli._demo.folder import clear_folder
+from lorary.cli.demo import demo
 from lorary.errors import DataError, FileError
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("demo")]  # one run serves them all
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _an_eighth_of_the_held_out_text() -> Iterator[None]:
+def _a_part_of_the_held_out_text() -> Iterator[None]:
     """The three evaluations of so short a demo would take far longer than its training."""
     load = corpora.load
 
     def shortened(name: str, split: str, **options: bool) -> list[corpora.Record]:
         records = load(name, split, **options)
-        return records[::8] if split == "validation" else records
+        return records[::32] if split == "validation" else records
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpora, "load", shortened)
+        patch.setitem(run.SAMPLING, "max_new_tokens", 8)
         yield
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> run.Demo:
+def found(tmp_path_factory: pytest.TempPathFactory) -> run.DemoResult:
     folder = tmp_path_factory.mktemp("demo")
-    made = run.perform(folder, steps=6)
-    report.write(made, folder / "report.html")
+    made = run.run_demo(folder, steps=6)
+    report.write_report(made, folder / "report.html")
     return made
 
 
-def test_it_learns(found: run.Demo) -> None:
+def test_it_learns(found: run.DemoResult) -> None:
     assert found.after < 0.97 * found.before
     assert math.isfinite(found.after)
 
 
-def test_the_perplexities_are_those_of_the_models(found: run.Demo) -> None:
+def test_the_perplexities_are_those_of_the_models(found: run.DemoResult) -> None:
     """Measured again from what lies in the folder: the merged model, read by Transformers alone."""
-    rows = run._rows(builtin.load_tokenizer(), found.data)
+    rows = run._held_out_rows(builtin.load_tokenizer(), found.data)
     merged = AutoModelForCausalLM.from_pretrained(found.folder / "merged", dtype=torch.float32)
     assert run._perplexity(merged, rows) == pytest.approx(found.after, rel=1e-4)
     assert run._perplexity(builtin.load_model(), rows) == pytest.approx(found.before, rel=1e-6)
     assert found.before != pytest.approx(found.after, rel=1e-2)
 
 
-def test_reloaded_and_merged_are_the_trained_model(found: run.Demo) -> None:
+def test_reloaded_and_merged_are_the_trained_model(found: run.DemoResult) -> None:
     assert found.reloaded == 0.0
     assert 0.0 < found.merged < 1e-5 * found.largest
 
 
-def test_the_merged_folder_is_a_plain_model(found: run.Demo) -> None:
+def test_the_merged_folder_is_a_plain_model(found: run.DemoResult) -> None:
     with safe_open(found.folder / "merged" / "model.safetensors", "pt") as file:
         names = set(file.keys())
     assert names
-    assert not [name for name in names if ".p." in name or "lora" in name or ".base." in name]
+    assert not [name for name in names if ".params." in name or "lora" in name or ".base." in name]
     assert not list((found.folder / "merged").glob("*adapter*"))
 
 
-def test_the_page_says_what_was_found(found: run.Demo) -> None:
+def test_the_page_says_what_was_found(found: run.DemoResult) -> None:
     page = (found.folder / "report.html").read_text(encoding="utf-8")
     assert f"{found.before:.1f} → {found.after:.1f}" in page
     assert f"{found.plan.trainable:,}" in page
@@ -85,14 +86,14 @@ def test_the_page_says_what_was_found(found: run.Demo) -> None:
     assert page.count(machine) == page.count(str(found.folder)) > 0, "no path but the one that the user gave"
 
 
-def test_the_curve_is_the_log(found: run.Demo) -> None:
+def test_the_curve_is_the_log(found: run.DemoResult) -> None:
     lines = (found.folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == list(found.history)
     assert {record["step"] for record in found.history if "eval_loss" in record} == {0, 3, 6}
 
 
-def test_it_is_told_on_the_terminal(found: run.Demo, capsys: pytest.CaptureFixture[str]) -> None:
-    report.tell(found, found.folder / "report.html")
+def test_it_is_told_on_the_terminal(found: run.DemoResult, capsys: pytest.CaptureFixture[str]) -> None:
+    report.print_report(found, found.folder / "report.html")
     told = capsys.readouterr().out
     assert f"{found.before:.1f} → {found.after:.1f}" in told
     assert (found.folder / "report.html").as_uri() in told
@@ -104,14 +105,14 @@ def test_only_what_a_demo_made_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "old").write_text("from the last demo")
     (tmp_path / "report.html").write_text("old")
-    make_room(tmp_path)
+    clear_folder(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     (tmp_path / "report.html").write_text("mine")
-    with pytest.raises(FileError, match=r"holds what no demo wrote: thesis\.tex") as refused:
+    with pytest.raises(FileError, match=r"holds files that are not from a demo: thesis\.tex") as refused:
         demo(out=tmp_path, steps=2)
     assert "--out" in str(refused.value)
     assert {path.name for path in tmp_path.iterdir()} == {"thesis.tex", "report.html"}
@@ -124,7 +125,7 @@ def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
 
 
 def test_prose_where_there_are_no_headers(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run._data() == "builtin:c-headers"
+    assert run._choose_data() == "builtin:c-headers"
     load = corpora.load
 
     def without_headers(name: str, split: str, **options: bool) -> list[corpora.Record]:
@@ -133,4 +134,4 @@ def test_prose_where_there_are_no_headers(monkeypatch: pytest.MonkeyPatch) -> No
         return load(name, split, **options)
 
     monkeypatch.setattr(corpora, "load", without_headers)
-    assert run._data() == "builtin:topics"
+    assert run._choose_data() == "builtin:topics"

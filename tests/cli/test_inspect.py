@@ -75,13 +75,13 @@ def test_a_run_is_compared_with_its_base_and_everything_is_written(
         alive.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr("lorary.cli.context.run.with_adapter", watched)
+    monkeypatch.setattr("lorary.cli._context.run.with_adapter", watched)
     asked = ("--lengths", "64,128", "--data", text, "--tokens", "256", "--passkeys", "1", "--out", "seen")
     ran = command("inspect", "context", "builtin:base", "run", *asked)
     assert ran.code == 0
     assert ran.err == (
-        "note: passkeys take 99 tokens or more in the words of builtin:base: none at 64\n"
-        "note: passkeys take 99 tokens or more in the words of run: none at 64\n"
+        "note: passkeys need 99 tokens or more with the tokenizer of builtin:base: none at 64\n"
+        "note: passkeys need 99 tokens or more with the tokenizer of run: none at 64\n"
         "wrote seen/context.html, context.json and context.svg\n"
     )
     assert len(alive) == 2
@@ -94,7 +94,7 @@ def test_a_run_is_compared_with_its_base_and_everything_is_written(
     for shown in (f"{first['lengths'][1]['perplexity']:.2f}", f"{second['lengths'][0]['nats']:.4f}", "0/5"):
         assert shown in ran.out
     page, picture = Path("seen/context.html").read_text(), Path("seen/context.svg").read_text()
-    assert "knows 256" not in picture, "what lies beyond the longest length is not drawn"
+    assert "context 256" not in picture, "what lies beyond the longest length is not drawn"
     assert ET.fromstring(picture).tag.endswith("svg")
     assert page.count("<svg") == 2
     assert "http-equiv" in page
@@ -119,14 +119,14 @@ def test_every_reason_at_once(command: Command, text: str) -> None:
     ran = command("inspect", "context", model, "./nowhere", "--lengths", "0,1e3,64,2048", "--out", "mine")
     assert (ran.code, ran.out) == (2, "")
     assert ran.err == (
-        "error: the use of context cannot be measured:\n"
-        "  - --lengths 0: is no whole number of tokens, 2 or more\n"
-        "      hint: write it as in 256,512,1024\n"
-        "  - --lengths 1e3: is no whole number of tokens, 2 or more\n"
-        "      hint: write it as in 256,512,1024\n"
-        "  - --lengths 64, 2,048: gpt2 has a learnt table of 48 positions and nothing beyond it\n"
-        "      hint: ask for at most 48\n"
-        "  - --out mine: holds what this command did not write: thesis.txt\n"
+        "error: cannot measure the use of context:\n"
+        "  - --lengths 0: is not a number of tokens, 2 or more\n"
+        "      hint: such as 256,512,1024\n"
+        "  - --lengths 1e3: is not a number of tokens, 2 or more\n"
+        "      hint: such as 256,512,1024\n"
+        "  - --lengths 64, 2,048: gpt2 has learned embeddings of 48 positions only\n"
+        "      hint: use at most 48\n"
+        "  - --out mine: holds files that are not from this command: thesis.txt\n"
         "      hint: name another folder\n"
         "  - ./nowhere: there is no such folder\n"
     )
@@ -136,7 +136,7 @@ def test_every_reason_at_once(command: Command, text: str) -> None:
     assert lost.err.count("there is no such folder") == 2
     idle = command("inspect", "context", model, "--base", "builtin:base", "--data", text)
     assert idle.code == 4
-    assert "--base builtin:base: no adapter is named that could go on it" in idle.err
+    assert "--base builtin:base: none of the models is an adapter" in idle.err
 
 
 def test_too_little_text_leaves_a_length_out_or_is_an_error(command: Command) -> None:
@@ -159,4 +159,4 @@ def test_a_tokenizer_with_more_tokens_than_its_model_is_refused(command: Command
     tiny.seeded("GPT2LMHeadModel", vocab_size=40).save_pretrained("gpt2")
     ran = command("inspect", "context", model, "--data", text, "--lengths", "16")
     assert ran.code == 3
-    assert "and the model has 40" in ran.err
+    assert "but the model has only 40" in ran.err

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import lorary
 from lorary import builtin
-from lorary.cli.comparison_rows import comparison_rows
+from lorary.cli._comparison_rows import comparison_rows
 from lorary.layers.nf4 import NF4Linear
 from lorary.model.loading.bitsandbytes_checkpoint import save_quantized
 from lorary.train.config.yaml_source import dump
@@ -92,7 +92,7 @@ def test_it_keeps_the_dtype_of_the_base_on_disk(command: Command, run: Path) -> 
 def test_the_original_weights_on_request(command: Command, run: Path) -> None:
     ran = command("merge", "run", "merged", "--onto", "original", "--dtype", "float32", "--rows", "2")
     assert ran.code == 0
-    assert "advice: these are not the weights that the adapter was trained on" in ran.err
+    assert "advice: the adapter was trained on quantised weights: undoing the quantisation error" in ran.err
     report = json.loads(Path("merged/fidelity.json").read_text())
     assert (report["onto"], report["original"]) == ("original", True)
     assert report["error"] > 0.1
@@ -121,7 +121,14 @@ def test_a_terminal_gets_a_table(command: Command, run: Path, monkeypatch: pytes
     monkeypatch.setenv("FORCE_COLOR", "1")
     ran = command("merge", "run", "merged", "--rows", "1", "--onto", "original")
     assert ran.code == 0
-    for text in ("against the live adapter", "||dW|| / ||W||", "│", "together", "and 14 more", "\x1b[33madvice: "):
+    for text in (
+        "compared with the adapted model",
+        "||dW|| / ||W||",
+        "│",
+        "together",
+        "and 14 more",
+        "\x1b[33madvice: ",
+    ):
         assert text in ran.err
 
 
@@ -257,7 +264,7 @@ def test_a_base_that_is_quantised_itself_has_no_original(command: Command) -> No
         4,
         "",
         "error: cannot merge run onto the original weights:\n"
-        "  - model: is quantised itself, and what its weights were before is not there\n"
+        "  - model: is quantised on disk: its original weights are not available\n"
         "      hint: name the model that it was made from with --base, and pass --force\n",
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import lorary
-from lorary.cli.method_chooser import QUESTIONS, choose
+from lorary.cli._method_chooser import QUESTIONS, choose
 from lorary.cli.methods import table
 from lorary.errors import MethodError
 from lorary.model.loading.from_pretrained import skeleton
@@ -63,7 +63,7 @@ def test_one_method(command: Command) -> None:
     assert row["equation"].startswith("g_l = sum over x of |s B_l A_l x_l|^2")
     ran = command("methods", "adalor")
     assert (ran.code, ran.out) == (2, "")
-    assert "adalor: is not a method that lorary knows\n      hint: did you mean `adalora`" in ran.err
+    assert "adalor: not found\n      hint: did you mean `adalora`" in ran.err
 
 
 def test_the_page_of_a_method(command: Command) -> None:
@@ -157,7 +157,6 @@ def test_the_reasons_are_the_presets_own_words() -> None:
     assert f"# LoRA-FA: {PRESETS['lora-fa'].when}" in lines
     assert f"# Not DoRA: {PRESETS['dora'].restrictions['lora-fa'].why}." in lines
     assert "LoRA+" not in lines  # which LoRA-FA excludes, and PiSSA is there
-    assert f"# Or LoRA+: {PRESETS['lora+'].when}" in choose({"convergence": "fast"}).yaml()
     assert f"# LoRA: {PRESETS['lora'].when}" in choose({}).yaml()
 
 
@@ -170,7 +169,7 @@ def test_a_method_from_outside_is_proposed(monkeypatch: pytest.MonkeyPatch) -> N
     found = choose({"adapters": "many"})
     assert found.names == ["mine"]
     assert found.options == {"seed": 3}
-    assert found.remarks == [f"Or VeRA: {PRESETS['vera'].when}"]
+    assert found.reasons == [f"{mine.title}: For one's own."]
 
 
 def test_every_answer_of_a_preset_is_asked_for() -> None:

@@ -60,7 +60,7 @@ def train(folder: Path, mode: str, ranks: int) -> dict[str, Any]:
     t.head.chunk = 5
     t.train()
     sharded = sum(isinstance(p, DTensor) for p in t.model.parameters())
-    found = {"log": log(t), "sharded": sharded, "adapter": _plain(t), "figures": t.figures()}
+    found = {"log": log(t), "sharded": sharded, "adapter": _plain(t), "figures": t.rule_report()}
     if "dpo" not in mode:
         found["resumed"] = _resumed(folder, t, words, mode)
     return found
@@ -107,7 +107,7 @@ def _resumed(folder: Path, before: Any, words: dict[str, Any], mode: str) -> dic
     t = sft(folder, model, train=rows(16), held_out=rows(5), **size, **words)
     t.head.chunk = 5
     t.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
-    return {"log": log(t), "adapter": _plain(t), "figures": t.figures()}
+    return {"log": log(t), "adapter": _plain(t), "figures": t.rule_report()}
 
 
 def from_configuration(out: Path, batch_size: int) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def from_configuration(out: Path, batch_size: int) -> dict[str, Any]:
 
 def _plain(trainer: Any) -> dict[str, Any]:
     """The adapter as it would be saved: without the directions that a rule has masked."""
-    adapter = resume.taken(trainer.plain_model(), trainer.fingerprint).compact()
+    adapter = resume.copy_adapter(trainer.unwrapped_model(), trainer.fingerprint).compact()
     return {f"{site}.{role}": t.tolist() for site, roles in adapter.tensors.items() for role, t in roles.items()}
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lorary._deprecated import forwarding
+from lorary._deprecated import RenamedAttribute, forwarding
 from lorary.adapters.low_rank_form import LowRankForm, low_rank_forms
 from lorary.errors import Diagnostic, MethodError
 from lorary.layers.adapted import Adapted, adapted_layers, leading_slice
@@ -58,6 +58,7 @@ class Adapter:
 
     load = staticmethod(forwarding("Adapter.load", "load_adapter"))
     save = forwarding("Adapter.save", "save_adapter")
+    placed = RenamedAttribute("sites")
 
     def low_rank(self, base: nn.Module | None = None) -> dict[str, LowRankForm]:
         """site -> (B, A, gain, shift) relative to the unmodified base, in fp32, for any method.

@@ -1,7 +1,7 @@
-"""Heat maps of layers x module kinds: the rank of every site, or its share of what a probe has learnt.
+"""Heat maps of layers x module kinds: the rank of every site, or its importance.
 
-Every cell says its number; the shade repeats it. Long models go on in further bands below, so that the numbers stay
-readable at the width of a page.
+Every cell shows its number and a shade. Long models continue in further bands below, so that the numbers stay readable
+at the width of a page.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from lorary.methods.lora_drop import Importance
 from lorary.model.plan import Plan
 
 MOST_COLUMNS = 32  # in one band
-_WIDE, _HIGH, _LETTER, _NARROWEST = 0.29, 0.24, 0.078, 4.9  # inches
+_CELL_WIDTH, _CELL_HEIGHT, _LETTER, _MIN_WIDTH = 0.29, 0.24, 0.078, 4.9  # inches
 
 
 @dataclass(frozen=True)
-class _Shown:
-    """The text of one cell, its shade from 0 to 1, and whether it is framed."""
+class _Cell:
+    """One cell: its text, its shade from 0 to 1, and whether it is framed."""
 
     text: str
     shade: float
@@ -32,52 +32,52 @@ class _Shown:
 
 
 def ranks_svg(ranks: Mapping[str, int], r: int, title: str = "Rank of every layer") -> str:
-    """The ranks that the sites ended with, as one `<svg>` element.
+    """The final ranks of the sites, as one `<svg>` element.
 
     Args:
         ranks: site -> its rank.
-        r: the rank that all began with: the full shade.
-        title: the picture's name; plain text.
+        r: the initial rank of all: the full shade.
+        title: plain text.
 
     Returns:
-        SVG without an external reference, the same bytes for the same numbers.
+        SVG without external references, the same bytes for the same numbers.
 
     >>> svg = ranks_svg({"layers.0.q": 3, "layers.1.q": 0, "head": 4}, r=4)
     >>> svg.startswith("<svg")
     True
     """
-    shown = {site: _Shown(str(k), min(k / max(r, 1), 1.0)) for site, k in ranks.items()}
-    total = f"{sum(ranks.values()):,} of {r * len(ranks):,} directions are left in {len(ranks)} sites"
-    gone = sum(k == 0 for k in ranks.values())
-    total += f"; none in {gone} of them" if gone else ""
-    return _heatmap(shown, title, f"{total}. The darker, the nearer to {r}.", total)
+    cells = {site: _Cell(str(k), min(k / max(r, 1), 1.0)) for site, k in ranks.items()}
+    total = f"{sum(ranks.values()):,} of {r * len(ranks):,} directions remain in {len(ranks)} sites"
+    empty = sum(k == 0 for k in ranks.values())
+    total += f"; none in {empty} of them" if empty else ""
+    return _heatmap(cells, title, f"{total}. Darker: nearer to {r}.", total)
 
 
 def importance_svg(importance: Importance, plan: Plan, title: str = "Importance of every layer") -> str:
-    """Every layer's share of what a probe has learnt, in percent of its module kind; the layers kept are framed.
+    """The importance of every layer in percent of its module kind; layers that keep their own tensors are framed.
 
     Args:
         importance: of the plan's sites.
-        plan: the result of `lorary.drop_layers`: sites without a share have tensors of their own.
-        title: the picture's name; plain text.
+        plan: the result of `lorary.drop_layers`: sites without a share have their own tensors.
+        title: plain text.
 
     Returns:
         As `ranks_svg`.
     """
-    within, own = importance.within, {p.site.name for p in plan.sites if not p.share}
-    most: dict[str, float] = {}
-    kinds = module_positions(within)
-    for site, place in kinds.items():
-        most[place.kind] = max(most.get(place.kind, 0.0), within[site])
-    shown = {
-        site: _Shown(_percent(value), value / (most[kinds[site].kind] or 1.0), site in own)
+    within, kept = importance.within, {site.site.name for site in plan.sites if not site.share}
+    largest: dict[str, float] = {}
+    positions = module_positions(within)
+    for site, position in positions.items():
+        largest[position.kind] = max(largest.get(position.kind, 0.0), within[site])
+    cells = {
+        site: _Cell(_percent(value), value / (largest[positions[site].kind] or 1.0), site in kept)
         for site, value in within.items()
     }
     caption = (
         "Percent of the sum of |s B A x|\N{SUPERSCRIPT TWO} over a module kind: every row adds up to 100. "
-        "Framed: a LoRA of its own; the others share one with their kind."
+        "Framed: its own LoRA; the others share one with their kind."
     )
-    return _heatmap(shown, title, caption, f"{len(own)} of {len(within)} layers have tensors of their own")
+    return _heatmap(cells, title, caption, f"{len(kept)} of {len(within)} layers have tensors of their own")
 
 
 def _percent(share: float) -> str:
@@ -85,22 +85,22 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f}" if share < 0.0995 else f"{100 * share:.0f}"
 
 
-def _heatmap(shown: Mapping[str, _Shown], title: str, caption: str, description: str) -> str:
-    """The picture.
+def _heatmap(cells: Mapping[str, _Cell], title: str, caption: str, description: str) -> str:
+    """A heat map.
 
     Args:
-        shown: site -> its cell.
-        title: above it.
+        cells: site -> its cell.
+        title: above the heat map.
         caption: below it.
-        description: the picture in words.
+        description: for readers who do not see it.
     """
-    at = {place: shown[site] for site, place in module_positions(shown).items()}
+    at = {position: cells[site] for site, position in module_positions(cells).items()}
     bands = _bands(at)
-    rows = [list(dict.fromkeys(place.kind for place in at if place.layer in band)) for band in bands]
-    names = _LETTER * max([len(place.kind) for place in at], default=0) + 0.2  # inches
-    width = max(max(map(len, bands)) * _WIDE + names, _NARROWEST)
+    rows = [list(dict.fromkeys(position.kind for position in at if position.layer in band)) for band in bands]
+    names = _LETTER * max([len(position.kind) for position in at], default=0) + 0.2  # inches
+    width = max(max(map(len, bands)) * _CELL_WIDTH + names, _MIN_WIDTH)
     caption = textwrap.fill(caption, int(width / _LETTER))
-    height = 0.75 + 0.17 * caption.count("\n") + sum(0.34 + _HIGH * len(kinds) for kinds in rows)
+    height = 0.75 + 0.17 * caption.count("\n") + sum(0.34 + _CELL_HEIGHT * len(kinds) for kinds in rows)
     with style():
         figure = Figure(figsize=(width, height))
         figure.suptitle(title, x=0.01, ha="left", weight="bold")
@@ -108,28 +108,28 @@ def _heatmap(shown: Mapping[str, _Shown], title: str, caption: str, description:
         ratios = [max(len(kinds), 1) for kinds in rows]
         grid = figure.subplots(len(bands), squeeze=False, height_ratios=ratios)[:, 0]
         for axes, band, kinds in zip(grid, bands, rows, strict=True):
-            _band(axes, at, band, kinds, (width - names) / _WIDE)
+            _band(axes, at, band, kinds, (width - names) / _CELL_WIDTH)
         return to_svg(figure, title, description)
 
 
-def _bands(at: Mapping[ModulePosition, _Shown]) -> list[list[tuple[int, ...]]]:
-    """The layers, in as few bands as possible, all of about one width; those that have no number come last."""
-    layers = sorted({place.layer for place in at if place.layer})
+def _bands(at: Mapping[ModulePosition, _Cell]) -> list[list[tuple[int, ...]]]:
+    """The layers in as few bands as possible, all of about one width; modules without a layer number come last."""
+    layers = sorted({position.layer for position in at if position.layer})
     count = max(-(-len(layers) // MOST_COLUMNS), 1)
     size = -(-len(layers) // count)
     bands = [layers[i * size : (i + 1) * size] for i in range(count)]
-    bands[-1] += [()] * any(not place.layer for place in at)
+    bands[-1] += [()] * any(not position.layer for position in at)
     return bands
 
 
 def _band(
     axes: Axes,
-    at: Mapping[ModulePosition, _Shown],
+    at: Mapping[ModulePosition, _Cell],
     band: Sequence[tuple[int, ...]],
     kinds: Sequence[str],
     columns: float,
 ) -> None:
-    """A stretch of layers, in as much room as so many columns take: cells of all bands are as large."""
+    """One band of layers, as wide as `columns` cells, so that the cells of all bands have the same size."""
     cell_axes(axes, columns, max(len(kinds), 1))
     axes.xaxis.tick_top()
     names = [".".join(map(str, layer)) or "\N{EN DASH}" for layer in band]
@@ -137,5 +137,5 @@ def _band(
     axes.set_yticks([i + 0.5 for i in range(len(kinds))], kinds, size=9)
     for y, kind in enumerate(kinds):
         for x, layer in enumerate(band):
-            if found := at.get(ModulePosition(kind, layer)):
-                cell(axes, x, y, found.text, found.shade, framed=found.framed)
+            if shown := at.get(ModulePosition(kind, layer)):
+                cell(axes, x, y, shown.text, shown.shade, framed=shown.framed)

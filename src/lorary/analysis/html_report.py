@@ -1,13 +1,15 @@
-"""The report of a run or of a measurement: a single HTML file without a script or anything to fetch.
+"""Reports of a run or a measurement as a single HTML file, without scripts or external resources.
 
-A report is a title, a few key figures and sections of blocks; `report.html.j2` is its look. All text is escaped. It
-reads on light and dark screens, on paper, and with pictures switched off.
+A report is a title, a few key figures and sections of blocks, rendered by `report.html.j2`. All text is escaped. It
+works on light and dark screens, on paper, and without pictures.
 """
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -15,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 @dataclass(frozen=True)
 class KeyFigure:
-    """A number at the top of the page: its name, its value and, smaller, what it was measured on."""
+    """A number at the top of the page, with its name and a note in small print."""
 
     label: str
     value: str
@@ -31,14 +33,14 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Code:
-    """Lines to read or to type, as they are."""
+    """Preformatted lines: code or commands."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An SVG element of `lorary.analysis.svg`. It is put in as it is: never text from elsewhere."""
+    """An SVG element from `lorary.analysis.svg`. It is inserted unescaped: never pass untrusted text."""
 
     svg: str
     caption: str
@@ -46,7 +48,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under a head."""
+    """A table with a header row."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -54,15 +56,20 @@ class Table:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """Continuations of one prompt in columns, which stand below each other on a narrow screen.
+    """Continuations of one prompt in columns; stacked on a narrow screen.
 
     Args:
-        prompt: the beginning that they share.
+        prompt: the prompt.
         columns: (name, continuation) of each model.
     """
 
     prompt: str
     columns: Sequence[tuple[str, str]]
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The versions of Python and of these packages."""
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
 
 
 Block = Paragraph | Code | Picture | Table | SideBySide
@@ -77,17 +84,16 @@ class Section:
 
 
 def html_report(title: str, lead: str, figures: Sequence[KeyFigure], sections: Sequence[Section]) -> str:
-    """The whole page.
+    """A report as a complete HTML document.
 
     Args:
         title: the page's title.
-        lead: one sentence or two under the title.
-        figures: the numbers to see first.
+        lead: one or two sentences below the title.
+        figures: the key figures.
         sections: the rest, in order.
 
     Returns:
-        A complete HTML document. Its content policy forbids scripts and every request: it shows the same
-        offline.
+        An HTML document. Its content security policy forbids scripts and requests, so it looks the same offline.
 
     >>> html = html_report("A run", "LoRA on <base>.", [KeyFigure("Loss", "3.2")], [Section("Next", [Code("ls")])])
     >>> "LoRA on &lt;base&gt;." in html

@@ -1,4 +1,4 @@
-"""Pictures of how models use context: perplexity against length beside passkeys, and loss by position."""
+"""Plots of the use of context: perplexity by length beside passkey retrieval, and loss by position."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from lorary.analysis.long_context import Context
 from lorary.analysis.passkey import Retrieval
 from lorary.analysis.svg import INK, PALETTE, cell, cell_axes, line, style, to_svg
 
-_FAINTEST = 0.25  # nats: the gain below which no cell gets its full shade; noise is to look like it
-_MOST_NAMES = 4  # inside the axes; more stand beside them
-_MANY = 10.0  # the highest perplexity over the lowest, from which on they are drawn in powers of ten
+_FAINTEST = 0.25  # nats: smaller gains never get the full shade, so that noise stays faint
+_MOST_NAMES = 4  # in a legend inside the axes
+_LOG_SCALE_FROM = 10.0  # ratio of the highest to the lowest perplexity
 
 
 def context_svg(contexts: Sequence[Context], title: str = "How far back a model looks") -> str:
-    """Perplexity against length, one line for each model; beside it passkey retrieval, where any keys were hidden.
+    """Perplexity by length, one line per model; beside it passkey retrieval, if measured.
 
-    A vertical line marks the context that a model knows. A cell of a map says which share of the passkeys was retrieved
-    (where any model retrieved one) and, in nats per token, what the right key gains by having been read.
+    A vertical line marks a model's context. A cell of a map shows the share of retrieved passkeys (if any model
+    retrieved one) and the gain in nats per token.
 
     Args:
-        contexts: one for each model.
+        contexts: one per model.
         title: the picture's name; plain text.
 
     Returns:
-        One `<svg>` element, as of `lorary.analysis.svg.to_svg`.
+        One `<svg>` element, from `lorary.analysis.svg.to_svg`.
     """
     maps = [context for context in contexts if context.passkeys]
     with style():
@@ -45,10 +45,10 @@ def context_svg(contexts: Sequence[Context], title: str = "How far back a model 
 
 
 def positions_svg(contexts: Sequence[Context], title: str = "Loss by position") -> str:
-    """The loss by position in windows of the longest length, one line of steps for each model.
+    """The loss by position in windows of the longest length, one line per model.
 
     Args:
-        contexts: one for each model.
+        contexts: one per model.
         title: the picture's name; plain text.
 
     Returns:
@@ -66,11 +66,11 @@ def positions_svg(contexts: Sequence[Context], title: str = "Loss by position") 
         axes.set_xlim(0, max(context.blocks[-1].stop for context in contexts))
         axes.margins(y=0.12)
         axes.legend()
-        said = (
+        description = (
             f"{c.model}: {c.blocks[0].nats:.3f} nats per token in the first block, {c.blocks[-1].nats:.3f} in the last"
             for c in contexts
         )
-        return to_svg(figure, title, "; ".join(said))
+        return to_svg(figure, title, "; ".join(description))
 
 
 def _perplexities(axes: Axes, contexts: Sequence[Context]) -> None:
@@ -85,31 +85,31 @@ def _perplexities(axes: Axes, contexts: Sequence[Context]) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _short(round(x))))
     drawn = [le.perplexity for context in contexts for le in context.lengths if math.isfinite(le.perplexity)]
-    if drawn and max(drawn) > _MANY * min(drawn):
+    if drawn and max(drawn) > _LOG_SCALE_FROM * min(drawn):
         axes.set_yscale("log")
-    axes.margins(y=0.12)  # room for the words at the marks
+    axes.margins(y=0.12)  # room for the labels of the marks
     axes.set(title="Perplexity by length", xlabel="window, tokens", ylabel="perplexity per token")
     beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
     axes.legend(**beside if len(contexts) > _MOST_NAMES else {})
 
 
 def _marks(axes: Axes, contexts: Sequence[Context]) -> None:
-    """The context that each model knows. Models of the same share a line, in the text's colour if it is all of them."""
-    known = [context.known for context in contexts]
-    for value in sorted({k for k in known if k}):
-        owners = [i for i, k in enumerate(known) if k == value]
-        colour = PALETTE[owners[0] % len(PALETTE)] if len(owners) < len(known) else INK
+    """A line at each model's context. Models with the same one share it, in the text's colour if all do."""
+    sizes = [context.max_context for context in contexts]
+    for value in sorted({size for size in sizes if size}):
+        owners = [i for i, size in enumerate(sizes) if size == value]
+        colour = PALETTE[owners[0] % len(PALETTE)] if len(owners) < len(sizes) else INK
         axes.axvline(value, color=colour, linewidth=1.0, linestyle=(0, (2, 3)), zorder=0.5)
         axes.annotate(
-            f"knows {_short(value)} ", (value, 1.0), xycoords=("data", "axes fraction"), rotation=90, fontsize=8,
+            f"context {_short(value)} ", (value, 1.0), xycoords=("data", "axes fraction"), rotation=90, fontsize=8,
             ha="right", va="top", annotation_clip=True,
         )  # fmt: skip
 
 
 def _passkeys(figure: SubFigure, contexts: Sequence[Context]) -> None:
-    hidden = [found for context in contexts for found in context.passkeys]
-    retrieved = any(found.found for found in hidden)
-    most = max([_FAINTEST, *(abs(found.gain) for found in hidden if math.isfinite(found.gain))])
+    cells = [found for context in contexts for found in context.passkeys]
+    retrieved = any(found.found for found in cells)
+    most = max([_FAINTEST, *(abs(found.gain) for found in cells if math.isfinite(found.gain))])
     gain = "gain in nats per token"
     title = f"Passkeys retrieved, and {gain}" if retrieved else f"Passkeys: {gain} (none retrieved)"
     figure.suptitle(title, x=0.02, ha="left")
@@ -129,7 +129,7 @@ def _map(axes: Axes, context: Context, retrieved: bool, most: float) -> None:
         share = found.found / found.trials if retrieved else min(abs(found.gain) / most, 1.0)
         colour = PALETTE[0] if retrieved or found.gain >= 0 else PALETTE[1]
         cell(axes, x, y, _text(found, retrieved), share if math.isfinite(share) else 0.0, colour)
-    within = sum(length <= context.known for length in lengths) if context.known else 0
+    within = sum(length <= context.max_context for length in lengths) if context.max_context else 0
     if 0 < within < len(lengths):
         axes.axvline(within, color=INK, linewidth=1.4, linestyle=(0, (2, 2)))
     axes.set_xticks([i + 0.5 for i in range(len(lengths))], [_short(length) for length in lengths])
@@ -142,7 +142,7 @@ def _text(found: Retrieval, retrieved: bool) -> str:
 
 
 def _short(tokens: int) -> str:
-    """128, 1k, 96k, 1M: whole powers of 1,024 by their letter."""
+    """128, 1k, 96k, 1M: multiples of powers of 1,024 are abbreviated."""
     for size, letter in ((2**20, "M"), (2**10, "k")):
         if tokens and tokens % size == 0:
             return f"{tokens // size}{letter}"
@@ -150,12 +150,12 @@ def _short(tokens: int) -> str:
 
 
 def _finite(value: float) -> float:
-    """The value; NaN, which leaves a gap, for an infinite one."""
+    """The value, or NaN, which leaves a gap, if it is infinite."""
     return value if math.isfinite(value) else math.nan
 
 
 def _description(contexts: Sequence[Context]) -> str:
-    said = []
+    texts = []
     for context in contexts:
         first, last = context.lengths[0], context.lengths[-1]
         text = f"{context.model}: perplexity {first.perplexity:.2f} at {first.tokens:,} tokens"
@@ -164,5 +164,5 @@ def _description(contexts: Sequence[Context]) -> str:
         if context.passkeys:
             count = sum(found.trials for found in context.passkeys)
             text += f"; {sum(found.found for found in context.passkeys)} of {count} passkeys retrieved"
-        said.append(text)
-    return "; ".join(said)
+        texts.append(text)
+    return "; ".join(texts)

@@ -1,4 +1,4 @@
-"""The loss of a run over its optimizer steps."""
+"""The loss curves of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from lorary.analysis.svg import line, style, to_svg
 
-MOST_POINTS = 1000  # more are drawn as means of neighbours: the eye sees no difference, the file does
+MOST_POINTS = 1000  # longer curves are drawn as means of neighbouring points, for small files
 
 Points = list[tuple[float, float]]
 
@@ -19,13 +19,12 @@ def loss_svg(history: Sequence[Mapping[str, object]], title: str = "Loss") -> st
     """The training and held-out loss of a run, as one `<svg>` element.
 
     Args:
-        history: the run's records in order, as `metrics.jsonl` holds them. A record with `step` (number of
-            optimizer steps) and `loss` is a point of the training curve, one with `step` and `eval_loss` of
-            the held-out one; other records and other keys are passed over.
-        title: the picture's name; plain text.
+        history: the records of `metrics.jsonl`, in order. `step` (number of optimizer steps) and `loss` are a point of
+            the training curve, `step` and `eval_loss` of the held-out one; other records are ignored.
+        title: plain text.
 
     Returns:
-        SVG without a date or an external reference: it can be written to a file or put into a page as it is.
+        SVG without a date or external references, for a file or for the inside of a page.
 
     >>> svg = loss_svg([{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5, "eval_loss": 2.7}])
     >>> svg.startswith("<svg"), "held out" in svg
@@ -46,7 +45,7 @@ def loss_svg(history: Sequence[Mapping[str, object]], title: str = "Loss") -> st
 
 
 def _points(history: Sequence[Mapping[str, object]], key: str) -> Points:
-    """The (step, value) pairs of one curve; a value that is not finite leaves a gap."""
+    """The (step, value) pairs of one curve; non-finite values leave a gap."""
     points = [
         (float(step), float(value))
         for record in history

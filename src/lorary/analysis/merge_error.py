@@ -1,8 +1,8 @@
-"""MergeError: how near a merged model is to the live adapter, layer by layer and as a whole. `lorary.analysis.merge_check` measures it.
+"""MergeError: the rounding error of a merge, per site and in total, as measured by `lorary.analysis.merge_check`.
 
-A merge computes W' exactly and rounds it once. What rounding loses is small beside W and need not be small beside the
-adapter's own update: where that is a hundredth of W, bfloat16 loses a sixth of it. So errors are told relative to the
-update, ||W' as kept - W'|| / ||W' - W||, and with them what the two models say of the same rows.
+A merge computes W' exactly and rounds it once. The rounding error is small compared with W, but not with the adapter's
+update: if that is a hundredth of W, bfloat16 loses a sixth of it. So errors are relative to the update,
+||W' stored - W'|| / ||W' - W||, and the outputs of both models on the same rows are compared.
 """
 
 from __future__ import annotations
@@ -11,21 +11,23 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-LOSS = 0.05  # of its own effect: an adapter that loses more by rounding is worth advice
+from lorary.analysis._finite import finite
+
+LOSS = 0.05  # of the update: a larger rounding error leads to advice
 _SHOWN = 10  # sites in a printed report
 
 
 @dataclass(frozen=True)
 class SiteMergeError:
-    """One merged weight, as Frobenius norms.
+    """The Frobenius norms of one merged weight.
 
     Args:
-        site: where.
-        off: ||W' as kept - W'||, with W' what the live layer computes with.
-        change: ||W' - W||, the adapter's own effect.
+        site: its name.
+        off: ||W' stored - W'||, with W' the weight of the adapted layer.
+        change: ||W' - W||, the adapter's update.
         weight: ||W||, of the base.
-        dtype: of the weight as it is kept, such as `bfloat16`.
-        original: whether W' was trained on a packed weight, and merged into the weight before it was packed.
+        dtype: of the stored weight, such as `bfloat16`.
+        original: whether an adapter trained on a quantised weight was merged into the original weight.
     """
 
     site: str
@@ -37,24 +39,24 @@ class SiteMergeError:
 
     @property
     def error(self) -> float:
-        """What the merge loses, relative to the adapter's own effect."""
+        """The rounding error relative to the adapter's update."""
         return _ratio(self.off, self.change)
 
     @property
     def effect(self) -> float:
-        """The adapter's own effect, relative to the base's weight."""
+        """The adapter's update relative to the base weight."""
         return _ratio(self.change, self.weight)
 
 
 @dataclass(frozen=True)
 class MergeError:
-    """How near a merged model is to the live adapter. Prints as a table, the worst sites first.
+    """The difference between a merged model and the adapted one. Prints as a table, the worst sites first.
 
     Args:
         sites: the merged weights.
-        tokens: how many positions the two models were compared at; 0: they were not.
-        top1: the share of them at which both have the same likeliest token.
-        kl: KL(live || merged) in nats per token.
+        tokens: number of compared positions; 0: none.
+        top1: the share of them at which both models have the same likeliest token.
+        kl: KL(adapted || merged) in nats per token.
         largest: the largest difference of a logit.
     """
 
@@ -66,17 +68,17 @@ class MergeError:
 
     @property
     def error(self) -> float:
-        """That of all sites together: the norms are those of all weights in one."""
+        """The rounding error relative to the update, over all sites together."""
         return _ratio(self._norm("off"), self._norm("change"))
 
     @property
     def effect(self) -> float:
-        """The same of ||dW|| / ||W||."""
+        """||dW|| / ||W|| over all sites together."""
         return _ratio(self._norm("change"), self._norm("weight"))
 
     @property
     def original(self) -> bool:
-        """Whether weights were merged into what they had been before they were packed."""
+        """Whether the adapter was merged into original weights, though it was trained on quantised ones."""
         return any(site.original for site in self.sites)
 
     def _norm(self, name: str) -> float:
@@ -84,20 +86,20 @@ class MergeError:
 
     @property
     def worst(self) -> list[SiteMergeError]:
-        """The sites, the one that loses most of its effect first."""
+        """The sites, the largest relative error first."""
         return sorted(self.sites, key=lambda site: -site.error)
 
     @property
     def advice(self) -> tuple[str, ...]:
-        """What to do about it, in sentences; nothing where the merge is faithful."""
+        """Advice in sentences; empty if the merge is accurate."""
         if self.sites and not any(site.change for site in self.sites):
             return ("the adapter changes no weight: is it the trained one?",)
-        said = []
+        advice = []
         if self.original:
-            said.append(
-                f"these are not the weights that the adapter was trained on: with what packing had lost of them comes "
-                f"back {self.error:.2g} times as much as the adapter changes. Often that is the better model, but it "
-                "is another one: evaluate it"
+            advice.append(
+                f"the adapter was trained on quantised weights: undoing the quantisation error changes the weights by "
+                f"{self.error:.2g} times as much as the adapter does. Often that is the better model, but it is "
+                "another one: evaluate it"
             )
         poor = [site for site in self.worst if site.change and site.error > LOSS and not site.original]
         if poor:
@@ -105,23 +107,23 @@ class MergeError:
             dtypes = sorted({site.dtype for site in poor})
             wider = [] if dtypes == ["float32"] else ["merge in float32"]
             fixes = " or ".join([*wider, "keep the adapter beside its base"])
-            said.append(
-                f"{', '.join(dtypes)} loses more than {LOSS:.0%} of what the adapter changes {where}, since that is "
-                f"little: {poor[0].effect:.2%} of the weight at {poor[0].site}, of which {poor[0].error:.0%} is lost. "
+            advice.append(
+                f"{', '.join(dtypes)} loses more than {LOSS:.0%} of a small update {where}: it is "
+                f"{poor[0].effect:.2%} of the weight at {poor[0].site}, of which {poor[0].error:.0%} is lost. "
                 f"To keep it, {fixes}"
             )
-        return tuple(said)
+        return tuple(advice)
 
     def to_dict(self) -> dict[str, Any]:
-        """The whole report in plain values, for a file: what is not finite there is None."""
+        """The report in JSON types; None for values that are not finite."""
         sites = [{"site": s.site, "error": s.error, "effect": s.effect, "dtype": s.dtype} for s in self.sites]
         names = ("error", "effect", "tokens", "top1", "kl", "largest")
         whole = {name: getattr(self, name) for name in names} | {"original": self.original}
-        finite = [_finite(record) for record in (whole, *sites)]
-        return finite[0] | {"advice": list(self.advice), "sites": finite[1:]}
+        plain = [finite(record) for record in (whole, *sites)]
+        return plain[0] | {"advice": list(self.advice), "sites": plain[1:]}
 
     def rows(self, most: int = _SHOWN) -> list[tuple[str, str, str]]:
-        """Cells of a table: (site, ||dW|| / ||W||, error), the worst `most` sites, then all of them together."""
+        """Rows of a table: (site, ||dW|| / ||W||, error), the worst `most` sites, then all together."""
         shown = [(s.site, f"{s.effect:.2%}", _percent(s.error)) for s in self.worst[:most]]
         rest = len(self.sites) - len(shown)
         if rest > 0:
@@ -130,9 +132,9 @@ class MergeError:
 
     @property
     def compared(self) -> str:
-        """What the comparison of the two models came to, in one line."""
+        """The comparison of the two models in one line."""
         if not self.tokens:
-            return "the two models were not compared: there were no rows"
+            return "the two models were not compared: no rows were given"
         return (
             f"logits differ by at most {self.largest:.2g}, top-1 agrees at {self.top1:.1%} of {self.tokens:,} tokens, "
             f"KL {self.kl:.2g} nats per token"
@@ -159,7 +161,3 @@ def _percent(ratio: float) -> str:
     if math.isinf(ratio):
         return "no effect"
     return f"{ratio:.1f} times" if ratio >= 10 else f"{ratio:.2%}"
-
-
-def _finite(record: dict[str, Any]) -> dict[str, Any]:
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}

@@ -1,11 +1,11 @@
-"""search: the structure of every layer of a trained supernet, found by evolution on held-out data.
+"""Evolutionary search of a trained GLoRA supernet: the best structure of every layer on held-out data.
 
-The authors' second stage (Chavan et al. 2023, arXiv:2306.07967, section 3.3), with two differences: candidates are
-judged on a validation split, where the authors' code judges them on the test data; and one that is over the ceiling is
-cut back at random, where that code draws until it finds one that is not.
+The second stage of GLoRA (Chavan et al. 2023, arXiv:2306.07967, section 3.3). Differs from the authors' code:
+candidates are scored on a validation split instead of the test data; those over the ceiling are reduced at random
+instead of redrawn.
 
-No weight is trained again. A candidate's tensors are views of the supernet's, so that what is judged is, number for
-number, the adapter that comes out.
+No weight is trained. A candidate's tensors are views of the supernet's, so the scored model is exactly the resulting
+adapter.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ Genes = tuple[GLoRADelta, ...]  # the structure of every layer, in the model's o
 
 @dataclass(frozen=True)
 class EvolutionConfig:
-    """How a search goes on: the authors' numbers.
+    """The settings of a search; defaults from the authors' code.
 
     Args:
         population: candidates in a generation.
-        keep: the best of all so far, which are the parents of the next generation.
+        keep: the best candidates so far, the parents of the next generation.
         crossovers: children that take the structure of each layer from one of two parents.
-        mutations: children whose terms change, each with probability p.
-        p: that a mutation draws a term anew.
-        generations: how many, the first of which is random.
-        ceiling: the most numbers that a candidate may hold; None: any.
-        seed: of all draws: the same seed and the same fitness find the same adapter.
+        mutations: children with some terms redrawn.
+        p: the probability that a mutation redraws a term.
+        generations: their number; the first is random.
+        ceiling: the most parameters of a candidate; None: any.
+        seed: the same seed and fitness give the same adapter.
 
     Raises:
-        ConfigError: every field that is no number, or out of range.
+        ConfigError: every field that is not a number or out of range.
     """
 
     population: int = 50
@@ -59,44 +59,43 @@ class EvolutionConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if problems := self._no_numbers():
+        if problems := self._type_errors():
             raise ConfigError("invalid search settings:", problems)
         for name, least in (("population", 1), ("keep", 1), ("crossovers", 0), ("mutations", 0), ("generations", 1)):
             if (value := getattr(self, name)) < least:
                 problems.append(Diagnostic(name, f"{value} is less than {least}"))
         if not 0 < self.p <= 1:
-            problems.append(Diagnostic("p", f"{self.p} is no probability above 0"))
+            problems.append(Diagnostic("p", f"{self.p} is not a probability above 0"))
         if self.crossovers + self.mutations > self.population:
             what = f"{self.crossovers} crossovers and {self.mutations} mutations do not fit into {self.population}"
             problems.append(Diagnostic("population", what))
         if self.ceiling is not None and self.ceiling < 1:
-            problems.append(Diagnostic("ceiling", f"{self.ceiling} leaves nothing to an adapter"))
+            problems.append(Diagnostic("ceiling", f"{self.ceiling} is less than 1"))
         if problems:
             raise ConfigError("invalid search settings:", problems)
 
-    def _no_numbers(self) -> list[Diagnostic]:
-        """What is not of the sort that a field holds."""
+    def _type_errors(self) -> list[Diagnostic]:
+        """Fields that are not numbers."""
         problems = []
         for f in dataclasses.fields(self):
-            value, whole = getattr(self, f.name), f.name != "p"
-            if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-                if f.name == "ceiling" and value is None:
-                    continue
-                problems.append(Diagnostic(f.name, f"{value!r} is no {'whole ' if whole else ''}number"))
+            value, kind = getattr(self, f.name), "a number" if f.name == "p" else "an integer"
+            valid = isinstance(value, int | float if f.name == "p" else int) and not isinstance(value, bool)
+            if not valid and not (f.name == "ceiling" and value is None):
+                problems.append(Diagnostic(f.name, f"{value!r} is not {kind}"))
         return problems
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found.
+    """The result of a search.
 
     Args:
-        adapter: the best candidate, a plain GLoRA adapter: every site has the terms that it needs, and their tensors.
-        fitness: of it.
-        size: how many numbers it holds.
-        structures: site -> its terms, sites that are left alone included.
-        history: the best fitness after each generation; it ends where nothing new was left to judge.
-        judged: how many different candidates were judged.
+        adapter: the best candidate as a plain GLoRA adapter: each site has the terms of its structure.
+        fitness: of the adapter.
+        size: its number of parameters.
+        structures: site -> its terms, including sites without any.
+        history: the best fitness after each generation; ends early if no new candidates are left.
+        judged: number of different candidates.
     """
 
     adapter: Adapter
@@ -114,22 +113,22 @@ def search_supernet(
     *,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> SearchResult:
-    """The structures of a supernet's layers that do best. The model is as before afterwards.
+    """The best structure of every layer of a supernet. The model is unchanged afterwards.
 
     Args:
         model: with a supernet attached (`glora` with `supernet=True`), trained.
-        fitness: how good the model is as it stands, on VALIDATION data: larger is better. It is called once for every
-            candidate, in evaluation mode and without gradients; what is not finite counts as worst.
-        evolution: how many candidates, and the ceiling.
-        progress: called after each candidate with how many were judged, how many there may be, and the best fitness.
+        fitness: scores the model on VALIDATION data, larger is better. Called once per candidate, in evaluation mode
+            and without gradients; non-finite scores count as worst.
+        evolution: settings of the search.
+        progress: called after each candidate with (number judged, number at most, best fitness).
 
     Raises:
         StateError: no supernet is attached.
         MethodError: no candidate is within the ceiling, or none has a finite fitness.
-        ConfigError: the fitness is no function, or gives no number.
+        ConfigError: the fitness is not a function or does not return a number.
     """
     evolution = evolution or EvolutionConfig()
-    _check_words(fitness, evolution)
+    _check_arguments(fitness, evolution)
     layers = _layers(model)
     pool = _Pool(layers, evolution)
     judged: dict[Genes, float] = {}
@@ -138,7 +137,7 @@ def search_supernet(
     with eval_mode(model), torch.no_grad():
         for _ in range(evolution.generations):
             candidates = pool.next_generation(_ranked(judged)[: evolution.keep], judged)
-            if not candidates:  # all that there are have been judged
+            if not candidates:  # the whole space has been judged
                 break
             for genes in candidates:
                 with structured(layers, genes):
@@ -156,10 +155,10 @@ def search_supernet(
     return SearchResult(_adapter(model, chosen), judged[best], pool.size(best), chosen, tuple(history), len(judged))
 
 
-def _check_words(fitness: object, evolution: object) -> None:
+def _check_arguments(fitness: object, evolution: object) -> None:
     problems = []
     if not callable(fitness):
-        problems.append(Diagnostic("fitness", f"is {fitness!r}, no function of a model"))
+        problems.append(Diagnostic("fitness", f"is {fitness!r}, not a function of a model"))
     if not isinstance(evolution, EvolutionConfig):
         problems.append(Diagnostic("evolution", f"is a {type(evolution).__name__}, not an EvolutionConfig"))
     if problems:
@@ -170,13 +169,13 @@ def _number(score: object) -> float:
     try:
         return float(score)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError):
-        problem = Diagnostic("fitness", f"gave a {type(score).__name__} that is no number", "return one number")
+        problem = Diagnostic("fitness", f"returned a {type(score).__name__}, not a number", "return one number")
         raise ConfigError("cannot search:", [problem]) from None
 
 
 @contextmanager
 def structured(layers: Sequence[Adapted], genes: Genes) -> Iterator[None]:
-    """Within, each layer has a structure of its own; its tensors are views of the supernet's."""
+    """Within this context, the layers have these structures; their tensors are views of the supernet's."""
     before = [(layer.params, layer.method) for layer in layers]
     methods = {terms: layer.method.replace(delta=terms, rules=()) for layer, terms in zip(layers, genes, strict=True)}
     try:
@@ -186,16 +185,16 @@ def structured(layers: Sequence[Adapted], genes: Genes) -> Iterator[None]:
             layer.params, layer.method = nn.ParameterDict(parts), methods[terms]
         yield
     finally:
-        for layer, (p, method) in zip(layers, before, strict=True):
-            layer.params, layer.method = p, method
+        for layer, (params, method) in zip(layers, before, strict=True):
+            layer.params, layer.method = params, method
 
 
 class _Pool:
-    """Where candidates come from.
+    """The generator of candidates.
 
     Args:
         layers: of the supernet.
-        evolution: how many of which sort, and the ceiling.
+        evolution: settings of the search.
     """
 
     def __init__(self, layers: Sequence[Adapted], evolution: EvolutionConfig) -> None:
@@ -208,36 +207,36 @@ class _Pool:
         ]
         self.least = min(n for sizes in self.sizes for n in sizes.values() if n)
         if evolution.ceiling is not None and self.least > evolution.ceiling:
-            what = f"{evolution.ceiling:,} numbers are less than the smallest structure of any layer, {self.least:,}"
+            what = f"{evolution.ceiling:,} is less than the smallest structure of any layer, {self.least:,} parameters"
             raise MethodError("no structure fits the ceiling:", [Diagnostic("ceiling", what)])
 
     def size(self, genes: Genes) -> int:
-        """How many numbers a candidate holds."""
+        """The number of parameters of a candidate."""
         return sum(sizes[terms] for sizes, terms in zip(self.sizes, genes, strict=True))
 
     def next_generation(self, parents: Sequence[Genes], judged: Mapping[Genes, float]) -> list[Genes]:
-        """Candidates that have not been judged, fewer where there are no more."""
+        """New candidates; fewer than the population if the space is exhausted."""
         found: dict[Genes, None] = {}
-        many = self.evolution
+        settings = self.evolution
         if parents:
-            self._add(found, judged, many.mutations, lambda: self._mutated(self.random.choice(parents)))
+            self._add(found, judged, settings.mutations, lambda: self._mutated(self.random.choice(parents)))
         if len(parents) > 1:
-            self._add(found, judged, many.crossovers, lambda: self._crossed(*self.random.sample(parents, 2)))
-        self._add(found, judged, many.population - len(found), self._drawn)
+            self._add(found, judged, settings.crossovers, lambda: self._crossed(*self.random.sample(parents, 2)))
+        self._add(found, judged, settings.population - len(found), self._random)
         return list(found)
 
     def _add(
-        self, found: dict[Genes, None], judged: Mapping[Genes, float], many: int, make: Callable[[], Genes]
+        self, found: dict[Genes, None], judged: Mapping[Genes, float], count: int, make: Callable[[], Genes]
     ) -> None:
-        wanted = len(found) + many
-        for _ in range(10 * many):  # a small space has few that are new
+        wanted = len(found) + count
+        for _ in range(10 * count):  # bounded: a small space has few new candidates
             if len(found) == wanted:
                 return
-            genes = self._within(list(make()))
+            genes = self._within_ceiling(list(make()))
             if genes not in judged:
                 found[genes] = None
 
-    def _drawn(self) -> Genes:
+    def _random(self) -> Genes:
         return tuple(self.random.choice(choices) for choices in self.choices)
 
     def _crossed(self, one: Genes, other: Genes) -> Genes:
@@ -246,18 +245,18 @@ class _Pool:
     def _mutated(self, genes: Genes) -> Genes:
         changed = []
         for terms, choices in zip(genes, self.choices, strict=True):
-            anew = self.random.choice(choices)
-            some = {term: anew.form(term) for term in FORMS if self.random.random() < self.evolution.p}
+            other = self.random.choice(choices)
+            some = {term: other.form(term) for term in FORMS if self.random.random() < self.evolution.p}
             changed.append(dataclasses.replace(terms, **some))  # type: ignore[arg-type]
         return tuple(changed)
 
-    def _within(self, genes: list[GLoRADelta]) -> Genes:
-        """These, with terms cut back at random until they are within the ceiling; never with nothing left."""
+    def _within_ceiling(self, genes: list[GLoRADelta]) -> Genes:
+        """The candidate with terms reduced at random until it is within the ceiling; never empty."""
         sizes = [known[terms] for known, terms in zip(self.sizes, genes, strict=True)]
         ceiling = math.inf if self.evolution.ceiling is None else self.evolution.ceiling
         while sum(sizes) > ceiling:
             i = self.random.choice([i for i, size in enumerate(sizes) if size])
-            genes[i] = self._less(genes[i])
+            genes[i] = self._reduced(genes[i])
             sizes[i] = self.sizes[i][genes[i]]
         if not any(sizes):
             smallest = [
@@ -266,40 +265,40 @@ class _Pool:
             i, genes[i] = self.random.choice(smallest)
         return tuple(genes)
 
-    def _less(self, terms: GLoRADelta) -> GLoRADelta:
-        """The same with one term in the next smaller form."""
+    def _reduced(self, terms: GLoRADelta) -> GLoRADelta:
+        """The structure with one term in the next smaller form."""
         term = self.random.choice([term for term in FORMS if terms.form(term) != "none"])
-        some = FORMS[term]
-        return dataclasses.replace(terms, **{term: some[some.index(terms.form(term)) + 1]})  # type: ignore[arg-type]
+        forms = FORMS[term]
+        return dataclasses.replace(terms, **{term: forms[forms.index(terms.form(term)) + 1]})  # type: ignore[arg-type]
 
 
 def _layers(model: nn.Module) -> list[Adapted]:
-    """The layers of the supernet that is attached.
+    """The layers of the attached supernet.
 
     Raises:
-        StateError: none is.
+        StateError: no supernet is attached.
     """
     state = require(model, "search")
     layers = list(adapted_layers(model).values())
-    whole = all(isinstance(layer.method.delta, GLoRADelta) for layer in layers)
-    if not layers or not whole or not any(isinstance(rule, RandomStructures) for rule in state.method.rules):
+    glora = all(isinstance(layer.method.delta, GLoRADelta) for layer in layers)
+    if not layers or not glora or not any(isinstance(rule, RandomStructures) for rule in state.method.rules):
         what, fix = "no supernet is attached: its parts were never trained alone", "train `glora` with supernet=True"
         raise StateError("cannot search this model:", [Diagnostic("model", what, fix)])
     return layers
 
 
 def _ranked(judged: Mapping[Genes, float]) -> list[Genes]:
-    """The best first; of equals the one that was judged first."""
+    """The candidates, best first; ties in order of evaluation."""
     return sorted(judged, key=lambda genes: -judged[genes])
 
 
 def _adapter(model: nn.Module, chosen: Mapping[str, GLoRADelta]) -> Adapter:
-    """The supernet's adapter, of which each site keeps the structure that was chosen for it."""
-    whole = Adapter.of(model)
-    placed = [AdaptedSite(p.site, p.method.replace(delta=chosen[p.site.name], rules=())) for p in whole.sites]
-    placed = [p for p in placed if p.shapes]  # where every term is none, the layer is left alone
+    """The supernet's adapter, reduced to the chosen structure of each site."""
+    supernet = Adapter.of(model)
+    sites = [AdaptedSite(p.site, p.method.replace(delta=chosen[p.site.name], rules=())) for p in supernet.sites]
+    sites = [p for p in sites if p.shapes]  # layers without any term stay unadapted
     tensors: dict[str, dict[str, Tensor]] = {}
-    for p in placed:
-        views = chosen[p.site.name].slices(whole.tensors[p.site.name])
+    for p in sites:
+        views = chosen[p.site.name].slices(supernet.tensors[p.site.name])
         tensors[p.site.name] = {role: view.clone(memory_format=torch.contiguous_format) for role, view in views.items()}
-    return dataclasses.replace(whole, method=whole.method.replace(rules=()), sites=tuple(placed), tensors=tensors)
+    return dataclasses.replace(supernet, method=supernet.method.replace(rules=()), sites=tuple(sites), tensors=tensors)

@@ -1,8 +1,7 @@
 """Matplotlib figures as SVG text, in one style, and the same bytes for the same figure.
 
-A picture follows the reader's colour scheme, light or dark, and brings its own background, so that it reads on a page
-that does not. Its text stays text. No colour is the only mark of anything: lines differ in dashes and markers too, and
-shaded cells say their number.
+Pictures follow the reader's colour scheme, light or dark, and bring their own background. Text stays text. Nothing is
+marked by colour alone: lines differ in dashes and markers too, and shaded cells show their number.
 """
 
 from __future__ import annotations
@@ -18,18 +17,18 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 INK = "#123456"  # drawn, then replaced by `currentColor`
-# Okabe & Ito's colours for all kinds of colour vision; light blue and yellow darkened to 3:1 against white, too.
+# The colour-blind-safe palette of Okabe & Ito; light blue and yellow darkened to a contrast of 3:1 against white.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#c76aa0", "#8a7500", "#3a8fc4")
 _DASHES, _MARKERS = ("-", "--", "-.", ":"), "os^DvP"
-_STRONGEST = 0.55  # opacity of a cell's shade: the number on it keeps its contrast on light and dark pages
+_STRONGEST = 0.55  # opacity of a cell: its number keeps its contrast on light and dark pages
 
 _STYLE: dict[str, Any] = {
-    "svg.hashsalt": "lorary",  # otherwise element ids are random
+    "svg.hashsalt": "lorary",  # deterministic element ids
     "svg.fonttype": "none",  # text stays text: selectable, searchable, read aloud
-    "text.parse_math": False,  # a `$` in a name begins no formula
+    "text.parse_math": False,  # a `$` in a name does not start a formula
     "text.color": INK,
     "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],  # Matplotlib's own: the widest that a page will put in its place
+    "font.sans-serif": ["DejaVu Sans"],  # wider than the fonts that a browser may use instead
     "font.size": 10,
     "figure.facecolor": "none",
     "figure.constrained_layout.use": True,
@@ -64,7 +63,7 @@ ElementTree.register_namespace("xlink", _XLINK)
 
 
 def style() -> Any:
-    """The context in which a figure is made and turned into SVG; Matplotlib's own settings come back after it."""
+    """The context manager in which figures are made and converted to SVG; it restores Matplotlib's settings."""
     return rc_context(_STYLE)
 
 
@@ -80,14 +79,14 @@ def cell(
     """A cell of a heat map with its number on it.
 
     Args:
-        axes: one unit of it is the cell's width and height.
+        axes: cells are one unit wide and high.
         x, y: the corner of the cell with the lowest coordinates.
         text: the number.
         shade: 0 to 1.
         colour: of the full shade.
-        framed: whether the cell stands out by a thick frame.
+        framed: whether the cell has a thick frame.
     """
-    inset = 0.08 if framed else 0.0  # so that the frames of neighbours stay apart
+    inset = 0.08 if framed else 0.0  # separates the frames of neighbours
     corner, size = (x + inset, y + inset), 1 - 2 * inset
     patch = Rectangle(corner, size, size, facecolor=(colour, _STRONGEST * shade), clip_on=False)
     patch.set(edgecolor=INK if framed else (INK, 0.3), linewidth=1.8 if framed else 0.6)
@@ -96,7 +95,7 @@ def cell(
 
 
 def cell_axes(axes: Axes, columns: float, rows: float) -> None:
-    """Makes axes a grid of cells, the first row on top, without lines of its own."""
+    """Turn axes into a grid of cells, the first row on top, without lines."""
     axes.set(xlim=(0, columns), ylim=(rows, 0))
     axes.grid(visible=False)
     axes.tick_params(length=0)
@@ -108,8 +107,8 @@ def to_svg(figure: Figure, title: str, description: str) -> str:
 
     Args:
         figure: made in the context of `style`.
-        title: the picture's name; plain text.
-        description: its content in words, for those who do not see it.
+        title: plain text.
+        description: the content in words, for readers who do not see it.
     """
     text = io.StringIO()
     without = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -118,6 +117,6 @@ def to_svg(figure: Figure, title: str, description: str) -> str:
     root.attrib |= {"class": "lorary-picture", "role": "img", "aria-label": f"{title}: {description}"}
     for metadata in root.findall(f"{{{_SVG}}}metadata"):
         root.remove(metadata)
-    for sheet in root.iter(f"{{{_SVG}}}style"):  # a style in a page would reach all of it
+    for sheet in root.iter(f"{{{_SVG}}}style"):  # otherwise a style would apply to the whole page
         sheet.text = _COLOURS + f".lorary-picture {sheet.text}"
     return ElementTree.tostring(root, encoding="unicode") + "\n"

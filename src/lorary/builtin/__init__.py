@@ -1,4 +1,4 @@
-"""What comes with the package, so that everything runs without a network: a small language model, and data sets.
+"""The built-in language model and data sets, so that everything runs without a network.
 
 The base is an ordinary model folder (`path()`), read by Transformers' own `from_pretrained`; the data sets are in
 `lorary.builtin.corpora`.
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NAME", "load_model", "load_tokenizer", "path"]
 
-NAME = "builtin:base"  # what configurations, commands and adapters call it
+NAME = "builtin:base"  # in configurations, commands and adapters
 _MODEL = Path(__file__).parent / "model"
 
 
@@ -47,7 +47,7 @@ def load_model(dtype: torch.dtype | str = "float32") -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path(), dtype=dtype)
-    model.config._name_or_path = NAME  # what an adapter says about its base; the folder differs by machine
+    model.config._name_or_path = NAME  # recorded by adapters; the folder differs by machine
     return model
 
 

@@ -1,16 +1,15 @@
-"""The built-in data sets: plain lists of records, made at run time from the Python installation itself.
+"""The built-in data sets: lists of records, made at run time from the Python installation.
 
 | name | one record | from |
 |---|---|---|
-| `builtin:python` | `{"text"}` | a source file of the standard library; what the built-in base learnt from |
+| `builtin:python` | `{"text"}` | a source file of the standard library; the training data of the built-in base |
 | `builtin:c-headers` | `{"text"}` | one of CPython's C headers: a strong shift of domain |
 | `builtin:topics` | `{"text"}` | a page of the language reference: English prose |
 | `builtin:docstrings` | `{"prompt", "completion"}` | a function's signature, the first line of its docstring |
 | `builtin:docstrings-chat` | `{"messages"}` | the same as a conversation |
-| `builtin:modules` | `{"text", "label"}` | a function or class, the kind of module that it is from |
+| `builtin:modules` | `{"text", "label"}` | a function or class, the kind of its module |
 
-One file in nine is held out, the same files in every set, so the built-in base has not seen the validation half of
-any of them.
+One file in nine is held out, the same files in every set, so the built-in base has seen no validation data.
 """
 
 from __future__ import annotations
@@ -25,19 +24,19 @@ from lorary.builtin import sources, syntax
 from lorary.errors import DataError, Diagnostic, did_you_mean
 
 Record = dict[str, Any]
-Origins = tuple[tuple[str, Record], ...]  # (the file that a record is from, the record)
+Origins = tuple[tuple[str, Record], ...]  # (source file, record)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """One built-in data set: a line that says what it is, and how its records are made."""
+    """One built-in data set: a one-line summary, and the function that makes its records."""
 
     summary: str
     read: Callable[[], Origins]
 
 
 def names() -> tuple[str, ...]:
-    """The names of the built-in data sets, as `load` takes them.
+    """The names of the built-in data sets.
 
     >>> "builtin:topics" in names()
     True
@@ -46,10 +45,10 @@ def names() -> tuple[str, ...]:
 
 
 def describe(name: str) -> str:
-    """One line about the data set `name`.
+    """The one-line summary of the data set `name`.
 
     Raises:
-        DataError: there is no such data set.
+        DataError: the data set does not exist.
     """
     return _corpus(name).summary
 
@@ -60,13 +59,13 @@ def load(name: str, split: str, *, fallback: bool = False) -> list[Record]:
     Args:
         name: one of `names()`.
         split: "train" or "validation".
-        fallback: give `builtin:topics` where `builtin:c-headers` are not installed, instead of raising.
+        fallback: use `builtin:topics` if `builtin:c-headers` are not installed, instead of raising.
 
     Returns:
-        A new list of new dicts: the caller may change them.
+        A deep copy: the caller may change it.
 
     Raises:
-        DataError: there is no such set or split, or this Python lacks the files it is made from.
+        DataError: the set or split does not exist, or this Python lacks its source files.
 
     >>> sorted(load("builtin:docstrings", "validation")[0])
     ['completion', 'prompt']
@@ -75,7 +74,7 @@ def load(name: str, split: str, *, fallback: bool = False) -> list[Record]:
 
 
 def origins(name: str, split: str, *, fallback: bool = False) -> list[str]:
-    """For each record that `load` gives for the same arguments, the file (or topic) that it is from."""
+    """The source file (or topic) of each record of `load` with the same arguments."""
     return [path for path, _ in _half(name, split, fallback)]
 
 
@@ -90,7 +89,7 @@ def _half(name: str, split: str, fallback: bool) -> Origins:
     except DataError:
         if not (fallback and name == "builtin:c-headers"):
             raise
-        records = _topics()
+        records = _CORPORA["builtin:topics"].read()
     wanted = split == "validation"
     return tuple((path, record) for path, record in records if sources.held_out(path) is wanted)
 
@@ -103,19 +102,9 @@ def _corpus(name: str) -> Corpus:
     return _CORPORA[name]
 
 
-@cache
-def _python() -> Origins:
-    return tuple((path, {"text": text}) for path, text in sources.stdlib())
-
-
-@cache
-def _headers() -> Origins:
-    return tuple((path, {"text": text}) for path, text in sources.headers())
-
-
-@cache
-def _topics() -> Origins:
-    return tuple((name, {"text": text}) for name, text in sources.topics())
+def _texts(files: Callable[[], tuple[tuple[str, str], ...]]) -> Callable[[], Origins]:
+    """The records {"text"} of whole files."""
+    return cache(lambda: tuple((path, {"text": text}) for path, text in files()))
 
 
 @cache
@@ -129,7 +118,7 @@ def _docstrings() -> Origins:
 @cache
 def _docstrings_chat() -> Origins:
     return tuple(
-        (path, {"messages": [_said("user", pair.signature), _said("assistant", pair.summary)]})
+        (path, {"messages": _exchange(pair.signature, pair.summary)})
         for path, pair in syntax.summaries(sources.stdlib())
     )
 
@@ -139,14 +128,16 @@ def _modules() -> Origins:
     return tuple((path, {"text": text, "label": label}) for path, text, label in syntax.labelled(sources.stdlib()))
 
 
-def _said(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
+def _exchange(user: str, assistant: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
 
 
 _CORPORA = {
-    "builtin:python": Corpus("source files of Python's standard library, without its tests", _python),
-    "builtin:c-headers": Corpus("CPython's C headers: a strong shift of domain from Python source", _headers),
-    "builtin:topics": Corpus("the language reference's help topics: English prose", _topics),
+    "builtin:python": Corpus("source files of Python's standard library, without its tests", _texts(sources.stdlib)),
+    "builtin:c-headers": Corpus(
+        "CPython's C headers: a strong shift of domain from Python source", _texts(sources.headers)
+    ),
+    "builtin:topics": Corpus("the language reference's help topics: English prose", _texts(sources.topics)),
     "builtin:docstrings": Corpus("a function's signature → the first line of its docstring", _docstrings),
     "builtin:docstrings-chat": Corpus("the same pairs as conversations of user and assistant", _docstrings_chat),
     "builtin:modules": Corpus("a function or class → the kind of module it is from (classification)", _modules),

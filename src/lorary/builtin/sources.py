@@ -1,7 +1,7 @@
-"""Where the built-in data comes from: the files of the running Python installation.
+"""The sources of the built-in data: files of the running Python installation.
 
-Nothing of it is copied into this package. What one Python has, another may lack (headers are a separate package on
-some systems, embedded builds ship no source), so every reader says what is missing instead of returning nothing.
+None of them is copied into this package. Some Pythons lack files (headers are a separate package on some systems,
+embedded builds have no source), so every reader raises an error instead of returning nothing.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from typing import TextIO
 
 from lorary.errors import DataError, Diagnostic
 
-# Not source that people wrote to be read: tests, generated tables, this machine's own build settings, pip's wheels,
-# and the topics, which are a corpus of their own.
+# Tests, generated tables, build settings, pip's wheels, and the topics, which are another corpus.
 _SKIPPED_FOLDERS = frozenset(
     {
         "__pycache__", "_bundled", "dist-packages", "encodings", "idle_test", "lib-dynload", "pydoc_data",
@@ -34,7 +33,7 @@ def stdlib() -> tuple[tuple[str, str], ...]:
     """The (relative path, text) of every non-test source file of the standard library, sorted by path.
 
     Raises:
-        DataError: this Python was installed without its library's source.
+        DataError: this Python has no library source.
     """
     root = Path(sysconfig.get_path("stdlib"))
     found = _read(root, ".py", tokenize.open)
@@ -87,10 +86,9 @@ def topics() -> tuple[tuple[str, str], ...]:
 
 
 def held_out(path: str) -> bool:
-    """Whether the file `path` (relative, with `/`) is for validation: one in nine, by a hash of its name alone.
+    """Whether the file `path` (relative, with `/`) is for validation: one in nine, by a hash of its name.
 
-    So a file stays on its side whatever else is installed, in every corpus that is made from it, and in every
-    process (Python's own `hash` of a string changes from run to run).
+    The split is the same on every installation, in every corpus and in every process (unlike Python's `hash`).
     """
     return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") % _HELD_OUT_IN == 0
 

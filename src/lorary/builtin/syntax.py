@@ -1,6 +1,6 @@
-"""Records read off Python source with `ast`: what a function says it does, and what kind of module it is in.
+"""Records parsed from Python source with `ast`: function summaries, and definitions labelled by kind of module.
 
-The source is parsed, never imported: importing all of the standard library would run it.
+The source is parsed, never imported or run.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from functools import cache
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 _LONGEST_SIGNATURE = 200  # characters; longer ones are tables of defaults
-_SUMMARY = range(12, 121)  # characters of a first line that says something and is a line
-_LONGEST_TEXT = 800  # characters of a definition: about 250 tokens, enough to tell what it is about
+_SUMMARY = range(12, 121)  # characters of a useful first line
+_LONGEST_TEXT = 800  # characters of a definition: about 250 tokens
 
 _KINDS = {
     "concurrency": "asyncio concurrent multiprocessing threading queue sched subprocess _pyio selectors contextvars",
@@ -48,8 +48,8 @@ class Summary:
 def summaries(files: tuple[tuple[str, str], ...]) -> tuple[tuple[str, Summary], ...]:
     """The (path, Summary) of every documented public function in the (path, text) `files`.
 
-    A pair that several files share (an interface and its implementations) counts for the first file only: it would
-    otherwise stand on both sides of the split.
+    A pair in several files (an interface and its implementations) counts for the first file only, so that it is on one
+    side of the split.
     """
     first: dict[Summary, str] = {}
     for path, text in files:
@@ -74,7 +74,7 @@ def labelled(files: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str, str], 
         for node in _parsed(text).body:
             if isinstance(node, Function | ast.ClassDef):
                 definition = "".join(lines[node.lineno - 1 : node.end_lineno])
-                if definition.count("\n") >= 3:  # shorter ones are stubs that could be from anywhere
+                if definition.count("\n") >= 3:  # shorter ones are stubs
                     first.setdefault(definition[:_LONGEST_TEXT], (path, kind))
     return tuple((path, text, kind) for text, (path, kind) in first.items())
 
@@ -87,7 +87,7 @@ def _parsed(text: str) -> ast.Module:
 
 
 def _functions(tree: ast.Module) -> Iterator[Function]:
-    """The public functions of a module, and the public methods of its classes, in the order of the text."""
+    """The public functions of a module and public methods of its classes, in source order."""
     bodies: Iterable[ast.AST] = [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))]
     found = [n for body in bodies for n in getattr(body, "body", ()) if isinstance(n, Function)]
     return iter(sorted((n for n in found if not n.name.startswith("_")), key=lambda n: n.lineno))
@@ -96,9 +96,9 @@ def _functions(tree: ast.Module) -> Iterator[Function]:
 def _summary(function: Function) -> Summary | None:
     doc = (ast.get_docstring(function) or "").strip()
     line = doc.partition("\n")[0].strip()
-    word = "async def" if isinstance(function, ast.AsyncFunctionDef) else "def"
-    signature = f"{word} {function.name}({ast.unparse(function.args)}):"
-    # A summary that begins with a letter keeps the tokens of the prompt before it as they are.
+    keyword = "async def" if isinstance(function, ast.AsyncFunctionDef) else "def"
+    signature = f"{keyword} {function.name}({ast.unparse(function.args)}):"
+    # A summary that begins with a letter does not change the tokenisation of the prompt before it.
     if len(line) not in _SUMMARY or not line[0].isalpha() or len(signature) > _LONGEST_SIGNATURE:
         return None
     return Summary(signature, line)

@@ -1,7 +1,7 @@
 """The command line: one file per command, each light until it runs.
 
-Exit codes: 0 done, 1 it failed while running, 2 the command line, configuration or method cannot be, 3 data, 4 files,
-130 and 143 interrupted. Results go to stdout, everything else to stderr.
+Exit codes: 0 success, 1 failure while running, 2 invalid command line, configuration or method, 3 data, 4 files, 130
+and 143 interrupted. Results go to stdout, everything else to stderr.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ COMMANDS = ("train", "plan", "init", "methods", "search", "merge", "export", "ge
 
 
 def main() -> None:
-    """Run the command line and exit with its code; `--debug`, anywhere, adds the traceback of an error."""
+    """Run the command line and exit with its code; `--debug` at any position adds the traceback of an error."""
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -42,12 +42,12 @@ def _fail(message: str, error: Exception, code: int, debug: bool) -> None:
 
 
 def printable(text: str) -> str:
-    """`text` without control characters: a file's own words must not steer the terminal."""
+    """`text` with control characters escaped: file contents must not control the terminal."""
     return "".join(c if c in "\n\t" or c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 def app() -> typer.Typer:
-    """The commands as one program."""
+    """The program with all commands."""
     program = typer.Typer(
         no_args_is_help=True,
         pretty_exceptions_enable=False,
@@ -56,11 +56,11 @@ def app() -> typer.Typer:
     )
     program.callback()(_program)
     for name in COMMANDS:
-        made = getattr(importlib.import_module(f"lorary.cli.{name}"), name)
-        if isinstance(made, typer.Typer):  # a command of several
-            program.add_typer(made, name=name)
+        command = getattr(importlib.import_module(f"lorary.cli.{name}"), name)
+        if isinstance(command, typer.Typer):  # a group of commands
+            program.add_typer(command, name=name)
         else:
-            program.command(name)(made)
+            program.command(name)(command)
     return program
 
 
@@ -74,9 +74,9 @@ def _program(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; at any position.")] = False,
 ) -> None:
     """Train, combine, merge and use LoRA adapters of every kind.
 
-    Begin with `lorary demo`, or with `lorary init` and `lorary train train.yaml --dry-run`.
+    Start with `lorary demo`, or with `lorary init` and `lorary train train.yaml --dry-run`.
     """

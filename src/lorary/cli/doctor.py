@@ -1,4 +1,4 @@
-"""lorary doctor: what this machine has, and what will not work on it."""
+"""lorary doctor: a check of this machine: versions, devices and resources."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GIB = 2**30
 
 
 class Finding(NamedTuple):
-    """One line of the report: `ok`, `warn` (works, but) or `fail` (will not work)."""
+    """One line of the report: `ok`, `warn` (works with a limitation) or `fail` (does not work)."""
 
     level: str
     what: str
@@ -31,7 +31,7 @@ def doctor(
 ) -> None:
     """Check this machine: versions, devices, threads, memory, disk, and combinations known to fail.
 
-    Exits with 1 where something will not work.
+    Exits with 1 if a check fails.
     """
     findings = [*versions(), *conflicts(), *devices(), *kernels(), *resources(), *writing(), *environment()]
     if as_json:
@@ -46,7 +46,7 @@ def doctor(
 
 
 def versions() -> Iterator[Finding]:
-    """Python's and the packages'."""
+    """The versions of Python and the packages."""
     yield Finding("ok", "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     for name in ("lorary", *PACKAGES):
         found = _installed(name)
@@ -57,25 +57,25 @@ def versions() -> Iterator[Finding]:
 
 
 def conflicts() -> Iterator[Finding]:
-    """What lorary and its packages ask of each other, and do not have."""
+    """Version requirements of lorary and its packages that are not met."""
     from packaging.requirements import InvalidRequirement, Requirement
 
     for owner in ("lorary", *PACKAGES):
         for line in _requirements(owner):
             try:
-                asked = Requirement(line)
+                requirement = Requirement(line)
             except InvalidRequirement:
                 continue
-            if asked.marker is not None and not asked.marker.evaluate({"extra": ""}):
+            if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
                 continue
-            found = _installed(asked.name)
-            if found is not None and not asked.specifier.contains(found, prereleases=True):
-                fix = f"pip install '{asked.name}{asked.specifier}'"
-                yield Finding("fail", owner, f"needs {asked.name}{asked.specifier}, found {found}: {fix}")
+            found = _installed(requirement.name)
+            if found is not None and not requirement.specifier.contains(found, prereleases=True):
+                fix = f"pip install '{requirement.name}{requirement.specifier}'"
+                yield Finding("fail", owner, f"needs {requirement.name}{requirement.specifier}, found {found}: {fix}")
 
 
 def devices() -> Iterator[Finding]:
-    """What torch can compute on, and with how many threads."""
+    """The devices and threads of torch."""
     import torch
 
     if torch.cuda.is_available():
@@ -99,7 +99,7 @@ def devices() -> Iterator[Finding]:
 
 
 def resources() -> Iterator[Finding]:
-    """Memory and disk that are left."""
+    """Free memory and disk space."""
     memory = _memory()
     if memory is not None:
         yield Finding("warn" if memory < 2 * GIB else "ok", "memory", f"{memory / GIB:.1f} GiB free")
@@ -109,7 +109,7 @@ def resources() -> Iterator[Finding]:
 
 
 def writing() -> Iterator[Finding]:
-    """Whether files can be written where runs write them."""
+    """Write access to the folders that runs use."""
     for what, folder in (("write here", Path.cwd()), ("write tmp", Path(tempfile.gettempdir()))):
         try:
             with tempfile.TemporaryFile(dir=folder) as file:
@@ -122,7 +122,7 @@ def writing() -> Iterator[Finding]:
 
 
 def kernels() -> Iterator[Finding]:
-    """What reads 4-bit weights on the CPU."""
+    """The backend for 4-bit weights on the CPU."""
     from lorary.kernels.nf4 import backend
 
     how = backend()
@@ -136,7 +136,7 @@ def kernels() -> Iterator[Finding]:
 
 
 def environment() -> Iterator[Finding]:
-    """Variables that change what happens."""
+    """Environment variables that change behaviour."""
     if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"):
         yield Finding("ok", "offline", "HF_HUB_OFFLINE is set: only what is cached, built in or in files can be used")
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0") == "":
@@ -174,7 +174,7 @@ def _cores() -> int:
 
 
 def _memory() -> int | None:
-    """Bytes that are free, within a container's limit where there is one."""
+    """Free bytes, within the container's limit if there is one."""
     try:
         with open("/proc/meminfo") as file:
             free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
@@ -189,7 +189,7 @@ def _memory() -> int | None:
 
 
 def _cache() -> Path:
-    """The folder where the Hub's files are kept, or the nearest that exists above it."""
+    """The Hub's cache folder, or its nearest existing parent."""
     home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
     path = Path(home).expanduser().absolute()
     return next(parent for parent in (path, *path.parents) if parent.is_dir())

@@ -1,4 +1,4 @@
-"""lorary export: an adapter as another program reads it."""
+"""lorary export: an adapter in the format of another program."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ FORMS = ("peft",)
 
 def export(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder, or a run folder that holds one.")],
-    output: Annotated[Path, typer.Argument(help="Folder for what is written.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the exported files.")],
     to: Annotated[str, typer.Option("--to", help="peft: a plain LoRA, or a DoRA, in PEFT's two files.")] = "peft",
     base: Annotated[
-        str | None, typer.Option("--base", help="Base model: some methods need it, and with it the result is measured.")
+        str | None, typer.Option("--base", help="Base model: some methods need it; the result is then verified.")
     ] = None,
 ) -> None:
-    """Write an adapter for other programs: the same function of the same, unmodified base, in their words.
+    """Write an adapter in another program's format: the same function of the same, unmodified base.
 
-    PiSSA and OLoRA take twice their rank there; a method that has no such form is refused with the reason. Where
-    positions are divided (LongLoRA), `BASE.md` beside the files says how the base is to be loaded.
+    PiSSA and OLoRA take twice their rank there; a method without such a form is refused with the reason. If RoPE is
+    scaled (LongLoRA), `BASE.md` beside the files says how to load the base.
     """
     import lorary
     from lorary.adapters import export_peft, load_adapter
     from lorary.adapters.resolve import adapter_folder, base_of
     from lorary.analysis.merge_check import logits
-    from lorary.cli.comparison_rows import random_rows
+    from lorary.cli._comparison_rows import random_rows
     from lorary.errors import ConfigError, Diagnostic, FileError, did_you_mean
     from lorary.model.loading.from_pretrained import load_model
 
     if to not in FORMS:
-        what, fix = "is nothing that an adapter can be written as", did_you_mean(to, FORMS)
+        what, fix = "is not a known format", did_you_mean(to, FORMS)
         raise ConfigError(f"cannot export {adapter}:", [Diagnostic(f"--to {to}", what, fix)])
     folder = adapter_folder(adapter)
     if folder is None:
         raise FileError(f"cannot export {adapter}:", [Diagnostic(str(adapter), "there is no adapter in it")])
     if base is None:
-        with _told():
+        with _notes():
             export_peft(load_adapter(folder), output)
     else:
         model = load_model(base_of(folder, base, "float32"))
@@ -51,19 +51,19 @@ def export(
         before = logits(model, row)
         lorary.detach(model)
         value = load_adapter(folder, model=model)
-        with _told():
+        with _notes():
             export_peft(value, output, model=model)
-        if value.method.context is not None:  # what PEFT's files cannot say
+        if value.method.context is not None:  # not stored in PEFT's files
             value.method.context.apply(model).settle()
         lorary.load(model, output)
-        far = (before - logits(model, row)).abs().max().item()
-        print(f"against the adapter itself: logits differ by at most {far:.2g} in fp32", file=sys.stderr)
+        difference = (before - logits(model, row)).abs().max().item()
+        print(f"compared with the adapter: logits differ by at most {difference:.2g} in fp32", file=sys.stderr)
     print(output)
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """What PEFT's files do not say, as a line on standard error."""
+def _notes() -> Iterator[None]:
+    """Print PositionsWarning as a note on standard error."""
     from lorary.layers.rope import PositionsWarning
 
     with warnings.catch_warnings(record=True) as caught:

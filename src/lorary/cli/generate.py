@@ -1,4 +1,4 @@
-"""lorary generate: a model's continuation of a text, with or without an adapter."""
+"""lorary generate: the continuation of a text, with or without an adapter."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ def generate(
     base: Annotated[str | None, typer.Option("--base", help="Base model; else the one the adapter names.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Ask as a user, through the chat template.")] = False,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, max=1_000_000, help="Longest answer.")
+        int, typer.Option("--max-new-tokens", min=1, max=1_000_000, help="Length of the answer at most.")
     ] = 128,
-    temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, max=10.0, help="0: always the likeliest.")
-    ] = 0.0,
-    top_p: Annotated[float, typer.Option("--top-p", min=0.01, max=1.0, help="Share of probability drawn from.")] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the drawing, where temperature is above 0.")] = 0,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, max=10.0, help="0: greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p", min=0.01, max=1.0, help="Nucleus sampling.")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Random seed of sampling.")] = 0,
 ) -> None:
     """Continue a text.
 
     lorary generate out/ "def parse(text):" uses the adapter of a run; lorary generate builtin:base the base alone.
     """
+    import torch
+
     from lorary.adapters.resolve import model_of, with_adapter
     from lorary.model.loading.from_pretrained import load_tokenizer
 
@@ -35,15 +35,20 @@ def generate(
     ids = _ids(tokenizer, prompt, chat)
     loaded = with_adapter(section, folder)
     most = _room(loaded, len(ids), max_new_tokens)
-    drawing: dict[str, Any] = {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
-        drawing = {"do_sample": True, "temperature": temperature, "top_p": top_p}
-    made = _continued(loaded, ids, seed, max_new_tokens=most, pad_token_id=tokenizer.pad_token_id, **drawing)
-    print(tokenizer.decode(made, skip_special_tokens=True))
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    torch.manual_seed(seed)
+    row, padding = torch.tensor([ids]), tokenizer.pad_token_id
+    with torch.inference_mode():
+        output = loaded.generate(
+            row, attention_mask=torch.ones_like(row), max_new_tokens=most, pad_token_id=padding, **sampling
+        )
+    print(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
 
 
 def _text(prompt: str | None) -> str:
-    """The prompt, from the argument or from stdin. Bytes that are no text reach a program as half characters."""
+    """The prompt, from the argument or from stdin. Invalid UTF-8 arrives as lone surrogates."""
     from lorary.errors import ConfigError, DataError, Diagnostic
 
     try:
@@ -59,32 +64,21 @@ def _text(prompt: str | None) -> str:
 
 
 def _room(model: Any, tokens: int, wanted: int) -> int:
-    """How many tokens may follow a prompt: a model has learnt nothing about positions beyond its own."""
+    """The number of tokens that may follow a prompt within the model's context."""
     from lorary.errors import DataError, Diagnostic
     from lorary.layers.rope import max_context, text_config
 
-    known = max_context(text_config(model))
-    if known is None:
+    limit = max_context(text_config(model))
+    if limit is None:
         return wanted
-    if tokens >= known:
-        what = f"has {tokens:,} tokens, and the model knows {known:,} positions"
+    if tokens >= limit:
+        what = f"has {tokens:,} tokens, but the model's context is {limit:,}"
         raise DataError("the prompt is too long:", [Diagnostic("prompt", what, "shorten it")])
-    return int(min(wanted, known - tokens))
-
-
-def _continued(model: Any, ids: list[int], seed: int, **words: Any) -> list[int]:
-    """The tokens that the model puts after `ids`."""
-    import torch
-
-    torch.manual_seed(seed)
-    row = torch.tensor([ids])
-    with torch.inference_mode():
-        made: list[int] = model.generate(row, attention_mask=torch.ones_like(row), **words)[0, len(ids) :].tolist()
-    return made
+    return int(min(wanted, limit - tokens))
 
 
 def _ids(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
-    """The prompt's tokens, as they were in training."""
+    """The tokens of a prompt, encoded as in training."""
     from lorary.errors import DataError, Diagnostic
     from lorary.train.data.chat import render, require_template
     from lorary.train.data.encode import plain

@@ -11,13 +11,13 @@ import typer
 
 
 def init(
-    file: Annotated[Path, typer.Argument(help="Where to write it; - writes to stdout.")] = Path("train.yaml"),
+    file: Annotated[Path, typer.Argument(help="Output file; - is stdout.")] = Path("train.yaml"),
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema instead, for editors.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file if there is one.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a commented training configuration.
 
-    It runs as it is, offline, on the built-in base and data: lorary train train.yaml
+    It runs unchanged, offline, on the built-in base and data: lorary train train.yaml
     """
     from lorary.errors import Diagnostic, FileError
     from lorary.files.atomic import atomic_file
@@ -28,7 +28,7 @@ def init(
     elif str(file) == "-":
         print(template(), end="")
     elif file.exists() and not force:
-        problem = Diagnostic(str(file), "is there already, and was left as it is", "give --force, or another name")
+        problem = Diagnostic(str(file), "exists already, and was not changed", "use --force, or another name")
         raise FileError("nothing was written:", [problem])
     else:
         text = template().encode()

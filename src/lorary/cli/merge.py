@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from lorary.adapters.adapter import Adapter
     from lorary.analysis.merge_error import MergeError
-    from lorary.cli.comparison_rows import Rows
+    from lorary.cli._comparison_rows import Rows
     from lorary.model.loading.source import ModelSection
 
 DTYPES, ONTO = ("auto", "float32", "bfloat16", "float16"), ("trained", "original")
@@ -27,31 +27,32 @@ REPORT = "fidelity.json"
 
 def merge(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder, or a run folder that holds one.")],
-    output: Annotated[Path, typer.Argument(help="Folder for the merged model; must not hold anything.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the merged model; must be empty.")],
     base: Annotated[str | None, typer.Option("--base", help="Base model; else the one the adapter names.")] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="auto (the base's own), float32, bfloat16, float16.")] = "auto",
     onto: Annotated[
         str,
         typer.Option(
-            "--onto", help="trained: the weights that it was trained on; original: those before they were quantised."
+            "--onto", help="trained: the weights that it was trained on; original: those before quantisation."
         ),
     ] = "trained",
     rows: Annotated[int, typer.Option("--rows", min=1, max=100_000, help="How many rows to compare on.")] = 8,
     data: Annotated[
-        str | None, typer.Option("--data", help="Rows to compare on; else those that the run held out, or built-in.")
+        str | None, typer.Option("--data", help="Rows to compare on; else the held-out rows of the run, or built-in.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Accept a base it was not trained on, if it fits.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Accept another base than in training, if it fits.")] = False,
 ) -> None:
     """Fold an adapter into its base: a plain Transformers model, for any program that reads one.
 
-    The sum is taken in fp32 and rounded once. What that costs is measured against the live adapter, shown, and kept
-    in fidelity.json. A base in 4 bits is written in 16 or 32: the adapter would not survive being packed again.
+    The sum is computed in fp32 and rounded once. The rounding error is measured against the adapted model, shown, and
+    saved in fidelity.json. A 4-bit base is written in 16 or 32 bits: quantising again would destroy the update.
     """
     from lorary.adapters import load_adapter
     from lorary.adapters.resolve import adapter_folder, base_of
+    from lorary.cli._comparison_rows import comparison_rows
     from lorary.errors import Diagnostic, FileError
     from lorary.files.atomic import atomic_directory
-    from lorary.model.loading.from_pretrained import quiet
+    from lorary.model.loading.from_pretrained import load_config, quiet
 
     _check(adapter, dtype, onto)
     folder = adapter_folder(adapter)
@@ -61,24 +62,25 @@ def merge(
     section, target = _precisions(adapter, value, base_of(folder, base), dtype, onto)
     with atomic_directory(output) as written:
         tokenizer = _tokenizer(section)
-        shown = _rows(adapter, tokenizer, section, rows, data)
-        model, fidelity = _merged(folder, value, section, target, onto, shown, force)
+        compared = comparison_rows(adapter, tokenizer, load_config(section), rows, data)
+        model, error = _merged(folder, value, section, target, onto, compared, force)
         with quiet():
             model.save_pretrained(written)
         if tokenizer is not None:
             tokenizer.save_pretrained(written)
         name = str(target).removeprefix("torch.")
-        record = {"dtype": name, "onto": onto, "rows": shown.source} | fidelity.to_dict()
+        record = {"dtype": name, "onto": onto, "rows": compared.source} | error.to_dict()
         (written / REPORT).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    _tell(fidelity, f"merged into {output}, {name}", shown)
+    print(*(f"note: {note}" for note in compared.notes), f"merged into {output}, {name}", sep="\n", file=sys.stderr)
+    _print_report(error, f"compared on {len(compared.ids):,} {compared.source}")
     print(output)
 
 
 def _check(adapter: Path, dtype: str, onto: str) -> None:
-    """Refuse what cannot be merged into; back into a few bits most of all.
+    """Check the options; a merge into a few bits is refused with the reason.
 
     Raises:
-        ConfigError: every such option.
+        ConfigError: every invalid option.
     """
     from lorary.errors import ConfigError, Diagnostic, did_you_mean
     from lorary.model.merge import LOSSY
@@ -99,13 +101,13 @@ def _check(adapter: Path, dtype: str, onto: str) -> None:
 def _precisions(
     path: Path, adapter: Adapter, section: ModelSection, dtype: str, onto: str
 ) -> tuple[ModelSection, torch.dtype]:
-    """What the base is loaded in and what is written, whatever this machine would compute in.
+    """The base in its precision for loading, and the dtype to write.
 
-    The base is never narrower than on disk or than what is written, so that everything is rounded once; but where the
-    run had it rounded before it was packed, it is again.
+    The base is never narrower than on disk or than the result, so that everything is rounded once; but if the run
+    rounded it before quantisation, so does the merge.
 
     Raises:
-        FileError: the original weights are asked for of a base that is quantised on disk.
+        FileError: onto the original weights of a base that is quantised on disk.
     """
     import torch
 
@@ -115,7 +117,7 @@ def _precisions(
     config = load_config(section)
     if onto == "original" and getattr(config, "quantization_config", None) is not None:
         fix = "name the model that it was made from with --base, and pass --force"
-        what = "is quantised itself, and what its weights were before is not there"
+        what = "is quantised on disk: its original weights are not available"
         raise FileError(f"cannot merge {path} onto the original weights:", [Diagnostic(section.id, what, fix)])
     saved = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     target = saved if dtype == "auto" else getattr(torch, dtype)
@@ -127,8 +129,8 @@ def _precisions(
 
 
 def _run_dtype(path: Path) -> str:
-    """What the base was loaded in by the run that made the adapter; `auto` where that cannot be told."""
-    from lorary.cli.comparison_rows import run_config
+    """The dtype in which the run loaded the base; `auto` if unknown."""
+    from lorary.cli._comparison_rows import run_config
     from lorary.errors import LoraryError
 
     try:
@@ -139,7 +141,7 @@ def _run_dtype(path: Path) -> str:
 
 
 def _tokenizer(section: ModelSection) -> Any:
-    """The base's tokenizer, or None where it has none."""
+    """The base's tokenizer, or None if it has none."""
     from lorary.errors import FileError
     from lorary.model.loading.from_pretrained import load_tokenizer
 
@@ -150,17 +152,10 @@ def _tokenizer(section: ModelSection) -> Any:
         return None
 
 
-def _rows(adapter: Path, tokenizer: Any, section: ModelSection, rows: int, data: str | None) -> Rows:
-    from lorary.cli.comparison_rows import comparison_rows
-    from lorary.model.loading.from_pretrained import load_config
-
-    return comparison_rows(adapter, tokenizer, load_config(section), rows, data)
-
-
 def _merged(
     folder: Path, adapter: Adapter, section: ModelSection, target: torch.dtype, onto: str, rows: Rows, force: bool
 ) -> tuple[PreTrainedModel, MergeError]:
-    """The merged model and its report. There is one model at a time."""
+    """The merged model and its report. One model at a time is in memory."""
     import lorary
     from lorary.analysis.merge_check import MergeCheck, round_weights
     from lorary.errors import StateError
@@ -169,13 +164,13 @@ def _merged(
 
     model = load_model(section, load_storage(adapter.method, adapter.full))
     lorary.load(model, folder, force=force)
-    live = MergeCheck.of(model, rows.ids)
-    if onto == "original" and live.quantized:
+    check = MergeCheck.of(model, rows.ids)
+    if onto == "original" and check.quantized:
         del model
-        gc.collect()  # a model holds itself in circles
+        gc.collect()  # models contain reference cycles
         model = load_model(section)
         lorary.load(model, folder, force=force, pack=False)
-    sites = live.sites(model, target)
+    sites = check.sites(model, target)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", BiasWarning)  # refused below, with every name
         lorary.merge(model, dtype=target)
@@ -183,30 +178,27 @@ def _merged(
         raise StateError("cannot save the merged model:", lost)
     lorary.dequantize(model, target)
     round_weights(model, target)
-    return model, live.against(model, sites)
+    return model, check.against(model, sites)
 
 
-def _tell(fidelity: MergeError, done: str, rows: Rows) -> None:
-    """The report, on standard error: a table on a terminal, plain text elsewhere."""
+def _print_report(error: MergeError, rows: str) -> None:
+    """The report on standard error: a table on a terminal, plain text elsewhere."""
     from rich.console import Console
     from rich.table import Table
 
     from lorary.analysis.merge_error import HEAD
 
-    for note in rows.notes:
-        print(f"note: {note}", file=sys.stderr)
-    print(done, file=sys.stderr)
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
-        print(fidelity, f"compared on {len(rows.ids):,} {rows.source}", sep="\n", file=sys.stderr)
+        print(error, rows, sep="\n", file=sys.stderr)
         return
-    table = Table(*HEAD[:1], title="against the live adapter", title_justify="left")
+    table = Table(*HEAD[:1], title="compared with the adapted model", title_justify="left")
     for name in HEAD[1:]:
         table.add_column(name, justify="right")
-    for row in fidelity.rows():
+    for row in error.rows():
         table.add_row(*row)
     console.print(table, markup=False)
-    for line in (fidelity.compared, f"compared on {len(rows.ids):,} {rows.source}"):
+    for line in (error.compared, rows):
         console.print(line, markup=False)
-    for text in fidelity.advice:
+    for text in error.advice:
         console.print(f"advice: {text}", style="yellow", markup=False)

@@ -1,4 +1,4 @@
-"""The documentation page of a method, written from its preset: `lorary methods NAME --markdown`."""
+"""The documentation page of a method, generated from its preset (`lorary methods NAME --markdown`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lorary.spec.site import Site
 
 EXAMPLE = Site("layer", "linear", out_features=2048, in_features=1024, bias=True)
 
-# LLaMA-2-7B's linear layers but its head: count, inputs, outputs.
+# LLaMA-2-7B's linear layers without its head: count, in_features, out_features.
 LLAMA = [(4 * 32, 4096, 4096), (2 * 32, 4096, 11008), (32, 11008, 4096)]
 
 
@@ -35,12 +35,12 @@ def stem(name: str) -> str:
 
 
 def cell(text: str) -> str:
-    """Text as it must be written inside a table."""
+    """Text escaped for a Markdown table."""
     return text.replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;").strip()
 
 
 def value(default: Any) -> str:
-    """A default as YAML writes it."""
+    """A default in YAML notation."""
     if isinstance(default, bool):
         return str(default).lower()
     if isinstance(default, tuple):
@@ -49,7 +49,7 @@ def value(default: Any) -> str:
 
 
 def paper(citation: str) -> str:
-    """A citation whose arXiv number is a link."""
+    """A citation with its arXiv number as a link."""
     return re.sub(r"arXiv:(\S+)", r"[arXiv:\1](https://arxiv.org/abs/\1)", citation)
 
 
@@ -94,23 +94,26 @@ def _tensors(preset: Preset) -> str:
     method = lorary.method(preset.name)
     if method.delta is None:
         return "## What trains\n\nBase parameters: " + ", ".join(f"`{p}`" for p in method.full) + "\n"
-    placed = AdaptedSite(EXAMPLE, method)
+    site = AdaptedSite(EXAMPLE, method)
     rows = [
-        f"| `{role}` | `{list(shape)}` | {math.prod(shape):,} | {_state(placed, role)} |"
-        for role, shape in placed.shapes.items()
+        f"| `{role}` | `{list(shape)}` | {math.prod(shape):,} | {_state(site, role)} |"
+        for role, shape in site.shapes.items()
     ]
-    llama = sum(n * AdaptedSite(Site("", "linear", out, inp, False), method).trainable for n, inp, out in LLAMA)
+    llama = sum(
+        count * AdaptedSite(Site("", "linear", out_features, in_features, False), method).trainable
+        for count, in_features, out_features in LLAMA
+    )
     return (
-        f"## What trains\n\nOn a linear layer of {EXAMPLE.in_features:,} inputs and {EXAMPLE.out_features:,} outputs, with "
-        "the default options:\n\n| tensor | shape | numbers | |\n|---|---|---|---|\n" + "\n".join(rows) + "\n\n"
-        f"{placed.trainable:,} numbers train there, and {llama:,} on all linear layers of LLaMA-2-7B but its head.\n"
+        f"## What trains\n\nOn a linear layer of {EXAMPLE.in_features:,} inputs and {EXAMPLE.out_features:,} outputs, "
+        "with the default options:\n\n| tensor | shape | numbers | |\n|---|---|---|---|\n" + "\n".join(rows) + "\n\n"
+        f"{site.trainable:,} numbers train there, and {llama:,} on all linear layers of LLaMA-2-7B but its head.\n"
     )
 
 
-def _state(placed: AdaptedSite, role: str) -> str:
-    if role in placed.delta.shared:
+def _state(site: AdaptedSite, role: str) -> str:
+    if role in site.delta.shared:
         return "frozen, one for all layers"
-    return "trains" if role in placed.method.trained else "frozen"
+    return "trains" if role in site.method.trained else "frozen"
 
 
 def _partners(name: str) -> str:
@@ -121,8 +124,7 @@ def _partners(name: str) -> str:
     text = "## Combines with\n\n"
     if by_letter["Y"]:
         text += ", ".join(by_letter["Y"]) + ".\n\n"
-    if by_letter["r"]:
-        text += "With a restriction:\n\n" + "\n".join(by_letter["r"]) + "\n\n"
-    if by_letter["N"]:
-        text += "Refused, in the words of the refusal:\n\n" + "\n".join(by_letter["N"]) + "\n\n"
+    for letter, heading in (("r", "With a restriction:"), ("N", "Refused, in the words of the refusal:")):
+        if by_letter[letter]:
+            text += f"{heading}\n\n" + "\n".join(by_letter[letter]) + "\n\n"
     return text + "The whole [table of combinations](../combinations.md).\n"

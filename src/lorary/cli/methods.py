@@ -14,8 +14,7 @@ import typer
 if TYPE_CHECKING:
     from lorary.spec.presets import PlanFunction, Preset
 
-# A layer to count at: an attention projection of LLaMA-2-7B.
-WIDE = 4096
+WIDTH = 4096  # of the layer for which costs are shown: an attention projection of LLaMA-2-7B
 
 
 def methods(
@@ -29,16 +28,16 @@ def methods(
 ) -> None:
     """Show every method: its equation, what it changes, when to use it, its options.
 
-    Methods combine: --method lora,rslora,lora+ takes the words of all three. Not sure? lorary methods --choose
+    Methods combine: --method lora,rslora,lora+ takes the components of all three. Not sure? lorary methods --choose
     """
     if choosing or answers is not None:
-        from lorary.cli.method_chooser import choose
+        from lorary.cli._method_chooser import choose
 
-        print(choose(_asked() if answers is None else _given(answers)).yaml(), end="")
+        print(choose(_ask() if answers is None else _parse_answers(answers)).yaml(), end="")
         return
-    rows = table() if name is None else [_named(name, table())]
+    rows = table() if name is None else [_find(name, table())]
     if markdown:
-        print(_page(rows), end="")
+        print(_page(name), end="")
     elif as_json:
         print(json.dumps(rows, indent=2))
     else:
@@ -70,8 +69,8 @@ def table() -> list[dict[str, Any]]:
         | _size(lorary.method(preset.name))
         for preset in lorary.presets().values()
     ]
-    silent: dict[str, Any] = {"options": {}, "lr": None, "numbers": None, "bytes": None}
-    return presets + [_row(found, (found.changes,), found.say) | silent for found in FUNCTIONS.values()]
+    no_costs: dict[str, Any] = {"options": {}, "lr": None, "numbers": None, "bytes": None}
+    return presets + [_row(found, (found.changes,), found.say) | no_costs for found in FUNCTIONS.values()]
 
 
 def _row(found: Preset | PlanFunction, changes: Sequence[str], say: str) -> dict[str, Any]:
@@ -86,16 +85,16 @@ def _row(found: Preset | PlanFunction, changes: Sequence[str], say: str) -> dict
     }
 
 
-def _page(rows: list[dict[str, Any]]) -> str:
+def _page(name: str | None) -> str:
     """The documentation page of one method."""
-    import lorary
     from lorary.cli.method_page import method_page
     from lorary.errors import ConfigError, Diagnostic
+    from lorary.spec.presets import FUNCTIONS
 
-    if len(rows) != 1:
+    if name is None:
         raise ConfigError("--markdown prints one page:", [Diagnostic("NAME", "is missing", "name a method")])
-    name = rows[0]["name"]
-    if name not in lorary.presets():
+    name = _find(name, table())["name"]
+    if name in FUNCTIONS:
         what = "is a function of a plan; its page is written by hand"
         raise ConfigError("this page cannot be generated:", [Diagnostic(name, what)])
     return method_page(name)
@@ -114,33 +113,32 @@ def _size(method: Any) -> dict[str, int | None]:
 
     if method.delta is None:
         return {"numbers": None, "bytes": None}
-    placed = AdaptedSite(Site("layer", "linear", WIDE, WIDE, False), method)
-    own = [shape for role, shape in placed.shapes.items() if role not in placed.delta.shared]
-    held = sum(math.prod(shape) for shape in (*own, *placed.starts.values()))
-    state = sum(rule.holds(placed.shapes) for rule in method.rules)
-    return {"numbers": placed.trainable, "bytes": 4 * held + 12 * placed.trainable + state}
+    site = AdaptedSite(Site("layer", "linear", WIDTH, WIDTH, False), method)
+    unshared = [shape for role, shape in site.shapes.items() if role not in site.delta.shared]
+    stored = sum(math.prod(shape) for shape in (*unshared, *site.starts.values()))
+    state = sum(rule.state_bytes(site.shapes) for rule in method.rules)
+    return {"numbers": site.trainable, "bytes": 4 * stored + 12 * site.trainable + state}
 
 
 def _costs(row: dict[str, Any]) -> str:
-    held = f"{row['bytes'] / 2**20:.2f} MiB with gradients, AdamW and rules"
-    return f"trains: {row['numbers']:,} numbers beside a weight of {WIDE} x {WIDE}; {held}"
+    size = f"{row['bytes'] / 2**20:.2f} MiB with gradients, AdamW and rules"
+    return f"trains: {row['numbers']:,} numbers beside a weight of {WIDTH} x {WIDTH}; {size}"
 
 
-def _named(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _find(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The row of one method."""
     from lorary.errors import ConfigError, Diagnostic, did_you_mean
 
-    said = name.lower().replace("_", "-").replace(" ", "-")
-    for row in rows:
-        if row["name"] == said:
-            return row
-    hint = did_you_mean(said, [row["name"] for row in rows])
-    raise ConfigError("unknown method:", [Diagnostic(name, "is no method that lorary knows", hint)])
+    by_name = {row["name"]: row for row in rows}
+    normalised = name.lower().replace("_", "-").replace(" ", "-")
+    if normalised not in by_name:
+        raise ConfigError("unknown method:", [Diagnostic(name, "not found", did_you_mean(normalised, by_name))])
+    return by_name[normalised]
 
 
-def _asked() -> dict[str, str]:
-    """The answers, asked for on standard error, so that standard output holds the configuration alone."""
-    from lorary.cli.method_chooser import QUESTIONS
+def _ask() -> dict[str, str]:
+    """Answers typed on the terminal. Questions go to standard error: standard output holds the configuration alone."""
+    from lorary.cli._method_chooser import QUESTIONS
 
     answers = {}
     for key, question in QUESTIONS.items():
@@ -158,16 +156,19 @@ def _asked() -> dict[str, str]:
     return answers
 
 
-def _given(text: str) -> dict[str, str]:
-    """`memory=tight,quality=best` as answers by question."""
+def _parse_answers(text: str) -> dict[str, str]:
+    """`memory=tight,quality=best` as question -> answer."""
     from lorary.errors import ConfigError, Diagnostic
 
-    pairs = [part.strip().partition("=") for part in text.split(",") if part.strip()]
-    problems = [
-        Diagnostic("--answers", f"{key!r} has no answer", f"write {key}=...") for key, is_, _ in pairs if not is_
-    ]
-    twice = sorted({key for key, _, _ in pairs if [k for k, _, _ in pairs].count(key) > 1})
-    problems += [Diagnostic("--answers", f"{key!r} is answered twice") for key in twice]
+    answers: dict[str, str] = {}
+    problems = []
+    for part in filter(None, map(str.strip, text.split(","))):
+        key, equals, answer = part.partition("=")
+        if not equals:
+            problems.append(Diagnostic("--answers", f"{key!r} has no answer", f"write {key}=..."))
+        elif key in answers:
+            problems.append(Diagnostic("--answers", f"{key!r} is answered twice"))
+        answers[key.strip()] = answer.strip()
     if problems:
         raise ConfigError("invalid answers:", problems)
-    return {key.strip(): answer.strip() for key, _, answer in pairs}
+    return answers

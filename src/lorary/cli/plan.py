@@ -1,4 +1,4 @@
-"""lorary plan: what a method would adapt in a model, and what that takes, before any weight is read."""
+"""lorary plan: adapted sites, parameters and memory of a method, without reading weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from lorary.train.config.config import Config
-    from lorary.train.run.memory_forecast import Forecast
+    from lorary.train.runner.memory_forecast import Forecast
 
 
 def plan(
@@ -21,31 +21,29 @@ def plan(
     targets: Annotated[
         str | None, typer.Option("--targets", "-t", help="all-linear, attention, mlp, component names, globs.")
     ] = None,
-    exclude: Annotated[
-        str | None, typer.Option("--exclude", help="What stays frozen although targets names it.")
-    ] = None,
+    exclude: Annotated[str | None, typer.Option("--exclude", help="Exceptions from the targets.")] = None,
     sets: Annotated[
         list[str] | None, typer.Option("--set", help="key=value, as in a configuration; may be repeated.")
     ] = None,
     memory: Annotated[
         float | None,
-        typer.Option("--memory", min=0.1, max=1e6, help="Your GPU's memory in GB: what to change to fit into it."),
+        typer.Option("--memory", min=0.1, max=1e6, help="Your GPU's memory in GB; proposes changes to fit."),
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Simulate a step of all blocks as well, in Transformers' own code.")
+        bool, typer.Option("--check", help="Also simulate a step of all blocks, in Transformers' own code.")
     ] = False,
 ) -> None:
-    """Show what would be trained: sites, shapes, parameters, memory, and which GPUs it fits on.
+    """Show what would be trained: sites, shapes, parameters, memory, and the GPUs that fit.
 
     Reads the model's configuration, not its weights: lorary plan Qwen/Qwen3-8B --method lora --r 16
     """
     import gc
 
-    words = {"name": method, "r": r, "alpha": alpha, "targets": targets, "exclude": exclude}
-    given = [f"method.{key}={value}" for key, value in words.items() if value is not None] + (sets or [])
-    gc.disable()  # imports make many objects and no garbage: a tenth of the time less
+    options = {"name": method, "r": r, "alpha": alpha, "targets": targets, "exclude": exclude}
+    overrides = [f"method.{key}={value}" for key, value in options.items() if value is not None] + (sets or [])
+    gc.disable()  # a tenth faster: imports make many objects and no garbage
     try:
-        config = _config(model, given)
+        config = _config(model, overrides)
     finally:
         gc.enable()
     _show(config, memory, check)
@@ -53,24 +51,24 @@ def plan(
         print(f"note: {note}", file=sys.stderr)
 
 
-def _config(model: str, given: list[str]) -> Config:
+def _config(model: str, overrides: list[str]) -> Config:
     from lorary.train.config.load import from_dict, load
 
     if Path(model).suffix in (".yaml", ".yml"):
-        return load(model, given)
-    return from_dict({"model": model, "data": "builtin:docstrings"}, given)
+        return load(model, overrides)
+    return from_dict({"model": model, "data": "builtin:docstrings"}, overrides)
 
 
 def _show(config: Config, size: float | None, check: bool) -> None:
-    from lorary.cli.memory_table import show
+    from lorary.cli._memory_table import show
     from lorary.model.loading.checkpoint_kind import reader
     from lorary.model.loading.from_pretrained import fast_skeleton, skeleton
-    from lorary.train.run.memory_forecast import forecast
+    from lorary.train.runner.memory_forecast import forecast
 
-    # a method that changes how the model attends does so in Transformers' code
-    bare = fast_skeleton(config.model) if config.method.build().context is None else skeleton(config.model)
-    found = forecast(config, bare)
-    reader(config.model.id, bare.config, found.plan.method.storage, None)  # refuses what is packed in another way
+    # a context method changes attention in Transformers' code
+    model = fast_skeleton(config.model) if config.method.build().context is None else skeleton(config.model)
+    found = forecast(config, model)
+    reader(config.model.id, model.config, found.plan.method.storage, None)  # refuses unsupported quantised checkpoints
     print(found.plan)
     show(config, found, size)
     if check:
@@ -78,15 +76,15 @@ def _show(config: Config, size: float | None, check: bool) -> None:
 
 
 def _checked(config: Config, found: Forecast) -> str:
-    """The same by all blocks of Transformers' own model, and how far the prediction is off."""
+    """The memory by a step of all blocks of Transformers' own model, and the error of the prediction."""
     from lorary.analysis.memory.predict import predict
     from lorary.model.loading.from_pretrained import skeleton
     from lorary.model.plan import human_bytes
-    from lorary.train.run.memory_forecast import workload
+    from lorary.train.runner.memory_forecast import workload
 
     model = skeleton(config.model)
     counted = predict(model, found.plan, workload(config, model), config.training.optimizer, whole=True)
     if counted.activations is None:
-        return f"\na step without data cannot be run: {counted.notes[-1]}"
+        return f"\na step without data cannot run: {counted.notes[-1]}"
     off = found.memory.total / counted.total - 1
     return f"\na step of all blocks: {human_bytes(counted.total)}; the prediction is off by {off:+.1%}"

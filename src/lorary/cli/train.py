@@ -14,7 +14,6 @@ import typer
 
 if TYPE_CHECKING:
     from lorary.train.config.config import Config
-    from lorary.train.run.prepare import RunPlan
 
 
 def train(
@@ -22,37 +21,39 @@ def train(
     sets: Annotated[list[str] | None, typer.Option("--set", help="key=value over the file; may be repeated.")] = None,
     after: Annotated[
         list[str] | None,
-        typer.Option("--after", help="Adapter folders of the tasks before this one (o-lora), with commas."),
+        typer.Option("--after", help="Adapter folders of earlier tasks (o-lora), comma-separated."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in the output folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the run in the output folder first.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would happen; write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan of the run; write nothing.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; warnings and errors only.")] = False,
 ) -> None:
     """Train an adapter.
 
-    lorary train my.yaml --set training.lr=1e-4. SIGINT or SIGTERM finish the step and save a checkpoint.
+    lorary train my.yaml --set training.lr=1e-4. On SIGINT or SIGTERM it finishes the step and saves a checkpoint.
     """
     from lorary.train.config.load import load
 
-    past = [json.dumps([path for text in after for path in text.split(",")])] if after else []
-    described = load(config, [*(sets or []), *(f"method.after={paths}" for paths in past)])
-    with _speaking(quiet):
+    overrides = list(sets or [])
+    if after:
+        overrides.append(f"method.after={json.dumps([path for text in after for path in text.split(',')])}")
+    run_config = load(config, overrides)
+    with _logging_to_stderr(quiet):
         if dry_run:
-            _dry_run(described)
+            _dry_run(run_config)
             return
-        from lorary.train.run.run import run
+        from lorary.train.runner.run import run
 
-        done = run(described, resume=resume, overwrite=overwrite, quiet=quiet)
+        done = run(run_config, resume=resume, overwrite=overwrite, quiet=quiet)
     if done.interrupted:
         raise typer.Exit(128 + done.interrupted)
-    if os.environ.get("RANK", "0") == "0":  # one line, however many processes
+    if os.environ.get("RANK", "0") == "0":  # one line, whatever the number of processes
         print(done.adapter)
 
 
 @contextmanager
-def _speaking(quiet: bool) -> Iterator[None]:
-    """lorary's own messages go to stderr, without the time."""
+def _logging_to_stderr(quiet: bool) -> Iterator[None]:
+    """lorary's log messages on stderr, without the time."""
     import logging
 
     handler = logging.StreamHandler(sys.stderr)
@@ -72,25 +73,21 @@ def _speaking(quiet: bool) -> Iterator[None]:
 
 
 def _dry_run(config: Config) -> None:
-    from lorary.train.run.prepare import prepare
-
-    prepared = prepare(config, processes=int(os.environ.get("WORLD_SIZE", "1")))
-    _show(prepared)
-
-
-def _show(prepared: RunPlan) -> None:
     from rich.console import Console
 
     from lorary.train.data.lint import rich_text, text
+    from lorary.train.runner.prepare import prepare
+
+    prepared = prepare(config, processes=int(os.environ.get("WORLD_SIZE", "1")))
 
     print(prepared.config.to_yaml())
     print(prepared.plan)
     print()
     print(prepared.memory)
     print(f"\nsteps     {prepared.steps:,}")
-    said = {*prepared.lint.notes, *prepared.plan.notes}  # these stand beside the lint and the plan
+    shown = {*prepared.lint.notes, *prepared.plan.notes}  # printed with the lint and the plan
     for note in prepared.notes:
-        if note not in said:
+        if note not in shown:
             print(f"note      {note}")
     if sys.stdout.isatty():
         Console(highlight=False, soft_wrap=True).print(rich_text(prepared.lint))

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lorary._deprecated import RenamedAttribute
 from lorary.kernels.row_norms import linear
 from lorary.layers.cache import TensorCache
 from lorary.layers.kinds import KINDS
@@ -41,6 +42,8 @@ class Adapted(nn.Module):
     `weight` and `bias` are the base's, because other libraries read them (weight tying, dtype look-ups), as are its
     plain attributes, such as `in_features`, `stride` or `padding_idx`.
     """
+
+    p = RenamedAttribute("params")
 
     def __init__(
         self,

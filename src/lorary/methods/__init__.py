@@ -6,6 +6,7 @@ A method outside this package registers itself through the entry point group `lo
 from importlib.metadata import entry_points  # noqa: I001 (the methods are in reading order)
 from warnings import warn
 
+from lorary._deprecated import keep_old_names
 from lorary.methods import lora, rslora, lora_plus, lora_fa  # noqa: F401
 from lorary.methods import qlora  # noqa: F401 (storage)
 from lorary.methods import dora, glora, pissa, olora, vera, melora, multilora  # noqa: F401
@@ -25,4 +26,5 @@ def _load_installed() -> None:
             warn(f"the method {entry.name} of {package} cannot be loaded: {error!r}", stacklevel=2)
 
 
+keep_old_names("lorary.methods")
 _load_installed()

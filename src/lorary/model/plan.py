@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lorary._deprecated import RenamedAttribute
 from lorary.model.targets import abbreviate_paths
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite, shared_shapes, unique_tensor_sets
@@ -61,6 +62,10 @@ class Plan:
     notes: tuple[str, ...] = ()
     fixed_tensors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict, repr=False, compare=False)
     quantized: tuple[str, ...] = ()
+
+    placed = RenamedAttribute("sites")
+    given = RenamedAttribute("fixed_tensors")
+    packed = RenamedAttribute("quantized")
 
     @property
     def trainable(self) -> int:

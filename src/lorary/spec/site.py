@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorary._deprecated import RenamedAttribute
+
 
 @dataclass(frozen=True)
 class Part:
@@ -50,6 +52,10 @@ class Site:
     parts: tuple[Part, ...] = ()
     groups: int = 1
     kernel_size: tuple[int, ...] = ()
+
+    out = RenamedAttribute("out_features")
+    inp = RenamedAttribute("in_features")
+    window = RenamedAttribute("kernel_size")
 
     @property
     def rows(self) -> list[int]:

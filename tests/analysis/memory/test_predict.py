@@ -282,10 +282,10 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(PlanError) as caught:
         Workload(0, -2, labelled=1.5)
     assert str(caught.value) == (
-        "the memory of this training cannot be predicted:\n"
+        "cannot predict the memory of this training:\n"
         "  - batch: 0 is not a positive number\n"
         "  - length: -2 is not a positive number\n"
-        "  - labelled: 1.5 is no share of the tokens"
+        "  - labelled: 1.5 is not in (0, 1]"
     )
 
 

@@ -332,7 +332,7 @@ def test_what_cannot_be_estimated_is_refused() -> None:
     with pytest.raises(PlanError) as caught:
         estimate(model, _plan(model, "lora"), batch=0, length=-1)
     assert str(caught.value) == (
-        "the memory of this training cannot be predicted:\n"
+        "cannot predict the memory of this training:\n"
         "  - batch: 0 is not a positive number\n"
         "  - length: -1 is not a positive number"
     )
@@ -341,7 +341,7 @@ def test_what_cannot_be_estimated_is_refused() -> None:
     with pytest.raises(StateError, match="something is attached already"):
         estimate(model, plan)
     linear = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(PlanError, match="inputs: a Sequential is no language model with tokens for input"):
+    with pytest.raises(PlanError, match="inputs: a Sequential is not a language model with token input"):
         estimate(linear, _plan(linear, "lora", r=1))
 
 

@@ -58,9 +58,9 @@ def contents(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         str(file.relative_to(path)): file.read_bytes()
         for file in sorted(path.rglob("*"))
-        if file.is_file() and file.name not in (checkpoint.RECORD, "MANIFEST.json")
+        if file.is_file() and file.name not in (checkpoint.TRAINER_STATE, "MANIFEST.json")
     }
-    record = json.loads((path / checkpoint.RECORD).read_text())
+    record = json.loads((path / checkpoint.TRAINER_STATE).read_text())
     lines = [{k: v for k, v in line.items() if not k.endswith(TIMES)} for line in record.pop("log_history")]
     return found | {"log": lines, "record": {k: v for k, v in record.items() if "best_model" not in k}}
 

@@ -81,7 +81,7 @@ def _killed(folder: Path, train: Callable[[], None], chance: random.Random, leng
 
 def _looked_at(folder: Path) -> int:
     """Reads every checkpoint that looks complete as a whole; the step of the newest, 0 where there is none."""
-    complete = [path for path in checkpoint.saved(folder) if (path / NAME).is_file()]
+    complete = [path for path in checkpoint.list_checkpoints(folder) if (path / NAME).is_file()]
     for path in complete:
         step = checkpoint.step_of(path)
         assert verify_manifest(path)["step"] == step

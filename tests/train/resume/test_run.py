@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerCallback
 
 from lorary.errors import FileError, TrainingError
-from lorary.train.trainer import checkpoint, rng
+from lorary.train.trainer import checkpoint, resume, rng
 from lorary.train.trainer.mixin import AdapterTraining
 from tests.train.resume.processes import forked
 from tests.train.runs import adapted, log, rows, sft, trained
@@ -103,7 +103,7 @@ def _forget(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     elif what == "order of the rows":
         monkeypatch.setattr("lorary.train.data.sampler.SeededSampler.set_epoch", lambda self, epoch: None)
     elif what == "adapter":
-        monkeypatch.setattr(AdapterTraining, "_take_adapter", lambda self, path: None)
+        monkeypatch.setattr(resume, "load_into", lambda model, adapter: None)
     elif what == "schedule":
         monkeypatch.setattr(torch.optim.lr_scheduler.LambdaLR, "load_state_dict", lambda self, state: None)
     else:
@@ -216,7 +216,7 @@ def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
         "  - seed: 42 in the checkpoint, 5 here\n"
         "  - batch_size: 2 in the checkpoint, 1 here\n"
         "  - contents: the training rows are not those of the checkpoint\n"
-        "      hint: restore the data that the run began with, or start again"
+        "      hint: restore the run's original data, or start again"
     )
     with pytest.raises(TrainingError, match="contents: the training rows are not"):  # as many, and others
         sft(tmp_path, train=rows(masked=2)).train(resume_from_checkpoint=True)

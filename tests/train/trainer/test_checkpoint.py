@@ -25,7 +25,7 @@ def _adapter(value: float = 0.5) -> Adapter:
     model = adapted(targets=["q_proj"])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("p.B"):
+            if name.endswith("params.B"):
                 parameter.fill_(value)
     return Adapter.of(model)
 
@@ -59,7 +59,7 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
     assert torch.equal(found["bytes"], torch.arange(5, dtype=torch.uint8))
     assert found["empty"]["tensor"].shape == (0, 3)
     assert found["empty"] | {"tensor": 0} == {"dict": {}, "list": [], "tuple": (), "tensor": 0}
-    assert math.isnan(checkpoint.unpack(checkpoint.pack(math.nan, {}), {}))
+    assert math.isnan(checkpoint.from_json(checkpoint.to_json(math.nan, {}), {}))
 
 
 def test_what_could_only_be_pickled_is_refused(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_what_could_only_be_pickled_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_adapter_that_is_not_finite_is_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"q_proj\.B: holds numbers that are not finite"):
+    with pytest.raises(TrainingError, match=r"q_proj\.B: contains non-finite values"):
         checkpoint.write(tmp_path / "checkpoint-1", _adapter(math.inf), {}, {}, lambda folder: None)
     assert list(tmp_path.iterdir()) == []
 
@@ -88,9 +88,9 @@ def test_random_streams_come_back() -> None:
         return random.gauss(0, 1), float(np.random.normal()), float(torch.randn(())), random.random()
 
     draw()  # an odd number of Gaussians is half-way
-    state = checkpoint.unpack(*_packed(rng.capture()))
+    state = checkpoint.from_json(*_packed(rng.capture()))
     first = draw()
-    with rng.untouched():
+    with rng.preserved():
         draw()
     second = draw()
     rng.restore(state)
@@ -99,7 +99,7 @@ def test_random_streams_come_back() -> None:
 
 def _packed(value: Any) -> tuple[Any, dict[str, torch.Tensor]]:
     tensors: dict[str, torch.Tensor] = {}
-    return json.loads(json.dumps(checkpoint.pack(value, tensors))), tensors
+    return json.loads(json.dumps(checkpoint.to_json(value, tensors))), tensors
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad, torch.optim.RMSprop])
@@ -114,7 +114,7 @@ def test_optimizer_states_come_back_by_name(kind: Any) -> None:
     model = adapted("lora", "lora+")
     optimizer = kind(lorary.param_groups(model, lr=1e-2), **words)
     steps(model, optimizer, 2)
-    saved = checkpoint.unpack(*_packed(optimizer_state.capture(optimizer, model)))
+    saved = checkpoint.from_json(*_packed(optimizer_state.capture(optimizer, model)))
     middle = Adapter.of(model)
     steps(model, optimizer, 2)
     again = adapted("lora", "lora+")
@@ -132,7 +132,7 @@ def test_another_models_optimizer_is_refused() -> None:
     saved = optimizer_state.capture(torch.optim.SGD(lorary.param_groups(one, lr=1.0)), one)
     with pytest.raises(TrainingError) as caught:
         optimizer_state.restore(torch.optim.SGD(lorary.param_groups(two, lr=1.0)), two, saved)
-    assert "group 0: model.layers.0.self_attn.k_proj.p.A is only here" in str(caught.value)
+    assert "group 0: model.layers.0.self_attn.k_proj.params.A is only here" in str(caught.value)
 
 
 # --- which one is taken ---------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from lorary.errors import TrainingError
 from lorary.train.trainer.distributed import check_strategy
 from tests.train.distributed_worker import MODES, from_configuration, train
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FIELDS = ("loss", "eval_loss", "grad_norm", "learning_rate", "rewards/margins", "penalty", "rank_budget")
 
 

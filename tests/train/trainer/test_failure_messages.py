@@ -22,11 +22,11 @@ from transformers import LlamaForCausalLM, TrainerCallback, TrainerState
 from lorary.analysis.memory.memory import Memory
 from lorary.cli import main
 from lorary.errors import FileError, TrainingError
-from lorary.train.run import build, run
-from lorary.train.run.folder import RunFolder
-from lorary.train.run.recorder import Recorder
+from lorary.train.runner import build, run
+from lorary.train.runner.folder import RunFolder
+from lorary.train.runner.recorder import Recorder
 from lorary.train.trainer import checkpoint
-from lorary.train.trainer.failure_messages import out_of_memory, reason, too_large
+from lorary.train.trainer.failure_messages import allocator_message, is_out_of_memory, model_too_large
 from tests.train.resume.processes import forked
 from tests.train.runs import base_folder, changed, configuration, llama, rows, sft
 from tests.train.small import tokenizer
@@ -133,7 +133,7 @@ def test_a_log_that_cannot_grow_is_said_and_the_events_are_silent(capsys: pytest
     recorder.path = Path("/dev/full")
     with pytest.raises(FileError, match=r"cannot write '/dev/full'.*\n.*no space left on device"):
         recorder.on_log(None, TrainerState(), None, {"loss": 1.0})
-    with run._events(Path("/dev/full")):
+    with run._log_to_file(Path("/dev/full")):
         logging.getLogger("lorary.train").debug("nobody can read this")
     assert capsys.readouterr().err == ""
 
@@ -189,11 +189,11 @@ def test_a_run_without_memory_says_what_would_take_less(words: dict[str, Any], t
     assert lines[2:7] == [
         "      hint: set batch_size to 2 and double gradient_accumulation_steps: the steps are the same",
         "  - gradient_checkpointing: activations are kept for the backward pass",
-        "      hint: set gradient_checkpointing: true, and they are computed again instead",
+        "      hint: set gradient_checkpointing: true to recompute them instead",
         "  - max_length: memory grows with the longest row of a batch",
         "      hint: set a smaller max_length",
     ]
-    assert re.fullmatch(r"  - prediction: [\d.]+ MiB at the fullest moment \(weights .*, activations .*\)", lines[7])
+    assert re.fullmatch(r"  - prediction: [\d.]+ MiB at the peak \(weights .*, activations .*\)", lines[7])
     assert lines[8:] == [f"  - checkpoint: the last good one is kept: {Path('out/checkpoints/checkpoint-2')}"]
 
 
@@ -255,13 +255,13 @@ def test_a_model_that_does_not_fit_is_said_before_anything_trains(words: dict[st
 
 def test_which_errors_are_about_memory() -> None:
     for spent in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("std::bad_alloc")):
-        assert out_of_memory(spent)
+        assert is_out_of_memory(spent)
     for other in (RuntimeError("shapes do not match"), ValueError("DefaultCPUAllocator: can't allocate memory")):
-        assert not out_of_memory(other)
-    assert reason(MemoryError()) == "there is no memory left"
+        assert not is_out_of_memory(other)
+    assert allocator_message(MemoryError()) == "there is no memory left"
     unknown = Memory(MIB, 0, 0, MIB, None, None, None)
-    assert str(too_large(MemoryError(), unknown)).endswith(
-        "prediction: more than 2.0 MiB at the fullest moment (weights 1.0 MiB, optimizer 1.0 MiB)"
+    assert str(model_too_large(MemoryError(), unknown)).endswith(
+        "prediction: more than 2.0 MiB at the peak (weights 1.0 MiB, optimizer 1.0 MiB)"
     )
 
 

@@ -84,7 +84,7 @@ def test_settings_that_do_not_go_with_adapters_are_refused_together(tmp_path: Pa
         "  - push_to_hub: checkpoints stay on this machine\n"
         "      hint: upload the adapter folder\n"
         "  - auto_find_batch_size: would change the order of the data\n"
-        "      hint: say a batch size"
+        "      hint: set a batch size"
     )
 
 
@@ -287,9 +287,9 @@ def test_a_run_goes_on_from_the_start_in_its_checkpoint_where_another_would_be_f
     if "qlora" in words:
         other = lorary.attach(llama(), plan, seed=1)
         with pytest.raises(StateError, match="started at other tensors here, and its weight is quantised already"):
-            resume.put(other, resume.adapter_of(tmp_path))
-    lorary.attach(again, resume.begun(plan, tmp_path), seed=1)
-    resume.put(again, resume.adapter_of(tmp_path))
+            resume.load_into(other, resume.read_adapter(tmp_path))
+    lorary.attach(again, resume.plan_with_saved_start(plan, tmp_path), seed=1)
+    resume.load_into(again, resume.read_adapter(tmp_path))
     assert trained(again) == trained(model)
     assert frozen(again) == frozen(model)
     ids = torch.arange(8)[None]

@@ -11,7 +11,7 @@ import torch
 
 from lorary.errors import TrainingError
 from lorary.train.data.sampler import Position, SeededSampler, rows_of
-from lorary.train.trainer.nan_guard import Guard
+from lorary.train.trainer.nan_guard import NanGuard
 from lorary.train.trainer.signals import StopSignal
 from tests.train.runs import adapted, llama, losses, rows, sft, trained
 
@@ -56,7 +56,7 @@ def test_a_poisoned_row_stops_the_run_before_its_step(tmp_path: Path, logging_st
 
 
 def test_without_the_guard_the_run_would_go_on_in_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Guard, "check", lambda self, *_, **__: self.losses.clear())
+    monkeypatch.setattr(NanGuard, "check", lambda self, *_, **__: self.losses.clear())
     t = sft(tmp_path, _model(), train=_poisoned(HELD[0]))
     t.args.logging_nan_inf_filter = True  # Transformers' default
     t.train()
@@ -88,7 +88,7 @@ def test_a_large_finite_gradient_passes() -> None:
     layer = torch.nn.Linear(64, 64)
     for parameter in layer.parameters():
         parameter.grad = torch.full_like(parameter, 1e38)  # its sum of squares would overflow
-    guard = Guard()
+    guard = NanGuard()
     guard.note(torch.tensor(1.0))
     guard.check(layer, 1, str)
 
@@ -97,7 +97,7 @@ def test_scaled_gradients_are_left_to_the_scaler_but_losses_are_not() -> None:
     layer = torch.nn.Linear(2, 2)
     for parameter in layer.parameters():
         parameter.grad = torch.full_like(parameter, math.inf)
-    guard = Guard()
+    guard = NanGuard()
     guard.note(torch.tensor(1.0))
     guard.check(layer, 1, str, scaled=True)
     guard.note(torch.tensor(math.inf))
@@ -107,7 +107,7 @@ def test_scaled_gradients_are_left_to_the_scaler_but_losses_are_not() -> None:
 
 def test_a_signal_travels_with_the_check() -> None:
     interruption = StopSignal()
-    guard = Guard(lambda: interruption.received)
+    guard = NanGuard(lambda: interruption.received)
     for received in (0, 15):
         interruption.received = received
         guard.note(torch.tensor(1.0))

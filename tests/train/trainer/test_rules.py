@@ -133,12 +133,12 @@ def test_a_penalty_has_its_whole_gradient(tmp_path: Path) -> None:
         model = _with_rule(1e4)
         with torch.no_grad():
             for name, p in model.named_parameters():
-                if name.endswith("p.B"):
+                if name.endswith("params.B"):
                     p.fill_(1.0)
         t = sft(tmp_path, model, gradient_accumulation_steps=many, per_device_train_batch_size=4 // many, max_steps=1)
         t.train()
         norms.append(log(t)[0]["grad_norm"])
-    size = sum(p.numel() for n, p in model.named_parameters() if n.endswith("p.B"))
+    size = sum(p.numel() for n, p in model.named_parameters() if n.endswith("params.B"))
     assert norms == pytest.approx([2e4 * size**0.5] * 2, rel=1e-3)
 
 
@@ -176,7 +176,7 @@ class Ranks(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
         self.seen: list[dict[str, Any]] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.seen.append(self.trainer.figures())
+        self.seen.append(self.trainer.rule_report())
 
 
 def _adalora(folder: Path, **words: Any) -> tuple[Any, list[dict[str, Any]]]:

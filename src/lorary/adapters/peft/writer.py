@@ -129,7 +129,7 @@ def with_prefix(tensors: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Te
 
 
 def rope_overrides(adapter: Adapter) -> dict[str, Any]:
-    """The `rope_parameters` that an adapter needs of its base; empty if the base's own are right."""
+    """The `rope_parameters` that the base needs for an adapter; empty where the base's own may stay."""
     return dict(adapter.method.context.config_overrides) if adapter.method.context is not None else {}
 
 

@@ -1,5 +1,5 @@
-"""Memory of a training step: one step of a shortened model is simulated without data, and extrapolated to all blocks.
+"""Prediction of training memory: a step of a shortened model is simulated without data, and extrapolated.
 
-`skeleton` makes a model's shapes from its configuration, `shorten` takes some of its blocks, `simulation` runs a step
-of them on the meta device, `predict` extrapolates and adds what stays (`fixed`); `gpu_fit` compares it with GPUs.
+`shorten` keeps a few blocks of a model, `simulation` runs a step of them on the meta device, `predict` extrapolates to
+all blocks and adds the constant part (`fixed`); `gpu_fit` compares the result with GPUs.
 """

@@ -1,4 +1,4 @@
-"""Whether it fits: what a GPU of a given size has room for, and what it needs beyond the tensors."""
+"""The GPU memory of a predicted run: tensors, CUDA context and fragmentation, compared with GPU sizes."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from lorary.analysis.memory.memory import Memory
 
 GB = 10**9
 SIZES = (8, 12, 16, 24, 48, 80, 141)
-"""Of GPUs, in GB. A card of that name has a little more than so many billion bytes."""
+"""Sizes of GPUs, in GB. A card of that size has slightly more bytes."""
 CONTEXT = 1.4 * GB
-"""The CUDA context, the libraries' workspaces and their code: nvidia-smi shows it, PyTorch's own count does not.
+"""The CUDA context, the libraries' workspaces and code: included by nvidia-smi, not by PyTorch's own count.
 Measured by Unsloth: 1.34 to 1.46 GB; 0.5 on older setups."""
 FRAGMENTED = 0.05
-"""Of what comes and goes in every step, lost between blocks that do not fit: 3 to 8 % are seen."""
+"""Share of the memory allocated in every step that fragmentation loses: 3 to 8 % were measured."""
 ROUNDING = 512
-"""Every tensor on a GPU takes a multiple of so many bytes."""
+"""The allocator's granularity for a tensor, in bytes."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """What a run needs of a GPU, in bytes.
+    """The GPU memory of a run, in bytes.
 
     Args:
-        tensors: what PyTorch counts: the prediction, each tensor rounded up.
-        overhead: the CUDA context, and what fragmentation takes.
+        tensors: PyTorch's count: the prediction, with every tensor rounded up.
+        overhead: CUDA context and fragmentation.
     """
 
     tensors: int
@@ -32,26 +32,26 @@ class Need:
 
     @property
     def total(self) -> int:
-        """What nvidia-smi shows."""
+        """The total as nvidia-smi shows it."""
         return self.tensors + self.overhead
 
     def room(self, size: float) -> int:
-        """Bytes that stay free on a GPU of so many GB; below zero where it does not fit."""
+        """Free bytes on a GPU of `size` GB; negative if the run does not fit."""
         return int(size * GB) - self.total
 
 
 def need(memory: Memory, tensors: int = 0) -> Need:
-    """What a predicted run needs of a GPU.
+    """The GPU memory of a predicted run.
 
     Args:
         memory: the prediction.
-        tensors: how many tensors stay from step to step: each loses half of a rounding on average.
+        tensors: number of persistent tensors; each loses half the granularity on average.
     """
     return Need(memory.total + tensors * ROUNDING // 2, int(CONTEXT + FRAGMENTED * memory.moving))
 
 
 def gigabytes(size: float) -> str:
-    """Bytes as GB, one digit: what cards are sold by.
+    """Bytes in GB (10^9) with one decimal.
 
     >>> gigabytes(23_456_000_000)
     '23.5 GB'

@@ -1,8 +1,7 @@
-"""Counting bytes of tensors exactly: what autograd keeps for backward, and the most that is alive at once.
+"""Exact byte counts of tensors: saved by autograd for the backward pass, and the peak of live tensors.
 
-Both count storages, each once, whatever number of views look at it; so both work on any device, also on fake
-tensors, which have sizes but no memory. Neither sees what a kernel takes and frees within one operator, nor
-what an allocator rounds up.
+Storages are counted once each, however many views share them, so both work on any device, including fake tensors.
+Workspaces inside an operator and the allocator's rounding are not counted.
 """
 
 from __future__ import annotations
@@ -18,37 +17,37 @@ from torch.utils._pytree import tree_leaves
 
 
 def kept_for_backward(run: Callable[[], object], beyond: Iterable[Tensor] = ()) -> int:
-    """Bytes that autograd keeps alive for the backward pass of one forward pass.
+    """The bytes that autograd saves in one forward pass.
 
     Args:
-        run: makes the forward pass.
-        beyond: tensors whose memory is not counted: the input, the parameters.
+        run: the forward pass.
+        beyond: tensors that are not counted: the input, the parameters.
 
     Returns:
-        Bytes of all the storages saved, in full even where only a view of one was saved, without `beyond`.
+        The bytes of all saved storages, in full even if only a view was saved, without `beyond`.
 
     Example:
         >>> kept_for_backward(lambda: layer(x), beyond=[x, *layer.parameters()])
     """
-    known = {_address(tensor) for tensor in beyond}
-    kept: dict[int, torch.UntypedStorage] = {}  # holding them keeps their addresses from being used again
+    excluded = {_address(tensor) for tensor in beyond}
+    saved: dict[int, torch.UntypedStorage] = {}  # keeps them alive, so that addresses are not reused
 
     def pack(tensor: Tensor) -> Tensor:
-        if (address := _address(tensor)) not in known:
-            kept[address] = tensor.untyped_storage()
+        if (address := _address(tensor)) not in excluded:
+            saved[address] = tensor.untyped_storage()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = run()  # noqa: F841 (alive until the count is done)
-        return sum(storage.nbytes() for storage in kept.values())
+        return sum(storage.nbytes() for storage in saved.values())
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the bytes of all living tensors that were made inside, and the most there were at once.
+    """Tracks the bytes of all live tensors created within the context, and their peak.
 
     Attributes:
-        now: bytes alive at this moment.
-        peak: the most bytes alive at once since the start or since `restart_peak()`.
+        now: bytes alive now.
+        peak: the most bytes alive at once since the start or `restart_peak()`.
 
     Example:
         >>> with LiveBytes() as live:
@@ -60,14 +59,14 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
         self.peak = 0
-        self._sizes: dict[int, int] = {}  # address of a storage alive: its bytes, 0 if it was there before
+        self._sizes: dict[int, int] = {}  # address of a live storage -> its bytes; 0 if older than the context
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # otherwise the first operation inside imports the compiler, which takes seconds
 
     def restart_peak(self) -> None:
-        """Begins a new search for the highest point, from what is alive now."""
+        """Restart the peak at the current bytes."""
         self.peak = self.now
 
     def __torch_dispatch__(
@@ -75,14 +74,14 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):
-                self._meet(tensor, counted=False)
+                self._track(tensor, counted=False)
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
-                self._meet(tensor, counted=True)
+                self._track(tensor, counted=True)
         return result
 
-    def _meet(self, tensor: Tensor, counted: bool) -> None:
+    def _track(self, tensor: Tensor, counted: bool) -> None:
         address = _address(tensor)
         if address in self._sizes:
             return

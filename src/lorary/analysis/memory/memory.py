@@ -1,4 +1,4 @@
-"""Memory: what the fullest moment of a training step holds, item by item."""
+"""The peak memory of a training step, item by item."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ ITEMS = ("weights", "adapters", "gradients", "optimizer", "rules", "activations"
 
 @dataclass(frozen=True)
 class Memory:
-    """What the fullest moment of a training step holds, in bytes.
+    """The peak memory of a training step, in bytes.
 
     Args:
         weights: the base model's parameters and buffers.
         adapters: the adapters' tensors, as float32 masters.
         gradients: of everything that trains, in its own dtype.
         optimizer: the optimizer's state.
-        rules: what the method's rules keep from step to step.
-        activations: kept by the forward pass for the backward pass; None where it could not be found out.
-        logits: what LM head and loss hold on top for a moment; None likewise.
-        working: what the backward pass holds on top for a moment, one block at a time; None likewise.
-        notes: what the figures assume.
+        rules: the state of the method's rules.
+        activations: saved by the forward pass for the backward pass; None if unknown.
+        logits: temporary memory of LM head and loss; None if unknown.
+        working: temporary memory of the backward pass, one block at a time; None if unknown.
+        notes: assumptions of the figures.
     """
 
     weights: int
@@ -37,23 +37,23 @@ class Memory:
 
     @property
     def fixed(self) -> int:
-        """What is there from the second step on, whatever the batch: all but activations, logits and working."""
+        """The constant part from the second step on: all but activations, logits and working."""
         return self.weights + self.adapters + self.gradients + self.optimizer + self.rules
 
     @property
     def moving(self) -> int:
-        """What comes and goes in every step. Loss and backward pass come one after the other: the larger one counts."""
+        """The part allocated in every step. Loss and backward pass follow each other, so the larger one counts."""
         return (self.activations or 0) + max(self.logits or 0, self.working or 0)
 
     @property
     def total(self) -> int:
-        """The fullest moment."""
+        """The peak."""
         return self.fixed + self.moving
 
     def rows(self) -> list[tuple[str, str]]:
-        """(item, size) of everything that there is, and the total."""
-        found = [(name, getattr(self, name)) for name in ITEMS]
-        texts = {name: "unknown" if value is None else human_bytes(value) for name, value in found if value != 0}
+        """(item, size) of all items that are not zero, and the total."""
+        values = [(name, getattr(self, name)) for name in ITEMS]
+        texts = {name: "unknown" if value is None else human_bytes(value) for name, value in values if value != 0}
         unknown = self.activations is None
         texts["total"] = f"more than {human_bytes(self.total)}" if unknown else human_bytes(self.total)
         if self.logits and self.working:

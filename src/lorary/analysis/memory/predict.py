@@ -1,8 +1,8 @@
-"""The memory of a training run, item by item, before it starts: on any machine, without the weights.
+"""The predicted memory of a training run, item by item, on any machine and without the weights.
 
-Parameters, gradients and the optimizer's state follow from the plan. Activations are counted in a step without data,
-of one block of every kind and of one more, and extrapolated: what a block keeps grows with their number, what head,
-loss and the fullest block hold does not.
+Parameters, gradients and optimizer state follow from the plan. Activations are counted in a simulated step of one block
+of every kind and one more, and extrapolated: saved activations grow with the number of blocks; the temporary memory of
+head, loss and the largest block does not.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lorary.errors import Diagnostic, LoraryError, PlanError
 from lorary.model.plan import Plan, human_bytes
 
 MOST_KINDS = 6
-"""Kinds of blocks beyond which all blocks are simulated at once."""
+"""The most kinds of blocks for extrapolation; with more, all blocks are simulated."""
 
 
 def predict(
@@ -35,21 +35,21 @@ def predict(
     inputs: Mapping[str, Tensor] | None = None,
     whole: bool = False,
 ) -> Memory:
-    """Predicts the memory of a training run. The model is not touched and may be on the meta device.
+    """The predicted memory of a training run. The model is unchanged and may be on the meta device.
 
     Args:
-        model: the model that was planned, or its shapes.
-        plan: what `lorary.plan` made of it.
+        model: the planned model, or its shapes.
+        plan: from `lorary.plan`.
         work: the micro-batch.
         optimizer: as Transformers names it; AdamW keeps two moments in the parameter's own dtype.
-        inputs: what the model is called with, where it is not a language model; only shapes and dtypes matter.
+        inputs: of a model that is not a language model; only shapes and dtypes matter.
         whole: simulate all blocks instead of extrapolating.
 
     Returns:
-        activations, logits and working are None where the model's code cannot run without values.
+        The items; activations, logits and working are None if the model's code cannot run without values.
 
     Raises:
-        PlanError: a model that is not a language model came without `inputs`.
+        PlanError: `inputs` are missing for a model that is not a language model.
         StateError: the model has an adapter attached.
 
     Example:
@@ -65,18 +65,18 @@ def predict(
         memory = dataclasses.replace(memory, activations=found.kept, logits=found.loss, working=found.working)
     except LoraryError:
         raise
-    except Exception as error:  # whatever foreign model code raises without values
+    except Exception as error:  # any error of third-party model code without values
         notes.append(f"{type(model).__name__} cannot run without values ({_why(error)}): the activations are unknown")
     if plan.full:
         start = sum(f.size * work.dtype.itemsize if work.dtype else f.bytes for f in plan.full)
-        notes.append(f"the starting values of what changes in full are kept on the CPU: {human_bytes(start)} more")
+        notes.append(f"the initial values of fully trained parameters are kept on the CPU: {human_bytes(start)} more")
     return dataclasses.replace(memory, notes=tuple(notes))
 
 
 def activations(
     model: nn.Module, plan: Plan, inputs: Mapping[str, Tensor], work: Workload, whole: bool = False
 ) -> Activations:
-    """What a step of the planned model holds: simulated with few blocks, and extrapolated to all of them."""
+    """The activations of a step, simulated with a few blocks and extrapolated to all."""
     found = None if whole else blocks(model, plan)
     if found is not None and len(found.counts) <= MOST_KINDS and len(found.counts) + 1 < len(found.kinds):
         with suppress(Exception):  # a model whose code needs all of its blocks
@@ -99,9 +99,9 @@ def _extrapolated(
 
 def _tokens(model: nn.Module, work: Workload) -> dict[str, Tensor]:
     if not hasattr(getattr(model, "config", None), "vocab_size"):
-        what = f"a {type(model).__name__} is no language model with tokens for input"
-        problems = [Diagnostic("inputs", what, "give the tensors that it is called with")]
-        raise PlanError("the memory of this training cannot be predicted:", problems)
+        what = f"a {type(model).__name__} is not a language model with token inputs"
+        problems = [Diagnostic("inputs", what, "give the input tensors of the model")]
+        raise PlanError("cannot predict the memory of this training:", problems)
     ids = torch.empty(work.batch, work.length, dtype=torch.long, device="meta")
     return {"input_ids": ids} | ({"attention_mask": torch.empty_like(ids)} if work.padding else {})
 
@@ -115,9 +115,9 @@ def _described(inputs: Mapping[str, Tensor], work: Workload, dtype: torch.dtype)
     padded = "some padding" if work.padding else "no padding"
     what = f"{' x '.join(sizes)} tokens ({padded})" if "input_ids" in inputs else " x ".join([*inputs][:1] + sizes)
     cast = ", computed in bfloat16" if work.autocast else ""
-    again = ", every block computed again in the backward pass" if work.checkpointing else ""
+    recomputed = ", every block recomputed in the backward pass" if work.checkpointing else ""
     kind = str(dtype).removeprefix("torch.")
-    return f"{what}, weights in {kind}{cast}{again}; gradients stay between micro-batches"
+    return f"{what}, weights in {kind}{cast}{recomputed}; gradients stay between micro-batches"
 
 
 def _why(error: Exception) -> str:

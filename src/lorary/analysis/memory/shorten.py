@@ -1,4 +1,4 @@
-"""A model of fewer blocks, without values: what has to be simulated, where the other blocks are like these."""
+"""A copy of a model with fewer blocks on the meta device, one or two of every kind of block."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lorary.model.plan import Plan
+from lorary.spec.placement import AdaptedSite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,15 +20,15 @@ class Blocks:
     """The blocks of a model.
 
     Args:
-        path: of the list that they are in.
-        kinds: of every block. Blocks of one kind have the same layers, the same adapters and the same gradients.
+        path: of their ModuleList.
+        kinds: the kind of every block. Blocks of one kind have the same layers, adapters and gradients.
     """
 
     path: str
     kinds: tuple[Hashable, ...]
 
     def samples(self) -> dict[Hashable | None, tuple[int, ...]]:
-        """Blocks to simulate: under None the last of every kind, under each kind that recurs one more of that kind."""
+        """The blocks to simulate: under None the last of every kind; under each recurring kind, one more of it."""
         last = {kind: i for i, kind in enumerate(self.kinds)}
         found: dict[Hashable | None, tuple[int, ...]] = {None: tuple(sorted(last.values()))}
         for kind, count in self.counts.items():
@@ -38,12 +39,12 @@ class Blocks:
 
     @property
     def counts(self) -> Counter[Hashable]:
-        """kind -> how many blocks there are of it."""
+        """kind -> number of blocks."""
         return Counter(self.kinds)
 
 
 def blocks(model: nn.Module, plan: Plan) -> Blocks | None:
-    """The blocks of a model; None where its configuration does not say how many, or several lists are as long."""
+    """The blocks of a model; None if its configuration does not state their number, or several lists have it."""
     number = getattr(text_config(model), "num_hidden_layers", None)
     lists = [
         (name, module)
@@ -54,7 +55,7 @@ def blocks(model: nn.Module, plan: Plan) -> Blocks | None:
         return None
     path, layers = lists[0]
     planned: list[list[Any]] = [[] for _ in layers]
-    learns = set()
+    trained = set()
     for name, what in [
         *((p.site.name, (_nameless(p), p.site.name in plan.quantized)) for p in plan.sites),
         *((f.name, f.trains) for f in plan.full),
@@ -62,8 +63,8 @@ def blocks(model: nn.Module, plan: Plan) -> Blocks | None:
     ]:
         if (place := _place(name, path)) is not None:
             planned[place[0]].append((place[1], repr(what)))
-            learns |= {place[0]} if what not in (None, False) else set()
-    first = min(learns, default=0)  # before it nothing is kept, and in it less than in the others
+            trained |= {place[0]} if what not in (None, False) else set()
+    first = min(trained, default=0)  # blocks before it save nothing, and this one saves less
     kinds = [
         (_structure(layer), tuple(its), (i > first) - (i < first))
         for i, (layer, its) in enumerate(zip(layers, planned, strict=True))
@@ -77,9 +78,9 @@ def without_values(
     """A copy of the model on the meta device, and the plan for it.
 
     Args:
-        model: the model that was planned.
-        plan: what `lorary.plan` made of it.
-        dtype: of floating-point tensors; None: as they are.
+        model: the planned model.
+        plan: from `lorary.plan`.
+        dtype: of floating-point tensors; None: unchanged.
         which: (path of the list of blocks, the blocks to keep); None: all.
     """
     memo: dict[int, Any] = {}
@@ -93,7 +94,7 @@ def without_values(
     twin: Any = copy.deepcopy(model, memo)
     config: Any = getattr(twin, "config", None)
     if getattr(config, "_attn_implementation", None) not in (None, "eager", "sdpa"):
-        twin.set_attn_implementation("sdpa")  # another fused kernel with the same memory
+        twin.set_attn_implementation("sdpa")  # a fused kernel with the same memory
     if hasattr(config, "use_cache"):
         config.use_cache = False
     if which is None:
@@ -112,7 +113,7 @@ def text_config(model: nn.Module) -> Any:
 
 
 def _restricted(plan: Plan, path: str, kept: Sequence[int]) -> Plan:
-    """The part of a plan that is about the kept blocks, under their new numbers."""
+    """The part of a plan for the kept blocks, with their new numbers."""
     numbers = {old: new for new, old in enumerate(kept)}
 
     def renamed(name: str) -> str | None:
@@ -121,16 +122,16 @@ def _restricted(plan: Plan, path: str, kept: Sequence[int]) -> Plan:
             return name
         return f"{path}.{numbers[place[0]]}.{place[1]}" if place[0] in numbers else None
 
-    placed = [
+    sites = [
         dataclasses.replace(p, site=dataclasses.replace(p.site, name=name))
         for p in plan.sites
         if (name := renamed(p.site.name))
     ]
     full = [dataclasses.replace(f, name=name) for f in plan.full if (name := renamed(f.name))]
-    packed = [new for name in plan.quantized if (new := renamed(name))]
+    quantized = [new for name in plan.quantized if (new := renamed(name))]
     given = {new: values for name, values in plan.fixed_tensors.items() if (new := renamed(name))}
     return dataclasses.replace(
-        plan, sites=tuple(placed), full=tuple(full), quantized=tuple(packed), fixed_tensors=given
+        plan, sites=tuple(sites), full=tuple(full), quantized=tuple(quantized), fixed_tensors=given
     )
 
 
@@ -142,14 +143,14 @@ def _place(name: str, path: str) -> tuple[int, str] | None:
     return int(number), rest
 
 
-def _nameless(placed: Any) -> Any:
-    return dataclasses.replace(placed, site=dataclasses.replace(placed.site, name=""), share="")
+def _nameless(site: AdaptedSite) -> AdaptedSite:
+    return dataclasses.replace(site, site=dataclasses.replace(site.site, name=""), share="")
 
 
 def _structure(layer: nn.Module) -> Hashable:
-    """Modules with their switches (such as a kind of attention), and the shapes of the parameters."""
-    switches = tuple(
+    """Modules with their settings (such as the kind of attention), and the shapes of the parameters."""
+    settings = tuple(
         (name, type(module), tuple((k, v) for k, v in vars(module).items() if v is None or isinstance(v, bool | str)))
         for name, module in layer.named_modules()
     )
-    return switches, tuple((name, p.shape, p.dtype) for name, p in layer.named_parameters())
+    return settings, tuple((name, p.shape, p.dtype) for name, p in layer.named_parameters())

@@ -1,13 +1,11 @@
-"""One training step without data, counted on the meta device.
+"""The activations of a training step, counted on the meta device without data.
 
-A copy of the model that has shapes but no values makes a forward and a backward pass, and every tensor is counted
-from its creation to its release. The count is exact for any model and method, as far as the meta device does what
-another would do. Where it would not, it is helped:
+A copy of the model without values runs a forward and a backward pass, and every tensor is counted from creation to
+release. The count is exact for any model and method if the meta device behaves like a real one. Where it does not:
 
-- attention counts as the fused kernel that every device has; the meta device's own keeps all scores;
-- values that a model reads from a tensor are all the same: nothing is padded or packed, or, with an attention mask,
-  something is;
-- autocast does not know the meta device, so products are cast here.
+- attention counts as the fused kernel of real devices; the meta device's own saves all scores;
+- all values that a model reads from tensors are equal: nothing is padded or packed or, with an attention mask, some is;
+- autocast does not support the meta device, so matrix products are cast here.
 """
 
 from __future__ import annotations
@@ -34,21 +32,21 @@ from lorary.model.attach import attach
 from lorary.model.plan import Plan
 
 CHANGED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""Settings of models that change the logits after the head: those take part in the loss in full."""
+"""Model settings that change the logits after the head: the loss then needs all logits."""
 REPORTED = ("entropy", "is_top1")
-"""Statistics that the trainer computes beside the loss."""
+"""Statistics that the trainer computes with the loss."""
 
 Precision = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
 class Activations:
-    """What a training step holds beside parameters, their gradients and the optimizer's state, in bytes.
+    """The memory of a training step besides parameters, gradients and optimizer state, in bytes.
 
     Args:
-        kept: alive when the forward pass has reached the last hidden states: kept for the backward pass.
-        loss: what head and loss hold on top of that at their fullest moment.
-        working: what the backward pass through the model holds on top of that at its fullest moment.
+        kept: alive at the last hidden states: saved for the backward pass.
+        loss: the peak of head and loss on top of that.
+        working: the peak of the backward pass through the model on top of that.
     """
 
     kept: int
@@ -57,30 +55,30 @@ class Activations:
 
 
 def simulate(model: nn.Module, plan: Plan, inputs: Mapping[str, Tensor], work: Workload) -> Activations:
-    """Counts one training step.
+    """The memory of one training step.
 
     Args:
-        model: on the meta device; it is adapted in place.
-        plan: what is attached to it.
-        inputs: what the model is called with; only shapes and dtypes matter.
-        work: how it is computed.
+        model: on the meta device; adapted in place.
+        plan: of the adapters.
+        inputs: of the model; only shapes and dtypes matter.
+        work: options of the computation.
 
     Raises:
-        Exception: whatever the model's code raises where it must know a value that the meta device does not have.
+        Exception: any error of the model's code for lack of values.
     """
     twin: Any = attach(model, plan).train()
     precision = _Autocast if work.autocast else nullcontext
-    if work.checkpointing:  # under the name that this version of Transformers has for it
+    if work.checkpointing:  # renamed between versions of Transformers
         enable = getattr(twin, "activation_checkpointing_enable", None) or twin.gradient_checkpointing_enable
         enable({"use_reentrant": False, "context_fn": lambda: (nullcontext(), precision())})
     for parameter in twin.parameters():
-        if parameter.requires_grad:  # there before the count begins: gradients have a line of their own
+        if parameter.requires_grad:  # allocated before the count: gradients are another item
             parameter.grad = torch.empty_like(parameter)
     given = {name: torch.empty_like(tensor, device="meta") for name, tensor in inputs.items()}
     with ExitStack() as stack:
         library = stack.enter_context(_scoped_library("aten", "IMPL"))
         library.impl("scaled_dot_product_attention", _fused_attention, "AutogradMeta")
-        if work.autocast:  # packed layers compute in the dtype that comes in
+        if work.autocast:  # quantised layers compute in their input's dtype
             for module in filter(is_quantized, twin.modules()):
                 module.register_forward_pre_hook(lambda _, args: tree_map(_half, args))
         stack.enter_context(_Answers(int("attention_mask" not in given)))
@@ -101,12 +99,12 @@ def _step(
     kept = live.now - before
     peaks = []
 
-    def arrived(gradient: Tensor) -> None:
+    def end_of_loss(gradient: Tensor) -> None:
         peaks.append(live.peak)
         live.restart_peak()
 
     if states.requires_grad:
-        states.register_hook(arrived)
+        states.register_hook(end_of_loss)
     live.restart_peak()
     loss = _loss(model, head if plain else None, states, labelled, precision)
     del states
@@ -120,13 +118,13 @@ def _step(
 def _loss(model: nn.Module, head: Any, states: Tensor, labelled: float, precision: Precision) -> Tensor:
     """The trainer's loss of hidden states [batch, tokens, hidden], or of a whole model's outputs [..., classes]."""
     rows = states[:, :-1].flatten(0, 1) if states.dim() == 3 else states.flatten(0, -2)
-    rows = rows[: max(1, round(labelled * len(rows)))].clone()  # the labelled ones are gathered
+    rows = rows[: max(1, round(labelled * len(rows)))].clone()  # the labelled rows are gathered
     targets = torch.zeros(len(rows), dtype=torch.long, device="meta")
     if head is None:
         return F.cross_entropy(rows.float(), targets)
 
     def logits(rows: Tensor) -> Tensor:
-        with precision():  # also where a chunk is computed again
+        with precision():  # also in the recomputation of a chunk
             scored: Tensor = head(rows)
         return scored
 
@@ -136,7 +134,7 @@ def _loss(model: nn.Module, head: Any, states: Tensor, labelled: float, precisio
 
 
 class _Answers(TorchDispatchMode):
-    """Answers with one number wherever a value is read from a tensor that has none."""
+    """Returns one number for every value read from a meta tensor."""
 
     def __init__(self, answer: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -153,10 +151,9 @@ class _Answers(TorchDispatchMode):
 
 
 class _Autocast(TorchFunctionMode):
-    """Products in bfloat16, whatever comes in.
+    """Matrix products in bfloat16.
 
-    But not where nothing is recorded for the backward pass: there lorary's kernels have chosen their precision. The
-    entropy that is reported with the loss is a product of the trainer's.
+    Not without gradient recording: there lorary's kernels choose their precision. `vecdot` is the trainer's entropy.
     """
 
     PRODUCTS = frozenset(
@@ -190,9 +187,9 @@ def _fused_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """PyTorch's fused attention of the CPU, which keeps q, k, v, the output and a log-sum-exp, as they all do."""
+    """PyTorch's fused CPU attention, which like all fused kernels saves q, k, v, the output and a log-sum-exp."""
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-    if attn_mask is not None and attn_mask.dtype == torch.bool:  # PyTorch makes it additive in every layer
+    if attn_mask is not None and attn_mask.dtype == torch.bool:  # converted by PyTorch in every layer
         attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill_(attn_mask.logical_not(), -torch.inf)
     output: Tensor = kernel(q, k, v, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
     return output

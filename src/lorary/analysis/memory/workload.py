@@ -1,4 +1,4 @@
-"""The sizes of a micro-batch, and how it is computed."""
+"""The size of a micro-batch and the options of its computation."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class Workload:
     Args:
         batch: sequences.
         length: tokens in a sequence, padding included.
-        dtype: of the frozen weights; None: as they are.
-        autocast: compute in bfloat16 although the weights are kept in another dtype.
-        padding: whether shorter sequences are padded: attention then takes a mask, and keeps more.
-        labelled: share of the tokens that have a label and reach the LM head.
-        checkpointing: whether every block is computed again in the backward pass.
+        dtype: of the frozen weights; None: unchanged.
+        autocast: compute in bfloat16 with weights in another dtype.
+        padding: whether sequences are padded: attention then takes a mask and saves more.
+        labelled: share of the tokens with a label, which reach the LM head.
+        checkpointing: whether blocks are recomputed in the backward pass.
 
     Raises:
-        PlanError: `batch` or `length` is not positive, or `labelled` is not a share.
+        PlanError: `batch` or `length` is not positive, or `labelled` not in (0, 1].
     """
 
     batch: int = 1
@@ -41,6 +41,6 @@ class Workload:
             if value < 1
         ]
         if not 0 < self.labelled <= 1:
-            problems.append(Diagnostic("labelled", f"{self.labelled} is no share of the tokens"))
+            problems.append(Diagnostic("labelled", f"{self.labelled} is not in (0, 1]"))
         if problems:
-            raise PlanError("the memory of this training cannot be predicted:", problems)
+            raise PlanError("cannot predict the memory of this training:", problems)

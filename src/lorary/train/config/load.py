@@ -161,7 +161,7 @@ def _located(problem: Diagnostic, section: MethodSection, found: NormalisedConfi
         place = ("method", "options", key)
     elif key in ("r", "alpha", "dropout"):
         place = ("method", key)
-    if "option" in problem.what:
+    if "is not an option" in problem.what:
         owners = [preset.name for preset in presets().values() if key in preset.parameters]
         fix = f"it is an option of {', '.join(owners)}" if owners else fix
     joint = " " if problem.what.startswith("is ") else ": "

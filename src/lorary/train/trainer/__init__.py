@@ -1,1 +1,1 @@
-"""The training loop: trainers over TRL and Transformers, checkpoints, exact resume."""
+"""Trainers over TRL and Transformers, with checkpoints and exact resume."""

@@ -1,4 +1,4 @@
-"""A configuration in the words of TRL's trainers."""
+"""TRL's training arguments for a configuration."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ import torch
 from trl import DPOConfig, SFTConfig
 
 from lorary.train.config.config import Config
-from lorary.train.trainer.distributed import on_cpus
+from lorary.train.trainer.distributed import cpu_only
 from lorary.train.trainer.optimizers import transformers_name
 
 
-def arguments(config: Config, output: Path, *, held_out: bool, resumed: bool) -> Any:
+def training_arguments(config: Config, output: Path, *, held_out: bool, resumed: bool) -> Any:
     """`SFTConfig` or `DPOConfig` for a resolved configuration.
 
     Args:
         config: after `resolve`.
         output: the folder of the checkpoints.
         held_out: whether there are held-out rows.
-        resumed: whether the run goes on; if not, the first evaluation is that of the base.
+        resumed: whether the run continues; a new run evaluates the base first.
     """
     t = config.training
-    words: dict[str, Any] = {
+    options: dict[str, Any] = {
         "output_dir": str(output),
         "run_name": output.absolute().parent.name,
         "per_device_train_batch_size": t.batch_size,
         "per_device_eval_batch_size": t.eval_batch_size,
         "gradient_accumulation_steps": t.gradient_accumulation_steps,
         "learning_rate": t.lr,
-        "lr_scheduler_type": _schedule(t.schedule, t.warmup),
+        # Transformers' plain `constant` has no warmup
+        "lr_scheduler_type": "constant_with_warmup" if t.schedule == "constant" and t.warmup > 0 else t.schedule,
         "warmup_steps": t.warmup,
         "optim": transformers_name(t.optimizer),
         "weight_decay": t.weight_decay,
@@ -42,37 +43,28 @@ def arguments(config: Config, output: Path, *, held_out: bool, resumed: bool) ->
         "report_to": list(t.report_to),
         "save_total_limit": t.save_total_limit,
         "activation_checkpointing": t.gradient_checkpointing,
-        "gradient_checkpointing": None,  # the older name of the same, which TRL sets
-        # The frozen weights are in the dtype that computes, unless autocast is asked for; the adapters' float32 masters
-        # are cast to that dtype, not the activations.
+        "gradient_checkpointing": None,  # the older name of the option, which TRL sets
+        # Without autocast the frozen weights define the compute dtype; the adapter's float32 masters are cast to it.
         "bf16": t.bf16,
-        "use_cpu": on_cpus(),  # else accelerate sees one process where torchrun has started several
+        "use_cpu": cpu_only(),  # without it accelerate sees one process where torchrun started several
         "disable_tqdm": True,
-        "log_level": "error",  # Transformers' own messages; lorary has its own
+        "log_level": "error",  # of Transformers' own messages
         "log_level_replica": "error",
         "dataloader_pin_memory": torch.cuda.is_available(),
-        "ddp_find_unused_parameters": False,  # every adapter takes part in every step
+        "ddp_find_unused_parameters": False,  # every adapter is used in every step
+        **({"num_train_epochs": t.epochs} if t.max_steps is None else {"max_steps": t.max_steps}),
+        **_interval("save", t.save_steps),
     }
-    if t.max_steps is not None:
-        words["max_steps"] = t.max_steps
-    else:
-        words["num_train_epochs"] = t.epochs
-    words |= _interval("save", t.save_steps)
-    words |= _interval("eval", t.eval_steps) | {"eval_on_start": not resumed} if held_out else {"eval_strategy": "no"}
+    options |= _interval("eval", t.eval_steps) | {"eval_on_start": not resumed} if held_out else {"eval_strategy": "no"}
     if t.early_stopping_patience is not None or t.keep_best:
-        words |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+        options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
     if config.task == "dpo":
-        return DPOConfig(**words, beta=t.dpo_beta, max_length=None)
+        return DPOConfig(**options, beta=t.dpo_beta, max_length=None)
     packing = config.data.packing
     return SFTConfig(
-        **words, packing=packing, eval_packing=False, max_length=config.data.max_length if packing else None
+        **options, packing=packing, eval_packing=False, max_length=config.data.max_length if packing else None
     )
 
 
-def _interval(what: str, steps: int | None) -> dict[str, Any]:
-    return {f"{what}_strategy": "steps", f"{what}_steps": steps} if steps is not None else {f"{what}_strategy": "epoch"}
-
-
-def _schedule(name: str, warmup: float) -> str:
-    """Transformers' plain `constant` has no warmup."""
-    return "constant_with_warmup" if name == "constant" and warmup > 0 else name
+def _interval(event: str, steps: int | None) -> dict[str, Any]:
+    return {f"{event}_strategy": "epoch"} if steps is None else {f"{event}_strategy": "steps", f"{event}_steps": steps}

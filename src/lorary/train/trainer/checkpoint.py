@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, checked before they are used, and without pickle.
+"""Checkpoints: written atomically, verified before use, and free of pickle.
 
     checkpoint-120/
       adapter/             the adapter, as `lorary.save` writes it: load it, serve it, merge it
@@ -7,8 +7,8 @@
       trainer_state.json   Transformers' own record: steps, epoch, log
       MANIFEST.json        size and SHA-256 of each of these
 
-The folder is filled under a temporary name and renamed when all of it is on the disk. A manifest that fits is
-therefore the mark of a complete checkpoint, and resuming takes the newest one that has it.
+`write` fills the folder under a temporary name and commits it by a rename once everything is on the disk. A matching
+manifest therefore marks a complete checkpoint, and resuming takes the newest one that has it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lorary.files import atomic, manifest
 from lorary.files.tensor_file import write_tensors
 
 ADAPTER, TENSORS, STATE = "adapter", "state.safetensors", "state.json"
-RECORD = "trainer_state.json"  # where Transformers looks for it
+TRAINER_STATE = "trainer_state.json"  # where Transformers looks for it
 FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -42,42 +42,41 @@ def write(
     adapter: Adapter,
     state: dict[str, Any],
     facts: dict[str, Any],
-    also: Callable[[Path], None],
+    write_more: Callable[[Path], None],
     model: nn.Module | None = None,
 ) -> None:
-    """Writes a checkpoint folder; a killed process or a full disk leaves none, or the one that was there.
+    """Write a checkpoint folder; after a crash or on a full disk the previous one, if any, is unchanged.
 
     Args:
         path: `…/checkpoint-N`.
-        adapter: what has been learnt so far.
+        adapter: its current state.
         state: nested dicts, lists, tuples, tensors, numbers, text, None.
-        facts: of the manifest: step, versions.
-        also: writes further files into the folder that it is given.
-        model: what the adapter is attached to, as for `save_adapter`.
+        facts: for the manifest: step, versions.
+        write_more: writes further files into the folder that it is given.
+        model: the model that the adapter is attached to, as for `save_adapter`.
 
     Raises:
         FileError: the disk is full, or the system refuses.
-        TrainingError: something in the adapter is not finite, or something in the state has no place in a file.
+        TrainingError: the adapter is not finite, or a value of the state cannot be stored.
     """
     _check_finite(adapter)
     tensors: dict[str, Tensor] = {}
-    plain = pack(state, tensors)
+    text = json.dumps({"format": FORMAT, "state": to_json(state, tensors)}, allow_nan=False)
     with atomic.atomic_directory(path, replace=True) as folder:
         try:
             save_adapter(adapter, folder / ADAPTER, model=model)
         except FileError as error:
             if isinstance(error.__cause__, OSError) and error.__cause__.errno in atomic.FULL:
-                raise error.__cause__ from None  # the checkpoint could not be written, not a folder of no name
+                raise error.__cause__ from None  # so that the message names the checkpoint, not the temporary folder
             raise
         write_tensors(folder / TENSORS, tensors)
-        text = json.dumps({"format": FORMAT, "state": plain}, allow_nan=False)
         (folder / STATE).write_text(text, encoding="utf-8")
-        also(folder)
+        write_more(folder)
         manifest.write_manifest(folder, facts)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The `state` that `write` was given.
+    """The `state` of a checkpoint.
 
     Raises:
         FileError: the folder is not a complete checkpoint of this format.
@@ -87,18 +86,18 @@ def read(path: Path) -> dict[str, Any]:
     if stored["format"] != FORMAT:
         what = f"checkpoint format {stored['format']}; this version of lorary reads {FORMAT}"
         raise FileError(f"cannot resume from {path.name}:", [Diagnostic(STATE, what)])
-    state: dict[str, Any] = unpack(stored["state"], load_file(path / TENSORS))
+    state: dict[str, Any] = from_json(stored["state"], load_file(path / TENSORS))
     return state
 
 
 def newest(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
-    """The newest complete checkpoint in a folder, every file compared with its hash.
+    """The newest complete checkpoint in a folder, every file verified by its hash.
 
     Returns:
-        its path, or None; and one sentence for each newer one that was passed over.
+        its path, or None; and one sentence for each newer checkpoint that was passed over.
     """
     skipped = []
-    for path in sorted(saved(folder), key=step_of, reverse=True):
+    for path in reversed(list_checkpoints(folder)):
         try:
             manifest.verify_manifest(path)
         except FileError as error:
@@ -109,39 +108,39 @@ def newest(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
     return None, tuple(skipped)
 
 
-def saved(folder: Path) -> list[Path]:
-    """The checkpoint folders, complete or not, in the order of their steps."""
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint folders, complete or not, ordered by step."""
     found = [p for p in folder.iterdir() if p.is_dir() and _NAME.fullmatch(p.name)] if folder.is_dir() else []
     return sorted(found, key=step_of)
 
 
 def step_of(path: Path) -> int:
-    """The optimizer step that a checkpoint folder is named after."""
+    """The optimizer step in a checkpoint folder's name."""
     match = _NAME.fullmatch(path.name)
     return int(match[1]) if match else -1
 
 
 def rotate(folder: Path, keep: int | None, best: str | None = None) -> list[Path]:
-    """Removes all but the `keep` newest checkpoints and the best one; returns what was removed.
+    """Remove all but the `keep` newest checkpoints and the best one; returns the removed paths.
 
-    The manifest goes first: a process killed half-way leaves a folder that nobody takes for a checkpoint. What the
-    clock says does not count, only the steps.
+    Age is measured in steps, not by the clock. The manifest is removed first, so that a process killed half-way leaves
+    a folder that counts as incomplete.
     """
-    spared = {Path(best).name} if best else set()
-    others = [p for p in saved(folder) if p.name not in spared]
     if keep is None:
         return []
-    doomed = others[: max(0, len(others) - max(1, keep - len(spared)))]
-    for path in doomed:
+    spared = {Path(best).name} if best else set()
+    others = [p for p in list_checkpoints(folder) if p.name not in spared]
+    removed = others[: max(0, len(others) - max(1, keep - len(spared)))]
+    for path in removed:
         (path / manifest.NAME).unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
-    return doomed
+    return removed
 
 
-def pack(value: Any, tensors: dict[str, Tensor], place: str = "") -> Any:
-    """JSON for any nest of plain values; its tensors go into `tensors` under the path to them.
+def to_json(value: Any, tensors: dict[str, Tensor], place: str = "") -> Any:
+    """JSON for nested plain values; tensors are collected in `tensors` under their path.
 
-    What JSON cannot say is written as a dictionary with one key that begins with `$`.
+    Values without a JSON form become a dictionary with one key that begins with `$`.
 
     Raises:
         TrainingError: a value that could only be pickled.
@@ -150,9 +149,9 @@ def pack(value: Any, tensors: dict[str, Tensor], place: str = "") -> Any:
         tensors[place] = value.detach().cpu().contiguous().clone()
         return {"$tensor": place}
     if isinstance(value, dict):
-        return {str(k): pack(v, tensors, f"{place}/{k}" if place else str(k)) for k, v in value.items()}
+        return {str(k): to_json(v, tensors, f"{place}/{k}" if place else str(k)) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        items = [pack(v, tensors, f"{place}/{i}") for i, v in enumerate(value)]
+        items = [to_json(v, tensors, f"{place}/{i}") for i, v in enumerate(value)]
         return items if isinstance(value, list) else {"$tuple": items}
     if isinstance(value, float) and not math.isfinite(value):
         return {"$float": str(value)}
@@ -162,25 +161,25 @@ def pack(value: Any, tensors: dict[str, Tensor], place: str = "") -> Any:
     raise TrainingError("cannot save the training state:", [Diagnostic(place, what, "use another optimizer")])
 
 
-def unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """What `pack` was given."""
+def from_json(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The value that `to_json` was given."""
     if isinstance(value, list):
-        return [unpack(v, tensors) for v in value]
+        return [from_json(v, tensors) for v in value]
     if not isinstance(value, dict):
         return value
     match value:
         case {"$tensor": place}:
             return tensors[place]
         case {"$tuple": items}:
-            return tuple(unpack(v, tensors) for v in items)
+            return tuple(from_json(v, tensors) for v in items)
         case {"$float": text}:
             return float(text)
-    return {k: unpack(v, tensors) for k, v in value.items()}
+    return {k: from_json(v, tensors) for k, v in value.items()}
 
 
 def _check_finite(adapter: Adapter) -> None:
     named = {f"{site}.{role}": t for site, roles in adapter.tensors.items() for role, t in roles.items()}
     bad = [name for name, t in {**named, **adapter.full}.items() if not torch.isfinite(t).all()]
     if bad:
-        problems = [Diagnostic(name, "holds numbers that are not finite") for name in bad[:10]]
+        problems = [Diagnostic(name, "contains non-finite values") for name in bad[:10]]
         raise TrainingError("cannot save a checkpoint:", problems)

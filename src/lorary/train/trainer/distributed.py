@@ -1,4 +1,4 @@
-"""More than one process: which ways of dividing the work lorary supports, and FSDP2 on CPUs."""
+"""Several processes: the supported strategies, and FSDP2 on CPUs."""
 
 from __future__ import annotations
 
@@ -17,37 +17,34 @@ from lorary.errors import Diagnostic, LoraryError, TrainingError
 T = TypeVar("T")
 
 
-def processes() -> PartialState:
-    """Which process this is, of how many. Without an accelerator accelerate has to be told to go by CPUs."""
-    return PartialState(cpu=on_cpus())
+def this_process() -> PartialState:
+    """accelerate's state of this process: its rank, and the number of processes."""
+    return PartialState(cpu=cpu_only())  # accelerate does not detect several processes on CPUs by itself
 
 
-def on_cpus() -> bool:
-    """Whether there is nothing here but CPUs."""
+def cpu_only() -> bool:
+    """Whether this machine has no accelerator."""
     return not torch.accelerator.is_available()
 
 
 def on_main_process(work: Callable[[], T]) -> T:
-    """Does some work in the first process alone and gives its result, or its error, to all."""
+    """The result of `work`, run in the first process and sent to all; every process raises its error."""
     outcome: list[Any] = [None, None]
-    if processes().is_main_process:
+    if this_process().is_main_process:
         try:
             outcome = [work(), None]
         except LoraryError as error:
             outcome = [None, error]
-    if processes().num_processes > 1:
+    if this_process().num_processes > 1:
         broadcast_object_list(outcome)
-    result, failure = outcome
-    if failure is not None:
-        raise failure
-    found: T = result
-    return found
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: T = outcome[0]
+    return result
 
 
-def refuse_shares() -> None:
-    """Layers that train one set of tensors in common cannot be sharded.
-
-    FSDP2 shards the tensors of a layer together with the layer: what two layers hold it would have to shard twice.
+def refuse_sharding_shared_layers() -> None:
+    """Refuse FSDP2 for layers that share tensors, since it shards each layer with its own.
 
     Raises:
         TrainingError: always.
@@ -58,38 +55,35 @@ def refuse_shares() -> None:
 
 
 def check_strategy(state: Any) -> None:
-    """Refuses ways of distributing that cannot train an adapter.
+    """Refuse distributed strategies that cannot train an adapter.
 
     Args:
         state: accelerate's.
 
     Raises:
-        TrainingError: each with its reason.
+        TrainingError: all unsupported settings, with reasons.
     """
-    found = []
+    problems = []
     fsdp = getattr(state, "fsdp_plugin", None)
     if fsdp is not None and fsdp.fsdp_version != 2:
         what = "version 1 flattens adapter and base into one parameter"
-        found.append(Diagnostic("fsdp", what, "set version: 2 in fsdp_config"))
+        problems.append(Diagnostic("fsdp", what, "set version: 2 in fsdp_config"))
     if getattr(state, "deepspeed_plugin", None) is not None:
-        found.append(Diagnostic("deepspeed", "its shards cannot be put into lorary's checkpoints", "use FSDP2"))
-    if found:
-        raise TrainingError("unsupported distributed setup:", found)
+        problems.append(Diagnostic("deepspeed", "its shards cannot be put into lorary's checkpoints", "use FSDP2"))
+    if problems:
+        raise TrainingError("unsupported distributed setup:", problems)
 
 
-def fsdp_on_cpus(state: Any, settings: dict[str, Any] | None) -> bool:
-    """Makes accelerate shard over processes that have no accelerator.
+def enable_fsdp_on_cpus(state: Any, settings: dict[str, Any] | None) -> bool:
+    """Make accelerate shard over processes without an accelerator; returns whether that was necessary.
 
-    accelerate 1.15 takes FSDP's settings into account only where every process has a device of its own; with CPUs
-    alone it goes on with DDP. PyTorch's FSDP2 itself works over gloo.
+    accelerate 1.15 applies FSDP's settings only where every process has a device of its own and falls back to DDP on
+    CPUs. PyTorch's FSDP2 itself works over gloo.
 
     Args:
-        state: accelerate's, just made.
-        settings: of FSDP, as Transformers reads them from its arguments; None where `accelerate launch` may have
-            left them in the environment.
-
-    Returns:
-        whether it had to.
+        state: accelerate's, just created.
+        settings: FSDP's, as Transformers parses them; None if only `accelerate launch` may have set them, in the
+            environment.
     """
     wanted = settings is not None or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if not wanted or state.distributed_type != DistributedType.MULTI_CPU:
@@ -99,11 +93,11 @@ def fsdp_on_cpus(state: Any, settings: dict[str, Any] | None) -> bool:
     return True
 
 
-def resharded(model: nn.Module) -> nn.Module:
-    """The same model, each of its parameters this rank's shard again.
+def reshard(model: nn.Module) -> nn.Module:
+    """The same model with every parameter sharded.
 
-    After a forward pass without a backward pass (an evaluation) FSDP2 leaves some of them gathered: other objects
-    than the optimizer knows, whose values nobody would train.
+    After a forward pass without a backward pass (an evaluation) FSDP2 leaves some parameters gathered: tensors that
+    the optimizer does not hold and that no training step would change.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

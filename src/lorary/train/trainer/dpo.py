@@ -1,4 +1,4 @@
-"""Direct preference optimisation of an adapter: the reference is the same model with the adapter disabled.
+"""Direct preference optimisation of an adapter; the reference is the same model with the adapter disabled.
 
     loss = −log σ(β · ((log π(chosen) − log π₀(chosen)) − (log π(rejected) − log π₀(rejected))))
 
@@ -18,11 +18,11 @@ from lorary.train.trainer.mixin import AdapterTraining
 
 
 class Reference(nn.Module):
-    """The base's answers, from the adapted model itself: no second copy is loaded.
+    """The reference model of DPO: the adapted model with its adapter disabled, so that no second copy is loaded.
 
     Args:
-        policy: gives the adapted model. A function, since a module would become a part of this one, and since FSDP
-            puts another model in its place before training.
+        policy: returns the adapted model. It is a function because a module would be registered as a submodule, and
+            because FSDP replaces the model before training.
         config: the model's.
     """
 
@@ -38,12 +38,12 @@ class Reference(nn.Module):
 
 
 class DPOTrainer(AdapterTraining, trl.DPOTrainer):  # type: ignore[misc]  # TRL has no types
-    """TRL's `DPOTrainer` for a model with a method attached. All of TRL's losses and divergences are there.
+    """TRL's `DPOTrainer` for a model with a method attached, with all of TRL's losses and divergences.
 
     Args:
         model: a causal language model, after `lorary.attach`.
         args: a `trl.DPOConfig`.
-        rest: what else TRL's trainer takes. Rows may be text, or tokens already (`prompt_ids`, `chosen_ids`,
+        rest: further arguments of TRL's trainer. Rows may be text, or tokens (`prompt_ids`, `chosen_ids`,
             `rejected_ids`).
     """
 
@@ -52,19 +52,19 @@ class DPOTrainer(AdapterTraining, trl.DPOTrainer):  # type: ignore[misc]  # TRL 
     def __init__(self, *, model: Any, args: Any, **rest: Any) -> None:
         if args.use_weighting:
             self.statistics = (*self.statistics, "log_sum_sq_probs")  # type: ignore[assignment]
-        # Without a reference TRL would load the base a second time. Where it computes all reference values before
-        # training it needs none: it asks `compute_ref_log_probs`.
-        given = None if args.precompute_ref_log_probs else Reference(lambda: model, model.config)
-        super().__init__(model=model, args=args, ref_model=given, **rest)
+        # Without a reference TRL would load the base a second time, unless it precomputes the reference's values, which
+        # it does by `compute_ref_log_probs`.
+        reference = None if args.precompute_ref_log_probs else Reference(lambda: model, model.config)
+        super().__init__(model=model, args=args, ref_model=reference, **rest)
         self.ref_model = Reference(lambda: self.model, model.config)
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
         """(chosen, rejected) log-probabilities of the disabled model, `[pairs]` each."""
-        with lorary.disabled(self.plain_model()):
+        with lorary.disabled(self.unwrapped_model()):
             return super().compute_ref_log_probs(model, inputs)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        """Rows that are tokens already stay as they are."""
+        """TRL's preparation; rows of tokens need none."""
         if "prompt_ids" in (dataset.column_names or ()):
             return dataset
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)

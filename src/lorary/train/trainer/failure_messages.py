@@ -1,4 +1,4 @@
-"""What is said when training has to stop: what happened at which step, what would help, what checkpoint is left."""
+"""Error messages of a failed training step: the step, the remedy, and the last good checkpoint."""
 
 from __future__ import annotations
 
@@ -15,59 +15,57 @@ from lorary.files.atomic import FULL, refused
 from lorary.model.plan import human_bytes
 from lorary.train.trainer import checkpoint
 
-# How allocators that raise a plain RuntimeError say it: PyTorch's for CPUs, its one for Apple's GPUs, and C++ itself.
-_SPENT = ("DefaultCPUAllocator: can't allocate memory", "MPS backend out of memory", "std::bad_alloc")
+# Allocators that raise a plain RuntimeError: PyTorch's for CPUs, its one for Apple's GPUs, and C++ itself.
+_ALLOCATOR_ERRORS = ("DefaultCPUAllocator: can't allocate memory", "MPS backend out of memory", "std::bad_alloc")
 
 
 @contextmanager
 def with_failure_help(trainer: Any) -> Iterator[None]:
-    """Inside, an error of training says what a user needs to go on from it.
+    """A context that adds to an error of training how a user can go on.
 
     Args:
-        trainer: whose steps are taken inside.
+        trainer: the trainer whose steps run inside.
 
     Raises:
-        TrainingError: memory ran out: at which step, with which batch, what was expected and what to change; or
-            numbers were not finite.
-        FileError: nothing more could be written.
+        TrainingError: out of memory, with the step, the batch, the prediction and remedies; or non-finite numbers.
+        FileError: the disk is full.
     """
     try:
         yield
     except LoraryError as error:
         raise _with_checkpoint(error, trainer) from error
     except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
-        raise _with_checkpoint(_spent(error, trainer), trainer) from error
+        raise _with_checkpoint(_out_of_memory(error, trainer), trainer) from error
     except OSError as error:
         if error.errno not in FULL:
             raise
         raise _with_checkpoint(refused(Path(trainer.args.output_dir), error), trainer) from error
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that an allocation failed, on a device or in the machine's own memory."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a device or in the machine's own memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _SPENT)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _ALLOCATOR_ERRORS)
 
 
-def too_large(error: BaseException, predicted: Memory) -> TrainingError:
-    """The error of a model whose weights alone are too much."""
+def model_too_large(error: BaseException, predicted: Memory) -> TrainingError:
+    """The error of a model whose weights alone do not fit into memory."""
     fix = "set model.dtype: bfloat16 for half of the weights' bytes, or take a smaller model"
-    return TrainingError(
-        "the model does not fit into memory:", [Diagnostic("model", reason(error), fix), _shown(predicted)]
-    )
+    problems = [Diagnostic("model", allocator_message(error), fix), _prediction(predicted)]
+    return TrainingError("the model does not fit into memory:", problems)
 
 
-def reason(error: BaseException) -> str:
-    """What the allocator said, in its first line."""
+def allocator_message(error: BaseException) -> str:
+    """The first line of an allocator's message, without the location in PyTorch's source."""
     text = str(error).strip().splitlines()
     return text[0].rpartition("] . ")[2].rpartition("err == 0. ")[2] if text else "there is no memory left"
 
 
 def _with_checkpoint(error: LoraryError, trainer: Any) -> LoraryError:
-    """The same error with the checkpoint that is left; as it is, where no step has been begun."""
+    """The same error with the last good checkpoint; unchanged before the first step."""
     if trainer.batch is None:
         return error
     path, _ = checkpoint.newest(Path(trainer.args.output_dir))
@@ -76,28 +74,27 @@ def _with_checkpoint(error: LoraryError, trainer: Any) -> LoraryError:
     return type(error)(error.headline, [*error.problems, Diagnostic("checkpoint", what, fix)])
 
 
-def _spent(error: BaseException, trainer: Any) -> TrainingError:
-    args, batch = trainer.args, trainer.batch
-    if batch is None:
-        where, problems = "before the first step", [Diagnostic("memory", reason(error))]
+def _out_of_memory(error: BaseException, trainer: Any) -> TrainingError:
+    args = trainer.args
+    if trainer.batch is None:
+        where, problems = "before the first step", [Diagnostic("memory", allocator_message(error))]
     else:
-        shape, training = batch
+        shape, training = trainer.batch
         where = f"in optimizer step {trainer.state.global_step + 1}" if training else "in an evaluation"
-        size = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
-        what = f"{' x '.join(map(str, shape))} tokens in one forward pass; {reason(error)}"
-        problems = [Diagnostic("batch", what, _smaller(size, training))]
+        what = f"{' x '.join(map(str, shape))} tokens in one forward pass; {allocator_message(error)}"
+        problems = [Diagnostic("batch", what, _smaller_batch(args, training))]
     if not (args.gradient_checkpointing or args.activation_checkpointing):
-        fix = "set gradient_checkpointing: true, and they are computed again instead"
+        fix = "set gradient_checkpointing: true to recompute them instead"
         problems.append(Diagnostic("gradient_checkpointing", "activations are kept for the backward pass", fix))
-    problems.append(
-        Diagnostic("max_length", "memory grows with the longest row of a batch", "set a smaller max_length")
-    )
+    what = "memory grows with the longest row of a batch"
+    problems.append(Diagnostic("max_length", what, "set a smaller max_length"))
     if trainer.predicted is not None:
-        problems.append(_shown(trainer.predicted))
+        problems.append(_prediction(trainer.predicted))
     return TrainingError(f"training ran out of memory {where}:", problems)
 
 
-def _smaller(size: int, training: bool) -> str:
+def _smaller_batch(args: Any, training: bool) -> str:
+    size = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
     if size == 1:
         return ""
     if not training:
@@ -105,8 +102,8 @@ def _smaller(size: int, training: bool) -> str:
     return f"set batch_size to {size // 2} and double gradient_accumulation_steps: the steps are the same"
 
 
-def _shown(memory: Memory) -> Diagnostic:
+def _prediction(memory: Memory) -> Diagnostic:
     parts = {name: getattr(memory, name) for name in ("weights", "optimizer", "activations", "logits", "working")}
-    shown = ", ".join(f"{name} {human_bytes(value)}" for name, value in parts.items() if value)
+    listed = ", ".join(f"{name} {human_bytes(value)}" for name, value in parts.items() if value)
     least = "more than " if memory.activations is None else ""
-    return Diagnostic("prediction", f"{least}{human_bytes(memory.total)} at the fullest moment ({shown})")
+    return Diagnostic("prediction", f"{least}{human_bytes(memory.total)} at the peak ({listed})")

@@ -1,26 +1,27 @@
-"""lorary in TRL's trainers: the one mixin of `lorary.train.trainer.sft` and `lorary.train.trainer.dpo`.
+"""lorary in TRL's trainers: the mixin of `lorary.train.trainer.sft` and `lorary.train.trainer.dpo`.
 
-Everything that Transformers, TRL and accelerate can do stays as it is: packing, completion-only loss, gradient
-accumulation and checkpointing, mixed precision, evaluation, early stopping, loggers, DDP and FSDP2. The mixin
-changes what an adapter needs, in the order of a step:
+Everything that Transformers, TRL and accelerate can do is unchanged: packing, completion-only loss, gradient
+accumulation and checkpointing, mixed precision, evaluation, early stopping, loggers, DDP and FSDP2. The mixin changes
+only what an adapter needs, in the order of a step:
 
-    loss            of labelled tokens only, through an adapted head too (`lorary.model.labelled_head`)
-    + penalties     of the method's rules: in training, never in evaluation, once per optimizer step; the log has them
-                    as `penalty`, and the task's loss alone as `loss`
+    loss            of labelled tokens only, also through an adapted head (`lorary.model.labelled_head`)
+    + penalties     of the method's rules: in training, never in evaluation, once per optimizer step; logged as
+                    `penalty`, while `loss` is the task's alone
     backward
-    guard           stops every rank if a loss or a gradient is not finite (`lorary.train.trainer.nan_guard`)
+    NaN guard       stops every rank if a loss or a gradient is not finite (`lorary.train.trainer.nan_guard`)
     after_backward  of the rules, on the gradients of the whole accumulated step, reduced over the ranks and not yet
-                    clipped: what a rule learns about one parameter shall not depend on the size of the others
+                    clipped, so that what a rule sees of one parameter does not depend on the size of the others
     clipping
     optimizer       one group for each learning-rate multiplier (`lorary.param_groups`), of any class Transformers knows
     after_step      of the rules, before the gradients are cleared
 
-and what is written: checkpoints hold the adapter, never the base, and are whole or not there at all
-(`lorary.train.trainer.checkpoint`); a run that resumes goes on bit for bit. TRL's telemetry is off.
+Checkpoints hold the adapter, never the base, and are committed atomically (`lorary.train.trainer.checkpoint`); a
+resumed run continues bit for bit (`lorary.train.trainer.resume`). TRL's telemetry is off.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,102 +37,110 @@ from lorary.model.labelled_head import LabelledHead
 from lorary.model.rank_pruning import fit
 from lorary.model.state import require
 from lorary.train.data.sampler import Position, SeededSampler, rows_of
-from lorary.train.trainer import checkpoint, resume, rng
-from lorary.train.trainer.distributed import check_strategy, fsdp_on_cpus, refuse_shares, resharded
+from lorary.train.trainer import checkpoint, distributed, resume, rng
 from lorary.train.trainer.failure_messages import with_failure_help
-from lorary.train.trainer.nan_guard import Guard
-from lorary.train.trainer.quantized_base import taken_for_plain
+from lorary.train.trainer.nan_guard import NanGuard
+from lorary.train.trainer.quantized_base import hide_quantization
 from lorary.train.trainer.signals import StopSignal
 
 if TYPE_CHECKING:
-    from transformers import Trainer as _Loop
+    from transformers import Trainer as _Trainer
 
     from lorary.analysis.memory.memory import Memory
 else:
-    _Loop = object  # in earnest the trainer comes second in the bases of whoever uses the mixin
+    _Trainer = object  # at run time TRL's trainer is the second base of the classes that use the mixin
+
+# Training arguments that cannot be combined with an adapter: (why, what to do)
+_REFUSED = {
+    "push_to_hub": ("checkpoints stay on this machine", "upload the adapter folder"),
+    "auto_find_batch_size": ("would change the order of the data", "set a batch size"),
+    "use_liger_kernel": ("replaces the layers that are adapted", "leave it out"),
+    "sync_ref_model": ("the reference is the frozen base itself", "leave it out"),
+}
 
 
-class AdapterTraining(_Loop):  # type: ignore[misc]  # Transformers has no types
+class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no types
     """Mixin over a TRL trainer, for a model with a method attached.
 
     Args:
         model: a causal language model, after `lorary.attach`.
         args: the trainer's own configuration.
         callbacks: Transformers' callbacks.
-        rest: what else the trainer takes: data sets, tokenizer.
+        rest: further arguments of the trainer: data sets, tokenizer.
 
     Attributes:
-        rules: the method's rules at work, once training has begun.
-        head: what computes losses from labelled tokens.
-        interruption: the signal that ended training, if one did.
+        rules: the method's `lorary.Rules`, once training has begun.
+        head: the labelled head, which computes the losses.
+        stop_signal: records SIGTERM and SIGINT during training.
+        guard: the NaN guard; its `stop` is the signal that ended training, or 0.
         sampler: the order of the rows; None for a stream.
         batch: the shape of the latest micro-batch, and whether it was for training.
-        predicted: the memory that the run was expected to take, where somebody has said it.
+        predicted: the predicted memory of the run, for messages.
         fingerprint: of the base.
 
     Raises:
-        StateError: nothing is attached.
+        StateError: no adapter is attached.
         TrainingError: settings that cannot be combined with an adapter; all of them.
     """
 
     statistics: tuple[str, ...] = ("entropy", "is_top1")
 
     def __init__(self, *, model: Any, args: Any, callbacks: list[Any] | None = None, **rest: Any) -> None:
-        require(model, "train")
-        _check_arguments(args)
+        sites = require(model, "train").sites
+        problems = [Diagnostic(name, *why) for name, why in _REFUSED.items() if getattr(args, name, False)]
+        if problems:
+            raise TrainingError("these settings cannot be combined with an adapter:", problems)
         args.logging_nan_inf_filter = False  # it would hide NaN in the log; the guard stops instead
-        args.restore_callback_states_from_checkpoint = True  # early stopping goes on counting
+        args.restore_callback_states_from_checkpoint = True  # early stopping continues to count
         if args.gradient_checkpointing:
-            # With the embeddings frozen, nothing before the first adapter requires a gradient otherwise.
+            # with frozen embeddings no input of the first block would require a gradient
             model.enable_input_require_grads()
         self.rules: Any = None
-        self.interruption = StopSignal()
-        self.guard = Guard(lambda: self.interruption.received)
-        self.fingerprint = lorary.Fingerprint.of(model)  # now, while no rank holds only a shard of it
+        self.stop_signal = StopSignal()
+        self.guard = NanGuard(lambda: self.stop_signal.received)
+        self.fingerprint = lorary.Fingerprint.of(model)  # before any rank holds only a shard of it
         self.sampler: SeededSampler | None = None
         self.batch: tuple[tuple[int, ...], bool] | None = None
         self.predicted: Memory | None = None
         self._resumed: dict[str, Any] = {}
-        self._batches = 0
         self.optimizer: Any
         before = model.__dict__.get("forward")
-        with taken_for_plain(model):
+        with hide_quantization(model):
             super().__init__(model=model, args=args, callbacks=[_Events(self), *(callbacks or [])], **rest)
-        check_strategy(self.accelerator.state)
-        if self.is_fsdp_enabled and any(p.share for p in require(model, "train").sites):
-            refuse_shares()
+        distributed.check_strategy(self.accelerator.state)
+        if self.is_fsdp_enabled and any(site.share for site in sites):
+            distributed.refuse_sharding_shared_layers()
         del model.__dict__["forward"]  # TRL's own head
         if before is not None:
             model.__dict__["forward"] = before
         self.head = LabelledHead(model, self.statistics).install()
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Transformers' own, and FSDP2 on CPUs, where accelerate would give DDP without a word."""
+        """Transformers' own, and FSDP2 on CPUs, where accelerate would silently use DDP."""
         super().create_accelerator_and_postprocess()
-        if fsdp_on_cpus(self.accelerator.state, self.args.fsdp_plugin_args):
+        if distributed.enable_fsdp_on_cpus(self.accelerator.state, self.args.fsdp_plugin_args):
             self.is_fsdp_enabled = True
 
     def _send_telemetry(self) -> None:
-        """TRL reports every run to its makers from here. lorary does not."""
+        """Nothing: TRL reports every run to its makers from here."""
 
     # --- the step ---------------------------------------------------------------------------------------------
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The trainer's loss; in training with the gradient of the rules' penalties, whose value the log has beside."""
+        """The trainer's loss, in training with the gradient of the penalties, whose value is logged separately."""
         self.batch = tuple(inputs["input_ids"].shape), self.model.training
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         rules = self.rules.rules if self.rules is not None and self.model.training else ()
         if not rules or not self.accelerator.sync_gradients:
             return result
-        # Once per step, with the last micro-batch. Where the trainer still divides every loss by the number of
-        # micro-batches, the penalty is multiplied by it before.
+        # Once per step, with the last micro-batch; scaled up where the trainer divides every loss by their number.
         penalty = torch.as_tensor(self.rules.penalty())
         self._metrics["train"]["penalty"].append(float(penalty.detach()))
         penalty = penalty * (1 if self.loss_is_scaled_for_ga else self.current_gradient_accumulation_steps)
-        still = penalty - penalty.detach()  # zero: the loss that is logged stays that of the task
-        return (result[0] + still, result[1]) if return_outputs else result + still
+        gradient_only = penalty - penalty.detach()  # zero, so that the logged loss is the task's
+        return (result[0] + gradient_only, result[1]) if return_outputs else result + gradient_only
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch; after the last one the guard and the rules' `after_backward`."""
@@ -139,7 +148,7 @@ class AdapterTraining(_Loop):  # type: ignore[misc]  # Transformers has no types
         self.guard.note(loss)
         if self.accelerator.sync_gradients:
             scaled = self.accelerator.scaler is not None
-            self.guard.check(self.model, self.state.global_step + 1, self._rows, scaled)
+            self.guard.check(self.model, self.state.global_step + 1, self._describe_rows, scaled)
             self.rules.after_backward()
         return loss
 
@@ -153,24 +162,24 @@ class AdapterTraining(_Loop):  # type: ignore[misc]  # Transformers has no types
                 what = f"{name} makes its own groups: the method's learning rates would be lost"
                 problem = Diagnostic("optim", what, "use adamw_torch")
                 raise TrainingError("this optimizer cannot train adapters:", [problem])
-            rows = lorary.param_groups(model, lr=self.args.learning_rate, weight_decay=self.args.weight_decay)
-            self.optimizer = kind(rows, **settings)
+            groups = lorary.param_groups(model, lr=self.args.learning_rate, weight_decay=self.args.weight_decay)
+            self.optimizer = kind(groups, **settings)
         return self.optimizer
 
-    def begin(self, steps: int) -> None:
-        """Starts the rules for a run of so many optimizer steps, or goes on where the checkpoint left them."""
+    def start_rules(self, steps: int) -> None:
+        """Start the rules for a run of `steps` optimizer steps, or continue from the checkpoint."""
         state = self._resumed["rules"] if self._resumed else None
-        self.rules = lorary.rules(self.plain_model(), steps, resume.inner(self.optimizer), state)
+        self.rules = lorary.rules(self.unwrapped_model(), steps, resume.unwrapped_optimizer(self), state)
         if self.rules.rules and self.accelerator.scaler is not None:
-            what = "the rules would see gradients that are scaled"
+            what = "the rules would see scaled gradients"
             raise TrainingError("this method cannot train in float16:", [Diagnostic("fp16", what, "use bf16")])
         if self._resumed:
             resume.restore_log(self, self._resumed["log"])
 
-    def plain_model(self) -> nn.Module:
-        """The model itself, without what DDP or `torch.compile` put around it."""
+    def unwrapped_model(self) -> nn.Module:
+        """The model without the wrappers of DDP and `torch.compile`."""
         model: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        return resharded(model) if self.is_fsdp_enabled else model
+        return distributed.reshard(model) if self.is_fsdp_enabled else model
 
     # --- the data ---------------------------------------------------------------------------------------------
 
@@ -184,37 +193,32 @@ class AdapterTraining(_Loop):  # type: ignore[misc]  # Transformers has no types
         self.sampler = SeededSampler(len(rows), seed, shuffle=strategy == "random")
         return self.sampler
 
-    def get_train_dataloader(self) -> Any:
-        """The trainer's loader."""
-        loader = super().get_train_dataloader()
-        self._batches = len(loader) if hasattr(loader, "__len__") else 0
-        return loader
-
     def start_epoch(self, epoch: float) -> None:
-        """Tells the sampler: resumed in the middle of an epoch, accelerate's loaders of several ranks do not."""
+        """Set the sampler's epoch, which accelerate's loaders of several ranks do not when resumed in its middle."""
         if self.sampler is not None:
             self.sampler.set_epoch(int(epoch))
 
-    def _rows(self, micro_batch: int) -> str:
-        """Which rows a micro-batch of the present step holds on this rank, in words."""
-        if self.sampler is None or not self._batches:
+    def _describe_rows(self, micro_batch: int) -> str:
+        """The rows of a micro-batch of the current step on this rank, for a message."""
+        if self.sampler is None:
             return "rows of a stream, which have no numbers"
-        many, ranks = self.args.gradient_accumulation_steps, self.args.world_size
-        epoch, step = divmod(self.state.global_step, -(-self._batches // many))
-        at = Position(epoch, step * many + micro_batch, self.args.process_index)
+        accumulated, ranks = self.args.gradient_accumulation_steps, self.args.world_size
+        steps = math.ceil(len(self.callback_handler.train_dataloader) / accumulated)
+        epoch, step = divmod(self.state.global_step, steps)
+        at = Position(epoch, step * accumulated + micro_batch, self.args.process_index)
         rows = rows_of(self.sampler, at, self._train_batch_size, ranks, self.args.dataloader_drop_last)
         return f"rows {', '.join(map(str, rows))} of the training data (the first is 0)"
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluation, which leaves no trace in the random numbers: how often it happens changes nothing."""
-        with rng.untouched():
+        """Evaluation; it preserves the random numbers, so that its frequency does not change the run."""
+        with rng.preserved():
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         return metrics
 
     # --- saving and resuming ----------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trains. SIGTERM and SIGINT finish the step, save a checkpoint and return; a second one kills.
+        """Train. SIGTERM and SIGINT finish the step, save a checkpoint and return; a second one kills.
 
         Args:
             resume_from_checkpoint: a checkpoint folder, or True for the newest complete one in `args.output_dir`.
@@ -222,37 +226,36 @@ class AdapterTraining(_Loop):  # type: ignore[misc]  # Transformers has no types
             kwargs: passed on.
 
         Raises:
-            FileError: there is no complete checkpoint, or its adapter is another one.
-            TrainingError: the checkpoint is of another run; or training met numbers that are not finite, or ran out
-                of memory.
+            FileError: there is no complete checkpoint, or it holds another adapter.
+            TrainingError: the checkpoint belongs to another run; or non-finite numbers, or out of memory.
         """
-        chosen = str(resume.choose(self, resume_from_checkpoint)) if resume_from_checkpoint else None
-        if chosen is not None:  # while the model is whole, and nobody holds its parameters
-            fit(self.plain_model(), resume.adapter_of(Path(chosen)).sites)
-        with self.interruption, with_failure_help(self):
-            output = super().train(chosen, *args, **kwargs)
+        chosen = resume.choose_checkpoint(self, resume_from_checkpoint) if resume_from_checkpoint else None
+        if chosen is not None:  # before the model is sharded and an optimizer holds its parameters
+            fit(self.unwrapped_model(), resume.read_adapter(chosen).sites)
+        with self.stop_signal, with_failure_help(self):
+            output = super().train(str(chosen) if chosen is not None else None, *args, **kwargs)
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Passes a line on to the loggers; the mean loss at the end is that of the whole run, resumed or not."""
+        """Log a line; the final mean loss is that of the whole run, resumed or not."""
         if "train_loss" in logs:
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         if "loss" in logs:
-            logs.update({name: value for name, value in self.figures().items() if isinstance(value, int | float)})
+            logs.update({name: value for name, value in self.rule_report().items() if isinstance(value, int | float)})
         super().log(logs, *args, **kwargs)
 
-    def figures(self) -> dict[str, Any]:
-        """What the rules report of the present moment: numbers, or numbers by site."""
+    def rule_report(self) -> dict[str, Any]:
+        """The rules' current figures: numbers, or numbers by site."""
         return self.rules.report() if self.rules is not None else {}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the adapter folder, with the tokenizer and its chat template."""
-        adapter = resume.taken(self.plain_model(), self.fingerprint)
-        if self.rules is not None and self.rules.step:  # what has been masked is no part of it
-            adapter = adapter.compact()
+        """Write the adapter folder, with the tokenizer and its chat template."""
+        adapter = resume.copy_adapter(self.unwrapped_model(), self.fingerprint)
+        if self.rules is not None and self.rules.step:
+            adapter = adapter.compact()  # without masked directions
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
-            save_adapter(adapter, folder, model=self.plain_model())
+            save_adapter(adapter, folder, model=self.unwrapped_model())
             self.processing_class.save_pretrained(str(folder))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -262,41 +265,38 @@ class AdapterTraining(_Loop):  # type: ignore[misc]  # Transformers has no types
             if best == path or best.is_dir():
                 self.state.best_model_checkpoint = str(best)
         self.store_flos()
-        resume.save(self, path)
+        resume.save_checkpoint(self, path)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self._resumed = checkpoint.read(Path(resume_from_checkpoint))
-        self._take_adapter(resume_from_checkpoint)
+        resume.load_into(self.unwrapped_model(), resume.read_adapter(Path(resume_from_checkpoint)))
 
     def _load_optimizer_and_scheduler(self, path: str | None) -> None:
         if path is not None:
             resume.restore_optimizer(self, self._resumed)
 
     def _load_scaler(self, path: str | None) -> None:
-        """`restore_optimizer` has done it."""
+        """Nothing: `restore_optimizer` restores it."""
 
     def _load_rng_state(self, path: str | None) -> None:
         if path is not None:
             rng.restore(self._resumed["rng"][self.args.process_index])
 
     def _load_best_model(self) -> None:
-        best = resume.adapter_of(Path(self.state.best_model_checkpoint))
-        resume.tell_directions(best, self.state.best_global_step, self.rules.report().get("ranks", {}))
-        fit(self.plain_model(), best.sites)
-        resume.put(self.plain_model(), best)
-
-    def _take_adapter(self, path: str) -> None:
-        resume.put(self.plain_model(), resume.adapter_of(Path(path)))
+        best = resume.read_adapter(Path(self.state.best_model_checkpoint))
+        resume.warn_of_pruning_since(best, self.state.best_global_step, self.rule_report().get("ranks", {}))
+        fit(self.unwrapped_model(), best.sites)
+        resume.load_into(self.unwrapped_model(), best)
 
 
 class _Events(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
-    """Passes the loop's events on to the trainer."""
+    """The loop's events, forwarded to the trainer."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.begin(state.max_steps)
+        self.trainer.start_rules(state.max_steps)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.start_epoch(state.epoch or 0)
@@ -307,17 +307,3 @@ class _Events(TrainerCallback):  # type: ignore[misc]  # Transformers has no typ
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.trainer.guard.stop:
             control.should_save = control.should_training_stop = True
-
-
-def _check_arguments(args: Any) -> None:
-    found = []
-    if args.push_to_hub:
-        found.append(Diagnostic("push_to_hub", "checkpoints stay on this machine", "upload the adapter folder"))
-    if args.auto_find_batch_size:
-        found.append(Diagnostic("auto_find_batch_size", "would change the order of the data", "say a batch size"))
-    if args.use_liger_kernel:
-        found.append(Diagnostic("use_liger_kernel", "replaces the layers that are adapted", "leave it out"))
-    if getattr(args, "sync_ref_model", False):
-        found.append(Diagnostic("sync_ref_model", "the reference is the frozen base itself", "leave it out"))
-    if found:
-        raise TrainingError("these settings cannot be combined with an adapter:", found)

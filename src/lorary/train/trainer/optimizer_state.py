@@ -1,11 +1,13 @@
-"""An optimizer's state by parameter name: the same on one process, under DDP and under FSDP2.
+"""The optimizer's state by parameter name: the same on one process, under DDP and under FSDP2.
 
-PyTorch numbers the parameters, so that a state can only be read next to the very same list of them. Names let a
-checkpoint be checked, and sharded tensors are gathered, so that it can be resumed on another number of ranks.
+PyTorch numbers the parameters, so a state has meaning only next to the same parameter list. Names make a checkpoint
+verifiable; sharded tensors are gathered, so that it can be resumed on another number of ranks.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from lorary.layers.dtensor import distribute_like, full_cpu_copy, is_sharded
 
 
 def capture(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
-    """State and settings of every group. Under FSDP every rank has to call it: it gathers.
+    """The state and settings of every group. Under FSDP every rank must call it: it gathers.
 
     Returns:
         `{"state": {parameter: {key: value}}, "groups": [{setting: value, …, "params": [parameter, …]}]}`
@@ -36,12 +38,18 @@ def capture(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any
 
 
 def restore(optimizer: torch.optim.Optimizer, model: nn.Module, saved: dict[str, Any]) -> None:
-    """Puts back what `capture` gave, each tensor to the device and in the shards of its parameter.
+    """Load a captured state, each tensor sharded and placed like its parameter.
+
+    Args:
+        optimizer: over the parameters of `model`.
+        model: with its adapter attached.
+        saved: from `capture`, also of lorary 0.5.
 
     Raises:
         TrainingError: the checkpoint's groups hold other parameters than the optimizer's.
     """
     parameters = dict(model.named_parameters())
+    saved = _with_current_names(saved, parameters)
     names = {id(p): name for name, p in parameters.items()}
     mine = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
     theirs = [group["params"] for group in saved["groups"]]
@@ -49,14 +57,25 @@ def restore(optimizer: torch.optim.Optimizer, model: nn.Module, saved: dict[str,
         raise TrainingError("the checkpoint holds another optimizer's state:", _differences(mine, theirs))
     numbers = {name: i for i, name in enumerate(name for group in mine for name in group)}
     state = {
-        numbers[name]: {k: _as(parameters[name], v) for k, v in entry.items()} for name, entry in saved["state"].items()
+        numbers[name]: {k: _shard_like(parameters[name], v) for k, v in entry.items()}
+        for name, entry in saved["state"].items()
     }
     groups = [group | {"params": [numbers[name] for name in group["params"]]} for group in saved["groups"]]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _as(parameter: Tensor, value: Any) -> Any:
-    """In shards like its parameter. What is whole the optimizer itself puts where it belongs, which may be the host."""
+def _with_current_names(saved: dict[str, Any], parameters: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The state with today's parameter names: lorary 0.5 called `….params.A` `….p.A`."""
+
+    def current(name: str) -> str:
+        return name if name in parameters else re.sub(r"\.p\.(?=\w+$)", ".params.", name)
+
+    groups = [group | {"params": [current(name) for name in group["params"]]} for group in saved["groups"]]
+    return {"state": {current(name): entry for name, entry in saved["state"].items()}, "groups": groups}
+
+
+def _shard_like(parameter: Tensor, value: Any) -> Any:
+    """The value sharded like its parameter; `load_state_dict` places unsharded ones itself, possibly on the host."""
     sharded = is_sharded(parameter) and isinstance(value, Tensor) and value.shape == parameter.shape
     return distribute_like(parameter, value) if sharded else value
 

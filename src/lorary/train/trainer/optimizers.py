@@ -1,4 +1,4 @@
-"""Optimizers by their names in a configuration, where Transformers has another name for them or cannot have them."""
+"""Optimizer names of a configuration, where they differ from Transformers' or need bitsandbytes."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ _BITSANDBYTES = ("adamw_bnb_8bit", "paged_adamw", "paged_adamw_32bit")
 
 
 def transformers_name(name: str) -> str:
-    """The name that Transformers' arguments take.
+    """The optimizer's name in Transformers' arguments.
 
     Raises:
-        TrainingError: the optimizer is bitsandbytes', and bitsandbytes or the device that it needs is missing.
+        TrainingError: the optimizer needs bitsandbytes or a CUDA device, and it is missing.
     """
     if name in _BITSANDBYTES:
-        _check(name)
+        _check_available(name)
     return "paged_adamw_32bit" if name == "paged_adamw" else name
 
 
-def paged_adamw(params: Any, lr: float = 1e-3, **words: Any) -> torch.optim.Optimizer:
-    """What `lorary.PagedAdamW` was: bitsandbytes' `PagedAdamW32bit`. Use that one directly.
+def paged_adamw(params: Any, lr: float = 1e-3, **options: Any) -> torch.optim.Optimizer:
+    """bitsandbytes' `PagedAdamW32bit`, the replacement of `lorary.PagedAdamW`; prefer bitsandbytes' own class.
 
     Raises:
         TrainingError: bitsandbytes is not installed, or there is no CUDA device.
     """
-    _check("paged_adamw")
+    _check_available("paged_adamw")
     import bitsandbytes
 
     optimizers: Any = bitsandbytes.optim
-    made: torch.optim.Optimizer = optimizers.PagedAdamW32bit(params, lr=lr, **words)
-    return made
+    optimizer: torch.optim.Optimizer = optimizers.PagedAdamW32bit(params, lr=lr, **options)
+    return optimizer
 
 
-def _check(name: str) -> None:
+def _check_available(name: str) -> None:
     fix = "set training.optimizer: adamw_torch"
     problems = []
     if find_spec("bitsandbytes") is None:

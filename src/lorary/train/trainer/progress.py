@@ -1,4 +1,4 @@
-"""What one sees while it trains: a bar on a terminal, plain lines elsewhere."""
+"""Training progress: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lorary.train.trainer import process_memory
 
 
 class ProgressLines(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
-    """Shows step, loss, learning rate, tokens per second, the time that is left, and memory.
+    """Step, loss, learning rate, tokens per second, remaining time and memory of a running training.
 
     Args:
-        stream: where to; a bar if it is a terminal, one line for each record of the log if not.
+        stream: a bar if it is a terminal, else one line for each record of the log.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -27,8 +27,8 @@ class ProgressLines(TrainerCallback):  # type: ignore[misc]  # Transformers has 
         self.bar: Progress | None = None
         self.task = TaskID(0)
         self.loss = self.rate = float("nan")
-        self.tokens = self.tokens_seen = 0.0  # per second, and in all
-        self.spent = self.spent_before = self.began = 0.0  # seconds in steps alone, without evaluations and checkpoints
+        self.tokens = self.tokens_seen = 0.0  # per second; so far
+        self.spent = self.spent_before = self.began = 0.0  # seconds in steps, without evaluations and checkpoints
         self.first_step = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -45,7 +45,7 @@ class ProgressLines(TrainerCallback):  # type: ignore[misc]  # Transformers has 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.spent += time.monotonic() - self.began
         if self.bar is not None:
-            self.bar.update(self.task, completed=state.global_step, description=self._figures(state))
+            self.bar.update(self.task, completed=state.global_step, description=self._status(state))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         logs = logs or {}
@@ -53,29 +53,29 @@ class ProgressLines(TrainerCallback):  # type: ignore[misc]  # Transformers has 
             return
         place = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
         if "eval_loss" in logs:
-            self._say(f"{place}  held-out loss {logs['eval_loss']:.4f}")
+            self._print(f"{place}  held-out loss {logs['eval_loss']:.4f}")
         elif "loss" in logs:
-            self._measure(logs)
+            self._update(logs)
             if self.bar is None:
-                self._say(f"{place}  {self._figures(state)}")
+                self._print(f"{place}  {self._status(state)}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.close()
 
     def close(self) -> None:
-        """Leaves the bar as it is; also after an error, so that its message stands below."""
+        """Stop the bar; also after an error, so that the message appears below it."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
 
-    def _measure(self, logs: dict[str, Any]) -> None:
+    def _update(self, logs: dict[str, Any]) -> None:
         self.loss, self.rate = logs["loss"], logs["learning_rate"]
         seen, seconds = float(logs.get("num_tokens", 0)), self.spent - self.spent_before
-        if seconds > 0 and (self.tokens_seen or not self.first_step):  # resumed, the first line counts older tokens
+        if seconds > 0 and (self.tokens_seen or not self.first_step):  # a resumed run counts older tokens
             self.tokens = (seen - self.tokens_seen) / seconds
         self.tokens_seen, self.spent_before = seen, self.spent
 
-    def _figures(self, state: Any) -> str:
+    def _status(self, state: Any) -> str:
         done = state.global_step - self.first_step
         left = (state.max_steps - state.global_step) * self.spent / max(done, 1)
         parts = [
@@ -87,7 +87,7 @@ class ProgressLines(TrainerCallback):  # type: ignore[misc]  # Transformers has 
         ]
         return "  ".join(part for part in parts if part)
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         if self.bar is not None:
             self.bar.console.print(text, markup=False)
         else:

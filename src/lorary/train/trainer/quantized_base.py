@@ -1,4 +1,4 @@
-"""Training on a base that Transformers has packed: what it and TRL would do about that is not for our adapters."""
+"""Trainers on a quantised base."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _FLAGS = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
 
 
 @contextmanager
-def taken_for_plain(model: nn.Module) -> Iterator[None]:
-    """Within, a packed base is taken for a plain one.
+def hide_quantization(model: nn.Module) -> Iterator[None]:
+    """A context in which Transformers and TRL take a quantised base for a plain one.
 
-    Transformers refuses to train a packed model without PEFT's adapters, and these are others; TRL rounds what trains
-    to bfloat16, in which small steps are lost.
+    Transformers refuses to train a quantised model without PEFT's adapters, and TRL rounds trainable parameters to
+    bfloat16, which loses small steps.
     """
     hidden = {flag: vars(model).pop(flag) for flag in _FLAGS if flag in vars(model)}
     try:

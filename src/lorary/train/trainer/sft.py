@@ -1,8 +1,8 @@
-"""Supervised fine-tuning of an adapter: the next token, where there is a label.
+"""Supervised fine-tuning of an adapter: next-token prediction on the labelled tokens.
 
-    loss = −Σ log π(label | what stands before it) / number of labels
+    loss = −Σ log π(label | the tokens before it) / number of labels
 
-summed over the micro-batches of a step and over all ranks before the division, so that neither changes it.
+Both are summed over the micro-batches of a step and over all ranks before the division, so that neither changes it.
 """
 
 from __future__ import annotations
@@ -19,20 +19,19 @@ from lorary.train.trainer.mixin import AdapterTraining
 class SFTTrainer(AdapterTraining, trl.SFTTrainer):  # type: ignore[misc]  # TRL has no types
     """TRL's `SFTTrainer` for a model with a method attached.
 
-    The evaluation loss is the mean over all labelled tokens, where TRL's is a mean over batches and changes with
-    their size.
+    The evaluation loss is the mean over all labelled tokens; TRL's is a mean over batches and depends on their size.
     """
 
     loss_is_scaled_for_ga = True  # divided by the labels of the whole step, over accumulation and ranks
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        # The head shifts and counts the labels itself, whatever the model's own `forward` would do.
+        # The labelled head shifts and counts the labels, not the model's `forward`.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         self._held_out: list[Tensor] = []
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        """One batch of evaluation; notes the sum of its losses and the number of its labels."""
+        """One batch of evaluation; records the sum of its losses and the number of its labels."""
         result = super().prediction_step(*args, **kwargs)
         self._held_out.append(self.accelerator.gather_for_metrics(self.head.rows).double().sum(0))
         return result

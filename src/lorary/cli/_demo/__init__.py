@@ -1,0 +1,1 @@
+"""The steps of `lorary demo`: its folder, the run, and the report."""

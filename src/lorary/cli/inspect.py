@@ -1,0 +1,56 @@
+"""lorary inspect: measurements and plots of a model."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+inspect = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure and plot what a model does.")
+
+
+@inspect.command()
+def context(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="Adapter or run folders, Hub ids, model folders, or builtin:base."),
+    ],
+    base: Annotated[str | None, typer.Option("--base", help="Base model of adapters; else as they name it.")] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option("--lengths", help="Tokens, comma-separated; else powers of two to four times the context."),
+    ] = None,
+    data: Annotated[
+        str, typer.Option("--data", help="Text, as `data` in a configuration; the validation part.")
+    ] = "builtin:python",
+    tokens: Annotated[
+        int,
+        typer.Option("--tokens", min=2, max=1_000_000_000, help="Most tokens of text, the same for all lengths."),
+    ] = 32_768,
+    passkeys: Annotated[
+        int, typer.Option("--passkeys", min=0, max=10_000, help="Passkeys at each length and depth; 0: none.")
+    ] = 4,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for context.json, context.svg and context.html.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show how well models use long context: perplexity by length, loss by position, and passkeys.
+
+    lorary inspect context builtin:base out/ compares a run with its base; one model is in memory at a time. With rotary
+    positions, lengths beyond a model's context are measured too; learned position embeddings end with their table.
+    """
+    from lorary.cli._context.plan import Request, make_plan
+    from lorary.cli._context.report import print_report, write_report
+    from lorary.cli._context.run import measure
+    from lorary.files.atomic import atomic_directory
+
+    plan = make_plan(Request(tuple(models), base, lengths, data, tokens, passkeys, out))
+    # opened before the work: fail at once if --out is not writable
+    with nullcontext() if out is None else atomic_directory(out, replace=True) as folder:
+        measurements = measure(plan)
+        if folder is not None:
+            write_report(measurements, folder)
+    print_report(measurements, as_json, out)

@@ -1,1 +1,0 @@
-"""A training run: prepare, run, record, report."""

@@ -1,0 +1,194 @@
+"""Training from a configuration into a run folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import TrainerCallback
+
+from lorary.errors import LoraryError
+from lorary.model.rank_pruning import directions_of
+from lorary.train.config.config import Config
+from lorary.train.data.lint import text
+from lorary.train.runner.build import build_model, build_trainer
+from lorary.train.runner.folder import ADAPTER, CARD, CHECKPOINTS, CONFIG, ENVIRONMENT, EVENTS, PLOTS, SAMPLE, RunFolder
+from lorary.train.runner.lora_drop import choose_layers
+from lorary.train.runner.model_card import CardData, model_card, versions
+from lorary.train.runner.prepare import RunPlan, prepare
+from lorary.train.runner.recorder import EvaluateAtEnd, Recorder
+from lorary.train.runner.result import Run
+from lorary.train.trainer import checkpoint, process_memory
+from lorary.train.trainer.distributed import on_main_process, this_process
+from lorary.train.trainer.progress import ProgressLines
+from lorary.train.trainer.resume import read_adapter
+
+_log = logging.getLogger("lorary.train")
+
+
+def run(
+    config: Config,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Run:
+    """Train an adapter from a configuration, into its `output` folder.
+
+    Under `torchrun` or `accelerate launch` every process calls this; the first one writes.
+
+    Args:
+        config: of the run; `lorary.train.config.load.load` reads one.
+        resume: continue from the newest complete checkpoint in the folder, if any.
+        overwrite: first remove the run in the folder.
+        quiet: no progress.
+        callbacks: Transformers' callbacks, in addition to lorary's own.
+
+    Raises:
+        ConfigError: the configuration contradicts itself, or the folder is not free.
+        DataError: the data cannot be read, or has no labelled tokens.
+        TrainingError: non-finite numbers, or out of memory; the last good checkpoint is kept.
+        LoraryError: any other failure, with its reason.
+    """
+    transformers.logging.set_verbosity_error()
+    prepared = prepare(config)
+    folder = RunFolder(prepared.config.output)
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        # TRL uses a name that Transformers deprecates
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        on_main_process(lambda: stack.enter_context(folder.opened(prepared.config, resume=resume, overwrite=overwrite)))
+        if this_process().is_main_process:
+            stack.enter_context(_log_to_file(folder / EVENTS))
+        try:
+            return _run(prepared, folder, resume=resume, quiet=quiet, callbacks=callbacks)
+        except LoraryError as error:
+            _log.debug("stopped: %s", error)
+            raise
+
+
+def _run(
+    prepared: RunPlan, folder: RunFolder, *, resume: bool, quiet: bool, callbacks: Sequence[TrainerCallback]
+) -> Run:
+    first = this_process().is_main_process
+    resumed: Path | None = None
+    skipped: tuple[str, ...] = ()
+    if resume:
+        resumed, skipped = on_main_process(lambda: checkpoint.newest(folder / CHECKPOINTS))
+        if resumed is None:
+            skipped += ("no complete checkpoint to resume from: training starts from the beginning",)
+    if first:
+        _write_start(prepared, folder, resumed, skipped)
+    if prepared.config.method.drop is not None:
+        prepared, signal = choose_layers(prepared, folder, resumed=resumed is not None, quiet=quiet)
+        if signal:
+            _log.info("interrupted in the probe; --resume repeats it")
+            return Run(folder.path, 0, (), signal, 0.0, None, 0)
+    process_memory.reset_peak()
+    before = process_memory.current_bytes()
+    model = build_model(prepared, resumed)
+    bar, recorder = ProgressLines(), Recorder(folder)
+    callbacks = [recorder, EvaluateAtEnd(), *([] if quiet else [bar]), *callbacks]
+    trainer = build_trainer(prepared, model, folder / CHECKPOINTS, resumed=resumed is not None, callbacks=callbacks)
+    recorder.rule_report = trainer.rule_report
+    start = time.monotonic()
+    try:
+        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    finally:
+        bar.close()
+        trainer.head.remove()
+    result = Run(
+        folder.path,
+        steps=trainer.state.global_step,
+        history=tuple(folder.history()) if first else (),
+        interrupted=trainer.guard.stop,
+        seconds=time.monotonic() - start,
+        predicted=prepared.memory.total if prepared.memory.activations is not None else None,
+        measured=process_memory.peak_bytes() - before,
+    )
+    if not result.interrupted:
+        trainer.save_model(str(result.adapter))
+    if first:
+        _write_results(prepared, folder, result, trainer._total_train_tokens)
+    return result
+
+
+def _write_start(prepared: RunPlan, folder: RunFolder, resumed: Path | None, messages: Sequence[str]) -> None:
+    folder.write(CONFIG, prepared.config.to_yaml())
+    folder.write(ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
+    folder.write(SAMPLE, text(prepared.lint) + "\n")
+    for sentence in messages:
+        _log.warning("%s", sentence)
+    folder.truncate_history(checkpoint.step_of(resumed) if resumed else -1)
+    for note in prepared.notes:
+        _log.info("%s", note)
+
+
+def _write_results(prepared: RunPlan, folder: RunFolder, result: Run, tokens: int) -> None:
+    """The pictures and, for a finished run, the model card."""
+    from lorary.analysis.heatmap import ranks_svg  # matplotlib takes a second to import
+    from lorary.analysis.loss_plot import loss_svg
+
+    folder.write(f"{PLOTS}/loss.svg", loss_svg(result.history))
+    if result.interrupted:
+        _log.info("interrupted at step %d; resume with --resume", result.steps)
+        return
+    if any("ranks" in record for record in result.history):
+        sites = read_adapter(folder.path).sites
+        ranks = {site.site.name: directions_of(site) for site in sites}
+        folder.write(f"{PLOTS}/ranks.svg", ranks_svg(ranks, max(site.r for site in sites)))
+    lint = prepared.lint
+    data = CardData(prepared.config, prepared.plan, (lint.rows, lint.held_out), lint.labelled, tokens, result)
+    card = model_card(folder.path.absolute().name, data)
+    folder.write(CARD, card)
+    folder.write(f"{ADAPTER}/{CARD}", card)
+    _log.info("done: %d steps in %.0f s, adapter in %s", result.steps, result.seconds, result.adapter)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, as far as they can influence a result."""
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": versions(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "threads": torch.get_num_threads(),
+        "processes": this_process().num_processes,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+@contextmanager
+def _log_to_file(path: Path) -> Iterator[None]:
+    """A context in which lorary's messages are also written to a file, with the time."""
+    handler = _EventLog(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    _log.addHandler(handler)
+    level = _log.level
+    _log.setLevel(min(level, logging.DEBUG) if level else logging.DEBUG)
+    try:
+        yield
+    finally:
+        _log.removeHandler(handler)
+        _log.setLevel(level)
+        with suppress(OSError):
+            handler.close()
+
+
+class _EventLog(logging.FileHandler):
+    """A log file that a full disk may cut short: the run's own error reports the full disk."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
