@@ -228,7 +228,7 @@ def attention(shared: bool = True) -> Attention:
             p.add_(torch.randn_like(p) * 0.5)
     if not shared:
         bank: Any = adapted_layers(model)["q"].shared
-        bank.once.project = lambda x, A, dtype, *_: F.linear(x.reshape(-1, x.shape[-1]).to(dtype), A.to(dtype))
+        bank.last_product.project = lambda x, A, dtype, *_: F.linear(x.reshape(-1, x.shape[-1]).to(dtype), A.to(dtype))
     return model
 
 
@@ -350,5 +350,5 @@ def test_nothing_is_held_once_nobody_needs_it() -> None:
     model, x = attention(), torch.randn(2, 8).double()
     model(x).sum().backward()
     bank: Any = adapted_layers(model)["q"].shared
-    assert bank.once._last is not None
-    assert bank.once._last[1]() is None
+    assert bank.last_product._last is not None
+    assert bank.last_product._last[1]() is None

@@ -30,7 +30,7 @@ def show(config: Config, found: Forecast, size: float | None) -> None:
     title = f"on a GPU {total} as nvidia-smi counts: {overhead} of it CUDA and fragmentation"
     _print(title, _free_memory(found, size))
     wanted = size or SIZES[-1]
-    if found.need.room(wanted) < 0:
+    if found.need.free_bytes(wanted) < 0:
         _print(f"to fit into {wanted:g} GB", _advice(config, found, wanted))
 
 
@@ -39,7 +39,7 @@ def _free_memory(found: Forecast, size: float | None) -> Rows:
 
     rows: Rows = []
     for gpu in sorted({*SIZES, *([size] if size else [])}):
-        free = found.need.room(gpu)
+        free = found.need.free_bytes(gpu)
         answer = f"fits, {gigabytes(free)} free" if free >= 0 else f"{gigabytes(-free)} too much"
         rows.append((f"{gpu:>5g} GB", answer))
     return rows
@@ -51,7 +51,7 @@ def _advice(config: Config, found: Forecast, size: float) -> Rows:
 
     rows: Rows = []
     for proposal in proposals(config, found, size):
-        fits = "fits" if proposal.need.room(size) >= 0 else "not enough"
+        fits = "fits" if proposal.need.free_bytes(size) >= 0 else "not enough"
         rows.append((f"{gigabytes(proposal.need.total):>8}", fits, proposal.what, proposal.how))
     return rows or [("nothing", "no known change saves a hundredth of it")]
 

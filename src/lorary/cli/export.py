@@ -54,7 +54,7 @@ def export(
         with _notes():
             export_peft(value, output, model=model)
         if value.method.context is not None:  # not stored in PEFT's files
-            value.method.context.apply(model).settle()
+            value.method.context.apply(model).make_permanent()
         lorary.load(model, output)
         difference = (before - logits(model, row)).abs().max().item()
         print(f"compared with the adapter: logits differ by at most {difference:.2g} in fp32", file=sys.stderr)

@@ -26,7 +26,7 @@ class SharedProjections(nn.Module):
         super().__init__()
         for role, size in shared_shapes(sites).items():
             self.register_buffer(role, torch.zeros(size, dtype=dtype, device=device), persistent=False)
-        self.once = LastProductCache()
+        self.last_product = LastProductCache()
 
     @property
     def tensors(self) -> dict[str, Tensor]:

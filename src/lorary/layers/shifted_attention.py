@@ -49,7 +49,7 @@ class TrainingOnlyAttention(nn.Module):
         self.__dict__["model"] = model  # not as a submodule
         self.config, self.groups, self.own = config, groups, config._attn_implementation
         self.name = register_attention(groups)
-        self.into()
+        self.install()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -65,14 +65,14 @@ class TrainingOnlyAttention(nn.Module):
         if self.__dict__["inside"]:
             self.config._attn_implementation = self.name if mode else self.own
 
-    def into(self) -> None:
+    def install(self) -> None:
         """Install it in the model."""
         self.own = self.config._attn_implementation
         self.model.add_module(_CHILD, self)
         self.inside = True
         self.train(self.model.training)
 
-    def out(self) -> None:
+    def remove(self) -> None:
         """Remove it and restore the model's own attention."""
         if self.inside:
             self.inside = False

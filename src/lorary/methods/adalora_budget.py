@@ -181,6 +181,6 @@ class RankBudget(Rule):
             if name[0] in "IU" and state[name].numel():
                 state[name] = torch.zeros(0)
         alive = {layer.site.name: state[f"alive|{layer.site.name}"] for layer in layers}
-        if not all(bool(mask.all()) for mask in alive.values()) and run.shrink(alive):
+        if not all(bool(mask.all()) for mask in alive.values()) and run.prune_directions(alive):
             for site, mask in alive.items():
                 state[f"alive|{site}"] = mask[mask]

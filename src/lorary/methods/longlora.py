@@ -121,21 +121,21 @@ class _LongContextPatch:
         try:
             self.stretched = rope.Stretched(model, context.rope, factor) if factor > 1 else None
         except BaseException:
-            self.settle()
+            self.make_permanent()
             raise
 
     def revert(self) -> None:
-        self.settle()
+        self.make_permanent()
         if self.stretched:
             self.stretched.swap()
 
-    def settle(self) -> None:
+    def make_permanent(self) -> None:
         if self.switch:
-            self.switch.out()
+            self.switch.remove()
 
     def reapply(self) -> None:
         if self.switch:
-            self.switch.into()
+            self.switch.install()
 
     @contextmanager
     def reverted(self) -> Iterator[None]:

@@ -50,7 +50,7 @@ class SharedProjectionDelta(Delta):
     def add(self, layer: Layer, y: Tensor, x: Tensor, dropout: float) -> Tensor:
         params = layer.tensors
         return add_vectors(
-            y, x, params["A"], params["B"], params["b"], params["d"], layer.scale, dropout, layer.shared.once
+            y, x, params["A"], params["B"], params["b"], params["d"], layer.scale, dropout, layer.shared.last_product
         )
 
 

@@ -47,7 +47,7 @@ def merge(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = N
     layers = adapted_layers(model)
     _check(model, layers, dtype)
     if state.context_patch:
-        state.context_patch.settle()
+        state.context_patch.make_permanent()
     shared = {id(parameter) for *_, parameter in _tied_parameters(model)}
     untied, state.merged, created = False, {}, set()
     for name, layer in layers.items():

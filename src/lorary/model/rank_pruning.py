@@ -25,11 +25,11 @@ class PrunableDelta(Protocol):
 
     directions: Mapping[str, int]
 
-    def left(self, R: int) -> Delta:
+    def with_directions(self, R: int) -> Delta:
         """The delta with R directions left."""
         ...
 
-    def alive(self, p: Tensors) -> Tensor:
+    def active_directions(self, p: Tensors) -> Tensor:
         """[R] bool: the directions that contribute to the update."""
         ...
 
@@ -62,7 +62,7 @@ def prune_directions(model: nn.Module, keep: Mapping[str, Tensor], optimizer: to
                     for key, v in optimizer.state.pop(p).items()
                 }
             layer.params[role] = new[id(p)] = small
-        _set_delta(model, layer, delta.left(len(kept)))
+        _set_delta(model, layer, delta.with_directions(len(kept)))
     for group in optimizer.param_groups:
         group["params"] = [new.get(id(p), p) for p in group["params"]]
     return True
@@ -87,7 +87,7 @@ def fit(model: nn.Module, sites: tuple[AdaptedSite, ...]) -> None:
         if other is None or not isinstance(delta, PrunableDelta) or delta == other.delta:
             continue
         R = directions_of(other)
-        if not isinstance(other.delta, PrunableDelta) or delta.left(R) != other.delta.left(R):
+        if not isinstance(other.delta, PrunableDelta) or delta.left(R) != other.delta.with_directions(R):
             continue
         for role, shape in other.shapes.items():
             p = layer.params[role]
@@ -111,11 +111,11 @@ def compact(
     small, values = [], {}
     for p in sites:
         own = tensors[p.site.name]
-        if isinstance(p.delta, PrunableDelta) and not bool((alive := p.delta.alive(own)).all()):
+        if isinstance(p.delta, PrunableDelta) and not bool((alive := p.delta.active_directions(own)).all()):
             kept = torch.nonzero(alive).flatten()
             dims = p.delta.directions  # a join's tensors have none
             own = {role: _select(t, kept, dims[role]) if role in dims else t for role, t in own.items()}
-            p = dataclasses.replace(p, method=p.method.replace(delta=p.delta.left(len(kept))))
+            p = dataclasses.replace(p, method=p.method.replace(delta=p.delta.with_directions(len(kept))))
         small.append(p)
         values[p.site.name] = own
     return tuple(small), values

@@ -15,7 +15,7 @@ class ContextPatch(Protocol):
     def revert(self) -> None:
         """Restore the original model."""
 
-    def settle(self) -> None:
+    def make_permanent(self) -> None:
         """Remove the parts that are for training only, such as shifted attention."""
 
     def reapply(self) -> None:

@@ -107,7 +107,7 @@ class Run(Protocol):
 
     optimizer: torch.optim.Optimizer | None
 
-    def shrink(self, keep: Mapping[str, Tensor]) -> bool:
+    def prune_directions(self, keep: Mapping[str, Tensor]) -> bool:
         """Remove all other rank directions from the tensors and the optimizer's state.
 
         Args:

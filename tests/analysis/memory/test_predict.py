@@ -275,7 +275,7 @@ def test_a_gpu_needs_more_than_its_tensors() -> None:
     found = need(memory, 100)
     assert found.tensors == memory.total + 100 * 256
     assert found.overhead == int(CONTEXT + 0.05 * memory.moving)
-    assert found.room(8) == 8 * GB - found.total > 0 > found.room(1.4)
+    assert found.free_bytes(8) == 8 * GB - found.total > 0 > found.free_bytes(1.4)
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -35,7 +35,7 @@ class Need:
         """The total as nvidia-smi shows it."""
         return self.tensors + self.overhead
 
-    def room(self, size: float) -> int:
+    def free_bytes(self, size: float) -> int:
         """Free bytes on a GPU of `size` GB; negative if the run does not fit."""
         return int(size * GB) - self.total
 

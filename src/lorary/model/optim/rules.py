@@ -88,7 +88,7 @@ class Rules:
         reports = [rule.report(self.layers, state) for rule, state in self._rules_and_states]
         return {name: value for report in reports for name, value in report.items()}
 
-    def shrink(self, keep: Mapping[str, Tensor]) -> bool:
+    def prune_directions(self, keep: Mapping[str, Tensor]) -> bool:
         """Remove all other rank directions (keep: site -> bool [R]); see `lorary.spec.interfaces.Run`.
 
         DDP and FSDP keep references to parameters: with them the adapter is pruned when it is saved.

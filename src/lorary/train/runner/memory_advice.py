@@ -37,9 +37,9 @@ def proposals(config: Config, now: Forecast, size: float) -> list[Proposal]:
         need = _need_after(config, changes, now)
         if need is not None and need.total < 0.99 * now.need.total:
             helpful.append((Proposal(what, _as_options(changes), need), changes))
-    helpful.sort(key=lambda pair: (pair[0].need.room(size) < 0, pair[0].need.total))
+    helpful.sort(key=lambda pair: (pair[0].need.free_bytes(size) < 0, pair[0].need.total))
     alone = [proposal for proposal, _ in helpful]
-    if not helpful or alone[0].need.room(size) >= 0:
+    if not helpful or alone[0].need.free_bytes(size) >= 0:
         return alone
     return [*alone, _combined(config, [changes for _, changes in helpful], now, size)]
 
@@ -94,9 +94,9 @@ def _combined(config: Config, candidates: list[dict[str, Any]], now: Forecast, s
         need = None if changes.keys() & more.keys() else _need_after(config, changes | more, now)
         if need is not None and need.total <= 0.99 * best.total:
             changes, best = changes | more, need
-        if best.room(size) >= 0:
+        if best.free_bytes(size) >= 0:
             break
-    enough = "together" if best.room(size) >= 0 else f"all together, and still not {size:g} GB"
+    enough = "together" if best.free_bytes(size) >= 0 else f"all together, and still not {size:g} GB"
     return Proposal(enough, _as_options(changes), best)
 
 
