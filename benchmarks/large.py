@@ -36,8 +36,8 @@ from lorary.analysis.memory.live_bytes import LiveBytes
 from lorary.analysis.memory.predict import predict
 from lorary.analysis.memory.workload import Workload
 from lorary.kernels.nf4 import QuantizedTensor
-from lorary.layers.bitsandbytes_state import written_state
-from lorary.model.quantize import replace
+from lorary.layers.bitsandbytes_state import write_state
+from lorary.model.quantize import replace_layer
 
 # hidden, intermediate, layers, heads, vocabulary; and the most gigabytes that the issue of the 4-bit base allows
 SIZES = {
@@ -108,7 +108,7 @@ def ours(size: str, dtype: torch.dtype, device: torch.device) -> Any:
         made.weight = nn.Parameter(fresh.codes, requires_grad=False)
         for key in ("absmax", "nested_absmax", "nested_offset"):
             setattr(made, key, getattr(fresh, key))
-        replace(model, name, made)
+        replace_layer(model, name, made)
     filled(model, device)
     return lorary.attach(model, lorary.plan(model, lorary.method("qlora", r=RANK, alpha=ALPHA)))
 
@@ -117,7 +117,7 @@ def theirs(size: str, dtype: torch.dtype, device: torch.device) -> Any:
     model: Any = bare(size, dtype)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and name != "lm_head":
-            replace(model, name, their_layer(layer.out_features, layer.in_features, dtype, device))
+            replace_layer(model, name, their_layer(layer.out_features, layer.in_features, dtype, device))
     filled(model, device)
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=ALL_LINEAR)
     return get_peft_model(model, config)
@@ -127,7 +127,7 @@ def their_layer(out: int, inp: int, dtype: torch.dtype, device: torch.device) ->
     """bitsandbytes' own layer, of random codes made in the same way."""
     with torch.device("meta"):
         made = bnb.nn.Linear4bit(inp, out, bias=False, compute_dtype=dtype, quant_type="nf4")
-    state = written_state(codes(out, inp, device), dtype)
+    state = write_state(codes(out, inp, device), dtype)
     made.weight = bnb.nn.Params4bit.from_prequantized(
         codes(out, inp, device).codes, {f"weight.{key}": value for key, value in state.items()}, device=device
     )

@@ -16,7 +16,7 @@ from lorary.analysis.importance import drop_layers, layer_importance
 from lorary.errors import DataError, FileError, LoraryError, MethodError, PlanError, StateError
 from lorary.layers.adapted import adapted_layers
 from lorary.layers.module_kinds import ModulePosition, module_positions
-from lorary.methods.lora_drop import Importance, Measured, squares
+from lorary.methods.lora_drop import Importance, Measured, squared_norms
 from tests import tiny
 from tests.tiny import shaken
 
@@ -103,7 +103,7 @@ def test_the_output_is_never_needed() -> None:
     torch.manual_seed(2)
     z, B = torch.randn(4, 3, 6).double(), torch.randn(10, 3).double()
     direct = torch.stack([(z[..., :3] @ B[:5].T).square().sum(-1), (z[..., 3:] @ B[5:].T).square().sum(-1)]).sum(0)
-    assert torch.allclose(squares(z, B, 0.5, groups=2), direct / 4)
+    assert torch.allclose(squared_norms(z, B, 0.5, groups=2), direct / 4)
 
 
 def test_importance_is_in_32_bits_for_a_16_bit_base() -> None:

@@ -46,7 +46,7 @@ def test_the_numbers_are_the_models_own(command: Command, text: str) -> None:
     assert (found["data"], found["tokens"]) == (text, 512)
     (one,) = found["models"]
     assert (one["model"], one["known"], one["passkeys"]) == ("builtin:base", 256, [])
-    model = resolve.with_adapter(resolve.model_of("builtin:base")[1], None)  # in this machine's precision
+    model = resolve.load_with_adapter(resolve.find_model("builtin:base")[1], None)  # in this machine's precision
     words = builtin.load_tokenizer()
     rows = [json.loads(line)["text"] for line in Path(text).read_text().splitlines()]
     stream = [i for row in rows for i in [*words(row)["input_ids"], words.eos_token_id]]
@@ -71,7 +71,7 @@ def test_a_run_is_compared_with_its_base_and_everything_is_written(
 
     def watched(*arguments: Any) -> Any:
         assert all(model() is None for model in alive), "two models at once"
-        model = resolve.with_adapter(*arguments)
+        model = resolve.load_with_adapter(*arguments)
         alive.append(weakref.ref(model))
         return model
 

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from lorary.analysis.memory.live_bytes import LiveBytes, kept_for_backward
 from lorary.kernels.elementwise import (
-    add_supported,
-    add_supported_reference,
+    add_scaled_linear,
+    add_scaled_linear_reference,
     recomputed,
-    supported,
-    supported_reference,
+    scaled_linear,
+    scaled_linear_reference,
 )
 
 
@@ -29,7 +29,7 @@ def test_it_is_its_reference(shape: tuple[int, ...], transposed: bool) -> None:
     x, W, Ad, Au, b = given(shape)
     W = W.T.contiguous().T if transposed else W
     results = []
-    for function in (supported, supported_reference):
+    for function in (scaled_linear, scaled_linear_reference):
         y = function(x, W, Ad, Au, b)
         grads = torch.autograd.grad((y * torch.arange(5.0)).sum() + y.square().sum(), (x, Ad, Au, b))
         results.append((y, *grads))
@@ -42,7 +42,7 @@ def test_the_term_alone_is_its_reference(shape: tuple[int, ...], dtype: torch.dt
     x, W, Ad, Au, _ = given(shape, dtype)
     Ad, Au = Ad.detach().double().requires_grad_(), Au.detach().double().requires_grad_()  # masters
     results = []
-    for function in (add_supported, add_supported_reference):
+    for function in (add_scaled_linear, add_scaled_linear_reference):
         y = F.linear(x, W)
         z = function(y, x, W, Ad, Au)
         assert z.dtype == dtype
@@ -53,25 +53,25 @@ def test_the_term_alone_is_its_reference(shape: tuple[int, ...], dtype: torch.dt
 
 def test_gradients_are_right() -> None:
     x, W, Ad, Au, b = given((3,))
-    assert torch.autograd.gradcheck(lambda *t: supported(t[0], W, *t[1:]), (x, Ad, Au, b))
-    assert torch.autograd.gradcheck(lambda x, d, u: add_supported(F.linear(x, W), x, W, d, u), (x, Ad, Au))
+    assert torch.autograd.gradcheck(lambda *t: scaled_linear(t[0], W, *t[1:]), (x, Ad, Au, b))
+    assert torch.autograd.gradcheck(lambda x, d, u: add_scaled_linear(F.linear(x, W), x, W, d, u), (x, Ad, Au))
 
 
 @pytest.mark.parametrize("shape", [(7,), (1,)], ids=str)
 def test_nothing_moves_where_ad_is_zero(shape: tuple[int, ...]) -> None:
     x, W, Ad, Au, b = (t.detach().float() for t in given(shape))
-    assert torch.equal(supported(x, W, torch.zeros_like(Ad), Au, b), F.linear(x, W, b))
-    assert torch.equal(supported(x, W, torch.zeros_like(Ad), Au), F.linear(x, W))
+    assert torch.equal(scaled_linear(x, W, torch.zeros_like(Ad), Au, b), F.linear(x, W, b))
+    assert torch.equal(scaled_linear(x, W, torch.zeros_like(Ad), Au), F.linear(x, W))
 
 
 def test_only_what_is_wanted_has_a_gradient_and_is_kept() -> None:
     x, W, Ad, Au, b = given((7,))
-    supported(x, W, Ad.detach(), Au.detach(), b.detach()).sum().backward()
+    scaled_linear(x, W, Ad.detach(), Au.detach(), b.detach()).sum().backward()
     assert x.grad is not None
     other = x.detach().clone()
-    kept = kept_for_backward(lambda: supported(other, W, Ad, Au, b), beyond=[W, Ad, Au, b])
+    kept = kept_for_backward(lambda: scaled_linear(other, W, Ad, Au, b), beyond=[W, Ad, Au, b])
     assert kept == other.nbytes
-    kept = kept_for_backward(lambda: supported(x, W, Ad.detach(), Au.detach()), beyond=[W, Ad, Au])
+    kept = kept_for_backward(lambda: scaled_linear(x, W, Ad.detach(), Au.detach()), beyond=[W, Ad, Au])
     assert kept == 0
 
 
@@ -79,14 +79,14 @@ def test_a_step_takes_one_matrix_at_a_time() -> None:
     x, W = torch.randn(16, 512, requires_grad=True), torch.randn(512, 512)
     Ad, Au = torch.randn(512, 4, requires_grad=True), torch.randn(4, 512, requires_grad=True)
     with LiveBytes() as live:
-        y = supported(x, W, Ad, Au)
+        y = scaled_linear(x, W, Ad, Au)
         forward = live.peak
         live.restart_peak()
         y.sum().backward()
     assert W.nbytes <= forward < 1.1 * W.nbytes
     assert live.peak < 1.3 * W.nbytes
     with LiveBytes() as live, torch.no_grad():
-        supported(x[:1], W, Ad, Au)  # one token at a time: W is read, and no matrix is made
+        scaled_linear(x[:1], W, Ad, Au)  # one token at a time: W is read, and no matrix is made
     assert live.peak < 0.05 * W.nbytes
 
 
@@ -94,9 +94,9 @@ def test_under_autocast_the_dtypes_are_those_of_the_output() -> None:
     x, W, Ad, Au, _ = (t.detach().float() for t in given((7,)))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = F.linear(x, W)
-        z = add_supported(y, x, W, Ad, Au)
+        z = add_scaled_linear(y, x, W, Ad, Au)
     assert y.dtype == z.dtype == torch.bfloat16
-    torch.testing.assert_close(z.float(), supported_reference(x, W, Ad, Au), rtol=3e-2, atol=0.3)
+    torch.testing.assert_close(z.float(), scaled_linear_reference(x, W, Ad, Au), rtol=3e-2, atol=0.3)
 
 
 def test_what_is_recomputed_keeps_its_arguments_alone() -> None:

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import lorary
 from lorary.analysis.memory.live_bytes import kept_for_backward
 from lorary.kernels.low_rank import add_low_rank_reference
-from lorary.kernels.shared_projection import LastProductCache, add_vectors
+from lorary.kernels.shared_projection import LastProductCache, add_shared_projection
 from lorary.layers.adapted import adapted_layers
 
 MiB = 2**20
@@ -45,7 +45,7 @@ def _tensors(*shape: int, out: int = 4, rank: int = 3, dtype: torch.dtype = torc
 def _ours(t: dict[str, Tensor], dropout: float = 0.0, once: LastProductCache | None = None) -> Tensor:
     torch.manual_seed(11)
     y = F.linear(t["x"], t["W"], t["c"])
-    return add_vectors(y, t["x"], t["A"], t["B"], t["b"], t["d"], 0.7, dropout, once)
+    return add_shared_projection(y, t["x"], t["A"], t["B"], t["b"], t["d"], 0.7, dropout, once)
 
 
 def _plain(t: dict[str, Tensor], dropout: float = 0.0) -> Tensor:
@@ -142,7 +142,7 @@ def test_an_output_that_is_not_ours_stays_untouched(kind: str, rows: int) -> Non
         "with gaps": torch.zeros(4, rows, dtype=torch.float64).t(),
     }[kind]
     before = y.detach().clone()
-    total = add_vectors(y, x, t["A"], t["B"], t["b"], t["d"], 0.7)
+    total = add_shared_projection(y, x, t["A"], t["B"], t["b"], t["d"], 0.7)
     assert torch.equal(y, before)
     torch.testing.assert_close(total, before + 0.7 * x @ (t["b"][:, None] * t["B"] * t["d"] @ t["A"]).T)
 
@@ -168,7 +168,9 @@ def test_inference_mode_and_its_tensors_work() -> None:
         torch.testing.assert_close(_ours(t, once=once), expected)
         y = F.linear(t["x"], t["W"], t["c"])
     with torch.no_grad():
-        torch.testing.assert_close(add_vectors(y, t["x"], t["A"], t["B"], t["b"], t["d"], 0.7, 0.0, once), expected)
+        torch.testing.assert_close(
+            add_shared_projection(y, t["x"], t["A"], t["B"], t["b"], t["d"], 0.7, 0.0, once), expected
+        )
 
 
 @ROWS
@@ -194,7 +196,9 @@ def test_it_compiles_whole_and_once(rows: int) -> None:
     torch.compiler.reset()
 
     def run(x: Tensor) -> Tensor:
-        return add_vectors(F.linear(x, t["W"]), x, t["A"], t["B"], t["b"], t["d"], 0.7, 0.0, LastProductCache())
+        return add_shared_projection(
+            F.linear(x, t["W"]), x, t["A"], t["B"], t["b"], t["d"], 0.7, 0.0, LastProductCache()
+        )
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import lorary
-from lorary.kernels.shared_projection import add_vectors
+from lorary.kernels.shared_projection import add_shared_projection
 from lorary.layers import kinds
 from lorary.methods.adalora import SVDDelta
 from lorary.methods.delta_lora import DeltaLoRADelta
@@ -324,7 +324,7 @@ class KeepsABankOfItsOwn(SharedProjectionDelta):
 
     def add(self, layer: Any, y: Tensor, x: Tensor, dropout: float) -> Tensor:
         p = layer.tensors
-        return add_vectors(y, x, p["A"].flip(0), p["B"], p["b"], p["d"], layer.scale, dropout)
+        return add_shared_projection(y, x, p["A"].flip(0), p["B"], p["b"], p["d"], layer.scale, dropout)
 
 
 def test_fast_paths_of_their_own_are_caught() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lorary
 from lorary.layers import rope
-from lorary.layers.rope import Stretched, max_context, original_context, rotation, scaling_factor, text_config
+from lorary.layers.rope import ScaledRope, max_context, original_context, rope_parameters, scaling_factor, text_config
 from tests import tiny
 
 KNOWN = 8
@@ -47,7 +47,7 @@ def rebuilt(model: Any) -> Any:
 def test_the_model_is_what_transformers_makes_of_the_configuration(kind: str, form: str) -> None:
     model = made(kind)
     plain, modules, before = long_logits(model), dict(model.named_modules()), model.config.to_dict()
-    stretched = Stretched(model, form, 4.0)
+    stretched = ScaledRope(model, form, 4.0)
     changed = long_logits(model)
     assert not torch.equal(changed, plain)
     assert torch.equal(changed, long_logits(rebuilt(model)))
@@ -63,7 +63,7 @@ def test_the_model_is_what_transformers_makes_of_the_configuration(kind: str, fo
 @pytest.mark.parametrize("kind", ["Llama", "Gemma3"])
 def test_dynamic_angles_are_of_the_text_at_hand_whatever_was_read_before(kind: str) -> None:
     model = made(kind)
-    Stretched(model, "dynamic", 4.0)
+    ScaledRope(model, "dynamic", 4.0)
     ids = [torch.arange(3, 3 + n)[None] for n in (2 * KNOWN, KNOWN, 4 * KNOWN)]
     first = [tiny.logits(model, input_ids=row) for row in ids]
     for row, expected in reversed(list(zip(ids, first, strict=True))):
@@ -76,7 +76,7 @@ def test_linear_positions_are_divided() -> None:
     turn = model.model.rotary_emb
     x, at = torch.zeros(1, 1, 16), torch.arange(KNOWN)[None]
     before = turn(x, at)
-    Stretched(model, "linear", 4.0)
+    ScaledRope(model, "linear", 4.0)
     for was, now in zip(before, model.model.rotary_emb(x, 4 * at), strict=True):
         torch.testing.assert_close(now, was)
 
@@ -88,13 +88,13 @@ def test_a_factor_on_top_of_another_is_of_what_the_model_was_trained_on() -> Non
     twice = made("Llama", rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0})
     assert (original_context(twice.config), max_context(twice.config)) == (8, 16)
     assert [scaling_factor(twice.config, n) for n in (16, 17, 40)] == [1, 3, 5]
-    assert rope.problems(twice, "linear", 40) == []
-    assert rope.problems(twice, "yarn", 16) == [], "it reads as many already"
-    assert rope.problems(twice, "yarn", 40) == [
+    assert rope.scaling_problems(twice, "linear", 40) == []
+    assert rope.scaling_problems(twice, "yarn", 16) == [], "it reads as many already"
+    assert rope.scaling_problems(twice, "yarn", 40) == [
         "its 16 tokens of context already use RoPE scaling (linear), which yarn would replace"
     ]
     yarn = made("Llama")
-    Stretched(yarn, "yarn", 4.0)
+    ScaledRope(yarn, "yarn", 4.0)
     assert (original_context(yarn.config), max_context(yarn.config), yarn.config.max_position_embeddings) == (8, 32, 32)
     assert scaling_factor(yarn.config, 33) == 5
 
@@ -103,29 +103,29 @@ def test_other_forms_of_long_positions_are_left_alone() -> None:
     scaling = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     model = made("Llama", rope_parameters=scaling | {"original_max_position_embeddings": 4})
     assert max_context(model.config) == KNOWN
-    assert rope.problems(model, "linear", KNOWN) == []
-    (what,) = rope.problems(model, "linear", KNOWN + 1)
+    assert rope.scaling_problems(model, "linear", KNOWN) == []
+    (what,) = rope.scaling_problems(model, "linear", KNOWN + 1)
     assert what == "its 8 tokens of context already use RoPE scaling (llama3), which linear would replace"
 
 
 def test_models_without_rotary_positions() -> None:
     for name in ("GPT2LMHeadModel", "BloomForCausalLM", "BertForSequenceClassification"):
         model = tiny.model(name)
-        assert rotation(text_config(model)) is None
-        (what,) = rope.problems(model, "linear", 5000)
+        assert rope_parameters(text_config(model)) is None
+        (what,) = rope.scaling_problems(model, "linear", 5000)
         assert what == f"{name} has no rotary position embeddings to scale"
 
 
 def test_the_content_of_a_config_json() -> None:
     """Older ones have `rope_scaling`, with `type`, or nothing at all."""
     llama = SimpleNamespace(max_position_embeddings=8)
-    assert (rope.kind(llama), max_context(llama)) == ("default", 8)
+    assert (rope.rope_type(llama), max_context(llama)) == ("default", 8)
     llama.rope_scaling = {"type": "linear", "factor": 2}
-    assert (rope.kind(llama), max_context(llama)) == ("linear", 16)
+    assert (rope.rope_type(llama), max_context(llama)) == ("linear", 16)
     llama.rope_scaling = None
     inner = {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 2}
     llama.rope_parameters = {"full_attention": inner}
-    assert (rope.kind(llama), max_context(llama)) == ("yarn", 8)
+    assert (rope.rope_type(llama), max_context(llama)) == ("yarn", 8)
 
 
 def test_layers_that_see_a_window_keep_their_angles() -> None:
@@ -133,7 +133,7 @@ def test_layers_that_see_a_window_keep_their_angles() -> None:
     model = made("Gemma3")
     turn = model.model.rotary_emb
     before = {name: b.clone() for name, b in turn.named_buffers()}
-    Stretched(model, "linear", 4.0)
+    ScaledRope(model, "linear", 4.0)
     after = dict(model.model.rotary_emb.named_buffers())
     torch.testing.assert_close(after["full_attention_inv_freq"] * 4, before["full_attention_inv_freq"])
     assert torch.equal(after["sliding_attention_inv_freq"], before["sliding_attention_inv_freq"])
@@ -141,13 +141,13 @@ def test_layers_that_see_a_window_keep_their_angles() -> None:
 
 def test_precision_device_and_mode_are_those_of_the_model() -> None:
     model = made("Llama").to(torch.bfloat16).train()
-    Stretched(model, "linear", 4.0)
+    ScaledRope(model, "linear", 4.0)
     turn = model.model.rotary_emb
     assert turn.training
     assert turn.inv_freq.dtype == torch.float32, "the angles are exact, also where the model was rounded"
     with torch.device("meta"):
         shapes = made("Llama")
-    Stretched(shapes.to("meta"), "linear", 4.0)
+    ScaledRope(shapes.to("meta"), "linear", 4.0)
     assert shapes.model.rotary_emb.inv_freq.is_meta
 
 

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from lorary._deprecated import RenamedAttribute, forwarding
 from lorary.adapters.low_rank_form import LowRankForm, low_rank_forms
 from lorary.errors import Diagnostic, MethodError
-from lorary.layers.adapted import Adapted, adapted_layers, leading_slice
+from lorary.layers.adapted import Adapted, adapted_layers
 from lorary.layers.dtensor import full_cpu_copy
+from lorary.layers.shared_projections import leading_slice
 from lorary.methods.lora import Add, ConstantScale, Kaiming, LowRank
 from lorary.model.fingerprint import Fingerprint
-from lorary.model.rank_pruning import compact
-from lorary.model.state import base_parameter, require, state_of
+from lorary.model.rank_pruning import without_pruned_directions
+from lorary.model.state import base_parameter, require_attached, state_of
 from lorary.spec.interfaces import Storage, Unquantized
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite
@@ -51,7 +52,7 @@ class Adapter:
         Raises:
             StateError: none is attached.
         """
-        state = require(model, "take from the model")
+        state = require_attached(model, "take from the model")
         tensors = _copied_tensors(adapted_layers(model))
         full = {name: full_cpu_copy(base_parameter(model, name)) for name in state.full}
         return Adapter(state.method, state.sites, tensors, full, Fingerprint.of(model))
@@ -75,7 +76,7 @@ class Adapter:
 
     def compact(self) -> Adapter:
         """The adapter with its pruned rank directions removed (AdaLoRA)."""
-        sites, tensors = compact(self.sites, self.tensors)
+        sites, tensors = without_pruned_directions(self.sites, self.tensors)
         return dataclasses.replace(self, sites=sites, tensors=tensors)
 
     @property

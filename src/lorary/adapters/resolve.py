@@ -22,7 +22,7 @@ def adapter_folder(path: Path) -> Path | None:
     return None
 
 
-def base_of(adapter: Path, base: str | None, dtype: str = "auto") -> ModelSection:
+def find_base(adapter: Path, base: str | None, dtype: str = "auto") -> ModelSection:
     """The model to put an adapter on: `base`, or else the one that it was trained on.
 
     Raises:
@@ -37,7 +37,7 @@ def base_of(adapter: Path, base: str | None, dtype: str = "auto") -> ModelSectio
     return ModelSection.of(name, dtype=dtype)
 
 
-def model_of(name: str, base: str | None = None) -> tuple[Path | None, ModelSection]:
+def find_model(name: str, base: str | None = None) -> tuple[Path | None, ModelSection]:
     """The adapter folder at or in `name`, if any, and the model to load: the adapter's base, or else `base` or `name`.
 
     Args:
@@ -49,11 +49,11 @@ def model_of(name: str, base: str | None = None) -> tuple[Path | None, ModelSect
     """
     folder = adapter_folder(Path(name))
     if folder is not None:
-        return folder, base_of(folder, base)
+        return folder, find_base(folder, base)
     return None, ModelSection.of(base or name)
 
 
-def with_adapter(section: ModelSection, folder: Path | None) -> PreTrainedModel:
+def load_with_adapter(section: ModelSection, folder: Path | None) -> PreTrainedModel:
     """A model in evaluation mode, with the adapter on it if there is one.
 
     Raises:

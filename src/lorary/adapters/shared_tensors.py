@@ -22,7 +22,7 @@ from lorary.adapters.adapter import Adapter
 from lorary.errors import Diagnostic
 from lorary.files.strict_json import show
 from lorary.files.tensor_file import DTYPES, memory
-from lorary.layers.adapted import leading_slice
+from lorary.layers.shared_projections import leading_slice
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite, adaptation, shared_shapes
 

@@ -20,7 +20,7 @@ from lorary.model.checks import layer_mismatches
 from lorary.model.fingerprint import Fingerprint
 from lorary.model.quantize import already_quantized, quantizable_layers, warn_of_quantization
 from lorary.model.scan import scan
-from lorary.model.state import base_parameter, require, state_of
+from lorary.model.state import base_parameter, require_attached, state_of
 
 
 def save(model: nn.Module, path: str | PathLike[str]) -> None:
@@ -89,7 +89,7 @@ def switch(model: nn.Module, adapters: Adapter | Sequence[Adapter] | None, *, fo
     """
     several = _adapters(adapters)
     if state_of(model) is not None:
-        require(model, "switch")
+        require_attached(model, "switch")
     here = Fingerprint.of(model)
     for a in several:
         _check_base(model, a, here, "the adapter", force=force)

@@ -15,9 +15,17 @@ from torch import Tensor, nn
 from lorary.errors import DataError, Diagnostic, PlanError, StateError, deduplicated
 from lorary.layers.adapted import Adapted, adapted_layers
 from lorary.layers.module_kinds import module_positions
-from lorary.methods.lora_drop import THRESHOLD, Importance, Measured, measurable, shareable, squares, unknown_sites
+from lorary.methods.lora_drop import (
+    THRESHOLD,
+    Importance,
+    Measured,
+    measuring_problems,
+    sharing_problems,
+    squared_norms,
+    unknown_sites,
+)
 from lorary.model.plan import Plan
-from lorary.model.state import eval_mode, require
+from lorary.model.state import eval_mode, require_attached
 from lorary.spec.placement import AdaptedSite
 
 _MASKS = ("attention_mask", "decoder_attention_mask")
@@ -45,8 +53,8 @@ def layer_importance(
 
     >>> layer_importance(model, [{"input_ids": ids, "attention_mask": mask}]).I["model.layers.0.self_attn.q_proj"]
     """
-    state = require(model, "measure")
-    if problems := measurable(state.method):
+    state = require_attached(model, "measure")
+    if problems := measuring_problems(state.method):
         raise PlanError("cannot measure layer importance:", problems)
     layers = adapted_layers(model)
     meter = _Meter(layers)
@@ -160,7 +168,7 @@ def _norms(layer: Adapted, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         z, w = z.movedim(-len(site.kernel_size) - 1, -1), w.movedim(-len(site.kernel_size) - 1, -1)
     if site.parts:  # the adapted rows of W
         w = w[..., torch.cat([part.rows(w.device) for part in site.parts])]
-    return squares(z, B, layer.scale, site.groups), w.square().sum(-1)
+    return squared_norms(z, B, layer.scale, site.groups), w.square().sum(-1)
 
 
 def _mask_of_rows(mask: Tensor, shape: tuple[int, ...]) -> Tensor | None:
@@ -205,7 +213,7 @@ def drop_layers(plan: Plan, importance: Importance, threshold: float = THRESHOLD
 
     >>> print(drop_layers(plan, layer_importance(model, batches)))
     """
-    problems = shareable(plan.method) + unknown_sites(importance.g, (p.site.name for p in plan.sites))
+    problems = sharing_problems(plan.method) + unknown_sites(importance.g, (p.site.name for p in plan.sites))
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 < threshold <= 1:
         problems.append(Diagnostic("threshold", f"{threshold!r} is not a number above 0 and at most 1"))
     for site, g in importance.g.items():

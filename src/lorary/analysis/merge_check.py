@@ -21,9 +21,9 @@ from lorary.errors import Diagnostic, StateError
 from lorary.layers.adapted import Adapted, adapted_layers
 from lorary.layers.quantized_weight import is_quantized
 from lorary.model.merge import merge
-from lorary.model.quantize import exact_modules, precision
+from lorary.model.quantize import dequantized_dtype, exact_modules
 from lorary.model.residual_base import original_weight
-from lorary.model.state import eval_mode, require
+from lorary.model.state import eval_mode, require_attached
 
 _CHUNK = 2**24  # logits compared at once, in 64 bits
 
@@ -56,7 +56,7 @@ class MergeCheck(NamedTuple):
         Raises:
             StateError: nothing is attached.
         """
-        require(model, "measure")
+        require_attached(model, "measure")
         rows = tuple(rows)
         quantized = frozenset(name for name, layer in adapted_layers(model).items() if is_quantized(layer.base))
         return MergeCheck(rows, tuple(logits(model, row) for row in rows), quantized)
@@ -84,7 +84,7 @@ class MergeCheck(NamedTuple):
         Raises:
             StateError: nothing is attached; or a quantised site is missing.
         """
-        require(model, "measure")
+        require_attached(model, "measure")
         layers = adapted_layers(model)
         if missing := sorted(self.quantized - layers.keys()):
             fix = "merge the model that was measured, or the same adapter on its original base"
@@ -141,7 +141,7 @@ def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
 @torch.no_grad()
 def _site(model: nn.Module, layer: Adapted, dtype: torch.dtype | None, *, original: bool) -> SiteMergeError:
     merged, _ = layer.merged()  # [out, in]
-    stored = merged.to(dtype or precision(model, layer.base) or layer.dtype)
+    stored = merged.to(dtype or dequantized_dtype(model, layer.base) or layer.dtype)
     W = _matrix(layer, original_weight(model, layer.site.name)).to(merged)
     if original:
         merged, W = _as_quantized(layer, W)

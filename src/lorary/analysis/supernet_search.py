@@ -25,7 +25,7 @@ from lorary.errors import ConfigError, Diagnostic, MethodError, StateError
 from lorary.layers.adapted import Adapted, adapted_layers
 from lorary.methods.glora import RandomStructures
 from lorary.methods.glora_terms import FORMS, GLoRADelta, structures
-from lorary.model.state import eval_mode, require
+from lorary.model.state import eval_mode, require_attached
 from lorary.spec.placement import AdaptedSite
 
 Genes = tuple[GLoRADelta, ...]  # the structure of every layer, in the model's order
@@ -278,7 +278,7 @@ def _layers(model: nn.Module) -> list[Adapted]:
     Raises:
         StateError: no supernet is attached.
     """
-    state = require(model, "search")
+    state = require_attached(model, "search")
     layers = list(adapted_layers(model).values())
     glora = all(isinstance(layer.method.delta, GLoRADelta) for layer in layers)
     if not layers or not glora or not any(isinstance(rule, RandomStructures) for rule in state.method.rules):

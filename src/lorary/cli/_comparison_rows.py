@@ -14,7 +14,7 @@ from lorary.errors import DataError, Diagnostic, LoraryError
 from lorary.layers.rope import max_context
 from lorary.train.config.config import Config, DataSection
 from lorary.train.config.load import load as load_config
-from lorary.train.data.load import load, validation
+from lorary.train.data.load import load, load_validation
 from lorary.train.data.row_formats import Example
 from lorary.train.data.tokenize import tokenize
 from lorary.train.runner.folder import ADAPTER, CONFIG
@@ -57,7 +57,7 @@ def comparison_rows(path: Path, tokenizer: Any, config: Any, most: int, data: st
         if tokenizer is None:
             raise DataError(f"cannot read {data}:", [Diagnostic("", "the base has no tokenizer", "leave --data out")])
         section = _section(data)
-        return Rows(_tokens(validation(section), tokenizer, section, most, room), f"rows of {data}")
+        return Rows(_tokens(load_validation(section), tokenizer, section, most, room), f"rows of {data}")
     notes: list[str] = []
     run = _run_of(path)
     if tokenizer is not None and run is not None:
@@ -68,7 +68,7 @@ def comparison_rows(path: Path, tokenizer: Any, config: Any, most: int, data: st
             notes.append(f"the run's own rows cannot be read: {str(error).splitlines()[0]}")
     if tokenizer is not None:
         section = _section(TEXTS)
-        rows = _tokens(validation(section), tokenizer, section, most, room)
+        rows = _tokens(load_validation(section), tokenizer, section, most, room)
         if _in_vocabulary(rows, text.vocab_size):
             return Rows(rows, f"rows of {TEXTS}", tuple(notes))
     return Rows(random_rows(text.vocab_size, most, room), "rows of random tokens", tuple(notes))
@@ -91,7 +91,7 @@ def _held_out(run: Path, tokenizer: Any, most: int, room: int, vocabulary: int) 
         return ()
     section = config.data
     if section.validation is not None:
-        examples: Sequence[Example] = validation(section)
+        examples: Sequence[Example] = load_validation(section)
     elif section.validation_split:
         examples = load(section, config.task, config.training.seed).validation
     else:

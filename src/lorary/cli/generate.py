@@ -26,14 +26,14 @@ def generate(
     """
     import torch
 
-    from lorary.adapters.resolve import model_of, with_adapter
+    from lorary.adapters.resolve import find_model, load_with_adapter
     from lorary.model.loading.from_pretrained import load_tokenizer
 
     prompt = _text(prompt)
-    folder, section = model_of(model, base)
+    folder, section = find_model(model, base)
     tokenizer = load_tokenizer(section)
     ids = _ids(tokenizer, prompt, chat)
-    loaded = with_adapter(section, folder)
+    loaded = load_with_adapter(section, folder)
     most = _room(loaded, len(ids), max_new_tokens)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
@@ -81,13 +81,13 @@ def _ids(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
     """The tokens of a prompt, encoded as in training."""
     from lorary.errors import DataError, Diagnostic
     from lorary.train.data.chat import render, require_template
-    from lorary.train.data.encode import plain
+    from lorary.train.data.encode import encode_text
 
     if chat:
         require_template(tokenizer, "--chat")
         text = render(tokenizer, [{"role": "user", "content": prompt}], prompt=True)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    ids = plain(tokenizer, prompt) or [i for i in (tokenizer.bos_token_id,) if i is not None]
+    ids = encode_text(tokenizer, prompt) or [i for i in (tokenizer.bos_token_id,) if i is not None]
     if not ids:
         raise DataError("cannot generate text:", [Diagnostic("prompt", "is empty, and the tokenizer has no BOS")])
     return ids

@@ -48,23 +48,23 @@ def merge(
     saved in fidelity.json. A 4-bit base is written in 16 or 32 bits: quantising again would destroy the update.
     """
     from lorary.adapters import load_adapter
-    from lorary.adapters.resolve import adapter_folder, base_of
+    from lorary.adapters.resolve import adapter_folder, find_base
     from lorary.cli._comparison_rows import comparison_rows
     from lorary.errors import Diagnostic, FileError
     from lorary.files.atomic import atomic_directory
-    from lorary.model.loading.from_pretrained import load_config, quiet
+    from lorary.model.loading.from_pretrained import load_config, quiet_progress_bars
 
     _check(adapter, dtype, onto)
     folder = adapter_folder(adapter)
     if folder is None:
         raise FileError(f"cannot merge {adapter}:", [Diagnostic(str(adapter), "there is no adapter in it")])
     value = load_adapter(folder)
-    section, target = _precisions(adapter, value, base_of(folder, base), dtype, onto)
+    section, target = _precisions(adapter, value, find_base(folder, base), dtype, onto)
     with atomic_directory(output) as written:
         tokenizer = _tokenizer(section)
         compared = comparison_rows(adapter, tokenizer, load_config(section), rows, data)
         model, error = _merged(folder, value, section, target, onto, compared, force)
-        with quiet():
+        with quiet_progress_bars():
             model.save_pretrained(written)
         if tokenizer is not None:
             tokenizer.save_pretrained(written)

@@ -63,7 +63,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise refused(path, error) from error
+            raise write_error(path, error) from error
         raise
 
 
@@ -122,7 +122,7 @@ def atomic_directory(
     except BaseException as error:
         # the caller's own errors pass unchanged, except for a full disk
         if isinstance(error, OSError) and (not filling or error.errno in FULL):
-            raise refused(path, error, needed) from error
+            raise write_error(path, error, needed) from error
         raise
     finally:
         if lock >= 0:
@@ -166,7 +166,7 @@ def recover(path: str | os.PathLike[str]) -> bool:
     return False
 
 
-def refused(path: Path, error: OSError, needed: int | None = None) -> FileError:
+def write_error(path: Path, error: OSError, needed: int | None = None) -> FileError:
     """The error of a write that the system refused, with a remedy.
 
     Args:

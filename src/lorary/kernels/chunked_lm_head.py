@@ -18,7 +18,7 @@ TOKENS = 512
 Head = Callable[[Tensor], Tensor]
 
 
-def chunk(vocabulary: int) -> int:
+def chunk_size(vocabulary: int) -> int:
     """Tokens per call of the head."""
     return max(TOKENS, LOGITS // vocabulary)
 

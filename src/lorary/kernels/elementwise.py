@@ -19,7 +19,7 @@ from lorary.kernels.low_rank import without_autocast
 _FEW = 2  # rows of input up to which r more products with W are faster than computing the scaled weight
 
 
-def supported(x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor, b: Tensor | None = None) -> Tensor:
+def scaled_linear(x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor, b: Tensor | None = None) -> Tensor:
     """`x·(W + W⊙(Ad·Au))ᵀ + b` in one product, for a weight in 32 bits or more.
 
     Args:
@@ -32,17 +32,17 @@ def supported(x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor, b: Tensor | None = N
         [..., out]. If Ad is zero, the frozen layer's output, bit for bit.
     """
     if torch.compiler.is_compiling():
-        return supported_reference(x, W, Ad, Au, b)
+        return scaled_linear_reference(x, W, Ad, Au, b)
     out: Tensor = _ScaledLinear.apply(x, W, Ad, Au, b, W.dtype, True)  # type: ignore[no-untyped-call]
     return out
 
 
-def supported_reference(x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor, b: Tensor | None = None) -> Tensor:
+def scaled_linear_reference(x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor, b: Tensor | None = None) -> Tensor:
     """The specification of `supported` in plain operations."""
     return F.linear(x, W + W * (Ad.to(W.dtype) @ Au.to(W.dtype)), b)
 
 
-def add_supported(y: Tensor, x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor) -> Tensor:
+def add_scaled_linear(y: Tensor, x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor) -> Tensor:
     """`y + x·(W⊙(Ad·Au))ᵀ`, in y's dtype.
 
     For 16-bit weights, where `W + W⊙(Ad·Au)` would round small updates away: the two terms are separate products.
@@ -52,12 +52,12 @@ def add_supported(y: Tensor, x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor) -> Te
         x, W, Ad, Au: as for `supported`, of any floating dtypes.
     """
     if torch.compiler.is_compiling():
-        return add_supported_reference(y, x, W, Ad, Au)
+        return add_scaled_linear_reference(y, x, W, Ad, Au)
     term: Tensor = _ScaledLinear.apply(x, W, Ad, Au, None, y.dtype, False)  # type: ignore[no-untyped-call]
     return y + term
 
 
-def add_supported_reference(y: Tensor, x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor) -> Tensor:
+def add_scaled_linear_reference(y: Tensor, x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor) -> Tensor:
     """The specification of `add_supported` in plain operations."""
     with without_autocast(y.device):
         return y + F.linear(x.to(y.dtype), W.to(y.dtype) * (Ad.to(y.dtype) @ Au.to(y.dtype)))

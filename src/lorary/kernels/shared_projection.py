@@ -54,7 +54,7 @@ class LastProductCache:
         return z
 
 
-def add_vectors(
+def add_shared_projection(
     y: Tensor,
     x: Tensor,
     A: Tensor,

@@ -18,7 +18,7 @@ from lorary.errors import Diagnostic, PlanError
 from lorary.layers.kinds import KINDS, kind_of
 from lorary.layers.nf4 import BLOCKS, COMPUTES, NF4
 from lorary.layers.other_quantizers import keep_layout
-from lorary.layers.quantized_weight import in_place_of
+from lorary.layers.quantized_weight import take_place_of
 from lorary.spec.fields import FLAG, optional
 from lorary.spec.interfaces import Storage, component
 
@@ -65,7 +65,7 @@ class BnbNF4(Storage):
             replacement.weight.quant_state.dtype = cast(Tensor, layer.weight).dtype
         replacement.bias, replacement.source_cls = getattr(layer, "bias", None), type(layer)
         keep_layout(replacement)
-        return in_place_of(layer, replacement)
+        return take_place_of(layer, replacement)
 
     def bytes(self, numbers: int, width: int = 0) -> int:
         return NF4(self.block, self.double).bytes(numbers)

@@ -25,7 +25,7 @@ KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
-def written_state(quantized: QuantizedTensor, dtype: torch.dtype) -> dict[str, Tensor]:
+def write_state(quantized: QuantizedTensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """The state of a weight: key below `<name>.weight.` -> tensor."""
     device = quantized.codes.device
     metadata: dict[str, Any] = {

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from lorary.kernels.low_rank import autocasting
 from lorary.kernels.nf4 import QuantizedTensor, dequantize, dequantize_rows, linear
 from lorary.kernels.nf4 import quantize as quantize_tensor
-from lorary.layers.bitsandbytes_state import BLOCK_SIZES, KEYS, read_state, written_state
+from lorary.layers.bitsandbytes_state import BLOCK_SIZES, KEYS, read_state, write_state
 from lorary.layers.kinds import KINDS, kind_of, why_not_adaptable
-from lorary.layers.quantized_weight import in_place_of, is_quantized, register_quantized
+from lorary.layers.quantized_weight import is_quantized, register_quantized, take_place_of
 from lorary.spec.fields import FLAG, one_of, optional
 from lorary.spec.interfaces import Storage, component
 
@@ -60,10 +60,10 @@ class NF4(Storage):
         matrix = kind.matrix(layer) if W is None else W  # [out, inp]
         if isinstance(layer, nn.Embedding):
             rows = quantize_tensor(matrix.T.detach(), self.block, self.double)  # [vocabulary, width]
-            return in_place_of(layer, NF4Embedding(rows, dtype, layer.padding_idx))
+            return take_place_of(layer, NF4Embedding(rows, dtype, layer.padding_idx))
         weight = quantize_tensor(matrix.detach().contiguous(), self.block, self.double)
         bias = cast("nn.Parameter | None", getattr(layer, "bias", None))
-        return in_place_of(layer, NF4Linear(weight, dtype, bias, self.compute, type(layer)))
+        return take_place_of(layer, NF4Linear(weight, dtype, bias, self.compute, type(layer)))
 
     def bytes(self, numbers: int, width: int = 0) -> int:
         blocks = -(-numbers // self.block)
@@ -110,7 +110,7 @@ class _NF4Layer(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for key, value in written_state(self.quantized, self.dtype).items():
+        for key, value in write_state(self.quantized, self.dtype).items():
             destination[f"{prefix}weight.{key}"] = value
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:

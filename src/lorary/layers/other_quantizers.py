@@ -111,7 +111,7 @@ def _awq(layer: Any) -> Tensor:
 register_quantized("linear", f"{_GPTQ}.GPTQQuantLinear", f"{_GPTQ}.AWQuantLinear")(weight_by_forward)
 
 
-def stored(layer: Any) -> int:
+def stored_bytes(layer: Any) -> int:
     """Bytes that store a layer's weight: codes, scales and tables, for any library's quantised layer."""
     todo: list[Any] = [*stored_tensors(layer), getattr(layer, "state", None)]
     seen: list[Any] = []

@@ -104,7 +104,7 @@ _HOOKS = (
 )
 
 
-def in_place_of(layer: nn.Module, replacement: nn.Module) -> nn.Module:
+def take_place_of(layer: nn.Module, replacement: nn.Module) -> nn.Module:
     """The replacement of a layer, with the layer's mode and its hooks, which can still be removed."""
     for name in _HOOKS:
         setattr(replacement, name, getattr(layer, name))

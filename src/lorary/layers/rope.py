@@ -43,7 +43,7 @@ def own_config_copy(model: nn.Module) -> None:
             module.config = copied
 
 
-def rotation(config: Any) -> Mapping[str, Any] | None:
+def rope_parameters(config: Any) -> Mapping[str, Any] | None:
     """The RoPE parameters of a configuration's full-attention layers; None without RoPE.
 
     Args:
@@ -56,16 +56,16 @@ def rotation(config: Any) -> Mapping[str, Any] | None:
     return inner if isinstance(inner, Mapping) else None
 
 
-def kind(config: Any) -> str:
+def rope_type(config: Any) -> str:
     """The RoPE type of a configuration: `default` if it is not scaled."""
-    parameters = rotation(config) or {}
+    parameters = rope_parameters(config) or {}
     return str(parameters.get("rope_type") or parameters.get("type") or "default")
 
 
 def max_context(config: Any) -> int | None:
     """The context length of a configuration with its RoPE scaling; None if unknown."""
-    known, parameters = original_context(config), rotation(config) or {}
-    if known is None or kind(config) not in FORMS:
+    known, parameters = original_context(config), rope_parameters(config) or {}
+    if known is None or rope_type(config) not in FORMS:
         return known
     factor = parameters.get("factor")
     return int(known * factor) if isinstance(factor, int | float) and 0 < factor < math.inf else known
@@ -74,12 +74,12 @@ def max_context(config: Any) -> int | None:
 def original_context(config: Any) -> int | None:
     """The context length before RoPE scaling; None if unknown."""
     length = getattr(config, "max_position_embeddings", None)
-    if kind(config) == "yarn":
-        length = (rotation(config) or {}).get("original_max_position_embeddings") or length
+    if rope_type(config) == "yarn":
+        length = (rope_parameters(config) or {}).get("original_max_position_embeddings") or length
     return int(length) if isinstance(length, int | float) and 0 < length < math.inf else None
 
 
-def words(form: str, factor: float, known: int) -> dict[str, Any]:
+def rope_overrides(form: str, factor: float, known: int) -> dict[str, Any]:
     """The entries of a configuration's `rope_parameters` for this scaling; `known` is the original context length."""
     if factor == 1:
         return {}
@@ -93,15 +93,15 @@ def scaling_factor(config: Any, length: int) -> float:
     return 1.0 if known is None or length <= (max_context(config) or 0) else float(math.ceil(length / known))
 
 
-def problems(model: nn.Module, form: str, length: int) -> list[str]:
+def scaling_problems(model: nn.Module, form: str, length: int) -> list[str]:
     """The reasons why a model's RoPE cannot be scaled to this length in this form."""
     config = text_config(model)
-    if rotation(config) is None:
+    if rope_parameters(config) is None:
         return [f"{type(model).__name__} has no rotary position embeddings to scale"]
     known = max_context(config)
     if known is None:
         return ["its configuration lacks its context length (max_position_embeddings)"]
-    now = kind(config)
+    now = rope_type(config)
     if length > known and now not in ("default", form):
         return [f"its {known:,} tokens of context already use RoPE scaling ({now}), which {form} would replace"]
     if not isinstance(config, SimpleNamespace) and length > known and not _rotary(model, config):
@@ -118,7 +118,7 @@ def _rotary(model: nn.Module, config: Any) -> dict[str, nn.Module]:
     }
 
 
-class Stretched:
+class ScaledRope:
     """RoPE scaling applied to a model, with its previous configuration and modules for an exact way back.
 
     Args:
@@ -131,7 +131,7 @@ class Stretched:
         self.model, self.config = model, text_config(model)
         known = original_context(self.config) or 0
         parameters: dict[str, Any] = copy.deepcopy(dict(self.config.rope_parameters))
-        parameters.get(_FULL, parameters).update(words(form, factor, known))
+        parameters.get(_FULL, parameters).update(rope_overrides(form, factor, known))
         self.other: dict[str, Any] = {"rope_parameters": parameters}
         if form == "yarn":  # Transformers checks the factor against both context lengths
             self.other["max_position_embeddings"] = int(factor * known)
@@ -168,7 +168,7 @@ def _rebuilt(module: Any) -> nn.Module:
     buffer = next(module.buffers(), None)
     with torch.device("cpu" if buffer is None else buffer.device):
         rebuilt: nn.Module = type(module)(config=module.config)
-    if kind(module.config) == "dynamic":
+    if rope_type(module.config) == "dynamic":
         rebuilt.register_forward_pre_hook(_reset_cached_length)
     return rebuilt
 

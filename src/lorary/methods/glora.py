@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorary.errors import Diagnostic, MethodError
-from lorary.kernels.elementwise import add_supported, recomputed, supported
+from lorary.kernels.elementwise import add_scaled_linear, recomputed, scaled_linear
 from lorary.kernels.low_rank import autocasting
 from lorary.methods.glora_terms import DOWN, JOIN_ROLES, ROLES, GLoRADelta, pair, structures
 from lorary.methods.lora import ConstantScale
@@ -174,13 +174,13 @@ def _low_rank_support(layer: Layer, x: Tensor, Ad: Tensor, Au: Tensor, shift: Te
     elif W.dtype.itemsize < 4 or W.dtype != x.dtype or autocasting(x.device):
         y = base(x)
         if kind.rowwise:
-            y = add_supported(y, x, W, Ad, Au)
+            y = add_scaled_linear(y, x, W, Ad, Au)
         else:
             y = y + recomputed(lambda x, Ad, Au: kind.run(base, x, W * (Ad @ Au).to(W.dtype), None), x, Ad, Au)
     else:
         bias, shift = (b, shift) if b is None or shift is None else ((b + shift).to(W.dtype), None)
         if kind.rowwise:
-            y = supported(x, W, Ad, Au, bias)
+            y = scaled_linear(x, W, Ad, Au, bias)
         else:
             y = recomputed(
                 lambda x, Ad, Au: kind.run(base, x, torch.addcmul(W, W, (Ad @ Au).to(W.dtype)), bias), x, Ad, Au

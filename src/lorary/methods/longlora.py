@@ -58,7 +58,7 @@ class LongContext(Context):
 
     @property
     def config_overrides(self) -> dict[str, Any]:
-        return rope.words(self.rope, self.factor or 1.0, self.known or 0)
+        return rope.rope_overrides(self.rope, self.factor or 1.0, self.known or 0)
 
     def planned(self, model: nn.Module) -> Self:
         if self.length is None or self.factor is not None:
@@ -71,7 +71,7 @@ class LongContext(Context):
     def problems(self, model: nn.Module) -> list[tuple[str, str]]:
         if self.length is None:
             return [("the context length is missing", "set length=32768, or another number of tokens")]
-        found = [(what, "") for what in rope.problems(model, self.rope, self.length)]
+        found = [(what, "") for what in rope.scaling_problems(model, self.rope, self.length)]
         if not found:
             found = [(what, "use the base that it was trained on") for what in self._model_mismatches(model)]
         if self.shifted and self.groups > self.length:
@@ -99,7 +99,7 @@ class LongContext(Context):
         notes = [f"reads {length:,} tokens instead of {known:,}: positions divided by {self.factor:g} ({self.rope})"]
         if self.factor == 1:
             notes = [f"the base reads {known:,} tokens: for {length:,} its positions stay as they are"]
-        if rope.kind(config) in ("linear", "dynamic"):  # some configurations count the factor in already
+        if rope.rope_type(config) in ("linear", "dynamic"):  # some configurations count the factor in already
             notes.append(f"the base divides positions as it is: {known:,} is max_position_embeddings times its factor")
         if self.shifted:
             share = f"1/{self.groups} of the longest sequence in a batch"
@@ -119,7 +119,7 @@ class _LongContextPatch:
         rope.own_config_copy(model)
         self.switch = TrainingOnlyAttention(model, rope.text_config(model), context.groups) if context.shifted else None
         try:
-            self.stretched = rope.Stretched(model, context.rope, factor) if factor > 1 else None
+            self.stretched = rope.ScaledRope(model, context.rope, factor) if factor > 1 else None
         except BaseException:
             self.make_permanent()
             raise

@@ -28,7 +28,7 @@ from lorary.errors import Diagnostic, FileError
 from lorary.layers.module_kinds import module_positions
 from lorary.methods.lora import Add
 from lorary.spec.method import Method, braces
-from lorary.spec.presets import PlanFunction, register_non_preset
+from lorary.spec.presets import PlanFunction, register_plan_function
 
 THRESHOLD = 0.9  # the paper's T
 
@@ -153,7 +153,7 @@ def _is_size(value: Any) -> bool:
     return number and math.isfinite(value) and value >= 0
 
 
-def squares(z: Tensor, B: Tensor, s: float, groups: int = 1) -> Tensor:
+def squared_norms(z: Tensor, B: Tensor, s: float, groups: int = 1) -> Tensor:
     """|s B z|^2 as s^2 z^T (B^T B) z, without forming B z.
 
     Args:
@@ -171,7 +171,7 @@ def squares(z: Tensor, B: Tensor, s: float, groups: int = 1) -> Tensor:
     return torch.einsum("...gi,gij,...gj->...", z, gram, z).clamp(min=0) * s**2
 
 
-def measurable(method: Method) -> list[Diagnostic]:
+def measuring_problems(method: Method) -> list[Diagnostic]:
     """The reasons why the importance of a method's layers cannot be measured or is meaningless."""
     if method.delta is None:
         return [Diagnostic("method", "adapts no layers: there are none to choose from")]
@@ -188,16 +188,16 @@ def measurable(method: Method) -> list[Diagnostic]:
     return problems
 
 
-def shareable(method: Method) -> list[Diagnostic]:
+def sharing_problems(method: Method) -> list[Diagnostic]:
     """The reasons why layers cannot be measured, or cannot share a method's tensors afterwards."""
-    problems = measurable(method)
+    problems = measuring_problems(method)
     if method.init is not None and method.init.residual_init:
         what = f"{type(method.init).__name__} starts each layer from its own weight, and layers that share start alike"
         problems.append(Diagnostic("init", what, "use another init"))
     return problems
 
 
-def announced(threshold: float, sample: float) -> str:
+def probe_note(threshold: float, sample: float) -> str:
     """The note of a plan that a probe will change."""
     return (
         f"LoRA-drop: a probe on {sample:.3g} of the training rows will choose which layers keep tensors of their own "
@@ -212,7 +212,7 @@ def unknown_sites(found: Iterable[str], planned: Iterable[str]) -> list[Diagnost
     return missing + [Diagnostic(site, "was measured, but is not planned") for site in sorted(there - here)]
 
 
-register_non_preset(
+register_plan_function(
     PlanFunction(
         "lora-drop",
         about=__doc__ or "",
@@ -223,6 +223,6 @@ register_non_preset(
         say="`drop: {threshold: 0.9}` under `method:` in a configuration, or call lorary.drop_layers",
         section={"drop": {"threshold": THRESHOLD}},
         answers=frozenset({"layers=differ", "layers=search"}),
-        why_not=shareable,
+        why_not=sharing_problems,
     )
 )

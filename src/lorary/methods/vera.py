@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorary.kernels.shared_projection import add_vectors
+from lorary.kernels.shared_projection import add_shared_projection
 from lorary.methods.lora import ConstantScale
 from lorary.spec.fields import COUNT, FLAG, POSITIVE, SEED
 from lorary.spec.interfaces import Delta, Factors, Init, Layer, Shapes, Tensors, component
@@ -49,7 +49,7 @@ class SharedProjectionDelta(Delta):
 
     def add(self, layer: Layer, y: Tensor, x: Tensor, dropout: float) -> Tensor:
         params = layer.tensors
-        return add_vectors(
+        return add_shared_projection(
             y, x, params["A"], params["B"], params["b"], params["d"], layer.scale, dropout, layer.shared.last_product
         )
 

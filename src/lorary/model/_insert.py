@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lorary.errors import Diagnostic, PlanError, StateError
-from lorary.layers.adapted import Adapted, SharedProjections
+from lorary.layers.adapted import Adapted
 from lorary.layers.other_quantizers import keep_layout
 from lorary.layers.quantized_weight import stored_tensors
+from lorary.layers.shared_projections import SharedProjections
 from lorary.model.checks import model_mismatches
 from lorary.model.fingerprint import STATE, Fingerprint
 from lorary.model.quantize import inference_mode_like

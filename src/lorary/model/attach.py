@@ -25,7 +25,7 @@ from lorary.model.residual_base import (
     unwrapped_base,
 )
 from lorary.model.scan import Scan, scan
-from lorary.model.state import AttachedState, base_parameter, require, set_submodules, state_of
+from lorary.model.state import AttachedState, base_parameter, require_attached, set_submodules, state_of
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite
 
@@ -170,7 +170,7 @@ def detach(model: nn.Module) -> nn.Module:
     Raises:
         StateError: nothing is attached, or it has been merged (unmerge first).
     """
-    state = require(model, "detach")
+    state = require_attached(model, "detach")
     if state.context_patch:
         state.context_patch.revert()
     for name, value in state.full.items():
@@ -194,7 +194,7 @@ def detach(model: nn.Module) -> nn.Module:
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """The base model inside the block: adapters do nothing, and changed parameters have their old values."""
-    state = require(model, "disable")
+    state = require_attached(model, "disable")
     layers = list(adapted_layers(model).values())
     enabled = [layer.enabled for layer in layers]
     # tied weights come last: their own values may have changed for another site, and are restored by then

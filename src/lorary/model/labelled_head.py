@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from lorary.kernels.chunked_lm_head import chunk as chunk_of
+from lorary.kernels.chunked_lm_head import chunk_size as chunk_of
 from lorary.kernels.chunked_lm_head import scores, scores_in_chunks
 from lorary.model.state import eval_mode
 

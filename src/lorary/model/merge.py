@@ -14,8 +14,8 @@ from lorary.layers.adapted import Adapted, adapted_layers
 from lorary.layers.quantized_weight import is_quantized
 from lorary.model.bias_flags import BiasFlags, BiasWarning, enable_bias_flags, restore_bias_flags, unserialisable_biases
 from lorary.model.fingerprint import STATE, Fingerprint
-from lorary.model.quantize import dequantized_layer, holds_weights, precision, remove_quantization_config
-from lorary.model.state import Merged, TiedParameter, require, set_submodules, state_of
+from lorary.model.quantize import dequantized_dtype, dequantized_layer, holds_weights, remove_quantization_config
+from lorary.model.state import Merged, TiedParameter, require_attached, set_submodules, state_of
 
 LOSSY = "the steps between 4-bit or 8-bit numbers are coarser than what an adapter changes, and rounding would undo it"
 
@@ -43,7 +43,7 @@ def merge(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = N
         StateError: nothing is attached or it is merged already; the dtype cannot hold the adapter's update; or a merged
             weight is not finite, naming every one.
     """
-    state = require(model, "merge")
+    state = require_attached(model, "merge")
     layers = adapted_layers(model)
     _check(model, layers, dtype)
     if state.context_patch:
@@ -148,7 +148,7 @@ def _unmerge_layer(merged: Merged) -> None:
 def _rounded(model: nn.Module, layer: Adapted, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
     """(W', b') in the layout of the plain layer, in this precision or the weight's own, in memory of their own."""
     W, b = layer.merged()
-    dtype = (precision(model, layer.base) or layer.dtype) if dtype is None else dtype
+    dtype = (dequantized_dtype(model, layer.base) or layer.dtype) if dtype is None else dtype
     return layer.kind.weight(layer.base, W).to(dtype), None if b is None else b.to(dtype, copy=True)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorary.errors import Diagnostic, StateError
 from lorary.layers.kinds import kind_of, was_transposed
 from lorary.layers.nf4 import NF4, NF4Linear
-from lorary.layers.quantized_weight import in_place_of, is_foreign, is_quantized, weight
+from lorary.layers.quantized_weight import is_foreign, is_quantized, take_place_of, weight
 from lorary.model.checks import not_a_module, not_quantizable, not_ready
 from lorary.model.fingerprint import STATE, Fingerprint
 from lorary.model.scan import Scan, scan
@@ -52,7 +52,7 @@ def quantize(model: nn.Module, storage: Storage | None = None) -> nn.Module:
 def quantize_layers(model: nn.Module, paths: Sequence[str], storage: Storage) -> None:
     """Quantise the layers at these paths, one at a time."""
     for path in with_progress(paths, "quantising"):
-        replace(model, path, storage.quantize(model.get_submodule(path)))
+        replace_layer(model, path, storage.quantize(model.get_submodule(path)))
 
 
 def _paths_to_quantize(model: nn.Module, storage: Storage) -> list[str]:
@@ -113,7 +113,9 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         for path in with_progress(paths, "dequantising"):
             layer = model.get_submodule(path)
             W = weight(layer)
-            replace(model, path, dequantized_layer(layer, W.to(dtype or precision(model, layer) or W.dtype)))
+            replace_layer(
+                model, path, dequantized_layer(layer, W.to(dtype or dequantized_dtype(model, layer) or W.dtype))
+            )
     remove_quantization_config(model)
     return model
 
@@ -184,7 +186,7 @@ def warn_of_quantization(modules: Mapping[str, nn.Module], storage: Storage) -> 
         warnings.warn(text, QuantizationWarning, stacklevel=5)
 
 
-def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Put a layer in place of the one at this path, at every path that it has."""
     old = model.get_submodule(name)
     paths = [path for path, module in model.named_modules(remove_duplicate=False) if module is old]
@@ -192,7 +194,7 @@ def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
         model.set_submodule(path, layer)
 
 
-def precision(model: nn.Module, layer: nn.Module) -> torch.dtype | None:
+def dequantized_dtype(model: nn.Module, layer: nn.Module) -> torch.dtype | None:
     """The dtype for the dense weight of a layer that another library quantised: that of the model's plain weights.
 
     Some libraries do not keep the dtype before quantisation, and some compute in another one. None for a plain layer,
@@ -228,7 +230,7 @@ def dequantized_layer(layer: nn.Module, W: Tensor, b: Tensor | None = None) -> n
         b = getattr(layer, "bias", None) if b is None else b
         plain.bias = None if b is None else nn.Parameter(b.detach().to(W.dtype), requires_grad=False)
     plain.weight = nn.Parameter(W.detach(), requires_grad=False)
-    return in_place_of(layer, plain)
+    return take_place_of(layer, plain)
 
 
 def _plain_without_values(layer: Any) -> Any:

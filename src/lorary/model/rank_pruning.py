@@ -75,7 +75,7 @@ def directions_of(p: AdaptedSite) -> int:
     return min(p.shapes[role][dim] for role, dim in p.delta.directions.items() if role in p.shapes)
 
 
-def fit(model: nn.Module, sites: tuple[AdaptedSite, ...]) -> None:
+def resize_adapters(model: nn.Module, sites: tuple[AdaptedSite, ...]) -> None:
     """Resize a model's adapters to the ranks of a saved adapter, before its values are loaded.
 
     Either of them may have been pruned and the other not. Layers of other methods or sites stay as they are: loading
@@ -104,7 +104,7 @@ def _set_delta(model: nn.Module, layer: Adapted, delta: Delta) -> None:
     )
 
 
-def compact(
+def without_pruned_directions(
     sites: tuple[AdaptedSite, ...], tensors: Mapping[str, Mapping[str, Tensor]]
 ) -> tuple[tuple[AdaptedSite, ...], dict[str, Mapping[str, Tensor]]]:
     """The adapter with its pruned rank directions removed."""

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from lorary.layers.kinds import KINDS, kind_of, why_not_adaptable
-from lorary.layers.other_quantizers import stored
+from lorary.layers.other_quantizers import stored_bytes
 from lorary.layers.quantized_weight import is_quantized, is_unrecognised_quantized, stored_tensors
 
 
@@ -95,7 +95,7 @@ def numbers_and_bytes(modules: Iterable[nn.Module], parameters: Iterable[nn.Para
     theirs = {id(t) for m in quantised for t in stored_tensors(m)}
     plain = {id(p): p for p in parameters if id(p) not in theirs}.values()
     numbers = sum(p.numel() for p in plain) + sum(math.prod(KINDS[str(kind_of(m))].size(m)) for m in quantised)
-    return numbers, sum(p.numel() * p.element_size() for p in plain) + sum(map(stored, quantised))
+    return numbers, sum(p.numel() * p.element_size() for p in plain) + sum(map(stored_bytes, quantised))
 
 
 def scan(model: nn.Module) -> Scan:

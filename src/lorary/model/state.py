@@ -142,7 +142,7 @@ def state_of(model: nn.Module) -> AttachedState | None:
     return cast("AttachedState | None", getattr(model, STATE, None))
 
 
-def require(model: nn.Module, verb: str) -> AttachedState:
+def require_attached(model: nn.Module, verb: str) -> AttachedState:
     """The state of a model with a method attached, unmerged and enabled.
 
     Args:

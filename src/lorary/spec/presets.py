@@ -42,7 +42,7 @@ def preset(
     return register
 
 
-def register_non_preset(function: PlanFunction) -> None:
+def register_plan_function(function: PlanFunction) -> None:
     """Register a paper's method that is a function of a plan, for the command line, docs and `method`'s errors."""
     FUNCTIONS[function.name] = function
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import lorary
 from lorary.analysis.memory import predict as prediction
-from lorary.analysis.memory.gpu_fit import CONTEXT, GB, need
+from lorary.analysis.memory.gpu_fit import CONTEXT, GB, gpu_requirement
 from lorary.analysis.memory.predict import predict
 from lorary.analysis.memory.shorten import blocks, without_values
 from lorary.analysis.memory.workload import Workload
@@ -272,7 +272,7 @@ def test_conventions_differ_as_they_should() -> None:
 def test_a_gpu_needs_more_than_its_tensors() -> None:
     model = make()
     memory = predict(model, planned(model, "lora", r=8), Workload(2, 64))
-    found = need(memory, 100)
+    found = gpu_requirement(memory, 100)
     assert found.tensors == memory.total + 100 * 256
     assert found.overhead == int(CONTEXT + 0.05 * memory.moving)
     assert found.free_bytes(8) == 8 * GB - found.total > 0 > found.free_bytes(1.4)

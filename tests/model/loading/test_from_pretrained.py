@@ -13,7 +13,7 @@ from lorary.errors import FileError
 from lorary.layers.nf4 import NF4
 from lorary.model.fingerprint import Fingerprint
 from lorary.model.loading import from_pretrained
-from lorary.model.loading.from_pretrained import dtype, load_config, load_model, load_tokenizer, skeleton
+from lorary.model.loading.from_pretrained import load_config, load_dtype, load_model, load_tokenizer, skeleton
 from lorary.model.loading.source import ModelSection
 from tests.train.small import tokenizer
 
@@ -58,7 +58,7 @@ def test_the_dtype_is_the_saved_one_where_that_is_quick(
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(from_pretrained, "_cpu_is_quick", lambda _: quick)
     chosen = section(folder, dtype=asked)
-    assert dtype(chosen, load_config(chosen)) is expected
+    assert load_dtype(chosen, load_config(chosen)) is expected
     assert load_model(chosen).dtype is expected
     assert next(skeleton(chosen).parameters()).dtype is expected
 

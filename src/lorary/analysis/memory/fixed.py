@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorary.analysis.memory.memory import Memory
-from lorary.layers.other_quantizers import stored
+from lorary.layers.other_quantizers import stored_bytes
 from lorary.layers.quantized_weight import is_quantized, stored_tensors
 from lorary.model.plan import Plan
 from lorary.spec.placement import unique_tensor_sets
@@ -46,7 +46,7 @@ def fixed(
     return Memory(_weights(model, plan, width), plan.adapter_bytes, gradients, state, None, None, None, rules=rules)
 
 
-def tensors(model: nn.Module, plan: Plan) -> int:
+def persistent_tensors(model: nn.Module, plan: Plan) -> int:
     """The number of persistent tensors."""
     adapters = sum(len(site.shapes) for site in unique_tensor_sets(plan.sites))
     return len({id(t) for _, t in _named(model)}) + 4 * adapters + 2 * len(plan.quantized)
@@ -72,7 +72,7 @@ def _weights(model: nn.Module, plan: Plan, width: int | None) -> int:
     to_quantize = {f"{name}.weight" for name in plan.quantized}
     quantized = {id(stored_tensors(m)[0]): m for m in model.modules() if is_quantized(m)}.values()
     counted = {id(t) for layer in quantized for t in stored_tensors(layer)}  # `width` does not apply to them
-    total = sum(map(stored, quantized))
+    total = sum(map(stored_bytes, quantized))
     for name, t in _named(model):
         if id(t) in counted:
             continue

@@ -19,7 +19,7 @@ ROUNDING = 512
 
 
 @dataclass(frozen=True)
-class Need:
+class GpuRequirement:
     """The GPU memory of a run, in bytes.
 
     Args:
@@ -40,14 +40,14 @@ class Need:
         return int(size * GB) - self.total
 
 
-def need(memory: Memory, tensors: int = 0) -> Need:
+def gpu_requirement(memory: Memory, tensors: int = 0) -> GpuRequirement:
     """The GPU memory of a predicted run.
 
     Args:
         memory: the prediction.
         tensors: number of persistent tensors; each loses half the granularity on average.
     """
-    return Need(memory.total + tensors * ROUNDING // 2, int(CONTEXT + FRAGMENTED * memory.moving))
+    return GpuRequirement(memory.total + tensors * ROUNDING // 2, int(CONTEXT + FRAGMENTED * memory.moving))
 
 
 def gigabytes(size: float) -> str:

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map
 from lorary.analysis.memory.live_bytes import LiveBytes
 from lorary.analysis.memory.shorten import text_config
 from lorary.analysis.memory.workload import Workload
-from lorary.kernels.chunked_lm_head import chunk, scores_in_chunks
+from lorary.kernels.chunked_lm_head import chunk_size, scores_in_chunks
 from lorary.layers.quantized_weight import is_quantized
 from lorary.model.attach import attach
 from lorary.model.plan import Plan
@@ -128,7 +128,7 @@ def _loss(model: nn.Module, head: Any, states: Tensor, labelled: float, precisio
             scored: Tensor = head(rows)
         return scored
 
-    size = chunk(text_config(model).vocab_size)
+    size = chunk_size(text_config(model).vocab_size)
     with precision():
         return -scores_in_chunks(logits, rows, targets, REPORTED, size)["log_probs"].sum()
 

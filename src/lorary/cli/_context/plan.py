@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from lorary.adapters.resolve import adapter_folder, model_of
+from lorary.adapters.resolve import adapter_folder, find_model
 from lorary.analysis.long_context import default_lengths, stretches
 from lorary.errors import ConfigError, DataError, Diagnostic, FileError, LoraryError
-from lorary.layers.rope import max_context, rotation
-from lorary.model.loading.from_pretrained import load_config, load_tokenizer, quiet
+from lorary.layers.rope import max_context, rope_parameters
+from lorary.model.loading.from_pretrained import load_config, load_tokenizer, quiet_progress_bars
 from lorary.model.loading.source import ModelSection
 from lorary.train.config.config import DataSection
-from lorary.train.data.load import validation
+from lorary.train.data.load import load_validation
 from lorary.train.data.tokenize import tokenize
 
 HTML, JSON, SVG = "context.html", "context.json", "context.svg"
@@ -68,7 +68,7 @@ class ModelUnderTest:
     @property
     def limit(self) -> int | None:
         """The longest readable text of a model with learned position embeddings; None for others."""
-        return self.max_context if rotation(self.config) is None else None
+        return self.max_context if rope_parameters(self.config) is None else None
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _models(request: Request) -> tuple[tuple[ModelUnderTest, ...], list[Diagnost
     problems: list[Diagnostic] = []
     for name in dict.fromkeys(request.models):
         try:
-            folder, section = model_of(name, request.base if adapter_folder(Path(name)) else None)
+            folder, section = find_model(name, request.base if adapter_folder(Path(name)) else None)
             config, tokenizer = load_config(section).get_text_config(), load_tokenizer(section)
             found.append(ModelUnderTest(name, folder, section, config, tokenizer))
         except LoraryError as error:
@@ -184,7 +184,7 @@ def _streams(data: str, models: Sequence[ModelUnderTest]) -> list[Tensor]:
     """
     options: dict[str, Any] = {"max_length": _UNCUT, "overlong": "truncate", "loss": "all"}
     section = DataSection(train=(data,), validation=(data,), format="auto", **options)
-    examples = validation(section)
+    examples = load_validation(section)
     streams: list[Tensor] = []
     problems: list[Diagnostic] = []
     for model in models:
@@ -205,7 +205,7 @@ def without_warnings() -> Iterator[None]:
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        with quiet():
+        with quiet_progress_bars():
             yield
     finally:
         transformers_logging.set_verbosity(before)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorary.adapters.resolve import with_adapter
+from lorary.adapters.resolve import load_with_adapter
 from lorary.analysis.long_context import Context, by_length, by_position, losses
 from lorary.analysis.passkey import DEPTHS, Haystack, Retrieval, retrieval
 from lorary.cli import printable
@@ -50,7 +50,7 @@ class _Model:
     """A loaded model with the functions that `lorary.analysis` calls; it reports its progress."""
 
     def __init__(self, tested: ModelUnderTest, update: Callable[..., Any]) -> None:
-        self.model: Any = with_adapter(tested.section, tested.folder)
+        self.model: Any = load_with_adapter(tested.section, tested.folder)
         if torch.cuda.is_available():
             self.model.to("cuda")
         self.tokenizer = tested.tokenizer

@@ -54,11 +54,15 @@ def load_model(
     from lorary.model.scan import scan
 
     config = load_config(section)
-    options: dict[str, Any] = {"dtype": dtype(section, config), "use_safetensors": True, "output_loading_info": True}
+    options: dict[str, Any] = {
+        "dtype": load_dtype(section, config),
+        "use_safetensors": True,
+        "output_loading_info": True,
+    }
     options["ignore_mismatched_sizes"] = True  # refused below, with every name
     if section.attn_implementation is not None:
         options["attn_implementation"] = section.attn_implementation
-    with quiet():
+    with quiet_progress_bars():
         cls = kind or AutoModelForCausalLM
         load = reader(section.id, config, storage, layers)
         load = cls.from_pretrained if load is None else functools.partial(load, cls)
@@ -170,7 +174,7 @@ def fast_skeleton(section: ModelSection) -> nn.Module:
         if isinstance(settings, dict) and "auto_map" not in settings:
             settings["dtype"] = _saved_dtype(settings)
             settings["_attn_implementation"] = section.attn_implementation
-            model = fast.skeleton(settings, dtype(section, SimpleNamespace(**settings)))
+            model = fast.skeleton(settings, load_dtype(section, SimpleNamespace(**settings)))
             if model is not None:
                 return model
     return cast("nn.Module", skeleton(section))
@@ -198,7 +202,7 @@ def skeleton(section: ModelSection) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype(section, config), trust_remote_code=section.trust_remote_code
+                config, dtype=load_dtype(section, config), trust_remote_code=section.trust_remote_code
             )
     except (ValueError, ImportError) as error:
         raise _refused(section, "model", error) from None
@@ -218,7 +222,7 @@ def load_config(section: ModelSection) -> PretrainedConfig:
     return config
 
 
-def dtype(section: ModelSection, config: PretrainedConfig | SimpleNamespace) -> torch.dtype:
+def load_dtype(section: ModelSection, config: PretrainedConfig | SimpleNamespace) -> torch.dtype:
     """The precision of the frozen weights. `auto`: as saved, but float32 on a CPU without 16-bit arithmetic.
 
     There a product in 16 bits takes several times as long.
@@ -243,7 +247,7 @@ def _cpu_is_quick(dtype: torch.dtype) -> bool:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet_progress_bars() -> Iterator[None]:
     """Transformers' progress bars only on a terminal."""
     from transformers.utils import logging
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from lorary.errors import ConfigError, Diagnostic, StateError
 from lorary.layers.adapted import adapted_layers
-from lorary.model.state import base_parameter, require
+from lorary.model.state import base_parameter, require_attached
 
 
 def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -28,7 +28,7 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
             an adapter nor to the plan.
         ConfigError: the rate or the decay is out of range.
     """
-    state = require(model, "train")
+    state = require_attached(model, "train")
     problems = []
     if not (_number(lr) and 0 < lr < float("inf")):
         problems.append(Diagnostic("lr", f"{lr!r} is not a positive finite number"))

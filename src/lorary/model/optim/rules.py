@@ -13,7 +13,7 @@ from lorary.errors import ConfigError, Diagnostic, StateError
 from lorary.layers.adapted import Adapted, adapted_layers
 from lorary.layers.dtensor import distribute_like
 from lorary.model.rank_pruning import prune_directions
-from lorary.model.state import require
+from lorary.model.state import require_attached
 from lorary.spec.interfaces import Rule
 
 
@@ -152,7 +152,7 @@ def rules(
         StateError: nothing is attached; a rule needs the optimizer; the state belongs to another method or run.
         ConfigError: the number of steps is invalid, or too small for a rule.
     """
-    require(model, "train")
+    require_attached(model, "train")
     if type(steps) is not int or steps < 0:
         problem = Diagnostic("steps", f"{steps!r} is not a number of optimizer steps")
         raise ConfigError("invalid number of steps:", [problem])

@@ -16,7 +16,7 @@ from pydantic import Field, PrivateAttr
 from pydantic.fields import FieldInfo
 
 from lorary import methods  # noqa: F401 (registers the presets)
-from lorary.methods.lora_drop import announced
+from lorary.methods.lora_drop import probe_note
 from lorary.model.loading.source import ModelSection, Section
 from lorary.model.planning import default_targets, plan
 from lorary.spec.method import Method
@@ -34,7 +34,7 @@ from lorary.train.config._fields import (
     Sources,
     Trackers,
 )
-from lorary.train.config.previous_tasks import past_of
+from lorary.train.config.previous_tasks import load_previous_tasks
 from lorary.train.config.yaml_source import dump
 
 if TYPE_CHECKING:
@@ -102,12 +102,12 @@ class MethodSection(Section):
             model: the base; it may be on the meta device.
             past: the adapters of `after` if they are loaded already.
         """
-        past = past_of(self.after) if past is None else past
+        past = load_previous_tasks(self.after) if past is None else past
         options: dict[str, Any] = {"ranks": self.ranks, "alphas": self.alphas, "exclude": self.exclude}
         planned = plan(model, self.build(), self.targets, **options, after=past)
         if self.drop is None:
             return planned
-        return dataclasses.replace(planned, notes=(*planned.notes, announced(self.drop.threshold, self.drop.sample)))
+        return dataclasses.replace(planned, notes=(*planned.notes, probe_note(self.drop.threshold, self.drop.sample)))
 
 
 class DataSection(Section):

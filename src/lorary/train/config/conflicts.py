@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lorary.errors import Diagnostic, MethodError
-from lorary.methods.lora_drop import shareable
+from lorary.methods.lora_drop import sharing_problems
 from lorary.spec.interfaces import Sequential
 from lorary.train.config.config import Config
 
@@ -78,7 +78,7 @@ def _method(c: Config) -> Iterator[Diagnostic]:
     except MethodError:  # reported at the method's own keys
         return
     if c.method.drop is not None:
-        for problem in shareable(method):
+        for problem in sharing_problems(method):
             yield Diagnostic("method.drop", problem.what, problem.fix)
     if c.method.after and not isinstance(method.delta, Sequential):
         what = f"`{', '.join(c.method.name)}` cannot continue from earlier tasks"

@@ -19,7 +19,7 @@ def path_of(name: str) -> str:
     return name.partition("#")[0]
 
 
-def past_of(names: Sequence[str]) -> list[Adapter]:
+def load_previous_tasks(names: Sequence[str]) -> list[Adapter]:
     """The adapters of `method.after`; a name with a digest must still hold that adapter.
 
     Raises:

@@ -15,7 +15,7 @@ def pair(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], int, 
 
     The prompt's tokens are those of the same prompt at inference, if that is possible.
     """
-    asked, together = plain(tokenizer, prompt), plain(tokenizer, prompt + completion)
+    asked, together = encode_text(tokenizer, prompt), encode_text(tokenizer, prompt + completion)
     if together[: len(asked)] == asked:
         return with_eos(together, tokenizer), len(asked), False
     apart = asked + list(tokenizer(completion, add_special_tokens=False)["input_ids"])
@@ -30,7 +30,7 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
-def plain(tokenizer: Any, text: str) -> list[int]:
+def encode_text(tokenizer: Any, text: str) -> list[int]:
     """The token ids of a text with the tokenizer's own BOS, once, and without the EOS or separator that some append."""
     ids = list(tokenizer(text)["input_ids"])
     if not text:  # Transformers gives some tokenizers an EOS alone

@@ -67,7 +67,7 @@ def load(section: DataSection, task: str = "sft", seed: int = 42) -> Data:
     return Data(tuple(examples), tuple(held_out), row_format, tuple(notes))
 
 
-def validation(section: DataSection) -> list[Example]:
+def load_validation(section: DataSection) -> list[Example]:
     """The examples of `section.validation`, without reading the training data.
 
     Raises:

@@ -65,7 +65,7 @@ class Position:
     rank: int = 0
 
 
-def rows_of(
+def rows_in_batch(
     sampler: SeededSampler, at: Position, batch_size: int, ranks: int = 1, drop_last: bool = False
 ) -> list[int]:
     """The rows of the batch at a position.

@@ -83,7 +83,7 @@ def _encoded(example: Example, tokenizer: Any, special: frozenset[int], everythi
         ids, start, shares = encode.pair(tokenizer, example.prompt, example.completion)
         mask = [i >= start for i in range(len(ids))]
     else:
-        ids = encode.with_eos(encode.plain(tokenizer, example.text), tokenizer)
+        ids = encode.with_eos(encode.encode_text(tokenizer, example.text), tokenizer)
         mask = [True] * len(ids)
     labels = [i if everything or learn else IGNORED for i, learn in zip(ids, mask, strict=True)]
     return {"input_ids": ids, "labels": labels}, shares

@@ -26,7 +26,7 @@ from lorary.errors import Diagnostic, FileError
 from lorary.files.atomic import TEMPORARY
 from lorary.files.strict_json import parse
 from lorary.layers.adapted import Adapted
-from lorary.methods.lora_drop import Importance, announced
+from lorary.methods.lora_drop import Importance, probe_note
 from lorary.model.plan import Plan
 from lorary.train.config.config import DropSection
 from lorary.train.data.tokenize import Tokens
@@ -66,7 +66,7 @@ def choose_layers(prepared: RunPlan, folder: RunFolder, *, resumed: bool, quiet:
     drop = prepared.config.method.drop
     assert drop is not None
     path = folder / IMPORTANCE
-    before = announced(drop.threshold, drop.sample)
+    before = probe_note(drop.threshold, drop.sample)
     plan = dataclasses.replace(prepared.plan, notes=tuple(n for n in prepared.plan.notes if n != before))
     record = on_main_process(lambda: _read_record(path))
     if record is not None:

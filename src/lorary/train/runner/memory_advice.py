@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lorary.analysis.memory.gpu_fit import Need
+from lorary.analysis.memory.gpu_fit import GpuRequirement
 from lorary.errors import LoraryError
 from lorary.train.config.config import Config
 from lorary.train.runner.memory_forecast import Forecast, forecast
@@ -24,7 +24,7 @@ class Proposal:
 
     what: str
     how: str
-    need: Need
+    need: GpuRequirement
 
 
 def proposals(config: Config, now: Forecast, size: float) -> list[Proposal]:
@@ -73,7 +73,7 @@ def _rank(config: Config) -> int | None:
     return getattr(config.method.build().delta, "r", None)
 
 
-def _need_after(config: Config, changes: dict[str, Any], now: Forecast) -> Need | None:
+def _need_after(config: Config, changes: dict[str, Any], now: Forecast) -> GpuRequirement | None:
     """What a changed run needs; None if the changes contradict the rest of its configuration."""
     data = config.model_dump(mode="json")
     for key, value in changes.items():

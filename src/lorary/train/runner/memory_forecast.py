@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorary.analysis.memory.fixed import tensors
-from lorary.analysis.memory.gpu_fit import Need, need
+from lorary.analysis.memory.fixed import persistent_tensors
+from lorary.analysis.memory.gpu_fit import GpuRequirement, gpu_requirement
 from lorary.analysis.memory.memory import Memory
 from lorary.analysis.memory.predict import predict
 from lorary.analysis.memory.workload import Workload
-from lorary.model.loading.from_pretrained import dtype
+from lorary.model.loading.from_pretrained import load_dtype
 from lorary.model.plan import Plan
 from lorary.train.config.config import Config
 
@@ -32,7 +32,7 @@ class Forecast:
     model: nn.Module
     plan: Plan
     memory: Memory
-    need: Need
+    need: GpuRequirement
 
 
 def forecast(config: Config, model: nn.Module, planned: Plan | None = None) -> Forecast:
@@ -45,12 +45,12 @@ def forecast(config: Config, model: nn.Module, planned: Plan | None = None) -> F
     """
     planned = planned or config.method.plan(model)
     memory = predict(model, planned, workload(config, model), config.training.optimizer)
-    return Forecast(model, planned, memory, need(memory, tensors(model, planned)))
+    return Forecast(model, planned, memory, gpu_requirement(memory, persistent_tensors(model, planned)))
 
 
 def workload(config: Config, model: Any) -> Workload:
     """The micro-batch of a run; DPO scores a preferred and a rejected answer for every row."""
-    training, kind = config.training, dtype(config.model, model.config)
+    training, kind = config.training, load_dtype(config.model, model.config)
     batch = training.batch_size * (2 if config.task == "dpo" else 1)
     return Workload(
         batch=batch,

@@ -15,13 +15,13 @@ from lorary.adapters.adapter import Adapter
 from lorary.analysis.memory.memory import Memory
 from lorary.analysis.memory.predict import predict
 from lorary.errors import ConfigError
-from lorary.layers.rope import max_context, rotation
+from lorary.layers.rope import max_context, rope_parameters
 from lorary.model.loading.checkpoint_kind import reader
-from lorary.model.loading.from_pretrained import dtype, load_config, load_tokenizer, skeleton
+from lorary.model.loading.from_pretrained import load_config, load_dtype, load_tokenizer, skeleton
 from lorary.model.plan import Plan
 from lorary.train.config.config import Config
 from lorary.train.config.conflicts import contradictions
-from lorary.train.config.previous_tasks import past_of, with_digests
+from lorary.train.config.previous_tasks import load_previous_tasks, with_digests
 from lorary.train.data.lint import Lint, lint
 from lorary.train.data.load import load
 from lorary.train.data.tokenize import Tokens, tokenize
@@ -70,7 +70,7 @@ def prepare(config: Config, *, processes: int = 1) -> RunPlan:
     config = config.resolve()
     if problems := contradictions(config):
         raise ConfigError("the configuration contradicts itself:", problems)
-    past = past_of(config.method.after)
+    past = load_previous_tasks(config.method.after)
     method = config.method.model_copy(update={"after": with_digests(config.method.after, past)})
     config = config.model_copy(update={"method": method})
     model = skeleton(config.model)
@@ -112,7 +112,7 @@ def _longest(config: Config, report: Lint) -> int:
 def _length_notes(model_config: Any, plan: Plan, longest: int) -> tuple[str, ...]:
     """Notes on rows that are longer than the model's context, or too short to train an extended one."""
     length, known = plan.method.context.length if plan.method.context else None, max_context(model_config)
-    if length is None and known is not None and longest > known and rotation(model_config) is not None:
+    if length is None and known is not None and longest > known and rope_parameters(model_config) is not None:
         return (f"rows have up to {longest:,} tokens, and the model knows {known:,} positions: longlora extends them",)
     if length is not None and longest < length:
         return (f"the longest row has {longest:,} tokens: training covers only these of the {length:,} positions",)
@@ -132,7 +132,7 @@ def _count_steps(config: Config, train: Tokens, processes: int) -> int:
 
 def _dtype_note(config: Config) -> list[str]:
     model_config = load_config(config.model)
-    saved, chosen = model_config.dtype, dtype(config.model, model_config)
+    saved, chosen = model_config.dtype, load_dtype(config.model, model_config)
     if config.model.dtype != "auto" or saved == chosen or not isinstance(saved, torch.dtype):
         return []
     name = str(saved).removeprefix("torch.")

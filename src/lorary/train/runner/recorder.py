@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from lorary.files.atomic import refused
+from lorary.files.atomic import write_error
 from lorary.train.runner.folder import METRICS, RunFolder, json_line
 
 
@@ -32,7 +32,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # Transformers has no ty
                 with open(self.path, "a", encoding="utf-8") as file:
                     file.write(json_line(record))
             except OSError as error:
-                raise refused(self.path, error) from error
+                raise write_error(self.path, error) from error
 
 
 class EvaluateAtEnd(TrainerCallback):  # type: ignore[misc]  # Transformers has no types

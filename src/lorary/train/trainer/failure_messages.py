@@ -11,7 +11,7 @@ import torch
 
 from lorary.analysis.memory.memory import Memory
 from lorary.errors import Diagnostic, FileError, LoraryError, TrainingError
-from lorary.files.atomic import FULL, refused
+from lorary.files.atomic import FULL, write_error
 from lorary.model.plan import human_bytes
 from lorary.train.trainer import checkpoint
 
@@ -41,7 +41,7 @@ def with_failure_help(trainer: Any) -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        raise _with_checkpoint(refused(Path(trainer.args.output_dir), error), trainer) from error
+        raise _with_checkpoint(write_error(Path(trainer.args.output_dir), error), trainer) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

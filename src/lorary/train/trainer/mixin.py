@@ -34,9 +34,9 @@ import lorary
 from lorary.adapters import save_adapter
 from lorary.errors import Diagnostic, TrainingError
 from lorary.model.labelled_head import LabelledHead
-from lorary.model.rank_pruning import fit
-from lorary.model.state import require
-from lorary.train.data.sampler import Position, SeededSampler, rows_of
+from lorary.model.rank_pruning import resize_adapters
+from lorary.model.state import require_attached
+from lorary.train.data.sampler import Position, SeededSampler, rows_in_batch
 from lorary.train.trainer import checkpoint, distributed, resume, rng
 from lorary.train.trainer.failure_messages import with_failure_help
 from lorary.train.trainer.nan_guard import NanGuard
@@ -86,7 +86,7 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
     statistics: tuple[str, ...] = ("entropy", "is_top1")
 
     def __init__(self, *, model: Any, args: Any, callbacks: list[Any] | None = None, **rest: Any) -> None:
-        sites = require(model, "train").sites
+        sites = require_attached(model, "train").sites
         problems = [Diagnostic(name, *why) for name, why in _REFUSED.items() if getattr(args, name, False)]
         if problems:
             raise TrainingError("these settings cannot be combined with an adapter:", problems)
@@ -206,7 +206,7 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
         steps = math.ceil(len(self.callback_handler.train_dataloader) / accumulated)
         epoch, step = divmod(self.state.global_step, steps)
         at = Position(epoch, step * accumulated + micro_batch, self.args.process_index)
-        rows = rows_of(self.sampler, at, self._train_batch_size, ranks, self.args.dataloader_drop_last)
+        rows = rows_in_batch(self.sampler, at, self._train_batch_size, ranks, self.args.dataloader_drop_last)
         return f"rows {', '.join(map(str, rows))} of the training data (the first is 0)"
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -231,7 +231,7 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
         """
         chosen = resume.choose_checkpoint(self, resume_from_checkpoint) if resume_from_checkpoint else None
         if chosen is not None:  # before the model is sharded and an optimizer holds its parameters
-            fit(self.unwrapped_model(), resume.read_adapter(chosen).sites)
+            resize_adapters(self.unwrapped_model(), resume.read_adapter(chosen).sites)
         with self.stop_signal, with_failure_help(self):
             output = super().train(str(chosen) if chosen is not None else None, *args, **kwargs)
         return output._replace(training_loss=output.metrics["train_loss"])
@@ -285,7 +285,7 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
     def _load_best_model(self) -> None:
         best = resume.read_adapter(Path(self.state.best_model_checkpoint))
         resume.warn_of_pruning_since(best, self.state.best_global_step, self.rule_report().get("ranks", {}))
-        fit(self.unwrapped_model(), best.sites)
+        resize_adapters(self.unwrapped_model(), best.sites)
         resume.load_into(self.unwrapped_model(), best)
 
 

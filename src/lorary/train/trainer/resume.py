@@ -27,7 +27,7 @@ from lorary.model.fingerprint import Fingerprint
 from lorary.model.plan import Plan
 from lorary.model.rank_pruning import directions_of
 from lorary.model.residual_base import load_start
-from lorary.model.state import base_parameter, require
+from lorary.model.state import base_parameter, require_attached
 from lorary.spec.placement import start_name
 from lorary.train.trainer import checkpoint, optimizer_state, rng
 from lorary.train.trainer.distributed import on_main_process
@@ -92,7 +92,7 @@ def load_into(model: nn.Module, adapter: Adapter) -> None:
     Raises:
         FileError: its sites, roles or shapes differ from the model's; every difference.
     """
-    state, layers = require(model, "load"), adapted_layers(model)
+    state, layers = require_attached(model, "load"), adapted_layers(model)
     here = {site.site.name: site.stored for site in state.sites}
     there = {name: {role: tuple(t.shape) for role, t in roles.items()} for name, roles in adapter.tensors.items()}
     problems = [
