@@ -70,7 +70,7 @@ def test_a_quantised_base_merges_into_16_bits_and_not_into_4(ratio: float, tmp_p
     W = dense(layer.base)
     dW = layer.scale * layer.params["B"].detach().double() @ layer.params["A"].detach().double()
     live = MergeCheck.of(model)
-    (site,) = live.sites(lorary.load(plain(), tmp_path / "a", pack=False))
+    (site,) = live.sites(lorary.load(plain(), tmp_path / "a", quantize=False))
     found = live.merge(model)
     merged = model[0].weight.detach().double()
     assert found.sites[0].error == pytest.approx(float((merged - W - dW).norm() / dW.norm()), rel=1e-4)
@@ -144,7 +144,7 @@ def test_the_original_weights_are_held_against_the_packed_ones(names: tuple[str,
     lorary.save(model, tmp_path / "a")
     expected = {site: by_hand(layer, names) for site, layer in adapted_layers(model).items()}
     live = MergeCheck.of(model, ROWS)
-    dense_ = lorary.load(llama(), tmp_path / "a", pack=False)
+    dense_ = lorary.load(llama(), tmp_path / "a", quantize=False)
     assert not [m for m in dense_.modules() if isinstance(m, NF4Linear)]
     found = live.merge(dense_)
     assert found.original

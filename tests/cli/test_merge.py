@@ -97,7 +97,7 @@ def test_the_original_weights_on_request(command: Command, run: Path) -> None:
     assert (report["onto"], report["original"]) == ("original", True)
     assert report["error"] > 0.1
     assert report["kl"] > 1e-5
-    model = lorary.load(builtin.load_model(), run / "adapter", pack=False)
+    model = lorary.load(builtin.load_model(), run / "adapter", quantize=False)
     expected = answers(lorary.merge(model))
     torch.testing.assert_close(answers(AutoModelForCausalLM.from_pretrained("merged")), expected, rtol=0, atol=1e-4)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorary._deprecated import warn
 from lorary.adapters.adapter import Adapter, stacked
 from lorary.adapters.save_load import load_adapter, save_adapter
 from lorary.errors import Diagnostic, FileError, StateError
@@ -40,7 +41,8 @@ def load(
     strict: bool = True,
     force: bool = False,
     trainable: bool = False,
-    pack: bool = True,
+    quantize: bool = True,
+    pack: bool | None = None,
 ) -> nn.Module:
     """Attach a saved adapter, lorary's or PEFT's, to its base, in place.
 
@@ -50,8 +52,9 @@ def load(
         strict: refuse anything missing, unexpected, malformed or not finite; False tolerates what PEFT tolerates.
         force: accept another base than the one it was trained on, if every tensor fits.
         trainable: whether its parameters require gradients, for further training.
-        pack: quantise the layers that its method quantises (QLoRA). False keeps the base's own weights, which differ
-            from those that the adapter was trained on.
+        quantize: quantise the layers that its method quantises (QLoRA). False keeps the base's own weights, which
+            differ from those that the adapter was trained on.
+        pack: deprecated name of `quantize`.
 
     Returns:
         The same model.
@@ -60,6 +63,9 @@ def load(
         FileError: every reason why the folder cannot be used on this base.
         StateError: an adapter is attached already.
     """
+    if pack is not None:
+        warn("lorary.load(pack=...)", "quantize=")
+        quantize = pack
     if state_of(base) is not None:
         raise StateError(
             "cannot load:", [Diagnostic("model", "something is attached already", "lorary.switch replaces it")]
@@ -67,7 +73,7 @@ def load(
     adapter = load_adapter(path, model=base, strict=strict)
     here = Fingerprint.of(base)
     _check_base(base, adapter, here, str(path), force=force or not strict)
-    _install(base, adapter, here, trainable=trainable, pack=pack)
+    _install(base, adapter, here, trainable=trainable, quantize=quantize)
     return base
 
 
@@ -167,12 +173,12 @@ def _tensor_problems(
     return [Diagnostic(name, what) for what in reasons]
 
 
-def _install(model: nn.Module, adapter: Adapter, here: Fingerprint, *, trainable: bool, pack: bool = True) -> None:
+def _install(model: nn.Module, adapter: Adapter, here: Fingerprint, *, trainable: bool, quantize: bool = True) -> None:
     full = {name: tuple(value.shape) for name, value in adapter.full.items()}
     storage = adapter.method.storage
-    packed = quantizable_layers(scan(model), storage, full) if pack and not storage.writable else []
+    layers = quantizable_layers(scan(model), storage, full) if quantize and not storage.writable else []
     warn_of_quantization(unwrapped_modules(model), storage)
-    attach_tensors(model, adapter.method, adapter.sites, full, adapter.tensors, base=here, packed=packed)
+    attach_tensors(model, adapter.method, adapter.sites, full, adapter.tensors, fingerprint=here, quantized=layers)
     with torch.no_grad():
         for name, value in adapter.full.items():
             base_parameter(model, name).copy_(value)

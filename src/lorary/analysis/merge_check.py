@@ -66,7 +66,7 @@ class MergeCheck(NamedTuple):
 
         Args:
             model: the model of `of`; or, if that is quantised, the same adapter on the original base
-                (`lorary.load(base, path, pack=False)`).
+                (`lorary.load(base, path, quantize=False)`).
             dtype: of the merged model, all its plain weights; None for those that they have.
 
         Raises:

@@ -169,7 +169,7 @@ def _merged(
         del model
         gc.collect()  # models contain reference cycles
         model = load_model(section)
-        lorary.load(model, folder, force=force, pack=False)
+        lorary.load(model, folder, force=force, quantize=False)
     sites = check.sites(model, target)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", BiasWarning)  # refused below, with every name

@@ -121,8 +121,8 @@ def attach_tensors(
     full: Mapping[str, tuple[int, ...]],
     tensors: Mapping[str, Mapping[str, Tensor]],
     *,
-    base: Fingerprint | None = None,
-    packed: Collection[str] = (),
+    fingerprint: Fingerprint | None = None,
+    quantized: Collection[str] = (),
 ) -> None:
     """Attach adapters with given tensors, in place; freeze and quantise the rest.
 
@@ -132,18 +132,18 @@ def attach_tensors(
         sites: the adapted sites.
         full: base parameter that trains in full -> its shape.
         tensors: site -> role -> values.
-        base: the model's fingerprint, if the caller has it: taking it reads a little of every parameter.
-        packed: the paths of the layers to quantise.
+        fingerprint: of the base, if the caller has it: taking it reads a little of every parameter.
+        quantized: the paths of the layers to quantise.
     """
     scanned = scan(model)
-    if problems := not_quantizable(scanned, packed):
+    if problems := not_quantizable(scanned, quantized):
         raise PlanError("cannot attach:", problems)
-    insert(scanned, method, sites, full, tensors=tensors, fingerprint=base, quantized=packed)
+    insert(scanned, method, sites, full, tensors=tensors, fingerprint=fingerprint, quantized=quantized)
     del scanned  # it holds every dense weight, and quantising frees them one at a time
     with _detached_on_error(model):
         for layer in _with_progress(list(adapted_layers(model).values())):
-            finalise_start(model, layer, quantizes=layer.site.name in packed)
-        _quantize_others(model, packed)
+            finalise_start(model, layer, quantizes=layer.site.name in quantized)
+        _quantize_others(model, quantized)
 
 
 @contextlib.contextmanager

@@ -85,7 +85,7 @@ def test_ours_is_a_peft_adapter_of_a_bitsandbytes_base_and_of_the_dense_one(
     close(outputs(PeftModel.from_pretrained(bitsandbytes_base(), str(tmp_path))), expected)
     dense = outputs(PeftModel.from_pretrained(LLAMA.model(), str(tmp_path)).eval())
     assert (dense - expected).abs().max() > 1e-3  # another base: the error of packing is not in it
-    close(outputs(lorary.load(LLAMA.model(), tmp_path, pack=False)), dense)
+    close(outputs(lorary.load(LLAMA.model(), tmp_path, quantize=False)), dense)
     close(outputs(PeftModel.from_pretrained(lorary.dequantize(_packed()), str(tmp_path)).eval()), expected)
 
 
