@@ -6,8 +6,10 @@
 The picture shows every room in the order in which it may import, with the number of imports from room to room.
 
 The way of one weight is a tiny model that is planned, attached, run, trained for one step, saved, loaded and merged,
-with LoRA, in a fresh process. A file counts as entered where one of its functions is called for this, and not merely
-when the file is imported: what an import itself runs (decorators, class bodies) does not count.
+with LoRA, in a fresh process. A file counts as entered if one of its functions is called for this, and not merely
+when the file is imported: what an import itself runs (decorators, class bodies) does not count. A file holds the weight
+if one of these functions has the weight W of the first layer, or its A or B, at hand: as an argument, as a local
+variable or as its result, directly or in a list, a tuple or a dictionary.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
+from typing import Any
 from xml.sax.saxutils import escape
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,10 +159,26 @@ def svg() -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def way() -> tuple[dict[Path, str], set[Path]]:
-    """The files whose functions the way of one weight enters, each with the step that is first there, and all that
-    were imported by its end."""
-    step, entered = "", dict[Path, str]()
+def _holds(value: Any, shapes: set[tuple[int, ...]], depth: int = 3) -> bool:
+    """Whether a value is a tensor of one of these shapes, or contains one."""
+    from torch import Tensor
+
+    if isinstance(value, Tensor):
+        return tuple(value.shape) in shapes
+    if not depth or not isinstance(value, dict | list | tuple):
+        return False
+    inside = value.values() if isinstance(value, dict) else value
+    return any(_holds(inner, shapes, depth - 1) for inner in list(inside))
+
+
+def way() -> tuple[dict[Path, str], set[Path], set[Path]]:
+    """The files on the way of one weight.
+
+    Returns:
+        The files whose functions are entered, each with its first step; those of them that hold the weight; and all
+        files that were imported by the end.
+    """
+    step, busy, entered, holding = "", False, dict[Path, str](), set[Path]()
 
     def by_an_import(frame: FrameType | None) -> bool:
         while frame is not None:
@@ -169,9 +188,17 @@ def way() -> tuple[dict[Path, str], set[Path]]:
         return False
 
     def profile(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal busy
         file = frame.f_code.co_filename
-        if event == "call" and file.startswith(str(SOURCE)) and not by_an_import(frame):
-            entered.setdefault(Path(file), step)
+        if busy or event not in ("call", "return") or not file.startswith(str(SOURCE)):
+            return
+        busy = True  # looking at tensors calls functions, too
+        path = Path(file)
+        if event == "call" and not by_an_import(frame):
+            entered.setdefault(path, step)
+        if path in entered and path not in holding and _holds([*frame.f_locals.values(), argument], shapes):
+            holding.add(path)
+        busy = False
 
     sys.path.insert(0, str(SOURCE.parent))
     import torch
@@ -179,14 +206,15 @@ def way() -> tuple[dict[Path, str], set[Path]]:
     import lorary
 
     torch.manual_seed(0)
-    model, fresh = (torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4)) for _ in range(2))
+    model, fresh = (torch.nn.Sequential(torch.nn.Linear(7, 11), torch.nn.Linear(11, 5)) for _ in range(2))
+    shapes = {(11, 7), (3, 7), (11, 3)}  # W, A and B of the first layer; no other tensor has such a shape
     fresh.load_state_dict(model.state_dict())
-    x = torch.ones(2, 8)
+    x = torch.ones(2, 7)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "adapter"
         sys.setprofile(profile)
         step = "plan"
-        plan = lorary.plan(model, lorary.method("lora", r=2), targets="all-linear")
+        plan = lorary.plan(model, lorary.method("lora", r=3), targets="all-linear")
         step = "attach"
         lorary.attach(model, plan)
         step = "forward"
@@ -203,16 +231,16 @@ def way() -> tuple[dict[Path, str], set[Path]]:
         lorary.merge(fresh)
         sys.setprofile(None)
     loaded = (getattr(module, "__file__", None) or "" for module in list(sys.modules.values()))
-    return entered, {Path(file) for file in loaded if file.startswith(str(SOURCE))}
+    return entered, holding, {Path(file) for file in loaded if file.startswith(str(SOURCE))}
 
 
 def print_way() -> None:
-    entered, imported = way()
+    entered, holding, imported = way()
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in imported | set(entered)}
     for path, step in entered.items():
-        print(f"{step:8} {lines[path]:4}  {path.relative_to(SOURCE.parent)}")
-    print(f"entered: {len(entered)} files, {sum(lines[path] for path in entered):,} lines")
-    print(f"imported: {len(imported)} files, {sum(lines[path] for path in imported):,} lines")
+        print(f"{step:8} {lines[path]:4}  {'W' if path in holding else ' '}  {path.relative_to(SOURCE.parent)}")
+    for name, paths in (("hold the weight", holding), ("entered", set(entered)), ("imported", imported)):
+        print(f"{name}: {len(paths)} files, {sum(lines[path] for path in paths):,} lines")
 
 
 def main() -> None:
