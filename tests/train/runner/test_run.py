@@ -245,6 +245,19 @@ def test_a_killed_run_is_resumed_to_the_very_same_folder(words: dict[str, Any], 
     assert not list(Path("out").rglob(".lorary-tmp-*"))
 
 
+def test_resuming_a_finished_run_changes_nothing(words: dict[str, Any]) -> None:
+    """Its last step is in the middle of an epoch, where the loop has batches left."""
+    config = from_dict(changed(words, "training", max_steps=3, schedule="constant"))
+    first = run(config, quiet=True)
+    adapter = (first.adapter / "adapter_model.safetensors").read_bytes()
+    checkpoints = sorted(path.name for path in Path("out", "checkpoints").iterdir())
+    for _ in range(2):
+        again = run(config, resume=True, quiet=True)
+        assert again.steps == first.steps == 3
+        assert (again.adapter / "adapter_model.safetensors").read_bytes() == adapter
+        assert sorted(path.name for path in Path("out", "checkpoints").iterdir()) == checkpoints
+
+
 @pytest.mark.usefixtures("out")
 def test_resuming_with_another_configuration_is_refused(words: dict[str, Any]) -> None:
     other = changed(changed(words, "training", lr=5e-4, save_total_limit=5), "method", r=8)

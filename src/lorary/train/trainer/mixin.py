@@ -271,6 +271,11 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
         self._resumed = checkpoint.read(Path(resume_from_checkpoint))
         resume.load_into(self.unwrapped_model(), resume.read_adapter(Path(resume_from_checkpoint)))
 
+    def _init_training_state(self, max_steps: int, steps_per_epoch: int, epochs: int, *args: Any) -> tuple[int, int]:
+        """(epochs done, micro-batches done in the next one); of a finished run all epochs, or it would go on."""
+        epochs_done, batches_done = super()._init_training_state(max_steps, steps_per_epoch, epochs, *args)
+        return (epochs, 0) if self.state.global_step >= max_steps else (epochs_done, batches_done)
+
     def _load_optimizer_and_scheduler(self, path: str | None) -> None:
         if path is not None:
             resume.restore_optimizer(self, self._resumed)
