@@ -27,14 +27,13 @@ from torch import Tensor
 from lorary import __version__, _deprecated
 from lorary.adapters import shared_tensors, tied_sites
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.expected_tensors import Layout, expected_tensors, read_tensors, site_tensors
 from lorary.adapters.peft import keys as peft_keys
 from lorary.adapters.peft.config import NAME as PEFT_CONFIG
 from lorary.adapters.peft.reader import MOST_JSON, WEIGHTS
 from lorary.adapters.peft.types import PeftType, peft_type_of
 from lorary.adapters.shared_tensors import SharedTensors
 from lorary.adapters.site_records import adapted_sites, read_sites, site_record
-from lorary.adapters.value_checks import alert_if_zero
+from lorary.adapters.tensor_checks import Layout, alert_if_zero, expected_tensors, read_tensors, site_tensors
 from lorary.errors import Diagnostic, FileError, MethodError
 from lorary.files.findings import Findings
 from lorary.files.manifest import digest, sha256

@@ -14,7 +14,7 @@ from lorary.adapters.peft.config import NAME as PEFT_CONFIG
 from lorary.adapters.peft.config import config_text
 from lorary.adapters.peft.reader import WEIGHTS, read_peft, weights_name
 from lorary.adapters.shared_tensors import SharedTensors, collect_shared, inconsistent_copies
-from lorary.adapters.value_checks import unwritable
+from lorary.adapters.tensor_checks import unwritable
 from lorary.errors import Diagnostic, FileError
 from lorary.files.atomic import atomic_directory
 from lorary.files.findings import Findings

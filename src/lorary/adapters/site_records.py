@@ -10,8 +10,8 @@ from typing import Any, cast
 from lorary.adapters import tied_sites
 from lorary.errors import Diagnostic, MethodError
 from lorary.files.findings import Findings
-from lorary.files.safetensors_header import MOST_EXTENT
 from lorary.files.strict_json import show
+from lorary.files.tensor_file import MOST_EXTENT
 from lorary.layers.kinds import KINDS
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite, with_rank

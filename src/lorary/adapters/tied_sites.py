@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lorary.errors import Diagnostic
-from lorary.files.safetensors_header import name_problem
 from lorary.files.strict_json import named, show
+from lorary.files.tensor_file import name_problem
 from lorary.spec.placement import AdaptedSite, inconsistent_ties
 
 _BAR = "|"  # between a site and a role in the keys of lorary's file

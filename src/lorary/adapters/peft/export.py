@@ -19,7 +19,7 @@ from lorary.adapters.peft.lora import LORA, encode_factors, is_dora, lora_fields
 from lorary.adapters.peft.reader import WEIGHTS
 from lorary.adapters.save_load import ADAPTER_FILES
 from lorary.adapters.shared_tensors import collect_shared
-from lorary.adapters.value_checks import unwritable
+from lorary.adapters.tensor_checks import unwritable
 from lorary.errors import Diagnostic, FileError
 from lorary.files.atomic import atomic_directory
 from lorary.files.strict_json import show

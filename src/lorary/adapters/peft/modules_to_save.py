@@ -12,7 +12,7 @@ from lorary.adapters.adapter import Adapter
 from lorary.adapters.peft.config import PeftConfig
 from lorary.errors import Diagnostic
 from lorary.files.findings import Findings
-from lorary.files.safetensors_header import Entry
+from lorary.files.tensor_file import Entry
 from lorary.layers.adapted import base_parameters, unwrapped_modules
 
 _BASE = ".base_layer."
