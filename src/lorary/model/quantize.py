@@ -78,7 +78,7 @@ def _paths_to_quantize(model: nn.Module, storage: Storage) -> list[str]:
 
 
 def bad_storage(storage: Any) -> list[Diagnostic]:
-    """Why this is not a storage that quantises."""
+    """The errors of a storage: it does not quantise, or has invalid fields."""
     if isinstance(storage, type) or not isinstance(storage, Storage) or storage.writable:
         return [Diagnostic("storage", f"{storage!r} does not quantise", "pass NF4()")]
     return [Diagnostic("storage", what) for what in field_errors(storage)]
