@@ -89,7 +89,7 @@ def load_adapter(folder: str | os.PathLike[str], *, model: nn.Module | None = No
 
 
 def _inconsistent(adapter: Adapter, shared: SharedTensors) -> list[Diagnostic]:
-    """The sites that cannot be tied or share tensors as they say, or whose copies differ."""
+    """The sites that cannot be tied or share tensors as recorded, or whose copies differ."""
     differing = tied_sites.rejoined(adapter.sites, {name: dict(roles) for name, roles in adapter.tensors.items()})[1]
     return tied_sites.problems(adapter.sites) or inconsistent_copies(adapter, shared.tensors) + differing
 

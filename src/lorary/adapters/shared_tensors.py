@@ -96,7 +96,7 @@ def checksums(shared: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
 
 
 def invalid_record(record: Any, sites: Sequence[AdaptedSite]) -> str:
-    """What is wrong with the `drawn` of a `lorary.json`; empty if nothing is."""
+    """The error in the `drawn` of a `lorary.json`; empty if it is valid."""
     sizes = shared_shapes(sites)
     if not isinstance(record, dict) or set(record) != set(sizes) or not sizes:
         return f"must describe the shared tensors: {', '.join(sorted(sizes)) or 'none'}"

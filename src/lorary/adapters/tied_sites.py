@@ -35,7 +35,7 @@ def share_name(value: object) -> str:
 
 
 def problems(sites: Sequence[AdaptedSite]) -> list[Diagnostic]:
-    """Why the sites cannot be tied as they say, or could not be told apart in a file."""
+    """The sites that cannot be tied as recorded, or whose names a file could not tell from shared tensors."""
     found = inconsistent_ties(sites)
     for adapted in sites:
         name = adapted.site.name

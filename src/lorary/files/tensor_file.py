@@ -227,7 +227,7 @@ def _metadata_problem(metadata: Any) -> str:
 
 
 def name_problem(name: str) -> str:
-    """What is wrong with a tensor's name; empty if nothing is."""
+    """The error in a tensor's name; empty if it is valid."""
     if len(name) > MOST_NAME:
         return f"a tensor's name has at most {MOST_NAME} characters"
     if not _NAME.fullmatch(name):

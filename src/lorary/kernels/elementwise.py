@@ -58,7 +58,7 @@ def add_scaled_linear(y: Tensor, x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor) -
 
 
 def add_scaled_linear_reference(y: Tensor, x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor) -> Tensor:
-    """The specification of `add_supported` in plain operations."""
+    """The specification of `add_scaled_linear` in plain operations."""
     with without_autocast(y.device):
         return y + F.linear(x.to(y.dtype), W.to(y.dtype) * (Ad.to(y.dtype) @ Au.to(y.dtype)))
 

@@ -67,7 +67,7 @@ def modules_to_save(
         model: the base, or None.
         sites: the paths of the adapted modules.
         found: the file's tensors by short name.
-        findings: collects tied parameters that would come apart.
+        findings: collects tied parameters that would be untied.
     """
     base = dict(base_parameters(model)) if model is not None else None
     saved = ModulesToSave(base=base)
