@@ -113,9 +113,8 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         for path in with_progress(paths, "dequantising"):
             layer = model.get_submodule(path)
             W = weight(layer)
-            replace_layer(
-                model, path, dequantized_layer(layer, W.to(dtype or dequantized_dtype(model, layer) or W.dtype))
-            )
+            W = W.to(dtype or dequantized_dtype(model, layer) or W.dtype)
+            replace_layer(model, path, dequantized_layer(layer, W))
     remove_quantization_config(model)
     return model
 
