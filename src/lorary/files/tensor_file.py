@@ -240,7 +240,7 @@ def _entry_problem(fields: Any) -> str:
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         return "its entry must have exactly the fields dtype, shape and data_offsets"
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:  # not every JSON value can be looked up
         known = isinstance(dtype, str) and dtype in ITEM_SIZES
         return f"{'is' if known else 'has the unknown dtype'} {show(dtype)}; accepted are {', '.join(DTYPES)}"
     if not _are_counts(shape, MOST_EXTENT) or len(shape) > MOST_DIMENSIONS:
