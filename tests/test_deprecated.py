@@ -137,7 +137,6 @@ DOCUMENTED = [
     ("lorary.methods.lora", "ByRank", "lorary.methods.lora", "AlphaOverRank"),
     ("lorary.methods.longlora", "Extended", "lorary.methods.longlora", "LongContext"),
     ("lorary.errors", "Problem", "lorary.errors", "Diagnostic"),
-    ("lorary.train.config", "Config", "lorary.train.config.config", "Config"),
 ]
 
 

@@ -97,7 +97,7 @@ class TrainingError(LoraryError, RuntimeError):
 
 
 def nearest(word: str, known: Iterable[str], most: int = 3) -> list[str]:
-    """The `most` entries of `known` nearest to a mistyped `word`, best first.
+    """The `most` names in `known` nearest to a mistyped `word`, best first.
 
     >>> nearest("q_porj", ["q_proj", "k_proj", "norm"])
     ['q_proj', 'k_proj']
@@ -107,7 +107,7 @@ def nearest(word: str, known: Iterable[str], most: int = 3) -> list[str]:
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """A hint with the nearest known words; empty if none is near.
+    """A hint with the nearest known names; empty if none is near.
 
     >>> suggestion("q_porj", ["q_proj", "k_proj", "norm"])
     'did you mean `q_proj` or `k_proj`?'
@@ -122,7 +122,7 @@ def suggested_path(path: Path, *, folders: bool = False) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A hint with the nearest known words, or all of them if none is near."""
+    """A hint with the nearest known names, or all of them if none is near."""
     known = list(known)
     return suggestion(word, known) or "known: " + ", ".join(sorted(known))
 

@@ -179,11 +179,11 @@ def test_a_switch_touches_the_sites_only() -> None:
 
 
 def test_a_switch_reads_the_bases_fingerprint_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorary.model import fingerprint
+    from lorary.model.fingerprint import Sample
 
     reads: list[Tensor] = []
-    sample = fingerprint._sample
-    monkeypatch.setattr(fingerprint, "_sample", lambda tensor: (reads.append(tensor), sample(tensor))[1])
+    sample = Sample.of
+    monkeypatch.setattr(Sample, "of", staticmethod(lambda tensor: (reads.append(tensor), sample(tensor))[1]))
     model, one, other = tiny.seeded("LlamaForCausalLM"), made(seed=1), made(seed=2)
     reads.clear()
     lorary.switch(model, one)

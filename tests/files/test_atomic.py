@@ -17,8 +17,8 @@ import pytest
 
 from lorary.errors import FileError
 from lorary.files.atomic import atomic_directory, atomic_file, recover, remove_stale
-from lorary.files.fault_injection import fault_point
 from lorary.files.manifest import verify_manifest, write_manifest
+from lorary.files.syscalls import fault_point
 from tests.files import writer
 
 DIRECTORY_POINTS = (

@@ -79,7 +79,7 @@ def factors_on_base(adapted: AdaptedSite, tensors: Mapping[str, Tensor]) -> tupl
 
 
 class _BaseLayer(NamedTuple):
-    """The base's layer at a site; only asking for its values raises what is wrong with it."""
+    """The base's layer at a site, checked when its weight or bias is asked for."""
 
     base: nn.Module | None
     adapted: AdaptedSite

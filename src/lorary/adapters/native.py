@@ -25,16 +25,15 @@ from typing import Any
 from torch import Tensor
 
 from lorary import __version__, _deprecated
-from lorary.adapters import shared_tensors, tied_sites
+from lorary.adapters import shared_tensors
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.expected_tensors import Layout, expected_tensors, read_tensors, site_tensors
 from lorary.adapters.peft import keys as peft_keys
 from lorary.adapters.peft.config import NAME as PEFT_CONFIG
 from lorary.adapters.peft.reader import MOST_JSON, WEIGHTS
 from lorary.adapters.peft.types import PeftType, peft_type_of
 from lorary.adapters.shared_tensors import SharedTensors
 from lorary.adapters.site_records import adapted_sites, read_sites, site_record
-from lorary.adapters.value_checks import alert_if_zero
+from lorary.adapters.tensor_checks import Layout, alert_if_zero, expected_tensors, read_tensors, site_tensors
 from lorary.errors import Diagnostic, FileError, MethodError
 from lorary.files.findings import Findings
 from lorary.files.manifest import digest, sha256
@@ -114,7 +113,7 @@ def read_native(folder: Path, findings: Findings) -> Adapter:
         _check_digest(file.name, file.size, file.sha256(), files[file.name], findings)
         findings.raise_refused()
         tensors, full = _tensors(file, sites, method, data, peft_type, findings)
-    tensors, inconsistent = tied_sites.rejoined(sites, tensors)
+    tensors, inconsistent = shared_tensors.rejoined(sites, tensors)
     findings.fatal += [Diagnostic(f"{file.name}: {problem.where}", problem.what) for problem in inconsistent]
     alert_if_zero(sites, tensors, findings)
     return Adapter(method, sites, tensors, full, Fingerprint(**data["base"]), findings.conclude())
@@ -216,7 +215,7 @@ def _tensors(
 def _layout(adapted: AdaptedSite) -> Layout:
     """The names and shapes of a site's own tensors in `adapter.safetensors`."""
     own = {role: shape for role, shape in adapted.stored.items() if role not in adapted.delta.shared}
-    return {role: (tied_sites.key(adapted, role), shape) for role, shape in own.items()}
+    return {role: (shared_tensors.tensor_key(adapted, role), shape) for role, shape in own.items()}
 
 
 def _decode(adapted: AdaptedSite, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

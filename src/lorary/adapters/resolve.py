@@ -28,7 +28,7 @@ def find_base(adapter: Path, base: str | None, dtype: str = "auto") -> ModelSect
     Raises:
         FileError: neither names a model that can be found.
     """
-    from lorary.adapters import load_adapter
+    from lorary.adapters.save_load import load_adapter
 
     name = base or load_adapter(adapter).base.name
     if not name or (base is None and "/" not in name and not name.startswith("builtin:") and not Path(name).is_dir()):

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from torch import nn
 
-from lorary.adapters import native, tied_sites
+from lorary.adapters import native
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.peft import writer
 from lorary.adapters.peft.config import NAME as PEFT_CONFIG
 from lorary.adapters.peft.config import config_text
 from lorary.adapters.peft.reader import WEIGHTS, read_peft, weights_name
-from lorary.adapters.shared_tensors import SharedTensors, collect_shared, inconsistent_copies
-from lorary.adapters.value_checks import unwritable
+from lorary.adapters.shared_tensors import SharedTensors, collect_shared, inconsistent_copies, rejoined, tie_problems
+from lorary.adapters.tensor_checks import unwritable
 from lorary.errors import Diagnostic, FileError
 from lorary.files.atomic import atomic_directory
 from lorary.files.findings import Findings
@@ -89,9 +89,9 @@ def load_adapter(folder: str | os.PathLike[str], *, model: nn.Module | None = No
 
 
 def _inconsistent(adapter: Adapter, shared: SharedTensors) -> list[Diagnostic]:
-    """The sites that cannot be tied or share tensors as they say, or whose copies differ."""
-    differing = tied_sites.rejoined(adapter.sites, {name: dict(roles) for name, roles in adapter.tensors.items()})[1]
-    return tied_sites.problems(adapter.sites) or inconsistent_copies(adapter, shared.tensors) + differing
+    """The sites that cannot be tied or share tensors as recorded, or whose copies differ."""
+    differing = rejoined(adapter.sites, {name: dict(roles) for name, roles in adapter.tensors.items()})[1]
+    return tie_problems(adapter.sites) or inconsistent_copies(adapter, shared.tensors) + differing
 
 
 def _no_adapter(path: Path) -> Diagnostic:

@@ -1,18 +1,22 @@
-"""The tensors that all sites of an adapter share (VeRA's A and B): stored once, or only as a checksum.
+"""Tensors that several sites share: projections of all sites (VeRA), and the tensors of tied sites (LoRA-drop).
 
-The shared tensor of a role is as large as the largest site needs in every direction, and each site uses its leading
-slice. An init can regenerate them from its seed, and then `lorary.json` may hold only
+VeRA's A and B are stored once, or only as a checksum. The shared tensor of a role is as large as the largest site needs
+in every direction, and each site uses its leading slice. An init can regenerate them from its seed, and then
+`lorary.json` may hold only
 
     "drawn": {"A": {"dtype": "F32", "sha256": ...}, "B": ...}
 
 The SHA-256 is over the numbers as little-endian 32-bit floats, zero where no site reaches.
+
+Tied sites train one set of tensors, which is stored once in lorary's file and at every site in PEFT's. After reading
+either, such a set is one tensor for all its sites, as in training.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,13 +24,14 @@ from torch import Tensor
 
 from lorary.adapters.adapter import Adapter
 from lorary.errors import Diagnostic
-from lorary.files.strict_json import show
-from lorary.files.tensor_file import DTYPES, memory
+from lorary.files.strict_json import named, show
+from lorary.files.tensor_file import DTYPES, memory, name_problem
 from lorary.layers.shared_projections import leading_slice
 from lorary.spec.method import Method
-from lorary.spec.placement import AdaptedSite, adaptation, shared_shapes
+from lorary.spec.placement import AdaptedSite, adaptation, inconsistent_ties, shared_shapes
 
 _MOST_DRAWN = 2**30  # bytes; VeRA of rank 1,024 on the widest layers in use takes a quarter of it
+_BAR = "|"  # between a site and a role in the keys of lorary's file
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -96,7 +101,7 @@ def checksums(shared: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
 
 
 def invalid_record(record: Any, sites: Sequence[AdaptedSite]) -> str:
-    """What is wrong with the `drawn` of a `lorary.json`; empty if nothing is."""
+    """The error in the `drawn` of a `lorary.json`; empty if it is valid."""
     sizes = shared_shapes(sites)
     if not isinstance(record, dict) or set(record) != set(sizes) or not sizes:
         return f"must describe the shared tensors: {', '.join(sorted(sizes)) or 'none'}"
@@ -120,3 +125,63 @@ def regenerate_recorded(
 
 def _sha256(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.float().contiguous().numpy().astype("<f4").tobytes()).hexdigest()
+
+
+# --- tied sites -------------------------------------------------------------------------------------------------------
+
+
+def tensor_key(adapted: AdaptedSite, role: str) -> str:
+    """The name of a tensor in lorary's file: one for all sites of a share."""
+    return f"|{adapted.share}|{role}" if adapted.share else f"{adapted.site.name}|{role}"
+
+
+def share_name(value: object) -> str:
+    """The name of a share, checked.
+
+    Raises:
+        ValueError: a file cannot hold it.
+    """
+    if not isinstance(value, str) or not value or _BAR in value or name_problem(value):
+        raise ValueError(f"`share` is {show(value)}; it is a name of printable ASCII without {_BAR}")
+    return value
+
+
+def tie_problems(sites: Sequence[AdaptedSite]) -> list[Diagnostic]:
+    """The sites that cannot be tied as recorded, or whose names a file could not tell from shared tensors."""
+    found = inconsistent_ties(sites)
+    for adapted in sites:
+        name = adapted.site.name
+        if adapted.share:
+            try:
+                share_name(adapted.share)
+            except ValueError as error:
+                found.append(Diagnostic(name, str(error)))
+        if name.startswith(_BAR):
+            what = f"begins with {_BAR}, like the names of shared tensors"
+            found.append(Diagnostic(named(name), what, "rename the module"))
+    return found
+
+
+def rejoined(
+    sites: Iterable[AdaptedSite], tensors: Mapping[str, dict[str, Tensor]]
+) -> tuple[dict[str, dict[str, Tensor]], list[Diagnostic]]:
+    """site -> role -> tensor, one for all sites of a share; and the sites whose tensors differ from the first one's."""
+    joined, found = dict(tensors), []
+    firsts: dict[str, str] = {}
+    for adapted in sites:
+        name = adapted.site.name
+        if not adapted.share:
+            continue
+        first = firsts.setdefault(adapted.share, name)
+        own, others = tensors[name], tensors[first]
+        for role in sorted(own.keys() | others.keys()):
+            if not _same(own.get(role), others.get(role)):
+                found.append(Diagnostic(name, f"its {role} differs from that of {first}, to which it is tied"))
+        joined[name] = others
+    return joined, found
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is b or a is None or b is None:
+        return a is b
+    return a.dtype == b.dtype and torch.equal(a, b)

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from typing import Any, cast
 
-from lorary.adapters import tied_sites
+from lorary.adapters.shared_tensors import share_name, tie_problems
 from lorary.errors import Diagnostic, MethodError
 from lorary.files.findings import Findings
-from lorary.files.safetensors_header import MOST_EXTENT
 from lorary.files.strict_json import show
+from lorary.files.tensor_file import MOST_EXTENT
 from lorary.layers.kinds import KINDS
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite, with_rank
@@ -78,7 +78,7 @@ def adapted_sites(sites: list[Site], records: list[Any], method: Method, finding
             findings.fatal += [Diagnostic(f"{where}: {problem.where}", problem.what) for problem in error.problems]
         except (ValueError, TypeError) as error:
             findings.fatal.append(Diagnostic(where, str(error)))
-    findings.fatal += [Diagnostic(f"lorary.json: {p.where}", p.what) for p in tied_sites.problems(found)]
+    findings.fatal += [Diagnostic(f"lorary.json: {p.where}", p.what) for p in tie_problems(found)]
     return tuple(found)
 
 
@@ -114,7 +114,7 @@ def _site(record: Any) -> Site:
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"{show(kind)} is not a kind of site; the kinds are {', '.join(KINDS)}")
     if "share" in record:
-        tied_sites.share_name(record["share"])
+        share_name(record["share"])
     kernel = record.get("kernel_size", [])
     if not isinstance(kernel, list) or len(kernel) != {"conv1d": 1, "conv2d": 2, "conv3d": 3}.get(kind, 0):
         raise ValueError(f"the kernel size {show(kernel)} is not that of a {kind}")

@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lorary.errors import Diagnostic, FileError
-from lorary.files.fault_injection import fault_point
-from lorary.files.syscalls import abandoned, exchange, hold, reason, sync_folder, sync_tree
+from lorary.files.syscalls import abandoned, exchange, fault_point, hold, reason, sync_folder, sync_tree
 
 TEMPORARY = ".lorary-tmp-"
 REPLACED = ".lorary-old-"

@@ -12,9 +12,8 @@ from typing import Any
 
 from lorary.errors import Diagnostic, FileError
 from lorary.files import strict_json
-from lorary.files.fault_injection import fault_point
 from lorary.files.strict_json import named, show
-from lorary.files.syscalls import reason
+from lorary.files.syscalls import fault_point, reason
 
 NAME = "MANIFEST.json"
 _FORMAT = 1

@@ -1,9 +1,21 @@
-"""System calls of the atomic writer: exchange, flush and lock."""
+"""System calls of the atomic writer: exchange, flush and lock; and fault points between them.
+
+A crash test must stop *between* two particular system calls. The writers of this package name those places with
+`fault_point("directory.before-rename")`; the environment variable
+
+    LORARY_FAULT="directory.before-rename:kill"        at every passage
+    LORARY_FAULT="directory.before-rename:3:kill"      at the third passage only
+
+chooses the fault: `kill` (SIGKILL to this process, as from the kernel's OOM killer), `enospc` (the disk is full) or
+`raise` (an ordinary error). Without the variable a fault point is one dictionary lookup.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +23,8 @@ try:
     import fcntl
 except ImportError:  # not POSIX: without advisory locks nothing counts as stale
     fcntl = None  # type: ignore[assignment]
+
+_passages: dict[str, int] = {}  # of fault points
 
 
 def reason(error: OSError) -> str:
@@ -78,3 +92,28 @@ def abandoned(entry: Path) -> bool:
     finally:
         os.close(descriptor)
     return True
+
+
+def fault_point(name: str) -> None:
+    """Trigger the fault that `LORARY_FAULT` asks for at this point, if any.
+
+    Raises:
+        OSError: the fault is `enospc`.
+        RuntimeError: the fault is `raise`.
+        ValueError: the variable names another fault.
+    """
+    wanted = os.environ.get("LORARY_FAULT")
+    if not wanted or wanted.split(":", 1)[0] != name:
+        return
+    *nth, action = wanted.split(":")[1:]
+    _passages[name] = _passages.get(name, 0) + 1
+    if nth and _passages[name] != int(nth[0]):
+        return
+    if action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif action == "enospc":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+    elif action == "raise":
+        raise RuntimeError(f"the fault asked for at {name}")
+    else:
+        raise ValueError(f"LORARY_FAULT={wanted!r}: the action is kill, enospc or raise")

@@ -14,8 +14,7 @@ from lorary.kernels.row_norms import linear
 from lorary.layers.cache import TensorCache
 from lorary.layers.kinds import KINDS
 from lorary.layers.quantized_weight import is_quantized, stored_tensors, weight
-from lorary.layers.shared_projections import SharedProjections as SharedProjections
-from lorary.layers.shared_projections import leading_slice as leading_slice
+from lorary.layers.shared_projections import SharedProjections, leading_slice
 from lorary.spec.interfaces import Fused
 from lorary.spec.layer import Kind
 from lorary.spec.method import Method
@@ -81,7 +80,7 @@ class Adapted(nn.Module):
 
     @property
     def kind(self) -> Kind:
-        """The layer kind: how its weight is seen as an [out, inp] matrix."""
+        """The layer kind: how its weight is seen as an [out, in] matrix."""
         return KINDS[self.site.kind]
 
     @property
@@ -130,7 +129,7 @@ class Adapted(nn.Module):
 
         Args:
             seed: of the random draw.
-            W: [out, inp] the weight to start from, if not the base's own.
+            W: [out, in] the weight to start from, if not the base's own.
         """
         if self.weight.is_meta:
             return
@@ -156,17 +155,17 @@ class Adapted(nn.Module):
                     self.start[role] = tensor.detach().to("cpu", copy=True)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(B [out, R], A [R, inp]), without the scale."""
+        """(B [out, R], A [R, in]), without the scale."""
         return self.delta.factors(self.site, self.tensors)
 
     def start_factors(self) -> tuple[Tensor, Tensor] | None:
-        """(B [out, R], A [R, inp]) of the initial delta that the base was reduced by; None for an unreduced base."""
+        """(B [out, R], A [R, in]) of the initial delta that the base was reduced by; None for an unreduced base."""
         if not self.start:
             return None
         return self.delta.factors(self.site, {role: self.start[start_name(role)] for role in self.delta.roles})
 
     def weight_times(self, A: Tensor) -> Tensor:
-        """W A^T [out, R] of A [R, inp], in A's precision, differentiable in A; keeps no second copy of W."""
+        """W A^T [out, R] of A [R, in], in A's precision, differentiable in A; keeps no second copy of W."""
         product: Any = getattr(self.base, "weight_times", None)
         if product is not None:
             return cast(Tensor, product(A)).T
@@ -201,7 +200,7 @@ class Adapted(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> tuple[Tensor, Tensor | None]:
-        """(W' [out, inp], b' [out]) of the plain layer with the same function, unrounded, in at least 32 bits."""
+        """(W' [out, in], b' [out]) of the plain layer with the same function, unrounded, in at least 32 bits."""
         W = self.kind.matrix(self.base)
         exact = torch.promote_types(W.dtype, torch.float32)
         B, A = (factor.to(exact) for factor in self.factors())

@@ -53,7 +53,7 @@ class BnbNF4(Storage):
 
     def quantize(self, layer: nn.Module, W: Tensor | None = None) -> nn.Module:
         bitsandbytes: Any = importlib.import_module("bitsandbytes.nn")
-        matrix = KINDS[cast(str, kind_of(layer))].matrix(layer) if W is None else W  # [out, inp]
+        matrix = KINDS[cast(str, kind_of(layer))].matrix(layer) if W is None else W  # [out, in]
         compute = None if self.compute is None else getattr(torch, self.compute)
         options = {"compress_statistics": self.double, "quant_type": "nf4"}
         with torch.device("meta"):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor, of which this rank holds a shard."""
+    """Whether a tensor is a DTensor, distributed over the ranks."""
     return hasattr(tensor, "full_tensor")
 
 

@@ -1,7 +1,7 @@
-"""Layer kinds: every layer with a weight, seen as an [out, inp] matrix.
+"""Layer kinds: every layer with a weight, seen as an [out, in] matrix.
 
 Linear, transposed linear (GPT-2's Conv1D), convolution (grouped ones included) and embedding each implement
-`lorary.spec.site.Kind`; only this file knows how they lay out their weights.
+`lorary.spec.layer.Kind`; only this file knows how they lay out their weights.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lorary.spec.site import Part, Site
 
 @dataclass(frozen=True)
 class Linear:
-    """nn.Linear, quantised linear layers, and with `transposed` GPT-2's Conv1D, which stores [inp, out]."""
+    """nn.Linear, quantised linear layers, and with `transposed` GPT-2's Conv1D, which stores [in, out]."""
 
     transposed: bool = False
     rowwise = True

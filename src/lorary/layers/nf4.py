@@ -57,7 +57,7 @@ class NF4(Storage):
 
     def quantize(self, layer: nn.Module, W: Tensor | None = None) -> nn.Module:
         kind, dtype = KINDS[cast(str, kind_of(layer))], cast(Tensor, layer.weight).dtype
-        matrix = kind.matrix(layer) if W is None else W  # [out, inp]
+        matrix = kind.matrix(layer) if W is None else W  # [out, in]
         if isinstance(layer, nn.Embedding):
             rows = quantize_tensor(matrix.T.detach(), self.block, self.double)  # [vocabulary, width]
             return take_place_of(layer, NF4Embedding(rows, dtype, layer.padding_idx))
@@ -139,10 +139,10 @@ _SCALES = ("absmax", "nested_absmax", "nested_offset")
 
 
 class NF4Linear(_NF4Layer):
-    """A frozen linear layer in NF4, y = x Dq(Wq)^T + b. It also replaces GPT-2's Conv1D, with the weight as [out, inp].
+    """A frozen linear layer in NF4, y = x Dq(Wq)^T + b. It also replaces GPT-2's Conv1D, with the weight as [out, in].
 
     Args:
-        quantized: the weight [out, inp].
+        quantized: the weight [out, in].
         dtype: of the original weight.
         bias: [out], the layer's own, or None.
         compute: dtype of the matrix product; None for the input's.
@@ -171,7 +171,7 @@ class NF4Linear(_NF4Layer):
         return y if y.dtype == dtype or autocasting(x.device) else y.to(dtype)
 
     def weight_times(self, A: Tensor) -> Tensor:
-        """A Dq(Wq)^T [R, out] of A [R, inp] in A's precision, differentiable in A; keeps no dense weight."""
+        """A Dq(Wq)^T [R, out] of A [R, in] in A's precision, differentiable in A; keeps no dense weight."""
         return linear(A, self.quantized)
 
     def extra_repr(self) -> str:

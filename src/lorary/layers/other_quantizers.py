@@ -81,7 +81,7 @@ def _tensor(layer: Any) -> Tensor:
 
 @register_quantized("linear", f"{_GPTQ}.PackableQuantLinear")
 def _gptq(layer: Any) -> Tensor:
-    """scales * (codes - zeros) [inp, out] per group, transposed, by GPT-QModel's own method."""
+    """scales * (codes - zeros) [in, out] per group, transposed, by GPT-QModel's own method."""
     if getattr(layer, "linear_mode", None) == "inference":  # evaluation has repacked the codes
         return weight_by_forward(layer)
     return cast(Tensor, layer.dequantize_weight().T)
@@ -94,7 +94,7 @@ _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 @register_quantized("linear", f"{_GPTQ}.torch_awq.AwqTorchLinear", f"{_GPTQ}.gemm_awq.AwqGEMMLinear")
 @register_quantized("linear", f"{_GPTQ}.gemm_awq_triton.AwqGEMMTritonLinear")
 def _awq(layer: Any) -> Tensor:
-    """scales * (codes - zeros) of AWQ's GEMM layout: qweight int32 [inp, out / 8], qzeros and scales a row a group."""
+    """scales * (codes - zeros) of AWQ's GEMM layout: qweight int32 [in, out / 8], qzeros and scales a row a group."""
     if layer.bits != 4:
         return weight_by_forward(layer)
     shifts = 4 * torch.tensor(_AWQ_ORDER, device=layer.qweight.device)

@@ -120,7 +120,7 @@ def stored_tensors(layer: nn.Module) -> list[Tensor]:
 
 
 def weight_by_forward(layer: Any, rows: int = 256) -> Tensor:
-    """The dense weight [out, inp] of a linear layer, from its output for the identity matrix, less its bias.
+    """The dense weight [out, in] of a linear layer, from its output for the identity matrix, less its bias.
 
     For quantised layers without another way: `register_quantized("linear", "library.QuantLinear")(weight_by_forward)`.
     Exact if the layer multiplies by its weight unrounded, also if it rounds its input: zeros and ones are exact.

@@ -1,4 +1,4 @@
-"""SharedProjections: frozen tensors of which every adapted layer uses a leading slice (VeRA)."""
+"""SharedProjections: frozen tensors for all adapted layers, each of which uses a leading slice (VeRA)."""
 
 from __future__ import annotations
 

@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from lorary.layers.dtensor import full_tensor
 from lorary.methods.adalora_budget import ROLES, RankBudget
 from lorary.spec.fields import AMOUNT, COUNT, POSITIVE, WHOLE, one_of, optional
-from lorary.spec.interfaces import Delta, Factors, Init, Layer, Rule, Shapes, Tensors, component
+from lorary.spec.interfaces import Delta, Factors, Init, Layer, PrunableDelta, Rule, Shapes, Tensors, component
 from lorary.spec.presets import preset
 from lorary.spec.site import Site
 
 
 @component
-class SVDDelta(Delta):
+class SVDDelta(Delta, PrunableDelta):
     """P [out, R], E [R] and Q [R, in], with B = P diag(E) and A = Q.
 
     Args:
@@ -58,12 +58,10 @@ class SVDDelta(Delta):
     def factors(self, site: Site, params: Tensors) -> Factors:
         return params["P"] * params["E"], params["Q"]
 
-    def left(self, R: int) -> Delta:
-        """The delta with R remaining directions."""
+    def with_directions(self, R: int) -> Delta:
         return dataclasses.replace(self, kept=R)
 
-    def alive(self, params: Tensors) -> Tensor:
-        """[R]: whether each direction is part of the update."""
+    def active_directions(self, params: Tensors) -> Tensor:
         return params["E"] != 0
 
     def problems(self, site: Site) -> list[str]:

@@ -109,10 +109,9 @@ class RankBudget(Rule):
             self._update_importance(layers, state)
             return
         for layer in layers:  # masked directions have left the model, so they must not count in the gradient's norm
-            if layer.active_structure is not None and layer.params["E"].grad is not None:
-                layer.params["E"].grad.mul_(
-                    distribute_like(layer.params["E"], layer.active_structure.to(layer.params["E"].dtype))
-                )
+            E, alive = layer.params["E"], layer.active_structure
+            if alive is not None and E.grad is not None:
+                E.grad.mul_(distribute_like(E, alive.to(E.dtype)))
 
     def after_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int, run: Run) -> None:
         steps = int(state["steps"])
@@ -152,9 +151,8 @@ class RankBudget(Rule):
 
     def scores(self, layer: Layer, state: dict[str, Tensor]) -> Tensor:
         """[R]: the importance of every direction: its E's, plus the means over its column of P and row of Q (eq. 8)."""
-        s = {
-            role: state[f"I|{layer.site.name}|{role}"] * state[f"U|{layer.site.name}|{role}"] for role in ROLES
-        }  # equation 12
+        name = layer.site.name
+        s = {role: state[f"I|{name}|{role}"] * state[f"U|{name}|{role}"] for role in ROLES}  # equation 12
         out, inp = layer.site.out_features, layer.site.in_features
         return full_tensor(s["E"]) + full_tensor(s["P"].sum(0)) / out + full_tensor(s["Q"].sum(1)) / inp
 

@@ -64,17 +64,17 @@ class GLoRAJoin(Join):
         if layer.training and layer.active_structure is not None:
             whole, params = params, layer.active_structure.slices(params)
             idle = [t for role, t in whole.items() if role not in params]
-        y = self._supported(layer, x, params, _shift(layer, x, params, idle))
+        y = self._scaled(layer, x, params, _shift(layer, x, params, idle))
         if "Bd" not in params:
             return y
         B, A = pair(layer.site, params)
         return layer.kind.add(layer.base, y, x, A, B, layer.scale, 0.0)
 
-    def _supported(self, layer: Layer, x: Tensor, params: Tensors, shift: Tensor | None) -> Tensor:
+    def _scaled(self, layer: Layer, x: Tensor, params: Tensors, shift: Tensor | None) -> Tensor:
         """(W + W * A) x + b + shift."""
         along, b, a = layer.kind.broadcast_over_rows, layer.bias, params.get("Ad")
         if a is not None and a.dim() == 2:
-            return _low_rank_support(layer, x, a, params["Au"], shift)
+            return _low_rank_scaled(layer, x, a, params["Au"], shift)
         y: Tensor = layer.base(x)
         if a is None:
             return y if shift is None else y + along(shift.to(y.dtype))
@@ -164,7 +164,7 @@ def _shift(layer: Layer, x: Tensor, params: Tensors, idle: Sequence[Tensor]) -> 
     return nothing[None] if change is None else change + nothing
 
 
-def _low_rank_support(layer: Layer, x: Tensor, Ad: Tensor, Au: Tensor, shift: Tensor | None) -> Tensor:
+def _low_rank_scaled(layer: Layer, x: Tensor, Ad: Tensor, Au: Tensor, shift: Tensor | None) -> Tensor:
     """(W + W * (Ad Au)) x + b + shift, without keeping a matrix of W's size for backward."""
     kind, base, b = layer.kind, layer.base, layer.bias
     W = kind.matrix(base)

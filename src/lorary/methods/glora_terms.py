@@ -122,8 +122,6 @@ def pair(site: Site, params: Tensors) -> Factors:
     if Bd is None:
         like = next(iter(params.values()), torch.empty(0))
         return like.new_zeros(site.out_features, 0), like.new_zeros(0, site.in_features)
-    return (
-        (Bd, params["Bu"])
-        if Bd.dim() == 2
-        else (Bd.expand(site.out_features)[:, None], Bd.new_ones(1, site.in_features))
-    )
+    if Bd.dim() == 2:
+        return Bd, params["Bu"]
+    return Bd.expand(site.out_features)[:, None], Bd.new_ones(1, site.in_features)

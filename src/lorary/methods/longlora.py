@@ -117,25 +117,27 @@ class _LongContextPatch:
     def __init__(self, model: nn.Module, context: LongContext) -> None:
         factor = context.factor or 1.0
         rope.own_config_copy(model)
-        self.switch = TrainingOnlyAttention(model, rope.text_config(model), context.groups) if context.shifted else None
+        self.attention = (
+            TrainingOnlyAttention(model, rope.text_config(model), context.groups) if context.shifted else None
+        )
         try:
-            self.stretched = rope.ScaledRope(model, context.rope, factor) if factor > 1 else None
+            self.scaled_rope = rope.ScaledRope(model, context.rope, factor) if factor > 1 else None
         except BaseException:
             self.make_permanent()
             raise
 
     def revert(self) -> None:
         self.make_permanent()
-        if self.stretched:
-            self.stretched.swap()
+        if self.scaled_rope:
+            self.scaled_rope.swap()
 
     def make_permanent(self) -> None:
-        if self.switch:
-            self.switch.remove()
+        if self.attention:
+            self.attention.remove()
 
     def reapply(self) -> None:
-        if self.switch:
-            self.switch.install()
+        if self.attention:
+            self.attention.install()
 
     @contextmanager
     def reverted(self) -> Iterator[None]:
@@ -143,8 +145,8 @@ class _LongContextPatch:
         try:
             yield
         finally:
-            if self.stretched:
-                self.stretched.swap()
+            if self.scaled_rope:
+                self.scaled_rope.swap()
             self.reapply()
 
 

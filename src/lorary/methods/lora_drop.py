@@ -100,8 +100,8 @@ class Importance:
 
     def _kinds(self) -> list[list[str]]:
         kinds: dict[str, list[str]] = {}
-        for site, cell in module_positions(self.g).items():
-            kinds.setdefault(cell.kind, []).append(site)
+        for site, position in module_positions(self.g).items():
+            kinds.setdefault(position.kind, []).append(site)
         return list(kinds.values())
 
     def __str__(self) -> str:

@@ -36,7 +36,7 @@ def not_ready(scan: Scan) -> list[Diagnostic]:
 
 
 def not_a_module(model: Any) -> list[Diagnostic]:
-    """Why this is not a model."""
+    """The error of an argument that is not a module."""
     if isinstance(model, nn.Module):
         return []
     return [Diagnostic("model", f"is a {type(model).__name__}, not a torch.nn.Module")]
@@ -102,7 +102,7 @@ def blocks_gradient(scan: Scan, names: Iterable[str]) -> list[Diagnostic]:
 
 
 def not_quantizable(scan: Scan, names: Iterable[str]) -> list[Diagnostic]:
-    """Why these layers cannot be quantised: their weights are not finite, or a replaced forward would be lost."""
+    """Why layers cannot be quantised: a weight that is not finite, or a replaced forward that would be lost."""
     problems = []
     for name in names:
         layer = scan.module(name)
@@ -124,7 +124,7 @@ def not_quantizable(scan: Scan, names: Iterable[str]) -> list[Diagnostic]:
 def model_mismatches(
     scan: Scan, sites: tuple[AdaptedSite, ...], full: Mapping[str, tuple[int, ...]], quantized: Iterable[str]
 ) -> list[Diagnostic]:
-    """How a model differs from the one whose sites, full parameters and layers to quantise these are."""
+    """The differences between a model and the one that a plan was made for."""
     problems = [problem for p in sites for problem in layer_mismatches(p.site, scan.module(p.site.name))]
     for name, shape in full.items():
         if name not in scan.names:

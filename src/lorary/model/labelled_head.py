@@ -2,7 +2,7 @@
 
     loss = Σ over labelled tokens t of −log softmax(head(h_t))[y_t]  /  number of labelled tokens
 
-A head of 128 k words costs more than a transformer block and its fp32 logits more memory than all of them, so
+A head over 128 k tokens costs more than a transformer block and its fp32 logits more memory than all of them, so
 only the hidden states that have a label are selected, some 64 MiB of logits at a time, and every chunk but the
 last is computed again in the backward pass instead of being kept. (The backward pass begins with the last one:
 recomputing it would save nothing.)

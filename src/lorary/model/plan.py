@@ -1,4 +1,4 @@
-"""Plan: the layers, parameters and memory of an `attach` to come, as a value that can be printed and compared."""
+"""Plan: the layers, parameters and memory of a future `attach`, as a value that can be printed and compared."""
 
 from __future__ import annotations
 

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from lorary.errors import Diagnostic, MethodError, deduplicated
 from lorary.model.fingerprint import Fingerprint
-from lorary.spec.interfaces import Sequential
+from lorary.spec.interfaces import Factors, Sequential
 from lorary.spec.placement import AdaptedSite
 
-Factors = tuple[Tensor, Tensor]  # B [out, R], A [R, in]
 FixedTensors = dict[str, dict[str, Tensor]]  # site -> role -> values
 
 

@@ -78,7 +78,7 @@ def _paths_to_quantize(model: nn.Module, storage: Storage) -> list[str]:
 
 
 def bad_storage(storage: Any) -> list[Diagnostic]:
-    """Why this is not a storage that quantises."""
+    """The errors of a storage: it does not quantise, or has invalid fields."""
     if isinstance(storage, type) or not isinstance(storage, Storage) or storage.writable:
         return [Diagnostic("storage", f"{storage!r} does not quantise", "pass NF4()")]
     return [Diagnostic("storage", what) for what in field_errors(storage)]
@@ -113,9 +113,8 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         for path in with_progress(paths, "dequantising"):
             layer = model.get_submodule(path)
             W = weight(layer)
-            replace_layer(
-                model, path, dequantized_layer(layer, W.to(dtype or dequantized_dtype(model, layer) or W.dtype))
-            )
+            W = W.to(dtype or dequantized_dtype(model, layer) or W.dtype)
+            replace_layer(model, path, dequantized_layer(layer, W))
     remove_quantization_config(model)
     return model
 

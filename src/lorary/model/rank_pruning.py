@@ -4,34 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Protocol, cast, runtime_checkable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from lorary.layers.adapted import Adapted, adapted_layers
 from lorary.model.state import AttachedState, state_of
-from lorary.spec.interfaces import Delta, Tensors
+from lorary.spec.interfaces import Delta, PrunableDelta
 from lorary.spec.placement import AdaptedSite
-
-
-@runtime_checkable
-class PrunableDelta(Protocol):
-    """A delta that is a sum of rank directions, each of which can be removed.
-
-    Attributes:
-        directions: role -> the dimension of its tensor that counts the directions.
-    """
-
-    directions: Mapping[str, int]
-
-    def with_directions(self, R: int) -> Delta:
-        """The delta with R directions left."""
-        ...
-
-    def active_directions(self, p: Tensors) -> Tensor:
-        """[R] bool: the directions that contribute to the update."""
-        ...
 
 
 def prune_directions(model: nn.Module, keep: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> bool:
@@ -87,7 +68,7 @@ def resize_adapters(model: nn.Module, sites: tuple[AdaptedSite, ...]) -> None:
         if other is None or not isinstance(delta, PrunableDelta) or delta == other.delta:
             continue
         R = directions_of(other)
-        if not isinstance(other.delta, PrunableDelta) or delta.left(R) != other.delta.with_directions(R):
+        if not isinstance(other.delta, PrunableDelta) or delta.with_directions(R) != other.delta.with_directions(R):
             continue
         for role, shape in other.shapes.items():
             p = layer.params[role]

@@ -103,7 +103,7 @@ def bad_weight(layer: Adapted) -> list[Diagnostic]:
 
 
 def cannot_learn(layer: Adapted) -> list[Diagnostic]:
-    """A zero weight gives zero factors, through which no gradient flows."""
+    """Why a layer cannot learn: a zero weight gives zero factors, through which no gradient flows."""
     if not layer.start or any(t.any() for t in layer.start.values()):
         return []
     what = f"its weight is zero, and so are the factors that {type(layer.init).__name__} takes from it"

@@ -96,6 +96,25 @@ class Sequential(Protocol):
 
 
 @runtime_checkable
+class PrunableDelta(Protocol):
+    """A delta that is a sum of rank directions, each of which can be removed.
+
+    Attributes:
+        directions: role -> the dimension of its tensor that counts the directions.
+    """
+
+    directions: Mapping[str, int]
+
+    def with_directions(self, R: int) -> Delta:
+        """The delta with R directions left."""
+        ...
+
+    def active_directions(self, params: Tensors) -> Tensor:
+        """[R] bool: the directions that contribute to the update."""
+        ...
+
+
+@runtime_checkable
 class Init(Protocol):
     """The initialisation of a delta.
 

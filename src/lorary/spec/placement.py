@@ -15,7 +15,7 @@ from lorary.spec.site import Site
 
 
 class Adaptation(NamedTuple):
-    """The components of a method that has a delta, none of which is None."""
+    """The delta of a method with its init, scale and join, none of them None."""
 
     delta: Delta
     init: Init

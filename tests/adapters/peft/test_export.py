@@ -245,7 +245,7 @@ def test_terms_that_only_add_are_a_lora(tmp_path: Path) -> None:
 @pytest.mark.parametrize("words", [{"A": "vector"}, {"A": "none", "E": "vector"}], ids=str)
 def test_a_gain_or_a_shift_is_refused(words: dict[str, Any], tmp_path: Path) -> None:
     model = glora(LLAMA, **({"C": "none", "D": "none", "E": "none"} | words))
-    what = "its output has a gain or a shift, which PEFT's LoRA has not"
+    what = "its output has a gain or a shift, which PEFT's LoRA does not have"
     lines = [f"  - {name}: {what}" for name in lorary.Adapter.of(model).tensors]
     assert refused(lorary.Adapter.of(model), tmp_path / "a", LLAMA.model()) == "\n".join(lines)
 

@@ -15,7 +15,7 @@ import torch
 import lorary
 from lorary.adapters.adapter import Adapter
 from lorary.errors import FileError, TrainingError
-from lorary.files import fault_injection
+from lorary.files import syscalls
 from lorary.train.trainer import checkpoint, optimizer_state, rng
 from tests.train.resume.processes import child
 from tests.train.runs import adapted, sft
@@ -218,7 +218,7 @@ def test_killed_anywhere_the_old_checkpoint_or_the_new_one_is_whole(tmp_path: Pa
     _write(tmp_path / "checkpoint-1")
 
     def work() -> None:
-        fault_injection._passages.clear()  # what earlier tests of this process have counted
+        syscalls._passages.clear()  # what earlier tests of this process have counted
         os.environ["LORARY_FAULT"] = f"{point}:1:kill" if point != "manifest.written" else f"{point}:kill"
         _write(tmp_path / "checkpoint-2")
 
@@ -248,9 +248,7 @@ def test_the_adapter_is_written_as_lorary_save_writes_it(tmp_path: Path) -> None
 
 def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: Any) -> None:
     t = sft(tmp_path, save_strategy="steps", save_steps=1, max_steps=4)
-    from lorary.files import fault_injection
-
-    fault_injection._passages.clear()
+    syscalls._passages.clear()
     # each checkpoint commits two folders: the adapter in it, and itself; this is the second one's own
     monkeypatch.setenv("LORARY_FAULT", "directory.before-rename:4:enospc")
     with pytest.raises(FileError) as caught:

@@ -11,12 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.expected_tensors import Layout
 from lorary.adapters.peft.config import PeftConfig
 from lorary.adapters.peft.fields import ALPHA, EXCLUDE, PROBABILITY, RANK, SHARED, field, masks, unsupported, unused
 from lorary.adapters.peft.lora import UNSUPPORTED, json_number
 from lorary.adapters.peft.types import PeftType, register
 from lorary.adapters.shared_tensors import SharedTensors
+from lorary.adapters.tensor_checks import Layout
 from lorary.files.strict_json import show
 from lorary.methods.adalora import AlphaOverInitialRank, OrthogonalityPenalty, SVDDelta, SVDDeltaInit
 from lorary.methods.adalora_budget import RankBudget

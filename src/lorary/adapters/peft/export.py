@@ -19,7 +19,7 @@ from lorary.adapters.peft.lora import LORA, encode_factors, is_dora, lora_fields
 from lorary.adapters.peft.reader import WEIGHTS
 from lorary.adapters.save_load import ADAPTER_FILES
 from lorary.adapters.shared_tensors import collect_shared
-from lorary.adapters.value_checks import unwritable
+from lorary.adapters.tensor_checks import unwritable
 from lorary.errors import Diagnostic, FileError
 from lorary.files.atomic import atomic_directory
 from lorary.files.strict_json import show
@@ -75,7 +75,7 @@ def _refuse(folder: str | os.PathLike[str], problems: list[Diagnostic]) -> None:
 def _as_lora(
     adapter: Adapter, model: nn.Module | None, folder: str | os.PathLike[str]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(configuration, tensors) of the LoRA, or the DoRA, that an adapter of another method is."""
+    """(configuration, tensors) of the LoRA or DoRA that is equivalent to an adapter of another method."""
     adapter = adapter.compact()
     left = tuple(a for a in adapter.sites if any(map(min, a.shapes.values())))  # AdaLoRA may leave no rank direction
     if not left:
@@ -83,7 +83,7 @@ def _as_lora(
         _refuse(folder, [Diagnostic("sites", what)])
     adapter = dataclasses.replace(adapter, sites=left)
     forms = low_rank_forms([a for a in adapter.sites if not is_dora(a)], adapter.tensors, model)
-    what = "its output has a gain or a shift, which PEFT's LoRA has not"
+    what = "its output has a gain or a shift, which PEFT's LoRA does not have"
     problems = [Diagnostic(name, what) for name, form in forms.items() if not form.is_plain]
     if forms and len(forms) < len(adapter.sites):
         what = "some have DoRA's magnitudes and some not; PEFT's adapters have all or none"

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.expected_tensors import Layout
 from lorary.adapters.peft.config import PeftConfig
 from lorary.adapters.peft.fields import ALPHA, EXCLUDE, PROBABILITY, RANK, SHARED, Field, by_pattern, field, unsupported
 from lorary.adapters.peft.types import PeftType, register
 from lorary.adapters.shared_tensors import SharedTensors
+from lorary.adapters.tensor_checks import Layout
 from lorary.errors import Diagnostic, FileError
 from lorary.files.strict_json import show
 from lorary.methods.dora import MagnitudeDirection

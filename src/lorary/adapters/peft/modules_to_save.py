@@ -12,7 +12,7 @@ from lorary.adapters.adapter import Adapter
 from lorary.adapters.peft.config import PeftConfig
 from lorary.errors import Diagnostic
 from lorary.files.findings import Findings
-from lorary.files.safetensors_header import Entry
+from lorary.files.tensor_file import Entry
 from lorary.layers.adapted import base_parameters, unwrapped_modules
 
 _BASE = ".base_layer."
@@ -67,7 +67,7 @@ def modules_to_save(
         model: the base, or None.
         sites: the paths of the adapted modules.
         found: the file's tensors by short name.
-        findings: collects tied parameters that would come apart.
+        findings: collects tied parameters that would be untied.
     """
     base = dict(base_parameters(model)) if model is not None else None
     saved = ModulesToSave(base=base)

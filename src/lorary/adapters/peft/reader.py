@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.expected_tensors import Layout, expected_tensors, read_tensors, site_tensors
 from lorary.adapters.peft import keys
 from lorary.adapters.peft.config import NAME, PeftConfig, read_config
 from lorary.adapters.peft.modules_to_save import modules_to_save
 from lorary.adapters.peft.types import PEFT_TYPES
 from lorary.adapters.shared_tensors import regenerate
-from lorary.adapters.value_checks import alert_if_zero
+from lorary.adapters.tensor_checks import Layout, alert_if_zero, expected_tensors, read_tensors, site_tensors
 from lorary.errors import Diagnostic, FileError, nearest
 from lorary.files.findings import Findings
 from lorary.files.safe_open import read_json

@@ -13,10 +13,10 @@ from typing import Any, Protocol, cast
 from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.expected_tensors import Layout
 from lorary.adapters.peft.config import PeftConfig
 from lorary.adapters.peft.fields import Field
 from lorary.adapters.shared_tensors import SharedTensors
+from lorary.adapters.tensor_checks import Layout
 from lorary.layers.kinds import kind_of
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite

@@ -21,14 +21,14 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from lorary.errors import Diagnostic, FileError, StateError
 from lorary.files.atomic import atomic_directory
-from lorary.layers.bitsandbytes_state import STATE as SAID
+from lorary.layers.bitsandbytes_state import STATE as QUANT_STATE
 from lorary.layers.bitsandbytes_state import read_state
 from lorary.layers.kinds import kind_of
 from lorary.layers.nf4 import NF4Embedding, NF4Linear
 from lorary.layers.quantized_weight import is_quantized
 from lorary.model.fingerprint import STATE, Fingerprint
 
-KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", SAID, SAID.replace("nf4", "fp4"))
+KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", QUANT_STATE, QUANT_STATE.replace("nf4", "fp4"))
 _BASE = "lorary_base"  # in config.json: the fingerprint of the plain base
 _DTYPES = ("float32", "bfloat16", "float16")
 

@@ -17,8 +17,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 from lorary.errors import Diagnostic, FileError, LoraryError
-from lorary.model.loading._locations import BUILTIN, check_folder, location
-from lorary.model.loading.source import ModelSection
+from lorary.model.loading.source import BUILTIN, ModelSection, check_folder, location
 
 if TYPE_CHECKING:
     import torch
