@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorary.analysis._finite import finite
+from lorary.files.strict_json import finite
 
 LOSS = 0.05  # of the update: a larger rounding error leads to advice
 _SHOWN = 10  # sites in a printed report

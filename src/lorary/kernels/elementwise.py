@@ -38,7 +38,7 @@ def scaled_linear(x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor, b: Tensor | None
 
 
 def scaled_linear_reference(x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor, b: Tensor | None = None) -> Tensor:
-    """The specification of `supported` in plain operations."""
+    """The specification of `scaled_linear` in plain operations."""
     return F.linear(x, W + W * (Ad.to(W.dtype) @ Au.to(W.dtype)), b)
 
 
@@ -49,7 +49,7 @@ def add_scaled_linear(y: Tensor, x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor) -
 
     Args:
         y: [..., out] the frozen layer's output.
-        x, W, Ad, Au: as for `supported`, of any floating dtypes.
+        x, W, Ad, Au: as for `scaled_linear`, of any floating dtypes.
     """
     if torch.compiler.is_compiling():
         return add_scaled_linear_reference(y, x, W, Ad, Au)
@@ -58,7 +58,7 @@ def add_scaled_linear(y: Tensor, x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor) -
 
 
 def add_scaled_linear_reference(y: Tensor, x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor) -> Tensor:
-    """The specification of `add_supported` in plain operations."""
+    """The specification of `add_scaled_linear` in plain operations."""
     with without_autocast(y.device):
         return y + F.linear(x.to(y.dtype), W.to(y.dtype) * (Ad.to(y.dtype) @ Au.to(y.dtype)))
 

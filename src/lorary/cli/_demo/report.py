@@ -83,7 +83,7 @@ def _figures(result: DemoResult) -> list[KeyFigure]:
         KeyFigure(
             "Merged − adapted", f"{result.merged:.1e}", f"largest difference of logits up to {result.largest:.0f}"
         ),
-        KeyFigure("Time", f"{result.seconds:.0f} s", f"of which {result.training:.0f} s training"),
+        KeyFigure("Time", f"{result.seconds:.0f} s", f"{result.training:.0f} s of it training"),
     ]
 
 

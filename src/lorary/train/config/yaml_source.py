@@ -244,7 +244,7 @@ class _Builder:
             self._report(event, "a merge key `<<`", "write the keys out")
         if key in parent.value:
             first = self.marks[(*parent.place, key)].removeprefix(f"{self.name}:")
-            self._report(event, f"`{key}` is given twice; the first stands at {first}", "keep one of them")
+            self._report(event, f"`{key}` is given twice; the first is at {first}", "keep one of them")
         return key
 
     def _where(self, event: Any) -> str:

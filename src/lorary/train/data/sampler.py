@@ -73,7 +73,8 @@ def rows_in_batch(
     Ranks take batches in turn; the last batches are filled up from the beginning of the epoch, so that all ranks have
     equally many (accelerate's `even_batches`). A single process keeps its shorter last batch.
 
-    >>> rows_of(SeededSampler(5, seed=0, shuffle=False), Position(epoch=0, batch=1, rank=1), batch_size=2, ranks=2)
+    >>> sampler = SeededSampler(5, seed=0, shuffle=False)
+    >>> rows_in_batch(sampler, Position(epoch=0, batch=1, rank=1), batch_size=2, ranks=2)
     [1, 2]
     """
     order = sampler.order(at.epoch)

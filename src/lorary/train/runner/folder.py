@@ -16,7 +16,6 @@ README.md              its model card
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import socket
@@ -30,6 +29,7 @@ from filelock import FileLock, Timeout
 
 from lorary.errors import ConfigError, Diagnostic, StateError
 from lorary.files.atomic import atomic_file, remove_stale
+from lorary.files.strict_json import finite
 from lorary.train.config.config import Config
 
 CONFIG, ENVIRONMENT, SAMPLE = "config.resolved.yaml", "env.json", "sample.txt"
@@ -178,8 +178,7 @@ class RunFolder:
 
 def json_line(record: dict[str, Any]) -> str:
     """A record as a line of JSON; non-finite numbers, which JSON lacks, become null."""
-    plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    return json.dumps(plain) + "\n"
+    return json.dumps(finite(record)) + "\n"
 
 
 def _differences(saved: dict[str, Any], config: Config) -> Sequence[Diagnostic]:
