@@ -75,7 +75,7 @@ def test_a_run_is_compared_with_its_base_and_everything_is_written(
         alive.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr("lorary.cli._context.run.with_adapter", watched)
+    monkeypatch.setattr("lorary.cli._context.run.load_with_adapter", watched)
     asked = ("--lengths", "64,128", "--data", text, "--tokens", "256", "--passkeys", "1", "--out", "seen")
     ran = command("inspect", "context", "builtin:base", "run", *asked)
     assert ran.code == 0

@@ -93,17 +93,13 @@ def _docstrings() -> Origins:
 @cache
 def _docstrings_chat() -> Origins:
     return tuple(
-        (
-            path,
-            {
-                "messages": [
-                    {"role": "user", "content": pair.signature},
-                    {"role": "assistant", "content": pair.summary},
-                ]
-            },
-        )
+        (path, {"messages": [_message("user", pair.signature), _message("assistant", pair.summary)]})
         for path, pair in syntax.summaries(sources.stdlib())
     )
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
 
 
 @cache

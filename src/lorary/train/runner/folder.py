@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -28,7 +27,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from lorary.errors import ConfigError, Diagnostic, StateError
-from lorary.files.atomic import atomic_file, remove_stale
+from lorary.files.atomic import atomic_file, remove, remove_stale
 from lorary.files.strict_json import finite
 from lorary.train.config.config import Config
 
@@ -140,11 +139,7 @@ class RunFolder:
 
     def _clear(self) -> None:
         for name in (*RUN_FILES, *TRACKERS):
-            path = self / name
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+            remove(self / name)
 
     def write(self, name: str, text: str) -> None:
         """Write a small file atomically."""
