@@ -19,7 +19,7 @@ class ContextPatch(Protocol):
         """Remove the parts that are for training only, such as shifted attention."""
 
     def reapply(self) -> None:
-        """Undo `settle`."""
+        """Undo `make_permanent`."""
 
     def reverted(self) -> AbstractContextManager[Any]:
         """A context in which the original model is restored."""
