@@ -58,11 +58,11 @@ class SVDDelta(Delta):
     def factors(self, site: Site, params: Tensors) -> Factors:
         return params["P"] * params["E"], params["Q"]
 
-    def left(self, R: int) -> Delta:
+    def with_directions(self, R: int) -> Delta:
         """The delta with R remaining directions."""
         return dataclasses.replace(self, kept=R)
 
-    def alive(self, params: Tensors) -> Tensor:
+    def active_directions(self, params: Tensors) -> Tensor:
         """[R]: whether each direction is part of the update."""
         return params["E"] != 0
 

@@ -87,7 +87,7 @@ def resize_adapters(model: nn.Module, sites: tuple[AdaptedSite, ...]) -> None:
         if other is None or not isinstance(delta, PrunableDelta) or delta == other.delta:
             continue
         R = directions_of(other)
-        if not isinstance(other.delta, PrunableDelta) or delta.left(R) != other.delta.with_directions(R):
+        if not isinstance(other.delta, PrunableDelta) or delta.with_directions(R) != other.delta.with_directions(R):
             continue
         for role, shape in other.shapes.items():
             p = layer.params[role]
