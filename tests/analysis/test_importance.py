@@ -185,7 +185,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
         layer_importance(fresh, [BATCH])
     with pytest.raises(DataError, match="batches: there is none"):
         layer_importance(fresh, [])
-    with pytest.raises(DataError, match=r"attention_mask: is of the shape \[2, 1, 5, 5\], expected \[batch, tokens\]"):
+    with pytest.raises(DataError, match=r"attention_mask: has the shape \[2, 1, 5, 5\], expected \[batch, tokens\]"):
         layer_importance(fresh, [{"input_ids": IDS, "attention_mask": torch.ones(2, 1, 5, 5)}])
     added = torch.zeros(2, 5).masked_fill(torch.tensor([[0, 0, 0, 1, 1]]).bool(), -1e9)  # 0 where there is a token
     with pytest.raises(DataError, match="attention_mask: holds other values than 0 and 1"):

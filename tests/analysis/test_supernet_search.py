@@ -258,15 +258,18 @@ def test_what_cannot_be_searched() -> None:
 
 def test_settings_that_are_none() -> None:
     with pytest.raises(ConfigError) as refused:
-        EvolutionConfig(population=10, keep=0, crossovers=9, mutations=9, p=0.0, generations=0, ceiling=0)
+        EvolutionConfig(population=10, keep=0, crossovers=-1, mutations=9, p=0.0, generations=0, ceiling=0)
+    count = "it takes a whole number of at least"
     assert str(refused.value).splitlines() == [
         "invalid search settings:",
-        "  - keep: 0 is less than 1",
-        "  - generations: 0 is less than 1",
-        "  - p: 0.0 is not a probability above 0",
-        "  - population: 9 crossovers and 9 mutations do not fit into 10",
-        "  - ceiling: 0 is less than 1",
+        f"  - EvolutionConfig has keep = 0; {count} 1",
+        f"  - EvolutionConfig has crossovers = -1; {count} 0",
+        "  - EvolutionConfig has p = 0.0; it takes a number above 0 and at most 1",
+        f"  - EvolutionConfig has generations = 0; {count} 1",
+        f"  - EvolutionConfig has ceiling = 0; {count} 1, or None",
     ]
+    with pytest.raises(ConfigError, match="population: 9 crossovers and 9 mutations do not fit into 10"):
+        EvolutionConfig(population=10, crossovers=9, mutations=9)
     method = lorary.method("glora", A="none", B="none", C="vector", D="none", E="none", supernet=True)
     with pytest.raises(MethodError, match="5 is less than the smallest structure of any layer, 6 parameters"):
         lorary.search_supernet(supernet(method=method), lambda model: 0.0, EvolutionConfig(ceiling=5))
@@ -275,22 +278,22 @@ def test_settings_that_are_none() -> None:
 @pytest.mark.parametrize(
     ("numbers", "said"),
     [
-        ({"population": "x"}, "population: 'x' is not an integer"),
-        ({"keep": None}, "keep: None is not an integer"),
-        ({"keep": 1.5}, "keep: 1.5 is not an integer"),
-        ({"crossovers": 2.5}, "crossovers: 2.5 is not an integer"),
-        ({"mutations": True}, "mutations: True is not an integer"),
-        ({"generations": "3"}, "generations: '3' is not an integer"),
-        ({"ceiling": 1.5}, "ceiling: 1.5 is not an integer"),
-        ({"seed": None}, "seed: None is not an integer"),
-        ({"p": "x"}, "p: 'x' is not a number"),
-        ({"p": float("nan")}, "p: nan is not a probability above 0"),
+        ({"population": "x"}, "population = 'x'; it takes a whole number of at least 1"),
+        ({"keep": None}, "keep = None; it takes a whole number of at least 1"),
+        ({"keep": 1.5}, "keep = 1.5; it takes a whole number of at least 1"),
+        ({"crossovers": 2.5}, "crossovers = 2.5; it takes a whole number of at least 0"),
+        ({"mutations": True}, "mutations = True; it takes a whole number of at least 0"),
+        ({"generations": "3"}, "generations = '3'; it takes a whole number of at least 1"),
+        ({"ceiling": 1.5}, "ceiling = 1.5; it takes a whole number of at least 1, or None"),
+        ({"seed": None}, "seed = None; it takes a whole number of at least 0"),
+        ({"p": "x"}, "p = 'x'; it takes a number above 0 and at most 1"),
+        ({"p": float("nan")}, "p = nan; it takes a number above 0 and at most 1"),
     ],
 )
 def test_numbers_of_a_search_that_are_none(numbers: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError) as refused:
         EvolutionConfig(**numbers)
-    assert str(refused.value) == f"invalid search settings:\n  - {said}"
+    assert str(refused.value) == f"invalid search settings:\n  - EvolutionConfig has {said}"
 
 
 @pytest.mark.parametrize("score", [None, "x", 1j, torch.ones(3)])

@@ -43,11 +43,8 @@ def load(name: str, split: str) -> list[dict]:
         pytest.skip("CPython's headers are not installed here")
 
 
-def test_every_corpus_is_named_and_described_in_one_line():
+def test_every_corpus_is_named():
     assert set(NAMES) == set(KEYS)
-    for name in NAMES:
-        assert 10 < len(corpora.describe(name)) < 90
-        assert "\n" not in corpora.describe(name)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -182,7 +179,7 @@ def test_an_unknown_name_gets_the_nearest():
         "      hint: did you mean `builtin:topics` or `builtin:python` or `builtin:docstrings`?"
     )
     with pytest.raises(DataError, match=r"no built-in data set is called 'C'"):
-        corpora.describe("C")
+        corpora.load("C", "train")
 
 
 def test_an_unknown_split_is_refused():
@@ -199,7 +196,7 @@ def bare_python(tmp_path, monkeypatch):
     caches = (
         sources.headers,
         sources.stdlib,
-        *(corpora._CORPORA[name].read for name in ("builtin:c-headers", "builtin:python")),
+        *(corpora._CORPORA[name] for name in ("builtin:c-headers", "builtin:python")),
     )
     for cached in caches:
         cached.cache_clear()

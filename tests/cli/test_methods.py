@@ -47,7 +47,7 @@ def test_methods_as_text(command: Command) -> None:
     When quality matters more than the time of a step; half of LoRA's rank is often enough.
     Liu et al. 2024, arXiv:2402.09353
     changes: how it joins the weight
-    trains: 135,168 numbers beside a weight of 4096 x 4096; 2.06 MiB with gradients, AdamW and rules
+    trains: 135,168 parameters for a 4096 x 4096 weight; 2.06 MiB with gradients, AdamW and rules
     options: exact=False
 """
     assert expected in ran.out

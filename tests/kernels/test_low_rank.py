@@ -54,9 +54,9 @@ def test_what_stands_still_is_added_and_gets_no_gradient(add: Any, wanted: str) 
     t = _tensors(2, 3, 5)
     past = torch.randn(2, 5).double().requires_grad_(), torch.randn(4, 2).double().requires_grad_()
     found = []
-    for product in (add, lambda y, x, A, B, s, still: y + s * (x @ A.T @ B.T + x @ still[0].T @ still[1].T)):
+    for product in (add, lambda y, x, A, B, s, frozen: y + s * (x @ A.T @ B.T + x @ frozen[0].T @ frozen[1].T)):
         here = {name: tensor.clone().requires_grad_(name in wanted) for name, tensor in t.items()}
-        y = product(F.linear(here["x"], here["W"]), here["x"], here["A"], here["B"], 0.7, still=past)
+        y = product(F.linear(here["x"], here["W"]), here["x"], here["A"], here["B"], 0.7, frozen=past)
         if product is add:
             y.pow(2).sum().backward()
             assert past[0].grad is past[1].grad is None

@@ -1,1 +1,1 @@
-"""What is measured: merges, layer importance, long context, memory; pictures and the HTML report."""
+"""Measurements: merges, layer importance, long context, memory; pictures and the HTML report."""

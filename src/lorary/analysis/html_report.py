@@ -83,6 +83,12 @@ class Section:
     blocks: Sequence[Block]
 
 
+def versions_section() -> Section:
+    """The versions of Python and of the packages that matter to a measurement."""
+    rows = versions("lorary", "torch", "transformers", "trl", "safetensors").items()
+    return Section("Versions", [Table(("package", "version"), [*rows])])
+
+
 def html_report(title: str, lead: str, figures: Sequence[KeyFigure], sections: Sequence[Section]) -> str:
     """A report as a complete HTML document.
 

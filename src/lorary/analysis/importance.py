@@ -183,7 +183,7 @@ def _mask_of_rows(mask: Tensor, shape: tuple[int, ...]) -> Tensor | None:
 def _check_masks(masks: Mapping[str, Tensor], model: nn.Module) -> None:
     for name, mask in masks.items():
         if mask.dim() != 2:
-            what = f"is of the shape {list(mask.shape)}, expected [batch, tokens]"
+            what = f"has the shape {list(mask.shape)}, expected [batch, tokens]"
             raise _unmatched(name, what, "give the mask that marks padding")
         if bool(((mask != 0) & (mask != 1)).any()):  # an additive mask has 0 for tokens
             raise _unmatched(name, "holds other values than 0 and 1", "give the mask that marks padding")

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorary.analysis._finite import finite
 from lorary.analysis.passkey import Retrieval, Scores
 from lorary.errors import DataError, Diagnostic
+from lorary.files.strict_json import finite
 
 BLOCKS = 16
 _BATCH_TOKENS = 4096  # per call of a model: short windows are batched

@@ -8,10 +8,11 @@ update: if that is a hundredth of W, bfloat16 loses a sixth of it. So errors are
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorary.analysis._finite import finite
+from lorary.files.strict_json import finite
 
 LOSS = 0.05  # of the update: a larger rounding error leads to advice
 _SHOWN = 10  # sites in a printed report
@@ -141,16 +142,18 @@ class MergeError:
         )
 
     def __str__(self) -> str:
-        rows = [HEAD, *self.rows()]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-            for row in rows
-        ]
-        return "\n".join([*map(str.rstrip, lines), self.compared, *(f"advice: {text}" for text in self.advice)])
+        lines = [*aligned([HEAD, *self.rows()]), self.compared, *(f"advice: {text}" for text in self.advice)]
+        return "\n".join(lines)
 
 
 HEAD = ("site", "||dW|| / ||W||", "error / ||dW||")
+
+
+def aligned(rows: Sequence[Sequence[str]], names: int = 0) -> list[str]:
+    """The lines of a table in plain text; the column `names` is left-aligned, all others right-aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    pads = [str.ljust if i == names else str.rjust for i in range(len(widths))]
+    return ["  ".join(pad(c, w) for pad, c, w in zip(pads, row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _ratio(part: float, whole: float) -> float:

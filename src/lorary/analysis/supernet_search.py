@@ -26,6 +26,7 @@ from lorary.layers.adapted import Adapted, adapted_layers
 from lorary.methods.glora import RandomStructures
 from lorary.methods.glora_terms import FORMS, GLoRADelta, structures
 from lorary.model.state import eval_mode, require_attached
+from lorary.spec.fields import COUNT, PORTION, SEED, WHOLE, field_errors, optional
 from lorary.spec.placement import AdaptedSite
 
 Genes = tuple[GLoRADelta, ...]  # the structure of every layer, in the model's order
@@ -46,43 +47,25 @@ class EvolutionConfig:
         seed: the same seed and fitness give the same adapter.
 
     Raises:
-        ConfigError: every field that is not a number or out of range.
+        ConfigError: every invalid field.
     """
 
-    population: int = 50
-    keep: int = 10
-    crossovers: int = 25
-    mutations: int = 25
-    p: float = 0.2
-    generations: int = 20
-    ceiling: int | None = None
-    seed: int = 0
+    population: int = field(default=50, metadata=COUNT)
+    keep: int = field(default=10, metadata=COUNT)
+    crossovers: int = field(default=25, metadata=WHOLE)
+    mutations: int = field(default=25, metadata=WHOLE)
+    p: float = field(default=0.2, metadata=PORTION)
+    generations: int = field(default=20, metadata=COUNT)
+    ceiling: int | None = field(default=None, metadata=optional(COUNT))
+    seed: int = field(default=0, metadata=SEED)
 
     def __post_init__(self) -> None:
-        if problems := self._type_errors():
-            raise ConfigError("invalid search settings:", problems)
-        for name, least in (("population", 1), ("keep", 1), ("crossovers", 0), ("mutations", 0), ("generations", 1)):
-            if (value := getattr(self, name)) < least:
-                problems.append(Diagnostic(name, f"{value} is less than {least}"))
-        if not 0 < self.p <= 1:
-            problems.append(Diagnostic("p", f"{self.p} is not a probability above 0"))
-        if self.crossovers + self.mutations > self.population:
+        problems = [Diagnostic("", what) for what in field_errors(self)]
+        if not problems and self.crossovers + self.mutations > self.population:
             what = f"{self.crossovers} crossovers and {self.mutations} mutations do not fit into {self.population}"
             problems.append(Diagnostic("population", what))
-        if self.ceiling is not None and self.ceiling < 1:
-            problems.append(Diagnostic("ceiling", f"{self.ceiling} is less than 1"))
         if problems:
             raise ConfigError("invalid search settings:", problems)
-
-    def _type_errors(self) -> list[Diagnostic]:
-        """Fields that are not numbers."""
-        problems = []
-        for f in dataclasses.fields(self):
-            value, kind = getattr(self, f.name), "a number" if f.name == "p" else "an integer"
-            valid = isinstance(value, int | float if f.name == "p" else int) and not isinstance(value, bool)
-            if not valid and not (f.name == "ceiling" and value is None):
-                problems.append(Diagnostic(f.name, f"{value!r} is not {kind}"))
-        return problems
 
 
 @dataclass(frozen=True)

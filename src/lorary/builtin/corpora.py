@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -27,14 +26,6 @@ Record = dict[str, Any]
 Origins = tuple[tuple[str, Record], ...]  # (source file, record)
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """One built-in data set: a one-line summary, and the function that makes its records."""
-
-    summary: str
-    read: Callable[[], Origins]
-
-
 def names() -> tuple[str, ...]:
     """The names of the built-in data sets.
 
@@ -42,15 +33,6 @@ def names() -> tuple[str, ...]:
     True
     """
     return tuple(_CORPORA)
-
-
-def describe(name: str) -> str:
-    """The one-line summary of the data set `name`.
-
-    Raises:
-        DataError: the data set does not exist.
-    """
-    return _corpus(name).summary
 
 
 def load(name: str, split: str, *, fallback: bool = False) -> list[Record]:
@@ -79,27 +61,20 @@ def origins(name: str, split: str, *, fallback: bool = False) -> list[str]:
 
 
 def _half(name: str, split: str, fallback: bool) -> Origins:
-    corpus = _corpus(name)
+    if name not in _CORPORA:
+        problem = Diagnostic("", "unknown name", did_you_mean(name, names()))
+        raise DataError(f"no built-in data set is called {name!r}", [problem])
     if split not in ("train", "validation"):
-        raise DataError(
-            f"{name} has no split {split!r}", [Diagnostic("split", f"got {split!r}", "use train or validation")]
-        )
+        problem = Diagnostic("split", f"got {split!r}", "use train or validation")
+        raise DataError(f"{name} has no split {split!r}", [problem])
     try:
-        records = corpus.read()
+        records = _CORPORA[name]()
     except DataError:
         if not (fallback and name == "builtin:c-headers"):
             raise
-        records = _CORPORA["builtin:topics"].read()
+        records = _CORPORA["builtin:topics"]()
     wanted = split == "validation"
     return tuple((path, record) for path, record in records if sources.held_out(path) is wanted)
-
-
-def _corpus(name: str) -> Corpus:
-    if name not in _CORPORA:
-        raise DataError(
-            f"no built-in data set is called {name!r}", [Diagnostic("", "unknown name", did_you_mean(name, names()))]
-        )
-    return _CORPORA[name]
 
 
 def _texts(files: Callable[[], tuple[tuple[str, str], ...]]) -> Callable[[], Origins]:
@@ -118,9 +93,13 @@ def _docstrings() -> Origins:
 @cache
 def _docstrings_chat() -> Origins:
     return tuple(
-        (path, {"messages": _exchange(pair.signature, pair.summary)})
+        (path, {"messages": [_message("user", pair.signature), _message("assistant", pair.summary)]})
         for path, pair in syntax.summaries(sources.stdlib())
     )
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
 
 
 @cache
@@ -128,17 +107,11 @@ def _modules() -> Origins:
     return tuple((path, {"text": text, "label": label}) for path, text, label in syntax.labelled(sources.stdlib()))
 
 
-def _exchange(user: str, assistant: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-
-
-_CORPORA = {
-    "builtin:python": Corpus("source files of Python's standard library, without its tests", _texts(sources.stdlib)),
-    "builtin:c-headers": Corpus(
-        "CPython's C headers: a strong shift of domain from Python source", _texts(sources.headers)
-    ),
-    "builtin:topics": Corpus("the language reference's help topics: English prose", _texts(sources.topics)),
-    "builtin:docstrings": Corpus("a function's signature → the first line of its docstring", _docstrings),
-    "builtin:docstrings-chat": Corpus("the same pairs as conversations of user and assistant", _docstrings_chat),
-    "builtin:modules": Corpus("a function or class → the kind of module it is from (classification)", _modules),
+_CORPORA: dict[str, Callable[[], Origins]] = {
+    "builtin:python": _texts(sources.stdlib),
+    "builtin:c-headers": _texts(sources.headers),
+    "builtin:topics": _texts(sources.topics),
+    "builtin:docstrings": _docstrings,
+    "builtin:docstrings-chat": _docstrings_chat,
+    "builtin:modules": _modules,
 }

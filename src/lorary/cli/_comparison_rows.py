@@ -16,7 +16,7 @@ from lorary.train.config.config import Config, DataSection
 from lorary.train.config.load import load as load_config
 from lorary.train.data.load import load, load_validation
 from lorary.train.data.row_formats import Example
-from lorary.train.data.tokenize import tokenize
+from lorary.train.data.tokenize import token_ids, tokenize
 from lorary.train.runner.folder import ADAPTER, CONFIG
 
 WINDOW = 128  # tokens of a row: each has one logit per vocabulary entry
@@ -120,8 +120,7 @@ def _tokens(
     at = torch.linspace(0, len(examples) - 1, min(most, len(examples))).long().tolist()
     options: dict[str, Any] = {"max_length": max(room, 8), "overlong": "truncate", "loss": "all"}
     tokenized = tokenize([examples[i] for i in at], tokenizer, section.model_copy(update=options))
-    joined = [row.get("input_ids") or row["prompt_ids"] + row["chosen_ids"] for row in tokenized.rows]
-    return tuple(torch.tensor(ids[:room]) for ids in joined if ids)
+    return tuple(torch.tensor(ids[:room]) for row in tokenized.rows if (ids := token_ids(row)))
 
 
 def _in_vocabulary(rows: Sequence[Tensor], vocabulary: int) -> bool:

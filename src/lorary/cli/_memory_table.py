@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lorary.cli._table import rich_table
 
 if TYPE_CHECKING:
     from lorary.train.config.config import Config
@@ -59,7 +61,9 @@ def _advice(config: Config, found: Forecast, size: float) -> Rows:
 def _print(title: str, rows: Rows) -> None:
     print()
     if sys.stdout.isatty():
-        _table(title, rows)
+        from rich.console import Console
+
+        Console(highlight=False, markup=False).print(rich_table(title, rows))
         return
     print(title)
     for row in rows:
@@ -71,15 +75,3 @@ def _line(row: tuple[str, ...]) -> str:
         return f"{row[0]:<12}{row[1]}"
     need, fits, what, how = row
     return f"{need}  {fits:<10}  {what}\n{'':22}{how}"
-
-
-def _table(title: str, rows: Rows) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table: Any = Table(title=title, title_justify="left", show_header=False)
-    for _ in rows[0]:
-        table.add_column(overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    Console(highlight=False, markup=False).print(table)

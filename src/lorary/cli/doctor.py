@@ -101,8 +101,7 @@ def devices() -> Iterator[Finding]:
 def resources() -> Iterator[Finding]:
     """Free memory and disk space."""
     memory = _memory()
-    if memory is not None:
-        yield Finding("warn" if memory < 2 * GIB else "ok", "memory", f"{memory / GIB:.1f} GiB free")
+    yield Finding("warn" if memory < 2 * GIB else "ok", "memory", f"{memory / GIB:.1f} GiB free")
     for what, folder in (("disk here", Path.cwd()), ("disk cache", _cache())):
         free = shutil.disk_usage(folder).free
         yield Finding("warn" if free < 5 * GIB else "ok", what, f"{free / GIB:.1f} GiB free")
@@ -173,13 +172,11 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _memory() -> int | None:
+def _memory() -> int:
     """Free bytes, within the container's limit if there is one."""
-    try:
-        with open("/proc/meminfo") as file:
-            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return None
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
     try:
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())

@@ -42,12 +42,12 @@ def context(
     lorary inspect context builtin:base out/ compares a run with its base; one model is in memory at a time. With rotary
     positions, lengths beyond a model's context are measured too; learned position embeddings end with their table.
     """
-    from lorary.cli._context.plan import Request, make_plan
+    from lorary.cli._context.plan import make_plan
     from lorary.cli._context.report import print_report, write_report
     from lorary.cli._context.run import measure
     from lorary.files.atomic import atomic_directory
 
-    plan = make_plan(Request(tuple(models), base, lengths, data, tokens, passkeys, out))
+    plan = make_plan(models, base, lengths, data, tokens, passkeys, out)
     # opened before the work: fail at once if --out is not writable
     with nullcontext() if out is None else atomic_directory(out, replace=True) as folder:
         measurements = measure(plan)

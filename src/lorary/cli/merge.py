@@ -184,20 +184,15 @@ def _merged(
 def _print_report(error: MergeError, rows: str) -> None:
     """The report on standard error: a table on a terminal, plain text elsewhere."""
     from rich.console import Console
-    from rich.table import Table
 
     from lorary.analysis.merge_error import HEAD
+    from lorary.cli._table import rich_table
 
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
         print(error, rows, sep="\n", file=sys.stderr)
         return
-    table = Table(*HEAD[:1], title="compared with the adapted model", title_justify="left")
-    for name in HEAD[1:]:
-        table.add_column(name, justify="right")
-    for row in error.rows():
-        table.add_row(*row)
-    console.print(table, markup=False)
+    console.print(rich_table("compared with the adapted model", error.rows(), HEAD), markup=False)
     for line in (error.compared, rows):
         console.print(line, markup=False)
     for text in error.advice:

@@ -105,8 +105,8 @@ def _tensors(preset: Preset) -> str:
     )
     return (
         f"## What trains\n\nOn a linear layer of {EXAMPLE.in_features:,} inputs and {EXAMPLE.out_features:,} outputs, "
-        "with the default options:\n\n| tensor | shape | numbers | |\n|---|---|---|---|\n" + "\n".join(rows) + "\n\n"
-        f"{site.trainable:,} numbers train there, and {llama:,} on all linear layers of LLaMA-2-7B but its head.\n"
+        "with the default options:\n\n| tensor | shape | parameters | |\n|---|---|---|---|\n" + "\n".join(rows) + "\n\n"
+        f"{site.trainable:,} parameters train there, and {llama:,} on all linear layers of LLaMA-2-7B but its head.\n"
     )
 
 

@@ -122,7 +122,7 @@ def _size(method: Any) -> dict[str, int | None]:
 
 def _costs(row: dict[str, Any]) -> str:
     size = f"{row['bytes'] / 2**20:.2f} MiB with gradients, AdamW and rules"
-    return f"trains: {row['numbers']:,} numbers beside a weight of {WIDTH} x {WIDTH}; {size}"
+    return f"trains: {row['numbers']:,} parameters for a {WIDTH} x {WIDTH} weight; {size}"
 
 
 def _find(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:

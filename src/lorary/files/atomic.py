@@ -138,12 +138,22 @@ def remove_stale(parent: str | os.PathLike[str]) -> list[Path]:
     removed = []
     for entry in sorted(Path(parent).glob(f"{TEMPORARY}*")):
         if abandoned(entry):
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry, ignore_errors=True)
-            else:
-                entry.unlink(missing_ok=True)
+            remove(entry, ignore_errors=True)
             removed.append(entry)
     return removed
+
+
+def remove(path: Path, *, ignore_errors: bool = False) -> None:
+    """Remove a file, a link or a folder with its contents, if there is one.
+
+    Args:
+        path: of the entry; a link is not followed.
+        ignore_errors: leave files of a folder that cannot be removed.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=ignore_errors)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def recover(path: str | os.PathLike[str]) -> bool:

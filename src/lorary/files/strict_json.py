@@ -61,6 +61,11 @@ def loads(text: str, most_digits: int = 20) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def finite(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with None for NaN and infinities, which JSON lacks."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+
+
 def show(name: object, most: int = 96) -> str:
     """A name from an untrusted file, made safe for a message: quoted, escaped, cut.
 

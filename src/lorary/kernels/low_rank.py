@@ -19,7 +19,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 def add_low_rank(
-    y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float = 0.0, still: Pair | None = None
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float = 0.0, frozen: Pair | None = None
 ) -> Tensor:
     """A layer's output plus `s · (drop(x)·Aᵀ)·Bᵀ`, computed in the output's dtype.
 
@@ -33,7 +33,7 @@ def add_low_rank(
         dropout: probability in [0, 1) that an element of `x` is dropped from the adapter's input; 0 when not
             training, in steps of 2⁻¹⁶. The mask depends on the state of torch's default CPU generator alone, on
             every device.
-        still: (A [R', in], B [out, R']) that get no gradient; their product is added as well. Not with dropout.
+        frozen: (A [R', in], B [out, R']) that get no gradient; their product is added as well. Not with dropout.
 
     Returns:
         [..., out] the sum, in `y`'s dtype. Its gradient can be taken once, not twice. The input is kept for
@@ -44,17 +44,17 @@ def add_low_rank(
         >>> y = add_low_rank(y, x, A, B, s=alpha / r)
     """
     if torch.compiler.is_compiling():  # the compiler fuses and recomputes by itself
-        return add_low_rank_reference(y, x, A, B, s, dropout, still)
+        return add_low_rank_reference(y, x, A, B, s, dropout, frozen)
     dropout, seed = dropout_and_seed(dropout)
-    if still is not None and dropout > 0.0:
-        raise ValueError("`still` does not support dropout")
-    fixed = still or (None, None)
+    if frozen is not None and dropout > 0.0:
+        raise ValueError("`frozen` does not support dropout")
+    fixed = frozen or (None, None)
     total: Tensor = _AddLowRank.apply(y, x, A, B, s, dropout, seed, *fixed)  # type: ignore[no-untyped-call]
     return total
 
 
 def add_low_rank_reference(
-    y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float = 0.0, still: Pair | None = None
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float = 0.0, frozen: Pair | None = None
 ) -> Tensor:
     """The specification of `add_low_rank` in plain operations, used inside `torch.compile`.
 
@@ -68,20 +68,20 @@ def add_low_rank_reference(
             dropout = in_steps(dropout)
             kept = kept_mask(dropped.shape, dropped, dropout, draw_seed())
             dropped = dropped * kept / (1.0 - dropout)
-        if still is not None:
-            A, B = torch.cat([A, still[0].detach()]), torch.cat([B, still[1].detach()], 1)
+        if frozen is not None:
+            A, B = torch.cat([A, frozen[0].detach()]), torch.cat([B, frozen[1].detach()], 1)
         return y + s * F.linear(F.linear(dropped, A.to(y.dtype)), B.to(y.dtype))
 
 
 class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float, seed: int | None, *still: Any
+        ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float, seed: int | None, *frozen: Any
     ) -> Tensor:
-        still_A, still_B = still
+        frozen_A, frozen_B = frozen
         dtype, r = y.dtype, A.shape[0]
         with without_autocast(y.device):
-            down, up = _joined(A, still_A, 0, dtype), _joined(B, still_B, 1, dtype)
+            down, up = _joined(A, frozen_A, 0, dtype), _joined(B, frozen_B, 1, dtype)
             z = dropped_rows(x, dtype, dropout, seed) @ down.t()  # [T, R + R']
             # 1/(1-p) of inverted dropout goes into the scale, which saves a pass over the activation
             scale = s / (1.0 - dropout)
@@ -97,11 +97,11 @@ class _AddLowRank(torch.autograd.Function):
         _, x_wants, a_wants, b_wants, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
             x if a_wants else None,
-            (z if still_A is None else z[:, :r].clone()) if b_wants else None,
+            (z if frozen_A is None else z[:, :r].clone()) if b_wants else None,
             A if x_wants else None,
             B if x_wants or a_wants else None,
-            still_A if x_wants else None,
-            still_B if x_wants else None,
+            frozen_A if x_wants else None,
+            frozen_B if x_wants else None,
         )
         ctx.x_shape, ctx.scale, ctx.dropout, ctx.seed = x.shape, scale, dropout, seed
         return total
@@ -109,7 +109,7 @@ class _AddLowRank(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        x, z, A, B, still_A, still_B = ctx.saved_tensors
+        x, z, A, B, frozen_A, frozen_B = ctx.saved_tensors
         dtype, width = gy.dtype, ctx.x_shape[-1]
         _, x_wants, a_wants, b_wants, *_ = ctx.needs_input_grad
         gx = gA = gB = None
@@ -121,9 +121,9 @@ class _AddLowRank(torch.autograd.Function):
             if b_wants:
                 gB = _scaled(ctx.scale, z.t(), g).t()  # [out, R]: faster this way round
             if x_wants or a_wants:
-                gz = _scaled(ctx.scale, g, _joined(B, still_B, 1, dtype))  # [T, R + R']
+                gz = _scaled(ctx.scale, g, _joined(B, frozen_B, 1, dtype))  # [T, R + R']
             if x_wants:
-                gx = gz @ _joined(A, still_A, 0, dtype)  # [T, in]
+                gx = gz @ _joined(A, frozen_A, 0, dtype)  # [T, in]
                 gx = (gx if kept is None else gx.mul_(kept)).view(ctx.x_shape)
             if a_wants:
                 rows = x.reshape(-1, width).to(dtype)
@@ -132,8 +132,8 @@ class _AddLowRank(torch.autograd.Function):
         return gy, gx, gA, gB, None, None, None, None, None  # autograd casts each to the dtype of its tensor
 
 
-def _joined(factor: Tensor, still: Tensor | None, dim: int, dtype: torch.dtype) -> Tensor:
-    return factor.to(dtype) if still is None else torch.cat([factor.to(dtype), still.to(dtype)], dim)
+def _joined(factor: Tensor, frozen: Tensor | None, dim: int, dtype: torch.dtype) -> Tensor:
+    return factor.to(dtype) if frozen is None else torch.cat([factor.to(dtype), frozen.to(dtype)], dim)
 
 
 def _scaled(s: float, left: Tensor, right: Tensor) -> Tensor:

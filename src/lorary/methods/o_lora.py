@@ -74,7 +74,7 @@ class SequentialLoRA(Delta):
         params, add = layer.tensors, layer.kind.add
         B = layer.site.place(params["B"])
         if self.past and layer.kind.rowwise and not dropout:
-            return add_low_rank(y, x, params["A"], B, layer.scale, still=(params["A_past"], params["B_past"]))
+            return add_low_rank(y, x, params["A"], B, layer.scale, frozen=(params["A_past"], params["B_past"]))
         if self.past:  # separately: dropout never acts on the earlier tasks
             y = add(layer.base, y, x, params["A_past"], params["B_past"], layer.scale, 0.0)
         return add(layer.base, y, x, params["A"], B, layer.scale, dropout)

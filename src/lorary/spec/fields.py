@@ -33,6 +33,7 @@ SEED = WHOLE
 FLAG = _validator(lambda x: type(x) is bool, "true or false")
 AMOUNT = _validator(lambda x: _is_positive(x) or (_is_number(x) and x == 0), "a finite number of at least 0")
 SHARE = _validator(lambda x: _is_positive(x) and x < 1, "a number between 0 and 1")
+PORTION = _validator(lambda x: _is_positive(x) and x <= 1, "a number above 0 and at most 1")
 # a part of a run: a share of its optimizer steps below 1, or their number
 STEPS = _validator(
     lambda x: AMOUNT["check"](x) and (x < 1 or x == int(x)),

@@ -283,9 +283,9 @@ def test_what_cannot_be_is_refused() -> None:
         Workload(0, -2, labelled=1.5)
     assert str(caught.value) == (
         "cannot predict the memory of this training:\n"
-        "  - batch: 0 is not a positive number\n"
-        "  - length: -2 is not a positive number\n"
-        "  - labelled: 1.5 is not in (0, 1]"
+        "  - Workload has batch = 0; it takes a whole number of at least 1\n"
+        "  - Workload has length = -2; it takes a whole number of at least 1\n"
+        "  - Workload has labelled = 1.5; it takes a number above 0 and at most 1"
     )
 
 

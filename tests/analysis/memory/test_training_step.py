@@ -333,8 +333,8 @@ def test_what_cannot_be_estimated_is_refused() -> None:
         estimate(model, _plan(model, "lora"), batch=0, length=-1)
     assert str(caught.value) == (
         "cannot predict the memory of this training:\n"
-        "  - batch: 0 is not a positive number\n"
-        "  - length: -1 is not a positive number"
+        "  - Workload has batch = 0; it takes a whole number of at least 1\n"
+        "  - Workload has length = -1; it takes a whole number of at least 1"
     )
     plan = _plan(model, "lora")
     lorary.attach(model, plan)

@@ -144,7 +144,7 @@ training:
   lr: 2e-4
 """, """\
 cannot read train.yaml:
-  - train.yaml:6:3: `lr` is given twice; the first stands at 4:3
+  - train.yaml:6:3: `lr` is given twice; the first is at 4:3
       hint: keep one of them"""),
 Bad('a Python object', """\
 model: builtin:base

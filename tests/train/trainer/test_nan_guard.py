@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lorary.errors import TrainingError
-from lorary.train.data.sampler import Position, SeededSampler, rows_in_batch
+from lorary.train.data.sampler import SeededSampler, rows_in_batch
 from lorary.train.trainer.nan_guard import NanGuard
 from lorary.train.trainer.signals import StopSignal
 from tests.train.runs import adapted, llama, losses, rows, sft, trained
@@ -127,7 +127,7 @@ def test_the_rows_named_are_the_rows_loaded(ranks: int, size: int) -> None:
         for rank in range(ranks):
             batches = BatchSampler(sampler, size, drop_last=False)
             loaded = list(batches) if ranks == 1 else list(BatchSamplerShard(batches, ranks, rank))
-            named = [rows_in_batch(sampler, Position(0, i, rank), size, ranks) for i in range(len(loaded))]
+            named = [rows_in_batch(sampler, size, epoch=0, batch=i, rank=rank, ranks=ranks) for i in range(len(loaded))]
             assert named == loaded
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorary.layers.rope import text_config
 from lorary.model.plan import Plan
 from lorary.spec.placement import AdaptedSite
 
@@ -104,12 +105,6 @@ def without_values(
         config.layer_types = [kinds[i] for i in which[1]]
     config.num_hidden_layers = len(which[1])
     return twin, _restricted(plan, *which)
-
-
-def text_config(model: nn.Module) -> Any:
-    """The configuration of the model, or of its language part."""
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _restricted(plan: Plan, path: str, kept: Sequence[int]) -> Plan:

@@ -24,10 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from lorary.analysis.memory.live_bytes import LiveBytes
-from lorary.analysis.memory.shorten import text_config
 from lorary.analysis.memory.workload import Workload
 from lorary.kernels.chunked_lm_head import chunk_size, scores_in_chunks
 from lorary.layers.quantized_weight import is_quantized
+from lorary.layers.rope import text_config
 from lorary.model.attach import attach
 from lorary.model.plan import Plan
 

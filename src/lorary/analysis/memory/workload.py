@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from lorary.errors import Diagnostic, PlanError
+from lorary.spec.fields import COUNT, PORTION, field_errors
 
 
 @dataclass(frozen=True)
@@ -23,24 +24,17 @@ class Workload:
         checkpointing: whether blocks are recomputed in the backward pass.
 
     Raises:
-        PlanError: `batch` or `length` is not positive, or `labelled` not in (0, 1].
+        PlanError: every invalid field.
     """
 
-    batch: int = 1
-    length: int = 512
+    batch: int = field(default=1, metadata=COUNT)
+    length: int = field(default=512, metadata=COUNT)
     dtype: torch.dtype | None = None
     autocast: bool = False
     padding: bool = False
-    labelled: float = 1.0
+    labelled: float = field(default=1.0, metadata=PORTION)
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        problems = [
-            Diagnostic(name, f"{value} is not a positive number")
-            for name, value in (("batch", self.batch), ("length", self.length))
-            if value < 1
-        ]
-        if not 0 < self.labelled <= 1:
-            problems.append(Diagnostic("labelled", f"{self.labelled} is not in (0, 1]"))
-        if problems:
+        if problems := [Diagnostic("", what) for what in field_errors(self)]:
             raise PlanError("cannot predict the memory of this training:", problems)

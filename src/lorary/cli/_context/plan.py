@@ -21,25 +21,12 @@ from lorary.model.loading.from_pretrained import load_config, load_tokenizer, qu
 from lorary.model.loading.source import ModelSection
 from lorary.train.config.config import DataSection
 from lorary.train.data.load import load_validation
-from lorary.train.data.tokenize import tokenize
+from lorary.train.data.tokenize import token_ids, tokenize
 
 HTML, JSON, SVG = "context.html", "context.json", "context.svg"
 _UNCUT = 10_000_000  # tokens of one document
 _SHORTEST = 2
 _DIGITS = 9  # of a length; no text is longer
-
-
-@dataclass(frozen=True)
-class Request:
-    """The options of the command line."""
-
-    models: tuple[str, ...]
-    base: str | None
-    lengths: str | None
-    data: str
-    tokens: int
-    passkeys: int
-    out: Path | None
 
 
 @dataclass(frozen=True)
@@ -92,8 +79,10 @@ class Plan:
     notes: tuple[str, ...] = ()
 
 
-def make_plan(request: Request) -> Plan:
-    """The plan for a request.
+def make_plan(
+    names: Sequence[str], base: str | None, lengths: str | None, data: str, tokens: int, passkeys: int, out: Path | None
+) -> Plan:
+    """The plan for the options of the command line.
 
     Raises:
         ConfigError: every invalid option, and every model that cannot be found.
@@ -101,41 +90,41 @@ def make_plan(request: Request) -> Plan:
         DataError: the text cannot be read, or there is too little of it.
     """
     with without_warnings():
-        models, unknown = _models(request)
-        lengths, problems = _lengths(request.lengths, models)
-        problems += _folder(request.out)
+        tested, unknown = _models(names, base)
+        wanted, problems = _lengths(lengths, tested)
+        problems += _folder(out)
         if problems or unknown:
             kind = ConfigError if problems else FileError
             raise kind("cannot measure the use of context:", [*problems, *unknown])
-        streams = _streams(request.data, models)
-    fits = tuple(length for length in lengths if length <= min(map(len, streams)))
+        streams = _streams(data, tested)
+    fits = tuple(length for length in wanted if length <= min(map(len, streams)))
     notes = []
-    if len(fits) < len(lengths):
-        left_out = ", ".join(f"{length:,}" for length in lengths[len(fits) :])
+    if len(fits) < len(wanted):
+        left_out = ", ".join(f"{length:,}" for length in wanted[len(fits) :])
         what = f"has {min(map(len, streams)):,} tokens: too few for a length of {left_out}"
         if not fits:
             fix = f"name another text with --data, or shorter --lengths (at least {_SHORTEST})"
-            raise DataError("not enough text:", [Diagnostic(request.data, what, fix)])
-        notes.append(f"{request.data} {what}, which is left out")
+            raise DataError("not enough text:", [Diagnostic(data, what, fix)])
+        notes.append(f"{data} {what}, which is left out")
     if not all(torch.equal(streams[0], stream) for stream in streams[1:]):
         notes.append("these models tokenize differently: their perplexities per token cannot be compared")
-    texts = tuple(stretches(stream, fits[-1], request.tokens) for stream in streams)
-    return Plan(models, texts, fits, request.passkeys, request.data, tuple(notes))
+    texts = tuple(stretches(stream, fits[-1], tokens) for stream in streams)
+    return Plan(tested, texts, fits, passkeys, data, tuple(notes))
 
 
-def _models(request: Request) -> tuple[tuple[ModelUnderTest, ...], list[Diagnostic]]:
+def _models(names: Sequence[str], base: str | None) -> tuple[tuple[ModelUnderTest, ...], list[Diagnostic]]:
     """The models, and the reasons why others are not available."""
     found: list[ModelUnderTest] = []
     problems: list[Diagnostic] = []
-    for name in dict.fromkeys(request.models):
+    for name in dict.fromkeys(names):
         try:
-            folder, section = find_model(name, request.base if adapter_folder(Path(name)) else None)
+            folder, section = find_model(name, base if adapter_folder(Path(name)) else None)
             config, tokenizer = load_config(section).get_text_config(), load_tokenizer(section)
             found.append(ModelUnderTest(name, folder, section, config, tokenizer))
         except LoraryError as error:
             problems += error.problems or [Diagnostic(name, error.headline)]
-    if request.base is not None and not any(adapter_folder(Path(name)) for name in request.models):
-        problems.append(Diagnostic(f"--base {request.base}", "none of the models is an adapter", "leave it out"))
+    if base is not None and not any(adapter_folder(Path(name)) for name in names):
+        problems.append(Diagnostic(f"--base {base}", "none of the models is an adapter", "leave it out"))
     return tuple(found), problems
 
 
@@ -189,7 +178,7 @@ def _streams(data: str, models: Sequence[ModelUnderTest]) -> list[Tensor]:
     problems: list[Diagnostic] = []
     for model in models:
         rows = tokenize(examples, model.tokenizer, section).rows
-        ids = [i for row in rows for i in (row.get("input_ids") or row["prompt_ids"] + row["chosen_ids"])]
+        ids = [i for row in rows for i in token_ids(row)]
         streams.append(torch.tensor(ids))
         if max(ids, default=0) >= model.config.vocab_size:
             what = f"its tokenizer has token {max(ids):,}, but the model has only {model.config.vocab_size:,}"

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorary.analysis.long_context import Context
+from lorary.analysis.merge_error import aligned
 from lorary.analysis.passkey import DEPTHS, Retrieval
 from lorary.cli._context.plan import HTML, JSON, SVG
 from lorary.cli._context.run import Measurements
+from lorary.cli._table import rich_table
 
 if TYPE_CHECKING:
     from lorary.analysis.html_report import KeyFigure
@@ -72,30 +74,13 @@ def write_report(measured: Measurements, folder: Path) -> None:
 
 def _print(measured: Measurements) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(highlight=False)
     for title, head, rows in _tables(measured):
         if not console.is_terminal:
-            print(title, *_aligned([head, *rows]), "", sep="\n")
+            print(title, *aligned([head, *rows], names=1), "", sep="\n")
             continue
-        table = Table(title=title, title_justify="left")
-        for i, name in enumerate(head):
-            table.add_column(name, justify="left" if i == 1 else "right", overflow="fold")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table, markup=False)
-
-
-def _aligned(rows: Rows) -> list[str]:
-    """Plain text; the second column (names) left-aligned, all others right-aligned."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            c.ljust(w) if i == 1 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+        console.print(rich_table(title, rows, head, names=1), markup=False)
 
 
 def _tables(measured: Measurements) -> list[tuple[str, tuple[str, ...], Rows]]:
@@ -153,7 +138,7 @@ def _found(cell: Retrieval | None) -> tuple[str, str]:
 
 
 def _page(measured: Measurements) -> str:
-    from lorary.analysis.html_report import Paragraph, Picture, Section, Table, html_report, versions
+    from lorary.analysis.html_report import Paragraph, Picture, Section, Table, html_report, versions_section
     from lorary.analysis.long_context_plot import context_svg, positions_svg
 
     lengths, positions, *depths = [Table(head, rows) for _, head, rows in _tables(measured)]
@@ -168,9 +153,7 @@ def _page(measured: Measurements) -> str:
     ]
     if measured.notes:
         sections.append(Section("Notes", [Paragraph(note) for note in measured.notes]))
-    sections.append(
-        Section("Versions", [Table(("package", "version"), [*versions("lorary", "torch", "transformers").items()])])
-    )
+    sections.append(versions_section())
     names = ", ".join(context.model for context in measured.contexts)
     lead = f"{names}, on {measured.tokens:,} tokens of {measured.data}."
     return html_report("Use of context", lead, [_figure(context) for context in measured.contexts], sections)

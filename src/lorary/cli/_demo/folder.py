@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from lorary.errors import Diagnostic, FileError
+from lorary.files.atomic import remove
 
 RUN, MERGED, REPORT = "run", "merged", "report.html"
 CONTENTS = (RUN, MERGED, REPORT)
@@ -24,9 +24,5 @@ def clear_folder(out: Path) -> None:
         what = f"holds files that are not from a demo: {', '.join(foreign[:5])}"
         raise FileError("nothing was written:", [Diagnostic(str(out), what, "name another folder with --out")])
     for name in CONTENTS:
-        path = out / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        remove(out / name)
     out.mkdir(parents=True, exist_ok=True)

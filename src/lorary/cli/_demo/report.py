@@ -19,7 +19,7 @@ from lorary.analysis.html_report import (
     SideBySide,
     Table,
     html_report,
-    versions,
+    versions_section,
 )
 from lorary.analysis.loss_plot import loss_svg
 from lorary.cli._demo.folder import MERGED, RUN
@@ -63,14 +63,7 @@ def html(result: DemoResult) -> str:
         Section("What was trained", [Code(str(result.plan.method)), _plan(result)]),
         Section("Saved, loaded, merged", [Table(("step", "result"), _checks(result))]),
         Section("What to type next", [Paragraph("The same for a model and data of your own:"), Code(_next(result))]),
-        Section(
-            "Versions",
-            [
-                Table(
-                    ("package", "version"), [*versions("lorary", "torch", "transformers", "trl", "safetensors").items()]
-                )
-            ],
-        ),
+        versions_section(),
     ]
     return html_report("lorary demo", lead, _figures(result), sections)
 
@@ -83,7 +76,7 @@ def _figures(result: DemoResult) -> list[KeyFigure]:
         KeyFigure(
             "Merged − adapted", f"{result.merged:.1e}", f"largest difference of logits up to {result.largest:.0f}"
         ),
-        KeyFigure("Time", f"{result.seconds:.0f} s", f"of which {result.training:.0f} s training"),
+        KeyFigure("Time", f"{result.seconds:.0f} s", f"{result.training:.0f} s of it training"),
     ]
 
 

@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 import lorary
 from lorary import builtin
+from lorary.analysis.merge_check import logits
 from lorary.builtin import corpora
 from lorary.cli._demo.folder import MERGED, RUN
 from lorary.errors import DataError
@@ -113,11 +114,12 @@ def run_demo(folder: Path, steps: int) -> DemoResult:
     samples = tuple(map(Sample, PROMPTS[data], base, adapted))
 
     reloaded_model: Any = lorary.load(builtin.load_model(), done.adapter)
-    logits, reloaded = _logits(keep.model, rows), _logits(reloaded_model, rows)
+    compared = {"input_ids": rows[:8]}
+    trained, reloaded = logits(keep.model, compared), logits(reloaded_model, compared)
     lorary.merge(reloaded_model)
     reloaded_model.save_pretrained(folder / MERGED)
     tokenizer.save_pretrained(folder / MERGED)
-    merged = _logits(AutoModelForCausalLM.from_pretrained(folder / MERGED, dtype=torch.float32), rows)
+    merged = logits(AutoModelForCausalLM.from_pretrained(folder / MERGED, dtype=torch.float32), compared)
     return DemoResult(
         data=data,
         plan=plan,
@@ -125,9 +127,9 @@ def run_demo(folder: Path, steps: int) -> DemoResult:
         before=before,
         after=after,
         samples=samples,
-        reloaded=_largest_magnitude(reloaded - logits),
-        merged=_largest_magnitude(merged - logits),
-        largest=_largest_magnitude(logits),
+        reloaded=_largest_magnitude(reloaded - trained),
+        merged=_largest_magnitude(merged - trained),
+        largest=_largest_magnitude(trained),
         adapter_bytes=lorary.load_adapter(done.adapter).size,
         seconds=time.perf_counter() - start,
         training=done.seconds,
@@ -192,13 +194,6 @@ def _perplexity(model: Any, rows: Tensor) -> float:
     model.eval()
     losses = [float(model(input_ids=part, labels=part).loss) * len(part) for part in rows.split(16)]
     return math.exp(sum(losses) / len(rows))
-
-
-@torch.inference_mode()
-def _logits(model: Any, rows: Tensor) -> Tensor:
-    """Logits on the first rows: [8, WINDOW, vocabulary]."""
-    logits: Tensor = model.eval()(input_ids=rows[:8]).logits
-    return logits
 
 
 def _largest_magnitude(values: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Types of configuration fields: numbers, and lists that one text may stand for."""
+"""Types of configuration fields: numbers, and lists that may be given as one text."""
 
 from __future__ import annotations
 

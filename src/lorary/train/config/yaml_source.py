@@ -92,20 +92,19 @@ def parse(text: str, name: str) -> ParsedYaml:
     Raises:
         ConfigError: every reason why the text is not accepted.
     """
-    builder = _Builder(name)
+    reader = _Reader(text, name)
     try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            builder.take(event)
+        reader.read()
     except _RejectedError as error:
-        builder.problems.append(error.args[0])
+        reader.problems.append(error.args[0])
     except yaml.MarkedYAMLError as error:
-        builder.problems.append(_syntax(error, name, text))
+        reader.problems.append(_syntax(error, name, text))
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        builder.problems.append(Diagnostic(f"{name}:{line}", f"the character U+{error.character:04X} is not allowed"))
-    if builder.problems:
-        raise ConfigError(f"cannot read {name}:", builder.problems)
-    return ParsedYaml(builder.root, builder.marks)
+        reader.problems.append(Diagnostic(f"{name}:{line}", f"the character U+{error.character:04X} is not allowed"))
+    if reader.problems:
+        raise ConfigError(f"cannot read {name}:", reader.problems)
+    return ParsedYaml(reader.root, reader.marks)
 
 
 def scalar(text: str) -> Any:
@@ -156,95 +155,80 @@ class _RejectedError(Exception):
     """A mistake that ends the reading; carries its `Diagnostic`."""
 
 
-@dataclass
-class _Container:
-    """A dict or list that is being filled, and the key that waits for its value."""
+class _Reader:
+    """The values of a document, read from the parser's events by recursion of limited depth."""
 
-    value: Any
-    place: Place
-    key: str | None = None
-
-
-class _Builder:
-    """Builds the tree from parser events, without recursion, so that no document can exhaust the stack."""
-
-    def __init__(self, name: str) -> None:
+    def __init__(self, text: str, name: str) -> None:
+        self.events = yaml.parse(text, Loader=yaml.SafeLoader)
         self.name, self.root = name, None
         self.marks: dict[Place, str] = {}
         self.problems: list[Diagnostic] = []
-        self._open: list[_Container] = []
         self._anchors: dict[str, Any] = {}
-        self._values = self._documents = 0
+        self._values = 0
 
-    def take(self, event: yaml.Event) -> None:
-        """Process one event of the parser."""
-        if isinstance(event, yaml.DocumentStartEvent):
-            self._documents += 1
-            if self._documents > 1:
-                self._reject(event, "a second document", "keep one configuration per file")
-        elif isinstance(event, yaml.AliasEvent):
-            self._alias(event)
-        elif isinstance(event, yaml.ScalarEvent):
-            plain = event.implicit[0] and event.style is None
-            self._put(event, scalar(event.value) if plain else event.value)
-        elif isinstance(event, yaml.CollectionStartEvent):
-            self._put(event, {} if isinstance(event, yaml.MappingStartEvent) else [])
-        elif isinstance(event, yaml.CollectionEndEvent):
-            self._open.pop()
+    def read(self) -> None:
+        """Read the only document, if there is one."""
+        documents = 0
+        for event in self.events:
+            if isinstance(event, yaml.DocumentStartEvent):
+                documents += 1
+                if documents > 1:
+                    self._reject(event, "a second document", "keep one configuration per file")
+                self.root = self._value(next(self.events), (), ())
 
-    def _alias(self, event: yaml.AliasEvent) -> None:
-        if event.anchor not in self._anchors:
-            return self._report(event, f"`*{event.anchor}` refers to nothing before it")
-        value = self._anchors[event.anchor]
-        if any(value is container.value for container in self._open):
-            self._reject(event, f"`*{event.anchor}` contains itself")
-        self._values += _size(value)
-        self._put(event, value)
+    def _value(self, event: Any, place: Place, inside: tuple[Any, ...]) -> Any:
+        """The value that begins with an event; `inside` are the containers around it."""
+        value = self._begin(event, inside)
+        self.marks.setdefault(place, self._where(event))
+        inside = (*inside, value)
+        if isinstance(event, yaml.SequenceStartEvent):
+            while not isinstance(event := next(self.events), yaml.SequenceEndEvent):
+                value.append(self._value(event, (*place, len(value)), inside))
+        elif isinstance(event, yaml.MappingStartEvent):
+            while not isinstance(event := next(self.events), yaml.MappingEndEvent):
+                key = self._key(event, place, inside)
+                value[key] = self._value(next(self.events), (*place, key), inside)
+        return value
 
-    def _put(self, event: Any, value: Any) -> None:
-        """Put the value of a node where the parser stands."""
+    def _begin(self, event: Any, inside: tuple[Any, ...]) -> Any:
+        """The value of a scalar or an alias, or a container that is still empty."""
         if getattr(event, "tag", None) not in (None, "!"):
             self._report(event, f"the tag `{event.tag}`", "a configuration holds plain values only")
+        if isinstance(event, yaml.AliasEvent):
+            value = self._alias(event, inside)
+        elif isinstance(event, yaml.ScalarEvent):
+            value = scalar(event.value) if event.implicit[0] and event.style is None else event.value
+        else:
+            value = {} if isinstance(event, yaml.MappingStartEvent) else []
         self._values += 1
         if self._values > MAX_VALUES:
             self._reject(event, f"more than {MAX_VALUES:,} values")
-        if len(self._open) >= MAX_DEPTH:
+        if len(inside) >= MAX_DEPTH:
             self._reject(event, f"nested deeper than {MAX_DEPTH} levels")
-        place = self._place(event, value)
-        if event.anchor is not None:
+        if event.anchor is not None and not isinstance(event, yaml.AliasEvent):
             self._anchors[event.anchor] = value
-        if isinstance(event, yaml.CollectionStartEvent):
-            self._open.append(_Container(value, place))
+        return value
 
-    def _place(self, event: Any, value: Any) -> Place:
-        """Add a value to the innermost container; returns its place."""
-        place: Place = ()
-        if not self._open:
-            self.root = value
-        else:
-            parent = self._open[-1]
-            if isinstance(parent.value, list):
-                place = (*parent.place, len(parent.value))
-                parent.value.append(value)
-            elif parent.key is None:
-                parent.key = self._key(event, value, parent)
-                place = (*parent.place, parent.key)
-            else:
-                place = (*parent.place, parent.key)
-                parent.value[parent.key] = value
-                parent.key = None
-        self.marks.setdefault(place, self._where(event))
-        return place
+    def _alias(self, event: yaml.AliasEvent, inside: tuple[Any, ...]) -> Any:
+        if event.anchor not in self._anchors:
+            return self._report(event, f"`*{event.anchor}` refers to nothing before it")
+        value = self._anchors[event.anchor]
+        if any(value is container for container in inside):
+            self._reject(event, f"`*{event.anchor}` contains itself")
+        self._values += _size(value)
+        return value
 
-    def _key(self, event: Any, value: Any, parent: _Container) -> str:
+    def _key(self, event: Any, place: Place, inside: tuple[Any, ...]) -> str:
+        value = self._begin(event, inside)
         if isinstance(value, dict | list):
             self._reject(event, "a key that is a list or a mapping")
         key = str(getattr(event, "value", value))
         if key == "<<":
             self._report(event, "a merge key `<<`", "write the keys out")
-        if key in parent.value:
-            first = self.marks[(*parent.place, key)].removeprefix(f"{self.name}:")
-            self._report(event, f"`{key}` is given twice; the first stands at {first}", "keep one of them")
+        if key in inside[-1]:
+            first = self.marks[(*place, key)].removeprefix(f"{self.name}:")
+            self._report(event, f"`{key}` is given twice; the first is at {first}", "keep one of them")
+        self.marks.setdefault((*place, key), self._where(event))
         return key
 
     def _where(self, event: Any) -> str:

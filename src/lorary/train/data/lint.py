@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorary.errors import DataError, Diagnostic
 from lorary.train.data.encode import decode, special_ids
-from lorary.train.data.tokenize import IGNORED, Row, Tokens
+from lorary.train.data.tokenize import IGNORED, Row, Tokens, token_ids
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -99,9 +99,8 @@ def percentiles(lengths: Sequence[int]) -> dict[int, int]:
 
 def _flat(row: Row) -> Flat:
     """The ids and labels of an SFT row, or of a preference pair's prompt and better answer."""
-    if "input_ids" in row:
-        return row["input_ids"], row["labels"]
-    return row["prompt_ids"] + row["chosen_ids"], [IGNORED] * len(row["prompt_ids"]) + row["chosen_ids"]
+    labels = row["labels"] if "labels" in row else [IGNORED] * len(row["prompt_ids"]) + row["chosen_ids"]
+    return token_ids(row), labels
 
 
 def _labels(tokens: Tokens, rows: list[Flat], labelled: float) -> list[Diagnostic]:

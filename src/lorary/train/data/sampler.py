@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch.utils.data import Sampler
@@ -50,34 +49,20 @@ class SeededSampler(Sampler[int]):
         return torch.randperm(self.rows, generator=generator).tolist()
 
 
-@dataclass(frozen=True)
-class Position:
-    """The position of one forward pass in a run.
-
-    Args:
-        epoch: from 0.
-        batch: index of this rank's batch within the epoch.
-        rank: rank of the process.
-    """
-
-    epoch: int
-    batch: int
-    rank: int = 0
-
-
 def rows_in_batch(
-    sampler: SeededSampler, at: Position, batch_size: int, ranks: int = 1, drop_last: bool = False
+    sampler: SeededSampler, size: int, epoch: int, batch: int, rank: int = 0, ranks: int = 1, drop_last: bool = False
 ) -> list[int]:
-    """The rows of the batch at a position.
+    """The rows of the `batch`-th batch of a rank in an epoch, all counted from 0.
 
     Ranks take batches in turn; the last batches are filled up from the beginning of the epoch, so that all ranks have
     equally many (accelerate's `even_batches`). A single process keeps its shorter last batch.
 
-    >>> rows_of(SeededSampler(5, seed=0, shuffle=False), Position(epoch=0, batch=1, rank=1), batch_size=2, ranks=2)
+    >>> sampler = SeededSampler(5, seed=0, shuffle=False)
+    >>> rows_in_batch(sampler, size=2, epoch=0, batch=1, rank=1, ranks=2)
     [1, 2]
     """
-    order = sampler.order(at.epoch)
-    start = (at.batch * ranks + at.rank) * batch_size
+    order = sampler.order(epoch)
+    start = (batch * ranks + rank) * size
     if ranks == 1 or drop_last:
-        return order[start : start + batch_size]
-    return [order[i % len(order)] for i in range(start, start + batch_size)]
+        return order[start : start + size]
+    return [order[i % len(order)] for i in range(start, start + size)]

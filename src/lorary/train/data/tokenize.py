@@ -117,6 +117,11 @@ def _fitted(examples: Sequence[Example], rows: list[Row], section: DataSection, 
     )
 
 
+def token_ids(row: Row) -> list[int]:
+    """The ids of an SFT row, or of a preference pair's prompt and better answer."""
+    return row["input_ids"] if "input_ids" in row else row["prompt_ids"] + row["chosen_ids"]
+
+
 def _length(row: Row) -> int:
     if "input_ids" in row:
         return len(row["input_ids"])

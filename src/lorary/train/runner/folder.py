@@ -16,9 +16,7 @@ README.md              its model card
 from __future__ import annotations
 
 import json
-import math
 import os
-import shutil
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -29,7 +27,8 @@ import yaml
 from filelock import FileLock, Timeout
 
 from lorary.errors import ConfigError, Diagnostic, StateError
-from lorary.files.atomic import atomic_file, remove_stale
+from lorary.files.atomic import atomic_file, remove, remove_stale
+from lorary.files.strict_json import finite
 from lorary.train.config.config import Config
 
 CONFIG, ENVIRONMENT, SAMPLE = "config.resolved.yaml", "env.json", "sample.txt"
@@ -140,11 +139,7 @@ class RunFolder:
 
     def _clear(self) -> None:
         for name in (*RUN_FILES, *TRACKERS):
-            path = self / name
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+            remove(self / name)
 
     def write(self, name: str, text: str) -> None:
         """Write a small file atomically."""
@@ -178,8 +173,7 @@ class RunFolder:
 
 def json_line(record: dict[str, Any]) -> str:
     """A record as a line of JSON; non-finite numbers, which JSON lacks, become null."""
-    plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    return json.dumps(plain) + "\n"
+    return json.dumps(finite(record)) + "\n"
 
 
 def _differences(saved: dict[str, Any], config: Config) -> Sequence[Diagnostic]:

@@ -1,7 +1,7 @@
 """LoRA-drop's probe: a short run on a sample of the rows, and the plan that follows from it.
 
 The probe trains every layer with the run's own settings, in a temporary folder. The measured importance is stored in
-the run folder as `importance.json`, with a picture; the run itself starts afresh with the chosen layers, and a resumed
+the run folder as `importance.json`, with a picture; the run itself starts again with the chosen layers, and a resumed
 run reads the choice there.
 """
 

@@ -74,7 +74,7 @@ def _rank(config: Config) -> int | None:
 
 
 def _need_after(config: Config, changes: dict[str, Any], now: Forecast) -> GpuRequirement | None:
-    """What a changed run needs; None if the changes contradict the rest of its configuration."""
+    """The GPU memory of the changed run; None if the changes contradict the rest of its configuration."""
     data = config.model_dump(mode="json")
     for key, value in changes.items():
         section, _, field = key.partition(".")

@@ -36,7 +36,7 @@ from lorary.errors import Diagnostic, TrainingError
 from lorary.model.labelled_head import LabelledHead
 from lorary.model.rank_pruning import resize_adapters
 from lorary.model.state import require_attached
-from lorary.train.data.sampler import Position, SeededSampler, rows_in_batch
+from lorary.train.data.sampler import SeededSampler, rows_in_batch
 from lorary.train.trainer import checkpoint, distributed, resume, rng
 from lorary.train.trainer.failure_messages import with_failure_help
 from lorary.train.trainer.nan_guard import NanGuard
@@ -205,8 +205,8 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
         accumulated, ranks = self.args.gradient_accumulation_steps, self.args.world_size
         steps = math.ceil(len(self.callback_handler.train_dataloader) / accumulated)
         epoch, step = divmod(self.state.global_step, steps)
-        at = Position(epoch, step * accumulated + micro_batch, self.args.process_index)
-        rows = rows_in_batch(self.sampler, at, self._train_batch_size, ranks, self.args.dataloader_drop_last)
+        batch, rank, size = step * accumulated + micro_batch, self.args.process_index, self._train_batch_size
+        rows = rows_in_batch(self.sampler, size, epoch, batch, rank, ranks, self.args.dataloader_drop_last)
         return f"rows {', '.join(map(str, rows))} of the training data (the first is 0)"
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from datetime import timedelta
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -82,7 +83,7 @@ class ProgressLines(TrainerCallback):  # type: ignore[misc]  # Transformers has 
             f"loss {self.loss:.4f}" if self.loss == self.loss else "",
             f"lr {self.rate:.2e}" if self.rate == self.rate else "",
             f"{self.tokens:,.0f} tokens/s" if self.tokens else "",
-            f"eta {_clock(left)}",
+            f"eta {timedelta(seconds=int(left))}",
             human_bytes(process_memory.current_bytes()),
         ]
         return "  ".join(part for part in parts if part)
@@ -92,13 +93,3 @@ class ProgressLines(TrainerCallback):  # type: ignore[misc]  # Transformers has 
             self.bar.console.print(text, markup=False)
         else:
             print(text, file=self.stream, flush=True)
-
-
-def _clock(seconds: float) -> str:
-    """Hours, minutes and seconds.
-
-    >>> _clock(3725)
-    '1:02:05'
-    """
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

@@ -39,7 +39,7 @@ def restore(state: dict[str, Any]) -> None:
 
 @contextmanager
 def preserved() -> Iterator[None]:
-    """A context at whose end every stream is as it was at the start."""
+    """A context that restores every stream at its end."""
     state = capture()
     try:
         yield
