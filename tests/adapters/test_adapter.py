@@ -182,8 +182,8 @@ def test_a_switch_reads_the_bases_fingerprint_once(monkeypatch: pytest.MonkeyPat
     from lorary.model import fingerprint
 
     reads: list[Tensor] = []
-    sample = fingerprint._sample
-    monkeypatch.setattr(fingerprint, "_sample", lambda tensor: (reads.append(tensor), sample(tensor))[1])
+    sample = fingerprint.Sample.of
+    monkeypatch.setattr(fingerprint.Sample, "of", lambda tensor: (reads.append(tensor), sample(tensor))[1])
     model, one, other = tiny.seeded("LlamaForCausalLM"), made(seed=1), made(seed=2)
     reads.clear()
     lorary.switch(model, one)
