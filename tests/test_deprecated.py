@@ -87,8 +87,22 @@ def test_an_old_module_path_gives_the_objects_of_the_new_one() -> None:
 
 @pytest.mark.usefixtures("moved")
 def test_an_old_module_path_is_an_attribute_too() -> None:
-    with pytest.warns(DeprecationWarning, match="lorary.former is deprecated: use lorary.spec.method"):
+    with pytest.warns(DeprecationWarning, match="lorary.former is deprecated: use lorary.spec.method") as told:
         assert lorary.former.Method is lorary.Method  # type: ignore[attr-defined]
+    assert [Path(w.filename) for w in told] == [Path(__file__)]
+
+
+@pytest.mark.usefixtures("moved")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_star_import_of_an_old_module_path_binds_old_and_new_names() -> None:
+    names: dict[str, object] = {}
+    exec("from lorary.former.inside import *", names)
+    assert (names["Site"], names["tuning"], names["rules"]) == (lorary.Site, lorary.rules, lorary.rules)
+
+
+def test_the_configuration_is_where_it_was() -> None:
+    code = "from lorary.train.config import Config; import lorary.train.config.config as c; assert Config is c.Config"
+    subprocess.run([sys.executable, "-W", "error::DeprecationWarning:lorary", "-c", code], check=True)
 
 
 def test_a_module_that_never_was_is_not_found() -> None:

@@ -129,11 +129,14 @@ def test_the_laws_hold_for_it(installed: Path) -> None:
     assert int(printed.split(" passed")[0].split()[-1]) == 10 + 6, printed  # kinds of layer; legal pairs on a layer
 
 
-def test_a_broken_one_is_reported_and_leaves_the_others(installed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("code", "error"), [("import no_such_module", "ModuleNotFoundError("), ("raise SystemExit(3)", "SystemExit(3)")]
+)
+def test_a_broken_one_is_reported_and_leaves_the_others(code: str, error: str, installed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     shutil.copytree(installed, folder)
-    (folder / "moslora.py").write_text("import no_such_module\n")
+    (folder / "moslora.py").write_text(f"{code}\n")
     program = fresh.Program("-m", "lorary", "methods", "lora", folder=tmp_path, beside=folder, path=folder)
     status, out, errors = program.ended()
     assert (status, out.startswith("lora (2021)\n")) == (0, True)
-    assert "the method moslora of moslora cannot be loaded: ModuleNotFoundError(" in errors
+    assert f"the method moslora of moslora cannot be loaded: {error}" in errors

@@ -172,12 +172,17 @@ def current_component(record: Mapping[str, Any]) -> dict[str, Any]:
     name = record["word"]
     name = COMPONENTS[name][1] if isinstance(name, str) and name in COMPONENTS else name
     fields = FIELDS.get(name, {}) if isinstance(name, str) else {}
-    return {"component": name} | {fields.get(k, k): v for k, v in record.items() if k != "word"}
+    return {"component": name} | _with_new_keys({k: v for k, v in record.items() if k != "word"}, fields)
 
 
 def current_site(record: Any) -> Any:
     """A site's record of format 1, in today's names."""
-    return {SITE.get(k, k): v for k, v in record.items()} if isinstance(record, dict) else record
+    return _with_new_keys(record, SITE) if isinstance(record, dict) else record
+
+
+def _with_new_keys(record: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+    """The record in today's names; an old name beside its new one stays, and readers refuse it."""
+    return {k if renamed.get(k) in record else renamed.get(k, k): v for k, v in record.items()}
 
 
 def warn(old: str, new: str, stacklevel: int = 3) -> None:
@@ -191,8 +196,12 @@ def renamed(name: str) -> Any:
     Raises:
         AttributeError: there was never such a name.
     """
-    if f"lorary.{name}" in MODULES:
-        return importlib.import_module(f"lorary.{name}")
+    if (path := f"lorary.{name}") in MODULES:
+        with warnings.catch_warnings():  # the finder's warning would point at importlib
+            warnings.simplefilter("ignore", DeprecationWarning)
+            found = importlib.import_module(path)
+        warn(path, " or ".join(MODULES[path]), stacklevel=4)
+        return found
     if name not in NAMES:
         raise AttributeError(f"module 'lorary' has no attribute {name!r}")
     module, new = NAMES[name]
@@ -244,6 +253,14 @@ def _member(module: str, name: str) -> tuple[str, Any]:
     raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
 
+def _star(module: str) -> list[str]:
+    """The names that `from <an old module path> import *` binds."""
+    names = {old for path, old in MEMBERS if path == module}
+    for home in map(importlib.import_module, MODULES[module]):
+        names |= set(getattr(home, "__all__", [name for name in vars(home) if not name.startswith("_")]))
+    return sorted(names)
+
+
 def keep_old_names(package: str) -> None:
     """Let `package` and the modules in it give their old names too, each use with a warning."""
 
@@ -270,7 +287,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         old = module.__name__
         warn(old, " or ".join(MODULES[old]))
-        module.__dict__["__getattr__"] = lambda name: _member(old, name)[1]
+        module.__dict__["__getattr__"] = lambda name: _star(old) if name == "__all__" else _member(old, name)[1]
 
 
 def install() -> None:

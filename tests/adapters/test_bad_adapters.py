@@ -802,6 +802,17 @@ NATIVE: list[tuple[str, Spoil, str]] = [
         ("  - lorary.json: method: delta: 'LowRnk' is not a known component\n      hint: did you mean `LowRank`?"),
     ),
     (
+        "a component with its key of both formats",
+        note(lambda r: r["method"]["delta"].update(word="LowRank")),
+        "  - lorary.json: method: delta: LowRank has no field `word`\n      hint: known: r",
+    ),
+    (
+        "a site with the names of both formats",
+        note(lambda r: (r.update(format=1), r["sites"][0].update(inp=2))),
+        '  - lorary.json: sites[0]: is {"name": "model.layers.0.self_attn.q_proj", "kind": "linear", "out_features": '
+        '16, "in_features":… (125 characters); a site has the fields bias, in_features, kind, name, out_features',
+    ),
+    (
         "an axis that does not exist",
         note(lambda r: r["method"].update(dlta=3)),
         ("  - lorary.json: method: dlta: is not an axis of a method\n      hint: did you mean `delta`?"),

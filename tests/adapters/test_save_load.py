@@ -408,6 +408,15 @@ def test_what_could_not_be_read_is_not_written(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_is_not_an_adapter(tmp_path: Path) -> None:
+    with pytest.raises(FileError) as caught:
+        lorary.save_adapter(nn.Linear(2, 2), tmp_path / "a")  # type: ignore[arg-type]
+    assert str(caught.value) == (
+        f"cannot save an adapter to {str(tmp_path / 'a')!r}\n"
+        "  - adapter: is a Linear, not an Adapter\n      hint: lorary.save(model, path) saves a model's adapter"
+    )
+
+
 def test_a_folder_of_other_things_is_not_taken(tmp_path: Path) -> None:
     (tmp_path / "run" / "step-1").mkdir(parents=True)
     with pytest.raises(FileError) as caught:

@@ -160,7 +160,7 @@ def test_plan_lists_every_mistake(command: Command) -> None:
     assert ran == (
         2,
         "",
-        "error: invalid configuration the configuration:\n"
+        "error: invalid configuration:\n"
         "  - --set method.r: `r` must be at least 1, not 0\n"
         "  - --set training.lr: `lr` must be at most 1, not 9\n",
     )

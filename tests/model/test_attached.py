@@ -68,6 +68,17 @@ def test_nothing_is_attached_to_a_plain_model() -> None:
     assert lorary.attached(lorary.merge(attach(model=model)[0])) is None
 
 
+def test_nothing_can_be_attached_to_other_things() -> None:
+    with pytest.raises(lorary.StateError, match="model: is a Plan, not a torch"):
+        lorary.attached(attach()[1])  # type: ignore[arg-type]
+
+
+def test_a_merge_that_adds_biases_leaves_the_size_of_the_base() -> None:
+    model, plan = attach(("glora",), r=2)
+    lorary.merge(model, keep=True)
+    assert found(model).total == plan.total
+
+
 def test_it_is_a_value_of_its_moment() -> None:
     model, _ = attach(r=2)
     before = found(model)

@@ -120,6 +120,8 @@ def test_speakers_put_lora_first_where_anything_adapts() -> None:
         presets.resolve_presets(["rslorra"])
 
 
-def test_a_preset_cannot_be_registered_twice() -> None:
-    with pytest.raises(TypeError, match="the preset lora is already registered"):
-        presets.preset("lora", citation="nobody")(lambda: {})
+@pytest.mark.parametrize("name", ["lora", "LoRA", "lora_fa", "LoRA-drop"])
+def test_a_preset_whose_name_finds_another_one_is_not_registered(name: str) -> None:
+    with pytest.raises(TypeError, match=f"the preset {name} is already registered"):
+        presets.preset(name, citation="nobody")(lambda: {})
+    assert name not in lorary.presets() or name == "lora"

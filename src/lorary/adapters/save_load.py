@@ -40,10 +40,14 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.
     Raises:
         FileError: no reader would accept the adapter (NaN, other dtypes), or the folder cannot be written.
     """
+    headline = f"cannot save an adapter to {show(os.fspath(folder), most=400)}"
+    if not isinstance(adapter, Adapter):
+        what = f"is a {type(adapter).__name__}, not an Adapter"
+        raise FileError(headline, [Diagnostic("adapter", what, "lorary.save(model, path) saves a model's adapter")])
     shared = collect_shared(adapter)
     tensors = native.native_tensors(adapter, shared)
     if problems := unwritable(tensors) or _inconsistent(adapter, shared):
-        raise FileError(f"cannot save an adapter to {show(os.fspath(folder), most=400)}", problems)
+        raise FileError(headline, problems)
     # PEFT's files cannot hold RoPE scaling
     peft_type = None if writer.rope_overrides(adapter) else writer.exact_type(adapter, model, shared)
     if peft_type is not None:

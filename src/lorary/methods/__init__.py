@@ -21,7 +21,7 @@ def _load_installed() -> None:
     for entry in sorted(entry_points(group="lorary.methods"), key=lambda entry: entry.name):
         try:
             entry.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             package = entry.dist.name if entry.dist else "an installed package"
             warn(f"the method {entry.name} of {package} cannot be loaded: {error!r}", stacklevel=2)
 

@@ -38,7 +38,7 @@ def insert(
     _check_fit(scanned, method, sites, full, quantized)
     sites = tuple(_with_kind(p, scanned.modules[p.site.name].kind) for p in sites)
     paths = {p.site.name: list(scanned.modules[p.site.name].paths) for p in sites}
-    fingerprint = fingerprint or Fingerprint.of(model)
+    fingerprint, total = fingerprint or Fingerprint.of(model), scanned.sizes()[0]
     if quantized:
         fingerprint.remember(model)  # quantising changes parameters
     trained = frozenset(name for name in scanned.names if scanned.parameter(name).requires_grad)
@@ -54,7 +54,7 @@ def insert(
         set_submodules(model, paths[name], layer)
     for name in full.keys() - {f"{p.site.name}.weight" for p in sites}:  # only a rule writes an adapted weight
         scanned.parameter(name).requires_grad_(True)
-    state = AttachedState(method, sites, kept, trained, paths, fingerprint, context_patch=patch)
+    state = AttachedState(method, sites, kept, trained, paths, fingerprint, total, context_patch=patch)
     object.__setattr__(model, STATE, state)
 
 

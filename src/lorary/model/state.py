@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lorary.errors import Diagnostic, StateError
-from lorary.layers.adapted import Adapted, base_parameters
+from lorary.layers.adapted import Adapted
 from lorary.model.bias_flags import BiasFlags
+from lorary.model.checks import not_a_module
 from lorary.model.fingerprint import STATE, Fingerprint
 from lorary.model.plan import FullParameter, trainable_size, trained_table
-from lorary.model.scan import numbers_and_bytes
 from lorary.spec.context import ContextPatch
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite
@@ -47,6 +47,7 @@ class AttachedState:
         trained: the names of the parameters that required gradients before.
         paths: site -> every path of its layer, more than one for a shared layer.
         fingerprint: of the base, taken before anything changed or was sharded.
+        total: parameters of the base, tied ones counted once.
         replaced_weights: site -> its weight before the start was subtracted: a copy on the CPU, or the parameter itself
             if other layers hold it too and this one got its own.
         untied: whether attaching cleared the configuration's `tie_word_embeddings`, because a tied layer got a weight
@@ -64,6 +65,7 @@ class AttachedState:
     trained: frozenset[str]
     paths: dict[str, list[str]]
     fingerprint: Fingerprint
+    total: int
     replaced_weights: dict[str, Tensor] = field(default_factory=dict)
     untied: bool = False
     merged: dict[str, Merged] | None = None
@@ -120,9 +122,14 @@ def attached(model: nn.Module) -> Attachment | None:
         A value that does not follow later changes; None for a plain model, also after `detach` and after a `merge`
         without `keep`.
 
+    Raises:
+        StateError: `model` is not a module.
+
     Example:
         >>> print(lorary.attached(model))
     """
+    if problems := not_a_module(model):
+        raise StateError("nothing can be attached:", problems)
     state = state_of(model)
     if state is None:
         return None
@@ -132,9 +139,8 @@ def attached(model: nn.Module) -> Attachment | None:
         value = base_parameter(model, name)
         size = value.numel() * value.element_size()
         full.append(FullParameter(name, tuple(value.shape), size, trains=name not in adapted_weights))
-    total, _ = numbers_and_bytes(model.modules(), (parameter for _, parameter in base_parameters(model)))
     merged, enabled = state.merged is not None, not state.disabled_depth
-    return Attachment(state.method, state.sites, tuple(full), total, state.fingerprint, merged, enabled)
+    return Attachment(state.method, state.sites, tuple(full), state.total, state.fingerprint, merged, enabled)
 
 
 def state_of(model: nn.Module) -> AttachedState | None:

@@ -151,7 +151,8 @@ def add_preset(preset: Preset, aliases: Sequence[str]) -> None:
     Raises:
         TypeError: the name is already registered.
     """
-    if preset.name in PRESETS:
+    functions = map(_normalised, FUNCTIONS)
+    if preset.name in PRESETS or _exact(preset.name) in PRESETS or _normalised(preset.name) in functions:
         raise TypeError(f"the preset {preset.name} is already registered")
     PRESETS[preset.name] = preset
     for alias in (preset.name, *aliases):
@@ -176,8 +177,11 @@ def resolve(names: Sequence[str], problems: list[Diagnostic]) -> list[Preset]:
 
 def _find(name: str) -> Preset | None:
     """The preset of that name; hyphens count if they distinguish two: O-LoRA is not OLoRA."""
-    exact = re.sub(r"[\s_]", "-", name.strip().lower())
-    return PRESETS.get(exact) or PRESETS.get(_ALIASES.get(_normalised(name), ""))
+    return PRESETS.get(_exact(name)) or PRESETS.get(_ALIASES.get(_normalised(name), ""))
+
+
+def _exact(name: str) -> str:
+    return re.sub(r"[\s_]", "-", name.strip().lower())
 
 
 def _normalised(name: str) -> str:

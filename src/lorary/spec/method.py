@@ -198,7 +198,7 @@ def _read_axis(axis: str, value: Any, problems: list[Diagnostic]) -> Any:
 
 
 def _read_component(where: str, value: Any, problems: list[Diagnostic]) -> Any:
-    if isinstance(value, Mapping) and "word" in value:  # lorary 0.5 and before
+    if isinstance(value, Mapping) and "word" in value and "component" not in value:  # lorary 0.5 and before
         value = current_component(value)
     name = value.get("component") if isinstance(value, Mapping) else None
     cls = COMPONENTS.get(name) if isinstance(name, str) else None

@@ -172,6 +172,25 @@ def test_without_a_number_of_blocks_all_of_them_are_simulated() -> None:
     assert found.activations == predict(model, plan, Workload(2, 16), whole=True).activations
 
 
+def test_a_block_that_is_used_twice_is_not_taken_for_two() -> None:
+    model = make()
+    model.model.layers[5] = model.model.layers[2]
+    plan = planned(model, "lora", r=8)
+    assert blocks(model, plan) is None
+    found = predict(model, plan, Workload(2, 16))
+    assert found.activations == predict(model, plan, Workload(2, 16), whole=True).activations
+
+
+def test_attention_with_narrower_values_is_predicted() -> None:
+    ranks = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
+    experts = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
+    model = make("deepseek_v3", head_dim=8, num_key_value_heads=4, first_k_dense_replace=3, **ranks, **experts)
+    plan = planned(model, "lora", r=8)
+    found = predict(model, plan, Workload(2, 16, bf16))
+    assert found.activations
+    assert found == predict(model, plan, Workload(2, 16, bf16), whole=True)
+
+
 def test_eager_attention_keeps_scores_and_autocast_copies_of_the_weights() -> None:
     model = make(_attn_implementation="eager")
     plan = planned(model, "lora", r=8)

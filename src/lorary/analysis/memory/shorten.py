@@ -45,14 +45,15 @@ class Blocks:
 
 
 def blocks(model: nn.Module, plan: Plan) -> Blocks | None:
-    """The blocks of a model; None if its configuration does not state their number, or several lists have it."""
+    """The blocks of a model; None if its configuration does not state their number, several lists have it,
+    or one block is used several times."""
     number = getattr(text_config(model), "num_hidden_layers", None)
     lists = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == number
     ]
-    if len(lists) != 1:
+    if len(lists) != 1 or len(set(lists[0][1])) != number:  # a shared block would be copied
         return None
     path, layers = lists[0]
     planned: list[list[Any]] = [[] for _ in layers]

@@ -192,4 +192,5 @@ def _fused_attention(
     if attn_mask is not None and attn_mask.dtype == torch.bool:  # converted by PyTorch in every layer
         attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill_(attn_mask.logical_not(), -torch.inf)
     output: Tensor = kernel(q, k, v, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
-    return output
+    # this kernel has one width for q, k and v; others have narrower values too, as in DeepSeek's latent attention
+    return output if v.shape[-1] == q.shape[-1] else output[..., : v.shape[-1]]

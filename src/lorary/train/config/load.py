@@ -48,7 +48,7 @@ def from_dict(tree: Mapping[str, Any], sets: Sequence[str] = ()) -> Config:
         ConfigError: every mistake, each with its dotted key.
     """
     marks: dict[Place, str] = {}
-    return _config([ParsedYaml(_plain(tree, (), marks), marks), *_overrides(sets)], "the configuration")
+    return _config([ParsedYaml(_plain(tree, (), marks), marks), *_overrides(sets)], "")
 
 
 def _plain(value: Any, place: Place, marks: dict[Place, str]) -> Any:
@@ -102,11 +102,14 @@ def _config(sources: Sequence[ParsedYaml], name: str) -> Config:
     problems += _method_problems(found)
     if config is not None:
         problems += [
-            Diagnostic(found.find(tuple(p.where.split("."))) or name, f"`{p.where}`: {p.what}", p.fix)
+            Diagnostic(
+                found.find(tuple(p.where.split("."))) or name or "the configuration", f"`{p.where}`: {p.what}", p.fix
+            )
             for p in contradictions(config)
         ]
     if problems or config is None:
-        raise ConfigError(f"invalid configuration {name}:", sorted(problems, key=_position))
+        headline = " ".join(filter(None, ("invalid configuration", name)))
+        raise ConfigError(f"{headline}:", sorted(problems, key=_position))
     return config.with_notes(*found.notes)
 
 
