@@ -1,7 +1,7 @@
-"""Layer kinds: every layer with a weight, seen as an [out, inp] matrix.
+"""Layer kinds: every layer with a weight, seen as an [out, in] matrix.
 
 Linear, transposed linear (GPT-2's Conv1D), convolution (grouped ones included) and embedding each implement
-`lorary.spec.site.Kind`; only this file knows how they lay out their weights.
+`lorary.spec.layer.Kind`; only this file knows how they lay out their weights.
 """
 
 from __future__ import annotations
