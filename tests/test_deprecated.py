@@ -100,7 +100,9 @@ def test_an_old_module_path_gives_the_objects_of_the_new_one() -> None:
 
 @pytest.mark.usefixtures("moved")
 def test_an_old_module_path_is_an_attribute_too() -> None:
-    with pytest.warns(DeprecationWarning, match=r"^lorary\.former\.Method is deprecated: use lorary\.spec\.method\.Method$"):
+    with pytest.warns(
+        DeprecationWarning, match=r"^lorary\.former\.Method is deprecated: use lorary\.spec\.method\.Method$"
+    ):
         assert lorary.former.Method is lorary.Method  # type: ignore[attr-defined]
 
 

@@ -173,7 +173,9 @@ def test_rows_that_cannot_be_read_are_told_and_replaced(command: Command) -> Non
     Path("data.jsonl").unlink()
     ran = command("merge", "run", "merged", "--base", "model", "--rows", "1")
     assert ran.code == 0
-    assert ran.err.startswith("note: the run's own rows cannot be read: cannot read data.jsonl:\nwrote the merged model to merged (")
+    assert ran.err.startswith(
+        "note: the run's own rows cannot be read: cannot read data.jsonl:\nwrote the merged model to merged ("
+    )
     assert rows_of() == ("rows of builtin:topics", 128)
 
 

@@ -398,8 +398,7 @@ SAID: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
         {"use_dora": True},
         told(
             INVALID,
-            "use_dora: is not an option of lora + dora\n"
-            '      hint: name the preset: lorary.method("dora", ...)',
+            'use_dora: is not an option of lora + dora\n      hint: name the preset: lorary.method("dora", ...)',
         ),
     ),
     (
