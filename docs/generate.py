@@ -32,7 +32,8 @@ CONFIG_HEAD = """# Configuration
 
 One YAML file is one training run. `lorary init` writes it with every key, default and sentence below as comments;
 `lorary init --schema` prints its JSON schema, for editors. It is strict: an unknown key, an equal key, a value of the
-wrong type or out of range, and two keys that contradict each other are errors, all at once, each with line and column.
+wrong type or out of range, and two keys that contradict each other are errors, each with line and column. They are
+reported together; contradictions follow once each key is valid by itself.
 
 On the command line any key can be set over the file: `--set method.r=8 --set training.lr=1e-4`. PEFT's and TRL's
 familiar names (`lora_alpha`, `target_modules`, `learning_rate`, ...) are understood, and the resolved configuration
@@ -208,7 +209,7 @@ _README = "<!-- The methods; written by docs/generate.py. -->"
 def readme() -> str:
     """The README, with its table of methods from the presets."""
     rows = [
-        f"| [`{found.name}`](docs/methods/{stem(found.name)}.md) | `{_pipe(found.summary)}` | here |"
+        f"| [`{found.name}`](docs/methods/{stem(found.name)}.md) | `{_pipe(found.summary)}` | available |"
         for found in (*lorary.presets().values(), *FUNCTIONS.values())
     ]
     rows += [f"| {', '.join(PLANNED)} | | planned |"]

@@ -1,14 +1,14 @@
 """The rooms of the package and the imports between them.
 
     python scripts/import_graph.py          draw docs/pictures/rooms.svg
-    python scripts/import_graph.py --way    count the files on the way of one weight
+    python scripts/import_graph.py --way    list the files on the path of a weight
 
 The picture shows every room in the order in which it may import, with the number of imports from room to room.
 
-The way of one weight is a tiny model that is planned, attached, run, trained for one step, saved, loaded and merged,
-with LoRA, in a fresh process. A file counts as entered if one of its functions is called for this, and not merely
-when the file is imported: what an import itself runs (decorators, class bodies) does not count. A file holds the weight
-if one of these functions has the weight W of the first layer, or its A or B, at hand: as an argument, as a local
+The path of a weight is that of a tiny model that is planned, attached, run, trained for one step, saved, loaded and
+merged, with LoRA, in a fresh process. A file counts as entered if one of its functions is called for this, and not
+merely when the file is imported: what an import itself runs (decorators, class bodies) does not count. A file holds the
+weight if one of these functions has the weight W of the first layer, or its A or B, at hand: as an argument, as a local
 variable or as its result, directly or in a list, a tuple or a dictionary.
 """
 
@@ -172,7 +172,7 @@ def _holds(value: Any, shapes: set[tuple[int, ...]], depth: int = 3) -> bool:
 
 
 def way() -> tuple[dict[Path, str], set[Path], set[Path]]:
-    """The files on the way of one weight.
+    """The files on the path of a weight.
 
     Returns:
         The files whose functions are entered, each with its first step; those of them that hold the weight; and all
@@ -245,7 +245,7 @@ def print_way() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--way", action="store_true", help="count the files on the way of one weight")
+    parser.add_argument("--way", action="store_true", help="list the files on the path of a weight")
     if parser.parse_args().way:
         print_way()
     else:

@@ -110,7 +110,7 @@ def test_what_is_given_has_a_lane_of_its_own() -> None:
 
 def test_the_join_the_scale_and_the_rates_are_said() -> None:
     said = words(method_svg(lorary.method("dora", "pissa", "rslora", "lora+", r=16, alpha=32, ratio=4), ""))
-    for expected in ("Direction", "m [2048]", "s = 8", "learns 4 times faster", "W \N{MINUS SIGN} s B0 A0"):
+    for expected in ("MagnitudeDirection", "m [2048]", "s = 8", "learns 4 times faster", "W \N{MINUS SIGN} s B0 A0"):
         assert expected in said
     assert "dropout 0.1" in words(method_svg(lorary.method("lora", dropout=0.1), ""))
 

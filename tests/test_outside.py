@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-import lorary
 from tests import fresh, pages
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group(fresh.GROUP)]
@@ -65,7 +64,7 @@ def test_the_command_line_knows_it(installed: Path, tmp_path: Path) -> None:
 
     chosen = said("methods", "--answers", "quality=best")
     assert "name: moslora\n" in chosen
-    assert f"# Or DoRA: {lorary.presets()['dora'].when[:40]}" in chosen
+    assert "# MoSLoRA: For more from the same rank" in chosen
 
 
 def test_its_verdicts_follow_from_its_components(installed: Path, tmp_path: Path) -> None:

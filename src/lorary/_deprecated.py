@@ -1,8 +1,9 @@
 """Names that keep working for one release, each with a `DeprecationWarning` that names the new one.
 
 The tables are all there is to edit. `lorary.__getattr__` asks `renamed` for a name that it does not have, and a
-finder at the end of `sys.meta_path` serves module paths that no longer exist. Modules that are still there call
-`keep_old_names`, and classes have a `RenamedAttribute` for each attribute.
+finder at the end of `sys.meta_path` serves module paths that no longer exist: importing one is silent, using a name
+from it warns. Modules that are still there call `keep_old_names`, and classes have a `RenamedAttribute` for each
+attribute.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ NAMES: dict[str, tuple[str, str]] = {
     "tuning": ("lorary.model.optim.rules", "rules"),
     "unpack": ("lorary.model.quantize", "dequantize"),
 }
+
+# lorary.<old> -> the class of another library to use instead; the name in `NAMES` forwards to it for this release
+OTHER_LIBRARIES = {"PagedAdamW": "bitsandbytes.optim.PagedAdamW32bit"}
 
 # old module path -> the modules that its names are in now, searched in this order. A package needs its own line, and
 # so does each of its modules.
@@ -186,7 +190,13 @@ def _with_new_keys(record: Mapping[str, Any], renamed: Mapping[str, str]) -> dic
 
 
 def warn(old: str, new: str, stacklevel: int = 3) -> None:
-    """Warn the caller's caller that `old` is deprecated."""
+    """Warn the caller's caller that `old` is deprecated.
+
+    `from package import name` looks the name up twice: `_handle_fromlist` asks whether it exists before the import
+    statement fetches it. Only the second look-up warns.
+    """
+    if sys._getframe(stacklevel - 1).f_code.co_name == "_handle_fromlist":
+        return
     warnings.warn(f"{old} is deprecated: use {new}", DeprecationWarning, stacklevel=stacklevel)
 
 
@@ -206,7 +216,8 @@ def renamed(name: str) -> Any:
         raise AttributeError(f"module 'lorary' has no attribute {name!r}")
     module, new = NAMES[name]
     public = new in importlib.import_module("lorary").__all__
-    warn(f"lorary.{name}", f"lorary.{new}" if public else f"{module}.{new}", stacklevel=4)
+    replacement = OTHER_LIBRARIES.get(name) or (f"lorary.{new}" if public else f"{module}.{new}")
+    warn(f"lorary.{name}", replacement, stacklevel=4)
     return getattr(importlib.import_module(module), new)
 
 
@@ -245,7 +256,8 @@ def _member(module: str, name: str) -> tuple[str, Any]:
         AttributeError: there was never such a name.
     """
     new = MEMBERS.get((module, name), name)
-    for home in MODULES.get(module, (module,)):
+    special = name.startswith("__")  # `__file__` and the like, for which Python's own tools ask any module
+    for home in () if special else MODULES.get(module, (module,)):
         found = importlib.import_module(home)
         # a module that is asked for its own old names would ask this function again
         if new in vars(found) or (home != module and hasattr(found, new)):
@@ -261,17 +273,20 @@ def _star(module: str) -> list[str]:
     return sorted(names)
 
 
+def _old_member(module: str, name: str) -> Any:
+    """The value of a name of an old module path, with a warning that names its new place."""
+    if name == "__all__" and module in MODULES:
+        return _star(module)
+    path, value = _member(module, name)
+    warn(f"{module}.{name}", path)
+    return value
+
+
 def keep_old_names(package: str) -> None:
     """Let `package` and the modules in it give their old names too, each use with a warning."""
-
-    def find(module: str, name: str) -> Any:
-        path, value = _member(module, name)
-        warn(f"{module}.{name}", path)
-        return value
-
     for module in {*MODULES, *(module for module, _ in MEMBERS)}:
         if f"{module}.".startswith(f"{package}.") and module in sys.modules:
-            sys.modules[module].__dict__["__getattr__"] = functools.partial(find, module)
+            sys.modules[module].__dict__["__getattr__"] = functools.partial(_old_member, module)
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -285,9 +300,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.util.spec_from_loader(fullname, self, is_package=True)  # it may have had modules of its own
 
     def exec_module(self, module: ModuleType) -> None:
-        old = module.__name__
-        warn(old, " or ".join(MODULES[old]))
-        module.__dict__["__getattr__"] = lambda name: _star(old) if name == "__all__" else _member(old, name)[1]
+        module.__dict__["__getattr__"] = functools.partial(_old_member, module.__name__)
 
 
 def install() -> None:

@@ -76,7 +76,7 @@ def test_a_qlora_adapter_becomes_a_plain_model(command: Command, run: Path) -> N
 
 def test_it_keeps_the_dtype_of_the_base_on_disk(command: Command, run: Path) -> None:
     ran = command("merge", "run", "merged", "--rows", "1")
-    assert ran.err.startswith("merged into merged, bfloat16\nsite ")
+    assert ran.err.startswith("wrote the merged model to merged (bfloat16)\nsite ")
     merged = AutoModelForCausalLM.from_pretrained("merged", dtype="auto")
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
     live = torch.load(run / "live.pt")
@@ -173,7 +173,9 @@ def test_rows_that_cannot_be_read_are_told_and_replaced(command: Command) -> Non
     Path("data.jsonl").unlink()
     ran = command("merge", "run", "merged", "--base", "model", "--rows", "1")
     assert ran.code == 0
-    assert ran.err.startswith("note: the run's own rows cannot be read: cannot read data.jsonl:\nmerged into merged, ")
+    assert ran.err.startswith(
+        "note: the run's own rows cannot be read: cannot read data.jsonl:\nwrote the merged model to merged ("
+    )
     assert rows_of() == ("rows of builtin:topics", 128)
 
 

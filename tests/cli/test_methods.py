@@ -82,7 +82,7 @@ def test_the_page_of_a_method(command: Command) -> None:
 def test_a_method_that_is_a_function_tells_how_it_is_said(command: Command) -> None:
     ran = command("methods", "lora-drop")
     said = " ".join(ran.out.split())
-    assert "say: `drop: {threshold: 0.9}` under `method:` in a configuration, or call lorary.drop_layers" in said
+    assert "use: `drop: {threshold: 0.9}` under `method:` in a configuration, or call lorary.drop_layers" in said
     for name in FUNCTIONS:
         with pytest.raises(MethodError, match="is not a method: it chooses layers"):
             lorary.method(name)

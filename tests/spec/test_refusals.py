@@ -398,9 +398,17 @@ SAID: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
         {"use_dora": True},
         told(
             INVALID,
-            "use_dora: is not an option of lora + dora\n"
-            "      hint: known: alpha, context, delta, dropout, exact, frozen, full, init, join, lr, r, rules, "
-            "scale, storage",
+            'use_dora: is not an option of lora + dora\n      hint: name the preset: lorary.method("dora", ...)',
+        ),
+    ),
+    (
+        ("lora",),
+        {"rank": 8, "target_modules": ["q_proj"]},
+        told(
+            INVALID,
+            "rank: is not an option of lora\n      hint: use `r`",
+            "target_modules: is not an option of lora\n"
+            "      hint: it belongs to the plan: lorary.plan(model, method, targets=...)",
         ),
     ),
     (

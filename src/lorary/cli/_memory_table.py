@@ -29,7 +29,7 @@ def show(config: Config, found: Forecast, size: float | None) -> None:
     if found.memory.activations is None:
         return
     total, overhead = gigabytes(found.need.total), gigabytes(found.need.overhead)
-    title = f"on a GPU {total} as nvidia-smi counts: {overhead} of it CUDA and fragmentation"
+    title = f"GPU memory, as nvidia-smi shows it: {total}, of which {overhead} for CUDA and fragmentation"
     _print(title, _free_memory(found, size))
     wanted = size or SIZES[-1]
     if found.need.free_bytes(wanted) < 0:

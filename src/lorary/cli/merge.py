@@ -71,7 +71,12 @@ def merge(
         name = str(target).removeprefix("torch.")
         record = {"dtype": name, "onto": onto, "rows": compared.source} | error.to_dict()
         (written / REPORT).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(*(f"note: {note}" for note in compared.notes), f"merged into {output}, {name}", sep="\n", file=sys.stderr)
+    print(
+        *(f"note: {note}" for note in compared.notes),
+        f"wrote the merged model to {output} ({name})",
+        sep="\n",
+        file=sys.stderr,
+    )
     _print_report(error, f"compared on {len(compared.ids):,} {compared.source}")
     print(output)
 

@@ -67,7 +67,7 @@ def _opening(preset: Preset, picture: str) -> str:
             f"| paper | {paper(preset.citation)} |",
             f"| changes | {', '.join(preset.changes)} |",
             f"| when | {cell(preset.when)} |",
-            f"| say | `{preset.name}` |\n",
+            f"| use | `{preset.name}` |\n",
         ]
     )
 

@@ -53,7 +53,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
         options = ", ".join(f"{key}={value}" for key, value in row["options"].items())
         lines = [row["equation"], row["when"], row["citation"] if row["year"] else ""]
         lines += [f"changes: {', '.join(row['changes'])}", _costs(row) if row["numbers"] else ""]
-        lines += [f"say: {row['say']}" if row["say"] != row["name"] else "", f"options: {options}" if options else ""]
+        lines += [f"use: {row['say']}" if row["say"] != row["name"] else "", f"options: {options}" if options else ""]
         for line in filter(None, lines):
             print(textwrap.fill(line, width, initial_indent="    ", subsequent_indent="        "))
 

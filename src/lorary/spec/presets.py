@@ -16,6 +16,16 @@ from lorary.spec._registry import add_preset, resolve
 from lorary.spec.interfaces import COMPONENTS
 from lorary.spec.method import AXES, Method
 
+# PEFT's words for what `method` takes under another name or in another place
+_PEFT_WORDS = {
+    "lora_alpha": "use `alpha`",
+    "lora_dropout": "use `dropout`",
+    "rank": "use `r`",
+    "target_modules": "it belongs to the plan: lorary.plan(model, method, targets=...)",
+    "use_dora": 'name the preset: lorary.method("dora", ...)',
+    "use_rslora": 'name the preset: lorary.method("rslora", ...)',
+}
+
 ComponentsT = TypeVar("ComponentsT", bound=Callable[..., dict[str, Any]])
 
 # axis -> how two presets that both set it unite; on every other axis only one may
@@ -79,7 +89,7 @@ def method(*names: str, **options: Any) -> Method:
     chosen = resolve(names, problems)
     known = {option for p in chosen for option in p.parameters}
     for option in sorted(set(options) - known - set(AXES)):
-        hint = did_you_mean(option, sorted(known | set(AXES)))
+        hint = _PEFT_WORDS.get(option) or did_you_mean(option, sorted(known | set(AXES)))
         problems.append(Diagnostic(option, f"is not an option of {' + '.join(p.name for p in chosen)}", hint))
     if problems:
         raise MethodError("invalid method:", problems)

@@ -355,7 +355,7 @@ def test_the_table_adds_up() -> None:
         "optimizer   2.0 MiB",
         "activations 512.0 MiB",
         "logits      256.0 MiB",
-        "working     128.0 MiB  (at another moment than the fullest)",
+        "working     128.0 MiB  (not at the peak)",
         "total       1.8 GiB",
         "note        a note",
     ]

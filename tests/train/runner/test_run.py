@@ -321,7 +321,7 @@ def test_a_dry_run_shows_everything_and_writes_nothing(words: dict[str, Any]) ->
     sets = ["--set", "training.epochs=2", "--set", "training.max_steps=null"]
     shown = CliRunner().invoke(app(), ["train", "my.yaml", "--dry-run", *sets])
     assert shown.exit_code == 0, shown.output
-    for part in ("  lr: 0.001", "layers.{0-1}.self_attn.q_proj x2", "activations", "steps     10", "[[", "learnt"):
+    for part in ("  lr: 0.001", "layers.{0-1}.self_attn.q_proj x2", "activations", "steps     10", "[[", "labelled"):
         assert part in shown.stdout
     assert sorted(str(p) for p in Path().rglob("*")) == before
 

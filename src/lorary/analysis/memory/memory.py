@@ -58,7 +58,7 @@ class Memory:
         texts["total"] = f"more than {human_bytes(self.total)}" if unknown else human_bytes(self.total)
         if self.logits and self.working:
             smaller = "logits" if self.logits < self.working else "working"
-            texts[smaller] += "  (at another moment than the fullest)"
+            texts[smaller] += "  (not at the peak)"
         return list(texts.items())
 
     def __str__(self) -> str:
