@@ -207,11 +207,7 @@ def renamed(name: str) -> Any:
         AttributeError: there was never such a name.
     """
     if (path := f"lorary.{name}") in MODULES:
-        with warnings.catch_warnings():  # the finder's warning would point at importlib
-            warnings.simplefilter("ignore", DeprecationWarning)
-            found = importlib.import_module(path)
-        warn(path, " or ".join(MODULES[path]), stacklevel=4)
-        return found
+        return importlib.import_module(path)  # its names warn when they are used
     if name not in NAMES:
         raise AttributeError(f"module 'lorary' has no attribute {name!r}")
     module, new = NAMES[name]
