@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -28,7 +29,13 @@ def name(page: Path) -> str:
     return str(page.relative_to(DOCS))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+def marked(page: Path) -> Any:
+    """The page, marked as slow if it trains."""
+    slow = {"tutorial.md", "how-to/large-models.md", "how-to/long-context.md"}
+    return pytest.param(page, marks=[pytest.mark.slow] if name(page) in slow else [])
+
+
+@pytest.mark.parametrize("page", map(marked, PAGES), ids=name)
 def test_every_block_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
