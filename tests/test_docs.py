@@ -35,7 +35,7 @@ def marked(page: Path) -> Any:
     return pytest.param(page, marks=[pytest.mark.slow] if name(page) in slow else [])
 
 
-@pytest.mark.parametrize("page", map(marked, PAGES), ids=name)
+@pytest.mark.parametrize("page", [marked(page) for page in PAGES], ids=name)
 def test_every_block_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
