@@ -153,7 +153,7 @@ class _Canvas:
         self.low = 0.0  # down to where there is something
 
     def text(self, x: float, y: float, text: str, **look: Any) -> None:
-        """Words in the middle of which (x, y) is."""
+        """Text centred at (x, y)."""
         self.axes.text(x, y, text, **{"ha": "center", "va": "center"} | look)
 
     def soft(self, x: float, y: float, text: str, **look: Any) -> None:

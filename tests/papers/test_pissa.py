@@ -18,7 +18,7 @@ from lorary.spec.site import Part, Site
 from .layers import EACH_EVEN, attached, dense_gradients, exactly, gradients, matrix, same_function, shake, signature
 
 
-def pristine(layer: Any) -> Tensor:
+def original_weight(layer: Any) -> Tensor:
     """W before anything was attached: the base with the start put back."""
     B, A = layer.start_factors()
     return matrix(layer) + layer.scale * B @ A
@@ -71,7 +71,7 @@ def test_the_start_is_the_best_approximation_and_the_base_has_the_rest(make: Any
 def test_both_factors_have_the_roots_of_the_singular_values() -> None:
     layer = attached(nn.Linear(6, 5), "pissa", r=3, alpha=12.0)
     B, A = (t.detach() for t in layer.factors())
-    S = torch.linalg.svdvals(pristine(layer))[:3]
+    S = torch.linalg.svdvals(original_weight(layer))[:3]
     for square in (B.T @ B, A @ A.T):
         torch.testing.assert_close(square, torch.diag(S / layer.scale), rtol=1e-5, atol=1e-6)
 
