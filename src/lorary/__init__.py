@@ -42,6 +42,7 @@ _HOMES = {
     "TrainingError": "errors",
     "attach": "model.attach",
     "attached": "model.state",
+    "cached": "model.cached",
     "dequantize": "model.quantize",
     "detach": "model.attach",
     "disabled": "model.attach",
@@ -97,6 +98,7 @@ if TYPE_CHECKING:
     from lorary.model.attach import attach as attach
     from lorary.model.attach import detach as detach
     from lorary.model.attach import disabled as disabled
+    from lorary.model.cached import cached as cached
     from lorary.model.fingerprint import Fingerprint as Fingerprint
     from lorary.model.loading.bitsandbytes_checkpoint import save_quantized as save_quantized
     from lorary.model.loading.from_pretrained import load_quantized as load_quantized

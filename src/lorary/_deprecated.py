@@ -75,7 +75,6 @@ MODULES: dict[str, tuple[str, ...]] = {
     "lorary.inspect.report": ("lorary.analysis.html_report",),
     "lorary.live": ("lorary.analysis.merge_check",),
     "lorary.loop": ("lorary.model.optim.param_groups", "lorary.model.optim.rules", "lorary.model.state"),
-    "lorary.memo": ("lorary.layers.cache",),
     "lorary.merging": ("lorary.model.merge",),
     "lorary.methods.loraplus": ("lorary.methods.lora_plus",),
     "lorary.packing": ("lorary.model.quantize",),

@@ -13,12 +13,19 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from lorary.analysis.memory.live_bytes import kept_for_backward
+from lorary.kernels import low_rank
 from lorary.kernels.block_diagonal import add_blocks
 from lorary.kernels.low_rank import add_low_rank, add_low_rank_reference
 
 MiB = 2**20
 DROPOUTS = pytest.mark.parametrize("dropout", [0.0, 0.4])
 BLOCKS = pytest.mark.parametrize("n", [1, 2, 3])
+
+
+@pytest.fixture(autouse=True)
+def _fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused nodes, however small the input; test_small_inputs.py has the plain operations."""
+    monkeypatch.setattr(low_rank, "FUSED_FROM", 0)
 
 
 def _tensors(*shape: int, n: int, out: int = 6, rank: int = 2, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:

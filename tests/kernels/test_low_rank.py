@@ -13,11 +13,18 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lorary.analysis.memory.live_bytes import LiveBytes, kept_for_backward
+from lorary.kernels import low_rank
 from lorary.kernels.low_rank import add_low_rank, add_low_rank_reference
 
 MiB = 2**20
 BOTH = pytest.mark.parametrize("add", [add_low_rank, add_low_rank_reference])
 DROPOUTS = pytest.mark.parametrize("dropout", [0.0, 0.4])
+
+
+@pytest.fixture(autouse=True)
+def _fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused nodes, however small the input; test_small_inputs.py has the plain operations."""
+    monkeypatch.setattr(low_rank, "FUSED_FROM", 0)
 
 
 def _tensors(*shape: int, out: int = 4, rank: int = 3, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:

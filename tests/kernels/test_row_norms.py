@@ -11,16 +11,19 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lorary.analysis.memory.live_bytes import LiveBytes, kept_for_backward
+from lorary.kernels import low_rank
 from lorary.kernels import row_norms as module
-from lorary.kernels.row_norms import linear, row_norms, scale_rows, scale_rows_reference, square_norms
+from lorary.kernels.row_norms import row_norms, scale_rows, scale_rows_reference, square_norms
 
 MiB = 2**20
 ENTRIES = 2**22  # what `square_norms` and `row_norms` take of a 16-bit weight at a time
 
 
-def norms_of(W: Tensor, square: Tensor, B: Tensor, A: Tensor, s: float) -> Tensor:
-    """As DoRA takes them: W·Aᵀ in the precision of the squared norms."""
-    return row_norms(linear(W, A.to(square.dtype)), square, B, A, s)
+@pytest.fixture(autouse=True, params=["factored", "dense"])
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both formulas of the norm, and the fused node for outputs of any size."""
+    monkeypatch.setattr(module, "_DENSE_UP_TO", 0 if request.param == "factored" else 2**16)
+    monkeypatch.setattr(low_rank, "FUSED_FROM", 0)
 
 
 def factors(
@@ -38,7 +41,7 @@ def factors(
 def test_the_norms_are_those_of_the_dense_sum(s: float) -> None:
     W, B, A = factors()
     expected = (W + s * B @ A).norm(dim=1)
-    torch.testing.assert_close(norms_of(W, square_norms(W), B, A, s), expected, rtol=1e-13, atol=0)
+    torch.testing.assert_close(row_norms(W, B, A, s), expected, rtol=1e-13, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -46,7 +49,7 @@ def test_they_are_taken_in_32_bits_of_the_weight_as_it_is_stored(dtype: torch.dt
     W, B, A = factors(64, 300, 4, torch.float32)
     W = W.to(dtype)
     exact = (W.double() + 2.0 * B.double() @ A.double()).norm(dim=1)
-    found = norms_of(W, square_norms(W), B, A, 2.0)
+    found = row_norms(W, B, A, 2.0)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
 
@@ -58,16 +61,15 @@ def test_a_16_bit_weight_is_taken_in_pieces() -> None:
     torch.testing.assert_close(square_norms(W), W.float().square().sum(1))
     B, A = torch.randn(3000, 2), torch.randn(2, 2048)
     with LiveBytes() as live:
-        found = norms_of(W, square_norms(W), B, A, 1.0)
+        found = row_norms(W, B, A, 1.0)
     torch.testing.assert_close(found, (W.float() + B @ A).norm(dim=1), rtol=1e-5, atol=0)
     assert live.peak < 2.2 * 4 * ENTRIES  # a piece in 32 bits, its square; never all of W
 
 
 def test_no_tensor_of_the_weights_size_is_made_of_a_weight_in_32_bits() -> None:
     W, B, A = factors(1024, 1024, 16, torch.float32)
-    square = square_norms(W)
     with LiveBytes() as live:
-        norms_of(W, square, B, A, 2.0)
+        row_norms(W, B, A, 2.0)
     assert live.peak < 0.3 * MiB  # a few [out, r]; W is 4 MiB
 
 
@@ -75,7 +77,7 @@ def test_cancelling_rows_are_not_below_zero() -> None:
     """Where s B A takes a row of W away, what is left of the sum of squares is rounding, of either sign."""
     W = torch.randn(512, 64)
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    norms = norms_of(W, square_norms(W), -U * S, Vh, 1.0)
+    norms = row_norms(W, -U * S, Vh, 1.0)
     assert norms.isfinite().all()
     assert (norms > 0).all()
     assert norms.max() < 0.05
@@ -84,17 +86,16 @@ def test_cancelling_rows_are_not_below_zero() -> None:
 def test_a_row_of_zeros_has_a_norm_that_can_be_divided_by() -> None:
     W, B, A = factors(dtype=torch.float32)
     W[2], B[2] = 0, 0
-    norms = norms_of(W, square_norms(W), B, A, 1.0)
+    norms = row_norms(W, B, A, 1.0)
     assert 0 < norms[2] < 1e-18
     assert torch.equal(norms / norms, torch.ones(7))
 
 
 def test_gradients_of_the_norms() -> None:
     W, B, A = factors()
-    square = square_norms(W)
     B.requires_grad_()
     A.requires_grad_()
-    assert torch.autograd.gradcheck(lambda B, A: norms_of(W, square, B, A, 0.7), (B, A))
+    assert torch.autograd.gradcheck(lambda B, A: row_norms(W, B, A, 0.7), (B, A))
 
 
 def test_the_gradient_through_a_row_of_zeros_is_finite() -> None:
@@ -104,7 +105,7 @@ def test_the_gradient_through_a_row_of_zeros_is_finite() -> None:
         B[2] = 0
     B.requires_grad_()
     A.requires_grad_()
-    norms_of(W, square_norms(W), B, A, 0.7).sum().backward()
+    row_norms(W, B, A, 0.7).sum().backward()
     assert B.grad is not None
     assert B.grad.isfinite().all()
     assert A.grad is not None
@@ -113,9 +114,9 @@ def test_the_gradient_through_a_row_of_zeros_is_finite() -> None:
 
 def test_autocast_does_not_reach_the_norms() -> None:
     W, B, A = factors(64, 300, 4, torch.float32)
-    expected = norms_of(W, square_norms(W), B, A, 2.0)
+    expected = row_norms(W, B, A, 2.0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(norms_of(W, square_norms(W), B, A, 2.0), expected)
+        assert torch.equal(row_norms(W, B, A, 2.0), expected)
 
 
 # --- gains ------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lorary
 from lorary.analysis.memory.live_bytes import kept_for_backward
+from lorary.kernels import low_rank
 from lorary.kernels.low_rank import add_low_rank_reference
 from lorary.kernels.shared_projection import LastProductCache, add_shared_projection
 from lorary.layers.adapted import adapted_layers
@@ -24,6 +25,12 @@ MiB = 2**20
 DROPOUTS = pytest.mark.parametrize("dropout", [0.0, 0.4])
 # rows, more and fewer than what the rank makes worth another way: both ways of the kernel
 ROWS = pytest.mark.parametrize("rows", [4, 40], ids=["few rows", "many rows"])
+
+
+@pytest.fixture(autouse=True)
+def _fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused nodes, however small the input; test_small_inputs.py has the plain operations."""
+    monkeypatch.setattr(low_rank, "FUSED_FROM", 0)
 
 
 def _tensors(*shape: int, out: int = 4, rank: int = 3, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
@@ -258,7 +265,7 @@ def test_sharing_changes_nothing(rows: int) -> None:
 def test_the_product_is_made_once_for_layers_with_one_input() -> None:
     operations = []
     for shared in (True, False):
-        model, x = attention(shared), torch.randn(4, 8).double().requires_grad_()
+        model, x = attention(shared), torch.randn(4, 8).double().requires_grad_() * 1  # an activation, not a leaf
         with FlopCounterMode(display=False) as counter:
             model(x)
         operations.append(counter.get_total_flops())
@@ -351,7 +358,7 @@ def test_copies_start_empty() -> None:
 
 
 def test_nothing_is_held_once_nobody_needs_it() -> None:
-    model, x = attention(), torch.randn(2, 8).double()
+    model, x = attention(), torch.randn(2, 8).double().requires_grad_() * 1
     model(x).sum().backward()
     bank: Any = adapted_layers(model)["q"].shared
     assert bank.last_product._last is not None

@@ -281,7 +281,7 @@ class NormOfTheStart(MagnitudeDirection):
     """Never takes the norm again."""
 
     def _norms(self, layer: Any) -> Tensor:
-        return layer.cached("first norms", [], lambda: super(NormOfTheStart, self)._norms(layer).detach())
+        return vars(layer).setdefault("first norms", super()._norms(layer).detach())
 
 
 def test_wrong_magnitudes_are_caught() -> None:

@@ -269,13 +269,13 @@ def test_a_state_dict_comes_back() -> None:
     assert torch.equal(tiny.logits(model), expected)
 
 
-def test_hooks_on_the_base_still_run() -> None:
+def test_hooks_of_a_layer_act_on_the_adapted_layer() -> None:
     model = nn.Sequential(nn.Linear(3, 3))
     seen: list[Any] = []
     model[0].register_forward_hook(lambda module, x, y: seen.append(module))
     tiny.trained(model, targets="0")
     model(torch.zeros(1, 3))
-    assert [type(m) for m in seen] == [nn.Linear]
+    assert [type(m) for m in seen] == [Adapted]
 
 
 def test_a_forward_that_was_replaced_is_the_bases() -> None:

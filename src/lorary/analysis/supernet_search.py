@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
 from lorary.errors import ConfigError, Diagnostic, MethodError, StateError
-from lorary.layers.adapted import Adapted, adapted_layers
+from lorary.layers.adapted import Adapted, Parameters, adapted_layers
 from lorary.methods.glora import RandomStructures
 from lorary.methods.glora_terms import FORMS, GLoRADelta, structures
 from lorary.model.state import eval_mode, require_attached
@@ -165,7 +165,7 @@ def structured(layers: Sequence[Adapted], genes: Genes) -> Iterator[None]:
         for layer, terms in zip(layers, genes, strict=True):
             views = terms.slices(dict(layer.params.items()))
             parts = {role: nn.Parameter(view.detach(), requires_grad=False) for role, view in views.items()}
-            layer.params, layer.method = nn.ParameterDict(parts), methods[terms]
+            layer.params, layer.method = Parameters(parts), methods[terms]
         yield
     finally:
         for layer, (params, method) in zip(layers, before, strict=True):

@@ -16,8 +16,10 @@ from lorary.kernels.low_rank import (
     add_low_rank_reference,
     dropout_and_seed,
     dropped_rows,
+    is_small,
     kept_mask,
     may_overwrite,
+    needs_plain_operations,
     without_autocast,
 )
 
@@ -36,11 +38,34 @@ def add_blocks(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: fl
     Returns:
         [..., out] the sum, in `y`'s dtype. The input is kept for backward only where `A` trains.
     """
-    if torch.compiler.is_compiling():
+    if needs_plain_operations():
         return add_low_rank_reference(y, x, torch.block_diag(*A), torch.block_diag(*B), s, dropout)
+    if not dropout and y.dtype is x.dtype is A.dtype is B.dtype and is_small(y):
+        z = torch.bmm(_slices(x.reshape(-1, x.shape[-1]), A.shape[0]), A.mT)  # [n, T, r]
+        if z.dtype is y.dtype:  # not under autocast
+            return torch.add(y, torch.bmm(z, B.mT).transpose(0, 1).reshape(y.shape), alpha=s)
     dropout, seed = dropout_and_seed(dropout)
+    if not torch.is_grad_enabled():
+        return _add(y, x, A, B, s, dropout, seed)[0]
     total: Tensor = _AddBlocks.apply(y, x, A, B, s, dropout, seed)  # type: ignore[no-untyped-call]
     return total
+
+
+def _add(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float, seed: int | None
+) -> tuple[Tensor, Tensor, float]:
+    """(the sum, z, the scale of z·Bᵀ), without a graph."""
+    dtype, n = y.dtype, A.shape[0]
+    with without_autocast(y.device):
+        rows = dropped_rows(x, dtype, dropout, seed)
+        z = torch.bmm(_slices(rows, n), A.to(dtype).mT)  # [n, T, r]
+        scale = s / (1.0 - dropout)
+        total = y.detach() if may_overwrite(y, x) else y.clone(memory_format=torch.contiguous_format)
+        flat = total.view(-1, y.shape[-1])
+        # n is small, and each product is accumulated in place
+        for part, z_i, B_i in zip(flat.chunk(n, 1), z, B.to(dtype), strict=True):
+            part.addmm_(z_i, B_i.t(), alpha=scale)
+    return total, z, scale
 
 
 class _AddBlocks(torch.autograd.Function):
@@ -48,21 +73,12 @@ class _AddBlocks(torch.autograd.Function):
     def forward(
         ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float, seed: int | None
     ) -> Tensor:
-        dtype, n = y.dtype, A.shape[0]
-        with without_autocast(y.device):
-            rows = dropped_rows(x, dtype, dropout, seed)
-            z = torch.bmm(_slices(rows, n), A.to(dtype).mT)  # [n, T, r]
-            scale = s / (1.0 - dropout)
-            total = y.detach() if may_overwrite(y, x) else y.clone(memory_format=torch.contiguous_format)
-            flat = total.view(-1, y.shape[-1])
-            # n is small, and each product is accumulated in place
-            for part, z_i, B_i in zip(flat.chunk(n, 1), z, B.to(dtype), strict=True):
-                part.addmm_(z_i, B_i.t(), alpha=scale)
+        total, z, scale = _add(y, x, A, B, s, dropout, seed)
         _, x_wants, a_wants, b_wants, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
             x if a_wants else None, z if b_wants else None, A if x_wants else None, B if x_wants or a_wants else None
         )
-        ctx.x_shape, ctx.n, ctx.scale, ctx.dropout, ctx.seed = x.shape, n, scale, dropout, seed
+        ctx.x_shape, ctx.n, ctx.scale, ctx.dropout, ctx.seed = x.shape, A.shape[0], scale, dropout, seed
         return total
 
     @staticmethod

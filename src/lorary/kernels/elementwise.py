@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorary.kernels.low_rank import without_autocast
+from lorary.kernels.low_rank import needs_plain_operations, without_autocast
 
 _FEW = 2  # rows of input up to which r more products with W are faster than computing the scaled weight
 
@@ -31,7 +31,7 @@ def scaled_linear(x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor, b: Tensor | None
     Returns:
         [..., out]. If Ad is zero, the frozen layer's output, bit for bit.
     """
-    if torch.compiler.is_compiling():
+    if needs_plain_operations():
         return scaled_linear_reference(x, W, Ad, Au, b)
     out: Tensor = _ScaledLinear.apply(x, W, Ad, Au, b, W.dtype, True)  # type: ignore[no-untyped-call]
     return out
@@ -51,7 +51,7 @@ def add_scaled_linear(y: Tensor, x: Tensor, W: Tensor, Ad: Tensor, Au: Tensor) -
         y: [..., out] the frozen layer's output.
         x, W, Ad, Au: as for `scaled_linear`, of any floating dtypes.
     """
-    if torch.compiler.is_compiling():
+    if needs_plain_operations():
         return add_scaled_linear_reference(y, x, W, Ad, Au)
     term: Tensor = _ScaledLinear.apply(x, W, Ad, Au, None, y.dtype, False)  # type: ignore[no-untyped-call]
     return y + term
@@ -65,7 +65,7 @@ def add_scaled_linear_reference(y: Tensor, x: Tensor, W: Tensor, Ad: Tensor, Au:
 
 def recomputed(make: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """make(*tensors), recomputed in backward from these tensors. `make` must not use random numbers."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # the compiler recomputes by itself
+    if not torch.is_grad_enabled() or needs_plain_operations():  # the compiler recomputes by itself
         return make(*tensors)
     from torch.utils.checkpoint import checkpoint  # takes 0.2 s to import
 

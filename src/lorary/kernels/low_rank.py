@@ -1,13 +1,18 @@
 """The low-rank update `y + s · (drop(x)·Aᵀ)·Bᵀ`, with less memory than its plain composition.
 
 Recorded by autograd, the plain composition keeps a copy of the activation in the adapter's dtype and the dropout mask.
-Here the factors are cast, not the activations; backward keeps `x` itself (which other layers share), `z = drop(x)·Aᵀ`
-and the masters of `A` and `B`. Dropout masks are regenerated from their seed, and the product is accumulated into `y`.
+In the fused node the factors are cast, not the activations; backward keeps `x` itself (which other layers share),
+`z = drop(x)·Aᵀ` and the masters of `A` and `B`. Dropout masks are regenerated from their seed, and the product is
+accumulated into `y`.
+
+A node written in Python takes tens of microseconds, more than the arithmetic of a small input. Where the plain
+composition keeps the same tensors (one dtype, no dropout) a small input therefore takes it, see `FUSED_FROM`.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +21,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Pair = tuple[Tensor, Tensor]
+
+# Elements of an output from which a fused node is used where plain operations would keep the same for backward: it
+# saves one output-sized tensor and a pass over memory, and costs Python. Measured by `benchmarks/overhead.py --sweep`.
+FUSED_FROM = 2**19
 
 
 def add_low_rank(
@@ -43,12 +52,21 @@ def add_low_rank(
         >>> y = torch.nn.functional.linear(x, W)
         >>> y = add_low_rank(y, x, A, B, s=alpha / r)
     """
-    if torch.compiler.is_compiling():  # the compiler fuses and recomputes by itself
+    if needs_plain_operations():
         return add_low_rank_reference(y, x, A, B, s, dropout, frozen)
+    if not dropout and frozen is None and y.dtype is x.dtype is A.dtype is B.dtype and is_small(y):
+        shape = None if y.dim() == 2 else y.shape
+        z = F.linear(x if shape is None else x.reshape(-1, x.shape[-1]), A)
+        if z.dtype is y.dtype:  # not under autocast
+            if shape is None:
+                return torch.addmm(y, z, B.t(), alpha=s)
+            return torch.addmm(y.reshape(-1, shape[-1]), z, B.t(), alpha=s).view(shape)
     dropout, seed = dropout_and_seed(dropout)
     if frozen is not None and dropout > 0.0:
         raise ValueError("`frozen` does not support dropout")
     fixed = frozen or (None, None)
+    if not torch.is_grad_enabled():
+        return _add(y, x, A, B, s, dropout, seed, *fixed)[0]
     total: Tensor = _AddLowRank.apply(y, x, A, B, s, dropout, seed, *fixed)  # type: ignore[no-untyped-call]
     return total
 
@@ -56,7 +74,7 @@ def add_low_rank(
 def add_low_rank_reference(
     y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float = 0.0, frozen: Pair | None = None
 ) -> Tensor:
-    """The specification of `add_low_rank` in plain operations, used inside `torch.compile`.
+    """The specification of `add_low_rank` in plain operations, used wherever `needs_plain_operations`.
 
     Outside compiled regions it drops the same elements as `add_low_rank` from the same random state.
     """
@@ -73,27 +91,44 @@ def add_low_rank_reference(
         return y + s * F.linear(F.linear(dropped, A.to(y.dtype)), B.to(y.dtype))
 
 
+def _add(
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    s: float,
+    dropout: float,
+    seed: int | None,
+    frozen_A: Tensor | None,
+    frozen_B: Tensor | None,
+) -> tuple[Tensor, Tensor, float]:
+    """(the sum, z, the scale of z·Bᵀ), without a graph."""
+    dtype = y.dtype
+    with without_autocast(y.device):
+        down, up = _joined(A, frozen_A, 0, dtype), _joined(B, frozen_B, 1, dtype)
+        z = dropped_rows(x, dtype, dropout, seed) @ down.t()  # [T, R + R']
+        # 1/(1-p) of inverted dropout goes into the scale, which saves a pass over the activation
+        scale = s / (1.0 - dropout)
+        if may_overwrite(y, x):
+            # detach() shares memory and version counter with y. To autograd it is a new tensor, so y may be a
+            # view; and a layer that saved y for its own backward raises an error on the version instead of
+            # computing with a changed value.
+            total = y.detach()
+            total.view(-1, B.shape[0]).addmm_(z, up.t(), alpha=scale)
+        else:
+            flat = y.reshape(-1, B.shape[0])
+            total = torch.addmm(flat, z, up.t(), alpha=scale).view(y.shape)
+    return total, z, scale
+
+
 class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float, seed: int | None, *frozen: Any
     ) -> Tensor:
         frozen_A, frozen_B = frozen
-        dtype, r = y.dtype, A.shape[0]
-        with without_autocast(y.device):
-            down, up = _joined(A, frozen_A, 0, dtype), _joined(B, frozen_B, 1, dtype)
-            z = dropped_rows(x, dtype, dropout, seed) @ down.t()  # [T, R + R']
-            # 1/(1-p) of inverted dropout goes into the scale, which saves a pass over the activation
-            scale = s / (1.0 - dropout)
-            if may_overwrite(y, x):
-                # detach() shares memory and version counter with y. To autograd it is a new tensor, so y may be a
-                # view; and a layer that saved y for its own backward raises an error on the version instead of
-                # computing with a changed value.
-                total = y.detach()
-                total.view(-1, B.shape[0]).addmm_(z, up.t(), alpha=scale)
-            else:
-                flat = y.reshape(-1, B.shape[0])
-                total = torch.addmm(flat, z, up.t(), alpha=scale).view(y.shape)
+        total, z, scale = _add(y, x, A, B, s, dropout, seed, frozen_A, frozen_B)
+        r = A.shape[0]
         _, x_wants, a_wants, b_wants, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
             x if a_wants else None,
@@ -139,6 +174,19 @@ def _joined(factor: Tensor, frozen: Tensor | None, dim: int, dtype: torch.dtype)
 def _scaled(s: float, left: Tensor, right: Tensor) -> Tensor:
     """s · left·right in one kernel (with beta = 0 only the dtype of the first argument matters)."""
     return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=s)
+
+
+_functorch: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+
+
+def needs_plain_operations() -> bool:
+    """Whether a compiler, a tracer or a functorch transform is looking: they see into plain operations only."""
+    return torch.compiler.is_compiling() or _functorch() or torch._C._is_tracing()
+
+
+def is_small(y: Tensor, weight: int = 1) -> bool:
+    """Whether plain operations make this output faster than a fused node; `weight` makes it count several times."""
+    return y.numel() * weight < FUSED_FROM
 
 
 def may_overwrite(y: Tensor, x: Tensor) -> bool:

@@ -5,51 +5,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorary.kernels.low_rank import may_overwrite, without_autocast
+from lorary.kernels.low_rank import is_small, may_overwrite, needs_plain_operations, without_autocast
 
 _CHUNK = 2**22  # numbers of a 16-bit W that are converted to 32 bits at a time
+_DENSE_UP_TO = 2**16  # numbers of a weight up to which W + s·B·A is formed: fewer operations, hardly any memory
 
 
 def square_norms(W: Tensor) -> Tensor:
     """The squared norm of every row of W [out, inp], in fp32 (fp64 for a W in fp64): [out]."""
     exact = torch.promote_types(W.dtype, torch.float32)
-    return torch.cat([rows.to(exact).square().sum(1) for rows in _chunks(W)])
+    pieces = [torch.linalg.vector_norm(rows.to(exact), dim=1).square() for rows in _chunks(W)]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def row_norms(WA: Tensor, square: Tensor, B: Tensor, A: Tensor, s: float) -> Tensor:
+def row_norms(W: Tensor, B: Tensor, A: Tensor, s: float, times: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """The row norms ‖W + s·B·A‖ [out], at least the square root of the smallest float; differentiable in A and B.
 
     Args:
-        WA: [out, R] W·Aᵀ, in square's precision.
-        square: [out] the squared row norms of W, from `square_norms`.
+        W: [out, inp] the weight, in any precision.
         B: [out, R], A: [R, inp] the factors.
         s: their scale.
+        times: A -> W·Aᵀ [out, R] in A's precision, if the layer has a faster product than the dense one.
+
+    Returns:
+        [out] in fp32, or fp64 for a W in fp64.
     """
-    with without_autocast(WA.device):
-        exact = square.dtype
+    exact = torch.promote_types(W.dtype, torch.float32)
+    smallest = torch.finfo(exact).tiny
+    with without_autocast(W.device):
         A, B = A.to(exact), B.to(exact)
+        if W.numel() <= _DENSE_UP_TO:
+            V = torch.addmm(W.to(exact), B, A, alpha=s)
+            norms: Tensor = torch.linalg.vector_norm(V, dim=1)
+            return norms.clamp_min(smallest**0.5)
+        WA = linear(W, A) if times is None else times(A)
         # B is factored out of both terms: rowsum((2s·W·Aᵀ + s²·B·(A·Aᵀ))⊙B)
         combined = torch.addmm(WA, B, A @ A.T, beta=2 * s, alpha=s * s)
-        squared = square + (combined * B).sum(1)
-        return squared.clamp_min(torch.finfo(exact).tiny).sqrt()
+        return (square_norms(W) + (combined * B).sum(1)).clamp_min(smallest).sqrt()
 
 
 def linear(W: Tensor, A: Tensor) -> Tensor:
     """W·Aᵀ [out, R] of a frozen W [out, inp] of any precision, in A's [R, inp]; differentiable in A."""
     with without_autocast(W.device):
-        function: Any = _product if torch.compiler.is_compiling() else _Linear.apply
+        traced = needs_plain_operations() or not (torch.is_grad_enabled() and A.requires_grad)
+        function: Any = _product if traced else _Linear.apply
         WA: Tensor = function(W, A)
         return WA
 
 
 def _product(W: Tensor, A: Tensor) -> Tensor:
-    return torch.cat([rows.to(A.dtype) @ A.T for rows in _chunks(W)])
+    pieces = [rows.to(A.dtype) @ A.T for rows in _chunks(W)]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 class _Linear(torch.autograd.Function):
@@ -85,8 +98,13 @@ def scale_rows(v: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
         the same shape and dtype. Backward keeps one tensor of this size; without a bias it is the result itself, which
         the next operation often keeps anyway.
     """
-    if torch.compiler.is_compiling():
+    if needs_plain_operations():
         return scale_rows_reference(v, gain, bias)
+    if v.dtype is gain.dtype and is_small(v):
+        shift = None if bias is None else torch.addcmul(bias, bias, gain, value=-1)
+        return v * gain if shift is None else torch.addcmul(shift, v, gain)
+    if not torch.is_grad_enabled():
+        return _scaled(v, gain, bias)
     out: Tensor = _ScaleRows.apply(v, gain, bias)  # type: ignore[no-untyped-call]
     return out
 
@@ -97,17 +115,22 @@ def scale_rows_reference(v: Tensor, gain: Tensor, bias: Tensor | None = None) ->
     return (exact * gain if bias is None else (exact - bias) * gain + bias).to(v.dtype)
 
 
+def _scaled(v: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+    # the gain keeps its own precision: near 1, rounding to 16 bits would lose most of what was learned
+    out = v.detach() if bias is None and may_overwrite(v, gain) else torch.empty_like(v)
+    torch.mul(v, gain, out=out)
+    return out if bias is None else out.add_(bias - gain * bias)
+
+
 class _ScaleRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, v: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
-        # the gain keeps its own precision: near 1, rounding to 16 bits would lose most of what was learned
-        out = v.detach() if bias is None and may_overwrite(v, gain) else torch.empty_like(v)
-        torch.mul(v, gain, out=out)
+        out = _scaled(v, gain, bias)
         if bias is None:
             ctx.save_for_backward(out, gain)
-            return out
-        ctx.save_for_backward(v, gain, bias)
-        return out.add_(bias - gain * bias)
+        else:
+            ctx.save_for_backward(v, gain, bias)
+        return out
 
     @staticmethod
     @once_differentiable

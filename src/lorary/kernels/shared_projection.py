@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import TensorWeakRef
@@ -17,16 +18,21 @@ from lorary.kernels.low_rank import (
     add_low_rank_reference,
     dropout_and_seed,
     dropped_rows,
+    is_small,
     kept_mask,
     may_overwrite,
+    needs_plain_operations,
     without_autocast,
 )
+
+_WEIGHT = 16  # of an output when it is told whether it is small: plain operations keep one more [T, R] for backward
 
 
 class LastProductCache:
     """The last product with A, as long as the backward pass keeps it alive.
 
-    Each layer takes it once: a second request comes from another pass, in which x may hold other values.
+    It is reused by the other layers with the same input within one pass only: each layer takes it once, and x has to be
+    an activation with a graph, which lasts for one pass; a tensor that a program keeps may be rewritten unnoticed.
     """
 
     def __init__(self) -> None:
@@ -81,29 +87,41 @@ def add_shared_projection(
         T = 2 R also B's product with it, then at most twice the size of B; beyond, it computes the gradient of
         diag(b)·B·diag(d) instead.
     """
-    if torch.compiler.is_compiling() or A.requires_grad or B.requires_grad:
+    if A.requires_grad or B.requires_grad or needs_plain_operations():
         return add_low_rank_reference(y, x, A, b[:, None] * B * d, s, dropout)
-    if once is not None and not dropout and torch.is_grad_enabled() and not x.is_inference():
+    if not dropout and y.dtype is x.dtype is A.dtype is b.dtype and is_small(y, _WEIGHT):
+        u = F.linear(F.linear(x, A) * d, B)
+        if u.dtype is y.dtype:  # not under autocast
+            return torch.addcmul(y, u, b, value=s)
+    if once is not None and not dropout and torch.is_grad_enabled() and x.grad_fn is not None:
         z = once.project(x, A, y.dtype, id(b))
     else:
         z = _project(x, A, y.dtype, dropout)
+    if not torch.is_grad_enabled():
+        return _add_vectors(y, z, B, b, d, s, may_overwrite(y, x))[0]
     total: Tensor = _AddVectors.apply(y, z, B, b, d, s, may_overwrite(y, x))  # type: ignore[no-untyped-call]
     return total
 
 
 def _project(x: Tensor, A: Tensor, dtype: torch.dtype, dropout: float) -> Tensor:
     dropout, seed = dropout_and_seed(dropout)
+    if not torch.is_grad_enabled():
+        return _projected(x, A, dtype, dropout, seed)
     z: Tensor = _Project.apply(x, A, dtype, dropout, seed)  # type: ignore[no-untyped-call]
     return z
+
+
+def _projected(x: Tensor, A: Tensor, dtype: torch.dtype, dropout: float, seed: int | None) -> Tensor:
+    with without_autocast(x.device):
+        rows = dropped_rows(x, dtype, dropout, seed)
+        rows = rows if seed is None else rows.mul_(1.0 / (1.0 - dropout))
+        return rows @ A.to(dtype).t()
 
 
 class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, dtype: torch.dtype, dropout: float, seed: int | None) -> Tensor:
-        with without_autocast(x.device):
-            rows = dropped_rows(x, dtype, dropout, seed)
-            rows = rows if seed is None else rows.mul_(1.0 / (1.0 - dropout))
-            z = rows @ A.to(dtype).t()
+        z = _projected(x, A, dtype, dropout, seed)
         ctx.A = A  # frozen; saved tensors would be freed by the first of several backward passes
         ctx.x_shape, ctx.dropout, ctx.seed = x.shape, dropout, seed
         return z
@@ -118,23 +136,29 @@ class _Project(torch.autograd.Function):
         return gx.view(ctx.x_shape), None, None, None, None
 
 
+def _add_vectors(
+    y: Tensor, z: Tensor, B: Tensor, b: Tensor, d: Tensor, s: float, overwrite: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(the sum, B's product with d⊙z where the rows are few), without a graph."""
+    dtype, u = y.dtype, None
+    with without_autocast(y.device):
+        total = y.detach() if overwrite else y.clone(memory_format=torch.contiguous_format)
+        flat = total.view(-1, y.shape[-1])
+        if z.shape[0] <= 2 * z.shape[1]:
+            u = (z * d.to(dtype)) @ B.to(dtype).t()  # [T, out]
+            flat.addcmul_(u, b.to(dtype), value=s)
+        else:
+            flat.addmm_(z, (b[:, None] * B * d).to(dtype).t(), alpha=s)
+    return total, u
+
+
 class _AddVectors(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, z: Tensor, B: Tensor, b: Tensor, d: Tensor, s: float, overwrite: bool) -> Tensor:
-        dtype = y.dtype
-        few = z.shape[0] <= 2 * z.shape[1]
-        with without_autocast(y.device):
-            total = y.detach() if overwrite else y.clone(memory_format=torch.contiguous_format)
-            flat = total.view(-1, y.shape[-1])
-            if few:
-                u = (z * d.to(dtype)) @ B.to(dtype).t()  # [T, out]
-                flat.addcmul_(u, b.to(dtype), value=s)
-            else:
-                u = None
-                flat.addmm_(z, (b[:, None] * B * d).to(dtype).t(), alpha=s)
+        total, u = _add_vectors(y, z, B, b, d, s, overwrite)
         trains = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
         ctx.save_for_backward(z if trains else None, u if ctx.needs_input_grad[3] else None, B, b, d)
-        ctx.s, ctx.few = s, few
+        ctx.s, ctx.few = s, u is not None
         return total
 
     @staticmethod

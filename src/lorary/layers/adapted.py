@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from lorary._deprecated import RenamedAttribute
 from lorary.kernels.row_norms import linear
-from lorary.layers.cache import TensorCache
 from lorary.layers.kinds import KINDS
 from lorary.layers.quantized_weight import is_quantized, stored_tensors, weight
 from lorary.layers.shared_projections import SharedProjections, leading_slice
-from lorary.spec.interfaces import Fused
+from lorary.spec.interfaces import Delta, Fused
 from lorary.spec.layer import Kind
-from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite, adaptation, start_name
+from lorary.spec.site import Site
 
 
 class Adapted(nn.Module):
@@ -33,13 +32,18 @@ class Adapted(nn.Module):
 
     Attributes:
         params: role -> parameter: A and B for LoRA, the papers' letters for other methods.
+        kind: the layer kind: how its weight is seen as an [out, in] matrix.
+        dropout: the dropout probability of the adapter's input, 0 in evaluation mode.
         start: role -> initial value, on the CPU, if the base was reduced by the initial s B A (PiSSA, OLoRA).
         enabled: whether forward applies the adapter; `lorary.disabled` clears it temporarily.
         active_structure: the structure that a rule has drawn for this optimizer step (GLoRA's supernet), or None.
-        cached: values derived from the layer's tensors, such as DoRA's norms.
+        kept: values that `once` has computed in a `lorary.cached` block; None outside of it.
 
     `weight` and `bias` are the base's, because other libraries read them (weight tying, dtype look-ups), as are its
     plain attributes, such as `in_features`, `stride` or `padding_idx`.
+
+    Which functions compute the layer is decided when its mode, its method or its base changes (`_resolve`), not in
+    every forward pass: for a small input that decision took longer than the arithmetic.
     """
 
     p = RenamedAttribute("params")
@@ -50,7 +54,7 @@ class Adapted(nn.Module):
         site: AdaptedSite,
         dtype: torch.dtype = torch.float32,
         shared: SharedProjections | None = None,
-        params: nn.ParameterDict | None = None,
+        params: Parameters | None = None,
     ) -> None:
         super().__init__()
         for name, value in vars(base).items():
@@ -59,29 +63,33 @@ class Adapted(nn.Module):
         self.site = site.site
         self.method = site.method
         self.scale = site.scale
-        self.enabled = True
         self.active_structure: Any = None
         self.base = base
         self.shared = shared
-        self.cached = TensorCache()
+        self.kept: Kept | None = None
         self.start: dict[str, Tensor] = {}
         self.params = _zero_parameters(site, dtype, stored_tensors(base)[0].device) if params is None else params
         self.shared_shapes = {role: site.shapes[role] for role in sorted(site.delta.shared)}
+        self._merged_into: tuple[nn.Module, ...] = ()  # in a tuple, because it is no part of this layer
+        self.enabled = True  # the last: it resolves the layer
 
-    @property
-    def method(self) -> Method:
-        """The method at this site; setting it resolves delta, init and join once, not in every step."""
-        return self._method
+    def _resolve(self) -> None:
+        """Decide which functions compute this layer, and look up what they need."""
+        self.delta, self.init, _, self.join = adaptation(self.method)
+        self.kind: Kind = KINDS[self.site.kind]
+        self.dropout: float = self.method.dropout if self.training else 0.0
+        self._fused = _fused_path(self.delta, self.kind, self.site)
+        vars(self)["params"] = self._modules["params"]  # found without a search through PyTorch's dictionaries
+        # called with the layer, because a bound method would tie copies and replicas to this one
+        self._forward: Callable[[Adapted, Tensor], Tensor] = self.join.forward
+        if self._merged_into:
+            self._forward = Adapted._merged_output
+        elif not self.enabled:
+            self._forward = Adapted.base_output
 
-    @method.setter
-    def method(self, method: Method) -> None:
-        self._method = method
-        self.delta, self.init, _, self.join = adaptation(method)
-
-    @property
-    def kind(self) -> Kind:
-        """The layer kind: how its weight is seen as an [out, in] matrix."""
-        return KINDS[self.site.kind]
+    def merge_into(self, plain: nn.Module | None) -> None:
+        """From now on a plain layer computes for whoever still holds this one; None: it computes by itself again."""
+        self._merged_into = () if plain is None else (plain,)
 
     @property
     def weight(self) -> Tensor:
@@ -104,14 +112,14 @@ class Adapted(nn.Module):
         return getattr(self.base, "bias", None)
 
     @property
-    def dropout(self) -> float:
-        """The dropout probability of the adapter's input, 0 in evaluation mode."""
-        return self.method.dropout if self.training else 0.0
+    def matrix(self) -> Tensor:
+        """The base's weight as [out, in]; dequantised, if it is quantised."""
+        return self.kind.matrix(self.base)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """role -> tensor: the layer's parameters and its slices of the shared tensors."""
-        own: dict[str, Tensor] = dict(self.params.items())
+        own: dict[str, Tensor] = dict(self.params._parameters)  # type: ignore[arg-type]  # none of them is None
         if self.shared is None:
             return own
         full = self.shared.tensors
@@ -121,8 +129,10 @@ class Adapted(nn.Module):
         # code that ties weights assigns `module.weight`: forward it to the base
         if name in ("weight", "bias"):
             setattr(self.base, name, value)
-        else:
-            super().__setattr__(name, value)
+            return
+        super().__setattr__(name, value)
+        if name in _RESOLVES and "enabled" in vars(self):
+            self._resolve()
 
     def initialise(self, seed: int, W: Tensor | None = None) -> None:
         """Fill the adapter's tensors by the method's init. The draw depends on the seed, the site's name and the task.
@@ -171,6 +181,24 @@ class Adapted(nn.Module):
             return cast(Tensor, product(A)).T
         return linear(self.kind.matrix(self.base).detach(), A)
 
+    def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """make(), a tensor without a graph: computed once inside a `lorary.cached` block, in each call elsewhere."""
+        kept = self.kept
+        if kept is None or torch.compiler.is_compiling():
+            return make()
+        if name not in kept:
+            # normal tensors even in inference mode, because a later backward pass may save them
+            with torch.inference_mode(False), torch.no_grad():
+                kept[name] = make(), _under_the_same_autocast(make, self.weight.device.type)
+        return kept[name][0]
+
+    def run_base(self, x: Tensor) -> Tensor:
+        """The base's output, in memory that the caller may overwrite."""
+        base: Any = self._modules["base"]
+        y: Tensor = base(x)
+        # hooks and replaced forwards may return a tensor that they keep
+        return y.clone() if base._forward_hooks or "forward" in vars(base) else y
+
     def add_delta(self, y: Tensor, x: Tensor, dropout: float | None = None) -> Tensor:
         """y + s B A x, by the delta's fused kernel where it has one. May write into y.
 
@@ -180,14 +208,19 @@ class Adapted(nn.Module):
             dropout: of the input; the method's by default.
         """
         dropout = self.dropout if dropout is None else dropout
-        delta = self.delta
-        if isinstance(delta, Fused) and (delta.fused_for_all_kinds or (self.kind.rowwise and not self.site.parts)):
-            return delta.add(self, y, x, dropout)
+        if self._fused is not None:
+            return self._fused(self, y, x, dropout)
         B, A = self.factors()
         return self.kind.add(self.base, y, x, A, B, self.scale, dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.join.forward(self, x) if self.enabled else self.base_output(x)
+    def forward(self, input: Tensor | None = None, *, x: Tensor | None = None) -> Tensor:
+        """The adapted layer's output. `input` is the keyword of PyTorch's layers, `x` that of GPT-2's Conv1D."""
+        return self._forward(self, input if x is None else x)  # type: ignore[arg-type]  # the base refuses None
+
+    def _merged_output(self, x: Tensor) -> Tensor:
+        """The merged layer's output, for whoever still holds this one."""
+        (plain,) = self._merged_into
+        return cast(Tensor, plain(x))
 
     def base_output(self, x: Tensor) -> Tensor:
         """The output of the original layer; a quantised residual base needs its initial delta added back."""
@@ -211,11 +244,53 @@ class Adapted(nn.Module):
         return f"{self.site.name}, r={self.delta.r}, s={self.scale:g}"
 
 
-def _zero_parameters(site: AdaptedSite, dtype: torch.dtype, device: torch.device) -> nn.ParameterDict:
+# attributes that decide which functions compute the layer
+_RESOLVES = frozenset({"training", "enabled", "_merged_into", "method", "site", "base", "params"})
+
+
+def _zero_parameters(site: AdaptedSite, dtype: torch.dtype, device: torch.device) -> Parameters:
     """role -> parameter, all zero, for every role that is not shared."""
     own = {role: shape for role, shape in site.shapes.items() if role not in site.delta.shared}
     zeros = {role: torch.zeros(shape, dtype=dtype, device=device) for role, shape in own.items()}
-    return nn.ParameterDict({role: nn.Parameter(t, role in site.method.trained) for role, t in zeros.items()})
+    return Parameters({role: nn.Parameter(t, role in site.method.trained) for role, t in zeros.items()})
+
+
+class Parameters(nn.ParameterDict):
+    """role -> parameter. PyTorch's own look-up takes longer than a small product."""
+
+    def __getitem__(self, role: str) -> nn.Parameter:
+        return self._parameters[role]  # type: ignore[return-value]  # none of them is None
+
+
+class Kept(dict[str, tuple[Tensor, Callable[[], Tensor]]]):
+    """name -> the value that `Adapted.once` has computed in a `lorary.cached` block, and how to compute it again."""
+
+    def __reduce__(self) -> Any:  # a copied layer is in no block
+        return type(None), ()
+
+
+def _under_the_same_autocast(make: Callable[[], Tensor], device: str) -> Callable[[], Tensor]:
+    if not torch.amp.is_autocast_available(device):
+        return make
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+    def again() -> Tensor:
+        with torch.autocast(device, dtype, enabled):
+            return make()
+
+    return again
+
+
+def _fused_path(delta: Delta, kind: Kind, site: Site) -> Callable[[Any, Tensor, Tensor, float], Tensor] | None:
+    """The delta's own way of adding itself, if it has one for such a layer.
+
+    A class that overrides the factors of another one does not inherit its fast path, which would compute the old ones.
+    """
+    if not isinstance(delta, Fused) or not (delta.fused_for_all_kinds or (kind.rowwise and not site.parts)):
+        return None
+    classes = type(delta).__mro__
+    path, factors = (next(c for c in classes if name in vars(c)) for name in ("add", "factors"))
+    return delta.add if issubclass(path, factors) else None
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Adapted]:

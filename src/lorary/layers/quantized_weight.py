@@ -104,6 +104,15 @@ _HOOKS = (
 )
 
 
+def move_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Exchange the hooks of two modules, so that those of a layer act on what takes its place.
+
+    The dictionaries themselves change hands: handles that users hold still remove their hooks.
+    """
+    for name in _HOOKS:
+        vars(source)[name], vars(target)[name] = vars(target)[name], vars(source)[name]
+
+
 def take_place_of(layer: nn.Module, replacement: nn.Module) -> nn.Module:
     """The replacement of a layer, with the layer's mode and its hooks, which can still be removed."""
     for name in _HOOKS:

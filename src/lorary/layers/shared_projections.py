@@ -31,7 +31,7 @@ class SharedProjections(nn.Module):
     @property
     def tensors(self) -> dict[str, Tensor]:
         """role -> full tensor."""
-        return dict(self.named_buffers(recurse=False))
+        return dict(self._buffers)  # type: ignore[arg-type]  # none of them is None
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy values into the leading slice of each tensor."""
@@ -42,4 +42,7 @@ class SharedProjections(nn.Module):
 
 def leading_slice(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The leading slice of a tensor with this shape, a view."""
-    return tensor[tuple(slice(n) for n in shape)]
+    for dim, n in enumerate(shape):
+        if tensor.shape[dim] != n:
+            tensor = tensor.narrow(dim, 0, n)
+    return tensor

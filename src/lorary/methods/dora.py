@@ -5,9 +5,10 @@ norm is a constant in the backward pass, as published; `exact` differentiates th
 
 Liu et al. 2024, arXiv:2402.09353, equations 5 and 11 (their W is the transpose of ours: their columns are our rows).
 
-The norm is computed from the factors (`lorary.kernels.row_norms`), once per change of them, and from the weight as it
-is stored. Dropout acts on the input of everything that the magnitude scales: y = W x + b + (g - 1) W x~ + g s B A x~
-with g = m / ||W + s B A||, as in the authors' code. The bias is not part of the direction and is never scaled.
+The norm is computed from the factors (`lorary.kernels.row_norms`) and the weight as it is stored, in every forward
+pass: no cheap check reveals that a tensor was written. Inside `lorary.cached` it is computed once. Dropout acts on the
+input of everything that the magnitude scales: y = W x + b + (g - 1) W x~ + g s B A x~ with g = m / ||W + s B A||, as in
+the authors' code. The bias is not part of the direction and is never scaled.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from collections.abc import Callable
 from dataclasses import field
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorary.kernels.row_norms import linear, row_norms, scale_rows, square_norms
+from lorary.kernels.row_norms import row_norms, scale_rows
 from lorary.spec.fields import FLAG
 from lorary.spec.interfaces import Factors, Join, Layer, Shapes, Tensors, component
 from lorary.spec.presets import Restriction, preset
@@ -46,47 +48,35 @@ class MagnitudeDirection(Join):
         layer.params["m"].copy_(self._norms(layer))
 
     def forward(self, layer: Layer, x: Tensor) -> Tensor:
-        gain: Tensor = layer.params["m"] / self._norms(layer)
-        along, bias = layer.kind.broadcast_over_rows, layer.bias
-        shaped = along(gain), None if bias is None else along(bias)
+        norms = self._norms(layer) if self.exact else layer.once("norms", lambda: self._norms(layer))
+        gain, bias = layer.params["m"] / norms, layer.bias
+        if not layer.kind.rowwise:
+            along = layer.kind.broadcast_over_rows
+            gain, bias = along(gain), None if bias is None else along(bias)
         if not layer.dropout or not x.is_floating_point():
-            return scale_rows(layer.add_delta(layer.base(x), x), *shaped)
+            return scale_rows(layer.add_delta(layer.run_base(x), x), gain, bias)
         dropped = F.dropout(x, layer.dropout)
-        v = layer.base(dropped)
-        undropped: Tensor = layer.base(x) - v  # W (x - x~): not scaled
-        return undropped + scale_rows(layer.add_delta(v, dropped, dropout=0.0), *shaped)
+        v = layer.run_base(dropped)
+        undropped: Tensor = layer.run_base(x) - v  # W (x - x~): not scaled
+        return undropped + scale_rows(layer.add_delta(v, dropped, dropout=0.0), gain, bias)
 
     def merged(self, params: Tensors, W: Tensor, b: Tensor | None, BA: Factors) -> tuple[Tensor, Tensor | None]:
         B, A = BA
-        gain = params["m"].to(W.dtype) / _row_norms(W, BA)
+        gain = params["m"].to(W.dtype) / row_norms(W, *BA, 1.0)
         return gain[:, None] * (W + B @ A), b
 
     def on_output(
         self, params: Tensors, W: Callable[[], Tensor], b: Callable[[], Tensor | None], BA: Factors
     ) -> tuple[Factors, Tensor | None, Tensor | None]:
         weight = W()
-        return BA, params["m"].to(weight.dtype) / _row_norms(weight, BA), None
+        return BA, params["m"].to(weight.dtype) / row_norms(weight, *BA, 1.0), None
 
     def _norms(self, layer: Layer) -> Tensor:
-        def square() -> Tensor:
-            return square_norms(layer.kind.matrix(layer.base).detach())
-
-        def norms(*factors: Tensor) -> Tensor:
-            B, A = factors
-            squares = layer.cached("square norms", layer.stored_tensors, square)
-            return row_norms(layer.weight_times(A.to(squares.dtype)), squares, B, A, layer.scale)
-
+        """[out] ||W + s B A||, as a constant unless `exact`."""
         if self.exact:
-            return norms(*layer.factors())
-        others = [t for t in layer.tensors.values() if t is not layer.params["m"]]
-        return layer.cached(
-            "norms", [*layer.stored_tensors, *others], lambda: norms(*(factor.detach() for factor in layer.factors()))
-        )
-
-
-def _row_norms(W: Tensor, BA: Factors) -> Tensor:
-    """[out]: the norms of the rows of W + B A."""
-    return row_norms(linear(W, BA[1]), square_norms(W), *BA, 1.0)
+            return row_norms(layer.matrix.detach(), *layer.factors(), layer.scale, layer.weight_times)
+        with torch.no_grad():
+            return row_norms(layer.matrix, *layer.factors(), layer.scale)
 
 
 @preset(

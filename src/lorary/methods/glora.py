@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +75,7 @@ class GLoRAJoin(Join):
         along, b, a = layer.kind.broadcast_over_rows, layer.bias, params.get("Ad")
         if a is not None and a.dim() == 2:
             return _low_rank_scaled(layer, x, a, params["Au"], shift)
-        y: Tensor = layer.base(x)
+        y = layer.run_base(x)
         if a is None:
             return y if shift is None else y + along(shift.to(y.dtype))
         # (1 + a) W x + b + shift = (1 + a) (W x + b) + (shift - a b)
@@ -139,7 +139,7 @@ def _change(params: Tensors, b: Tensor | None, Wc: Callable[[Tensor], Tensor]) -
 
 
 def _shift(layer: Layer, x: Tensor, params: Tensors, idle: Sequence[Tensor]) -> Tensor | None:
-    """The change of the bias, computed once per batch; without gradients, once and cached.
+    """The change of the bias, computed once per batch; without gradients, once per `lorary.cached` block.
 
     The supernet's tensors that the structure of this step does not use enter with an empty slice, so that every tensor
     has a gradient on every rank, whichever structures were drawn.
@@ -152,11 +152,11 @@ def _shift(layer: Layer, x: Tensor, params: Tensors, idle: Sequence[Tensor]) -> 
         return row if layer.bias is None else row - layer.bias
 
     b = layer.bias
-    of = [params[role] for role in ("Cd", "Cu", "D", "E") if role in params]
-    if of and not torch.is_grad_enabled():
-        weights = [*layer.stored_tensors, *([] if b is None else [b])]
+    if not idle and not any(role in params for role in ("Cd", "D", "E")):
+        return None
+    if not idle and not torch.is_grad_enabled():
         precision = f"{x.dtype}, autocast {torch.is_autocast_enabled(x.device.type)}"  # W c is taken in it
-        return layer.cached(f"shift {precision}", [*of, *weights], lambda: torch.as_tensor(_change(params, b, through)))
+        return layer.once(f"shift {precision}", lambda: cast(Tensor, _change(params, b, through)))
     change = _change(params, b, through)
     if not idle:
         return change

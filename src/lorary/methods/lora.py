@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorary.kernels.low_rank import add_low_rank
 from lorary.spec.fields import COUNT, POSITIVE
 from lorary.spec.interfaces import Delta, Factors, Init, Join, Layer, Shapes, Tensors, component
 from lorary.spec.presets import preset
@@ -37,6 +38,10 @@ class LowRank(Delta):
 
     def factors(self, site: Site, params: Tensors) -> Factors:
         return site.place(params["B"]), params["A"]
+
+    def add(self, layer: Layer, y: Tensor, x: Tensor, dropout: float) -> Tensor:
+        params = layer.params
+        return add_low_rank(y, x, params["A"], params["B"], layer.scale, dropout)
 
 
 @component
@@ -101,7 +106,7 @@ class Add(Join):
     """W' = W + s B A, b' = b."""
 
     def forward(self, layer: Layer, x: Tensor) -> Tensor:
-        return layer.add_delta(layer.base(x), x)
+        return layer.add_delta(layer.run_base(x), x)
 
     def merged(self, params: Tensors, W: Tensor, b: Tensor | None, BA: Factors) -> tuple[Tensor, Tensor | None]:
         B, A = BA

@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Collection, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorary.errors import Diagnostic, PlanError, StateError
-from lorary.layers.adapted import Adapted
+from lorary.layers.adapted import Adapted, Parameters
 from lorary.layers.other_quantizers import keep_layout
-from lorary.layers.quantized_weight import stored_tensors
+from lorary.layers.quantized_weight import move_hooks, stored_tensors
 from lorary.layers.shared_projections import SharedProjections
 from lorary.model.checks import model_mismatches
 from lorary.model.fingerprint import STATE, Fingerprint
@@ -51,6 +51,7 @@ def insert(
     patch = None if method.context is None else method.context.apply(model)
     model.requires_grad_(False)
     for name, layer in layers.items():
+        move_hooks(layer.base, layer)
         set_submodules(model, paths[name], layer)
     for name in full.keys() - {f"{p.site.name}.weight" for p in sites}:  # only a rule writes an adapted weight
         scanned.parameter(name).requires_grad_(True)
@@ -95,7 +96,7 @@ def _adapted(
 ) -> dict[str, Adapted]:
     """site -> its adapted layer, not yet in the model; zero, or with these tensors."""
     layers: dict[str, Adapted] = {}
-    sets: dict[str, nn.ParameterDict] = {}  # sites may share one set of tensors
+    sets: dict[str, Parameters] = {}  # sites may share one set of tensors
     with inference_mode_like(scanned.model):
         projections = None
         if any(p.delta.shared for p in sites):  # VeRA

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lorary.errors import Diagnostic, PlanError
 from lorary.layers.adapted import Adapted, adapted_layers
+from lorary.layers.quantized_weight import move_hooks
 from lorary.model._insert import insert
 from lorary.model.checks import blocks_gradient, not_quantizable, unwritable_weights
 from lorary.model.fingerprint import STATE, Fingerprint
@@ -181,7 +182,9 @@ def detach(model: nn.Module) -> nn.Module:
     for name, layer in adapted_layers(model).items():
         if name in state.replaced_weights:
             restore_weight(layer, state.replaced_weights[name])
-        set_submodules(model, state.paths[name], unwrapped_base(layer))
+        base = unwrapped_base(layer)
+        move_hooks(layer, base)
+        set_submodules(model, state.paths[name], base)
     if state.untied:
         cast(Any, model).config.tie_word_embeddings = True
     object.__delattr__(model, STATE)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lorary.errors import Diagnostic, StateError, deduplicated
 from lorary.layers.adapted import Adapted, adapted_layers
-from lorary.layers.quantized_weight import is_quantized
+from lorary.layers.quantized_weight import is_quantized, move_hooks
 from lorary.model.bias_flags import BiasFlags, BiasWarning, enable_bias_flags, restore_bias_flags, unserialisable_biases
 from lorary.model.fingerprint import STATE, Fingerprint
 from lorary.model.quantize import dequantized_dtype, dequantized_layer, holds_weights, remove_quantization_config
@@ -52,6 +52,8 @@ def merge(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = N
     untied, state.merged, created = False, {}, set()
     for name, layer in layers.items():
         merged = _merge_layer(model, layer, dtype)
+        move_hooks(layer, merged.plain)
+        layer.merge_into(merged.plain)  # its own base may have the delta now
         set_submodules(model, state.paths[name], merged.plain)
         if merged.bias is None and getattr(merged.plain, "bias", None) is not None:
             created |= {f"{path}.bias" for path in state.paths[name]}
@@ -113,6 +115,8 @@ def unmerge(model: nn.Module) -> nn.Module:
         raise StateError("cannot unmerge:", [Diagnostic("model", what, "merge with keep=True")])
     for name, merged in state.merged.items():
         _unmerge_layer(merged)
+        merged.layer.merge_into(None)
+        move_hooks(merged.plain, merged.layer)
         set_submodules(model, state.paths[name], merged.layer)
     if state.tied is not None:
         cast(Any, model).config.tie_word_embeddings = not state.untied

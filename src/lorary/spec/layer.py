@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -55,6 +55,8 @@ class Layer(Protocol):
     Attributes:
         method: the `Method` at this site.
         params: role -> parameter.
+        kind: the layer kind.
+        dropout: the current dropout probability of the adapter's input: 0 outside training.
         shared: the projections shared by all layers, or None.
         active_structure: the structure that a rule chose for the current optimizer step, or None.
     """
@@ -63,18 +65,18 @@ class Layer(Protocol):
     scale: float
     method: Any
     params: Any
+    kind: Kind
+    dropout: float
     base: nn.Module
     shared: Any
     training: bool
     active_structure: Any
 
     @property
-    def kind(self) -> Kind: ...
-    @property
     def bias(self) -> Tensor | None: ...
     @property
-    def stored_tensors(self) -> Sequence[Tensor]:
-        """The tensors in which the base stores its weight; `cached` values that depend on the weight name them."""
+    def matrix(self) -> Tensor:
+        """The base's weight as [out, in]; dequantised, if it is quantised."""
         ...
 
     @property
@@ -82,19 +84,18 @@ class Layer(Protocol):
         """role -> tensor: the layer's own parameters and its slices of the shared ones."""
         ...
 
-    @property
-    def dropout(self) -> float:
-        """The current dropout probability of the adapter's input: 0 outside training."""
-        ...
-
     def factors(self) -> Factors: ...
     def weight_times(self, A: Tensor) -> Tensor:
         """W A^T [out, R], in A's precision and differentiable in A; a quantised W stays quantised."""
         ...
 
+    def run_base(self, x: Tensor) -> Tensor:
+        """The base's output, in memory that the caller may overwrite."""
+        ...
+
     def add_delta(self, y: Tensor, x: Tensor, dropout: float | None = None) -> Tensor: ...
-    def cached(self, name: str, of: Sequence[Tensor], make: Callable[[], Tensor]) -> Tensor:
-        """make(), or its cached value if none of the tensors `of` has changed since."""
+    def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """make(), a tensor without a graph; computed once inside a `lorary.cached` block, in each call elsewhere."""
         ...
 
 
