@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import GloraConfig, LoraConfig, PeftConfig, VeraConfig, get_peft_model
+from peft import AdaLoraConfig, GloraConfig, LoraConfig, PeftConfig, VeraConfig, get_peft_model
 from rich.table import Table
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -75,6 +75,10 @@ def _peft(**words: Any) -> Callable[[Any], PeftConfig]:
     return lambda targets: LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, **words)
 
 
+def _adalora(targets: Any) -> PeftConfig:
+    return AdaLoraConfig(init_r=12, target_r=8, lora_alpha=ALPHA, total_step=1000, target_modules=targets)
+
+
 _PAIR = {"A": "lora_A.default.weight"}
 CASES = [
     Case("LoRA", _lora("lora"), _peft(), _PAIR),
@@ -91,6 +95,14 @@ CASES = [
         lorary.method("vera", r=VERA_RANK),
         lambda targets: VeraConfig(r=VERA_RANK, target_modules=targets),
     ),
+    Case(
+        "AdaLoRA, r=12",
+        lorary.method("adalora", r=12, alpha=ALPHA),
+        _adalora,
+        {"Q": "lora_A.default", "P": "lora_B.default"},
+    ),
+    Case("O-LoRA", _lora("o-lora"), _peft(), _PAIR),
+    Case("Delta-LoRA", _lora("delta-lora"), _peft(), _PAIR),
     Case("MELoRA, n=2, r=8", _lora("melora", r=RANK // 2, n=2)),
     Case("MultiLoRA, n=3", _lora("multilora", n=3)),
     Case("DoRA + rsLoRA + PiSSA + LoRA+", _lora("dora", "rslora", "pissa", "lora+", niter=4)),

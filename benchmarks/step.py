@@ -2,6 +2,7 @@
 
     python benchmarks/step.py                 # a Llama of 4 blocks, width 1024, in float32 on the CPU, 512 tokens
     python benchmarks/step.py --length 64
+    python benchmarks/step.py --length 1      # one token, as in decoding: the forward pass alone
     python benchmarks/step.py --device cuda --dtype bfloat16
 
 A machine is never quiet, so the three take turns: each repeat is a step of the base, one of lorary's and one of
@@ -12,6 +13,7 @@ repeat, with the quartiles of that ratio.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import math
@@ -44,6 +46,9 @@ class Runner:
 
     def step(self) -> None:
         """Forward, backward and optimizer, timed."""
+        if self.ids.shape[1] == 1:
+            self.decode()
+            return
         _synchronise(self.ids.device)
         start = time.perf_counter()
         loss = self.model(input_ids=self.ids, labels=self.ids).loss
@@ -54,6 +59,15 @@ class Runner:
         _synchronise(self.ids.device)
         self.wall.append(time.perf_counter() - start)
         self.losses.append(loss.item())
+
+    def decode(self) -> None:
+        """The forward pass of one token, timed."""
+        _synchronise(self.ids.device)
+        with torch.inference_mode():
+            start = time.perf_counter()
+            self.model(input_ids=self.ids)
+            _synchronise(self.ids.device)
+            self.wall.append(time.perf_counter() - start)
 
     def peak(self) -> int:
         """The most bytes of tensors alive at once in one step, beyond what is alive between steps."""
@@ -83,13 +97,17 @@ def one_case(base: nn.Module, case: Case, arguments: argparse.Namespace) -> dict
     if theirs is not None:
         _same_start(case, ours, theirs)
         runners.append(Runner(theirs, ids, [p for p in theirs.parameters() if p.requires_grad]))
-    peaks = [runner.peak() for runner in runners]
-    if theirs is not None and case.start:
-        _same_work(case, runners, arguments)
-    for turn in range(arguments.repeats + 1):
-        first = turn % len(runners)
-        for runner in runners[first:] + runners[:first]:
-            runner.step()
+    decoding = arguments.length == 1
+    for runner in runners:
+        runner.model.train(not decoding)
+    with lorary.cached(ours) if arguments.cached else contextlib.nullcontext():
+        peaks = [runner.peak() for runner in runners]
+        if theirs is not None and case.start and not decoding:
+            _same_work(case, runners, arguments)
+        for turn in range((10 if decoding else 1) * arguments.repeats + 1):
+            first = turn % len(runners)
+            for runner in runners[first:] + runners[:first]:
+                runner.step()
     times = [runner.wall[1:] for runner in runners]
     result = {
         "ms": [1e3 * statistics.median(t) for t in times],
@@ -144,14 +162,19 @@ def table(found: dict[str, Any], arguments: argparse.Namespace) -> Table:
 
 
 def main() -> None:
-    arguments = parser(__doc__, "cases", "step-LENGTH.json").parse_args()
+    known = parser(__doc__, "cases", "step-LENGTH.json")
+    known.add_argument("--cached", action="store_true", help="one token inside `lorary.cached`")
+    arguments = known.parse_args()
     torch.set_num_threads(arguments.threads)
     base = llama(arguments)
     only = [name.strip() for name in arguments.only.split(";") if name.strip()]
     chosen = [case for case in CASES if not only or case.name in only]
     found = {case.name: one_case(base, case, arguments) for case in track(chosen, "steps")}
     Console().print(table(found, arguments))
-    out = arguments.out or Path(__file__).parent / "results" / f"step-{arguments.length}.json"
+    out = (
+        arguments.out
+        or Path(__file__).parent / "results" / f"step-{arguments.length}{'-cached' * arguments.cached}.json"
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"machine": machine(arguments), "step": found}, indent=2) + "\n")
 

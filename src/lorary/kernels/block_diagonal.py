@@ -41,14 +41,15 @@ def add_blocks(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: fl
     if needs_plain_operations():
         return add_low_rank_reference(y, x, torch.block_diag(*A), torch.block_diag(*B), s, dropout)
     if not dropout and y.dtype is x.dtype is A.dtype is B.dtype and is_small(y):
-        z = torch.bmm(_slices(x.reshape(-1, x.shape[-1]), A.shape[0]), A.mT)  # [n, T, r]
+        n = A.shape[0]
+        z = torch.bmm(_slices(_rows(x), n), A.mT)  # [n, T, r]
         if z.dtype is y.dtype:  # not under autocast
-            return torch.add(y, torch.bmm(z, B.mT).transpose(0, 1).reshape(y.shape), alpha=s)
+            return _side_by_side(torch.baddbmm(_slices(_rows(y), n), z, B.mT, alpha=s), y.shape)
     dropout, seed = dropout_and_seed(dropout)
     if not torch.is_grad_enabled():
         return _add(y, x, A, B, s, dropout, seed)[0]
-    total: Tensor = _AddBlocks.apply(y, x, A, B, s, dropout, seed)  # type: ignore[no-untyped-call]
-    return total
+    fused: Tensor = _AddBlocks.apply(y, x, A, B, s, dropout, seed)  # type: ignore[no-untyped-call]
+    return fused
 
 
 def _add(
@@ -109,6 +110,18 @@ class _AddBlocks(torch.autograd.Function):
         return gy, gx, gA, gB, None, None, None
 
 
+def _rows(x: Tensor) -> Tensor:
+    """[..., width] as [T, width]; a view that changes nothing would be a node of the graph."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
 def _slices(rows: Tensor, n: int) -> Tensor:
     """[T, width] as n slices side by side: [n, T, width/n], a view."""
+    if rows.shape[0] == 1:  # decoding: one view less
+        return rows.view(n, 1, rows.shape[1] // n)
     return rows.view(rows.shape[0], n, rows.shape[1] // n).transpose(0, 1)  # -1 is ambiguous for no rows
+
+
+def _side_by_side(slices: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """[n, T, width/n] as [..., width] of this shape: the inverse of `_slices`."""
+    return (slices if slices.shape[1] == 1 else slices.transpose(0, 1)).reshape(shape)

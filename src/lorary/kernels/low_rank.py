@@ -25,6 +25,8 @@ Pair = tuple[Tensor, Tensor]
 # Elements of an output from which a fused node is used where plain operations would keep the same for backward: it
 # saves one output-sized tensor and a pass over memory, and costs Python. Measured by `benchmarks/overhead.py --sweep`.
 FUSED_FROM = 2**19
+# How many times an output counts where plain operations keep more: casts of the factors, a mask, another product.
+KEEPS_MORE = 16
 
 
 def add_low_rank(
@@ -54,13 +56,12 @@ def add_low_rank(
     """
     if needs_plain_operations():
         return add_low_rank_reference(y, x, A, B, s, dropout, frozen)
-    if not dropout and frozen is None and y.dtype is x.dtype is A.dtype is B.dtype and is_small(y):
-        shape = None if y.dim() == 2 else y.shape
-        z = F.linear(x if shape is None else x.reshape(-1, x.shape[-1]), A)
-        if z.dtype is y.dtype:  # not under autocast
-            if shape is None:
-                return torch.addmm(y, z, B.t(), alpha=s)
-            return torch.addmm(y.reshape(-1, shape[-1]), z, B.t(), alpha=s).view(shape)
+    if frozen is None:
+        same = y.dtype is x.dtype is A.dtype is B.dtype
+        if is_small(y) if same and not dropout else is_small(y, KEEPS_MORE):
+            small = _add_plainly(y, x, A, B, s, dropout, same)
+            if small is not None:
+                return small
     dropout, seed = dropout_and_seed(dropout)
     if frozen is not None and dropout > 0.0:
         raise ValueError("`frozen` does not support dropout")
@@ -69,6 +70,23 @@ def add_low_rank(
         return _add(y, x, A, B, s, dropout, seed, *fixed)[0]
     total: Tensor = _AddLowRank.apply(y, x, A, B, s, dropout, seed, *fixed)  # type: ignore[no-untyped-call]
     return total
+
+
+def _add_plainly(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float, same: bool) -> Tensor | None:
+    """The sum in plain operations; None where autocast would compute it in another dtype than the output's."""
+    shape = None if y.dim() == 2 else y.shape
+    if shape is not None:
+        x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, shape[-1])
+    if not same:
+        x, A, B = x.to(y.dtype), A.to(y.dtype), B.to(y.dtype)
+    if dropout:
+        dropout = in_steps(dropout)
+        x, s = x * kept_mask(x.shape, x, dropout, draw_seed()), s / (1.0 - dropout)
+    z = F.linear(x, A)
+    if z.dtype is not y.dtype:
+        return None
+    total = torch.addmm(y, z, B.t(), alpha=s)
+    return total if shape is None else total.view(shape)
 
 
 def add_low_rank_reference(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorary.kernels.low_rank import is_small, may_overwrite, needs_plain_operations, without_autocast
+from lorary.kernels.low_rank import KEEPS_MORE, is_small, may_overwrite, needs_plain_operations, without_autocast
 
 _CHUNK = 2**22  # numbers of a 16-bit W that are converted to 32 bits at a time
 _DENSE_UP_TO = 2**16  # numbers of a weight up to which W + s·B·A is formed: fewer operations, hardly any memory
@@ -99,6 +99,8 @@ def scale_rows(v: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
         the next operation often keeps anyway.
     """
     if needs_plain_operations():
+        return scale_rows_reference(v, gain, bias)
+    if v.dtype is not gain.dtype and is_small(v, KEEPS_MORE):
         return scale_rows_reference(v, gain, bias)
     if v.dtype is gain.dtype and is_small(v):
         shift = None if bias is None else torch.addcmul(bias, bias, gain, value=-1)

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.weak import TensorWeakRef
 
 from lorary.kernels.low_rank import (
+    KEEPS_MORE,
     add_low_rank_reference,
     dropout_and_seed,
     dropped_rows,
@@ -24,8 +25,6 @@ from lorary.kernels.low_rank import (
     needs_plain_operations,
     without_autocast,
 )
-
-_WEIGHT = 16  # of an output when it is told whether it is small: plain operations keep one more [T, R] for backward
 
 
 class LastProductCache:
@@ -89,7 +88,7 @@ def add_shared_projection(
     """
     if A.requires_grad or B.requires_grad or needs_plain_operations():
         return add_low_rank_reference(y, x, A, b[:, None] * B * d, s, dropout)
-    if not dropout and y.dtype is x.dtype is A.dtype is b.dtype and is_small(y, _WEIGHT):
+    if not dropout and y.dtype is x.dtype is A.dtype is b.dtype and is_small(y, KEEPS_MORE):
         u = F.linear(F.linear(x, A) * d, B)
         if u.dtype is y.dtype:  # not under autocast
             return torch.addcmul(y, u, b, value=s)

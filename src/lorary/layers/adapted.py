@@ -79,7 +79,8 @@ class Adapted(nn.Module):
         self.kind: Kind = KINDS[self.site.kind]
         self.dropout: float = self.method.dropout if self.training else 0.0
         self._fused = _fused_path(self.delta, self.kind, self.site)
-        vars(self)["params"] = self._modules["params"]  # found without a search through PyTorch's dictionaries
+        # found without a search through PyTorch's dictionaries
+        vars(self).update({name: self._modules[name] for name in ("params", "shared") if name in self._modules})
         # called with the layer, because a bound method would tie copies and replicas to this one
         self._forward: Callable[[Adapted, Tensor], Tensor] = self.join.forward
         if self._merged_into:
@@ -245,7 +246,7 @@ class Adapted(nn.Module):
 
 
 # attributes that decide which functions compute the layer
-_RESOLVES = frozenset({"training", "enabled", "_merged_into", "method", "site", "base", "params"})
+_RESOLVES = frozenset({"training", "enabled", "_merged_into", "method", "site", "base", "params", "shared"})
 
 
 def _zero_parameters(site: AdaptedSite, dtype: torch.dtype, device: torch.device) -> Parameters:
