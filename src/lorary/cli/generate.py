@@ -27,6 +27,7 @@ def generate(
     import torch
 
     from lorary.adapters.resolve import find_model, load_with_adapter
+    from lorary.model.cached import cached
     from lorary.model.loading.from_pretrained import load_tokenizer
 
     prompt = _text(prompt)
@@ -40,7 +41,7 @@ def generate(
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
     torch.manual_seed(seed)
     row, padding = torch.tensor([ids]), tokenizer.pad_token_id
-    with torch.inference_mode():
+    with torch.inference_mode(), cached(loaded):
         output = loaded.generate(
             row, attention_mask=torch.ones_like(row), max_new_tokens=most, pad_token_id=padding, **sampling
         )
