@@ -96,6 +96,8 @@ def _biases(model: nn.Module, changes: Mapping[str, bool]) -> dict[str, Tensor] 
     try:
         with torch.device("meta"):
             built = type(model)(config)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception:  # a class with another constructor: nothing is known about its checkpoints
         return None
     parameters = built.named_parameters(remove_duplicate=False)
