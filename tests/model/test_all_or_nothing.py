@@ -164,7 +164,7 @@ def records(model: Any) -> tuple[Any, ...]:
         return ()
     kept = state.merged or {}
     tensors = [t for m in kept.values() for t in (m.weight, m.bias, *m.layer.parameters()) if t is not None]
-    tensors += [t for t in state.replaced_weights.values()]
+    tensors += list(state.replaced_weights.values())
     fixed = {name: value for name, value in vars(state).items() if name != "merged"}
     return (
         {name: (id(value), str(value)) for name, value in fixed.items() if name not in ("replaced_weights", "full")},

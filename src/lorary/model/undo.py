@@ -10,7 +10,6 @@ it merges, and quantising for the dense weights beside the quantised ones.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -154,13 +153,16 @@ def _values(value: Any) -> list[Any]:
     return [inner for item in value for inner in _values(item)]
 
 
+_FOLLOWED: dict[type, bool] = {}
+
+
 def _is_followed(value: Any) -> bool:
     """Whether a change of a model may change this value: tensors, modules, configurations, and lorary's own records."""
     cls = type(value)
-    if isinstance(value, Tensor | nn.Module):
-        return True
-    if not hasattr(value, "__dict__") or isinstance(value, type):
-        return False
-    frozen = dataclasses.is_dataclass(value) and cls.__dataclass_params__.frozen
-    lorarys = cls.__module__.startswith(("lorary.model.", "lorary.layers.", "lorary.methods."))
-    return cls.__name__.endswith("Config") or (lorarys and not frozen)
+    if cls not in _FOLLOWED:
+        frozen = getattr(getattr(cls, "__dataclass_params__", None), "frozen", False)
+        lorarys = cls.__module__.startswith(("lorary.model.", "lorary.layers.", "lorary.methods.")) and not frozen
+        has_attributes = "__dict__" in dir(cls) and not issubclass(cls, type)
+        known = issubclass(cls, Tensor | nn.Module) or cls.__name__.endswith("Config")
+        _FOLLOWED[cls] = has_attributes and (known or lorarys)
+    return _FOLLOWED[cls]
