@@ -39,7 +39,7 @@ def own_config_copy(model: nn.Module) -> None:
     """Give a model its own copy of its configuration, which other models may share."""
     copies: dict[int, Any] = {}
     copy.deepcopy(getattr(model, "config", None), copies)
-    for module in model.modules():
+    for _, module in named_modules(model):
         copied = copies.get(id(getattr(module, "config", None)))
         if copied is not None:
             module.config = copied
