@@ -47,21 +47,25 @@ def _same(one: Any, other: Any) -> bool:
 
 
 class _Tensor(NamedTuple):
-    """A tensor's memory, gradient and flag."""
+    """A tensor's memory, gradient, flag, and the attributes that a library has given it (a quantised weight's scales)."""
 
     tensor: Tensor
     data: Tensor
     grad: Tensor | None
     requires_grad: bool
+    attributes: dict[str, Any]
 
     @staticmethod
     def of(t: Tensor) -> _Tensor:
-        return _Tensor(t, t.data, t.grad if t.is_leaf else None, t.requires_grad)
+        return _Tensor(t, t.data, t.grad if t.is_leaf else None, t.requires_grad, dict(vars(t)))
 
     def restore(self) -> None:
         t, data = self.tensor, self.data
         if (t.dtype, t.device, t.data_ptr()) != (data.dtype, data.device, data.data_ptr()):
             t.data = data
+        if not _same(vars(t), self.attributes):
+            vars(t).clear()
+            vars(t).update(self.attributes)
         if t.is_leaf and t.requires_grad != self.requires_grad:
             t.requires_grad_(self.requires_grad)
         if t.is_leaf and t.grad is not self.grad:
