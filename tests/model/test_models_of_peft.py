@@ -15,7 +15,10 @@ from tests import tiny
 
 CONFIG: dict[str, Any] = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 SAVED = "an adapter that PEFT has saved is read by lorary.load(base, folder)"
-INSIDE = "has PEFT's layers inside, such as the Linear at model.layers.0.self_attn.q_proj"
+INSIDE = (
+    "model: has PEFT's layers inside, such as the Linear at model.layers.0.self_attn.q_proj\n"
+    f"      hint: load the base without PEFT's adapter; {SAVED}"
+)
 
 
 def peft_model() -> Any:
@@ -43,8 +46,8 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
         "model: is a LoraModel of PEFT, with PEFT's adapter inside its layers\n"
         "      hint: use model.merge_and_unload(), or model.unload() for the base without the adapter; " + SAVED,
     ),
-    "inject_adapter_in_model": (injected, f"model: {INSIDE}\n      hint: load the base without PEFT's adapter; {SAVED}"),
-    "add_adapter": (by_transformers, f"model: {INSIDE}\n      hint: load the base without PEFT's adapter; {SAVED}"),
+    "inject_adapter_in_model": (injected, INSIDE),
+    "add_adapter": (by_transformers, INSIDE),
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by PEFT

@@ -47,7 +47,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 class _Tensor(NamedTuple):
-    """A tensor's memory, gradient, flag, and the attributes that a library has given it (a quantised weight's scales)."""
+    """A tensor's memory, gradient and flag, and the attributes that a library has given it (scales, for example)."""
 
     tensor: Tensor
     data: Tensor
