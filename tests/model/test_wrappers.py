@@ -196,6 +196,17 @@ def test_longer_contexts_and_new_biases(words: str) -> None:
     assert torch.equal(tiny.logits(wrapped), base)
 
 
+def test_a_compiled_base_in_4_bits_is_saved(tmp_path: Path) -> None:
+    model = lorary.quantize(tiny.seeded("LlamaForCausalLM"))
+    lorary.save_quantized(model, tmp_path / "plain")
+    lorary.save_quantized(compiled(model), tmp_path / "compiled")
+    for file in (tmp_path / "plain").iterdir():
+        assert (tmp_path / "compiled" / file.name).read_bytes() == file.read_bytes()
+    model.model.layers[1] = checkpoint_wrapper(model.model.layers[1])
+    message = "model.layers.1: is a CheckpointWrapper, whose name would be in the checkpoint\n      hint: unwrap it"
+    assert message in refused(lorary.save_quantized, model, tmp_path / "refused")
+
+
 # --- distributed: one process is enough here --------------------------------------------------------------------------
 
 
