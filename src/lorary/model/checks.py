@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -136,15 +135,26 @@ def blocks_gradient(scan: Scan, names: Iterable[str]) -> list[Diagnostic]:
         if stored_tensors(layer)[0].is_meta:
             continue
         probed.add(classes)
-        with contextlib.suppress(Exception), torch.enable_grad():  # a layer that cannot run here fails when it is used
-            probe: Any = copy.deepcopy(layer).train()
-            W = weight(layer)
-            y = probe(torch.zeros(1, probe.in_features, dtype=W.dtype, device=W.device, requires_grad=True))
-            if not y.requires_grad:
-                kind = getattr(layer, "weight", layer) if type(layer) is nn.Linear else layer
-                what = f"{type(kind).__name__} lets no gradient through: the layers before it could not be trained"
-                problems.append(Diagnostic(name, what, "load the base in a trainable format"))
+        try:
+            blocked = _blocks_gradient(layer)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:  # a layer that cannot run here fails when it is used
+            continue
+        if blocked:
+            kind = getattr(layer, "weight", layer) if type(layer) is nn.Linear else layer
+            what = f"{type(kind).__name__} lets no gradient through: the layers before it could not be trained"
+            problems.append(Diagnostic(name, what, "load the base in a trainable format"))
     return problems
+
+
+@torch.enable_grad()
+def _blocks_gradient(layer: nn.Module) -> bool:
+    """Whether a copy of a linear layer gives an output without a gradient."""
+    probe: Any = copy.deepcopy(layer).train()
+    W = weight(layer)
+    y = probe(torch.zeros(1, probe.in_features, dtype=W.dtype, device=W.device, requires_grad=True))
+    return not y.requires_grad
 
 
 def not_quantizable(scan: Scan, names: Iterable[str]) -> list[Diagnostic]:

@@ -61,7 +61,7 @@ class _Tensor(NamedTuple):
 
     def restore(self) -> None:
         t, data = self.tensor, self.data
-        if (t.dtype, t.device, t.data_ptr()) != (data.dtype, data.device, data.data_ptr()):
+        if (t.dtype, t.device, _address(t)) != (data.dtype, data.device, _address(data)):
             t.data = data
         if not _same(vars(t), self.attributes):
             vars(t).clear()
@@ -70,6 +70,14 @@ class _Tensor(NamedTuple):
             t.requires_grad_(self.requires_grad)
         if t.is_leaf and t.grad is not self.grad:
             t.grad = self.grad
+
+
+def _address(t: Tensor) -> int:
+    """Where a tensor's numbers are; 0 if they are nowhere, as those of fake tensors and wrappers of other tensors."""
+    try:
+        return t.data_ptr()
+    except RuntimeError:
+        return 0
 
 
 class Undo:
@@ -82,7 +90,8 @@ class Undo:
     def __init__(self, model: nn.Module) -> None:
         reached = list(_reachable(model))
         self._objects = [_Object.of(thing) for thing in reached if not isinstance(thing, Tensor)]
-        self._tensors = [_Tensor.of(thing) for thing in reached if isinstance(thing, Tensor)]
+        tensors = (thing for thing in reached if isinstance(thing, Tensor))
+        self._tensors = [_Tensor.of(t) for t in tensors if not nn.parameter.is_lazy(t)]
         self._values: list[tuple[Tensor, Tensor]] = []
 
     def values(self, tensor: Tensor, copy: Tensor | None = None) -> None:
