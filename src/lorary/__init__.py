@@ -45,7 +45,7 @@ _HOMES = {
     "cached": "model.cached",
     "dequantize": "model.quantize",
     "detach": "model.attach",
-    "disabled": "model.attach",
+    "disabled": "model.disable",
     "drop_layers": "analysis.importance",
     "layer_importance": "analysis.importance",
     "load": "adapters.switch",
@@ -97,8 +97,8 @@ if TYPE_CHECKING:
     from lorary.methods.lora_drop import Importance as Importance
     from lorary.model.attach import attach as attach
     from lorary.model.attach import detach as detach
-    from lorary.model.attach import disabled as disabled
     from lorary.model.cached import cached as cached
+    from lorary.model.disable import disabled as disabled
     from lorary.model.fingerprint import Fingerprint as Fingerprint
     from lorary.model.loading.bitsandbytes_checkpoint import save_quantized as save_quantized
     from lorary.model.loading.from_pretrained import load_quantized as load_quantized

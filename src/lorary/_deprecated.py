@@ -98,7 +98,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "lorary.storage.bnb_nf4": ("lorary.layers.bitsandbytes",),
     "lorary.storage.foreign": ("lorary.layers.other_quantizers",),
     "lorary.storage.nf4": ("lorary.layers.nf4",),
-    "lorary.surgery": ("lorary.model.attach",),
+    "lorary.surgery": ("lorary.model.attach", "lorary.model.disable"),
     "lorary.switching": ("lorary.adapters.switch",),
     "lorary.targets": ("lorary.model.targets",),
     "lorary.train.config": ("lorary.train.config.config",),

@@ -322,3 +322,46 @@ def test_a_merged_packed_model_is_a_base_of_its_own() -> None:
     lorary.dequantize(lorary.merge(model))
     assert lorary.Fingerprint.of(model).structure == plain_.structure
     assert lorary.Fingerprint.of(model).weights != plain_.weights
+
+
+def test_a_small_update_of_a_large_quantised_weight_merges_into_either_base(tmp_path: Path) -> None:
+    """The quantisation error is many times the update: both merges are offered, and each says what it loses.
+
+    Merged into Dq(Wq) in float32 it is the model that was trained; merged into the original, that without the error.
+    """
+
+    def large() -> Any:
+        model = llama()
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "_proj" in name:
+                    p.mul_(100)
+        return model
+
+    model = tiny.trained(large(), lorary.method("qlora", r=2))
+    with torch.no_grad():
+        for layer in adapted_layers(model).values():
+            layer.params["B"].mul_(0.003)
+    lorary.save(model, tmp_path / "a")
+    said = [logits(model, row) for row in ROWS]
+    live = MergeCheck.of(model, ROWS)
+    errors = {name: dense(layer.base) for name, layer in adapted_layers(model).items()}
+    original = lorary.load(large(), tmp_path / "a", quantize=False)
+    updates = {n: (x.scale * x.params["B"] @ x.params["A"]).detach() for n, x in adapted_layers(original).items()}
+    plain = dict(large().named_parameters())
+    into_original = live.merge(original)
+    into_dequantised = live.merge(model, dtype=torch.float32)
+    assert (into_original.original, into_dequantised.original) == (True, False)
+    for site in into_original.sites:  # ||W - Dq(Wq)|| / ||dW||: tens of times the update
+        off = plain[f"{site.site}.weight"].detach().double() - errors[site.site]
+        assert site.error == pytest.approx(float(off.norm() / updates[site.site].norm()), rel=1e-3)
+        assert site.error > 10
+    assert "trained on quantised weights" in into_original.advice[0]
+    assert into_dequantised.error < 1e-3
+    assert into_dequantised.kl < 1e-6 < into_original.kl
+    assert into_dequantised.advice == ()
+    for row, before in zip(ROWS, said, strict=True):
+        torch.testing.assert_close(logits(model, row), before, rtol=1e-3, atol=1e-3)
+    for name, update in updates.items():
+        expected = plain[f"{name}.weight"].detach() + update
+        torch.testing.assert_close(original.get_submodule(name).weight, expected, rtol=1e-6, atol=1e-6)

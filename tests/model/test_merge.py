@@ -291,3 +291,66 @@ def test_a_merge_elsewhere_leaves_tied_embeddings_tied(tmp_path: Path) -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
     model.save_pretrained(tmp_path)
     assert torch.equal(tiny.logits(type(model).from_pretrained(tmp_path).eval()), tiny.logits(model))
+
+
+# --- cases from the field ---------------------------------------------------------------------------------------------
+
+
+def test_nan_in_the_very_last_layer_and_no_layer_before_it_is_merged() -> None:
+    model = tiny.trained(tiny.llama(), targets=["q_proj", "v_proj"])
+    site = "model.layers.1.self_attn.v_proj"
+    with torch.no_grad():
+        adapted_layers(model)[site].params["B"][0, 0] = float("nan")
+    before, values = tiny.everything(model), tiny.frozen_copy(model)
+    for keep in (False, True):
+        assert refused(lorary.merge, model, keep=keep) == (
+            f"cannot merge:\n  - {site}: merged, the weight is not finite in torch.float32"
+        )
+    assert tiny.everything(model) == before
+    assert all(t.equal(values[k]) for k, t in model.state_dict().items() if not k.endswith("v_proj.params.B"))
+    with torch.no_grad():
+        adapted_layers(model)[site].params["B"][0, 0] = 0
+    expected = tiny.logits(model)
+    torch.testing.assert_close(tiny.logits(lorary.merge(model)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_base_in_16_bits_and_an_adapter_in_32_are_rounded_once() -> None:
+    """round(W + s B A), which is not round(W) + round(s B A); and ten rounds change not one bit."""
+    model = tiny.trained(tiny.llama().to(torch.bfloat16), dtype=torch.float32)
+    before, values = tiny.everything(model), tiny.frozen_copy(model)
+    once, twice = {}, {}
+    for name, layer in adapted_layers(model).items():
+        W, update = layer.weight.detach(), layer.scale * layer.params["B"].detach() @ layer.params["A"].detach()
+        assert (W.dtype, update.dtype) == (torch.bfloat16, torch.float32)
+        once[name], twice[name] = (W.float() + update).bfloat16(), W + update.bfloat16()
+    for _ in range(10):
+        lorary.merge(model, keep=True)
+        merged = {name: model.get_submodule(name).weight for name in once}
+        assert all(torch.equal(W, once[name]) for name, W in merged.items())
+        assert not any(torch.equal(W, twice[name]) for name, W in merged.items())
+        lorary.unmerge(model)
+        assert tiny.everything(model) == before
+        assert tiny.same(tiny.frozen_copy(model), values)
+
+
+def test_a_frozen_base_with_checkpointing_learns_everywhere_and_generates_as_merged_with_left_padding() -> None:
+    model = tiny.seeded("LlamaForCausalLM", pad_token_id=0)
+    lorary.attach(model, lorary.plan(model, tiny.LORA))
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
+    model.train()
+    model.enable_input_require_grads()
+    model(input_ids=tiny.ids(), labels=tiny.ids(), use_cache=False).loss.backward()
+    gradients = [layer.params["B"].grad for layer in adapted_layers(model).values()]
+    assert len(gradients) == 14
+    assert all(grad is not None and grad.any() for grad in gradients)
+    tiny.shaken(model.eval())  # which checkpoints nothing
+    prompt = [7, 5, 2]
+    ids = torch.tensor([[0, 0, *prompt], [3, 9, 11, 4, 38]])
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "use_cache": True, "eos_token_id": None}
+    mask = (torch.arange(5) >= torch.tensor([[2], [0]])).long()
+    live = model.generate(ids, attention_mask=mask, **options)
+    alone = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, 3).long(), **options)
+    assert torch.equal(live[0, 5:], alone[0, 3:])  # the padding changes nothing
+    lorary.merge(model)
+    assert torch.equal(model.generate(ids, attention_mask=mask, **options), live)

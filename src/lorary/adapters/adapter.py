@@ -15,6 +15,7 @@ from lorary.errors import Diagnostic, MethodError
 from lorary.layers.adapted import Adapted, adapted_layers
 from lorary.layers.dtensor import full_cpu_copy
 from lorary.layers.shared_projections import leading_slice
+from lorary.layers.wrappers import gathered
 from lorary.methods.lora import Add, ConstantScale, Kaiming, LowRank
 from lorary.model.fingerprint import Fingerprint
 from lorary.model.rank_pruning import without_pruned_directions
@@ -53,8 +54,9 @@ class Adapter:
             StateError: none is attached.
         """
         state = require_attached(model, "take from the model")
-        tensors = _copied_tensors(adapted_layers(model))
-        full = {name: full_cpu_copy(base_parameter(model, name)) for name in state.full}
+        with gathered(model):
+            tensors = _copied_tensors(adapted_layers(model))
+            full = {name: full_cpu_copy(base_parameter(model, name)) for name in state.full}
         return Adapter(state.method, state.sites, tensors, full, Fingerprint.of(model))
 
     load = staticmethod(forwarding("Adapter.load", "load_adapter"))

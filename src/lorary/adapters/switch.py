@@ -16,12 +16,13 @@ from lorary.adapters.save_load import load_adapter, save_adapter
 from lorary.errors import Diagnostic, FileError, StateError
 from lorary.layers.adapted import adapted_layers, base_parameters, unwrapped_modules
 from lorary.layers.quantized_weight import is_quantized
-from lorary.model.attach import attach_tensors, detach
-from lorary.model.checks import layer_mismatches
+from lorary.model.attach import attach_tensors, remove
+from lorary.model.checks import changeable, layer_mismatches
 from lorary.model.fingerprint import Fingerprint
 from lorary.model.quantize import already_quantized, quantizable_layers, warn_of_quantization
 from lorary.model.scan import scan
 from lorary.model.state import base_parameter, require_attached, state_of
+from lorary.model.undo import Undo, all_or_nothing
 
 
 def save(model: nn.Module, path: str | PathLike[str]) -> None:
@@ -44,7 +45,7 @@ def load(
     quantize: bool = True,
     pack: bool | None = None,
 ) -> nn.Module:
-    """Attach a saved adapter, lorary's or PEFT's, to its base, in place.
+    """Attach a saved adapter, lorary's or PEFT's, to its base, in place. All or nothing.
 
     Args:
         base: the model that it was trained on.
@@ -66,21 +67,24 @@ def load(
     if pack is not None:
         warn("lorary.load(pack=...)", "quantize=")
         quantize = pack
-    if state_of(base) is not None:
+    inner = changeable(base, "load", trains=trainable)
+    if state_of(inner) is not None:
         raise StateError(
             "cannot load:", [Diagnostic("model", "something is attached already", "lorary.switch replaces it")]
         )
-    adapter = load_adapter(path, model=base, strict=strict)
-    here = Fingerprint.of(base)
-    _check_base(base, adapter, here, str(path), force=force or not strict)
-    _install(base, adapter, here, trainable=trainable, quantize=quantize)
+    adapter = load_adapter(path, model=inner, strict=strict)
+    here = Fingerprint.of(inner)
+    _check_base(inner, adapter, here, str(path), force=force or not strict)
+    with all_or_nothing(inner) as undo:
+        _install(inner, adapter, here, undo, trainable=trainable, quantize=quantize)
     return base
 
 
 def switch(model: nn.Module, adapters: Adapter | Sequence[Adapter] | None, *, force: bool = False) -> nn.Module:
     """Replace the attached adapter by others on the same base: one, the sum of several, or none.
 
-    The time depends on the adapters, not on the model. Parameters do not require gradients afterwards. A base that was
+    The time depends on the adapters, not on the model. All or nothing: if the new adapter cannot be attached, for
+    whatever reason, the model keeps the old one. Parameters do not require gradients afterwards. A base that was
     quantised for one adapter stays quantised for the next.
 
     Args:
@@ -94,16 +98,18 @@ def switch(model: nn.Module, adapters: Adapter | Sequence[Adapter] | None, *, fo
         StateError: the model's adapter is merged.
     """
     several = _adapters(adapters)
-    if state_of(model) is not None:
-        require_attached(model, "switch")
-    here = Fingerprint.of(model)
+    inner = changeable(model, "switch")
+    if state_of(inner) is not None:
+        require_attached(inner, "switch")
+    here = Fingerprint.of(inner)
     for a in several:
-        _check_base(model, a, here, "the adapter", force=force)
-    replacement = several[0] if len(several) == 1 else stacked(several, model) if several else None
-    if state_of(model) is not None:
-        detach(model)
-    if replacement is not None:
-        _install(model, replacement, here, trainable=False)
+        _check_base(inner, a, here, "the adapter", force=force)
+    replacement = several[0] if len(several) == 1 else stacked(several, inner) if several else None
+    with all_or_nothing(inner) as undo:
+        if state_of(inner) is not None:
+            remove(inner, undo)
+        if replacement is not None:
+            _install(inner, replacement, here, undo, trainable=False)
     return model
 
 
@@ -173,14 +179,19 @@ def _tensor_problems(
     return [Diagnostic(name, what) for what in reasons]
 
 
-def _install(model: nn.Module, adapter: Adapter, here: Fingerprint, *, trainable: bool, quantize: bool = True) -> None:
+def _install(
+    model: nn.Module, adapter: Adapter, here: Fingerprint, undo: Undo, *, trainable: bool, quantize: bool = True
+) -> None:
     full = {name: tuple(value.shape) for name, value in adapter.full.items()}
     storage = adapter.method.storage
     layers = quantizable_layers(scan(model), storage, full) if quantize and not storage.writable else []
     warn_of_quantization(unwrapped_modules(model), storage)
-    attach_tensors(model, adapter.method, adapter.sites, full, adapter.tensors, fingerprint=here, quantized=layers)
+    attach_tensors(
+        model, adapter.method, adapter.sites, full, adapter.tensors, undo, fingerprint=here, quantized=layers
+    )
     with torch.no_grad():
         for name, value in adapter.full.items():
-            base_parameter(model, name).copy_(value)
+            undo.values(parameter := base_parameter(model, name))
+            parameter.copy_(value)
     if not trainable:
         model.requires_grad_(False)

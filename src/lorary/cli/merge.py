@@ -166,6 +166,7 @@ def _merged(
     from lorary.errors import StateError
     from lorary.model.bias_flags import BiasWarning, unserialisable_biases
     from lorary.model.loading.from_pretrained import load_model, load_storage
+    from lorary.model.merge import fold
 
     model = load_model(section, load_storage(adapter.method, adapter.full))
     lorary.load(model, folder, force=force)
@@ -178,7 +179,7 @@ def _merged(
     sites = check.sites(model, target)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", BiasWarning)  # refused below, with every name
-        lorary.merge(model, dtype=target)
+        fold(model, dtype=target)  # a model that is lost if this fails need not be kept beside the merged one
     if lost := unserialisable_biases(model):
         raise StateError("cannot save the merged model:", lost)
     lorary.dequantize(model, target)

@@ -14,6 +14,7 @@ from lorary.kernels.row_norms import linear
 from lorary.layers.kinds import KINDS
 from lorary.layers.quantized_weight import is_quantized, stored_tensors, weight
 from lorary.layers.shared_projections import SharedProjections, leading_slice
+from lorary.layers.wrappers import named_modules, unwrapped
 from lorary.spec.interfaces import Delta, Fused
 from lorary.spec.layer import Kind
 from lorary.spec.placement import AdaptedSite, adaptation, start_name
@@ -305,13 +306,14 @@ def unwrapped_modules(model: nn.Module) -> dict[str, nn.Module]:
     inside = tuple(f"{name}." for name in layers)
     return {
         name: layers[name].base if name in layers else module
-        for name, module in model.named_modules()
+        for name, module in named_modules(model)
         if name in layers or not name.startswith(inside)
     }
 
 
 def base_parameters(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
     """The base parameters by their paths in the plain model; tied ones appear under each of their names."""
+    model = unwrapped(model)
     if isinstance(model, Adapted):
         yield from base_parameters(model.base, prefix)
         return

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorary.layers.wrappers import named_modules, set_submodule, submodule
+
 
 class PositionsWarning(UserWarning):
     """An exported file that does not record the RoPE scaling of its base."""
@@ -37,7 +39,7 @@ def own_config_copy(model: nn.Module) -> None:
     """Give a model its own copy of its configuration, which other models may share."""
     copies: dict[int, Any] = {}
     copy.deepcopy(getattr(model, "config", None), copies)
-    for module in model.modules():
+    for _, module in named_modules(model):
         copied = copies.get(id(getattr(module, "config", None)))
         if copied is not None:
             module.config = copied
@@ -113,7 +115,7 @@ def _rotary(model: nn.Module, config: Any) -> dict[str, nn.Module]:
     """path -> module that computes rotary angles."""
     return {
         name: module
-        for name, module in model.named_modules()
+        for name, module in named_modules(model)
         if hasattr(module, "rope_type") and getattr(module, "config", None) is config
     }
 
@@ -155,11 +157,11 @@ class ScaledRope:
 
     def _swap_modules(self) -> None:
         for name, module in self.modules.items():
-            current = self.model.get_submodule(name)
+            current = submodule(self.model, name)
             for old, new in zip(current.buffers(), module.buffers(), strict=False):
                 new.data = new.data.to(old.device)
             module.train(current.training)
-            self.model.set_submodule(name, module)
+            set_submodule(self.model, name, module)
             self.modules[name] = current
 
 

@@ -131,6 +131,11 @@ class _LongContextPatch:
         if self.scaled_rope:
             self.scaled_rope.swap()
 
+    def restore(self) -> None:
+        if self.scaled_rope:
+            self.scaled_rope.swap()
+        self.reapply()
+
     def make_permanent(self) -> None:
         if self.attention:
             self.attention.remove()
@@ -145,9 +150,7 @@ class _LongContextPatch:
         try:
             yield
         finally:
-            if self.scaled_rope:
-                self.scaled_rope.swap()
-            self.reapply()
+            self.restore()
 
 
 @preset(

@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 import torch
 
 from lorary.errors import Diagnostic, suggestion
+from lorary.layers.wrappers import original_class
 from lorary.model.checks import unwritable_weights
 from lorary.model.plan import FullParameter
 from lorary.model.scan import Scan, ScannedModule
@@ -28,7 +29,7 @@ def full_parameters(
         if not names and not (pattern == "norms" and any(map(_is_norm, scan.modules.values()))):  # may have no weights
             problems.append(_no_parameter(pattern, list(scan.parameters)))
         trained |= names
-    if _NEW_HEAD.search(type(scan.model).__name__):
+    if _NEW_HEAD.search(original_class(scan.model).__name__):
         trained |= {name for name in scan.parameters if name.startswith(tuple(f"{head}." for head in scan.heads))}
     problems += _cannot_train(scan, sites, trained)
     writes = any(rule.writes_base for rule in method.rules)

@@ -1,19 +1,18 @@
-"""attach, detach, disabled: put a plan's adapters on a model, and take them off bit for bit."""
+"""attach, detach: put a plan's adapters on a model, and take them off bit for bit."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lorary.errors import Diagnostic, PlanError
-from lorary.layers.adapted import Adapted, adapted_layers
+from lorary.layers.adapted import Adapted, adapted_layers, base_parameters
 from lorary.layers.quantized_weight import move_hooks
 from lorary.model._insert import insert
-from lorary.model.checks import blocks_gradient, not_quantizable, unwritable_weights
+from lorary.model.checks import blocks_gradient, changeable, not_quantizable, unwritable_weights
 from lorary.model.fingerprint import STATE, Fingerprint
 from lorary.model.plan import Plan
 from lorary.model.quantize import inference_mode_like, quantize_layers, with_progress
@@ -27,6 +26,7 @@ from lorary.model.residual_base import (
 )
 from lorary.model.scan import Scan, scan
 from lorary.model.state import AttachedState, base_parameter, require_attached, set_submodules, state_of
+from lorary.model.undo import Undo, all_or_nothing
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite
 
@@ -36,9 +36,12 @@ TRAINABLE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Attach a plan's adapters in place and freeze everything else; the model's outputs do not change yet.
 
+    All or nothing: whatever is raised meanwhile, the model is as it was before. If the method quantises the base, the
+    dense weights are therefore dropped at the end, all at once (`lorary.load_quantized` never holds all of them).
+
     Args:
         model: the model that was planned, or one of the same shapes (a plan made on the meta device fits).
-        plan: from `lorary.plan`. If its method quantises the base, the dense weights are dropped.
+        plan: from `lorary.plan`.
         seed: for the adapters' initialisation; each site draws from the seed and its own name.
         dtype: of the adapters' tensors.
 
@@ -46,18 +49,19 @@ def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = 
         The same model.
 
     Raises:
-        StateError: something is attached already.
+        StateError: something is attached already, by lorary or by PEFT; or the model is wrapped by DDP or sharded by
+            FSDP, which would not see the new parameters: attach first.
         PlanError: the plan was made for another model; every mismatch. Or `plan` is not a Plan, or `dtype` is not a
             trainable dtype.
     """
-    scanned = scan(model)
+    inner = changeable(model, "attach", trains=True)
+    scanned = scan(inner)
     quantized = _layers_to_quantize(scanned, plan, dtype)
     full = {f.name: f.shape for f in plan.full}
-    insert(scanned, plan.method, plan.sites, full, dtype=dtype, quantized=quantized)
-    del scanned  # it holds every dense weight, and quantising frees them one at a time
-    with _detached_on_error(model), inference_mode_like(model):
-        _start(model, seed, plan.fixed_tensors, quantized)
-        _quantize_others(model, quantized)
+    with all_or_nothing(inner) as undo, inference_mode_like(inner):
+        insert(scanned, plan.method, plan.sites, full, dtype=dtype, quantized=quantized)
+        _start(inner, seed, plan.fixed_tensors, quantized, undo)
+        _quantize_others(inner, quantized)
     return model
 
 
@@ -85,7 +89,13 @@ def _layers_to_quantize(scanned: Scan, plan: Plan, dtype: torch.dtype) -> list[s
     return quantized
 
 
-def _start(model: nn.Module, seed: int, fixed: Mapping[str, Mapping[str, Tensor]], quantized: Collection[str]) -> None:
+def _start(
+    model: nn.Module,
+    seed: int,
+    fixed: Mapping[str, Mapping[str, Tensor]],
+    quantized: Collection[str],
+    undo: Undo,
+) -> None:
     """Initialise all adapters: the model's outputs change only by the fixed tensors of earlier tasks."""
     layers = list(adapted_layers(model).values())
     if layers and layers[0].shared is not None:
@@ -99,7 +109,7 @@ def _start(model: nn.Module, seed: int, fixed: Mapping[str, Mapping[str, Tensor]
         if first:
             initialise_layer(layer, seed, quantizes=quantizes)
             layer.load(fixed.get(layer.site.name, {}))
-        finalise_start(model, layer, quantizes=quantizes)
+        finalise_start(model, layer, undo, quantizes=quantizes)
         if first:
             with torch.no_grad():
                 layer.join.setup(layer)
@@ -121,6 +131,7 @@ def attach_tensors(
     sites: tuple[AdaptedSite, ...],
     full: Mapping[str, tuple[int, ...]],
     tensors: Mapping[str, Mapping[str, Tensor]],
+    undo: Undo,
     *,
     fingerprint: Fingerprint | None = None,
     quantized: Collection[str] = (),
@@ -133,6 +144,7 @@ def attach_tensors(
         sites: the adapted sites.
         full: base parameter that trains in full -> its shape.
         tensors: site -> role -> values.
+        undo: of the model.
         fingerprint: of the base, if the caller has it: taking it reads a little of every parameter.
         quantized: the paths of the layers to quantise.
     """
@@ -140,20 +152,9 @@ def attach_tensors(
     if problems := not_quantizable(scanned, quantized):
         raise PlanError("cannot attach:", problems)
     insert(scanned, method, sites, full, tensors=tensors, fingerprint=fingerprint, quantized=quantized)
-    del scanned  # it holds every dense weight, and quantising frees them one at a time
-    with _detached_on_error(model):
-        for layer in _with_progress(list(adapted_layers(model).values())):
-            finalise_start(model, layer, quantizes=layer.site.name in quantized)
-        _quantize_others(model, quantized)
-
-
-@contextlib.contextmanager
-def _detached_on_error(model: nn.Module) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        detach(model)
-        raise
+    for layer in _with_progress(list(adapted_layers(model).values())):
+        finalise_start(model, layer, undo, quantizes=layer.site.name in quantized)
+    _quantize_others(model, quantized)
 
 
 def _with_progress(layers: list[Adapted]) -> Iterable[Adapted]:
@@ -163,7 +164,7 @@ def _with_progress(layers: list[Adapted]) -> Iterable[Adapted]:
 
 
 def detach(model: nn.Module) -> nn.Module:
-    """Take the adapters off: the base bit for bit, with its layers, values and flags as before.
+    """Take the adapters off: the base bit for bit, with its layers, values and flags as before. All or nothing.
 
     A quantised base stays quantised. A quantised layer whose start was subtracted (PiSSA) becomes a plain one with the
     original weight, up to quantisation error.
@@ -171,52 +172,33 @@ def detach(model: nn.Module) -> nn.Module:
     Raises:
         StateError: nothing is attached, or it has been merged (unmerge first).
     """
-    state = require_attached(model, "detach")
+    inner = changeable(model, "detach")
+    require_attached(inner, "detach")
+    with all_or_nothing(inner) as undo:
+        remove(inner, undo)
+    return model
+
+
+def remove(model: nn.Module, undo: Undo) -> None:
+    """Take the adapters off a model that has some, unmerged and enabled."""
+    state = cast(AttachedState, state_of(model))
     if state.context_patch:
         state.context_patch.revert()
     for name, value in state.full.items():
         parameter = base_parameter(model, name)
         parameter.grad = None  # it was the gradient of another value
+        undo.values(parameter)
         with torch.no_grad():
             parameter.copy_(value)
     for name, layer in adapted_layers(model).items():
         if name in state.replaced_weights:
-            restore_weight(layer, state.replaced_weights[name])
+            restore_weight(layer, state.replaced_weights[name], undo)
         base = unwrapped_base(layer)
         move_hooks(layer, base)
         set_submodules(model, state.paths[name], base)
     if state.untied:
         cast(Any, model).config.tie_word_embeddings = True
     object.__delattr__(model, STATE)
-    for name, parameter in model.named_parameters():
+    for name, parameter in base_parameters(model):
         if parameter.is_floating_point():
             parameter.requires_grad_(name in state.trained)
-    return model
-
-
-@contextlib.contextmanager
-def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """The base model inside the block: adapters do nothing, and changed parameters have their old values."""
-    state = require_attached(model, "disable")
-    layers = list(adapted_layers(model).values())
-    enabled = [layer.enabled for layer in layers]
-    # tied weights come last: their own values may have changed for another site, and are restored by then
-    replaced = sorted(state.replaced_weights.items(), key=lambda item: isinstance(item[1], nn.Parameter))
-    originals = [*state.full.items(), *((f"{site}.weight", before) for site, before in replaced)]
-    parameters = [base_parameter(model, name) for name, _ in originals]
-    values = [parameter.data for parameter in parameters]
-    patch = None if state.disabled_depth else state.context_patch
-    state.disabled_depth += 1
-    try:
-        for layer in layers:
-            layer.enabled = False
-        for parameter, (_, before) in zip(parameters, originals, strict=True):
-            parameter.data = before.data.to(parameter)
-        with patch.reverted() if patch else contextlib.nullcontext():
-            yield model
-    finally:
-        for layer, was in zip(layers, enabled, strict=True):
-            layer.enabled = was
-        for parameter, value in zip(parameters, values, strict=True):
-            parameter.data = value
-        state.disabled_depth -= 1

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorary.errors import Diagnostic
+from lorary.layers.wrappers import named_modules, submodule
 
 
 class BiasWarning(UserWarning):
@@ -56,7 +57,7 @@ def enable_bias_flags(model: nn.Module, created: AbstractSet[str]) -> BiasFlags:
         return BiasFlags()
     added = []
     for name in sorted(together.keys() - without.keys() - created):
-        module = model.get_submodule(name.removesuffix(".bias"))
+        module = submodule(model, name.removesuffix(".bias"))
         zeros = torch.zeros(together[name].shape).to(cast(Tensor, module.weight))
         module.bias = nn.Parameter(zeros, requires_grad=False)
         added.append(module)
@@ -78,7 +79,8 @@ def unserialisable_biases(model: nn.Module) -> list[Diagnostic]:
     kept = _biases(model, {})
     if kept is None:
         return []
-    mine = {name for name, _ in model.named_parameters(remove_duplicate=False) if name.rpartition(".")[2] == "bias"}
+    modules = named_modules(model, remove_duplicate=False)
+    mine = {f"{path}.bias".lstrip(".") for path, m in modules if m._parameters.get("bias") is not None}
     what = f"{type(model).__name__} has no bias there: a checkpoint of the merged model would lose it"
     fix = "keep the adapter beside its base; or train it with C, D and E 'none'"
     return [Diagnostic(name, what, fix) for name in sorted(mine - kept.keys())]
@@ -94,6 +96,8 @@ def _biases(model: nn.Module, changes: Mapping[str, bool]) -> dict[str, Tensor] 
     try:
         with torch.device("meta"):
             built = type(model)(config)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception:  # a class with another constructor: nothing is known about its checkpoints
         return None
     parameters = built.named_parameters(remove_duplicate=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -11,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorary.errors import Diagnostic
+from lorary.errors import Diagnostic, StateError
 from lorary.layers.kinds import kind_of, site
 from lorary.layers.quantized_weight import is_foreign, stored_tensors, weight
+from lorary.layers.wrappers import is_sharded_model, named_modules, unwrapped
 from lorary.model.scan import Scan
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite, inconsistent_ties
@@ -23,6 +23,8 @@ from lorary.spec.site import Site
 def not_ready(scan: Scan) -> list[Diagnostic]:
     """Why a model cannot be planned for yet."""
     model = scan.model
+    if problems := peft_layers((path, m.module) for path, m in scan.modules.items()):
+        return problems
     if any(type(m.module).__name__ == "Adapted" for m in scan.modules.values()):
         return [Diagnostic("model", "has adapters attached", "detach them first")]
     if scan.modules[""].kind is not None:
@@ -33,6 +35,49 @@ def not_ready(scan: Scan) -> list[Diagnostic]:
         for name, parameter in scan.parameters.items()
         if isinstance(parameter, nn.parameter.UninitializedParameter)
     ]
+
+
+def changeable(model: Any, verb: str, *, trains: bool = False) -> Any:
+    """The model inside its wrappers, if it can be changed.
+
+    Args:
+        model: the argument of a public function.
+        verb: the refused action, for the error.
+        trains: whether parameters are added that will train.
+
+    Raises:
+        StateError: it is not a module; PEFT's layers are in it; FSDP holds its parameters; or DDP would not see
+            parameters that are added.
+    """
+    problems = not_a_module(model) or peft_layers(named_modules(model))
+    if not problems and is_sharded_model(model):
+        what = "is sharded by FSDP, which puts its own parameters back into the layers in every forward pass"
+        problems.append(Diagnostic("model", what, f"{verb} first and shard then, or use a copy that is not sharded"))
+    if not problems and trains and isinstance(model, nn.parallel.DistributedDataParallel):
+        what = "is wrapped in DistributedDataParallel, which averages the gradients of the parameters it was made with"
+        problems.append(Diagnostic("model", what, f"{verb} first, and wrap the model then"))
+    if problems:
+        raise StateError(f"cannot {verb}:", problems)
+    return unwrapped(model)
+
+
+def peft_layers(modules: Iterable[tuple[str, nn.Module]]) -> list[Diagnostic]:
+    """The error of a model that PEFT has adapted, recognised by the modules of its classes, without importing it."""
+    found = {
+        path: type(module)
+        for path, module in modules
+        if any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__)
+    }
+    if not found:
+        return []
+    if "" in found:
+        what = f"is a {found[''].__name__} of PEFT, with PEFT's adapter inside its layers"
+        fix = "use model.merge_and_unload(), or model.unload() for the base without the adapter"
+    else:
+        name, cls = next(iter(found.items()))
+        what = f"has PEFT's layers inside, such as the {cls.__name__} at {name}"
+        fix = "load the base without PEFT's adapter"
+    return [Diagnostic("model", what, f"{fix}; an adapter that PEFT has saved is read by lorary.load(base, folder)")]
 
 
 def not_a_module(model: Any) -> list[Diagnostic]:
@@ -90,15 +135,26 @@ def blocks_gradient(scan: Scan, names: Iterable[str]) -> list[Diagnostic]:
         if stored_tensors(layer)[0].is_meta:
             continue
         probed.add(classes)
-        with contextlib.suppress(Exception), torch.enable_grad():  # a layer that cannot run here fails when it is used
-            probe: Any = copy.deepcopy(layer).train()
-            W = weight(layer)
-            y = probe(torch.zeros(1, probe.in_features, dtype=W.dtype, device=W.device, requires_grad=True))
-            if not y.requires_grad:
-                kind = getattr(layer, "weight", layer) if type(layer) is nn.Linear else layer
-                what = f"{type(kind).__name__} lets no gradient through: the layers before it could not be trained"
-                problems.append(Diagnostic(name, what, "load the base in a trainable format"))
+        try:
+            blocked = _blocks_gradient(layer)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:  # a layer that cannot run here fails when it is used
+            continue
+        if blocked:
+            kind = getattr(layer, "weight", layer) if type(layer) is nn.Linear else layer
+            what = f"{type(kind).__name__} lets no gradient through: the layers before it could not be trained"
+            problems.append(Diagnostic(name, what, "load the base in a trainable format"))
     return problems
+
+
+@torch.enable_grad()
+def _blocks_gradient(layer: nn.Module) -> bool:
+    """Whether a copy of a linear layer gives an output without a gradient."""
+    probe: Any = copy.deepcopy(layer).train()
+    W = weight(layer)
+    y = probe(torch.zeros(1, probe.in_features, dtype=W.dtype, device=W.device, requires_grad=True))
+    return not y.requires_grad
 
 
 def not_quantizable(scan: Scan, names: Iterable[str]) -> list[Diagnostic]:

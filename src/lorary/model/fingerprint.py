@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from lorary.errors import Diagnostic
 from lorary.layers.adapted import base_parameters, unwrapped_modules
+from lorary.layers.dtensor import full_tensor
 from lorary.layers.kinds import KINDS, kind_of, was_transposed
 from lorary.layers.quantized_weight import is_foreign
+from lorary.layers.wrappers import original_class, unwrapped
 
 STATE = "_lorary"  # the attribute of a model for its AttachedState, which holds its base's fingerprint
 _PLAIN = "_lorary_base"  # the attribute of a quantised model for the fingerprint from before
@@ -36,7 +38,7 @@ class Sample(NamedTuple):
     @staticmethod
     def of(tensor: Tensor) -> Sample:
         """The sample of a parameter."""
-        shape, flat = tuple(tensor.shape), tensor.detach().reshape(-1)
+        shape, flat = tuple(tensor.shape), full_tensor(tensor.detach()).reshape(-1)
         if flat.is_meta or not flat.is_floating_point():
             return Sample(shape, None if flat.is_meta else b"")
         at = torch.linspace(0, max(len(flat) - 1, 0), min(_SAMPLES, len(flat)), dtype=torch.float64).long()
@@ -72,6 +74,7 @@ class Fingerprint:
             known: samples of parameters from before they were quantised, empty for those that another library
                 quantised; given these, a remembered fingerprint is not used.
         """
+        model = unwrapped(model)
         for remembered in (getattr(getattr(model, STATE, None), "fingerprint", None), getattr(model, _PLAIN, None)):
             if isinstance(remembered, Fingerprint) and known is None:
                 return remembered
@@ -87,7 +90,7 @@ class Fingerprint:
             weights.update(values or b"")
         config = getattr(model, "config", None)
         return Fingerprint(
-            type(model).__name__,
+            original_class(model).__name__,
             structure.hexdigest(),
             "" if empty else (_FOREIGN if foreign else "") + weights.hexdigest(),
             base_name(str(getattr(config, "_name_or_path", "") or "")),

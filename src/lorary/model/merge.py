@@ -13,9 +13,11 @@ from lorary.errors import Diagnostic, StateError, deduplicated
 from lorary.layers.adapted import Adapted, adapted_layers
 from lorary.layers.quantized_weight import is_quantized, move_hooks
 from lorary.model.bias_flags import BiasFlags, BiasWarning, enable_bias_flags, restore_bias_flags, unserialisable_biases
+from lorary.model.checks import changeable
 from lorary.model.fingerprint import STATE, Fingerprint
 from lorary.model.quantize import dequantized_dtype, dequantized_layer, holds_weights, remove_quantization_config
-from lorary.model.state import Merged, TiedParameter, require_attached, set_submodules, state_of
+from lorary.model.state import AttachedState, Merged, TiedParameter, require_attached, set_submodules, state_of
+from lorary.model.undo import all_or_nothing
 
 LOSSY = "the steps between 4-bit or 8-bit numbers are coarser than what an adapter changes, and rounding would undo it"
 
@@ -23,10 +25,12 @@ LOSSY = "the steps between 4-bit or 8-bit numbers are coarser than what an adapt
 def merge(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = None) -> nn.Module:
     """Fold the adapters into plain layers: W' and b' in fp32 or better, rounded once to the weight's own precision.
 
-    All or nothing: every merged weight is computed and checked before the first layer changes. If an adapted weight
-    was shared (tied embeddings), every use gets a weight of its own and the model's configuration says that they are
-    no longer tied. A layer without a bias gets one if the method changes it (GLoRA), and the configuration says so if
-    it can; otherwise a warning names the biases that a checkpoint would lose.
+    All or nothing: every merged weight is computed and checked before the first layer changes, and whatever is raised
+    afterwards, an interrupt or a lack of memory, the model is as it was before. So the merged weights need
+    memory beside the original ones. If an adapted weight was shared (tied embeddings), every use gets a weight
+    of its own and the model's configuration says that they are no longer tied. A layer without a bias gets one if the
+    method changes it (GLoRA), and the configuration says so if it can; otherwise a warning names the biases that a
+    checkpoint would lose.
 
     Training-only changes are removed (LongLoRA's shifted attention); RoPE scaling stays, in the configuration too.
 
@@ -42,6 +46,24 @@ def merge(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = N
     Raises:
         StateError: nothing is attached or it is merged already; the dtype cannot hold the adapter's update; or a merged
             weight is not finite, naming every one.
+    """
+    inner = changeable(model, "merge")
+    require_attached(inner, "merge")
+    with all_or_nothing(inner):
+        fold(inner, keep=keep, dtype=dtype)
+    return model
+
+
+def fold(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = None) -> None:
+    """`merge` of a model that is not needed if it fails: each weight is freed as soon as it is merged.
+
+    Args:
+        model: without wrappers around it.
+        keep: as for `merge`.
+        dtype: as for `merge`.
+
+    Raises:
+        StateError: as `merge`; then, too, nothing has changed.
     """
     state = require_attached(model, "merge")
     layers = adapted_layers(model)
@@ -63,12 +85,11 @@ def merge(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = N
     state.tied = _untie(model, state.untied) if untied else None
     state.bias_flags = enable_bias_flags(model, created)
     for problem in deduplicated(unserialisable_biases(model)) if created else ():
-        warnings.warn(f"{problem.where}: {problem.what}", BiasWarning, stacklevel=2)
+        warnings.warn(f"{problem.where}: {problem.what}", BiasWarning, stacklevel=3)
     if not keep:
         object.__delattr__(model, STATE)
         Fingerprint.forget(model)  # it was of the weights before
         remove_quantization_config(model)
-    return model
 
 
 def _check(model: nn.Module, layers: Mapping[str, Adapted], dtype: torch.dtype | None) -> None:
@@ -104,16 +125,23 @@ def _merge_layer(model: nn.Module, layer: Adapted, dtype: torch.dtype | None) ->
 
 
 def unmerge(model: nn.Module) -> nn.Module:
-    """Undo `merge(model, keep=True)`: the kept weights and adapters go back, bit for bit.
+    """Undo `merge(model, keep=True)`: the kept weights and adapters go back, bit for bit. All or nothing.
 
     Raises:
         StateError: nothing was merged, or the merge kept nothing.
     """
-    state = state_of(model)
+    inner = changeable(model, "unmerge")
+    state = state_of(inner)
     if state is None or state.merged is None:
         what = "nothing is merged here, or the merge did not keep what it replaced"
         raise StateError("cannot unmerge:", [Diagnostic("model", what, "merge with keep=True")])
-    for name, merged in state.merged.items():
+    with all_or_nothing(inner):
+        _unmerge(inner, state, state.merged)
+    return model
+
+
+def _unmerge(model: nn.Module, state: AttachedState, sites: Mapping[str, Merged]) -> None:
+    for name, merged in sites.items():
         _unmerge_layer(merged)
         merged.layer.merge_into(None)
         move_hooks(merged.plain, merged.layer)
@@ -127,7 +155,6 @@ def unmerge(model: nn.Module) -> nn.Module:
     if state.context_patch:
         state.context_patch.reapply()
     state.merged, state.tied, state.bias_flags = None, None, BiasFlags()
-    return model
 
 
 def _unmerge_layer(merged: Merged) -> None:

@@ -48,6 +48,7 @@ def plan(
         PlanError: every problem at once, with the nearest names and the model's layers if a target matches none.
     """
     scanned = _scan_if_ready(model, method, ranks, alphas)
+    model = scanned.model
     method, problems = _fit_context(model, method)
     targets = default_targets(method) if targets is None else targets
     sites, unplaced = _adapted_sites(scanned, method, targets, exclude, ranks or {}, alphas or {})

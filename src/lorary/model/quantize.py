@@ -1,4 +1,4 @@
-"""quantize, dequantize: the layers of a model in another storage and back, one at a time."""
+"""quantize, dequantize: the layers of a model in another storage and back."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from lorary.errors import Diagnostic, StateError
 from lorary.layers.kinds import kind_of, was_transposed
 from lorary.layers.nf4 import NF4, NF4Linear
 from lorary.layers.quantized_weight import is_foreign, is_quantized, take_place_of, weight
-from lorary.model.checks import not_a_module, not_quantizable, not_ready
+from lorary.layers.wrappers import named_modules, set_submodule, submodule
+from lorary.model.checks import changeable, not_quantizable, not_ready
 from lorary.model.fingerprint import STATE, Fingerprint
 from lorary.model.scan import Scan, scan
+from lorary.model.undo import all_or_nothing
 from lorary.spec.fields import field_errors
 from lorary.spec.interfaces import Init, Storage
 
@@ -27,9 +29,11 @@ T = TypeVar("T")
 
 
 def quantize(model: nn.Module, storage: Storage | None = None) -> nn.Module:
-    """Quantise every linear layer of a model except its output head, in place, one at a time.
+    """Quantise every linear layer of a model except its output head, in place.
 
-    The dense weights are dropped, which is what saves the memory. Adapters of the plain model still fit.
+    All or nothing: whatever is raised meanwhile, the model is as it was before. So the dense weights are dropped at the
+    end, all at once; `lorary.load_quantized` quantises a checkpoint without ever holding all of them. Adapters of the
+    plain model still fit.
 
     Args:
         model: a model without adapters. Attaching a method that quantises (`qlora`) does the same by itself.
@@ -42,32 +46,32 @@ def quantize(model: nn.Module, storage: Storage | None = None) -> nn.Module:
         StateError: adapters are attached, a weight is not finite, or there is nothing to quantise. Every reason.
     """
     storage = NF4() if storage is None else storage
-    paths = _paths_to_quantize(model, storage)
-    with inference_mode_like(model):
-        Fingerprint.of(model).remember(model)  # quantising changes parameters
-        quantize_layers(model, paths, storage)
+    inner = changeable(model, "quantise")
+    paths = _paths_to_quantize(inner, storage)
+    with all_or_nothing(inner), inference_mode_like(inner):
+        Fingerprint.of(inner).remember(inner)  # quantising changes parameters
+        quantize_layers(inner, paths, storage)
     return model
 
 
 def quantize_layers(model: nn.Module, paths: Sequence[str], storage: Storage) -> None:
     """Quantise the layers at these paths, one at a time."""
     for path in with_progress(paths, "quantising"):
-        replace_layer(model, path, storage.quantize(model.get_submodule(path)))
+        replace_layer(model, path, storage.quantize(submodule(model, path)))
 
 
 def _paths_to_quantize(model: nn.Module, storage: Storage) -> list[str]:
-    """The paths of the layers to quantise. The scan ends here, because it holds every dense weight.
+    """The paths of the layers to quantise.
 
     Raises:
         StateError: every reason why the model cannot be quantised.
     """
-    problems = not_a_module(model)
-    scanned = None if problems else scan(model)
-    problems += [*(not_ready(scanned) if scanned else ()), *bad_storage(storage)]
+    scanned = scan(model)
+    problems = [*not_ready(scanned), *bad_storage(storage)]
     if not problems and hasattr(model, STATE):
         problems.append(Diagnostic("model", "has adapters attached", "detach them first"))
     paths: list[str] = []
-    if scanned and not problems:
+    if not problems:
         paths = quantizable_layers(scanned, storage)
         problems += not_quantizable(scanned, paths)
         if not paths:
@@ -91,7 +95,7 @@ def inference_mode_like(model: nn.Module) -> contextlib.AbstractContextManager[N
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Make every quantised layer a plain one with the same function, in place: W = Dq(Wq).
+    """Make every quantised layer a plain one with the same function, in place: W = Dq(Wq). All or nothing.
 
     Args:
         model: a model without adapters.
@@ -101,21 +105,22 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     Raises:
         StateError: adapters are attached, or the precision cannot hold weights.
     """
-    problems = not_a_module(model)
-    if hasattr(model, STATE):
+    inner = changeable(model, "dequantise")
+    problems = []
+    if hasattr(inner, STATE):
         problems.append(Diagnostic("model", "has adapters attached", "merge or detach them first"))
     if dtype is not None and not holds_weights(dtype):
         problems.append(Diagnostic("dtype", f"is {dtype!r}", "use torch.bfloat16 or torch.float32"))
     if problems:
         raise StateError("cannot dequantise:", problems)
-    paths = [path for path, module in model.named_modules() if path and is_quantized(module)]
-    with inference_mode_like(model):
+    paths = [path for path, module in named_modules(inner) if path and is_quantized(module)]
+    with all_or_nothing(inner), inference_mode_like(inner):
         for path in with_progress(paths, "dequantising"):
-            layer = model.get_submodule(path)
+            layer = submodule(inner, path)
             W = weight(layer)
-            W = W.to(dtype or dequantized_dtype(model, layer) or W.dtype)
-            replace_layer(model, path, dequantized_layer(layer, W))
-    remove_quantization_config(model)
+            W = W.to(dtype or dequantized_dtype(inner, layer) or W.dtype)
+            replace_layer(inner, path, dequantized_layer(layer, W))
+        remove_quantization_config(inner)
     return model
 
 
@@ -187,10 +192,10 @@ def warn_of_quantization(modules: Mapping[str, nn.Module], storage: Storage) -> 
 
 def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Put a layer in place of the one at this path, at every path that it has."""
-    old = model.get_submodule(name)
-    paths = [path for path, module in model.named_modules(remove_duplicate=False) if module is old]
+    old = submodule(model, name)
+    paths = [path for path, module in named_modules(model, remove_duplicate=False) if module is old]
     for path in paths:
-        model.set_submodule(path, layer)
+        set_submodule(model, path, layer)
 
 
 def dequantized_dtype(model: nn.Module, layer: nn.Module) -> torch.dtype | None:

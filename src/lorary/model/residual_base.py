@@ -21,8 +21,10 @@ from lorary.layers.adapted import Adapted
 from lorary.layers.dtensor import is_sharded
 from lorary.layers.kinds import kind_of
 from lorary.layers.quantized_weight import is_quantized, weight
+from lorary.layers.wrappers import submodule
 from lorary.model.quantize import already_quantized, dequantized_layer
 from lorary.model.state import AttachedState, base_parameter, state_of
+from lorary.model.undo import Undo
 
 
 def initialise_layer(layer: Adapted, seed: int, *, quantizes: bool) -> None:
@@ -35,10 +37,10 @@ def initialise_layer(layer: Adapted, seed: int, *, quantizes: bool) -> None:
             layer.initialise(seed, W - residual.to(W.dtype))
 
 
-def finalise_start(model: nn.Module, layer: Adapted, *, quantizes: bool) -> None:
+def finalise_start(model: nn.Module, layer: Adapted, undo: Undo, *, quantizes: bool) -> None:
     """Subtract the delta's start from the base, and quantise the base where asked to."""
     if not quantizes:
-        subtract_start(model, layer)
+        subtract_start(model, layer, undo)
         return
     residual = _residual(layer) if layer.start and not layer.weight.is_meta else None
     _check_finite(layer, residual)
@@ -66,7 +68,7 @@ def _check_finite(layer: Adapted, residual: Tensor | None) -> None:
         raise PlanError("cannot attach:", [Diagnostic(layer.site.name, what, "use a smaller alpha, or check the base")])
 
 
-def subtract_start(model: nn.Module, layer: Adapted) -> None:
+def subtract_start(model: nn.Module, layer: Adapted, undo: Undo | None = None) -> None:
     """Make the base W - s B A of a delta's non-zero start, and keep the original weight.
 
     A weight that other layers hold too is left to them, and this layer gets its own.
@@ -79,7 +81,9 @@ def subtract_start(model: nn.Module, layer: Adapted) -> None:
         residual = layer.kind.weight(layer.base, _residual(layer)).to(weight.dtype)
         _check_finite(layer, residual)
         if _is_unshared(model, weight, state):
-            state.replaced_weights[layer.site.name] = weight.detach().to("cpu", copy=True)
+            before = state.replaced_weights[layer.site.name] = weight.detach().to("cpu", copy=True)
+            if undo is not None:
+                undo.values(weight, before)
             weight.copy_(residual)
         else:
             state.replaced_weights[layer.site.name] = weight
@@ -157,7 +161,7 @@ def original_weight(model: nn.Module, name: str) -> Tensor:
 
     For a quantised layer: the dequantised weight.
     """
-    layer = model.get_submodule(name)
+    layer = submodule(model, name)
     if isinstance(layer, Adapted) and is_quantized(layer.base):
         W = _residual(layer, 1) if layer.start else layer.kind.matrix(layer.base)
         return layer.kind.weight(layer.base, W)
@@ -181,11 +185,13 @@ def unwrapped_base(layer: Adapted) -> nn.Module:
         return dequantized_layer(layer.base, layer.kind.weight(layer.base, _residual(layer, 1)).to(layer.dtype))
 
 
-def restore_weight(layer: Adapted, before: Tensor) -> None:
+def restore_weight(layer: Adapted, before: Tensor, undo: Undo | None = None) -> None:
     """Give a layer back the weight from before its delta's start was subtracted."""
     if isinstance(before, nn.Parameter):
         before.data = before.data.to(layer.weight)  # the model may have moved meanwhile
         layer.base.weight = before
     else:
+        if undo is not None:
+            undo.values(layer.weight)
         with torch.no_grad():
             cast(nn.Parameter, layer.weight).copy_(before)

@@ -13,6 +13,7 @@ from torch import nn
 from lorary.layers.kinds import KINDS, kind_of, why_not_adaptable
 from lorary.layers.other_quantizers import stored_bytes
 from lorary.layers.quantized_weight import is_quantized, is_unrecognised_quantized, stored_tensors
+from lorary.layers.wrappers import named_modules, unwrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,13 +100,14 @@ def numbers_and_bytes(modules: Iterable[nn.Module], parameters: Iterable[nn.Para
 
 
 def scan(model: nn.Module) -> Scan:
-    """The scan of a model, on any device, also the meta device; changes nothing."""
+    """The scan of a model without its wrappers, on any device, also the meta device; changes nothing."""
+    model = unwrapped(model)
     paths: dict[nn.Module, list[str]] = {}  # in the model's order
     first: dict[int, str] = {}  # id of a parameter -> its first name
     names: dict[str, str] = {}
     parameters: dict[str, nn.Parameter] = {}
     holders: dict[int, dict[str, nn.Module]] = {}  # id of a parameter -> its name in each module that holds it
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in named_modules(model, remove_duplicate=False):
         known = paths.setdefault(module, [])
         known.append(path)
         for name, parameter in module.named_parameters(path, recurse=False, remove_duplicate=False):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lorary.errors import Diagnostic, StateError
 from lorary.layers.adapted import Adapted
+from lorary.layers.wrappers import set_submodule, submodule, unwrapped
 from lorary.model.bias_flags import BiasFlags
 from lorary.model.checks import not_a_module
 from lorary.model.fingerprint import STATE, Fingerprint
@@ -37,6 +38,23 @@ class Merged(NamedTuple):
 
 
 @dataclass
+class Suspended:
+    """What a model in `disabled` blocks gets back at the end of the last one.
+
+    Args:
+        enabled: each adapted layer, and whether it was enabled.
+        values: each base parameter that has changed, and its adapted values.
+        context_patch: the context that was reverted.
+        blocks: how many blocks the model is in.
+    """
+
+    enabled: list[tuple[Adapted, bool]]
+    values: list[tuple[nn.Parameter, Tensor]]
+    context_patch: ContextPatch | None = None
+    blocks: int = 0
+
+
+@dataclass
 class AttachedState:
     """The record by which everything that attaching or merging did to a model can be undone.
 
@@ -55,7 +73,7 @@ class AttachedState:
         merged: once merged, site -> the replaced layer and its replacement.
         tied: the tied parameters that a merge replaced by copies.
         bias_flags: the configuration's bias flags that a merge set.
-        disabled_depth: how many `disabled` blocks the model is in.
+        suspended: while the model is in `disabled` blocks, the way back.
         context_patch: the context's change to the model.
     """
 
@@ -71,7 +89,7 @@ class AttachedState:
     merged: dict[str, Merged] | None = None
     tied: list[TiedParameter] | None = None
     bias_flags: BiasFlags = field(default_factory=BiasFlags)
-    disabled_depth: int = 0
+    suspended: Suspended | None = None
     context_patch: ContextPatch | None = None
 
 
@@ -139,13 +157,13 @@ def attached(model: nn.Module) -> Attachment | None:
         value = base_parameter(model, name)
         size = value.numel() * value.element_size()
         full.append(FullParameter(name, tuple(value.shape), size, trains=name not in adapted_weights))
-    merged, enabled = state.merged is not None, not state.disabled_depth
+    merged, enabled = state.merged is not None, state.suspended is None
     return Attachment(state.method, state.sites, tuple(full), state.total, state.fingerprint, merged, enabled)
 
 
 def state_of(model: nn.Module) -> AttachedState | None:
     """The state of a model with a method attached; None for a plain one."""
-    return cast("AttachedState | None", getattr(model, STATE, None))
+    return cast("AttachedState | None", getattr(unwrapped(model), STATE, None))
 
 
 def require_attached(model: nn.Module, verb: str) -> AttachedState:
@@ -163,7 +181,7 @@ def require_attached(model: nn.Module, verb: str) -> AttachedState:
         raise StateError(f"nothing to {verb}:", [Diagnostic("model", "no adapter is attached", "attach one first")])
     if state.merged is not None:
         raise StateError(f"cannot {verb}:", [Diagnostic("model", "the adapter is merged", "unmerge it first")])
-    if state.disabled_depth and verb != "disable":
+    if state.suspended is not None and verb != "disable":
         what, fix = "the adapter is disabled, and the model has the base's values", "leave the `disabled` block first"
         raise StateError(f"cannot {verb}:", [Diagnostic("model", what, fix)])
     return state
@@ -172,13 +190,13 @@ def require_attached(model: nn.Module, verb: str) -> AttachedState:
 def base_parameter(model: nn.Module, name: str) -> nn.Parameter:
     """A base parameter by its path in the plain model, also inside an adapted layer."""
     path, _, last = name.rpartition(".")
-    return cast(nn.Parameter, getattr(model.get_submodule(path), last))
+    return cast(nn.Parameter, getattr(submodule(model, path), last))
 
 
 def set_submodules(model: nn.Module, paths: Iterable[str], module: nn.Module) -> None:
     """Put a module at each of these paths."""
     for path in paths:
-        model.set_submodule(path, module)
+        set_submodule(model, path, module)
 
 
 @contextmanager

@@ -15,6 +15,9 @@ class ContextPatch(Protocol):
     def revert(self) -> None:
         """Restore the original model."""
 
+    def restore(self) -> None:
+        """Undo `revert`."""
+
     def make_permanent(self) -> None:
         """Remove the parts that are for training only, such as shifted attention."""
 

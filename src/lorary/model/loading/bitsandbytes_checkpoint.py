@@ -26,6 +26,7 @@ from lorary.layers.bitsandbytes_state import read_state
 from lorary.layers.kinds import kind_of
 from lorary.layers.nf4 import NF4Embedding, NF4Linear
 from lorary.layers.quantized_weight import is_quantized
+from lorary.layers.wrappers import is_wrapper, unwrapped
 from lorary.model.fingerprint import STATE, Fingerprint
 
 KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", QUANT_STATE, QUANT_STATE.replace("nf4", "fp4"))
@@ -133,6 +134,7 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     Example:
         >>> lorary.save_quantized(lorary.load_quantized("org/model"), "model-nf4")
     """
+    model = unwrapped(model)
     problems = _unsavable(model)
     if problems:
         raise StateError("cannot save the base:", problems)
@@ -156,6 +158,10 @@ def _unsavable(model: nn.Module) -> list[Diagnostic]:
     problems = []
     if hasattr(model, STATE):
         problems.append(Diagnostic("model", "has adapters attached", "save these with lorary.save, then detach them"))
+    wrapped = [name for name, module in model.named_modules() if is_wrapper(module)]
+    if wrapped:
+        what = f"is a {type(model.get_submodule(wrapped[0])).__name__}, whose name would be in the checkpoint"
+        problems.append(Diagnostic(wrapped[0], what, "unwrap it"))
     quantized = {name: module for name, module in model.named_modules() if is_quantized(module)}
     if not any(isinstance(module, NF4Linear) for module in quantized.values()):
         problems.append(Diagnostic("model", "has no layer in NF4", "quantise it with lorary.quantize(model)"))

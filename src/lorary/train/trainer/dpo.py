@@ -33,7 +33,7 @@ class Reference(nn.Module):
 
     def forward(self, **inputs: Any) -> Any:
         model = self.policy()
-        with lorary.disabled(getattr(model, "_orig_mod", model)):
+        with lorary.disabled(model):
             return model(**inputs)
 
 
