@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,14 @@ def deduplicated(problems: Iterable[Diagnostic]) -> list[Diagnostic]:
         Diagnostic(f"{first} and {len(more)} more" if more else first, what, fix)
         for (what, fix), (first, *more) in places.items()
     ]
+
+
+def caller_stacklevel() -> int:
+    """The `stacklevel` with which a warning points to the first line outside of this package, at any depth."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("lorary", "contextlib"):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 class LoraryError(Exception):

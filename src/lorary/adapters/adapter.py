@@ -16,6 +16,7 @@ from lorary.layers.adapted import Adapted, adapted_layers
 from lorary.layers.dtensor import full_cpu_copy
 from lorary.layers.shared_projections import leading_slice
 from lorary.methods.lora import Add, ConstantScale, Kaiming, LowRank
+from lorary.model.ambient import mode_independent
 from lorary.model.fingerprint import Fingerprint
 from lorary.model.rank_pruning import without_pruned_directions
 from lorary.model.state import base_parameter, require_attached, state_of
@@ -46,6 +47,7 @@ class Adapter:
     notes: tuple[str, ...] = ()
 
     @staticmethod
+    @mode_independent
     def of(model: nn.Module) -> Adapter:
         """A copy of the adapter attached to a model.
 
@@ -61,6 +63,7 @@ class Adapter:
     save = forwarding("Adapter.save", "save_adapter")
     placed = RenamedAttribute("sites")
 
+    @mode_independent
     def low_rank(self, base: nn.Module | None = None) -> dict[str, LowRankForm]:
         """site -> (B, A, gain, shift) relative to the unmodified base, in fp32, for any method.
 
@@ -74,6 +77,7 @@ class Adapter:
         """
         return low_rank_forms(self.sites, self.tensors, base)
 
+    @mode_independent
     def compact(self) -> Adapter:
         """The adapter with its pruned rank directions removed (AdaLoRA)."""
         sites, tensors = without_pruned_directions(self.sites, self.tensors)

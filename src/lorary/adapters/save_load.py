@@ -21,11 +21,13 @@ from lorary.files.findings import Findings
 from lorary.files.safe_open import existing_folder, subject
 from lorary.files.strict_json import show
 from lorary.files.tensor_file import write_tensors
+from lorary.model.ambient import mode_independent
 
 # every file that a reader of adapters looks at: a new adapter replaces them all
 ADAPTER_FILES = (native.NAME, native.TENSORS, PEFT_CONFIG, WEIGHTS, "adapter_model.bin", writer.BASE_README)
 
 
+@mode_independent
 def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.Module | None = None) -> None:
     """Write an adapter folder: `lorary.json`, and the tensors, in PEFT's two files if PEFT can read them.
 
@@ -60,6 +62,7 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.
         native.write_record(temporary, adapter, shared)
 
 
+@mode_independent
 def load_adapter(folder: str | os.PathLike[str], *, model: nn.Module | None = None, strict: bool = True) -> Adapter:
     """Read an adapter folder, lorary's or PEFT's.
 

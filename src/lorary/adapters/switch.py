@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from lorary._deprecated import warn
 from lorary.adapters.adapter import Adapter, stacked
 from lorary.adapters.save_load import load_adapter, save_adapter
-from lorary.errors import Diagnostic, FileError, StateError
+from lorary.errors import Diagnostic, FileError, StateError, caller_stacklevel
 from lorary.layers.adapted import adapted_layers, base_parameters, unwrapped_modules
 from lorary.layers.quantized_weight import is_quantized
+from lorary.model.ambient import mode_independent
 from lorary.model.attach import attach_tensors, detach
 from lorary.model.checks import layer_mismatches
 from lorary.model.fingerprint import Fingerprint
@@ -24,6 +25,7 @@ from lorary.model.scan import scan
 from lorary.model.state import base_parameter, require_attached, state_of
 
 
+@mode_independent
 def save(model: nn.Module, path: str | PathLike[str]) -> None:
     """Write the adapter attached to a model as an adapter folder.
 
@@ -34,6 +36,7 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
     save_adapter(Adapter.of(model), path, model=model)
 
 
+@mode_independent
 def load(
     base: nn.Module,
     path: str | PathLike[str],
@@ -64,7 +67,7 @@ def load(
         StateError: an adapter is attached already.
     """
     if pack is not None:
-        warn("lorary.load(pack=...)", "quantize=")
+        warn("lorary.load(pack=...)", "quantize=", stacklevel=caller_stacklevel() + 1)
         quantize = pack
     if state_of(base) is not None:
         raise StateError(
@@ -77,6 +80,7 @@ def load(
     return base
 
 
+@mode_independent
 def switch(model: nn.Module, adapters: Adapter | Sequence[Adapter] | None, *, force: bool = False) -> nn.Module:
     """Replace the attached adapter by others on the same base: one, the sum of several, or none.
 

@@ -24,6 +24,7 @@ from lorary.methods.lora_drop import (
     squared_norms,
     unknown_sites,
 )
+from lorary.model.ambient import mode_independent
 from lorary.model.plan import Plan
 from lorary.model.state import eval_mode, require_attached
 from lorary.spec.placement import AdaptedSite
@@ -32,6 +33,7 @@ _MASKS = ("attention_mask", "decoder_attention_mask")
 
 
 @torch.no_grad()
+@mode_independent
 def layer_importance(
     model: nn.Module, batches: Iterable[Any], *, over_ranks: Callable[[Tensor], Tensor] | None = None
 ) -> Importance:
@@ -197,6 +199,7 @@ def _unmatched(where: str, what: str, fix: str) -> DataError:
     return DataError("cannot tell padding from tokens:", [Diagnostic(where, what, fix)])
 
 
+@mode_independent
 def drop_layers(plan: Plan, importance: Importance, threshold: float = THRESHOLD) -> Plan:
     """The plan in which important layers keep their own tensors, and the others of a module kind share one set.
 

@@ -20,6 +20,7 @@ from lorary.analysis.merge_error import MergeError, SiteMergeError
 from lorary.errors import Diagnostic, StateError
 from lorary.layers.adapted import Adapted, adapted_layers
 from lorary.layers.quantized_weight import is_quantized
+from lorary.model.ambient import mode_independent
 from lorary.model.merge import merge
 from lorary.model.quantize import dequantized_dtype, exact_modules
 from lorary.model.residual_base import original_weight
@@ -46,6 +47,7 @@ class MergeCheck(NamedTuple):
     quantized: frozenset[str]
 
     @staticmethod
+    @mode_independent
     def of(model: nn.Module, rows: Iterable[Row] = ()) -> MergeCheck:
         """The logits of the model as it is.
 
@@ -61,6 +63,7 @@ class MergeCheck(NamedTuple):
         quantized = frozenset(name for name, layer in adapted_layers(model).items() if is_quantized(layer.base))
         return MergeCheck(rows, tuple(logits(model, row) for row in rows), quantized)
 
+    @mode_independent
     def merge(self, model: nn.Module, *, dtype: torch.dtype | None = None) -> MergeError:
         """`lorary.merge`, and the difference that it makes.
 
@@ -78,6 +81,7 @@ class MergeCheck(NamedTuple):
             round_weights(model, dtype)
         return self.against(model, sites)
 
+    @mode_independent
     def sites(self, model: nn.Module, dtype: torch.dtype | None = None) -> tuple[SiteMergeError, ...]:
         """The error of a merge at each site; one layer at a time, without merging.
 
@@ -94,6 +98,7 @@ class MergeCheck(NamedTuple):
             for name, layer in layers.items()
         )
 
+    @mode_independent
     def against(self, model: nn.Module, sites: tuple[SiteMergeError, ...] = ()) -> MergeError:
         """The report on the merged model."""
         tokens, same, nats, differences = 0, 0, 0.0, []

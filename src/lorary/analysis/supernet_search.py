@@ -25,6 +25,7 @@ from lorary.errors import ConfigError, Diagnostic, MethodError, StateError
 from lorary.layers.adapted import Adapted, adapted_layers
 from lorary.methods.glora import RandomStructures
 from lorary.methods.glora_terms import FORMS, GLoRADelta, structures
+from lorary.model.ambient import mode_independent
 from lorary.model.state import eval_mode, require_attached
 from lorary.spec.fields import COUNT, PORTION, SEED, WHOLE, field_errors, optional
 from lorary.spec.placement import AdaptedSite
@@ -89,6 +90,7 @@ class SearchResult:
     judged: int
 
 
+@mode_independent
 def search_supernet(
     model: nn.Module,
     fitness: Callable[[nn.Module], float],

@@ -15,7 +15,6 @@ from lorary.layers.quantized_weight import stored_tensors
 from lorary.layers.shared_projections import SharedProjections
 from lorary.model.checks import model_mismatches
 from lorary.model.fingerprint import STATE, Fingerprint
-from lorary.model.quantize import inference_mode_like
 from lorary.model.scan import Scan
 from lorary.model.state import AttachedState, set_submodules, state_of
 from lorary.spec.method import Method
@@ -96,18 +95,17 @@ def _adapted(
     """site -> its adapted layer, not yet in the model; zero, or with these tensors."""
     layers: dict[str, Adapted] = {}
     sets: dict[str, nn.ParameterDict] = {}  # sites may share one set of tensors
-    with inference_mode_like(scanned.model):
-        projections = None
-        if any(p.delta.shared for p in sites):  # VeRA
-            device = stored_tensors(scanned.modules[sites[0].site.name].module)[0].device
-            projections = SharedProjections(sites, dtype, device)
-        for p in sites:
-            name = p.site.name
-            plain = scanned.modules[name].module
-            layer = layers[name] = Adapted(plain, p, dtype, projections, sets.get(p.share))
-            layer.train(plain.training)
-            if p.share:
-                sets[p.share] = layer.params
+    projections = None
+    if any(p.delta.shared for p in sites):  # VeRA
+        device = stored_tensors(scanned.modules[sites[0].site.name].module)[0].device
+        projections = SharedProjections(sites, dtype, device)
+    for p in sites:
+        name = p.site.name
+        plain = scanned.modules[name].module
+        layer = layers[name] = Adapted(plain, p, dtype, projections, sets.get(p.share))
+        layer.train(plain.training)
+        if p.share:
+            sets[p.share] = layer.params
     if tensors is not None:
         for name, layer in layers.items():
             layer.load(tensors[name])

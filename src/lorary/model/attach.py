@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from lorary.errors import Diagnostic, PlanError
 from lorary.layers.adapted import Adapted, adapted_layers
 from lorary.model._insert import insert
+from lorary.model.ambient import mode_independent
 from lorary.model.checks import blocks_gradient, not_quantizable, unwritable_weights
 from lorary.model.fingerprint import STATE, Fingerprint
 from lorary.model.plan import Plan
-from lorary.model.quantize import inference_mode_like, quantize_layers, with_progress
+from lorary.model.quantize import quantize_layers, with_progress
 from lorary.model.residual_base import (
     bad_weight,
     cannot_learn,
@@ -32,6 +33,7 @@ from lorary.spec.placement import AdaptedSite
 TRAINABLE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+@mode_independent
 def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Attach a plan's adapters in place and freeze everything else; the model's outputs do not change yet.
 
@@ -54,7 +56,7 @@ def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = 
     full = {f.name: f.shape for f in plan.full}
     insert(scanned, plan.method, plan.sites, full, dtype=dtype, quantized=quantized)
     del scanned  # it holds every dense weight, and quantising frees them one at a time
-    with _detached_on_error(model), inference_mode_like(model):
+    with _detached_on_error(model):
         _start(model, seed, plan.fixed_tensors, quantized)
         _quantize_others(model, quantized)
     return model
@@ -161,6 +163,7 @@ def _with_progress(layers: list[Adapted]) -> Iterable[Adapted]:
     return with_progress(layers, "attaching") if slow else layers
 
 
+@mode_independent
 def detach(model: nn.Module) -> nn.Module:
     """Take the adapters off: the base bit for bit, with its layers, values and flags as before.
 
@@ -192,6 +195,7 @@ def detach(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
+@mode_independent
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """The base model inside the block: adapters do nothing, and changed parameters have their old values."""
     state = require_attached(model, "disable")

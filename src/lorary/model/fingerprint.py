@@ -15,6 +15,7 @@ from lorary.errors import Diagnostic
 from lorary.layers.adapted import base_parameters, unwrapped_modules
 from lorary.layers.kinds import KINDS, kind_of, was_transposed
 from lorary.layers.quantized_weight import is_foreign
+from lorary.model.ambient import mode_independent
 
 STATE = "_lorary"  # the attribute of a model for its AttachedState, which holds its base's fingerprint
 _PLAIN = "_lorary_base"  # the attribute of a quantised model for the fingerprint from before
@@ -64,6 +65,7 @@ class Fingerprint:
     name: str = ""
 
     @staticmethod
+    @mode_independent
     def of(model: nn.Module, known: Mapping[str, Sample] | None = None) -> Fingerprint:
         """The fingerprint of a model's base; attached adapters and quantisation by lorary do not change it.
 

@@ -9,9 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorary.errors import Diagnostic, StateError, deduplicated
+from lorary.errors import Diagnostic, StateError, caller_stacklevel, deduplicated
 from lorary.layers.adapted import Adapted, adapted_layers
 from lorary.layers.quantized_weight import is_quantized
+from lorary.model.ambient import mode_independent
 from lorary.model.bias_flags import BiasFlags, BiasWarning, enable_bias_flags, restore_bias_flags, unserialisable_biases
 from lorary.model.fingerprint import STATE, Fingerprint
 from lorary.model.quantize import dequantized_dtype, dequantized_layer, holds_weights, remove_quantization_config
@@ -20,6 +21,7 @@ from lorary.model.state import Merged, TiedParameter, require_attached, set_subm
 LOSSY = "the steps between 4-bit or 8-bit numbers are coarser than what an adapter changes, and rounding would undo it"
 
 
+@mode_independent
 def merge(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = None) -> nn.Module:
     """Fold the adapters into plain layers: W' and b' in fp32 or better, rounded once to the weight's own precision.
 
@@ -61,7 +63,7 @@ def merge(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = N
     state.tied = _untie(model, state.untied) if untied else None
     state.bias_flags = enable_bias_flags(model, created)
     for problem in deduplicated(unserialisable_biases(model)) if created else ():
-        warnings.warn(f"{problem.where}: {problem.what}", BiasWarning, stacklevel=2)
+        warnings.warn(f"{problem.where}: {problem.what}", BiasWarning, stacklevel=caller_stacklevel())
     if not keep:
         object.__delattr__(model, STATE)
         Fingerprint.forget(model)  # it was of the weights before
@@ -101,6 +103,7 @@ def _merge_layer(model: nn.Module, layer: Adapted, dtype: torch.dtype | None) ->
     return Merged(weight, bias, layer, plain, W.dtype)
 
 
+@mode_independent
 def unmerge(model: nn.Module) -> nn.Module:
     """Undo `merge(model, keep=True)`: the kept weights and adapters go back, bit for bit.
 

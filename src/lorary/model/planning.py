@@ -10,6 +10,7 @@ from torch import nn
 from lorary.errors import Diagnostic, MethodError, PlanError, deduplicated, suggestion
 from lorary.layers.kinds import site
 from lorary.model._full_parameters import full_parameters, parameters_by_pattern
+from lorary.model.ambient import mode_independent
 from lorary.model.checks import bad_arguments, not_a_module, not_ready
 from lorary.model.plan import FullParameter, Plan, human_bytes
 from lorary.model.previous_tasks import PreviousAdapter, with_previous_tasks
@@ -21,6 +22,7 @@ from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite, with_rank
 
 
+@mode_independent
 def plan(
     model: nn.Module,
     method: Method,

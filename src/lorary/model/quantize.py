@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from lorary.errors import Diagnostic, StateError
+from lorary.errors import Diagnostic, StateError, caller_stacklevel
 from lorary.layers.kinds import kind_of, was_transposed
 from lorary.layers.nf4 import NF4, NF4Linear
 from lorary.layers.quantized_weight import is_foreign, is_quantized, take_place_of, weight
+from lorary.model.ambient import mode_independent
 from lorary.model.checks import not_a_module, not_quantizable, not_ready
 from lorary.model.fingerprint import STATE, Fingerprint
 from lorary.model.scan import Scan, scan
@@ -26,6 +26,7 @@ from lorary.spec.interfaces import Init, Storage
 T = TypeVar("T")
 
 
+@mode_independent
 def quantize(model: nn.Module, storage: Storage | None = None) -> nn.Module:
     """Quantise every linear layer of a model except its output head, in place, one at a time.
 
@@ -43,9 +44,8 @@ def quantize(model: nn.Module, storage: Storage | None = None) -> nn.Module:
     """
     storage = NF4() if storage is None else storage
     paths = _paths_to_quantize(model, storage)
-    with inference_mode_like(model):
-        Fingerprint.of(model).remember(model)  # quantising changes parameters
-        quantize_layers(model, paths, storage)
+    Fingerprint.of(model).remember(model)  # quantising changes parameters
+    quantize_layers(model, paths, storage)
     return model
 
 
@@ -84,12 +84,7 @@ def bad_storage(storage: Any) -> list[Diagnostic]:
     return [Diagnostic("storage", what) for what in field_errors(storage)]
 
 
-def inference_mode_like(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Inference mode if the base holds inference tensors; otherwise off, because new tensors must be trainable."""
-    inside = torch.is_inference_mode_enabled() and any(t.is_inference() for t in model.parameters())
-    return cast("contextlib.AbstractContextManager[None]", torch.inference_mode(inside))
-
-
+@mode_independent
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Make every quantised layer a plain one with the same function, in place: W = Dq(Wq).
 
@@ -109,12 +104,11 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     if problems:
         raise StateError("cannot dequantise:", problems)
     paths = [path for path, module in model.named_modules() if path and is_quantized(module)]
-    with inference_mode_like(model):
-        for path in with_progress(paths, "dequantising"):
-            layer = model.get_submodule(path)
-            W = weight(layer)
-            W = W.to(dtype or dequantized_dtype(model, layer) or W.dtype)
-            replace_layer(model, path, dequantized_layer(layer, W))
+    for path in with_progress(paths, "dequantising"):
+        layer = model.get_submodule(path)
+        W = weight(layer)
+        W = W.to(dtype or dequantized_dtype(model, layer) or W.dtype)
+        replace_layer(model, path, dequantized_layer(layer, W))
     remove_quantization_config(model)
     return model
 
@@ -182,7 +176,7 @@ def warn_of_quantization(modules: Mapping[str, nn.Module], storage: Storage) -> 
             f"are in blocks of {others[0].block} with double={others[0].nested_absmax is not None}, and have another "
             "quantisation error. Quantise the base as the adapter says"
         )
-        warnings.warn(text, QuantizationWarning, stacklevel=5)
+        warnings.warn(text, QuantizationWarning, stacklevel=caller_stacklevel())
 
 
 def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lorary.errors import Diagnostic, StateError
 from lorary.layers.adapted import Adapted
+from lorary.model.ambient import mode_independent
 from lorary.model.bias_flags import BiasFlags
 from lorary.model.checks import not_a_module
 from lorary.model.fingerprint import STATE, Fingerprint
@@ -115,6 +116,7 @@ class Attachment:
         )
 
 
+@mode_independent
 def attached(model: nn.Module) -> Attachment | None:
     """A summary of what is attached to a model.
 

@@ -26,6 +26,7 @@ from lorary.layers.bitsandbytes_state import read_state
 from lorary.layers.kinds import kind_of
 from lorary.layers.nf4 import NF4Embedding, NF4Linear
 from lorary.layers.quantized_weight import is_quantized
+from lorary.model.ambient import mode_independent
 from lorary.model.fingerprint import STATE, Fingerprint
 
 KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", QUANT_STATE, QUANT_STATE.replace("nf4", "fp4"))
@@ -116,6 +117,7 @@ def base_of(config: PretrainedConfig) -> Fingerprint | None:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
+@mode_independent
 def save_quantized(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """Write a quantised base in the format of Transformers and bitsandbytes, which `load_quantized` reads too.
 

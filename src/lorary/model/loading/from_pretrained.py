@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 from lorary.errors import Diagnostic, FileError, LoraryError
+from lorary.model.ambient import mode_independent
 from lorary.model.loading.source import BUILTIN, ModelSection, check_folder, location
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def load_storage(method: Method, full: Collection[str] = ()) -> Storage | None:
     return None if full or residual else method.storage
 
 
+@mode_independent
 def load_quantized(
     source: str | os.PathLike[str],
     storage: Storage | None = None,
