@@ -17,6 +17,7 @@ from lorary.layers.dtensor import full_cpu_copy
 from lorary.layers.shared_projections import leading_slice
 from lorary.methods.lora import Add, ConstantScale, Kaiming, LowRank
 from lorary.model.ambient import mode_independent
+from lorary.model.buffers import warn_of_changed_buffers
 from lorary.model.fingerprint import Fingerprint
 from lorary.model.rank_pruning import without_pruned_directions
 from lorary.model.state import base_parameter, require_attached, state_of
@@ -34,7 +35,7 @@ class Adapter:
         method: the method, with the default rank of its sites.
         sites: the adapted sites, each with its own method.
         tensors: site -> role -> tensor.
-        full: base parameter -> its trained value.
+        full: base parameter, or buffer, -> its trained value.
         base: the fingerprint of the base that it was trained on.
         notes: remarks of the reader about the adapter's files.
     """
@@ -56,7 +57,8 @@ class Adapter:
         """
         state = require_attached(model, "take from the model")
         tensors = _copied_tensors(adapted_layers(model))
-        full = {name: full_cpu_copy(base_parameter(model, name)) for name in state.full}
+        warn_of_changed_buffers(model, state.buffers)
+        full = {name: _floating(full_cpu_copy(base_parameter(model, name))) for name in state.full}
         return Adapter(state.method, state.sites, tensors, full, Fingerprint.of(model))
 
     load = staticmethod(forwarding("Adapter.load", "load_adapter"))
@@ -105,6 +107,11 @@ def _copied_tensors(layers: Mapping[str, Adapted]) -> dict[str, dict[str, Tensor
         | {role: t.clone() for role, t in layer.start.items()}
         for name, layer in layers.items()
     }
+
+
+def _floating(t: Tensor) -> Tensor:
+    """A tensor, or the counter of a batch norm as fp32: adapter files hold floating-point numbers alone."""
+    return t if t.is_floating_point() else t.float()
 
 
 def stacked(adapters: Sequence[Adapter], model: nn.Module, weights: Sequence[float] | None = None) -> Adapter:

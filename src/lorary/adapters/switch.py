@@ -18,6 +18,7 @@ from lorary.layers.adapted import adapted_layers, base_parameters, unwrapped_mod
 from lorary.layers.quantized_weight import is_quantized
 from lorary.model.ambient import mode_independent
 from lorary.model.attach import attach_tensors, detach
+from lorary.model.buffers import persistent_buffers
 from lorary.model.checks import layer_mismatches
 from lorary.model.fingerprint import Fingerprint
 from lorary.model.quantize import already_quantized, quantizable_layers, warn_of_quantization
@@ -135,7 +136,7 @@ def _check_base(model: nn.Module, adapter: Adapter, here: Fingerprint, where: st
         if adapted.starts and is_quantized(modules.get(name)) and name not in residual:
             problems.append(already_quantized(name, adapted.init))
         problems += _tensor_problems(name, adapted.stored, adapter.tensors.get(name, {}))
-    parameters = {name: tuple(t.shape) for name, t in base_parameters(model)}
+    parameters = {name: tuple(t.shape) for name, t in [*base_parameters(model), *persistent_buffers(modules).items()]}
     for name, tensor in adapter.full.items():
         if parameters.get(name) != tuple(tensor.shape):
             found = f"it is {parameters[name]}" if name in parameters else "it has no such parameter"

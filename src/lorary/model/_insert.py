@@ -13,6 +13,7 @@ from lorary.layers.adapted import Adapted
 from lorary.layers.other_quantizers import keep_layout
 from lorary.layers.quantized_weight import stored_tensors
 from lorary.layers.shared_projections import SharedProjections
+from lorary.model.buffers import freeze_statistics, frozen_buffers
 from lorary.model.checks import model_mismatches
 from lorary.model.fingerprint import STATE, Fingerprint
 from lorary.model.scan import Scan
@@ -45,15 +46,17 @@ def insert(
     layers = _adapted(scanned, sites, dtype, tensors)
     kept = {}
     for name in full:
-        value = scanned.parameter(name).detach()
+        value = scanned.tensor(name).detach()
         kept[name] = value.to("meta" if value.is_meta else "cpu", copy=True)
     patch = None if method.context is None else method.context.apply(model)
     model.requires_grad_(False)
     for name, layer in layers.items():
         set_submodules(model, paths[name], layer)
-    for name in full.keys() - {f"{p.site.name}.weight" for p in sites}:  # only a rule writes an adapted weight
-        scanned.parameter(name).requires_grad_(True)
+    for name in (full.keys() & scanned.names.keys()) - {f"{p.site.name}.weight" for p in sites}:
+        scanned.parameter(name).requires_grad_(True)  # an adapted weight is written by a rule alone
     state = AttachedState(method, sites, kept, trained, paths, fingerprint, total, context_patch=patch)
+    state.buffers = frozen_buffers(model, full)
+    state.evaluating = freeze_statistics(model, full)
     object.__setattr__(model, STATE, state)
 
 

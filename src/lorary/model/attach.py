@@ -13,6 +13,7 @@ from lorary.errors import Diagnostic, PlanError
 from lorary.layers.adapted import Adapted, adapted_layers
 from lorary.model._insert import insert
 from lorary.model.ambient import mode_independent
+from lorary.model.buffers import base_buffers, changed_buffers
 from lorary.model.checks import blocks_gradient, not_quantizable, unwritable_weights
 from lorary.model.fingerprint import STATE, Fingerprint
 from lorary.model.plan import Plan
@@ -174,6 +175,8 @@ def detach(model: nn.Module) -> nn.Module:
         StateError: nothing is attached, or it has been merged (unmerge first).
     """
     state = require_attached(model, "detach")
+    for name, value in changed_buffers(model, state.buffers).items():
+        base_parameter(model, name).data = value.to(base_parameter(model, name))
     if state.context_patch:
         state.context_patch.revert()
     for name, value in state.full.items():
@@ -187,6 +190,8 @@ def detach(model: nn.Module) -> nn.Module:
         set_submodules(model, state.paths[name], unwrapped_base(layer))
     if state.untied:
         cast(Any, model).config.tie_word_embeddings = True
+    for mode in state.evaluating:
+        mode.revert(model.training)
     object.__delattr__(model, STATE)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
@@ -213,7 +218,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
             layer.enabled = False
         for parameter, (_, before) in zip(parameters, originals, strict=True):
             parameter.data = before.data.to(parameter)
-        with patch.reverted() if patch else contextlib.nullcontext():
+        with base_buffers(model, state.full, state.buffers), patch.reverted() if patch else contextlib.nullcontext():
             yield model
     finally:
         for layer, was in zip(layers, enabled, strict=True):

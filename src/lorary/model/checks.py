@@ -127,9 +127,9 @@ def model_mismatches(
     """The differences between a model and the one that a plan was made for."""
     problems = [problem for p in sites for problem in layer_mismatches(p.site, scan.module(p.site.name))]
     for name, shape in full.items():
-        if name not in scan.names:
+        if name not in scan.names and name not in scan.buffers:
             problems.append(Diagnostic(name, "the model has no such parameter"))
-        elif (found := tuple(scan.parameter(name).shape)) != tuple(shape):
+        elif (found := tuple(scan.tensor(name).shape)) != tuple(shape):
             problems.append(Diagnostic(name, f"is {found}, expected {tuple(shape)}"))
     if not torch.is_inference_mode_enabled() and any(t.is_inference() for t in scan.parameters.values()):
         what = "its weights were created in torch.inference_mode() and cannot be trained or changed outside of it"

@@ -65,6 +65,8 @@ def merge(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = N
     for problem in deduplicated(unserialisable_biases(model)) if created else ():
         warnings.warn(f"{problem.where}: {problem.what}", BiasWarning, stacklevel=caller_stacklevel())
     if not keep:
+        for mode in state.evaluating:
+            mode.revert(model.training)
         object.__delattr__(model, STATE)
         Fingerprint.forget(model)  # it was of the weights before
         remove_quantization_config(model)

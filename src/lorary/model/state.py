@@ -14,6 +14,7 @@ from lorary.errors import Diagnostic, StateError
 from lorary.layers.adapted import Adapted
 from lorary.model.ambient import mode_independent
 from lorary.model.bias_flags import BiasFlags
+from lorary.model.buffers import EvaluationMode
 from lorary.model.checks import not_a_module
 from lorary.model.fingerprint import STATE, Fingerprint
 from lorary.model.plan import FullParameter, trainable_size, trained_table
@@ -44,7 +45,7 @@ class AttachedState:
     Args:
         method: the method.
         sites: the adapted sites.
-        full: base parameters that train in full -> their values before training.
+        full: base parameters and buffers that train in full -> their values before training.
         trained: the names of the parameters that required gradients before.
         paths: site -> every path of its layer, more than one for a shared layer.
         fingerprint: of the base, taken before anything changed or was sharded.
@@ -58,6 +59,8 @@ class AttachedState:
         bias_flags: the configuration's bias flags that a merge set.
         disabled_depth: how many `disabled` blocks the model is in.
         context_patch: the context's change to the model.
+        buffers: persistent buffers that do not train -> their values before.
+        evaluating: the layers whose statistics are frozen, which stay in evaluation mode.
     """
 
     method: Method
@@ -74,6 +77,8 @@ class AttachedState:
     bias_flags: BiasFlags = field(default_factory=BiasFlags)
     disabled_depth: int = 0
     context_patch: ContextPatch | None = None
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    evaluating: list[EvaluationMode] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,8 @@ def attached(model: nn.Module) -> Attachment | None:
     for name in state.full:
         value = base_parameter(model, name)
         size = value.numel() * value.element_size()
-        full.append(FullParameter(name, tuple(value.shape), size, trains=name not in adapted_weights))
+        trains = name not in adapted_weights and isinstance(value, nn.Parameter)
+        full.append(FullParameter(name, tuple(value.shape), size, trains))
     merged, enabled = state.merged is not None, not state.disabled_depth
     return Attachment(state.method, state.sites, tuple(full), state.total, state.fingerprint, merged, enabled)
 
@@ -172,7 +178,7 @@ def require_attached(model: nn.Module, verb: str) -> AttachedState:
 
 
 def base_parameter(model: nn.Module, name: str) -> nn.Parameter:
-    """A base parameter by its path in the plain model, also inside an adapted layer."""
+    """A base parameter, or a buffer, by its path in the plain model, also inside an adapted layer."""
     path, _, last = name.rpartition(".")
     return cast(nn.Parameter, getattr(model.get_submodule(path), last))
 

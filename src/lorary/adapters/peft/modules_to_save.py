@@ -139,15 +139,14 @@ def _why_not_saved(
 ) -> list[Diagnostic]:
     """Why `modules_to_save` cannot hold the module at `path`."""
     inside = {name: t for name, t in parameters.items() if name.startswith(f"{path}.")}
-    left_out = sorted(set(inside) - set(adapter.full))
+    state = {f"{path}.{name}" for name in modules[path].state_dict()} if path in modules else set()
+    left_out = sorted((set(inside) | state) - set(adapter.full))
     same = sorted(name for name in modules if name.endswith(path) and name != path)
     ties = sorted(n for n, t in parameters.items() if n not in inside and any(t is own for own in inside.values()))
-    state = modules[path].state_dict() if path in modules else {}
     reasons = {
         "PEFT saves modules, and this is a parameter of the model itself": not path,
         f"PEFT saves whole modules, and {', '.join(left_out[:3])} is not trained": bool(left_out),
         f"PEFT would take {', '.join(same[:3])} for it": bool(same),
         f"PEFT would untie it from {', '.join(ties[:3])}": bool(ties),
-        "PEFT saves its buffers too, which did not train": len(state) > len(inside),
     }
     return [Diagnostic(path, reason) for reason, holds in reasons.items() if holds]
