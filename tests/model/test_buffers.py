@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import MobileNetV2Config, MobileNetV2ForImageClassification, ResNetConfig, ResNetModel
 
@@ -170,6 +170,18 @@ def test_a_frozen_norm_evaluates_whatever_sets_the_mode() -> None:
     assert same(statistics(model), statistics(cnn()))
 
 
+def test_disabled_blocks_within_each_other_and_a_change_of_mode_inside() -> None:
+    model: Any = attached(cnn(), "norms").train()
+    with lorary.disabled(model):
+        with lorary.disabled(model):
+            model.train()
+        assert not model.norm.training
+        model.eval()
+    assert not model.norm.training
+    assert model.train().norm.training
+    assert "train" not in vars(model.norm)
+
+
 def test_a_norm_that_its_owner_evaluates_keeps_doing_so() -> None:
     model: Any = cnn().train()
     model.norm.eval()
@@ -306,3 +318,18 @@ def test_peft_reads_the_same_model(method: str, tmp_path: Path) -> None:
     assert (tmp_path / "adapter_config.json").exists()
     theirs = PeftModel.from_pretrained(resnet(), tmp_path).eval()
     torch.testing.assert_close(answer(theirs), answer(model), rtol=1e-4, atol=1e-5)
+
+
+def test_peft_s_modules_to_save_have_their_statistics(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["convolution"], modules_to_save=["normalization"], init_lora_weights=False)
+    theirs = get_peft_model(resnet(), config).train()
+    output(theirs)
+    theirs.save_pretrained(tmp_path)
+    model = lorary.load(resnet(), tmp_path)
+    assert torch.equal(answer(model), answer(theirs))
+    counter = model.get_submodule("embedder.embedder.normalization").num_batches_tracked
+    assert counter.dtype == torch.int64
+    assert counter == 2
+    lorary.save(model, tmp_path / "again")
+    again = PeftModel.from_pretrained(resnet(), tmp_path / "again")
+    assert torch.equal(answer(again), answer(theirs))

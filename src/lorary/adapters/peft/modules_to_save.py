@@ -14,6 +14,7 @@ from lorary.errors import Diagnostic
 from lorary.files.findings import Findings
 from lorary.files.tensor_file import Entry
 from lorary.layers.adapted import base_parameters, unwrapped_modules
+from lorary.model.buffers import persistent_buffers
 
 _BASE = ".base_layer."
 
@@ -69,7 +70,9 @@ def modules_to_save(
         found: the file's tensors by short name.
         findings: collects tied parameters that would be untied.
     """
-    base = dict(base_parameters(model)) if model is not None else None
+    base = None
+    if model is not None:
+        base = dict[str, Tensor](base_parameters(model)) | persistent_buffers(unwrapped_modules(model))
     saved = ModulesToSave(base=base)
     first = _first_names(base or {})
     for name, entry in found.items():
