@@ -240,7 +240,7 @@ def test_every_layer_with_statistics_is_frozen() -> None:
         True,
     ]
     frozen = "instance, plain, spectral.parametrizations.weight.0, older"
-    note = f"note      {frozen} keeps its running statistics, in evaluation mode while the adapter is attached"
+    note = f"note      the running statistics of {frozen} are frozen, also in `model.train()`"
     assert note in str(plan).splitlines()
 
 

@@ -234,7 +234,7 @@ def _statistics_notes(scan: Scan, full: Sequence[FullParameter]) -> list[str]:
     frozen = frozen_statistics(modules, {f.name for f in full})
     moving = [path for path, module in modules.items() if has_statistics(module) and path not in frozen]
     return [
-        *_note("{} keeps its running statistics, in evaluation mode while the adapter is attached", frozen),
+        *_note("the running statistics of {} are frozen, also in `model.train()`", frozen),
         *_note("the running statistics of {} train, and are saved with the adapter", moving),
     ]
 
