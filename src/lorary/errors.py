@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,12 @@ def deduplicated(problems: Iterable[Diagnostic]) -> list[Diagnostic]:
         Diagnostic(f"{first} and {len(more)} more" if more else first, what, fix)
         for (what, fix), (first, *more) in places.items()
     ]
+
+
+def not_a(kind: Any, what: str, **arguments: object) -> list[Diagnostic]:
+    """The errors of arguments that are not of a type, as in `not_a(nn.Module, "a torch.nn.Module", model=model)`."""
+    wrong = {name: value for name, value in arguments.items() if not isinstance(value, kind)}
+    return [Diagnostic(name, f"is a {type(value).__name__}, not {what}") for name, value in wrong.items()]
 
 
 def caller_stacklevel() -> int:

@@ -19,7 +19,7 @@ from lorary.layers.quantized_weight import is_quantized
 from lorary.model.ambient import mode_independent
 from lorary.model.attach import attach_tensors, detach
 from lorary.model.buffers import persistent_buffers
-from lorary.model.checks import layer_mismatches
+from lorary.model.checks import layer_mismatches, not_a_module
 from lorary.model.fingerprint import Fingerprint
 from lorary.model.quantize import already_quantized, quantizable_layers, warn_of_quantization
 from lorary.model.scan import scan
@@ -70,10 +70,11 @@ def load(
     if pack is not None:
         warn("lorary.load(pack=...)", "quantize=", stacklevel=caller_stacklevel() + 1)
         quantize = pack
-    if state_of(base) is not None:
-        raise StateError(
-            "cannot load:", [Diagnostic("model", "something is attached already", "lorary.switch replaces it")]
-        )
+    problems = not_a_module(base)
+    if not problems and state_of(base) is not None:
+        problems.append(Diagnostic("model", "something is attached already", "lorary.switch replaces it"))
+    if problems:
+        raise StateError("cannot load:", problems)
     adapter = load_adapter(path, model=base, strict=strict)
     here = Fingerprint.of(base)
     _check_base(base, adapter, here, str(path), force=force or not strict)
@@ -98,6 +99,8 @@ def switch(model: nn.Module, adapters: Adapter | Sequence[Adapter] | None, *, fo
         MethodError: several adapters have no sum.
         StateError: the model's adapter is merged.
     """
+    if problems := not_a_module(model):
+        raise StateError("cannot switch adapters:", problems)
     several = _adapters(adapters)
     if state_of(model) is not None:
         require_attached(model, "switch")
@@ -118,8 +121,9 @@ def _adapters(adapters: Any) -> list[Adapter]:
     Raises:
         FileError: one of them is not an adapter.
     """
-    alone = isinstance(adapters, (Adapter, str, PathLike)) or not isinstance(adapters or (), Iterable)
-    several = [adapters] if alone else list(adapters or ())
+    adapters = () if adapters is None else adapters
+    alone = isinstance(adapters, (Adapter, str, PathLike, Tensor)) or not isinstance(adapters, Iterable)
+    several = [adapters] if alone else list(adapters)
     fix = "read one with lorary.load_adapter(path)"
     wrong = [Diagnostic(repr(a), "is not an adapter", fix) for a in several if not isinstance(a, Adapter)]
     if wrong:

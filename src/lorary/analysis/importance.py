@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorary.errors import DataError, Diagnostic, PlanError, StateError, deduplicated
+from lorary.errors import DataError, Diagnostic, PlanError, StateError, deduplicated, not_a
 from lorary.layers.adapted import Adapted, adapted_layers
 from lorary.layers.module_kinds import module_positions
 from lorary.methods.lora_drop import (
@@ -58,6 +58,7 @@ def layer_importance(
     state = require_attached(model, "measure")
     if problems := measuring_problems(state.method):
         raise PlanError("cannot measure layer importance:", problems)
+    _check_batches(batches, over_ranks)
     layers = adapted_layers(model)
     meter = _Meter(layers)
     with eval_mode(model), meter.reading():
@@ -65,6 +66,20 @@ def layer_importance(
             meter.expect(batch, model)
             _call(model, batch)
     return meter.result(over_ranks or (lambda sums: sums))
+
+
+def _check_batches(batches: object, over_ranks: object) -> None:
+    """Refuse what is not a series of batches, or not a function.
+
+    Raises:
+        DataError: every reason.
+    """
+    problems = not_a(Iterable, "a series of batches", batches=batches)
+    if isinstance(batches, Mapping | str | bytes | Tensor):
+        problems.append(Diagnostic("batches", f"is one {type(batches).__name__}", "pass a list of batches: [batch]"))
+    problems += not_a(Callable | None, "a function", over_ranks=over_ranks)
+    if problems:
+        raise DataError("cannot measure layer importance:", problems)
 
 
 def _call(model: nn.Module, batch: Any) -> None:
@@ -216,6 +231,8 @@ def drop_layers(plan: Plan, importance: Importance, threshold: float = THRESHOLD
 
     >>> print(drop_layers(plan, layer_importance(model, batches)))
     """
+    if problems := not_a(Plan, "a Plan", plan=plan) + not_a(Importance, "an Importance", importance=importance):
+        raise PlanError("cannot drop layers from this plan:", problems)
     problems = sharing_problems(plan.method) + unknown_sites(importance.g, (p.site.name for p in plan.sites))
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 < threshold <= 1:
         problems.append(Diagnostic("threshold", f"{threshold!r} is not a number above 0 and at most 1"))

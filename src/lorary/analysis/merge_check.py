@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorary.analysis.merge_error import MergeError, SiteMergeError
-from lorary.errors import Diagnostic, StateError
+from lorary.errors import DataError, Diagnostic, StateError
 from lorary.layers.adapted import Adapted, adapted_layers
 from lorary.layers.quantized_weight import is_quantized
 from lorary.model.ambient import mode_independent
@@ -57,8 +57,12 @@ class MergeCheck(NamedTuple):
 
         Raises:
             StateError: nothing is attached.
+            DataError: `rows` is not a series.
         """
         require_attached(model, "measure")
+        if isinstance(rows, Mapping | str) or not isinstance(rows, Iterable):
+            what, fix = f"is a {type(rows).__name__}, not a series of rows", "pass a list of rows: [row]"
+            raise DataError("cannot measure:", [Diagnostic("rows", what, fix)])
         rows = tuple(rows)
         quantized = frozenset(name for name, layer in adapted_layers(model).items() if is_quantized(layer.base))
         return MergeCheck(rows, tuple(logits(model, row) for row in rows), quantized)

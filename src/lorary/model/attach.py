@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from numbers import Integral
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,7 @@ from lorary.layers.adapted import Adapted, adapted_layers
 from lorary.model._insert import insert
 from lorary.model.ambient import mode_independent
 from lorary.model.buffers import base_buffers, changed_buffers
-from lorary.model.checks import blocks_gradient, not_quantizable, unwritable_weights
+from lorary.model.checks import blocks_gradient, not_a_module, not_quantizable, unwritable_weights
 from lorary.model.fingerprint import STATE, Fingerprint
 from lorary.model.plan import Plan
 from lorary.model.quantize import quantize_layers, with_progress
@@ -52,6 +53,11 @@ def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = 
         PlanError: the plan was made for another model; every mismatch. Or `plan` is not a Plan, or `dtype` is not a
             trainable dtype.
     """
+    problems = not_a_module(model)
+    if not isinstance(seed, Integral):
+        problems.append(Diagnostic("seed", f"is {seed!r}, not a whole number"))
+    if problems:
+        raise PlanError("cannot attach:", problems)
     scanned = scan(model)
     quantized = _layers_to_quantize(scanned, plan, dtype)
     full = {f.name: f.shape for f in plan.full}

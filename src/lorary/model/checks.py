@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorary.errors import Diagnostic
+from lorary.errors import Diagnostic, not_a
 from lorary.layers.kinds import kind_of, site
 from lorary.layers.quantized_weight import is_foreign, stored_tensors, weight
 from lorary.model.scan import Scan
@@ -37,9 +37,7 @@ def not_ready(scan: Scan) -> list[Diagnostic]:
 
 def not_a_module(model: Any) -> list[Diagnostic]:
     """The error of an argument that is not a module."""
-    if isinstance(model, nn.Module):
-        return []
-    return [Diagnostic("model", f"is a {type(model).__name__}, not a torch.nn.Module")]
+    return not_a(nn.Module, "a torch.nn.Module", model=model)
 
 
 def bad_arguments(method: Any, ranks: Any, alphas: Any) -> list[Diagnostic]:

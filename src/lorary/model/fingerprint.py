@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorary.errors import Diagnostic
+from lorary.errors import Diagnostic, StateError, not_a
 from lorary.layers.adapted import base_parameters, unwrapped_modules
 from lorary.layers.kinds import KINDS, kind_of, was_transposed
 from lorary.layers.quantized_weight import is_foreign
@@ -73,7 +73,12 @@ class Fingerprint:
             model: the model.
             known: samples of parameters from before they were quantised, empty for those that another library
                 quantised; given these, a remembered fingerprint is not used.
+
+        Raises:
+            StateError: `model` is not a module.
         """
+        if problems := not_a(nn.Module, "a torch.nn.Module", model=model):
+            raise StateError("only a model has a fingerprint:", problems)
         for remembered in (getattr(getattr(model, STATE, None), "fingerprint", None), getattr(model, _PLAIN, None)):
             if isinstance(remembered, Fingerprint) and known is None:
                 return remembered

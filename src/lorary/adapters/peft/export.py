@@ -22,6 +22,7 @@ from lorary.adapters.shared_tensors import collect_shared
 from lorary.adapters.tensor_checks import unwritable
 from lorary.errors import Diagnostic, FileError, caller_stacklevel
 from lorary.files.atomic import atomic_directory
+from lorary.files.safe_open import checked_path
 from lorary.files.strict_json import show
 from lorary.files.tensor_file import write_tensors
 from lorary.layers.rope import PositionsWarning
@@ -47,6 +48,7 @@ def export_peft(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.M
         FileError: PEFT has no LoRA with this function, with every reason; or the folder cannot be written.
         MethodError: the method has no low-rank form.
     """
+    checked_path(folder, "cannot export an adapter:")
     problems = writer.base_incompatibilities(adapter, model, LORA)
     if (Path(folder) / native.NAME).exists():
         what = f"it holds {native.NAME}: the adapter there would be lost"

@@ -21,6 +21,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from lorary.errors import Diagnostic, FileError, StateError
 from lorary.files.atomic import atomic_directory
+from lorary.files.safe_open import checked_path
 from lorary.layers.bitsandbytes_state import STATE as QUANT_STATE
 from lorary.layers.bitsandbytes_state import read_state
 from lorary.layers.kinds import kind_of
@@ -135,6 +136,7 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     Example:
         >>> lorary.save_quantized(lorary.load_quantized("org/model"), "model-nf4")
     """
+    checked_path(folder, "cannot save the base:")
     problems = _unsavable(model)
     if problems:
         raise StateError("cannot save the base:", problems)

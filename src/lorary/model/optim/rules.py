@@ -159,10 +159,13 @@ def rules(
 
     Raises:
         StateError: nothing is attached; a rule needs the optimizer; the state belongs to another method or run.
-        ConfigError: the number of steps is invalid, or too small for a rule.
+        ConfigError: the number of steps is invalid, or too small for a rule; `optimizer` is not one.
     """
     require_attached(model, "train")
     if type(steps) is not int or steps < 0:
         problem = Diagnostic("steps", f"{steps!r} is not a number of optimizer steps")
         raise ConfigError("invalid number of steps:", [problem])
+    if optimizer is not None and not hasattr(optimizer, "param_groups"):
+        problem = Diagnostic("optimizer", f"is a {type(optimizer).__name__}, not an optimizer")
+        raise ConfigError("invalid optimizer:", [problem])
     return Rules(model, steps, optimizer, state)
