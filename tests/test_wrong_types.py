@@ -12,6 +12,7 @@ from torch import nn
 
 import lorary
 from lorary.adapters.peft.export import export_peft
+from tests.tiny import shaken
 
 METHOD = lorary.method("lora", r=2)
 
@@ -121,3 +122,36 @@ def test_a_refused_seed_attaches_nothing() -> None:
     with pytest.raises(lorary.PlanError):
         lorary.attach(model, plan(), seed=1.5)  # type: ignore[arg-type]
     assert lorary.attached(model) is None
+
+
+# --- models without values --------------------------------------------------------------------------------------------
+
+
+def on_meta(method: str = "lora") -> nn.Module:
+    model = net().to("meta")
+    return lorary.attach(model, lorary.plan(model, lorary.method(method, r=2)))
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa"])
+def test_an_adapter_without_values_is_not_saved(method: str, tmp_path: Path) -> None:
+    with pytest.raises(lorary.FileError, match="has no values: its model is on the meta device"):
+        lorary.save(on_meta(method), tmp_path / "never")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_does_not_lose_its_values_on_a_base_that_has_none(tmp_path: Path) -> None:
+    trained = adapter()
+    lorary.save(shaken(attached()), tmp_path)
+    said = "0 and 1 more: is on the meta device, where the adapter would lose its values"
+    with pytest.raises(lorary.FileError, match=said):
+        lorary.switch(net().to("meta"), trained)
+    with pytest.raises(lorary.FileError, match=said):
+        lorary.load(net().to("meta"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "measure", [lambda m: lorary.layer_importance(m, [torch.ones(2, 8)]), lambda m: lorary.MergeCheck.of(m)]
+)
+def test_nothing_is_measured_on_a_model_without_values(measure: Callable[[Any], Any]) -> None:
+    with pytest.raises(lorary.StateError, match="is on the meta device and has no values"):
+        measure(on_meta())

@@ -23,7 +23,7 @@ from lorary.model.rank_pruning import without_pruned_directions
 from lorary.model.state import base_parameter, require_attached, state_of
 from lorary.spec.interfaces import Storage, Unquantized
 from lorary.spec.method import Method
-from lorary.spec.placement import AdaptedSite
+from lorary.spec.placement import AdaptedSite, start_name
 from lorary.spec.site import Site
 
 
@@ -104,9 +104,16 @@ def _copied_tensors(layers: Mapping[str, Adapted]) -> dict[str, dict[str, Tensor
     return {
         name: own[id(layer.params)]
         | {role: leading_slice(shared[role], shape) for role, shape in layer.shared_shapes.items()}
-        | {role: t.clone() for role, t in layer.start.items()}
+        | _copied_start(layer)
         for name, layer in layers.items()
     }
+
+
+def _copied_start(layer: Adapted) -> dict[str, Tensor]:
+    """role -> a copy of the start that was subtracted from the base; on the meta device, its shape."""
+    if layer.init.residual_init and not layer.start:
+        return {start_name(role): layer.params[role].detach() for role in layer.delta.roles}
+    return {role: t.clone() for role, t in layer.start.items()}
 
 
 def _floating(t: Tensor) -> Tensor:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from lorary._deprecated import warn
 from lorary.adapters.adapter import Adapter, stacked
 from lorary.adapters.save_load import load_adapter, save_adapter
-from lorary.errors import Diagnostic, FileError, StateError, caller_stacklevel
+from lorary.errors import Diagnostic, FileError, StateError, caller_stacklevel, deduplicated
 from lorary.layers.adapted import adapted_layers, base_parameters, unwrapped_modules
-from lorary.layers.quantized_weight import is_quantized
+from lorary.layers.kinds import kind_of
+from lorary.layers.quantized_weight import is_quantized, stored_tensors
 from lorary.model.ambient import mode_independent
 from lorary.model.attach import attach_tensors, detach
 from lorary.model.buffers import persistent_buffers
@@ -145,12 +146,20 @@ def _check_base(model: nn.Module, adapter: Adapter, here: Fingerprint, where: st
         if parameters.get(name) != tuple(tensor.shape):
             found = f"it is {parameters[name]}" if name in parameters else "it has no such parameter"
             problems.append(Diagnostic(name, f"the adapter holds {tuple(tensor.shape)} for it; in this model {found}"))
-    problems += _context_problems(model, adapter)
+    problems += _context_problems(model, adapter) + _meta_problems(modules, adapter)
     if not force:
         fix = "load the base that it was trained on, or pass force=True"
         problems += [Diagnostic(p.where, p.what, fix) for p in adapter.base.disagreements(here)]
     if problems:
         raise FileError(f"{where} does not fit this model:", problems)
+
+
+def _meta_problems(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[Diagnostic]:
+    """The layers without values, on which the adapter would lose its own."""
+    layers = {a.site.name: modules[a.site.name] for a in adapter.sites if a.site.name in modules}
+    what, fix = "is on the meta device, where the adapter would lose its values", "load the base's weights first"
+    empty = [name for name, layer in layers.items() if kind_of(layer) and stored_tensors(layer)[0].is_meta]
+    return deduplicated(Diagnostic(name, what, fix) for name in empty)
 
 
 def _context_problems(model: nn.Module, adapter: Adapter) -> list[Diagnostic]:

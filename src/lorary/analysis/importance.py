@@ -26,7 +26,7 @@ from lorary.methods.lora_drop import (
 )
 from lorary.model.ambient import mode_independent
 from lorary.model.plan import Plan
-from lorary.model.state import eval_mode, require_attached
+from lorary.model.state import eval_mode, require_attached, require_values
 from lorary.spec.placement import AdaptedSite
 
 _MASKS = ("attention_mask", "decoder_attention_mask")
@@ -56,6 +56,7 @@ def layer_importance(
     >>> layer_importance(model, [{"input_ids": ids, "attention_mask": mask}]).I["model.layers.0.self_attn.q_proj"]
     """
     state = require_attached(model, "measure")
+    require_values(model)
     if problems := measuring_problems(state.method):
         raise PlanError("cannot measure layer importance:", problems)
     _check_batches(batches, over_ranks)

@@ -24,7 +24,7 @@ from lorary.model.ambient import mode_independent
 from lorary.model.merge import merge
 from lorary.model.quantize import dequantized_dtype, exact_modules
 from lorary.model.residual_base import original_weight
-from lorary.model.state import eval_mode, require_attached
+from lorary.model.state import eval_mode, require_attached, require_values
 
 _CHUNK = 2**24  # logits compared at once, in 64 bits
 
@@ -60,6 +60,7 @@ class MergeCheck(NamedTuple):
             DataError: `rows` is not a series.
         """
         require_attached(model, "measure")
+        require_values(model)
         if isinstance(rows, Mapping | str) or not isinstance(rows, Iterable):
             what, fix = f"is a {type(rows).__name__}, not a series of rows", "pass a list of rows: [row]"
             raise DataError("cannot measure:", [Diagnostic("rows", what, fix)])
@@ -93,6 +94,7 @@ class MergeCheck(NamedTuple):
             StateError: nothing is attached; or a quantised site is missing.
         """
         require_attached(model, "measure")
+        require_values(model)
         layers = adapted_layers(model)
         if missing := sorted(self.quantized - layers.keys()):
             fix = "merge the model that was measured, or the same adapter on its original base"

@@ -177,6 +177,17 @@ def require_attached(model: nn.Module, verb: str) -> AttachedState:
     return state
 
 
+def require_values(model: nn.Module) -> None:
+    """Refuse to measure a model that has no values.
+
+    Raises:
+        StateError: a parameter is on the meta device.
+    """
+    if any(p.is_meta for p in model.parameters()):
+        what, fix = "is on the meta device and has no values", "load its weights first"
+        raise StateError("cannot measure:", [Diagnostic("model", what, fix)])
+
+
 def base_parameter(model: nn.Module, name: str) -> nn.Parameter:
     """A base parameter, or a buffer, by its path in the plain model, also inside an adapted layer."""
     path, _, last = name.rpartition(".")
