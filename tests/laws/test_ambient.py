@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import lorary
 from lorary.adapters.peft.export import export_peft
 from lorary.errors import LoraryError
-from lorary.model.ambient import mode_independent
+from lorary.model.ambient import callers_device, mode_independent
 from lorary.model.quantize import QuantizationWarning
 from lorary.model.state import state_of
 from tests.tiny import llama, shaken
@@ -467,6 +467,23 @@ def test_a_block_that_leaves_a_surrounding_block_first_leaves_its_modes() -> Non
     stack.close()
     assert all(m.enabled for m in model.modules() if isinstance(m, lorary.Adapted))
     assert not torch.is_autocast_enabled("cpu")
+
+
+def test_the_model_and_the_caller_s_functions_have_the_default_device_of_the_model() -> None:
+    """As under `torch.set_default_device("cuda")`, with the meta device in its place."""
+
+    @mode_independent
+    def devices(model: nn.Module) -> list[str]:
+        with callers_device(model):
+            inside = torch.empty(1).device
+        return [str(inside), str(torch.empty(1).device)]
+
+    here, there = fresh(), fresh().to("meta")
+    for mode in ("meta device", "default device"):
+        with MODES[mode]():
+            assert devices(there) == ["meta", "cpu"]
+            assert devices(here) == ["cpu", "cpu"]
+    assert devices(there) == ["cpu", "cpu"]
 
 
 def test_precisions_that_were_set_apart_are_there_again_afterwards() -> None:

@@ -24,7 +24,7 @@ from lorary.methods.lora_drop import (
     squared_norms,
     unknown_sites,
 )
-from lorary.model.ambient import mode_independent
+from lorary.model.ambient import callers_device, mode_independent
 from lorary.model.plan import Plan
 from lorary.model.state import eval_mode, require_attached, require_values
 from lorary.spec.placement import AdaptedSite
@@ -65,7 +65,8 @@ def layer_importance(
     with eval_mode(model), meter.reading():
         for batch in batches:
             meter.expect(batch, model)
-            _call(model, batch)
+            with callers_device(model):
+                _call(model, batch)
     return meter.result(over_ranks or (lambda sums: sums))
 
 

@@ -20,7 +20,7 @@ from lorary.analysis.merge_error import MergeError, SiteMergeError
 from lorary.errors import DataError, Diagnostic, StateError
 from lorary.layers.adapted import Adapted, adapted_layers
 from lorary.layers.quantized_weight import is_quantized
-from lorary.model.ambient import mode_independent
+from lorary.model.ambient import callers_device, mode_independent
 from lorary.model.merge import merge
 from lorary.model.quantize import dequantized_dtype, exact_modules
 from lorary.model.residual_base import original_weight
@@ -132,7 +132,7 @@ def logits(model: nn.Module, row: Row) -> Tensor:
     """
     device = next(model.parameters()).device
     inputs = row if isinstance(row, Mapping) else {"input_ids": torch.as_tensor(row).reshape(1, -1)}
-    with eval_mode(model):
+    with eval_mode(model), callers_device(model):
         output = model(**{name: t.to(device) if isinstance(t, Tensor) else t for name, t in inputs.items()})
     scores = cast(Tensor, getattr(output, "logits", output))
     return scores.reshape(-1, scores.shape[-1]).float().cpu()

@@ -13,11 +13,13 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 from torch import nn
 
+_CALLERS_DEVICE: ContextVar[torch.device | None] = ContextVar("callers_device", default=None)
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -76,7 +78,8 @@ def _default_modes(arguments: Iterable[Any]) -> Iterator[None]:
         stack.enter_context(_PROCESS.at_defaults())
         for device in devices:
             stack.enter_context(torch.autocast(device, enabled=False))
-        if torch.get_default_device().type != "cpu":
+        if (default := torch.get_default_device()).type != "cpu":
+            stack.callback(_CALLERS_DEVICE.reset, _CALLERS_DEVICE.set(default))
             stack.enter_context(torch.device("cpu"))
         if torch.is_inference_mode_enabled() and not _of_inference_tensors(arguments):
             stack.enter_context(torch.inference_mode(False))
@@ -84,6 +87,16 @@ def _default_modes(arguments: Iterable[Any]) -> Iterator[None]:
         yield
     if devices:
         torch.clear_autocast_cache()  # it holds casts of parameters that may have changed
+
+
+def callers_device(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """A context for calls of the model, or of a function of the caller's, inside of `mode_independent`.
+
+    They may rely on a default device (`torch.set_default_device("cuda")`), and have it back if the model is there.
+    """
+    device = _CALLERS_DEVICE.get()
+    there = device is not None and any(p.device.type == device.type for p in model.parameters())
+    return torch.device(cast(torch.device, device)) if there else contextlib.nullcontext()
 
 
 def _autocasting() -> list[str]:
