@@ -76,6 +76,8 @@ def _default_modes(arguments: Iterable[Any]) -> Iterator[None]:
     devices = _autocasting()
     with contextlib.ExitStack() as stack:
         stack.enter_context(_PROCESS.at_defaults())
+        if devices:
+            stack.callback(torch.clear_autocast_cache)  # it holds casts of parameters that may change here
         for device in devices:
             stack.enter_context(torch.autocast(device, enabled=False))
         if (default := torch.get_default_device()).type != "cpu":
@@ -85,8 +87,6 @@ def _default_modes(arguments: Iterable[Any]) -> Iterator[None]:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
         yield
-    if devices:
-        torch.clear_autocast_cache()  # it holds casts of parameters that may have changed
 
 
 def callers_device(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
