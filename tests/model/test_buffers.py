@@ -101,8 +101,10 @@ def statistics(model: nn.Module) -> dict[str, Tensor]:
     return {name: b.clone() for name, b in model.named_buffers() if "running" in name or "tracked" in name}
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [(name, method) for name in MODELS for method in METHODS if name != "mobilenet" or method in ("lora", "norms")],
+)
 def test_an_adapter_is_the_whole_change(name: str, method: str, tmp_path: Path) -> None:
     """Trained, saved and loaded: the same model. Disabled or detached: the base, bit for bit."""
     base = MODELS[name]()
@@ -132,7 +134,7 @@ def test_an_adapter_is_the_whole_change(name: str, method: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("method", ["lora", "norms"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["cnn", "resnet"])
 def test_merged_it_stays_the_same_and_can_be_unmerged(name: str, method: str) -> None:
     base = MODELS[name]()
     before = frozen_copy(base)
