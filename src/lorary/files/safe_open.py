@@ -37,7 +37,7 @@ def checked_path(path: Any, headline: str) -> str:
     text = "" if problems else os.fspath(path)
     problems += not_a(str, "a text", folder=text)
     if not problems and "\0" in text:
-        problems.append(Diagnostic("folder", f"{show(text, most=400)} holds a null character"))
+        problems.append(Diagnostic("", "the path cannot be followed: it holds a null character"))
     if problems:
         raise FileError(headline, problems)
     return cast(str, text)
