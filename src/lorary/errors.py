@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,20 @@ def deduplicated(problems: Iterable[Diagnostic]) -> list[Diagnostic]:
         Diagnostic(f"{first} and {len(more)} more" if more else first, what, fix)
         for (what, fix), (first, *more) in places.items()
     ]
+
+
+def not_a(kind: Any, what: str, **arguments: object) -> list[Diagnostic]:
+    """The errors of arguments that are not of a type, as in `not_a(nn.Module, "a torch.nn.Module", model=model)`."""
+    wrong = {name: value for name, value in arguments.items() if not isinstance(value, kind)}
+    return [Diagnostic(name, f"is a {type(value).__name__}, not {what}") for name, value in wrong.items()]
+
+
+def caller_stacklevel() -> int:
+    """The `stacklevel` with which a warning points to the first line outside of this package, at any depth."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("lorary", "contextlib"):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 class LoraryError(Exception):

@@ -17,12 +17,14 @@ from lorary.layers.dtensor import full_cpu_copy
 from lorary.layers.shared_projections import leading_slice
 from lorary.layers.wrappers import gathered
 from lorary.methods.lora import Add, ConstantScale, Kaiming, LowRank
+from lorary.model.ambient import mode_independent
+from lorary.model.buffers import warn_of_changed_buffers
 from lorary.model.fingerprint import Fingerprint
 from lorary.model.rank_pruning import without_pruned_directions
 from lorary.model.state import base_parameter, require_attached, state_of
 from lorary.spec.interfaces import Storage, Unquantized
 from lorary.spec.method import Method
-from lorary.spec.placement import AdaptedSite
+from lorary.spec.placement import AdaptedSite, start_name
 from lorary.spec.site import Site
 
 
@@ -34,7 +36,7 @@ class Adapter:
         method: the method, with the default rank of its sites.
         sites: the adapted sites, each with its own method.
         tensors: site -> role -> tensor.
-        full: base parameter -> its trained value.
+        full: base parameter, or buffer, -> its trained value.
         base: the fingerprint of the base that it was trained on.
         notes: remarks of the reader about the adapter's files.
     """
@@ -47,6 +49,7 @@ class Adapter:
     notes: tuple[str, ...] = ()
 
     @staticmethod
+    @mode_independent
     def of(model: nn.Module) -> Adapter:
         """A copy of the adapter attached to a model.
 
@@ -56,13 +59,15 @@ class Adapter:
         state = require_attached(model, "take from the model")
         with gathered(model):
             tensors = _copied_tensors(adapted_layers(model))
-            full = {name: full_cpu_copy(base_parameter(model, name)) for name in state.full}
+            full = {name: _floating(full_cpu_copy(base_parameter(model, name))) for name in state.full}
+        warn_of_changed_buffers(model, state.buffers)
         return Adapter(state.method, state.sites, tensors, full, Fingerprint.of(model))
 
     load = staticmethod(forwarding("Adapter.load", "load_adapter"))
     save = forwarding("Adapter.save", "save_adapter")
     placed = RenamedAttribute("sites")
 
+    @mode_independent
     def low_rank(self, base: nn.Module | None = None) -> dict[str, LowRankForm]:
         """site -> (B, A, gain, shift) relative to the unmodified base, in fp32, for any method.
 
@@ -76,6 +81,7 @@ class Adapter:
         """
         return low_rank_forms(self.sites, self.tensors, base)
 
+    @mode_independent
     def compact(self) -> Adapter:
         """The adapter with its pruned rank directions removed (AdaLoRA)."""
         sites, tensors = without_pruned_directions(self.sites, self.tensors)
@@ -100,9 +106,21 @@ def _copied_tensors(layers: Mapping[str, Adapted]) -> dict[str, dict[str, Tensor
     return {
         name: own[id(layer.params)]
         | {role: leading_slice(shared[role], shape) for role, shape in layer.shared_shapes.items()}
-        | {role: t.clone() for role, t in layer.start.items()}
+        | _copied_start(layer)
         for name, layer in layers.items()
     }
+
+
+def _copied_start(layer: Adapted) -> dict[str, Tensor]:
+    """role -> a copy of the start that was subtracted from the base; on the meta device, its shape."""
+    if layer.init.residual_init and not layer.start:
+        return {start_name(role): layer.params[role].detach() for role in layer.delta.roles}
+    return {role: t.clone() for role, t in layer.start.items()}
+
+
+def _floating(t: Tensor) -> Tensor:
+    """A tensor, or the counter of a batch norm as fp32: adapter files hold floating-point numbers alone."""
+    return t if t.is_floating_point() else t.float()
 
 
 def stacked(adapters: Sequence[Adapter], model: nn.Module, weights: Sequence[float] | None = None) -> Adapter:

@@ -9,7 +9,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from lorary.errors import Diagnostic, MethodError, deduplicated
+from lorary.errors import Diagnostic, MethodError, deduplicated, not_a
 from lorary.layers.adapted import unwrapped_modules
 from lorary.layers.kinds import KINDS, kind_of
 from lorary.model.checks import layer_mismatches
@@ -51,7 +51,9 @@ def low_rank_forms(
     Raises:
         MethodError: a join has no such form, or none without the base; the base lacks a layer. Each reason once.
     """
-    forms, problems = {}, []
+    if problems := not_a(nn.Module | None, "a torch.nn.Module", base=base):
+        raise MethodError("this adapter has no low-rank form:", problems)
+    forms = {}
     modules = unwrapped_modules(base) if base is not None else {}
     for adapted in sites:
         name = adapted.site.name

@@ -15,17 +15,19 @@ from lorary.adapters.peft.config import config_text
 from lorary.adapters.peft.reader import WEIGHTS, read_peft, weights_name
 from lorary.adapters.shared_tensors import SharedTensors, collect_shared, inconsistent_copies, rejoined, tie_problems
 from lorary.adapters.tensor_checks import unwritable
-from lorary.errors import Diagnostic, FileError
+from lorary.errors import Diagnostic, FileError, not_a
 from lorary.files.atomic import atomic_directory
 from lorary.files.findings import Findings
-from lorary.files.safe_open import existing_folder, subject
+from lorary.files.safe_open import checked_path, existing_folder, subject
 from lorary.files.strict_json import show
 from lorary.files.tensor_file import write_tensors
+from lorary.model.ambient import mode_independent
 
 # every file that a reader of adapters looks at: a new adapter replaces them all
 ADAPTER_FILES = (native.NAME, native.TENSORS, PEFT_CONFIG, WEIGHTS, "adapter_model.bin", writer.BASE_README)
 
 
+@mode_independent
 def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.Module | None = None) -> None:
     """Write an adapter folder: `lorary.json`, and the tensors, in PEFT's two files if PEFT can read them.
 
@@ -40,10 +42,13 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.
     Raises:
         FileError: no reader would accept the adapter (NaN, other dtypes), or the folder cannot be written.
     """
-    headline = f"cannot save an adapter to {show(os.fspath(folder), most=400)}"
+    headline = f"cannot save an adapter to {show(checked_path(folder, 'cannot save an adapter:'), most=400)}"
+    problems = not_a(nn.Module | None, "a torch.nn.Module", model=model)
     if not isinstance(adapter, Adapter):
         what = f"is a {type(adapter).__name__}, not an Adapter"
-        raise FileError(headline, [Diagnostic("adapter", what, "lorary.save(model, path) saves a model's adapter")])
+        problems.append(Diagnostic("adapter", what, "lorary.save(model, path) saves a model's adapter"))
+    if problems:
+        raise FileError(headline, problems)
     shared = collect_shared(adapter)
     tensors = native.native_tensors(adapter, shared)
     if problems := unwritable(tensors) or _inconsistent(adapter, shared):
@@ -60,6 +65,7 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.
         native.write_record(temporary, adapter, shared)
 
 
+@mode_independent
 def load_adapter(folder: str | os.PathLike[str], *, model: nn.Module | None = None, strict: bool = True) -> Adapter:
     """Read an adapter folder, lorary's or PEFT's.
 
@@ -76,6 +82,9 @@ def load_adapter(folder: str | os.PathLike[str], *, model: nn.Module | None = No
     Raises:
         FileError: every reason why it cannot be used, at once.
     """
+    checked_path(folder, "cannot load an adapter:")
+    if problems := not_a(nn.Module | None, "a torch.nn.Module", model=model):
+        raise FileError(f"cannot load {subject(folder)}", problems)
     path = existing_folder(folder)
     findings = Findings(subject(folder), strict)
     try:

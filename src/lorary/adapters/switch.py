@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from lorary._deprecated import warn
 from lorary.adapters.adapter import Adapter, stacked
 from lorary.adapters.save_load import load_adapter, save_adapter
-from lorary.errors import Diagnostic, FileError, StateError
+from lorary.errors import Diagnostic, FileError, StateError, caller_stacklevel, deduplicated
 from lorary.layers.adapted import adapted_layers, base_parameters, unwrapped_modules
-from lorary.layers.quantized_weight import is_quantized
+from lorary.layers.kinds import kind_of
+from lorary.layers.quantized_weight import is_quantized, stored_tensors
+from lorary.model.ambient import mode_independent
 from lorary.model.attach import attach_tensors, remove
+from lorary.model.buffers import persistent_buffers
 from lorary.model.checks import changeable, layer_mismatches
 from lorary.model.fingerprint import Fingerprint
 from lorary.model.quantize import already_quantized, quantizable_layers, warn_of_quantization
@@ -25,6 +28,7 @@ from lorary.model.state import base_parameter, require_attached, state_of
 from lorary.model.undo import Undo, all_or_nothing
 
 
+@mode_independent
 def save(model: nn.Module, path: str | PathLike[str]) -> None:
     """Write the adapter attached to a model as an adapter folder.
 
@@ -35,6 +39,7 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
     save_adapter(Adapter.of(model), path, model=model)
 
 
+@mode_independent
 def load(
     base: nn.Module,
     path: str | PathLike[str],
@@ -65,7 +70,7 @@ def load(
         StateError: an adapter is attached already.
     """
     if pack is not None:
-        warn("lorary.load(pack=...)", "quantize=")
+        warn("lorary.load(pack=...)", "quantize=", stacklevel=caller_stacklevel() + 1)
         quantize = pack
     inner = changeable(base, "load", trains=trainable)
     if state_of(inner) is not None:
@@ -80,6 +85,7 @@ def load(
     return base
 
 
+@mode_independent
 def switch(model: nn.Module, adapters: Adapter | Sequence[Adapter] | None, *, force: bool = False) -> nn.Module:
     """Replace the attached adapter by others on the same base: one, the sum of several, or none.
 
@@ -119,8 +125,9 @@ def _adapters(adapters: Any) -> list[Adapter]:
     Raises:
         FileError: one of them is not an adapter.
     """
-    alone = isinstance(adapters, (Adapter, str, PathLike)) or not isinstance(adapters or (), Iterable)
-    several = [adapters] if alone else list(adapters or ())
+    adapters = () if adapters is None else adapters
+    alone = isinstance(adapters, (Adapter, str, PathLike, Tensor)) or not isinstance(adapters, Iterable)
+    several = [adapters] if alone else list(adapters)
     fix = "read one with lorary.load_adapter(path)"
     wrong = [Diagnostic(repr(a), "is not an adapter", fix) for a in several if not isinstance(a, Adapter)]
     if wrong:
@@ -137,17 +144,25 @@ def _check_base(model: nn.Module, adapter: Adapter, here: Fingerprint, where: st
         if adapted.starts and is_quantized(modules.get(name)) and name not in residual:
             problems.append(already_quantized(name, adapted.init))
         problems += _tensor_problems(name, adapted.stored, adapter.tensors.get(name, {}))
-    parameters = {name: tuple(t.shape) for name, t in base_parameters(model)}
+    parameters = {name: tuple(t.shape) for name, t in [*base_parameters(model), *persistent_buffers(modules).items()]}
     for name, tensor in adapter.full.items():
         if parameters.get(name) != tuple(tensor.shape):
             found = f"it is {parameters[name]}" if name in parameters else "it has no such parameter"
             problems.append(Diagnostic(name, f"the adapter holds {tuple(tensor.shape)} for it; in this model {found}"))
-    problems += _context_problems(model, adapter)
+    problems += _context_problems(model, adapter) + _meta_problems(modules, adapter)
     if not force:
         fix = "load the base that it was trained on, or pass force=True"
         problems += [Diagnostic(p.where, p.what, fix) for p in adapter.base.disagreements(here)]
     if problems:
         raise FileError(f"{where} does not fit this model:", problems)
+
+
+def _meta_problems(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[Diagnostic]:
+    """The layers without values, on which the adapter would lose its own."""
+    layers = {a.site.name: modules[a.site.name] for a in adapter.sites if a.site.name in modules}
+    what, fix = "is on the meta device, where the adapter would lose its values", "load the base's weights first"
+    empty = [name for name, layer in layers.items() if kind_of(layer) and stored_tensors(layer)[0].is_meta]
+    return deduplicated(Diagnostic(name, what, fix) for name in empty)
 
 
 def _context_problems(model: nn.Module, adapter: Adapter) -> list[Diagnostic]:

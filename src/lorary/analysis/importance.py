@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorary.errors import DataError, Diagnostic, PlanError, StateError, deduplicated
+from lorary.errors import DataError, Diagnostic, PlanError, StateError, deduplicated, not_a
 from lorary.layers.adapted import Adapted, adapted_layers
 from lorary.layers.module_kinds import module_positions
 from lorary.methods.lora_drop import (
@@ -24,14 +24,16 @@ from lorary.methods.lora_drop import (
     squared_norms,
     unknown_sites,
 )
+from lorary.model.ambient import callers_device, mode_independent
 from lorary.model.plan import Plan
-from lorary.model.state import eval_mode, require_attached
+from lorary.model.state import eval_mode, require_attached, require_values
 from lorary.spec.placement import AdaptedSite
 
 _MASKS = ("attention_mask", "decoder_attention_mask")
 
 
 @torch.no_grad()
+@mode_independent
 def layer_importance(
     model: nn.Module, batches: Iterable[Any], *, over_ranks: Callable[[Tensor], Tensor] | None = None
 ) -> Importance:
@@ -54,15 +56,32 @@ def layer_importance(
     >>> layer_importance(model, [{"input_ids": ids, "attention_mask": mask}]).I["model.layers.0.self_attn.q_proj"]
     """
     state = require_attached(model, "measure")
+    require_values(model)
     if problems := measuring_problems(state.method):
         raise PlanError("cannot measure layer importance:", problems)
+    _check_batches(batches, over_ranks)
     layers = adapted_layers(model)
     meter = _Meter(layers)
     with eval_mode(model), meter.reading():
         for batch in batches:
             meter.expect(batch, model)
-            _call(model, batch)
+            with callers_device(model):
+                _call(model, batch)
     return meter.result(over_ranks or (lambda sums: sums))
+
+
+def _check_batches(batches: object, over_ranks: object) -> None:
+    """Refuse what is not a series of batches, or not a function.
+
+    Raises:
+        DataError: every reason.
+    """
+    problems = not_a(Iterable, "a series of batches", batches=batches)
+    if isinstance(batches, Mapping | str | bytes | Tensor):
+        problems.append(Diagnostic("batches", f"is one {type(batches).__name__}", "pass a list of batches: [batch]"))
+    problems += not_a(Callable | None, "a function", over_ranks=over_ranks)
+    if problems:
+        raise DataError("cannot measure layer importance:", problems)
 
 
 def _call(model: nn.Module, batch: Any) -> None:
@@ -197,6 +216,7 @@ def _unmatched(where: str, what: str, fix: str) -> DataError:
     return DataError("cannot tell padding from tokens:", [Diagnostic(where, what, fix)])
 
 
+@mode_independent
 def drop_layers(plan: Plan, importance: Importance, threshold: float = THRESHOLD) -> Plan:
     """The plan in which important layers keep their own tensors, and the others of a module kind share one set.
 
@@ -213,6 +233,8 @@ def drop_layers(plan: Plan, importance: Importance, threshold: float = THRESHOLD
 
     >>> print(drop_layers(plan, layer_importance(model, batches)))
     """
+    if problems := not_a(Plan, "a Plan", plan=plan) + not_a(Importance, "an Importance", importance=importance):
+        raise PlanError("cannot drop layers from this plan:", problems)
     problems = sharing_problems(plan.method) + unknown_sites(importance.g, (p.site.name for p in plan.sites))
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 < threshold <= 1:
         problems.append(Diagnostic("threshold", f"{threshold!r} is not a number above 0 and at most 1"))

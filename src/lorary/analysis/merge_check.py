@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorary.analysis.merge_error import MergeError, SiteMergeError
-from lorary.errors import Diagnostic, StateError
+from lorary.errors import DataError, Diagnostic, StateError
 from lorary.layers.adapted import Adapted, adapted_layers
 from lorary.layers.quantized_weight import is_quantized
+from lorary.model.ambient import callers_device, mode_independent
 from lorary.model.merge import merge
 from lorary.model.quantize import dequantized_dtype, exact_modules
 from lorary.model.residual_base import original_weight
-from lorary.model.state import eval_mode, require_attached
+from lorary.model.state import eval_mode, require_attached, require_values
 
 _CHUNK = 2**24  # logits compared at once, in 64 bits
 
@@ -46,6 +47,7 @@ class MergeCheck(NamedTuple):
     quantized: frozenset[str]
 
     @staticmethod
+    @mode_independent
     def of(model: nn.Module, rows: Iterable[Row] = ()) -> MergeCheck:
         """The logits of the model as it is.
 
@@ -55,12 +57,18 @@ class MergeCheck(NamedTuple):
 
         Raises:
             StateError: nothing is attached.
+            DataError: `rows` is not a series.
         """
         require_attached(model, "measure")
+        require_values(model)
+        if isinstance(rows, Mapping | str) or not isinstance(rows, Iterable):
+            what, fix = f"is a {type(rows).__name__}, not a series of rows", "pass a list of rows: [row]"
+            raise DataError("cannot measure:", [Diagnostic("rows", what, fix)])
         rows = tuple(rows)
         quantized = frozenset(name for name, layer in adapted_layers(model).items() if is_quantized(layer.base))
         return MergeCheck(rows, tuple(logits(model, row) for row in rows), quantized)
 
+    @mode_independent
     def merge(self, model: nn.Module, *, dtype: torch.dtype | None = None) -> MergeError:
         """`lorary.merge`, and the difference that it makes.
 
@@ -78,6 +86,7 @@ class MergeCheck(NamedTuple):
             round_weights(model, dtype)
         return self.against(model, sites)
 
+    @mode_independent
     def sites(self, model: nn.Module, dtype: torch.dtype | None = None) -> tuple[SiteMergeError, ...]:
         """The error of a merge at each site; one layer at a time, without merging.
 
@@ -85,6 +94,7 @@ class MergeCheck(NamedTuple):
             StateError: nothing is attached; or a quantised site is missing.
         """
         require_attached(model, "measure")
+        require_values(model)
         layers = adapted_layers(model)
         if missing := sorted(self.quantized - layers.keys()):
             fix = "merge the model that was measured, or the same adapter on its original base"
@@ -94,6 +104,7 @@ class MergeCheck(NamedTuple):
             for name, layer in layers.items()
         )
 
+    @mode_independent
     def against(self, model: nn.Module, sites: tuple[SiteMergeError, ...] = ()) -> MergeError:
         """The report on the merged model."""
         tokens, same, nats, differences = 0, 0, 0.0, []
@@ -121,7 +132,7 @@ def logits(model: nn.Module, row: Row) -> Tensor:
     """
     device = next(model.parameters()).device
     inputs = row if isinstance(row, Mapping) else {"input_ids": torch.as_tensor(row).reshape(1, -1)}
-    with eval_mode(model):
+    with eval_mode(model), callers_device(model):
         output = model(**{name: t.to(device) if isinstance(t, Tensor) else t for name, t in inputs.items()})
     scores = cast(Tensor, getattr(output, "logits", output))
     return scores.reshape(-1, scores.shape[-1]).float().cpu()

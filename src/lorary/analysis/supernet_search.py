@@ -25,6 +25,7 @@ from lorary.errors import ConfigError, Diagnostic, MethodError, StateError
 from lorary.layers.adapted import Adapted, Parameters, adapted_layers
 from lorary.methods.glora import RandomStructures
 from lorary.methods.glora_terms import FORMS, GLoRADelta, structures
+from lorary.model.ambient import callers_device, mode_independent
 from lorary.model.state import eval_mode, require_attached
 from lorary.spec.fields import COUNT, PORTION, SEED, WHOLE, field_errors, optional
 from lorary.spec.placement import AdaptedSite
@@ -89,6 +90,7 @@ class SearchResult:
     judged: int
 
 
+@mode_independent
 def search_supernet(
     model: nn.Module,
     fitness: Callable[[nn.Module], float],
@@ -123,7 +125,7 @@ def search_supernet(
             if not candidates:  # the whole space has been judged
                 break
             for genes in candidates:
-                with structured(layers, genes):
+                with structured(layers, genes), callers_device(model):
                     score = _number(fitness(model))
                 judged[genes] = score if math.isfinite(score) else -math.inf
                 if progress is not None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from lorary.errors import Diagnostic, FileError
+from lorary.errors import Diagnostic, FileError, caller_stacklevel
 
 _MOST = 40  # reasons shown; a file made for another model has one for every tensor
 
@@ -73,5 +73,5 @@ class Findings:
             lines = [f"  - {text}" for text in warned[:_MOST]]
             if len(warned) > _MOST:
                 lines.append(f"  - and {len(warned) - _MOST:,} more")
-            warnings.warn("\n".join([f"{self.subject}:", *lines]), AdapterWarning, stacklevel=5)
+            warnings.warn("\n".join([f"{self.subject}:", *lines]), AdapterWarning, stacklevel=caller_stacklevel())
         return (*warned, *self.notes)

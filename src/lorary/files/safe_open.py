@@ -10,9 +10,9 @@ import errno
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
-from lorary.errors import Diagnostic, FileError, did_you_mean
+from lorary.errors import Diagnostic, FileError, did_you_mean, not_a
 from lorary.files import strict_json
 from lorary.files.atomic import recover
 from lorary.files.strict_json import show
@@ -25,6 +25,22 @@ _KINDS = {
     stat.S_IFCHR: "device",
     stat.S_IFBLK: "device",
 }
+
+
+def checked_path(path: Any, headline: str) -> str:
+    """A path from a user, as text.
+
+    Raises:
+        FileError: it is not a path.
+    """
+    problems = not_a(str | os.PathLike, "a path", folder=path)
+    text = "" if problems else os.fspath(path)
+    problems += not_a(str, "a text", folder=text)
+    if not problems and "\0" in text:
+        problems.append(Diagnostic("", "the path cannot be followed: it holds a null character"))
+    if problems:
+        raise FileError(headline, problems)
+    return cast(str, text)
 
 
 def existing_folder(path: str | os.PathLike[str]) -> Path:

@@ -29,6 +29,7 @@ from lorary.files.safe_open import open_inside, read_exactly
 from lorary.files.strict_json import named, show
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_COUNTER, _COUNTER_DTYPE = ".num_batches_tracked", "I64"  # of a batch norm that PEFT saved whole
 _MOST_BYTES = 2**40  # the header and the memory set the real limits; this one only keeps numbers sane
 ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 MOST_HEADER_BYTES = 10 * 2**20
@@ -94,7 +95,7 @@ class TensorFile:
         self._file.close()
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The tensors of these names, each in its own memory and dtype.
+        """The tensors of these names, each in its own memory and dtype; a batch norm's counter in fp32.
 
         Raises:
             FileError: they need more memory than the machine has, or the file was truncated meanwhile.
@@ -112,12 +113,12 @@ class TensorFile:
         return hashlib.file_digest(cast(Any, self._file), "sha256").hexdigest()
 
     def _tensor(self, entry: Entry) -> Tensor:
-        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        tensor = torch.empty(entry.shape, dtype=DTYPES.get(entry.dtype, torch.int64))
         if tensor.numel():
             self._file.seek(self.header.data + entry.start)
             raw = tensor.reshape(-1).view(torch.uint8).numpy()
             read_exactly(self._file, raw.data, self.name)
-        return tensor
+        return tensor if tensor.is_floating_point() else tensor.float()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -205,7 +206,7 @@ def _checked(written: Any, data_size: int, data: int, where: str) -> Header:
         raise FileError("", [Diagnostic(where, what)])
     tensors = {}
     for name, fields in written.items():
-        if what := name_problem(name) or _entry_problem(fields):
+        if what := name_problem(name) or _entry_problem(name, fields):
             problems.append(Diagnostic(named(name), what))
         else:
             tensors[name] = Entry(fields["dtype"], tuple(fields["shape"]), *fields["data_offsets"])
@@ -236,11 +237,12 @@ def name_problem(name: str) -> str:
     return "a tensor's name is not a path" if ".." in name or name.startswith(("/", "\\")) else ""
 
 
-def _entry_problem(fields: Any) -> str:
+def _entry_problem(name: str, fields: Any) -> str:
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         return "its entry must have exactly the fields dtype, shape and data_offsets"
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:  # not every JSON value can be looked up
+    counter = name.endswith(_COUNTER) and dtype == _COUNTER_DTYPE
+    if not counter and (not isinstance(dtype, str) or dtype not in DTYPES):  # not every JSON value can be looked up
         known = isinstance(dtype, str) and dtype in ITEM_SIZES
         return f"{'is' if known else 'has the unknown dtype'} {show(dtype)}; accepted are {', '.join(DTYPES)}"
     if not _are_counts(shape, MOST_EXTENT) or len(shape) > MOST_DIMENSIONS:

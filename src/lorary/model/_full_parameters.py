@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Sequence
 
 import torch
+from torch import Tensor
 
 from lorary.errors import Diagnostic, suggestion
 from lorary.layers.wrappers import original_class
@@ -26,7 +27,7 @@ def full_parameters(
     problems: list[Diagnostic] = []
     trained: set[str] = set()
     for pattern, names in parameters_by_pattern(scan, method).items():
-        if not names and not (pattern == "norms" and any(map(_is_norm, scan.modules.values()))):  # may have no weights
+        if not names and not _covers_a_module(scan, pattern):
             problems.append(_no_parameter(pattern, list(scan.parameters)))
         trained |= names
     if _NEW_HEAD.search(original_class(scan.model).__name__):
@@ -35,12 +36,30 @@ def full_parameters(
     writes = any(rule.writes_base for rule in method.rules)
     written = {f"{p.site.name}.weight" for p in sites} if writes else set()
     problems += unwritable_weights(scan, method, written)
+    moving = _trained_buffers(scan, method, trained)
     full = [
         FullParameter(name, tuple(t.shape), t.numel() * t.element_size(), name in trained)
-        for name, t in scan.parameters.items()
-        if name in trained | written
+        for name, t in (dict(scan.parameters) | moving).items()
+        if name in trained | written | moving.keys()
     ]
     return full, problems
+
+
+def _trained_buffers(scan: Scan, method: Method, trained: Collection[str]) -> dict[str, Tensor]:
+    """The buffers that train: of modules that a pattern covers, and beside a weight that trains."""
+    patterns = [pattern for pattern in method.full if pattern not in ("norms", "embeddings")]
+
+    def trains(name: str) -> bool:
+        path = name.rpartition(".")[0]
+        module = scan.modules[path]
+        weights = (own for own, _ in module.module.named_parameters(path, recurse=False) if not own.endswith(".bias"))
+        return (
+            any(own in trained for own in weights)
+            or any(_covers(pattern, path) for pattern in patterns)
+            or ("norms" in method.full and _is_norm(module))
+        )
+
+    return {name: buffer for name, buffer in scan.buffers.items() if trains(name)}
 
 
 def parameters_by_pattern(scan: Scan, method: Method) -> dict[str, set[str]]:
@@ -72,6 +91,13 @@ def _covers(pattern: str, name: str) -> bool:
     """Whether a pattern matches this parameter, or a module that holds it."""
     components = name.split(".")
     return any(matches(pattern, ".".join(components[: i + 1])) for i in range(len(components)))
+
+
+def _covers_a_module(scan: Scan, pattern: str) -> bool:
+    """Whether a pattern without parameters covers a module that may have none: a norm, or one with buffers alone."""
+    if pattern == "norms":
+        return any(map(_is_norm, scan.modules.values()))
+    return any(_covers(pattern, name.rpartition(".")[0]) for name in scan.buffers)
 
 
 def _no_parameter(pattern: str, names: list[str]) -> Diagnostic:

@@ -13,9 +13,9 @@ from lorary.layers.adapted import Adapted, Parameters
 from lorary.layers.other_quantizers import keep_layout
 from lorary.layers.quantized_weight import move_hooks, stored_tensors
 from lorary.layers.shared_projections import SharedProjections
+from lorary.model.buffers import freeze_statistics, frozen_buffers
 from lorary.model.checks import model_mismatches
 from lorary.model.fingerprint import STATE, Fingerprint
-from lorary.model.quantize import inference_mode_like
 from lorary.model.scan import Scan
 from lorary.model.state import AttachedState, set_submodules, state_of
 from lorary.spec.method import Method
@@ -46,16 +46,18 @@ def insert(
     layers = _adapted(scanned, sites, dtype, tensors)
     kept = {}
     for name in full:
-        value = scanned.parameter(name).detach()
+        value = scanned.tensor(name).detach()
         kept[name] = value.to("meta" if value.is_meta else "cpu", copy=True)
     patch = None if method.context is None else method.context.apply(model)
     model.requires_grad_(False)
     for name, layer in layers.items():
         move_hooks(layer.base, layer)
         set_submodules(model, paths[name], layer)
-    for name in full.keys() - {f"{p.site.name}.weight" for p in sites}:  # only a rule writes an adapted weight
-        scanned.parameter(name).requires_grad_(True)
+    for name in (full.keys() & scanned.names.keys()) - {f"{p.site.name}.weight" for p in sites}:
+        scanned.parameter(name).requires_grad_(True)  # an adapted weight is written by a rule alone
     state = AttachedState(method, sites, kept, trained, paths, fingerprint, total, context_patch=patch)
+    state.buffers = frozen_buffers(model, full)
+    state.evaluating = freeze_statistics(model, full)
     object.__setattr__(model, STATE, state)
 
 
@@ -97,18 +99,17 @@ def _adapted(
     """site -> its adapted layer, not yet in the model; zero, or with these tensors."""
     layers: dict[str, Adapted] = {}
     sets: dict[str, Parameters] = {}  # sites may share one set of tensors
-    with inference_mode_like(scanned.model):
-        projections = None
-        if any(p.delta.shared for p in sites):  # VeRA
-            device = stored_tensors(scanned.modules[sites[0].site.name].module)[0].device
-            projections = SharedProjections(sites, dtype, device)
-        for p in sites:
-            name = p.site.name
-            plain = scanned.modules[name].module
-            layer = layers[name] = Adapted(plain, p, dtype, projections, sets.get(p.share))
-            layer.train(plain.training)
-            if p.share:
-                sets[p.share] = layer.params
+    projections = None
+    if any(p.delta.shared for p in sites):  # VeRA
+        device = stored_tensors(scanned.modules[sites[0].site.name].module)[0].device
+        projections = SharedProjections(sites, dtype, device)
+    for p in sites:
+        name = p.site.name
+        plain = scanned.modules[name].module
+        layer = layers[name] = Adapted(plain, p, dtype, projections, sets.get(p.share))
+        layer.train(plain.training)
+        if p.share:
+            sets[p.share] = layer.params
     if tensors is not None:
         for name, layer in layers.items():
             layer.load(tensors[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from numbers import Integral
 from typing import Any, cast
 
 import torch
@@ -12,10 +13,12 @@ from lorary.errors import Diagnostic, PlanError
 from lorary.layers.adapted import Adapted, adapted_layers, base_parameters
 from lorary.layers.quantized_weight import move_hooks
 from lorary.model._insert import insert
+from lorary.model.ambient import mode_independent
+from lorary.model.buffers import changed_buffers
 from lorary.model.checks import blocks_gradient, changeable, not_quantizable, unwritable_weights
 from lorary.model.fingerprint import STATE, Fingerprint
 from lorary.model.plan import Plan
-from lorary.model.quantize import inference_mode_like, quantize_layers, with_progress
+from lorary.model.quantize import quantize_layers, with_progress
 from lorary.model.residual_base import (
     bad_weight,
     cannot_learn,
@@ -33,6 +36,7 @@ from lorary.spec.placement import AdaptedSite
 TRAINABLE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+@mode_independent
 def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Attach a plan's adapters in place and freeze everything else; the model's outputs do not change yet.
 
@@ -55,10 +59,12 @@ def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = 
             trainable dtype.
     """
     inner = changeable(model, "attach", trains=True)
+    if not isinstance(seed, Integral):
+        raise PlanError("cannot attach:", [Diagnostic("seed", f"is {seed!r}, not a whole number")])
     scanned = scan(inner)
     quantized = _layers_to_quantize(scanned, plan, dtype)
     full = {f.name: f.shape for f in plan.full}
-    with all_or_nothing(inner) as undo, inference_mode_like(inner):
+    with all_or_nothing(inner) as undo:
         insert(scanned, plan.method, plan.sites, full, dtype=dtype, quantized=quantized)
         _start(inner, seed, plan.fixed_tensors, quantized, undo)
         _quantize_others(inner, quantized)
@@ -163,6 +169,7 @@ def _with_progress(layers: list[Adapted]) -> Iterable[Adapted]:
     return with_progress(layers, "attaching") if slow else layers
 
 
+@mode_independent
 def detach(model: nn.Module) -> nn.Module:
     """Take the adapters off: the base bit for bit, with its layers, values and flags as before. All or nothing.
 
@@ -182,6 +189,8 @@ def detach(model: nn.Module) -> nn.Module:
 def remove(model: nn.Module, undo: Undo) -> None:
     """Take the adapters off a model that has some, unmerged and enabled."""
     state = cast(AttachedState, state_of(model))
+    for name, value in changed_buffers(model, state.buffers).items():
+        base_parameter(model, name).data = value.to(base_parameter(model, name))
     if state.context_patch:
         state.context_patch.revert()
     for name, value in state.full.items():
@@ -198,6 +207,8 @@ def remove(model: nn.Module, undo: Undo) -> None:
         set_submodules(model, state.paths[name], base)
     if state.untied:
         cast(Any, model).config.tie_word_embeddings = True
+    for mode in state.evaluating:
+        mode.revert(model.training)
     object.__delattr__(model, STATE)
     for name, parameter in base_parameters(model):
         if parameter.is_floating_point():

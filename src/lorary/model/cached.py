@@ -10,9 +10,11 @@ from torch import nn
 
 from lorary.errors import Diagnostic, StateError
 from lorary.layers.adapted import Adapted, Kept, adapted_layers
+from lorary.model.ambient import mode_independent
 
 
 @contextmanager
+@mode_independent
 def cached(model: nn.Module) -> Iterator[nn.Module]:
     """A block in which no weight changes, so that what depends on the weights alone is computed once.
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorary.errors import Diagnostic, StateError
+from lorary.errors import Diagnostic, StateError, not_a
 from lorary.layers.kinds import kind_of, site
 from lorary.layers.quantized_weight import is_foreign, stored_tensors, weight
 from lorary.layers.wrappers import is_sharded_model, named_modules, unwrapped
@@ -82,9 +82,7 @@ def peft_layers(modules: Iterable[tuple[str, nn.Module]]) -> list[Diagnostic]:
 
 def not_a_module(model: Any) -> list[Diagnostic]:
     """The error of an argument that is not a module."""
-    if isinstance(model, nn.Module):
-        return []
-    return [Diagnostic("model", f"is a {type(model).__name__}, not a torch.nn.Module")]
+    return not_a(nn.Module, "a torch.nn.Module", model=model)
 
 
 def bad_arguments(method: Any, ranks: Any, alphas: Any) -> list[Diagnostic]:
@@ -183,9 +181,9 @@ def model_mismatches(
     """The differences between a model and the one that a plan was made for."""
     problems = [problem for p in sites for problem in layer_mismatches(p.site, scan.module(p.site.name))]
     for name, shape in full.items():
-        if name not in scan.names:
+        if name not in scan.names and name not in scan.buffers:
             problems.append(Diagnostic(name, "the model has no such parameter"))
-        elif (found := tuple(scan.parameter(name).shape)) != tuple(shape):
+        elif (found := tuple(scan.tensor(name).shape)) != tuple(shape):
             problems.append(Diagnostic(name, f"is {found}, expected {tuple(shape)}"))
     if not torch.is_inference_mode_enabled() and any(t.is_inference() for t in scan.parameters.values()):
         what = "its weights were created in torch.inference_mode() and cannot be trained or changed outside of it"

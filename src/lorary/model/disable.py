@@ -12,12 +12,15 @@ from lorary.errors import Diagnostic, StateError
 from lorary.layers.adapted import adapted_layers
 from lorary.layers.dtensor import distribute_like, is_sharded
 from lorary.layers.wrappers import has_flat_parameters
+from lorary.model.ambient import mode_independent
+from lorary.model.buffers import base_buffers
 from lorary.model.state import AttachedState, Suspended, base_parameter, require_attached
 
 _LOCK = threading.RLock()  # reentrant: a generator that is collected while it is held may leave its own block
 
 
 @contextlib.contextmanager
+@mode_independent
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """The base model inside the block: adapters do nothing, and changed parameters have their old values.
 
@@ -67,6 +70,7 @@ def _suspend(model: nn.Module, state: AttachedState) -> Suspended:
             _set_values(parameter, value)
         for parameter, before in tied:  # its own values may be another site's residual, and are the base's by now
             parameter.data = before.data.to(parameter)
+        suspended.buffers.enter_context(base_buffers(model, state.full, state.buffers))
     except BaseException:
         _resume(state, suspended)
         raise
@@ -75,6 +79,7 @@ def _suspend(model: nn.Module, state: AttachedState) -> Suspended:
 
 def _resume(state: AttachedState, suspended: Suspended) -> None:
     """Put the adapted values back."""
+    suspended.buffers.close()
     for layer, was in suspended.enabled:
         layer.enabled = was
     for parameter, value in suspended.values:

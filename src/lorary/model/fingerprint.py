@@ -11,12 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorary.errors import Diagnostic
+from lorary.errors import Diagnostic, StateError, not_a
 from lorary.layers.adapted import base_parameters, unwrapped_modules
 from lorary.layers.dtensor import full_tensor
 from lorary.layers.kinds import KINDS, kind_of, was_transposed
 from lorary.layers.quantized_weight import is_foreign
 from lorary.layers.wrappers import original_class, unwrapped
+from lorary.model.ambient import mode_independent
 
 STATE = "_lorary"  # the attribute of a model for its AttachedState, which holds its base's fingerprint
 _PLAIN = "_lorary_base"  # the attribute of a quantised model for the fingerprint from before
@@ -66,6 +67,7 @@ class Fingerprint:
     name: str = ""
 
     @staticmethod
+    @mode_independent
     def of(model: nn.Module, known: Mapping[str, Sample] | None = None) -> Fingerprint:
         """The fingerprint of a model's base; attached adapters and quantisation by lorary do not change it.
 
@@ -73,7 +75,12 @@ class Fingerprint:
             model: the model.
             known: samples of parameters from before they were quantised, empty for those that another library
                 quantised; given these, a remembered fingerprint is not used.
+
+        Raises:
+            StateError: `model` is not a module.
         """
+        if problems := not_a(nn.Module, "a torch.nn.Module", model=model):
+            raise StateError("only a model has a fingerprint:", problems)
         model = unwrapped(model)
         for remembered in (getattr(getattr(model, STATE, None), "fingerprint", None), getattr(model, _PLAIN, None)):
             if isinstance(remembered, Fingerprint) and known is None:

@@ -9,9 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorary.errors import Diagnostic, StateError, deduplicated
+from lorary.errors import Diagnostic, StateError, caller_stacklevel, deduplicated
 from lorary.layers.adapted import Adapted, adapted_layers
 from lorary.layers.quantized_weight import is_quantized, move_hooks
+from lorary.model.ambient import mode_independent
 from lorary.model.bias_flags import BiasFlags, BiasWarning, enable_bias_flags, restore_bias_flags, unserialisable_biases
 from lorary.model.checks import changeable
 from lorary.model.fingerprint import STATE, Fingerprint
@@ -22,6 +23,7 @@ from lorary.model.undo import all_or_nothing
 LOSSY = "the steps between 4-bit or 8-bit numbers are coarser than what an adapter changes, and rounding would undo it"
 
 
+@mode_independent
 def merge(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = None) -> nn.Module:
     """Fold the adapters into plain layers: W' and b' in fp32 or better, rounded once to the weight's own precision.
 
@@ -85,8 +87,10 @@ def fold(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = No
     state.tied = _untie(model, state.untied) if untied else None
     state.bias_flags = enable_bias_flags(model, created)
     for problem in deduplicated(unserialisable_biases(model)) if created else ():
-        warnings.warn(f"{problem.where}: {problem.what}", BiasWarning, stacklevel=3)
+        warnings.warn(f"{problem.where}: {problem.what}", BiasWarning, stacklevel=caller_stacklevel())
     if not keep:
+        for mode in state.evaluating:
+            mode.revert(model.training)
         object.__delattr__(model, STATE)
         Fingerprint.forget(model)  # it was of the weights before
         remove_quantization_config(model)
@@ -124,6 +128,7 @@ def _merge_layer(model: nn.Module, layer: Adapted, dtype: torch.dtype | None) ->
     return Merged(weight, bias, layer, plain, W.dtype)
 
 
+@mode_independent
 def unmerge(model: nn.Module) -> nn.Module:
     """Undo `merge(model, keep=True)`: the kept weights and adapters go back, bit for bit. All or nothing.
 

@@ -19,13 +19,14 @@ from lorary.spec.placement import AdaptedSite, shared_shapes, unique_tensor_sets
 
 @dataclass(frozen=True)
 class FullParameter:
-    """A base parameter that trains in full.
+    """A base parameter, or a buffer, that trains in full.
 
     Args:
         name: its path in the model.
         shape: its shape.
         bytes: its size at the model's precision.
-        trains: whether an optimizer trains it; otherwise a rule of the method writes it.
+        trains: whether an optimizer trains it; otherwise a rule of the method or, if it is a buffer, the layer's own
+            forward pass writes it.
     """
 
     name: str

@@ -10,6 +10,8 @@ from torch import nn
 from lorary.errors import Diagnostic, MethodError, PlanError, deduplicated, suggestion
 from lorary.layers.kinds import site
 from lorary.model._full_parameters import full_parameters, parameters_by_pattern
+from lorary.model.ambient import mode_independent
+from lorary.model.buffers import frozen_statistics, has_statistics
 from lorary.model.checks import bad_arguments, not_a_module, not_ready
 from lorary.model.plan import FullParameter, Plan, human_bytes
 from lorary.model.previous_tasks import PreviousAdapter, with_previous_tasks
@@ -21,6 +23,7 @@ from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite, with_rank
 
 
+@mode_independent
 def plan(
     model: nn.Module,
     method: Method,
@@ -163,6 +166,7 @@ def _notes(
         *_tie_notes(scan, sites),
         *_head_notes(scan, method, full),
         *_precision_notes(full),
+        *_statistics_notes(scan, full),
         *_storage_notes(scan, sites, method.storage, quantized),
         *(method.context.notes(scan.model) if method.context else []),
     ]
@@ -223,6 +227,17 @@ def _precision_notes(full: Sequence[FullParameter]) -> list[str]:
     """Base parameters that train in 16 bits, where small steps are rounded away."""
     coarse = [f.name for f in full if f.trains and f.bytes < 4 * f.size]
     return _note("{} would train in 16 bits, where small steps are rounded away: load the base in float32", coarse)
+
+
+def _statistics_notes(scan: Scan, full: Sequence[FullParameter]) -> list[str]:
+    """The layers with running statistics: frozen ones evaluate, and others train theirs."""
+    modules = {path: m.module for path, m in scan.modules.items()}
+    frozen = frozen_statistics(modules, {f.name for f in full})
+    moving = [path for path, module in modules.items() if has_statistics(module) and path not in frozen]
+    return [
+        *_note("the running statistics of {} are frozen, also in `model.train()`", frozen),
+        *_note("the running statistics of {} train, and are saved with the adapter", moving),
+    ]
 
 
 def _storage_notes(scan: Scan, sites: Sequence[AdaptedSite], storage: Storage, quantized: Sequence[str]) -> list[str]:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from lorary.errors import Diagnostic, StateError
+from lorary.errors import Diagnostic, StateError, caller_stacklevel
 from lorary.layers.kinds import kind_of, was_transposed
 from lorary.layers.nf4 import NF4, NF4Linear
 from lorary.layers.quantized_weight import is_foreign, is_quantized, take_place_of, weight
 from lorary.layers.wrappers import named_modules, set_submodule, submodule
+from lorary.model.ambient import mode_independent
 from lorary.model.checks import changeable, not_quantizable, not_ready
 from lorary.model.fingerprint import STATE, Fingerprint
 from lorary.model.scan import Scan, scan
@@ -28,6 +28,7 @@ from lorary.spec.interfaces import Init, Storage
 T = TypeVar("T")
 
 
+@mode_independent
 def quantize(model: nn.Module, storage: Storage | None = None) -> nn.Module:
     """Quantise every linear layer of a model except its output head, in place.
 
@@ -48,7 +49,7 @@ def quantize(model: nn.Module, storage: Storage | None = None) -> nn.Module:
     storage = NF4() if storage is None else storage
     inner = changeable(model, "quantise")
     paths = _paths_to_quantize(inner, storage)
-    with all_or_nothing(inner), inference_mode_like(inner):
+    with all_or_nothing(inner):
         Fingerprint.of(inner).remember(inner)  # quantising changes parameters
         quantize_layers(inner, paths, storage)
     return model
@@ -88,12 +89,7 @@ def bad_storage(storage: Any) -> list[Diagnostic]:
     return [Diagnostic("storage", what) for what in field_errors(storage)]
 
 
-def inference_mode_like(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Inference mode if the base holds inference tensors; otherwise off, because new tensors must be trainable."""
-    inside = torch.is_inference_mode_enabled() and any(t.is_inference() for t in model.parameters())
-    return cast("contextlib.AbstractContextManager[None]", torch.inference_mode(inside))
-
-
+@mode_independent
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Make every quantised layer a plain one with the same function, in place: W = Dq(Wq). All or nothing.
 
@@ -114,7 +110,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     if problems:
         raise StateError("cannot dequantise:", problems)
     paths = [path for path, module in named_modules(inner) if path and is_quantized(module)]
-    with all_or_nothing(inner), inference_mode_like(inner):
+    with all_or_nothing(inner):
         for path in with_progress(paths, "dequantising"):
             layer = submodule(inner, path)
             W = weight(layer)
@@ -187,7 +183,7 @@ def warn_of_quantization(modules: Mapping[str, nn.Module], storage: Storage) -> 
             f"are in blocks of {others[0].block} with double={others[0].nested_absmax is not None}, and have another "
             "quantisation error. Quantise the base as the adapter says"
         )
-        warnings.warn(text, QuantizationWarning, stacklevel=5)
+        warnings.warn(text, QuantizationWarning, stacklevel=caller_stacklevel())
 
 
 def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorary.layers.kinds import KINDS, kind_of, why_not_adaptable
 from lorary.layers.other_quantizers import stored_bytes
 from lorary.layers.quantized_weight import is_quantized, is_unrecognised_quantized, stored_tensors
 from lorary.layers.wrappers import named_modules, unwrapped
+from lorary.model.buffers import persistent_buffers
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +75,15 @@ class Scan:
     def parameter(self, name: str) -> nn.Parameter:
         """The base parameter with this name, the first or another one."""
         return self.parameters[self.names[name]]
+
+    @cached_property
+    def buffers(self) -> dict[str, Tensor]:
+        """name -> every buffer of numbers that a checkpoint holds, without those of quantised weights."""
+        return persistent_buffers({path: m.module for path, m in self.modules.items()})
+
+    def tensor(self, name: str) -> Tensor:
+        """The base parameter or buffer with this name."""
+        return self.parameter(name) if name in self.names else self.buffers[name]
 
     def is_quantised(self, path: str) -> bool:
         """Whether the module at this path is a quantised layer."""

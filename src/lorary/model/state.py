@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple, cast
 
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from lorary.errors import Diagnostic, StateError
 from lorary.layers.adapted import Adapted
 from lorary.layers.wrappers import set_submodule, submodule, unwrapped
+from lorary.model.ambient import mode_independent
 from lorary.model.bias_flags import BiasFlags
+from lorary.model.buffers import EvaluationMode
 from lorary.model.checks import not_a_module
 from lorary.model.fingerprint import STATE, Fingerprint
 from lorary.model.plan import FullParameter, trainable_size, trained_table
@@ -45,12 +47,14 @@ class Suspended:
         enabled: each adapted layer, and whether it was enabled.
         values: each base parameter that has changed, and its adapted values.
         context_patch: the context that was reverted.
+        buffers: puts the buffers back.
         blocks: how many blocks the model is in.
     """
 
     enabled: list[tuple[Adapted, bool]]
     values: list[tuple[nn.Parameter, Tensor]]
     context_patch: ContextPatch | None = None
+    buffers: ExitStack = field(default_factory=ExitStack)
     blocks: int = 0
 
 
@@ -61,7 +65,7 @@ class AttachedState:
     Args:
         method: the method.
         sites: the adapted sites.
-        full: base parameters that train in full -> their values before training.
+        full: base parameters and buffers that train in full -> their values before training.
         trained: the names of the parameters that required gradients before.
         paths: site -> every path of its layer, more than one for a shared layer.
         fingerprint: of the base, taken before anything changed or was sharded.
@@ -75,6 +79,8 @@ class AttachedState:
         bias_flags: the configuration's bias flags that a merge set.
         suspended: while the model is in `disabled` blocks, the way back.
         context_patch: the context's change to the model.
+        buffers: persistent buffers that do not train -> their values before.
+        evaluating: the layers whose statistics are frozen, which stay in evaluation mode.
     """
 
     method: Method
@@ -91,6 +97,8 @@ class AttachedState:
     bias_flags: BiasFlags = field(default_factory=BiasFlags)
     suspended: Suspended | None = None
     context_patch: ContextPatch | None = None
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    evaluating: list[EvaluationMode] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -133,6 +141,7 @@ class Attachment:
         )
 
 
+@mode_independent
 def attached(model: nn.Module) -> Attachment | None:
     """A summary of what is attached to a model.
 
@@ -156,7 +165,8 @@ def attached(model: nn.Module) -> Attachment | None:
     for name in state.full:
         value = base_parameter(model, name)
         size = value.numel() * value.element_size()
-        full.append(FullParameter(name, tuple(value.shape), size, trains=name not in adapted_weights))
+        trains = name not in adapted_weights and isinstance(value, nn.Parameter)
+        full.append(FullParameter(name, tuple(value.shape), size, trains))
     merged, enabled = state.merged is not None, state.suspended is None
     return Attachment(state.method, state.sites, tuple(full), state.total, state.fingerprint, merged, enabled)
 
@@ -187,8 +197,19 @@ def require_attached(model: nn.Module, verb: str) -> AttachedState:
     return state
 
 
+def require_values(model: nn.Module) -> None:
+    """Refuse to measure a model that has no values.
+
+    Raises:
+        StateError: a parameter is on the meta device.
+    """
+    if any(p.is_meta for p in model.parameters()):
+        what, fix = "is on the meta device and has no values", "load its weights first"
+        raise StateError("cannot measure:", [Diagnostic("model", what, fix)])
+
+
 def base_parameter(model: nn.Module, name: str) -> nn.Parameter:
-    """A base parameter by its path in the plain model, also inside an adapted layer."""
+    """A base parameter, or a buffer, by its path in the plain model, also inside an adapted layer."""
     path, _, last = name.rpartition(".")
     return cast(nn.Parameter, getattr(submodule(model, path), last))
 

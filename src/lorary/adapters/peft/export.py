@@ -20,13 +20,16 @@ from lorary.adapters.peft.reader import WEIGHTS
 from lorary.adapters.save_load import ADAPTER_FILES
 from lorary.adapters.shared_tensors import collect_shared
 from lorary.adapters.tensor_checks import unwritable
-from lorary.errors import Diagnostic, FileError
+from lorary.errors import Diagnostic, FileError, caller_stacklevel
 from lorary.files.atomic import atomic_directory
+from lorary.files.safe_open import checked_path
 from lorary.files.strict_json import show
 from lorary.files.tensor_file import write_tensors
 from lorary.layers.rope import PositionsWarning
+from lorary.model.ambient import mode_independent
 
 
+@mode_independent
 def export_peft(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.Module | None = None) -> None:
     """Write an adapter as a plain PEFT LoRA with the same function, whatever method trained it.
 
@@ -45,6 +48,7 @@ def export_peft(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.M
         FileError: PEFT has no LoRA with this function, with every reason; or the folder cannot be written.
         MethodError: the method has no low-rank form.
     """
+    checked_path(folder, "cannot export an adapter:")
     problems = writer.base_incompatibilities(adapter, model, LORA)
     if (Path(folder) / native.NAME).exists():
         what = f"it holds {native.NAME}: the adapter there would be lost"
@@ -64,7 +68,7 @@ def export_peft(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.M
             (temporary / writer.BASE_README).write_text(writer.base_text(adapter), encoding="utf-8")
     if rope:
         what = f"PEFT's files do not say how positions are divided: load the base with rope_parameters {rope}"
-        warnings.warn(f"{what}; {writer.BASE_README} there says how", PositionsWarning, stacklevel=2)
+        warnings.warn(f"{what}; {writer.BASE_README} there says how", PositionsWarning, stacklevel=caller_stacklevel())
 
 
 def _refuse(folder: str | os.PathLike[str], problems: list[Diagnostic]) -> None:

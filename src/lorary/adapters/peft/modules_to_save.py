@@ -14,6 +14,7 @@ from lorary.errors import Diagnostic
 from lorary.files.findings import Findings
 from lorary.files.tensor_file import Entry
 from lorary.layers.adapted import base_parameters, unwrapped_modules
+from lorary.model.buffers import persistent_buffers
 
 _BASE = ".base_layer."
 
@@ -69,7 +70,9 @@ def modules_to_save(
         found: the file's tensors by short name.
         findings: collects tied parameters that would be untied.
     """
-    base = dict(base_parameters(model)) if model is not None else None
+    base = None
+    if model is not None:
+        base = dict[str, Tensor](base_parameters(model)) | persistent_buffers(unwrapped_modules(model))
     saved = ModulesToSave(base=base)
     first = _first_names(base or {})
     for name, entry in found.items():
@@ -139,15 +142,14 @@ def _why_not_saved(
 ) -> list[Diagnostic]:
     """Why `modules_to_save` cannot hold the module at `path`."""
     inside = {name: t for name, t in parameters.items() if name.startswith(f"{path}.")}
-    left_out = sorted(set(inside) - set(adapter.full))
+    state = {f"{path}.{name}" for name in modules[path].state_dict()} if path in modules else set()
+    left_out = sorted((set(inside) | state) - set(adapter.full))
     same = sorted(name for name in modules if name.endswith(path) and name != path)
     ties = sorted(n for n, t in parameters.items() if n not in inside and any(t is own for own in inside.values()))
-    state = modules[path].state_dict() if path in modules else {}
     reasons = {
         "PEFT saves modules, and this is a parameter of the model itself": not path,
         f"PEFT saves whole modules, and {', '.join(left_out[:3])} is not trained": bool(left_out),
         f"PEFT would take {', '.join(same[:3])} for it": bool(same),
         f"PEFT would untie it from {', '.join(ties[:3])}": bool(ties),
-        "PEFT saves its buffers too, which did not train": len(state) > len(inside),
     }
     return [Diagnostic(path, reason) for reason, holds in reasons.items() if holds]

@@ -99,7 +99,7 @@ class _Reader:
             findings.fatal.append(self._no_sites())
         copies = {name: self.found[name].shape for name in saved.copies}
         base = saved.expected | copies
-        values = read_tensors(self.file, self.names, expected | base, findings, self._explain, vital, copies)
+        values = read_tensors(self.file, self.names, expected | base, findings, self._explain, vital, base)
         saved.check_copies(values, findings)
         findings.raise_refused()
         shared = self._shared(sites, values, stored)

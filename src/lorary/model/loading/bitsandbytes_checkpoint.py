@@ -21,12 +21,14 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from lorary.errors import Diagnostic, FileError, StateError
 from lorary.files.atomic import atomic_directory
+from lorary.files.safe_open import checked_path
 from lorary.layers.bitsandbytes_state import STATE as QUANT_STATE
 from lorary.layers.bitsandbytes_state import read_state
 from lorary.layers.kinds import kind_of
 from lorary.layers.nf4 import NF4Embedding, NF4Linear
 from lorary.layers.quantized_weight import is_quantized
 from lorary.layers.wrappers import is_wrapper, unwrapped
+from lorary.model.ambient import mode_independent
 from lorary.model.fingerprint import STATE, Fingerprint
 
 KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", QUANT_STATE, QUANT_STATE.replace("nf4", "fp4"))
@@ -117,6 +119,7 @@ def base_of(config: PretrainedConfig) -> Fingerprint | None:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
+@mode_independent
 def save_quantized(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """Write a quantised base in the format of Transformers and bitsandbytes, which `load_quantized` reads too.
 
@@ -134,6 +137,7 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     Example:
         >>> lorary.save_quantized(lorary.load_quantized("org/model"), "model-nf4")
     """
+    checked_path(folder, "cannot save the base:")
     model = unwrapped(model)
     problems = _unsavable(model)
     if problems:

@@ -17,6 +17,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 from lorary.errors import Diagnostic, FileError, LoraryError
+from lorary.files.safe_open import checked_path
+from lorary.model.ambient import mode_independent
 from lorary.model.loading.source import BUILTIN, ModelSection, check_folder, location
 
 if TYPE_CHECKING:
@@ -92,6 +94,7 @@ def load_storage(method: Method, full: Collection[str] = ()) -> Storage | None:
     return None if full or residual else method.storage
 
 
+@mode_independent
 def load_quantized(
     source: str | os.PathLike[str],
     storage: Storage | None = None,
@@ -130,10 +133,11 @@ def load_quantized(
     from lorary.layers.nf4 import NF4
     from lorary.model.loading.checkpoint_kind import check_options
 
+    source = checked_path(source, "cannot load the base:")
     check_options(source, storage, layers)
     if isinstance(options.get("dtype"), torch.dtype):
         options["dtype"] = str(options["dtype"]).removeprefix("torch.")
-    section = ModelSection.of(os.fspath(source), **options)
+    section = ModelSection.of(source, **options)
     return load_model(section, NF4() if storage is None else storage, layers, kind)
 
 

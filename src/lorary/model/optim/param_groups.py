@@ -9,9 +9,11 @@ from torch import nn
 
 from lorary.errors import ConfigError, Diagnostic, StateError
 from lorary.layers.adapted import adapted_layers
+from lorary.model.ambient import mode_independent
 from lorary.model.state import base_parameter, require_attached
 
 
+@mode_independent
 def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """Optimizer groups that cover the trainable set exactly, one per learning-rate multiplier and weight decay.
 

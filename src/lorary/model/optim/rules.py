@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lorary.errors import ConfigError, Diagnostic, StateError
 from lorary.layers.adapted import Adapted, adapted_layers
 from lorary.layers.dtensor import distribute_like
+from lorary.model.ambient import mode_independent
 from lorary.model.rank_pruning import prune_directions
 from lorary.model.state import require_attached
 from lorary.spec.interfaces import Rule
@@ -65,17 +66,20 @@ class Rules:
         for rule, state in self._rules_and_states:
             rule.before_step(self.layers, state, self.step + 1)
 
+    @mode_independent
     def penalty(self) -> Tensor | float:
         """The sum of the rules' terms of the training loss."""
         terms = [rule.penalty(self.layers, state) for rule, state in self._rules_and_states]
         return sum(terms[1:], start=terms[0]) if terms else 0.0
 
+    @mode_independent
     def after_backward(self) -> None:
         """Call when the gradients of an optimizer step are complete, before clipping."""
         for rule, state in self._rules_and_states:
             rule.after_backward(self.layers, state, self.step + 1)
 
     @torch.no_grad()
+    @mode_independent
     def after_step(self) -> None:
         """Call after the optimizer has stepped, before the gradients are cleared."""
         self.step += 1
@@ -83,11 +87,13 @@ class Rules:
             rule.after_step(self.layers, state, self.step, self)
         self._before_step()
 
+    @mode_independent
     def report(self) -> dict[str, Any]:
         """Metrics of the rules for the log: numbers, or numbers by site."""
         reports = [rule.report(self.layers, state) for rule, state in self._rules_and_states]
         return {name: value for report in reports for name, value in report.items()}
 
+    @mode_independent
     def prune_directions(self, keep: Mapping[str, Tensor]) -> bool:
         """Remove all other rank directions (keep: site -> bool [R]); see `lorary.spec.interfaces.Run`.
 
@@ -96,11 +102,13 @@ class Rules:
         single = not (torch.distributed.is_available() and torch.distributed.is_initialized())
         return single and self.optimizer is not None and prune_directions(self.model, keep, self.optimizer)
 
+    @mode_independent
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors by name, for a checkpoint; under FSDP they may be sharded."""
         flat = {f"{i}.{name}": t for i, state in enumerate(self.states) for name, t in state.items()}
         return flat | {"step": torch.tensor(self.step)}
 
+    @mode_independent
     def load_state_dict(self, flat: Mapping[str, Tensor]) -> None:
         """Load the result of `state_dict`: full tensors, also if the state is sharded here.
 
@@ -134,6 +142,7 @@ class Rules:
             raise StateError("the training state belongs to another run:", [problem])
 
 
+@mode_independent
 def rules(
     model: nn.Module,
     steps: int,
@@ -150,10 +159,13 @@ def rules(
 
     Raises:
         StateError: nothing is attached; a rule needs the optimizer; the state belongs to another method or run.
-        ConfigError: the number of steps is invalid, or too small for a rule.
+        ConfigError: the number of steps is invalid, or too small for a rule; `optimizer` is not one.
     """
     require_attached(model, "train")
     if type(steps) is not int or steps < 0:
         problem = Diagnostic("steps", f"{steps!r} is not a number of optimizer steps")
         raise ConfigError("invalid number of steps:", [problem])
+    if optimizer is not None and not hasattr(optimizer, "param_groups"):
+        problem = Diagnostic("optimizer", f"is a {type(optimizer).__name__}, not an optimizer")
+        raise ConfigError("invalid optimizer:", [problem])
     return Rules(model, steps, optimizer, state)
