@@ -44,6 +44,7 @@ class SVDDelta(Delta, PrunableDelta):
     kept: int | None = field(default=None, metadata=optional(WHOLE))
 
     roles = frozenset(ROLES)
+    decayed_vectors = frozenset({"E"})
     role_aliases = {"A": "Q", "B": "P"}  # noqa: RUF012 (never written)
     directions = {"P": 1, "E": 0, "Q": 0}  # noqa: RUF012
 
@@ -113,15 +114,13 @@ class OrthogonalityPenalty(Rule):
     needs = frozenset({"P", "Q"})
 
     def penalty(self, layers: Sequence[Layer], state: dict[str, Tensor]) -> Tensor | float:
+        if not layers or not self.weight:
+            return 0.0
         alike: dict[tuple[Any, ...], list[Tensor]] = {}  # matrices of one shape are multiplied at once
         for layer in layers:
             for M in (full_tensor(layer.params["P"]).T, full_tensor(layer.params["Q"])):
-                rows = M if layer.active_structure is None else M[layer.active_structure]
-                if len(rows):
-                    alike.setdefault((*rows.shape, rows.device, rows.dtype), []).append(rows)
+                alike.setdefault((*M.shape, M.device, M.dtype), []).append(M)
         gaps = [self._gaps(torch.stack(several)) for several in alike.values()]
-        if not gaps or not self.weight:
-            return 0.0
         of_all = torch.cat([gap.to(gaps[0]) for gap in gaps])
         return self.weight * (of_all.mean() if self.form == "authors" else of_all.sum())
 

@@ -47,6 +47,7 @@ class GLoRADelta(Delta):
 
     roles = ROLES
     join_roles = JOIN_ROLES
+    decayed_vectors = ROLES
 
     @property
     def changes_bias(self) -> bool:
