@@ -1,4 +1,4 @@
-"""AdaLoRA against a whole training loop on plain tensors: equations 2 and 8-12, algorithm 1 and the authors' penalty."""
+"""AdaLoRA against a whole training loop on plain tensors: equations 2, 8-12, algorithm 1 and the authors' penalty."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Loop:
         self.weights, self.form, self.every, self.clip = weights, form, every, clip
         self.triplets = [[t.clone().requires_grad_() for t in triplet] for triplet in start]
         self.flat = [t for triplet in self.triplets for t in triplet]
-        self.I = [torch.zeros_like(t) for t in self.flat]
-        self.U = [torch.zeros_like(t) for t in self.flat]
+        self.means = [torch.zeros_like(t) for t in self.flat]
+        self.doubts = [torch.zeros_like(t) for t in self.flat]
         self.alive = [torch.ones(R, dtype=torch.bool) for _ in start]
         self.optimizer = make(self.flat, lr=lr, weight_decay=decay)
         self.t = 0
@@ -66,10 +66,10 @@ class Loop:
         self.optimizer.zero_grad()
         (self.loss(x, y) + self.penalty()).backward()
         if self.t <= T - T_F:
-            for w, I, U in zip(self.flat, self.I, self.U, strict=True):
+            for w, mean, doubt in zip(self.flat, self.means, self.doubts, strict=True):
                 now = (w * w.grad).detach().abs()
-                I.copy_(0.85 * I + 0.15 * now)
-                U.copy_(0.85 * U + 0.15 * (now - I).abs())
+                mean.copy_(0.85 * mean + 0.15 * now)
+                doubt.copy_(0.85 * doubt + 0.15 * (now - mean).abs())
         if self.clip:
             nn.utils.clip_grad_norm_(self.flat, self.clip)
         self.optimizer.step()
@@ -84,7 +84,7 @@ class Loop:
     def choose(self) -> None:
         n = len(self.triplets)
         left = int(n * TARGET + n * (R - TARGET) * (1 - (self.t - T_I) / (T - T_I - T_F)) ** 3)
-        s = [I * U for I, U in zip(self.I, self.U, strict=True)]
+        s = [mean * doubt for mean, doubt in zip(self.means, self.doubts, strict=True)]
         scores = [s[3 * i + 1] + s[3 * i].mean(0) + s[3 * i + 2].mean(1) for i in range(n)]
         least = torch.cat(scores).sort(descending=True).values[left - 1]
         self.alive = [score >= least for score in scores]
@@ -93,12 +93,20 @@ class Loop:
 
 @pytest.mark.parametrize(
     ("make", "lr", "decay", "clip"),
-    [(SGD, 0.05, 0.0, 0.0), (ADAM, 0.05, 0.0, 0.0), (ADAM, 0.05, 0.1, 0.0), (SGD, 0.05, 0.1, 0.3), (ADAM, 0.05, 0.0, 0.3)],
+    [
+        (SGD, 0.05, 0.0, 0.0),
+        (ADAM, 0.05, 0.0, 0.0),
+        (ADAM, 0.05, 0.1, 0.0),
+        (SGD, 0.05, 0.1, 0.3),
+        (ADAM, 0.05, 0.0, 0.3),
+    ],
     ids=["SGD", "Adam", "AdamW with decay", "clipped SGD with decay", "clipped Adam"],
 )
 @pytest.mark.parametrize("every", [1, 4])
 @pytest.mark.parametrize("form", ["authors", "paper"])
-def test_it_is_the_papers_loop_to_the_end(form: str, every: int, make: Any, lr: float, decay: float, clip: float) -> None:
+def test_it_is_the_papers_loop_to_the_end(
+    form: str, every: int, make: Any, lr: float, decay: float, clip: float
+) -> None:
     """Every tensor after every step, those of masked directions too, and the finished weights; to 1e-12."""
     model = net()
     weights = [(m.weight.detach().clone(), m.bias.detach().clone()) for m in model if isinstance(m, nn.Linear)]
