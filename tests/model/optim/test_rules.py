@@ -71,6 +71,25 @@ def test_groups_cover_what_trains_exactly(
         assert all((p.dim() > 1) == (row["weight_decay"] > 0) for p in row["params"])
 
 
+@pytest.mark.parametrize(
+    ("names", "options", "expected"),
+    [
+        (("adalora",), {"target": 2}, {"P Q decayed": 0.1, "E decayed": 0.1}),
+        (("adalora", "lora+"), {"target": 2, "ratio": 4}, {"P x4 decayed": 0.1, "E decayed": 0.1, "Q decayed": 0.1}),
+        (("glora",), {"A": "vector", "B": "scalar"}, {"Ad Bd E decayed": 0.1, "Cd Cu decayed": 0.1}),
+        (("dora",), {}, {"A B decayed": 0.1, "m": 0.0}),
+        (("vera",), {}, {"b d": 0.0}),
+        (("multilora",), {}, {"A B decayed": 0.1, "gamma": 0.0}),
+        (("lora",), {"full": "norm"}, {"A B decayed": 0.1, "full": 0.0}),
+    ],
+)
+def test_vectors_decay_where_they_do_in_the_authors_code(
+    names: tuple[str, ...], options: dict[str, Any], expected: dict[str, float]
+) -> None:
+    rows = lorary.param_groups(attached(*names, targets="q_proj", **options), lr=0.002, weight_decay=0.1)
+    assert {row["name"]: row["weight_decay"] for row in rows} == expected
+
+
 @pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adafactor])
 def test_optimizers_take_them_as_they_are(make: Any) -> None:
     model = attached("lora+", full="norm")

@@ -18,8 +18,8 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
     Args:
         model: a model with a method attached.
         lr: the learning rate of a role with multiplier 1, per optimizer step.
-        weight_decay: decoupled weight decay. Vectors (biases, norms, DoRA's m, VeRA's b and d, MultiLoRA's scales) have
-            none, except those that the authors' code decays: AdaLoRA's E, and GLoRA's of every term.
+        weight_decay: decoupled weight decay. Vectors (biases, norms, DoRA's m, VeRA's b and d, MultiLoRA's gamma) have
+            none, except those that the authors' code decays: AdaLoRA's E and all of GLoRA's.
 
     Returns:
         Groups for torch.optim, each with a `name` such as "B x16 decayed".
