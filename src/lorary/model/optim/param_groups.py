@@ -10,6 +10,7 @@ from torch import nn
 from lorary.errors import ConfigError, Diagnostic, StateError
 from lorary.layers.adapted import adapted_layers
 from lorary.model.state import base_parameter, require_attached
+from lorary.spec.placement import adaptation
 
 
 def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -38,12 +39,11 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
     if problems:
         raise ConfigError("invalid optimizer settings:", problems)
     trained = [
-        (parameter, role, layer.method.rate(role), role in layer.method.delta.decayed_vectors)
+        (parameter, role, layer.method.rate(role), role in adaptation(layer.method).delta.decayed_vectors)
         for layer in adapted_layers(model).values()
         for role, parameter in layer.params.items()
     ]
     trained += [(base_parameter(model, name), "full", 1.0, False) for name in state.full]
-    # decayed vectors have a group of their own, as when they had no decay (0.5): its runs can be resumed
     groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
     seen: set[nn.Parameter] = set()  # layers may share tensors, and base parameters be tied
     for parameter, role, rate, decayed_vector in trained:
@@ -52,6 +52,7 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
         seen.add(parameter)
         vector = parameter.dim() < 2
         decay = 0.0 if vector and not decayed_vector else weight_decay
+        # decayed vectors have a group of their own, as before they had a decay: older runs can be resumed
         key = rate, decay, vector and decay > 0
         group = groups.setdefault(key, {"params": [], "lr": lr * rate, "weight_decay": decay, "roles": {}})
         group["params"].append(parameter)
