@@ -111,11 +111,11 @@ def _delta_lora(base: Any) -> dict[str, Runner]:
     def closed(start: int) -> Runner:
         return Runner(_attached(base, lorary.method("delta-lora", r=RANK, alpha=ALPHA, start=start)), rules=True)
 
-    paper = lorary.method("delta-lora", r=RANK, alpha=ALPHA, start=0, mode="paper")
+    paper = lorary.method("delta-lora", r=RANK, alpha=ALPHA, start=-1, mode="paper")
     return {
         "LoRA": Runner(_attached(base, lorary.method("lora", r=RANK, alpha=ALPHA)), rules=False),
-        "closed, from step 1": closed(0),
-        "closed, after step 1": closed(1),
+        "closed, from step 1": closed(-1),
+        "closed, after step 1": closed(0),
         "paper": Runner(_attached(base, paper), rules=True),
     }
 

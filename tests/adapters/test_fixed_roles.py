@@ -116,7 +116,7 @@ def test_tasks_of_two_precisions_keep_their_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("base", "targets"), SITES.values(), ids=SITES)
-@pytest.mark.parametrize("start", [0, 5])
+@pytest.mark.parametrize("start", [-1, 5])
 def test_a_weight_that_follows_is_a_lora_of_twice_the_rank(
     base: Base, targets: list[str], start: int, tmp_path: Path
 ) -> None:
@@ -125,7 +125,7 @@ def test_a_weight_that_follows_is_a_lora_of_twice_the_rank(
     lorary.save(model, tmp_path / "a")
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["adapter.safetensors", "lorary.json"]
     adapter = lorary.Adapter.of(model)
-    roles = {"A", "B", "A_K", "B_K", "lam"} if start else {"A", "B"}
+    roles = {"A", "B", "A_K", "B_K", "lam"} if start > 0 else {"A", "B"}
     assert {name.rpartition("|")[2] for name in load_file(tmp_path / "a" / "adapter.safetensors")} == roles
     same(lorary.load_adapter(tmp_path / "a"), adapter)
     assert torch.equal(outputs(lorary.load(base.model(), tmp_path / "a")), expected)
@@ -135,13 +135,13 @@ def test_a_weight_that_follows_is_a_lora_of_twice_the_rank(
     A = load_file(tmp_path / "b" / "adapter_model.safetensors")
     parts = max(1, len(adapter.sites[0].site.parts))
     ranks = {t.shape[0] for name, t in A.items() if name.endswith(("lora_A.weight", "lora_embedding_A"))}
-    assert max(ranks) == 4 * parts * (2 if start else 1)
+    assert max(ranks) == 4 * parts * (2 if start > 0 else 1)
 
 
 def written(base: Base = LLAMA) -> nn.Module:
     """The base with a filled Delta-LoRA that has written the weights beside it."""
     model = base.model()
-    method = lorary.method("delta-lora", r=4, alpha=6, start=1, mode="paper")
+    method = lorary.method("delta-lora", r=4, alpha=6, start=0, mode="paper")
     lorary.attach(model, lorary.plan(model, method, ["q_proj", "c_fc"][base is GPT2 :][:1]))
     fill(p for n, p in model.named_parameters() if ".params." in n)
     with torch.no_grad():

@@ -290,7 +290,7 @@ def o_lora() -> Adapter:
 
 def delta_lora() -> Adapter:
     """The product of step K beside that of now, and at one site no such product."""
-    late, soon = (lorary.method("delta-lora", r=2, alpha=3, ratio=0.5, start=start) for start in (4, 0))
+    late, soon = (lorary.method("delta-lora", r=2, alpha=3, ratio=0.5, start=start) for start in (3, -1))
     sites = (Site("mlp.c_fc", "transposed", 8, 4, bias=True), Site("head.1", "linear", 5, 4, bias=False))
     placed = (AdaptedSite(sites[0], late), AdaptedSite(sites[1], soon))
     return Adapter(late, placed, filled(placed), {"norm.weight": numbers(4)}, Fingerprint("Net"))
@@ -344,7 +344,11 @@ def of_preset(name: str) -> Callable[[], Adapter]:
     return make
 
 
-OPTIONS: dict[str, dict[str, Any]] = {"adalora": {"target": 2, "start": 2, "final": 3}, "glora": {"A": "lora"}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "adalora": {"target": 2, "start": 2, "final": 3},
+    "glora": {"A": "lora"},
+    "delta-lora": {"start": 499},  # 500 steps go before, as then with start=500
+}
 PRESETS = [
     *("lora", "rslora", "lora+", "lora-fa", "qlora", "dora", "glora", "pissa", "olora", "vera", "melora", "multilora"),
     *("adalora", "delta-lora", "o-lora", "bitfit", "full"),

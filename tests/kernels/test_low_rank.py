@@ -162,6 +162,17 @@ def test_dropout_drops_what_it_should_and_keeps_the_expectation() -> None:
     assert abs((y == 0).double().mean().item() - 0.25) < 0.03
 
 
+def test_the_probability_is_a_multiple_of_two_to_the_minus_16() -> None:
+    one = torch.ones(1, 1).double()
+    for dropout in (0.3, 1 / 3, 0.1 + 1e-6):
+        steps = round(dropout * 2**16)
+        y = add_low_rank(torch.zeros(500, 1).double(), torch.ones(500, 1).double(), one, one, 1.0, dropout)
+        assert set(y.unique().tolist()) == {0.0, 1 / (1 - steps / 2**16)}
+        assert 1 / (1 - steps / 2**16) != 1 / (1 - dropout)
+    never = add_low_rank(torch.zeros(500, 1).double(), torch.ones(500, 1).double(), one, one, 1.0, 2**-18)
+    assert (never == 1.0).all()
+
+
 def test_dropout_follows_the_default_generator_alone() -> None:
     t = _tensors(6, 5)
     first, again = _adapted(t, add_low_rank, 0.4), _adapted(t, add_low_rank, 0.4)

@@ -210,7 +210,7 @@ def possible(case: Case) -> bool:
 
 
 # What presets need to be told at this size and for so short a run.
-OPTIONS: dict[str, dict[str, Any]] = {"adalora": {"target": 2, "orthogonality": 0.001}, "delta-lora": {"start": 2}}
+OPTIONS: dict[str, dict[str, Any]] = {"adalora": {"target": 2, "orthogonality": 0.001}, "delta-lora": {"start": 1}}
 
 
 def methods() -> dict[str, lorary.Method]:
@@ -227,7 +227,7 @@ def methods() -> dict[str, lorary.Method]:
             continue
         if method not in made.values():
             made["+".join(chosen)] = method
-    made["delta-lora at once"] = made_of("delta-lora", start=0)
+    made["delta-lora at once"] = made_of("delta-lora", start=-1)
     made["delta-lora, written"] = made_of("delta-lora", mode="paper")
     for kind, hard in (("", False), (", hard", True)):
         made[f"o-lora{kind}, third task"] = made_of("o-lora", hard=hard).replace(delta=SequentialLoRA(3, past=(2, 1)))

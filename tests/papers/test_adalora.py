@@ -422,31 +422,32 @@ def masked_and_shrunk(step: int, dead: int | None = 2) -> tuple[Run, Run]:
     return Run(started(net(dead)), tell=False).to(step), Run(started(net(dead))).to(step)
 
 
-def test_a_shrunk_run_goes_on_exactly_as_a_masked_one() -> None:
+def test_masked_directions_stay_to_the_last_step_and_are_then_removed() -> None:
+    """They keep their P and Q, which the penalty trains; the finished tensors are those of the kept directions."""
     masked, shrunk = masked_and_shrunk(STEPS - 7)
     for step in range(STEPS - 6, STEPS + 1):
+        before = [layer.params["P"].detach().clone() for layer in layers(masked.model)]
         masked.to(step), shrunk.to(step)
         assert masked.rules.report() == shrunk.rules.report()
-        assert [layer.params["P"].shape[1] for layer in layers(masked.model)] == [4] * 4
         exactly(shrunk.model(shrunk.x), masked.model(masked.x))
-        for whole, small in zip(layers(masked.model), layers(shrunk.model), strict=True):
-            alive = whole.params["E"] != 0
-            assert small.params["E"].shape[0] == alive.sum() == small.method.delta.kept
-            exactly(small.params["P"].detach(), whole.params["P"].detach()[:, alive])
-            exactly(small.params["E"].detach(), whole.params["E"].detach()[alive])
-            exactly(small.params["Q"].detach(), whole.params["Q"].detach()[alive])
+        for whole, small, P in zip(layers(masked.model), layers(shrunk.model), before, strict=True):
+            kept = (whole.params["E"] != 0) if step == STEPS else torch.ones(4, dtype=torch.bool)
+            for role, take in (("P", (slice(None), kept)), ("E", kept), ("Q", kept)):
+                assert torch.equal(small.params[role], whole.params[role][take])
+            assert small.params["E"].shape[0] == kept.sum() == small.method.delta.R
+            assert (whole.params["P"] != P).any(0).all()
     ranks = [layer.method.delta.kept for layer in layers(shrunk.model)]
     assert sum(ranks) == 8
     assert ranks[2] == 0, "what reaches nothing is worth nothing"
 
 
 def test_the_optimizer_shrinks_with_the_tensors() -> None:
-    masked, shrunk = masked_and_shrunk(STEPS - 6)
+    masked, shrunk = masked_and_shrunk(STEPS)
     for whole, small in zip(layers(masked.model), layers(shrunk.model), strict=True):
         alive = whole.params["E"] != 0
         for role, take in (("P", (slice(None), alive)), ("E", alive), ("Q", alive)):
             state, expected = (r.optimizer.state[layer.params[role]] for r, layer in ((shrunk, small), (masked, whole)))
-            assert state["step"] == STEPS - 6
+            assert state["step"] == STEPS
             for moment in ("exp_avg", "exp_avg_sq"):
                 exactly(state[moment], expected[moment][take])
     for before, after in zip(masked.optimizer.param_groups, shrunk.optimizer.param_groups, strict=True):
@@ -475,12 +476,14 @@ def test_nothing_shrinks_under_an_optimizer_that_trains_other_parameters() -> No
 
 
 def test_what_the_scores_took_is_given_back() -> None:
-    before, after = (
-        sum(t.numel() for t in Run(started()).to(step).rules.state_dict().values()) for step in (STEPS - 7, STEPS - 6)
+    before, after, end = (
+        sum(t.numel() for t in Run(started()).to(step).rules.state_dict().values())
+        for step in (STEPS - 7, STEPS - 6, STEPS)
     )
     numbers = sum(4 * (out + inp + 1) for out, inp in ((5, 6), (7, 5), (7, 7), (4, 7)))
     assert before == 2 * numbers + 4 * 4 + 2  # two means of everything that trains, the masks, two counters
-    assert after == 8 + 2
+    assert after == 4 * 4 + 2
+    assert end == 8 + 2
 
 
 def finished(dead: int | None, tell: bool) -> tuple[nn.Module, Tensor, Tensor]:
@@ -539,7 +542,7 @@ def test_the_scale_outlives_the_directions(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_is_the_same_run(tmp_path: Path) -> None:
-    """Stopped before the masks, among them, and after the tensors have shrunk."""
+    """Stopped before the masks, among them, and after the final choice."""
     straight = Run(started(single())).to(STEPS)
     for step in (2, 9, STEPS - 6, STEPS - 2):
         first = Run(started(single())).to(step)
@@ -552,6 +555,23 @@ def test_an_interrupted_run_is_the_same_run(tmp_path: Path) -> None:
         assert second.rules.step == step
         second.to(STEPS)
         assert torch.equal(second.model(second.x), straight.model(straight.x)), step
+
+
+def test_a_run_that_an_older_version_has_pruned_goes_on(tmp_path: Path) -> None:
+    """Up to 0.6 the masked directions were removed when the choice became final."""
+    run = Run(started(single(2))).to(STEPS - 6)
+    alive = {layer.site.name: layer.params["E"] != 0 for layer in layers(run.model)}
+    assert run.rules.prune_directions(alive)
+    lorary.save(run.model, tmp_path / "a")
+    state = run.rules.state_dict() | {f"0.alive|{name}": mask[mask] for name, mask in alive.items()}
+    model = lorary.load(single(2), tmp_path / "a", trainable=True)
+    again = Run(model)
+    again.optimizer.load_state_dict(run.optimizer.state_dict())
+    again.rules = lorary.rules(model, STEPS, again.optimizer, state)
+    again.to(STEPS)
+    assert again.rules.report()["ranks"] == {name: int(mask.sum()) for name, mask in alive.items()}
+    assert nonzero(model) == sum(layer.params["E"].numel() for layer in layers(model)) == 8
+    assert torch.isfinite(model(again.x)).all()
 
 
 # --- what does not go together ----------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def train(model: nn.Module, make: Any, settings: dict[str, Any], steps: int = ST
 
 
 def algorithm(make: Any, settings: dict[str, Any], K: int, ratio: float = 2.0, clip: float = 0.0) -> list[Tensor]:
-    """The paper's algorithm 1 on plain tensors: the effective weights W_T + s B_T A_T."""
+    """The paper's algorithm 1 on plain tensors, t from 0: the effective weights W_T + s B_T A_T."""
     start, s = started(start=K, ratio=ratio), 3.0 / 2
     base = net()
     W = [m.weight.detach().clone() for m in base if isinstance(m, nn.Linear)]
@@ -73,7 +73,7 @@ def algorithm(make: Any, settings: dict[str, Any], K: int, ratio: float = 2.0, c
     )
     x, y = data(base)
     optimizer = make([*A, *B], **settings)
-    for t in range(1, STEPS + 1):
+    for t in range(STEPS):
         optimizer.zero_grad()
         h = x
         for i, bias in enumerate((base[0].bias, None, base[4].bias)):
@@ -98,12 +98,12 @@ def weights(model: nn.Module) -> list[Tensor]:
 
 
 @EACH
-@pytest.mark.parametrize("start", [0, 3])
+@pytest.mark.parametrize("start", [-1, 0, 3])
 def test_at_the_start_the_layer_is_its_base_and_learns_as_lora(make: Any, x: Any, start: int) -> None:
     layer, inputs = attached(make(), "delta-lora", start=start), x()
     assert torch.equal(layer(inputs), layer.base(inputs))
     one, other = ("A", "B") if layer.site.kind == "embedding" else ("B", "A")
-    given = {"A_K": "none", "B_K": "none", "lam": "none"} if start else {}
+    given = {"A_K": "none", "B_K": "none", "lam": "none"} if start >= 0 else {}
     assert signature(layer, inputs) == {one: "some", other: "zero"} | given
 
 
@@ -113,14 +113,14 @@ def test_what_a_rule_gives_is_zero_and_does_not_train() -> None:
     for role in ("A_K", "B_K", "lam"):
         assert not layer.params[role].requires_grad
         assert not layer.params[role].any()
-    assert set(attached(nn.Linear(5, 4), "delta-lora", start=0).params) == {"A", "B"}
+    assert set(attached(nn.Linear(5, 4), "delta-lora", start=-1).params) == {"A", "B"}
 
 
 # --- the closed form --------------------------------------------------------------------------------------------------
 
 
 @EACH_OPTIMIZER
-@pytest.mark.parametrize("K", [0, 1, 4])
+@pytest.mark.parametrize("K", [-1, 0, 1, 4])
 @pytest.mark.parametrize("mode", ["closed", "paper"])
 def test_it_is_the_papers_loop(make: Any, settings: dict[str, Any], K: int, mode: str) -> None:
     """To 1e-12 in double precision, whatever the optimizer makes of gradients and decay."""
@@ -129,7 +129,7 @@ def test_it_is_the_papers_loop(make: Any, settings: dict[str, Any], K: int, mode
         assert (mine - theirs).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("K", [0, 3])
+@pytest.mark.parametrize("K", [-1, 0, 3])
 def test_clipping_sees_the_papers_gradients(K: int) -> None:
     for mode in ("closed", "paper"):
         model = train(started(start=K, mode=mode), *SGD, clip=0.05)
@@ -141,7 +141,7 @@ def test_clipping_sees_the_papers_gradients(K: int) -> None:
 
 def test_gradients_that_keep_their_factor_are_caught() -> None:
     """Without the rule's division SGD steps 1 + lambda times too far."""
-    model = started(start=0)
+    model = started(start=-1)
     x, y = data(model)
     (model(x) - y).square().mean().backward()
     kept = [layer.params["B"].grad.clone() for layer in adapted_layers(model).values()]
@@ -150,7 +150,7 @@ def test_gradients_that_keep_their_factor_are_caught() -> None:
         exactly(layer.params["B"].grad, before / 3)
 
 
-@pytest.mark.parametrize(("K", "rank"), [(0, 2), (3, 4)])
+@pytest.mark.parametrize(("K", "rank"), [(-1, 2), (0, 4), (3, 4)])
 def test_the_rank_of_the_update_is_r_or_2r(K: int, rank: int) -> None:
     """The paper calls it unbounded; with a constant ratio it is not."""
     for mode in ("closed", "paper"):
@@ -163,7 +163,7 @@ def test_the_rank_of_the_update_is_r_or_2r(K: int, rank: int) -> None:
 @pytest.mark.parametrize("ratio", [0.5, 2.0])
 def test_with_adam_from_the_first_step_it_is_lora_with_a_larger_alpha(ratio: float) -> None:
     settings = {"lr": 0.02, "eps": 1e-30, "weight_decay": 0.0}
-    mine = train(started(start=0, ratio=ratio), torch.optim.AdamW, settings)
+    mine = train(started(start=-1, ratio=ratio), torch.optim.AdamW, settings)
     lora = train(started("lora", alpha=3.0 * (1 + ratio)), torch.optim.AdamW, settings)
     for one, other in zip(weights(mine), weights(lora), strict=True):
         assert (one - other).abs().max() < 1e-12
@@ -185,13 +185,13 @@ def test_before_k_it_is_lora(make: Any, settings: dict[str, Any]) -> None:
             rules.after_step()
         return model
 
-    lora = run(started("lora"), 4)
+    lora = run(started("lora"), 5)  # t = 0 ... K
     for mode in ("closed", "paper"):
-        mine = run(started(start=4, mode=mode), 4)
+        mine = run(started(start=4, mode=mode), 5)
         for one, other in zip(weights(mine), weights(lora), strict=True):
             exactly(one, other)
-        after = run(started(start=4, mode=mode), 5)
-        assert (weights(after)[0] - weights(run(started("lora"), 5))[0]).abs().max() > 1e-4
+        after = run(started(start=4, mode=mode), 6)
+        assert (weights(after)[0] - weights(run(started("lora"), 6))[0]).abs().max() > 1e-4
 
 
 def test_a_small_ratio_is_nearly_lora_and_none_is_refused() -> None:
@@ -205,7 +205,7 @@ def test_a_small_ratio_is_nearly_lora_and_none_is_refused() -> None:
 @EACH
 def test_the_gradient_of_the_input_has_the_whole_update(make: Any, x: Any) -> None:
     """A and B learn as if the weight was not theirs; what lies below sees s (1 + lambda) B A."""
-    layer, inputs = shake(attached(make(), "delta-lora", start=0)), x()
+    layer, inputs = shake(attached(make(), "delta-lora", start=-1)), x()
     W = layer.kind.matrix(layer.base).detach() + 2.0 * 3 * layer.params["B"].detach() @ layer.params["A"].detach()
     G = dense_gradient(layer, inputs, W)
     got = gradients(layer, inputs)
@@ -242,7 +242,7 @@ def test_a_written_weight_is_in_no_optimizer() -> None:
 # --- what is left -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{"start": 0}, {"start": 3}, {"start": 3, "mode": "paper"}], ids=str)
+@pytest.mark.parametrize("options", [{"start": -1}, {"start": 3}, {"start": 3, "mode": "paper"}], ids=str)
 def test_every_form_of_the_finished_adapter_is_the_same_function(options: dict[str, Any], tmp_path: Path) -> None:
     single = torch.float32
     model = train(started(dtype=single, **options), *ADAM)
@@ -258,13 +258,13 @@ def test_every_form_of_the_finished_adapter_is_the_same_function(options: dict[s
     near(lorary.merge(copy.deepcopy(model)))
     if "mode" not in options:
         adapter = Adapter.of(model)
-        assert {form.A.shape[0] for form in adapter.low_rank().values()} == {4 if options["start"] else 2}
+        assert {form.A.shape[0] for form in adapter.low_rank().values()} == {4 if options["start"] >= 0 else 2}
         export_peft(adapter, tmp_path / "peft")
         near(lorary.load(net(single), tmp_path / "peft"))
 
 
 def test_an_interrupted_run_is_the_same_run(tmp_path: Path) -> None:
-    for options in ({"start": 3}, {"start": 0}, {"start": 3, "mode": "paper"}):
+    for options in ({"start": 2}, {"start": -1}, {"start": 2, "mode": "paper"}):
         straight = train(started(dtype=torch.float32, **options), *ADAM)
         for stop in (2, 3, 5):
             model = started(dtype=torch.float32, **options)
@@ -287,6 +287,35 @@ def test_an_interrupted_run_is_the_same_run(tmp_path: Path) -> None:
             assert torch.equal(model(x), straight(x)), (options, stop)
 
 
+@pytest.mark.parametrize("stop", [2, 3, 4, 5])
+def test_a_run_of_an_older_version_keeps_its_snapshot(stop: int, tmp_path: Path) -> None:
+    """It began to follow a step earlier. Resumed after it had begun, it is the run that it was."""
+    old = started(dtype=torch.float32, start=2)  # after 3 steps, which was start=3
+    straight = train(started(dtype=torch.float32, start=2), *ADAM)
+    today = train(started(dtype=torch.float32, start=3), *ADAM)
+    optimizer = torch.optim.AdamW(lorary.param_groups(old, 0.02), weight_decay=0.0)
+    rules = lorary.rules(old, STEPS, optimizer)
+    x, y = data(old)
+
+    def go(model: nn.Module, rules: lorary.Rules, optimizer: Any, to: int) -> nn.Module:
+        while rules.step < to:
+            optimizer.zero_grad()
+            (model(x) - y).square().mean().backward()
+            rules.after_backward()
+            optimizer.step()
+            rules.after_step()
+        return model
+
+    go(old, rules, optimizer, stop)
+    model = started(dtype=torch.float32, start=3)
+    model.load_state_dict(old.state_dict())
+    again = torch.optim.AdamW(lorary.param_groups(model, 0.02), weight_decay=0.0)
+    again.load_state_dict(optimizer.state_dict())
+    go(model, lorary.rules(model, STEPS, again, rules.state_dict()), again, STEPS)
+    assert torch.equal(model(x), (straight if stop > 2 else today)(x))
+    assert not torch.equal(straight(x), today(x))
+
+
 # --- what does not go together ----------------------------------------------------------------------------------------
 
 
@@ -301,8 +330,12 @@ def test_refusals(mode: str) -> None:
     gradient = "Delta-LoRA uses the gradient of B A as that of W, which it is not"
     assert refusal("delta-lora", mode=mode, dropout=0.1) == [f"{gradient} with dropout: set dropout=0"]
     assert refusal("delta-lora", "dora", mode=mode) == [f"{gradient} under MagnitudeDirection"]
-    assert refusal("delta-lora", mode="loop") == ["is 'loop'; it takes closed or paper"]
-    assert refusal("delta-lora", start=-1, mode=mode)[0].endswith("it takes a whole number of at least 0")
+    mode_text = "is 'loop'; it takes closed or paper"
+    assert refusal("delta-lora", mode="loop") == [mode_text]
+    assert refusal("delta-lora", mode="loop", start=-2) == [mode_text, "is -2; it takes a whole number of at least -1"]
+    for start in (-2, 2.5, True, "5", None):
+        what = f"is {start!r}; it takes a whole number of at least -1"
+        assert refusal("delta-lora", start=start, mode=mode) == [what]
 
 
 def test_a_rule_and_a_delta_of_different_minds_are_refused() -> None:
@@ -317,7 +350,7 @@ def test_a_rule_and_a_delta_of_different_minds_are_refused() -> None:
 @pytest.mark.parametrize("mode", ["closed", "paper"])
 def test_a_run_that_ends_before_it_begins_is_refused(mode: str) -> None:
     with pytest.raises(ConfigError) as error:
-        lorary.rules(started(start=7, mode=mode), 7)
+        lorary.rules(started(start=6, mode=mode), 7)
     assert str(error.value) == (
         "Delta-LoRA does not fit this run:\n"
         "  - rules: the weight would begin to follow after step 7, and the run has 7: it would be LoRA\n"
@@ -350,7 +383,7 @@ def test_a_weight_that_two_layers_hold_is_not_written() -> None:
 
 def test_weights_that_turn_coarse_after_the_plan_are_not_written() -> None:
     """Planned in 32 bits, and then the base, or the model, is one of 16."""
-    method = lorary.method("delta-lora", r=2, start=0, mode="paper")
+    method = lorary.method("delta-lora", r=2, start=-1, mode="paper")
     plan = lorary.plan(tiny.llama(), method, ["q_proj"])
     with pytest.raises(PlanError, match=r"q_proj.weight: is bfloat16, and DeltaLoRAPaperRule adds small changes to it"):
         lorary.attach(tiny.llama().bfloat16(), plan)

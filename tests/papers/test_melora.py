@@ -11,6 +11,7 @@ from torch import nn
 
 import lorary
 from lorary.adapters.adapter import Adapter
+from lorary.errors import PlanError
 from lorary.layers.adapted import adapted_layers
 
 from .layers import (
@@ -147,3 +148,14 @@ def test_one_mask_for_all_slices_and_the_same_on_average() -> None:
     with torch.no_grad():
         draws = torch.cat([layer(x) for _ in range(600)])
     assert ((draws.mean(0) - exact[0]).abs() < 5 * draws.std(0) / 600**0.5).all()
+
+
+def test_sizes_that_n_does_not_divide_are_refused() -> None:
+    """The authors' code drops the remainder."""
+    model = nn.Sequential(nn.Linear(7, 6), nn.Linear(6, 5))
+    with pytest.raises(PlanError) as refusal:
+        lorary.plan(model, lorary.method("melora", r=2, n=3))
+    assert [problem.what for problem in refusal.value.problems] == [
+        "n = 3 does not divide its 7 input features",
+        "n = 3 does not divide its 5 output features",
+    ]

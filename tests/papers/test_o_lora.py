@@ -179,6 +179,8 @@ def test_the_penalty_on_the_norms() -> None:
     every = list(layers(model).values())
     norms = sum(float((layer.params[role].detach() ** 2).sum()) ** 0.5 for layer in every for role in "AB")
     assert OrthogonalToPast(0.0, norms=0.2).penalty(every, {}).item() == pytest.approx(0.2 * norms, rel=1e-12)
+    (rule,) = lorary.method("o-lora", norms=0.2, weight=0.0).rules
+    assert rule.penalty(every, {}).item() == pytest.approx(0.2 * norms, rel=1e-12)
 
 
 def test_only_a_has_a_gradient_from_the_penalty() -> None:

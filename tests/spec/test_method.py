@@ -248,7 +248,7 @@ METHODS = [
     lorary.method("adalora", "lora+", r=6, target=3, start=0.25, final=40, every=10, form="paper"),
     lorary.method("adalora", target=2).replace(delta=SVDDelta(12, kept=0)),
     lorary.method("delta-lora", "rslora", r=3, ratio=0.5, start=7),
-    lorary.method("delta-lora", mode="paper", start=0),
+    lorary.method("delta-lora", mode="paper", start=-1),
     lorary.method("o-lora", "lora-fa", r=3, hard=True),
     lorary.method("o-lora", weight=2, form="paper", mean=False).replace(delta=SequentialLoRA(3, past=(8, 2))),
 ]
@@ -297,7 +297,7 @@ def test_what_is_given_is_no_inits_to_fill_and_never_trains() -> None:
     assert method.roles == {"A", "B", "A_K", "B_K", "lam"}
     assert method.trained == {"A", "B"}
     assert method.delta.fixed_roles == {"A_K", "B_K", "lam"}
-    assert lorary.method("delta-lora", start=0).delta.fixed_roles == frozenset()
+    assert lorary.method("delta-lora", start=-1).delta.fixed_roles == frozenset()
     later = lorary.method("o-lora").replace(delta=SequentialLoRA(8, past=(8,)))
     assert later.trained == {"A", "B"}
     assert later.delta.fixed_roles == {"A_past", "B_past"}

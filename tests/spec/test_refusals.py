@@ -323,7 +323,7 @@ SAID: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
             f"rules: DeltaLoRARule has ratio = -2; it takes {POSITIVE}",
         ),
     ),
-    (("delta-lora",), {"start": 2.5}, told(INVALID, f"rules: DeltaLoRARule has after = 2.5; it takes {SEEDED}")),
+    (("delta-lora",), {"start": 2.5}, told(INVALID, "start: is 2.5; it takes a whole number of at least -1")),
     (("delta-lora",), {"mode": "fast"}, told(INVALID, "mode: is 'fast'; it takes closed or paper")),
     (
         ("lora",),

@@ -30,7 +30,7 @@ torch.set_num_threads(1)
 
 RULES: dict[str, dict[str, Any]] = {  # for four steps
     "adalora": {"target": 2, "start": 1, "final": 1},
-    "delta-lora": {"start": 1},
+    "delta-lora": {"start": 0},
     "o-lora": {"weight": 50.0},
     "o-lora-hard": {"hard": True},
 }

@@ -1,8 +1,9 @@
 """Evolutionary search of a trained GLoRA supernet: the best structure of every layer on held-out data.
 
-The second stage of GLoRA (Chavan et al. 2023, arXiv:2306.07967, section 3.3). Differs from the authors' code:
-candidates are scored on a validation split instead of the test data; those over the ceiling are reduced at random
-instead of redrawn.
+The second stage of GLoRA (Chavan et al. 2023, arXiv:2306.07967, section 3.3), with the random draws of the authors'
+code. Differs from it: candidates are scored on a validation split instead of the test data; those over the ceiling are
+reduced at random instead of redrawn; a candidate without any parameter gets the smallest structure of a layer; and the
+generation after the last selection, which the authors score and never rank, is left out.
 
 No weight is trained. A candidate's tensors are views of the supernet's, so the scored model is exactly the resulting
 adapter.
@@ -16,6 +17,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +26,7 @@ from lorary.adapters.adapter import Adapter
 from lorary.errors import ConfigError, Diagnostic, MethodError, StateError
 from lorary.layers.adapted import Adapted, Parameters, adapted_layers
 from lorary.methods.glora import RandomStructures
-from lorary.methods.glora_terms import FORMS, GLoRADelta, structures
+from lorary.methods.glora_terms import FORMS, GLoRADelta, special_forms, structures
 from lorary.model.ambient import callers_device, mode_independent
 from lorary.model.state import eval_mode, require_attached
 from lorary.spec.fields import COUNT, PORTION, SEED, WHOLE, field_errors, optional
@@ -40,7 +42,7 @@ class EvolutionConfig:
     Args:
         population: candidates in a generation.
         keep: the best candidates so far, the parents of the next generation.
-        crossovers: children that take the structure of each layer from one of two parents.
+        crossovers: children that take each term of each layer from one of two parents.
         mutations: children with some terms redrawn.
         p: the probability that a mutation redraws a term.
         generations: their number; the first is random.
@@ -185,10 +187,11 @@ class _Pool:
     def __init__(self, layers: Sequence[Adapted], evolution: EvolutionConfig) -> None:
         self.evolution = evolution
         self.random = random.Random(evolution.seed)
-        self.choices = [structures(layer.method.delta, layer.site.bias) for layer in layers]  # type: ignore[arg-type]
+        self.supernet = [cast(GLoRADelta, layer.method.delta) for layer in layers]
+        self.forms = [special_forms(terms, layer.site.bias) for terms, layer in zip(self.supernet, layers, strict=True)]
         self.sizes = [
-            {terms: sum(map(math.prod, terms.shapes(layer.site).values())) for terms in choices}
-            for layer, choices in zip(layers, self.choices, strict=True)
+            {some: sum(map(math.prod, some.shapes(layer.site).values())) for some in structures(terms, layer.site.bias)}
+            for terms, layer in zip(self.supernet, layers, strict=True)
         ]
         self.least = min(n for sizes in self.sizes for n in sizes.values() if n)
         if evolution.ceiling is not None and self.least > evolution.ceiling:
@@ -205,8 +208,7 @@ class _Pool:
         settings = self.evolution
         if parents:
             self._add(found, judged, settings.mutations, lambda: self._mutated(self.random.choice(parents)))
-        if len(parents) > 1:
-            self._add(found, judged, settings.crossovers, lambda: self._crossed(*self.random.sample(parents, 2)))
+            self._add(found, judged, settings.crossovers, lambda: self._crossed(parents))
         self._add(found, judged, settings.population - len(found), self._random)
         return list(found)
 
@@ -221,19 +223,26 @@ class _Pool:
             if genes not in judged:
                 found[genes] = None
 
-    def _random(self) -> Genes:
-        return tuple(self.random.choice(choices) for choices in self.choices)
+    def _child(self, form: Callable[[int, str], str]) -> Genes:
+        """The candidate with the terms form(layer, term)."""
+        return tuple(
+            dataclasses.replace(terms, **{term: form(i, term) for term in FORMS})  # type: ignore[arg-type]
+            for i, terms in enumerate(self.supernet)
+        )
 
-    def _crossed(self, one: Genes, other: Genes) -> Genes:
-        return tuple(self.random.choice(pair) for pair in zip(one, other, strict=True))
+    def _random(self) -> Genes:
+        return self._child(lambda i, term: self.random.choice(self.forms[i][term]))
+
+    def _crossed(self, parents: Sequence[Genes]) -> Genes:
+        one, other = self.random.choice(parents), self.random.choice(parents)  # equal ones give no new candidate
+        return self._child(lambda i, term: self.random.choice((one[i], other[i])).form(term))
 
     def _mutated(self, genes: Genes) -> Genes:
-        changed = []
-        for terms, choices in zip(genes, self.choices, strict=True):
-            other = self.random.choice(choices)
-            some = {term: other.form(term) for term in FORMS if self.random.random() < self.evolution.p}
-            changed.append(dataclasses.replace(terms, **some))  # type: ignore[arg-type]
-        return tuple(changed)
+        def form(i: int, term: str) -> str:
+            redrawn = self.random.random() < self.evolution.p
+            return self.random.choice(self.forms[i][term]) if redrawn else genes[i].form(term)
+
+        return self._child(form)
 
     def _within_ceiling(self, genes: list[GLoRADelta]) -> Genes:
         """The candidate with terms reduced at random until it is within the ceiling; never empty."""

@@ -3,14 +3,17 @@
 P [out, r], E [r] and Q [r, in] have the shape of a singular value decomposition; a penalty keeps P and Q close to
 orthonormal. The importance of a direction is the sensitivity of the loss to its entries, smoothed, times its
 uncertainty. The least important directions of the whole model are masked (their E is zero) until the current budget is
-met. A masked direction keeps its P and Q and may return, until the last phase, in which the choice is final.
+met. A masked direction keeps its P and Q, which the penalty goes on training, and may return until the last phase, in
+which the choice is final.
 
 Zhang et al. 2023, arXiv:2303.10512, equations 2, 8-12 and algorithm 1.
 
 Differs from the paper: the penalty is by default that of the authors' code: Frobenius norms, not squared, averaged over
-all P and Q (`form="paper"`: squared and summed). Differs from the authors' code: scores are computed before the
-optimizer step, from the weights that the gradients belong to, as in the paper; exactly as many directions remain as the
-budget says, with ties or without; and once the choice is final, the masked directions are removed from the tensors.
+all P and Q (`form="paper"`: squared and summed); the scale is the authors', alpha / (r + 1e-5). Differs from the
+authors' code: scores are computed before the optimizer step, from the weights that the unclipped gradients belong to,
+as in the paper; steps count from 1, as in algorithm 1 (their trainer counts from 0, so that its budget falls one step
+later); exactly as many directions remain as the budget says, with ties or without; and after the last step the masked
+directions are removed from the tensors.
 """
 
 from __future__ import annotations
@@ -44,6 +47,7 @@ class SVDDelta(Delta, PrunableDelta):
     kept: int | None = field(default=None, metadata=optional(WHOLE))
 
     roles = frozenset(ROLES)
+    decayed_vectors = frozenset({"E"})
     role_aliases = {"A": "Q", "B": "P"}  # noqa: RUF012 (never written)
     directions = {"P": 1, "E": 0, "Q": 0}  # noqa: RUF012
 
@@ -113,15 +117,13 @@ class OrthogonalityPenalty(Rule):
     needs = frozenset({"P", "Q"})
 
     def penalty(self, layers: Sequence[Layer], state: dict[str, Tensor]) -> Tensor | float:
+        if not layers or not self.weight:
+            return 0.0
         alike: dict[tuple[Any, ...], list[Tensor]] = {}  # matrices of one shape are multiplied at once
         for layer in layers:
             for M in (full_tensor(layer.params["P"]).T, full_tensor(layer.params["Q"])):
-                rows = M if layer.active_structure is None else M[layer.active_structure]
-                if len(rows):
-                    alike.setdefault((*rows.shape, rows.device, rows.dtype), []).append(rows)
+                alike.setdefault((*M.shape, M.device, M.dtype), []).append(M)
         gaps = [self._gaps(torch.stack(several)) for several in alike.values()]
-        if not gaps or not self.weight:
-            return 0.0
         of_all = torch.cat([gap.to(gaps[0]) for gap in gaps])
         return self.weight * (of_all.mean() if self.form == "authors" else of_all.sum())
 
@@ -160,7 +162,7 @@ def adalora(
         start: optimizer steps before the first pruning: a share of the run below 1, or their number.
         final: optimizer steps at the end during which the choice is final, likewise.
         every: optimizer steps between two prunings.
-        alpha: s = alpha / r with the r of the start.
+        alpha: s = alpha / (r + 1e-5) with the r of the start.
         orthogonality: the weight of the penalty on P and Q.
         form: of the penalty: `authors`, norms averaged, or `paper`, squared norms summed.
     """

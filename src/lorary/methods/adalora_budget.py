@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lorary.errors import ConfigError, Diagnostic
-from lorary.layers.dtensor import copy_into, distribute_like, full_tensor, local_shard
+from lorary.layers.dtensor import distribute_like, full_tensor, local_shard
 from lorary.methods.lora import Add
 from lorary.spec.fields import COUNT, SHARE, STEPS, as_steps
 from lorary.spec.interfaces import Layer, Rule, Run, Shapes, component
@@ -24,8 +24,10 @@ class RankBudget(Rule):
     """The global rank budget, which falls from all directions to an average of `target` per layer.
 
     Time is counted in optimizer steps. All directions stay during the first `start_at` steps; then the budget falls
-    along a cubic curve; during the last `final` steps the choice is final: the masked directions are removed from the
-    tensors and the optimizer's state (with several ranks: when the adapter is saved), and the scores are freed.
+    along a cubic curve; during the last `final` steps the choice is final, and the scores are freed. A masked direction
+    keeps its P and Q to the end, because the penalty on P and Q couples the directions of a layer. After the last step
+    the masked directions are removed from the tensors and the optimizer's state (with several ranks: when the adapter
+    is saved).
 
     Args:
         target: the directions that remain, on average over the layers.
@@ -98,31 +100,23 @@ class RankBudget(Rule):
     def state_bytes(self, shapes: Shapes) -> int:
         return sum(2 * 4 * math.prod(shapes[role]) for role in ROLES)  # I and U, in 32 bits
 
-    def before_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
-        for layer in layers:
-            alive = state[f"alive|{layer.site.name}"]
-            final = self._is_final(state, step - 1) and not bool(alive.all())
-            layer.active_structure = alive.to(layer.params["E"].device) if final else None
-
     def after_backward(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
         if not self._is_final(state, step - 1):
             self._update_importance(layers, state)
-            return
-        for layer in layers:  # masked directions have left the model, so they must not count in the gradient's norm
-            E, alive = layer.params["E"], layer.active_structure
-            if alive is not None and E.grad is not None:
-                E.grad.mul_(distribute_like(E, alive.to(E.dtype)))
 
     def after_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int, run: Run) -> None:
         steps = int(state["steps"])
         t_i, t_f = self.times(steps)
-        if not self._is_final(state, step - 1) and (step == steps - t_f or (step > t_i and step % self.every == 0)):
+        if self._is_final(state, step - 1):
+            self._mask(layers, state)
+        elif step == steps - t_f or (step > t_i and step % self.every == 0):
             self._select(layers, state, self.budget(step, steps, [layer.method.delta.r for layer in layers]))
             self._mask(layers, state)
-        elif self._is_final(state, step - 1):
-            self._mask(layers, state)
         if self._is_final(state, step):
-            self._finalise(layers, state, run)
+            for name in [name for name in state if name[0] in "IU"]:  # the scores
+                state[name] = torch.zeros(0)
+        if step == steps:
+            self._prune(layers, state, run)
 
     def report(self, layers: Sequence[Layer], state: dict[str, Tensor]) -> dict[str, Any]:
         ranks = {layer.site.name: int(state[f"alive|{layer.site.name}"].sum()) for layer in layers}
@@ -168,16 +162,16 @@ class RankBudget(Rule):
 
     @staticmethod
     def _mask(layers: Sequence[Layer], state: dict[str, Tensor]) -> None:
-        for layer in layers:
-            E, alive = layer.params["E"], state[f"alive|{layer.site.name}"]
-            if not bool(alive.all()):
-                copy_into(E, full_tensor(E.detach()) * alive.to(E.device))
+        """E = 0 in every masked direction."""
+        E = [layer.params["E"] for layer in layers]
+        alive = torch.cat([state[f"alive|{layer.site.name}"] for layer in layers])
+        masks = alive.to(E[0].device, E[0].dtype).split([len(e) for e in E])  # copied to the device at once
+        like = [distribute_like(e, mask.to(e.dtype)) for e, mask in zip(E, masks, strict=True)]
+        torch._foreach_mul_([local_shard(e) for e in E], [local_shard(mask) for mask in like])
 
-    def _finalise(self, layers: Sequence[Layer], state: dict[str, Tensor], run: Run) -> None:
-        """Free the scores and remove the masked directions: the choice is final."""
-        for name in state:
-            if name[0] in "IU" and state[name].numel():
-                state[name] = torch.zeros(0)
+    @staticmethod
+    def _prune(layers: Sequence[Layer], state: dict[str, Tensor], run: Run) -> None:
+        """Remove the masked directions: the run is over."""
         alive = {layer.site.name: state[f"alive|{layer.site.name}"] for layer in layers}
         if not all(bool(mask.all()) for mask in alive.values()) and run.prune_directions(alive):
             for site, mask in alive.items():

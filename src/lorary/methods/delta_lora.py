@@ -1,16 +1,17 @@
 """Delta-LoRA: W_(t+1) = W_t + lambda s (B_(t+1) A_(t+1) - B_t A_t), so that the weight follows the product B A.
 
-This happens after every optimizer step t > K. As lambda is constant the sum telescopes: with the product at step K
-kept, the update of the untouched base is s (1 + lambda) B A - lambda s B_K A_K. `mode="closed"` computes exactly that:
-no weight is written, so the base may be quantised or shared, and the update has at most rank 2r (r with K = 0). The
-gradients of A and B are those of the paper's model, s B A beside W_t: the factor 1 + lambda is divided out.
+This happens in every optimizer step t > K, with t counted from 0 as in algorithm 1: in the first K + 1 steps W stays as
+it is. As lambda is constant the sum telescopes: with the product after these steps kept as B_K A_K, the update of the
+untouched base is s (1 + lambda) B A - lambda s B_K A_K. `mode="closed"` computes exactly that: no weight is written, so
+the base may be quantised or shared, and the update has at most rank 2r (r with K = -1, if W follows from the first
+step). The gradients of A and B are those of the paper's model, s B A beside W_t: the factor 1 + lambda is divided out.
 
 `mode="paper"` writes the weights step by step, as algorithm 1 does, for comparison.
 
 Zi et al. 2023, arXiv:2309.02411, algorithm 1. The authors have published no code.
 
 Differs from the paper: its claim that the accumulated update has full rank does not hold for a constant lambda; with
-K = 0 and an optimizer that is invariant to the scale of gradients, Delta-LoRA is LoRA with (1 + lambda) alpha.
+K = -1 and an optimizer that is invariant to the scale of gradients, Delta-LoRA is LoRA with (1 + lambda) alpha.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class DeltaLoRADelta(Delta):
     Args:
         r: the rank of B A, which sets s.
         ratio: lambda.
-        late: whether the weight begins to follow at a later step K. The product of that step is then kept as A_K
-            [r, in] and B_K [out, r], with lam [1]: zero before it, lambda from then on.
+        late: whether the weight begins to follow after the first step. The factors of then are kept as A_K [r, in] and
+            B_K [out, r], with lam [1]: zero before, lambda from then on.
     """
 
     r: int = field(metadata=COUNT)
@@ -84,11 +85,11 @@ def _common_problems(method: Any) -> list[str]:
 
 @component
 class DeltaLoRARule(Rule):
-    """The weight follows the product B A after every optimizer step beyond the first K: in closed form.
+    """The weight follows the product B A after every optimizer step but the first ones: in closed form.
 
     Args:
         ratio: lambda.
-        after: K, optimizer steps.
+        after: the optimizer steps before; K + 1.
     """
 
     ratio: float = field(metadata=POSITIVE)
@@ -112,26 +113,33 @@ class DeltaLoRARule(Rule):
     @torch.no_grad()
     def after_backward(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int) -> None:
         """The paper's gradients, which are those of s B A, while forward has s (1 + lambda) B A."""
-        if step > self.after:
+        if self._follows(layers, step):
             gradients = [g for layer in layers for role in "AB" if (g := layer.params[role].grad) is not None]
             if gradients:
                 torch._foreach_mul_(gradients, 1 / (1 + self.ratio))
 
     def after_step(self, layers: Sequence[Layer], state: dict[str, Tensor], step: int, run: Run) -> None:
-        if step == self.after:
+        if step == self.after and not self._follows(layers, step):
             for layer in layers:
                 for role in "AB":
                     layer.params[f"{role}_K"].detach().copy_(layer.params[role])
                 layer.params["lam"].detach().fill_(self.ratio)
 
+    def _follows(self, layers: Sequence[Layer], step: int) -> bool:
+        """Whether the weight follows in this step.
+
+        In step K + 1 it does if an older version, which began one step earlier, has taken the snapshot already.
+        """
+        return step > self.after or (step == self.after and bool(full_tensor(layers[0].params["lam"].detach()).any()))
+
 
 @component
 class DeltaLoRAPaperRule(Rule):
-    """The weight follows the product B A after every optimizer step beyond the first K: written, as in the paper.
+    """The weight follows the product B A after every optimizer step but the first ones: written, as in the paper.
 
     Args:
         ratio: lambda.
-        after: K, optimizer steps.
+        after: the optimizer steps before; K + 1.
     """
 
     ratio: float = field(metadata=POSITIVE)
@@ -199,12 +207,16 @@ def delta_lora(r: int = 16, ratio: float = 2.0, start: int = 500, mode: str = "c
     Args:
         r: the rank of B A.
         ratio: lambda, the share of the product's change that is added to the weight.
-        start: K, the optimizer steps before the first such change.
+        start: K: the weight follows in every optimizer step t > K, counted from 0; -1 for all steps.
         mode: `closed` leaves the weights alone; `paper` writes them, in fp32.
     """
+    problems = []
     if mode not in ("closed", "paper"):
-        raise MethodError("invalid method:", [Diagnostic("mode", f"is {mode!r}; it takes closed or paper")])
+        problems.append(Diagnostic("mode", f"is {mode!r}; it takes closed or paper"))
+    if type(start) is not int or start < -1:
+        problems.append(Diagnostic("start", f"is {start!r}; it takes a whole number of at least -1"))
+    if problems:
+        raise MethodError("invalid method:", problems)
     if mode == "paper":
-        return {"delta": LowRank(r), "rules": (DeltaLoRAPaperRule(ratio, start),)}
-    late = type(start) is not int or start > 0  # the rule reports a value that is not a number
-    return {"delta": DeltaLoRADelta(r, ratio, late), "rules": (DeltaLoRARule(ratio, start),)}
+        return {"delta": LowRank(r), "rules": (DeltaLoRAPaperRule(ratio, start + 1),)}
+    return {"delta": DeltaLoRADelta(r, ratio, late=start >= 0), "rules": (DeltaLoRARule(ratio, start + 1),)}

@@ -47,6 +47,7 @@ class GLoRADelta(Delta):
 
     roles = ROLES
     join_roles = JOIN_ROLES
+    decayed_vectors = ROLES
 
     @property
     def changes_bias(self) -> bool:
@@ -110,10 +111,13 @@ def structures(terms: GLoRADelta, bias: bool = True) -> tuple[GLoRADelta, ...]:
         terms: the most general form of every term.
         bias: whether the layer has a bias; D needs one.
     """
+    return tuple(GLoRADelta(terms.r, *chosen) for chosen in itertools.product(*special_forms(terms, bias).values()))
+
+
+def special_forms(terms: GLoRADelta, bias: bool = True) -> dict[str, tuple[str, ...]]:
+    """term -> its form in these terms and every special case of it; without a bias no D."""
     forms = {term: some[some.index(terms.form(term)) :] for term, some in FORMS.items()}
-    if not bias:
-        forms["D"] = ("none",)
-    return tuple(GLoRADelta(terms.r, *chosen) for chosen in itertools.product(*forms.values()))
+    return forms if bias else forms | {"D": ("none",)}
 
 
 def pair(site: Site, params: Tensors) -> Factors:

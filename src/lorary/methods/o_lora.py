@@ -107,7 +107,7 @@ class OrthogonalToPast(Rule):
         form: `authors`: absolute products, as in their code; `paper`: squared products.
         mean: the mean over all products of all layers, instead of their sum.
         hard: no penalty; A and the optimizer's momentum stay in the orthogonal complement of A_past.
-        norms: lambda_2 of the authors' code, of the sum of the norms of A and B; 0 there, too.
+        norms: lambda_2 of the authors' code, the weight of the sum of the norms of A and B, in the first task as well.
     """
 
     weight: float = field(default=0.5, metadata=AMOUNT)
@@ -239,7 +239,7 @@ def _project(tensor: Tensor, Q: Tensor) -> None:
     },
 )
 def o_lora(
-    r: int = 8, weight: float = 0.5, form: str = "authors", mean: bool = True, hard: bool = False
+    r: int = 8, weight: float = 0.5, form: str = "authors", mean: bool = True, hard: bool = False, norms: float = 0.0
 ) -> dict[str, Any]:
     """y = W x + b + s (B_1 A_1 + ... + B_t A_t) x, A_t orthogonal to A_1 ... A_(t-1)
 
@@ -249,5 +249,6 @@ def o_lora(
         form: of the penalty: `authors` takes absolute products, `paper` squared ones.
         mean: the mean of the products instead of their sum.
         hard: instead of a penalty, project A_t onto the orthogonal complement of the earlier A's.
+        norms: lambda_2, the weight of the sum of the norms of A_t and B_t; the authors' scripts use 0 to 0.3.
     """
-    return {"delta": SequentialLoRA(r), "rules": (OrthogonalToPast(weight, form, mean, hard),)}
+    return {"delta": SequentialLoRA(r), "rules": (OrthogonalToPast(weight, form, mean, hard, norms),)}

@@ -39,6 +39,7 @@ class Delta(Protocol):
         fused_for_all_kinds: whether `Fused.add` supports every kind of layer.
         task_index: mixed into the seed, so that every task gets its own initialisation.
         needs_dense_weight: whether every step uses the elements of the weight.
+        decayed_vectors: roles that take weight decay even where their tensors are vectors, as in the authors' code.
     """
 
     r: int
@@ -50,6 +51,7 @@ class Delta(Protocol):
     fused_for_all_kinds: bool = False
     task_index: int = 0
     needs_dense_weight: bool = False
+    decayed_vectors: frozenset[str] = frozenset()
 
     @property
     def roles(self) -> frozenset[str]: ...

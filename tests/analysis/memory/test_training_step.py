@@ -188,7 +188,7 @@ def test_what_rules_keep_is_counted() -> None:
 def test_weights_that_a_rule_writes_have_no_gradient_and_sets_in_common_count_once() -> None:
     model = _llama()
     plain = estimate(model, _plan(model, "lora", r=8), batch=BATCH, length=LENGTH)
-    plan = _plan(model, "delta-lora", r=8, start=0, mode="paper")
+    plan = _plan(model, "delta-lora", r=8, start=-1, mode="paper")
     found = estimate(model, plan, batch=BATCH, length=LENGTH)
     assert (found.gradients, found.optimizer) == (plain.gradients, plain.optimizer)
     assert found.rules == 4 * plan.trainable

@@ -71,6 +71,25 @@ def test_groups_cover_what_trains_exactly(
         assert all((p.dim() > 1) == (row["weight_decay"] > 0) for p in row["params"])
 
 
+@pytest.mark.parametrize(
+    ("names", "options", "expected"),
+    [
+        (("adalora",), {"target": 2}, {"P Q decayed": 0.1, "E decayed": 0.1}),
+        (("adalora", "lora+"), {"target": 2, "ratio": 4}, {"P x4 decayed": 0.1, "E decayed": 0.1, "Q decayed": 0.1}),
+        (("glora",), {"A": "vector", "B": "scalar"}, {"Ad Bd E decayed": 0.1, "Cd Cu decayed": 0.1}),
+        (("dora",), {}, {"A B decayed": 0.1, "m": 0.0}),
+        (("vera",), {}, {"b d": 0.0}),
+        (("multilora",), {}, {"A B decayed": 0.1, "gamma": 0.0}),
+        (("lora",), {"full": "norm"}, {"A B decayed": 0.1, "full": 0.0}),
+    ],
+)
+def test_vectors_decay_where_they_do_in_the_authors_code(
+    names: tuple[str, ...], options: dict[str, Any], expected: dict[str, float]
+) -> None:
+    rows = lorary.param_groups(attached(*names, targets="q_proj", **options), lr=0.002, weight_decay=0.1)
+    assert {row["name"]: row["weight_decay"] for row in rows} == expected
+
+
 @pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adafactor])
 def test_optimizers_take_them_as_they_are(make: Any) -> None:
     model = attached("lora+", full="norm")
@@ -357,12 +376,13 @@ MASKING = {"r": 4, "target": 2, "start": 2, "final": 3}
 
 
 def masked(make: Any, *names: str, steps: int = 8, **options: Any) -> tuple[Any, Any, lorary.Rules]:
-    """A model under AdaLoRA after step 4: the next one is that from which its choice stands."""
+    """A model under AdaLoRA before its last step, after which the masked directions are removed."""
     model = attached("adalora", *names, **MASKING, **options)
     optimizer = make(lorary.param_groups(model, lr=0.01, weight_decay=0.1))
     rules = lorary.rules(model, steps, optimizer)
-    for _ in range(4):
+    for _ in range(steps - 1):
         step(model, optimizer, rules)
+    assert all(layer.params["E"].numel() == 4 for layer in adapted_layers(model).values())
     return model, optimizer, rules
 
 
@@ -407,8 +427,7 @@ def test_sites_that_are_shrunk_say_so_to_whoever_takes_the_adapter() -> None:
 def test_where_the_optimizer_keeps_sums_over_rows_nothing_shrinks() -> None:
     """Adafactor's state has other shapes than the parameters, and cannot be cut: the masks do the work alone."""
     model, optimizer, rules = masked(torch.optim.Adafactor)
-    for _ in range(4):
-        step(model, optimizer, rules)
+    step(model, optimizer, rules)
     assert all(layer.params["E"].numel() == 4 for layer in adapted_layers(model).values())
     alive = sum(int(layer.params["E"].count_nonzero()) for layer in adapted_layers(model).values())
     assert alive == rules.report()["rank_budget"] == 2 * len(adapted_layers(model))
@@ -425,13 +444,14 @@ def test_where_several_ranks_may_hold_the_parameters_nothing_shrinks() -> None:
     finally:
         dist.destroy_process_group()
     assert all(layer.params["E"].numel() == 4 for layer in adapted_layers(model).values())
-    step(model, optimizer, rules)  # and as soon as it can be done it is
+    model, optimizer, rules = masked(torch.optim.AdamW)
+    step(model, optimizer, rules)
     assert sum(layer.params["E"].numel() for layer in adapted_layers(model).values()) == 2 * len(adapted_layers(model))
 
 
 @pytest.mark.parametrize("done", [2, 5, 7])
 def test_a_run_goes_on_from_its_state(done: int, tmp_path: Path) -> None:
-    """`rules(state=...)`, before the first mask, after the tensors have shrunk, and later."""
+    """`rules(state=...)`, before the first mask, after the final choice, and later."""
 
     def begin() -> tuple[Any, Any, lorary.Rules]:
         model = attached("adalora", **MASKING)

@@ -56,7 +56,7 @@ def _cases() -> dict[str, Callable[[], Any]]:
     """Every preset that makes adapters, and what else goes on in another way."""
     names = [name for name, preset in lorary.presets().items() if preset.adapts]
     options: dict[str, dict[str, Any]] = {
-        "delta-lora": {"start": 6},
+        "delta-lora": {"start": 5},
         "longlora": {"length": 4096},
         "adalora": {"target": 2},  # the choice stands from step 14 on: after the resumption
     }
@@ -66,10 +66,10 @@ def _cases() -> dict[str, Callable[[], Any]]:
         "qlora+dora+rslora+pissa+lora+": lambda: _model("qlora", "dora", "rslora", "pissa", "lora+", rounds=3),
         "vera+dora": lambda: _model("vera", "dora"),
         "glora supernet": lambda: _model("glora", supernet=True),
-        "adalora, shrunk before": lambda: _model("adalora", target=2, start=2, final=13, every=2, form="paper"),
-        "delta-lora from step 15": lambda: _model("delta-lora", start=15),
-        "delta-lora from the start": lambda: _model("delta-lora", start=0),
-        "delta-lora as in the paper": lambda: _model("delta-lora", start=6, mode="paper"),
+        "adalora, final before": lambda: _model("adalora", target=2, start=2, final=13, every=2, form="paper"),
+        "delta-lora from step 15": lambda: _model("delta-lora", start=14),
+        "delta-lora from the start": lambda: _model("delta-lora", start=-1),
+        "delta-lora as in the paper": lambda: _model("delta-lora", start=5, mode="paper"),
         "o-lora, second task": lambda: _second_task(weight=5.0),
         "o-lora, second task, hard": lambda: _second_task(hard=True),
     }

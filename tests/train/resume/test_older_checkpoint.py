@@ -1,6 +1,8 @@
 """A checkpoint of lorary 0.5, whose parameters, components and sites have older names, resumes.
 
 `lorary-0.5.0` holds the checkpoint after the fourth of eight steps, written by that version, and that run's whole log.
+Gradient norms and penalties of its last three steps are those of today's uninterrupted run: that version removed masked
+directions from the penalty there.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from lorary.errors import ConfigError, Diagnostic, StateError
 from lorary.layers.adapted import adapted_layers
 from lorary.model.ambient import mode_independent
 from lorary.model.state import base_parameter, require_attached
+from lorary.spec.placement import adaptation
 
 
 @mode_independent
@@ -20,7 +21,8 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
     Args:
         model: a model with a method attached.
         lr: the learning rate of a role with multiplier 1, per optimizer step.
-        weight_decay: decoupled weight decay; vectors (biases, norms, magnitudes) have none.
+        weight_decay: decoupled weight decay. Vectors (biases, norms, DoRA's m, VeRA's b and d, MultiLoRA's gamma) have
+            none, except those that the authors' code decays: AdaLoRA's E and all of GLoRA's.
 
     Returns:
         Groups for torch.optim, each with a `name` such as "B x16 decayed".
@@ -39,23 +41,26 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
     if problems:
         raise ConfigError("invalid optimizer settings:", problems)
     trained = [
-        (parameter, role, layer.method.rate(role))
+        (parameter, role, layer.method.rate(role), role in adaptation(layer.method).delta.decayed_vectors)
         for layer in adapted_layers(model).values()
         for role, parameter in layer.params.items()
     ]
-    trained += [(base_parameter(model, name), "full", 1.0) for name in state.full]
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    trained += [(base_parameter(model, name), "full", 1.0, False) for name in state.full]
+    groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
     seen: set[nn.Parameter] = set()  # layers may share tensors, and base parameters be tied
-    for parameter, role, rate in trained:
+    for parameter, role, rate, decayed_vector in trained:
         if not parameter.requires_grad or parameter in seen:
             continue
         seen.add(parameter)
-        decay = weight_decay if parameter.dim() > 1 else 0.0
-        group = groups.setdefault((rate, decay), {"params": [], "lr": lr * rate, "weight_decay": decay, "roles": {}})
+        vector = parameter.dim() < 2
+        decay = 0.0 if vector and not decayed_vector else weight_decay
+        # decayed vectors have a group of their own, as before they had a decay: older runs can be resumed
+        key = rate, decay, vector and decay > 0
+        group = groups.setdefault(key, {"params": [], "lr": lr * rate, "weight_decay": decay, "roles": {}})
         group["params"].append(parameter)
         group["roles"][role] = None
     _check_cover(model, seen)
-    for (rate, decay), group in groups.items():
+    for (rate, decay, _), group in groups.items():
         suffix = (f" x{rate:g}" if rate != 1 else "") + (" decayed" if decay else "")
         group["name"] = " ".join(group.pop("roles")) + suffix
     return list(groups.values())

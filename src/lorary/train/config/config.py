@@ -163,7 +163,9 @@ class TrainingSection(Section):
         default="adamw_torch",
         description="as Transformers names it; paged_adamw (bitsandbytes, CUDA) keeps its state on the host",
     )
-    weight_decay: Annotated[Number, Field(ge=0, le=1)] = Field(default=0.0, description="decoupled weight decay")
+    weight_decay: Annotated[Number, Field(ge=0, le=1)] = Field(
+        default=0.0, description="decoupled weight decay, of matrices, of AdaLoRA's E and of all that GLoRA trains"
+    )
     max_grad_norm: Annotated[Number, Field(ge=0, le=1e6)] = Field(
         default=1.0, description="gradient clipping norm; 0: no clipping"
     )
