@@ -113,6 +113,13 @@ def _plain_names(value: Any, budget: Budget) -> tuple[str, ...]:
     return names
 
 
+def _weights(value: Any, budget: Budget) -> tuple[str, ...]:
+    names = _names(value)
+    if any(not name.endswith(".weight") for name in names):
+        raise ValueError(f"is {show(value)}: adapters on bare parameters (fused experts) are not supported")
+    return names
+
+
 def _layer_numbers(value: Any, budget: Budget) -> tuple[int, ...] | None:
     values = [value] if type(value) is int else value
     return _listed(values, lambda v: type(v) is int and v >= 0, "layer numbers") or None
@@ -183,6 +190,7 @@ SHARED: dict[str, Field] = {
     "base_model_name_or_path": Field(_base, "", nullable=True),
 }
 EXCLUDE = Field(_names_or_pattern, (), nullable=True)
+PARAMETERS = Field(_weights, (), nullable=True)  # weights of linear layers
 
 # Fields that matter only while training, or to other programs.
 BOOK_KEEPING: dict[str, Field] = {
