@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 from torch import nn
@@ -17,7 +18,7 @@ from lorary.adapters.shared_tensors import SharedTensors, collect_shared, incons
 from lorary.adapters.tensor_checks import unwritable
 from lorary.errors import Diagnostic, FileError
 from lorary.files.atomic import atomic_directory
-from lorary.files.findings import Findings
+from lorary.files.findings import AdapterWarning, Findings
 from lorary.files.safe_open import existing_folder, subject
 from lorary.files.strict_json import show
 from lorary.files.tensor_file import write_tensors
@@ -39,6 +40,9 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.
 
     Raises:
         FileError: no reader would accept the adapter (NaN, other dtypes), or the folder cannot be written.
+
+    Warns:
+        AdapterWarning: PEFT has a form for this adapter, and would misread it on this base; it is in lorary's own form.
     """
     headline = f"cannot save an adapter to {show(os.fspath(folder), most=400)}"
     if not isinstance(adapter, Adapter):
@@ -50,6 +54,8 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.
         raise FileError(headline, problems)
     # PEFT's files cannot hold RoPE scaling
     peft_type = None if writer.rope_overrides(adapter) else writer.exact_type(adapter, model, shared)
+    if peft_type is None and (reason := writer.why_misread(adapter, model)):
+        warnings.warn(f"saved in lorary's own form, not as a PEFT adapter: {reason}", AdapterWarning, stacklevel=2)
     if peft_type is not None:
         config, tensors = writer.exact_files(adapter, model, shared, peft_type)
     needed = sum(t.nbytes for t in tensors.values())

@@ -93,6 +93,14 @@ def misread(adapter: Adapter, model: nn.Module | None, peft_type: PeftType) -> l
     return problems or misread_sites(adapter, model, peft_type, fields)
 
 
+def why_misread(adapter: Adapter, model: nn.Module | None) -> str:
+    """Why an adapter of a PEFT type is not written as one: PEFT or Transformers would misread it; empty otherwise."""
+    peft_type = peft_type_of(adapter.sites)
+    problems = misread(adapter, model, peft_type) if peft_type else []
+    more = f" (and {len(problems) - 1:,} more)" if len(problems) > 1 else ""
+    return f"{problems[0].where}: {problems[0].what}{more}" if problems else ""
+
+
 def peft_config(
     adapter: Adapter, model: nn.Module | None, peft_type: PeftType, own: Mapping[str, Any]
 ) -> dict[str, Any]:
