@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lorary.adapters.peft.wrappers import without_wrappers
 from lorary.files.bounded_regex import Budget, Pattern, SuffixPattern
 from lorary.files.strict_json import show
 from lorary.spec.fields import AMOUNT, COUNT, FLAG, POSITIVE, one_of
@@ -95,7 +96,8 @@ def _names_or_pattern(value: Any, budget: Budget) -> tuple[str, ...] | Pattern:
 
 
 def _names(value: Any) -> tuple[str, ...]:
-    return _listed(value, lambda v: isinstance(v, str) and v != "", "names")
+    names = _listed(value, lambda v: isinstance(v, str) and v != "", "names")
+    return tuple(without_wrappers(name)[0] for name in names)
 
 
 def _listed(value: Any, valid: Callable[[Any], bool], what: str) -> tuple[Any, ...]:
