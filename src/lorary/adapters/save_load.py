@@ -1,4 +1,4 @@
-"""Saving an adapter as a folder, and loading lorary's and PEFT's folders."""
+"""Saving an adapter as a folder, and loading lorary's, PEFT's and mlx-lm's folders."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from lorary.adapters import native
 from lorary.adapters.adapter import Adapter
+from lorary.adapters.mlx import is_mlx, read_mlx
 from lorary.adapters.peft import writer
 from lorary.adapters.peft.config import NAME as PEFT_CONFIG
 from lorary.adapters.peft.config import config_text
@@ -67,7 +68,7 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.
 
 
 def load_adapter(folder: str | os.PathLike[str], *, model: nn.Module | None = None, strict: bool = True) -> Adapter:
-    """Read an adapter folder, lorary's or PEFT's.
+    """Read an adapter folder: lorary's, PEFT's or mlx-lm's.
 
     Args:
         folder: the folder.
@@ -88,7 +89,7 @@ def load_adapter(folder: str | os.PathLike[str], *, model: nn.Module | None = No
         if os.path.lexists(path / native.NAME):
             return native.read_native(path, findings)
         if os.path.lexists(path / PEFT_CONFIG):
-            return read_peft(path, model, findings)
+            return read_mlx(path, model, findings) if is_mlx(path) else read_peft(path, model, findings)
         weights_name(path)  # a lone pickle is the better reason
         raise FileError("", [_no_adapter(path)])
     except FileError as error:

@@ -133,7 +133,8 @@ def test_other_types_of_peft_are_not_converted(tmp_path: Path) -> None:
     model = adapted("DeepseekV3", "adalora", target=2)
     lorary.save(model, tmp_path / "a")
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    assert "gate_proj" in config["target_modules"] and "target_parameters" not in config
+    assert "gate_proj" in config["target_modules"]
+    assert "target_parameters" not in config
     close(by_peft("DeepseekV3", tmp_path / "a"), logits(model))
 
 
@@ -201,8 +202,8 @@ def test_the_replay_finds_the_sites_that_peft_adapts(
     problems = replay.misread_sites(adapter, base(kind), LORA, fields)
     try:
         model = inject_adapter_in_model(LoraConfig(**fields, **fan), base(kind))
-    except ValueError as error:
-        assert "Cannot convert PEFT target" in str(error) and problems
+    except ValueError:  # it needs both halves of a fused parameter, or neither
+        assert problems
         return
     parts = {name.replace(".base_layer", "") for name, m in model.named_modules() if isinstance(m, LoraLayer)}
     linear = {name for name, m in base(kind).named_modules() if isinstance(m, (nn.Linear, transformers.Conv1D))}

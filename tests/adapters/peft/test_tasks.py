@@ -34,7 +34,9 @@ _LAST = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "decoder_start
 def _llava() -> Any:
     text = transformers.LlamaConfig(**_LLAMA)
     vision = transformers.CLIPVisionConfig(**_VIT, projection_dim=16)
-    return transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=39, vision_feature_layer=-1)
+    return transformers.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=39, vision_feature_layer=-1
+    )
 
 
 IDS = {"input_ids": torch.arange(1, 17).reshape(2, 8)}

@@ -25,7 +25,6 @@ from lorary.adapters.tensor_checks import Layout, alert_if_zero, expected_tensor
 from lorary.errors import Diagnostic, FileError, nearest
 from lorary.files.findings import Findings
 from lorary.files.safe_open import read_json
-from lorary.files.strict_json import named
 from lorary.files.tensor_file import TensorFile
 from lorary.layers.adapted import base_parameters, unwrapped_modules
 from lorary.layers.kinds import kind_of, site
@@ -84,6 +83,8 @@ class _Reader:
         translation = translate(file.header.tensors, self.leaves, self.type.canonical_name, self.layers)
         findings.fatal += translation.problems
         findings.notes += translation.notes
+        if translation.ambiguous:
+            raise FileError("", translation.ambiguous.values())
         self.names, self.inner = translation.names, translation.inner
         self.found = {short: file.header.tensors[name] for short, name in self.names.items()}
 

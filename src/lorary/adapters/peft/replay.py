@@ -3,8 +3,8 @@
 Transformers 5 keeps the experts of a layer in fused parameters. To read adapters of older releases, PEFT (and so
 `model.load_adapter`) converts every adapter of some architectures:
 
-1. `gate_proj` and the other names of the experts' projections are taken for the fused parameters, wherever they stand in
-   the model: dense layers and shared experts of that name lose their adapters. This is `_convert_peft_config_moe` in
+1. `gate_proj` and the other names of the experts' projections are taken for the fused parameters, wherever they stand
+   in the model: dense layers and shared experts of that name lose their adapters. This is `_convert_peft_config_moe` in
    PEFT's `utils/transformers_weight_conversion.py`, and concerns LORA only. A linear layer escapes it as a parameter:
    `<path>.weight` in `target_parameters`, with the same tensors.
 2. Tensors are renamed by the architecture's rules for old checkpoints, which may change a current name too.
@@ -12,44 +12,38 @@ Transformers 5 keeps the experts of a layer in fused parameters. To read adapter
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.peft.config import PeftConfig, read_config
 from lorary.adapters.peft.types import PeftType
 from lorary.errors import Diagnostic
-from lorary.files.bounded_regex import Pattern
-from lorary.files.findings import Findings
 from lorary.layers.adapted import unwrapped_modules
 
 # The names of the experts' projections by the architecture whose conversion rules a model type shares.
 _EXPERTS = {"mixtral": ("gate", "w1", "w2", "w3"), "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj")}
 
 
-def taken_for_experts(names: Iterable[str], architecture: str, model: nn.Module | None) -> list[str]:
-    """The sites among `names` that PEFT's LoRA takes for fused experts if `target_modules` names them.
+def taken_for_experts(paths: Collection[str], architecture: str, model: nn.Module | None) -> list[str]:
+    """The paths that PEFT's LoRA takes for fused experts if `target_modules` names them.
 
     Args:
-        names: paths of sites.
+        paths: paths of modules.
         architecture: the class of the base, from which the model type follows if the base is not at hand.
         model: the base, if at hand.
     """
-    endings = {ending for known in _EXPERTS.values() for ending in known}
-    suspects = [name for name in names if _leaf(name) in endings]
-    known = _converted_names(architecture, model) if suspects else ()  # Transformers is imported only where it matters
-    return [name for name in suspects if _leaf(name) in known]
+    suspects = [path for path in paths if any(_leaf(path) in names for names in _EXPERTS.values())]
+    if not suspects:  # Transformers is imported only where it matters
+        return []
+    names = _EXPERTS.get(_conversion(_model_type(architecture, model)), ())
+    return [path for path in suspects if _leaf(path) in names]
 
 
 def _leaf(path: str) -> str:
     return path.rpartition(".")[2]
-
-
-def _converted_names(architecture: str, model: nn.Module | None) -> tuple[str, ...]:
-    """The names that PEFT's LoRA takes for fused experts on this base; none on most."""
-    return _EXPERTS.get(_conversion(_model_type(architecture, model)), ())
 
 
 def _model_type(architecture: str, model: nn.Module | None) -> str:
@@ -63,7 +57,7 @@ def _model_type(architecture: str, model: nn.Module | None) -> str:
 
 
 def _conversion(model_type: str) -> str:
-    """The architecture whose conversion rules a model type shares."""
+    """The architecture whose conversion rules a model type shares; empty if it has none."""
     from transformers import conversion_mapping
 
     # PEFT reads this table too; `qwen2_moe` itself is missing in it, and so not converted
@@ -83,35 +77,38 @@ def misread_sites(
         fields: the fields of the configuration that select sites.
     """
     sites = [adapted.site.name for adapted in adapter.sites]
-    if not sites:
-        return []
-    modules = list(unwrapped_modules(model)) if model is not None else sites
-    data = {key: value for key, value in fields.items() if key in peft_type.fields}
-    config = read_config({**data, "peft_type": peft_type.name}, {peft_type.name: peft_type.fields}, Findings("", False))
-    if config is None:
-        return []
-    read = _sites_read(config, [path for path in modules if path], adapter.base.architecture, model)
-    problems = [
-        Diagnostic(name, "PEFT takes it for fused experts of this architecture, and leaves it out")
-        for name in sites
-        if name not in read
-    ]
-    problems += [Diagnostic(name, "PEFT would adapt it too") for name in sorted(read - set(sites))]
+    modules = [path for path in unwrapped_modules(model) if path] if model is not None else sites
+    lora = peft_type.name == "LORA"  # the only type whose targets are converted
+    experts = taken_for_experts(modules, adapter.base.architecture, model) if lora else []
+    read = _sites_read(fields, modules, {_leaf(path) for path in experts})
+    lost, added = "PEFT takes it for fused experts of this architecture, and leaves it out", "PEFT would adapt it too"
+    problems = [Diagnostic(name, lost) for name in sites if name not in read]
+    problems += [Diagnostic(name, added) for name in sorted(read - set(sites))]
     return problems + _renamed(sites, model)
 
 
-def _sites_read(
-    config: PeftConfig, modules: Collection[str], architecture: str, model: nn.Module | None
-) -> set[str]:
-    """The modules among these that PEFT adapts."""
-    read = {path for path in modules if config.targets_module(path)}
-    if config.peft_type != "LORA":
-        return read
-    parameters = {path for path in read if config.targets_parameter(path)}
-    if isinstance(config["target_modules"], Pattern) and _converted_names(architecture, model):
-        endings = {_leaf(path) for path in read - parameters}  # all that PEFT keeps of a pattern
-        read |= {path for path in modules if _leaf(path) in endings}
-    return read - set(taken_for_experts(read - parameters, architecture, model))
+def _sites_read(fields: Mapping[str, Any], modules: Collection[str], experts: Collection[str]) -> set[str]:
+    """The modules among these that PEFT adapts.
+
+    Args:
+        fields: the fields of the configuration that select sites.
+        modules: paths of modules.
+        experts: the last components that PEFT takes for fused experts.
+    """
+    targets, parameters = fields["target_modules"], fields.get("target_parameters", ())
+    named = {path for path in modules if _matches(targets, path)}
+    if experts and isinstance(targets, str):  # PEFT replaces a pattern by the last components of its matches
+        endings = {_leaf(path) for path in named}
+        named = {path for path in modules if _leaf(path) in endings}
+    named = {path for path in named if _leaf(path) not in experts}
+    return named | {path for path in modules if _matches(parameters, f"{path}.weight")}
+
+
+def _matches(targets: str | Iterable[str], path: str) -> bool:
+    """PEFT's rule: a pattern for the whole path, or ends of it by whole components."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, path) is not None
+    return any(f".{path}".endswith(f".{target}") for target in targets)
 
 
 def _renamed(sites: Iterable[str], model: nn.Module | None) -> list[Diagnostic]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from lorary.adapters.peft import keys
-from lorary.adapters.peft.wrappers import DDP, without_wrappers
+from lorary.adapters.wrappers import DDP, left_out, without_wrappers
 from lorary.errors import Diagnostic
 from lorary.files.strict_json import named
 from lorary.layers.kinds import kind_of
@@ -29,13 +29,15 @@ class Translation:
         names: short name, translated -> the name in the file.
         inner: site -> the name that the file has for it, for layers inside a wrapper of the model.
         notes: what was translated.
-        problems: names that cannot be translated, or are there twice.
+        problems: names that are there twice.
+        ambiguous: paths that may mean two modules.
     """
 
     names: dict[str, str] = field(default_factory=dict)
     inner: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     problems: list[Diagnostic] = field(default_factory=list)
+    ambiguous: dict[str, Diagnostic] = field(default_factory=dict)
 
 
 def translate(
@@ -52,7 +54,7 @@ def translate(
         canonical: PEFT's spelling of a short name.
         modules: the modules of the base by path, if at hand.
     """
-    found, leaves, dropped = Translation(), tuple(leaves), dict[str, None]()
+    found, leaves, dropped = Translation(), tuple(leaves), list[str]()
     for name in names:
         plain, components = without_wrappers(name)
         short = canonical(keys.short(plain))
@@ -64,11 +66,11 @@ def translate(
             layer = _inside(real, modules) if site else real
             found.inner |= {layer: real} if layer != real else {}
             short = layer + short.removeprefix(path)
-        dropped |= dict.fromkeys(components)
+        dropped += components
         if short in found.names:
             found.problems.append(Diagnostic(named(name), f"is there twice, {_why_twice(name, short, found)}"))
         found.names[short] = name
-    found.notes += [f"`{c}` in the names of its tensors is a wrapper's, and was left out" for c in dropped]
+    found.notes += left_out(dropped)
     found.notes += [f"{outer} is a wrapper here: the adapter is on {inner}" for inner, outer in found.inner.items()]
     return found
 
@@ -89,9 +91,10 @@ def _without_module(path: str, modules: Mapping[str, nn.Module], found: Translat
     removals = (gone for n in range(1, len(at) + 1) for gone in itertools.combinations(at[:4], n))
     shorter = [".".join(part for i, part in enumerate(parts) if i not in gone) for gone in removals]
     fitting = sorted({p for p in shorter if p in modules})
+    fitting = [p for p in fitting if kind_of(modules[p]) is not None] or fitting  # a layer rather than a container
     if len(fitting) > 1:
         what = f"may mean {' or '.join(map(named, fitting))}: `{DDP}` is a wrapper's name, and a module's here"
-        found.problems.append(Diagnostic(named(path), what, "rename its tensors to the paths of the base"))
+        found.ambiguous[path] = Diagnostic(named(path), what, "rename its tensors to the paths of the base")
     return fitting[0] if fitting else path
 
 

@@ -128,8 +128,7 @@ def _fields_by_parameter(own: Mapping[str, Any], parameters: list[str]) -> dict[
     endings = {name.split(".")[-2] for name in parameters}
     patterns = {
         field: {
-            rf"{key}\.weight" if key.rpartition(".")[2] in endings else key: value
-            for key, value in own[field].items()
+            rf"{key}\.weight" if key.rpartition(".")[2] in endings else key: value for key, value in own[field].items()
         }
         for field in ("rank_pattern", "alpha_pattern")
     }

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 # of torch.compile, FullyShardedDataParallel and torch's checkpoint_wrapper
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 DDP = "module"  # of DistributedDataParallel, and also a name that models give to modules of their own
@@ -20,3 +22,8 @@ def without_wrappers(name: str) -> tuple[str, list[str]]:
     gone = [c in WRAPPERS or (outside and i < before) for i, c in enumerate(components)]
     kept = [c for c, wrapper in zip(components, gone, strict=True) if not wrapper]
     return ".".join(kept), [c for c, wrapper in zip(components, gone, strict=True) if wrapper]
+
+
+def left_out(components: Iterable[str]) -> list[str]:
+    """The notes of a reader about the components that it left out."""
+    return [f"`{c}` in the names of its tensors is a wrapper's, and was left out" for c in dict.fromkeys(components)]
