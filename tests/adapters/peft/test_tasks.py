@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Callable
@@ -152,6 +153,22 @@ def test_a_head_that_the_file_lacks_is_not_asked_for(case: Case, folder: Path) -
     want = output(lorary.load(base(case), "a"), case)
     close(output(peft.PeftModel.from_pretrained(base(case), "a").eval(), case), want)
     close(output(peft.AutoPeftModel.from_pretrained("a").eval(), case), want)
+
+
+@pytest.mark.parametrize("case", [c for c in HEADED if c.name.startswith("Llama")], ids=str)
+def test_a_head_that_is_drawn_again_gets_its_trained_values(case: Case, folder: Path) -> None:
+    """The checkpoint has no head, so every load of the base draws another."""
+    base(dataclasses.replace(case, name="LlamaForCausalLM"))  # writes the checkpoint
+    torch.manual_seed(1)
+    model = adapted(case)
+    lorary.save(model, folder / "a")
+    torch.manual_seed(2)
+    other = base(case)
+    assert not torch.equal(other.score.weight, lorary.Adapter.of(model).full["score.weight"])
+    close(output(peft.PeftModel.from_pretrained(copy.deepcopy(other), "a").eval(), case), output(model, case))
+    close(output(lorary.load(copy.deepcopy(other), "a", force=True), case), output(model, case))
+    (folder / "a" / "lorary.json").unlink()
+    close(output(lorary.load(other, "a"), case), output(model, case))
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c not in HEADED and "Image" not in c.name], ids=str)
