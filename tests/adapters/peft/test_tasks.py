@@ -191,6 +191,18 @@ class MineForCausalLM(transformers.LlamaForCausalLM):
     """A class of no library."""
 
 
+class PixelsForCausalLM(nn.Module):
+    """A class that PEFT's would call with arguments that it does not take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 4)
+
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
+        out: Tensor = self.body(pixel_values)
+        return out
+
+
 class Plain(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -203,8 +215,12 @@ class Plain(nn.Module):
 
 @pytest.mark.parametrize(
     ("make", "task"),
-    [(lambda: MineForCausalLM(transformers.LlamaConfig(**_LLAMA)), "CAUSAL_LM"), (Plain, None)],
-    ids=["MineForCausalLM", "Plain"],
+    [
+        (lambda: MineForCausalLM(transformers.LlamaConfig(**_LLAMA)), "CAUSAL_LM"),
+        (PixelsForCausalLM, None),
+        (Plain, None),
+    ],
+    ids=["MineForCausalLM", "PixelsForCausalLM", "Plain"],
 )
 def test_classes_outside_of_libraries(make: Callable[[], nn.Module], task: str | None, tmp_path: Path) -> None:
     model = make()

@@ -49,7 +49,7 @@ def _leaf(path: str) -> str:
 def _model_type(architecture: str, model: nn.Module | None) -> str:
     """The `model_type` of a base's configuration; empty if it is not one of Transformers'."""
     if model is not None:
-        return str(getattr(getattr(model, "config", None), "model_type", "") or "")
+        return str(getattr(getattr(unwrapped_modules(model)[""], "config", None), "model_type", "") or "")
     import transformers
 
     config = getattr(getattr(transformers, architecture or "-", None), "config_class", None)
@@ -113,12 +113,13 @@ def _matches(targets: str | Iterable[str], path: str) -> bool:
 
 def _renamed(sites: Iterable[str], model: nn.Module | None) -> list[Diagnostic]:
     """The sites whose tensors Transformers' rules for old checkpoints rename."""
-    if not hasattr(model, "base_model_prefix"):
+    root = unwrapped_modules(model)[""] if model is not None else None
+    if not hasattr(root, "base_model_prefix"):
         return []
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-    rules = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+    rules = [rule for rule in get_model_conversion_mapping(root) if isinstance(rule, WeightRenaming)]
     end, problems = ".lora_A.default.weight", []
     for name in sites:
         renamed = rename_source_key(name + end, rules, [])[0]

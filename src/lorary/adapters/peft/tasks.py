@@ -19,6 +19,7 @@ from lorary.layers.adapted import unwrapped_modules
 
 _INPUTS = ("input_ids", "attention_mask", "inputs_embeds")
 _DECODER = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
+_OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict")
 _LIBRARIES = ("transformers", "diffusers")  # those that PEFT imports a base's class from
 
 
@@ -27,7 +28,7 @@ class _Task(NamedTuple):
 
     Args:
         table: Transformers' table of the classes that the Auto class for the task builds.
-        inputs: the arguments that PEFT passes, beside those that every model takes or ignores.
+        inputs: the arguments that PEFT passes for the input; `**kwargs` would take them and do nothing with them.
         heads: the modules that PEFT trains, by the ends of their paths.
     """
 
@@ -68,7 +69,7 @@ def task_fields(adapter: Adapter, model: nn.Module | None, saved: Collection[str
 
 def _class_of(architecture: str, model: nn.Module | None) -> type[nn.Module] | None:
     if model is not None:
-        return type(model)
+        return type(unwrapped_modules(model)[""])
     if not architecture.endswith(("Model", "LM")) and "For" not in architecture:
         return None  # not a name of Transformers, which is slow to import
     import transformers
@@ -80,7 +81,8 @@ def _class_of(architecture: str, model: nn.Module | None) -> type[nn.Module] | N
 def _fits(base: type[nn.Module], name: str, task: _Task) -> bool:
     """Whether the base is of this task, and takes the arguments that PEFT passes for it."""
     parameters = inspect.signature(base.forward).parameters
-    if not set(task.inputs) <= parameters.keys():
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    if not {*task.inputs, *(() if takes_any else _OUTPUTS)} <= parameters.keys():
         return False
     if name == "CAUSAL_LM" and base.__name__.endswith(_CAUSAL):
         return True
