@@ -141,6 +141,9 @@ def test_pefts_classes_open_the_folder(case: Case, folder: Path) -> None:
     assert head(folder / "a")[0] == case.task
     close(output(peft.PeftModel.from_pretrained(base(case), "a").eval(), case), want)
     close(output(getattr(peft, case.auto).from_pretrained("a").eval(), case), want)
+    by_transformers = base(case)
+    by_transformers.load_adapter("a")
+    close(output(by_transformers.eval(), case), want)
     close(output(lorary.load(base(case), "a"), case), want)
 
 
