@@ -16,6 +16,9 @@ _GPT2 = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 4}
 
 # Kind of model -> its configuration at a tiny size.
 _SETTINGS: dict[str, dict[str, Any]] = {
+    "Bart": {"vocab_size": 40, "d_model": 16, "pad_token_id": 0, "max_position_embeddings": 40, "scale_embedding": True}
+    | {f"{side}_{k}": n for side in ("encoder", "decoder") for k, n in (("layers", 1), ("ffn_dim", 24))}
+    | {"encoder_attention_heads": 2, "decoder_attention_heads": 2},
     "Bert": _SMALL | {"intermediate_size": 24},
     "Bloom": {"vocab_size": 40, "hidden_size": 16, "n_layer": 2, "n_head": 4},
     "CodeGen": _GPT2 | {"rotary_dim": 4, "n_positions": 32},

@@ -4,18 +4,39 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
 import lorary
 from tests.cli.command import Command
 from tests.cli.test_commands import base
+from tests.tiny import shaken
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 IDS = torch.arange(12)[None] * 7
+DEEPSEEK: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+}
 
 
 def trained(*names: str, **options: object) -> torch.Tensor:
@@ -75,4 +96,22 @@ def test_export_names_what_is_wrong(command: Command) -> None:
         2,
         "",
         "error: cannot export empty:\n  - --to pfet: is not a known format\n      hint: did you mean `peft`?\n",
+    )
+
+
+def test_what_vllm_ignores_is_a_note_and_shared_experts_are_verified(command: Command) -> None:
+    config = DeepseekV3Config(**DEEPSEEK)
+    torch.manual_seed(0)
+    DeepseekV3ForCausalLM(config).save_pretrained("model")
+    model = AutoModelForCausalLM.from_pretrained("model", dtype=torch.float32)
+    lorary.attach(model, lorary.plan(model, lorary.method("lora", r=2)))
+    shaken(model)
+    lorary.save(model, "adapter")
+    ran = command("export", "adapter", "out", "--base", "model")
+    assert ran.code == 0
+    assert "note: vLLM folds kv_b_proj into its attention and ignores adapters of it (2 sites here)" in ran.err
+    assert float(ran.err.rsplit("at most ")[1].split()[0]) < 1e-5
+    assert (
+        "model.layers.0.mlp.gate_proj.weight"
+        in json.loads(Path("out/adapter_config.json").read_text())["target_parameters"]
     )

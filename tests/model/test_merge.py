@@ -181,6 +181,8 @@ TIED: list[tuple[str, Any]] = [
     ("T5ForConditionalGeneration", "decoder.embed_tokens"),
     ("BertForMaskedLM", "embedding"),
     ("BertForMaskedLM", "decoder"),
+    ("BartForConditionalGeneration", ["model.encoder.embed_tokens", "model.decoder.embed_tokens"]),
+    ("BartForConditionalGeneration", "lm_head"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Trained adapters: as values, as lorary's and PEFT's folders, and switched on a model.
+"""Trained adapters: as values, as folders of lorary, PEFT and mlx-lm, and switched on a model.
 
 The names below are loaded on first use.
 """

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from lorary.adapters.peft.types import PeftType, peft_type_of
 from lorary.adapters.shared_tensors import SharedTensors
 from lorary.adapters.site_records import adapted_sites, read_sites, site_record
 from lorary.adapters.tensor_checks import Layout, alert_if_zero, expected_tensors, read_tensors, site_tensors
+from lorary.adapters.wrappers import left_out, without_wrappers
 from lorary.errors import Diagnostic, FileError, MethodError
 from lorary.files.findings import Findings
 from lorary.files.manifest import digest, sha256
@@ -116,7 +117,24 @@ def read_native(folder: Path, findings: Findings) -> Adapter:
     tensors, inconsistent = shared_tensors.rejoined(sites, tensors)
     findings.fatal += [Diagnostic(f"{file.name}: {problem.where}", problem.what) for problem in inconsistent]
     alert_if_zero(sites, tensors, findings)
-    return Adapter(method, sites, tensors, full, Fingerprint(**data["base"]), findings.conclude())
+    return _unwrapped(Adapter(method, sites, tensors, full, Fingerprint(**data["base"]), findings.conclude()))
+
+
+def _unwrapped(adapter: Adapter) -> Adapter:
+    """The adapter in the names of the plain model: releases up to 0.5 saved those of a compiled one."""
+    names = [adapted.site.name for adapted in adapter.sites] + list(adapter.full)
+    plain = {name: without_wrappers(name)[0] for name in names}
+    notes = left_out(c for name in names for c in without_wrappers(name)[1])
+    if not notes:
+        return adapter
+    return replace(
+        adapter,
+        sites=tuple(replace(a, site=replace(a.site, name=plain[a.site.name])) for a in adapter.sites),
+        tensors={plain[name]: roles for name, roles in adapter.tensors.items()},
+        full={plain[name]: value for name, value in adapter.full.items()},
+        base=replace(adapter.base, architecture="", structure=""),  # the wrapper's; the weights are still compared
+        notes=(*adapter.notes, *notes),
+    )
 
 
 def _record(record: Any, findings: Findings) -> dict[str, Any]:

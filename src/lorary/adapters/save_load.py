@@ -1,14 +1,16 @@
-"""Saving an adapter as a folder, and loading lorary's and PEFT's folders."""
+"""Saving an adapter as a folder, and loading lorary's, PEFT's and mlx-lm's folders."""
 
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 from torch import nn
 
 from lorary.adapters import native
 from lorary.adapters.adapter import Adapter
+from lorary.adapters.mlx import is_mlx, read_mlx
 from lorary.adapters.peft import writer
 from lorary.adapters.peft.config import NAME as PEFT_CONFIG
 from lorary.adapters.peft.config import config_text
@@ -17,7 +19,7 @@ from lorary.adapters.shared_tensors import SharedTensors, collect_shared, incons
 from lorary.adapters.tensor_checks import unwritable
 from lorary.errors import Diagnostic, FileError, not_a
 from lorary.files.atomic import atomic_directory
-from lorary.files.findings import Findings
+from lorary.files.findings import AdapterWarning, Findings
 from lorary.files.safe_open import checked_path, existing_folder, subject
 from lorary.files.strict_json import show
 from lorary.files.tensor_file import write_tensors
@@ -41,6 +43,9 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.
 
     Raises:
         FileError: no reader would accept the adapter (NaN, other dtypes), or the folder cannot be written.
+
+    Warns:
+        AdapterWarning: PEFT has a form for this adapter, and would misread it on this base; it is in lorary's own form.
     """
     headline = f"cannot save an adapter to {show(checked_path(folder, 'cannot save an adapter:'), most=400)}"
     problems = not_a(nn.Module | None, "a torch.nn.Module", model=model)
@@ -55,6 +60,8 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.
         raise FileError(headline, problems)
     # PEFT's files cannot hold RoPE scaling
     peft_type = None if writer.rope_overrides(adapter) else writer.exact_type(adapter, model, shared)
+    if peft_type is None and (reason := writer.why_misread(adapter, model)):
+        warnings.warn(f"saved in lorary's own form, not as a PEFT adapter: {reason}", AdapterWarning, stacklevel=2)
     if peft_type is not None:
         config, tensors = writer.exact_files(adapter, model, shared, peft_type)
     needed = sum(t.nbytes for t in tensors.values())
@@ -67,7 +74,7 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.
 
 @mode_independent
 def load_adapter(folder: str | os.PathLike[str], *, model: nn.Module | None = None, strict: bool = True) -> Adapter:
-    """Read an adapter folder, lorary's or PEFT's.
+    """Read an adapter folder: lorary's, PEFT's or mlx-lm's.
 
     Args:
         folder: the folder.
@@ -91,7 +98,7 @@ def load_adapter(folder: str | os.PathLike[str], *, model: nn.Module | None = No
         if os.path.lexists(path / native.NAME):
             return native.read_native(path, findings)
         if os.path.lexists(path / PEFT_CONFIG):
-            return read_peft(path, model, findings)
+            return read_mlx(path, model, findings) if is_mlx(path) else read_peft(path, model, findings)
         weights_name(path)  # a lone pickle is the better reason
         raise FileError("", [_no_adapter(path)])
     except FileError as error:

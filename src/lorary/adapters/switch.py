@@ -50,7 +50,7 @@ def load(
     quantize: bool = True,
     pack: bool | None = None,
 ) -> nn.Module:
-    """Attach a saved adapter, lorary's or PEFT's, to its base, in place. All or nothing.
+    """Attach a saved adapter, lorary's, PEFT's or mlx-lm's, to its base, in place. All or nothing.
 
     Args:
         base: the model that it was trained on.

@@ -63,14 +63,16 @@ def export(
 
 @contextmanager
 def _notes() -> Iterator[None]:
-    """Print PositionsWarning as a note on standard error."""
+    """Print the warnings about an adapter and its export as notes on standard error."""
+    from lorary.files.findings import AdapterWarning
     from lorary.layers.rope import PositionsWarning
 
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", PositionsWarning)
+        for category in (AdapterWarning, PositionsWarning):
+            warnings.simplefilter("always", category)
         yield
     for warning in caught:
-        if issubclass(warning.category, PositionsWarning):
+        if issubclass(warning.category, (AdapterWarning, PositionsWarning)):
             print(f"note: {warning.message}", file=sys.stderr)
         else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

@@ -48,10 +48,16 @@ class PeftConfig:
         """
         if _names(self["exclude_modules"], path) or _inside(path, self["modules_to_save"]):
             return False
+        if self.targets_parameter(path):
+            return True
         if self["target_modules"] is None:
             return True
         layers = self["layers_to_transform"]
         return _names(self["target_modules"], path) and (layers is None or self._layer(path) in layers)
+
+    def targets_parameter(self, path: str) -> bool:
+        """Whether `target_parameters` names the weight of the module at this path."""
+        return _names(self.values.get("target_parameters") or (), f"{path}.weight")
 
     def saves_module_of(self, path: str) -> bool:
         """Whether the base parameter at this path belongs to a module of `modules_to_save`."""

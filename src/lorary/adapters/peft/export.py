@@ -22,11 +22,14 @@ from lorary.adapters.shared_tensors import collect_shared
 from lorary.adapters.tensor_checks import unwritable
 from lorary.errors import Diagnostic, FileError, caller_stacklevel
 from lorary.files.atomic import atomic_directory
+from lorary.files.findings import AdapterWarning
 from lorary.files.safe_open import checked_path
 from lorary.files.strict_json import show
 from lorary.files.tensor_file import write_tensors
 from lorary.layers.rope import PositionsWarning
 from lorary.model.ambient import mode_independent
+
+_ABSORBED = ".kv_b_proj"  # of multi-head latent attention (DeepSeek)
 
 
 @mode_independent
@@ -47,6 +50,10 @@ def export_peft(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.M
     Raises:
         FileError: PEFT has no LoRA with this function, with every reason; or the folder cannot be written.
         MethodError: the method has no low-rank form.
+
+    Warns:
+        PositionsWarning: the base needs RoPE scaling.
+        AdapterWarning: vLLM ignores some of the adapted layers.
     """
     checked_path(folder, "cannot export an adapter:")
     problems = writer.base_incompatibilities(adapter, model, LORA)
@@ -69,6 +76,10 @@ def export_peft(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.M
     if rope:
         what = f"PEFT's files do not say how positions are divided: load the base with rope_parameters {rope}"
         warnings.warn(f"{what}; {writer.BASE_README} there says how", PositionsWarning, stacklevel=caller_stacklevel())
+    absorbed = [a.site.name for a in adapter.sites if a.site.name.endswith(_ABSORBED)]
+    if absorbed:
+        what = f"vLLM folds kv_b_proj into its attention and ignores adapters of it ({len(absorbed)} sites here)"
+        warnings.warn(f"{what}: to serve this adapter with vLLM, merge it", AdapterWarning, stacklevel=caller_stacklevel())
 
 
 def _refuse(folder: str | os.PathLike[str], problems: list[Diagnostic]) -> None:

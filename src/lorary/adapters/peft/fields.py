@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lorary.adapters.wrappers import without_wrappers
 from lorary.files.bounded_regex import Budget, Pattern, SuffixPattern
 from lorary.files.strict_json import show
 from lorary.spec.fields import AMOUNT, COUNT, FLAG, POSITIVE, one_of
@@ -95,7 +96,8 @@ def _names_or_pattern(value: Any, budget: Budget) -> tuple[str, ...] | Pattern:
 
 
 def _names(value: Any) -> tuple[str, ...]:
-    return _listed(value, lambda v: isinstance(v, str) and v != "", "names")
+    names = _listed(value, lambda v: isinstance(v, str) and v != "", "names")
+    return tuple(without_wrappers(name)[0] for name in names)
 
 
 def _listed(value: Any, valid: Callable[[Any], bool], what: str) -> tuple[Any, ...]:
@@ -110,6 +112,13 @@ def _plain_names(value: Any, budget: Budget) -> tuple[str, ...]:
     not_plain = [n for n in names if not all(c.isalnum() or c in "_." for c in n)]
     if not_plain:  # PEFT reads them as regular expressions
         raise ValueError(f"{show(not_plain[0])} is not a plain module name")
+    return names
+
+
+def _weights(value: Any, budget: Budget) -> tuple[str, ...]:
+    names = _names(value)
+    if any(not name.endswith(".weight") for name in names):
+        raise ValueError(f"is {show(value)}: adapters on bare parameters (fused experts) are not supported")
     return names
 
 
@@ -183,6 +192,7 @@ SHARED: dict[str, Field] = {
     "base_model_name_or_path": Field(_base, "", nullable=True),
 }
 EXCLUDE = Field(_names_or_pattern, (), nullable=True)
+PARAMETERS = Field(_weights, (), nullable=True)  # weights of linear layers
 
 # Fields that matter only while training, or to other programs.
 BOOK_KEEPING: dict[str, Field] = {

@@ -22,7 +22,18 @@ from torch import Tensor
 
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.peft.config import PeftConfig
-from lorary.adapters.peft.fields import ALPHA, EXCLUDE, PROBABILITY, RANK, SHARED, Field, by_pattern, field, unsupported
+from lorary.adapters.peft.fields import (
+    ALPHA,
+    EXCLUDE,
+    PARAMETERS,
+    PROBABILITY,
+    RANK,
+    SHARED,
+    Field,
+    by_pattern,
+    field,
+    unsupported,
+)
 from lorary.adapters.peft.types import PeftType, register
 from lorary.adapters.shared_tensors import SharedTensors
 from lorary.adapters.tensor_checks import Layout
@@ -78,6 +89,7 @@ class Lora(PeftType):
     fields = {  # noqa: RUF012 (never written)
         **SHARED,
         **UNSUPPORTED,
+        "target_parameters": PARAMETERS,
         "r": field(RANK, 8),
         "lora_alpha": field(ALPHA, 8.0),
         "lora_dropout": field(PROBABILITY, 0.0),
@@ -102,8 +114,9 @@ class Lora(PeftType):
     }
 
     def to_method(self, config: PeftConfig, site: str = "") -> Method:
+        name = f"{site}.weight" if site and config.targets_parameter(site) else site  # as PEFT matches its patterns
         r, alpha = (
-            next((value for ending, value in config[pattern] if site and ending.fullmatch(site)), config[usual])
+            next((value for ending, value in config[pattern] if name and ending.fullmatch(name)), config[usual])
             for pattern, usual in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
         )
         scale = AlphaOverSqrtRank(alpha) if config["use_rslora"] else AlphaOverRank(alpha)

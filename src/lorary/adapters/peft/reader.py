@@ -18,13 +18,13 @@ from lorary.adapters.adapter import Adapter
 from lorary.adapters.peft import keys
 from lorary.adapters.peft.config import NAME, PeftConfig, read_config
 from lorary.adapters.peft.modules_to_save import modules_to_save
+from lorary.adapters.peft.translate import translate
 from lorary.adapters.peft.types import PEFT_TYPES
 from lorary.adapters.shared_tensors import regenerate
 from lorary.adapters.tensor_checks import Layout, alert_if_zero, expected_tensors, read_tensors, site_tensors
 from lorary.errors import Diagnostic, FileError, nearest
 from lorary.files.findings import Findings
 from lorary.files.safe_open import read_json
-from lorary.files.strict_json import named
 from lorary.files.tensor_file import TensorFile
 from lorary.layers.adapted import base_parameters, unwrapped_modules
 from lorary.layers.kinds import kind_of, site
@@ -80,13 +80,12 @@ class _Reader:
         self.layers = unwrapped_modules(model) if model is not None else None
         self.model = model
         self.leaves = self.type.leaves_of(config)
-        self.names: dict[str, str] = {}  # without prefix -> as in the file
-        for name in file.header.tensors:
-            short = self.type.canonical_name(keys.short(name))
-            if short in self.names:
-                other = "prefix" if name == keys.PREFIX + short or name == short else "ending"
-                findings.fatal.append(Diagnostic(named(name), f"is there twice, with and without its {other}"))
-            self.names[short] = name
+        translation = translate(file.header.tensors, self.leaves, self.type.canonical_name, self.layers)
+        findings.fatal += translation.problems
+        findings.notes += translation.notes
+        if translation.ambiguous:
+            raise FileError("", translation.ambiguous.values())
+        self.names, self.inner = translation.names, translation.inner
         self.found = {short: file.header.tensors[name] for short, name in self.names.items()}
 
     def adapter(self) -> Adapter:
@@ -138,7 +137,7 @@ class _Reader:
         try:
             sites = list(self._sites_of_file() if self.layers is None else self._sites_of_model(self.layers))
             mismatches = self.type.site_mismatches(self.config, {s.name for s in sites})
-            adapted = tuple(AdaptedSite(s, self.type.to_method(self.config, s.name)) for s in sites)
+            adapted = tuple(AdaptedSite(s, self.type.to_method(self.config, self._named(s.name))) for s in sites)
         except ValueError as error:  # the patterns' budget, which the later checks would need too
             self.findings.fatal.append(Diagnostic(NAME, str(error)))
             raise FileError("") from None
@@ -150,7 +149,7 @@ class _Reader:
     def _sites_of_model(self, modules: Mapping[str, nn.Module]) -> Iterator[Site]:
         in_file = self._sites_in_names()
         for name, layer in modules.items():
-            if not name or kind_of(layer) is None or not self.config.targets_module(name):
+            if not name or kind_of(layer) is None or not self.config.targets_module(self._named(name)):
                 continue
             if self.config["target_modules"] is None and name not in in_file:
                 continue
@@ -158,11 +157,18 @@ class _Reader:
             if isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
                 what = "nn.MultiheadAttention reads its weight and never calls it: an adapter there would do nothing"
                 self.findings.fatal.append(Diagnostic(name, what))
+            elif self.config.targets_parameter(name) and found.kind != "linear":
+                what = f"is of kind {found.kind}, and only linear layers are read from `target_parameters`"
+                self.findings.fatal.append(Diagnostic(name, what))
             elif what := self.type.why_not_adaptable(found, layer):
                 fix = "it can neither be merged nor read here" if found.kind.startswith("conv") else ""
                 self.findings.fatal.append(Diagnostic(name, what, fix))
             else:
                 yield found
+
+    def _named(self, site: str) -> str:
+        """The name of a site in the configuration."""
+        return self.inner.get(site, site)
 
     def _sites_in_names(self) -> dict[str, None]:
         """The sites in the names of the tensors, in the file's order."""
@@ -210,7 +216,7 @@ class _Reader:
         if self.layers is not None and at not in self.layers:
             return "adapts a module that the model does not have"
         try:
-            targeted = self.config.targets_module(at)
+            targeted = self.config.targets_module(self._named(at))
         except ValueError as error:  # the patterns' budget
             return str(error)
         if not targeted:

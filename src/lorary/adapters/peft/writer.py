@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.peft import keys
 from lorary.adapters.peft.config import target_modules
+from lorary.adapters.peft.lora import is_dora
 from lorary.adapters.peft.modules_to_save import modules_and_biases
+from lorary.adapters.peft.replay import misread_sites, taken_for_experts
+from lorary.adapters.peft.tasks import task_fields
 from lorary.adapters.peft.types import PeftType, peft_type_of
 from lorary.adapters.shared_tensors import SharedTensors
 from lorary.errors import Diagnostic
 from lorary.layers.adapted import unwrapped_modules
 
-_TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
 BASE_README = "BASE.md"  # explains how to load the base of an adapter with RoPE scaling
 _README_TEXT = """# A PEFT adapter for a base with RoPE scaling
 
@@ -66,12 +68,37 @@ def base_incompatibilities(adapter: Adapter, model: nn.Module | None, peft_type:
         if what := peft_type.why_not_adaptable(adapted.site, modules.get(adapted.site.name)):
             problems.append(Diagnostic(adapted.site.name, what))
     *_, unsaved = modules_and_biases(adapter, model)
+    shared = _shared_fields(adapter, model, peft_type)
     lacking = [
         Diagnostic(key, f"PEFT's {peft_type.title} has no such field")
-        for key, value in _shared_fields(adapter, model).items()
+        for key, value in shared.items()
         if key not in peft_type.fields and value not in (None, False, "none")
     ]
-    return problems + unsaved + lacking
+    return problems + unsaved + lacking + misread(adapter, model, peft_type)
+
+
+def misread(adapter: Adapter, model: nn.Module | None, peft_type: PeftType) -> list[Diagnostic]:
+    """The sites that PEFT or Transformers would not read as the sites that they are."""
+    fields = _shared_fields(adapter, model, peft_type)
+    by_parameter = set(fields.get("target_parameters", ()))
+    problems = [
+        Diagnostic(
+            adapted.site.name,
+            "PEFT takes its name for fused experts, and adapts it as a parameter only as a linear layer without DoRA",
+            "merge the adapter, and save the model",
+        )
+        for adapted in adapter.sites
+        if f"{adapted.site.name}.weight" in by_parameter and (adapted.site.kind != "linear" or is_dora(adapted))
+    ]
+    return problems or misread_sites(adapter, model, peft_type, fields)
+
+
+def why_misread(adapter: Adapter, model: nn.Module | None) -> str:
+    """Why an adapter of a PEFT type is not written as one: PEFT or Transformers would misread it; empty otherwise."""
+    peft_type = peft_type_of(adapter.sites)
+    problems = misread(adapter, model, peft_type) if peft_type else []
+    more = f" (and {len(problems) - 1:,} more)" if len(problems) > 1 else ""
+    return f"{problems[0].where}: {problems[0].what}{more}" if problems else ""
 
 
 def peft_config(
@@ -85,23 +112,38 @@ def peft_config(
         peft_type: the PEFT type to write.
         own: the type-specific fields.
     """
-    architecture = adapter.base.architecture
-    shared = {key: value for key, value in _shared_fields(adapter, model).items() if key in peft_type.fields}
-    head = {
-        "peft_type": peft_type.name,
-        "task_type": next((task for end, task in _TASKS.items() if architecture.endswith(end)), None),
-        "auto_mapping": None,
-        "revision": None,
-        "inference_mode": True,
+    fields = _shared_fields(adapter, model, peft_type)
+    head = {"peft_type": peft_type.name, "revision": None, "inference_mode": True}
+    shared = {key: value for key, value in fields.items() if key in peft_type.fields}
+    if by_parameter := fields.get("target_parameters"):
+        own = _fields_by_parameter(own, by_parameter)
+    return head | task_fields(adapter, model, fields["modules_to_save"]) | shared | dict(own)
+
+
+def _fields_by_parameter(own: Mapping[str, Any], parameters: list[str]) -> dict[str, Any]:
+    """LoRA's fields for an adapter with target parameters: PEFT matches patterns with their names, and has no dropout.
+
+    A pattern that is about one of them is about no other site, since all sites of its name are target parameters.
+    """
+    endings = {name.split(".")[-2] for name in parameters}
+    patterns = {
+        field: {
+            rf"{key}\.weight" if key.rpartition(".")[2] in endings else key: value for key, value in own[field].items()
+        }
+        for field in ("rank_pattern", "alpha_pattern")
     }
-    return head | shared | dict(own)
+    return {**own, **patterns, "lora_dropout": 0.0}
 
 
-def _shared_fields(adapter: Adapter, model: nn.Module | None) -> dict[str, Any]:
+def _shared_fields(adapter: Adapter, model: nn.Module | None, peft_type: PeftType) -> dict[str, Any]:
     modules, bias, _ = modules_and_biases(adapter, model)
+    sites = [adapted.site.name for adapted in adapter.sites]
+    lora = peft_type.name == "LORA"  # the only type whose configuration PEFT converts
+    by_parameter = taken_for_experts(sites, adapter.base.architecture, model) if lora else []
     return {
         "base_model_name_or_path": adapter.base.name or None,
-        "target_modules": target_modules([adapted.site.name for adapted in adapter.sites], model),
+        "target_modules": target_modules(sorted(set(sites) - set(by_parameter)), model),
+        **({"target_parameters": sorted(f"{name}.weight" for name in by_parameter)} if by_parameter else {}),
         "layers_to_transform": None,
         "layers_pattern": None,
         "fan_in_fan_out": any(adapted.site.kind == "transposed" for adapted in adapter.sites),
