@@ -16,6 +16,7 @@ from lorary.model.checks import blocks_gradient, not_quantizable, unwritable_wei
 from lorary.model.fingerprint import STATE, Fingerprint
 from lorary.model.plan import Plan
 from lorary.model.quantize import inference_mode_like, quantize_layers, with_progress
+from lorary.model.reach.first_forward import FirstForward
 from lorary.model.residual_base import (
     bad_weight,
     cannot_learn,
@@ -48,6 +49,10 @@ def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = 
         StateError: something is attached already.
         PlanError: the plan was made for another model; every mismatch. Or `plan` is not a Plan, or `dtype` is not a
             trainable dtype.
+
+    Warns:
+        ReachWarning: in the first training forward, if adapters did not run there whose layers the plan could not see
+            running.
     """
     scanned = scan(model)
     quantized = _layers_to_quantize(scanned, plan, dtype)
@@ -57,6 +62,7 @@ def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = 
     with _detached_on_error(model), inference_mode_like(model):
         _start(model, seed, plan.fixed_tensors, quantized)
         _quantize_others(model, quantized)
+    require_attached(model, "attach").first_forward = FirstForward(model, plan.unproved)
     return model
 
 
@@ -173,6 +179,8 @@ def detach(model: nn.Module) -> nn.Module:
     state = require_attached(model, "detach")
     if state.context_patch:
         state.context_patch.revert()
+    if state.first_forward:
+        state.first_forward.remove()
     for name, value in state.full.items():
         parameter = base_parameter(model, name)
         parameter.grad = None  # it was the gradient of another value

@@ -13,6 +13,7 @@ from torch import nn
 from lorary.layers.kinds import KINDS, kind_of, why_not_adaptable
 from lorary.layers.other_quantizers import stored_bytes
 from lorary.layers.quantized_weight import is_quantized, is_unrecognised_quantized, stored_tensors
+from lorary.model.reach.bypass import Bypass, bypasses
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +27,7 @@ class ScannedModule:
         quantised: whether its weight is stored in another form than the layer's own.
         paths: every path, more than one for a shared module.
         tied_to: the names under which other modules hold its weight.
-        parent: the module around it; None for the model itself.
+        bypass: the code that reads its weight past it; None if there is none.
     """
 
     path: str
@@ -35,7 +36,7 @@ class ScannedModule:
     quantised: bool
     paths: tuple[str, ...]
     tied_to: tuple[str, ...]
-    parent: nn.Module | None = field(repr=False)
+    bypass: Bypass | None = field(default=None, repr=False)
 
     @cached_property
     def unrecognised(self) -> bool:
@@ -45,7 +46,7 @@ class ScannedModule:
     @cached_property
     def why_not_adaptable(self) -> str | None:
         """Why an adapter cannot sit here; None if it can."""
-        return why_not_adaptable(self.module) or _why_bypassed(self.parent)
+        return why_not_adaptable(self.module) or (str(self.bypass) if self.bypass else None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +115,7 @@ def scan(model: nn.Module) -> Scan:
             if len(known) == 1:
                 holders.setdefault(id(parameter), {})[name] = module
     modules: dict[str, ScannedModule] = {}
+    bypassed = bypasses(paths)
     for module, (path, *others) in paths.items():
         holding = holders.get(id(module._parameters.get("weight")), {})  # a quantised layer may have no parameter
         modules[path] = ScannedModule(
@@ -123,18 +125,9 @@ def scan(model: nn.Module) -> Scan:
             quantised=is_quantized(module),
             paths=(path, *others),
             tied_to=tuple(name for name, holder in holding.items() if holder is not module),
-            parent=modules[path.rpartition(".")[0]].module if path else None,
+            bypass=bypassed.get(module),
         )
     return Scan(model, modules, parameters, names, _heads(model, modules))
-
-
-def _why_bypassed(parent: nn.Module | None) -> str | None:
-    """Why an adapter would have no effect: the parent reads the layer's weight instead of calling the layer."""
-    if isinstance(parent, nn.MultiheadAttention):
-        return "nn.MultiheadAttention reads its weight and never calls it: an adapter there would do nothing"
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        return "nn.TransformerEncoderLayer reads its weight when it evaluates: an adapter would act in training only"
-    return None
 
 
 def _heads(model: Any, modules: Mapping[str, ScannedModule]) -> frozenset[str]:

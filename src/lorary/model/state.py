@@ -16,6 +16,7 @@ from lorary.model.bias_flags import BiasFlags
 from lorary.model.checks import not_a_module
 from lorary.model.fingerprint import STATE, Fingerprint
 from lorary.model.plan import FullParameter, trainable_size, trained_table
+from lorary.model.reach.first_forward import FirstForward
 from lorary.spec.context import ContextPatch
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite
@@ -57,6 +58,7 @@ class AttachedState:
         bias_flags: the configuration's bias flags that a merge set.
         disabled_depth: how many `disabled` blocks the model is in.
         context_patch: the context's change to the model.
+        first_forward: the watch over sites that no dry forward has shown to run.
     """
 
     method: Method
@@ -73,6 +75,7 @@ class AttachedState:
     bias_flags: BiasFlags = field(default_factory=BiasFlags)
     disabled_depth: int = 0
     context_patch: ContextPatch | None = None
+    first_forward: FirstForward | None = None
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ It may name projections of a fused weight: `c_attn[q,v]`.
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -20,6 +21,7 @@ from torch import nn
 from lorary.errors import Diagnostic, suggestion
 from lorary.layers.fused_qkv import FUSED, fused_parts
 from lorary.layers.kinds import KINDS
+from lorary.layers.module_kinds import NUMBER, module_positions
 from lorary.model.scan import Scan, ScannedModule
 from lorary.spec.site import Part
 
@@ -55,6 +57,11 @@ def abbreviate_paths(names: Iterable[str]) -> list[tuple[str, list[str]]]:
         spans = [_span(sorted(set(map(int, column)))) for column in columns]
         abbreviated.append(("".join(map("".join, zip(texts, [*spans, ""], strict=True))), members))
     return abbreviated
+
+
+def abbreviated(names: Iterable[str]) -> str:
+    """Paths in one line: `layers.{0-31}.q_proj, lm_head`."""
+    return ", ".join(text for text, _ in abbreviate_paths(names))
 
 
 def _span(numbers: list[int]) -> str:
@@ -140,10 +147,7 @@ def resolve(
     """The layers that the targets match, in the model's order, and every problem."""
     targets, exclude = as_list(targets), as_list(exclude)
     problems = [Diagnostic("targets", "no target is given", _PRESET_HINT)] if not targets else []
-    excluded: set[str] = set()
-    for entry in exclude:
-        hits = {f.name for f in _matching(scan, entry, "exclude", problems)}
-        excluded |= hits | {name for name in scan.modules if any(name.startswith(f"{hit}.") for hit in hits)}
+    excluded = _excluded(scan, exclude, problems)
     found: dict[str, TargetMatch] = {}
     for entry in targets:
         for f in _matching(scan, entry, "targets", problems):
@@ -155,10 +159,48 @@ def resolve(
         problems += _unrecognised(scan, excluded | scan.heads)
     if found and not kept and not problems:
         problems.append(Diagnostic("exclude", "excludes every layer that the targets name"))
-    for f in kept:
-        if why := scan.modules[f.name].why_not_adaptable:
-            problems.append(Diagnostic(f.name, why, "exclude it"))
+    refused = {f.name: why for f in kept if (why := scan.modules[f.name].why_not_adaptable)}
+    problems += [Diagnostic(text, why) for text, why in grouped(refused)]
+    if refused:
+        problems[-1] = dataclasses.replace(problems[-1], fix=exclusions(refused, scan.layers))
     return kept, problems
+
+
+def left_out_notes(scan: Scan, targets: str | Sequence[str], exclude: str | Sequence[str]) -> list[str]:
+    """The bypassed layers that presets among the targets leave out."""
+    excluded = _excluded(scan, as_list(exclude), [])
+    notes = []
+    for entry in (entry for entry in as_list(targets) if entry in _PRESETS):
+        bypassed = {m.path: str(m.bypass) for m in _of_preset(scan, entry) if m.bypass and m.path not in excluded}
+        notes += [f"`{entry}` leaves out {text}: {why}" for text, why in grouped(bypassed)]
+    return notes
+
+
+def grouped(reasons: Mapping[str, str]) -> list[tuple[str, str]]:
+    """(all abbreviated paths, reason) for path -> reason."""
+    groups: dict[str, list[str]] = {}
+    for path, why in reasons.items():
+        groups.setdefault(why, []).append(path)
+    return [(abbreviated(paths), why) for why, paths in groups.items()]
+
+
+def exclusions(names: Collection[str], layers: Iterable[str]) -> str:
+    """The hint `exclude=[...]` that leaves out these layers and no other ones."""
+    kinds: dict[str, set[str]] = {}
+    for path, position in module_positions(layers).items():
+        kinds.setdefault(position.kind, set()).add(path)
+    whole = {path: kind.replace(NUMBER, "*") for kind, paths in kinds.items() if paths <= set(names) for path in paths}
+    quoted = dict.fromkeys(f'"{whole.get(name, name)}"' for name in names)
+    return f"exclude=[{', '.join(quoted)}]"
+
+
+def _excluded(scan: Scan, exclude: Sequence[str], problems: list[Diagnostic]) -> set[str]:
+    """The paths that `exclude` names, and those inside of them."""
+    excluded: set[str] = set()
+    for entry in exclude:
+        hits = {f.name for f in _matching(scan, entry, "exclude", problems)}
+        excluded |= hits | {name for name in scan.modules if any(name.startswith(f"{hit}.") for hit in hits)}
+    return excluded
 
 
 def _unrecognised(scan: Scan, excluded: Set[str]) -> list[Diagnostic]:
@@ -216,13 +258,12 @@ def _fused_parts(scan: Scan, m: ScannedModule) -> dict[str, Part]:
 
 def _preset(scan: Scan, entry: str, field: str, problems: list[Diagnostic]) -> list[TargetMatch]:
     """The layers of a preset."""
-    heads = scan.heads if entry in _LINEAR_PRESETS else ()
-    chosen = [m for path, m in scan.modules.items() if path and path not in heads and _PRESETS[entry](m)]
-    if entry == "embedding":
-        chosen = _token_tables(scan.model, chosen)
-    if entry == "all-linear":  # a preset skips unsupported layers; only explicit names make them an error
+    named = _of_preset(scan, entry)
+    chosen = [m for m in named if not m.bypass]  # a preset skips them; only explicit names make them an error
+    if entry == "all-linear":
         chosen = [m for m in chosen if m.why_not_adaptable is None]
     if not chosen and not (field == "targets" and any(m.unrecognised for m in scan.modules.values())):
+        problems += [Diagnostic(text, why) for text, why in grouped({m.path: str(m.bypass) for m in named if m.bypass})]
         problems.append(Diagnostic(field, f"`{entry}` matches no layer of this model", _layers(scan, problems)))
     found = []
     for m in chosen:
@@ -235,6 +276,13 @@ def _preset(scan: Scan, entry: str, field: str, problems: list[Diagnostic]) -> l
         picked = tuple(part for name, part in parts.items() if entry == "attention" or name in ("q", "v"))
         found.append(TargetMatch(m.path, m.module, picked))
     return found
+
+
+def _of_preset(scan: Scan, entry: str) -> list[ScannedModule]:
+    """The layers that a preset stands for, adaptable or not."""
+    heads = scan.heads if entry in _LINEAR_PRESETS else ()
+    chosen = [m for path, m in scan.modules.items() if path and path not in heads and _PRESETS[entry](m)]
+    return _token_tables(scan.model, chosen) if entry == "embedding" else chosen
 
 
 def _token_tables(model: Any, chosen: list[ScannedModule]) -> list[ScannedModule]:

@@ -1,0 +1,60 @@
+"""The proof that a forward gives: the sites that did not run in a model's first training forward, told once.
+
+The hooks remove themselves, so that later forwards cost nothing. Compiled code traces no hook.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorary.layers.adapted import adapted_layers
+from lorary.model.reach.proof import kinds_without
+from lorary.model.targets import abbreviated, exclusions
+
+
+class ReachWarning(UserWarning):
+    """Adapters did not run in the model's first training forward."""
+
+
+class FirstForward:
+    """Watches the sites of a model until each has run, or a training forward has ended.
+
+    Args:
+        model: with adapters attached.
+        unproved: the sites that may not run.
+    """
+
+    def __init__(self, model: nn.Module, unproved: Collection[str]) -> None:
+        layers = adapted_layers(model)
+        self._waiting = {name for name in unproved if name in layers}
+        self._handles = [layers[name].register_forward_pre_hook(self._ran) for name in self._waiting]
+        if self._waiting:
+            self._handles.append(model.register_forward_hook(self._ended))
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _ran(self, layer: Any, _: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._waiting.discard(layer.site.name)
+
+    def _ended(self, model: nn.Module, *_: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        layers = adapted_layers(model)
+        self._waiting &= layers.keys()  # they may have been merged since
+        if self._waiting and not (model.training and torch.is_grad_enabled()):
+            return  # evaluation may leave out what training needs
+        self.remove()
+        if idle := kinds_without(layers.keys() - self._waiting, sorted(self._waiting)):
+            fix = f"if nothing else should run them, detach and plan again with {exclusions(idle, layers)}"
+            text = f"no adapter ran in the first training forward at {abbreviated(idle)}: {fix}"
+            warnings.warn(text, ReachWarning, stacklevel=2)
