@@ -167,12 +167,12 @@ def resolve(
 
 
 def left_out_notes(scan: Scan, targets: str | Sequence[str], exclude: str | Sequence[str]) -> list[str]:
-    """The bypassed layers that presets among the targets leave out."""
+    """The layers that presets among the targets leave out, and why."""
     excluded = _excluded(scan, as_list(exclude), [])
     notes = []
     for entry in (entry for entry in as_list(targets) if entry in _PRESETS):
-        bypassed = {m.path: str(m.bypass) for m in _of_preset(scan, entry) if m.bypass and m.path not in excluded}
-        notes += [f"`{entry}` leaves out {text}: {why}" for text, why in grouped(bypassed)]
+        skipped = {path: why for path, why in _skipped(_of_preset(scan, entry)).items() if path not in excluded}
+        notes += [f"`{entry}` leaves out {text}: {why}" for text, why in grouped(skipped)]
     return notes
 
 
@@ -259,11 +259,10 @@ def _fused_parts(scan: Scan, m: ScannedModule) -> dict[str, Part]:
 def _preset(scan: Scan, entry: str, field: str, problems: list[Diagnostic]) -> list[TargetMatch]:
     """The layers of a preset."""
     named = _of_preset(scan, entry)
-    chosen = [m for m in named if not m.bypass]  # a preset skips them; only explicit names make them an error
-    if entry == "all-linear":
-        chosen = [m for m in chosen if m.why_not_adaptable is None]
+    skipped = _skipped(named)  # only explicit names make them an error
+    chosen = [m for m in named if m.path not in skipped]
     if not chosen and not (field == "targets" and any(m.unrecognised for m in scan.modules.values())):
-        problems += [Diagnostic(text, why) for text, why in grouped({m.path: str(m.bypass) for m in named if m.bypass})]
+        problems += [Diagnostic(text, why) for text, why in grouped(skipped)]
         problems.append(Diagnostic(field, f"`{entry}` matches no layer of this model", _layers(scan, problems)))
     found = []
     for m in chosen:
@@ -276,6 +275,11 @@ def _preset(scan: Scan, entry: str, field: str, problems: list[Diagnostic]) -> l
         picked = tuple(part for name, part in parts.items() if entry == "attention" or name in ("q", "v"))
         found.append(TargetMatch(m.path, m.module, picked))
     return found
+
+
+def _skipped(named: Iterable[ScannedModule]) -> dict[str, str]:
+    """path -> why a preset leaves this layer out. Not for quantised layers of unknown classes: see `_unrecognised`."""
+    return {m.path: why for m in named if not m.unrecognised and (why := m.why_not_adaptable)}
 
 
 def _of_preset(scan: Scan, entry: str) -> list[ScannedModule]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorary.layers.rope import text_config
 from lorary.model.reach.inputs import Inputs, model_inputs
 from lorary.model.reach.source import Line
 from lorary.model.reach.twin import MetaAnswers, random_numbers_kept, twin_of
@@ -66,35 +67,50 @@ def _run(twin: Any, watch: Watch, example: Any) -> None:
         if watch.open():
             twin.train(training)
             inputs = [Inputs.of(example)] if example is not None else model_inputs(twin)
-            observed.complete |= _first_that_runs(twin, inputs, observed) is not None
+            with _cache(twin, enabled=not training):
+                observed.complete |= _runs(twin, inputs, observed)
+    if example is not None:
+        return
     for path, part in twin.named_modules():
-        if path and example is None and watch.not_run(path) and isinstance(getattr(part, "main_input_name", None), str):
-            _first_that_runs(part, model_inputs(part), Observed())
-    if observed.complete and example is None and watch.undecided():
-        _decode(twin)
+        if path and watch.not_run(path) and isinstance(getattr(part, "main_input_name", None), str):
+            _runs(part, model_inputs(part), Observed())
+    if watch.undecided():
+        _decode(twin.eval())
 
 
-def _first_that_runs(module: Any, tries: Iterable[Inputs], observed: Observed) -> Any:
-    """The outputs for the first inputs with which the forward reaches its end; None if there are none."""
+def _runs(module: Any, tries: Iterable[Inputs], observed: Observed) -> bool:
+    """Whether the forward reaches its end with one of these inputs; the first error is kept."""
     for inputs in tries:
         for device in (contextlib.nullcontext, lambda: torch.device("meta")):  # for tensors made without a device
             try:
                 with device():
-                    return module(*inputs.args, **inputs.kwargs)
+                    module(*inputs.args, **inputs.kwargs)
+                return True
             except Exception as error:
                 observed.error = observed.error or _short(error)
-    return None
+    return False
+
+
+@contextlib.contextmanager
+def _cache(model: Any, enabled: bool) -> Iterator[None]:
+    """Whether the model keeps keys, values and states: a training step does not."""
+    config = text_config(model) if hasattr(model, "config") else None
+    before = getattr(config, "use_cache", None)
+    if before is not None:
+        config.use_cache = before and enabled
+    yield
+    if before is not None:
+        config.use_cache = before
 
 
 def _decode(model: Any) -> None:
-    """A decoding step after a prompt, for code that reads weights only with a cache."""
+    """A decoding step after a prompt, for code that reads weights only there."""
     with contextlib.suppress(Exception):
         inputs = next(iter(model_inputs(model)))
         outputs = model(**inputs.kwargs, use_cache=True)
-        for name in ("past_key_values", "cache_params"):
-            if (cache := getattr(outputs, name, None)) is not None:
-                step = {key: value[:, :1] for key, value in inputs.kwargs.items()}
-                model(**step, **{name: cache}, use_cache=True)
+        caches = {name: getattr(outputs, name, None) for name in ("past_key_values", "cache_params")}
+        step = {key: value[:, -1:] for key, value in inputs.kwargs.items()}
+        model(**step, **{name: cache for name, cache in caches.items() if cache is not None}, use_cache=True)
 
 
 def _short(error: Exception) -> str:
@@ -197,8 +213,10 @@ class Watch(MetaAnswers):
         return any(path not in self.observed.read for path in self._lines if path in self.observed.ran)
 
     def open(self) -> bool:
-        """Whether a layer has not run yet, or is undecided."""
-        return self.undecided() or not self.observed.complete or any(p not in self.observed.ran for p in self._layers)
+        """Whether a layer has neither run nor been bypassed yet, or is undecided."""
+        seen = self.observed.ran | self.observed.read
+        tied = {path for paths in self._paths.values() if not seen.isdisjoint(paths) for path in paths}
+        return self.undecided() or not self.observed.complete or not (seen | tied).issuperset(self._layers)
 
 
 def _storage(tensor: Tensor) -> int:

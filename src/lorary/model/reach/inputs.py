@@ -29,31 +29,27 @@ class Inputs:
             return cls((), dict(empty))
         return cls(tuple(empty) if isinstance(empty, tuple | list) else (empty,))
 
-    def with_named(self, **more: Any) -> Inputs:
-        """The same with more named arguments."""
-        return Inputs(self.args, {**self.kwargs, **more})
-
 
 def model_inputs(model: nn.Module) -> Iterator[Inputs]:
     """Inputs to try for a Transformers model or a part of one, simplest first; none for other modules."""
     name, config = getattr(model, "main_input_name", None), getattr(model, "config", None)
-    if not isinstance(name, str) or config is None:
+    if not isinstance(name, str) or not hasattr(config, "model_type"):
         return
     known = inspect.signature(model.forward).parameters
     tokens = {key: _ids() for key in ("input_ids", "decoder_input_ids") if key in known}
-    if "decoder_input_ids" in tokens and not getattr(config, "is_encoder_decoder", True):
-        del tokens["decoder_input_ids"]
-    sizes = _Sizes(config)
+    if not getattr(config, "is_encoder_decoder", True):
+        tokens.pop("decoder_input_ids", None)
+    sizes, dtype = _Sizes(config), _dtype(model)
+    shapes = {key: list(sizes.shapes(key)) for key in dict.fromkeys((name, *known))}
+    values = {key: [torch.empty(shape, device="meta", dtype=dtype) for shape in shapes[key]] for key in shapes}
     if name in tokens:
         yield Inputs(kwargs=tokens)
-    for key in dict.fromkeys((name, *known)):
-        for shape in sizes.shapes(key):
-            values = {key: torch.empty(shape, device="meta", dtype=_dtype(model))}
-            if key == name:
-                decoding = {k: v for k, v in tokens.items() if k == "decoder_input_ids"}
-                yield Inputs(kwargs=values | decoding)
-            else:
-                yield Inputs(kwargs=tokens | values)
+    decoded = {key: ids for key, ids in tokens.items() if key.startswith("decoder_")}
+    for value in values[name]:
+        yield Inputs(kwargs={name: value} | decoded)
+    for value in values[name]:
+        yield Inputs(kwargs=tokens | {name: value})
+    yield Inputs(kwargs=tokens | {key: found[0] for key, found in values.items() if found})
 
 
 def _ids() -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,8 +58,7 @@ def proved(scan: Scan, example: Any = None) -> tuple[Scan, Reach]:
     if example is None and not any(True for _ in model_inputs(scan.model)):
         return scan, Reach()
     layers = scan.layers
-    lines = {path: m.bypass.lines for path, m in layers.items() if m.bypass}
-    observed = dry_run(scan.model, list(layers), lines, example)
+    observed = _observed(scan, example)
     verdicts = {path: _verdict(m.bypass, path, observed) for path, m in layers.items()}
     not_taken = {path: m.bypass for path, m in layers.items() if m.bypass and verdicts[path] is None}
     modules = {
@@ -68,6 +67,38 @@ def proved(scan: Scan, example: Any = None) -> tuple[Scan, Reach]:
     }
     reach = Reach(frozenset(observed.ran), not_taken, observed.complete, observed.error)
     return dataclasses.replace(scan, modules=modules), reach
+
+
+def _observed(scan: Scan, example: Any) -> Observed:
+    """The findings of dry forwards; those of the last models are kept for others of the same structure."""
+    structure = None if example is not None else _structure(scan)
+    if structure in _KEPT:
+        return _KEPT[structure]
+    layers = scan.layers
+    lines = {path: m.bypass.lines for path, m in layers.items() if m.bypass}
+    observed = dry_run(scan.model, list(layers), lines, example)
+    if structure is not None:
+        _KEPT[structure] = observed
+        if len(_KEPT) > _MOST_KEPT:
+            _KEPT.pop(next(iter(_KEPT)), None)
+    return observed
+
+
+_KEPT: dict[Hashable, Observed] = {}
+_MOST_KEPT = 32
+
+
+def _structure(scan: Scan) -> Hashable:
+    """Everything that a forward without values depends on; None for a module with a forward of its own."""
+    found: list[Hashable] = [repr(getattr(scan.model, "config", None))]
+    for m in scan.modules.values():
+        attributes = {k: v for k, v in vars(m.module).items() if k != "training"}
+        if "forward" in attributes:
+            return None
+        plain = tuple((k, v) for k, v in attributes.items() if v is None or isinstance(v, bool | int | float | str))
+        shapes = tuple((k, None if p is None else (p.shape, p.dtype)) for k, p in m.module._parameters.items())
+        found.append((m.paths, m.tied_to, type(m.module), type(m.module).forward, plain, shapes))
+    return tuple(found)
 
 
 def _verdict(bypass: Bypass | None, path: str, observed: Observed) -> Bypass | None:
