@@ -69,7 +69,7 @@ def plan(
         raise PlanError("invalid plan:", problems)
     total, size = _planned_size(scanned, method.storage, quantized)
     names = [p.site.name for p in sites]
-    notes = [*left_out_notes(scanned, targets, exclude), *reach.notes(names)]
+    notes = [*left_out_notes(scanned, targets, exclude), *reach.notes(names)] if method.delta else []
     notes += _notes(scanned, method, sites, full, quantized)
     if "all-linear" in as_list(targets):
         notes += _unreached_notes(scanned, total)

@@ -186,11 +186,13 @@ def grouped(reasons: Mapping[str, str]) -> list[tuple[str, str]]:
 
 def exclusions(names: Collection[str], layers: Iterable[str]) -> str:
     """The hint `exclude=[...]` that leaves out these layers and no other ones."""
-    kinds: dict[str, set[str]] = {}
-    for path, position in module_positions(layers).items():
-        kinds.setdefault(position.kind, set()).add(path)
-    whole = {path: kind.replace(NUMBER, "*") for kind, paths in kinds.items() if paths <= set(names) for path in paths}
-    quoted = dict.fromkeys(f'"{whole.get(name, name)}"' for name in names)
+    positions = module_positions(layers)
+
+    def pattern(name: str) -> str:
+        short = positions[name].kind.replace(NUMBER, "*")
+        return short if all(path in names for path in positions if matches(short, path)) else name
+
+    quoted = dict.fromkeys(f'"{pattern(name)}"' for name in names)
     return f"exclude=[{', '.join(quoted)}]"
 
 

@@ -94,7 +94,7 @@ def _runs(module: Any, tries: Iterable[Inputs], observed: Observed) -> bool:
 @contextlib.contextmanager
 def _cache(model: Any, enabled: bool) -> Iterator[None]:
     """Whether the model keeps keys, values and states: a training step does not."""
-    config = text_config(model) if hasattr(model, "config") else None
+    config: Any = text_config(model)
     before = getattr(config, "use_cache", None)
     if before is not None:
         config.use_cache = before and enabled

@@ -33,7 +33,7 @@ class Reach:
 
     def notes(self, sites: Collection[str]) -> list[str]:
         """What is left open for these adapted layers."""
-        if self.error and not self.complete:
+        if self.error and not self.complete and not self.ran.issuperset(sites):
             missing = "whether every site runs is left to the first training forward"
             return [f"no dry forward is possible ({self.error}): {missing}"]
         readers = {path: bypass.reader for path, bypass in self.not_taken.items() if path in set(sites)}
