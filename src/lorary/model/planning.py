@@ -16,7 +16,7 @@ from lorary.model.previous_tasks import PreviousAdapter, with_previous_tasks
 from lorary.model.quantize import already_quantized, quantizable_layers
 from lorary.model.reach.proof import Reach, proved
 from lorary.model.scan import Scan, scan
-from lorary.model.targets import TargetMatch, abbreviated, as_list, left_out_notes, matches, resolve
+from lorary.model.targets import TargetMatch, abbreviated, as_list, matches, resolve, target_notes
 from lorary.spec.interfaces import Storage
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite, with_rank
@@ -69,7 +69,7 @@ def plan(
         raise PlanError("invalid plan:", problems)
     total, size = _planned_size(scanned, method.storage, quantized)
     names = [p.site.name for p in sites]
-    notes = [*left_out_notes(scanned, targets, exclude), *reach.notes(names)] if method.delta else []
+    notes = [*target_notes(scanned, targets, exclude, names), *reach.notes(names)] if method.delta else []
     notes += _notes(scanned, method, sites, full, quantized)
     if "all-linear" in as_list(targets):
         notes += _unreached_notes(scanned, total)

@@ -84,6 +84,30 @@ class Scan:
         """path -> module of a known kind."""
         return {path: m for path, m in self.modules.items() if m.kind is not None}
 
+    def wrapped_in(self, path: str) -> ScannedModule | None:
+        """The layer inside a module that wraps it alone, such as one that clips its input and output."""
+        wrapper = self.modules[path]
+        inside = [m for m in self._children.get(path, ()) if m.module._parameters or m.module._modules]
+        if not path or wrapper.kind is not None or wrapper.module._parameters or len(inside) != 1:
+            return None
+        container = isinstance(wrapper.module, nn.ModuleList | nn.ModuleDict | nn.Sequential)
+        return None if container or inside[0].kind is None else inside[0]
+
+    def wrapper_of(self, path: str) -> str | None:
+        """The path of the module that wraps this layer alone."""
+        parent = path.rpartition(".")[0]
+        inner = self.wrapped_in(parent) if parent in self.modules and self.modules[path].kind is not None else None
+        return parent if inner is not None and inner.path == path else None
+
+    @cached_property
+    def _children(self) -> dict[str, list[ScannedModule]]:
+        """path -> the modules in it."""
+        found: dict[str, list[ScannedModule]] = {}
+        for path, m in self.modules.items():
+            if path:
+                found.setdefault(path.rpartition(".")[0], []).append(m)
+        return found
+
     def sizes(self) -> tuple[int, int]:
         """(numbers, bytes) of the base; see `numbers_and_bytes`."""
         return numbers_and_bytes((m.module for m in self.modules.values()), self.parameters.values())

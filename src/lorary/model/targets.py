@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -22,6 +22,7 @@ from lorary.errors import Diagnostic, suggestion
 from lorary.layers.fused_qkv import FUSED, fused_parts
 from lorary.layers.kinds import KINDS
 from lorary.layers.module_kinds import NUMBER, module_positions
+from lorary.model._presets import LINEAR_PRESETS, PRESETS, layers_of_preset
 from lorary.model.scan import Scan, ScannedModule
 from lorary.spec.site import Part
 
@@ -35,6 +36,7 @@ class TargetMatch:
     parts: tuple[Part, ...] = ()
 
 
+_PRESET_HINT = f"presets: {', '.join(PRESETS)}"
 _NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")  # a component of a path
 
 
@@ -87,57 +89,6 @@ def _shape(m: ScannedModule) -> str:
     return f"{type(layer).__name__} {'x'.join(map(str, shape))}"
 
 
-# --- presets --------------------------------------------------------------------------------------------------
-
-_QV = {"q", "q_proj", "query", "query_proj", "q_lin", "wq", "to_q", "v", "v_proj", "value", "value_proj", "v_lin"}
-_QV |= {"wv", "to_v"}
-_K = {"k", "k_proj", "key", "key_proj", "k_lin", "wk", "to_k"}
-_OUT = {"o", "o_proj", "out_proj", "out_lin", "to_out", "o_lin"}
-_AMBIGUOUS = {"dense", "c_proj", "proj", "Wo"}  # of attention or of an MLP, as the rest of the path says
-_MLP = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "fc_in", "fc_out", "c_fc", "wi", "wi_0"}
-_MLP |= {"wi_1", "wo", "w1", "w2", "w3", "lin1", "lin2", "dense_h_to_4h", "dense_4h_to_h", "ff_proj", "ff_out", "Wi"}
-_MLP_PARENTS = {"mlp", "ffn", "intermediate", "output", "feed_forward", "ff"}
-_ATTENTION_PARENT = re.compile(
-    r"^(attn|attention|self_attn|self_attention|selfattention|cross_attn|crossattention|"
-    r"encoder_attn|encdecattention|mha|to_out|attn\d)$",
-    re.IGNORECASE,
-)
-
-
-def _in_attention(path: Sequence[str]) -> bool:
-    return any(_ATTENTION_PARENT.match(component) for component in path)
-
-
-def _is_linear(m: ScannedModule) -> bool:
-    return m.kind in ("linear", "transposed")
-
-
-def _is_attention(m: ScannedModule) -> bool:
-    *path, last = m.path.split(".")
-    if not _is_linear(m):
-        return False
-    return last in _QV | _K | FUSED | _OUT or (last in _AMBIGUOUS | {"0"} and _in_attention(path))
-
-
-def _is_mlp(m: ScannedModule) -> bool:
-    *path, last = m.path.split(".")
-    if not _is_linear(m) or _in_attention(path):
-        return False
-    return last in _MLP or (last in _AMBIGUOUS and not _MLP_PARENTS.isdisjoint(path))
-
-
-_PRESETS: dict[str, Callable[[ScannedModule], bool]] = {
-    "all-linear": _is_linear,
-    "attention": _is_attention,
-    "attention-qv": lambda m: _is_linear(m) and m.path.rpartition(".")[2] in _QV | FUSED,
-    "mlp": _is_mlp,
-    "embedding": lambda m: m.kind == "embedding",
-    "conv": lambda m: (m.kind or "").startswith("conv"),
-}
-_PRESET_HINT = f"presets: {', '.join(_PRESETS)}"
-_LINEAR_PRESETS = {"all-linear", "mlp", "attention", "attention-qv"}
-
-
 # --- resolution -----------------------------------------------------------------------------------------------
 
 
@@ -155,7 +106,7 @@ def resolve(
             parts = before.parts + f.parts if before.parts and f.parts else ()  # the whole weight wins
             found[f.name] = TargetMatch(f.name, f.layer, tuple(dict.fromkeys(parts)))
     kept = [found[name] for name in scan.modules if name in found and name not in excluded]
-    if any(entry in _LINEAR_PRESETS for entry in targets):
+    if any(entry in LINEAR_PRESETS for entry in targets):
         problems += _unrecognised(scan, excluded | scan.heads)
     if found and not kept and not problems:
         problems.append(Diagnostic("exclude", "excludes every layer that the targets name"))
@@ -166,13 +117,22 @@ def resolve(
     return kept, problems
 
 
-def left_out_notes(scan: Scan, targets: str | Sequence[str], exclude: str | Sequence[str]) -> list[str]:
-    """The layers that presets among the targets leave out, and why."""
+def target_notes(
+    scan: Scan, targets: str | Sequence[str], exclude: str | Sequence[str], sites: Iterable[str]
+) -> list[str]:
+    """The layers that presets among the targets leave out, and the adapted ones that were named by their wrappers."""
     excluded = _excluded(scan, as_list(exclude), [])
     notes = []
-    for entry in (entry for entry in as_list(targets) if entry in _PRESETS):
-        skipped = {path: why for path, why in _skipped(_of_preset(scan, entry)).items() if path not in excluded}
-        notes += [f"`{entry}` leaves out {text}: {why}" for text, why in grouped(skipped)]
+    for entry in as_list(targets):
+        if entry in PRESETS:
+            skipped = {
+                path: why for path, why in _skipped(layers_of_preset(scan, entry)).items() if path not in excluded
+            }
+            notes += [f"`{entry}` leaves out {text}: {why}" for text, why in grouped(skipped)]
+            continue
+        wrapped = [path for path in sites if (outer := scan.wrapper_of(path)) and matches(entry, outer)]
+        if wrapped := [path for path in wrapped if not matches(entry, path)]:
+            notes.append(f"`{entry}` wraps a layer, which is adapted: {abbreviated(wrapped)}")
     return notes
 
 
@@ -226,12 +186,15 @@ def _matching(scan: Scan, entry: Any, field: str, problems: list[Diagnostic]) ->
     if not isinstance(entry, str) or not entry.strip():
         problems.append(Diagnostic(field, f"{entry!r} is not the name of a layer", _PRESET_HINT))
         return []
-    if entry in _PRESETS:
+    if entry in PRESETS:
         return _preset(scan, entry, field, problems)
     fused = re.fullmatch(r"([^\[\]]+)\[([^\[\]]+)\]", entry)
     pattern, wanted = (fused[1], [part.strip() for part in fused[2].split(",")]) if fused else (entry, [])
     hits = [m for m in scan.modules.values() if any(path and matches(pattern, path) for path in m.paths)]
     layers = [m for m in hits if m.kind is not None]
+    if field == "targets":
+        wrapped = [inner for m in hits if (inner := scan.wrapped_in(m.path))]
+        layers = list({m.path: m for m in [*layers, *wrapped]}.values())
     if not layers and field == "exclude" and hits:
         return [TargetMatch(m.path, m.module) for m in hits]  # whole blocks may be excluded
     if not layers:
@@ -260,7 +223,7 @@ def _fused_parts(scan: Scan, m: ScannedModule) -> dict[str, Part]:
 
 def _preset(scan: Scan, entry: str, field: str, problems: list[Diagnostic]) -> list[TargetMatch]:
     """The layers of a preset."""
-    named = _of_preset(scan, entry)
+    named = layers_of_preset(scan, entry)
     skipped = _skipped(named)  # only explicit names make them an error
     chosen = [m for m in named if m.path not in skipped]
     if not chosen and not (field == "targets" and any(m.unrecognised for m in scan.modules.values())):
@@ -284,25 +247,6 @@ def _skipped(named: Iterable[ScannedModule]) -> dict[str, str]:
     return {m.path: why for m in named if not m.unrecognised and (why := m.why_not_adaptable)}
 
 
-def _of_preset(scan: Scan, entry: str) -> list[ScannedModule]:
-    """The layers that a preset stands for, adaptable or not."""
-    heads = scan.heads if entry in _LINEAR_PRESETS else ()
-    chosen = [m for path, m in scan.modules.items() if path and path not in heads and _PRESETS[entry](m)]
-    return _token_tables(scan.model, chosen) if entry == "embedding" else chosen
-
-
-def _token_tables(model: Any, chosen: list[ScannedModule]) -> list[ScannedModule]:
-    """The embeddings of token ids, without those of positions and token types."""
-    try:
-        tokens = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return chosen
-    # encoder and decoder may look tokens up in two modules, tied to the table that the model names
-    W = getattr(tokens, "weight", None)
-    tied = [m for m in chosen if m.module is not tokens and getattr(m.module, "weight", m) is W]
-    return tied or [m for m in chosen if m.module is tokens] or chosen
-
-
 def _why_no_layer(scan: Scan, entry: str, pattern: str, hits: list[ScannedModule]) -> tuple[str, str]:
     """Why an entry matches no layer, and a hint."""
     if hits:
@@ -312,7 +256,7 @@ def _why_no_layer(scan: Scan, entry: str, pattern: str, hits: list[ScannedModule
         inside = sorted({path.rpartition(".")[2] for path in scan.layers if path.startswith(f"{first.path}.")})
         what = f"`{entry}` is a {type(first.module).__name__}, not a layer with a weight matrix"
         return what, f"inside it are {', '.join(inside)}" if inside else ""
-    known = [*dict.fromkeys(path.rpartition(".")[2] for path in scan.layers), *_PRESETS]
+    known = [*dict.fromkeys(path.rpartition(".")[2] for path in scan.layers), *PRESETS]
     return f"`{entry}` matches no layer", suggestion(pattern.rpartition(".")[2], known)
 
 
