@@ -5,6 +5,7 @@ One architecture of every family, or all of them with `--laws=all`. The list is 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,3 +62,10 @@ def test_every_site_gets_a_gradient(architecture: str) -> None:
     base = model(architecture)
     plan = lorary.plan(base, tiny.LORA, targets(base), exclude=UNUSED.get(architecture, ()))
     assert without_gradient(base, plan) == []
+
+
+def test_the_page_lists_these_architectures() -> None:
+    page = (Path(__file__).parents[3] / "docs/reference/targets.md").read_text(encoding="utf-8")
+    for family, names in FAMILIES.items():
+        assert f"| {family} | {', '.join(f'`{name}`' for name in names)} |" in page
+    assert len(ARCHITECTURES) >= 40
