@@ -148,8 +148,9 @@ class Watch(MetaAnswers):
         self._holders: dict[int, set[nn.Module]] = {}  # storage -> every module that holds it
         watched = {twin.get_submodule(path): path for path in layers}
         for module, path in watched.items():
-            if (weight := module._parameters.get("weight")) is not None:
-                self._paths.setdefault(_storage(weight), []).append(path)
+            if (weight := module._parameters.get("weight")) is None:
+                continue
+            self._paths.setdefault(_storage(weight), []).append(path)
             if lines.get(path):
                 self._watch_attribute(module, path, frozenset(lines[path]))
         for module in twin.modules():

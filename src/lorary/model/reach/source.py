@@ -91,7 +91,7 @@ def _text(guard: Guard) -> str:
 def _parsed(function: FunctionType) -> ast.FunctionDef | None:
     try:
         body = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-    except (OSError, TypeError, SyntaxError, IndexError):
+    except (OSError, TypeError, SyntaxError, ValueError, IndexError):
         return None
     return body if isinstance(body, ast.FunctionDef) else None
 

@@ -79,10 +79,8 @@ class _WithoutValues(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class MetaAnswers(TorchDispatchMode):
-    """Answers for operations that depend on values, which the meta device has none of.
-
-    Every number read is `answer`; a condition on a tensor's entries holds for one of them.
+class ScalarAnswers(TorchDispatchMode):
+    """One number for every value read from a tensor on the meta device.
 
     Args:
         answer: the number.
@@ -91,11 +89,26 @@ class MetaAnswers(TorchDispatchMode):
     def __init__(self, answer: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.answer = answer
-        self.operations = 0
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return torch.full((), self.answer, dtype=args[0].dtype).item()
+        return func(*args, **(kwargs or {}))
+
+
+class MetaAnswers(ScalarAnswers):
+    """Answers to all operations whose result depends on values: a mask holds for one entry.
+
+    The shapes that follow are not those of a real forward, but the path through the code is.
+    """
+
+    def __init__(self, answer: int) -> None:
+        super().__init__(answer)
+        self.operations = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.operations += 1
@@ -103,15 +116,13 @@ class MetaAnswers(TorchDispatchMode):
             raise RuntimeError("the forward does not end without values")
         aten, first = torch.ops.aten, args[0] if args else None
         if isinstance(first, Tensor) and first.is_meta:
-            if func is aten._local_scalar_dense.default:
-                return torch.full((), self.answer, dtype=first.dtype).item()
             if func is aten.nonzero.default:
                 return torch.empty(1, first.dim(), dtype=torch.long, device="meta")
             if func is aten._grouped_mm.default:  # its check of dtypes is that of one kind of GPU
                 return first.new_empty(_grouped_shape(*args[:3]))
             if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
                 args = (first, [part for index in args[1] for part in _positions(index)], *args[2:])
-        return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def _grouped_shape(a: Tensor, b: Tensor, offsets: Tensor | None = None) -> tuple[int, ...]:
