@@ -16,7 +16,7 @@ from lorary.model.checks import blocks_gradient, not_quantizable, unwritable_wei
 from lorary.model.fingerprint import STATE, Fingerprint
 from lorary.model.plan import Plan
 from lorary.model.quantize import inference_mode_like, quantize_layers, with_progress
-from lorary.model.reach.first_forward import FirstForward
+from lorary.model.reach.first_forward import FirstForward, warn_of_bypassed
 from lorary.model.residual_base import (
     bad_weight,
     cannot_learn,
@@ -140,8 +140,12 @@ def attach_tensors(
         tensors: site -> role -> values.
         fingerprint: of the base, if the caller has it: taking it reads a little of every parameter.
         quantized: the paths of the layers to quantise.
+
+    Warns:
+        ReachWarning: sites whose layer the model never calls.
     """
     scanned = scan(model)
+    warn_of_bypassed(scanned, [p.site.name for p in sites])
     if problems := not_quantizable(scanned, quantized):
         raise PlanError("cannot attach:", problems)
     insert(scanned, method, sites, full, tensors=tensors, fingerprint=fingerprint, quantized=quantized)

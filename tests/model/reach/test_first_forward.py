@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -122,6 +123,14 @@ def test_checkpointed_blocks_run(reentrant: bool) -> None:
     model = attached(Checkpointed(), exclude="unused").train()
     model(X.clone().requires_grad_()).sum().backward()
     assert hooks(model) == 0
+
+
+def test_an_adapter_loaded_for_a_bypassed_layer_is_said_to_have_no_effect(tmp_path: Path) -> None:
+    model = tiny.shaken(attached(nets.Asked()))
+    lorary.save(model, tmp_path)
+    with pytest.warns(ReachWarning, match="the adapter has no effect at dead: Bypassed reads its weight and never"):
+        lorary.load(nets.Bypassed(), tmp_path, force=True)
+    lorary.load(nets.Asked(), tmp_path, force=True)
 
 
 def test_compiled_forwards_say_nothing() -> None:

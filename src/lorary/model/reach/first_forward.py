@@ -6,7 +6,7 @@ The hooks remove themselves, so that later forwards cost nothing. Compiled code 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -14,11 +14,19 @@ from torch import nn
 
 from lorary.layers.adapted import adapted_layers
 from lorary.model.reach.proof import kinds_without
-from lorary.model.targets import abbreviated, exclusions
+from lorary.model.scan import Scan
+from lorary.model.targets import abbreviated, exclusions, grouped
 
 
 class ReachWarning(UserWarning):
-    """Adapters did not run in the model's first training forward."""
+    """Adapters without effect: the model never calls their layers, or did not in its first training forward."""
+
+
+def warn_of_bypassed(scan: Scan, sites: Iterable[str]) -> None:
+    """Warn of the sites of a loaded adapter whose layers the model never calls."""
+    found = {name: m.bypass for name in sites if (m := scan.modules.get(name)) and m.bypass and not m.bypass.called}
+    for text, why in grouped({name: str(bypass) for name, bypass in found.items()}):
+        warnings.warn(f"the adapter has no effect at {text}: {why}", ReachWarning, stacklevel=4)
 
 
 class FirstForward:
