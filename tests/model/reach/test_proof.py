@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import random
+from collections import UserDict
+from pathlib import Path
 from typing import Any
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -116,6 +119,29 @@ def test_an_example_that_fails_leaves_it_to_the_first_forward() -> None:
     (note,) = plan.notes
     assert note.startswith("no dry forward is possible (RuntimeError: ")
     assert note.endswith("): whether every site runs is left to the first training forward")
+
+
+@pytest.mark.parametrize("example", [X, (X,), [X, None], {"x": X}, UserDict(x=X, states=None)])
+def test_examples_of_every_form(example: Any) -> None:
+    assert lorary.plan(nets.Conditional(), tiny.LORA, "dead", example=example).unproved == ()
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_models_that_accelerate_has_spread_over_devices(offload: bool, tmp_path: Path) -> None:
+    """Its hooks move inputs and weights, and a dry forward has neither."""
+    model = tiny.llama()
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk" if offload else "cpu"}
+    accelerate.dispatch_model(model, places, "cpu", offload_dir=tmp_path, force_hooks=True)
+    assert lorary.plan(model, tiny.LORA).unproved == ()
+    assert tiny.logits(model).isfinite().all()
+
+
+def test_a_model_under_gradient_checkpointing() -> None:
+    model = tiny.llama().train()
+    model.activation_checkpointing_enable()
+    model.enable_input_require_grads()
+    assert lorary.plan(model, tiny.LORA).unproved == ()
 
 
 def test_a_dry_forward_changes_nothing() -> None:

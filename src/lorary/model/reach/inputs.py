@@ -24,10 +24,10 @@ class Inputs:
     @classmethod
     def of(cls, example: Any) -> Inputs:
         """The arguments in an example: a tensor, a tuple or list of positional ones, or a mapping of named ones."""
-        empty = tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), example)
-        if isinstance(empty, Mapping):
-            return cls((), dict(empty))
-        return cls(tuple(empty) if isinstance(empty, tuple | list) else (empty,))
+        named = isinstance(example, Mapping)  # a tokenizer's output is one, and no dict
+        values = dict(example) if named else tuple(example) if isinstance(example, tuple | list) else (example,)
+        empty: Any = tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), values)
+        return cls((), empty) if named else cls(empty)
 
 
 def model_inputs(model: nn.Module) -> Iterator[Inputs]:

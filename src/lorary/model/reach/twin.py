@@ -18,7 +18,7 @@ from lorary.layers.kinds import KINDS, kind_of
 from lorary.layers.quantized_weight import is_quantized
 
 _MOST_OPERATIONS = 300_000  # a loop that waits for a value never ends on the meta device
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks", "_state_dict_hooks")
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def twin_of(model: nn.Module) -> Any:
@@ -48,7 +48,7 @@ def _empty(tensor: Tensor) -> Tensor:
 
 
 def _without_kernels(twin: Any) -> None:
-    """Attention in PyTorch's own operations, and no cache between forwards."""
+    """Attention in PyTorch's own operations."""
     config = getattr(twin, "config", None)
     if getattr(config, "_attn_implementation", None) not in (None, "eager", "sdpa"):
         twin.set_attn_implementation("sdpa")
@@ -96,7 +96,7 @@ class ScalarAnswers(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return torch.full((), self.answer, dtype=args[0].dtype).item()
+            return torch.full((), self.answer, dtype=args[0].dtype, device="cpu").item()
         return func(*args, **(kwargs or {}))
 
 
