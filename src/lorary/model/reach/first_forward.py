@@ -39,30 +39,31 @@ class FirstForward:
 
     def __init__(self, model: nn.Module, unproved: Collection[str]) -> None:
         layers = adapted_layers(model)
-        self._waiting = {name for name in unproved if name in layers}
-        self._handles = [layers[name].register_forward_pre_hook(self._ran) for name in self._waiting]
-        if self._waiting:
-            self._handles.append(model.register_forward_hook(self._ended))
+        waiting = [name for name in unproved if name in layers]
+        self._waiting = {name: layers[name].register_forward_pre_hook(self._ran) for name in waiting}
+        self._end = model.register_forward_hook(self._ended) if waiting else None
 
     def remove(self) -> None:
         """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        for handle in (*self._waiting.values(), self._end):
+            if handle is not None:
+                handle.remove()
 
     def _ran(self, layer: Any, _: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self._waiting.discard(layer.site.name)
+        if not torch.compiler.is_compiling() and (handle := self._waiting.pop(layer.site.name, None)):
+            handle.remove()
 
     def _ended(self, model: nn.Module, *_: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        layers = adapted_layers(model)
-        self._waiting &= layers.keys()  # they may have been merged since
         if self._waiting and not (model.training and torch.is_grad_enabled()):
             return  # evaluation may leave out what training needs
         self.remove()
-        if idle := kinds_without(layers.keys() - self._waiting, sorted(self._waiting)):
+        if not self._waiting:
+            return
+        layers = adapted_layers(model)
+        waiting = self._waiting.keys() & layers.keys()  # some may have been merged since
+        if idle := kinds_without(layers.keys() - waiting, sorted(waiting)):
             fix = f"if nothing else should run them, detach and plan again with {exclusions(idle, layers)}"
             text = f"no adapter ran in the first training forward at {abbreviated(idle)}: {fix}"
             warnings.warn(text, ReachWarning, stacklevel=2)
