@@ -17,7 +17,7 @@ from lorary.adapters.peft.config import config_text
 from lorary.adapters.peft.reader import WEIGHTS, read_peft, weights_name
 from lorary.adapters.shared_tensors import SharedTensors, collect_shared, inconsistent_copies, rejoined, tie_problems
 from lorary.adapters.tensor_checks import unwritable
-from lorary.errors import Diagnostic, FileError, not_a
+from lorary.errors import Diagnostic, FileError, caller_stacklevel, not_a
 from lorary.files.atomic import atomic_directory
 from lorary.files.findings import AdapterWarning, Findings
 from lorary.files.safe_open import checked_path, existing_folder, subject
@@ -61,7 +61,11 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.
     # PEFT's files cannot hold RoPE scaling
     peft_type = None if writer.rope_overrides(adapter) else writer.exact_type(adapter, model, shared)
     if peft_type is None and (reason := writer.why_misread(adapter, model)):
-        warnings.warn(f"saved in lorary's own form, not as a PEFT adapter: {reason}", AdapterWarning, stacklevel=2)
+        warnings.warn(
+            f"saved in lorary's own form, not as a PEFT adapter: {reason}",
+            AdapterWarning,
+            stacklevel=caller_stacklevel(),
+        )
     if peft_type is not None:
         config, tensors = writer.exact_files(adapter, model, shared, peft_type)
     needed = sum(t.nbytes for t in tensors.values())

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-# of torch.compile, FullyShardedDataParallel and torch's checkpoint_wrapper
-WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+from lorary.layers.wrappers import COMPONENTS
+
 DDP = "module"  # of DistributedDataParallel, and also a name that models give to modules of their own
+WRAPPERS = COMPONENTS - {DDP}
 _PEFT = "base_model"  # PEFT's own outermost component: what stands before it is a wrapper around PEFT's model
 
 

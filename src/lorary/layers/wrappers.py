@@ -20,8 +20,7 @@ _CHILD = {
     "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "_fsdp_wrapped_module",
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.ActivationWrapper": "_checkpoint_wrapped_module",
 }
-
-
+COMPONENTS = frozenset(_CHILD.values())  # what wrappers leave in the paths of modules
 _CHILD_OF: dict[type, str | None] = {}
 
 

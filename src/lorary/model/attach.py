@@ -19,6 +19,7 @@ from lorary.model.checks import blocks_gradient, changeable, not_quantizable, un
 from lorary.model.fingerprint import STATE, Fingerprint
 from lorary.model.plan import Plan
 from lorary.model.quantize import quantize_layers, with_progress
+from lorary.model.reach.first_forward import FirstForward, warn_of_bypassed
 from lorary.model.residual_base import (
     bad_weight,
     cannot_learn,
@@ -57,6 +58,10 @@ def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = 
             FSDP, which would not see the new parameters: attach first.
         PlanError: the plan was made for another model; every mismatch. Or `plan` is not a Plan, or `dtype` is not a
             trainable dtype.
+
+    Warns:
+        ReachWarning: in the first training forward, if adapters did not run there whose layers the plan could not see
+            running.
     """
     inner = changeable(model, "attach", trains=True)
     if not isinstance(seed, Integral):
@@ -68,6 +73,7 @@ def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = 
         insert(scanned, plan.method, plan.sites, full, dtype=dtype, quantized=quantized)
         _start(inner, seed, plan.fixed_tensors, quantized, undo)
         _quantize_others(inner, quantized)
+        require_attached(inner, "attach").first_forward = FirstForward(inner, plan.unproved)
     return model
 
 
@@ -153,8 +159,12 @@ def attach_tensors(
         undo: of the model.
         fingerprint: of the base, if the caller has it: taking it reads a little of every parameter.
         quantized: the paths of the layers to quantise.
+
+    Warns:
+        ReachWarning: sites whose layer the model never calls.
     """
     scanned = scan(model)
+    warn_of_bypassed(scanned, [p.site.name for p in sites])
     if problems := not_quantizable(scanned, quantized):
         raise PlanError("cannot attach:", problems)
     insert(scanned, method, sites, full, tensors=tensors, fingerprint=fingerprint, quantized=quantized)
@@ -193,6 +203,8 @@ def remove(model: nn.Module, undo: Undo) -> None:
         base_parameter(model, name).data = value.to(base_parameter(model, name))
     if state.context_patch:
         state.context_patch.revert()
+    if state.first_forward:
+        state.first_forward.remove()
     for name, value in state.full.items():
         parameter = base_parameter(model, name)
         parameter.grad = None  # it was the gradient of another value

@@ -53,6 +53,7 @@ class Plan:
         notes: hints about the result, such as tied weights or a rank that is too large.
         fixed_tensors: site -> role -> the values of earlier tasks (`plan(after=...)`).
         quantized: the paths of the layers that attaching quantises, adapted or not.
+        unproved: the sites that no dry forward has shown to run; the first training forward does.
     """
 
     method: Method
@@ -63,6 +64,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     fixed_tensors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict, repr=False, compare=False)
     quantized: tuple[str, ...] = ()
+    unproved: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     placed = RenamedAttribute("sites")
     given = RenamedAttribute("fixed_tensors")

@@ -16,8 +16,9 @@ from lorary.model.checks import bad_arguments, not_a_module, not_ready
 from lorary.model.plan import FullParameter, Plan, human_bytes
 from lorary.model.previous_tasks import PreviousAdapter, with_previous_tasks
 from lorary.model.quantize import already_quantized, quantizable_layers
+from lorary.model.reach.proof import Reach, proved
 from lorary.model.scan import Scan, scan
-from lorary.model.targets import TargetMatch, abbreviate_paths, as_list, matches, resolve
+from lorary.model.targets import TargetMatch, abbreviated, as_list, matches, resolve, target_notes
 from lorary.spec.interfaces import Storage
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite, with_rank
@@ -33,8 +34,12 @@ def plan(
     alphas: Mapping[str, float] | None = None,
     exclude: str | Sequence[str] = (),
     after: Sequence[PreviousAdapter] = (),
+    example: Any = None,
 ) -> Plan:
     """The plan of a method for a model: where adapters sit, and what that costs. Works on the meta device.
+
+    A dry forward of a copy without values shows which layers the model calls. Layers whose weight it reads past them
+    are refused by name and left out of presets, because an adapter there would have no effect.
 
     Args:
         model: any module; a Transformers model's output head is left out of `all-linear`.
@@ -46,12 +51,16 @@ def plan(
         alphas: site pattern -> alpha, likewise.
         exclude: layers not to adapt, written like targets.
         after: the adapters of earlier tasks, which the new one keeps as they are (O-LoRA).
+        example: the inputs of the dry forward: a tensor, a tuple of positional or a dict of named arguments. Only
+            shapes and dtypes matter. None: made from a Transformers model's configuration; without one the first
+            training forward after `attach` shows whether every site runs.
 
     Raises:
         PlanError: every problem at once, with the nearest names and the model's layers if a target matches none.
     """
     scanned = _scan_if_ready(model, method, ranks, alphas)
     model = scanned.model
+    scanned, reach = proved(scanned, example) if method.delta is not None else (scanned, Reach())
     method, problems = _fit_context(model, method)
     targets = default_targets(method) if targets is None else targets
     sites, unplaced = _adapted_sites(scanned, method, targets, exclude, ranks or {}, alphas or {})
@@ -63,10 +72,13 @@ def plan(
     if problems:
         raise PlanError("invalid plan:", problems)
     total, size = _planned_size(scanned, method.storage, quantized)
-    notes = _notes(scanned, method, sites, full, quantized)
+    names = [p.site.name for p in sites]
+    notes = [*target_notes(scanned, targets, exclude, names), *reach.notes(names)] if method.delta else []
+    notes += _notes(scanned, method, sites, full, quantized)
     if "all-linear" in as_list(targets):
         notes += _unreached_notes(scanned, total)
-    return Plan(method, tuple(sites), tuple(full), total, size, tuple(notes), fixed, tuple(quantized))
+    unproved = tuple(name for name in names if name not in reach.ran)
+    return Plan(method, tuple(sites), tuple(full), total, size, tuple(notes), fixed, tuple(quantized), unproved)
 
 
 def _scan_if_ready(model: Any, method: Any, ranks: Any, alphas: Any) -> Scan:
@@ -193,7 +205,7 @@ def _quantized_size(scan: Scan, storage: Storage, quantized: Sequence[str]) -> t
 
 def _note(text: str, paths: Iterable[str]) -> list[str]:
     """The text with the paths in place of `{}`; nothing if there are none."""
-    names = ", ".join(name for name, _ in abbreviate_paths(paths))
+    names = abbreviated(paths)
     return [text.format(names)] if names else []
 
 

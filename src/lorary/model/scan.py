@@ -15,6 +15,7 @@ from lorary.layers.other_quantizers import stored_bytes
 from lorary.layers.quantized_weight import is_quantized, is_unrecognised_quantized, stored_tensors
 from lorary.layers.wrappers import named_modules, unwrapped
 from lorary.model.buffers import persistent_buffers
+from lorary.model.reach.bypass import Bypass, bypasses
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +29,7 @@ class ScannedModule:
         quantised: whether its weight is stored in another form than the layer's own.
         paths: every path, more than one for a shared module.
         tied_to: the names under which other modules hold its weight.
-        parent: the module around it; None for the model itself.
+        bypass: the code that reads its weight past it; None if there is none.
     """
 
     path: str
@@ -37,7 +38,7 @@ class ScannedModule:
     quantised: bool
     paths: tuple[str, ...]
     tied_to: tuple[str, ...]
-    parent: nn.Module | None = field(repr=False)
+    bypass: Bypass | None = field(default=None, repr=False)
 
     @cached_property
     def unrecognised(self) -> bool:
@@ -47,7 +48,7 @@ class ScannedModule:
     @cached_property
     def why_not_adaptable(self) -> str | None:
         """Why an adapter cannot sit here; None if it can."""
-        return why_not_adaptable(self.module) or _why_bypassed(self.parent)
+        return why_not_adaptable(self.module) or (str(self.bypass) if self.bypass else None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +95,30 @@ class Scan:
         """path -> module of a known kind."""
         return {path: m for path, m in self.modules.items() if m.kind is not None}
 
+    def wrapped_in(self, path: str) -> ScannedModule | None:
+        """The layer inside a module that wraps it alone, such as one that clips its input and output."""
+        wrapper = self.modules[path]
+        inside = [m for m in self._children.get(path, ()) if m.module._parameters or m.module._modules]
+        if not path or wrapper.kind is not None or wrapper.module._parameters or len(inside) != 1:
+            return None
+        container = isinstance(wrapper.module, nn.ModuleList | nn.ModuleDict | nn.Sequential)
+        return None if container or inside[0].kind is None else inside[0]
+
+    def wrapper_of(self, path: str) -> str | None:
+        """The path of the module that wraps this layer alone."""
+        parent = path.rpartition(".")[0]
+        inner = self.wrapped_in(parent) if parent in self.modules and self.modules[path].kind is not None else None
+        return parent if inner is not None and inner.path == path else None
+
+    @cached_property
+    def _children(self) -> dict[str, list[ScannedModule]]:
+        """path -> the modules in it."""
+        found: dict[str, list[ScannedModule]] = {}
+        for path, m in self.modules.items():
+            if path:
+                found.setdefault(path.rpartition(".")[0], []).append(m)
+        return found
+
     def sizes(self) -> tuple[int, int]:
         """(numbers, bytes) of the base; see `numbers_and_bytes`."""
         return numbers_and_bytes((m.module for m in self.modules.values()), self.parameters.values())
@@ -126,6 +151,7 @@ def scan(model: nn.Module) -> Scan:
             if len(known) == 1:
                 holders.setdefault(id(parameter), {})[name] = module
     modules: dict[str, ScannedModule] = {}
+    bypassed = bypasses(paths)
     for module, (path, *others) in paths.items():
         holding = holders.get(id(module._parameters.get("weight")), {})  # a quantised layer may have no parameter
         modules[path] = ScannedModule(
@@ -135,18 +161,9 @@ def scan(model: nn.Module) -> Scan:
             quantised=is_quantized(module),
             paths=(path, *others),
             tied_to=tuple(name for name, holder in holding.items() if holder is not module),
-            parent=modules[path.rpartition(".")[0]].module if path else None,
+            bypass=bypassed.get(module),
         )
     return Scan(model, modules, parameters, names, _heads(model, modules))
-
-
-def _why_bypassed(parent: nn.Module | None) -> str | None:
-    """Why an adapter would have no effect: the parent reads the layer's weight instead of calling the layer."""
-    if isinstance(parent, nn.MultiheadAttention):
-        return "nn.MultiheadAttention reads its weight and never calls it: an adapter there would do nothing"
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        return "nn.TransformerEncoderLayer reads its weight when it evaluates: an adapter would act in training only"
-    return None
 
 
 def _heads(model: Any, modules: Mapping[str, ScannedModule]) -> frozenset[str]:

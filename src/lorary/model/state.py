@@ -19,6 +19,7 @@ from lorary.model.buffers import EvaluationMode
 from lorary.model.checks import not_a_module
 from lorary.model.fingerprint import STATE, Fingerprint
 from lorary.model.plan import FullParameter, trainable_size, trained_table
+from lorary.model.reach.first_forward import FirstForward
 from lorary.spec.context import ContextPatch
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite
@@ -81,6 +82,7 @@ class AttachedState:
         context_patch: the context's change to the model.
         buffers: persistent buffers that do not train -> their values before.
         evaluating: the layers whose statistics are frozen, which stay in evaluation mode.
+        first_forward: the watch over sites that no dry forward has shown to run.
     """
 
     method: Method
@@ -99,6 +101,7 @@ class AttachedState:
     context_patch: ContextPatch | None = None
     buffers: dict[str, Tensor] = field(default_factory=dict)
     evaluating: list[EvaluationMode] = field(default_factory=list)
+    first_forward: FirstForward | None = None
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ It may name projections of a fused weight: `c_attn[q,v]`.
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -20,6 +21,8 @@ from torch import nn
 from lorary.errors import Diagnostic, suggestion
 from lorary.layers.fused_qkv import FUSED, fused_parts
 from lorary.layers.kinds import KINDS
+from lorary.layers.module_kinds import NUMBER, module_positions
+from lorary.model._presets import LINEAR_PRESETS, PRESETS, layers_of_preset
 from lorary.model.scan import Scan, ScannedModule
 from lorary.spec.site import Part
 
@@ -33,6 +36,7 @@ class TargetMatch:
     parts: tuple[Part, ...] = ()
 
 
+_PRESET_HINT = f"presets: {', '.join(PRESETS)}"
 _NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")  # a component of a path
 
 
@@ -55,6 +59,11 @@ def abbreviate_paths(names: Iterable[str]) -> list[tuple[str, list[str]]]:
         spans = [_span(sorted(set(map(int, column)))) for column in columns]
         abbreviated.append(("".join(map("".join, zip(texts, [*spans, ""], strict=True))), members))
     return abbreviated
+
+
+def abbreviated(names: Iterable[str]) -> str:
+    """Paths in one line: `layers.{0-31}.q_proj, lm_head`."""
+    return ", ".join(text for text, _ in abbreviate_paths(names))
 
 
 def _span(numbers: list[int]) -> str:
@@ -80,57 +89,6 @@ def _shape(m: ScannedModule) -> str:
     return f"{type(layer).__name__} {'x'.join(map(str, shape))}"
 
 
-# --- presets --------------------------------------------------------------------------------------------------
-
-_QV = {"q", "q_proj", "query", "query_proj", "q_lin", "wq", "to_q", "v", "v_proj", "value", "value_proj", "v_lin"}
-_QV |= {"wv", "to_v"}
-_K = {"k", "k_proj", "key", "key_proj", "k_lin", "wk", "to_k"}
-_OUT = {"o", "o_proj", "out_proj", "out_lin", "to_out", "o_lin"}
-_AMBIGUOUS = {"dense", "c_proj", "proj", "Wo"}  # of attention or of an MLP, as the rest of the path says
-_MLP = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "fc_in", "fc_out", "c_fc", "wi", "wi_0"}
-_MLP |= {"wi_1", "wo", "w1", "w2", "w3", "lin1", "lin2", "dense_h_to_4h", "dense_4h_to_h", "ff_proj", "ff_out", "Wi"}
-_MLP_PARENTS = {"mlp", "ffn", "intermediate", "output", "feed_forward", "ff"}
-_ATTENTION_PARENT = re.compile(
-    r"^(attn|attention|self_attn|self_attention|selfattention|cross_attn|crossattention|"
-    r"encoder_attn|encdecattention|mha|to_out|attn\d)$",
-    re.IGNORECASE,
-)
-
-
-def _in_attention(path: Sequence[str]) -> bool:
-    return any(_ATTENTION_PARENT.match(component) for component in path)
-
-
-def _is_linear(m: ScannedModule) -> bool:
-    return m.kind in ("linear", "transposed")
-
-
-def _is_attention(m: ScannedModule) -> bool:
-    *path, last = m.path.split(".")
-    if not _is_linear(m):
-        return False
-    return last in _QV | _K | FUSED | _OUT or (last in _AMBIGUOUS | {"0"} and _in_attention(path))
-
-
-def _is_mlp(m: ScannedModule) -> bool:
-    *path, last = m.path.split(".")
-    if not _is_linear(m) or _in_attention(path):
-        return False
-    return last in _MLP or (last in _AMBIGUOUS and not _MLP_PARENTS.isdisjoint(path))
-
-
-_PRESETS: dict[str, Callable[[ScannedModule], bool]] = {
-    "all-linear": _is_linear,
-    "attention": _is_attention,
-    "attention-qv": lambda m: _is_linear(m) and m.path.rpartition(".")[2] in _QV | FUSED,
-    "mlp": _is_mlp,
-    "embedding": lambda m: m.kind == "embedding",
-    "conv": lambda m: (m.kind or "").startswith("conv"),
-}
-_PRESET_HINT = f"presets: {', '.join(_PRESETS)}"
-_LINEAR_PRESETS = {"all-linear", "mlp", "attention", "attention-qv"}
-
-
 # --- resolution -----------------------------------------------------------------------------------------------
 
 
@@ -140,10 +98,7 @@ def resolve(
     """The layers that the targets match, in the model's order, and every problem."""
     targets, exclude = as_list(targets), as_list(exclude)
     problems = [Diagnostic("targets", "no target is given", _PRESET_HINT)] if not targets else []
-    excluded: set[str] = set()
-    for entry in exclude:
-        hits = {f.name for f in _matching(scan, entry, "exclude", problems)}
-        excluded |= hits | {name for name in scan.modules if any(name.startswith(f"{hit}.") for hit in hits)}
+    excluded = _excluded(scan, exclude, problems)
     found: dict[str, TargetMatch] = {}
     for entry in targets:
         for f in _matching(scan, entry, "targets", problems):
@@ -151,14 +106,63 @@ def resolve(
             parts = before.parts + f.parts if before.parts and f.parts else ()  # the whole weight wins
             found[f.name] = TargetMatch(f.name, f.layer, tuple(dict.fromkeys(parts)))
     kept = [found[name] for name in scan.modules if name in found and name not in excluded]
-    if any(entry in _LINEAR_PRESETS for entry in targets):
+    if any(entry in LINEAR_PRESETS for entry in targets):
         problems += _unrecognised(scan, excluded | scan.heads)
     if found and not kept and not problems:
         problems.append(Diagnostic("exclude", "excludes every layer that the targets name"))
-    for f in kept:
-        if why := scan.modules[f.name].why_not_adaptable:
-            problems.append(Diagnostic(f.name, why, "exclude it"))
+    refused = {f.name: why for f in kept if (why := scan.modules[f.name].why_not_adaptable)}
+    problems += [Diagnostic(text, why) for text, why in grouped(refused)]
+    if refused:
+        problems[-1] = dataclasses.replace(problems[-1], fix=exclusions(refused, scan.layers))
     return kept, problems
+
+
+def target_notes(
+    scan: Scan, targets: str | Sequence[str], exclude: str | Sequence[str], sites: Iterable[str]
+) -> list[str]:
+    """The layers that presets among the targets leave out, and the adapted ones that were named by their wrappers."""
+    excluded = _excluded(scan, as_list(exclude), [])
+    notes = []
+    for entry in as_list(targets):
+        if entry in PRESETS:
+            skipped = {
+                path: why for path, why in _skipped(layers_of_preset(scan, entry)).items() if path not in excluded
+            }
+            notes += [f"`{entry}` leaves out {text}: {why}" for text, why in grouped(skipped)]
+            continue
+        wrapped = [path for path in sites if (outer := scan.wrapper_of(path)) and matches(entry, outer)]
+        if wrapped := [path for path in wrapped if not matches(entry, path)]:
+            notes.append(f"`{entry}` wraps a layer, which is adapted: {abbreviated(wrapped)}")
+    return notes
+
+
+def grouped(reasons: Mapping[str, str]) -> list[tuple[str, str]]:
+    """(all abbreviated paths, reason) for path -> reason."""
+    groups: dict[str, list[str]] = {}
+    for path, why in reasons.items():
+        groups.setdefault(why, []).append(path)
+    return [(abbreviated(paths), why) for why, paths in groups.items()]
+
+
+def exclusions(names: Collection[str], layers: Iterable[str]) -> str:
+    """The hint `exclude=[...]` that leaves out these layers and no other ones."""
+    positions = module_positions(layers)
+
+    def pattern(name: str) -> str:
+        short = positions[name].kind.replace(NUMBER, "*")
+        return short if all(path in names for path in positions if matches(short, path)) else name
+
+    quoted = dict.fromkeys(f'"{pattern(name)}"' for name in names)
+    return f"exclude=[{', '.join(quoted)}]"
+
+
+def _excluded(scan: Scan, exclude: Sequence[str], problems: list[Diagnostic]) -> set[str]:
+    """The paths that `exclude` names, and those inside of them."""
+    excluded: set[str] = set()
+    for entry in exclude:
+        hits = {f.name for f in _matching(scan, entry, "exclude", problems)}
+        excluded |= hits | {name for name in scan.modules if any(name.startswith(f"{hit}.") for hit in hits)}
+    return excluded
 
 
 def _unrecognised(scan: Scan, excluded: Set[str]) -> list[Diagnostic]:
@@ -182,12 +186,15 @@ def _matching(scan: Scan, entry: Any, field: str, problems: list[Diagnostic]) ->
     if not isinstance(entry, str) or not entry.strip():
         problems.append(Diagnostic(field, f"{entry!r} is not the name of a layer", _PRESET_HINT))
         return []
-    if entry in _PRESETS:
+    if entry in PRESETS:
         return _preset(scan, entry, field, problems)
     fused = re.fullmatch(r"([^\[\]]+)\[([^\[\]]+)\]", entry)
     pattern, wanted = (fused[1], [part.strip() for part in fused[2].split(",")]) if fused else (entry, [])
     hits = [m for m in scan.modules.values() if any(path and matches(pattern, path) for path in m.paths)]
     layers = [m for m in hits if m.kind is not None]
+    if field == "targets":
+        wrapped = [inner for m in hits if (inner := scan.wrapped_in(m.path))]
+        layers = list({m.path: m for m in [*layers, *wrapped]}.values())
     if not layers and field == "exclude" and hits:
         return [TargetMatch(m.path, m.module) for m in hits]  # whole blocks may be excluded
     if not layers:
@@ -216,13 +223,11 @@ def _fused_parts(scan: Scan, m: ScannedModule) -> dict[str, Part]:
 
 def _preset(scan: Scan, entry: str, field: str, problems: list[Diagnostic]) -> list[TargetMatch]:
     """The layers of a preset."""
-    heads = scan.heads if entry in _LINEAR_PRESETS else ()
-    chosen = [m for path, m in scan.modules.items() if path and path not in heads and _PRESETS[entry](m)]
-    if entry == "embedding":
-        chosen = _token_tables(scan.model, chosen)
-    if entry == "all-linear":  # a preset skips unsupported layers; only explicit names make them an error
-        chosen = [m for m in chosen if m.why_not_adaptable is None]
+    named = layers_of_preset(scan, entry)
+    skipped = _skipped(named)  # only explicit names make them an error
+    chosen = [m for m in named if m.path not in skipped]
     if not chosen and not (field == "targets" and any(m.unrecognised for m in scan.modules.values())):
+        problems += [Diagnostic(text, why) for text, why in grouped(skipped)]
         problems.append(Diagnostic(field, f"`{entry}` matches no layer of this model", _layers(scan, problems)))
     found = []
     for m in chosen:
@@ -237,16 +242,9 @@ def _preset(scan: Scan, entry: str, field: str, problems: list[Diagnostic]) -> l
     return found
 
 
-def _token_tables(model: Any, chosen: list[ScannedModule]) -> list[ScannedModule]:
-    """The embeddings of token ids, without those of positions and token types."""
-    try:
-        tokens = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return chosen
-    # encoder and decoder may look tokens up in two modules, tied to the table that the model names
-    W = getattr(tokens, "weight", None)
-    tied = [m for m in chosen if m.module is not tokens and getattr(m.module, "weight", m) is W]
-    return tied or [m for m in chosen if m.module is tokens] or chosen
+def _skipped(named: Iterable[ScannedModule]) -> dict[str, str]:
+    """path -> why a preset leaves this layer out. Not for quantised layers of unknown classes: see `_unrecognised`."""
+    return {m.path: why for m in named if not m.unrecognised and (why := m.why_not_adaptable)}
 
 
 def _why_no_layer(scan: Scan, entry: str, pattern: str, hits: list[ScannedModule]) -> tuple[str, str]:
@@ -258,7 +256,7 @@ def _why_no_layer(scan: Scan, entry: str, pattern: str, hits: list[ScannedModule
         inside = sorted({path.rpartition(".")[2] for path in scan.layers if path.startswith(f"{first.path}.")})
         what = f"`{entry}` is a {type(first.module).__name__}, not a layer with a weight matrix"
         return what, f"inside it are {', '.join(inside)}" if inside else ""
-    known = [*dict.fromkeys(path.rpartition(".")[2] for path in scan.layers), *_PRESETS]
+    known = [*dict.fromkeys(path.rpartition(".")[2] for path in scan.layers), *PRESETS]
     return f"`{entry}` matches no layer", suggestion(pattern.rpartition(".")[2], known)
 
 

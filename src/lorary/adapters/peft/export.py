@@ -79,7 +79,9 @@ def export_peft(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.M
     absorbed = [a.site.name for a in adapter.sites if a.site.name.endswith(_ABSORBED)]
     if absorbed:
         what = f"vLLM folds kv_b_proj into its attention and ignores adapters of it ({len(absorbed)} sites here)"
-        warnings.warn(f"{what}: to serve this adapter with vLLM, merge it", AdapterWarning, stacklevel=caller_stacklevel())
+        warnings.warn(
+            f"{what}: to serve this adapter with vLLM, merge it", AdapterWarning, stacklevel=caller_stacklevel()
+        )
 
 
 def _refuse(folder: str | os.PathLike[str], problems: list[Diagnostic]) -> None:

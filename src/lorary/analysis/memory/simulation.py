@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.library import _scoped_library
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from lorary.analysis.memory.live_bytes import LiveBytes
@@ -30,6 +29,7 @@ from lorary.layers.quantized_weight import is_quantized
 from lorary.layers.rope import text_config
 from lorary.model.attach import attach
 from lorary.model.plan import Plan
+from lorary.model.reach.twin import ScalarAnswers
 
 CHANGED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Model settings that change the logits after the head: the loss then needs all logits."""
@@ -81,7 +81,7 @@ def simulate(model: nn.Module, plan: Plan, inputs: Mapping[str, Tensor], work: W
         if work.autocast:  # quantised layers compute in their input's dtype
             for module in filter(is_quantized, twin.modules()):
                 module.register_forward_pre_hook(lambda _, args: tree_map(_half, args))
-        stack.enter_context(_Answers(int("attention_mask" not in given)))
+        stack.enter_context(ScalarAnswers(int("attention_mask" not in given)))
         live = stack.enter_context(LiveBytes())
         return _step(twin, given, live, work.labelled, precision)
 
@@ -131,23 +131,6 @@ def _loss(model: nn.Module, head: Any, states: Tensor, labelled: float, precisio
     size = chunk_size(text_config(model).vocab_size)
     with precision():
         return -scores_in_chunks(logits, rows, targets, REPORTED, size)["log_probs"].sum()
-
-
-class _Answers(TorchDispatchMode):
-    """Returns one number for every value read from a meta tensor."""
-
-    def __init__(self, answer: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.answer = answer
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # as in LiveBytes
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return torch.full((), self.answer, dtype=args[0].dtype).item()
-        return func(*args, **(kwargs or {}))
 
 
 class _Autocast(TorchFunctionMode):
