@@ -225,6 +225,7 @@ def fails_at_operations(name: str, folder: Path, most: int = 20) -> None:
     """One model, at which the change fails at one operation after the other until it succeeds."""
     build, change = CHANGES[name]
     expected, model = build(), build()
+    change(build(), folder)  # what a dry forward shows is kept for models of one structure
     with RaiseAt() as counting:
         change(expected, folder)
     before = Picture(model)

@@ -143,13 +143,17 @@ class _ProcessSettings:
     )
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._inside = 0
         self._before: dict[_Setting, Any] = {}
 
     @contextlib.contextmanager
     def at_defaults(self) -> Iterator[None]:
         """The defaults inside the block; the last thread that leaves restores the caller's settings."""
+        # nothing to change: then nothing is locked either, which an interrupt at the wrong moment could leave so
+        if not self._before and all(setting.read() == setting.default for setting in self.settings):
+            yield
+            return
         with self._lock:
             self._inside += 1
             for setting in self.settings:

@@ -55,6 +55,8 @@ def dry_run(model: nn.Module, layers: Collection[str], lines: Mapping[str, Colle
         with random_numbers_kept(), warnings.catch_warnings(), _eagerly(), torch.no_grad(), watch:
             warnings.simplefilter("ignore")
             _run(twin, watch, example)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # of the model's code, which was not made to run without values
         observed.error = observed.error or _short(error)
     return observed
@@ -86,6 +88,8 @@ def _runs(module: Any, tries: Iterable[Inputs], observed: Observed) -> bool:
                 with device():
                     module(*inputs.args, **inputs.kwargs)
                 return True
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
             except Exception as error:
                 observed.error = observed.error or _short(error)
     return False
