@@ -23,6 +23,7 @@ from lorary.adapters import AdapterWarning, export_peft, load_adapter, save_adap
 from lorary.errors import FileError
 from lorary.files import tensor_file
 from lorary.files.tensor_file import TensorFile
+from tests import tiny
 from tests.adapters.hostile import PREFIX, Spoiled
 from tests.adapters.models import BASES, Base, adapted, fill, outputs, same, vera
 from tests.files.test_atomic import largest_file, litter
@@ -530,3 +531,31 @@ def test_with_the_model_targets_are_brief(tmp_path: Path) -> None:
     )
     assert brief == ["down_proj", "q_proj", "v_proj"]
     assert whole == sorted(p.site.name for p in adapter.sites)
+
+
+# --- a head that is drawn at every load -------------------------------------------------------------------------------
+
+
+def classifier(seed: int, base: int = 0) -> Any:
+    """A language model with a new head, as `AutoModelForSequenceClassification` makes one: only the head differs."""
+    model = tiny.seeded("LlamaForSequenceClassification", seed=base)
+    torch.manual_seed(seed)
+    torch.nn.init.normal_(model.score.weight)
+    return model.eval()
+
+
+def test_a_classifier_whose_head_is_drawn_again_loads(tmp_path: Path) -> None:
+    model, ids = classifier(1), torch.arange(6)[None]
+    tiny.trained(model, lorary.method("lora", r=2))
+    assert "score.weight" in lorary.Adapter.of(model).full
+    lorary.save(model, tmp_path / "adapter")
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids).logits
+        again = lorary.load(classifier(2), tmp_path / "adapter").eval()
+        assert torch.equal(again(input_ids=ids).logits, expected)
+        switched = lorary.switch(classifier(3), lorary.load_adapter(tmp_path / "adapter"))
+        assert torch.equal(switched(input_ids=ids).logits, expected)
+        lorary.save(again, tmp_path / "again")
+        assert torch.equal(lorary.load(classifier(4), tmp_path / "again")(input_ids=ids).logits, expected)
+    with pytest.raises(FileError, match="base: other weights"):
+        lorary.load(classifier(1, base=7), tmp_path / "adapter")

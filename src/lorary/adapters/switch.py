@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -21,7 +22,7 @@ from lorary.model.ambient import mode_independent
 from lorary.model.attach import attach_tensors, remove
 from lorary.model.buffers import persistent_buffers
 from lorary.model.checks import changeable, layer_mismatches
-from lorary.model.fingerprint import Fingerprint
+from lorary.model.fingerprint import Fingerprint, frozen_weights
 from lorary.model.quantize import already_quantized, quantizable_layers, warn_of_quantization
 from lorary.model.scan import scan
 from lorary.model.state import base_parameter, require_attached, state_of
@@ -152,6 +153,8 @@ def _check_base(model: nn.Module, adapter: Adapter, here: Fingerprint, where: st
     problems += _context_problems(model, adapter) + _meta_problems(modules, adapter)
     if not force:
         fix = "load the base that it was trained on, or pass force=True"
+        same = adapter.base.frozen and adapter.base.frozen == frozen_weights(model, adapter.full)
+        here = replace(here, weights="") if same else here  # they differ in what the adapter replaces, if at all
         problems += [Diagnostic(p.where, p.what, fix) for p in adapter.base.disagreements(here)]
     if problems:
         raise FileError(f"{where} does not fit this model:", problems)

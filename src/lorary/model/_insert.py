@@ -38,7 +38,8 @@ def insert(
     _check_fit(scanned, method, sites, full, quantized)
     sites = tuple(_with_kind(p, scanned.modules[p.site.name].kind) for p in sites)
     paths = {p.site.name: list(scanned.modules[p.site.name].paths) for p in sites}
-    fingerprint, total = fingerprint or Fingerprint.of(model), scanned.sizes()[0]
+    fingerprint = (fingerprint or Fingerprint.of(model)).without(model, full)
+    total = scanned.sizes()[0]
     if quantized:
         fingerprint.remember(model)  # quantising changes parameters
     trained = frozenset(name for name in scanned.names if scanned.parameter(name).requires_grad)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -59,12 +59,15 @@ class Fingerprint:
             another library quantised layers, it covers the other parameters, has a prefix, and is compared only with
             those of bases that are quantised by another library too.
         name: the Hub id or last folder name that the model was loaded from; empty if the model does not say.
+        frozen: as `weights`, without the parameters that an adapter trains in full, which it replaces: the new head of
+            a classifier is drawn again at every load. Empty for an adapter that trains none, and in older files.
     """
 
     architecture: str = ""
     structure: str = ""
     weights: str = ""
     name: str = ""
+    frozen: str = field(default="", compare=False)
 
     @staticmethod
     @mode_independent
@@ -103,6 +106,22 @@ class Fingerprint:
             base_name(str(getattr(config, "_name_or_path", "") or "")),
         )
 
+    @staticmethod
+    def from_record(found: object) -> Fingerprint | None:
+        """The fingerprint that a file holds; None if it is not one."""
+        known = {f.name for f in fields(Fingerprint)}
+        if not isinstance(found, dict) or set(found) | {"frozen"} != known:
+            return None
+        return Fingerprint(**found) if all(isinstance(value, str) for value in found.values()) else None
+
+    def record(self) -> dict[str, str]:
+        """The fields as files hold them."""
+        return {name: value for name, value in asdict(self).items() if name != "frozen" or value}
+
+    def without(self, model: nn.Module, full: Collection[str]) -> Fingerprint:
+        """With `frozen` for an adapter that trains these parameters in full; `model` is the base, not yet changed."""
+        return replace(self, frozen=frozen_weights(model, full)) if full else self
+
     def remember(self, model: nn.Module) -> None:
         """Make this the model's fingerprint from now on, however its weights are quantised."""
         object.__setattr__(model, _PLAIN, self)
@@ -122,8 +141,8 @@ class Fingerprint:
     def disagreements(self, other: Fingerprint) -> list[Diagnostic]:
         """How another base differs from this one; fields that are empty in either are not compared."""
         problems = []
-        for field, what in (("architecture", "another architecture"), ("structure", "other layers or sizes")):
-            mine, its = getattr(self, field), getattr(other, field)
+        for name, what in (("architecture", "another architecture"), ("structure", "other layers or sizes")):
+            mine, its = getattr(self, name), getattr(other, name)
             if mine and its and mine != its:
                 text = f"{what}: {_short(mine)} when it was trained, {_short(its)} here"
                 problems.append(Diagnostic("base", text))
@@ -133,6 +152,15 @@ class Fingerprint:
             what = f"other weights: {_short(self.weights)} when it was trained, {_short(other.weights)} here{was}"
             problems.append(Diagnostic("base", what))
         return problems
+
+
+def frozen_weights(model: nn.Module, full: Collection[str]) -> str:
+    """`Fingerprint.frozen` of a base for these parameters; empty if it has no values or is quantised."""
+    samples, foreign = _plain_samples(model)
+    values = [sample.values for name, sample in sorted(samples.items()) if name not in full]
+    if foreign or hasattr(model, _PLAIN) or None in values:
+        return ""
+    return hashlib.sha256(b"".join(filter(None, values))).hexdigest()
 
 
 def _plain_samples(model: nn.Module) -> tuple[dict[str, Sample], bool]:

@@ -7,7 +7,6 @@ fingerprint of the base before quantisation, so that adapters of either fit.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import os
 import re
 from collections.abc import Mapping
@@ -107,13 +106,13 @@ def base_of(config: PretrainedConfig) -> Fingerprint | None:
         FileError: it is damaged.
     """
     found = vars(config).pop(_BASE, None)
-    fields = {field.name for field in dataclasses.fields(Fingerprint)}
     if found is None:
         return None
-    if not isinstance(found, dict) or set(found) != fields or not all(isinstance(v, str) for v in found.values()):
-        what = f"expected {', '.join(sorted(fields))}, each a string"
+    fingerprint = Fingerprint.from_record(found)
+    if fingerprint is None:
+        what = "expected architecture, name, structure, weights, each a string"
         raise FileError("cannot read the base:", [Diagnostic(f"config.json: {_BASE}", what)])
-    return Fingerprint(**found)
+    return fingerprint
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -147,7 +146,7 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     with atomic_directory(folder) as target:
         pretrained.config = copy.deepcopy(config)
         pretrained.config.quantization_config = _quantization_config(pretrained)
-        setattr(pretrained.config, _BASE, dataclasses.asdict(Fingerprint.of(model)))
+        setattr(pretrained.config, _BASE, Fingerprint.of(model).record())
         try:
             pretrained.save_pretrained(target)
         finally:
