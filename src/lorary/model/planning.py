@@ -231,7 +231,7 @@ def _tie_notes(scan: Scan, sites: Sequence[AdaptedSite]) -> list[str]:
 
 def _head_notes(scan: Scan, method: Method, full: Sequence[FullParameter]) -> list[str]:
     asked = set().union(*parameters_by_pattern(scan, method).values())
-    heads = [f.name for f in full if f.name not in asked]
+    heads = [f.name for f in full if f.name not in asked and f.name not in scan.buffers]
     return [f"the new head trains in full: {', '.join(heads)}"] if heads else []
 
 
