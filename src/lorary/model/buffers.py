@@ -134,7 +134,7 @@ def base_buffers(model: nn.Module, full: Collection[str], frozen: Mapping[str, T
     modes = [EvaluationMode(layer, model.training) for layer in moving.values()]
     try:
         for buffer, _, before in present:
-            buffer.data = before.to(buffer, copy=True)  # a module may write into its buffers all the same
+            buffer.data = before.to(buffer, copy=True)  # a module may still write into its buffers
         yield
     finally:
         for buffer, value, _ in present:
@@ -161,7 +161,7 @@ def _differ(buffer: Tensor, before: Tensor) -> bool:
 
 
 def warn_of_changed_buffers(model: nn.Module, before: Mapping[str, Tensor]) -> None:
-    """Warn of frozen buffers that have changed all the same: an adapter does not hold them."""
+    """Warn of frozen buffers that have changed, which an adapter does not hold."""
     if changed := sorted(changed_buffers(model, before)):
         names = ", ".join(changed[:3]) + (f" and {len(changed) - 3:,} more" if len(changed) > 3 else "")
         text = (

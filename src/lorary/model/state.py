@@ -42,7 +42,7 @@ class Merged(NamedTuple):
 
 @dataclass
 class Suspended:
-    """What a model in `disabled` blocks gets back at the end of the last one.
+    """The state that a model gets back when its last `disabled` block ends.
 
     Args:
         enabled: each adapted layer, and whether it was enabled.
