@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import MobileNetV2Config, MobileNetV2ForImageClassification, ResNetConfig, ResNetModel
 
 import lorary
@@ -172,6 +173,11 @@ def test_a_frozen_norm_evaluates_whatever_sets_the_mode() -> None:
     assert same(statistics(model), statistics(cnn()))
 
 
+def test_a_statistic_that_trains_is_no_part_of_a_new_head() -> None:
+    notes = lorary.plan(cnn(), METHODS["norms"], "conv").notes
+    assert not any("new head" in note for note in notes)
+
+
 def test_disabled_blocks_within_each_other_and_a_change_of_mode_inside() -> None:
     model: Any = attached(cnn(), "norms").train()
     with lorary.disabled(model):
@@ -287,6 +293,39 @@ def test_a_buffer_that_a_module_of_the_user_moves_is_said_and_put_back(tmp_path:
         assert torch.equal(model.codebook.codes, before["codebook.codes"])
     assert not torch.equal(model.codebook.codes, before["codebook.codes"])
     assert same(frozen_copy(lorary.detach(model)), before)
+
+
+def counting_layer() -> nn.Module:
+    """A layer with a buffer of its own, which has the name `0.count`."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].register_buffer("count", torch.zeros(1))
+    return model
+
+
+def with_wrapped_part() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), checkpoint_wrapper(cnn()))
+
+
+@pytest.mark.parametrize("build", [counting_layer, with_wrapped_part])
+def test_buffers_inside_adapted_layers_and_wrappers_are_put_back(build: Callable[[], nn.Module]) -> None:
+    model = build()
+    before = frozen_copy(model)
+    lorary.attach(model, lorary.plan(model, METHODS["lora"], ["0"]))
+    buffer = next(model.buffers())
+    value = buffer.clone()
+    moved = buffer.add_(1).clone()
+    with lorary.disabled(model):
+        assert torch.equal(buffer, value)
+    assert torch.equal(buffer, moved)
+    assert same(frozen_copy(lorary.detach(model)), before)
+
+
+def test_statistics_inside_a_wrapper_do_not_move_while_disabled() -> None:
+    model = attached(nn.Sequential(checkpoint_wrapper(cnn())), "norms").train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with lorary.disabled(model):
+        model(images())
+        assert same(dict(model.named_buffers()), before)
 
 
 def test_a_module_of_buffers_alone_can_train(tmp_path: Path) -> None:

@@ -266,7 +266,7 @@ def test_all_linear_leaves_out_what_it_cannot_adapt_and_names_refuse_it() -> Non
         "invalid plan:\n"
         "  - body.layers.0.self_attn.out_proj: nn.MultiheadAttention reads its weight and never calls it: "
         "an adapter there would do nothing\n"
-        "  - body.layers.0.linear1: nn.TransformerEncoderLayer also reads its weight past it: "
+        "  - body.layers.0.linear1: nn.TransformerEncoderLayer also reads its weight without calling it: "
         "an adapter would act on some paths only\n"
         "  - normed: its weight is computed from other parameters (weight_norm, spectral_norm or another "
         "parametrization)\n"

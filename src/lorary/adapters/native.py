@@ -34,7 +34,7 @@ from lorary.adapters.peft.types import PeftType, peft_type_of
 from lorary.adapters.shared_tensors import SharedTensors
 from lorary.adapters.site_records import adapted_sites, read_sites, site_record
 from lorary.adapters.tensor_checks import Layout, alert_if_zero, expected_tensors, read_tensors, site_tensors
-from lorary.adapters.wrappers import left_out, without_wrappers
+from lorary.adapters.wrapper_names import left_out, without_wrappers
 from lorary.errors import Diagnostic, FileError, MethodError
 from lorary.files.findings import Findings
 from lorary.files.manifest import digest, sha256

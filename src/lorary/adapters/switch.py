@@ -209,7 +209,8 @@ def _install(
     )
     with torch.no_grad():
         for name, value in adapter.full.items():
-            undo.values(parameter := base_parameter(model, name))
+            parameter = base_parameter(model, name)
+            undo.remember_values(parameter)
             parameter.copy_(value)
     if not trainable:
         model.requires_grad_(False)

@@ -71,8 +71,8 @@ class Adapted(nn.Module):
         self.start: dict[str, Tensor] = {}
         self.params = _zero_parameters(site, dtype, stored_tensors(base)[0].device) if params is None else params
         self.shared_shapes = {role: site.shapes[role] for role in sorted(site.delta.shared)}
-        self._merged_into: tuple[nn.Module, ...] = ()  # in a tuple, because it is no part of this layer
-        self.enabled = True  # the last: it resolves the layer
+        self._merged_into: tuple[nn.Module, ...] = ()  # a tuple, so that it is not registered as a submodule
+        self.enabled = True  # last, because setting it resolves the layer
 
     def _resolve(self) -> None:
         """Decide which functions compute this layer, and look up what they need."""
@@ -90,7 +90,7 @@ class Adapted(nn.Module):
             self._forward = Adapted.base_output
 
     def merge_into(self, plain: nn.Module | None) -> None:
-        """From now on a plain layer computes for whoever still holds this one; None: it computes by itself again."""
+        """Let references to this layer that a merge left behind compute with the merged one; None: undo that."""
         self._merged_into = () if plain is None else (plain,)
 
     @property
@@ -102,11 +102,6 @@ class Adapted(nn.Module):
     def dtype(self) -> torch.dtype:
         """The dtype of the base's dense weight."""
         return weight(self.base).dtype if is_quantized(self.base) else self.weight.dtype
-
-    @property
-    def stored_tensors(self) -> list[Tensor]:
-        """The tensors that store the base's weight: one, or codes and scales."""
-        return stored_tensors(self.base)
 
     @property
     def bias(self) -> Tensor | None:
@@ -220,7 +215,7 @@ class Adapted(nn.Module):
         return self._forward(self, input if x is None else x)  # type: ignore[arg-type]  # the base refuses None
 
     def _merged_output(self, x: Tensor) -> Tensor:
-        """The merged layer's output, for whoever still holds this one."""
+        """The merged layer's output, for references to this layer that the merge left behind."""
         (plain,) = self._merged_into
         return cast(Tensor, plain(x))
 

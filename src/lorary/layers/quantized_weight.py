@@ -104,13 +104,13 @@ _HOOKS = (
 )
 
 
-def move_hooks(source: nn.Module, target: nn.Module) -> None:
+def swap_hooks(one: nn.Module, other: nn.Module) -> None:
     """Exchange the hooks of two modules, so that those of a layer act on what takes its place.
 
     The dictionaries themselves change hands: handles that users hold still remove their hooks.
     """
     for name in _HOOKS:
-        vars(source)[name], vars(target)[name] = vars(target)[name], vars(source)[name]
+        vars(one)[name], vars(other)[name] = vars(other)[name], vars(one)[name]
 
 
 def take_place_of(layer: nn.Module, replacement: nn.Module) -> nn.Module:

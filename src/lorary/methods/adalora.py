@@ -3,8 +3,8 @@
 P [out, r], E [r] and Q [r, in] have the shape of a singular value decomposition; a penalty keeps P and Q close to
 orthonormal. The importance of a direction is the sensitivity of the loss to its entries, smoothed, times its
 uncertainty. The least important directions of the whole model are masked (their E is zero) until the current budget is
-met. A masked direction keeps its P and Q, which the penalty goes on training, and may return until the last phase, in
-which the choice is final.
+met. A masked direction keeps its P and Q, which the penalty still trains, and may return until the last phase, in which
+the choice is final.
 
 Zhang et al. 2023, arXiv:2303.10512, equations 2, 8-12 and algorithm 1.
 

@@ -166,8 +166,8 @@ class RankBudget(Rule):
         E = [layer.params["E"] for layer in layers]
         alive = torch.cat([state[f"alive|{layer.site.name}"] for layer in layers])
         masks = alive.to(E[0].device, E[0].dtype).split([len(e) for e in E])  # copied to the device at once
-        like = [distribute_like(e, mask.to(e.dtype)) for e, mask in zip(E, masks, strict=True)]
-        torch._foreach_mul_([local_shard(e) for e in E], [local_shard(mask) for mask in like])
+        sharded = [distribute_like(e, mask.to(e.dtype)) for e, mask in zip(E, masks, strict=True)]
+        torch._foreach_mul_([local_shard(e) for e in E], [local_shard(mask) for mask in sharded])
 
     @staticmethod
     def _prune(layers: Sequence[Layer], state: dict[str, Tensor], run: Run) -> None:

@@ -41,8 +41,8 @@ class DeltaLoRADelta(Delta):
     Args:
         r: the rank of B A, which sets s.
         ratio: lambda.
-        late: whether the weight begins to follow after the first step. The factors of then are kept as A_K [r, in] and
-            B_K [out, r], with lam [1]: zero before, lambda from then on.
+        late: whether the weight begins to follow after the first step. The factors at that step are kept as A_K [r, in]
+            and B_K [out, r], with lam [1]: zero before it, lambda from then on.
     """
 
     r: int = field(metadata=COUNT)
@@ -85,11 +85,11 @@ def _common_problems(method: Any) -> list[str]:
 
 @component
 class DeltaLoRARule(Rule):
-    """The weight follows the product B A after every optimizer step but the first ones: in closed form.
+    """The weight follows the product B A after every optimizer step except the first K + 1: in closed form.
 
     Args:
         ratio: lambda.
-        after: the optimizer steps before; K + 1.
+        after: the optimizer steps before the weight follows: K + 1.
     """
 
     ratio: float = field(metadata=POSITIVE)
@@ -135,11 +135,11 @@ class DeltaLoRARule(Rule):
 
 @component
 class DeltaLoRAPaperRule(Rule):
-    """The weight follows the product B A after every optimizer step but the first ones: written, as in the paper.
+    """The weight follows the product B A after every optimizer step except the first K + 1: written, as in the paper.
 
     Args:
         ratio: lambda.
-        after: the optimizer steps before; K + 1.
+        after: the optimizer steps before the weight follows: K + 1.
     """
 
     ratio: float = field(metadata=POSITIVE)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lorary.errors import Diagnostic, PlanError, StateError
 from lorary.layers.adapted import Adapted, Parameters
 from lorary.layers.other_quantizers import keep_layout
-from lorary.layers.quantized_weight import move_hooks, stored_tensors
+from lorary.layers.quantized_weight import stored_tensors, swap_hooks
 from lorary.layers.shared_projections import SharedProjections
 from lorary.model.buffers import freeze_statistics, frozen_buffers
 from lorary.model.checks import model_mismatches
@@ -52,7 +52,7 @@ def insert(
     patch = None if method.context is None else method.context.apply(model)
     model.requires_grad_(False)
     for name, layer in layers.items():
-        move_hooks(layer.base, layer)
+        swap_hooks(layer.base, layer)
         set_submodules(model, paths[name], layer)
     for name in (full.keys() & scanned.names.keys()) - {f"{p.site.name}.weight" for p in sites}:
         scanned.parameter(name).requires_grad_(True)  # an adapted weight is written by a rule alone

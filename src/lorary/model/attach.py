@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lorary.errors import Diagnostic, PlanError
 from lorary.layers.adapted import Adapted, adapted_layers, base_parameters
-from lorary.layers.quantized_weight import move_hooks
+from lorary.layers.quantized_weight import swap_hooks
 from lorary.model._insert import insert
 from lorary.model.ambient import mode_independent
 from lorary.model.buffers import changed_buffers
@@ -41,8 +41,8 @@ TRAINABLE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Attach a plan's adapters in place and freeze everything else; the model's outputs do not change yet.
 
-    All or nothing: whatever is raised meanwhile, the model is as it was before. If the method quantises the base, the
-    dense weights are therefore dropped at the end, all at once (`lorary.load_quantized` never holds all of them).
+    All or nothing: after any exception the model is as it was before. If the method quantises the base, the dense
+    weights are therefore freed at the end, all at once (`lorary.load_quantized` never holds all of them).
 
     Args:
         model: the model that was planned, or one of the same shapes (a plan made on the meta device fits).
@@ -60,8 +60,8 @@ def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = 
             trainable dtype.
 
     Warns:
-        ReachWarning: in the first training forward, if adapters did not run there whose layers the plan could not see
-            running.
+        ReachWarning: in the first training forward, about adapters that did not run there, among those that no dry
+            forward has shown to run.
     """
     inner = changeable(model, "attach", trains=True)
     if not isinstance(seed, Integral):
@@ -208,14 +208,14 @@ def remove(model: nn.Module, undo: Undo) -> None:
     for name, value in state.full.items():
         parameter = base_parameter(model, name)
         parameter.grad = None  # it was the gradient of another value
-        undo.values(parameter)
+        undo.remember_values(parameter)
         with torch.no_grad():
             parameter.copy_(value)
     for name, layer in adapted_layers(model).items():
         if name in state.replaced_weights:
             restore_weight(layer, state.replaced_weights[name], undo)
         base = unwrapped_base(layer)
-        move_hooks(layer, base)
+        swap_hooks(layer, base)
         set_submodules(model, state.paths[name], base)
     if state.untied:
         cast(Any, model).config.tie_word_embeddings = True

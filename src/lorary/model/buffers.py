@@ -119,33 +119,33 @@ def frozen_buffers(model: nn.Module, full: Collection[str]) -> dict[str, Tensor]
 
 
 @contextmanager
-def base_buffers(model: nn.Module, full: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> Iterator[None]:
-    """The base's buffers inside the block, where no forward pass moves them; afterwards the present ones.
+def base_buffers(model: nn.Module, full: Collection[str], frozen: Mapping[str, Tensor]) -> Iterator[None]:
+    """The values before of frozen buffers inside the block, in which no layer moves its statistics.
 
     Args:
         model: with a method attached.
-        full: base parameters and buffers that train -> their values before.
+        full: the names of the base's parameters and buffers that train in full; their values are the caller's task.
         frozen: buffers that do not train -> their values before.
     """
-    trained = {name: value for name, value in full.items() if _buffer(model, name) is not None}
-    buffers = [(_buffer(model, name), value) for name, value in (trained | changed_buffers(model, frozen)).items()]
-    present = [(buffer, buffer.data) for buffer, _ in buffers if buffer is not None]
-    layers = {name.rpartition(".")[0]: model.get_submodule(name.rpartition(".")[0]) for name in trained}
-    modes = [EvaluationMode(layer, model.training) for layer in layers.values() if has_statistics(layer)]
+    modules = unwrapped_modules(model)
+    here = persistent_buffers(modules)
+    present = [(here[name], here[name].data, before) for name, before in changed_buffers(model, frozen).items()]
+    moving = {path: modules[path] for name in full if name in here and has_statistics(modules[path := _path(name)])}
+    modes = [EvaluationMode(layer, model.training) for layer in moving.values()]
     try:
-        for (buffer, _), (_, before) in zip(present, buffers, strict=True):
-            buffer.data = before.to(buffer, copy=True)  # a module may write into its buffers all the same
+        for buffer, _, before in present:
+            buffer.data = before.to(buffer, copy=True)  # a module may still write into its buffers
         yield
     finally:
-        for buffer, value in present:
+        for buffer, value, _ in present:
             buffer.data = value
         for mode in modes:
             mode.revert(model.training)
 
 
-def _buffer(model: nn.Module, name: str) -> Tensor | None:
-    path, _, last = name.rpartition(".")
-    return model.get_submodule(path)._buffers.get(last)
+def _path(name: str) -> str:
+    """The path of the module that holds a parameter or buffer."""
+    return name.rpartition(".")[0]
 
 
 def changed_buffers(model: nn.Module, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -161,7 +161,7 @@ def _differ(buffer: Tensor, before: Tensor) -> bool:
 
 
 def warn_of_changed_buffers(model: nn.Module, before: Mapping[str, Tensor]) -> None:
-    """Warn of frozen buffers that have changed all the same: an adapter does not hold them."""
+    """Warn of frozen buffers that have changed, which an adapter does not hold."""
     if changed := sorted(changed_buffers(model, before)):
         names = ", ".join(changed[:3]) + (f" and {len(changed) - 3:,} more" if len(changed) > 3 else "")
         text = (

@@ -16,20 +16,20 @@ from lorary.model.ambient import mode_independent
 @contextmanager
 @mode_independent
 def cached(model: nn.Module) -> Iterator[nn.Module]:
-    """A block in which no weight changes, so that what depends on the weights alone is computed once.
+    """A block in which no weight changes and DoRA's norm and GLoRA's shift of the bias are computed once.
 
-    DoRA's norm and GLoRA's shift of the bias are otherwise computed in every forward pass, because no cheap check
-    reveals every way to write a tensor. For generation token by token they take longer than the layer itself.
+    Outside of it they are computed in every forward pass, because no cheap check reveals every way to write a tensor.
+    For generation token by token they take longer than the layer itself.
 
-    Blocks may be nested; the outermost one counts. Inside of it, whatever changes a weight is the caller's error, and
-    is found when the block ends.
+    Blocks may be nested; the outermost one counts. Changing a weight inside of it is an error of the caller, found when
+    the block ends.
 
     Args:
-        model: a model with an adapter; a plain one is left as it is.
+        model: a model with an adapter; a plain one does not change.
 
     Raises:
-        StateError: at the end of the block, if a weight changed inside of it: outputs since then were computed with a
-            value from before. Every such layer is named.
+        StateError: at the end of the block, if a weight changed inside of it, so that later outputs were computed with
+            an old value; names every such layer.
 
     Example:
         >>> with lorary.cached(model):
@@ -45,7 +45,7 @@ def cached(model: nn.Module) -> Iterator[nn.Module]:
         for layer in layers.values():
             layer.kept = None
     if stale:
-        what = "its weights changed inside the block, and outputs since then were computed with a value from before"
+        what = "its weights changed inside the block, and outputs since then were computed with the old value"
         fix = "change weights outside of the block"
         raise StateError("stale outputs in `lorary.cached`:", [Diagnostic(name, what, fix) for name in stale])
 

@@ -83,7 +83,7 @@ class Fingerprint:
             StateError: `model` is not a module.
         """
         if problems := not_a(nn.Module, "a torch.nn.Module", model=model):
-            raise StateError("only a model has a fingerprint:", problems)
+            raise StateError("cannot take a fingerprint:", problems)
         model = unwrapped(model)
         for remembered in (getattr(getattr(model, STATE, None), "fingerprint", None), getattr(model, _PLAIN, None)):
             if isinstance(remembered, Fingerprint) and known is None:

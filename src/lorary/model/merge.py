@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lorary.errors import Diagnostic, StateError, caller_stacklevel, deduplicated
 from lorary.layers.adapted import Adapted, adapted_layers
-from lorary.layers.quantized_weight import is_quantized, move_hooks
+from lorary.layers.quantized_weight import is_quantized, swap_hooks
 from lorary.model.ambient import mode_independent
 from lorary.model.bias_flags import BiasFlags, BiasWarning, enable_bias_flags, restore_bias_flags, unserialisable_biases
 from lorary.model.checks import changeable
@@ -27,12 +27,11 @@ LOSSY = "the steps between 4-bit or 8-bit numbers are coarser than what an adapt
 def merge(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = None) -> nn.Module:
     """Fold the adapters into plain layers: W' and b' in fp32 or better, rounded once to the weight's own precision.
 
-    All or nothing: every merged weight is computed and checked before the first layer changes, and whatever is raised
-    afterwards, an interrupt or a lack of memory, the model is as it was before. So the merged weights need
-    memory beside the original ones. If an adapted weight was shared (tied embeddings), every use gets a weight
-    of its own and the model's configuration says that they are no longer tied. A layer without a bias gets one if the
-    method changes it (GLoRA), and the configuration says so if it can; otherwise a warning names the biases that a
-    checkpoint would lose.
+    All or nothing: every merged weight is computed and checked before the first layer changes, and any later exception,
+    an interrupt or lack of memory included, leaves the model as it was. So the merged weights need memory beside the
+    original ones. If an adapted weight was shared (tied embeddings), every use gets a weight of its own and the model's
+    configuration says that they are no longer tied. A layer without a bias gets one if the method changes it (GLoRA),
+    and the configuration says so if it can; otherwise a warning names the biases that a checkpoint would lose.
 
     Training-only changes are removed (LongLoRA's shifted attention); RoPE scaling stays, in the configuration too.
 
@@ -65,7 +64,7 @@ def fold(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = No
         dtype: as for `merge`.
 
     Raises:
-        StateError: as `merge`; then, too, nothing has changed.
+        StateError: as `merge`; nothing has changed then.
     """
     state = require_attached(model, "merge")
     layers = adapted_layers(model)
@@ -76,7 +75,7 @@ def fold(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = No
     untied, state.merged, created = False, {}, set()
     for name, layer in layers.items():
         merged = _merge_layer(model, layer, dtype)
-        move_hooks(layer, merged.plain)
+        swap_hooks(layer, merged.plain)
         layer.merge_into(merged.plain)  # its own base may have the delta now
         set_submodules(model, state.paths[name], merged.plain)
         if merged.bias is None and getattr(merged.plain, "bias", None) is not None:
@@ -149,7 +148,7 @@ def _unmerge(model: nn.Module, state: AttachedState, sites: Mapping[str, Merged]
     for name, merged in sites.items():
         _unmerge_layer(merged)
         merged.layer.merge_into(None)
-        move_hooks(merged.plain, merged.layer)
+        swap_hooks(merged.plain, merged.layer)
         set_submodules(model, state.paths[name], merged.layer)
     if state.tied is not None:
         cast(Any, model).config.tie_word_embeddings = not state.untied

@@ -38,8 +38,8 @@ def plan(
 ) -> Plan:
     """The plan of a method for a model: where adapters sit, and what that costs. Works on the meta device.
 
-    A dry forward of a copy without values shows which layers the model calls. Layers whose weight it reads past them
-    are refused by name and left out of presets, because an adapter there would have no effect.
+    A dry forward of a copy without values shows which layers the model calls. Presets leave out layers whose weight
+    it reads without calling them, because an adapter there would have no effect; named ones are refused.
 
     Args:
         model: any module; a Transformers model's output head is left out of `all-linear`.
@@ -231,7 +231,7 @@ def _tie_notes(scan: Scan, sites: Sequence[AdaptedSite]) -> list[str]:
 
 def _head_notes(scan: Scan, method: Method, full: Sequence[FullParameter]) -> list[str]:
     asked = set().union(*parameters_by_pattern(scan, method).values())
-    heads = [f.name for f in full if f.name not in asked]
+    heads = [f.name for f in full if f.name not in asked and f.name not in scan.buffers]
     return [f"the new head trains in full: {', '.join(heads)}"] if heads else []
 
 

@@ -32,9 +32,9 @@ T = TypeVar("T")
 def quantize(model: nn.Module, storage: Storage | None = None) -> nn.Module:
     """Quantise every linear layer of a model except its output head, in place.
 
-    All or nothing: whatever is raised meanwhile, the model is as it was before. So the dense weights are dropped at the
-    end, all at once; `lorary.load_quantized` quantises a checkpoint without ever holding all of them. Adapters of the
-    plain model still fit.
+    All or nothing: after any exception the model is as it was before. So the dense weights are freed at the end, all at
+    once; `lorary.load_quantized` quantises a checkpoint without ever holding all of them. Adapters of the plain model
+    still fit.
 
     Args:
         model: a model without adapters. Attaching a method that quantises (`qlora`) does the same by itself.

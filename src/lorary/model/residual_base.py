@@ -83,7 +83,7 @@ def subtract_start(model: nn.Module, layer: Adapted, undo: Undo | None = None) -
         if _is_unshared(model, weight, state):
             before = state.replaced_weights[layer.site.name] = weight.detach().to("cpu", copy=True)
             if undo is not None:
-                undo.values(weight, before)
+                undo.remember_values(weight, before)
             weight.copy_(residual)
         else:
             state.replaced_weights[layer.site.name] = weight
@@ -192,6 +192,6 @@ def restore_weight(layer: Adapted, before: Tensor, undo: Undo | None = None) -> 
         layer.base.weight = before
     else:
         if undo is not None:
-            undo.values(layer.weight)
+            undo.remember_values(layer.weight)
         with torch.no_grad():
             cast(nn.Parameter, layer.weight).copy_(before)

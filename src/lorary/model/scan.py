@@ -29,7 +29,7 @@ class ScannedModule:
         quantised: whether its weight is stored in another form than the layer's own.
         paths: every path, more than one for a shared module.
         tied_to: the names under which other modules hold its weight.
-        bypass: the code that reads its weight past it; None if there is none.
+        bypass: the code that reads its weight without calling it; None if there is none.
     """
 
     path: str

@@ -42,7 +42,7 @@ class Merged(NamedTuple):
 
 @dataclass
 class Suspended:
-    """What a model in `disabled` blocks gets back at the end of the last one.
+    """The state that a model gets back when its last `disabled` block ends.
 
     Args:
         enabled: each adapted layer, and whether it was enabled.
@@ -214,7 +214,8 @@ def require_values(model: nn.Module) -> None:
 def base_parameter(model: nn.Module, name: str) -> nn.Parameter:
     """A base parameter, or a buffer, by its path in the plain model, also inside an adapted layer."""
     path, _, last = name.rpartition(".")
-    return cast(nn.Parameter, getattr(submodule(model, path), last))
+    module = submodule(model, path)
+    return cast(nn.Parameter, getattr(module.base if isinstance(module, Adapted) else module, last))
 
 
 def set_submodules(model: nn.Module, paths: Iterable[str], module: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 The model is remembered by reference: its modules with their attributes, its tensors with their memory, its
 configurations, and lorary's own state. So nothing is copied, and undoing a change only assigns pointers. The exception
-is a value that a change writes into the memory of a parameter: `Undo.values` copies it first, to the CPU.
+is a value that a change writes into the memory of a parameter: `Undo.remember_values` copies it first, to the CPU.
 
 A replaced tensor stays in memory until the change is complete: merging needs room for two copies of the weights that
 it merges, and quantising for the dense weights beside the quantised ones.
@@ -73,7 +73,7 @@ class _Tensor(NamedTuple):
 
 
 def _address(t: Tensor) -> int:
-    """Where a tensor's numbers are; 0 if they are nowhere, as those of fake tensors and wrappers of other tensors."""
+    """The address of a tensor's memory; 0 if it has none of its own, like fake tensors and tensor subclasses."""
     try:
         return t.data_ptr()
     except RuntimeError:
@@ -81,7 +81,7 @@ def _address(t: Tensor) -> int:
 
 
 class Undo:
-    """The way back to a model as it is now.
+    """A record of a model as it is now, from which it can be restored.
 
     Args:
         model: without wrappers around it.
@@ -94,7 +94,7 @@ class Undo:
         self._tensors = [_Tensor.of(t) for t in tensors if not nn.parameter.is_lazy(t)]
         self._values: list[tuple[Tensor, Tensor]] = []
 
-    def values(self, tensor: Tensor, copy: Tensor | None = None) -> None:
+    def remember_values(self, tensor: Tensor, copy: Tensor | None = None) -> None:
         """Remember the values of a tensor; call it before they are overwritten.
 
         Args:

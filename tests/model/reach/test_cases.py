@@ -59,7 +59,7 @@ def test_the_encoder_layer_of_pytorch() -> None:
     """Case 18 (peft #761): refused by itself, and inside a model with an example."""
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     for example in (None, torch.randn(2, 3, 16)):
-        with pytest.raises(PlanError, match="TransformerEncoderLayer also reads its weight past it"):
+        with pytest.raises(PlanError, match="TransformerEncoderLayer also reads its weight without calling it"):
             lorary.plan(layer, tiny.LORA, targets=["linear1"], example=example)
 
 

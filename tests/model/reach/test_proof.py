@@ -24,7 +24,7 @@ from . import nets
 
 X = torch.randn(3, 4)
 NEVER = "reads its weight and never calls it: an adapter there would do nothing"
-SOMETIMES = "also reads its weight past it: an adapter would act on some paths only"
+SOMETIMES = "also reads its weight without calling it: an adapter would act on some paths only"
 
 
 def sites(plan: lorary.Plan) -> list[str]:
@@ -65,7 +65,10 @@ def test_a_path_that_is_not_taken_is_refused_until_an_example_shows_it() -> None
     assert problem.startswith(f"dead: Conditional {SOMETIMES}")
     plan = lorary.plan(nets.Conditional(), tiny.LORA, "dead", example=X)
     assert sites(plan) == ["dead"]
-    assert plan.notes[0] == "dead: Conditional reads the weight past the layer on a path that no dry forward took"
+    assert (
+        plan.notes[0]
+        == "dead: Conditional reads the weight without calling the layer, on a path that no dry forward took"
+    )
     (problem,) = refusal(nets.Conditional(), example={"x": X, "states": X})
     assert problem.startswith(f"dead: Conditional {NEVER}")
 
@@ -118,7 +121,7 @@ def test_an_example_that_fails_leaves_it_to_the_first_forward() -> None:
     assert plan.unproved == ("dead",)
     (note,) = plan.notes
     assert note.startswith("no dry forward is possible (RuntimeError: ")
-    assert note.endswith("): whether every site runs is left to the first training forward")
+    assert note.endswith("): the first training forward shows whether every site runs")
 
 
 @pytest.mark.parametrize("example", [X, (X,), [X, None], {"x": X}, UserDict(x=X, states=None)])

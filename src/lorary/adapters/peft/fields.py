@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lorary.adapters.wrappers import without_wrappers
+from lorary.adapters.wrapper_names import without_wrappers
 from lorary.files.bounded_regex import Budget, Pattern, SuffixPattern
 from lorary.files.strict_json import show
 from lorary.spec.fields import AMOUNT, COUNT, FLAG, POSITIVE, one_of

@@ -29,6 +29,7 @@ from lorary.files.tensor_file import TensorFile
 from lorary.layers.adapted import base_parameters, unwrapped_modules
 from lorary.layers.kinds import kind_of, site
 from lorary.model.fingerprint import Fingerprint, base_name
+from lorary.model.reach.bypass import Bypass
 from lorary.spec.placement import AdaptedSite, shared_shapes
 from lorary.spec.site import Site
 
@@ -155,7 +156,7 @@ class _Reader:
                 continue
             found = site(name, layer)
             if isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
-                what = "nn.MultiheadAttention reads its weight and never calls it: an adapter there would do nothing"
+                what = str(Bypass("nn.MultiheadAttention", called=False))
                 self.findings.fatal.append(Diagnostic(name, what))
             elif self.config.targets_parameter(name) and found.kind != "linear":
                 what = f"is of kind {found.kind}, and only linear layers are read from `target_parameters`"

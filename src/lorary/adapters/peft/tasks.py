@@ -16,6 +16,7 @@ from torch import nn
 
 from lorary.adapters.adapter import Adapter
 from lorary.layers.adapted import unwrapped_modules
+from lorary.layers.wrappers import original_class
 
 _INPUTS = ("input_ids", "attention_mask", "inputs_embeds")
 _DECODER = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
@@ -69,7 +70,7 @@ def task_fields(adapter: Adapter, model: nn.Module | None, saved: Collection[str
 
 def _class_of(architecture: str, model: nn.Module | None) -> type[nn.Module] | None:
     if model is not None:
-        return type(unwrapped_modules(model)[""])
+        return original_class(unwrapped_modules(model)[""])
     if not architecture.endswith(("Model", "LM")) and "For" not in architecture:
         return None  # not a name of Transformers, which is slow to import
     import transformers

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from lorary.adapters.peft import keys
-from lorary.adapters.wrappers import DDP, left_out, without_wrappers
+from lorary.adapters.wrapper_names import DDP, left_out, without_wrappers
 from lorary.errors import Diagnostic
 from lorary.files.strict_json import named
 from lorary.layers.kinds import kind_of

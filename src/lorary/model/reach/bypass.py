@@ -27,7 +27,7 @@ class Bypass:
     def __str__(self) -> str:
         reader = self.reader or "other code"
         if self.called:
-            return f"{reader} also reads its weight past it: an adapter would act on some paths only"
+            return f"{reader} also reads its weight without calling it: an adapter would act on some paths only"
         return f"{reader} reads its weight and never calls it: an adapter there would do nothing"
 
 

@@ -45,7 +45,7 @@ def dry_run(model: nn.Module, layers: Collection[str], lines: Mapping[str, Colle
     Args:
         model: the model.
         layers: the paths of the layers to watch.
-        lines: path -> the lines of code that may read the layer's weight past it.
+        lines: path -> the lines of code that may read the layer's weight without calling the layer.
         example: the inputs of a forward (a tensor, a tuple, a mapping); None for inputs made from its configuration.
     """
     observed = Observed()
@@ -214,7 +214,7 @@ class Watch(MetaAnswers):
         return bool(inside) and self.observed.ran.isdisjoint(inside)
 
     def undecided(self) -> bool:
-        """Whether a layer ran that code may read past on another path."""
+        """Whether a layer ran whose weight code may read on another path."""
         return any(path not in self.observed.read for path in self._lines if path in self.observed.ran)
 
     def open(self) -> bool:

@@ -1,4 +1,4 @@
-"""The proof that a forward gives: the sites that did not run in a model's first training forward, told once.
+"""Reach in the first training forward: one warning about the adapted sites that did not run.
 
 The hooks remove themselves, so that later forwards cost nothing. Compiled code traces no hook.
 """

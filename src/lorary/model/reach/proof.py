@@ -17,11 +17,11 @@ from lorary.model.targets import abbreviated, grouped
 
 @dataclass(frozen=True)
 class Reach:
-    """What is known of the layers of a model.
+    """The findings of code and dry forwards about the layers of a model.
 
     Args:
         ran: the paths of the layers that ran in a dry forward.
-        not_taken: path -> code that would read past the layer on a path that the dry forwards did not take.
+        not_taken: path -> code that reads the layer's weight, on a path that no dry forward took.
         complete: whether a forward of the whole model reached its end.
         error: why none did; empty also where no inputs are known.
     """
@@ -32,13 +32,13 @@ class Reach:
     error: str = ""
 
     def notes(self, sites: Collection[str]) -> list[str]:
-        """What is left open for these adapted layers."""
+        """The questions about these adapted layers that stay open."""
         if self.error and not self.complete and not self.ran.issuperset(sites):
-            missing = "whether every site runs is left to the first training forward"
-            return [f"no dry forward is possible ({self.error}): {missing}"]
+            later = "the first training forward shows whether every site runs"
+            return [f"no dry forward is possible ({self.error}): {later}"]
         readers = {path: bypass.reader for path, bypass in self.not_taken.items() if path in set(sites)}
         notes = [
-            f"{names}: {reader} reads the weight past the layer on a path that no dry forward took"
+            f"{names}: {reader} reads the weight without calling the layer, on a path that no dry forward took"
             for names, reader in grouped(readers)
         ]
         if self.complete and (idle := kinds_without(self.ran, sites)):
@@ -49,7 +49,7 @@ class Reach:
 
 
 def proved(scan: Scan, example: Any = None) -> tuple[Scan, Reach]:
-    """The scan with the bypassed layers that dry forwards confirm, and what else they show.
+    """The scan with the bypassed layers that dry forwards confirm, and all other findings.
 
     Args:
         scan: of the model, with the bypasses that its code allows.
@@ -102,7 +102,7 @@ def _structure(scan: Scan) -> Hashable:
 
 
 def _verdict(bypass: Bypass | None, path: str, observed: Observed) -> Bypass | None:
-    """How a layer is bypassed, once it is known what ran."""
+    """A layer's bypass after the dry forwards: confirmed, found by them, or dropped."""
     ran = path in observed.ran
     if path in observed.read:
         return dataclasses.replace(bypass or Bypass("", ran), called=ran)

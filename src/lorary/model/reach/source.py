@@ -1,4 +1,4 @@
-"""The weights that a module's code reads past the layers that own them, from the source of its forward.
+"""The weights that a module's code reads without calling their layers, from the source of its forward.
 
 Code such as `F.linear(x, self.proj.weight)` never calls `self.proj`, so an adapter there has no effect. A run shows it
 on the path that it takes; the source shows it on every path: fused kernels, cached decoding, evaluation.
