@@ -270,7 +270,7 @@ def test_all_linear_leaves_out_what_it_cannot_adapt_and_names_refuse_it() -> Non
         "an adapter would act on some paths only\n"
         "  - normed: its weight is computed from other parameters (weight_norm, spectral_norm or another "
         "parametrization)\n"
-        '      hint: exclude=["out_proj", "linear1", "normed"]'
+        "      hint: name layers that an adapter can reach"
     )
 
 

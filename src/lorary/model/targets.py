@@ -113,7 +113,9 @@ def resolve(
     refused = {f.name: why for f in kept if (why := scan.modules[f.name].why_not_adaptable)}
     problems += [Diagnostic(text, why) for text, why in grouped(refused)]
     if refused:
-        problems[-1] = dataclasses.replace(problems[-1], fix=exclusions(refused, scan.layers))
+        others = len(refused) < len(kept)
+        fix = exclusions(refused, scan.layers) if others else "name layers that an adapter can reach"
+        problems[-1] = dataclasses.replace(problems[-1], fix=fix)
     return kept, problems
 
 
@@ -228,7 +230,10 @@ def _preset(scan: Scan, entry: str, field: str, problems: list[Diagnostic]) -> l
     chosen = [m for m in named if m.path not in skipped]
     if not chosen and not (field == "targets" and any(m.unrecognised for m in scan.modules.values())):
         problems += [Diagnostic(text, why) for text, why in grouped(skipped)]
-        problems.append(Diagnostic(field, f"`{entry}` matches no layer of this model", _layers(scan, problems)))
+        what, hint = f"`{entry}` matches no layer of this model", _layers(scan, problems)
+        if skipped:
+            what, hint = f"`{entry}` names only layers that no adapter can reach", "leave it out"
+        problems.append(Diagnostic(field, what, hint))
     found = []
     for m in chosen:
         parts: dict[str, Part] = {}

@@ -201,6 +201,7 @@ def test_eager_attention_keeps_scores_and_autocast_copies_of_the_weights() -> No
     plain = predict(model, plan, Workload(1, 2))
     cast = predict(model, plan, Workload(1, 2, autocast=True))
     numbers = sum(m.weight.numel() for m in model.model.layers.modules() if isinstance(m, nn.Linear))
+    numbers += plan.trainable  # of so few tokens the adapters keep casts of their factors, too
     assert cast.activations - plain.activations == pytest.approx(2 * numbers, rel=0.1)  # type: ignore[operator]
 
 

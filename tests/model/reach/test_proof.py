@@ -39,7 +39,7 @@ def refusal(model: nn.Module, targets: Any = "dead", **options: Any) -> list[str
 
 @pytest.mark.parametrize("example", [None, X])
 def test_a_layer_that_is_never_called_is_refused_by_name_and_left_out_of_presets(example: Any) -> None:
-    hint = '\n      hint: exclude=["dead"]'
+    hint = "\n      hint: name layers that an adapter can reach"
     assert refusal(nets.Bypassed(), example=example) == [f"dead: Bypassed {NEVER}{hint}"]
     plan = lorary.plan(nets.Bypassed(), tiny.LORA, "all-linear", example=example)
     assert sites(plan) == ["live"]
@@ -97,7 +97,7 @@ def test_a_module_that_holds_the_weight_as_its_own_may_read_it() -> None:
 def test_what_did_not_run_is_said_and_not_refused() -> None:
     plan = lorary.plan(nets.Experts(), tiny.LORA, example=(X,))
     assert sites(plan) == ["experts.0", "experts.1", "experts.2", "experts.3", "unused"]
-    assert plan.notes == ("unused did not run in a dry forward: only other inputs use them, or nothing does",)
+    assert plan.notes == ("unused did not run in a dry forward: used by other inputs only, or by nothing",)
     assert set(plan.unproved) == {"experts.0", "experts.2", "experts.3", "unused"}
 
 
@@ -113,7 +113,7 @@ def test_a_preset_of_which_nothing_is_left_is_refused_with_the_reasons() -> None
 
     first, second = refusal(Only(), "conv")
     assert first == f"conv1d: Only {NEVER}"
-    assert second.startswith("targets: `conv` matches no layer of this model")
+    assert second.startswith("targets: `conv` names only layers that no adapter can reach")
 
 
 def test_an_example_that_fails_leaves_it_to_the_first_forward() -> None:

@@ -43,7 +43,7 @@ class Reach:
         ]
         if self.complete and (idle := kinds_without(self.ran, sites)):
             notes.append(
-                f"{abbreviated(idle)} did not run in a dry forward: only other inputs use them, or nothing does"
+                f"{abbreviated(idle)} did not run in a dry forward: used by other inputs only, or by nothing"
             )
         return notes
 
