@@ -109,6 +109,7 @@ def tensor(end: str, change: Callable[[Tensor], Tensor | None]) -> Callable[[Pat
 
 REFUSED = [
     (say(fine_tune_type="full"), "fine_tune_type: is 'full'; lorary reads lora and dora"),
+    (say(fine_tune_type=["lora"]), r"fine_tune_type: is \[.*\]; lorary reads lora and dora"),
     (say(lora_parameters=None), "lora_parameters: is null"),
     (say(parameters={"rank": 0}), "lora_parameters: rank: is 0; it takes a whole number from 1"),
     (say(parameters={"scale": None}), "lora_parameters: scale: is null; it takes a positive number"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from typing import Any
 
 import pytest
@@ -215,3 +217,33 @@ def test_an_exported_layer_is_the_same_function(name: str) -> None:
     exported = torch.export.export(model, (x(),), dynamic_shapes=({0: rows},)).module()
     for other in (x(), torch.randn(5, 8)):
         torch.testing.assert_close(exported(other), model(other))
+
+
+# --- replicas ---------------------------------------------------------------------------------------------------------
+
+
+@EACH
+@pytest.mark.parametrize("cached", [False, True])
+def test_replicas_of_data_parallel(name: str, cached: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What DataParallel makes for every GPU; here the broadcast is a copy on the CPU."""
+    module = sys.modules["torch.nn.parallel.replicate"]
+
+    def broadcast(tensors: list[Tensor], devices: list[int], detach: bool = False) -> list[list[Tensor]]:
+        return [[t.detach() if detach else t.clone() for t in tensors] for _ in devices]
+
+    monkeypatch.setattr(module, "_broadcast_coalesced_reshape", broadcast)
+    monkeypatch.setattr(module, "_get_device_index", lambda *_: 0)
+    model = made(name)
+    expected = model(x())
+    with lorary.cached(model) if cached else contextlib.nullcontext():
+        model(x())
+        replicas = nn.parallel.replicate(model, [0, 0])
+        assert all(replica[0].kept is None for replica in replicas)
+        for replica in replicas:
+            torch.testing.assert_close(replica(x()), expected)
+        replicas[1](x()).square().sum().backward()
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    model(x()).square().sum().backward()
+    for p, gradient in zip((p for p in model.parameters() if p.requires_grad), gradients, strict=True):
+        torch.testing.assert_close(gradient, p.grad)

@@ -171,3 +171,22 @@ def test_a_language_model_generates_the_same() -> None:
     with lorary.cached(model):
         assert work(lambda: model.generate(ids, max_new_tokens=6, do_sample=False)) == layers
         assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), expected)
+
+
+def test_a_model_that_has_diverged_is_not_called_stale() -> None:
+    model = made()
+    adapted_layers(model)["0"].params["A"].data.fill_(float("nan"))
+    with lorary.cached(model):
+        assert model(X).isnan().all()
+
+
+def test_a_model_that_moves_inside_is_told_at_the_end() -> None:
+    model = made()
+
+    def inside() -> None:
+        with lorary.cached(model):
+            model(X)
+            model.to("meta")
+
+    with pytest.raises(StateError, match="its weights changed inside the block"):
+        inside()

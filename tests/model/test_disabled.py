@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 import lorary
+from lorary.errors import StateError
 from lorary.layers.adapted import adapted_layers
 from lorary.model import disable
 from lorary.model.state import base_parameter, state_of
@@ -230,3 +233,11 @@ def test_a_model_that_moves_in_a_block() -> None:
         case.model.to(torch.bfloat16)
     assert {p.dtype for name, p in case.model.named_parameters() if ".params." not in name} == {torch.bfloat16}
     torch.testing.assert_close(tiny.logits(case.model).float(), case.adapted, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_a_copy_in_a_block_would_never_leave_it(copied: Callable[[Any], object]) -> None:
+    case = Case("lora")
+    with lorary.disabled(case.model), pytest.raises(StateError, match="leave the `disabled` block first"):
+        copied(case.model)
+    copied(case.model)

@@ -81,7 +81,7 @@ def read_mlx(folder: Path, model: nn.Module | None, findings: Findings) -> Adapt
 def _method(config: Mapping[str, Any]) -> Method:
     kind, parameters = config.get("fine_tune_type", "lora"), config.get("lora_parameters")
     problems = []
-    if kind not in _JOINS:
+    if not (isinstance(kind, str) and kind in _JOINS):
         what = f"is {show(kind)}; lorary reads {' and '.join(_JOINS)}"
         problems.append(Diagnostic(f"{NAME}: fine_tune_type", what))
     if not isinstance(parameters, dict):

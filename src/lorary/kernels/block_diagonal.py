@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lorary.kernels.low_rank import (
     add_low_rank_reference,
@@ -22,6 +21,7 @@ from lorary.kernels.low_rank import (
     needs_plain_operations,
     without_autocast,
 )
+from lorary.kernels.once_differentiable import once_differentiable
 
 
 def add_blocks(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float = 0.0) -> Tensor:

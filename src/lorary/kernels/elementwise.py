@@ -12,9 +12,9 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lorary.kernels.low_rank import needs_plain_operations, without_autocast
+from lorary.kernels.once_differentiable import once_differentiable
 
 _FEW = 2  # rows of input up to which r more products with W are faster than computing the scaled weight
 

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from lorary.kernels.once_differentiable import once_differentiable
 
 Pair = tuple[Tensor, Tensor]
 

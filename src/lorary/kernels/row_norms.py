@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lorary.kernels.low_rank import KEEPS_MORE, is_small, may_overwrite, needs_plain_operations, without_autocast
+from lorary.kernels.once_differentiable import once_differentiable
 
 _CHUNK = 2**22  # numbers of a 16-bit W that are converted to 32 bits at a time
 _DENSE_UP_TO = 2**13  # numbers of a weight up to which W + s·B·A is formed: fewer operations, hardly any memory

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.weak import TensorWeakRef
 
 from lorary.kernels.low_rank import (
@@ -25,6 +24,7 @@ from lorary.kernels.low_rank import (
     needs_plain_operations,
     without_autocast,
 )
+from lorary.kernels.once_differentiable import once_differentiable
 
 
 class LastProductCache:

@@ -131,6 +131,11 @@ class Adapted(nn.Module):
         if name in _RESOLVES and "enabled" in vars(self):
             self._resolve()
 
+    def _replicate_for_data_parallel(self) -> Any:
+        replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.kept = None  # its values are on another device
+        return replica
+
     def initialise(self, seed: int, W: Tensor | None = None) -> None:
         """Fill the adapter's tensors by the method's init. The draw depends on the seed, the site's name and the task.
 
@@ -257,6 +262,13 @@ class Parameters(nn.ParameterDict):
 
     def __getitem__(self, role: str) -> nn.Parameter:
         return self._parameters[role]  # type: ignore[return-value]  # none of them is None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # DataParallel gives its replicas tensors of a graph, as plain attributes
+        if isinstance(value, Tensor) and "_is_replica" in vars(self):
+            self._parameters[name] = cast(nn.Parameter, value)
+            return
+        super().__setattr__(name, value)
 
 
 class Kept(dict[str, tuple[Tensor, Callable[[], Tensor]]]):

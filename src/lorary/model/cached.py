@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorary.errors import Diagnostic, StateError
 from lorary.layers.adapted import Adapted, Kept, adapted_layers
@@ -52,4 +52,11 @@ def cached(model: nn.Module) -> Iterator[nn.Module]:
 
 @torch.no_grad()
 def _is_stale(layer: Adapted) -> bool:
-    return any(not torch.equal(make(), value) for value, make in (layer.kept or {}).values())
+    return any(not _same(make(), value) for value, make in (layer.kept or {}).values())
+
+
+def _same(now: Tensor, before: Tensor) -> bool:
+    """Whether two tensors have the same values; those of a model that has diverged may be NaN."""
+    if (now.device, now.dtype, now.shape) != (before.device, before.dtype, before.shape):
+        return False
+    return now.is_meta or bool(torch.isclose(now, before, rtol=0.0, atol=0.0, equal_nan=True).all())

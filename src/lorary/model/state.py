@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,15 @@ class Suspended:
     context_patch: ContextPatch | None = None
     buffers: ExitStack = field(default_factory=ExitStack)
     blocks: int = 0
+
+    def __reduce__(self) -> Any:
+        """A copy could never leave the block.
+
+        Raises:
+            StateError: always.
+        """
+        what = "the adapter is disabled, and the model has the base's values"
+        raise StateError("cannot copy:", [Diagnostic("model", what, "leave the `disabled` block first")])
 
 
 @dataclass

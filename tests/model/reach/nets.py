@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 
 
@@ -145,3 +146,36 @@ class Odd(nn.Module):
             rows = F.dropout(rows, 0.1, self.training)
         y: Tensor = self.live(rows)
         return y
+
+
+class Counting(nn.Module):
+    """Keeps what it has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = nn.Linear(4, 4)
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x)
+        y: Tensor = self.live(x)
+        return y
+
+
+class ByList(transformers.PreTrainedModel):
+    """Reads the weights of the layers in a list past them."""
+
+    config_class = transformers.PretrainedConfig
+    main_input_name = "input_ids"
+
+    def __init__(self, past: list[int]) -> None:
+        super().__init__(transformers.PretrainedConfig())
+        self.tokens = nn.Embedding(8, 4)
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.past = past
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x: Tensor = self.tokens(input_ids)
+        for i, layer in enumerate(self.layers):
+            x = times(layer, x) if i in self.past else layer(x)
+        return x

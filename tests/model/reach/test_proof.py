@@ -195,3 +195,28 @@ def test_a_scan_names_the_nearest_reader() -> None:
     assert str(found["self_attn.out_proj"].bypass) == f"nn.MultiheadAttention {NEVER}"
     assert str(found["linear1"].bypass) == f"nn.TransformerEncoderLayer {SOMETIMES}"
     assert found["self_attn"].bypass is None
+
+
+@pytest.mark.parametrize("where", ["", "live"])
+def test_a_function_around_the_model_itself_does_not_run(where: str) -> None:
+    """Deep copies share functions: the copy's forward would be the model's own, which would keep meta tensors."""
+    model = nets.Counting()
+    module = model.get_submodule(where)
+    forward = module.forward
+
+    def around(*args: Any, **kwargs: Any) -> Tensor:
+        model.seen.append(args[0])
+        y: Tensor = forward(*args, **kwargs)
+        return y
+
+    module.forward = around  # type: ignore[method-assign]
+    plan = lorary.plan(model, tiny.LORA, example=X)
+    assert model.seen == []
+    assert plan.unproved == ("live",)
+    name = "live.forward" if where else "forward"
+    assert any(f"{name} is a function around the model itself" in note for note in plan.notes)
+
+
+def test_models_that_differ_in_a_list_have_verdicts_of_their_own() -> None:
+    assert sites(lorary.plan(nets.ByList([0]), tiny.LORA)) == ["layers.1"]
+    assert sites(lorary.plan(nets.ByList([1]), tiny.LORA)) == ["layers.0"]

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lorary.kernels.low_rank import autocasting
 from lorary.kernels.nf4 import custom_ops, reference
 from lorary.kernels.nf4.cpu import native
 from lorary.kernels.nf4.reference import CODE, DYNAMIC, QuantizedTensor, matrix_shape, quantize_piece
 from lorary.kernels.nf4.tiles import dequantize_into, gather_rows, gradient, product
+from lorary.kernels.once_differentiable import once_differentiable
 
 __all__ = ["CODE", "DYNAMIC", "QuantizedTensor", "backend", "dequantize", "dequantize_rows", "linear", "quantize"]
 

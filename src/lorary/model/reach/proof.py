@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from lorary.layers.module_kinds import module_positions
 from lorary.model.reach.bypass import Bypass
@@ -89,16 +94,52 @@ _MOST_KEPT = 32
 
 
 def _structure(scan: Scan) -> Hashable:
-    """Everything that a forward without values depends on; None for a module with a forward of its own."""
+    """Everything that a forward without values depends on.
+
+    None for a module with a forward of its own, or with attributes that cannot be compared.
+    """
     found: list[Hashable] = [repr(getattr(scan.model, "config", None))]
     for m in scan.modules.values():
         attributes = {k: v for k, v in vars(m.module).items() if k != "training"}
         if "forward" in attributes:
             return None
-        plain = tuple((k, v) for k, v in attributes.items() if v is None or isinstance(v, bool | int | float | str))
+        try:
+            plain = _comparable({k: v for k, v in attributes.items() if k not in _INTERNALS})
+        except TypeError:
+            return None
         shapes = tuple((k, None if p is None else (p.shape, p.dtype)) for k, p in m.module._parameters.items())
         found.append((m.paths, m.tied_to, type(m.module), type(m.module).forward, plain, shapes))
     return tuple(found)
+
+
+def _comparable(value: Any) -> Hashable:
+    """A value to compare attributes by, which keeps no tensor, module or closure alive.
+
+    Raises:
+        TypeError: for an object whose state is not known.
+    """
+    match value:
+        case None | bool() | int() | float() | str() | bytes() | torch.dtype() | torch.device():
+            return type(value), value
+        case list() | tuple() | set() | frozenset():
+            return type(value), tuple(_comparable(item) for item in value)
+        case dict():
+            return dict, tuple((_comparable(key), _comparable(item)) for key, item in value.items())
+        case Tensor():
+            return Tensor, value.shape, value.dtype
+        case functools.partial():
+            return _comparable([value.func, value.args, value.keywords])
+        case type() | BuiltinFunctionType():
+            return value
+        case FunctionType() if not value.__closure__:
+            return value
+        case _ if type(value).__name__.endswith("Config"):
+            return type(value), repr(value)
+    raise TypeError(type(value))
+
+
+# PyTorch's own dictionaries, which hold what is compared beside them, and hooks, which a dry forward leaves out
+_INTERNALS = frozenset(vars(nn.Module()))
 
 
 def _verdict(bypass: Bypass | None, path: str, observed: Observed) -> Bypass | None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from lorary.layers.kinds import KINDS, kind_of
 from lorary.layers.quantized_weight import is_quantized
 
 _MOST_OPERATIONS = 300_000  # a loop that waits for a value never ends on the meta device
+_EMPTY_CELL = CellType()
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -25,6 +28,7 @@ def twin_of(model: nn.Module) -> Any:
     """A deep copy of a model on the meta device, without hooks, gradients and gradient checkpointing.
 
     Raises:
+        RuntimeError: the model holds a function that would run the model itself, not the copy.
         Exception: any error of an attribute that cannot be copied.
     """
     memo: dict[int, Any] = {id(p): nn.Parameter(_empty(p), requires_grad=False) for p in model.parameters()}
@@ -40,7 +44,37 @@ def twin_of(model: nn.Module) -> Any:
         if is_quantized(module):
             module.forward = _shape_only(module)
     _without_kernels(twin)
+    originals = {id(module) for module in model.modules()}
+    for path, module in twin.named_modules():
+        for name, value in vars(module).items():
+            runs = name == "forward" or not hasattr(nn.Module, name)  # accelerate replaces `to`, which no forward calls
+            if runs and isinstance(value, FunctionType) and _holds(value, originals, set()):
+                raise RuntimeError(f"{f'{path}.{name}'.lstrip('.')} is a function around the model itself")
     return twin
+
+
+def _holds(value: Any, originals: Collection[int], seen: set[int]) -> bool:
+    """Whether a function, which is copied by reference, holds one of these modules."""
+    if id(value) in originals:
+        return True
+    if id(value) in seen:
+        return False
+    seen.add(id(value))
+    match value:
+        case FunctionType():
+            cells = [cell for cell in value.__closure__ or () if cell != _EMPTY_CELL]
+            held = [*(cell.cell_contents for cell in cells), value.__defaults__, value.__kwdefaults__, vars(value)]
+        case MethodType():
+            held = [value.__self__, value.__func__]
+        case functools.partial():
+            held = [value.func, value.args, value.keywords]
+        case dict():
+            held = list(value.values())
+        case list() | tuple():
+            held = list(value)
+        case _:
+            return False
+    return any(_holds(inner, originals, seen) for inner in held)
 
 
 def _empty(tensor: Tensor) -> Tensor:
