@@ -27,7 +27,7 @@ Pair = tuple[Tensor, Tensor]
 # saves one output-sized tensor and a pass over memory, and costs Python. Measured by `benchmarks/overhead.py --sweep`.
 FUSED_FROM = 2**19
 # How many times an output counts where plain operations keep more: casts of the factors, a mask, another product.
-KEEPS_MORE = 16
+KEEPS_MORE = 128
 
 
 def add_low_rank(

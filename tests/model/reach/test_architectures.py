@@ -41,7 +41,7 @@ def matched(base: nn.Module, preset: str) -> bool:
     try:
         return bool(lorary.plan(base, tiny.LORA, preset))
     except PlanError as refusal:
-        if f"`{preset}` matches no layer" in str(refusal):
+        if f"`{preset}` matches no layer" in str(refusal) or f"`{preset}` names only layers" in str(refusal):
             return False
         raise
 

@@ -47,9 +47,7 @@ class Reach:
             for names, reader in grouped(readers)
         ]
         if self.complete and (idle := kinds_without(self.ran, sites)):
-            notes.append(
-                f"{abbreviated(idle)} did not run in a dry forward: used by other inputs only, or by nothing"
-            )
+            notes.append(f"{abbreviated(idle)} did not run in a dry forward: used by other inputs only, or by nothing")
         return notes
 
 
