@@ -55,11 +55,7 @@ def layers(case: Case, mode: str, arguments: argparse.Namespace) -> list[Any]:
     ours = base()
     lorary.attach(ours, lorary.plan(ours, method, ["linear"]))
     if case.peft is not None:
-        config = case.peft(["linear"])
-        if mode == "dropout":
-            name = next(n for n in ("lora_dropout", "vera_dropout", "glora_dropout") if hasattr(config, n))
-            setattr(config, name, 0.1)
-        theirs = get_peft_model(bnb_nf4(base()) if mode == "NF4" else base(), config).base_model.model
+        theirs = of_peft(case.peft(["linear"]), bnb_nf4(base()) if mode == "NF4" else base(), mode)
     models = [plain, ours, theirs]
     for model in models:
         if model is not None:
@@ -69,6 +65,19 @@ def layers(case: Case, mode: str, arguments: argparse.Namespace) -> list[Any]:
                     if p.requires_grad:
                         p.add_(torch.randn_like(p) * 0.05)
     return [model if model is None else model.linear for model in models]
+
+
+def of_peft(config: Any, model: nn.Module, mode: str) -> Any:
+    """The model with PEFT's adapter; None where PEFT refuses the combination."""
+    if mode == "dropout":
+        name = next((n for n in ("lora_dropout", "vera_dropout") if hasattr(config, n)), None)
+        if name is None:
+            return None
+        setattr(config, name, 0.1)
+    try:
+        return get_peft_model(model, config).base_model.model
+    except (TypeError, ValueError):
+        return None
 
 
 def bnb_nf4(model: Any) -> nn.Module:
