@@ -118,6 +118,7 @@ class Fingerprint:
         """The fields as files hold them."""
         return {name: value for name, value in asdict(self).items() if name != "frozen" or value}
 
+    @mode_independent
     def without(self, model: nn.Module, full: Collection[str]) -> Fingerprint:
         """With `frozen` for an adapter that trains these parameters in full; `model` is the base, not yet changed."""
         return replace(self, frozen=frozen_weights(model, full)) if full else self
