@@ -389,6 +389,7 @@ VALUES |= {"Adapted", "NF4"}
 # of the other classes
 VALUES |= {"Adapter.load", "Adapter.save"}  # old names, which forward to functions that have it
 VALUES |= {"Fingerprint.remember", "Fingerprint.rename", "Fingerprint.forget", "Fingerprint.disagreements"}
+VALUES |= {"Fingerprint.record", "Fingerprint.from_record"}
 
 
 def public() -> dict[str, Any]:
