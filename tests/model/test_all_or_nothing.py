@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +209,13 @@ def outcome(model: Any) -> tuple[Any, ...]:
     kinds = [(name, type(m)) for name, m in model.named_modules()]
     flags = [(name, p.requires_grad, p.dtype) for name, p in model.named_parameters()]
     return kinds, flags, configuration(model).keys(), str(lorary.attached(model)), tiny.exact_logits(model).tolist()
+
+
+@pytest.fixture(autouse=True)
+def _modes_of_other_tests() -> Iterator[None]:
+    """An interrupt that falls on the very end of a block leaves its mode on: not for the tests that follow."""
+    yield
+    torch.set_grad_enabled(True)
 
 
 @pytest.fixture

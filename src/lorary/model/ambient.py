@@ -39,8 +39,13 @@ def mode_independent(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def independent(*args: P.args, **kwargs: P.kwargs) -> R:
-        with _default_modes((*args, *kwargs.values())):
-            return function(*args, **kwargs)
+        records = torch.is_grad_enabled()
+        try:
+            with _default_modes((*args, *kwargs.values())):
+                return function(*args, **kwargs)
+        except BaseException:  # an interrupt may fall between a `no_grad` block and its end
+            torch.set_grad_enabled(records)
+            raise
 
     independent.__mode_independent__ = True  # type: ignore[attr-defined]
     return independent
