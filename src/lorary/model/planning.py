@@ -62,7 +62,7 @@ def plan(
     model = scanned.model
     scanned, reach = proved(scanned, example) if method.delta is not None else (scanned, Reach())
     method, problems = _fit_context(model, method)
-    if example is not None and reach.error.startswith("TypeError"):
+    if example is not None and not reach.complete and reach.error.startswith("TypeError"):
         problems.append(Diagnostic("example", f"the model does not take it: {reach.error}", "pass a forward's inputs"))
     targets = default_targets(method) if targets is None else targets
     sites, unplaced = _adapted_sites(scanned, method, targets, exclude, ranks or {}, alphas or {})

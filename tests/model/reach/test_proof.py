@@ -53,6 +53,11 @@ def test_a_helper_that_reads_the_weight_shows_in_a_dry_forward() -> None:
     assert sites(lorary.plan(nets.Hidden(), tiny.LORA, example=X)) == ["live"]
 
 
+def test_an_example_that_forward_does_not_take_is_refused() -> None:
+    with pytest.raises(PlanError, match="example: the model does not take it: TypeError"):
+        lorary.plan(nets.Hidden(), tiny.LORA, "live", example={"nope": X})
+
+
 @pytest.mark.parametrize("example", [None, X])
 def test_a_kernel_that_is_missing_here_counts(example: Any) -> None:
     """Case 16: on a GPU the kernel is there, and bypasses more layers than the CPU shows."""
