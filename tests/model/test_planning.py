@@ -239,9 +239,9 @@ def test_what_is_said_of_adapted_layers_is_no_use_without_them(name: str) -> Non
     message = refused(tiny.model("BertModel"), lorary.method(name), ranks={"query": 2}, alphas={"x": 1}, exclude="key")
     assert message == (
         "invalid plan:\n"
-        "  - ranks: makes sense for adapted layers only, and this method adapts none\n"
-        "  - alphas: makes sense for adapted layers only, and this method adapts none\n"
-        "  - exclude: makes sense for adapted layers only, and this method adapts none"
+        "  - ranks: has no effect: this method adapts no layer\n"
+        "  - alphas: has no effect: this method adapts no layer\n"
+        "  - exclude: has no effect: this method adapts no layer"
     )
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from lorary.errors import Diagnostic, suggestion
 from lorary.layers.wrappers import original_class
 from lorary.model.checks import unwritable_weights
+from lorary.model.patterns import matches
 from lorary.model.plan import FullParameter
 from lorary.model.scan import Scan, ScannedModule
-from lorary.model.targets import matches
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite
 

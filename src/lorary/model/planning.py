@@ -13,12 +13,14 @@ from lorary.model._full_parameters import full_parameters, parameters_by_pattern
 from lorary.model.ambient import mode_independent
 from lorary.model.buffers import frozen_statistics, has_statistics
 from lorary.model.checks import bad_arguments, not_a_module, not_ready
+from lorary.model.layer_ranges import LayerChoice, Layers, choose_layers
+from lorary.model.patterns import expression_problems, matches
 from lorary.model.plan import FullParameter, Plan, human_bytes
 from lorary.model.previous_tasks import PreviousAdapter, with_previous_tasks
 from lorary.model.quantize import already_quantized, quantizable_layers
 from lorary.model.reach.proof import Reach, proved
 from lorary.model.scan import Scan, scan
-from lorary.model.targets import TargetMatch, abbreviated, as_list, matches, resolve, target_notes
+from lorary.model.targets import TargetMatch, abbreviated, as_list, resolve, target_notes
 from lorary.spec.interfaces import Storage
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite, with_rank
@@ -33,6 +35,7 @@ def plan(
     ranks: Mapping[str, int] | None = None,
     alphas: Mapping[str, float] | None = None,
     exclude: str | Sequence[str] = (),
+    layers: Layers | None = None,
     after: Sequence[PreviousAdapter] = (),
     example: Any = None,
 ) -> Plan:
@@ -45,11 +48,13 @@ def plan(
         model: any module; a Transformers model's output head is left out of `all-linear`.
         method: from `lorary.method`.
         targets: presets (`all-linear`, `attention`, `attention-qv`, `mlp`, `embedding`, `conv`), whole-component
-            names (`q_proj`), globs (`*.layers.1?.*`), projections of fused weights (`c_attn[q,v]`). None: the
-            method's default, which is `all-linear` for most.
+            names (`q_proj`), globs (`*.layers.1?.*`), projections of fused weights (`c_attn[q,v]`), or `re:` and a
+            regular expression for the whole path. None: the method's default, which is `all-linear` for most.
         ranks: site pattern -> rank; the first pattern that matches wins.
         alphas: site pattern -> alpha, likewise.
         exclude: layers not to adapt, written like targets.
+        layers: indices of the blocks to adapt, such as `"0-15"`, `[0, 1, -1]`, or stack -> indices where a model has
+            several stacks, `{"decoder.block": "0-3"}`; see `lorary.model.layer_ranges`.
         after: the adapters of earlier tasks, which the new one keeps as they are (O-LoRA).
         example: the inputs of the dry forward: a tensor, a tuple of positional or a dict of named arguments. Only
             shapes and dtypes matter. None: made from a Transformers model's configuration; without one the first
@@ -65,7 +70,7 @@ def plan(
     if example is not None and not reach.complete and reach.error.startswith("TypeError"):
         problems.append(Diagnostic("example", f"the model does not take it: {reach.error}", "pass a forward's inputs"))
     targets = default_targets(method) if targets is None else targets
-    sites, unplaced = _adapted_sites(scanned, method, targets, exclude, ranks or {}, alphas or {})
+    sites, unplaced, left_out = _adapted_sites(scanned, method, targets, exclude, layers, ranks or {}, alphas or {})
     sites, fixed, previous = with_previous_tasks(model, sites, after)
     full, untrainable = full_parameters(scanned, method, sites)
     quantized = quantizable_layers(scanned, method.storage, {f.name for f in full})
@@ -76,6 +81,7 @@ def plan(
     total, size = _planned_size(scanned, method.storage, quantized)
     names = [p.site.name for p in sites]
     notes = [*target_notes(scanned, targets, exclude, names), *reach.notes(names)] if method.delta else []
+    notes += left_out
     notes += _notes(scanned, method, sites, full, quantized)
     if "all-linear" in as_list(targets):
         notes += _unreached_notes(scanned, total)
@@ -115,15 +121,24 @@ def _adapted_sites(
     method: Method,
     targets: str | Sequence[str],
     exclude: str | Sequence[str],
+    layers: Layers | None,
     ranks: Mapping[str, int],
     alphas: Mapping[str, float],
-) -> tuple[list[AdaptedSite], list[Diagnostic]]:
-    """The adapted sites, each with its own rank and alpha, and every problem with them."""
+) -> tuple[list[AdaptedSite], list[Diagnostic], list[str]]:
+    """The adapted sites, each with its own rank and alpha, every problem with them, and notes."""
     if method.delta is None:  # targets have a default, so only explicit arguments can be wrong
-        what = "makes sense for adapted layers only, and this method adapts none"
-        arguments = {"ranks": ranks, "alphas": alphas, "exclude": exclude}
-        return [], [Diagnostic(field, what) for field, value in arguments.items() if value]
+        what = "has no effect: this method adapts no layer"
+        arguments = {"ranks": ranks, "alphas": alphas, "exclude": exclude, "layers": layers}
+        return [], [Diagnostic(field, what) for field, value in arguments.items() if value not in (None, (), {}, [])], []
+    patterns = {"targets": as_list(targets), "exclude": as_list(exclude), "ranks": ranks, "alphas": alphas}
+    if invalid := expression_problems(patterns, scanned.modules):
+        return [], invalid, []
     found, problems = resolve(scanned, targets, exclude)
+    choice = LayerChoice({f.name for f in found})
+    if layers is not None:
+        choice = choose_layers(scanned, [f.name for f in found], layers, as_list(targets))
+        found = [f for f in found if f.name in choice.kept]
+        problems += choice.problems
     problems += _unmatched("ranks", ranks, found) + _unmatched("alphas", alphas, found)
     if found and alphas and not hasattr(method.scale, "alpha"):
         problems.append(Diagnostic("alphas", f"{method.scale} has no alpha", "leave them out"))
@@ -136,7 +151,7 @@ def _adapted_sites(
             sites.append(AdaptedSite(site(f.name, f.layer, f.parts), with_rank(method, r, alpha)))
         except MethodError as error:
             problems += [Diagnostic(f.name, problem.what) for problem in error.problems]
-    return sites, problems
+    return sites, problems, choice.notes
 
 
 def _unmatched(field: str, patterns: Mapping[str, Any], found: list[TargetMatch]) -> list[Diagnostic]:

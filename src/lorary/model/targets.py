@@ -3,8 +3,9 @@
 A target is one of
 - a preset: `all-linear`, `attention`, `attention-qv`, `mlp`, `embedding`, `conv`;
 - one or more whole components at the end of a module's path: `q_proj`, `self_attn.q_proj`;
-- a glob over the path, `*` and `?` only: `model.layers.1?.mlp.*`.
-It may name projections of a fused weight: `c_attn[q,v]`.
+- a glob over the path, `*` and `?` only: `model.layers.1?.mlp.*`;
+- `re:` and a regular expression for the whole path: `re:.*language_model.*q_proj` (`lorary.model.patterns`).
+Names and globs may pick projections of a fused weight: `c_attn[q,v]`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import dataclasses
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -23,6 +23,7 @@ from lorary.layers.fused_qkv import FUSED, fused_parts
 from lorary.layers.kinds import KINDS
 from lorary.layers.module_kinds import NUMBER, module_positions
 from lorary.model._presets import LINEAR_PRESETS, PRESETS, layers_of_preset
+from lorary.model.patterns import expression_error, is_expression, looks_like_expression, matches
 from lorary.model.scan import Scan, ScannedModule
 from lorary.spec.site import Part
 
@@ -38,14 +39,6 @@ class TargetMatch:
 
 _PRESET_HINT = f"presets: {', '.join(PRESETS)}"
 _NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")  # a component of a path
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern matches a path: its last components, or a glob over the path or its end."""
-    if "*" in pattern or "?" in pattern:
-        pattern = pattern.replace("[", "[[]")  # nothing but * and ? is special
-        return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
-    return name == pattern or name.endswith(f".{pattern}")
 
 
 def abbreviate_paths(names: Iterable[str]) -> list[tuple[str, list[str]]]:
@@ -190,7 +183,7 @@ def _matching(scan: Scan, entry: Any, field: str, problems: list[Diagnostic]) ->
         return []
     if entry in PRESETS:
         return _preset(scan, entry, field, problems)
-    fused = re.fullmatch(r"([^\[\]]+)\[([^\[\]]+)\]", entry)
+    fused = None if is_expression(entry) else re.fullmatch(r"([^\[\]]+)\[([^\[\]]+)\]", entry)
     pattern, wanted = (fused[1], [part.strip() for part in fused[2].split(",")]) if fused else (entry, [])
     hits = [m for m in scan.modules.values() if any(path and matches(pattern, path) for path in m.paths)]
     layers = [m for m in hits if m.kind is not None]
@@ -201,7 +194,7 @@ def _matching(scan: Scan, entry: Any, field: str, problems: list[Diagnostic]) ->
         return [TargetMatch(m.path, m.module) for m in hits]  # whole blocks may be excluded
     if not layers:
         what, fix = _why_no_layer(scan, entry, pattern, hits)
-        fix = fix if fix.startswith("inside") else f"{fix} {_layers(scan, problems)}".strip()
+        fix = fix if fix.startswith(("inside", "a regular")) else f"{fix} {_layers(scan, problems)}".strip()
         problems.append(Diagnostic(field, what, fix))
     if wanted and field == "exclude":
         fix = "target the other projections instead"
@@ -261,6 +254,10 @@ def _why_no_layer(scan: Scan, entry: str, pattern: str, hits: list[ScannedModule
         inside = sorted({path.rpartition(".")[2] for path in scan.layers if path.startswith(f"{first.path}.")})
         what = f"`{entry}` is a {type(first.module).__name__}, not a layer with a weight matrix"
         return what, f"inside it are {', '.join(inside)}" if inside else ""
+    expression = f"re:{entry}"
+    if looks_like_expression(entry) and not expression_error(expression):
+        if any(matches(expression, path) for path in scan.layers):
+            return f"`{entry}` matches no layer", f"a regular expression begins with `re:`: '{expression}'"
     known = [*dict.fromkeys(path.rpartition(".")[2] for path in scan.layers), *PRESETS]
     return f"`{entry}` matches no layer", suggestion(pattern.rpartition(".")[2], known)
 
