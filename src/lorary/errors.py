@@ -112,14 +112,14 @@ class TrainingError(LoraryError, RuntimeError):
     """Training that had to stop: a loss or gradient that is not finite, a lost checkpoint."""
 
 
-def nearest(word: str, known: Iterable[str], most: int = 3) -> list[str]:
-    """The `most` names in `known` nearest to a mistyped `word`, best first.
+def nearest(word: str, known: Iterable[str], most: int = 3, cutoff: float = 0.6) -> list[str]:
+    """The `most` names in `known` nearest to a mistyped `word`, best first; a higher `cutoff` (to 1) is stricter.
 
     >>> nearest("q_porj", ["q_proj", "k_proj", "norm"])
     ['q_proj', 'k_proj']
     """
     lowered = {k.lower(): k for k in known}
-    return [lowered[m] for m in difflib.get_close_matches(word.lower(), lowered, n=most, cutoff=0.6)]
+    return [lowered[m] for m in difflib.get_close_matches(word.lower(), lowered, n=most, cutoff=cutoff)]
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

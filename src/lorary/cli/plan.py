@@ -10,18 +10,20 @@ import typer
 
 if TYPE_CHECKING:
     from lorary.train.config.config import Config
+    from lorary.train.config.load import Flags
     from lorary.train.runner.memory_forecast import Forecast
 
 
 def plan(
     model: Annotated[str, typer.Argument(help="Hub id, folder, builtin:base, or a configuration (.yaml).")],
     method: Annotated[str | None, typer.Option("--method", "-m", help="Presets, such as lora,rslora.")] = None,
-    r: Annotated[str | None, typer.Option("--r", help="Rank.")] = None,
+    r: Annotated[str | None, typer.Option("--r", "--rank", help="Rank.")] = None,
     alpha: Annotated[str | None, typer.Option("--alpha", help="Adapters are scaled by alpha/r.")] = None,
     targets: Annotated[
-        str | None, typer.Option("--targets", "-t", help="all-linear, attention, mlp, component names, globs.")
+        str | None, typer.Option("--targets", "-t", help="all-linear, attention, mlp, names, globs, re:REGEX.")
     ] = None,
     exclude: Annotated[str | None, typer.Option("--exclude", help="Exceptions from the targets.")] = None,
+    layers: Annotated[str | None, typer.Option("--layers", help="Blocks to adapt, such as 0-15 or 0,1,-1.")] = None,
     sets: Annotated[
         list[str] | None, typer.Option("--set", help="key=value, as in a configuration; may be repeated.")
     ] = None,
@@ -39,11 +41,12 @@ def plan(
     """
     import gc
 
-    options = {"name": method, "r": r, "alpha": alpha, "targets": targets, "exclude": exclude}
-    overrides = [f"method.{key}={value}" for key, value in options.items() if value is not None] + (sets or [])
+    options = {"method": method, "r": r, "alpha": alpha, "targets": targets, "exclude": exclude, "layers": layers}
+    keys = {"method": "name"}
+    flags = {f"--{k}": (f"method.{keys.get(k, k)}", value) for k, value in options.items() if value is not None}
     gc.disable()  # a tenth faster: imports make many objects and no garbage
     try:
-        config = _config(model, overrides)
+        config = _config(model, sets or [], flags)
     finally:
         gc.enable()
     _show(config, memory, check)
@@ -51,12 +54,12 @@ def plan(
         print(f"note: {note}", file=sys.stderr)
 
 
-def _config(model: str, overrides: list[str]) -> Config:
+def _config(model: str, sets: list[str], flags: Flags) -> Config:
     from lorary.train.config.load import from_dict, load
 
     if Path(model).suffix in (".yaml", ".yml"):
-        return load(model, overrides)
-    return from_dict({"model": model, "data": "builtin:docstrings"}, overrides)
+        return load(model, sets, flags)
+    return from_dict({"model": model, "data": "builtin:docstrings"}, sets, flags)
 
 
 def _show(config: Config, size: float | None, check: bool) -> None:

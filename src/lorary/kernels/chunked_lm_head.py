@@ -24,28 +24,41 @@ def chunk_size(vocabulary: int) -> int:
 
 
 def scores_in_chunks(
-    head: Head, states: Tensor, targets: Tensor, statistics: tuple[str, ...], size: int
+    head: Head,
+    states: Tensor,
+    targets: Tensor,
+    statistics: tuple[str, ...],
+    size: int,
+    smoothing: float = 0.0,
 ) -> dict[str, Tensor]:
     """The scores of all rows, `size` rows at a time; all chunks but the last are recomputed in backward.
 
     Without rows, one empty chunk is scored to keep the result connected to the model.
     """
-    score = functools.partial(scores, head, statistics=statistics)
+    score = functools.partial(scores, head, statistics=statistics, smoothing=smoothing)
     count = max(1, -(-len(targets) // size))
     *most, last = zip(states.tensor_split(count), targets.tensor_split(count), strict=True)
     parts = [checkpoint(score, h, y, use_reentrant=False) for h, y in most] + [score(*last)]
     return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
 
 
-def scores(head: Head, states: Tensor, targets: Tensor, statistics: tuple[str, ...]) -> dict[str, Tensor]:
-    """Log-probabilities of `targets` `[n]` and the `statistics` of the distributions `softmax(head(states))`."""
+def scores(
+    head: Head, states: Tensor, targets: Tensor, statistics: tuple[str, ...], smoothing: float = 0.0
+) -> dict[str, Tensor]:
+    """Log-probabilities of `targets` `[n]` and the `statistics` of the distributions `softmax(head(states))`.
+
+    With label smoothing ε the log-probability of a target y is (1 − ε) log p(y) + ε · mean log p.
+    """
     logits = head(states).float()  # [n, vocabulary]
     log_p = logits.log_softmax(-1)
     found = {"log_probs": -F.nll_loss(log_p, targets, reduction="none")}
+    target = found["log_probs"].detach()
+    if smoothing:
+        found["log_probs"] = (1 - smoothing) * found["log_probs"] + smoothing * log_p.mean(-1)
     # last, because a recomputation stops after the last operation that saves tensors
     with torch.no_grad():
         if "is_top1" in statistics:
-            found["is_top1"] = found["log_probs"] >= log_p.amax(-1)  # argmax is several times slower on a CPU
+            found["is_top1"] = target >= log_p.amax(-1)  # argmax is several times slower on a CPU
         if "mean_logits" in statistics:
             found["mean_logits"] = logits.mean(-1)
         if "log_sum_sq_probs" in statistics:

@@ -76,10 +76,18 @@ class LabelledHead:
         model: a causal language model of Transformers, adapted or not.
         statistics: which of `STATISTICS` to compute beside the log-probabilities.
         chunk: tokens per call of the head; None to choose it by the size of the vocabulary.
+        smoothing: label smoothing of the losses in training; what is computed without gradients is not smoothed.
     """
 
-    def __init__(self, model: Any, statistics: tuple[str, ...] = STATISTICS[:2], chunk: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        statistics: tuple[str, ...] = STATISTICS[:2],
+        chunk: int | None = None,
+        smoothing: float = 0.0,
+    ) -> None:
         self.model = model
+        self.smoothing = smoothing
         self.statistics = statistics
         self.chunk = chunk or chunk_of(model.config.get_text_config().vocab_size)
         self.plain: bool | None = None  # whether logits = head(hidden states); None: not yet known
@@ -126,7 +134,7 @@ class LabelledHead:
         else:
             outputs = self.original(*args, **inputs)
             states, aux_loss = outputs.logits, outputs.get("aux_loss")  # [batch, tokens, vocabulary]
-            score = functools.partial(scores, nn.Identity(), statistics=self.statistics)
+            score = functools.partial(scores, nn.Identity(), statistics=self.statistics, smoothing=self._smoothing())
         states = states if shifted else states[:, :-1]
         targets = targets.to(states.device)
         mask = targets != -100
@@ -145,11 +153,15 @@ class LabelledHead:
         once, also if this rank has more chunks than another or none. Without labels one empty chunk is scored, so
         that the result stays connected to the model and DDP finds every gradient.
         """
-        in_chunks = functools.partial(scores_in_chunks, head.forward, statistics=self.statistics, size=self.chunk)
+        options: dict[str, Any] = {"statistics": self.statistics, "size": self.chunk, "smoothing": self._smoothing()}
+        in_chunks = functools.partial(scores_in_chunks, head.forward, **options)
         device = next(head.parameters()).device
         with _forward(head, in_chunks):
             found: dict[str, Tensor] = head(states.to(device), targets.to(device))
         return found
+
+    def _smoothing(self) -> float:
+        return self.smoothing if torch.is_grad_enabled() else 0.0
 
     def _wants_router(self, inputs: dict[str, Any]) -> bool:
         config = self.model.config.get_text_config()

@@ -110,7 +110,9 @@ def test_every_familiar_name_is_understood_and_noted() -> None:
         "data.packing": True, "data.overlong": "drop", "data.chat_template": "builtin:chatml", "training.epochs": 2.0,
         "training.batch_size": 7, "training.eval_batch_size": 9, "training.gradient_accumulation_steps": 3,
         "training.lr": 0.125, "training.schedule": "linear", "training.warmup": 0.5, "training.optimizer": "sgd",
-        "training.max_grad_norm": 0.75, "output": "elsewhere",
+        "training.max_grad_norm": 0.75, "output": "elsewhere", "task": "dpo", "method.layers": "0-3",
+        "method.ranks": {"q_proj": 3}, "method.alphas": {"q_proj": 3.0}, "training.label_smoothing": 0.5,
+        "training.schedule_options": {"num_cycles": 1}, "training.seed": 8,
     }  # fmt: skip
     for alias, key in CANONICAL.items():
         if key in ("data.loss", "training.dpo_beta", "training.keep_best"):

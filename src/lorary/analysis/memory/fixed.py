@@ -57,15 +57,16 @@ def _state(optimizer: str, elements: int, itemsize: int) -> float:
 
     AdamW has two moments in the parameter's precision; its 8-bit form one scale per 256 elements, but fp32 moments for
     tensors below 4,096 elements; its paged form keeps those of large tensors on the host. Adafactor has a row and a
-    column.
+    column. AdEMAMix has three moments, Lion, RMSprop and Adagrad one.
     """
+    moments = 3 if "ademamix" in optimizer else 1 if any(name in optimizer for name in ("lion", "rms", "adagrad")) else 2
     if optimizer == "sgd" or (optimizer.startswith("paged") and elements >= PAGED_FROM):
         return 0.0
     if "8bit" in optimizer:
-        return 2 * (1 + 4 / 256) if elements >= 4096 else 8.0
+        return moments * (1 + 4 / 256) if elements >= 4096 else 4.0 * moments
     if optimizer == "adafactor":
         return 8 / math.sqrt(max(1, elements))
-    return 2.0 * itemsize
+    return float(moments * itemsize)
 
 
 def _weights(model: nn.Module, plan: Plan, width: int | None) -> int:

@@ -7,10 +7,12 @@ are errors that say what to write.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorary.errors import Diagnostic, did_you_mean, nearest, suggestion
+from lorary.errors import Diagnostic, did_you_mean, nearest
+from lorary.train.config import _other_tools as others
 from lorary.train.config.config import SECTIONS
 from lorary.train.config.yaml_source import ParsedYaml, Place, nearest_mark
 
@@ -45,7 +47,9 @@ ALIASES = {
     "training.dpo_beta": "beta",
     "output": "output_dir",
 }
-CANONICAL = {alias: key for key, aliases in ALIASES.items() for alias in aliases.split()}
+CANONICAL = {
+    alias: key for table in (ALIASES, others.ALIASES) for key, aliases in table.items() for alias in aliases.split()
+}
 
 # Keys of TRL's flat files that have the same name in a section here.
 FLAT = {
@@ -54,7 +58,9 @@ FLAT = {
     "training": "max_steps weight_decay max_grad_norm gradient_checkpointing gradient_accumulation_steps seed bf16 "
     "eval_steps save_steps save_total_limit logging_steps report_to",
 }
-CANONICAL_AT_TOP = CANONICAL | {key: f"{name}.{key}" for name, keys in FLAT.items() for key in keys.split()}
+CANONICAL_AT_TOP = CANONICAL | {
+    key: f"{name}.{key}" for table in (FLAT, others.FLAT) for name, keys in table.items() for key in keys.split()
+}
 
 # Switches for a preset: true adds it to method.name.
 PRESET_OF = {
@@ -63,13 +69,12 @@ PRESET_OF = {
     "use_dora": "dora",
     "peft_use_dora": "dora",
     "load_in_4bit": "qlora",
+    **others.PRESET_OF,
 }
 
 SHORTHAND = {"model": "id", "method": "name", "data": "train"}  # the key that a plain value in place of a section sets
 
 HINTS = {
-    "rank_pattern": "PEFT's patterns are regular expressions; write globs under `method.ranks`, such as '*.q_proj': 8",
-    "alpha_pattern": "PEFT's patterns are regular expressions; write globs under `method.alphas`",
     "modules_to_save": "base weights stay frozen; the methods `bitfit` and `full` train them",
     "bias": "biases stay frozen; the method `bitfit` trains them",
     "task_type": "`task` is sft or dpo; the kind of model comes from its own configuration",
@@ -81,6 +86,7 @@ HINTS = {
     "overwrite_output_dir": "give --overwrite on the command line",
     "push_to_hub": "nothing is uploaded",
     **dict.fromkeys(("hf_token", "token", "api_key"), "keep secrets out of files; set HF_TOKEN instead"),
+    **others.HINTS,
 }
 
 _LOSS = {True: "completion", False: "all"}
@@ -93,6 +99,7 @@ _VALUES: dict[str, dict[Any, Any]] = {  # alias -> translated values
     "lora_target": {"all": "all-linear"},
     "lr_scheduler_type": {"constant_with_warmup": "constant"},
     "excess_length_strategy": {"raise": "error"},
+    **others.VALUES,
 }
 
 
@@ -104,7 +111,7 @@ class NormalisedConfig:
         tree: section -> key -> value.
         where: place of a key -> position of its value in the source.
         spelt: place of a key -> its name in the source.
-        switches: (name of `PRESET_OF`, position, value); `apply_switches` applies them.
+        switches: (key, position, value, preset to add); `apply_switches` applies them.
         notes: every translation.
         problems: every mistake.
     """
@@ -112,7 +119,7 @@ class NormalisedConfig:
     tree: dict[str, Any] = field(default_factory=dict)
     where: dict[Place, str] = field(default_factory=dict)
     spelt: dict[Place, str] = field(default_factory=dict)
-    switches: list[tuple[str, str, bool]] = field(default_factory=list)
+    switches: list[tuple[str, str, Any, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     problems: list[Diagnostic] = field(default_factory=list)
 
@@ -128,14 +135,13 @@ def normalise(source: ParsedYaml, options: frozenset[str]) -> NormalisedConfig:
 
 def apply_switches(config: NormalisedConfig) -> None:
     """Add the presets of switches such as `use_rslora: true` to `method.name`."""
-    for switch, where, value in config.switches:
-        preset = PRESET_OF[switch]
-        config.notes.append(
-            f"`{switch}: {show(value)}` {'adds' if value else 'does not add'} `{preset}` to `method.name`"
-        )
+    for switch, where, value, preset in config.switches:
+        shown = value if isinstance(value, str) else show(value)
+        effect = "changes nothing here" if not preset else f"{'adds' if value else 'does not add'} `{preset}` to `method.name`"
+        config.notes.append(f"`{switch}: {shown}` {effect}")
         names = config.tree.setdefault("method", {}).get("name", ["lora"])
         names = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
-        if value and isinstance(names, list) and preset not in names:
+        if value and preset and isinstance(names, list) and preset not in names:
             config.tree["method"]["name"] = [*names, preset]
             place = ("method", "name", len(names))
             config.where[place], config.spelt[place] = where, switch
@@ -173,9 +179,11 @@ class _Translation:
             self._set(f"{section}.{key}" if section else key, value, place, key)
         elif key in PRESET_OF and section in ("", "method", "model"):
             if isinstance(value, bool):
-                self.out.switches.append((key, self.source.where(place), value))
+                self.out.switches.append((key, self.source.where(place), value, PRESET_OF[key]))
             else:
                 self._problem(place, f"`{key}` must be true or false, not {show(value)}")
+        elif self._is_value_of_preset(key, value) and section in ("", "method", "model", "training"):
+            self.out.switches.append((key, self.source.where(place), value, others.PRESET_OF_VALUE[key][value]))
         elif target is not None and (not section or target.startswith(f"{section}.")):
             self._translate(key, target, value, place)
         elif section == "method" and key in self.options:
@@ -184,6 +192,11 @@ class _Translation:
             what = f"unknown key `{key}`" + (f" in `{section}`" if section else "")
             self._problem(place, what, HINTS.get(key) or _right_section(key) or _nearest_key(section, key))
 
+    @staticmethod
+    def _is_value_of_preset(key: str, value: Any) -> bool:
+        values = others.PRESET_OF_VALUE.get(key, {})
+        return any(value == known and type(value) is type(known) for known in values)
+
     def _translate(self, alias: str, target: str, value: Any, place: Place) -> None:
         values = _VALUES.get(alias, {})
         translated = isinstance(value, str | bool) and value in values
@@ -191,8 +204,11 @@ class _Translation:
             self._problem(place, f"`{alias}` must be true or false, not {show(value)}")
         elif alias == "warmup_ratio" and isinstance(value, int | float) and value >= 1:
             self._problem(place, f"`warmup_ratio` is a share of the steps and must be below 1, not {show(value)}")
-        elif self._set(target, values[value] if translated else value, place, alias):
-            self.out.notes.append(f"`{alias}` is read as `{target}{f': {values[value]}' if translated else ''}`")
+        else:
+            read = values[value] if translated else others.CONVERTED.get(alias, lambda unchanged: unchanged)(value)
+            if self._set(target, read, place, alias):
+                shown = f": {read if isinstance(read, str) else ', '.join(read)}" if read != value else ""
+                self.out.notes.append(f"`{alias}` is read as `{target}{shown}`")
 
     def _set(self, key: str, value: Any, place: Place, spelt: str) -> bool:
         path = tuple(key.split(".", 2))
@@ -236,16 +252,22 @@ def _right_section(key: str) -> str:
 
 
 def _nearest_key(section: str, key: str) -> str:
-    """A hint for a mistyped key: of this section, or else of another one."""
-    known = list(SECTIONS.get(section, {}))
-    known += [alias for alias, target in CANONICAL.items() if section and target.startswith(f"{section}.")]
-    if hint := suggestion(key, known):
-        return hint
-    elsewhere = {inner: name for name, keys in SECTIONS.items() if name for inner in keys}
-    elsewhere |= {alias: target.partition(".")[0] for alias, target in CANONICAL.items() if "." in target}
-    if near := nearest(key, elsewhere, most=1):
-        return f"did you mean `{near[0]}`, under `{elsewhere[near[0]]}:`?"
-    return did_you_mean(key, list(SECTIONS[section]))
+    """A hint for a mistyped key: the nearest word of this section, or else of another one."""
+    here = {name: name for name in SECTIONS.get(section, {})}
+    here |= {alias: key.rpartition(".")[2] for alias, key in CANONICAL.items() if section and key.startswith(f"{section}.")}
+    if near := _near(key, here):
+        return f"did you mean {' or '.join(f'`{name}`' for name in near)}?"
+    homes = {name: f"{home}.{name}" for home, keys in SECTIONS.items() if home for name in keys}
+    homes |= {alias: home for alias, home in CANONICAL.items() if "." in home}
+    if near := _near(key, homes):
+        home, _, name = near[0].partition(".")
+        return f"did you mean `{name}`, under `{home}:`?"
+    return f"known: {', '.join(sorted(SECTIONS[section]))}"
+
+
+def _near(word: str, known: Mapping[str, str]) -> list[str]:
+    """The canonical names of the known words nearest to a mistyped one, each once."""
+    return list(dict.fromkeys(known[name] for name in nearest(word, known, cutoff=0.7)))
 
 
 def show(value: Any) -> str:

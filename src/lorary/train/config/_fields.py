@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, Strict
+from pydantic import AfterValidator, BeforeValidator, Field, Strict
+from pydantic_core import PydanticCustomError
+
+from lorary.errors import did_you_mean
+from lorary.model.layer_ranges import normalised_layers
+from lorary.model.patterns import EXPRESSION, expression_error
+from lorary.train.config.optimization import OPTIMIZERS, REFUSED_OPTIMIZERS, REFUSED_SCHEDULES, SCHEDULES
 
 _DECIMAL = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
@@ -16,7 +23,9 @@ def _number(value: Any) -> Any:
 
 
 def _split(value: Any) -> Any:
-    """The items of comma-separated text; a comma inside brackets, as in `c_attn[q,v]`, separates nothing."""
+    """The items of comma-separated text; a comma inside brackets, or in a regular expression, separates nothing."""
+    if isinstance(value, str) and value.startswith(EXPRESSION):
+        return [value]
     return [item.strip() for item in re.split(r",(?![^\[]*\])", value)] if isinstance(value, str) else value
 
 
@@ -32,11 +41,53 @@ Alpha = Annotated[Number, Field(gt=0, le=1e6)]
 Size = Annotated[Integer, Field(ge=1, le=65_536)]  # a rank or a batch size
 Count = Annotated[Integer, Field(ge=1, le=1_000_000_000)]
 
-Optimizer = Literal[
-    "adamw_torch", "adamw_torch_fused", "paged_adamw", "paged_adamw_32bit", "adamw_bnb_8bit", "adafactor", "sgd"
+
+
+def _valid_pattern(pattern: str) -> str:
+    if why := expression_error(pattern):
+        raise _problem(f"is {why}" if why.startswith("not") else f"is a regular expression that is not accepted: {why}")
+    return pattern
+
+
+def _valid_layers(value: Any) -> Any:
+    try:
+        return normalised_layers(value)
+    except ValueError as error:
+        raise _problem(str(error)) from None
+
+
+def _named(known: Collection[str], refused: Mapping[str, str]) -> Callable[[str], str]:
+    """The check of a name of Transformers'; `refused` says why some cannot be used."""
+
+    def check(name: str) -> str:
+        if name in refused:
+            raise _problem(f"cannot be {name}: {refused[name]}")
+        if name not in known:
+            raise _problem(f"is {name!r}, which is not a name that Transformers knows", did_you_mean(name, known))
+        return name
+
+    return check
+
+
+def _problem(what: str, fix: str = "") -> PydanticCustomError:
+    """A validation error whose sentence continues the key: "`layers` is empty"."""
+    return PydanticCustomError("problem", "{what}", {"what": what, "fix": fix})
+
+
+def _name_type(known: Collection[str], refused: Mapping[str, str]) -> Any:
+    schema = {"enum": sorted(known)}
+    return Annotated[str, Strict(), AfterValidator(_named(known, refused)), Field(json_schema_extra=schema)]
+
+
+Optimizer = _name_type(OPTIMIZERS, REFUSED_OPTIMIZERS)
+Schedule = _name_type(SCHEDULES, REFUSED_SCHEDULES)
+PathPattern = Annotated[str, AfterValidator(_valid_pattern)]
+_Layers = str | dict[str, str]
+Layers = Annotated[
+    _Layers, BeforeValidator(_valid_layers, json_schema_input_type=int | str | list[int | str] | dict[str, Any])
 ]
 
-_Texts = tuple[str, ...]
+_Texts = tuple[PathPattern, ...]
 Names = Annotated[_Texts, BeforeValidator(_split, json_schema_input_type=str | _Texts)]
 SomeNames = Annotated[Names, Field(min_length=1)]
 Sources = Annotated[_Texts, BeforeValidator(_as_list, json_schema_input_type=str | _Texts), Field(min_length=1)]

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from lorary.errors import Diagnostic, did_you_mean, suggestion
 from lorary.train.config._aliases import NormalisedConfig, show
-from lorary.train.config.config import DropSection
+from lorary.train.config.drop import DropSection
 from lorary.train.config.yaml_source import Place
 
 _EXAMPLES: dict[Place, str] = {
@@ -60,6 +60,8 @@ def _problem(details: dict[str, Any], config: NormalisedConfig) -> Diagnostic:
             f"unknown key `{place[-1]}` in `{_dotted(place[:-1])}`",
             did_you_mean(str(place[-1]), DropSection.model_fields),
         )
+    elif kind == "problem":  # of `lorary.train.config._fields`
+        what, fix = f"`{key}` {limits['what']}", limits["fix"]
     elif kind in ("too_short", "string_too_short"):
         what = f"`{key}` is empty"
     else:

@@ -16,6 +16,7 @@ from pydantic import Field, PrivateAttr
 from pydantic.fields import FieldInfo
 
 from lorary import methods  # noqa: F401 (registers the presets)
+from lorary.errors import PlanError
 from lorary.methods.lora_drop import probe_note
 from lorary.model.loading.source import ModelSection, Section
 from lorary.model.planning import default_targets, plan
@@ -26,14 +27,19 @@ from lorary.train.config._fields import (
     Count,
     Fraction,
     Integer,
+    Layers,
     Names,
     Number,
     Optimizer,
+    PathPattern,
+    Schedule,
     Size,
     SomeNames,
     Sources,
     Trackers,
 )
+from lorary.train.config._places import located
+from lorary.train.config.drop import DropSection
 from lorary.train.config.previous_tasks import load_previous_tasks
 from lorary.train.config.yaml_source import dump
 
@@ -46,20 +52,6 @@ if TYPE_CHECKING:
 LORA_LR = 2e-4
 _LORA_OPTIONS = ("r", "alpha", "dropout")
 AnySection = TypeVar("AnySection", bound=Section)
-
-
-class DropSection(Section):
-    """LoRA-drop: layers that a short probe finds unimportant share one LoRA."""
-
-    threshold: Annotated[Number, Field(gt=0, lt=1)] = Field(
-        default=0.9, description="share of a module kind's importance that the layers with their own LoRA must hold"
-    )
-    sample: Annotated[Number, Field(gt=0, le=1)] = Field(
-        default=0.1, description="share of the training rows that the probe trains on"
-    )
-    steps: Annotated[Integer, Field(ge=2, le=1_000_000_000)] | None = Field(
-        default=None, description="optimizer steps of the probe; empty: one pass over its rows"
-    )
 
 
 class MethodSection(Section):
@@ -75,11 +67,16 @@ class MethodSection(Section):
     dropout: Fraction | None = Field(default=None, description="dropout on the adapter's input; empty: 0")
     targets: SomeNames | None = Field(
         default=None,
-        description="all-linear, attention, attention-qv, mlp, embedding, conv, names, globs; empty: the method's own",
+        description="all-linear, attention, attention-qv, mlp, embedding, conv, names, globs, re:REGEX; empty: default",
     )
-    exclude: Names = Field(default=(), description="component names or globs to leave out of targets")
-    ranks: dict[str, Size] = Field(default={}, description='ranks by glob, such as {"*.down_proj": 4}')
-    alphas: dict[str, Alpha] = Field(default={}, description="alphas by glob")
+    exclude: Names = Field(default=(), description="names, globs or re:REGEX to leave out of targets")
+    layers: Layers | None = Field(
+        default=None, description="indices of the blocks to adapt: 0-15, [0, -1] or {decoder.block: 0-3}; empty: all"
+    )
+    ranks: dict[PathPattern, Size] = Field(
+        default={}, description='ranks by name, glob or re:REGEX, such as {"*.down_proj": 4}'
+    )
+    alphas: dict[PathPattern, Alpha] = Field(default={}, description="alphas, likewise")
     options: dict[str, Any] = Field(default={}, description="presets' parameters, such as {ratio: 16} for lora+")
     after: Names = Field(default=(), description="adapter folders of the earlier tasks, in order (o-lora)")
     drop: DropSection | None = Field(
@@ -104,6 +101,7 @@ class MethodSection(Section):
         """
         past = load_previous_tasks(self.after) if past is None else past
         options: dict[str, Any] = {"ranks": self.ranks, "alphas": self.alphas, "exclude": self.exclude}
+        options["layers"] = self.layers
         planned = plan(model, self.build(), self.targets, **options, after=past)
         if self.drop is None:
             return planned
@@ -153,8 +151,9 @@ class TrainingSection(Section):
     lr: Annotated[Number, Field(gt=0, le=1)] | None = Field(
         default=None, description="learning rate; empty: 2e-4 (SFT) or 5e-6 (DPO), times the method's factor"
     )
-    schedule: Literal["cosine", "linear", "constant", "polynomial", "inverse_sqrt"] = Field(
-        default="cosine", description="learning-rate schedule after the warmup"
+    schedule: Schedule = Field(default="cosine", description="learning-rate schedule, as Transformers names it")
+    schedule_options: dict[str, Any] = Field(
+        default={}, description="the schedule's parameters, such as {min_lr_rate: 0.1} or {num_decay_steps: 100}"
     )
     warmup: Annotated[Number, Field(ge=0, le=1_000_000_000)] = Field(
         default=0.03, description="share of the steps if below 1, number of steps otherwise"
@@ -162,6 +161,14 @@ class TrainingSection(Section):
     optimizer: Optimizer = Field(
         default="adamw_torch",
         description="as Transformers names it; paged_adamw (bitsandbytes, CUDA) keeps its state on the host",
+    )
+    optimizer_options: dict[str, Any] = Field(
+        default={}, description="parameters of the optimizer's class, such as {momentum: 0.9} for sgd"
+    )
+    adam_beta1: Fraction | None = Field(default=None, description="decay of Adam's first moment; empty: 0.9")
+    adam_beta2: Fraction | None = Field(default=None, description="decay of Adam's second moment; empty: 0.999")
+    adam_epsilon: Annotated[Number, Field(gt=0, le=1)] | None = Field(
+        default=None, description="Adam's epsilon; empty: 1e-8"
     )
     weight_decay: Annotated[Number, Field(ge=0, le=1)] = Field(
         default=0.0, description="decoupled weight decay, of matrices, of AdaLoRA's E and of all that GLoRA trains"
@@ -173,12 +180,21 @@ class TrainingSection(Section):
         default=False, description="recompute activations: less memory, about a third more time"
     )
     bf16: bool = Field(default=False, description="compute in bfloat16 with float32 weights (autocast)")
+    torch_compile: bool = Field(default=False, description="compile the model with torch.compile: a slow first step")
+    neftune_noise_alpha: Annotated[Number, Field(gt=0, le=1000)] | None = Field(
+        default=None, description="NEFTune's noise on the embeddings in training, usually 5; empty: none"
+    )
+    label_smoothing: Fraction = Field(
+        default=0.0, description="share of a target's probability that is spread over all tokens (SFT)"
+    )
     seed: Annotated[Integer, Field(ge=0, le=2**32 - 1)] = Field(
         default=42, description="seed of the data order, the initialisation and dropout"
     )
     logging_steps: Count = Field(default=10, description="optimizer steps between two log lines")
     eval_steps: Count | None = Field(default=None, description="optimizer steps between evaluations; empty: an epoch")
-    save_steps: Count | None = Field(default=None, description="optimizer steps between checkpoints; empty: an epoch")
+    save_steps: Count | None = Field(
+        default=None, description="optimizer steps between checkpoints; empty: an epoch, or eval_steps to keep the best"
+    )
     save_total_limit: Count = Field(default=2, description="checkpoints to keep")
     early_stopping_patience: Count | None = Field(
         default=None, description="stop after so many evaluations without a lower loss; keeps the best"
@@ -188,6 +204,11 @@ class TrainingSection(Section):
     dpo_beta: Annotated[Number, Field(gt=0, le=1000)] | None = Field(
         default=None, description="DPO's beta, the pull to the base; empty: 0.1"
     )
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the best evaluation's adapter is the run's."""
+        return self.keep_best or self.early_stopping_patience is not None
 
 
 class Config(Section):
@@ -205,6 +226,7 @@ class Config(Section):
     output: str = Field(default="out", min_length=1, description="run folder: metrics, plots, checkpoints, adapter")
 
     _notes: tuple[str, ...] = PrivateAttr(())
+    _places: dict[str, str] = PrivateAttr({})  # dotted key -> file:line:column, or the flag of a command
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -216,6 +238,19 @@ class Config(Section):
         copy = self.model_copy()
         copy._notes = (*self._notes, *notes)
         return copy
+
+    def with_places(self, places: dict[str, str]) -> Config:
+        """A copy that knows where its values come from, for the errors of `plan`."""
+        copy = self.model_copy()
+        copy._places = places
+        return copy
+
+    def plan(self, model: nn.Module, past: Sequence[Adapter] | None = None) -> Plan:
+        """`MethodSection.plan`, whose errors name the key of the configuration, or the flag of a command."""
+        try:
+            return self.method.plan(model, past)
+        except PlanError as error:
+            raise located(error, self._places) from error.__cause__
 
     def __eq__(self, other: object) -> bool:
         """Equality of all fields; notes do not count."""
@@ -229,15 +264,22 @@ class Config(Section):
             training["epochs"] = 3.0
         if self.task == "dpo":
             training["dpo_beta"] = 0.1
+        if self.training.keeps_best and self.training.eval_steps != self.training.save_steps:
+            steps = self.training.save_steps or self.training.eval_steps
+            training |= {"eval_steps": steps, "save_steps": steps}
         if self.training.lr is None:
             training["lr"] = default_lr(self.task, self.method.name)
             notes = [f"training.lr: {training['lr']:g}, the default of {self.task} with {', '.join(self.method.name)}"]
         sections = {
-            "training": _with_defaults(self.training, training),
+            "training": _with_defaults(self.training, training).model_copy(update=self._without_warmup()),
             "method": _with_defaults(self.method, self._method_defaults()),
             "output": str(Path(self.output).expanduser()),
         }
         return self.model_copy(update=sections).with_notes(*notes)
+
+    def _without_warmup(self) -> dict[str, Any]:
+        """No warmup for a schedule that has none."""
+        return {"warmup": 0.0} if self.training.schedule == "reduce_lr_on_plateau" else {}
 
     def _method_defaults(self) -> dict[str, Any]:
         """r, alpha, dropout and targets of the presets, as far as the method has them."""

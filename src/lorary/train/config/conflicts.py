@@ -10,11 +10,12 @@ from lorary.errors import Diagnostic, MethodError
 from lorary.methods.lora_drop import sharing_problems
 from lorary.spec.interfaces import Sequential
 from lorary.train.config.config import Config
+from lorary.train.config.optimization import optimization_problems
 
 
 def contradictions(config: Config) -> list[Diagnostic]:
     """Every contradiction; `where` is the dotted key to change."""
-    return [*_unused(config), *_task(config), *_steps(config), *_method(config), *_output(config)]
+    return [problem for check in CHECKS for problem in check(config)]
 
 
 def _unused(c: Config) -> Iterator[Diagnostic]:
@@ -39,6 +40,9 @@ def _unused(c: Config) -> Iterator[Diagnostic]:
 
 def _task(c: Config) -> Iterator[Diagnostic]:
     """Fields of the other task."""
+    if c.task != "sft" and c.training.label_smoothing:
+        what = f"has no effect when task is `{c.task}`: it smooths next-token targets"
+        yield Diagnostic("training.label_smoothing", what, "remove it")
     if c.task == "sft":
         if c.training.dpo_beta is not None:
             yield Diagnostic("training.dpo_beta", "has no effect when task is `sft`", "remove it, or set task: dpo")
@@ -64,11 +68,10 @@ def _steps(c: Config) -> Iterator[Diagnostic]:
     if t.max_steps is not None and t.warmup > t.max_steps:
         what = f"{t.warmup:g} warmup steps, but the run ends after {t.max_steps}"
         yield Diagnostic("training.warmup", what, "a value below 1 is a share of the steps")
-    best = "keep_best" if t.keep_best else "early_stopping_patience" if t.early_stopping_patience else ""
-    unaligned = t.eval_steps is None or t.save_steps is None or t.save_steps % t.eval_steps
-    if best and t.eval_steps != t.save_steps and unaligned:
-        what = "the best model can only be kept if every checkpoint falls on an evaluation"
-        yield Diagnostic(f"training.{best}", what, "make save_steps a multiple of eval_steps, or leave both empty")
+    if t.keeps_best and t.eval_steps is not None and t.save_steps is not None and t.save_steps % t.eval_steps:
+        what = f"{t.save_steps} is not a multiple of eval_steps ({t.eval_steps}), so checkpoints would miss evaluations"
+        fix = "leave save_steps empty: it follows eval_steps"
+        yield Diagnostic("training.save_steps", what, fix)
 
 
 def _method(c: Config) -> Iterator[Diagnostic]:
@@ -111,3 +114,6 @@ def _output(c: Config) -> Iterator[Diagnostic]:
             if os.path.exists(path) and output in (path, *path.parents):
                 yield Diagnostic("output", f"`{c.output}` contains {what} (`{source}`)", "name another folder")
                 return
+
+
+CHECKS = (_unused, _task, _steps, optimization_problems, _method, _output)

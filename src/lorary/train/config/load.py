@@ -10,35 +10,37 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from lorary.errors import ConfigError, Diagnostic, MethodError
+from lorary.errors import ConfigError, Diagnostic, MethodError, nearest
 from lorary.spec.presets import presets
 from lorary.train.config._aliases import NormalisedConfig, apply_switches, normalise
 from lorary.train.config._pydantic_errors import explain
+from lorary.train.config._valid_part import ValidPart
 from lorary.train.config.config import SECTIONS, Config, MethodSection
-from lorary.train.config.conflicts import contradictions
+from lorary.train.config.conflicts import CHECKS
 from lorary.train.config.yaml_source import ParsedYaml, Place, parse, read, scalar
+
+Flags = Mapping[str, tuple[str, str]]  # name of a flag -> (dotted key, value)
 
 _BY_KEY = (("method", "options"), ("method", "drop"))  # a later source changes these key by key
 _YAML = ("[", "{", "'", '"')  # any other value is taken literally: *.q_proj is not an alias
 
 
-def load(path: str | Path, sets: Sequence[str] = ()) -> Config:
+def load(path: str | Path, sets: Sequence[str] = (), flags: Flags | None = None) -> Config:
     """The configuration in the YAML file `path`, with the overrides `sets`, such as `training.lr=1e-4`.
 
     Args:
         path: the file.
         sets: `key=value` each: a dotted key and a YAML value, in which globs need no quotes. Later overrides win over
             earlier ones and over the file.
+        flags: options of a command, by their name, such as `{"--r": ("method.r", "8")}`; `sets` win over them.
 
     Raises:
-        ConfigError: every mistake in the file and the overrides, each with file:line:column or `--set key`.
+        ConfigError: every mistake in the file and the overrides, each with file:line:column, the flag or `--set key`.
     """
-    return _config([read(path), *_overrides(sets)], str(path))
+    return _config([read(path), *_overrides(sets, flags)], str(path))
 
 
-def from_dict(tree: Mapping[str, Any], sets: Sequence[str] = ()) -> Config:
+def from_dict(tree: Mapping[str, Any], sets: Sequence[str] = (), flags: Flags | None = None) -> Config:
     """The configuration in a dictionary, with the names and rules of a file.
 
     >>> from_dict({"model": "builtin:base", "data": "builtin:docstrings", "method": {"r": 8}}).method.r
@@ -48,7 +50,7 @@ def from_dict(tree: Mapping[str, Any], sets: Sequence[str] = ()) -> Config:
         ConfigError: every mistake, each with its dotted key.
     """
     marks: dict[Place, str] = {}
-    return _config([ParsedYaml(_plain(tree, (), marks), marks), *_overrides(sets)], "")
+    return _config([ParsedYaml(_plain(tree, (), marks), marks), *_overrides(sets, flags)], "")
 
 
 def _plain(value: Any, place: Place, marks: dict[Place, str]) -> Any:
@@ -61,13 +63,16 @@ def _plain(value: Any, place: Place, marks: dict[Place, str]) -> Any:
     return value
 
 
-def _overrides(sets: Sequence[str]) -> list[ParsedYaml]:
-    """One source per `key=value`.
+def _overrides(sets: Sequence[str], flags: Flags | None) -> list[ParsedYaml]:
+    """One source per flag and per `key=value`.
 
     Raises:
         ConfigError: every malformed override, and every value that is not YAML.
     """
-    sources, problems = [], []
+    sources: list[ParsedYaml] = []
+    problems: list[Diagnostic] = []
+    for flag, (key, value) in (flags or {}).items():
+        sources += _override(key.split("."), value, flag, problems)
     for text in sets:
         key, equals, value = text.partition("=")
         keys = [part.strip() for part in key.split(".", 2)]
@@ -75,42 +80,46 @@ def _overrides(sets: Sequence[str]) -> list[ParsedYaml]:
         if not equals or not all(keys):
             fix = "write --set section.key=value, such as --set training.lr=1e-4"
             problems.append(Diagnostic(f"--set {text}", "is not key=value", fix))
-            continue
-        try:
-            tree = parse(value, where).tree if value.lstrip()[:1] in _YAML else scalar(value.strip())
-        except ConfigError as error:
-            problems += [Diagnostic(where, problem.what, problem.fix) for problem in error.problems]
-            continue
-        for part in reversed(keys):
-            tree = {part: tree}
-        sources.append(ParsedYaml(tree, {tuple(keys[:i]): where for i in range(len(keys) + 1)}))
+        elif len(keys) == 1 and keys[0] in SECTIONS and not value.strip():
+            fix = f"name a key of it, such as --set {keys[0]}.{next(iter(SECTIONS[keys[0]]))}=VALUE"
+            problems.append(Diagnostic(where, f"`{keys[0]}` is a section, and no value is given", fix))
+        else:
+            sources += _override(keys, value, where, problems)
     if problems:
         raise ConfigError("cannot read the overrides:", problems)
     return sources
+
+
+def _override(keys: list[str], value: str, where: str, problems: list[Diagnostic]) -> list[ParsedYaml]:
+    """The source of one override, or nothing if its value is not YAML."""
+    try:
+        tree = parse(value, where).tree if value.lstrip()[:1] in _YAML else scalar(value.strip())
+    except ConfigError as error:
+        problems += [Diagnostic(where, problem.what, problem.fix) for problem in error.problems]
+        return []
+    for part in reversed(keys):
+        tree = {part: tree}
+    return [ParsedYaml(tree, {tuple(keys[:i]): where for i in range(len(keys) + 1)})]
 
 
 def _config(sources: Sequence[ParsedYaml], name: str) -> Config:
     options = frozenset(key for preset in presets().values() for key in preset.parameters) - set(SECTIONS["method"])
     found = _merged([normalise(source, options) for source in sources])
     apply_switches(found)
-    problems, config = list(found.problems), None
-    try:
-        config = Config.model_validate(found.tree)
-    except ValidationError as error:
-        if found.tree or not problems:
-            problems += explain(error, found)
-    problems += _method_problems(found)
-    if config is not None:
-        problems += [
-            Diagnostic(
-                found.find(tuple(p.where.split("."))) or name or "the configuration", f"`{p.where}`: {p.what}", p.fix
-            )
-            for p in contradictions(config)
-        ]
-    if problems or config is None:
+    problems = list(found.problems)
+    valid = ValidPart(found.tree)
+    if valid.error is not None and (found.tree or not problems):
+        problems += explain(valid.error, found)
+    problems += _method_problems(valid, found)
+    for problem in valid.problems(*CHECKS):
+        where = found.find(tuple(problem.where.split("."))) or name or "the configuration"
+        problems.append(Diagnostic(where, f"`{problem.where}`: {problem.what}", problem.fix))
+    if problems or valid.config is None or valid.error is not None:
+        problems += [Diagnostic(found.find(place), what, fix) for place, what, fix in valid.missing_files()]
         headline = " ".join(filter(None, ("invalid configuration", name)))
         raise ConfigError(f"{headline}:", sorted(problems, key=_position))
-    return config.with_notes(*found.notes)
+    places = {".".join(map(str, place)): mark for place, mark in found.where.items() if len(place) == 2}
+    return valid.config.with_notes(*found.notes).with_places(places)
 
 
 def _position(problem: Diagnostic) -> tuple[int, int, int]:
@@ -143,15 +152,15 @@ def _merged(parts: Sequence[NormalisedConfig]) -> NormalisedConfig:
     return merged
 
 
-def _method_problems(found: NormalisedConfig) -> list[Diagnostic]:
+def _method_problems(valid: ValidPart, found: NormalisedConfig) -> list[Diagnostic]:
     """Errors of `lorary.method`, at the keys that caused them."""
+    if valid.config is None or valid.invalid & {("method",), ("method", "name"), ("method", "options")}:
+        return []
+    section = valid.config.method
     try:
-        section = MethodSection.model_validate(found.tree.get("method", {}))
         section.build()
     except MethodError as error:
         return [_located(problem, section, found) for problem in error.problems]
-    except ValidationError:  # explained already
-        pass
     return []
 
 
@@ -167,5 +176,7 @@ def _located(problem: Diagnostic, section: MethodSection, found: NormalisedConfi
     if "is not an option" in problem.what:
         owners = [preset.name for preset in presets().values() if key in preset.parameters]
         fix = f"it is an option of {', '.join(owners)}" if owners else fix
+        if near := [name for name in nearest(key, SECTIONS["method"], cutoff=0.8) if name != key]:
+            fix = f"did you mean `{near[0]}`?" + (f" (`{key}` is an option of {', '.join(owners)})" if owners else "")
     joint = " " if problem.what.startswith("is ") else ": "
     return Diagnostic(found.find(place), f"`{key}`{joint}{problem.what}" if key else problem.what, fix)

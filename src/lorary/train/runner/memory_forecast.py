@@ -43,7 +43,7 @@ def forecast(config: Config, model: nn.Module, planned: Plan | None = None) -> F
         model: the base on the meta device.
         planned: the method's plan for it, if it is known.
     """
-    planned = planned or config.method.plan(model)
+    planned = planned or config.plan(model)
     memory = predict(model, planned, workload(config, model), config.training.optimizer)
     return Forecast(model, planned, memory, gpu_requirement(memory, persistent_tensors(model, planned)))
 

@@ -74,7 +74,7 @@ def prepare(config: Config, *, processes: int = 1) -> RunPlan:
     method = config.method.model_copy(update={"after": with_digests(config.method.after, past)})
     config = config.model_copy(update={"method": method})
     model = skeleton(config.model)
-    plan = config.method.plan(model, past)
+    plan = config.plan(model, past)
     reader(config.model.id, model.config, plan.method.storage, None)  # refuses other quantisations
     tokenizer = load_tokenizer(config.model)
     data = load(config.data, config.task, config.training.seed)

@@ -13,6 +13,9 @@ from lorary.train.trainer.distributed import cpu_only
 from lorary.train.trainer.optimizers import transformers_name
 
 
+_ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
+
+
 def training_arguments(config: Config, output: Path, *, held_out: bool, resumed: bool) -> Any:
     """`SFTConfig` or `DPOConfig` for a resolved configuration.
 
@@ -33,7 +36,11 @@ def training_arguments(config: Config, output: Path, *, held_out: bool, resumed:
         # Transformers' plain `constant` has no warmup
         "lr_scheduler_type": "constant_with_warmup" if t.schedule == "constant" and t.warmup > 0 else t.schedule,
         "warmup_steps": t.warmup,
+        "lr_scheduler_kwargs": dict(t.schedule_options),
         "optim": transformers_name(t.optimizer),
+        **{key: value for key in _ADAM if (value := getattr(t, key)) is not None},
+        "neftune_noise_alpha": t.neftune_noise_alpha,
+        "torch_compile": t.torch_compile,
         "weight_decay": t.weight_decay,
         "max_grad_norm": t.max_grad_norm,
         "seed": t.seed,
@@ -56,11 +63,14 @@ def training_arguments(config: Config, output: Path, *, held_out: bool, resumed:
         **_interval("save", t.save_steps),
     }
     options |= _interval("eval", t.eval_steps) | {"eval_on_start": not resumed} if held_out else {"eval_strategy": "no"}
-    if t.early_stopping_patience is not None or t.keep_best:
-        options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+    if t.keeps_best:
+        options |= {"load_best_model_at_end": True}
+    if t.keeps_best or t.schedule == "reduce_lr_on_plateau":
+        options |= {"metric_for_best_model": "eval_loss", "greater_is_better": False}
     if config.task == "dpo":
         return DPOConfig(**options, beta=t.dpo_beta, max_length=None)
     packing = config.data.packing
+    options["label_smoothing_factor"] = t.label_smoothing
     return SFTConfig(
         **options, packing=packing, eval_packing=False, max_length=config.data.max_length if packing else None
     )

@@ -24,8 +24,11 @@ class SFTTrainer(AdapterTraining, trl.SFTTrainer):  # type: ignore[misc]  # TRL 
 
     loss_is_scaled_for_ga = True  # divided by the labels of the whole step, over accumulation and ranks
 
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
+    def __init__(self, *, args: Any, **arguments: Any) -> None:
+        # TRL would smooth by a second forward pass over all logits; the labelled head does it with its own
+        smoothing, args.label_smoothing_factor = args.label_smoothing_factor, 0.0
+        super().__init__(args=args, **arguments)
+        args.label_smoothing_factor = self.head.smoothing = smoothing
         # The labelled head shifts and counts the labels, not the model's `forward`.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         self._held_out: list[Tensor] = []

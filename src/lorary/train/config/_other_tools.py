@@ -1,0 +1,136 @@
+"""Words of PEFT, TRL, Transformers, Axolotl, LLaMA-Factory and Unsloth: those with a meaning here, and hints.
+
+`ALIASES` are other names of a key. `CONVERTED` values need a translation. `HINTS` say what to write instead of a key
+that cannot be translated.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lorary.model.patterns import EXPRESSION, looks_like_expression
+
+ALIASES = {
+    "task": "stage",
+    "method.layers": "layers_to_transform peft_layers_to_transform",
+    "method.ranks": "rank_pattern",
+    "method.alphas": "alpha_pattern",
+    "training.label_smoothing": "label_smoothing_factor",
+    "training.schedule_options": "lr_scheduler_kwargs",
+    "training.seed": "random_state",
+    "training.dpo_beta": "pref_beta",
+}
+
+# Keys of flat files that have the same name in a section here.
+FLAT = {
+    "training": "adam_beta1 adam_beta2 adam_epsilon neftune_noise_alpha torch_compile early_stopping_patience",
+    "method": "layers",
+}
+
+
+def _expression(value: Any) -> Any:
+    """PEFT's `target_modules` as text is a regular expression for the whole path; a list holds names."""
+    return f"{EXPRESSION}{value}" if isinstance(value, str) and looks_like_expression(value) else value
+
+
+def _patterns(value: Any) -> Any:
+    """PEFT's patterns match the end of a path, after a dot or from its start."""
+    if not isinstance(value, Mapping):
+        return value
+    return {key if _is_name(key) else f"{EXPRESSION}(.*\\.)?({key})": number for key, number in value.items()}
+
+
+def _is_name(key: object) -> bool:
+    return not isinstance(key, str) or re.fullmatch(r"[\w.]+", key) is not None
+
+
+CONVERTED: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("target_modules", "lora_target_modules", "lora_target", "exclude_modules"), _expression),
+    "rank_pattern": _patterns,
+    "alpha_pattern": _patterns,
+}
+VALUES: dict[str, dict[Any, Any]] = {"stage": {"pt": "sft"}}
+
+# Switches for a preset: true adds it to method.name.
+PRESET_OF = {"pissa_init": "pissa"}
+# Keys with a value for which a preset is added, or nothing where it is empty.
+PRESET_OF_VALUE: dict[str, dict[Any, str]] = {
+    "init_lora_weights": {True: "", "pissa": "pissa", "olora": "olora"},
+    "peft_init_lora_weights": {True: "", "pissa": "pissa", "olora": "olora"},
+    "adapter": {"lora": "", "qlora": "qlora"},
+    "finetuning_type": {"lora": ""},
+    "quantization_bit": {4: "qlora"},
+    "peft_type": {"LORA": "", "ADALORA": "adalora", "VERA": "vera"},
+    "task_type": {"CAUSAL_LM": ""},
+    "bias": {"none": ""},
+    **dict.fromkeys(("fp16", "fan_in_fan_out", "inference_mode", "use_liger_kernel", "group_by_length"), {False: ""}),
+}
+
+_LAUNCH = "a run is split over processes by its launcher: docs/how-to/several-processes.md"
+_NOT_NEEDED = "leave it out: "
+HINTS = {
+    **dict.fromkeys(("deepspeed", "deepspeed_config"), f"{_LAUNCH}; DeepSpeed itself is not supported, FSDP2 is"),
+    **dict.fromkeys(
+        ("fsdp", "fsdp_config", "fsdp_version", "fsdp_final_state_dict_type", "ddp", "ddp_timeout", "num_processes"),
+        _LAUNCH,
+    ),
+    **dict.fromkeys(("datasets", "dataset", "dataset_path"), "write `data.train`: a file, a Hub id, or a list of them"),
+    "test_datasets": "write `data.validation`",
+    "dataset_text_field": "write data.columns: {text: YOUR_FIELD}",
+    "field_messages": "write data.columns: {messages: YOUR_FIELD}",
+    "template": "the tokenizer's own chat template is used; data.chat_template names another one",
+    **dict.fromkeys(("load_in_8bit", "quantization"), "method: qlora keeps the base in 4 bits"),
+    "double_quantization": "it is always on with qlora",
+    "lora_target_linear": "write method.targets: all-linear",
+    "lora_query": "write method.targets: [q_proj, v_proj]",
+    **dict.fromkeys(("additional_target", "lora_modules_to_save"), "base weights stay frozen; see `modules_to_save`"),
+    "layers_pattern": "name the stack in method.layers, as in {model.layers: 0-3}",
+    "fan_in_fan_out": f"{_NOT_NEEDED}the layer's kind is read from the model",
+    "lora_bias": "adapters have no bias of their own",
+    "target_parameters": "fused experts' weights are not adapted",
+    "trainable_token_indices": "single rows of an embedding do not train; target `embedding` adapts all of them",
+    "layer_replication": "the base keeps its layers",
+    **dict.fromkeys(
+        ("init_lora_weights", "peft_init_lora_weights"),
+        "a start is a method: pissa (with niter: 16 for a fast decomposition) or olora; the default is LoRA's own",
+    ),
+    "peft_type": "`lorary methods` lists the methods; write method.name",
+    "adapter": "write method.name; to go on from a trained adapter see `lorary train --help`",
+    "finetuning_type": "write method.name: lora, full or bitfit",
+    "quantization_bit": "method: qlora keeps the base in 4 bits",
+    "inference_mode": f"{_NOT_NEEDED}this is a training run",
+    "use_peft": f"{_NOT_NEEDED}an adapter is always trained",
+    "pissa_iter": "write method: {name: pissa, niter: 16}",
+    "loraplus_lr_embedding": "embeddings train at training.lr times lora+'s ratio",
+    "use_liger_kernel": "Liger replaces the head and the MLPs by kernels that read weights past their adapters; lorary's "
+    "own loss already keeps the logits out of memory",
+    "liger_kernel": "Liger is not supported; see `use_liger_kernel`",
+    "group_by_length": "write data.packing: true, which leaves no padding",
+    "train_sampling_strategy": "rows are shuffled by training.seed; data.packing leaves no padding",
+    **dict.fromkeys(("pure_bf16", "bfloat16"), "write model.dtype: bfloat16, or training.bf16: true"),
+    "fp16_full_eval": "write model.dtype: float16",
+    "tf32": "set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 in the environment",
+    "optim_args": "write training.optimizer_options: {name: value}",
+    "torch_compile_backend": "write training.torch_compile: true; the backend is inductor",
+    **dict.fromkeys(("flash_attn", "flash_attention"), "write model.attn_implementation: flash_attention_2"),
+    "xformers_attention": "write model.attn_implementation: sdpa",
+    **dict.fromkeys(("s2_attention", "shift_attn"), "write method: longlora"),
+    "use_gradient_checkpointing": "write training.gradient_checkpointing: true",
+    "gradient_checkpointing_kwargs": "write training.gradient_checkpointing: true",
+    **dict.fromkeys(("evals_per_epoch", "saves_per_epoch"), "write training.eval_steps or training.save_steps"),
+    "evaluation_strategy": "evaluation runs every training.eval_steps, or once per epoch",
+    "early_stopping_steps": "write training.early_stopping_patience, a number of evaluations",
+    "metric_for_best_model": f"{_NOT_NEEDED}it is the evaluation loss",
+    "wandb_project": "write training.report_to: wandb, and set WANDB_PROJECT in the environment",
+    "logging_dir": f"{_NOT_NEEDED}everything is written below `output`",
+    "plot_loss": f"{_NOT_NEEDED}the loss is always plotted",
+    **dict.fromkeys(("overwrite_cache", "preprocessing_num_workers", "dataset_num_proc"), f"{_NOT_NEEDED}no cache is kept"),
+    "dataset_prepared_path": f"{_NOT_NEEDED}no cache is kept",
+    **dict.fromkeys(("do_train", "do_eval"), f"{_NOT_NEEDED}`lorary train` trains, and evaluates if there is held-out data"),
+    **dict.fromkeys(("hub_model_id", "hub_strategy"), "nothing is uploaded"),
+    "loss_type": "the loss is the task's own",
+    **dict.fromkeys(("pad_to_sequence_len", "pad_to_multiple_of"), f"{_NOT_NEEDED}rows are padded to the longest of a batch"),
+    "num_workers": f"{_NOT_NEEDED}rows are tokenised before the first step",
+}
