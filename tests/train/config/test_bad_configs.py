@@ -276,7 +276,7 @@ invalid configuration train.yaml:
   - train.yaml:4:12: `schedule` is 'cosin', which is not a name that Transformers knows
       hint: did you mean `cosine`?
   - train.yaml:4:29: `optimizer` is 'adam', which is not a name that Transformers knows
-      hint: did you mean `ademamix` or `adagrad`?
+      hint: did you mean `adamw_torch`?
   - train.yaml:4:58: `training.report_to[0]` must be one of `none`, `tensorboard`, `wandb`, `trackio`, not the text 'tensorbord'
       hint: did you mean `tensorboard`?"""),
 Bad('an unknown method', """\
@@ -353,7 +353,7 @@ method:
   modules_to_save: [lm_head]
 """, """\
 invalid configuration train.yaml:
-  - train.yaml:4:18: `method.ranks['re:(.*\\\\.)?((.*q_proj)']` is not a regular expression: missing ), unterminated subpattern at position 0
+  - train.yaml:4:3: `method.ranks['re:(.*q_proj']` is not a regular expression: missing ), unterminated subpattern at position 0
   - train.yaml:5:3: unknown key `modules_to_save` in `method`
       hint: base weights stay frozen; the methods `bitfit` and `full` train them"""),
 Bad('no held-out data to stop on', """\

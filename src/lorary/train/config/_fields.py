@@ -63,7 +63,9 @@ def _named(known: Collection[str], refused: Mapping[str, str]) -> Callable[[str]
         if name in refused:
             raise _problem(f"cannot be {name}: {refused[name]}")
         if name not in known:
-            raise _problem(f"is {name!r}, which is not a name that Transformers knows", did_you_mean(name, known))
+            longer = [each for each in known if each.startswith(name)]
+            fix = f"did you mean `{longer[0]}`?" if longer else did_you_mean(name, known)
+            raise _problem(f"is {name!r}, which is not a name that Transformers knows", fix)
         return name
 
     return check

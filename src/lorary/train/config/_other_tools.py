@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lorary.model.patterns import EXPRESSION, looks_like_expression
+from lorary.model.patterns import EXPRESSION, expression_error, looks_like_expression
 
 ALIASES = {
     "task": "stage",
@@ -39,11 +39,14 @@ def _patterns(value: Any) -> Any:
     """PEFT's patterns match the end of a path, after a dot or from its start."""
     if not isinstance(value, Mapping):
         return value
-    return {key if _is_name(key) else f"{EXPRESSION}(.*\\.)?({key})": number for key, number in value.items()}
+    return {_suffix(key) if isinstance(key, str) else key: number for key, number in value.items()}
 
 
-def _is_name(key: object) -> bool:
-    return not isinstance(key, str) or re.fullmatch(r"[\w.]+", key) is not None
+def _suffix(pattern: str) -> str:
+    if re.fullmatch(r"[\w.]+", pattern):
+        return pattern  # a name, which matches so by itself
+    expression = f"{EXPRESSION}{pattern}"
+    return expression if expression_error(expression) else f"{EXPRESSION}(.*\\.)?({pattern})"
 
 
 CONVERTED: dict[str, Callable[[Any], Any]] = {
