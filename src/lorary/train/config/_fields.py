@@ -36,6 +36,10 @@ Optimizer = Literal[
     "adamw_torch", "adamw_torch_fused", "paged_adamw", "paged_adamw_32bit", "adamw_bnb_8bit", "adafactor", "sgd"
 ]
 
+Task = Literal["sft", "dpo", "kto", "grpo", "reward", "classification"]
+_Answers = Literal["text", "prompt-completion", "messages", "alpaca", "sharegpt"]
+Format = Literal["auto", _Answers, "preference", "prompt-completion-label", "prompt", "classification"]
+
 _Texts = tuple[str, ...]
 Names = Annotated[_Texts, BeforeValidator(_split, json_schema_input_type=str | _Texts)]
 SomeNames = Annotated[Names, Field(min_length=1)]
