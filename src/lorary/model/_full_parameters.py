@@ -20,21 +20,36 @@ from lorary.spec.placement import AdaptedSite
 _NEW_HEAD = re.compile(r"For((Sequence|Token|Image|Audio|Video)?Classification|QuestionAnswering|MultipleChoice)$")
 
 
+HEADS = ("full", "frozen", "lora")
+
+
 def full_parameters(
-    scan: Scan, method: Method, sites: Sequence[AdaptedSite]
+    scan: Scan, method: Method, sites: Sequence[AdaptedSite], head: str | None = None
 ) -> tuple[list[FullParameter], list[Diagnostic]]:
-    """The base parameters that train in full or that a rule writes, in the model's order, and every problem."""
+    """The base parameters that train in full or that an adapter holds, in the model's order, and every problem.
+
+    Args:
+        scan: of the model.
+        method: the method.
+        sites: the adapted sites.
+        head: one of `HEADS`; None: a new head trains in full, except for the layers of it that are adapted.
+    """
     problems: list[Diagnostic] = []
     trained: set[str] = set()
     for pattern, names in parameters_by_pattern(scan, method).items():
         if not names and not _covers_a_module(scan, pattern):
             problems.append(_no_parameter(pattern, list(scan.parameters)))
         trained |= names
-    if _NEW_HEAD.search(original_class(scan.model).__name__):
-        trained |= {name for name in scan.parameters if name.startswith(tuple(f"{head}." for head in scan.heads))}
-    problems += _cannot_train(scan, sites, trained)
+    adapted = {scan.names[name] for name in _adapted_parameters(sites) & scan.names.keys()}
+    drawn = head_parameters(scan) if has_new_head(scan) else set()
+    if head == "full":
+        trained |= head_parameters(scan)
+    elif head != "frozen":
+        trained |= drawn - adapted
+    problems += [*_cannot_train(scan, sites, trained), *_cannot_hold(sites, drawn & adapted)]
     writes = any(rule.writes_base for rule in method.rules)
-    written = {f"{p.site.name}.weight" for p in sites} if writes else set()
+    # The random weights under an adapter in a new head are part of the result: no checkpoint has them.
+    written = {f"{p.site.name}.weight" for p in sites if writes} | drawn & adapted
     problems += unwritable_weights(scan, method, written)
     moving = _trained_buffers(scan, method, trained)
     full = [
@@ -43,6 +58,31 @@ def full_parameters(
         if name in trained | written | moving.keys()
     ]
     return full, problems
+
+
+def has_new_head(scan: Scan) -> bool:
+    """Whether the model's class has a head that Transformers draws at random unless a checkpoint holds it."""
+    return _NEW_HEAD.search(original_class(scan.model).__name__) is not None
+
+
+def head_parameters(scan: Scan) -> set[str]:
+    """The parameters of the output head."""
+    inside = tuple(f"{head}." for head in scan.heads)
+    return {first for name, first in scan.names.items() if name.startswith(inside)}
+
+
+def _adapted_parameters(sites: Sequence[AdaptedSite]) -> set[str]:
+    return {f"{p.site.name}.weight" for p in sites} | {f"{p.site.name}.bias" for p in sites if p.delta.changes_bias}
+
+
+def _cannot_hold(sites: Sequence[AdaptedSite], held: Collection[str]) -> list[Diagnostic]:
+    """Why an init cannot start inside a new head: it moves the weight that the adapter has to hold."""
+    what = "is a layer of a new head, whose random weight the adapter holds, and this init changes that weight"
+    return [
+        Diagnostic(p.site.name, what, "leave it out of `targets`: the head then trains in full")
+        for p in sites
+        if p.init.residual_init and f"{p.site.name}.weight" in held
+    ]
 
 
 def _trained_buffers(scan: Scan, method: Method, trained: Collection[str]) -> dict[str, Tensor]:
@@ -111,10 +151,11 @@ def _no_parameter(pattern: str, names: list[str]) -> Diagnostic:
 def _cannot_train(scan: Scan, sites: Sequence[AdaptedSite], trained: Collection[str]) -> list[Diagnostic]:
     """Why some of these parameters cannot train in full: adapted, quantised or not floating-point."""
     problems = []
-    adapted = {f"{p.site.name}.weight" for p in sites} | {f"{p.site.name}.bias" for p in sites if p.delta.changes_bias}
+    adapted = _adapted_parameters(sites)
     for name in sorted({scan.names[name] for name in adapted & scan.names.keys()} & set(trained)):
         what = "is adapted and would train in full as well: the adapter would be redundant"
-        problems.append(Diagnostic(name, what, "exclude the site, or narrow `full`"))
+        fix = "leave it out of `targets`" if name in head_parameters(scan) else "exclude the site, or narrow `full`"
+        problems.append(Diagnostic(name, what, fix))
     for name in sorted(trained):
         path, _, last = name.rpartition(".")
         if last != "bias" and scan.is_quantised(path):

@@ -9,7 +9,9 @@ from torch import nn
 
 from lorary.errors import Diagnostic, MethodError, PlanError, deduplicated, suggestion
 from lorary.layers.kinds import site
-from lorary.model._full_parameters import full_parameters, parameters_by_pattern
+from lorary.model._full_parameters import full_parameters, has_new_head, head_parameters, parameters_by_pattern
+from lorary.model._heads import head_layers, head_problems
+from lorary.model._presets import PRESETS
 from lorary.model.ambient import mode_independent
 from lorary.model.buffers import frozen_statistics, has_statistics
 from lorary.model.checks import bad_arguments, not_a_module, not_ready
@@ -38,6 +40,8 @@ def plan(
     layers: Layers | None = None,
     after: Sequence[PreviousAdapter] = (),
     example: Any = None,
+    full: str | Sequence[str] = (),
+    head: str | None = None,
 ) -> Plan:
     """The plan of a method for a model: where adapters sit, and what that costs. Works on the meta device.
 
@@ -66,14 +70,18 @@ def plan(
     scanned = _scan_if_ready(model, method, ranks, alphas)
     model = scanned.model
     scanned, reach = proved(scanned, example) if method.delta is not None else (scanned, Reach())
+    method = method.replace(full=tuple(dict.fromkeys((*method.full, *as_list(full)))))
     method, problems = _fit_context(model, method)
+    problems += head_problems(scanned, head)
     if example is not None and not reach.complete and reach.error.startswith("TypeError"):
         problems.append(Diagnostic("example", f"the model does not take it: {reach.error}", "pass a forward's inputs"))
     targets = default_targets(method) if targets is None else targets
+    if head == "lora":
+        targets = [*as_list(targets), *head_layers(scanned)]
     sites, unplaced, left_out = _adapted_sites(scanned, method, targets, exclude, layers, ranks or {}, alphas or {})
     sites, fixed, previous = with_previous_tasks(model, sites, after)
-    full, untrainable = full_parameters(scanned, method, sites)
-    quantized = quantizable_layers(scanned, method.storage, {f.name for f in full})
+    trained, untrainable = full_parameters(scanned, method, sites, head)
+    quantized = quantizable_layers(scanned, method.storage, {f.name for f in trained})
     problems += [*unplaced, *previous, *untrainable, *(problem for p in sites for problem in p.problems())]
     problems += _storage_problems(scanned, method.storage, sites, quantized)
     if problems:
@@ -82,11 +90,11 @@ def plan(
     names = [p.site.name for p in sites]
     notes = [*target_notes(scanned, targets, exclude, names), *reach.notes(names)] if method.delta else []
     notes += left_out
-    notes += _notes(scanned, method, sites, full, quantized)
+    notes += _notes(scanned, method, sites, trained, quantized)
     if "all-linear" in as_list(targets):
         notes += _unreached_notes(scanned, total)
     unproved = tuple(name for name in names if name not in reach.ran)
-    return Plan(method, tuple(sites), tuple(full), total, size, tuple(notes), fixed, tuple(quantized), unproved)
+    return Plan(method, tuple(sites), tuple(trained), total, size, tuple(notes), fixed, tuple(quantized), unproved)
 
 
 def _scan_if_ready(model: Any, method: Any, ranks: Any, alphas: Any) -> Scan:
@@ -134,6 +142,7 @@ def _adapted_sites(
     if invalid := expression_problems(patterns, scanned.modules):
         return [], invalid, []
     found, problems = resolve(scanned, targets, exclude)
+    found = _without_full(scanned, found, targets, method)
     choice = LayerChoice({f.name for f in found})
     if layers is not None:
         choice = choose_layers(scanned, [f.name for f in found], layers, as_list(targets))
@@ -152,6 +161,19 @@ def _adapted_sites(
         except MethodError as error:
             problems += [Diagnostic(f.name, problem.what) for problem in error.problems]
     return sites, problems, choice.notes
+
+
+def _without_full(
+    scanned: Scan, found: list[TargetMatch], targets: str | Sequence[str], method: Method
+) -> list[TargetMatch]:
+    """The matches without layers that train in full, unless a target names them: that is refused later."""
+    trained = set().union(*parameters_by_pattern(scanned, method).values())
+    inside = [f for f in found if scanned.names.get(f"{f.name}.weight") in trained]
+    if not inside:
+        return found
+    named = [entry for entry in as_list(targets) if entry not in PRESETS]
+    kept = {f.name for f in resolve(scanned, named)[0]} if named else set()
+    return [f for f in found if f not in inside or f.name in kept]
 
 
 def _unmatched(field: str, patterns: Mapping[str, Any], found: list[TargetMatch]) -> list[Diagnostic]:
@@ -248,8 +270,15 @@ def _tie_notes(scan: Scan, sites: Sequence[AdaptedSite]) -> list[str]:
 
 def _head_notes(scan: Scan, method: Method, full: Sequence[FullParameter]) -> list[str]:
     asked = set().union(*parameters_by_pattern(scan, method).values())
-    heads = [f.name for f in full if f.name not in asked and f.name not in scan.buffers]
-    return [f"the new head trains in full: {', '.join(heads)}"] if heads else []
+    heads = [f for f in full if f.name in head_parameters(scan) - asked]
+    new = "new head" if has_new_head(scan) else "head"
+    trained, held = ([f.name for f in heads if f.trains is trains] for trains in (True, False))
+    tied = [f"{name} is {first}, tied: both train" for name, first in scan.names.items() if name != first]
+    return [
+        *([f"the {new} trains in full: {', '.join(trained)}"] if trained else []),
+        *([f"the new head's weights under adapters are saved with them: {', '.join(held)}"] if held else []),
+        *[note for note in tied if note.split(" is ")[1].partition(",")[0] in {f.name for f in full if f.trains}],
+    ]
 
 
 def _precision_notes(full: Sequence[FullParameter]) -> list[str]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 from lorary.errors import Diagnostic, FileError, LoraryError
 from lorary.files.safe_open import checked_path
 from lorary.model.ambient import mode_independent
-from lorary.model.loading.source import BUILTIN, ModelSection, check_folder, location
+from lorary.model.loading.source import BUILTIN, ModelClass, ModelSection, check_folder, location
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +35,7 @@ def load_model(
     storage: Storage | None = None,
     layers: Collection[str] | None = None,
     kind: Any = None,
+    model_class: ModelClass | None = None,
 ) -> PreTrainedModel:
     """The base model with its weights, in evaluation mode, on the CPU.
 
@@ -44,6 +45,7 @@ def load_model(
             storage leaves them plain. A checkpoint in bitsandbytes' NF4 stays quantised in every case.
         layers: paths of the layers to quantise; None for every linear one except the output head.
         kind: the Transformers class that loads it; None for AutoModelForCausalLM.
+        model_class: the class and the configuration, in place of `kind`; only its fresh parameters may be missing.
 
     Raises:
         FileError: the model does not exist, contains code or pickles, or lacks weights.
@@ -54,7 +56,7 @@ def load_model(
     from lorary.model.loading.checkpoint_kind import reader
     from lorary.model.scan import scan
 
-    config = load_config(section)
+    config = load_config(section) if model_class is None else model_class.config
     options: dict[str, Any] = {
         "dtype": load_dtype(section, config),
         "use_safetensors": True,
@@ -64,12 +66,16 @@ def load_model(
     if section.attn_implementation is not None:
         options["attn_implementation"] = section.attn_implementation
     with quiet_progress_bars():
-        cls = kind or AutoModelForCausalLM
+        cls = model_class.cls if model_class else kind or AutoModelForCausalLM
         load = reader(section.id, config, storage, layers)
+        if load is None and model_class is not None:
+            options["config"] = config
         load = cls.from_pretrained if load is None else functools.partial(load, cls)
         model, info = _load(load, section, "model", **options)
     missing = {key if isinstance(key, str) else key[0] for k in ("missing_keys", "mismatched_keys") for key in info[k]}
-    if kind is not None:  # Transformers initialises a new head at random
+    if model_class is not None:
+        missing -= set(model_class.fresh)
+    elif kind is not None:  # Transformers initialises a new head at random
         heads = tuple(f"{name}." for name in scan(model).heads)
         missing -= {key for key in info["missing_keys"] if key.startswith(heads)}
     if missing:
@@ -192,21 +198,40 @@ def _saved_dtype(settings: dict[str, Any]) -> torch.dtype:
     return found if isinstance(found, torch.dtype) else torch.float32
 
 
-def skeleton(section: ModelSection) -> PreTrainedModel:
+def skeleton(section: ModelSection, model_class: ModelClass | None = None) -> PreTrainedModel:
     """The model without its weights, on the meta device: enough for a plan, and read from one small file.
+
+    Args:
+        section: which model.
+        model_class: its class and configuration; None for AutoModelForCausalLM.
 
     Raises:
         FileError: the model does not exist, or contains code.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
-    config = load_config(section)
+    return empty_model(section, model_class or ModelClass(AutoModelForCausalLM, load_config(section)))
+
+
+def empty_model(section: ModelSection, model_class: ModelClass) -> PreTrainedModel:
+    """A model of this class on the meta device.
+
+    Raises:
+        FileError: Transformers cannot build it.
+    """
+    import torch
+
+    config, cls = model_class.config, model_class.cls
+    dtype = load_dtype(section, config)
+    model: PreTrainedModel
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=load_dtype(section, config), trust_remote_code=section.trust_remote_code
-            )
+            if hasattr(cls, "from_config"):  # an Auto class
+                model = cls.from_config(config, dtype=dtype, trust_remote_code=section.trust_remote_code)
+            else:
+                model = cls(config)
+                for parameter in model.parameters():
+                    parameter.data = parameter.data.to(dtype)
     except (ValueError, ImportError) as error:
         raise _refused(section, "model", error) from None
     return model

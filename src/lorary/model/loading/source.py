@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +46,21 @@ class ModelSection(Section):
         except ValidationError as error:
             problems = [_problem(dict(complaint)) for complaint in error.errors(include_url=False)]
             raise ConfigError("invalid model options:", problems) from None
+
+
+@dataclass(frozen=True)
+class ModelClass:
+    """The class and the configuration to load a model with; `lorary.model.loading.model_class` chooses them.
+
+    Args:
+        cls: of Transformers, possibly an Auto class.
+        config: of the model, with the labels of its head.
+        fresh: the parameters that the checkpoint does not hold, which Transformers draws at random: a new head.
+    """
+
+    cls: Any
+    config: Any
+    fresh: tuple[str, ...] = ()
 
 
 def _problem(complaint: dict[str, Any]) -> Diagnostic:

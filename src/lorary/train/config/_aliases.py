@@ -25,6 +25,7 @@ ALIASES = {
     "method.dropout": "lora_dropout",
     "method.targets": "target_modules lora_target_modules lora_target",
     "method.exclude": "exclude_modules",
+    "method.train_in_full": "modules_to_save lora_modules_to_save additional_target",
     "data.train": "dataset_name train_file",
     "data.validation": "validation_file",
     "data.validation_split": "val_set_size val_size",
@@ -75,9 +76,10 @@ PRESET_OF = {
 SHORTHAND = {"model": "id", "method": "name", "data": "train"}  # the key that a plain value in place of a section sets
 
 HINTS = {
-    "modules_to_save": "base weights stay frozen; the methods `bitfit` and `full` train them",
     "bias": "biases stay frozen; the method `bitfit` trains them",
-    "task_type": "`task` is sft or dpo; the kind of model comes from its own configuration",
+    "task_type": "`task` says what is trained; the kind of model comes from its own configuration",
+    "num_labels": "the labels are counted in the data, or listed in data.labels",
+    "reward_funcs": "write training.reward: FILE.py:FUNCTION",
     "fp16": "write model.dtype: float16",
     "loraplus_lr_ratio": "write method: {name: lora+, ratio: 16}",
     "eval_strategy": "evaluation runs every training.eval_steps, or once per epoch",

@@ -89,6 +89,10 @@ Layers = Annotated[
     _Layers, BeforeValidator(_valid_layers, json_schema_input_type=int | str | list[int | str] | dict[str, Any])
 ]
 
+Task = Literal["sft", "dpo", "kto", "grpo", "reward", "classification"]
+_Answers = Literal["text", "prompt-completion", "messages", "alpaca", "sharegpt"]
+Format = Literal["auto", _Answers, "preference", "prompt-completion-label", "prompt", "classification"]
+
 _Texts = tuple[PathPattern, ...]
 Names = Annotated[_Texts, BeforeValidator(_split, json_schema_input_type=str | _Texts)]
 SomeNames = Annotated[Names, Field(min_length=1)]

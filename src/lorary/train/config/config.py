@@ -8,6 +8,7 @@ generated from these models, so they cannot disagree. An unknown key is an error
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -25,6 +26,7 @@ from lorary.spec.presets import method, resolve_presets
 from lorary.train.config._fields import (
     Alpha,
     Count,
+    Format,
     Fraction,
     Integer,
     Layers,
@@ -36,11 +38,13 @@ from lorary.train.config._fields import (
     Size,
     SomeNames,
     Sources,
+    Task,
     Trackers,
 )
 from lorary.train.config._places import located
 from lorary.train.config.drop import DropSection
 from lorary.train.config.previous_tasks import load_previous_tasks
+from lorary.train.config.tasks import TASK_DEFAULTS, TASK_LR
 from lorary.train.config.yaml_source import dump
 
 if TYPE_CHECKING:
@@ -73,6 +77,12 @@ class MethodSection(Section):
     layers: Layers | None = Field(
         default=None, description="indices of the blocks to adapt: 0-15, [0, -1] or {decoder.block: 0-3}; empty: all"
     )
+    train_in_full: Names = Field(
+        default=(), description="modules to train in full beside the adapters: names, globs, norms or embeddings"
+    )
+    head: Literal["full", "frozen", "lora"] | None = Field(
+        default=None, description="how the output head trains; empty: a classifier's new head in full, others frozen"
+    )
     ranks: dict[PathPattern, Size] = Field(
         default={}, description='ranks by name, glob or re:REGEX, such as {"*.down_proj": 4}'
     )
@@ -92,16 +102,17 @@ class MethodSection(Section):
         options = {key: value for key in _LORA_OPTIONS if (value := getattr(self, key)) is not None}
         return method(*self.name, **options, **self.options)
 
-    def plan(self, model: nn.Module, past: Sequence[Adapter] | None = None) -> Plan:
+    def plan(self, model: nn.Module, past: Sequence[Adapter] | None = None, new: Sequence[str] = ()) -> Plan:
         """The plan of this method for a model, which stays unchanged. Raises what `build` and `lorary.plan` raise.
 
         Args:
             model: the base; it may be on the meta device.
             past: the adapters of `after` if they are loaded already.
+            new: parameters besides the head that no checkpoint holds: they train in full.
         """
         past = load_previous_tasks(self.after) if past is None else past
         options: dict[str, Any] = {"ranks": self.ranks, "alphas": self.alphas, "exclude": self.exclude}
-        options["layers"] = self.layers
+        options |= {"layers": self.layers, "full": (*self.train_in_full, *new), "head": self.head}
         planned = plan(model, self.build(), self.targets, **options, after=past)
         if self.drop is None:
             return planned
@@ -119,8 +130,11 @@ class DataSection(Section):
         default=0.0, description="share of the training rows to hold out when validation is empty"
     )
     subset: str | None = Field(default=None, description="configuration name of a Hub data set")
-    format: Literal["auto", "text", "prompt-completion", "messages", "alpaca", "sharegpt", "preference"] = Field(
+    format: Format = Field(
         default="auto", description="format of a row; auto: detected from its fields, and shown"
+    )
+    labels: SomeNames | None = Field(
+        default=None, description="classification: the labels in the order of the outputs; empty: those of the data"
     )
     columns: dict[str, str] = Field(default={}, description="your field names, such as {prompt: question}")
     max_length: Annotated[Integer, Field(ge=8, le=10_000_000)] = Field(
@@ -149,7 +163,7 @@ class TrainingSection(Section):
     gradient_accumulation_steps: Size = Field(default=4, description="forward passes per optimizer step")
     eval_batch_size: Size | None = Field(default=None, description="rows per device in evaluation; empty: batch_size")
     lr: Annotated[Number, Field(gt=0, le=1)] | None = Field(
-        default=None, description="learning rate; empty: 2e-4 (SFT) or 5e-6 (DPO), times the method's factor"
+        default=None, description="learning rate; empty: the task's (sft 2e-4, dpo 5e-6), times the method's factor"
     )
     schedule: Schedule = Field(default="cosine", description="learning-rate schedule, as Transformers names it")
     schedule_options: dict[str, Any] = Field(
@@ -204,6 +218,19 @@ class TrainingSection(Section):
     dpo_beta: Annotated[Number, Field(gt=0, le=1000)] | None = Field(
         default=None, description="DPO's beta, the pull to the base; empty: 0.1"
     )
+    kto_beta: Annotated[Number, Field(gt=0, le=1000)] | None = Field(
+        default=None, description="KTO's beta, the pull to the base; empty: 0.1"
+    )
+    grpo_beta: Annotated[Number, Field(ge=0, le=1000)] | None = Field(
+        default=None, description="GRPO's weight of the divergence from the base; empty: 0, none"
+    )
+    reward: str | None = Field(
+        default=None, description="GRPO's reward: FILE.py:FUNCTION, which runs; it takes completions, returns numbers"
+    )
+    num_generations: Annotated[Integer, Field(ge=2, le=65_536)] | None = Field(
+        default=None, description="GRPO: answers to each prompt, which are compared; empty: 8"
+    )
+    max_completion_length: Size | None = Field(default=None, description="GRPO: tokens of an answer; empty: 256")
 
     @property
     def keeps_best(self) -> bool:
@@ -219,7 +246,11 @@ class Config(Section):
     """
 
     model: ModelSection
-    task: Literal["sft", "dpo"] = Field(default="sft", description="sft: next-token prediction; dpo: preference pairs")
+    task: Task = Field(
+        default="sft",
+        description="sft: next-token prediction; dpo: preference pairs; kto: answers marked good or bad; grpo: a reward "
+        "function; reward: a reward model from preference pairs; classification: labels of texts",
+    )
     method: MethodSection = MethodSection()
     data: DataSection
     training: TrainingSection = TrainingSection()
@@ -245,10 +276,10 @@ class Config(Section):
         copy._places = places
         return copy
 
-    def plan(self, model: nn.Module, past: Sequence[Adapter] | None = None) -> Plan:
+    def plan(self, model: nn.Module, past: Sequence[Adapter] | None = None, new: Sequence[str] = ()) -> Plan:
         """`MethodSection.plan`, whose errors name the key of the configuration, or the flag of a command."""
         try:
-            return self.method.plan(model, past)
+            return self.method.plan(model, past, new)
         except PlanError as error:
             raise located(error, self._places) from error.__cause__
 
@@ -262,11 +293,13 @@ class Config(Section):
         notes: list[str] = []
         if self.training.max_steps is None:
             training["epochs"] = 3.0
-        if self.task == "dpo":
-            training["dpo_beta"] = 0.1
+        training |= TASK_DEFAULTS.get(self.task, {})
         if self.training.keeps_best and self.training.eval_steps != self.training.save_steps:
             steps = self.training.save_steps or self.training.eval_steps
             training |= {"eval_steps": steps, "save_steps": steps}
+        if self.task == "grpo":  # whole groups of answers
+            group = self.training.num_generations or training["num_generations"]
+            training["eval_batch_size"] = math.ceil(self.training.batch_size / group) * group
         if self.training.lr is None:
             training["lr"] = default_lr(self.task, self.method.name)
             notes = [f"training.lr: {training['lr']:g}, the default of {self.task} with {', '.join(self.method.name)}"]
@@ -305,13 +338,13 @@ def _with_defaults(section: AnySection, defaults: dict[str, Any]) -> AnySection:
 def default_lr(task: str, names: Sequence[str]) -> float:
     """The default peak learning rate of a task with these presets.
 
-    2e-4 for SFT and 5e-6 for DPO, ten times the rate of full fine-tuning. A preset with another rate
+    Ten times the rate of full fine-tuning: 2e-4 for SFT, 5e-6 for DPO (`TASK_LR`). A preset with another rate
     (`lorary.spec.presets.Preset.lr`) scales both; of several such presets the lowest rate counts.
     """
     found = resolve_presets(names)
     rates = [preset.lr for preset in found if preset.adapts] or [preset.lr for preset in found]
     lowest = min((rate for rate in rates if rate != LORA_LR), default=LORA_LR)
-    return float(f"{lowest * {'sft': 1.0, 'dpo': 5e-6 / LORA_LR}[task]:.6g}")
+    return float(f"{lowest * TASK_LR[task] / LORA_LR:.6g}")
 
 
 # Section -> its fields; "" is the top level.

@@ -11,6 +11,7 @@ from lorary.methods.lora_drop import sharing_problems
 from lorary.spec.interfaces import Sequential
 from lorary.train.config.config import Config
 from lorary.train.config.optimization import optimization_problems
+from lorary.train.config.tasks import ROWS, TASK_DEFAULTS, wrong_format
 
 
 def contradictions(config: Config) -> list[Diagnostic]:
@@ -39,24 +40,49 @@ def _unused(c: Config) -> Iterator[Diagnostic]:
 
 
 def _task(c: Config) -> Iterator[Diagnostic]:
-    """Fields of the other task."""
-    if c.task != "sft" and c.training.label_smoothing:
-        what = f"has no effect when task is `{c.task}`: it smooths next-token targets"
+    """Fields of other tasks."""
+    if c.task not in ("sft", "classification") and c.training.label_smoothing:
+        what = f"has no effect when task is `{c.task}`, whose loss is no cross-entropy"
         yield Diagnostic("training.label_smoothing", what, "remove it")
+    for owner, defaults in TASK_DEFAULTS.items():
+        for key in defaults:
+            if c.task != owner and getattr(c.training, key) is not None:
+                what = f"has no effect when task is `{c.task}`"
+                yield Diagnostic(f"training.{key}", what, f"remove it, or set task: {owner}")
+    if c.data.labels is not None and c.task != "classification":
+        what = f"has no effect when task is `{c.task}`"
+        yield Diagnostic("data.labels", what, "remove it, or set task: classification")
+    if c.data.format != "auto" and (why := wrong_format(c.task, c.data.format)):
+        yield Diagnostic("data.format", *why)
     if c.task == "sft":
-        if c.training.dpo_beta is not None:
-            yield Diagnostic("training.dpo_beta", "has no effect when task is `sft`", "remove it, or set task: dpo")
-        if c.data.format == "preference":
-            what = "task `sft` does not train on preference pairs"
-            yield Diagnostic("data.format", what, "set task: dpo, or map the answer with data.columns")
         return
     if c.data.packing:
-        yield Diagnostic("data.packing", "preference pairs are not packed", "remove it, or set task: sft")
+        yield Diagnostic("data.packing", f"{ROWS[c.task]} are not packed", "remove it, or set task: sft")
     if c.data.loss != "auto":
-        yield Diagnostic("data.loss", "has no effect when task is `dpo`: the loss compares the answers", "remove it")
-    if c.data.format not in ("auto", "preference"):
-        what = f"task `dpo` trains on preference pairs, not `{c.data.format}`"
-        yield Diagnostic("data.format", what, "use `preference` or task: sft")
+        why = "the loss compares the answers" if c.task in ("dpo", "kto", "reward") else "its loss is not of tokens"
+        yield Diagnostic("data.loss", f"has no effect when task is `{c.task}`: {why}", "remove it")
+    if c.task == "kto" and c.training.batch_size < 2:
+        what = "KTO compares the answers of a batch, and a batch of one has nothing to compare"
+        yield Diagnostic("training.batch_size", what, "use 2 or more; gradient_accumulation_steps may be 1")
+    if c.task == "grpo":
+        yield from _grpo(c)
+
+
+def _grpo(c: Config) -> Iterator[Diagnostic]:
+    """Fields that do not fit the groups of answers."""
+    t = c.training
+    group = t.num_generations or TASK_DEFAULTS["grpo"]["num_generations"]
+    if t.reward is None:
+        what = "task `grpo` needs a reward function"
+        yield Diagnostic("training.reward", what, "write one in a file and name it: rewards.py:function")
+    if c.data.overlong in ("truncate", "split"):
+        yield Diagnostic("data.overlong", "prompts cannot be cut: their end is the question", "use drop or error")
+    if (rows := t.batch_size * t.gradient_accumulation_steps) % group:
+        what = f"a step has {t.batch_size} x {t.gradient_accumulation_steps} = {rows} answers, in groups of {group}"
+        yield Diagnostic("training.num_generations", what, "make batch_size times gradient_accumulation_steps a multiple")
+    if t.eval_batch_size is not None and t.eval_batch_size % group:
+        what = f"{t.eval_batch_size} is not a multiple of num_generations ({group})"
+        yield Diagnostic("training.eval_batch_size", what, f"use {group}")
 
 
 def _steps(c: Config) -> Iterator[Diagnostic]:

@@ -35,6 +35,7 @@ class Lint:
         notes: what a user should know.
         problems: what must be fixed first.
         sample: the first row, as text.
+        has_answers: whether the rows hold answers to learn; prompts and labelled texts do not.
     """
 
     rows: int
@@ -45,6 +46,7 @@ class Lint:
     notes: tuple[str, ...]
     problems: tuple[Diagnostic, ...]
     sample: Pieces
+    has_answers: bool = True
 
     def refuse(self) -> None:
         """Raise if there is a problem.
@@ -88,6 +90,7 @@ def lint(tokens: Tokens, tokenizer: Any, vocabulary: int, held_out: Tokens | Non
         notes=tuple(notes),
         problems=problems,
         sample=pieces(*rows[0], tokenizer) if rows else (),
+        has_answers=tokens.has_answers,
     )
 
 
@@ -98,15 +101,19 @@ def percentiles(lengths: Sequence[int]) -> dict[int, int]:
 
 
 def _flat(row: Row) -> Flat:
-    """The ids and labels of an SFT row, or of a preference pair's prompt and better answer."""
-    labels = row["labels"] if "labels" in row else [IGNORED] * len(row["prompt_ids"]) + row["chosen_ids"]
-    return token_ids(row), labels
+    """The ids and labels of a row, or of its prompt and its first or only answer."""
+    ids = token_ids(row)
+    if "prompt_ids" in row:
+        return ids, [IGNORED] * len(row["prompt_ids"]) + ids[len(row["prompt_ids"]) :]
+    return ids, row.get("labels", [IGNORED] * len(ids))
 
 
 def _labels(tokens: Tokens, rows: list[Flat], labelled: float) -> list[Diagnostic]:
     if not rows:
         what = f"no row is left: {tokens.dropped:,} of {len(tokens.lengths):,} are longer than data.max_length"
         return [Diagnostic("", what, "raise data.max_length")]
+    if not tokens.has_answers:
+        return []
     # the first token of a row has nothing to be predicted from, so its label does not count
     silent = sum(all(label == IGNORED for label in labels[1:]) for _, labels in rows)
     if silent == len(rows):
@@ -149,6 +156,8 @@ def _missing_bos(tokens: Tokens, rows: list[Flat], tokenizer: Any) -> list[str]:
 
 def _ends(tokens: Tokens, rows: list[Flat], tokenizer: Any) -> tuple[list[Diagnostic], list[str]]:
     """Whether the end of an answer has a label, so that the model learns to stop."""
+    if not tokens.has_answers:
+        return [], []
     if tokenizer.eos_token_id is None:
         return [], ["the tokenizer has no EOS: the model will not learn to stop"]
     last = {next((i for i in reversed(labels) if i != IGNORED), None) for _, labels in rows}
@@ -199,7 +208,7 @@ def summary(lint: Lint) -> list[str]:
     return [
         f"rows      {lint.rows:,} to train on, {lint.held_out:,} held out",
         f"tokens    per row: {lengths}; {lint.truncated:.1%} of the rows cut",
-        f"labelled  {lint.labelled:.1%} of the tokens",
+        *([f"labelled  {lint.labelled:.1%} of the tokens"] if lint.has_answers else []),
         *(f"note      {note}" for note in lint.notes),
         *(f"problem   {problem}" for problem in lint.problems),
     ]
@@ -208,7 +217,8 @@ def summary(lint: Lint) -> list[str]:
 def text(lint: Lint) -> str:
     """The lint as plain text, with [[ ]] around labelled tokens."""
     sample = "".join(f"[[{piece}]]" if labelled else piece for piece, labelled in lint.sample)
-    return "\n".join([*summary(lint), "sample    [[labelled]], the rest is context", sample])
+    head = "sample    [[labelled]], the rest is context" if lint.has_answers else "sample"
+    return "\n".join([*summary(lint), head, sample])
 
 
 def rich_text(lint: Lint) -> Text:
@@ -216,7 +226,10 @@ def rich_text(lint: Lint) -> Text:
     from rich.text import Text
 
     shown = Text("\n".join([*summary(lint), ""]))
-    shown.append("sample    ").append("labelled", "underline green").append(", the rest is context\n")
+    shown.append("sample    ")
+    if lint.has_answers:
+        shown.append("labelled", "underline green").append(", the rest is context")
+    shown.append("\n")
     for piece, labelled in lint.sample:
         shown.append(piece, "underline green" if labelled else "dim")
     return shown

@@ -9,6 +9,7 @@ from typing import Any
 
 from lorary.errors import DataError, Diagnostic
 from lorary.train.config.config import DataSection
+from lorary.train.config.tasks import FORMATS, wrong_format
 from lorary.train.data._records import Record
 from lorary.train.data._sources import read_source
 from lorary.train.data.row_formats import Example, detect, normalise, unused
@@ -36,18 +37,16 @@ def load(section: DataSection, task: str = "sft", seed: int = 42) -> Data:
 
     Args:
         section: the section.
-        task: "sft", or "dpo" for preference pairs.
+        task: of the configuration; each takes rows of its own formats.
         seed: seed of the random held-out rows of `validation_split`.
 
     Raises:
         DataError: a source cannot be read, the rows have no common format, or the task cannot use their format.
     """
     name, rows = _read(section.train, "train", section)
-    row_format = _format(rows, name, section)
-    if (row_format == "preference") != (task == "dpo"):
-        what = f"the rows are in the format {row_format}, and the task is {task}"
-        fix = "set task: dpo" if task == "sft" else "DPO trains on rows with `prompt`, `chosen` and `rejected`"
-        raise DataError(f"cannot train on {name}:", [Diagnostic("data", what, fix)])
+    row_format = _format(rows, name, section, task)
+    if why := wrong_format(task, row_format):
+        raise DataError(f"cannot train on {name}:", [Diagnostic("data", *why)])
     notes = [
         f"{name}: {len(rows):,} rows in the format {row_format}{' (detected)' if section.format == 'auto' else ''}"
     ]
@@ -83,8 +82,8 @@ def _read(sources: Sequence[str], split: str, section: DataSection) -> tuple[str
     return ", ".join(sources), [_renamed(record, section.columns) for record in records]
 
 
-def _format(rows: list[Record], name: str, section: DataSection) -> str:
-    return detect(rows, name) if section.format == "auto" else section.format
+def _format(rows: list[Record], name: str, section: DataSection, task: str = "sft") -> str:
+    return detect(rows, name, FORMATS.get(task, ())) if section.format == "auto" else section.format
 
 
 def _examples(rows: list[Record], row_format: str, name: str) -> list[Example]:

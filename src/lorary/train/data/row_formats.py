@@ -8,6 +8,8 @@
 | alpaca | instruction, output, input?, system? | `Chat` |
 | sharegpt | conversations [{from, value}], system?, tools? | `Chat` |
 | preference | prompt?, chosen, rejected (texts, or lists of messages) | `Preference` |
+
+The formats of other tasks (`lorary.train.data.task_rows`) are detected likewise, a prompt alone last.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 
 from lorary.errors import DataError, Diagnostic, nearest
 from lorary.train.data._records import Record, convert, texts
+from lorary.train.data.task_rows import Judged, Labelled, Prompt, read_judged, read_labelled, read_prompt
 
 Messages = list[dict[str, Any]]
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -64,7 +67,7 @@ class Preference:
     where: str
 
 
-Example = Text | Pair | Chat | Preference
+Example = Text | Pair | Chat | Preference | Judged | Prompt | Labelled
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,21 @@ class RowFormat:
     read: Callable[[Mapping[str, Any], str], Example]
 
 
-def detect(records: Sequence[Record], name: str) -> str:
+def detect(records: Sequence[Record], name: str, preferred: Sequence[str] = ()) -> str:
     """The most frequent format of the rows.
+
+    Args:
+        records: the rows.
+        name: of their source, for errors.
+        preferred: the formats of a task; one of them that the first row has is taken before any other.
 
     Raises:
         DataError: no row has a known format.
     """
+    first = records[0].value if records else None
+    for kind in preferred:
+        if isinstance(first, dict) and not _missing(first, ROW_FORMATS[kind]):
+            return kind
     votes = Counter(found for record in records if (found := format_of(record.value)))
     if votes:
         return votes.most_common(1)[0][0]
@@ -116,6 +128,8 @@ def normalise(records: Sequence[Record], kind: str, name: str) -> list[Example]:
 
 def unused(records: Sequence[Record], kind: str) -> list[str]:
     """The fields of the rows that the format does not use."""
+    if kind == "prompt":  # the reward function may take all of them
+        return []
     known = {*ROW_FORMATS[kind].required, *ROW_FORMATS[kind].optional}
     return sorted({key for record in records for key in record.value if key not in known})
 
@@ -286,7 +300,14 @@ ROW_FORMATS: dict[str, RowFormat] = {
     "preference": RowFormat(("chosen", "rejected"), ("prompt",), _preference),
     "messages": RowFormat(("messages",), ("tools",), _messages),
     "sharegpt": RowFormat(("conversations",), ("system", "tools"), _sharegpt),
+    "prompt-completion-label": RowFormat(
+        ("prompt", "completion", "label"), (), lambda row, where: read_judged(row, where, _turns)
+    ),
     "prompt-completion": RowFormat(("prompt", "completion"), ("tools",), _pair),
     "alpaca": RowFormat(("instruction", "output"), ("input", "system", "history"), _alpaca),
+    "classification": RowFormat(
+        ("text", "label"), ("text_pair",), lambda row, where: read_labelled(row, where, _turns)
+    ),
     "text": RowFormat(("text",), (), _text),
+    "prompt": RowFormat(("prompt",), (), lambda row, where: read_prompt(row, where, _turns)),
 }

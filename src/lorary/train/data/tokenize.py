@@ -12,13 +12,14 @@ from typing import Any
 
 from lorary.errors import DataError, Diagnostic
 from lorary.train.config.config import DataSection
-from lorary.train.data import chat, encode
+from lorary.train.data import chat, encode, task_tokens
 from lorary.train.data._records import BadRows, convert, source_of
 from lorary.train.data.row_formats import Chat, Example, Pair, Preference, Text
+from lorary.train.data.task_rows import Judged, Labelled, Labels, Prompt
 
 IGNORED = -100
-ANSWERS = ("chosen_ids", "rejected_ids")
-Row = dict[str, list[int]]
+ANSWERS = ("chosen_ids", "rejected_ids", "completion_ids")
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Tokens:
     """Tokenized rows.
 
     Args:
-        rows: for SFT `input_ids` and `labels` (IGNORED outside the loss); for DPO `prompt_ids`, `chosen_ids` and
-            `rejected_ids`.
+        rows: for SFT `input_ids` and `labels` (IGNORED outside the loss); for DPO and reward models `prompt_ids`,
+            `chosen_ids` and `rejected_ids`; for the others see `lorary.train.data.task_tokens`.
         lengths: tokens per example, before truncation.
         truncated: number of examples that lost tokens.
         dropped: number of examples that were left out for their length.
@@ -35,6 +36,7 @@ class Tokens:
         joined: number of examples whose prompt and answer share a token.
         plain: whether every token is in the loss, as in plain text.
         sources: the file or data set of every row.
+        has_answers: whether the rows end with an answer to learn; prompts and labelled texts do not.
     """
 
     rows: tuple[Row, ...]
@@ -45,15 +47,19 @@ class Tokens:
     joined: int = 0
     plain: bool = False
     sources: tuple[str, ...] = ()
+    has_answers: bool = True
 
 
-def tokenize(examples: Sequence[Example], tokenizer: Any, section: DataSection) -> Tokens:
+def tokenize(
+    examples: Sequence[Example], tokenizer: Any, section: DataSection, labels: Labels | None = None
+) -> Tokens:
     """Rows of at most `section.max_length` tokens.
 
     Args:
         examples: of one kind, as `lorary.train.data.load.load` returns them.
         tokenizer: a fast Transformers tokenizer; it gets the template that `section.chat_template` names.
         section: the `data` section of the configuration.
+        labels: of a classification.
 
     Raises:
         DataError: a chat template is missing or refuses a row; rows are too long and may not be cut; plain text with
@@ -64,10 +70,13 @@ def tokenize(examples: Sequence[Example], tokenizer: Any, section: DataSection) 
     if isinstance(first, Text) and section.loss == "completion":
         what = "`completion` trains on answers only, and plain text has none"
         raise DataError("cannot mask the data:", [Diagnostic("data.loss", what, "use `all`, or rows with a prompt")])
-    if isinstance(first, Chat) or (isinstance(first, Preference) and not isinstance(first.prompt, str)):
+    if isinstance(first, Chat) or not isinstance(getattr(first, "prompt", ""), str):
         chat.require_template(tokenizer, first.where)
-    everything = section.loss == "all" or isinstance(first, Text)
     special = encode.special_ids(tokenizer)
+    if isinstance(first, Judged | Prompt | Labelled):
+        rows = convert(examples, lambda row: task_tokens.encoded(row, tokenizer, special, labels), "the data")
+        return _fitted(examples, rows, section, 0, isinstance(first, Labelled))
+    everything = section.loss == "all" or isinstance(first, Text)
     encoded = convert(examples, lambda example: _encoded(example, tokenizer, special, everything), "the data")
     return _fitted(examples, [row for row, _ in encoded], section, sum(shares for _, shares in encoded), everything)
 
@@ -113,19 +122,26 @@ def _fitted(examples: Sequence[Example], rows: list[Row], section: DataSection, 
         split=shortened if policy == "split" else 0,
         joined=joined,
         plain=plain,
+        has_answers=not isinstance(examples[0], Prompt | Labelled),
         sources=tuple(source_of(example.where) for example, parts in zip(examples, kept, strict=True) for _ in parts),
     )
 
 
 def token_ids(row: Row) -> list[int]:
-    """The ids of an SFT row, or of a preference pair's prompt and better answer."""
-    return row["input_ids"] if "input_ids" in row else row["prompt_ids"] + row["chosen_ids"]
+    """The ids of a row, or of its prompt and its first or only answer."""
+    ids: list[int] = row["input_ids"] if "input_ids" in row else row["prompt_ids"] + _answers(row)[0]
+    return ids
+
+
+def _answers(row: Row) -> list[list[int]]:
+    """The answers of a row after its prompt; one without tokens if it has none."""
+    return [row[key] for key in ANSWERS if key in row] or [[]]
 
 
 def _length(row: Row) -> int:
     if "input_ids" in row:
         return len(row["input_ids"])
-    return len(row["prompt_ids"]) + max(len(row[key]) for key in ANSWERS)
+    return len(row["prompt_ids"]) + max(map(len, _answers(row)))
 
 
 def _shortened(row: Row, policy: str, most: int) -> list[Row]:
@@ -135,11 +151,13 @@ def _shortened(row: Row, policy: str, most: int) -> list[Row]:
         return [part for part in parts if len(part["input_ids"]) > 1]  # a single token predicts nothing
     if policy == "drop":
         return []
+    if "input_ids" in row and "labels" not in row:
+        return [task_tokens.shortened(row, most)]
     if "input_ids" in row:
         cut = {key: ids[:most] for key, ids in row.items()}
         return [cut] if any(label != IGNORED for label in cut["labels"][1:]) else []
     room = most - len(row["prompt_ids"])
-    return [row | {key: row[key][:room] for key in ANSWERS}] if room > 0 else []
+    return [row | {key: row[key][:room] for key in ANSWERS if key in row}] if room > 0 else []
 
 
 def _refuse_overlong(lengths: Sequence[int], examples: Sequence[Example], most: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,36 @@ import lorary
 from lorary.model.loading.from_pretrained import load_model, load_storage
 from lorary.train.config.previous_tasks import check_base
 from lorary.train.data.sequence_packing import check_packing
+from lorary.train.data.tokenize import Row
 from lorary.train.runner.prepare import RunPlan
 from lorary.train.trainer.arguments import training_arguments
+from lorary.train.trainer.classification import ClassificationTrainer
 from lorary.train.trainer.dpo import DPOTrainer
 from lorary.train.trainer.failure_messages import is_out_of_memory, model_too_large
+from lorary.train.trainer.grpo import GRPOTrainer
+from lorary.train.trainer.kto import KTOTrainer
 from lorary.train.trainer.resume import plan_with_saved_start
+from lorary.train.trainer.reward import RewardTrainer, with_prompts
+from lorary.train.trainer.rng import seeded
 from lorary.train.trainer.sft import SFTTrainer
+
+_TRAINERS = {
+    "sft": SFTTrainer,
+    "dpo": DPOTrainer,
+    "kto": KTOTrainer,
+    "grpo": GRPOTrainer,
+    "reward": RewardTrainer,
+    "classification": ClassificationTrainer,
+}
 
 
 def build_model(prepared: RunPlan, resumed: Path | None = None) -> Any:
     """The base with its method attached; resumed, with the initial factors of the checkpoint."""
     try:
         plan = prepared.plan if resumed is None else plan_with_saved_start(prepared.plan, resumed)
-        base = load_model(prepared.config.model, load_storage(plan.method), plan.quantized)
+        with seeded(prepared.config.training.seed):  # a new head is drawn here
+            storage = load_storage(plan.method)
+            base = load_model(prepared.config.model, storage, plan.quantized, model_class=prepared.base)
         check_base(prepared.config.method.after, prepared.past, base)
         return lorary.attach(base, plan, seed=prepared.config.training.seed)
     except (MemoryError, RuntimeError) as error:
@@ -52,21 +69,35 @@ def build_trainer(
     patience = prepared.config.training.early_stopping_patience
     if patience is not None:
         callbacks = [*callbacks, EarlyStoppingCallback(early_stopping_patience=patience)]
-    trainer_class = DPOTrainer if prepared.config.task == "dpo" else SFTTrainer
+    options: dict[str, Any] = {}
+    if prepared.labels is not None:
+        options["labels"] = prepared.labels
+    if prepared.reward is not None:
+        options["reward"] = prepared.reward
     with _no_progress_bars():
-        trainer = trainer_class(
+        trainer = _TRAINERS[prepared.config.task](
             model=model,
             args=training_arguments(prepared.config, output, held_out=bool(held_out), resumed=resumed),
-            train_dataset=Dataset.from_list(list(prepared.train.rows)),
-            eval_dataset=Dataset.from_list(list(held_out)) if held_out else None,
+            train_dataset=_dataset(prepared.config.task, prepared.train.rows),
+            eval_dataset=_dataset(prepared.config.task, held_out) if held_out else None,
             processing_class=prepared.tokenizer,
             callbacks=callbacks,
+            **options,
         )
     trainer.remove_callback(PrinterCallback)
     trainer.predicted = prepared.memory
     if prepared.config.data.packing:
         check_packing(model, trainer.data_collator)
     return trainer
+
+
+def _dataset(task: str, rows: Sequence[Row]) -> Dataset:
+    """The rows as the task's trainer takes them."""
+    if task == "reward":
+        return Dataset.from_list([with_prompts(row) for row in rows])
+    if task == "grpo":  # the trainer encodes the prompts
+        return Dataset.from_list([{key: value for key, value in row.items() if key != "prompt_ids"} for row in rows])
+    return Dataset.from_list(list(rows))
 
 
 @contextmanager

@@ -49,9 +49,9 @@ def forecast(config: Config, model: nn.Module, planned: Plan | None = None) -> F
 
 
 def workload(config: Config, model: Any) -> Workload:
-    """The micro-batch of a run; DPO scores a preferred and a rejected answer for every row."""
+    """The micro-batch of a run; DPO and reward models score a preferred and a rejected answer for every row."""
     training, kind = config.training, load_dtype(config.model, model.config)
-    batch = training.batch_size * (2 if config.task == "dpo" else 1)
+    batch = training.batch_size * (2 if config.task in ("dpo", "reward") else 1)
     return Workload(
         batch=batch,
         length=config.data.max_length,

@@ -14,18 +14,24 @@ from trl import pack_dataset
 from lorary.adapters.adapter import Adapter
 from lorary.analysis.memory.memory import Memory
 from lorary.analysis.memory.predict import predict
-from lorary.errors import ConfigError
+from lorary.errors import ConfigError, DataError, Diagnostic
 from lorary.layers.rope import max_context, rope_parameters
 from lorary.model.loading.checkpoint_kind import reader
 from lorary.model.loading.from_pretrained import load_config, load_dtype, load_tokenizer, skeleton
+from lorary.model.loading.model_class import check_task
+from lorary.model.loading.source import ModelClass
 from lorary.model.plan import Plan
 from lorary.train.config.config import Config
 from lorary.train.config.conflicts import contradictions
 from lorary.train.config.previous_tasks import load_previous_tasks, with_digests
+from lorary.train.data.labels import label_notes
 from lorary.train.data.lint import Lint, lint
 from lorary.train.data.load import load
+from lorary.train.data.task_rows import Labels
 from lorary.train.data.tokenize import Tokens, tokenize
 from lorary.train.runner.memory_forecast import workload
+from lorary.train.runner.task_base import base_of_task, new_modules, with_labels
+from lorary.train.trainer.reward_function import Reward, load_reward
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,9 @@ class RunPlan:
         steps: optimizer steps.
         notes: about the configuration and the data.
         past: the adapters of earlier tasks.
+        base: the class and configuration to load the model with; None for a causal language model.
+        labels: of a classification.
+        reward: of GRPO.
     """
 
     config: Config
@@ -55,6 +64,9 @@ class RunPlan:
     steps: int
     notes: tuple[str, ...]
     past: tuple[Adapter, ...] = ()
+    base: ModelClass | None = None
+    labels: Labels | None = None
+    reward: Reward | None = None
 
 
 def prepare(config: Config, *, processes: int = 1) -> RunPlan:
@@ -73,32 +85,45 @@ def prepare(config: Config, *, processes: int = 1) -> RunPlan:
     past = load_previous_tasks(config.method.after)
     method = config.method.model_copy(update={"after": with_digests(config.method.after, past)})
     config = config.model_copy(update={"method": method})
-    model = skeleton(config.model)
-    plan = config.plan(model, past)
-    reader(config.model.id, model.config, plan.method.storage, None)  # refuses other quantisations
+    check_task(config.model, load_config(config.model), config.task)
     tokenizer = load_tokenizer(config.model)
     data = load(config.data, config.task, config.training.seed)
-    train = tokenize(data.train, tokenizer, config.data)
-    held_out = tokenize(data.validation, tokenizer, config.data) if data.validation else None
+    reward = load_reward(config.training.reward) if config.training.reward else None
+    config, labels = with_labels(config, data)
+    base = base_of_task(config, labels, tokenizer)
+    model = skeleton(config.model, base)
+    plan = config.plan(model, past, new_modules(config, base, model))
+    reader(config.model.id, model.config, plan.method.storage, None)  # refuses other quantisations
+    train = tokenize(data.train, tokenizer, config.data, labels)
+    held_out = tokenize(data.validation, tokenizer, config.data, labels) if data.validation else None
+    if reward is not None:
+        reward.check(set(train.rows[0]) - {"prompt", "prompt_ids"} if train.rows else set())
     report = lint(train, tokenizer, model.get_input_embeddings().num_embeddings, held_out)
     report.refuse()
     memory = _memory(config, model, plan, report)
     notes = (*config.notes, *data.notes, *report.notes, *plan.notes, *_dtype_note(config))
+    notes += tuple(label_notes(labels)) if labels else ()
     notes += _length_notes(model.config.get_text_config(), plan, _longest(config, report))
     steps = _count_steps(config, train, processes)
-    return RunPlan(config, tokenizer, train, held_out, report, plan, memory, steps, notes, tuple(past))
+    return RunPlan(
+        config, tokenizer, train, held_out, report, plan, memory, steps, notes, tuple(past), base, labels, reward
+    )
 
 
 def with_plan(prepared: RunPlan, plan: Plan) -> RunPlan:
     """The same run with another plan for its model, and with the memory and the notes of that plan."""
-    memory = _memory(prepared.config, skeleton(prepared.config.model), plan, prepared.lint)
+    memory = _memory(prepared.config, skeleton(prepared.config.model, prepared.base), plan, prepared.lint)
     notes = [note for note in prepared.notes if note not in prepared.plan.notes]
     return dataclasses.replace(prepared, plan=plan, memory=memory, notes=(*notes, *plan.notes))
 
 
 def _memory(config: Config, model: Any, plan: Plan, report: Lint) -> Memory:
     """The memory of batches in which every row is as long as the longest."""
-    batch = dataclasses.replace(workload(config, model), length=_longest(config, report), labelled=report.labelled)
+    length = _longest(config, report)
+    labelled = report.labelled if report.has_answers else 1.0
+    if answer := config.training.max_completion_length:
+        length, labelled = length + answer, answer / (length + answer)
+    batch = dataclasses.replace(workload(config, model), length=length, labelled=labelled)
     optimizer = config.training.optimizer
     paged = torch.cuda.is_available()  # a CPU has nothing to page
     return predict(model, plan, batch, optimizer if paged else optimizer.removeprefix("paged_"))
@@ -121,13 +146,30 @@ def _length_notes(model_config: Any, plan: Plan, longest: int) -> tuple[str, ...
 
 def _count_steps(config: Config, train: Tokens, processes: int) -> int:
     t, rows = config.training, len(train.rows)
-    if t.max_steps is not None:
+    if t.max_steps is not None and config.task != "grpo":
         return t.max_steps
     if config.data.packing:  # TRL's own packing, on the lengths alone
         lengths = [{"input_ids": [0] * len(row["input_ids"])} for row in train.rows]
         rows = len(pack_dataset(Dataset.from_list(lengths), config.data.max_length, "bfd"))
+    if config.task == "grpo":
+        return _grpo_steps(config, rows, processes)
     batches = math.ceil(rows / (t.batch_size * processes))
     return math.ceil((t.epochs or 1) * math.ceil(batches / t.gradient_accumulation_steps))
+
+
+def _grpo_steps(config: Config, prompts: int, processes: int) -> int:
+    """Optimizer steps of GRPO, which takes the prompts of a whole step at once.
+
+    Raises:
+        DataError: there are too few for one.
+    """
+    t = config.training
+    each = t.batch_size * t.gradient_accumulation_steps * processes // (t.num_generations or 1)
+    if prompts < each:
+        what = f"there are {prompts:,} prompts, and a step takes {each:,}"
+        fix = "lower training.batch_size or gradient_accumulation_steps, or raise num_generations"
+        raise DataError("too few prompts:", [Diagnostic("data.train", what, fix)])
+    return t.max_steps or math.ceil((t.epochs or 1) * (prompts // each))
 
 
 def _dtype_note(config: Config) -> list[str]:

@@ -1,4 +1,4 @@
-"""TRL's training arguments for a configuration."""
+"""The trainer's arguments for a configuration."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trl import DPOConfig, SFTConfig
+from transformers import TrainingArguments
+from trl import DPOConfig, GRPOConfig, KTOConfig, RewardConfig, SFTConfig
 
 from lorary.train.config.config import Config
 from lorary.train.trainer.distributed import cpu_only
@@ -17,7 +18,7 @@ _ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
 
 
 def training_arguments(config: Config, output: Path, *, held_out: bool, resumed: bool) -> Any:
-    """`SFTConfig` or `DPOConfig` for a resolved configuration.
+    """The arguments of the task's trainer, such as `trl.SFTConfig`, for a resolved configuration.
 
     Args:
         config: after `resolve`.
@@ -67,8 +68,25 @@ def training_arguments(config: Config, output: Path, *, held_out: bool, resumed:
         options |= {"load_best_model_at_end": True}
     if t.keeps_best or t.schedule == "reduce_lr_on_plateau":
         options |= {"metric_for_best_model": "eval_loss", "greater_is_better": False}
-    if config.task == "dpo":
+        if config.task == "grpo":  # whose loss says nothing: it is near zero at every reward
+            options |= {"metric_for_best_model": "eval_reward", "greater_is_better": True}
+    return _of_task(config, options)
+
+
+def _of_task(config: Config, options: dict[str, Any]) -> Any:
+    t, task = config.training, config.task
+    if task == "dpo":
         return DPOConfig(**options, beta=t.dpo_beta, max_length=None)
+    if task == "kto":
+        return KTOConfig(**options, beta=t.kto_beta, max_length=None, train_sampling_strategy="random")
+    if task == "reward":
+        return RewardConfig(**options, max_length=None)
+    if task == "grpo":
+        groups = {"num_generations": t.num_generations, "max_completion_length": t.max_completion_length}
+        return GRPOConfig(**options, **groups, beta=t.grpo_beta)
+    if task == "classification":
+        del options["gradient_checkpointing"]  # which only TRL sets
+        return TrainingArguments(**options, label_smoothing_factor=t.label_smoothing)
     packing = config.data.packing
     options["label_smoothing_factor"] = t.label_smoothing
     return SFTConfig(

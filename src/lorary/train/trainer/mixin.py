@@ -1,4 +1,4 @@
-"""lorary in TRL's trainers: the mixin of `lorary.train.trainer.sft` and `lorary.train.trainer.dpo`.
+"""lorary in TRL's trainers: the mixin of the trainer of each task (`sft`, `dpo`, `kto`, `grpo`, `reward`, ...).
 
 Everything that Transformers, TRL and accelerate can do is unchanged: packing, completion-only loss, gradient
 accumulation and checkpointing, mixed precision, evaluation, early stopping, loggers, DDP and FSDP2. The mixin changes
@@ -63,14 +63,14 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
     """Mixin over a TRL trainer, for a model with a method attached.
 
     Args:
-        model: a causal language model, after `lorary.attach`.
+        model: a causal language model or a classifier, as the trainer trains it, after `lorary.attach`.
         args: the trainer's own configuration.
         callbacks: Transformers' callbacks.
         rest: further arguments of the trainer: data sets, tokenizer.
 
     Attributes:
         rules: the method's `lorary.Rules`, once training has begun.
-        head: the labelled head, which computes the losses.
+        head: the labelled head, which computes the losses of tokens.
         stop_signal: records SIGTERM and SIGINT during training.
         guard: the NaN guard; its `stop` is the signal that ended training, or 0.
         sampler: the order of the rows; None for a stream.
@@ -84,6 +84,7 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
     """
 
     statistics: tuple[str, ...] = ("entropy", "is_top1")
+    scores_tokens = True  # whether the loss is computed from the log-probabilities of tokens
 
     def __init__(self, *, model: Any, args: Any, callbacks: list[Any] | None = None, **rest: Any) -> None:
         sites = require_attached(model, "train").sites
@@ -110,10 +111,10 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
         distributed.check_strategy(self.accelerator.state)
         if self.is_fsdp_enabled and any(site.share for site in sites):
             distributed.refuse_sharding_shared_layers()
-        del model.__dict__["forward"]  # TRL's own head
+        model.__dict__.pop("forward", None)  # TRL's own head
         if before is not None:
             model.__dict__["forward"] = before
-        self.head = LabelledHead(model, self.statistics).install()
+        self.head = LabelledHead(model, self.statistics).install() if self.scores_tokens else _OwnHead()
 
     def create_accelerator_and_postprocess(self) -> None:
         """Transformers' own, and FSDP2 on CPUs, where accelerate would silently use DDP."""
@@ -130,7 +131,8 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The trainer's loss, in training with the gradient of the penalties, whose value is logged separately."""
-        self.batch = tuple(inputs["input_ids"].shape), self.model.training
+        ids = inputs["input_ids"] if "input_ids" in inputs else inputs["completion_ids"]
+        self.batch = tuple(ids.shape), self.model.training
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         rules = self.rules.rules if self.rules is not None and self.model.training else ()
         if not rules or not self.accelerator.sync_gradients:
@@ -292,6 +294,13 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
         resume.warn_of_pruning_since(best, self.state.best_global_step, self.rule_report().get("ranks", {}))
         resize_adapters(self.unwrapped_model(), best.sites)
         resume.load_into(self.unwrapped_model(), best)
+
+
+class _OwnHead:
+    """The head of a model that computes its own loss."""
+
+    def remove(self) -> None:
+        """Nothing: the model's `forward` is its own."""
 
 
 class _Events(TrainerCallback):  # type: ignore[misc]  # Transformers has no types

@@ -47,6 +47,14 @@ def preserved() -> Iterator[None]:
         restore(state)
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """A context in which PyTorch draws from a seed; every stream is restored at its end."""
+    with preserved():
+        torch.manual_seed(seed)
+        yield
+
+
 def _device_backend() -> Any:
     """`torch.cuda`, `torch.xpu` or the like, if it has a stream for each device."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
