@@ -12,8 +12,9 @@ from datasets import Dataset
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 
 import lorary
+from lorary.adapters.switch import put_on
 from lorary.model.loading.from_pretrained import load_model, load_storage
-from lorary.train.config.previous_tasks import check_base
+from lorary.train.config.previous_tasks import check_base, path_of
 from lorary.train.data.sequence_packing import check_packing
 from lorary.train.runner.prepare import RunPlan
 from lorary.train.trainer.arguments import training_arguments
@@ -27,7 +28,12 @@ def build_model(prepared: RunPlan, resumed: Path | None = None) -> Any:
     """The base with its method attached; resumed, with the initial factors of the checkpoint."""
     try:
         plan = prepared.plan if resumed is None else plan_with_saved_start(prepared.plan, resumed)
-        base = load_model(prepared.config.model, load_storage(plan.method), plan.quantized)
+        full = prepared.start.full if prepared.start else ()
+        base = load_model(prepared.config.model, load_storage(plan.method, full), plan.quantized)
+        if prepared.start is not None:
+            folder = path_of(str(prepared.config.model.adapter))
+            put_on(base, prepared.start, folder, trainable=True, fix="set model.id to the base that it was trained on")
+            return base
         check_base(prepared.config.method.after, prepared.past, base)
         return lorary.attach(base, plan, seed=prepared.config.training.seed)
     except (MemoryError, RuntimeError) as error:
@@ -52,9 +58,11 @@ def build_trainer(
     patience = prepared.config.training.early_stopping_patience
     if patience is not None:
         callbacks = [*callbacks, EarlyStoppingCallback(early_stopping_patience=patience)]
-    trainer_class = DPOTrainer if prepared.config.task == "dpo" else SFTTrainer
+    dpo = prepared.config.task == "dpo"
+    options = {"reference": prepared.config.training.dpo_reference or "base"} if dpo else {}
     with _no_progress_bars():
-        trainer = trainer_class(
+        trainer = (DPOTrainer if dpo else SFTTrainer)(
+            **options,
             model=model,
             args=training_arguments(prepared.config, output, held_out=bool(held_out), resumed=resumed),
             train_dataset=Dataset.from_list(list(prepared.train.rows)),

@@ -177,7 +177,7 @@ def json_line(record: dict[str, Any]) -> str:
 
 
 def _differences(saved: dict[str, Any], config: Config) -> Sequence[Diagnostic]:
-    old, new = _flatten(saved), _flatten(config.model_dump(mode="json"))
+    old, new = _flatten(saved), _flatten(config.record())
     fix = "resume with the run's own configuration"
     return [
         Diagnostic(key, f"{old.get(key)!r} in the run, {new.get(key)!r} here", fix)

@@ -19,9 +19,11 @@ from lorary.layers.rope import max_context, rope_parameters
 from lorary.model.loading.checkpoint_kind import reader
 from lorary.model.loading.from_pretrained import load_config, load_dtype, load_tokenizer, skeleton
 from lorary.model.plan import Plan
+from lorary.spec.presets import names_of
 from lorary.train.config.config import Config
 from lorary.train.config.conflicts import contradictions
-from lorary.train.config.previous_tasks import load_previous_tasks, with_digests
+from lorary.train.config.previous_tasks import load_previous_tasks, path_of, with_digests
+from lorary.train.config.starting_adapter import load_start, plan_to_go_on, with_digest
 from lorary.train.data.lint import Lint, lint
 from lorary.train.data.load import load
 from lorary.train.data.tokenize import Tokens, tokenize
@@ -43,6 +45,7 @@ class RunPlan:
         steps: optimizer steps.
         notes: about the configuration and the data.
         past: the adapters of earlier tasks.
+        start: the adapter to go on from.
     """
 
     config: Config
@@ -55,6 +58,7 @@ class RunPlan:
     steps: int
     notes: tuple[str, ...]
     past: tuple[Adapter, ...] = ()
+    start: Adapter | None = None
 
 
 def prepare(config: Config, *, processes: int = 1) -> RunPlan:
@@ -67,14 +71,12 @@ def prepare(config: Config, *, processes: int = 1) -> RunPlan:
     Raises:
         LoraryError: the configuration, the method, the model or the data cannot be used, with every reason.
     """
-    config = config.resolve()
-    if problems := contradictions(config):
+    if problems := contradictions(config.resolve()):
         raise ConfigError("the configuration contradicts itself:", problems)
-    past = load_previous_tasks(config.method.after)
-    method = config.method.model_copy(update={"after": with_digests(config.method.after, past)})
-    config = config.model_copy(update={"method": method})
+    start, past = load_start(config), load_previous_tasks(config.method.after)
+    config = _identified(config.resolve(names_of(start.method) if start else ()), start, past)
     model = skeleton(config.model)
-    plan = config.method.plan(model, past)
+    plan = plan_to_go_on(config, model, start) if start else config.method.plan(model, past)
     reader(config.model.id, model.config, plan.method.storage, None)  # refuses other quantisations
     tokenizer = load_tokenizer(config.model)
     data = load(config.data, config.task, config.training.seed)
@@ -86,7 +88,18 @@ def prepare(config: Config, *, processes: int = 1) -> RunPlan:
     notes = (*config.notes, *data.notes, *report.notes, *plan.notes, *_dtype_note(config))
     notes += _length_notes(model.config.get_text_config(), plan, _longest(config, report))
     steps = _count_steps(config, train, processes)
-    return RunPlan(config, tokenizer, train, held_out, report, plan, memory, steps, notes, tuple(past))
+    return RunPlan(config, tokenizer, train, held_out, report, plan, memory, steps, notes, tuple(past), start)
+
+
+def _identified(config: Config, start: Adapter | None, past: list[Adapter]) -> Config:
+    """The configuration with the digests of the adapters that it names."""
+    if start is not None:
+        name = with_digest(str(config.model.adapter), start)
+        notes = [f"training goes on from the adapter in {path_of(name)}: {', '.join(names_of(start.method))}"]
+        config = config.model_copy(update={"model": config.model.model_copy(update={"adapter": name})})
+        return config.with_notes(*notes, *start.notes)
+    method = config.method.model_copy(update={"after": with_digests(config.method.after, past)})
+    return config.model_copy(update={"method": method})
 
 
 def with_plan(prepared: RunPlan, plan: Plan) -> RunPlan:
