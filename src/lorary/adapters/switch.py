@@ -28,6 +28,8 @@ from lorary.model.scan import scan
 from lorary.model.state import base_parameter, require_attached, state_of
 from lorary.model.undo import Undo, all_or_nothing
 
+_OTHER_BASE = "load the base that it was trained on, or pass force=True"
+
 
 @mode_independent
 def save(model: nn.Module, path: str | PathLike[str]) -> None:
@@ -79,11 +81,29 @@ def load(
             "cannot load:", [Diagnostic("model", "something is attached already", "lorary.switch replaces it")]
         )
     adapter = load_adapter(path, model=inner, strict=strict)
-    here = Fingerprint.of(inner)
-    _check_base(inner, adapter, here, str(path), force=force or not strict)
-    with all_or_nothing(inner) as undo:
-        _install(inner, adapter, here, undo, trainable=trainable, quantize=quantize)
+    put_on(inner, adapter, str(path), force=force or not strict, trainable=trainable, quantize=quantize)
     return base
+
+
+def put_on(
+    model: nn.Module,
+    adapter: Adapter,
+    where: str,
+    *,
+    force: bool = False,
+    trainable: bool,
+    quantize: bool = True,
+    fix: str = _OTHER_BASE,
+) -> None:
+    """Attach a trained adapter to its base, a model without one. All or nothing; see `load`.
+
+    Raises:
+        FileError: it does not fit; `where` is its folder, and `fix` the hint if the base is another one.
+    """
+    here = Fingerprint.of(model)
+    _check_base(model, adapter, here, where, force=force, fix=fix)
+    with all_or_nothing(model) as undo:
+        _install(model, adapter, here, undo, trainable=trainable, quantize=quantize)
 
 
 @mode_independent
@@ -136,7 +156,9 @@ def _adapters(adapters: Any) -> list[Adapter]:
     return several
 
 
-def _check_base(model: nn.Module, adapter: Adapter, here: Fingerprint, where: str, *, force: bool) -> None:
+def _check_base(
+    model: nn.Module, adapter: Adapter, here: Fingerprint, where: str, *, force: bool, fix: str = _OTHER_BASE
+) -> None:
     modules, problems = unwrapped_modules(model), []
     residual = {name for name, layer in adapted_layers(model).items() if layer.start}  # detaching makes them plain
     for adapted in adapter.sites:
@@ -152,7 +174,6 @@ def _check_base(model: nn.Module, adapter: Adapter, here: Fingerprint, where: st
             problems.append(Diagnostic(name, f"the adapter holds {tuple(tensor.shape)} for it; in this model {found}"))
     problems += _context_problems(model, adapter) + _meta_problems(modules, adapter)
     if not force:
-        fix = "load the base that it was trained on, or pass force=True"
         same = adapter.base.frozen and adapter.base.frozen == frozen_weights(model, adapter.full)
         here = replace(here, weights="") if same else here  # they differ in what the adapter replaces, if at all
         problems += [Diagnostic(p.where, p.what, fix) for p in adapter.base.disagreements(here)]

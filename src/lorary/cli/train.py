@@ -24,6 +24,9 @@ def train(
         typer.Option("--after", help="Adapter folders of earlier tasks (o-lora), comma-separated."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the run in the output folder.")] = False,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Resume it with a larger training.epochs or training.max_steps.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the run in the output folder first.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan of the run; write nothing.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; warnings and errors only.")] = False,
@@ -31,6 +34,7 @@ def train(
     """Train an adapter.
 
     lorary train my.yaml --set training.lr=1e-4. On SIGINT or SIGTERM it finishes the step and saves a checkpoint.
+    Two more epochs of a finished run: lorary train my.yaml --extend --set training.epochs=5.
     """
     from lorary.train.config.load import load
 
@@ -44,7 +48,7 @@ def train(
             return
         from lorary.train.runner.run import run
 
-        done = run(run_config, resume=resume, overwrite=overwrite, quiet=quiet)
+        done = run(run_config, resume=resume, extend=extend, overwrite=overwrite, quiet=quiet)
     if done.interrupted:
         raise typer.Exit(128 + done.interrupted)
     if os.environ.get("RANK", "0") == "0":  # one line, whatever the number of processes

@@ -56,7 +56,7 @@ def _suspend(model: nn.Module, state: AttachedState) -> Suspended:
         what = "is sharded by FSDP version 1, which holds the values of its parameters elsewhere"
         raise StateError("cannot disable:", [Diagnostic("model", what, "use FSDP2, torch's fully_shard")])
     # memory may run out here, so the model changes only afterwards; a tied weight is the one it was tied to
-    copies = [(p, _copied_like(p, before)) for p, before in originals if not isinstance(before, nn.Parameter)]
+    copies = [(p, copied_like(p, before)) for p, before in originals if not isinstance(before, nn.Parameter)]
     tied = [(p, before) for p, before in originals if isinstance(before, nn.Parameter)]
     values = [(p, p.data.clone() if is_sharded(p) else p.data) for p, _ in originals]
     suspended = Suspended([(layer, layer.enabled) for layer in layers], values)
@@ -67,7 +67,7 @@ def _suspend(model: nn.Module, state: AttachedState) -> Suspended:
         for layer in layers:
             layer.enabled = False
         for parameter, value in copies:
-            _set_values(parameter, value)
+            set_values(parameter, value)
         for parameter, before in tied:  # its own values may be another site's residual, and are the base's by now
             parameter.data = before.data.to(parameter)
         suspended.buffers.enter_context(base_buffers(model, state.full, state.buffers))
@@ -83,20 +83,20 @@ def _resume(state: AttachedState, suspended: Suspended) -> None:
     for layer, was in suspended.enabled:
         layer.enabled = was
     for parameter, value in suspended.values:
-        _set_values(parameter, value)
+        set_values(parameter, value)
     if suspended.context_patch:
         suspended.context_patch.restore()
     state.suspended = None
 
 
-def _copied_like(parameter: nn.Parameter, value: Tensor) -> Tensor:
+def copied_like(parameter: nn.Parameter, value: Tensor) -> Tensor:
     """A copy: what is written to the parameter in the block must not reach the value kept for `detach`."""
     if is_sharded(parameter):
         return distribute_like(parameter, value.to(parameter.dtype))
     return value.to(parameter, copy=True)
 
 
-def _set_values(parameter: nn.Parameter, value: Tensor) -> None:
+def set_values(parameter: nn.Parameter, value: Tensor) -> None:
     """Swap pointers: a graph of before the block still has its own values. FSDP2 reads the memory of a shard itself."""
     if is_sharded(parameter):
         parameter.data.copy_(value)

@@ -14,11 +14,11 @@ from lorary.model._heads import head_layers, head_problems
 from lorary.model._presets import PRESETS
 from lorary.model.ambient import mode_independent
 from lorary.model.buffers import frozen_statistics, has_statistics
-from lorary.model.checks import bad_arguments, not_a_module, not_ready
+from lorary.model.checks import bad_arguments, model_mismatches, not_a_module, not_ready
 from lorary.model.layer_ranges import LayerChoice, Layers, choose_layers
 from lorary.model.patterns import expression_problems, matches
 from lorary.model.plan import FullParameter, Plan, human_bytes
-from lorary.model.previous_tasks import PreviousAdapter, with_previous_tasks
+from lorary.model.previous_tasks import PreviousAdapter, TrainedAdapter, with_previous_tasks
 from lorary.model.quantize import already_quantized, quantizable_layers
 from lorary.model.reach.proof import Reach, proved
 from lorary.model.scan import Scan, scan
@@ -95,6 +95,35 @@ def plan(
         notes += _unreached_notes(scanned, total)
     unproved = tuple(name for name in names if name not in reach.ran)
     return Plan(method, tuple(sites), tuple(trained), total, size, tuple(notes), fixed, tuple(quantized), unproved)
+
+
+@mode_independent
+def plan_of_adapter(model: nn.Module, adapter: TrainedAdapter) -> Plan:
+    """The plan under which a trained adapter goes on training on a model; works on the meta device.
+
+    Args:
+        model: the base, without adapters.
+        adapter: its method, sites and parameters trained in full are the plan's.
+
+    Raises:
+        PlanError: the model is not ready, or other than the adapter's base; every reason.
+    """
+    scanned = _scan_if_ready(model, adapter.method, None, None)
+    shapes = {name: tuple(t.shape) for name, t in adapter.full.items()}
+    sites, adapted = tuple(adapter.sites), {f"{p.site.name}.weight" for p in adapter.sites}
+    if problems := model_mismatches(scanned, sites, shapes, ()):
+        raise PlanError("the adapter does not fit this model:", problems)
+    full = []
+    for name, shape in shapes.items():
+        t = scanned.tensor(name)
+        full.append(FullParameter(name, shape, t.numel() * t.element_size(), name in scanned.names.keys() - adapted))
+    storage = adapter.method.storage
+    quantized = quantizable_layers(scanned, storage, set(shapes))
+    if problems := _storage_problems(scanned, storage, list(sites), quantized):
+        raise PlanError("invalid plan:", problems)
+    total, size = _planned_size(scanned, storage, quantized)
+    notes = _notes(scanned, adapter.method, sites, full, quantized)
+    return Plan(adapter.method, sites, tuple(full), total, size, tuple(notes), {}, tuple(quantized))
 
 
 def _scan_if_ready(model: Any, method: Any, ranks: Any, alphas: Any) -> Scan:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lorary.errors import Diagnostic, MethodError, deduplicated
 from lorary.model.fingerprint import Fingerprint
 from lorary.spec.interfaces import Factors, Sequential
+from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite
 
 FixedTensors = dict[str, dict[str, Tensor]]  # site -> role -> values
@@ -29,6 +30,13 @@ class PreviousAdapter(Protocol):
     def low_rank(self) -> Mapping[str, Any]:
         """site -> (B, A, gain, shift)."""
         ...
+
+
+class TrainedAdapter(PreviousAdapter, Protocol):
+    """The part of `lorary.Adapter` that a plan to go on from it reads."""
+
+    @property
+    def method(self) -> Method: ...
 
 
 def with_previous_tasks(

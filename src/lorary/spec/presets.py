@@ -119,6 +119,32 @@ def resolve_presets(names: Sequence[str]) -> tuple[Preset, ...]:
     return tuple(chosen)
 
 
+def names_of(method: Method) -> tuple[str, ...]:
+    """The presets whose components a method has, as far as their types tell; `lora` if there are none.
+
+    >>> names_of(method("dora", "rslora"))
+    ('dora', 'rslora')
+    """
+    found = [p.name for p in PRESETS.values() if p.name != "lora" and _has(method, p.components())]
+    return tuple(found) or ("lora",)
+
+
+def _has(method: Method, components: Mapping[str, Any]) -> bool:
+    """Whether a method has components of these types, on all of their axes."""
+
+    def has(axis: str, value: Any) -> bool:
+        mine = getattr(method, axis)
+        if axis in ("frozen", "full"):
+            return frozenset(value) <= frozenset(mine)
+        if axis == "lr":
+            return dict(value).keys() <= dict(mine).keys()
+        if axis == "rules":
+            return {type(rule) for rule in value} <= {type(rule) for rule in mine}
+        return type(mine) is type(value) if axis != "dropout" else True
+
+    return all(has(axis, value) for axis, value in components.items())
+
+
 class _PresetUnion:
     """The union of components from several sources: presets by their names, and "you" for explicit arguments."""
 

@@ -119,6 +119,16 @@ class MethodSection(Section):
         return dataclasses.replace(planned, notes=(*planned.notes, probe_note(self.drop.threshold, self.drop.sample)))
 
 
+class BaseSection(ModelSection):
+    """The base model, and the adapter that training starts from."""
+
+    adapter: str | None = Field(
+        default=None,
+        min_length=1,
+        description="trained adapter to go on from: a run or adapter folder; it brings its method, ranks and targets",
+    )
+
+
 class DataSection(Section):
     """The training and held-out data."""
 
@@ -216,7 +226,10 @@ class TrainingSection(Section):
     keep_best: bool = Field(default=False, description="save the best evaluation's adapter, not the last step's")
     report_to: Trackers = Field(default=("none",), description="tensorboard, wandb or trackio, beside metrics.jsonl")
     dpo_beta: Annotated[Number, Field(gt=0, le=1000)] | None = Field(
-        default=None, description="DPO's beta, the pull to the base; empty: 0.1"
+        default=None, description="DPO's beta, the pull to the reference; empty: 0.1"
+    )
+    dpo_reference: Literal["start", "base"] | None = Field(
+        default=None, description="DPO's reference after model.adapter: that adapter (start, the default) or the base"
     )
     kto_beta: Annotated[Number, Field(gt=0, le=1000)] | None = Field(
         default=None, description="KTO's beta, the pull to the base; empty: 0.1"
@@ -245,7 +258,7 @@ class Config(Section):
     every mistake at once), or from its sections.
     """
 
-    model: ModelSection
+    model: BaseSection
     task: Task = Field(
         default="sft",
         description="sft: next-token prediction; dpo: preference pairs; kto: answers marked good or bad; grpo: a reward "
@@ -287,13 +300,20 @@ class Config(Section):
         """Equality of all fields; notes do not count."""
         return isinstance(other, Config) and self.model_dump() == other.model_dump()
 
-    def resolve(self) -> Config:
-        """The configuration with every default filled in that depends on other fields."""
+    def resolve(self, names: Sequence[str] = ()) -> Config:
+        """The configuration with every default filled in that depends on other fields.
+
+        Args:
+            names: the presets of `model.adapter`, whose method replaces the section's.
+        """
+        names = names or self.method.name
         training: dict[str, Any] = {"eval_batch_size": self.training.batch_size}
         notes: list[str] = []
         if self.training.max_steps is None:
             training["epochs"] = 3.0
         training |= TASK_DEFAULTS.get(self.task, {})
+        if self.task == "dpo" and self.model.adapter:
+            training["dpo_reference"] = "start"
         if self.training.keeps_best and self.training.eval_steps != self.training.save_steps:
             steps = self.training.save_steps or self.training.eval_steps
             training |= {"eval_steps": steps, "save_steps": steps}
@@ -301,11 +321,11 @@ class Config(Section):
             group = self.training.num_generations or training["num_generations"]
             training["eval_batch_size"] = math.ceil(self.training.batch_size / group) * group
         if self.training.lr is None:
-            training["lr"] = default_lr(self.task, self.method.name)
-            notes = [f"training.lr: {training['lr']:g}, the default of {self.task} with {', '.join(self.method.name)}"]
+            training["lr"] = default_lr(self.task, names)
+            notes = [f"training.lr: {training['lr']:g}, the default of {self.task} with {', '.join(names)}"]
         sections = {
             "training": _with_defaults(self.training, training).model_copy(update=self._without_warmup()),
-            "method": _with_defaults(self.method, self._method_defaults()),
+            "method": self.method if self.model.adapter else _with_defaults(self.method, self._method_defaults()),
             "output": str(Path(self.output).expanduser()),
         }
         return self.model_copy(update=sections).with_notes(*notes)
@@ -324,10 +344,17 @@ class Config(Section):
             found.pop("alpha", None)
         return found | {"targets": default_targets(method)}
 
+    def record(self) -> dict[str, Any]:
+        """Plain data for a file. An adapter to go on from brings its method: only what was said beside it is there."""
+        data = self.model_dump(mode="json")
+        if self.model.adapter:
+            data["method"] = self.method.model_dump(mode="json", exclude_unset=True)
+        return data
+
     def to_yaml(self) -> str:
         """YAML that `load` reads back as an equal configuration, with the notes above it as comments."""
         head = "".join(f"# {note}\n" for note in self.notes)
-        return head + dump(self.model_dump(mode="json"))
+        return head + dump(self.record())
 
 
 def _with_defaults(section: AnySection, defaults: dict[str, Any]) -> AnySection:
@@ -350,7 +377,7 @@ def default_lr(task: str, names: Sequence[str]) -> float:
 # Section -> its fields; "" is the top level.
 SECTIONS: dict[str, dict[str, FieldInfo]] = {
     "": dict(Config.model_fields),
-    "model": dict(ModelSection.model_fields),
+    "model": dict(BaseSection.model_fields),
     "method": dict(MethodSection.model_fields),
     "data": dict(DataSection.model_fields),
     "training": dict(TrainingSection.model_fields),

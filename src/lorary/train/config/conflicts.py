@@ -56,6 +56,9 @@ def _task(c: Config) -> Iterator[Diagnostic]:
         yield Diagnostic("data.format", *why)
     if c.task == "sft":
         return
+    if c.training.dpo_reference is not None and not c.model.adapter:
+        what = "has no effect without `model.adapter`: training starts at the base"
+        yield Diagnostic("training.dpo_reference", what, "remove it")
     if c.data.packing:
         yield Diagnostic("data.packing", f"{ROWS[c.task]} are not packed", "remove it, or set task: sft")
     if c.data.loss != "auto":
@@ -102,6 +105,9 @@ def _steps(c: Config) -> Iterator[Diagnostic]:
 
 def _method(c: Config) -> Iterator[Diagnostic]:
     """Sections that the method cannot use."""
+    if c.model.adapter:
+        yield from _beside_an_adapter(c)
+        return
     try:
         method = c.method.build()
     except MethodError:  # reported at the method's own keys
@@ -116,6 +122,21 @@ def _method(c: Config) -> Iterator[Diagnostic]:
     if length is not None and c.data.max_length > length:
         what = f"rows of up to {c.data.max_length:,} tokens, but the method extends the context to {length:,}"
         yield Diagnostic("data.max_length", what, f"set method.options: {{length: {c.data.max_length}}}")
+
+
+def _beside_an_adapter(c: Config) -> Iterator[Diagnostic]:
+    """Sections that choose layers, which an adapter to go on from has chosen already."""
+    fix = "leave it out: training goes on with the adapter's own"
+    for key in ("exclude", "ranks", "alphas"):
+        if getattr(c.method, key):
+            yield Diagnostic(f"method.{key}", "has no effect beside `model.adapter`, which has its layers", fix)
+    if c.method.options and "name" not in c.method.model_fields_set:
+        yield Diagnostic("method.options", "says nothing without `method.name`", "leave both out")
+    if c.method.after:
+        what = "starts a new task beside those adapters, and `model.adapter` goes on with one"
+        yield Diagnostic("method.after", what, "keep one of the two")
+    if c.method.drop is not None:
+        yield Diagnostic("method.drop", "probes for layers, and `model.adapter` has chosen them", "leave it out")
 
 
 def _output(c: Config) -> Iterator[Diagnostic]:
@@ -133,6 +154,7 @@ def _output(c: Config) -> Iterator[Diagnostic]:
         "the training data": c.data.train,
         "the validation data": c.data.validation or (),
         "the adapter of an earlier task": c.method.after,
+        "the adapter to go on from": (c.model.adapter,) if c.model.adapter else (),
     }
     for what, sources in inputs.items():
         for source in sources:

@@ -67,4 +67,7 @@ def digest(adapter: Adapter) -> str:
         for role, tensor in sorted(adapter.tensors[adapted.site.name].items()):
             numbers = tensor.flatten().view(torch.uint8).numpy()  # numpy has no bfloat16
             hashed.update(f"{role} {tuple(tensor.shape)}".encode() + numbers.tobytes())
+    for name, tensor in sorted(adapter.full.items()):
+        numbers = tensor.contiguous().flatten().view(torch.uint8).numpy()
+        hashed.update(f"{name} {tuple(tensor.shape)}".encode() + numbers.tobytes())
     return hashed.hexdigest()[:16]

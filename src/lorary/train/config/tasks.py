@@ -7,7 +7,7 @@ from typing import Any
 TASK_LR = {"sft": 2e-4, "dpo": 5e-6, "kto": 5e-6, "grpo": 1e-5, "reward": 1e-4, "classification": 2e-4}
 # The fields of `training` for one task alone, with their defaults.
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
-    "dpo": {"dpo_beta": 0.1},
+    "dpo": {"dpo_beta": 0.1, "dpo_reference": None},
     "kto": {"kto_beta": 0.1},
     "grpo": {"grpo_beta": 0.0, "num_generations": 8, "max_completion_length": 256, "reward": None},
 }

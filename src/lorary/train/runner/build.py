@@ -12,8 +12,9 @@ from datasets import Dataset
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 
 import lorary
+from lorary.adapters.switch import put_on
 from lorary.model.loading.from_pretrained import load_model, load_storage
-from lorary.train.config.previous_tasks import check_base
+from lorary.train.config.previous_tasks import check_base, path_of
 from lorary.train.data.sequence_packing import check_packing
 from lorary.train.data.tokenize import Row
 from lorary.train.runner.prepare import RunPlan
@@ -42,9 +43,14 @@ def build_model(prepared: RunPlan, resumed: Path | None = None) -> Any:
     """The base with its method attached; resumed, with the initial factors of the checkpoint."""
     try:
         plan = prepared.plan if resumed is None else plan_with_saved_start(prepared.plan, resumed)
+        full = prepared.start.full if prepared.start else ()
         with seeded(prepared.config.training.seed):  # a new head is drawn here
-            storage = load_storage(plan.method)
+            storage = load_storage(plan.method, full)
             base = load_model(prepared.config.model, storage, plan.quantized, model_class=prepared.base)
+        if prepared.start is not None:
+            folder = path_of(str(prepared.config.model.adapter))
+            put_on(base, prepared.start, folder, trainable=True, fix="set model.id to the base that it was trained on")
+            return base
         check_base(prepared.config.method.after, prepared.past, base)
         return lorary.attach(base, plan, seed=prepared.config.training.seed)
     except (MemoryError, RuntimeError) as error:
@@ -74,8 +80,11 @@ def build_trainer(
         options["labels"] = prepared.labels
     if prepared.reward is not None:
         options["reward"] = prepared.reward
+    if prepared.config.task == "dpo":
+        options["reference"] = prepared.config.training.dpo_reference or "base"
     with _no_progress_bars():
         trainer = _TRAINERS[prepared.config.task](
+            **options,
             model=model,
             args=training_arguments(prepared.config, output, held_out=bool(held_out), resumed=resumed),
             train_dataset=_dataset(prepared.config.task, prepared.train.rows),

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from lorary.errors import ConfigError, Diagnostic, StateError
 from lorary.files.atomic import atomic_file, remove, remove_stale
 from lorary.files.strict_json import finite
 from lorary.train.config.config import Config
+from lorary.train.runner.extend import LENGTH
 
 CONFIG, ENVIRONMENT, SAMPLE = "config.resolved.yaml", "env.json", "sample.txt"
 METRICS, EVENTS, PLOTS = "metrics.jsonl", "events.log", "plots"
@@ -58,8 +59,10 @@ class RunFolder:
         return self.path / name
 
     @contextmanager
-    def opened(self, config: Config, *, resume: bool, overwrite: bool) -> Iterator[None]:
+    def opened(self, config: Config, *, resume: bool, overwrite: bool, extend: bool = False) -> Iterator[None]:
         """A context in which only this process writes to the folder: a new one, or that of the resumed run.
+
+        With `extend` the resumed run may have another length.
 
         Raises:
             ConfigError: the folder is not empty, without `resume` or `overwrite`; or it holds foreign files or another
@@ -67,12 +70,15 @@ class RunFolder:
             StateError: another process uses it.
         """
         if resume and overwrite:
-            problem = Diagnostic("", "`resume` keeps the run in the folder, `overwrite` removes it", "choose one")
+            kept = "extend" if extend else "resume"
+            problem = Diagnostic("", f"`{kept}` keeps the run in the folder, `overwrite` removes it", "choose one")
             raise ConfigError("conflicting options:", [problem])
-        self._check(config, resume=resume, overwrite=overwrite)
+        self._check(config, resume=resume, overwrite=overwrite, extend=extend)
         self.path.mkdir(parents=True, exist_ok=True)
         with self.locked():
-            self._check(config, resume=resume, overwrite=overwrite)  # another run may have ended in the meantime
+            self._check(
+                config, resume=resume, overwrite=overwrite, extend=extend
+            )  # another run may have ended in the meantime
             if overwrite:
                 self._clear()
             for folder in (self.path, self / CHECKPOINTS):
@@ -109,7 +115,7 @@ class RunFolder:
                 os.unlink(self / HELD)
             lock.release()
 
-    def _check(self, config: Config, *, resume: bool, overwrite: bool) -> None:
+    def _check(self, config: Config, *, resume: bool, overwrite: bool, extend: bool) -> None:
         headline = f"cannot train into {str(self.path)!r}:"
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(headline, [Diagnostic("output", "is a file", "name a folder")])
@@ -121,8 +127,11 @@ class RunFolder:
         if names and not resume and not overwrite:
             fix = "pass --resume to continue it, --overwrite to remove it, or name another folder"
             raise ConfigError(headline, [Diagnostic("output", f"is not empty: it holds {', '.join(names[:5])}", fix)])
+        if extend and CONFIG not in names:
+            problem = Diagnostic("output", "holds no run to extend", "train it first, without --extend")
+            raise ConfigError("cannot extend this run:", [problem])
         if resume and CONFIG in names:
-            changed = _differences(self._saved_config(headline), config)
+            changed = _differences(self._saved_config(headline), config, LENGTH if extend else frozenset())
             if changed:
                 raise ConfigError("the folder belongs to another run:", changed)
 
@@ -176,12 +185,12 @@ def json_line(record: dict[str, Any]) -> str:
     return json.dumps(finite(record)) + "\n"
 
 
-def _differences(saved: dict[str, Any], config: Config) -> Sequence[Diagnostic]:
-    old, new = _flatten(saved), _flatten(config.model_dump(mode="json"))
-    fix = "resume with the run's own configuration"
+def _differences(saved: dict[str, Any], config: Config, allowed: Set[str]) -> Sequence[Diagnostic]:
+    old, new = _flatten(saved), _flatten(config.record())
+    fix, longer = "resume with the run's own configuration", "pass --extend to make the run longer"
     return [
-        Diagnostic(key, f"{old.get(key)!r} in the run, {new.get(key)!r} here", fix)
-        for key in sorted((old.keys() | new.keys()) - _MAY_DIFFER)
+        Diagnostic(key, f"{old.get(key)!r} in the run, {new.get(key)!r} here", longer if key in LENGTH else fix)
+        for key in sorted((old.keys() | new.keys()) - _MAY_DIFFER - allowed)
         if old.get(key) != new.get(key)
     ]
 

@@ -16,6 +16,7 @@ from lorary.analysis.memory.workload import Workload
 from lorary.model.loading.from_pretrained import load_dtype
 from lorary.model.plan import Plan
 from lorary.train.config.config import Config
+from lorary.train.config.starting_adapter import load_start, plan_to_go_on
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,9 @@ def forecast(config: Config, model: nn.Module, planned: Plan | None = None) -> F
         model: the base on the meta device.
         planned: the method's plan for it, if it is known.
     """
-    planned = planned or config.plan(model)
+    if planned is None:
+        start = load_start(config)
+        planned = plan_to_go_on(config, model, start) if start else config.plan(model)
     memory = predict(model, planned, workload(config, model), config.training.optimizer)
     return Forecast(model, planned, memory, gpu_requirement(memory, persistent_tensors(model, planned)))
 

@@ -20,7 +20,9 @@ import lorary
 from lorary.adapters.peft.config import NAME as PEFT_CONFIG
 from lorary.model.fingerprint import base_name
 from lorary.model.plan import Plan, human_bytes
+from lorary.spec.presets import names_of
 from lorary.train.config.config import Config
+from lorary.train.config.previous_tasks import path_of
 from lorary.train.runner.result import Run
 
 
@@ -77,7 +79,7 @@ def _metadata(name: str, data: CardData, as_peft: bool) -> ModelCardData:
         base_model=base,
         base_model_relation="adapter" if base else None,
         datasets=[found for source in config.data.train if (found := _on_hub(source))] or None,
-        tags=sorted({"lorary", config.task, *config.method.name}),
+        tags=sorted({"lorary", config.task, *_method_names(config, data.plan)}),
         metrics=[result.metric_type for result in results] or None,
         eval_results=results or None,
     )
@@ -119,8 +121,9 @@ def public_name(source: str) -> str:
 def _training(data: CardData) -> dict[str, str]:
     t, rows = data.config.training, data.rows
     held_out = f", {rows[1]:,} held out" if rows[1] else ""
-    names = " + ".join(data.config.method.name)
+    names, start = " + ".join(_method_names(data.config, data.plan)), data.config.model.adapter
     return {
+        **({"starts from": f"the adapter {public_name(path_of(start))}"} if start else {}),
         "method": f"{names}: {_components(data.plan)}",
         "data": ", ".join(public_name(source) for source in data.config.data.train),
         "examples": f"{rows[0]:,}{held_out}; {data.labelled:.1%} of the tokens are labelled",
@@ -131,6 +134,10 @@ def _training(data: CardData) -> dict[str, str]:
         "memory": f"{human_bytes(data.run.measured)} measured"
         + (f", {human_bytes(data.run.predicted)} predicted" if data.run.predicted is not None else ""),
     }
+
+
+def _method_names(config: Config, plan: Plan) -> tuple[str, ...]:
+    return names_of(plan.method) if config.model.adapter else config.method.name
 
 
 def _components(plan: Plan) -> str:

@@ -21,9 +21,11 @@ from lorary.model.loading.from_pretrained import load_config, load_dtype, load_t
 from lorary.model.loading.model_class import check_task
 from lorary.model.loading.source import ModelClass
 from lorary.model.plan import Plan
+from lorary.spec.presets import names_of
 from lorary.train.config.config import Config
 from lorary.train.config.conflicts import contradictions
-from lorary.train.config.previous_tasks import load_previous_tasks, with_digests
+from lorary.train.config.previous_tasks import load_previous_tasks, path_of, with_digests
+from lorary.train.config.starting_adapter import load_start, plan_to_go_on, with_digest
 from lorary.train.data.labels import label_notes
 from lorary.train.data.lint import Lint, lint
 from lorary.train.data.load import load
@@ -52,6 +54,7 @@ class RunPlan:
         base: the class and configuration to load the model with; None for a causal language model.
         labels: of a classification.
         reward: of GRPO.
+        start: the adapter to go on from.
     """
 
     config: Config
@@ -67,6 +70,7 @@ class RunPlan:
     base: ModelClass | None = None
     labels: Labels | None = None
     reward: Reward | None = None
+    start: Adapter | None = None
 
 
 def prepare(config: Config, *, processes: int = 1) -> RunPlan:
@@ -79,12 +83,10 @@ def prepare(config: Config, *, processes: int = 1) -> RunPlan:
     Raises:
         LoraryError: the configuration, the method, the model or the data cannot be used, with every reason.
     """
-    config = config.resolve()
-    if problems := contradictions(config):
+    if problems := contradictions(config.resolve()):
         raise ConfigError("the configuration contradicts itself:", problems)
-    past = load_previous_tasks(config.method.after)
-    method = config.method.model_copy(update={"after": with_digests(config.method.after, past)})
-    config = config.model_copy(update={"method": method})
+    start, past = load_start(config), load_previous_tasks(config.method.after)
+    config = _identified(config.resolve(names_of(start.method) if start else ()), start, past)
     check_task(config.model, load_config(config.model), config.task)
     tokenizer = load_tokenizer(config.model)
     data = load(config.data, config.task, config.training.seed)
@@ -92,7 +94,8 @@ def prepare(config: Config, *, processes: int = 1) -> RunPlan:
     config, labels = with_labels(config, data)
     base = base_of_task(config, labels, tokenizer)
     model = skeleton(config.model, base)
-    plan = config.plan(model, past, new_modules(config, base, model))
+    new = new_modules(config, base, model)
+    plan = plan_to_go_on(config, model, start) if start else config.plan(model, past, new)
     reader(config.model.id, model.config, plan.method.storage, None)  # refuses other quantisations
     train = tokenize(data.train, tokenizer, config.data, labels)
     held_out = tokenize(data.validation, tokenizer, config.data, labels) if data.validation else None
@@ -105,9 +108,19 @@ def prepare(config: Config, *, processes: int = 1) -> RunPlan:
     notes += tuple(label_notes(labels)) if labels else ()
     notes += _length_notes(model.config.get_text_config(), plan, _longest(config, report))
     steps = _count_steps(config, train, processes)
-    return RunPlan(
-        config, tokenizer, train, held_out, report, plan, memory, steps, notes, tuple(past), base, labels, reward
-    )
+    parts = (config, tokenizer, train, held_out, report, plan, memory, steps, notes)
+    return RunPlan(*parts, past=tuple(past), base=base, labels=labels, reward=reward, start=start)
+
+
+def _identified(config: Config, start: Adapter | None, past: list[Adapter]) -> Config:
+    """The configuration with the digests of the adapters that it names."""
+    if start is not None:
+        name = with_digest(str(config.model.adapter), start)
+        notes = [f"training goes on from the adapter in {path_of(name)}: {', '.join(names_of(start.method))}"]
+        config = config.model_copy(update={"model": config.model.model_copy(update={"adapter": name})})
+        return config.with_notes(*notes, *start.notes)
+    method = config.method.model_copy(update={"after": with_digests(config.method.after, past)})
+    return config.model_copy(update={"method": method})
 
 
 def with_plan(prepared: RunPlan, plan: Plan) -> RunPlan:

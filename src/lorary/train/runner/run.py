@@ -22,6 +22,7 @@ from lorary.model.rank_pruning import directions_of
 from lorary.train.config.config import Config
 from lorary.train.data.lint import text
 from lorary.train.runner.build import build_model, build_trainer
+from lorary.train.runner.extend import check_longer
 from lorary.train.runner.folder import ADAPTER, CARD, CHECKPOINTS, CONFIG, ENVIRONMENT, EVENTS, PLOTS, SAMPLE, RunFolder
 from lorary.train.runner.lora_drop import choose_layers
 from lorary.train.runner.model_card import CardData, model_card, versions
@@ -40,6 +41,7 @@ def run(
     config: Config,
     *,
     resume: bool = False,
+    extend: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
@@ -51,6 +53,7 @@ def run(
     Args:
         config: of the run; `lorary.train.config.load.load` reads one.
         resume: continue from the newest complete checkpoint in the folder, if any.
+        extend: continue there to a later end: the configuration has a larger `training.epochs` or `max_steps`.
         overwrite: first remove the run in the folder.
         quiet: no progress.
         callbacks: Transformers' callbacks, in addition to lorary's own.
@@ -62,30 +65,39 @@ def run(
         LoraryError: any other failure, with its reason.
     """
     transformers.logging.set_verbosity_error()
-    prepared = prepare(config)
-    folder = RunFolder(prepared.config.output)
+    prepared = prepare(config, processes=this_process().num_processes)
+    folder, resume = RunFolder(prepared.config.output), resume or extend
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         # TRL uses a name that Transformers deprecates
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        on_main_process(lambda: stack.enter_context(folder.opened(prepared.config, resume=resume, overwrite=overwrite)))
+        options = {"resume": resume, "overwrite": overwrite, "extend": extend}
+        on_main_process(lambda: stack.enter_context(folder.opened(prepared.config, **options)))
         if this_process().is_main_process:
             stack.enter_context(_log_to_file(folder / EVENTS))
         try:
-            return _run(prepared, folder, resume=resume, quiet=quiet, callbacks=callbacks)
+            return _run(prepared, folder, resume=resume, extend=extend, quiet=quiet, callbacks=callbacks)
         except LoraryError as error:
             _log.debug("stopped: %s", error)
             raise
 
 
 def _run(
-    prepared: RunPlan, folder: RunFolder, *, resume: bool, quiet: bool, callbacks: Sequence[TrainerCallback]
+    prepared: RunPlan,
+    folder: RunFolder,
+    *,
+    resume: bool,
+    extend: bool,
+    quiet: bool,
+    callbacks: Sequence[TrainerCallback],
 ) -> Run:
     first = this_process().is_main_process
     resumed: Path | None = None
     skipped: tuple[str, ...] = ()
     if resume:
         resumed, skipped = on_main_process(lambda: checkpoint.newest(folder / CHECKPOINTS))
+        if extend:
+            check_longer(prepared.config, prepared.steps, resumed)
         if resumed is None:
             skipped += ("no complete checkpoint to resume from: training starts from the beginning",)
     if first:

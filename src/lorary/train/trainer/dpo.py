@@ -1,39 +1,49 @@
-"""Direct preference optimisation of an adapter; the reference is the same model with the adapter disabled.
+"""Direct preference optimisation of an adapter; the reference is the same model without it, or with its start.
 
     loss = −log σ(β · ((log π(chosen) − log π₀(chosen)) − (log π(rejected) − log π₀(rejected))))
 
-π is the adapted model, π₀ the base (Rafailov et al. 2023, arXiv:2305.18290, eq. 7).
+π is the adapted model, π₀ the base (Rafailov et al. 2023, arXiv:2305.18290, eq. 7). When an adapter goes on from SFT to
+DPO, the paper's π₀ is the model after SFT: the base with the adapter as it is now. So does TRL with a PEFT model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Literal
 
 import trl
 from torch import nn
 
 import lorary
+from lorary.model.frozen_copy import FrozenCopy
 from lorary.train.trainer.mixin import AdapterTraining
 
 
 class Reference(nn.Module):
-    """The reference model of DPO: the adapted model with its adapter disabled, so that no second copy is loaded.
+    """The reference model of DPO: the adapted model in another state, so that no second copy is loaded.
 
     Args:
         policy: returns the adapted model. It is a function because a module would be registered as a submodule, and
             because FSDP replaces the model before training.
         config: the model's.
+        state: a context in which that model computes the reference.
     """
 
-    def __init__(self, policy: Callable[[], nn.Module], config: Any) -> None:
+    def __init__(
+        self,
+        policy: Callable[[], nn.Module],
+        config: Any,
+        state: Callable[[nn.Module], AbstractContextManager[Any]] = lorary.disabled,
+    ) -> None:
         super().__init__()
         self.policy = policy
         self.config = config
+        self.state = state
 
     def forward(self, **inputs: Any) -> Any:
         model = self.policy()
-        with lorary.disabled(model):
+        with self.state(model):
             return model(**inputs)
 
 
@@ -43,24 +53,27 @@ class DPOTrainer(AdapterTraining, trl.DPOTrainer):  # type: ignore[misc]  # TRL 
     Args:
         model: a causal language model, after `lorary.attach`.
         args: a `trl.DPOConfig`.
+        reference: `base`, the disabled adapter, or `start`, a frozen copy of the adapter as it is now.
         rest: further arguments of TRL's trainer. Rows may be text, or tokens (`prompt_ids`, `chosen_ids`,
             `rejected_ids`).
     """
 
     statistics = ("entropy", "is_top1", "mean_logits")
 
-    def __init__(self, *, model: Any, args: Any, **rest: Any) -> None:
+    def __init__(self, *, model: Any, args: Any, reference: Literal["base", "start"] = "base", **rest: Any) -> None:
         if args.use_weighting:
             self.statistics = (*self.statistics, "log_sum_sq_probs")  # type: ignore[assignment]
         # Without a reference TRL would load the base a second time, unless it precomputes the reference's values, which
         # it does by `compute_ref_log_probs`.
-        reference = None if args.precompute_ref_log_probs else Reference(lambda: model, model.config)
-        super().__init__(model=model, args=args, ref_model=reference, **rest)
-        self.ref_model = Reference(lambda: self.model, model.config)
+        placeholder = None if args.precompute_ref_log_probs else Reference(lambda: model, model.config)
+        # before training, also of a resumed run: the checkpoint is loaded later
+        self.reference_state = lorary.disabled if reference == "base" else FrozenCopy(model).in_place
+        super().__init__(model=model, args=args, ref_model=placeholder, **rest)
+        self.ref_model = Reference(lambda: self.model, model.config, self.reference_state)
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
-        """(chosen, rejected) log-probabilities of the disabled model, `[pairs]` each."""
-        with lorary.disabled(self.unwrapped_model()):
+        """(chosen, rejected) log-probabilities of the reference, `[pairs]` each."""
+        with self.reference_state(self.unwrapped_model()):
             return super().compute_ref_log_probs(model, inputs)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:

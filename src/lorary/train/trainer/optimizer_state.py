@@ -6,15 +6,19 @@ verifiable; sharded tensors are gathered, so that it can be resumed on another n
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from lorary.errors import Diagnostic, TrainingError
 from lorary.layers.dtensor import distribute_like, full_cpu_copy, is_sharded
+
+_log = logging.getLogger("lorary.train")
 
 
 def capture(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
@@ -62,6 +66,24 @@ def restore(optimizer: torch.optim.Optimizer, model: nn.Module, saved: dict[str,
     }
     groups = [group | {"params": [numbers[name] for name in group["params"]]} for group in saved["groups"]]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def follow_schedule(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+    """Set the learning rates that the schedule has for the next step.
+
+    They are the restored ones, bit for bit, unless the run has become longer: its schedule may then be elsewhere.
+    """
+    if not isinstance(scheduler, LambdaLR):
+        return
+    restored = [group["lr"] for group in optimizer.param_groups]
+    rates = [base * f(scheduler.last_epoch) for base, f in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    if rates == restored:
+        return
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
+    text = "the run is longer now: its learning rate goes on at %.3g, on the schedule of the longer run, after %.3g"
+    _log.info(text, rates[0], restored[0])
 
 
 def _with_current_names(saved: dict[str, Any], parameters: Mapping[str, Tensor]) -> dict[str, Any]:

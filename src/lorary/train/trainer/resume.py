@@ -178,6 +178,7 @@ def restore_optimizer(trainer: Any, state: dict[str, Any]) -> None:
         raise TrainingError("this checkpoint belongs to another run:", problems)
     optimizer_state.restore(unwrapped_optimizer(trainer), trainer.unwrapped_model(), state["optimizer"])
     trainer.lr_scheduler.load_state_dict(state["scheduler"])
+    optimizer_state.follow_schedule(unwrapped_optimizer(trainer), trainer.lr_scheduler)
     if trainer.accelerator.scaler is not None and state["scaler"]:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
 

@@ -1,0 +1,33 @@
+"""Extending a run: the same run with a later end, from its last checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lorary.errors import ConfigError, Diagnostic
+from lorary.train.config.config import Config
+from lorary.train.trainer.checkpoint import step_of
+
+LENGTH = frozenset({"training.epochs", "training.max_steps"})  # what the configuration of an extended run may change
+
+
+def check_longer(config: Config, steps: int, last: Path | None) -> None:
+    """Refuse to extend a run that has no checkpoint, or that would not become longer.
+
+    Args:
+        config: the resolved configuration.
+        steps: the optimizer steps that it asks for in all.
+        last: the run's last checkpoint.
+
+    Raises:
+        ConfigError: with the length to ask for.
+    """
+    headline, t = "cannot extend this run:", config.training
+    if last is None:
+        fix = "train it first, without --extend"
+        raise ConfigError(headline, [Diagnostic(config.output, "holds no complete checkpoint", fix)])
+    if steps > (done := step_of(last)):
+        return
+    key, value = ("epochs", t.epochs) if t.max_steps is None else ("max_steps", t.max_steps)
+    what = f"{value:g} is {steps:,} steps in all, and the run has done {done:,}"
+    raise ConfigError(headline, [Diagnostic(f"training.{key}", what, f"set a larger number: --set training.{key}=...")])
