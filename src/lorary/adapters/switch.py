@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -22,7 +21,7 @@ from lorary.model.ambient import mode_independent
 from lorary.model.attach import attach_tensors, remove
 from lorary.model.buffers import persistent_buffers
 from lorary.model.checks import changeable, layer_mismatches
-from lorary.model.fingerprint import Fingerprint, frozen_weights
+from lorary.model.fingerprint import Fingerprint
 from lorary.model.quantize import already_quantized, quantizable_layers, warn_of_quantization
 from lorary.model.scan import scan
 from lorary.model.state import base_parameter, require_attached, state_of
@@ -56,7 +55,8 @@ def load(
     Args:
         base: the model that it was trained on.
         path: the adapter folder.
-        strict: refuse anything missing, unexpected, malformed or not finite; False tolerates what PEFT tolerates.
+        strict: refuse anything missing, unexpected, malformed or not finite; False tolerates what PEFT tolerates in the
+            files. The base is checked all the same.
         force: accept another base than the one it was trained on, if every tensor fits.
         trainable: whether its parameters require gradients, for further training.
         quantize: quantise the layers that its method quantises (QLoRA). False keeps the base's own weights, which
@@ -80,7 +80,7 @@ def load(
         )
     adapter = load_adapter(path, model=inner, strict=strict)
     here = Fingerprint.of(inner)
-    _check_base(inner, adapter, here, str(path), force=force or not strict)
+    _check_base(inner, adapter, here, str(path), force=force)
     with all_or_nothing(inner) as undo:
         _install(inner, adapter, here, undo, trainable=trainable, quantize=quantize)
     return base
@@ -153,8 +153,7 @@ def _check_base(model: nn.Module, adapter: Adapter, here: Fingerprint, where: st
     problems += _context_problems(model, adapter) + _meta_problems(modules, adapter)
     if not force:
         fix = "load the base that it was trained on, or pass force=True"
-        same = adapter.base.frozen and adapter.base.frozen == frozen_weights(model, adapter.full)
-        here = replace(here, weights="") if same else here  # they differ in what the adapter replaces, if at all
+        here = here.without(model, adapter.full)
         problems += [Diagnostic(p.where, p.what, fix) for p in adapter.base.disagreements(here)]
     if problems:
         raise FileError(f"{where} does not fit this model:", problems)
