@@ -121,17 +121,26 @@ def step_of(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def rotate(folder: Path, keep: int | None, best: str | None = None) -> list[Path]:
+def rotate(folder: Path, keep: int | None, best: str | None = None, step: int | None = None) -> list[Path]:
     """Remove all but the `keep` newest checkpoints and the best one; returns the removed paths.
 
     Age is measured in steps, not by the clock. The manifest is removed first, so that a process killed half-way leaves
     a folder that counts as incomplete.
+
+    Args:
+        folder: the folder of the checkpoints.
+        keep: how many stay; None for all.
+        best: the best one.
+        step: the run's present step. Later checkpoints are of a future that the run has left when it resumed from an
+            earlier one; they go first.
     """
     if keep is None:
         return []
     spared = {Path(best).name} if best else set()
-    others = [p for p in list_checkpoints(folder) if p.name not in spared]
-    removed = others[: max(0, len(others) - max(1, keep - len(spared)))]
+    found = [p for p in list_checkpoints(folder) if p.name not in spared]
+    later = [p for p in found if step is not None and step_of(p) > step]
+    others = found[: len(found) - len(later)]
+    removed = later + others[: max(0, len(others) - max(1, keep - len(spared)))]
     for path in removed:
         (path / manifest.NAME).unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
