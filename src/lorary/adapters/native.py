@@ -92,12 +92,8 @@ def read_native(folder: Path, findings: Findings) -> Adapter:
     Raises:
         FileError: every reason why it cannot be used.
     """
-    data = _record(read_json(folder, NAME, MOST_JSON), findings)
-    plain_sites, files = read_sites(data["sites"], findings), data["files"]
-    method = _method(data["method"])
-    findings.raise_refused()
-    sites = adapted_sites(plain_sites, data["sites"], method, findings)
-    findings.raise_refused()
+    data, method, sites = _description(folder, findings)
+    files = data["files"]
     if _DRAWN in data and (what := shared_tensors.invalid_record(data[_DRAWN], sites)):
         findings.fatal.append(Diagnostic(f"{NAME}: {_DRAWN}", what))
     peft_type = peft_type_of(sites) if WEIGHTS in files else None
@@ -118,6 +114,32 @@ def read_native(folder: Path, findings: Findings) -> Adapter:
     findings.fatal += [Diagnostic(f"{file.name}: {problem.where}", problem.what) for problem in inconsistent]
     alert_if_zero(sites, tensors, findings)
     return _unwrapped(Adapter(method, sites, tensors, full, Fingerprint(**data["base"]), findings.conclude()))
+
+
+def check_written(folder: Path) -> None:
+    """Read the record and the tensors' header of a new folder as a reader does, without the tensors' values.
+
+    Raises:
+        FileError: every reason why a reader would refuse it.
+    """
+    findings = Findings("", strict=True)
+    data = _description(folder.resolve(), findings)[0]
+    with TensorFile(folder.resolve(), WEIGHTS if WEIGHTS in data["files"] else TENSORS):
+        pass
+
+
+def _description(folder: Path, findings: Findings) -> tuple[dict[str, Any], Method, tuple[AdaptedSite, ...]]:
+    """The record of a folder, its method and its sites.
+
+    Raises:
+        FileError: every reason to refuse it.
+    """
+    data = _record(read_json(folder, NAME, MOST_JSON), findings)
+    plain_sites, method = read_sites(data["sites"], findings), _method(data["method"])
+    findings.raise_refused()
+    sites = adapted_sites(plain_sites, data["sites"], method, findings)
+    findings.raise_refused()
+    return data, method, sites
 
 
 def _unwrapped(adapter: Adapter) -> Adapter:

@@ -42,7 +42,8 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.
         model: the base, if at hand: with it PEFT's files can hold modules trained in full and have short target lists.
 
     Raises:
-        FileError: no reader would accept the adapter (NaN, other dtypes), or the folder cannot be written.
+        FileError: `load_adapter` would refuse the files (NaN, values beyond 1e6, other dtypes), with the same reasons;
+            or the folder cannot be written.
 
     Warns:
         AdapterWarning: PEFT has a form for this adapter, and would misread it on this base; it is in lorary's own form.
@@ -56,7 +57,7 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.
         raise FileError(headline, problems)
     shared = collect_shared(adapter)
     tensors = native.native_tensors(adapter, shared)
-    if problems := unwritable(tensors) or _inconsistent(adapter, shared):
+    if problems := unwritable(tensors, adapter.full) or _inconsistent(adapter, shared):
         raise FileError(headline, problems)
     # PEFT's files cannot hold RoPE scaling
     peft_type = None if writer.rope_overrides(adapter) else writer.exact_type(adapter, model, shared)
@@ -74,6 +75,10 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.
             (temporary / PEFT_CONFIG).write_text(config_text(config), encoding="utf-8")
         write_tensors(temporary / (WEIGHTS if peft_type else native.TENSORS), tensors)
         native.write_record(temporary, adapter, shared)
+        try:
+            native.check_written(temporary)
+        except FileError as error:
+            raise FileError(headline, error.problems) from error.__cause__
 
 
 @mode_independent

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -22,7 +21,7 @@ from lorary.model.ambient import mode_independent
 from lorary.model.attach import attach_tensors, remove
 from lorary.model.buffers import persistent_buffers
 from lorary.model.checks import changeable, layer_mismatches
-from lorary.model.fingerprint import Fingerprint, frozen_weights
+from lorary.model.fingerprint import Fingerprint
 from lorary.model.quantize import already_quantized, quantizable_layers, warn_of_quantization
 from lorary.model.scan import scan
 from lorary.model.state import base_parameter, require_attached, state_of
@@ -58,7 +57,8 @@ def load(
     Args:
         base: the model that it was trained on.
         path: the adapter folder.
-        strict: refuse anything missing, unexpected, malformed or not finite; False tolerates what PEFT tolerates.
+        strict: refuse anything missing, unexpected, malformed or not finite; False tolerates what PEFT tolerates in the
+            files. The base is checked all the same.
         force: accept another base than the one it was trained on, if every tensor fits.
         trainable: whether its parameters require gradients, for further training.
         quantize: quantise the layers that its method quantises (QLoRA). False keeps the base's own weights, which
@@ -81,7 +81,7 @@ def load(
             "cannot load:", [Diagnostic("model", "something is attached already", "lorary.switch replaces it")]
         )
     adapter = load_adapter(path, model=inner, strict=strict)
-    put_on(inner, adapter, str(path), force=force or not strict, trainable=trainable, quantize=quantize)
+    put_on(inner, adapter, str(path), force=force, trainable=trainable, quantize=quantize)
     return base
 
 
@@ -174,8 +174,7 @@ def _check_base(
             problems.append(Diagnostic(name, f"the adapter holds {tuple(tensor.shape)} for it; in this model {found}"))
     problems += _context_problems(model, adapter) + _meta_problems(modules, adapter)
     if not force:
-        same = adapter.base.frozen and adapter.base.frozen == frozen_weights(model, adapter.full)
-        here = replace(here, weights="") if same else here  # they differ in what the adapter replaces, if at all
+        here = here.without(model, adapter.full)
         problems += [Diagnostic(p.where, p.what, fix) for p in adapter.base.disagreements(here)]
     if problems:
         raise FileError(f"{where} does not fit this model:", problems)

@@ -67,8 +67,7 @@ def read_tensors(
     findings.raise_refused()
     raw = file.read(names[name] for name in usable)
     values = {name: raw[names[name]] for name in usable}
-    findings.tolerable += not_finite(values)
-    findings.tolerable += out_of_range({name: t for name, t in values.items() if name not in unbounded})
+    findings.tolerable += unusable_values(values, unbounded)
     dtypes = sorted({entry.dtype for entry in found.values()})
     if len(dtypes) > 1:
         findings.notes.append(f"its tensors are of several dtypes: {', '.join(dtypes)}")
@@ -136,8 +135,13 @@ def _compare(
 # --- values -----------------------------------------------------------------------------------------------------------
 
 
-def unwritable(tensors: Mapping[str, Tensor]) -> list[Diagnostic]:
-    """The tensors, by their names in the file, that no reader would accept."""
+def unwritable(tensors: Mapping[str, Tensor], unbounded: Collection[str] = ()) -> list[Diagnostic]:
+    """The tensors, by their names in the file, that a strict reader would refuse.
+
+    Args:
+        tensors: name -> tensor.
+        unbounded: the names whose values may be of any size, being the base's own.
+    """
     problems = [Diagnostic(named(name), what) for name in tensors if (what := name_problem(name))]
     accepted = ", ".join(_name(dtype) for dtype in DTYPES.values())
     for name, tensor in tensors.items():
@@ -146,11 +150,16 @@ def unwritable(tensors: Mapping[str, Tensor]) -> list[Diagnostic]:
             problems.append(Diagnostic(named(name), what))
         elif tensor.is_meta:
             problems.append(Diagnostic(named(name), "has no values: its model is on the meta device"))
-    return problems or not_finite(tensors)
+    return problems or unusable_values(tensors, unbounded)
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def unusable_values(tensors: Mapping[str, Tensor], unbounded: Collection[str] = ()) -> list[Diagnostic]:
+    """The tensors with values that are not finite, or larger than those of any trained adapter."""
+    return not_finite(tensors) + out_of_range({name: t for name, t in tensors.items() if name not in unbounded})
 
 
 @torch.no_grad()
@@ -166,6 +175,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[Diagnostic]:
     return problems
 
 
+@torch.no_grad()
 def out_of_range(tensors: Mapping[str, Tensor]) -> list[Diagnostic]:
     """The tensors with a value that no training produces."""
     problems = []

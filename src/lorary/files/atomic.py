@@ -3,7 +3,8 @@
 One file (`atomic_file`) or a folder of several (`atomic_directory`) is written under a temporary name beside the
 target; every file is flushed to the disk, then the folder that lists them; then it is renamed and the parent flushed.
 `rename(2)` is the commit. A folder that exists is *exchanged* with the new one in a single system call (Linux, macOS);
-elsewhere it takes two renames, and `recover` repairs a kill between them.
+elsewhere it takes two renames, and `recover` repairs a kill between them. What replaces a file or folder gets its owner,
+mode and extended attributes.
 
 A temporary name starts with `.lorary-tmp-` and is locked (advisory) while its writer lives, so `remove_stale` can tell
 leftovers of a killed process from work in progress.
@@ -22,7 +23,16 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lorary.errors import Diagnostic, FileError
-from lorary.files.syscalls import abandoned, exchange, fault_point, hold, reason, sync_folder, sync_tree
+from lorary.files.syscalls import (
+    abandoned,
+    copy_attributes,
+    exchange,
+    fault_point,
+    hold,
+    reason,
+    sync_folder,
+    sync_tree,
+)
 
 TEMPORARY = ".lorary-tmp-"
 REPLACED = ".lorary-old-"
@@ -54,6 +64,8 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             yield file
             fault_point("file.written")
             file.flush()
+            if path.is_file() and not path.is_symlink():
+                copy_attributes(path, temporary)
             os.fsync(file.fileno())
             fault_point("file.before-rename")
             os.replace(temporary, path)
@@ -111,8 +123,10 @@ def atomic_directory(
         yield temporary
         filling = False
         fault_point("directory.written")
-        if keep and path.is_dir():
-            _carry_over(path, temporary, drop)
+        if path.is_dir():
+            _copy_attributes(path, temporary)
+            if keep:
+                _carry_over(path, temporary, drop)
         sync_tree(temporary)
         fault_point("directory.before-rename")
         _commit(temporary, path)
@@ -222,6 +236,14 @@ def _check_target(path: Path, replace: bool, keep: bool) -> None:
 
 def _not_writable(path: str | os.PathLike[str], what: str, fix: str) -> FileError:
     return FileError(f"cannot write {str(path)!r}", [Diagnostic("", what, fix)])
+
+
+def _copy_attributes(old: Path, new: Path) -> None:
+    """Give a new folder and the files in it the attributes of those that they replace."""
+    for entry in (new, *new.rglob("*")):
+        before = old / entry.relative_to(new)
+        if before.exists() and not before.is_symlink() and before.is_dir() == entry.is_dir():
+            copy_attributes(before, entry)
 
 
 def _carry_over(old: Path, new: Path, drop: Collection[str]) -> None:

@@ -16,7 +16,9 @@ import ctypes
 import errno
 import os
 import signal
+import stat
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 try:
@@ -66,6 +68,24 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def copy_attributes(old: Path, new: Path) -> None:
+    """Give a new file or folder the owner, mode and extended attributes (ACLs, labels) of the one that it replaces.
+
+    Whatever the system does not let this process set stays as it is for a new file.
+    """
+    status, here = old.stat(), new.stat()
+    for owner, group in ((status.st_uid, -1), (-1, status.st_gid)):
+        if owner not in (-1, here.st_uid) or group not in (-1, here.st_gid):
+            with suppress(OSError):  # of another user, or a group that this one is not in
+                os.chown(new, owner, group)
+    with suppress(OSError, AttributeError):  # file systems, and systems, without them
+        for name in os.listxattr(old):
+            with suppress(OSError):
+                os.setxattr(new, name, os.getxattr(old, name))
+    with suppress(OSError):
+        os.chmod(new, stat.S_IMODE(status.st_mode))  # last: a change of the group clears bits
 
 
 def hold(descriptor: int) -> None:

@@ -6,23 +6,28 @@ import hashlib
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lorary.errors import Diagnostic, StateError, not_a
+from lorary.files.strict_json import show
 from lorary.layers.adapted import base_parameters, unwrapped_modules
 from lorary.layers.dtensor import full_tensor
 from lorary.layers.kinds import KINDS, kind_of, was_transposed
 from lorary.layers.quantized_weight import is_foreign
 from lorary.layers.wrappers import original_class, unwrapped
 from lorary.model.ambient import mode_independent
+from lorary.model.base_settings import are_settings, function_settings
+from lorary.model.buffers import persistent_buffers
 
 STATE = "_lorary"  # the attribute of a model for its AttachedState, which holds its base's fingerprint
 _PLAIN = "_lorary_base"  # the attribute of a quantised model for the fingerprint from before
 _FOREIGN = "unpacked:"  # prefix of the weights' digest if another library quantised some of them
 _SAMPLES = 64  # numbers read from each parameter
+_OPTIONAL = {"frozen", "buffers", "settings"}  # fields that a record may lack: unknown, and not compared
+_MOST_SETTINGS = 5  # differences shown
 
 
 class Sample(NamedTuple):
@@ -61,6 +66,9 @@ class Fingerprint:
         name: the Hub id or last folder name that the model was loaded from; empty if the model does not say.
         frozen: as `weights`, without the parameters that an adapter trains in full, which it replaces: the new head of
             a classifier is drawn again at every load. Empty for an adapter that trains none, and in older files.
+        buffers: as `weights`, over the persistent buffers, such as the running statistics of a batch norm; empty for a
+            model without them, for an adapter that trains some of them, and in older files.
+        settings: the settings of the model's configuration that its function depends on.
     """
 
     architecture: str = ""
@@ -68,6 +76,8 @@ class Fingerprint:
     weights: str = ""
     name: str = ""
     frozen: str = field(default="", compare=False)
+    buffers: str = field(default="", compare=False)
+    settings: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @staticmethod
     @mode_independent
@@ -104,24 +114,30 @@ class Fingerprint:
             structure.hexdigest(),
             "" if empty else (_FOREIGN if foreign else "") + weights.hexdigest(),
             base_name(str(getattr(config, "_name_or_path", "") or "")),
+            buffers=_buffers_digest(model),
+            settings=function_settings(model),
         )
 
     @staticmethod
     def from_record(found: object) -> Fingerprint | None:
         """The fingerprint that a file holds; None if it is not one."""
         known = {f.name for f in fields(Fingerprint)}
-        if not isinstance(found, dict) or set(found) | {"frozen"} != known:
+        if not isinstance(found, dict) or set(found) | _OPTIONAL != known:
             return None
-        return Fingerprint(**found) if all(isinstance(value, str) for value in found.values()) else None
+        texts = all(isinstance(value, str) for name, value in found.items() if name != "settings")
+        return Fingerprint(**found) if texts and are_settings(found.get("settings", {})) else None
 
-    def record(self) -> dict[str, str]:
+    def record(self) -> dict[str, Any]:
         """The fields as files hold them."""
-        return {name: value for name, value in asdict(self).items() if name != "frozen" or value}
+        return {name: value for name, value in asdict(self).items() if name not in _OPTIONAL or value}
 
     @mode_independent
     def without(self, model: nn.Module, full: Collection[str]) -> Fingerprint:
-        """With `frozen` for an adapter that trains these parameters in full; `model` is the base, not yet changed."""
-        return replace(self, frozen=frozen_weights(model, full)) if full else self
+        """For an adapter that trains these parameters or buffers in full; `model` is the base, not yet changed."""
+        if not full:
+            return self
+        trained = persistent_buffers(unwrapped_modules(model)).keys() & set(full)
+        return replace(self, frozen=frozen_weights(model, full), buffers="" if trained else self.buffers)
 
     def remember(self, model: nn.Module) -> None:
         """Make this the model's fingerprint from now on, however its weights are quantised."""
@@ -145,14 +161,46 @@ class Fingerprint:
         for name, what in (("architecture", "another architecture"), ("structure", "other layers or sizes")):
             mine, its = getattr(self, name), getattr(other, name)
             if mine and its and mine != its:
-                text = f"{what}: {_short(mine)} when it was trained, {_short(its)} here"
-                problems.append(Diagnostic("base", text))
+                problems.append(_difference(what, _short(mine), _short(its)))
+        return problems or [*self._other_values(other), *self._other_settings(other)]
+
+    def _other_values(self, other: Fingerprint) -> list[Diagnostic]:
+        """Differences of a base of the same structure in its parameters and buffers."""
+        problems = []
+        was = f" (it was trained on `{self.name}`)" if self.name else ""
         alike = self.weights.startswith(_FOREIGN) == other.weights.startswith(_FOREIGN)
-        if not problems and self.weights and other.weights and alike and self.weights != other.weights:
-            was = f" (it was trained on `{self.name}`)" if self.name else ""
-            what = f"other weights: {_short(self.weights)} when it was trained, {_short(other.weights)} here{was}"
-            problems.append(Diagnostic("base", what))
+        same = self.frozen and self.frozen == other.frozen  # they differ in what the adapter replaces, if at all
+        if self.weights and other.weights and alike and not same and self.weights != other.weights:
+            problems.append(_difference("other weights", _short(self.weights), _short(other.weights), f" here{was}"))
+        if self.buffers and other.buffers and self.buffers != other.buffers:
+            what = "other buffers, such as running statistics"
+            problems.append(_difference(what, _short(self.buffers), _short(other.buffers)))
         return problems
+
+    def _other_settings(self, other: Fingerprint) -> list[Diagnostic]:
+        """Differences of the configuration; a setting that only one of them has is of another version."""
+        differ = [k for k in self.settings if k in other.settings and self.settings[k] != other.settings[k]]
+        problems = [
+            _difference(f"another configuration, `{key}`", show(self.settings[key]), show(other.settings[key]))
+            for key in differ[:_MOST_SETTINGS]
+        ]
+        if len(differ) > _MOST_SETTINGS:
+            problems.append(Diagnostic("base", f"and {len(differ) - _MOST_SETTINGS} more settings"))
+        return problems
+
+
+def _difference(what: str, mine: str, its: str, end: str = " here") -> Diagnostic:
+    return Diagnostic("base", f"{what}: {mine} when it was trained, {its}{end}")
+
+
+def _buffers_digest(model: nn.Module) -> str:
+    """`Fingerprint.buffers` of a base; empty if it has none, or no values."""
+    found = persistent_buffers(unwrapped_modules(model))
+    samples = [(name, Sample.of(t)) for name, t in sorted(found.items()) if t.is_floating_point()]
+    if not samples or any(sample.values is None for _, sample in samples):
+        return ""
+    text = b"".join(f"{name} {sample.shape}\n".encode() + (sample.values or b"") for name, sample in samples)
+    return hashlib.sha256(text).hexdigest()
 
 
 def frozen_weights(model: nn.Module, full: Collection[str]) -> str:

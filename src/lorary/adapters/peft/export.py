@@ -66,7 +66,7 @@ def export_peft(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.M
         config, tensors = writer.exact_files(adapter, model, shared, LORA)
     else:
         config, tensors = _as_lora(adapter, model, folder)
-    _refuse(folder, unwritable(tensors))
+    _refuse(folder, unwritable(tensors, [name for name in tensors if ".lora_" not in name]))
     needed, rope = sum(t.nbytes for t in tensors.values()), writer.rope_overrides(adapter)
     with atomic_directory(folder, replace=True, keep=True, drop=ADAPTER_FILES, needed=needed) as temporary:
         (temporary / NAME).write_text(config_text(config), encoding="utf-8")

@@ -84,7 +84,6 @@ def build_trainer(
         options["reference"] = prepared.config.training.dpo_reference or "base"
     with _no_progress_bars():
         trainer = _TRAINERS[prepared.config.task](
-            **options,
             model=model,
             args=training_arguments(prepared.config, output, held_out=bool(held_out), resumed=resumed),
             train_dataset=_dataset(prepared.config.task, prepared.train.rows),

@@ -10,13 +10,11 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-import lorary
 from lorary.adapters.peft.config import NAME as PEFT_CONFIG
 from lorary.model.fingerprint import base_name
 from lorary.model.plan import Plan, human_bytes
@@ -24,6 +22,7 @@ from lorary.spec.presets import names_of
 from lorary.train.config.config import Config
 from lorary.train.config.previous_tasks import path_of
 from lorary.train.runner.result import Run
+from lorary.train.trainer.environment import versions
 
 
 @dataclass(frozen=True)
@@ -190,9 +189,3 @@ from transformers import AutoModelForCausalLM
 model = lorary.load(AutoModelForCausalLM.from_pretrained({name}), "adapter")
 ```"""
     return code + ("\n\nPEFT reads the folder as well." if as_peft else "")
-
-
-def versions() -> dict[str, str]:
-    """The versions of the packages that influence a result."""
-    packages = ("torch", "transformers", "trl", "accelerate", "datasets", "safetensors")
-    return {"lorary": lorary.__version__} | {p: metadata.version(p) for p in packages}

@@ -22,7 +22,7 @@ from lorary.train.config.load import load
 from lorary.train.runner.build import build_trainer
 from lorary.train.runner.folder import ADAPTER, CHECKPOINTS, CONFIG, SEARCHED, RunFolder
 from lorary.train.runner.prepare import prepare
-from lorary.train.trainer import checkpoint, resume
+from lorary.train.trainer import checkpoint, same_run
 
 RECORD = "search.json"
 
@@ -100,7 +100,7 @@ def _check_rows(folder: RunFolder, trainer: Any) -> None:
         ConfigError: the training rows differ.
     """
     newest, _ = checkpoint.newest(folder / CHECKPOINTS)
-    if newest is None or resume.has_same_rows(trainer, checkpoint.read(newest)):
+    if newest is None or same_run.has_same_rows(trainer, checkpoint.read(newest)):
         return
     what = "the training rows are not those of the run, so the held-out rows may be among its training rows"
     fix = "restore the run's original data"

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from lorary.adapters import save_adapter
 from lorary.adapters.adapter import Adapter
+from lorary.adapters.tensor_checks import out_of_range
 from lorary.errors import Diagnostic, FileError, TrainingError
 from lorary.files import atomic, manifest
 from lorary.files.tensor_file import write_tensors
@@ -57,9 +58,9 @@ def write(
 
     Raises:
         FileError: the disk is full, or the system refuses.
-        TrainingError: the adapter is not finite, or a value of the state cannot be stored.
+        TrainingError: the adapter is not finite or has diverged, or a value of the state cannot be stored.
     """
-    _check_finite(adapter)
+    _check_values(adapter)
     tensors: dict[str, Tensor] = {}
     text = json.dumps({"format": FORMAT, "state": to_json(state, tensors)}, allow_nan=False)
     with atomic.atomic_directory(path, replace=True) as folder:
@@ -120,17 +121,26 @@ def step_of(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def rotate(folder: Path, keep: int | None, best: str | None = None) -> list[Path]:
+def rotate(folder: Path, keep: int | None, best: str | None = None, step: int | None = None) -> list[Path]:
     """Remove all but the `keep` newest checkpoints and the best one; returns the removed paths.
 
     Age is measured in steps, not by the clock. The manifest is removed first, so that a process killed half-way leaves
     a folder that counts as incomplete.
+
+    Args:
+        folder: the folder of the checkpoints.
+        keep: how many stay; None for all.
+        best: the best one.
+        step: the run's present step. Later checkpoints are of a future that the run has left when it resumed from an
+            earlier one; they go first.
     """
     if keep is None:
         return []
     spared = {Path(best).name} if best else set()
-    others = [p for p in list_checkpoints(folder) if p.name not in spared]
-    removed = others[: max(0, len(others) - max(1, keep - len(spared)))]
+    found = [p for p in list_checkpoints(folder) if p.name not in spared]
+    later = [p for p in found if step is not None and step_of(p) > step]
+    others = found[: len(found) - len(later)]
+    removed = later + others[: max(0, len(others) - max(1, keep - len(spared)))]
     for path in removed:
         (path / manifest.NAME).unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
@@ -177,9 +187,14 @@ def from_json(value: Any, tensors: dict[str, Tensor]) -> Any:
     return {k: from_json(v, tensors) for k, v in value.items()}
 
 
-def _check_finite(adapter: Adapter) -> None:
+def _check_values(adapter: Adapter) -> None:
+    """Refuse an adapter that could not be read again.
+
+    Raises:
+        TrainingError: values that are not finite, or larger than those of any trained adapter.
+    """
     named = {f"{site}.{role}": t for site, roles in adapter.tensors.items() for role, t in roles.items()}
     bad = [name for name, t in {**named, **adapter.full}.items() if not torch.isfinite(t).all()]
-    if bad:
-        problems = [Diagnostic(name, "contains non-finite values") for name in bad[:10]]
+    problems = [Diagnostic(name, "contains non-finite values") for name in bad[:10]] or out_of_range(named)[:10]
+    if problems:
         raise TrainingError("cannot save a checkpoint:", problems)

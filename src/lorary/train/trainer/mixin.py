@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
 from transformers.trainer_optimizer import is_optimizer_factory
+from transformers.trainer_utils import SaveStrategy
 
 import lorary
 from lorary.adapters import save_adapter
@@ -37,7 +37,8 @@ from lorary.model.labelled_head import LabelledHead
 from lorary.model.rank_pruning import resize_adapters
 from lorary.model.state import require_attached
 from lorary.train.data.sampler import SeededSampler, rows_in_batch
-from lorary.train.trainer import checkpoint, distributed, resume, rng
+from lorary.train.trainer import checkpoint, distributed, resume, rng, same_run
+from lorary.train.trainer.events import Events, stopped_early, why_over
 from lorary.train.trainer.failure_messages import with_failure_help
 from lorary.train.trainer.nan_guard import NanGuard
 from lorary.train.trainer.quantized_base import hide_quantization
@@ -100,6 +101,8 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
         self.stop_signal = StopSignal()
         self.guard = NanGuard(lambda: self.stop_signal.received)
         self.fingerprint = lorary.Fingerprint.of(model)  # before any rank holds only a shard of it
+        self.row_digests = same_run.RowDigests()
+        self.save_total_limit: int | None = args.save_total_limit
         self.sampler: SeededSampler | None = None
         self.batch: tuple[tuple[int, ...], bool] | None = None
         self.predicted: Memory | None = None
@@ -107,7 +110,7 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
         self.optimizer: Any
         before = model.__dict__.get("forward")
         with hide_quantization(model):
-            super().__init__(model=model, args=args, callbacks=[_Events(self), *(callbacks or [])], **rest)
+            super().__init__(model=model, args=args, callbacks=[Events(self), *(callbacks or [])], **rest)
         distributed.check_strategy(self.accelerator.state)
         if self.is_fsdp_enabled and any(site.share for site in sites):
             distributed.refuse_sharding_shared_layers()
@@ -215,6 +218,8 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
         """Evaluation; it preserves the random numbers, so that its frequency does not change the run."""
         with rng.preserved():
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        if stopped_early(self) and self.args.save_strategy != SaveStrategy.NO:
+            self.control.should_save = True  # so that the newest checkpoint says that the run is over
         return metrics
 
     # --- saving and resuming ----------------------------------------------------------------------------------
@@ -233,9 +238,18 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
         """
         chosen = resume.choose_checkpoint(self, resume_from_checkpoint) if resume_from_checkpoint else None
         if chosen is not None:  # before the model is sharded and an optimizer holds its parameters
-            resize_adapters(self.unwrapped_model(), resume.read_adapter(chosen).sites)
-        with self.stop_signal, with_failure_help(self):
-            output = super().train(str(chosen) if chosen is not None else None, *args, **kwargs)
+            adapter = resume.read_adapter(chosen)
+            same_run.check(self, adapter, checkpoint.read(chosen))
+            resize_adapters(self.unwrapped_model(), adapter.sites)
+        # with a limit of 1 Transformers would remove the last checkpoint at the end, and the run would look unfinished
+        self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with self.stop_signal, with_failure_help(self):
+                output = super().train(str(chosen) if chosen is not None else None, *args, **kwargs)
+        finally:
+            self.args.save_total_limit = self.save_total_limit
+        if chosen is not None and self.args.should_save:
+            resume.remove_old_checkpoints(self)  # a kill may have come before their removal
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -274,9 +288,11 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
         resume.load_into(self.unwrapped_model(), resume.read_adapter(Path(resume_from_checkpoint)))
 
     def _init_training_state(self, max_steps: int, steps_per_epoch: int, epochs: int, *args: Any) -> tuple[int, int]:
-        """(epochs done, micro-batches done in the next one); of a finished run all epochs, or it would go on."""
+        """(epochs done, micro-batches done in the next one); of a run that is over all epochs, or it would go on."""
         epochs_done, batches_done = super()._init_training_state(max_steps, steps_per_epoch, epochs, *args)
-        return (epochs, 0) if self.state.global_step >= max_steps else (epochs_done, batches_done)
+        if args[0] is not None:
+            resume.restore_best(self, Path(args[0]))
+        return (epochs, 0) if why_over(self) else (epochs_done, batches_done)
 
     def _load_optimizer_and_scheduler(self, path: str | None) -> None:
         if path is not None:
@@ -301,23 +317,3 @@ class _OwnHead:
 
     def remove(self) -> None:
         """Nothing: the model's `forward` is its own."""
-
-
-class _Events(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
-    """The loop's events, forwarded to the trainer."""
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.start_rules(state.max_steps)
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.start_epoch(state.epoch or 0)
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.rules.after_step()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.trainer.guard.stop:
-            control.should_save = control.should_training_stop = True

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow
 from accelerate.utils import gather_object
-from datasets import Dataset
 from torch import nn
 from transformers.trainer_callback import ExportableState
 
 import lorary
 from lorary.adapters import load_adapter
 from lorary.adapters.adapter import Adapter
-from lorary.errors import Diagnostic, FileError, LoraryError, TrainingError
+from lorary.errors import Diagnostic, FileError, LoraryError
 from lorary.files.findings import AdapterWarning
 from lorary.layers.adapted import adapted_layers
 from lorary.layers.dtensor import copy_into, full_cpu_copy
@@ -29,8 +26,9 @@ from lorary.model.rank_pruning import directions_of
 from lorary.model.residual_base import load_start
 from lorary.model.state import base_parameter, require_attached
 from lorary.spec.placement import start_name
-from lorary.train.trainer import checkpoint, optimizer_state, rng
+from lorary.train.trainer import checkpoint, optimizer_state, rng, same_run
 from lorary.train.trainer.distributed import on_main_process
+from lorary.train.trainer.environment import environment
 
 _log = logging.getLogger("lorary.train")
 
@@ -128,11 +126,17 @@ def save_checkpoint(trainer: Any, path: Path) -> None:
     if trainer.args.should_save:
         try:
             checkpoint.write(path, adapter, state, facts, lambda folder: _write_trainer_state(trainer, folder), model)
-            checkpoint.rotate(path.parent, trainer.args.save_total_limit, trainer.state.best_model_checkpoint)
+            remove_old_checkpoints(trainer)
         except LoraryError as error:
             failure = error
     for reported in filter(None, gather_object([failure])):
         raise reported
+
+
+def remove_old_checkpoints(trainer: Any) -> None:
+    """Keep as many checkpoints as the trainer's limit says, the best one among them."""
+    folder, best = Path(trainer.args.output_dir), trainer.state.best_model_checkpoint
+    checkpoint.rotate(folder, trainer.save_total_limit, best, trainer.state.global_step)
 
 
 def choose_checkpoint(trainer: Any, wanted: str | bool) -> Path:
@@ -163,19 +167,11 @@ def choose_checkpoint(trainer: Any, wanted: str | bool) -> Path:
 
 
 def restore_optimizer(trainer: Any, state: dict[str, Any]) -> None:
-    """Restore the optimizer, the schedule and the scaler, after a check that the data is that of the checkpoint.
+    """Restore the optimizer, the schedule and the scaler.
 
     Raises:
-        TrainingError: the rows, the batches or the optimizer differ.
+        TrainingError: the optimizer is another one.
     """
-    there, here = state["data"], _data_order(trainer)
-    differ = [k for k in here if there[k] != here[k]]
-    problems = [Diagnostic(k, f"{there[k]} in the checkpoint, {here[k]} here") for k in differ if k != "contents"]
-    if "contents" in differ:
-        fix = "restore the run's original data, or start again"
-        problems.append(Diagnostic("contents", "the training rows are not those of the checkpoint", fix))
-    if problems:
-        raise TrainingError("this checkpoint belongs to another run:", problems)
     optimizer_state.restore(unwrapped_optimizer(trainer), trainer.unwrapped_model(), state["optimizer"])
     trainer.lr_scheduler.load_state_dict(state["scheduler"])
     optimizer_state.follow_schedule(unwrapped_optimizer(trainer), trainer.lr_scheduler)
@@ -183,10 +179,12 @@ def restore_optimizer(trainer: Any, state: dict[str, Any]) -> None:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
 
 
-def has_same_rows(trainer: Any, state: dict[str, Any]) -> bool:
-    """Whether the training rows are those of the checkpoint, so that the held-out rows are, too."""
-    same: bool = state["data"]["contents"] == _rows_digest(trainer)
-    return same
+def restore_best(trainer: Any, resumed: Path) -> None:
+    """Find the best checkpoint by its step: in the output folder, or beside the resumed one. Folders may have moved."""
+    step = trainer.state.best_global_step
+    places = [folder / f"checkpoint-{step}" for folder in (Path(trainer.args.output_dir), resumed.parent)]
+    found = [path for path in places if step and path.is_dir()]
+    trainer.state.best_model_checkpoint = str(found[0]) if found else None
 
 
 def restore_log(trainer: Any, log: dict[str, Any]) -> None:
@@ -213,7 +211,8 @@ def _training_state(trainer: Any, model: nn.Module) -> dict[str, Any]:
         "scaler": scaler.state_dict() if scaler is not None else {},
         "rng": gather_object([rng.capture()]),
         "rules": {k: full_cpu_copy(t) for k, t in trainer.rules.state_dict().items()},
-        "data": _data_order(trainer),
+        "data": same_run.data_order(trainer),
+        "environment": environment(),
         "log": {
             "loss": float(trainer._tr_loss),
             "total": trainer._total_loss_scalar,
@@ -224,37 +223,6 @@ def _training_state(trainer: Any, model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _data_order(trainer: Any) -> dict[str, Any]:
-    """Everything that determines the next rows and their contents."""
-    sampler = trainer.sampler
-    return {
-        "rows": sampler.rows if sampler is not None else -1,
-        "contents": _rows_digest(trainer),
-        "seed": sampler.seed if sampler is not None else -1,
-        "batch_size": trainer._train_batch_size,
-        "gradient_accumulation_steps": trainer.args.gradient_accumulation_steps,
-        "ranks": trainer.args.world_size,
-    }
-
-
-def _rows_digest(trainer: Any) -> str:
-    """The SHA-256 of all training rows, cached on the trainer; empty for a stream."""
-    rows = trainer.train_dataset
-    if not isinstance(rows, Dataset):
-        return ""
-    cached: tuple[Any, str] = getattr(trainer, "_digest", (None, ""))
-    if cached[0] is not rows:
-        digest = hashlib.sha256()
-        for part in rows.with_format("arrow").iter(1000):
-            plain = part.replace_schema_metadata(None).combine_chunks()
-            sink = pyarrow.BufferOutputStream()
-            with pyarrow.ipc.new_stream(sink, plain.schema) as stream:
-                stream.write_table(plain)
-            digest.update(sink.getvalue())
-        cached = trainer._digest = (rows, digest.hexdigest())
-    return cached[1]
-
-
 def _write_trainer_state(trainer: Any, folder: Path) -> None:
     """Transformers' own record of the run, with the counters of its callbacks (early stopping)."""
     exported: dict[str, list[Any]] = {}
@@ -263,4 +231,6 @@ def _write_trainer_state(trainer: Any, folder: Path) -> None:
             exported.setdefault(type(callback).__name__, []).append(callback.state())
     # Transformers reads a single state as it is and several of a class as a list
     trainer.state.stateful_callbacks = {k: v[0] if len(v) == 1 else v for k, v in exported.items()}
-    trainer.state.save_to_json(str(folder / checkpoint.TRAINER_STATE))
+    # the best checkpoint is known by its step: a path would be wrong in a folder that is moved
+    state = dataclasses.replace(trainer.state, best_model_checkpoint=None)
+    state.save_to_json(str(folder / checkpoint.TRAINER_STATE))
