@@ -25,7 +25,7 @@ from lorary.train.config.previous_tasks import load_previous_tasks, with_digests
 from lorary.train.data.lint import Lint, lint
 from lorary.train.data.load import load
 from lorary.train.data.tokenize import Tokens, tokenize
-from lorary.train.runner.memory_forecast import workload
+from lorary.train.runner.memory_forecast import optimizer_of, workload
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,7 @@ def with_plan(prepared: RunPlan, plan: Plan) -> RunPlan:
 def _memory(config: Config, model: Any, plan: Plan, report: Lint) -> Memory:
     """The memory of batches in which every row is as long as the longest."""
     batch = dataclasses.replace(workload(config, model), length=_longest(config, report), labelled=report.labelled)
-    optimizer = config.training.optimizer
-    paged = torch.cuda.is_available()  # a CPU has nothing to page
-    return predict(model, plan, batch, optimizer if paged else optimizer.removeprefix("paged_"))
+    return predict(model, plan, batch, optimizer_of(config))
 
 
 def _longest(config: Config, report: Lint) -> int:
