@@ -49,7 +49,9 @@ def loss_svg(history: History, title: str = "Loss", *, unit: str = "", smooth: b
             axes.legend()
         else:
             axes.text(0.5, 0.5, "no loss was logged", ha="center", transform=axes.transAxes)
-        return to_svg(figure, title, _description({"train loss": train, "held-out loss": held_out}, "no loss was logged", ".3f"))
+        return to_svg(
+            figure, title, _description({"train loss": train, "held-out loss": held_out}, "no loss was logged", ".3f")
+        )
 
 
 def curves_svg(history: History, keys: Mapping[str, str], title: str, ylabel: str, height: float = 2.2) -> str:

@@ -54,7 +54,7 @@ def optimization_section(history: History) -> Section:
     """The learning rate and the norm of the gradient."""
     rate = curves_svg(history, {"learning_rate": "learning rate"}, "Learning rate", "learning rate", 1.9)
     norm = curves_svg(history, {"grad_norm": "gradient norm"}, "Gradient norm before clipping", "L2 norm", 1.9)
-    words = "The highest rate of the optimizer's groups.", "Of all trained parameters, before clipping."
+    words = "Of the optimizer's first group.", "Of all trained parameters, before clipping."
     return Section("Optimization", [Picture(rate, words[0]), Picture(norm, words[1])])
 
 

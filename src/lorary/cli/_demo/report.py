@@ -47,9 +47,7 @@ def html(result: DemoResult) -> str:
     )
     sections = [
         loss_section(result.history, _caption(result)),
-        samples_section(
-            result.samples, "The same prompts, continued by both models with the same random numbers."
-        ),
+        samples_section(result.samples, "The same prompts, continued by both models with the same random numbers."),
         plan_section(result.plan),
         Section("Saved, loaded, merged", [Table(("step", "result"), _checks(result))]),
         Section("What to type next", [Paragraph("The same for a model and data of your own:"), Code(_next(result))]),

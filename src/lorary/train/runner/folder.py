@@ -41,7 +41,20 @@ SEARCHED, IMPORTANCE, REPORT = "searched", "importance.json", "report.html"
 TENSORBOARD = "tensorboard"
 TRACKERS = (TENSORBOARD, "runs", "wandb", "trackio")  # folders that loggers may create
 LOCKS = (LOCK, HELD)
-RUN_FILES = (CONFIG, ENVIRONMENT, SAMPLE, METRICS, EVENTS, PLOTS, CHECKPOINTS, ADAPTER, SEARCHED, IMPORTANCE, CARD, REPORT)
+RUN_FILES = (
+    CONFIG,
+    ENVIRONMENT,
+    SAMPLE,
+    METRICS,
+    EVENTS,
+    PLOTS,
+    CHECKPOINTS,
+    ADAPTER,
+    SEARCHED,
+    IMPORTANCE,
+    CARD,
+    REPORT,
+)
 
 # Options that a resumed run may change: they do not influence the result.
 _MAY_DIFFER = {"output", "training.save_total_limit", "training.report_to", "training.eval_batch_size"}

@@ -69,8 +69,10 @@ def workload(config: Config, model: Any) -> Workload:
 def of_step(config: Config, plan: Plan, step: CountedStep) -> int | None:
     """The predicted bytes of a step that was counted; None if the model's code cannot run without values."""
     model = skeleton(config.model)
-    shape = {"batch": step.batch, "length": step.length, "padding": step.padded, "labelled": step.labelled}
-    memory = predict(model, plan, dataclasses.replace(workload(config, model), **shape), optimizer_of(config))
+    batch = dataclasses.replace(
+        workload(config, model), batch=step.batch, length=step.length, padding=step.padded, labelled=step.labelled
+    )
+    memory = predict(model, plan, batch, optimizer_of(config))
     return None if memory.activations is None else memory.total
 
 

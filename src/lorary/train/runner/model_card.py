@@ -137,7 +137,9 @@ def _memory(run: Run) -> str:
     parts = []
     if run.step_memory is not None:
         counted = run.step_memory.counted
-        what = f"{human_bytes(counted.peak)} of tensors in step {counted.step} ({counted.batch} × {counted.length} tokens)"
+        what = (
+            f"{human_bytes(counted.peak)} of tensors in step {counted.step} ({counted.batch} × {counted.length} tokens)"
+        )
         parts = [f"{what}, {human_bytes(run.step_memory.predicted)} predicted for it"]
     if run.predicted is not None:
         parts.append(f"{human_bytes(run.predicted)} predicted with the longest rows")

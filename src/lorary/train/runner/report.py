@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lorary.adapters.adapter import Adapter
 from lorary.analysis.heatmap import ranks_svg
 from lorary.analysis.html_report import (
@@ -40,7 +42,9 @@ from lorary.train.runner.samples import continuations
 
 _log = logging.getLogger("lorary.train")
 
-_SAMPLES = "The first prompts of the {rows}, continued greedily by the same model with its adapter disabled and enabled."
+_SAMPLES = (
+    "The first prompts of the {rows}, continued greedily by the same model with its adapter disabled and enabled."
+)
 
 
 def write_report(prepared: RunPlan, folder: RunFolder, data: CardData, trainer: Any, ranks: Adapter | None) -> None:
@@ -77,9 +81,7 @@ def run_report(folder: Path, data: CardData, samples: Sequence[Sample] = (), ran
     return html_report(folder.name, lead, [*_figures(data)], [*_sections(folder, data, samples, ranks)])
 
 
-def _sections(
-    folder: Path, data: CardData, samples: Sequence[Sample], ranks: Adapter | None
-) -> Iterator[Section]:
+def _sections(folder: Path, data: CardData, samples: Sequence[Sample], ranks: Adapter | None) -> Iterator[Section]:
     history = data.run.history
     yield loss_section(history, _caption(data), NATS if data.config.task == "sft" else "nats per pair")
     yield from preference_sections(history)
@@ -90,7 +92,7 @@ def _sections(
     if samples:
         yield samples_section(samples, _SAMPLES.format(rows="held-out rows" if data.rows[1] else "training rows"))
     yield plan_section(data.plan)
-    yield Section("Data and training", [Table(("", ""), [*_facts(data)])])
+    yield Section("Data and training", [Table(("setting", "value"), [*_facts(data)])])
     yield Section("Memory", [Table(("tensors", "measured", "predicted"), _memory(data)), Paragraph(_process(data))])
     yield Section("Repeat it, and go on", [Code(_commands(folder))])
     yield versions_section()
@@ -100,15 +102,15 @@ def _figures(data: CardData) -> Iterator[KeyFigure]:
     run, found = data.run, evaluations(data)
     if found is not None:
         first, kept = (record["eval_loss"] for record in found)
-        before = f"{first:.3f} → " if found[0]["step"] == 0 else ""
-        yield KeyFigure("Held-out loss", f"{before}{kept:.3f}", f"at step {found[1]['step']:,}; lower is better")
+        before = f"{first:.2f} → " if found[0]["step"] == 0 else ""
+        yield KeyFigure("Held-out loss", f"{before}{kept:.2f}", f"at step {found[1]['step']:,}; lower is better")
         if data.config.task == "sft" and max(first, kept) < 20:
             before = f"{math.exp(first):.1f} → " if found[0]["step"] == 0 else ""
             yield KeyFigure("Perplexity", f"{before}{math.exp(kept):.1f}", "held out; lower is better")
         elif (share := found[1].get("eval_rewards/accuracies")) is not None:
             yield KeyFigure("Reward accuracy", f"{share:.0%}", "held-out pairs whose preferred answer wins")
     elif losses := [r["loss"] for r in run.history if r.get("loss") is not None]:
-        yield KeyFigure("Training loss", f"{losses[0]:.3f} → {losses[-1]:.3f}", "no data was held out")
+        yield KeyFigure("Training loss", f"{losses[0]:.2f} → {losses[-1]:.2f}", "no data was held out")
     yield KeyFigure("Steps", f"{run.steps:,}", f"{data.tokens:,} tokens")
     yield KeyFigure("Time", f"{run.seconds:,.0f} s", "in the last session")
     if run.step_memory is not None:
@@ -120,8 +122,9 @@ def _figures(data: CardData) -> Iterator[KeyFigure]:
 def _caption(data: CardData) -> str:
     t = data.config.training
     unit = "Cross entropy per labelled token" if data.config.task == "sft" else "DPO's loss per pair"
-    held_out = "; dashed, of the held-out rows, which are not trained on" if data.rows[1] else ""
-    return f"{unit}, of batches of {t.batch_size * t.gradient_accumulation_steps} rows per process{held_out}."
+    held_out = " Dashed: of the held-out rows, which are not trained on." if data.rows[1] else ""
+    rows = t.batch_size * t.gradient_accumulation_steps
+    return f"{unit}, of batches of {rows} rows per process. A faint line is the loss as it was logged.{held_out}"
 
 
 def _facts(data: CardData) -> Iterator[tuple[str, str]]:
@@ -146,11 +149,11 @@ def _memory(data: CardData) -> list[tuple[str, str, str]]:
 
 
 def _process(data: CardData) -> str:
+    where = "by its device's allocator" if torch.cuda.is_available() else "in resident memory"
     return (
         "Both columns are the most bytes of tensors alive at once: weights, adapter, gradients, optimizer and "
         f"activations. The process itself grew by {human_bytes(max(data.run.measured, 0))} at its peak since before "
-        "the model was loaded, by the device's allocator or else as resident memory, which also counts libraries, "
-        "evaluation and free blocks that the allocator keeps."
+        f"the model was loaded, {where}, which also counts libraries, evaluation, and free blocks that are kept."
     )
 
 

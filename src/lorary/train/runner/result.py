@@ -28,8 +28,10 @@ class StepMemory:
 def step_memory(prepared: RunPlan, counter: CountMemory) -> StepMemory | None:
     """The memory of the counted step with the prediction for it; None if either is unknown."""
     counted = counter.counted
-    predicted = of_step(prepared.config, prepared.plan, counted) if counted is not None else None
-    return StepMemory(counted, predicted) if predicted is not None else None
+    if counted is None:
+        return None
+    predicted = of_step(prepared.config, prepared.plan, counted)
+    return None if predicted is None else StepMemory(counted, predicted)
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,9 @@ def _write_results(prepared: RunPlan, folder: RunFolder, result: Run, trainer: A
         ranks = {site.site.name: directions_of(site) for site in pruned.sites}
         folder.write(f"{PLOTS}/ranks.svg", ranks_svg(ranks, max(site.r for site in pruned.sites)))
     lint = prepared.lint
-    data = CardData(prepared.config, prepared.plan, (lint.rows, lint.held_out), lint.labelled, trainer._total_train_tokens, result)
+    data = CardData(
+        prepared.config, prepared.plan, (lint.rows, lint.held_out), lint.labelled, trainer._total_train_tokens, result
+    )
     card = model_card(folder.path.absolute().name, data)
     folder.write(CARD, card)
     folder.write(f"{ADAPTER}/{CARD}", card)

@@ -64,9 +64,7 @@ def _divided(row: Row) -> tuple[list[int], list[int]]:
 def _greedy(model: Any, tokenizer: Any, prompt: list[int]) -> str:
     ids = torch.tensor([prompt], device=model.device)
     options = {"do_sample": False, "num_beams": 1, "max_new_tokens": NEW_TOKENS, "max_time": SECONDS}
-    output = model.generate(
-        ids, attention_mask=torch.ones_like(ids), pad_token_id=tokenizer.pad_token_id, **options
-    )
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=tokenizer.pad_token_id, **options)
     return _text(tokenizer, output[0, len(prompt) :].tolist())
 
 

@@ -7,6 +7,7 @@ a prediction of tensors. Counted here is what `lorary.analysis.memory` predicts:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,7 @@ class CountMemory(TrainerCallback):  # type: ignore[misc]  # Transformers has no
         self._at = 0
         self._persistent = 0
         self._live: LiveBytes | None = None
+        self._counting = ExitStack()
         self._hook: Any = None
         self._batches: list[tuple[int, int, float, bool]] = []
 
@@ -71,7 +73,7 @@ class CountMemory(TrainerCallback):  # type: ignore[misc]  # Transformers has no
         self._persistent = sum(storages.values())
         self._hook = model.register_forward_pre_hook(self._note, with_kwargs=True)
         self._live = LiveBytes()
-        self._live.__enter__()
+        self._counting.enter_context(self._live)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._live is None:
@@ -84,7 +86,7 @@ class CountMemory(TrainerCallback):  # type: ignore[misc]  # Transformers has no
     def close(self) -> None:
         """Stop counting; also after an error in the step."""
         if self._live is not None:
-            self._live.__exit__(None, None, None)
+            self._counting.close()
             self._hook.remove()
             self._live = None
 

@@ -27,6 +27,6 @@ class TensorBoardInFolder(TensorBoardCallback):  # type: ignore[misc]  # Transfo
         if state.is_world_process_zero:
             # what an interrupted session logged after its last checkpoint is logged again
             again = state.global_step + 1 if state.global_step else None
-            self.tb_writer = SummaryWriter(str(self.folder), purge_step=again)  # type: ignore[no-untyped-call]
+            self.tb_writer = SummaryWriter(str(self.folder), purge_step=again)
             _log.info("watch it: tensorboard --logdir %s", self.folder)
         super().on_train_begin(args, state, control, **kwargs)
