@@ -5,21 +5,39 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorary.adapters.hub import adapter_folder as adapter_folder
+from lorary.adapters.hub import download, is_hub_id
 from lorary.errors import Diagnostic, FileError
 from lorary.model.loading.source import ModelSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_FILES = ("lorary.json", "adapter_config.json")
+
+def adapter_at(name: str) -> Path | None:
+    """The adapter folder at or in the folder `name`, or downloaded from the Hub; None for a whole model.
+
+    Raises:
+        FileError: a Hub id of a repository that does not exist or cannot be downloaded.
+    """
+    downloaded = download(name) if is_hub_id(name) else None
+    return adapter_folder(downloaded or Path(name))
 
 
-def adapter_folder(path: Path) -> Path | None:
-    """The adapter folder at `path`, or in the run folder `path`; None if there is none."""
-    for folder in (path, path / "adapter"):
-        if any((folder / name).is_file() for name in _FILES):
-            return folder
-    return None
+def find_adapter(name: str, action: str) -> Path:
+    """The adapter folder at or in the folder `name`, or downloaded from the Hub.
+
+    Args:
+        name: an adapter or run folder, or a Hub id.
+        action: of the command, for the error: "merge".
+
+    Raises:
+        FileError: there is no adapter.
+    """
+    folder = adapter_at(name)
+    if folder is None:
+        raise FileError(f"cannot {action} {name}:", [Diagnostic(name, "there is no adapter in it")])
+    return folder
 
 
 def find_base(adapter: Path, base: str | None, dtype: str = "auto") -> ModelSection:
@@ -45,9 +63,9 @@ def find_model(name: str, base: str | None = None) -> tuple[Path | None, ModelSe
         base: replaces the base that the adapter names.
 
     Raises:
-        FileError: it is an adapter whose base cannot be found.
+        FileError: it is an adapter whose base cannot be found, or neither a folder nor on the Hub.
     """
-    folder = adapter_folder(Path(name))
+    folder = adapter_at(name)
     if folder is not None:
         return folder, find_base(folder, base)
     return None, ModelSection.of(base or name)

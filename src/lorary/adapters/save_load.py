@@ -10,6 +10,7 @@ from torch import nn
 
 from lorary.adapters import native
 from lorary.adapters.adapter import Adapter
+from lorary.adapters.hub import local_folder
 from lorary.adapters.mlx import is_mlx, read_mlx
 from lorary.adapters.peft import writer
 from lorary.adapters.peft.config import NAME as PEFT_CONFIG
@@ -86,7 +87,7 @@ def load_adapter(folder: str | os.PathLike[str], *, model: nn.Module | None = No
     """Read an adapter folder: lorary's, PEFT's or mlx-lm's.
 
     Args:
-        folder: the folder.
+        folder: the folder, or its Hub id: only the adapter's own files are then downloaded.
         model: the base, if at hand: a PEFT folder must then have tensors for the modules that PEFT would adapt in it.
         strict: refuse anything missing, unexpected, malformed or not finite. False tolerates what PEFT tolerates, with
             one warning that lists it all: a missing tensor is zero, an unexpected one is dropped and never overwrites a
@@ -101,7 +102,7 @@ def load_adapter(folder: str | os.PathLike[str], *, model: nn.Module | None = No
     checked_path(folder, "cannot load an adapter:")
     if problems := not_a(nn.Module | None, "a torch.nn.Module", model=model):
         raise FileError(f"cannot load {subject(folder)}", problems)
-    path = existing_folder(folder)
+    path = existing_folder(local_folder(folder))
     findings = Findings(subject(folder), strict)
     try:
         if os.path.lexists(path / native.NAME):

@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,14 @@ def html_report(title: str, lead: str, figures: Sequence[KeyFigure], sections: S
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.finalize = _without_control_characters
     environment.filters["kind"] = lambda block: type(block).__name__
     template = environment.get_template("report.html.j2")
     return template.render(title=title, lead=lead, figures=figures, sections=sections)
+
+
+def _without_control_characters(value: object) -> object:
+    """Text without the characters that HTML cannot hold: models write them too."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return "".join(c if c in "\n\t" or c.isprintable() or c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in value)

@@ -15,7 +15,10 @@ import typer
 from lorary import __version__
 from lorary.errors import LoraryError
 
-COMMANDS = ("train", "plan", "init", "methods", "search", "merge", "export", "generate", "inspect", "demo", "doctor")
+COMMANDS = (
+    *("train", "plan", "init", "methods", "search", "merge", "export"),
+    *("eval", "chat", "generate", "inspect", "demo", "doctor"),
+)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ FORMS = ("peft",)
 
 
 def export(
-    adapter: Annotated[Path, typer.Argument(help="Adapter folder, or a run folder that holds one.")],
+    adapter: Annotated[str, typer.Argument(help="Adapter folder, run folder that holds one, or Hub id.")],
     output: Annotated[Path, typer.Argument(help="Folder for the exported files.")],
     to: Annotated[str, typer.Option("--to", help="peft: a plain LoRA, or a DoRA, in PEFT's two files.")] = "peft",
     base: Annotated[
@@ -29,18 +29,16 @@ def export(
     """
     import lorary
     from lorary.adapters import export_peft, load_adapter
-    from lorary.adapters.resolve import adapter_folder, find_base
+    from lorary.adapters.resolve import find_adapter, find_base
     from lorary.analysis.merge_check import logits
     from lorary.cli._comparison_rows import random_rows
-    from lorary.errors import ConfigError, Diagnostic, FileError, did_you_mean
+    from lorary.errors import ConfigError, Diagnostic, did_you_mean
     from lorary.model.loading.from_pretrained import load_model
 
     if to not in FORMS:
         what, fix = "is not a known format", did_you_mean(to, FORMS)
         raise ConfigError(f"cannot export {adapter}:", [Diagnostic(f"--to {to}", what, fix)])
-    folder = adapter_folder(adapter)
-    if folder is None:
-        raise FileError(f"cannot export {adapter}:", [Diagnostic(str(adapter), "there is no adapter in it")])
+    folder = find_adapter(adapter, "export")
     if base is None:
         with _notes():
             export_peft(load_adapter(folder), output)

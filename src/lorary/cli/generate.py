@@ -1,51 +1,87 @@
-"""lorary generate: the continuation of a text, with or without an adapter."""
+"""lorary generate: the continuation of texts, with or without an adapter."""
 
 from __future__ import annotations
 
+import json
 import sys
-from typing import Annotated, Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
+
+if TYPE_CHECKING:
+    from lorary.cli._generation import Sampling
+    from lorary.train.data.prompts import Prompt
 
 
 def generate(
     model: Annotated[str, typer.Argument(help="Adapter or run folder, Hub id, model folder, or builtin:base.")],
     prompt: Annotated[str | None, typer.Argument(help="The text to continue; read from stdin if left out.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", help="Prompts instead: .txt with one per line, or rows with `prompt` or `messages`."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="New JSONL file for the answers to --file.")] = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "-b", min=1, max=100_000, help="Prompts of --file at a time.")
+    ] = 8,
     base: Annotated[str | None, typer.Option("--base", help="Base model; else the one the adapter names.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Ask as a user, through the chat template.")] = False,
+    template: Annotated[
+        str | None, typer.Option("--template", help="Chat template: builtin:chatml or a Jinja file.")
+    ] = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=1, max=1_000_000, help="Length of the answer at most.")
     ] = 128,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, max=10.0, help="0: greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option("--top-p", min=0.01, max=1.0, help="Nucleus sampling.")] = 1.0,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Random seed of sampling.")] = 0,
+    stream: Annotated[
+        bool | None, typer.Option("--stream/--no-stream", help="Print word by word; the default on a terminal.")
+    ] = None,
 ) -> None:
-    """Continue a text.
+    """Continue a text, or all prompts of a file.
 
     lorary generate out/ "def parse(text):" uses the adapter of a run; lorary generate builtin:base the base alone.
+    With --file the answers are JSON lines. Greedy ones in fp32 do not depend on the batch size; sampled ones do.
     """
+    from lorary.adapters.resolve import find_model
+    from lorary.train.data.prompts import Prompt, read_prompts
+
+    _check(prompt, file, out)
+    prompts = read_prompts(file) if file is not None else [Prompt(_text(prompt), "prompt")]
+    if chat:
+        prompts = [p if p.field == "messages" else _asked(p) for p in prompts]
     import torch
 
-    from lorary.adapters.resolve import find_model, load_with_adapter
-    from lorary.model.cached import cached
-    from lorary.model.loading.from_pretrained import load_tokenizer
+    from lorary.cli._generation import Sampling, tokenizer_of
+    from lorary.cli._model import ready_model
 
-    prompt = _text(prompt)
     folder, section = find_model(model, base)
-    tokenizer = load_tokenizer(section)
-    ids = _ids(tokenizer, prompt, chat)
-    loaded = load_with_adapter(section, folder)
-    most = _room(loaded, len(ids), max_new_tokens)
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
-    torch.manual_seed(seed)
-    row, padding = torch.tensor([ids]), tokenizer.pad_token_id
-    with torch.inference_mode(), cached(loaded):
-        output = loaded.generate(
-            row, attention_mask=torch.ones_like(row), max_new_tokens=most, pad_token_id=padding, **sampling
-        )
-    print(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
+    tokenizer = tokenizer_of(section, folder, template)
+    rows = _rows(tokenizer, prompts, model)
+    sampling = Sampling(max_new_tokens, temperature, top_p)
+    with _output(out) as written:
+        loaded = ready_model(section, folder)
+        torch.manual_seed(seed)
+        if file is not None:
+            _answer_file(loaded, tokenizer, prompts, rows, batch_size, sampling, written)
+        else:
+            _answer(loaded, tokenizer, rows[0], sampling, sys.stdout.isatty() if stream is None else stream)
+
+
+def _check(prompt: str | None, file: Path | None, out: Path | None) -> None:
+    from lorary.errors import ConfigError, Diagnostic
+
+    problems = []
+    if file is not None and prompt is not None:
+        problems.append(Diagnostic("--file", "names the prompts, and one is an argument", "keep one of the two"))
+    if file is None and out is not None:
+        problems.append(Diagnostic("--out", "has no effect without --file", "redirect the output: > FILE"))
+    if problems:
+        raise ConfigError("conflicting options:", problems)
 
 
 def _text(prompt: str | None) -> str:
@@ -64,31 +100,83 @@ def _text(prompt: str | None) -> str:
     return prompt
 
 
-def _room(model: Any, tokens: int, wanted: int) -> int:
-    """The number of tokens that may follow a prompt within the model's context."""
+def _asked(prompt: Prompt) -> Prompt:
+    """The text as a user's message."""
+    import dataclasses
+
+    return dataclasses.replace(prompt, value=[{"role": "user", "content": prompt.value}])
+
+
+def _rows(tokenizer: Any, prompts: Sequence[Prompt], model: str) -> list[list[int]]:
+    """The tokens of every prompt."""
+    from lorary.cli._generation import chat_ids, require_chat_template, text_ids
     from lorary.errors import DataError, Diagnostic
-    from lorary.layers.rope import max_context, text_config
 
-    limit = max_context(text_config(model))
-    if limit is None:
-        return wanted
-    if tokens >= limit:
-        what = f"has {tokens:,} tokens, but the model's context is {limit:,}"
-        raise DataError("the prompt is too long:", [Diagnostic("prompt", what, "shorten it")])
-    return int(min(wanted, limit - tokens))
+    if any(prompt.field == "messages" for prompt in prompts):
+        require_chat_template(tokenizer, model, "cannot answer conversations:")
+    rows, problems = [], []
+    for prompt in prompts:
+        try:
+            value = prompt.value
+            rows.append(
+                text_ids(tokenizer, value, prompt.where) if isinstance(value, str) else chat_ids(tokenizer, value)
+            )
+        except ValueError as error:
+            if isinstance(error, DataError):
+                raise
+            problems.append(Diagnostic(prompt.where, str(error)))
+    if problems:
+        raise DataError("cannot answer these conversations:", problems[:5])
+    return rows
 
 
-def _ids(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
-    """The tokens of a prompt, encoded as in training."""
-    from lorary.errors import DataError, Diagnostic
-    from lorary.train.data.chat import render, require_template
-    from lorary.train.data.encode import encode_text
+@contextmanager
+def _output(path: Path | None) -> Iterator[TextIO]:
+    """The new file for the answers, or stdout. It is opened before the work."""
+    from lorary.errors import Diagnostic, FileError
 
-    if chat:
-        require_template(tokenizer, "--chat")
-        text = render(tokenizer, [{"role": "user", "content": prompt}], prompt=True)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    ids = encode_text(tokenizer, prompt) or [i for i in (tokenizer.bos_token_id,) if i is not None]
-    if not ids:
-        raise DataError("cannot generate text:", [Diagnostic("prompt", "is empty, and the tokenizer has no BOS")])
-    return ids
+    if path is None:
+        yield sys.stdout
+        return
+    try:
+        file = path.open("x", encoding="utf-8")
+    except FileExistsError:
+        problem = Diagnostic(str(path), "exists already, and was not changed", "name another file")
+        raise FileError("nothing was written:", [problem]) from None
+    with file:
+        yield file
+
+
+def _answer(model: Any, tokenizer: Any, ids: list[int], sampling: Sampling, stream: bool) -> None:
+    from lorary.cli._generation import Printer, require_room
+    from lorary.cli._generation_batches import generate_rows
+
+    require_room(model, [("prompt", ids)])
+    printer = Printer(tokenizer) if stream else None
+    (answer,) = generate_rows(model, tokenizer, [ids], sampling, printer)
+    if not stream:
+        print(answer)
+
+
+def _answer_file(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    rows: Sequence[list[int]],
+    batch_size: int,
+    sampling: Sampling,
+    written: TextIO,
+) -> None:
+    """Answer every prompt, and write a row for each as soon as its batch is done."""
+    from lorary.cli._generation import require_room
+    from lorary.cli._generation_batches import batches, generate_rows
+    from lorary.cli._progress import progress_bar
+
+    require_room(model, [(prompt.where, ids) for prompt, ids in zip(prompts, rows, strict=True)])
+    with progress_bar(len(rows), quiet=written is sys.stdout and sys.stdout.isatty()) as update:
+        for part in batches(model, rows, batch_size, sampling.max_new_tokens):
+            answers = generate_rows(model, tokenizer, [rows[i] for i in part], sampling)
+            for i, answer in zip(part, answers, strict=True):
+                row = {prompts[i].field: prompts[i].value, "completion": answer}
+                print(json.dumps(row, ensure_ascii=False), file=written, flush=True)
+            update(advance=len(part))

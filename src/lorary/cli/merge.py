@@ -26,7 +26,7 @@ REPORT = "fidelity.json"
 
 
 def merge(
-    adapter: Annotated[Path, typer.Argument(help="Adapter folder, or a run folder that holds one.")],
+    adapter: Annotated[str, typer.Argument(help="Adapter folder, run folder that holds one, or Hub id.")],
     output: Annotated[Path, typer.Argument(help="Folder for the merged model; must be empty.")],
     base: Annotated[str | None, typer.Option("--base", help="Base model; else the one the adapter names.")] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="auto (the base's own), float32, bfloat16, float16.")] = "auto",
@@ -48,21 +48,18 @@ def merge(
     saved in fidelity.json. A 4-bit base is written in 16 or 32 bits: quantising again would destroy the update.
     """
     from lorary.adapters import load_adapter
-    from lorary.adapters.resolve import adapter_folder, find_base
+    from lorary.adapters.resolve import find_adapter, find_base
     from lorary.cli._comparison_rows import comparison_rows
-    from lorary.errors import Diagnostic, FileError
     from lorary.files.atomic import atomic_directory
     from lorary.model.loading.from_pretrained import load_config, quiet_progress_bars
 
     _check(adapter, dtype, onto)
-    folder = adapter_folder(adapter)
-    if folder is None:
-        raise FileError(f"cannot merge {adapter}:", [Diagnostic(str(adapter), "there is no adapter in it")])
+    folder = find_adapter(adapter, "merge")
     value = load_adapter(folder)
-    section, target = _precisions(adapter, value, find_base(folder, base), dtype, onto)
+    section, target = _precisions(Path(adapter), value, find_base(folder, base), dtype, onto)
     with atomic_directory(output) as written:
         tokenizer = _tokenizer(section)
-        compared = comparison_rows(adapter, tokenizer, load_config(section), rows, data)
+        compared = comparison_rows(Path(adapter), tokenizer, load_config(section), rows, data)
         model, error = _merged(folder, value, section, target, onto, compared, force)
         with quiet_progress_bars():
             model.save_pretrained(written)
@@ -81,7 +78,7 @@ def merge(
     print(output)
 
 
-def _check(adapter: Path, dtype: str, onto: str) -> None:
+def _check(adapter: str, dtype: str, onto: str) -> None:
     """Check the options; a merge into a few bits is refused with the reason.
 
     Raises:

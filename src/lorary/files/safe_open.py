@@ -147,7 +147,8 @@ def _contained(folder: Path, name: str) -> Path:
         loop = error.errno == errno.ELOOP
         raise _refused(name, "is a link to itself" if loop else f"cannot be followed: {error.strerror}") from None
     # the Hugging Face cache keeps a snapshot's files as links into the repository's own `blobs` folder
-    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+    snapshots = next((p for p in folder.parents[:2] if p.name == "snapshots"), None)
+    blobs = snapshots.parent / "blobs" if snapshots is not None else folder
     if not path.is_relative_to(folder) and not path.is_relative_to(blobs):
         raise _refused(name, "is a link that leaves the folder", "copy the file itself into the folder")
     return path

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from lorary.adapters.resolve import adapter_folder, find_model
+from lorary.adapters.resolve import adapter_at, adapter_folder, find_model
 from lorary.analysis.long_context import default_lengths, stretches
 from lorary.errors import ConfigError, DataError, Diagnostic, FileError, LoraryError
 from lorary.layers.rope import max_context, rope_parameters
@@ -118,7 +118,7 @@ def _models(names: Sequence[str], base: str | None) -> tuple[tuple[ModelUnderTes
     problems: list[Diagnostic] = []
     for name in dict.fromkeys(names):
         try:
-            folder, section = find_model(name, base if adapter_folder(Path(name)) else None)
+            folder, section = find_model(name, base if adapter_at(name) else None)
             config, tokenizer = load_config(section).get_text_config(), load_tokenizer(section)
             found.append(ModelUnderTest(name, folder, section, config, tokenizer))
         except LoraryError as error:

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Column
 from rich.table import Table as Columns
 
-from lorary.analysis.html_report import (
-    Block,
-    Code,
-    KeyFigure,
-    Paragraph,
-    Picture,
-    Section,
-    SideBySide,
-    Table,
-    html_report,
-    versions_section,
-)
-from lorary.analysis.loss_plot import loss_svg
+from lorary.analysis.html_report import Code, KeyFigure, Paragraph, Section, Table, html_report, versions_section
+from lorary.analysis.run_sections import loss_section, plan_section, samples_section
 from lorary.cli._demo.folder import MERGED, RUN
 from lorary.cli._demo.run import DESCRIPTIONS, DemoResult
 from lorary.files.atomic import atomic_file
@@ -58,9 +46,9 @@ def html(result: DemoResult) -> str:
         f"two thin matrices are trained beside {len(result.plan.sites)} of its layers."
     )
     sections = [
-        Section("Loss", [Picture(loss_svg(result.history, "Loss per token"), _caption(result))]),
-        Section("Before and after", _samples(result)),
-        Section("What was trained", [Code(str(result.plan.method)), _plan(result)]),
+        loss_section(result.history, _caption(result)),
+        samples_section(result.samples, "The same prompts, continued by both models with the same random numbers."),
+        plan_section(result.plan),
         Section("Saved, loaded, merged", [Table(("step", "result"), _checks(result))]),
         Section("What to type next", [Paragraph("The same for a model and data of your own:"), Code(_next(result))]),
         versions_section(),
@@ -83,24 +71,6 @@ def _figures(result: DemoResult) -> list[KeyFigure]:
 def _caption(result: DemoResult) -> str:
     steps = max(int(record["step"]) for record in result.history)
     return f"Cross entropy in nats over {steps} optimizer steps: of the training batches, and of held-out files."
-
-
-def _samples(result: DemoResult) -> list[Block]:
-    pairs = [SideBySide(s.prompt, [("base", s.base), ("adapted", s.adapted)]) for s in result.samples]
-    return [Paragraph("The same prompts, continued by both models with the same random numbers."), *pairs]
-
-
-def _plan(result: DemoResult) -> Table:
-    """One row for all sites that differ only in their block number."""
-    rows: dict[tuple[str, ...], list[int]] = {}
-    for p in result.plan.sites:
-        name = re.sub(r"\d+", "*", p.site.name)
-        tensors = ", ".join(f"{role} [{' × '.join(map(str, shape))}]" for role, shape in p.shapes.items())
-        rows.setdefault((name, f"{p.site.out_features} × {p.site.in_features}", tensors, f"{p.scale:g}"), []).append(
-            p.trainable
-        )
-    head = ("site", "out × in", "tensors", "s", "sites", "trains")
-    return Table(head, [(*key, str(len(sizes)), f"{sum(sizes):,}") for key, sizes in rows.items()])
 
 
 def _checks(result: DemoResult) -> list[tuple[str, str]]:

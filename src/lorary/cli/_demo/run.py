@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 import lorary
 from lorary import builtin
 from lorary.analysis.merge_check import logits
+from lorary.analysis.run_sections import Sample
 from lorary.builtin import corpora
 from lorary.cli._demo.folder import MERGED, RUN
 from lorary.errors import DataError
@@ -32,15 +33,6 @@ PROMPTS = {
     "builtin:topics": ("The", "If the", "A class"),
 }
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_k": 40, "repetition_penalty": 1.1, "max_new_tokens": 56}
-
-
-@dataclass(frozen=True)
-class Sample:
-    """The continuations of one prompt by both models."""
-
-    prompt: str
-    base: str
-    adapted: str
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ sample.txt             the first row as the model sees it, the labelled tokens m
 metrics.jsonl          one line for each logged step and evaluation
 events.log             lorary's messages, with the time
 plots/loss.svg         the loss over the steps
+report.html            the run on one page
+tensorboard/           TensorBoard's event files; only with report_to: tensorboard
 importance.json        the layer importance of LoRA-drop's probe, with plots/importance.svg; only with method.drop
 checkpoints/           to resume from
 adapter/               the trained adapter
@@ -36,10 +38,24 @@ CONFIG, ENVIRONMENT, SAMPLE = "config.resolved.yaml", "env.json", "sample.txt"
 METRICS, EVENTS, PLOTS = "metrics.jsonl", "events.log", "plots"
 CHECKPOINTS, ADAPTER, CARD, LOCK = "checkpoints", "adapter", "README.md", ".lock"
 HELD = ".lock.held"
-SEARCHED, IMPORTANCE = "searched", "importance.json"
-TRACKERS = ("runs", "wandb", "trackio")  # folders that loggers may create
+SEARCHED, IMPORTANCE, REPORT = "searched", "importance.json", "report.html"
+TENSORBOARD = "tensorboard"
+TRACKERS = (TENSORBOARD, "runs", "wandb", "trackio")  # folders that loggers may create
 LOCKS = (LOCK, HELD)
-RUN_FILES = (CONFIG, ENVIRONMENT, SAMPLE, METRICS, EVENTS, PLOTS, CHECKPOINTS, ADAPTER, SEARCHED, IMPORTANCE, CARD)
+RUN_FILES = (
+    CONFIG,
+    ENVIRONMENT,
+    SAMPLE,
+    METRICS,
+    EVENTS,
+    PLOTS,
+    CHECKPOINTS,
+    ADAPTER,
+    SEARCHED,
+    IMPORTANCE,
+    CARD,
+    REPORT,
+)
 
 # Options that a resumed run may change: they do not influence the result.
 _MAY_DIFFER = {"output", "training.save_total_limit", "training.report_to", "training.eval_batch_size"}

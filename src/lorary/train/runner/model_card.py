@@ -86,7 +86,7 @@ def _metadata(name: str, data: CardData, as_peft: bool) -> ModelCardData:
 
 def _evaluation(data: CardData) -> list[EvalResult]:
     """The held-out metrics of the saved adapter."""
-    held_out = _held_out(data)
+    held_out = evaluations(data)
     if held_out is None or not math.isfinite(held_out[1]["eval_loss"]):
         return []
     loss, sources = held_out[1]["eval_loss"], data.config.data.validation or data.config.data.train
@@ -130,13 +130,26 @@ def _training(data: CardData) -> dict[str, str]:
         "learning rate": f"{t.lr:g}, {t.schedule}, warmup {t.warmup:g}, {t.optimizer}",
         "seed": str(t.seed),
         "time": f"{data.run.seconds:,.0f} s in the last session",
-        "memory": f"{human_bytes(data.run.measured)} measured"
-        + (f", {human_bytes(data.run.predicted)} predicted" if data.run.predicted is not None else ""),
+        "memory": _memory(data.run),
     }
 
 
 def _method_names(config: Config, plan: Plan) -> tuple[str, ...]:
     return names_of(plan.method) if config.model.adapter else config.method.name
+
+
+def _memory(run: Run) -> str:
+    """The counted tensors of a step beside their prediction, or else the prediction alone."""
+    parts = []
+    if run.step_memory is not None:
+        counted = run.step_memory.counted
+        what = (
+            f"{human_bytes(counted.peak)} of tensors in step {counted.step} ({counted.batch} × {counted.length} tokens)"
+        )
+        parts = [f"{what}, {human_bytes(run.step_memory.predicted)} predicted for it"]
+    if run.predicted is not None:
+        parts.append(f"{human_bytes(run.predicted)} predicted with the longest rows")
+    return "; ".join(parts) or "not predicted: the model's code does not run without values"
 
 
 def _components(plan: Plan) -> str:
@@ -149,14 +162,14 @@ def _result(data: CardData) -> dict[str, str]:
     if losses := [r for r in data.run.history if r.get("loss") is not None]:
         start, end = losses[0], losses[-1]
         rows["training loss"] = f"{start['loss']:.4f} at step {start['step']}, {end['loss']:.4f} at the end"
-    if held_out := _held_out(data):
+    if held_out := evaluations(data):
         first, kept = held_out
         before = f"{_loss(first['eval_loss'], data)} before training, " if first["step"] == 0 else ""
         rows["held-out loss"] = f"{before}{_loss(kept['eval_loss'], data)} at step {kept['step']}"
     return rows
 
 
-def _held_out(data: CardData) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
+def evaluations(data: CardData) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
     """The first evaluation and that of the saved adapter: the best one if the run keeps it, else the last."""
     records = [r for r in data.run.history if r.get("eval_loss") is not None]
     if not records:

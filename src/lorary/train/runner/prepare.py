@@ -31,7 +31,7 @@ from lorary.train.data.lint import Lint, lint
 from lorary.train.data.load import load
 from lorary.train.data.task_rows import Labels
 from lorary.train.data.tokenize import Tokens, tokenize
-from lorary.train.runner.memory_forecast import workload
+from lorary.train.runner.memory_forecast import optimizer_of, workload
 from lorary.train.runner.task_base import base_of_task, new_modules, with_labels
 from lorary.train.trainer.reward_function import Reward, load_reward
 
@@ -137,9 +137,7 @@ def _memory(config: Config, model: Any, plan: Plan, report: Lint) -> Memory:
     if answer := config.training.max_completion_length:
         length, labelled = length + answer, answer / (length + answer)
     batch = dataclasses.replace(workload(config, model), length=length, labelled=labelled)
-    optimizer = config.training.optimizer
-    paged = torch.cuda.is_available()  # a CPU has nothing to page
-    return predict(model, plan, batch, optimizer if paged else optimizer.removeprefix("paged_"))
+    return predict(model, plan, batch, optimizer_of(config))
 
 
 def _longest(config: Config, report: Lint) -> int:

@@ -7,6 +7,31 @@ from pathlib import Path
 from typing import Any
 
 from lorary.train.runner.folder import ADAPTER
+from lorary.train.runner.memory_forecast import of_step
+from lorary.train.runner.prepare import RunPlan
+from lorary.train.trainer.step_memory import CountedStep, CountMemory
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """The tensor memory of one step, counted and predicted for its micro-batch.
+
+    Args:
+        counted: the step.
+        predicted: bytes.
+    """
+
+    counted: CountedStep
+    predicted: int
+
+
+def step_memory(prepared: RunPlan, counter: CountMemory) -> StepMemory | None:
+    """The memory of the counted step with the prediction for it; None if either is unknown."""
+    counted = counter.counted
+    if counted is None:
+        return None
+    predicted = of_step(prepared.config, prepared.plan, counted)
+    return None if predicted is None else StepMemory(counted, predicted)
 
 
 @dataclass(frozen=True)
@@ -19,8 +44,10 @@ class Run:
         history: the records of `metrics.jsonl`.
         interrupted: the number of the signal that ended it early; 0 if it finished.
         seconds: training time of this session.
-        predicted: predicted bytes of memory; None if they could not be computed.
-        measured: measured bytes of memory.
+        predicted: predicted bytes of tensors with the longest rows; None if they could not be computed.
+        measured: bytes of the process at its peak beyond those before the model was loaded: of the device's allocator
+            if there is one, else resident memory, which holds more than tensors.
+        step_memory: the tensors of one step; None if they were not counted.
     """
 
     folder: Path
@@ -30,6 +57,7 @@ class Run:
     seconds: float
     predicted: int | None
     measured: int
+    step_memory: StepMemory | None = None
 
     @property
     def adapter(self) -> Path:

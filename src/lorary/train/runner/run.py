@@ -28,11 +28,12 @@ from lorary.train.runner.lora_drop import choose_layers
 from lorary.train.runner.model_card import CardData, model_card, versions
 from lorary.train.runner.prepare import RunPlan, prepare
 from lorary.train.runner.recorder import EvaluateAtEnd, Recorder
-from lorary.train.runner.result import Run
+from lorary.train.runner.result import Run, step_memory
 from lorary.train.trainer import checkpoint, process_memory
 from lorary.train.trainer.distributed import on_main_process, this_process
 from lorary.train.trainer.progress import ProgressLines
 from lorary.train.trainer.resume import read_adapter
+from lorary.train.trainer.step_memory import CountMemory
 
 _log = logging.getLogger("lorary.train")
 
@@ -114,12 +115,15 @@ def _run(
     callbacks = [recorder, EvaluateAtEnd(), *([] if quiet else [bar]), *callbacks]
     trainer = build_trainer(prepared, model, folder / CHECKPOINTS, resumed=resumed is not None, callbacks=callbacks)
     recorder.rule_report = trainer.rule_report
+    counter = CountMemory(lambda: trainer.rules.state_dict().values())
+    trainer.add_callback(counter)
     start = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     finally:
         bar.close()
         trainer.head.remove()
+        counter.close()
     result = Run(
         folder.path,
         steps=trainer.state.global_step,
@@ -128,11 +132,12 @@ def _run(
         seconds=time.monotonic() - start,
         predicted=prepared.memory.total if prepared.memory.activations is not None else None,
         measured=process_memory.peak_bytes() - before,
+        step_memory=step_memory(prepared, counter) if first else None,
     )
     if not result.interrupted:
         trainer.save_model(str(result.adapter))
     if first:
-        _write_results(prepared, folder, result, trainer._total_train_tokens)
+        _write_results(prepared, folder, result, trainer)
     return result
 
 
@@ -147,24 +152,28 @@ def _write_start(prepared: RunPlan, folder: RunFolder, resumed: Path | None, mes
         _log.info("%s", note)
 
 
-def _write_results(prepared: RunPlan, folder: RunFolder, result: Run, tokens: int) -> None:
-    """The pictures and, for a finished run, the model card."""
+def _write_results(prepared: RunPlan, folder: RunFolder, result: Run, trainer: Any) -> None:
+    """The pictures and, for a finished run, the model card and the report."""
     from lorary.analysis.heatmap import ranks_svg  # matplotlib takes a second to import
     from lorary.analysis.loss_plot import loss_svg
+    from lorary.train.runner.report import write_report
 
     folder.write(f"{PLOTS}/loss.svg", loss_svg(result.history))
     if result.interrupted:
         _log.info("interrupted at step %d; resume with --resume", result.steps)
         return
-    if any("ranks" in record for record in result.history):
-        sites = read_adapter(folder.path).sites
-        ranks = {site.site.name: directions_of(site) for site in sites}
-        folder.write(f"{PLOTS}/ranks.svg", ranks_svg(ranks, max(site.r for site in sites)))
+    pruned = read_adapter(folder.path) if any("ranks" in record for record in result.history) else None
+    if pruned is not None:
+        ranks = {site.site.name: directions_of(site) for site in pruned.sites}
+        folder.write(f"{PLOTS}/ranks.svg", ranks_svg(ranks, max(site.r for site in pruned.sites)))
     lint = prepared.lint
-    data = CardData(prepared.config, prepared.plan, (lint.rows, lint.held_out), lint.labelled, tokens, result)
+    data = CardData(
+        prepared.config, prepared.plan, (lint.rows, lint.held_out), lint.labelled, trainer._total_train_tokens, result
+    )
     card = model_card(folder.path.absolute().name, data)
     folder.write(CARD, card)
     folder.write(f"{ADAPTER}/{CARD}", card)
+    write_report(prepared, folder, data, trainer, pruned)
     _log.info("done: %d steps in %.0f s, adapter in %s", result.steps, result.seconds, result.adapter)
 
 

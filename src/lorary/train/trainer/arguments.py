@@ -47,7 +47,7 @@ def training_arguments(config: Config, output: Path, *, held_out: bool, resumed:
         "data_seed": t.seed,
         "logging_steps": t.logging_steps,
         "logging_first_step": True,
-        "report_to": list(t.report_to),
+        "report_to": [name for name in t.report_to if name != "tensorboard"] or ["none"],  # its folder is the run's
         "save_total_limit": t.save_total_limit,
         "activation_checkpointing": t.gradient_checkpointing,
         "gradient_checkpointing": None,  # the older name of the option, which TRL sets

@@ -1,0 +1,144 @@
+"""The conversation of `lorary chat`: its turns, its commands, and the adapters to switch between."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lorary
+from lorary.adapters.adapter import Adapter
+from lorary.cli import printable
+from lorary.cli._generation import Printer, Sampling, chat_ids, room
+from lorary.cli._generation_batches import end_tokens, generate_rows
+from lorary.errors import LoraryError, did_you_mean
+from lorary.layers.rope import max_context, text_config
+from lorary.train.data.row_formats import Messages
+
+OFF = "off"
+HELP = """/adapter         the adapters, and the one in use
+/adapter NAME    switch to it, in the same conversation
+/adapter off     the base alone
+/reset           begin again
+/system TEXT     begin again with a system message; without TEXT: without one
+/help            this list
+/quit            end; so does the end of input (Ctrl-D)
+Ctrl-C stops an answer. A message that begins with a slash: put a space before it."""
+
+
+class Conversation:
+    """A conversation with a model.
+
+    Args:
+        model: in evaluation mode, with the adapter `current` attached.
+        tokenizer: with a chat template.
+        adapters: by name.
+        current: the name of the adapter in use, or OFF.
+        sampling: how answers are drawn.
+        system: the system message; empty for none.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        adapters: Mapping[str, Adapter],
+        current: str,
+        sampling: Sampling,
+        system: str = "",
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.adapters, self.current = adapters, current
+        self.sampling, self.system = sampling, system
+        self.turns: Messages = []
+
+    def say(self, line: str) -> bool:
+        """Answer a message or follow a command, and print the result; returns whether the conversation goes on."""
+        if not line.strip():
+            return True
+        if not line.startswith("/"):
+            self._answer(line.strip())
+            return True
+        command, _, rest = line[1:].strip().partition(" ")
+        return self._command(command, rest.strip())
+
+    def _command(self, command: str, rest: str) -> bool:
+        if command in ("quit", "exit"):
+            return False
+        if command == "adapter":
+            self._switch(rest)
+        elif command in ("reset", "system"):
+            self.turns = []
+            self.system = rest if command == "system" else self.system
+            _note("a new conversation" + (f", with the system message {self.system!r}" if self.system else ""))
+        elif command == "help":
+            _note(HELP)
+        else:
+            fix = did_you_mean(command, ("adapter", "reset", "system", "help", "quit"))
+            _note(f"/{printable(command)} is not a command, and was not sent: {fix}")
+        return True
+
+    def _switch(self, name: str) -> None:
+        known = [*self.adapters, OFF]
+        if not name:
+            _note("  ".join(f"[{known_name}]" if known_name == self.current else known_name for known_name in known))
+            return
+        if name not in known:
+            _note(f"there is no adapter `{printable(name)}`: {did_you_mean(name, known)}")
+            return
+        try:
+            lorary.switch(self.model, self.adapters.get(name))
+        except LoraryError as error:  # the model keeps the adapter that it had
+            _note(str(error))
+            return
+        self.current = name
+        _note(f"adapter {name}" if name != OFF else "the base alone")
+
+    def _answer(self, text: str) -> None:
+        asked = [*self.turns, {"role": "user", "content": text}]
+        messages = [{"role": "system", "content": self.system}, *asked] if self.system else asked
+        try:
+            ids = chat_ids(self.tokenizer, messages)
+        except ValueError as error:
+            _note(f"not sent: {error}")
+            return
+        left, limit = room(self.model, len(ids)), max_context(text_config(self.model))
+        if left == 0:
+            _note(f"not sent: with it the conversation has {len(ids):,} tokens, and the context is {limit:,}: /reset")
+            return
+        printer = Printer(self.tokenizer)
+        try:
+            generate_rows(self.model, self.tokenizer, [ids], self.sampling, printer)
+            self._say_if_cut_off(printer, left, limit)
+        except KeyboardInterrupt:
+            printer.end()
+            _note("stopped")
+        self.turns = [*asked, {"role": "assistant", "content": printer.text}]
+
+    def _say_if_cut_off(self, printer: Printer, left: int | None, limit: Any) -> None:
+        """Tell an answer that ended without its end: in a full context, or at the length allowed."""
+        if printer.ids and printer.ids[-1] in end_tokens(self.model):
+            return
+        if left is not None and len(printer.ids) >= left:
+            _note(f"cut off: the context of {limit:,} tokens is full; /reset begins again")
+        elif len(printer.ids) >= self.sampling.max_new_tokens:
+            _note(f"cut off after {len(printer.ids):,} tokens: --max-new-tokens allows more")
+
+
+def names_of(models: Iterable[str]) -> dict[str, str]:
+    """Short name -> the name on the command line: the folder's, with a number where two are the same."""
+    found: dict[str, str] = {}
+    for model in models:
+        path = Path(model)
+        short = path.parent.name if path.name == "adapter" and path.parent.name else path.name or model
+        name, i = short, 2
+        while name in found or name == OFF:
+            name, i = f"{short}-{i}", i + 1
+        found[name] = model
+    return found
+
+
+def _note(text: str) -> None:
+    """A remark, apart from the answers: on standard error."""
+    print(text, file=sys.stderr, flush=True)

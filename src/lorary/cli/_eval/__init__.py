@@ -1,0 +1,1 @@
+"""The steps of `lorary eval`: its data, the measurements, and lm-evaluation-harness."""

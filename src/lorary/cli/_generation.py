@@ -1,0 +1,159 @@
+"""Text generation of `lorary generate` and `lorary chat`: prompts as tokens, the room that is left, streaming."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers.generation import BaseStreamer
+
+from lorary.cli import printable
+from lorary.errors import ConfigError, DataError, Diagnostic
+from lorary.layers.rope import max_context, text_config
+from lorary.model.loading.from_pretrained import load_tokenizer
+from lorary.model.loading.source import ModelSection
+from lorary.train.data.chat import TEMPLATES, render, use_template
+from lorary.train.data.encode import encode_text
+from lorary.train.data.row_formats import Messages
+
+_TEMPLATE = "chat_template.jinja"  # as Transformers saves it beside a tokenizer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Args:
+        max_new_tokens: length of an answer at most.
+        temperature: 0 takes the likeliest token.
+        top_p: nucleus sampling.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+
+    def options(self) -> dict[str, Any]:
+        """For Transformers' `generate`, without the length."""
+        if self.temperature == 0:
+            return {"do_sample": False}
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
+
+
+class Printer(BaseStreamer):  # type: ignore[misc]  # Transformers has no types
+    """Prints a continuation as it is generated.
+
+    Transformers' own `TextStreamer` decodes line by line, where tokenizers lose the space before a line's first word;
+    here each piece is decoded with the one before it.
+
+    Attributes:
+        ids: the new tokens so far.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self._prompt = True
+        self._before = self._shown = 0  # where the previous piece began, and where it ended
+
+    @property
+    def text(self) -> str:
+        """The continuation so far, without special tokens."""
+        return self._decode(self.ids)
+
+    def put(self, value: Any) -> None:
+        """The prompt at first, then one token after another."""
+        if self._prompt:
+            self._prompt = False
+            return
+        self.ids += value.flatten().tolist()
+        self._print_new(at_end=False)
+
+    def end(self) -> None:
+        """Print the rest and a line end."""
+        self._print_new(at_end=True)
+        print(flush=True)
+
+    def _print_new(self, at_end: bool) -> None:
+        before = self._decode(self.ids[self._before : self._shown])
+        now = self._decode(self.ids[self._before :])
+        if now.endswith("\N{REPLACEMENT CHARACTER}") and not at_end:
+            return  # the first bytes of a character
+        self._before, self._shown = self._shown, len(self.ids)
+        piece = now[len(before) :]
+        # a model's text must not control the terminal
+        print(printable(piece) if sys.stdout.isatty() else piece, end="", flush=True)
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def tokenizer_of(section: ModelSection, folder: Path | None, template: str | None = None) -> Any:
+    """The base's tokenizer, with the chat template `template`, else the one that the adapter was trained with."""
+    tokenizer = load_tokenizer(section)
+    if template is None and folder is not None and (folder / _TEMPLATE).is_file():
+        template = str(folder / _TEMPLATE)
+    use_template(tokenizer, template)
+    return tokenizer
+
+
+def require_chat_template(tokenizer: Any, name: str, headline: str) -> None:
+    """Refuse a conversation with a tokenizer that has no chat template.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        what = "its tokenizer has no chat template, so it was probably not trained on conversations"
+        fix = f"give one with --template: {next(iter(TEMPLATES))}, or a Jinja file"
+        raise ConfigError(headline, [Diagnostic(name, what, fix)])
+
+
+def chat_ids(tokenizer: Any, messages: Messages) -> list[int]:
+    """The tokens of a conversation up to the start of the next answer.
+
+    Raises:
+        ValueError: the template refuses the messages, with its reason.
+    """
+    return list(tokenizer(render(tokenizer, messages, prompt=True), add_special_tokens=False)["input_ids"])
+
+
+def text_ids(tokenizer: Any, prompt: str, where: str) -> list[int]:
+    """The tokens of a text to continue, encoded as in training.
+
+    Raises:
+        DataError: it is empty, and the tokenizer has no BOS to begin with.
+    """
+    ids = encode_text(tokenizer, prompt) or [i for i in (tokenizer.bos_token_id,) if i is not None]
+    if not ids:
+        raise DataError("cannot generate text:", [Diagnostic(where, "is empty, and the tokenizer has no BOS")])
+    return ids
+
+
+def room(model: Any, tokens: int) -> int | None:
+    """The tokens that may follow `tokens` within the model's context, 0 if none; None if it states no context."""
+    limit = max_context(text_config(model))
+    return None if limit is None else max(0, int(limit) - tokens)
+
+
+def require_room(model: Any, prompts: Sequence[tuple[str, Sequence[int]]]) -> None:
+    """Refuse prompts that fill the model's context.
+
+    Args:
+        model: the model.
+        prompts: (place, tokens).
+
+    Raises:
+        DataError: every one that does.
+    """
+    limit = max_context(text_config(model))
+    problems = [
+        Diagnostic(where, f"has {len(ids):,} tokens, but the model's context is {limit:,}", "shorten it")
+        for where, ids in prompts
+        if room(model, len(ids)) == 0
+    ]
+    if problems:
+        raise DataError("the prompt is too long:", problems)

@@ -1,0 +1,19 @@
+"""A model with its adapter, ready to be used on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorary.model.loading.source import ModelSection
+
+
+def ready_model(section: ModelSection, folder: Path | None) -> Any:
+    """The model in evaluation mode with the adapter of `folder`, on the GPU if there is one."""
+    import torch
+
+    from lorary.adapters.resolve import load_with_adapter
+
+    model: Any = load_with_adapter(section, folder)
+    return model.to("cuda") if torch.cuda.is_available() else model

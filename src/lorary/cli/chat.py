@@ -1,0 +1,86 @@
+"""lorary chat: a conversation with a model, and with several adapters in turn."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from lorary.cli._chat import Conversation
+    from lorary.cli._generation import Sampling
+
+
+def chat(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="Run or adapter folders of one base, or Hub ids; or a base first."),
+    ],
+    base: Annotated[str | None, typer.Option("--base", help="Base model; else the one the adapter names.")] = None,
+    system: Annotated[str, typer.Option("--system", help="System message.")] = "",
+    template: Annotated[
+        str | None, typer.Option("--template", help="Chat template: builtin:chatml or a Jinja file.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, max=1_000_000, help="Length of an answer at most.")
+    ] = 512,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, max=10.0, help="0: greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p", min=0.01, max=1.0, help="Nucleus sampling.")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Random seed of sampling.")] = 0,
+) -> None:
+    """Talk to a model, in several turns.
+
+    lorary chat out/ other/ talks to the adapter of out/; /adapter other switches, /adapter off is the base alone, /help
+    lists the commands. Ctrl-C stops an answer. Messages may be piped in, one per line; the answers go to stdout.
+    """
+    from lorary.cli._generation import Sampling
+
+    sampling = Sampling(max_new_tokens, temperature, top_p)
+    conversation = _conversation(models, base, system, template, sampling, seed)
+    _talk(conversation)
+
+
+def _conversation(
+    models: list[str], base: str | None, system: str, template: str | None, sampling: Sampling, seed: int
+) -> Conversation:
+    import torch
+
+    from lorary.adapters import load_adapter
+    from lorary.adapters.resolve import adapter_at, find_adapter, find_model
+    from lorary.cli._chat import OFF, Conversation, names_of
+    from lorary.cli._generation import require_chat_template, tokenizer_of
+    from lorary.cli._model import ready_model
+
+    adapted = models if adapter_at(models[0]) is not None else models[1:]
+    folders = {name: find_adapter(model, "chat with") for name, model in names_of(adapted).items()}
+    first = next(iter(folders.values()), None)
+    section = find_model(models[0], base)[1]
+    tokenizer = tokenizer_of(section, first, template)
+    require_chat_template(tokenizer, models[0], "cannot chat:")
+    adapters = {name: load_adapter(folder) for name, folder in folders.items()}
+    model = ready_model(section, first)
+    torch.manual_seed(seed)
+    return Conversation(model, tokenizer, adapters, next(iter(folders), OFF), sampling, system)
+
+
+def _talk(conversation: Conversation) -> None:
+    """Read messages until the end of input or /quit."""
+    terminal = sys.stdin.isatty()
+    if terminal:
+        import readline  # noqa: F401 (editing and history of the input line)
+
+        print("/help lists the commands; Ctrl-D ends.", file=sys.stderr)
+    while True:
+        try:
+            line = input("> ") if terminal else sys.stdin.readline()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:  # drops the line
+            print()
+            continue
+        if not line and not terminal:
+            return
+        if not conversation.say(line.removesuffix("\n")):
+            return

@@ -1,0 +1,170 @@
+"""The report of a finished run as one HTML page: curves, continuations, memory, and how to repeat it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorary.adapters.adapter import Adapter
+from lorary.analysis.heatmap import ranks_svg
+from lorary.analysis.html_report import (
+    Code,
+    KeyFigure,
+    Paragraph,
+    Picture,
+    Section,
+    Table,
+    html_report,
+    versions_section,
+)
+from lorary.analysis.run_sections import (
+    NATS,
+    Sample,
+    loss_section,
+    optimization_section,
+    plan_section,
+    preference_sections,
+    samples_section,
+)
+from lorary.model.plan import human_bytes
+from lorary.model.rank_pruning import directions_of
+from lorary.train.runner.folder import CONFIG, REPORT, RunFolder
+from lorary.train.runner.model_card import CardData, evaluations, public_name
+from lorary.train.runner.prepare import RunPlan
+from lorary.train.runner.samples import continuations
+
+_log = logging.getLogger("lorary.train")
+
+_SAMPLES = (
+    "The first prompts of the {rows}, continued greedily by the same model with its adapter disabled and enabled."
+)
+
+
+def write_report(prepared: RunPlan, folder: RunFolder, data: CardData, trainer: Any, ranks: Adapter | None) -> None:
+    """Write `report.html`. A failure is logged with its reason, and does not fail the run: the adapter is saved."""
+    try:
+        samples = _continuations(prepared, trainer)
+        folder.write(REPORT, run_report(folder.path.absolute(), data, samples, ranks))
+    except Exception as error:  # the model's own code generates, and the disk may be full
+        _log.warning("no %s: %s: %s", REPORT, type(error).__name__, error)
+        _log.debug("the report's traceback", exc_info=True)
+
+
+def _continuations(prepared: RunPlan, trainer: Any) -> tuple[Sample, ...]:
+    if trainer.is_fsdp_enabled:  # a shard cannot generate alone
+        return ()
+    rows = (prepared.held_out or prepared.train).rows
+    return continuations(trainer.unwrapped_model(), prepared.tokenizer, rows)
+
+
+def run_report(folder: Path, data: CardData, samples: Sequence[Sample] = (), ranks: Adapter | None = None) -> str:
+    """The page.
+
+    Args:
+        folder: of the run.
+        data: the facts of the run, as for its model card.
+        samples: continuations before and after.
+        ranks: the saved adapter, if its ranks changed in training.
+    """
+    config, plan = data.config, data.plan
+    lead = (
+        f"{' + '.join(config.method.name)} on {public_name(config.model.id)}: {plan.trainable:,} trained parameters "
+        f"({plan.share:.3%} of the base), {len(plan.sites)} adapted layers, task {config.task}."
+    )
+    return html_report(folder.name, lead, [*_figures(data)], [*_sections(folder, data, samples, ranks)])
+
+
+def _sections(folder: Path, data: CardData, samples: Sequence[Sample], ranks: Adapter | None) -> Iterator[Section]:
+    history = data.run.history
+    yield loss_section(history, _caption(data), NATS if data.config.task == "sft" else "nats per pair")
+    yield from preference_sections(history)
+    yield optimization_section(history)
+    if ranks is not None:
+        found = {site.site.name: directions_of(site) for site in ranks.sites}
+        yield Section("Ranks", [Picture(ranks_svg(found, max(s.r for s in ranks.sites)), "After the last step.")])
+    if samples:
+        yield samples_section(samples, _SAMPLES.format(rows="held-out rows" if data.rows[1] else "training rows"))
+    yield plan_section(data.plan)
+    yield Section("Data and training", [Table(("setting", "value"), [*_facts(data)])])
+    yield Section("Memory", [Table(("tensors", "measured", "predicted"), _memory(data)), Paragraph(_process(data))])
+    yield Section("Repeat it, and go on", [Code(_commands(folder))])
+    yield versions_section()
+
+
+def _figures(data: CardData) -> Iterator[KeyFigure]:
+    run, found = data.run, evaluations(data)
+    if found is not None:
+        first, kept = (record["eval_loss"] for record in found)
+        before = f"{first:.2f} → " if found[0]["step"] == 0 else ""
+        yield KeyFigure("Held-out loss", f"{before}{kept:.2f}", f"at step {found[1]['step']:,}; lower is better")
+        if data.config.task == "sft" and max(first, kept) < 20:
+            before = f"{math.exp(first):.1f} → " if found[0]["step"] == 0 else ""
+            yield KeyFigure("Perplexity", f"{before}{math.exp(kept):.1f}", "held out; lower is better")
+        elif (share := found[1].get("eval_rewards/accuracies")) is not None:
+            yield KeyFigure("Reward accuracy", f"{share:.0%}", "held-out pairs whose preferred answer wins")
+    elif losses := [r["loss"] for r in run.history if r.get("loss") is not None]:
+        yield KeyFigure("Training loss", f"{losses[0]:.2f} → {losses[-1]:.2f}", "no data was held out")
+    yield KeyFigure("Steps", f"{run.steps:,}", f"{data.tokens:,} tokens")
+    yield KeyFigure("Time", f"{run.seconds:,.0f} s", "in the last session")
+    if run.step_memory is not None:
+        counted = run.step_memory.counted
+        note = f"of tensors in step {counted.step}; {human_bytes(run.step_memory.predicted)} predicted for it"
+        yield KeyFigure("Memory", human_bytes(counted.peak), note)
+
+
+def _caption(data: CardData) -> str:
+    t = data.config.training
+    unit = "Cross entropy per labelled token" if data.config.task == "sft" else "DPO's loss per pair"
+    held_out = " Dashed: of the held-out rows, which are not trained on." if data.rows[1] else ""
+    rows = t.batch_size * t.gradient_accumulation_steps
+    return f"{unit}, of batches of {rows} rows per process. A faint line is the loss as it was logged.{held_out}"
+
+
+def _facts(data: CardData) -> Iterator[tuple[str, str]]:
+    t, c = data.config.training, data.config
+    held_out = f", {data.rows[1]:,} held out" if data.rows[1] else ""
+    yield "data", ", ".join(c.data.train)
+    yield "rows", f"{data.rows[0]:,}{held_out}; {data.labelled:.1%} of the tokens are labelled"
+    yield "batch", f"{t.batch_size} × {t.gradient_accumulation_steps} rows of at most {c.data.max_length:,} tokens"
+    yield "learning rate", f"{t.lr:g}, {t.schedule}, warmup {t.warmup:g}"
+    yield "optimizer", f"{t.optimizer}, weight decay {t.weight_decay:g}, gradients clipped at {t.max_grad_norm:g}"
+    yield "seed", str(t.seed)
+
+
+def _memory(data: CardData) -> list[tuple[str, str, str]]:
+    run, rows = data.run, []
+    if run.step_memory is not None:
+        c = run.step_memory.counted
+        what = f"step {c.step}, the second of the session: {c.batch} × {c.length} tokens, {c.labelled:.0%} labelled"
+        rows = [(what, human_bytes(c.peak), human_bytes(run.step_memory.predicted))]
+    predicted = "unknown" if run.predicted is None else human_bytes(run.predicted)
+    return [*rows, ("a batch of the longest rows", "", predicted)]
+
+
+def _process(data: CardData) -> str:
+    where = "by its device's allocator" if torch.cuda.is_available() else "in resident memory"
+    return (
+        "Both columns are the most bytes of tensors alive at once: weights, adapter, gradients, optimizer and "
+        f"activations. The process itself grew by {human_bytes(max(data.run.measured, 0))} at its peak since before "
+        f"the model was loaded, {where}, which also counts libraries, evaluation, and free blocks that are kept."
+    )
+
+
+def _commands(folder: Path) -> str:
+    out = shlex.quote(str(folder))
+    typed = [f"lorary {shlex.join(sys.argv[1:])}"] if Path(sys.argv[0]).stem == "lorary" else []
+    rows = [
+        *((line, "as it was typed") for line in typed),
+        (f"lorary train {out}/{CONFIG} --set output=NEW", "the same run again"),
+        (f"lorary eval {out}", "loss, perplexity and accuracy on the held-out rows"),
+        (f"lorary chat {out}", "talk to it"),
+        (f"lorary merge {out} merged", "base and adapter as one plain model"),
+    ]
+    return "\n".join(f"{command}\n    # {why}" for command, why in rows)
