@@ -20,11 +20,6 @@ def _split(value: Any) -> Any:
     return [item.strip() for item in re.split(r",(?![^\[]*\])", value)] if isinstance(value, str) else value
 
 
-def _as_list(value: Any) -> Any:
-    """One text as a list, whole: a path may contain a comma."""
-    return [value] if isinstance(value, str) else value
-
-
 Integer = Annotated[int, Strict()]  # a boolean, a text or 4.5 is not a whole number
 Number = Annotated[float, BeforeValidator(_number), Strict(), Field(allow_inf_nan=False)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
@@ -39,6 +34,5 @@ Optimizer = Literal[
 _Texts = tuple[str, ...]
 Names = Annotated[_Texts, BeforeValidator(_split, json_schema_input_type=str | _Texts)]
 SomeNames = Annotated[Names, Field(min_length=1)]
-Sources = Annotated[_Texts, BeforeValidator(_as_list, json_schema_input_type=str | _Texts), Field(min_length=1)]
 _Trackers = tuple[Literal["none", "tensorboard", "wandb", "trackio"], ...]
 Trackers = Annotated[_Trackers, BeforeValidator(_split, json_schema_input_type=str | _Trackers), Field(min_length=1)]

@@ -10,11 +10,13 @@ from lorary.errors import Diagnostic, MethodError
 from lorary.methods.lora_drop import sharing_problems
 from lorary.spec.interfaces import Sequential
 from lorary.train.config.config import Config
+from lorary.train.config.sources import Source, paths
 
 
 def contradictions(config: Config) -> list[Diagnostic]:
     """Every contradiction; `where` is the dotted key to change."""
-    return [*_unused(config), *_task(config), *_steps(config), *_method(config), *_output(config)]
+    parts = (_unused, _task, _sources, _streaming, _steps, _method, _output)
+    return [problem for part in parts for problem in part(config)]
 
 
 def _unused(c: Config) -> Iterator[Diagnostic]:
@@ -53,6 +55,44 @@ def _task(c: Config) -> Iterator[Diagnostic]:
     if c.data.format not in ("auto", "preference"):
         what = f"task `dpo` trains on preference pairs, not `{c.data.format}`"
         yield Diagnostic("data.format", what, "use `preference` or task: sft")
+
+
+def _sources(c: Config) -> Iterator[Diagnostic]:
+    """Settings of single sources that contradict the rest."""
+    for key, sources in (("data.train", c.data.train), ("data.validation", c.data.validation or ())):
+        for i, source in enumerate(sources):
+            if not isinstance(source, Source):
+                continue
+            at = f"{key}.{i}" if len(sources) > 1 else key
+            if source.weight != 1 and key == "data.validation":
+                what = f"the weight {source.weight:g} of `{source.path}` has no effect on held-out rows"
+                yield Diagnostic(at, what, "remove it, or set limit")
+            if source.split and "#" in source.path and not os.path.exists(source.path):
+                what = f"`{source.path}` and `split: {source.split}` both name a split"
+                yield Diagnostic(at, what, "keep one of the two")
+            if (source.format == "preference") != (c.task == "dpo") and source.format not in (None, "auto"):
+                what = f"`{source.path}` is in the format {source.format}, and the task is {c.task}"
+                yield Diagnostic(at, what, "set task: dpo" if c.task == "sft" else "DPO trains on preference pairs")
+
+
+def _streaming(c: Config) -> Iterator[Diagnostic]:
+    """Settings that need all rows at once."""
+    if not c.data.streaming:
+        return
+    if c.training.max_steps is None:
+        what, fix = "a stream has no known length, so it has no epochs", "set training.max_steps"
+        yield Diagnostic("training.epochs" if c.training.epochs is not None else "data.streaming", what, fix)
+    if c.data.validation_split:
+        what = "a share of a stream cannot be held out: its length is not known"
+        yield Diagnostic("data.validation_split", what, "set data.validation")
+    if c.data.overlong in ("auto", "error"):
+        what = "a stream cannot be searched for overlong rows before training, and the first one would end the run"
+        fix = "set data.overlong: drop or truncate, or split for plain text"
+        yield Diagnostic("data.overlong" if c.data.overlong == "error" else "data.streaming", what, fix)
+    if c.data.packing:
+        yield Diagnostic("data.packing", "the rows of a stream are not packed", "set one of the two to false")
+    if c.method.drop is not None:
+        yield Diagnostic("method.drop", "the probe draws from all rows, and a stream is never read whole", "remove it")
 
 
 def _steps(c: Config) -> Iterator[Diagnostic]:
@@ -101,8 +141,8 @@ def _output(c: Config) -> Iterator[Diagnostic]:
         return
     inputs = {
         "the base model": (c.model.id,),
-        "the training data": c.data.train,
-        "the validation data": c.data.validation or (),
+        "the training data": paths(c.data.train),
+        "the validation data": paths(c.data.validation),
         "the adapter of an earlier task": c.method.after,
     }
     for what, sources in inputs.items():

@@ -57,13 +57,16 @@ def build_trainer(
         trainer = trainer_class(
             model=model,
             args=training_arguments(prepared.config, output, held_out=bool(held_out), resumed=resumed),
-            train_dataset=Dataset.from_list(list(prepared.train.rows)),
+            train_dataset=prepared.stream.dataset()
+            if prepared.stream
+            else Dataset.from_list(list(prepared.train.rows)),
             eval_dataset=Dataset.from_list(list(held_out)) if held_out else None,
             processing_class=prepared.tokenizer,
             callbacks=callbacks,
         )
     trainer.remove_callback(PrinterCallback)
     trainer.predicted = prepared.memory
+    trainer.stream_digest = prepared.stream.digest if prepared.stream else ""
     if prepared.config.data.packing:
         check_packing(model, trainer.data_collator)
     return trainer

@@ -23,7 +23,8 @@ from lorary.train.config.config import Config
 from lorary.train.config.conflicts import contradictions
 from lorary.train.config.previous_tasks import load_previous_tasks, with_digests
 from lorary.train.data.lint import Lint, lint
-from lorary.train.data.load import load
+from lorary.train.data.load import load, load_validation
+from lorary.train.data.stream import RowStream
 from lorary.train.data.tokenize import Tokens, tokenize
 from lorary.train.runner.memory_forecast import workload
 
@@ -43,6 +44,7 @@ class RunPlan:
         steps: optimizer steps.
         notes: about the configuration and the data.
         past: the adapters of earlier tasks.
+        stream: the training rows if they are read while training; `train` are then the first of them.
     """
 
     config: Config
@@ -55,6 +57,7 @@ class RunPlan:
     steps: int
     notes: tuple[str, ...]
     past: tuple[Adapter, ...] = ()
+    stream: RowStream | None = None
 
 
 def prepare(config: Config, *, processes: int = 1) -> RunPlan:
@@ -77,16 +80,27 @@ def prepare(config: Config, *, processes: int = 1) -> RunPlan:
     plan = config.method.plan(model, past)
     reader(config.model.id, model.config, plan.method.storage, None)  # refuses other quantisations
     tokenizer = load_tokenizer(config.model)
-    data = load(config.data, config.task, config.training.seed)
-    train = tokenize(data.train, tokenizer, config.data)
-    held_out = tokenize(data.validation, tokenizer, config.data) if data.validation else None
+    train, held_out, data_notes, stream = _rows(config, tokenizer)
     report = lint(train, tokenizer, model.get_input_embeddings().num_embeddings, held_out)
     report.refuse()
     memory = _memory(config, model, plan, report)
-    notes = (*config.notes, *data.notes, *report.notes, *plan.notes, *_dtype_note(config))
+    notes = (*config.notes, *data_notes, *report.notes, *plan.notes, *_dtype_note(config))
     notes += _length_notes(model.config.get_text_config(), plan, _longest(config, report))
     steps = _count_steps(config, train, processes)
-    return RunPlan(config, tokenizer, train, held_out, report, plan, memory, steps, notes, tuple(past))
+    return RunPlan(config, tokenizer, train, held_out, report, plan, memory, steps, notes, tuple(past), stream)
+
+
+def _rows(config: Config, tokenizer: Any) -> tuple[Tokens, Tokens | None, tuple[str, ...], RowStream | None]:
+    """(training rows, held-out rows, notes on the data, the stream of the training rows if they are streamed)."""
+    section, seed = config.data, config.training.seed
+    if section.streaming:
+        stream = RowStream(section, tokenizer, config.task, seed)
+        examples = load_validation(section)
+        held_out = tokenize(examples, tokenizer, section) if examples else None
+        return stream.head, held_out, stream.notes, stream
+    data = load(section, config.task, seed)
+    held_out = tokenize(data.validation, tokenizer, section) if data.validation else None
+    return tokenize(data.train, tokenizer, section, data.copies, data.sources), held_out, data.notes, None
 
 
 def with_plan(prepared: RunPlan, plan: Plan) -> RunPlan:
@@ -106,7 +120,8 @@ def _memory(config: Config, model: Any, plan: Plan, report: Lint) -> Memory:
 
 def _longest(config: Config, report: Lint) -> int:
     """Tokens of the longest row."""
-    return config.data.max_length if config.data.packing else min(config.data.max_length, max(report.lengths.values()))
+    whole = config.data.packing or config.data.streaming
+    return config.data.max_length if whole else min(config.data.max_length, max(report.lengths.values()))
 
 
 def _length_notes(model_config: Any, plan: Plan, longest: int) -> tuple[str, ...]:

@@ -149,7 +149,8 @@ def _write_results(prepared: RunPlan, folder: RunFolder, result: Run, tokens: in
         ranks = {site.site.name: directions_of(site) for site in sites}
         folder.write(f"{PLOTS}/ranks.svg", ranks_svg(ranks, max(site.r for site in sites)))
     lint = prepared.lint
-    data = CardData(prepared.config, prepared.plan, (lint.rows, lint.held_out), lint.labelled, tokens, result)
+    rows = lint.rows, lint.held_out
+    data = CardData(prepared.config, prepared.plan, rows, lint.labelled, tokens, result, lint.sources)
     card = model_card(folder.path.absolute().name, data)
     folder.write(CARD, card)
     folder.write(f"{ADAPTER}/{CARD}", card)

@@ -237,10 +237,10 @@ def _data_order(trainer: Any) -> dict[str, Any]:
 
 
 def _rows_digest(trainer: Any) -> str:
-    """The SHA-256 of all training rows, cached on the trainer; empty for a stream."""
+    """The SHA-256 of all training rows, cached on the trainer; of a stream's first rows, if they are known."""
     rows = trainer.train_dataset
     if not isinstance(rows, Dataset):
-        return ""
+        return str(trainer.stream_digest)
     cached: tuple[Any, str] = getattr(trainer, "_digest", (None, ""))
     if cached[0] is not rows:
         digest = hashlib.sha256()
