@@ -130,7 +130,7 @@ cannot read rows.parquet:
 bad("an unknown kind of file", {"rows.xlsx": b"x"}, """\
 cannot read rows.xlsx:
   - unknown file type `.xlsx`
-      hint: known: .csv, .json, .jsonl, .parquet, .tsv""", train="rows.xlsx")
+      hint: known: .csv, .json, .jsonl, .md, .parquet, .tsv, .txt, and these as .gz, .bz2, .zst""", train="rows.xlsx")
 bad("a mistyped file", {"rows.jsonl": rows(GOOD)}, """\
 cannot read row.jsonl:
   - there is no such file or folder
@@ -140,7 +140,7 @@ cannot read rows.jsonl#test:
   - rows.jsonl is one file and has no split `test`""", train="rows.jsonl#test")
 bad("a folder without the split", {"set/train.jsonl": rows(GOOD), "set/notes.md": b"x"}, """\
 cannot read the folder set:
-  - no file of the split `validation` (validation*, valid*, val*, dev*, eval*; .csv, .json, .jsonl, .parquet, .tsv)
+  - no file of the split `validation` (validation*, valid*, val*, dev*, eval*; .csv, .json, .jsonl, .md, .parquet, .tsv, .txt)
       hint: it contains notes.md, train.jsonl""", train="set#validation")
 bad("a mistyped built-in data set", {}, """\
 no built-in data set is called 'builtin:docstring'
@@ -164,7 +164,7 @@ bad("pictures", {"rows.jsonl": rows({"messages":[{"role":"user","content":[{"typ
   - rows.jsonl:1: `messages[0]` has image; only text is supported""")
 bad("an unknown speaker", {"rows.jsonl": rows({"conversations":[{"from":"alien","value":"a"}]},{"conversations":[{"value":"a"}]})}, """\
 2 of 2 rows of rows.jsonl cannot be used:
-  - rows.jsonl:1: `conversations[0]` is from 'alien'; known: assistant, chatgpt, gpt, human, observation, system, tool, user
+  - rows.jsonl:1: `conversations[0]` is from 'alien'; known: assistant, chatgpt, function_call, gpt, human, observation, system, tool, user
   - rows.jsonl:2: `conversations[0]` must have `from` and `value`""")
 bad("preferences without a difference", {"rows.jsonl": rows({"prompt":"a","chosen":"b","rejected":"b"},{"chosen":"b","rejected":"c"},{"chosen":[user("a"),answer("b")],"rejected":[user("x"),answer("c")]})}, """\
 3 of 3 rows of rows.jsonl cannot be used:
@@ -197,7 +197,7 @@ bad("a template that is not Jinja", {"rows.jsonl": rows({"messages":[user("a"),a
   - rows.jsonl:1: the chat template refuses it: Expected an expression, got 'end of statement block'""", template="{% for %}")
 bad("a template that rewrites the past", {"rows.jsonl": rows({"messages":[user("a"),answer("b"),user("c"),answer("d")]})}, """\
 1 of 1 rows of the data cannot be used:
-  - rows.jsonl:1: the chat template renders message 1 differently when more follows, so the answer cannot be separated from the rest; use a template with {% generation %} marks, such as data.chat_template: builtin:chatml""", template="{% for m in messages %}{{ m.content if loop.last else '?' }}{% endfor %}")
+  - rows.jsonl:1: the chat template renders what precedes message 1 differently when the answer follows, so the answer cannot be separated from the rest; use a template with {% generation %} marks, such as data.chat_template: builtin:chatml""", template="{% for m in messages %}{{ m.content if loop.last else '?' }}{% endfor %}")
 bad("a mistyped template", {"rows.jsonl": rows({"messages":[user("a"),answer("b")]})}, """\
 unknown chat template:
   - data.chat_template: cannot read `builtin:chatlm`: No such file or directory

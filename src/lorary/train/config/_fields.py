@@ -29,18 +29,12 @@ def _split(value: Any) -> Any:
     return [item.strip() for item in re.split(r",(?![^\[]*\])", value)] if isinstance(value, str) else value
 
 
-def _as_list(value: Any) -> Any:
-    """One text as a list, whole: a path may contain a comma."""
-    return [value] if isinstance(value, str) else value
-
-
 Integer = Annotated[int, Strict()]  # a boolean, a text or 4.5 is not a whole number
 Number = Annotated[float, BeforeValidator(_number), Strict(), Field(allow_inf_nan=False)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 Alpha = Annotated[Number, Field(gt=0, le=1e6)]
 Size = Annotated[Integer, Field(ge=1, le=65_536)]  # a rank or a batch size
 Count = Annotated[Integer, Field(ge=1, le=1_000_000_000)]
-
 
 
 def _valid_pattern(pattern: str) -> str:
@@ -90,12 +84,9 @@ Layers = Annotated[
 ]
 
 Task = Literal["sft", "dpo", "kto", "grpo", "reward", "classification"]
-_Answers = Literal["text", "prompt-completion", "messages", "alpaca", "sharegpt"]
-Format = Literal["auto", _Answers, "preference", "prompt-completion-label", "prompt", "classification"]
 
 _Texts = tuple[PathPattern, ...]
 Names = Annotated[_Texts, BeforeValidator(_split, json_schema_input_type=str | _Texts)]
 SomeNames = Annotated[Names, Field(min_length=1)]
-Sources = Annotated[_Texts, BeforeValidator(_as_list, json_schema_input_type=str | _Texts), Field(min_length=1)]
 _Trackers = tuple[Literal["none", "tensorboard", "wandb", "trackio"], ...]
 Trackers = Annotated[_Trackers, BeforeValidator(_split, json_schema_input_type=str | _Trackers), Field(min_length=1)]

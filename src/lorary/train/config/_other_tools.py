@@ -129,11 +129,17 @@ HINTS = {
     "wandb_project": "write training.report_to: wandb, and set WANDB_PROJECT in the environment",
     "logging_dir": f"{_NOT_NEEDED}everything is written below `output`",
     "plot_loss": f"{_NOT_NEEDED}the loss is always plotted",
-    **dict.fromkeys(("overwrite_cache", "preprocessing_num_workers", "dataset_num_proc"), f"{_NOT_NEEDED}no cache is kept"),
+    **dict.fromkeys(
+        ("overwrite_cache", "preprocessing_num_workers", "dataset_num_proc"), f"{_NOT_NEEDED}no cache is kept"
+    ),
     "dataset_prepared_path": f"{_NOT_NEEDED}no cache is kept",
-    **dict.fromkeys(("do_train", "do_eval"), f"{_NOT_NEEDED}`lorary train` trains, and evaluates if there is held-out data"),
+    **dict.fromkeys(
+        ("do_train", "do_eval"), f"{_NOT_NEEDED}`lorary train` trains, and evaluates if there is held-out data"
+    ),
     **dict.fromkeys(("hub_model_id", "hub_strategy"), "nothing is uploaded"),
     "loss_type": "the loss is the task's own",
-    **dict.fromkeys(("pad_to_sequence_len", "pad_to_multiple_of"), f"{_NOT_NEEDED}rows are padded to the longest of a batch"),
+    **dict.fromkeys(
+        ("pad_to_sequence_len", "pad_to_multiple_of"), f"{_NOT_NEEDED}rows are padded to the longest of a batch"
+    ),
     "num_workers": f"{_NOT_NEEDED}rows are tokenised before the first step",
 }

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from lorary.errors import Diagnostic, did_you_mean, suggestion
 from lorary.train.config._aliases import NormalisedConfig, show
 from lorary.train.config.drop import DropSection
+from lorary.train.config.sources import Source
 from lorary.train.config.yaml_source import Place
 
 _EXAMPLES: dict[Place, str] = {
@@ -17,6 +18,8 @@ _EXAMPLES: dict[Place, str] = {
     ("data",): "data: builtin:docstrings",
     ("data", "train"): "train: builtin:docstrings",
 }
+_PARTS = ("[key]", "[path]", "[source]")  # pydantic's names of places that are no keys of the user's
+_SOURCE_KEYS = {"type": "format", "name": "subset", "data_files": "path", "ratio": "weight", "probability": "weight"}
 _KINDS = {
     "int_type": "a whole number",
     "float_type": "a number",
@@ -42,12 +45,13 @@ def explain(error: ValidationError, config: NormalisedConfig) -> list[Diagnostic
 
 
 def _problem(details: dict[str, Any], config: NormalisedConfig) -> Diagnostic:
-    place: Place = tuple(part for part in details["loc"] if part != "[key]")
+    place: Place = tuple(part for part in details["loc"] if part not in _PARTS)
     kind, value, limits = details["type"], details["input"], details.get("ctx", {})
     dotted = _dotted(place)
     key, fix = config.spelt.get(place) or dotted, ""
     if kind == "missing":
-        what, fix = f"`{dotted}` is missing", f"for example `{_EXAMPLES[place]}`"
+        example = _EXAMPLES.get(place, "path: rows.jsonl")
+        what, fix = f"`{dotted}` is missing", f"for example `{example}`"
     elif kind in _BOUNDS:
         name, relation = _BOUNDS[kind]
         what = f"`{key}` must be {relation} {_limit(limits[name])}, not {show(value)}"
@@ -55,11 +59,9 @@ def _problem(details: dict[str, Any], config: NormalisedConfig) -> Diagnostic:
         choices = [choice.strip("'") for choice in limits["expected"].replace(" or ", ", ").split(", ")]
         what = f"`{key}` must be one of {', '.join(f'`{choice}`' for choice in choices)}, not {show(value)}"
         fix = suggestion(value, choices) if isinstance(value, str) else ""
-    elif kind == "extra_forbidden":  # in `method.drop`: `normalise` has checked the other sections
-        what, fix = (
-            f"unknown key `{place[-1]}` in `{_dotted(place[:-1])}`",
-            did_you_mean(str(place[-1]), DropSection.model_fields),
-        )
+    elif kind == "extra_forbidden":  # in `method.drop` or a source: `normalise` has checked the other sections
+        what = f"unknown key `{place[-1]}` in `{_dotted(place[:-1])}`"
+        fix = _known_key(str(place[-1]), in_source=place[0] == "data")
     elif kind == "problem":  # of `lorary.train.config._fields`
         what, fix = f"`{key}` {limits['what']}", limits["fix"]
     elif kind in ("too_short", "string_too_short"):
@@ -67,6 +69,13 @@ def _problem(details: dict[str, Any], config: NormalisedConfig) -> Diagnostic:
     else:
         what = f"`{key}` must be {_KINDS[kind]}, not {show(value)}"
     return Diagnostic(config.find(place), what, fix)
+
+
+def _known_key(key: str, in_source: bool) -> str:
+    """A hint for an unknown key of a source, where other tools' names are known, or of `method.drop`."""
+    if in_source and key in _SOURCE_KEYS:
+        return f"write `{_SOURCE_KEYS[key]}`"
+    return did_you_mean(key, Source.model_fields if in_source else DropSection.model_fields)
 
 
 def _limit(value: float) -> str:

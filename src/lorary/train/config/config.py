@@ -26,7 +26,6 @@ from lorary.spec.presets import method, resolve_presets
 from lorary.train.config._fields import (
     Alpha,
     Count,
-    Format,
     Fraction,
     Integer,
     Layers,
@@ -37,13 +36,13 @@ from lorary.train.config._fields import (
     Schedule,
     Size,
     SomeNames,
-    Sources,
     Task,
     Trackers,
 )
 from lorary.train.config._places import located
 from lorary.train.config.drop import DropSection
 from lorary.train.config.previous_tasks import load_previous_tasks
+from lorary.train.config.sources import RowFormatName, Sources
 from lorary.train.config.tasks import TASK_DEFAULTS, TASK_LR
 from lorary.train.config.yaml_source import dump
 
@@ -133,15 +132,15 @@ class DataSection(Section):
     """The training and held-out data."""
 
     train: Sources = Field(
-        description="file (jsonl, json, csv, parquet), folder, Hub id, builtin:NAME, or a list of them"
+        description="file, folder, Hub id, builtin:NAME, or a list; one may be {path: a.jsonl, weight: 2, limit: 1000}"
     )
     validation: Sources | None = Field(default=None, description="the same for held-out data")
     validation_split: Fraction = Field(
         default=0.0, description="share of the training rows to hold out when validation is empty"
     )
     subset: str | None = Field(default=None, description="configuration name of a Hub data set")
-    format: Format = Field(
-        default="auto", description="format of a row; auto: detected from its fields, and shown"
+    format: RowFormatName = Field(
+        default="auto", description="format of a row; auto: detected from the fields of each source, and shown"
     )
     labels: SomeNames | None = Field(
         default=None, description="classification: the labels in the order of the outputs; empty: those of the data"
@@ -159,6 +158,16 @@ class DataSection(Section):
     )
     chat_template: str | None = Field(
         default=None, description="Jinja file or builtin:chatml; empty: the tokenizer's own template"
+    )
+    separator: str | None = Field(
+        default=None, min_length=1, description="text before every completion, such as '\\n'; empty: rows as they are"
+    )
+    special_tokens: Literal["keep", "escape", "refuse"] = Field(
+        default="keep",
+        description="those inside the rows' texts: kept as such and counted, escaped to plain text, or refused",
+    )
+    streaming: bool = Field(
+        default=False, description="read the training rows while training, for data beyond memory; needs max_steps"
     )
 
 

@@ -11,6 +11,7 @@ from lorary.methods.lora_drop import sharing_problems
 from lorary.spec.interfaces import Sequential
 from lorary.train.config.config import Config
 from lorary.train.config.optimization import optimization_problems
+from lorary.train.config.sources import Source, paths
 from lorary.train.config.tasks import ROWS, TASK_DEFAULTS, wrong_format
 
 
@@ -52,8 +53,8 @@ def _task(c: Config) -> Iterator[Diagnostic]:
     if c.data.labels is not None and c.task != "classification":
         what = f"has no effect when task is `{c.task}`"
         yield Diagnostic("data.labels", what, "remove it, or set task: classification")
-    if c.data.format != "auto" and (why := wrong_format(c.task, c.data.format)):
-        yield Diagnostic("data.format", *why)
+    if c.data.format != "auto" and (wrong := wrong_format(c.task, c.data.format)):
+        yield Diagnostic("data.format", *wrong)
     if c.task == "sft":
         return
     if c.training.dpo_reference is not None and not c.model.adapter:
@@ -75,6 +76,9 @@ def _grpo(c: Config) -> Iterator[Diagnostic]:
     """Fields that do not fit the groups of answers."""
     t = c.training
     group = t.num_generations or TASK_DEFAULTS["grpo"]["num_generations"]
+    if c.data.special_tokens == "escape":
+        what = "has no effect when task is `grpo`, which encodes its prompts while it trains"
+        yield Diagnostic("data.special_tokens", what, "use keep or refuse")
     if t.reward is None:
         what = "task `grpo` needs a reward function"
         yield Diagnostic("training.reward", what, "write one in a file and name it: rewards.py:function")
@@ -82,10 +86,51 @@ def _grpo(c: Config) -> Iterator[Diagnostic]:
         yield Diagnostic("data.overlong", "prompts cannot be cut: their end is the question", "use drop or error")
     if (rows := t.batch_size * t.gradient_accumulation_steps) % group:
         what = f"a step has {t.batch_size} x {t.gradient_accumulation_steps} = {rows} answers, in groups of {group}"
-        yield Diagnostic("training.num_generations", what, "make batch_size times gradient_accumulation_steps a multiple")
+        yield Diagnostic(
+            "training.num_generations", what, "make batch_size times gradient_accumulation_steps a multiple"
+        )
     if t.eval_batch_size is not None and t.eval_batch_size % group:
         what = f"{t.eval_batch_size} is not a multiple of num_generations ({group})"
         yield Diagnostic("training.eval_batch_size", what, f"use {group}")
+
+
+def _sources(c: Config) -> Iterator[Diagnostic]:
+    """Settings of single sources that contradict the rest."""
+    for key, sources in (("data.train", c.data.train), ("data.validation", c.data.validation or ())):
+        for i, source in enumerate(sources):
+            if not isinstance(source, Source):
+                continue
+            at = f"{key}.{i}" if len(sources) > 1 else key
+            if source.weight != 1 and key == "data.validation":
+                what = f"the weight {source.weight:g} of `{source.path}` has no effect on held-out rows"
+                yield Diagnostic(at, what, "remove it, or set limit")
+            if source.split and "#" in source.path and not os.path.exists(source.path):
+                what = f"`{source.path}` and `split: {source.split}` both name a split"
+                yield Diagnostic(at, what, "keep one of the two")
+            if source.format not in (None, "auto") and (why := wrong_format(c.task, source.format)):
+                yield Diagnostic(at, *why)
+
+
+def _streaming(c: Config) -> Iterator[Diagnostic]:
+    """Settings that need all rows at once."""
+    if not c.data.streaming:
+        return
+    if c.task not in ("sft", "dpo"):
+        yield Diagnostic("data.streaming", f"task `{c.task}` reads all rows before training", "remove it")
+    if c.training.max_steps is None:
+        what, fix = "a stream has no known length, so it has no epochs", "set training.max_steps"
+        yield Diagnostic("training.epochs" if c.training.epochs is not None else "data.streaming", what, fix)
+    if c.data.validation_split:
+        what = "a share of a stream cannot be held out: its length is not known"
+        yield Diagnostic("data.validation_split", what, "set data.validation")
+    if c.data.overlong in ("auto", "error"):
+        what = "a stream cannot be searched for overlong rows before training, and the first one would end the run"
+        fix = "set data.overlong: drop or truncate, or split for plain text"
+        yield Diagnostic("data.overlong" if c.data.overlong == "error" else "data.streaming", what, fix)
+    if c.data.packing:
+        yield Diagnostic("data.packing", "the rows of a stream are not packed", "set one of the two to false")
+    if c.method.drop is not None:
+        yield Diagnostic("method.drop", "the probe draws from all rows, and a stream is never read whole", "remove it")
 
 
 def _steps(c: Config) -> Iterator[Diagnostic]:
@@ -151,8 +196,8 @@ def _output(c: Config) -> Iterator[Diagnostic]:
         return
     inputs = {
         "the base model": (c.model.id,),
-        "the training data": c.data.train,
-        "the validation data": c.data.validation or (),
+        "the training data": paths(c.data.train),
+        "the validation data": paths(c.data.validation),
         "the adapter of an earlier task": c.method.after,
         "the adapter to go on from": (c.model.adapter,) if c.model.adapter else (),
     }
@@ -164,4 +209,4 @@ def _output(c: Config) -> Iterator[Diagnostic]:
                 return
 
 
-CHECKS = (_unused, _task, _steps, optimization_problems, _method, _output)
+CHECKS = (_unused, _task, _sources, _streaming, _steps, optimization_problems, _method, _output)

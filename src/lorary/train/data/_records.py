@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from lorary.errors import DataError, Diagnostic
+from lorary.files.strict_json import show
 
 SHOWN = 5
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,11 @@ class BadRows:
             DataError: the first five bad rows, and the number of all.
         """
         if self.count:
-            share = f"{self.count:,} of {rows:,} rows" if rows >= self.count else f"{self.count:,} rows"
+            share = (
+                f"{self.count:,} of {rows:,} rows"
+                if rows >= self.count
+                else f"{self.count:,} row{'s' * (self.count > 1)}"
+            )
             raise DataError(f"{share} of {name} cannot be used:", self.problems)
 
 
@@ -83,9 +89,35 @@ def convert(rows: Sequence[Row], function: Callable[[Row], Result], name: str) -
     return results
 
 
+def check_text(value: Any) -> None:
+    """Refuse texts that no tokenizer can read, anywhere inside a value.
+
+    Raises:
+        ValueError: a NUL character, or half of a surrogate pair.
+    """
+    text = "".join(texts(value))
+    if "\0" in text:
+        raise ValueError("contains a NUL character")
+    if _SURROGATE.search(text):
+        raise ValueError("contains half of a surrogate pair, which is not Unicode text")
+
+
 def unreadable(source: object, what: str, fix: str = "", where: str = "") -> DataError:
     """The error for a source that cannot be read."""
     return DataError(f"cannot read {source}:", [Diagnostic(where, what, fix)])
+
+
+def names_of(fields: Iterable[str], most: int = 12) -> str:
+    """Field names for a message: quoted, made printable, and at most so many.
+
+    >>> names_of(["a", "b", "c"], most=2)
+    '`a`, `b` and 1 more'
+    """
+    names = list(fields)
+    shown = ", ".join(
+        f"`{name if len(name) <= 60 and name.isprintable() else show(name, 60)}`" for name in names[:most]
+    )
+    return shown + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def source_of(where: str) -> str:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lorary.errors import DataError, Diagnostic, did_you_mean
-from lorary.train.data.row_formats import Chat, Messages
+from lorary.train.data._messages import Messages
+from lorary.train.data.row_formats import Chat
 
 # Answers end with the tokenizer's own EOS, so that a model that has never seen `<|im_end|>` learns to stop.
 CHATML = """{%- for message in messages -%}
@@ -79,11 +80,15 @@ def render(tokenizer: Any, messages: Messages, tools: Any = None, prompt: bool =
     return str(text)
 
 
-def encode(tokenizer: Any, chat: Chat) -> Masked:
+def encode(tokenizer: Any, chat: Chat) -> list[Masked]:
     """The token ids of a conversation, and whether each is in the loss.
 
+    Several rows, one per answer, where the template renders an answer otherwise once more follows: those of reasoning
+    models drop the reasoning of earlier turns. Each answer is then trained after the text that precedes it when the
+    model is used.
+
     Raises:
-        ValueError: the template refuses the messages, or its renderings do not continue each other.
+        ValueError: the template refuses the messages, or its rendering of an answer does not continue the prompt's.
     """
     text = render(tokenizer, chat.messages, chat.tools)
     answers = tuple(turn["role"] == "assistant" for turn in chat.messages)
@@ -92,28 +97,34 @@ def encode(tokenizer: Any, chat: Chat) -> Masked:
             chat.messages, tools=chat.tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
         if any(marked["assistant_masks"]):
-            return list(marked["input_ids"]), [bool(bit) for bit in marked["assistant_masks"]]
-    return mask_spans(tokenizer, text, _spans(tokenizer, chat, text))
+            return [(list(marked["input_ids"]), [bool(bit) for bit in marked["assistant_masks"]])]
+    learnt = [i for i, learn in enumerate(chat.learn) if learn]
+    renderings = [_answer(tokenizer, chat, i) for i in learnt]
+    if all(text.startswith(through) for _, through in renderings):
+        return [mask_spans(tokenizer, text, [(len(before), len(through)) for before, through in renderings])]
+    return [mask_spans(tokenizer, through, [(len(before), len(through))]) for before, through in renderings]
 
 
 def mask_spans(tokenizer: Any, text: str, spans: list[tuple[int, int]]) -> Masked:
-    """The token ids of `text`, and whether each begins in one of the character `spans`."""
+    """The token ids of `text`, and whether each begins in one of the character `spans`, which are in order."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    mask = [any(a <= start < b and end > start for a, b in spans) for start, end in encoded["offset_mapping"]]
+    offsets = encoded["offset_mapping"]
+    mask, at = [], 0
+    for start, end in offsets:
+        while at < len(spans) and spans[at][1] <= start:
+            at += 1
+        mask.append(at < len(spans) and spans[at][0] <= start and end > start)
     return list(encoded["input_ids"]), mask
 
 
-def _spans(tokenizer: Any, chat: Chat, text: str) -> list[tuple[int, int]]:
-    """The characters of `text` in the loss, one span per answer."""
-    spans = []
-    for i in (i for i, learn in enumerate(chat.learn) if learn):
-        before = render(tokenizer, chat.messages[:i], chat.tools, prompt=True) if i else ""
-        through = render(tokenizer, chat.messages[: i + 1], chat.tools)
-        if not through.startswith(before) or not text.startswith(through):
-            raise ValueError(
-                f"the chat template renders message {i} differently when more follows, so the answer cannot be "
-                "separated from the rest; use a template with {% generation %} marks, such as "
-                "data.chat_template: builtin:chatml"
-            )
-        spans.append((len(before), len(through)))
-    return spans
+def _answer(tokenizer: Any, chat: Chat, i: int) -> tuple[str, str]:
+    """The texts of a conversation up to its answer `i`, and through it."""
+    before = render(tokenizer, chat.messages[:i], chat.tools, prompt=True) if i else ""
+    through = render(tokenizer, chat.messages[: i + 1], chat.tools)
+    if not through.startswith(before):
+        raise ValueError(
+            f"the chat template renders what precedes message {i} differently when the answer follows, so the answer "
+            "cannot be separated from the rest; use a template with {% generation %} marks, such as "
+            "data.chat_template: builtin:chatml"
+        )
+    return before, through

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorary.train.data import chat
+from lorary.train.data._messages import Messages
 from lorary.train.data.chat import Masked
-from lorary.train.data.row_formats import Messages, Preference
+from lorary.train.data.row_formats import Preference
 
 
 def pair(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], int, bool]:
@@ -38,8 +39,8 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
         del ids[0]  # the text begins with a BOS of its own
     ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
-    if len(ids) > 1 and ids[-1] in ends and not text.endswith(decode(tokenizer, ids[-1:])):
-        ids.pop()
+    if len(ids) > 1 and ids[-1] in ends and tokenizer(text, add_special_tokens=False)["input_ids"][-1:] != ids[-1:]:
+        ids.pop()  # the tokenizer's own
     return ids
 
 
@@ -49,12 +50,13 @@ def with_eos(ids: list[int], tokenizer: Any) -> list[int]:
     return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
 
-def special_ids(tokenizer: Any) -> frozenset[int]:
-    """The ids of special tokens, such as the end of a turn."""
-    return frozenset(tokenizer.all_special_ids) | frozenset(tokenizer.added_tokens_decoder)
+def special_ids(tokenizer: Any) -> dict[int, bool]:
+    """The ids of added tokens, and whether each is special; of some tokenizers the end of a turn is not."""
+    added = {i: bool(token.special) for i, token in tokenizer.added_tokens_decoder.items()}
+    return added | dict.fromkeys(tokenizer.all_special_ids, True)
 
 
-def end_answers(ids: list[int], mask: list[bool], tokenizer: Any, special: frozenset[int]) -> Masked:
+def end_answers(ids: list[int], mask: list[bool], tokenizer: Any, special: Mapping[int, bool]) -> Masked:
     """The mask of every answer, extended to the token that ends it; the last answer gets an EOS if it has no end."""
     mask = list(mask)
     closed = False
@@ -63,10 +65,13 @@ def end_answers(ids: list[int], mask: list[bool], tokenizer: Any, special: froze
         while last > start and ids[last] not in special and not decode(tokenizer, ids[last : last + 1]).strip():
             last -= 1
         closed = ids[last] in special
-        if closed:
-            mask[last + 1 : stop] = [False] * (stop - 1 - last)
-        elif stop < len(ids) and ids[stop] in special:  # the template's marks exclude its end of turn
+        after = ids[stop] if stop < len(ids) else -1
+        # an added token that is not special, such as `</tool_call>`, ends a text and not a turn
+        is_text = closed and last == stop - 1 and not special[ids[last]] and special.get(after, False)
+        if after in special and (is_text or not closed):  # the template's marks exclude the end of the turn
             mask[stop] = closed = True
+        elif closed:
+            mask[last + 1 : stop] = [False] * (stop - 1 - last)
     if closed or not any(mask) or tokenizer.eos_token_id is None:
         return ids, mask
     stop = _runs(mask)[-1][1]
@@ -79,7 +84,7 @@ def _runs(mask: list[bool]) -> list[tuple[int, int]]:
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def preference(tokenizer: Any, example: Preference, special: frozenset[int]) -> tuple[dict[str, list[int]], bool]:
+def preference(tokenizer: Any, example: Preference, special: Mapping[int, bool]) -> tuple[dict[str, list[int]], bool]:
     """(ids of the prompt and of both answers, whether prompt and answer share a token).
 
     The prompt ends at the first token in which an answer diverges from it.
@@ -92,7 +97,7 @@ def preference(tokenizer: Any, example: Preference, special: frozenset[int]) -> 
         else:
             assert not isinstance(example.prompt, str)
             assert not isinstance(answer, str)
-            ids, start = _answer(tokenizer, example.prompt, answer, special)
+            ids, start = _answer(tokenizer, example, answer, special)
         sides.append((ids, start))
     start = min(start for _, start in sides)
     prompt, other = (ids[:start] for ids, _ in sides)
@@ -102,10 +107,13 @@ def preference(tokenizer: Any, example: Preference, special: frozenset[int]) -> 
     return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}, shares
 
 
-def _answer(tokenizer: Any, prompt: Messages, answer: Messages, special: frozenset[int]) -> tuple[list[int], int]:
+def _answer(
+    tokenizer: Any, example: Preference, answer: Messages, special: Mapping[int, bool]
+) -> tuple[list[int], int]:
     """(ids through the end of the answer, its start)."""
-    before = chat.render(tokenizer, prompt, prompt=True)
-    through = chat.render(tokenizer, prompt + answer)
+    assert not isinstance(example.prompt, str)
+    before = chat.render(tokenizer, example.prompt, example.tools, prompt=True)
+    through = chat.render(tokenizer, example.prompt + answer, example.tools)
     if not through.startswith(before):
         raise ValueError("the chat template renders the prompt differently when an answer follows")
     masked = chat.mask_spans(tokenizer, through, [(len(before), len(through))])

@@ -36,6 +36,8 @@ class Lint:
         problems: what must be fixed first.
         sample: the first row, as text.
         has_answers: whether the rows hold answers to learn; prompts and labelled texts do not.
+        sources: (source, its rows, their tokens) of the training rows.
+        streamed: whether only the first rows of a stream were checked.
     """
 
     rows: int
@@ -47,6 +49,8 @@ class Lint:
     problems: tuple[Diagnostic, ...]
     sample: Pieces
     has_answers: bool = True
+    sources: tuple[tuple[str, int, int], ...] = ()
+    streamed: bool = False
 
     def refuse(self) -> None:
         """Raise if there is a problem.
@@ -74,11 +78,14 @@ def lint(tokens: Tokens, tokenizer: Any, vocabulary: int, held_out: Tokens | Non
     ends, end_notes = _ends(tokens, rows, tokenizer)
     problems = (
         *_labels(tokens, rows, labelled),
+        *_no_held_out(held_out),
         *_vocabulary(rows + others, vocabulary, tokenizer),
         *_double_bos(rows, tokenizer),
         *ends,
     )
-    notes = [*_lengths(tokens), *_missing_bos(tokens, rows, tokenizer), *end_notes, *_repeats(rows, others)]
+    notes = [*_lengths(tokens), *_missing_bos(tokens, rows, tokenizer), *end_notes]
+    notes += [*_repeats(rows, others, tokens.copies), *tokens.notes]
+    notes += [f"held out: {note}" for note in (held_out.notes if held_out else ())]
     if tokenizer.pad_token_id is None:
         notes.append("the tokenizer has no padding token: EOS pads instead")
     return Lint(
@@ -91,7 +98,18 @@ def lint(tokens: Tokens, tokenizer: Any, vocabulary: int, held_out: Tokens | Non
         problems=problems,
         sample=pieces(*rows[0], tokenizer) if rows else (),
         has_answers=tokens.has_answers,
+        sources=_sources(tokens.sources, rows),
+        streamed=tokens.streamed,
     )
+
+
+def _sources(names: Sequence[str], rows: list[Flat]) -> tuple[tuple[str, int, int], ...]:
+    """(source, its rows, their tokens), in the order of the sources."""
+    counts: dict[str, tuple[int, int]] = {}
+    for name, (ids, _) in zip(names, rows, strict=False):
+        count, tokens = counts.get(name, (0, 0))
+        counts[name] = count + 1, tokens + len(ids)
+    return tuple((name, *count) for name, count in counts.items())
 
 
 def percentiles(lengths: Sequence[int]) -> dict[int, int]:
@@ -125,6 +143,14 @@ def _labels(tokens: Tokens, rows: list[Flat], labelled: float) -> list[Diagnosti
         what = "every token has a label (100 % labelled), prompts included"
         problems.append(Diagnostic("", what, "look at the sample; set data.loss: all if that is what you want"))
     return problems
+
+
+def _no_held_out(held_out: Tokens | None) -> list[Diagnostic]:
+    """Held-out rows that are all gone: nothing would be evaluated."""
+    if held_out is None or held_out.rows:
+        return []
+    what = f"no held-out row is left: {held_out.dropped:,} of {len(held_out.lengths):,} are longer than data.max_length"
+    return [Diagnostic("", what, "raise data.max_length")]
 
 
 def _vocabulary(rows: list[Flat], vocabulary: int, tokenizer: Any) -> list[Diagnostic]:
@@ -161,7 +187,7 @@ def _ends(tokens: Tokens, rows: list[Flat], tokenizer: Any) -> tuple[list[Diagno
     if tokenizer.eos_token_id is None:
         return [], ["the tokenizer has no EOS: the model will not learn to stop"]
     last = {next((i for i in reversed(labels) if i != IGNORED), None) for _, labels in rows}
-    ends = special_ids(tokenizer) & last
+    ends = special_ids(tokenizer).keys() & last
     if not ends and rows and not tokens.truncated and not tokens.split:
         what = f"no answer ends with a labelled token: EOS ({tokenizer.eos_token!r}) is masked everywhere"
         return [Diagnostic("", what, "the model would never stop; look at the sample")], []
@@ -182,11 +208,11 @@ def _lengths(tokens: Tokens) -> list[str]:
     return [note for note, count in notes.items() if count]
 
 
-def _repeats(rows: list[Flat], others: list[Flat]) -> list[str]:
+def _repeats(rows: list[Flat], others: list[Flat], copies: int) -> list[str]:
     """Rows that occur more than once, and held-out rows that are also in the training data."""
     unique, notes = {tuple(ids) for ids, _ in rows}, []
-    if len(unique) < len(rows):
-        notes.append(f"{len(rows) - len(unique):,} of {len(rows):,} rows repeat another")
+    if repeated := len(rows) - len(unique) - copies:  # a weight's own copies are meant
+        notes.append(f"{repeated:,} of {len(rows):,} rows repeat another")
     if overlap := sum(tuple(ids) in unique for ids, _ in others):
         notes.append(f"{overlap:,} of {len(others):,} held-out rows are also trained on: their loss means nothing")
     return notes
@@ -205,13 +231,22 @@ def pieces(ids: Sequence[int], labels: Sequence[int], tokenizer: Any, most: int 
 def summary(lint: Lint) -> list[str]:
     """The statistics, notes and problems, one line each."""
     lengths = ", ".join(f"{p} % up to {n:,}" for p, n in lint.lengths.items())
+    what = "of a stream checked" if lint.streamed else "to train on"
     return [
-        f"rows      {lint.rows:,} to train on, {lint.held_out:,} held out",
+        f"rows      {lint.rows:,} {what}, {lint.held_out:,} held out",
         f"tokens    per row: {lengths}; {lint.truncated:.1%} of the rows cut",
         *([f"labelled  {lint.labelled:.1%} of the tokens"] if lint.has_answers else []),
+        *_source_lines(lint),
         *(f"note      {note}" for note in lint.notes),
         *(f"problem   {problem}" for problem in lint.problems),
     ]
+
+
+def _source_lines(lint: Lint) -> list[str]:
+    """One line for each of several sources."""
+    total = max(sum(tokens for _, _, tokens in lint.sources), 1)
+    several = lint.sources if len(lint.sources) > 1 else ()
+    return [f"source    {name}: {rows:,} rows, {n:,} tokens ({n / total:.1%})" for name, rows, n in several]
 
 
 def text(lint: Lint) -> str:

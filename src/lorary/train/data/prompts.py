@@ -8,8 +8,8 @@ from typing import Any
 
 from lorary.errors import DataError
 from lorary.train.data._files import read_file
+from lorary.train.data._messages import Messages
 from lorary.train.data._records import BadRows, Record, unreadable
-from lorary.train.data.row_formats import Messages
 
 
 @dataclass(frozen=True)

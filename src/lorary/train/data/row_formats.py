@@ -14,7 +14,6 @@ The formats of other tasks (`lorary.train.data.task_rows`) are detected likewise
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,12 +21,10 @@ from itertools import takewhile
 from typing import Any
 
 from lorary.errors import DataError, Diagnostic, nearest
-from lorary.train.data._records import Record, convert, texts
+from lorary.train.data._messages import Messages, kind_of, read_messages
+from lorary.train.data._records import Record, check_text, convert, names_of
+from lorary.train.data._tool_calls import call_in_text, tools
 from lorary.train.data.task_rows import Judged, Labelled, Prompt, read_judged, read_labelled, read_prompt
-
-Messages = list[dict[str, Any]]
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
@@ -65,6 +62,7 @@ class Preference:
     chosen: str | Messages
     rejected: str | Messages
     where: str
+    tools: Any = None
 
 
 Example = Text | Pair | Chat | Preference | Judged | Prompt | Labelled
@@ -100,11 +98,10 @@ def detect(records: Sequence[Record], name: str, preferred: Sequence[str] = ()) 
     fields = sorted({key for record in records[:100] if isinstance(record.value, dict) for key in record.value})
     required = sorted({field for row_format in ROW_FORMATS.values() for field in row_format.required})
     near = next(
-        (f"{ours}: {field}" for field in fields for ours in nearest(field, required, most=1)), "prompt: question"
+        (f"{ours}: {field}" for field in fields[:100] for ours in nearest(field[:100], required, most=1)),
+        "prompt: question",
     )
-    what = (
-        f"found the fields {', '.join(f'`{f}`' for f in fields)}" if fields else "the rows are not objects with fields"
-    )
+    what = f"found the fields {names_of(fields)}" if fields else "the rows are not objects with fields"
     known = "; ".join(f"{kind} ({', '.join(row_format.required)})" for kind, row_format in ROW_FORMATS.items())
     fix = f"name the fields with data.columns, such as {{{near}}}; the formats are: {known}"
     raise DataError(f"unknown row format in {name}:", [Diagnostic(records[0].where, what, fix)])
@@ -126,6 +123,12 @@ def normalise(records: Sequence[Record], kind: str, name: str) -> list[Example]:
     return convert(records, lambda record: ROW_FORMATS[kind].read(_checked(record.value, kind), record.where), name)
 
 
+def fields() -> frozenset[str]:
+    """Every field that a row format uses."""
+    formats = ROW_FORMATS.values()
+    return frozenset(field for each in formats for field in (*each.required, *each.optional))
+
+
 def unused(records: Sequence[Record], kind: str) -> list[str]:
     """The fields of the rows that the format does not use."""
     if kind == "prompt":  # the reward function may take all of them
@@ -141,16 +144,12 @@ def _missing(row: Mapping[str, Any], row_format: RowFormat) -> list[str]:
 def _checked(row: Any, kind: str) -> Mapping[str, Any]:
     row_format = ROW_FORMATS[kind]
     if not isinstance(row, dict):
-        raise ValueError(f"is {_kind(row)}, not an object with fields")
+        raise ValueError(f"is {kind_of(row)}, not an object with fields")
     if missing := _missing(row, row_format):
         other = format_of(row)
         mixed = f"; it looks like {other}, the others like {kind}" if other else ""
         raise ValueError(f"has no {' or '.join(f'`{field}`' for field in missing)}{mixed}")
-    text = "".join(texts([row.get(field) for field in (*row_format.required, *row_format.optional)]))
-    if "\0" in text:
-        raise ValueError("contains a NUL character")
-    if _SURROGATE.search(text):
-        raise ValueError("contains half of a surrogate pair, which is not Unicode text")
+    check_text([row.get(field) for field in (*row_format.required, *row_format.optional)])
     return row
 
 
@@ -164,12 +163,12 @@ def _text(row: Mapping[str, Any], where: str) -> Text:
 def _pair(row: Mapping[str, Any], where: str) -> Example:
     if isinstance(row["prompt"], str) or isinstance(row["completion"], str):
         return Pair(_string(row, "prompt", empty=True), _string(row, "completion"), where)
-    prompt, completion = _turns(row["prompt"], "prompt"), _turns(row["completion"], "completion")
+    prompt, completion = read_messages(row["prompt"], "prompt"), read_messages(row["completion"], "completion")
     return _chat(prompt + completion, row, where, first=len(prompt))
 
 
 def _messages(row: Mapping[str, Any], where: str) -> Chat:
-    return _chat(_turns(row["messages"], "messages"), row, where)
+    return _chat(read_messages(row["messages"], "messages"), row, where)
 
 
 def _alpaca(row: Mapping[str, Any], where: str) -> Chat:
@@ -192,17 +191,21 @@ _SHAREGPT_ROLES |= {role: role for role in ("user", "assistant", "system", "tool
 def _sharegpt(row: Mapping[str, Any], where: str) -> Chat:
     conversation = row["conversations"]
     if not isinstance(conversation, list):
-        raise ValueError(f"`conversations` must be a list of turns, not {_kind(conversation)}")
+        raise ValueError(f"`conversations` must be a list of turns, not {kind_of(conversation)}")
     turns = _system(row)
     for i, turn in enumerate(conversation):
         if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
             raise ValueError(f"`conversations[{i}]` must have `from` and `value`")
+        if turn["from"] == "function_call":
+            call = call_in_text(turn["value"], f"`conversations[{i}]`")
+            turns.append({"role": "assistant", "content": "", "tool_calls": call})
+            continue
         role = _SHAREGPT_ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
         if role is None:
-            known = ", ".join(sorted(_SHAREGPT_ROLES))
+            known = ", ".join(sorted([*_SHAREGPT_ROLES, "function_call"]))
             raise ValueError(f"`conversations[{i}]` is from {turn['from']!r}; known: {known}")
         turns.append({"role": role, "content": turn["value"]})
-    return _chat(_turns(turns, "conversations"), row, where)
+    return _chat(read_messages(turns, "conversations"), row, where)
 
 
 def _system(row: Mapping[str, Any]) -> Messages:
@@ -216,19 +219,19 @@ def _preference(row: Mapping[str, Any], where: str) -> Preference:
             raise ValueError("`chosen` and `rejected` are the same")
         return Preference(_string(row, "prompt"), _string(row, "chosen"), _string(row, "rejected"), where)
     if isinstance(chosen, str) or isinstance(rejected, str):
-        fields = ", ".join(f"`{key}` is {_kind(row.get(key))}" for key in ("prompt", "chosen", "rejected"))
+        fields = ", ".join(f"`{key}` is {kind_of(row.get(key))}" for key in ("prompt", "chosen", "rejected"))
         raise ValueError(f"all three must be texts, or all three lists of messages: {fields}")
-    answers = [_turns(chosen, "chosen"), _turns(rejected, "rejected")]
+    answers = [read_messages(chosen, "chosen"), read_messages(rejected, "rejected")]
     if answers[0] == answers[1]:
         raise ValueError("`chosen` and `rejected` are the same")
     if prompt is not None:
-        shared = _turns(prompt, "prompt")
+        shared = read_messages(prompt, "prompt")
     else:
         shared = [turn for turn, _ in takewhile(lambda pair: pair[0] == pair[1], zip(*answers, strict=False))]
         answers = [answer[len(shared) :] for answer in answers]
     if not shared or not all(answers):
         raise ValueError("`chosen` and `rejected` must begin with the same prompt, and continue after it")
-    return Preference(shared, answers[0], answers[1], where)
+    return Preference(shared, answers[0], answers[1], where, tools(row.get("tools")))
 
 
 def _chat(turns: Messages, row: Mapping[str, Any], where: str, first: int = 0) -> Chat:
@@ -238,76 +241,26 @@ def _chat(turns: Messages, row: Mapping[str, Any], where: str, first: int = 0) -
     if not any(learn):
         raise ValueError("has no assistant message to train on")
     turns = [{key: value for key, value in turn.items() if key != "train"} for turn in turns]
-    return Chat(turns, learn, row.get("tools"), where)
-
-
-def _turns(value: Any, name: str) -> Messages:
-    """`value` as a list of messages with text content.
-
-    Raises:
-        ValueError: which message is wrong, and why.
-    """
-    if not isinstance(value, list):
-        raise ValueError(f"`{name}` must be a list of messages, not {_kind(value)}")
-    if not value:
-        raise ValueError(f"`{name}` is empty")
-    checked = []
-    for i, turn in enumerate(value):
-        at = f"`{name}[{i}]`"
-        if not isinstance(turn, dict) or "role" not in turn:
-            raise ValueError(f"{at} must have `role` and `content`")
-        if turn["role"] not in _ROLES:
-            raise ValueError(f"{at} has the role {turn['role']!r}; known: {', '.join(_ROLES)}")
-        content = _content(turn.get("content"), at)
-        if turn["role"] == "assistant" and not content.strip() and not turn.get("tool_calls"):
-            raise ValueError(f"{at} is an empty answer")
-        checked.append({key: given for key, given in turn.items() if given is not None} | {"content": content})
-    return checked
-
-
-def _content(content: Any, at: str) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
-    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-        kinds = {part.get("type") for part in content}
-        if kinds <= {"text"} and all(isinstance(part.get("text"), str) for part in content):
-            return "".join(part["text"] for part in content)
-        raise ValueError(f"{at} has {', '.join(sorted(map(str, kinds - {'text'})))}; only text is supported")
-    raise ValueError(f"{at} has {_kind(content)} as its content, not a text")
+    return Chat(turns, learn, tools(row.get("tools")), where)
 
 
 def _string(row: Mapping[str, Any], key: str, empty: bool = False) -> str:
     value = row[key]
     if not isinstance(value, str):
-        raise ValueError(f"`{key}` must be a text, not {_kind(value)}")
+        raise ValueError(f"`{key}` must be a text, not {kind_of(value)}")
     if not empty and not value.strip():
         raise ValueError(f"`{key}` is empty")
     return value
 
 
-def _kind(value: Any) -> str:
-    kinds: dict[type, str] = {
-        dict: "an object",
-        list: "a list",
-        str: "a text",
-        bool: "true or false",
-        type(None): "nothing",
-    }
-    return kinds.get(type(value)) or ("a number" if isinstance(value, int | float) else type(value).__name__)
-
-
 ROW_FORMATS: dict[str, RowFormat] = {
-    "preference": RowFormat(("chosen", "rejected"), ("prompt",), _preference),
+    "preference": RowFormat(("chosen", "rejected"), ("prompt", "tools"), _preference),
     "messages": RowFormat(("messages",), ("tools",), _messages),
     "sharegpt": RowFormat(("conversations",), ("system", "tools"), _sharegpt),
-    "prompt-completion-label": RowFormat(
-        ("prompt", "completion", "label"), (), lambda row, where: read_judged(row, where, _turns)
-    ),
+    "prompt-completion-label": RowFormat(("prompt", "completion", "label"), (), read_judged),
     "prompt-completion": RowFormat(("prompt", "completion"), ("tools",), _pair),
     "alpaca": RowFormat(("instruction", "output"), ("input", "system", "history"), _alpaca),
-    "classification": RowFormat(
-        ("text", "label"), ("text_pair",), lambda row, where: read_labelled(row, where, _turns)
-    ),
+    "classification": RowFormat(("text", "label"), ("text_pair",), read_labelled),
     "text": RowFormat(("text",), (), _text),
-    "prompt": RowFormat(("prompt",), (), lambda row, where: read_prompt(row, where, _turns)),
+    "prompt": RowFormat(("prompt",), (), read_prompt),
 }

@@ -9,13 +9,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-Messages = list[dict[str, Any]]
-Turns = Callable[[Any, str], Messages]  # checks a list of messages
-_JUDGEMENTS = {True: True, False: False, 1: True, 0: False, "true": True, "false": False}
+from lorary.train.data._messages import Messages, read_messages
+
+_JUDGEMENTS = {True: True, False: False, "true": True, "false": False}  # 1 and 0 equal the first two
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Labels:
         return self.names.index(label) if isinstance(label, str) else label
 
 
-def read_judged(row: Mapping[str, Any], where: str, turns: Turns) -> Judged:
+def read_judged(row: Mapping[str, Any], where: str) -> Judged:
     """A row of KTO.
 
     Raises:
@@ -86,21 +86,21 @@ def read_judged(row: Mapping[str, Any], where: str, turns: Turns) -> Judged:
         raise ValueError("`prompt` and `completion` must both be texts, or both lists of messages")
     if isinstance(prompt, str):
         return Judged(prompt, _text(completion, "completion"), _JUDGEMENTS[known], where)
-    return Judged(turns(prompt, "prompt"), turns(completion, "completion"), _JUDGEMENTS[known], where)
+    return Judged(read_messages(prompt, "prompt"), read_messages(completion, "completion"), _JUDGEMENTS[known], where)
 
 
-def read_prompt(row: Mapping[str, Any], where: str, turns: Turns) -> Prompt:
+def read_prompt(row: Mapping[str, Any], where: str) -> Prompt:
     """A row of GRPO.
 
     Raises:
         ValueError: what is wrong with it.
     """
     value = row["prompt"]
-    prompt = _text(value, "prompt") if isinstance(value, str) else turns(value, "prompt")
+    prompt = _text(value, "prompt") if isinstance(value, str) else read_messages(value, "prompt")
     return Prompt(prompt, {key: content for key, content in row.items() if key != "prompt"}, where)
 
 
-def read_labelled(row: Mapping[str, Any], where: str, turns: Turns) -> Labelled:
+def read_labelled(row: Mapping[str, Any], where: str) -> Labelled:
     """A row of a classification.
 
     Raises:

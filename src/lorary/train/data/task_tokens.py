@@ -1,12 +1,13 @@
 """Token ids of the tasks that do not train on answers alone.
 
-    KTO             prompt_ids, completion_ids, label (a boolean)
-    GRPO            prompt_ids, and the row's own fields: the trainer encodes the prompt again when it samples answers
-    classification  input_ids, token_type_ids?, label (an index, a number, or one number for each label)
+KTO             prompt_ids, completion_ids, label (a boolean)
+GRPO            prompt_ids, and the row's own fields: the trainer encodes the prompt again when it samples answers
+classification  input_ids, token_type_ids?, label (an index, a number, or one number for each label)
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lorary.train.data import chat, encode
@@ -15,7 +16,7 @@ from lorary.train.data.task_rows import Judged, Labelled, Labels, Prompt
 
 
 def encoded(
-    row: Judged | Prompt | Labelled, tokenizer: Any, special: frozenset[int], labels: Labels | None
+    row: Judged | Prompt | Labelled, tokenizer: Any, special: Mapping[int, bool], labels: Labels | None
 ) -> dict[str, Any]:
     """The row that a trainer takes.
 

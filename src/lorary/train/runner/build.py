@@ -91,7 +91,9 @@ def build_trainer(
         trainer = _TRAINERS[prepared.config.task](
             model=model,
             args=training_arguments(prepared.config, output, held_out=bool(held_out), resumed=resumed),
-            train_dataset=_dataset(prepared.config.task, prepared.train.rows),
+            train_dataset=prepared.stream.dataset()
+            if prepared.stream
+            else _dataset(prepared.config.task, prepared.train.rows),
             eval_dataset=_dataset(prepared.config.task, held_out) if held_out else None,
             processing_class=prepared.tokenizer,
             callbacks=callbacks,
@@ -99,6 +101,7 @@ def build_trainer(
         )
     trainer.remove_callback(PrinterCallback)
     trainer.predicted = prepared.memory
+    trainer.stream_digest = prepared.stream.digest if prepared.stream else ""
     if prepared.config.data.packing:
         check_packing(model, trainer.data_collator)
     return trainer

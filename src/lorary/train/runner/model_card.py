@@ -21,6 +21,7 @@ from lorary.model.plan import Plan, human_bytes
 from lorary.spec.presets import names_of
 from lorary.train.config.config import Config
 from lorary.train.config.previous_tasks import path_of
+from lorary.train.config.sources import paths
 from lorary.train.runner.result import Run
 from lorary.train.trainer.environment import versions
 
@@ -36,6 +37,7 @@ class CardData:
         labelled: the share of their tokens that have a label.
         tokens: tokens seen.
         run: the result.
+        sources: (source, its rows, their tokens) of the training rows.
     """
 
     config: Config
@@ -44,6 +46,7 @@ class CardData:
     labelled: float
     tokens: int
     run: Run
+    sources: tuple[tuple[str, int, int], ...] = ()
 
 
 def model_card(name: str, data: CardData) -> str:
@@ -77,7 +80,7 @@ def _metadata(name: str, data: CardData, as_peft: bool) -> ModelCardData:
         pipeline_tag="text-generation",
         base_model=base,
         base_model_relation="adapter" if base else None,
-        datasets=[found for source in config.data.train if (found := _on_hub(source))] or None,
+        datasets=[found for source in paths(config.data.train) if (found := _on_hub(source))] or None,
         tags=sorted({"lorary", config.task, *_method_names(config, data.plan)}),
         metrics=[result.metric_type for result in results] or None,
         eval_results=results or None,
@@ -89,7 +92,7 @@ def _evaluation(data: CardData) -> list[EvalResult]:
     held_out = evaluations(data)
     if held_out is None or not math.isfinite(held_out[1]["eval_loss"]):
         return []
-    loss, sources = held_out[1]["eval_loss"], data.config.data.validation or data.config.data.train
+    loss, sources = held_out[1]["eval_loss"], paths(data.config.data.validation or data.config.data.train)
     values = {"loss": loss} | ({"perplexity": math.exp(loss)} if _is_perplexity(loss, data) else {})
     return [
         EvalResult(
@@ -124,8 +127,9 @@ def _training(data: CardData) -> dict[str, str]:
     return {
         **({"starts from": f"the adapter {public_name(path_of(start))}"} if start else {}),
         "method": f"{names}: {_components(data.plan)}",
-        "data": ", ".join(public_name(source) for source in data.config.data.train),
-        "examples": f"{rows[0]:,}{held_out}; {data.labelled:.1%} of the tokens are labelled",
+        "data": _data(data),
+        "examples": f"{'a stream, its first ' if data.config.data.streaming else ''}{rows[0]:,}{held_out}; "
+        f"{data.labelled:.1%} of the tokens are labelled",
         "steps": f"{data.run.steps:,} of {t.batch_size} × {t.gradient_accumulation_steps} rows, {data.tokens:,} tokens",
         "learning rate": f"{t.lr:g}, {t.schedule}, warmup {t.warmup:g}, {t.optimizer}",
         "seed": str(t.seed),
@@ -150,6 +154,13 @@ def _memory(run: Run) -> str:
     if run.predicted is not None:
         parts.append(f"{human_bytes(run.predicted)} predicted with the longest rows")
     return "; ".join(parts) or "not predicted: the model's code does not run without values"
+
+
+def _data(data: CardData) -> str:
+    """The sources; of several, each with its rows and tokens."""
+    if len(data.sources) > 1:
+        return ", ".join(f"{public_name(name)} ({rows:,} rows, {n:,} tokens)" for name, rows, n in data.sources)
+    return ", ".join(public_name(source) for source in paths(data.config.data.train))
 
 
 def _components(plan: Plan) -> str:

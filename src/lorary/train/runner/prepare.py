@@ -28,7 +28,8 @@ from lorary.train.config.previous_tasks import load_previous_tasks, path_of, wit
 from lorary.train.config.starting_adapter import load_start, plan_to_go_on, with_digest
 from lorary.train.data.labels import label_notes
 from lorary.train.data.lint import Lint, lint
-from lorary.train.data.load import load
+from lorary.train.data.load import Data, load, load_validation
+from lorary.train.data.stream import RowStream
 from lorary.train.data.task_rows import Labels
 from lorary.train.data.tokenize import Tokens, tokenize
 from lorary.train.runner.memory_forecast import optimizer_of, workload
@@ -55,6 +56,7 @@ class RunPlan:
         labels: of a classification.
         reward: of GRPO.
         start: the adapter to go on from.
+        stream: the training rows if they are read while training; `train` are then the first of them.
     """
 
     config: Config
@@ -71,6 +73,7 @@ class RunPlan:
     labels: Labels | None = None
     reward: Reward | None = None
     start: Adapter | None = None
+    stream: RowStream | None = None
 
 
 def prepare(config: Config, *, processes: int = 1) -> RunPlan:
@@ -89,27 +92,26 @@ def prepare(config: Config, *, processes: int = 1) -> RunPlan:
     config = _identified(config.resolve(names_of(start.method) if start else ()), start, past)
     check_task(config.model, load_config(config.model), config.task)
     tokenizer = load_tokenizer(config.model)
-    data = load(config.data, config.task, config.training.seed)
+    data = None if config.data.streaming else load(config.data, config.task, config.training.seed)
     reward = load_reward(config.training.reward) if config.training.reward else None
-    config, labels = with_labels(config, data)
+    config, labels = with_labels(config, data) if data else (config, None)
     base = base_of_task(config, labels, tokenizer)
     model = skeleton(config.model, base)
     new = new_modules(config, base, model)
     plan = plan_to_go_on(config, model, start) if start else config.plan(model, past, new)
     reader(config.model.id, model.config, plan.method.storage, None)  # refuses other quantisations
-    train = tokenize(data.train, tokenizer, config.data, labels)
-    held_out = tokenize(data.validation, tokenizer, config.data, labels) if data.validation else None
+    train, held_out, data_notes, stream = _rows(config, tokenizer, data, labels)
     if reward is not None:
         reward.check(set(train.rows[0]) - {"prompt", "prompt_ids"} if train.rows else set())
     report = lint(train, tokenizer, model.get_input_embeddings().num_embeddings, held_out)
     report.refuse()
     memory = _memory(config, model, plan, report)
-    notes = (*config.notes, *data.notes, *report.notes, *plan.notes, *_dtype_note(config))
+    notes = (*config.notes, *data_notes, *report.notes, *plan.notes, *_dtype_note(config))
     notes += tuple(label_notes(labels)) if labels else ()
     notes += _length_notes(model.config.get_text_config(), plan, _longest(config, report))
     steps = _count_steps(config, train, processes)
     parts = (config, tokenizer, train, held_out, report, plan, memory, steps, notes)
-    return RunPlan(*parts, past=tuple(past), base=base, labels=labels, reward=reward, start=start)
+    return RunPlan(*parts, past=tuple(past), base=base, labels=labels, reward=reward, start=start, stream=stream)
 
 
 def _identified(config: Config, start: Adapter | None, past: list[Adapter]) -> Config:
@@ -121,6 +123,21 @@ def _identified(config: Config, start: Adapter | None, past: list[Adapter]) -> C
         return config.with_notes(*notes, *start.notes)
     method = config.method.model_copy(update={"after": with_digests(config.method.after, past)})
     return config.model_copy(update={"method": method})
+
+
+def _rows(
+    config: Config, tokenizer: Any, data: Data | None, labels: Labels | None
+) -> tuple[Tokens, Tokens | None, tuple[str, ...], RowStream | None]:
+    """(training rows, held-out rows, notes on the data, the stream of the training rows if they are streamed)."""
+    section = config.data
+    if data is None:
+        stream = RowStream(section, tokenizer, config.task, config.training.seed)
+        examples = load_validation(section, config.task)
+        held_out = tokenize(examples, tokenizer, section) if examples else None
+        return stream.head, held_out, stream.notes, stream
+    held_out = tokenize(data.validation, tokenizer, section, labels=labels) if data.validation else None
+    train = tokenize(data.train, tokenizer, section, data.copies, data.sources, labels=labels)
+    return train, held_out, data.notes, None
 
 
 def with_plan(prepared: RunPlan, plan: Plan) -> RunPlan:
@@ -142,7 +159,8 @@ def _memory(config: Config, model: Any, plan: Plan, report: Lint) -> Memory:
 
 def _longest(config: Config, report: Lint) -> int:
     """Tokens of the longest row."""
-    return config.data.max_length if config.data.packing else min(config.data.max_length, max(report.lengths.values()))
+    whole = config.data.packing or config.data.streaming
+    return config.data.max_length if whole else min(config.data.max_length, max(report.lengths.values()))
 
 
 def _length_notes(model_config: Any, plan: Plan, longest: int) -> tuple[str, ...]:

@@ -35,6 +35,7 @@ from lorary.analysis.run_sections import (
 )
 from lorary.model.plan import human_bytes
 from lorary.model.rank_pruning import directions_of
+from lorary.train.config.sources import paths
 from lorary.train.runner.folder import CONFIG, REPORT, RunFolder
 from lorary.train.runner.model_card import CardData, evaluations, public_name
 from lorary.train.runner.prepare import RunPlan
@@ -130,7 +131,7 @@ def _caption(data: CardData) -> str:
 def _facts(data: CardData) -> Iterator[tuple[str, str]]:
     t, c = data.config.training, data.config
     held_out = f", {data.rows[1]:,} held out" if data.rows[1] else ""
-    yield "data", ", ".join(c.data.train)
+    yield "data", ", ".join(paths(c.data.train))
     yield "rows", f"{data.rows[0]:,}{held_out}; {data.labelled:.1%} of the tokens are labelled"
     yield "batch", f"{t.batch_size} × {t.gradient_accumulation_steps} rows of at most {c.data.max_length:,} tokens"
     yield "learning rate", f"{t.lr:g}, {t.schedule}, warmup {t.warmup:g}"

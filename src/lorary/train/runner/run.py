@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import sys
 import time
 import warnings
@@ -13,7 +12,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from transformers import TrainerCallback
 
@@ -25,12 +23,13 @@ from lorary.train.runner.build import build_model, build_trainer
 from lorary.train.runner.extend import check_longer
 from lorary.train.runner.folder import ADAPTER, CARD, CHECKPOINTS, CONFIG, ENVIRONMENT, EVENTS, PLOTS, SAMPLE, RunFolder
 from lorary.train.runner.lora_drop import choose_layers
-from lorary.train.runner.model_card import CardData, model_card, versions
+from lorary.train.runner.model_card import CardData, model_card
 from lorary.train.runner.prepare import RunPlan, prepare
 from lorary.train.runner.recorder import EvaluateAtEnd, Recorder
 from lorary.train.runner.result import Run, step_memory
 from lorary.train.trainer import checkpoint, process_memory
 from lorary.train.trainer.distributed import on_main_process, this_process
+from lorary.train.trainer.environment import environment
 from lorary.train.trainer.progress import ProgressLines
 from lorary.train.trainer.resume import read_adapter
 from lorary.train.trainer.step_memory import CountMemory
@@ -167,27 +166,14 @@ def _write_results(prepared: RunPlan, folder: RunFolder, result: Run, trainer: A
         ranks = {site.site.name: directions_of(site) for site in pruned.sites}
         folder.write(f"{PLOTS}/ranks.svg", ranks_svg(ranks, max(site.r for site in pruned.sites)))
     lint = prepared.lint
-    data = CardData(
-        prepared.config, prepared.plan, (lint.rows, lint.held_out), lint.labelled, trainer._total_train_tokens, result
-    )
+    rows = lint.rows, lint.held_out
+    tokens = trainer._total_train_tokens
+    data = CardData(prepared.config, prepared.plan, rows, lint.labelled, tokens, result, lint.sources)
     card = model_card(folder.path.absolute().name, data)
     folder.write(CARD, card)
     folder.write(f"{ADAPTER}/{CARD}", card)
     write_report(prepared, folder, data, trainer, pruned)
     _log.info("done: %d steps in %.0f s, adapter in %s", result.steps, result.seconds, result.adapter)
-
-
-def environment() -> dict[str, Any]:
-    """Versions and hardware, as far as they can influence a result."""
-    return {
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "packages": versions(),
-        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "threads": torch.get_num_threads(),
-        "processes": this_process().num_processes,
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-    }
 
 
 @contextmanager

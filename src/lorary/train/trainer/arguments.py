@@ -61,6 +61,8 @@ def training_arguments(config: Config, output: Path, *, held_out: bool, resumed:
         "ddp_find_unused_parameters": False,  # every adapter is used in every step
         **({"num_train_epochs": t.epochs} if t.max_steps is None else {"max_steps": t.max_steps}),
         **_interval("save", t.save_steps),
+        # every rank reads the whole stream and takes its rows: one rank's batches cannot be sent around unpadded
+        **({"accelerator_config": {"dispatch_batches": False}} if config.data.streaming else {}),
     }
     options |= _interval("eval", t.eval_steps) | {"eval_on_start": not resumed} if held_out else {"eval_strategy": "no"}
     if t.keeps_best:

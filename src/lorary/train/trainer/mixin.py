@@ -77,6 +77,7 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
         sampler: the order of the rows; None for a stream.
         batch: the shape of the latest micro-batch, and whether it was for training.
         predicted: the predicted memory of the run, for messages.
+        stream_digest: of the first rows of a stream; empty: not known.
         fingerprint: of the base.
 
     Raises:
@@ -106,6 +107,7 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
         self.sampler: SeededSampler | None = None
         self.batch: tuple[tuple[int, ...], bool] | None = None
         self.predicted: Memory | None = None
+        self.stream_digest = ""
         self._resumed: dict[str, Any] = {}
         self.optimizer: Any
         before = model.__dict__.get("forward")

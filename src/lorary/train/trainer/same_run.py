@@ -55,7 +55,7 @@ def data_order(trainer: Any) -> dict[str, Any]:
     sampler, digests = trainer.sampler, trainer.row_digests
     return {
         "rows": sampler.rows if sampler is not None else -1,
-        "contents": digests.of(trainer.train_dataset),
+        "contents": digests.of(trainer.train_dataset) or trainer.stream_digest,
         "held_out": digests.of(trainer.eval_dataset),
         "seed": sampler.seed if sampler is not None else -1,
         "batch_size": trainer.args.train_batch_size,
