@@ -12,9 +12,7 @@ from lorary.model.scan import Scan
 
 def head_layers(scan: Scan) -> list[str]:
     """The paths of the head's linear layers that can be adapted."""
-    return [
-        path for path in scan.layers if path in scan.heads and scan.modules[path].kind in ("linear", "transposed")
-    ]
+    return [path for path in scan.layers if path in scan.heads and scan.modules[path].kind in ("linear", "transposed")]
 
 
 def head_problems(scan: Scan, head: Any) -> list[Diagnostic]:

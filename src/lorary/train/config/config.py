@@ -133,9 +133,7 @@ class DataSection(Section):
         default=0.0, description="share of the training rows to hold out when validation is empty"
     )
     subset: str | None = Field(default=None, description="configuration name of a Hub data set")
-    format: Format = Field(
-        default="auto", description="format of a row; auto: detected from its fields, and shown"
-    )
+    format: Format = Field(default="auto", description="format of a row; auto: detected from its fields, and shown")
     labels: SomeNames | None = Field(
         default=None, description="classification: the labels in the order of the outputs; empty: those of the data"
     )
@@ -228,8 +226,8 @@ class Config(Section):
     model: ModelSection
     task: Task = Field(
         default="sft",
-        description="sft: next-token prediction; dpo: preference pairs; kto: answers marked good or bad; grpo: a reward "
-        "function; reward: a reward model from preference pairs; classification: labels of texts",
+        description="sft: next-token prediction; dpo: preference pairs; kto: answers marked good or bad; "
+        "grpo: a reward function; reward: a reward model from preference pairs; classification: labels of texts",
     )
     method: MethodSection = MethodSection()
     data: DataSection

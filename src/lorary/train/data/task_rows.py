@@ -15,7 +15,7 @@ from typing import Any
 
 Messages = list[dict[str, Any]]
 Turns = Callable[[Any, str], Messages]  # checks a list of messages
-_JUDGEMENTS = {True: True, False: False, 1: True, 0: False, "true": True, "false": False}
+_JUDGEMENTS = {True: True, False: False, "true": True, "false": False}  # 1 and 0 are equal to them
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Token ids of the tasks that do not train on answers alone.
 
-    KTO             prompt_ids, completion_ids, label (a boolean)
-    GRPO            prompt_ids, and the row's own fields: the trainer encodes the prompt again when it samples answers
-    classification  input_ids, token_type_ids?, label (an index, a number, or one number for each label)
+KTO             prompt_ids, completion_ids, label (a boolean)
+GRPO            prompt_ids, and the row's own fields: the trainer encodes the prompt again when it samples answers
+classification  input_ids, token_type_ids?, label (an index, a number, or one number for each label)
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ from lorary.train.data.row_formats import Preference
 from lorary.train.data.task_rows import Judged, Labelled, Labels, Prompt
 
 
-def encoded(
-    row: Judged | Prompt | Labelled, tokenizer: Any, special: frozenset[int], labels: Labels | None
-) -> dict[str, Any]:
+def encoded(row: Any, tokenizer: Any, special: frozenset[int], labels: Labels | None) -> dict[str, Any]:
     """The row that a trainer takes.
 
     Args:
-        row: of a task.
+        row: a `Judged`, `Prompt` or `Labelled`.
         tokenizer: of the base.
         special: the ids of its special tokens.
         labels: of a classification; None leaves them out.
@@ -34,6 +32,7 @@ def encoded(
         return {"prompt_ids": ids["prompt_ids"], "completion_ids": ids["chosen_ids"], "label": row.good}
     if isinstance(row, Prompt):
         return {"prompt": row.prompt, "prompt_ids": _prompt_ids(row, tokenizer)} | dict(row.fields)
+    assert isinstance(row, Labelled)
     found = tokenizer(row.text, row.pair)
     kept = {key: list(found[key]) for key in ("input_ids", "token_type_ids") if key in found}
     return kept | ({"label": labels.encode(row.label)} if labels else {})

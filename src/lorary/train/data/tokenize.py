@@ -50,9 +50,7 @@ class Tokens:
     has_answers: bool = True
 
 
-def tokenize(
-    examples: Sequence[Example], tokenizer: Any, section: DataSection, labels: Labels | None = None
-) -> Tokens:
+def tokenize(examples: Sequence[Example], tokenizer: Any, section: DataSection, labels: Labels | None = None) -> Tokens:
     """Rows of at most `section.max_length` tokens.
 
     Args:
@@ -75,7 +73,7 @@ def tokenize(
     special = encode.special_ids(tokenizer)
     if isinstance(first, Judged | Prompt | Labelled):
         rows = convert(examples, lambda row: task_tokens.encoded(row, tokenizer, special, labels), "the data")
-        return _fitted(examples, rows, section, 0, isinstance(first, Labelled))
+        return _fitted(examples, rows, section, joined=0, plain=isinstance(first, Labelled))
     everything = section.loss == "all" or isinstance(first, Text)
     encoded = convert(examples, lambda example: _encoded(example, tokenizer, special, everything), "the data")
     return _fitted(examples, [row for row, _ in encoded], section, sum(shares for _, shares in encoded), everything)
@@ -92,6 +90,7 @@ def _encoded(example: Example, tokenizer: Any, special: frozenset[int], everythi
         ids, start, shares = encode.pair(tokenizer, example.prompt, example.completion)
         mask = [i >= start for i in range(len(ids))]
     else:
+        assert isinstance(example, Text)
         ids = encode.with_eos(encode.encode_text(tokenizer, example.text), tokenizer)
         mask = [True] * len(ids)
     labels = [i if everything or learn else IGNORED for i, learn in zip(ids, mask, strict=True)]

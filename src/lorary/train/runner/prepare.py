@@ -30,7 +30,7 @@ from lorary.train.data.load import load
 from lorary.train.data.task_rows import Labels
 from lorary.train.data.tokenize import Tokens, tokenize
 from lorary.train.runner.memory_forecast import workload
-from lorary.train.runner.task_base import base_of_task, new_modules, with_labels
+from lorary.train.runner.task_base import base_of_task, fit_positions, new_modules, with_labels
 from lorary.train.trainer.reward_function import Reward, load_reward
 
 
@@ -92,6 +92,7 @@ def prepare(config: Config, *, processes: int = 1) -> RunPlan:
     config, labels = with_labels(config, data)
     base = base_of_task(config, labels, tokenizer)
     model = skeleton(config.model, base)
+    config = fit_positions(config, model)
     plan = config.method.plan(model, past, new_modules(config, base, model))
     reader(config.model.id, model.config, plan.method.storage, None)  # refuses other quantisations
     train = tokenize(data.train, tokenizer, config.data, labels)
