@@ -55,7 +55,8 @@ def _task(c: Config) -> Iterator[Diagnostic]:
     if c.data.packing:
         yield Diagnostic("data.packing", f"{ROWS[c.task]} are not packed", "remove it, or set task: sft")
     if c.data.loss != "auto":
-        reason = "the loss compares the answers" if c.task in ("dpo", "kto", "reward") else "its loss is not of tokens"
+        reasons = {"grpo": "the answers are sampled", "classification": "the loss is that of the labels"}
+        reason = reasons.get(c.task, "the loss compares the answers")
         yield Diagnostic("data.loss", f"has no effect when task is `{c.task}`: {reason}", "remove it")
     if c.task == "kto" and c.training.batch_size < 2:
         what = "KTO compares the answers of a batch, and a batch of one has nothing to compare"
