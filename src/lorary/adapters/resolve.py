@@ -13,6 +13,9 @@ from lorary.model.loading.source import ModelSection
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from lorary.adapters.adapter import Adapter
+    from lorary.model.loading.source import ModelClass
+
 
 def adapter_at(name: str) -> Path | None:
     """The adapter folder at or in the folder `name`, or downloaded from the Hub; None for a whole model.
@@ -71,17 +74,52 @@ def find_model(name: str, base: str | None = None) -> tuple[Path | None, ModelSe
     return None, ModelSection.of(base or name)
 
 
-def load_with_adapter(section: ModelSection, folder: Path | None) -> PreTrainedModel:
-    """A model in evaluation mode, with the adapter on it if there is one.
+def base_class(section: ModelSection, folder: Path, adapter: Adapter) -> ModelClass | None:
+    """The class that an adapter's base is loaded with; None for a causal language model.
+
+    A new head is in the adapter, so that the base need not hold it.
+
+    Args:
+        section: the base.
+        folder: of the adapter, for the names of its labels.
+        adapter: the adapter.
 
     Raises:
-        LoraryError: the model cannot be loaded, or the adapter does not fit it.
+        FileError: the base or the names of the labels cannot be read.
+    """
+    from lorary.model.loading.model_kind import classes
+
+    name = adapter.base.architecture
+    if not name or name in classes("CAUSAL_LM"):
+        return None
+    import transformers
+
+    from lorary.adapters.label_names import read_label_names
+    from lorary.model.loading.from_pretrained import load_config
+    from lorary.model.loading.model_class import with_labels_of_head
+
+    found = getattr(transformers, name, None)
+    if not isinstance(found, type):  # a class of the user's own
+        return None
+    shapes = {key: tuple(value.shape) for key, value in adapter.full.items()}
+    return with_labels_of_head(found, load_config(section), shapes, read_label_names(folder), section)
+
+
+def load_with_adapter(section: ModelSection, folder: Path | None) -> PreTrainedModel:
+    """A causal language model in evaluation mode, with the adapter on it if there is one.
+
+    Raises:
+        LoraryError: the model cannot be loaded or generates no text, or the adapter does not fit it.
     """
     from lorary.adapters.save_load import load_adapter
     from lorary.adapters.switch import load
     from lorary.model.loading.from_pretrained import load_model, load_storage
 
     adapter = load_adapter(folder) if folder else None
+    if folder and adapter and base_class(section, folder, adapter) is not None:
+        what = f"it was trained on a {adapter.base.architecture}, which generates no text"
+        fix = "`lorary merge` makes a plain model of it, for Transformers' pipeline"
+        raise FileError(f"cannot generate with {folder}:", [Diagnostic(str(folder), what, fix)])
     loaded = load_model(section, load_storage(adapter.method, adapter.full) if adapter else None)
     if folder:
         load(loaded, folder)

@@ -29,7 +29,7 @@ def export(
     """
     import lorary
     from lorary.adapters import export_peft, load_adapter
-    from lorary.adapters.resolve import find_adapter, find_base
+    from lorary.adapters.resolve import base_class, find_adapter, find_base
     from lorary.analysis.merge_check import logits
     from lorary.cli._comparison_rows import random_rows
     from lorary.errors import ConfigError, Diagnostic, did_you_mean
@@ -43,7 +43,8 @@ def export(
         with _notes():
             export_peft(load_adapter(folder), output)
     else:
-        model = load_model(find_base(folder, base, "float32"))
+        section = find_base(folder, base, "float32")
+        model = load_model(section, model_class=base_class(section, folder, load_adapter(folder)))
         lorary.load(model, folder)
         (row,) = random_rows(model.config.get_text_config().vocab_size, 1, 64)
         before = logits(model, row)

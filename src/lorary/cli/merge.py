@@ -51,7 +51,8 @@ def merge(
     from lorary.adapters.resolve import find_adapter, find_base
     from lorary.cli._comparison_rows import comparison_rows
     from lorary.files.atomic import atomic_directory
-    from lorary.model.loading.from_pretrained import load_config, quiet_progress_bars
+    from lorary.model.loading.from_pretrained import load_config
+    from lorary.model.loading.quiet import quiet_progress_bars
 
     _check(adapter, dtype, onto)
     folder = find_adapter(adapter, "merge")
@@ -159,19 +160,21 @@ def _merged(
 ) -> tuple[PreTrainedModel, MergeError]:
     """The merged model and its report. One model at a time is in memory."""
     import lorary
+    from lorary.adapters.resolve import base_class
     from lorary.analysis.merge_check import MergeCheck, round_weights
     from lorary.errors import StateError
     from lorary.model.bias_flags import BiasWarning, unserialisable_biases
     from lorary.model.loading.from_pretrained import load_model, load_storage
     from lorary.model.merge import fold
 
-    model = load_model(section, load_storage(adapter.method, adapter.full))
+    kind = base_class(section, folder, adapter)
+    model = load_model(section, load_storage(adapter.method, adapter.full), model_class=kind)
     lorary.load(model, folder, force=force)
     check = MergeCheck.of(model, rows.ids)
     if onto == "original" and check.quantized:
         del model
         gc.collect()  # models contain reference cycles
-        model = load_model(section)
+        model = load_model(section, model_class=kind)
         lorary.load(model, folder, force=force, quantize=False)
     sites = check.sites(model, target)
     with warnings.catch_warnings():

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from lorary.model.plan import Plan
     from lorary.train.config.config import Config
     from lorary.train.config.load import Flags
     from lorary.train.runner.memory_forecast import Forecast
@@ -65,27 +68,59 @@ def _config(model: str, sets: list[str], flags: Flags) -> Config:
 def _show(config: Config, size: float | None, check: bool) -> None:
     from lorary.cli._memory_table import show
     from lorary.model.loading.checkpoint_kind import reader
-    from lorary.model.loading.from_pretrained import fast_skeleton, skeleton
     from lorary.train.runner.memory_forecast import forecast
 
-    # a context method changes attention in Transformers' code
-    model = fast_skeleton(config.model) if config.method.build().context is None else skeleton(config.model)
-    found = forecast(config, model)
+    model, planned, loaded = _planned(config)
+    found = forecast(config, model, planned)
     reader(config.model.id, model.config, found.plan.method.storage, None)  # refuses unsupported quantised checkpoints
+    print(f"note: {loaded}", file=sys.stderr)
     print(found.plan)
     show(config, found, size)
     if check:
         print(_checked(config, found))
 
 
+def _planned(config: Config) -> tuple[nn.Module, Plan | None, str]:
+    """The model on the meta device, its plan if it is made already, and which class it is.
+
+    A configuration that names a task, as any file does, is planned as its task loads the model; a model alone with the
+    head that it was saved with.
+    """
+    from lorary.model.loading.from_pretrained import fast_skeleton, load_config, skeleton
+    from lorary.model.loading.model_kind import architecture
+
+    if config.task == "sft" and "task" not in config.model_fields_set:
+        # a context method changes attention in Transformers' code
+        plain = config.method.build().context is None
+        model = fast_skeleton(config.model) if plain else skeleton(config.model)
+        name = (getattr(model.config, "architectures", None) or [type(model).__name__])[0]
+        return model, None, f"planned as {name}, the class that it was saved with"
+    from lorary.model.loading.model_class import check_task
+    from lorary.train.runner.task_base import base_of_task, expected_labels, new_modules
+
+    own = load_config(config.model)
+    check_task(config.model, own, config.task)
+    base = base_of_task(config, expected_labels(config), None)
+    if base is None:
+        return skeleton(config.model), None, f"planned as {architecture(own)}, for task `{config.task}`"
+    model = skeleton(config.model, base)
+    labels = f"{base.config.num_labels} label{'s' if base.config.num_labels > 1 else ''}"
+    guessed = " (data.labels lists them)" if config.task == "classification" and not config.data.labels else ""
+    planned = config.method.plan(model, new=new_modules(config, base, model))
+    return model, planned, f"planned as {type(model).__name__} with {labels}{guessed}, for task `{config.task}`"
+
+
 def _checked(config: Config, found: Forecast) -> str:
     """The memory by a step of all blocks of Transformers' own model, and the error of the prediction."""
     from lorary.analysis.memory.predict import predict
-    from lorary.model.loading.from_pretrained import skeleton
+    from lorary.model.loading.from_pretrained import empty_model, load_config
+    from lorary.model.loading.model_kind import own_class
     from lorary.model.plan import human_bytes
     from lorary.train.runner.memory_forecast import workload
 
-    model = skeleton(config.model)
+    model: nn.Module = found.model
+    if type(model).__module__.startswith("lorary"):  # the quick one
+        model = empty_model(config.model, own_class(load_config(config.model)))
     counted = predict(model, found.plan, workload(config, model), config.training.optimizer, whole=True)
     if counted.activations is None:
         return f"\na step without data cannot run: {counted.notes[-1]}"

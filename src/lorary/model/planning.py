@@ -9,8 +9,14 @@ from torch import nn
 
 from lorary.errors import Diagnostic, MethodError, PlanError, deduplicated, suggestion
 from lorary.layers.kinds import site
-from lorary.model._full_parameters import full_parameters, has_new_head, head_parameters, parameters_by_pattern
-from lorary.model._heads import head_layers, head_problems
+from lorary.model._full_parameters import (
+    full_parameters,
+    has_new_head,
+    head_layers,
+    head_parameters,
+    head_problems,
+    parameters_by_pattern,
+)
 from lorary.model._presets import PRESETS
 from lorary.model.ambient import mode_independent
 from lorary.model.buffers import frozen_statistics, has_statistics

@@ -90,7 +90,7 @@ training:
 """, """\
 invalid configuration train.yaml:
   - train.yaml:4:3: unknown key `zzz` in `training`
-      hint: known: adam_beta1, adam_beta2, adam_epsilon, batch_size, bf16, dpo_beta, early_stopping_patience, epochs, eval_batch_size, eval_steps, gradient_accumulation_steps, gradient_checkpointing, keep_best, label_smoothing, logging_steps, lr, max_grad_norm, max_steps, neftune_noise_alpha, optimizer, optimizer_options, report_to, save_steps, save_total_limit, schedule, schedule_options, seed, torch_compile, warmup, weight_decay"""),
+      hint: known: adam_beta1, adam_beta2, adam_epsilon, batch_size, bf16, dpo_beta, early_stopping_patience, epochs, eval_batch_size, eval_steps, gradient_accumulation_steps, gradient_checkpointing, grpo_beta, keep_best, kto_beta, label_smoothing, logging_steps, lr, max_completion_length, max_grad_norm, max_steps, neftune_noise_alpha, num_generations, optimizer, optimizer_options, report_to, reward, save_steps, save_total_limit, schedule, schedule_options, seed, torch_compile, warmup, weight_decay"""),
 Bad('a mistyped key of another section', """\
 model: builtin:base
 data: builtin:docstrings
@@ -271,7 +271,7 @@ task: ppo
 training: {schedule: cosin, optimizer: adam, report_to: [tensorbord, none]}
 """, """\
 invalid configuration train.yaml:
-  - train.yaml:3:1: `task` must be one of `sft`, `dpo`, not the text 'ppo'
+  - train.yaml:3:1: `task` must be one of `sft`, `dpo`, `kto`, `grpo`, `reward`, `classification`, not the text 'ppo'
       hint: did you mean `dpo`?
   - train.yaml:4:12: `schedule` is 'cosin', which is not a name that Transformers knows
       hint: did you mean `cosine`?
@@ -411,9 +411,45 @@ training: {dpo_beta: 0.1}
 """, """\
 invalid configuration train.yaml:
   - train.yaml:2:24: `data.format`: task `sft` does not train on preference pairs
-      hint: set task: dpo, or map the answer with data.columns
+      hint: set task: dpo or reward, or map the answer with data.columns
   - train.yaml:3:12: `training.dpo_beta`: has no effect when task is `sft`
       hint: remove it, or set task: dpo"""),
+Bad("fields of other tasks", """\
+model: builtin:base
+task: kto
+data: {train: a.jsonl, labels: [a, b], format: classification}
+training: {batch_size: 1, reward: "r.py:f", dpo_beta: 0.1}
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:24: `data.labels`: has no effect when task is `kto`
+      hint: remove it, or set task: classification
+  - train.yaml:3:40: `data.format`: task `kto` trains on answers with a label, not `classification`
+      hint: use `prompt-completion-label` or task: classification
+  - train.yaml:4:12: `training.batch_size`: KTO compares the answers of a batch, and a batch of one has nothing to compare
+      hint: use 2 or more; gradient_accumulation_steps may be 1
+  - train.yaml:4:27: `training.reward`: has no effect when task is `kto`
+      hint: remove it, or set task: grpo
+  - train.yaml:4:45: `training.dpo_beta`: has no effect when task is `kto`
+      hint: remove it, or set task: dpo"""),
+Bad("groups of answers", """\
+model: builtin:base
+task: grpo
+data: {train: a.jsonl, packing: true, loss: all, overlong: truncate}
+training: {num_generations: 5, eval_batch_size: 4}
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:24: `data.packing`: prompts are not packed
+      hint: remove it, or set task: sft
+  - train.yaml:3:39: `data.loss`: has no effect when task is `grpo`: the answers are sampled
+      hint: remove it
+  - train.yaml:3:50: `data.overlong`: prompts cannot be cut: their end is the question
+      hint: use drop or error
+  - train.yaml:4:1: `training.reward`: task `grpo` needs a reward function
+      hint: write one in a file and name it: rewards.py:function
+  - train.yaml:4:12: `training.num_generations`: a step has 4 x 4 = 16 answers, in groups of 5
+      hint: make batch_size a multiple of num_generations
+  - train.yaml:4:32: `training.eval_batch_size`: 4 is not a multiple of num_generations (5)
+      hint: use 5"""),
 Bad('two ways to hold out', """\
 model: builtin:base
 data: {train: a.jsonl, validation: b.jsonl, validation_split: 0.1}

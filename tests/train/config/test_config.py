@@ -105,6 +105,7 @@ def test_every_familiar_name_is_understood_and_noted() -> None:
     values = {
         "model.id": "builtin:base", "model.revision": "main", "model.dtype": "float32", "method.r": 3,
         "method.alpha": 5.0, "method.dropout": 0.25, "method.targets": ("q_proj",), "method.exclude": ("lm_head",),
+        "method.train_in_full": ("embed_tokens",),
         "data.train": ("a.jsonl",),
         "data.validation": ("b.jsonl",), "data.validation_split": 0.5, "data.subset": "main", "data.max_length": 64,
         "data.packing": True, "data.overlong": "drop", "data.chat_template": "builtin:chatml", "training.epochs": 2.0,

@@ -173,12 +173,44 @@ bad("preferences without a difference", {"rows.jsonl": rows({"prompt":"a","chose
   - rows.jsonl:3: `chosen` and `rejected` must begin with the same prompt, and continue after it""", task="dpo")
 bad("preferences for SFT", {"rows.jsonl": rows({"prompt":"a","chosen":"b","rejected":"c"})}, """\
 cannot train on rows.jsonl:
-  - data: the rows are in the format preference, and the task is sft
-      hint: set task: dpo""")
+  - data: task `sft` does not train on preference pairs
+      hint: set task: dpo or reward, or map the answer with data.columns""")
 bad("pairs for DPO", {"rows.jsonl": rows(GOOD)}, """\
 cannot train on rows.jsonl:
-  - data: the rows are in the format prompt-completion, and the task is dpo
-      hint: DPO trains on rows with `prompt`, `chosen` and `rejected`""", task="dpo")
+  - data: task `dpo` trains on preference pairs, not `prompt-completion`
+      hint: use `preference` or task: sft""", task="dpo")
+bad("labelled texts for SFT", {"rows.jsonl": rows({"text":"a","label":"b"})}, """\
+cannot train on rows.jsonl:
+  - data: task `sft` does not train on labelled texts
+      hint: set task: classification, or data.format: text to leave the labels out""")
+bad("judged answers for SFT", {"rows.jsonl": rows({"prompt":"a","completion":"b","label":True})}, """\
+cannot train on rows.jsonl:
+  - data: task `sft` does not train on answers with a label
+      hint: set task: kto, or data.format: prompt-completion to leave the labels out""")
+bad("answers without a label for KTO", {"rows.jsonl": rows(GOOD)}, """\
+cannot train on rows.jsonl:
+  - data: task `kto` trains on answers with a label, not `prompt-completion`
+      hint: use `prompt-completion-label` or task: sft""", task="kto")
+bad("a text for GRPO", {"rows.jsonl": rows({"text":"a"})}, """\
+cannot train on rows.jsonl:
+  - data: task `grpo` trains on prompts, not `text`
+      hint: use `prompt` or task: sft""", task="grpo")
+bad("no label to classify", {"rows.jsonl": rows({"text":"a"})}, """\
+cannot train on rows.jsonl:
+  - data: task `classification` trains on labelled texts, not `text`
+      hint: use `classification` or task: sft""", task="classification")
+bad("judgements that are none", {"rows.jsonl": rows(GOOD | {"label":"yes"}, GOOD | {"label":2}, {"prompt":"a","completion":[answer("b")],"label":True})}, """\
+3 of 3 rows of rows.jsonl cannot be used:
+  - rows.jsonl:1: `label` must be true or false, not 'yes'
+  - rows.jsonl:2: `label` must be true or false, not 2
+  - rows.jsonl:3: `prompt` and `completion` must both be texts, or both lists of messages""", task="kto")
+bad("labels that are none", {"rows.jsonl": rows({"text":"a","label":" "}, {"text":"a","label":{"x":1}}, {"text":"a","label":[0.5]}, {"text":" ","label":1}, {"text":"a","text_pair":3,"label":1})}, """\
+5 of 5 rows of rows.jsonl cannot be used:
+  - rows.jsonl:1: `label` is empty
+  - rows.jsonl:2: `label` must be a name, a number or a list of names, not dict
+  - rows.jsonl:3: `label` is a list, which must hold names or whole numbers
+  - rows.jsonl:4: `text` is empty
+  - rows.jsonl:5: `text_pair` must be a text, not int""", task="classification")
 bad("a column that is not there", {"rows.jsonl": rows({"q":"a","completion":"b"})}, """\
 cannot rename the fields of a row:
   - rows.jsonl:1: has no field `question`, which data.columns names; it has `q`, `completion`""", columns={"prompt":"question"})

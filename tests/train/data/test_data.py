@@ -143,7 +143,7 @@ def test_several_sources_are_one_data_set() -> None:
     ("row", "row_format"),
     [
         ({"text": "hello"}, "text"),
-        ({"text": "hello", "source": "x"}, "text"),
+        ({"text": "hello", "topic": "x"}, "text"),
         ({"prompt": "hello", "completion": "two"}, "prompt-completion"),
         ({"prompt": TURNS[:2], "completion": TURNS[2:3]}, "prompt-completion"),
         ({"messages": TURNS}, "messages"),
@@ -159,8 +159,8 @@ def test_the_format_is_detected_and_noted(row: dict[str, Any], row_format: str) 
 
 
 def test_fields_without_a_use_are_named() -> None:
-    notes = load.load(DataSection(train=jsonl([{"text": "hello", "source": "x", "id": 3}]))).notes  # type: ignore[arg-type]
-    assert notes[1] == "fields that the format text does not use: id, source"
+    notes = load.load(DataSection(train=jsonl([{"text": "hello", "topic": "x", "id": 3}]))).notes  # type: ignore[arg-type]
+    assert notes[1] == "fields that the format text does not use: id, topic"
 
 
 def test_columns_give_fields_their_names() -> None:

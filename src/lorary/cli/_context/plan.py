@@ -17,7 +17,8 @@ from lorary.adapters.resolve import adapter_at, adapter_folder, find_model
 from lorary.analysis.long_context import default_lengths, stretches
 from lorary.errors import ConfigError, DataError, Diagnostic, FileError, LoraryError
 from lorary.layers.rope import max_context, rope_parameters
-from lorary.model.loading.from_pretrained import load_config, load_tokenizer, quiet_progress_bars
+from lorary.model.loading.from_pretrained import load_config, load_tokenizer
+from lorary.model.loading.quiet import quiet_progress_bars
 from lorary.model.loading.source import ModelSection
 from lorary.train.config.config import DataSection
 from lorary.train.data.load import load_validation

@@ -9,9 +9,8 @@ from __future__ import annotations
 import functools
 import json
 import os
-import sys
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from lorary.errors import Diagnostic, FileError, LoraryError
 from lorary.files.safe_open import checked_path
 from lorary.model.ambient import mode_independent
+from lorary.model.loading.quiet import quiet_progress_bars, quiet_report
 from lorary.model.loading.source import BUILTIN, ModelClass, ModelSection, check_folder, location
 
 if TYPE_CHECKING:
@@ -54,9 +54,12 @@ def load_model(
 
     from lorary.model.fingerprint import Fingerprint
     from lorary.model.loading.checkpoint_kind import reader
+    from lorary.model.loading.model_kind import why_not_causal
     from lorary.model.scan import scan
 
     config = load_config(section) if model_class is None else model_class.config
+    if kind is None and model_class is None and (why := why_not_causal(config)):
+        raise FileError(f"cannot load the model {section.id}:", [Diagnostic(section.id, *why)])
     options: dict[str, Any] = {
         "dtype": load_dtype(section, config),
         "use_safetensors": True,
@@ -71,7 +74,8 @@ def load_model(
         if load is None and model_class is not None:
             options["config"] = config
         load = cls.from_pretrained if load is None else functools.partial(load, cls)
-        model, info = _load(load, section, "model", **options)
+        with quiet_report() if model_class is not None else nullcontext():
+            model, info = _load(load, section, "model", **options)
     missing = {key if isinstance(key, str) else key[0] for k in ("missing_keys", "mismatched_keys") for key in info[k]}
     if model_class is not None:
         missing -= set(model_class.fresh)
@@ -81,7 +85,7 @@ def load_model(
     if missing:
         more = f" and {len(missing) - 5:,} more" if len(missing) > 5 else ""
         what = f"no weights of the right shape for {', '.join(sorted(missing)[:5])}{more}"
-        fix = "the folder is incomplete, or its model does not generate text"
+        fix = "the folder is incomplete, or its config.json is another model's"
         raise FileError(f"cannot load the model {section.id}:", [Diagnostic(section.id, what, fix)])
     loaded: PreTrainedModel = model.eval()
     if section.id in BUILTIN:
@@ -169,7 +173,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
 
 
 def fast_skeleton(section: ModelSection) -> nn.Module:
-    """The model without its weights; for known families at once, without importing Transformers.
+    """The model without its weights, of its own class; for known families at once, without importing Transformers.
 
     Raises:
         FileError: the model does not exist, or contains code.
@@ -180,13 +184,20 @@ def fast_skeleton(section: ModelSection) -> nn.Module:
     file = Path(location(section)) / "config.json"
     if file.is_file():
         settings = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(settings, dict) and "auto_map" not in settings:
+        if isinstance(settings, dict) and "auto_map" not in settings and _is_causal(settings):
             settings["dtype"] = _saved_dtype(settings)
             settings["_attn_implementation"] = section.attn_implementation
             model = fast.skeleton(settings, load_dtype(section, SimpleNamespace(**settings)))
             if model is not None:
                 return model
-    return cast("nn.Module", skeleton(section))
+    from lorary.model.loading.model_kind import own_class
+
+    return cast("nn.Module", empty_model(section, own_class(load_config(section))))
+
+
+def _is_causal(settings: dict[str, Any]) -> bool:
+    """Whether a `config.json` names a causal language model, or no class."""
+    return all(str(name).endswith("ForCausalLM") for name in settings.get("architectures") or ())
 
 
 def _saved_dtype(settings: dict[str, Any]) -> torch.dtype:
@@ -272,21 +283,6 @@ def _cpu_is_quick(dtype: torch.dtype) -> bool:
         return suffix is not None and any(f"{unit}_{suffix}" in flags.read_text() for unit in ("avx512", "amx"))
     except OSError:
         return False
-
-
-@contextmanager
-def quiet_progress_bars() -> Iterator[None]:
-    """Transformers' progress bars only on a terminal."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 # raised by Transformers and its quantisers for unreadable files

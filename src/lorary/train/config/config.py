@@ -270,8 +270,7 @@ class Config(Section):
     model: BaseSection
     task: Task = Field(
         default="sft",
-        description="sft: next-token prediction; dpo: preference pairs; kto: answers marked good or bad; grpo: a reward "
-        "function; reward: a reward model from preference pairs; classification: labels of texts",
+        description="sft: answers; dpo, reward: preference pairs; kto: good and bad answers; grpo: a reward function",
     )
     method: MethodSection = MethodSection()
     data: DataSection

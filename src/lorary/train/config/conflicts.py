@@ -63,8 +63,9 @@ def _task(c: Config) -> Iterator[Diagnostic]:
     if c.data.packing:
         yield Diagnostic("data.packing", f"{ROWS[c.task]} are not packed", "remove it, or set task: sft")
     if c.data.loss != "auto":
-        why = "the loss compares the answers" if c.task in ("dpo", "kto", "reward") else "its loss is not of tokens"
-        yield Diagnostic("data.loss", f"has no effect when task is `{c.task}`: {why}", "remove it")
+        reasons = {"grpo": "the answers are sampled", "classification": "the loss is that of the labels"}
+        reason = reasons.get(c.task, "the loss compares the answers")
+        yield Diagnostic("data.loss", f"has no effect when task is `{c.task}`: {reason}", "remove it")
     if c.task == "kto" and c.training.batch_size < 2:
         what = "KTO compares the answers of a batch, and a batch of one has nothing to compare"
         yield Diagnostic("training.batch_size", what, "use 2 or more; gradient_accumulation_steps may be 1")
@@ -86,9 +87,7 @@ def _grpo(c: Config) -> Iterator[Diagnostic]:
         yield Diagnostic("data.overlong", "prompts cannot be cut: their end is the question", "use drop or error")
     if (rows := t.batch_size * t.gradient_accumulation_steps) % group:
         what = f"a step has {t.batch_size} x {t.gradient_accumulation_steps} = {rows} answers, in groups of {group}"
-        yield Diagnostic(
-            "training.num_generations", what, "make batch_size times gradient_accumulation_steps a multiple"
-        )
+        yield Diagnostic("training.num_generations", what, "make batch_size a multiple of num_generations")
     if t.eval_batch_size is not None and t.eval_batch_size % group:
         what = f"{t.eval_batch_size} is not a multiple of num_generations ({group})"
         yield Diagnostic("training.eval_batch_size", what, f"use {group}")

@@ -35,9 +35,9 @@ def wrong_format(task: str, row_format: str) -> tuple[str, str] | None:
     owners = [name for name, formats in FORMATS.items() if row_format in formats]
     if task == "sft" and not owners:
         return None
-    other = f"set task: {' or '.join(owners or ['sft'])}"
+    other = f"task: {' or '.join(owners or ['sft'])}"
     if task == "sft":
-        return f"task `sft` does not train on {ROWS[owners[0]]}", f"{other}, or {_as_answers(row_format)}"
+        return f"task `sft` does not train on {ROWS[owners[0]]}", f"set {other}, or {_as_answers(row_format)}"
     return f"task `{task}` trains on {ROWS[task]}, not `{row_format}`", f"use `{FORMATS[task][0]}` or {other}"
 
 

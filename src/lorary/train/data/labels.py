@@ -33,9 +33,7 @@ def find_labels(
     if problem == "regression":
         if wanted:
             what = "lists names, and the labels of the data are decimal numbers to predict"
-            raise DataError(
-                "cannot classify:", [Diagnostic("data.labels", what, "remove it, or write names as labels")]
-            )
+            raise DataError("cannot classify:", [Diagnostic("data.labels", what, "remove it, or write names")])
         return Labels()
     counts = Counter(name for row in train for name in _names(row))
     found = counts.keys() | {name for row in held_out for name in _names(row)}

@@ -26,6 +26,9 @@ from lorary.train.data._records import Record, check_text, convert, names_of
 from lorary.train.data._tool_calls import call_in_text, tools
 from lorary.train.data.task_rows import Judged, Labelled, Prompt, read_judged, read_labelled, read_prompt
 
+OF_TASKS = ("prompt-completion-label", "prompt", "classification")  # no format of `sft` or `dpo`
+
+
 
 @dataclass(frozen=True)
 class Text:
@@ -102,7 +105,8 @@ def detect(records: Sequence[Record], name: str, preferred: Sequence[str] = ()) 
         "prompt: question",
     )
     what = f"found the fields {names_of(fields)}" if fields else "the rows are not objects with fields"
-    known = "; ".join(f"{kind} ({', '.join(row_format.required)})" for kind, row_format in ROW_FORMATS.items())
+    formats = {kind: ROW_FORMATS[kind] for kind in preferred or ROW_FORMATS if preferred or kind not in OF_TASKS}
+    known = "; ".join(f"{kind} ({', '.join(row_format.required)})" for kind, row_format in formats.items())
     fix = f"name the fields with data.columns, such as {{{near}}}; the formats are: {known}"
     raise DataError(f"unknown row format in {name}:", [Diagnostic(records[0].where, what, fix)])
 
@@ -147,7 +151,7 @@ def _checked(row: Any, kind: str) -> Mapping[str, Any]:
         raise ValueError(f"is {kind_of(row)}, not an object with fields")
     if missing := _missing(row, row_format):
         other = format_of(row)
-        mixed = f"; it looks like {other}, the others like {kind}" if other else ""
+        mixed = f"; it looks like {other}, the others like {kind}" if other not in (None, "prompt") else ""
         raise ValueError(f"has no {' or '.join(f'`{field}`' for field in missing)}{mixed}")
     check_text([row.get(field) for field in (*row_format.required, *row_format.optional)])
     return row

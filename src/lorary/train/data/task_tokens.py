@@ -21,7 +21,7 @@ def encoded(
     """The row that a trainer takes.
 
     Args:
-        row: of a task.
+        row: a `Judged`, `Prompt` or `Labelled`.
         tokenizer: of the base.
         special: the ids of its special tokens.
         labels: of a classification; None leaves them out.
@@ -35,6 +35,7 @@ def encoded(
         return {"prompt_ids": ids["prompt_ids"], "completion_ids": ids["chosen_ids"], "label": row.good}
     if isinstance(row, Prompt):
         return {"prompt": row.prompt, "prompt_ids": _prompt_ids(row, tokenizer)} | dict(row.fields)
+    assert isinstance(row, Labelled)
     found = tokenizer(row.text, row.pair)
     kept = {key: list(found[key]) for key in ("input_ids", "token_type_ids") if key in found}
     return kept | ({"label": labels.encode(row.label)} if labels else {})

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorary.analysis.memory.fixed import persistent_tensors
 from lorary.analysis.memory.gpu_fit import GpuRequirement, gpu_requirement
@@ -16,6 +16,7 @@ from lorary.analysis.memory.predict import predict
 from lorary.analysis.memory.workload import Workload
 from lorary.model.loading.from_pretrained import load_dtype, skeleton
 from lorary.model.plan import Plan
+from lorary.model.reach.inputs import model_inputs
 from lorary.train.config.config import Config
 from lorary.train.config.starting_adapter import load_start, plan_to_go_on
 
@@ -51,8 +52,34 @@ def forecast(config: Config, model: nn.Module, planned: Plan | None = None) -> F
     if planned is None:
         start = load_start(config)
         planned = plan_to_go_on(config, model, start) if start else config.plan(model)
-    memory = predict(model, planned, workload(config, model), config.training.optimizer)
+    work = workload(config, model)
+    memory = predict(model, planned, work, config.training.optimizer, inputs=_inputs(model, work))
     return Forecast(model, planned, memory, gpu_requirement(memory, persistent_tensors(model, planned)))
+
+
+def _inputs(model: Any, work: Workload) -> dict[str, Tensor] | None:
+    """The inputs of a model that takes more or other inputs than token ids; None for a plain text model."""
+    config = model.config
+    tokens = getattr(model, "main_input_name", "input_ids") == "input_ids" and hasattr(config, "vocab_size")
+    if tokens and not getattr(config, "is_encoder_decoder", False):
+        return None
+    found = next(model_inputs(model), None)
+    if found is None:
+        return None
+    shapes = {k: (work.length,) if t.dtype == torch.long else t.shape[1:] for k, t in found.kwargs.items()}
+    return {k: torch.empty((work.batch, *shapes[k]), dtype=t.dtype, device="meta") for k, t in found.kwargs.items()}
+
+
+def learned_positions(model: nn.Module) -> int | None:
+    """The tokens of a row that a model with a table of positions can take; None for rotary ones and others."""
+    tables = [m for path, m in model.named_modules() if path.endswith(("position_embeddings", ".wpe"))]
+    # RoBERTa's first position is the one after its padding index
+    sizes = [m.num_embeddings - (0 if (at := m.padding_idx) is None else at + 1) for m in tables if _is_table(m)]
+    return min(sizes, default=None)
+
+
+def _is_table(module: nn.Module) -> TypeGuard[nn.Embedding]:
+    return isinstance(module, nn.Embedding)
 
 
 def workload(config: Config, model: Any) -> Workload:
@@ -61,7 +88,7 @@ def workload(config: Config, model: Any) -> Workload:
     batch = training.batch_size * (2 if config.task in ("dpo", "reward") else 1)
     return Workload(
         batch=batch,
-        length=config.data.max_length,
+        length=min(config.data.max_length, learned_positions(model) or config.data.max_length),
         dtype=kind,
         autocast=training.bf16 and kind == torch.float32,
         padding=not config.data.packing and batch > 1,

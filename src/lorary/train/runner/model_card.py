@@ -25,6 +25,17 @@ from lorary.train.config.sources import paths
 from lorary.train.runner.result import Run
 from lorary.train.trainer.environment import versions
 
+# task -> the Hub's name of what the model does; text generation for all others
+_PIPELINES = {"classification": "text-classification", "reward": "text-classification"}
+# figures of an evaluation on the card, besides the loss
+_SCORES = {
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+    "label_accuracy": "accuracy of each label",
+    "mean_absolute_error": "mean absolute error",
+    "reward": "mean reward",
+}
+
 
 @dataclass(frozen=True)
 class CardData:
@@ -34,7 +45,7 @@ class CardData:
         config: the resolved configuration.
         plan: the attached plan.
         rows: examples for training, and held out.
-        labelled: the share of their tokens that have a label.
+        labelled: the share of their tokens that have a label; 0 for rows without answers.
         tokens: tokens seen.
         run: the result.
         sources: (source, its rows, their tokens) of the training rows.
@@ -64,7 +75,7 @@ def model_card(name: str, data: CardData) -> str:
         f"An adapter for `{base}`: {data.plan.trainable:,} trained parameters ({data.plan.share:.3%} of the base).",
         _table("Training", _training(data)),
         _table("Result", _result(data)),
-        "## Use\n\n" + _usage(base, as_peft),
+        "## Use\n\n" + _usage(base, as_peft, data.config),
         "Made with " + ", ".join(f"{package} {version}" for package, version in versions().items()) + ".",
     ]
     return str(ModelCard("\n\n".join(sections) + "\n"))
@@ -77,7 +88,7 @@ def _metadata(name: str, data: CardData, as_peft: bool) -> ModelCardData:
     return ModelCardData(
         model_name=name,
         library_name="peft" if as_peft else "lorary",
-        pipeline_tag="text-generation",
+        pipeline_tag=_PIPELINES.get(config.task, "text-generation"),
         base_model=base,
         base_model_relation="adapter" if base else None,
         datasets=[found for source in paths(config.data.train) if (found := _on_hub(source))] or None,
@@ -94,9 +105,10 @@ def _evaluation(data: CardData) -> list[EvalResult]:
         return []
     loss, sources = held_out[1]["eval_loss"], paths(data.config.data.validation or data.config.data.train)
     values = {"loss": loss} | ({"perplexity": math.exp(loss)} if _is_perplexity(loss, data) else {})
+    values |= _scores(held_out[1])
     return [
         EvalResult(
-            task_type="text-generation",
+            task_type=_PIPELINES.get(data.config.task, "text-generation"),
             dataset_type=_on_hub(sources[0]) or public_name(sources[0]),
             dataset_name=", ".join(public_name(source) for source in sources),
             dataset_split="held out",
@@ -124,12 +136,15 @@ def _training(data: CardData) -> dict[str, str]:
     t, rows = data.config.training, data.rows
     held_out = f", {rows[1]:,} held out" if rows[1] else ""
     names, start = " + ".join(_method_names(data.config, data.plan)), data.config.model.adapter
+    task = {} if data.config.task == "sft" else {"task": _described_task(data.config)}
+    streamed = "a stream, its first " if data.config.data.streaming else ""
     return {
+        **task,
         **({"starts from": f"the adapter {public_name(path_of(start))}"} if start else {}),
         "method": f"{names}: {_components(data.plan)}",
         "data": _data(data),
-        "examples": f"{'a stream, its first ' if data.config.data.streaming else ''}{rows[0]:,}{held_out}; "
-        f"{data.labelled:.1%} of the tokens are labelled",
+        "examples": f"{streamed}{rows[0]:,}{held_out}"
+        + (f"; {data.labelled:.1%} of the tokens are labelled" if data.labelled else ""),
         "steps": f"{data.run.steps:,} of {t.batch_size} × {t.gradient_accumulation_steps} rows, {data.tokens:,} tokens",
         "learning rate": f"{t.lr:g}, {t.schedule}, warmup {t.warmup:g}, {t.optimizer}",
         "seed": str(t.seed),
@@ -163,6 +178,21 @@ def _data(data: CardData) -> str:
     return ", ".join(public_name(source) for source in paths(data.config.data.train))
 
 
+def _described_task(config: Config) -> str:
+    """The task, with the labels or the reward function."""
+    if config.data.labels:
+        return f"{config.task}; {len(config.data.labels)} labels: {', '.join(config.data.labels)}"
+    if config.training.reward:
+        return f"{config.task}; reward {config.training.reward.replace(chr(92), '/').rpartition('/')[2]}"
+    return config.task
+
+
+def _scores(record: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of an evaluation besides its loss."""
+    found = {name: record.get(f"eval_{name}") for name in _SCORES}
+    return {name: value for name, value in found.items() if isinstance(value, float) and math.isfinite(value)}
+
+
 def _components(plan: Plan) -> str:
     """The method's components in one line."""
     return "; ".join(re.sub(r"  +", " ", row.strip()) for row in str(plan.method).splitlines()[1:])
@@ -173,10 +203,16 @@ def _result(data: CardData) -> dict[str, str]:
     if losses := [r for r in data.run.history if r.get("loss") is not None]:
         start, end = losses[0], losses[-1]
         rows["training loss"] = f"{start['loss']:.4f} at step {start['step']}, {end['loss']:.4f} at the end"
+    if rewards := [r for r in data.run.history if isinstance(r.get("reward"), float)]:
+        start, end = rewards[0], rewards[-1]
+        rows["mean reward"] = f"{start['reward']:.4f} at step {start['step']}, {end['reward']:.4f} at the end"
     if held_out := evaluations(data):
         first, kept = held_out
         before = f"{_loss(first['eval_loss'], data)} before training, " if first["step"] == 0 else ""
         rows["held-out loss"] = f"{before}{_loss(kept['eval_loss'], data)} at step {kept['step']}"
+        for name, value in _scores(kept).items():
+            earlier = f"{first[f'eval_{name}']:.4f} before training, " if first["step"] == 0 else ""
+            rows[f"held-out {_SCORES[name]}"] = f"{earlier}{value:.4f} at step {kept['step']}"
     return rows
 
 
@@ -187,7 +223,9 @@ def evaluations(data: CardData) -> tuple[Mapping[str, Any], Mapping[str, Any]] |
         return None
     t = data.config.training
     keeps_best = t.keep_best or t.early_stopping_patience is not None
-    return records[0], min(records, key=lambda r: r["eval_loss"]) if keeps_best else records[-1]
+    rewarded = data.config.task == "grpo"  # whose loss is near zero at every reward
+    best = min(records, key=lambda r: -r["eval_reward"] if rewarded else r["eval_loss"])
+    return records[0], best if keeps_best else records[-1]
 
 
 def _loss(value: float, data: CardData) -> str:
@@ -203,13 +241,18 @@ def _table(title: str, rows: Mapping[str, str]) -> str:
     return "\n".join([f"## {title}", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())])
 
 
-def _usage(base: str, as_peft: bool) -> str:
+def _usage(base: str, as_peft: bool, config: Config) -> str:
     model = base if not base.startswith("builtin:") else "lorary.builtin.path()"
     name = model if model != base else f'"{base}"'
+    cls, arguments = "AutoModelForCausalLM", name
+    if config.task in _PIPELINES:
+        labels = dict(enumerate(config.data.labels or ()))
+        cls, arguments = "AutoModelForSequenceClassification", f"{name}, num_labels={len(labels) or 1}"
+        arguments += f", id2label={labels}" if labels else ""
     code = f"""```python
 import lorary{".builtin" if model != base else ""}
-from transformers import AutoModelForCausalLM
+from transformers import {cls}
 
-model = lorary.load(AutoModelForCausalLM.from_pretrained({name}), "adapter")
+model = lorary.load({cls}.from_pretrained({arguments}), "adapter")
 ```"""
     return code + ("\n\nPEFT reads the folder as well." if as_peft else "")

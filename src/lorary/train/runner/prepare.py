@@ -33,7 +33,7 @@ from lorary.train.data.stream import RowStream
 from lorary.train.data.task_rows import Labels
 from lorary.train.data.tokenize import Tokens, tokenize
 from lorary.train.runner.memory_forecast import optimizer_of, workload
-from lorary.train.runner.task_base import base_of_task, new_modules, with_labels
+from lorary.train.runner.task_base import base_of_task, fit_positions, new_modules, with_labels
 from lorary.train.trainer.reward_function import Reward, load_reward
 
 
@@ -97,6 +97,7 @@ def prepare(config: Config, *, processes: int = 1) -> RunPlan:
     config, labels = with_labels(config, data) if data else (config, None)
     base = base_of_task(config, labels, tokenizer)
     model = skeleton(config.model, base)
+    config = fit_positions(config, model)
     new = new_modules(config, base, model)
     plan = plan_to_go_on(config, model, start) if start else config.plan(model, past, new)
     reader(config.model.id, model.config, plan.method.storage, None)  # refuses other quantisations

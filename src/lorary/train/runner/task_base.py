@@ -9,13 +9,15 @@ from torch import nn
 
 from lorary.errors import ConfigError, DataError, Diagnostic
 from lorary.model.loading.from_pretrained import load_config
-from lorary.model.loading.model_class import CLASSIFIERS, classifier, kind_of_model
+from lorary.model.loading.model_class import CLASSIFIERS, classifier
+from lorary.model.loading.model_kind import kind_of_model
 from lorary.model.loading.source import ModelClass
 from lorary.model.scan import scan
 from lorary.train.config.config import Config
 from lorary.train.data.labels import find_labels, own_labels
 from lorary.train.data.load import Data
 from lorary.train.data.task_rows import Labelled, Labels
+from lorary.train.runner.memory_forecast import learned_positions
 
 
 def with_labels(config: Config, data: Data) -> tuple[Config, Labels | None]:
@@ -33,6 +35,25 @@ def with_labels(config: Config, data: Data) -> tuple[Config, Labels | None]:
         _check_names(own, labels, config.model.id)
     section = config.data.model_copy(update={"labels": labels.names or None})
     return config.model_copy(update={"data": section}), labels
+
+
+def fit_positions(config: Config, model: nn.Module) -> Config:
+    """The configuration with rows no longer than a classifier's table of positions."""
+    room = learned_positions(model)
+    if config.task not in CLASSIFIERS or room is None or config.data.max_length <= room:
+        return config
+    note = f"data.max_length: {room:,}, the positions that {type(model).__name__} has"
+    section = config.data.model_copy(update={"max_length": room})
+    return config.model_copy(update={"data": section}).with_notes(note)
+
+
+def expected_labels(config: Config) -> Labels | None:
+    """The labels of a classification as far as they are known without its data: two if nothing says."""
+    if config.task != "classification":
+        return None
+    base = load_config(config.model)
+    own = own_labels(base) if kind_of_model(base) == "classifier" else ()
+    return Labels(config.data.labels or own or ("0", "1"), "single_label_classification")
 
 
 def _check_names(own: Sequence[str], labels: Labels, name: str) -> None:

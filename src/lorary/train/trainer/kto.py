@@ -36,7 +36,8 @@ class KTOTrainer(AdapterTraining, trl.KTOTrainer):  # type: ignore[misc]  # TRL 
         super().__init__(model=model, args=args, ref_model=Reference(lambda: model, model.config), **rest)
         args.train_sampling_strategy = strategy
         self.ref_model = Reference(lambda: self.model, model.config)
-        self.data_collator = _Paired(self.data_collator)
+        collate: Any = self.data_collator
+        self.data_collator: Any = _Paired(collate)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         """Nothing: the rows are tokens."""

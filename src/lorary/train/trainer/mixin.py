@@ -119,7 +119,7 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
         model.__dict__.pop("forward", None)  # TRL's own head
         if before is not None:
             model.__dict__["forward"] = before
-        self.head = LabelledHead(model, self.statistics).install() if self.scores_tokens else _OwnHead()
+        self.head: Any = LabelledHead(model, self.statistics).install() if self.scores_tokens else _OwnHead()
 
     def create_accelerator_and_postprocess(self) -> None:
         """Transformers' own, and FSDP2 on CPUs, where accelerate would silently use DDP."""
