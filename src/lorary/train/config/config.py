@@ -34,6 +34,7 @@ from lorary.train.config._fields import (
     Sources,
     Trackers,
 )
+from lorary.train.config._paths import absolute
 from lorary.train.config.previous_tasks import load_previous_tasks
 from lorary.train.config.yaml_source import dump
 
@@ -238,6 +239,11 @@ class Config(Section):
             "output": str(Path(self.output).expanduser()),
         }
         return self.model_copy(update=sections).with_notes(*notes)
+
+    def with_absolute_paths(self) -> Config:
+        """The same configuration for any working directory."""
+        located = absolute(self.model_dump(), Path.cwd())
+        return Config.model_validate(located).with_notes(*self._notes)
 
     def _method_defaults(self) -> dict[str, Any]:
         """r, alpha, dropout and targets of the presets, as far as the method has them."""

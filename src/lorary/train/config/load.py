@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from lorary.errors import ConfigError, Diagnostic, MethodError
 from lorary.spec.presets import presets
 from lorary.train.config._aliases import NormalisedConfig, apply_switches, normalise
+from lorary.train.config._paths import absolute
 from lorary.train.config._pydantic_errors import explain
 from lorary.train.config.config import SECTIONS, Config, MethodSection
 from lorary.train.config.conflicts import contradictions
@@ -28,7 +29,7 @@ def load(path: str | Path, sets: Sequence[str] = ()) -> Config:
     """The configuration in the YAML file `path`, with the overrides `sets`, such as `training.lr=1e-4`.
 
     Args:
-        path: the file.
+        path: the file. Files and folders that it names are looked for beside it, then in the working directory.
         sets: `key=value` each: a dotted key and a YAML value, in which globs need no quotes. Later overrides win over
             earlier ones and over the file.
 
@@ -91,7 +92,10 @@ def _overrides(sets: Sequence[str]) -> list[ParsedYaml]:
 
 def _config(sources: Sequence[ParsedYaml], name: str) -> Config:
     options = frozenset(key for preset in presets().values() for key in preset.parameters) - set(SECTIONS["method"])
-    found = _merged([normalise(source, options) for source in sources])
+    parts = [normalise(source, options) for source in sources]
+    if name and (beside := Path(name).parent.absolute()) != Path.cwd():
+        parts[0].tree = absolute(parts[0].tree, beside)
+    found = _merged(parts)
     apply_switches(found)
     problems, config = list(found.problems), None
     try:

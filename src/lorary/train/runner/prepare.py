@@ -86,6 +86,7 @@ def prepare(config: Config, *, processes: int = 1) -> RunPlan:
     notes = (*config.notes, *data.notes, *report.notes, *plan.notes, *_dtype_note(config))
     notes += _length_notes(model.config.get_text_config(), plan, _longest(config, report))
     steps = _count_steps(config, train, processes)
+    config = config.with_absolute_paths()
     return RunPlan(config, tokenizer, train, held_out, report, plan, memory, steps, notes, tuple(past))
 
 

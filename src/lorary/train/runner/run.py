@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import sys
 import time
 import warnings
@@ -13,7 +12,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from transformers import TrainerCallback
 
@@ -24,12 +22,14 @@ from lorary.train.data.lint import text
 from lorary.train.runner.build import build_model, build_trainer
 from lorary.train.runner.folder import ADAPTER, CARD, CHECKPOINTS, CONFIG, ENVIRONMENT, EVENTS, PLOTS, SAMPLE, RunFolder
 from lorary.train.runner.lora_drop import choose_layers
-from lorary.train.runner.model_card import CardData, model_card, versions
+from lorary.train.runner.model_card import CardData, model_card
 from lorary.train.runner.prepare import RunPlan, prepare
 from lorary.train.runner.recorder import EvaluateAtEnd, Recorder
 from lorary.train.runner.result import Run
 from lorary.train.trainer import checkpoint, process_memory
 from lorary.train.trainer.distributed import on_main_process, this_process
+from lorary.train.trainer.environment import changes, environment
+from lorary.train.trainer.events import why_over
 from lorary.train.trainer.progress import ProgressLines
 from lorary.train.trainer.resume import read_adapter
 
@@ -50,7 +50,7 @@ def run(
 
     Args:
         config: of the run; `lorary.train.config.load.load` reads one.
-        resume: continue from the newest complete checkpoint in the folder, if any.
+        resume: continue from the newest complete checkpoint in the folder, if any. A finished run is left as it is.
         overwrite: first remove the run in the folder.
         quiet: no progress.
         callbacks: Transformers' callbacks, in addition to lorary's own.
@@ -64,18 +64,36 @@ def run(
     transformers.logging.set_verbosity_error()
     prepared = prepare(config)
     folder = RunFolder(prepared.config.output)
+    if resume and not overwrite and (finished := on_main_process(lambda: _finished(folder, prepared.config))) is not None:
+        return finished
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         # TRL uses a name that Transformers deprecates
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         on_main_process(lambda: stack.enter_context(folder.opened(prepared.config, resume=resume, overwrite=overwrite)))
         if this_process().is_main_process:
+            folder.mark()
             stack.enter_context(_log_to_file(folder / EVENTS))
         try:
             return _run(prepared, folder, resume=resume, quiet=quiet, callbacks=callbacks)
         except LoraryError as error:
             _log.debug("stopped: %s", error)
             raise
+
+
+def _finished(folder: RunFolder, config: Config) -> Run | None:
+    """The finished run in the folder, untouched; None if there is none.
+
+    Raises:
+        ConfigError: the folder belongs to another run.
+    """
+    folder.check(config, resume=True, overwrite=False)
+    record = folder.finished()
+    if record is None or record.steps is None:
+        return None
+    done = Run(folder.path, record.steps, tuple(folder.history()), 0, 0.0, None, 0)
+    _log.info("this run is finished (%s): nothing to resume, its adapter is in %s", record.end, done.adapter)
+    return done
 
 
 def _run(
@@ -88,7 +106,7 @@ def _run(
         resumed, skipped = on_main_process(lambda: checkpoint.newest(folder / CHECKPOINTS))
         if resumed is None:
             skipped += ("no complete checkpoint to resume from: training starts from the beginning",)
-    if first:
+    if first and resumed is None:
         _write_start(prepared, folder, resumed, skipped)
     if prepared.config.method.drop is not None:
         prepared, signal = choose_layers(prepared, folder, resumed=resumed is not None, quiet=quiet)
@@ -99,6 +117,8 @@ def _run(
     before = process_memory.current_bytes()
     model = build_model(prepared, resumed)
     bar, recorder = ProgressLines(), Recorder(folder)
+    if resumed is not None:  # once the checkpoint is known to be of this run
+        recorder.start = lambda: _write_start(prepared, folder, resumed, skipped)
     callbacks = [recorder, EvaluateAtEnd(), *([] if quiet else [bar]), *callbacks]
     trainer = build_trainer(prepared, model, folder / CHECKPOINTS, resumed=resumed is not None, callbacks=callbacks)
     recorder.rule_report = trainer.rule_report
@@ -112,7 +132,7 @@ def _run(
         folder.path,
         steps=trainer.state.global_step,
         history=tuple(folder.history()) if first else (),
-        interrupted=trainer.guard.stop,
+        interrupted=0 if (end := why_over(trainer)) else trainer.guard.stop,  # a signal in the last step stops nothing
         seconds=time.monotonic() - start,
         predicted=prepared.memory.total if prepared.memory.activations is not None else None,
         measured=process_memory.peak_bytes() - before,
@@ -121,12 +141,14 @@ def _run(
         trainer.save_model(str(result.adapter))
     if first:
         _write_results(prepared, folder, result, trainer._total_train_tokens)
+        if end:
+            folder.note_written(ADAPTER, steps=result.steps, end=end)
     return result
 
 
 def _write_start(prepared: RunPlan, folder: RunFolder, resumed: Path | None, messages: Sequence[str]) -> None:
     folder.write(CONFIG, prepared.config.to_yaml())
-    folder.write(ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
+    _write_environment(folder, checkpoint.step_of(resumed) if resumed else None)
     folder.write(SAMPLE, text(prepared.lint) + "\n")
     for sentence in messages:
         _log.warning("%s", sentence)
@@ -156,17 +178,14 @@ def _write_results(prepared: RunPlan, folder: RunFolder, result: Run, tokens: in
     _log.info("done: %d steps in %.0f s, adapter in %s", result.steps, result.seconds, result.adapter)
 
 
-def environment() -> dict[str, Any]:
-    """Versions and hardware, as far as they can influence a result."""
-    return {
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "packages": versions(),
-        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "threads": torch.get_num_threads(),
-        "processes": this_process().num_processes,
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-    }
+def _write_environment(folder: RunFolder, step: int | None) -> None:
+    """Write `env.json`: the environment in which the run began, and every change with the step that it came after."""
+    now, first = environment(), folder.read_json(ENVIRONMENT) if step is not None else {}
+    sessions = [first, *first.get("resumed", [])]
+    if first and not changes(sessions[-1], now):
+        return
+    record = first | {"resumed": [*sessions[1:], {"step": step, **now}]} if first else now
+    folder.write(ENVIRONMENT, json.dumps(record, indent=2) + "\n")
 
 
 @contextmanager
