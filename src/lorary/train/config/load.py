@@ -22,6 +22,7 @@ from lorary.train.config.conflicts import contradictions
 from lorary.train.config.yaml_source import ParsedYaml, Place, parse, read, scalar
 
 _BY_KEY = (("method", "options"), ("method", "drop"))  # a later source changes these key by key
+RESOLVED, MARK = "config.resolved.yaml", "run.json"  # in a run folder
 _YAML = ("[", "{", "'", '"')  # any other value is taken literally: *.q_proj is not an alias
 
 
@@ -93,8 +94,8 @@ def _overrides(sets: Sequence[str]) -> list[ParsedYaml]:
 def _config(sources: Sequence[ParsedYaml], name: str) -> Config:
     options = frozenset(key for preset in presets().values() for key in preset.parameters) - set(SECTIONS["method"])
     parts = [normalise(source, options) for source in sources]
-    if name and (beside := Path(name).parent.absolute()) != Path.cwd():
-        parts[0].tree = absolute(parts[0].tree, beside)
+    if name:
+        parts[0].tree = _with_paths(parts[0].tree, Path(name))
     found = _merged(parts)
     apply_switches(found)
     problems, config = list(found.problems), None
@@ -115,6 +116,13 @@ def _config(sources: Sequence[ParsedYaml], name: str) -> Config:
         headline = " ".join(filter(None, ("invalid configuration", name)))
         raise ConfigError(f"{headline}:", sorted(problems, key=_position))
     return config.with_notes(*found.notes)
+
+
+def _with_paths(tree: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The tree of a file with the paths absolute that are beside it; a run's own configuration is for its folder."""
+    if path.name == RESOLVED and (path.parent / MARK).is_file():
+        tree = tree | {"output": str(path.parent)}
+    return tree if path.parent.absolute() == Path.cwd() else absolute(tree, path.parent)
 
 
 def _position(problem: Diagnostic) -> tuple[int, int, int]:

@@ -34,11 +34,11 @@ from lorary.errors import ConfigError, Diagnostic, StateError
 from lorary.files.atomic import atomic_file, remove, remove_stale
 from lorary.files.strict_json import finite
 from lorary.train.config.config import Config
-from lorary.train.runner.run_record import NAME as MARK
+from lorary.train.config.load import MARK, RESOLVED
 from lorary.train.runner.run_record import RunRecord
 from lorary.train.trainer.checkpoint import list_checkpoints
 
-CONFIG, ENVIRONMENT, SAMPLE = "config.resolved.yaml", "env.json", "sample.txt"
+CONFIG, ENVIRONMENT, SAMPLE = RESOLVED, "env.json", "sample.txt"
 METRICS, EVENTS, PLOTS = "metrics.jsonl", "events.log", "plots"
 CHECKPOINTS, ADAPTER, CARD, LOCK = "checkpoints", "adapter", "README.md", ".lock"
 HELD = ".lock.held"

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import transformers
 from transformers import TrainerCallback
@@ -64,7 +63,11 @@ def run(
     transformers.logging.set_verbosity_error()
     prepared = prepare(config)
     folder = RunFolder(prepared.config.output)
-    if resume and not overwrite and (finished := on_main_process(lambda: _finished(folder, prepared.config))) is not None:
+    if (
+        resume
+        and not overwrite
+        and (finished := on_main_process(lambda: _finished(folder, prepared.config))) is not None
+    ):
         return finished
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())

@@ -1,8 +1,8 @@
 """run.json: the mark of a run folder, with the end of the run and the files that it wrote.
 
 Only a folder with this mark is ever resumed or cleared, so that a README or plots of a user's own are safe. It is the
-first file of a run and says as the last one that the run is finished. Folders of lorary 0.6 and before, which lack it, are
-known by their resolved configuration beside its other files.
+first file of a run, and the last one to be written: that the run is finished. Folders of lorary 0.6 and before, which
+lack it, are known by their resolved configuration beside its other files.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 
 import lorary
 from lorary.files import strict_json
+from lorary.train.config.load import MARK, RESOLVED
 
-NAME = "run.json"
 _LIMIT = 2**20  # bytes
-_OLD = ("config.resolved.yaml", ("checkpoints", "env.json", "metrics.jsonl"))  # this file and one of those
+_OLD = (RESOLVED, ("checkpoints", "env.json", "metrics.jsonl"))  # this file and one of those
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class RunRecord:
     def read(folder: Path) -> RunRecord | None:
         """The mark of a folder; None if it has none, so that it is not a run."""
         try:
-            with open(folder / NAME, "rb") as file:
+            with open(folder / MARK, "rb") as file:
                 found = strict_json.parse(file.read(_LIMIT + 1), _LIMIT)
         except FileNotFoundError:
             return _older_record(folder)
@@ -61,9 +61,14 @@ class RunRecord:
 def _is_record(found: Any) -> bool:
     if not isinstance(found, dict) or set(found) != {"lorary", "steps", "end", "files"}:
         return False
-    texts = [found["lorary"], found["end"], *(found["files"] if isinstance(found["files"], list) else [None])]
-    inside = all(isinstance(text, str) for text in texts) and not any(".." in Path(name).parts for name in texts[2:])
-    return inside and not any(Path(name).is_absolute() for name in texts[2:]) and type(found["steps"]) in (int, type(None))
+    texts = isinstance(found["lorary"], str) and isinstance(found["end"], str)
+    steps = found["steps"] is None or type(found["steps"]) is int
+    return texts and steps and isinstance(found["files"], list) and all(map(_is_inside, found["files"]))
+
+
+def _is_inside(name: Any) -> bool:
+    """Whether a recorded name is a path that stays in the folder."""
+    return isinstance(name, str) and name != "" and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def _older_record(folder: Path) -> RunRecord | None:
@@ -71,8 +76,9 @@ def _older_record(folder: Path) -> RunRecord | None:
     first, others = _OLD
     if not (folder / first).is_file() or not any((folder / name).exists() for name in others):
         return None
-    finished = (folder / "adapter" / "README.md").is_file()
-    return RunRecord("", steps=_last_step(folder) if finished else None, end="its adapter is written" if finished else "")
+    if not (folder / "adapter" / "README.md").is_file():
+        return RunRecord("")
+    return RunRecord("", steps=_last_step(folder), end="its adapter is written")
 
 
 def _last_step(folder: Path) -> int:
