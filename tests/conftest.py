@@ -25,6 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="cover",
         help="the cases of the laws: a selection in which every pair of presets, kinds and dtypes occurs, or all",
     )
+    parser.addoption("--kills", type=int, default=12, help="how often the runs of test_kills are killed in all")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

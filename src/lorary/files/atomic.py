@@ -3,8 +3,8 @@
 One file (`atomic_file`) or a folder of several (`atomic_directory`) is written under a temporary name beside the
 target; every file is flushed to the disk, then the folder that lists them; then it is renamed and the parent flushed.
 `rename(2)` is the commit. A folder that exists is *exchanged* with the new one in a single system call (Linux, macOS);
-elsewhere it takes two renames, and `recover` repairs a kill between them. What replaces a file or folder gets its owner,
-mode and extended attributes.
+elsewhere it takes two renames, and `recover` repairs a kill between them. What replaces a file or folder has its
+owner, mode and extended attributes.
 
 A temporary name starts with `.lorary-tmp-` and is locked (advisory) while its writer lives, so `remove_stale` can tell
 leftovers of a killed process from work in progress.

@@ -39,6 +39,7 @@ from lorary.train.config._fields import (
     Task,
     Trackers,
 )
+from lorary.train.config._paths import absolute
 from lorary.train.config._places import located
 from lorary.train.config.drop import DropSection
 from lorary.train.config.previous_tasks import load_previous_tasks
@@ -341,6 +342,11 @@ class Config(Section):
     def _without_warmup(self) -> dict[str, Any]:
         """No warmup for a schedule that has none."""
         return {"warmup": 0.0} if self.training.schedule == "reduce_lr_on_plateau" else {}
+
+    def with_absolute_paths(self) -> Config:
+        """The same configuration for any working directory."""
+        located = absolute(self.model_dump(), Path.cwd())
+        return Config.model_validate(located).with_notes(*self._notes)
 
     def _method_defaults(self) -> dict[str, Any]:
         """r, alpha, dropout and targets of the presets, as far as the method has them."""

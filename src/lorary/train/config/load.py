@@ -13,6 +13,7 @@ from typing import Any
 from lorary.errors import ConfigError, Diagnostic, MethodError, nearest
 from lorary.spec.presets import presets
 from lorary.train.config._aliases import NormalisedConfig, apply_switches, normalise
+from lorary.train.config._paths import absolute
 from lorary.train.config._pydantic_errors import explain
 from lorary.train.config._valid_part import ValidPart
 from lorary.train.config.config import SECTIONS, Config, MethodSection
@@ -22,6 +23,7 @@ from lorary.train.config.yaml_source import ParsedYaml, Place, parse, read, scal
 Flags = Mapping[str, tuple[str, str]]  # name of a flag -> (dotted key, value)
 
 _BY_KEY = (("method", "options"), ("method", "drop"))  # a later source changes these key by key
+RESOLVED, MARK = "config.resolved.yaml", "run.json"  # in a run folder
 _YAML = ("[", "{", "'", '"')  # any other value is taken literally: *.q_proj is not an alias
 
 
@@ -29,7 +31,7 @@ def load(path: str | Path, sets: Sequence[str] = (), flags: Flags | None = None)
     """The configuration in the YAML file `path`, with the overrides `sets`, such as `training.lr=1e-4`.
 
     Args:
-        path: the file.
+        path: the file. Files and folders that it names are looked for beside it, then in the working directory.
         sets: `key=value` each: a dotted key and a YAML value, in which globs need no quotes. Later overrides win over
             earlier ones and over the file.
         flags: options of a command, by their name, such as `{"--r": ("method.r", "8")}`; `sets` win over them.
@@ -104,7 +106,10 @@ def _override(keys: list[str], value: str, where: str, problems: list[Diagnostic
 
 def _config(sources: Sequence[ParsedYaml], name: str) -> Config:
     options = frozenset(key for preset in presets().values() for key in preset.parameters) - set(SECTIONS["method"])
-    found = _merged([normalise(source, options) for source in sources])
+    parts = [normalise(source, options) for source in sources]
+    if name:
+        parts[0].tree = _with_paths(parts[0].tree, Path(name))
+    found = _merged(parts)
     apply_switches(found)
     problems = list(found.problems)
     valid = ValidPart(found.tree)
@@ -120,6 +125,13 @@ def _config(sources: Sequence[ParsedYaml], name: str) -> Config:
         raise ConfigError(f"{headline}:", sorted(problems, key=_position))
     places = {".".join(map(str, place)): mark for place, mark in found.where.items() if len(place) == 2}
     return valid.config.with_notes(*found.notes).with_places(places)
+
+
+def _with_paths(tree: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The tree of a file with the paths absolute that are beside it; a run's own configuration is for its folder."""
+    if path.name == RESOLVED and (path.parent / MARK).is_file():
+        tree = tree | {"output": str(path.parent)}
+    return tree if path.parent.absolute() == Path.cwd() else absolute(tree, path.parent)
 
 
 def _position(problem: Diagnostic) -> tuple[int, int, int]:

@@ -1,5 +1,6 @@
 """The run folder: the complete record of a run, written by one process at a time.
 
+run.json               the mark of a run folder, and whether the run is finished
 config.resolved.yaml   the configuration with every default filled in
 env.json               versions and machine
 sample.txt             the first row as the model sees it, the labelled tokens marked
@@ -22,19 +23,25 @@ import os
 import socket
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
 
+import lorary
+from lorary.adapters.save_load import ADAPTER_FILES
 from lorary.errors import ConfigError, Diagnostic, StateError
 from lorary.files.atomic import atomic_file, remove, remove_stale
 from lorary.files.strict_json import finite
 from lorary.train.config.config import Config
+from lorary.train.config.load import MARK, RESOLVED
 from lorary.train.runner.extend import LENGTH
+from lorary.train.runner.run_record import RunRecord
+from lorary.train.trainer.checkpoint import list_checkpoints
 
-CONFIG, ENVIRONMENT, SAMPLE = "config.resolved.yaml", "env.json", "sample.txt"
+CONFIG, ENVIRONMENT, SAMPLE = RESOLVED, "env.json", "sample.txt"
 METRICS, EVENTS, PLOTS = "metrics.jsonl", "events.log", "plots"
 CHECKPOINTS, ADAPTER, CARD, LOCK = "checkpoints", "adapter", "README.md", ".lock"
 HELD = ".lock.held"
@@ -42,23 +49,17 @@ SEARCHED, IMPORTANCE, REPORT = "searched", "importance.json", "report.html"
 TENSORBOARD = "tensorboard"
 TRACKERS = (TENSORBOARD, "runs", "wandb", "trackio")  # folders that loggers may create
 LOCKS = (LOCK, HELD)
-RUN_FILES = (
-    CONFIG,
-    ENVIRONMENT,
-    SAMPLE,
-    METRICS,
-    EVENTS,
-    PLOTS,
-    CHECKPOINTS,
-    ADAPTER,
-    SEARCHED,
-    IMPORTANCE,
-    CARD,
-    REPORT,
-)
+RUN_FILES = (ENVIRONMENT, SAMPLE, METRICS, EVENTS, IMPORTANCE, CARD, REPORT)
+WRITTEN = {  # folder -> files that a run writes there, beside those that its record names
+    PLOTS: ("loss.svg", "ranks.svg", "importance.svg"),
+    ADAPTER: (*ADAPTER_FILES, CARD),
+    SEARCHED: ADAPTER_FILES,
+}
 
 # Options that a resumed run may change: they do not influence the result.
 _MAY_DIFFER = {"output", "training.save_total_limit", "training.report_to", "training.eval_batch_size"}
+# Options whose files may be in another folder now: what they hold is checked, by digests and the base's fingerprint.
+_MAY_MOVE = {"model.id", "model.adapter", "data.train", "data.validation", "data.chat_template", "method.after"}
 
 
 class RunFolder:
@@ -89,18 +90,41 @@ class RunFolder:
             kept = "extend" if extend else "resume"
             problem = Diagnostic("", f"`{kept}` keeps the run in the folder, `overwrite` removes it", "choose one")
             raise ConfigError("conflicting options:", [problem])
-        self._check(config, resume=resume, overwrite=overwrite, extend=extend)
+        options = {"resume": resume, "overwrite": overwrite, "extend": extend}
+        self.check(config, **options)
         self.path.mkdir(parents=True, exist_ok=True)
         with self.locked():
-            self._check(
-                config, resume=resume, overwrite=overwrite, extend=extend
-            )  # another run may have ended in the meantime
+            self.check(config, **options)  # another run may have ended in the meantime
             if overwrite:
                 self._clear()
-            for folder in (self.path, self / CHECKPOINTS):
+            for folder in (self.path, self / CHECKPOINTS, *(self / name for name in WRITTEN)):
                 if folder.is_dir():
                     remove_stale(folder)
             yield
+
+    def mark(self) -> None:
+        """Mark the folder as a run that is not finished."""
+        self.write(MARK, replace(self.record() or RunRecord(), lorary=lorary.__version__, steps=None, end="").text())
+
+    def record(self) -> RunRecord | None:
+        """The run in the folder; None if it holds none."""
+        return RunRecord.read(self.path)
+
+    def finished(self) -> RunRecord | None:
+        """The finished run in the folder, with its adapter; else None."""
+        record = self.record()
+        complete = record is not None and record.steps is not None and (self / ADAPTER / ADAPTER_FILES[0]).is_file()
+        return record if complete else None
+
+    def note_written(self, name: str, **facts: Any) -> None:
+        """Record all files below a folder of the run as written by it.
+
+        Args:
+            name: of the folder.
+            facts: other fields of the record to set.
+        """
+        names = [str(p.relative_to(self.path)) for p in (self / name).rglob("*") if p.is_file()]
+        self.write(MARK, replace((self.record() or RunRecord()).with_files(names), **facts).text())
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -116,9 +140,9 @@ class RunFolder:
         try:
             lock.acquire()
         except Timeout:
-            raise _in_use(path, _holder(path), "wait for it, or name another folder") from None
+            raise _in_use(path, _object(path), "wait for it, or name another folder") from None
         try:
-            holder = _holder(path)
+            holder = _object(path)
             if holder.get("host") not in (None, socket.gethostname()):
                 raise _in_use(path, holder, f"if that process is gone, remove {path}")
             path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
@@ -131,15 +155,17 @@ class RunFolder:
                 os.unlink(self / HELD)
             lock.release()
 
-    def _check(self, config: Config, *, resume: bool, overwrite: bool, extend: bool) -> None:
+    def check(self, config: Config, *, resume: bool, overwrite: bool, extend: bool = False) -> None:
+        """Refuse a folder that this run may not write to.
+
+        Raises:
+            ConfigError: every reason.
+        """
         headline = f"cannot train into {str(self.path)!r}:"
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(headline, [Diagnostic("output", "is a file", "name a folder")])
         names = sorted({p.name for p in self.path.iterdir()} - {*LOCKS}) if self.path.is_dir() else []
-        foreign = [n for n in names if n not in (*RUN_FILES, *TRACKERS) and not n.startswith(".lorary-")]
-        if foreign and (overwrite or resume):
-            what = f"holds files that no run of lorary wrote: {', '.join(foreign[:5])}"
-            raise ConfigError(headline, [Diagnostic("output", what, "name another folder")])
+        names = [name for name in names if not name.startswith(".lorary-")]
         if names and not resume and not overwrite:
             fix = "pass --resume to continue it, --overwrite to remove it, or name another folder"
             raise ConfigError(headline, [Diagnostic("output", f"is not empty: it holds {', '.join(names[:5])}", fix)])
@@ -150,6 +176,9 @@ class RunFolder:
             changed = _differences(self._saved_config(headline), config, LENGTH if extend else frozenset())
             if changed:
                 raise ConfigError("the folder belongs to another run:", changed)
+        if names and self.record() is None:
+            what = f"holds files that no run of lorary wrote: {', '.join(names[:5])}"
+            raise ConfigError(headline, [Diagnostic("output", what, f"it has no {MARK} of lorary's; name another folder")])
 
     def _saved_config(self, headline: str) -> dict[str, Any]:
         """The resolved configuration of the run in the folder."""
@@ -163,8 +192,26 @@ class RunFolder:
         return saved
 
     def _clear(self) -> None:
-        for name in (*RUN_FILES, *TRACKERS):
+        """Remove the run and nothing else. Killed half-way, it leaves a run without checkpoints to clear again."""
+        record = self.record() or RunRecord()
+        trackers = TRACKERS if self._used_trackers() else ()
+        self.mark()
+        for path in [*list_checkpoints(self / CHECKPOINTS), *(self / CHECKPOINTS / name for name in trackers)]:
+            remove(path)
+        inside = [f"{folder}/{name}" for folder, names in WRITTEN.items() for name in names]
+        for name in (*inside, *record.files, *RUN_FILES, *trackers, CONFIG):
             remove(self / name)
+        for name in (CHECKPOINTS, *WRITTEN):
+            with suppress(OSError):  # it holds files of a user
+                (self / name).rmdir()
+        self.write(MARK, RunRecord().text())
+
+    def _used_trackers(self) -> bool:
+        try:
+            saved = yaml.safe_load((self / CONFIG).read_text(encoding="utf-8"))
+            return set(saved["training"]["report_to"]) != {"none"}
+        except (OSError, yaml.YAMLError, ValueError, RecursionError, LookupError, TypeError):
+            return False
 
     def write(self, name: str, text: str) -> None:
         """Write a small file atomically."""
@@ -172,6 +219,10 @@ class RunFolder:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:
             file.write(text.encode())
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """The object in a JSON file of the run; empty if the file is missing or damaged."""
+        return _object(self / name)
 
     def history(self) -> list[dict[str, Any]]:
         """The records of `metrics.jsonl`, up to the first damaged line (which a killed process may leave)."""
@@ -207,8 +258,19 @@ def _differences(saved: dict[str, Any], config: Config, allowed: Set[str]) -> Se
     return [
         Diagnostic(key, f"{old.get(key)!r} in the run, {new.get(key)!r} here", longer if key in LENGTH else fix)
         for key in sorted((old.keys() | new.keys()) - _MAY_DIFFER - allowed)
-        if old.get(key) != new.get(key)
+        if old.get(key) != new.get(key) and not (key in _MAY_MOVE and _moved(old.get(key), new.get(key)))
     ]
+
+
+def _moved(old: Any, new: Any) -> bool:
+    """Whether two sources are files or folders of the same name, the new one on this machine."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        rest = [{**source, "path": ""} for source in (old, new)]
+        return rest[0] == rest[1] and _moved(old.get("path"), new.get("path"))
+    if isinstance(old, list) and isinstance(new, list):
+        return len(old) == len(new) and all(map(_moved, old, new))
+    texts = isinstance(old, str) and isinstance(new, str)
+    return old == new or (texts and Path(new).is_absolute() and Path(old).name == Path(new).name)
 
 
 def _flatten(tree: Any, place: str = "") -> dict[str, Any]:
@@ -217,13 +279,13 @@ def _flatten(tree: Any, place: str = "") -> dict[str, Any]:
     return {k: v for key, value in tree.items() for k, v in _flatten(value, f"{place}.{key}".lstrip(".")).items()}
 
 
-def _holder(path: Path) -> dict[str, Any]:
-    """The process named in a lock file; empty if the file is missing or damaged."""
+def _object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if the file is missing or damaged."""
     try:
-        holder = json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    return holder if isinstance(holder, dict) else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _in_use(path: Path, holder: dict[str, Any], fix: str) -> StateError:

@@ -111,6 +111,7 @@ def prepare(config: Config, *, processes: int = 1) -> RunPlan:
     notes += tuple(label_notes(labels)) if labels else ()
     notes += _length_notes(model.config.get_text_config(), plan, _longest(config, report))
     steps = _count_steps(config, train, processes)
+    config = config.with_absolute_paths()
     parts = (config, tokenizer, train, held_out, report, plan, memory, steps, notes)
     return RunPlan(*parts, past=tuple(past), base=base, labels=labels, reward=reward, start=start, stream=stream)
 

@@ -17,13 +17,19 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # Transformers has no ty
     Args:
         folder: of the run.
 
+        start: called once before the first record, when the run has been found fit to start or to resume.
+
     Attributes:
         rule_report: returns the figures of the method's rules, which are added to a training loss.
     """
 
-    def __init__(self, folder: RunFolder) -> None:
-        self.path = folder / METRICS
+    def __init__(self, folder: RunFolder, start: Callable[[], None] = lambda: None) -> None:
+        self.path, self.start = folder / METRICS, start
         self.rule_report: Callable[[], dict[str, Any]] = dict
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self.start()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if state.is_world_process_zero and logs:

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import transformers
 from transformers import TrainerCallback
@@ -29,7 +28,8 @@ from lorary.train.runner.recorder import EvaluateAtEnd, Recorder
 from lorary.train.runner.result import Run, step_memory
 from lorary.train.trainer import checkpoint, process_memory
 from lorary.train.trainer.distributed import on_main_process, this_process
-from lorary.train.trainer.environment import environment
+from lorary.train.trainer.environment import changes, environment
+from lorary.train.trainer.events import why_over
 from lorary.train.trainer.progress import ProgressLines
 from lorary.train.trainer.resume import read_adapter
 from lorary.train.trainer.step_memory import CountMemory
@@ -52,7 +52,7 @@ def run(
 
     Args:
         config: of the run; `lorary.train.config.load.load` reads one.
-        resume: continue from the newest complete checkpoint in the folder, if any.
+        resume: continue from the newest complete checkpoint in the folder, if any. A finished run is left as it is.
         extend: continue there to a later end: the configuration has a larger `training.epochs` or `max_steps`.
         overwrite: first remove the run in the folder.
         quiet: no progress.
@@ -66,7 +66,12 @@ def run(
     """
     transformers.logging.set_verbosity_error()
     prepared = prepare(config, processes=this_process().num_processes)
-    folder, resume = RunFolder(prepared.config.output), resume or extend
+    folder = RunFolder(prepared.config.output)
+    if resume and not extend and not overwrite:
+        finished = on_main_process(lambda: _finished(folder, prepared.config))
+        if finished is not None:
+            return finished
+    resume = resume or extend
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         # TRL uses a name that Transformers deprecates
@@ -74,12 +79,28 @@ def run(
         options = {"resume": resume, "overwrite": overwrite, "extend": extend}
         on_main_process(lambda: stack.enter_context(folder.opened(prepared.config, **options)))
         if this_process().is_main_process:
+            folder.mark()
             stack.enter_context(_log_to_file(folder / EVENTS))
         try:
             return _run(prepared, folder, resume=resume, extend=extend, quiet=quiet, callbacks=callbacks)
         except LoraryError as error:
             _log.debug("stopped: %s", error)
             raise
+
+
+def _finished(folder: RunFolder, config: Config) -> Run | None:
+    """The finished run in the folder, untouched; None if there is none.
+
+    Raises:
+        ConfigError: the folder belongs to another run.
+    """
+    folder.check(config, resume=True, overwrite=False)
+    record = folder.finished()
+    if record is None or record.steps is None:
+        return None
+    done = Run(folder.path, record.steps, tuple(folder.history()), 0, 0.0, None, 0)
+    _log.info("this run is finished (%s): nothing to resume, its adapter is in %s", record.end, done.adapter)
+    return done
 
 
 def _run(
@@ -100,7 +121,7 @@ def _run(
             check_longer(prepared.config, prepared.steps, resumed)
         if resumed is None:
             skipped += ("no complete checkpoint to resume from: training starts from the beginning",)
-    if first:
+    if first and resumed is None:
         _write_start(prepared, folder, resumed, skipped)
     if prepared.config.method.drop is not None:
         prepared, signal = choose_layers(prepared, folder, resumed=resumed is not None, quiet=quiet)
@@ -111,6 +132,8 @@ def _run(
     before = process_memory.current_bytes()
     model = build_model(prepared, resumed)
     bar, recorder = ProgressLines(), Recorder(folder)
+    if resumed is not None:  # once the checkpoint is known to be of this run
+        recorder.start = lambda: _write_start(prepared, folder, resumed, skipped)
     callbacks = [recorder, EvaluateAtEnd(), *([] if quiet else [bar]), *callbacks]
     trainer = build_trainer(prepared, model, folder / CHECKPOINTS, resumed=resumed is not None, callbacks=callbacks)
     recorder.rule_report = trainer.rule_report
@@ -127,7 +150,7 @@ def _run(
         folder.path,
         steps=trainer.state.global_step,
         history=tuple(folder.history()) if first else (),
-        interrupted=trainer.guard.stop,
+        interrupted=0 if (end := why_over(trainer)) else trainer.guard.stop,  # a signal in the last step stops nothing
         seconds=time.monotonic() - start,
         predicted=prepared.memory.total if prepared.memory.activations is not None else None,
         measured=process_memory.peak_bytes() - before,
@@ -137,12 +160,14 @@ def _run(
         trainer.save_model(str(result.adapter))
     if first:
         _write_results(prepared, folder, result, trainer)
+        if end:
+            folder.note_written(ADAPTER, steps=result.steps, end=end)
     return result
 
 
 def _write_start(prepared: RunPlan, folder: RunFolder, resumed: Path | None, messages: Sequence[str]) -> None:
     folder.write(CONFIG, prepared.config.to_yaml())
-    folder.write(ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
+    _write_environment(folder, checkpoint.step_of(resumed) if resumed else None)
     folder.write(SAMPLE, text(prepared.lint) + "\n")
     for sentence in messages:
         _log.warning("%s", sentence)
@@ -174,6 +199,16 @@ def _write_results(prepared: RunPlan, folder: RunFolder, result: Run, trainer: A
     folder.write(f"{ADAPTER}/{CARD}", card)
     write_report(prepared, folder, data, trainer, pruned)
     _log.info("done: %d steps in %.0f s, adapter in %s", result.steps, result.seconds, result.adapter)
+
+
+def _write_environment(folder: RunFolder, step: int | None) -> None:
+    """Write `env.json`: the environment in which the run began, and every change with the step that it came after."""
+    now, first = environment(), folder.read_json(ENVIRONMENT) if step is not None else {}
+    sessions = [first, *first.get("resumed", [])]
+    if first and not changes(sessions[-1], now):
+        return
+    record = first | {"resumed": [*sessions[1:], {"step": step, **now}]} if first else now
+    folder.write(ENVIRONMENT, json.dumps(record, indent=2) + "\n")
 
 
 @contextmanager

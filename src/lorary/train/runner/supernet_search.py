@@ -77,6 +77,7 @@ def search_run(
         lorary.save_adapter(result.adapter, target)
         prepared.tokenizer.save_pretrained(str(target))
         folder.write(f"{SEARCHED}/{RECORD}", json.dumps(_record(evolution, result), indent=2) + "\n")
+        folder.note_written(SEARCHED)
     return target, result
 
 

@@ -44,4 +44,6 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The facts with the packages among them by name."""
-    return {k: v for k, v in facts.items() if k != "packages"} | dict(facts.get("packages", {}))
+    packages = facts.get("packages")
+    own = {k: v for k, v in facts.items() if k not in ("packages", "step", "resumed")}
+    return own | (packages if isinstance(packages, dict) else {})

@@ -1,7 +1,7 @@
 """The events of the training loop, forwarded to the trainer; and whether a run is over.
 
-A run is over when its last step is done or early stopping has ended it. Both can be read from a checkpoint: the step, and
-the counter of early stopping in Transformers' own record. A signal or a callback that stops a run does not end it.
+A run is over when its last step is done or early stopping has ended it. Both can be read from a checkpoint: the step,
+and the counter of early stopping in Transformers' own record. A signal or a callback that stops a run does not end it.
 """
 
 from __future__ import annotations
