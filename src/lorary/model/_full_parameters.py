@@ -15,7 +15,7 @@ from lorary.model.plan import FullParameter
 from lorary.model.scan import Scan, ScannedModule
 from lorary.model.targets import matches
 from lorary.spec.method import Method
-from lorary.spec.placement import AdaptedSite
+from lorary.spec.placement import AdaptedSite, rules_of
 
 _NEW_HEAD = re.compile(r"For((Sequence|Token|Image|Audio|Video)?Classification|QuestionAnswering|MultipleChoice)$")
 
@@ -33,9 +33,8 @@ def full_parameters(
     if _NEW_HEAD.search(original_class(scan.model).__name__):
         trained |= {name for name in scan.parameters if name.startswith(tuple(f"{head}." for head in scan.heads))}
     problems += _cannot_train(scan, sites, trained)
-    writes = any(rule.writes_base for rule in method.rules)
-    written = {f"{p.site.name}.weight" for p in sites} if writes else set()
-    problems += unwritable_weights(scan, method, written)
+    written = {f"{p.site.name}.weight" for p in sites if any(rule.writes_base for rule in p.method.rules)}
+    problems += unwritable_weights(scan, rules_of(sites), written)
     moving = _trained_buffers(scan, method, trained)
     full = [
         FullParameter(name, tuple(t.shape), t.numel() * t.element_size(), name in trained)

@@ -10,6 +10,7 @@ from torch import nn
 from lorary.errors import Diagnostic, MethodError, PlanError, deduplicated, suggestion
 from lorary.layers.kinds import site
 from lorary.model._full_parameters import full_parameters, parameters_by_pattern
+from lorary.model._parts import Part, Targets, joined, several_parts
 from lorary.model.ambient import mode_independent
 from lorary.model.buffers import frozen_statistics, has_statistics
 from lorary.model.checks import bad_arguments, model_mismatches, not_a_module, not_ready
@@ -19,6 +20,7 @@ from lorary.model.quantize import already_quantized, quantizable_layers
 from lorary.model.reach.proof import Reach, proved
 from lorary.model.scan import Scan, scan
 from lorary.model.targets import TargetMatch, abbreviated, as_list, matches, resolve, target_notes
+from lorary.spec.context import Context
 from lorary.spec.interfaces import Storage
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite, with_rank
@@ -27,7 +29,7 @@ from lorary.spec.placement import AdaptedSite, with_rank
 @mode_independent
 def plan(
     model: nn.Module,
-    method: Method,
+    method: Method | Mapping[Targets, Method],
     targets: str | Sequence[str] | None = None,
     *,
     ranks: Mapping[str, int] | None = None,
@@ -43,7 +45,8 @@ def plan(
 
     Args:
         model: any module; a Transformers model's output head is left out of `all-linear`.
-        method: from `lorary.method`.
+        method: from `lorary.method`; or several, each under its targets: `{"attention": lora, "mlp": vera}`. Their
+            storage, context and parameters in full are the model's: one says them, or all say the same.
         targets: presets (`all-linear`, `attention`, `attention-qv`, `mlp`, `embedding`, `conv`), whole-component
             names (`q_proj`), globs (`*.layers.1?.*`), projections of fused weights (`c_attn[q,v]`). None: the
             method's default, which is `all-linear` for most.
@@ -58,14 +61,19 @@ def plan(
     Raises:
         PlanError: every problem at once, with the nearest names and the model's layers if a target matches none.
     """
+    parts = several_parts(method, targets) if isinstance(method, Mapping) else [Part(method, targets)]
+    method = parts[0].method
     scanned = _scan_if_ready(model, method, ranks, alphas)
     model = scanned.model
     scanned, reach = proved(scanned, example) if method.delta is not None else (scanned, Reach())
-    method, problems = _fit_context(model, method)
+    context, problems = _fit_context(model, method)
+    parts = [Part(part.method.replace(context=context), part.targets) for part in parts]
+    method = parts[0].method
     if example is not None and not reach.complete and reach.error.startswith("TypeError"):
         problems.append(Diagnostic("example", f"the model does not take it: {reach.error}", "pass a forward's inputs"))
-    targets = default_targets(method) if targets is None else targets
-    sites, unplaced = _adapted_sites(scanned, method, targets, exclude, ranks or {}, alphas or {})
+    parts = [Part(m, default_targets(m) if named is None else named) for m, named in parts]
+    sites, unplaced = _adapted_sites(scanned, parts, exclude, ranks or {}, alphas or {})
+    targets = [entry for part in parts for entry in as_list(part.targets)]
     sites, fixed, previous = with_previous_tasks(model, sites, after)
     full, untrainable = full_parameters(scanned, method, sites)
     quantized = quantizable_layers(scanned, method.storage, {f.name for f in full})
@@ -126,12 +134,12 @@ def _scan_if_ready(model: Any, method: Any, ranks: Any, alphas: Any) -> Scan:
     return scanned
 
 
-def _fit_context(model: nn.Module, method: Method) -> tuple[Method, list[Diagnostic]]:
-    """The method with its context computed for this model, and why the model does not allow it."""
+def _fit_context(model: nn.Module, method: Method) -> tuple[Context | None, list[Diagnostic]]:
+    """The method's context computed for this model, and why the model does not allow it."""
     if method.context is None:
-        return method, []
+        return None, []
     context = method.context.planned(model)
-    return method.replace(context=context), [Diagnostic("context", *why) for why in context.problems(model)]
+    return context, [Diagnostic("context", *why) for why in context.problems(model)]
 
 
 def default_targets(method: Method) -> tuple[str, ...]:
@@ -141,23 +149,39 @@ def default_targets(method: Method) -> tuple[str, ...]:
 
 def _adapted_sites(
     scanned: Scan,
-    method: Method,
-    targets: str | Sequence[str],
+    parts: Sequence[Part],
     exclude: str | Sequence[str],
     ranks: Mapping[str, int],
     alphas: Mapping[str, float],
 ) -> tuple[list[AdaptedSite], list[Diagnostic]]:
     """The adapted sites, each with its own rank and alpha, and every problem with them."""
-    if method.delta is None:  # targets have a default, so only explicit arguments can be wrong
+    if parts[0].method.delta is None:  # targets have a default, so only explicit arguments can be wrong
         what = "makes sense for adapted layers only, and this method adapts none"
         arguments = {"ranks": ranks, "alphas": alphas, "exclude": exclude}
         return [], [Diagnostic(field, what) for field, value in arguments.items() if value]
-    found, problems = resolve(scanned, targets, exclude)
-    problems += _unmatched("ranks", ranks, found) + _unmatched("alphas", alphas, found)
-    if found and alphas and not hasattr(method.scale, "alpha"):
+    resolved = [(part, *resolve(scanned, part.targets, exclude)) for part in parts]
+    everywhere = [f for _, found, _ in resolved for f in found]
+    problems = [problem for _, _, unresolved in resolved for problem in unresolved]
+    problems += _unmatched("ranks", ranks, everywhere) + _unmatched("alphas", alphas, everywhere)
+    placed = []
+    for part, found, _ in resolved:
+        sites, unplaced = _sites_of(part.method, found, ranks, alphas)
+        placed.append((part, sites))
+        problems += unplaced
+    if len(parts) == 1:
+        return placed[0][1], problems
+    together, overlapping = joined(scanned, placed)
+    return together, [*problems, *overlapping]
+
+
+def _sites_of(
+    method: Method, found: list[TargetMatch], ranks: Mapping[str, int], alphas: Mapping[str, float]
+) -> tuple[list[AdaptedSite], list[Diagnostic]]:
+    """The sites of one method."""
+    sites, problems = [], []
+    if any(matches(str(pattern), f.name) for pattern in alphas for f in found) and not hasattr(method.scale, "alpha"):
         problems.append(Diagnostic("alphas", f"{method.scale} has no alpha", "leave them out"))
         alphas = {}
-    sites = []
     for f in found:
         r = next((value for pattern, value in ranks.items() if matches(str(pattern), f.name)), None)
         alpha = next((value for pattern, value in alphas.items() if matches(str(pattern), f.name)), None)

@@ -90,7 +90,7 @@ training:
 """, """\
 invalid configuration train.yaml:
   - train.yaml:4:3: unknown key `zzz` in `training`
-      hint: known: batch_size, bf16, dpo_beta, early_stopping_patience, epochs, eval_batch_size, eval_steps, gradient_accumulation_steps, gradient_checkpointing, keep_best, logging_steps, lr, max_grad_norm, max_steps, optimizer, report_to, save_steps, save_total_limit, schedule, seed, warmup, weight_decay"""),
+      hint: known: batch_size, bf16, dpo_beta, dpo_reference, early_stopping_patience, epochs, eval_batch_size, eval_steps, gradient_accumulation_steps, gradient_checkpointing, keep_best, logging_steps, lr, max_grad_norm, max_steps, optimizer, report_to, save_steps, save_total_limit, schedule, seed, warmup, weight_decay"""),
 Bad('a mistyped key of another section', """\
 model: builtin:base
 data: builtin:docstrings

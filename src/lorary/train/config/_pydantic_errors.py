@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from lorary.errors import Diagnostic, did_you_mean, suggestion
 from lorary.train.config._aliases import NormalisedConfig, show
+from lorary.train.config._sections import AlsoSection
 from lorary.train.config.config import DropSection
 from lorary.train.config.yaml_source import Place
 
@@ -17,6 +18,7 @@ _EXAMPLES: dict[Place, str] = {
     ("data",): "data: builtin:docstrings",
     ("data", "train"): "train: builtin:docstrings",
 }
+_ALSO = {"name": "name: vera", "targets": "targets: mlp"}
 _KINDS = {
     "int_type": "a whole number",
     "float_type": "a number",
@@ -47,7 +49,7 @@ def _problem(details: dict[str, Any], config: NormalisedConfig) -> Diagnostic:
     dotted = _dotted(place)
     key, fix = config.spelt.get(place) or dotted, ""
     if kind == "missing":
-        what, fix = f"`{dotted}` is missing", f"for example `{_EXAMPLES[place]}`"
+        what, fix = f"`{dotted}` is missing", f"for example `{_EXAMPLES.get(place) or _ALSO[str(place[-1])]}`"
     elif kind in _BOUNDS:
         name, relation = _BOUNDS[kind]
         what = f"`{key}` must be {relation} {_limit(limits[name])}, not {show(value)}"
@@ -55,11 +57,9 @@ def _problem(details: dict[str, Any], config: NormalisedConfig) -> Diagnostic:
         choices = [choice.strip("'") for choice in limits["expected"].replace(" or ", ", ").split(", ")]
         what = f"`{key}` must be one of {', '.join(f'`{choice}`' for choice in choices)}, not {show(value)}"
         fix = suggestion(value, choices) if isinstance(value, str) else ""
-    elif kind == "extra_forbidden":  # in `method.drop`: `normalise` has checked the other sections
-        what, fix = (
-            f"unknown key `{place[-1]}` in `{_dotted(place[:-1])}`",
-            did_you_mean(str(place[-1]), DropSection.model_fields),
-        )
+    elif kind == "extra_forbidden":  # in `method.drop` or `also`: `normalise` has checked the other sections
+        known = AlsoSection.model_fields if "also" in place else DropSection.model_fields
+        what, fix = f"unknown key `{place[-1]}` in `{_dotted(place[:-1])}`", did_you_mean(str(place[-1]), known)
     elif kind in ("too_short", "string_too_short"):
         what = f"`{key}` is empty"
     else:

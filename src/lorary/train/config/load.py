@@ -16,6 +16,7 @@ from lorary.errors import ConfigError, Diagnostic, MethodError
 from lorary.spec.presets import presets
 from lorary.train.config._aliases import NormalisedConfig, apply_switches, normalise
 from lorary.train.config._pydantic_errors import explain
+from lorary.train.config._sections import AlsoSection
 from lorary.train.config.config import SECTIONS, Config, MethodSection
 from lorary.train.config.conflicts import contradictions
 from lorary.train.config.yaml_source import ParsedYaml, Place, parse, read, scalar
@@ -147,23 +148,30 @@ def _method_problems(found: NormalisedConfig) -> list[Diagnostic]:
     """Errors of `lorary.method`, at the keys that caused them."""
     try:
         section = MethodSection.model_validate(found.tree.get("method", {}))
-        section.build()
-    except MethodError as error:
-        return [_located(problem, section, found) for problem in error.problems]
     except ValidationError:  # explained already
-        pass
-    return []
+        return []
+    parts: dict[Place, MethodSection | AlsoSection] = {("method",): section}
+    parts |= {("method", "also", i): part for i, part in enumerate(section.also)}
+    problems = []
+    for place, part in parts.items():
+        try:
+            part.build()
+        except MethodError as error:
+            problems += [_located(problem, part, place, found) for problem in error.problems]
+    return problems
 
 
-def _located(problem: Diagnostic, section: MethodSection, found: NormalisedConfig) -> Diagnostic:
+def _located(
+    problem: Diagnostic, section: MethodSection | AlsoSection, at: Place, found: NormalisedConfig
+) -> Diagnostic:
     key, fix = problem.where.strip("'\""), problem.fix
-    place: Place = ("method", "name")
+    place: Place = (*at, "name")
     if key in section.name:
-        place = ("method", "name", section.name.index(key))
+        place = (*at, "name", section.name.index(key))
     elif key in section.options:
-        place = ("method", "options", key)
+        place = (*at, "options", key)
     elif key in ("r", "alpha", "dropout"):
-        place = ("method", key)
+        place = (*at, key)
     if "is not an option" in problem.what:
         owners = [preset.name for preset in presets().values() if key in preset.parameters]
         fix = f"it is an option of {', '.join(owners)}" if owners else fix
