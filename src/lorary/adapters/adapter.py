@@ -33,7 +33,7 @@ class Adapter:
     """A trained adapter as a value: method, tensors, and the fingerprint of its base.
 
     Args:
-        method: the method, with the default rank of its sites.
+        method: the method, with the default rank of its sites; the first, if they have several.
         sites: the adapted sites, each with its own method.
         tensors: site -> role -> tensor.
         full: base parameter, or buffer, -> its trained value.

@@ -243,7 +243,7 @@ def _tensors(
     values = read_tensors(file, names, expected | full, findings, lambda name: explain, vital, full)
     findings.raise_refused()
     if _DRAWN in record:
-        common, problems = shared_tensors.regenerate_recorded(record[_DRAWN], method, sites)
+        common, problems = shared_tensors.regenerate_recorded(record[_DRAWN], sites)
         findings.fatal += [Diagnostic(f"{NAME}: {_DRAWN}: {p.where}", p.what, p.fix) for p in problems]
     else:
         common = {role: values[name] for role, name in shared.items() if name in values}

@@ -27,8 +27,7 @@ from lorary.errors import Diagnostic
 from lorary.files.strict_json import named, show
 from lorary.files.tensor_file import DTYPES, memory, name_problem
 from lorary.layers.shared_projections import leading_slice
-from lorary.spec.method import Method
-from lorary.spec.placement import AdaptedSite, adaptation, inconsistent_ties, shared_shapes
+from lorary.spec.placement import AdaptedSite, inconsistent_ties, shared_shapes
 
 _MOST_DRAWN = 2**30  # bytes; VeRA of rank 1,024 on the widest layers in use takes a quarter of it
 _BAR = "|"  # between a site and a role in the keys of lorary's file
@@ -50,9 +49,9 @@ class SharedTensors(NamedTuple):
 def collect_shared(adapter: Adapter) -> SharedTensors:
     """The shared tensors of an adapter."""
     shared = _collect(adapter.sites, adapter.tensors)
-    if not shared or adaptation(adapter.method).init.store_shared:
+    if not shared or _sharing(adapter.sites)[0].init.store_shared:
         return SharedTensors(shared)
-    again = regenerate(adapter.method, adapter.sites, {role: t.dtype for role, t in shared.items()})
+    again = regenerate(adapter.sites, {role: t.dtype for role, t in shared.items()})
     return SharedTensors(shared, stored=not all(torch.equal(again[role], t) for role, t in shared.items()))
 
 
@@ -78,10 +77,14 @@ def inconsistent_copies(adapter: Adapter, shared: Mapping[str, Tensor]) -> list[
     ]
 
 
-def regenerate(method: Method, sites: Sequence[AdaptedSite], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """role -> the shared tensor that the method's seed gives, in these dtypes."""
+def _sharing(sites: Sequence[AdaptedSite]) -> list[AdaptedSite]:
+    return [adapted for adapted in sites if adapted.delta.shared]
+
+
+def regenerate(sites: Sequence[AdaptedSite], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """role -> the shared tensor that the seed of their method gives, in these dtypes."""
     shared = {role: torch.zeros(size) for role, size in shared_shapes(sites).items()}
-    adaptation(method).init.share(shared)
+    _sharing(sites)[0].init.share(shared)
     return _collect(sites, leading_slices(sites, {role: t.to(dtypes[role]) for role, t in shared.items()}))
 
 
@@ -113,10 +116,10 @@ def invalid_record(record: Any, sites: Sequence[AdaptedSite]) -> str:
 
 
 def regenerate_recorded(
-    record: Mapping[str, Any], method: Method, sites: Sequence[AdaptedSite]
+    record: Mapping[str, Any], sites: Sequence[AdaptedSite]
 ) -> tuple[dict[str, Tensor], list[Diagnostic]]:
     """The shared tensors that a file left out, and those that differ from the ones of the training."""
-    shared = regenerate(method, sites, {role: DTYPES[entry["dtype"]] for role, entry in record.items()})
+    shared = regenerate(sites, {role: DTYPES[entry["dtype"]] for role, entry in record.items()})
     what = "its seed gives other numbers here than in training (SHA-256 differs)"
     fix = "save it again with save_projections=True, on the base that it was trained on"
     wrong = [role for role, t in shared.items() if _sha256(t) != record[role]["sha256"]]

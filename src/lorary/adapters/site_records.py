@@ -71,7 +71,9 @@ def adapted_sites(sites: list[Site], records: list[Any], method: Method, finding
         where = f"lorary.json: {site.name}"
         try:
             adapted = AdaptedSite(site, _own_method(method, record), record.get("share", ""))
-            what = adapted.delta.problems(site) + adapted.join.problems(site)
+            what = (
+                adapted.delta.problems(site) + adapted.join.problems(site) + _of_another_model(adapted.method, method)
+            )
             findings.fatal += [Diagnostic(where, w) for w in what]
             found.append(adapted)
         except MethodError as error:
@@ -80,6 +82,15 @@ def adapted_sites(sites: list[Site], records: list[Any], method: Method, finding
             findings.fatal.append(Diagnostic(where, str(error)))
     findings.fatal += [Diagnostic(f"lorary.json: {p.where}", p.what) for p in tie_problems(found)]
     return tuple(found)
+
+
+def _of_another_model(own: Method, method: Method) -> list[str]:
+    """What a site's method says of the whole model otherwise than the adapter's."""
+    return [
+        f"its {axis} is {getattr(own, axis)}, and the adapter's {getattr(method, axis)}"
+        for axis in ("storage", "context", "full")
+        if getattr(own, axis) != getattr(method, axis)
+    ]
 
 
 def _own_method(method: Method, record: Mapping[str, Any]) -> Method:

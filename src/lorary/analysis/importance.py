@@ -27,7 +27,8 @@ from lorary.methods.lora_drop import (
 from lorary.model.ambient import callers_device, mode_independent
 from lorary.model.plan import Plan
 from lorary.model.state import eval_mode, require_attached, require_values
-from lorary.spec.placement import AdaptedSite
+from lorary.spec.method import Method
+from lorary.spec.placement import AdaptedSite, by_method
 
 _MASKS = ("attention_mask", "decoder_attention_mask")
 
@@ -57,7 +58,7 @@ def layer_importance(
     """
     state = require_attached(model, "measure")
     require_values(model)
-    if problems := measuring_problems(state.method):
+    if problems := _of_any(measuring_problems, state.method, state.sites):
         raise PlanError("cannot measure layer importance:", problems)
     _check_batches(batches, over_ranks)
     layers = adapted_layers(model)
@@ -235,7 +236,8 @@ def drop_layers(plan: Plan, importance: Importance, threshold: float = THRESHOLD
     """
     if problems := not_a(Plan, "a Plan", plan=plan) + not_a(Importance, "an Importance", importance=importance):
         raise PlanError("cannot drop layers from this plan:", problems)
-    problems = sharing_problems(plan.method) + unknown_sites(importance.g, (p.site.name for p in plan.sites))
+    problems = _of_any(sharing_problems, plan.method, plan.sites)
+    problems += unknown_sites(importance.g, (p.site.name for p in plan.sites))
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 < threshold <= 1:
         problems.append(Diagnostic("threshold", f"{threshold!r} is not a number above 0 and at most 1"))
     for site, g in importance.g.items():
@@ -246,6 +248,14 @@ def drop_layers(plan: Plan, importance: Importance, threshold: float = THRESHOLD
     names = _shares(plan.sites, importance.kept(threshold))
     sites = tuple(dataclasses.replace(p, share=names.get(p.site.name, "")) for p in plan.sites)
     return dataclasses.replace(plan, sites=sites, notes=(*plan.notes, _note(sites, threshold)))
+
+
+def _of_any(
+    problems: Callable[[Method], list[Diagnostic]], method: Method, sites: Sequence[AdaptedSite]
+) -> list[Diagnostic]:
+    """The problems of each method, if there are several."""
+    methods = [group[0].method for group in by_method(sites)] or [method]
+    return deduplicated(problem for one in methods for problem in problems(one))
 
 
 def _shares(sites: Sequence[AdaptedSite], kept: Collection[str]) -> dict[str, str]:

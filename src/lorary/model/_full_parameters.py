@@ -16,7 +16,7 @@ from lorary.model.patterns import matches
 from lorary.model.plan import FullParameter
 from lorary.model.scan import Scan, ScannedModule
 from lorary.spec.method import Method
-from lorary.spec.placement import AdaptedSite
+from lorary.spec.placement import AdaptedSite, rules_of
 
 _NEW_HEAD = re.compile(r"For((Sequence|Token|Image|Audio|Video)?Classification|QuestionAnswering|MultipleChoice)$")
 
@@ -48,10 +48,10 @@ def full_parameters(
     elif head != "frozen":
         trained |= drawn - adapted
     problems += [*_cannot_train(scan, sites, trained), *_cannot_hold(sites, drawn & adapted)]
-    writes = any(rule.writes_base for rule in method.rules)
     # The random weights under an adapter in a new head are part of the result: no checkpoint has them.
-    written = {f"{p.site.name}.weight" for p in sites if writes} | drawn & adapted
-    problems += unwritable_weights(scan, method, written)
+    written = {f"{p.site.name}.weight" for p in sites if any(rule.writes_base for rule in p.method.rules)}
+    written |= drawn & adapted
+    problems += unwritable_weights(scan, rules_of(sites), written)
     moving = _trained_buffers(scan, method, trained)
     full = [
         FullParameter(name, tuple(t.shape), t.numel() * t.element_size(), name in trained)

@@ -101,13 +101,13 @@ def _adapted(
     layers: dict[str, Adapted] = {}
     sets: dict[str, Parameters] = {}  # sites may share one set of tensors
     projections = None
-    if any(p.delta.shared for p in sites):  # VeRA
-        device = stored_tensors(scanned.modules[sites[0].site.name].module)[0].device
+    if sharing := [p.site.name for p in sites if p.delta.shared]:  # VeRA
+        device = stored_tensors(scanned.modules[sharing[0]].module)[0].device
         projections = SharedProjections(sites, dtype, device)
     for p in sites:
         name = p.site.name
         plain = scanned.modules[name].module
-        layer = layers[name] = Adapted(plain, p, dtype, projections, sets.get(p.share))
+        layer = layers[name] = Adapted(plain, p, dtype, projections if p.delta.shared else None, sets.get(p.share))
         layer.train(plain.training)
         if p.share:
             sets[p.share] = layer.params

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lorary.errors import Diagnostic, PlanError
 from lorary.layers.adapted import Adapted, adapted_layers, base_parameters
 from lorary.layers.quantized_weight import swap_hooks
+from lorary.layers.shared_projections import SharedProjections
 from lorary.model._insert import insert
 from lorary.model.ambient import mode_independent
 from lorary.model.buffers import changed_buffers
@@ -32,7 +33,7 @@ from lorary.model.scan import Scan, scan
 from lorary.model.state import AttachedState, base_parameter, require_attached, set_submodules, state_of
 from lorary.model.undo import Undo, all_or_nothing
 from lorary.spec.method import Method
-from lorary.spec.placement import AdaptedSite
+from lorary.spec.placement import AdaptedSite, rules_of
 
 TRAINABLE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -93,7 +94,7 @@ def _layers_to_quantize(scanned: Scan, plan: Plan, dtype: torch.dtype) -> list[s
     quantized: list[str] = []
     if not problems:
         quantized = [path for path in plan.quantized if not scanned.is_quantised(path)]
-        problems += unwritable_weights(scanned, plan.method, [f.name for f in plan.full if not f.trains])
+        problems += unwritable_weights(scanned, rules_of(plan.sites), [f.name for f in plan.full if not f.trains])
         problems += not_quantizable(scanned, quantized)
         problems += blocks_gradient(scanned, [p.site.name for p in plan.sites])
     if problems:
@@ -110,8 +111,8 @@ def _start(
 ) -> None:
     """Initialise all adapters: the model's outputs change only by the fixed tensors of earlier tasks."""
     layers = list(adapted_layers(model).values())
-    if layers and layers[0].shared is not None:
-        layers[0].init.share(layers[0].shared.tensors)
+    for layer in [layer for layer in layers if layer.shared is not None][:1]:
+        layer.init.share(cast(SharedProjections, layer.shared).tensors)
     if problems := [problem for layer in layers for problem in bad_weight(layer)]:
         raise PlanError("cannot attach:", problems)
     initialised: set[int] = set()  # layers may train one set of tensors in common: the first one fills it

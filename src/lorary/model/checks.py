@@ -15,6 +15,7 @@ from lorary.layers.kinds import kind_of, site
 from lorary.layers.quantized_weight import is_foreign, stored_tensors, weight
 from lorary.layers.wrappers import is_sharded_model, named_modules, unwrapped
 from lorary.model.scan import Scan
+from lorary.spec.interfaces import Rule
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite, inconsistent_ties
 from lorary.spec.site import Site
@@ -98,9 +99,9 @@ def bad_arguments(method: Any, ranks: Any, alphas: Any) -> list[Diagnostic]:
     return problems
 
 
-def unwritable_weights(scan: Scan, method: Method, names: Iterable[str]) -> list[Diagnostic]:
-    """Why a rule of the method cannot write these weights: it needs at least 32 bits, and a weight that is not tied."""
-    writer = next((type(rule).__name__ for rule in method.rules if rule.writes_base), "a rule")
+def unwritable_weights(scan: Scan, rules: Iterable[Rule], names: Iterable[str]) -> list[Diagnostic]:
+    """Why one of the rules cannot write these weights: it needs at least 32 bits, and a weight that is not tied."""
+    writer = next((type(rule).__name__ for rule in rules if rule.writes_base), "a rule")
     holders = Counter(scan.names.values())
     problems = []
     for name in sorted(set(names)):

@@ -14,7 +14,7 @@ from torch import Tensor
 from lorary._deprecated import RenamedAttribute
 from lorary.model.targets import abbreviate_paths
 from lorary.spec.method import Method
-from lorary.spec.placement import AdaptedSite, shared_shapes, unique_tensor_sets
+from lorary.spec.placement import AdaptedSite, by_method, family, shared_shapes, unique_tensor_sets
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Plan:
     """The layers that `attach` will adapt, the parameters that will train, and their memory.
 
     Args:
-        method: the method, at the default rank.
+        method: the method, at the default rank; the first, if there are several.
         sites: the adapted sites in the model's order, each with its own rank and scale.
         full: the base parameters that train in full.
         total: parameters of the base model, tied ones counted once.
@@ -110,9 +110,15 @@ def trainable_size(sites: Iterable[AdaptedSite], full: Iterable[FullParameter]) 
 
 def trained_table(method: Method, sites: Sequence[AdaptedSite], full: Sequence[FullParameter], total: int) -> list[str]:
     """The lines that a plan and an attachment have in common: the method, the sites and the trained share."""
-    trains = trainable_size(sites, full)
+    trains, groups = trainable_size(sites, full), by_method(sites)
     share = f"trains    {trains:,} of {total:,} parameters ({trains / total:.4%})"
-    return [str(method), *_site_table(sites), *_full_table(full), "", share]
+    lines = [str(method), *_site_table(sites)]
+    if len(groups) > 1:
+        firsts = [group[0].method for group in groups]
+        shown = [method if family(method) == family(one) else one for one in firsts]
+        blocks = zip(shown, groups, strict=True)
+        lines = [line for one, group in blocks for line in (str(one), *_site_table(group), "")][:-1]
+    return [*lines, *_full_table(full), "", share]
 
 
 def _site_table(sites: Iterable[AdaptedSite]) -> list[str]:

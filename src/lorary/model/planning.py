@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lorary.errors import Diagnostic, MethodError, PlanError, deduplicated, suggestion
-from lorary.layers.kinds import site
+from lorary.errors import Diagnostic, PlanError, deduplicated
 from lorary.model._full_parameters import (
     full_parameters,
     has_new_head,
@@ -17,27 +16,28 @@ from lorary.model._full_parameters import (
     head_problems,
     parameters_by_pattern,
 )
-from lorary.model._presets import PRESETS
+from lorary.model._parts import Part, Targets, several_parts
+from lorary.model._placing import Wanted, adapted_sites
 from lorary.model.ambient import mode_independent
 from lorary.model.buffers import frozen_statistics, has_statistics
 from lorary.model.checks import bad_arguments, model_mismatches, not_a_module, not_ready
-from lorary.model.layer_ranges import LayerChoice, Layers, choose_layers
-from lorary.model.patterns import expression_problems, matches
+from lorary.model.layer_ranges import Layers
 from lorary.model.plan import FullParameter, Plan, human_bytes
 from lorary.model.previous_tasks import PreviousAdapter, TrainedAdapter, with_previous_tasks
 from lorary.model.quantize import already_quantized, quantizable_layers
 from lorary.model.reach.proof import Reach, proved
 from lorary.model.scan import Scan, scan
-from lorary.model.targets import TargetMatch, abbreviated, as_list, resolve, target_notes
+from lorary.model.targets import abbreviated, as_list, target_notes
+from lorary.spec.context import Context
 from lorary.spec.interfaces import Storage
 from lorary.spec.method import Method
-from lorary.spec.placement import AdaptedSite, with_rank
+from lorary.spec.placement import AdaptedSite
 
 
 @mode_independent
 def plan(
     model: nn.Module,
-    method: Method,
+    method: Method | Mapping[Targets, Method],
     targets: str | Sequence[str] | None = None,
     *,
     ranks: Mapping[str, int] | None = None,
@@ -56,7 +56,8 @@ def plan(
 
     Args:
         model: any module; a Transformers model's output head is left out of `all-linear`.
-        method: from `lorary.method`.
+        method: from `lorary.method`; or several, each under its targets: `{"attention": lora, "mlp": vera}`. Their
+            storage, context and parameters in full are the model's: one says them, or all say the same.
         targets: presets (`all-linear`, `attention`, `attention-qv`, `mlp`, `embedding`, `conv`), whole-component
             names (`q_proj`), globs (`*.layers.1?.*`), projections of fused weights (`c_attn[q,v]`), or `re:` and a
             regular expression for the whole path. None: the method's default, which is `all-linear` for most.
@@ -73,18 +74,23 @@ def plan(
     Raises:
         PlanError: every problem at once, with the nearest names and the model's layers if a target matches none.
     """
+    parts = several_parts(method, targets) if isinstance(method, Mapping) else [Part(method, targets)]
+    method = parts[0].method
     scanned = _scan_if_ready(model, method, ranks, alphas)
     model = scanned.model
     scanned, reach = proved(scanned, example) if method.delta is not None else (scanned, Reach())
-    method = method.replace(full=tuple(dict.fromkeys((*method.full, *as_list(full)))))
-    method, problems = _fit_context(model, method)
+    context, problems = _fit_context(model, method)
     problems += head_problems(scanned, head)
+    common = {"context": context, "full": tuple(dict.fromkeys((*method.full, *as_list(full))))}
+    parts = [Part(m.replace(**common), default_targets(m) if named is None else named) for m, named in parts]
+    if head == "lora":
+        parts[0] = Part(parts[0].method, [*as_list(parts[0].targets), *head_layers(scanned)])
+    method = parts[0].method
     if example is not None and not reach.complete and reach.error.startswith("TypeError"):
         problems.append(Diagnostic("example", f"the model does not take it: {reach.error}", "pass a forward's inputs"))
-    targets = default_targets(method) if targets is None else targets
-    if head == "lora":
-        targets = [*as_list(targets), *head_layers(scanned)]
-    sites, unplaced, left_out = _adapted_sites(scanned, method, targets, exclude, layers, ranks or {}, alphas or {})
+    targets = [entry for part in parts for entry in as_list(part.targets)]
+    wanted = Wanted(exclude, layers, ranks or {}, alphas or {})
+    sites, unplaced, left_out = adapted_sites(scanned, parts, wanted)
     sites, fixed, previous = with_previous_tasks(model, sites, after)
     trained, untrainable = full_parameters(scanned, method, sites, head)
     quantized = quantizable_layers(scanned, method.storage, {f.name for f in trained})
@@ -146,83 +152,17 @@ def _scan_if_ready(model: Any, method: Any, ranks: Any, alphas: Any) -> Scan:
     return scanned
 
 
-def _fit_context(model: nn.Module, method: Method) -> tuple[Method, list[Diagnostic]]:
-    """The method with its context computed for this model, and why the model does not allow it."""
+def _fit_context(model: nn.Module, method: Method) -> tuple[Context | None, list[Diagnostic]]:
+    """The method's context computed for this model, and why the model does not allow it."""
     if method.context is None:
-        return method, []
+        return None, []
     context = method.context.planned(model)
-    return method.replace(context=context), [Diagnostic("context", *why) for why in context.problems(model)]
+    return context, [Diagnostic("context", *why) for why in context.problems(model)]
 
 
 def default_targets(method: Method) -> tuple[str, ...]:
     """The default targets of a method."""
     return ("all-linear",) if method.context is None else tuple(method.context.targets)
-
-
-def _adapted_sites(
-    scanned: Scan,
-    method: Method,
-    targets: str | Sequence[str],
-    exclude: str | Sequence[str],
-    layers: Layers | None,
-    ranks: Mapping[str, int],
-    alphas: Mapping[str, float],
-) -> tuple[list[AdaptedSite], list[Diagnostic], list[str]]:
-    """The adapted sites, each with its own rank and alpha, every problem with them, and notes."""
-    if method.delta is None:  # targets have a default, so only explicit arguments can be wrong
-        what = "has no effect: this method adapts no layer"
-        arguments = {"ranks": ranks, "alphas": alphas, "exclude": exclude, "layers": layers}
-        return (
-            [],
-            [Diagnostic(field, what) for field, value in arguments.items() if value not in (None, (), {}, [])],
-            [],
-        )
-    patterns = {"targets": as_list(targets), "exclude": as_list(exclude), "ranks": ranks, "alphas": alphas}
-    if invalid := expression_problems(patterns, scanned.modules):
-        return [], invalid, []
-    found, problems = resolve(scanned, targets, exclude)
-    found = _without_full(scanned, found, targets, method)
-    choice = LayerChoice({f.name for f in found})
-    if layers is not None:
-        choice = choose_layers(scanned, [f.name for f in found], layers, as_list(targets))
-        found = [f for f in found if f.name in choice.kept]
-        problems += choice.problems
-    problems += _unmatched("ranks", ranks, found) + _unmatched("alphas", alphas, found)
-    if found and alphas and not hasattr(method.scale, "alpha"):
-        problems.append(Diagnostic("alphas", f"{method.scale} has no alpha", "leave them out"))
-        alphas = {}
-    sites = []
-    for f in found:
-        r = next((value for pattern, value in ranks.items() if matches(str(pattern), f.name)), None)
-        alpha = next((value for pattern, value in alphas.items() if matches(str(pattern), f.name)), None)
-        try:
-            sites.append(AdaptedSite(site(f.name, f.layer, f.parts), with_rank(method, r, alpha)))
-        except MethodError as error:
-            problems += [Diagnostic(f.name, problem.what) for problem in error.problems]
-    return sites, problems, choice.notes
-
-
-def _without_full(
-    scanned: Scan, found: list[TargetMatch], targets: str | Sequence[str], method: Method
-) -> list[TargetMatch]:
-    """The matches without layers that train in full, unless a target names them: that is refused later."""
-    trained = set().union(*parameters_by_pattern(scanned, method).values())
-    inside = [f for f in found if scanned.names.get(f"{f.name}.weight") in trained]
-    if not inside:
-        return found
-    named = [entry for entry in as_list(targets) if entry not in PRESETS]
-    kept = {f.name for f in resolve(scanned, named)[0]} if named else set()
-    return [f for f in found if f not in inside or f.name in kept]
-
-
-def _unmatched(field: str, patterns: Mapping[str, Any], found: list[TargetMatch]) -> list[Diagnostic]:
-    """The patterns of `ranks` or `alphas` that match no adapted site."""
-    known = {f.name.rpartition(".")[2] for f in found}
-    return [
-        Diagnostic(field, f"`{pattern}` matches no adapted site", suggestion(pattern.rpartition(".")[2], known))
-        for pattern in map(str, patterns)
-        if found and not any(matches(pattern, f.name) for f in found)
-    ]
 
 
 def _storage_problems(

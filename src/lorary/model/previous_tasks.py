@@ -51,22 +51,23 @@ def with_previous_tasks(
         return sites, {}, [Diagnostic("after", what, fix)]
     if not after:
         return sites, {}, []
-    here = Fingerprint.of(model)
+    here, holding = Fingerprint.of(model), [p for p in sites if isinstance(p.delta, Sequential)]
     problems = [
         Diagnostic("after", f"{type(p.delta).__name__} cannot hold earlier tasks", "use o-lora")
         for p in sites[:1]
-        if not isinstance(p.delta, Sequential)
+        if not holding
     ]
-    problems += [problem for i, adapter in enumerate(after) for problem in _cannot_follow(here, sites, adapter, i)]
+    for i, adapter in enumerate(after):
+        problems += _cannot_follow(here, holding or sites, adapter, i)
     if problems:
         return sites, {}, deduplicated(problems)
-    tasks: dict[str, list[Factors]] = {p.site.name: [] for p in sites}
+    tasks: dict[str, list[Factors]] = {p.site.name: [] for p in holding}
     for adapter in after:
         for name, found in _tasks(adapter).items():
             tasks[name] += [task for task in found if not _contains(tasks[name], task)]
     following, fixed = [], {}
     for p in sites:
-        if earlier := tasks[p.site.name]:
+        if earlier := tasks.get(p.site.name):
             delta, fixed[p.site.name] = cast(Sequential, p.delta).after(earlier, p.scale)
             p = dataclasses.replace(p, method=p.method.replace(delta=delta))
         following.append(p)

@@ -22,7 +22,7 @@ def prune_directions(model: nn.Module, keep: Mapping[str, Tensor], optimizer: to
         False, with nothing changed, if the optimizer has a state of another shape than its parameters, or does not
         train all of them: another optimizer would go on with the old ones.
     """
-    layers = {name: layer for name, layer in adapted_layers(model).items() if not bool(keep[name].all())}
+    layers = {name: x for name, x in adapted_layers(model).items() if name in keep and not bool(keep[name].all())}
     old = [layer.params[role] for layer in layers.values() for role in layer.params]
     optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not all(id(p) in optimized for p in old if p.requires_grad):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 from lorary.errors import Diagnostic, MethodError
-from lorary.spec.interfaces import Delta, Init, Join, Scale, Shapes
+from lorary.spec.interfaces import Delta, Init, Join, Rule, Scale, Shapes
 from lorary.spec.method import Method, braces
 from lorary.spec.site import Site
 
@@ -105,6 +105,28 @@ class AdaptedSite:
             what = f"{where} and is frozen: nothing could train"
             found.append(Diagnostic(self.site.name, what, "exclude it, or use another init"))
         return found
+
+
+def family(method: Method) -> tuple[Any, ...]:
+    """The parts of a method that do not vary between its own sites: equal for all sites of one method.
+
+    Ranks, alphas and what training has made of a delta may differ from site to site.
+    """
+    kinds = type(method.delta), type(method.scale)
+    return *kinds, method.init, method.join, method.frozen, method.lr, method.rules, method.dropout
+
+
+def by_method(sites: Iterable[AdaptedSite]) -> list[list[AdaptedSite]]:
+    """The sites of each method of a plan or an adapter; one group where it has one method."""
+    groups: dict[tuple[Any, ...], list[AdaptedSite]] = {}
+    for s in sites:
+        groups.setdefault(family(s.method), []).append(s)
+    return list(groups.values())
+
+
+def rules_of(sites: Iterable[AdaptedSite]) -> tuple[Rule, ...]:
+    """The rules of all sites, each once."""
+    return tuple(dict.fromkeys(rule for s in sites for rule in s.method.rules))
 
 
 def unique_tensor_sets(sites: Iterable[AdaptedSite]) -> list[AdaptedSite]:

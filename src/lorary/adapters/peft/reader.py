@@ -126,9 +126,9 @@ class _Reader:
         roles = shared_shapes(sites)
         if stored:
             return {role: values[self.type.shared[role]] for role in roles}
-        method, names = sites[0].method, ", ".join(self.type.shared.values())
-        self.findings.notes.append(f"the file has no {names}: drawn by {method.init}")
-        return regenerate(method, sites, dict.fromkeys(roles, torch.float32))
+        names = ", ".join(self.type.shared.values())
+        self.findings.notes.append(f"the file has no {names}: drawn by {sites[0].init}")
+        return regenerate(sites, dict.fromkeys(roles, torch.float32))
 
     def _sites(self) -> tuple[AdaptedSite, ...]:
         if not self.type.factors and self.layers is None:

@@ -41,7 +41,7 @@ def fixed(
     ]
     trained += [(f.size, f.size * width if width else f.bytes) for f in plan.full if f.trains]
     state = sum(math.ceil(n * _state(optimizer, n, size // max(1, n))) for n, size in trained)
-    rules = sum(rule.state_bytes(site.shapes) for site in plan.sites for rule in plan.method.rules)
+    rules = sum(rule.state_bytes(site.shapes) for site in plan.sites for rule in site.method.rules)
     gradients = sum(size for _, size in trained)
     return Memory(_weights(model, plan, width), plan.adapter_bytes, gradients, state, None, None, None, rules=rules)
 

@@ -31,8 +31,9 @@ class Rules:
     Attributes:
         step: optimizer steps done.
         layers: the adapted layers.
-        rules: the method's rules.
+        rules: the method's rules; those of each method, if there are several.
         states: one per rule, its tensors by name.
+        groups: one per rule, the layers that have it.
     """
 
     model: nn.Module = field(repr=False)
@@ -43,54 +44,57 @@ class Rules:
     layers: list[Adapted] = field(init=False, repr=False)
     rules: tuple[Rule, ...] = field(init=False)
     states: list[dict[str, Tensor]] = field(init=False, repr=False)
+    groups: list[list[Adapted]] = field(init=False, repr=False)
 
     def __post_init__(self, state: Mapping[str, Tensor] | None) -> None:
         self.layers = list(adapted_layers(self.model).values())
-        self.rules = self.layers[0].method.rules if self.layers else ()
+        self.rules = tuple(dict.fromkeys(rule for layer in self.layers for rule in layer.method.rules))
+        self.groups = [[layer for layer in self.layers if rule in layer.method.rules] for rule in self.rules]
         what, fix = "changes the optimizer's state", "lorary.rules(model, steps, optimizer)"
         names = [type(rule).__name__ for rule in self.rules if rule.needs_optimizer and self.optimizer is None]
         if names:
             problems = [Diagnostic(name, what, fix) for name in names]
             raise StateError("the method's rules need the optimizer:", problems)
-        self.states = [rule.start(self.layers, self.steps) for rule in self.rules]
+        self.states = [rule.start(group, self.steps) for rule, group in zip(self.rules, self.groups, strict=True)]
         if state is None:
             self._before_step()
         else:  # the rules have done their work before the first step
             self.load_state_dict(state)
 
     @property
-    def _rules_and_states(self) -> Iterator[tuple[Rule, dict[str, Tensor]]]:
-        return zip(self.rules, self.states, strict=True)
+    def _each(self) -> Iterator[tuple[Rule, list[Adapted], dict[str, Tensor]]]:
+        """Every rule with its layers and its state."""
+        return zip(self.rules, self.groups, self.states, strict=True)
 
     def _before_step(self) -> None:
-        for rule, state in self._rules_and_states:
-            rule.before_step(self.layers, state, self.step + 1)
+        for rule, layers, state in self._each:
+            rule.before_step(layers, state, self.step + 1)
 
     @mode_independent
     def penalty(self) -> Tensor | float:
         """The sum of the rules' terms of the training loss."""
-        terms = [rule.penalty(self.layers, state) for rule, state in self._rules_and_states]
+        terms = [rule.penalty(layers, state) for rule, layers, state in self._each]
         return sum(terms[1:], start=terms[0]) if terms else 0.0
 
     @mode_independent
     def after_backward(self) -> None:
         """Call when the gradients of an optimizer step are complete, before clipping."""
-        for rule, state in self._rules_and_states:
-            rule.after_backward(self.layers, state, self.step + 1)
+        for rule, layers, state in self._each:
+            rule.after_backward(layers, state, self.step + 1)
 
     @torch.no_grad()
     @mode_independent
     def after_step(self) -> None:
         """Call after the optimizer has stepped, before the gradients are cleared."""
         self.step += 1
-        for rule, state in self._rules_and_states:
-            rule.after_step(self.layers, state, self.step, self)
+        for rule, layers, state in self._each:
+            rule.after_step(layers, state, self.step, self)
         self._before_step()
 
     @mode_independent
     def report(self) -> dict[str, Any]:
         """Metrics of the rules for the log: numbers, or numbers by site."""
-        reports = [rule.report(self.layers, state) for rule, state in self._rules_and_states]
+        reports = [rule.report(layers, state) for rule, layers, state in self._each]
         return {name: value for report in reports for name, value in report.items()}
 
     @mode_independent

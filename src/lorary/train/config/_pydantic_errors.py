@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from lorary.errors import Diagnostic, did_you_mean, suggestion
 from lorary.train.config._aliases import NormalisedConfig, show
+from lorary.train.config._sections import AlsoSection
 from lorary.train.config.drop import DropSection
 from lorary.train.config.sources import Source
 from lorary.train.config.yaml_source import Place
@@ -18,6 +19,7 @@ _EXAMPLES: dict[Place, str] = {
     ("data",): "data: builtin:docstrings",
     ("data", "train"): "train: builtin:docstrings",
 }
+_ALSO = {"name": "name: vera", "targets": "targets: mlp"}
 _PARTS = ("[key]", "[path]", "[source]")  # pydantic's names of places that are no keys of the user's
 _SOURCE_KEYS = {"type": "format", "name": "subset", "data_files": "path", "ratio": "weight", "probability": "weight"}
 _KINDS = {
@@ -50,7 +52,7 @@ def _problem(details: dict[str, Any], config: NormalisedConfig) -> Diagnostic:
     dotted = _dotted(place)
     key, fix = config.spelt.get(place) or dotted, ""
     if kind == "missing":
-        example = _EXAMPLES.get(place, "path: rows.jsonl")
+        example = _EXAMPLES.get(place) or _ALSO.get(str(place[-1]), "path: rows.jsonl")
         what, fix = f"`{dotted}` is missing", f"for example `{example}`"
     elif kind in _BOUNDS:
         name, relation = _BOUNDS[kind]
@@ -59,9 +61,9 @@ def _problem(details: dict[str, Any], config: NormalisedConfig) -> Diagnostic:
         choices = [choice.strip("'") for choice in limits["expected"].replace(" or ", ", ").split(", ")]
         what = f"`{key}` must be one of {', '.join(f'`{choice}`' for choice in choices)}, not {show(value)}"
         fix = suggestion(value, choices) if isinstance(value, str) else ""
-    elif kind == "extra_forbidden":  # in `method.drop` or a source: `normalise` has checked the other sections
+    elif kind == "extra_forbidden":  # in `also`, `drop` or a source: `normalise` has checked the other sections
         what = f"unknown key `{place[-1]}` in `{_dotted(place[:-1])}`"
-        fix = _known_key(str(place[-1]), in_source=place[0] == "data")
+        fix = _known_key(str(place[-1]), place)
     elif kind == "problem":  # of `lorary.train.config._fields`
         what, fix = f"`{key}` {limits['what']}", limits["fix"]
     elif kind in ("too_short", "string_too_short"):
@@ -71,11 +73,13 @@ def _problem(details: dict[str, Any], config: NormalisedConfig) -> Diagnostic:
     return Diagnostic(config.find(place), what, fix)
 
 
-def _known_key(key: str, in_source: bool) -> str:
-    """A hint for an unknown key of a source, where other tools' names are known, or of `method.drop`."""
+def _known_key(key: str, place: Place) -> str:
+    """A hint for an unknown key of a source, where other tools' names are known, of `method.also` or `method.drop`."""
+    in_source = place[0] == "data"
     if in_source and key in _SOURCE_KEYS:
         return f"write `{_SOURCE_KEYS[key]}`"
-    return did_you_mean(key, Source.model_fields if in_source else DropSection.model_fields)
+    section = Source if in_source else AlsoSection if "also" in place else DropSection
+    return did_you_mean(key, section.model_fields)
 
 
 def _limit(value: float) -> str:

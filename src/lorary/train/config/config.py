@@ -19,10 +19,10 @@ from pydantic.fields import FieldInfo
 from lorary import methods  # noqa: F401 (registers the presets)
 from lorary.errors import PlanError
 from lorary.methods.lora_drop import probe_note
-from lorary.model.loading.source import ModelSection, Section
-from lorary.model.planning import default_targets, plan
+from lorary.model.loading.source import Section
+from lorary.model.planning import plan
 from lorary.spec.method import Method
-from lorary.spec.presets import method, resolve_presets
+from lorary.spec.presets import resolve_presets
 from lorary.train.config._fields import (
     Alpha,
     Count,
@@ -41,6 +41,7 @@ from lorary.train.config._fields import (
 )
 from lorary.train.config._paths import absolute
 from lorary.train.config._places import located
+from lorary.train.config._sections import AlsoSection, BaseSection, build_method, method_defaults
 from lorary.train.config.drop import DropSection
 from lorary.train.config.previous_tasks import load_previous_tasks
 from lorary.train.config.sources import RowFormatName, Sources
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
     from lorary.model.plan import Plan
 
 LORA_LR = 2e-4
-_LORA_OPTIONS = ("r", "alpha", "dropout")
 AnySection = TypeVar("AnySection", bound=Section)
 
 
@@ -88,6 +88,9 @@ class MethodSection(Section):
     )
     alphas: dict[PathPattern, Alpha] = Field(default={}, description="alphas, likewise")
     options: dict[str, Any] = Field(default={}, description="presets' parameters, such as {ratio: 16} for lora+")
+    also: tuple[AlsoSection, ...] = Field(
+        default=(), description="further methods for other layers, such as [{name: vera, targets: mlp}]"
+    )
     after: Names = Field(default=(), description="adapter folders of the earlier tasks, in order (o-lora)")
     drop: DropSection | None = Field(
         default=None, description="LoRA-drop, such as {threshold: 0.9, sample: 0.1}; empty: one LoRA per layer"
@@ -99,8 +102,12 @@ class MethodSection(Section):
         Raises:
             MethodError: unknown presets or options, and every contradiction between them.
         """
-        options = {key: value for key in _LORA_OPTIONS if (value := getattr(self, key)) is not None}
-        return method(*self.name, **options, **self.options)
+        return build_method(self)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The presets of this method and of those beside it."""
+        return tuple(dict.fromkeys([*self.name, *(name for part in self.also for name in part.name)]))
 
     def plan(self, model: nn.Module, past: Sequence[Adapter] | None = None, new: Sequence[str] = ()) -> Plan:
         """The plan of this method for a model, which stays unchanged. Raises what `build` and `lorary.plan` raise.
@@ -113,20 +120,11 @@ class MethodSection(Section):
         past = load_previous_tasks(self.after) if past is None else past
         options: dict[str, Any] = {"ranks": self.ranks, "alphas": self.alphas, "exclude": self.exclude}
         options |= {"layers": self.layers, "full": (*self.train_in_full, *new), "head": self.head}
-        planned = plan(model, self.build(), self.targets, **options, after=past)
+        several = {self.targets or (): self.build()} | {part.targets: part.build() for part in self.also}
+        planned = plan(model, *((several,) if self.also else (self.build(), self.targets)), **options, after=past)
         if self.drop is None:
             return planned
         return dataclasses.replace(planned, notes=(*planned.notes, probe_note(self.drop.threshold, self.drop.sample)))
-
-
-class BaseSection(ModelSection):
-    """The base model, and the adapter that training starts from."""
-
-    adapter: str | None = Field(
-        default=None,
-        min_length=1,
-        description="trained adapter to go on from: a run or adapter folder; it brings its method, ranks and targets",
-    )
 
 
 class DataSection(Section):
@@ -315,7 +313,7 @@ class Config(Section):
         Args:
             names: the presets of `model.adapter`, whose method replaces the section's.
         """
-        names = names or self.method.name
+        names = names or self.method.names
         training: dict[str, Any] = {"eval_batch_size": self.training.batch_size}
         notes: list[str] = []
         if self.training.max_steps is None:
@@ -334,7 +332,7 @@ class Config(Section):
             notes = [f"training.lr: {training['lr']:g}, the default of {self.task} with {', '.join(names)}"]
         sections = {
             "training": _with_defaults(self.training, training).model_copy(update=self._without_warmup()),
-            "method": self.method if self.model.adapter else _with_defaults(self.method, self._method_defaults()),
+            "method": self.method if self.model.adapter else self._resolved_method(),
             "output": str(Path(self.output).expanduser()),
         }
         return self.model_copy(update=sections).with_notes(*notes)
@@ -348,15 +346,10 @@ class Config(Section):
         located = absolute(self.model_dump(), Path.cwd())
         return Config.model_validate(located).with_notes(*self._notes)
 
-    def _method_defaults(self) -> dict[str, Any]:
-        """r, alpha, dropout and targets of the presets, as far as the method has them."""
-        found: dict[str, Any] = {}
-        for preset in resolve_presets(self.method.name):
-            found |= {key: preset.parameters[key] for key in _LORA_OPTIONS if key in preset.parameters}
-        method = self.method.build()
-        if not hasattr(method.scale, "alpha"):  # another preset replaced LoRA's scale
-            found.pop("alpha", None)
-        return found | {"targets": default_targets(method)}
+    def _resolved_method(self) -> MethodSection:
+        section = _with_defaults(self.method, method_defaults(self.method))
+        also = tuple(_with_defaults(part, method_defaults(part)) for part in section.also)
+        return section.model_copy(update={"also": also}) if also else section
 
     def record(self) -> dict[str, Any]:
         """Plain data for a file. An adapter to go on from brings its method: only what was said beside it is there."""

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from lorary.errors import Diagnostic, MethodError
+from lorary.errors import Diagnostic, MethodError, deduplicated
 from lorary.methods.lora_drop import sharing_problems
 from lorary.spec.interfaces import Sequential
 from lorary.train.config.config import Config
@@ -153,13 +153,19 @@ def _method(c: Config) -> Iterator[Diagnostic]:
         yield from _beside_an_adapter(c)
         return
     try:
-        method = c.method.build()
+        method, others = c.method.build(), [part.build() for part in c.method.also]
     except MethodError:  # reported at the method's own keys
         return
+    if c.method.also and c.method.targets is None:
+        yield Diagnostic("method.targets", "must be said beside `method.also`: which layers are left for this method?")
+    named = [c.method.targets, *(part.targets for part in c.method.also)]
+    for i, part in enumerate(c.method.also):
+        if part.targets in named[: i + 1]:
+            yield Diagnostic("method.also", f"names `{', '.join(part.targets)}` again", "each layer has one method")
     if c.method.drop is not None:
-        for problem in sharing_problems(method):
+        for problem in deduplicated(p for one in (method, *others) for p in sharing_problems(one)):
             yield Diagnostic("method.drop", problem.what, problem.fix)
-    if c.method.after and not isinstance(method.delta, Sequential):
+    if c.method.after and not any(isinstance(one.delta, Sequential) for one in (method, *others)):
         what = f"`{', '.join(c.method.name)}` cannot continue from earlier tasks"
         yield Diagnostic("method.after", what, "set method.name: o-lora")
     length = method.context.length if method.context is not None else None
@@ -171,7 +177,7 @@ def _method(c: Config) -> Iterator[Diagnostic]:
 def _beside_an_adapter(c: Config) -> Iterator[Diagnostic]:
     """Sections that choose layers, which an adapter to go on from has chosen already."""
     fix = "leave it out: training goes on with the adapter's own"
-    for key in ("exclude", "ranks", "alphas"):
+    for key in ("exclude", "ranks", "alphas", "also"):
         if getattr(c.method, key):
             yield Diagnostic(f"method.{key}", "has no effect beside `model.adapter`, which has its layers", fix)
     if c.method.options and "name" not in c.method.model_fields_set:

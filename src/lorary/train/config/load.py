@@ -15,6 +15,7 @@ from lorary.spec.presets import presets
 from lorary.train.config._aliases import NormalisedConfig, apply_switches, normalise
 from lorary.train.config._paths import absolute
 from lorary.train.config._pydantic_errors import explain
+from lorary.train.config._sections import AlsoSection
 from lorary.train.config._valid_part import ValidPart
 from lorary.train.config.config import SECTIONS, Config, MethodSection
 from lorary.train.config.conflicts import CHECKS
@@ -170,21 +171,28 @@ def _method_problems(valid: ValidPart, found: NormalisedConfig) -> list[Diagnost
         return []
     section = valid.config.method
     try:
-        section.build()
-    except MethodError as error:
-        return [_located(problem, section, found) for problem in error.problems]
-    return []
+    parts: dict[Place, MethodSection | AlsoSection] = {("method",): section}
+    parts |= {("method", "also", i): part for i, part in enumerate(section.also)}
+    problems = []
+    for place, part in parts.items():
+        try:
+            part.build()
+        except MethodError as error:
+            problems += [_located(problem, part, place, found) for problem in error.problems]
+    return problems
 
 
-def _located(problem: Diagnostic, section: MethodSection, found: NormalisedConfig) -> Diagnostic:
+def _located(
+    problem: Diagnostic, section: MethodSection | AlsoSection, at: Place, found: NormalisedConfig
+) -> Diagnostic:
     key, fix = problem.where.strip("'\""), problem.fix
-    place: Place = ("method", "name")
+    place: Place = (*at, "name")
     if key in section.name:
-        place = ("method", "name", section.name.index(key))
+        place = (*at, "name", section.name.index(key))
     elif key in section.options:
-        place = ("method", "options", key)
+        place = (*at, "options", key)
     elif key in ("r", "alpha", "dropout"):
-        place = ("method", key)
+        place = (*at, key)
     if "is not an option" in problem.what:
         owners = [preset.name for preset in presets().values() if key in preset.parameters]
         fix = f"it is an option of {', '.join(owners)}" if owners else fix

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,8 @@ from lorary.errors import ConfigError, Diagnostic, MethodError
 from lorary.model.planning import plan_of_adapter
 from lorary.model.scan import scan
 from lorary.model.targets import resolve
-from lorary.spec.method import AXES, Method
+from lorary.spec.method import AXES
+from lorary.spec.placement import by_method
 from lorary.spec.presets import method as method_of
 from lorary.train.config.config import Config, MethodSection
 from lorary.train.config.previous_tasks import digest, path_of
@@ -59,7 +61,7 @@ def plan_to_go_on(config: Config, model: nn.Module, start: Adapter) -> Plan:
         ConfigError: the method section says something else than the adapter; every difference.
         PlanError: the adapter does not fit the model.
     """
-    if problems := [*_differences(config.method, start.method), *_other_targets(config.method, model, start)]:
+    if problems := [*_differences(config.method, start), *_other_targets(config.method, model, start)]:
         raise ConfigError("the configuration contradicts the adapter that it goes on from:", problems)
     return plan_of_adapter(model, start)
 
@@ -75,9 +77,9 @@ def _for_training(adapter: Adapter, section: MethodSection) -> Adapter:
     return dataclasses.replace(adapter, method=adapter.method.replace(**said), sites=sites)
 
 
-def _differences(section: MethodSection, there: Method) -> Iterator[Diagnostic]:
-    """What the method section says otherwise than the adapter's method."""
-    said = section.model_fields_set
+def _differences(section: MethodSection, adapter: Adapter) -> Iterator[Diagnostic]:
+    """What the method section says otherwise than the adapter's method, or one of its methods."""
+    said, there = section.model_fields_set, adapter.method
     theirs = {"r": getattr(there.delta, "r", None), "alpha": getattr(there.scale, "alpha", None)}
     for key in ("r", "alpha"):
         value = getattr(section, key)
@@ -90,10 +92,10 @@ def _differences(section: MethodSection, there: Method) -> Iterator[Diagnostic]:
         here = method_of(*section.name, **options, **section.options)
     except MethodError:  # LoRA's options, and a method without them
         here = method_of(*section.name, **section.options)
-    for axis in AXES:
-        mine, its = getattr(here, axis), getattr(there, axis)
+    names, methods = " + ".join(section.name), [there, *(group[0].method for group in by_method(adapter.sites)[1:])]
+    for axis, one in itertools.product(AXES, methods):
+        mine, its = getattr(here, axis), getattr(one, axis)
         if mine != its and axis not in _FREE and not _alike(axis, mine, its):
-            names = " + ".join(section.name)
             yield Diagnostic(f"method.name: {axis}", f"`{names}` has {_shown(mine)}, the adapter {_shown(its)}", _FIX)
 
 

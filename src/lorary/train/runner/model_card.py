@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from lorary.adapters.peft.config import NAME as PEFT_CONFIG
 from lorary.model.fingerprint import base_name
 from lorary.model.plan import Plan, human_bytes
+from lorary.spec.placement import by_method
 from lorary.spec.presets import names_of
 from lorary.train.config.config import Config
 from lorary.train.config.previous_tasks import path_of
@@ -154,7 +155,7 @@ def _training(data: CardData) -> dict[str, str]:
 
 
 def _method_names(config: Config, plan: Plan) -> tuple[str, ...]:
-    return names_of(plan.method) if config.model.adapter else config.method.name
+    return names_of(plan.method) if config.model.adapter else config.method.names
 
 
 def _memory(run: Run) -> str:
@@ -195,7 +196,9 @@ def _scores(record: Mapping[str, Any]) -> dict[str, float]:
 
 def _components(plan: Plan) -> str:
     """The method's components in one line."""
-    return "; ".join(re.sub(r"  +", " ", row.strip()) for row in str(plan.method).splitlines()[1:])
+    methods = [group[0].method for group in by_method(plan.sites)]
+    texts = [str(one).splitlines()[1:] for one in (methods if len(methods) > 1 else [plan.method])]
+    return " | ".join("; ".join(re.sub(r"  +", " ", row.strip()) for row in rows) for rows in texts)
 
 
 def _result(data: CardData) -> dict[str, str]:

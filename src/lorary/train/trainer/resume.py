@@ -78,7 +78,8 @@ def warn_of_pruning_since(best: Adapter, step: int, ranks: Mapping[str, int]) ->
         step: when it was written.
         ranks: site -> rank directions at the end of the run; empty if no rule prunes.
     """
-    here, there = sum(ranks.values()), sum(map(directions_of, best.compact().sites))
+    here = sum(ranks.values())
+    there = sum(directions_of(site) for site in best.compact().sites if site.site.name in ranks)
     if ranks and there > here:
         text = "the best checkpoint is that of step %d, when there were %d directions; the run has ended with %d"
         _log.warning(text, step, there, here)

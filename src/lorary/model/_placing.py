@@ -1,0 +1,106 @@
+"""The layers that the methods of a plan adapt, each with its own rank and alpha."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorary.errors import Diagnostic, MethodError, suggestion
+from lorary.layers.kinds import site
+from lorary.model._full_parameters import parameters_by_pattern
+from lorary.model._parts import Part, joined
+from lorary.model._presets import PRESETS
+from lorary.model.layer_ranges import LayerChoice, Layers, choose_layers
+from lorary.model.patterns import expression_problems, matches
+from lorary.model.scan import Scan
+from lorary.model.targets import TargetMatch, as_list, resolve
+from lorary.spec.method import Method
+from lorary.spec.placement import AdaptedSite, with_rank
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The arguments of `plan` that narrow its targets, or say ranks and alphas by pattern."""
+
+    exclude: str | Sequence[str]
+    layers: Layers | None
+    ranks: Mapping[str, int]
+    alphas: Mapping[str, float]
+
+
+def adapted_sites(
+    scanned: Scan, parts: Sequence[Part], wanted: Wanted
+) -> tuple[list[AdaptedSite], list[Diagnostic], list[str]]:
+    """The adapted sites in the model's order, every problem with them, and notes."""
+    if parts[0].method.delta is None:  # targets have a default, so only explicit arguments can be wrong
+        what = "has no effect: this method adapts no layer"
+        problems = [Diagnostic(key, what) for key, value in vars(wanted).items() if value not in (None, (), {}, [])]
+        return [], problems, []
+    targets = [entry for part in parts for entry in as_list(part.targets)]
+    patterns = {"targets": targets, "exclude": as_list(wanted.exclude), "ranks": wanted.ranks, "alphas": wanted.alphas}
+    if invalid := expression_problems(patterns, scanned.modules):
+        return [], invalid, []
+    found, problems = [], []
+    for part in parts:
+        matched, unresolved = resolve(scanned, part.targets, wanted.exclude)
+        found.append(_without_full(scanned, matched, part.targets, part.method))
+        problems += unresolved
+    names = [match.name for matched in found for match in matched]
+    choice = LayerChoice(set(names))
+    if wanted.layers is not None:
+        choice = choose_layers(scanned, names, wanted.layers, targets)
+        problems += choice.problems
+    found = [[match for match in matched if match.name in choice.kept] for matched in found]
+    everywhere = [match for matched in found for match in matched]
+    problems += _unmatched("ranks", wanted.ranks, everywhere) + _unmatched("alphas", wanted.alphas, everywhere)
+    placed = []
+    for part, matched in zip(parts, found, strict=True):
+        sites, unplaced = _sites_of(part.method, matched, wanted.ranks, wanted.alphas)
+        placed.append((part, sites))
+        problems += unplaced
+    if len(parts) == 1:
+        return placed[0][1], problems, choice.notes
+    together, overlapping = joined(scanned, placed)
+    return together, [*problems, *overlapping], choice.notes
+
+
+def _sites_of(
+    method: Method, found: list[TargetMatch], ranks: Mapping[str, int], alphas: Mapping[str, float]
+) -> tuple[list[AdaptedSite], list[Diagnostic]]:
+    """The sites of one method."""
+    sites, problems = [], []
+    if any(matches(str(pattern), f.name) for pattern in alphas for f in found) and not hasattr(method.scale, "alpha"):
+        problems.append(Diagnostic("alphas", f"{method.scale} has no alpha", "leave them out"))
+        alphas = {}
+    for f in found:
+        r = next((value for pattern, value in ranks.items() if matches(str(pattern), f.name)), None)
+        alpha = next((value for pattern, value in alphas.items() if matches(str(pattern), f.name)), None)
+        try:
+            sites.append(AdaptedSite(site(f.name, f.layer, f.parts), with_rank(method, r, alpha)))
+        except MethodError as error:
+            problems += [Diagnostic(f.name, problem.what) for problem in error.problems]
+    return sites, problems
+
+
+def _without_full(
+    scanned: Scan, found: list[TargetMatch], targets: str | Sequence[str], method: Method
+) -> list[TargetMatch]:
+    """The matches without layers that train in full, unless a target names them: that is refused later."""
+    trained = set().union(*parameters_by_pattern(scanned, method).values())
+    inside = [f for f in found if scanned.names.get(f"{f.name}.weight") in trained]
+    if not inside:
+        return found
+    named = [entry for entry in as_list(targets) if entry not in PRESETS]
+    kept = {f.name for f in resolve(scanned, named)[0]} if named else set()
+    return [f for f in found if f not in inside or f.name in kept]
+
+
+def _unmatched(field: str, patterns: Mapping[str, Any], found: list[TargetMatch]) -> list[Diagnostic]:
+    """The patterns of `ranks` or `alphas` that match no adapted site."""
+    known = {f.name.rpartition(".")[2] for f in found}
+    return [
+        Diagnostic(field, f"`{pattern}` matches no adapted site", suggestion(pattern.rpartition(".")[2], known))
+        for pattern in map(str, patterns)
+        if found and not any(matches(pattern, f.name) for f in found)
+    ]

@@ -1,0 +1,72 @@
+"""Sections of a configuration: the base with the adapter to go on from, and one of several methods."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from pydantic import Field
+
+from lorary.model.loading import source
+from lorary.model.loading.source import Section
+from lorary.model.planning import default_targets
+from lorary.spec.method import Method
+from lorary.spec.presets import method, resolve_presets
+from lorary.train.config._fields import Alpha, Fraction, Size, SomeNames
+
+_LORA_OPTIONS = ("r", "alpha", "dropout")
+
+
+class BaseSection(source.ModelSection):
+    """The base model, and the adapter that training goes on from."""
+
+    adapter: str | None = Field(
+        default=None,
+        min_length=1,
+        description="run or adapter folder to go on from; it brings its method, ranks and targets",
+    )
+
+
+class AlsoSection(Section):
+    """One more method, for other layers: their exceptions, ranks and alphas by glob stand beside `also`."""
+
+    name: SomeNames = Field(description="presets to combine")
+    targets: SomeNames = Field(description="its layers")
+    r: Size | None = Field(default=None, description="rank; empty: the method's default")
+    alpha: Alpha | None = Field(default=None, description="alpha, likewise")
+    dropout: Fraction | None = Field(default=None, description="dropout on the adapter's input; empty: 0")
+    options: dict[str, Any] = Field(default={}, description="presets' parameters")
+
+    def build(self) -> Method:
+        """The method of this section; see `MethodSection.build`."""
+        return build_method(self)
+
+
+class OneMethod(Protocol):
+    """The part of a section that says a method."""
+
+    @property
+    def name(self) -> Sequence[str]: ...
+    @property
+    def options(self) -> dict[str, Any]: ...
+
+
+def build_method(section: OneMethod) -> Method:
+    """The method that a section says.
+
+    Raises:
+        MethodError: unknown presets or options, and every contradiction between them.
+    """
+    options = {key: value for key in _LORA_OPTIONS if (value := getattr(section, key)) is not None}
+    return method(*section.name, **options, **section.options)
+
+
+def method_defaults(section: OneMethod) -> dict[str, Any]:
+    """r, alpha, dropout and targets of the presets, as far as the method has them."""
+    found: dict[str, Any] = {}
+    for preset in resolve_presets(section.name):
+        found |= {key: preset.parameters[key] for key in _LORA_OPTIONS if key in preset.parameters}
+    built = build_method(section)
+    if not hasattr(built.scale, "alpha"):  # another preset replaced LoRA's scale
+        found.pop("alpha", None)
+    return found | {"targets": default_targets(built)}
