@@ -63,10 +63,26 @@ def build_trainer(
             callbacks=callbacks,
         )
     trainer.remove_callback(PrinterCallback)
+    if prepared.config.training.torch_compile:
+        compile_backbone(model)
     trainer.predicted = prepared.memory
+    trainer.optimizer_options = dict(prepared.config.training.optimizer_options)
     if prepared.config.data.packing:
         check_packing(model, trainer.data_collator)
     return trainer
+
+
+def compile_backbone(model: Any, **options: Any) -> None:
+    """Compile the backbone in place.
+
+    The loss selects labelled tokens, whose number changes with every batch: it stays outside. In place, no name of the
+    model changes, and Transformers' own option would leave its settings in the environment of later runs.
+
+    Args:
+        model: of Transformers.
+        options: of `torch.compile`.
+    """
+    getattr(model, "base_model", model).compile(**options)
 
 
 @contextmanager

@@ -77,6 +77,7 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
         batch: the shape of the latest micro-batch, and whether it was for training.
         predicted: the predicted memory of the run, for messages.
         fingerprint: of the base.
+        optimizer_options: further arguments of the optimizer's class.
 
     Raises:
         StateError: no adapter is attached.
@@ -102,6 +103,7 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
         self.sampler: SeededSampler | None = None
         self.batch: tuple[tuple[int, ...], bool] | None = None
         self.predicted: Memory | None = None
+        self.optimizer_options: dict[str, Any] = {}
         self._resumed: dict[str, Any] = {}
         self.optimizer: Any
         before = model.__dict__.get("forward")
@@ -163,7 +165,7 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
                 problem = Diagnostic("optim", what, "use adamw_torch")
                 raise TrainingError("this optimizer cannot train adapters:", [problem])
             groups = lorary.param_groups(model, lr=self.args.learning_rate, weight_decay=self.args.weight_decay)
-            self.optimizer = kind(groups, **settings)
+            self.optimizer = kind(groups, **settings | self.optimizer_options)
         return self.optimizer
 
     def start_rules(self, steps: int) -> None:
