@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from trl import pack_dataset
 from lorary.adapters.adapter import Adapter
 from lorary.analysis.memory.memory import Memory
 from lorary.analysis.memory.predict import predict
-from lorary.errors import ConfigError
+from lorary.errors import ConfigError, independent
 from lorary.layers.rope import max_context, rope_parameters
 from lorary.model.loading.checkpoint_kind import reader
 from lorary.model.loading.from_pretrained import load_config, load_dtype, load_tokenizer, skeleton
@@ -73,11 +74,10 @@ def prepare(config: Config, *, processes: int = 1) -> RunPlan:
     past = load_previous_tasks(config.method.after)
     method = config.method.model_copy(update={"after": with_digests(config.method.after, past)})
     config = config.model_copy(update={"method": method})
-    model = skeleton(config.model)
-    plan = config.plan(model, past)
-    reader(config.model.id, model.config, plan.method.storage, None)  # refuses other quantisations
+    (model, plan), data = independent(
+        lambda: _planned(config, past), lambda: load(config.data, config.task, config.training.seed)
+    )
     tokenizer = load_tokenizer(config.model)
-    data = load(config.data, config.task, config.training.seed)
     train = tokenize(data.train, tokenizer, config.data)
     held_out = tokenize(data.validation, tokenizer, config.data) if data.validation else None
     report = lint(train, tokenizer, model.get_input_embeddings().num_embeddings, held_out)
@@ -87,6 +87,14 @@ def prepare(config: Config, *, processes: int = 1) -> RunPlan:
     notes += _length_notes(model.config.get_text_config(), plan, _longest(config, report))
     steps = _count_steps(config, train, processes)
     return RunPlan(config, tokenizer, train, held_out, report, plan, memory, steps, notes, tuple(past))
+
+
+def _planned(config: Config, past: Sequence[Adapter]) -> tuple[Any, Plan]:
+    """The base on the meta device, and the plan for it."""
+    model = skeleton(config.model)
+    plan = config.plan(model, past)
+    reader(config.model.id, model.config, plan.method.storage, None)  # refuses other quantisations
+    return model, plan
 
 
 def with_plan(prepared: RunPlan, plan: Plan) -> RunPlan:

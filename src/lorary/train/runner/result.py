@@ -21,6 +21,8 @@ class Run:
         seconds: training time of this session.
         predicted: predicted bytes of memory; None if they could not be computed.
         measured: measured bytes of memory.
+        planned_steps: the steps of a run that does not stop early; None if it is not known.
+        best_step: the step whose adapter was kept as the best; None for the last step's.
     """
 
     folder: Path
@@ -30,6 +32,20 @@ class Run:
     seconds: float
     predicted: int | None
     measured: int
+    planned_steps: int | None = None
+    best_step: int | None = None
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether early stopping ended it."""
+        return not self.interrupted and self.planned_steps is not None and self.steps < self.planned_steps
+
+    @property
+    def ending(self) -> str:
+        """How it ended, and the step of its adapter, as a sentence."""
+        early = f" of {self.planned_steps:,}, stopped early" if self.stopped_early else ""
+        best = f" of step {self.best_step:,}, the best," if self.best_step is not None else ""
+        return f"done: {self.steps:,} steps{early}, in {self.seconds:.0f} s, adapter{best} in {self.adapter}"
 
     @property
     def adapter(self) -> Path:

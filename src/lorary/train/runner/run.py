@@ -116,6 +116,8 @@ def _run(
         seconds=time.monotonic() - start,
         predicted=prepared.memory.total if prepared.memory.activations is not None else None,
         measured=process_memory.peak_bytes() - before,
+        planned_steps=trainer.state.max_steps,
+        best_step=(trainer.state.best_global_step or None) if prepared.config.training.keeps_best else None,
     )
     if not result.interrupted:
         trainer.save_model(str(result.adapter))
@@ -153,7 +155,7 @@ def _write_results(prepared: RunPlan, folder: RunFolder, result: Run, tokens: in
     card = model_card(folder.path.absolute().name, data)
     folder.write(CARD, card)
     folder.write(f"{ADAPTER}/{CARD}", card)
-    _log.info("done: %d steps in %.0f s, adapter in %s", result.steps, result.seconds, result.adapter)
+    _log.info("%s", result.ending)
 
 
 def environment() -> dict[str, Any]:
