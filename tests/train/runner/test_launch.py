@@ -81,5 +81,7 @@ def test_the_recipes_say_what_they_are_for() -> None:
     assert sharded["ACCELERATE_USE_FSDP"] == "true"
     assert sharded["FSDP_VERSION"] == "2"
     assert "ACCELERATE_USE_FSDP" not in copied
+    page = (ROOT / "docs" / "how-to" / "several-processes.md").read_text()
     for recipe in RECIPES.glob("*.yaml"):
+        assert recipe.read_text() in page
         assert recipe.read_text().startswith(f"# accelerate launch --config_file {recipe.name} -m lorary train my.yaml\n")
