@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+A = TypeVar("A")
+B = TypeVar("B")
+_NUMBER = re.compile(r"\d+")
+_ALIKE = 6
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,24 @@ def deduplicated(problems: Iterable[Diagnostic]) -> list[Diagnostic]:
     ]
 
 
+def folded(problems: Iterable[Diagnostic]) -> list[str]:
+    """The problems as text; of more than eight that differ only in numbers, six, and how many more there are.
+
+    >>> folded([Diagnostic(f"layers.{i}.q_proj", "is quantised") for i in range(50)])[5:]
+    ['layers.5.q_proj: is quantised', '... and 44 more like it']
+    """
+    alike: dict[tuple[str, ...], list[Diagnostic]] = {}
+    for problem in problems:
+        texts = (problem.where, problem.what, problem.fix)
+        alike.setdefault(tuple(_NUMBER.sub("#", text) for text in texts), []).append(problem)
+    lines = []
+    for group in alike.values():
+        shown = group if len(group) <= _ALIKE + 2 else group[:_ALIKE]
+        lines += [str(problem) for problem in shown]
+        lines += [f"... and {len(group) - len(shown)} more like it"] if len(shown) < len(group) else []
+    return lines
+
+
 def not_a(kind: Any, what: str, **arguments: object) -> list[Diagnostic]:
     """The errors of arguments that are not of a type, as in `not_a(nn.Module, "a torch.nn.Module", model=model)`."""
     wrong = {name: value for name, value in arguments.items() if not isinstance(value, kind)}
@@ -63,7 +87,7 @@ class LoraryError(Exception):
 
     Args:
         headline: one line: what failed.
-        problems: all problems, collected before raising.
+        problems: all problems, collected before raising; the message shows some of many alike (`folded`).
     """
 
     exit_code = 1
@@ -71,7 +95,7 @@ class LoraryError(Exception):
     def __init__(self, headline: str, problems: Iterable[Diagnostic] = ()) -> None:
         self.headline = headline
         self.problems = tuple(problems)
-        super().__init__("\n".join([headline, *(f"  - {problem}" for problem in self.problems)]))
+        super().__init__("\n".join([headline, *(f"  - {line}" for line in folded(self.problems))]))
 
 
 class MethodError(LoraryError, ValueError):
@@ -146,3 +170,22 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def _did_you_mean(near: Iterable[object]) -> str:
     names = " or ".join(f"`{name}`" for name in near)
     return f"did you mean {names}?" if names else ""
+
+
+def independent(first: Callable[[], A], second: Callable[[], B]) -> tuple[A, B]:
+    """The results of two steps that do not need each other.
+
+    Raises:
+        LoraryError: of the step that fails; if both do, the first one's, with the problems of both.
+    """
+    try:
+        result = first()
+    except LoraryError as error:
+        try:
+            second()
+        except LoraryError as other:
+            headline = other.headline.rstrip(":")
+            rest = [Diagnostic(p.where or headline, p.what, p.fix) for p in other.problems] or [Diagnostic("", headline)]
+            raise type(error)(error.headline, [*error.problems, *rest]) from error
+        raise
+    return result, second()

@@ -29,6 +29,7 @@ def train(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the run in the output folder first.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan of the run; write nothing.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="With --dry-run: all keys, also those at their defaults.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; warnings and errors only.")] = False,
 ) -> None:
     """Train an adapter.
@@ -44,7 +45,7 @@ def train(
     run_config = load(config, overrides)
     with _logging_to_stderr(quiet):
         if dry_run:
-            _dry_run(run_config)
+            _dry_run(run_config, everything)
             return
         from lorary.train.runner.run import run
 
@@ -76,15 +77,17 @@ def _logging_to_stderr(quiet: bool) -> Iterator[None]:
         logger.propagate = before[1]
 
 
-def _dry_run(config: Config) -> None:
+def _dry_run(config: Config, everything: bool) -> None:
     from rich.console import Console
 
+    from lorary.train.config.summary import summary
     from lorary.train.data.lint import rich_text, text
     from lorary.train.runner.prepare import prepare
 
     prepared = prepare(config, processes=int(os.environ.get("WORLD_SIZE", "1")))
 
-    print(prepared.config.to_yaml())
+    print(prepared.config.to_yaml() if everything else summary(config, prepared.config))
+    print()
     print(prepared.plan)
     print()
     print(prepared.memory)

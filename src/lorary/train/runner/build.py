@@ -100,8 +100,11 @@ def build_trainer(
             **options,
         )
     trainer.remove_callback(PrinterCallback)
+    if prepared.config.training.torch_compile:
+        compile_backbone(model)
     trainer.predicted = prepared.memory
     trainer.stream_digest = prepared.stream.digest if prepared.stream else ""
+    trainer.optimizer_options = dict(prepared.config.training.optimizer_options)
     if prepared.config.data.packing:
         check_packing(model, trainer.data_collator)
     return trainer
@@ -114,6 +117,19 @@ def _dataset(task: str, rows: Sequence[Row]) -> Dataset:
     if task == "grpo":  # the trainer encodes the prompts
         return Dataset.from_list([{key: value for key, value in row.items() if key != "prompt_ids"} for row in rows])
     return Dataset.from_list(list(rows))
+
+
+def compile_backbone(model: Any, **options: Any) -> None:
+    """Compile the backbone in place.
+
+    The loss selects labelled tokens, whose number changes with every batch: it stays outside. In place, no name of the
+    model changes, and Transformers' own option would leave its settings in the environment of later runs.
+
+    Args:
+        model: of Transformers.
+        options: of `torch.compile`.
+    """
+    getattr(model, "base_model", model).compile(**options)
 
 
 @contextmanager

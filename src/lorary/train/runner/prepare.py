@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from trl import pack_dataset
 from lorary.adapters.adapter import Adapter
 from lorary.analysis.memory.memory import Memory
 from lorary.analysis.memory.predict import predict
-from lorary.errors import ConfigError, DataError, Diagnostic
+from lorary.errors import ConfigError, DataError, Diagnostic, independent
 from lorary.layers.rope import max_context, rope_parameters
 from lorary.model.loading.checkpoint_kind import reader
 from lorary.model.loading.from_pretrained import load_config, load_dtype, load_tokenizer, skeleton
@@ -92,28 +93,61 @@ def prepare(config: Config, *, processes: int = 1) -> RunPlan:
     config = _identified(config.resolve(names_of(start.method) if start else ()), start, past)
     check_task(config.model, load_config(config.model), config.task)
     tokenizer = load_tokenizer(config.model)
-    data = None if config.data.streaming else load(config.data, config.task, config.training.seed)
     reward = load_reward(config.training.reward) if config.training.reward else None
-    config, labels = with_labels(config, data) if data else (config, None)
-    base = base_of_task(config, labels, tokenizer)
-    model = skeleton(config.model, base)
-    config = fit_positions(config, model)
-    new = new_modules(config, base, model)
-    plan = plan_to_go_on(config, model, start) if start else config.plan(model, past, new)
-    reader(config.model.id, model.config, plan.method.storage, None)  # refuses other quantisations
-    train, held_out, data_notes, stream = _rows(config, tokenizer, data, labels)
+    planned, data = _planned_and_data(config, tokenizer, start, past)
+    config, model, plan = planned.config, planned.model, planned.plan
+    train, held_out, data_notes, stream = _rows(config, tokenizer, data, planned.labels)
     if reward is not None:
         reward.check(set(train.rows[0]) - {"prompt", "prompt_ids"} if train.rows else set())
     report = lint(train, tokenizer, model.get_input_embeddings().num_embeddings, held_out)
     report.refuse()
     memory = _memory(config, model, plan, report)
     notes = (*config.notes, *data_notes, *report.notes, *plan.notes, *_dtype_note(config))
-    notes += tuple(label_notes(labels)) if labels else ()
+    notes += tuple(label_notes(planned.labels)) if planned.labels else ()
     notes += _length_notes(model.config.get_text_config(), plan, _longest(config, report))
     steps = _count_steps(config, train, processes)
     config = config.with_absolute_paths()
     parts = (config, tokenizer, train, held_out, report, plan, memory, steps, notes)
-    return RunPlan(*parts, past=tuple(past), base=base, labels=labels, reward=reward, start=start, stream=stream)
+    more = {"base": planned.base, "labels": planned.labels, "reward": reward, "start": start, "stream": stream}
+    return RunPlan(*parts, past=tuple(past), **more)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Planned:
+    """A base on the meta device with the plan for it."""
+
+    config: Config
+    labels: Labels | None
+    base: ModelClass | None
+    model: Any
+    plan: Plan
+
+
+def _planned_and_data(
+    config: Config, tokenizer: Any, start: Adapter | None, past: Sequence[Adapter]
+) -> tuple[_Planned, Data | None]:
+    """The plan and the data, None if it is streamed; if both are impossible, every reason."""
+
+    def read() -> Data | None:
+        return None if config.data.streaming else load(config.data, config.task, config.training.seed)
+
+    if config.task != "classification":
+        return independent(lambda: _planned(config, None, tokenizer, start, past), read)
+    data = read()  # the head has an output for each of its labels
+    labelled, labels = with_labels(config, data) if data else (config, None)
+    return _planned(labelled, labels, tokenizer, start, past), data
+
+
+def _planned(
+    config: Config, labels: Labels | None, tokenizer: Any, start: Adapter | None, past: Sequence[Adapter]
+) -> _Planned:
+    base = base_of_task(config, labels, tokenizer)
+    model = skeleton(config.model, base)
+    config = fit_positions(config, model)
+    new = new_modules(config, base, model)
+    plan = plan_to_go_on(config, model, start) if start else config.plan(model, past, new)
+    reader(config.model.id, model.config, plan.method.storage, None)  # refuses other quantisations
+    return _Planned(config, labels, base, model, plan)
 
 
 def _identified(config: Config, start: Adapter | None, past: list[Adapter]) -> Config:

@@ -48,6 +48,8 @@ class Run:
         measured: bytes of the process at its peak beyond those before the model was loaded: of the device's allocator
             if there is one, else resident memory, which holds more than tensors.
         step_memory: the tensors of one step; None if they were not counted.
+        planned_steps: the steps of a run that does not stop early; None if it is not known.
+        best_step: the step whose adapter was kept as the best; None for the last step's.
     """
 
     folder: Path
@@ -58,6 +60,20 @@ class Run:
     predicted: int | None
     measured: int
     step_memory: StepMemory | None = None
+    planned_steps: int | None = None
+    best_step: int | None = None
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether early stopping ended it."""
+        return not self.interrupted and self.planned_steps is not None and self.steps < self.planned_steps
+
+    @property
+    def ending(self) -> str:
+        """How it ended, and the step of its adapter, as a sentence."""
+        early = f" of {self.planned_steps:,}, stopped early" if self.stopped_early else ""
+        best = f" of step {self.best_step:,}, the best," if self.best_step is not None else ""
+        return f"done: {self.steps:,} steps{early}, in {self.seconds:.0f} s, adapter{best} in {self.adapter}"
 
     @property
     def adapter(self) -> Path:

@@ -156,6 +156,8 @@ def _run(
         predicted=prepared.memory.total if prepared.memory.activations is not None else None,
         measured=process_memory.peak_bytes() - before,
         step_memory=step_memory(prepared, counter) if first else None,
+        planned_steps=trainer.state.max_steps,
+        best_step=(trainer.state.best_global_step or None) if prepared.config.training.keeps_best else None,
     )
     if not result.interrupted:
         trainer.save_model(str(result.adapter))
@@ -199,7 +201,7 @@ def _write_results(prepared: RunPlan, folder: RunFolder, result: Run, trainer: A
     folder.write(CARD, card)
     folder.write(f"{ADAPTER}/{CARD}", card)
     write_report(prepared, folder, data, trainer, pruned)
-    _log.info("done: %d steps in %.0f s, adapter in %s", result.steps, result.seconds, result.adapter)
+    _log.info("%s", result.ending)
 
 
 def _write_environment(folder: RunFolder, step: int | None) -> None:

@@ -40,7 +40,6 @@ def training_arguments(config: Config, output: Path, *, held_out: bool, resumed:
         "optim": transformers_name(t.optimizer),
         **{key: value for key in _ADAM if (value := getattr(t, key)) is not None},
         "neftune_noise_alpha": t.neftune_noise_alpha,
-        "torch_compile": t.torch_compile,
         "weight_decay": t.weight_decay,
         "max_grad_norm": t.max_grad_norm,
         "seed": t.seed,

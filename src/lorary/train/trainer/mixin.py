@@ -79,6 +79,7 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
         predicted: the predicted memory of the run, for messages.
         stream_digest: of the first rows of a stream; empty: not known.
         fingerprint: of the base.
+        optimizer_options: further arguments of the optimizer's class.
 
     Raises:
         StateError: no adapter is attached.
@@ -108,6 +109,7 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
         self.batch: tuple[tuple[int, ...], bool] | None = None
         self.predicted: Memory | None = None
         self.stream_digest = ""
+        self.optimizer_options: dict[str, Any] = {}
         self._resumed: dict[str, Any] = {}
         self.optimizer: Any
         before = model.__dict__.get("forward")
@@ -170,7 +172,7 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
                 problem = Diagnostic("optim", what, "use adamw_torch")
                 raise TrainingError("this optimizer cannot train adapters:", [problem])
             groups = lorary.param_groups(model, lr=self.args.learning_rate, weight_decay=self.args.weight_decay)
-            self.optimizer = kind(groups, **settings)
+            self.optimizer = kind(groups, **settings | self.optimizer_options)
         return self.optimizer
 
     def start_rules(self, steps: int) -> None:
