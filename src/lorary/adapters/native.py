@@ -11,8 +11,8 @@
                                      path           a base parameter trained in full
 
 In the checkpoint of another library's trainer the last file, too, is called `adapter_model.safetensors`, for which
-these trainers look. PEFT's files repeat the tensors of tied sites at each of them; a reader compares the copies and keeps one. The ranks of
-earlier tasks (O-LoRA) follow the new task's there, and the record says how many belong to each.
+these trainers look. PEFT's files repeat the tensors of tied sites at each of them; a reader compares the copies and
+keeps one. The ranks of earlier tasks (O-LoRA) follow the new task's there, and the record says how many belong to each.
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ DEFAULT = "default"  # PEFT's name of a model's first adapter
 def adopt(model: nn.Module) -> None:
     """Give a Transformers model with adapters the methods that trainers call; nothing for another model."""
     if _is_transformers(model):
-        model.__class__ = _subclass(type(model))  # type: ignore[assignment]
+        cls: Any = type(model)
+        model.__class__ = _subclass(cls)
     refusal = _Refusal(original_class(model).__name__)
     for module in model.modules():
         if module is not model and _is_transformers(module) and any(isinstance(m, Adapted) for m in module.modules()):
@@ -44,7 +45,7 @@ def adopt(model: nn.Module) -> None:
 def release(model: nn.Module) -> None:
     """Undo `adopt`."""
     if isinstance(model, InTransformers):
-        model.__class__ = _plain(type(model))  # type: ignore[assignment]
+        model.__class__ = _plain(type(model))
     for module in model.modules():
         if isinstance(vars(module).get("save_pretrained"), _Refusal):
             del vars(module)["save_pretrained"]
@@ -60,7 +61,9 @@ class InTransformers(nn.Module):
         """The class for `isinstance`: also a `PeftModel`, once somebody has imported PEFT."""
         peft = sys.modules.get("peft")
         wanted: type | None = getattr(peft, "PeftModel", None)
-        return type(self) if wanted is None else _also(type(self), wanted)
+        own: Any = type(self)
+        cls: type = own if wanted is None else _also(own, wanted)
+        return cls
 
     @__class__.setter
     def __class__(self, cls: type) -> None:
@@ -68,8 +71,8 @@ class InTransformers(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """For copies and pickles: the subclass cannot be imported by name."""
-        _, _, *state = super().__reduce_ex__(protocol)
-        return (_new, (_plain(type(self)),), *state)
+        reduced: Any = super().__reduce_ex__(protocol)
+        return (_new, (_plain(type(self)),), *reduced[2:])
 
     # --- files ------------------------------------------------------------------------------------------------------
 
@@ -93,7 +96,8 @@ class InTransformers(nn.Module):
         _adapters("save_attached")(self, save_directory, write=is_main_process)
         if push_to_hub and is_main_process:
             repository = options.pop("repo_id", None) or Path(save_directory).name
-            self.push_to_hub(repository, **options)
+            upload: Any = self.push_to_hub  # of Transformers
+            upload(repository, **options)
 
     def load_adapter(
         self, folder: str | os.PathLike[str], adapter_name: str = DEFAULT, *args: Any, **options: Any
@@ -110,8 +114,7 @@ class InTransformers(nn.Module):
     @classmethod
     def from_pretrained(cls, *args: Any, **options: Any) -> Any:
         """A plain model, as of the plain class."""
-        plain: Any = _plain(cls)
-        return plain.from_pretrained(*args, **options)
+        return _plain(cls).from_pretrained(*args, **options)
 
     # --- adapters, in PEFT's words ----------------------------------------------------------------------------------
 
@@ -176,7 +179,9 @@ class InTransformers(nn.Module):
         """
         require_attached(self, "use PEFT's methods of")
         fix = "lorary.switch, lorary.disabled and lorary.detach do this"
-        problems = [Diagnostic("model", f"{n!r}: one adapter of lorary is attached", fix) for n in names if n != DEFAULT]
+        problems = [
+            Diagnostic("model", f"{n!r}: one adapter of lorary is attached", fix) for n in names if n != DEFAULT
+        ]
         if problems:
             raise StateError("not a model of PEFT:", problems)
 
@@ -241,13 +246,13 @@ def _adapters(name: str) -> Any:
 
 
 @functools.cache
-def _subclass(cls: type) -> type:
+def _subclass(cls: Any) -> Any:
     """The class of an adapted model, under the name of its own."""
     names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(cls.__name__, (InTransformers, cls), names)
 
 
-def _plain(cls: type) -> type:
+def _plain(cls: type) -> Any:
     """The class that a model had before it was adapted."""
     mro = cls.__mro__
     return mro[mro.index(InTransformers) + 1]
@@ -269,6 +274,6 @@ class _Also(type):
 
 
 @functools.cache
-def _also(cls: type, wanted: type) -> type:
+def _also(cls: Any, wanted: Any) -> Any:
     """A subclass of an adapted model's class that is also PEFT's; no object has it as its type."""
     return cls if wanted in cls.__mro__ else _Also(cls.__name__, (cls,), {"__module__": cls.__module__})

@@ -33,7 +33,7 @@ def optimizer(
         StateError, ConfigError: as `param_groups`; or `cls` does not make an optimizer.
 
     Example:
-        >>> trainer = SFTTrainer(model, args=args, train_dataset=rows, optimizers=(lorary.optimizer(model, lr=2e-4), None))
+        >>> trainer = SFTTrainer(model, args=args, optimizers=(lorary.optimizer(model, lr=2e-4), None))
     """
     if not callable(cls) or (isinstance(cls, type) and not issubclass(cls, torch.optim.Optimizer)):
         what = f"{getattr(cls, '__name__', repr(cls))} is not an optimizer class"

@@ -178,7 +178,8 @@ def rules(
         problem = Diagnostic("optimizer", f"is a {type(optimizer).__name__}, not an optimizer")
         raise ConfigError("invalid optimizer:", [problem])
     if automatic and optimizer is None:
-        problem = Diagnostic("optimizer", "is missing, and automatic rules follow it", "lorary.rules(model, steps, optimizer)")
+        what, fix = "is missing, and automatic rules follow it", "lorary.rules(model, steps, optimizer)"
+        problem = Diagnostic("optimizer", what, fix)
         raise ConfigError("invalid optimizer:", [problem])
     made = Rules(model, steps, optimizer, state)
     made.hooks = AutomaticRules(made) if automatic and made.rules else None

@@ -23,9 +23,9 @@ STATE = "lorary_rules.safetensors"  # in a checkpoint, beside the trainer's own 
 class TrainerCallback(transformers.TrainerCallback):  # type: ignore[misc]  # Transformers has no types
     """Runs the rules of the attached method (AdaLoRA, Delta-LoRA, O-LoRA, GLoRA) in somebody else's trainer.
 
-    Their state is saved in every checkpoint and restored when the run is resumed; their figures are logged. For a method
-    without rules it does nothing. TRL rounds the adapter of a 4-bit or 8-bit base to bfloat16, in which small steps are
-    lost: the callback gives it its own precision back.
+    Their state is saved in every checkpoint and restored when the run is resumed; their figures are logged. For a
+    method without rules it does nothing. TRL rounds the adapter of a 4-bit or 8-bit base to bfloat16, in which small
+    steps are lost: the callback gives it its own precision back.
 
     Args:
         model: with a method attached; for a SentenceTransformer the part of it that is.
@@ -106,4 +106,5 @@ class TrainerCallback(transformers.TrainerCallback):  # type: ignore[misc]  # Tr
             what = f"there is no {STATE} in it" if folder else "the trainer has not read the adapter of a checkpoint"
             fix = "resume from a checkpoint that was written with lorary.TrainerCallback(model), or start again"
             raise TrainingError("cannot resume the method's rules:", [Diagnostic(str(folder or "model"), what, fix)])
-        return load_file(path)
+        state: dict[str, Tensor] = load_file(path)
+        return state
