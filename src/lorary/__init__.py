@@ -39,6 +39,7 @@ _HOMES = {
     "SearchResult": "analysis.supernet_search",
     "Site": "spec.site",
     "StateError": "errors",
+    "TrainerCallback": "train.trainer.callback",
     "TrainingError": "errors",
     "attach": "model.attach",
     "attached": "model.state",
@@ -53,6 +54,7 @@ _HOMES = {
     "load_quantized": "model.loading.from_pretrained",
     "merge": "model.merge",
     "method": "spec.presets",
+    "optimizer": "model.optim.optimizer",
     "param_groups": "model.optim.param_groups",
     "plan": "model.planning",
     "presets": "spec.presets",
@@ -104,6 +106,7 @@ if TYPE_CHECKING:
     from lorary.model.loading.from_pretrained import load_quantized as load_quantized
     from lorary.model.merge import merge as merge
     from lorary.model.merge import unmerge as unmerge
+    from lorary.model.optim.optimizer import optimizer as optimizer
     from lorary.model.optim.param_groups import param_groups as param_groups
     from lorary.model.optim.rules import Rules as Rules
     from lorary.model.optim.rules import rules as rules
@@ -119,6 +122,7 @@ if TYPE_CHECKING:
     from lorary.spec.presets import method as method
     from lorary.spec.presets import presets as presets
     from lorary.spec.site import Site as Site
+    from lorary.train.trainer.callback import TrainerCallback as TrainerCallback
 
 _deprecated.install()
 

@@ -184,7 +184,7 @@ def test_a_prompt_keeps_its_tokens_when_the_completion_follows(tokenizer):
 
 
 def test_a_package_without_the_model_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(builtin, "_MODEL", tmp_path)
+    monkeypatch.setattr(builtin, "FOLDER", tmp_path)
     with pytest.raises(FileError) as raised:
         builtin.path()
     assert str(raised.value) == (

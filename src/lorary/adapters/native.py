@@ -10,8 +10,9 @@
                                      |share|role    a tensor of tied sites (LoRA-drop), once
                                      path           a base parameter trained in full
 
-PEFT's files repeat the tensors of tied sites at each of them; a reader compares the copies and keeps one. The ranks of
-earlier tasks (O-LoRA) follow the new task's there, and the record says how many belong to each.
+In the checkpoint of another library's trainer the last file, too, is called `adapter_model.safetensors`, for which
+these trainers look. PEFT's files repeat the tensors of tied sites at each of them; a reader compares the copies and
+keeps one. The ranks of earlier tasks (O-LoRA) follow the new task's there, and the record says how many belong to each.
 """
 
 from __future__ import annotations
@@ -96,8 +97,8 @@ def read_native(folder: Path, findings: Findings) -> Adapter:
     files = data["files"]
     if _DRAWN in data and (what := shared_tensors.invalid_record(data[_DRAWN], sites)):
         findings.fatal.append(Diagnostic(f"{NAME}: {_DRAWN}", what))
-    peft_type = peft_type_of(sites) if WEIGHTS in files else None
-    if peft_type is None and WEIGHTS in files:
+    peft_type = peft_type_of(sites) if PEFT_CONFIG in files else None
+    if peft_type is None and PEFT_CONFIG in files:
         what = f"{WEIGHTS} is listed, but no PEFT adapter type has the tensors of this method"
         findings.fatal.append(Diagnostic(f"{NAME}: files", what))
     findings.raise_refused()
@@ -106,7 +107,7 @@ def read_native(folder: Path, findings: Findings) -> Adapter:
         size = path.stat().st_size if path.is_file() else -1
         hashed = sha256(path) if size == recorded["size"] else ""
         _check_digest(PEFT_CONFIG, size, hashed, recorded, findings)
-    with TensorFile(folder, WEIGHTS if peft_type else TENSORS) as file:
+    with TensorFile(folder, WEIGHTS if WEIGHTS in files else TENSORS) as file:
         _check_digest(file.name, file.size, file.sha256(), files[file.name], findings)
         findings.raise_refused()
         tensors, full = _tensors(file, sites, method, data, peft_type, findings)
@@ -187,7 +188,7 @@ def _outline_problems(record: Any, findings: Findings) -> list[Diagnostic]:
     digests = isinstance(files, dict) and all(
         isinstance(entry, dict) and set(entry) == {"size", "sha256"} for entry in files.values()
     )
-    listed = digests and set(files) in ({PEFT_CONFIG, WEIGHTS}, {TENSORS})
+    listed = digests and set(files) in ({PEFT_CONFIG, WEIGHTS}, {TENSORS}, {WEIGHTS})
     known = type(written) is int and written >= _OLDEST
     known_base = Fingerprint.from_record(base) is not None
     checks = {
@@ -195,7 +196,7 @@ def _outline_problems(record: Any, findings: Findings) -> list[Diagnostic]:
         "lorary": (isinstance(record["lorary"], str), "is not a version"),
         "base": (known_base, "must hold the texts architecture, name, structure, weights"),
         "full": (unique, "must be a list of different names"),
-        "files": (listed, f"must describe {PEFT_CONFIG} and {WEIGHTS}, or {TENSORS}"),
+        "files": (listed, f"must describe {PEFT_CONFIG} and {WEIGHTS}, or one of {TENSORS} and {WEIGHTS}"),
         "sites": (isinstance(record["sites"], list), "must be a list"),
     }
     return [Diagnostic(f"{NAME}: {key}", what) for key, (good, what) in checks.items() if not good]

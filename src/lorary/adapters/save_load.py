@@ -31,7 +31,9 @@ ADAPTER_FILES = (native.NAME, native.TENSORS, PEFT_CONFIG, WEIGHTS, "adapter_mod
 
 
 @mode_independent
-def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.Module | None = None) -> None:
+def save_adapter(
+    adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.Module | None = None, for_trainer: bool = False
+) -> None:
     """Write an adapter folder: `lorary.json`, and the tensors, in PEFT's two files if PEFT can read them.
 
     An adapter already in the folder is replaced in one step, and other files there (a model card) stay; a killed
@@ -41,6 +43,7 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.
         adapter: the adapter.
         folder: where to.
         model: the base, if at hand: with it PEFT's files can hold modules trained in full and have short target lists.
+        for_trainer: give the tensors the file name of PEFT's, also in lorary's own form: trainers look for it.
 
     Raises:
         FileError: `load_adapter` would refuse the files (NaN, values beyond 1e6, other dtypes), with the same reasons;
@@ -74,7 +77,7 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.
     with atomic_directory(folder, replace=True, keep=True, drop=ADAPTER_FILES, needed=needed) as temporary:
         if peft_type is not None:
             (temporary / PEFT_CONFIG).write_text(config_text(config), encoding="utf-8")
-        write_tensors(temporary / (WEIGHTS if peft_type else native.TENSORS), tensors)
+        write_tensors(temporary / (WEIGHTS if peft_type or for_trainer else native.TENSORS), tensors)
         native.write_record(temporary, adapter, shared)
         try:
             native.check_written(temporary)

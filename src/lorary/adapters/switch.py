@@ -22,6 +22,7 @@ from lorary.model.attach import attach_tensors, remove
 from lorary.model.buffers import persistent_buffers
 from lorary.model.checks import changeable, layer_mismatches
 from lorary.model.fingerprint import Fingerprint
+from lorary.model.optim.watch import warn_of_idle_rules
 from lorary.model.quantize import already_quantized, quantizable_layers, warn_of_quantization
 from lorary.model.scan import scan
 from lorary.model.state import base_parameter, require_attached, state_of
@@ -37,8 +38,13 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
     Raises:
         StateError: none is attached.
         FileError: the folder cannot be written.
+
+    Warns:
+        MethodWarning: an optimizer has trained it, and the method's rules have never run.
     """
-    save_adapter(Adapter.of(model), path, model=model)
+    adapter = Adapter.of(model)
+    warn_of_idle_rules(model)
+    save_adapter(adapter, path, model=model)
 
 
 @mode_independent

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["NAME", "load_model", "load_tokenizer", "path"]
 
 NAME = "builtin:base"  # in configurations, commands and adapters
-_MODEL = Path(__file__).parent / "model"
+FOLDER = Path(__file__).parent / "model"
 
 
 def path() -> Path:
@@ -27,12 +27,12 @@ def path() -> Path:
     Raises:
         FileError: the package was installed without it.
     """
-    if not (_MODEL / "model.safetensors").is_file():
+    if not (FOLDER / "model.safetensors").is_file():
         raise FileError(
             "the built-in base is missing:",
-            [Diagnostic(str(_MODEL), "no model.safetensors", "reinstall lorary, or run scripts/train_base.py")],
+            [Diagnostic(str(FOLDER), "no model.safetensors", "reinstall lorary, or run scripts/train_base.py")],
         )
-    return _MODEL
+    return FOLDER
 
 
 def load_model(dtype: torch.dtype | str = "float32") -> PreTrainedModel:
@@ -46,8 +46,8 @@ def load_model(dtype: torch.dtype | str = "float32") -> PreTrainedModel:
     """
     from transformers import AutoModelForCausalLM
 
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path(), dtype=dtype)
-    model.config._name_or_path = NAME  # recorded by adapters; the folder differs by machine
+    # text, which Transformers records as the model's name: trainers load tokenizers and reference models by it
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(path()), dtype=dtype)
     return model
 
 
@@ -59,5 +59,5 @@ def load_tokenizer() -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path())
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path()))
     return tokenizer

@@ -16,6 +16,8 @@ from lorary.layers.shared_projections import SharedProjections
 from lorary.model.buffers import freeze_statistics, frozen_buffers
 from lorary.model.checks import model_mismatches
 from lorary.model.fingerprint import STATE, Fingerprint
+from lorary.model.in_transformers import adopt
+from lorary.model.optim.watch import watch
 from lorary.model.scan import Scan
 from lorary.model.state import AttachedState, set_submodules, state_of
 from lorary.spec.method import Method
@@ -60,6 +62,8 @@ def insert(
     state.buffers = frozen_buffers(model, full)
     state.evaluating = freeze_statistics(model, full)
     object.__setattr__(model, STATE, state)
+    adopt(model)
+    watch(model)
 
 
 def _check_fit(

@@ -18,6 +18,7 @@ from lorary.model.ambient import mode_independent
 from lorary.model.buffers import changed_buffers
 from lorary.model.checks import blocks_gradient, changeable, not_quantizable, unwritable_weights
 from lorary.model.fingerprint import STATE, Fingerprint
+from lorary.model.in_transformers import release
 from lorary.model.plan import Plan
 from lorary.model.quantize import quantize_layers, with_progress
 from lorary.model.reach.first_forward import FirstForward, warn_of_bypassed
@@ -200,6 +201,7 @@ def detach(model: nn.Module) -> nn.Module:
 def remove(model: nn.Module, undo: Undo) -> None:
     """Take the adapters off a model that has some, unmerged and enabled."""
     state = cast(AttachedState, state_of(model))
+    release(model)
     for name, value in changed_buffers(model, state.buffers).items():
         base_parameter(model, name).data = value.to(base_parameter(model, name))
     if state.context_patch:

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lorary.builtin import FOLDER as BUILTIN_FOLDER
+from lorary.builtin import NAME as BUILTIN_NAME
 from lorary.errors import Diagnostic, StateError, not_a
 from lorary.files.strict_json import show
 from lorary.layers.adapted import base_parameters, unwrapped_modules
@@ -144,13 +146,6 @@ class Fingerprint:
         object.__setattr__(model, _PLAIN, self)
 
     @staticmethod
-    def rename(model: nn.Module, name: str) -> None:
-        """Change the name of a Transformers model, which is otherwise the folder it was loaded from."""
-        model.config._name_or_path = name  # type: ignore[union-attr]
-        if isinstance(remembered := getattr(model, _PLAIN, None), Fingerprint):
-            replace(remembered, name=base_name(name)).remember(model)
-
-    @staticmethod
     def forget(model: nn.Module) -> None:
         """Undo `remember`: the model's fingerprint is that of its present weights again."""
         vars(model).pop(_PLAIN, None)
@@ -229,9 +224,13 @@ def _plain_samples(model: nn.Module) -> tuple[dict[str, Sample], bool]:
 def base_name(path: str) -> str:
     """The full Hub id, or the last name of a folder, which tells nothing about the machine.
 
+    The built-in base has its own name, wherever it is installed.
+
     >>> base_name("org/model"), base_name("/data/models/small/")
     ('org/model', 'small')
     """
+    if path == str(BUILTIN_FOLDER):
+        return BUILTIN_NAME
     components = path.replace("\\", "/").rstrip("/").split("/")
     hub = len(components) == 2 and re.fullmatch(r"[A-Za-z0-9][\w.-]*", components[0])  # not `.`, `..`, `~` or `C:`
     return path if hub and components[1] else components[-1]

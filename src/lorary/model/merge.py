@@ -16,6 +16,7 @@ from lorary.model.ambient import mode_independent
 from lorary.model.bias_flags import BiasFlags, BiasWarning, enable_bias_flags, restore_bias_flags, unserialisable_biases
 from lorary.model.checks import changeable
 from lorary.model.fingerprint import STATE, Fingerprint
+from lorary.model.in_transformers import adopt, release
 from lorary.model.quantize import dequantized_dtype, dequantized_layer, holds_weights, remove_quantization_config
 from lorary.model.state import AttachedState, Merged, TiedParameter, require_attached, set_submodules, state_of
 from lorary.model.undo import all_or_nothing
@@ -69,6 +70,7 @@ def fold(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = No
     state = require_attached(model, "merge")
     layers = adapted_layers(model)
     _check(model, layers, dtype)
+    release(model)
     if state.context_patch:
         state.context_patch.make_permanent()
     shared = {id(parameter) for *_, parameter in _tied_parameters(model)}
@@ -159,6 +161,7 @@ def _unmerge(model: nn.Module, state: AttachedState, sites: Mapping[str, Merged]
     if state.context_patch:
         state.context_patch.reapply()
     state.merged, state.tied, state.bias_flags = None, None, BiasFlags()
+    adopt(model)
 
 
 def _unmerge_layer(merged: Merged) -> None:

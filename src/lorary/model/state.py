@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -92,6 +93,9 @@ class AttachedState:
         buffers: persistent buffers that do not train -> their values before.
         evaluating: the layers whose statistics are frozen, which stay in evaluation mode.
         first_forward: the watch over sites that no dry forward has shown to run.
+        restored_from: the folder that the adapter's values were read from last, after it was attached.
+        stepped: whether an optimizer has changed the adapter since it was attached.
+        rules_ran: whether the method's rules have followed a step; True once their absence has been said.
     """
 
     method: Method
@@ -111,6 +115,9 @@ class AttachedState:
     buffers: dict[str, Tensor] = field(default_factory=dict)
     evaluating: list[EvaluationMode] = field(default_factory=list)
     first_forward: FirstForward | None = None
+    restored_from: Path | None = None
+    stepped: bool = False
+    rules_ran: bool = False
 
 
 @dataclass(frozen=True)

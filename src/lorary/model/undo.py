@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 
 class _Object(NamedTuple):
-    """The attributes of an object, and the contents of the lists, dictionaries and sets among them."""
+    """The class and the attributes of an object, and the contents of the lists, dictionaries and sets among them."""
 
     object: Any
+    cls: type
     attributes: dict[str, Any]
     contents: list[tuple[Any, Any]]
 
@@ -29,9 +30,11 @@ class _Object(NamedTuple):
     def of(thing: Any) -> _Object:
         attributes = dict(vars(thing))
         containers = [value for value in attributes.values() if isinstance(value, dict | list | set)]
-        return _Object(thing, attributes, [(container, container.copy()) for container in containers])
+        return _Object(thing, type(thing), attributes, [(container, container.copy()) for container in containers])
 
     def restore(self) -> None:
+        if type(self.object) is not self.cls:
+            self.object.__class__ = self.cls
         for container, content in [(vars(self.object), self.attributes), *self.contents]:
             if isinstance(container, list):
                 container[:] = content

@@ -19,7 +19,7 @@ from lorary.errors import Diagnostic, FileError, LoraryError
 from lorary.files.safe_open import checked_path
 from lorary.model.ambient import mode_independent
 from lorary.model.loading.quiet import quiet_progress_bars, quiet_report
-from lorary.model.loading.source import BUILTIN, ModelClass, ModelSection, check_folder, location
+from lorary.model.loading.source import ModelClass, ModelSection, check_folder, location
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +52,6 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    from lorary.model.fingerprint import Fingerprint
     from lorary.model.loading.checkpoint_kind import reader
     from lorary.model.loading.model_kind import why_not_causal
     from lorary.model.scan import scan
@@ -88,8 +87,6 @@ def load_model(
         fix = "the folder is incomplete, or its config.json is another model's"
         raise FileError(f"cannot load the model {section.id}:", [Diagnostic(section.id, what, fix)])
     loaded: PreTrainedModel = model.eval()
-    if section.id in BUILTIN:
-        Fingerprint.rename(loaded, section.id)  # adapters name their base, and its folder differs by machine
     return loaded
 
 

@@ -13,6 +13,7 @@ from lorary.errors import ConfigError, Diagnostic, StateError
 from lorary.layers.adapted import Adapted, adapted_layers
 from lorary.layers.dtensor import distribute_like
 from lorary.model.ambient import mode_independent
+from lorary.model.optim.automatic import AutomaticRules
 from lorary.model.rank_pruning import prune_directions
 from lorary.model.state import require_attached
 from lorary.spec.interfaces import Rule
@@ -34,6 +35,7 @@ class Rules:
         rules: the method's rules; those of each method, if there are several.
         states: one per rule, its tensors by name.
         groups: one per rule, the layers that have it.
+        hooks: what calls the rules if they are automatic; None otherwise.
     """
 
     model: nn.Module = field(repr=False)
@@ -45,6 +47,7 @@ class Rules:
     rules: tuple[Rule, ...] = field(init=False)
     states: list[dict[str, Tensor]] = field(init=False, repr=False)
     groups: list[list[Adapted]] = field(init=False, repr=False)
+    hooks: AutomaticRules | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self, state: Mapping[str, Tensor] | None) -> None:
         self.layers = list(adapted_layers(self.model).values())
@@ -87,6 +90,7 @@ class Rules:
     def after_step(self) -> None:
         """Call after the optimizer has stepped, before the gradients are cleared."""
         self.step += 1
+        require_attached(self.model, "train").rules_ran = True
         for rule, layers, state in self._each:
             rule.after_step(layers, state, self.step, self)
         self._before_step()
@@ -152,6 +156,8 @@ def rules(
     steps: int,
     optimizer: torch.optim.Optimizer | None = None,
     state: Mapping[str, Tensor] | None = None,
+    *,
+    automatic: bool = False,
 ) -> Rules:
     """The rules of the attached method for a training run.
 
@@ -160,9 +166,12 @@ def rules(
         steps: the number of optimizer steps of the whole run.
         optimizer: the run's optimizer. Some rules need it (O-LoRA's hard mode); AdaLoRA takes less memory with it.
         state: from `Rules.state_dict`, to resume.
+        automatic: let the rules follow the gradients and the optimizer by hooks, so that the loop makes none of their
+            calls. Needs the optimizer. Gradients must not be scaled (float16), nor the model be sharded by FSDP.
 
     Raises:
-        StateError: nothing is attached; a rule needs the optimizer; the state belongs to another method or run.
+        StateError: nothing is attached; a rule needs the optimizer; the state belongs to another method or run; the
+            model is sharded, and `automatic`.
         ConfigError: the number of steps is invalid, or too small for a rule; `optimizer` is not one.
     """
     require_attached(model, "train")
@@ -172,4 +181,10 @@ def rules(
     if optimizer is not None and not hasattr(optimizer, "param_groups"):
         problem = Diagnostic("optimizer", f"is a {type(optimizer).__name__}, not an optimizer")
         raise ConfigError("invalid optimizer:", [problem])
-    return Rules(model, steps, optimizer, state)
+    if automatic and optimizer is None:
+        what, fix = "is missing, and automatic rules follow it", "lorary.rules(model, steps, optimizer)"
+        problem = Diagnostic("optimizer", what, fix)
+        raise ConfigError("invalid optimizer:", [problem])
+    made = Rules(model, steps, optimizer, state)
+    made.hooks = AutomaticRules(made) if automatic and made.rules else None
+    return made

@@ -16,15 +16,13 @@ from transformers.trainer_callback import ExportableState
 import lorary
 from lorary.adapters import load_adapter
 from lorary.adapters.adapter import Adapter
+from lorary.adapters.attached import load_into as load_into
 from lorary.errors import Diagnostic, FileError, LoraryError
 from lorary.files.findings import AdapterWarning
-from lorary.layers.adapted import adapted_layers
-from lorary.layers.dtensor import copy_into, full_cpu_copy
+from lorary.layers.dtensor import full_cpu_copy
 from lorary.model.fingerprint import Fingerprint
 from lorary.model.plan import Plan
 from lorary.model.rank_pruning import directions_of
-from lorary.model.residual_base import load_start
-from lorary.model.state import base_parameter, require_attached
 from lorary.spec.placement import start_name
 from lorary.train.trainer import checkpoint, optimizer_state, rng, same_run
 from lorary.train.trainer.distributed import on_main_process
@@ -83,32 +81,6 @@ def warn_of_pruning_since(best: Adapter, step: int, ranks: Mapping[str, int]) ->
     if ranks and there > here:
         text = "the best checkpoint is that of step %d, when there were %d directions; the run has ended with %d"
         _log.warning(text, step, there, here)
-
-
-def load_into(model: nn.Module, adapter: Adapter) -> None:
-    """Copy an adapter's tensors into the parameters of a model, which an optimizer may hold.
-
-    Raises:
-        FileError: its sites, roles or shapes differ from the model's; every difference.
-    """
-    state, layers = require_attached(model, "load"), adapted_layers(model)
-    here = {site.site.name: site.stored for site in state.sites}
-    there = {name: {role: tuple(t.shape) for role, t in roles.items()} for name, roles in adapter.tensors.items()}
-    problems = [
-        Diagnostic(name, f"{there.get(name, 'nothing')} in the checkpoint, {here.get(name, 'nothing')} here")
-        for name in sorted(here.keys() | there.keys())
-        if here.get(name) != there.get(name)
-    ]
-    only = sorted(set(adapter.full) ^ set(state.full))
-    problems += [Diagnostic(name, f"trains only {'here' if name in state.full else 'there'}") for name in only]
-    if problems:
-        raise FileError("the checkpoint holds another adapter:", problems)
-    for name, layer in layers.items():
-        for role, parameter in layer.params.items():
-            copy_into(parameter, adapter.tensors[name][role])
-        load_start(model, layer, adapter.tensors[name])
-    for name, tensor in adapter.full.items():
-        copy_into(base_parameter(model, name), tensor)
 
 
 # --- the checkpoint -------------------------------------------------------------------------------------------------

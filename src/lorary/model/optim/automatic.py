@@ -1,0 +1,120 @@
+"""Rules that follow the gradients and the optimizer by themselves, in a loop that does not call them.
+
+    penalty         its gradient is added to that of the loss, parameter by parameter, before PyTorch accumulates it:
+                    once per optimizer step, also under DDP
+    after_backward  at the end of every backward pass, on the gradients of the whole step so far. Of several
+                    micro-batches the last one counts: what the rules remembered of the others is undone first
+    after_step      after the optimizer's step
+
+So it is the same in every loop, whatever computes the loss, accumulates and clips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lorary.errors import Diagnostic, StateError
+from lorary.layers.adapted import adapted_layers
+from lorary.layers.wrappers import is_sharded_model
+
+if TYPE_CHECKING:
+    from lorary.model.optim.rules import Rules
+
+
+class AutomaticRules:
+    """The hooks that call a method's rules.
+
+    Args:
+        rules: with an optimizer.
+
+    Raises:
+        StateError: FSDP has sharded the model: its hooks do not see whole gradients.
+    """
+
+    def __init__(self, rules: Rules) -> None:
+        if is_sharded_model(rules.model):
+            what = "is sharded by FSDP, where hooks do not see whole gradients"
+            problem = Diagnostic("model", what, "call the rules in the loop yourself, or use `lorary train`")
+            raise StateError("the rules cannot follow the optimizer:", [problem])
+        self.rules = rules
+        self._penalty: dict[int, Tensor] | None = None
+        self._before: list[dict[str, Tensor]] | None = None
+        self._waiting = False
+        self._parameters = _trained(rules.model)
+        hooks = [p.register_hook(partial(self._with_penalty, id(p))) for p in self._parameters]
+        hooks += [p.register_post_accumulate_grad_hook(self._accumulated) for p in self._parameters]
+        assert rules.optimizer is not None
+        self._handles = [*hooks, rules.optimizer.register_step_post_hook(self._stepped)]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _with_penalty(self, key: int, gradient: Tensor) -> Tensor:
+        """The gradient of a parameter, the first time in a step with that of the penalty."""
+        if self._penalty is None:
+            self._penalty = {}  # this hook is called for the penalty's own gradients, too
+            self._penalty = self._penalty_gradients() if self.rules.model.training else {}
+        own = self._penalty.pop(key, None)
+        return gradient if own is None else gradient + own.to(gradient)
+
+    def _penalty_gradients(self) -> dict[int, Tensor]:
+        """id of a parameter -> the penalty's gradient."""
+        with torch.enable_grad():
+            penalty = self.rules.penalty()
+        if not isinstance(penalty, Tensor) or not penalty.requires_grad:
+            return {}
+        gradients = torch.autograd.grad(penalty, self._parameters, allow_unused=True)
+        return {id(p): g for p, g in zip(self._parameters, gradients, strict=True) if g is not None}
+
+    def _accumulated(self, _: Tensor) -> None:
+        if not self._waiting:
+            self._waiting = True
+            call_after_backward(self._complete)
+
+    @torch.no_grad()
+    def _complete(self) -> None:
+        """The end of a backward pass."""
+        self._waiting = False
+        for p in self._parameters:  # those that this batch did not use, such as an idle expert's
+            if self._penalty and (own := self._penalty.pop(id(p), None)) is not None:
+                p.grad = own if p.grad is None else p.grad + own
+        if self._before is None:
+            self._before = _copied(self.rules.states)
+        else:
+            self.rules.states = _copied(self._before)
+        self.rules.after_backward()
+
+    def _stepped(self, *_: Any) -> None:
+        self._penalty = self._before = None
+        self.rules.after_step()
+
+
+def call_after_backward(function: Callable[[], None]) -> None:
+    """Call a function at the end of the running backward pass, after DDP has averaged the gradients.
+
+    PyTorch has no public name for this; DDP and FSDP use the same one. DDP queues its own work in the course of the
+    pass, so that what is queued at its end comes later. Without that name the function is called at once, after every
+    parameter: slower, and the same in one process, since the last call counts.
+    """
+    engine = getattr(torch.autograd.Variable, "_execution_engine", None)
+    if engine is None:
+        function()
+    else:
+        engine.queue_callback(lambda: engine.queue_callback(function))
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    """The adapters' parameters that train, each once."""
+    every = (p for layer in adapted_layers(model).values() for p in layer.params.values() if p.requires_grad)
+    return list({id(p): p for p in every}.values())
+
+
+def _copied(states: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    return [{name: t.clone() for name, t in state.items()} for state in states]
