@@ -24,6 +24,58 @@ class Bad(NamedTuple):
 
 # fmt: off
 TABLE = (
+Bad('sources with mistakes', """\
+model: builtin:base
+data:
+  train:
+    - {path: a.jsonl, weight: two, limt: 3, type: alpaca, limit: 0}
+    - 3
+    - {weight: 0}
+    - {path: b.jsonl, format: chat, columns: [x]}
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:4:23: `data.train[0].weight` must be a number, not the text 'two'
+  - train.yaml:4:36: unknown key `limt` in `data.train[0]`
+      hint: did you mean `limit` or `split`?
+  - train.yaml:4:45: unknown key `type` in `data.train[0]`
+      hint: write `format`
+  - train.yaml:4:59: `data.train[0].limit` must be at least 1, not 0
+  - train.yaml:5:7: `data.train[1]` must be a text, not 3
+  - train.yaml:6:7: `data.train[2].path` is missing
+      hint: for example `path: rows.jsonl`
+  - train.yaml:6:8: `data.train[2].weight` must be above 0, not 0
+  - train.yaml:7:23: `data.train[3].format` must be one of `auto`, `text`, `prompt-completion`, `messages`, `alpaca`, `sharegpt`, `preference`, not the text 'chat'
+  - train.yaml:7:37: `data.train[3].columns` must be keys and values, not a list"""),
+Bad('sources that contradict the rest', """\
+model: builtin:base
+data:
+  train: [{path: "a#b", split: c}, {path: d.jsonl, format: preference}]
+  validation: {path: e.jsonl, weight: 2}
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:3:3: `data.train`: `a#b` and `split: c` both name a split
+      hint: keep one of the two
+  - train.yaml:3:3: `data.train`: `d.jsonl` is in the format preference, and the task is sft
+      hint: set task: dpo
+  - train.yaml:4:3: `data.validation`: the weight 2 of `e.jsonl` has no effect on held-out rows
+      hint: remove it, or set limit"""),
+Bad('pairs among the sources of DPO', """\
+model: builtin:base
+task: dpo
+data:
+  train: {path: d.jsonl, format: text}
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:4:3: `data.train`: `d.jsonl` is in the format text, and the task is dpo
+      hint: DPO trains on preference pairs"""),
+Bad('an unknown word for special tokens', """\
+model: builtin:base
+data: {train: a.jsonl, special_tokens: escap, separator: ""}
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:2:24: `special_tokens` must be one of `keep`, `escape`, `refuse`, not the text 'escap'
+      hint: did you mean `escape`?
+  - train.yaml:2:47: `separator` is empty"""),
 Bad('a mistyped key', """\
 model: builtin:base
 data: builtin:docstrings

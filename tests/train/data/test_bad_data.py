@@ -4,10 +4,14 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from lorary.errors import DataError
@@ -37,6 +41,13 @@ def answer(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
+def parquet(table: Any) -> bytes:
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(table if isinstance(table, pyarrow.Table) else pyarrow.table(table), sink)
+    return sink.getvalue()
+
+
+BAD_TEXT = pyarrow.Array.from_buffers(pyarrow.string(), 2, pyarrow.array([b"ok", b"\xff\xfe"]).buffers())
 GOOD = {"prompt": "hello ", "completion": "two"}
 
 # fmt: off
@@ -264,6 +275,93 @@ bad("every token is labelled", {"rows.jsonl": rows({"prompt":"","completion":"x"
 the training data has errors:
   - every token has a label (100 % labelled), prompts included
       hint: look at the sample; set data.loss: all if that is what you want""", bos=False)
+bad("bytes that are not text in a used column", {"rows.parquet": parquet({"text": BAD_TEXT})}, """\
+1 of 2 rows of rows.parquet cannot be used:
+  - rows.parquet: row 2: `text`: byte 0xff is not UTF-8""", train="rows.parquet")
+bad("a far date in a used column", {"rows.parquet": parquet({"text": pyarrow.array([10**13], pyarrow.timestamp("s"))})}, """\
+1 of 1 rows of rows.parquet cannot be used:
+  - rows.parquet: row 1: `text` holds a timestamp[ms] that Python cannot represent""", train="rows.parquet")
+bad("numbers in a column of texts", {"rows.parquet": parquet({"text": [1, 2]})}, """\
+2 of 2 rows of rows.parquet cannot be used:
+  - rows.parquet: row 1: `text` must be a text, not a number
+  - rows.parquet: row 2: `text` must be a text, not a number""", train="rows.parquet")
+bad("nothing in a column of texts", {"rows.parquet": parquet({"text": ["a", None]})}, """\
+1 of 2 rows of rows.parquet cannot be used:
+  - rows.parquet: row 2: has no `text`""", train="rows.parquet")
+bad("half a parquet file", {"rows.parquet": parquet({"text": ["a"] * 99})[:300]}, """\
+cannot read rows.parquet:
+  - rows.parquet: not a parquet file, or a damaged one""", train="rows.parquet")
+bad("two columns of one name in parquet", {"rows.parquet": parquet(pyarrow.table([["a"], ["b"]], names=["text", "text"]))}, """\
+cannot read rows.parquet:
+  - rows.parquet: two columns are named `text`""", train="rows.parquet")
+bad("not gzip", {"rows.jsonl.gz": b"hello"}, """\
+cannot read rows.jsonl.gz:
+  - rows.jsonl.gz: not a gz file, or a damaged one (zlib inflate failed: incorrect header check)""", train="rows.jsonl.gz")
+bad("half a gzip file", {"rows.jsonl.gz": gzip.compress(rows(*({"text": str(i)} for i in range(99))), mtime=0)[:60]}, """\
+cannot read rows.jsonl.gz:
+  - rows.jsonl.gz: not a gz file, or a damaged one (Truncated compressed stream)""", train="rows.jsonl.gz")
+bad("a compressed file of an unknown kind", {"rows.xml.gz": b"x"}, """\
+cannot read rows.xml.gz:
+  - unknown file type `.xml.gz`
+      hint: known: .csv, .json, .jsonl, .md, .parquet, .tsv, .txt, and these as .gz, .bz2, .zst""", train="rows.xml.gz")
+bad("a document in Latin-1", {"rows.txt": "a\nb\xe9".encode("latin-1")}, """\
+cannot read rows.txt:
+  - rows.txt:2: byte 0xe9 is not UTF-8
+      hint: save it as UTF-8""", train="rows.txt")
+bad("a document with a NUL byte", {"rows.md": b"a\nb\n\0"}, """\
+cannot read rows.md:
+  - rows.md:3: contains a NUL byte""", train="rows.md")
+bad("an array with a NUL byte", {"rows.json": b'[{"text":\n"\0"}]'}, """\
+cannot read rows.json:
+  - rows.json:2: contains a NUL byte""", train="rows.json")
+bad("an empty document", {"rows.txt": b" \n"}, 'every text of rows.txt is empty', train="rows.txt")
+bad("a folder with the name of a file", {"rows.jsonl/notes.doc": b"x"}, """\
+cannot read the folder rows.jsonl:
+  - no file of the split `train` (train*; .csv, .json, .jsonl, .md, .parquet, .tsv, .txt)
+      hint: it contains notes.doc""")
+bad("half a character in a name", {"rows.jsonl": b'{"\\ud800": 1}\n'}, """\
+unknown row format in rows.jsonl:
+  - rows.jsonl:1: found the fields `'\\ud800'`
+      hint: name the fields with data.columns, such as {prompt: question}; the formats are: preference (chosen, rejected); messages (messages); sharegpt (conversations); prompt-completion (prompt, completion); alpaca (instruction, output); text (text)""")
+bad("half a character in a role", {"rows.jsonl": b'{"messages": [{"role": "\\udc00", "content": "x"}]}\n'}, """\
+1 of 1 rows of rows.jsonl cannot be used:
+  - rows.jsonl:1: contains half of a surrogate pair, which is not Unicode text""")
+bad("half a character in the JSON text of tools", {"rows.jsonl": rows({"tools": '[{"name": "\\ud800"}]', "messages": [user("a"), answer("b")]})}, """\
+1 of 1 rows of rows.jsonl cannot be used:
+  - rows.jsonl:1: contains half of a surrogate pair, which is not Unicode text""")
+bad("tools that are not JSON", {"rows.jsonl": rows({"tools": "[{", "messages": [user("a"), answer("b")]}, {"tools": {"name": "f"}, "messages": [user("a"), answer("b")]})}, """\
+2 of 2 rows of rows.jsonl cannot be used:
+  - rows.jsonl:1: `tools`: not JSON: expecting property name enclosed in double quotes (column 3)
+  - rows.jsonl:2: `tools` must be a list of objects, each the JSON schema of a function""")
+bad("calls that are not calls", {"rows.jsonl": rows(*({"messages": [user("a"), {"role": "assistant", "tool_calls": calls}]} for calls in ("f", [{"function": "f"}], [{"name": "f", "arguments": "x"}], [{"name": "f", "arguments": [1]}])))}, """\
+4 of 4 rows of rows.jsonl cannot be used:
+  - rows.jsonl:1: `messages[1]`.tool_calls must be a list of calls
+  - rows.jsonl:2: `messages[1]`.tool_calls[0] must have a `function` with `name` and `arguments`
+  - rows.jsonl:3: the arguments of `messages[1]`.tool_calls[0]: not JSON: expecting value (column 1)
+  - rows.jsonl:4: the arguments of `messages[1]`.tool_calls[0] must be an object, or the JSON text of one""")
+bad("texts with labels", {"rows.jsonl": rows({"text": "good", "label": 1})}, """\
+cannot train on rows.jsonl with task sft:
+  - rows.jsonl:1: the rows have `text`, `label`: a text with a label is classified
+      hint: set task: classification, or data.format: text to train on the text alone""")
+bad("feedback on completions", {"rows.jsonl": rows({"prompt": "a", "completion": "b", "label": True})}, """\
+cannot train on rows.jsonl with task sft:
+  - rows.jsonl:1: the rows have `prompt`, `completion`, `label`: a completion with a `label` of true or false is feedback
+      hint: set task: kto, or data.format: prompt-completion to train on the text alone""")
+bad("nothing to separate", {"rows.jsonl": rows({"text": "x"})}, """\
+cannot separate the data:
+  - data.separator: no row has a prompt and a completion that are texts, so there is nothing to separate
+      hint: remove it""", separator="\n")
+bad("special tokens that are refused", {"rows.jsonl": rows(GOOD, {"prompt": "a <|end|>", "completion": "b"})}, """\
+1 of 2 rows of the data cannot be used:
+  - rows.jsonl:2: its text contains the special token '<|end|>'; data.special_tokens: escape reads them as text""", special_tokens="refuse")
+bad("one bad source of two", {"a.jsonl": rows(GOOD), "b.jsonl": b"?\n"}, """\
+1 of 1 rows of b.jsonl cannot be used:
+  - b.jsonl:1: not JSON: expecting value (column 1)""", train=["a.jsonl", {"path": "b.jsonl", "weight": 2}])
+bad("a row of a megabyte that is too long", {"rows.jsonl": rows({"prompt": "x", "completion": "two " * 300000})}, """\
+1 of 1 rows are longer than data.max_length (1,024 tokens):
+  - rows.jsonl:1: 300,005 tokens
+  - the longest has 300,005 tokens
+      hint: raise data.max_length to 300005, or set data.overlong to drop or truncate""")
 # fmt: on
 
 

@@ -96,18 +96,17 @@ def _grpo(c: Config) -> Iterator[Diagnostic]:
 def _sources(c: Config) -> Iterator[Diagnostic]:
     """Settings of single sources that contradict the rest."""
     for key, sources in (("data.train", c.data.train), ("data.validation", c.data.validation or ())):
-        for i, source in enumerate(sources):
+        for source in sources:
             if not isinstance(source, Source):
                 continue
-            at = f"{key}.{i}" if len(sources) > 1 else key
             if source.weight != 1 and key == "data.validation":
                 what = f"the weight {source.weight:g} of `{source.path}` has no effect on held-out rows"
-                yield Diagnostic(at, what, "remove it, or set limit")
+                yield Diagnostic(key, what, "remove it, or set limit")
             if source.split and "#" in source.path and not os.path.exists(source.path):
                 what = f"`{source.path}` and `split: {source.split}` both name a split"
-                yield Diagnostic(at, what, "keep one of the two")
+                yield Diagnostic(key, what, "keep one of the two")
             if source.format not in (None, "auto") and (why := wrong_format(c.task, source.format)):
-                yield Diagnostic(at, *why)
+                yield Diagnostic(key, *why)
 
 
 def _streaming(c: Config) -> Iterator[Diagnostic]:

@@ -137,6 +137,6 @@ def texts(value: Any) -> Iterator[str]:
         if isinstance(item, str):
             yield item
         elif isinstance(item, dict):
-            stack.extend([*item.keys(), *item.values()])
+            stack.extend(reversed([*item.keys(), *item.values()]))
         elif isinstance(item, list | tuple):
-            stack.extend(item)
+            stack.extend(reversed(item))

@@ -84,7 +84,7 @@ def lint(tokens: Tokens, tokenizer: Any, vocabulary: int, held_out: Tokens | Non
         *ends,
     )
     notes = [*_lengths(tokens), *_missing_bos(tokens, rows, tokenizer), *end_notes]
-    notes += [*_repeats(rows, others, tokens.copies), *tokens.notes]
+    notes += [*_repeats(tokens, rows, others), *tokens.notes]
     notes += [f"held out: {note}" for note in (held_out.notes if held_out else ())]
     if tokenizer.pad_token_id is None:
         notes.append("the tokenizer has no padding token: EOS pads instead")
@@ -208,10 +208,11 @@ def _lengths(tokens: Tokens) -> list[str]:
     return [note for note, count in notes.items() if count]
 
 
-def _repeats(rows: list[Flat], others: list[Flat], copies: int) -> list[str]:
+def _repeats(tokens: Tokens, rows: list[Flat], others: list[Flat]) -> list[str]:
     """Rows that occur more than once, and held-out rows that are also in the training data."""
     unique, notes = {tuple(ids) for ids, _ in rows}, []
-    if repeated := len(rows) - len(unique) - copies:  # a weight's own copies are meant
+    repeated = len(rows) - len(unique) - tokens.copies  # a weight's own copies are meant, as are a stream's passes
+    if repeated and not tokens.streamed:
         notes.append(f"{repeated:,} of {len(rows):,} rows repeat another")
     if overlap := sum(tuple(ids) in unique for ids, _ in others):
         notes.append(f"{overlap:,} of {len(others):,} held-out rows are also trained on: their loss means nothing")

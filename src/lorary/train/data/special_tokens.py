@@ -56,7 +56,8 @@ class SpecialTokens:
         for token in here:
             self.first.setdefault(token, example.where)
         if self.policy == "refuse":
-            raise ValueError(f"its text contains the special token {', '.join(map(repr, here))}")
+            tokens = f"the special token{'s' * (len(here) > 1)} {', '.join(map(repr, here))}"
+            raise ValueError(f"its text contains {tokens}; data.special_tokens: escape reads them as text")
         return self._escaping if self.policy == "escape" else self.tokenizer
 
     @property
