@@ -71,6 +71,7 @@ def test_a_run_leaves_everything_about_itself(finished: tuple[Run, Path], out: P
         "events.log",
         "metrics.jsonl",
         "plots",
+        "report.html",
         "sample.txt",
     ]
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["checkpoint-4", "checkpoint-6"]
