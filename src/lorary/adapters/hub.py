@@ -76,7 +76,7 @@ def download(name: str) -> Path | None:
         what, fix = str(error).splitlines()[0], ""
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
         offline = "HF_HUB_OFFLINE is set" if _offline() else "the Hub cannot be reached"
-        what, fix = f"{offline}, and the local cache has no copy", "download it first, or check the network"
+        what, fix = f"{offline} and the local cache has no copy", "download it first, or check the network"
     except OSError as error:  # of the network or the disk
         what, fix = f"the download failed: {(str(error).splitlines() or [type(error).__name__])[0]}", ""
     else:
@@ -92,5 +92,5 @@ def _offline() -> bool:
 
 def _refused(name: str, what: str, fix: str) -> FileError:
     near = suggested_path(Path(name), folders=True)
-    problems = [Diagnostic(name, f"there is no such folder, and {what}", near or fix)]
+    problems = [Diagnostic(name, f"there is no such folder; {what}", near or fix)]
     return FileError(f"cannot load {name}:", problems)

@@ -108,9 +108,9 @@ def print_results(models: Sequence[EvalModel], data: EvalData, results: Sequence
         )
         for model, result in pairs
     ]
-    title = f"{printable(data.source)}: loss in nats per labelled token, and how often the likeliest token was right"
     console = Console(highlight=False)
-    console.print(rich_table(title, rows, HEAD))
+    console.print(rich_table(printable(data.source), rows, HEAD))
+    console.print("loss in nats per labelled token; accuracy: how often the likeliest token was right", soft_wrap=True)
 
 
 def _number(value: float, digits: int) -> str:

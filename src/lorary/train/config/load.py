@@ -170,7 +170,6 @@ def _method_problems(valid: ValidPart, found: NormalisedConfig) -> list[Diagnost
     if valid.config is None or valid.invalid & {("method",), ("method", "name"), ("method", "options")}:
         return []
     section = valid.config.method
-    try:
     parts: dict[Place, MethodSection | AlsoSection] = {("method",): section}
     parts |= {("method", "also", i): part for i, part in enumerate(section.also)}
     problems = []
