@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,8 @@ def adapted_sites(
         problems = [Diagnostic(key, what) for key, value in vars(wanted).items() if value not in (None, (), {}, [])]
         return [], problems, []
     targets = [entry for part in parts for entry in as_list(part.targets)]
-    patterns = {"targets": targets, "exclude": as_list(wanted.exclude), "ranks": wanted.ranks, "alphas": wanted.alphas}
+    patterns: dict[str, Iterable[object]] = {"targets": targets, "exclude": as_list(wanted.exclude)}
+    patterns |= {"ranks": wanted.ranks, "alphas": wanted.alphas}
     if invalid := expression_problems(patterns, scanned.modules):
         return [], invalid, []
     found, problems = [], []

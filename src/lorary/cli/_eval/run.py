@@ -22,7 +22,8 @@ from lorary.cli._progress import progress_bar
 from lorary.cli._table import rich_table
 from lorary.errors import Diagnostic, FileError, LoraryError
 from lorary.layers.rope import max_context
-from lorary.model.loading.from_pretrained import load_config, load_tokenizer, quiet_progress_bars
+from lorary.model.loading.from_pretrained import load_config, load_tokenizer
+from lorary.model.loading.quiet import quiet_progress_bars
 from lorary.model.loading.source import ModelSection
 
 HEAD = ("model", "loss", "perplexity", "accuracy", "tokens", "rows")

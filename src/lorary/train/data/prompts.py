@@ -42,7 +42,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     if path.suffix.lower() == ".txt":
         return _lines(path)
     bad, prompts = BadRows(), []
-    records = read_file(path)
+    records = read_file(path, None)
     for record in records:
         value = _value(record)
         if value is None:

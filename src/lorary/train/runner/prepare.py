@@ -107,9 +107,23 @@ def prepare(config: Config, *, processes: int = 1) -> RunPlan:
     notes += _length_notes(model.config.get_text_config(), plan, _longest(config, report))
     steps = _count_steps(config, train, processes)
     config = config.with_absolute_paths()
-    parts = (config, tokenizer, train, held_out, report, plan, memory, steps, notes)
-    more = {"base": planned.base, "labels": planned.labels, "reward": reward, "start": start, "stream": stream}
-    return RunPlan(*parts, past=tuple(past), **more)
+    return RunPlan(
+        config,
+        tokenizer,
+        train,
+        held_out,
+        report,
+        plan,
+        memory,
+        steps,
+        notes,
+        past=tuple(past),
+        base=planned.base,
+        labels=planned.labels,
+        reward=reward,
+        start=start,
+        stream=stream,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
