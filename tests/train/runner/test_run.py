@@ -71,7 +71,9 @@ def test_a_run_leaves_everything_about_itself(finished: tuple[Run, Path], out: P
         "events.log",
         "metrics.jsonl",
         "plots",
-to        "sample.txt",
+        "report.html",
+        "run.json",
+        "sample.txt",
     ]
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["checkpoint-4", "checkpoint-6"]
     assert (done.steps, done.interrupted, done.folder, done.adapter) == (6, 0, out, out / "adapter")
