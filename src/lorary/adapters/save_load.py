@@ -43,7 +43,8 @@ def save_adapter(
         adapter: the adapter.
         folder: where to.
         model: the base, if at hand: with it PEFT's files can hold modules trained in full and have short target lists.
-        for_trainer: give the tensors the file name of PEFT's, also in lorary's own form: trainers look for it.
+        for_trainer: what Transformers' readers need beside: PEFT's file name for the tensors, also in lorary's own form,
+            and the base's whole path, as PEFT records it.
 
     Raises:
         FileError: `load_adapter` would refuse the files (NaN, values beyond 1e6, other dtypes), with the same reasons;
@@ -73,6 +74,8 @@ def save_adapter(
         )
     if peft_type is not None:
         config, tensors = writer.exact_files(adapter, model, shared, peft_type)
+        if for_trainer and (source := getattr(getattr(model, "config", None), "_name_or_path", "")):
+            config["base_model_name_or_path"] = source  # from which Transformers loads the base itself
     needed = sum(t.nbytes for t in tensors.values())
     with atomic_directory(folder, replace=True, keep=True, drop=ADAPTER_FILES, needed=needed) as temporary:
         if peft_type is not None:

@@ -64,11 +64,11 @@ def changeable(model: Any, verb: str, *, trains: bool = False) -> Any:
 
 def peft_layers(modules: Iterable[tuple[str, nn.Module]]) -> list[Diagnostic]:
     """The error of a model that PEFT has adapted, recognised by the modules of its classes, without importing it."""
-    found = {
-        path: type(module)
-        for path, module in modules
-        if any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__)
-    }
+    found = {}
+    for path, module in modules:
+        packages = {cls.__module__.partition(".")[0] for cls in type(module).__mro__}
+        if "peft" in packages and "lorary" not in packages:  # `in_transformers` is both for `isinstance`
+            found[path] = type(module)
     if not found:
         return []
     if "" in found:

@@ -60,7 +60,7 @@ class AutomaticRules:
         """The gradient of a parameter, the first time in a step with that of the penalty."""
         if self._penalty is None:
             self._penalty = {}  # this hook is called for the penalty's own gradients, too
-            self._penalty = self._penalty_gradients() if self.rules.model.training else {}
+            self._penalty = self._penalty_gradients()
         own = self._penalty.pop(key, None)
         return gradient if own is None else gradient + own.to(gradient)
 
