@@ -559,3 +559,60 @@ def test_a_classifier_whose_head_is_drawn_again_loads(tmp_path: Path) -> None:
         assert torch.equal(lorary.load(classifier(4), tmp_path / "again")(input_ids=ids).logits, expected)
     with pytest.raises(FileError, match="base: other weights"):
         lorary.load(classifier(1, base=7), tmp_path / "adapter")
+
+
+# --- both ends alike --------------------------------------------------------------------------------------------------
+
+
+def test_tolerating_files_is_not_accepting_another_base(tmp_path: Path) -> None:
+    model = tiny.seeded("LlamaForCausalLM")
+    lorary.save(tiny.shaken(lorary.attach(model, lorary.plan(model, lorary.method("lora", r=2)))), tmp_path)
+    other = tiny.seeded("LlamaForCausalLM", rms_norm_eps=0.1)
+    with pytest.raises(FileError) as caught:
+        lorary.load(other, tmp_path, strict=False)
+    assert [str(p) for p in caught.value.problems] == [
+        "base: another configuration, `rms_norm_eps`: 1e-06 when it was trained, 0.1 here\n"
+        "      hint: load the base that it was trained on, or pass force=True"
+    ]
+    lorary.load(other, tmp_path, force=True)
+
+
+@pytest.mark.parametrize("value", [2e6, float("nan")])
+def test_a_value_that_would_not_be_read_is_not_written(tmp_path: Path, value: float) -> None:
+    model = tiny.seeded("LlamaForCausalLM")
+    lorary.attach(model, lorary.plan(model, lorary.method("lora", r=2), ["q_proj"]))
+    lorary.save(model, tmp_path / "a")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.params["B"][0, 0] = value
+    with pytest.raises(FileError) as refused:
+        lorary.save(model, tmp_path / "a")
+    what = "its largest value is 2e+06; a trained adapter's stay far below 1,000,000"
+    what = what if value == 2e6 else "1 of 32 values are NaN or infinite, the first at [0, 0]"
+    assert [str(p) for p in refused.value.problems] == [f"model.layers.0.self_attn.q_proj|B: {what}"]
+    assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == before
+
+
+def test_a_base_parameter_may_be_as_large_as_it_is(tmp_path: Path) -> None:
+    model = tiny.seeded("LlamaForCausalLM")
+    lorary.attach(model, lorary.plan(model, lorary.method("lora", r=2).replace(full=("norms",)), ["q_proj"]))
+    tiny.shaken(model)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(2e6)
+    lorary.save(model, tmp_path)
+    assert float(load_adapter(tmp_path).full["model.norm.weight"].max()) == 2e6
+
+
+def test_files_beyond_a_readers_limits_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The very reader looks at them before they are put in place."""
+    model = tiny.seeded("LlamaForCausalLM")
+    lorary.attach(model, lorary.plan(model, lorary.method("lora", r=2), ["q_proj"]))
+    for name, limit, what in (
+        ("lorary.files.tensor_file.MOST_TENSORS", 3, "adapter_model.safetensors: 4 tensors, more than the 3 that"),
+        ("lorary.adapters.native.MOST_JSON", 99, "lorary.json: is "),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, limit)
+            with pytest.raises(FileError, match=f"cannot save an adapter to .*\n  - {what}"):
+                lorary.save(model, tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []

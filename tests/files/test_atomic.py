@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -317,3 +319,36 @@ def test_a_manifest_finds_damage(how: str, message: str, tmp_path: Path) -> None
     assert f"  - {message}" in lines
     if how == "one bit":
         verify_manifest(folder, hashes=False)
+
+
+# --- what a folder or file has beside its contents --------------------------------------------------------------------
+
+
+def _attributes(path: Path) -> tuple[int, int, list[str]]:
+    status = path.stat()
+    names = os.listxattr(path) if hasattr(os, "listxattr") else []
+    return status.st_mode, status.st_gid, [n for n in names if n.startswith("user.")]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_replacement_has_the_attributes_of_what_it_replaces(tmp_path: Path, keep: bool) -> None:
+    target = tmp_path / "shared"
+    with atomic_directory(target) as folder:
+        (folder / "weights").write_bytes(b"1")
+    for path, mode in ((target, 0o2770), (target / "weights", 0o640)):
+        os.chmod(path, mode)
+        if os.geteuid() == 0:
+            os.chown(path, -1, 4321)
+            os.chmod(path, mode)
+        with contextlib.suppress(OSError, AttributeError):  # a file system without them
+            os.setxattr(path, "user.project", b"x")
+    before = _attributes(target), _attributes(target / "weights")
+    with atomic_directory(target, replace=True, keep=keep) as folder:
+        (folder / "weights").write_bytes(b"2")
+        (folder / "new").write_bytes(b"3")
+    assert (_attributes(target), _attributes(target / "weights")) == before
+    assert stat.S_IMODE((target / "new").stat().st_mode) & 0o111 == 0
+    with atomic_file(target / "weights") as file:
+        file.write(b"4")
+    assert _attributes(target / "weights") == before[1]
+    assert (target / "weights").read_bytes() == b"4"

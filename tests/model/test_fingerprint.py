@@ -177,3 +177,115 @@ def test_what_is_said_of_differences() -> None:
     ]
     assert said(architecture="", structure="", weights="") == []  # what is not known is not compared
     assert Fingerprint().disagreements(Fingerprint("Llama", "a" * 64, "b" * 64)) == []
+
+
+# --- the function of the same weights ---------------------------------------------------------------------------------
+
+SETTINGS = [
+    ({"rms_norm_eps": 1e-3}, "`rms_norm_eps`: 1e-06 when it was trained, 0.001 here"),
+    ({"hidden_act": "gelu"}, "`hidden_act`: 'silu' when it was trained, 'gelu' here"),
+    (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        "`rope_parameters.rope_theta`: 10000.0 when it was trained, 500000.0 here",
+    ),
+    ({"num_attention_heads": 2, "num_key_value_heads": 1}, "`head_dim`: 4 when it was trained, 8 here"),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), SETTINGS)
+def test_a_configuration_that_changes_the_function_is_another_base(changes: dict[str, Any], said: str) -> None:
+    one, other = (tiny.seeded("LlamaForCausalLM", **c) for c in ({}, changes))
+    assert not torch.equal(tiny.logits(one), tiny.logits(other))
+    problems = Fingerprint.of(one).disagreements(Fingerprint.of(other))
+    assert f"base: another configuration, {said}" in map(str, problems)
+
+
+def test_a_window_is_a_part_of_the_function() -> None:
+    one, other = (Fingerprint.of(tiny.seeded("MistralForCausalLM", sliding_window=n)) for n in (4096, 3))
+    assert [str(p) for p in one.disagreements(other)] == [
+        "base: another configuration, `sliding_window`: 4096 when it was trained, 3 here"
+    ]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention_dropout": 0.3},
+        {"use_cache": False},
+        {"pad_token_id": 3},
+        {"initializer_range": 0.5},
+        {"max_position_embeddings": 99},
+        {"name_or_path": "elsewhere"},
+        {"attn_implementation": "eager"},
+    ],
+)
+def test_a_configuration_that_does_not_change_it_is_the_same_base(changes: dict[str, Any]) -> None:
+    one, other = tiny.seeded("LlamaForCausalLM"), tiny.seeded("LlamaForCausalLM", **changes)
+    with torch.no_grad():
+        other.model.embed_tokens.weight.copy_(one.model.embed_tokens.weight)  # padding has a zero row
+    other.load_state_dict(one.state_dict())
+    assert Fingerprint.of(one).disagreements(Fingerprint.of(other)) == []
+
+
+def test_many_differences_are_cut_short() -> None:
+    one, other = (Fingerprint(settings={f"s{i}": value for i in range(9)}) for value in (1, 2))
+    problems = one.disagreements(other)
+    assert len(problems) == 6
+    assert str(problems[-1]) == "base: and 4 more settings"
+
+
+def test_what_an_older_record_or_version_does_not_know_is_not_compared() -> None:
+    new = Fingerprint.of(tiny.seeded("LlamaForCausalLM"))
+    old = Fingerprint.from_record({k: v for k, v in new.record().items() if k not in ("settings", "buffers")})
+    assert old is not None
+    assert (old, old.settings) == (new, {})
+    assert old.disagreements(new) == new.disagreements(old) == []
+    later = Fingerprint(settings=dict(new.settings) | {"a_new_setting": 3})
+    assert later.disagreements(new) == []
+
+
+@pytest.mark.parametrize("settings", ["x", [], {"a": {"b": 1}}, {"a": [[1]]}])
+def test_settings_that_are_none_are_refused(settings: Any) -> None:
+    assert Fingerprint.from_record(Fingerprint("Llama").record() | {"settings": settings}) is None
+
+
+def test_a_record_keeps_everything() -> None:
+    import json
+
+    one = Fingerprint.of(tiny.seeded("LlamaForCausalLM"))
+    again = Fingerprint.from_record(json.loads(json.dumps(one.record())))
+    assert again is not None
+    assert again.record() == one.record()
+    assert again.disagreements(one) == []
+
+
+# --- buffers ----------------------------------------------------------------------------------------------------------
+
+
+def _net() -> nn.Module:
+    torch.manual_seed(0)
+    return tiny.ConvNet()
+
+
+def test_running_statistics_are_a_part_of_the_base() -> None:
+    one, other = _net(), _net()
+    other.norm.running_mean.add_(1)  # type: ignore[union-attr, operator]
+    problems = Fingerprint.of(one).disagreements(Fingerprint.of(other))
+    assert [problem.what.partition(":")[0] for problem in problems] == ["other buffers, such as running statistics"]
+    count = _net()
+    count.norm.num_batches_tracked.add_(1)  # type: ignore[union-attr, operator]
+    assert Fingerprint.of(one).disagreements(Fingerprint.of(count)) == []
+
+
+def test_statistics_that_train_are_not_compared(tmp_path: Path) -> None:
+    """The adapter holds them, so whatever the base has in their place is replaced."""
+    model = _net()
+    lorary.attach(model, lorary.plan(model, lorary.method("lora", r=2).replace(full=("norms",)), ["pointwise"]))
+    with torch.no_grad():
+        tiny.shaken(model)
+        model.norm.running_mean.add_(1)  # type: ignore[union-attr, operator]
+    lorary.save(model, tmp_path)
+    base = _net()
+    base.norm.running_var.mul_(2)  # type: ignore[union-attr, operator]
+    lorary.load(base, tmp_path)
+    assert torch.equal(base.norm.running_mean, model.norm.running_mean)  # type: ignore[union-attr, arg-type]

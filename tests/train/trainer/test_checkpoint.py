@@ -76,6 +76,9 @@ def test_what_could_only_be_pickled_is_refused(tmp_path: Path) -> None:
 def test_an_adapter_that_is_not_finite_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"q_proj\.B: contains non-finite values"):
         checkpoint.write(tmp_path / "checkpoint-1", _adapter(math.inf), {}, {}, lambda folder: None)
+    with pytest.raises(TrainingError) as caught:
+        checkpoint.write(tmp_path / "checkpoint-1", _adapter(2e6), {}, {}, lambda folder: None)
+    assert str(caught.value).startswith("cannot save a checkpoint:\n  - model.layers.0.self_attn.q_proj.B: its largest")
     assert list(tmp_path.iterdir()) == []
 
 
