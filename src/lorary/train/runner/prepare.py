@@ -23,7 +23,7 @@ from lorary.spec.presets import names_of
 from lorary.train.config.config import Config
 from lorary.train.config.conflicts import contradictions
 from lorary.train.config.previous_tasks import load_previous_tasks, path_of, with_digests
-from lorary.train.config.starting_adapter import load_start, plan_to_go_on, with_digest
+from lorary.train.config.starting_adapter import Start, load_start, plan_to_go_on
 from lorary.train.data.lint import Lint, lint
 from lorary.train.data.load import load
 from lorary.train.data.tokenize import Tokens, tokenize
@@ -74,9 +74,9 @@ def prepare(config: Config, *, processes: int = 1) -> RunPlan:
     if problems := contradictions(config.resolve()):
         raise ConfigError("the configuration contradicts itself:", problems)
     start, past = load_start(config), load_previous_tasks(config.method.after)
-    config = _identified(config.resolve(names_of(start.method) if start else ()), start, past)
+    config = _identified(config.resolve(names_of(start.adapter.method) if start else ()), start, past)
     model = skeleton(config.model)
-    plan = plan_to_go_on(config, model, start) if start else config.method.plan(model, past)
+    plan = plan_to_go_on(config, model, start.adapter) if start else config.method.plan(model, past)
     reader(config.model.id, model.config, plan.method.storage, None)  # refuses other quantisations
     tokenizer = load_tokenizer(config.model)
     data = load(config.data, config.task, config.training.seed)
@@ -88,16 +88,17 @@ def prepare(config: Config, *, processes: int = 1) -> RunPlan:
     notes = (*config.notes, *data.notes, *report.notes, *plan.notes, *_dtype_note(config))
     notes += _length_notes(model.config.get_text_config(), plan, _longest(config, report))
     steps = _count_steps(config, train, processes)
-    return RunPlan(config, tokenizer, train, held_out, report, plan, memory, steps, notes, tuple(past), start)
+    begun = start.adapter if start else None
+    return RunPlan(config, tokenizer, train, held_out, report, plan, memory, steps, notes, tuple(past), begun)
 
 
-def _identified(config: Config, start: Adapter | None, past: list[Adapter]) -> Config:
+def _identified(config: Config, start: Start | None, past: list[Adapter]) -> Config:
     """The configuration with the digests of the adapters that it names."""
     if start is not None:
-        name = with_digest(str(config.model.adapter), start)
-        notes = [f"training goes on from the adapter in {path_of(name)}: {', '.join(names_of(start.method))}"]
-        config = config.model_copy(update={"model": config.model.model_copy(update={"adapter": name})})
-        return config.with_notes(*notes, *start.notes)
+        names = ", ".join(names_of(start.adapter.method))
+        note = f"training goes on from the adapter in {path_of(start.name)}: {names}"
+        config = config.model_copy(update={"model": config.model.model_copy(update={"adapter": start.name})})
+        return config.with_notes(note, *start.adapter.notes)
     method = config.method.model_copy(update={"after": with_digests(config.method.after, past)})
     return config.model_copy(update={"method": method})
 
