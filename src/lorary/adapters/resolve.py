@@ -64,7 +64,7 @@ def load_with_adapter(section: ModelSection, folder: Path | None) -> PreTrainedM
     from lorary.model.loading.from_pretrained import load_model, load_storage
 
     adapter = load_adapter(folder) if folder else None
-    loaded = load_model(section, load_storage(adapter.method, adapter.full) if adapter else None)
+    loaded = load_model(section, load_storage(adapter.method, adapter.full, adapter.sites) if adapter else None)
     if folder:
         load(loaded, folder)
     return loaded

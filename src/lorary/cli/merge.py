@@ -168,7 +168,7 @@ def _merged(
     from lorary.model.loading.from_pretrained import load_model, load_storage
     from lorary.model.merge import fold
 
-    model = load_model(section, load_storage(adapter.method, adapter.full))
+    model = load_model(section, load_storage(adapter.method, adapter.full, adapter.sites))
     lorary.load(model, folder, force=force)
     check = MergeCheck.of(model, rows.ids)
     if onto == "original" and check.quantized:

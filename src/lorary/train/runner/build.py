@@ -29,7 +29,7 @@ def build_model(prepared: RunPlan, resumed: Path | None = None) -> Any:
     try:
         plan = prepared.plan if resumed is None else plan_with_saved_start(prepared.plan, resumed)
         full = prepared.start.full if prepared.start else ()
-        base = load_model(prepared.config.model, load_storage(plan.method, full), plan.quantized)
+        base = load_model(prepared.config.model, load_storage(plan.method, full, plan.sites), plan.quantized)
         if prepared.start is not None:
             folder = path_of(str(prepared.config.model.adapter))
             put_on(base, prepared.start, folder, trainable=True, fix="set model.id to the base that it was trained on")
