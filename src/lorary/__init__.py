@@ -35,6 +35,7 @@ _HOMES = {
     "Plan": "model.plan",
     "PlanError": "errors",
     "Preset": "spec.presets",
+    "RankChange": "adapters.change_rank",
     "Rules": "model.optim.rules",
     "SearchResult": "analysis.supernet_search",
     "Site": "spec.site",
@@ -44,6 +45,7 @@ _HOMES = {
     "attach": "model.attach",
     "attached": "model.state",
     "cached": "model.cached",
+    "change_rank": "adapters.change_rank",
     "dequantize": "model.quantize",
     "detach": "model.attach",
     "disabled": "model.disable",
@@ -72,6 +74,8 @@ __all__ = ["__version__", *sorted(_HOMES)]
 
 if TYPE_CHECKING:
     from lorary.adapters.adapter import Adapter as Adapter
+    from lorary.adapters.change_rank import RankChange as RankChange
+    from lorary.adapters.change_rank import change_rank as change_rank
     from lorary.adapters.low_rank_form import LowRankForm as LowRankForm
     from lorary.adapters.save_load import load_adapter as load_adapter
     from lorary.adapters.save_load import save_adapter as save_adapter

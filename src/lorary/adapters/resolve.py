@@ -120,7 +120,7 @@ def load_with_adapter(section: ModelSection, folder: Path | None) -> PreTrainedM
         what = f"it was trained on a {adapter.base.architecture}, which generates no text"
         fix = "`lorary merge` makes a plain model of it, for Transformers' pipeline"
         raise FileError(f"cannot generate with {folder}:", [Diagnostic(str(folder), what, fix)])
-    loaded = load_model(section, load_storage(adapter.method, adapter.full) if adapter else None)
+    loaded = load_model(section, load_storage(adapter.method, adapter.full, adapter.sites) if adapter else None)
     if folder:
         load(loaded, folder)
     return loaded

@@ -168,7 +168,7 @@ def _merged(
     from lorary.model.merge import fold
 
     kind = base_class(section, folder, adapter)
-    model = load_model(section, load_storage(adapter.method, adapter.full), model_class=kind)
+    model = load_model(section, load_storage(adapter.method, adapter.full, adapter.sites), model_class=kind)
     lorary.load(model, folder, force=force)
     check = MergeCheck.of(model, rows.ids)
     if onto == "original" and check.quantized:

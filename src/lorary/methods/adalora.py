@@ -19,7 +19,7 @@ directions are removed from the tensors.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import Any
 
@@ -31,11 +31,12 @@ from lorary.methods.adalora_budget import ROLES, RankBudget
 from lorary.spec.fields import AMOUNT, COUNT, POSITIVE, WHOLE, one_of, optional
 from lorary.spec.interfaces import Delta, Factors, Init, Layer, PrunableDelta, Rule, Shapes, Tensors, component
 from lorary.spec.presets import preset
+from lorary.spec.resizable import Resizable, Singular
 from lorary.spec.site import Site
 
 
 @component
-class SVDDelta(Delta, PrunableDelta):
+class SVDDelta(Resizable, Delta, PrunableDelta):
     """P [out, R], E [R] and Q [R, in], with B = P diag(E) and A = Q.
 
     Args:
@@ -61,6 +62,16 @@ class SVDDelta(Delta, PrunableDelta):
 
     def factors(self, site: Site, params: Tensors) -> Factors:
         return params["P"] * params["E"], params["Q"]
+
+    def rank_dims(self, site: Site) -> Mapping[str, tuple[int, int]]:
+        return {role: (dim, 1) for role, dim in self.directions.items()}
+
+    def products(self, site: Site, params: Tensors) -> list[Factors]:
+        return [self.factors(site, params)]
+
+    def from_products(self, site: Site, products: Sequence[Singular]) -> dict[str, Tensor]:
+        ((U, S, V),) = products
+        return {"P": U, "E": S, "Q": V}
 
     def with_directions(self, R: int) -> Delta:
         return dataclasses.replace(self, kept=R)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import field
@@ -61,6 +62,9 @@ class RankBudget(Rule):
         if self.target > method.delta.r:
             found.append(f"a target of {self.target} is more than the {method.delta.r} directions of the start")
         return found
+
+    def resized(self, r: int) -> Rule:
+        return dataclasses.replace(self, target=min(self.target, r))
 
     def times(self, steps: int) -> tuple[int, int]:
         """(t_i, t_f) of a run of `steps` optimizer steps."""

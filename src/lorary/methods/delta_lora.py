@@ -17,7 +17,7 @@ K = -1 and an optimizer that is invariant to the scale of gradients, Delta-LoRA 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import Any, cast
 
@@ -31,11 +31,12 @@ from lorary.methods.lora import Add, LowRank
 from lorary.spec.fields import COUNT, FLAG, POSITIVE, WHOLE
 from lorary.spec.interfaces import Delta, Factors, Layer, Rule, Run, Shapes, Tensors, component
 from lorary.spec.presets import preset
+from lorary.spec.resizable import PairsOfFactors
 from lorary.spec.site import Site
 
 
 @component
-class DeltaLoRADelta(Delta):
+class DeltaLoRADelta(PairsOfFactors, Delta):
     """(1 + lambda) B A - lambda B_K A_K of B [out, r] and A [r, in].
 
     Args:
@@ -60,6 +61,13 @@ class DeltaLoRADelta(Delta):
     def shapes(self, site: Site) -> Shapes:
         now = LowRank(self.r).shapes(site)
         return now | ({"A_K": now["A"], "B_K": now["B"], "lam": (1,)} if self.late else {})
+
+    def rank_dims(self, site: Site) -> Mapping[str, tuple[int, int]]:
+        now = super().rank_dims(site)
+        return {**now, "A_K": now["A"], "B_K": now["B"]} if self.late else now
+
+    def products(self, site: Site, params: Tensors) -> list[Factors]:
+        return [] if self.late else super().products(site, params)
 
     def factors(self, site: Site, params: Tensors) -> Factors:
         if not self.late:

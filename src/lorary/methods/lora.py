@@ -21,11 +21,12 @@ from lorary.kernels.low_rank import add_low_rank
 from lorary.spec.fields import COUNT, POSITIVE
 from lorary.spec.interfaces import Delta, Factors, Init, Join, Layer, Shapes, Tensors, component
 from lorary.spec.presets import preset
+from lorary.spec.resizable import PairsOfFactors
 from lorary.spec.site import Site
 
 
 @component
-class LowRank(Delta):
+class LowRank(PairsOfFactors, Delta):
     """B [out, r] and A [r, in]; every part of a fused site has its own pair."""
 
     r: int = field(metadata=COUNT)

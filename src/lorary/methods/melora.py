@@ -21,17 +21,22 @@ from lorary.kernels.block_diagonal import add_blocks
 from lorary.spec.fields import COUNT
 from lorary.spec.interfaces import Delta, Factors, Layer, Shapes, Tensors, component
 from lorary.spec.presets import preset
+from lorary.spec.resizable import PairsOfFactors
 from lorary.spec.site import Site
 
 
 @component
-class BlockDiagonal(Delta):
+class BlockDiagonal(PairsOfFactors, Delta):
     """A_i [r, in / n] and B_i [out / n, r], stacked: A [n r, in / n] and B [out, r]."""
 
     r: int = field(metadata=COUNT)
     n: int = field(metadata=COUNT)
 
     roles = frozenset({"A", "B"})
+
+    @property
+    def blocks(self) -> int:  # type: ignore[override]  # a constant of most deltas
+        return self.n
 
     def shapes(self, site: Site) -> Shapes:
         return {"A": (len(site.rows) * self.n * self.r, site.in_features // self.n), "B": (sum(site.rows), self.r)}

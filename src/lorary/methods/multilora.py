@@ -10,6 +10,7 @@ is our reading.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Any
 
@@ -19,11 +20,12 @@ from torch import Tensor, nn
 from lorary.spec.fields import COUNT
 from lorary.spec.interfaces import Delta, Factors, Init, Shapes, Tensors, component
 from lorary.spec.presets import preset
+from lorary.spec.resizable import Resizable
 from lorary.spec.site import Site
 
 
 @component
-class ParallelLowRank(Delta):
+class ParallelLowRank(Resizable, Delta):
     """A_i [r, in], B_i [out, r] and gamma_i [out], stacked: A [n r, in], B [out, n r], gamma [out n], row by row."""
 
     r: int = field(metadata=COUNT)
@@ -35,6 +37,9 @@ class ParallelLowRank(Delta):
         rows = sum(site.rows)
         wide = self.n * self.r
         return {"A": (len(site.rows) * wide, site.in_features), "B": (rows, wide), "gamma": (rows * self.n,)}
+
+    def rank_dims(self, site: Site) -> Mapping[str, tuple[int, int]]:
+        return {"A": (0, len(site.rows) * self.n), "B": (1, self.n)}
 
     def factors(self, site: Site, params: Tensors) -> Factors:
         gamma = params["gamma"].view(-1, self.n, 1)

@@ -30,13 +30,14 @@ from lorary.methods.lora import Add, LowRank
 from lorary.spec.fields import AMOUNT, COUNT, FLAG, SIZES, one_of
 from lorary.spec.interfaces import Delta, Factors, Layer, Rule, Run, Shapes, Tensors, component
 from lorary.spec.presets import Restriction, preset
+from lorary.spec.resizable import PairsOfFactors
 from lorary.spec.site import Site
 
 _MOMENTA = ("exp_avg", "momentum_buffer")  # an optimizer's running means of gradients
 
 
 @component
-class SequentialLoRA(Delta):
+class SequentialLoRA(PairsOfFactors, Delta):
     """B [out, r] and A [r, in] of this task; B_past [out, R] and A_past [R, in] of all earlier ones.
 
     Args:

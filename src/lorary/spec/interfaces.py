@@ -224,6 +224,10 @@ class Rule(Protocol):
         """The reasons why it cannot work with the method's other components."""
         return []
 
+    def resized(self, r: int) -> Rule:
+        """The rule for an adapter whose rank has changed."""
+        return self
+
     def start(self, layers: Sequence[Layer], steps: int) -> dict[str, Tensor]:
         """Its state at the start of a run.
 

@@ -223,6 +223,26 @@ def test_what_agrees_with_the_adapter_or_concerns_the_training_alone_may_be_said
     assert prepare(from_dict(going_on(words, first, method="qlora"))).plan.quantized
 
 
+@pytest.mark.parametrize(("r", "sentence"), [(8, "rank 8: the function is unchanged"), (2, "the update is off by")])
+def test_another_rank_is_said_by_the_method_section(words: dict[str, Any], first: Path, r: int, sentence: str) -> None:
+    words = going_on(words, first, method={"r": r})
+    prepared = prepare(from_dict(words))
+    assert {s.r for s in prepared.plan.sites} == {r}
+    assert any(
+        note.startswith("the adapter's rank changes from 4: rank") and sentence in note for note in prepared.notes
+    )
+    x, model = torch.arange(12)[None], build_model(prepared)
+    if r > 4:
+        saved = lorary.load(load_model(prepared.config.model), first / "adapter")
+        torch.testing.assert_close(model(x).logits, saved(x).logits, rtol=2e-2, atol=2e-2)  # in bfloat16
+    run(from_dict(words), quiet=True)
+    shutil.copytree("out", "again")
+    for name in ("adapter", "checkpoints/checkpoint-2"):
+        shutil.rmtree(Path("again") / name)
+    run(from_dict(words | {"output": "again"}), resume=True, quiet=True)
+    assert equal(load_adapter("out/adapter"), load_adapter("again/adapter"))
+
+
 def test_no_adapter_there_is_said(words: dict[str, Any], first: Path) -> None:
     for folder, sentence in (("nowhere", "nowhere"), (str(first / "plots"), "neither lorary.json nor")):
         with pytest.raises(FileError) as caught:

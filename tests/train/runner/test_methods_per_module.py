@@ -12,7 +12,9 @@ import yaml
 
 import lorary
 from lorary.adapters import load_adapter
+from lorary.adapters.resolve import load_with_adapter
 from lorary.errors import ConfigError, LoraryError
+from lorary.model.loading.source import ModelSection
 from lorary.spec.placement import by_method
 from lorary.train import run
 from lorary.train.config.load import from_dict
@@ -67,6 +69,17 @@ def test_a_run_with_two_methods_is_saved_resumed_and_gone_on_from(
     assert [len(group) for group in by_method(prepared.plan.sites)] == [8, 6]
     model = build_model(prepared)
     assert [s.method for s in lorary.attached(model).sites] == [s.method for s in adapter.sites]
+
+
+def test_a_residual_start_beside_a_quantised_method_is_trained_merged_and_loaded(words: dict[str, Any]) -> None:
+    """The base is then not quantised while it is read: the start of PiSSA needs its plain weights."""
+    method = {"name": "qlora", "targets": "attention", "also": [{"name": "pissa", "targets": "mlp", "r": 4}]}
+    done = run(from_dict(words | {"method": method}), quiet=True)
+    adapter = load_adapter(done.adapter)
+    assert {s.method.storage for s in adapter.sites} == {lorary.NF4()}
+    assert [bool(group[0].starts) for group in by_method(adapter.sites)] == [False, True]
+    model = load_with_adapter(ModelSection.of(words["model"]), done.adapter)
+    assert len(lorary.attached(model).sites) == 14
 
 
 BAD: list[tuple[dict[str, Any], str]] = [

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from lorary.spec.interfaces import Storage
     from lorary.spec.method import Method
+    from lorary.spec.placement import AdaptedSite
 
 
 def load_model(
@@ -90,14 +91,16 @@ def load_model(
     return loaded
 
 
-def load_storage(method: Method, full: Collection[str] = ()) -> Storage | None:
+def load_storage(method: Method, full: Collection[str] = (), sites: Collection[AdaptedSite] = ()) -> Storage | None:
     """The storage in which `load_model` may load the base of a method or adapter; None for plain weights.
 
     Args:
         method: the method; an init that decomposes the weights needs them plain.
         full: the base parameters that an adapter holds in full; if there are any, attaching quantises the others.
+        sites: the adapted sites, which may have other methods.
     """
-    residual = method.init is not None and method.init.residual_init
+    inits = [method.init, *(s.init for s in sites)]
+    residual = any(init is not None and init.residual_init for init in inits)
     return None if full or residual else method.storage
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorary.adapters import load_adapter
 from lorary.adapters.adapter import Adapter
+from lorary.adapters.change_rank import change_rank
 from lorary.adapters.resolve import adapter_folder
 from lorary.errors import ConfigError, Diagnostic, MethodError
 from lorary.model.planning import plan_of_adapter
@@ -19,7 +20,7 @@ from lorary.spec.method import AXES
 from lorary.spec.placement import by_method
 from lorary.spec.presets import method as method_of
 from lorary.train.config.config import Config, MethodSection
-from lorary.train.config.previous_tasks import digest, path_of
+from lorary.train.config.previous_tasks import digest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,8 +31,15 @@ _FIX = "leave it out: training goes on with the adapter's own"
 _FREE = ("storage", "dropout")  # of the training that follows, not of the adapter
 
 
-def load_start(config: Config) -> Adapter | None:
-    """The adapter of `model.adapter`, with the storage and the dropout that `method` says; None without one.
+class Start(NamedTuple):
+    """The adapter to go on from, and its folder with the digest of the values that it has there."""
+
+    adapter: Adapter
+    name: str
+
+
+def load_start(config: Config) -> Start | None:
+    """The adapter of `model.adapter`, with the rank, storage and dropout that `method` says; None without one.
 
     Raises:
         FileError: there is none, or it is damaged.
@@ -42,26 +50,33 @@ def load_start(config: Config) -> Adapter | None:
     path, _, wanted = config.model.adapter.partition("#")
     folder = Path(path).expanduser()
     adapter = load_adapter(adapter_folder(folder) or folder)
-    if wanted and wanted != (found := digest(adapter)):
+    found = digest(adapter)
+    if wanted and wanted != found:
         what = f"{path} contains another adapter: {found}, and the configuration was made with {wanted}"
         problem = Diagnostic("model.adapter", what, f"write {path} without a digest to take it as it is now")
         raise ConfigError("the adapter to go on from has changed:", [problem])
-    return _for_training(adapter, config.method)
+    resized = _at_rank(_for_training(adapter, config.method), config.method, config.training.seed)
+    return Start(resized, f"{path}#{found}")
 
 
-def with_digest(name: str, adapter: Adapter) -> str:
-    """The name of an adapter's folder with the digest of its values."""
-    return f"{path_of(name)}#{digest(adapter)}"
-
-
-def plan_to_go_on(config: Config, model: nn.Module, start: Adapter) -> Plan:
+def plan_to_go_on(config: Config, model: nn.Module, start: Adapter, drawn: Sequence[str] = ()) -> Plan:
     """The plan under which the adapter goes on training on a model, which stays unchanged.
+
+    Args:
+        config: of the run.
+        model: the base.
+        start: the adapter.
+        drawn: parameters that no checkpoint of the base holds, such as a classifier's new head.
 
     Raises:
         ConfigError: the method section says something else than the adapter; every difference.
         PlanError: the adapter does not fit the model.
     """
-    if problems := [*_differences(config.method, start), *_other_targets(config.method, model, start)]:
+    problems = [*_differences(config.method, start), *_other_targets(config.method, model, start)]
+    if missing := [name for name in drawn if name not in start.full]:
+        what = f"task `{config.task}` draws {missing[0]} at random, and the adapter does not hold it: it would not train"
+        problems.append(Diagnostic("model.adapter", what, "merge the adapter first, and name the merged model as model.id"))
+    if problems:
         raise ConfigError("the configuration contradicts the adapter that it goes on from:", problems)
     return plan_of_adapter(model, start)
 
@@ -75,6 +90,16 @@ def _for_training(adapter: Adapter, section: MethodSection) -> Adapter:
         return adapter
     sites = tuple(dataclasses.replace(s, method=s.method.replace(**said)) for s in adapter.sites)
     return dataclasses.replace(adapter, method=adapter.method.replace(**said), sites=sites)
+
+
+def _at_rank(adapter: Adapter, section: MethodSection, seed: int) -> Adapter:
+    """The adapter at the rank that the section says."""
+    before = getattr(adapter.method.delta, "r", None)
+    if section.r is None or before is None or section.r == before:
+        return adapter
+    change = change_rank(adapter, section.r, seed=seed)
+    note = f"the adapter's rank changes from {before}: {change}"
+    return dataclasses.replace(change.adapter, notes=(*adapter.notes, note))
 
 
 def _differences(section: MethodSection, adapter: Adapter) -> Iterator[Diagnostic]:

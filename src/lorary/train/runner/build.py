@@ -46,7 +46,7 @@ def build_model(prepared: RunPlan, resumed: Path | None = None) -> Any:
         plan = prepared.plan if resumed is None else plan_with_saved_start(prepared.plan, resumed)
         full = prepared.start.full if prepared.start else ()
         with seeded(prepared.config.training.seed):  # a new head is drawn here
-            storage = load_storage(plan.method, full)
+            storage = load_storage(plan.method, full, plan.sites)
             base = load_model(prepared.config.model, storage, plan.quantized, model_class=prepared.base)
         if prepared.start is not None:
             folder = path_of(str(prepared.config.model.adapter))

@@ -75,7 +75,7 @@ def _rank(config: Config) -> int | None:
 
 def _need_after(config: Config, changes: dict[str, Any], now: Forecast) -> GpuRequirement | None:
     """The GPU memory of the changed run; None if the changes contradict the rest of its configuration."""
-    data = config.model_dump(mode="json")
+    data = config.record()
     for key, value in changes.items():
         section, _, field = key.partition(".")
         data[section][field] = value

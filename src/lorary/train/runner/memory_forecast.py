@@ -51,7 +51,7 @@ def forecast(config: Config, model: nn.Module, planned: Plan | None = None) -> F
     """
     if planned is None:
         start = load_start(config)
-        planned = plan_to_go_on(config, model, start) if start else config.plan(model)
+        planned = plan_to_go_on(config, model, start.adapter) if start else config.plan(model)
     work = workload(config, model)
     memory = predict(model, planned, work, config.training.optimizer, inputs=_inputs(model, work))
     return Forecast(model, planned, memory, gpu_requirement(memory, persistent_tensors(model, planned)))

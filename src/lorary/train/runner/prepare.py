@@ -26,7 +26,7 @@ from lorary.spec.presets import names_of
 from lorary.train.config.config import Config
 from lorary.train.config.conflicts import contradictions
 from lorary.train.config.previous_tasks import load_previous_tasks, path_of, with_digests
-from lorary.train.config.starting_adapter import load_start, plan_to_go_on, with_digest
+from lorary.train.config.starting_adapter import Start, load_start, plan_to_go_on
 from lorary.train.data.labels import label_notes
 from lorary.train.data.lint import Lint, lint
 from lorary.train.data.load import Data, load, load_validation
@@ -90,7 +90,7 @@ def prepare(config: Config, *, processes: int = 1) -> RunPlan:
     if problems := contradictions(config.resolve()):
         raise ConfigError("the configuration contradicts itself:", problems)
     start, past = load_start(config), load_previous_tasks(config.method.after)
-    config = _identified(config.resolve(names_of(start.method) if start else ()), start, past)
+    config = _identified(config.resolve(names_of(start.adapter.method) if start else ()), start, past)
     check_task(config.model, load_config(config.model), config.task)
     tokenizer = load_tokenizer(config.model)
     reward = load_reward(config.training.reward) if config.training.reward else None
@@ -121,7 +121,7 @@ def prepare(config: Config, *, processes: int = 1) -> RunPlan:
         base=planned.base,
         labels=planned.labels,
         reward=reward,
-        start=start,
+        start=start.adapter if start else None,
         stream=stream,
     )
 
@@ -138,7 +138,7 @@ class _Planned:
 
 
 def _planned_and_data(
-    config: Config, tokenizer: Any, start: Adapter | None, past: Sequence[Adapter]
+    config: Config, tokenizer: Any, start: Start | None, past: Sequence[Adapter]
 ) -> tuple[_Planned, Data | None]:
     """The plan and the data, None if it is streamed; if both are impossible, every reason."""
 
@@ -153,24 +153,24 @@ def _planned_and_data(
 
 
 def _planned(
-    config: Config, labels: Labels | None, tokenizer: Any, start: Adapter | None, past: Sequence[Adapter]
+    config: Config, labels: Labels | None, tokenizer: Any, start: Start | None, past: Sequence[Adapter]
 ) -> _Planned:
     base = base_of_task(config, labels, tokenizer)
     model = skeleton(config.model, base)
     config = fit_positions(config, model)
     new = new_modules(config, base, model)
-    plan = plan_to_go_on(config, model, start) if start else config.plan(model, past, new)
+    plan = plan_to_go_on(config, model, start.adapter, base.fresh if base else ()) if start else config.plan(model, past, new)
     reader(config.model.id, model.config, plan.method.storage, None)  # refuses other quantisations
     return _Planned(config, labels, base, model, plan)
 
 
-def _identified(config: Config, start: Adapter | None, past: list[Adapter]) -> Config:
+def _identified(config: Config, start: Start | None, past: list[Adapter]) -> Config:
     """The configuration with the digests of the adapters that it names."""
     if start is not None:
-        name = with_digest(str(config.model.adapter), start)
-        notes = [f"training goes on from the adapter in {path_of(name)}: {', '.join(names_of(start.method))}"]
-        config = config.model_copy(update={"model": config.model.model_copy(update={"adapter": name})})
-        return config.with_notes(*notes, *start.notes)
+        names = ", ".join(names_of(start.adapter.method))
+        note = f"training goes on from the adapter in {path_of(start.name)}: {names}"
+        config = config.model_copy(update={"model": config.model.model_copy(update={"adapter": start.name})})
+        return config.with_notes(note, *start.adapter.notes)
     method = config.method.model_copy(update={"after": with_digests(config.method.after, past)})
     return config.model_copy(update={"method": method})
 
