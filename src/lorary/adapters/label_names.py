@@ -48,7 +48,7 @@ def read_label_names(folder: Path) -> LabelNames | None:
     """
     if not (folder / NAME).is_file():
         return None
-    record = read_json(folder, NAME, _MOST)
+    record = read_json(folder.resolve(), NAME, _MOST)
     names = record.get("labels") if isinstance(record, dict) else None
     problem = record.get("problem_type") if isinstance(record, dict) else None
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
