@@ -151,5 +151,9 @@ def test_the_plan_says_which_class_it_is(
     refused = command("plan", str(folder / "BertForMaskedLM"), "--set", "task=sft")
     assert refused.code == 2
     assert "BertForMaskedLM is an encoder" in refused.err
+    (folder / "train.yaml").write_text(
+        f"model: {folder / 'BertForMaskedLM'}\ndata: builtin:docstrings\n"
+    )  # whose task is `sft`
+    assert "BertForMaskedLM is an encoder" in command("plan", str(folder / "train.yaml")).err
     refused = command("generate", str(folder / "BertForMaskedLM"), "x")
     assert "BertForMaskedLM is an encoder: it has no next-token head" in refused.err

@@ -233,6 +233,7 @@ def _data_order(trainer: Any) -> dict[str, Any]:
         "batch_size": trainer._train_batch_size,
         "gradient_accumulation_steps": trainer.args.gradient_accumulation_steps,
         "ranks": trainer.args.world_size,
+        **getattr(trainer, "compared_at_resume", {}),
     }
 
 
