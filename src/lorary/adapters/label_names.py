@@ -48,7 +48,10 @@ def read_label_names(folder: Path) -> LabelNames | None:
     """
     if not (folder / NAME).is_file():
         return None
-    record = read_json(folder, NAME, _MOST)
+    try:
+        record = read_json(folder.resolve(), NAME, _MOST)
+    except FileError as error:
+        raise FileError(f"cannot read {folder}:", error.problems) from None
     names = record.get("labels") if isinstance(record, dict) else None
     problem = record.get("problem_type") if isinstance(record, dict) else None
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):

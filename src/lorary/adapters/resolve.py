@@ -119,7 +119,7 @@ def load_with_adapter(section: ModelSection, folder: Path | None) -> PreTrainedM
     if folder and adapter and base_class(section, folder, adapter) is not None:
         what = f"it was trained on a {adapter.base.architecture}, which generates no text"
         fix = "`lorary merge` makes a plain model of it, for Transformers' pipeline"
-        raise FileError(f"cannot generate with {folder}:", [Diagnostic(str(folder), what, fix)])
+        raise FileError(f"{folder} holds no language model:", [Diagnostic(str(folder), what, fix)])
     loaded = load_model(section, load_storage(adapter.method, adapter.full, adapter.sites) if adapter else None)
     if folder:
         load(loaded, folder)

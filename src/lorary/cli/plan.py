@@ -52,7 +52,7 @@ def plan(
         config = _config(model, sets or [], flags)
     finally:
         gc.enable()
-    _show(config, memory, check)
+    _show(config, memory, check, alone=not _is_file(model) and "task" not in config.model_fields_set)
     for note in config.notes:
         print(f"note: {note}", file=sys.stderr)
 
@@ -60,17 +60,21 @@ def plan(
 def _config(model: str, sets: list[str], flags: Flags) -> Config:
     from lorary.train.config.load import from_dict, load
 
-    if Path(model).suffix in (".yaml", ".yml"):
+    if _is_file(model):
         return load(model, sets, flags)
     return from_dict({"model": model, "data": "builtin:docstrings"}, sets, flags)
 
 
-def _show(config: Config, size: float | None, check: bool) -> None:
+def _is_file(model: str) -> bool:
+    return Path(model).suffix in (".yaml", ".yml")
+
+
+def _show(config: Config, size: float | None, check: bool, *, alone: bool) -> None:
     from lorary.cli._memory_table import show
     from lorary.model.loading.checkpoint_kind import reader
     from lorary.train.runner.memory_forecast import forecast
 
-    model, planned, loaded = _planned(config)
+    model, planned, loaded = _planned(config, alone)
     found = forecast(config, model, planned)
     reader(config.model.id, model.config, found.plan.method.storage, None)  # refuses unsupported quantised checkpoints
     print(f"note: {loaded}", file=sys.stderr)
@@ -80,31 +84,42 @@ def _show(config: Config, size: float | None, check: bool) -> None:
         print(_checked(config, found))
 
 
-def _planned(config: Config) -> tuple[nn.Module, Plan | None, str]:
+def _planned(config: Config, alone: bool) -> tuple[nn.Module, Plan | None, str]:
     """The model on the meta device, its plan if it is made already, and which class it is.
 
-    A configuration that names a task, as any file does, is planned as its task loads the model; a model alone with the
-    head that it was saved with.
+    Args:
+        config: of the run.
+        alone: whether only a model was named, and no task: it has the head that it was saved with. Otherwise the model
+            is the one that the task would train.
     """
-    from lorary.model.loading.from_pretrained import fast_skeleton, load_config, skeleton
-    from lorary.model.loading.model_kind import architecture
+    from lorary.model.loading.from_pretrained import empty_model, fast_skeleton, load_config, skeleton
+    from lorary.model.loading.model_class import CLASSIFIERS, check_task
+    from lorary.model.loading.model_kind import own_class
 
-    if config.task == "sft" and "task" not in config.model_fields_set:
-        # a context method changes attention in Transformers' code
-        plain = config.method.build().context is None
-        model = fast_skeleton(config.model) if plain else skeleton(config.model)
-        name = (getattr(model.config, "architectures", None) or [type(model).__name__])[0]
-        return model, None, f"planned as {name}, the class that it was saved with"
+    if config.task in CLASSIFIERS:
+        return _planned_classifier(config)
+    if config.method.build().context is None:
+        model: nn.Module = fast_skeleton(config.model)
+    else:  # it changes attention in Transformers' code
+        model = empty_model(config.model, own_class(load_config(config.model)))
+    if not alone and type(model).__module__.startswith("transformers"):
+        check_task(config.model, load_config(config.model), config.task)
+        model = skeleton(config.model)
+    name = (getattr(model.config, "architectures", None) or [type(model).__name__])[0]
+    why = "the class that it was saved with" if alone else f"for task `{config.task}`"
+    return model, None, f"planned as {name}, {why}"
+
+
+def _planned_classifier(config: Config) -> tuple[nn.Module, Plan | None, str]:
+    from lorary.model.loading.from_pretrained import load_config, skeleton
     from lorary.model.loading.model_class import check_task
     from lorary.train.runner.task_base import base_of_task, expected_labels, new_modules
 
-    own = load_config(config.model)
-    check_task(config.model, own, config.task)
+    check_task(config.model, load_config(config.model), config.task)
     base = base_of_task(config, expected_labels(config), None)
-    if base is None:
-        return skeleton(config.model), None, f"planned as {architecture(own)}, for task `{config.task}`"
     model = skeleton(config.model, base)
-    labels = f"{base.config.num_labels} label{'s' if base.config.num_labels > 1 else ''}"
+    count = int(model.config.num_labels)
+    labels = f"{count} label{'s' if count > 1 else ''}"
     guessed = " (data.labels lists them)" if config.task == "classification" and not config.data.labels else ""
     planned = config.method.plan(model, new=new_modules(config, base, model))
     return model, planned, f"planned as {type(model).__name__} with {labels}{guessed}, for task `{config.task}`"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lorary.errors import FileError
+from lorary.errors import ConfigError, FileError
 from lorary.model.loading.from_pretrained import fast_skeleton, load_config, load_model
 from lorary.model.loading.model_class import check_task, classifier
 from lorary.model.loading.model_kind import kind_of_model
@@ -106,7 +106,7 @@ def test_a_model_is_planned_with_its_own_head(name: str, folder: Path) -> None:
 )
 def test_a_wrong_pairing_is_told(name: str, task: str, message: str, folder: Path) -> None:
     section = ModelSection.of(str(folder / name))
-    with pytest.raises(FileError) as error:
+    with pytest.raises(ConfigError) as error:
         check_task(section, load_config(section), task)
     assert str(error.value) == f"task `{task}` cannot train {section.id}:\n  - task: {message}"
 
@@ -149,7 +149,11 @@ def test_the_plan_says_which_class_it_is(
     assert "classifier.weight         48" in shown.out
     assert "bert.pooler.dense.weight  256" in shown.out
     refused = command("plan", str(folder / "BertForMaskedLM"), "--set", "task=sft")
-    assert refused.code == 4
+    assert refused.code == 2
     assert "BertForMaskedLM is an encoder" in refused.err
+    (folder / "train.yaml").write_text(
+        f"model: {folder / 'BertForMaskedLM'}\ndata: builtin:docstrings\n"
+    )  # whose task is `sft`
+    assert "BertForMaskedLM is an encoder" in command("plan", str(folder / "train.yaml")).err
     refused = command("generate", str(folder / "BertForMaskedLM"), "x")
     assert "BertForMaskedLM is an encoder: it has no next-token head" in refused.err

@@ -51,6 +51,11 @@ def test_a_task_resumes_bit_for_bit(task: str, tmp_path: Path) -> None:
         assert losses[-1] < losses[0]
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert f"- {task}\n" in card
+    if task == "grpo":
+        shutil.rmtree(tmp_path / "out" / "checkpoints" / "checkpoint-4")
+        (tmp_path / "rewards.py").write_text(REWARDS + "# another\n")
+        with pytest.raises(TrainingError, match=r"reward function: .* in the checkpoint, .* here"):
+            train(config, resume=True)
 
 
 def test_a_classifier_learns_and_its_adapter_holds_the_new_head(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lorary.errors import Diagnostic, FileError
+from lorary.errors import ConfigError, Diagnostic
 from lorary.model.loading.from_pretrained import empty_model
 from lorary.model.loading.model_kind import (
     ELSEWHERE,
@@ -32,7 +32,7 @@ def check_task(section: ModelSection, config: Any, task: str) -> None:
     """Refuse a model that a task cannot train.
 
     Raises:
-        FileError: the reason, and the way to train it.
+        ConfigError: the reason, and the way to train it.
     """
     kind, own = kind_of_model(config), str(config.model_type)
     name = described(config)
@@ -54,8 +54,8 @@ def _why_no_classifier(kind: str, name: str) -> str:
     return f"{name} is not a text model that Transformers can make a sequence classifier of"
 
 
-def _wrong(section: ModelSection, task: str, what: str, fix: str) -> FileError:
-    return FileError(f"task `{task}` cannot train {section.id}:", [Diagnostic("task", what, fix)])
+def _wrong(section: ModelSection, task: str, what: str, fix: str) -> ConfigError:
+    return ConfigError(f"task `{task}` cannot train {section.id}:", [Diagnostic("task", what, fix)])
 
 
 def classifier(

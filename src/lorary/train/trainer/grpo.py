@@ -33,6 +33,7 @@ class GRPOTrainer(AdapterTraining, trl.GRPOTrainer):  # type: ignore[misc]  # TR
     statistics = ("entropy",)
 
     def __init__(self, *, model: Any, args: Any, reward: Reward, **rest: Any) -> None:
+        self.compared_at_resume = {"reward function": reward.digest}
         beta, args.beta = args.beta, 0.0  # with a beta TRL would load the base a second time
         super().__init__(model=model, args=args, reward_funcs=reward, **rest)
         self.beta = args.beta = beta

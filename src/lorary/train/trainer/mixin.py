@@ -78,6 +78,7 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
         batch: the shape of the latest micro-batch, and whether it was for training.
         predicted: the predicted memory of the run, for messages.
         stream_digest: of the first rows of a stream; empty: not known.
+        compared_at_resume: further facts of the run, in words, that its checkpoint must share.
         fingerprint: of the base.
         optimizer_options: further arguments of the optimizer's class.
 
@@ -109,6 +110,7 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
         self.batch: tuple[tuple[int, ...], bool] | None = None
         self.predicted: Memory | None = None
         self.stream_digest = ""
+        self.compared_at_resume: dict[str, str] = {}
         self.optimizer_options: dict[str, Any] = {}
         self._resumed: dict[str, Any] = {}
         self.optimizer: Any

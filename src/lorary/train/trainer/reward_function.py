@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import inspect
 import math
@@ -26,10 +27,11 @@ class Reward:
         function: takes `completions` and any of `prompts`, `completion_ids` and the fields of the rows, each a list
             with one entry for each answer; returns one number for each.
         source: where it comes from, for errors.
+        digest: of its file, so that a run resumes with the same function.
     """
 
-    def __init__(self, function: Callable[..., Any], source: str) -> None:
-        self.function, self.source = function, source
+    def __init__(self, function: Callable[..., Any], source: str, digest: str = "") -> None:
+        self.function, self.source, self.digest = function, source, digest
         self.__name__ = getattr(function, "__name__", "reward")  # the name of its figures in the log
         parameters = inspect.signature(function).parameters.values()
         self.takes = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
@@ -112,4 +114,4 @@ def load_reward(named: str) -> Reward:
         functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         what = f"{path.name} has no function `{name}`"
         raise ConfigError(_HEADLINE, [Diagnostic(_KEY, what, did_you_mean(name, functions) if functions else "")])
-    return Reward(found, named)
+    return Reward(found, named, hashlib.sha256(path.read_bytes()).hexdigest()[:12])

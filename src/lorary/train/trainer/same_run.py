@@ -61,6 +61,7 @@ def data_order(trainer: Any) -> dict[str, Any]:
         "batch_size": trainer.args.train_batch_size,
         "gradient_accumulation_steps": trainer.args.gradient_accumulation_steps,
         "ranks": trainer.args.world_size,
+        **trainer.compared_at_resume,
     }
 
 
