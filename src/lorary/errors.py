@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-
 A = TypeVar("A")
 B = TypeVar("B")
 _NUMBER = re.compile(r"\d+")
@@ -186,7 +185,9 @@ def independent(first: Callable[[], A], second: Callable[[], B]) -> tuple[A, B]:
             second()
         except LoraryError as other:
             headline = other.headline.rstrip(":")
-            rest = [Diagnostic(p.where or headline, p.what, p.fix) for p in other.problems] or [Diagnostic("", headline)]
+            rest = [Diagnostic(p.where or headline, p.what, p.fix) for p in other.problems] or [
+                Diagnostic("", headline)
+            ]
             raise type(error)(error.headline, [*error.problems, *rest]) from error
         raise
     return result, second()

@@ -26,7 +26,9 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Resume the run in the output folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the run in the output folder first.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan of the run; write nothing.")] = False,
-    everything: Annotated[bool, typer.Option("--all", help="With --dry-run: all keys, also those at their defaults.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="With --dry-run: all keys, also those at their defaults.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; warnings and errors only.")] = False,
 ) -> None:
     """Train an adapter.

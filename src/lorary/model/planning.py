@@ -129,7 +129,11 @@ def _adapted_sites(
     if method.delta is None:  # targets have a default, so only explicit arguments can be wrong
         what = "has no effect: this method adapts no layer"
         arguments = {"ranks": ranks, "alphas": alphas, "exclude": exclude, "layers": layers}
-        return [], [Diagnostic(field, what) for field, value in arguments.items() if value not in (None, (), {}, [])], []
+        return (
+            [],
+            [Diagnostic(field, what) for field, value in arguments.items() if value not in (None, (), {}, [])],
+            [],
+        )
     patterns = {"targets": as_list(targets), "exclude": as_list(exclude), "ranks": ranks, "alphas": alphas}
     if invalid := expression_problems(patterns, scanned.modules):
         return [], invalid, []

@@ -59,7 +59,9 @@ def _state(optimizer: str, elements: int, itemsize: int) -> float:
     tensors below 4,096 elements; its paged form keeps those of large tensors on the host. Adafactor has a row and a
     column. AdEMAMix has three moments, Lion, RMSprop and Adagrad one.
     """
-    moments = 3 if "ademamix" in optimizer else 1 if any(name in optimizer for name in ("lion", "rms", "adagrad")) else 2
+    moments = (
+        3 if "ademamix" in optimizer else 1 if any(name in optimizer for name in ("lion", "rms", "adagrad")) else 2
+    )
     if optimizer == "sgd" or (optimizer.startswith("paged") and elements >= PAGED_FROM):
         return 0.0
     if "8bit" in optimizer:

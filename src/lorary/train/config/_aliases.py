@@ -137,7 +137,11 @@ def apply_switches(config: NormalisedConfig) -> None:
     """Add the presets of switches such as `use_rslora: true` to `method.name`."""
     for switch, where, value, preset in config.switches:
         shown = value if isinstance(value, str) else show(value)
-        effect = "changes nothing here" if not preset else f"{'adds' if value else 'does not add'} `{preset}` to `method.name`"
+        effect = (
+            "changes nothing here"
+            if not preset
+            else f"{'adds' if value else 'does not add'} `{preset}` to `method.name`"
+        )
         config.notes.append(f"`{switch}: {shown}` {effect}")
         names = config.tree.setdefault("method", {}).get("name", ["lora"])
         names = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
@@ -254,7 +258,9 @@ def _right_section(key: str) -> str:
 def _nearest_key(section: str, key: str) -> str:
     """A hint for a mistyped key: the nearest word of this section, or else of another one."""
     here = {name: name for name in SECTIONS.get(section, {})}
-    here |= {alias: key.rpartition(".")[2] for alias, key in CANONICAL.items() if section and key.startswith(f"{section}.")}
+    here |= {
+        alias: key.rpartition(".")[2] for alias, key in CANONICAL.items() if section and key.startswith(f"{section}.")
+    }
     if near := _near(key, here):
         return f"did you mean {' or '.join(f'`{name}`' for name in near)}?"
     homes = {name: f"{home}.{name}" for home, keys in SECTIONS.items() if home for name in keys}

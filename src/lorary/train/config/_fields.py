@@ -42,7 +42,6 @@ Size = Annotated[Integer, Field(ge=1, le=65_536)]  # a rank or a batch size
 Count = Annotated[Integer, Field(ge=1, le=1_000_000_000)]
 
 
-
 def _valid_pattern(pattern: str) -> str:
     if why := expression_error(pattern):
         raise _problem(f"is {why}" if why.startswith("not") else f"is a regular expression that is not accepted: {why}")
@@ -76,13 +75,14 @@ def _problem(what: str, fix: str = "") -> PydanticCustomError:
     return PydanticCustomError("problem", "{what}", {"what": what, "fix": fix})
 
 
-def _name_type(known: Collection[str], refused: Mapping[str, str]) -> Any:
-    schema = {"enum": sorted(known)}
-    return Annotated[str, Strict(), AfterValidator(_named(known, refused)), Field(json_schema_extra=schema)]
+def _completed(known: Collection[str]) -> Any:
+    """The known names in the JSON schema, for editors."""
+    names: Any = {"enum": sorted(known)}
+    return Field(json_schema_extra=names)
 
 
-Optimizer = _name_type(OPTIMIZERS, REFUSED_OPTIMIZERS)
-Schedule = _name_type(SCHEDULES, REFUSED_SCHEDULES)
+Optimizer = Annotated[str, Strict(), AfterValidator(_named(OPTIMIZERS, REFUSED_OPTIMIZERS)), _completed(OPTIMIZERS)]
+Schedule = Annotated[str, Strict(), AfterValidator(_named(SCHEDULES, REFUSED_SCHEDULES)), _completed(SCHEDULES)]
 PathPattern = Annotated[str, AfterValidator(_valid_pattern)]
 _Layers = str | dict[str, str]
 Layers = Annotated[

@@ -26,7 +26,6 @@ ALIASES = {
 # Keys of flat files that have the same name in a section here.
 FLAT = {
     "training": "adam_beta1 adam_beta2 adam_epsilon neftune_noise_alpha torch_compile early_stopping_patience",
-    "method": "layers",
 }
 
 
@@ -68,7 +67,7 @@ PRESET_OF_VALUE: dict[str, dict[Any, str]] = {
     "peft_type": {"LORA": "", "ADALORA": "adalora", "VERA": "vera"},
     "task_type": {"CAUSAL_LM": ""},
     "bias": {"none": ""},
-    **dict.fromkeys(("fp16", "fan_in_fan_out", "inference_mode", "use_liger_kernel", "group_by_length"), {False: ""}),
+    **{key: {False: ""} for key in ("fp16", "fan_in_fan_out", "inference_mode", "use_liger_kernel", "group_by_length")},
 }
 
 _LAUNCH = "a run is split over processes by its launcher: docs/how-to/several-processes.md"
@@ -107,8 +106,8 @@ HINTS = {
     "use_peft": f"{_NOT_NEEDED}an adapter is always trained",
     "pissa_iter": "write method: {name: pissa, niter: 16}",
     "loraplus_lr_embedding": "embeddings train at training.lr times lora+'s ratio",
-    "use_liger_kernel": "Liger replaces the head and the MLPs by kernels that read weights past their adapters; lorary's "
-    "own loss already keeps the logits out of memory",
+    "use_liger_kernel": "Liger replaces the head and the MLPs by kernels that read weights past their adapters; "
+    "lorary's own loss already keeps the logits out of memory",
     "liger_kernel": "Liger is not supported; see `use_liger_kernel`",
     "group_by_length": "write data.packing: true, which leaves no padding",
     "train_sampling_strategy": "rows are shuffled by training.seed; data.packing leaves no padding",
@@ -129,11 +128,17 @@ HINTS = {
     "wandb_project": "write training.report_to: wandb, and set WANDB_PROJECT in the environment",
     "logging_dir": f"{_NOT_NEEDED}everything is written below `output`",
     "plot_loss": f"{_NOT_NEEDED}the loss is always plotted",
-    **dict.fromkeys(("overwrite_cache", "preprocessing_num_workers", "dataset_num_proc"), f"{_NOT_NEEDED}no cache is kept"),
+    **dict.fromkeys(
+        ("overwrite_cache", "preprocessing_num_workers", "dataset_num_proc"), f"{_NOT_NEEDED}no cache is kept"
+    ),
     "dataset_prepared_path": f"{_NOT_NEEDED}no cache is kept",
-    **dict.fromkeys(("do_train", "do_eval"), f"{_NOT_NEEDED}`lorary train` trains, and evaluates if there is held-out data"),
+    **dict.fromkeys(
+        ("do_train", "do_eval"), f"{_NOT_NEEDED}`lorary train` trains, and evaluates if there is held-out data"
+    ),
     **dict.fromkeys(("hub_model_id", "hub_strategy"), "nothing is uploaded"),
     "loss_type": "the loss is the task's own",
-    **dict.fromkeys(("pad_to_sequence_len", "pad_to_multiple_of"), f"{_NOT_NEEDED}rows are padded to the longest of a batch"),
+    **dict.fromkeys(
+        ("pad_to_sequence_len", "pad_to_multiple_of"), f"{_NOT_NEEDED}rows are padded to the longest of a batch"
+    ),
     "num_workers": f"{_NOT_NEEDED}rows are tokenised before the first step",
 }

@@ -259,6 +259,7 @@ class Config(Section):
     def resolve(self) -> Config:
         """The configuration with every default filled in that depends on other fields."""
         training: dict[str, Any] = {"eval_batch_size": self.training.batch_size}
+        no_warmup = {"warmup": 0.0} if self.training.schedule == "reduce_lr_on_plateau" else {}
         notes: list[str] = []
         if self.training.max_steps is None:
             training["epochs"] = 3.0
@@ -271,15 +272,11 @@ class Config(Section):
             training["lr"] = default_lr(self.task, self.method.name)
             notes = [f"training.lr: {training['lr']:g}, the default of {self.task} with {', '.join(self.method.name)}"]
         sections = {
-            "training": _with_defaults(self.training, training).model_copy(update=self._without_warmup()),
+            "training": _with_defaults(self.training, training).model_copy(update=no_warmup),
             "method": _with_defaults(self.method, self._method_defaults()),
             "output": str(Path(self.output).expanduser()),
         }
         return self.model_copy(update=sections).with_notes(*notes)
-
-    def _without_warmup(self) -> dict[str, Any]:
-        """No warmup for a schedule that has none."""
-        return {"warmup": 0.0} if self.training.schedule == "reduce_lr_on_plateau" else {}
 
     def _method_defaults(self) -> dict[str, Any]:
         """r, alpha, dropout and targets of the presets, as far as the method has them."""

@@ -104,7 +104,9 @@ def optimizer_options(optimizer: str) -> list[str]:
     module, _, name = OPTIMIZERS[optimizer].partition(":")
     parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
     eps = {"eps"} if adam_keys(optimizer) else set()  # Adafactor's and RMSprop's eps are options
-    return [key for key in parameters if key not in _SET_ELSEWHERE.keys() - ({"eps"} - eps) and key != "percentile_clipping"]
+    return [
+        key for key in parameters if key not in _SET_ELSEWHERE.keys() - ({"eps"} - eps) and key != "percentile_clipping"
+    ]
 
 
 def optimization_problems(config: Config) -> Iterator[Diagnostic]:

@@ -28,7 +28,7 @@ from lorary.files.strict_json import parse
 from lorary.layers.adapted import Adapted
 from lorary.methods.lora_drop import Importance, probe_note
 from lorary.model.plan import Plan
-from lorary.train.config.config import DropSection
+from lorary.train.config.drop import DropSection
 from lorary.train.data.tokenize import Tokens
 from lorary.train.runner.build import build_model, build_trainer
 from lorary.train.runner.folder import IMPORTANCE, PLOTS, RunFolder

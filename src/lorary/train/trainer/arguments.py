@@ -12,7 +12,6 @@ from lorary.train.config.config import Config
 from lorary.train.trainer.distributed import cpu_only
 from lorary.train.trainer.optimizers import transformers_name
 
-
 _ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
 
 
