@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,15 +57,15 @@ def folded(problems: Iterable[Diagnostic]) -> list[str]:
     >>> folded([Diagnostic(f"layers.{i}.q_proj", "is quantised") for i in range(50)])[5:]
     ['layers.5.q_proj: is quantised', '... and 44 more like it']
     """
-    alike: dict[tuple[str, ...], list[Diagnostic]] = {}
-    for problem in problems:
-        texts = (problem.where, problem.what, problem.fix)
-        alike.setdefault(tuple(_NUMBER.sub("#", text) for text in texts), []).append(problem)
-    lines = []
-    for group in alike.values():
-        shown = group if len(group) <= _ALIKE + 2 else group[:_ALIKE]
-        lines += [str(problem) for problem in shown]
-        lines += [f"... and {len(group) - len(shown)} more like it"] if len(shown) < len(group) else []
+    problems = list(problems)
+    kinds = [tuple(_NUMBER.sub("#", text) for text in (p.where, p.what, p.fix)) for p in problems]
+    counts, seen, lines = Counter(kinds), Counter[tuple[str, ...]](), []
+    for problem, kind in zip(problems, kinds, strict=True):
+        seen[kind] += 1
+        if counts[kind] <= _ALIKE + 2 or seen[kind] <= _ALIKE:
+            lines.append(str(problem))
+        elif seen[kind] == _ALIKE + 1:
+            lines.append(f"... and {counts[kind] - _ALIKE} more like it")
     return lines
 
 
