@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 A = TypeVar("A")
 B = TypeVar("B")
 _NUMBER = re.compile(r"\d+")
+_PATH = re.compile(r"\w+(\.\w+)+|\d+")
 _ALIKE = 6
 
 
@@ -52,13 +53,13 @@ def deduplicated(problems: Iterable[Diagnostic]) -> list[Diagnostic]:
 
 
 def folded(problems: Iterable[Diagnostic]) -> list[str]:
-    """The problems as text; of more than eight that differ only in numbers, six, and how many more there are.
+    """The problems as text; of more than eight that differ only in paths and numbers, six and the number of others.
 
     >>> folded([Diagnostic(f"layers.{i}.q_proj", "is quantised") for i in range(50)])[5:]
     ['layers.5.q_proj: is quantised', '... and 44 more like it']
     """
     problems = list(problems)
-    kinds = [tuple(_NUMBER.sub("#", text) for text in (p.where, p.what, p.fix)) for p in problems]
+    kinds = [(_PATH.sub("path", p.where), *(_NUMBER.sub("#", text) for text in (p.what, p.fix))) for p in problems]
     counts, seen, lines = Counter(kinds), Counter[tuple[str, ...]](), []
     for problem, kind in zip(problems, kinds, strict=True):
         seen[kind] += 1

@@ -37,10 +37,10 @@ def train(
     """
     from lorary.train.config.load import load
 
-    overrides = list(sets or [])
+    flags = {}
     if after:
-        overrides.append(f"method.after={json.dumps([path for text in after for path in text.split(',')])}")
-    run_config = load(config, overrides)
+        flags["--after"] = ("method.after", json.dumps([path for text in after for path in text.split(",")]))
+    run_config = load(config, sets or [], flags)
     with _logging_to_stderr(quiet):
         if dry_run:
             _dry_run(run_config, everything)

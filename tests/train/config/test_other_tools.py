@@ -124,7 +124,7 @@ WORDS: list[tuple[dict[str, Any], str]] = [
     ({"datasets": [{"path": "a"}]}, "datasets: unknown key `datasets`\n      hint: write `data.train`: a file, a Hub id, or a list of them"),
     ({"deepspeed": "zero3.json"}, "deepspeed: unknown key `deepspeed`\n      hint: a run is split over processes by its launcher: docs/how-to/several-processes.md; DeepSpeed itself is not supported, FSDP2 is"),
     ({"training": {"fsdp": "full_shard"}}, "training.fsdp: unknown key `fsdp` in `training`\n      hint: a run is split over processes by its launcher: docs/how-to/several-processes.md"),
-    ({"training": {"use_liger_kernel": True}}, "training.use_liger_kernel: unknown key `use_liger_kernel` in `training`\n      hint: Liger replaces the head and the MLPs by kernels that read weights past their adapters; lorary's own loss already keeps the logits out of memory"),
+    ({"training": {"use_liger_kernel": True}}, "training.use_liger_kernel: unknown key `use_liger_kernel` in `training`\n      hint: Liger's fused loss reads the head's weight past an adapter; lorary's own loss keeps the logits out of memory without it"),
     ({"training": {"group_by_length": True}}, "training.group_by_length: unknown key `group_by_length` in `training`\n      hint: write data.packing: true, which leaves no padding"),
     ({"load_in_8bit": True}, "load_in_8bit: unknown key `load_in_8bit`\n      hint: method: qlora keeps the base in 4 bits"),
     ({"template": "llama3"}, "template: unknown key `template`\n      hint: the tokenizer's own chat template is used; data.chat_template names another one"),
@@ -275,6 +275,10 @@ def test_many_problems_alike_are_folded() -> None:
     assert lines[-2:] == ["  - ... and 44 more like it", "  - ranks: another"]
     assert len(folded(problems[:8])) == 8, "a few are all shown"
     assert len(PlanError("invalid plan:", problems).problems) == 50, "none is lost"
+    names = [f"layers.{i}.{name}" for i in range(32) for name in ("q_proj", "k_proj", "mlp.up_proj")]
+    assert len(folded([Diagnostic(name, "is too small", "") for name in names])) == 7, "whatever their names"
+    words = [Diagnostic(f"my.yaml:{i}:3", f"unknown key `{word}`") for i, word in enumerate("abcdefghij")]
+    assert len(folded(words)) == 10, "other words are other mistakes"
 
 
 def test_independent_steps_report_both() -> None:
