@@ -151,8 +151,8 @@ class _PresetUnion:
             elif old is not None and axis in _UNITES:
                 value = _UNITES[axis](old, value)
             elif before != "lora":
-                components = f"{_brief(old, value)} and {_brief(value, old)}"
-                what = f"{before} and {source} both choose {_CHOICE[axis]}: {components}"
+                both = f"{_brief(old, value)} and {_brief(value, old)}"
+                what = f"{before} and {source} both choose {_CHOICE[axis]}: {both}"
                 self.problems.append(Diagnostic(axis, what, "leave one of the two out"))
                 continue
             self.components[axis] = value

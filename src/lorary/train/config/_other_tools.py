@@ -106,8 +106,8 @@ HINTS = {
     "use_peft": f"{_NOT_NEEDED}an adapter is always trained",
     "pissa_iter": "write method: {name: pissa, niter: 16}",
     "loraplus_lr_embedding": "embeddings train at training.lr times lora+'s ratio",
-    "use_liger_kernel": "Liger's fused loss reads the head's weight past an adapter; lorary's own loss keeps the logits "
-    "out of memory without it",
+    "use_liger_kernel": "Liger's fused loss reads the head's weight past an adapter; lorary's own loss keeps the "
+    "logits out of memory without it",
     "liger_kernel": "Liger is not supported; see `use_liger_kernel`",
     "group_by_length": "write data.packing: true, which leaves no padding",
     "train_sampling_strategy": "rows are shuffled by training.seed; data.packing leaves no padding",
