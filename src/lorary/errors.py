@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 A = TypeVar("A")
 B = TypeVar("B")
 _NUMBER = re.compile(r"\d+")
+_PATH = re.compile(r"\w+(\.\w+)+|\d+")
 _ALIKE = 6
 
 
@@ -51,20 +53,20 @@ def deduplicated(problems: Iterable[Diagnostic]) -> list[Diagnostic]:
 
 
 def folded(problems: Iterable[Diagnostic]) -> list[str]:
-    """The problems as text; of more than eight that differ only in numbers, six, and how many more there are.
+    """The problems as text; of more than eight that differ only in paths and numbers, six and the number of others.
 
     >>> folded([Diagnostic(f"layers.{i}.q_proj", "is quantised") for i in range(50)])[5:]
     ['layers.5.q_proj: is quantised', '... and 44 more like it']
     """
-    alike: dict[tuple[str, ...], list[Diagnostic]] = {}
-    for problem in problems:
-        texts = (problem.where, problem.what, problem.fix)
-        alike.setdefault(tuple(_NUMBER.sub("#", text) for text in texts), []).append(problem)
-    lines = []
-    for group in alike.values():
-        shown = group if len(group) <= _ALIKE + 2 else group[:_ALIKE]
-        lines += [str(problem) for problem in shown]
-        lines += [f"... and {len(group) - len(shown)} more like it"] if len(shown) < len(group) else []
+    problems = list(problems)
+    kinds = [(_PATH.sub("path", p.where), *(_NUMBER.sub("#", text) for text in (p.what, p.fix))) for p in problems]
+    counts, seen, lines = Counter(kinds), Counter[tuple[str, ...]](), []
+    for problem, kind in zip(problems, kinds, strict=True):
+        seen[kind] += 1
+        if counts[kind] <= _ALIKE + 2 or seen[kind] <= _ALIKE:
+            lines.append(str(problem))
+        elif seen[kind] == _ALIKE + 1:
+            lines.append(f"... and {counts[kind] - _ALIKE} more like it")
     return lines
 
 
@@ -185,7 +187,9 @@ def independent(first: Callable[[], A], second: Callable[[], B]) -> tuple[A, B]:
             second()
         except LoraryError as other:
             headline = other.headline.rstrip(":")
-            rest = [Diagnostic(p.where or headline, p.what, p.fix) for p in other.problems] or [Diagnostic("", headline)]
+            rest = [Diagnostic(p.where or headline, p.what, p.fix) for p in other.problems] or [
+                Diagnostic("", headline)
+            ]
             raise type(error)(error.headline, [*error.problems, *rest]) from error
         raise
     return result, second()

@@ -133,4 +133,6 @@ def test_a_verdict_is_the_same_in_either_order() -> None:
 
 def test_refusal_of_what_is_possible_is_empty() -> None:
     assert refusal("rslora", "dora", "pissa", "lora+") == []
-    assert refusal("vera", "melora") == ["vera sets SharedProjectionDelta; melora sets BlockDiagonal"]
+    assert refusal("vera", "melora") == [
+        "vera and melora both choose what is trained: SharedProjectionDelta and BlockDiagonal"
+    ]

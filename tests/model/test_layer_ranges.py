@@ -109,7 +109,9 @@ def test_the_first_number_that_counts_a_module_list_is_the_layer() -> None:
 
 def test_a_stack_is_named_where_there_are_several() -> None:
     assert sites(t5(), "q", layers={"decoder.block": "0,2"}) == [
-        f"decoder.block.{i}.layer.{j}.{kind}.q" for i in (0, 2) for j, kind in ((0, "SelfAttention"), (1, "EncDecAttention"))
+        f"decoder.block.{i}.layer.{j}.{kind}.q"
+        for i in (0, 2)
+        for j, kind in ((0, "SelfAttention"), (1, "EncDecAttention"))
     ]
     both = sites(t5(), "SelfAttention.q", layers={"encoder.block": 0, "re:decoder.*": -1})
     assert both == ["encoder.block.0.layer.0.SelfAttention.q", "decoder.block.2.layer.0.SelfAttention.q"]

@@ -10,8 +10,8 @@ from torch import nn
 
 import lorary
 from lorary.errors import PlanError
-from lorary.model.scan import scan
 from lorary.model.patterns import matches
+from lorary.model.scan import scan
 from lorary.model.targets import abbreviate_paths, resolve, tree
 from tests import tiny
 

@@ -451,12 +451,12 @@ def test_what_it_does_not_go_with(other: str) -> None:
 def test_a_bias_is_not_trained_twice_and_nothing_is_dropped() -> None:
     assert refusal(MethodError, lambda: lorary.method("glora", "bitfit")) == (
         "invalid method:\n"
-        "  - full: GLoRADelta trains a change of every adapted layer's bias, which would train in full as well\n"
+        "  - full: GLoRADelta trains an update of every adapted layer's bias, and `full` trains the biases themselves\n"
         "      hint: use one of the two"
     )
     assert refusal(MethodError, lambda: lorary.method("glora", dropout=0.1)) == (
         "invalid method:\n"
-        "  - dropout: GLoRAJoin scales W x itself: there is no input of the adapter alone to drop from\n"
+        "  - dropout: GLoRAJoin scales W x together with the update, so dropout cannot act on the update alone\n"
         "      hint: set dropout=0"
     )
     assert refusal(MethodError, lambda: lorary.method("glora", C="scalar", D="lora")) == (

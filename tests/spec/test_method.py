@@ -71,8 +71,8 @@ _INVALID = "invalid method:\n  - "
         (
             ["rslora"],
             {"scale": AlphaOverRank(3)},
-            f"{_INVALID}scale: rslora sets AlphaOverSqrtRank; you set AlphaOverRank\n"
-            "      hint: a method has one component on this axis",
+            f"{_INVALID}scale: rslora and you both choose the scale: AlphaOverSqrtRank and AlphaOverRank\n"
+            "      hint: leave one of the two out",
         ),
         (["lora+"], {"lr": {"B": 2}}, f"{_INVALID}lr: lora+ and you both set the rate of B"),
         (
@@ -96,11 +96,11 @@ _INVALID = "invalid method:\n  - "
         (["lora"], {"dropout": -0.1}, f"{_INVALID}dropout: -0.1 is not a probability in [0, 1)"),
         (["lora"], {"dropout": None}, f"{_INVALID}dropout: None is not a probability in [0, 1)"),
         (["lora+"], {"ratio": 0}, f"{_INVALID}lr: the multiplier of B is 0, not a positive number"),
-        (["lora"], {"lr": {"C": 3}}, f"{_INVALID}lr: a learning rate for {{C}}, but what trains is {{A, B}}"),
+        (["lora"], {"lr": {"C": 3}}, f"{_INVALID}lr: sets a learning rate for {{C}}, but only {{A, B}} trains"),
         (
             ["lora-fa"],
             {"lr": {"A": 3}},
-            f"{_INVALID}lr: a learning rate for {{A}}, but what trains is {{B}}",
+            f"{_INVALID}lr: sets a learning rate for {{A}}, but only {{B}} trains",
         ),
         (
             ["lora+", "lora-fa"],
@@ -113,7 +113,7 @@ _INVALID = "invalid method:\n  - "
         (
             ["lora", "full"],
             {},
-            f"{_INVALID}full: every base weight trains in full, which leaves nothing for LowRank to learn\n"
+            f"{_INVALID}full: every base weight trains in full, so LowRank would be redundant\n"
             "      hint: use one of the two",
         ),
         (["lora"], {"full": ("",)}, f"{_INVALID}full: '' is not a pattern over parameter names"),
@@ -129,8 +129,8 @@ _INVALID = "invalid method:\n  - "
         (
             ["bitfit"],
             {"frozen": {"A"}, "dropout": 0.5},
-            f"{_INVALID}frozen: applies to a delta only, and this method has none\n"
-            "  - dropout: applies to a delta only, and this method has none",
+            f"{_INVALID}frozen: has no effect: this method adapts no layer\n"
+            "  - dropout: has no effect: this method adapts no layer",
         ),
     ],
 )
@@ -149,7 +149,7 @@ def test_every_contradiction_is_told_at_once() -> None:
 
 
 def test_nothing_said_at_all() -> None:
-    with pytest.raises(MethodError, match="there is neither a delta nor a base parameter that trains"):
+    with pytest.raises(MethodError, match="nothing would train: there is no delta, and `full` is empty"):
         Method()
 
 
@@ -221,7 +221,7 @@ def test_contradictions_between_components_of_other_papers() -> None:
     assert said("lora", delta=Triple()) == f"{_INVALID}init: Kaiming fills {{A, B}}; Triple has {{A, B, E}}"
     assert said("lora", rules=[Writer()], storage=Sealed()) == (
         f"{_INVALID}rules: Writer needs {{E}}; LowRank has {{A, B}}\n"
-        "  - rules: Writer writes the base weight, which Sealed cannot take"
+        "  - rules: Writer updates the base weight, and Sealed weights are frozen"
     )
     assert said("lora", init=Halved(), dropout=0.1) == (
         f"{_INVALID}dropout: Halved moves part of W into B A, and dropout would drop that part of W\n"
@@ -438,12 +438,12 @@ _COMPONENTS = "      hint: known: ..."
         (_LORA | {"dropout": float("nan")}, f"{_INVALID}dropout: nan is not a probability in [0, 1)"),
         (
             _LORA | {"delta": None},
-            f"{_INVALID}init: applies to a delta only, and this method has none\n"
-            "  - scale: applies to a delta only, and this method has none\n"
-            "  - join: applies to a delta only, and this method has none\n"
-            "  - full: there is neither a delta nor a base parameter that trains",
+            f"{_INVALID}init: has no effect: this method adapts no layer\n"
+            "  - scale: has no effect: this method adapts no layer\n"
+            "  - join: has no effect: this method adapts no layer\n"
+            "  - full: nothing would train: there is no delta, and `full` is empty",
         ),
-        ({}, f"{_INVALID}full: there is neither a delta nor a base parameter that trains"),
+        ({}, f"{_INVALID}full: nothing would train: there is no delta, and `full` is empty"),
     ],
 )
 def test_hostile_records(data: Any, message: str) -> None:

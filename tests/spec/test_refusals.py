@@ -6,6 +6,7 @@ The pairs of the composition matrix are all here; `tests/test_combinations.py` h
 from __future__ import annotations
 
 import itertools
+import re
 from typing import Any
 
 import pytest
@@ -29,7 +30,15 @@ from lorary.methods.vera import SharedProjectionDelta, SharedProjectionInit
 from tests import tiny
 
 INVALID = "invalid method:"
-ONE_COMPONENT = "\n      hint: a method has one component on this axis"
+ONE_OF_THEM = "\n      hint: leave one of the two out"
+CHOICE = {
+    "delta": "what is trained",
+    "init": "the initialisation",
+    "scale": "the scale",
+    "join": "how the update joins the weight",
+    "storage": "how the weight is stored",
+    "context": "the context length",
+}
 ONE_OF_TWO = "\n      hint: use one of the two"
 NEEDLESS = "\n      hint: leave it out: it would change nothing"
 
@@ -49,15 +58,19 @@ BY_GLORA = "{Ad, Au, Bd, Bu, Cd, Cu, D, E}"
 
 
 def everything_trains(delta: str) -> str:
-    return f"full: every base weight trains in full, which leaves nothing for {delta} to learn{ONE_OF_TWO}"
+    return f"full: every base weight trains in full, so {delta} would be redundant{ONE_OF_TWO}"
 
 
 def at_the_weight(init: str, delta: str) -> str:
-    return told(INVALID, f"init: {init} starts B A at a part of W; the factors of {delta} cannot be any matrices")
+    return told(
+        INVALID, f"init: {init} sets the factors to a decomposition of W; those of {delta} cannot take any value"
+    )
 
 
 def two(axis: str, one: str, other: str) -> str:
-    return f"{axis}: {one}; {other}{ONE_COMPONENT}"
+    """`rslora sets X` and `vera sets Y`, as one sentence."""
+    (first, a), (second, b) = (re.split(" sets? ", text) for text in (one, other))
+    return f"{axis}: {first} and {second} both choose {CHOICE[axis]}: {a} and {b}{ONE_OF_THEM}"
 
 
 PAIRS: dict[tuple[str, str], str] = {
@@ -68,56 +81,50 @@ PAIRS: dict[tuple[str, str], str] = {
         "      hint: set the learning rate itself, without a multiplier",
     ),
     ("pissa", "melora"): told(
-        INVALID, "init: SVDInit starts B A at a part of W; the factors of BlockDiagonal cannot be any matrices"
+        INVALID, "init: SVDInit sets the factors to a decomposition of W; those of BlockDiagonal cannot take any value"
     ),
     ("olora", "melora"): told(
-        INVALID, "init: QRInit starts B A at a part of W; the factors of BlockDiagonal cannot be any matrices"
+        INVALID, "init: QRInit sets the factors to a decomposition of W; those of BlockDiagonal cannot take any value"
     ),
     # VeRA excludes whatever trains, starts or scales A and B
-    ("rslora", "vera"): told(INVALID, f"scale: {RSLORA}; vera sets ConstantScale{ONE_COMPONENT}"),
-    ("lora+", "vera"): told(INVALID, "lr: a learning rate for {B}, but what trains is {b, d}"),
-    ("lora-fa", "vera"): told(
-        INVALID, f"frozen: {{A}}, which lora-fa would freeze, is frozen by vera already{NEEDLESS}"
-    ),
-    ("pissa", "vera"): told(INVALID, f"init: {PISSA}; {PROJECTIONS}{ONE_COMPONENT}"),
-    ("olora", "vera"): told(INVALID, f"init: {OLORA}; {PROJECTIONS}{ONE_COMPONENT}"),
-    ("vera", "melora"): told(
-        INVALID, f"delta: vera sets SharedProjectionDelta; melora sets BlockDiagonal{ONE_COMPONENT}"
-    ),
+    ("rslora", "vera"): told(INVALID, two("scale", RSLORA, "vera sets ConstantScale")),
+    ("lora+", "vera"): told(INVALID, "lr: sets a learning rate for {B}, but only {b, d} trains"),
+    ("lora-fa", "vera"): told(INVALID, f"frozen: lora-fa freezes {{A}}, and so does vera{NEEDLESS}"),
+    ("pissa", "vera"): told(INVALID, two("init", PISSA, PROJECTIONS)),
+    ("olora", "vera"): told(INVALID, two("init", OLORA, PROJECTIONS)),
+    ("vera", "melora"): told(INVALID, two("delta", "vera sets SharedProjectionDelta", "melora sets BlockDiagonal")),
     ("vera", "multilora"): told(
         INVALID,
-        f"delta: vera sets SharedProjectionDelta; multilora sets ParallelLowRank{ONE_COMPONENT}",
-        f"init: {PROJECTIONS}; multilora sets MultiLoRAInit{ONE_COMPONENT}",
+        two("delta", "vera sets SharedProjectionDelta", "multilora sets ParallelLowRank"),
+        two("init", PROJECTIONS, "multilora sets MultiLoRAInit"),
     ),
     # two starts, two deltas
-    ("pissa", "olora"): told(INVALID, f"init: {PISSA}; {OLORA}{ONE_COMPONENT}"),
-    ("pissa", "multilora"): told(INVALID, f"init: {PISSA}; multilora sets MultiLoRAInit{ONE_COMPONENT}"),
-    ("olora", "multilora"): told(INVALID, f"init: {OLORA}; multilora sets MultiLoRAInit{ONE_COMPONENT}"),
-    ("melora", "multilora"): told(
-        INVALID, f"delta: melora sets BlockDiagonal; multilora sets ParallelLowRank{ONE_COMPONENT}"
-    ),
+    ("pissa", "olora"): told(INVALID, two("init", PISSA, OLORA)),
+    ("pissa", "multilora"): told(INVALID, two("init", PISSA, "multilora sets MultiLoRAInit")),
+    ("olora", "multilora"): told(INVALID, two("init", OLORA, "multilora sets MultiLoRAInit")),
+    ("melora", "multilora"): told(INVALID, two("delta", "melora sets BlockDiagonal", "multilora sets ParallelLowRank")),
     # GLoRA has terms of its own instead of all of this
-    ("rslora", "glora"): told(INVALID, f"scale: {RSLORA}; glora sets ConstantScale{ONE_COMPONENT}"),
-    ("lora+", "glora"): told(INVALID, f"lr: a learning rate for {{B}}, but what trains is {BY_GLORA}"),
+    ("rslora", "glora"): told(INVALID, two("scale", RSLORA, "glora sets ConstantScale")),
+    ("lora+", "glora"): told(INVALID, f"lr: sets a learning rate for {{B}}, but only {BY_GLORA} trains"),
     ("lora-fa", "glora"): told(INVALID, f"frozen: {{A}} cannot be frozen: the tensors are {BY_GLORA}"),
-    ("dora", "glora"): told(INVALID, f"join: dora sets MagnitudeDirection; glora sets GLoRAJoin{ONE_COMPONENT}"),
-    ("glora", "pissa"): told(INVALID, f"init: glora sets ZeroDownInit; {PISSA}{ONE_COMPONENT}"),
-    ("glora", "olora"): told(INVALID, f"init: glora sets ZeroDownInit; {OLORA}{ONE_COMPONENT}"),
+    ("dora", "glora"): told(INVALID, two("join", "dora sets MagnitudeDirection", "glora sets GLoRAJoin")),
+    ("glora", "pissa"): told(INVALID, two("init", "glora sets ZeroDownInit", PISSA)),
+    ("glora", "olora"): told(INVALID, two("init", "glora sets ZeroDownInit", OLORA)),
     ("glora", "vera"): told(
         INVALID,
-        f"delta: {TERMS}; vera sets SharedProjectionDelta{ONE_COMPONENT}",
-        f"init: glora sets ZeroDownInit; {PROJECTIONS}{ONE_COMPONENT}",
-        f"scale: glora sets ConstantScale(s=1.0); {BY_VERA}{ONE_COMPONENT}",
+        two("delta", TERMS, "vera sets SharedProjectionDelta"),
+        two("init", "glora sets ZeroDownInit", PROJECTIONS),
+        two("scale", "glora sets ConstantScale(s=1.0)", BY_VERA),
     ),
-    ("glora", "melora"): told(INVALID, f"delta: {TERMS}; melora sets BlockDiagonal{ONE_COMPONENT}"),
+    ("glora", "melora"): told(INVALID, two("delta", TERMS, "melora sets BlockDiagonal")),
     ("glora", "multilora"): told(
         INVALID,
-        f"delta: {TERMS}; multilora sets ParallelLowRank{ONE_COMPONENT}",
-        f"init: glora sets ZeroDownInit; multilora sets MultiLoRAInit{ONE_COMPONENT}",
+        two("delta", TERMS, "multilora sets ParallelLowRank"),
+        two("init", "glora sets ZeroDownInit", "multilora sets MultiLoRAInit"),
     ),
     ("glora", "bitfit"): told(
         INVALID,
-        "full: GLoRADelta trains a change of every adapted layer's bias, which would train in full as well"
+        "full: GLoRADelta trains an update of every adapted layer's bias, and `full` trains the biases themselves"
         + ONE_OF_TWO,
     ),
     # AdaLoRA's directions have a scale, a start and gradients of their own, and leave one by one
@@ -176,12 +183,12 @@ PAIRS: dict[tuple[str, str], str] = {
     # a packed weight is frozen, and there is no dense one to take element by element
     ("qlora", "full"): told(
         INVALID,
-        "storage: NF4 keeps weights frozen, and `full` trains every one of them",
+        "storage: NF4 weights are frozen, and `full` trains every weight",
         everything_trains("LowRank"),
     ),
     ("qlora", "glora"): told(
         INVALID,
-        "storage: GLoRADelta takes W element by element in every step, and NF4 keeps no dense W\n"
+        "storage: GLoRADelta multiplies W element by element in every step, and NF4 keeps no dense W\n"
         "      hint: set A to 'vector', 'scalar' or 'none', which act on the output",
     ),
     ("lora", "full"): told(INVALID, everything_trains("LowRank")),
@@ -200,11 +207,9 @@ PAIRS: dict[tuple[str, str], str] = {
     ("o-lora", "full"): told(INVALID, everything_trains("SequentialLoRA")),
     ("longlora", "full"): told(
         INVALID,
-        f"full: embeddings, norms, which longlora would train, trains with everything of full already{NEEDLESS}",
+        f"full: longlora trains embeddings, norms, and full trains everything{NEEDLESS}",
     ),
-    ("bitfit", "full"): told(
-        INVALID, f"full: bias, which bitfit would train, trains with everything of full already{NEEDLESS}"
-    ),
+    ("bitfit", "full"): told(INVALID, f"full: bitfit trains bias, and full trains everything{NEEDLESS}"),
 }
 
 
@@ -268,7 +273,7 @@ SAID: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     (
         ("qlora", "delta-lora"),
         {"mode": "paper"},
-        told(INVALID, "rules: DeltaLoRAPaperRule writes the base weight, which NF4 cannot take"),
+        told(INVALID, "rules: DeltaLoRAPaperRule updates the base weight, and NF4 weights are frozen"),
     ),
     (
         ("qlora",),
@@ -360,7 +365,7 @@ SAID: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     (
         ("delta-lora",),
         {"lr": {"lam": 2.0}},
-        told(INVALID, "lr: a learning rate for {lam}, but what trains is {A, B}"),
+        told(INVALID, "lr: sets a learning rate for {lam}, but only {A, B} trains"),
     ),
     # options of other papers, and of other libraries
     (("vera",), {"alpha": 3}, told(INVALID, f"alpha: {BY_VERA}, which has no alpha\n      hint: leave it out")),
@@ -474,11 +479,11 @@ SAID: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
         {"rules": (QRInit(),)},
         told(INVALID, "rules: QRInit(divide=False, rounds=1) is not a component of this axis"),
     ),
-    (("dora",), {"join": Add()}, told(INVALID, f"join: dora sets MagnitudeDirection; you set Add{ONE_COMPONENT}")),
+    (("dora",), {"join": Add()}, told(INVALID, two("join", "dora sets MagnitudeDirection", "you set Add"))),
     (
         ("vera",),
         {"scale": ConstantScale(2.0)},
-        told(INVALID, f"scale: {BY_VERA}; you set ConstantScale(s=2.0){ONE_COMPONENT}"),
+        told(INVALID, two("scale", BY_VERA, "you set ConstantScale(s=2.0)")),
     ),
     # an init for other tensors
     (
@@ -507,7 +512,7 @@ SAID: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
         told(
             INVALID,
             "init: SVDInit fills {A, B}; ParallelLowRank has {A, B, gamma}",
-            "init: SVDInit starts B A at a part of W; the factors of ParallelLowRank cannot be any matrices",
+            "init: SVDInit sets the factors to a decomposition of W; those of ParallelLowRank cannot take any value",
         ),
     ),
     (
@@ -516,21 +521,21 @@ SAID: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
         told(
             INVALID,
             "init: Kaiming fills {A, B}; SharedProjectionDelta has {A, B, b, d}",
-            "frozen: {A, B} of SharedProjectionDelta belong to all sites and cannot train",
+            "frozen: {A, B} of SharedProjectionDelta are shared by all layers and cannot train",
         ),
     ),
     (
         ("lora",),
         {"delta": SharedProjectionDelta(4), "init": SharedProjectionInit()},
-        told(INVALID, "frozen: {A, B} of SharedProjectionDelta belong to all sites and cannot train"),
+        told(INVALID, "frozen: {A, B} of SharedProjectionDelta are shared by all layers and cannot train"),
     ),
     # what trains
     (("vera",), {"frozen": {"b", "d"}}, told(INVALID, "frozen: everything is frozen: nothing would train")),
     (("dora",), {"frozen": {"A", "B", "m"}}, told(INVALID, "frozen: everything is frozen: nothing would train")),
     (("lora",), {"frozen": "m"}, told(INVALID, "frozen: {m} cannot be frozen: the tensors are {A, B}")),
     (("multilora",), {"frozen": "b"}, told(INVALID, "frozen: {b} cannot be frozen: the tensors are {A, B, gamma}")),
-    (("vera",), {"lr": {"A": 2}}, told(INVALID, "lr: a learning rate for {A}, but what trains is {b, d}")),
-    (("lora",), {"lr": {"m": 2}}, told(INVALID, "lr: a learning rate for {m}, but what trains is {A, B}")),
+    (("vera",), {"lr": {"A": 2}}, told(INVALID, "lr: sets a learning rate for {A}, but only {b, d} trains")),
+    (("lora",), {"lr": {"m": 2}}, told(INVALID, "lr: sets a learning rate for {m}, but only {A, B} trains")),
     # more than one reason
     (
         ("dora",),
@@ -547,9 +552,9 @@ SAID: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
         {},
         told(
             INVALID,
-            f"scale: {RSLORA}; vera sets ConstantScale{ONE_COMPONENT}",
-            f"init: {PROJECTIONS}; {PISSA}{ONE_COMPONENT}",
-            f"delta: vera sets SharedProjectionDelta; melora sets BlockDiagonal{ONE_COMPONENT}",
+            two("scale", RSLORA, "vera sets ConstantScale"),
+            two("init", PROJECTIONS, PISSA),
+            two("delta", "vera sets SharedProjectionDelta", "melora sets BlockDiagonal"),
         ),
     ),
 ]

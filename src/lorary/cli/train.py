@@ -29,7 +29,9 @@ def train(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the run in the output folder first.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan of the run; write nothing.")] = False,
-    everything: Annotated[bool, typer.Option("--all", help="With --dry-run: all keys, also those at their defaults.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="With --dry-run: all keys, also those at their defaults.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; warnings and errors only.")] = False,
 ) -> None:
     """Train an adapter.
@@ -39,10 +41,10 @@ def train(
     """
     from lorary.train.config.load import load
 
-    overrides = list(sets or [])
+    flags = {}
     if after:
-        overrides.append(f"method.after={json.dumps([path for text in after for path in text.split(',')])}")
-    run_config = load(config, overrides)
+        flags["--after"] = ("method.after", json.dumps([path for text in after for path in text.split(",")]))
+    run_config = load(config, sets or [], flags)
     with _logging_to_stderr(quiet):
         if dry_run:
             _dry_run(run_config, everything)

@@ -12,7 +12,7 @@ about every name, within two seconds together.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import lru_cache
 
@@ -73,7 +73,7 @@ def expression_error(pattern: str) -> str:
     return ""
 
 
-def expression_problems(fields: dict[str, Iterable[object]], names: Collection[str]) -> list[Diagnostic]:
+def expression_problems(fields: Mapping[str, Iterable[object]], names: Collection[str]) -> list[Diagnostic]:
     """The regular expressions that are invalid, or take too long over these names.
 
     Args:

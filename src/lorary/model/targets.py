@@ -255,9 +255,9 @@ def _why_no_layer(scan: Scan, entry: str, pattern: str, hits: list[ScannedModule
         what = f"`{entry}` is a {type(first.module).__name__}, not a layer with a weight matrix"
         return what, f"inside it are {', '.join(inside)}" if inside else ""
     expression = f"re:{entry}"
-    if looks_like_expression(entry) and not expression_error(expression):
-        if any(matches(expression, path) for path in scan.layers):
-            return f"`{entry}` matches no layer", f"a regular expression begins with `re:`: '{expression}'"
+    valid = looks_like_expression(entry) and not expression_error(expression)
+    if valid and any(matches(expression, path) for path in scan.layers):
+        return f"`{entry}` matches no layer", f"a regular expression begins with `re:`: '{expression}'"
     known = [*dict.fromkeys(path.rpartition(".")[2] for path in scan.layers), *PRESETS]
     return f"`{entry}` matches no layer", suggestion(pattern.rpartition(".")[2], known)
 

@@ -54,7 +54,7 @@ def _component_problems(method: Any) -> Iterator[Diagnostic]:
 def _value_problems(method: Any) -> Iterator[Diagnostic]:
     dropout = method.dropout
     if "*" in method.full and not getattr(method.storage, "writable", True):
-        what = f"{_name(method.storage)} keeps weights frozen, and `full` trains every one of them"
+        what = f"{_name(method.storage)} weights are frozen, and `full` trains every weight"
         yield Diagnostic("storage", what)
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         yield Diagnostic("dropout", f"{dropout!r} is not a probability in [0, 1)")
@@ -68,10 +68,10 @@ def _value_problems(method: Any) -> Iterator[Diagnostic]:
 
 def _without_delta(method: Any) -> Iterator[Diagnostic]:
     axes = ("init", "scale", "join", "frozen", "lr", "rules", "dropout")
-    what = "applies to a delta only, and this method has none"
+    what = "has no effect: this method adapts no layer"
     yield from (Diagnostic(axis, what) for axis in axes if getattr(method, axis))
     if not method.full:
-        yield Diagnostic("full", "there is neither a delta nor a base parameter that trains")
+        yield Diagnostic("full", "nothing would train: there is no delta, and `full` is empty")
 
 
 def _delta_problems(method: Any, delta: Delta) -> Iterator[Diagnostic]:
@@ -95,7 +95,7 @@ def _init_problems(method: Any, delta: Delta, init: Init) -> Iterator[Diagnostic
         roles = braces(delta.roles - delta.fixed_roles)
         yield Diagnostic("init", f"{_name(init)} fills {braces(init.fills)}; {name} has {roles}")
     if init.residual_init and not delta.arbitrary_factors:
-        what = f"{_name(init)} starts B A at a part of W; the factors of {name} cannot be any matrices"
+        what = f"{_name(init)} sets the factors to a decomposition of W; those of {name} cannot take any value"
         yield Diagnostic("init", what)
     if init.residual_init and method.dropout:
         what = f"{_name(init)} moves part of W into B A, and dropout would drop that part of W"
@@ -108,7 +108,7 @@ def _join_problems(method: Any, delta: Delta, join: Join) -> Iterator[Diagnostic
         what = f"{name} uses {braces(join.uses)} of a delta; {_name(delta)} has {braces(delta.join_roles)}"
         yield Diagnostic("join", what)
     if method.dropout and not join.supports_dropout:
-        what = f"{name} scales W x itself: there is no input of the adapter alone to drop from"
+        what = f"{name} scales W x together with the update, so dropout cannot act on the update alone"
         yield Diagnostic("dropout", what, "set dropout=0")
 
 
@@ -118,7 +118,7 @@ def _training_problems(method: Any, delta: Delta) -> Iterator[Diagnostic]:
         what = f"{braces(unknown)} cannot be frozen: the tensors are {braces(method.roles)}"
         yield Diagnostic("frozen", what)
     if idle := set(method.rates) - method.trained:
-        what = f"a learning rate for {braces(idle)}, but what trains is {braces(method.trained)}"
+        what = f"sets a learning rate for {braces(idle)}, but only {braces(method.trained)} trains"
         yield Diagnostic("lr", what)
     elif method.lr and len(method.trained) == 1:
         what = f"a learning-rate ratio has no effect: {braces(method.trained)} is the only trained tensor"
@@ -126,14 +126,14 @@ def _training_problems(method: Any, delta: Delta) -> Iterator[Diagnostic]:
     if not method.trained and not method.full:
         yield Diagnostic("frozen", "everything is frozen: nothing would train")
     if shared := delta.shared - method.frozen:
-        what = f"{braces(shared)} of {_name(delta)} belong to all sites and cannot train"
+        what = f"{braces(shared)} of {_name(delta)} are shared by all layers and cannot train"
         yield Diagnostic("frozen", what)
 
 
 def _storage_problems(method: Any, delta: Delta, init: Init) -> Iterator[Diagnostic]:
     storage = method.storage
     if delta.needs_dense_weight and not storage.writable:
-        what = f"{_name(delta)} takes W element by element in every step, and {_name(storage)} keeps no dense W"
+        what = f"{_name(delta)} multiplies W element by element in every step, and {_name(storage)} keeps no dense W"
         yield Diagnostic("storage", what, "set A to 'vector', 'scalar' or 'none', which act on the output")
     if init.rounds > 1 and storage.writable:
         what = f"{init.rounds} rounds of {_name(init)} correct the quantisation error, and {_name(storage)} has none"
@@ -146,10 +146,10 @@ def _storage_problems(method: Any, delta: Delta, init: Init) -> Iterator[Diagnos
 def _full_problems(method: Any, delta: Delta) -> Iterator[Diagnostic]:
     name = _name(delta)
     if delta.changes_bias and "bias" in method.full:
-        what = f"{name} trains a change of every adapted layer's bias, which would train in full as well"
+        what = f"{name} trains an update of every adapted layer's bias, and `full` trains the biases themselves"
         yield Diagnostic("full", what, _ONE_OF_TWO)
     if "*" in method.full:
-        what = f"every base weight trains in full, which leaves nothing for {name} to learn"
+        what = f"every base weight trains in full, so {name} would be redundant"
         yield Diagnostic("full", what, _ONE_OF_TWO)
 
 
@@ -158,7 +158,7 @@ def _rule_problems(method: Any, rule: Rule, delta: str) -> Iterator[Diagnostic]:
     if rule.needs - method.roles:
         problems.append(f"{name} needs {braces(rule.needs - method.roles)}; {delta} has {braces(method.roles)}")
     if rule.writes_base and not method.storage.writable:
-        problems.append(f"{name} writes the base weight, which {_name(method.storage)} cannot take")
+        problems.append(f"{name} updates the base weight, and {_name(method.storage)} weights are frozen")
     yield from (Diagnostic("rules", what) for what in problems or rule.problems(method))
 
 

@@ -26,6 +26,17 @@ _PEFT_WORDS = {
     "use_rslora": 'name the preset: lorary.method("rslora", ...)',
 }
 
+# axis on which a method has one component -> what that component decides
+_CHOICE = {
+    "delta": "what is trained",
+    "init": "the initialisation",
+    "scale": "the scale",
+    "join": "how the update joins the weight",
+    "storage": "how the weight is stored",
+    "context": "the context length",
+    "dropout": "the dropout",
+}
+
 ComponentsT = TypeVar("ComponentsT", bound=Callable[..., dict[str, Any]])
 
 # axis -> how two presets that both set it unite; on every other axis only one may
@@ -166,8 +177,9 @@ class _PresetUnion:
             elif old is not None and axis in _UNITES:
                 value = _UNITES[axis](old, value)
             elif before != "lora":
-                what = f"{_sets(before, _brief(old, value))}; {_sets(source, _brief(value, old))}"
-                self.problems.append(Diagnostic(axis, what, "a method has one component on this axis"))
+                both = f"{_brief(old, value)} and {_brief(value, old)}"
+                what = f"{before} and {source} both choose {_CHOICE[axis]}: {both}"
+                self.problems.append(Diagnostic(axis, what, "leave one of the two out"))
                 continue
             self.components[axis] = value
             self.sources[axis] = source if before == "lora" else f"{before} + {source}"
@@ -188,9 +200,9 @@ def _redundant(axis: str, before: str, old: Any, source: str, value: Any) -> Dia
     """The error of a source that adds nothing to the other one, in either order."""
     for less, some, more, everything in ((source, value, before, old), (before, old, source, value)):
         if axis == "frozen" and frozenset(some) <= frozenset(everything):
-            what = f"{braces(some)}, which {less} would freeze, is frozen by {more} already"
+            what = f"{less} freezes {braces(some)}, and so does {more}"
         elif axis == "full" and "*" in everything:
-            what = f"{', '.join(some)}, which {less} would train, trains with everything of {more} already"
+            what = f"{less} trains {', '.join(some)}, and {more} trains everything"
         else:
             continue
         return Diagnostic(axis, what, "leave it out: it would change nothing")

@@ -124,7 +124,7 @@ data: {train: builtin:docstrings, validation_split: 0.1}
 training: {keep_best: true, early_stopping_patience: 2}
 """, """\
 invalid configuration train.yaml:
-  - train.yaml:3:12: `training.keep_best`: has no effect: `early_stopping_patience` keeps the best
+  - train.yaml:3:12: `training.keep_best`: has no effect beside `early_stopping_patience`, which keeps the best
       hint: remove it"""),
 Bad('earlier tasks for a method that cannot continue from them', """\
 model: builtin:base

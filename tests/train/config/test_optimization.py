@@ -41,7 +41,9 @@ def test_an_optimizer_is_the_class_that_transformers_takes(name: str, tmp_path: 
     kind, settings = Trainer.get_optimizer_cls_and_kwargs(args, None)
     module, _, cls = OPTIMIZERS[name].partition(":")
     assert kind is getattr(importlib.import_module(module), cls)
-    used = (("adam_beta1", "adam_beta2") if "betas" in settings else ()) + (("adam_epsilon",) if "eps" in settings else ())
+    used = (("adam_beta1", "adam_beta2") if "betas" in settings else ()) + (
+        ("adam_epsilon",) if "eps" in settings else ()
+    )
     assert adam_keys(name) == used
     assert not set(optimizer_options(name)) & settings.keys() - {"scale_parameter", "alpha"}
 
@@ -81,7 +83,8 @@ REFUSED = [
     ({"schedule": "cosine_with_min_lr"}, "`training.schedule_options`: cosine_with_min_lr needs `min_lr` or "
      "`min_lr_rate`\n      hint: set schedule_options: {min_lr_rate: 0.1}, a tenth of the peak"),
     ({"schedule": "cosine_with_min_lr", "schedule_options": {"min_lr": 1e-5, "min_lr_rate": 0.1}},
-     "`training.schedule_options`: `min_lr` and `min_lr_rate` both set the lowest rate\n      hint: keep one of the two"),
+     "`training.schedule_options`: `min_lr` and `min_lr_rate` both set the lowest rate\n"
+     "      hint: keep one of the two"),
     ({"schedule": "greedy"}, "`schedule` cannot be greedy: it follows single evaluations up and down; "
      "use reduce_lr_on_plateau"),
     ({"schedule": "reduce_lr_on_plateau", "warmup": 10},
@@ -109,7 +112,9 @@ def test_options_without_effect_are_refused(training: dict[str, object], message
 
 def test_plateaus_need_held_out_data_and_have_no_warmup() -> None:
     with pytest.raises(ConfigError, match="reduce_lr_on_plateau needs held-out data"):
-        from_dict({"model": "builtin:base", "data": "builtin:docstrings", "training": {"schedule": "reduce_lr_on_plateau"}})
+        from_dict(
+            {"model": "builtin:base", "data": "builtin:docstrings", "training": {"schedule": "reduce_lr_on_plateau"}}
+        )
     assert from_dict(LEAST | {"training": {"schedule": "reduce_lr_on_plateau"}}).resolve().training.warmup == 0
 
 

@@ -63,8 +63,15 @@ def _found(keys: dict[str, Any], path: str) -> bool:
 
 def test_patterns_of_peft_give_the_same_ranks() -> None:
     model = tiny.llama(num_hidden_layers=4)
-    ranks = {r"layers\.[01]\.self_attn\.q_proj": 3, "up_proj": 5, "^model.layers.2.*k_proj": 7, r"\d\.self_attn\.v_proj": 9}
-    plan = from_dict(LEAST | {"rank_pattern": ranks, "lora_r": 4, "alpha_pattern": {".*down_proj": 2}}).method.plan(model)
+    ranks = {
+        r"layers\.[01]\.self_attn\.q_proj": 3,
+        "up_proj": 5,
+        "^model.layers.2.*k_proj": 7,
+        r"\d\.self_attn\.v_proj": 9,
+    }
+    plan = from_dict(LEAST | {"rank_pattern": ranks, "lora_r": 4, "alpha_pattern": {".*down_proj": 2}}).method.plan(
+        model
+    )
     for p in plan.sites:
         key = get_pattern_key(list(ranks), p.site.name)
         assert p.r == ranks.get(key, 4), p.site.name
@@ -83,7 +90,11 @@ def test_patterns_of_peft_give_the_same_ranks() -> None:
         ({"stage": "pt"}, "task", "sft"),
         ({"random_state": 7}, "training.seed", 7),
         ({"label_smoothing_factor": 0.1, "neftune_noise_alpha": 5}, "training.label_smoothing", 0.1),
-        ({"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-6}}, "training.schedule", "cosine_with_min_lr"),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-6}},
+            "training.schedule",
+            "cosine_with_min_lr",
+        ),
         ({"method": {"targets": "re:.*_proj{1,2}"}}, "method.targets", ("re:.*_proj{1,2}",)),
         ({"method": {"layers": [0, "2-3"]}}, "method.layers", "0,2-3"),
     ],
@@ -113,7 +124,7 @@ WORDS: list[tuple[dict[str, Any], str]] = [
     ({"datasets": [{"path": "a"}]}, "datasets: unknown key `datasets`\n      hint: write `data.train`: a file, a Hub id, or a list of them"),
     ({"deepspeed": "zero3.json"}, "deepspeed: unknown key `deepspeed`\n      hint: a run is split over processes by its launcher: docs/how-to/several-processes.md; DeepSpeed itself is not supported, FSDP2 is"),
     ({"training": {"fsdp": "full_shard"}}, "training.fsdp: unknown key `fsdp` in `training`\n      hint: a run is split over processes by its launcher: docs/how-to/several-processes.md"),
-    ({"training": {"use_liger_kernel": True}}, "training.use_liger_kernel: unknown key `use_liger_kernel` in `training`\n      hint: Liger replaces the head and the MLPs by kernels that read weights past their adapters; lorary's own loss already keeps the logits out of memory"),
+    ({"training": {"use_liger_kernel": True}}, "training.use_liger_kernel: unknown key `use_liger_kernel` in `training`\n      hint: Liger's fused loss reads the head's weight past an adapter; lorary's own loss keeps the logits out of memory without it"),
     ({"training": {"group_by_length": True}}, "training.group_by_length: unknown key `group_by_length` in `training`\n      hint: write data.packing: true, which leaves no padding"),
     ({"load_in_8bit": True}, "load_in_8bit: unknown key `load_in_8bit`\n      hint: method: qlora keeps the base in 4 bits"),
     ({"template": "llama3"}, "template: unknown key `template`\n      hint: the tokenizer's own chat template is used; data.chat_template names another one"),
@@ -158,7 +169,9 @@ output: /
 """)
     with pytest.raises(ConfigError) as refusal:
         load("train.yaml")
-    assert str(refusal.value) == """\
+    assert (
+        str(refusal.value)
+        == """\
 invalid configuration train.yaml:
   - train.yaml:3:8: `data.train`: there is no file rows.json
       hint: did you mean `rows.jsonl`?
@@ -176,11 +189,18 @@ invalid configuration train.yaml:
       hint: did you mean `seed`?
   - train.yaml:6:1: `output`: `/` is the root, home or working folder
       hint: name a folder of its own, such as runs/first"""
+    )
 
 
 def test_a_check_that_needs_an_invalid_value_says_nothing() -> None:
     with pytest.raises(ConfigError) as refusal:
-        from_dict({"model": "builtin:base", "data": {"train": "builtin:docstrings", "validation": 3}, "training": {"keep_best": True}})
+        from_dict(
+            {
+                "model": "builtin:base",
+                "data": {"train": "builtin:docstrings", "validation": 3},
+                "training": {"keep_best": True},
+            }
+        )
     assert str(refusal.value) == "invalid configuration:\n  - data.validation: `validation` must be a list, not 3"
 
 
@@ -206,14 +226,19 @@ def answer(*arguments: str) -> str:
 
 
 def test_a_flag_is_named_where_its_value_is_wrong() -> None:
-    said = answer("plan", "builtin:base", "--rank", "0", "--layers", "x", "--method", "lorra", "--set", "training.lr=10")
-    assert said == """\
+    said = answer(
+        "plan", "builtin:base", "--rank", "0", "--layers", "x", "--method", "lorra", "--set", "training.lr=10"
+    )
+    assert (
+        said
+        == """\
 invalid configuration:
   - --r: `r` must be at least 1, not 0
   - --layers: `layers` holds `x`: write numbers and ranges, such as 0-15 or 0-3,8,-1
   - --set training.lr: `lr` must be at most 1, not 10
   - --method: `lorra` is not a method that lorary knows
       hint: did you mean `lora` or `qlora` or `olora`?"""
+    )
 
 
 def test_an_error_of_the_plan_names_the_flag_or_the_key(tmp_path: Path) -> None:
@@ -226,13 +251,17 @@ def test_an_error_of_the_plan_names_the_flag_or_the_key(tmp_path: Path) -> None:
         prepare(load(file))
     assert "\n  - my.yaml:4:3: `targets`: `q_porj` matches no layer\n" in str(refusal.value)
     file.write_text("model: builtin:base\ndata: builtin:docstrings\nmethod:\n  layers: 0-40\n")
-    with pytest.raises(PlanError, match=r"my\.yaml:4:3: `layers`: `0-40` is not in `model\.layers`, which has the layers"):
+    with pytest.raises(
+        PlanError, match=r"my\.yaml:4:3: `layers`: `0-40` is not in `model\.layers`, which has the layers"
+    ):
         prepare(load(file))
 
 
 def test_a_bad_target_and_a_missing_file_are_told_together(tmp_path: Path) -> None:
     with pytest.raises(PlanError) as refusal:
-        prepare(from_dict({"model": "builtin:base", "method": {"targets": "q_porj"}, "data": str(tmp_path / "no.jsonl")}))
+        prepare(
+            from_dict({"model": "builtin:base", "method": {"targets": "q_porj"}, "data": str(tmp_path / "no.jsonl")})
+        )
     assert str(refusal.value).endswith(f"\n  - cannot read {tmp_path / 'no.jsonl'}: there is no such file or folder")
 
 
@@ -246,6 +275,10 @@ def test_many_problems_alike_are_folded() -> None:
     assert lines[-2:] == ["  - ... and 44 more like it", "  - ranks: another"]
     assert len(folded(problems[:8])) == 8, "a few are all shown"
     assert len(PlanError("invalid plan:", problems).problems) == 50, "none is lost"
+    names = [f"layers.{i}.{name}" for i in range(32) for name in ("q_proj", "k_proj", "mlp.up_proj")]
+    assert len(folded([Diagnostic(name, "is too small", "") for name in names])) == 7, "whatever their names"
+    words = [Diagnostic(f"my.yaml:{i}:3", f"unknown key `{word}`") for i, word in enumerate("abcdefghij")]
+    assert len(folded(words)) == 10, "other words are other mistakes"
 
 
 def test_independent_steps_report_both() -> None:
@@ -260,12 +293,16 @@ def test_independent_steps_report_both() -> None:
 
 
 def test_a_dry_run_shows_what_was_set_and_what_was_chosen() -> None:
-    given = from_dict(LEAST | {"method": {"r": 8}, "training": {"keep_best": True, "eval_steps": 5}, "val_set_size": 0.1})
+    given = from_dict(
+        LEAST | {"method": {"r": 8}, "training": {"keep_best": True, "eval_steps": 5}, "val_set_size": 0.1}
+    )
     text = summary(given, given.resolve())
     shown = text.splitlines()
     assert "  r: 8" in shown
     assert "  eval_steps: 5" in shown
-    assert {"# chosen:", "# training.save_steps: 5", "# training.lr: 0.0002", "# method.targets: all-linear"} <= set(shown)
+    assert {"# chosen:", "# training.save_steps: 5", "# training.lr: 0.0002", "# method.targets: all-linear"} <= set(
+        shown
+    )
     assert not [line for line in shown if "weight_decay" in line or line.startswith("output")]
     assert re.fullmatch(r"# \d+ other keys keep their defaults \(--all\)", shown[-1])
     again = from_dict(yaml.safe_load(text))

@@ -84,4 +84,6 @@ def test_the_recipes_say_what_they_are_for() -> None:
     page = (ROOT / "docs" / "how-to" / "several-processes.md").read_text()
     for recipe in RECIPES.glob("*.yaml"):
         assert recipe.read_text() in page
-        assert recipe.read_text().startswith(f"# accelerate launch --config_file {recipe.name} -m lorary train my.yaml\n")
+        assert recipe.read_text().startswith(
+            f"# accelerate launch --config_file {recipe.name} -m lorary train my.yaml\n"
+        )

@@ -96,7 +96,11 @@ KEYS: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
         {"momentum": 0.9, "nesterov": True},
         {"optim": "sgd"},
     ),
-    ({"optimizer": "adafactor", "optimizer_options": {"decay_rate": -0.3}}, {"decay_rate": -0.3}, {"optim": "adafactor"}),
+    (
+        {"optimizer": "adafactor", "optimizer_options": {"decay_rate": -0.3}},
+        {"decay_rate": -0.3},
+        {"optim": "adafactor"},
+    ),
     ({"optimizer": "rmsprop", "lr": 1e-3}, {}, {"optim": "rmsprop", "learning_rate": 1e-3}),
     ({"optimizer": "adagrad", "lr": 1e-3}, {}, {"optim": "adagrad", "learning_rate": 1e-3}),
     *(
@@ -137,7 +141,7 @@ def test_smoothing_leaves_the_evaluation_alone(tmp_path: Path) -> None:
     found = []
     for smoothing in (0.0, 0.5):
         _, _, trainer = ours(tmp_path, settings | {"label_smoothing": smoothing}, held_out=rows(4))
-        found.append([r["eval_loss"] for r in trainer.state.log_history if "eval_loss" in r][0])
+        found.append(next(r["eval_loss"] for r in trainer.state.log_history if "eval_loss" in r))
     assert found[0] == found[1]
 
 

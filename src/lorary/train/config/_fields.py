@@ -70,13 +70,14 @@ def _problem(what: str, fix: str = "") -> PydanticCustomError:
     return PydanticCustomError("problem", "{what}", {"what": what, "fix": fix})
 
 
-def _name_type(known: Collection[str], refused: Mapping[str, str]) -> Any:
-    schema = {"enum": sorted(known)}
-    return Annotated[str, Strict(), AfterValidator(_named(known, refused)), Field(json_schema_extra=schema)]
+def _completed(known: Collection[str]) -> Any:
+    """The known names in the JSON schema, for editors."""
+    names: Any = {"enum": sorted(known)}
+    return Field(json_schema_extra=names)
 
 
-Optimizer = _name_type(OPTIMIZERS, REFUSED_OPTIMIZERS)
-Schedule = _name_type(SCHEDULES, REFUSED_SCHEDULES)
+Optimizer = Annotated[str, Strict(), AfterValidator(_named(OPTIMIZERS, REFUSED_OPTIMIZERS)), _completed(OPTIMIZERS)]
+Schedule = Annotated[str, Strict(), AfterValidator(_named(SCHEDULES, REFUSED_SCHEDULES)), _completed(SCHEDULES)]
 PathPattern = Annotated[str, AfterValidator(_valid_pattern)]
 _Layers = str | dict[str, str]
 Layers = Annotated[

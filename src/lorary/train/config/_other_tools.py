@@ -26,7 +26,6 @@ ALIASES = {
 # Keys of flat files that have the same name in a section here.
 FLAT = {
     "training": "adam_beta1 adam_beta2 adam_epsilon neftune_noise_alpha torch_compile early_stopping_patience",
-    "method": "layers",
 }
 
 
@@ -68,7 +67,7 @@ PRESET_OF_VALUE: dict[str, dict[Any, str]] = {
     "peft_type": {"LORA": "", "ADALORA": "adalora", "VERA": "vera"},
     "task_type": {"CAUSAL_LM": ""},
     "bias": {"none": ""},
-    **dict.fromkeys(("fp16", "fan_in_fan_out", "inference_mode", "use_liger_kernel", "group_by_length"), {False: ""}),
+    **{key: {False: ""} for key in ("fp16", "fan_in_fan_out", "inference_mode", "use_liger_kernel", "group_by_length")},
 }
 
 _LAUNCH = "a run is split over processes by its launcher: docs/how-to/several-processes.md"
@@ -107,8 +106,8 @@ HINTS = {
     "use_peft": f"{_NOT_NEEDED}an adapter is always trained",
     "pissa_iter": "write method: {name: pissa, niter: 16}",
     "loraplus_lr_embedding": "embeddings train at training.lr times lora+'s ratio",
-    "use_liger_kernel": "Liger replaces the head and the MLPs by kernels that read weights past their adapters; lorary's "
-    "own loss already keeps the logits out of memory",
+    "use_liger_kernel": "Liger's fused loss reads the head's weight past an adapter; lorary's own loss keeps the "
+    "logits out of memory without it",
     "liger_kernel": "Liger is not supported; see `use_liger_kernel`",
     "group_by_length": "write data.packing: true, which leaves no padding",
     "train_sampling_strategy": "rows are shuffled by training.seed; data.packing leaves no padding",

@@ -31,12 +31,12 @@ class ValidPart:
     def __init__(self, tree: dict[str, Any]) -> None:
         self.config: Config | None = None
         self.error: ValidationError | None = None
-        self.invalid: set[Place] = set()
+        self.invalid: set[tuple[str, ...]] = set()
         try:
             self.config = Config.model_validate(tree)
         except ValidationError as error:
             self.error = error
-            self.invalid = {tuple(details["loc"][:2]) for details in error.errors()}
+            self.invalid = {tuple(map(str, details["loc"][:2])) for details in error.errors()}
             self.config = self._without_invalid(tree)
 
     def _without_invalid(self, tree: dict[str, Any]) -> Config | None:

@@ -315,6 +315,7 @@ class Config(Section):
         """
         names = names or self.method.names
         training: dict[str, Any] = {"eval_batch_size": self.training.batch_size}
+        no_warmup = {"warmup": 0.0} if self.training.schedule == "reduce_lr_on_plateau" else {}
         notes: list[str] = []
         if self.training.max_steps is None:
             training["epochs"] = 3.0
@@ -331,15 +332,11 @@ class Config(Section):
             training["lr"] = default_lr(self.task, names)
             notes = [f"training.lr: {training['lr']:g}, the default of {self.task} with {', '.join(names)}"]
         sections = {
-            "training": _with_defaults(self.training, training).model_copy(update=self._without_warmup()),
+            "training": _with_defaults(self.training, training).model_copy(update=no_warmup),
             "method": self.method if self.model.adapter else self._resolved_method(),
             "output": str(Path(self.output).expanduser()),
         }
         return self.model_copy(update=sections).with_notes(*notes)
-
-    def _without_warmup(self) -> dict[str, Any]:
-        """No warmup for a schedule that has none."""
-        return {"warmup": 0.0} if self.training.schedule == "reduce_lr_on_plateau" else {}
 
     def with_absolute_paths(self) -> Config:
         """The same configuration for any working directory."""

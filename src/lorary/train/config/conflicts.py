@@ -35,9 +35,11 @@ def _unused(c: Config) -> Iterator[Diagnostic]:
     if c.training.bf16 and c.model.dtype == "float16":
         yield Diagnostic("training.bf16", "weights in float16 compute in float16", "keep one of the two")
     if c.training.keep_best and c.training.early_stopping_patience is not None:
-        yield Diagnostic("training.keep_best", "has no effect: `early_stopping_patience` keeps the best", "remove it")
+        yield Diagnostic(
+            "training.keep_best", "has no effect beside `early_stopping_patience`, which keeps the best", "remove it"
+        )
     if len(c.training.report_to) > 1 and "none" in c.training.report_to:
-        yield Diagnostic("training.report_to", "`none` beside a tracker", "remove one of the two")
+        yield Diagnostic("training.report_to", "`none` cannot be combined with a tracker", "remove one of the two")
 
 
 def _task(c: Config) -> Iterator[Diagnostic]:

@@ -38,4 +38,6 @@ def summary(given: Config, resolved: Config) -> str:
 
 def _line(value: Any) -> str:
     """A value in one line of YAML."""
-    return dump({"value": value[0] if isinstance(value, list) and len(value) == 1 else value}).strip().partition(": ")[2]
+    return (
+        dump({"value": value[0] if isinstance(value, list) and len(value) == 1 else value}).strip().partition(": ")[2]
+    )

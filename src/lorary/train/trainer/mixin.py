@@ -55,7 +55,7 @@ else:
 _REFUSED = {
     "push_to_hub": ("checkpoints stay on this machine", "upload the adapter folder"),
     "auto_find_batch_size": ("would change the order of the data", "set a batch size"),
-    "use_liger_kernel": ("replaces the layers that are adapted", "leave it out"),
+    "use_liger_kernel": ("its fused loss reads the weight of the head past an adapter", "leave it out"),
     "sync_ref_model": ("the reference is the frozen base itself", "leave it out"),
 }
 
