@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from lorary.errors import DataError, Diagnostic
 from lorary.train.data._records import Record, names_of
@@ -29,10 +30,10 @@ def refuse_other_task(records: Sequence[Record], row_format: str, declared: bool
         raise DataError(f"cannot train on {name}:", [Diagnostic("data", what, fix)])
     if task != "sft" or declared:
         return
-    first = records[0].value
-    marks = [mark for mark in sorted(MARKS) if isinstance(first, dict) and first.get(mark) is not None]
-    if not marks:
+    found = next((record for record in records[:100] if _marks(record.value)), None)
+    if found is None:
         return
+    first, marks = found.value, _marks(found.value)
     if row_format == "prompt-completion" and isinstance(first[marks[0]], bool):
         right, does = "kto", "a completion with a `label` of true or false is feedback"
     elif row_format == "text":
@@ -41,4 +42,9 @@ def refuse_other_task(records: Sequence[Record], row_format: str, declared: bool
         return
     what = f"the rows have {names_of([*(k for k in first if k in ('text', 'prompt', 'completion')), *marks])}: {does}"
     fix = f"set task: {right}, or data.format: {row_format} to train on the text alone"
-    raise DataError(f"cannot train on {name} with task sft:", [Diagnostic(records[0].where, what, fix)])
+    raise DataError(f"cannot train on {name} with task sft:", [Diagnostic(found.where, what, fix)])
+
+
+def _marks(row: Any) -> list[str]:
+    """The fields of a row that mark another task's."""
+    return [mark for mark in sorted(MARKS) if isinstance(row, dict) and row.get(mark) is not None]
