@@ -25,6 +25,7 @@ from lorary.methods.compatibility import verdict
 from lorary.spec.interfaces import Sequential
 from lorary.spec.presets import FUNCTIONS
 from lorary.train.config.config import Config
+from lorary.train.config.sources import Source
 
 HERE = Path(__file__).resolve().parent
 
@@ -67,6 +68,9 @@ def config_page() -> str:
             )
         else:
             top.append(_row(name, info))
+    rows = [_row(key, field) for key, field in Source.model_fields.items()]
+    about = "Each item of `data.train` and `data.validation` is a path, or these keys. What is empty is as in `data`."
+    parts.append(f"\n## One source\n\n{about}\n\n| key | default | meaning |\n|---|---|---|\n" + "\n".join(rows) + "\n")
     parts.insert(1, "\n## At the top\n\n| key | default | meaning |\n|---|---|---|\n" + "\n".join(top) + "\n")
     return "".join(parts)
 

@@ -128,6 +128,15 @@ def test_the_end_of_a_turn_is_labelled_after_an_added_token_that_ends_the_answer
     ]
 
 
+def test_of_several_templates_the_one_for_tools_renders_conversations_with_tools() -> None:
+    using = qwen()
+    plain = "{% for m in messages %}{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
+    using.chat_template = {"default": plain, "tool_use": QWEN}
+    row = {"messages": [user("1 and 2"), calling(ARGUMENTS), {"role": "tool", "content": "3"}, answer("It is 3")]}
+    assert said(using, row | {"tools": [SCHEMA]}) == [CALLED]
+    assert said(using, {"messages": [user("a"), answer("b")]}) == ["user a<|im_end|>[[assistant b<|im_end|>]]"]
+
+
 # --- templates that rewrite earlier turns -----------------------------------------------------------------------
 
 

@@ -159,7 +159,7 @@ class DataSection(Section):
         default=None, description="Jinja file or builtin:chatml; empty: the tokenizer's own template"
     )
     separator: str | None = Field(
-        default=None, min_length=1, description="text before every completion, such as '\\n'; empty: rows as they are"
+        default=None, min_length=1, description='text before every completion, such as "\\n"; empty: rows as they are'
     )
     special_tokens: Literal["keep", "escape", "refuse"] = Field(
         default="keep",

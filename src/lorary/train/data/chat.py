@@ -92,7 +92,8 @@ def encode(tokenizer: Any, chat: Chat) -> list[Masked]:
     """
     text = render(tokenizer, chat.messages, chat.tools)
     answers = tuple(turn["role"] == "assistant" for turn in chat.messages)
-    if _MARK.search(tokenizer.chat_template) and chat.learn == answers:
+    template = tokenizer.get_chat_template(None, chat.tools)  # of several, the one for tools
+    if _MARK.search(template) and chat.learn == answers:
         marked = tokenizer.apply_chat_template(
             chat.messages, tools=chat.tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
