@@ -4,7 +4,7 @@ import math
 import re
 import xml.etree.ElementTree as ET
 
-from lorary.analysis.loss_plot import MOST_POINTS, loss_svg
+from lorary.analysis.loss_plot import MOST_POINTS, curves_svg, loss_svg, smoothed
 
 SVG = "{http://www.w3.org/2000/svg}"
 HISTORY = [{"step": step, "loss": 4.0 - step / 10, "lr": 1e-4} for step in range(1, 21)]
@@ -66,3 +66,35 @@ def test_a_long_run_stays_a_small_file() -> None:
     svg = loss_svg(long)
     assert len(svg) < 100_000
     assert "train (means of 20)" in svg
+
+
+def test_a_moving_average_has_no_bias_at_the_start_and_skips_what_is_not_finite() -> None:
+    assert all(math.isclose(value, 3.0) for _, value in smoothed([(float(i), 3.0) for i in range(9)]))
+    (_, first), (_, second), (_, third) = smoothed([(1.0, 2.0), (2.0, math.nan), (3.0, 5.0)])
+    assert math.isclose(first, 2.0)
+    assert second == first
+    assert math.isclose(third, (2.0 / 3 + 5.0) / (1 / 3 + 1))  # decay 1/3
+    assert math.isnan(smoothed([(1.0, math.nan)])[0][1])
+
+
+def test_the_smoothed_loss_is_drawn_over_the_faint_one() -> None:
+    noisy = [{"step": s, "loss": 2 + (-1) ** s} for s in range(1, 61)] + [{"step": 60, "eval_loss": 2.0}]
+    svg = loss_svg(noisy, unit="nats per token", smooth=True)
+    faint, mean, held_out = (vertices(path) for path in curves(svg))
+    assert len(faint) == len(mean) == 60
+    assert len(held_out) == 1
+    heights = [max(y for _, y in line[10:]) - min(y for _, y in line[10:]) for line in (faint, mean)]
+    assert heights[1] < 0.5 * heights[0]
+    assert "loss (nats per token)" in svg
+    assert "train, moving average" in svg
+    assert len(curves(loss_svg(noisy[:19], smooth=True))) == 1, "a short curve is drawn as it is"
+
+
+def test_logged_figures_are_drawn_and_those_never_logged_are_left_out() -> None:
+    history = [{"step": 1, "a": 1.0}, {"step": 2, "a": 3.0}, {"step": 3, "b": 0.25}]
+    svg = curves_svg(history, {"a": "one", "b": "two", "c": "none"}, "Title", "unit")
+    assert ET.fromstring(svg).get("aria-label") == (
+        "Title: one from 1 at step 1 to 3 at step 2; two from 0.25 at step 3 to 0.25 at step 3"
+    )
+    assert len(curves(svg)) == 2
+    assert "nothing was logged" in curves_svg([], {"a": "one"}, "Title", "unit")

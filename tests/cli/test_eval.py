@@ -56,7 +56,7 @@ def results(command: Command, *arguments: str) -> list[dict[str, Any]]:
 def test_a_run_has_the_loss_that_it_logged(command: Command, folder: Path) -> None:
     history = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
     losses = [record["eval_loss"] for record in history if "eval_loss" in record]
-    base, out = results(command, str(folder / "base"), "out", "--dtype", "float32")
+    base, out = results(command, str(folder / "base"), "out")
     assert (base["model"], out["model"]) == (str(folder / "base"), "out")
     assert base["loss"] == pytest.approx(losses[0], rel=1e-6)
     assert out["loss"] == pytest.approx(losses[-1], rel=1e-6)

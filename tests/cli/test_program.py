@@ -34,7 +34,15 @@ OPTIONS = {
     "demo": ["--out", "--steps"],
     "doctor": ["--json"],
     "export": ["--base", "--to"],
-    "generate": ["--base", "--chat", "--max-new-tokens", "--seed", "--temperature", "--top-p"],
+    "chat": ["--base", "--max-new-tokens", "--seed", "--system", "--temperature", "--template", "--top-p"],
+    "eval": [
+        *("--base", "--batch-size", "--config", "--data", "--dtype", "--format", "--json", "--limit", "--max-length"),
+        *("--quiet", "--set", "--task-folder", "--tasks", "-b", "-d", "-q"),
+    ],
+    "generate": [
+        *("--base", "--batch-size", "--chat", "--file", "--max-new-tokens", "--out", "--seed", "--stream"),
+        *("--temperature", "--template", "--top-p", "-b"),
+    ],
     "init": ["--force", "--schema"],
     "inspect": [],
     "inspect context": ["--base", "--data", "--json", "--lengths", "--out", "--passkeys", "--tokens"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -68,8 +69,8 @@ def _talk(conversation: Conversation) -> None:
     """Read messages until the end of input or /quit."""
     terminal = sys.stdin.isatty()
     if terminal:
-        import readline  # noqa: F401 (editing and history of the input line)
-
+        with suppress(ImportError):  # Windows has none
+            import readline  # noqa: F401 (editing and history of the input line)
         print("/help lists the commands; Ctrl-D ends.", file=sys.stderr)
     while True:
         try:

@@ -27,7 +27,7 @@ def eval(
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, max=100_000, help="Rows at a time.")] = 8,
     base: Annotated[str | None, typer.Option("--base", help="Base model of adapters; else as they name it.")] = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="auto, float32, bfloat16, float16; else that of the run.")
+        str | None, typer.Option("--dtype", help="auto, float32, bfloat16, float16; else that of the first run.")
     ] = None,
     tasks: Annotated[
         str | None,

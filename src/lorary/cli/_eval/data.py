@@ -120,10 +120,10 @@ def _sets(options: DataOptions) -> list[str]:
     return sets
 
 
-def with_dtype_of_its_run(name: str, section: Any) -> Any:
-    """The model section with the precision and attention of the run in the folder `name`, if it is one."""
-    config = run_config(Path(name))
-    if config is None:
-        return section
-    same = {"dtype": config.model.dtype, "attn_implementation": config.model.attn_implementation}
-    return section.model_copy(update=same)
+def precision_of_first_run(models: Sequence[str]) -> dict[str, Any]:
+    """The precision and attention of the first run among the models, for all of them; empty if there is none."""
+    for name in models:
+        config = run_config(Path(name))
+        if config is not None:
+            return {"dtype": config.model.dtype, "attn_implementation": config.model.attn_implementation}
+    return {}

@@ -16,7 +16,7 @@ from rich.console import Console
 from lorary.adapters.resolve import adapter_at, find_model
 from lorary.analysis.evaluation import Evaluation, evaluate
 from lorary.cli import printable
-from lorary.cli._eval.data import DataOptions, EvalData, eval_data, with_dtype_of_its_run
+from lorary.cli._eval.data import DataOptions, EvalData, eval_data, precision_of_first_run
 from lorary.cli._model import ready_model
 from lorary.cli._progress import progress_bar
 from lorary.cli._table import rich_table
@@ -56,11 +56,11 @@ def find_models(names: Sequence[str], base: str | None, dtype: str | None) -> li
     """
     found: list[EvalModel] = []
     problems: list[Diagnostic] = []
+    precision = precision_of_first_run(names) | ({"dtype": dtype} if dtype is not None else {})
     for name in dict.fromkeys(names):
         try:
             folder, section = find_model(name, base if adapter_at(name) else None)
-            section = with_dtype_of_its_run(name, section)
-            section = section.model_copy(update={"dtype": dtype} if dtype is not None else {})
+            section = section.model_copy(update=precision)
             config = load_config(section).get_text_config()
             found.append(EvalModel(name, folder, section, load_tokenizer(section), max_context(config)))
         except LoraryError as error:

@@ -86,12 +86,12 @@ def _sections(folder: Path, data: CardData, samples: Sequence[Sample], ranks: Ad
     history = data.run.history
     yield loss_section(history, _caption(data), NATS if data.config.task == "sft" else "nats per pair")
     yield from preference_sections(history)
+    if samples:
+        yield samples_section(samples, _SAMPLES.format(rows="held-out rows" if data.rows[1] else "training rows"))
     yield optimization_section(history)
     if ranks is not None:
         found = {site.site.name: directions_of(site) for site in ranks.sites}
         yield Section("Ranks", [Picture(ranks_svg(found, max(s.r for s in ranks.sites)), "After the last step.")])
-    if samples:
-        yield samples_section(samples, _SAMPLES.format(rows="held-out rows" if data.rows[1] else "training rows"))
     yield plan_section(data.plan)
     yield Section("Data and training", [Table(("setting", "value"), [*_facts(data)])])
     yield Section("Memory", [Table(("tensors", "measured", "predicted"), _memory(data)), Paragraph(_process(data))])
@@ -116,7 +116,7 @@ def _figures(data: CardData) -> Iterator[KeyFigure]:
     yield KeyFigure("Time", f"{run.seconds:,.0f} s", "in the last session")
     if run.step_memory is not None:
         counted = run.step_memory.counted
-        note = f"of tensors in step {counted.step}; {human_bytes(run.step_memory.predicted)} predicted for it"
+        note = f"tensors in step {counted.step}; {human_bytes(run.step_memory.predicted)} predicted"
         yield KeyFigure("Memory", human_bytes(counted.peak), note)
 
 
@@ -160,7 +160,9 @@ def _process(data: CardData) -> str:
 
 def _commands(folder: Path) -> str:
     out = shlex.quote(str(folder))
-    typed = [f"lorary {shlex.join(sys.argv[1:])}"] if Path(sys.argv[0]).stem == "lorary" else []
+    program = Path(sys.argv[0])
+    from_shell = "lorary" in (program.stem, program.parent.name)  # also `python -m lorary`
+    typed = [f"lorary {shlex.join(sys.argv[1:])}"] if from_shell else []
     rows = [
         *((line, "as it was typed") for line in typed),
         (f"lorary train {out}/{CONFIG} --set output=NEW", "the same run again"),
