@@ -36,13 +36,19 @@ def config_of(task: str, folder: Path) -> dict[str, Any]:
     return config
 
 
+def _undo_last_steps(out: Path) -> None:
+    """A run folder as if the run had been killed after its second step."""
+    for name in ("checkpoints/checkpoint-4", "adapter"):
+        shutil.rmtree(out / name)
+
+
 @pytest.mark.parametrize("task", ["classification", "kto", "reward", "grpo"])
 def test_a_task_resumes_bit_for_bit(task: str, tmp_path: Path) -> None:
     config = config_of(task, tmp_path)
     whole = train(config)
     history, adapter = figures(whole), tensors(whole)
     assert whole.steps == 4
-    shutil.rmtree(tmp_path / "out" / "checkpoints" / "checkpoint-4")
+    _undo_last_steps(tmp_path / "out")
     again = train(config, resume=True)
     assert figures(again) == history
     assert tensors(again) == adapter
@@ -52,7 +58,7 @@ def test_a_task_resumes_bit_for_bit(task: str, tmp_path: Path) -> None:
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert f"- {task}\n" in card
     if task == "grpo":
-        shutil.rmtree(tmp_path / "out" / "checkpoints" / "checkpoint-4")
+        _undo_last_steps(tmp_path / "out")
         (tmp_path / "rewards.py").write_text(REWARDS + "# another\n")
         with pytest.raises(TrainingError, match=r"reward function: .* in the checkpoint, .* here"):
             train(config, resume=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lorary.model.loading import source
 from lorary.model.loading.source import Section
@@ -17,7 +17,7 @@ from lorary.train.config._fields import Alpha, Fraction, Size, SomeNames
 _LORA_OPTIONS = ("r", "alpha", "dropout")
 
 
-class BaseSection(source.ModelSection):
+class ModelSection(source.ModelSection):
     """The base model, and the adapter that training goes on from."""
 
     adapter: str | None = Field(
@@ -25,6 +25,12 @@ class BaseSection(source.ModelSection):
         min_length=1,
         description="run or adapter folder to go on from; it brings its method, ranks and targets",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_base(cls, value: Any) -> Any:
+        """A base alone, without an adapter to go on from."""
+        return value.model_dump() if type(value) is source.ModelSection else value
 
 
 class AlsoSection(Section):

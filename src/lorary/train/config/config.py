@@ -41,7 +41,7 @@ from lorary.train.config._fields import (
 )
 from lorary.train.config._paths import absolute
 from lorary.train.config._places import located
-from lorary.train.config._sections import AlsoSection, BaseSection, build_method, method_defaults
+from lorary.train.config._sections import AlsoSection, ModelSection, build_method, method_defaults
 from lorary.train.config.drop import DropSection
 from lorary.train.config.previous_tasks import load_previous_tasks
 from lorary.train.config.sources import RowFormatName, Sources
@@ -266,7 +266,7 @@ class Config(Section):
     every mistake at once), or from its sections.
     """
 
-    model: BaseSection
+    model: ModelSection
     task: Task = Field(
         default="sft",
         description="sft: answers; dpo, reward: preference pairs; kto: good and bad answers; grpo: a reward function",
@@ -381,7 +381,7 @@ def default_lr(task: str, names: Sequence[str]) -> float:
 # Section -> its fields; "" is the top level.
 SECTIONS: dict[str, dict[str, FieldInfo]] = {
     "": dict(Config.model_fields),
-    "model": dict(BaseSection.model_fields),
+    "model": dict(ModelSection.model_fields),
     "method": dict(MethodSection.model_fields),
     "data": dict(DataSection.model_fields),
     "training": dict(TrainingSection.model_fields),

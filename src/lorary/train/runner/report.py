@@ -43,6 +43,14 @@ from lorary.train.runner.samples import continuations
 
 _log = logging.getLogger("lorary.train")
 
+_UNITS = {
+    "sft": NATS,
+    "dpo": "nats per pair",
+    "reward": "nats per pair",
+    "kto": "per answer",
+    "grpo": "the policy's, without unit",
+    "classification": "nats per row",
+}
 _SAMPLES = (
     "The first prompts of the {rows}, continued greedily by the same model with its adapter disabled and enabled."
 )
@@ -59,7 +67,7 @@ def write_report(prepared: RunPlan, folder: RunFolder, data: CardData, trainer: 
 
 
 def _continuations(prepared: RunPlan, trainer: Any) -> tuple[Sample, ...]:
-    if trainer.is_fsdp_enabled:  # a shard cannot generate alone
+    if trainer.is_fsdp_enabled or prepared.base is not None:  # a shard cannot generate alone, a classifier not at all
         return ()
     rows = (prepared.held_out or prepared.train).rows
     return continuations(trainer.unwrapped_model(), prepared.tokenizer, rows)
@@ -84,7 +92,7 @@ def run_report(folder: Path, data: CardData, samples: Sequence[Sample] = (), ran
 
 def _sections(folder: Path, data: CardData, samples: Sequence[Sample], ranks: Adapter | None) -> Iterator[Section]:
     history = data.run.history
-    yield loss_section(history, _caption(data), NATS if data.config.task == "sft" else "nats per pair")
+    yield loss_section(history, _caption(data), _UNITS[data.config.task])
     yield from preference_sections(history)
     if samples:
         yield samples_section(samples, _SAMPLES.format(rows="held-out rows" if data.rows[1] else "training rows"))

@@ -26,9 +26,12 @@ class StepMemory:
 
 
 def step_memory(prepared: RunPlan, counter: CountMemory) -> StepMemory | None:
-    """The memory of the counted step with the prediction for it; None if either is unknown."""
+    """The memory of the counted step with the prediction for it; None if either is unknown.
+
+    Other tasks' steps hold more than one batch of tokens: answers as they are sampled, or mismatched pairs.
+    """
     counted = counter.counted
-    if counted is None:
+    if counted is None or prepared.config.task not in ("sft", "dpo"):
         return None
     predicted = of_step(prepared.config, prepared.plan, counted)
     return None if predicted is None else StepMemory(counted, predicted)

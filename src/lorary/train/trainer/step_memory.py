@@ -93,7 +93,8 @@ class CountMemory(TrainerCallback):  # type: ignore[misc]  # Transformers has no
     def _note(self, _: Any, args: Any, inputs: dict[str, Any]) -> None:
         ids, labels = inputs.get("input_ids"), inputs.get("labels")
         if isinstance(ids, Tensor) and ids.dim() == 2:
-            share = 1.0 if labels is None else float((labels[:, 1:] != -100).float().mean())
+            of_tokens = isinstance(labels, Tensor) and labels.shape == ids.shape
+            share = float((labels[:, 1:] != -100).float().mean()) if of_tokens else 1.0
             self._batches.append((*ids.shape, share, inputs.get("attention_mask") is not None))
 
 
