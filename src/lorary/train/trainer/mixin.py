@@ -22,6 +22,7 @@ resumed run continues bit for bit (`lorary.train.trainer.resume`). TRL's telemet
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +89,7 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
     """
 
     statistics: tuple[str, ...] = ("entropy", "is_top1")
+    compared_at_resume: Mapping[str, str] = {}
     scores_tokens = True  # whether the loss is computed from the log-probabilities of tokens
 
     def __init__(self, *, model: Any, args: Any, callbacks: list[Any] | None = None, **rest: Any) -> None:
@@ -110,7 +112,6 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
         self.batch: tuple[tuple[int, ...], bool] | None = None
         self.predicted: Memory | None = None
         self.stream_digest = ""
-        self.compared_at_resume: dict[str, str] = {}
         self.optimizer_options: dict[str, Any] = {}
         self._resumed: dict[str, Any] = {}
         self.optimizer: Any
