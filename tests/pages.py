@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 _BLOCK = re.compile(
-    r"^(?:<!-- not run: (?P<reason>.+?) -->\n\n?)?"
+    r"^(?:<!-- (?:not run: (?P<reason>.+?)|needs: (?P<needs>\w+)) -->\n\n?)?"
     r"(?P<fence>`{3,})(?P<language>[\w+{}-]*)[^\n]*\n(?P<code>.*?)^(?P=fence)$",
     re.MULTILINE | re.DOTALL,
 )
@@ -27,7 +28,8 @@ class Block:
         language: what stands behind the fence.
         code: what it holds.
         reason: why it cannot be run here; empty for a block that can. A page says it in the line before the fence:
-            `<!-- not run: needs two GPUs -->`.
+            `<!-- not run: needs two GPUs -->`. Also of one that needs a package that is not installed here:
+            `<!-- needs: lightning -->`.
     """
 
     page: Path
@@ -41,9 +43,20 @@ def blocks(page: Path) -> list[Block]:
     """All fenced blocks of a page, in its order."""
     text = page.read_text(encoding="utf-8")
     return [
-        Block(page, text.count("\n", 0, m.start("code")) + 1, m["language"], m["code"], m["reason"] or "")
+        Block(
+            page,
+            text.count("\n", 0, m.start("code")) + 1,
+            m["language"],
+            m["code"],
+            m["reason"] or _missing(m["needs"]),
+        )
         for m in _BLOCK.finditer(text)
     ]
+
+
+def _missing(package: str | None) -> str:
+    """Why a block that needs a package cannot be run here; empty if it can."""
+    return f"{package} is not installed" if package and importlib.util.find_spec(package) is None else ""
 
 
 def run(page: Path, lorary: Callable[..., object] | None = None) -> int:

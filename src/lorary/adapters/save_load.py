@@ -43,8 +43,8 @@ def save_adapter(
         adapter: the adapter.
         folder: where to.
         model: the base, if at hand: with it PEFT's files can hold modules trained in full and have short target lists.
-        for_trainer: what Transformers' readers need beside: PEFT's file name for the tensors, also in lorary's own form,
-            and the base's whole path, as PEFT records it.
+        for_trainer: what Transformers' readers need: PEFT's file name for the tensors, also in lorary's own form, and
+            the base's whole path, as PEFT records it.
 
     Raises:
         FileError: `load_adapter` would refuse the files (NaN, values beyond 1e6, other dtypes), with the same reasons;

@@ -3,7 +3,8 @@
     penalty         its gradient is added to that of the loss, parameter by parameter, before PyTorch accumulates it:
                     once per optimizer step, also under DDP
     after_backward  at the end of every backward pass, on the gradients of the whole step so far. Of several
-                    micro-batches the last one counts: what the rules remembered of the others is undone first
+                    micro-batches the last one counts: what the rules remembered of the others, and made of their
+                    gradients, is undone first
     after_step      after the optimizer's step
 
 So it is the same in every loop, whatever computes the loss, accumulates and clips.
@@ -44,9 +45,10 @@ class AutomaticRules:
         self.rules = rules
         self._penalty: dict[int, Tensor] | None = None
         self._before: list[dict[str, Tensor]] | None = None
+        self._gradients: dict[int, Tensor] = {}  # before the rules changed them
         self._waiting = False
         self._parameters = _trained(rules.model)
-        hooks = [p.register_hook(partial(self._with_penalty, id(p))) for p in self._parameters]
+        hooks = [p.register_hook(partial(self._with_penalty, p)) for p in self._parameters]
         hooks += [p.register_post_accumulate_grad_hook(self._accumulated) for p in self._parameters]
         assert rules.optimizer is not None
         self._handles = [*hooks, rules.optimizer.register_step_post_hook(self._stepped)]
@@ -56,12 +58,13 @@ class AutomaticRules:
         for handle in self._handles:
             handle.remove()
 
-    def _with_penalty(self, key: int, gradient: Tensor) -> Tensor:
+    def _with_penalty(self, p: nn.Parameter, gradient: Tensor) -> Tensor:
         """The gradient of a parameter, the first time in a step with that of the penalty."""
+        self._restore_gradient(p)  # to which this one will be added
         if self._penalty is None:
             self._penalty = {}  # this hook is called for the penalty's own gradients, too
             self._penalty = self._penalty_gradients()
-        own = self._penalty.pop(key, None)
+        own = self._penalty.pop(id(p), None)
         return gradient if own is None else gradient + own.to(gradient)
 
     def _penalty_gradients(self) -> dict[int, Tensor]:
@@ -78,13 +81,20 @@ class AutomaticRules:
             self._waiting = True
             call_after_backward(self._complete)
 
+    def _restore_gradient(self, p: nn.Parameter) -> None:
+        before = self._gradients.pop(id(p), None)
+        if before is not None and p.grad is not None:
+            p.grad.copy_(before)
+
     @torch.no_grad()
     def _complete(self) -> None:
         """The end of a backward pass."""
         self._waiting = False
         for p in self._parameters:  # those that this batch did not use, such as an idle expert's
+            self._restore_gradient(p)
             if self._penalty and (own := self._penalty.pop(id(p), None)) is not None:
-                p.grad = own if p.grad is None else p.grad + own
+                p.grad = own.contiguous() if p.grad is None else p.grad + own
+        self._gradients = {id(p): p.grad.clone() for p in self._parameters if p.grad is not None}
         if self._before is None:
             self._before = _copied(self.rules.states)
         else:
@@ -93,6 +103,7 @@ class AutomaticRules:
 
     def _stepped(self, *_: Any) -> None:
         self._penalty = self._before = None
+        self._gradients = {}
         self.rules.after_step()
 
 
@@ -103,11 +114,16 @@ def call_after_backward(function: Callable[[], None]) -> None:
     pass, so that what is queued at its end comes later. Without that name the function is called at once, after every
     parameter: slower, and the same in one process, since the last call counts.
     """
-    engine = getattr(torch.autograd.Variable, "_execution_engine", None)
-    if engine is None:
+    queue = _engine_queue()
+    if queue is None:
         function()
     else:
-        engine.queue_callback(lambda: engine.queue_callback(function))
+        queue(lambda: queue(function))
+
+
+def _engine_queue() -> Any:
+    """The function of PyTorch's engine that queues a call for the end of a backward pass."""
+    return getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "queue_callback", None)
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:
