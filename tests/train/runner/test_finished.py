@@ -118,7 +118,9 @@ def test_a_signal_in_the_last_step_finds_nothing_to_stop(words: dict[str, Any]) 
 
 
 @pytest.mark.parametrize(("event", "end"), [("on_save", "best"), ("on_train_end", "constant")])
-def test_killed_after_the_last_step_it_is_completed_without_another(words: dict[str, Any], event: str, end: str) -> None:
+def test_killed_after_the_last_step_it_is_completed_without_another(
+    words: dict[str, Any], event: str, end: str
+) -> None:
     tree = changed(words, "training", **ENDS[end])
     whole = run(from_dict(tree | {"output": "whole"}), quiet=True)
     kill = At(event, whole.steps, _signal(signal.SIGKILL))
@@ -161,7 +163,9 @@ def test_a_run_of_an_older_version_is_finished_too(words: dict[str, Any]) -> Non
 
 def test_another_configuration_is_no_finished_run(words: dict[str, Any]) -> None:
     run(from_dict(words), quiet=True)
-    with pytest.raises(ValueError, match=r"the folder belongs to another run:\n  - training.max_steps: 6 in the run, 9"):
+    with pytest.raises(
+        ValueError, match=r"the folder belongs to another run:\n  - training.max_steps: 6 in the run, 9"
+    ):
         run(from_dict(changed(words, "training", max_steps=9)), quiet=True, resume=True)
 
 

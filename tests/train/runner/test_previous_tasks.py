@@ -107,7 +107,7 @@ def test_a_resumed_task_has_the_same_past_or_is_refused(words: dict[str, Any], p
     first, second = (digest(lorary.load_adapter(path)) for path in past)
     assert str(caught.value) == (
         "the folder belongs to another run:\n"
-        f"  - method.after: ['mine#{first}'] in the run, ['mine#{second}'] here\n"
+        f"  - method.after: ['{tmp_path}/mine#{first}'] in the run, ['{tmp_path}/mine#{second}'] here\n"
         "      hint: resume with the run's own configuration"
     )
     resolved = from_dict(yaml.safe_load(Path("out/config.resolved.yaml").read_text()))
@@ -115,8 +115,8 @@ def test_a_resumed_task_has_the_same_past_or_is_refused(words: dict[str, Any], p
         run(resolved, resume=True, quiet=True)
     assert str(caught.value) == (
         "the adapter of an earlier task has changed:\n"
-        f"  - method.after: mine contains another adapter: {second}, and the configuration was made with {first}\n"
-        "      hint: write mine without a digest to take it as it is now"
+        f"  - method.after: {tmp_path}/mine contains another adapter: {second}, and the configuration was made with "
+        f"{first}\n      hint: write {tmp_path}/mine without a digest to take it as it is now"
     )
     shutil.rmtree("mine")
     shutil.copytree(past[0], "mine")

@@ -74,8 +74,11 @@ def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def out(words: dict[str, Any], finished: Path) -> Path:
-    """A copy of that folder, beside its data."""
-    return Path(shutil.copytree(finished, "out"))
+    """A copy of that folder, beside its data, as if it had run here."""
+    copy = Path(shutil.copytree(finished, "out"))
+    config = copy / "config.resolved.yaml"
+    config.write_text(config.read_text().replace(str(finished.parent), str(copy.parent.absolute())))
+    return copy
 
 
 def test_a_search_leaves_an_adapter_beside_the_supernet(out: Path, base: Path) -> None:

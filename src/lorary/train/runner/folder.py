@@ -178,7 +178,9 @@ class RunFolder:
                 raise ConfigError("the folder belongs to another run:", changed)
         if names and self.record() is None:
             what = f"holds files that no run of lorary wrote: {', '.join(names[:5])}"
-            raise ConfigError(headline, [Diagnostic("output", what, f"it has no {MARK} of lorary's; name another folder")])
+            raise ConfigError(
+                headline, [Diagnostic("output", what, f"it has no {MARK} of lorary's; name another folder")]
+            )
 
     def _saved_config(self, headline: str) -> dict[str, Any]:
         """The resolved configuration of the run in the folder."""
