@@ -70,7 +70,7 @@ def _parsed(value: Any, what: str) -> Any:
         parsed = strict_json.loads(value, most_digits=300)
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from None
-    check_text(parsed)  # an escape inside of the JSON text may be half of a character
+    check_text(parsed, what)  # an escape inside of the JSON text may be half of a character
     return parsed
 
 

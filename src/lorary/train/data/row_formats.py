@@ -136,7 +136,8 @@ def _checked(row: Any, kind: str) -> Mapping[str, Any]:
         other = format_of(row)
         mixed = f"; it looks like {other}, the others like {kind}" if other else ""
         raise ValueError(f"has no {' or '.join(f'`{field}`' for field in missing)}{mixed}")
-    check_text([row.get(field) for field in (*row_format.required, *row_format.optional)])
+    for field in (*row_format.required, *row_format.optional):
+        check_text(row.get(field), f"`{field}`")
     return row
 
 
