@@ -22,7 +22,7 @@ from lorary.errors import DataError, Diagnostic, nearest
 from lorary.train.data import task_match
 from lorary.train.data._messages import Messages, kind_of, read_messages
 from lorary.train.data._records import Record, check_text, convert, names_of
-from lorary.train.data._tool_calls import call_in_text, tools
+from lorary.train.data._tool_calls import call_in_text, listed, tools
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ _SHAREGPT_ROLES |= {role: role for role in ("user", "assistant", "system", "tool
 
 
 def _sharegpt(row: Mapping[str, Any], where: str) -> Chat:
-    conversation = row["conversations"]
+    conversation = listed(row["conversations"], "`conversations`")
     if not isinstance(conversation, list):
         raise ValueError(f"`conversations` must be a list of turns, not {kind_of(conversation)}")
     turns = _system(row)
