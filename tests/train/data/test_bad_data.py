@@ -66,10 +66,10 @@ bad("NUL bytes", {"rows.jsonl": b'{"text": "x"}\n{"text": "\0"}\n'}, """\
   - rows.jsonl:2: contains a NUL byte""")
 bad("a NUL in a text", {"rows.jsonl": rows({"text":"a\0b"})}, """\
 1 of 1 rows of rows.jsonl cannot be used:
-  - rows.jsonl:1: contains a NUL character""")
+  - rows.jsonl:1: `text` contains a NUL character; remove it""")
 bad("half a character", {"rows.jsonl": b'{"text": "\\ud800"}\n'}, """\
 1 of 1 rows of rows.jsonl cannot be used:
-  - rows.jsonl:1: contains half of a surrogate pair, which is not Unicode text""")
+  - rows.jsonl:1: `text` contains half of a surrogate pair (\\ud800), which is not Unicode text; remove it, or write the whole pair""")
 bad("not JSON", {"rows.jsonl": b'{"text": "x"}\n{"text": \n{text: 1}\n'}, """\
 2 of 3 rows of rows.jsonl cannot be used:
   - rows.jsonl:2: not JSON: expecting value (column 10)
@@ -325,10 +325,10 @@ unknown row format in rows.jsonl:
       hint: name the fields with data.columns, such as {prompt: question}; the formats are: preference (chosen, rejected); messages (messages); sharegpt (conversations); prompt-completion (prompt, completion); alpaca (instruction, output); text (text)""")
 bad("half a character in a role", {"rows.jsonl": b'{"messages": [{"role": "\\udc00", "content": "x"}]}\n'}, """\
 1 of 1 rows of rows.jsonl cannot be used:
-  - rows.jsonl:1: contains half of a surrogate pair, which is not Unicode text""")
+  - rows.jsonl:1: `messages` contains half of a surrogate pair (\\udc00), which is not Unicode text; remove it, or write the whole pair""")
 bad("half a character in the JSON text of tools", {"rows.jsonl": rows({"tools": '[{"name": "\\ud800"}]', "messages": [user("a"), answer("b")]})}, """\
 1 of 1 rows of rows.jsonl cannot be used:
-  - rows.jsonl:1: contains half of a surrogate pair, which is not Unicode text""")
+  - rows.jsonl:1: `tools` contains half of a surrogate pair (\\ud800), which is not Unicode text; remove it, or write the whole pair""")
 bad("tools that are not JSON", {"rows.jsonl": rows({"tools": "[{", "messages": [user("a"), answer("b")]}, {"tools": {"name": "f"}, "messages": [user("a"), answer("b")]})}, """\
 2 of 2 rows of rows.jsonl cannot be used:
   - rows.jsonl:1: `tools`: not JSON: expecting property name enclosed in double quotes (column 3)

@@ -137,6 +137,18 @@ def test_of_several_templates_the_one_for_tools_renders_conversations_with_tools
     assert said(using, {"messages": [user("a"), answer("b")]}) == ["user a<|im_end|>[[assistant b<|im_end|>]]"]
 
 
+def test_preferred_calls_are_rendered_with_their_tools() -> None:
+    using = qwen()
+    row = {"prompt": [user("1 and 2")], "chosen": [calling(json.dumps(ARGUMENTS))], "rejected": [answer("12")]}
+    Path("rows.jsonl").write_text(json.dumps(row | {"tools": [SCHEMA]}) + "\n")
+    section = DataSection(train="rows.jsonl")  # type: ignore[arg-type]
+    (made,) = tokenize(load.load(section, "dpo").train, using, section).rows
+    texts = {key: using.decode(ids) for key, ids in made.items()}
+    start, _, rest = CALLED.partition("[[")
+    assert texts["prompt_ids"] + texts["chosen_ids"] == start + rest.partition("]]")[0]
+    assert texts["rejected_ids"].endswith("12<|im_end|>")
+
+
 # --- templates that rewrite earlier turns -----------------------------------------------------------------------
 
 

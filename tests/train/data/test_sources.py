@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import csv
 import gzip
 import json
 import os
@@ -125,6 +126,19 @@ def test_the_lint_lists_every_source() -> None:
 def test_sources_of_one_file_name_are_told_apart() -> None:
     chosen = section([numbered("a/rows.jsonl", 2), numbered("b/rows.jsonl", 3)])
     assert Counter(load.load(chosen).sources) == {"a/rows.jsonl": 2, "b/rows.jsonl": 3}
+
+
+@pytest.mark.parametrize("shape", ["messages", "conversations"])
+def test_conversations_in_a_cell_are_json_text(shape: str) -> None:
+    turns = TURNS if shape == "messages" else [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "two"}]
+    with Path("rows.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([[shape], [json.dumps(turns)], [json.dumps(turns)[:-2]], ["hello"]])
+    with pytest.raises(DataError) as refused:
+        load.load(section("rows.csv"))
+    assert f"rows.csv:3: `{shape}`: not JSON: expecting" in str(refused.value)
+    assert f"rows.csv:4: `{shape}` must be a list of" in str(refused.value)
+    (example,) = load.load(section([{"path": "rows.csv", "limit": 1}])).train
+    assert example.messages == TURNS  # type: ignore[union-attr]
 
 
 # --- weights and limits -----------------------------------------------------------------------------------------

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections import Counter
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -17,6 +19,7 @@ from transformers import TrainerCallback
 from lorary.errors import ConfigError, DataError, TrainingError
 from lorary.train.config.config import DataSection
 from lorary.train.config.load import from_dict
+from lorary.train.data import _tables
 from lorary.train.data import stream as stream_module
 from lorary.train.data.lint import lint
 from lorary.train.data.stream import RowStream
@@ -137,6 +140,17 @@ def test_conversations_and_preferences_stream_as_well() -> None:
     assert set(row) == {"prompt_ids", "chosen_ids", "rejected_ids"}
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["known columns", "unknown columns"])
+def test_a_stream_of_the_hub_is_read_for_its_used_columns(known: bool) -> None:
+    """What `datasets` returns for it, without the network."""
+    rows = datasets.Dataset.from_list([{"text": "a", "other": 1}] * 2).to_iterable_dataset()
+    if not known:
+        rows = datasets.IterableDataset.from_generator(lambda: iter([{"text": "a"}] * 2))
+    records = list(_tables.dataset_rows(rows, "org/rows[train]", frozenset({"text"})))
+    assert [record.where for record in records] == ["org/rows[train]: row 1", "org/rows[train]: row 2"]
+    assert records[0].value == {"text": "a"} | ({"other": None} if known else {})
+
+
 # --- runs -------------------------------------------------------------------------------------------------------
 
 
@@ -171,6 +185,9 @@ def test_a_resumed_stream_equals_the_uninterrupted_one(tmp_path: Path) -> None:
     assert losses[0] == losses[1]
     card = (whole.adapter.parent / "README.md").read_text()
     assert "a stream, its first 1,000, 24 held out" in card
+    counts = dict(re.findall(r"(\S+) \(([\d,]+) rows, [\d,]+ tokens\)", card))
+    assert counts.keys() == {"rows.jsonl", "t.jsonl"}
+    assert sum(map(int, counts.values())) == 1000
     assert "rows      1,000 of a stream checked, 24 held out" in Path("whole/sample.txt").read_text()
 
     stopped = run(config("other"), quiet=True, callbacks=[Stop()])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorary.train.data._tool_calls import tool_calls
+from lorary.train.data._tool_calls import listed, tool_calls
 
 Messages = list[dict[str, Any]]
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -16,6 +16,7 @@ def read_messages(value: Any, name: str) -> Messages:
     Raises:
         ValueError: which message is wrong, and why.
     """
+    value = listed(value, f"`{name}`")
     if not isinstance(value, list):
         raise ValueError(f"`{name}` must be a list of messages, not {kind_of(value)}")
     if not value:

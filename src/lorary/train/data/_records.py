@@ -89,17 +89,18 @@ def convert(rows: Sequence[Row], function: Callable[[Row], Result], name: str) -
     return results
 
 
-def check_text(value: Any) -> None:
-    """Refuse texts that no tokenizer can read, anywhere inside a value.
+def check_text(value: Any, name: str) -> None:
+    """Refuse texts that no tokenizer can read, anywhere inside the value of a field.
 
     Raises:
         ValueError: a NUL character, or half of a surrogate pair.
     """
-    text = "".join(texts(value))
+    text = "\n".join(texts(value))
     if "\0" in text:
-        raise ValueError("contains a NUL character")
-    if _SURROGATE.search(text):
-        raise ValueError("contains half of a surrogate pair, which is not Unicode text")
+        raise ValueError(f"{name} contains a NUL character; remove it")
+    if half := _SURROGATE.search(text):
+        what = f"{name} contains half of a surrogate pair (\\u{ord(half[0]):04x}), which is not Unicode text"
+        raise ValueError(f"{what}; remove it, or write the whole pair")
 
 
 def unreadable(source: object, what: str, fix: str = "", where: str = "") -> DataError:

@@ -48,6 +48,15 @@ def call_in_text(value: Any, at: str) -> list[dict[str, Any]]:
     return tool_calls(value if isinstance(value, list) else [value], at)
 
 
+def listed(value: Any, what: str) -> Any:
+    """A list from its JSON text, as the cell of a CSV file holds it; any other value as it is.
+
+    Raises:
+        ValueError: the text begins like a list, and is not JSON.
+    """
+    return _parsed(value, what) if isinstance(value, str) and value.lstrip().startswith("[") else value
+
+
 def _call(call: Any, at: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
@@ -70,7 +79,7 @@ def _parsed(value: Any, what: str) -> Any:
         parsed = strict_json.loads(value, most_digits=300)
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from None
-    check_text(parsed)  # an escape inside of the JSON text may be half of a character
+    check_text(parsed, what)  # an escape inside of the JSON text may be half of a character
     return parsed
 
 

@@ -23,7 +23,7 @@ from typing import Any
 from lorary.errors import DataError, Diagnostic, nearest
 from lorary.train.data._messages import Messages, kind_of, read_messages
 from lorary.train.data._records import Record, check_text, convert, names_of
-from lorary.train.data._tool_calls import call_in_text, tools
+from lorary.train.data._tool_calls import call_in_text, listed, tools
 from lorary.train.data.task_rows import Judged, Labelled, Prompt, read_judged, read_labelled, read_prompt
 
 OF_TASKS = ("prompt-completion-label", "prompt", "classification")  # no format of `sft` or `dpo`
@@ -153,7 +153,8 @@ def _checked(row: Any, kind: str) -> Mapping[str, Any]:
         other = format_of(row)
         mixed = f"; it looks like {other}, the others like {kind}" if other not in (None, "prompt") else ""
         raise ValueError(f"has no {' or '.join(f'`{field}`' for field in missing)}{mixed}")
-    check_text([row.get(field) for field in (*row_format.required, *row_format.optional)])
+    for field in (*row_format.required, *row_format.optional):
+        check_text(row.get(field), f"`{field}`")
     return row
 
 
@@ -193,7 +194,7 @@ _SHAREGPT_ROLES |= {role: role for role in ("user", "assistant", "system", "tool
 
 
 def _sharegpt(row: Mapping[str, Any], where: str) -> Chat:
-    conversation = row["conversations"]
+    conversation = listed(row["conversations"], "`conversations`")
     if not isinstance(conversation, list):
         raise ValueError(f"`conversations` must be a list of turns, not {kind_of(conversation)}")
     turns = _system(row)
