@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from trl import pack_dataset
 from lorary.adapters.adapter import Adapter
 from lorary.analysis.memory.memory import Memory
 from lorary.analysis.memory.predict import predict
-from lorary.errors import ConfigError
+from lorary.errors import ConfigError, Diagnostic
 from lorary.layers.rope import max_context, rope_parameters
 from lorary.model.loading.checkpoint_kind import reader
 from lorary.model.loading.from_pretrained import load_config, load_dtype, load_tokenizer, skeleton
@@ -70,6 +71,7 @@ def prepare(config: Config, *, processes: int = 1) -> RunPlan:
     config = config.resolve()
     if problems := contradictions(config):
         raise ConfigError("the configuration contradicts itself:", problems)
+    _require_trackers(config)
     past = load_previous_tasks(config.method.after)
     method = config.method.model_copy(update={"after": with_digests(config.method.after, past)})
     config = config.model_copy(update={"method": method})
@@ -87,6 +89,22 @@ def prepare(config: Config, *, processes: int = 1) -> RunPlan:
     notes += _length_notes(model.config.get_text_config(), plan, _longest(config, report))
     steps = _count_steps(config, train, processes)
     return RunPlan(config, tokenizer, train, held_out, report, plan, memory, steps, notes, tuple(past))
+
+
+def _require_trackers(config: Config) -> None:
+    """Refuse a tracker that is not installed, before anything is loaded.
+
+    Raises:
+        ConfigError: every one.
+    """
+    extras = {"tensorboard": "track"}
+    problems = [
+        Diagnostic("training.report_to", f"{name} is not installed", f'pip install "lorary[{extras.get(name, name)}]"')
+        for name in config.training.report_to
+        if name != "none" and importlib.util.find_spec(name) is None
+    ]
+    if problems:
+        raise ConfigError("cannot log this run:", problems)
 
 
 def with_plan(prepared: RunPlan, plan: Plan) -> RunPlan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import platform
@@ -32,7 +33,7 @@ from lorary.train.trainer import checkpoint, process_memory
 from lorary.train.trainer.distributed import on_main_process, this_process
 from lorary.train.trainer.progress import ProgressLines
 from lorary.train.trainer.resume import read_adapter
-from lorary.train.trainer.step_memory import CountMemory
+from lorary.train.trainer.step_memory import COUNTED_TASKS, CountMemory
 
 _log = logging.getLogger("lorary.train")
 
@@ -104,7 +105,8 @@ def _run(
     trainer = build_trainer(prepared, model, folder / CHECKPOINTS, resumed=resumed is not None, callbacks=callbacks)
     recorder.rule_report = trainer.rule_report
     counter = CountMemory(lambda: trainer.rules.state_dict().values())
-    trainer.add_callback(counter)
+    if prepared.config.task in COUNTED_TASKS:
+        trainer.add_callback(counter)
     start = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
@@ -120,11 +122,11 @@ def _run(
         seconds=time.monotonic() - start,
         predicted=prepared.memory.total if prepared.memory.activations is not None else None,
         measured=process_memory.peak_bytes() - before,
-        step_memory=step_memory(prepared, counter) if first else None,
     )
     if not result.interrupted:
         trainer.save_model(str(result.adapter))
     if first:
+        result = dataclasses.replace(result, step_memory=step_memory(prepared, counter))
         _write_results(prepared, folder, result, trainer)
     return result
 

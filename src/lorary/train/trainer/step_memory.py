@@ -17,6 +17,9 @@ from transformers import TrainerCallback
 from lorary.analysis.memory.live_bytes import LiveBytes
 from lorary.layers.quantized_weight import is_quantized, stored_tensors
 
+COUNTED_TASKS = ("sft", "dpo")
+"""Tasks whose step is what the prediction simulates: forward and backward passes of given rows."""
+
 
 @dataclass(frozen=True)
 class CountedStep:
@@ -93,7 +96,8 @@ class CountMemory(TrainerCallback):  # type: ignore[misc]  # Transformers has no
     def _note(self, _: Any, args: Any, inputs: dict[str, Any]) -> None:
         ids, labels = inputs.get("input_ids"), inputs.get("labels")
         if isinstance(ids, Tensor) and ids.dim() == 2:
-            share = 1.0 if labels is None else float((labels[:, 1:] != -100).float().mean())
+            by_token = isinstance(labels, Tensor) and labels.shape == ids.shape
+            share = float((labels[:, 1:] != -100).float().mean()) if by_token else 1.0
             self._batches.append((*ids.shape, share, inputs.get("attention_mask") is not None))
 
 
