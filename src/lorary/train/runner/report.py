@@ -63,6 +63,7 @@ def write_report(prepared: RunPlan, folder: RunFolder, data: CardData, trainer: 
         samples = _continuations(prepared, trainer)
     with _told(f"no {REPORT}"):
         folder.write(REPORT, run_report(folder.path.absolute(), data, samples, ranks))
+        _log.info("report: %s", folder / REPORT)
 
 
 @contextmanager
