@@ -15,7 +15,6 @@ import lorary
 from lorary.model.loading.from_pretrained import load_model, load_storage
 from lorary.train.config.previous_tasks import check_base
 from lorary.train.data.sequence_packing import check_packing
-from lorary.train.runner.folder import TENSORBOARD
 from lorary.train.runner.prepare import RunPlan
 from lorary.train.trainer.arguments import training_arguments
 from lorary.train.trainer.dpo import DPOTrainer
@@ -50,13 +49,13 @@ def build_trainer(
         callbacks: Transformers' callbacks.
     """
     held_out = prepared.held_out.rows if prepared.held_out else ()
-    patience = prepared.config.training.early_stopping_patience
-    if patience is not None:
-        callbacks = [*callbacks, EarlyStoppingCallback(early_stopping_patience=patience)]
     if "tensorboard" in prepared.config.training.report_to:
         from lorary.train.trainer.tensorboard import TensorBoardInFolder  # an extra
 
-        callbacks = [*callbacks, TensorBoardInFolder(output.parent / TENSORBOARD)]
+        callbacks = [*callbacks, TensorBoardInFolder(output.parent / "tensorboard")]
+    patience = prepared.config.training.early_stopping_patience
+    if patience is not None:
+        callbacks = [*callbacks, EarlyStoppingCallback(early_stopping_patience=patience)]
     trainer_class = DPOTrainer if prepared.config.task == "dpo" else SFTTrainer
     with _no_progress_bars():
         trainer = trainer_class(

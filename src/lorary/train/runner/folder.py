@@ -38,8 +38,7 @@ METRICS, EVENTS, PLOTS = "metrics.jsonl", "events.log", "plots"
 CHECKPOINTS, ADAPTER, CARD, LOCK = "checkpoints", "adapter", "README.md", ".lock"
 HELD = ".lock.held"
 SEARCHED, IMPORTANCE, REPORT = "searched", "importance.json", "report.html"
-TENSORBOARD = "tensorboard"
-TRACKERS = (TENSORBOARD, "runs", "wandb", "trackio")  # folders that loggers may create
+TRACKERS = ("tensorboard", "runs", "wandb", "trackio")  # folders that loggers may create
 LOCKS = (LOCK, HELD)
 RUN_FILES = (
     CONFIG,

@@ -44,6 +44,11 @@ class CardData:
     tokens: int
     run: Run
 
+    @property
+    def evaluations(self) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
+        """The first evaluation and that of the saved adapter."""
+        return _held_out(self)
+
 
 def model_card(name: str, data: CardData) -> str:
     """The card as Markdown with the Hub's front matter.
@@ -85,7 +90,7 @@ def _metadata(name: str, data: CardData, as_peft: bool) -> ModelCardData:
 
 def _evaluation(data: CardData) -> list[EvalResult]:
     """The held-out metrics of the saved adapter."""
-    held_out = evaluations(data)
+    held_out = _held_out(data)
     if held_out is None or not math.isfinite(held_out[1]["eval_loss"]):
         return []
     loss, sources = held_out[1]["eval_loss"], data.config.data.validation or data.config.data.train
@@ -156,14 +161,14 @@ def _result(data: CardData) -> dict[str, str]:
     if losses := [r for r in data.run.history if r.get("loss") is not None]:
         start, end = losses[0], losses[-1]
         rows["training loss"] = f"{start['loss']:.4f} at step {start['step']}, {end['loss']:.4f} at the end"
-    if held_out := evaluations(data):
+    if held_out := _held_out(data):
         first, kept = held_out
         before = f"{_loss(first['eval_loss'], data)} before training, " if first["step"] == 0 else ""
         rows["held-out loss"] = f"{before}{_loss(kept['eval_loss'], data)} at step {kept['step']}"
     return rows
 
 
-def evaluations(data: CardData) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
+def _held_out(data: CardData) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
     """The first evaluation and that of the saved adapter: the best one if the run keeps it, else the last."""
     records = [r for r in data.run.history if r.get("eval_loss") is not None]
     if not records:

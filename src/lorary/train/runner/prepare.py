@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from trl import pack_dataset
 from lorary.adapters.adapter import Adapter
 from lorary.analysis.memory.memory import Memory
 from lorary.analysis.memory.predict import predict
-from lorary.errors import ConfigError, Diagnostic
+from lorary.errors import ConfigError
 from lorary.layers.rope import max_context, rope_parameters
 from lorary.model.loading.checkpoint_kind import reader
 from lorary.model.loading.from_pretrained import load_config, load_dtype, load_tokenizer, skeleton
@@ -26,7 +25,9 @@ from lorary.train.config.previous_tasks import load_previous_tasks, with_digests
 from lorary.train.data.lint import Lint, lint
 from lorary.train.data.load import load
 from lorary.train.data.tokenize import Tokens, tokenize
-from lorary.train.runner.memory_forecast import optimizer_of, workload
+from lorary.train.runner.memory_forecast import workload
+from lorary.train.runner.step_forecast import optimizer_of
+from lorary.train.runner.trackers import require_trackers
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def prepare(config: Config, *, processes: int = 1) -> RunPlan:
     config = config.resolve()
     if problems := contradictions(config):
         raise ConfigError("the configuration contradicts itself:", problems)
-    _require_trackers(config)
+    require_trackers(config.training.report_to)
     past = load_previous_tasks(config.method.after)
     method = config.method.model_copy(update={"after": with_digests(config.method.after, past)})
     config = config.model_copy(update={"method": method})
@@ -89,22 +90,6 @@ def prepare(config: Config, *, processes: int = 1) -> RunPlan:
     notes += _length_notes(model.config.get_text_config(), plan, _longest(config, report))
     steps = _count_steps(config, train, processes)
     return RunPlan(config, tokenizer, train, held_out, report, plan, memory, steps, notes, tuple(past))
-
-
-def _require_trackers(config: Config) -> None:
-    """Refuse a tracker that is not installed, before anything is loaded.
-
-    Raises:
-        ConfigError: every one.
-    """
-    extras = {"tensorboard": "track"}
-    problems = [
-        Diagnostic("training.report_to", f"{name} is not installed", f'pip install "lorary[{extras.get(name, name)}]"')
-        for name in config.training.report_to
-        if name != "none" and importlib.util.find_spec(name) is None
-    ]
-    if problems:
-        raise ConfigError("cannot log this run:", problems)
 
 
 def with_plan(prepared: RunPlan, plan: Plan) -> RunPlan:

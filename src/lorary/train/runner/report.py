@@ -37,9 +37,11 @@ from lorary.analysis.run_sections import (
 from lorary.model.plan import human_bytes
 from lorary.model.rank_pruning import directions_of
 from lorary.train.runner.folder import CONFIG, REPORT, RunFolder
-from lorary.train.runner.model_card import CardData, evaluations, public_name
+from lorary.train.runner.model_card import CardData, public_name
 from lorary.train.runner.prepare import RunPlan
+from lorary.train.runner.result import Run
 from lorary.train.runner.samples import continuations
+from lorary.train.trainer.resume import read_adapter
 
 _log = logging.getLogger("lorary.train")
 
@@ -56,12 +58,15 @@ _SAMPLES = (
 )
 
 
-def write_report(prepared: RunPlan, folder: RunFolder, data: CardData, trainer: Any, ranks: Adapter | None) -> None:
+def write_report(prepared: RunPlan, folder: RunFolder, run: Run, trainer: Any) -> None:
     """Write `report.html`. A failure is logged with its reason, and does not fail the run: the adapter is saved."""
     samples: tuple[Sample, ...] = ()
     with _told(f"{REPORT} has no samples"):  # the model's own code generates them
         samples = _continuations(prepared, trainer)
+    lint, tokens = prepared.lint, max((int(r.get("num_tokens", 0)) for r in run.history), default=0)
+    data = CardData(prepared.config, prepared.plan, (lint.rows, lint.held_out), lint.labelled, tokens, run)
     with _told(f"no {REPORT}"):
+        ranks = read_adapter(folder.path) if any("ranks" in record for record in run.history) else None
         folder.write(REPORT, run_report(folder.path.absolute(), data, samples, ranks))
         _log.info("report: %s", folder / REPORT)
 
@@ -118,7 +123,7 @@ def _sections(folder: Path, data: CardData, samples: Sequence[Sample], ranks: Ad
 
 
 def _figures(data: CardData) -> Iterator[KeyFigure]:
-    run, found = data.run, evaluations(data)
+    run, found = data.run, data.evaluations
     if found is not None:
         first, kept = (record["eval_loss"] for record in found)
         before = f"{first:.2f} → " if found[0]["step"] == 0 else ""

@@ -9,8 +9,8 @@ from typing import Any
 
 from lorary.errors import LoraryError
 from lorary.train.runner.folder import ADAPTER
-from lorary.train.runner.memory_forecast import of_step
 from lorary.train.runner.prepare import RunPlan
+from lorary.train.runner.step_forecast import of_step
 from lorary.train.trainer.step_memory import CountedStep, CountMemory
 
 _log = logging.getLogger("lorary.train")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import platform
@@ -11,6 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from lorary.train.trainer import checkpoint, process_memory
 from lorary.train.trainer.distributed import on_main_process, this_process
 from lorary.train.trainer.progress import ProgressLines
 from lorary.train.trainer.resume import read_adapter
-from lorary.train.trainer.step_memory import COUNTED_TASKS, CountMemory
+from lorary.train.trainer.step_memory import count_memory
 
 _log = logging.getLogger("lorary.train")
 
@@ -104,10 +104,8 @@ def _run(
     callbacks = [recorder, EvaluateAtEnd(), *([] if quiet else [bar]), *callbacks]
     trainer = build_trainer(prepared, model, folder / CHECKPOINTS, resumed=resumed is not None, callbacks=callbacks)
     recorder.rule_report = trainer.rule_report
-    counter = CountMemory(lambda: trainer.rules.state_dict().values())
-    if prepared.config.task in COUNTED_TASKS:
-        trainer.add_callback(counter)
     start = time.monotonic()
+    counter = count_memory(trainer, prepared.config.task)
     try:
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     finally:
@@ -125,9 +123,13 @@ def _run(
     )
     if not result.interrupted:
         trainer.save_model(str(result.adapter))
+    result = replace(result, step_memory=step_memory(prepared, counter) if first else None)
     if first:
-        result = dataclasses.replace(result, step_memory=step_memory(prepared, counter))
-        _write_results(prepared, folder, result, trainer)
+        _write_results(prepared, folder, result, trainer._total_train_tokens)
+    if first and not result.interrupted:
+        from lorary.train.runner.report import write_report  # matplotlib
+
+        write_report(prepared, folder, result, trainer)
     return result
 
 
@@ -142,28 +144,24 @@ def _write_start(prepared: RunPlan, folder: RunFolder, resumed: Path | None, mes
         _log.info("%s", note)
 
 
-def _write_results(prepared: RunPlan, folder: RunFolder, result: Run, trainer: Any) -> None:
-    """The pictures and, for a finished run, the model card and the report."""
+def _write_results(prepared: RunPlan, folder: RunFolder, result: Run, tokens: int) -> None:
+    """The pictures and, for a finished run, the model card."""
     from lorary.analysis.heatmap import ranks_svg  # matplotlib takes a second to import
     from lorary.analysis.loss_plot import loss_svg
-    from lorary.train.runner.report import write_report
 
     folder.write(f"{PLOTS}/loss.svg", loss_svg(result.history))
     if result.interrupted:
         _log.info("interrupted at step %d; resume with --resume", result.steps)
         return
-    pruned = read_adapter(folder.path) if any("ranks" in record for record in result.history) else None
-    if pruned is not None:
-        ranks = {site.site.name: directions_of(site) for site in pruned.sites}
-        folder.write(f"{PLOTS}/ranks.svg", ranks_svg(ranks, max(site.r for site in pruned.sites)))
+    if any("ranks" in record for record in result.history):
+        sites = read_adapter(folder.path).sites
+        ranks = {site.site.name: directions_of(site) for site in sites}
+        folder.write(f"{PLOTS}/ranks.svg", ranks_svg(ranks, max(site.r for site in sites)))
     lint = prepared.lint
-    data = CardData(
-        prepared.config, prepared.plan, (lint.rows, lint.held_out), lint.labelled, trainer._total_train_tokens, result
-    )
+    data = CardData(prepared.config, prepared.plan, (lint.rows, lint.held_out), lint.labelled, tokens, result)
     card = model_card(folder.path.absolute().name, data)
     folder.write(CARD, card)
     folder.write(f"{ADAPTER}/{CARD}", card)
-    write_report(prepared, folder, data, trainer, pruned)
     _log.info("done: %d steps in %.0f s, adapter in %s", result.steps, result.seconds, result.adapter)
 
 
