@@ -44,11 +44,6 @@ class CardData:
     tokens: int
     run: Run
 
-    @property
-    def evaluations(self) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
-        """The first evaluation and that of the saved adapter."""
-        return _held_out(self)
-
 
 def model_card(name: str, data: CardData) -> str:
     """The card as Markdown with the Hub's front matter.
@@ -137,20 +132,6 @@ def _training(data: CardData) -> dict[str, str]:
     }
 
 
-def _memory(run: Run) -> str:
-    """The counted tensors of a step beside their prediction, or else the prediction alone."""
-    parts = []
-    if run.step_memory is not None:
-        counted = run.step_memory.counted
-        what = (
-            f"{human_bytes(counted.peak)} of tensors in step {counted.step} ({counted.batch} × {counted.length} tokens)"
-        )
-        parts = [f"{what}, {human_bytes(run.step_memory.predicted)} predicted for it"]
-    if run.predicted is not None:
-        parts.append(f"{human_bytes(run.predicted)} predicted with the longest rows")
-    return "; ".join(parts) or "not predicted: the model's code does not run without values"
-
-
 def _components(plan: Plan) -> str:
     """The method's components in one line."""
     return "; ".join(re.sub(r"  +", " ", row.strip()) for row in str(plan.method).splitlines()[1:])
@@ -207,3 +188,22 @@ def versions() -> dict[str, str]:
     """The versions of the packages that influence a result."""
     packages = ("torch", "transformers", "trl", "accelerate", "datasets", "safetensors")
     return {"lorary": lorary.__version__} | {p: metadata.version(p) for p in packages}
+
+
+def evaluations(data: CardData) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
+    """The first evaluation of a run and that of its saved adapter; None without held-out rows."""
+    return _held_out(data)
+
+
+def _memory(run: Run) -> str:
+    """The counted tensors of a step beside their prediction, or else the prediction alone."""
+    parts = []
+    if run.step_memory is not None:
+        counted = run.step_memory.counted
+        what = (
+            f"{human_bytes(counted.peak)} of tensors in step {counted.step} ({counted.batch} × {counted.length} tokens)"
+        )
+        parts = [f"{what}, {human_bytes(run.step_memory.predicted)} predicted for it"]
+    if run.predicted is not None:
+        parts.append(f"{human_bytes(run.predicted)} predicted with the longest rows")
+    return "; ".join(parts) or "not predicted: the model's code does not run without values"

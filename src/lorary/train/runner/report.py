@@ -37,7 +37,7 @@ from lorary.analysis.run_sections import (
 from lorary.model.plan import human_bytes
 from lorary.model.rank_pruning import directions_of
 from lorary.train.runner.folder import CONFIG, REPORT, RunFolder
-from lorary.train.runner.model_card import CardData, public_name
+from lorary.train.runner.model_card import CardData, evaluations, public_name
 from lorary.train.runner.prepare import RunPlan
 from lorary.train.runner.result import Run
 from lorary.train.runner.samples import continuations
@@ -123,7 +123,7 @@ def _sections(folder: Path, data: CardData, samples: Sequence[Sample], ranks: Ad
 
 
 def _figures(data: CardData) -> Iterator[KeyFigure]:
-    run, found = data.run, data.evaluations
+    run, found = data.run, evaluations(data)
     if found is not None:
         first, kept = (record["eval_loss"] for record in found)
         before = f"{first:.2f} → " if found[0]["step"] == 0 else ""
