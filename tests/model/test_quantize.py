@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import weakref
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from lorary.errors import StateError
 from lorary.kernels.nf4 import CODE
 from lorary.layers.nf4 import NF4, NF4Embedding, NF4Linear
 from lorary.layers.quantized_weight import is_quantized, stored_tensors, weight
+from lorary.model.quantize import with_progress
 from tests import tiny
 
 
@@ -324,3 +326,18 @@ def test_the_tensors_of_a_quantised_layer_take_4_127_bits_a_number() -> None:
     kept = sum(t.untyped_storage().nbytes() for m in model.modules() if is_quantized(m) for t in stored_tensors(m))
     assert kept == sum(NF4().bytes(m.in_features * m.out_features) for m in model.modules() if is_quantized(m))
     assert CODE.numel() == 16
+
+
+def test_nothing_to_quantise_shows_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading a plain adapter on a terminal once left a bar "quantising" behind."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    shown = Terminal()
+    monkeypatch.setattr("sys.stderr", shown)
+    assert list(with_progress([], "quantising")) == []
+    assert shown.getvalue() == ""
+    assert list(with_progress([1], "quantising")) == [1]
+    assert "quantising" in shown.getvalue()

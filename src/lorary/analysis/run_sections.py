@@ -34,7 +34,8 @@ class Sample:
 
 def loss_section(history: History, caption: str, unit: str = NATS) -> Section:
     """The training loss, smoothed, and the held-out loss."""
-    return Section("Loss", [Picture(loss_svg(history, f"Loss in {unit}", unit=unit, smooth=True), caption)])
+    title = f"Loss in {unit}" if unit else "Loss"
+    return Section("Loss", [Picture(loss_svg(history, title, unit=unit, smooth=True), caption)])
 
 
 def preference_sections(history: History) -> Iterator[Section]:

@@ -244,7 +244,7 @@ def _plain_without_values(layer: Any) -> Any:
 
 
 def with_progress(items: Sequence[T], label: str) -> Iterable[T]:
-    """The items, with a progress bar on a terminal."""
-    if not sys.stderr.isatty():
+    """The items, with a progress bar on a terminal; without items there is none."""
+    if not items or not sys.stderr.isatty():
         return items
     return track(items, label, console=Console(stderr=True), transient=True)

@@ -107,7 +107,7 @@ def test_a_run_probes_chooses_and_begins_afresh(words: Tree, ended: tuple[Run, P
     assert 2 <= len(kept) <= 4
     assert {p.name for p in out.iterdir()} == {
         *("README.md", "adapter", "checkpoints", "config.resolved.yaml", "env.json", "events.log"),
-        *("importance.json", "metrics.jsonl", "plots", "run.json", "sample.txt"),
+        *("importance.json", "metrics.jsonl", "plots", "report.html", "run.json", "sample.txt"),
     }
     assert sorted(p.name for p in (out / "plots").iterdir()) == ["importance.svg", "loss.svg"]
     assert f"{len(kept)} of 8 layers have tensors of their own" in (out / "plots/importance.svg").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 import lorary
 from lorary.analysis.run_sections import Sample
+from lorary.errors import ConfigError
 from lorary.model.plan import human_bytes
 from lorary.train import Run, run
 from lorary.train.config.load import from_dict
@@ -26,7 +28,7 @@ from lorary.train.data.encode import encode_text
 from lorary.train.runner.folder import RunFolder
 from lorary.train.runner.model_card import CardData
 from lorary.train.runner.report import run_report
-from lorary.train.runner.samples import NEW_TOKENS
+from lorary.train.runner.samples import NEW_TOKENS, continuations
 from lorary.train.trainer.step_memory import CountMemory
 from tests import tiny
 from tests.train import runs
@@ -154,6 +156,19 @@ def test_tensorboard_is_in_the_run_folder_and_a_resumed_run_continues_it(finishe
     assert "watch it: tensorboard --logdir out/tensorboard" in (folder / "events.log").read_text()
 
 
+def test_a_tracker_that_is_not_installed_is_told_first(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == "tensorboard" else find(name, *a))
+    tree = runs.configuration(base, Path("data.jsonl"))
+    said = r'report_to: tensorboard is not installed\n      hint: pip install "lorary\[track\]"'
+    with pytest.raises(ConfigError, match=said):
+        run(from_dict(runs.changed(tree, "training", report_to="tensorboard")), quiet=True)
+    assert not Path("out").exists()
+
+
 def test_a_folder_with_tensorboards_files_is_a_run(finished: tuple[Run, Path], tmp_path: Path) -> None:
     again = RunFolder(shutil.copytree(finished[1], tmp_path / "out"))
     config = from_dict({"model": "builtin:base", "data": "builtin:topics", "output": str(again.path)})
@@ -172,11 +187,16 @@ def test_a_report_that_fails_is_told_and_does_not_fail_the_run(
     monkeypatch.setattr("lorary.train.runner.report.continuations", breaks)
     tree = runs.configuration(base, Path("data.jsonl"))
     with caplog.at_level(logging.INFO, logger="lorary.train"):
-        done = run(from_dict(runs.changed(tree, "training", max_steps=1, eval_steps=1, save_steps=1)), quiet=True)
+        run(from_dict(runs.changed(tree, "training", max_steps=1, eval_steps=1, save_steps=1)), quiet=True)
+    assert "report.html has no samples: RuntimeError: the model's own code" in caplog.text
+    assert "<h2>Before and after</h2>" not in Path("out/report.html").read_text()
+    assert "Traceback" in Path("out/events.log").read_text()
+    monkeypatch.setattr("lorary.train.runner.report.run_report", breaks)
+    with caplog.at_level(logging.INFO, logger="lorary.train"):
+        done = run(from_dict(runs.changed(tree, "training", max_steps=1, eval_steps=1, save_steps=1)), overwrite=True)
     assert "no report.html: RuntimeError: the model's own code" in caplog.text
     assert done.adapter.is_dir()
     assert not Path("out/report.html").exists()
-    assert "Traceback" in Path("out/events.log").read_text()
 
 
 def facts(folder: Path, task: str, presets: tuple[str, ...], history: list[dict[str, Any]]) -> tuple[CardData, Any]:
@@ -186,6 +206,15 @@ def facts(folder: Path, task: str, presets: tuple[str, ...], history: list[dict[
     config = from_dict({"model": "org/base", "task": task, "data": {"train": "org/rows"}, "training": {"lr": 1e-4}})
     done = Run(folder, len(history), tuple(history), 0, 1.0, predicted=2**20, measured=2**21)
     return CardData(config, plan, (10, 2), 0.5, 100, done), lorary.attach(model, plan)
+
+
+def test_rows_and_models_without_a_continuation_have_no_samples() -> None:
+    model: Any = tiny.model("LlamaForCausalLM")
+    lorary.attach(model, lorary.plan(model, lorary.method("lora")))
+    assert continuations(model, tokenizer(), [{"input_ids": [5, 6, 7], "labels": 1}]) == ()  # type: ignore[dict-item]
+    (sample,) = continuations(model, tokenizer(), [{"prompt_ids": [5, 6]}])
+    assert sample.expected is None
+    assert continuations(tiny.model("BertForSequenceClassification"), tokenizer(), []) == ()
 
 
 def test_a_preference_run_shows_its_rewards(tmp_path: Path) -> None:

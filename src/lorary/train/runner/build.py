@@ -17,7 +17,6 @@ from lorary.model.loading.from_pretrained import load_model, load_storage
 from lorary.train.config.previous_tasks import check_base, path_of
 from lorary.train.data.sequence_packing import check_packing
 from lorary.train.data.tokenize import Row
-from lorary.train.runner.folder import TENSORBOARD
 from lorary.train.runner.prepare import RunPlan
 from lorary.train.trainer.arguments import training_arguments
 from lorary.train.trainer.classification import ClassificationTrainer
@@ -73,6 +72,10 @@ def build_trainer(
         callbacks: Transformers' callbacks.
     """
     held_out = prepared.held_out.rows if prepared.held_out else ()
+    if "tensorboard" in prepared.config.training.report_to:
+        from lorary.train.trainer.tensorboard import TensorBoardInFolder  # an extra
+
+        callbacks = [*callbacks, TensorBoardInFolder(output.parent / "tensorboard")]
     patience = prepared.config.training.early_stopping_patience
     if patience is not None:
         callbacks = [*callbacks, EarlyStoppingCallback(early_stopping_patience=patience)]
@@ -83,10 +86,6 @@ def build_trainer(
         options["reward"] = prepared.reward
     if prepared.config.task == "dpo":
         options["reference"] = prepared.config.training.dpo_reference or "base"
-    if "tensorboard" in prepared.config.training.report_to:
-        from lorary.train.trainer.tensorboard import TensorBoardInFolder  # an extra
-
-        callbacks = [*callbacks, TensorBoardInFolder(output.parent / TENSORBOARD)]
     with _no_progress_bars():
         trainer = _TRAINERS[prepared.config.task](
             model=model,

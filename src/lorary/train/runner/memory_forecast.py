@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +13,11 @@ from lorary.analysis.memory.gpu_fit import GpuRequirement, gpu_requirement
 from lorary.analysis.memory.memory import Memory
 from lorary.analysis.memory.predict import predict
 from lorary.analysis.memory.workload import Workload
-from lorary.model.loading.from_pretrained import load_dtype, skeleton
+from lorary.model.loading.from_pretrained import load_dtype
 from lorary.model.plan import Plan
 from lorary.model.reach.inputs import model_inputs
 from lorary.train.config.config import Config
 from lorary.train.config.starting_adapter import load_start, plan_to_go_on
-
-if TYPE_CHECKING:
-    from lorary.train.trainer.step_memory import CountedStep
 
 
 @dataclass(frozen=True)
@@ -94,19 +90,3 @@ def workload(config: Config, model: Any) -> Workload:
         padding=not config.data.packing and batch > 1,
         checkpointing=training.gradient_checkpointing,
     )
-
-
-def of_step(config: Config, plan: Plan, step: CountedStep) -> int | None:
-    """The predicted bytes of a step that was counted; None if the model's code cannot run without values."""
-    model = skeleton(config.model)
-    batch = dataclasses.replace(
-        workload(config, model), batch=step.batch, length=step.length, padding=step.padded, labelled=step.labelled
-    )
-    memory = predict(model, plan, batch, optimizer_of(config))
-    return None if memory.activations is None else memory.total
-
-
-def optimizer_of(config: Config) -> str:
-    """The optimizer whose memory counts: without a GPU nothing is paged."""
-    name = config.training.optimizer
-    return name if torch.cuda.is_available() else name.removeprefix("paged_")

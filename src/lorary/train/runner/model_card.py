@@ -93,7 +93,7 @@ def _metadata(name: str, data: CardData, as_peft: bool) -> ModelCardData:
         base_model=base,
         base_model_relation="adapter" if base else None,
         datasets=[found for source in paths(config.data.train) if (found := _on_hub(source))] or None,
-        tags=sorted({"lorary", config.task, *_method_names(config, data.plan)}),
+        tags=sorted({"lorary", config.task, *method_names(config, data.plan)}),
         metrics=[result.metric_type for result in results] or None,
         eval_results=results or None,
     )
@@ -101,7 +101,7 @@ def _metadata(name: str, data: CardData, as_peft: bool) -> ModelCardData:
 
 def _evaluation(data: CardData) -> list[EvalResult]:
     """The held-out metrics of the saved adapter."""
-    held_out = evaluations(data)
+    held_out = _held_out(data)
     if held_out is None or not math.isfinite(held_out[1]["eval_loss"]):
         return []
     loss, sources = held_out[1]["eval_loss"], paths(data.config.data.validation or data.config.data.train)
@@ -136,7 +136,7 @@ def public_name(source: str) -> str:
 def _training(data: CardData) -> dict[str, str]:
     t, rows = data.config.training, data.rows
     held_out = f", {rows[1]:,} held out" if rows[1] else ""
-    names, start = " + ".join(_method_names(data.config, data.plan)), data.config.model.adapter
+    names, start = " + ".join(method_names(data.config, data.plan)), data.config.model.adapter
     task = {} if data.config.task == "sft" else {"task": _described_task(data.config)}
     streamed = "a stream, its first " if data.config.data.streaming else ""
     return {
@@ -154,7 +154,8 @@ def _training(data: CardData) -> dict[str, str]:
     }
 
 
-def _method_names(config: Config, plan: Plan) -> tuple[str, ...]:
+def method_names(config: Config, plan: Plan) -> tuple[str, ...]:
+    """The presets of a run: the configuration's, or those of the adapter that it goes on from."""
     return names_of(plan.method) if config.model.adapter else config.method.names
 
 
@@ -219,7 +220,7 @@ def _result(data: CardData) -> dict[str, str]:
     return rows
 
 
-def evaluations(data: CardData) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
+def _held_out(data: CardData) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
     """The first evaluation and that of the saved adapter: the best one if the run keeps it, else the last."""
     records = [r for r in data.run.history if r.get("eval_loss") is not None]
     if not records:

@@ -33,8 +33,10 @@ from lorary.train.data.load import Data, load, load_validation
 from lorary.train.data.stream import RowStream
 from lorary.train.data.task_rows import Labels
 from lorary.train.data.tokenize import Tokens, tokenize
-from lorary.train.runner.memory_forecast import optimizer_of, workload
+from lorary.train.runner.memory_forecast import workload
+from lorary.train.runner.step_forecast import optimizer_of
 from lorary.train.runner.task_base import base_of_task, fit_positions, new_modules, with_labels
+from lorary.train.runner.trackers import require_trackers
 from lorary.train.trainer.reward_function import Reward, load_reward
 
 
@@ -89,6 +91,7 @@ def prepare(config: Config, *, processes: int = 1) -> RunPlan:
     """
     if problems := contradictions(config.resolve()):
         raise ConfigError("the configuration contradicts itself:", problems)
+    require_trackers(config.training.report_to)
     start, past = load_start(config), load_previous_tasks(config.method.after)
     config = _identified(config.resolve(names_of(start.adapter.method) if start else ()), start, past)
     check_task(config.model, load_config(config.model), config.task)

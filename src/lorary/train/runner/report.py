@@ -7,6 +7,7 @@ import math
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,32 +38,53 @@ from lorary.model.plan import human_bytes
 from lorary.model.rank_pruning import directions_of
 from lorary.train.config.sources import paths
 from lorary.train.runner.folder import CONFIG, REPORT, RunFolder
-from lorary.train.runner.model_card import CardData, evaluations, public_name
+from lorary.train.runner.model_card import CardData, evaluations, method_names, public_name
 from lorary.train.runner.prepare import RunPlan
+from lorary.train.runner.result import Run
 from lorary.train.runner.samples import continuations
+from lorary.train.trainer.resume import read_adapter
 
 _log = logging.getLogger("lorary.train")
 
-_UNITS = {
-    "sft": NATS,
-    "dpo": "nats per pair",
-    "reward": "nats per pair",
-    "kto": "per answer",
-    "grpo": "the policy's, without unit",
-    "classification": "nats per row",
+_LOSSES = {  # task -> the unit of its loss, and its name
+    "sft": (NATS, "Cross entropy per labelled token"),
+    "dpo": ("nats per pair", "DPO's loss per pair"),
+    "reward": ("nats per pair", "Bradley-Terry's loss per pair"),
+    "kto": ("", "KTO's loss per answer"),
+    "grpo": ("", "The policy's loss, which is near zero at every reward"),
+    "classification": ("nats per row", "The classifier's loss per row"),
 }
+_ACCURACIES = (
+    ("eval_rewards/accuracies", "Reward accuracy", "held-out pairs whose preferred answer wins"),
+    ("eval_accuracy", "Accuracy", "of the held-out rows"),
+)
 _SAMPLES = (
     "The first prompts of the {rows}, continued greedily by the same model with its adapter disabled and enabled."
 )
 
 
-def write_report(prepared: RunPlan, folder: RunFolder, data: CardData, trainer: Any, ranks: Adapter | None) -> None:
+def write_report(prepared: RunPlan, folder: RunFolder, run: Run, trainer: Any) -> None:
     """Write `report.html`. A failure is logged with its reason, and does not fail the run: the adapter is saved."""
-    try:
+    samples: tuple[Sample, ...] = ()
+    with _told(f"{REPORT} has no samples"):  # the model's own code generates them
         samples = _continuations(prepared, trainer)
+    lint, tokens = prepared.lint, max((int(r.get("num_tokens", 0)) for r in run.history), default=0)
+    data = CardData(
+        prepared.config, prepared.plan, (lint.rows, lint.held_out), lint.labelled, tokens, run, lint.sources
+    )
+    with _told(f"no {REPORT}"):
+        ranks = read_adapter(folder.path) if any("ranks" in record for record in run.history) else None
         folder.write(REPORT, run_report(folder.path.absolute(), data, samples, ranks))
-    except Exception as error:  # the model's own code generates, and the disk may be full
-        _log.warning("no %s: %s: %s", REPORT, type(error).__name__, error)
+        _log.info("report: %s", folder / REPORT)
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """A context whose failure is logged; the traceback goes to the event log."""
+    try:
+        yield
+    except Exception as error:
+        _log.warning("%s: %s: %s", what, type(error).__name__, error)
         _log.debug("the report's traceback", exc_info=True)
 
 
@@ -84,7 +106,7 @@ def run_report(folder: Path, data: CardData, samples: Sequence[Sample] = (), ran
     """
     config, plan = data.config, data.plan
     lead = (
-        f"{' + '.join(config.method.name)} on {public_name(config.model.id)}: {plan.trainable:,} trained parameters "
+        f"{' + '.join(method_names(config, plan))} on {public_name(config.model.id)}: {plan.trainable:,} trained parameters "
         f"({plan.share:.3%} of the base), {len(plan.sites)} adapted layers, task {config.task}."
     )
     return html_report(folder.name, lead, [*_figures(data)], [*_sections(folder, data, samples, ranks)])
@@ -92,7 +114,7 @@ def run_report(folder: Path, data: CardData, samples: Sequence[Sample] = (), ran
 
 def _sections(folder: Path, data: CardData, samples: Sequence[Sample], ranks: Adapter | None) -> Iterator[Section]:
     history = data.run.history
-    yield loss_section(history, _caption(data), _UNITS[data.config.task])
+    yield loss_section(history, _caption(data), _LOSSES[data.config.task][0])
     yield from preference_sections(history)
     if samples:
         yield samples_section(samples, _SAMPLES.format(rows="held-out rows" if data.rows[1] else "training rows"))
@@ -116,8 +138,9 @@ def _figures(data: CardData) -> Iterator[KeyFigure]:
         if data.config.task == "sft" and max(first, kept) < 20:
             before = f"{math.exp(first):.1f} → " if found[0]["step"] == 0 else ""
             yield KeyFigure("Perplexity", f"{before}{math.exp(kept):.1f}", "held out; lower is better")
-        elif (share := found[1].get("eval_rewards/accuracies")) is not None:
-            yield KeyFigure("Reward accuracy", f"{share:.0%}", "held-out pairs whose preferred answer wins")
+        for key, label, note in _ACCURACIES:
+            if (share := found[1].get(key)) is not None:
+                yield KeyFigure(label, f"{share:.0%}", note)
     elif losses := [r["loss"] for r in run.history if r.get("loss") is not None]:
         yield KeyFigure("Training loss", f"{losses[0]:.2f} → {losses[-1]:.2f}", "no data was held out")
     yield KeyFigure("Steps", f"{run.steps:,}", f"{data.tokens:,} tokens")
@@ -130,7 +153,7 @@ def _figures(data: CardData) -> Iterator[KeyFigure]:
 
 def _caption(data: CardData) -> str:
     t = data.config.training
-    unit = "Cross entropy per labelled token" if data.config.task == "sft" else "DPO's loss per pair"
+    unit = _LOSSES.get(data.config.task, ("", "The loss"))[1]
     held_out = " Dashed: of the held-out rows, which are not trained on." if data.rows[1] else ""
     rows = t.batch_size * t.gradient_accumulation_steps
     return f"{unit}, of batches of {rows} rows per process. A faint line is the loss as it was logged.{held_out}"

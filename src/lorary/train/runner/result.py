@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorary.errors import LoraryError
 from lorary.train.runner.folder import ADAPTER
-from lorary.train.runner.memory_forecast import of_step
 from lorary.train.runner.prepare import RunPlan
+from lorary.train.runner.step_forecast import of_step
 from lorary.train.trainer.step_memory import CountedStep, CountMemory
+
+_log = logging.getLogger("lorary.train")
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,11 @@ def step_memory(prepared: RunPlan, counter: CountMemory) -> StepMemory | None:
     counted = counter.counted
     if counted is None or prepared.config.task not in ("sft", "dpo"):
         return None
-    predicted = of_step(prepared.config, prepared.plan, counted)
+    try:
+        predicted = of_step(prepared.config, prepared.plan, counted)
+    except (LoraryError, OSError) as error:  # the base's configuration is read again
+        _log.warning("the memory of step %d is not compared with its prediction: %s", counted.step, error)
+        return None
     return None if predicted is None else StepMemory(counted, predicted)
 
 

@@ -9,8 +9,8 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import transformers
 from transformers import TrainerCallback
@@ -33,7 +33,7 @@ from lorary.train.trainer.environment import changes, environment
 from lorary.train.trainer.events import why_over
 from lorary.train.trainer.progress import ProgressLines
 from lorary.train.trainer.resume import read_adapter
-from lorary.train.trainer.step_memory import CountMemory
+from lorary.train.trainer.step_memory import count_memory
 
 _log = logging.getLogger("lorary.train")
 
@@ -138,9 +138,8 @@ def _run(
     callbacks = [recorder, EvaluateAtEnd(), *([] if quiet else [bar]), *callbacks]
     trainer = build_trainer(prepared, model, folder / CHECKPOINTS, resumed=resumed is not None, callbacks=callbacks)
     recorder.rule_report = trainer.rule_report
-    counter = CountMemory(lambda: trainer.rules.state_dict().values())
-    trainer.add_callback(counter)
     start = time.monotonic()
+    counter = count_memory(trainer, prepared.config.task)
     try:
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     finally:
@@ -155,14 +154,18 @@ def _run(
         seconds=time.monotonic() - start,
         predicted=prepared.memory.total if prepared.memory.activations is not None else None,
         measured=process_memory.peak_bytes() - before,
-        step_memory=step_memory(prepared, counter) if first else None,
         planned_steps=trainer.state.max_steps,
         best_step=(trainer.state.best_global_step or None) if prepared.config.training.keeps_best else None,
     )
     if not result.interrupted:
         trainer.save_model(str(result.adapter))
+    result = replace(result, step_memory=step_memory(prepared, counter) if first else None)
     if first:
-        _write_results(prepared, folder, result, trainer)
+        _write_results(prepared, folder, result, trainer._total_train_tokens)
+    if first and not result.interrupted:
+        from lorary.train.runner.report import write_report  # matplotlib
+
+        write_report(prepared, folder, result, trainer)
         if end:
             folder.note_written(ADAPTER, steps=result.steps, end=end)
     return result
@@ -179,28 +182,25 @@ def _write_start(prepared: RunPlan, folder: RunFolder, resumed: Path | None, mes
         _log.info("%s", note)
 
 
-def _write_results(prepared: RunPlan, folder: RunFolder, result: Run, trainer: Any) -> None:
-    """The pictures and, for a finished run, the model card and the report."""
+def _write_results(prepared: RunPlan, folder: RunFolder, result: Run, tokens: int) -> None:
+    """The pictures and, for a finished run, the model card."""
     from lorary.analysis.heatmap import ranks_svg  # matplotlib takes a second to import
     from lorary.analysis.loss_plot import loss_svg
-    from lorary.train.runner.report import write_report
 
     folder.write(f"{PLOTS}/loss.svg", loss_svg(result.history))
     if result.interrupted:
         _log.info("interrupted at step %d; resume with --resume", result.steps)
         return
-    pruned = read_adapter(folder.path) if any("ranks" in record for record in result.history) else None
-    if pruned is not None:
-        ranks = {site.site.name: directions_of(site) for site in pruned.sites}
-        folder.write(f"{PLOTS}/ranks.svg", ranks_svg(ranks, max(site.r for site in pruned.sites)))
+    if any("ranks" in record for record in result.history):
+        sites = read_adapter(folder.path).sites
+        ranks = {site.site.name: directions_of(site) for site in sites}
+        folder.write(f"{PLOTS}/ranks.svg", ranks_svg(ranks, max(site.r for site in sites)))
     lint = prepared.lint
     rows = lint.rows, lint.held_out
-    tokens = trainer._total_train_tokens
     data = CardData(prepared.config, prepared.plan, rows, lint.labelled, tokens, result, lint.sources)
     card = model_card(folder.path.absolute().name, data)
     folder.write(CARD, card)
     folder.write(f"{ADAPTER}/{CARD}", card)
-    write_report(prepared, folder, data, trainer, pruned)
     _log.info("%s", result.ending)
 
 

@@ -26,7 +26,12 @@ def continuations(model: Any, tokenizer: Any, rows: Sequence[Row]) -> tuple[Samp
         model: with its adapter attached.
         tokenizer: of the model.
         rows: tokenized, held-out ones if there are any.
+
+    Returns:
+        None of them for a model that does not generate text, or for rows without a prompt.
     """
+    if not model.can_generate():
+        return ()
     room = min(MOST_PROMPT, (max_context(text_config(model)) or MOST_PROMPT) - NEW_TOKENS)
     asked = list(_prompts(rows, room))
     with torch.no_grad(), eval_mode(model), lorary.cached(model):
@@ -34,7 +39,7 @@ def continuations(model: Any, tokenizer: Any, rows: Sequence[Row]) -> tuple[Samp
     with torch.no_grad(), eval_mode(model), lorary.disabled(model):
         base = [_greedy(model, tokenizer, prompt) for prompt, _ in asked]
     return tuple(
-        Sample(decode(tokenizer, prompt), before, after, _text(tokenizer, rest))
+        Sample(decode(tokenizer, prompt), before, after, _text(tokenizer, rest) if rest else None)
         for (prompt, rest), before, after in zip(asked, base, adapted, strict=True)
     )
 
@@ -53,8 +58,10 @@ def _prompts(rows: Sequence[Row], room: int) -> Iterator[tuple[list[int], list[i
 
 def _divided(row: Row) -> tuple[list[int], list[int]]:
     if "prompt_ids" in row:
-        return row["prompt_ids"], row["chosen_ids"]
-    ids, labels = row["input_ids"], row["labels"]
+        return row["prompt_ids"], row.get("chosen_ids", [])
+    ids, labels = row["input_ids"], row.get("labels")
+    if not isinstance(labels, list):  # a class, not an answer
+        return [], []
     start = next((i for i, label in enumerate(labels) if label != IGNORED), 0)
     if start < 2:  # plain text: at most a BOS is without a label
         start = min(_PLAIN_PROMPT, len(ids) // 2)

@@ -17,6 +17,8 @@ from transformers import TrainerCallback
 from lorary.analysis.memory.live_bytes import LiveBytes
 from lorary.layers.quantized_weight import is_quantized, stored_tensors
 
+_COUNTED = ("sft", "dpo")  # tasks whose step is what the prediction simulates: passes over given rows
+
 
 @dataclass(frozen=True)
 class CountedStep:
@@ -93,9 +95,18 @@ class CountMemory(TrainerCallback):  # type: ignore[misc]  # Transformers has no
     def _note(self, _: Any, args: Any, inputs: dict[str, Any]) -> None:
         ids, labels = inputs.get("input_ids"), inputs.get("labels")
         if isinstance(ids, Tensor) and ids.dim() == 2:
-            of_tokens = isinstance(labels, Tensor) and labels.shape == ids.shape
-            share = float((labels[:, 1:] != -100).float().mean()) if of_tokens else 1.0
+            share = 1.0
+            if isinstance(labels, Tensor) and labels.shape == ids.shape:
+                share = float((labels[:, 1:] != -100).float().mean())
             self._batches.append((*ids.shape, share, inputs.get("attention_mask") is not None))
+
+
+def count_memory(trainer: Any, task: str) -> CountMemory:
+    """A counter that counts a step of this trainer, if the task is one whose memory is predicted."""
+    counter = CountMemory(lambda: trainer.rules.state_dict().values())
+    if task in _COUNTED:
+        trainer.add_callback(counter)
+    return counter
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
