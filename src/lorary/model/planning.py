@@ -15,9 +15,10 @@ from lorary.model._full_parameters import (
     head_layers,
     head_parameters,
     head_problems,
+    method_with_full,
     parameters_by_pattern,
+    without_full_layers,
 )
-from lorary.model._presets import PRESETS
 from lorary.model.ambient import mode_independent
 from lorary.model.buffers import frozen_statistics, has_statistics
 from lorary.model.checks import bad_arguments, not_a_module, not_ready
@@ -71,9 +72,8 @@ def plan(
     scanned = _scan_if_ready(model, method, ranks, alphas)
     model = scanned.model
     scanned, reach = proved(scanned, example) if method.delta is not None else (scanned, Reach())
-    method = method.replace(full=tuple(dict.fromkeys((*method.full, *as_list(full)))))
-    method, problems = _fit_context(model, method)
-    problems += head_problems(scanned, head)
+    method, problems = _fit_context(model, method_with_full(method, as_list(full)))
+    problems += head_problems(scanned, method, head)
     if example is not None and not reach.complete and reach.error.startswith("TypeError"):
         problems.append(Diagnostic("example", f"the model does not take it: {reach.error}", "pass a forward's inputs"))
     targets = default_targets(method) if targets is None else targets
@@ -138,7 +138,7 @@ def _adapted_sites(
         arguments = {"ranks": ranks, "alphas": alphas, "exclude": exclude}
         return [], [Diagnostic(field, what) for field, value in arguments.items() if value]
     found, problems = resolve(scanned, targets, exclude)
-    found = _without_full(scanned, found, targets, method)
+    found = without_full_layers(scanned, found, targets, method)
     problems += _unmatched("ranks", ranks, found) + _unmatched("alphas", alphas, found)
     if found and alphas and not hasattr(method.scale, "alpha"):
         problems.append(Diagnostic("alphas", f"{method.scale} has no alpha", "leave them out"))
@@ -152,19 +152,6 @@ def _adapted_sites(
         except MethodError as error:
             problems += [Diagnostic(f.name, problem.what) for problem in error.problems]
     return sites, problems
-
-
-def _without_full(
-    scanned: Scan, found: list[TargetMatch], targets: str | Sequence[str], method: Method
-) -> list[TargetMatch]:
-    """The matches without layers that train in full, unless a target names them: that is refused later."""
-    trained = set().union(*parameters_by_pattern(scanned, method).values())
-    inside = [f for f in found if scanned.names.get(f"{f.name}.weight") in trained]
-    if not inside:
-        return found
-    named = [entry for entry in as_list(targets) if entry not in PRESETS]
-    kept = {f.name for f in resolve(scanned, named)[0]} if named else set()
-    return [f for f in found if f not in inside or f.name in kept]
 
 
 def _unmatched(field: str, patterns: Mapping[str, Any], found: list[TargetMatch]) -> list[Diagnostic]:
