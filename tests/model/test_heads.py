@@ -44,7 +44,8 @@ def llama(tied: bool = False) -> Any:
 
 
 def planned(model: nn.Module, targets: Any = None, method: str = "lora", **options: Any) -> lorary.Plan:
-    return lorary.plan(model, lorary.method(method, r=2), targets, **options)
+    rank = {} if method == "bitfit" else {"r": 2}
+    return lorary.plan(model, lorary.method(method, **rank), targets, **options)
 
 
 def trained(model: Any, plan: lorary.Plan, steps: int = 3) -> Any:
@@ -148,6 +149,15 @@ def test_tied_weights_train_at_both_ends_and_it_is_said() -> None:
     [
         (roberta, {"head": "froze"}, "head: 'froze' is not a way to train a head\n      hint: did you mean `frozen`?"),
         (roberta, {"head": 3}, "head: 3 is not a way to train a head\n      hint: known: full, frozen, lora"),
+        (
+            roberta,
+            {"head": "frozen", "full": "out_proj"},
+            "is to be frozen, and `full` trains classifier.out_proj.bias",
+        ),
+        (roberta, {"head": "lora", "method": "bitfit"}, "`lora` adapts the head, and this method adapts no layer"),
+        (roberta, {"full": 3}, "full: 3 is not a pattern over parameter names"),
+        (roberta, {"full": [{}]}, "full: "),
+        (roberta, {"full": "*"}, "every base weight trains in full, which leaves nothing for LowRank to learn"),
         (roberta, {"full": "nosuch"}, "full: `nosuch` matches no parameter"),
         (roberta, {"targets": USUAL, "head": "full"}, "hint: leave it out of `targets`"),
         (roberta, {"head": "lora", "method": "pissa"}, "whose random weight the adapter holds, and this init changes"),

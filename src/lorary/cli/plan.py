@@ -77,7 +77,7 @@ def _show(config: Config, size: float | None, check: bool, *, alone: bool) -> No
     model, planned, loaded = _planned(config, alone)
     found = forecast(config, model, planned)
     reader(config.model.id, model.config, found.plan.method.storage, None)  # refuses unsupported quantised checkpoints
-    print(f"note: {loaded}", file=sys.stderr)
+    print(f"model     {loaded}\n")
     print(found.plan)
     show(config, found, size)
     if check:
@@ -107,7 +107,7 @@ def _planned(config: Config, alone: bool) -> tuple[nn.Module, Plan | None, str]:
         model = skeleton(config.model)
     name = (getattr(model.config, "architectures", None) or [type(model).__name__])[0]
     why = "the class that it was saved with" if alone else f"for task `{config.task}`"
-    return model, None, f"planned as {name}, {why}"
+    return model, None, f"{name}, {why}"
 
 
 def _planned_classifier(config: Config) -> tuple[nn.Module, Plan | None, str]:
@@ -122,7 +122,7 @@ def _planned_classifier(config: Config) -> tuple[nn.Module, Plan | None, str]:
     labels = f"{count} label{'s' if count > 1 else ''}"
     guessed = " (data.labels lists them)" if config.task == "classification" and not config.data.labels else ""
     planned = config.method.plan(model, new=new_modules(config, base, model))
-    return model, planned, f"planned as {type(model).__name__} with {labels}{guessed}, for task `{config.task}`"
+    return model, planned, f"{type(model).__name__} with {labels}{guessed}, for task `{config.task}`"
 
 
 def _checked(config: Config, found: Forecast) -> str:

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorary.errors import Diagnostic, did_you_mean, suggestion
+from lorary.errors import Diagnostic, MethodError, PlanError, did_you_mean, suggestion
 from lorary.layers.wrappers import original_class
+from lorary.model._presets import PRESETS
 from lorary.model.checks import unwritable_weights
 from lorary.model.patterns import matches
 from lorary.model.plan import FullParameter
 from lorary.model.scan import Scan, ScannedModule
+from lorary.model.targets import TargetMatch, as_list, resolve
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite, rules_of
 
@@ -47,6 +49,8 @@ def full_parameters(
         trained |= head_parameters(scan)
     elif head != "frozen":
         trained |= drawn - adapted
+    elif both := sorted(trained & head_parameters(scan)):
+        problems.append(Diagnostic("head", f"is to be frozen, and `full` trains {', '.join(both)}", "choose one"))
     problems += [*_cannot_train(scan, sites, trained), *_cannot_hold(sites, drawn & adapted)]
     # The random weights under an adapter in a new head are part of the result: no checkpoint has them.
     written = {f"{p.site.name}.weight" for p in sites if any(rule.writes_base for rule in p.method.rules)}
@@ -59,6 +63,32 @@ def full_parameters(
         if name in trained | written | moving.keys()
     ]
     return full, problems
+
+
+def method_with_full(method: Method, full: Sequence[Any]) -> Method:
+    """The method that trains these as well.
+
+    Raises:
+        PlanError: they are not patterns, or leave nothing for the adapters to learn.
+    """
+    try:
+        return method.replace(full=tuple(dict.fromkeys((*method.full, *full)))) if full else method
+    except (MethodError, TypeError) as error:
+        problems = error.problems if isinstance(error, MethodError) else [Diagnostic("full", str(error))]
+        raise PlanError("invalid plan:", problems) from None
+
+
+def without_full_layers(
+    scanned: Scan, found: list[TargetMatch], targets: str | Sequence[str], method: Method
+) -> list[TargetMatch]:
+    """The matches without layers that train in full, unless a target names them: that is refused later."""
+    trained = set().union(*parameters_by_pattern(scanned, method).values())
+    inside = [f for f in found if scanned.names.get(f"{f.name}.weight") in trained]
+    if not inside:
+        return found
+    named = [entry for entry in as_list(targets) if entry not in PRESETS]
+    kept = {f.name for f in resolve(scanned, named)[0]} if named else set()
+    return [f for f in found if f not in inside or f.name in kept]
 
 
 def has_new_head(scan: Scan) -> bool:
@@ -77,7 +107,7 @@ def head_layers(scan: Scan) -> list[str]:
     return [path for path in scan.layers if path in scan.heads and scan.modules[path].kind in ("linear", "transposed")]
 
 
-def head_problems(scan: Scan, head: Any) -> list[Diagnostic]:
+def head_problems(scan: Scan, method: Method, head: Any) -> list[Diagnostic]:
     """Why a model's head cannot train as it is said."""
     if head is None:
         return []
@@ -87,6 +117,8 @@ def head_problems(scan: Scan, head: Any) -> list[Diagnostic]:
     name = original_class(scan.model).__name__
     if not scan.heads:
         return [Diagnostic("head", f"a {name} has no output head", "leave it out")]
+    if head == "lora" and method.delta is None:
+        return [Diagnostic("head", "`lora` adapts the head, and this method adapts no layer", "use full or frozen")]
     if head == "lora" and not head_layers(scan):
         known = ", ".join(sorted(scan.heads))
         return [Diagnostic("head", f"the head of {name} ({known}) has no linear layer to adapt", "use head: full")]

@@ -8,9 +8,8 @@ from typing import Any
 
 from lorary.errors import Diagnostic, MethodError, suggestion
 from lorary.layers.kinds import site
-from lorary.model._full_parameters import parameters_by_pattern
+from lorary.model._full_parameters import without_full_layers
 from lorary.model._parts import Part, joined
-from lorary.model._presets import PRESETS
 from lorary.model.layer_ranges import LayerChoice, Layers, choose_layers
 from lorary.model.patterns import expression_problems, matches
 from lorary.model.scan import Scan
@@ -45,7 +44,7 @@ def adapted_sites(
     found, problems = [], []
     for part in parts:
         matched, unresolved = resolve(scanned, part.targets, wanted.exclude)
-        found.append(_without_full(scanned, matched, part.targets, part.method))
+        found.append(without_full_layers(scanned, matched, part.targets, part.method))
         problems += unresolved
     names = [match.name for matched in found for match in matched]
     choice = LayerChoice(set(names))
@@ -82,19 +81,6 @@ def _sites_of(
         except MethodError as error:
             problems += [Diagnostic(f.name, problem.what) for problem in error.problems]
     return sites, problems
-
-
-def _without_full(
-    scanned: Scan, found: list[TargetMatch], targets: str | Sequence[str], method: Method
-) -> list[TargetMatch]:
-    """The matches without layers that train in full, unless a target names them: that is refused later."""
-    trained = set().union(*parameters_by_pattern(scanned, method).values())
-    inside = [f for f in found if scanned.names.get(f"{f.name}.weight") in trained]
-    if not inside:
-        return found
-    named = [entry for entry in as_list(targets) if entry not in PRESETS]
-    kept = {f.name for f in resolve(scanned, named)[0]} if named else set()
-    return [f for f in found if f not in inside or f.name in kept]
 
 
 def _unmatched(field: str, patterns: Mapping[str, Any], found: list[TargetMatch]) -> list[Diagnostic]:

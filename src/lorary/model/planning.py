@@ -14,6 +14,7 @@ from lorary.model._full_parameters import (
     head_layers,
     head_parameters,
     head_problems,
+    method_with_full,
     parameters_by_pattern,
 )
 from lorary.model._parts import Part, Targets, several_parts
@@ -80,9 +81,9 @@ def plan(
     model = scanned.model
     scanned, reach = proved(scanned, example) if method.delta is not None else (scanned, Reach())
     context, problems = _fit_context(model, method)
-    problems += head_problems(scanned, head)
-    common = {"context": context, "full": tuple(dict.fromkeys((*method.full, *as_list(full))))}
-    parts = [Part(m.replace(**common), default_targets(m) if named is None else named) for m, named in parts]
+    parts = [Part(method_with_full(m.replace(context=context), as_list(full)), named) for m, named in parts]
+    parts = [Part(m, default_targets(m) if named is None else named) for m, named in parts]
+    problems += head_problems(scanned, method, head)
     if head == "lora":
         parts[0] = Part(parts[0].method, [*as_list(parts[0].targets), *head_layers(scanned)])
     method = parts[0].method

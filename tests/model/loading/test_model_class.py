@@ -140,12 +140,12 @@ def test_the_plan_says_which_class_it_is(
     for name in ("BertForMaskedLM", "T5ForConditionalGeneration", "ViTForImageClassification", "LlamaForCausalLM"):
         shown = command("plan", str(folder / name), "--set", "data.max_length=32")
         assert shown.code == 0, shown.err
-        assert f"note: planned as {name}, the class that it was saved with" in shown.err
+        assert shown.out.startswith(f"model     {name}, the class that it was saved with\n")
         assert "unknown" not in shown.out
     shown = command(
         "plan", str(folder / "BertForMaskedLM"), "--set", "task=classification", "--set", "data.labels=a,b,c"
     )
-    assert "note: planned as BertForSequenceClassification with 3 labels, for task `classification`" in shown.err
+    assert shown.out.startswith("model     BertForSequenceClassification with 3 labels, for task `classification`\n")
     assert "classifier.weight         48" in shown.out
     assert "bert.pooler.dense.weight  256" in shown.out
     refused = command("plan", str(folder / "BertForMaskedLM"), "--set", "task=sft")

@@ -101,7 +101,7 @@ def _metadata(name: str, data: CardData, as_peft: bool) -> ModelCardData:
 
 def _evaluation(data: CardData) -> list[EvalResult]:
     """The held-out metrics of the saved adapter."""
-    held_out = _held_out(data)
+    held_out = evaluations(data)
     if held_out is None or not math.isfinite(held_out[1]["eval_loss"]):
         return []
     loss, sources = held_out[1]["eval_loss"], paths(data.config.data.validation or data.config.data.train)
@@ -220,7 +220,7 @@ def _result(data: CardData) -> dict[str, str]:
     return rows
 
 
-def _held_out(data: CardData) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
+def evaluations(data: CardData) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
     """The first evaluation and that of the saved adapter: the best one if the run keeps it, else the last."""
     records = [r for r in data.run.history if r.get("eval_loss") is not None]
     if not records:
