@@ -13,7 +13,7 @@ from lorary.model._full_parameters import full_parameters, parameters_by_pattern
 from lorary.model.ambient import mode_independent
 from lorary.model.buffers import frozen_statistics, has_statistics
 from lorary.model.checks import bad_arguments, not_a_module, not_ready
-from lorary.model.layer_ranges import LayerChoice, Layers, choose_layers
+from lorary.model.layer_ranges import Layers, choose_layers
 from lorary.model.patterns import expression_problems, matches
 from lorary.model.plan import FullParameter, Plan, human_bytes
 from lorary.model.previous_tasks import PreviousAdapter, with_previous_tasks
@@ -138,11 +138,11 @@ def _adapted_sites(
     if invalid := expression_problems(patterns, scanned.modules):
         return [], invalid, []
     found, problems = resolve(scanned, targets, exclude)
-    choice = LayerChoice({f.name for f in found})
+    notes: list[str] = []
     if layers is not None:
         choice = choose_layers(scanned, [f.name for f in found], layers, as_list(targets))
         found = [f for f in found if f.name in choice.kept]
-        problems += choice.problems
+        problems, notes = [*problems, *choice.problems], choice.notes
     problems += _unmatched("ranks", ranks, found) + _unmatched("alphas", alphas, found)
     if found and alphas and not hasattr(method.scale, "alpha"):
         problems.append(Diagnostic("alphas", f"{method.scale} has no alpha", "leave them out"))
@@ -155,7 +155,7 @@ def _adapted_sites(
             sites.append(AdaptedSite(site(f.name, f.layer, f.parts), with_rank(method, r, alpha)))
         except MethodError as error:
             problems += [Diagnostic(f.name, problem.what) for problem in error.problems]
-    return sites, problems, choice.notes
+    return sites, problems, notes
 
 
 def _unmatched(field: str, patterns: Mapping[str, Any], found: list[TargetMatch]) -> list[Diagnostic]:
