@@ -14,7 +14,7 @@ from lorary.model.ambient import mode_independent
 from lorary.model.buffers import frozen_statistics, has_statistics
 from lorary.model.checks import bad_arguments, not_a_module, not_ready
 from lorary.model.layer_ranges import Layers, choose_layers
-from lorary.model.patterns import expression_problems, matches
+from lorary.model.patterns import EXPRESSION, expression_problems, matches
 from lorary.model.plan import FullParameter, Plan, human_bytes
 from lorary.model.previous_tasks import PreviousAdapter, with_previous_tasks
 from lorary.model.quantize import already_quantized, quantizable_layers
@@ -127,15 +127,12 @@ def _adapted_sites(
 ) -> tuple[list[AdaptedSite], list[Diagnostic], list[str]]:
     """The adapted sites, each with its own rank and alpha, every problem with them, and notes."""
     if method.delta is None:  # targets have a default, so only explicit arguments can be wrong
+        given = {"ranks": ranks, "alphas": alphas, "exclude": exclude, "layers": layers is not None}
         what = "has no effect: this method adapts no layer"
-        arguments = {"ranks": ranks, "alphas": alphas, "exclude": exclude, "layers": layers}
-        return (
-            [],
-            [Diagnostic(field, what) for field, value in arguments.items() if value not in (None, (), {}, [])],
-            [],
-        )
+        return [], [Diagnostic(field, what) for field, value in given.items() if value], []
     patterns = {"targets": as_list(targets), "exclude": as_list(exclude), "ranks": ranks, "alphas": alphas}
-    if invalid := expression_problems(patterns, scanned.modules):
+    expressions = any(str(p).startswith(EXPRESSION) for listed in patterns.values() for p in listed)
+    if expressions and (invalid := expression_problems(patterns, scanned.modules)):
         return [], invalid, []
     found, problems = resolve(scanned, targets, exclude)
     notes: list[str] = []
