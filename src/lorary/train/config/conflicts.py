@@ -10,7 +10,7 @@ from lorary.errors import Diagnostic, MethodError
 from lorary.methods.lora_drop import sharing_problems
 from lorary.spec.interfaces import Sequential
 from lorary.train.config.config import Config
-from lorary.train.config.optimization import optimization_problems
+from lorary.train.config.optimization_conflicts import optimization_problems
 
 
 def contradictions(config: Config) -> list[Diagnostic]:
