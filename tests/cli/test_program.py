@@ -49,8 +49,11 @@ OPTIONS = {
     "merge": ["--base", "--data", "--dtype", "--force", "--onto", "--rows"],
     "methods": ["--answers", "--choose", "--json", "--markdown"],
     "search": ["--ceiling", "--generations", "--overwrite", "--population", "--quiet", "--seed", "-q"],
-    "train": ["--after", "--dry-run", "--overwrite", "--quiet", "--resume", "--set", "-q"],
-    "plan": ["--alpha", "--check", "--exclude", "--memory", "--method", "--r", "--set", "--targets", "-m", "-t"],
+    "train": ["--after", "--all", "--dry-run", "--overwrite", "--quiet", "--resume", "--set", "-q"],
+    "plan": [
+        *("--alpha", "--check", "--exclude", "--layers", "--memory", "--method", "--r", "--rank", "--set", "--targets"),
+        *("-m", "-t"),
+    ],
 }
 
 

@@ -125,3 +125,21 @@ def test_a_preset_whose_name_finds_another_one_is_not_registered(name: str) -> N
     with pytest.raises(TypeError, match=f"the preset {name} is already registered"):
         presets.preset(name, citation="nobody")(lambda: {})
     assert name not in lorary.presets() or name == "lora"
+
+
+@pytest.mark.parametrize(
+    ("option", "hint"),
+    [
+        ("rank", "use `r`"),
+        ("target", "it belongs to the plan: lorary.plan(model, method, targets=...)"),
+        ("rank_pattern", "it belongs to the plan: lorary.plan(model, method, ranks=...)"),
+        ("layers_to_transform", "it belongs to the plan: lorary.plan(model, method, layers=...)"),
+        ("learning_rate", "it belongs to the optimizer: lorary.param_groups(model, lr=...)"),
+        ("modules_to_save", 'use the axis `full`: full=("lm_head.weight",)'),
+        ("init_lora_weights", 'name the preset: lorary.method("pissa", ...)'),
+    ],
+)
+def test_words_of_peft_are_answered_with_their_place(option: str, hint: str) -> None:
+    with pytest.raises(MethodError) as refusal:
+        lorary.method("lora", **{option: 8})
+    assert str(refusal.value) == f"invalid method:\n  - {option}: is not an option of lora\n      hint: {hint}"

@@ -11,7 +11,7 @@ from lorary.layers.kinds import site
 from lorary.model._full_parameters import without_full_layers
 from lorary.model._parts import Part, joined
 from lorary.model.layer_ranges import LayerChoice, Layers, choose_layers
-from lorary.model.patterns import expression_problems, matches
+from lorary.model.patterns import EXPRESSION, expression_problems, matches
 from lorary.model.scan import Scan
 from lorary.model.targets import TargetMatch, as_list, resolve
 from lorary.spec.method import Method
@@ -39,7 +39,8 @@ def adapted_sites(
     targets = [entry for part in parts for entry in as_list(part.targets)]
     patterns: dict[str, Iterable[object]] = {"targets": targets, "exclude": as_list(wanted.exclude)}
     patterns |= {"ranks": wanted.ranks, "alphas": wanted.alphas}
-    if invalid := expression_problems(patterns, scanned.modules):
+    expressions = any(str(p).startswith(EXPRESSION) for listed in patterns.values() for p in listed)
+    if expressions and (invalid := expression_problems(patterns, scanned.modules)):
         return [], invalid, []
     found, problems = [], []
     for part in parts:

@@ -20,8 +20,22 @@ from lorary.spec.method import AXES, Method
 _PEFT_WORDS = {
     "lora_alpha": "use `alpha`",
     "lora_dropout": "use `dropout`",
-    "rank": "use `r`",
-    "target_modules": "it belongs to the plan: lorary.plan(model, method, targets=...)",
+    **dict.fromkeys(("rank", "lora_r", "lora_rank"), "use `r`"),
+    **{
+        word: f"it belongs to the plan: lorary.plan(model, method, {argument}=...)"
+        for argument, words in {
+            "targets": ("targets", "target", "target_modules"),
+            "exclude": ("exclude", "exclude_modules"),
+            "layers": ("layers", "layers_to_transform"),
+            "ranks": ("ranks", "rank_pattern"),
+            "alphas": ("alphas", "alpha_pattern"),
+        }.items()
+        for word in words
+    },
+    "learning_rate": "it belongs to the optimizer: lorary.param_groups(model, lr=...)",
+    "modules_to_save": 'use the axis `full`: full=("lm_head.weight",)',
+    "bias": 'name the preset: lorary.method("lora", "bitfit")',
+    "init_lora_weights": 'name the preset: lorary.method("pissa", ...)',
     "use_dora": 'name the preset: lorary.method("dora", ...)',
     "use_rslora": 'name the preset: lorary.method("rslora", ...)',
 }

@@ -183,3 +183,15 @@ def test_a_compiled_run_computes_the_same(tmp_path: Path) -> None:
     plain, expected, _ = ours(tmp_path / "plain", {"max_steps": 2})
     assert compiled.losses == pytest.approx(plain.losses, rel=1e-5)
     assert float((mine - expected).norm() / expected.norm()) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ["lion_32bit", "ademamix_8bit"])
+def test_optimizers_of_bitsandbytes(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    training = {"optimizer": name, "lr": 1e-3, "adam_beta2": 0.9, "max_steps": 4}
+    mine, _, trainer = ours(tmp_path / "ours", training)
+    reference, _ = theirs(tmp_path / "theirs", {}, optim=name, learning_rate=1e-3, adam_beta2=0.9, max_steps=4)
+    assert mine.losses == pytest.approx(reference.losses, rel=1e-4)
+    assert mine.losses[-1] < mine.losses[0]
+    assert type(trainer.optimizer.optimizer).__module__.startswith("bitsandbytes")

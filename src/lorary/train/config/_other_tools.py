@@ -99,7 +99,7 @@ HINTS = {
         "a start is a method: pissa (with niter: 16 for a fast decomposition) or olora; the default is LoRA's own",
     ),
     "peft_type": "`lorary methods` lists the methods; write method.name",
-    "adapter": "write method.name; to go on from a trained adapter see `lorary train --help`",
+    "adapter": "write method.name: lora, qlora or another of `lorary methods`",
     "finetuning_type": "write method.name: lora, full or bitfit",
     "quantization_bit": "method: qlora keeps the base in 4 bits",
     "inference_mode": f"{_NOT_NEEDED}this is a training run",

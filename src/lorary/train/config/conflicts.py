@@ -10,7 +10,7 @@ from lorary.errors import Diagnostic, MethodError, deduplicated
 from lorary.methods.lora_drop import sharing_problems
 from lorary.spec.interfaces import Sequential
 from lorary.train.config.config import Config
-from lorary.train.config.optimization import optimization_problems
+from lorary.train.config.optimization_conflicts import optimization_problems
 from lorary.train.config.sources import Source, paths
 from lorary.train.config.tasks import ROWS, TASK_DEFAULTS, wrong_format
 

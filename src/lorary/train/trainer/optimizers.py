@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from lorary.errors import Diagnostic, TrainingError
-
-_BITSANDBYTES = ("adamw_bnb_8bit", "paged_adamw", "paged_adamw_32bit")
+from lorary.train.config.optimization import OPTIMIZERS
 
 
 def transformers_name(name: str) -> str:
@@ -18,7 +17,7 @@ def transformers_name(name: str) -> str:
     Raises:
         TrainingError: the optimizer needs bitsandbytes or a CUDA device, and it is missing.
     """
-    if name in _BITSANDBYTES:
+    if OPTIMIZERS.get(name, "").startswith("bitsandbytes"):
         _check_available(name)
     return "paged_adamw_32bit" if name == "paged_adamw" else name
 
