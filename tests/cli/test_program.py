@@ -41,7 +41,7 @@ OPTIONS = {
     "merge": ["--base", "--data", "--dtype", "--force", "--onto", "--rows"],
     "methods": ["--answers", "--choose", "--json", "--markdown"],
     "search": ["--ceiling", "--generations", "--overwrite", "--population", "--quiet", "--seed", "-q"],
-    "train": ["--after", "--dry-run", "--overwrite", "--quiet", "--resume", "--set", "-q"],
+    "train": ["--after", "--dry-run", "--extend", "--overwrite", "--quiet", "--resume", "--set", "-q"],
     "plan": ["--alpha", "--check", "--exclude", "--memory", "--method", "--r", "--set", "--targets", "-m", "-t"],
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lorary.model.loading import source
 from lorary.model.loading.source import Section
@@ -25,6 +25,12 @@ class ModelSection(source.ModelSection):
         min_length=1,
         description="run or adapter folder to go on from; it brings its method, ranks and targets",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_base(cls, value: Any) -> Any:
+        """A section of the base alone, as the loaders take it, names no adapter."""
+        return value.model_dump(exclude_unset=True) if type(value) is source.ModelSection else value
 
 
 class AlsoSection(Section):
