@@ -49,7 +49,7 @@ OPTIONS = {
     "merge": ["--base", "--data", "--dtype", "--force", "--onto", "--rows"],
     "methods": ["--answers", "--choose", "--json", "--markdown"],
     "search": ["--ceiling", "--generations", "--overwrite", "--population", "--quiet", "--seed", "-q"],
-    "train": ["--after", "--all", "--dry-run", "--overwrite", "--quiet", "--resume", "--set", "-q"],
+    "train": ["--after", "--all", "--dry-run", "--extend", "--overwrite", "--quiet", "--resume", "--set", "-q"],
     "plan": [
         *("--alpha", "--check", "--exclude", "--layers", "--memory", "--method", "--r", "--rank", "--set", "--targets"),
         *("-m", "-t"),

@@ -143,7 +143,7 @@ def test_an_error_in_one_of_two_blocks(case: Case) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("lora", "qlora, pissa")])
-@pytest.mark.parametrize("step", ["_copied_like", "_set_values"])
+@pytest.mark.parametrize("step", ["copied_like", "set_values"])
 def test_no_memory_for_the_base(name: str, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is disabled completely or not at all, and can be later."""
     case = Case(name)

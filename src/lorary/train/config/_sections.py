@@ -29,8 +29,8 @@ class ModelSection(source.ModelSection):
     @model_validator(mode="before")
     @classmethod
     def _of_a_base(cls, value: Any) -> Any:
-        """A base alone, without an adapter to go on from."""
-        return value.model_dump() if type(value) is source.ModelSection else value
+        """A section of the base alone, as the loaders take it, names no adapter."""
+        return value.model_dump(exclude_unset=True) if type(value) is source.ModelSection else value
 
 
 class AlsoSection(Section):
