@@ -47,7 +47,7 @@ def load_model(dtype: torch.dtype | str = "float32") -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path(), dtype=dtype)
-    model.config._name_or_path = NAME  # recorded by adapters; the folder differs by machine
+    model.config.name_or_path = NAME  # recorded by adapters; the folder differs by machine
     return model
 
 

@@ -61,13 +61,15 @@ def _config(model: str, overrides: list[str]) -> Config:
 
 def _show(config: Config, size: float | None, check: bool) -> None:
     from lorary.cli._memory_table import show
+    from lorary.kernels.torch_internals import without_compiler
     from lorary.model.loading.checkpoint_kind import reader
     from lorary.model.loading.from_pretrained import fast_skeleton, skeleton
     from lorary.train.runner.memory_forecast import forecast
 
     # a context method changes attention in Transformers' code
     model = fast_skeleton(config.model) if config.method.build().context is None else skeleton(config.model)
-    found = forecast(config, model)
+    with without_compiler():
+        found = forecast(config, model)
     reader(config.model.id, model.config, found.plan.method.storage, None)  # refuses unsupported quantised checkpoints
     print(found.plan)
     show(config, found, size)

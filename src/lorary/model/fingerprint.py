@@ -103,7 +103,7 @@ class Fingerprint:
             original_class(model).__name__,
             structure.hexdigest(),
             "" if empty else (_FOREIGN if foreign else "") + weights.hexdigest(),
-            base_name(str(getattr(config, "_name_or_path", "") or "")),
+            base_name(str(getattr(config, "name_or_path", "") or "")),
         )
 
     @staticmethod
@@ -130,7 +130,7 @@ class Fingerprint:
     @staticmethod
     def rename(model: nn.Module, name: str) -> None:
         """Change the name of a Transformers model, which is otherwise the folder it was loaded from."""
-        model.config._name_or_path = name  # type: ignore[union-attr]
+        model.config.name_or_path = name  # type: ignore[union-attr]
         if isinstance(remembered := getattr(model, _PLAIN, None), Fingerprint):
             replace(remembered, name=base_name(name)).remember(model)
 

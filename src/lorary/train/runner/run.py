@@ -32,6 +32,7 @@ from lorary.train.trainer import checkpoint, process_memory
 from lorary.train.trainer.distributed import on_main_process, this_process
 from lorary.train.trainer.progress import ProgressLines
 from lorary.train.trainer.resume import read_adapter
+from lorary.train.trainer.trainer_internals import tokens_seen
 
 _log = logging.getLogger("lorary.train")
 
@@ -120,7 +121,7 @@ def _run(
     if not result.interrupted:
         trainer.save_model(str(result.adapter))
     if first:
-        _write_results(prepared, folder, result, trainer._total_train_tokens)
+        _write_results(prepared, folder, result, tokens_seen(trainer))
     return result
 
 

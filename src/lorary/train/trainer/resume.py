@@ -31,6 +31,7 @@ from lorary.model.state import base_parameter, require_attached
 from lorary.spec.placement import start_name
 from lorary.train.trainer import checkpoint, optimizer_state, rng
 from lorary.train.trainer.distributed import on_main_process
+from lorary.train.trainer.trainer_internals import log_state, restore_log_state, train_batch_size
 
 _log = logging.getLogger("lorary.train")
 
@@ -190,10 +191,7 @@ def has_same_rows(trainer: Any, state: dict[str, Any]) -> bool:
 
 def restore_log(trainer: Any, log: dict[str, Any]) -> None:
     """Restore the sums since the last line of the log, so that its next line is the same."""
-    trainer._tr_loss += log["loss"]
-    trainer._total_loss_scalar, trainer._globalstep_last_logged = log["total"], log["at"]
-    trainer._metrics["train"].update({k: list(v) for k, v in log["metrics"].items()})
-    trainer._total_train_tokens = log["tokens"]
+    restore_log_state(trainer, log)
 
 
 def unwrapped_optimizer(trainer: Any) -> Any:
@@ -213,13 +211,7 @@ def _training_state(trainer: Any, model: nn.Module) -> dict[str, Any]:
         "rng": gather_object([rng.capture()]),
         "rules": {k: full_cpu_copy(t) for k, t in trainer.rules.state_dict().items()},
         "data": _data_order(trainer),
-        "log": {
-            "loss": float(trainer._tr_loss),
-            "total": trainer._total_loss_scalar,
-            "at": trainer._globalstep_last_logged,
-            "metrics": {k: [float(v) for v in values] for k, values in trainer._metrics["train"].items()},
-            "tokens": trainer._total_train_tokens,
-        },
+        "log": log_state(trainer),
     }
 
 
@@ -230,7 +222,7 @@ def _data_order(trainer: Any) -> dict[str, Any]:
         "rows": sampler.rows if sampler is not None else -1,
         "contents": _rows_digest(trainer),
         "seed": sampler.seed if sampler is not None else -1,
-        "batch_size": trainer._train_batch_size,
+        "batch_size": train_batch_size(trainer),
         "gradient_accumulation_steps": trainer.args.gradient_accumulation_steps,
         "ranks": trainer.args.world_size,
     }
