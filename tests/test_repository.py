@@ -216,14 +216,14 @@ def test_ci_runs_the_readme_s_commands() -> None:
     assert os.access(script, os.X_OK)
     assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
     targets = re.findall(r"\btarget (\w+)", script.read_text())
-    assert sorted(targets) == ["demo", "laws", "lint", "test", "types"]
+    assert sorted(targets) == ["demo", "laws", "lint", "newest", "test", "types"]
     makefile = (ROOT / "Makefile").read_text()
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
         assert f"`make {target}`" in (ROOT / "CONTRIBUTING.md").read_text()
 
 
-@pytest.mark.parametrize("broken", ["", "lint", "types", "demo", "laws", "test"])
+@pytest.mark.parametrize("broken", ["", "lint", "types", "demo", "newest", "laws", "test"])
 def test_ci_fails_where_a_target_fails_and_ends_with_the_tests(tmp_path: Path, broken: str) -> None:
     (tmp_path / ".ci").mkdir()
     shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
@@ -234,5 +234,9 @@ def test_ci_fails_where_a_target_fails_and_ends_with_the_tests(tmp_path: Path, b
     done = subprocess.run(["bash", ".ci/run"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == bool(broken)
     said = re.sub(r": \d+ s$", "", done.stdout, flags=re.MULTILINE).splitlines()
-    expected = [line for name in ("lint", "types", "demo", "laws", "test") for line in (f"made {name}", f"make {name}")]
+    expected = [
+        line
+        for name in ("lint", "types", "demo", "newest", "laws", "test")
+        for line in (f"made {name}", f"make {name}")
+    ]
     assert said == expected + [f"failed: make {broken}"] * bool(broken)

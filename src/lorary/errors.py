@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -136,6 +137,50 @@ class StateError(LoraryError, RuntimeError):
 
 class TrainingError(LoraryError, RuntimeError):
     """Training that had to stop: a loss or gradient that is not finite, a lost checkpoint."""
+
+
+def changed_release(package: str, *what: str) -> LoraryError:
+    """The error for private names of another library that its installed release does not have, or has changed.
+
+    Args:
+        package: as it is installed, such as `transformers`.
+        what: each name and what is wrong with it.
+    """
+    from importlib import metadata
+
+    try:
+        release = f"{package} {metadata.version(package)}"
+    except metadata.PackageNotFoundError:
+        release = package
+    fix = f"pip install --upgrade lorary, or install an older {package}; please report it with `lorary doctor --json`"
+    problems = [Diagnostic(release, one, fix if one is what[-1] else "") for one in what]
+    return LoraryError(f"this release of {package} does not work with lorary:", problems)
+
+
+def check_overridden(cls: type, expected: Mapping[str, tuple[str, ...]], package: str) -> None:
+    """Refuse a release of another library whose private methods are not those that lorary's classes override.
+
+    Args:
+        cls: the library's class.
+        expected: method -> the names of its first arguments; more are fine if they have defaults.
+        package: the library.
+
+    Raises:
+        LoraryError: every method that is missing or takes other arguments.
+    """
+    problems = []
+    for name, arguments in expected.items():
+        method = getattr(cls, name, None)
+        if method is None:
+            problems.append(f"{cls.__name__} has no {name}")
+            continue
+        _, *found = inspect.signature(method).parameters.values()
+        more = [parameter for parameter in found[len(arguments) :] if parameter.default is parameter.empty]
+        named = tuple(parameter.name for parameter in found)
+        if named[: len(arguments)] != arguments or any(p.kind is p.POSITIONAL_OR_KEYWORD for p in more):
+            problems.append(f"{cls.__name__}.{name} takes ({', '.join(named)}), not ({', '.join(arguments)})")
+    if problems:
+        raise changed_release(package, *problems)
 
 
 def nearest(word: str, known: Iterable[str], most: int = 3, cutoff: float = 0.6) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import typer.main
+from transformers import LlamaConfig
 
 from lorary import __version__
 from lorary.cli import COMMANDS, app, printable
@@ -197,3 +198,38 @@ def test_nothing_is_coloured_in_a_pipe() -> None:
 def test_every_command_is_there() -> None:
     folder = Path(sys.modules["lorary.cli"].__file__ or "").parent
     assert {name for name in COMMANDS if (folder / f"{name}.py").is_file()} == set(COMMANDS)
+
+
+# Modules that take long to import
+HEAVY = frozenset({"accelerate", "bitsandbytes", "datasets", "matplotlib", "pandas", "peft", "scipy", "trl"})
+HEAVY |= {"transformers"}
+COMPILER = frozenset({"sympy", "torch._dynamo", "torch._inductor", "torch.fx.experimental.symbolic_shapes", "triton"})
+# A dry run reads a tokenizer and the model's own code, for which it needs Transformers; nothing needs a trainer.
+DRY_RUN = frozenset({"bitsandbytes", "datasets", "matplotlib", "pandas", "peft", "trl", "transformers.trainer"})
+CHECKPOINTING = ("--set", "training.gradient_checkpointing=true")
+
+
+@pytest.mark.parametrize(
+    ("words", "absent"),
+    [
+        (("train", "--help"), HEAVY | COMPILER | {"torch"}),
+        (("plan", "base", "--method", "lora,rslora", *CHECKPOINTING), HEAVY | COMPILER),
+        (("methods",), HEAVY | COMPILER),
+        (("init", "-"), HEAVY | COMPILER),
+        (("train", "run.yaml", "--dry-run"), DRY_RUN),
+    ],
+    ids=["help", "plan", "methods", "init", "dry run"],
+)
+def test_a_command_imports_only_what_it_needs(tmp_path: Path, words: tuple[str, ...], absent: frozenset[str]) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
+    LlamaConfig(num_hidden_layers=4, **sizes).save_pretrained(tmp_path / "base")
+    config = "model: builtin:base\ndata: builtin:c-headers\nmethod: {name: lora}\noutput: run\n"
+    (tmp_path / "run.yaml").write_text(config)
+    code = (
+        "import sys\nfrom lorary.cli import main\ntry:\n    main()\nfinally:\n"
+        f"    print(*sorted({set(absent)!r} & sys.modules.keys()), file=sys.stderr)"
+    )
+    call = [sys.executable, "-c", code, *words]
+    done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "", done.stderr

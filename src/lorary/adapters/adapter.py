@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lorary._deprecated import RenamedAttribute, forwarding
 from lorary.adapters.low_rank_form import LowRankForm, low_rank_forms
 from lorary.errors import Diagnostic, MethodError
+from lorary.kernels.torch_internals import storage_id
 from lorary.layers.adapted import Adapted, adapted_layers
 from lorary.layers.dtensor import full_cpu_copy
 from lorary.layers.shared_projections import leading_slice
@@ -91,7 +92,7 @@ class Adapter:
     def size(self) -> int:
         """Bytes of all tensors; shared tensors count once."""
         every = [t for roles in self.tensors.values() for t in roles.values()] + list(self.full.values())
-        return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in every}.values())
+        return sum({storage_id(t): t.untyped_storage().nbytes() for t in every}.values())
 
 
 def _copied_tensors(layers: Mapping[str, Adapted]) -> dict[str, dict[str, Tensor]]:

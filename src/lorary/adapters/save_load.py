@@ -74,7 +74,7 @@ def save_adapter(
         )
     if peft_type is not None:
         config, tensors = writer.exact_files(adapter, model, shared, peft_type)
-        if for_trainer and (source := getattr(getattr(model, "config", None), "_name_or_path", "")):
+        if for_trainer and (source := getattr(getattr(model, "config", None), "name_or_path", "")):
             config["base_model_name_or_path"] = source  # from which Transformers loads the base itself
     needed = sum(t.nbytes for t in tensors.values())
     with atomic_directory(folder, replace=True, keep=True, drop=ADAPTER_FILES, needed=needed) as temporary:

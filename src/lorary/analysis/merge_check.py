@@ -20,9 +20,10 @@ from lorary.analysis.merge_error import MergeError, SiteMergeError
 from lorary.errors import DataError, Diagnostic, StateError
 from lorary.layers.adapted import Adapted, adapted_layers
 from lorary.layers.quantized_weight import is_quantized
+from lorary.layers.transformers_internals import exact_modules
 from lorary.model.ambient import callers_device, mode_independent
 from lorary.model.merge import merge
-from lorary.model.quantize import dequantized_dtype, exact_modules
+from lorary.model.quantize import dequantized_dtype
 from lorary.model.residual_base import original_weight
 from lorary.model.state import eval_mode, require_attached, require_values
 

@@ -71,11 +71,13 @@ def _is_file(model: str) -> bool:
 
 def _show(config: Config, size: float | None, check: bool, *, alone: bool) -> None:
     from lorary.cli._memory_table import show
+    from lorary.kernels.torch_internals import without_compiler
     from lorary.model.loading.checkpoint_kind import reader
     from lorary.train.runner.memory_forecast import forecast
 
     model, planned, loaded = _planned(config, alone)
-    found = forecast(config, model, planned)
+    with without_compiler():
+        found = forecast(config, model, planned)
     reader(config.model.id, model.config, found.plan.method.storage, None)  # refuses unsupported quantised checkpoints
     print(f"model     {loaded}\n")
     print(found.plan)

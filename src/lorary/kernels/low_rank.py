@@ -12,7 +12,6 @@ composition keeps the same tensors (one dtype, no dropout) a small input therefo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorary.kernels.once_differentiable import once_differentiable
+from lorary.kernels.torch_internals import is_traced, storage_id
 
 Pair = tuple[Tensor, Tensor]
 
@@ -195,12 +195,9 @@ def _scaled(s: float, left: Tensor, right: Tensor) -> Tensor:
     return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=s)
 
 
-_functorch: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
-
-
 def needs_plain_operations() -> bool:
     """Whether a compiler, a tracer or a functorch transform is looking: they see into plain operations only."""
-    return torch.compiler.is_compiling() or _functorch() or torch._C._is_tracing()
+    return torch.compiler.is_compiling() or is_traced()
 
 
 def is_small(y: Tensor, weight: int = 1) -> bool:
@@ -214,7 +211,7 @@ def may_overwrite(y: Tensor, x: Tensor) -> bool:
         return False
     if y.is_inference() and not torch.is_inference_mode_enabled():
         return False
-    return bool(y.untyped_storage()._cdata != x.untyped_storage()._cdata)
+    return storage_id(y) != storage_id(x)
 
 
 def dropout_and_seed(dropout: float) -> tuple[float, int | None]:

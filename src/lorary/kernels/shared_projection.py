@@ -25,6 +25,7 @@ from lorary.kernels.low_rank import (
     without_autocast,
 )
 from lorary.kernels.once_differentiable import once_differentiable
+from lorary.kernels.torch_internals import version_of
 
 
 class LastProductCache:
@@ -47,7 +48,7 @@ class LastProductCache:
             x: [..., in], A: [R, in], dtype: of the product.
             taker: identifies the layer.
         """
-        state = (x._version, A._version, A.data_ptr(), A.shape, dtype)
+        state = (version_of(x), version_of(A), A.data_ptr(), A.shape, dtype)
         last = self._last  # read once, because of other threads
         if last is not None and last[2] == state and last[0]() is x and taker not in last[3]:
             z: Tensor | None = last[1]()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lorary._deprecated import RenamedAttribute
 from lorary.kernels.row_norms import linear
+from lorary.kernels.torch_internals import children_of, forward_hooks_of, is_replica, parameters_of
 from lorary.layers.kinds import KINDS
 from lorary.layers.quantized_weight import is_quantized, stored_tensors, weight
 from lorary.layers.shared_projections import SharedProjections, leading_slice
@@ -81,7 +82,7 @@ class Adapted(nn.Module):
         self.dropout: float = self.method.dropout if self.training else 0.0
         self._fused = _fused_path(self.delta, self.kind, self.site)
         # found without a search through PyTorch's dictionaries
-        vars(self).update({name: self._modules[name] for name in ("params", "shared") if name in self._modules})
+        vars(self).update({name: children_of(self)[name] for name in ("params", "shared") if name in children_of(self)})
         # called with the layer, because a bound method would tie copies and replicas to this one
         self._forward: Callable[[Adapted, Tensor], Tensor] = self.join.forward
         if self._merged_into:
@@ -116,7 +117,7 @@ class Adapted(nn.Module):
     @property
     def tensors(self) -> dict[str, Tensor]:
         """role -> tensor: the layer's parameters and its slices of the shared tensors."""
-        own: dict[str, Tensor] = dict(self.params._parameters)  # type: ignore[arg-type]  # none of them is None
+        own: dict[str, Tensor] = dict(parameters_of(self.params))  # type: ignore[arg-type]  # none of them is None
         if self.shared is None:
             return own
         full = self.shared.tensors
@@ -196,10 +197,10 @@ class Adapted(nn.Module):
 
     def run_base(self, x: Tensor) -> Tensor:
         """The base's output, in memory that the caller may overwrite."""
-        base: Any = self._modules["base"]
+        base: Any = children_of(self)["base"]
         y: Tensor = base(x)
         # hooks and replaced forwards may return a tensor that they keep
-        return y.clone() if base._forward_hooks or "forward" in vars(base) else y
+        return y.clone() if forward_hooks_of(base) or "forward" in vars(base) else y
 
     def add_delta(self, y: Tensor, x: Tensor, dropout: float | None = None) -> Tensor:
         """y + s B A x, by the delta's fused kernel where it has one. May write into y.
@@ -261,12 +262,12 @@ class Parameters(nn.ParameterDict):
     """role -> parameter. PyTorch's own look-up takes longer than a small product."""
 
     def __getitem__(self, role: str) -> nn.Parameter:
-        return self._parameters[role]  # type: ignore[return-value]  # none of them is None
+        return parameters_of(self)[role]  # type: ignore[return-value]  # none of them is None
 
     def __setattr__(self, name: str, value: Any) -> None:
         # DataParallel gives its replicas tensors of a graph, as plain attributes
-        if isinstance(value, Tensor) and "_is_replica" in vars(self):
-            self._parameters[name] = cast(nn.Parameter, value)
+        if isinstance(value, Tensor) and is_replica(self):
+            parameters_of(self)[name] = cast(nn.Parameter, value)
             return
         super().__setattr__(name, value)
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorary.kernels.low_rank import add_low_rank
+from lorary.kernels.torch_internals import padding_of, parameters_of
 from lorary.layers.quantized_weight import (
     is_quantized,
     is_unrecognised_quantized,
@@ -102,7 +103,7 @@ class Convolution:
     def _convolve(self, layer: Any, x: Tensor, kernel: Tensor, b: Tensor | None, groups: int) -> Tensor:
         padding = layer.padding
         if layer.padding_mode != "zeros":
-            x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+            x = F.pad(x, padding_of(layer), mode=layer.padding_mode)
             padding = 0
         return cast(Tensor, self._function()(x, kernel, b, layer.stride, padding, layer.dilation, groups))
 
@@ -194,7 +195,7 @@ def why_not_adaptable(layer: nn.Module) -> str | None:
         return None
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
         return "its max_norm rewrites the weight in every forward pass"
-    weight = layer._parameters.get("weight")
+    weight = parameters_of(layer).get("weight")
     if weight is None:
         return "its weight is computed from other parameters (weight_norm, spectral_norm or another parametrization)"
     if isinstance(weight, nn.parameter.UninitializedParameter):

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lorary.kernels.torch_internals import storage_id
 from lorary.layers.quantized_weight import quantized_spec, register_quantized, stored_tensors, weight_by_forward
 
 _BITSANDBYTES = "bitsandbytes.nn.modules"
@@ -124,7 +125,7 @@ def stored_bytes(layer: Any) -> int:
         if isinstance(one, Tensor) and hasattr(one, "__tensor_flatten__"):
             todo += [getattr(one, name) for name in cast(Any, one).__tensor_flatten__()[0]]
         elif isinstance(one, Tensor):
-            memory[one.untyped_storage()._cdata] = one.numel() * one.element_size()
+            memory[storage_id(one)] = one.numel() * one.element_size()
             todo += [vars(one)[name] for name in ("quant_state", "CB", "SCB") if name in vars(one)]
         elif type(one).__module__.startswith("bitsandbytes."):
             todo += vars(one).values()

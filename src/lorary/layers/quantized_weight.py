@@ -18,6 +18,8 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from lorary.kernels.torch_internals import HOOKS, parameters_of
+
 
 class QuantizedLayerSpec(NamedTuple):
     """The registration of a quantised layer class.
@@ -62,7 +64,7 @@ def quantized_spec(layer: object) -> QuantizedLayerSpec | None:
     """The registration of a quantised layer; None for a plain one."""
     spec = _registered(type(layer))
     if spec is None and isinstance(layer, nn.Module):
-        weight = layer._parameters.get("weight")
+        weight = parameters_of(layer).get("weight")
         spec = None if weight is None or type(weight) in _PLAIN else _registered(type(weight))
     return spec
 
@@ -97,25 +99,18 @@ def weight(layer: nn.Module) -> Tensor:
         return spec.dense(layer).detach()
 
 
-_HOOKS = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
-    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
-)
-
-
 def swap_hooks(one: nn.Module, other: nn.Module) -> None:
     """Exchange the hooks of two modules, so that those of a layer act on what takes its place.
 
     The dictionaries themselves change hands: handles that users hold still remove their hooks.
     """
-    for name in _HOOKS:
+    for name in HOOKS:
         vars(one)[name], vars(other)[name] = vars(other)[name], vars(one)[name]
 
 
 def take_place_of(layer: nn.Module, replacement: nn.Module) -> nn.Module:
     """The replacement of a layer, with the layer's mode and its hooks, which can still be removed."""
-    for name in _HOOKS:
+    for name in HOOKS:
         setattr(replacement, name, getattr(layer, name))
     return replacement.train(layer.training)
 

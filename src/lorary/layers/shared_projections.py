@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lorary.kernels.shared_projection import LastProductCache
+from lorary.kernels.torch_internals import buffers_of
 from lorary.spec.placement import AdaptedSite, shared_shapes
 
 
@@ -31,7 +32,7 @@ class SharedProjections(nn.Module):
     @property
     def tensors(self) -> dict[str, Tensor]:
         """role -> full tensor."""
-        return dict(self._buffers)  # type: ignore[arg-type]  # none of them is None
+        return dict(buffers_of(self))  # type: ignore[arg-type]  # none of them is None
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy values into the leading slice of each tensor."""

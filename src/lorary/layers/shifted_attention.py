@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lorary.errors import Diagnostic, StateError
 from lorary.kernels.shifted_attention import GroupLayout, group_size, shifted, shifted_ragged
+from lorary.layers.transformers_internals import attention_of, set_attention, uses_attention_interface
 
 MaskFunction = Callable[..., Any]  # (batch, head, query, key) -> whether the query attends to the key
 _NAME = "lorary_shifted_{}"
@@ -47,7 +48,7 @@ class TrainingOnlyAttention(nn.Module):
         self.__dict__["inside"] = False  # needed when nn.Module sets the mode
         super().__init__()
         self.__dict__["model"] = model  # not as a submodule
-        self.config, self.groups, self.own = config, groups, config._attn_implementation
+        self.config, self.groups, self.own = config, groups, attention_of(config)
         self.name = register_attention(groups)
         self.install()
 
@@ -63,11 +64,11 @@ class TrainingOnlyAttention(nn.Module):
     def training(self, mode: bool) -> None:
         self.__dict__["_trains"] = mode
         if self.__dict__["inside"]:
-            self.config._attn_implementation = self.name if mode else self.own
+            set_attention(self.config, self.name if mode else self.own)
 
     def install(self) -> None:
         """Install it in the model."""
-        self.own = self.config._attn_implementation
+        self.own = attention_of(self.config)
         self.model.add_module(_CHILD, self)
         self.inside = True
         self.train(self.model.training)
@@ -76,7 +77,7 @@ class TrainingOnlyAttention(nn.Module):
         """Remove it and restore the model's own attention."""
         if self.inside:
             self.inside = False
-            self.config._attn_implementation = self.own
+            set_attention(self.config, self.own)
             delattr(self.model, _CHILD)
 
 
@@ -96,7 +97,7 @@ def check_support(model: nn.Module, config: Any, length: int) -> SupportReport:
         length: of the longest sequence.
     """
     name, problems = type(model).__name__, list[str]()
-    if not getattr(model, "_supports_attention_backend", True):
+    if not uses_attention_interface(model):
         problems.append(f"{name} does not use Transformers' attention interface, so its attention cannot be replaced")
     if getattr(config, "attn_logit_softcapping", None):
         problems.append(f"{name} caps attention scores, which grouped attention does not support")
@@ -157,7 +158,7 @@ def _attend(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     length, windowed = query.shape[2], getattr(attention_mask, "windowed", False)
     if windowed or not causal or key.shape[2] != length:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+        from lorary.layers.transformers_internals import sdpa_attention_forward
 
         output: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
@@ -190,7 +191,7 @@ def _mask(*, groups: int, **call: Any) -> Tensor | None:
     Raises:
         StateError: the model's mask is neither causal nor causal within packed sequences.
     """
-    from transformers.masking_utils import sdpa_mask
+    from lorary.layers.transformers_internals import sdpa_mask
 
     length, window = call["kv_length"], call.get("local_size")
     windowed = window is not None and window < length

@@ -8,19 +8,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
-# class of wrapper -> the name under which it holds the wrapped module; by name, so that nothing need be imported
-_CHILD = {
-    "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
-    "torch.nn.parallel.distributed.DistributedDataParallel": "module",
-    "torch.nn.parallel.data_parallel.DataParallel": "module",
-    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "_fsdp_wrapped_module",
-    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.ActivationWrapper": "_checkpoint_wrapped_module",
-}
-COMPONENTS = frozenset(_CHILD.values())  # what wrappers leave in the paths of modules
+from lorary.kernels.torch_internals import COMPILED_CHILD, FSDP_CHILD, WRAPPED_CHILD, children_of
+
+COMPONENTS = frozenset(WRAPPED_CHILD.values())  # what wrappers leave in the paths of modules
 _CHILD_OF: dict[type, str | None] = {}
 
 
@@ -28,7 +22,7 @@ def _child_name(module: nn.Module) -> str | None:
     """The name under which a wrapper holds its module; None for a module that is not a wrapper."""
     cls = type(module)
     if cls not in _CHILD_OF:
-        names = (_CHILD.get(f"{parent.__module__}.{parent.__qualname__}") for parent in cls.__mro__)
+        names = (WRAPPED_CHILD.get(f"{parent.__module__}.{parent.__qualname__}") for parent in cls.__mro__)
         _CHILD_OF[cls] = next(filter(None, names), None)
     return _CHILD_OF[cls]
 
@@ -41,7 +35,7 @@ def is_wrapper(module: nn.Module) -> bool:
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module inside all wrappers; the module itself if there are none."""
     while (name := _child_name(module)) is not None:
-        inside = module._modules[name]
+        inside = children_of(module)[name]
         assert inside is not None
         module = inside
     return module
@@ -56,7 +50,7 @@ def named_modules(
         return
     seen.add(module)
     yield prefix, module
-    for name, child in module._modules.items():
+    for name, child in children_of(module).items():
         if child is not None:
             path = f"{prefix}.{name}" if prefix else name
             yield from named_modules(child, remove_duplicate=remove_duplicate, prefix=path, seen=seen)
@@ -70,7 +64,7 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
     """
     module = unwrapped(model)
     for name in path.split(".") if path else ():
-        child = module._modules.get(name)
+        child = children_of(module).get(name)
         if child is None:
             raise AttributeError(f"{type(module).__name__} has no module {name!r} ({path})")
         module = unwrapped(child)
@@ -81,11 +75,11 @@ def set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put a module at a path of `named_modules`, inside the wrappers of the one there now."""
     above, _, name = path.rpartition(".")
     parent: Any = submodule(model, above)
-    while is_wrapper(parent._modules[name]):
-        parent = parent._modules[name]
+    while is_wrapper(inside := cast(nn.Module, children_of(parent)[name])):
+        parent = inside
         name = str(_child_name(parent))
-    parent._modules[name] = module
-    if name == "_orig_mod":  # its forward is bound to the module that it was made with
+    children_of(parent)[name] = module
+    if name == COMPILED_CHILD:  # its forward is bound to the module that it was made with
         parent.__setstate__(parent.__getstate__())
 
 
@@ -101,7 +95,7 @@ def is_sharded_model(model: nn.Module) -> bool:
 
 def has_flat_parameters(model: nn.Module) -> bool:
     """Whether FSDP1 has flattened parameters of the model."""
-    return any(_child_name(module) == "_fsdp_wrapped_module" for module in model.modules())
+    return any(_child_name(module) == FSDP_CHILD for module in model.modules())
 
 
 def gathered(model: nn.Module) -> contextlib.AbstractContextManager[Any]:

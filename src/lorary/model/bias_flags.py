@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorary.errors import Diagnostic
+from lorary.kernels.torch_internals import parameters_of
 from lorary.layers.wrappers import named_modules, submodule
 
 
@@ -80,7 +81,7 @@ def unserialisable_biases(model: nn.Module) -> list[Diagnostic]:
     if kept is None:
         return []
     modules = named_modules(model, remove_duplicate=False)
-    mine = {f"{path}.bias".lstrip(".") for path, m in modules if m._parameters.get("bias") is not None}
+    mine = {f"{path}.bias".lstrip(".") for path, m in modules if parameters_of(m).get("bias") is not None}
     what = f"{type(model).__name__} has no bias there: a checkpoint of the merged model would lose it"
     fix = "keep the adapter beside its base; or train it with C, D and E 'none'"
     return [Diagnostic(name, what, fix) for name in sorted(mine - kept.keys())]

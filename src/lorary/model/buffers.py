@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from lorary.errors import caller_stacklevel
+from lorary.kernels.torch_internals import SpectralNormParametrization, buffers_of, not_saved_buffers_of, pre_hooks_of
 from lorary.layers.adapted import unwrapped_modules
 from lorary.layers.quantized_weight import is_quantized
 
@@ -42,17 +42,17 @@ def persistent_buffers(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         f"{path}.{name}" if path else name: buffer
         for path, module in modules.items()
         if not is_quantized(module)
-        for name, buffer in module._buffers.items()
-        if buffer is not None and name not in module._non_persistent_buffers_set and buffer.dtype != torch.bool
+        for name, buffer in buffers_of(module).items()
+        if buffer is not None and name not in not_saved_buffers_of(module) and buffer.dtype != torch.bool
     }
 
 
 def has_statistics(module: nn.Module) -> bool:
     """Whether a training forward of this layer updates buffers of its own: batch norms and spectral norms."""
-    if isinstance(module, _SpectralNorm):
+    if isinstance(module, SpectralNormParametrization):
         return True
-    hooks: Iterable[Any] = module._forward_pre_hooks.values()
-    running = any(module._buffers.get(name) is not None for name in _STATISTICS)
+    hooks: Iterable[Any] = pre_hooks_of(module).values()
+    running = any(buffers_of(module).get(name) is not None for name in _STATISTICS)
     return running or any(isinstance(hook, SpectralNorm) for hook in hooks)
 
 
@@ -104,7 +104,7 @@ def frozen_statistics(modules: Mapping[str, nn.Module], full: Collection[str]) -
     return {
         path: module
         for path, module in modules.items()
-        if has_statistics(module) and not any(f"{path}.{name}" in full for name in module._buffers)
+        if has_statistics(module) and not any(f"{path}.{name}" in full for name in buffers_of(module))
     }
 
 

@@ -115,7 +115,7 @@ class Fingerprint:
             original_class(model).__name__,
             structure.hexdigest(),
             "" if empty else (_FOREIGN if foreign else "") + weights.hexdigest(),
-            base_name(str(getattr(config, "_name_or_path", "") or "")),
+            base_name(str(getattr(config, "name_or_path", "") or "")),
             buffers=_buffers_digest(model),
             settings=function_settings(model),
         )

@@ -16,6 +16,7 @@ from lorary.errors import Diagnostic, StateError, caller_stacklevel
 from lorary.layers.kinds import kind_of, was_transposed
 from lorary.layers.nf4 import NF4, NF4Linear
 from lorary.layers.quantized_weight import is_foreign, is_quantized, take_place_of, weight
+from lorary.layers.transformers_internals import exact_modules
 from lorary.layers.wrappers import named_modules, set_submodule, submodule
 from lorary.model.ambient import mode_independent
 from lorary.model.checks import changeable, not_quantizable, not_ready
@@ -148,11 +149,6 @@ def quantizable_layers(scan: Scan, storage: Storage, full: Collection[str] = ())
         and f"{path}.weight" not in full
         and not exact & set(path.split("."))
     ]
-
-
-def exact_modules(model: nn.Module) -> set[str]:
-    """The components of module paths that a Transformers architecture keeps in 32 bits."""
-    return {name for key in ("", "_strict") for name in getattr(model, f"_keep_in_fp32_modules{key}", None) or ()}
 
 
 def already_quantized(name: str, init: Init) -> Diagnostic:

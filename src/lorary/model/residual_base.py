@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorary.errors import Diagnostic, PlanError, StateError
+from lorary.kernels.torch_internals import buffers_of, parameters_of
 from lorary.layers.adapted import Adapted
 from lorary.layers.dtensor import is_sharded
 from lorary.layers.kinds import kind_of
@@ -118,7 +119,7 @@ def _is_unshared(model: nn.Module, weight: nn.Parameter, state: AttachedState) -
     """Whether a weight can be written without changing anything else: no other tensor uses its memory."""
     if any(step == 0 and n > 1 for step, n in zip(weight.stride(), weight.shape, strict=True)):
         return False  # an expanded tensor: its own numbers share memory
-    held = [t for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+    held = [t for m in model.modules() for t in (*parameters_of(m).values(), *buffers_of(m).values()) if t is not None]
     # the weight of another site may get its memory back; the very same parameter is restored from its copy
     held += [t for t in state.replaced_weights.values() if isinstance(t, nn.Parameter) and t is not weight]
     return sum(t is weight or _overlap(t, weight) for t in held) == 1

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lorary.kernels.torch_internals import children_of, parameters_of
 from lorary.layers.kinds import KINDS, kind_of, why_not_adaptable
 from lorary.layers.other_quantizers import stored_bytes
 from lorary.layers.quantized_weight import is_quantized, is_unrecognised_quantized, stored_tensors
@@ -98,8 +99,8 @@ class Scan:
     def wrapped_in(self, path: str) -> ScannedModule | None:
         """The layer inside a module that wraps it alone, such as one that clips its input and output."""
         wrapper = self.modules[path]
-        inside = [m for m in self._children.get(path, ()) if m.module._parameters or m.module._modules]
-        if not path or wrapper.kind is not None or wrapper.module._parameters or len(inside) != 1:
+        inside = [m for m in self._children.get(path, ()) if parameters_of(m.module) or children_of(m.module)]
+        if not path or wrapper.kind is not None or parameters_of(wrapper.module) or len(inside) != 1:
             return None
         container = isinstance(wrapper.module, nn.ModuleList | nn.ModuleDict | nn.Sequential)
         return None if container or inside[0].kind is None else inside[0]
@@ -153,7 +154,7 @@ def scan(model: nn.Module) -> Scan:
     modules: dict[str, ScannedModule] = {}
     bypassed = bypasses(paths)
     for module, (path, *others) in paths.items():
-        holding = holders.get(id(module._parameters.get("weight")), {})  # a quantised layer may have no parameter
+        holding = holders.get(id(parameters_of(module).get("weight")), {})  # a quantised layer may have no parameter
         modules[path] = ScannedModule(
             path=path,
             module=module,

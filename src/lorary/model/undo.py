@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lorary.kernels.torch_internals import buffers_of, children_of, parameters_of
+
 
 class _Object(NamedTuple):
     """The class and the attributes of an object, and the contents of the lists, dictionaries and sets among them."""
@@ -150,7 +152,7 @@ def _reachable(model: nn.Module) -> Iterator[Any]:
         seen.add(id(thing))
         yield thing
         if isinstance(thing, nn.Module):
-            children = [*thing._parameters.values(), *thing._buffers.values(), *thing._modules.values()]
+            children = [*parameters_of(thing).values(), *buffers_of(thing).values(), *children_of(thing).values()]
             children += vars(thing).values()
         else:
             children = [] if isinstance(thing, Tensor) else _values(list(vars(thing).values()))

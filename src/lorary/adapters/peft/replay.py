@@ -22,6 +22,7 @@ from lorary.adapters.adapter import Adapter
 from lorary.adapters.peft.types import PeftType
 from lorary.errors import Diagnostic
 from lorary.layers.adapted import unwrapped_modules
+from lorary.layers.transformers_internals import shared_conversion
 
 # The names of the experts' projections by the architecture whose conversion rules a model type shares.
 _EXPERTS = {"mixtral": ("gate", "w1", "w2", "w3"), "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj")}
@@ -58,11 +59,8 @@ def _model_type(architecture: str, model: nn.Module | None) -> str:
 
 def _conversion(model_type: str) -> str:
     """The architecture whose conversion rules a model type shares; empty if it has none."""
-    from transformers import conversion_mapping
-
     # PEFT reads this table too; `qwen2_moe` itself is missing in it, and so not converted
-    shared = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
-    return "mixtral" if model_type == "mixtral" else str(shared.get(model_type, ""))
+    return "mixtral" if model_type == "mixtral" else shared_conversion(model_type)
 
 
 def misread_sites(
@@ -116,8 +114,7 @@ def _renamed(sites: Iterable[str], model: nn.Module | None) -> list[Diagnostic]:
     root = unwrapped_modules(model)[""] if model is not None else None
     if not hasattr(root, "base_model_prefix"):
         return []
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
+    from lorary.layers.transformers_internals import WeightRenaming, get_model_conversion_mapping, rename_source_key
 
     rules = [rule for rule in get_model_conversion_mapping(root) if isinstance(rule, WeightRenaming)]
     end, problems = ".lora_A.default.weight", []

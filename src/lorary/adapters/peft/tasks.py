@@ -89,7 +89,7 @@ def _fits(base: type[nn.Module], name: str, task: _Task) -> bool:
         return True
     if base.__module__.partition(".")[0] != "transformers":
         return False
-    from transformers.models.auto import modeling_auto
+    from lorary.layers.transformers_internals import modeling_auto
 
     classes = getattr(modeling_auto, task.table).values()  # names, or tuples of them
     return any(base.__name__ in ((entry,) if isinstance(entry, str) else entry) for entry in classes)

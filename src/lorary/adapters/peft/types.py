@@ -17,6 +17,7 @@ from lorary.adapters.peft.config import PeftConfig
 from lorary.adapters.peft.fields import Field
 from lorary.adapters.shared_tensors import SharedTensors
 from lorary.adapters.tensor_checks import Layout
+from lorary.kernels.torch_internals import padding_of
 from lorary.layers.kinds import kind_of
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite
@@ -88,7 +89,7 @@ class PeftType(Protocol):
         dilated = any(d != 1 and n != 1 for d, n in zip(conv.dilation, conv.kernel_size, strict=True))
         if dilated and not self.dilates:
             return f"is a convolution of dilation {conv.dilation}, which PEFT's {self.title} leaves out"
-        if conv.padding_mode != "zeros" and any(conv._reversed_padding_repeated_twice):
+        if conv.padding_mode != "zeros" and any(padding_of(conv)):
             return f"is a convolution with {conv.padding_mode} padding, for which PEFT's {self.title} pads with zeros"
         return ""
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from lorary.kernels.torch_internals import TorchDispatchMode, storage_id, tree_leaves
 
 
 def kept_for_backward(run: Callable[[], object], beyond: Iterable[Tensor] = ()) -> int:
@@ -29,11 +29,11 @@ def kept_for_backward(run: Callable[[], object], beyond: Iterable[Tensor] = ()) 
     Example:
         >>> kept_for_backward(lambda: layer(x), beyond=[x, *layer.parameters()])
     """
-    excluded = {_address(tensor) for tensor in beyond}
+    excluded = {storage_id(tensor) for tensor in beyond}
     saved: dict[int, torch.UntypedStorage] = {}  # keeps them alive, so that addresses are not reused
 
     def pack(tensor: Tensor) -> Tensor:
-        if (address := _address(tensor)) not in excluded:
+        if (address := storage_id(tensor)) not in excluded:
             saved[address] = tensor.untyped_storage()
         return tensor
 
@@ -82,7 +82,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _track(self, tensor: Tensor, counted: bool) -> None:
-        address = _address(tensor)
+        address = storage_id(tensor)
         if address in self._sizes:
             return
         storage = tensor.untyped_storage()
@@ -93,7 +93,3 @@ class LiveBytes(TorchDispatchMode):
 
     def _forget(self, address: int) -> None:
         self.now -= self._sizes.pop(address, 0)
-
-
-def _address(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)

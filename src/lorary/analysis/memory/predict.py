@@ -20,6 +20,7 @@ from lorary.analysis.memory.shorten import Blocks, blocks, without_values
 from lorary.analysis.memory.simulation import Activations, simulate
 from lorary.analysis.memory.workload import Workload
 from lorary.errors import Diagnostic, LoraryError, PlanError
+from lorary.layers.transformers_internals import attention_of
 from lorary.model.plan import Plan, human_bytes
 
 MOST_KINDS = 6
@@ -58,7 +59,7 @@ def predict(
     given = _tokens(model, work) if inputs is None else dict(inputs)
     memory = fixed(model, plan, work.dtype, optimizer)
     notes = [_described(given, work, work.dtype or _dtype(model))]
-    if getattr(getattr(model, "config", None), "_attn_implementation", None) == "eager":
+    if attention_of(getattr(model, "config", None)) == "eager":
         notes.append("eager attention keeps all scores, which grow with the square of the length: sdpa does not")
     try:
         found = activations(model, plan, given, work, whole)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lorary.layers.rope import text_config
+from lorary.layers.transformers_internals import attention_of
 from lorary.model.plan import Plan
 from lorary.spec.placement import AdaptedSite
 
@@ -95,7 +96,7 @@ def without_values(
         memo[id(layers)] = nn.ModuleList(copy.deepcopy(layers[i], memo) for i in which[1])
     twin: Any = copy.deepcopy(model, memo)
     config: Any = getattr(twin, "config", None)
-    if getattr(config, "_attn_implementation", None) not in (None, "eager", "sdpa"):
+    if attention_of(config) not in (None, "eager", "sdpa"):
         twin.set_attn_implementation("sdpa")  # a fused kernel with the same memory
     if hasattr(config, "use_cache"):
         config.use_cache = False

@@ -18,13 +18,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.library import _scoped_library
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
 from lorary.analysis.memory.live_bytes import LiveBytes
 from lorary.analysis.memory.workload import Workload
 from lorary.kernels.chunked_lm_head import chunk_size, scores_in_chunks
+from lorary.kernels.torch_internals import FUSED_ATTENTION, replaced_operations, tree_map
 from lorary.layers.quantized_weight import is_quantized
 from lorary.layers.rope import text_config
 from lorary.model.attach import attach
@@ -76,7 +75,7 @@ def simulate(model: nn.Module, plan: Plan, inputs: Mapping[str, Tensor], work: W
             parameter.grad = torch.empty_like(parameter)
     given = {name: torch.empty_like(tensor, device="meta") for name, tensor in inputs.items()}
     with ExitStack() as stack:
-        library = stack.enter_context(_scoped_library("aten", "IMPL"))
+        library = stack.enter_context(replaced_operations("aten"))
         library.impl("scaled_dot_product_attention", _fused_attention, "AutogradMeta")
         if work.autocast:  # quantised layers compute in their input's dtype
             for module in filter(is_quantized, twin.modules()):
@@ -171,9 +170,8 @@ def _fused_attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """PyTorch's fused CPU attention, which like all fused kernels saves q, k, v, the output and a log-sum-exp."""
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     if attn_mask is not None and attn_mask.dtype == torch.bool:  # converted by PyTorch in every layer
         attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill_(attn_mask.logical_not(), -torch.inf)
-    output: Tensor = kernel(q, k, v, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    output: Tensor = FUSED_ATTENTION(q, k, v, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
     # this kernel has one width for q, k and v; others have narrower values too, as in DeepSeek's latent attention
     return output if v.shape[-1] == q.shape[-1] else output[..., : v.shape[-1]]

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+
+from lorary.kernels.torch_internals import FakeTensor
 
 # The 16 values: quantiles of the normal distribution, and zero.
 # fmt: off

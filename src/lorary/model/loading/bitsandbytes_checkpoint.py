@@ -16,7 +16,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from lorary.errors import Diagnostic, FileError, StateError
 from lorary.files.atomic import atomic_directory
@@ -26,6 +25,7 @@ from lorary.layers.bitsandbytes_state import read_state
 from lorary.layers.kinds import kind_of
 from lorary.layers.nf4 import NF4Embedding, NF4Linear
 from lorary.layers.quantized_weight import is_quantized
+from lorary.layers.transformers_internals import should_convert_module
 from lorary.layers.wrappers import is_wrapper, unwrapped
 from lorary.model.ambient import mode_independent
 from lorary.model.fingerprint import STATE, Fingerprint

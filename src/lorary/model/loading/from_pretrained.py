@@ -186,7 +186,7 @@ def fast_skeleton(section: ModelSection) -> nn.Module:
         settings = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(settings, dict) and "auto_map" not in settings and _is_causal(settings):
             settings["dtype"] = _saved_dtype(settings)
-            settings["_attn_implementation"] = section.attn_implementation
+            settings["attn_implementation"] = section.attn_implementation
             model = fast.skeleton(settings, load_dtype(section, SimpleNamespace(**settings)))
             if model is not None:
                 return model

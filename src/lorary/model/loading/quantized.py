@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-import re
 import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -18,13 +17,24 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel, modeling_utils
-from transformers.core_model_loading import ConversionOps
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lorary.errors import Diagnostic, FileError
+from lorary.errors import Diagnostic, FileError, check_overridden
+from lorary.kernels.torch_internals import buffers_of, not_saved_buffers_of
 from lorary.layers.nf4 import NF4
+from lorary.layers.transformers_internals import (
+    OVERRIDDEN,
+    ConversionOps,
+    checkpoints_opened_with,
+    forget_quantizer,
+    loaded_dtype,
+    mark_initialized,
+    set_weight_conversions,
+    unmark_initialized,
+    weight_conversions,
+)
 from lorary.model.fingerprint import Fingerprint, Sample
 from lorary.model.loading.bitsandbytes_checkpoint import KEYS, base_of, compute_of, quantized_layer
 from lorary.model.quantize import quantizable_layers
@@ -32,9 +42,6 @@ from lorary.model.scan import scan
 from lorary.spec.interfaces import Storage
 
 QUANT_METHOD = "lorary"  # the quantiser's name in Transformers
-# Transformers' attribute for the mapping of the checkpoint's names to the model's, which it saves under again. There is
-# no public one; without it a model is saved under its own names, which Transformers reads as well.
-_CONVERSIONS = "_weight_conversions"
 _NO_READ_AHEAD = "HF_DEACTIVATE_ASYNC_LOAD"  # an environment variable of Transformers
 _loading = threading.Lock()
 
@@ -75,18 +82,12 @@ def _one_tensor_at_a_time() -> Iterator[None]:
     Otherwise Transformers' worker threads read ahead, and every page of a mapped file that has been read stays in the
     process until the file is closed.
     """
-    safe_open = modeling_utils.safe_open
-
-    def pread(*args: Any, **options: Any) -> Any:
-        return safe_open(*args, **(options | {"backend": "pread"}))
-
-    with _loading:
+    with _loading, checkpoints_opened_with(backend="pread"):
         before = os.environ.get(_NO_READ_AHEAD)
-        modeling_utils.safe_open, os.environ[_NO_READ_AHEAD] = pread, "1"
+        os.environ[_NO_READ_AHEAD] = "1"
         try:
             yield
         finally:
-            modeling_utils.safe_open = safe_open
             del os.environ[_NO_READ_AHEAD]
             if before is not None:
                 os.environ[_NO_READ_AHEAD] = before
@@ -105,6 +106,9 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method = QUANT_METHOD
         self.storage = NF4() if storage is None else storage
         self.layers = layers
+
+
+check_overridden(HfQuantizer, OVERRIDDEN, "transformers")
 
 
 @register_quantizer(QUANT_METHOD)
@@ -178,8 +182,8 @@ class LoraryQuantizer(HfQuantizer):  # type: ignore[misc]
             self._replace(model, path, quantized)
 
     def _replace(self, model: PreTrainedModel, path: str, layer: Any) -> None:
-        layer._is_hf_initialized = layer.weight._is_hf_initialized = True  # parents initialise weights of children too
-        layer._non_persistent_buffers_set.clear()  # for now: the loader replaces such buffers by empty ones
+        mark_initialized(layer)
+        not_saved_buffers_of(layer).clear()  # for now: the loader replaces such buffers by empty ones
         model.set_submodule(path, layer)
         self.replaced.append(layer)
 
@@ -187,25 +191,24 @@ class LoraryQuantizer(HfQuantizer):  # type: ignore[misc]
         for name in sorted(self.names - self.samples.keys()):  # split from a fused tensor
             self._quantize(model, name)
         for layer in self.replaced:
-            layer._non_persistent_buffers_set.update(layer._buffers)
-            del layer._is_hf_initialized
+            not_saved_buffers_of(layer).update(buffers_of(layer))
+            unmark_initialized(layer)
         self._remove_traces(model)
         if self.problems:
-            raise FileError(f"cannot load the weights of {model.config._name_or_path}:", self.problems)
+            raise FileError(f"cannot load the weights of {model.config.name_or_path}:", self.problems)
         (base_of(model.config) or Fingerprint.of(model, self.samples)).remember(model)
         return model
 
     def _remove_traces(self, model: PreTrainedModel) -> None:
         """Remove the quantiser from the model, whose quantised layers do not need it."""
-        conversions = getattr(model, _CONVERSIONS, None)
+        conversions = weight_conversions(model)
         self.remove_quantization_config(model)
         del model.is_quantized
         if conversions is not None:  # Transformers 5.24 has removed them with the configuration
-            kept = [conversion for conversion in conversions if not _deserializes(conversion)]
-            setattr(model, _CONVERSIONS, kept)
+            set_weight_conversions(model, [kept for kept in conversions if not _deserializes(kept)])
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
-                vars(module.config).pop("_is_quantized", None)
+                forget_quantizer(module.config)
 
     def is_serializable(self) -> bool:
         return False
@@ -247,17 +250,10 @@ class _DeserializeOp(ConversionOps):  # type: ignore[misc]
         tensors = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
         alone = tensors.get("weight") if len(tensors) == 1 else None
         if alone is not None and alone.dtype != torch.uint8:
-            return {"weight": alone.to(_dtype(model, full_layer_name))}
+            return {"weight": alone.to(loaded_dtype(model, full_layer_name))}
         self.hf_quantizer.deserialize(model, full_layer_name, tensors)
         missing_keys.discard(full_layer_name)
         return {}
-
-
-def _dtype(model: Any, name: str) -> torch.dtype:
-    """The precision in which the loader keeps a plain tensor."""
-    own: torch.dtype = model.get_parameter_or_buffer(name).dtype
-    plan: dict[str, torch.dtype] = model._get_dtype_plan(own)
-    return next((dtype for part, dtype in plan.items() if re.search(part.replace("*", ".*"), name)), own)
 
 
 def _deserializes(conversion: Any) -> bool:

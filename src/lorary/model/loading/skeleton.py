@@ -202,7 +202,7 @@ def _sizes(settings: Mapping[str, Any]) -> SimpleNamespace | None:
     windowed = settings.get("sliding_window", 4096 if family == "mistral" else None)
     if windowed and settings.get("use_sliding_window", family == "mistral"):
         return None
-    if settings.get("_attn_implementation") == "eager" or settings.get("pretraining_tp", 1) > 1:
+    if settings.get("attn_implementation") == "eager" or settings.get("pretraining_tp", 1) > 1:
         return None
     a = SimpleNamespace(**settings)
     try:

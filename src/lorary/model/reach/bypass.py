@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lorary.kernels.torch_internals import children_of
 from lorary.model.reach.source import Line, accesses
 
 
@@ -37,7 +38,7 @@ def bypasses(modules: Iterable[nn.Module]) -> dict[nn.Module, Bypass]:
     lines: dict[nn.Module, set[Line]] = {}
     called: set[nn.Module] = set()
     for module in modules:
-        if not module._modules:
+        if not children_of(module):
             continue
         found = accesses(type(module))  # type: ignore[arg-type]  # mypy takes the __hash__ of its instances
         called |= {child for path in found.calls if (child := _child(module, path)) is not None}
@@ -56,7 +57,7 @@ def _child(module: nn.Module, path: str) -> nn.Module | None:
     """The module at a path of attributes, or None: most paths are of methods and settings."""
     child: nn.Module | None = module
     for name in path.split("."):
-        child = None if child is None else child._modules.get(name)
+        child = None if child is None else children_of(child).get(name)
     return child
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorary.kernels.torch_internals import parameters_of, schema_of, storage_id
 from lorary.layers.rope import text_config
 from lorary.model.reach.inputs import Inputs, model_inputs
 from lorary.model.reach.source import Line
@@ -152,13 +153,15 @@ class Watch(MetaAnswers):
         self._holders: dict[int, set[nn.Module]] = {}  # storage -> every module that holds it
         watched = {twin.get_submodule(path): path for path in layers}
         for module, path in watched.items():
-            if (weight := module._parameters.get("weight")) is None:
+            if (weight := parameters_of(module).get("weight")) is None:
                 continue
-            self._paths.setdefault(_storage(weight), []).append(path)
+            self._paths.setdefault(storage_id(weight), []).append(path)
             if lines.get(path):
                 self._watch_attribute(module, path, frozenset(lines[path]))
         for module in twin.modules():
-            held = [key for p in module._parameters.values() if p is not None and (key := _storage(p)) in self._paths]
+            held = [
+                key for p in parameters_of(module).values() if p is not None and (key := storage_id(p)) in self._paths
+            ]
             for key in held:
                 self._holders.setdefault(key, set()).add(module)
             if held or module in watched:
@@ -188,7 +191,7 @@ class Watch(MetaAnswers):
             caller = sys._getframe(1)
             if (caller.f_code.co_filename, caller.f_lineno) in lines:
                 read.add(path)
-            return self._parameters["weight"]
+            return parameters_of(self)["weight"]
 
         cls = type(module)
         module.__class__ = type(cls.__name__, (cls,), {"weight": property(weight), "__module__": cls.__module__})
@@ -198,14 +201,14 @@ class Watch(MetaAnswers):
             for value in (*args, *kwargs.values()) if kwargs else args:
                 for tensor in value if isinstance(value, list | tuple) else (value,):
                     if isinstance(tensor, Tensor):
-                        self._see(func, _storage(tensor))
+                        self._see(func, storage_id(tensor))
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _see(self, func: Any, storage: int) -> None:
         if storage not in self._paths or any(self._running[module] for module in self._holders[storage]):
             return
-        returns_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        if not returns_view and not func._schema.name.endswith(_SHAPES_ONLY):
+        returns_view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema_of(func).returns)
+        if not returns_view and not schema_of(func).name.endswith(_SHAPES_ONLY):
             self.observed.read.update(self._paths[storage])
 
     def not_run(self, path: str) -> bool:
@@ -222,7 +225,3 @@ class Watch(MetaAnswers):
         seen = self.observed.ran | self.observed.read
         tied = {path for paths in self._paths.values() if not seen.isdisjoint(paths) for path in paths}
         return self.undecided() or not self.observed.complete or not (seen | tied).issuperset(self._layers)
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)

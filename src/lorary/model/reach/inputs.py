@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+
+from lorary.kernels.torch_internals import tree_map_only
 
 _BATCH, _LENGTH = 2, 8  # batch norm in training mode needs two rows
 

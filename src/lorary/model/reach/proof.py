@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorary.kernels.torch_internals import parameters_of
 from lorary.layers.module_kinds import module_positions
 from lorary.model.reach.bypass import Bypass
 from lorary.model.reach.dry_run import Observed, dry_run
@@ -105,7 +106,7 @@ def _structure(scan: Scan) -> Hashable:
             plain = _comparable({k: v for k, v in attributes.items() if k not in _INTERNALS})
         except TypeError:
             return None
-        shapes = tuple((k, None if p is None else (p.shape, p.dtype)) for k, p in m.module._parameters.items())
+        shapes = tuple((k, None if p is None else (p.shape, p.dtype)) for k, p in parameters_of(m.module).items())
         found.append((m.paths, m.tied_to, type(m.module), type(m.module).forward, plain, shapes))
     return tuple(found)
 

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from lorary.kernels.torch_internals import GROUPED_PRODUCT, HOOKS, READ_SCALAR, TorchDispatchMode
 from lorary.layers.kinds import KINDS, kind_of
 from lorary.layers.quantized_weight import is_quantized
+from lorary.layers.transformers_internals import attention_of, without_device_hooks
 
 _MOST_OPERATIONS = 300_000  # a loop that waits for a value never ends on the meta device
 _EMPTY_CELL = CellType()
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def twin_of(model: nn.Module) -> Any:
@@ -35,10 +35,10 @@ def twin_of(model: nn.Module) -> Any:
     with _WithoutValues():
         twin: Any = copy.deepcopy(model, memo)
     for module in twin.modules():
-        for name in _HOOKS:
-            getattr(module, name).clear()
-        if "_old_forward" in vars(module):  # accelerate's, which moves inputs between devices
-            module.forward = module._old_forward
+        for name in HOOKS:
+            if isinstance(hooks := getattr(module, name), dict):
+                hooks.clear()
+        without_device_hooks(module)
         if getattr(module, "gradient_checkpointing", False):
             module.gradient_checkpointing = False
         if is_quantized(module):
@@ -84,7 +84,7 @@ def _empty(tensor: Tensor) -> Tensor:
 def _without_kernels(twin: Any) -> None:
     """Attention in PyTorch's own operations."""
     config = getattr(twin, "config", None)
-    if getattr(config, "_attn_implementation", None) not in (None, "eager", "sdpa"):
+    if attention_of(config) not in (None, "eager", "sdpa"):
         twin.set_attn_implementation("sdpa")
 
 
@@ -129,7 +129,7 @@ class ScalarAnswers(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+        if func is READ_SCALAR and args[0].is_meta:
             return torch.full((), self.answer, dtype=args[0].dtype, device="cpu").item()
         return func(*args, **(kwargs or {}))
 
@@ -152,7 +152,7 @@ class MetaAnswers(ScalarAnswers):
         if isinstance(first, Tensor) and first.is_meta:
             if func is aten.nonzero.default:
                 return torch.empty(1, first.dim(), dtype=torch.long, device="meta")
-            if func is aten._grouped_mm.default:  # its check of dtypes is that of one kind of GPU
+            if func is GROUPED_PRODUCT:  # its check of dtypes is that of one kind of GPU
                 return first.new_empty(_grouped_shape(*args[:3]))
             if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
                 args = (first, [part for index in args[1] for part in _positions(index)], *args[2:])

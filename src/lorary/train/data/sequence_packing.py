@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lorary.errors import Diagnostic, TrainingError
+from lorary.layers.transformers_internals import attention_of
 
 
 @torch.no_grad()
@@ -37,7 +38,7 @@ def check_packing(model: Any, collate: Any) -> None:
     difference = float((together - alone).abs().max() / alone.abs().max())
     exact = model.dtype in (torch.float32, torch.float64)
     if not difference <= (1e-3 if exact else 5e-2):  # also refuses NaN
-        kernel = model.config._attn_implementation
+        kernel = attention_of(model.config)
         what = f"packed examples of {type(model).__name__} attend to each other ({kernel} attention)"
         fix = "set data.packing: false, or model.attn_implementation: flash_attention_2"
         raise TrainingError("this model cannot train on packed rows:", [Diagnostic("data.packing", what, fix)])

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils.memory import clear_device_cache
+from accelerate.utils import release_memory
 from transformers.trainer_utils import SaveStrategy
 
 from lorary.analysis.importance import drop_layers, layer_importance
@@ -36,6 +36,7 @@ from lorary.train.runner.prepare import RunPlan, with_plan
 from lorary.train.trainer import rng
 from lorary.train.trainer.distributed import on_main_process, refuse_sharding_shared_layers, this_process
 from lorary.train.trainer.progress import ProgressLines
+from lorary.train.trainer.trainer_internals import prepared_inputs
 
 _log = logging.getLogger("lorary.train")
 
@@ -79,7 +80,7 @@ def choose_layers(prepared: RunPlan, folder: RunFolder, *, resumed: bool, quiet:
         raise FileError("cannot resume this run:", [Diagnostic(str(path), what, _RESTORE)])
     else:
         importance, signal = _run_probe(prepared, drop, folder / SCRATCH, quiet=quiet)
-        clear_device_cache(garbage_collection=True)  # the run needs the memory, and a trainer is a reference cycle
+        release_memory()  # the run needs the memory, and a trainer is a reference cycle
         if importance is None:
             return prepared, signal
         new = drop_layers(plan, on_main_process(lambda: importance), drop.threshold)  # the same choice on every rank
@@ -204,4 +205,4 @@ def _batches(trainer: Any) -> Iterator[dict[str, Any]]:
         options["logits_to_keep"] = 1  # the logits are not used
     for start in range(trainer.args.process_index * size, len(rows), trainer.args.world_size * size):
         batch = trainer.data_collator([rows[i] for i in range(start, min(start + size, len(rows)))])
-        yield {k: v for k, v in trainer._prepare_inputs(batch).items() if k in accepted} | options
+        yield {k: v for k, v in prepared_inputs(trainer, batch).items() if k in accepted} | options

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset
-from trl import pack_dataset
 
 from lorary.adapters.adapter import Adapter
 from lorary.analysis.memory.memory import Memory
@@ -231,6 +229,9 @@ def _count_steps(config: Config, train: Tokens, processes: int) -> int:
     if t.max_steps is not None and config.task != "grpo":
         return t.max_steps
     if config.data.packing:  # TRL's own packing, on the lengths alone
+        from datasets import Dataset  # both take seconds to import
+        from trl import pack_dataset
+
         lengths = [{"input_ids": [0] * len(row["input_ids"])} for row in train.rows]
         rows = len(pack_dataset(Dataset.from_list(lengths), config.data.max_length, "bfd"))
     if config.task == "grpo":

@@ -34,6 +34,7 @@ from lorary.train.trainer.events import why_over
 from lorary.train.trainer.progress import ProgressLines
 from lorary.train.trainer.resume import read_adapter
 from lorary.train.trainer.step_memory import count_memory
+from lorary.train.trainer.trainer_internals import tokens_seen
 
 _log = logging.getLogger("lorary.train")
 
@@ -161,7 +162,7 @@ def _run(
         trainer.save_model(str(result.adapter))
     result = replace(result, step_memory=step_memory(prepared, counter) if first else None)
     if first:
-        _write_results(prepared, folder, result, trainer._total_train_tokens)
+        _write_results(prepared, folder, result, tokens_seen(trainer))
     if first and not result.interrupted:
         from lorary.train.runner.report import write_report  # matplotlib
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from lorary.errors import Diagnostic, LoraryError, TrainingError
+from lorary.train.trainer.trainer_internals import set_distributed_type
 
 T = TypeVar("T")
 
@@ -89,7 +90,7 @@ def enable_fsdp_on_cpus(state: Any, settings: dict[str, Any] | None) -> bool:
     if not wanted or state.distributed_type != DistributedType.MULTI_CPU:
         return False
     state.fsdp_plugin = FullyShardedDataParallelPlugin(**(settings or {}))
-    state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    set_distributed_type(state, DistributedType.FSDP)
     return True
 
 

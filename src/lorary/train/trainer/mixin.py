@@ -28,17 +28,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import SaveStrategy
 
 import lorary
 from lorary.adapters import save_adapter
 from lorary.errors import Diagnostic, TrainingError
+from lorary.layers.transformers_internals import is_optimizer_factory
 from lorary.model.labelled_head import LabelledHead
 from lorary.model.rank_pruning import resize_adapters
 from lorary.model.state import require_attached
 from lorary.train.data.sampler import SeededSampler, rows_in_batch
-from lorary.train.trainer import checkpoint, distributed, resume, rng, same_run
+from lorary.train.trainer import checkpoint, distributed, resume, rng, same_run, trainer_internals
 from lorary.train.trainer.events import Events, stopped_early, why_over
 from lorary.train.trainer.failure_messages import with_failure_help
 from lorary.train.trainer.nan_guard import NanGuard
@@ -91,6 +91,9 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
     statistics: tuple[str, ...] = ("entropy", "is_top1")
     compared_at_resume: Mapping[str, str] = {}
     scores_tokens = True  # whether the loss is computed from the log-probabilities of tokens
+
+    def __init_subclass__(cls) -> None:
+        trainer_internals.check_trainer(cls, AdapterTraining)
 
     def __init__(self, *, model: Any, args: Any, callbacks: list[Any] | None = None, **rest: Any) -> None:
         sites = require_attached(model, "train").sites
@@ -149,7 +152,7 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
             return result
         # Once per step, with the last micro-batch; scaled up where the trainer divides every loss by their number.
         penalty = torch.as_tensor(self.rules.penalty())
-        self._metrics["train"]["penalty"].append(float(penalty.detach()))
+        trainer_internals.log_metric(self, "penalty", float(penalty.detach()))
         penalty = penalty * (1 if self.loss_is_scaled_for_ga else self.current_gradient_accumulation_steps)
         gradient_only = penalty - penalty.detach()  # zero, so that the logged loss is the task's
         return (result[0] + gradient_only, result[1]) if return_outputs else result + gradient_only
@@ -217,7 +220,8 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
         accumulated, ranks = self.args.gradient_accumulation_steps, self.args.world_size
         steps = math.ceil(len(self.callback_handler.train_dataloader) / accumulated)
         epoch, step = divmod(self.state.global_step, steps)
-        batch, rank, size = step * accumulated + micro_batch, self.args.process_index, self._train_batch_size
+        batch, rank = step * accumulated + micro_batch, self.args.process_index
+        size = trainer_internals.train_batch_size(self)
         rows = rows_in_batch(self.sampler, size, epoch, batch, rank, ranks, self.args.dataloader_drop_last)
         return f"rows {', '.join(map(str, rows))} of the training data (the first is 0)"
 
@@ -262,7 +266,7 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log a line; the final mean loss is that of the whole run, resumed or not."""
         if "train_loss" in logs:
-            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+            logs["train_loss"] = trainer_internals.total_loss(self) / max(self.state.global_step, 1)
         if "loss" in logs:
             logs.update({name: value for name, value in self.rule_report().items() if isinstance(value, int | float)})
         super().log(logs, *args, **kwargs)
@@ -282,7 +286,7 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
             self.processing_class.save_pretrained(str(folder))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        path = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        path = Path(trainer_internals.output_folder(self, trial)) / f"checkpoint-{self.state.global_step}"
         if self.state.best_global_step:
             best = path.with_name(f"checkpoint-{self.state.best_global_step}")
             if best == path or best.is_dir():

@@ -27,6 +27,7 @@ from lorary.spec.placement import start_name
 from lorary.train.trainer import checkpoint, optimizer_state, rng, same_run
 from lorary.train.trainer.distributed import on_main_process
 from lorary.train.trainer.environment import environment
+from lorary.train.trainer.trainer_internals import log_state, restore_log_state
 
 _log = logging.getLogger("lorary.train")
 
@@ -162,10 +163,7 @@ def restore_best(trainer: Any, resumed: Path) -> None:
 
 def restore_log(trainer: Any, log: dict[str, Any]) -> None:
     """Restore the sums since the last line of the log, so that its next line is the same."""
-    trainer._tr_loss += log["loss"]
-    trainer._total_loss_scalar, trainer._globalstep_last_logged = log["total"], log["at"]
-    trainer._metrics["train"].update({k: list(v) for k, v in log["metrics"].items()})
-    trainer._total_train_tokens = log["tokens"]
+    restore_log_state(trainer, log)
 
 
 def unwrapped_optimizer(trainer: Any) -> Any:
@@ -186,13 +184,7 @@ def _training_state(trainer: Any, model: nn.Module) -> dict[str, Any]:
         "rules": {k: full_cpu_copy(t) for k, t in trainer.rules.state_dict().items()},
         "data": same_run.data_order(trainer),
         "environment": environment(),
-        "log": {
-            "loss": float(trainer._tr_loss),
-            "total": trainer._total_loss_scalar,
-            "at": trainer._globalstep_last_logged,
-            "metrics": {k: [float(v) for v in values] for k, values in trainer._metrics["train"].items()},
-            "tokens": trainer._total_train_tokens,
-        },
+        "log": log_state(trainer),
     }
 
 

@@ -14,6 +14,7 @@ import trl
 from torch import Tensor
 
 from lorary.train.trainer.mixin import AdapterTraining
+from lorary.train.trainer.trainer_internals import leave_labels_unshifted
 
 
 class SFTTrainer(AdapterTraining, trl.SFTTrainer):  # type: ignore[misc]  # TRL has no types
@@ -30,7 +31,8 @@ class SFTTrainer(AdapterTraining, trl.SFTTrainer):  # type: ignore[misc]  # TRL 
         super().__init__(args=args, **arguments)
         args.label_smoothing_factor = self.head.smoothing = smoothing
         # The labelled head shifts and counts the labels, not the model's `forward`.
-        self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
+        self.model_accepts_loss_kwargs = True
+        leave_labels_unshifted(self)
         self._held_out: list[Tensor] = []
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
