@@ -32,8 +32,8 @@ _MOST_SETTINGS = 5  # differences shown
 # settings and the shapes say the rest); `tie_word_embeddings`, since the weights show whether they differ.
 _IRRELEVANT = re.compile(
     r"_.*|architectures|auto_map|model_type|name_or_path|transformers_version|(torch_)?dtype|quantization_config"
-    r"|lorary_base|output_.*|return_dict|use_(return_dict|cache|bfloat16|.*kernels?)|torchscript|.*_implementation"
-    r"|cache_.*|chunk_size_feed_forward|gradient_checkpointing|pretraining_tp|.*loss.*|.*_coef|.*_noise"
+    r"|lorary_base|output_(attentions|hidden_states|router_logits)|return_dict|use_(return_dict|cache|bfloat16|.*kernels?)"
+    r"|torchscript|.*_implementation|cache_.*|chunk_size_feed_forward|gradient_checkpointing|pretraining_tp|.*loss.*|.*_coef|.*_noise"
     r"|.*drop.*|init_.*|.*initiali[sz].*|tie_.*|max_position_embeddings"
     r"|.*_token_ids?|id2label|label2id|num_labels|problem_type|task_specific_params|finetuning_task|tokenizer_class|prefix"
 )
