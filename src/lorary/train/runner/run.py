@@ -67,6 +67,8 @@ def run(
     transformers.logging.set_verbosity_error()
     prepared = prepare(config, processes=this_process().num_processes)
     folder, resume = RunFolder(prepared.config.output), resume or extend
+    if extend and not overwrite:
+        on_main_process(lambda: check_longer(prepared.config, prepared.steps))
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         # TRL uses a name that Transformers deprecates
@@ -96,8 +98,6 @@ def _run(
     skipped: tuple[str, ...] = ()
     if resume:
         resumed, skipped = on_main_process(lambda: checkpoint.newest(folder / CHECKPOINTS))
-        if extend:
-            check_longer(prepared.config, prepared.steps, resumed)
         if resumed is None:
             skipped += ("no complete checkpoint to resume from: training starts from the beginning",)
     if first:
@@ -113,7 +113,7 @@ def _run(
     bar, recorder = ProgressLines(), Recorder(folder)
     callbacks = [recorder, EvaluateAtEnd(), *([] if quiet else [bar]), *callbacks]
     trainer = build_trainer(prepared, model, folder / CHECKPOINTS, resumed=resumed is not None, callbacks=callbacks)
-    recorder.rule_report = trainer.rule_report
+    recorder.rule_report, trainer.extended = trainer.rule_report, extend
     start = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)

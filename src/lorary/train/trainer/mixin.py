@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_optimizer import is_optimizer_factory
 
 import lorary
@@ -77,6 +77,7 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
         batch: the shape of the latest micro-batch, and whether it was for training.
         predicted: the predicted memory of the run, for messages.
         fingerprint: of the base.
+        extended: whether a resumed run goes on beyond its end: the patience of early stopping then starts again.
 
     Raises:
         StateError: no adapter is attached.
@@ -102,6 +103,7 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
         self.sampler: SeededSampler | None = None
         self.batch: tuple[tuple[int, ...], bool] | None = None
         self.predicted: Memory | None = None
+        self.extended = False
         self._resumed: dict[str, Any] = {}
         self.optimizer: Any
         before = model.__dict__.get("forward")
@@ -275,6 +277,12 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
         """(epochs done, micro-batches done in the next one); of a finished run all epochs, or it would go on."""
         epochs_done, batches_done = super()._init_training_state(max_steps, steps_per_epoch, epochs, *args)
         return (epochs, 0) if self.state.global_step >= max_steps else (epochs_done, batches_done)
+
+    def _load_callback_state(self) -> None:
+        super()._load_callback_state()
+        for callback in self.callback_handler.callbacks:
+            if self.extended and isinstance(callback, EarlyStoppingCallback):
+                callback.early_stopping_patience_counter = 0
 
     def _load_optimizer_and_scheduler(self, path: str | None) -> None:
         if path is not None:
