@@ -21,6 +21,7 @@ from lorary.model.ambient import mode_independent
 
 STATE = "_lorary"  # the attribute of a model for its AttachedState, which holds its base's fingerprint
 _PLAIN = "_lorary_base"  # the attribute of a quantised model for the fingerprint from before
+_SAMPLES_BEFORE = "_lorary_samples"  # the attribute of a model quantised while it was read, for its samples from before
 _FOREIGN = "unpacked:"  # prefix of the weights' digest if another library quantised some of them
 _SAMPLES = 64  # numbers read from each parameter
 
@@ -123,9 +124,16 @@ class Fingerprint:
         """With `frozen` for an adapter that trains these parameters in full; `model` is the base, not yet changed."""
         return replace(self, frozen=frozen_weights(model, full)) if full else self
 
-    def remember(self, model: nn.Module) -> None:
-        """Make this the model's fingerprint from now on, however its weights are quantised."""
+    def remember(self, model: nn.Module, known: Mapping[str, Sample] | None = None) -> None:
+        """Make this the model's fingerprint from now on, however its weights are quantised.
+
+        Args:
+            model: the model.
+            known: samples of its parameters from before they were quantised, for `frozen`.
+        """
         object.__setattr__(model, _PLAIN, self)
+        if known is not None:
+            object.__setattr__(model, _SAMPLES_BEFORE, dict(known))
 
     @staticmethod
     def rename(model: nn.Module, name: str) -> None:
@@ -158,8 +166,10 @@ class Fingerprint:
 def frozen_weights(model: nn.Module, full: Collection[str]) -> str:
     """`Fingerprint.frozen` of a base for these parameters; empty if it has no values or is quantised."""
     samples, foreign = _plain_samples(model)
-    values = [sample.values for name, sample in sorted(samples.items()) if name not in full]
-    if foreign or hasattr(model, _PLAIN) or None in values:
+    quantized = hasattr(model, _PLAIN)
+    known: Mapping[str, Sample] = getattr(model, _SAMPLES_BEFORE, {}) if quantized else {}
+    values = [(known.get(name) or sample).values for name, sample in sorted(samples.items()) if name not in full]
+    if foreign or (quantized and not known) or None in values:
         return ""
     return hashlib.sha256(b"".join(filter(None, values))).hexdigest()
 
