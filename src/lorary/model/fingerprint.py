@@ -25,6 +25,7 @@ from lorary.model.buffers import persistent_buffers
 
 STATE = "_lorary"  # the attribute of a model for its AttachedState, which holds its base's fingerprint
 _PLAIN = "_lorary_base"  # the attribute of a quantised model for the fingerprint from before
+_SAMPLES_BEFORE = "_lorary_samples"  # the attribute of a model quantised while it was read, for its samples from before
 _FOREIGN = "unpacked:"  # prefix of the weights' digest if another library quantised some of them
 _SAMPLES = 64  # numbers read from each parameter
 _OPTIONAL = {"frozen", "buffers", "settings"}  # fields that a record may lack: unknown, and not compared
@@ -151,9 +152,16 @@ class Fingerprint:
         trained = persistent_buffers(unwrapped_modules(model)).keys() & set(full)
         return replace(self, frozen=frozen_weights(model, full), buffers="" if trained else self.buffers)
 
-    def remember(self, model: nn.Module) -> None:
-        """Make this the model's fingerprint from now on, however its weights are quantised."""
+    def remember(self, model: nn.Module, known: Mapping[str, Sample] | None = None) -> None:
+        """Make this the model's fingerprint from now on, however its weights are quantised.
+
+        Args:
+            model: the model.
+            known: samples of its parameters from before they were quantised, for `frozen`.
+        """
         object.__setattr__(model, _PLAIN, self)
+        if known is not None:
+            object.__setattr__(model, _SAMPLES_BEFORE, dict(known))
 
     @staticmethod
     def forget(model: nn.Module) -> None:
@@ -211,8 +219,10 @@ def _buffers_digest(model: nn.Module) -> str:
 def frozen_weights(model: nn.Module, full: Collection[str]) -> str:
     """`Fingerprint.frozen` of a base for these parameters; empty if it has no values or is quantised."""
     samples, foreign = _plain_samples(model)
-    values = [sample.values for name, sample in sorted(samples.items()) if name not in full]
-    if foreign or hasattr(model, _PLAIN) or None in values:
+    quantized = hasattr(model, _PLAIN)
+    known: Mapping[str, Sample] = getattr(model, _SAMPLES_BEFORE, {}) if quantized else {}
+    values = [(known.get(name) or sample).values for name, sample in sorted(samples.items()) if name not in full]
+    if foreign or (quantized and not known) or None in values:
         return ""
     return hashlib.sha256(b"".join(filter(None, values))).hexdigest()
 
