@@ -80,7 +80,7 @@ def _dry_run(config: Config) -> None:
 
     prepared = prepare(config, processes=int(os.environ.get("WORLD_SIZE", "1")))
 
-    print(prepared.config.to_yaml())
+    print(prepared.config.folded_yaml())
     print(prepared.plan)
     print()
     print(prepared.memory)

@@ -254,6 +254,18 @@ class Config(Section):
         head = "".join(f"# {note}\n" for note in self.notes)
         return head + dump(self.model_dump(mode="json"))
 
+    def folded_yaml(self) -> str:
+        """The same YAML without the keys that have their default values, and the number of these in a last line."""
+        every, others = self.model_dump(mode="json"), self.model_dump(mode="json", exclude_defaults=True)
+        head = "".join(f"# {note}\n" for note in self.notes)
+        folded = _keys(every) - _keys(others)
+        return f"{head}{dump(others)}# and {folded} keys with their defaults: lorary init - has all\n"
+
+
+def _keys(tree: dict[str, Any]) -> int:
+    """The number of keys that hold a value, at any depth."""
+    return sum(_keys(value) if isinstance(value, dict) else 1 for value in tree.values())
+
 
 def _with_defaults(section: AnySection, defaults: dict[str, Any]) -> AnySection:
     """The section with its empty fields filled in."""
