@@ -164,6 +164,13 @@ class Fingerprint:
             object.__setattr__(model, _SAMPLES_BEFORE, dict(known))
 
     @staticmethod
+    def rename(model: nn.Module, name: str) -> None:
+        """Change the name of a Transformers model, which is otherwise the folder it was loaded from."""
+        model.config._name_or_path = name  # type: ignore[union-attr]
+        if isinstance(remembered := getattr(model, _PLAIN, None), Fingerprint):
+            replace(remembered, name=base_name(name)).remember(model)
+
+    @staticmethod
     def forget(model: nn.Module) -> None:
         """Undo `remember`: the model's fingerprint is that of its present weights again."""
         vars(model).pop(_PLAIN, None)
