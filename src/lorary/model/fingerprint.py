@@ -25,7 +25,7 @@ from lorary.model.buffers import persistent_buffers
 
 STATE = "_lorary"  # the attribute of a model for its AttachedState, which holds its base's fingerprint
 _PLAIN = "_lorary_base"  # the attribute of a quantised model for the fingerprint from before
-_SAMPLES_BEFORE = "_lorary_samples"  # the attribute of a model quantised while it was read, for its samples from before
+_SAMPLES_BEFORE = "_lorary_samples"  # likewise, for the samples of the plain model
 _FOREIGN = "unpacked:"  # prefix of the weights' digest if another library quantised some of them
 _SAMPLES = 64  # numbers read from each parameter
 _OPTIONAL = {"frozen", "buffers", "settings"}  # fields that a record may lack: unknown, and not compared
@@ -157,23 +157,23 @@ class Fingerprint:
 
         Args:
             model: the model.
-            known: samples of its parameters from before they were quantised, for `frozen`.
+            known: samples of its parameters in the plain model, for `frozen`; None: the model is still plain.
         """
         object.__setattr__(model, _PLAIN, self)
-        if known is not None:
-            object.__setattr__(model, _SAMPLES_BEFORE, dict(known))
+        object.__setattr__(model, _SAMPLES_BEFORE, dict(_plain_samples(model)[0] if known is None else known))
 
     @staticmethod
     def rename(model: nn.Module, name: str) -> None:
         """Change the name of a Transformers model, which is otherwise the folder it was loaded from."""
         model.config._name_or_path = name  # type: ignore[union-attr]
         if isinstance(remembered := getattr(model, _PLAIN, None), Fingerprint):
-            replace(remembered, name=base_name(name)).remember(model)
+            object.__setattr__(model, _PLAIN, replace(remembered, name=base_name(name)))
 
     @staticmethod
     def forget(model: nn.Module) -> None:
         """Undo `remember`: the model's fingerprint is that of its present weights again."""
         vars(model).pop(_PLAIN, None)
+        vars(model).pop(_SAMPLES_BEFORE, None)
 
     def disagreements(self, other: Fingerprint) -> list[Diagnostic]:
         """How another base differs from this one; fields that are empty in either are not compared."""

@@ -197,7 +197,7 @@ class LoraryQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.problems:
             raise FileError(f"cannot load the weights of {model.config.name_or_path}:", self.problems)
         base = base_of(model.config)
-        (base or Fingerprint.of(model, self.samples)).remember(model, None if base else self.samples)
+        (base or Fingerprint.of(model, self.samples)).remember(model, {} if base else self.samples)
         return model
 
     def _remove_traces(self, model: PreTrainedModel) -> None:
