@@ -18,6 +18,7 @@ from lorary.train.data.sampler import SeededSampler
 from lorary.train.trainer.dpo import Reference
 from lorary.train.trainer.mixin import AdapterTraining
 from lorary.train.trainer.reward_function import Reward
+from lorary.train.trainer.trainer_internals import drop_metric, set_tokens_seen
 
 
 class GRPOTrainer(AdapterTraining, trl.GRPOTrainer):  # type: ignore[misc]  # TRL has no types
@@ -61,8 +62,8 @@ class GRPOTrainer(AdapterTraining, trl.GRPOTrainer):  # type: ignore[misc]  # TR
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log a line, without the seconds of a step, which no two runs share."""
-        self._metrics["train"].pop("step_time", None)
-        self._total_train_tokens = int(self.state.num_input_tokens_seen)
+        drop_metric(self, "step_time")
+        set_tokens_seen(self, int(self.state.num_input_tokens_seen))
         super().log(logs, *args, **kwargs)
 
 
