@@ -169,7 +169,7 @@ def test_written_weights_are_in_the_folder(base: Base, tmp_path: Path) -> None:
 @pytest.mark.parametrize("model", [None, LLAMA], ids=["alone", "with the model"])
 def test_written_weights_have_no_words_in_peft(model: Base | None, tmp_path: Path) -> None:
     adapter = lorary.Adapter.of(written())
-    what = "is an adapted weight that trained too, and PEFT never saves the weights that it adapts"
+    what = "is an adapted weight that the adapter holds too, and PEFT never saves the weights that it adapts"
     assert refused(adapter, tmp_path / "a", model.model() if model else None) == "\n".join(
         f"  - model.layers.{i}.self_attn.q_proj.weight: {what}\n      hint: merge the adapter, and save the model"
         for i in (0, 1)

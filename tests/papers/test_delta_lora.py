@@ -327,7 +327,7 @@ def refusal(*names: str, **options: Any) -> list[str]:
 
 @pytest.mark.parametrize("mode", ["closed", "paper"])
 def test_refusals(mode: str) -> None:
-    gradient = "Delta-LoRA uses the gradient of B A as that of W, which it is not"
+    gradient = "Delta-LoRA takes the gradient of B A for that of W, and they differ"
     assert refusal("delta-lora", mode=mode, dropout=0.1) == [f"{gradient} with dropout: set dropout=0"]
     assert refusal("delta-lora", "dora", mode=mode) == [f"{gradient} under MagnitudeDirection"]
     mode_text = "is 'loop'; it takes closed or paper"

@@ -62,9 +62,7 @@ def everything_trains(delta: str) -> str:
 
 
 def at_the_weight(init: str, delta: str) -> str:
-    return told(
-        INVALID, f"init: {init} sets the factors to a decomposition of W; those of {delta} cannot take any value"
-    )
+    return told(INVALID, f"init: {init} sets B and A to a decomposition of W, which the factors of {delta} cannot hold")
 
 
 def two(axis: str, one: str, other: str) -> str:
@@ -81,10 +79,10 @@ PAIRS: dict[tuple[str, str], str] = {
         "      hint: set the learning rate itself, without a multiplier",
     ),
     ("pissa", "melora"): told(
-        INVALID, "init: SVDInit sets the factors to a decomposition of W; those of BlockDiagonal cannot take any value"
+        INVALID, "init: SVDInit sets B and A to a decomposition of W, which the factors of BlockDiagonal cannot hold"
     ),
     ("olora", "melora"): told(
-        INVALID, "init: QRInit sets the factors to a decomposition of W; those of BlockDiagonal cannot take any value"
+        INVALID, "init: QRInit sets B and A to a decomposition of W, which the factors of BlockDiagonal cannot hold"
     ),
     # VeRA excludes whatever trains, starts or scales A and B
     ("rslora", "vera"): told(INVALID, two("scale", RSLORA, "vera sets ConstantScale")),
@@ -158,7 +156,7 @@ PAIRS: dict[tuple[str, str], str] = {
     # Delta-LoRA follows B A, and O-LoRA adds B A to those of earlier tasks
     ("dora", "delta-lora"): told(
         INVALID,
-        "rules: Delta-LoRA uses the gradient of B A as that of W, which it is not under MagnitudeDirection",
+        "rules: Delta-LoRA takes the gradient of B A for that of W, and they differ under MagnitudeDirection",
     ),
     ("glora", "delta-lora"): told(INVALID, two("delta", TERMS, PROPAGATED)),
     ("pissa", "delta-lora"): at_the_weight("SVDInit", "DeltaLoRADelta"),
@@ -170,7 +168,9 @@ PAIRS: dict[tuple[str, str], str] = {
     ("lora-fa", "o-lora"): told(
         INVALID, "rules: the penalty is on A, which is frozen; hard=True lets A start in the complement instead"
     ),
-    ("dora", "o-lora"): told(INVALID, "rules: the tasks of O-LoRA add up, and MagnitudeDirection is not a sum"),
+    ("dora", "o-lora"): told(
+        INVALID, "rules: O-LoRA adds up the updates of its tasks, and MagnitudeDirection is not additive"
+    ),
     ("glora", "o-lora"): told(INVALID, two("delta", TERMS, TASKS)),
     ("pissa", "o-lora"): at_the_weight("SVDInit", "SequentialLoRA"),
     ("olora", "o-lora"): at_the_weight("QRInit", "SequentialLoRA"),
@@ -512,7 +512,7 @@ SAID: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
         told(
             INVALID,
             "init: SVDInit fills {A, B}; ParallelLowRank has {A, B, gamma}",
-            "init: SVDInit sets the factors to a decomposition of W; those of ParallelLowRank cannot take any value",
+            "init: SVDInit sets B and A to a decomposition of W, which the factors of ParallelLowRank cannot hold",
         ),
     ),
     (

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import warnings
+from collections.abc import MutableMapping
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.save_load import load_adapter, save_adapter
+from lorary.adapters.peft.types import peft_type_of
+from lorary.adapters.save_load import ADAPTER_FILES, load_adapter, save_adapter
 from lorary.errors import Diagnostic, FileError
 from lorary.files.findings import AdapterWarning
 from lorary.layers.adapted import adapted_layers
 from lorary.layers.dtensor import copy_into
 from lorary.model.ambient import mode_independent
 from lorary.model.fingerprint import Fingerprint
+from lorary.model.in_transformers import DEFAULT
 from lorary.model.optim.watch import warn_of_idle_rules
 from lorary.model.rank_pruning import resize_adapters
 from lorary.model.residual_base import load_start
@@ -25,6 +29,8 @@ from lorary.model.state import base_parameter, require_attached
 @mode_independent
 def save_attached(model: nn.Module, folder: str | os.PathLike[str], *, write: bool = True) -> None:
     """Write the adapter attached to a model where a trainer looks for it: as `lorary.save`, with PEFT's file name.
+
+    Other files and folders there stay. A killed process may leave a folder that its reader refuses as incomplete.
 
     Args:
         model: with a method attached.
@@ -37,8 +43,16 @@ def save_attached(model: nn.Module, folder: str | os.PathLike[str], *, write: bo
     """
     adapter = Adapter.of(model)
     warn_of_idle_rules(model)
-    if write:
-        save_adapter(adapter, folder, model=model, for_trainer=True)
+    if not write:
+        return
+    # file by file: a trainer's folder holds its checkpoints, too, and sentence-transformers' its other modules
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".lorary-", dir=folder) as temporary:
+        save_adapter(adapter, inside := Path(temporary, "adapter"), model=model, for_trainer=True)
+        for name in ADAPTER_FILES:
+            Path(folder, name).unlink(missing_ok=True)
+        for file in sorted(inside.iterdir(), key=lambda file: file.name == ADAPTER_FILES[0]):  # `lorary.json` last
+            file.replace(Path(folder, file.name))
 
 
 @mode_independent
@@ -84,3 +98,34 @@ def load_into(model: nn.Module, adapter: Adapter) -> None:
         load_start(model, layer, adapter.tensors[name])
     for name, tensor in adapter.full.items():
         copy_into(base_parameter(model, name), tensor)
+
+
+def rename_peft_tensors(model: nn.Module, state_dict: MutableMapping[str, Tensor], prefix: str) -> None:
+    """Give the tensors of the same model with the same adapter, but in PEFT's layers, the names of lorary's.
+
+    sentence-transformers reads a checkpoint so: it makes a second model with PEFT, and loads its state dict into the
+    first one. Of other methods than LoRA, Transformers' reader loses tensors (DoRA's magnitudes): these names stay as
+    they are, and PyTorch refuses them.
+
+    Args:
+        model: with a method attached.
+        state_dict: changed in place.
+        prefix: of the model's names in it.
+    """
+    state = require_attached(model, "load")
+    peft_type = peft_type_of(state.sites)
+    if peft_type is None or any(set(adapted.stored) != {"A", "B"} for adapted in state.sites):
+        return
+    keys = {key.removeprefix(prefix).replace(f".{DEFAULT}", ""): key for key in state_dict if key.startswith(prefix)}
+    for adapted in state.sites:
+        names = [name for name, _ in peft_type.layout(adapted).values()]
+        found = {name: next((k for k in (name, f"{name}.weight") if k in keys), name) for name in names}
+        if not keys.keys() >= set(found.values()):
+            continue
+        own = {name: state_dict.pop(keys[key]) for name, key in found.items()}
+        site = adapted.site.name
+        for role, tensor in peft_type.decode(adapted, own).items():
+            state_dict[f"{prefix}{site}.params.{role}"] = tensor
+        for last in ("weight", "bias"):
+            if (key := f"{prefix}{site}.base_layer.{last}") in state_dict:
+                state_dict[f"{prefix}{site}.base.{last}"] = state_dict.pop(key)

@@ -108,7 +108,7 @@ def load_adapter(folder: str | os.PathLike[str], *, model: nn.Module | None = No
     checked_path(folder, "cannot load an adapter:")
     if problems := not_a(nn.Module | None, "a torch.nn.Module", model=model):
         raise FileError(f"cannot load {subject(folder)}", problems)
-    path = existing_folder(local_folder(folder))
+    path = existing_folder(folder if os.path.lexists(folder) else local_folder(folder))
     findings = Findings(subject(folder), strict)
     try:
         if os.path.lexists(path / native.NAME):

@@ -116,7 +116,7 @@ def _curve(axes: Axes, i: int, points: Points, label: str, marker: bool = True, 
     if size > 1 and label:
         label = f"{label} (means of {size})"
     thinned = [_mean(points[k : k + size]) for k in range(0, len(points), size)]
-    look = line(i, marker) | ({"alpha": 0.35, "linewidth": 0.9} if faint else {})
+    look = line(i, marker) | ({"alpha": 0.5, "linewidth": 0.9} if faint else {})
     axes.plot(*zip(*thinned, strict=True), label=label or "_", **look)
 
 

@@ -14,7 +14,7 @@ from lorary.cli._generation import Printer, Sampling, chat_ids, room
 from lorary.cli._generation_batches import end_tokens, generate_rows
 from lorary.errors import LoraryError, did_you_mean
 from lorary.layers.rope import max_context, text_config
-from lorary.train.data._messages import Messages
+from lorary.train.data.row_formats import Messages
 
 OFF = "off"
 HELP = """/adapter         the adapters, and the one in use

@@ -85,7 +85,7 @@ class DeltaLoRADelta(PairsOfFactors, Delta):
 def _common_problems(method: Any) -> list[str]:
     where = ["with dropout: set dropout=0"] if method.dropout else []
     where += [] if isinstance(method.join, Add) else [f"under {type(method.join).__name__}"]
-    problems = [f"Delta-LoRA uses the gradient of B A as that of W, which it is not {text}" for text in where]
+    problems = [f"Delta-LoRA takes the gradient of B A for that of W, and they differ {text}" for text in where]
     if sum(isinstance(rule, DeltaLoRARule | DeltaLoRAPaperRule) for rule in method.rules) > 1:
         problems.append("the weight can follow the product once only")
     return problems

@@ -126,7 +126,7 @@ class OrthogonalToPast(Rule):
     def problems(self, method: Any) -> list[str]:
         found = []
         if not isinstance(method.join, Add):
-            found.append(f"the tasks of O-LoRA add up, and {type(method.join).__name__} is not a sum")
+            found.append(f"O-LoRA adds up the updates of its tasks, and {type(method.join).__name__} is not additive")
         if "A" not in method.trained and not self.hard:
             found.append("the penalty is on A, which is frozen; hard=True lets A start in the complement instead")
         return found

@@ -21,15 +21,26 @@ from lorary.layers.kinds import KINDS, kind_of, was_transposed
 from lorary.layers.quantized_weight import is_foreign
 from lorary.layers.wrappers import original_class, unwrapped
 from lorary.model.ambient import mode_independent
-from lorary.model.base_settings import are_settings, function_settings
 from lorary.model.buffers import persistent_buffers
 
 STATE = "_lorary"  # the attribute of a model for its AttachedState, which holds its base's fingerprint
 _PLAIN = "_lorary_base"  # the attribute of a quantised model for the fingerprint from before
+_SAMPLES_BEFORE = "_lorary_samples"  # likewise, for the samples of the plain model
 _FOREIGN = "unpacked:"  # prefix of the weights' digest if another library quantised some of them
 _SAMPLES = 64  # numbers read from each parameter
 _OPTIONAL = {"frozen", "buffers", "settings"}  # fields that a record may lack: unknown, and not compared
 _MOST_SETTINGS = 5  # differences shown
+# What cannot change an output for given weights: names and file formats; outputs, caches and losses; training and
+# initialisation; token ids, which change with the tokenizer; `max_position_embeddings`, a limit for callers (RoPE's own
+# settings and the shapes say the rest); `tie_word_embeddings`, since the weights show whether they differ.
+_IRRELEVANT = re.compile(
+    r"_.*|architectures|auto_map|model_type|name_or_path|transformers_version|(torch_)?dtype|quantization_config"
+    r"|lorary_base|output_(attentions|hidden_states|router_logits)|return_dict|use_(return_dict|cache|bfloat16|.*kernels?)"
+    r"|torchscript|.*_implementation|cache_.*|chunk_size_feed_forward|gradient_checkpointing|pretraining_tp|.*loss.*|.*_coef|.*_noise"
+    r"|.*drop.*|init_.*|.*initiali[sz].*|tie_.*|max_position_embeddings"
+    r"|.*_token_ids?|id2label|label2id|num_labels|problem_type|task_specific_params|finetuning_task|tokenizer_class|prefix"
+)
+_SCALARS = (str, int, float, bool, type(None))
 
 
 class Sample(NamedTuple):
@@ -117,7 +128,7 @@ class Fingerprint:
             "" if empty else (_FOREIGN if foreign else "") + weights.hexdigest(),
             base_name(str(getattr(config, "name_or_path", "") or "")),
             buffers=_buffers_digest(model),
-            settings=function_settings(model),
+            settings=_function_settings(model),
         )
 
     @staticmethod
@@ -127,7 +138,7 @@ class Fingerprint:
         if not isinstance(found, dict) or set(found) | _OPTIONAL != known:
             return None
         texts = all(isinstance(value, str) for name, value in found.items() if name != "settings")
-        return Fingerprint(**found) if texts and are_settings(found.get("settings", {})) else None
+        return Fingerprint(**found) if texts and _are_settings(found.get("settings", {})) else None
 
     def record(self) -> dict[str, Any]:
         """The fields as files hold them."""
@@ -141,14 +152,28 @@ class Fingerprint:
         trained = persistent_buffers(unwrapped_modules(model)).keys() & set(full)
         return replace(self, frozen=frozen_weights(model, full), buffers="" if trained else self.buffers)
 
-    def remember(self, model: nn.Module) -> None:
-        """Make this the model's fingerprint from now on, however its weights are quantised."""
+    def remember(self, model: nn.Module, known: Mapping[str, Sample] | None = None) -> None:
+        """Make this the model's fingerprint from now on, however its weights are quantised.
+
+        Args:
+            model: the model.
+            known: samples of its parameters in the plain model, for `frozen`; None: the model is still plain.
+        """
         object.__setattr__(model, _PLAIN, self)
+        object.__setattr__(model, _SAMPLES_BEFORE, dict(_plain_samples(model)[0] if known is None else known))
+
+    @staticmethod
+    def rename(model: nn.Module, name: str) -> None:
+        """Change the name of a Transformers model, which is otherwise the folder it was loaded from."""
+        model.config._name_or_path = name  # type: ignore[union-attr]
+        if isinstance(remembered := getattr(model, _PLAIN, None), Fingerprint):
+            object.__setattr__(model, _PLAIN, replace(remembered, name=base_name(name)))
 
     @staticmethod
     def forget(model: nn.Module) -> None:
         """Undo `remember`: the model's fingerprint is that of its present weights again."""
         vars(model).pop(_PLAIN, None)
+        vars(model).pop(_SAMPLES_BEFORE, None)
 
     def disagreements(self, other: Fingerprint) -> list[Diagnostic]:
         """How another base differs from this one; fields that are empty in either are not compared."""
@@ -201,8 +226,10 @@ def _buffers_digest(model: nn.Module) -> str:
 def frozen_weights(model: nn.Module, full: Collection[str]) -> str:
     """`Fingerprint.frozen` of a base for these parameters; empty if it has no values or is quantised."""
     samples, foreign = _plain_samples(model)
-    values = [sample.values for name, sample in sorted(samples.items()) if name not in full]
-    if foreign or hasattr(model, _PLAIN) or None in values:
+    quantized = hasattr(model, _PLAIN)
+    known: Mapping[str, Sample] = getattr(model, _SAMPLES_BEFORE, {}) if quantized else {}
+    values = [(known.get(name) or sample).values for name, sample in sorted(samples.items()) if name not in full]
+    if foreign or (quantized and not known) or None in values:
         return ""
     return hashlib.sha256(b"".join(filter(None, values))).hexdigest()
 
@@ -239,3 +266,40 @@ def base_name(path: str) -> str:
 def _short(text: str) -> str:
     text = text.removeprefix(_FOREIGN)
     return text[:12] if len(text) == 64 else text
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def _function_settings(model: object) -> dict[str, Any]:
+    """Dotted name -> value of the settings that a Transformers model's function depends on; empty for other models.
+
+    Two models of one class with the same weights may still be different functions. All settings are taken except those
+    known to be irrelevant, so one that only a later architecture has needs no change here.
+    """
+    config = getattr(model, "config", None)
+    if not any(cls.__module__.startswith("transformers.") for cls in type(config).__mro__):
+        return {}
+    return dict(sorted(_flat(config.to_dict(), "").items()))  # type: ignore[union-attr]
+
+
+def _are_settings(found: object) -> bool:
+    """Whether a value from a file is what `_function_settings` returns."""
+    return isinstance(found, dict) and all(isinstance(k, str) and _is_plain(v) for k, v in found.items())
+
+
+def _flat(settings: Mapping[Any, Any], place: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if not isinstance(key, str) or _IRRELEVANT.fullmatch(key):
+            continue
+        value = list(value) if isinstance(value, tuple) else value
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{place}{key}.")
+        elif _is_plain(value):
+            found[f"{place}{key}"] = value
+    return found
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, _SCALARS) or (isinstance(value, list) and all(isinstance(v, _SCALARS) for v in value))

@@ -111,6 +111,12 @@ class InTransformers(nn.Module):
         self._one_adapter(adapter_name)
         _adapters("restore_attached")(self, folder)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """PyTorch's, also for the state dict of this model with PEFT's layers: sentence-transformers resumes so."""
+        if any(".base_layer." in key for key in state_dict):
+            _adapters("rename_peft_tensors")(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     @classmethod
     def from_pretrained(cls, *args: Any, **options: Any) -> Any:
         """A plain model, as of the plain class."""

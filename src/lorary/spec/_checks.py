@@ -95,7 +95,7 @@ def _init_problems(method: Any, delta: Delta, init: Init) -> Iterator[Diagnostic
         roles = braces(delta.roles - delta.fixed_roles)
         yield Diagnostic("init", f"{_name(init)} fills {braces(init.fills)}; {name} has {roles}")
     if init.residual_init and not delta.arbitrary_factors:
-        what = f"{_name(init)} sets the factors to a decomposition of W; those of {name} cannot take any value"
+        what = f"{_name(init)} sets B and A to a decomposition of W, which the factors of {name} cannot hold"
         yield Diagnostic("init", what)
     if init.residual_init and method.dropout:
         what = f"{_name(init)} moves part of W into B A, and dropout would drop that part of W"

@@ -304,6 +304,14 @@ bad("a compressed file of an unknown kind", {"rows.xml.gz": b"x"}, """\
 cannot read rows.xml.gz:
   - unknown file type `.xml.gz`
       hint: known: .csv, .json, .jsonl, .md, .parquet, .tsv, .txt, and these as .gz, .bz2, .zst""", train="rows.xml.gz")
+bad("a file without a type", {"rows": b"x"}, """\
+cannot read rows:
+  - its name does not end in a file type
+      hint: known: .csv, .json, .jsonl, .md, .parquet, .tsv, .txt, and these as .gz, .bz2, .zst""", train="rows")
+bad("line ends of old Macs", {"rows.csv": b"text\rone\rtwo\r"}, """\
+1 of 1 rows of rows.csv cannot be used:
+  - rows.csv:1: a carriage return ends a line
+      hint: save it with \\n line ends""", train="rows.csv")
 bad("a document in Latin-1", {"rows.txt": "a\nb\xe9".encode("latin-1")}, """\
 cannot read rows.txt:
   - rows.txt:2: byte 0xe9 is not UTF-8

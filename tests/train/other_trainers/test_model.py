@@ -282,3 +282,22 @@ def test_the_warning_class_can_be_an_error(tmp_path: Path) -> None:
     with pytest.raises(MethodWarning, match="ratios"):  # warnings are errors in these tests
         optimizer.step()
     assert all(torch.equal(t, before[name]) for name, t in values(made).items())  # told before the step
+
+
+def test_a_state_dict_of_peft_layers_is_read_as_sentence_transformers_does(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    made, other = (
+        adapted(targets="attention-qv", model=AutoModelForCausalLM.from_pretrained(tmp_path / "base")) for _ in range(2)
+    )
+    torch.manual_seed(1)
+    for tensor in made.parameters():
+        if tensor.requires_grad:
+            nn.init.normal_(tensor, std=0.1)
+    made.save_pretrained(tmp_path / "adapter")
+    with_peft = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert not same(made, other)
+    nn.ModuleList([other]).load_state_dict(nn.ModuleList([with_peft]).state_dict())
+    assert same(made, other)
+    dora = model("dora")  # whose magnitudes Transformers' reader loses
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*base_layer"):
+        dora.load_state_dict(with_peft.state_dict())

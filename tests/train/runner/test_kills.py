@@ -92,18 +92,28 @@ def _kill(tree: dict[str, Any], path: Path, seconds: float) -> str:
     return "after the last step" if early or record["global_step"] >= record["max_steps"] else "between checkpoints"
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base, on which this process has run once, so that no child repeats the imports."""
+    folder = base_folder(tmp_path_factory.mktemp("models") / "small")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder.parent)
+        _train(changed(configuration(folder, Path("data.jsonl")), "training", max_steps=1))
+    return folder
+
+
 @pytest.mark.slow
+@pytest.mark.xdist_group("kills")
 @pytest.mark.skipif(sys.platform != "linux", reason="the time of another process is read from Linux's clocks")
 @pytest.mark.parametrize("name", RUNS)
 def test_killed_at_any_instant_and_resumed_it_is_the_same_run(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    name: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     monkeypatch.chdir(tmp_path)
     kills, chance = -(-request.config.getoption("--kills") // len(RUNS)), random.Random(name)
     found, compared = Counter[str](), 0
-    tree = changed(configuration(base_folder(tmp_path / "small"), Path("data.jsonl")), "training", **RUNS[name])
+    tree = changed(configuration(base, Path("data.jsonl")), "training", **RUNS[name])
     tree["method"] = {"name": "lora", "r": 4, "dropout": 0.2}
-    _train(tree | {"output": "first"})  # here, so that its imports are not repeated in every child
     start = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     _finish(tree | {"output": "whole"})
     length, path = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - start, Path("again")

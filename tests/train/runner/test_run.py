@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -25,7 +26,7 @@ import lorary
 from lorary.cli import app
 from lorary.errors import ConfigError, DataError, StateError, TrainingError
 from lorary.train import Run, run
-from lorary.train.config.load import from_dict
+from lorary.train.config.load import from_dict, load
 from lorary.train.runner.folder import RunFolder
 from lorary.train.trainer.progress import ProgressLines
 from tests.train.resume.processes import child
@@ -325,6 +326,11 @@ def test_a_dry_run_shows_everything_and_writes_nothing(words: dict[str, Any]) ->
     assert shown.exit_code == 0, shown.output
     for part in ("  lr: 0.001", "layers.{0-1}.self_attn.q_proj x2", "activations", "steps     10", "[[", "labelled"):
         assert part in shown.stdout
+    assert "trust_remote_code" not in shown.stdout  # a default, as most keys are
+    assert re.search(r"^# \d\d other keys keep their defaults \(--all\)$", shown.stdout, re.MULTILINE)
+    every = CliRunner().invoke(app(), ["train", "my.yaml", "--dry-run", "--all", *sets]).stdout
+    again = from_dict(yaml.safe_load(every.partition("\n\n")[0]))
+    assert again == load("my.yaml", [sets[1], sets[3]]).resolve()
     assert sorted(str(p) for p in Path().rglob("*")) == before
 
 

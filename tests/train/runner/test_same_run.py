@@ -312,7 +312,7 @@ def test_resumed_into_a_fresh_model_it_is_not_wrapped_twice(tmp_path: Path) -> N
     assert trained(again.model) == trained(whole.model)
     assert [n for n, _ in again.model.named_modules()] == [n for n, _ in whole.model.named_modules()]
     assert contents(tmp_path / "again/checkpoint-8") == contents(tmp_path / "whole/checkpoint-8")
-    with pytest.raises(LoraryError, match="the checkpoint holds another adapter:\n.*'A': .4, 64., .*'A': .8, 64."):
+    with pytest.raises(LoraryError, match=r"the checkpoint holds another adapter:\n.*'A': .4, 64., .*'A': .8, 64."):
         sft(tmp_path / "again", adapted(r=8), **settings).train(resume_from_checkpoint=True)
 
 

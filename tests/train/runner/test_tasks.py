@@ -106,6 +106,21 @@ def test_the_new_head_is_drawn_from_the_seed(tmp_path: Path) -> None:
     assert not torch.equal(heads[0], heads[2])
 
 
+@pytest.mark.parametrize("method", [{"name": "qlora", "r": 2}, {"r": 2, "drop": {"threshold": 0.5, "sample": 0.5}}])
+def test_an_adapter_fits_its_base_with_another_new_head(method: dict[str, Any], tmp_path: Path) -> None:
+    """Also of a base that was quantised while it was read, and after LoRA-drop's probe."""
+    base = saved(tmp_path, "RobertaForMaskedLM")
+    done = train(settings(tmp_path, "classification", base, LABELLED, max_steps=2, lr=1e-2) | {"method": method})
+    torch.manual_seed(99)
+    fresh = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+    lorary.load(fresh, done.adapter)
+    other = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+    with torch.no_grad():
+        other.roberta.embeddings.LayerNorm.weight.mul_(2.0)
+    with pytest.raises(LoraryError, match="other weights"):
+        lorary.load(other, done.adapter)
+
+
 def test_a_reward_rises(tmp_path: Path) -> None:
     config = config_of("grpo", tmp_path)
     config["training"] |= {

@@ -119,8 +119,8 @@ def modules_and_biases(adapter: Adapter, model: nn.Module | None) -> tuple[list[
     """`modules_to_save` and `bias` for an adapter's base parameters, and why PEFT cannot save them."""
     sites = {adapted.site.name for adapted in adapter.sites}
     written = [name for name in sorted(adapter.full) if name.removesuffix(".weight") in sites]
-    if written:  # Delta-LoRA's
-        what = "is an adapted weight that trained too, and PEFT never saves the weights that it adapts"
+    if written:  # Delta-LoRA's, and those of a new head
+        what = "is an adapted weight that the adapter holds too, and PEFT never saves the weights that it adapts"
         return [], "none", [Diagnostic(name, what, "merge the adapter, and save the model") for name in written]
     biases = {name for name in adapter.full if name.rpartition(".")[2] == "bias"}
     others = sorted(set(adapter.full) - biases)

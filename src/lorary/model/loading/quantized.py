@@ -196,7 +196,8 @@ class LoraryQuantizer(HfQuantizer):  # type: ignore[misc]
         self._remove_traces(model)
         if self.problems:
             raise FileError(f"cannot load the weights of {model.config.name_or_path}:", self.problems)
-        (base_of(model.config) or Fingerprint.of(model, self.samples)).remember(model)
+        base = base_of(model.config)
+        (base or Fingerprint.of(model, self.samples)).remember(model, {} if base else self.samples)
         return model
 
     def _remove_traces(self, model: PreTrainedModel) -> None:

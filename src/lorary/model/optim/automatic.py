@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,17 @@ from lorary.kernels.torch_internals import engine_queue
 from lorary.layers.adapted import adapted_layers
 from lorary.layers.wrappers import is_sharded_model
 
-if TYPE_CHECKING:
-    from lorary.model.optim.rules import Rules
+
+class Called(Protocol):
+    """What is called: `lorary.Rules`."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer | None
+    states: list[dict[str, Tensor]]
+
+    def penalty(self) -> Tensor | float: ...
+    def after_backward(self) -> None: ...
+    def after_step(self) -> None: ...
 
 
 class AutomaticRules:
@@ -38,7 +47,7 @@ class AutomaticRules:
         StateError: FSDP has sharded the model: its hooks do not see whole gradients.
     """
 
-    def __init__(self, rules: Rules) -> None:
+    def __init__(self, rules: Called) -> None:
         if is_sharded_model(rules.model):
             what = "is sharded by FSDP, where hooks do not see whole gradients"
             problem = Diagnostic("model", what, "call the rules in the loop yourself, or use `lorary train`")

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from lorary.errors import ConfigError, Diagnostic
+from lorary.model.ambient import mode_independent
 from lorary.model.optim.param_groups import param_groups
 
 
+@mode_independent
 def optimizer(
     model: nn.Module,
     lr: float,

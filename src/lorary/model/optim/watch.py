@@ -44,7 +44,8 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     if optimizer in _CHECKED:
         return
     _CHECKED.add(optimizer)
-    rates = {id(p): group.get("initial_lr", group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+    groups = [(group.get("initial_lr", group.get("lr")), group["params"]) for group in optimizer.param_groups]
+    rates = {id(p): rate for rate, parameters in groups for p in parameters}  # None: the optimizer has no such thing
     for model in list(_WATCHED):
         state, layers = state_of(model), adapted_layers(model)
         if state is None or not any(id(p) in rates for layer in layers.values() for p in layer.params.values()):
@@ -58,10 +59,14 @@ def _warn(text: str) -> None:
     warnings.warn(text, MethodWarning, stacklevel=caller_stacklevel())
 
 
-def _lost_rates(layers: dict[str, Adapted], rates: dict[int, float]) -> str | None:
+def _lost_rates(layers: dict[str, Adapted], rates: dict[int, Any]) -> str | None:
     """Why the learning rates of a layer's tensors do not have the ratio that its method demands."""
     for name, layer in layers.items():
-        here = {role: float(rates[id(p)]) for role, p in layer.params.items() if id(p) in rates and p.requires_grad}
+        here = {
+            role: float(rates[id(p)])
+            for role, p in layer.params.items()
+            if rates.get(id(p)) is not None and p.requires_grad
+        }
         units = {role: rate / layer.method.rate(role) for role, rate in here.items()}
         if not layer.method.rates or len(units) < 2 or max(units.values()) <= min(units.values()) * (1 + 1e-6):
             continue
@@ -96,7 +101,7 @@ def warn_of_idle_rules(model: nn.Module) -> None:
         return
     state.rules_ran = True
     _warn(
-        f"the adapter was trained without its method's rules ({', '.join(rules)}), and is that of another method; pass "
-        "callbacks=[lorary.TrainerCallback(model)] to the trainer, or call lorary.rules(model, steps, optimizer, "
+        f"the adapter was trained without its method's rules ({', '.join(rules)}), so it is not what the method makes: "
+        "pass callbacks=[lorary.TrainerCallback(model)] to the trainer, or call lorary.rules(model, steps, optimizer, "
         "automatic=True) in your own loop"
     )

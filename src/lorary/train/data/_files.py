@@ -49,7 +49,8 @@ def iterate(path: Path, bad: BadRows, wanted: frozenset[str] | None) -> Iterator
     if reader is None and suffix(path) != ".parquet":
         known = ", ".join(sorted([*READERS, ".parquet"]))
         name = "".join(path.suffixes[-2:]) if path.suffix.lower() in COMPRESSED else path.suffix
-        raise unreadable(path, f"unknown file type `{name}`", f"known: {known}, and these as {', '.join(COMPRESSED)}")
+        what = f"unknown file type `{name}`" if name else "its name does not end in a file type"
+        raise unreadable(path, what, f"known: {known}, and these as {', '.join(COMPRESSED)}")
     if not path.is_file():
         raise unreadable(path, "it is not a regular file")
     try:
@@ -126,7 +127,11 @@ def _table(name: str, rows: Any, bad: BadRows) -> Iterator[Record]:
             elif header is not None and row:
                 yield Record(dict(zip(header, row, strict=True)), where)
     except csv.Error as error:
-        bad.add(f"{name}:{line}", f"not CSV: {error}")
+        alone = "new-line character" in str(error)  # Python's hint is for programmers
+        what, fix = (
+            ("a carriage return ends a line", "save it with \\n line ends") if alone else (f"not CSV: {error}", "")
+        )
+        bad.add(f"{name}:{line}", what, fix)
 
 
 def _check_header(name: str, where: str, header: list[str]) -> None:

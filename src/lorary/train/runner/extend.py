@@ -6,26 +6,27 @@ from pathlib import Path
 
 from lorary.errors import ConfigError, Diagnostic
 from lorary.train.config.config import Config
-from lorary.train.trainer.checkpoint import step_of
+from lorary.train.trainer.checkpoint import newest, step_of
 
+CHECKPOINTS = "checkpoints"
 LENGTH = frozenset({"training.epochs", "training.max_steps"})  # what the configuration of an extended run may change
 
 
-def check_longer(config: Config, steps: int, last: Path | None) -> None:
-    """Refuse to extend a run that has no checkpoint, or that would not become longer.
+def check_longer(config: Config, steps: int) -> None:
+    """Refuse to extend a run that has no checkpoint, or that would not become longer; nothing is written.
 
     Args:
         config: the resolved configuration.
         steps: the optimizer steps that it asks for in all.
-        last: the run's last checkpoint.
 
     Raises:
         ConfigError: with the length to ask for.
     """
     headline, t = "cannot extend this run:", config.training
+    last, _ = newest(Path(config.output) / CHECKPOINTS)
     if last is None:
-        fix = "train it first, without --extend"
-        raise ConfigError(headline, [Diagnostic(config.output, "holds no complete checkpoint", fix)])
+        what, fix = "holds no run with a complete checkpoint", "train it first, without --extend"
+        raise ConfigError(headline, [Diagnostic(f"output: {config.output}", what, fix)])
     if steps > (done := step_of(last)):
         return
     key, value = ("epochs", t.epochs) if t.max_steps is None else ("max_steps", t.max_steps)

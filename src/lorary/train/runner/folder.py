@@ -37,13 +37,14 @@ from lorary.files.atomic import atomic_file, remove, remove_stale
 from lorary.files.strict_json import finite
 from lorary.train.config.config import Config
 from lorary.train.config.load import MARK, RESOLVED
+from lorary.train.runner.extend import CHECKPOINTS as CHECKPOINTS
 from lorary.train.runner.extend import LENGTH
 from lorary.train.runner.run_record import RunRecord
 from lorary.train.trainer.checkpoint import list_checkpoints
 
 CONFIG, ENVIRONMENT, SAMPLE = RESOLVED, "env.json", "sample.txt"
 METRICS, EVENTS, PLOTS = "metrics.jsonl", "events.log", "plots"
-CHECKPOINTS, ADAPTER, CARD, LOCK = "checkpoints", "adapter", "README.md", ".lock"
+ADAPTER, CARD, LOCK = "adapter", "README.md", ".lock"
 HELD = ".lock.held"
 SEARCHED, IMPORTANCE, REPORT = "searched", "importance.json", "report.html"
 TRACKERS = ("tensorboard", "runs", "wandb", "trackio")  # folders that loggers may create
@@ -168,9 +169,6 @@ class RunFolder:
         if names and not resume and not overwrite:
             fix = "pass --resume to continue it, --overwrite to remove it, or name another folder"
             raise ConfigError(headline, [Diagnostic("output", f"is not empty: it holds {', '.join(names[:5])}", fix)])
-        if extend and CONFIG not in names:
-            problem = Diagnostic("output", "holds no run to extend", "train it first, without --extend")
-            raise ConfigError("cannot extend this run:", [problem])
         if resume and CONFIG in names:
             changed = _differences(self._saved_config(headline), config, LENGTH if extend else frozenset())
             if changed:

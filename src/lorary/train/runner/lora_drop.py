@@ -125,7 +125,7 @@ def sample_rows(tokens: Tokens, share: float, seed: int) -> list[int]:
         share: of the rows, at least one.
         seed: of the draw.
     """
-    lengths = [sum(map(len, row.values())) for row in tokens.rows]
+    lengths = [sum(len(value) for value in row.values() if isinstance(value, list)) for row in tokens.rows]
     ordered = sorted(lengths)
     bounds = [ordered[len(ordered) * i // LENGTHS] for i in range(1, LENGTHS)]
     strata: dict[tuple[str, int], list[int]] = {}

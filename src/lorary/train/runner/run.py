@@ -74,6 +74,8 @@ def run(
         if finished is not None:
             return finished
     resume = resume or extend
+    if extend and not overwrite:
+        on_main_process(lambda: check_longer(prepared.config, prepared.steps))
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         # TRL uses a name that Transformers deprecates
@@ -119,8 +121,6 @@ def _run(
     skipped: tuple[str, ...] = ()
     if resume:
         resumed, skipped = on_main_process(lambda: checkpoint.newest(folder / CHECKPOINTS))
-        if extend:
-            check_longer(prepared.config, prepared.steps, resumed)
         if resumed is None:
             skipped += ("no complete checkpoint to resume from: training starts from the beginning",)
     if first and resumed is None:
@@ -138,7 +138,7 @@ def _run(
         recorder.start = lambda: _write_start(prepared, folder, resumed, skipped)
     callbacks = [recorder, EvaluateAtEnd(), *([] if quiet else [bar]), *callbacks]
     trainer = build_trainer(prepared, model, folder / CHECKPOINTS, resumed=resumed is not None, callbacks=callbacks)
-    recorder.rule_report = trainer.rule_report
+    recorder.rule_report, trainer.extended = trainer.rule_report, extend
     start = time.monotonic()
     counter = count_memory(trainer, prepared.config.task)
     try:

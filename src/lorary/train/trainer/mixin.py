@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import EarlyStoppingCallback
 from transformers.trainer_utils import SaveStrategy
 
 import lorary
@@ -82,6 +83,7 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
         compared_at_resume: further facts of the run, in words, that its checkpoint must share.
         fingerprint: of the base.
         optimizer_options: further arguments of the optimizer's class.
+        extended: whether a resumed run goes on beyond its end: the patience of early stopping then starts again.
 
     Raises:
         StateError: no adapter is attached.
@@ -116,6 +118,7 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
         self.predicted: Memory | None = None
         self.stream_digest = ""
         self.optimizer_options: dict[str, Any] = {}
+        self.extended = False
         self._resumed: dict[str, Any] = {}
         self.optimizer: Any
         before = model.__dict__.get("forward")
@@ -304,6 +307,12 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
         if args[0] is not None:
             resume.restore_best(self, Path(args[0]))
         return (epochs, 0) if why_over(self) else (epochs_done, batches_done)
+
+    def _load_callback_state(self) -> None:
+        super()._load_callback_state()
+        for callback in self.callback_handler.callbacks:
+            if self.extended and isinstance(callback, EarlyStoppingCallback):
+                callback.early_stopping_patience_counter = 0
 
     def _load_optimizer_and_scheduler(self, path: str | None) -> None:
         if path is not None:
