@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.generation import BaseStreamer
+from transformers import TextStreamer
 
 from lorary.cli import printable
 from lorary.errors import ConfigError, DataError, Diagnostic
@@ -43,10 +43,10 @@ class Sampling:
         return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
 
 
-class Printer(BaseStreamer):  # type: ignore[misc]  # Transformers has no types
+class Printer(TextStreamer):  # type: ignore[misc]  # Transformers has no types
     """Prints a continuation as it is generated.
 
-    Transformers' own `TextStreamer` decodes line by line, where tokenizers lose the space before a line's first word;
+    Its base class decodes line by line, where tokenizers lose the space before a line's first word;
     here each piece is decoded with the one before it.
 
     Attributes:
@@ -54,7 +54,7 @@ class Printer(BaseStreamer):  # type: ignore[misc]  # Transformers has no types
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+        super().__init__(tokenizer)
         self.ids: list[int] = []
         self._prompt = True
         self._before = self._shown = 0  # where the previous piece began, and where it ended

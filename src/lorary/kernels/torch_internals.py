@@ -139,6 +139,19 @@ def replaced_operations(namespace: str) -> AbstractContextManager[torch.library.
     return _scoped_library(namespace, "IMPL")
 
 
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def engine_queue() -> Callable[[Callable[[], None]], None] | None:
+    """The function of PyTorch's engine that queues a call for the end of a backward pass; None if it has gone."""
+    return getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "queue_callback", None)
+
+
+def set_next_rates(scheduler: torch.optim.lr_scheduler.LRScheduler, rates: list[float]) -> None:
+    """Set the learning rates that a schedule gives as its last ones."""
+    scheduler._last_lr = list(rates)
+
+
 # --- the compiler, which is not needed ------------------------------------------------------------------------------
 
 

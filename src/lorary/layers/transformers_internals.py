@@ -26,6 +26,7 @@ UNDOCUMENTED = {
     "get_model_conversion_mapping": "transformers.conversion_mapping",
     "is_optimizer_factory": "transformers.trainer_optimizer",
     "modeling_auto": "transformers.models.auto",
+    "render_jinja_template": "transformers.utils.chat_template_utils",
     "sdpa_attention_forward": "transformers.integrations.sdpa_attention",
     "sdpa_mask": "transformers.masking_utils",
     "should_convert_module": "transformers.quantizers.quantizers_utils",

@@ -111,7 +111,7 @@ def test_of_several_micro_batches_the_last_one_counts() -> None:
 def test_without_pytorchs_private_name_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = model("adalora"), model("adalora")
     by_hooks(first)
-    monkeypatch.setattr(automatic, "_engine_queue", lambda: None)
+    monkeypatch.setattr(automatic, "engine_queue", lambda: None)
     by_hooks(second)
     assert apart(first, second) < 1e-7
 

@@ -52,6 +52,22 @@ def going_on(words: dict[str, Any], adapter: Path | str, **more: Any) -> dict[st
     return found | {"model": {"id": words["model"], "adapter": str(adapter)}} | more
 
 
+def compared(words: dict[str, Any], task: str) -> dict[str, Any]:
+    """A run of a task whose loss contains a reference."""
+    if task == "dpo":
+        return preferences(words)
+    rows = [{"prompt": f"hello {i}", "completion": [" world", " two"][i % 2], "label": i % 2 == 0} for i in range(10)]
+    Path("compared.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = words | {"task": task, "data": {"train": "compared.jsonl", "max_length": 64, "validation_split": 0.4}}
+    if task == "kto":
+        return changed(words, "training", batch_size=2)
+    prompts = [{"prompt": row["prompt"]} for row in rows]
+    Path("compared.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    Path("rewards.py").write_text("def length(completions):\n    return [float(len(text)) for text in completions]\n")
+    options = {"reward": "rewards.py:length", "num_generations": 2, "max_completion_length": 4, "batch_size": 2}
+    return changed(words, "training", grpo_beta=0.5, eval_batch_size=2, **options)
+
+
 def preferences(words: dict[str, Any]) -> dict[str, Any]:
     rows = [{"prompt": f"hello {i}", "chosen": " world", "rejected": f" two {i}"} for i in range(10)]
     Path(PAIRS).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -125,26 +141,31 @@ def test_a_peft_adapter_goes_on(words: dict[str, Any], first: Path) -> None:
     assert equal(load_adapter("out/adapter"), load_adapter("own/adapter"))
 
 
-def test_the_reference_of_dpo_is_the_starting_adapter_or_the_base(words: dict[str, Any], first: Path) -> None:
-    words = preferences(going_on(words, first))
+# the loss of a policy that equals its reference: log 2; KTO's 1 - sigmoid(0)
+AT_REFERENCE = {"dpo": 0.6931472, "kto": 0.5}
+
+
+@pytest.mark.parametrize("task", ["dpo", "kto", "grpo"])
+def test_the_reference_is_the_starting_adapter_or_the_base(words: dict[str, Any], first: Path, task: str) -> None:
+    words = compared(going_on(words, first), task)
     losses = {}
     for reference in ("start", "base"):
-        prepared = prepare(from_dict(changed(words, "training", dpo_reference=reference)))
+        prepared = prepare(from_dict(changed(words, "training", reference=reference)))
         model = build_model(prepared)
         trainer = build_trainer(prepared, model, Path(reference), resumed=True, callbacks=[])
         x = torch.arange(12)[None]
         with torch.no_grad():
             policy = model(x).logits
-            with trainer.reference_state(model):
-                theirs = model(x).logits
+            theirs = trainer.ref_model(input_ids=x).logits
             assert torch.equal(model(x).logits, policy)
         plain = load_model(prepared.config.model)
         expected = plain if reference == "base" else lorary.load(plain, first / "adapter")
         assert torch.equal(theirs, expected(x).logits)
         losses[reference] = trainer.evaluate()["eval_loss"]
-    assert losses["start"] == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=1e-6)
-    assert abs(losses["base"] - losses["start"]) > 1e-6
-    assert prepare(from_dict(words)).config.training.dpo_reference == "start"
+    if task in AT_REFERENCE:
+        assert losses["start"] == pytest.approx(AT_REFERENCE[task], abs=1e-6)
+        assert abs(losses["base"] - losses["start"]) > 1e-6
+    assert prepare(from_dict(words)).config.training.reference == "start"
 
 
 def test_the_reference_stays_the_start_while_training_and_after_a_resume(words: dict[str, Any], first: Path) -> None:
@@ -201,7 +222,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"method": {"options": {"ratio": 2}}}, "`method.options`: says nothing without `method.name`"),
     ({"method": {"drop": {"threshold": 0.5}}}, "`method.drop`: probes for layers"),
     ({"output": "."}, "output"),
-    ({"training": {"dpo_reference": "start"}}, "`training.dpo_reference`: has no effect when task is `sft`"),
+    ({"training": {"reference": "start"}}, "`training.reference`: has no effect when task is `sft`"),
 ]
 
 
@@ -243,13 +264,43 @@ def test_another_rank_is_said_by_the_method_section(words: dict[str, Any], first
     assert equal(load_adapter("out/adapter"), load_adapter("again/adapter"))
 
 
+@pytest.mark.parametrize("task", ["classification", "reward"])
+def test_an_adapter_without_the_new_head_is_refused(words: dict[str, Any], first: Path, task: str) -> None:
+    words = preferences(going_on(words, first)) | {"task": task}
+    if task == "classification":
+        rows = [{"text": f"hello {i}", "label": i % 2} for i in range(10)]
+        Path(PAIRS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(LoraryError) as caught:
+        prepare(from_dict(words))
+    assert str(caught.value) == (
+        "the configuration contradicts the adapter that it goes on from:\n"
+        f"  - model.adapter: task `{task}` draws score.weight at random, and the adapter does not hold it: "
+        "it would not train\n"
+        "      hint: merge the adapter first, and name the merged model as model.id"
+    )
+
+
+def test_a_choice_of_the_reference_without_effect_is_refused(words: dict[str, Any], first: Path) -> None:
+    for task, values, sentence in (
+        ("grpo", {"grpo_beta": 0.0}, "has no effect while `training.grpo_beta` is 0: GRPO then has no reference"),
+        ("classification", {}, "has no effect when task is `classification`\n      hint: remove it, or set task: dpo or"),
+        ("reward", {}, "remove it, or set task: dpo or kto or grpo"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            from_dict(changed(going_on(words, first), "training", reference="base", **values) | {"task": task})
+        assert sentence in str(caught.value)
+    for task in ("dpo", "kto"):
+        assert from_dict(words | {"task": task, "training": {}}).resolve().training.reference is None
+    assert "reference" not in from_dict(compared(words, "grpo")).resolve().training.model_fields_set
+
+
 def test_no_adapter_there_is_said(words: dict[str, Any], first: Path) -> None:
     for folder, sentence in (("nowhere", "nowhere"), (str(first / "plots"), "neither lorary.json nor")):
         with pytest.raises(FileError) as caught:
             prepare(from_dict(going_on(words, folder)))
         assert sentence in str(caught.value)
     with pytest.raises(ConfigError, match=r"has no effect without `model\.adapter`"):
-        from_dict(changed(words, "training", dpo_reference="base") | {"task": "dpo"})
+        from_dict(changed(words, "training", reference="base") | {"task": "dpo"})
 
 
 def test_an_output_that_contains_the_adapter_is_refused(words: dict[str, Any], first: Path) -> None:

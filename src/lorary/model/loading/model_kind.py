@@ -81,7 +81,7 @@ def with_padding(config: Any, token: int | None = None) -> Any:
 
 def table(task: str) -> dict[str, Any]:
     """model_type -> class of Transformers' table for a task."""
-    from transformers.models.auto import modeling_auto
+    from lorary.layers.transformers_internals import modeling_auto
 
     return dict(getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES"))
 
@@ -93,6 +93,6 @@ def classes(task: str) -> set[str]:
 
 
 def _known_types() -> set[str]:
-    from transformers.models.auto import modeling_auto
+    from lorary.layers.transformers_internals import modeling_auto
 
     return set(modeling_auto.CONFIG_MAPPING_NAMES)

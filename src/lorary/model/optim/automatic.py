@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lorary.errors import Diagnostic, StateError
+from lorary.kernels.torch_internals import engine_queue
 from lorary.layers.adapted import adapted_layers
 from lorary.layers.wrappers import is_sharded_model
 
@@ -56,9 +57,9 @@ class AutomaticRules:
         self._before: list[dict[str, Tensor]] | None = None
         self._gradients: dict[int, Tensor] = {}  # before the rules changed them
         self._waiting = False
-        self._parameters = _trained(rules.model)
-        hooks = [p.register_hook(partial(self._with_penalty, p)) for p in self._parameters]
-        hooks += [p.register_post_accumulate_grad_hook(self._accumulated) for p in self._parameters]
+        self._trained = _trained(rules.model)
+        hooks = [p.register_hook(partial(self._with_penalty, p)) for p in self._trained]
+        hooks += [p.register_post_accumulate_grad_hook(self._accumulated) for p in self._trained]
         assert rules.optimizer is not None
         self._handles = [*hooks, rules.optimizer.register_step_post_hook(self._stepped)]
 
@@ -82,8 +83,8 @@ class AutomaticRules:
             penalty = self.rules.penalty()
         if not isinstance(penalty, Tensor) or not penalty.requires_grad:
             return {}
-        gradients = torch.autograd.grad(penalty, self._parameters, allow_unused=True)
-        return {id(p): g for p, g in zip(self._parameters, gradients, strict=True) if g is not None}
+        gradients = torch.autograd.grad(penalty, self._trained, allow_unused=True)
+        return {id(p): g for p, g in zip(self._trained, gradients, strict=True) if g is not None}
 
     def _accumulated(self, _: Tensor) -> None:
         if not self._waiting:
@@ -99,11 +100,11 @@ class AutomaticRules:
     def _complete(self) -> None:
         """The end of a backward pass."""
         self._waiting = False
-        for p in self._parameters:  # those that this batch did not use, such as an idle expert's
+        for p in self._trained:  # those that this batch did not use, such as an idle expert's
             self._restore_gradient(p)
             if self._penalty and (own := self._penalty.pop(id(p), None)) is not None:
                 p.grad = own.contiguous() if p.grad is None else p.grad + own
-        self._gradients = {id(p): p.grad.clone() for p in self._parameters if p.grad is not None}
+        self._gradients = {id(p): p.grad.clone() for p in self._trained if p.grad is not None}
         if self._before is None:
             self._before = _copied(self.rules.states)
         else:
@@ -123,16 +124,11 @@ def call_after_backward(function: Callable[[], None]) -> None:
     pass, so that what is queued at its end comes later. Without that name the function is called at once, after every
     parameter: slower, and the same in one process, since the last call counts.
     """
-    queue = _engine_queue()
+    queue = engine_queue()
     if queue is None:
         function()
     else:
         queue(lambda: queue(function))
-
-
-def _engine_queue() -> Any:
-    """The function of PyTorch's engine that queues a call for the end of a backward pass."""
-    return getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "queue_callback", None)
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:

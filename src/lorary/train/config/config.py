@@ -45,7 +45,7 @@ from lorary.train.config._sections import AlsoSection, ModelSection, build_metho
 from lorary.train.config.drop import DropSection
 from lorary.train.config.previous_tasks import load_previous_tasks
 from lorary.train.config.sources import RowFormatName, Sources
-from lorary.train.config.tasks import TASK_DEFAULTS, TASK_LR
+from lorary.train.config.tasks import TASK_DEFAULTS, TASK_LR, has_reference
 from lorary.train.config.yaml_source import dump
 
 if TYPE_CHECKING:
@@ -236,14 +236,14 @@ class TrainingSection(Section):
     dpo_beta: Annotated[Number, Field(gt=0, le=1000)] | None = Field(
         default=None, description="DPO's beta, the pull to the reference; empty: 0.1"
     )
-    dpo_reference: Literal["start", "base"] | None = Field(
-        default=None, description="DPO's reference after model.adapter: that adapter (start, the default) or the base"
-    )
     kto_beta: Annotated[Number, Field(gt=0, le=1000)] | None = Field(
         default=None, description="KTO's beta, the pull to the base; empty: 0.1"
     )
     grpo_beta: Annotated[Number, Field(ge=0, le=1000)] | None = Field(
         default=None, description="GRPO's weight of the divergence from the base; empty: 0, none"
+    )
+    reference: Literal["start", "base"] | None = Field(
+        default=None, description="the reference of these three after model.adapter: start, that adapter; or base"
     )
     reward: str | None = Field(
         default=None, description="GRPO's reward: FILE.py:FUNCTION, which runs; it takes completions, returns numbers"
@@ -320,8 +320,8 @@ class Config(Section):
         if self.training.max_steps is None:
             training["epochs"] = 3.0
         training |= TASK_DEFAULTS.get(self.task, {})
-        if self.task == "dpo" and self.model.adapter:
-            training["dpo_reference"] = "start"
+        if self.model.adapter and has_reference(self.task, self.training.grpo_beta):
+            training["reference"] = "start"
         if self.training.keeps_best and self.training.eval_steps != self.training.save_steps:
             steps = self.training.save_steps or self.training.eval_steps
             training |= {"eval_steps": steps, "save_steps": steps}

@@ -12,7 +12,7 @@ from lorary.spec.interfaces import Sequential
 from lorary.train.config.config import Config
 from lorary.train.config.optimization_conflicts import optimization_problems
 from lorary.train.config.sources import Source, paths
-from lorary.train.config.tasks import ROWS, TASK_DEFAULTS, wrong_format
+from lorary.train.config.tasks import ROWS, TASK_DEFAULTS, has_reference, wrong_format
 
 
 def contradictions(config: Config) -> list[Diagnostic]:
@@ -47,11 +47,11 @@ def _task(c: Config) -> Iterator[Diagnostic]:
     if c.task not in ("sft", "classification") and c.training.label_smoothing:
         what = f"has no effect when task is `{c.task}`, whose loss is no cross-entropy"
         yield Diagnostic("training.label_smoothing", what, "remove it")
-    for owner, defaults in TASK_DEFAULTS.items():
-        for key in defaults:
-            if c.task != owner and getattr(c.training, key) is not None:
-                what = f"has no effect when task is `{c.task}`"
-                yield Diagnostic(f"training.{key}", what, f"remove it, or set task: {owner}")
+    for key in dict.fromkeys(key for defaults in TASK_DEFAULTS.values() for key in defaults):
+        owners = [task for task, defaults in TASK_DEFAULTS.items() if key in defaults]
+        if c.task not in owners and getattr(c.training, key) is not None:
+            what = f"has no effect when task is `{c.task}`"
+            yield Diagnostic(f"training.{key}", what, f"remove it, or set task: {' or '.join(owners)}")
     if c.data.labels is not None and c.task != "classification":
         what = f"has no effect when task is `{c.task}`"
         yield Diagnostic("data.labels", what, "remove it, or set task: classification")
@@ -59,9 +59,7 @@ def _task(c: Config) -> Iterator[Diagnostic]:
         yield Diagnostic("data.format", *wrong)
     if c.task == "sft":
         return
-    if c.training.dpo_reference is not None and not c.model.adapter:
-        what = "has no effect without `model.adapter`: training starts at the base"
-        yield Diagnostic("training.dpo_reference", what, "remove it")
+    yield from _reference(c)
     if c.data.packing:
         yield Diagnostic("data.packing", f"{ROWS[c.task]} are not packed", "remove it, or set task: sft")
     if c.data.loss != "auto":
@@ -73,6 +71,18 @@ def _task(c: Config) -> Iterator[Diagnostic]:
         yield Diagnostic("training.batch_size", what, "use 2 or more; gradient_accumulation_steps may be 1")
     if c.task == "grpo":
         yield from _grpo(c)
+
+
+def _reference(c: Config) -> Iterator[Diagnostic]:
+    """A choice of the reference without effect."""
+    if c.training.reference is None or "reference" not in TASK_DEFAULTS.get(c.task, {}):
+        return
+    if not c.model.adapter:
+        what = "has no effect without `model.adapter`: training starts at the base"
+        yield Diagnostic("training.reference", what, "remove it")
+    elif not has_reference(c.task, c.training.grpo_beta):
+        what = "has no effect while `training.grpo_beta` is 0: GRPO then has no reference"
+        yield Diagnostic("training.reference", what, "remove it, or set grpo_beta")
 
 
 def _grpo(c: Config) -> Iterator[Diagnostic]:

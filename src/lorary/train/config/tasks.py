@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 TASK_LR = {"sft": 2e-4, "dpo": 5e-6, "kto": 5e-6, "grpo": 1e-5, "reward": 1e-4, "classification": 2e-4}
-# The fields of `training` for one task alone, with their defaults.
+# The fields of `training` for some tasks alone, with their defaults.
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
-    "dpo": {"dpo_beta": 0.1, "dpo_reference": None},
-    "kto": {"kto_beta": 0.1},
-    "grpo": {"grpo_beta": 0.0, "num_generations": 8, "max_completion_length": 256, "reward": None},
+    "dpo": {"dpo_beta": 0.1, "reference": None},
+    "kto": {"kto_beta": 0.1, "reference": None},
+    "grpo": {
+        **{"grpo_beta": 0.0, "reference": None},
+        **{"num_generations": 8, "max_completion_length": 256, "reward": None},
+    },
 }
 # The row formats of a task; `sft` takes all others.
 FORMATS = {
@@ -26,6 +29,11 @@ ROWS = {
     "grpo": "prompts",
     "classification": "labelled texts",
 }
+
+
+def has_reference(task: str, grpo_beta: float | None) -> bool:
+    """Whether the loss of a task contains a reference: that of GRPO does with a beta, which is 0 by default."""
+    return "reference" in TASK_DEFAULTS.get(task, {}) and (task != "grpo" or bool(grpo_beta))
 
 
 def wrong_format(task: str, row_format: str) -> tuple[str, str] | None:

@@ -135,7 +135,7 @@ class EscapingTokenizer:
         self, messages: Any, tools: Any = None, tokenize: bool = False, add_generation_prompt: bool = False, **_: Any
     ) -> Any:
         """The conversation as text for this tokenizer; with `tokenize`, its ids and the mask of its marks."""
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from lorary.layers.transformers_internals import render_jinja_template
 
         if any(_GUARD in text for text in texts([messages, tools])):
             raise ValueError("contains U+10FFFD, so its special tokens cannot be escaped")

@@ -84,8 +84,8 @@ def build_trainer(
         options["labels"] = prepared.labels
     if prepared.reward is not None:
         options["reward"] = prepared.reward
-    if prepared.config.task == "dpo":
-        options["reference"] = prepared.config.training.dpo_reference or "base"
+    if prepared.config.training.reference is not None:
+        options["reference"] = prepared.config.training.reference
     with _no_progress_bars():
         trainer = _TRAINERS[prepared.config.task](
             model=model,

@@ -7,7 +7,6 @@ f is the adapted model with its head; Transformers computes the loss from the co
 
 from __future__ import annotations
 
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from transformers import DataCollatorWithPadding, Trainer
 from lorary.adapters.label_names import write_label_names
 from lorary.train.data.task_rows import Labels
 from lorary.train.trainer.mixin import AdapterTraining
+from lorary.train.trainer.trainer_internals import mean_metrics, set_tokens_seen, start_log, tokens_seen
 
 
 class ClassificationTrainer(AdapterTraining, Trainer):  # type: ignore[misc]  # Transformers has no types
@@ -35,8 +35,7 @@ class ClassificationTrainer(AdapterTraining, Trainer):  # type: ignore[misc]  # 
 
     def __init__(self, *, model: Any, args: Any, labels: Labels, processing_class: Any, **rest: Any) -> None:
         self.labels = labels
-        self._metrics: dict[str, Any] = {"train": defaultdict(list), "eval": defaultdict(list)}
-        self._total_train_tokens = 0
+        start_log(self)
         super().__init__(
             model=model,
             args=args,
@@ -52,15 +51,13 @@ class ClassificationTrainer(AdapterTraining, Trainer):  # type: ignore[misc]  # 
         """The model's own loss; counts the tokens."""
         if self.model.training:
             counted = self.accelerator.gather_for_metrics(inputs["attention_mask"].sum()).sum()
-            self._total_train_tokens += int(counted)
+            set_tokens_seen(self, tokens_seen(self) + int(counted))
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log a line, with the mean of every figure since the last one."""
         if "loss" in logs:
-            means = {key: sum(values) / len(values) for key, values in self._metrics["train"].items()}
-            logs.update(means | {"num_tokens": self._total_train_tokens})
-            self._metrics["train"].clear()
+            logs.update(mean_metrics(self) | {"num_tokens": tokens_seen(self)})
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

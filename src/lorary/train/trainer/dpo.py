@@ -8,43 +8,12 @@ DPO, the paper's π₀ is the model after SFT: the base with the adapter as it i
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Any
 
 import trl
-from torch import nn
 
-import lorary
-from lorary.model.frozen_copy import FrozenCopy
 from lorary.train.trainer.mixin import AdapterTraining
-
-
-class Reference(nn.Module):
-    """The reference model of DPO: the adapted model in another state, so that no second copy is loaded.
-
-    Args:
-        policy: returns the adapted model. It is a function because a module would be registered as a submodule, and
-            because FSDP replaces the model before training.
-        config: the model's.
-        state: a context in which that model computes the reference.
-    """
-
-    def __init__(
-        self,
-        policy: Callable[[], nn.Module],
-        config: Any,
-        state: Callable[[nn.Module], AbstractContextManager[Any]] = lorary.disabled,
-    ) -> None:
-        super().__init__()
-        self.policy = policy
-        self.config = config
-        self.state = state
-
-    def forward(self, **inputs: Any) -> Any:
-        model = self.policy()
-        with self.state(model):
-            return model(**inputs)
+from lorary.train.trainer.reference import Reference, Start, reference_state
 
 
 class DPOTrainer(AdapterTraining, trl.DPOTrainer):  # type: ignore[misc]  # TRL has no types
@@ -60,14 +29,14 @@ class DPOTrainer(AdapterTraining, trl.DPOTrainer):  # type: ignore[misc]  # TRL 
 
     statistics = ("entropy", "is_top1", "mean_logits")
 
-    def __init__(self, *, model: Any, args: Any, reference: Literal["base", "start"] = "base", **rest: Any) -> None:
+    def __init__(self, *, model: Any, args: Any, reference: Start = "base", **rest: Any) -> None:
         if args.use_weighting:
             self.statistics = (*self.statistics, "log_sum_sq_probs")  # type: ignore[assignment]
+        self.reference_state = reference_state(model, reference)
         # Without a reference TRL would load the base a second time, unless it precomputes the reference's values, which
         # it does by `compute_ref_log_probs`.
-        placeholder = None if args.precompute_ref_log_probs else Reference(lambda: model, model.config)
-        # before training, also of a resumed run: the checkpoint is loaded later
-        self.reference_state = lorary.disabled if reference == "base" else FrozenCopy(model).in_place
+        placeholder = Reference(lambda: model, model.config, self.reference_state)
+        placeholder = None if args.precompute_ref_log_probs else placeholder
         super().__init__(model=model, args=args, ref_model=placeholder, **rest)
         self.ref_model = Reference(lambda: self.model, model.config, self.reference_state)
 

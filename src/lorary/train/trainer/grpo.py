@@ -3,7 +3,8 @@
     Aᵢ = (rᵢ − mean r) / std r  over the G answers to a prompt
     loss = −(1/N) Σ over tokens of min(ρ A, clip(ρ, 1 ± ε) A) + β KL(π, π₀)
 
-ρ is the ratio of the token's probability to that when it was sampled, N the number of sampled tokens, π₀ the base
+ρ is the ratio of the token's probability to that when it was sampled, N the number of sampled tokens, π₀ the base,
+or the model as training begins
 (Shao et al. 2024, arXiv:2402.03300, eq. 3; the normalisation by N is DAPO's, arXiv:2503.14476, TRL's default).
 """
 
@@ -15,29 +16,32 @@ from typing import Any
 import trl
 
 from lorary.train.data.sampler import SeededSampler
-from lorary.train.trainer.dpo import Reference
 from lorary.train.trainer.mixin import AdapterTraining
+from lorary.train.trainer.reference import Reference, Start, reference_state
 from lorary.train.trainer.reward_function import Reward
+from lorary.train.trainer.trainer_internals import drop_metric, set_tokens_seen
 
 
 class GRPOTrainer(AdapterTraining, trl.GRPOTrainer):  # type: ignore[misc]  # TRL has no types
-    """TRL's `GRPOTrainer` for a model with a method attached; the reference is the disabled adapter.
+    """TRL's `GRPOTrainer` for a model with a method attached; the reference is the disabled adapter, or its start.
 
     Args:
         model: a causal language model, after `lorary.attach`.
         args: a `trl.GRPOConfig`. Answers are sampled at temperature 1, at the beginning of every step.
         reward: the reward of answers.
+        reference: `base`, the disabled adapter, or `start`, a frozen copy of the adapter as it is now.
         rest: further arguments of TRL's trainer. Rows have a `prompt` and what the reward function takes.
     """
 
     statistics = ("entropy",)
 
-    def __init__(self, *, model: Any, args: Any, reward: Reward, **rest: Any) -> None:
+    def __init__(self, *, model: Any, args: Any, reward: Reward, reference: Start = "base", **rest: Any) -> None:
         self.compared_at_resume = {"reward function": reward.digest}
         beta, args.beta = args.beta, 0.0  # with a beta TRL would load the base a second time
         super().__init__(model=model, args=args, reward_funcs=reward, **rest)
         self.beta = args.beta = beta
-        self.ref_model = Reference(lambda: self.model, model.config) if beta else None
+        self.reference_state = reference_state(model, reference)
+        self.ref_model = Reference(lambda: self.model, model.config, self.reference_state) if beta else None
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         """The prompts of each step, every one `num_generations` times, for every micro-batch of the step.
@@ -61,8 +65,8 @@ class GRPOTrainer(AdapterTraining, trl.GRPOTrainer):  # type: ignore[misc]  # TR
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log a line, without the seconds of a step, which no two runs share."""
-        self._metrics["train"].pop("step_time", None)
-        self._total_train_tokens = int(self.state.num_input_tokens_seen)
+        drop_metric(self, "step_time")
+        set_tokens_seen(self, int(self.state.num_input_tokens_seen))
         super().log(logs, *args, **kwargs)
 
 

@@ -1,8 +1,8 @@
-"""Kahneman-Tversky optimisation of an adapter; the reference is the same model with the adapter disabled.
+"""Kahneman-Tversky optimisation of an adapter; the reference is the same model without it, or with its start.
 
     loss = 1 − σ(β (log π/π₀ − z))  of a good answer,   1 − σ(β (z − log π/π₀))  of a bad one
 
-π is the adapted model, π₀ the base, and z the mean divergence of π from π₀ on answers to other prompts of the batch, at
+π is the adapted model, π₀ the base (or the model as training begins), and z the mean divergence of π from π₀ on answers to other prompts of the batch, at
 least 0 (Ethayarajh et al. 2024, arXiv:2402.01306, eq. 7 and 8).
 """
 
@@ -13,8 +13,8 @@ from typing import Any
 
 import trl
 
-from lorary.train.trainer.dpo import Reference
 from lorary.train.trainer.mixin import AdapterTraining
+from lorary.train.trainer.reference import Reference, Start, reference_state
 
 
 class KTOTrainer(AdapterTraining, trl.KTOTrainer):  # type: ignore[misc]  # TRL has no types
@@ -26,16 +26,19 @@ class KTOTrainer(AdapterTraining, trl.KTOTrainer):  # type: ignore[misc]  # TRL 
     Args:
         model: a causal language model, after `lorary.attach`.
         args: a `trl.KTOConfig`; its `train_sampling_strategy` is followed.
+        reference: `base`, the disabled adapter, or `start`, a frozen copy of the adapter as it is now.
         rest: further arguments of TRL's trainer. Rows are tokens: `prompt_ids`, `completion_ids`, `label`.
     """
 
     statistics = ("entropy", "mean_logits")
 
-    def __init__(self, *, model: Any, args: Any, **rest: Any) -> None:
+    def __init__(self, *, model: Any, args: Any, reference: Start = "base", **rest: Any) -> None:
         strategy, args.train_sampling_strategy = args.train_sampling_strategy, "sequential"
-        super().__init__(model=model, args=args, ref_model=Reference(lambda: model, model.config), **rest)
+        self.reference_state = reference_state(model, reference)
+        placeholder = Reference(lambda: model, model.config, self.reference_state)
+        super().__init__(model=model, args=args, ref_model=placeholder, **rest)
         args.train_sampling_strategy = strategy
-        self.ref_model = Reference(lambda: self.model, model.config)
+        self.ref_model = Reference(lambda: self.model, model.config, self.reference_state)
         collate: Any = self.data_collator
         self.data_collator: Any = _Paired(collate)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lorary.errors import Diagnostic, TrainingError
+from lorary.kernels.torch_internals import set_next_rates
 from lorary.layers.dtensor import distribute_like, full_cpu_copy, is_sharded
 
 _log = logging.getLogger("lorary.train")
@@ -81,7 +82,7 @@ def follow_schedule(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
         return
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    scheduler._last_lr = rates
+    set_next_rates(scheduler, rates)
     text = "the run is longer now: its learning rate goes on at %.3g, on the schedule of the longer run, after %.3g"
     _log.info(text, rates[0], restored[0])
 

@@ -12,6 +12,7 @@ from datasets import Dataset
 from lorary.adapters.adapter import Adapter
 from lorary.errors import Diagnostic, TrainingError
 from lorary.train.trainer import environment
+from lorary.train.trainer.trainer_internals import make_sampler
 
 _log = logging.getLogger("lorary.train")
 _DIGESTS = {"contents": "the training rows", "held_out": "the held-out rows"}  # key in the state -> in words
@@ -51,7 +52,7 @@ def has_same_rows(trainer: Any, state: dict[str, Any]) -> bool:
 def data_order(trainer: Any) -> dict[str, Any]:
     """Everything that determines the next rows and their contents, and those of evaluations."""
     if trainer.sampler is None:
-        trainer._get_train_sampler()  # sets it, unless the order is not lorary's
+        make_sampler(trainer)  # sets it, unless the order is not lorary's
     sampler, digests = trainer.sampler, trainer.row_digests
     return {
         "rows": sampler.rows if sampler is not None else -1,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from lorary.analysis.memory.live_bytes import LiveBytes
+from lorary.kernels.torch_internals import storage_id
 from lorary.layers.quantized_weight import is_quantized, stored_tensors
 
 _COUNTED = ("sft", "dpo")  # tasks whose step is what the prediction simulates: passes over given rows
@@ -71,7 +72,7 @@ class CountMemory(TrainerCallback):  # type: ignore[misc]  # Transformers has no
         if state.global_step != self._at or self.counted is not None:
             return
         tensors = [*_tensors(model), *_optimizer_state(kept.get("optimizer")), *self.rule_state()]
-        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+        storages = {storage_id(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
         self._persistent = sum(storages.values())
         self._hook = model.register_forward_pre_hook(self._note, with_kwargs=True)
         self._live = LiveBytes()

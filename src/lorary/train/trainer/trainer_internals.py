@@ -7,6 +7,7 @@ all names.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 from accelerate.state import PartialState
@@ -72,7 +73,26 @@ def restore_log_state(trainer: Any, log: dict[str, Any]) -> None:
     trainer._tr_loss = _read(trainer, "_tr_loss") + log["loss"]
     trainer._total_loss_scalar, trainer._globalstep_last_logged = log["total"], log["at"]
     _read(trainer, "_metrics")["train"].update({k: list(v) for k, v in log["metrics"].items()})
-    trainer._total_train_tokens = log["tokens"]
+    set_tokens_seen(trainer, log["tokens"])
+
+
+def start_log(trainer: Any) -> None:
+    """Give a trainer of Transformers, before its own constructor runs, the counters that TRL's trainers have."""
+    trainer._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+    set_tokens_seen(trainer, 0)
+
+
+def mean_metrics(trainer: Any) -> dict[str, float]:
+    """The mean of every metric of training since the last line of the log; they begin again."""
+    metrics = _read(trainer, "_metrics")["train"]
+    means = {key: sum(values) / len(values) for key, values in metrics.items()}
+    metrics.clear()
+    return means
+
+
+def drop_metric(trainer: Any, name: str) -> None:
+    """Leave a metric out of the next line of the training log."""
+    _read(trainer, "_metrics")["train"].pop(name, None)
 
 
 def log_metric(trainer: Any, name: str, value: float) -> None:
@@ -88,6 +108,11 @@ def total_loss(trainer: Any) -> float:
 def tokens_seen(trainer: Any) -> int:
     """The number of tokens in the training batches so far."""
     return int(_read(trainer, "_total_train_tokens"))
+
+
+def set_tokens_seen(trainer: Any, count: int) -> None:
+    """Set that number."""
+    trainer._total_train_tokens = count
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -107,6 +132,11 @@ def prepared_inputs(trainer: Any, batch: Any) -> dict[str, Any]:
     """A batch on the trainer's device."""
     inputs: dict[str, Any] = _read(trainer, "_prepare_inputs")(batch)
     return inputs
+
+
+def make_sampler(trainer: Any) -> Any:
+    """The order of the training rows; lorary's trainers keep it as `sampler`."""
+    return _read(trainer, "_get_train_sampler")()
 
 
 def leave_labels_unshifted(trainer: Any) -> None:
