@@ -163,13 +163,6 @@ class Fingerprint:
         object.__setattr__(model, _SAMPLES_BEFORE, dict(_plain_samples(model)[0] if known is None else known))
 
     @staticmethod
-    def rename(model: nn.Module, name: str) -> None:
-        """Change the name of a Transformers model, which is otherwise the folder it was loaded from."""
-        model.config._name_or_path = name  # type: ignore[union-attr]
-        if isinstance(remembered := getattr(model, _PLAIN, None), Fingerprint):
-            object.__setattr__(model, _PLAIN, replace(remembered, name=base_name(name)))
-
-    @staticmethod
     def forget(model: nn.Module) -> None:
         """Undo `remember`: the model's fingerprint is that of its present weights again."""
         vars(model).pop(_PLAIN, None)
