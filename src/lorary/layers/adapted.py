@@ -197,8 +197,7 @@ class Adapted(nn.Module):
 
     def run_base(self, x: Tensor) -> Tensor:
         """The base's output, in memory that the caller may overwrite."""
-        base: Any = children_of(self)["base"]
-        y: Tensor = base(x)
+        y: Tensor = (base := cast(nn.Module, children_of(self)["base"]))(x)
         # hooks and replaced forwards may return a tensor that they keep
         return y.clone() if forward_hooks_of(base) or "forward" in vars(base) else y
 

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-# (section, key) of every such name, or list of names; a name may end with `#` and a digest
+# (section, key) of every such name, or list of names; a name may end with `#` and a digest, or `:` and a function
 PLACES = (
     ("model", "id"),
     ("model", "adapter"),
@@ -18,6 +18,7 @@ PLACES = (
     ("data", "validation"),
     ("data", "chat_template"),
     ("method", "after"),
+    ("training", "reward"),
 )
 
 
@@ -39,6 +40,8 @@ def _absolute(value: Any, base: Path) -> Any:
     if not isinstance(value, str) or not value.strip():
         return value
     path, mark, digest = value.partition("#")
+    if not mark and ".py:" in value:
+        path, mark, digest = value.rpartition(":")
     try:
         found = (base / path).exists()
     except (OSError, ValueError):  # a name that no file can have

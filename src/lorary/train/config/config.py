@@ -340,7 +340,7 @@ class Config(Section):
 
     def with_absolute_paths(self) -> Config:
         """The same configuration for any working directory."""
-        located = absolute(self.model_dump(), Path.cwd())
+        located = absolute(self.model_dump(exclude_unset=True), Path.cwd())
         return Config.model_validate(located).with_notes(*self._notes)
 
     def _resolved_method(self) -> MethodSection:

@@ -59,7 +59,10 @@ WRITTEN = {  # folder -> files that a run writes there, beside those that its re
 # Options that a resumed run may change: they do not influence the result.
 _MAY_DIFFER = {"output", "training.save_total_limit", "training.report_to", "training.eval_batch_size"}
 # Options whose files may be in another folder now: what they hold is checked, by digests and the base's fingerprint.
-_MAY_MOVE = {"model.id", "model.adapter", "data.train", "data.validation", "data.chat_template", "method.after"}
+_MAY_MOVE = {
+    *("model.id", "model.adapter", "method.after", "training.reward"),
+    *("data.train", "data.validation", "data.chat_template"),
+}
 
 
 class RunFolder:
