@@ -37,7 +37,7 @@ def adapted_sites(
         problems = [Diagnostic(key, what) for key, value in vars(wanted).items() if value not in (None, (), {}, [])]
         return [], problems, []
     found: list[list[TargetMatch]] = []
-    problems: list[Diagnostic] = []
+    problems = []
     for part in parts:
         matched, unresolved = resolve(scanned, part.targets, wanted.exclude)
         found.append(without_full_layers(scanned, matched, part.targets, part.method))
