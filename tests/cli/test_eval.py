@@ -198,10 +198,19 @@ def test_a_classifier_has_the_figures_that_it_logged(command: Command, tmp_path:
     for arguments, said in (
         (("out", "--data", "other.jsonl"), "other.jsonl:2: the label `dull` is not one of the model's: bad, good"),
         (("out", "--data", "other.jsonl"), "other.jsonl:3: the label `odd` is not one of"),
-        (("out", "--data", "numbers.jsonl"), "`label` is 0.5, and the model was trained for single label classification"),
+        (
+            ("out", "--data", "numbers.jsonl"),
+            "`label` is 0.5, and the model was trained for single label classification",
+        ),
         (("out", "--data", "pairs.jsonl"), "are preference pairs, and eval measures classifiers on labelled texts"),
-        (("out", "builtin:base"), "these models cannot be compared:\n  - out: is a classifier\n  - builtin:base: is no"),
-        (("builtin:base", "--data", "rows.jsonl"), "rows.jsonl: are labelled texts, and eval measures the loss per token"),
+        (
+            ("out", "builtin:base"),
+            "these models cannot be compared:\n  - out: is a classifier\n  - builtin:base: is no",
+        ),
+        (
+            ("builtin:base", "--data", "rows.jsonl"),
+            "rows.jsonl: are labelled texts, and eval measures the loss per token",
+        ),
     ):
         assert said in refusal(command, *arguments)
 

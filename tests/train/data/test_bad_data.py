@@ -348,13 +348,13 @@ bad("calls that are not calls", {"rows.jsonl": rows(*({"messages": [user("a"), {
   - rows.jsonl:3: the arguments of `messages[1]`.tool_calls[0]: not JSON: expecting value (column 1)
   - rows.jsonl:4: the arguments of `messages[1]`.tool_calls[0] must be an object, or the JSON text of one""")
 bad("texts with labels", {"rows.jsonl": rows({"text": "good", "label": 1})}, """\
-cannot train on rows.jsonl with task sft:
-  - rows.jsonl:1: the rows have `text`, `label`: a text with a label is classified
-      hint: set task: classification, or data.format: text to train on the text alone""")
+cannot train on rows.jsonl:
+  - rows.jsonl:1: task `sft` does not train on labelled texts
+      hint: set task: classification, or data.format: text to leave the labels out""")
 bad("feedback on completions", {"rows.jsonl": rows({"prompt": "a", "completion": "b", "label": True})}, """\
-cannot train on rows.jsonl with task sft:
-  - rows.jsonl:1: the rows have `prompt`, `completion`, `label`: a completion with a `label` of true or false is feedback
-      hint: set task: kto, or data.format: prompt-completion to train on the text alone""")
+cannot train on rows.jsonl:
+  - rows.jsonl:1: task `sft` does not train on answers with a label
+      hint: set task: kto, or data.format: prompt-completion to leave the labels out""")
 bad("nothing to separate", {"rows.jsonl": rows({"text": "x"})}, """\
 cannot separate the data:
   - data.separator: no row has a prompt and a completion that are texts, so there is nothing to separate

@@ -106,7 +106,9 @@ def _with_labels(name: str, config: Any, examples: Sequence[Labelled]) -> tuple[
     if problem == "regression":
         numbers = [replace(e, label=_number(e.label)) for e in examples]
         if odd := next((e for e, n in zip(examples, numbers, strict=True) if n.label is None), None):
-            raise DataError(headline, [Diagnostic(odd.where, f"`label` is {odd.label!r}, and the model predicts a number")])
+            raise DataError(
+                headline, [Diagnostic(odd.where, f"`label` is {odd.label!r}, and the model predicts a number")]
+            )
         return Labels(), numbers
     if odd := next((e for e in examples if _PROBLEMS[type(e.label)] != problem), None):
         what = f"`label` is {odd.label!r}, and the model was trained for {problem.replace('_', ' ')}"
@@ -154,9 +156,7 @@ def print_classified(data: EvalData, results: Sequence[Classified], as_json: boo
         print(json.dumps({"data": data.source, "results": found}, indent=2))
         return
     keys = list(results[0].figures)
-    rows = [
-        (printable(r.model), *(_shown(key, r.figures.get(key)) for key in keys), f"{r.rows:,}") for r in results
-    ]
+    rows = [(printable(r.model), *(_shown(key, r.figures.get(key)) for key in keys), f"{r.rows:,}") for r in results]
     head = ("model", *(key.replace("_", " ") for key in keys), "rows")
     console = Console(highlight=False)
     console.print(rich_table(printable(data.source), rows, head))

@@ -96,7 +96,9 @@ def eval_data(options: DataOptions, models: Sequence[str], context: int | None, 
         if task == "classification":
             takes = "classifiers on labelled texts"
         fix = "the report of a run shows the figures of its own task" if own != "texts" else "name others with --data"
-        raise DataError("cannot evaluate on these rows:", [Diagnostic(source, f"are {own}, and eval measures {takes}", fix)])
+        raise DataError(
+            "cannot evaluate on these rows:", [Diagnostic(source, f"are {own}, and eval measures {takes}", fix)]
+        )
     if options.limit is not None and options.limit < len(examples):
         examples = [examples[i] for i in torch.linspace(0, len(examples) - 1, options.limit).long().tolist()]
     return EvalData(examples, config, source)
