@@ -22,10 +22,10 @@ from lorary.spec.placement import AdaptedSite, with_rank
 class Wanted:
     """The arguments of `plan` that narrow its targets, or say ranks and alphas by pattern."""
 
-    exclude: str | Sequence[str]
-    layers: Layers | None
     ranks: Mapping[str, int]
     alphas: Mapping[str, float]
+    exclude: str | Sequence[str]
+    layers: Layers | None
 
 
 def adapted_sites(

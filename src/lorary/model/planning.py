@@ -83,7 +83,7 @@ def plan(
     context, problems = _fit_context(model, method)
     parts = [Part(method_with_full(m.replace(context=context), as_list(full)), named) for m, named in parts]
     parts = [Part(m, default_targets(m) if named is None else named) for m, named in parts]
-    wanted = Wanted(exclude, layers, ranks or {}, alphas or {})
+    wanted = Wanted(ranks or {}, alphas or {}, exclude, layers)
     if invalid := pattern_problems(scanned, parts, wanted):
         raise PlanError("invalid plan:", [*problems, *invalid])
     problems += head_problems(scanned, method, head)
