@@ -42,7 +42,8 @@ def eval(
     """Measure loss, perplexity and token accuracy of a base, an adapter, a run or a merged model.
 
     lorary eval builtin:base out/ compares a run with its base on the rows that the run held out; --data names others.
-    The means are over all labelled tokens, as in training, those of a classifier over rows. --tasks runs benchmarks: pip install "lorary[eval]"
+    The means are over all labelled tokens, as in training, those of a classifier over rows. --tasks
+    runs benchmarks: pip install "lorary[eval]"
     """
     from lorary.cli._eval.data import DataOptions, eval_data
     from lorary.cli._eval.models import find_models
