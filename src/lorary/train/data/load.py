@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lorary.errors import DataError, Diagnostic
-from lorary.train.config.config import DataSection
+from lorary.train.config.data_section import DataSection
 from lorary.train.config.sources import Source, as_source
 from lorary.train.config.tasks import FORMATS, wrong_format
 from lorary.train.data._records import Record, names_of

@@ -160,7 +160,11 @@ def _planned(
     model = skeleton(config.model, base)
     config = fit_positions(config, model)
     new = new_modules(config, base, model)
-    plan = plan_to_go_on(config, model, start.adapter, base.fresh if base else ()) if start else config.plan(model, past, new)
+    plan = (
+        plan_to_go_on(config, model, start.adapter, base.fresh if base else ())
+        if start
+        else config.plan(model, past, new)
+    )
     reader(config.model.id, model.config, plan.method.storage, None)  # refuses other quantisations
     return _Planned(config, labels, base, model, plan)
 
