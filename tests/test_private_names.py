@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import transformers.masking_utils
 import transformers.modeling_utils
 import trl
@@ -218,6 +219,16 @@ def test_a_trainer_with_other_methods_is_refused_when_its_class_is_made() -> Non
         f"  - trl {trl.__version__}: Newer._save_checkpoint takes (model, where), not (model, trial)",
         f"{FIX}trl; please report it with `lorary doctor --json`",
     ]
+
+
+def test_what_trl_alone_has_is_not_asked_of_transformers() -> None:
+    with pytest.raises(LoraryError, match="Newer has no _send_telemetry"):
+
+        class _Trl(AdapterTraining, type("Newer", (transformers.Trainer,), {"__module__": "trl.newer"})):  # type: ignore[misc]
+            pass
+
+    class _Plain(AdapterTraining, transformers.Trainer):  # type: ignore[misc]
+        pass
 
 
 def test_a_counter_that_has_gone_is_told() -> None:

@@ -11,7 +11,7 @@ from lorary.layers.kinds import site
 from lorary.model._full_parameters import without_full_layers
 from lorary.model._parts import Part, joined
 from lorary.model.layer_ranges import LayerChoice, Layers, choose_layers
-from lorary.model.patterns import EXPRESSION, expression_problems, matches
+from lorary.model.patterns import expression_problems, is_expression, matches
 from lorary.model.scan import Scan
 from lorary.model.targets import TargetMatch, as_list, resolve
 from lorary.spec.method import Method
@@ -36,21 +36,16 @@ def adapted_sites(
         what = "has no effect: this method adapts no layer"
         problems = [Diagnostic(key, what) for key, value in vars(wanted).items() if value not in (None, (), {}, [])]
         return [], problems, []
-    targets = [entry for part in parts for entry in as_list(part.targets)]
-    patterns: dict[str, Iterable[object]] = {"targets": targets, "exclude": as_list(wanted.exclude)}
-    patterns |= {"ranks": wanted.ranks, "alphas": wanted.alphas}
-    expressions = any(str(p).startswith(EXPRESSION) for listed in patterns.values() for p in listed)
-    if expressions and (invalid := expression_problems(patterns, scanned.modules)):
-        return [], invalid, []
-    found, problems = [], []
+    found: list[list[TargetMatch]] = []
+    problems: list[Diagnostic] = []
     for part in parts:
         matched, unresolved = resolve(scanned, part.targets, wanted.exclude)
         found.append(without_full_layers(scanned, matched, part.targets, part.method))
-        problems += unresolved
+        problems += [problem for problem in unresolved if problem not in problems]  # what all have in common
     names = [match.name for matched in found for match in matched]
     choice = LayerChoice(set(names))
     if wanted.layers is not None:
-        choice = choose_layers(scanned, names, wanted.layers, targets)
+        choice = choose_layers(scanned, names, wanted.layers, _targets(parts))
         problems += choice.problems
     found = [[match for match in matched if match.name in choice.kept] for matched in found]
     everywhere = [match for matched in found for match in matched]
@@ -64,6 +59,19 @@ def adapted_sites(
         return placed[0][1], problems, choice.notes
     together, overlapping = joined(scanned, placed)
     return together, [*problems, *overlapping], choice.notes
+
+
+def pattern_problems(scanned: Scan, parts: Sequence[Part], wanted: Wanted) -> list[Diagnostic]:
+    """The regular expressions of a plan that are invalid or take too long; no other may be asked about a name."""
+    patterns: dict[str, Iterable[object]] = {"targets": _targets(parts), "exclude": as_list(wanted.exclude)}
+    patterns |= {"ranks": wanted.ranks, "alphas": wanted.alphas, "full": parts[0].method.full}
+    if not any(map(is_expression, (pattern for listed in patterns.values() for pattern in listed))):
+        return []
+    return expression_problems(patterns, [*scanned.modules, *scanned.names])
+
+
+def _targets(parts: Sequence[Part]) -> list[Any]:
+    return [entry for part in parts for entry in as_list(part.targets)]
 
 
 def _sites_of(

@@ -18,7 +18,7 @@ from lorary.model._full_parameters import (
     parameters_by_pattern,
 )
 from lorary.model._parts import Part, Targets, several_parts
-from lorary.model._placing import Wanted, adapted_sites
+from lorary.model._placing import Wanted, adapted_sites, pattern_problems
 from lorary.model.ambient import mode_independent
 from lorary.model.buffers import frozen_statistics, has_statistics
 from lorary.model.checks import bad_arguments, model_mismatches, not_a_module, not_ready
@@ -83,6 +83,9 @@ def plan(
     context, problems = _fit_context(model, method)
     parts = [Part(method_with_full(m.replace(context=context), as_list(full)), named) for m, named in parts]
     parts = [Part(m, default_targets(m) if named is None else named) for m, named in parts]
+    wanted = Wanted(exclude, layers, ranks or {}, alphas or {})
+    if invalid := pattern_problems(scanned, parts, wanted):
+        raise PlanError("invalid plan:", [*problems, *invalid])
     problems += head_problems(scanned, method, head)
     if head == "lora":
         parts[0] = Part(parts[0].method, [*as_list(parts[0].targets), *head_layers(scanned)])
@@ -90,7 +93,6 @@ def plan(
     if example is not None and not reach.complete and reach.error.startswith("TypeError"):
         problems.append(Diagnostic("example", f"the model does not take it: {reach.error}", "pass a forward's inputs"))
     targets = [entry for part in parts for entry in as_list(part.targets)]
-    wanted = Wanted(exclude, layers, ranks or {}, alphas or {})
     sites, unplaced, left_out = adapted_sites(scanned, parts, wanted)
     sites, fixed, previous = with_previous_tasks(model, sites, after)
     trained, untrainable = full_parameters(scanned, method, sites, head)

@@ -44,7 +44,7 @@ invalid configuration train.yaml:
   - train.yaml:6:7: `data.train[2].path` is missing
       hint: for example `path: rows.jsonl`
   - train.yaml:6:8: `data.train[2].weight` must be above 0, not 0
-  - train.yaml:7:23: `data.train[3].format` must be one of `auto`, `text`, `prompt-completion`, `messages`, `alpaca`, `sharegpt`, `preference`, not the text 'chat'
+  - train.yaml:7:23: `data.train[3].format` must be one of `auto`, `text`, `prompt-completion`, `messages`, `alpaca`, `sharegpt`, `preference`, `prompt-completion-label`, `prompt`, `classification`, not the text 'chat'
   - train.yaml:7:37: `data.train[3].columns` must be keys and values, not a list"""),
 Bad('sources that contradict the rest', """\
 model: builtin:base
@@ -55,8 +55,8 @@ data:
 invalid configuration train.yaml:
   - train.yaml:3:3: `data.train`: `a#b` and `split: c` both name a split
       hint: keep one of the two
-  - train.yaml:3:3: `data.train`: `d.jsonl` is in the format preference, and the task is sft
-      hint: set task: dpo
+  - train.yaml:3:3: `data.train`: `d.jsonl`: task `sft` does not train on preference pairs
+      hint: set task: dpo or reward, or map the answer with data.columns
   - train.yaml:4:3: `data.validation`: the weight 2 of `e.jsonl` has no effect on held-out rows
       hint: remove it, or set limit"""),
 Bad('pairs among the sources of DPO', """\
@@ -66,8 +66,8 @@ data:
   train: {path: d.jsonl, format: text}
 """, """\
 invalid configuration train.yaml:
-  - train.yaml:4:3: `data.train`: `d.jsonl` is in the format text, and the task is dpo
-      hint: DPO trains on preference pairs"""),
+  - train.yaml:4:3: `data.train`: `d.jsonl`: task `dpo` trains on preference pairs, not `text`
+      hint: use `preference` or task: sft"""),
 Bad('an unknown word for special tokens', """\
 model: builtin:base
 data: {train: a.jsonl, special_tokens: escap, separator: ""}
@@ -405,9 +405,7 @@ method:
   modules_to_save: [lm_head]
 """, """\
 invalid configuration train.yaml:
-  - train.yaml:4:3: `method.ranks['re:(.*q_proj']` is not a regular expression: missing ), unterminated subpattern at position 0
-  - train.yaml:5:3: unknown key `modules_to_save` in `method`
-      hint: base weights stay frozen; the methods `bitfit` and `full` train them"""),
+  - train.yaml:4:3: `method.ranks['re:(.*q_proj']` is not a regular expression: missing ), unterminated subpattern at position 0"""),
 Bad('no held-out data to stop on', """\
 model: builtin:base
 data: builtin:docstrings

@@ -291,7 +291,10 @@ def test_a_choice_of_the_reference_without_effect_is_refused(words: dict[str, An
         assert sentence in str(caught.value)
     for task in ("dpo", "kto"):
         assert from_dict(words | {"task": task, "training": {}}).resolve().training.reference is None
-    assert "reference" not in from_dict(compared(words, "grpo")).resolve().training.model_fields_set
+    rewarded = compared(going_on(words, first), "grpo")
+    assert from_dict(rewarded).resolve(("lora",)).training.reference == "start"
+    without = from_dict(changed(rewarded, "training", grpo_beta=0.0))
+    assert without.resolve(("lora",)).training.reference is None
 
 
 def test_no_adapter_there_is_said(words: dict[str, Any], first: Path) -> None:

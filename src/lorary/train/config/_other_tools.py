@@ -87,7 +87,6 @@ HINTS = {
     "double_quantization": "it is always on with qlora",
     "lora_target_linear": "write method.targets: all-linear",
     "lora_query": "write method.targets: [q_proj, v_proj]",
-    **dict.fromkeys(("additional_target", "lora_modules_to_save"), "base weights stay frozen; see `modules_to_save`"),
     "layers_pattern": "name the stack in method.layers, as in {model.layers: 0-3}",
     "fan_in_fan_out": f"{_NOT_NEEDED}the layer's kind is read from the model",
     "lora_bias": "adapters have no bias of their own",

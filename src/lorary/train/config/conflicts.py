@@ -118,7 +118,7 @@ def _sources(c: Config) -> Iterator[Diagnostic]:
                 what = f"`{source.path}` and `split: {source.split}` both name a split"
                 yield Diagnostic(key, what, "keep one of the two")
             if source.format not in (None, "auto") and (why := wrong_format(c.task, source.format)):
-                yield Diagnostic(key, *why)
+                yield Diagnostic(key, f"`{source.path}`: {why[0]}", why[1])
 
 
 def _streaming(c: Config) -> Iterator[Diagnostic]:

@@ -30,6 +30,10 @@ OVERRIDDEN = {
     "_send_telemetry": (),
 }
 """Method of a trainer that lorary's trainers replace -> the first of its arguments."""
+DIFFERENT = {"GRPOTrainer": {"_get_train_sampler": ("dataset",)}}
+"""Class of a trainer -> those of its methods whose arguments have other names."""
+TRL_ONLY = {"_send_telemetry"}
+"""Those of them that Transformers' own trainer does not have, and does not call."""
 
 
 def check_trainer(cls: type, mixin: type) -> None:
@@ -44,8 +48,11 @@ def check_trainer(cls: type, mixin: type) -> None:
     """
     classes = cls.__mro__
     end = classes.index(mixin) + 1
-    overridden = {name: took for name, took in OVERRIDDEN.items() if any(name in vars(c) for c in classes[:end])}
-    check_overridden(classes[end], overridden, classes[end].__module__.partition(".")[0])
+    library = classes[end].__module__.partition(".")[0]
+    ours = {name for name in OVERRIDDEN if any(name in vars(c) for c in classes[:end])}
+    ours -= TRL_ONLY if library == "transformers" else set()
+    taken = OVERRIDDEN | DIFFERENT.get(classes[end].__name__, {})
+    check_overridden(classes[end], {name: taken[name] for name in taken if name in ours}, library)
 
 
 def _read(trainer: Any, name: str) -> Any:
