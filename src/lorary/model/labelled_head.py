@@ -76,18 +76,14 @@ class LabelledHead:
         model: a causal language model of Transformers, adapted or not.
         statistics: which of `STATISTICS` to compute beside the log-probabilities.
         chunk: tokens per call of the head; None to choose it by the size of the vocabulary.
+
+    Attributes:
         smoothing: label smoothing of the losses in training; what is computed without gradients is not smoothed.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        statistics: tuple[str, ...] = STATISTICS[:2],
-        chunk: int | None = None,
-        smoothing: float = 0.0,
-    ) -> None:
+    def __init__(self, model: Any, statistics: tuple[str, ...] = STATISTICS[:2], chunk: int | None = None) -> None:
         self.model = model
-        self.smoothing = smoothing
+        self.smoothing = 0.0
         self.statistics = statistics
         self.chunk = chunk or chunk_of(model.config.get_text_config().vocab_size)
         self.plain: bool | None = None  # whether logits = head(hidden states); None: not yet known

@@ -221,7 +221,7 @@ bad("labels that are none", {"rows.jsonl": rows({"text":"a","label":" "}, {"text
   - rows.jsonl:2: `label` must be a name, a number or a list of names, not dict
   - rows.jsonl:3: `label` is a list, which must hold names or whole numbers
   - rows.jsonl:4: `text` is empty
-  - rows.jsonl:5: `text_pair` must be a text, not int""", task="classification")
+  - rows.jsonl:5: `text_pair` must be a text, not a number""", task="classification")
 bad("a column that is not there", {"rows.jsonl": rows({"q":"a","completion":"b"})}, """\
 cannot rename the fields of a row:
   - rows.jsonl:1: has no field `question`, which data.columns names; it has `q`, `completion`""", columns={"prompt":"question"})

@@ -45,7 +45,7 @@ def _unused(c: Config) -> Iterator[Diagnostic]:
 def _task(c: Config) -> Iterator[Diagnostic]:
     """Fields of other tasks."""
     if c.task not in ("sft", "classification") and c.training.label_smoothing:
-        what = f"has no effect when task is `{c.task}`, whose loss is no cross-entropy"
+        what = f"has no effect when task is `{c.task}`, whose loss is not a cross-entropy"
         yield Diagnostic("training.label_smoothing", what, "remove it")
     for key in dict.fromkeys(key for defaults in TASK_DEFAULTS.values() for key in defaults):
         owners = [task for task, defaults in TASK_DEFAULTS.items() if key in defaults]

@@ -121,7 +121,7 @@ class Encoder:
         if (first := next(filter(_is_conversation, examples), None)) is not None:
             chat.require_template(tokenizer, first.where)
         self.everything = section.loss == "all"
-        self.tokenizer, self.ends = tokenizer, encode.special_ids(tokenizer)
+        self.tokenizer, self.ends = tokenizer, encode.added_ids(tokenizer)
         self.special = SpecialTokens(tokenizer, section.special_tokens)
         self.separator, self.labels = section.separator, labels
 
