@@ -157,7 +157,7 @@ def test_tied_weights_train_at_both_ends_and_it_is_said() -> None:
         (roberta, {"head": "lora", "method": "bitfit"}, "`lora` adapts the head, and this method adapts no layer"),
         (roberta, {"full": 3}, "full: 3 is not a pattern over parameter names"),
         (roberta, {"full": [{}]}, "full: "),
-        (roberta, {"full": "*"}, "every base weight trains in full, which leaves nothing for LowRank to learn"),
+        (roberta, {"full": "*"}, "every base weight trains in full, so LowRank would be redundant"),
         (roberta, {"full": "nosuch"}, "full: `nosuch` matches no parameter"),
         (roberta, {"targets": USUAL, "head": "full"}, "hint: leave it out of `targets`"),
         (roberta, {"head": "lora", "method": "pissa"}, "whose random weight the adapter holds, and this init changes"),

@@ -186,10 +186,12 @@ class InTransformers(nn.Module):
         require_attached(self, "use PEFT's methods of")
         fix = "lorary.switch, lorary.disabled and lorary.detach do this"
         problems = [
-            Diagnostic("model", f"{n!r}: one adapter of lorary is attached", fix) for n in names if n != DEFAULT
+            Diagnostic("model", f"{n} is not supported: one adapter of lorary is attached", fix)
+            for n in names
+            if n != DEFAULT
         ]
         if problems:
-            raise StateError("not a model of PEFT:", problems)
+            raise StateError("this is not a PEFT model:", problems)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ called as a module. And without a GPU TRL's scores every position and drops the 
 afterwards: with a quarter of 2,048 tokens labelled its loss step took nine times as long as this one, and
 Transformers' own over all logits three times (`benchmarks/loss.py`, one thread, vocabulary 32,000). Where every
 token is labelled the price of not keeping the logits shows: 1.6 times Transformers' time for 0.4 of its memory.
-Losses, metrics and reference log-probabilities of SFT and DPO all pass through this one place.
+The token losses, metrics and reference log-probabilities of every task pass through this one place.
 """
 
 from __future__ import annotations

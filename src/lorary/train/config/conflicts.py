@@ -192,7 +192,7 @@ def _beside_an_adapter(c: Config) -> Iterator[Diagnostic]:
         if getattr(c.method, key):
             yield Diagnostic(f"method.{key}", "has no effect beside `model.adapter`, which has its layers", fix)
     if c.method.options and "name" not in c.method.model_fields_set:
-        yield Diagnostic("method.options", "says nothing without `method.name`", "leave both out")
+        yield Diagnostic("method.options", "has no effect without `method.name`", "leave both out")
     if c.method.after:
         what = "starts a new task beside those adapters, and `model.adapter` goes on with one"
         yield Diagnostic("method.after", what, "keep one of the two")

@@ -187,7 +187,7 @@ def _copies(parts: Sequence[_Part], kept: Sequence[int], seed: int) -> tuple[lis
         of_source.append((part, sum(copies[i] for i in rows)))
         if rows and not of_source[-1][1]:
             what = f"the weight {part.source.weight:g} leaves none of its {len(rows):,} rows"
-            raise DataError("cannot weigh the sources:", [Diagnostic(str(part.source), what, "raise the weight")])
+            raise DataError("cannot weight the sources:", [Diagnostic(str(part.source), what, "raise the weight")])
     if all(part.source.weight == 1 for part in parts):
         return copies, []
     total = sum(count for _, count in of_source)

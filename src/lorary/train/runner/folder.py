@@ -177,7 +177,7 @@ class RunFolder:
             if changed:
                 raise ConfigError("the folder belongs to another run:", changed)
         if names and self.record() is None:
-            what = f"holds files that no run of lorary wrote: {', '.join(names[:5])}"
+            what = f"holds files that lorary did not write: {', '.join(names[:5])}"
             raise ConfigError(
                 headline, [Diagnostic("output", what, f"it has no {MARK} of lorary's; name another folder")]
             )

@@ -40,7 +40,7 @@ class TrainerCallback(transformers.TrainerCallback):  # type: ignore[misc]  # Tr
 
     def __init__(self, model: nn.Module) -> None:
         if problems := not_a(nn.Module, "a torch.nn.Module", model=model):
-            raise TrainingError("no callback for this model:", problems)
+            raise TrainingError("cannot make a callback:", problems)
         require_attached(model, "train")
         self.model = model
         self.rules: Rules | None = None

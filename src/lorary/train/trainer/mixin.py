@@ -130,7 +130,7 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
             self.is_fsdp_enabled = True
 
     def _send_telemetry(self) -> None:
-        """Nothing: TRL reports every run to its makers from here."""
+        """Nothing: TRL sends a report of every run from here."""
 
     # --- the step ---------------------------------------------------------------------------------------------
 
