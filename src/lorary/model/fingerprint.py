@@ -165,7 +165,7 @@ class Fingerprint:
     @staticmethod
     def rename(model: nn.Module, name: str) -> None:
         """Change the name of a Transformers model, which is otherwise the folder it was loaded from."""
-        model.config._name_or_path = name  # type: ignore[union-attr]
+        model.config.name_or_path = name  # type: ignore[union-attr]
         if isinstance(remembered := getattr(model, _PLAIN, None), Fingerprint):
             object.__setattr__(model, _PLAIN, replace(remembered, name=base_name(name)))
 
