@@ -158,7 +158,7 @@ def changed_release(package: str, *what: str) -> LoraryError:
 
 
 def check_overridden(cls: type, expected: Mapping[str, tuple[str, ...]], package: str) -> None:
-    """Refuse a release of another library whose private methods are not those that lorary's classes override.
+    """Refuse a release of another library whose private methods differ from those that lorary overrides.
 
     Args:
         cls: the library's class.

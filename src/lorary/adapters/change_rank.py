@@ -32,7 +32,7 @@ Roles = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class RankChange:
-    """An adapter at another rank, and what that has cost.
+    """An adapter at another rank, and the error of its update.
 
     Args:
         adapter: the adapter at the new rank.
@@ -45,10 +45,10 @@ class RankChange:
     error: float
 
     def __str__(self) -> str:
-        if not self.error:
-            return f"rank {self.adapter.method.delta.r}: the function is unchanged"  # type: ignore[union-attr]
-        worst = max(self.errors, key=lambda name: self.errors[name])
         r = cast(Any, self.adapter.method.delta).r
+        if not self.error:
+            return f"rank {r}: the function is unchanged"
+        worst = max(self.errors, key=lambda name: self.errors[name])
         return (
             f"rank {r}: the update is off by {self.error:.2%} in the Frobenius norm, most at {worst} "
             f"({self.errors[worst]:.2%})"
@@ -133,14 +133,13 @@ def _resized(
 ) -> tuple[AdaptedSite, Roles, tuple[float, float]]:
     """A site at rank r, its tensors, and the squares of the error and of the norm of its update."""
     before = directions_of(s)
-    down = r < before
-    new = dataclasses.replace(s, method=_with_rank(s.method, r, plain=bool(s.starts) and down))
+    new = dataclasses.replace(s, method=_with_rank(s.method, r, plain=bool(s.starts) and r < before))
     if r == before:
         return new, dict(tensors), (0.0, 0.0)
-    roles, lost = _truncated(s, tensors, r) if down else (_padded(s, new, tensors, seed), (0.0, 0.0))
-    if not down:
-        lost = 0.0, sum(float(S.square().sum()) for S in _spectra(s, tensors))
-    return new, roles, lost
+    if r < before:
+        return new, *_truncated(s, tensors, r)
+    norm = s.scale**2 * sum(float(_svd(B, A).S.square().sum()) for B, A in _products(s, tensors))
+    return new, _padded(s, new, tensors, seed), (0.0, norm)
 
 
 def _padded(s: AdaptedSite, new: AdaptedSite, tensors: Mapping[str, Tensor], seed: int) -> Roles:
@@ -186,10 +185,6 @@ def _truncated(s: AdaptedSite, tensors: Mapping[str, Tensor], r: int) -> tuple[R
     roles = {role: t for role, t in tensors.items() if role not in dims and role not in starts}
     roles |= {role: t.to(tensors[role].dtype).contiguous() for role, t in found.items()}
     return roles, (s.scale**2 * lost, s.scale**2 * norm)
-
-
-def _spectra(s: AdaptedSite, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    return [s.scale * _svd(B, A)[1] for B, A in _products(s, tensors)]
 
 
 def _products(s: AdaptedSite, tensors: Mapping[str, Tensor]) -> list[Factors]:

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 from lorary.adapters.hub import adapter_folder as adapter_folder
 from lorary.adapters.hub import download, is_hub_id
 from lorary.errors import Diagnostic, FileError
-from lorary.model.loading.source import ModelSection
+from lorary.model.loading.source import ModelClass, ModelSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lorary.adapters.adapter import Adapter
-    from lorary.model.loading.source import ModelClass
 
 
 def adapter_at(name: str) -> Path | None:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lorary.errors import DataError, Diagnostic, LoraryError
 from lorary.layers.rope import max_context
-from lorary.train.config.config import Config, DataSection
+from lorary.train.config.config import Config
+from lorary.train.config.data_section import DataSection
 from lorary.train.config.load import load as load_config
 from lorary.train.data.load import load, load_validation
 from lorary.train.data.row_formats import Example

@@ -92,7 +92,7 @@ def _remedy(error: BaseException) -> str:
 
 
 def _origin(error: BaseException) -> str:
-    """The package in whose file an error was raised; `lorary` if that is no package's."""
+    """The package whose file raised an error; `lorary` if the file is not in a package."""
     if isinstance(error, ImportError) and error.name:
         return error.name.partition(".")[0]
     for frame in reversed(traceback.extract_tb(error.__traceback__)):

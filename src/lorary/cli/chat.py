@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorary.cli._options import Base, MaxNewTokens, Seed, Temperature, Template, TopP
+
 if TYPE_CHECKING:
     from lorary.cli._chat import Conversation
     from lorary.cli._generation import Sampling
@@ -18,17 +20,13 @@ def chat(
         list[str],
         typer.Argument(metavar="MODEL...", help="Run or adapter folders of one base, or Hub ids; or a base first."),
     ],
-    base: Annotated[str | None, typer.Option("--base", help="Base model; else the one the adapter names.")] = None,
+    base: Base = None,
     system: Annotated[str, typer.Option("--system", help="System message.")] = "",
-    template: Annotated[
-        str | None, typer.Option("--template", help="Chat template: builtin:chatml or a Jinja file.")
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, max=1_000_000, help="Length of an answer at most.")
-    ] = 512,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, max=10.0, help="0: greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option("--top-p", min=0.01, max=1.0, help="Nucleus sampling.")] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Random seed of sampling.")] = 0,
+    template: Template = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
 ) -> None:
     """Talk to a model, in several turns.
 

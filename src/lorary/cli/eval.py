@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from lorary.cli._eval.data import DataOptions
 
 
 def eval(
@@ -69,16 +72,14 @@ def eval(
     print_results(found, rows, run_eval(found, rows, batch_size, quiet), as_json)
 
 
-def _check(options: object, dtype: str | None, tasks: str | None, task_folder: Path | None) -> None:
+def _check(options: DataOptions, dtype: str | None, tasks: str | None, task_folder: Path | None) -> None:
     """Check the options that depend on each other.
 
     Raises:
         ConfigError: every invalid option.
     """
-    from lorary.cli._eval.data import DataOptions
     from lorary.errors import ConfigError, Diagnostic, did_you_mean
 
-    assert isinstance(options, DataOptions)
     known = ("auto", "float32", "bfloat16", "float16")
     problems = []
     if dtype is not None and dtype not in known:

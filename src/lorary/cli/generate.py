@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
+from lorary.cli._options import Base, MaxNewTokens, Seed, Temperature, Template, TopP
+
 if TYPE_CHECKING:
     from lorary.cli._generation import Sampling
     from lorary.train.data.prompts import Prompt
@@ -27,17 +29,13 @@ def generate(
     batch_size: Annotated[
         int, typer.Option("--batch-size", "-b", min=1, max=100_000, help="Prompts of --file at a time.")
     ] = 8,
-    base: Annotated[str | None, typer.Option("--base", help="Base model; else the one the adapter names.")] = None,
+    base: Base = None,
     chat: Annotated[bool, typer.Option("--chat", help="Ask as a user, through the chat template.")] = False,
-    template: Annotated[
-        str | None, typer.Option("--template", help="Chat template: builtin:chatml or a Jinja file.")
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, max=1_000_000, help="Length of the answer at most.")
-    ] = 128,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, max=10.0, help="0: greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option("--top-p", min=0.01, max=1.0, help="Nucleus sampling.")] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Random seed of sampling.")] = 0,
+    template: Template = None,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
     stream: Annotated[
         bool | None, typer.Option("--stream/--no-stream", help="Print word by word; the default on a terminal.")
     ] = None,

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorary.cli._options import Base
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -28,7 +30,7 @@ REPORT = "fidelity.json"
 def merge(
     adapter: Annotated[str, typer.Argument(help="Adapter folder, run folder that holds one, or Hub id.")],
     output: Annotated[Path, typer.Argument(help="Folder for the merged model; must be empty.")],
-    base: Annotated[str | None, typer.Option("--base", help="Base model; else the one the adapter names.")] = None,
+    base: Base = None,
     dtype: Annotated[str, typer.Option("--dtype", help="auto (the base's own), float32, bfloat16, float16.")] = "auto",
     onto: Annotated[
         str,

@@ -73,7 +73,7 @@ def sync_folder(folder: Path) -> None:
 def copy_attributes(old: Path, new: Path) -> None:
     """Give a new file or folder the owner, mode and extended attributes (ACLs, labels) of the one that it replaces.
 
-    Whatever the system does not let this process set stays as it is for a new file.
+    An attribute that the system does not let this process set keeps the value of a new file.
     """
     status, here = old.stat(), new.stat()
     for owner, group in ((status.st_uid, -1), (-1, status.st_gid)):

@@ -187,7 +187,7 @@ class _Placeholder(ModuleType):
 
 
 class _NoSymbol:
-    """Stands for the class of symbols, of which there are no instances."""
+    """In place of the class of symbols; nothing is an instance of it."""
 
 
 def _yes(*terms: Any, **_: Any) -> bool:

@@ -185,11 +185,10 @@ class InTransformers(nn.Module):
         """
         require_attached(self, "use PEFT's methods of")
         fix = "lorary.switch, lorary.disabled and lorary.detach do this"
-        problems = [
-            Diagnostic("model", f"{n!r}: one adapter of lorary is attached", fix) for n in names if n != DEFAULT
-        ]
+        what = "is not supported: one adapter of lorary is attached"
+        problems = [Diagnostic("model", f"{name} {what}", fix) for name in names if name != DEFAULT]
         if problems:
-            raise StateError("not a model of PEFT:", problems)
+            raise StateError("this is not a PEFT model:", problems)
 
 
 @dataclass(frozen=True)

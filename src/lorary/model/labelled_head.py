@@ -14,7 +14,7 @@ called as a module. And without a GPU TRL's scores every position and drops the 
 afterwards: with a quarter of 2,048 tokens labelled its loss step took nine times as long as this one, and
 Transformers' own over all logits three times (`benchmarks/loss.py`, one thread, vocabulary 32,000). Where every
 token is labelled the price of not keeping the logits shows: 1.6 times Transformers' time for 0.4 of its memory.
-Losses, metrics and reference log-probabilities of SFT and DPO all pass through this one place.
+The token losses, metrics and reference log-probabilities of every task pass through this one place.
 """
 
 from __future__ import annotations
@@ -76,18 +76,14 @@ class LabelledHead:
         model: a causal language model of Transformers, adapted or not.
         statistics: which of `STATISTICS` to compute beside the log-probabilities.
         chunk: tokens per call of the head; None to choose it by the size of the vocabulary.
+
+    Attributes:
         smoothing: label smoothing of the losses in training; what is computed without gradients is not smoothed.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        statistics: tuple[str, ...] = STATISTICS[:2],
-        chunk: int | None = None,
-        smoothing: float = 0.0,
-    ) -> None:
+    def __init__(self, model: Any, statistics: tuple[str, ...] = STATISTICS[:2], chunk: int | None = None) -> None:
         self.model = model
-        self.smoothing = smoothing
+        self.smoothing = 0.0
         self.statistics = statistics
         self.chunk = chunk or chunk_of(model.config.get_text_config().vocab_size)
         self.plain: bool | None = None  # whether logits = head(hidden states); None: not yet known

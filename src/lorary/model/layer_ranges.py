@@ -155,7 +155,7 @@ def _indices(stack: str, size: int, ranges: str, choice: LayerChoice) -> set[int
 
 
 def _emptied(kept: set[str], names: Sequence[str], targets: Iterable[str]) -> Iterator[Diagnostic]:
-    """The named targets of which no layer is left."""
+    """The named targets that `layers` leaves without a layer."""
     for entry in targets:
         if entry in PRESETS:
             continue

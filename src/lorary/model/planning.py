@@ -256,11 +256,11 @@ def _head_notes(scan: Scan, method: Method, full: Sequence[FullParameter]) -> li
     heads = [f for f in full if f.name in head_parameters(scan) - asked]
     new = "new head" if has_new_head(scan) else "head"
     trained, held = ([f.name for f in heads if f.trains is trains] for trains in (True, False))
-    tied = [f"{name} is {first}, tied: both train" for name, first in scan.names.items() if name != first]
+    training = {f.name for f in full if f.trains}
     return [
         *([f"the {new} trains in full: {', '.join(trained)}"] if trained else []),
         *([f"the new head's weights under adapters are saved with them: {', '.join(held)}"] if held else []),
-        *[note for note in tied if note.split(" is ")[1].partition(",")[0] in {f.name for f in full if f.trains}],
+        *(f"{name} is {one}, tied: both train" for name, one in scan.names.items() if name != one and one in training),
     ]
 
 

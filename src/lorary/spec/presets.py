@@ -144,10 +144,10 @@ def resolve_presets(names: Sequence[str]) -> tuple[Preset, ...]:
     return tuple(chosen)
 
 
-def names_of(method: Method) -> tuple[str, ...]:
+def presets_of(method: Method) -> tuple[str, ...]:
     """The presets whose components a method has, as far as their types tell; `lora` if there are none.
 
-    >>> names_of(method("dora", "rslora"))
+    >>> presets_of(method("dora", "rslora"))
     ('dora', 'rslora')
     """
     found = [p.name for p in PRESETS.values() if p.name != "lora" and _has(method, p.components())]

@@ -140,7 +140,7 @@ WORDS: list[tuple[dict[str, Any], str]] = [
     ({"method": {"targets": ["q_proj", "re:("]}}, "method.targets.1: `method.targets[1]` is not a regular expression: missing ), unterminated subpattern at position 0"),
     ({"method": {"exclude": "re:(?i)q"}}, "method.exclude: `method.exclude[0]` is a regular expression that is not accepted: flags inside a pattern are not supported"),
     ({"method": {"ranks": {"re:*": 3}}}, "method.ranks.re:*: `method.ranks['re:*']` is not a regular expression: nothing to repeat at position 0"),
-    ({"task": "dpo", "training": {"label_smoothing": 0.1}}, "training.label_smoothing: `training.label_smoothing`: has no effect when task is `dpo`, whose loss is no cross-entropy\n      hint: remove it"),
+    ({"task": "dpo", "training": {"label_smoothing": 0.1}}, "training.label_smoothing: `training.label_smoothing`: has no effect when task is `dpo`, whose loss is not a cross-entropy\n      hint: remove it"),
     ({"training": {"optimizer": "adamw"}}, "training.optimizer: `optimizer` is 'adamw', which is not a name that Transformers knows\n      hint: did you mean `adamw_torch`?"),
     ({"training": {"optimizer": "galore_adamw"}}, "training.optimizer: `optimizer` cannot be galore_adamw: it saves memory on the gradients of whole weight matrices, and an adapter has none"),
     ({"training": {"schedule": "wsd"}}, "training.schedule: `schedule` is 'wsd', which is not a name that Transformers knows\n      hint: known: constant, constant_with_warmup, cosine, cosine_warmup_with_min_lr, cosine_with_min_lr, cosine_with_restarts, inverse_sqrt, linear, polynomial, reduce_lr_on_plateau, warmup_stable_decay"),

@@ -218,10 +218,10 @@ bad("judgements that are none", {"rows.jsonl": rows(GOOD | {"label":"yes"}, GOOD
 bad("labels that are none", {"rows.jsonl": rows({"text":"a","label":" "}, {"text":"a","label":{"x":1}}, {"text":"a","label":[0.5]}, {"text":" ","label":1}, {"text":"a","text_pair":3,"label":1})}, """\
 5 of 5 rows of rows.jsonl cannot be used:
   - rows.jsonl:1: `label` is empty
-  - rows.jsonl:2: `label` must be a name, a number or a list of names, not dict
+  - rows.jsonl:2: `label` must be a name, a number or a list of names, not an object
   - rows.jsonl:3: `label` is a list, which must hold names or whole numbers
   - rows.jsonl:4: `text` is empty
-  - rows.jsonl:5: `text_pair` must be a text, not int""", task="classification")
+  - rows.jsonl:5: `text_pair` must be a text, not a number""", task="classification")
 bad("a column that is not there", {"rows.jsonl": rows({"q":"a","completion":"b"})}, """\
 cannot rename the fields of a row:
   - rows.jsonl:1: has no field `question`, which data.columns names; it has `q`, `completion`""", columns={"prompt":"question"})
@@ -347,14 +347,6 @@ bad("calls that are not calls", {"rows.jsonl": rows(*({"messages": [user("a"), {
   - rows.jsonl:2: `messages[1]`.tool_calls[0] must have a `function` with `name` and `arguments`
   - rows.jsonl:3: the arguments of `messages[1]`.tool_calls[0]: not JSON: expecting value (column 1)
   - rows.jsonl:4: the arguments of `messages[1]`.tool_calls[0] must be an object, or the JSON text of one""")
-bad("texts with labels", {"rows.jsonl": rows({"text": "good", "label": 1})}, """\
-cannot train on rows.jsonl:
-  - rows.jsonl:1: task `sft` does not train on labelled texts
-      hint: set task: classification, or data.format: text to leave the labels out""")
-bad("feedback on completions", {"rows.jsonl": rows({"prompt": "a", "completion": "b", "label": True})}, """\
-cannot train on rows.jsonl:
-  - rows.jsonl:1: task `sft` does not train on answers with a label
-      hint: set task: kto, or data.format: prompt-completion to leave the labels out""")
 bad("nothing to separate", {"rows.jsonl": rows({"text": "x"})}, """\
 cannot separate the data:
   - data.separator: no row has a prompt and a completion that are texts, so there is nothing to separate

@@ -176,7 +176,8 @@ def test_a_weight_that_leaves_nothing_is_refused() -> None:
     with pytest.raises(DataError) as refused:
         load.load(section([{"path": numbered("a.jsonl", 4), "weight": 0.1}, numbered("b.jsonl", 4)]))
     assert str(refused.value) == (
-        "cannot weigh the sources:\n  - a.jsonl: the weight 0.1 leaves none of its 4 rows\n      hint: raise the weight"
+        "cannot weight the sources:\n"
+        "  - a.jsonl: the weight 0.1 leaves none of its 4 rows\n      hint: raise the weight"
     )
 
 

@@ -113,12 +113,15 @@ def test_a_bad_row_of_a_stream_is_named_when_it_comes(monkeypatch: pytest.Monkey
         assert str(refused.value) == message
 
 
+LABELLED = "task `sft` does not train on labelled texts"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.jsonl", "", "a.jsonl has no rows"),
         ("a.jsonl", '{"text": " "}\n' * 3, "every text of a.jsonl is empty"),
-        ("a.jsonl", '{"text": "x", "label": 1}\n', "cannot train on a.jsonl:\n  - a.jsonl:1: task `sft` does not train on labelled texts"),
+        ("a.jsonl", '{"text": "x", "label": 1}\n', f"cannot train on a.jsonl:\n  - a.jsonl:1: {LABELLED}"),
         ("a.jsonl", '{"words": "x"}\n', "unknown row format in a.jsonl:"),
     ],
 )

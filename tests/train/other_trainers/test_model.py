@@ -222,7 +222,7 @@ REFUSED: dict[str, tuple[type[LoraryError], str, Any]] = {
     "a disabled adapter": (StateError, "leave the `disabled` block first", lambda f: _disabled_save(model("lora"), f)),
     "a second adapter of PEFT": (
         StateError,
-        "'a second adapter': one adapter of lorary is attached",
+        "a second adapter is not supported: one adapter of lorary is attached",
         lambda _: model("lora").add_adapter("other", None),
     ),
     "another adapter's name": (StateError, "'b': one adapter", lambda f: model("lora").load_adapter(f, "b")),

@@ -219,7 +219,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"method": {"targets": "q_porj"}}, "method.targets"),
     ({"method": {"exclude": "q_proj"}}, "`method.exclude`: has no effect beside `model.adapter`"),
     ({"method": {"ranks": {"*.q_proj": 2}}}, "`method.ranks`: has no effect beside `model.adapter`"),
-    ({"method": {"options": {"ratio": 2}}}, "`method.options`: says nothing without `method.name`"),
+    ({"method": {"options": {"ratio": 2}}}, "`method.options`: has no effect without `method.name`"),
     ({"method": {"drop": {"threshold": 0.5}}}, "`method.drop`: probes for layers"),
     ({"output": "."}, "output"),
     ({"training": {"reference": "start"}}, "`training.reference`: has no effect when task is `sft`"),

@@ -152,7 +152,7 @@ def test_a_folder_that_is_not_empty_is_refused(words: dict[str, Any]) -> None:
     for how in ("overwrite", "resume"):
         with pytest.raises(ConfigError) as caught:
             run(from_dict(words), quiet=True, **{how: True})
-        assert "holds files that no run of lorary wrote: thesis.tex" in str(caught.value)
+        assert "holds files that lorary did not write: thesis.tex" in str(caught.value)
     assert [p.name for p in Path("out").iterdir()] == ["thesis.tex"]
 
 

@@ -257,7 +257,7 @@ def test_a_users_own_folder_is_never_a_run(
         run(load("my.yaml", ["output=mine"]), quiet=True, **{how: True})
     held = "README.md, plots" + (", run.json" if mark is not None else "")
     assert str(caught.value) == (
-        f"cannot train into 'mine':\n  - output: holds files that no run of lorary wrote: {held}\n"
+        f"cannot train into 'mine':\n  - output: holds files that lorary did not write: {held}\n"
         "      hint: it has no run.json of lorary's; name another folder"
     )
     assert {p: p.read_bytes() for p in Path("mine").rglob("*") if p.is_file()} == before

@@ -52,6 +52,9 @@ def persistent_tensors(model: nn.Module, plan: Plan) -> int:
     return len({id(t) for _, t in _named(model)}) + 4 * adapters + 2 * len(plan.quantized)
 
 
+_MOMENTS = {"ademamix": 3, "lion": 1, "rms": 1, "adagrad": 1}  # part of an optimizer's name -> its moments; else 2
+
+
 def _state(optimizer: str, elements: int, itemsize: int) -> float:
     """Bytes of optimizer state on the device per element of a tensor.
 
@@ -59,9 +62,7 @@ def _state(optimizer: str, elements: int, itemsize: int) -> float:
     tensors below 4,096 elements; its paged form keeps those of large tensors on the host. Adafactor has a row and a
     column. AdEMAMix has three moments, Lion, RMSprop and Adagrad one.
     """
-    moments = (
-        3 if "ademamix" in optimizer else 1 if any(name in optimizer for name in ("lion", "rms", "adagrad")) else 2
-    )
+    moments = next((n for name, n in _MOMENTS.items() if name in optimizer), 2)
     if optimizer == "sgd" or (optimizer.startswith("paged") and elements >= PAGED_FROM):
         return 0.0
     if "8bit" in optimizer:

@@ -20,7 +20,7 @@ from lorary.layers.rope import max_context, rope_parameters
 from lorary.model.loading.from_pretrained import load_config, load_tokenizer
 from lorary.model.loading.quiet import quiet_progress_bars
 from lorary.model.loading.source import ModelSection
-from lorary.train.config.config import DataSection
+from lorary.train.config.data_section import DataSection
 from lorary.train.data.load import load_validation
 from lorary.train.data.tokenize import token_ids, tokenize
 

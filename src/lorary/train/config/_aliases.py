@@ -12,97 +12,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorary.errors import Diagnostic, did_you_mean, nearest
-from lorary.train.config import _other_tools as others
+from lorary.train.config._other_tools import (
+    CANONICAL,
+    CANONICAL_AT_TOP,
+    CONVERTED,
+    HINTS,
+    PRESET_OF,
+    PRESET_OF_VALUE,
+    VALUES,
+)
 from lorary.train.config.config import SECTIONS
 from lorary.train.config.yaml_source import ParsedYaml, Place, nearest_mark
 
-ALIASES = {
-    "model.id": "model_name_or_path model_name base_model",
-    "model.revision": "model_revision",
-    "model.dtype": "torch_dtype",
-    "method.r": "lora_r lora_rank rank",
-    "method.alpha": "lora_alpha",
-    "method.dropout": "lora_dropout",
-    "method.targets": "target_modules lora_target_modules lora_target",
-    "method.exclude": "exclude_modules",
-    "method.train_in_full": "modules_to_save lora_modules_to_save additional_target",
-    "data.train": "dataset_name train_file",
-    "data.validation": "validation_file",
-    "data.validation_split": "val_set_size val_size",
-    "data.subset": "dataset_config",
-    "data.max_length": "max_seq_length max_seq_len cutoff_len sequence_len",
-    "data.packing": "sample_packing",
-    "data.overlong": "excess_length_strategy",
-    "data.chat_template": "chat_template_path",
-    "data.loss": "completion_only_loss assistant_only_loss train_on_inputs train_on_input",
-    "training.epochs": "num_train_epochs num_epochs",
-    "training.batch_size": "per_device_train_batch_size micro_batch_size",
-    "training.eval_batch_size": "per_device_eval_batch_size",
-    "training.gradient_accumulation_steps": "grad_accumulation_steps",
-    "training.lr": "learning_rate",
-    "training.schedule": "lr_scheduler_type lr_scheduler",
-    "training.warmup": "warmup_ratio warmup_steps",
-    "training.optimizer": "optim",
-    "training.max_grad_norm": "gradient_clipping",
-    "training.keep_best": "load_best_model_at_end",
-    "training.dpo_beta": "beta",
-    "output": "output_dir",
-}
-CANONICAL = {
-    alias: key for table in (ALIASES, others.ALIASES) for key, aliases in table.items() for alias in aliases.split()
-}
-
-# Keys of TRL's flat files that have the same name in a section here.
-FLAT = {
-    "model": "attn_implementation trust_remote_code dtype",
-    "data": "max_length packing",
-    "training": "max_steps weight_decay max_grad_norm gradient_checkpointing gradient_accumulation_steps seed bf16 "
-    "eval_steps save_steps save_total_limit logging_steps report_to",
-}
-CANONICAL_AT_TOP = CANONICAL | {
-    key: f"{name}.{key}" for table in (FLAT, others.FLAT) for name, keys in table.items() for key in keys.split()
-}
-
-# Switches for a preset: true adds it to method.name.
-PRESET_OF = {
-    "use_rslora": "rslora",
-    "peft_use_rslora": "rslora",
-    "use_dora": "dora",
-    "peft_use_dora": "dora",
-    "load_in_4bit": "qlora",
-    **others.PRESET_OF,
-}
-
 SHORTHAND = {"model": "id", "method": "name", "data": "train"}  # the key that a plain value in place of a section sets
-
-HINTS = {
-    "bias": "biases stay frozen; the method `bitfit` trains them",
-    "task_type": "`task` says what is trained; the kind of model comes from its own configuration",
-    "num_labels": "the labels are counted in the data, or listed in data.labels",
-    "reward_funcs": "write training.reward: FILE.py:FUNCTION",
-    "fp16": "write model.dtype: float16",
-    "loraplus_lr_ratio": "write method: {name: lora+, ratio: 16}",
-    "eval_strategy": "evaluation runs every training.eval_steps, or once per epoch",
-    "save_strategy": "checkpoints are written every training.save_steps, or once per epoch",
-    "resume_from_checkpoint": "give --resume on the command line",
-    "overwrite_output_dir": "give --overwrite on the command line",
-    "push_to_hub": "nothing is uploaded",
-    **dict.fromkeys(("hf_token", "token", "api_key"), "keep secrets out of files; set HF_TOKEN instead"),
-    **others.HINTS,
-}
-
-_LOSS = {True: "completion", False: "all"}
-_INVERTED = {True: "all", False: "completion"}
-_VALUES: dict[str, dict[Any, Any]] = {  # alias -> translated values
-    "completion_only_loss": _LOSS,
-    "assistant_only_loss": _LOSS,
-    "train_on_inputs": _INVERTED,
-    "train_on_input": _INVERTED,
-    "lora_target": {"all": "all-linear"},
-    "lr_scheduler_type": {"constant_with_warmup": "constant"},
-    "excess_length_strategy": {"raise": "error"},
-    **others.VALUES,
-}
 
 
 @dataclass
@@ -189,7 +111,7 @@ class _Translation:
             else:
                 self._problem(place, f"`{key}` must be true or false, not {show(value)}")
         elif self._is_value_of_preset(key, value) and section in ("", "method", "model", "training"):
-            self.out.switches.append((key, self.source.where(place), value, others.PRESET_OF_VALUE[key][value]))
+            self.out.switches.append((key, self.source.where(place), value, PRESET_OF_VALUE[key][value]))
         elif target is not None and (not section or target.startswith(f"{section}.")):
             self._translate(key, target, value, place)
         elif section == "method" and key in self.options:
@@ -200,18 +122,18 @@ class _Translation:
 
     @staticmethod
     def _is_value_of_preset(key: str, value: Any) -> bool:
-        values = others.PRESET_OF_VALUE.get(key, {})
+        values = PRESET_OF_VALUE.get(key, {})
         return any(value == known and type(value) is type(known) for known in values)
 
     def _translate(self, alias: str, target: str, value: Any, place: Place) -> None:
-        values = _VALUES.get(alias, {})
+        values = VALUES.get(alias, {})
         translated = isinstance(value, str | bool) and value in values
         if True in values and not translated:
             self._problem(place, f"`{alias}` must be true or false, not {show(value)}")
         elif alias == "warmup_ratio" and isinstance(value, int | float) and value >= 1:
             self._problem(place, f"`warmup_ratio` is a share of the steps and must be below 1, not {show(value)}")
         else:
-            read = values[value] if translated else others.CONVERTED.get(alias, lambda unchanged: unchanged)(value)
+            read = values[value] if translated else CONVERTED.get(alias, lambda unchanged: unchanged)(value)
             if self._set(target, read, place, alias):
                 shown = f": {read if isinstance(read, str) else ', '.join(read)}" if read != value else ""
                 self.out.notes.append(f"`{alias}` is read as `{target}{shown}`")

@@ -12,20 +12,90 @@ from typing import Any
 
 from lorary.model.patterns import EXPRESSION, expression_error, looks_like_expression
 
-ALIASES = {
+ALIASES = {  # key -> its other names
     "task": "stage",
+    "model.id": "model_name_or_path model_name base_model",
+    "model.revision": "model_revision",
+    "model.dtype": "torch_dtype",
+    "method.r": "lora_r lora_rank rank",
+    "method.alpha": "lora_alpha",
+    "method.dropout": "lora_dropout",
+    "method.targets": "target_modules lora_target_modules lora_target",
+    "method.exclude": "exclude_modules",
+    "method.train_in_full": "modules_to_save lora_modules_to_save additional_target",
     "method.layers": "layers_to_transform peft_layers_to_transform",
     "method.ranks": "rank_pattern",
     "method.alphas": "alpha_pattern",
+    "data.train": "dataset_name train_file",
+    "data.validation": "validation_file",
+    "data.validation_split": "val_set_size val_size",
+    "data.subset": "dataset_config",
+    "data.max_length": "max_seq_length max_seq_len cutoff_len sequence_len",
+    "data.packing": "sample_packing",
+    "data.overlong": "excess_length_strategy",
+    "data.chat_template": "chat_template_path",
+    "data.loss": "completion_only_loss assistant_only_loss train_on_inputs train_on_input",
+    "training.epochs": "num_train_epochs num_epochs",
+    "training.batch_size": "per_device_train_batch_size micro_batch_size",
+    "training.eval_batch_size": "per_device_eval_batch_size",
+    "training.gradient_accumulation_steps": "grad_accumulation_steps",
+    "training.lr": "learning_rate",
+    "training.schedule": "lr_scheduler_type lr_scheduler",
+    "training.warmup": "warmup_ratio warmup_steps",
+    "training.optimizer": "optim",
+    "training.max_grad_norm": "gradient_clipping",
+    "training.keep_best": "load_best_model_at_end",
+    "training.dpo_beta": "beta pref_beta",
     "training.label_smoothing": "label_smoothing_factor",
     "training.schedule_options": "lr_scheduler_kwargs",
     "training.seed": "random_state",
-    "training.dpo_beta": "pref_beta",
+    "output": "output_dir",
+}
+CANONICAL = {alias: key for key, aliases in ALIASES.items() for alias in aliases.split()}
+
+# Keys of flat files, as TRL's, that have the same name in a section here.
+FLAT = {
+    "model": "attn_implementation trust_remote_code dtype",
+    "data": "max_length packing",
+    "training": "max_steps weight_decay max_grad_norm gradient_checkpointing gradient_accumulation_steps seed bf16 "
+    "eval_steps save_steps save_total_limit logging_steps report_to adam_beta1 adam_beta2 adam_epsilon "
+    "neftune_noise_alpha torch_compile early_stopping_patience",
+}
+CANONICAL_AT_TOP = CANONICAL | {key: f"{name}.{key}" for name, keys in FLAT.items() for key in keys.split()}
+
+# Switches for a preset: true adds it to method.name.
+PRESET_OF = {
+    "use_rslora": "rslora",
+    "peft_use_rslora": "rslora",
+    "use_dora": "dora",
+    "peft_use_dora": "dora",
+    "load_in_4bit": "qlora",
+    "pissa_init": "pissa",
+}
+# Keys with a value for which a preset is added, or nothing where it is empty.
+PRESET_OF_VALUE: dict[str, dict[Any, str]] = {
+    "init_lora_weights": {True: "", "pissa": "pissa", "olora": "olora"},
+    "peft_init_lora_weights": {True: "", "pissa": "pissa", "olora": "olora"},
+    "adapter": {"lora": "", "qlora": "qlora"},
+    "finetuning_type": {"lora": ""},
+    "quantization_bit": {4: "qlora"},
+    "peft_type": {"LORA": "", "ADALORA": "adalora", "VERA": "vera"},
+    "task_type": {"CAUSAL_LM": ""},
+    "bias": {"none": ""},
+    **{key: {False: ""} for key in ("fp16", "fan_in_fan_out", "inference_mode", "use_liger_kernel", "group_by_length")},
 }
 
-# Keys of flat files that have the same name in a section here.
-FLAT = {
-    "training": "adam_beta1 adam_beta2 adam_epsilon neftune_noise_alpha torch_compile early_stopping_patience",
+_LOSS = {True: "completion", False: "all"}
+_INVERTED = {True: "all", False: "completion"}
+VALUES: dict[str, dict[Any, Any]] = {  # alias -> its values that have other names here
+    "completion_only_loss": _LOSS,
+    "assistant_only_loss": _LOSS,
+    "train_on_inputs": _INVERTED,
+    "train_on_input": _INVERTED,
+    "lora_target": {"all": "all-linear"},
+    "lr_scheduler_type": {"constant_with_warmup": "constant"},
+    "excess_length_strategy": {"raise": "error"},
+    "stage": {"pt": "sft", "rm": "reward"},
 }
 
 
@@ -53,26 +123,22 @@ CONVERTED: dict[str, Callable[[Any], Any]] = {
     "rank_pattern": _patterns,
     "alpha_pattern": _patterns,
 }
-VALUES: dict[str, dict[Any, Any]] = {"stage": {"pt": "sft"}}
-
-# Switches for a preset: true adds it to method.name.
-PRESET_OF = {"pissa_init": "pissa"}
-# Keys with a value for which a preset is added, or nothing where it is empty.
-PRESET_OF_VALUE: dict[str, dict[Any, str]] = {
-    "init_lora_weights": {True: "", "pissa": "pissa", "olora": "olora"},
-    "peft_init_lora_weights": {True: "", "pissa": "pissa", "olora": "olora"},
-    "adapter": {"lora": "", "qlora": "qlora"},
-    "finetuning_type": {"lora": ""},
-    "quantization_bit": {4: "qlora"},
-    "peft_type": {"LORA": "", "ADALORA": "adalora", "VERA": "vera"},
-    "task_type": {"CAUSAL_LM": ""},
-    "bias": {"none": ""},
-    **{key: {False: ""} for key in ("fp16", "fan_in_fan_out", "inference_mode", "use_liger_kernel", "group_by_length")},
-}
 
 _LAUNCH = "a run is split over processes by its launcher: docs/how-to/several-processes.md"
 _NOT_NEEDED = "leave it out: "
-HINTS = {
+HINTS = {  # key that cannot be translated -> what to write
+    "bias": "biases stay frozen; the method `bitfit` trains them",
+    "task_type": "`task` says what is trained; the kind of model comes from its own configuration",
+    "num_labels": "the labels are counted in the data, or listed in data.labels",
+    "reward_funcs": "write training.reward: FILE.py:FUNCTION",
+    "fp16": "write model.dtype: float16",
+    "loraplus_lr_ratio": "write method: {name: lora+, ratio: 16}",
+    "eval_strategy": "evaluation runs every training.eval_steps, or once per epoch",
+    "save_strategy": "checkpoints are written every training.save_steps, or once per epoch",
+    "resume_from_checkpoint": "give --resume on the command line",
+    "overwrite_output_dir": "give --overwrite on the command line",
+    "push_to_hub": "nothing is uploaded",
+    **dict.fromkeys(("hf_token", "token", "api_key"), "keep secrets out of files; set HF_TOKEN instead"),
     **dict.fromkeys(("deepspeed", "deepspeed_config"), f"{_LAUNCH}; DeepSpeed itself is not supported, FSDP2 is"),
     **dict.fromkeys(
         ("fsdp", "fsdp_config", "fsdp_version", "fsdp_final_state_dict_type", "ddp", "ddp_timeout", "num_processes"),

@@ -20,7 +20,7 @@ _EXAMPLES: dict[Place, str] = {
     ("data", "train"): "train: builtin:docstrings",
 }
 _ALSO = {"name": "name: vera", "targets": "targets: mlp"}
-_PARTS = ("[key]", "[path]", "[source]")  # pydantic's names of places that are no keys of the user's
+_PARTS = ("[key]", "[path]", "[source]")  # pydantic's own parts of a place, which the user has not written
 _SOURCE_KEYS = {"type": "format", "name": "subset", "data_files": "path", "ratio": "weight", "probability": "weight"}
 _KINDS = {
     "int_type": "a whole number",

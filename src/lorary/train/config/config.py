@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import Field, PrivateAttr
 from pydantic.fields import FieldInfo
@@ -23,29 +23,15 @@ from lorary.model.loading.source import Section
 from lorary.model.planning import plan
 from lorary.spec.method import Method
 from lorary.spec.presets import resolve_presets
-from lorary.train.config._fields import (
-    Alpha,
-    Count,
-    Fraction,
-    Integer,
-    Layers,
-    Names,
-    Number,
-    Optimizer,
-    PathPattern,
-    Schedule,
-    Size,
-    SomeNames,
-    Task,
-    Trackers,
-)
+from lorary.train.config._fields import Alpha, Fraction, Layers, Names, PathPattern, Size, SomeNames, Task
 from lorary.train.config._paths import absolute
 from lorary.train.config._places import located
 from lorary.train.config._sections import AlsoSection, ModelSection, build_method, method_defaults
+from lorary.train.config.data_section import DataSection
 from lorary.train.config.drop import DropSection
 from lorary.train.config.previous_tasks import load_previous_tasks
-from lorary.train.config.sources import RowFormatName, Sources
 from lorary.train.config.tasks import TASK_DEFAULTS, TASK_LR, has_reference
+from lorary.train.config.training_section import TrainingSection
 from lorary.train.config.yaml_source import dump
 
 if TYPE_CHECKING:
@@ -125,138 +111,6 @@ class MethodSection(Section):
         if self.drop is None:
             return planned
         return dataclasses.replace(planned, notes=(*planned.notes, probe_note(self.drop.threshold, self.drop.sample)))
-
-
-class DataSection(Section):
-    """The training and held-out data."""
-
-    train: Sources = Field(
-        description="file, folder, Hub id, builtin:NAME, or a list; one may be {path: a.jsonl, weight: 2, limit: 1000}"
-    )
-    validation: Sources | None = Field(default=None, description="the same for held-out data")
-    validation_split: Fraction = Field(
-        default=0.0, description="share of the training rows to hold out when validation is empty"
-    )
-    subset: str | None = Field(default=None, description="configuration name of a Hub data set")
-    format: RowFormatName = Field(
-        default="auto", description="format of a row; auto: detected from the fields of each source, and shown"
-    )
-    labels: SomeNames | None = Field(
-        default=None, description="classification: the labels in the order of the outputs; empty: those of the data"
-    )
-    columns: dict[str, str] = Field(default={}, description="your field names, such as {prompt: question}")
-    max_length: Annotated[Integer, Field(ge=8, le=10_000_000)] = Field(
-        default=1024, description="maximum tokens per row"
-    )
-    overlong: Literal["auto", "error", "drop", "truncate", "split"] = Field(
-        default="auto", description="rows beyond max_length; auto: plain text is split, anything else is an error"
-    )
-    packing: bool = Field(default=False, description="pack several examples into one row of max_length")
-    loss: Literal["auto", "completion", "all"] = Field(
-        default="auto", description="tokens in the loss; auto: the answers, or all of a plain text"
-    )
-    chat_template: str | None = Field(
-        default=None, description="Jinja file or builtin:chatml; empty: the tokenizer's own template"
-    )
-    separator: str | None = Field(
-        default=None, min_length=1, description='text before every completion, such as "\\n"; empty: rows as they are'
-    )
-    special_tokens: Literal["keep", "escape", "refuse"] = Field(
-        default="keep",
-        description="those inside the rows' texts: kept as such and counted, escaped to plain text, or refused",
-    )
-    streaming: bool = Field(
-        default=False, description="read the training rows while training, for data beyond memory; needs max_steps"
-    )
-
-
-class TrainingSection(Section):
-    """The optimization."""
-
-    epochs: Annotated[Number, Field(gt=0, le=100_000)] | None = Field(
-        default=None, description="passes over the training data; 3 if max_steps is empty too"
-    )
-    max_steps: Count | None = Field(default=None, description="optimizer steps; replaces epochs")
-    batch_size: Size = Field(default=4, description="rows per device and forward pass")
-    gradient_accumulation_steps: Size = Field(default=4, description="forward passes per optimizer step")
-    eval_batch_size: Size | None = Field(default=None, description="rows per device in evaluation; empty: batch_size")
-    lr: Annotated[Number, Field(gt=0, le=1)] | None = Field(
-        default=None, description="learning rate; empty: the task's (sft 2e-4, dpo 5e-6), times the method's factor"
-    )
-    schedule: Schedule = Field(default="cosine", description="learning-rate schedule, as Transformers names it")
-    schedule_options: dict[str, Any] = Field(
-        default={}, description="the schedule's parameters, such as {min_lr_rate: 0.1} or {num_decay_steps: 100}"
-    )
-    warmup: Annotated[Number, Field(ge=0, le=1_000_000_000)] = Field(
-        default=0.03, description="share of the steps if below 1, number of steps otherwise"
-    )
-    optimizer: Optimizer = Field(
-        default="adamw_torch",
-        description="as Transformers names it; paged_adamw (bitsandbytes, CUDA) keeps its state on the host",
-    )
-    optimizer_options: dict[str, Any] = Field(
-        default={}, description="parameters of the optimizer's class, such as {momentum: 0.9} for sgd"
-    )
-    adam_beta1: Fraction | None = Field(default=None, description="decay of Adam's first moment; empty: 0.9")
-    adam_beta2: Fraction | None = Field(default=None, description="decay of Adam's second moment; empty: 0.999")
-    adam_epsilon: Annotated[Number, Field(gt=0, le=1)] | None = Field(
-        default=None, description="Adam's epsilon; empty: 1e-8"
-    )
-    weight_decay: Annotated[Number, Field(ge=0, le=1)] = Field(
-        default=0.0, description="decoupled weight decay, of matrices, of AdaLoRA's E and of all that GLoRA trains"
-    )
-    max_grad_norm: Annotated[Number, Field(ge=0, le=1e6)] = Field(
-        default=1.0, description="gradient clipping norm; 0: no clipping"
-    )
-    gradient_checkpointing: bool = Field(
-        default=False, description="recompute activations: less memory, about a third more time"
-    )
-    bf16: bool = Field(default=False, description="compute in bfloat16 with float32 weights (autocast)")
-    torch_compile: bool = Field(default=False, description="compile the model with torch.compile: a slow first step")
-    neftune_noise_alpha: Annotated[Number, Field(gt=0, le=1000)] | None = Field(
-        default=None, description="NEFTune's noise on the embeddings in training, usually 5; empty: none"
-    )
-    label_smoothing: Fraction = Field(
-        default=0.0, description="share of a target's probability that is spread over all tokens (SFT)"
-    )
-    seed: Annotated[Integer, Field(ge=0, le=2**32 - 1)] = Field(
-        default=42, description="seed of the data order, the initialisation and dropout"
-    )
-    logging_steps: Count = Field(default=10, description="optimizer steps between two log lines")
-    eval_steps: Count | None = Field(default=None, description="optimizer steps between evaluations; empty: an epoch")
-    save_steps: Count | None = Field(
-        default=None, description="optimizer steps between checkpoints; empty: an epoch, or eval_steps to keep the best"
-    )
-    save_total_limit: Count = Field(default=2, description="checkpoints to keep")
-    early_stopping_patience: Count | None = Field(
-        default=None, description="stop after so many evaluations without a lower loss; keeps the best"
-    )
-    keep_best: bool = Field(default=False, description="save the best evaluation's adapter, not the last step's")
-    report_to: Trackers = Field(default=("none",), description="tensorboard, wandb or trackio, beside metrics.jsonl")
-    dpo_beta: Annotated[Number, Field(gt=0, le=1000)] | None = Field(
-        default=None, description="DPO's beta, the pull to the reference; empty: 0.1"
-    )
-    kto_beta: Annotated[Number, Field(gt=0, le=1000)] | None = Field(
-        default=None, description="KTO's beta, the pull to the base; empty: 0.1"
-    )
-    grpo_beta: Annotated[Number, Field(ge=0, le=1000)] | None = Field(
-        default=None, description="GRPO's weight of the divergence from the base; empty: 0, none"
-    )
-    reference: Literal["start", "base"] | None = Field(
-        default=None, description="the reference of these three after model.adapter: start, that adapter; or base"
-    )
-    reward: str | None = Field(
-        default=None, description="GRPO's reward: FILE.py:FUNCTION, which runs; it takes completions, returns numbers"
-    )
-    num_generations: Annotated[Integer, Field(ge=2, le=65_536)] | None = Field(
-        default=None, description="GRPO: answers to each prompt, which are compared; empty: 8"
-    )
-    max_completion_length: Size | None = Field(default=None, description="GRPO: tokens of an answer; empty: 256")
-
-    @property
-    def keeps_best(self) -> bool:
-        """Whether the best evaluation's adapter is the run's."""
-        return self.keep_best or self.early_stopping_patience is not None
 
 
 class Config(Section):

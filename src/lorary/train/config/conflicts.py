@@ -45,7 +45,7 @@ def _unused(c: Config) -> Iterator[Diagnostic]:
 def _task(c: Config) -> Iterator[Diagnostic]:
     """Fields of other tasks."""
     if c.task not in ("sft", "classification") and c.training.label_smoothing:
-        what = f"has no effect when task is `{c.task}`, whose loss is no cross-entropy"
+        what = f"has no effect when task is `{c.task}`, whose loss is not a cross-entropy"
         yield Diagnostic("training.label_smoothing", what, "remove it")
     for key in dict.fromkeys(key for defaults in TASK_DEFAULTS.values() for key in defaults):
         owners = [task for task, defaults in TASK_DEFAULTS.items() if key in defaults]
@@ -192,7 +192,7 @@ def _beside_an_adapter(c: Config) -> Iterator[Diagnostic]:
         if getattr(c.method, key):
             yield Diagnostic(f"method.{key}", "has no effect beside `model.adapter`, which has its layers", fix)
     if c.method.options and "name" not in c.method.model_fields_set:
-        yield Diagnostic("method.options", "says nothing without `method.name`", "leave both out")
+        yield Diagnostic("method.options", "has no effect without `method.name`", "leave both out")
     if c.method.after:
         what = "starts a new task beside those adapters, and `model.adapter` goes on with one"
         yield Diagnostic("method.after", what, "keep one of the two")

@@ -89,7 +89,7 @@ def optimizer_options(optimizer: str) -> list[str]:
     """The names that `optimizer_options` may hold: the parameters of the optimizer's class."""
     module, _, name = OPTIMIZERS[optimizer].partition(":")
     parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
-    eps = {"eps"} if adam_keys(optimizer) else set()  # Adafactor's and RMSprop's eps are options
-    return [
-        key for key in parameters if key not in SET_ELSEWHERE.keys() - ({"eps"} - eps) and key != "percentile_clipping"
-    ]
+    elsewhere = {*SET_ELSEWHERE, "percentile_clipping"}
+    if not adam_keys(optimizer):
+        elsewhere.remove("eps")  # Adafactor's and RMSprop's eps are options
+    return [key for key in parameters if key not in elsewhere]

@@ -27,15 +27,19 @@ def load_previous_tasks(names: Sequence[str]) -> list[Adapter]:
         ConfigError: digests that do not match; all of them.
     """
     adapters = [load_adapter(path_of(name)) for name in names]
-    problems = []
-    for name, adapter in zip(names, adapters, strict=True):
-        path, _, wanted = name.partition("#")
-        if wanted and wanted != (found := digest(adapter)):
-            what = f"{path} contains another adapter: {found}, and the configuration was made with {wanted}"
-            problems.append(Diagnostic("method.after", what, f"write {path} without a digest to take it as it is now"))
-    if problems:
+    pairs = zip(names, adapters, strict=True)
+    if problems := [p for name, adapter in pairs for p in other_digest("method.after", name, adapter)]:
         raise ConfigError("the adapter of an earlier task has changed:", problems)
     return adapters
+
+
+def other_digest(key: str, name: str, adapter: Adapter) -> list[Diagnostic]:
+    """The error of an adapter that does not have the digest of `FOLDER#DIGEST`; none without a digest."""
+    path, _, wanted = name.partition("#")
+    if not wanted or wanted == (found := digest(adapter)):
+        return []
+    what = f"{path} contains another adapter: {found}, and the configuration was made with {wanted}"
+    return [Diagnostic(key, what, f"write {path} without a digest to take it as it is now")]
 
 
 def check_base(names: Sequence[str], adapters: Sequence[Adapter], base: nn.Module) -> None:

@@ -20,7 +20,7 @@ from lorary.spec.method import AXES
 from lorary.spec.placement import by_method
 from lorary.spec.presets import method as method_of
 from lorary.train.config.config import Config, MethodSection
-from lorary.train.config.previous_tasks import digest
+from lorary.train.config.previous_tasks import digest, other_digest, path_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,16 +47,13 @@ def load_start(config: Config) -> Start | None:
     """
     if config.model.adapter is None:
         return None
-    path, _, wanted = config.model.adapter.partition("#")
+    path = path_of(config.model.adapter)
     folder = Path(path).expanduser()
     adapter = load_adapter(adapter_folder(folder) or folder)
-    found = digest(adapter)
-    if wanted and wanted != found:
-        what = f"{path} contains another adapter: {found}, and the configuration was made with {wanted}"
-        problem = Diagnostic("model.adapter", what, f"write {path} without a digest to take it as it is now")
-        raise ConfigError("the adapter to go on from has changed:", [problem])
+    if problems := other_digest("model.adapter", config.model.adapter, adapter):
+        raise ConfigError("the adapter to go on from has changed:", problems)
     resized = _at_rank(_for_training(adapter, config.method), config.method, config.training.seed)
-    return Start(resized, f"{path}#{found}")
+    return Start(resized, f"{path}#{digest(adapter)}")
 
 
 def plan_to_go_on(config: Config, model: nn.Module, start: Adapter, drawn: Sequence[str] = ()) -> Plan:

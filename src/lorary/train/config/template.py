@@ -9,7 +9,8 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from lorary.spec.presets import presets
-from lorary.train.config._aliases import CANONICAL_AT_TOP, PRESET_OF, SHORTHAND
+from lorary.train.config._aliases import SHORTHAND
+from lorary.train.config._other_tools import CANONICAL_AT_TOP, PRESET_OF
 from lorary.train.config.config import SECTIONS, Config
 from lorary.train.config.load import from_dict
 from lorary.train.config.yaml_source import dump

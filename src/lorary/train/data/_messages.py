@@ -49,6 +49,19 @@ def _content(content: Any, at: str) -> str:
     raise ValueError(f"{at} has {kind_of(content)} as its content, not a text")
 
 
+def read_text(value: Any, name: str, empty: bool = False) -> str:
+    """`value` as a text that is not blank, unless it may be.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"`{name}` must be a text, not {kind_of(value)}")
+    if not empty and not value.strip():
+        raise ValueError(f"`{name}` is empty")
+    return value
+
+
 def kind_of(value: Any) -> str:
     """A value's kind in JSON's words, for messages."""
     kinds: dict[type, str] = {

@@ -108,10 +108,10 @@ def unreadable(source: object, what: str, fix: str = "", where: str = "") -> Dat
     return DataError(f"cannot read {source}:", [Diagnostic(where, what, fix)])
 
 
-def names_of(fields: Iterable[str], most: int = 12) -> str:
+def quoted_names(fields: Iterable[str], most: int = 12) -> str:
     """Field names for a message: quoted, made printable, and at most so many.
 
-    >>> names_of(["a", "b", "c"], most=2)
+    >>> quoted_names(["a", "b", "c"], most=2)
     '`a`, `b` and 1 more'
     """
     names = list(fields)

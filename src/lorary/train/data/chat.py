@@ -99,8 +99,8 @@ def encode(tokenizer: Any, chat: Chat) -> list[Masked]:
         )
         if any(marked["assistant_masks"]):
             return [(list(marked["input_ids"]), [bool(bit) for bit in marked["assistant_masks"]])]
-    learnt = [i for i, learn in enumerate(chat.learn) if learn]
-    renderings = [_answer(tokenizer, chat, i) for i in learnt]
+    learned = [i for i, learn in enumerate(chat.learn) if learn]
+    renderings = [_answer(tokenizer, chat, i) for i in learned]
     if all(text.startswith(through) for _, through in renderings):
         return [mask_spans(tokenizer, text, [(len(before), len(through)) for before, through in renderings])]
     return [mask_spans(tokenizer, through, [(len(before), len(through))]) for before, through in renderings]

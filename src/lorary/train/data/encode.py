@@ -50,7 +50,7 @@ def with_eos(ids: list[int], tokenizer: Any) -> list[int]:
     return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
 
-def special_ids(tokenizer: Any) -> dict[int, bool]:
+def added_ids(tokenizer: Any) -> dict[int, bool]:
     """The ids of added tokens, and whether each is special; of some tokenizers the end of a turn is not."""
     added = {i: bool(token.special) for i, token in tokenizer.added_tokens_decoder.items()}
     return added | dict.fromkeys(tokenizer.all_special_ids, True)

@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from lorary.errors import DataError, Diagnostic
-from lorary.train.data.encode import decode, special_ids
+from lorary.train.data.encode import added_ids, decode
 from lorary.train.data.tokenize import IGNORED, Row, Tokens, token_ids
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def _ends(tokens: Tokens, rows: list[Flat], tokenizer: Any) -> tuple[list[Diagno
     if tokenizer.eos_token_id is None:
         return [], ["the tokenizer has no EOS: the model will not learn to stop"]
     last = {next((i for i in reversed(labels) if i != IGNORED), None) for _, labels in rows}
-    ends = special_ids(tokenizer).keys() & last
+    ends = added_ids(tokenizer).keys() & last
     if not ends and rows and not tokens.truncated and not tokens.split:
         what = f"no answer ends with a labelled token: EOS ({tokenizer.eos_token!r}) is masked everywhere"
         return [Diagnostic("", what, "the model would never stop; look at the sample")], []

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lorary.errors import DataError, Diagnostic
-from lorary.train.config.config import DataSection
+from lorary.train.config.data_section import DataSection
 from lorary.train.config.sources import Source, as_source
 from lorary.train.config.tasks import FORMATS, wrong_format
-from lorary.train.data._records import Record, names_of
+from lorary.train.data._records import Record, quoted_names
 from lorary.train.data._sources import read_source
 from lorary.train.data.row_formats import Example, Pair, Preference, detect, fields, normalise, unused
 
@@ -110,7 +110,7 @@ def renamed(record: Record, columns: dict[str, str]) -> Record:
     if not isinstance(record.value, dict) or not columns:
         return record
     if missing := [theirs for theirs in columns.values() if theirs not in record.value]:
-        what = f"has no field `{missing[0]}`, which data.columns names; it has {names_of(record.value)}"
+        what = f"has no field `{missing[0]}`, which data.columns names; it has {quoted_names(record.value)}"
         raise DataError("cannot rename the fields of a row:", [Diagnostic(record.where, what)])
     used = {*columns.values(), *columns}
     kept = {key: value for key, value in record.value.items() if key not in used}
@@ -142,7 +142,7 @@ def _read(source: Source, split: str, section: DataSection, task: str | None) ->
     if blank := len(rows) - len(examples):
         notes.append(f"{blank:,} rows of {name} are empty and left out")
     if left_out := unused(rows, row_format):
-        notes.append(f"fields that the format {row_format} does not use: {names_of(left_out).replace('`', '')}")
+        notes.append(f"fields that the format {row_format} does not use: {quoted_names(left_out).replace('`', '')}")
     return _Part(source, row_format, examples, notes)
 
 
@@ -187,7 +187,7 @@ def _copies(parts: Sequence[_Part], kept: Sequence[int], seed: int) -> tuple[lis
         of_source.append((part, sum(copies[i] for i in rows)))
         if rows and not of_source[-1][1]:
             what = f"the weight {part.source.weight:g} leaves none of its {len(rows):,} rows"
-            raise DataError("cannot weigh the sources:", [Diagnostic(str(part.source), what, "raise the weight")])
+            raise DataError("cannot weight the sources:", [Diagnostic(str(part.source), what, "raise the weight")])
     if all(part.source.weight == 1 for part in parts):
         return copies, []
     total = sum(count for _, count in of_source)

@@ -22,8 +22,8 @@ from typing import Any
 
 from lorary.errors import DataError, Diagnostic, nearest
 from lorary.train.data._messages import Messages as Messages
-from lorary.train.data._messages import kind_of, read_messages
-from lorary.train.data._records import Record, check_text, convert, names_of
+from lorary.train.data._messages import kind_of, read_messages, read_text
+from lorary.train.data._records import Record, check_text, convert, quoted_names
 from lorary.train.data._tool_calls import call_in_text, listed, tools
 from lorary.train.data.task_rows import Judged, Labelled, Prompt, read_judged, read_labelled, read_prompt
 
@@ -104,7 +104,7 @@ def detect(records: Sequence[Record], name: str, preferred: Sequence[str] = ()) 
         (f"{ours}: {field}" for field in fields[:100] for ours in nearest(field[:100], required, most=1)),
         "prompt: question",
     )
-    what = f"found the fields {names_of(fields)}" if fields else "the rows are not objects with fields"
+    what = f"found the fields {quoted_names(fields)}" if fields else "the rows are not objects with fields"
     formats = {kind: ROW_FORMATS[kind] for kind in preferred or ROW_FORMATS if preferred or kind not in OF_TASKS}
     known = "; ".join(f"{kind} ({', '.join(row_format.required)})" for kind, row_format in formats.items())
     fix = f"name the fields with data.columns, such as {{{near}}}; the formats are: {known}"
@@ -162,12 +162,12 @@ def _checked(row: Any, kind: str) -> Mapping[str, Any]:
 
 
 def _text(row: Mapping[str, Any], where: str) -> Text:
-    return Text(_string(row, "text"), where)
+    return Text(read_text(row["text"], "text"), where)
 
 
 def _pair(row: Mapping[str, Any], where: str) -> Example:
     if isinstance(row["prompt"], str) or isinstance(row["completion"], str):
-        return Pair(_string(row, "prompt", empty=True), _string(row, "completion"), where)
+        return Pair(read_text(row["prompt"], "prompt", empty=True), read_text(row["completion"], "completion"), where)
     prompt, completion = read_messages(row["prompt"], "prompt"), read_messages(row["completion"], "completion")
     return _chat(prompt + completion, row, where, first=len(prompt))
 
@@ -177,15 +177,16 @@ def _messages(row: Mapping[str, Any], where: str) -> Chat:
 
 
 def _alpaca(row: Mapping[str, Any], where: str) -> Chat:
-    question = _string(row, "instruction")
+    question = read_text(row["instruction"], "instruction")
     if row.get("input"):
-        question = f"{question}\n\n{_string(row, 'input')}"
+        question = f"{question}\n\n{read_text(row['input'], 'input')}"
     turns = _system(row)
     for turn in row.get("history") or []:
         if not isinstance(turn, list | tuple) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
             raise ValueError("`history` must be a list of [instruction, answer] pairs")
         turns += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    turns += [{"role": "user", "content": question}, {"role": "assistant", "content": _string(row, "output")}]
+    answer = read_text(row["output"], "output")
+    turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return _chat(turns, row, where)
 
 
@@ -214,7 +215,7 @@ def _sharegpt(row: Mapping[str, Any], where: str) -> Chat:
 
 
 def _system(row: Mapping[str, Any]) -> Messages:
-    return [{"role": "system", "content": _string(row, "system")}] if row.get("system") else []
+    return [{"role": "system", "content": read_text(row["system"], "system")}] if row.get("system") else []
 
 
 def _preference(row: Mapping[str, Any], where: str) -> Preference:
@@ -222,7 +223,8 @@ def _preference(row: Mapping[str, Any], where: str) -> Preference:
     if isinstance(chosen, str) and isinstance(rejected, str) and isinstance(prompt, str):
         if chosen == rejected:
             raise ValueError("`chosen` and `rejected` are the same")
-        return Preference(_string(row, "prompt"), _string(row, "chosen"), _string(row, "rejected"), where)
+        prompt, chosen, rejected = (read_text(row[key], key) for key in ("prompt", "chosen", "rejected"))
+        return Preference(prompt, chosen, rejected, where)
     if isinstance(chosen, str) or isinstance(rejected, str):
         fields = ", ".join(f"`{key}` is {kind_of(row.get(key))}" for key in ("prompt", "chosen", "rejected"))
         raise ValueError(f"all three must be texts, or all three lists of messages: {fields}")
@@ -247,15 +249,6 @@ def _chat(turns: Messages, row: Mapping[str, Any], where: str, first: int = 0) -
         raise ValueError("has no assistant message to train on")
     turns = [{key: value for key, value in turn.items() if key != "train"} for turn in turns]
     return Chat(turns, learn, tools(row.get("tools")), where)
-
-
-def _string(row: Mapping[str, Any], key: str, empty: bool = False) -> str:
-    value = row[key]
-    if not isinstance(value, str):
-        raise ValueError(f"`{key}` must be a text, not {kind_of(value)}")
-    if not empty and not value.strip():
-        raise ValueError(f"`{key}` is empty")
-    return value
 
 
 ROW_FORMATS: dict[str, RowFormat] = {

@@ -39,7 +39,7 @@ class SpecialTokens:
         self.rows = 0
         self.found: Counter[str] = Counter()
         self.first: dict[str, str] = {}
-        self.ids = special_ids(tokenizer)
+        self.ids = _special_tokens(tokenizer)
         self._pattern = _any_of(self.ids)
 
     def tokenizer_for(self, example: Example) -> Any:
@@ -168,7 +168,7 @@ class EscapingTokenizer:
         return _GUARDED.sub(lambda match: self.names[int(match[1])], named)
 
 
-def special_ids(tokenizer: Any) -> dict[str, int]:
+def _special_tokens(tokenizer: Any) -> dict[str, int]:
     """The special tokens of a tokenizer and their ids; not other added tokens, such as `<think>`."""
     found = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     named = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))

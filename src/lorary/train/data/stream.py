@@ -15,7 +15,7 @@ from itertools import count, islice
 from typing import Any
 
 from lorary.errors import DataError
-from lorary.train.config.config import DataSection
+from lorary.train.config.data_section import DataSection
 from lorary.train.config.sources import Source, as_source
 from lorary.train.data._records import Record, convert
 from lorary.train.data._sources import stream_source

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorary.train.data._messages import Messages, read_messages
+from lorary.train.data._messages import Messages, kind_of, read_messages, read_text
 
 _JUDGEMENTS = {True: True, False: False, "true": True, "false": False}  # 1 and 0 equal the first two
 
@@ -85,7 +85,7 @@ def read_judged(row: Mapping[str, Any], where: str) -> Judged:
     if isinstance(prompt, str) != isinstance(completion, str):
         raise ValueError("`prompt` and `completion` must both be texts, or both lists of messages")
     if isinstance(prompt, str):
-        return Judged(prompt, _text(completion, "completion"), _JUDGEMENTS[known], where)
+        return Judged(prompt, read_text(completion, "completion"), _JUDGEMENTS[known], where)
     return Judged(read_messages(prompt, "prompt"), read_messages(completion, "completion"), _JUDGEMENTS[known], where)
 
 
@@ -96,7 +96,7 @@ def read_prompt(row: Mapping[str, Any], where: str) -> Prompt:
         ValueError: what is wrong with it.
     """
     value = row["prompt"]
-    prompt = _text(value, "prompt") if isinstance(value, str) else read_messages(value, "prompt")
+    prompt = read_text(value, "prompt") if isinstance(value, str) else read_messages(value, "prompt")
     return Prompt(prompt, {key: content for key, content in row.items() if key != "prompt"}, where)
 
 
@@ -107,8 +107,8 @@ def read_labelled(row: Mapping[str, Any], where: str) -> Labelled:
         ValueError: what is wrong with it.
     """
     pair = row.get("text_pair")
-    second = None if pair is None else _text(pair, "text_pair")
-    return Labelled(_text(row["text"], "text"), second, _label(row["label"]), where)
+    second = None if pair is None else read_text(pair, "text_pair")
+    return Labelled(read_text(row["text"], "text"), second, _label(row["label"]), where)
 
 
 def _label(value: Any) -> str | tuple[str, ...] | float:
@@ -126,15 +126,7 @@ def _label(value: Any) -> str | tuple[str, ...] | float:
     if isinstance(value, int):
         return str(value)
     if not isinstance(value, str):
-        raise ValueError(f"`label` must be a name, a number or a list of names, not {type(value).__name__}")
+        raise ValueError(f"`label` must be a name, a number or a list of names, not {kind_of(value)}")
     if not value.strip():
         raise ValueError("`label` is empty")
     return value.strip()
-
-
-def _text(value: Any, key: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"`{key}` must be a text, not {type(value).__name__}")
-    if not value.strip():
-        raise ValueError(f"`{key}` is empty")
-    return value

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lorary.errors import DataError, Diagnostic
-from lorary.train.config.config import DataSection
+from lorary.train.config.data_section import DataSection
 from lorary.train.data import chat, encode, task_tokens
 from lorary.train.data._records import BadRows, convert, source_of
 from lorary.train.data.row_formats import Chat, Example, Pair, Preference, Text
@@ -121,7 +121,7 @@ class Encoder:
         if (first := next(filter(_is_conversation, examples), None)) is not None:
             chat.require_template(tokenizer, first.where)
         self.everything = section.loss == "all"
-        self.tokenizer, self.ends = tokenizer, encode.special_ids(tokenizer)
+        self.tokenizer, self.ends = tokenizer, encode.added_ids(tokenizer)
         self.special = SpecialTokens(tokenizer, section.special_tokens)
         self.separator, self.labels = section.separator, labels
 

@@ -79,30 +79,24 @@ def build_trainer(
     patience = prepared.config.training.early_stopping_patience
     if patience is not None:
         callbacks = [*callbacks, EarlyStoppingCallback(early_stopping_patience=patience)]
-    options: dict[str, Any] = {}
-    if prepared.labels is not None:
-        options["labels"] = prepared.labels
-    if prepared.reward is not None:
-        options["reward"] = prepared.reward
-    if prepared.config.training.reference is not None:
-        options["reference"] = prepared.config.training.reference
+    task, stream = prepared.config.task, prepared.stream
+    reference = prepared.config.training.reference
+    options = {"labels": prepared.labels, "reward": prepared.reward, "reference": reference}  # of some tasks
     with _no_progress_bars():
-        trainer = _TRAINERS[prepared.config.task](
+        trainer = _TRAINERS[task](
             model=model,
             args=training_arguments(prepared.config, output, held_out=bool(held_out), resumed=resumed),
-            train_dataset=prepared.stream.dataset()
-            if prepared.stream
-            else _dataset(prepared.config.task, prepared.train.rows),
-            eval_dataset=_dataset(prepared.config.task, held_out) if held_out else None,
+            train_dataset=stream.dataset() if stream else _dataset(task, prepared.train.rows),
+            eval_dataset=_dataset(task, held_out) if held_out else None,
             processing_class=prepared.tokenizer,
             callbacks=callbacks,
-            **options,
+            **{key: value for key, value in options.items() if value is not None},
         )
     trainer.remove_callback(PrinterCallback)
     if prepared.config.training.torch_compile:
         compile_backbone(model)
     trainer.predicted = prepared.memory
-    trainer.stream_digest = prepared.stream.digest if prepared.stream else ""
+    trainer.stream_digest = stream.digest if stream else ""
     trainer.optimizer_options = dict(prepared.config.training.optimizer_options)
     if prepared.config.data.packing:
         check_packing(model, trainer.data_collator)

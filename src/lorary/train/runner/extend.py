@@ -6,10 +6,8 @@ from pathlib import Path
 
 from lorary.errors import ConfigError, Diagnostic
 from lorary.train.config.config import Config
+from lorary.train.runner.folder import CHECKPOINTS
 from lorary.train.trainer.checkpoint import newest, step_of
-
-CHECKPOINTS = "checkpoints"
-LENGTH = frozenset({"training.epochs", "training.max_steps"})  # what the configuration of an extended run may change
 
 
 def check_longer(config: Config, steps: int) -> None:

@@ -37,14 +37,12 @@ from lorary.files.atomic import atomic_file, remove, remove_stale
 from lorary.files.strict_json import finite
 from lorary.train.config.config import Config
 from lorary.train.config.load import MARK, RESOLVED
-from lorary.train.runner.extend import CHECKPOINTS as CHECKPOINTS
-from lorary.train.runner.extend import LENGTH
 from lorary.train.runner.run_record import RunRecord
 from lorary.train.trainer.checkpoint import list_checkpoints
 
 CONFIG, ENVIRONMENT, SAMPLE = RESOLVED, "env.json", "sample.txt"
 METRICS, EVENTS, PLOTS = "metrics.jsonl", "events.log", "plots"
-ADAPTER, CARD, LOCK = "adapter", "README.md", ".lock"
+ADAPTER, CHECKPOINTS, CARD, LOCK = "adapter", "checkpoints", "README.md", ".lock"
 HELD = ".lock.held"
 SEARCHED, IMPORTANCE, REPORT = "searched", "importance.json", "report.html"
 TRACKERS = ("tensorboard", "runs", "wandb", "trackio")  # folders that loggers may create
@@ -58,6 +56,8 @@ WRITTEN = {  # folder -> files that a run writes there, beside those that its re
 
 # Options that a resumed run may change: they do not influence the result.
 _MAY_DIFFER = {"output", "training.save_total_limit", "training.report_to", "training.eval_batch_size"}
+# Options that an extended run may change.
+_LENGTH = frozenset({"training.epochs", "training.max_steps"})
 # Options whose files may be in another folder now: what they hold is checked, by digests and the base's fingerprint.
 _MAY_MOVE = {
     *("model.id", "model.adapter", "method.after", "training.reward"),
@@ -173,11 +173,11 @@ class RunFolder:
             fix = "pass --resume to continue it, --overwrite to remove it, or name another folder"
             raise ConfigError(headline, [Diagnostic("output", f"is not empty: it holds {', '.join(names[:5])}", fix)])
         if resume and CONFIG in names:
-            changed = _differences(self._saved_config(headline), config, LENGTH if extend else frozenset())
+            changed = _differences(self._saved_config(headline), config, _LENGTH if extend else frozenset())
             if changed:
                 raise ConfigError("the folder belongs to another run:", changed)
         if names and self.record() is None:
-            what = f"holds files that no run of lorary wrote: {', '.join(names[:5])}"
+            what = f"holds files that lorary did not write: {', '.join(names[:5])}"
             raise ConfigError(
                 headline, [Diagnostic("output", what, f"it has no {MARK} of lorary's; name another folder")]
             )
@@ -258,7 +258,7 @@ def _differences(saved: dict[str, Any], config: Config, allowed: Set[str]) -> Se
     old, new = _flatten(saved), _flatten(config.record())
     fix, longer = "resume with the run's own configuration", "pass --extend to make the run longer"
     return [
-        Diagnostic(key, f"{old.get(key)!r} in the run, {new.get(key)!r} here", longer if key in LENGTH else fix)
+        Diagnostic(key, f"{old.get(key)!r} in the run, {new.get(key)!r} here", longer if key in _LENGTH else fix)
         for key in sorted((old.keys() | new.keys()) - _MAY_DIFFER - allowed)
         if old.get(key) != new.get(key) and not (key in _MAY_MOVE and _moved(old.get(key), new.get(key)))
     ]

@@ -19,7 +19,7 @@ from lorary.adapters.peft.config import NAME as PEFT_CONFIG
 from lorary.model.fingerprint import base_name
 from lorary.model.plan import Plan, human_bytes
 from lorary.spec.placement import by_method
-from lorary.spec.presets import names_of
+from lorary.spec.presets import presets_of
 from lorary.train.config.config import Config
 from lorary.train.config.previous_tasks import path_of
 from lorary.train.config.sources import paths
@@ -156,7 +156,7 @@ def _training(data: CardData) -> dict[str, str]:
 
 def method_names(config: Config, plan: Plan) -> tuple[str, ...]:
     """The presets of a run: the configuration's, or those of the adapter that it goes on from."""
-    return names_of(plan.method) if config.model.adapter else config.method.names
+    return presets_of(plan.method) if config.model.adapter else config.method.names
 
 
 def _memory(run: Run) -> str:
@@ -225,11 +225,9 @@ def evaluations(data: CardData) -> tuple[Mapping[str, Any], Mapping[str, Any]] |
     records = [r for r in data.run.history if r.get("eval_loss") is not None]
     if not records:
         return None
-    t = data.config.training
-    keeps_best = t.keep_best or t.early_stopping_patience is not None
     rewarded = data.config.task == "grpo"  # whose loss is near zero at every reward
     best = min(records, key=lambda r: -r["eval_reward"] if rewarded else r["eval_loss"])
-    return records[0], best if keeps_best else records[-1]
+    return records[0], best if data.config.training.keeps_best else records[-1]
 
 
 def _loss(value: float, data: CardData) -> str:

@@ -20,7 +20,7 @@ from lorary.model.loading.from_pretrained import load_config, load_dtype, load_t
 from lorary.model.loading.model_class import check_task
 from lorary.model.loading.source import ModelClass
 from lorary.model.plan import Plan
-from lorary.spec.presets import names_of
+from lorary.spec.presets import presets_of
 from lorary.train.config.config import Config
 from lorary.train.config.conflicts import contradictions
 from lorary.train.config.previous_tasks import load_previous_tasks, path_of, with_digests
@@ -91,7 +91,7 @@ def prepare(config: Config, *, processes: int = 1) -> RunPlan:
         raise ConfigError("the configuration contradicts itself:", problems)
     require_trackers(config.training.report_to)
     start, past = load_start(config), load_previous_tasks(config.method.after)
-    config = _identified(config.resolve(names_of(start.adapter.method) if start else ()), start, past)
+    config = _identified(config.resolve(presets_of(start.adapter.method) if start else ()), start, past)
     check_task(config.model, load_config(config.model), config.task)
     tokenizer = load_tokenizer(config.model)
     reward = load_reward(config.training.reward) if config.training.reward else None
@@ -127,7 +127,7 @@ def prepare(config: Config, *, processes: int = 1) -> RunPlan:
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class _Planned:
     """A base on the meta device with the plan for it."""
 
@@ -170,7 +170,7 @@ def _planned(
 def _identified(config: Config, start: Start | None, past: list[Adapter]) -> Config:
     """The configuration with the digests of the adapters that it names."""
     if start is not None:
-        names = ", ".join(names_of(start.adapter.method))
+        names = ", ".join(presets_of(start.adapter.method))
         note = f"training goes on from the adapter in {path_of(start.name)}: {names}"
         config = config.model_copy(update={"model": config.model.model_copy(update={"adapter": start.name})})
         return config.with_notes(note, *start.adapter.notes)

@@ -16,7 +16,6 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # Transformers has no ty
 
     Args:
         folder: of the run.
-
         start: called once before the first record, when the run has been found fit to start or to resume.
 
     Attributes:

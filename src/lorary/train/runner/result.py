@@ -30,12 +30,8 @@ class StepMemory:
 
 
 def step_memory(prepared: RunPlan, counter: CountMemory) -> StepMemory | None:
-    """The memory of the counted step with the prediction for it; None if either is unknown.
-
-    Other tasks' steps hold more than one batch of tokens: answers as they are sampled, or mismatched pairs.
-    """
-    counted = counter.counted
-    if counted is None or prepared.config.task not in ("sft", "dpo"):
+    """The memory of the counted step with the prediction for it; None if either is unknown."""
+    if (counted := counter.counted) is None:
         return None
     try:
         predicted = of_step(prepared.config, prepared.plan, counted)

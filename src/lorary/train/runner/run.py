@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import transformers
 from transformers import TrainerCallback
@@ -117,14 +118,9 @@ def _run(
     callbacks: Sequence[TrainerCallback],
 ) -> Run:
     first = this_process().is_main_process
-    resumed: Path | None = None
-    skipped: tuple[str, ...] = ()
-    if resume:
-        resumed, skipped = on_main_process(lambda: checkpoint.newest(folder / CHECKPOINTS))
-        if resumed is None:
-            skipped += ("no complete checkpoint to resume from: training starts from the beginning",)
+    resumed, skipped = on_main_process(lambda: _checkpoint(folder)) if resume else (None, ())
     if first and resumed is None:
-        _write_start(prepared, folder, resumed, skipped)
+        _write_start(prepared, folder, None, skipped)
     if prepared.config.method.drop is not None:
         prepared, signal = choose_layers(prepared, folder, resumed=resumed is not None, quiet=quiet)
         if signal:
@@ -147,29 +143,37 @@ def _run(
         bar.close()
         trainer.head.remove()
         counter.close()
-    result = Run(
+    seconds, measured = time.monotonic() - start, process_memory.peak_bytes() - before
+    result = _result(prepared, folder, trainer, seconds, measured)
+    if not result.interrupted:
+        trainer.save_model(str(result.adapter))
+    if first:
+        result = replace(result, step_memory=step_memory(prepared, counter))
+        _write_results(prepared, folder, result, trainer)
+    return result
+
+
+def _result(prepared: RunPlan, folder: RunFolder, trainer: Any, seconds: float, measured: int) -> Run:
+    """The result of training, without the memory of a step."""
+    return Run(
         folder.path,
         steps=trainer.state.global_step,
-        history=tuple(folder.history()) if first else (),
-        interrupted=0 if (end := why_over(trainer)) else trainer.guard.stop,  # a signal in the last step stops nothing
-        seconds=time.monotonic() - start,
+        history=tuple(folder.history()) if this_process().is_main_process else (),
+        interrupted=0 if why_over(trainer) else trainer.guard.stop,  # a signal in the last step stops nothing
+        seconds=seconds,
         predicted=prepared.memory.total if prepared.memory.activations is not None else None,
-        measured=process_memory.peak_bytes() - before,
+        measured=measured,
         planned_steps=trainer.state.max_steps,
         best_step=(trainer.state.best_global_step or None) if prepared.config.training.keeps_best else None,
     )
-    if not result.interrupted:
-        trainer.save_model(str(result.adapter))
-    result = replace(result, step_memory=step_memory(prepared, counter) if first else None)
-    if first:
-        _write_results(prepared, folder, result, tokens_seen(trainer))
-    if first and not result.interrupted:
-        from lorary.train.runner.report import write_report  # matplotlib
 
-        write_report(prepared, folder, result, trainer)
-        if end:
-            folder.note_written(ADAPTER, steps=result.steps, end=end)
-    return result
+
+def _checkpoint(folder: RunFolder) -> tuple[Path | None, tuple[str, ...]]:
+    """The newest complete checkpoint, None if there is none; and what to say of those that are not."""
+    path, skipped = checkpoint.newest(folder / CHECKPOINTS)
+    if path is None:
+        skipped += ("no complete checkpoint to resume from: training starts from the beginning",)
+    return path, skipped
 
 
 def _write_start(prepared: RunPlan, folder: RunFolder, resumed: Path | None, messages: Sequence[str]) -> None:
@@ -183,10 +187,11 @@ def _write_start(prepared: RunPlan, folder: RunFolder, resumed: Path | None, mes
         _log.info("%s", note)
 
 
-def _write_results(prepared: RunPlan, folder: RunFolder, result: Run, tokens: int) -> None:
-    """The pictures and, for a finished run, the model card."""
+def _write_results(prepared: RunPlan, folder: RunFolder, result: Run, trainer: Any) -> None:
+    """The pictures; if the run was not interrupted, the model card and the report; last, that the run is over."""
     from lorary.analysis.heatmap import ranks_svg  # matplotlib takes a second to import
     from lorary.analysis.loss_plot import loss_svg
+    from lorary.train.runner.report import write_report
 
     folder.write(f"{PLOTS}/loss.svg", loss_svg(result.history))
     if result.interrupted:
@@ -198,11 +203,14 @@ def _write_results(prepared: RunPlan, folder: RunFolder, result: Run, tokens: in
         folder.write(f"{PLOTS}/ranks.svg", ranks_svg(ranks, max(site.r for site in sites)))
     lint = prepared.lint
     rows = lint.rows, lint.held_out
-    data = CardData(prepared.config, prepared.plan, rows, lint.labelled, tokens, result, lint.sources)
+    data = CardData(prepared.config, prepared.plan, rows, lint.labelled, tokens_seen(trainer), result, lint.sources)
     card = model_card(folder.path.absolute().name, data)
     folder.write(CARD, card)
     folder.write(f"{ADAPTER}/{CARD}", card)
     _log.info("%s", result.ending)
+    write_report(prepared, folder, result, trainer)
+    if end := why_over(trainer):
+        folder.note_written(ADAPTER, steps=result.steps, end=end)
 
 
 def _write_environment(folder: RunFolder, step: int | None) -> None:

@@ -40,7 +40,7 @@ class TrainerCallback(transformers.TrainerCallback):  # type: ignore[misc]  # Tr
 
     def __init__(self, model: nn.Module) -> None:
         if problems := not_a(nn.Module, "a torch.nn.Module", model=model):
-            raise TrainingError("no callback for this model:", problems)
+            raise TrainingError("cannot make a callback:", problems)
         require_attached(model, "train")
         self.model = model
         self.rules: Rules | None = None
@@ -54,8 +54,7 @@ class TrainerCallback(transformers.TrainerCallback):  # type: ignore[misc]  # Tr
         if not method_rules:
             return
         if args.fp16:
-            what = "the rules would see scaled gradients"
-            raise TrainingError("this method cannot train in float16:", [Diagnostic("fp16", what, "use bf16")])
+            refuse_scaled_gradients()
         while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
             optimizer = optimizer.optimizer  # inside accelerate's wrapper
         saved = self._saved_state() if state.global_step else None
@@ -108,3 +107,13 @@ class TrainerCallback(transformers.TrainerCallback):  # type: ignore[misc]  # Tr
             raise TrainingError("cannot resume the method's rules:", [Diagnostic(str(folder or "model"), what, fix)])
         state: dict[str, Tensor] = load_file(path)
         return state
+
+
+def refuse_scaled_gradients() -> None:
+    """Refuse to run a method's rules in float16, in which gradients are scaled.
+
+    Raises:
+        TrainingError: always.
+    """
+    what = "the rules would see scaled gradients"
+    raise TrainingError("this method cannot train in float16:", [Diagnostic("fp16", what, "use bf16")])

@@ -33,17 +33,18 @@ from transformers.trainer_utils import SaveStrategy
 
 import lorary
 from lorary.adapters import save_adapter
-from lorary.errors import Diagnostic, TrainingError
-from lorary.layers.transformers_internals import is_optimizer_factory
 from lorary.model.labelled_head import LabelledHead
 from lorary.model.rank_pruning import resize_adapters
 from lorary.model.state import require_attached
 from lorary.train.data.sampler import SeededSampler, rows_in_batch
 from lorary.train.trainer import checkpoint, distributed, resume, rng, same_run, trainer_internals
+from lorary.train.trainer.callback import refuse_scaled_gradients
 from lorary.train.trainer.events import Events, stopped_early, why_over
 from lorary.train.trainer.failure_messages import with_failure_help
 from lorary.train.trainer.nan_guard import NanGuard
+from lorary.train.trainer.optimizers import refuse_own_groups
 from lorary.train.trainer.quantized_base import hide_quantization
+from lorary.train.trainer.refused_arguments import refuse_arguments
 from lorary.train.trainer.signals import StopSignal
 
 if TYPE_CHECKING:
@@ -52,14 +53,6 @@ if TYPE_CHECKING:
     from lorary.analysis.memory.memory import Memory
 else:
     _Trainer = object  # at run time TRL's trainer is the second base of the classes that use the mixin
-
-# Training arguments that cannot be combined with an adapter: (why, what to do)
-_REFUSED = {
-    "push_to_hub": ("checkpoints stay on this machine", "upload the adapter folder"),
-    "auto_find_batch_size": ("would change the order of the data", "set a batch size"),
-    "use_liger_kernel": ("its fused loss reads the weight of the head past an adapter", "leave it out"),
-    "sync_ref_model": ("the reference is the frozen base itself", "leave it out"),
-}
 
 
 class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no types
@@ -99,9 +92,7 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
 
     def __init__(self, *, model: Any, args: Any, callbacks: list[Any] | None = None, **rest: Any) -> None:
         sites = require_attached(model, "train").sites
-        problems = [Diagnostic(name, *why) for name, why in _REFUSED.items() if getattr(args, name, False)]
-        if problems:
-            raise TrainingError("these settings cannot be combined with an adapter:", problems)
+        refuse_arguments(args)
         args.logging_nan_inf_filter = False  # it would hide NaN in the log; the guard stops instead
         args.restore_callback_states_from_checkpoint = True  # early stopping continues to count
         if args.gradient_checkpointing:
@@ -139,7 +130,7 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
             self.is_fsdp_enabled = True
 
     def _send_telemetry(self) -> None:
-        """Nothing: TRL reports every run to its makers from here."""
+        """Nothing: TRL sends a report of every run from here."""
 
     # --- the step ---------------------------------------------------------------------------------------------
 
@@ -175,11 +166,7 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
         if self.optimizer is None:
             model = model if model is not None else self.model
             kind, settings = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
-            if is_optimizer_factory(kind) or {"params", "model", "optimizer_dict"} & settings.keys():
-                name = getattr(self.args.optim, "value", self.args.optim)
-                what = f"{name} makes its own groups: the method's learning rates would be lost"
-                problem = Diagnostic("optim", what, "use adamw_torch")
-                raise TrainingError("this optimizer cannot train adapters:", [problem])
+            refuse_own_groups(self.args.optim, kind, settings)
             groups = lorary.param_groups(model, lr=self.args.learning_rate, weight_decay=self.args.weight_decay)
             self.optimizer = kind(groups, **settings | self.optimizer_options)
         return self.optimizer
@@ -189,8 +176,7 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
         state = self._resumed["rules"] if self._resumed else None
         self.rules = lorary.rules(self.unwrapped_model(), steps, resume.unwrapped_optimizer(self), state)
         if self.rules.rules and self.accelerator.scaler is not None:
-            what = "the rules would see scaled gradients"
-            raise TrainingError("this method cannot train in float16:", [Diagnostic("fp16", what, "use bf16")])
+            refuse_scaled_gradients()
         if self._resumed:
             resume.restore_log(self, self._resumed["log"])
 

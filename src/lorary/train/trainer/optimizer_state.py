@@ -82,7 +82,7 @@ def follow_schedule(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
         return
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    set_next_rates(scheduler, rates)
+    set_next_rates(scheduler, [float(rate) for rate in rates])
     text = "the run is longer now: its learning rate goes on at %.3g, on the schedule of the longer run, after %.3g"
     _log.info(text, rates[0], restored[0])
 

@@ -1,4 +1,4 @@
-"""Optimizer names of a configuration, where they differ from Transformers' or need bitsandbytes."""
+"""Optimizers that differ from Transformers' in their name, need bitsandbytes, or cannot train adapters."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lorary.errors import Diagnostic, TrainingError
+from lorary.layers.transformers_internals import is_optimizer_factory
 from lorary.train.config.optimization import OPTIMIZERS
 
 
@@ -34,6 +35,22 @@ def paged_adamw(params: Any, lr: float = 1e-3, **options: Any) -> torch.optim.Op
     optimizers: Any = bitsandbytes.optim
     optimizer: torch.optim.Optimizer = optimizers.PagedAdamW32bit(params, lr=lr, **options)
     return optimizer
+
+
+def refuse_own_groups(name: Any, kind: Any, settings: dict[str, Any]) -> None:
+    """Refuse an optimizer that makes its own parameter groups.
+
+    Args:
+        name: Transformers' name of it.
+        kind: its class, or what makes it.
+        settings: its arguments.
+
+    Raises:
+        TrainingError: the method's learning rates would be lost.
+    """
+    if is_optimizer_factory(kind) or {"params", "model", "optimizer_dict"} & settings.keys():
+        what = f"{getattr(name, 'value', name)} makes its own groups: the method's learning rates would be lost"
+        raise TrainingError("this optimizer cannot train adapters:", [Diagnostic("optim", what, "use adamw_torch")])
 
 
 def _check_available(name: str) -> None:

@@ -18,7 +18,9 @@ from lorary.analysis.memory.live_bytes import LiveBytes
 from lorary.kernels.torch_internals import storage_id
 from lorary.layers.quantized_weight import is_quantized, stored_tensors
 
-_COUNTED = ("sft", "dpo")  # tasks whose step is what the prediction simulates: passes over given rows
+# The tasks whose step is what the prediction simulates, passes over given rows. Other tasks' steps hold more than one
+# batch of tokens: answers as they are sampled, or mismatched pairs.
+_COUNTED = ("sft", "dpo")
 
 
 @dataclass(frozen=True)
