@@ -73,6 +73,13 @@ def test_adalora_ends_with_the_ranks_of_its_budget(tmp_path: Path) -> None:
     assert [line["rank_budget"] for line in run.state.log_history if "loss" in line][-1] == sum(ranks)
 
 
+def test_two_callbacks_are_as_one(tmp_path: Path) -> None:
+    once, twice = (model("adalora") for _ in range(2))
+    train(tmp_path / "once", "Trainer", once)
+    train(tmp_path / "twice", "Trainer", twice, callbacks=[lorary.TrainerCallback(twice)])
+    assert same(once, twice)
+
+
 def test_without_the_callback_adalora_keeps_its_ranks_and_says_so(tmp_path: Path) -> None:
     trained = model("adalora")
     with pytest.warns(MethodWarning, match="without its method's rules") as caught:
