@@ -41,7 +41,10 @@ RUNS: dict[str, dict[str, Any]] = {
         "save_total_limit": 3,
     },
 }
-NOT_COMPARED = ("events.log", "README.md", "trainer_state.json", "MANIFEST.json", "metrics.jsonl")  # they tell times
+NOT_COMPARED = (  # they tell times
+    *("events.log", "README.md", "report.html"),
+    *("trainer_state.json", "MANIFEST.json", "metrics.jsonl"),
+)
 
 
 def _train(tree: dict[str, Any]) -> None:
