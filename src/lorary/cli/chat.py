@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
@@ -28,7 +29,7 @@ def chat(
     ] = 512,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, max=10.0, help="0: greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option("--top-p", min=0.01, max=1.0, help="Nucleus sampling.")] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Random seed of sampling.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Random seed of sampling.")] = 0,
 ) -> None:
     """Talk to a model, in several turns.
 
@@ -68,6 +69,8 @@ def _conversation(
 def _talk(conversation: Conversation) -> None:
     """Read messages until the end of input or /quit."""
     terminal = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):  # a line that is not UTF-8 is refused alone
+        sys.stdin.reconfigure(errors="surrogateescape")
     if terminal:
         with suppress(ImportError):  # Windows has none
             import readline  # noqa: F401 (editing and history of the input line)

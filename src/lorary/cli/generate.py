@@ -37,7 +37,7 @@ def generate(
     ] = 128,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, max=10.0, help="0: greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option("--top-p", min=0.01, max=1.0, help="Nucleus sampling.")] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Random seed of sampling.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Random seed of sampling.")] = 0,
     stream: Annotated[
         bool | None, typer.Option("--stream/--no-stream", help="Print word by word; the default on a terminal.")
     ] = None,
@@ -144,7 +144,12 @@ def _output(path: Path | None) -> Iterator[TextIO]:
         problem = Diagnostic(str(path), "exists already, and was not changed", "name another file")
         raise FileError("nothing was written:", [problem]) from None
     with file:
-        yield file
+        try:
+            yield file
+        except BaseException:
+            if not file.tell():  # nothing is answered yet: the same command can be given again
+                path.unlink(missing_ok=True)
+            raise
 
 
 def _answer(model: Any, tokenizer: Any, ids: list[int], sampling: Sampling, stream: bool) -> None:
