@@ -94,13 +94,17 @@ def _idle_head(model: nn.Module, layers: dict[str, Adapted]) -> str | None:
 
 
 def _no_gradient(layers: dict[str, Adapted]) -> str | None:
-    """Why an optimizer's step cannot train an adapter: it belongs to a model that is not the one of the loss."""
-    if any(p.grad is not None for layer in layers.values() for p in layer.params.values()):
+    """Why an optimizer's step cannot train an adapter: the gradients are in another model than the optimizer's."""
+    if _has_gradient(layers) or not any(_has_gradient(adapted_layers(model)) for model in list(_WATCHED)):
         return None
     return (
         f"the optimizer steps, and no gradient has reached the adapter at {next(iter(layers))} nor any other: it is "
         "that of another model than the one that trains, perhaps of a copy; make it from the model of the loss"
     )
+
+
+def _has_gradient(layers: dict[str, Adapted]) -> bool:
+    return any(p.grad is not None for layer in layers.values() for p in layer.params.values())
 
 
 def warn_of_idle_rules(model: nn.Module) -> None:
