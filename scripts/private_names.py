@@ -37,7 +37,9 @@ PUBLIC = re.compile(r"_foreach_\w+|_asdict|_getframe|_sysconfigdata|_handle_from
 OWN = {"_only", "_like", "_trains", "_K", "_dequantize", "_digest"}
 # Modules of these libraries that their documentation describes; what is in others is undocumented
 DOCUMENTED = {
-    "transformers": {"", "integrations", "quantizers", "trainer_callback", "trainer_utils", "utils", "utils.quantization_config"},
+    "transformers": {
+        *("", "integrations", "quantizers", "trainer_callback", "trainer_utils", "utils", "utils.quantization_config"),
+    },
     "accelerate": {"", "state", "utils"},
     "trl": {""},
     "peft": {""},

@@ -793,7 +793,7 @@ NATIVE: list[tuple[str, Spoil, str]] = [
         note(lambda r: r["files"].update({"../x": {"size": 1, "sha256": ""}})),
         (
             "  - lorary.json: files: must describe adapter_config.json and adapter_model.safetensors, or "
-            "adapter.safetensors"
+            "one of adapter.safetensors and adapter_model.safetensors"
         ),
     ),
     (

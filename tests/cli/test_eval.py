@@ -20,6 +20,7 @@ from lorary.train.config.load import from_dict, load
 from lorary.train.data.load import load as load_data
 from lorary.train.data.tokenize import tokenize
 from tests.cli.command import Command
+from tests.train import tasks
 from tests.train.runs import base_folder, changed, configuration
 from tests.train.small import tokenizer
 
@@ -166,3 +167,60 @@ def test_tasks_of_the_harness_on_an_adapter(command: Command, folder: Path) -> N
         "out": 0.5,
     }
     assert "did you mean `two_words`?" in refusal(command, "out", "--tasks", "two_wrds", "--task-folder", "tasks")
+
+
+# --- classifiers ------------------------------------------------------------------------------------------------------
+
+
+def test_a_classifier_has_the_figures_that_it_logged(command: Command, tmp_path: Path) -> None:
+    assert command
+    base = tasks.saved(tmp_path, "BertForMaskedLM")
+    words = tasks.settings(tmp_path, "classification", base, tasks.LABELLED, lr=1e-2, max_steps=8)
+    words["data"]["validation_split"] = 0.25
+    done = tasks.train(words)
+    last = next(record for record in reversed(done.history) if "eval_loss" in record)
+    [out] = results(command, "out", "-b", "4")
+    expected = {key: last[f"eval_{key}"] for key in ("loss", "accuracy", "macro_f1")}
+    assert {key: out[key] for key in expected} == pytest.approx(expected, rel=1e-6)
+    assert (out["model"], out["rows"]) == ("out", 4)
+    assert command("merge", "out", "merged").code == 0
+    # the merged model on rows of a file, and the table
+    both = results(command, "out", "merged", "--data", "rows.jsonl")
+    assert both[0]["loss"] == pytest.approx(both[1]["loss"], rel=1e-4)
+    assert both[1]["rows"] == len(tasks.LABELLED)
+    shown = command("eval", "merged", "--data", "rows.jsonl")
+    assert "macro f1" in shown.out
+    assert "the loss of the labels per row" in shown.out
+
+    tasks.rows(tmp_path, [{"text": "a book", "label": label} for label in ("good", "dull", "odd")], "other")
+    tasks.rows(tmp_path, [{"text": "a book", "label": 0.5}], "numbers")
+    tasks.rows(tmp_path, tasks.PAIRS, "pairs")
+    for arguments, said in (
+        (("out", "--data", "other.jsonl"), "other.jsonl:2: the label `dull` is not one of the model's: bad, good"),
+        (("out", "--data", "other.jsonl"), "other.jsonl:3: the label `odd` is not one of"),
+        (
+            ("out", "--data", "numbers.jsonl"),
+            "`label` is 0.5, and the model was trained for single label classification",
+        ),
+        (("out", "--data", "pairs.jsonl"), "are preference pairs, and eval measures classifiers on labelled texts"),
+        (
+            ("out", "builtin:base"),
+            "these models cannot be compared:\n  - out: is a classifier\n  - builtin:base: is no",
+        ),
+        (
+            ("builtin:base", "--data", "rows.jsonl"),
+            "rows.jsonl: are labelled texts, and eval measures the loss per token",
+        ),
+    ):
+        assert said in refusal(command, *arguments)
+
+
+def test_a_number_is_compared_with_the_numbers_of_the_rows(command: Command, tmp_path: Path) -> None:
+    assert command
+    tasks.saved(tmp_path, "BertForSequenceClassification", num_labels=1)
+    tasks.rows(tmp_path, [{"text": "a book", "label": 0.5}, {"text": "two books", "label": 2}], "numbers")
+    [found] = results(command, "BertForSequenceClassification", "--data", "numbers.jsonl")
+    assert set(found) == {"model", "loss", "mean_absolute_error", "rows"}
+    tasks.rows(tmp_path, [{"text": "a book", "label": "good"}], "words")
+    said = refusal(command, "BertForSequenceClassification", "--data", "words.jsonl")
+    assert "words.jsonl:1: `label` is 'good', and the model predicts a number" in said

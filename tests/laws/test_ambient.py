@@ -388,7 +388,7 @@ VALUES |= {"Method", "AdaptedSite", "Plan", "Preset", "SearchResult", "Site", "m
 VALUES |= {"Adapted", "NF4"}
 # of the other classes
 VALUES |= {"Adapter.load", "Adapter.save"}  # old names, which forward to functions that have it
-VALUES |= {"Fingerprint.remember", "Fingerprint.rename", "Fingerprint.forget", "Fingerprint.disagreements"}
+VALUES |= {"Fingerprint.remember", "Fingerprint.forget", "Fingerprint.disagreements"}
 VALUES |= {"Fingerprint.record", "Fingerprint.from_record"}
 VALUES |= {f"TrainerCallback.on_{event}" for event in ("train_begin", "save", "log", "train_end")}  # call those that do
 

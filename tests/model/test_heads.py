@@ -157,7 +157,7 @@ def test_tied_weights_train_at_both_ends_and_it_is_said() -> None:
         (roberta, {"head": "lora", "method": "bitfit"}, "`lora` adapts the head, and this method adapts no layer"),
         (roberta, {"full": 3}, "full: 3 is not a pattern over parameter names"),
         (roberta, {"full": [{}]}, "full: "),
-        (roberta, {"full": "*"}, "every base weight trains in full, which leaves nothing for LowRank to learn"),
+        (roberta, {"full": "*"}, "every base weight trains in full, so LowRank would be redundant"),
         (roberta, {"full": "nosuch"}, "full: `nosuch` matches no parameter"),
         (roberta, {"targets": USUAL, "head": "full"}, "hint: leave it out of `targets`"),
         (roberta, {"head": "lora", "method": "pissa"}, "whose random weight the adapter holds, and this init changes"),
@@ -185,3 +185,42 @@ def test_what_cannot_be_said_of_a_head(model: Any, options: dict[str, Any], mess
         planned(model(), **options)
     assert message in str(error.value)
     assert isinstance(error.value, LoraryError)
+
+
+# --- several methods with heads, layers and parameters in full --------------------------------------------------------
+
+
+def test_several_methods_share_what_narrows_and_what_trains_in_full() -> None:
+    model = lorary.builtin.load_model()
+    methods = {"attention": lorary.method("lora", r=4), "mlp": lorary.method("dora", r=2)}
+    plan = lorary.plan(model, methods, layers="0-1", full=["norms"], head="lora", exclude="*.v_proj")
+    by_block = {p.site.name: type(p.method.join).__name__ for p in plan.sites}
+    assert {name.split(".")[2] for name in by_block if "layers" in name} == {"0", "1"}
+    assert not any("v_proj" in name for name in by_block)
+    assert {join for name, join in by_block.items() if "mlp" in name} == {"MagnitudeDirection"}
+    assert {join for name, join in by_block.items() if "attn" in name or name == "lm_head"} == {"Add"}
+    assert plan.full
+    assert all("norm" in parameter.name for parameter in plan.full)
+
+
+BAD_PLANS: list[tuple[dict[str, Any], str]] = [
+    ({"exclude": "nothing_here"}, "exclude: `nothing_here` matches no layer"),
+    ({"layers": "9-99"}, "layers: `9-99` is not in `model.layers`, which has the layers 0 to 5"),
+    ({"full": ["re:("]}, "full: `re:(`: not a regular expression: missing ), unterminated subpattern"),
+    ({"full": ["re:("], "ranks": {"re:)": 2}}, "ranks: `re:)`: not a regular expression: unbalanced parenthesis"),
+    ({"exclude": "*.mlp.*"}, "exclude: excludes every layer that the targets name"),
+]
+
+
+@pytest.mark.parametrize(("more", "sentence"), BAD_PLANS, ids=[sentence[:30] for _, sentence in BAD_PLANS])
+def test_a_mistake_that_several_methods_share_is_said_once(more: dict[str, Any], sentence: str) -> None:
+    methods = {"attention": lorary.method("lora", r=4), "mlp": lorary.method("dora", r=2)}
+    with pytest.raises(lorary.PlanError) as caught:
+        lorary.plan(lorary.builtin.load_model(), methods, **more)
+    assert str(caught.value).count(sentence) == 1
+
+
+def test_a_first_method_that_adapts_no_layer_is_refused_beside_another() -> None:
+    methods = {"all-linear": lorary.method("bitfit"), "mlp": lorary.method("lora")}
+    with pytest.raises(lorary.PlanError, match="for 'all-linear' adapts no layers: it trains base parameters"):
+        lorary.plan(lorary.builtin.load_model(), methods)

@@ -97,7 +97,8 @@ def _own_method(method: Method, record: Mapping[str, Any]) -> Method:
     if method.delta is None:
         raise ValueError("the method has no delta, so it adapts no site")
     if (own := record.get("method")) is not None:
-        return Method.from_dict(own)
+        found = Method.from_dict(own)
+        return found if found.full else found.replace(full=method.full)  # in files of 0.6 only the adapter says it
     if "alpha" in record and not hasattr(method.scale, "alpha"):
         raise ValueError(f"its scale, {type(method.scale).__name__}, has no alpha")
     return _with_differences(method, record)

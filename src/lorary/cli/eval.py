@@ -42,10 +42,10 @@ def eval(
     """Measure loss, perplexity and token accuracy of a base, an adapter, a run or a merged model.
 
     lorary eval builtin:base out/ compares a run with its base on the rows that the run held out; --data names others.
-    The means are over all labelled tokens, as in training. --tasks runs benchmarks: pip install "lorary[eval]"
+    The means are over all labelled tokens, as in training, those of a classifier over rows. --tasks runs benchmarks: pip install "lorary[eval]"
     """
-    from lorary.cli._eval.data import DataOptions
-    from lorary.cli._eval.run import find_models, print_results, run_eval
+    from lorary.cli._eval.data import DataOptions, eval_data
+    from lorary.cli._eval.models import find_models
 
     options = DataOptions(tuple(data or ()), config, tuple(sets or ()), row_format, max_length, limit)
     _check(options, dtype, tasks, task_folder)
@@ -56,8 +56,16 @@ def eval(
         found = find_models(models, base, dtype)
         print_harness(run_harness(found, names, task_folder, limit, batch_size), as_json)
         return
+    from lorary.cli._eval.classify import classifiers, print_classified, run_classifiers
+    from lorary.cli._eval.run import print_results, run_eval
+
     found = find_models(models, base, dtype)
-    print_results(found, *run_eval(found, options, batch_size, quiet), as_json)
+    kinds, context = classifiers(found), min((m.context for m in found if m.context), default=None)
+    rows = eval_data(options, [m.name for m in found], context, "classification" if kinds else "sft")
+    if kinds:
+        print_classified(rows, run_classifiers(found, kinds, rows, batch_size), as_json)
+        return
+    print_results(found, rows, run_eval(found, rows, batch_size, quiet), as_json)
 
 
 def _check(options: object, dtype: str | None, tasks: str | None, task_folder: Path | None) -> None:

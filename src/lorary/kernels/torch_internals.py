@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -147,7 +147,7 @@ def engine_queue() -> Callable[[Callable[[], None]], None] | None:
     return getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "queue_callback", None)
 
 
-def set_next_rates(scheduler: torch.optim.lr_scheduler.LRScheduler, rates: list[float]) -> None:
+def set_next_rates(scheduler: torch.optim.lr_scheduler.LRScheduler, rates: Sequence[float | Tensor]) -> None:
     """Set the learning rates that a schedule gives as its last ones."""
     scheduler._last_lr = list(rates)
 

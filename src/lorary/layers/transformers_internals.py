@@ -54,6 +54,9 @@ def __getattr__(name: str) -> Any:
 
 # --- configurations ---------------------------------------------------------------------------------------------------
 
+ATTENTION_KEYS = ("attn_implementation", "_attn_implementation")
+"""The key of the attention function in a `config.json`, of newer and of older releases."""
+
 
 def attention_of(config: object) -> str | None:
     """The name of the attention function that a configuration chooses; None if it says nothing of attention."""

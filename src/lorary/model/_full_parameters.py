@@ -216,7 +216,8 @@ def _cannot_train(scan: Scan, sites: Sequence[AdaptedSite], trained: Collection[
     adapted = _adapted_parameters(sites)
     for name in sorted({scan.names[name] for name in adapted & scan.names.keys()} & set(trained)):
         what = "is adapted and would train in full as well: the adapter would be redundant"
-        fix = "leave it out of `targets`" if name in head_parameters(scan) else "exclude the site, or narrow `full`"
+        new = has_new_head(scan) and name in head_parameters(scan)
+        fix = "leave it out of `targets`" if new else "exclude the site, or narrow `full`"
         problems.append(Diagnostic(name, what, fix))
     for name in sorted(trained):
         path, _, last = name.rpartition(".")

@@ -22,22 +22,22 @@ from lorary.spec.placement import AdaptedSite, with_rank
 class Wanted:
     """The arguments of `plan` that narrow its targets, or say ranks and alphas by pattern."""
 
-    exclude: str | Sequence[str]
-    layers: Layers | None
     ranks: Mapping[str, int]
     alphas: Mapping[str, float]
+    exclude: str | Sequence[str]
+    layers: Layers | None
 
 
 def adapted_sites(
-    scanned: Scan, parts: Sequence[Part], wanted: Wanted
+    scanned: Scan, parts: Sequence[Part], wanted: Wanted, head: Sequence[str] = ()
 ) -> tuple[list[AdaptedSite], list[Diagnostic], list[str]]:
-    """The adapted sites in the model's order, every problem with them, and notes."""
+    """The adapted sites in the model's order, every problem with them, and notes; `head` is in no block."""
     if parts[0].method.delta is None:  # targets have a default, so only explicit arguments can be wrong
         what = "has no effect: this method adapts no layer"
         problems = [Diagnostic(key, what) for key, value in vars(wanted).items() if value not in (None, (), {}, [])]
         return [], problems, []
     found: list[list[TargetMatch]] = []
-    problems: list[Diagnostic] = []
+    problems = []
     for part in parts:
         matched, unresolved = resolve(scanned, part.targets, wanted.exclude)
         found.append(without_full_layers(scanned, matched, part.targets, part.method))
@@ -45,12 +45,12 @@ def adapted_sites(
             what = f"every layer of `{', '.join(map(str, as_list(part.targets)))}` trains in full, and none is adapted"
             problems.append(Diagnostic("targets", what, "adapt others, or train fewer in full"))
         problems += [problem for problem in unresolved if problem not in problems]  # what all have in common
-    names = [match.name for matched in found for match in matched]
+    names = [match.name for matched in found for match in matched if match.name not in head]
     choice = LayerChoice(set(names))
     if wanted.layers is not None:
-        choice = choose_layers(scanned, names, wanted.layers, _targets(parts))
+        choice = choose_layers(scanned, names, wanted.layers, [t for t in _targets(parts) if t not in head])
         problems += choice.problems
-    found = [[match for match in matched if match.name in choice.kept] for matched in found]
+    found = [[match for match in matched if match.name in {*choice.kept, *head}] for matched in found]
     everywhere = [match for matched in found for match in matched]
     problems += _unmatched("ranks", wanted.ranks, everywhere) + _unmatched("alphas", wanted.alphas, everywhere)
     placed = []

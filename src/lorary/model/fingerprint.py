@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -163,13 +164,6 @@ class Fingerprint:
         object.__setattr__(model, _SAMPLES_BEFORE, dict(_plain_samples(model)[0] if known is None else known))
 
     @staticmethod
-    def rename(model: nn.Module, name: str) -> None:
-        """Change the name of a Transformers model, which is otherwise the folder it was loaded from."""
-        model.config._name_or_path = name  # type: ignore[union-attr]
-        if isinstance(remembered := getattr(model, _PLAIN, None), Fingerprint):
-            object.__setattr__(model, _PLAIN, replace(remembered, name=base_name(name)))
-
-    @staticmethod
     def forget(model: nn.Module) -> None:
         """Undo `remember`: the model's fingerprint is that of its present weights again."""
         vars(model).pop(_PLAIN, None)
@@ -293,12 +287,19 @@ def _flat(settings: Mapping[Any, Any], place: str) -> dict[str, Any]:
     for key, value in settings.items():
         if not isinstance(key, str) or _IRRELEVANT.fullmatch(key):
             continue
-        value = list(value) if isinstance(value, tuple) else value
+        value = _finite(list(value) if isinstance(value, tuple) else value)
         if isinstance(value, Mapping):
             found |= _flat(value, f"{place}{key}.")
         elif _is_plain(value):
             found[f"{place}{key}"] = value
     return found
+
+
+def _finite(value: Any) -> Any:
+    """Infinity (a limit of the Mamba family) and NaN as text: JSON has neither."""
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _is_plain(value: object) -> bool:

@@ -83,17 +83,18 @@ def plan(
     context, problems = _fit_context(model, method)
     parts = [Part(method_with_full(m.replace(context=context), as_list(full)), named) for m, named in parts]
     parts = [Part(m, default_targets(m) if named is None else named) for m, named in parts]
-    wanted = Wanted(exclude, layers, ranks or {}, alphas or {})
+    wanted = Wanted(ranks or {}, alphas or {}, exclude, layers)
     if invalid := pattern_problems(scanned, parts, wanted):
         raise PlanError("invalid plan:", [*problems, *invalid])
     problems += head_problems(scanned, method, head)
-    if head == "lora":
-        parts[0] = Part(parts[0].method, [*as_list(parts[0].targets), *head_layers(scanned)])
+    adapted_head = head_layers(scanned) if head == "lora" else ()
+    if adapted_head:
+        parts[0] = Part(parts[0].method, [*as_list(parts[0].targets), *adapted_head])
     method = parts[0].method
     if example is not None and not reach.complete and reach.error.startswith("TypeError"):
         problems.append(Diagnostic("example", f"the model does not take it: {reach.error}", "pass a forward's inputs"))
     targets = [entry for part in parts for entry in as_list(part.targets)]
-    sites, unplaced, left_out = adapted_sites(scanned, parts, wanted)
+    sites, unplaced, left_out = adapted_sites(scanned, parts, wanted, adapted_head)
     sites, fixed, previous = with_previous_tasks(model, sites, after)
     trained, untrainable = full_parameters(scanned, method, sites, head)
     quantized = quantizable_layers(scanned, method.storage, {f.name for f in trained})

@@ -74,6 +74,9 @@ def step(model: Any, method: lorary.Method) -> None:
             assert (parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)) == trained, (layer, role)
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad or parameter.grad is None, name
-    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1).step()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    rules = lorary.rules(model, 1000, optimizer)
+    optimizer.step()
+    rules.after_step()
     model.zero_grad()
     model.eval()

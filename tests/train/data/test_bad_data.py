@@ -184,31 +184,31 @@ bad("preferences without a difference", {"rows.jsonl": rows({"prompt":"a","chose
   - rows.jsonl:3: `chosen` and `rejected` must begin with the same prompt, and continue after it""", task="dpo")
 bad("preferences for SFT", {"rows.jsonl": rows({"prompt":"a","chosen":"b","rejected":"c"})}, """\
 cannot train on rows.jsonl:
-  - data: task `sft` does not train on preference pairs
+  - rows.jsonl:1: task `sft` does not train on preference pairs
       hint: set task: dpo or reward, or map the answer with data.columns""")
 bad("pairs for DPO", {"rows.jsonl": rows(GOOD)}, """\
 cannot train on rows.jsonl:
-  - data: task `dpo` trains on preference pairs, not `prompt-completion`
+  - rows.jsonl:1: task `dpo` trains on preference pairs, not `prompt-completion`
       hint: use `preference` or task: sft""", task="dpo")
 bad("labelled texts for SFT", {"rows.jsonl": rows({"text":"a","label":"b"})}, """\
 cannot train on rows.jsonl:
-  - data: task `sft` does not train on labelled texts
+  - rows.jsonl:1: task `sft` does not train on labelled texts
       hint: set task: classification, or data.format: text to leave the labels out""")
 bad("judged answers for SFT", {"rows.jsonl": rows({"prompt":"a","completion":"b","label":True})}, """\
 cannot train on rows.jsonl:
-  - data: task `sft` does not train on answers with a label
+  - rows.jsonl:1: task `sft` does not train on answers with a label
       hint: set task: kto, or data.format: prompt-completion to leave the labels out""")
 bad("answers without a label for KTO", {"rows.jsonl": rows(GOOD)}, """\
 cannot train on rows.jsonl:
-  - data: task `kto` trains on answers with a label, not `prompt-completion`
+  - rows.jsonl:1: task `kto` trains on answers with a label, not `prompt-completion`
       hint: use `prompt-completion-label` or task: sft""", task="kto")
 bad("a text for GRPO", {"rows.jsonl": rows({"text":"a"})}, """\
 cannot train on rows.jsonl:
-  - data: task `grpo` trains on prompts, not `text`
+  - rows.jsonl:1: task `grpo` trains on prompts, not `text`
       hint: use `prompt` or task: sft""", task="grpo")
 bad("no label to classify", {"rows.jsonl": rows({"text":"a"})}, """\
 cannot train on rows.jsonl:
-  - data: task `classification` trains on labelled texts, not `text`
+  - rows.jsonl:1: task `classification` trains on labelled texts, not `text`
       hint: use `classification` or task: sft""", task="classification")
 bad("judgements that are none", {"rows.jsonl": rows(GOOD | {"label":"yes"}, GOOD | {"label":2}, {"prompt":"a","completion":[answer("b")],"label":True})}, """\
 3 of 3 rows of rows.jsonl cannot be used:
@@ -348,13 +348,13 @@ bad("calls that are not calls", {"rows.jsonl": rows(*({"messages": [user("a"), {
   - rows.jsonl:3: the arguments of `messages[1]`.tool_calls[0]: not JSON: expecting value (column 1)
   - rows.jsonl:4: the arguments of `messages[1]`.tool_calls[0] must be an object, or the JSON text of one""")
 bad("texts with labels", {"rows.jsonl": rows({"text": "good", "label": 1})}, """\
-cannot train on rows.jsonl with task sft:
-  - rows.jsonl:1: the rows have `text`, `label`: a text with a label is classified
-      hint: set task: classification, or data.format: text to train on the text alone""")
+cannot train on rows.jsonl:
+  - rows.jsonl:1: task `sft` does not train on labelled texts
+      hint: set task: classification, or data.format: text to leave the labels out""")
 bad("feedback on completions", {"rows.jsonl": rows({"prompt": "a", "completion": "b", "label": True})}, """\
-cannot train on rows.jsonl with task sft:
-  - rows.jsonl:1: the rows have `prompt`, `completion`, `label`: a completion with a `label` of true or false is feedback
-      hint: set task: kto, or data.format: prompt-completion to train on the text alone""")
+cannot train on rows.jsonl:
+  - rows.jsonl:1: task `sft` does not train on answers with a label
+      hint: set task: kto, or data.format: prompt-completion to leave the labels out""")
 bad("nothing to separate", {"rows.jsonl": rows({"text": "x"})}, """\
 cannot separate the data:
   - data.separator: no row has a prompt and a completion that are texts, so there is nothing to separate

@@ -118,7 +118,7 @@ def test_a_bad_row_of_a_stream_is_named_when_it_comes(monkeypatch: pytest.Monkey
     [
         ("a.jsonl", "", "a.jsonl has no rows"),
         ("a.jsonl", '{"text": " "}\n' * 3, "every text of a.jsonl is empty"),
-        ("a.jsonl", '{"text": "x", "label": 1}\n', "cannot train on a.jsonl with task sft:"),
+        ("a.jsonl", '{"text": "x", "label": 1}\n', "cannot train on a.jsonl:\n  - a.jsonl:1: task `sft` does not train on labelled texts"),
         ("a.jsonl", '{"words": "x"}\n', "unknown row format in a.jsonl:"),
     ],
 )

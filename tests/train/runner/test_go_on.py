@@ -283,7 +283,7 @@ def test_an_adapter_without_the_new_head_is_refused(words: dict[str, Any], first
 def test_a_choice_of_the_reference_without_effect_is_refused(words: dict[str, Any], first: Path) -> None:
     for task, values, sentence in (
         ("grpo", {"grpo_beta": 0.0}, "has no effect while `training.grpo_beta` is 0: GRPO then has no reference"),
-        ("classification", {}, "has no effect when task is `classification`\n      hint: remove it, or set task: dpo or"),
+        ("classification", {}, "when task is `classification`\n      hint: remove it, or set task: dpo or"),
         ("reward", {}, "remove it, or set task: dpo or kto or grpo"),
     ):
         with pytest.raises(ConfigError) as caught:

@@ -281,9 +281,7 @@ def test_overwriting_leaves_a_users_files_in_a_run_folder(project: Path) -> None
     assert names - {"model.gguf"} == {p.name for p in again.adapter.iterdir()}  # nothing of the old run is left
 
 
-@pytest.mark.parametrize(
-    "name", [".", "./", "", "notes.txt", "../x", "adapter/../..", "/etc", "adapter/a\0b", 5]
-)
+@pytest.mark.parametrize("name", [".", "./", "", "notes.txt", "../x", "adapter/../..", "/etc", "adapter/a\0b", 5])
 def test_a_record_names_only_files_in_the_runs_own_folders(tmp_path: Path, name: Any) -> None:
     mark = asdict(RunRecord(files=("adapter/tokenizer.json",)))
     (tmp_path / "run.json").write_text(json.dumps(mark))

@@ -17,9 +17,16 @@ from lorary.train.config.load import from_dict
 from lorary.train.config.load import load as load_config
 from lorary.train.data.load import load, load_validation
 from lorary.train.data.row_formats import Example, Preference
+from lorary.train.data.task_rows import Judged, Labelled, Labels, Prompt
 from lorary.train.data.tokenize import Row, tokenize
 
 DEFAULT_LENGTH = 1024
+_OTHER_ROWS: dict[type, str] = {  # those of other tasks than sft
+    Preference: "preference pairs",
+    Judged: "answers with a label",
+    Prompt: "prompts without answers",
+    Labelled: "labelled texts",
+}
 
 
 @dataclass(frozen=True)
@@ -57,24 +64,25 @@ class EvalData:
     config: Config
     source: str
 
-    def rows(self, tokenizer: Any) -> tuple[Row, ...]:
-        """The examples in a tokenizer's tokens."""
-        return tokenize(self.examples, tokenizer, self.config.data).rows
+    def rows(self, tokenizer: Any, labels: Labels | None = None) -> tuple[Row, ...]:
+        """The examples in a tokenizer's tokens, with the labels of a classification."""
+        return tokenize(self.examples, tokenizer, self.config.data, labels=labels).rows
 
 
-def eval_data(options: DataOptions, models: Sequence[str], context: int | None) -> EvalData:
+def eval_data(options: DataOptions, models: Sequence[str], context: int | None, task: str = "sft") -> EvalData:
     """The examples to evaluate on.
 
     Args:
         options: of the command line.
         models: their names; without other data the first run among them gives its held-out rows.
         context: the shortest context of the models, if known: the default of the maximum length.
+        task: whose rows are evaluated, sft or classification.
 
     Raises:
         ConfigError: nothing names held-out data, or an option is invalid.
-        DataError: the data cannot be read, or is of preference pairs.
+        DataError: the data cannot be read, or is that of another task.
     """
-    config, source = _config(options, models, context)
+    config, source = _config(options, models, context, task)
     if config.data.validation is not None:
         examples: Sequence[Example] = load_validation(config.data)
     elif config.data.validation_split:
@@ -82,16 +90,21 @@ def eval_data(options: DataOptions, models: Sequence[str], context: int | None) 
     else:
         what = f"{source} holds no rows out"
         raise ConfigError("no data to evaluate on:", [Diagnostic("", what, "name some with --data")])
-    if isinstance(examples[0], Preference):
-        what = "are preference pairs, and eval measures the loss per token of texts, prompts and answers"
-        fix = "the report of a DPO run shows its rewards and their accuracy"
-        raise DataError("cannot evaluate on these rows:", [Diagnostic(source, what, fix)])
+    own = _OTHER_ROWS.get(type(examples[0]), "texts")
+    if own != _OTHER_ROWS[Labelled] if task == "classification" else own != "texts":
+        takes = "the loss per token of texts, prompts and answers"
+        if task == "classification":
+            takes = "classifiers on labelled texts"
+        fix = "the report of a run shows the figures of its own task" if own != "texts" else "name others with --data"
+        raise DataError(
+            "cannot evaluate on these rows:", [Diagnostic(source, f"are {own}, and eval measures {takes}", fix)]
+        )
     if options.limit is not None and options.limit < len(examples):
         examples = [examples[i] for i in torch.linspace(0, len(examples) - 1, options.limit).long().tolist()]
     return EvalData(examples, config, source)
 
 
-def _config(options: DataOptions, models: Sequence[str], context: int | None) -> tuple[Config, str]:
+def _config(options: DataOptions, models: Sequence[str], context: int | None, task: str) -> tuple[Config, str]:
     """The configuration with the options over it, and its name."""
     sets = [*options.sets, *_sets(options)]
     if options.config is not None:
@@ -99,7 +112,7 @@ def _config(options: DataOptions, models: Sequence[str], context: int | None) ->
     if options.data:
         length = options.max_length or min(DEFAULT_LENGTH, context or DEFAULT_LENGTH)
         data = {"train": list(options.data), "max_length": length}
-        return from_dict({"model": "builtin:base", "data": data}, sets), ", ".join(options.data)
+        return from_dict({"model": "builtin:base", "task": task, "data": data}, sets), ", ".join(options.data)
     for name in models:
         found = run_config(Path(name))
         if found is not None:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from lorary.analysis.harness import evaluate_tasks, harness_model, task_manager
 from lorary.cli import printable
-from lorary.cli._eval.run import EvalModel
+from lorary.cli._eval.models import EvalModel
 from lorary.cli._model import ready_model
 from lorary.cli._table import rich_table
 

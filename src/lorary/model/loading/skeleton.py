@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lorary.layers.transformers_internals import ATTENTION_KEYS
+
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, [1, length, head width]
@@ -202,7 +204,7 @@ def _sizes(settings: Mapping[str, Any]) -> SimpleNamespace | None:
     windowed = settings.get("sliding_window", 4096 if family == "mistral" else None)
     if windowed and settings.get("use_sliding_window", family == "mistral"):
         return None
-    if settings.get("attn_implementation") == "eager" or settings.get("pretraining_tp", 1) > 1:
+    if "eager" in (settings.get(key) for key in ATTENTION_KEYS) or settings.get("pretraining_tp", 1) > 1:
         return None
     a = SimpleNamespace(**settings)
     try:

@@ -74,8 +74,12 @@ def plan_to_go_on(config: Config, model: nn.Module, start: Adapter, drawn: Seque
     """
     problems = [*_differences(config.method, start), *_other_targets(config.method, model, start)]
     if missing := [name for name in drawn if name not in start.full]:
-        what = f"task `{config.task}` draws {missing[0]} at random, and the adapter does not hold it: it would not train"
-        problems.append(Diagnostic("model.adapter", what, "merge the adapter first, and name the merged model as model.id"))
+        what = (
+            f"task `{config.task}` draws {missing[0]} at random, and the adapter does not hold it: it would not train"
+        )
+        problems.append(
+            Diagnostic("model.adapter", what, "merge the adapter first, and name the merged model as model.id")
+        )
     if problems:
         raise ConfigError("the configuration contradicts the adapter that it goes on from:", problems)
     return plan_of_adapter(model, start)

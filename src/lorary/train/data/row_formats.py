@@ -30,7 +30,6 @@ from lorary.train.data.task_rows import Judged, Labelled, Prompt, read_judged, r
 OF_TASKS = ("prompt-completion-label", "prompt", "classification")  # no format of `sft` or `dpo`
 
 
-
 @dataclass(frozen=True)
 class Text:
     """Plain text; every token is in the loss."""

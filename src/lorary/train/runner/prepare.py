@@ -159,8 +159,10 @@ def _planned(
     base = base_of_task(config, labels, tokenizer)
     model = skeleton(config.model, base)
     config = fit_positions(config, model)
-    new = new_modules(config, base, model)
-    plan = plan_to_go_on(config, model, start.adapter, base.fresh if base else ()) if start else config.plan(model, past, new)
+    if start is not None:
+        plan = plan_to_go_on(config, model, start.adapter, base.fresh if base else ())
+    else:
+        plan = config.plan(model, past, new_modules(config, base, model))
     reader(config.model.id, model.config, plan.method.storage, None)  # refuses other quantisations
     return _Planned(config, labels, base, model, plan)
 

@@ -41,7 +41,7 @@ class ClassificationTrainer(AdapterTraining, Trainer):  # type: ignore[misc]  # 
             args=args,
             processing_class=processing_class,
             data_collator=DataCollatorWithPadding(processing_class),
-            compute_metrics=_Scores(labels.problem),
+            compute_metrics=Scores(labels.problem),
             **rest,
         )
         # The mean over a micro-batch: some models take `num_items_in_batch` and ignore it.
@@ -67,7 +67,7 @@ class ClassificationTrainer(AdapterTraining, Trainer):  # type: ignore[misc]  # 
             write_label_names(Path(output_dir or self.args.output_dir), self.labels.outputs, self.labels.problem)
 
 
-class _Scores:
+class Scores:
     """The figures of an evaluation.
 
     Args:

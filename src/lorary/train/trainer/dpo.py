@@ -35,8 +35,8 @@ class DPOTrainer(AdapterTraining, trl.DPOTrainer):  # type: ignore[misc]  # TRL 
         self.reference_state = reference_state(model, reference)
         # Without a reference TRL would load the base a second time, unless it precomputes the reference's values, which
         # it does by `compute_ref_log_probs`.
-        placeholder = Reference(lambda: model, model.config, self.reference_state)
-        placeholder = None if args.precompute_ref_log_probs else placeholder
+        made = Reference(lambda: model, model.config, self.reference_state)
+        placeholder = None if args.precompute_ref_log_probs else made
         super().__init__(model=model, args=args, ref_model=placeholder, **rest)
         self.ref_model = Reference(lambda: self.model, model.config, self.reference_state)
 

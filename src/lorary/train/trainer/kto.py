@@ -2,8 +2,8 @@
 
     loss = 1 − σ(β (log π/π₀ − z))  of a good answer,   1 − σ(β (z − log π/π₀))  of a bad one
 
-π is the adapted model, π₀ the base (or the model as training begins), and z the mean divergence of π from π₀ on answers to other prompts of the batch, at
-least 0 (Ethayarajh et al. 2024, arXiv:2402.01306, eq. 7 and 8).
+π is the adapted model, π₀ the base (or the model as training begins), and z the mean divergence of π from π₀ on
+answers to other prompts of the batch, at least 0 (Ethayarajh et al. 2024, arXiv:2402.01306, eq. 7 and 8).
 """
 
 from __future__ import annotations

@@ -1,0 +1,56 @@
+"""The models of `lorary eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorary.adapters.resolve import adapter_at, find_model
+from lorary.cli._eval.data import precision_of_first_run
+from lorary.errors import Diagnostic, FileError, LoraryError
+from lorary.layers.rope import max_context
+from lorary.model.loading.from_pretrained import load_config, load_tokenizer
+from lorary.model.loading.source import ModelSection
+
+
+@dataclass(frozen=True)
+class EvalModel:
+    """A model to evaluate.
+
+    Args:
+        name: from the command line.
+        folder: of its adapter, if any.
+        section: the base.
+        tokenizer: of the base.
+        context: tokens that it reads; None if unknown.
+    """
+
+    name: str
+    folder: Path | None
+    section: ModelSection
+    tokenizer: Any
+    context: int | None
+
+
+def find_models(names: Sequence[str], base: str | None, dtype: str | None) -> list[EvalModel]:
+    """The models of the command line.
+
+    Raises:
+        FileError: every one that cannot be found.
+    """
+    found: list[EvalModel] = []
+    problems: list[Diagnostic] = []
+    precision = precision_of_first_run(names) | ({"dtype": dtype} if dtype is not None else {})
+    for name in dict.fromkeys(names):
+        try:
+            folder, section = find_model(name, base if adapter_at(name) else None)
+            section = section.model_copy(update=precision)
+            config = load_config(section).get_text_config()
+            found.append(EvalModel(name, folder, section, load_tokenizer(section), max_context(config)))
+        except LoraryError as error:
+            problems += error.problems or [Diagnostic(name, error.headline)]
+    if problems:
+        raise FileError("cannot evaluate:", problems)
+    return found
