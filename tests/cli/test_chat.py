@@ -186,3 +186,11 @@ def test_adapters_have_short_names() -> None:
         "off-2": "off",
         "sql": "ann/sql",
     }
+
+
+def test_a_line_that_is_not_utf8_is_refused_alone(talk: Any, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk([], "base")  # the folders
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\nhello\n"), encoding="utf-8"))
+    ran = command("chat", "base", "--max-new-tokens", str(LENGTH))
+    assert (ran.code, "not sent: the conversation contains half of a surrogate pair" in ran.err) == (0, True), ran.err
+    assert ran.out.splitlines() == answers(["hello"])[0].splitlines()

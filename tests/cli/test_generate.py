@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorary
 from lorary.cli._generation import Printer
+from lorary.train.data.prompts import read_prompts
 from tests.cli.command import Command
 from tests.train.small import PLAIN_CHAT, tokenizer
 
@@ -134,6 +135,7 @@ def test_the_template_of_the_run_is_used(command: Command, model: str) -> None:
         ("rows.jsonl", b'{"text": "a"}\n{"prompt": "b"}\n', "1 of 2 rows of rows.jsonl cannot be used:\n"
          "  - rows.jsonl:1: has neither a text `prompt` nor a list `messages` of {role, content}"),
         ("turns.jsonl", b'{"messages": [{"role": 1}]}\n', "turns.jsonl:1: has neither"),
+        ("half.jsonl", b'{"prompt": "\\ud800"}\n', "half.jsonl:1: the prompt contains half of a surrogate"),
         ("long.txt", b"two\n" + b"hello " * 70, "long.txt:2: has "),
     ],
 )  # fmt: skip
@@ -145,6 +147,32 @@ def test_prompts_that_cannot_be_read_are_named(
     ran = command("generate", model, "--file", file)
     assert (ran.code, ran.out) == (3, "")
     assert said in ran.err
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ 1 / 0 }}", "{% for i in range(10**9) %}{% endfor %}", "{{ messages[0]", "{{ x.y }}"]
+)
+def test_a_template_that_fails_is_said(command: Command, model: str, template: str) -> None:
+    Path("bad.jinja").write_text(template)
+    ran = command("generate", model, "hello", "--chat", "--template", "bad.jinja")
+    assert (ran.code, "prompt: the chat template refuses it: " in ran.err) == (3, True), ran.err
+
+
+def test_a_failure_before_the_first_answer_leaves_no_file(command: Command, model: str) -> None:
+    Path("long.txt").write_text("hello " * 70)
+    assert command("generate", model, "--file", "long.txt", "--out", "answers.jsonl").code == 3
+    assert not Path("answers.jsonl").exists()
+
+
+def test_a_seed_has_32_bits(command: Command, model: str) -> None:
+    ran = command("generate", model, "hello", "--temperature", "1", "--seed", str(2**64))
+    assert (ran.code, "--seed" in ran.err) == (2, True)
+
+
+def test_only_line_ends_end_a_prompt(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes("one\u2028two\x0cthree\r\n\r\nfour".encode())
+    found = [(prompt.value, prompt.where) for prompt in read_prompts(tmp_path / "p.txt")]
+    assert found == [("one\u2028two\x0cthree", "p.txt:1"), ("four", "p.txt:3")]
 
 
 def test_options_that_exclude_each_other_are_refused(command: Command, model: str) -> None:

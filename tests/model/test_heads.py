@@ -161,6 +161,11 @@ def test_tied_weights_train_at_both_ends_and_it_is_said() -> None:
         (roberta, {"full": "nosuch"}, "full: `nosuch` matches no parameter"),
         (roberta, {"targets": USUAL, "head": "full"}, "hint: leave it out of `targets`"),
         (roberta, {"head": "lora", "method": "pissa"}, "whose random weight the adapter holds, and this init changes"),
+        (
+            llama,
+            {"targets": "embedding", "full": "embeddings"},
+            "every layer of `embedding` trains in full, and none is adapted",
+        ),
         (llama, {"targets": ["q_proj"], "full": ["q_proj"]}, "is adapted and would train in full as well"),
         (
             lambda: llama(tied=True),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import warnings
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.peft.types import peft_type_of
 from lorary.adapters.save_load import ADAPTER_FILES, load_adapter, save_adapter
-from lorary.errors import Diagnostic, FileError
+from lorary.errors import Diagnostic, FileError, not_a
+from lorary.files.atomic import write_error
 from lorary.files.findings import AdapterWarning
 from lorary.layers.adapted import adapted_layers
 from lorary.layers.dtensor import copy_into
@@ -24,6 +26,7 @@ from lorary.model.optim.watch import warn_of_idle_rules
 from lorary.model.rank_pruning import resize_adapters
 from lorary.model.residual_base import load_start
 from lorary.model.state import base_parameter, require_attached
+from lorary.spec.placement import AdaptedSite
 
 
 @mode_independent
@@ -45,14 +48,23 @@ def save_attached(model: nn.Module, folder: str | os.PathLike[str], *, write: bo
     warn_of_idle_rules(model)
     if not write:
         return
-    # file by file: a trainer's folder holds its checkpoints, too, and sentence-transformers' its other modules
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    if problems := not_a((str, os.PathLike), "a path", folder=folder):
+        raise FileError("cannot save:", problems)
+    try:
+        _write_beside_others(adapter, model, Path(folder))
+    except OSError as error:
+        raise write_error(Path(folder), error) from error
+
+
+def _write_beside_others(adapter: Adapter, model: nn.Module, folder: Path) -> None:
+    """Write file by file: a trainer's folder has checkpoints, too, and that of sentence-transformers modules."""
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".lorary-", dir=folder) as temporary:
         save_adapter(adapter, inside := Path(temporary, "adapter"), model=model, for_trainer=True)
         for name in ADAPTER_FILES:
-            Path(folder, name).unlink(missing_ok=True)
+            (folder / name).unlink(missing_ok=True)
         for file in sorted(inside.iterdir(), key=lambda file: file.name == ADAPTER_FILES[0]):  # `lorary.json` last
-            file.replace(Path(folder, file.name))
+            file.replace(folder / file.name)
 
 
 @mode_independent
@@ -88,6 +100,9 @@ def load_into(model: nn.Module, adapter: Adapter) -> None:
         for name in sorted(here.keys() | there.keys())
         if here.get(name) != there.get(name)
     ]
+    there_by_name = {site.site.name: site for site in adapter.sites}
+    if not problems:
+        problems += [p for site in state.sites for p in _other_function(site, there_by_name[site.site.name])]
     only = sorted(set(adapter.full) ^ set(state.full))
     problems += [Diagnostic(name, f"trains only {'here' if name in state.full else 'there'}") for name in only]
     if problems:
@@ -98,6 +113,16 @@ def load_into(model: nn.Module, adapter: Adapter) -> None:
         load_start(model, layer, adapter.tensors[name])
     for name, tensor in adapter.full.items():
         copy_into(base_parameter(model, name), tensor)
+
+
+def _other_function(here: AdaptedSite, there: AdaptedSite) -> Iterator[Diagnostic]:
+    """What makes another function of the same tensors at a site."""
+    if not math.isclose(there.scale, here.scale, rel_tol=1e-6):
+        yield Diagnostic(here.site.name, f"the scale is {there.scale:g} in the checkpoint, {here.scale:g} here")
+    for axis in ("join", "delta"):
+        mine, its = type(getattr(here, axis)).__name__, type(getattr(there, axis)).__name__
+        if mine != its:
+            yield Diagnostic(here.site.name, f"the {axis} is {its} in the checkpoint, {mine} here")
 
 
 def rename_peft_tensors(model: nn.Module, state_dict: MutableMapping[str, Tensor], prefix: str) -> None:

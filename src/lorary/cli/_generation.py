@@ -15,6 +15,7 @@ from lorary.errors import ConfigError, DataError, Diagnostic
 from lorary.layers.rope import max_context, text_config
 from lorary.model.loading.from_pretrained import load_tokenizer
 from lorary.model.loading.source import ModelSection
+from lorary.train.data._records import check_text
 from lorary.train.data.chat import TEMPLATES, render, use_template
 from lorary.train.data.encode import encode_text
 from lorary.train.data.row_formats import Messages
@@ -116,9 +117,11 @@ def chat_ids(tokenizer: Any, messages: Messages) -> list[int]:
     """The tokens of a conversation up to the start of the next answer.
 
     Raises:
-        ValueError: the template refuses the messages, with its reason.
+        ValueError: the template refuses the messages, with its reason; or they are not Unicode text.
     """
-    return list(tokenizer(render(tokenizer, messages, prompt=True), add_special_tokens=False)["input_ids"])
+    text = render(tokenizer, messages, prompt=True)
+    check_text(text, "the conversation")  # bytes that are not UTF-8 arrive as halves of surrogate pairs
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def text_ids(tokenizer: Any, prompt: str, where: str) -> list[int]:

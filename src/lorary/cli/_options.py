@@ -13,4 +13,4 @@ MaxNewTokens = Annotated[
 ]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, max=10.0, help="0: greedy.")]
 TopP = Annotated[float, typer.Option("--top-p", min=0.01, max=1.0, help="Nucleus sampling.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Random seed of sampling.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Random seed of sampling.")]

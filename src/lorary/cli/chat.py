@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
@@ -66,6 +67,8 @@ def _conversation(
 def _talk(conversation: Conversation) -> None:
     """Read messages until the end of input or /quit."""
     terminal = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):  # a line that is not UTF-8 is refused alone
+        sys.stdin.reconfigure(errors="surrogateescape")
     if terminal:
         with suppress(ImportError):  # Windows has none
             import readline  # noqa: F401 (editing and history of the input line)

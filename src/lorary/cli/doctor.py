@@ -179,5 +179,5 @@ def _memory() -> int:
 def _cache() -> Path:
     """The Hub's cache folder, or its nearest existing parent."""
     home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
-    path = Path(home).expanduser().absolute()
+    path = Path(os.path.expanduser(home)).absolute()
     return next(parent for parent in (path, *path.parents) if parent.is_dir())

@@ -142,7 +142,12 @@ def _output(path: Path | None) -> Iterator[TextIO]:
         problem = Diagnostic(str(path), "exists already, and was not changed", "name another file")
         raise FileError("nothing was written:", [problem]) from None
     with file:
-        yield file
+        try:
+            yield file
+        except BaseException:
+            if not file.tell():  # nothing is answered yet: the same command can be given again
+                path.unlink(missing_ok=True)
+            raise
 
 
 def _answer(model: Any, tokenizer: Any, ids: list[int], sampling: Sampling, stream: bool) -> None:

@@ -41,6 +41,9 @@ def adapted_sites(
     for part in parts:
         matched, unresolved = resolve(scanned, part.targets, wanted.exclude)
         found.append(without_full_layers(scanned, matched, part.targets, part.method))
+        if matched and not found[-1]:
+            what = f"every layer of `{', '.join(map(str, as_list(part.targets)))}` trains in full, and none is adapted"
+            problems.append(Diagnostic("targets", what, "adapt others, or train fewer in full"))
         problems += [problem for problem in unresolved if problem not in problems]  # what all have in common
     names = [match.name for matched in found for match in matched if match.name not in head]
     choice = LayerChoice(set(names))

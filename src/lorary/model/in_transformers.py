@@ -166,7 +166,7 @@ class InTransformers(nn.Module):
             self._one_adapter("a second adapter")
 
     def set_adapter(self, adapter_name: Any, **_: Any) -> None:
-        self._one_adapter(*([adapter_name] if isinstance(adapter_name, str) else adapter_name))
+        self._one_adapter(*(adapter_name if isinstance(adapter_name, list | tuple) else [adapter_name]))
 
     def enable_adapters(self) -> None:
         self._one_adapter("the switch of PEFT's layers")
@@ -177,7 +177,7 @@ class InTransformers(nn.Module):
     def delete_adapter(self, adapter_names: Any) -> None:
         self._one_adapter("the removal of PEFT's layers")
 
-    def _one_adapter(self, *names: str) -> None:
+    def _one_adapter(self, *names: Any) -> None:
         """Refuse what is not about the attached adapter.
 
         Raises:

@@ -354,6 +354,13 @@ cannot separate the data:
 bad("special tokens that are refused", {"rows.jsonl": rows(GOOD, {"prompt": "a <|end|>", "completion": "b"})}, """\
 1 of 2 rows of the data cannot be used:
   - rows.jsonl:2: its text contains the special token '<|end|>'; data.special_tokens: escape reads them as text""", special_tokens="refuse")
+bad("a kind of content that is a list", {"rows.jsonl": rows({"messages": [
+    {"role": "user", "content": [{"type": ["text"], "text": "a"}]}, answer("b")]})}, """\
+1 of 1 rows of rows.jsonl cannot be used:
+  - rows.jsonl:1: `messages[0]` has a list; only text is supported""")
+bad("the home of nobody", {}, """\
+cannot read ~nobody-of-this-name/rows.jsonl:
+  - there is no such file or folder""", train="~nobody-of-this-name/rows.jsonl")
 bad("one bad source of two", {"a.jsonl": rows(GOOD), "b.jsonl": b"?\n"}, """\
 1 of 1 rows of b.jsonl cannot be used:
   - b.jsonl:1: not JSON: expecting value (column 1)""", train=["a.jsonl", {"path": "b.jsonl", "weight": 2}])

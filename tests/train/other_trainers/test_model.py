@@ -220,6 +220,12 @@ REFUSED: dict[str, tuple[type[LoraryError], str, Any]] = {
         lambda folder: _whole().inside.save_pretrained(folder),
     ),
     "a disabled adapter": (StateError, "leave the `disabled` block first", lambda f: _disabled_save(model("lora"), f)),
+    "a file for a folder": (
+        FileError,
+        "a part of this path is a file",
+        lambda f: ((f / "file").touch(), model("lora").save_pretrained(f / "file")),
+    ),
+    "no folder": (FileError, "folder: is a NoneType, not a path", lambda _: model("lora").save_pretrained(None)),
     "a second adapter of PEFT": (
         StateError,
         "a second adapter is not supported: one adapter of lorary is attached",
@@ -227,6 +233,7 @@ REFUSED: dict[str, tuple[type[LoraryError], str, Any]] = {
     ),
     "another adapter's name": (StateError, "'b': one adapter", lambda f: model("lora").load_adapter(f, "b")),
     "set_adapter": (StateError, "'b': one adapter", lambda _: model("lora").set_adapter(["default", "b"])),
+    "set_adapter of none": (StateError, "None: one adapter", lambda _: model("lora").set_adapter(None)),
     "disable_adapters": (StateError, "lorary.disabled", lambda _: model("lora").disable_adapters()),
     "delete_adapter": (StateError, "the removal of PEFT's layers", lambda _: model("lora").delete_adapter("default")),
     "an empty folder": (FileError, "holds neither lorary.json nor", lambda f: model("lora").load_adapter(f)),
@@ -234,6 +241,11 @@ REFUSED: dict[str, tuple[type[LoraryError], str, Any]] = {
         FileError,
         "the checkpoint holds another adapter",
         lambda f: (model("lora", r=2).save_pretrained(f), model("lora").load_adapter(f)),
+    ),
+    "an adapter of another alpha": (
+        FileError,
+        "the scale is 8 in the checkpoint, 4 here",
+        lambda f: (model("lora").save_pretrained(f), model("lora", alpha=16).load_adapter(f)),
     ),
     "an adapter of another base": (
         FileError,
@@ -258,6 +270,7 @@ REFUSED: dict[str, tuple[type[LoraryError], str, Any]] = {
     "a name for a class": (ConfigError, "'adamw' is not an optimizer class", lambda _: _optimizer(cls="adamw")),
     "an unknown setting": (ConfigError, "momentum", lambda _: _optimizer(momentum=0.9)),
     "a setting out of range": (ConfigError, "betas|beta parameter", lambda _: _optimizer(betas=(2.0, 0.9))),
+    "settings that exclude each other": (ConfigError, "cannot be", lambda _: _optimizer(fused=True, foreach=True)),
     "a rate of zero": (ConfigError, "lr: 0 is not a positive", lambda _: _optimizer(lr=0)),
     "an optimizer of a plain model": (
         StateError,
@@ -272,6 +285,14 @@ def test_refused(tmp_path: Path, case: str) -> None:
     error, text, action = REFUSED[case]
     with pytest.raises(error, match=text):
         action(tmp_path)
+
+
+def test_an_optimizer_of_another_model_says_so() -> None:
+    made, other = model("lora"), model("lora")
+    optimizer = lorary.optimizer(other, lr=1e-3)
+    made(input_ids=X, labels=X).loss.backward()
+    with pytest.warns(MethodWarning, match="that of another model"):
+        optimizer.step()
 
 
 def test_the_warning_class_can_be_an_error(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 import trl
 
 import lorary
+from lorary.errors import TrainingError
 from lorary.model.optim.watch import MethodWarning
 from tests.train import runs
 from tests.train.other_trainers.trainers import METHODS, SETTINGS, TRAINERS, apart, model, same, train, values
@@ -71,6 +72,18 @@ def test_adalora_ends_with_the_ranks_of_its_budget(tmp_path: Path) -> None:
     ranks = [t.numel() for name, t in values(trained).items() if name.endswith(".E")]
     assert sum(ranks) == 2 * len(ranks)  # `target`
     assert [line["rank_budget"] for line in run.state.log_history if "loss" in line][-1] == sum(ranks)
+
+
+def test_two_callbacks_are_as_one(tmp_path: Path) -> None:
+    once, twice = (model("adalora") for _ in range(2))
+    train(tmp_path / "once", "Trainer", once)
+    train(tmp_path / "twice", "Trainer", twice, callbacks=[lorary.TrainerCallback(twice)])
+    assert same(once, twice)
+
+
+def test_a_callback_of_another_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="the trainer trains another model"):
+        train(tmp_path, "Trainer", model("lora"), callbacks=[lorary.TrainerCallback(model("lora"))])
 
 
 def test_without_the_callback_adalora_keeps_its_ranks_and_says_so(tmp_path: Path) -> None:

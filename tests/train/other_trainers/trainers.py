@@ -113,10 +113,11 @@ def train(
         resume: a checkpoint.
         rules: whether it has lorary's callback.
         optimizer: whether it has lorary's optimizer.
-        settings: further ones of its arguments; `train_dataset`, `eval_dataset`, `compute_metrics` of its own.
+        settings: further ones of its arguments; `train_dataset`, `eval_dataset`, `callbacks` of its own.
     """
     cls, arguments, data, more, others = TRAINERS[trainer]
     own = {k: settings.pop(k) for k in ("train_dataset", "eval_dataset") if k in settings}
+    callbacks = settings.pop("callbacks", [])
     with warnings.catch_warnings():  # TRL asks Transformers by old names
         warnings.filterwarnings("ignore", "`.*gradient_checkpointing.*` is deprecated", FutureWarning)
         args = arguments(str(folder), **(SETTINGS | more | settings))
@@ -126,7 +127,7 @@ def train(
             **({"train_dataset": data()} | own),
             **others,
             **({} if trainer == "Trainer" else {"processing_class": tokenizer()}),
-            callbacks=[lorary.TrainerCallback(adapted_model)] if rules else [],
+            callbacks=[*callbacks, *([lorary.TrainerCallback(adapted_model)] if rules else [])],
             optimizers=(lorary.optimizer(adapted_model, lr=args.learning_rate), None) if optimizer else (None, None),
         )
         made.train(resume_from_checkpoint=str(resume) if resume else None)

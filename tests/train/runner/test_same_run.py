@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lorary.errors import ConfigError, LoraryError
 from lorary.train import run
 from lorary.train.config.load import from_dict, load
 from lorary.train.runner.folder import RunFolder
+from lorary.train.runner.run_record import RunRecord
 from lorary.train.trainer import checkpoint
 from lorary.train.trainer.environment import changes
 from tests.train.resume.processes import contents
@@ -277,6 +279,15 @@ def test_overwriting_leaves_a_users_files_in_a_run_folder(project: Path) -> None
     names = {p.name for p in Path("out2/adapter").iterdir()}
     again = run(load("my.yaml", ["output=out3", "training.max_steps=2"]), quiet=True)
     assert names - {"model.gguf"} == {p.name for p in again.adapter.iterdir()}  # nothing of the old run is left
+
+
+@pytest.mark.parametrize("name", [".", "./", "", "notes.txt", "../x", "adapter/../..", "/etc", "adapter/a\0b", 5])
+def test_a_record_names_only_files_in_the_runs_own_folders(tmp_path: Path, name: Any) -> None:
+    mark = asdict(RunRecord(files=("adapter/tokenizer.json",)))
+    (tmp_path / "run.json").write_text(json.dumps(mark))
+    assert RunRecord.read(tmp_path) is not None
+    (tmp_path / "run.json").write_text(json.dumps(mark | {"files": [name]}))
+    assert RunRecord.read(tmp_path) is None
 
 
 def test_a_clearing_that_is_killed_can_be_repeated(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,6 +175,8 @@ def refused(config: dict[str, Any]) -> str:
         ("", "spaces", "`spaces` does not name a function in a file\n      hint: write FILE.py:FUNCTION, such as"),
         ("def space(completions): ...", "{}:spaces", "has no function `spaces`\n      hint: did you mean `space`?"),
         ("import nothing_here", "{}:spaces", "r.py cannot be run: ModuleNotFoundError: No module named 'nothing_here'"),
+        ("import sys; sys.exit()", "{}:f", "r.py cannot be run: SystemExit"),
+        ("f = max", "{}:f", "the parameters of `f` in r.py are not known"),
         ("def f(completions, anser): ...", "{}:f", "f needs `anser`, which no field of the rows has\n      hint: did you mean `answer`?"),  # noqa: E501
     ],
 )  # fmt: skip
@@ -194,6 +196,11 @@ def test_reward_functions_that_cannot_be_used(code: str, named: str, message: st
         ("return [1.0]", "returned 1 rewards for 8 answers"),
         ("return [float('nan')] * 8", "returned nan, which is not a finite number"),
         ("raise KeyError('x')", "raised KeyError: 'x' (line 2 of r.py)"),
+        ("raise SystemExit(0)", "raised SystemExit: 0 (line 2 of r.py)"),
+        ("raise ValueError('\\udc80')", "raised ValueError: ? (line 2 of r.py)"),
+        ("return [None] * 8", "returned None, which is not a finite number"),
+        ("return [1e30] * 8", "returned 1e+30, which is not between -1e+18 and 1e+18"),
+        ("return [10**5000] * 8", "returned a int, which is not between -1e+18 and 1e+18"),
     ],
 )
 def test_rewards_that_are_none(body: str, message: str, tmp_path: Path) -> None:
@@ -202,6 +209,14 @@ def test_rewards_that_are_none(body: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(TrainingError) as error:
         reward(completions=["x"] * 8, prompts=["y"] * 8)
     assert str(error.value) == f"the reward function failed:\n  - {tmp_path / 'r.py'}:f: {message}"
+
+
+@pytest.mark.parametrize("number", ["numpy.float32(0.5)", "torch.tensor(0.5)", "True"])
+def test_numbers_of_other_libraries_are_rewards(number: str, tmp_path: Path) -> None:
+    (tmp_path / "r.py").write_text(f"import numpy, torch\ndef f(completions): return [{number}] * len(completions)")
+    rewards = load_reward(f"{tmp_path / 'r.py'}:f")(completions=["x"] * 2)
+    assert rewards == [1.0 if number == "True" else 0.5] * 2
+    assert all(type(reward) is float for reward in rewards)
 
 
 def test_too_few_prompts_for_a_step(tmp_path: Path) -> None:

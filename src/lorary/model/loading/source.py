@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lorary.errors import ConfigError, Diagnostic, FileError, did_you_mean, suggested_path
+from lorary.files.home import expanded
 
 BUILTIN = ("builtin:base",)
 
@@ -79,7 +80,7 @@ def location(section: ModelSection) -> str:
         FileError: there is no built-in model of that name.
     """
     if not section.id.startswith("builtin:"):
-        return str(Path(section.id).expanduser()) if section.id.startswith("~") else section.id
+        return str(expanded(section.id)) if section.id.startswith("~") else section.id
     if section.id not in BUILTIN:
         problem = Diagnostic("model.id", "no such model", did_you_mean(section.id, BUILTIN))
         raise FileError(f"cannot load {section.id}:", [problem])

@@ -12,6 +12,7 @@ So it is the same in every loop, whatever computes the loss, accumulates and cli
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
@@ -23,6 +24,8 @@ from lorary.errors import Diagnostic, StateError
 from lorary.kernels.torch_internals import engine_queue
 from lorary.layers.adapted import adapted_layers
 from lorary.layers.wrappers import is_sharded_model
+
+_FOLLOWS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AutomaticRules]] = weakref.WeakKeyDictionary()
 
 
 class Called(Protocol):
@@ -57,6 +60,7 @@ class AutomaticRules:
         self._before: list[dict[str, Tensor]] | None = None
         self._gradients: dict[int, Tensor] = {}  # before the rules changed them
         self._waiting = False
+        take_over(rules.model, self)
         self._trained = _trained(rules.model)
         hooks = [p.register_hook(partial(self._with_penalty, p)) for p in self._trained]
         hooks += [p.register_post_accumulate_grad_hook(self._accumulated) for p in self._trained]
@@ -115,6 +119,14 @@ class AutomaticRules:
         self._penalty = self._before = None
         self._gradients = {}
         self.rules.after_step()
+
+
+def take_over(model: nn.Module, hooks: AutomaticRules) -> None:
+    """Let these hooks alone follow a model: two callbacks in one trainer, or one of a run that broke off, add up."""
+    earlier = _FOLLOWS.get(model)
+    if earlier is not None and (before := earlier()) is not None:
+        before.remove()
+    _FOLLOWS[model] = weakref.ref(hooks)
 
 
 def call_after_backward(function: Callable[[], None]) -> None:

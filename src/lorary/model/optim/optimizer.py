@@ -43,5 +43,5 @@ def optimizer(
     groups = param_groups(model, lr=lr, weight_decay=weight_decay)
     try:
         return cls(groups, **settings)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError("invalid optimizer:", [Diagnostic("settings", str(error))]) from error

@@ -51,7 +51,7 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if state is None or not any(id(p) in rates for layer in layers.values() for p in layer.params.values()):
             continue
         state.stepped = True
-        for text in filter(None, (_lost_rates(layers, rates), _idle_head(model, layers))):
+        for text in filter(None, (_lost_rates(layers, rates), _idle_head(model, layers), _no_gradient(layers))):
             _warn(text)
 
 
@@ -91,6 +91,20 @@ def _idle_head(model: nn.Module, layers: dict[str, Adapted]) -> str | None:
         f"no gradient has reached the adapter at {head.site.name}: this trainer computes its loss from the weight of "
         f"the head and not through the layer; plan again with exclude={head.site.name!r}, or use `lorary train`"
     )
+
+
+def _no_gradient(layers: dict[str, Adapted]) -> str | None:
+    """Why an optimizer's step cannot train an adapter: the gradients are in another model than the optimizer's."""
+    if _has_gradient(layers) or not any(_has_gradient(adapted_layers(model)) for model in list(_WATCHED)):
+        return None
+    return (
+        f"the optimizer steps, and no gradient has reached the adapter at {next(iter(layers))} nor any other: it is "
+        "that of another model than the one that trains, perhaps of a copy; make it from the model of the loss"
+    )
+
+
+def _has_gradient(layers: dict[str, Adapted]) -> bool:
+    return any(p.grad is not None for layer in layers.values() for p in layer.params.values())
 
 
 def warn_of_idle_rules(model: nn.Module) -> None:

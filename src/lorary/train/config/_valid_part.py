@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from lorary.errors import Diagnostic, suggested_path
+from lorary.files.home import expanded
 from lorary.train.config.config import Config
 from lorary.train.config.yaml_source import Place
 
@@ -80,6 +80,6 @@ class ValidPart:
         named = {"train": data.train, "validation": data.validation or (), "chat_template": (data.chat_template,)}
         for key, sources in named.items():
             for source in sources:
-                path = Path(source.partition("#")[0]).expanduser() if isinstance(source, str) else None
+                path = expanded(source.partition("#")[0]) if isinstance(source, str) else None
                 if path and path.suffix.lower() in _FILES and "\0" not in str(path) and not path.exists():
                     yield ("data", key), f"`data.{key}`: there is no file {source}", suggested_path(path)

@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 from lorary import methods  # noqa: F401 (registers the presets)
 from lorary.errors import PlanError
+from lorary.files.home import expanded
 from lorary.methods.lora_drop import probe_note
 from lorary.model.loading.source import Section
 from lorary.model.planning import plan
@@ -188,7 +189,7 @@ class Config(Section):
         sections = {
             "training": _with_defaults(self.training, training).model_copy(update=no_warmup),
             "method": self.method if self.model.adapter else self._resolved_method(),
-            "output": str(Path(self.output).expanduser()),
+            "output": str(expanded(self.output)),
         }
         return self.model_copy(update=sections).with_notes(*notes)
 

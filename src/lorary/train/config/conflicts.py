@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lorary.errors import Diagnostic, MethodError, deduplicated
+from lorary.files.home import expanded
 from lorary.methods.lora_drop import sharing_problems
 from lorary.spec.interfaces import Sequential
 from lorary.train.config.config import Config
@@ -205,7 +206,7 @@ def _output(c: Config) -> Iterator[Diagnostic]:
     if "\0" in c.output:
         yield Diagnostic("output", "contains a NUL character")
         return
-    output = Path(c.output).expanduser().absolute()
+    output = expanded(c.output).absolute()
     if output in (Path("/"), Path.home(), Path.cwd()):
         what = f"`{c.output}` is the root, home or working folder"
         yield Diagnostic("output", what, "name a folder of its own, such as runs/first")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorary.adapters import load_adapter
@@ -13,6 +12,7 @@ from lorary.adapters.adapter import Adapter
 from lorary.adapters.change_rank import change_rank
 from lorary.adapters.resolve import adapter_folder
 from lorary.errors import ConfigError, Diagnostic, MethodError
+from lorary.files.home import expanded
 from lorary.model.planning import plan_of_adapter
 from lorary.model.scan import scan
 from lorary.model.targets import resolve
@@ -48,7 +48,7 @@ def load_start(config: Config) -> Start | None:
     if config.model.adapter is None:
         return None
     path = path_of(config.model.adapter)
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     adapter = load_adapter(adapter_folder(folder) or folder)
     if problems := other_digest("model.adapter", config.model.adapter, adapter):
         raise ConfigError("the adapter to go on from has changed:", problems)

@@ -42,7 +42,7 @@ def _content(content: Any, at: str) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-        kinds = {part.get("type") for part in content}
+        kinds = {kind if isinstance(kind := part.get("type"), str) else kind_of(kind) for part in content}
         if kinds <= {"text"} and all(isinstance(part.get("text"), str) for part in content):
             return "".join(part["text"] for part in content)
         raise ValueError(f"{at} has {', '.join(sorted(map(str, kinds - {'text'})))}; only text is supported")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorary.errors import DataError, Diagnostic, LoraryError, suggested_path
+from lorary.files.home import expanded
 from lorary.train.config.sources import Source, as_source
 from lorary.train.data import _tables
 from lorary.train.data._files import DOCUMENTS, is_data, iterate, read_file, suffix
@@ -90,7 +91,7 @@ def _place(source: Source, split: str) -> list[Path] | tuple[str, str, Path | No
     name, chosen = source.path, source.split or ""
     if not chosen and "#" in name and not Path(name).exists():
         name, _, chosen = name.rpartition("#")
-    path = Path(name).expanduser()
+    path = expanded(name)
     if name.startswith("builtin:"):
         return name, chosen or split, None
     try:

@@ -8,10 +8,10 @@ that breaks this is refused.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 from lorary.errors import DataError, Diagnostic, did_you_mean
+from lorary.files.home import expanded
 from lorary.train.data._messages import Messages
 from lorary.train.data.row_formats import Chat
 
@@ -44,7 +44,7 @@ def use_template(tokenizer: Any, name: str | None) -> None:
         tokenizer.chat_template = TEMPLATES[name]
         return
     try:
-        text = Path(name).expanduser().read_text(encoding="utf-8")
+        text = expanded(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         known = did_you_mean(name, list(TEMPLATES)) if name.startswith("builtin:") else f"or use {', '.join(TEMPLATES)}"
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
@@ -71,11 +71,9 @@ def render(tokenizer: Any, messages: Messages, tools: Any = None, prompt: bool =
     Raises:
         ValueError: the template refuses these messages, with its own reason.
     """
-    from jinja2 import TemplateError
-
     try:
         text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
-    except (TemplateError, KeyError, TypeError) as error:
+    except Exception as error:  # a template is a program
         raise ValueError(f"the chat template refuses it: {str(error) or type(error).__name__}") from None
     return str(text)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -82,7 +83,7 @@ def _kind(rows: Sequence[Labelled]) -> str:
 
 
 def _is_whole(label: Any) -> bool:
-    return isinstance(label, float) or (isinstance(label, str) and label.lstrip("-").isdigit())
+    return isinstance(label, float) or (isinstance(label, str) and re.fullmatch(r"-?[0-9]{1,30}", label) is not None)
 
 
 def _ordered(names: Any) -> tuple[str, ...]:

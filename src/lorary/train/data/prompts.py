@@ -9,7 +9,7 @@ from typing import Any
 from lorary.errors import DataError
 from lorary.train.data._files import read_file
 from lorary.train.data._messages import Messages
-from lorary.train.data._records import BadRows, Record, unreadable
+from lorary.train.data._records import BadRows, Record, check_text, unreadable
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,13 @@ def read_prompts(path: Path) -> list[Prompt]:
     records = read_file(path, None)
     for record in records:
         value = _value(record)
-        if value is None:
-            bad.add(record.where, "has neither a text `prompt` nor a list `messages` of {role, content}")
-        else:
+        try:
+            if value is None:
+                raise ValueError("has neither a text `prompt` nor a list `messages` of {role, content}")
+            check_text(value, "the prompt")
             prompts.append(Prompt(value, record.where))
+        except ValueError as error:
+            bad.add(record.where, str(error))
     bad.refuse(path.name, len(records))
     return prompts
 
@@ -57,7 +60,7 @@ def _lines(path: Path) -> list[Prompt]:
     if not path.is_file():
         raise unreadable(path, "there is no such file")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not at U+2028 and its like, as `splitlines` does
     except UnicodeDecodeError:
         raise unreadable(path, "it is not UTF-8 text", "save it as UTF-8", path.name) from None
     found = [Prompt(line, f"{path.name}:{i}") for i, line in enumerate(lines, 1) if line.strip()]

@@ -67,6 +67,8 @@ class Labels:
 
     def encode(self, label: str | tuple[str, ...] | float) -> int | float | list[float]:
         """A label as the loss of `problem` takes it."""
+        if not self.names and isinstance(label, str):
+            return float(label)  # a whole number among decimal ones
         if isinstance(label, tuple):
             return [float(name in label) for name in self.names]
         return self.names.index(label) if isinstance(label, str) else label

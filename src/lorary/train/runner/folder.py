@@ -34,6 +34,7 @@ import lorary
 from lorary.adapters.save_load import ADAPTER_FILES
 from lorary.errors import ConfigError, Diagnostic, StateError
 from lorary.files.atomic import atomic_file, remove, remove_stale
+from lorary.files.home import expanded
 from lorary.files.strict_json import finite
 from lorary.train.config.config import Config
 from lorary.train.config.load import MARK, RESOLVED
@@ -73,7 +74,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path).expanduser()
+        self.path = expanded(path)
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -202,7 +203,8 @@ class RunFolder:
             remove(path)
         inside = [f"{folder}/{name}" for folder, names in WRITTEN.items() for name in names]
         for name in (*inside, *record.files, *RUN_FILES, *trackers, CONFIG):
-            remove(self / name)
+            if name in trackers or not (self / name).is_dir():  # a folder of a file's name is a user's
+                remove(self / name)
         for name in (CHECKPOINTS, *WRITTEN):
             with suppress(OSError):  # it holds files of a user
                 (self / name).rmdir()

@@ -10,12 +10,12 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from lorary.adapters.peft.config import NAME as PEFT_CONFIG
+from lorary.files.home import expanded
 from lorary.model.fingerprint import base_name
 from lorary.model.plan import Plan, human_bytes
 from lorary.spec.placement import by_method
@@ -123,7 +123,7 @@ def _evaluation(data: CardData) -> list[EvalResult]:
 def _on_hub(source: str) -> str | None:
     """The Hub id of a model or data set; None for local and built-in ones, which must not be linked there."""
     name = source.partition("#")[0]
-    if Path(name).expanduser().exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    if expanded(name).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         return None
     return name
 

@@ -67,8 +67,10 @@ def _is_record(found: Any) -> bool:
 
 
 def _is_inside(name: Any) -> bool:
-    """Whether a recorded name is a path that stays in the folder."""
-    return isinstance(name, str) and name != "" and not Path(name).is_absolute() and ".." not in Path(name).parts
+    """Whether a recorded name is that of a file in a folder of the run: not of the run's folder itself, or outside."""
+    if not isinstance(name, str) or "\0" in name or Path(name).is_absolute():
+        return False
+    return len(Path(name).parts) > 1 and ".." not in Path(name).parts
 
 
 def _older_record(folder: Path) -> RunRecord | None:

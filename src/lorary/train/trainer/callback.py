@@ -47,8 +47,18 @@ class TrainerCallback(transformers.TrainerCallback):  # type: ignore[misc]  # Tr
         # before the trainer is made, which may round them
         self._precise = [(p, p.data) for layer in adapted_layers(model).values() for p in layer.params.values()]
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-        """Start the rules, or continue them from the checkpoint that the trainer has read."""
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
+    ) -> None:
+        """Start the rules, or continue them from the checkpoint that the trainer has read.
+
+        Raises:
+            TrainingError: the callback is another model's; or the rules cannot run, or not go on.
+        """
+        if isinstance(model, nn.Module) and all(module is not self.model for module in model.modules()):
+            what = "the trainer trains another model, perhaps a copy, than the callback was made with"
+            problem = Diagnostic("model", what, "make it with the trainer's: lorary.TrainerCallback(trainer.model)")
+            raise TrainingError("this callback would do nothing:", [problem])
         self._restore_precision()
         method_rules = [rule for layer in adapted_layers(self.model).values() for rule in layer.method.rules]
         if not method_rules:
