@@ -108,6 +108,37 @@ def test_calls_are_labelled_and_results_are_not(row: dict[str, Any]) -> None:
     assert said(qwen(), row) == [CALLED]
 
 
+def test_the_built_in_template_renders_tools_and_calls() -> None:
+    calls = [{"name": "add", "arguments": {"a": a}} for a in (1, 2)]
+    turns = [user("1 and 2"), answer("Wait", tool_calls=calls), {"role": "tool", "content": "3"}, answer("It is 3")]
+    using = tokenizer(bos=False, extra=("<|im_start|>", "<|im_end|>"))
+    assert said(using, {"tools": [SCHEMA], "messages": turns}, chat_template="builtin:chatml") == [
+        '<|im_start|>system\nThe tools:\n<tools>\n{"type": "function", "function": {"name": "add", "parameters": '
+        '{"type": "object", "properties": {}}}}\n</tools><|im_end|>\n<|im_start|>user\n1 and 2<|im_end|>\n'
+        '<|im_start|>assistant\n[[Wait\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call></s>]]\n'
+        "<|im_start|>tool\n3<|im_end|>\n<|im_start|>assistant\n[[It is 3</s>]]\n"
+    ]
+
+
+def test_a_template_that_leaves_out_calls_is_refused() -> None:
+    """It would train empty answers."""
+    row = {"messages": [user("1 and 2"), calling(ARGUMENTS)]}
+    with pytest.raises(DataError) as refused:
+        said(tokenizer(template=GEMMA), row)
+    assert str(refused.value) == (
+        "1 of 1 rows of the data cannot be used:\n"
+        "  - rows.jsonl:1: the chat template leaves out the tool calls of message 1; use one that renders tools, "
+        "such as data.chat_template: builtin:chatml"
+    )
+
+
+def test_a_template_that_refuses_tools_names_one_that_renders_them() -> None:
+    row = {"messages": [user("1 and 2"), calling(ARGUMENTS)]}
+    with pytest.raises(DataError, match=r"it: no tools; data\.chat_template: builtin:chatml renders tools"):
+        said(tokenizer(template="{{ raise_exception('no tools') }}"), row)
+
+
 def test_calls_in_sharegpt() -> None:
     turns = [("human", "1 and 2"), ("function_call", json.dumps({"name": "add", "arguments": ARGUMENTS}))]
     turns += [("observation", "3"), ("gpt", "It is 3")]

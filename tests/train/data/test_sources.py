@@ -172,6 +172,14 @@ def test_held_out_rows_are_never_copies_of_training_rows() -> None:
     assert {row.where for row in data.train}.isdisjoint(row.where for row in data.validation)
 
 
+def test_a_source_that_is_held_out_as_a_whole_is_noted() -> None:
+    """A text file is one row, and nothing of it may be left to train on."""
+    Path("b.txt").write_text("one text")
+    sources = [numbered("a.jsonl", 1), {"path": "b.txt", "weight": 2}]
+    data = load.load(section(sources, validation_split=0.5))
+    assert f"held out as a whole, so not trained on: {data.validation[0].where.split(':')[0]}" in data.notes
+
+
 def test_a_weight_that_leaves_nothing_is_refused() -> None:
     with pytest.raises(DataError) as refused:
         load.load(section([{"path": numbered("a.jsonl", 4), "weight": 0.1}, numbered("b.jsonl", 4)]))

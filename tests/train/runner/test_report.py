@@ -233,6 +233,16 @@ def test_a_preference_run_shows_its_rewards(tmp_path: Path) -> None:
     assert "<h2>Preferences</h2>" not in run_report(tmp_path, facts(tmp_path, "sft", ("lora",), plain)[0])
 
 
+@pytest.mark.parametrize(
+    ("task", "there"), [("sft", True), ("dpo", True), ("classification", False), ("reward", False)]
+)
+def test_the_page_names_only_commands_that_work(tmp_path: Path, task: str, there: bool) -> None:
+    page = run_report(tmp_path, facts(tmp_path, task, ("lora",), [{"step": 1, "loss": 0.5}])[0])
+    assert (f"lorary eval {tmp_path}" in page) is there
+    assert (f"lorary chat {tmp_path}" in page) is there
+    assert f"lorary merge {tmp_path}" in page
+
+
 def test_adalora_shows_its_ranks(tmp_path: Path) -> None:
     data, model = facts(tmp_path, "sft", ("adalora",), [{"step": 1, "loss": 0.5}])
     page = unescape(run_report(tmp_path, data, (), lorary.Adapter.of(model)))

@@ -124,7 +124,8 @@ class Config(Section):
     model: ModelSection
     task: Task = Field(
         default="sft",
-        description="sft: answers; dpo, reward: preference pairs; kto: good and bad answers; grpo: a reward function",
+        description="sft: answers; dpo, reward: preference pairs; kto: good and bad answers; grpo: a reward function; "
+        "classification: labels",
     )
     method: MethodSection = MethodSection()
     data: DataSection

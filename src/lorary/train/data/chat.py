@@ -16,10 +16,24 @@ from lorary.train.data._messages import Messages
 from lorary.train.data.row_formats import Chat
 
 # Answers end with the tokenizer's own EOS, so that a model that has never seen `<|im_end|>` learns to stop.
-CHATML = """{%- for message in messages -%}
+# Tools and calls are written as Qwen 2.5 and Hermes do.
+CHATML = """{%- if tools -%}
+{{- '<|im_start|>system\\nThe tools:\\n<tools>\\n' -}}
+{%- for tool in tools -%}{{- tool | tojson + '\\n' -}}{%- endfor -%}
+{{- '</tools><|im_end|>\\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
 {{- '<|im_start|>' + message['role'] + '\\n' -}}
 {%- if message['role'] == 'assistant' -%}
-{%- generation -%}{{- message['content'] + eos_token -}}{%- endgeneration -%}
+{%- generation -%}
+{{- message['content'] -}}
+{%- for call in message['tool_calls'] or [] -%}
+{{- '\\n' if message['content'] or not loop.first else '' -}}
+{{- '<tool_call>\\n{"name": ' + call['function']['name'] | tojson -}}
+{{- ', "arguments": ' + call['function']['arguments'] | tojson + '}\\n</tool_call>' -}}
+{%- endfor -%}
+{{- eos_token -}}
+{%- endgeneration -%}
 {%- else -%}
 {{- message['content'] + '<|im_end|>' -}}
 {%- endif -%}
@@ -69,13 +83,30 @@ def render(tokenizer: Any, messages: Messages, tools: Any = None, prompt: bool =
     """The conversation as text; with `prompt`, up to the start of the next answer.
 
     Raises:
-        ValueError: the template refuses these messages, with its own reason.
+        ValueError: the template refuses these messages, with its own reason, or leaves out their tool calls.
     """
     try:
         text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
     except Exception as error:  # a template is a program
-        raise ValueError(f"the chat template refuses it: {str(error) or type(error).__name__}") from None
+        fix = "; data.chat_template: builtin:chatml renders tools" if _uses_tools(messages) else ""
+        raise ValueError(f"the chat template refuses it: {str(error) or type(error).__name__}{fix}") from None
+    _require_calls(str(text), messages)
     return str(text)
+
+
+def _uses_tools(messages: Messages) -> bool:
+    return any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
+
+
+def _require_calls(text: str, messages: Messages) -> None:
+    """Refuse a rendering without the names of the functions that are called: empty answers would be trained."""
+    for i, message in enumerate(messages):
+        for call in message.get("tool_calls") or []:
+            if call["function"]["name"] not in text:
+                raise ValueError(
+                    f"the chat template leaves out the tool calls of message {i}; use one that renders tools, such as "
+                    "data.chat_template: builtin:chatml"
+                )
 
 
 def encode(tokenizer: Any, chat: Chat) -> list[Masked]:

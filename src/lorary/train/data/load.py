@@ -70,6 +70,7 @@ def load(section: DataSection, task: str = "sft", seed: int = 42) -> Data:
         kept, chosen = _divide(len(examples), section.validation_split, seed)
         held_out = [examples[i] for i in chosen]
         notes.append(f"{len(held_out):,} of these rows held out, drawn with seed {seed}")
+    notes += _none_left(parts, kept)
     copies, weight_notes = _copies(parts, kept, seed)
     kept = [i for i in kept if copies[i]]
     _check_separator(section, [examples[i] for i in kept])
@@ -167,6 +168,18 @@ def _divide(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
         raise DataError("cannot hold out rows:", [Diagnostic("data.validation_split", "there is only one row")])
     chosen = set(random.Random(seed).sample(range(count), min(max(round(count * share), 1), count - 1)))
     return [i for i in range(count) if i not in chosen], sorted(chosen)
+
+
+def _none_left(parts: Sequence[_Part], kept: Sequence[int]) -> list[str]:
+    """A note of the sources of which every row is held out, as may happen to a file that is one text."""
+    remaining, start, names = set(kept), 0, []
+    for part in parts:
+        end = start + len(part.examples)
+        if part.examples and remaining.isdisjoint(range(start, end)):
+            names.append(str(part.source))
+        start = end
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return [f"held out as a whole, so not trained on: {', '.join(names[:3])}{more}"] if names else []
 
 
 def _copies(parts: Sequence[_Part], kept: Sequence[int], seed: int) -> tuple[list[int], list[str]]:

@@ -125,7 +125,7 @@ def _sections(folder: Path, data: CardData, samples: Sequence[Sample], ranks: Ad
     yield plan_section(data.plan)
     yield Section("Data and training", [Table(("setting", "value"), [*_facts(data)])])
     yield Section("Memory", [Table(("tensors", "measured", "predicted"), _memory(data)), Paragraph(_process(data))])
-    yield Section("Repeat it, and go on", [Code(_commands(folder))])
+    yield Section("Repeat it, and go on", [Code(_commands(folder, data.config.task))])
     yield versions_section()
 
 
@@ -189,16 +189,19 @@ def _process(data: CardData) -> str:
     )
 
 
-def _commands(folder: Path) -> str:
+def _commands(folder: Path, task: str) -> str:
     out = shlex.quote(str(folder))
     program = Path(sys.argv[0])
     from_shell = "lorary" in (program.stem, program.parent.name)  # also `python -m lorary`
     typed = [f"lorary {shlex.join(sys.argv[1:])}"] if from_shell else []
+    generating = [
+        (f"lorary eval {out}", "loss, perplexity and accuracy on the held-out rows"),
+        (f"lorary chat {out}", "talk to it"),
+    ]
     rows = [
         *((line, "as it was typed") for line in typed),
         (f"lorary train {out}/{CONFIG} --set output=NEW", "the same run again"),
-        (f"lorary eval {out}", "loss, perplexity and accuracy on the held-out rows"),
-        (f"lorary chat {out}", "talk to it"),
+        *(generating if task not in ("classification", "reward") else ()),
         (f"lorary merge {out} merged", "base and adapter as one plain model"),
     ]
     return "\n".join(f"{command}\n    # {why}" for command, why in rows)

@@ -54,7 +54,8 @@ class ProgressLines(TrainerCallback):  # type: ignore[misc]  # Transformers has 
             return
         place = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
         if "eval_loss" in logs:
-            self._print(f"{place}  held-out loss {logs['eval_loss']:.4f}")
+            accuracy = f"  accuracy {logs['eval_accuracy']:.1%}" if "eval_accuracy" in logs else ""
+            self._print(f"{place}  held-out loss {logs['eval_loss']:.4f}{accuracy}")
         elif "loss" in logs:
             self._update(logs)
             if self.bar is None:
