@@ -133,6 +133,10 @@ WORDS: list[tuple[dict[str, Any], str]] = [
     ({"flash_attention": True}, "flash_attention: unknown key `flash_attention`\n      hint: write model.attn_implementation: flash_attention_2"),
     ({"training": {"tf32": True}}, "training.tf32: unknown key `tf32` in `training`\n      hint: set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 in the environment"),
     ({"training": {"optim_args": "a=1"}}, "training.optim_args: unknown key `optim_args` in `training`\n      hint: write training.optimizer_options: {name: value}"),
+    ({"model_type": "AutoModelForCausalLM"}, "model_type: unknown key `model_type`\n      hint: leave it out: the model's own configuration names its classes"),
+    ({"special_tokens": {"pad_token": "<pad>"}}, "special_tokens: unknown key `special_tokens`\n      hint: a tokenizer is used as it is: save one with your tokens in the model's folder"),
+    ({"lora_model_dir": "mine"}, "lora_model_dir: unknown key `lora_model_dir`\n      hint: write model: {id: BASE, adapter: FOLDER}"),
+    ({"max_samples": 9}, "max_samples: unknown key `max_samples`\n      hint: write data.train: {path: FILE, limit: 1000}, for each source its own"),
     ({"wandb_project": "mine"}, "wandb_project: unknown key `wandb_project`\n      hint: write training.report_to: wandb, and set WANDB_PROJECT in the environment"),
     ({"evals_per_epoch": 4}, "evals_per_epoch: unknown key `evals_per_epoch`\n      hint: write training.eval_steps or training.save_steps"),
     ({"method": {"layers": "first"}}, "method.layers: `layers` holds `first`: write numbers and ranges, such as 0-15 or 0-3,8,-1"),
@@ -305,3 +309,7 @@ def test_a_dry_run_shows_what_was_set_and_what_was_chosen() -> None:
     assert re.fullmatch(r"# \d+ other keys keep their defaults \(--all\)", shown[-1])
     again = from_dict(yaml.safe_load(text))
     assert again.method.r == 8
+
+
+def test_the_rank_of_a_flat_file() -> None:
+    assert from_dict({**LEAST, "r": 8}).method.r == 8

@@ -143,6 +143,7 @@ def test_what_cannot_be_extended_is_said(
         (["--extend"], "training.max_steps: 3 is 3 steps in all, and the run has done 3"),
         (["--extend", "--set", "training.max_steps=2"], "training.max_steps: 2 is 2 steps in all"),
         (["--extend", "--set", "training.max_steps=9", "--set", "training.lr=0.1"], "training.lr: 0.001 in the run"),
+        (["--resume", "--set", "training.max_steps=2"], "after --extend that is its config.resolved.yaml"),
         (["--resume", "--set", "training.max_steps=9"], "hint: pass --extend to make the run longer"),
     ):
         ran = command("train", "my.yaml", "--quiet", *arguments)

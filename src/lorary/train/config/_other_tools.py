@@ -55,6 +55,7 @@ CANONICAL = {alias: key for key, aliases in ALIASES.items() for alias in aliases
 
 # Keys of flat files, as TRL's, that have the same name in a section here.
 FLAT = {
+    "method": "r",
     "model": "attn_implementation trust_remote_code dtype",
     "data": "max_length packing",
     "training": "max_steps weight_decay max_grad_norm gradient_checkpointing gradient_accumulation_steps seed bf16 "
@@ -146,6 +147,8 @@ HINTS = {  # key that cannot be translated -> what to write
     ),
     **dict.fromkeys(("datasets", "dataset", "dataset_path"), "write `data.train`: a file, a Hub id, or a list of them"),
     "test_datasets": "write `data.validation`",
+    "dataset_dir": "write the whole path in `data.train`",
+    "max_samples": "write data.train: {path: FILE, limit: 1000}, for each source its own",
     "dataset_text_field": "write data.columns: {text: YOUR_FIELD}",
     "field_messages": "write data.columns: {messages: YOUR_FIELD}",
     "template": "the tokenizer's own chat template is used; data.chat_template names another one",
@@ -168,6 +171,12 @@ HINTS = {  # key that cannot be translated -> what to write
     "finetuning_type": "write method.name: lora, full or bitfit",
     "quantization_bit": "method: qlora keeps the base in 4 bits",
     "inference_mode": f"{_NOT_NEEDED}this is a training run",
+    **dict.fromkeys(("model_type", "tokenizer_type"), f"{_NOT_NEEDED}the model's own configuration names its classes"),
+    "strict": f"{_NOT_NEEDED}a configuration is always read strictly",
+    "lora_model_dir": "write model: {id: BASE, adapter: FOLDER}",
+    "special_tokens": "a tokenizer is used as it is: save one with your tokens in the model's folder",
+    "eval_sample_packing": f"{_NOT_NEEDED}data.packing packs the training rows",
+    "save_only_model": f"{_NOT_NEEDED}a checkpoint holds the state of the run, without the base",
     "use_peft": f"{_NOT_NEEDED}an adapter is always trained",
     "pissa_iter": "write method: {name: pissa, niter: 16}",
     "loraplus_lr_embedding": "embeddings train at training.lr times lora+'s ratio",
@@ -190,6 +199,7 @@ HINTS = {  # key that cannot be translated -> what to write
     "evaluation_strategy": "evaluation runs every training.eval_steps, or once per epoch",
     "early_stopping_steps": "write training.early_stopping_patience, a number of evaluations",
     "metric_for_best_model": f"{_NOT_NEEDED}it is the evaluation loss",
+    "wandb_entity": "set WANDB_ENTITY in the environment",
     "wandb_project": "write training.report_to: wandb, and set WANDB_PROJECT in the environment",
     "logging_dir": f"{_NOT_NEEDED}everything is written below `output`",
     "plot_loss": f"{_NOT_NEEDED}the loss is always plotted",

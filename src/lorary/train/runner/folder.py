@@ -258,12 +258,19 @@ def json_line(record: dict[str, Any]) -> str:
 
 def _differences(saved: dict[str, Any], config: Config, allowed: Set[str]) -> Sequence[Diagnostic]:
     old, new = _flatten(saved), _flatten(config.record())
-    fix, longer = "resume with the run's own configuration", "pass --extend to make the run longer"
     return [
-        Diagnostic(key, f"{old.get(key)!r} in the run, {new.get(key)!r} here", longer if key in _LENGTH else fix)
+        Diagnostic(key, f"{old.get(key)!r} in the run, {new.get(key)!r} here", _remedy(key, old.get(key), new.get(key)))
         for key in sorted((old.keys() | new.keys()) - _MAY_DIFFER - allowed)
         if old.get(key) != new.get(key) and not (key in _MAY_MOVE and _moved(old.get(key), new.get(key)))
     ]
+
+
+def _remedy(key: str, old: Any, new: Any) -> str:
+    shorter = isinstance(old, int | float) and isinstance(new, int | float) and new < old
+    if key in _LENGTH and not shorter:
+        return "pass --extend to make the run longer"
+    extended = "; after --extend that is its config.resolved.yaml" if key in _LENGTH else ""
+    return f"resume with the run's own configuration{extended}"
 
 
 def _moved(old: Any, new: Any) -> bool:

@@ -194,14 +194,14 @@ def _commands(folder: Path, task: str) -> str:
     program = Path(sys.argv[0])
     from_shell = "lorary" in (program.stem, program.parent.name)  # also `python -m lorary`
     typed = [f"lorary {shlex.join(sys.argv[1:])}"] if from_shell else []
-    generating = [
-        (f"lorary eval {out}", "loss, perplexity and accuracy on the held-out rows"),
-        (f"lorary chat {out}", "talk to it"),
-    ]
+    figures = "loss and accuracy" if task == "classification" else "loss, perplexity and accuracy"
+    measured = [(f"lorary eval {out}", f"{figures} on the held-out rows")]
+    spoken = [(f"lorary chat {out}", "talk to it")]
     rows = [
         *((line, "as it was typed") for line in typed),
         (f"lorary train {out}/{CONFIG} --set output=NEW", "the same run again"),
-        *(generating if task not in ("classification", "reward") else ()),
+        *(measured if task != "reward" else ()),
+        *(spoken if task not in ("classification", "reward") else ()),
         (f"lorary merge {out} merged", "base and adapter as one plain model"),
     ]
     return "\n".join(f"{command}\n    # {why}" for command, why in rows)
