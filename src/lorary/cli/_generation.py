@@ -15,10 +15,9 @@ from lorary.errors import ConfigError, DataError, Diagnostic
 from lorary.layers.rope import max_context, text_config
 from lorary.model.loading.from_pretrained import load_tokenizer
 from lorary.model.loading.source import ModelSection
-from lorary.train.data._records import check_text
 from lorary.train.data.chat import TEMPLATES, render, use_template
 from lorary.train.data.encode import encode_text
-from lorary.train.data.row_formats import Messages
+from lorary.train.data.row_formats import Messages, check_text
 
 _TEMPLATE = "chat_template.jinja"  # as Transformers saves it beside a tokenizer
 

@@ -234,12 +234,13 @@ def test_a_preference_run_shows_its_rewards(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "there"), [("sft", True), ("dpo", True), ("classification", False), ("reward", False)]
+    ("task", "measures", "talks"),
+    [("sft", True, True), ("dpo", True, True), ("classification", True, False), ("reward", False, False)],
 )
-def test_the_page_names_only_commands_that_work(tmp_path: Path, task: str, there: bool) -> None:
+def test_the_page_names_only_commands_that_work(tmp_path: Path, task: str, measures: bool, talks: bool) -> None:
     page = run_report(tmp_path, facts(tmp_path, task, ("lora",), [{"step": 1, "loss": 0.5}])[0])
-    assert (f"lorary eval {tmp_path}" in page) is there
-    assert (f"lorary chat {tmp_path}" in page) is there
+    assert (f"lorary eval {tmp_path}" in page) is measures
+    assert (f"lorary chat {tmp_path}" in page) is talks
     assert f"lorary merge {tmp_path}" in page
 
 

@@ -23,7 +23,8 @@ from typing import Any
 from lorary.errors import DataError, Diagnostic, nearest
 from lorary.train.data._messages import Messages as Messages
 from lorary.train.data._messages import kind_of, read_messages, read_text
-from lorary.train.data._records import Record, check_text, convert, quoted_names
+from lorary.train.data._records import Record, convert, quoted_names
+from lorary.train.data._records import check_text as check_text
 from lorary.train.data._tool_calls import call_in_text, listed, tools
 from lorary.train.data.task_rows import Judged, Labelled, Prompt, read_judged, read_labelled, read_prompt
 
