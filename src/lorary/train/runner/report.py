@@ -106,8 +106,8 @@ def run_report(folder: Path, data: CardData, samples: Sequence[Sample] = (), ran
     """
     config, plan = data.config, data.plan
     lead = (
-        f"{' + '.join(method_names(config, plan))} on {public_name(config.model.id)}: {plan.trainable:,} trained parameters "
-        f"({plan.share:.3%} of the base), {len(plan.sites)} adapted layers, task {config.task}."
+        f"{' + '.join(method_names(config, plan))} on {public_name(config.model.id)}: {plan.trainable:,} trained "
+        f"parameters ({plan.share:.3%} of the base), {len(plan.sites)} adapted layers, task {config.task}."
     )
     return html_report(folder.name, lead, [*_figures(data)], [*_sections(folder, data, samples, ranks)])
 
