@@ -18,10 +18,10 @@ OUT = Path("out")
 @pytest.mark.parametrize(
     ("run_of", "sentence"),
     [
-        (Run(OUT, 120, (), 0, 3.0, None, 0, 120), "done: 120 steps, in 3 s, adapter in out/adapter"),
-        (Run(OUT, 40, (), 0, 3.0, None, 0, 120, 25),
+        (Run(OUT, 120, (), 0, 3.0, None, 0, planned_steps=120), "done: 120 steps, in 3 s, adapter in out/adapter"),
+        (Run(OUT, 40, (), 0, 3.0, None, 0, planned_steps=120, best_step=25),
          "done: 40 steps of 120, stopped early, in 3 s, adapter of step 25, the best, in out/adapter"),
-        (Run(OUT, 1200, (), 0, 9.4, None, 0, 1200, 1100),
+        (Run(OUT, 1200, (), 0, 9.4, None, 0, planned_steps=1200, best_step=1100),
          "done: 1,200 steps, in 9 s, adapter of step 1,100, the best, in out/adapter"),
         (Run(OUT, 7, (), 0, 1.0, None, 0), "done: 7 steps, in 1 s, adapter in out/adapter"),
     ],
