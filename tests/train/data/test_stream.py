@@ -208,6 +208,7 @@ def test_the_memory_of_a_stream_is_that_of_rows_of_max_length(tmp_path: Path) ->
 
 
 def test_what_a_stream_cannot_do_is_refused() -> None:
+    Path("a.jsonl").write_text("{}\n")
     with pytest.raises(ConfigError) as refused:
         from_dict(
             {
