@@ -6,6 +6,7 @@ A version number says nothing about whether a release works; doing the thing onc
 from __future__ import annotations
 
 import json
+import math
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -162,13 +163,14 @@ def _trained(model: Any, *presets: str) -> Any:
     def loss() -> Any:
         return model(**tokens, labels=tokens["input_ids"]).loss
 
-    before = loss()
-    _expect(bool(torch.isfinite(before)), f"the loss is {float(before)}")
-    before.backward()
+    first = loss()
+    before = first.item()
+    _expect(math.isfinite(before), f"the loss is {before}")
+    first.backward()
     optimizer.step()
     with torch.no_grad():
-        after = float(loss())
-    _expect(after < float(before), f"a step does not lower the loss: {float(before):.4f} before, {after:.4f} after")
+        after = loss().item()
+    _expect(after < before, f"a step does not lower the loss: {before:.4f} before, {after:.4f} after")
     return model
 
 
