@@ -235,9 +235,9 @@ def test_a_model_that_does_not_fit_is_said_before_anything_trains(words: dict[st
     def work() -> tuple[int, str]:
         load = build.load_model
 
-        def limited(*words: Any) -> Any:
+        def limited(*words: Any, **options: Any) -> Any:
             _limit(16 * MIB)
-            return load(*words)
+            return load(*words, **options)
 
         build.load_model = limited
         return _command(words | {"model": str(large)})

@@ -124,8 +124,7 @@ class Config(Section):
     model: ModelSection
     task: Task = Field(
         default="sft",
-        description="sft: answers; dpo, reward: preference pairs; kto: good and bad answers; grpo: a reward function; "
-        "classification: labels",
+        description="sft; on pairs: dpo, reward; on judged answers: kto; with a reward function: grpo; classification",
     )
     method: MethodSection = MethodSection()
     data: DataSection
