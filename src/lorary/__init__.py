@@ -42,6 +42,7 @@ _HOMES = {
     "StateError": "errors",
     "TrainerCallback": "train.trainer.callback",
     "TrainingError": "errors",
+    "WeightSearch": "adapters.compose.lorahub",
     "attach": "model.attach",
     "attached": "model.state",
     "cached": "model.cached",
@@ -54,6 +55,7 @@ _HOMES = {
     "load": "adapters.switch",
     "load_adapter": "adapters.save_load",
     "load_quantized": "model.loading.from_pretrained",
+    "lorahub": "adapters.compose.lorahub",
     "merge": "model.merge",
     "method": "spec.presets",
     "optimizer": "model.optim.optimizer",
@@ -76,6 +78,8 @@ if TYPE_CHECKING:
     from lorary.adapters.adapter import Adapter as Adapter
     from lorary.adapters.change_rank import RankChange as RankChange
     from lorary.adapters.change_rank import change_rank as change_rank
+    from lorary.adapters.compose.lorahub import WeightSearch as WeightSearch
+    from lorary.adapters.compose.lorahub import lorahub as lorahub
     from lorary.adapters.low_rank_form import LowRankForm as LowRankForm
     from lorary.adapters.save_load import load_adapter as load_adapter
     from lorary.adapters.save_load import save_adapter as save_adapter
