@@ -56,6 +56,7 @@ _HOMES = {
     "load_quantized": "model.loading.from_pretrained",
     "merge": "model.merge",
     "method": "spec.presets",
+    "mix": "adapters.compose.mix",
     "optimizer": "model.optim.optimizer",
     "param_groups": "model.optim.param_groups",
     "plan": "model.planning",
@@ -65,6 +66,7 @@ _HOMES = {
     "save": "adapters.switch",
     "save_adapter": "adapters.save_load",
     "save_quantized": "model.loading.bitsandbytes_checkpoint",
+    "scale": "adapters.compose.scale",
     "search_supernet": "analysis.supernet_search",
     "switch": "adapters.switch",
     "unmerge": "model.merge",
@@ -76,6 +78,8 @@ if TYPE_CHECKING:
     from lorary.adapters.adapter import Adapter as Adapter
     from lorary.adapters.change_rank import RankChange as RankChange
     from lorary.adapters.change_rank import change_rank as change_rank
+    from lorary.adapters.compose.mix import mix as mix
+    from lorary.adapters.compose.scale import scale as scale
     from lorary.adapters.low_rank_form import LowRankForm as LowRankForm
     from lorary.adapters.save_load import load_adapter as load_adapter
     from lorary.adapters.save_load import save_adapter as save_adapter
