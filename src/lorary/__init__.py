@@ -58,6 +58,7 @@ _HOMES = {
     "lorahub": "adapters.compose.lorahub",
     "merge": "model.merge",
     "method": "spec.presets",
+    "mix": "adapters.compose.mix",
     "optimizer": "model.optim.optimizer",
     "param_groups": "model.optim.param_groups",
     "plan": "model.planning",
@@ -67,6 +68,7 @@ _HOMES = {
     "save": "adapters.switch",
     "save_adapter": "adapters.save_load",
     "save_quantized": "model.loading.bitsandbytes_checkpoint",
+    "scale": "adapters.compose.scale",
     "search_supernet": "analysis.supernet_search",
     "switch": "adapters.switch",
     "unmerge": "model.merge",
@@ -80,6 +82,8 @@ if TYPE_CHECKING:
     from lorary.adapters.change_rank import change_rank as change_rank
     from lorary.adapters.compose.lorahub import WeightSearch as WeightSearch
     from lorary.adapters.compose.lorahub import lorahub as lorahub
+    from lorary.adapters.compose.mix import mix as mix
+    from lorary.adapters.compose.scale import scale as scale
     from lorary.adapters.low_rank_form import LowRankForm as LowRankForm
     from lorary.adapters.save_load import load_adapter as load_adapter
     from lorary.adapters.save_load import save_adapter as save_adapter

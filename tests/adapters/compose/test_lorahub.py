@@ -19,7 +19,7 @@ from lorary import builtin
 from lorary.adapters.compose.weighted_factors import WeightedFactors
 from lorary.adapters.content_hash import content_hash
 from lorary.builtin import corpora
-from lorary.errors import DataError, FileError, LoraryError, MethodError, StateError
+from lorary.errors import DataError, LoraryError, MethodError, StateError
 from tests import tiny
 
 Values = tuple[float, ...]
@@ -358,14 +358,14 @@ def other_base() -> lorary.Adapter:
 
 
 BAD_ADAPTERS: list[tuple[Any, dict[str, Any], type[LoraryError], str]] = [
-    ([], {}, MethodError, "adapters: is empty"),
+    ([], {}, MethodError, "adapters: is empty\n      hint: give at least one adapter"),
     ("runs/a", {}, MethodError, "is a str, not a sequence of adapters, or a mapping from names to adapters"),
-    (adapter, {}, MethodError, "adapters: is a Adapter, not a sequence"),
+    (adapter, {}, MethodError, "adapters: is a Adapter, not a sequence of adapters"),
     ([3], {}, MethodError, r"adapters\[0\]: is a int, not an Adapter"),
     (lambda: {"d": dora()}, {}, MethodError, "d: model.layers.0.self_attn.q_proj: gives its output a gain or a shift"),
     (lambda: {"f": with_full()}, {}, MethodError, "f: trains base parameters in full, such as model.norm.weight"),
-    (lambda: {"n": not_finite()}, {}, FileError, "B holds a value that is not finite"),
-    (lambda: {"o": other_base()}, {}, FileError, "o: base: other weights"),
+    (lambda: {"n": not_finite()}, {}, MethodError, "n: model.layers.0.self_attn.q_proj: B"),
+    (lambda: {"o": other_base()}, {}, MethodError, "o: other weights: .* in the base given"),
     (
         lambda: {"a": adapter(), "b": adapter(r=3)},
         {"form": "factor"},

@@ -24,22 +24,22 @@ import torch
 from torch import nn
 
 from lorary.adapters.adapter import Adapter
+from lorary.adapters.compose._arguments import disagreements, tensor_faults, terms_of
 from lorary.adapters.compose.few_shot_loss import Examples, loss_on
 from lorary.adapters.compose.gradient_free import minimise, require_cma
+from lorary.adapters.compose.updates import Term
 from lorary.adapters.compose.weighted_factors import WeightedFactors
 from lorary.adapters.content_hash import content_hash
 from lorary.adapters.provenance import Parent, Provenance
 from lorary.adapters.switch import put_on
-from lorary.errors import DataError, Diagnostic, FileError, MethodError, StateError, did_you_mean
-from lorary.layers.adapted import adapted_layers, unwrapped_modules
+from lorary.errors import DataError, Diagnostic, MethodError, StateError, did_you_mean
+from lorary.layers.adapted import adapted_layers
 from lorary.model.ambient import mode_independent
 from lorary.model.attach import detach
-from lorary.model.checks import changeable, layer_mismatches
-from lorary.model.fingerprint import Fingerprint
+from lorary.model.checks import changeable
 from lorary.model.state import eval_mode, state_of
 
 FORMS = ("product", "factor")
-_HEADLINE = "cannot search for the weights of these adapters:"
 
 
 class Candidate(NamedTuple):
@@ -99,6 +99,7 @@ def lorahub(
     l1: float = 0.05,
     budget: int = 40,
     seed: int = 0,
+    force: bool = False,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> WeightSearch:
     """The weights with which adapters of one base fit a few examples best, and the adapter that they give.
@@ -118,6 +119,7 @@ def lorahub(
         l1: the strength of the penalty.
         budget: candidates at most, the base included. The paper's 40 suit few adapters: ten for each are better.
         seed: of the search. The same seed gives the same weights.
+        force: accept adapters of another base, if every tensor fits.
         progress: called after each candidate with (number tried, budget, least objective).
 
     Returns:
@@ -138,12 +140,13 @@ def lorahub(
     if state_of(inner) is not None:
         raise StateError("cannot search:", [Diagnostic("model", "something is attached", "lorary.detach it first")])
     _check_settings(form, bounds, l1, budget, seed)
-    named = _named(adapters)
-    _check_adapters(inner, named)
+    terms = terms_of(adapters, None)
+    if problems := tensor_faults(terms) + disagreements(terms, inner, force=force):
+        raise MethodError("cannot mix these adapters:", problems)
     require_cma()
-    factors = WeightedFactors(inner, named, summed=form == "factor")
+    factors = WeightedFactors(inner, {term.name: term.adapter for term in terms}, summed=form == "factor")
     tried: list[Candidate] = []
-    with _writable(inner, factors) as write, eval_mode(inner), torch.no_grad():
+    with _writable(inner, factors, force=force) as write, eval_mode(inner), torch.no_grad():
         loss = loss_on(inner, examples)
 
         def objective(weights: tuple[float, ...]) -> float:
@@ -157,26 +160,29 @@ def lorahub(
                 progress(len(tried), budget, min(tried, key=Candidate.rank).objective)
             return tried[-1].objective
 
-        minimise(objective, len(named), bounds, budget, seed)
+        minimise(objective, len(terms), bounds, budget, seed)
     settings = {"form": form, "bounds": [*bounds], "l1": l1, "budget": budget, "seed": seed}
-    return _result(named, factors, tried, settings)
+    return _result(terms, factors, tried, settings)
 
 
 def _result(
-    named: Mapping[str, Adapter], factors: WeightedFactors, tried: list[Candidate], settings: dict[str, Any]
+    terms: Sequence[Term], factors: WeightedFactors, tried: list[Candidate], settings: dict[str, Any]
 ) -> WeightSearch:
     """The best candidate as an adapter with its provenance."""
     best = min(tried, key=Candidate.rank)
     settings |= {"loss": best.loss, "loss of the base": tried[0].loss, "candidates": len(tried)}
-    parents = [Parent(name, content_hash(a), w) for (name, a), w in zip(named.items(), best.weights, strict=True)]
+    parents = [Parent(t.name, content_hash(t.adapter), w) for t, w in zip(terms, best.weights, strict=True)]
     adapter = replace(factors.adapter(best.weights), provenance=Provenance("lorahub", tuple(parents), settings))
-    return WeightSearch(adapter, tuple(named), best.weights, best.loss, tuple(tried))
+    return WeightSearch(adapter, tuple(t.name for t in terms), best.weights, best.loss, tuple(tried))
 
 
 @contextmanager
-def _writable(model: nn.Module, factors: WeightedFactors) -> Iterator[Callable[[Sequence[float]], None]]:
+def _writable(
+    model: nn.Module, factors: WeightedFactors, *, force: bool
+) -> Iterator[Callable[[Sequence[float]], None]]:
     """Attach the mixture, on the base's weights as they are; the function gives it other weights, in place."""
-    put_on(model, factors.adapter([0.0] * factors.count), "the mixture", trainable=False, quantize=False)
+    zero = factors.adapter([0.0] * factors.count)
+    put_on(model, zero, "the mixture", force=force, trainable=False, quantize=False)
     try:
         layers = adapted_layers(model)
 
@@ -188,29 +194,6 @@ def _writable(model: nn.Module, factors: WeightedFactors) -> Iterator[Callable[[
         yield write
     finally:
         detach(model)
-
-
-def _named(adapters: Any) -> dict[str, Adapter]:
-    """The adapters by name.
-
-    Raises:
-        MethodError: they are no adapters, or none.
-    """
-    if isinstance(adapters, Adapter | str) or not isinstance(adapters, Sequence | Mapping):
-        what = f"is a {type(adapters).__name__}, not a sequence of adapters, or a mapping from names to adapters"
-        raise MethodError(_HEADLINE, [Diagnostic("adapters", what)])
-    named = dict(adapters) if isinstance(adapters, Mapping) else {f"adapters[{i}]": a for i, a in enumerate(adapters)}
-    fix = "read one with lorary.load_adapter(path)"
-    problems = [
-        Diagnostic(str(name), f"is a {type(one).__name__}, not an Adapter", fix)
-        for name, one in named.items()
-        if not isinstance(one, Adapter)
-    ]
-    if not named:
-        problems.append(Diagnostic("adapters", "is empty", "give at least one"))
-    if problems:
-        raise MethodError(_HEADLINE, problems)
-    return {str(name): one for name, one in named.items()}
 
 
 def _check_settings(form: object, bounds: Any, l1: Any, budget: Any, seed: Any) -> None:
@@ -236,22 +219,3 @@ def _check_settings(form: object, bounds: Any, l1: Any, budget: Any, seed: Any) 
             problems.append(Diagnostic(name, f"is {value!r}, not a whole number of at least {least}"))
     if problems:
         raise MethodError("cannot search with these settings:", problems)
-
-
-def _check_adapters(model: nn.Module, named: Mapping[str, Adapter]) -> None:
-    """Check that every adapter is whole, and was trained on this base.
-
-    Raises:
-        FileError: every problem.
-    """
-    here, modules, problems = Fingerprint.of(model), unwrapped_modules(model), []
-    for name, adapter in named.items():
-        found = adapter.base.disagreements(here.without(model, adapter.full))
-        found += [p for a in adapter.sites for p in layer_mismatches(a.site, modules.get(a.site.name))]
-        for a in adapter.sites:
-            tensors = adapter.tensors.get(a.site.name, {})
-            bad = [role for role, t in tensors.items() if not t.isfinite().all()]
-            found += [Diagnostic(a.site.name, f"{role} holds a value that is not finite") for role in bad]
-        problems += [Diagnostic(f"{name}: {p.where}", p.what, p.fix) for p in found]
-    if problems:
-        raise FileError(_HEADLINE, problems)

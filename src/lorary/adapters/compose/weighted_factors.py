@@ -13,6 +13,7 @@ from lorary.adapters.low_rank_form import LowRankForm
 from lorary.errors import Diagnostic, MethodError
 from lorary.layers.adapted import unwrapped_modules
 from lorary.layers.quantized_weight import stored_tensors
+from lorary.model.checks import layer_mismatches
 from lorary.spec.interfaces import Factors, Unquantized
 from lorary.spec.placement import AdaptedSite
 
@@ -40,10 +41,12 @@ class WeightedFactors:
         same = all(adapter.method.storage == first.method.storage for adapter in others)
         self.storage = first.method.storage if same else Unquantized()
         self.base, self.context, self.count, self.summed = first.base, first.method.context, len(adapters), summed
-        # without ties, because each adapter may tie other sites
-        found = {a.site.name: AdaptedSite(a.site, a.method) for one in adapters.values() for a in one.sites}
-        self.sites = tuple(found.values())
         modules = unwrapped_modules(model)
+        every = [a for one in adapters.values() for a in one.sites]
+        # NF4 makes transposed layers linear; without ties, because each adapter may tie other sites
+        fitting = sorted(every, key=lambda a: not layer_mismatches(a.site, modules.get(a.site.name)))
+        found = {a.site.name: AdaptedSite(a.site, a.method) for a in fitting}
+        self.sites = tuple(found[name] for name in dict.fromkeys(a.site.name for a in every))
         self._stacks = {name: _stacked(name, forms, stored_tensors(modules[name])[0].device) for name in found}
 
     def at(self, site: str, weights: Sequence[float]) -> Factors:
@@ -72,10 +75,10 @@ def _stacked(site: str, forms: Sequence[Forms], device: torch.device) -> tuple[T
 def _forms(model: nn.Module, adapters: Mapping[str, Adapter]) -> tuple[list[Forms], list[Diagnostic]]:
     """The low-rank forms of every adapter, and the reasons why they have no weighted sum."""
     forms: list[Forms] = []
-    problems = []
-    if len({adapter.method.context for adapter in adapters.values()}) > 1:
-        problems.append(Diagnostic("context", "they use different RoPE scaling or attention"))
+    modules, problems = unwrapped_modules(model), []
     for name, adapter in adapters.items():
+        missing = [a.site.name for a in adapter.sites if a.site.name not in modules]
+        problems += [Diagnostic(f"{name}: {site}", "the base has no such layer") for site in missing]
         if adapter.full:
             what = f"trains base parameters in full, such as {min(adapter.full)}, which have no factors to weigh"
             problems.append(Diagnostic(name, what, "lorary.mix adds them with weights that you give"))
