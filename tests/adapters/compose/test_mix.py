@@ -1,4 +1,4 @@
-"""One adapter from several: the weighted sum is the dense sum, one-hot weights give the adapter back, nothing is silent."""
+"""One adapter from several: a sum is the dense sum, one-hot weights give the adapter back, and errors are told."""
 
 from __future__ import annotations
 
@@ -458,9 +458,10 @@ def test_force_mixes_adapters_of_different_bases() -> None:
 def test_a_model_of_peft_or_a_wrong_base_is_refused() -> None:
     with pytest.raises(lorary.StateError, match="cannot mix:"):
         lorary.mix([adapter("lora")], base="builtin:base")  # type: ignore[arg-type]
+    value = trained(lorary.method("bitfit"), None)
+    lost = dataclasses.replace(value, base=lorary.Fingerprint(), full={"lost": value.full["c_attn.bias"]})
     with pytest.raises(MethodError, match=r"is \(72,\) in adapters\[0\], and missing in the base"):
-        value = dataclasses.replace(trained(lorary.method("bitfit"), None), base=lorary.Fingerprint())
-        lorary.mix([dataclasses.replace(value, full={"lost": value.full["c_attn.bias"]})], [2], base=base())
+        lorary.mix([lost], [2], base=base())
 
 
 def test_the_ambient_mode_does_not_matter() -> None:

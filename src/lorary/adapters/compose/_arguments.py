@@ -126,7 +126,7 @@ def disagreements(terms: Sequence[Term], base: nn.Module | None, *, force: bool)
 
 def _other_bases(terms: Sequence[Term], base: nn.Module | None) -> list[Diagnostic]:
     """The adapters that were trained on another base than the one given, or else than the first with a fingerprint."""
-    fix = "force=True mixes them all the same, if every tensor fits"
+    fix = "force=True (--force) mixes them all the same, if every tensor fits"
     first = next((term for term in terms if term.adapter.base.weights), terms[0])
     here = first.adapter.base if base is None else Fingerprint.of(base)
     problems = []
