@@ -17,6 +17,7 @@ _HOMES = {
     "Adapted": "layers.adapted",
     "AdaptedSite": "spec.placement",
     "Adapter": "adapters.adapter",
+    "AdapterDiff": "adapters.compose.diff",
     "Attachment": "model.state",
     "ConfigError": "errors",
     "DataError": "errors",
@@ -48,6 +49,7 @@ _HOMES = {
     "change_rank": "adapters.change_rank",
     "dequantize": "model.quantize",
     "detach": "model.attach",
+    "diff": "adapters.compose.diff",
     "disabled": "model.disable",
     "drop_layers": "analysis.importance",
     "layer_importance": "analysis.importance",
@@ -76,6 +78,8 @@ if TYPE_CHECKING:
     from lorary.adapters.adapter import Adapter as Adapter
     from lorary.adapters.change_rank import RankChange as RankChange
     from lorary.adapters.change_rank import change_rank as change_rank
+    from lorary.adapters.compose.diff import AdapterDiff as AdapterDiff
+    from lorary.adapters.compose.diff import diff as diff
     from lorary.adapters.low_rank_form import LowRankForm as LowRankForm
     from lorary.adapters.save_load import load_adapter as load_adapter
     from lorary.adapters.save_load import save_adapter as save_adapter
