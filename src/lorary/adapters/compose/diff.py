@@ -285,8 +285,9 @@ def _methods(a: Method, b: Method) -> list[str]:
 
 def _text(component: object) -> str:
     """A component of a method, or several, in words."""
-    several = isinstance(component, tuple | frozenset)
-    return (", ".join(map(str, component)) if several else str(component or "")) or "none"
+    if isinstance(component, tuple | frozenset):
+        component = ", ".join(str(one) for one in component)
+    return str(component or "none")
 
 
 def _bases(a: Fingerprint, b: Fingerprint) -> list[str]:
