@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import lorary
-from lorary.adapters.adapter import Adapter, stacked
+from lorary.adapters.adapter import Adapter
+from lorary.adapters.compose.mix import stacked
 from lorary.errors import FileError, MethodError, StateError
 from lorary.layers.adapted import adapted_layers
 from lorary.methods.lora import ConstantScale

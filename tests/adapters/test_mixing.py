@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import lorary
-from lorary.adapters.adapter import Adapter, stacked
+from lorary.adapters.adapter import Adapter
+from lorary.adapters.compose.mix import stacked
 from lorary.errors import MethodError
 from tests.adapters.models import BASES, by_peft, close, outputs
 
@@ -89,5 +90,7 @@ def test_a_dora_has_no_weighted_sum(weights: tuple[float, ...]) -> None:
             add()
         assert refusal.value.headline == "cannot add these adapters:"
         assert {p.where for p in refusal.value.problems} == set(dora.tensors)
-        assert {p.what for p in refusal.value.problems} == {"one of them gives its output a gain or a shift of its own"}
+        assert {p.what for p in refusal.value.problems} == {
+            "adapters[1] gives its output a gain or a shift of its own (MagnitudeDirection)"
+        }
     assert torch.equal(outputs(model), before)
