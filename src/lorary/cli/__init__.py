@@ -17,7 +17,7 @@ from lorary.errors import LoraryError
 
 COMMANDS = (
     *("train", "plan", "init", "methods", "search", "merge", "export"),
-    "diff",
+    *("diff", "compress"),
     *("eval", "chat", "generate", "inspect", "demo", "doctor"),
 )
 

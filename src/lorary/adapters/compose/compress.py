@@ -7,8 +7,8 @@ of all sites together are the best choice for their number, and the ranks differ
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,16 +17,24 @@ from torch import Tensor
 
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.compose.plain import plain_lora
-from lorary.adapters.compose.truncate import balanced, numerical_rank, product_svd, rank_of_energy, relative
+from lorary.adapters.compose.truncate import (
+    balanced,
+    numerical_rank,
+    product_norm,
+    product_svd,
+    rank_of_energy,
+    relative,
+)
 from lorary.adapters.content_hash import content_hash
-from lorary.adapters.low_rank_form import LowRankForm, factors_on_base
+from lorary.adapters.low_rank_form import factors_on_base, low_rank_forms
 from lorary.adapters.provenance import Parent, Provenance
 from lorary.adapters.tensor_checks import unusable_values
 from lorary.errors import Diagnostic, MethodError, deduplicated
+from lorary.kernels.torch_internals import storage_id
 from lorary.model.plan import human_bytes
 from lorary.spec.interfaces import Factors
-from lorary.spec.placement import AdaptedSite, unique_tensor_sets
-from lorary.spec.resizable import Singular
+from lorary.spec.placement import unique_tensor_sets
+from lorary.spec.resizable import Resizable, Singular
 
 
 class Size(NamedTuple):
@@ -46,18 +54,9 @@ class Size(NamedTuple):
     def of(adapter: Adapter) -> Size:
         """The size of an adapter of any method."""
         ranks = [s.r for s in adapter.sites] or [0]
-        shared = {role for s in adapter.sites for role in s.delta.shared}
-        own = sum(
-            t.numel()
-            for s in unique_tensor_sets(adapter.sites)
-            for role, t in adapter.tensors[s.site.name].items()
-            if role not in shared
-        )
-        common = {role: 0 for role in shared}
-        for s in adapter.sites:
-            for role in common:
-                common[role] = max(common[role], adapter.tensors[s.site.name][role].numel())
-        return Size((min(ranks), max(ranks)), own + sum(common.values()), adapter.size)
+        every = (t for roles in adapter.tensors.values() for t in roles.values())
+        numbers = {storage_id(t): t.untyped_storage().nbytes() // t.element_size() for t in every}
+        return Size((min(ranks), max(ranks)), sum(numbers.values()), adapter.size)
 
     def __str__(self) -> str:
         low, high = self.ranks
@@ -156,14 +155,14 @@ class Spectra:
         """
         if problems := _incompressible(adapter):
             raise MethodError("cannot compress this adapter:", deduplicated(problems))
-        svds: dict[str, Singular] = {}
-        shared: dict[str, Singular] = {}
+        by_set: dict[str, Singular] = {}  # tied sites have one set of tensors
         for s in adapter.sites:
-            svd = shared.get(s.share) or _significant(product_svd(*_factors(s, adapter)))
-            svds[s.site.name] = svd
-            if s.share:
-                shared[s.share] = svd
-        return Spectra(adapter, svds)
+            key = s.share or s.site.name
+            if key not in by_set:
+                by_set[key] = _significant(product_svd(*factors_on_base(s, adapter.tensors[s.site.name])))
+        if not any(len(svd.S) for svd in by_set.values()):
+            raise MethodError("cannot compress this adapter:", [Diagnostic("adapter", "its update is zero everywhere")])
+        return Spectra(adapter, {s.site.name: by_set[s.share or s.site.name] for s in adapter.sites})
 
     @property
     def values(self) -> Tensor:
@@ -197,11 +196,12 @@ class Spectra:
         for s in self.adapter.sites:
             name, svd = s.site.name, self.svds[s.site.name]
             cut = balanced(svd, ranks[name])
-            dtype = _dtype(self.adapter.tensors[name].values())
             parts[name] = (cut.lost, cut.norm)
-            if ranks[name]:
-                factors[name] = cut.B.to(dtype), cut.A.to(dtype)
-            if ranks[name] and dtype not in (torch.float32, torch.float64):  # their rounding is a part of the error
+            if not ranks[name]:
+                continue
+            dtype = functools.reduce(torch.promote_types, (t.dtype for t in self.adapter.tensors[name].values()))
+            factors[name] = cut.B.to(dtype), cut.A.to(dtype)
+            if dtype.itemsize < 4:  # their rounding is a part of the error
                 parts[name] = (_distance(svd, *factors[name]), cut.norm)
         source, error = self.adapter, relative(list(parts.values()))
         method, sites, tensors = plain_lora(
@@ -212,9 +212,7 @@ class Spectra:
             full=source.method.full,
         )
         record = Provenance("compress", (Parent(sha256=content_hash(source)),), dict(settings) | {"error": error})
-        adapter = dataclasses.replace(
-            source, method=method, sites=sites, tensors=tensors, notes=(), provenance=record
-        )
+        adapter = dataclasses.replace(source, method=method, sites=sites, tensors=tensors, notes=(), provenance=record)
         errors = {name: relative([part]) for name, part in parts.items()}
         return Compression(adapter, Size.of(source), errors, error)
 
@@ -225,13 +223,27 @@ def _incompressible(adapter: Adapter) -> list[Diagnostic]:
     problems = [] if adapter.sites else [Diagnostic("adapter", "adapts no layers, so it has no rank")]
     problems += unusable_values(named | dict(adapter.full), adapter.full)
     for s in adapter.sites:
+        name = s.site.name
         if s.starts and not s.method.storage.writable:
             what = f"{type(s.method.storage).__name__} has quantised the base without the start of {s.init}"
-            problems.append(Diagnostic(s.site.name, what, "lorary.merge it, and lorary.extract the result"))
+            problems.append(Diagnostic(name, what, "lorary.merge it, and lorary.extract an adapter of the result"))
         try:
-            s.join.on_output(adapter.tensors[s.site.name], _no_weight, _no_weight, _no_factors)
-        except _NeedsWeight:
-            what = f"{type(s.join).__name__} changes the weight itself: its update is not a product of two factors"
-            fix = "lorary.change_rank(adapter, r) keeps the method and truncates its factors"
-            problems.append(Diagnostic(s.site.name, what, fix))
+            plain = low_rank_forms([s], adapter.tensors)[name].is_plain
+        except MethodError:  # it needs the base, or has no such form
+            plain = False
+        if not plain:
+            what = f"{s.join} gives the layer a gain or a shift of its own, so its update is not a product of factors"
+            fix = "lorary.change_rank keeps the method" if isinstance(s.delta, Resizable) else ""
+            problems.append(Diagnostic(name, what, fix))
     return problems
+
+
+def _significant(svd: Singular) -> Singular:
+    """A decomposition without the directions that are only rounding."""
+    r = numerical_rank(svd)
+    return Singular(svd.U[:, :r], svd.S[:r], svd.V[:r])
+
+
+def _distance(svd: Singular, B: Tensor, A: Tensor) -> float:
+    """||U S V - B A|| in the Frobenius norm."""
+    return product_norm(torch.cat([svd.U * svd.S, -B.double()], 1), torch.cat([svd.V, A.double()]))

@@ -47,6 +47,13 @@ def product_svd(B: Tensor, A: Tensor) -> Singular:
     return Singular(Q @ U, S, V @ P.T)
 
 
+def product_norm(B: Tensor, A: Tensor) -> float:
+    """||B A|| in the Frobenius norm, in 64 bits."""
+    R = torch.linalg.qr(B.double(), mode="r").R
+    T = torch.linalg.qr(A.double().T, mode="r").R
+    return float((R @ T.T).norm())
+
+
 def truncated_product(B: Tensor, A: Tensor, *, rank: int | None = None, energy: float | None = None) -> Truncated:
     """The best approximation of B A by rank, or by the share of its squared Frobenius norm to keep.
 
