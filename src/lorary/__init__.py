@@ -60,6 +60,7 @@ _HOMES = {
     "load_quantized": "model.loading.from_pretrained",
     "merge": "model.merge",
     "method": "spec.presets",
+    "mix": "adapters.compose.mix",
     "optimizer": "model.optim.optimizer",
     "param_groups": "model.optim.param_groups",
     "plan": "model.planning",
@@ -69,6 +70,7 @@ _HOMES = {
     "save": "adapters.switch",
     "save_adapter": "adapters.save_load",
     "save_quantized": "model.loading.bitsandbytes_checkpoint",
+    "scale": "adapters.compose.scale",
     "search_supernet": "analysis.supernet_search",
     "switch": "adapters.switch",
     "unmerge": "model.merge",
@@ -83,6 +85,8 @@ if TYPE_CHECKING:
     from lorary.adapters.compose.compress import Compression as Compression
     from lorary.adapters.compose.diff import AdapterDiff as AdapterDiff
     from lorary.adapters.compose.diff import diff as diff
+    from lorary.adapters.compose.mix import mix as mix
+    from lorary.adapters.compose.scale import scale as scale
     from lorary.adapters.low_rank_form import LowRankForm as LowRankForm
     from lorary.adapters.save_load import load_adapter as load_adapter
     from lorary.adapters.save_load import save_adapter as save_adapter

@@ -71,9 +71,14 @@ class ByElement(Merging):
     combine: Callable[[Tensor, Sequence[float]], Tensor]
 
     def dense(self, updates: Sequence[Tensor], weights: Sequence[float], density: float, seed: str) -> Tensor:
-        digest = hashlib.sha256(seed.encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        generator = generator_of(seed)
         return self.combine(torch.stack([self.sparsify(update, density, generator) for update in updates]), weights)
+
+
+def generator_of(seed: str) -> torch.Generator:
+    """The source of the random choices of a seed."""
+    digest = hashlib.sha256(seed.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def dense_gram(updates: Sequence[Tensor]) -> Tensor:

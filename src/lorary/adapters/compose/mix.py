@@ -1,6 +1,6 @@
 """mix: one adapter from several, by a weighted sum of their updates or another merging method.
 
-A weighted sum of updates is exact in factors, whatever the methods and ranks: Σ wᵢ Bᵢ Aᵢ = [w₁ B₁, w₂ B₂, ...] [A₁; A₂; ...].
+A weighted sum of updates is exact in factors, whatever the methods and ranks: it is [w₁ B₁, w₂ B₂, ...] [A₁; A₂; ...].
 Only what is no such sum is approximated: by a truncated SVD, one layer at a time, whose error is told.
 """
 
@@ -23,7 +23,7 @@ from lorary.adapters.compose.truncate import Truncated, relative, truncated_prod
 from lorary.adapters.compose.updates import Change, Term, Update, full_changes, updates_by_site, value_before
 from lorary.adapters.content_hash import content_hash
 from lorary.adapters.provenance import Parent, Provenance
-from lorary.errors import Diagnostic, MethodError
+from lorary.errors import Diagnostic, MethodError, deduplicated
 from lorary.model.ambient import mode_independent
 from lorary.model.checks import changeable
 from lorary.model.fingerprint import Fingerprint, frozen_weights
@@ -155,7 +155,7 @@ class _Mixture:
         updates, problems = updates_by_site(self.terms, self.base, approximate=approximate)
         changes, unknown = full_changes(self.terms, self.base)
         if problems or unknown:
-            raise MethodError(headline, [*problems, *unknown])
+            raise MethodError(headline, deduplicated([*problems, *unknown]))
         found: dict[str, Truncated] = {}
         for i, (name, several) in enumerate(updates.items()):
             if (merged := self._merged(name, several, changes)) is not None:
@@ -179,7 +179,7 @@ class _Mixture:
             A = torch.cat([A for _, A in factors])
             if not R:
                 return None
-            if cut["energy"] is None and R <= (cut["rank"] or R):
+            if cut["energy"] is None and (cut["rank"] or R) >= R:
                 return Truncated(B, A, 0.0, 0.0)
             return truncated_product(B, A, **cut)
         dense = []
@@ -237,8 +237,8 @@ class _Mixture:
             return ()
         if len(set(kinds.values())) > 1:
             return (
-                f"some of these adapters were trained on a base quantised to {', '.join(trained)}, and not all: the mix "
-                "is for the original weights, and does not undo the quantisation error",
+                f"some of these adapters, but not all, were trained on a base quantised to {', '.join(trained)}: the "
+                "mix is for the original weights, and does not undo the quantisation error",
             )
         if any(s.starts for term in self.terms for s in term.adapter.sites):
             return (

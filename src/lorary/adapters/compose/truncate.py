@@ -26,12 +26,14 @@ class Truncated(NamedTuple):
         A: [r, in], sqrt(S) V: balanced factors.
         norm: the Frobenius norm of the whole product.
         lost: the Frobenius norm of the omitted part.
+        exact: whether no other factors of that rank are nearer; False after an iteration, which comes close.
     """
 
     B: Tensor
     A: Tensor
     norm: float
     lost: float
+    exact: bool = True
 
     @property
     def error(self) -> float:
