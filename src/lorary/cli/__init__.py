@@ -17,6 +17,7 @@ from lorary.errors import LoraryError
 
 COMMANDS = (
     *("train", "plan", "init", "methods", "search", "mix", "merge", "export"),
+    *("diff", "compress"),
     *("eval", "chat", "generate", "inspect", "demo", "doctor"),
 )
 

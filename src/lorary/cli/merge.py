@@ -8,7 +8,7 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -52,6 +52,7 @@ def merge(
     from lorary.adapters import load_adapter
     from lorary.adapters.resolve import find_adapter, find_base
     from lorary.cli._comparison_rows import comparison_rows
+    from lorary.cli._model import tokenizer_or_none
     from lorary.files.atomic import atomic_directory
     from lorary.model.loading.from_pretrained import load_config
     from lorary.model.loading.quiet import quiet_progress_bars
@@ -61,7 +62,7 @@ def merge(
     value = load_adapter(folder)
     section, target = _precisions(Path(adapter), value, find_base(folder, base), dtype, onto)
     with atomic_directory(output) as written:
-        tokenizer = _tokenizer(section)
+        tokenizer = tokenizer_or_none(section)
         compared = comparison_rows(Path(adapter), tokenizer, load_config(section), rows, data)
         model, error = _merged(folder, value, section, target, onto, compared, force)
         with quiet_progress_bars():
@@ -143,18 +144,6 @@ def _run_dtype(path: Path) -> str:
     except (LoraryError, OSError):
         return "auto"
     return "auto" if run is None else run.model.dtype
-
-
-def _tokenizer(section: ModelSection) -> Any:
-    """The base's tokenizer, or None if it has none."""
-    from lorary.errors import FileError
-    from lorary.model.loading.from_pretrained import load_tokenizer
-
-    try:
-        return load_tokenizer(section)
-    except FileError as error:
-        print(f"note: {error.problems[0] if error.problems else error}", file=sys.stderr)
-        return None
 
 
 def _merged(

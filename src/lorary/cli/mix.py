@@ -139,7 +139,7 @@ def _labels(folders: dict[str, Path]) -> LabelNames | None:
 
 def _report(adapter: Adapter, out: Path, as_json: bool) -> None:
     """The notes and the errors by layer on standard error; the folder, or JSON, on standard output."""
-    from lorary.analysis.merge_error import aligned
+    from lorary.model.text_table import aligned
     from lorary.model.rank_pruning import directions_of
 
     assert adapter.provenance is not None
