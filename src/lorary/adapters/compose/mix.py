@@ -26,7 +26,7 @@ from lorary.adapters.provenance import Parent, Provenance
 from lorary.errors import Diagnostic, MethodError, deduplicated
 from lorary.model.ambient import mode_independent
 from lorary.model.checks import changeable
-from lorary.model.fingerprint import Fingerprint, frozen_weights
+from lorary.model.fingerprint import Fingerprint, base_name, frozen_weights
 from lorary.model.state import state_of
 from lorary.spec.interfaces import Unquantized
 from lorary.spec.placement import AdaptedSite
@@ -261,7 +261,7 @@ def _with_provenance(
     settings: dict[str, Any],
     errors: Mapping[str, tuple[float, float]],
 ) -> Adapter:
-    parents = tuple(Parent(t.name if named else "", content_hash(t.adapter), t.weight) for t in terms)
+    parents = tuple(Parent(base_name(t.name) if named else "", content_hash(t.adapter), t.weight) for t in terms)
     notes = result.notes
     if errors:
         each = {name: relative([pair]) for name, pair in errors.items()}
