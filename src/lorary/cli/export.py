@@ -17,18 +17,32 @@ def export(
     output: Annotated[Path, typer.Argument(help="Folder for the exported files.")],
     to: Annotated[str, typer.Option("--to", help=_TO)] = "peft",
     base: Annotated[
-        str | None, typer.Option("--base", help="Base model: some methods need it; the result is then verified.")
+        str | None,
+        typer.Option("--base", help="Base model. peft: only if the method needs it, or to verify the result."),
     ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="merged: auto (the base's own), float32, bfloat16, float16.")
+    ] = None,
+    onto: Annotated[
+        str | None,
+        typer.Option("--onto", help="merged: trained (the weights as quantised in training), or original."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="merged: accept another base than in training, if it fits.")
+    ] = False,
 ) -> None:
     """Write an adapter in another program's format: the same function of the same, unmodified base.
 
     peft: a plain LoRA, or a DoRA, in PEFT's two files. PiSSA and OLoRA take twice their rank there; a method without
     such a form is refused with the reason. If RoPE is scaled (LongLoRA), `BASE.md` beside the files says how to load
     the base.
+
+    merged: a plain Transformers model like that of `lorary merge`, but written file by file of the base's checkpoint,
+    so that the whole model is never in memory.
     """
     from lorary.adapters.resolve import find_adapter
 
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"dtype": dtype, "onto": onto, "force": force}
     given = {name: value for name, value in options.items() if value not in (None, False)}
     write = writer(adapter, to, given)
     write(Export(find_adapter(adapter, "export"), output, base, given))
