@@ -88,7 +88,7 @@ def extract(
     """
     if problems := cut_problems(rank=rank, energy=energy):
         raise MethodError(_HEADLINE, problems)
-    names = [checked_path(path, _HEADLINE) for path in (base, tuned)]
+    names = checked_path(base, _HEADLINE), checked_path(tuned, _HEADLINE)
     with opened(*names, _HEADLINE) as checkpoints:
         if problems := checkpoints.differences():
             raise FileError(_HEADLINE, problems)
@@ -99,7 +99,8 @@ def extract(
             if progress is not None:
                 progress(done, len(every), name)
             changes.add(name, scanned.names.get(name, name), *checkpoints.pair(name))
-        chosen = changes.cut | {"targets": targets if targets is None or isinstance(targets, str) else list(targets)}
+        named = targets if targets is None or isinstance(targets, str) else list(targets)
+        chosen = {"rank": rank, "energy": energy, "targets": named}
         settings = {key: value for key, value in chosen.items() if value is not None}
         record = Provenance("extract", tuple(Parent(base_name(name)) for name in names), settings)
         return changes.extraction(checkpoints, record)
@@ -155,7 +156,8 @@ class _Changes:
     full: dict[str, Tensor] = field(default_factory=dict)
     left_out: dict[str, float] = field(default_factory=dict)
     problems: list[Diagnostic] = field(default_factory=list)
-    unchanged: int = 0
+    equal: set[str] = field(default_factory=set)
+    differing: set[str] = field(default_factory=set)
 
     def add(self, name: str, first: str, W: Tensor | None, tuned: Tensor | None) -> None:
         """Add the change of a parameter.
@@ -166,7 +168,12 @@ class _Changes:
             W, tuned: its values, which may be overwritten; None for a buffer that a checkpoint lacks.
         """
         if W is None or tuned is None or torch.equal(W, tuned):
-            self.unchanged += 1
+            self.equal.add(first)
+            return
+        self.differing.add(first)
+        if W.shape != tuned.shape:
+            what = f"is {tuple(W.shape)} in the base's files and {tuple(tuned.shape)} in those of the tuned model"
+            self.problems.append(Diagnostic(name, what))
             return
         self.problems += not_finite({f"{name} of the base": W, f"{name} of the tuned model": tuned})
         if self.problems:  # there will be no adapter: only look for more
@@ -201,7 +208,7 @@ class _Changes:
         record = dataclasses.replace(record, settings=dict(record.settings) | {"error": error})
         base = checkpoints.base.fingerprint(self.full)
         adapter = Adapter(method, sites, tensors, self.full, base, provenance=record)
-        return Extraction(adapter, tuple(self.sites), self.left_out, self.unchanged)
+        return Extraction(adapter, tuple(self.sites), self.left_out, len(self.equal - self.differing))
 
 
 def _narrow(value: Tensor) -> Tensor:
