@@ -24,6 +24,7 @@ _HOMES = {
     "DataError": "errors",
     "Diagnostic": "errors",
     "EvolutionConfig": "analysis.supernet_search",
+    "Extraction": "adapters.compose.extraction",
     "FileError": "errors",
     "Fingerprint": "model.fingerprint",
     "Importance": "methods.lora_drop",
@@ -55,6 +56,7 @@ _HOMES = {
     "diff": "adapters.compose.diff",
     "disabled": "model.disable",
     "drop_layers": "analysis.importance",
+    "extract": "adapters.compose.extract",
     "layer_importance": "analysis.importance",
     "load": "adapters.switch",
     "load_adapter": "adapters.save_load",
@@ -87,6 +89,8 @@ if TYPE_CHECKING:
     from lorary.adapters.compose.compress import Compression as Compression
     from lorary.adapters.compose.diff import AdapterDiff as AdapterDiff
     from lorary.adapters.compose.diff import diff as diff
+    from lorary.adapters.compose.extract import extract as extract
+    from lorary.adapters.compose.extraction import Extraction as Extraction
     from lorary.adapters.compose.lorahub import WeightSearch as WeightSearch
     from lorary.adapters.compose.lorahub import lorahub as lorahub
     from lorary.adapters.compose.mix import mix as mix

@@ -17,7 +17,7 @@ from lorary.errors import LoraryError
 
 COMMANDS = (
     *("train", "plan", "init", "methods", "search", "mix", "merge", "export"),
-    *("diff", "compress"),
+    *("diff", "compress", "extract"),
     *("eval", "chat", "generate", "inspect", "demo", "doctor"),
 )
 
