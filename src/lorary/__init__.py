@@ -17,11 +17,14 @@ _HOMES = {
     "Adapted": "layers.adapted",
     "AdaptedSite": "spec.placement",
     "Adapter": "adapters.adapter",
+    "AdapterDiff": "adapters.compose.diff",
     "Attachment": "model.state",
+    "Compression": "adapters.compose.compress",
     "ConfigError": "errors",
     "DataError": "errors",
     "Diagnostic": "errors",
     "EvolutionConfig": "analysis.supernet_search",
+    "Extraction": "adapters.compose.extraction",
     "FileError": "errors",
     "Fingerprint": "model.fingerprint",
     "Importance": "methods.lora_drop",
@@ -48,9 +51,12 @@ _HOMES = {
     "cached": "model.cached",
     "change_rank": "adapters.change_rank",
     "dequantize": "model.quantize",
+    "compress": "analysis.compress",
     "detach": "model.attach",
+    "diff": "adapters.compose.diff",
     "disabled": "model.disable",
     "drop_layers": "analysis.importance",
+    "extract": "adapters.compose.extract",
     "layer_importance": "analysis.importance",
     "load": "adapters.switch",
     "load_adapter": "adapters.save_load",
@@ -80,6 +86,11 @@ if TYPE_CHECKING:
     from lorary.adapters.adapter import Adapter as Adapter
     from lorary.adapters.change_rank import RankChange as RankChange
     from lorary.adapters.change_rank import change_rank as change_rank
+    from lorary.adapters.compose.compress import Compression as Compression
+    from lorary.adapters.compose.diff import AdapterDiff as AdapterDiff
+    from lorary.adapters.compose.diff import diff as diff
+    from lorary.adapters.compose.extract import extract as extract
+    from lorary.adapters.compose.extraction import Extraction as Extraction
     from lorary.adapters.compose.lorahub import WeightSearch as WeightSearch
     from lorary.adapters.compose.lorahub import lorahub as lorahub
     from lorary.adapters.compose.mix import mix as mix
@@ -90,6 +101,7 @@ if TYPE_CHECKING:
     from lorary.adapters.switch import load as load
     from lorary.adapters.switch import save as save
     from lorary.adapters.switch import switch as switch
+    from lorary.analysis.compress import compress as compress
     from lorary.analysis.importance import drop_layers as drop_layers
     from lorary.analysis.importance import layer_importance as layer_importance
     from lorary.analysis.merge_check import MergeCheck as MergeCheck

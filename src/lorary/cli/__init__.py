@@ -17,6 +17,7 @@ from lorary.errors import LoraryError
 
 COMMANDS = (
     *("train", "plan", "init", "methods", "search", "mix", "lorahub", "merge", "export", "push"),
+    *("diff", "compress", "extract"),
     *("eval", "chat", "generate", "inspect", "demo", "doctor"),
 )
 

@@ -63,6 +63,7 @@ def mix(
     values = {name: load_adapter(folder) for name, folder in folders.items()}
     labels = _labels(folders)
     with atomic_directory(out) as written, progress_bar() as update:
+        model = _base(base, folders, values)
         result = mixed(
             values,
             numbers,
@@ -70,13 +71,13 @@ def mix(
             rank=rank,
             energy=energy,
             density=density,
-            base=_base(base, folders, values),
+            base=model,
             approximate=approximate,
             seed=seed,
             force=force,
             progress=lambda done, total: update(completed=done, total=total, description="layers"),
         )
-        save_adapter(result, written)
+        save_adapter(result, written, model=model)
         if labels is not None:
             write_label_names(written, *labels)
     _report(result, out, as_json)
@@ -138,8 +139,8 @@ def _labels(folders: dict[str, Path]) -> LabelNames | None:
 
 def _report(adapter: Adapter, out: Path, as_json: bool) -> None:
     """The notes and the errors by layer on standard error; the folder, or JSON, on standard output."""
-    from lorary.analysis.merge_error import aligned
     from lorary.model.rank_pruning import directions_of
+    from lorary.model.text_table import aligned
 
     assert adapter.provenance is not None
     settings = adapter.provenance.settings

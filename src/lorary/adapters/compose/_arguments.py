@@ -110,6 +110,8 @@ def tensor_faults(terms: Sequence[Term]) -> list[Diagnostic]:
 def disagreements(terms: Sequence[Term], base: nn.Module | None, *, force: bool) -> list[Diagnostic]:
     """How the adapters differ in what a sum needs to be equal: their base, context, and layers."""
     problems = [] if force else _other_bases(terms, base)
+    if base is not None and any(p.is_meta for p in base.parameters()):
+        problems.append(Diagnostic("base", "is on the meta device and has no values", "load its weights first"))
     contexts = {term.adapter.method.context for term in terms}
     if len(contexts) > 1:
         named = "; ".join(sorted(str(c or "the base's own") for c in contexts))
@@ -126,7 +128,7 @@ def disagreements(terms: Sequence[Term], base: nn.Module | None, *, force: bool)
 
 def _other_bases(terms: Sequence[Term], base: nn.Module | None) -> list[Diagnostic]:
     """The adapters that were trained on another base than the one given, or else than the first with a fingerprint."""
-    fix = "force=True mixes them all the same, if every tensor fits"
+    fix = "force=True (--force) mixes them all the same, if every tensor fits"
     first = next((term for term in terms if term.adapter.base.weights), terms[0])
     here = first.adapter.base if base is None else Fingerprint.of(base)
     problems = []
