@@ -202,6 +202,24 @@ def test_its_parents_and_settings_are_recorded_and_saved(tmp_path: Any) -> None:
     assert again.settings["loss"] == found.loss == min(c.loss for c in found.candidates if c.weights == found.weights)
 
 
+def test_adapters_of_a_quantised_base_are_searched_on_it() -> None:
+    """QLoRA: the base stays as it is, and the mixture remembers how its parents' base was stored."""
+    model = base()
+    quantised = []
+    for seed in (1, 2):
+        lorary.attach(model, lorary.plan(model, lorary.method("qlora", r=2)))
+        quantised.append(lorary.Adapter.of(tiny.shaken(model, seed=seed)))
+        lorary.detach(model)
+    before = tiny.frozen_copy(model)
+    found = lorary.lorahub(model, quantised, rows(0), budget=6)
+    assert tiny.same(tiny.frozen_copy(model), before)
+    assert found.adapter.method.storage == quantised[0].method.storage
+    with torch.no_grad():
+        lorary.switch(model, found.adapter)
+        losses = [(model(**one_row(row)).loss.item(), len(row["labels"]) - 2) for row in rows(0)]
+    assert sum(m * n for m, n in losses) / sum(n for _, n in losses) == pytest.approx(found.loss, abs=1e-5)
+
+
 # --- the search -------------------------------------------------------------------------------------------------------
 
 
