@@ -32,6 +32,7 @@ _HOMES = {
     "Method": "spec.method",
     "MethodError": "errors",
     "NF4": "layers.nf4",
+    "NamedAdapters": "adapters.named",
     "Plan": "model.plan",
     "PlanError": "errors",
     "Preset": "spec.presets",
@@ -56,6 +57,7 @@ _HOMES = {
     "load_quantized": "model.loading.from_pretrained",
     "merge": "model.merge",
     "method": "spec.presets",
+    "named_adapters": "adapters.named",
     "optimizer": "model.optim.optimizer",
     "param_groups": "model.optim.param_groups",
     "plan": "model.planning",
@@ -77,6 +79,8 @@ if TYPE_CHECKING:
     from lorary.adapters.change_rank import RankChange as RankChange
     from lorary.adapters.change_rank import change_rank as change_rank
     from lorary.adapters.low_rank_form import LowRankForm as LowRankForm
+    from lorary.adapters.named import NamedAdapters as NamedAdapters
+    from lorary.adapters.named import named_adapters as named_adapters
     from lorary.adapters.save_load import load_adapter as load_adapter
     from lorary.adapters.save_load import save_adapter as save_adapter
     from lorary.adapters.switch import load as load
