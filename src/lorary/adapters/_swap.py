@@ -32,9 +32,7 @@ class _Parts(NamedTuple):
     def put(self, layer: Adapted) -> None:
         adapted, delta = self.adapted, self.adapted.delta
         shapes = {role: adapted.shapes[role] for role in sorted(delta.shared)} if delta.shared else {}
-        vars(layer).update(
-            site=adapted.site, method=adapted.method, scale=adapted.scale, shared_shapes=shapes
-        )
+        vars(layer).update(site=adapted.site, method=adapted.method, scale=adapted.scale, shared_shapes=shapes)
         if layer.kept is not None:
             layer.kept = Kept()  # inside `lorary.cached`: those values are of other parameters
         if layer.shared is not self.shared:
@@ -43,7 +41,11 @@ class _Parts(NamedTuple):
 
 
 def swapped(
-    model: nn.Module, state: AttachedState | None, held: HeldAdapter, here: Fingerprint, active: dict[HeldAdapter, float]
+    model: nn.Module,
+    state: AttachedState | None,
+    held: HeldAdapter,
+    here: Fingerprint,
+    active: dict[HeldAdapter, float],
 ) -> bool:
     """Let the layers of the attached adapter compute another one, if that is all there is to change. All or nothing.
 
@@ -86,7 +88,10 @@ def _same_places(state: AttachedState, held: HeldAdapter) -> bool:
     # attached by name, because `lorary.load` may leave a base unquantised
     stored = storage.writable or (bool(state.active) and storage == state.method.storage)
     return (
-        held.swaps and stored and not changed and {p.site.name for p in state.sites} == {p.site.name for p in held.sites}
+        held.swaps
+        and stored
+        and not changed
+        and {p.site.name for p in state.sites} == {p.site.name for p in held.sites}
     )
 
 

@@ -16,7 +16,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorary.adapters.adapter import Adapter, floating, stacked
+from lorary.adapters.adapter import Adapter, floating
+from lorary.adapters.compose.mix import stacked
 from lorary.errors import Diagnostic, FileError, StateError, did_you_mean
 from lorary.layers.adapted import Parameters, adapted_layers, unwrapped_modules
 from lorary.layers.dtensor import full_cpu_copy
@@ -45,9 +46,8 @@ class HeldAdapter:
 
     Args:
         name: the name.
-        adapter: its values.
+        adapter: its values; they are copied.
         modules: the layers of the plain model by path, on whose devices the tensors are.
-        copy: whether to copy its tensors; False for an adapter that nobody else has.
 
     Attributes:
         record: the adapter without the tensors of its sites.
@@ -57,13 +57,11 @@ class HeldAdapter:
         checked: the base that it was last found to fit.
     """
 
-    def __init__(
-        self, name: str, adapter: Adapter, modules: Mapping[str, nn.Module], *, copy: bool = True
-    ) -> None:
+    def __init__(self, name: str, adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
         self.name = name
         full = {key: value.detach().to("cpu", copy=True) for key, value in adapter.full.items()}
         self.record = dataclasses.replace(adapter, tensors={}, full=full)
-        self.params = parameters_of_sites(adapter, modules, copy=copy)
+        self.params = parameters_of_sites(adapter, modules)
         starts = {p.site.name: [start_name(role) for role in p.starts] for p in adapter.sites}
         self.start = {
             site: {role: adapter.tensors[site][role].detach().to("cpu", copy=True) for role in roles}
@@ -126,10 +124,8 @@ class HeldAdapter:
                 parameter.requires_grad_(role in trained)
 
 
-def parameters_of_sites(
-    adapter: Adapter, modules: Mapping[str, nn.Module], *, copy: bool
-) -> dict[str, Parameters]:
-    """site -> its own tensors as 32-bit parameters; sites that share a set of tensors have one."""
+def parameters_of_sites(adapter: Adapter, modules: Mapping[str, nn.Module]) -> dict[str, Parameters]:
+    """site -> its own tensors as 32-bit parameters, copied; sites that share a set of tensors have one."""
     sets: dict[str, Parameters] = {}
     found = {}
     for p in adapter.sites:
@@ -138,7 +134,7 @@ def parameters_of_sites(
             device = device_of(modules[name])
             roles = [role for role in p.shapes if role not in p.delta.shared]
             own = {role: adapter.tensors[name][role].detach() for role in roles}
-            own = {role: t.to(device, torch.float32, copy=copy).contiguous() for role, t in own.items()}
+            own = {role: t.to(device, torch.float32, copy=True).contiguous() for role, t in own.items()}
             sets[p.share or name] = Parameters({role: nn.Parameter(t, False) for role, t in own.items()})
         found[name] = sets[p.share or name]
     return found
@@ -178,8 +174,8 @@ def weighted_sum(model: nn.Module, active: Mapping[HeldAdapter, float], here: Fi
         for site, params in held.params.items():
             if site in modules:
                 moved(params, device_of(modules[site]))
-    total = stacked([held.view() for held in active], model, list(active.values()))
-    made = HeldAdapter(" + ".join(held.name for held in active), total, modules, copy=False)
+    total = stacked({held.name: held.view() for held in active}, model, list(active.values()))
+    made = HeldAdapter(" + ".join(held.name for held in active), total, modules)
     made.checked = here if all(held.checked == here for held in active) else None
     return made
 
@@ -189,7 +185,7 @@ def weighted_sum(model: nn.Module, active: Mapping[HeldAdapter, float], here: Fi
 _MOST_LETTERS = 200
 
 
-class UnknownName(StateError, KeyError):
+class UnknownNameError(StateError, KeyError):
     """A model holds no adapter under this name."""
 
     __str__ = Exception.__str__  # of a KeyError, quotes and escapes

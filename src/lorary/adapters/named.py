@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.held import HeldAdapter, UnknownName, bad_name, held_by, unknown_name
+from lorary.adapters.held import HeldAdapter, UnknownNameError, bad_name, held_by, unknown_name
 from lorary.adapters.switch import activate, check_base
 from lorary.errors import Diagnostic, FileError, StateError
 from lorary.layers.adapted import unwrapped_modules
@@ -63,7 +63,9 @@ class NamedAdapters(MutableMapping[str, Adapter]):
         held, mine = held_by(self._model), self._held(name)
         problems = bad_name(new)
         if not problems and new in held and new != name:
-            problems = [Diagnostic(repr(new), "is the name of another adapter", "drop that one first, or choose another")]
+            problems = [
+                Diagnostic(repr(new), "is the name of another adapter", "drop that one first, or choose another")
+            ]
         if problems:
             raise FileError("cannot rename an adapter:", problems)
         mine.name = new
@@ -104,7 +106,7 @@ class NamedAdapters(MutableMapping[str, Adapter]):
     def _held(self, name: Any) -> HeldAdapter:
         held = held_by(self._model)
         if not isinstance(name, str) or name not in held:
-            raise UnknownName("no such adapter:", [unknown_name(str(name), held)])
+            raise UnknownNameError("no such adapter:", [unknown_name(str(name), held)])
         return held[name]
 
 
@@ -142,7 +144,10 @@ def _hold(model: nn.Module, name: str, adapter: Adapter, *, force: bool) -> None
         return
     require_attached(model, "replace an active adapter")
     if any(p.requires_grad for params in before.params.values() for p in params.values()):
-        what, fix = "is being trained: an optimizer may hold its parameters", f"lorary.switch(model, {name!r}) ends that"
+        what, fix = (
+            "is being trained: an optimizer may hold its parameters",
+            f"lorary.switch(model, {name!r}) ends that",
+        )
         raise StateError("cannot replace an adapter:", [Diagnostic(repr(name), what, fix)])
     activate(model, {new if one is before else one: w for one, w in state.active.items()}, trainable=False)
     held[name] = new

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from lorary._deprecated import warn
 from lorary.adapters._swap import swapped
-from lorary.adapters.adapter import Adapter, stacked
+from lorary.adapters.adapter import Adapter
+from lorary.adapters.compose.mix import stacked
 from lorary.adapters.held import HeldAdapter, chosen, weighted_sum, weights_of_names
 from lorary.adapters.save_load import load_adapter, save_adapter
+from lorary.adapters.tensor_checks import tensor_problems
 from lorary.errors import Diagnostic, FileError, StateError, caller_stacklevel, deduplicated
 from lorary.layers.adapted import adapted_layers, base_parameters, unwrapped_modules
 from lorary.layers.kinds import kind_of
@@ -150,7 +152,7 @@ def switch(
     if state_of(inner) is not None:
         require_attached(inner, "switch")
     if trainable and (len(several) > 1 if weights is None else [w for _, w in weights] != [1.0]):
-        what, fix = "a weighted sum cannot train: none of its adapters would change", "hold the sum as an adapter itself"
+        what, fix = "a weighted sum cannot train: none of its adapters would change", "hold the sum as an adapter"
         raise StateError("cannot switch adapters:", [Diagnostic("trainable", what, fix)])
     if weights is not None:
         activate(inner, chosen(inner, weights), force=force, trainable=trainable)
@@ -212,7 +214,7 @@ def check_base(
         problems += layer_mismatches(adapted.site, modules.get(name))
         if adapted.starts and is_quantized(modules.get(name)) and name not in residual:
             problems.append(already_quantized(name, adapted.init))
-        problems += _tensor_problems(name, adapted.stored, adapter.tensors.get(name, {}))
+        problems += tensor_problems(name, adapted.stored, adapter.tensors.get(name, {}))
     parameters = {name: tuple(t.shape) for name, t in [*base_parameters(model), *persistent_buffers(modules).items()]}
     for name, tensor in adapter.full.items():
         if parameters.get(name) != tuple(tensor.shape):
@@ -241,26 +243,6 @@ def _context_problems(model: nn.Module, adapter: Adapter) -> list[Diagnostic]:
         return []
     with state.context_patch.reverted() if state is not None and state.context_patch else contextlib.nullcontext():
         return [Diagnostic("context", *found) for found in context.problems(model)]
-
-
-def _tensor_problems(
-    name: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor]
-) -> list[Diagnostic]:
-    """The tensors of a site that are missing, unexpected, of another shape, or unusable."""
-    shapes = {role: tuple(t.shape) for role, t in found.items()}
-    reasons = [
-        f"{role} is {shapes.get(role, 'missing')}, expected {expected.get(role, 'no such tensor')}"
-        for role in sorted(expected.keys() | shapes.keys())
-        if expected.get(role) != shapes.get(role)
-    ]
-    for role, t in found.items():
-        if t.is_meta:
-            reasons.append(f"{role} has no values: it is on the meta device")
-        elif t.layout != torch.strided or not t.is_floating_point():
-            reasons.append(
-                f"{role} is a {t.layout} tensor of {t.dtype}, expected a dense one of floating-point numbers"
-            )
-    return [Diagnostic(name, what) for what in reasons]
 
 
 def _install(
