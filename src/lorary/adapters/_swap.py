@@ -40,13 +40,7 @@ class _Parts(NamedTuple):
         layer.params = self.params  # last: now the layer decides which functions compute it
 
 
-def swapped(
-    model: nn.Module,
-    state: AttachedState | None,
-    held: HeldAdapter,
-    here: Fingerprint,
-    active: dict[HeldAdapter, float],
-) -> bool:
+def swapped(model: nn.Module, state: AttachedState | None, held: HeldAdapter, here: Fingerprint) -> bool:
     """Let the layers of the attached adapter compute another one, if that is all there is to change. All or nothing.
 
     Args:
@@ -54,7 +48,6 @@ def swapped(
         state: its state; None for a plain one.
         held: the other adapter.
         here: the base's fingerprint.
-        active: the new value of `state.active`.
 
     Returns:
         Whether it was possible. Otherwise nothing has changed.
@@ -69,7 +62,7 @@ def swapped(
     after = [_parts(held, p, layer) for p, layer in zip(held.sites, layers, strict=True)]
     try:
         _put(layers, after)
-        _follow(state, held, tuple(parts.adapted for parts in after), active)
+        _follow(state, held, tuple(parts.adapted for parts in after))
     except BaseException:
         _put(layers, before)
         raise
@@ -87,12 +80,8 @@ def _same_places(state: AttachedState, held: HeldAdapter) -> bool:
     storage = held.record.method.storage
     # attached by name, because `lorary.load` may leave a base unquantised
     stored = storage.writable or (bool(state.active) and storage == state.method.storage)
-    return (
-        held.swaps
-        and stored
-        and not changed
-        and {p.site.name for p in state.sites} == {p.site.name for p in held.sites}
-    )
+    same = {p.site.name for p in state.sites} == {p.site.name for p in held.sites}
+    return held.swaps and stored and same and not changed
 
 
 def _is_movable(layer: Adapted) -> bool:
@@ -110,12 +99,10 @@ def _parts(held: HeldAdapter, adapted: AdaptedSite, layer: Adapted) -> _Parts:
     return _Parts(adapted, moved(held.params[site.name], device), shared)
 
 
-def _follow(
-    state: AttachedState, held: HeldAdapter, sites: tuple[AdaptedSite, ...], active: dict[HeldAdapter, float]
-) -> None:
+def _follow(state: AttachedState, held: HeldAdapter, sites: tuple[AdaptedSite, ...]) -> None:
     """Make the model's state that of an adapter that was just attached."""
     if state.first_forward is not None:
         state.first_forward.remove()
     state.first_forward = state.restored_from = None
     state.stepped = state.rules_ran = False
-    state.method, state.sites, state.active = held.record.method, sites, active
+    state.method, state.sites = held.record.method, sites

@@ -63,9 +63,7 @@ class NamedAdapters(MutableMapping[str, Adapter]):
         held, mine = held_by(self._model), self._held(name)
         problems = bad_name(new)
         if not problems and new in held and new != name:
-            problems = [
-                Diagnostic(repr(new), "is the name of another adapter", "drop that one first, or choose another")
-            ]
+            problems = [Diagnostic(repr(new), "is the name of another adapter", "drop that one first")]
         if problems:
             raise FileError("cannot rename an adapter:", problems)
         mine.name = new
@@ -144,10 +142,7 @@ def _hold(model: nn.Module, name: str, adapter: Adapter, *, force: bool) -> None
         return
     require_attached(model, "replace an active adapter")
     if any(p.requires_grad for params in before.params.values() for p in params.values()):
-        what, fix = (
-            "is being trained: an optimizer may hold its parameters",
-            f"lorary.switch(model, {name!r}) ends that",
-        )
+        what, fix = "is being trained: an optimizer may hold its parameters", f"first lorary.switch(model, {name!r})"
         raise StateError("cannot replace an adapter:", [Diagnostic(repr(name), what, fix)])
     activate(model, {new if one is before else one: w for one, w in state.active.items()}, trainable=False)
     held[name] = new

@@ -174,18 +174,20 @@ def activate(model: nn.Module, active: dict[HeldAdapter, float], *, force: bool 
     state, here = state_of(model), Fingerprint.of(model)
     if state is not None and state.holder is not None:
         state.holder.keep(model, state)
-    held = next(iter(active)) if list(active.values()) == [1.0] else weighted_sum(model, active, here)
-    if not swapped(model, state, held, here, active):
-        where = f"the adapter {held.name!r}"
-        check_base(model, view := held.view(), here, where, force=force or held.checked == here)
+    holder = next(iter(active)) if list(active.values()) == [1.0] else None
+    held = holder or weighted_sum(model, active, here)
+    if not swapped(model, state, held, here):
+        view, where = held.view(), f"the adapter {held.name!r}"
+        check_base(model, view, here, where, force=force or held.checked == here)
         with all_or_nothing(model) as undo:
             if state is not None:
                 remove(model, undo)
             _install(model, view, here, undo, trainable=trainable)
             held.take_over(model)
-            require_attached(model, "switch").active = active
         held.checked = here
     held.require_grad(trainable)
+    attached = require_attached(model, "switch")
+    attached.active, attached.holder = active, holder
 
 
 def _adapters(adapters: Any) -> list[Adapter]:

@@ -106,6 +106,7 @@ class AttachedState:
         stepped: whether an optimizer has changed the adapter since it was attached.
         rules_ran: whether the method's rules have followed a step; True once their absence has been said.
         active: `Holder` -> weight, of the held adapters that are attached by name.
+        holder: the one whose parameters the layers have; None for a weighted sum, and without a name.
     """
 
     method: Method
@@ -129,11 +130,7 @@ class AttachedState:
     stepped: bool = False
     rules_ran: bool = False
     active: dict[Any, float] = field(default_factory=dict)
-
-    @property
-    def holder(self) -> Holder | None:
-        """The held adapter whose parameters the layers have; None for a weighted sum, and without a name."""
-        return next(iter(self.active)) if list(self.active.values()) == [1.0] else None
+    holder: Holder | None = None
 
 
 @dataclass(frozen=True)
