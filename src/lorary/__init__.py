@@ -34,6 +34,7 @@ _HOMES = {
     "Method": "spec.method",
     "MethodError": "errors",
     "NF4": "layers.nf4",
+    "NamedAdapters": "adapters.named",
     "Plan": "model.plan",
     "PlanError": "errors",
     "Preset": "spec.presets",
@@ -61,6 +62,7 @@ _HOMES = {
     "merge": "model.merge",
     "method": "spec.presets",
     "mix": "adapters.compose.mix",
+    "named_adapters": "adapters.named",
     "optimizer": "model.optim.optimizer",
     "param_groups": "model.optim.param_groups",
     "plan": "model.planning",
@@ -88,6 +90,8 @@ if TYPE_CHECKING:
     from lorary.adapters.compose.mix import mix as mix
     from lorary.adapters.compose.scale import scale as scale
     from lorary.adapters.low_rank_form import LowRankForm as LowRankForm
+    from lorary.adapters.named import NamedAdapters as NamedAdapters
+    from lorary.adapters.named import named_adapters as named_adapters
     from lorary.adapters.save_load import load_adapter as load_adapter
     from lorary.adapters.save_load import save_adapter as save_adapter
     from lorary.adapters.switch import load as load
