@@ -17,6 +17,7 @@ _HOMES = {
     "Adapted": "layers.adapted",
     "AdaptedSite": "spec.placement",
     "Adapter": "adapters.adapter",
+    "AdapterInspection": "analysis.inspection.figures",
     "Attachment": "model.state",
     "ConfigError": "errors",
     "DataError": "errors",
@@ -50,6 +51,7 @@ _HOMES = {
     "detach": "model.attach",
     "disabled": "model.disable",
     "drop_layers": "analysis.importance",
+    "inspect_adapter": "analysis.inspection.adapter",
     "layer_importance": "analysis.importance",
     "load": "adapters.switch",
     "load_adapter": "adapters.save_load",
@@ -84,6 +86,8 @@ if TYPE_CHECKING:
     from lorary.adapters.switch import switch as switch
     from lorary.analysis.importance import drop_layers as drop_layers
     from lorary.analysis.importance import layer_importance as layer_importance
+    from lorary.analysis.inspection.adapter import inspect_adapter as inspect_adapter
+    from lorary.analysis.inspection.figures import AdapterInspection as AdapterInspection
     from lorary.analysis.merge_check import MergeCheck as MergeCheck
     from lorary.analysis.merge_error import MergeError as MergeError
     from lorary.analysis.supernet_search import EvolutionConfig as EvolutionConfig

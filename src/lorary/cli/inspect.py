@@ -1,4 +1,4 @@
-"""lorary inspect: measurements and plots of a model."""
+"""lorary inspect: measurements and plots of a model, of a trained adapter, and of a run before it begins."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-inspect = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure and plot what a model does.")
+inspect = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure and plot what a model does, and what an adapter has become.")
 
 
 @inspect.command()
@@ -54,3 +54,34 @@ def context(
         if folder is not None:
             write_report(measurements, folder)
     print_report(measurements, as_json, out)
+
+
+Out = Annotated[Path | None, typer.Option("--out", help="Folder for inspect.html and inspect.json.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@inspect.command()
+def adapter(
+    folder: Annotated[str, typer.Argument(help="Adapter folder, run folder that holds one, or Hub id.")],
+    base: Annotated[
+        str | None, typer.Option("--base", help="Base model; without it only the spectra are measured.")
+    ] = None,
+    tuned: Annotated[
+        str | None,
+        typer.Option("--tuned", help="Another model tuned from this base, such as a full fine-tune, to set beside."),
+    ] = None,
+    top: Annotated[
+        int, typer.Option("--top", min=0, max=100_000, help="Singular vectors checked for intruders; 0: none.")
+    ] = 10,
+    epsilon: Annotated[float, typer.Option("--epsilon", help="Cosine below which a vector is an intruder.")] = 0.5,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a trained adapter changes: sizes, spectra, intruder dimensions, magnitude and direction.
+
+    lorary inspect adapter out --base builtin:base --out report. Intruders need the singular vectors of every adapted
+    weight of the base, which takes seconds for each on large models: --top 0 spares it.
+    """
+    from lorary.cli._inspect.adapter import Request, run
+
+    run(Request(folder, base, tuned, top, epsilon), out, as_json=as_json)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from lorary.analysis.inspection.intruders import Intruders
@@ -13,9 +13,10 @@ from lorary.analysis.inspection.magnitude_direction import MagnitudeDirection, c
 from lorary.analysis.inspection.spectrum import Spectrum
 from lorary.analysis.merge_error import aligned
 from lorary.files.strict_json import finite
+from lorary.layers.module_kinds import module_positions
 
 _SHOWN = 20  # sites in a printed table
-HEAD = ("site", "shape", "‖ΔW‖/‖W‖", "stable rank", "entropy rank", "rank for 90 %", "intruders", "turn")
+HEAD = ("site", "shape", "‖ΔW‖/‖W‖", "stable rank", "entropy rank", "rank for 90 %", "intruders", "ΔD")
 
 
 @dataclass(frozen=True)
@@ -139,9 +140,26 @@ class AdapterInspection:
         found = [f.intruders for f in self.changes(tuned=tuned).values() if f.intruders is not None]
         return (sum(i.count for i in found), sum(i.count_right for i in found)) if found else None
 
+    def by_kind(self, *, tuned: bool = False) -> dict[str, list[ChangeFigures]]:
+        """module kind -> the changes of its layers."""
+        changes = self.changes(tuned=tuned)
+        positions = module_positions(changes)
+        found: dict[str, list[ChangeFigures]] = {}
+        for site, figures in changes.items():
+            found.setdefault(positions[site].kind, []).append(figures)
+        return found
+
+    def correlations(self, *, tuned: bool = False) -> dict[str, float | None]:
+        """module kind -> the correlation of magnitude and direction over its layers (DoRA's figure 2)."""
+        return {
+            kind: correlation([f.rows for f in changes if f.rows is not None])
+            for kind, changes in self.by_kind(tuned=tuned).items()
+        }
+
     def correlation(self, *, tuned: bool = False) -> float | None:
-        """The correlation of magnitude and direction over the sites (DoRA's figure 2); None for fewer than three."""
-        return correlation([f.rows for f in self.changes(tuned=tuned).values() if f.rows is not None])
+        """The mean of `correlations`: kinds differ in their sizes, so that one over all would compare the kinds."""
+        known = [r for r in self.correlations(tuned=tuned).values() if r is not None]
+        return mean(known) if known else None
 
     def to_dict(self) -> dict[str, Any]:
         """The inspection in JSON types; None for values that are not finite."""
@@ -157,8 +175,9 @@ class AdapterInspection:
 
     def _together(self, *, tuned: bool) -> dict[str, Any]:
         found = self.intruders(tuned=tuned) or (None, None)
-        record = {"effect": self.effect(tuned=tuned), "stable_rank": self.stable_rank(tuned=tuned)}
+        record: dict[str, Any] = {"effect": self.effect(tuned=tuned), "stable_rank": self.stable_rank(tuned=tuned)}
         record |= {"intruders": found[0], "intruders_right": found[1], "correlation": self.correlation(tuned=tuned)}
+        record["correlations"] = self.correlations(tuned=tuned)
         return finite(record)
 
     def rows(self, most: int = _SHOWN, *, tuned: bool = False) -> list[tuple[str, ...]]:
@@ -182,7 +201,7 @@ class AdapterInspection:
             if (found := self.intruders(tuned=tuned)) is not None:
                 parts.append(f"{found[0]} intruders ({found[1]} on the input side)")
             if (r := self.correlation(tuned=tuned)) is not None:
-                parts.append(f"correlation of magnitude and direction {r:+.2f}")
+                parts.append(f"ΔM and ΔD correlate by {r:+.2f}")
             yield f"{'tuned model' if tuned else 'adapter'}: " + ", ".join(parts)
 
 
@@ -195,8 +214,8 @@ def _cells(figures: ChangeFigures) -> tuple[str, ...]:
     s, i, rows = figures.spectrum, figures.intruders, figures.rows
     effect = "" if figures.effect is None else f"{figures.effect:.2%}"
     intruding = "" if i is None else f"{i.count} ({i.count_right})"
-    turn = "" if rows is None else f"{rows.direction:.2g}"
-    return effect, f"{s.stable_rank:.2f}", f"{s.entropy_rank:.2f}", str(s.rank_for(0.9)), intruding, turn
+    direction = "" if rows is None else f"{rows.direction:.2g}"
+    return effect, f"{s.stable_rank:.2f}", f"{s.entropy_rank:.2f}", str(s.rank_for(0.9)), intruding, direction
 
 
 def _ratio(part: float, whole: float) -> float:
