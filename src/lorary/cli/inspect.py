@@ -85,3 +85,33 @@ def adapter(
     from lorary.cli._inspect.adapter import Request, run
 
     run(Request(folder, base, tuned, top, epsilon), out, as_json=as_json)
+
+
+@inspect.command()
+def intrinsic(
+    source: Annotated[
+        str, typer.Argument(metavar="[CONFIG]", help="Configuration (.yaml), run folder, or a model.")
+    ] = "builtin:base",
+    data: Annotated[str, typer.Option("--data", help="Data for a model; a configuration names its own.")] = "builtin:topics",
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value over the configuration; may be repeated.")
+    ] = None,
+    dims: Annotated[str, typer.Option("--dims", help="Dimensions of the subspaces, comma-separated.")] = "16,64,256,1024",
+    steps: Annotated[int, typer.Option("--steps", min=1, max=1_000_000, help="Optimizer steps of each training.")] = 40,
+    lr: Annotated[
+        str, typer.Option("--lr", help="Learning rates in a subspace, comma-separated: the best counts.")
+    ] = "1e-3",
+    full_lr: Annotated[float, typer.Option("--full-lr", help="Learning rate of full fine-tuning.")] = 3e-4,
+    said: Annotated[bool, typer.Option("--said", help="Structure-aware: a trained scale for every layer.")] = False,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Seed of the projections.")] = 0,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how few numbers suffice to fine-tune a model on a task: its intrinsic dimension.
+
+    Trains in random subspaces of the parameters, once for each dimension, and in full. A few minutes with the built-in
+    model: lorary inspect intrinsic --out report.
+    """
+    from lorary.cli._inspect.intrinsic import Request, run
+
+    run(Request(source, data, tuple(sets or ()), dims, steps, lr, full_lr, said, seed), out, as_json=as_json)
