@@ -18,6 +18,7 @@ _HOMES = {
     "AdaptedSite": "spec.placement",
     "Adapter": "adapters.adapter",
     "AdapterDiff": "adapters.compose.diff",
+    "AdapterInspection": "analysis.inspection.figures",
     "Attachment": "model.state",
     "Compression": "adapters.compose.compress",
     "ConfigError": "errors",
@@ -56,6 +57,7 @@ _HOMES = {
     "diff": "adapters.compose.diff",
     "disabled": "model.disable",
     "drop_layers": "analysis.importance",
+    "inspect_adapter": "analysis.inspection.adapter",
     "layer_importance": "analysis.importance",
     "load": "adapters.switch",
     "load_adapter": "adapters.save_load",
@@ -104,6 +106,8 @@ if TYPE_CHECKING:
     from lorary.analysis.compress import compress as compress
     from lorary.analysis.importance import drop_layers as drop_layers
     from lorary.analysis.importance import layer_importance as layer_importance
+    from lorary.analysis.inspection.adapter import inspect_adapter as inspect_adapter
+    from lorary.analysis.inspection.figures import AdapterInspection as AdapterInspection
     from lorary.analysis.merge_check import MergeCheck as MergeCheck
     from lorary.analysis.merge_error import MergeError as MergeError
     from lorary.analysis.supernet_search import EvolutionConfig as EvolutionConfig
