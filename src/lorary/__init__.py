@@ -42,10 +42,12 @@ _HOMES = {
     "StateError": "errors",
     "TrainerCallback": "train.trainer.callback",
     "TrainingError": "errors",
+    "Verdict": "adapters.readers.reader",
     "attach": "model.attach",
     "attached": "model.state",
     "cached": "model.cached",
     "change_rank": "adapters.change_rank",
+    "check": "adapters.readers.check",
     "dequantize": "model.quantize",
     "detach": "model.attach",
     "disabled": "model.disable",
@@ -77,6 +79,8 @@ if TYPE_CHECKING:
     from lorary.adapters.change_rank import RankChange as RankChange
     from lorary.adapters.change_rank import change_rank as change_rank
     from lorary.adapters.low_rank_form import LowRankForm as LowRankForm
+    from lorary.adapters.readers.check import check as check
+    from lorary.adapters.readers.reader import Verdict as Verdict
     from lorary.adapters.save_load import load_adapter as load_adapter
     from lorary.adapters.save_load import save_adapter as save_adapter
     from lorary.adapters.switch import load as load
