@@ -60,7 +60,8 @@ def _base(folder: Path, base: str | None) -> nn.Module | None:
     if not base and not (name.startswith("builtin:") or (name and (Path(name) / "config.json").is_file())):
         return None
     section = ModelSection.of(name)
-    return empty_model(section, own_class(load_config(section)))
+    model: nn.Module = empty_model(section, own_class(load_config(section)))
+    return model
 
 
 def _show(adapter: str, verdicts: tuple[Verdict, ...]) -> None:

@@ -87,7 +87,9 @@ def filled(model: nn.Module) -> nn.Module:
     return model
 
 
-def ours(*names: str, base: Callable[[], nn.Module] = llama, how: str = "save", **options: Any) -> Callable[[Path], Case]:
+def ours(
+    *names: str, base: Callable[[], nn.Module] = llama, how: str = "save", **options: Any
+) -> Callable[[Path], Case]:
     """An adapter of lorary, as it is saved, or exported for PEFT."""
     plan = {key: options.pop(key) for key in ("ranks", "alphas", "targets") if key in options}
     full = options.pop("full", ())
@@ -161,7 +163,9 @@ def by_suffix(kind: str) -> Callable[[Path], Case]:
         lorary.save(model, folder)
         path = folder / "adapter_config.json"
         config = json.loads(path.read_text())
-        names = {name.rpartition(".")[2] for name, module in replay_base(kind).named_modules() if type(module) is nn.Linear}
+        names = {
+            name.rpartition(".")[2] for name, module in replay_base(kind).named_modules() if type(module) is nn.Linear
+        }
         config |= {"target_modules": sorted(names - {"lm_head"}), "target_parameters": None}
         path.write_text(json.dumps(config))
         (folder / "lorary.json").unlink()
@@ -175,9 +179,9 @@ def mlx(folder: Path) -> Case:
     made = ours("lora", targets="attention-qv")(folder)
     tensors = load_file(folder / "adapter_model.safetensors")
     renamed = {
-        name.removeprefix("base_model.model.").replace(".lora_A.weight", ".lora_a").replace(".lora_B.weight", ".lora_b"): (
-            tensor.t().contiguous()
-        )
+        name.removeprefix("base_model.model.")
+        .replace(".lora_A.weight", ".lora_a")
+        .replace(".lora_B.weight", ".lora_b"): (tensor.t().contiguous())
         for name, tensor in tensors.items()
     }
     for name in ("lorary.json", "adapter_model.safetensors"):
@@ -194,6 +198,8 @@ CASES: dict[str, Callable[[Path], Case]] = {
     "lora of GPT-2": ours("lora", base=gpt2),
     "rslora": ours("rslora"),
     "dora": ours("dora"),
+    "dora, exported": ours("dora", how="export"),
+    "peft dora": theirs(use_dora=True),
     "ranks": ours("lora", ranks={"*down_proj": 3}),
     "alphas": ours("lora", alphas={"*down_proj": 3.0}),
     "pissa, saved": ours("pissa"),

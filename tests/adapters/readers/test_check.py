@@ -34,6 +34,8 @@ TABLE = {
     "lora of GPT-2": "AAAAAR",
     "rslora": "AAAMMR",
     "dora": "AMRRRR",
+    "dora, exported": "AARRRR",
+    "peft dora": "AMRRRR",
     "ranks": "AAARAR",
     "alphas": "AAAMMR",
     "pissa, saved": "RRRRRR",
@@ -317,7 +319,10 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no path": (lambda p: 3, "folder: is a int, not a path"),
     "a null character": (lambda p: f"{p}\0a", "the path cannot be followed: it holds a null character"),
     "no JSON": (lambda p: damaged(p / "a", "adapter_config.json", "{"), "adapter_config.json: not JSON: "),
-    "a list": (lambda p: damaged(p / "a", "adapter_config.json", "[1]"), "adapter_config.json: is [1], not a JSON object"),
+    "a list": (
+        lambda p: damaged(p / "a", "adapter_config.json", "[1]"),
+        "adapter_config.json: is [1], not a JSON object",
+    ),
     "a key twice": (
         lambda p: damaged(p / "a", "adapter_config.json", '{"r": 1, "r": 2}'),
         "adapter_config.json: the key 'r' appears twice",
@@ -347,7 +352,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         "adapter_config.json: alpha_pattern: '(': not a regular expression: ",
     ),
     "an endless pattern": (
-        lambda p: folder(p / "a", alpha_pattern={r"(([a-z0-9_.]+)+)+!": 1}),
+        lambda p: folder(p / "a", alpha_pattern={r"(?:.|..|...|....)*[!?]": 1}),
         "adapter_config.json: its patterns take too much time to match",
     ),
     "a pickle": (
@@ -355,7 +360,9 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         "adapter_model.bin: is a pickle, which can run code when it is read; it was not opened",
     ),
     "half a file": (
-        lambda p: damaged(p / "a", "adapter_model.safetensors", (folder(p / "b") / "adapter_model.safetensors").read_bytes()[:-9]),
+        lambda p: damaged(
+            p / "a", "adapter_model.safetensors", (folder(p / "b") / "adapter_model.safetensors").read_bytes()[:-9]
+        ),
         "adapter_model.safetensors: ",
     ),
     "no tensors": (

@@ -80,7 +80,7 @@ def _class_of(architecture: str, model: nn.Module | None) -> type[nn.Module] | N
 
 
 def why_task_misfits(model: nn.Module, task_type: object) -> str:
-    """Why PEFT's class for a task cannot run a base: it passes arguments that the base does not take; empty if it can."""
+    """Why PEFT's class for a task cannot run a base, which takes other arguments than it passes; empty if it can."""
     task = _TASKS.get(str(task_type or ""))
     if task is None:
         return ""

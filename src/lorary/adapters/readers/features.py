@@ -1,4 +1,4 @@
-"""The features of adapter folders that some reader refuses or leaves out: what they are, and where a folder has them."""
+"""The features of adapter folders that some reader refuses or leaves out, and where a folder has them."""
 
 from __future__ import annotations
 
@@ -94,7 +94,9 @@ FEATURES: Mapping[str, Feature] = {
     "arrow": Feature("routing between adapters (Arrow)", _set("arrow_config")),
     "kasa": Feature("KaSA's change of the base", _set("kasa_config")),
     "fused_parts": Feature("adapters on parts of a fused weight (files of 2023)", _set("enable_lora")),
-    "experts": Feature("adapters of fused experts", _sites(lambda n, s: n.endswith((".experts", ".experts.base_layer")))),
+    "experts": Feature(
+        "adapters of fused experts", _sites(lambda n, s: n.endswith((".experts", ".experts.base_layer")))
+    ),
     "convolutions": Feature("adapters of convolutions", _sites(lambda n, s: len(s) > 2)),
     "embeddings": Feature("adapters of embeddings", _embeddings),
     "absorbed": Feature("adapters of kv_b_proj", _sites(lambda n, s: n.endswith(".kv_b_proj"))),

@@ -5,13 +5,18 @@ Read from `peft/utils/save_and_load.py`, `transformers_weight_conversion.py`, `t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from torch import nn
 
 from lorary.adapters.peft.config import NAME
 from lorary.adapters.peft.replay import foreign_misreadings
 from lorary.adapters.peft.tasks import why_task_misfits
-from lorary.adapters.readers.folder import AdapterFolder
+from lorary.adapters.readers.folder import AdapterFolder, read_folder
 from lorary.adapters.readers.reader import Finding, Outcome, Reader, rank_findings
+from lorary.errors import Diagnostic, deduplicated
 
 RELEASE = "0.21.2"
 TYPES = frozenset(
@@ -37,6 +42,26 @@ def site_findings(reader: Reader, folder: AdapterFolder) -> Iterator[Finding]:
     for problem, refused in foreign_misreadings(folder.fields, list(folder.sites), folder.model):
         outcome = Outcome.REJECTED if refused else Outcome.MISCOMPUTED
         yield reader.finding(outcome, problem.where, problem.what, merged=False)
+
+
+def misread_export(path: Path, scales: Mapping[str, float], model: nn.Module | None) -> list[Diagnostic]:
+    """What PEFT and Transformers would read otherwise than it was meant, in a folder that is about to be kept.
+
+    Args:
+        path: the folder with PEFT's two files.
+        scales: site -> the scale of its factors, for every site in it.
+        model: the base, if at hand: only with it are the sites compared with its modules.
+    """
+    folder = read_folder(path, model)
+    problems = [
+        Diagnostic(name, "its tensors are not those of an adapted site") for name in folder.sites.keys() ^ scales
+    ]
+    for name in folder.sites.keys() & scales:
+        if not math.isclose(theirs := folder.scale(name), scales[name], rel_tol=1e-6):
+            what = f"PEFT would compute with the scale {theirs:.6g}, and its own is {scales[name]:.6g}"
+            problems.append(Diagnostic(name, what))
+    problems += [finding.problem for finding in _rules(folder)]
+    return deduplicated(sorted(problems, key=lambda problem: problem.where))
 
 
 PEFT = Reader(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from lorary.adapters.readers.folder import AdapterFolder
 from lorary.adapters.readers.peft import PEFT, RELEASE, site_findings
-from lorary.adapters.readers.reader import Finding, Outcome, Reader, rank_findings
+from lorary.adapters.readers.reader import Finding, Outcome, Reader, first_of, rank_findings
 
 _NOT_INJECTED = frozenset(
     {"ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"}
@@ -21,6 +21,9 @@ _SHARED_STATE = frozenset({"FROD", "PVERA", "TINYLORA", "UNILORA", "VBLORA", "VE
 def _rules(folder: AdapterFolder) -> Iterator[Finding]:
     yield from rank_findings(TRANSFORMERS, folder, Outcome.REJECTED)
     yield from site_findings(TRANSFORMERS, folder)
+    if bare := [name for name in folder.others if name.endswith(".lora_magnitude_vector")]:
+        what = "Transformers computes without magnitudes whose names do not end in .weight"
+        yield TRANSFORMERS.finding(Outcome.MISCOMPUTED, first_of(bare), what, merged=False)
 
 
 TRANSFORMERS = Reader(
@@ -29,7 +32,7 @@ TRANSFORMERS = Reader(
     f"Transformers 5.23.0 with PEFT {RELEASE}",
     export="peft",
     refuses=PEFT.refuses,
-    ignores=PEFT.ignores | {"alora", "dora"},  # its loader does not find the place of DoRA's magnitudes
+    ignores=PEFT.ignores | {"alora"},
     types=PEFT.types - _NOT_INJECTED - _SHARED_STATE,
     rules=_rules,
 )
