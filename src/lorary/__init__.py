@@ -47,10 +47,12 @@ _HOMES = {
     "TrainerCallback": "train.trainer.callback",
     "TrainingError": "errors",
     "WeightSearch": "adapters.compose.lorahub",
+    "Verdict": "adapters.readers.reader",
     "attach": "model.attach",
     "attached": "model.state",
     "cached": "model.cached",
     "change_rank": "adapters.change_rank",
+    "check": "adapters.readers.check",
     "dequantize": "model.quantize",
     "compress": "analysis.compress",
     "detach": "model.attach",
@@ -98,6 +100,8 @@ if TYPE_CHECKING:
     from lorary.adapters.low_rank_form import LowRankForm as LowRankForm
     from lorary.adapters.named import NamedAdapters as NamedAdapters
     from lorary.adapters.named import named_adapters as named_adapters
+    from lorary.adapters.readers.check import check as check
+    from lorary.adapters.readers.reader import Verdict as Verdict
     from lorary.adapters.save_load import load_adapter as load_adapter
     from lorary.adapters.save_load import save_adapter as save_adapter
     from lorary.adapters.switch import load as load

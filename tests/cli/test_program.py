@@ -35,6 +35,7 @@ OPTIONS = {
     "demo": ["--out", "--steps"],
     "doctor": ["--json"],
     "export": ["--base", "--to"],
+    "check": ["--base", "--for", "--json"],
     "chat": ["--base", "--max-new-tokens", "--seed", "--system", "--temperature", "--template", "--top-p"],
     "eval": [
         *("--base", "--batch-size", "--config", "--data", "--dtype", "--format", "--json", "--limit", "--max-length"),

@@ -16,8 +16,9 @@ from lorary import __version__
 from lorary.errors import LoraryError
 
 COMMANDS = (
-    *("train", "plan", "init", "methods", "search", "mix", "merge", "export"),
-    *("diff", "compress"),
+    *("train", "plan", "init", "methods", "search", "merge"),
+    *("mix", "diff", "compress"),
+    *("export", "check"),
     *("eval", "chat", "generate", "inspect", "demo", "doctor"),
 )
 

@@ -15,8 +15,9 @@ from lorary.adapters.adapter import Adapter
 from lorary.adapters.low_rank_form import factors_on_base, low_rank_forms
 from lorary.adapters.peft import writer
 from lorary.adapters.peft.config import NAME, config_text
-from lorary.adapters.peft.lora import LORA, encode_factors, is_dora, lora_fields
+from lorary.adapters.peft.lora import LORA, MAGNITUDE, encode_factors, is_dora, lora_fields
 from lorary.adapters.peft.reader import WEIGHTS
+from lorary.adapters.readers.peft import misread_export
 from lorary.adapters.save_load import ADAPTER_FILES
 from lorary.adapters.shared_tensors import collect_shared
 from lorary.adapters.tensor_checks import unwritable
@@ -48,7 +49,8 @@ def export_peft(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.M
         model: the base, if at hand, as for `save_adapter`; some methods have no such form without it.
 
     Raises:
-        FileError: PEFT has no LoRA with this function, with every reason; or the folder cannot be written.
+        FileError: PEFT has no LoRA with this function, or would read the files otherwise, with every reason; or the
+            folder cannot be written.
         MethodError: the method has no low-rank form.
 
     Warns:
@@ -64,13 +66,18 @@ def export_peft(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.M
     shared = collect_shared(adapter)
     if writer.exact_type(adapter, model, shared) is LORA:
         config, tensors = writer.exact_files(adapter, model, shared, LORA)
+        scales = {adapted.site.name: adapted.scale for adapted in adapter.sites}
     else:
-        config, tensors = _as_lora(adapter, model, folder)
+        config, tensors, names = _as_lora(adapter, model, folder)
+        scales = dict.fromkeys(names, 1.0)
+    # Transformers' `load_adapter` passes over magnitudes without this end; PEFT reads both
+    tensors = {f"{name}.weight" if name.endswith(f".{MAGNITUDE}") else name: t for name, t in tensors.items()}
     _refuse(folder, unwritable(tensors, [name for name in tensors if ".lora_" not in name]))
     needed, rope = sum(t.nbytes for t in tensors.values()), writer.rope_overrides(adapter)
     with atomic_directory(folder, replace=True, keep=True, drop=ADAPTER_FILES, needed=needed) as temporary:
         (temporary / NAME).write_text(config_text(config), encoding="utf-8")
         write_tensors(temporary / WEIGHTS, tensors)
+        _refuse(folder, misread_export(temporary, scales, model))
         if rope:
             (temporary / writer.BASE_README).write_text(writer.base_text(adapter), encoding="utf-8")
     if rope:
@@ -91,8 +98,8 @@ def _refuse(folder: str | os.PathLike[str], problems: list[Diagnostic]) -> None:
 
 def _as_lora(
     adapter: Adapter, model: nn.Module | None, folder: str | os.PathLike[str]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(configuration, tensors) of the LoRA or DoRA that is equivalent to an adapter of another method."""
+) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
+    """(configuration, tensors, sites) of the LoRA or DoRA that is equivalent to an adapter of another method."""
     adapter = adapter.compact()
     left = tuple(a for a in adapter.sites if any(map(min, a.shapes.values())))  # AdaLoRA may leave no rank direction
     if not left:
@@ -115,4 +122,4 @@ def _as_lora(
         tensors |= encode_factors(adapted.site, A, B, own.get("m"))
         sizes[name] = (A.shape[0], float(A.shape[0]))
     fields = lora_fields(adapter, sizes, root=False, dora=not forms)
-    return writer.peft_config(adapter, model, LORA, fields), writer.with_prefix(tensors, adapter)
+    return writer.peft_config(adapter, model, LORA, fields), writer.with_prefix(tensors, adapter), list(sizes)
