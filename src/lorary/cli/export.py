@@ -19,16 +19,26 @@ def export(
     base: Annotated[
         str | None, typer.Option("--base", help="Base model: some methods need it; the result is then verified.")
     ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, float16 or bfloat16 (gguf, ollama; default: float32).")
+    ] = None,
+    base_gguf: Annotated[
+        str | None,
+        typer.Option("--base-gguf", help="The base for Ollama: its GGUF file, or its name there (ollama)."),
+    ] = None,
 ) -> None:
     """Write an adapter in another program's format: the same function of the same, unmodified base.
 
     peft: a plain LoRA, or a DoRA, in PEFT's two files. PiSSA and OLoRA take twice their rank there; a method without
     such a form is refused with the reason. If RoPE is scaled (LongLoRA), `BASE.md` beside the files says how to load
     the base.
+
+    gguf: `adapter.gguf` for llama.cpp, of the architectures whose conversion is known. ollama: that file and a
+    Modelfile. vllm, sglang: a LoRA that the engine computes rightly, and `serve.sh`, the command that serves it.
     """
     from lorary.adapters.resolve import find_adapter
 
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"dtype": dtype, "base_gguf": base_gguf}
     given = {name: value for name, value in options.items() if value not in (None, False)}
     write = writer(adapter, to, given)
     write(Export(find_adapter(adapter, "export"), output, base, given))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.export.gguf_architectures import ARCHITECTURES, Architecture, reorder_rows
-from lorary.adapters.export.plain import MERGE, plain_factors
+from lorary.adapters.export.plain import MERGE, is_head, plain_factors, tied_head
 from lorary.adapters.peft.writer import rope_overrides
 from lorary.adapters.tensor_checks import unusable_values
 from lorary.errors import Diagnostic, FileError, deduplicated, not_a
@@ -67,15 +67,16 @@ def export_gguf(
     if dtype not in DTYPES:
         problems.append(Diagnostic("dtype", f"is {show(dtype)}; GGUF's adapters take {', '.join(DTYPES)}"))
     _refuse(headline, problems or _missing_package())
-    config = getattr(model, "config", None)
+    root = unwrapped_modules(model)[""]
+    config: Any = getattr(root, "config", None)
     architecture = ARCHITECTURES.get(getattr(config, "model_type", ""))
     if architecture is None:
         known = f"lorary knows it of {', '.join(ARCHITECTURES)}"
-        what = f"llama.cpp's form of {show(getattr(config, 'model_type', type(model).__name__))} is not known; {known}"
+        what = f"llama.cpp's form of {show(getattr(config, 'model_type', type(root).__name__))} is not known; {known}"
         _refuse(headline, [Diagnostic("base", what, f"{MERGE}, and convert that with llama.cpp's convert_hf_to_gguf.py")])
     factors, problems = plain_factors(adapter, model, _PROGRAM)
     problems += adapter.base.disagreements(Fingerprint.of(model)) + _rope_problems(adapter)
-    names, unnamed = _tensor_names(adapter, model, architecture)
+    names, unnamed = _tensor_names(adapter, root, architecture)
     _refuse(headline, problems + unnamed)
     sites = {a.site.name: a.site for a in adapter.sites}
     alpha = max(A.shape[0] for _, A in factors.values())
@@ -121,14 +122,13 @@ def _rope_problems(adapter: Adapter) -> list[Diagnostic]:
 
 
 def _tensor_names(
-    adapter: Adapter, model: nn.Module, architecture: Architecture
+    adapter: Adapter, model: Any, architecture: Architecture
 ) -> tuple[dict[str, str], list[Diagnostic]]:
     """(site -> its tensor in the base's GGUF, why some have none)."""
     import gguf
 
-    config: Any = model.config
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
-    known = gguf.get_tensor_name_map(number, config.num_hidden_layers)
+    known = gguf.get_tensor_name_map(number, model.config.num_hidden_layers)
     modules, names, problems = unwrapped_modules(model), {}, []
     for adapted in adapter.sites:
         site = adapted.site
@@ -136,23 +136,14 @@ def _tensor_names(
         wrong = layer_mismatches(site, modules.get(site.name))
         if not wrong and (found is None or site.kind not in ("linear", "transposed", "embedding")):
             wrong = [Diagnostic(site.name, f"llama.cpp's {architecture.name} has no such weight", MERGE)]
-        if not wrong and (what := _why_no_head(site, model, architecture)):
+        if not wrong and is_head(site, model) and not architecture.head:
+            what = f"llama.cpp's {architecture.name} is not known to adapt its embedding and its LM head rightly"
+            wrong = [Diagnostic(site.name, what, MERGE)]
+        if not wrong and (what := tied_head(site, model)):
             wrong = [Diagnostic(site.name, what, MERGE)]
         names[site.name] = f"{found}.weight"
         problems += wrong
     return names, problems
-
-
-def _why_no_head(site: Site, model: Any, architecture: Architecture) -> str:
-    """Why llama.cpp would misread an adapter of the embedding or of the LM head; empty if it would not."""
-    head = model.get_output_embeddings()
-    if unwrapped_modules(model)[site.name] not in (head, model.get_input_embeddings()):
-        return ""
-    if not architecture.head:
-        return f"llama.cpp's {architecture.name} is not known to adapt its embedding and its LM head rightly"
-    if model.config.tie_word_embeddings:
-        return "the embedding and the LM head are one weight, which llama.cpp's adapters cannot change in both"
-    return ""
 
 
 def _lost(values: Mapping[str, Tensor], dtype: str) -> list[Diagnostic]:

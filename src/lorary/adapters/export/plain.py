@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.low_rank_form import low_rank_forms
 from lorary.errors import Diagnostic, MethodError
+from lorary.layers.adapted import unwrapped_modules
+from lorary.spec.site import Site
 
 MERGE = "merge it: `lorary export ADAPTER FOLDER --to merged`"
 
@@ -49,3 +52,16 @@ def plain_factors(
     if not factors and not problems:
         problems.append(Diagnostic("sites", "no layer has a rank direction left: there is nothing to export"))
     return factors, problems
+
+
+def is_head(site: Site, model: Any) -> bool:
+    """Whether a site is the embedding or the LM head of a model of Transformers."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return unwrapped_modules(model)[site.name] in ends
+
+
+def tied_head(site: Site, model: Any) -> str:
+    """Why an adapter of the embedding or of the LM head has no place in other programs; empty if it has one."""
+    if is_head(site, model) and model.config.tie_word_embeddings:
+        return "the embedding and the LM head are one weight, which an adapter elsewhere cannot change in both"
+    return ""

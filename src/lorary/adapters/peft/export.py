@@ -33,6 +33,8 @@ from lorary.model.ambient import mode_independent
 
 _ABSORBED = ".kv_b_proj"  # of multi-head latent attention (DeepSeek)
 
+SERVE = "serve.sh"  # beside the files of an export for an engine
+
 
 @mode_independent
 def export_peft(
@@ -99,7 +101,7 @@ def write_lora(
 ) -> None:
     """Write PEFT's two files, and text files beside them by their names, in one step."""
     needed = sum(t.nbytes for t in tensors.values())
-    with atomic_directory(folder, replace=True, keep=True, drop=ADAPTER_FILES, needed=needed) as temporary:
+    with atomic_directory(folder, replace=True, keep=True, drop=(*ADAPTER_FILES, SERVE), needed=needed) as temporary:
         (temporary / NAME).write_text(config_text(config), encoding="utf-8")
         write_tensors(temporary / WEIGHTS, dict(tensors))
         for name, text in texts.items():
