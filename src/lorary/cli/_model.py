@@ -20,13 +20,13 @@ def ready_model(section: ModelSection, folder: Path | None) -> Any:
     return model.to("cuda") if torch.cuda.is_available() else model
 
 
-def tokenizer_or_none(section: ModelSection) -> Any:
-    """The base's tokenizer, or None if it has none."""
+def tokenizer_or_none(section: ModelSection, folder: Path) -> Any:
+    """The base's tokenizer with the chat template of the adapter in `folder`, or None if it has none."""
+    from lorary.cli._generation import tokenizer_of
     from lorary.errors import FileError
-    from lorary.model.loading.from_pretrained import load_tokenizer
 
     try:
-        return load_tokenizer(section)
+        return tokenizer_of(section, folder)
     except FileError as error:
         print(f"note: {error.problems[0] if error.problems else error}", file=sys.stderr)
         return None

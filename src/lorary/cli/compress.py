@@ -84,7 +84,7 @@ def _within(
     from lorary.model.loading.from_pretrained import load_config, load_model, load_storage
 
     section = find_base(folder, base)
-    compared = comparison_rows(path, tokenizer_or_none(section), load_config(section), most, data)
+    compared = comparison_rows(path, tokenizer_or_none(section, folder), load_config(section), most, data)
     storage = load_storage(value.method, value.full, value.sites)
     model = load_model(section, storage, model_class=base_class(section, folder, value))
     with progress_bar() as update:

@@ -61,7 +61,7 @@ def merge(
     value = load_adapter(folder)
     section, target = merge_precisions(Path(adapter), value, find_base(folder, base), dtype, onto)
     with atomic_directory(output) as written:
-        tokenizer = _tokenizer(section, folder)
+        tokenizer = tokenizer_or_none(section, folder)
         compared = comparison_rows(Path(adapter), tokenizer, load_config(section), rows, data)
         model, error = _merged(folder, value, section, target, onto, compared, force)
         with quiet_progress_bars():
@@ -79,18 +79,6 @@ def merge(
     )
     _print_report(error, f"compared on {len(compared.ids):,} {compared.source}")
     print(output)
-
-
-def _tokenizer(section: ModelSection, folder: Path) -> Any:
-    """The base's tokenizer with the adapter's chat template, or None if it has none."""
-    from lorary.cli._generation import tokenizer_of
-    from lorary.errors import FileError
-
-    try:
-        return tokenizer_of(section, folder)
-    except FileError as error:
-        print(f"note: {error.problems[0] if error.problems else error}", file=sys.stderr)
-        return None
 
 
 def _merged(

@@ -13,6 +13,10 @@ from lorary.errors import ConfigError, Diagnostic, did_you_mean
 FORMS: dict[str, tuple[str, ...]] = {
     "peft": (),
     "merged": ("dtype", "onto", "force"),
+    "gguf": ("dtype",),
+    "ollama": ("dtype", "base_gguf"),
+    "vllm": (),
+    "sglang": (),
 }
 
 

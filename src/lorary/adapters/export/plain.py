@@ -1,0 +1,67 @@
+"""The part that all exports share: the update of every site as B A alone, or why there is none."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import Tensor, nn
+
+from lorary.adapters.adapter import Adapter
+from lorary.adapters.low_rank_form import low_rank_forms
+from lorary.errors import Diagnostic, MethodError
+from lorary.layers.adapted import unwrapped_modules
+from lorary.spec.site import Site
+
+MERGE = "merge it: `lorary export ADAPTER FOLDER --to merged`"
+
+
+def without_empty_sites(adapter: Adapter) -> Adapter:
+    """The adapter without pruned rank directions, and without the sites that have none left (AdaLoRA)."""
+    adapter = adapter.compact()
+    left = tuple(a for a in adapter.sites if any(map(min, a.shapes.values())))
+    return dataclasses.replace(adapter, sites=left)
+
+
+def plain_factors(
+    adapter: Adapter, base: nn.Module, program: str
+) -> tuple[dict[str, tuple[Tensor, Tensor]], list[Diagnostic]]:
+    """(site -> (B [out, R], A [R, in]) in fp32 with the scale in B, why a program's adapters cannot hold the rest).
+
+    Args:
+        adapter: the adapter; sites without a rank direction are left out.
+        base: the base; one on the meta device has no weights, as some methods need.
+        program: the name of the program, for the messages.
+    """
+    adapter = without_empty_sites(adapter)
+    weights = None if any(p.is_meta for p in base.parameters()) else base
+    factors, problems = {}, []
+    for adapted in adapter.sites:
+        name = adapted.site.name
+        try:
+            form = low_rank_forms([adapted], adapter.tensors, weights)[name]
+        except MethodError:  # its gain or shift depends on the base's weight
+            form = None
+        if form is not None and form.is_plain:
+            factors[name] = (form.B, form.A)
+        else:
+            what = f"{type(adapted.join).__name__} does more than add B A x, and an adapter for {program} does only that"
+            problems.append(Diagnostic(name, what, MERGE))
+    what = f"is trained in full, and an adapter for {program} holds low-rank updates only"
+    problems += [Diagnostic(name, what, MERGE) for name in adapter.full]
+    if not factors and not problems:
+        problems.append(Diagnostic("sites", "no layer has a rank direction left: there is nothing to export"))
+    return factors, problems
+
+
+def is_head(site: Site, model: Any) -> bool:
+    """Whether a site is the embedding or the LM head of a model of Transformers."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return unwrapped_modules(model)[site.name] in ends
+
+
+def tied_head(site: Site, model: Any) -> str:
+    """Why an adapter of the embedding or of the LM head has no place in other programs; empty if it has one."""
+    if is_head(site, model) and model.config.tie_word_embeddings:
+        return "the embedding and the LM head are one weight, which an adapter elsewhere cannot change in both"
+    return ""
