@@ -100,10 +100,10 @@ def export_for_engine(
     rope = _rope_parameters(adapter, model)
     here = '"$(cd "$(dirname "$0")" && pwd)"'
     placeholder = "LORARY_HERE"
-    line = shlex.join(target.command(*arguments, placeholder, config, rope)).replace(placeholder, here)
+    line = shlex.join(target.command(*arguments, placeholder, files.config, rope)).replace(placeholder, here)
     text = f"#!/bin/sh\n# Serve this folder's adapter with {target.title}, as the model {name}.\nexec {line}\n"
     write_lora(folder, files, {SERVE: text}, model)
-    return target.command(*arguments, path, config, rope)
+    return target.command(*arguments, path, files.config, rope)
 
 
 def _problems(adapter: Adapter, model: nn.Module, target: Engine, base: str, name: str) -> list[Diagnostic]:
