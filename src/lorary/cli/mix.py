@@ -139,8 +139,8 @@ def _labels(folders: dict[str, Path]) -> LabelNames | None:
 
 def _report(adapter: Adapter, out: Path, as_json: bool) -> None:
     """The notes and the errors by layer on standard error; the folder, or JSON, on standard output."""
-    from lorary.model.text_table import aligned
     from lorary.model.rank_pruning import directions_of
+    from lorary.model.text_table import aligned
 
     assert adapter.provenance is not None
     settings = adapter.provenance.settings

@@ -15,6 +15,7 @@ import lorary
 from lorary.adapters.content_hash import content_hash
 from lorary.adapters.provenance import Parent
 from lorary.errors import MethodError
+from lorary.layers.adapted import adapted_layers
 from tests import tiny
 from tests.adapters import models
 from tests.adapters.compose.models import PLAIN, X, adapter, base, changes, near, output, products, trained
@@ -114,12 +115,12 @@ def test_a_mix_is_saved_read_merged_and_read_by_peft(at: models.Base, tmp_path: 
 
 def test_the_provenance_names_the_parents() -> None:
     code, chat = adapter("lora"), adapter("vera")
-    mixed = lorary.mix({"code": code, "chat": chat}, [0.7, -0.3])
+    mixed = lorary.mix({"/data/code": code, "me/chat": chat}, [0.7, -0.3])
     assert mixed.provenance is not None
     assert mixed.provenance.how == "sum"
     assert mixed.provenance.parents == (
         Parent("code", content_hash(code), 0.7),
-        Parent("chat", content_hash(chat), -0.3),
+        Parent("me/chat", content_hash(chat), -0.3),
     )
     assert mixed.provenance.settings == {}
 
@@ -202,6 +203,14 @@ def test_what_has_a_gain_is_refused_and_approximated_with_the_error_told(names: 
         near(product, expected[name], 1e-5)
 
 
+def test_on_a_quantised_base_it_is_the_quantised_weight_that_has_a_gain() -> None:
+    value = trained(made_of("qlora", "dora"), ("plain",))
+    quantised = lorary.quantize(base(), value.method.storage)
+    mixed = lorary.mix([value], [0.5], base=quantised, approximate=True, rank=24)
+    layer = adapted_layers(lorary.switch(base(), value))["plain"]
+    near(products(mixed)["plain"], 0.5 * (layer.merged()[0] - layer.matrix).double(), 1e-5)
+
+
 def test_a_shift_goes_into_the_bias() -> None:
     """GLoRA's C, D and E: the layer's bias is part of the adapter then."""
     value = trained(made_of("glora"), ("plain", "conv1"))
@@ -261,6 +270,22 @@ def test_the_counter_of_a_batch_norm_can_be_mixed(tmp_path: Path) -> None:
     mixed = lorary.mix([value(1), value(2)], [0.5, 0.5], base=net())
     lorary.save_adapter(mixed, tmp_path / "mix")
     assert lorary.load_adapter(tmp_path / "mix").full["norm.num_batches_tracked"] == 1
+
+
+def test_a_weight_that_was_written_and_one_that_was_trained_in_full_are_mixed_with_their_updates() -> None:
+    """Delta-LoRA as its paper has it changes the base's weight beside its factors."""
+    written = trained(made_of("delta-lora", mode="paper"), ("plain",))
+    full = trained(lorary.method("full").replace(full=("plain.weight", "conv2.weight")), None)
+    values, weights = [written, adapter("lora"), full], [0.5, -0.25, 0.75]
+    mixed = lorary.mix(values, weights, base=base())
+    expected = weighted(values[:2], weights[:2])
+    before = dict(base().named_parameters())
+    for name in ("plain", "conv2"):
+        moved = full.full[f"{name}.weight"] - before[f"{name}.weight"].detach()
+        expected[name] += 0.75 * moved.reshape(expected[name].shape)
+    found = changes(mixed)
+    for name, change in expected.items():
+        near(found[name], change, 1e-5)
 
 
 # --- what differs between adapters ------------------------------------------------------------------------------------
@@ -430,6 +455,11 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
         lambda: [trained(made_of("dora"), ("plain",))],
         {"weights": [0.5], "approximate": True},
         "plain: adapters[0] depends on the base's weight there (MagnitudeDirection), and no base is given",
+    ),
+    "a base without values": (
+        lambda: [adapter("lora")],
+        {"base": base().to("meta")},
+        "base: is on the meta device and has no values",
     ),
     "no direction left": (lambda: [nothing()], {"weights": [2]}, "adapters: change nothing: every update has rank 0"),
 }

@@ -110,6 +110,8 @@ def tensor_faults(terms: Sequence[Term]) -> list[Diagnostic]:
 def disagreements(terms: Sequence[Term], base: nn.Module | None, *, force: bool) -> list[Diagnostic]:
     """How the adapters differ in what a sum needs to be equal: their base, context, and layers."""
     problems = [] if force else _other_bases(terms, base)
+    if base is not None and any(p.is_meta for p in base.parameters()):
+        problems.append(Diagnostic("base", "is on the meta device and has no values", "load its weights first"))
     contexts = {term.adapter.method.context for term in terms}
     if len(contexts) > 1:
         named = "; ".join(sorted(str(c or "the base's own") for c in contexts))
