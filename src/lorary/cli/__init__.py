@@ -17,8 +17,8 @@ from lorary.errors import LoraryError
 
 COMMANDS = (
     *("train", "plan", "init", "methods", "search", "merge"),
-    *("mix", "diff", "compress"),
-    *("export", "check"),
+    *("mix", "lorahub", "diff", "compress"),
+    *("export", "check", "push"),
     *("eval", "chat", "generate", "inspect", "demo", "doctor"),
 )
 
