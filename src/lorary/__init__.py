@@ -25,6 +25,7 @@ _HOMES = {
     "DataError": "errors",
     "Diagnostic": "errors",
     "EvolutionConfig": "analysis.supernet_search",
+    "Extraction": "adapters.compose.extraction",
     "FileError": "errors",
     "Fingerprint": "model.fingerprint",
     "Importance": "methods.lora_drop",
@@ -60,6 +61,7 @@ _HOMES = {
     "disabled": "model.disable",
     "drop_layers": "analysis.importance",
     "inspect_adapter": "analysis.inspection.adapter",
+    "extract": "adapters.compose.extract",
     "layer_importance": "analysis.importance",
     "load": "adapters.switch",
     "load_adapter": "adapters.save_load",
@@ -95,6 +97,8 @@ if TYPE_CHECKING:
     from lorary.adapters.compose.diff import diff as diff
     from lorary.adapters.compose.lorahub import WeightSearch as WeightSearch
     from lorary.adapters.compose.lorahub import lorahub as lorahub
+    from lorary.adapters.compose.extract import extract as extract
+    from lorary.adapters.compose.extraction import Extraction as Extraction
     from lorary.adapters.compose.mix import mix as mix
     from lorary.adapters.compose.scale import scale as scale
     from lorary.adapters.low_rank_form import LowRankForm as LowRankForm

@@ -17,7 +17,7 @@ from lorary.errors import LoraryError
 
 COMMANDS = (
     *("train", "plan", "init", "methods", "search", "merge"),
-    *("mix", "lorahub", "diff", "compress"),
+    *("mix", "lorahub", "diff", "compress", "extract"),
     *("export", "check", "push"),
     *("eval", "chat", "generate", "inspect", "demo", "doctor"),
 )

@@ -21,7 +21,9 @@ def diff(
     """
     import lorary
     from lorary.adapters import load_adapter
+    from lorary.adapters.compose.diff import HEAD
     from lorary.adapters.resolve import find_adapter
+    from lorary.cli._table import print_table
 
     first, second = (load_adapter(find_adapter(name, "compare")) for name in (a, b))
     found = lorary.diff(first, second)
@@ -30,18 +32,4 @@ def diff(
         return
     print(f"A: {a}", f"B: {b}", *found.lines(), sep="\n")
     if not found.identical and found.sites:
-        _print_table(found.rows(sites))
-
-
-def _print_table(rows: list[tuple[str, ...]]) -> None:
-    from rich.console import Console
-
-    from lorary.adapters.compose.diff import HEAD
-    from lorary.cli._table import rich_table
-    from lorary.model.text_table import aligned
-
-    console = Console(highlight=False)
-    if console.is_terminal:
-        console.print(rich_table("the sites that differ most", rows, HEAD), markup=False)
-    else:
-        print(*aligned([HEAD, *rows]), sep="\n")
+        print_table("the sites that differ most", found.rows(sites), HEAD)

@@ -44,7 +44,7 @@ class Checkpoints(NamedTuple):
         if one != other:
             what = f"the base is a {one} and the tuned model a {other}"
             return [Diagnostic("architecture", what, "extract from two checkpoints of one class")]
-        return [*self._settings(), *self._shapes(), *self._missing()]
+        return [*self._settings(), *self._shapes(), *self._files()]
 
     def _settings(self) -> Iterator[Diagnostic]:
         one, other = (Fingerprint.of(weights.model).settings for weights in self)
@@ -66,7 +66,8 @@ class Checkpoints(NamedTuple):
             where = "the base" if name in one else "the tuned model"
             yield Diagnostic(name, f"only {where} has this parameter")
 
-    def _missing(self) -> Iterator[Diagnostic]:
+    def _files(self) -> Iterator[Diagnostic]:
+        """What the files of each checkpoint lack, or hold in another shape than its own model."""
         for which, weights in zip(("base", "tuned model"), self, strict=True):
             found = {key for keys in weights.files.files.values() for key in keys}
             known = {key for group in weights.groups.values() for key in group.keys}
@@ -74,6 +75,12 @@ class Checkpoints(NamedTuple):
             fix = f"its files hold {show(unknown[0])}, which the model does not have" if unknown else ""
             for name in weights.missing(()):
                 yield Diagnostic(name, f"the {which}'s files hold no weights for it", fix)
+            for name, shape in _shapes(weights).items():
+                group = weights.groups.get(name)
+                if group is None or group.conversion is not None:  # tied, or known once it is read
+                    continue
+                if (there := weights.files.shape(group.keys[0])) != shape:
+                    yield Diagnostic(name, f"is {shape} in the model and {there} in the {which}'s files")
 
 
 def _shapes(weights: BaseWeights) -> dict[str, tuple[int, ...]]:

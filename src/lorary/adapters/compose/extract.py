@@ -6,6 +6,7 @@ everything else that has changed (norms, biases, buffers) is kept as it is in th
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from lorary.adapters.compose._checkpoints import Checkpoints, opened
 from lorary.adapters.compose.dense import truncated_matrix
 from lorary.adapters.compose.extraction import ExtractedSite, Extraction
 from lorary.adapters.compose.plain import plain_lora
-from lorary.adapters.compose.truncate import cut_problems
+from lorary.adapters.compose.truncate import cut_problems, relative
 from lorary.adapters.provenance import Parent, Provenance
 from lorary.adapters.tensor_checks import not_finite
 from lorary.errors import Diagnostic, FileError, MethodError, PlanError
@@ -87,7 +88,7 @@ def extract(
     """
     if problems := cut_problems(rank=rank, energy=energy):
         raise MethodError(_HEADLINE, problems)
-    names = [checked_path(path, _HEADLINE) for path in (base, tuned)]
+    names = checked_path(base, _HEADLINE), checked_path(tuned, _HEADLINE)
     with opened(*names, _HEADLINE) as checkpoints:
         if problems := checkpoints.differences():
             raise FileError(_HEADLINE, problems)
@@ -98,7 +99,8 @@ def extract(
             if progress is not None:
                 progress(done, len(every), name)
             changes.add(name, scanned.names.get(name, name), *checkpoints.pair(name))
-        chosen = changes.cut | {"targets": targets if targets is None or isinstance(targets, str) else list(targets)}
+        named = targets if targets is None or isinstance(targets, str) else list(targets)
+        chosen = {"rank": rank, "energy": energy, "targets": named}
         settings = {key: value for key, value in chosen.items() if value is not None}
         record = Provenance("extract", tuple(Parent(base_name(name)) for name in names), settings)
         return changes.extraction(checkpoints, record)
@@ -154,7 +156,8 @@ class _Changes:
     full: dict[str, Tensor] = field(default_factory=dict)
     left_out: dict[str, float] = field(default_factory=dict)
     problems: list[Diagnostic] = field(default_factory=list)
-    unchanged: int = 0
+    equal: set[str] = field(default_factory=set)
+    differing: set[str] = field(default_factory=set)
 
     def add(self, name: str, first: str, W: Tensor | None, tuned: Tensor | None) -> None:
         """Add the change of a parameter.
@@ -165,17 +168,20 @@ class _Changes:
             W, tuned: its values, which may be overwritten; None for a buffer that a checkpoint lacks.
         """
         if W is None or tuned is None or torch.equal(W, tuned):
-            self.unchanged += 1
+            self.equal.add(first)
             return
-        wrong = not_finite({f"{name} (base)": W.float(), f"{name} (tuned model)": tuned.float()})
-        self.problems += wrong
+        self.differing.add(first)
+        if W.shape != tuned.shape:
+            what = f"is {tuple(W.shape)} in the base's files and {tuple(tuned.shape)} in those of the tuned model"
+            self.problems.append(Diagnostic(name, what))
+            return
+        self.problems += not_finite({f"{name} of the base": W, f"{name} of the tuned model": tuned})
         if self.problems:  # there will be no adapter: only look for more
             return
         if name not in self.layers:
             self.full[first] = _narrow(tuned)
             return
-        weight = _norm(W)
-        self._add_matrix(self.layers[name], weight, tuned.sub_(W))
+        self._add_matrix(self.layers[name], _norm(W), tuned.sub_(W))
 
     def _add_matrix(self, layer: Site, weight: float, change: Tensor) -> None:
         if self.targeted is not None and layer.name not in self.targeted:
@@ -194,19 +200,21 @@ class _Changes:
         if self.problems:
             raise FileError(_HEADLINE, self.problems)
         if not self.factors and not self.full:
-            where = "the layers to adapt are" if self.left_out else "they are"
-            raise FileError(_HEADLINE, [Diagnostic("", f"{where} equal in both checkpoints: there is nothing to extract")])
+            what = "the layers to adapt are" if self.left_out else "all parameters are"
+            raise FileError(_HEADLINE, [Diagnostic("", f"{what} equal in both checkpoints")])
         placed = [AdaptedSite(layer, _LORA) for layer in self.layers.values()]
         method, sites, tensors = plain_lora(placed, self.factors, full=self.full)
-        adapter = Adapter(method, sites, tensors, self.full, checkpoints.base.fingerprint(self.full))
-        found = Extraction(adapter, tuple(self.sites), self.left_out, self.unchanged)
-        told = Provenance(record.how, record.parents, dict(record.settings) | {"error": found.error})
-        return Extraction(Adapter(**vars(adapter) | {"provenance": told}), *vars(found).values())
+        error = relative([(s.lost, s.change) for s in self.sites])
+        record = dataclasses.replace(record, settings=dict(record.settings) | {"error": error})
+        base = checkpoints.base.fingerprint(self.full)
+        adapter = Adapter(method, sites, tensors, self.full, base, provenance=record)
+        return Extraction(adapter, tuple(self.sites), self.left_out, len(self.equal - self.differing))
 
 
 def _narrow(value: Tensor) -> Tensor:
-    """A value in 16 bits, if nothing is lost by it."""
-    return half if value.is_floating_point() and torch.equal((half := value.bfloat16()).float(), value) else value.float()
+    """A value in 16 bits if nothing is lost by that, else in 32."""
+    half = value.bfloat16()
+    return half if torch.equal(half.to(value.dtype), value) else value.float()
 
 
 def _norm(M: Tensor) -> float:

@@ -94,8 +94,8 @@ class Extraction:
             size = human_bytes(sum(t.nbytes for t in full.values()))
             lines.append(f"kept in full, exactly ({size}): {abbreviated(full)}")
         if self.left_out:
-            size, whole = (math.hypot(*norms) for norms in (self.left_out.values(), [s.change for s in self.sites]))
-            share = size**2 / (size**2 + whole**2)
+            out, kept = math.hypot(*self.left_out.values()), math.hypot(*(s.change for s in self.sites))
+            share = out**2 / (out**2 + kept**2)
             what = f"{len(self.left_out):,} weights that differ are left out, with {share:.2%} of the squared change"
             lines.append(f"{what}: {abbreviated(self.left_out)}")
         return [*lines, f"{self.unchanged:,} parameters and buffers are equal"]
