@@ -8,13 +8,13 @@ from typing import NamedTuple, cast
 import torch
 from torch import nn
 
-from lorary.adapters.held import HeldAdapter, moved
+from lorary.adapters.held import Chosen, HeldAdapter, moved
 from lorary.layers.adapted import Adapted, Kept, Parameters
 from lorary.layers.dtensor import is_sharded
 from lorary.layers.shared_projections import SharedProjections
 from lorary.layers.wrappers import submodule
 from lorary.model.fingerprint import Fingerprint
-from lorary.model.state import AttachedState
+from lorary.model.state import AttachedState, state_of
 from lorary.spec.placement import AdaptedSite
 
 
@@ -40,30 +40,35 @@ class _Parts(NamedTuple):
         layer.params = self.params  # last: now the layer decides which functions compute it
 
 
-def swapped(model: nn.Module, state: AttachedState | None, held: HeldAdapter, here: Fingerprint) -> bool:
+def swapped(model: nn.Module, held: HeldAdapter, here: Fingerprint, chosen: Chosen, *, trainable: bool) -> bool:
     """Let the layers of the attached adapter compute another one, if that is all there is to change. All or nothing.
 
     Args:
         model: the model.
-        state: its state; None for a plain one.
         held: the other adapter.
         here: the base's fingerprint.
+        chosen: by which names it was chosen.
+        trainable: whether its parameters require gradients.
 
     Returns:
         Whether it was possible. Otherwise nothing has changed.
     """
+    state = state_of(model)
     if state is None or held.checked != here or not _same_places(state, held):
         return False
     found = [submodule(model, p.site.name) for p in held.sites]
     layers = [layer for layer in found if isinstance(layer, Adapted) and _is_movable(layer)]
     if len(layers) < len(found):
         return False
-    before = [_Parts.of(layer) for layer in layers]
+    before, known = [_Parts.of(layer) for layer in layers], dict(vars(state))
     after = [_parts(held, p, layer) for p, layer in zip(held.sites, layers, strict=True)]
     try:
         _put(layers, after)
+        held.require_grad(trainable)
         _follow(state, held, tuple(parts.adapted for parts in after))
+        chosen.record(state)
     except BaseException:
+        vars(state).update(known)
         _put(layers, before)
         raise
     return True
