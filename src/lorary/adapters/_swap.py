@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple, cast
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -24,15 +25,22 @@ class _Parts(NamedTuple):
     adapted: AdaptedSite
     params: Parameters
     shared: SharedProjections | None
+    structure: Any
 
     @staticmethod
     def of(layer: Adapted) -> _Parts:
-        return _Parts(AdaptedSite(layer.site, layer.method), layer.params, layer.shared)
+        return _Parts(AdaptedSite(layer.site, layer.method), layer.params, layer.shared, layer.active_structure)
 
     def put(self, layer: Adapted) -> None:
         adapted, delta = self.adapted, self.adapted.delta
         shapes = {role: adapted.shapes[role] for role in sorted(delta.shared)} if delta.shared else {}
-        vars(layer).update(site=adapted.site, method=adapted.method, scale=adapted.scale, shared_shapes=shapes)
+        vars(layer).update(
+            site=adapted.site,
+            method=adapted.method,
+            scale=adapted.scale,
+            shared_shapes=shapes,
+            active_structure=self.structure,
+        )
         if layer.kept is not None:
             layer.kept = Kept()  # inside `lorary.cached`: those values are of other parameters
         if layer.shared is not self.shared:
@@ -61,7 +69,8 @@ def swapped(model: nn.Module, held: HeldAdapter, here: Fingerprint, chosen: Chos
     if len(layers) < len(found):
         return False
     before, known = [_Parts.of(layer) for layer in layers], dict(vars(state))
-    after = [_parts(held, p, layer) for p, layer in zip(held.sites, layers, strict=True)]
+    drawn = held.structures if trainable else {}
+    after = [_parts(held, p, layer, drawn) for p, layer in zip(held.sites, layers, strict=True)]
     try:
         _put(layers, after)
         held.require_grad(trainable)
@@ -93,7 +102,7 @@ def _is_movable(layer: Adapted) -> bool:
     return not layer.start and not any(is_sharded(p) for p in layer.params.values())
 
 
-def _parts(held: HeldAdapter, adapted: AdaptedSite, layer: Adapted) -> _Parts:
+def _parts(held: HeldAdapter, adapted: AdaptedSite, layer: Adapted, drawn: Mapping[str, Any]) -> _Parts:
     site, kind = adapted.site, layer.site.kind
     if site.kind != kind:  # a linear layer may be GPT-2's transposed one here
         adapted = dataclasses.replace(adapted, site=dataclasses.replace(site, kind=kind))
@@ -101,7 +110,7 @@ def _parts(held: HeldAdapter, adapted: AdaptedSite, layer: Adapted) -> _Parts:
     shared = None
     if adapted.delta.shared:
         shared = cast(SharedProjections, held.shared).to(device, torch.float32)
-    return _Parts(adapted, moved(held.params[site.name], device), shared)
+    return _Parts(adapted, moved(held.params[site.name], device), shared, drawn.get(site.name))
 
 
 def _follow(state: AttachedState, held: HeldAdapter, sites: tuple[AdaptedSite, ...]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,7 @@ class HeldAdapter:
         params: site -> its parameters.
         start: site -> role -> the start that was subtracted from the base.
         shared: the tensors that all sites share, if the method has any.
+        structures: site -> the structure that a rule has drawn for its next training step.
         checked: the base that it was last found to fit.
     """
 
@@ -74,6 +75,7 @@ class HeldAdapter:
             for site, roles in starts.items()
         }
         self.shared = _shared(adapter, modules)
+        self.structures: dict[str, Any] = {}
         self.checked: Fingerprint | None = None
 
     @property
@@ -111,21 +113,25 @@ class HeldAdapter:
         """Take over what training has made of it elsewhere than in its parameters: pruned ranks, full parameters."""
         full = {name: floating(full_cpu_copy(base_parameter(model, name))) for name in state.full}
         made = None if state.stepped else self.record.provenance
+        if state.method.rules:
+            self.structures = {name: layer.active_structure for name, layer in adapted_layers(model).items()}
         self.record = dataclasses.replace(
             self.record, method=state.method, sites=state.sites, full=full, provenance=made
         )
 
-    def take_over(self, model: nn.Module) -> None:
+    def take_over(self, model: nn.Module, *, trainable: bool) -> None:
         """Put the held parameters in place of those of the model's layers, which have the same values."""
         for name, layer in adapted_layers(model).items():
             layer.params = moved(self.params[name], layer.weight.device)
+            layer.active_structure = self.structures.get(name) if trainable else None
             if layer.shared is not None:
                 self.shared = layer.shared
+        self.require_grad(trainable)
 
-    def require_grad(self, trains: bool) -> None:
+    def require_grad(self, trainable: bool) -> None:
         """Set which parameters require gradients: those that the method trains, or none."""
         for p in self.sites:
-            trained = p.method.trained if trains else ()
+            trained = p.method.trained if trainable else ()
             for role, parameter in self.params[p.site.name].items():
                 parameter.requires_grad_(role in trained)
 

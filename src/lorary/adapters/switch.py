@@ -184,8 +184,7 @@ def activate(model: nn.Module, weights: dict[HeldAdapter, float], *, force: bool
         if state is not None:
             remove(model, undo)
         _install(model, view, here, undo, trainable=trainable)
-        held.take_over(model)
-        held.require_grad(trainable)
+        held.take_over(model, trainable=trainable)
         chosen.record(require_attached(model, "switch"))
     held.checked = here
 
