@@ -8,26 +8,27 @@ has changed them, by any route, stays.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from numbers import Real
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter, floating
 from lorary.adapters.compose.mix import stacked
-from lorary.errors import Diagnostic, FileError, StateError, did_you_mean
+from lorary.adapters.compose.plain import plain_lora
+from lorary.errors import MethodError
 from lorary.layers.adapted import Parameters, adapted_layers, unwrapped_modules
 from lorary.layers.dtensor import full_cpu_copy
 from lorary.layers.quantized_weight import stored_tensors
 from lorary.layers.shared_projections import SharedProjections, leading_slice
+from lorary.methods.lora import LowRank
 from lorary.model.fingerprint import Fingerprint
 from lorary.model.state import AttachedState, base_parameter
 from lorary.spec.placement import AdaptedSite, start_name
 
 HELD = "_lorary_held"  # the attribute of a model for the adapters that it holds
+RANK = "_lorary_rank"  # that for the rank to which it pads what it attaches
 
 
 def held_by(model: nn.Module) -> dict[str, HeldAdapter]:
@@ -39,6 +40,11 @@ def held_by(model: nn.Module) -> dict[str, HeldAdapter]:
     if HELD not in vars(model):
         object.__setattr__(model, HELD, {})
     return cast("dict[str, HeldAdapter]", vars(model)[HELD])
+
+
+def padded_rank(model: nn.Module) -> int | None:
+    """`NamedAdapters.rank` of a model without wrappers around it."""
+    return vars(model).get(RANK)
 
 
 class HeldAdapter:
@@ -54,6 +60,7 @@ class HeldAdapter:
         params: site -> its parameters.
         start: site -> role -> the start that was subtracted from the base.
         shared: the tensors that all sites share, if the method has any.
+        structures: site -> the structure that a rule has drawn for its next training step.
         checked: the base that it was last found to fit.
     """
 
@@ -68,6 +75,7 @@ class HeldAdapter:
             for site, roles in starts.items()
         }
         self.shared = _shared(adapter, modules)
+        self.structures: dict[str, Any] = {}
         self.checked: Fingerprint | None = None
 
     @property
@@ -105,21 +113,25 @@ class HeldAdapter:
         """Take over what training has made of it elsewhere than in its parameters: pruned ranks, full parameters."""
         full = {name: floating(full_cpu_copy(base_parameter(model, name))) for name in state.full}
         made = None if state.stepped else self.record.provenance
+        if state.method.rules:
+            self.structures = {name: layer.active_structure for name, layer in adapted_layers(model).items()}
         self.record = dataclasses.replace(
             self.record, method=state.method, sites=state.sites, full=full, provenance=made
         )
 
-    def take_over(self, model: nn.Module) -> None:
+    def take_over(self, model: nn.Module, *, trainable: bool) -> None:
         """Put the held parameters in place of those of the model's layers, which have the same values."""
         for name, layer in adapted_layers(model).items():
             layer.params = moved(self.params[name], layer.weight.device)
+            layer.active_structure = self.structures.get(name) if trainable else None
             if layer.shared is not None:
                 self.shared = layer.shared
+        self.require_grad(trainable)
 
-    def require_grad(self, trains: bool) -> None:
+    def require_grad(self, trainable: bool) -> None:
         """Set which parameters require gradients: those that the method trains, or none."""
         for p in self.sites:
-            trained = p.method.trained if trains else ()
+            trained = p.method.trained if trainable else ()
             for role, parameter in self.params[p.site.name].items():
                 parameter.requires_grad_(role in trained)
 
@@ -163,86 +175,72 @@ def moved(params: Parameters, device: torch.device) -> Parameters:
     return params
 
 
-def weighted_sum(model: nn.Module, active: Mapping[HeldAdapter, float], here: Fingerprint) -> HeldAdapter:
-    """The weighted sum of held adapters, exact and without a name.
+# --- what a switch attaches -------------------------------------------------------------------------------------------
+
+
+class Chosen(NamedTuple):
+    """The held adapters that a switch has chosen.
+
+    Args:
+        weights: of each.
+        holder: the one whose own parameters are attached; None for a sum.
+    """
+
+    weights: dict[HeldAdapter, float]
+    holder: HeldAdapter | None
+
+    def record(self, state: AttachedState) -> None:
+        """Write it into the model's state."""
+        state.active, state.holder = self.weights, self.holder
+
+
+def to_attach(
+    model: nn.Module, weights: dict[HeldAdapter, float], here: Fingerprint, *, trainable: bool
+) -> tuple[HeldAdapter, Chosen]:
+    """The one adapter to attach for held adapters with weights: itself, their exact sum, or that sum padded.
 
     Raises:
         MethodError: they have no sum.
     """
+    alone = next(iter(weights)) if list(weights.values()) == [1.0] else None
+    rank = padded_rank(model)
+    if alone is not None and (trainable or rank is None):
+        return alone, Chosen(weights, alone)
+    try:
+        total = _sum(model, weights)
+    except MethodError:
+        if alone is None:
+            raise
+        return alone, Chosen(weights, alone)
+    plain = not total.full and total.method.context is None
+    if rank is not None and plain and all(p.r <= rank for p in total.sites):
+        total = _padded(total, [p for held in held_by(model).values() for p in held.sites], rank)
+    elif alone is not None:
+        return alone, Chosen(weights, alone)
+    made = HeldAdapter(" + ".join(held.name for held in weights), total, unwrapped_modules(model))
+    made.checked = here if all(held.checked == here for held in weights) else None
+    return made, Chosen(weights, None)
+
+
+def _sum(model: nn.Module, weights: Mapping[HeldAdapter, float]) -> Adapter:
+    """The weighted sum of held adapters, exact by stacking their factors."""
     modules = unwrapped_modules(model)
-    for held in active:
+    for held in weights:
         for site, params in held.params.items():
             if site in modules:
                 moved(params, device_of(modules[site]))
-    total = stacked({held.name: held.view() for held in active}, model, list(active.values()))
-    made = HeldAdapter(" + ".join(held.name for held in active), total, modules)
-    made.checked = here if all(held.checked == here for held in active) else None
-    return made
+    return stacked({held.name: held.view() for held in weights}, model, list(weights.values()))
 
 
-# --- names ------------------------------------------------------------------------------------------------------------
-
-_MOST_LETTERS = 200
-
-
-class UnknownNameError(StateError, KeyError):
-    """A model holds no adapter under this name."""
-
-    __str__ = Exception.__str__  # of a KeyError, quotes and escapes
-
-
-def bad_name(name: object) -> list[Diagnostic]:
-    """Why a text cannot be the name of an adapter: it may become that of a folder, or of a model on a server."""
-    where, fix = repr(name)[:_MOST_LETTERS], 'use a short text, such as "french" or "me/french-v2"'
-    if not isinstance(name, str):
-        return [Diagnostic(where, f"is a {type(name).__name__}, not a name", fix)]
-    if not name or len(name) > _MOST_LETTERS or not name.isprintable() or name != name.strip():
-        what = f"is not a name: it is empty, longer than {_MOST_LETTERS}, or has spaces around it or control characters"
-        return [Diagnostic(where, what, fix)]
-    if "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):
-        return [Diagnostic(where, "is not a name: as that of a folder, it would lead out of the one above it", fix)]
-    return []
-
-
-def unknown_name(name: str, held: Iterable[str]) -> Diagnostic:
-    """The error of a name under which nothing is held."""
-    held = list(held)
-    hint = did_you_mean(name, held) if held else 'lorary.named_adapters(model)["name"] = adapter holds one'
-    return Diagnostic(repr(name)[:_MOST_LETTERS], "the model holds no adapter under this name", hint)
-
-
-def weights_of_names(adapters: Any) -> list[tuple[Any, Any]] | None:
-    """(name, weight) pairs, if `switch` was given names; they are not checked yet."""
-    if isinstance(adapters, str):
-        return [(adapters, 1.0)]
-    if isinstance(adapters, Mapping):
-        return list(adapters.items())
-    if isinstance(adapters, (list, tuple)) and adapters and all(isinstance(a, str) for a in adapters):
-        return [(name, 1.0) for name in adapters]
-    return None
-
-
-def chosen(model: nn.Module, weights: Sequence[tuple[Any, Any]]) -> dict[HeldAdapter, float]:
-    """The held adapters of these names, with their weights.
-
-    Raises:
-        FileError: a name or a weight is wrong; every reason.
-    """
-    held, problems = held_by(model), []
-    found: dict[HeldAdapter, float] = {}
-    for name, weight in weights:
-        if not isinstance(name, str) or name not in held:
-            missing = unknown_name(str(name), held)
-            what, fix = f"{missing.what}, and a {type(name).__name__} is not an adapter", missing.fix
-            problems.append(Diagnostic(repr(name)[:_MOST_LETTERS], what, f"{fix}; lorary.load_adapter(path) reads one"))
-        elif held[name] in found:
-            problems.append(Diagnostic(repr(name), "is named twice", "add its weights: {name: 2.0}"))
-        else:
-            found[held[name]] = weight
-        if not isinstance(weight, Real) or isinstance(weight, bool) or not math.isfinite(weight):
-            problems.append(Diagnostic(repr(name)[:_MOST_LETTERS], f"its weight is {weight!r}, not a finite number"))
-    if not weights:
-        problems.append(Diagnostic("adapters", "no name is given", "None is the base alone"))
-    if problems:
-        raise FileError("cannot switch adapters:", problems)
-    return {one: float(weight) for one, weight in found.items()}
+def _padded(total: Adapter, places: Sequence[AdaptedSite], rank: int) -> Adapter:
+    """The same LoRA at all of these places and of this rank: the rest of its factors is zero."""
+    sites = {p.site.name: dataclasses.replace(p, share="") for p in [*places, *total.sites]}
+    factors = {}
+    for name, p in sites.items():
+        shapes = LowRank(rank).shapes(dataclasses.replace(p.site, parts=()))
+        padded = {role: torch.zeros(shape) for role, shape in shapes.items()}
+        for role, t in total.tensors.get(name, {}).items():
+            leading_slice(padded[role], tuple(t.shape)).copy_(t)
+        factors[name] = padded["B"], padded["A"]
+    method, adapted, tensors = plain_lora(sites.values(), factors, storage=total.method.storage)
+    return dataclasses.replace(total, method=method, sites=adapted, tensors=tensors)

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from lorary.adapters._names import UnknownNameError, bad_name, unknown_name
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.held import HeldAdapter, UnknownNameError, bad_name, held_by, unknown_name
+from lorary.adapters.held import RANK, HeldAdapter, held_by, padded_rank
 from lorary.adapters.switch import activate, check_base
-from lorary.errors import Diagnostic, FileError, StateError
+from lorary.errors import Diagnostic, FileError, MethodError, StateError
 from lorary.layers.adapted import unwrapped_modules
 from lorary.model.ambient import mode_independent
 from lorary.model.checks import changeable
@@ -57,6 +58,22 @@ class NamedAdapters(MutableMapping[str, Adapter]):
         """name -> weight of the adapters that the model computes with; empty for the base, or an unnamed adapter."""
         state = state_of(self._model)
         return {} if state is None else {held.name: weight for held, weight in state.active.items()}
+
+    @property
+    def rank(self) -> int | None:
+        """None, or the rank at which a switch to adapters that do not train attaches their sum, padded with zeros.
+
+        Adapters of any methods, ranks and sites then have the same tensors, of which none changes its shape, and a
+        compiled model is not compiled again. A sum of a larger rank, or one that is no LoRA, is attached as it is.
+        """
+        return padded_rank(self._model)
+
+    @rank.setter
+    def rank(self, rank: int | None) -> None:
+        if rank is not None and (type(rank) is not int or rank < 1):
+            what, fix = f"is {rank!r}", "use the sum of the ranks that are active at once, such as 64, or None"
+            raise MethodError("invalid rank:", [Diagnostic("rank", what, fix)])
+        object.__setattr__(self._model, RANK, rank)
 
     def rename(self, name: str, new: str) -> None:
         """Give an adapter another name; it stays active, and keeps its place."""

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lorary._deprecated import warn
+from lorary.adapters._names import held_under, weights_of_names
 from lorary.adapters._swap import swapped
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.compose.mix import stacked
-from lorary.adapters.held import HeldAdapter, chosen, weighted_sum, weights_of_names
+from lorary.adapters.held import HeldAdapter, to_attach
 from lorary.adapters.save_load import load_adapter, save_adapter
 from lorary.adapters.tensor_checks import tensor_problems
 from lorary.errors import Diagnostic, FileError, StateError, caller_stacklevel, deduplicated
@@ -155,7 +156,7 @@ def switch(
         what, fix = "a weighted sum cannot train: none of its adapters would change", "hold the sum as an adapter"
         raise StateError("cannot switch adapters:", [Diagnostic("trainable", what, fix)])
     if weights is not None:
-        activate(inner, chosen(inner, weights), force=force, trainable=trainable)
+        activate(inner, held_under(inner, weights), force=force, trainable=trainable)
         return model
     here = Fingerprint.of(inner)
     for a in several:
@@ -169,25 +170,23 @@ def switch(
     return model
 
 
-def activate(model: nn.Module, active: dict[HeldAdapter, float], *, force: bool = False, trainable: bool) -> None:
+def activate(model: nn.Module, weights: dict[HeldAdapter, float], *, force: bool = False, trainable: bool) -> None:
     """Attach one held adapter or a weighted sum of several. All or nothing; see `switch`."""
     state, here = state_of(model), Fingerprint.of(model)
     if state is not None and state.holder is not None:
         state.holder.keep(model, state)
-    holder = next(iter(active)) if list(active.values()) == [1.0] else None
-    held = holder or weighted_sum(model, active, here)
-    if not swapped(model, state, held, here):
-        view, where = held.view(), f"the adapter {held.name!r}"
-        check_base(model, view, here, where, force=force or held.checked == here)
-        with all_or_nothing(model) as undo:
-            if state is not None:
-                remove(model, undo)
-            _install(model, view, here, undo, trainable=trainable)
-            held.take_over(model)
-        held.checked = here
-    held.require_grad(trainable)
-    attached = require_attached(model, "switch")
-    attached.active, attached.holder = active, holder
+    held, chosen = to_attach(model, weights, here, trainable=trainable)
+    if swapped(model, held, here, chosen, trainable=trainable):
+        return
+    view, where = held.view(), f"the adapter {held.name!r}"
+    check_base(model, view, here, where, force=force or held.checked == here)
+    with all_or_nothing(model) as undo:
+        if state is not None:
+            remove(model, undo)
+        _install(model, view, here, undo, trainable=trainable)
+        held.take_over(model, trainable=trainable)
+        chosen.record(require_attached(model, "switch"))
+    held.checked = here
 
 
 def _adapters(adapters: Any) -> list[Adapter]:
