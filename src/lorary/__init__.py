@@ -25,7 +25,9 @@ _HOMES = {
     "EvolutionConfig": "analysis.supernet_search",
     "FileError": "errors",
     "Fingerprint": "model.fingerprint",
+    "FirstGradients": "analysis.inspection.gradients",
     "Importance": "methods.lora_drop",
+    "IntrinsicDimension": "analysis.inspection.intrinsic",
     "LoraryError": "errors",
     "LowRankForm": "adapters.low_rank_form",
     "MergeCheck": "analysis.merge_check",
@@ -51,7 +53,9 @@ _HOMES = {
     "detach": "model.attach",
     "disabled": "model.disable",
     "drop_layers": "analysis.importance",
+    "first_gradients": "analysis.inspection.gradients",
     "inspect_adapter": "analysis.inspection.adapter",
+    "intrinsic_dimension": "analysis.inspection.intrinsic",
     "layer_importance": "analysis.importance",
     "load": "adapters.switch",
     "load_adapter": "adapters.save_load",
@@ -88,6 +92,10 @@ if TYPE_CHECKING:
     from lorary.analysis.importance import layer_importance as layer_importance
     from lorary.analysis.inspection.adapter import inspect_adapter as inspect_adapter
     from lorary.analysis.inspection.figures import AdapterInspection as AdapterInspection
+    from lorary.analysis.inspection.gradients import FirstGradients as FirstGradients
+    from lorary.analysis.inspection.gradients import first_gradients as first_gradients
+    from lorary.analysis.inspection.intrinsic import IntrinsicDimension as IntrinsicDimension
+    from lorary.analysis.inspection.intrinsic import intrinsic_dimension as intrinsic_dimension
     from lorary.analysis.merge_check import MergeCheck as MergeCheck
     from lorary.analysis.merge_error import MergeError as MergeError
     from lorary.analysis.supernet_search import EvolutionConfig as EvolutionConfig
