@@ -92,11 +92,11 @@ def intrinsic(
     source: Annotated[
         str, typer.Argument(metavar="[CONFIG]", help="Configuration (.yaml), run folder, or a model.")
     ] = "builtin:base",
-    data: Annotated[str, typer.Option("--data", help="Data for a model; a configuration names its own.")] = "builtin:topics",
+    data: Annotated[str, typer.Option("--data", help="Data for a model; a configuration names its own.")] = "builtin:docstrings",
     sets: Annotated[
         list[str] | None, typer.Option("--set", help="key=value over the configuration; may be repeated.")
     ] = None,
-    dims: Annotated[str, typer.Option("--dims", help="Dimensions of the subspaces, comma-separated.")] = "16,64,256,1024",
+    dims: Annotated[str, typer.Option("--dims", help="Dimensions of the subspaces, comma-separated.")] = "16,64,256,1024,4096",
     steps: Annotated[int, typer.Option("--steps", min=1, max=1_000_000, help="Optimizer steps of each training.")] = 40,
     lr: Annotated[
         str, typer.Option("--lr", help="Learning rates in a subspace, comma-separated: the best counts.")
@@ -122,7 +122,7 @@ def gradients(
     source: Annotated[
         str, typer.Argument(metavar="CONFIG", help="Configuration (.yaml), run folder, or a model for the defaults.")
     ],
-    data: Annotated[str, typer.Option("--data", help="Data for a model; a configuration names its own.")] = "builtin:topics",
+    data: Annotated[str, typer.Option("--data", help="Data for a model; a configuration names its own.")] = "builtin:docstrings",
     sets: Annotated[
         list[str] | None, typer.Option("--set", help="key=value over the configuration; may be repeated.")
     ] = None,

@@ -225,7 +225,7 @@ def _check(
         what, fix = "no backward pass has reached a trained tensor", "call loss.backward() in it"
         raise TrainingError(_HEADLINE, [Diagnostic("step", what, fix)])
     names = {p: f"{site}.{role}" for (site, role), p in trained.items()} | {p: name for name, p in full.items()}
-    bad = [names[p] for p, norm in norms.items() if not math.isfinite(norm)]
+    bad = [name for p, name in names.items() if not math.isfinite(norms.get(p, 0.0))]
     if bad:
         raise TrainingError(_HEADLINE, [Diagnostic(name, "its gradient is not finite") for name in bad])
 
