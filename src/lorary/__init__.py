@@ -28,7 +28,9 @@ _HOMES = {
     "Extraction": "adapters.compose.extraction",
     "FileError": "errors",
     "Fingerprint": "model.fingerprint",
+    "FirstGradients": "analysis.inspection.gradients",
     "Importance": "methods.lora_drop",
+    "IntrinsicDimension": "analysis.inspection.intrinsic",
     "LoraryError": "errors",
     "LowRankForm": "adapters.low_rank_form",
     "MergeCheck": "analysis.merge_check",
@@ -60,8 +62,10 @@ _HOMES = {
     "diff": "adapters.compose.diff",
     "disabled": "model.disable",
     "drop_layers": "analysis.importance",
+    "first_gradients": "analysis.inspection.gradients",
     "inspect_adapter": "analysis.inspection.adapter",
     "extract": "adapters.compose.extract",
+    "intrinsic_dimension": "analysis.inspection.intrinsic",
     "layer_importance": "analysis.importance",
     "load": "adapters.switch",
     "load_adapter": "adapters.save_load",
@@ -116,6 +120,10 @@ if TYPE_CHECKING:
     from lorary.analysis.importance import layer_importance as layer_importance
     from lorary.analysis.inspection.adapter import inspect_adapter as inspect_adapter
     from lorary.analysis.inspection.figures import AdapterInspection as AdapterInspection
+    from lorary.analysis.inspection.gradients import FirstGradients as FirstGradients
+    from lorary.analysis.inspection.gradients import first_gradients as first_gradients
+    from lorary.analysis.inspection.intrinsic import IntrinsicDimension as IntrinsicDimension
+    from lorary.analysis.inspection.intrinsic import intrinsic_dimension as intrinsic_dimension
     from lorary.analysis.merge_check import MergeCheck as MergeCheck
     from lorary.analysis.merge_error import MergeError as MergeError
     from lorary.analysis.supernet_search import EvolutionConfig as EvolutionConfig

@@ -92,11 +92,11 @@ def intrinsic(
     source: Annotated[
         str, typer.Argument(metavar="[CONFIG]", help="Configuration (.yaml), run folder, or a model.")
     ] = "builtin:base",
-    data: Annotated[str, typer.Option("--data", help="Data for a model; a configuration names its own.")] = "builtin:topics",
+    data: Annotated[str, typer.Option("--data", help="Data for a model; a configuration names its own.")] = "builtin:docstrings",
     sets: Annotated[
         list[str] | None, typer.Option("--set", help="key=value over the configuration; may be repeated.")
     ] = None,
-    dims: Annotated[str, typer.Option("--dims", help="Dimensions of the subspaces, comma-separated.")] = "16,64,256,1024",
+    dims: Annotated[str, typer.Option("--dims", help="Dimensions of the subspaces, comma-separated.")] = "16,64,256,1024,4096",
     steps: Annotated[int, typer.Option("--steps", min=1, max=1_000_000, help="Optimizer steps of each training.")] = 40,
     lr: Annotated[
         str, typer.Option("--lr", help="Learning rates in a subspace, comma-separated: the best counts.")
@@ -115,3 +115,25 @@ def intrinsic(
     from lorary.cli._inspect.intrinsic import Request, run
 
     run(Request(source, data, tuple(sets or ()), dims, steps, lr, full_lr, said, seed), out, as_json=as_json)
+
+
+@inspect.command()
+def gradients(
+    source: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="Configuration (.yaml), run folder, or a model for the defaults.")
+    ],
+    data: Annotated[str, typer.Option("--data", help="Data for a model; a configuration names its own.")] = "builtin:docstrings",
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value over the configuration; may be repeated.")
+    ] = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Show the gradients of a run's first step by role, and what that step changes.
+
+    With LoRA only B moves, because A's gradient is zero as long as B is: lorary inspect gradients builtin:base --set
+    method.name=lora. Nothing is saved.
+    """
+    from lorary.cli._inspect.gradients import run
+
+    run(source, data, tuple(sets or ()), out, as_json=as_json)

@@ -16,7 +16,7 @@ from transformers.trainer_utils import IntervalStrategy
 from lorary.analysis.inspection.intrinsic import HEAD, IntrinsicDimension, intrinsic_dimension
 from lorary.analysis.inspection.intrinsic_page import intrinsic_page
 from lorary.cli._inspect.output import FILES, json_text, print_table, report_folder, write_report
-from lorary.cli._inspect.runs import configuration, planned, quiet_training, refuse_tasks, trainer_of
+from lorary.cli._inspect.runs import configuration, quiet_training, refuse_tasks, trainer_of
 from lorary.cli._out_folder import folder_problems
 from lorary.cli._progress import progress_bar
 from lorary.errors import ConfigError, Diagnostic
@@ -24,7 +24,7 @@ from lorary.model.loading.quiet import quiet_progress_bars
 from lorary.train.config.config import Config, MethodSection
 from lorary.train.config.sources import paths
 from lorary.train.runner.build import build_model
-from lorary.train.runner.prepare import RunPlan
+from lorary.train.runner.prepare import RunPlan, prepare
 
 _MOST_HELD_OUT = 128  # rows, evenly spread
 _DIGITS = 12
@@ -116,7 +116,7 @@ def _prepared(config: Config) -> RunPlan:
     Raises:
         ConfigError: there are none.
     """
-    prepared = planned(config)
+    prepared = prepare(config)
     held_out = prepared.held_out
     if held_out is None or not held_out.rows:
         what, fix = "no rows are held out, and the training loss is no measure", "set data.validation_split=0.1"

@@ -17,8 +17,8 @@ from lorary.cli import printable
 from lorary.errors import ConfigError, Diagnostic
 from lorary.train.config.config import Config
 from lorary.train.config.load import from_dict, load
-from lorary.train.runner.build import build_model, build_trainer
-from lorary.train.runner.prepare import RunPlan, prepare
+from lorary.train.runner.build import build_trainer
+from lorary.train.runner.prepare import RunPlan
 
 CONFIG = "config.yaml"
 _SMALL = {"batch_size": 8, "gradient_accumulation_steps": 1}  # of the built-in model: 0.2 s a step
@@ -70,16 +70,6 @@ def quiet_training() -> Iterator[Path]:
     finally:
         logger.setLevel(before)
         transformers.logging.set_verbosity(verbosity)
-
-
-def planned(config: Config) -> RunPlan:
-    """The run, of whose notes the inspection repeats none."""
-    return prepare(config)
-
-
-def model_of(prepared: RunPlan) -> Any:
-    """The base with its method attached."""
-    return build_model(prepared)
 
 
 def trainer_of(prepared: RunPlan, model: Any, scratch: Path, callbacks: Sequence[TrainerCallback] = ()) -> Any:
