@@ -7,6 +7,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor
@@ -254,6 +255,21 @@ def test_parameters_trained_in_full_are_mixed_as_changes() -> None:
     assert torch.isfinite(y).all()
 
 
+def test_classifiers_are_mixed_with_their_heads_and_load_onto_a_base_with_any_head() -> None:
+    def classifier(number: int) -> Any:
+        """The same base with a head drawn anew, as Transformers loads it."""
+        model = tiny.seeded("BertForSequenceClassification")
+        torch.nn.init.normal_(model.classifier.weight, generator=torch.Generator().manual_seed(number))
+        return model
+
+    one, other = (trained(made_of("lora"), ("attention",), number, classifier(number)) for number in (1, 2))
+    mixed = lorary.mix([one, other], [0.25, 0.75], base=classifier(3))
+    head = 0.25 * one.full["classifier.weight"] + 0.75 * other.full["classifier.weight"]
+    torch.testing.assert_close(mixed.full["classifier.weight"], head)
+    model = lorary.switch(classifier(4), mixed)
+    torch.testing.assert_close(model.classifier.weight, head)
+
+
 def test_the_counter_of_a_batch_norm_can_be_mixed(tmp_path: Path) -> None:
     def net() -> torch.nn.Module:
         torch.manual_seed(0)
@@ -485,9 +501,12 @@ def test_force_mixes_adapters_of_different_bases() -> None:
     assert mixed.base == adapter("lora").base
 
 
-def test_a_model_of_peft_or_a_wrong_base_is_refused() -> None:
-    with pytest.raises(lorary.StateError, match="cannot mix:"):
+def test_a_base_that_cannot_be_read_is_refused() -> None:
+    with pytest.raises(MethodError, match=r"base: is a str, not a torch\.nn\.Module"):
         lorary.mix([adapter("lora")], base="builtin:base")  # type: ignore[arg-type]
+    theirs: Any = peft.get_peft_model(base(), peft.LoraConfig(target_modules=["plain"]))  # type: ignore[arg-type]
+    with pytest.raises(lorary.StateError, match="cannot mix:"):
+        lorary.mix([adapter("lora")], base=theirs)
     value = trained(lorary.method("bitfit"), None)
     lost = dataclasses.replace(value, base=lorary.Fingerprint(), full={"lost": value.full["c_attn.bias"]})
     with pytest.raises(MethodError, match=r"is \(72,\) in adapters\[0\], and missing in the base"):

@@ -24,7 +24,7 @@ from lorary.adapters.compose.truncate import Truncated, product_norm, relative, 
 from lorary.adapters.compose.updates import Change, Term, Update, full_changes, updates_by_site, value_before
 from lorary.adapters.content_hash import content_hash
 from lorary.adapters.provenance import Parent, Provenance
-from lorary.errors import Diagnostic, MethodError, deduplicated
+from lorary.errors import Diagnostic, MethodError, deduplicated, not_a
 from lorary.model.ambient import mode_independent
 from lorary.model.checks import changeable
 from lorary.model.fingerprint import Fingerprint, base_name, frozen_weights
@@ -81,7 +81,7 @@ def mix(
 
     Raises:
         MethodError: the adapters have no such mix, or an argument is invalid; every reason.
-        StateError: `base` is not a model that can be read.
+        StateError: `base` has PEFT's layers, or is sharded by FSDP.
 
     Example:
         >>> both = lorary.mix([code, chat], [0.7, 0.3])
@@ -89,6 +89,8 @@ def mix(
     """
     weights = [0.5, 0.5] if weights is None and how == "slerp" else weights
     every = _arguments.terms_of(adapters, weights)
+    if wrong := not_a(nn.Module | None, "a torch.nn.Module", base=base):
+        raise MethodError("cannot mix these adapters:", wrong)
     base = None if base is None else changeable(base, "mix")
     problems = _arguments.option_problems(every, how, rank, energy, density, seed) + _arguments.tensor_faults(every)
     problems += _arguments.disagreements(every, base, force=force)
