@@ -228,7 +228,7 @@ def _made_from(provenance: Provenance) -> str:
         for i, p in enumerate(provenance.parents)
     ]
     settings = ", ".join(
-        f"{_cell(key)} {_setting(value)}"
+        f"{_cell(key)} {setting_text(value)}"
         for key, value in provenance.settings.items()
         if isinstance(value, (str, int, float, list))
     )
@@ -236,8 +236,8 @@ def _made_from(provenance: Provenance) -> str:
     return "\n".join([*parts, "", "| adapter | weight | SHA-256 |", "|---|---|---|", *lines])
 
 
-def _setting(value: Any) -> str:
-    """A setting in words."""
+def setting_text(value: Any) -> str:
+    """A setting of a provenance in words, for a table's cell."""
     if isinstance(value, str):
         return _cell(value[:_LONGEST])
     return f"{value:.6g}" if isinstance(value, float) else _cell(show(value, most=_LONGEST))

@@ -22,7 +22,7 @@ from lorary.adapters.peft.writer import BASE_README
 from lorary.adapters.save_load import load_adapter
 from lorary.errors import Diagnostic, FileError
 from lorary.files.findings import AdapterWarning
-from lorary.files.safe_open import existing_folder, open_inside
+from lorary.files.safe_open import existing_folder, open_inside, read_bytes
 from lorary.files.strict_json import show
 
 if TYPE_CHECKING:
@@ -147,6 +147,7 @@ def _asked(repo: str, request: Callable[[], Any]) -> Any:
         FileError: it refuses, or cannot be reached.
     """
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HTTPError as NetworkError  # type: ignore[attr-defined]  # of its HTTP library
 
     log_in = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
     try:
@@ -159,7 +160,9 @@ def _asked(repo: str, request: Callable[[], Any]) -> Any:
         status = error.response.status_code if error.response is not None else 0
         what = f"the Hub answers {status or 'with an error'}: {error.server_message or str(error).splitlines()[0]}"
         fix = log_in if status in (401, 403) else ""
-    except OSError as error:
+    except RuntimeError as error:  # of a large file, whose own error is its cause
+        what, fix = f"the upload failed: {error} {error.__cause__ or ''}".strip(), "push again: it goes on from there"
+    except (NetworkError, OSError) as error:
         what = f"the Hub cannot be reached: {(str(error).splitlines() or [type(error).__name__])[0]}"
         fix = "check the network, and HF_ENDPOINT"
     raise _refused(repo, [Diagnostic(repo, what, fix)])
@@ -168,7 +171,7 @@ def _asked(repo: str, request: Callable[[], Any]) -> Any:
 def _bad_ids(repo: str, base: str | None) -> list[Diagnostic]:
     """The ids that are none on the Hub."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     problems = []
     for what, name in (("the repository", repo), ("--base", base)):
@@ -195,7 +198,8 @@ def _sizes(folder: Path, names: Sequence[str]) -> dict[str, int]:
     Raises:
         FileError: one of them is a link that leaves the folder, or no plain file.
     """
-    sizes, problems = {}, []
+    sizes: dict[str, int] = {}
+    problems: list[Diagnostic] = []
     for name in names:
         try:
             file, sizes[name] = open_inside(folder, name, _MOST)
@@ -213,8 +217,6 @@ def _card(folder: Path) -> str:
     Raises:
         FileError: it is no text, or too large.
     """
-    from lorary.files.safe_open import read_bytes
-
     try:
         return read_bytes(folder, cards.NAME, _MOST_CARD).decode()
     except UnicodeDecodeError:
@@ -228,7 +230,7 @@ def _notes(adapter: Adapter, card: str) -> list[str]:
 
     notes = []
     try:
-        named = ModelCard(card, ignore_metadata_errors=True).data.to_dict().get("base_model")
+        named = getattr(ModelCard(card, ignore_metadata_errors=True).data, "base_model", None)
     except ValueError as error:  # of YAML
         notes.append(f"the card's metadata cannot be read: {str(error).splitlines()[0]}")
         named = "unknown"

@@ -47,22 +47,21 @@ def weights_svg(names: Sequence[str], weights: Sequence[float], title: str = "We
 
 
 def search_svg(found: WeightSearch, title: str = "Search") -> str:
-    """The loss of every candidate and the least objective so far, as one `<svg>` element."""
-    losses = [loss if math.isfinite(loss) else math.nan for loss in found.losses]
+    """The objective of every candidate and the least so far, as one `<svg>` element."""
     ranks = [candidate.rank() for candidate in found.candidates]
+    shown = [value if math.isfinite(value) else math.nan for value in ranks]
     least = [min(ranks[: i + 1]) for i in range(len(ranks))]
-    tried = range(1, len(losses) + 1)
+    tried = range(1, len(ranks) + 1)
     with style():
         figure = Figure(figsize=(7.2, 3.0))
         axes = figure.add_subplot()
-        axes.plot(tried, losses, label="loss of a candidate", **line(0) | {"linestyle": "none"})
-        axes.plot(tried, least, label="least loss + penalty so far", drawstyle="steps-post", **line(1, marker=False))
-        axes.set(title=title, xlabel="candidate", ylabel="loss (nats per token)")
+        axes.plot(tried, shown, label="a candidate", **line(0) | {"linestyle": "none"})
+        axes.plot(tried, least, label="the best so far", drawstyle="steps-post", **line(1, marker=False))
+        axes.set(title=title, xlabel="candidate", ylabel="loss + penalty")
         axes.legend()
-        known = [loss for loss in losses if not math.isnan(loss)]
-        if len(known) > 2:  # a few candidates far above all others would flatten the rest
-            top = sorted(known)[max(int(0.9 * len(known)) - 1, 1)]
-            room = 0.08 * (top - min(known)) or 0.01
-            axes.set_ylim(min(known) - room, max(top, losses[0]) + room)
-        text = f"{losses[0]:.3f} with all weights zero; the loss of the best is {found.loss:.3f}"
-        return to_svg(figure, title, f"{len(losses)} candidates: {text}")
+        known = sorted(value for value in ranks if math.isfinite(value))
+        usual = max(known[int(0.8 * len(known))], ranks[0])
+        if known[-1] - known[0] > 3 * (usual - known[0]) > 0:  # a few far above all others would flatten the rest
+            axes.set_ylim(known[0] - 0.1 * (usual - known[0]), usual + 0.3 * (usual - known[0]))
+        text = f"{ranks[0]:.3f} with all weights zero, {least[-1]:.3f} at the end"
+        return to_svg(figure, title, f"{len(ranks)} candidates: {text}")

@@ -18,9 +18,7 @@ def lorahub(
     ],
     examples: Annotated[str, typer.Option("--examples", "-e", help="A few rows, as `data` in a configuration.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the mixture and the report; must be empty.")],
-    base: Annotated[
-        str | None, typer.Option("--base", help="Base model; else the one the first adapter names.")
-    ] = None,
+    base: Annotated[str | None, typer.Option("--base", help="Base model; else as the first adapter names it.")] = None,
     form: Annotated[
         str, typer.Option("--form", help="product: the sum of the updates; factor: the paper's, for equal ranks.")
     ] = "product",

@@ -376,7 +376,7 @@ BAD_ADAPTERS: list[tuple[Any, dict[str, Any], type[LoraryError], str]] = [
         lambda: {"a": adapter(), "b": adapter(r=3)},
         {"form": "factor"},
         MethodError,
-        'has rank 3, and rank 2 in a: factors add only at equal ranks\n      hint: use form="product"',
+        'has rank 3, and rank 2 in a: the factors do not add\n      hint: use form="product"',
     ),
 ]
 
@@ -441,7 +441,7 @@ def test_bad_examples(examples: Any, message: str) -> None:
 
 def test_a_model_with_an_adapter_is_refused() -> None:
     model = lorary.switch(base(), adapter())
-    with pytest.raises(StateError, match="something is attached\n      hint: lorary.detach it first"):
+    with pytest.raises(StateError, match=r"something is attached\n      hint: lorary.detach it first"):
         lorary.lorahub(model, [adapter()], rows(0))
 
 

@@ -1,4 +1,4 @@
-"""The factors of several adapters side by side along the rank, weighed by the columns: a mixture in one multiplication."""
+"""The factors of several adapters side by side along the rank: a mixture is one multiplication by the weights."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _unequal(names: Sequence[str], forms: Sequence[Forms]) -> list[Diagnostic]:
     return [
         Diagnostic(
             f"{name}: {site}",
-            f"has {_rank(ranks.get(site))}, and {_rank(first.get(site))} in {names[0]}: factors add only at equal ranks",
+            f"has {_rank(ranks.get(site))}, and {_rank(first.get(site))} in {names[0]}: the factors do not add",
             'use form="product"',
         )
         for name, ranks in zip(names[1:], others, strict=True)

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lorary.adapters.card import setting_text
 from lorary.adapters.compose.lorahub import WeightSearch
 from lorary.analysis.html_report import KeyFigure, Picture, Section, Table, html_report, versions_section
 from lorary.analysis.weight_search_plot import search_svg, weights_svg
-from lorary.files.strict_json import finite, show
+from lorary.files.strict_json import finite
 
 RECORD, PAGE = "lorahub.json", "lorahub.html"
 
@@ -45,7 +46,7 @@ def page(found: WeightSearch) -> str:
         KeyFigure("Rank", f"{max((a.r for a in found.adapter.sites), default=0):,}", "at most, of a layer"),
     ]
     parents = [(p.name, f"{p.weight:+.4f}", p.sha256[:16]) for p in provenance.parents]
-    settings = [(name, show(value)) for name, value in provenance.settings.items()]
+    settings = [(name, setting_text(value)) for name, value in provenance.settings.items()]
     bars = Picture(weights_svg(found.names, found.weights), "A weight below zero takes an adapter's update away.")
     curve = Picture(search_svg(found), f"The objective adds {provenance.settings['l1']:g} times the mean of |w|.")
     sections = [
