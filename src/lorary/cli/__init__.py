@@ -16,7 +16,7 @@ from lorary import __version__
 from lorary.errors import LoraryError
 
 COMMANDS = (
-    *("train", "plan", "init", "methods", "search", "merge", "export", "check"),
+    *("train", "plan", "init", "methods", "search", "merge", "export", "check", "verify"),
     *("eval", "chat", "generate", "inspect", "demo", "doctor"),
 )
 
