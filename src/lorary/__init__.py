@@ -51,6 +51,7 @@ _HOMES = {
     "TrainingError": "errors",
     "WeightSearch": "adapters.compose.lorahub",
     "Verdict": "adapters.readers.reader",
+    "Verification": "analysis.verify.verify",
     "attach": "model.attach",
     "attached": "model.state",
     "cached": "model.cached",
@@ -88,6 +89,7 @@ _HOMES = {
     "search_supernet": "analysis.supernet_search",
     "switch": "adapters.switch",
     "unmerge": "model.merge",
+    "verify": "analysis.verify.verify",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]
@@ -129,6 +131,8 @@ if TYPE_CHECKING:
     from lorary.analysis.supernet_search import EvolutionConfig as EvolutionConfig
     from lorary.analysis.supernet_search import SearchResult as SearchResult
     from lorary.analysis.supernet_search import search_supernet as search_supernet
+    from lorary.analysis.verify.verify import Verification as Verification
+    from lorary.analysis.verify.verify import verify as verify
     from lorary.errors import ConfigError as ConfigError
     from lorary.errors import DataError as DataError
     from lorary.errors import Diagnostic as Diagnostic

@@ -67,6 +67,7 @@ OPTIONS = {
     "methods": ["--answers", "--choose", "--json", "--markdown"],
     "search": ["--ceiling", "--generations", "--overwrite", "--population", "--quiet", "--seed", "-q"],
     "train": ["--after", "--all", "--dry-run", "--extend", "--overwrite", "--quiet", "--resume", "--set", "-q"],
+    "verify": ["--adapter-model", "--against", "--base", "--base-model", "--json", "--timeout", "--tolerance"],
     "plan": [
         *("--alpha", "--check", "--exclude", "--layers", "--memory", "--method", "--r", "--rank", "--set", "--targets"),
         *("-m", "-t"),

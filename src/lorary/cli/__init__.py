@@ -18,7 +18,7 @@ from lorary.errors import LoraryError
 COMMANDS = (
     *("train", "plan", "init", "methods", "search", "merge"),
     *("mix", "lorahub", "diff", "compress", "extract"),
-    *("export", "check", "push"),
+    *("export", "check", "verify", "push"),
     *("eval", "chat", "generate", "inspect", "demo", "doctor"),
 )
 
