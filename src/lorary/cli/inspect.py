@@ -8,7 +8,11 @@ from typing import Annotated
 
 import typer
 
-inspect = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure and plot what a model does, and what an adapter has become.")
+inspect = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Measure and plot what a model does, and what an adapter has become.",
+)
 
 
 @inspect.command()
@@ -92,11 +96,15 @@ def intrinsic(
     source: Annotated[
         str, typer.Argument(metavar="[CONFIG]", help="Configuration (.yaml), run folder, or a model.")
     ] = "builtin:base",
-    data: Annotated[str, typer.Option("--data", help="Data for a model; a configuration names its own.")] = "builtin:docstrings",
+    data: Annotated[
+        str, typer.Option("--data", help="Data for a model; a configuration names its own.")
+    ] = "builtin:docstrings",
     sets: Annotated[
         list[str] | None, typer.Option("--set", help="key=value over the configuration; may be repeated.")
     ] = None,
-    dims: Annotated[str, typer.Option("--dims", help="Dimensions of the subspaces, comma-separated.")] = "16,64,256,1024,4096",
+    dims: Annotated[
+        str, typer.Option("--dims", help="Dimensions of the subspaces, comma-separated.")
+    ] = "16,64,256,1024,4096",
     steps: Annotated[int, typer.Option("--steps", min=1, max=1_000_000, help="Optimizer steps of each training.")] = 40,
     lr: Annotated[
         str, typer.Option("--lr", help="Learning rates in a subspace, comma-separated: the best counts.")
@@ -122,7 +130,9 @@ def gradients(
     source: Annotated[
         str, typer.Argument(metavar="CONFIG", help="Configuration (.yaml), run folder, or a model for the defaults.")
     ],
-    data: Annotated[str, typer.Option("--data", help="Data for a model; a configuration names its own.")] = "builtin:docstrings",
+    data: Annotated[
+        str, typer.Option("--data", help="Data for a model; a configuration names its own.")
+    ] = "builtin:docstrings",
     sets: Annotated[
         list[str] | None, typer.Option("--set", help="key=value over the configuration; may be repeated.")
     ] = None,

@@ -225,9 +225,9 @@ def test_models_that_do_not_fit_are_refused() -> None:
     base, model = pair()
     adapter = lorary.Adapter.of(model)
     wider = tiny.seeded("LlamaForCausalLM", intermediate_size=32)
-    assert (
-        "model.layers.0.mlp.gate_proj and 3 more: has 32 output features, expected 24" in bad(adapter, wider)
-    ), "of the base"
+    assert "model.layers.0.mlp.gate_proj and 3 more: has 32 output features, expected 24" in bad(adapter, wider), (
+        "of the base"
+    )
     assert "the tuned model's model.layers.0.mlp.gate_proj" in bad(adapter, base, tuned=wider)
     shorter = tiny.seeded("LlamaForCausalLM", num_hidden_layers=1)
     assert "model.layers.1.self_attn.q_proj and 6 more: the model has no such module" in bad(adapter, shorter)

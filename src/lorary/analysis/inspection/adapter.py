@@ -167,4 +167,3 @@ def _notes(adapter: Adapter, base: nn.Module | None, top: int) -> list[str]:
     elif not top:
         notes.append("intruder dimensions are left out: top is 0")
     return notes
-

@@ -123,4 +123,3 @@ def _spectra(axes: Axes, kinds: Mapping[str, Sequence[ChangeFigures]]) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-

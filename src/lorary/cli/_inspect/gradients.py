@@ -40,11 +40,11 @@ def run(source: str, data: str, sets: tuple[str, ...], out: Path | None, *, as_j
     if problems := folder_problems(out, FILES):
         raise ConfigError("cannot inspect the gradients:", problems)
     config = configuration(source, data, sets, _AT_ONCE)
+    name = config.model.id
     with quiet_training() as scratch, report_folder(out) as target:
         with quiet_progress_bars():
             prepared = prepare(config)
             found = _first_step(prepared, scratch)
-        name = prepared.config.model.id
         if target is not None:
             write_report(target, {"model": name} | found.to_dict(), gradients_page(found, name))
     if as_json:

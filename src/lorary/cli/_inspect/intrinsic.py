@@ -78,8 +78,8 @@ def run(request: Request, out: Path | None, *, as_json: bool) -> None:
             prepared = _prepared(config)
             found = _measure(request, prepared, [int(d) for d in dims], rates, scratch)
         if target is not None:
-            write_report(target, _record(request, prepared, found), intrinsic_page(found, *_words(request, prepared)))
-    _show(request, prepared, found, as_json=as_json)
+            write_report(target, _record(request, config, found), intrinsic_page(found, *_words(config)))
+    _show(request, config, found, as_json=as_json)
 
 
 def _numbers(option: str, text: str, read: Callable[[str], float]) -> tuple[list[float], list[Diagnostic]]:
@@ -105,7 +105,9 @@ def _config(request: Request) -> Config:
     refuse_tasks(config, request.source, _TASKS)
     if config.model.adapter:
         what = "the subspace begins at the base, and this run goes on from an adapter"
-        raise ConfigError("cannot measure the intrinsic dimension:", [Diagnostic("model.adapter", what, "leave it out")])
+        raise ConfigError(
+            "cannot measure the intrinsic dimension:", [Diagnostic("model.adapter", what, "leave it out")]
+        )
     model = config.model.model_copy(update={"dtype": "float32"})
     return config.model_copy(update={"method": MethodSection(name=("full",)), "model": model})
 
@@ -161,24 +163,23 @@ def _measure(
         )
 
 
-def _words(request: Request, prepared: RunPlan) -> tuple[str, str]:
-    """The model and the data, for a title."""
-    config = prepared.config
+def _words(config: Config) -> tuple[str, str]:
+    """The model and the data as the user named them, for a title."""
     return config.model.id, ", ".join(paths(config.data.train))
 
 
-def _record(request: Request, prepared: RunPlan, found: IntrinsicDimension) -> dict[str, Any]:
-    model, data = _words(request, prepared)
-    t = prepared.config.training
+def _record(request: Request, config: Config, found: IntrinsicDimension) -> dict[str, Any]:
+    model, data = _words(config)
+    t = config.training
     rows = {"batch": t.batch_size * t.gradient_accumulation_steps, "steps": request.steps}
-    return {"model": model, "data": data, "task": prepared.config.task, **rows} | found.to_dict()
+    return {"model": model, "data": data, "task": config.task, **rows} | found.to_dict()
 
 
-def _show(request: Request, prepared: RunPlan, found: IntrinsicDimension, *, as_json: bool) -> None:
+def _show(request: Request, config: Config, found: IntrinsicDimension, *, as_json: bool) -> None:
     if as_json:
-        print(json_text(_record(request, prepared, found)))
+        print(json_text(_record(request, config, found)))
         return
-    model, data = _words(request, prepared)
+    model, data = _words(config)
     way = "SAID" if request.said else "DID"
     title = f"{model} on {data}, {request.steps} steps in subspaces of dimension d ({way})"
     print_table(title, HEAD, found.rows(), [found.verdict])
