@@ -68,6 +68,8 @@ METHODS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "MELoRA": (("melora",), {"r": 4}),
     "VeRA": (("vera",), {"r": 8}),
     "MultiLoRA": (("multilora",), {"r": 4}),
+    "unequal ranks": (("lora",), {"r": 4, "ranks": {"k_proj": 2, "down_proj": 6}}),
+    "LongLoRA": (("longlora", "lora"), {"r": 4, "length": 512}),
 }
 
 
@@ -118,7 +120,7 @@ def _adapted(
     from transformers import AutoModelForCausalLM
 
     import lorary
-    from lorary.adapters.export.gguf import export_gguf
+    from lorary.adapters.export.gguf import export_gguf, rope_arguments
 
     model = AutoModelForCausalLM.from_pretrained(folder / model_type / "base", dtype=torch.float32)
     here = folder / model_type / title.replace(" ", "-")
@@ -128,7 +130,18 @@ def _adapted(
     lorary.detach(model)
     export_gguf(adapter, here / "gguf", model=model, dtype=dtype)
     path = str((here / "gguf" / "adapter.gguf").relative_to(folder))
-    return {"case": f"{model_type}, {title}", "model": base, "adapter": path, **want}
+    rope = rope_arguments(adapter)
+    scale = {"rope_scale": float(rope[-1])} if rope else {}
+    return {"case": f"{model_type}, {title}", "model": base, "adapter": path, **scale, **want}
+
+
+def _rope(case: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of llama-cpp-python that are llama.cpp's `--rope-scaling linear --rope-scale N`."""
+    from llama_cpp import LLAMA_ROPE_SCALING_TYPE_LINEAR
+
+    if "rope_scale" not in case:
+        return {}
+    return {"rope_scaling_type": LLAMA_ROPE_SCALING_TYPE_LINEAR, "rope_freq_scale": 1 / case["rope_scale"]}
 
 
 def run(folder: Path) -> None:
@@ -148,6 +161,7 @@ def run(folder: Path) -> None:
             type_k=GGML_TYPE_F32,  # fp16 by default
             type_v=GGML_TYPE_F32,
             verbose=False,
+            **_rope(case),
         )
         llama.eval(cases.PROMPT)
         first = llama.scores[len(cases.PROMPT) - 1].copy()

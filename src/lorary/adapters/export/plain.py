@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.low_rank_form import low_rank_forms
+from lorary.adapters.peft.lora import is_dora
 from lorary.errors import Diagnostic, MethodError
 from lorary.layers.adapted import unwrapped_modules
 from lorary.spec.site import Site
@@ -45,7 +46,8 @@ def plain_factors(
         if form is not None and form.is_plain:
             factors[name] = (form.B, form.A)
         else:
-            what = f"{type(adapted.join).__name__} does more than add B A x, and an adapter for {program} does only that"
+            title = "DoRA" if is_dora(adapted) else type(adapted.join).__name__
+            what = f"{title} does more than add B A x, and an adapter for {program} does only that"
             problems.append(Diagnostic(name, what, MERGE))
     what = f"is trained in full, and an adapter for {program} holds low-rank updates only"
     problems += [Diagnostic(name, what, MERGE) for name in adapter.full]
@@ -55,9 +57,10 @@ def plain_factors(
 
 
 def is_head(site: Site, model: Any) -> bool:
-    """Whether a site is the embedding or the LM head of a model of Transformers."""
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    return unwrapped_modules(model)[site.name] in ends
+    """Whether a site is the token embedding or the LM head."""
+    if not hasattr(model, "get_input_embeddings"):  # not a model of Transformers
+        return False
+    return unwrapped_modules(model)[site.name] in (model.get_input_embeddings(), model.get_output_embeddings())
 
 
 def tied_head(site: Site, model: Any) -> str:
