@@ -116,7 +116,7 @@ def _run(
         temperature=0, max_tokens=cases.STEPS, ignore_eos=True, detokenize=False, logprobs=cases.SIZES["vocab_size"]
     )
     requests = [
-        LoRARequest(str(i), i, str(folder / case["adapter"])) if "adapter" in case else None
+        LoRARequest(str(i), i + 1, str(folder / case["adapter"])) if "adapter" in case else None
         for i, case in enumerate(group)
     ]
     prompts: Any = [{"prompt_token_ids": cases.PROMPT} for _ in group]

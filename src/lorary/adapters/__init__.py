@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lorary.adapters.export.merged import export_merged as export_merged
     from lorary.adapters.peft.export import export_peft as export_peft
     from lorary.adapters.save_load import load_adapter as load_adapter
     from lorary.adapters.save_load import save_adapter as save_adapter
@@ -16,11 +17,12 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AdapterWarning": "files.findings",
+    "export_merged": "adapters.export.merged",
     "export_peft": "adapters.peft.export",
     "load_adapter": "adapters.save_load",
     "save_adapter": "adapters.save_load",
 }
-__all__ = ["AdapterWarning", "export_peft", "load_adapter", "save_adapter"]
+__all__ = ["AdapterWarning", "export_merged", "export_peft", "load_adapter", "save_adapter"]
 
 
 def __getattr__(name: str) -> object:

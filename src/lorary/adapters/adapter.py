@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lorary._deprecated import RenamedAttribute, forwarding
 from lorary.adapters.low_rank_form import LowRankForm, low_rank_forms
+from lorary.adapters.provenance import Provenance
 from lorary.errors import Diagnostic, MethodError
 from lorary.kernels.torch_internals import storage_id
 from lorary.layers.adapted import Adapted, adapted_layers
@@ -40,6 +41,7 @@ class Adapter:
         full: base parameter, or buffer, -> its trained value.
         base: the fingerprint of the base that it was trained on.
         notes: remarks of the reader about the adapter's files.
+        provenance: how it was made from other adapters; None for one that was trained.
     """
 
     method: Method
@@ -48,6 +50,7 @@ class Adapter:
     full: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     base: Fingerprint = field(default_factory=Fingerprint)
     notes: tuple[str, ...] = ()
+    provenance: Provenance | None = field(default=None, compare=False)
 
     @staticmethod
     @mode_independent

@@ -32,6 +32,7 @@ from lorary.adapters.peft import keys as peft_keys
 from lorary.adapters.peft.config import NAME as PEFT_CONFIG
 from lorary.adapters.peft.reader import MOST_JSON, WEIGHTS
 from lorary.adapters.peft.types import PeftType, peft_type_of
+from lorary.adapters.provenance import Provenance
 from lorary.adapters.shared_tensors import SharedTensors
 from lorary.adapters.site_records import adapted_sites, read_sites, site_record
 from lorary.adapters.tensor_checks import Layout, alert_if_zero, expected_tensors, read_tensors, site_tensors
@@ -52,6 +53,7 @@ FORMAT = 2
 _OLDEST = 1  # lorary 0.5 and before, with other names for components and fields
 _KEYS = {"format", "lorary", "method", "base", "full", "files", "sites"}
 _DRAWN = "drawn"  # only if the tensors that all sites share are regenerated from their seed
+_PROVENANCE = "provenance"  # only if it was made from other adapters
 
 
 def write_record(folder: Path, adapter: Adapter, shared: SharedTensors) -> None:
@@ -66,6 +68,8 @@ def write_record(folder: Path, adapter: Adapter, shared: SharedTensors) -> None:
     }
     if not shared.stored:
         head[_DRAWN] = shared_tensors.checksums(shared.tensors)
+    if adapter.provenance is not None:
+        head[_PROVENANCE] = adapter.provenance.record()
     lines = [json.dumps(site_record(adapted, adapter.method)) for adapted in adapter.sites]
     sites = "\n    " + ",\n    ".join(lines) + "\n  " if lines else ""
     text = json.dumps(head, indent=2).removesuffix("\n}") + f',\n  "sites": [{sites}]\n}}\n'
@@ -101,6 +105,7 @@ def read_native(folder: Path, findings: Findings) -> Adapter:
     if peft_type is None and PEFT_CONFIG in files:
         what = f"{WEIGHTS} is listed, but no PEFT adapter type has the tensors of this method"
         findings.fatal.append(Diagnostic(f"{NAME}: files", what))
+    provenance = _provenance(data, findings)
     findings.raise_refused()
     if peft_type:
         path, recorded = folder / PEFT_CONFIG, files[PEFT_CONFIG]
@@ -114,7 +119,8 @@ def read_native(folder: Path, findings: Findings) -> Adapter:
     tensors, inconsistent = shared_tensors.rejoined(sites, tensors)
     findings.fatal += [Diagnostic(f"{file.name}: {problem.where}", problem.what) for problem in inconsistent]
     alert_if_zero(sites, tensors, findings)
-    return _unwrapped(Adapter(method, sites, tensors, full, Fingerprint(**data["base"]), findings.conclude()))
+    base, notes = Fingerprint(**data["base"]), findings.conclude()
+    return _unwrapped(Adapter(method, sites, tensors, full, base, notes, provenance))
 
 
 def check_written(folder: Path) -> None:
@@ -179,7 +185,7 @@ def _outline_problems(record: Any, findings: Findings) -> list[Diagnostic]:
     if type(written) is int and written > FORMAT:
         what = f"has format {written}, written by lorary {release}; this version reads up to {FORMAT}"
         return [Diagnostic(NAME, what, "update lorary")]
-    unknown = sorted(set(record) - _KEYS - {_DRAWN})
+    unknown = sorted(set(record) - _KEYS - {_DRAWN, _PROVENANCE})
     findings.tolerable += [Diagnostic(f"{NAME}: {named(key)}", "is not a field of the format") for key in unknown]
     if missing := sorted(_KEYS - set(record)):
         return [Diagnostic(f"{NAME}: {key}", "is missing") for key in missing]
@@ -208,6 +214,15 @@ def _method(record: Any) -> Method:
     except MethodError as error:
         problems = [Diagnostic(f"{NAME}: method: {p.where}", p.what, p.fix) for p in error.problems]
         raise FileError("", problems) from None
+
+
+def _provenance(record: Mapping[str, Any], findings: Findings) -> Provenance | None:
+    """The provenance in a record; a malformed one is a finding."""
+    try:
+        return Provenance.from_record(record[_PROVENANCE]) if _PROVENANCE in record else None
+    except ValueError as error:
+        findings.fatal.append(Diagnostic(f"{NAME}: {_PROVENANCE}", str(error)))
+        return None
 
 
 def _check_digest(name: str, size: int, hashed: str, recorded: Mapping[str, Any], findings: Findings) -> None:

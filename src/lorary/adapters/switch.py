@@ -165,6 +165,16 @@ def _adapters(adapters: Any) -> list[Adapter]:
 def _check_base(
     model: nn.Module, adapter: Adapter, here: Fingerprint, where: str, *, force: bool, fix: str = _OTHER_BASE
 ) -> None:
+    problems = base_mismatches(model, adapter) + _meta_problems(unwrapped_modules(model), adapter)
+    if not force:
+        here = here.without(model, adapter.full)
+        problems += [Diagnostic(p.where, p.what, fix) for p in adapter.base.disagreements(here)]
+    if problems:
+        raise FileError(f"{where} does not fit this model:", problems)
+
+
+def base_mismatches(model: nn.Module, adapter: Adapter) -> list[Diagnostic]:
+    """Why a model cannot take an adapter: layers, shapes, quantisation, context; it may be without values."""
     modules, problems = unwrapped_modules(model), []
     residual = {name for name, layer in adapted_layers(model).items() if layer.start}  # detaching makes them plain
     for adapted in adapter.sites:
@@ -178,12 +188,7 @@ def _check_base(
         if parameters.get(name) != tuple(tensor.shape):
             found = f"it is {parameters[name]}" if name in parameters else "it has no such parameter"
             problems.append(Diagnostic(name, f"the adapter holds {tuple(tensor.shape)} for it; in this model {found}"))
-    problems += _context_problems(model, adapter) + _meta_problems(modules, adapter)
-    if not force:
-        here = here.without(model, adapter.full)
-        problems += [Diagnostic(p.where, p.what, fix) for p in adapter.base.disagreements(here)]
-    if problems:
-        raise FileError(f"{where} does not fit this model:", problems)
+    return problems + _context_problems(model, adapter)
 
 
 def _meta_problems(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[Diagnostic]:

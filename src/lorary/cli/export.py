@@ -17,14 +17,25 @@ def export(
     output: Annotated[Path, typer.Argument(help="Folder for the exported files.")],
     to: Annotated[str, typer.Option("--to", help=_TO)] = "peft",
     base: Annotated[
-        str | None, typer.Option("--base", help="Base model: some methods need it; the result is then verified.")
+        str | None,
+        typer.Option("--base", help="Base model. peft: only if the method needs it, or to verify the result."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32, float16 or bfloat16 (gguf, ollama; default: float32).")
+        str | None,
+        typer.Option(
+            "--dtype", help="float32, bfloat16 or float16. merged: also auto, the base's own. gguf, ollama: float32 if left out."
+        ),
     ] = None,
+    onto: Annotated[
+        str | None,
+        typer.Option("--onto", help="merged: trained (the weights as quantised in training), or original."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="merged: accept another base than in training, if it fits.")
+    ] = False,
     base_gguf: Annotated[
         str | None,
-        typer.Option("--base-gguf", help="The base for Ollama: its GGUF file, or its name there (ollama)."),
+        typer.Option("--base-gguf", help="ollama: the base, as a GGUF file or by its name there."),
     ] = None,
 ) -> None:
     """Write an adapter in another program's format: the same function of the same, unmodified base.
@@ -33,12 +44,15 @@ def export(
     such a form is refused with the reason. If RoPE is scaled (LongLoRA), `BASE.md` beside the files says how to load
     the base.
 
+    merged: a plain Transformers model like that of `lorary merge`, but written file by file of the base's checkpoint,
+    so that the whole model is never in memory.
+
     gguf: `adapter.gguf` for llama.cpp, of the architectures whose conversion is known. ollama: that file and a
     Modelfile. vllm, sglang: a LoRA that the engine computes rightly, and `serve.sh`, the command that serves it.
     """
     from lorary.adapters.resolve import find_adapter
 
-    options: dict[str, Any] = {"dtype": dtype, "base_gguf": base_gguf}
+    options: dict[str, Any] = {"dtype": dtype, "onto": onto, "force": force, "base_gguf": base_gguf}
     given = {name: value for name, value in options.items() if value not in (None, False)}
     write = writer(adapter, to, given)
     write(Export(find_adapter(adapter, "export"), output, base, given))

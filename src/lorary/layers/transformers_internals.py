@@ -21,8 +21,11 @@ from lorary.errors import changed_release
 
 UNDOCUMENTED = {
     "ConversionOps": "transformers.core_model_loading",
+    "WeightConverter": "transformers.core_model_loading",
     "WeightRenaming": "transformers.core_model_loading",
+    "dot_natural_key": "transformers.core_model_loading",
     "rename_source_key": "transformers.core_model_loading",
+    "revert_weight_conversion": "transformers.core_model_loading",
     "get_model_conversion_mapping": "transformers.conversion_mapping",
     "is_optimizer_factory": "transformers.trainer_optimizer",
     "modeling_auto": "transformers.models.auto",
@@ -135,6 +138,11 @@ def weight_conversions(model: nn.Module) -> list[Any] | None:
 def set_weight_conversions(model: nn.Module, conversions: list[Any]) -> None:
     """Replace that mapping."""
     object.__setattr__(model, "_weight_conversions", conversions)
+
+
+def was_used(conversion: Any) -> bool:
+    """Whether a rule of that mapping has matched a name."""
+    return bool(getattr(conversion, "was_used", lambda: True)())
 
 
 def loaded_dtype(model: Any, name: str) -> torch.dtype:

@@ -83,10 +83,10 @@ class AttachedState:
         total: parameters of the base, tied ones counted once.
         replaced_weights: site -> its weight before the start was subtracted: a copy on the CPU, or the parameter itself
             if other layers hold it too and this one got its own.
-        untied: whether attaching cleared the configuration's `tie_word_embeddings`, because a tied layer got a weight
-            of its own that the next `tie_weights` would remove.
+        untied: the configurations whose `tie_word_embeddings` attaching cleared, because a tied layer got a weight of
+            its own that the next `tie_weights` would remove.
         merged: once merged, site -> the replaced layer and its replacement.
-        tied: the tied parameters that a merge replaced by copies.
+        tied: the tied parameters that a merge replaced by copies, and the configurations where it cleared that flag.
         bias_flags: the configuration's bias flags that a merge set.
         suspended: while the model is in `disabled` blocks, the way back.
         context_patch: the context's change to the model.
@@ -106,9 +106,9 @@ class AttachedState:
     fingerprint: Fingerprint
     total: int
     replaced_weights: dict[str, Tensor] = field(default_factory=dict)
-    untied: bool = False
+    untied: list[Any] = field(default_factory=list)
     merged: dict[str, Merged] | None = None
-    tied: list[TiedParameter] | None = None
+    tied: tuple[list[TiedParameter], list[Any]] | None = None
     bias_flags: BiasFlags = field(default_factory=BiasFlags)
     suspended: Suspended | None = None
     context_patch: ContextPatch | None = None
