@@ -74,7 +74,7 @@ def _adapted(
     lorary.detach(model)
     command = export_for_engine(adapter, here / "vllm", "vllm", model=model)
     said = dict(zip(command, command[1:], strict=False))
-    engine = {"rank": int(said["--max-lora-rank"]), "overrides": said.get("--hf-overrides", "{}")}
+    engine = {"rank": int(said["--max-lora-rank"]), "overrides": said.get("--hf-overrides", "")}
     path = str((here / "vllm").relative_to(folder))
     return {"case": f"{model_type}, {title}", "model": f"{model_type}/base", "adapter": path, **engine, **want}
 
@@ -85,13 +85,13 @@ def run(folder: Path) -> None:
     bare: dict[str, list[float]] = {}
     rights = []
     for (model, overrides), group in itertools.groupby(sorted(cases.read(folder), key=_engine), _engine):
-        rights += _run(folder, model, json.loads(overrides), list(group), bare)
+        rights += _run(folder, model, json.loads(overrides or "{}"), list(group), bare)
     cases.finish(rights)
 
 
 def _engine(case: dict[str, Any]) -> tuple[str, str]:
     """What is the same for all requests of an engine: the base, and the settings that replace its own."""
-    return case["model"], case.get("overrides", "{}")
+    return case["model"], case.get("overrides", "")
 
 
 def _run(
