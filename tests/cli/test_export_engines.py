@@ -70,8 +70,14 @@ def test_refused(command: Command) -> None:
         assert "DoRA does more than add B A x" in ran.err
     for arguments, sentence in (
         (("--to", "gguf", "--dtype", "int4"), "dtype: is 'int4'; GGUF's adapters take float32, float16, bfloat16"),
-        (("--to", "vllm", "--dtype", "float16"), "--dtype: --to vllm has no such option\n      hint: leave it out; it is"),
-        (("--to", "gguf", "--base-gguf", "x"), "--base-gguf: --to gguf has no such option\n      hint: leave it out; it is"),
+        (
+            ("--to", "vllm", "--dtype", "float16"),
+            "--dtype: --to vllm has no such option\n      hint: leave it out; it is",
+        ),
+        (
+            ("--to", "gguf", "--base-gguf", "x"),
+            "--base-gguf: --to gguf has no such option\n      hint: leave it out; it is",
+        ),
         (("--to", "ollama", "--base-gguf", " "), "base_gguf: is ' '; a Modelfile takes a file or the name of a model"),
     ):
         ran = command("export", "run", "out", "--base", "model", *arguments)

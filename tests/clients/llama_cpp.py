@@ -3,8 +3,8 @@
     python -m tests.clients.llama_cpp prepare FOLDER LLAMA_CPP [MODEL_TYPE ...]   in lorary's environment
     python -m tests.clients.llama_cpp run FOLDER                                  in one with llama-cpp-python
 
-LLAMA_CPP is llama.cpp's source, whose own `convert_hf_to_gguf.py` makes the bases (the source distribution of
-llama-cpp-python has it in vendor/llama.cpp). Every architecture that `lorary export --to gguf` accepts has its row here.
+LLAMA_CPP is llama.cpp's source, whose own `convert_hf_to_gguf.py` makes the bases; the source distribution of
+llama-cpp-python has it in vendor/llama.cpp. Every architecture that `lorary export --to gguf` accepts has a row here.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from tests.clients import cases
 
 # Converts a base without its tokenizer, of which llama.cpp needs the size alone here.
 _CONVERT = """
-import sys
+import pathlib, sys
 source, model, out = sys.argv[1:]
 sys.path[:0] = [source, source + "/gguf-py"]
 import convert_hf_to_gguf
 from conversion import get_model_class
 from conversion.base import ModelBase, ModelType, get_model_architecture
-cls = get_model_class(get_model_architecture(ModelBase.load_hparams(__import__("pathlib").Path(model), False), ModelType.TEXT))
+settings = ModelBase.load_hparams(pathlib.Path(model), False)
+cls = get_model_class(get_model_architecture(settings, ModelType.TEXT))
 parameters = cls.set_gguf_parameters
 def with_size(self):
     parameters(self)
@@ -171,7 +172,9 @@ def run(folder: Path) -> None:
             llama.eval(tokens[-1:])
             tokens.append(int(llama.scores[llama.n_tokens - 1].argmax()))
         llama.close()
-        error, moved = (float(np.abs(x - want).max() / np.abs(want).max()) for x in (first, bare.setdefault(case["model"], first)))
+        error, moved = (
+            float(np.abs(x - want).max() / np.abs(want).max()) for x in (first, bare.setdefault(case["model"], first))
+        )
         rights.append(cases.report(case, tokens, error, moved))
     cases.finish(rights)
 

@@ -73,7 +73,7 @@ def _adapted(
     adapter = lorary.Adapter.of(model)
     lorary.detach(model)
     command = export_for_engine(adapter, here / "vllm", "vllm", model=model)
-    said = dict(zip(command, command[1:], strict=False))
+    said = dict(itertools.pairwise(command))
     engine = {"rank": int(said["--max-lora-rank"]), "overrides": said.get("--hf-overrides", "")}
     path = str((here / "vllm").relative_to(folder))
     return {"case": f"{model_type}, {title}", "model": f"{model_type}/base", "adapter": path, **engine, **want}
@@ -81,7 +81,9 @@ def _adapted(
 
 def run(folder: Path) -> None:
     """Generate with vLLM, all cases of a base in one batch, and compare."""
-    os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"})
+    os.environ.update(
+        {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    )
     bare: dict[str, list[float]] = {}
     rights = []
     for (model, overrides), group in itertools.groupby(sorted(cases.read(folder), key=_engine), _engine):

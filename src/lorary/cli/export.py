@@ -23,7 +23,8 @@ def export(
     dtype: Annotated[
         str | None,
         typer.Option(
-            "--dtype", help="float32, bfloat16 or float16. merged: also auto, the base's own. gguf, ollama: float32 if left out."
+            "--dtype",
+            help="float32, bfloat16 or float16. merged: also auto, the base's own. gguf, ollama: float32 if left out.",
         ),
     ] = None,
     onto: Annotated[

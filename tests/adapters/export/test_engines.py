@@ -40,7 +40,10 @@ METHODS: dict[str, tuple[tuple[str, ...], dict[str, Any], int]] = {
 
 def naive(folder: Path) -> dict[str, Tensor]:
     """Site -> (alpha / r) B A by a reader that knows the two numbers of the configuration alone."""
-    config, tensors = json.loads((folder / "adapter_config.json").read_text()), load_file(folder / "adapter_model.safetensors")
+    config, tensors = (
+        json.loads((folder / "adapter_config.json").read_text()),
+        load_file(folder / "adapter_model.safetensors"),
+    )
     prefix, end = "base_model.model.", ".lora_A.weight"
     scale = config["lora_alpha"] / config["r"]
     found = {}
@@ -258,9 +261,7 @@ def emptied() -> nn.Module:
 
 
 @pytest.mark.parametrize(("engine", "make", "base", "options", "sentence"), REFUSED.values(), ids=REFUSED)
-def test_refused(
-    engine: str, make: Any, base: Any, options: dict[str, Any], sentence: str, tmp_path: Path
-) -> None:
+def test_refused(engine: str, make: Any, base: Any, options: dict[str, Any], sentence: str, tmp_path: Path) -> None:
     with pytest.raises(FileError) as error:
         export_for_engine(make(), tmp_path / "out", engine, model=base(), **({"base": "org/model"} | options))
     title = {"vllm": "vLLM", "sglang": "SGLang"}[engine]

@@ -72,7 +72,11 @@ def interleaved(W: Tensor, heads: int) -> Tensor:
 
 @pytest.mark.parametrize(("names", "options"), METHODS.values(), ids=METHODS)
 def test_every_site_has_its_update(names: tuple[str, ...], options: dict[str, Any], tmp_path: Path) -> None:
-    made = models.vera(LLAMA, targets=TARGETS) if "vera" in names else models.adapted(LLAMA, *names, targets=TARGETS, **options)
+    made = (
+        models.vera(LLAMA, targets=TARGETS)
+        if "vera" in names
+        else models.adapted(LLAMA, *names, targets=TARGETS, **options)
+    )
     if "adalora" in names:
         with torch.no_grad():
             for i, module in enumerate(m for m in made.modules() if hasattr(m, "params")):
@@ -144,9 +148,7 @@ def test_all_linear_layers_of_an_architecture_have_a_name(model_type: str, tmp_p
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config)
     planned = lorary.plan(base, lorary.method("lora", r=2))
-    tensors = {
-        p.site.name: {"A": torch.ones(p.shapes["A"]), "B": torch.ones(p.shapes["B"])} for p in planned.sites
-    }
+    tensors = {p.site.name: {"A": torch.ones(p.shapes["A"]), "B": torch.ones(p.shapes["B"])} for p in planned.sites}
     adapter = lorary.Adapter(planned.method, planned.sites, tensors)
     export_gguf(adapter, tmp_path, model=base)
     reader, found = read(tmp_path)
@@ -323,5 +325,7 @@ def test_a_folder_in_the_way_is_left_alone(tmp_path: Path) -> None:
 
 def test_the_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
-    with pytest.raises(FileError, match=r"the package `gguf` is not installed\n      hint: pip install 'lorary\[gguf\]'"):
+    with pytest.raises(
+        FileError, match=r"the package `gguf` is not installed\n      hint: pip install 'lorary\[gguf\]'"
+    ):
         export_gguf(plain(), tmp_path / "out", model=LLAMA.model())

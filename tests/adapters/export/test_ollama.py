@@ -25,7 +25,7 @@ HEADERS = (  # Llama 3's, with the BOS token that its tokenizer also puts before
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 GEMMA = (  # no system message, and another name for the assistant
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     "{% for m in messages %}{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' + "
     "m['content'] + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
@@ -35,7 +35,12 @@ QWEN = (  # a default system message
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-EXACT = {"ChatML": (CHATML, "<"), "Llama 3": (HEADERS, "<|eot_id|>"), "Gemma": (GEMMA, "<end_of_turn>"), "Qwen 2.5": (QWEN, "<|im_end|>")}
+EXACT = {
+    "ChatML": (CHATML, "<"),
+    "Llama 3": (HEADERS, "<|eot_id|>"),
+    "Gemma": (GEMMA, "<end_of_turn>"),
+    "Qwen 2.5": (QWEN, "<|im_end|>"),
+}
 
 
 def tokenizer(template: Any, bos: bool = False) -> Any:
@@ -102,7 +107,9 @@ UNTRANSLATED = {
     "no template": (None, False, "the tokenizer has no chat template, or several"),
     "a date": ("{{ strftime_now('%d %b') }}" + QWEN, False, "the chat template writes the date"),
     "answers that change once another turn follows": (
-        QWEN.replace("m['content'] +", "('' if loop.last or m['role'] == 'user' else '<think></think>') + m['content'] +"),
+        QWEN.replace(
+            "m['content'] +", "('' if loop.last or m['role'] == 'user' else '<think></think>') + m['content'] +"
+        ),
         False,
         "the chat template ",
     ),
@@ -113,7 +120,11 @@ UNTRANSLATED = {
     ),
     "no BOS token, where the tokenizer has one": (QWEN, True, "the chat template has no fixed texts around each turn"),
     "an error": ("{{ raise_exception('no') }}", False, "the chat template has no fixed texts around each turn"),
-    "marks of Go's": (QWEN.replace("<|im_end|>", "' ~ '{' ~ '{' ~ '"), False, "the chat template writes marks of Ollama's own"),
+    "marks of Go's": (
+        QWEN.replace("<|im_end|>", "' ~ '{' ~ '{' ~ '"),
+        False,
+        "the chat template writes marks of Ollama's own",
+    ),
 }
 
 
@@ -125,7 +136,7 @@ def test_another_template_is_not_written(template: Any, bos: bool, reason: str) 
     assert why.startswith(reason)
     text = modelfile(made, "./base.gguf")
     assert f"# no TEMPLATE: {why}; Ollama takes the one of the base's GGUF, if it has one\n" in text
-    assert "TEMPLATE \"" not in text
+    assert 'TEMPLATE "' not in text
 
 
 def test_the_folder(tmp_path: Path) -> None:
