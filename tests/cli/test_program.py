@@ -34,7 +34,7 @@ OPTIONS = {
     "": ["--debug", "--install-completion", "--show-completion", "--version"],
     "demo": ["--out", "--steps"],
     "doctor": ["--json"],
-    "export": ["--base", "--dtype", "--force", "--onto", "--to"],
+    "export": ["--base", "--dtype", "--folded", "--force", "--onto", "--to"],
     "chat": ["--base", "--max-new-tokens", "--seed", "--system", "--temperature", "--template", "--top-p"],
     "eval": [
         *("--base", "--batch-size", "--config", "--data", "--dtype", "--format", "--json", "--limit", "--max-length"),

@@ -20,6 +20,9 @@ def export(
         str | None,
         typer.Option("--base", help="Base model. peft: only if the method needs it, or to verify the result."),
     ] = None,
+    folded: Annotated[
+        bool, typer.Option("--folded", help="peft: one rank and scale for all sites, for readers that ignore patterns.")
+    ] = False,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -53,7 +56,7 @@ def export(
     """
     from lorary.adapters.resolve import find_adapter
 
-    options: dict[str, Any] = {"dtype": dtype, "onto": onto, "force": force, "base_gguf": base_gguf}
+    options: dict[str, Any] = {"folded": folded, "dtype": dtype, "onto": onto, "force": force, "base_gguf": base_gguf}
     given = {name: value for name, value in options.items() if value not in (None, False)}
     write = writer(adapter, to, given)
     write(Export(find_adapter(adapter, "export"), output, base, given))
