@@ -1,7 +1,7 @@
 """vLLM and SGLang: an adapter as the plain LoRA that the engine computes rightly, and the command that serves it.
 
 Both read PEFT's two files. vLLM follows the patterns of ranks and alphas in them, SGLang ignores them and `use_rslora`.
-So the scale is in B, alpha = r, and every site has the same rank, which both compute rightly.
+So these files have the folded form of `export_peft`: one rank and one scale at all sites, which both compute rightly.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Engine:
         title: its name in messages.
         largest_rank: the largest rank that it takes; None for any.
         why_not: (site, base) -> why it does not compute an adapter of a layer; empty if it does.
-        command: (base, name, path, configuration, RoPE parameters) -> the command that serves an adapter.
+        command: (base, name, path, configuration, RoPE parameters) -> the command that serves an adapter, which ends
+            with `name=path`.
         scales_rope: whether the command can say which RoPE scaling the base needs.
     """
 
@@ -96,14 +97,12 @@ def export_for_engine(
             f"cannot export an adapter to {show(path, most=400)} for {target.title}", deduplicated(problems)
         )
     config, tensors = lora_files(adapter, folder, model, folded=True)
-    arguments = base or adapter.base.name, name
     rope = _rope_parameters(adapter, model)
-    here = '"$(cd "$(dirname "$0")" && pwd)"'
-    placeholder = "LORARY_HERE"
-    line = shlex.join(target.command(*arguments, placeholder, config, rope)).replace(placeholder, here)
-    text = f"#!/bin/sh\n# Serve this folder's adapter with {target.title}, as the model {name}.\nexec {line}\n"
-    write_lora(folder, config, tensors, {SERVE: text})
-    return target.command(*arguments, path, config, rope)
+    *command, last = target.command(base or adapter.base.name, name, path, config, rope)
+    here = f'{name}="$(cd "$(dirname "$0")" && pwd)"'  # the last argument, wherever the folder is moved
+    text = f"#!/bin/sh\n# Serve this folder's adapter with {target.title}, as the model {name}.\n"
+    write_lora(folder, config, tensors, {SERVE: f"{text}exec {shlex.join(command)} {here}\n"})
+    return [*command, last]
 
 
 def _problems(adapter: Adapter, model: nn.Module, target: Engine, base: str, name: str) -> list[Diagnostic]:
