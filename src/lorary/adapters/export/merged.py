@@ -81,7 +81,7 @@ def export_merged(
 
     Example:
         >>> adapter = lorary.load_adapter("out/adapter")
-        >>> lorary.adapters.export_merged(adapter, "org/model", "merged")
+        >>> export_merged(adapter, "org/model", "merged")
     """
     _check_options(adapter, dtype, onto)
     checked_path(folder, _HEADLINE)
