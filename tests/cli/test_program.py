@@ -34,7 +34,7 @@ OPTIONS = {
     "": ["--debug", "--install-completion", "--show-completion", "--version"],
     "demo": ["--out", "--steps"],
     "doctor": ["--json"],
-    "export": ["--base", "--to"],
+    "export": ["--base", "--base-gguf", "--dtype", "--folded", "--force", "--onto", "--to"],
     "check": ["--base", "--for", "--json"],
     "chat": ["--base", "--max-new-tokens", "--seed", "--system", "--temperature", "--template", "--top-p"],
     "eval": [

@@ -49,9 +49,11 @@ def adapted(model: Any, methods: tuple[str, ...], folder: Path, **options: Any) 
 
     import lorary
 
-    targets = options.pop("targets", None)
+    where = {key: options.pop(key) for key in ("targets", "ranks") if key in options}
     method = lorary.method(*methods, **options)
-    lorary.attach(model, lorary.plan(model, method, **({"targets": targets} if targets else {})))
+    if "longlora" in methods:  # which trains embeddings and norms in full, as no adapter elsewhere can
+        method = method.replace(full=())
+    lorary.attach(model, lorary.plan(model, method, **where))
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

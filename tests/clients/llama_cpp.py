@@ -3,8 +3,8 @@
     python -m tests.clients.llama_cpp prepare FOLDER LLAMA_CPP [MODEL_TYPE ...]   in lorary's environment
     python -m tests.clients.llama_cpp run FOLDER                                  in one with llama-cpp-python
 
-LLAMA_CPP is llama.cpp's source, whose own `convert_hf_to_gguf.py` makes the bases (the source distribution of
-llama-cpp-python has it in vendor/llama.cpp). Every architecture that `lorary export --to gguf` accepts has its row here.
+LLAMA_CPP is llama.cpp's source, whose own `convert_hf_to_gguf.py` makes the bases; the source distribution of
+llama-cpp-python has it in vendor/llama.cpp. Every architecture that `lorary export --to gguf` accepts has a row here.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from tests.clients import cases
 
 # Converts a base without its tokenizer, of which llama.cpp needs the size alone here.
 _CONVERT = """
-import sys
+import pathlib, sys
 source, model, out = sys.argv[1:]
 sys.path[:0] = [source, source + "/gguf-py"]
 import convert_hf_to_gguf
 from conversion import get_model_class
 from conversion.base import ModelBase, ModelType, get_model_architecture
-cls = get_model_class(get_model_architecture(ModelBase.load_hparams(__import__("pathlib").Path(model), False), ModelType.TEXT))
+settings = ModelBase.load_hparams(pathlib.Path(model), False)
+cls = get_model_class(get_model_architecture(settings, ModelType.TEXT))
 parameters = cls.set_gguf_parameters
 def with_size(self):
     parameters(self)
@@ -68,6 +69,8 @@ METHODS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "MELoRA": (("melora",), {"r": 4}),
     "VeRA": (("vera",), {"r": 8}),
     "MultiLoRA": (("multilora",), {"r": 4}),
+    "unequal ranks": (("lora",), {"r": 4, "ranks": {"k_proj": 2, "down_proj": 6}}),
+    "LongLoRA": (("longlora", "lora"), {"r": 4, "length": 512}),
 }
 
 
@@ -118,7 +121,7 @@ def _adapted(
     from transformers import AutoModelForCausalLM
 
     import lorary
-    from lorary.adapters.export.gguf import export_gguf
+    from lorary.adapters.export.gguf import export_gguf, rope_arguments
 
     model = AutoModelForCausalLM.from_pretrained(folder / model_type / "base", dtype=torch.float32)
     here = folder / model_type / title.replace(" ", "-")
@@ -128,7 +131,18 @@ def _adapted(
     lorary.detach(model)
     export_gguf(adapter, here / "gguf", model=model, dtype=dtype)
     path = str((here / "gguf" / "adapter.gguf").relative_to(folder))
-    return {"case": f"{model_type}, {title}", "model": base, "adapter": path, **want}
+    rope = rope_arguments(adapter)
+    scale = {"rope_scale": float(rope[-1])} if rope else {}
+    return {"case": f"{model_type}, {title}", "model": base, "adapter": path, **scale, **want}
+
+
+def _rope(case: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of llama-cpp-python that are llama.cpp's `--rope-scaling linear --rope-scale N`."""
+    from llama_cpp import LLAMA_ROPE_SCALING_TYPE_LINEAR
+
+    if "rope_scale" not in case:
+        return {}
+    return {"rope_scaling_type": LLAMA_ROPE_SCALING_TYPE_LINEAR, "rope_freq_scale": 1 / case["rope_scale"]}
 
 
 def run(folder: Path) -> None:
@@ -148,6 +162,7 @@ def run(folder: Path) -> None:
             type_k=GGML_TYPE_F32,  # fp16 by default
             type_v=GGML_TYPE_F32,
             verbose=False,
+            **_rope(case),
         )
         llama.eval(cases.PROMPT)
         first = llama.scores[len(cases.PROMPT) - 1].copy()
@@ -157,7 +172,9 @@ def run(folder: Path) -> None:
             llama.eval(tokens[-1:])
             tokens.append(int(llama.scores[llama.n_tokens - 1].argmax()))
         llama.close()
-        error, moved = (float(np.abs(x - want).max() / np.abs(want).max()) for x in (first, bare.setdefault(case["model"], first)))
+        error, moved = (
+            float(np.abs(x - want).max() / np.abs(want).max()) for x in (first, bare.setdefault(case["model"], first))
+        )
         rights.append(cases.report(case, tokens, error, moved))
     cases.finish(rights)
 

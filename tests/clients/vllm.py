@@ -35,6 +35,8 @@ METHODS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "VeRA": (("vera",), {"r": 8}),
     "MultiLoRA": (("multilora",), {"r": 4}),
     "rsPiSSA": (("pissa", "rslora"), {"r": 4}),
+    "unequal ranks": (("lora",), {"r": 4, "ranks": {"k_proj": 2, "down_proj": 6}}),
+    "LongLoRA": (("longlora", "lora"), {"r": 4, "length": 512}),
 }
 
 
@@ -71,21 +73,32 @@ def _adapted(
     adapter = lorary.Adapter.of(model)
     lorary.detach(model)
     command = export_for_engine(adapter, here / "vllm", "vllm", model=model)
-    rank = int(command[command.index("--max-lora-rank") + 1])
+    said = dict(itertools.pairwise(command))
+    engine = {"rank": int(said["--max-lora-rank"]), "overrides": said.get("--hf-overrides", "")}
     path = str((here / "vllm").relative_to(folder))
-    return {"case": f"{model_type}, {title}", "model": f"{model_type}/base", "adapter": path, "rank": rank, **want}
+    return {"case": f"{model_type}, {title}", "model": f"{model_type}/base", "adapter": path, **engine, **want}
 
 
 def run(folder: Path) -> None:
     """Generate with vLLM, all cases of a base in one batch, and compare."""
-    os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"})
+    os.environ.update(
+        {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    )
+    bare: dict[str, list[float]] = {}
     rights = []
-    for model, group in itertools.groupby(cases.read(folder), lambda case: case["model"]):
-        rights += _run(folder, model, list(group))
+    for (model, overrides), group in itertools.groupby(sorted(cases.read(folder), key=_engine), _engine):
+        rights += _run(folder, model, json.loads(overrides or "{}"), list(group), bare)
     cases.finish(rights)
 
 
-def _run(folder: Path, model: str, group: list[dict[str, Any]]) -> list[bool]:
+def _engine(case: dict[str, Any]) -> tuple[str, str]:
+    """What is the same for all requests of an engine: the base, and the settings that replace its own."""
+    return case["model"], case.get("overrides", "")
+
+
+def _run(
+    folder: Path, model: str, overrides: dict[str, Any], group: list[dict[str, Any]], bare: dict[str, list[float]]
+) -> list[bool]:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -99,21 +112,23 @@ def _run(folder: Path, model: str, group: list[dict[str, Any]]) -> list[bool]:
         max_loras=len(group),
         max_lora_rank=max(case.get("rank", 1) for case in group),
         max_logprobs=cases.SIZES["vocab_size"],
+        hf_overrides=overrides,
     )
     sampling = SamplingParams(
         temperature=0, max_tokens=cases.STEPS, ignore_eos=True, detokenize=False, logprobs=cases.SIZES["vocab_size"]
     )
     requests = [
-        LoRARequest(str(i), i, str(folder / case["adapter"])) if "adapter" in case else None
+        LoRARequest(str(i), i + 1, str(folder / case["adapter"])) if "adapter" in case else None
         for i, case in enumerate(group)
     ]
     prompts: Any = [{"prompt_token_ids": cases.PROMPT} for _ in group]
     outputs = [found.outputs[0] for found in llm.generate(prompts, sampling, lora_request=requests, use_tqdm=False)]
     firsts = [_logprobs(output.logprobs[0]) for output in outputs]
+    bare.setdefault(model, firsts[0])  # the base alone comes first
     rights = []
     for case, output, first in zip(group, outputs, firsts, strict=True):
         want = _log_softmax(case["logits"])
-        error, moved = (max(abs(a - b) for a, b in zip(x, want, strict=True)) for x in (first, firsts[0]))
+        error, moved = (max(abs(a - b) for a, b in zip(x, want, strict=True)) for x in (first, bare[model]))
         rights.append(cases.report(case, list(output.token_ids), error, moved))
     return rights
 

@@ -16,6 +16,7 @@ import lorary
 from lorary.adapters.export.gguf import DTYPES, export_gguf, rope_arguments
 from lorary.adapters.export.gguf_architectures import ARCHITECTURES, Architecture, reorder_rows
 from lorary.errors import FileError
+from lorary.model.fingerprint import Fingerprint
 from lorary.spec.site import Site
 from tests import tiny
 from tests.adapters import models
@@ -71,7 +72,11 @@ def interleaved(W: Tensor, heads: int) -> Tensor:
 
 @pytest.mark.parametrize(("names", "options"), METHODS.values(), ids=METHODS)
 def test_every_site_has_its_update(names: tuple[str, ...], options: dict[str, Any], tmp_path: Path) -> None:
-    made = models.vera(LLAMA, targets=TARGETS) if "vera" in names else models.adapted(LLAMA, *names, targets=TARGETS, **options)
+    made = (
+        models.vera(LLAMA, targets=TARGETS)
+        if "vera" in names
+        else models.adapted(LLAMA, *names, targets=TARGETS, **options)
+    )
     if "adalora" in names:
         with torch.no_grad():
             for i, module in enumerate(m for m in made.modules() if hasattr(m, "params")):
@@ -143,9 +148,7 @@ def test_all_linear_layers_of_an_architecture_have_a_name(model_type: str, tmp_p
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config)
     planned = lorary.plan(base, lorary.method("lora", r=2))
-    tensors = {
-        p.site.name: {"A": torch.ones(p.shapes["A"]), "B": torch.ones(p.shapes["B"])} for p in planned.sites
-    }
+    tensors = {p.site.name: {"A": torch.ones(p.shapes["A"]), "B": torch.ones(p.shapes["B"])} for p in planned.sites}
     adapter = lorary.Adapter(planned.method, planned.sites, tensors)
     export_gguf(adapter, tmp_path, model=base)
     reader, found = read(tmp_path)
@@ -188,11 +191,7 @@ def test_numbers_are_rounded_once(dtype: str, tmp_path: Path) -> None:
 
 def test_linear_rope_scaling_is_an_argument_of_llama_cpp(tmp_path: Path) -> None:
     base = tiny.llama()
-    method = lorary.method("longlora", "lora", r=2, length=base.config.max_position_embeddings * 4, full=())
-    lorary.attach(base, lorary.plan(base, method))
-    adapter = lorary.Adapter.of(tiny.shaken(base))
-    assert not adapter.full
-    lorary.detach(base)
+    adapter = longer(base, "linear")
     export_gguf(adapter, tmp_path, model=base)
     assert rope_arguments(adapter) == ["--rope-scaling", "linear", "--rope-scale", "4"]
     assert rope_arguments(lorary.Adapter.of(models.adapted(LLAMA))) == []
@@ -208,22 +207,17 @@ def plain(*names: str, **options: Any) -> lorary.Adapter:
     return lorary.Adapter.of(models.adapted(LLAMA, *names, **options))
 
 
-def of(model: nn.Module, *names: str, targets: Any = None, **options: Any) -> lorary.Adapter:
-    lorary.attach(model, lorary.plan(model, lorary.method(*names, r=2, **options), targets=targets or "all-linear"))
+def of(model: nn.Module, method: lorary.Method = tiny.LORA, targets: Any = "all-linear") -> lorary.Adapter:
+    lorary.attach(model, lorary.plan(model, method, targets=targets))
     adapter = lorary.Adapter.of(tiny.shaken(model))
     lorary.detach(model)
     return adapter
 
 
-def tied() -> tuple[lorary.Adapter, nn.Module]:
-    base = tiny.llama(tie_word_embeddings=True)
-    return of(base, "lora", targets=["embed_tokens"]), base
-
-
-def yarn() -> tuple[lorary.Adapter, nn.Module]:
-    base = tiny.llama()
+def longer(base: Any, rope: str) -> lorary.Adapter:
+    """LongLoRA of four times the context, without the embeddings and norms that it trains in full."""
     length = base.config.max_position_embeddings * 4
-    return of(base, "longlora", "lora", length=length, rope="yarn", full=()), base
+    return of(base, lorary.method("longlora", "lora", r=2, length=length, rope=rope).replace(full=()))
 
 
 MERGED = "\n      hint: merge it: `lorary export ADAPTER FOLDER --to merged`"
@@ -232,7 +226,7 @@ REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
         lambda: plain("dora"),
         LLAMA.model,
         {},
-        "model.layers.0.self_attn.q_proj and 5 more: MagnitudeDirection does more than add B A x, and an adapter for "
+        "model.layers.0.self_attn.q_proj and 5 more: DoRA does more than add B A x, and an adapter for "
         f"llama.cpp does only that{MERGED}",
     ),
     "norms in full": (
@@ -276,19 +270,31 @@ REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
         plain,
         tiny.llama,
         {},
-        "model.layers.0.self_attn.v_proj: has 8 output features, expected 8",
+        "base: other layers or sizes: ",
+    ),
+    "another size, of an adapter that does not say its base": (
+        lambda: dataclasses.replace(plain(), base=Fingerprint()),
+        lambda: tiny.llama(intermediate_size=32),
+        {},
+        "model.layers.0.mlp.down_proj and 1 more: has 32 input features, expected 24",
+    ),
+    "a layer that the base lacks": (
+        lambda: dataclasses.replace(plain(), base=Fingerprint()),
+        lambda: tiny.llama(num_hidden_layers=1),
+        {},
+        "model.layers.1.self_attn.q_proj and 2 more: the model has no such module",
     ),
     "no model": (plain, lambda: "llama", {}, "model: is a str, not a torch.nn.Module"),
     "a tied embedding": (
-        lambda: tied()[0],
-        lambda: tied()[1],
+        lambda: of(tiny.seeded("LlamaForCausalLM", tie_word_embeddings=True), targets=["embed_tokens"]),
+        lambda: tiny.seeded("LlamaForCausalLM", tie_word_embeddings=True),
         {},
         f"model.embed_tokens: the embedding and the LM head are one weight, which an adapter elsewhere cannot change "
         f"in both{MERGED}",
     ),
     "YaRN": (
-        lambda: yarn()[0],
-        lambda: yarn()[1],
+        lambda: longer(tiny.seeded("LlamaForCausalLM"), "yarn"),
+        lambda: tiny.seeded("LlamaForCausalLM"),
         {},
         f"context: it needs RoPE scaling of type 'yarn'; llama.cpp's is known for `linear` alone{MERGED}",
     ),
@@ -319,5 +325,7 @@ def test_a_folder_in_the_way_is_left_alone(tmp_path: Path) -> None:
 
 def test_the_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
-    with pytest.raises(FileError, match=r"the package `gguf` is not installed\n      hint: pip install 'lorary\[gguf\]'"):
+    with pytest.raises(
+        FileError, match=r"the package `gguf` is not installed\n      hint: pip install 'lorary\[gguf\]'"
+    ):
         export_gguf(plain(), tmp_path / "out", model=LLAMA.model())

@@ -1,1 +1,1 @@
-"""Adapters in the formats of other programs: llama.cpp, Ollama, vLLM and SGLang."""
+"""Adapters written for other programs: one file per form."""

@@ -1,7 +1,7 @@
 """vLLM and SGLang: an adapter as the plain LoRA that the engine computes rightly, and the command that serves it.
 
 Both read PEFT's two files. vLLM follows the patterns of ranks and alphas in them, SGLang ignores them and `use_rslora`.
-So the scale is in B, alpha = r, and every site has the same rank, which both compute rightly.
+So these files have the folded form of `export_peft`: one rank and one scale at all sites, which both compute rightly.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.export.plain import MERGE, plain_factors, tied_head
+from lorary.adapters.export.plain import MERGE, plain_factors, site_problems
 from lorary.adapters.peft.export import SERVE, lora_files, write_lora
 from lorary.adapters.peft.writer import rope_overrides
 from lorary.errors import Diagnostic, FileError, deduplicated, did_you_mean, not_a
@@ -27,8 +27,6 @@ from lorary.files.safe_open import checked_path
 from lorary.files.strict_json import show
 from lorary.layers.adapted import unwrapped_modules
 from lorary.model.ambient import mode_independent
-from lorary.model.checks import layer_mismatches
-from lorary.model.fingerprint import Fingerprint
 from lorary.spec.site import Site
 
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of --max-lora-rank
@@ -47,7 +45,8 @@ class Engine:
         title: its name in messages.
         largest_rank: the largest rank that it takes; None for any.
         why_not: (site, base) -> why it does not compute an adapter of a layer; empty if it does.
-        command: (base, name, path, configuration, RoPE parameters) -> the command that serves an adapter.
+        command: (base, name, path, configuration, RoPE parameters) -> the command that serves an adapter, which ends
+            with `name=path`.
         scales_rope: whether the command can say which RoPE scaling the base needs.
     """
 
@@ -94,28 +93,23 @@ def export_for_engine(
     name = name or Path(os.path.abspath(path)).name
     problems = _problems(adapter, model, target, base or adapter.base.name, name)
     if problems:
-        raise FileError(f"cannot export an adapter to {show(path, most=400)} for {target.title}", deduplicated(problems))
+        raise FileError(
+            f"cannot export an adapter to {show(path, most=400)} for {target.title}", deduplicated(problems)
+        )
     files = lora_files(adapter, folder, model, folded=True)
-    arguments = base or adapter.base.name, name
     rope = _rope_parameters(adapter, model)
-    here = '"$(cd "$(dirname "$0")" && pwd)"'
-    placeholder = "LORARY_HERE"
-    line = shlex.join(target.command(*arguments, placeholder, files.config, rope)).replace(placeholder, here)
-    text = f"#!/bin/sh\n# Serve this folder's adapter with {target.title}, as the model {name}.\nexec {line}\n"
-    write_lora(folder, files, {SERVE: text}, model)
-    return target.command(*arguments, path, files.config, rope)
+    *command, last = target.command(base or adapter.base.name, name, path, files.config, rope)
+    here = f'{name}="$(cd "$(dirname "$0")" && pwd)"'  # the last argument, wherever the folder is moved
+    text = f"#!/bin/sh\n# Serve this folder's adapter with {target.title}, as the model {name}.\n"
+    write_lora(folder, files, {SERVE: f"{text}exec {shlex.join(command)} {here}\n"}, model)
+    return [*command, last]
 
 
 def _problems(adapter: Adapter, model: nn.Module, target: Engine, base: str, name: str) -> list[Diagnostic]:
     """Why an engine cannot run an adapter."""
     factors, problems = plain_factors(adapter, model, target.title)
-    problems += adapter.base.disagreements(Fingerprint.of(model))
-    modules = unwrapped_modules(model)
-    for adapted in adapter.sites:
-        wrong = layer_mismatches(adapted.site, modules.get(adapted.site.name))
-        if not wrong and (what := tied_head(adapted.site, modules[""]) or target.why_not(adapted.site, modules[""])):
-            wrong = [Diagnostic(adapted.site.name, what, MERGE)]
-        problems += wrong
+    root = unwrapped_modules(model)[""]
+    problems += site_problems(adapter, model, lambda site: target.why_not(site, root))
     r = max((A.shape[0] for _, A in factors.values()), default=0)
     if target.largest_rank is not None and r > target.largest_rank:
         what = f"is {r}, and {target.title} takes at most {target.largest_rank}"
@@ -130,12 +124,13 @@ def _problems(adapter: Adapter, model: nn.Module, target: Engine, base: str, nam
     return problems
 
 
-def _rope_parameters(adapter: Adapter, model: Any) -> dict[str, Any]:
+def _rope_parameters(adapter: Adapter, model: nn.Module) -> dict[str, Any]:
     """The base's whole `rope_parameters` with the adapter's scaling; empty if it needs none."""
     overrides = rope_overrides(adapter)
     if not overrides:
         return {}
-    found: dict[str, Any] = copy.deepcopy(dict(unwrapped_modules(model)[""].config.rope_parameters))
+    root: Any = unwrapped_modules(model)[""]
+    found: dict[str, Any] = copy.deepcopy(dict(root.config.rope_parameters))
     found.get("full_attention", found).update(overrides)
     return found
 
@@ -178,4 +173,3 @@ ENGINES = {
     "vllm": Engine("vLLM", _VLLM_RANKS[-1], _why_not_vllm, _vllm, scales_rope=True),
     "sglang": Engine("SGLang", None, _why_not_sglang, _sglang, scales_rope=False),
 }
-

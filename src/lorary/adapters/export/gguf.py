@@ -18,25 +18,23 @@ from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.export.gguf_architectures import ARCHITECTURES, Architecture, reorder_rows
-from lorary.adapters.export.plain import MERGE, is_head, plain_factors, tied_head
+from lorary.adapters.export.plain import MERGE, is_head, plain_factors, site_problems
 from lorary.adapters.peft.writer import rope_overrides
-from lorary.adapters.tensor_checks import unusable_values
+from lorary.adapters.tensor_checks import unwritable
 from lorary.errors import Diagnostic, FileError, deduplicated, not_a
 from lorary.files.atomic import atomic_directory
 from lorary.files.safe_open import checked_path
 from lorary.files.strict_json import show
 from lorary.layers.adapted import unwrapped_modules
 from lorary.model.ambient import mode_independent
-from lorary.model.checks import layer_mismatches
-from lorary.model.fingerprint import Fingerprint
 from lorary.spec.site import Site
 
 if TYPE_CHECKING:
     import numpy as np
+    from gguf import TensorNameMap
 
 NAME = "adapter.gguf"
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_PROGRAM = "llama.cpp"
 
 
 @mode_independent
@@ -62,31 +60,27 @@ def export_gguf(
         FileError: llama.cpp cannot run this adapter, with every reason; the package `gguf` is missing; or the folder
             cannot be written.
     """
-    headline = f"cannot export an adapter to {show(checked_path(folder, 'cannot export an adapter:'), most=400)} as GGUF"
+    path = checked_path(folder, "cannot export an adapter:")
+    headline = f"cannot export an adapter to {show(path, most=400)} as GGUF"
     problems = not_a(nn.Module, "a torch.nn.Module", model=model)
     if dtype not in DTYPES:
         problems.append(Diagnostic("dtype", f"is {show(dtype)}; GGUF's adapters take {', '.join(DTYPES)}"))
     _refuse(headline, problems or _missing_package())
     root = unwrapped_modules(model)[""]
-    config: Any = getattr(root, "config", None)
-    architecture = ARCHITECTURES.get(getattr(config, "model_type", ""))
-    if architecture is None:
-        known = f"lorary knows it of {', '.join(ARCHITECTURES)}"
-        what = f"llama.cpp's form of {show(getattr(config, 'model_type', type(root).__name__))} is not known; {known}"
-        _refuse(headline, [Diagnostic("base", what, f"{MERGE}, and convert that with llama.cpp's convert_hf_to_gguf.py")])
-    factors, problems = plain_factors(adapter, model, _PROGRAM)
-    problems += adapter.base.disagreements(Fingerprint.of(model)) + _rope_problems(adapter)
-    names, unnamed = _tensor_names(adapter, root, architecture)
-    _refuse(headline, problems + unnamed)
-    sites = {a.site.name: a.site for a in adapter.sites}
+    architecture = _architecture(root, headline)
+    names = _tensor_names(root, architecture)
+    factors, problems = plain_factors(adapter, model, "llama.cpp")
+    problems += site_problems(adapter, model, lambda site: _why_not(site, root, architecture, names))
+    _refuse(headline, problems + _rope_problems(adapter))
     alpha = max(A.shape[0] for _, A in factors.values())
     tensors: dict[str, Tensor] = {}
-    for name, (B, A) in factors.items():
-        B = reorder_rows(B, sites[name], architecture, config) * (A.shape[0] / alpha)
-        tensors[f"{names[name]}.lora_a"] = A.t() if sites[name].kind == "embedding" else A
-        tensors[f"{names[name]}.lora_b"] = B
+    for site in (a.site for a in adapter.sites if a.site.name in factors):
+        B, A = factors[site.name]
+        B = reorder_rows(B, site, architecture, root.config) * (A.shape[0] / alpha)
+        name = f"{names.get_name(site.name)}.weight"
+        tensors |= {f"{name}.lora_a": A.t() if site.kind == "embedding" else A, f"{name}.lora_b": B}
     values = {name: t.to(getattr(torch, dtype)) for name, t in tensors.items()}
-    _refuse(headline, unusable_values(tensors) or _lost(values, dtype))
+    _refuse(headline, unwritable(tensors) or _lost(values, dtype))
     needed = sum(t.nbytes for t in values.values())
     with atomic_directory(folder, replace=True, keep=True, drop=texts or (), needed=needed) as temporary:
         _write(temporary / NAME, architecture, alpha, values, adapter.base.name)
@@ -121,29 +115,33 @@ def _rope_problems(adapter: Adapter) -> list[Diagnostic]:
     return [Diagnostic("context", what, MERGE)]
 
 
-def _tensor_names(
-    adapter: Adapter, model: Any, architecture: Architecture
-) -> tuple[dict[str, str], list[Diagnostic]]:
-    """(site -> its tensor in the base's GGUF, why some have none)."""
+def _architecture(root: Any, headline: str) -> Architecture:
+    """How llama.cpp knows a model.
+
+    Raises:
+        FileError: lorary does not know how its converter changes the weights.
+    """
+    kind = getattr(getattr(root, "config", None), "model_type", type(root).__name__)
+    if kind not in ARCHITECTURES:
+        what = f"llama.cpp's form of {show(kind)} is not known; lorary knows it of {', '.join(ARCHITECTURES)}"
+        fix = f"{MERGE}, and convert the merged model with llama.cpp's convert_hf_to_gguf.py"
+        _refuse(headline, [Diagnostic("base", what, fix)])
+    return ARCHITECTURES[kind]
+
+
+def _tensor_names(root: Any, architecture: Architecture) -> TensorNameMap:
     import gguf
 
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
-    known = gguf.get_tensor_name_map(number, model.config.num_hidden_layers)
-    modules, names, problems = unwrapped_modules(model), {}, []
-    for adapted in adapter.sites:
-        site = adapted.site
-        found = known.get_name(site.name)
-        wrong = layer_mismatches(site, modules.get(site.name))
-        if not wrong and (found is None or site.kind not in ("linear", "transposed", "embedding")):
-            wrong = [Diagnostic(site.name, f"llama.cpp's {architecture.name} has no such weight", MERGE)]
-        if not wrong and is_head(site, model) and not architecture.head:
-            what = f"llama.cpp's {architecture.name} is not known to adapt its embedding and its LM head rightly"
-            wrong = [Diagnostic(site.name, what, MERGE)]
-        if not wrong and (what := tied_head(site, model)):
-            wrong = [Diagnostic(site.name, what, MERGE)]
-        names[site.name] = f"{found}.weight"
-        problems += wrong
-    return names, problems
+    return gguf.get_tensor_name_map(number, root.config.num_hidden_layers)
+
+
+def _why_not(site: Site, root: Any, architecture: Architecture, names: TensorNameMap) -> str:
+    if names.get_name(site.name) is None or site.kind not in ("linear", "transposed", "embedding"):
+        return f"llama.cpp's {architecture.name} has no such weight"
+    if is_head(site, root) and not architecture.head:
+        return f"llama.cpp's {architecture.name} is not known to adapt its embedding and its LM head rightly"
+    return ""
 
 
 def _lost(values: Mapping[str, Tensor], dtype: str) -> list[Diagnostic]:

@@ -1,7 +1,7 @@
-"""The architectures whose adapters lorary writes as GGUF: those that `tests/clients/llama_cpp.py` has run in llama.cpp.
+"""The architectures whose adapters lorary writes as GGUF: `tests/clients/llama_cpp.py` has run each in llama.cpp.
 
-llama.cpp's converter renames every tensor, which the `gguf` package's own map repeats, and changes some: it reorders the
-rows of q and k where its kernel rotates neighbouring rows instead of the halves of a head. An adapter of a changed
+llama.cpp's converter renames every tensor, which the `gguf` package's own map repeats, and changes some: it reorders
+the rows of q and k where its kernel rotates neighbouring rows instead of the halves of a head. An adapter of a changed
 tensor has to be changed alike; for an architecture whose converter is not known, it would be silently wrong.
 """
 

@@ -69,6 +69,7 @@ def modelfile(tokenizer: Any, base_gguf: str) -> str:
     if found is None:
         return "\n".join([*lines, f"# no TEMPLATE: {why}; Ollama takes the one of the base's GGUF, if it has one", ""])
     lines.append(f'TEMPLATE """{found.go()}"""')
-    if stop := found.around["assistant"][1].strip():
+    stop = found.around["assistant"][1].strip()
+    if stop and stop.isprintable() and '"' not in stop:
         lines.append(f'PARAMETER stop "{stop}"')
     return "\n".join([*lines, ""])

@@ -1,16 +1,20 @@
-"""The part that all exports share: the update of every site as B A alone, or why there is none."""
+"""What the exports share: the update of every site as B A alone, and the reasons why a program has no place for it."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.low_rank_form import low_rank_forms
+from lorary.adapters.peft.lora import is_dora
 from lorary.errors import Diagnostic, MethodError
 from lorary.layers.adapted import unwrapped_modules
+from lorary.model.checks import layer_mismatches
+from lorary.model.fingerprint import Fingerprint
 from lorary.spec.site import Site
 
 MERGE = "merge it: `lorary export ADAPTER FOLDER --to merged`"
@@ -45,7 +49,8 @@ def plain_factors(
         if form is not None and form.is_plain:
             factors[name] = (form.B, form.A)
         else:
-            what = f"{type(adapted.join).__name__} does more than add B A x, and an adapter for {program} does only that"
+            title = "DoRA" if is_dora(adapted) else type(adapted.join).__name__
+            what = f"{title} does more than add B A x, and an adapter for {program} does only that"
             problems.append(Diagnostic(name, what, MERGE))
     what = f"is trained in full, and an adapter for {program} holds low-rank updates only"
     problems += [Diagnostic(name, what, MERGE) for name in adapter.full]
@@ -54,14 +59,30 @@ def plain_factors(
     return factors, problems
 
 
+def site_problems(adapter: Adapter, base: nn.Module, why_not: Callable[[Site], str]) -> list[Diagnostic]:
+    """Why another program cannot put an adapter on this base: another base, a layer that it lacks or that is tied.
+
+    Args:
+        adapter: the adapter.
+        base: the base, possibly on the meta device.
+        why_not: site -> why the program does not compute an adapter of it; empty if it does.
+    """
+    problems, modules = adapter.base.disagreements(Fingerprint.of(base)), unwrapped_modules(base)
+    root: Any = modules[""]
+    for adapted in adapter.sites:
+        site = adapted.site
+        if wrong := layer_mismatches(site, modules.get(site.name)):
+            problems += wrong
+        elif is_head(site, root) and root.config.tie_word_embeddings:
+            what = "the embedding and the LM head are one weight, which an adapter elsewhere cannot change in both"
+            problems.append(Diagnostic(site.name, what, MERGE))
+        elif what := why_not(site):
+            problems.append(Diagnostic(site.name, what, MERGE))
+    return problems
+
+
 def is_head(site: Site, model: Any) -> bool:
-    """Whether a site is the embedding or the LM head of a model of Transformers."""
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    return unwrapped_modules(model)[site.name] in ends
-
-
-def tied_head(site: Site, model: Any) -> str:
-    """Why an adapter of the embedding or of the LM head has no place in other programs; empty if it has one."""
-    if is_head(site, model) and model.config.tie_word_embeddings:
-        return "the embedding and the LM head are one weight, which an adapter elsewhere cannot change in both"
-    return ""
+    """Whether a site is the token embedding or the LM head."""
+    if not hasattr(model, "get_input_embeddings"):  # not a model of Transformers
+        return False
+    return unwrapped_modules(model)[site.name] in (model.get_input_embeddings(), model.get_output_embeddings())

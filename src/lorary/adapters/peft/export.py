@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorary.adapters import native
@@ -17,6 +16,7 @@ from lorary.adapters.export.plain import without_empty_sites
 from lorary.adapters.low_rank_form import factors_on_base, low_rank_forms
 from lorary.adapters.peft import writer
 from lorary.adapters.peft.config import NAME, config_text
+from lorary.adapters.peft.folded import folded_form, misread_when_folded
 from lorary.adapters.peft.lora import LORA, MAGNITUDE, encode_factors, is_dora, lora_fields
 from lorary.adapters.peft.reader import WEIGHTS
 from lorary.adapters.readers.peft import misread_export
@@ -33,7 +33,6 @@ from lorary.layers.rope import PositionsWarning
 from lorary.model.ambient import mode_independent
 
 _ABSORBED = ".kv_b_proj"  # of multi-head latent attention (DeepSeek)
-
 SERVE = "serve.sh"  # beside the files of an export for an engine
 
 
@@ -67,8 +66,8 @@ def export_peft(
         adapter: the adapter.
         folder: a new folder, or one that holds a PEFT adapter to be replaced.
         model: the base, if at hand, as for `save_adapter`; some methods have no such form without it.
-        folded: for readers that know `r` and `lora_alpha` alone: one rank at all sites (smaller ones are padded with
-            zeros) and the scale in B, so that alpha / r is 1, without `use_rslora` and without patterns.
+        folded: write one rank and one scale for all sites and a list of targets, for readers that ignore `use_rslora`,
+            `rank_pattern` and `alpha_pattern`: the same function, with zeros in the tensors.
 
     Raises:
         FileError: PEFT has no LoRA with this function, or would read the files otherwise, with every reason; or the
@@ -104,11 +103,14 @@ def lora_files(
         problems.append(Diagnostic("", what, "export to another folder"))
     _refuse(folder, problems)
     shared = collect_shared(adapter)
-    if not folded and writer.exact_type(adapter, model, shared) is LORA:
+    if writer.exact_type(adapter, model, shared) is LORA:
         scales = {adapted.site.name: adapted.scale for adapted in adapter.sites}
         files = LoraFiles(*writer.exact_files(adapter, model, shared, LORA), scales)
     else:
-        files = _as_lora(adapter, model, folder, folded)
+        files = _as_lora(adapter, model, folder)
+    if folded:
+        files = LoraFiles(*folded_form(adapter, *files))
+        _refuse(folder, misread_when_folded(without_empty_sites(adapter), model, files.config))
     # Transformers' `load_adapter` passes over magnitudes without this end; PEFT reads both
     tensors = {f"{name}.weight" if name.endswith(f".{MAGNITUDE}") else name: t for name, t in files.tensors.items()}
     _refuse(folder, unwritable(tensors, [name for name in tensors if ".lora_" not in name]))
@@ -138,7 +140,7 @@ def _refuse(folder: str | os.PathLike[str], problems: list[Diagnostic]) -> None:
 
 
 def _as_lora(
-    adapter: Adapter, model: nn.Module | None, folder: str | os.PathLike[str], folded: bool
+    adapter: Adapter, model: nn.Module | None, folder: str | os.PathLike[str]
 ) -> LoraFiles:
     """The LoRA or DoRA that is equivalent to an adapter of another method, with its scale in B."""
     adapter = without_empty_sites(adapter)
@@ -152,20 +154,13 @@ def _as_lora(
         what = "some have DoRA's magnitudes and some not; PEFT's adapters have all or none"
         problems.append(Diagnostic("sites", what))
     _refuse(folder, problems)
-    # DoRA's gain follows from the factors and the magnitudes, which PEFT keeps as they are
-    factors = {
-        a.site.name: factors_on_base(a, adapter.tensors[a.site.name]) if is_dora(a) else forms[a.site.name][:2]
-        for a in adapter.sites
-    }
-    most = max(A.shape[0] for _, A in factors.values())
     tensors: dict[str, Tensor] = {}
     sizes: dict[str, tuple[int, float]] = {}
     for adapted in adapter.sites:
-        name = adapted.site.name
-        B, A = factors[name]
-        if folded:
-            B, A = F.pad(B, (0, most - A.shape[0])), F.pad(A, (0, 0, 0, most - A.shape[0]))
-        tensors |= encode_factors(adapted.site, A, B, adapter.tensors[name].get("m"))
+        name, own = adapted.site.name, adapter.tensors[adapted.site.name]
+        # DoRA's gain follows from the factors and the magnitudes, which PEFT keeps as they are
+        B, A = factors_on_base(adapted, own) if is_dora(adapted) else forms[name][:2]
+        tensors |= encode_factors(adapted.site, A, B, own.get("m"))
         sizes[name] = (A.shape[0], float(A.shape[0]))
     fields = lora_fields(adapter, sizes, root=False, dora=not forms)
     config = writer.peft_config(adapter, model, LORA, fields)

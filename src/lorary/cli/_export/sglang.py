@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from lorary.cli._export import Export
-from lorary.cli._export import vllm
+from lorary.cli._export import Export, vllm
 
 
 def write(export: Export) -> None:
