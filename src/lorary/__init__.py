@@ -101,10 +101,10 @@ if TYPE_CHECKING:
     from lorary.adapters.compose.compress import Compression as Compression
     from lorary.adapters.compose.diff import AdapterDiff as AdapterDiff
     from lorary.adapters.compose.diff import diff as diff
-    from lorary.adapters.compose.lorahub import WeightSearch as WeightSearch
-    from lorary.adapters.compose.lorahub import lorahub as lorahub
     from lorary.adapters.compose.extract import extract as extract
     from lorary.adapters.compose.extraction import Extraction as Extraction
+    from lorary.adapters.compose.lorahub import WeightSearch as WeightSearch
+    from lorary.adapters.compose.lorahub import lorahub as lorahub
     from lorary.adapters.compose.mix import mix as mix
     from lorary.adapters.compose.scale import scale as scale
     from lorary.adapters.low_rank_form import LowRankForm as LowRankForm

@@ -37,7 +37,7 @@ def test_an_adapter_without_its_base(command: Command, base: str) -> None:
     ran = command("inspect", "adapter", "adapter")
     assert ran.code == 0
     assert ran.out.startswith("adapter: lora, 14 weights, the largest changes first\n")
-    assert ran.out.splitlines()[1].split() == [*"site shape stable rank entropy rank rank for 90 %".split()]
+    assert ran.out.splitlines()[1].split() == [*["site", "shape", "stable", "rank", "entropy", "rank", "rank", "for", "90", "%"]]
     assert "adapter: median stable rank 1." in ran.out
     assert ran.err == (
         "note: left out, because they need the base: the size beside the weights, intruder dimensions, and magnitude "
