@@ -307,6 +307,13 @@ def test_a_weight_that_was_written_and_one_that_was_trained_in_full_are_mixed_wi
 # --- what differs between adapters ------------------------------------------------------------------------------------
 
 
+def test_an_adapter_without_a_fingerprint_is_mixed_and_the_base_is_the_other_s() -> None:
+    """PEFT's files know the name of the base alone."""
+    known = adapter("lora")
+    theirs = dataclasses.replace(adapter("rslora"), base=lorary.Fingerprint(name="org/base"))
+    assert lorary.mix([theirs, known]).base == known.base
+
+
 def test_a_quantised_base_stays_quantised_and_a_mixture_is_noted() -> None:
     quantised = trained(made_of("qlora"), ("plain",))
     both = lorary.mix([quantised, trained(made_of("qlora"), ("plain",), 5)])
