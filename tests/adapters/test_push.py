@@ -276,6 +276,6 @@ def test_a_file_that_changes_after_the_check_is_not_pushed(tmp_path: Path, recei
     what = plan_upload(tmp_path / "out", "ann/mine")
     with (tmp_path / "out" / "lorary.json").open("a") as file:
         file.write(" ")
-    with pytest.raises(FileError, match="lorary.json: has changed since it was checked\n      hint: push again"):
+    with pytest.raises(FileError, match=r"lorary.json: has changed since it was checked\n      hint: push again"):
         upload(what)
     assert received == Received()

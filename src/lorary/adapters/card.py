@@ -70,14 +70,13 @@ def adapter_card(
     auto, pipeline = _task(adapter.base.architecture)
     known = base or adapter.base.name
     head = front_matter(name, hub_id(known, certain=base is not None), as_peft=as_peft, tags=names, pipeline=pipeline)
-    size = sum(t.numel() for roles in _own(adapter).values() for t in roles) + sum(
-        t.numel() for t in adapter.full.values()
-    )
     of = f" for `{known}`" if known else ""
+    trained = sum(s.trainable for s in unique_tensor_sets(adapter.sites))
+    trained += sum(t.numel() for t in adapter.full.values())
     return page(
         name,
         head,
-        f"An adapter{of}: {size:,} parameters in {len(adapter.sites):,} layers.",
+        f"An adapter{of}: {trained:,} trained parameters, {len(adapter.sites):,} adapted layers.",
         table("Method", _method_rows(adapter, names)),
         _layers(adapter.sites),
         *([] if adapter.provenance is None else [_made_from(adapter.provenance)]),
@@ -192,11 +191,6 @@ def _task(architecture: str) -> tuple[str, str | None]:
     import transformers
 
     return (architecture if hasattr(transformers, architecture) else "AutoModel"), None
-
-
-def _own(adapter: Adapter) -> dict[str, list[Any]]:
-    """site -> its tensors, those of tied sites once."""
-    return {a.site.name: list(adapter.tensors[a.site.name].values()) for a in unique_tensor_sets(adapter.sites)}
 
 
 def _method_rows(adapter: Adapter, names: Sequence[str]) -> dict[str, str]:
