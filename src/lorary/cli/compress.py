@@ -82,11 +82,13 @@ def _within(
     from lorary.cli._model import tokenizer_or_none
     from lorary.cli._progress import progress_bar
     from lorary.model.loading.from_pretrained import load_config, load_model, load_storage
+    from lorary.model.loading.quiet import quiet_progress_bars
 
     section = find_base(folder, base)
     compared = comparison_rows(path, tokenizer_or_none(section, folder), load_config(section), most, data)
     storage = load_storage(value.method, value.full, value.sites)
-    model = load_model(section, storage, model_class=base_class(section, folder, value))
+    with quiet_progress_bars():
+        model = load_model(section, storage, model_class=base_class(section, folder, value))
     with progress_bar() as update:
 
         def progress(count: int, divergence: float) -> None:
