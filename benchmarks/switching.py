@@ -3,10 +3,10 @@
     python benchmarks/switching.py
     python benchmarks/switching.py --layers 4 --hidden 128 --counts 1,4     # to check the script
 
-A Llama with LoRA on all linear layers, of rank 8 and 16 in turn, holds the same adapters in both libraries. Each answers
-first, and the answers must agree. Then they take turns: to the next adapter, to a weighted pair, to the base alone and
-back. PEFT's pair is `add_weighted_adapter` with `cat`, which is exact, and `set_adapter`; dropping it again is not
-timed. Last, a compiled model switches, and its compilations are counted.
+A Llama with LoRA on all linear layers, of rank 8 and 16 in turn, holds the same adapters in both libraries. Each must
+answer alike. Then they take turns: to the next adapter, to a weighted pair, to the base alone and back. PEFT's pair is
+`add_weighted_adapter` with `cat`, which is exact, and `set_adapter`; dropping it again is not timed. Last, a compiled
+model switches, and its compilations are counted.
 """
 
 from __future__ import annotations
