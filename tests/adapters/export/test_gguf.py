@@ -300,11 +300,12 @@ REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
         {},
         f"context: it needs RoPE scaling of type 'yarn'; llama.cpp's is known for `linear` alone{MERGED}",
     ),
-    "a head that llama.cpp does not have": (
-        lambda: of(tiny.seeded("GemmaForCausalLM", tie_word_embeddings=False), targets=["lm_head"]),
-        lambda: tiny.seeded("GemmaForCausalLM", tie_word_embeddings=False),
+    "a head that llama.cpp does not adapt": (
+        lambda: of(tiny.seeded("CohereForCausalLM", tie_word_embeddings=False), targets=["embed_tokens"]),
+        lambda: tiny.seeded("CohereForCausalLM", tie_word_embeddings=False),
         {},
-        f"lm_head: llama.cpp's gemma is not known to adapt its embedding and its LM head rightly{MERGED}",
+        "model.embed_tokens: llama.cpp's command-r is not known to adapt its embedding and its LM head rightly"
+        f"{MERGED}",
     ),
 }
 
@@ -331,3 +332,10 @@ def test_the_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
         FileError, match=r"the package `gguf` is not installed\n      hint: pip install 'lorary\[gguf\]'"
     ):
         export_gguf(plain(), tmp_path / "out", model=LLAMA.model())
+
+
+def test_a_package_older_than_the_architecture_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(gguf.MODEL_ARCH_NAMES, gguf.MODEL_ARCH.LLAMA)
+    with pytest.raises(FileError, match="package `gguf` does not know llama.cpp's llama\n      hint: pip install --up"):
+        export_gguf(plain(), tmp_path / "out", model=LLAMA.model())
+    assert not list(tmp_path.iterdir())

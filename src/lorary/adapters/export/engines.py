@@ -118,6 +118,8 @@ def _problems(adapter: Adapter, model: nn.Module, target: Engine, base: str, nam
         problems.append(Diagnostic("context", f"it needs RoPE scaling, which {target.title} has to be given", MERGE))
     if not base:
         problems.append(Diagnostic("base", "the adapter does not name its base", "give --base MODEL"))
+    if base.startswith("-") or not base.isprintable():  # it is an argument of the command
+        problems.append(Diagnostic("base", f"{show(base)} is neither a folder nor a Hub id", "give --base MODEL"))
     if not re.fullmatch(r"[A-Za-z0-9._-]+", name):  # it stands in `--lora-modules name=path`
         what = f"{show(name)} cannot name an adapter, which takes letters, digits and `.`, `_`, `-`"
         problems.append(Diagnostic("name", what, "export to a folder with another name"))

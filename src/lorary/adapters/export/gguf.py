@@ -68,7 +68,7 @@ def export_gguf(
     _refuse(headline, problems or _missing_package())
     root = unwrapped_modules(model)[""]
     architecture = _architecture(root, headline)
-    names = _tensor_names(root, architecture)
+    names = _tensor_names(root, architecture, headline)
     factors, problems = plain_factors(adapter, model, "llama.cpp")
     problems += site_problems(adapter, model, lambda site: _why_not(site, root, architecture, names))
     _refuse(headline, problems + _rope_problems(adapter))
@@ -129,11 +129,19 @@ def _architecture(root: Any, headline: str) -> Architecture:
     return ARCHITECTURES[kind]
 
 
-def _tensor_names(root: Any, architecture: Architecture) -> TensorNameMap:
+def _tensor_names(root: Any, architecture: Architecture, headline: str) -> TensorNameMap:
+    """llama.cpp's name of each module.
+
+    Raises:
+        FileError: the installed release of `gguf` is older than the architecture.
+    """
     import gguf
 
-    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
-    return gguf.get_tensor_name_map(number, root.config.num_hidden_layers)
+    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    if architecture.name not in numbers:
+        what = f"the installed package `gguf` does not know llama.cpp's {architecture.name}"
+        _refuse(headline, [Diagnostic("", what, "pip install --upgrade gguf")])
+    return gguf.get_tensor_name_map(numbers[architecture.name], root.config.num_hidden_layers)
 
 
 def _why_not(site: Site, root: Any, architecture: Architecture, names: TensorNameMap) -> str:
