@@ -336,6 +336,6 @@ def test_the_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_package_older_than_the_architecture_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(gguf.MODEL_ARCH_NAMES, gguf.MODEL_ARCH.LLAMA)
-    with pytest.raises(FileError, match="package `gguf` does not know llama.cpp's llama\n      hint: pip install --up"):
+    with pytest.raises(FileError, match=r"package `gguf` does not know llama.cpp's llama\n      hint: pip "):
         export_gguf(plain(), tmp_path / "out", model=LLAMA.model())
     assert not list(tmp_path.iterdir())
