@@ -97,7 +97,7 @@ def report(case: Mapping[str, Any], tokens: list[int], error: float, moved: floa
         error: of its logits, relative to the largest one.
         moved: the same difference of the base alone, which a client that ignores the adapter would show.
     """
-    right = tokens == case["tokens"] and error < (1e-3 if "base" in case else moved / 20)
+    right = tokens == case["tokens"] and error < (1e-3 if "base" in case else moved / 100)
     row = f"{'ok' if right else 'WRONG':6}{case['case']:40} error {error:7.1e}  adapter moves {moved:7.1e}"
     print(row + ("" if right else f"  {tokens} for {case['tokens']}"), flush=True)
     return right

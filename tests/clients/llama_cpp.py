@@ -41,6 +41,7 @@ convert_hf_to_gguf.main()
 
 # model_type -> what its configuration needs at this size, and the targets of its adapter
 _UNTIED = {"tie_word_embeddings": False}
+_EXPERTS = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
 BASES: dict[str, dict[str, Any]] = {
     "llama": _UNTIED,
     "mistral": _UNTIED | {"sliding_window": None},
@@ -61,6 +62,18 @@ BASES: dict[str, dict[str, Any]] = {
     "phi3": _UNTIED,
     "smollm3": _UNTIED | {"no_rope_layers": [1, 1]},
     "starcoder2": {"use_bias": True},
+    "apertus": _UNTIED,
+    "arcee": _UNTIED,
+    "ernie4_5": _UNTIED | {"head_dim": 16},
+    "exaone4": _UNTIED | {"head_dim": 16},
+    "gpt_bigcode": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "hunyuan_v1_dense": _UNTIED | {"head_dim": 16},
+    "nemotron": _UNTIED,
+    "olmo3": _UNTIED,
+    "phi": _UNTIED | {"num_key_value_heads": 4, "intermediate_size": 256},
+    "qwen2_moe": _UNTIED | {"num_experts": 4, "num_experts_per_tok": 2, **_EXPERTS, "norm_topk_prob": False},
+    "seed_oss": _UNTIED | {"head_dim": 16},
+    "stablelm": _UNTIED | {"use_qkv_bias": True},
 }
 METHODS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "LoRA": (("lora",), {"r": 4, "alpha": 12}),

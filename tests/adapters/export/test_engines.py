@@ -232,6 +232,13 @@ REFUSED: dict[str, tuple[str, Any, Any, dict[str, Any], str]] = {
         "name: 'a=b,c=d' cannot name an adapter, which takes letters, digits and `.`, `_`, `-`\n"
         "      hint: export to a folder with another name",
     ),
+    "an option for a base": (
+        "sglang",
+        plain,
+        LLAMA.model,
+        {"base": "--trust-remote-code"},
+        "base: '--trust-remote-code' is neither a folder nor a Hub id\n      hint: give --base MODEL",
+    ),
     "no base's name": (
         "vllm",
         plain,

@@ -138,6 +138,8 @@ def test_reordered_rows_rotate_alike() -> None:
 def test_every_architecture_is_one_that_has_been_run_in_llama_cpp() -> None:
     assert set(ARCHITECTURES) == set(RUN)
     assert {a.name for a in ARCHITECTURES.values()} <= set(gguf.MODEL_ARCH_NAMES.values())
+    page = (Path(__file__).parents[3] / "docs" / "how-to" / "export.md").read_text(encoding="utf-8")
+    assert [name for name in ARCHITECTURES if f"`{name}`" not in page] == []
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
@@ -240,7 +242,7 @@ REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
         lambda: lorary.Adapter.of(models.adapted(BERT)),
         BERT.model,
         {},
-        "base: llama.cpp's form of 'bert' is not known; lorary knows it of cohere, gemma, ",
+        "base: llama.cpp's form of 'bert' is not known; lorary knows it of apertus, arcee, ",
     ),
     "a model that is none of Transformers'": (
         lambda: lorary.Adapter.of(models.adapted(CONV)),
@@ -298,11 +300,12 @@ REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
         {},
         f"context: it needs RoPE scaling of type 'yarn'; llama.cpp's is known for `linear` alone{MERGED}",
     ),
-    "a head that llama.cpp does not have": (
-        lambda: lorary.Adapter.of(models.adapted(GPT2, targets=["wte"])),
-        GPT2.model,
+    "a head that llama.cpp does not adapt": (
+        lambda: of(tiny.seeded("CohereForCausalLM", tie_word_embeddings=False), targets=["embed_tokens"]),
+        lambda: tiny.seeded("CohereForCausalLM", tie_word_embeddings=False),
         {},
-        f"transformer.wte: llama.cpp's gpt2 is not known to adapt its embedding and its LM head rightly{MERGED}",
+        "model.embed_tokens: llama.cpp's command-r is not known to adapt its embedding and its LM head rightly"
+        f"{MERGED}",
     ),
 }
 
@@ -329,3 +332,10 @@ def test_the_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
         FileError, match=r"the package `gguf` is not installed\n      hint: pip install 'lorary\[gguf\]'"
     ):
         export_gguf(plain(), tmp_path / "out", model=LLAMA.model())
+
+
+def test_a_package_older_than_the_architecture_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(gguf.MODEL_ARCH_NAMES, gguf.MODEL_ARCH.LLAMA)
+    with pytest.raises(FileError, match=r"package `gguf` does not know llama.cpp's llama\n      hint: pip "):
+        export_gguf(plain(), tmp_path / "out", model=LLAMA.model())
+    assert not list(tmp_path.iterdir())

@@ -44,7 +44,8 @@ class Engine:
     Args:
         title: its name in messages.
         largest_rank: the largest rank that it takes; None for any.
-        why_not: (site, base) -> why it does not compute an adapter of a layer; empty if it does.
+        why_not: (site, whether it is the embedding or the LM head, base) -> why it does not compute an adapter of it;
+            empty if it does.
         command: (base, name, path, configuration, RoPE parameters) -> the command that serves an adapter, which ends
             with `name=path`.
         scales_rope: whether the command can say which RoPE scaling the base needs.
@@ -52,7 +53,7 @@ class Engine:
 
     title: str
     largest_rank: int | None
-    why_not: Callable[[Site, Any], str]
+    why_not: Callable[[Site, bool, Any], str]
     command: Callable[[str, str, str, dict[str, Any], dict[str, Any]], list[str]]
     scales_rope: bool
 
@@ -109,7 +110,7 @@ def _problems(adapter: Adapter, model: nn.Module, target: Engine, base: str, nam
     """Why an engine cannot run an adapter."""
     factors, problems = plain_factors(adapter, model, target.title)
     root = unwrapped_modules(model)[""]
-    problems += site_problems(adapter, model, lambda site: target.why_not(site, root))
+    problems += site_problems(adapter, model, lambda site, head: target.why_not(site, head, root))
     r = max((A.shape[0] for _, A in factors.values()), default=0)
     if target.largest_rank is not None and r > target.largest_rank:
         what = f"is {r}, and {target.title} takes at most {target.largest_rank}"
@@ -118,6 +119,8 @@ def _problems(adapter: Adapter, model: nn.Module, target: Engine, base: str, nam
         problems.append(Diagnostic("context", f"it needs RoPE scaling, which {target.title} has to be given", MERGE))
     if not base:
         problems.append(Diagnostic("base", "the adapter does not name its base", "give --base MODEL"))
+    if base.startswith("-") or not base.isprintable():  # it is an argument of the command
+        problems.append(Diagnostic("base", f"{show(base)} is neither a folder nor a Hub id", "give --base MODEL"))
     if not re.fullmatch(r"[A-Za-z0-9._-]+", name):  # it stands in `--lora-modules name=path`
         what = f"{show(name)} cannot name an adapter, which takes letters, digits and `.`, `_`, `-`"
         problems.append(Diagnostic("name", what, "export to a folder with another name"))
@@ -135,8 +138,8 @@ def _rope_parameters(adapter: Adapter, model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def _why_not_vllm(site: Site, model: Any) -> str:
-    if site.kind == "embedding" or site.name == "lm_head":
+def _why_not_vllm(site: Site, head: bool, model: Any) -> str:
+    if head:
         kind = model.config.model_type
         return "" if kind in _VLLM_HEADS else f"vLLM is not known to adapt the embedding or the LM head of {kind}"
     if site.kind not in ("linear", "transposed"):
@@ -146,7 +149,7 @@ def _why_not_vllm(site: Site, model: Any) -> str:
     return ""
 
 
-def _why_not_sglang(site: Site, model: Any) -> str:
+def _why_not_sglang(site: Site, head: bool, model: Any) -> str:
     leaf = site.name.rpartition(".")[2]
     return "" if leaf in _SGLANG_LAYERS else f"SGLang is known to adapt {', '.join(_SGLANG_LAYERS)}"
 

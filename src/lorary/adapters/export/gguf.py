@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.export.gguf_architectures import ARCHITECTURES, Architecture, reorder_rows
-from lorary.adapters.export.plain import MERGE, is_head, plain_factors, site_problems
+from lorary.adapters.export.plain import MERGE, plain_factors, site_problems
 from lorary.adapters.peft.writer import rope_overrides
 from lorary.adapters.tensor_checks import unwritable
 from lorary.errors import Diagnostic, FileError, deduplicated, not_a
@@ -68,9 +68,9 @@ def export_gguf(
     _refuse(headline, problems or _missing_package())
     root = unwrapped_modules(model)[""]
     architecture = _architecture(root, headline)
-    names = _tensor_names(root, architecture)
+    names = _tensor_names(root, architecture, headline)
     factors, problems = plain_factors(adapter, model, "llama.cpp")
-    problems += site_problems(adapter, model, lambda site: _why_not(site, root, architecture, names))
+    problems += site_problems(adapter, model, lambda site, head: _why_not(site, head, architecture, names))
     _refuse(headline, problems + _rope_problems(adapter))
     alpha = max(A.shape[0] for _, A in factors.values())
     tensors: dict[str, Tensor] = {}
@@ -129,17 +129,25 @@ def _architecture(root: Any, headline: str) -> Architecture:
     return ARCHITECTURES[kind]
 
 
-def _tensor_names(root: Any, architecture: Architecture) -> TensorNameMap:
+def _tensor_names(root: Any, architecture: Architecture, headline: str) -> TensorNameMap:
+    """llama.cpp's name of each module.
+
+    Raises:
+        FileError: the installed release of `gguf` is older than the architecture.
+    """
     import gguf
 
-    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
-    return gguf.get_tensor_name_map(number, root.config.num_hidden_layers)
+    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    if architecture.name not in numbers:
+        what = f"the installed package `gguf` does not know llama.cpp's {architecture.name}"
+        _refuse(headline, [Diagnostic("", what, "pip install --upgrade gguf")])
+    return gguf.get_tensor_name_map(numbers[architecture.name], root.config.num_hidden_layers)
 
 
-def _why_not(site: Site, root: Any, architecture: Architecture, names: TensorNameMap) -> str:
+def _why_not(site: Site, head: bool, architecture: Architecture, names: TensorNameMap) -> str:
     if names.get_name(site.name) is None or site.kind not in ("linear", "transposed", "embedding"):
         return f"llama.cpp's {architecture.name} has no such weight"
-    if is_head(site, root) and not architecture.head:
+    if head and not architecture.head:
         return f"llama.cpp's {architecture.name} is not known to adapt its embedding and its LM head rightly"
     return ""
 

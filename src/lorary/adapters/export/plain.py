@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.low_rank_form import low_rank_forms
+from lorary.adapters.low_rank_form import LowRankForm, low_rank_forms
 from lorary.adapters.peft.lora import is_dora
 from lorary.errors import Diagnostic, MethodError
 from lorary.layers.adapted import unwrapped_modules
 from lorary.model.checks import layer_mismatches
 from lorary.model.fingerprint import Fingerprint
+from lorary.spec.placement import AdaptedSite
 from lorary.spec.site import Site
 
 MERGE = "merge it: `lorary export ADAPTER FOLDER --to merged`"
@@ -39,14 +40,11 @@ def plain_factors(
     """
     adapter = without_empty_sites(adapter)
     weights = None if any(p.is_meta for p in base.parameters()) else base
+    forms = _forms(adapter.sites, adapter.tensors, weights)
     factors, problems = {}, []
     for adapted in adapter.sites:
         name = adapted.site.name
-        try:
-            form = low_rank_forms([adapted], adapter.tensors, weights)[name]
-        except MethodError:  # its gain or shift depends on the base's weight
-            form = None
-        if form is not None and form.is_plain:
+        if (form := forms.get(name)) is not None and form.is_plain:
             factors[name] = (form.B, form.A)
         else:
             title = "DoRA" if is_dora(adapted) else type(adapted.join).__name__
@@ -59,30 +57,39 @@ def plain_factors(
     return factors, problems
 
 
-def site_problems(adapter: Adapter, base: nn.Module, why_not: Callable[[Site], str]) -> list[Diagnostic]:
+def _forms(
+    sites: Sequence[AdaptedSite], tensors: Mapping[str, Mapping[str, Tensor]], base: nn.Module | None
+) -> dict[str, LowRankForm]:
+    """The forms of the sites that have one; the gain or shift of the others depends on the base's weight."""
+    try:
+        return low_rank_forms(sites, tensors, base)
+    except MethodError:
+        if len(sites) == 1:
+            return {}
+        return {name: form for site in sites for name, form in _forms([site], tensors, base).items()}
+
+
+def site_problems(adapter: Adapter, base: nn.Module, why_not: Callable[[Site, bool], str]) -> list[Diagnostic]:
     """Why another program cannot put an adapter on this base: another base, a layer that it lacks or that is tied.
 
     Args:
         adapter: the adapter.
         base: the base, possibly on the meta device.
-        why_not: site -> why the program does not compute an adapter of it; empty if it does.
+        why_not: (site, whether it is the embedding or the LM head) -> why the program does not compute an adapter of
+            it; empty if it does.
     """
     problems, modules = adapter.base.disagreements(Fingerprint.of(base)), unwrapped_modules(base)
     root: Any = modules[""]
-    for adapted in adapter.sites:
-        site = adapted.site
-        if wrong := layer_mismatches(site, modules.get(site.name)):
+    # a model that is not one of Transformers' has neither
+    heads = [getattr(root, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    for site in (adapted.site for adapted in adapter.sites):
+        layer = modules.get(site.name)
+        head = layer is not None and any(layer is end for end in heads)
+        if wrong := layer_mismatches(site, layer):
             problems += wrong
-        elif is_head(site, root) and root.config.tie_word_embeddings:
+        elif head and root.config.tie_word_embeddings:
             what = "the embedding and the LM head are one weight, which an adapter elsewhere cannot change in both"
             problems.append(Diagnostic(site.name, what, MERGE))
-        elif what := why_not(site):
+        elif what := why_not(site, head):
             problems.append(Diagnostic(site.name, what, MERGE))
     return problems
-
-
-def is_head(site: Site, model: Any) -> bool:
-    """Whether a site is the token embedding or the LM head."""
-    if not hasattr(model, "get_input_embeddings"):  # not a model of Transformers
-        return False
-    return unwrapped_modules(model)[site.name] in (model.get_input_embeddings(), model.get_output_embeddings())
