@@ -88,7 +88,8 @@ def verify(
         base_model: the name of the base on the server; by default found in its list. `none`: it serves no base.
         adapter_model: the name of the adapter on the server, likewise.
         tolerance: in nats, the largest root mean square between the server's base and ours that is rounding; by
-            default 0.1. The adapter may be three times as far as the base is, and not beyond this.
+            default 0.1. The adapter may be three times as far as the base is, at most this; and more in proportion
+            if it changes more than 1 nat.
         timeout: seconds for one request.
         progress: is told what is being done.
 
@@ -154,7 +155,8 @@ def _verified(
         "adapter": distance(theirs, ours),
         "effect": distance(ours, ours_without),
     }
-    figures["tolerance"] = min(limit, _TIMES * max(figures["base"], 1e-4)) if of_base else limit
+    noise = min(limit, _TIMES * max(figures["base"], 1e-4)) if of_base else limit
+    figures["tolerance"] = noise * max(1.0, figures["effect"])  # the adapter's own products are rounded, too
     verdict, reason = _simple_verdict(figures, limit, distance(theirs, ours_without))
     if not verdict:
         with trial(model, adapter, of_adapter, theirs, figures["tolerance"]) as found:
