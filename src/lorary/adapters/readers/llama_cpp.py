@@ -33,7 +33,7 @@ LLAMA_CPP = Reader(
     "llama.cpp",
     "llama.cpp 0b03ada (convert_lora_to_gguf.py)",
     export="gguf",
-    refuses=frozenset({"dora", "lora_bias", "tokens", "replication", "experts", "convolutions"}),
+    refuses=frozenset({"dora", "lora_bias", "tokens", "replication", "experts", "absorbed", "convolutions"}),
     ignores=frozenset({"residual", "qalora", "bdlora", "arrow", "kasa", "fused_parts", "rope", "unknown"}),
     scale=_scale,
     rules=_rules,

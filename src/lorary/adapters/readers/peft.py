@@ -52,7 +52,7 @@ def misread_export(path: Path, scales: Mapping[str, float], model: nn.Module | N
         scales: site -> the scale of its factors, for every site in it.
         model: the base, if at hand: only with it are the sites compared with its modules.
     """
-    folder = read_folder(path, model)
+    folder = read_folder(path, model, seconds=600)  # the patterns are our own
     problems = [
         Diagnostic(name, "its tensors are not those of an adapted site") for name in folder.sites.keys() ^ scales
     ]
