@@ -90,6 +90,11 @@ class AdapterFolder:
         """The name of the PEFT type, in upper case; empty if the configuration names none."""
         return str(self.config.get("peft_type") or "").upper()
 
+    @property
+    def is_lora(self) -> bool:
+        """Whether it is, or passes for, an adapter of PEFT's type LORA."""
+        return self.peft_type in ("LORA", "")
+
     @cached_property
     def fields(self) -> PeftConfig:
         """The fields that say where a LoRA is and how it is scaled, with PEFT's defaults.

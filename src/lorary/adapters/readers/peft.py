@@ -37,7 +37,7 @@ def _rules(folder: AdapterFolder) -> Iterator[Finding]:
 
 def site_findings(reader: Reader, folder: AdapterFolder) -> Iterator[Finding]:
     """The sites that the reader finds elsewhere than the tensors, by PEFT's rules replayed on the base."""
-    if folder.model is None or folder.peft_type != "LORA" or folder.config.get("layer_replication"):
+    if folder.model is None or not folder.is_lora or folder.config.get("layer_replication"):
         return
     for problem, refused in foreign_misreadings(folder.fields, list(folder.sites), folder.model):
         outcome = Outcome.REJECTED if refused else Outcome.MISCOMPUTED
