@@ -31,7 +31,7 @@ pytestmark = [
 # accepted, miscomputed, rejected: by PEFT, Transformers, vLLM, SGLang, llama.cpp, mlx-lm
 TABLE = {
     "lora": "AAAAAR",
-    "lora of GPT-2": "AAAAAR",
+    "lora of GPT-2": "AAAMRR",
     "rslora": "AAAMMR",
     "dora": "AMRRRR",
     "dora, exported": "AARRRR",
@@ -61,24 +61,24 @@ TABLE = {
     "peft layer range": "AAAAAR",
     "peft replication": "AARMRR",
     "peft q only": "AAARAR",
-    "peft experts": "AAAARR",
-    "peft whisper": "AAAAAR",
-    "whisper as seq2seq": "RAAAAR",
+    "peft experts": "AAARRR",
+    "peft whisper": "AAAMAR",
+    "whisper as seq2seq": "RAAMAR",
     "peft loha": "AARRRR",
     "peft ia3": "AARRRR",
     "peft prompt tuning": "ARRRRR",
     "rank 64": "AARAAR",
     "unknown field": "MMMMMR",
     "wrong rank": "RRMRMR",
-    "untargeted": "MMAAAR",
+    "untargeted": "MMARAR",
     "excluded": "MMAAAR",
     "no alpha": "AARRRR",
-    "no type": "RRRRRR",
+    "no type": "RRARAR",
     "v_proj missing": "MMARAR",
     "task of another class": "AAAAAR",
-    "deepseek by suffix": "MMMAAR",
+    "deepseek by suffix": "MMMARR",
     "qwen3-next by suffix": "MMAAAR",
-    "deepseek": "AAMAAR",
+    "deepseek": "AAMRRR",
     "mixtral": "AAAAAR",
 }
 _LETTERS = {"A": "accepted", "M": "miscomputed", "R": "rejected"}
@@ -199,6 +199,8 @@ def outcome(path: Path) -> str:
         ({"alpha_pattern": {"v_proj": 8}}, "AMM"),
         ({"alpha_pattern": {"proj": 8}}, "AAA"),  # no end of a path by whole components
         ({"r": 32, "rank_pattern": {"q_proj|v_proj": 2}}, "RRA"),
+        ({"target_modules": ["o_proj"]}, "ARA"),
+        ({"target_modules": ["self_attn.q_proj", "k_proj"]}, "AAA"),  # one fused layer for SGLang
         ({"target_parameters": ["q_proj.weight"], "alpha_pattern": {r"q_proj\.weight": 8}}, "MMM"),
         ({"new_in_the_year_2030": 0.5}, "MMM"),
         ({"new_in_the_year_2030": None}, "AAA"),
@@ -219,7 +221,7 @@ def test_a_field_is_refused_or_left_out(fields: dict[str, Any], expected: str, t
         (("v_proj",), "ARA"),
         (("up_proj",), "ARA"),
         (("gate_proj",), "AAA"),
-        (("kv_b_proj",), "MAA"),
+        (("kv_b_proj",), "MAR"),
         (("o_proj",), "AAA"),
     ],
     ids=str,
@@ -243,6 +245,23 @@ def test_a_tensor_is_refused_or_left_out(tensor: str, expected: str, tmp_path: P
     path = folder(tmp_path / "a") / "adapter_model.safetensors"
     save_file(load_file(path) | {f"base_model.model.{tensor}": torch.ones(4)}, path)
     assert outcome(tmp_path / "a") == expected
+
+
+def test_llama_cpp_s_converter_turns_the_factors_of_gpt_2(tmp_path: Path) -> None:
+    assert outcome(folder(tmp_path / "a", ("c_proj",), fan_in_fan_out=True)) == "AAM"  # square: it fits all the same
+    assert outcome(folder(tmp_path / "b", ("c_proj",), fan_in_fan_out=False)) == "AAA"
+    path = folder(tmp_path / "c", ("c_attn",), fan_in_fan_out=True) / "adapter_model.safetensors"
+    save_file({name: t if "lora_A" in name else torch.ones(12, 2) for name, t in load_file(path).items()}, path)
+    assert outcome(tmp_path / "c") == "AAR"
+
+
+def test_sglang_has_one_place_for_a_number_and_none_outside_of_layers(tmp_path: Path) -> None:
+    path = folder(tmp_path / "a", ("o_proj",)) / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {k.replace("model.layers", "tower.layers"): t for k, t in tensors.items()}, path)
+    assert outcome(tmp_path / "a") == "AMA"
+    save_file({k.replace("layers.0", "h.0"): t for k, t in tensors.items()}, path)
+    assert outcome(tmp_path / "a") == "AMA"
 
 
 def test_added_tokens_and_the_scaling_of_positions_are_seen(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -91,10 +92,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.send_header("Content-Type", "application/json")
         self.end_headers()
-        try:
+        with contextlib.suppress(OSError):  # the client has seen enough
             self.wfile.write(data)
-        except OSError:  # the client has seen enough
-            pass
 
     def log_message(self, *arguments: Any) -> None:
         pass

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 import lorary
 from lorary import builtin
@@ -24,7 +24,7 @@ from lorary.analysis.verify.observed import PROBES, observe, probe_ids
 from lorary.layers.adapted import adapted_layers
 from tests.analysis.verify.http_server import Served, serving
 from tests.cli.command import Command
-from tests.tiny import frozen_copy, same
+from tests.tiny import frozen_copy, same, shaken
 
 TOKENIZER = builtin.load_tokenizer()
 
@@ -169,6 +169,36 @@ def test_parameters_trained_in_full_and_magnitudes_left_out_are_recognised(tmp_p
         found = verified(tmp_path / "dora", wrong)
     what = "it computes B A alone: gains and shifts (DoRA's magnitudes) are left out"
     assert (found.verdict, found.reason) == ("partial", what)
+
+
+def test_an_adapter_of_a_quantised_base_is_computed_on_the_base_as_it_is_served(tmp_path: Path) -> None:
+    model = copy.deepcopy(BASE)
+    lorary.attach(model, lorary.plan(model, lorary.method("qlora", r=4, alpha=8), ["q_proj", "v_proj"]))
+    lorary.save(shaken(model, 0.05), tmp_path)
+    plain = tuned(tmp_path / "plain", targets=["q_proj", "v_proj"])
+    with torch.no_grad():
+        for name, layer in adapted_layers(plain).items():
+            for role, value in adapted_layers(model)[name].params.items():
+                layer.params[role].copy_(value)
+    assert verified(tmp_path, plain).verdict == "right"
+
+
+def test_the_base_here_must_be_the_adapter_s(tmp_path: Path) -> None:
+    model, other = tuned(tmp_path), copy.deepcopy(BASE)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(1.5)
+    with serving(Served({"base": other, "tuned": model}, TOKENIZER)) as url, pytest.raises(lorary.FileError) as caught:
+        lorary.verify(tmp_path, url, model=other, tokenizer=TOKENIZER)
+    assert "does not fit this model" in str(caught.value)
+    assert not (tmp_path / "certificate.json").exists()
+
+
+def test_a_model_without_logits_for_each_token_is_refused(saved: Path) -> None:
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(copy.deepcopy(BASE.config))
+    with pytest.raises(lorary.LoraryError) as caught:
+        lorary.verify(saved, "transformers", model=model, tokenizer=TOKENIZER)
+    assert "gives [1, 2] for [1, " in str(caught.value)
 
 
 def test_another_base_is_said(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from lorary.adapters.peft.config import NAME, PeftConfig
 from lorary.adapters.peft.fields import EXCLUDE, PARAMETERS, RANK, SHARED, Field, TolerableError, by_pattern, field
 from lorary.adapters.peft.reader import MOST_JSON, WEIGHTS, weights_name
 from lorary.errors import Diagnostic, FileError
-from lorary.files.bounded_regex import Budget
+from lorary.files.bounded_regex import MOST_SECONDS, Budget
 from lorary.files.safe_open import existing_folder, read_json, subject
 from lorary.files.strict_json import show
 from lorary.files.tensor_file import TensorFile
@@ -75,6 +75,7 @@ class AdapterFolder:
         tensors: short name -> shape.
         files: the names of all files in it.
         model: the base, on any device, if at hand.
+        seconds: the time for all its patterns together.
     """
 
     form: str
@@ -82,11 +83,17 @@ class AdapterFolder:
     tensors: Mapping[str, tuple[int, ...]]
     files: frozenset[str] = frozenset()
     model: nn.Module | None = None
+    seconds: float = MOST_SECONDS
 
     @property
     def peft_type(self) -> str:
         """The name of the PEFT type, in upper case; empty if the configuration names none."""
         return str(self.config.get("peft_type") or "").upper()
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether it is, or passes for, an adapter of PEFT's type LORA."""
+        return self.peft_type in ("LORA", "")
 
     @cached_property
     def fields(self) -> PeftConfig:
@@ -95,7 +102,8 @@ class AdapterFolder:
         Raises:
             FileError: a field has a value that no program can read.
         """
-        values, problems, budget = {name: entry.default for name, entry in _READ.items()}, [], Budget()
+        values, problems = {name: entry.default for name, entry in _READ.items()}, []
+        budget = Budget(self.seconds)
         for name, entry in _READ.items():
             try:
                 value = self.config.get(name)
@@ -131,6 +139,15 @@ class AdapterFolder:
         Raises:
             FileError: the patterns take too much work.
         """
+        if path not in self._ranks_and_alphas:
+            self._ranks_and_alphas[path] = self._rank_and_alpha(path)
+        return self._ranks_and_alphas[path]
+
+    @cached_property
+    def _ranks_and_alphas(self) -> dict[str, tuple[int, float]]:
+        return {}
+
+    def _rank_and_alpha(self, path: str) -> tuple[int, float]:
         fields = self.fields
         name = f"{path}.weight" if fields.targets_parameter(path) else path  # as PEFT matches its patterns
         try:
@@ -148,8 +165,15 @@ class AdapterFolder:
         return alpha / (math.sqrt(r) if self.fields["use_rslora"] else r)
 
 
-def read_folder(folder: str | os.PathLike[str], model: nn.Module | None = None) -> AdapterFolder:
+def read_folder(
+    folder: str | os.PathLike[str], model: nn.Module | None = None, seconds: float = MOST_SECONDS
+) -> AdapterFolder:
     """The adapter folder at `folder`.
+
+    Args:
+        folder: where it is.
+        model: the base, if at hand.
+        seconds: the time for all its patterns together.
 
     Raises:
         FileError: it holds no adapter, or a pickle, or its files are damaged or hostile.
@@ -171,6 +195,7 @@ def read_folder(folder: str | os.PathLike[str], model: nn.Module | None = None) 
             _shapes(path, MLX_WEIGHTS if mlx else weights_name(path)),
             names,
             model,
+            seconds,
         )
         _ = found.fields if not mlx else None  # malformed fields are refused here, once
         return found

@@ -37,7 +37,7 @@ def _rules(folder: AdapterFolder) -> Iterator[Finding]:
 
 def site_findings(reader: Reader, folder: AdapterFolder) -> Iterator[Finding]:
     """The sites that the reader finds elsewhere than the tensors, by PEFT's rules replayed on the base."""
-    if folder.model is None or folder.peft_type != "LORA" or folder.config.get("layer_replication"):
+    if folder.model is None or not folder.is_lora or folder.config.get("layer_replication"):
         return
     for problem, refused in foreign_misreadings(folder.fields, list(folder.sites), folder.model):
         outcome = Outcome.REJECTED if refused else Outcome.MISCOMPUTED
@@ -52,7 +52,7 @@ def misread_export(path: Path, scales: Mapping[str, float], model: nn.Module | N
         scales: site -> the scale of its factors, for every site in it.
         model: the base, if at hand: only with it are the sites compared with its modules.
     """
-    folder = read_folder(path, model)
+    folder = read_folder(path, model, seconds=600)  # the patterns are our own
     problems = [
         Diagnostic(name, "its tensors are not those of an adapted site") for name in folder.sites.keys() ^ scales
     ]

@@ -76,7 +76,7 @@ class Reader:
         export: what `lorary export --to` writes for it; empty if there is none but a merged model.
         refuses: the features that it refuses.
         ignores: the features that it computes without.
-        types: the PEFT types that it reads.
+        types: the PEFT types that it reads; "" if it takes every folder for LORA.
         scale: (folder, site, rank of the tensors) -> the scale that it computes with.
         rules: its further rules, those that need code.
         form: the form of the folders that it reads.
@@ -111,7 +111,7 @@ class Reader:
             found = f"the PEFT type {folder.peft_type}" if folder.peft_type else "a configuration without `peft_type`"
             yield self.finding(Outcome.REJECTED, NAME, f"{self.title} refuses {found}", merged=False)
             return
-        if folder.peft_type == "LORA":
+        if folder.is_lora:
             yield from self._features(folder)
             yield from self._scales(folder)
         yield from self.rules(folder)
@@ -163,7 +163,7 @@ def first_of(places: list[str]) -> str:
 def rank_findings(reader: Reader, folder: AdapterFolder, outcome: Outcome) -> Iterator[Finding]:
     """The sites whose tensors have another rank than the configuration says."""
     wrong = {}
-    for name, shape in folder.sites.items() if folder.peft_type == "LORA" else ():
+    for name, shape in folder.sites.items() if folder.is_lora else ():
         rank, _ = folder.rank_and_alpha(name)
         if shape[0] != rank and not is_of_experts(name):
             wrong[name] = f"has the rank {shape[0]}, and the configuration says {rank}"

@@ -61,6 +61,7 @@ VLLM = Reader(
         {"dora", "residual", "lora_bias", "tokens", "alora", "replication", "qalora", "bdlora", "convolutions"}
     ),
     ignores=frozenset({"absorbed", "arrow", "kasa", "fused_parts", "rope", "unknown"}),
+    types=frozenset({"LORA", ""}),
     scale=_scale,
     rules=_rules,
 )

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lorary.errors import ConfigError, Diagnostic
+
 PROBES = (
     "The river rises in the mountains and flows through three countries before it",
     "def add(a, b):\n    return a + b\n\n\nclass Stack:\n    def push(self, item):\n",
@@ -89,6 +91,9 @@ def log_probabilities(model: Any, rows: Sequence[Sequence[int]]) -> Iterator[Ten
         length = max(map(len, several))
         ids = torch.tensor([[*row, *[row[0]] * (length - len(row))] for row in several], device=device)
         logits = model(input_ids=ids).logits.float()
+        if logits.shape[:2] != ids.shape:
+            what = f"gives {list(logits.shape)} for {list(ids.shape)} tokens, and no logits for each of them"
+            raise ConfigError("cannot verify:", [Diagnostic("model", what, "give a causal language model")])
         for row, found in zip(several, logits, strict=True):
             yield torch.log_softmax(found[: len(row)], -1).cpu()
 

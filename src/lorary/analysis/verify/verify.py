@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from lorary.errors import ConfigError, Diagnostic, StateError, not_a
 from lorary.files.atomic import atomic_file
 from lorary.files.safe_open import checked_path, existing_folder
 from lorary.model.state import eval_mode, state_of
+from lorary.spec.interfaces import Unquantized
 
 FORMAT = 1
 _ROUNDING = 0.1  # nats; bf16 moves log-probabilities by some 0.02
@@ -76,6 +77,8 @@ def verify(
 ) -> Verification:
     """Whether a server computes what an adapter says, and what it computes otherwise.
 
+    An adapter of a quantised base (QLoRA) is computed on the base as it is given: give the one that is served.
+
     Fixed probes are sent to an OpenAI-compatible server, for its base and for the adapter, and the log-probabilities
     that it gives are compared with those computed here. If they differ, hypotheses are computed and compared too: no
     adapter, other scales, layers left out. The result is written to `certificate.json` in the folder.
@@ -88,7 +91,8 @@ def verify(
         base_model: the name of the base on the server; by default found in its list. `none`: it serves no base.
         adapter_model: the name of the adapter on the server, likewise.
         tolerance: in nats, the largest root mean square between the server's base and ours that is rounding; by
-            default 0.1. The adapter may be three times as far as the base is, and not beyond this.
+            default 0.1. The adapter may be three times as far as the base is, at most this; and more in proportion
+            if it changes more than 1 nat.
         timeout: seconds for one request.
         progress: is told what is being done.
 
@@ -102,6 +106,8 @@ def verify(
     path = existing_folder(checked_path(folder, "cannot verify an adapter:"))
     path = adapter_folder(path) or path
     adapter = load_adapter(path, model=model)
+    sha256, quantized = content_hash(adapter), not isinstance(adapter.method.storage, Unquantized)
+    adapter = _for_any_storage(adapter)
     rows = probe_ids(tokenizer)
     progress("asking the engine")
     engine: Engine
@@ -110,7 +116,14 @@ def verify(
     else:
         engine = Server(against, tokenizer, base_model, adapter_model, timeout)
     with eval_mode(model):
-        return _verified(path, adapter, engine, rows, model, tolerance, progress)
+        found = _compared(adapter, engine, rows, model, tolerance, progress, force=quantized)
+    return _certified(path, found, {"adapter_sha256": sha256, "base": adapter.base.name}, engine, rows)
+
+
+def _for_any_storage(adapter: Adapter) -> Adapter:
+    """The adapter without the quantisation of its base: it is computed on the base as it is given."""
+    sites = tuple(replace(a, method=a.method.replace(storage=Unquantized())) for a in adapter.sites)
+    return replace(adapter, method=adapter.method.replace(storage=Unquantized()), sites=sites)
 
 
 def _check_arguments(model: object, tolerance: object, timeout: object) -> None:
@@ -126,15 +139,26 @@ def _check_arguments(model: object, tolerance: object, timeout: object) -> None:
         raise StateError("cannot verify:", [Diagnostic("model", what, "give the plain base: lorary.detach(model)")])
 
 
-def _verified(
-    path: Path,
+def _compared(
     adapter: Adapter,
     engine: Engine,
     rows: Sequence[Sequence[int]],
     model: Any,
     tolerance: float | None,
     progress: Callable[[str], object],
+    force: bool,
 ) -> Verification:
+    """The verification, without its certificate.
+
+    Args:
+        adapter: the adapter.
+        engine: what is verified.
+        rows: the probes.
+        model: the base.
+        tolerance: in nats, of the bases.
+        progress: is told what is being done.
+        force: accept a base with another fingerprint, as one that is not quantised here and was in training.
+    """
     limit = tolerance or _ROUNDING
     of_base: list[Observed] = []
     of_adapter: list[Observed] = []
@@ -144,7 +168,7 @@ def _verified(
         of_adapter += engine.observe(ids, adapted=True)
     theirs = their_values(of_adapter)
     ours_without = our_values(model, of_adapter)
-    switch(model, adapter)
+    switch(model, adapter, force=force)
     try:
         ours = our_values(model, of_adapter)
     finally:
@@ -154,7 +178,8 @@ def _verified(
         "adapter": distance(theirs, ours),
         "effect": distance(ours, ours_without),
     }
-    figures["tolerance"] = min(limit, _TIMES * max(figures["base"], 1e-4)) if of_base else limit
+    noise = min(limit, _TIMES * max(figures["base"], 1e-4)) if of_base else limit
+    figures["tolerance"] = noise * max(1.0, figures["effect"])  # the adapter's own products are rounded, too
     verdict, reason = _simple_verdict(figures, limit, distance(theirs, ours_without))
     if not verdict:
         with trial(model, adapter, of_adapter, theirs, figures["tolerance"]) as found:
@@ -162,7 +187,7 @@ def _verified(
             without = None if plain else found.distance({})
             best = explained(adapter, found, progress)
         verdict, reason = _explanation(best, without, figures)
-    return _certified(path, adapter, engine, rows, verdict, reason, figures, len(theirs))
+    return Verification(verdict, reason, figures, len(theirs), {})
 
 
 def _simple_verdict(figures: dict[str, float], limit: float, no_adapter: float) -> tuple[str, str]:
@@ -211,29 +236,21 @@ def _explanation(best: Hypothesis | None, without: float | None, figures: dict[s
 
 
 def _certified(
-    path: Path,
-    adapter: Adapter,
-    engine: Engine,
-    rows: Sequence[Sequence[int]],
-    verdict: str,
-    reason: str,
-    figures: dict[str, float],
-    count: int,
+    path: Path, found: Verification, facts: dict[str, str], engine: Engine, rows: Sequence[Sequence[int]]
 ) -> Verification:
-    """The verification, with its certificate written."""
+    """The verification with its certificate, which is written."""
     record = {
         "format": FORMAT,
         "lorary": __version__,
-        "adapter_sha256": content_hash(adapter),
-        "base": adapter.base.name,
+        **facts,
         "against": engine.name,
         "release": engine.release,
-        "verdict": verdict,
-        "reason": reason,
-        "nats": {name: float(f"{value:.6g}") for name, value in figures.items()},
-        "probes": {"count": len(rows), "sha256": digest(rows), "log_probabilities": count},
+        "verdict": found.verdict,
+        "reason": found.reason,
+        "nats": {name: float(f"{value:.6g}") for name, value in found.figures.items()},
+        "probes": {"count": len(rows), "sha256": digest(rows), "log_probabilities": found.count},
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     with atomic_file(path / CERTIFICATE) as file:
         file.write((json.dumps(record, indent=2) + "\n").encode())
-    return Verification(verdict, reason, figures, count, record)
+    return replace(found, record=record)
