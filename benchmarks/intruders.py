@@ -3,9 +3,9 @@
     python benchmarks/intruders.py            # three minutes on two cores
     python benchmarks/intruders.py --small    # two steps of everything, to see that it runs
 
-LoRA of rank 1 and 16 and full fine-tuning from the same base, with the same batches and steps (Shuttleworth et al. 2024,
-arXiv:2410.21228). Of each: the held-out loss of the task, the loss on Python, which the base was trained on, and the
-number of singular vectors among the ten largest of each weight that the base does not have, by the threshold.
+LoRA of rank 1 and 16 and full fine-tuning from the same base, with the same batches and steps (Shuttleworth et al.
+2024, arXiv:2410.21228). Of each: the held-out loss of the task, the loss on Python, which the base was trained on, and
+the number of singular vectors among the ten largest of each weight that the base does not have, by the threshold.
 """
 
 from __future__ import annotations

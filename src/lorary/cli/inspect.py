@@ -61,6 +61,8 @@ def context(
 
 
 Out = Annotated[Path | None, typer.Option("--out", help="Folder for inspect.html and inspect.json.")]
+Data = Annotated[str, typer.Option("--data", help="Data for a model; a configuration names its own.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="key=value over the configuration; may be repeated.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -96,12 +98,8 @@ def intrinsic(
     source: Annotated[
         str, typer.Argument(metavar="[CONFIG]", help="Configuration (.yaml), run folder, or a model.")
     ] = "builtin:base",
-    data: Annotated[
-        str, typer.Option("--data", help="Data for a model; a configuration names its own.")
-    ] = "builtin:docstrings",
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value over the configuration; may be repeated.")
-    ] = None,
+    data: Data = "builtin:docstrings",
+    sets: Sets = None,
     dims: Annotated[
         str, typer.Option("--dims", help="Dimensions of the subspaces, comma-separated.")
     ] = "16,64,256,1024,4096",
@@ -130,12 +128,8 @@ def gradients(
     source: Annotated[
         str, typer.Argument(metavar="CONFIG", help="Configuration (.yaml), run folder, or a model for the defaults.")
     ],
-    data: Annotated[
-        str, typer.Option("--data", help="Data for a model; a configuration names its own.")
-    ] = "builtin:docstrings",
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value over the configuration; may be repeated.")
-    ] = None,
+    data: Data = "builtin:docstrings",
+    sets: Sets = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:

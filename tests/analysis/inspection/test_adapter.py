@@ -143,7 +143,7 @@ class OneLayer(nn.Module):
 
 def test_a_planted_direction_is_one_intruder_of_the_adapter() -> None:
     """B is orthogonal to the columns of W and its length is above the tenth singular value."""
-    U, S, V = torch.linalg.svd(torch.randn(32, 14, generator=torch.Generator().manual_seed(0)))
+    U, _, V = torch.linalg.svd(torch.randn(32, 14, generator=torch.Generator().manual_seed(0)))
     W = U[:, :14] * (16.0 - torch.arange(14)) @ V
     model: Any = OneLayer(W)
     lorary.attach(model, lorary.plan(model, lorary.method("lora", r=1, alpha=1), ["layer"]))

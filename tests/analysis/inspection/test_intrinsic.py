@@ -161,13 +161,13 @@ def test_saids_scales_have_the_gradient_of_their_equation() -> None:
 
 
 def test_a_layer_is_a_block_or_a_module_outside_of_them() -> None:
-    names = (
-        "model.embed_tokens.weight",
-        "model.layers.0.mlp.up.weight",
-        "model.layers.0.norm.weight",
-        "model.norm.weight",
-    )
-    assert list(layers_of(names).values()) == ["model.embed_tokens", "model.layers.0", "model.layers.0", "model.norm"]
+    layers = ("model.embed_tokens", "model.layers.0.mlp.up", "model.layers.0.norm", "model.norm")
+    assert list(layers_of(tuple(f"{name}.weight" for name in layers)).values()) == [
+        "model.embed_tokens",
+        "model.layers.0",
+        "model.layers.0",
+        "model.norm",
+    ]
 
 
 def test_a_closure_and_a_schedule_work_as_with_any_optimizer() -> None:

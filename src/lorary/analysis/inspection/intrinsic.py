@@ -86,11 +86,8 @@ class IntrinsicDimension:
             (f"{r.d:,}", f"{r.d / self.size:.3%}", f"{r.loss:.4f}", f"{self.reached(r):.1%}", f"{r.lr:g}")
             for r in self.runs
         ]
-        ends = (
-            ("0", "base", f"{self.base:.4f}", "0.0%", ""),
-            (f"{self.size:,}", "all", f"{self.full:.4f}", "100.0%", ""),
-        )
-        return [ends[0], *runs, ends[1]]
+        full = (f"{self.size:,}", "all", f"{self.full:.4f}", "100.0%", "")
+        return [("0", "base", f"{self.base:.4f}", "0.0%", ""), *runs, full]
 
     def to_dict(self) -> dict[str, Any]:
         """The measurement in JSON types."""
@@ -142,9 +139,8 @@ def intrinsic_dimension(
             progress(name)
         loss = run(optimizer)
         if not math.isfinite(loss):
-            raise TrainingError(
-                _HEADLINE, [Diagnostic(name, f"the held-out loss is {loss}", "lower the learning rate")]
-            )
+            what = f"the held-out loss is {loss}"
+            raise TrainingError(_HEADLINE, [Diagnostic(name, what, "lower the learning rate")])
         return loss
 
     first = {name: p.detach().clone() for name, p in parameters.items()}

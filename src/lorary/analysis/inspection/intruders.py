@@ -72,12 +72,11 @@ def intruders(base: Basis, tuned: Basis, top: int = TOP, epsilon: float = EPSILO
         epsilon: a vector is an intruder if its cosine with every vector of the base is below it.
     """
     rounding = max(tuned.U.shape[0], tuned.V.shape[1]) * torch.finfo(torch.float32).eps
-    k = min(top, int((rounding * tuned.S[:1] < tuned.S).sum()))
-    # a zero base has no directions of its own
-    known = rounding * base.S[:1] < base.S
+    k = min(top, int(tuned.S.gt(rounding * tuned.S[:1]).sum()))
+    known = base.S.gt(rounding * base.S[:1])  # a zero weight has no directions of its own
     left = (tuned.U[:, :k].T @ base.U[:, known]).abs()
     right = (tuned.V[:k] @ base.V[known].T).abs()
-    return Intruders(*(tuple(_largest(cosines)) for cosines in (left, right)), epsilon)
+    return Intruders(tuple(_largest(left)), tuple(_largest(right)), epsilon)
 
 
 def _largest(cosines: Tensor) -> list[float]:

@@ -34,10 +34,10 @@ _INTRUDERS = (
     "not tuned on. Where a weight has more outputs than inputs, small new directions count as left intruders too."
 )
 _ROWS = (
-    "The mean change of the rows of each weight: how much longer or shorter they are (ΔM), and how far they have turned "
-    "(ΔD), equations 2 and 3 of Liu et al. 2024 (arXiv:2402.09353). Beside each module kind stands the correlation of "
-    "the two over its layers. The paper finds it negative for full fine-tuning and DoRA and positive for LoRA, over "
-    "the layers and several steps of a run; these are the layers of one model."
+    "The mean change of the rows of each weight: how much longer or shorter they are (ΔM), and how far they have "
+    "turned (ΔD), equations 2 and 3 of Liu et al. 2024 (arXiv:2402.09353). Beside each module kind stands the "
+    "correlation of the two over its layers. The paper finds it negative for full fine-tuning and DoRA and positive "
+    "for LoRA, over the layers and several steps of a run; these are the layers of one model."
 )
 
 

@@ -99,15 +99,19 @@ def _numbers(option: str, text: str, read: Callable[[str], float]) -> tuple[list
 
 def _config(request: Request) -> Config:
     """The configuration with full fine-tuning as its method."""
-    fixed = {"max_steps": request.steps, "epochs": None, "early_stopping_patience": None, "keep_best": False}
+    fixed: dict[str, Any] = {
+        "max_steps": request.steps,
+        "epochs": None,
+        "early_stopping_patience": None,
+        "keep_best": False,
+    }
     fixed |= {"report_to": ("none",), "eval_steps": None, "save_steps": None, "lr": request.full_lr}
     config = configuration(request.source, request.data, request.sets, fixed)
     refuse_tasks(config, request.source, _TASKS)
     if config.model.adapter:
         what = "the subspace begins at the base, and this run goes on from an adapter"
-        raise ConfigError(
-            "cannot measure the intrinsic dimension:", [Diagnostic("model.adapter", what, "leave it out")]
-        )
+        problem = Diagnostic("model.adapter", what, "leave it out")
+        raise ConfigError("cannot measure the intrinsic dimension:", [problem])
     model = config.model.model_copy(update={"dtype": "float32"})
     return config.model_copy(update={"method": MethodSection(name=("full",)), "model": model})
 
