@@ -130,7 +130,9 @@ def test_the_gradients_of_a_first_step(command: Command, base: str) -> None:
     page = Path("seen/inspect.html").read_text()
     assert page.count("<svg") == 2
     assert "model.layers.1.mlp.down_proj" in page
-    pissa = command("inspect", "gradients", base, "--data", "data.jsonl", "--set", "method={name: pissa, r: 2}", "--json")
+    pissa = command(
+        "inspect", "gradients", base, "--data", "data.jsonl", "--set", "method={name: pissa, r: 2}", "--json"
+    )
     assert json.loads(pissa.out)["moving"] == ["A", "B"]
 
 

@@ -42,6 +42,7 @@ def compress(
     others. What was lost is shown and saved in lorary.json.
     """
     from lorary.adapters import load_adapter, save_adapter
+    from lorary.adapters.card import write_card
     from lorary.adapters.resolve import find_adapter
     from lorary.cli._output import check_new
 
@@ -54,7 +55,9 @@ def compress(
         found = compressed(value, rank=rank, energy=energy)
     else:
         found = _within(Path(adapter), folder, value, base, rows, data, {"rank": rank, "energy": energy, "kl": kl})
-    save_adapter(_named(found.adapter, adapter), out)
+    result = _named(found.adapter, adapter)
+    save_adapter(result, out)
+    write_card(out, result)
     print(json.dumps(found.to_dict(), indent=2) if as_json else found)
     print(f"wrote {out}", file=sys.stderr)
 

@@ -93,9 +93,7 @@ def export_peft(
         )
 
 
-def lora_files(
-    adapter: Adapter, folder: str | os.PathLike[str], model: nn.Module | None, folded: bool
-) -> LoraFiles:
+def lora_files(adapter: Adapter, folder: str | os.PathLike[str], model: nn.Module | None, folded: bool) -> LoraFiles:
     """The LoRA or DoRA that is equivalent to an adapter; the arguments and errors of `export_peft`."""
     problems = writer.base_incompatibilities(adapter, model, LORA)
     if (Path(folder) / native.NAME).exists():
@@ -139,9 +137,7 @@ def _refuse(folder: str | os.PathLike[str], problems: list[Diagnostic]) -> None:
         raise FileError(f"cannot export an adapter to {show(os.fspath(folder), most=400)} for PEFT", problems)
 
 
-def _as_lora(
-    adapter: Adapter, model: nn.Module | None, folder: str | os.PathLike[str]
-) -> LoraFiles:
+def _as_lora(adapter: Adapter, model: nn.Module | None, folder: str | os.PathLike[str]) -> LoraFiles:
     """The LoRA or DoRA that is equivalent to an adapter of another method, with its scale in B."""
     adapter = without_empty_sites(adapter)
     if not adapter.sites:

@@ -11,7 +11,7 @@ from typing import Any
 from lorary.analysis.inspection.intruders import Intruders
 from lorary.analysis.inspection.magnitude_direction import MagnitudeDirection, correlation
 from lorary.analysis.inspection.spectrum import Spectrum
-from lorary.analysis.merge_error import aligned
+from lorary.model.text_table import aligned
 from lorary.files.strict_json import finite
 from lorary.layers.module_kinds import module_positions
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorary.analysis.merge_error import aligned
+from lorary.model.text_table import aligned
 from lorary.errors import Diagnostic, StateError, TrainingError, deduplicated, not_a
 from lorary.files.strict_json import finite
 from lorary.layers.adapted import Adapted, adapted_layers

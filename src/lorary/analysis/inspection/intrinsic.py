@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lorary.analysis.inspection.subspace import SubspaceAdam
-from lorary.analysis.merge_error import aligned
+from lorary.model.text_table import aligned
 from lorary.errors import Diagnostic, PlanError, TrainingError
 from lorary.files.strict_json import finite
 
