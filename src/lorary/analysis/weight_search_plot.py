@@ -60,7 +60,7 @@ def search_svg(found: WeightSearch, title: str = "Search") -> str:
         axes.set(title=title, xlabel="candidate", ylabel="loss + penalty")
         axes.legend()
         known = sorted(value for value in ranks if math.isfinite(value))
-        usual = max(known[int(0.8 * len(known))], ranks[0])
+        usual = max(known[int(0.8 * (len(known) - 1))], ranks[0])
         if known[-1] - known[0] > 3 * (usual - known[0]) > 0:  # a few far above all others would flatten the rest
             axes.set_ylim(known[0] - 0.1 * (usual - known[0]), usual + 0.3 * (usual - known[0]))
         text = f"{ranks[0]:.3f} with all weights zero, {least[-1]:.3f} at the end"

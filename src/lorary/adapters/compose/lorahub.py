@@ -1,15 +1,7 @@
-"""LoRAHub: y = W x + b + (sum of w_i B_i) (sum of w_i A_i) x, w found on a few examples without gradients.
+"""lorahub: a mixture of trained adapters whose weights a gradient-free search finds on a few examples.
 
-Adapters of known tasks become one for an unseen task: a gradient-free search chooses the weight of each on a handful of
-examples, with an L1 penalty on the weights. `form="factor"` is the paper's sum of the factors: of the rank of one
-adapter, with cross terms w_i w_j B_i A_j, and with w_i^2 before an adapter's own term, whose sign it cannot change.
-`form="product"` is the exact sum of the updates, w_i B_i A_i.
-
-Huang et al. 2023, arXiv:2307.13269, equations 1 and 2 (section 3).
-
-Differs from the authors' code: the search is CMA-ES alone, not nevergrad's NGOpt, which chooses among several; the
-loss is the mean over all labels, while theirs is the sum over batches divided by the number of examples, five times
-smaller than the mean for one batch of five; a scale s that differs between adapters is part of B.
+The method is in `lorary.methods.lorahub`. The factors of all adapters are stacked once, and each candidate is written
+into one attached adapter, so that it costs little more than its forward pass.
 """
 
 from __future__ import annotations
