@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lorary
 from lorary import Adapter
 from lorary.adapters.compose.mix import mix
+from lorary.adapters.held import held_by
 from lorary.layers.adapted import adapted_layers
 from lorary.model.state import state_of
 from tests import tiny
@@ -65,7 +66,7 @@ def test_by_name_from_any_to_any_other() -> None:
     parameters = {name: id(p) for name, p in model.named_parameters()}
     plain = tiny.logits(model)
     order = list(values)
-    for start in range(0, len(order), 3):
+    for start in range(0, len(order), 5):
         for name in (order[start], *order, order[start]):
             assert lorary.switch(model, name) is model
             assert held.active == {name: 1.0}
@@ -401,6 +402,16 @@ def test_setting_an_active_name_replaces_it_at_once() -> None:
     assert list(held) == ["x", "y"]
 
 
+def test_a_replacement_that_fails_leaves_the_one_before() -> None:
+    model, held = holding(x=of("lora", r=2, seed=1), y=of("lora", r=2, seed=2))
+    lorary.switch(model, {"x": 0.5, "y": 2.0})
+    before, value = outline(model, held), held["x"]
+    with pytest.raises(lorary.MethodError, match=r"x gives its output a gain or a shift of its own \(MagnitudeDir"):
+        held["x"] = of("dora", r=2)
+    assert outline(model, held) == before
+    assert equal(held["x"], value)
+
+
 def test_another_base_with_force() -> None:
     other = tiny.trained(tiny.seeded("LlamaForCausalLM", seed=1), lorary.method("lora", r=2))
     model = tiny.seeded("LlamaForCausalLM")
@@ -590,7 +601,7 @@ def test_an_interrupt_anywhere_leaves_one_or_the_other(case: str) -> None:
     with InterruptAt() as lines:
         lorary.switch(model, end)
     after, new = tiny.logits(model), held.active
-    for number in spread(lines.count, 60):
+    for number in spread(lines.count, 25):
         model, held = fresh()
         with pytest.raises(KeyboardInterrupt), InterruptAt(number):
             lorary.switch(model, end)
@@ -601,6 +612,25 @@ def test_an_interrupt_anywhere_leaves_one_or_the_other(case: str) -> None:
         for name, value in values.items():
             assert equal(held[name], one_layer(value))
         assert torch.equal(tiny.logits(lorary.switch(model, end)), after)
+
+
+def test_equal_projections_are_held_once() -> None:
+    """Those of VeRA come from a seed, and are most of its tensors."""
+
+    def projected(seed: int, shake: int) -> Adapter:
+        model = tiny.trained(tiny.seeded("LlamaForCausalLM"), lorary.method("vera", r=8, seed=seed), "q_proj")
+        return Adapter.of(tiny.shaken(model, seed=shake))
+
+    values = {"a": projected(0, 1), "b": projected(0, 2), "c": projected(1, 3)}
+    model, held = holding(**values)
+    for choice in ("a", "b", "c", None, "b", "a"):
+        lorary.switch(model, choice)
+        assert choice is None or torch.equal(tiny.logits(model), answer(values[choice]))
+    assert all(equal(held[name], value) for name, value in values.items())
+    mine = held_by(model)
+    assert mine["a"].shared is mine["b"].shared
+    assert mine["a"].shared is not mine["c"].shared
+    assert {id(layer.shared) for layer in adapted_layers(model).values()} == {id(mine["a"].shared)}
 
 
 # --- copies, wrappers, moves ------------------------------------------------------------------------------------------

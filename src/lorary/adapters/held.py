@@ -8,7 +8,7 @@ has changed them, by any route, stays.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -54,17 +54,20 @@ class HeldAdapter:
         name: the name.
         adapter: its values; they are copied.
         modules: the layers of the plain model by path, on whose devices the tensors are.
+        others: the adapters that the model holds already.
 
     Attributes:
         record: the adapter without the tensors of its sites.
         params: site -> its parameters.
         start: site -> role -> the start that was subtracted from the base.
-        shared: the tensors that all sites share, if the method has any.
+        shared: the tensors that all sites share, if the method has any; adapters with equal ones have them in common.
         structures: site -> the structure that a rule has drawn for its next training step.
         checked: the base that it was last found to fit.
     """
 
-    def __init__(self, name: str, adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self, name: str, adapter: Adapter, modules: Mapping[str, nn.Module], others: Iterable[HeldAdapter] = ()
+    ) -> None:
         self.name = name
         full = {key: value.detach().to("cpu", copy=True) for key, value in adapter.full.items()}
         self.record = dataclasses.replace(adapter, tensors={}, full=full)
@@ -74,7 +77,7 @@ class HeldAdapter:
             site: {role: adapter.tensors[site][role].detach().to("cpu", copy=True) for role in roles}
             for site, roles in starts.items()
         }
-        self.shared = _shared(adapter, modules)
+        self.shared = _shared(adapter, modules, others)
         self.structures: dict[str, Any] = {}
         self.checked: Fingerprint | None = None
 
@@ -112,12 +115,10 @@ class HeldAdapter:
     def keep(self, model: nn.Module, state: AttachedState) -> None:
         """Take over what training has made of it elsewhere than in its parameters: pruned ranks, full parameters."""
         full = {name: floating(full_cpu_copy(base_parameter(model, name))) for name in state.full}
-        made = None if state.stepped else self.record.provenance
         if state.method.rules:
             self.structures = {name: layer.active_structure for name, layer in adapted_layers(model).items()}
-        self.record = dataclasses.replace(
-            self.record, method=state.method, sites=state.sites, full=full, provenance=made
-        )
+        before = dataclasses.replace(self.record, notes=(), provenance=None) if state.stepped else self.record
+        self.record = dataclasses.replace(before, method=state.method, sites=state.sites, full=full)
 
     def take_over(self, model: nn.Module, *, trainable: bool) -> None:
         """Put the held parameters in place of those of the model's layers, which have the same values."""
@@ -125,7 +126,9 @@ class HeldAdapter:
             layer.params = moved(self.params[name], layer.weight.device)
             layer.active_structure = self.structures.get(name) if trainable else None
             if layer.shared is not None:
-                self.shared = layer.shared
+                layer.shared = self.shared
+        if self.shared is not None:
+            self.shared.to(layer.weight.device, torch.float32)
         self.require_grad(trainable)
 
     def require_grad(self, trainable: bool) -> None:
@@ -157,14 +160,24 @@ def device_of(layer: nn.Module) -> torch.device:
     return stored_tensors(layer)[0].device
 
 
-def _shared(adapter: Adapter, modules: Mapping[str, nn.Module]) -> SharedProjections | None:
+def _shared(
+    adapter: Adapter, modules: Mapping[str, nn.Module], others: Iterable[HeldAdapter]
+) -> SharedProjections | None:
     sharing = [p for p in adapter.sites if p.delta.shared]
     if not sharing:
         return None
     shared = SharedProjections(adapter.sites, torch.float32, device_of(modules[sharing[0].site.name]))
     for p in sharing:
         shared.load({role: adapter.tensors[p.site.name][role] for role in p.delta.shared})
-    return shared
+    there = (other.shared for other in others if other.shared is not None)
+    return next((other for other in there if _equal(other.tensors, shared.tensors)), shared)
+
+
+def _equal(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    same = some.keys() == others.keys()
+    return same and all(
+        t.shape == others[role].shape and torch.equal(t.to(others[role]), others[role]) for role, t in some.items()
+    )
 
 
 def moved(params: Parameters, device: torch.device) -> Parameters:

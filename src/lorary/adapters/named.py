@@ -9,7 +9,7 @@ from torch import nn
 
 from lorary.adapters._names import UnknownNameError, bad_name, unknown_name
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.held import RANK, HeldAdapter, held_by, padded_rank
+from lorary.adapters.held import HELD, RANK, HeldAdapter, held_by, padded_rank
 from lorary.adapters.switch import activate, check_base
 from lorary.errors import Diagnostic, FileError, MethodError, StateError
 from lorary.layers.adapted import unwrapped_modules
@@ -83,10 +83,9 @@ class NamedAdapters(MutableMapping[str, Adapter]):
             problems = [Diagnostic(repr(new), "is the name of another adapter", "drop that one first")]
         if problems:
             raise FileError("cannot rename an adapter:", problems)
+        renamed = {new if one is mine else one.name: one for one in held.values()}
+        object.__setattr__(self._model, HELD, renamed)
         mine.name = new
-        entries = [(one.name, one) for one in held.values()]
-        held.clear()
-        held.update(entries)
 
     def __getitem__(self, name: str) -> Adapter:
         return _value(self._model, self._held(name))
@@ -152,14 +151,23 @@ def _hold(model: nn.Module, name: str, adapter: Adapter, *, force: bool) -> None
     held, state, here = held_by(model), state_of(model), Fingerprint.of(model)
     check_base(model, adapter, here, f"the adapter {name!r}", force=force)
     before = held.get(name)
-    new = HeldAdapter(name, adapter, unwrapped_modules(model))
-    new.checked = here
     if state is None or before is None or before not in state.active:
-        held[name] = new
+        held[name] = _checked(name, adapter, model, here)
         return
     require_attached(model, "replace an active adapter")
     if any(p.requires_grad for params in before.params.values() for p in params.values()):
         what, fix = "is being trained: an optimizer may hold its parameters", f"first lorary.switch(model, {name!r})"
         raise StateError("cannot replace an adapter:", [Diagnostic(repr(name), what, fix)])
-    activate(model, {new if one is before else one: w for one, w in state.active.items()}, trainable=False)
-    held[name] = new
+    new = held[name] = _checked(name, adapter, model, here)
+    try:
+        activate(model, {new if one is before else one: w for one, w in state.active.items()}, trainable=False)
+    except BaseException:
+        held[name] = before
+        raise
+
+
+def _checked(name: str, adapter: Adapter, model: nn.Module, here: Fingerprint) -> HeldAdapter:
+    """The held form of an adapter that was found to fit."""
+    held = HeldAdapter(name, adapter, unwrapped_modules(model), held_by(model).values())
+    held.checked = here
+    return held
