@@ -258,7 +258,7 @@ def test_llama_cpp_s_converter_turns_the_factors_of_gpt_2(tmp_path: Path) -> Non
 def test_sglang_has_one_place_for_a_number_and_none_outside_of_layers(tmp_path: Path) -> None:
     path = folder(tmp_path / "a", ("o_proj",)) / "adapter_model.safetensors"
     tensors = load_file(path)
-    save_file(tensors | {k.replace("model.layers", "tower.layers"): t for k, t in tensors.items()}, path)
+    save_file(tensors | {k.replace("model.layers", "tower.layers"): t.clone() for k, t in tensors.items()}, path)
     assert outcome(tmp_path / "a") == "AMA"
     save_file({k.replace("layers.0", "h.0"): t for k, t in tensors.items()}, path)
     assert outcome(tmp_path / "a") == "AMA"
