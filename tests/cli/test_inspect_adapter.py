@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -169,17 +171,19 @@ def test_what_no_intrinsic_dimension_is_measured_of(command: Command, base: str)
     told = bad(base, "--dims", "0,many,8", "--lr", "nan", "--full-lr", "inf")
     assert told == (
         "error: cannot measure the intrinsic dimension:\n"
-        "  - --dims 0: is not a number above 0\n"
-        "      hint: comma-separated\n"
-        "  - --dims many: is not a number above 0\n"
-        "      hint: comma-separated\n"
+        "  - --dims 0: is not a whole number above 0\n"
+        "      hint: separate several by commas\n"
+        "  - --dims many: is not a whole number above 0\n"
+        "      hint: separate several by commas\n"
         "  - --lr nan: is not a number above 0\n"
-        "      hint: comma-separated\n"
+        "      hint: separate several by commas\n"
         "  - --full-lr inf: is not a finite number above 0\n"
     )
     data = ("--data", "data.jsonl")
     size = sum(p.numel() for p in loaded().parameters())
     assert f"dimensions: 10000000 is not a whole number from 1 to {size:,}" in bad(base, *data, "--dims", "10000000")
+    told = bad(base, *data, "--dims", "4,40", "--said")
+    assert "dimensions: 4 leaves nothing beside the 5 scales of the layers that SAID trains" in told
     Path("run.yaml").write_text("model: model\ndata: data.jsonl\n")
     assert "data.validation: no rows are held out" in bad("run.yaml")
     Path("on.yaml").write_text(
@@ -189,3 +193,24 @@ def test_what_no_intrinsic_dimension_is_measured_of(command: Command, base: str)
     assert "no such file" in bad("nowhere.yaml").lower()
     assert "did you mean" in bad(base, *data, "--set", "training.batch_sise=3")
     assert "there is no such folder" in bad("./nowhere", *data, code=4)
+
+
+def test_an_interrupt_ends_the_command_and_writes_nothing(command: Command, base: str) -> None:
+    from transformers import TrainerCallback
+
+    from lorary.cli._inspect import runs
+    from lorary.train.config.load import from_dict
+    from lorary.train.runner.build import build_model
+    from lorary.train.runner.prepare import prepare
+
+    class Interrupt(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    prepared = prepare(from_dict({"model": base, "data": "data.jsonl", "training": {"max_steps": 3}}))
+    trainer = runs.trainer_of(prepared, build_model(prepared), Path("scratch"), [Interrupt()])
+    with pytest.raises(SystemExit) as ended:
+        runs.train(trainer)
+    trainer.head.remove()
+    assert ended.value.code == 130
+    assert trainer.state.global_step == 1

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorary.analysis.inspection.subspace import SubspaceAdam
-from lorary.model.text_table import aligned
+from lorary.analysis.inspection.subspace import SubspaceAdam, layers_of
 from lorary.errors import Diagnostic, PlanError, TrainingError
 from lorary.files.strict_json import finite
+from lorary.model.text_table import aligned
 
 SHARE = 0.9
 HEAD = ("d", "share of D", "held-out loss", "of full fine-tuning", "lr")
@@ -132,7 +132,7 @@ def intrinsic_dimension(
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     size = sum(p.numel() for p in parameters.values())
-    _check(dimensions, lr, full_lr, size)
+    _check(dimensions, lr, full_lr, size, len(set(layers_of(tuple(parameters)).values())) if said else 0)
 
     def trained(name: str, optimizer: torch.optim.Optimizer | None) -> float:
         if progress is not None:
@@ -167,13 +167,21 @@ def intrinsic_dimension(
     return IntrinsicDimension(size, said, base, full, tuple(runs), seed)
 
 
-def _check(dimensions: Sequence[int], lr: Sequence[float], full_lr: float, size: int) -> None:
+def _check(dimensions: Sequence[int], lr: Sequence[float], full_lr: float, size: int, scales: int) -> None:
+    """Refuse what cannot be measured, before anything is trained.
+
+    Raises:
+        PlanError: every reason.
+    """
     problems = [] if size else [Diagnostic("model", "none of its parameters requires a gradient")]
     problems += [] if dimensions else [Diagnostic("dimensions", "is empty", "give some, such as 16, 64, 256")]
     problems += [] if lr else [Diagnostic("lr", "is empty", "give at least one learning rate")]
     for d in dimensions:
         if isinstance(d, bool) or not isinstance(d, int) or not 1 <= d <= size:
             problems.append(Diagnostic("dimensions", f"{d!r} is not a whole number from 1 to {size:,}"))
+        elif d <= scales:
+            what = f"{d:,} leaves nothing beside the {scales:,} scales of the layers that SAID trains"
+            problems.append(Diagnostic("dimensions", what, f"use more than {scales:,}"))
     for name, rate in (*(("lr", rate) for rate in lr), ("full_lr", full_lr)):
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
             problems.append(Diagnostic(name, f"{rate!r} is not a finite number above 0"))

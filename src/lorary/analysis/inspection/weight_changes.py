@@ -77,8 +77,9 @@ def adapter_problems(adapter: Adapter, base: nn.Module | None) -> list[Diagnosti
     modules = {} if base is None else unwrapped_modules(base)
     for adapted in adapter.sites:
         name, tensors = adapted.site.name, adapter.tensors[adapted.site.name]
-        bad = [role for role, t in tensors.items() if not t.isfinite().all()]
-        problems += [Diagnostic(name, f"its tensor {role} holds NaN or infinite numbers") for role in bad]
+        problems += _tensor_problems(name, tensors)
+        if any(t.is_meta for t in tensors.values()):
+            continue
         if base is not None:
             problems += layer_mismatches(adapted.site, modules.get(name))
         elif _plain_factors(adapted, tensors) is None:
@@ -93,6 +94,17 @@ def adapter_problems(adapter: Adapter, base: nn.Module | None) -> list[Diagnosti
     if not problems and not adapter.sites and not full_matrices(adapter, base):
         fix = "" if base is not None or not adapter.full else "give the base: it trained parameters in full"
         problems.append(Diagnostic("adapter", "changes no weight matrix", fix))
+    return problems
+
+
+def _tensor_problems(name: str, tensors: Mapping[str, Tensor]) -> list[Diagnostic]:
+    """The tensors of a site without values, or with some that are not finite."""
+    problems = []
+    for role, t in tensors.items():
+        if t.is_meta:
+            problems.append(Diagnostic(name, f"its tensor {role} is on the meta device and has no values"))
+        elif not t.isfinite().all():
+            problems.append(Diagnostic(name, f"its tensor {role} holds NaN or infinite numbers"))
     return problems
 
 

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from lorary.analysis.inspection.gradients import HEAD, FirstGradients, first_gradients
 from lorary.analysis.inspection.gradients_page import gradients_page
 from lorary.cli._inspect.output import FILES, json_text, print_notes, print_table, report_folder, write_report
-from lorary.cli._inspect.runs import configuration, quiet_training, trainer_of
+from lorary.cli._inspect.runs import configuration, quiet_training, train, trainer_of
 from lorary.cli._out_folder import folder_problems
 from lorary.errors import ConfigError
 from lorary.model.loading.quiet import quiet_progress_bars
@@ -60,7 +60,7 @@ def _first_step(prepared: RunPlan, scratch: Path) -> FirstGradients:
     alone = dataclasses.replace(prepared, held_out=None)
     trainer = trainer_of(alone, model, scratch, [_OneStep()])
     try:
-        found = first_gradients(model, trainer.train)
+        found = first_gradients(model, lambda: train(trainer))
     finally:
         trainer.head.remove()
     return dataclasses.replace(found, notes=tuple(_notes(prepared)))

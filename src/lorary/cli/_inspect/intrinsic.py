@@ -16,7 +16,7 @@ from transformers.trainer_utils import IntervalStrategy
 from lorary.analysis.inspection.intrinsic import HEAD, IntrinsicDimension, intrinsic_dimension
 from lorary.analysis.inspection.intrinsic_page import intrinsic_page
 from lorary.cli._inspect.output import FILES, json_text, print_table, report_folder, write_report
-from lorary.cli._inspect.runs import configuration, quiet_training, refuse_tasks, trainer_of
+from lorary.cli._inspect.runs import configuration, quiet_training, refuse_tasks, train, trainer_of
 from lorary.cli._out_folder import folder_problems
 from lorary.cli._progress import progress_bar
 from lorary.errors import ConfigError, Diagnostic
@@ -65,8 +65,8 @@ def run(request: Request, out: Path | None, *, as_json: bool) -> None:
         ConfigError: every invalid option.
         LoraryError: the configuration, the model or the data cannot be used; or training fails.
     """
-    dims, problems = _numbers("--dims", request.dims, lambda text: int(text) if len(text) <= _DIGITS else 0)
-    rates, more = _numbers("--lr", request.lr, float)
+    dims, problems = _numbers("--dims", request.dims, "a whole number", lambda text: int(text[:_DIGITS]))
+    rates, more = _numbers("--lr", request.lr, "a number", float)
     problems += [*more, *folder_problems(out, FILES)]
     if not 0 < request.full_lr < math.inf:
         problems.append(Diagnostic(f"--full-lr {request.full_lr:g}", "is not a finite number above 0"))
@@ -82,7 +82,7 @@ def run(request: Request, out: Path | None, *, as_json: bool) -> None:
     _show(request, config, found, as_json=as_json)
 
 
-def _numbers(option: str, text: str, read: Callable[[str], float]) -> tuple[list[float], list[Diagnostic]]:
+def _numbers(option: str, text: str, what: str, read: Callable[[str], float]) -> tuple[list[float], list[Diagnostic]]:
     """The numbers of a comma-separated option, and the problems of the others."""
     found, problems = [], []
     for part in [part.strip() for part in text.split(",") if part.strip()] or [text]:
@@ -93,7 +93,7 @@ def _numbers(option: str, text: str, read: Callable[[str], float]) -> tuple[list
         if 0 < value < math.inf:
             found.append(value)
         else:
-            problems.append(Diagnostic(f"{option} {part}", "is not a number above 0", "comma-separated"))
+            problems.append(Diagnostic(f"{option} {part}", f"is not {what} above 0", "separate several by commas"))
     return found, problems
 
 
@@ -144,20 +144,20 @@ def _measure(
             def on_step_end(self, *_: Any, **__: Any) -> None:
                 update(advance=1, description=work[-1])
 
-        def train(optimizer: torch.optim.Optimizer | None) -> float:
+        def trained(optimizer: torch.optim.Optimizer | None) -> float:
             trainer = trainer_of(prepared, model, scratch, [Step()])
             trainer.args.eval_strategy = IntervalStrategy.NO
             try:
                 if optimizer is not None:
                     trainer.optimizer = optimizer
-                    trainer.train()
+                    train(trainer)
                 return float(trainer.evaluate()["eval_loss"])
             finally:
                 trainer.head.remove()
 
         return intrinsic_dimension(
             model,
-            train,
+            trained,
             dims,
             lr=rates,
             full_lr=request.full_lr,

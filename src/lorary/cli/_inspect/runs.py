@@ -72,6 +72,13 @@ def quiet_training() -> Iterator[Path]:
         transformers.logging.set_verbosity(verbosity)
 
 
+def train(trainer: Any) -> None:
+    """Train; after an interrupt exit with its code, once the step is finished."""
+    trainer.train()
+    if trainer.guard.stop:
+        raise SystemExit(128 + int(trainer.guard.stop))
+
+
 def trainer_of(prepared: RunPlan, model: Any, scratch: Path, callbacks: Sequence[TrainerCallback] = ()) -> Any:
     """The run's trainer, which saves nothing."""
     trainer = build_trainer(prepared, model, scratch, resumed=True, callbacks=list(callbacks))
