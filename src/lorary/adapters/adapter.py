@@ -58,7 +58,7 @@ class Adapter:
         state = require_attached(model, "take from the model")
         with gathered(model):
             tensors = _copied_tensors(adapted_layers(model))
-            full = {name: _floating(full_cpu_copy(base_parameter(model, name))) for name in state.full}
+            full = {name: floating(full_cpu_copy(base_parameter(model, name))) for name in state.full}
         warn_of_changed_buffers(model, state.buffers)
         return Adapter(state.method, state.sites, tensors, full, Fingerprint.of(model))
 
@@ -117,6 +117,6 @@ def _copied_start(layer: Adapted) -> dict[str, Tensor]:
     return {role: t.clone() for role, t in layer.start.items()}
 
 
-def _floating(t: Tensor) -> Tensor:
+def floating(t: Tensor) -> Tensor:
     """A tensor, or the counter of a batch norm as fp32: adapter files hold floating-point numbers alone."""
     return t if t.is_floating_point() else t.float()

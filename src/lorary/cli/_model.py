@@ -21,7 +21,7 @@ def ready_model(section: ModelSection, folder: Path | None) -> Any:
 
 
 def tokenizer_or_none(section: ModelSection, folder: Path) -> Any:
-    """The base's tokenizer with the adapter's chat template, or None if it has none."""
+    """The base's tokenizer with the chat template of the adapter in `folder`, or None if it has none."""
     from lorary.cli._generation import tokenizer_of
     from lorary.errors import FileError
 

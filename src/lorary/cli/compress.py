@@ -42,6 +42,7 @@ def compress(
     others. What was lost is shown and saved in lorary.json.
     """
     from lorary.adapters import load_adapter, save_adapter
+    from lorary.adapters.card import write_card
     from lorary.adapters.resolve import find_adapter
     from lorary.cli._output import check_new
 
@@ -54,7 +55,9 @@ def compress(
         found = compressed(value, rank=rank, energy=energy)
     else:
         found = _within(Path(adapter), folder, value, base, rows, data, {"rank": rank, "energy": energy, "kl": kl})
-    save_adapter(_named(found.adapter, adapter), out)
+    result = _named(found.adapter, adapter)
+    save_adapter(result, out)
+    write_card(out, result)
     print(json.dumps(found.to_dict(), indent=2) if as_json else found)
     print(f"wrote {out}", file=sys.stderr)
 
@@ -82,11 +85,13 @@ def _within(
     from lorary.cli._model import tokenizer_or_none
     from lorary.cli._progress import progress_bar
     from lorary.model.loading.from_pretrained import load_config, load_model, load_storage
+    from lorary.model.loading.quiet import quiet_progress_bars
 
     section = find_base(folder, base)
     compared = comparison_rows(path, tokenizer_or_none(section, folder), load_config(section), most, data)
     storage = load_storage(value.method, value.full, value.sites)
-    model = load_model(section, storage, model_class=base_class(section, folder, value))
+    with quiet_progress_bars():
+        model = load_model(section, storage, model_class=base_class(section, folder, value))
     with progress_bar() as update:
 
         def progress(count: int, divergence: float) -> None:

@@ -36,6 +36,7 @@ def extract(
     """
     import lorary
     from lorary.adapters import save_adapter
+    from lorary.adapters.card import write_card
     from lorary.cli._output import check_new
     from lorary.cli._progress import progress_bar
 
@@ -47,6 +48,7 @@ def extract(
 
         found = lorary.extract(base, tuned, rank=rank, energy=energy, targets=targets or None, progress=progress)
     save_adapter(found.adapter, out)
+    write_card(out, found.adapter)
     _print(found, sites, as_json)
     print(f"wrote {out}", file=sys.stderr)
 

@@ -52,6 +52,7 @@ def mix(
     approximation, its error is shown layer by layer and kept in lorary.json.
     """
     from lorary.adapters import load_adapter, save_adapter
+    from lorary.adapters.card import write_card
     from lorary.adapters.compose.mix import mix as mixed
     from lorary.adapters.label_names import write_label_names
     from lorary.adapters.resolve import find_adapter
@@ -80,6 +81,7 @@ def mix(
         save_adapter(result, written, model=model)
         if labels is not None:
             write_label_names(written, *labels)
+        write_card(written, result, name=out.name)
     _report(result, out, as_json)
 
 

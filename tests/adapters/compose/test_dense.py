@@ -25,8 +25,9 @@ def matrix(out: int, inp: int, values: Tensor) -> Tensor:
 def test_the_error_is_the_tail_of_the_spectrum(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     M = matrix(*shape, 0.7 ** torch.arange(min(shape)))
     S = torch.linalg.svdvals(M.double())
-    for block in (2**23, 50):  # all rows at once, and a few
-        monkeypatch.setattr(dense, "_BLOCK", block)
+    monkeypatch.setattr(dense, "_BLOCK", 1)
+    for rows_at_once in (256, 3):
+        monkeypatch.setattr(dense, "_LEAST_ROWS", rows_at_once)
         for r in range(1, min(shape) + 1):
             found = truncated_matrix(M, rank=r)
             assert found.lost == pytest.approx(float(S[r:].norm()), rel=1e-6, abs=2e-7)

@@ -7,6 +7,7 @@ everything else that has changed (norms, biases, buffers) is kept as it is in th
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.compose._checkpoints import Checkpoints, opened
-from lorary.adapters.compose.dense import truncated_matrix
+from lorary.adapters.compose.dense import frobenius_norm, truncated_matrix
 from lorary.adapters.compose.extraction import ExtractedSite, Extraction
 from lorary.adapters.compose.plain import plain_lora
 from lorary.adapters.compose.truncate import cut_problems, relative
@@ -175,17 +176,19 @@ class _Changes:
             what = f"is {tuple(W.shape)} in the base's files and {tuple(tuned.shape)} in those of the tuned model"
             self.problems.append(Diagnostic(name, what))
             return
-        self.problems += not_finite({f"{name} of the base": W, f"{name} of the tuned model": tuned})
+        size = frobenius_norm(W)
+        if not math.isfinite(size + frobenius_norm(tuned)):
+            self.problems += not_finite({f"{name} of the base": W, f"{name} of the tuned model": tuned})
         if self.problems:  # there will be no adapter: only look for more
             return
         if name not in self.layers:
             self.full[first] = _narrow(tuned)
             return
-        self._add_matrix(self.layers[name], _norm(W), tuned.sub_(W))
+        self._add_matrix(self.layers[name], size, tuned.sub_(W))
 
     def _add_matrix(self, layer: Site, weight: float, change: Tensor) -> None:
         if self.targeted is not None and layer.name not in self.targeted:
-            self.left_out[f"{layer.name}.weight"] = _norm(change)
+            self.left_out[f"{layer.name}.weight"] = frobenius_norm(change)
             return
         near = truncated_matrix(KINDS[layer.kind].matrix(SimpleNamespace(weight=change)), **self.cut)
         self.factors[layer.name] = near.B, near.A
@@ -215,7 +218,3 @@ def _narrow(value: Tensor) -> Tensor:
     """A value in 16 bits if nothing is lost by that, else in 32."""
     half = value.bfloat16()
     return half if torch.equal(half.to(value.dtype), value) else value.float()
-
-
-def _norm(M: Tensor) -> float:
-    return float(torch.linalg.vector_norm(M, dtype=torch.float64))

@@ -111,11 +111,13 @@ def mix(
     return _with_provenance(result, every, isinstance(adapters, Mapping), how, settings, errors)
 
 
-def stacked(adapters: Sequence[Adapter], model: nn.Module, weights: Sequence[float] | None = None) -> Adapter:
+def stacked(
+    adapters: Sequence[Adapter] | Mapping[str, Adapter], model: nn.Module, weights: Sequence[float] | None = None
+) -> Adapter:
     """The weighted sum of adapters that fit a model: exact, by stacking their factors along the rank.
 
     Args:
-        adapters: of any methods whose update is B A alone.
+        adapters: of any methods whose update is B A alone; by names, for errors.
         model: the base, for the parameters that some of them trained in full.
         weights: one for each adapter, all 1 by default.
 

@@ -148,7 +148,7 @@ def full_changes(terms: Sequence[Term], base: nn.Module | None) -> tuple[dict[st
     """base parameter -> how the adapters change it, and the reasons why that is unknown."""
     changes: dict[str, list[Change]] = {}
     problems = []
-    shapes = {} if base is None else _shapes(base)
+    shapes = _shapes(base) if base is not None and any(term.adapter.full for term in terms) else {}
     for term in terms:
         names = sorted(term.adapter.full)
         if names and base is None:

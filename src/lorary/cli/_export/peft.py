@@ -12,14 +12,18 @@ def write(export: Export) -> None:
     """Write PEFT's two files and, where the base is given, compare their function with the adapter's."""
     import lorary
     from lorary.adapters import export_peft, load_adapter
+    from lorary.adapters.card import write_card
     from lorary.adapters.resolve import base_class, find_base
     from lorary.analysis.merge_check import logits
     from lorary.cli._comparison_rows import random_rows
     from lorary.model.loading.from_pretrained import load_model
 
+    folded = export.options.get("folded", False)
     if export.base is None:
+        value = load_adapter(export.adapter)
         with notes():
-            export_peft(load_adapter(export.adapter), export.output)
+            export_peft(value, export.output, folded=folded)
+        write_card(export.output, value)
         return
     section = find_base(export.adapter, export.base, "float32")
     model = load_model(section, model_class=base_class(section, export.adapter, load_adapter(export.adapter)))
@@ -29,7 +33,8 @@ def write(export: Export) -> None:
     lorary.detach(model)
     value = load_adapter(export.adapter, model=model)
     with notes():
-        export_peft(value, export.output, model=model)
+        export_peft(value, export.output, model=model, folded=folded)
+    write_card(export.output, value)
     if value.method.context is not None:  # not stored in PEFT's files
         value.method.context.apply(model).make_permanent()
     lorary.load(model, export.output)

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from lorary.adapters.card import public_name
 from lorary.adapters.adapter import Adapter
+from lorary.adapters.card import public_name
 from lorary.analysis.heatmap import ranks_svg
 from lorary.analysis.html_report import (
     Code,
