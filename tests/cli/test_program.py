@@ -48,10 +48,6 @@ OPTIONS = {
     "init": ["--force", "--schema"],
     "inspect": [],
     "inspect context": ["--base", "--data", "--json", "--lengths", "--out", "--passkeys", "--tokens"],
-    "lorahub": [
-        *("--base", "--bound", "--budget", "--examples", "--form", "--format", "--json", "--l1", "--limit"),
-        *("--max-length", "--out", "--quiet", "--seed", "-e", "-q"),
-    ],
     "merge": ["--base", "--data", "--dtype", "--force", "--onto", "--rows"],
     "mix": [
         *("--approximate", "--base", "--density", "--energy", "--force", "--how"),
@@ -72,7 +68,6 @@ OPTIONS = {
     ],
     "inspect gradients": ["--data", "--json", "--out", "--set"],
     "methods": ["--answers", "--choose", "--json", "--markdown"],
-    "push": ["--base", "--message", "--public", "--yes", "-m", "-y"],
     "search": ["--ceiling", "--generations", "--overwrite", "--population", "--quiet", "--seed", "-q"],
     "train": ["--after", "--all", "--dry-run", "--extend", "--overwrite", "--quiet", "--resume", "--set", "-q"],
     "verify": ["--adapter-model", "--against", "--base", "--base-model", "--json", "--timeout", "--tolerance"],
