@@ -45,6 +45,7 @@ _HOMES = {
     "StateError": "errors",
     "TrainerCallback": "train.trainer.callback",
     "TrainingError": "errors",
+    "WeightSearch": "adapters.compose.lorahub",
     "attach": "model.attach",
     "attached": "model.state",
     "cached": "model.cached",
@@ -60,6 +61,7 @@ _HOMES = {
     "load": "adapters.switch",
     "load_adapter": "adapters.save_load",
     "load_quantized": "model.loading.from_pretrained",
+    "lorahub": "adapters.compose.lorahub",
     "merge": "model.merge",
     "method": "spec.presets",
     "mix": "adapters.compose.mix",
@@ -89,6 +91,8 @@ if TYPE_CHECKING:
     from lorary.adapters.compose.diff import diff as diff
     from lorary.adapters.compose.extract import extract as extract
     from lorary.adapters.compose.extraction import Extraction as Extraction
+    from lorary.adapters.compose.lorahub import WeightSearch as WeightSearch
+    from lorary.adapters.compose.lorahub import lorahub as lorahub
     from lorary.adapters.compose.mix import mix as mix
     from lorary.adapters.compose.scale import scale as scale
     from lorary.adapters.low_rank_form import LowRankForm as LowRankForm

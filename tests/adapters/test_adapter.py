@@ -344,8 +344,8 @@ def test_what_has_gains_has_no_sum(names: tuple[str, ...]) -> None:
         "cannot add these adapters:\n"
         "  - model.layers.0.self_attn.q_proj and 1 more: adapters[1] gives its output a gain or a shift of its own "
         "(MagnitudeDirection)\n"
-        "      hint: lorary.mix(..., base=model, approximate=True) mixes the closest update of low rank, and tells its "
-        "error"
+        "      hint: lorary.mix with approximate=True and base=model (--approximate --base) mixes its closest "
+        "update of low rank, and tells the error"
     )
     assert tiny.everything(model) == before
 

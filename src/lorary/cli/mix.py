@@ -63,6 +63,7 @@ def mix(
     values = {name: load_adapter(folder) for name, folder in folders.items()}
     labels = _labels(folders)
     with atomic_directory(out) as written, progress_bar() as update:
+        model = _base(base, folders, values)
         result = mixed(
             values,
             numbers,
@@ -70,13 +71,13 @@ def mix(
             rank=rank,
             energy=energy,
             density=density,
-            base=_base(base, folders, values),
+            base=model,
             approximate=approximate,
             seed=seed,
             force=force,
             progress=lambda done, total: update(completed=done, total=total, description="layers"),
         )
-        save_adapter(result, written)
+        save_adapter(result, written, model=model)
         if labels is not None:
             write_label_names(written, *labels)
     _report(result, out, as_json)

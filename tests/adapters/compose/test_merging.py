@@ -11,7 +11,6 @@ from peft.utils import merge_utils
 from torch import Tensor
 
 import lorary
-from lorary.adapters.compose.dense import truncated_matrix
 from lorary.adapters.compose.merging import generator_of
 from tests.adapters.compose.models import adapter, base, changes, near, products, trained
 
@@ -133,28 +132,3 @@ def test_slerp_keeps_the_length_of_equally_long_updates() -> None:
     other = lorary.scale(other, length / float(changes(other)["plain"].norm()))
     assert float(products(lorary.mix([one, other], how="slerp"))["plain"].norm()) == pytest.approx(length, rel=1e-5)
     assert float(products(lorary.mix([one, other], [0.5, 0.5]))["plain"].norm()) < 0.95 * length
-
-
-# --- truncation of a dense matrix -------------------------------------------------------------------------------------
-
-
-def test_a_large_matrix_is_truncated_nearly_as_well_as_by_its_whole_decomposition() -> None:
-    generator = torch.Generator().manual_seed(0)
-    U, V = (torch.linalg.qr(torch.randn(n, 40, generator=generator))[0] for n in (900, 800))
-    M = U * torch.logspace(0, -2, 40) @ V.T + 1e-4 * torch.randn(900, 800, generator=generator)
-    state = torch.get_rng_state()
-    found = truncated_matrix(M, rank=8)
-    assert torch.equal(torch.get_rng_state(), state)
-    S = torch.linalg.svdvals(M.double())
-    assert found.lost == pytest.approx(float((M - found.B @ found.A).double().norm()), rel=1e-4)
-    assert found.lost <= 1.001 * float(S[8:].norm())
-    assert found.norm == pytest.approx(float(S.norm()), rel=1e-5)
-    again = truncated_matrix(M, rank=8)
-    assert torch.equal(found.B, again.B)
-
-
-def test_an_energy_of_a_dense_matrix() -> None:
-    M = torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.0]))
-    assert truncated_matrix(M, energy=0.9).B.shape == (4, 2)
-    assert truncated_matrix(M, energy=1.0).B.shape == (4, 3)
-    assert truncated_matrix(torch.zeros(4, 3), rank=2).error == 0

@@ -1,4 +1,4 @@
-"""One adapter from several: the weighted sum is the dense sum, one-hot weights give the adapter back, nothing is silent."""
+"""One adapter from several: a sum is the dense sum, one-hot weights give the adapter back, and errors are told."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ import lorary
 from lorary.adapters.content_hash import content_hash
 from lorary.adapters.provenance import Parent
 from lorary.errors import MethodError
+from lorary.layers.adapted import adapted_layers
 from tests import tiny
 from tests.adapters import models
 from tests.adapters.compose.models import PLAIN, X, adapter, base, changes, near, output, products, trained
@@ -114,12 +116,12 @@ def test_a_mix_is_saved_read_merged_and_read_by_peft(at: models.Base, tmp_path: 
 
 def test_the_provenance_names_the_parents() -> None:
     code, chat = adapter("lora"), adapter("vera")
-    mixed = lorary.mix({"code": code, "chat": chat}, [0.7, -0.3])
+    mixed = lorary.mix({"/data/code": code, "me/chat": chat}, [0.7, -0.3])
     assert mixed.provenance is not None
     assert mixed.provenance.how == "sum"
     assert mixed.provenance.parents == (
         Parent("code", content_hash(code), 0.7),
-        Parent("chat", content_hash(chat), -0.3),
+        Parent("me/chat", content_hash(chat), -0.3),
     )
     assert mixed.provenance.settings == {}
 
@@ -202,6 +204,14 @@ def test_what_has_a_gain_is_refused_and_approximated_with_the_error_told(names: 
         near(product, expected[name], 1e-5)
 
 
+def test_on_a_quantised_base_it_is_the_quantised_weight_that_has_a_gain() -> None:
+    value = trained(made_of("qlora", "dora"), ("plain",))
+    quantised = lorary.quantize(base(), value.method.storage)
+    mixed = lorary.mix([value], [0.5], base=quantised, approximate=True, rank=24)
+    layer = adapted_layers(lorary.switch(base(), value))["plain"]
+    near(products(mixed)["plain"], 0.5 * (layer.merged()[0] - layer.matrix).double(), 1e-5)
+
+
 def test_a_shift_goes_into_the_bias() -> None:
     """GLoRA's C, D and E: the layer's bias is part of the adapter then."""
     value = trained(made_of("glora"), ("plain", "conv1"))
@@ -245,6 +255,21 @@ def test_parameters_trained_in_full_are_mixed_as_changes() -> None:
     assert torch.isfinite(y).all()
 
 
+def test_classifiers_are_mixed_with_their_heads_and_load_onto_a_base_with_any_head() -> None:
+    def classifier(number: int) -> Any:
+        """The same base with a head drawn anew, as Transformers loads it."""
+        model = tiny.seeded("BertForSequenceClassification")
+        torch.nn.init.normal_(model.classifier.weight, generator=torch.Generator().manual_seed(number))
+        return model
+
+    one, other = (trained(made_of("lora"), ("attention",), number, classifier(number)) for number in (1, 2))
+    mixed = lorary.mix([one, other], [0.25, 0.75], base=classifier(3))
+    head = 0.25 * one.full["classifier.weight"] + 0.75 * other.full["classifier.weight"]
+    torch.testing.assert_close(mixed.full["classifier.weight"], head)
+    model = lorary.switch(classifier(4), mixed)
+    torch.testing.assert_close(model.classifier.weight, head)
+
+
 def test_the_counter_of_a_batch_norm_can_be_mixed(tmp_path: Path) -> None:
     def net() -> torch.nn.Module:
         torch.manual_seed(0)
@@ -263,7 +288,30 @@ def test_the_counter_of_a_batch_norm_can_be_mixed(tmp_path: Path) -> None:
     assert lorary.load_adapter(tmp_path / "mix").full["norm.num_batches_tracked"] == 1
 
 
+def test_a_weight_that_was_written_and_one_that_was_trained_in_full_are_mixed_with_their_updates() -> None:
+    """Delta-LoRA as its paper has it changes the base's weight beside its factors."""
+    written = trained(made_of("delta-lora", mode="paper"), ("plain",))
+    full = trained(lorary.method("full").replace(full=("plain.weight", "conv2.weight")), None)
+    values, weights = [written, adapter("lora"), full], [0.5, -0.25, 0.75]
+    mixed = lorary.mix(values, weights, base=base())
+    expected = weighted(values[:2], weights[:2])
+    before = dict(base().named_parameters())
+    for name in ("plain", "conv2"):
+        moved = full.full[f"{name}.weight"] - before[f"{name}.weight"].detach()
+        expected[name] += 0.75 * moved.reshape(expected[name].shape)
+    found = changes(mixed)
+    for name, change in expected.items():
+        near(found[name], change, 1e-5)
+
+
 # --- what differs between adapters ------------------------------------------------------------------------------------
+
+
+def test_an_adapter_without_a_fingerprint_is_mixed_and_the_base_is_the_other_s() -> None:
+    """PEFT's files know the name of the base alone."""
+    known = adapter("lora")
+    theirs = dataclasses.replace(adapter("rslora"), base=lorary.Fingerprint(name="org/base"))
+    assert lorary.mix([theirs, known]).base == known.base
 
 
 def test_a_quantised_base_stays_quantised_and_a_mixture_is_noted() -> None:
@@ -431,6 +479,11 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"weights": [0.5], "approximate": True},
         "plain: adapters[0] depends on the base's weight there (MagnitudeDirection), and no base is given",
     ),
+    "a base without values": (
+        lambda: [adapter("lora")],
+        {"base": base().to("meta")},
+        "base: is on the meta device and has no values",
+    ),
     "no direction left": (lambda: [nothing()], {"weights": [2]}, "adapters: change nothing: every update has rank 0"),
 }
 
@@ -455,12 +508,16 @@ def test_force_mixes_adapters_of_different_bases() -> None:
     assert mixed.base == adapter("lora").base
 
 
-def test_a_model_of_peft_or_a_wrong_base_is_refused() -> None:
-    with pytest.raises(lorary.StateError, match="cannot mix:"):
+def test_a_base_that_cannot_be_read_is_refused() -> None:
+    with pytest.raises(MethodError, match=r"base: is a str, not a torch\.nn\.Module"):
         lorary.mix([adapter("lora")], base="builtin:base")  # type: ignore[arg-type]
+    theirs: Any = peft.get_peft_model(base(), peft.LoraConfig(target_modules=["plain"]))  # type: ignore[arg-type]
+    with pytest.raises(lorary.StateError, match="cannot mix:"):
+        lorary.mix([adapter("lora")], base=theirs)
+    value = trained(lorary.method("bitfit"), None)
+    lost = dataclasses.replace(value, base=lorary.Fingerprint(), full={"lost": value.full["c_attn.bias"]})
     with pytest.raises(MethodError, match=r"is \(72,\) in adapters\[0\], and missing in the base"):
-        value = dataclasses.replace(trained(lorary.method("bitfit"), None), base=lorary.Fingerprint())
-        lorary.mix([dataclasses.replace(value, full={"lost": value.full["c_attn.bias"]})], [2], base=base())
+        lorary.mix([lost], [2], base=base())
 
 
 def test_the_ambient_mode_does_not_matter() -> None:

@@ -75,7 +75,7 @@ BAD: dict[str, tuple[Any, Any, str]] = {
     "DoRA": (
         lambda: trained(made_of("dora"), ("plain",)),
         0.5,
-        "plain: the adapter gives its output a gain or a shift of its own (MagnitudeDirection)\n      hint: lorary.mix(",
+        "plain: the adapter gives its output a gain or a shift of its own (MagnitudeDirection)",
     ),
     "no base": (lambda: trained(lorary.method("bitfit"), None), 0.5, "base: the adapter trains 4 parameters in full"),
 }

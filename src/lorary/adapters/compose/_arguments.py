@@ -13,7 +13,7 @@ from lorary.adapters.adapter import Adapter
 from lorary.adapters.compose.merging import MERGINGS, ByElement
 from lorary.adapters.compose.truncate import cut_problems
 from lorary.adapters.compose.updates import Term
-from lorary.adapters.tensor_checks import not_finite, tensor_problems
+from lorary.adapters.tensor_checks import adapter_problems
 from lorary.errors import Diagnostic, MethodError, did_you_mean
 from lorary.model.fingerprint import Fingerprint
 from lorary.spec.site import Site
@@ -98,11 +98,7 @@ def tensor_faults(terms: Sequence[Term]) -> list[Diagnostic]:
     """The tensors that are missing, of a wrong shape, or not finite."""
     problems = []
     for term in terms:
-        a = term.adapter
-        wrong = [p for s in a.sites for p in tensor_problems(s.site.name, s.stored, a.tensors.get(s.site.name, {}))]
-        if not wrong:
-            every = {f"{site}: {role}": t for site, roles in a.tensors.items() for role, t in roles.items()}
-            wrong = not_finite(every | dict(a.full))
+        wrong = adapter_problems(term.adapter.sites, term.adapter.tensors, term.adapter.full)
         problems += [Diagnostic(f"{term.name}: {p.where}", p.what, p.fix) for p in wrong]
     return problems
 
@@ -110,6 +106,8 @@ def tensor_faults(terms: Sequence[Term]) -> list[Diagnostic]:
 def disagreements(terms: Sequence[Term], base: nn.Module | None, *, force: bool) -> list[Diagnostic]:
     """How the adapters differ in what a sum needs to be equal: their base, context, and layers."""
     problems = [] if force else _other_bases(terms, base)
+    if base is not None and any(p.is_meta for p in base.parameters()):
+        problems.append(Diagnostic("base", "is on the meta device and has no values", "load its weights first"))
     contexts = {term.adapter.method.context for term in terms}
     if len(contexts) > 1:
         named = "; ".join(sorted(str(c or "the base's own") for c in contexts))
@@ -126,7 +124,7 @@ def disagreements(terms: Sequence[Term], base: nn.Module | None, *, force: bool)
 
 def _other_bases(terms: Sequence[Term], base: nn.Module | None) -> list[Diagnostic]:
     """The adapters that were trained on another base than the one given, or else than the first with a fingerprint."""
-    fix = "force=True mixes them all the same, if every tensor fits"
+    fix = "force=True (--force) mixes them all the same, if every tensor fits"
     first = next((term for term in terms if term.adapter.base.weights), terms[0])
     here = first.adapter.base if base is None else Fingerprint.of(base)
     problems = []

@@ -112,10 +112,11 @@ def _on_the_arc(weights: Sequence[float], gram: Callable[[], Tensor]) -> Sequenc
 
 
 def trim(update: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """The update with its largest elements alone, a share `density` of all."""
-    flat = update.flatten()
-    largest = flat.abs().topk(int(density * flat.numel())).indices
-    return torch.zeros_like(flat).index_copy(0, largest, flat[largest]).view_as(update)
+    """The update with its largest elements alone, a share `density` of all; equally large ones stay together."""
+    kept, sizes = int(density * update.numel()), update.abs()
+    if not kept:
+        return torch.zeros_like(update)
+    return update * (sizes >= sizes.flatten().kthvalue(update.numel() - kept + 1).values)
 
 
 def drop(update: Tensor, density: float, generator: torch.Generator) -> Tensor:

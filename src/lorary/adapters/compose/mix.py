@@ -7,6 +7,7 @@ Only what is no such sum is approximated: by a truncated SVD, one layer at a tim
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,16 +18,16 @@ from torch import Tensor, nn
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.compose import _arguments
 from lorary.adapters.compose.dense import truncated_matrix
-from lorary.adapters.compose.merging import MERGINGS, ByElement, InSpan, factored_gram
+from lorary.adapters.compose.merging import MERGINGS, ByElement, InSpan, drop, factored_gram
 from lorary.adapters.compose.plain import plain_lora
-from lorary.adapters.compose.truncate import Truncated, relative, truncated_product
+from lorary.adapters.compose.truncate import Truncated, product_norm, relative, truncated_product
 from lorary.adapters.compose.updates import Change, Term, Update, full_changes, updates_by_site, value_before
 from lorary.adapters.content_hash import content_hash
 from lorary.adapters.provenance import Parent, Provenance
-from lorary.errors import Diagnostic, MethodError, deduplicated
+from lorary.errors import Diagnostic, MethodError, deduplicated, not_a
 from lorary.model.ambient import mode_independent
 from lorary.model.checks import changeable
-from lorary.model.fingerprint import Fingerprint, frozen_weights
+from lorary.model.fingerprint import Fingerprint, base_name, frozen_weights
 from lorary.model.state import state_of
 from lorary.spec.interfaces import Unquantized
 from lorary.spec.placement import AdaptedSite
@@ -80,7 +81,7 @@ def mix(
 
     Raises:
         MethodError: the adapters have no such mix, or an argument is invalid; every reason.
-        StateError: `base` is not a model that can be read.
+        StateError: `base` has PEFT's layers, or is sharded by FSDP.
 
     Example:
         >>> both = lorary.mix([code, chat], [0.7, 0.3])
@@ -88,19 +89,20 @@ def mix(
     """
     weights = [0.5, 0.5] if weights is None and how == "slerp" else weights
     every = _arguments.terms_of(adapters, weights)
+    if wrong := not_a(nn.Module | None, "a torch.nn.Module", base=base):
+        raise MethodError("cannot mix these adapters:", wrong)
     base = None if base is None else changeable(base, "mix")
     problems = _arguments.option_problems(every, how, rank, energy, density, seed) + _arguments.tensor_faults(every)
     problems += _arguments.disagreements(every, base, force=force)
     if problems:
         raise MethodError("cannot mix these adapters:", problems)
-    chosen = {"rank": rank, "energy": energy, "approximate": approximate or None}
-    if isinstance(MERGINGS[how], ByElement):
-        chosen |= {"density": DENSITY if density is None else density}
-    if how.startswith("dare"):
-        chosen["seed"] = seed
+    merging, chosen = MERGINGS[how], {"rank": rank, "energy": energy, "approximate": approximate or None}
+    if isinstance(merging, ByElement):
+        drawn = merging.sparsify is drop
+        chosen |= {"density": DENSITY if density is None else density, "seed": seed if drawn else None}
     settings = {name: value for name, value in chosen.items() if value is not None}
     terms = [term for term in every if term.weight]
-    exact = isinstance(MERGINGS[how], InSpan) and rank is None and energy is None
+    exact = isinstance(merging, InSpan) and rank is None and energy is None
     errors: dict[str, tuple[float, float]] = {}
     if exact and [term.weight for term in terms] == [1]:
         result = terms[0].adapter
@@ -169,28 +171,36 @@ class _Mixture:
         return result, {name: _error(one) for name, one in found.items()} if inexact else {}
 
     def _merged(self, name: str, several: Sequence[Update], changes: dict[str, list[Change]]) -> Truncated | None:
-        """The merged update of a site as factors; the changes of its bias are added to `changes`."""
-        merging, cut = MERGINGS[self.how], {key: self.settings.get(key) for key in ("rank", "energy")}
-        weights, R = [update.weight for update in several], sum(update.A.shape[0] for update in several)
+        """The merged update of a site as factors, None if it has rank 0; changes of its bias are added to `changes`."""
+        merging = MERGINGS[self.how]
         if isinstance(merging, InSpan) and all(update.change is None for update in several):
-            factors = [(update.B, update.A) for update in several]
-            coefficients = merging.coefficients(weights, lambda: factored_gram(factors))
-            B = torch.cat([c * B for c, (B, _) in zip(coefficients, factors, strict=True)], 1)
-            A = torch.cat([A for _, A in factors])
-            if not R:
-                return None
-            if cut["energy"] is None and (cut["rank"] or R) >= R:
-                return Truncated(B, A, 0.0, 0.0)
-            return truncated_product(B, A, **cut)
+            return self._stacked(merging, several)
         dense = []
         for update in several:
             matrix, bias = update.dense()
             dense.append(matrix)
             if bias is not None:
                 changes.setdefault(f"{name}.bias", []).append(Change(update.weight, bias))
-        if cut["energy"] is None and cut["rank"] is None:
-            cut["rank"] = max(R, 1)
-        return truncated_matrix(self._dense(name, dense, weights), **cut)
+        matrix = self._dense(name, dense, [update.weight for update in several])
+        rank, energy = self._cut
+        if rank is None and energy is None:
+            rank = max(sum(update.A.shape[0] for update in several), 1)
+        return truncated_matrix(matrix, rank=rank, energy=energy)
+
+    def _stacked(self, merging: InSpan, several: Sequence[Update]) -> Truncated | None:
+        """A weighted sum of products: exact, unless it is to have a lower rank."""
+        factors = [(update.B, update.A) for update in several]
+        c = merging.coefficients([update.weight for update in several], lambda: factored_gram(factors))
+        B, A = torch.cat([w * B for w, (B, _) in zip(c, factors, strict=True)], 1), torch.cat([A for _, A in factors])
+        (rank, energy), R = self._cut, A.shape[0]
+        if R and (energy is not None or (rank is not None and rank < R)):
+            return truncated_product(B, A, rank=rank, energy=energy)
+        return Truncated(B, A, math.nan, 0.0) if R else None
+
+    @property
+    def _cut(self) -> tuple[int | None, float | None]:
+        """The rank or the energy to truncate to."""
+        return self.settings.get("rank"), self.settings.get("energy")
 
     def _dense(self, name: str, updates: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         """The merged update of a matrix or of a parameter trained in full."""
@@ -250,7 +260,7 @@ class _Mixture:
 
 def _error(one: Truncated) -> tuple[float, float]:
     """The norms of the error and of the whole update."""
-    return one.lost, one.norm if one.lost else float(factored_gram([(one.B, one.A)]).clamp_min(0).sqrt())
+    return one.lost, product_norm(one.B, one.A) if math.isnan(one.norm) else one.norm
 
 
 def _with_provenance(
@@ -261,7 +271,7 @@ def _with_provenance(
     settings: dict[str, Any],
     errors: Mapping[str, tuple[float, float]],
 ) -> Adapter:
-    parents = tuple(Parent(t.name if named else "", content_hash(t.adapter), t.weight) for t in terms)
+    parents = tuple(Parent(base_name(t.name) if named else "", content_hash(t.adapter), t.weight) for t in terms)
     notes = result.notes
     if errors:
         each = {name: relative([pair]) for name, pair in errors.items()}

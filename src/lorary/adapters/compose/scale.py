@@ -1,4 +1,4 @@
-"""scale: an adapter whose update is multiplied by a number; exact, and of the same method and rank where it has a scale."""
+"""scale: an adapter whose update is multiplied by a number, exactly; its method and rank stay where it has a scale."""
 
 from __future__ import annotations
 

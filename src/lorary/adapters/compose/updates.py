@@ -18,7 +18,11 @@ from lorary.model.checks import layer_mismatches
 from lorary.model.state import base_parameter, state_of
 from lorary.spec.placement import AdaptedSite
 
-_FIX = "lorary.mix(..., base=model, approximate=True) mixes the closest update of low rank, and tells its error"
+_GIVE = "give the base: base=model, or --base"
+_FIX = (
+    "lorary.mix with approximate=True and base=model (--approximate --base) mixes its closest update of low rank, and "
+    "tells the error"
+)
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ def _why_not(term: Term, adapted: AdaptedSite, layer: BaseLayer, *, approximate:
         return [Diagnostic(name, f"{term.name} gives its output a gain or a shift of its own ({join})", _FIX)]
     if layer.base is None:
         what = f"{term.name} depends on the base's weight there ({join}), and no base is given"
-        return [Diagnostic(name, what, "give the base")]
+        return [Diagnostic(name, what, _GIVE)]
     if wrong := layer_mismatches(adapted.site, layer.layer):
         return wrong
     if adapted.delta.changes_bias and not adapted.site.bias:
@@ -149,7 +153,7 @@ def full_changes(terms: Sequence[Term], base: nn.Module | None) -> tuple[dict[st
         names = sorted(term.adapter.full)
         if names and base is None:
             what = f"{term.name} trains {len(names)} parameters in full, such as {names[0]}: only changes can be mixed"
-            problems.append(Diagnostic("base", what, "give the base"))
+            problems.append(Diagnostic("base", what, _GIVE))
             continue
         for name in names:
             value = term.adapter.full[name]
