@@ -32,8 +32,11 @@ def program(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 # Every option of every command: a new one is a promise, so it is made here on purpose.
 OPTIONS = {
     "": ["--debug", "--install-completion", "--show-completion", "--version"],
+    "compress": ["--base", "--data", "--energy", "--json", "--kl", "--out", "--rank", "--rows"],
     "demo": ["--out", "--steps"],
+    "diff": ["--json", "--sites"],
     "doctor": ["--json"],
+    "extract": ["--energy", "--json", "--out", "--rank", "--sites", "--targets"],
     "export": ["--base", "--to"],
     "chat": ["--base", "--max-new-tokens", "--seed", "--system", "--temperature", "--template", "--top-p"],
     "eval": [
