@@ -37,7 +37,7 @@ OPTIONS = {
     "diff": ["--json", "--sites"],
     "doctor": ["--json"],
     "extract": ["--energy", "--json", "--out", "--rank", "--sites", "--targets"],
-    "export": ["--base", "--to"],
+    "export": ["--base", "--dtype", "--folded", "--force", "--onto", "--to"],
     "chat": ["--base", "--max-new-tokens", "--seed", "--system", "--temperature", "--template", "--top-p"],
     "eval": [
         *("--base", "--batch-size", "--config", "--data", "--dtype", "--format", "--json", "--limit", "--max-length"),

@@ -20,6 +20,9 @@ def export(
         str | None,
         typer.Option("--base", help="Base model. peft: only if the method needs it, or to verify the result."),
     ] = None,
+    folded: Annotated[
+        bool, typer.Option("--folded", help="peft: one rank and scale for all sites, for readers that ignore patterns.")
+    ] = False,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="merged: auto (the base's own), float32, bfloat16, float16.")
     ] = None,
@@ -42,7 +45,7 @@ def export(
     """
     from lorary.adapters.resolve import find_adapter
 
-    options: dict[str, Any] = {"dtype": dtype, "onto": onto, "force": force}
+    options: dict[str, Any] = {"folded": folded, "dtype": dtype, "onto": onto, "force": force}
     given = {name: value for name, value in options.items() if value not in (None, False)}
     write = writer(adapter, to, given)
     write(Export(find_adapter(adapter, "export"), output, base, given))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ from lorary.adapters.export.merged_model import MergedModel, merged_model
 from lorary.adapters.export.merged_weights import MergedWeights
 from lorary.adapters.resolve import class_of_base
 from lorary.adapters.switch import base_mismatches
-from lorary.errors import ConfigError, Diagnostic, FileError, StateError, not_a
+from lorary.errors import ConfigError, Diagnostic, FileError, StateError, caller_stacklevel, not_a
 from lorary.files.atomic import atomic_directory
+from lorary.files.findings import AdapterWarning
 from lorary.files.safe_open import checked_path
+from lorary.files.syscalls import fault_point
 from lorary.kernels.torch_internals import storage_id
 from lorary.model.ambient import mode_independent
 from lorary.model.fingerprint import Fingerprint
@@ -78,14 +81,17 @@ def export_merged(
         FileError: the base cannot be read, is quantised on disk, or is not the adapter's; the folder cannot be written.
         StateError: the architecture has no checkpoint of the merged model, or weights are not finite; every name.
 
+    Warns:
+        AdapterWarning: the base's files hold tensors that are not in the model, and so not in the result.
+
     Example:
         >>> adapter = lorary.load_adapter("out/adapter")
-        >>> lorary.adapters.export_merged(adapter, "org/model", "merged")
+        >>> export_merged(adapter, "org/model", "merged")
     """
     _check_options(adapter, dtype, onto)
     checked_path(folder, _HEADLINE)
     section = base if isinstance(base, ModelSection) else ModelSection.of(checked_path(base, _HEADLINE))
-    section, target = _precisions(section, dtype)
+    section, saved, target = _precisions(section, dtype)
     model: Any = empty_model(section, model_class or class_of_base(section, adapter))
     problems = base_mismatches(model, adapter)
     problems += [] if force else _other_base(adapter, Fingerprint.of(model))
@@ -96,7 +102,7 @@ def export_merged(
         merged = merged_model(adapter, weights)
         quantized = [] if onto == "original" else _layers_to_quantize(model, adapter)
         values = MergedWeights(adapter, model, weights.read, quantized, target)
-        with atomic_directory(folder, needed=files.size) as written:
+        with atomic_directory(folder, needed=files.size * target.itemsize // saved.itemsize) as written:
             _write_weights(merged, weights, values, written)
             problems = [] if force else _other_base(adapter, weights.fingerprint(adapter.full))
             if problems:  # all of it has been read now
@@ -105,6 +111,7 @@ def export_merged(
             if chat_template is not None:
                 shutil.copyfile(chat_template, written / CHAT_TEMPLATE)
             carry_files(files.folder, written)
+        _warn_of_unused(weights)
     return target
 
 
@@ -118,8 +125,8 @@ def _check_options(adapter: Any, dtype: Any, onto: Any) -> None:
         raise ConfigError(_HEADLINE, problems)
 
 
-def _precisions(section: ModelSection, dtype: torch.dtype | None) -> tuple[ModelSection, torch.dtype]:
-    """The base in its precision of loading, and the dtype to write.
+def _precisions(section: ModelSection, dtype: torch.dtype | None) -> tuple[ModelSection, torch.dtype, torch.dtype]:
+    """The base in its precision of loading, the dtype of its files, and the one to write.
 
     Raises:
         FileError: the base is quantised on disk.
@@ -134,7 +141,7 @@ def _precisions(section: ModelSection, dtype: torch.dtype | None) -> tuple[Model
     if section.dtype == "auto":
         wide = str(torch.promote_types(saved, target)).removeprefix("torch.")
         section = section.model_copy(update={"dtype": wide})
-    return section, target
+    return section, saved, target
 
 
 def _other_base(adapter: Adapter, here: Fingerprint) -> list[Diagnostic]:
@@ -163,11 +170,14 @@ def _write_weights(merged: MergedModel, base: BaseWeights, values: MergedWeights
         if file == last:
             tensors |= as_saved(merged.model, {name: _added(name, merged, base, values) for name in merged.added})
         if values.problems:
-            raise StateError(_HEADLINE, values.problems)
+            continue  # for the names of all others
         save_file(_apart(tensors), folder / file, metadata={"format": "pt"})
+        fault_point("merged.file")
         places |= dict.fromkeys(tensors, file)
         total += sum(t.nbytes for t in tensors.values())
         del tensors
+    if values.problems:
+        raise StateError(_HEADLINE, values.problems)
     if SINGLE not in base.files.files:
         write_index(folder, places, total)
 
@@ -202,6 +212,13 @@ def _added(name: str, merged: MergedModel, base: BaseWeights, values: MergedWeig
         shape = merged.model.get_parameter(name).shape
         return torch.zeros(shape, dtype=values.dtype)
     return values.value(name)
+
+
+def _warn_of_unused(base: BaseWeights) -> None:
+    if unused := base.unused():
+        more = f" and {len(unused) - 3:,} more" if len(unused) > 3 else ""
+        what = f"tensors of the base that a {type(base.model).__name__} does not have are left out: "
+        warnings.warn(what + ", ".join(unused[:3]) + more, AdapterWarning, stacklevel=caller_stacklevel())
 
 
 def _write_config(model: Any, dtype: torch.dtype, folder: Path) -> None:

@@ -45,11 +45,11 @@ def merged_model(adapter: Adapter, base: BaseWeights) -> MergedModel:
     if missing := base.missing(adapter.full):
         fix = "the folder is incomplete, or its config.json is another model's"
         raise FileError("cannot read the base:", [Diagnostic(name, "is in none of its files", fix) for name in missing])
-    lacking = [name for name in base.names if name not in base.groups and name not in base.own]
+    lacking = [n for n in base.names if n not in base.groups and n not in base.own]
     untied = any(modules[a.site.name].tied_to for a in adapter.sites)
     if untied:
         untie_config(model)
-    added = lacking if untied else [name for name in lacking if name in adapter.full]
+    added = [name for name in lacking if name in adapter.full or (untied and base.has(name))]
     created = {f"{a.site.name}.bias": a.site for a in adapter.sites if a.delta.changes_bias and not a.site.bias}
     for site in created.values():
         empty = torch.empty(site.out_features, dtype=base.dtype(f"{site.name}.weight"), device="meta")

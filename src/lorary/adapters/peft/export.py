@@ -15,6 +15,7 @@ from lorary.adapters.adapter import Adapter
 from lorary.adapters.low_rank_form import factors_on_base, low_rank_forms
 from lorary.adapters.peft import writer
 from lorary.adapters.peft.config import NAME, config_text
+from lorary.adapters.peft.folded import folded_form, misread_when_folded
 from lorary.adapters.peft.lora import LORA, encode_factors, is_dora, lora_fields
 from lorary.adapters.peft.reader import WEIGHTS
 from lorary.adapters.save_load import ADAPTER_FILES
@@ -33,7 +34,9 @@ _ABSORBED = ".kv_b_proj"  # of multi-head latent attention (DeepSeek)
 
 
 @mode_independent
-def export_peft(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.Module | None = None) -> None:
+def export_peft(
+    adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.Module | None = None, folded: bool = False
+) -> None:
     """Write an adapter as a plain PEFT LoRA with the same function, whatever method trained it.
 
     LoRA and DoRA keep their tensors. Every other method is written as the two factors of its update of the unmodified
@@ -46,6 +49,8 @@ def export_peft(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.M
         adapter: the adapter.
         folder: a new folder, or one that holds a PEFT adapter to be replaced.
         model: the base, if at hand, as for `save_adapter`; some methods have no such form without it.
+        folded: write one rank and one scale for all sites and a list of targets, for readers that ignore `use_rslora`,
+            `rank_pattern` and `alpha_pattern`: the same function, with zeros in the tensors.
 
     Raises:
         FileError: PEFT has no LoRA with this function, with every reason; or the folder cannot be written.
@@ -64,8 +69,12 @@ def export_peft(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.M
     shared = collect_shared(adapter)
     if writer.exact_type(adapter, model, shared) is LORA:
         config, tensors = writer.exact_files(adapter, model, shared, LORA)
+        scales = {a.site.name: a.scale for a in adapter.sites}
     else:
-        config, tensors = _as_lora(adapter, model, folder)
+        config, tensors, scales = _as_lora(adapter, model, folder)
+    if folded:
+        config, tensors = folded_form(adapter, config, tensors, scales)
+        _refuse(folder, misread_when_folded(adapter, model, config))
     _refuse(folder, unwritable(tensors, [name for name in tensors if ".lora_" not in name]))
     needed, rope = sum(t.nbytes for t in tensors.values()), writer.rope_overrides(adapter)
     with atomic_directory(folder, replace=True, keep=True, drop=ADAPTER_FILES, needed=needed) as temporary:
@@ -91,8 +100,8 @@ def _refuse(folder: str | os.PathLike[str], problems: list[Diagnostic]) -> None:
 
 def _as_lora(
     adapter: Adapter, model: nn.Module | None, folder: str | os.PathLike[str]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(configuration, tensors) of the LoRA or DoRA that is equivalent to an adapter of another method."""
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, float]]:
+    """(configuration, tensors, site -> s) of the LoRA or DoRA that is equivalent to an adapter of another method."""
     adapter = adapter.compact()
     left = tuple(a for a in adapter.sites if any(map(min, a.shapes.values())))  # AdaLoRA may leave no rank direction
     if not left:
@@ -115,4 +124,5 @@ def _as_lora(
         tensors |= encode_factors(adapted.site, A, B, own.get("m"))
         sizes[name] = (A.shape[0], float(A.shape[0]))
     fields = lora_fields(adapter, sizes, root=False, dora=not forms)
-    return writer.peft_config(adapter, model, LORA, fields), writer.with_prefix(tensors, adapter)
+    config = writer.peft_config(adapter, model, LORA, fields)
+    return config, writer.with_prefix(tensors, adapter), dict.fromkeys(sizes, 1.0)

@@ -11,7 +11,7 @@ from lorary.errors import ConfigError, Diagnostic, did_you_mean
 
 # Form -> the options that it has beside --to and --base, as the parameters of the command are called.
 FORMS: dict[str, tuple[str, ...]] = {
-    "peft": (),
+    "peft": ("folded",),
     "merged": ("dtype", "onto", "force"),
 }
 

@@ -17,9 +17,10 @@ def write(export: Export) -> None:
     from lorary.cli._comparison_rows import random_rows
     from lorary.model.loading.from_pretrained import load_model
 
+    folded = export.options.get("folded", False)
     if export.base is None:
         with notes():
-            export_peft(load_adapter(export.adapter), export.output)
+            export_peft(load_adapter(export.adapter), export.output, folded=folded)
         return
     section = find_base(export.adapter, export.base, "float32")
     model = load_model(section, model_class=base_class(section, export.adapter, load_adapter(export.adapter)))
@@ -29,7 +30,7 @@ def write(export: Export) -> None:
     lorary.detach(model)
     value = load_adapter(export.adapter, model=model)
     with notes():
-        export_peft(value, export.output, model=model)
+        export_peft(value, export.output, model=model, folded=folded)
     if value.method.context is not None:  # not stored in PEFT's files
         value.method.context.apply(model).make_permanent()
     lorary.load(model, export.output)

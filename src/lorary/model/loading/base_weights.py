@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorary.layers.transformers_internals import loaded_dtype
+from lorary.layers.transformers_internals import loaded_dtype, may_be_missing, may_be_unused
 from lorary.model.fingerprint import Fingerprint, Sample
 from lorary.model.loading.weight_files import WeightFiles
 from lorary.model.loading.weight_names import Group, groups, values
@@ -50,14 +50,28 @@ class BaseWeights:
         """The names of the same parameter, this one first."""
         return [name, *(n for n in self._sharing.get(self.names.get(name, name), ()) if n != name)]
 
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint holds a parameter or buffer under one of its names."""
+        return any(n in self.groups for n in self.sharing(name))
+
     def read(self, name: str) -> Tensor | None:
         """A parameter or buffer in the precision of loading; None if the checkpoint lacks it under all of its names."""
         known = next((n for n in self.sharing(name) if n in self.groups), None)
         return None if known is None else self.load(self.groups[known])[known]
 
+    def unused(self) -> list[str]:
+        """The tensors of the checkpoint that are no parameter or buffer of the model."""
+        used = {key for group in self.groups.values() for key in group.keys}
+        keys = (key for keys in self.files.files.values() for key in keys)
+        return [key for key in keys if key not in used and not may_be_unused(self.model, key)]
+
     def missing(self, given: Collection[str]) -> list[str]:
         """The parameters that the checkpoint lacks, except these."""
-        return [n for n in self.names if not any(s in self.groups or s in given for s in self.sharing(n))]
+        return [
+            name
+            for name in self.names
+            if not (self.has(name) or may_be_missing(self.model, name) or set(given).intersection(self.sharing(name)))
+        ]
 
     def load(self, group: Group) -> dict[str, Tensor]:
         """The tensors of a group by their names in the model. The last group stays in memory."""
