@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from lorary.adapters.export.merged_model import MergedModel, merged_model
 from lorary.adapters.export.merged_weights import MergedWeights
 from lorary.adapters.resolve import class_of_base
 from lorary.adapters.switch import base_mismatches
-from lorary.errors import ConfigError, Diagnostic, FileError, StateError, not_a
+from lorary.errors import ConfigError, Diagnostic, FileError, StateError, caller_stacklevel, not_a
 from lorary.files.atomic import atomic_directory
+from lorary.files.findings import AdapterWarning
 from lorary.files.safe_open import checked_path
 from lorary.files.syscalls import fault_point
 from lorary.kernels.torch_internals import storage_id
@@ -79,6 +81,9 @@ def export_merged(
         FileError: the base cannot be read, is quantised on disk, or is not the adapter's; the folder cannot be written.
         StateError: the architecture has no checkpoint of the merged model, or weights are not finite; every name.
 
+    Warns:
+        AdapterWarning: the base's files hold tensors that are not in the model, and so not in the result.
+
     Example:
         >>> adapter = lorary.load_adapter("out/adapter")
         >>> export_merged(adapter, "org/model", "merged")
@@ -106,6 +111,7 @@ def export_merged(
             if chat_template is not None:
                 shutil.copyfile(chat_template, written / CHAT_TEMPLATE)
             carry_files(files.folder, written)
+        _warn_of_unused(weights)
     return target
 
 
@@ -206,6 +212,13 @@ def _added(name: str, merged: MergedModel, base: BaseWeights, values: MergedWeig
         shape = merged.model.get_parameter(name).shape
         return torch.zeros(shape, dtype=values.dtype)
     return values.value(name)
+
+
+def _warn_of_unused(base: BaseWeights) -> None:
+    if unused := base.unused():
+        more = f" and {len(unused) - 3:,} more" if len(unused) > 3 else ""
+        what = f"tensors of the base that a {type(base.model).__name__} does not have are left out: "
+        warnings.warn(what + ", ".join(unused[:3]) + more, AdapterWarning, stacklevel=caller_stacklevel())
 
 
 def _write_config(model: Any, dtype: torch.dtype, folder: Path) -> None:
