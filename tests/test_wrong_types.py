@@ -50,6 +50,7 @@ MODELS: dict[str, Callable[[Any], Any]] = {
     "quantize": lorary.quantize,
     "dequantize": lorary.dequantize,
     "switch": lambda m: lorary.switch(m, adapter()),
+    "named_adapters": lorary.named_adapters,
     "load": lambda m: lorary.load(m, "."),
     "save": lambda m: lorary.save(m, "never"),
     "save_adapter": lambda m: lorary.save_adapter(adapter(), "never", model=m),
