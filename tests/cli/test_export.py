@@ -122,7 +122,11 @@ def test_the_merged_form_equals_what_merge_writes(command: Command) -> None:
     trained("qlora", "rslora", r=4)
     (Path("run/adapter") / "chat_template.jinja").write_text("{{ messages[0].content }}")
     ran = command("export", "run", "out", "--to", "merged", "--base", "model", "--dtype", "float16")
-    assert (ran.code, ran.out, ran.err) == (0, "out\n", "wrote the merged model to out (float16)\n")
+    assert (ran.code, ran.out) == (0, "out\n")
+    assert ran.err == (
+        "wrote the merged model to out (float16)\n"
+        "as GGUF, in a checkout of llama.cpp: python convert_hf_to_gguf.py out --outfile out.gguf --outtype f16\n"
+    )
     assert command("merge", "run", "merged", "--base", "model", "--dtype", "float16", "--rows", "1").code == 0
     ours, theirs = (load_file(f"{folder}/model.safetensors") for folder in ("out", "merged"))
     assert ours.keys() == theirs.keys()
@@ -141,7 +145,7 @@ def test_an_option_of_another_form_is_refused(command: Command) -> None:
         "",
         "error: cannot export empty:\n"
         "  - --dtype: --to peft has no such option\n"
-        "      hint: leave it out; it is an option of --to merged\n"
+        "      hint: leave it out; it is an option of --to merged, --to gguf, --to ollama\n"
         "  - --force: --to peft has no such option\n"
         "      hint: leave it out; it is an option of --to merged\n",
     )

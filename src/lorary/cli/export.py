@@ -24,7 +24,11 @@ def export(
         bool, typer.Option("--folded", help="peft: one rank and scale for all sites, for readers that ignore patterns.")
     ] = False,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="merged: auto (the base's own), float32, bfloat16, float16.")
+        str | None,
+        typer.Option(
+            "--dtype",
+            help="float32, bfloat16 or float16. merged: also auto, the base's own. gguf, ollama: float32 if left out.",
+        ),
     ] = None,
     onto: Annotated[
         str | None,
@@ -33,6 +37,10 @@ def export(
     force: Annotated[
         bool, typer.Option("--force", help="merged: accept another base than in training, if it fits.")
     ] = False,
+    base_gguf: Annotated[
+        str | None,
+        typer.Option("--base-gguf", help="ollama: the base, as a GGUF file or by its name there."),
+    ] = None,
 ) -> None:
     """Write an adapter in another program's format: the same function of the same, unmodified base.
 
@@ -42,10 +50,13 @@ def export(
 
     merged: a plain Transformers model like that of `lorary merge`, but written file by file of the base's checkpoint,
     so that the whole model is never in memory.
+
+    gguf: `adapter.gguf` for llama.cpp, of the architectures whose conversion is known. ollama: that file and a
+    Modelfile. vllm, sglang: a LoRA that the engine computes rightly, and `serve.sh`, the command that serves it.
     """
     from lorary.adapters.resolve import find_adapter
 
-    options: dict[str, Any] = {"folded": folded, "dtype": dtype, "onto": onto, "force": force}
+    options: dict[str, Any] = {"folded": folded, "dtype": dtype, "onto": onto, "force": force, "base_gguf": base_gguf}
     given = {name: value for name, value in options.items() if value not in (None, False)}
     write = writer(adapter, to, given)
     write(Export(find_adapter(adapter, "export"), output, base, given))

@@ -13,6 +13,10 @@ from lorary.errors import ConfigError, Diagnostic, did_you_mean
 FORMS: dict[str, tuple[str, ...]] = {
     "peft": ("folded",),
     "merged": ("dtype", "onto", "force"),
+    "gguf": ("dtype",),
+    "ollama": ("dtype", "base_gguf"),
+    "vllm": (),
+    "sglang": (),
 }
 
 
@@ -49,7 +53,7 @@ def writer(adapter: str, to: str, given: Collection[str]) -> Callable[[Export], 
     else:
         for name in sorted(set(given) - set(FORMS[to])):
             having = [form for form, options in FORMS.items() if name in options]
-            fix = f"leave it out; it is an option of {' and '.join(f'--to {form}' for form in having)}"
+            fix = f"leave it out; it is an option of {', '.join(f'--to {form}' for form in having)}"
             problems.append(Diagnostic(f"--{name.replace('_', '-')}", f"--to {to} has no such option", fix))
     if problems:
         raise ConfigError(f"cannot export {adapter}:", problems)

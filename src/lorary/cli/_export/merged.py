@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 
 from lorary.cli._export import Export
 from lorary.cli._export.notes import notes
 from lorary.cli._precision import check_precision, merge_precisions
+
+OUTTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}  # of llama.cpp's converter
 
 
 def write(export: Export) -> None:
@@ -15,6 +18,7 @@ def write(export: Export) -> None:
     from lorary.adapters.export.carried_files import CHAT_TEMPLATE
     from lorary.adapters.label_names import read_label_names
     from lorary.adapters.resolve import class_of_base, find_base
+    from lorary.model.loading.model_kind import classes
 
     dtype, onto = export.options.get("dtype", "auto"), export.options.get("onto", "trained")
     check_precision(f"cannot export {export.adapter}:", dtype, onto)
@@ -34,3 +38,7 @@ def write(export: Export) -> None:
         )
     name = str(target).removeprefix("torch.")
     print(f"wrote the merged model to {export.output} ({name})", file=sys.stderr)
+    if adapter.base.architecture in classes("CAUSAL_LM"):
+        out = str(export.output)
+        converter = ["python", "convert_hf_to_gguf.py", out, "--outfile", f"{out}.gguf", "--outtype", OUTTYPES[name]]
+        print(f"as GGUF, in a checkout of llama.cpp: {shlex.join(converter)}", file=sys.stderr)

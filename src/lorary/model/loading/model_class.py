@@ -98,9 +98,8 @@ def with_labels_of_head(
     for count in dict.fromkeys((int(config.num_labels), *(shape[0] for shape in shapes.values() if shape))):
         changed.num_labels = count
         # buffers too: the running statistics of norms that train
-        there = {
-            name: tuple(t.shape) for name, t in empty_model(section, ModelClass(cls, changed)).state_dict().items()
-        }
+        skeleton = empty_model(section, ModelClass(cls, changed))
+        there = {name: tuple(t.shape) for name, t in skeleton.state_dict().items()}
         if all(there.get(name) == shape for name, shape in shapes.items()):
             break
     return ModelClass(cls, changed, tuple(shapes))
