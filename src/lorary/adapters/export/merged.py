@@ -93,10 +93,7 @@ def export_merged(
     section = base if isinstance(base, ModelSection) else ModelSection.of(checked_path(base, _HEADLINE))
     section, saved, target = _precisions(section, dtype)
     model: Any = empty_model(section, model_class or class_of_base(section, adapter))
-    problems = base_mismatches(model, adapter)
-    problems += [] if force else _other_base(adapter, Fingerprint.of(model))
-    if problems:
-        raise FileError(f"the adapter does not fit {section.id}:", problems)
+    _refuse(section, [*base_mismatches(model, adapter), *_other_base(adapter, Fingerprint.of(model), force)])
     with WeightFiles(model_folder(section)) as files:
         weights = BaseWeights(model, files)
         merged = merged_model(adapter, weights)
@@ -104,9 +101,7 @@ def export_merged(
         values = MergedWeights(adapter, model, weights.read, quantized, target)
         with atomic_directory(folder, needed=files.size * target.itemsize // saved.itemsize) as written:
             _write_weights(merged, weights, values, written)
-            problems = [] if force else _other_base(adapter, weights.fingerprint(adapter.full))
-            if problems:  # all of it has been read now
-                raise FileError(f"the adapter does not fit {section.id}:", problems)
+            _refuse(section, _other_base(adapter, weights.fingerprint(adapter.full), force))  # all has been read now
             _write_config(merged.model, target, written)
             if chat_template is not None:
                 shutil.copyfile(chat_template, written / CHAT_TEMPLATE)
@@ -144,9 +139,15 @@ def _precisions(section: ModelSection, dtype: torch.dtype | None) -> tuple[Model
     return section, saved, target
 
 
-def _other_base(adapter: Adapter, here: Fingerprint) -> list[Diagnostic]:
+def _other_base(adapter: Adapter, here: Fingerprint, force: bool) -> list[Diagnostic]:
+    """How a base differs from the one that an adapter was trained on, if that is no matter of choice."""
     fix = "name the base that it was trained on, or pass force=True"
-    return [Diagnostic(p.where, p.what, fix) for p in adapter.base.disagreements(here)]
+    return [] if force else [Diagnostic(p.where, p.what, fix) for p in adapter.base.disagreements(here)]
+
+
+def _refuse(section: ModelSection, problems: list[Diagnostic]) -> None:
+    if problems:
+        raise FileError(f"the adapter does not fit {section.id}:", problems)
 
 
 def _layers_to_quantize(model: nn.Module, adapter: Adapter) -> list[str]:
@@ -162,14 +163,14 @@ def _write_weights(merged: MergedModel, base: BaseWeights, values: MergedWeights
         StateError: merged weights are not finite; every name.
     """
     places: dict[str, str] = {}
-    total, *_, last = 0, *base.files.files
-    for file in with_progress(list(base.files.files), "merging"):
+    files, total = list(base.files.files), 0
+    for file in with_progress(files, "merging"):
         keys = set(base.files.files[file])
         found = {id(group): group for group in base.groups.values() if group.keys[0] in keys}
         tensors = {key: t for group in found.values() for key, t in _group(group, merged, base, values).items()}
-        if file == last:
+        if file == files[-1]:
             tensors |= as_saved(merged.model, {name: _added(name, merged, base, values) for name in merged.added})
-        if values.problems:
+        if values.problems or not tensors:
             continue  # for the names of all others
         save_file(_apart(tensors), folder / file, metadata={"format": "pt"})
         fault_point("merged.file")
@@ -178,7 +179,7 @@ def _write_weights(merged: MergedModel, base: BaseWeights, values: MergedWeights
         del tensors
     if values.problems:
         raise StateError(_HEADLINE, values.problems)
-    if SINGLE not in base.files.files:
+    if SINGLE not in files:
         write_index(folder, places, total)
 
 
