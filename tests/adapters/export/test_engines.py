@@ -22,7 +22,7 @@ from lorary.errors import FileError
 from lorary.model.fingerprint import Fingerprint
 from tests import tiny
 from tests.adapters import models
-from tests.adapters.export.test_gguf import longer, of, plain
+from tests.adapters.export.made import MERGED, longer, of, plain
 from tests.adapters.models import BASES, by_peft, close, outputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -140,7 +140,6 @@ def deepseek() -> Any:
     return DeepseekV3ForCausalLM(DeepseekV3Config(**DEEPSEEK))
 
 
-MERGED = "\n      hint: merge it: `lorary export ADAPTER FOLDER --to merged`"
 REFUSED: dict[str, tuple[str, Any, Any, dict[str, Any], str]] = {
     "DoRA": (
         "vllm",
