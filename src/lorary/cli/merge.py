@@ -7,7 +7,7 @@ import json
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -51,6 +51,7 @@ def merge(
     from lorary.adapters import load_adapter
     from lorary.adapters.resolve import find_adapter, find_base
     from lorary.cli._comparison_rows import comparison_rows
+    from lorary.cli._model import tokenizer_or_none
     from lorary.files.atomic import atomic_directory
     from lorary.model.loading.from_pretrained import load_config
     from lorary.model.loading.quiet import quiet_progress_bars
@@ -60,7 +61,7 @@ def merge(
     value = load_adapter(folder)
     section, target = merge_precisions(Path(adapter), value, find_base(folder, base), dtype, onto)
     with atomic_directory(output) as written:
-        tokenizer = _tokenizer(section, folder)
+        tokenizer = tokenizer_or_none(section, folder)
         compared = comparison_rows(Path(adapter), tokenizer, load_config(section), rows, data)
         model, error = _merged(folder, value, section, target, onto, compared, force)
         with quiet_progress_bars():
@@ -78,18 +79,6 @@ def merge(
     )
     _print_report(error, f"compared on {len(compared.ids):,} {compared.source}")
     print(output)
-
-
-def _tokenizer(section: ModelSection, folder: Path) -> Any:
-    """The base's tokenizer with the adapter's chat template, or None if it has none."""
-    from lorary.cli._generation import tokenizer_of
-    from lorary.errors import FileError
-
-    try:
-        return tokenizer_of(section, folder)
-    except FileError as error:
-        print(f"note: {error.problems[0] if error.problems else error}", file=sys.stderr)
-        return None
 
 
 def _merged(

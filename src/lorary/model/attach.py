@@ -202,6 +202,8 @@ def detach(model: nn.Module) -> nn.Module:
 def remove(model: nn.Module, undo: Undo) -> None:
     """Take the adapters off a model that has some, unmerged and enabled."""
     state = cast(AttachedState, state_of(model))
+    if state.holder is not None:
+        state.holder.keep(model, state)
     release(model)
     for name, value in changed_buffers(model, state.buffers).items():
         base_parameter(model, name).data = value.to(base_parameter(model, name))

@@ -71,6 +71,8 @@ def fold(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = No
     state = require_attached(model, "merge")
     layers = adapted_layers(model)
     _check(model, layers, dtype)
+    if state.holder is not None:
+        state.holder.keep(model, state)
     release(model)
     if state.context_patch:
         state.context_patch.make_permanent()

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,15 @@ class Suspended:
         raise StateError("cannot copy:", [Diagnostic("model", what, "leave the `disabled` block first")])
 
 
+class Holder(Protocol):
+    """An adapter that a model holds under a name."""
+
+    name: str
+
+    def keep(self, model: nn.Module, state: AttachedState) -> None:
+        """Take over the values that the base is about to lose."""
+
+
 @dataclass
 class AttachedState:
     """The record by which everything that attaching or merging did to a model can be undone.
@@ -96,6 +105,8 @@ class AttachedState:
         restored_from: the folder that the adapter's values were read from last, after it was attached.
         stepped: whether an optimizer has changed the adapter since it was attached.
         rules_ran: whether the method's rules have followed a step; True once their absence has been said.
+        active: `Holder` -> weight, of the held adapters that are attached by name.
+        holder: the one whose parameters the layers have; None for a weighted sum, and without a name.
     """
 
     method: Method
@@ -118,6 +129,8 @@ class AttachedState:
     restored_from: Path | None = None
     stepped: bool = False
     rules_ran: bool = False
+    active: dict[Any, float] = field(default_factory=dict)
+    holder: Holder | None = None
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ def saved_base(name: str, folder: Path, shard: str = "4KB", **settings: Any) -> 
     """Saves a tiny model of a class, in files of at most this size; returns the class."""
     cls = getattr(transformers, name)
     torch.manual_seed(0)
+    dtype = settings.pop("dtype", torch.float32)
     config = cls.config_class(**(architectures.ARCHITECTURES[name] | settings))
-    cls(config).save_pretrained(folder, max_shard_size=shard)
+    cls(config).to(dtype).save_pretrained(folder, max_shard_size=shard)
     found: type = cls
     return found
 

@@ -8,16 +8,20 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import lorary
 from lorary.adapters import export_merged
+from lorary.model.loading.source import ModelSection
 from tests import architectures
 from tests.adapters.export.bases import merged, saved_adapter, saved_base, tensors
+from tests.adapters.hub_server import hub
+from tests.tiny import shaken
 
 LLAMA, GPT2, BERT = "LlamaForCausalLM", "GPT2LMHeadModel", "BertForSequenceClassification"
 GREEK = {"weight": "gamma", "bias": "beta"}
@@ -88,6 +92,53 @@ def test_full_training_and_a_longer_context_are_in_it(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config == json.loads((tmp_path / "expected" / "config.json").read_text())
     assert config["rope_parameters"]["factor"] == 2
+
+
+def test_statistics_of_16_bits_and_norms_that_train(tmp_path: Path) -> None:
+    """The labels of the new head are counted though the adapter holds buffers, which are no parameters."""
+    resnet = "ResNetForImageClassification"
+    cls: Any = saved_base(resnet, tmp_path / "base", dtype=torch.bfloat16)
+    options: dict[str, Any] = {"targets": ["conv"], "full": ("norms",)}
+    saved_adapter(cls, tmp_path / "base", tmp_path / "adapter", **options)
+    merged(cls, tmp_path / "base", tmp_path / "adapter", tmp_path / "expected")
+    assert (
+        export_merged(lorary.load_adapter(tmp_path / "adapter"), tmp_path / "base", tmp_path / "out") == torch.bfloat16
+    )
+    expected, found = tensors(tmp_path / "expected"), tensors(tmp_path / "out")
+    assert found.keys() == expected.keys()
+    assert [n for n, t in expected.items() if found[n].dtype != t.dtype or not torch.equal(found[n], t)] == []
+    assert found["resnet.embedder.embedder.normalization.running_mean"].dtype == torch.bfloat16
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "pad_token_id" not in config  # of text models alone
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_base_with_its_own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    saved_base(LLAMA, tmp_path / "base")
+    (tmp_path / "base" / "modeling_own.py").write_text(CODE)
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    auto = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": auto}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    options: dict[str, Any] = {"trust_remote_code": True}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", **options)
+    shaken(lorary.attach(model, lorary.plan(model, lorary.method("lora", r=2))), 0.05)
+    section = ModelSection.of(str(tmp_path / "base"), **options)
+    export_merged(lorary.Adapter.of(model), section, tmp_path / "out")
+    lorary.merge(model)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **options)
+    assert type(found).__name__ == "OwnForCausalLM"
+    assert all(torch.equal(t, found.state_dict()[name]) for name, t in model.state_dict().items())
+    assert (tmp_path / "out" / "modeling_own.py").read_text() == CODE
 
 
 def test_a_bias_that_the_method_creates_is_in_the_files_and_the_configuration(tmp_path: Path) -> None:
@@ -200,27 +251,58 @@ def test_a_kill_in_the_middle_leaves_nothing_that_loads(tmp_path: Path, monkeypa
 MEASURED = """
 import resource, sys, lorary
 from lorary.adapters import export_merged
-adapter = lorary.load_adapter(sys.argv[2])
-export_merged(adapter, sys.argv[1], sys.argv[3])
+export_merged(lorary.load_adapter(sys.argv[1]), "ann/llama", sys.argv[2])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-export_merged(lorary.load_adapter(sys.argv[5]), sys.argv[4], sys.argv[6])
+export_merged(lorary.load_adapter(sys.argv[3]), sys.argv[4], sys.argv[5])
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts kibibytes on Linux alone")
-def test_memory_holds_one_file_and_copies_of_one_layer(tmp_path: Path) -> None:
-    """Of 14 files in all; the first, small export brings everything that is not the model into memory."""
-    big: dict[str, Any] = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 12, "vocab_size": 2000}
-    paths = []
-    for name, settings in (("small", {}), ("big", big)):
-        folder = tmp_path / name
-        cls: Any = saved_base(LLAMA, folder / "base", "6MB", **settings)
+class Outside(NamedTuple):
+    """What another process did.
+
+    Args:
+        small: its folder with a base, an adapter and, from the base on the Hub, the merged model.
+        asked: the files that it asked the Hub for.
+        big: the same from a base of 14 files on the disk.
+        peak: the memory that the second one took beyond the first, which brings in all that is loaded once.
+    """
+
+    small: Path
+    asked: list[str]
+    big: Path
+    peak: int
+
+
+@pytest.fixture(scope="module")
+def outside(tmp_path_factory: pytest.TempPathFactory) -> Outside:
+    small, big = (tmp_path_factory.mktemp(name) for name in ("small", "big"))
+    settings = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 12, "vocab_size": 2000}
+    for folder, changes in ((small, {}), (big, settings)):
+        cls: Any = saved_base(LLAMA, folder / "base", "6MB", **changes)
         saved_adapter(cls, folder / "base", folder / "adapter", targets="attention")
-        paths += [str(folder / part) for part in ("base", "adapter", "out")]
-    ran = subprocess.run([sys.executable, "-c", MEASURED, *paths], capture_output=True, text=True, check=True)
-    sizes = [file.stat().st_size for file in (tmp_path / "big" / "base").glob("*.safetensors")]
+    (small / "base" / "original.pth").write_text("a pickle")
+    (small / "base" / "chat_template.jinja").write_text("base")
+    with hub({"ann/llama": small / "base"}) as (address, asked):
+        env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        env |= {"HF_ENDPOINT": address, "HF_HOME": str(small / "cache"), "HF_HUB_DISABLE_XET": "1"}
+        paths = [small / "adapter", small / "out", big / "adapter", big / "base", big / "out"]
+        command = [sys.executable, "-c", MEASURED, *map(str, paths)]
+        ran = subprocess.run(command, env=env, cwd=small, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return Outside(small, asked, big, int(ran.stdout.splitlines()[-1]))
+
+
+def test_a_base_from_the_hub(outside: Outside, tmp_path: Path) -> None:
+    export_merged(lorary.load_adapter(outside.small / "adapter"), outside.small / "base", tmp_path / "out")
+    assert "original.pth" not in outside.asked
+    for file in (tmp_path / "out").iterdir():
+        assert (outside.small / "out" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts kibibytes on Linux alone")
+def test_memory_holds_one_file_and_copies_of_one_layer(outside: Outside) -> None:
+    sizes = [file.stat().st_size for file in (outside.big / "base").glob("*.safetensors")]
     assert len(sizes) >= 12
     layer = 4 * 2000 * 384  # the largest one in fp32
-    print(f"{int(ran.stdout):,} bytes, files of {max(sizes):,} at most, {sum(sizes):,} in all")
-    assert int(ran.stdout) < max(sizes) + 4 * layer + 8 * 2**20 < sum(sizes) / 2
+    assert outside.peak < max(sizes) + 4 * layer + 8 * 2**20 < sum(sizes) / 2

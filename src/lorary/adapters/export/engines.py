@@ -97,12 +97,12 @@ def export_for_engine(
         raise FileError(
             f"cannot export an adapter to {show(path, most=400)} for {target.title}", deduplicated(problems)
         )
-    config, tensors = lora_files(adapter, folder, model, folded=True)
+    files = lora_files(adapter, folder, model, folded=True)
     rope = _rope_parameters(adapter, model)
-    *command, last = target.command(base or adapter.base.name, name, path, config, rope)
+    *command, last = target.command(base or adapter.base.name, name, path, files.config, rope)
     here = f'{name}="$(cd "$(dirname "$0")" && pwd)"'  # the last argument, wherever the folder is moved
     text = f"#!/bin/sh\n# Serve this folder's adapter with {target.title}, as the model {name}.\n"
-    write_lora(folder, config, tensors, {SERVE: f"{text}exec {shlex.join(command)} {here}\n"})
+    write_lora(folder, files, {SERVE: f"{text}exec {shlex.join(command)} {here}\n"}, model)
     return [*command, last]
 
 

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -17,8 +17,9 @@ from lorary.adapters.low_rank_form import factors_on_base, low_rank_forms
 from lorary.adapters.peft import writer
 from lorary.adapters.peft.config import NAME, config_text
 from lorary.adapters.peft.folded import folded_form, misread_when_folded
-from lorary.adapters.peft.lora import LORA, encode_factors, is_dora, lora_fields
+from lorary.adapters.peft.lora import LORA, MAGNITUDE, encode_factors, is_dora, lora_fields
 from lorary.adapters.peft.reader import WEIGHTS
+from lorary.adapters.readers.peft import misread_export
 from lorary.adapters.save_load import ADAPTER_FILES
 from lorary.adapters.shared_tensors import collect_shared
 from lorary.adapters.tensor_checks import unwritable
@@ -33,6 +34,20 @@ from lorary.model.ambient import mode_independent
 
 _ABSORBED = ".kv_b_proj"  # of multi-head latent attention (DeepSeek)
 SERVE = "serve.sh"  # beside the files of an export for an engine
+
+
+class LoraFiles(NamedTuple):
+    """PEFT's two files, before they are written.
+
+    Args:
+        config: the contents of `adapter_config.json`.
+        tensors: those of `adapter_model.safetensors`.
+        scales: site -> its scale, for the comparison with what PEFT reads.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    scales: dict[str, float]
 
 
 @mode_independent
@@ -55,7 +70,8 @@ def export_peft(
             `rank_pattern` and `alpha_pattern`: the same function, with zeros in the tensors.
 
     Raises:
-        FileError: PEFT has no LoRA with this function, with every reason; or the folder cannot be written.
+        FileError: PEFT has no LoRA with this function, or would read the files otherwise, with every reason; or the
+            folder cannot be written.
         MethodError: the method has no low-rank form.
 
     Warns:
@@ -63,9 +79,9 @@ def export_peft(
         AdapterWarning: vLLM ignores some of the adapted layers.
     """
     checked_path(folder, "cannot export an adapter:")
-    config, tensors = lora_files(adapter, folder, model, folded)
+    files = lora_files(adapter, folder, model, folded)
     rope = writer.rope_overrides(adapter)
-    write_lora(folder, config, tensors, {writer.BASE_README: writer.base_text(adapter)} if rope else {})
+    write_lora(folder, files, {writer.BASE_README: writer.base_text(adapter)} if rope else {}, model)
     if rope:
         what = f"PEFT's files do not say how positions are divided: load the base with rope_parameters {rope}"
         warnings.warn(f"{what}; {writer.BASE_README} there says how", PositionsWarning, stacklevel=caller_stacklevel())
@@ -77,10 +93,8 @@ def export_peft(
         )
 
 
-def lora_files(
-    adapter: Adapter, folder: str | os.PathLike[str], model: nn.Module | None, folded: bool
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(configuration, tensors) of the LoRA or DoRA that is equivalent to an adapter; the arguments of `export_peft`."""
+def lora_files(adapter: Adapter, folder: str | os.PathLike[str], model: nn.Module | None, folded: bool) -> LoraFiles:
+    """The LoRA or DoRA that is equivalent to an adapter; the arguments and errors of `export_peft`."""
     problems = writer.base_incompatibilities(adapter, model, LORA)
     if (Path(folder) / native.NAME).exists():
         what = f"it holds {native.NAME}: the adapter there would be lost"
@@ -88,25 +102,32 @@ def lora_files(
     _refuse(folder, problems)
     shared = collect_shared(adapter)
     if writer.exact_type(adapter, model, shared) is LORA:
-        config, tensors = writer.exact_files(adapter, model, shared, LORA)
-        scales = {a.site.name: a.scale for a in adapter.sites}
+        scales = {adapted.site.name: adapted.scale for adapted in adapter.sites}
+        files = LoraFiles(*writer.exact_files(adapter, model, shared, LORA), scales)
     else:
-        config, tensors, scales = _as_lora(adapter, model, folder)
+        files = _as_lora(adapter, model, folder)
     if folded:
-        config, tensors = folded_form(adapter, config, tensors, scales)
-        _refuse(folder, misread_when_folded(without_empty_sites(adapter), model, config))
+        files = LoraFiles(*folded_form(adapter, *files))
+        _refuse(folder, misread_when_folded(without_empty_sites(adapter), model, files.config))
+    # Transformers' `load_adapter` passes over magnitudes without this end; PEFT reads both
+    tensors = {f"{name}.weight" if name.endswith(f".{MAGNITUDE}") else name: t for name, t in files.tensors.items()}
     _refuse(folder, unwritable(tensors, [name for name in tensors if ".lora_" not in name]))
-    return config, tensors
+    return files._replace(tensors=tensors)
 
 
 def write_lora(
-    folder: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, Tensor], texts: Mapping[str, str]
+    folder: str | os.PathLike[str], files: LoraFiles, texts: Mapping[str, str], model: nn.Module | None
 ) -> None:
-    """Write PEFT's two files, and text files beside them by their names, in one step."""
-    needed = sum(t.nbytes for t in tensors.values())
+    """Write PEFT's two files, and text files beside them by their names, in one step.
+
+    Raises:
+        FileError: PEFT would read them otherwise, with every site; or they cannot be written.
+    """
+    needed = sum(t.nbytes for t in files.tensors.values())
     with atomic_directory(folder, replace=True, keep=True, drop=(*ADAPTER_FILES, SERVE), needed=needed) as temporary:
-        (temporary / NAME).write_text(config_text(config), encoding="utf-8")
-        write_tensors(temporary / WEIGHTS, dict(tensors))
+        (temporary / NAME).write_text(config_text(files.config), encoding="utf-8")
+        write_tensors(temporary / WEIGHTS, files.tensors)
+        _refuse(folder, misread_export(temporary, files.scales, model))
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
 
@@ -116,10 +137,8 @@ def _refuse(folder: str | os.PathLike[str], problems: list[Diagnostic]) -> None:
         raise FileError(f"cannot export an adapter to {show(os.fspath(folder), most=400)} for PEFT", problems)
 
 
-def _as_lora(
-    adapter: Adapter, model: nn.Module | None, folder: str | os.PathLike[str]
-) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, float]]:
-    """(configuration, tensors, site -> s) of the LoRA or DoRA that is equivalent to an adapter of another method."""
+def _as_lora(adapter: Adapter, model: nn.Module | None, folder: str | os.PathLike[str]) -> LoraFiles:
+    """The LoRA or DoRA that is equivalent to an adapter of another method, with its scale in B."""
     adapter = without_empty_sites(adapter)
     if not adapter.sites:
         what = "no layer has a direction left, and PEFT's adapters adapt at least one layer"
@@ -141,4 +160,4 @@ def _as_lora(
         sizes[name] = (A.shape[0], float(A.shape[0]))
     fields = lora_fields(adapter, sizes, root=False, dora=not forms)
     config = writer.peft_config(adapter, model, LORA, fields)
-    return config, writer.with_prefix(tensors, adapter), dict.fromkeys(sizes, 1.0)
+    return LoraFiles(config, writer.with_prefix(tensors, adapter), dict.fromkeys(sizes, 1.0))

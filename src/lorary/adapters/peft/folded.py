@@ -23,8 +23,8 @@ from lorary.errors import Diagnostic
 
 def folded_form(
     adapter: Adapter, config: Mapping[str, Any], tensors: Mapping[str, Tensor], scales: Mapping[str, float]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(configuration, tensors) of the same function in the folded form.
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, float]]:
+    """(configuration, tensors, scales) of the same function in the folded form.
 
     Args:
         adapter: the adapter; only its sites matter.
@@ -48,7 +48,7 @@ def folded_form(
     by_parameter = {name.removesuffix(".weight") for name in config.get("target_parameters") or ()}
     targets = config["target_modules"]
     listed = sorted(scales.keys() - by_parameter) if isinstance(targets, str) else targets
-    return {**config, **plain, "target_modules": listed}, found
+    return {**config, **plain, "target_modules": listed}, found, dict.fromkeys(scales, s)
 
 
 def misread_when_folded(adapter: Adapter, model: nn.Module | None, config: Mapping[str, Any]) -> list[Diagnostic]:

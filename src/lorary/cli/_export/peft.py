@@ -12,6 +12,7 @@ def write(export: Export) -> None:
     """Write PEFT's two files and, where the base is given, compare their function with the adapter's."""
     import lorary
     from lorary.adapters import export_peft, load_adapter
+    from lorary.adapters.card import write_card
     from lorary.adapters.resolve import base_class, find_base
     from lorary.analysis.merge_check import logits
     from lorary.cli._comparison_rows import random_rows
@@ -19,8 +20,10 @@ def write(export: Export) -> None:
 
     folded = export.options.get("folded", False)
     if export.base is None:
+        value = load_adapter(export.adapter)
         with notes():
-            export_peft(load_adapter(export.adapter), export.output, folded=folded)
+            export_peft(value, export.output, folded=folded)
+        write_card(export.output, value)
         return
     section = find_base(export.adapter, export.base, "float32")
     model = load_model(section, model_class=base_class(section, export.adapter, load_adapter(export.adapter)))
@@ -31,6 +34,7 @@ def write(export: Export) -> None:
     value = load_adapter(export.adapter, model=model)
     with notes():
         export_peft(value, export.output, model=model, folded=folded)
+    write_card(export.output, value)
     if value.method.context is not None:  # not stored in PEFT's files
         value.method.context.apply(model).make_permanent()
     lorary.load(model, export.output)
