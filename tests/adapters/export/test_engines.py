@@ -115,11 +115,16 @@ def test_the_saved_command_finds_the_folder_wherever_it_is(tmp_path: Path) -> No
     program.chmod(0o755)
     environment = os.environ | {"PATH": f"{program.parent}:{os.environ['PATH']}"}
     ran = subprocess.run(
-        ["sh", str(out / "serve.sh")], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        ["sh", str(out / "serve.sh"), "--port", "9000"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert ran.stdout.splitlines() == [
         *("serve", "my model", "--enable-lora", "--max-loras", "1", "--max-lora-rank", "8"),
-        *("--lora-modules", f"tuned={out}"),
+        *("--lora-modules", f"tuned={out}", "--port", "9000"),
     ]
 
 

@@ -111,7 +111,7 @@ def export_for_engine(
     *command, last = target.command(base or adapter.base.name, name, path, files.config, rope)
     here = f'{name}="$(cd "$(dirname "$0")" && pwd)"'  # the last argument, wherever the folder is moved
     text = f"#!/bin/sh\n# Serve this folder's adapter with {target.title}, as the model {name}.\n"
-    write_lora(folder, files, {SERVE: f"{text}exec {shlex.join(command)} {here}\n"}, model)
+    write_lora(folder, files, {SERVE: f'{text}exec {shlex.join(command)} {here} "$@"\n'}, model)
     return [*command, last]
 
 
