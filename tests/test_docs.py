@@ -39,7 +39,7 @@ def name(page: Path) -> str:
 
 def marked(page: Path) -> Any:
     """The page, marked as slow if it trains, and tolerant of what other people's trainers warn of themselves."""
-    slow = {"tutorial.md", "how-to/large-models.md", "how-to/long-context.md", *FOREIGN}
+    slow = {"tutorial.md", "how-to/large-models.md", "how-to/long-context.md", "how-to/look-inside.md", *FOREIGN}
     marks = [pytest.mark.slow] if name(page) in slow else []
     marks += [pytest.mark.filterwarnings(of_others) for of_others in FOREIGN.get(name(page), ())]
     return pytest.param(page, marks=marks)

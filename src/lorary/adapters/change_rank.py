@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lorary.adapters.adapter import Adapter
+from lorary.adapters.compose.truncate import MOST_RANK, product_svd
 from lorary.errors import Diagnostic, MethodError, not_a
 from lorary.methods.lora import Kaiming
 from lorary.model.ambient import mode_independent
@@ -77,8 +78,8 @@ def change_rank(adapter: Adapter, r: int, *, seed: int = 0) -> RankChange:
         >>> lorary.save_adapter(change.adapter, "smaller")
     """
     problems = not_a(Adapter, "an Adapter", adapter=adapter)
-    if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= 65_536:
-        problems.append(Diagnostic("r", f"is {r!r}; a rank is a whole number from 1 to 65,536"))
+    if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= MOST_RANK:
+        problems.append(Diagnostic("r", f"is {r!r}; a rank is a whole number from 1 to {MOST_RANK:,}"))
     problems = problems or list({str(p): p for s in adapter.sites for p in _why_not(s, r)}.values())
     if not problems and not adapter.sites:
         problems.append(Diagnostic("adapter", "adapts no layers, so it has no rank"))
@@ -138,7 +139,7 @@ def _resized(
         return new, dict(tensors), (0.0, 0.0)
     if r < before:
         return new, *_truncated(s, tensors, r)
-    norm = s.scale**2 * sum(float(_svd(B, A).S.square().sum()) for B, A in _products(s, tensors))
+    norm = s.scale**2 * sum(float(product_svd(B, A).S.square().sum()) for B, A in _products(s, tensors))
     return new, _padded(s, new, tensors, seed), (0.0, norm)
 
 
@@ -178,7 +179,7 @@ def _truncated(s: AdaptedSite, tensors: Mapping[str, Tensor], r: int) -> tuple[R
     dims, starts = delta.rank_dims(s.site), {start_name(role) for role in s.starts}
     products, lost, norm = [], 0.0, 0.0
     for B, A in _products(s, tensors):
-        U, S, V = _svd(B, A)
+        U, S, V = product_svd(B, A)
         products.append(Singular(U[:, :r], S[:r], V[:r]))
         lost, norm = lost + float(S[r:].square().sum()), norm + float(S.square().sum())
     found = delta.from_products(s.site, products)
@@ -195,12 +196,3 @@ def _products(s: AdaptedSite, tensors: Mapping[str, Tensor]) -> list[Factors]:
         return now
     start = delta.products(s.site, {role: tensors[start_name(role)] for role in s.starts})
     return [(torch.cat([B, -B0], 1), torch.cat([A, A0])) for (B, A), (B0, A0) in zip(now, start, strict=True)]
-
-
-def _svd(B: Tensor, A: Tensor) -> Singular:
-    """The singular value decomposition of B A, in 64 bits, without forming it."""
-    Q, R = torch.linalg.qr(B.double())
-    P, T = torch.linalg.qr(A.double().T)
-    U, S, V = torch.linalg.svd(R @ T.T)
-    k = min(len(S), U.shape[1], V.shape[0])
-    return Singular(Q @ U[:, :k], S[:k], V[:k] @ P.T)

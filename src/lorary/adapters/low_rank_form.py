@@ -57,7 +57,7 @@ def low_rank_forms(
     modules = unwrapped_modules(base) if base is not None else {}
     for adapted in sites:
         name = adapted.site.name
-        layer = _BaseLayer(base, adapted, modules.get(name))
+        layer = BaseLayer(base, adapted, modules.get(name))
         try:
             update = factors_on_base(adapted, tensors[name])
             BA, gain, shift = adapted.join.on_output(tensors[name], layer.weight, layer.bias, update)
@@ -80,7 +80,7 @@ def factors_on_base(adapted: AdaptedSite, tensors: Mapping[str, Tensor]) -> tupl
     return adapted.scale * B, A
 
 
-class _BaseLayer(NamedTuple):
+class BaseLayer(NamedTuple):
     """The base's layer at a site, checked when its weight or bias is asked for."""
 
     base: nn.Module | None

@@ -1,4 +1,4 @@
-"""Heat maps of layers x module kinds: the rank of every site, or its importance.
+"""Heat maps of layers x module kinds: the rank of every site, its importance, or any other figure.
 
 Every cell shows its number and a shade. Long models continue in further bands below, so that the numbers stay readable
 at the width of a page.
@@ -6,8 +6,9 @@ at the width of a page.
 
 from __future__ import annotations
 
+import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
@@ -78,6 +79,40 @@ def importance_svg(importance: Importance, plan: Plan, title: str = "Importance 
         "Framed: its own LoRA; the others share one with their kind."
     )
     return _heatmap(cells, title, caption, f"{len(kept)} of {len(within)} layers have tensors of their own")
+
+
+def values_svg(
+    values: Mapping[str, float],
+    title: str,
+    caption: str,
+    *,
+    text: Callable[[float], str] = "{:.3g}".format,
+    full_shade: float | None = None,
+) -> str:
+    """A figure of every site: the darker, the larger.
+
+    Args:
+        values: site -> its figure, at least 0; one that is not finite has no shade.
+        title: plain text.
+        caption: below the heat map.
+        text: of a figure: at most four characters.
+        full_shade: the figure with the full shade; None for the largest one.
+
+    Returns:
+        As `ranks_svg`.
+    """
+    known = [value for value in values.values() if math.isfinite(value)]
+    largest = full_shade or max(known, default=0.0) or 1.0
+    shades = {site: min(value / largest, 1.0) if math.isfinite(value) else 0.0 for site, value in values.items()}
+    cells = {site: _Cell(text(value), shades[site]) for site, value in values.items()}
+    worst = max(values, key=lambda site: shades[site], default=None)
+    most = f"; the largest is {text(values[worst])} at {worst}" if worst is not None else ""
+    return _heatmap(cells, title, caption, f"{len(values)} sites{most}")
+
+
+def percent(share: float) -> str:
+    """A share in percent, without its sign, in at most four characters: 0.03, 1.2, 35, 100."""
+    return f"{100 * share:.2g}" if 0 < share < 0.00995 else _percent(share)
 
 
 def _percent(share: float) -> str:

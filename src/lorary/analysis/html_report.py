@@ -48,6 +48,13 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Pictures:
+    """Small pictures in two columns; in one on a narrow screen."""
+
+    pictures: Sequence[Picture]
+
+
+@dataclass(frozen=True)
 class Table:
     """A table with a header row."""
 
@@ -73,7 +80,7 @@ def versions(*packages: str) -> dict[str, str]:
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
 
 
-Block = Paragraph | Code | Picture | Table | SideBySide
+Block = Paragraph | Code | Picture | Pictures | Table | SideBySide
 
 
 @dataclass(frozen=True)

@@ -68,9 +68,12 @@ def style() -> Any:
 
 
 def line(i: int, marker: bool = True) -> dict[str, Any]:
-    """Colour, dashes and marker of the i-th line of a plot."""
+    """Colour, dashes and marker of the i-th line of a plot.
+
+    Colours and markers repeat in different pairs, so that points without a line can be told apart too.
+    """
     found: dict[str, Any] = {"color": PALETTE[i % len(PALETTE)], "linestyle": _DASHES[i % len(_DASHES)]}
-    return found | {"marker": _MARKERS[i % len(_MARKERS)], "markersize": 5} if marker else found
+    return found | {"marker": _MARKERS[(i + i // len(PALETTE)) % len(_MARKERS)], "markersize": 5} if marker else found
 
 
 def cell(

@@ -215,12 +215,17 @@ def _alpha(adapted: AdaptedSite, root: bool) -> float:
     return adapted.scale * rank
 
 
+def factor_names(site: Site) -> tuple[str, str]:
+    """The names of A and B of a site, without prefix."""
+    middle, ending = ("embedding_", "") if site.kind == "embedding" else ("", ".weight")
+    return f"{site.name}.lora_{middle}A{ending}", f"{site.name}.lora_{middle}B{ending}"
+
+
 def _layout(site: Site, r: int, dora: bool) -> Layout:
     """role -> (name, shape) of a LoRA of rank r, or a DoRA."""
-    middle, ending = ("embedding_", "") if site.kind == "embedding" else ("", ".weight")
     channels, ones = site.in_features // math.prod(site.kernel_size), (1,) * len(site.kernel_size)
-    shapes = {"A": (r, channels, *site.kernel_size), "B": (site.out_features, r, *ones)}
-    found = {role: (f"{site.name}.lora_{middle}{role}{ending}", shape) for role, shape in shapes.items()}
+    name_A, name_B = factor_names(site)
+    found = {"A": (name_A, (r, channels, *site.kernel_size)), "B": (name_B, (site.out_features, r, *ones))}
     m = (1, site.out_features, *ones) if site.kernel_size else (site.out_features,)
     return found | ({"m": (f"{site.name}.{MAGNITUDE}", m)} if dora else {})
 

@@ -19,7 +19,7 @@ def _rules(folder: AdapterFolder) -> Iterator[Finding]:
         yield LLAMA_CPP.finding(Outcome.REJECTED, f"{NAME}: lora_alpha", "llama.cpp's converter needs it", merged=False)
     yield from _transposed(folder)
     others = [name for name in LLAMA_CPP.unexplained(folder) if ".base_layer.weight" not in name]
-    norms = [name for name in others if "_layernorm" in name or ".norm" in name]
+    norms = [name for name in others if "layernorm" in name or ".norm" in name]
     if norms:
         what = "the converter keeps trained norms, and llama.cpp computes without them"
         yield LLAMA_CPP.finding(Outcome.MISCOMPUTED, first_of(norms), what, merged=True)

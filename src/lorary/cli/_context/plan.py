@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from lorary.adapters.resolve import adapter_at, adapter_folder, find_model
 from lorary.analysis.long_context import default_lengths, stretches
+from lorary.cli._out_folder import folder_problems
 from lorary.errors import ConfigError, DataError, Diagnostic, FileError, LoraryError
 from lorary.layers.rope import max_context, rope_parameters
 from lorary.model.loading.from_pretrained import load_config, load_tokenizer
@@ -93,7 +94,7 @@ def make_plan(
     with without_warnings():
         tested, unknown = _models(names, base)
         wanted, problems = _lengths(lengths, tested)
-        problems += _folder(out)
+        problems += folder_problems(out, (HTML, JSON, SVG))
         if problems or unknown:
             kind = ConfigError if problems else FileError
             raise kind("cannot measure the use of context:", [*problems, *unknown])
@@ -153,17 +154,6 @@ def _lengths(given: str | None, models: Sequence[ModelUnderTest]) -> tuple[tuple
 
 def _is_length(text: str) -> bool:
     return text.isdecimal() and len(text) <= _DIGITS and int(text) >= _SHORTEST
-
-
-def _folder(out: Path | None) -> list[Diagnostic]:
-    """Problems of the output folder; results of an earlier call may be replaced."""
-    if out is None or not out.exists():
-        return []
-    if not out.is_dir():
-        return [Diagnostic(f"--out {out}", "is a file", "name a folder")]
-    foreign = sorted(path.name for path in out.iterdir() if path.name not in (HTML, JSON, SVG))
-    what = f"holds files that are not from this command: {', '.join(foreign[:5])}"
-    return [Diagnostic(f"--out {out}", what, "name another folder")] if foreign else []
 
 
 def _streams(data: str, models: Sequence[ModelUnderTest]) -> list[Tensor]:

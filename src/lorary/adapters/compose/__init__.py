@@ -1,0 +1,1 @@
+"""Adapters from adapters and from models: mixed, compared, compressed, extracted."""

@@ -1,0 +1,197 @@
+"""The weights that a trained adapter changes, before and after, one layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any, NamedTuple, NoReturn, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorary.adapters.adapter import Adapter
+from lorary.adapters.low_rank_form import BaseLayer, factors_on_base
+from lorary.errors import Diagnostic, MethodError
+from lorary.layers.adapted import Adapted, unwrapped_modules
+from lorary.layers.kinds import KINDS, kind_of, site
+from lorary.layers.quantized_weight import is_quantized
+from lorary.layers.wrappers import submodule
+from lorary.model.checks import layer_mismatches
+from lorary.model.state import base_parameter, state_of
+from lorary.spec.interfaces import Factors
+from lorary.spec.placement import AdaptedSite
+
+
+class WeightChange(NamedTuple):
+    """One weight in 32 bits on the CPU.
+
+    Args:
+        name: of its layer.
+        factors: (B [out, R], A [R, in]) if the change is B A alone.
+        before: W [out, in]; None without the base.
+        after: W' [out, in]; None without the base.
+    """
+
+    name: str
+    factors: Factors | None
+    before: Tensor | None = None
+    after: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        if self.factors is not None:
+            return self.factors[0].shape[0], self.factors[1].shape[1]
+        out, inp = cast(Tensor, self.before).shape
+        return out, inp
+
+    @property
+    def delta(self) -> Tensor:
+        """W' - W [out, in]; from the factors if it has them, so that nothing is cancelled."""
+        if self.factors is not None:
+            return self.factors[0] @ self.factors[1]
+        return cast(Tensor, self.after) - cast(Tensor, self.before)
+
+
+def weight_changes(adapter: Adapter, base: nn.Module | None) -> Iterator[WeightChange]:
+    """The adapted weights in the order of the sites, then those that trained in full, if the base is given.
+
+    Raises:
+        MethodError: the base lacks a layer, or its weight has another shape.
+    """
+    modules = {} if base is None else unwrapped_modules(base)
+    for adapted in adapter.sites:
+        yield _of_site(adapter, adapted, base, modules)
+    for name in full_matrices(adapter, base):
+        assert base is not None
+        layer = modules[name]
+        before, after = (
+            _matrix(layer, t) for t in (base_value(base, f"{name}.weight"), adapter.full[f"{name}.weight"])
+        )
+        yield WeightChange(name, None, before, after)
+
+
+def adapter_problems(adapter: Adapter, base: nn.Module | None) -> list[Diagnostic]:
+    """Why the changes cannot be computed: the adapter's tensors, or a layer of the base that is missing or differs."""
+    problems: list[Diagnostic] = []
+    modules = {} if base is None else unwrapped_modules(base)
+    for adapted in adapter.sites:
+        name, tensors = adapted.site.name, adapter.tensors[adapted.site.name]
+        problems += _tensor_problems(name, tensors)
+        if any(t.is_meta for t in tensors.values()):
+            continue
+        if base is not None:
+            problems += layer_mismatches(adapted.site, modules.get(name))
+        elif _plain_factors(adapted, tensors) is None:
+            what = f"{type(adapted.join).__name__} changes its weight by an amount that depends on the weight"
+            problems.append(Diagnostic(name, what, "give the base"))
+    if base is not None:
+        problems += _state_problems(base)
+        for name in full_matrices(adapter, base):
+            found, expected = tuple(base_value(base, f"{name}.weight").shape), adapter.full[f"{name}.weight"].shape
+            if found != tuple(expected):
+                problems.append(Diagnostic(name, f"its weight is {found}, the adapter's {tuple(expected)}"))
+    if not problems and not adapter.sites and not full_matrices(adapter, base):
+        fix = "" if base is not None or not adapter.full else "give the base: it trained parameters in full"
+        problems.append(Diagnostic("adapter", "changes no weight matrix", fix))
+    return problems
+
+
+def _tensor_problems(name: str, tensors: Mapping[str, Tensor]) -> list[Diagnostic]:
+    """The tensors of a site without values, or with some that are not finite."""
+    problems = []
+    for role, t in tensors.items():
+        if t.is_meta:
+            problems.append(Diagnostic(name, f"its tensor {role} is on the meta device and has no values"))
+        elif not t.isfinite().all():
+            problems.append(Diagnostic(name, f"its tensor {role} holds NaN or infinite numbers"))
+    return problems
+
+
+def tuned_problems(adapter: Adapter, base: nn.Module | None, tuned: nn.Module | None) -> list[Diagnostic]:
+    """How the layers of a tuned model differ from the adapter's."""
+    if base is None or tuned is None:
+        return []
+    layers, modules = unwrapped_modules(tuned), unwrapped_modules(base)
+    sites = [s.site for s in adapter.sites]
+    sites += [site(name, modules[name]) for name in full_matrices(adapter, base)]
+    found = [problem for one in sites for problem in layer_mismatches(one, layers.get(one.name))]
+    return [Diagnostic(f"the tuned model's {p.where}", p.what, p.fix) for p in found]
+
+
+def _state_problems(base: nn.Module) -> list[Diagnostic]:
+    state = state_of(base)
+    if state is None or state.merged is None:
+        return []
+    return [Diagnostic("base", "has an adapter merged into its weights", "unmerge it first")]
+
+
+def full_matrices(adapter: Adapter, base: nn.Module | None) -> list[str]:
+    """The layers without an adapter whose whole weight was trained; none without the base."""
+    if base is None:
+        return []
+    adapted, modules = {s.site.name for s in adapter.sites}, unwrapped_modules(base)
+    layers = (name.removesuffix(".weight") for name in adapter.full if name.endswith(".weight"))
+    return [name for name in layers if name not in adapted and name in modules and kind_of(modules[name])]
+
+
+def tuned_matrix(model: nn.Module, name: str) -> Tensor:
+    """The weight [out, in] of a tuned model's layer in 32 bits, with what is attached to it."""
+    layer = submodule(model, name)
+    if isinstance(layer, Adapted):
+        return layer.merged()[0].float().cpu()
+    return KINDS[cast(str, kind_of(layer))].matrix(layer).detach().float().cpu()
+
+
+def base_value(model: nn.Module, name: str) -> Tensor:
+    """A parameter of the base, from before an attached adapter trained it in full."""
+    state = state_of(model)
+    saved = None if state is None else state.full.get(name)
+    return base_parameter(model, name).detach() if saved is None else saved
+
+
+def _of_site(
+    adapter: Adapter, adapted: AdaptedSite, base: nn.Module | None, modules: Mapping[str, nn.Module]
+) -> WeightChange:
+    name, tensors = adapted.site.name, adapter.tensors[adapted.site.name]
+    factors, own = _plain_factors(adapted, tensors), adapter.full.get(f"{name}.weight")
+    if base is None:
+        return WeightChange(name, factors)
+    before = _base_matrix(base, adapted, modules[name])
+    if factors is not None and own is None:
+        return WeightChange(name, factors, before, before + factors[0] @ factors[1])
+    start = before if own is None else _matrix(modules[name], own)
+    bias = getattr(modules[name], "bias", None)
+    b = None if bias is None else bias.detach().float().cpu()
+    values = {role: t.float() for role, t in tensors.items()}
+    after, _ = adapted.join.merged(values, start, b, factors_on_base(adapted, tensors))
+    return WeightChange(name, None, before, after)
+
+
+def _base_matrix(base: nn.Module, adapted: AdaptedSite, layer: nn.Module) -> Tensor:
+    """W [out, in] of the unmodified base."""
+    name = adapted.site.name
+    state = state_of(base)
+    if state is not None and (saved := state.full.get(f"{name}.weight")) is not None and not is_quantized(layer):
+        return _matrix(layer, saved)
+    return BaseLayer(base, adapted, layer).weight()
+
+
+def _plain_factors(adapted: AdaptedSite, tensors: Mapping[str, Tensor]) -> Factors | None:
+    """(B, A) with W' = W + B A; None for a change that is not a product, or depends on W."""
+
+    def unknown() -> NoReturn:
+        raise MethodError("", [])
+
+    update = factors_on_base(adapted, tensors)
+    try:
+        factors, gain, _ = adapted.join.on_output(tensors, unknown, unknown, update)
+    except MethodError:
+        return None
+    return None if gain is not None else factors
+
+
+def _matrix(layer: nn.Module, weight: Tensor) -> Tensor:
+    """A weight in its layer's own layout as [out, in], in 32 bits on the CPU."""
+    holder: Any = SimpleNamespace(weight=weight.detach())
+    return KINDS[cast(str, kind_of(layer))].matrix(holder).to("cpu", torch.float32)

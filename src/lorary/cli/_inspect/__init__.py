@@ -1,0 +1,1 @@
+"""`lorary inspect adapter`, `intrinsic` and `gradients`."""
