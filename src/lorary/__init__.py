@@ -17,12 +17,15 @@ _HOMES = {
     "Adapted": "layers.adapted",
     "AdaptedSite": "spec.placement",
     "Adapter": "adapters.adapter",
+    "AdapterDiff": "adapters.compose.diff",
     "AdapterInspection": "analysis.inspection.figures",
     "Attachment": "model.state",
+    "Compression": "adapters.compose.compress",
     "ConfigError": "errors",
     "DataError": "errors",
     "Diagnostic": "errors",
     "EvolutionConfig": "analysis.supernet_search",
+    "Extraction": "adapters.compose.extraction",
     "FileError": "errors",
     "Fingerprint": "model.fingerprint",
     "FirstGradients": "analysis.inspection.gradients",
@@ -35,6 +38,7 @@ _HOMES = {
     "Method": "spec.method",
     "MethodError": "errors",
     "NF4": "layers.nf4",
+    "NamedAdapters": "adapters.named",
     "Plan": "model.plan",
     "PlanError": "errors",
     "Preset": "spec.presets",
@@ -45,23 +49,33 @@ _HOMES = {
     "StateError": "errors",
     "TrainerCallback": "train.trainer.callback",
     "TrainingError": "errors",
+    "WeightSearch": "adapters.compose.lorahub",
+    "Verdict": "adapters.readers.reader",
+    "Verification": "analysis.verify.verify",
     "attach": "model.attach",
     "attached": "model.state",
     "cached": "model.cached",
     "change_rank": "adapters.change_rank",
+    "check": "adapters.readers.check",
     "dequantize": "model.quantize",
+    "compress": "analysis.compress",
     "detach": "model.attach",
+    "diff": "adapters.compose.diff",
     "disabled": "model.disable",
     "drop_layers": "analysis.importance",
     "first_gradients": "analysis.inspection.gradients",
     "inspect_adapter": "analysis.inspection.adapter",
+    "extract": "adapters.compose.extract",
     "intrinsic_dimension": "analysis.inspection.intrinsic",
     "layer_importance": "analysis.importance",
     "load": "adapters.switch",
     "load_adapter": "adapters.save_load",
     "load_quantized": "model.loading.from_pretrained",
+    "lorahub": "adapters.compose.lorahub",
     "merge": "model.merge",
     "method": "spec.presets",
+    "mix": "adapters.compose.mix",
+    "named_adapters": "adapters.named",
     "optimizer": "model.optim.optimizer",
     "param_groups": "model.optim.param_groups",
     "plan": "model.planning",
@@ -71,9 +85,11 @@ _HOMES = {
     "save": "adapters.switch",
     "save_adapter": "adapters.save_load",
     "save_quantized": "model.loading.bitsandbytes_checkpoint",
+    "scale": "adapters.compose.scale",
     "search_supernet": "analysis.supernet_search",
     "switch": "adapters.switch",
     "unmerge": "model.merge",
+    "verify": "analysis.verify.verify",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]
@@ -82,12 +98,26 @@ if TYPE_CHECKING:
     from lorary.adapters.adapter import Adapter as Adapter
     from lorary.adapters.change_rank import RankChange as RankChange
     from lorary.adapters.change_rank import change_rank as change_rank
+    from lorary.adapters.compose.compress import Compression as Compression
+    from lorary.adapters.compose.diff import AdapterDiff as AdapterDiff
+    from lorary.adapters.compose.diff import diff as diff
+    from lorary.adapters.compose.extract import extract as extract
+    from lorary.adapters.compose.extraction import Extraction as Extraction
+    from lorary.adapters.compose.lorahub import WeightSearch as WeightSearch
+    from lorary.adapters.compose.lorahub import lorahub as lorahub
+    from lorary.adapters.compose.mix import mix as mix
+    from lorary.adapters.compose.scale import scale as scale
     from lorary.adapters.low_rank_form import LowRankForm as LowRankForm
+    from lorary.adapters.named import NamedAdapters as NamedAdapters
+    from lorary.adapters.named import named_adapters as named_adapters
+    from lorary.adapters.readers.check import check as check
+    from lorary.adapters.readers.reader import Verdict as Verdict
     from lorary.adapters.save_load import load_adapter as load_adapter
     from lorary.adapters.save_load import save_adapter as save_adapter
     from lorary.adapters.switch import load as load
     from lorary.adapters.switch import save as save
     from lorary.adapters.switch import switch as switch
+    from lorary.analysis.compress import compress as compress
     from lorary.analysis.importance import drop_layers as drop_layers
     from lorary.analysis.importance import layer_importance as layer_importance
     from lorary.analysis.inspection.adapter import inspect_adapter as inspect_adapter
@@ -101,6 +131,8 @@ if TYPE_CHECKING:
     from lorary.analysis.supernet_search import EvolutionConfig as EvolutionConfig
     from lorary.analysis.supernet_search import SearchResult as SearchResult
     from lorary.analysis.supernet_search import search_supernet as search_supernet
+    from lorary.analysis.verify.verify import Verification as Verification
+    from lorary.analysis.verify.verify import verify as verify
     from lorary.errors import ConfigError as ConfigError
     from lorary.errors import DataError as DataError
     from lorary.errors import Diagnostic as Diagnostic

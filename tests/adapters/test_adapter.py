@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import lorary
-from lorary.adapters.adapter import Adapter, stacked
+from lorary.adapters.adapter import Adapter
+from lorary.adapters.compose.mix import stacked
 from lorary.errors import FileError, MethodError, StateError
 from lorary.layers.adapted import adapted_layers
 from lorary.methods.lora import ConstantScale
@@ -341,8 +342,10 @@ def test_what_has_gains_has_no_sum(names: tuple[str, ...]) -> None:
     before = tiny.everything(model)
     assert refused(MethodError, lorary.switch, model, values) == (
         "cannot add these adapters:\n"
-        "  - model.layers.0.self_attn.q_proj: one of them gives its output a gain or a shift of its own\n"
-        "  - model.layers.1.self_attn.q_proj: one of them gives its output a gain or a shift of its own"
+        "  - model.layers.0.self_attn.q_proj and 1 more: adapters[1] gives its output a gain or a shift of its own "
+        "(MagnitudeDirection)\n"
+        "      hint: lorary.mix with approximate=True and base=model (--approximate --base) mixes its closest "
+        "update of low rank, and tells the error"
     )
     assert tiny.everything(model) == before
 

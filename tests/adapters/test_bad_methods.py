@@ -23,8 +23,8 @@ from tests.adapters.models import BASES, adapted, outputs, same
 LLAMA = BASES[0]
 QV = ["q_proj", "v_proj"]
 Q = "model.layers.0.self_attn.q_proj"
-M = PREFIX + "0.self_attn.q_proj.lora_magnitude_vector"
-V = PREFIX + "0.self_attn.v_proj.lora_magnitude_vector"
+M = PREFIX + "0.self_attn.q_proj.lora_magnitude_vector.weight"
+V = PREFIX + "0.self_attn.v_proj.lora_magnitude_vector.weight"
 
 
 def dora() -> nn.Module:
@@ -86,8 +86,8 @@ PEFT: list[tuple[str, Spoil, str]] = [
     ("a magnitude missing", drop(M), f"  - {Q}.lora_magnitude_vector: is missing"),
     (
         "a magnitude twice",
-        put(f"{M}.weight", 16),
-        f"  - {M}.weight: is there twice, with and without its ending",
+        put(M.removesuffix(".weight"), 16),
+        f"  - {M}: is there twice, with and without its ending",
     ),
     (
         "a magnitude too few",
@@ -156,7 +156,9 @@ def test_magnitudes_in_every_shape_that_was_written_are_read(lead: tuple[int, ..
 
     def reshaped(tensors: dict[str, Tensor]) -> None:
         m = tensors.pop(V)
-        tensors[V.replace("lora_magnitude_vector", name)] = m if not lead else m[None] if lead == (1,) else m[:, None]
+        tensors[V.replace("lora_magnitude_vector.weight", name)] = (
+            m if not lead else m[None] if lead == (1,) else m[:, None]
+        )
 
     spoiled.tensors(reshaped)
     assert torch.equal(outputs(lorary.load(LLAMA.model(), spoiled.folder)), outputs(dora()))

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
 
 import lorary
 from tests.cli.command import Command
@@ -115,3 +116,42 @@ def test_what_vllm_ignores_is_a_note_and_shared_experts_are_verified(command: Co
         "model.layers.0.mlp.gate_proj.weight"
         in json.loads(Path("out/adapter_config.json").read_text())["target_parameters"]
     )
+
+
+def test_the_merged_form_equals_what_merge_writes(command: Command) -> None:
+    trained("qlora", "rslora", r=4)
+    (Path("run/adapter") / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    ran = command("export", "run", "out", "--to", "merged", "--base", "model", "--dtype", "float16")
+    assert (ran.code, ran.out) == (0, "out\n")
+    assert ran.err == (
+        "wrote the merged model to out (float16)\n"
+        "as GGUF, in a checkout of llama.cpp: python convert_hf_to_gguf.py out --outfile out.gguf --outtype f16\n"
+    )
+    assert command("merge", "run", "merged", "--base", "model", "--dtype", "float16", "--rows", "1").code == 0
+    ours, theirs = (load_file(f"{folder}/model.safetensors") for folder in ("out", "merged"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(t, ours[name]) for name, t in theirs.items())
+    assert Path("out/config.json").read_text() == Path("merged/config.json").read_text()
+    for folder in ("out", "merged"):
+        messages = [{"role": "user", "content": "as trained"}]
+        assert AutoTokenizer.from_pretrained(folder).apply_chat_template(messages, tokenize=False) == "as trained"
+
+
+def test_an_option_of_another_form_is_refused(command: Command) -> None:
+    Path("empty").mkdir()
+    ran = command("export", "empty", "out", "--dtype", "float16", "--force")
+    assert (ran.code, ran.out, ran.err) == (
+        2,
+        "",
+        "error: cannot export empty:\n"
+        "  - --dtype: --to peft has no such option\n"
+        "      hint: leave it out; it is an option of --to merged, --to gguf, --to ollama\n"
+        "  - --force: --to peft has no such option\n"
+        "      hint: leave it out; it is an option of --to merged\n",
+    )
+    trained("lora", r=2)
+    ran = command("export", "run", "out", "--to", "merged", "--base", "model", "--dtype", "int8", "--onto", "x")
+    assert ran.code == 2
+    assert "--dtype int8: would quantise the merged weights" in ran.err
+    assert "--onto x: is unknown" in ran.err
+    assert not Path("out").exists()

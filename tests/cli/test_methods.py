@@ -76,15 +76,15 @@ def test_the_page_of_a_method(command: Command) -> None:
     assert "NAME: is missing" in ran.err
     ran = command("methods", "lora-drop", "--markdown")
     assert (ran.code, ran.out) == (2, "")
-    assert "lora-drop: is a function of a plan; its page is written by hand" in ran.err
+    assert "lora-drop: is a function, not a preset; its page is written by hand" in ran.err
 
 
 def test_a_method_that_is_a_function_tells_how_it_is_said(command: Command) -> None:
     ran = command("methods", "lora-drop")
     said = " ".join(ran.out.split())
     assert "use: `drop: {threshold: 0.9}` under `method:` in a configuration, or call lorary.drop_layers" in said
-    for name in FUNCTIONS:
-        with pytest.raises(MethodError, match="is not a method: it chooses layers"):
+    for name, what in (("lora-drop", "it chooses layers"), ("LoRAHub", "it mixes adapters that are trained already")):
+        with pytest.raises(MethodError, match=f"is not a method: {what}"):
             lorary.method(name)
 
 

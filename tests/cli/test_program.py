@@ -34,7 +34,8 @@ OPTIONS = {
     "": ["--debug", "--install-completion", "--show-completion", "--version"],
     "demo": ["--out", "--steps"],
     "doctor": ["--json"],
-    "export": ["--base", "--to"],
+    "export": ["--base", "--base-gguf", "--dtype", "--folded", "--force", "--onto", "--to"],
+    "check": ["--base", "--for", "--json"],
     "chat": ["--base", "--max-new-tokens", "--seed", "--system", "--temperature", "--template", "--top-p"],
     "eval": [
         *("--base", "--batch-size", "--config", "--data", "--dtype", "--format", "--json", "--limit", "--max-length"),
@@ -48,9 +49,28 @@ OPTIONS = {
     "inspect": [],
     "inspect context": ["--base", "--data", "--json", "--lengths", "--out", "--passkeys", "--tokens"],
     "merge": ["--base", "--data", "--dtype", "--force", "--onto", "--rows"],
+    "mix": [
+        *("--approximate", "--base", "--density", "--energy", "--force", "--how"),
+        *("--json", "--out", "--rank", "--seed", "--weights", "-w"),
+    ],
+    "lorahub": [
+        *("--base", "--bound", "--budget", "--examples", "--form", "--format", "--json", "--l1"),
+        *("--limit", "--max-length", "--out", "--quiet", "--seed", "-e", "-q"),
+    ],
+    "diff": ["--json", "--sites"],
+    "compress": ["--base", "--data", "--energy", "--json", "--kl", "--out", "--rank", "--rows"],
+    "extract": ["--energy", "--json", "--out", "--rank", "--sites", "--targets"],
+    "push": ["--base", "--message", "--public", "--yes", "-m", "-y"],
+    "inspect adapter": ["--base", "--epsilon", "--json", "--out", "--top", "--tuned"],
+    "inspect intrinsic": [
+        *("--data", "--dims", "--full-lr", "--json", "--lr"),
+        *("--out", "--said", "--seed", "--set", "--steps"),
+    ],
+    "inspect gradients": ["--data", "--json", "--out", "--set"],
     "methods": ["--answers", "--choose", "--json", "--markdown"],
     "search": ["--ceiling", "--generations", "--overwrite", "--population", "--quiet", "--seed", "-q"],
     "train": ["--after", "--all", "--dry-run", "--extend", "--overwrite", "--quiet", "--resume", "--set", "-q"],
+    "verify": ["--adapter-model", "--against", "--base", "--base-model", "--json", "--timeout", "--tolerance"],
     "plan": [
         *("--alpha", "--check", "--exclude", "--layers", "--memory", "--method", "--r", "--rank", "--set", "--targets"),
         *("-m", "-t"),

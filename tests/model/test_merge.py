@@ -15,7 +15,7 @@ from lorary.adapters.adapter import Adapter
 from lorary.errors import StateError
 from lorary.layers.adapted import adapted_layers
 from lorary.model.state import state_of
-from tests import tiny
+from tests import architectures, tiny
 
 
 def refused(action: Any, *arguments: Any, **options: Any) -> str:
@@ -356,3 +356,22 @@ def test_a_frozen_base_with_checkpointing_learns_everywhere_and_generates_as_mer
     assert torch.equal(live[0, 5:], alone[0, 3:])  # the padding changes nothing
     lorary.merge(model)
     assert torch.equal(model.generate(ids, attention_mask=mask, **options), live)
+
+
+def test_a_part_that_ties_weights_by_its_own_configuration_is_untied(tmp_path: Path) -> None:
+    """BLIP's text decoder is a model with a configuration of its own, which ties its head to its embeddings."""
+    model = architectures.model("BlipForConditionalGeneration").eval()
+    head = "text_decoder.cls.predictions.decoder"
+    lorary.attach(model, lorary.plan(model, tiny.LORA, [head]))
+    tiny.shaken(model)
+    assert model.config.text_config.tie_word_embeddings
+    lorary.merge(model, keep=True)
+    assert not model.config.text_config.tie_word_embeddings
+    model.save_pretrained(tmp_path)
+    saved = type(model).from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(saved[name], t) for name, t in model.state_dict().items())
+    assert not torch.equal(saved[f"{head}.weight"], saved["text_decoder.bert.embeddings.word_embeddings.weight"])
+    lorary.unmerge(model)
+    assert model.config.text_config.tie_word_embeddings
+    layer = model.get_submodule(head)
+    assert layer.weight is model.text_decoder.bert.embeddings.word_embeddings.weight

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lorary.adapters.adapter import Adapter
+    from lorary.adapters.label_names import LabelNames
 
 
 def adapter_at(name: str) -> Path | None:
@@ -86,22 +87,47 @@ def base_class(section: ModelSection, folder: Path, adapter: Adapter) -> ModelCl
     Raises:
         FileError: the base or the names of the labels cannot be read.
     """
+    from lorary.adapters.label_names import read_label_names
     from lorary.model.loading.model_kind import classes
 
-    name = adapter.base.architecture
-    if not name or name in classes("CAUSAL_LM"):
+    if adapter.base.architecture in classes("CAUSAL_LM"):
+        return None
+    return _own_class(section, adapter, read_label_names(folder))
+
+
+def class_of_base(section: ModelSection, adapter: Adapter, labels: LabelNames | None = None) -> ModelClass:
+    """The class that an adapter's base is built with, a causal language model included.
+
+    Args:
+        section: the base.
+        adapter: the adapter.
+        labels: the names of its labels, if known; the configuration is the base's own if it brings no new head.
+
+    Raises:
+        FileError: the base cannot be read.
+    """
+    from lorary.model.loading.from_pretrained import load_config
+    from lorary.model.loading.model_kind import own_class
+
+    config = load_config(section)
+    found = _own_class(section, adapter, labels) or own_class(config)
+    return found if adapter.full or labels else ModelClass(found.cls, config)
+
+
+def _own_class(section: ModelSection, adapter: Adapter, labels: LabelNames | None = None) -> ModelClass | None:
+    """The class of Transformers that an adapter names for its base, with its labels; None if it names none."""
+    if not adapter.base.architecture:
         return None
     import transformers
 
-    from lorary.adapters.label_names import read_label_names
     from lorary.model.loading.from_pretrained import load_config
     from lorary.model.loading.model_class import with_labels_of_head
 
-    found = getattr(transformers, name, None)
+    found = getattr(transformers, adapter.base.architecture, None)
     if not isinstance(found, type):  # a class of the user's own
         return None
     shapes = {key: tuple(value.shape) for key, value in adapter.full.items()}
-    return with_labels_of_head(found, load_config(section), shapes, read_label_names(folder), section)
+    return with_labels_of_head(found, load_config(section), shapes, labels, section)
 
 
 def load_with_adapter(section: ModelSection, folder: Path | None) -> PreTrainedModel:

@@ -26,8 +26,12 @@ from lorary.files.strict_json import show
 from lorary.files.tensor_file import write_tensors
 from lorary.model.ambient import mode_independent
 
-# every file that a reader of adapters looks at: a new adapter replaces them all
-ADAPTER_FILES = (native.NAME, native.TENSORS, PEFT_CONFIG, WEIGHTS, "adapter_model.bin", writer.BASE_README)
+CERTIFICATE = "certificate.json"  # of `lorary verify`, about the adapter beside it
+# every file that a reader of adapters looks at, or that is about the adapter: a new adapter replaces them all
+ADAPTER_FILES = (
+    *(native.NAME, native.TENSORS, PEFT_CONFIG, WEIGHTS, "adapter_model.bin", writer.BASE_README),
+    CERTIFICATE,
+)
 
 
 @mode_independent

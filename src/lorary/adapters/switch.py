@@ -11,8 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lorary._deprecated import warn
-from lorary.adapters.adapter import Adapter, stacked
+from lorary.adapters._names import held_under, weights_of_names
+from lorary.adapters._swap import swapped
+from lorary.adapters.adapter import Adapter
+from lorary.adapters.compose.mix import stacked
+from lorary.adapters.held import HeldAdapter, to_attach
 from lorary.adapters.save_load import load_adapter, save_adapter
+from lorary.adapters.tensor_checks import tensor_problems
 from lorary.errors import Diagnostic, FileError, StateError, caller_stacklevel, deduplicated
 from lorary.layers.adapted import adapted_layers, base_parameters, unwrapped_modules
 from lorary.layers.kinds import kind_of
@@ -107,43 +112,81 @@ def put_on(
         FileError: it does not fit; `where` is its folder, and `fix` the hint if the base is another one.
     """
     here = Fingerprint.of(model)
-    _check_base(model, adapter, here, where, force=force, fix=fix)
+    check_base(model, adapter, here, where, force=force, fix=fix)
     with all_or_nothing(model) as undo:
         _install(model, adapter, here, undo, trainable=trainable, quantize=quantize)
 
 
 @mode_independent
-def switch(model: nn.Module, adapters: Adapter | Sequence[Adapter] | None, *, force: bool = False) -> nn.Module:
+def switch(
+    model: nn.Module,
+    adapters: Adapter | Sequence[Adapter] | str | Sequence[str] | Mapping[str, float] | None,
+    *,
+    force: bool = False,
+    trainable: bool = False,
+) -> nn.Module:
     """Replace the attached adapter by others on the same base: one, the sum of several, or none.
 
-    The time depends on the adapters, not on the model. All or nothing: if the new adapter cannot be attached, for
-    whatever reason, the model keeps the old one. Parameters do not require gradients afterwards. A base that was
-    quantised for one adapter stays quantised for the next.
+    The time depends on the adapters, not on the model; between adapters that the model holds at the same sites, tensors
+    are neither copied nor moved. All or nothing: if the new adapter cannot be attached, for whatever reason, the model
+    keeps the old one. A base that was quantised for one adapter stays quantised for the next.
 
     Args:
         model: the base, with or without an adapter.
-        adapters: one, several (their updates add up), or None for the base alone.
+        adapters: one, several (their updates add up), or None for the base alone; or names of adapters that the model
+            holds (`lorary.named_adapters`), with a weight for each: `{"a": 0.7, "b": 0.3}`.
         force: accept adapters of another base, if every tensor fits.
+        trainable: whether its parameters require gradients; of one adapter only. Training changes the adapter that is
+            held under the name.
 
     Raises:
-        FileError: an adapter does not fit the base; the model is unchanged.
+        FileError: an adapter does not fit the base, or a name or a weight is wrong; the model is unchanged.
         MethodError: several adapters have no sum.
-        StateError: the model's adapter is merged.
+        StateError: the model's adapter is merged or disabled; or several adapters were to train.
+
+    Example:
+        >>> lorary.switch(model, {"french": 0.7, "legal": 0.3})
     """
-    several = _adapters(adapters)
-    inner = changeable(model, "switch")
+    weights = weights_of_names(adapters)
+    several = [] if weights is not None else _adapters(adapters)
+    inner = changeable(model, "switch", trains=trainable)
     if state_of(inner) is not None:
         require_attached(inner, "switch")
+    if trainable and (len(several) > 1 if weights is None else [w for _, w in weights] != [1.0]):
+        what, fix = "a weighted sum cannot train: none of its adapters would change", "hold the sum as an adapter"
+        raise StateError("cannot switch adapters:", [Diagnostic("trainable", what, fix)])
+    if weights is not None:
+        activate(inner, held_under(inner, weights), force=force, trainable=trainable)
+        return model
     here = Fingerprint.of(inner)
     for a in several:
-        _check_base(inner, a, here, "the adapter", force=force)
+        check_base(inner, a, here, "the adapter", force=force)
     replacement = several[0] if len(several) == 1 else stacked(several, inner) if several else None
     with all_or_nothing(inner) as undo:
         if state_of(inner) is not None:
             remove(inner, undo)
         if replacement is not None:
-            _install(inner, replacement, here, undo, trainable=False)
+            _install(inner, replacement, here, undo, trainable=trainable)
     return model
+
+
+def activate(model: nn.Module, weights: dict[HeldAdapter, float], *, force: bool = False, trainable: bool) -> None:
+    """Attach one held adapter or a weighted sum of several. All or nothing; see `switch`."""
+    state, here = state_of(model), Fingerprint.of(model)
+    if state is not None and state.holder is not None:
+        state.holder.keep(model, state)
+    held, chosen = to_attach(model, weights, here, trainable=trainable)
+    if swapped(model, held, here, chosen, trainable=trainable):
+        return
+    view, where = held.view(), f"the adapter {held.name!r}"
+    check_base(model, view, here, where, force=force or held.checked == here)
+    with all_or_nothing(model) as undo:
+        if state is not None:
+            remove(model, undo)
+        _install(model, view, here, undo, trainable=trainable)
+        held.take_over(model, trainable=trainable)
+        chosen.record(require_attached(model, "switch"))
+    held.checked = here
 
 
 def _adapters(adapters: Any) -> list[Adapter]:
@@ -153,7 +196,7 @@ def _adapters(adapters: Any) -> list[Adapter]:
         FileError: one of them is not an adapter.
     """
     adapters = () if adapters is None else adapters
-    alone = isinstance(adapters, (Adapter, str, PathLike, Tensor)) or not isinstance(adapters, Iterable)
+    alone = isinstance(adapters, (Adapter, PathLike, Tensor)) or not isinstance(adapters, Iterable)
     several = [adapters] if alone else list(adapters)
     fix = "read one with lorary.load_adapter(path)"
     wrong = [Diagnostic(repr(a), "is not an adapter", fix) for a in several if not isinstance(a, Adapter)]
@@ -162,9 +205,19 @@ def _adapters(adapters: Any) -> list[Adapter]:
     return several
 
 
-def _check_base(
+def check_base(
     model: nn.Module, adapter: Adapter, here: Fingerprint, where: str, *, force: bool, fix: str = _OTHER_BASE
 ) -> None:
+    problems = base_mismatches(model, adapter) + _meta_problems(unwrapped_modules(model), adapter)
+    if not force:
+        here = here.without(model, adapter.full)
+        problems += [Diagnostic(p.where, p.what, fix) for p in adapter.base.disagreements(here)]
+    if problems:
+        raise FileError(f"{where} does not fit this model:", problems)
+
+
+def base_mismatches(model: nn.Module, adapter: Adapter) -> list[Diagnostic]:
+    """Why a model cannot take an adapter: layers, shapes, quantisation, context; it may be without values."""
     modules, problems = unwrapped_modules(model), []
     residual = {name for name, layer in adapted_layers(model).items() if layer.start}  # detaching makes them plain
     for adapted in adapter.sites:
@@ -172,18 +225,13 @@ def _check_base(
         problems += layer_mismatches(adapted.site, modules.get(name))
         if adapted.starts and is_quantized(modules.get(name)) and name not in residual:
             problems.append(already_quantized(name, adapted.init))
-        problems += _tensor_problems(name, adapted.stored, adapter.tensors.get(name, {}))
+        problems += tensor_problems(name, adapted.stored, adapter.tensors.get(name, {}))
     parameters = {name: tuple(t.shape) for name, t in [*base_parameters(model), *persistent_buffers(modules).items()]}
     for name, tensor in adapter.full.items():
         if parameters.get(name) != tuple(tensor.shape):
             found = f"it is {parameters[name]}" if name in parameters else "it has no such parameter"
             problems.append(Diagnostic(name, f"the adapter holds {tuple(tensor.shape)} for it; in this model {found}"))
-    problems += _context_problems(model, adapter) + _meta_problems(modules, adapter)
-    if not force:
-        here = here.without(model, adapter.full)
-        problems += [Diagnostic(p.where, p.what, fix) for p in adapter.base.disagreements(here)]
-    if problems:
-        raise FileError(f"{where} does not fit this model:", problems)
+    return problems + _context_problems(model, adapter)
 
 
 def _meta_problems(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[Diagnostic]:
@@ -201,26 +249,6 @@ def _context_problems(model: nn.Module, adapter: Adapter) -> list[Diagnostic]:
         return []
     with state.context_patch.reverted() if state is not None and state.context_patch else contextlib.nullcontext():
         return [Diagnostic("context", *found) for found in context.problems(model)]
-
-
-def _tensor_problems(
-    name: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor]
-) -> list[Diagnostic]:
-    """The tensors of a site that are missing, unexpected, of another shape, or unusable."""
-    shapes = {role: tuple(t.shape) for role, t in found.items()}
-    reasons = [
-        f"{role} is {shapes.get(role, 'missing')}, expected {expected.get(role, 'no such tensor')}"
-        for role in sorted(expected.keys() | shapes.keys())
-        if expected.get(role) != shapes.get(role)
-    ]
-    for role, t in found.items():
-        if t.is_meta:
-            reasons.append(f"{role} has no values: it is on the meta device")
-        elif t.layout != torch.strided or not t.is_floating_point():
-            reasons.append(
-                f"{role} is a {t.layout} tensor of {t.dtype}, expected a dense one of floating-point numbers"
-            )
-    return [Diagnostic(name, what) for what in reasons]
 
 
 def _install(

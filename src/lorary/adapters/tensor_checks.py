@@ -187,6 +187,26 @@ def out_of_range(tensors: Mapping[str, Tensor]) -> list[Diagnostic]:
     return problems
 
 
+def tensor_problems(
+    name: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor]
+) -> list[Diagnostic]:
+    """The tensors of a site that are missing, unexpected, of another shape, or unusable."""
+    shapes = {role: tuple(t.shape) for role, t in found.items()}
+    reasons = [
+        f"{role} is {shapes.get(role, 'missing')}, expected {expected.get(role, 'no such tensor')}"
+        for role in sorted(expected.keys() | shapes.keys())
+        if expected.get(role) != shapes.get(role)
+    ]
+    for role, t in found.items():
+        if t.is_meta:
+            reasons.append(f"{role} has no values: it is on the meta device")
+        elif t.layout != torch.strided or not t.is_floating_point():
+            reasons.append(
+                f"{role} is a {t.layout} tensor of {t.dtype}, expected a dense one of floating-point numbers"
+            )
+    return [Diagnostic(name, what) for what in reasons]
+
+
 def alert_if_zero(
     sites: Sequence[AdaptedSite], tensors: Mapping[str, Mapping[str, Tensor]], findings: Findings
 ) -> None:

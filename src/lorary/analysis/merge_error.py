@@ -8,11 +8,11 @@ update: if that is a hundredth of W, bfloat16 loses a sixth of it. So errors are
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from lorary.files.strict_json import finite
+from lorary.model.text_table import aligned
 
 LOSS = 0.05  # of the update: a larger rounding error leads to advice
 _SHOWN = 10  # sites in a printed report
@@ -147,13 +147,6 @@ class MergeError:
 
 
 HEAD = ("site", "||dW|| / ||W||", "error / ||dW||")
-
-
-def aligned(rows: Sequence[Sequence[str]], names: int = 0) -> list[str]:
-    """The lines of a table in plain text; the column `names` is left-aligned, all others right-aligned."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    pads = [str.ljust if i == names else str.rjust for i in range(len(widths))]
-    return ["  ".join(pad(c, w) for pad, c, w in zip(pads, row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -16,7 +16,9 @@ from lorary import __version__
 from lorary.errors import LoraryError
 
 COMMANDS = (
-    *("train", "plan", "init", "methods", "search", "merge", "export"),
+    *("train", "plan", "init", "methods", "search", "merge"),
+    *("mix", "lorahub", "diff", "compress", "extract"),
+    *("export", "check", "verify", "push"),
     *("eval", "chat", "generate", "inspect", "demo", "doctor"),
 )
 

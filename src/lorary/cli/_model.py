@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,3 +18,15 @@ def ready_model(section: ModelSection, folder: Path | None) -> Any:
 
     model: Any = load_with_adapter(section, folder)
     return model.to("cuda") if torch.cuda.is_available() else model
+
+
+def tokenizer_or_none(section: ModelSection, folder: Path) -> Any:
+    """The base's tokenizer with the chat template of the adapter in `folder`, or None if it has none."""
+    from lorary.cli._generation import tokenizer_of
+    from lorary.errors import FileError
+
+    try:
+        return tokenizer_of(section, folder)
+    except FileError as error:
+        print(f"note: {error.problems[0] if error.problems else error}", file=sys.stderr)
+        return None

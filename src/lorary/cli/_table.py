@@ -26,3 +26,16 @@ def rich_table(title: str, rows: Sequence[Sequence[str]], head: Sequence[str] = 
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def print_table(title: str, rows: Sequence[Sequence[str]], head: Sequence[str]) -> None:
+    """Print a table on standard output: with a frame on a terminal, as plain text elsewhere."""
+    from rich.console import Console
+
+    from lorary.model.text_table import aligned
+
+    console = Console(highlight=False)
+    if console.is_terminal:
+        console.print(rich_table(title, rows, head), markup=False)
+    else:
+        print(*aligned([head, *rows]), sep="\n")

@@ -2,76 +2,62 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-FORMS = ("peft",)
+from lorary.cli._export import FORMS, Export, writer
+
+_TO = f"The form: {', '.join(FORMS)}."
 
 
 def export(
     adapter: Annotated[str, typer.Argument(help="Adapter folder, run folder that holds one, or Hub id.")],
     output: Annotated[Path, typer.Argument(help="Folder for the exported files.")],
-    to: Annotated[str, typer.Option("--to", help="peft: a plain LoRA, or a DoRA, in PEFT's two files.")] = "peft",
+    to: Annotated[str, typer.Option("--to", help=_TO)] = "peft",
     base: Annotated[
-        str | None, typer.Option("--base", help="Base model: some methods need it; the result is then verified.")
+        str | None,
+        typer.Option("--base", help="Base model. peft: only if the method needs it, or to verify the result."),
+    ] = None,
+    folded: Annotated[
+        bool, typer.Option("--folded", help="peft: one rank and scale for all sites, for readers that ignore patterns.")
+    ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            help="float32, bfloat16 or float16. merged: also auto, the base's own. gguf, ollama: float32 if left out.",
+        ),
+    ] = None,
+    onto: Annotated[
+        str | None,
+        typer.Option("--onto", help="merged: trained (the weights as quantised in training), or original."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="merged: accept another base than in training, if it fits.")
+    ] = False,
+    base_gguf: Annotated[
+        str | None,
+        typer.Option("--base-gguf", help="ollama: the base, as a GGUF file or by its name there."),
     ] = None,
 ) -> None:
     """Write an adapter in another program's format: the same function of the same, unmodified base.
 
-    PiSSA and OLoRA take twice their rank there; a method without such a form is refused with the reason. If RoPE is
-    scaled (LongLoRA), `BASE.md` beside the files says how to load the base.
+    peft: a plain LoRA, or a DoRA, in PEFT's two files. PiSSA and OLoRA take twice their rank there; a method without
+    such a form is refused with the reason. If RoPE is scaled (LongLoRA), `BASE.md` beside the files says how to load
+    the base.
+
+    merged: a plain Transformers model like that of `lorary merge`, but written file by file of the base's checkpoint,
+    so that the whole model is never in memory.
+
+    gguf: `adapter.gguf` for llama.cpp, of the architectures whose conversion is known. ollama: that file and a
+    Modelfile. vllm, sglang: a LoRA that the engine computes rightly, and `serve.sh`, the command that serves it.
     """
-    import lorary
-    from lorary.adapters import export_peft, load_adapter
-    from lorary.adapters.resolve import base_class, find_adapter, find_base
-    from lorary.analysis.merge_check import logits
-    from lorary.cli._comparison_rows import random_rows
-    from lorary.errors import ConfigError, Diagnostic, did_you_mean
-    from lorary.model.loading.from_pretrained import load_model
+    from lorary.adapters.resolve import find_adapter
 
-    if to not in FORMS:
-        what, fix = "is not a known format", did_you_mean(to, FORMS)
-        raise ConfigError(f"cannot export {adapter}:", [Diagnostic(f"--to {to}", what, fix)])
-    folder = find_adapter(adapter, "export")
-    if base is None:
-        with _notes():
-            export_peft(load_adapter(folder), output)
-    else:
-        section = find_base(folder, base, "float32")
-        model = load_model(section, model_class=base_class(section, folder, load_adapter(folder)))
-        lorary.load(model, folder)
-        (row,) = random_rows(model.config.get_text_config().vocab_size, 1, 64)
-        before = logits(model, row)
-        lorary.detach(model)
-        value = load_adapter(folder, model=model)
-        with _notes():
-            export_peft(value, output, model=model)
-        if value.method.context is not None:  # not stored in PEFT's files
-            value.method.context.apply(model).make_permanent()
-        lorary.load(model, output)
-        difference = (before - logits(model, row)).abs().max().item()
-        print(f"compared with the adapter: logits differ by at most {difference:.2g} in fp32", file=sys.stderr)
+    options: dict[str, Any] = {"folded": folded, "dtype": dtype, "onto": onto, "force": force, "base_gguf": base_gguf}
+    given = {name: value for name, value in options.items() if value not in (None, False)}
+    write = writer(adapter, to, given)
+    write(Export(find_adapter(adapter, "export"), output, base, given))
     print(output)
-
-
-@contextmanager
-def _notes() -> Iterator[None]:
-    """Print the warnings about an adapter and its export as notes on standard error."""
-    from lorary.files.findings import AdapterWarning
-    from lorary.layers.rope import PositionsWarning
-
-    with warnings.catch_warnings(record=True) as caught:
-        for category in (AdapterWarning, PositionsWarning):
-            warnings.simplefilter("always", category)
-        yield
-    for warning in caught:
-        if issubclass(warning.category, (AdapterWarning, PositionsWarning)):
-            print(f"note: {warning.message}", file=sys.stderr)
-        else:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import gc
 import json
-import re
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lorary.cli._options import Base
+from lorary.cli._precision import check_precision, merge_precisions
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from lorary.cli._comparison_rows import Rows
     from lorary.model.loading.source import ModelSection
 
-DTYPES, ONTO = ("auto", "float32", "bfloat16", "float16"), ("trained", "original")
 REPORT = "fidelity.json"
 
 
@@ -52,16 +51,17 @@ def merge(
     from lorary.adapters import load_adapter
     from lorary.adapters.resolve import find_adapter, find_base
     from lorary.cli._comparison_rows import comparison_rows
+    from lorary.cli._model import tokenizer_or_none
     from lorary.files.atomic import atomic_directory
     from lorary.model.loading.from_pretrained import load_config
     from lorary.model.loading.quiet import quiet_progress_bars
 
-    _check(adapter, dtype, onto)
+    check_precision(f"cannot merge {adapter}:", dtype, onto)
     folder = find_adapter(adapter, "merge")
     value = load_adapter(folder)
-    section, target = _precisions(Path(adapter), value, find_base(folder, base), dtype, onto)
+    section, target = merge_precisions(Path(adapter), value, find_base(folder, base), dtype, onto)
     with atomic_directory(output) as written:
-        tokenizer = _tokenizer(section)
+        tokenizer = tokenizer_or_none(section, folder)
         compared = comparison_rows(Path(adapter), tokenizer, load_config(section), rows, data)
         model, error = _merged(folder, value, section, target, onto, compared, force)
         with quiet_progress_bars():
@@ -79,82 +79,6 @@ def merge(
     )
     _print_report(error, f"compared on {len(compared.ids):,} {compared.source}")
     print(output)
-
-
-def _check(adapter: str, dtype: str, onto: str) -> None:
-    """Check the options; a merge into a few bits is refused with the reason.
-
-    Raises:
-        ConfigError: every invalid option.
-    """
-    from lorary.errors import ConfigError, Diagnostic, did_you_mean
-    from lorary.model.merge import LOSSY
-
-    problems = []
-    for option, given, known in (("--dtype", dtype, DTYPES), ("--onto", onto, ONTO)):
-        if given in known:
-            continue
-        if re.search(r"(?<!\d)[48](?!\d)|quant|packed", given.lower()):  # nf4, 4bit, int8, fp8, ...
-            fix = "merge into bfloat16 or float32, or keep the 4-bit base and the adapter beside it"
-            problems.append(Diagnostic(f"{option} {given}", f"would quantise the merged weights: {LOSSY}", fix))
-        else:
-            problems.append(Diagnostic(f"{option} {given}", "is unknown", did_you_mean(given, known)))
-    if problems:
-        raise ConfigError(f"cannot merge {adapter}:", problems)
-
-
-def _precisions(
-    path: Path, adapter: Adapter, section: ModelSection, dtype: str, onto: str
-) -> tuple[ModelSection, torch.dtype]:
-    """The base in its precision for loading, and the dtype to write.
-
-    The base is never narrower than on disk or than the result, so that everything is rounded once; but if the run
-    rounded it before quantisation, so does the merge.
-
-    Raises:
-        FileError: onto the original weights of a base that is quantised on disk.
-    """
-    import torch
-
-    from lorary.errors import Diagnostic, FileError
-    from lorary.model.loading.from_pretrained import load_config
-
-    config = load_config(section)
-    if onto == "original" and getattr(config, "quantization_config", None) is not None:
-        fix = "name the model that it was made from with --base, and pass --force"
-        what = "is quantised on disk: its original weights are not available"
-        raise FileError(f"cannot merge {path} onto the original weights:", [Diagnostic(section.id, what, fix)])
-    saved = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    target = saved if dtype == "auto" else getattr(torch, dtype)
-    wide = torch.promote_types(saved, target)
-    if not adapter.method.storage.writable and onto == "trained":
-        trained = getattr(torch, _run_dtype(path), saved)
-        wide = wide if torch.promote_types(trained, saved) == trained else trained
-    return section.model_copy(update={"dtype": str(wide).removeprefix("torch.")}), target
-
-
-def _run_dtype(path: Path) -> str:
-    """The dtype in which the run loaded the base; `auto` if unknown."""
-    from lorary.cli._comparison_rows import run_config
-    from lorary.errors import LoraryError
-
-    try:
-        run = run_config(path)
-    except (LoraryError, OSError):
-        return "auto"
-    return "auto" if run is None else run.model.dtype
-
-
-def _tokenizer(section: ModelSection) -> Any:
-    """The base's tokenizer, or None if it has none."""
-    from lorary.errors import FileError
-    from lorary.model.loading.from_pretrained import load_tokenizer
-
-    try:
-        return load_tokenizer(section)
-    except FileError as error:
-        print(f"note: {error.problems[0] if error.problems else error}", file=sys.stderr)
-        return None
 
 
 def _merged(

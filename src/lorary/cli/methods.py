@@ -59,7 +59,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
 
 
 def table() -> list[dict[str, Any]]:
-    """One entry per method, in the order of their files; functions of a plan at the end."""
+    """One entry per method, in the order of their files; functions at the end."""
     import lorary
     from lorary.spec.presets import FUNCTIONS
 
@@ -95,7 +95,7 @@ def _page(name: str | None) -> str:
         raise ConfigError("--markdown prints one page:", [Diagnostic("NAME", "is missing", "name a method")])
     name = _find(name, table())["name"]
     if name in FUNCTIONS:
-        what = "is a function of a plan; its page is written by hand"
+        what = "is a function, not a preset; its page is written by hand"
         raise ConfigError("this page cannot be generated:", [Diagnostic(name, what)])
     return method_page(name)
 

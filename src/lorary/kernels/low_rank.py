@@ -12,6 +12,7 @@ composition keeps the same tensors (one dtype, no dropout) a small input therefo
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -260,3 +261,16 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
 def autocasting(device: torch.device) -> bool:
     """Whether autocast is enabled on this device; it does not support every device."""
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def under_the_same_autocast(make: Callable[[], Tensor], device: str) -> Callable[[], Tensor]:
+    """A function under the autocast that is on now, wherever it is called."""
+    if not torch.amp.is_autocast_available(device):
+        return make
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+    def again() -> Tensor:
+        with torch.autocast(device, dtype, enabled):
+            return make()
+
+    return again

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lorary._deprecated import RenamedAttribute
+from lorary.kernels.low_rank import under_the_same_autocast
 from lorary.kernels.row_norms import linear
 from lorary.kernels.torch_internals import children_of, forward_hooks_of, is_replica, parameters_of
 from lorary.layers.kinds import KINDS
 from lorary.layers.quantized_weight import is_quantized, stored_tensors, weight
 from lorary.layers.shared_projections import SharedProjections, leading_slice
 from lorary.layers.wrappers import named_modules, unwrapped
-from lorary.spec.interfaces import Delta, Fused
+from lorary.spec.interfaces import Delta, Fused, Init, Join, is_fused
 from lorary.spec.layer import Kind
 from lorary.spec.placement import AdaptedSite, adaptation, start_name
 from lorary.spec.site import Site
@@ -50,6 +51,14 @@ class Adapted(nn.Module):
 
     p = RenamedAttribute("params")
 
+    delta: Delta
+    init: Init
+    join: Join
+    kind: Kind
+    dropout: float
+    _fused: Callable[[Any, Tensor, Tensor, float], Tensor] | None
+    _forward: Callable[[Adapted, Tensor], Tensor]
+
     def __init__(
         self,
         base: nn.Module,
@@ -77,18 +86,19 @@ class Adapted(nn.Module):
 
     def _resolve(self) -> None:
         """Decide which functions compute this layer, and look up what they need."""
-        self.delta, self.init, _, self.join = adaptation(self.method)
-        self.kind: Kind = KINDS[self.site.kind]
-        self.dropout: float = self.method.dropout if self.training else 0.0
-        self._fused = _fused_path(self.delta, self.kind, self.site)
-        # found without a search through PyTorch's dictionaries
-        vars(self).update({name: children_of(self)[name] for name in ("params", "shared") if name in children_of(self)})
+        delta, init, _, join = adaptation(self.method)
+        kind = KINDS[self.site.kind]
         # called with the layer, because a bound method would tie copies and replicas to this one
-        self._forward: Callable[[Adapted, Tensor], Tensor] = self.join.forward
-        if self._merged_into:
-            self._forward = Adapted._merged_output
-        elif not self.enabled:
-            self._forward = Adapted.base_output
+        forward = join.forward if self.enabled else Adapted.base_output
+        found: dict[str, Any] = {"delta": delta, "init": init, "join": join, "kind": kind}
+        found |= {name: module for name, module in children_of(self).items() if name in ("params", "shared")}
+        # PyTorch's dictionaries are not asked for any of it: that would take longer than all else here
+        vars(self).update(
+            found,
+            dropout=self.method.dropout if self.training else 0.0,
+            _fused=_fused_path(delta, kind, self.site),
+            _forward=Adapted._merged_output if self._merged_into else forward,
+        )
 
     def merge_into(self, plain: nn.Module | None) -> None:
         """Let references to this layer that a merge left behind compute with the merged one; None: undo that."""
@@ -192,7 +202,7 @@ class Adapted(nn.Module):
         if name not in kept:
             # normal tensors even in inference mode, because a later backward pass may save them
             with torch.inference_mode(False), torch.no_grad():
-                kept[name] = make(), _under_the_same_autocast(make, self.weight.device.type)
+                kept[name] = make(), under_the_same_autocast(make, self.weight.device.type)
         return kept[name][0]
 
     def run_base(self, x: Tensor) -> Tensor:
@@ -278,28 +288,10 @@ class Kept(dict[str, tuple[Tensor, Callable[[], Tensor]]]):
         return type(None), ()
 
 
-def _under_the_same_autocast(make: Callable[[], Tensor], device: str) -> Callable[[], Tensor]:
-    if not torch.amp.is_autocast_available(device):
-        return make
-    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-
-    def again() -> Tensor:
-        with torch.autocast(device, dtype, enabled):
-            return make()
-
-    return again
-
-
 def _fused_path(delta: Delta, kind: Kind, site: Site) -> Callable[[Any, Tensor, Tensor, float], Tensor] | None:
-    """The delta's own way of adding itself, if it has one for such a layer.
-
-    A class that overrides the factors of another one does not inherit its fast path, which would compute the old ones.
-    """
-    if not isinstance(delta, Fused) or not (delta.fused_for_all_kinds or (kind.rowwise and not site.parts)):
-        return None
-    classes = type(delta).__mro__
-    path, factors = (next(c for c in classes if name in vars(c)) for name in ("add", "factors"))
-    return delta.add if issubclass(path, factors) else None
+    """The delta's own way of adding itself, if it has one for such a layer."""
+    possible = delta.fused_for_all_kinds or (kind.rowwise and not site.parts)
+    return cast(Fused, delta).add if possible and is_fused(type(delta)) else None
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Adapted]:

@@ -21,8 +21,11 @@ from lorary.errors import changed_release
 
 UNDOCUMENTED = {
     "ConversionOps": "transformers.core_model_loading",
+    "WeightConverter": "transformers.core_model_loading",
     "WeightRenaming": "transformers.core_model_loading",
+    "dot_natural_key": "transformers.core_model_loading",
     "rename_source_key": "transformers.core_model_loading",
+    "revert_weight_conversion": "transformers.core_model_loading",
     "get_model_conversion_mapping": "transformers.conversion_mapping",
     "is_optimizer_factory": "transformers.trainer_optimizer",
     "modeling_auto": "transformers.models.auto",
@@ -137,11 +140,22 @@ def set_weight_conversions(model: nn.Module, conversions: list[Any]) -> None:
     object.__setattr__(model, "_weight_conversions", conversions)
 
 
+def was_used(conversion: Any) -> bool:
+    """Whether a rule of that mapping has matched a name."""
+    return bool(getattr(conversion, "was_used", lambda: True)())
+
+
 def loaded_dtype(model: Any, name: str) -> torch.dtype:
     """The precision in which the loader keeps a plain tensor: its own, if an architecture says nothing else."""
     own: torch.dtype = model.get_parameter_or_buffer(name).dtype
     plan: dict[str, torch.dtype] = getattr(model, "_get_dtype_plan", lambda _: {})(own)
     return next((dtype for part, dtype in plan.items() if re.search(part.replace("*", ".*"), name)), own)
+
+
+def may_be_missing(model: nn.Module, name: str) -> bool:
+    """Whether a class computes a parameter by itself where a checkpoint lacks it (Marian's positions)."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    return any(re.search(pattern, name) for pattern in patterns)
 
 
 def shared_conversion(model_type: str) -> str:

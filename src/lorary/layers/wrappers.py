@@ -7,6 +7,7 @@ Every question about a model is answered for the modules inside, whose paths hav
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -90,7 +91,12 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 def is_sharded_model(model: nn.Module) -> bool:
     """Whether FSDP, of either version, holds the model's parameters and puts them into its modules in every forward."""
-    return any(cls.__module__.startswith("torch.distributed.fsdp") for m in model.modules() for cls in type(m).__mro__)
+    return any(_is_fsdps(cast(Any, type(module))) for module in model.modules())
+
+
+@functools.cache
+def _is_fsdps(cls: type) -> bool:
+    return any(above.__module__.startswith("torch.distributed.fsdp") for above in cls.__mro__)
 
 
 def has_flat_parameters(model: nn.Module) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from numbers import Integral
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from lorary.model.residual_base import (
 )
 from lorary.model.scan import Scan, scan
 from lorary.model.state import AttachedState, base_parameter, require_attached, set_submodules, state_of
+from lorary.model.tied_config import tie_config
 from lorary.model.undo import Undo, all_or_nothing
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite, rules_of
@@ -201,6 +202,8 @@ def detach(model: nn.Module) -> nn.Module:
 def remove(model: nn.Module, undo: Undo) -> None:
     """Take the adapters off a model that has some, unmerged and enabled."""
     state = cast(AttachedState, state_of(model))
+    if state.holder is not None:
+        state.holder.keep(model, state)
     release(model)
     for name, value in changed_buffers(model, state.buffers).items():
         base_parameter(model, name).data = value.to(base_parameter(model, name))
@@ -220,8 +223,7 @@ def remove(model: nn.Module, undo: Undo) -> None:
         base = unwrapped_base(layer)
         swap_hooks(layer, base)
         set_submodules(model, state.paths[name], base)
-    if state.untied:
-        cast(Any, model).config.tie_word_embeddings = True
+    tie_config(state.untied)
     for mode in state.evaluating:
         mode.revert(model.training)
     object.__delattr__(model, STATE)

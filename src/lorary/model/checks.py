@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -66,8 +67,7 @@ def peft_layers(modules: Iterable[tuple[str, nn.Module]]) -> list[Diagnostic]:
     """The error of a model that PEFT has adapted, recognised by the modules of its classes, without importing it."""
     found = {}
     for path, module in modules:
-        packages = {cls.__module__.partition(".")[0] for cls in type(module).__mro__}
-        if "peft" in packages and "lorary" not in packages:  # `in_transformers` is both for `isinstance`
+        if _is_pefts(cast(Any, type(module))):
             found[path] = type(module)
     if not found:
         return []
@@ -79,6 +79,12 @@ def peft_layers(modules: Iterable[tuple[str, nn.Module]]) -> list[Diagnostic]:
         what = f"has PEFT's layers inside, such as the {cls.__name__} at {name}"
         fix = "load the base without PEFT's adapter"
     return [Diagnostic("model", what, f"{fix}; an adapter that PEFT has saved is read by lorary.load(base, folder)")]
+
+
+@functools.cache
+def _is_pefts(cls: type) -> bool:
+    packages = {above.__module__.partition(".")[0] for above in cls.__mro__}
+    return "peft" in packages and "lorary" not in packages  # `in_transformers` is both for `isinstance`
 
 
 def not_a_module(model: Any) -> list[Diagnostic]:

@@ -169,33 +169,38 @@ class Fingerprint:
         vars(model).pop(_PLAIN, None)
         vars(model).pop(_SAMPLES_BEFORE, None)
 
-    def disagreements(self, other: Fingerprint) -> list[Diagnostic]:
-        """How another base differs from this one; fields that are empty in either are not compared."""
+    def disagreements(self, other: Fingerprint, there: str = "here") -> list[Diagnostic]:
+        """How another base differs from this one; fields that are empty in either are not compared.
+
+        Args:
+            other: the fingerprint of the other base.
+            there: what the other base is, for the sentences.
+        """
         problems = []
         for name, what in (("architecture", "another architecture"), ("structure", "other layers or sizes")):
             mine, its = getattr(self, name), getattr(other, name)
             if mine and its and mine != its:
-                problems.append(_difference(what, _short(mine), _short(its)))
-        return problems or [*self._other_values(other), *self._other_settings(other)]
+                problems.append(_difference(what, _short(mine), _short(its), there))
+        return problems or [*self._other_values(other, there), *self._other_settings(other, there)]
 
-    def _other_values(self, other: Fingerprint) -> list[Diagnostic]:
+    def _other_values(self, other: Fingerprint, there: str) -> list[Diagnostic]:
         """Differences of a base of the same structure in its parameters and buffers."""
         problems = []
         was = f" (it was trained on `{self.name}`)" if self.name else ""
         alike = self.weights.startswith(_FOREIGN) == other.weights.startswith(_FOREIGN)
         same = self.frozen and self.frozen == other.frozen  # they differ in what the adapter replaces, if at all
         if self.weights and other.weights and alike and not same and self.weights != other.weights:
-            problems.append(_difference("other weights", _short(self.weights), _short(other.weights), f" here{was}"))
+            problems.append(_difference("other weights", _short(self.weights), _short(other.weights), f"{there}{was}"))
         if self.buffers and other.buffers and self.buffers != other.buffers:
             what = "other buffers, such as running statistics"
-            problems.append(_difference(what, _short(self.buffers), _short(other.buffers)))
+            problems.append(_difference(what, _short(self.buffers), _short(other.buffers), there))
         return problems
 
-    def _other_settings(self, other: Fingerprint) -> list[Diagnostic]:
+    def _other_settings(self, other: Fingerprint, there: str) -> list[Diagnostic]:
         """Differences of the configuration; a setting that only one of them has is of another version."""
         differ = [k for k in self.settings if k in other.settings and self.settings[k] != other.settings[k]]
         problems = [
-            _difference(f"another configuration, `{key}`", show(self.settings[key]), show(other.settings[key]))
+            _difference(f"another configuration, `{key}`", show(self.settings[key]), show(other.settings[key]), there)
             for key in differ[:_MOST_SETTINGS]
         ]
         if len(differ) > _MOST_SETTINGS:
@@ -203,8 +208,8 @@ class Fingerprint:
         return problems
 
 
-def _difference(what: str, mine: str, its: str, end: str = " here") -> Diagnostic:
-    return Diagnostic("base", f"{what}: {mine} when it was trained, {its}{end}")
+def _difference(what: str, mine: str, its: str, there: str) -> Diagnostic:
+    return Diagnostic("base", f"{what}: {mine} when it was trained, {its} {there}")
 
 
 def _buffers_digest(model: nn.Module) -> str:

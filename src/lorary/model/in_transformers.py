@@ -106,9 +106,13 @@ class InTransformers(nn.Module):
 
         Raises:
             FileError: the folder holds another adapter, or one of another base.
-            StateError: `adapter_name` is a second adapter.
+            StateError: `adapter_name` is neither that of the attached adapter nor of one that is held.
         """
-        self._one_adapter(adapter_name)
+        if (held := self._held([adapter_name])) is not None and adapter_name not in held.active:
+            held[adapter_name] = _public("load_adapter")(folder)
+            return
+        if held is None:
+            self._one_adapter(adapter_name)
         _adapters("restore_attached")(self, folder)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
@@ -165,8 +169,13 @@ class InTransformers(nn.Module):
         if "ref" not in [name for name in names if isinstance(name, str)]:
             self._one_adapter("a second adapter")
 
-    def set_adapter(self, adapter_name: Any, **_: Any) -> None:
-        self._one_adapter(*(adapter_name if isinstance(adapter_name, list | tuple) else [adapter_name]))
+    def set_adapter(self, adapter_name: Any, inference_mode: bool = False, **_: Any) -> None:
+        """`lorary.switch` to held adapters; as in PEFT, a single one then trains."""
+        names = list(adapter_name) if isinstance(adapter_name, list | tuple) else [adapter_name]
+        if self._held(names) is None:
+            self._one_adapter(*names)
+        else:
+            _public("switch")(self, names, trainable=len(names) == 1 and not inference_mode)
 
     def enable_adapters(self) -> None:
         self._one_adapter("the switch of PEFT's layers")
@@ -175,7 +184,17 @@ class InTransformers(nn.Module):
         self._one_adapter("the switch of PEFT's layers")
 
     def delete_adapter(self, adapter_names: Any) -> None:
-        self._one_adapter("the removal of PEFT's layers")
+        """Drop held adapters that are not active."""
+        names = list(adapter_names) if isinstance(adapter_names, list | tuple) else [adapter_names]
+        if (held := self._held(names)) is None:
+            self._one_adapter("the removal of PEFT's layers")
+        for name in sorted(names, key=list(held.active).count, reverse=True):  # an active one is refused
+            del held[name]
+
+    def _held(self, names: list[Any]) -> Any:
+        """`lorary.named_adapters(self)` if all of these adapters are held, else None."""
+        held = _public("NamedAdapters")(self)
+        return held if names and all(isinstance(name, str) and name in held for name in names) else None
 
     def _one_adapter(self, *names: Any) -> None:
         """Refuse what is not about the attached adapter.
@@ -184,7 +203,7 @@ class InTransformers(nn.Module):
             StateError: always, unless all names are the default.
         """
         require_attached(self, "use PEFT's methods of")
-        fix = "lorary.switch, lorary.disabled and lorary.detach do this"
+        fix = "lorary.switch, lorary.disabled and lorary.detach do this; lorary.named_adapters(model) holds several"
         what = "is not supported: one adapter of lorary is attached"
         problems = [Diagnostic("model", f"{name} {what}", fix) for name in names if name != DEFAULT]
         if problems:
@@ -248,6 +267,11 @@ def _is_transformers(module: nn.Module) -> bool:
 def _adapters(name: str) -> Any:
     """A function of the room above, which writes and reads files: found when it is called."""
     return getattr(importlib.import_module("lorary.adapters.attached"), name)
+
+
+def _public(name: str) -> Any:
+    """A function of the whole package."""
+    return getattr(importlib.import_module("lorary"), name)
 
 
 @functools.cache

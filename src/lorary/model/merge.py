@@ -19,6 +19,7 @@ from lorary.model.fingerprint import STATE, Fingerprint
 from lorary.model.in_transformers import adopt, release
 from lorary.model.quantize import dequantized_dtype, dequantized_layer, holds_weights, remove_quantization_config
 from lorary.model.state import AttachedState, Merged, TiedParameter, require_attached, set_submodules, state_of
+from lorary.model.tied_config import tie_config, untie_config
 from lorary.model.undo import all_or_nothing
 
 LOSSY = "the steps between 4-bit or 8-bit numbers are coarser than what an adapter changes, and rounding would undo it"
@@ -70,6 +71,8 @@ def fold(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = No
     state = require_attached(model, "merge")
     layers = adapted_layers(model)
     _check(model, layers, dtype)
+    if state.holder is not None:
+        state.holder.keep(model, state)
     release(model)
     if state.context_patch:
         state.context_patch.make_permanent()
@@ -85,7 +88,7 @@ def fold(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = No
         untied |= id(merged.weight) in shared or isinstance(state.replaced_weights.get(name), nn.Parameter)
         if keep:
             state.merged[name] = merged
-    state.tied = _untie(model, state.untied) if untied else None
+    state.tied = _untie(model, bool(state.untied)) if untied else None
     state.bias_flags = enable_bias_flags(model, created)
     for problem in deduplicated(unserialisable_biases(model)) if created else ():
         warnings.warn(f"{problem.where}: {problem.what}", BiasWarning, stacklevel=caller_stacklevel())
@@ -153,8 +156,9 @@ def _unmerge(model: nn.Module, state: AttachedState, sites: Mapping[str, Merged]
         swap_hooks(merged.plain, merged.layer)
         set_submodules(model, state.paths[name], merged.layer)
     if state.tied is not None:
-        cast(Any, model).config.tie_word_embeddings = not state.untied
-        for module, name, parameter in state.tied:
+        tied, configs = state.tied
+        tie_config(configs)
+        for module, name, parameter in tied:
             parameter.data = parameter.data.to(getattr(module, name))
             setattr(module, name, parameter)
     restore_bias_flags(model, state.bias_flags)
@@ -202,20 +206,19 @@ def _tied_parameters(model: nn.Module) -> list[TiedParameter]:
     return tied
 
 
-def _untie(model: nn.Module, already: bool) -> list[TiedParameter] | None:
+def _untie(model: nn.Module, already: bool) -> tuple[list[TiedParameter], list[Any]] | None:
     """Give every holder of a tied parameter its own copy, and say so in the model's configuration.
 
     A checkpoint of the model is read by its configuration, and BERT's ties its output bias too. With `already` the
     configuration has been changed at attach, because an adapter moved one of the weights.
 
     Returns:
-        The replaced parameters; None if the configuration ties nothing.
+        The replaced parameters and the changed configurations; None if these tie nothing.
     """
-    config = getattr(model, "config", None)
-    if not (already or getattr(config, "tie_word_embeddings", False)):
+    configs = untie_config(model)
+    if not (already or configs):
         return None
-    cast(Any, config).tie_word_embeddings = False
     tied = _tied_parameters(model)
     for module, name, parameter in tied:
         setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad))
-    return tied
+    return tied, configs

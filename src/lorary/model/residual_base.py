@@ -25,6 +25,7 @@ from lorary.layers.quantized_weight import is_quantized, weight
 from lorary.layers.wrappers import submodule
 from lorary.model.quantize import already_quantized, dequantized_layer
 from lorary.model.state import AttachedState, base_parameter, state_of
+from lorary.model.tied_config import untie_config
 from lorary.model.undo import Undo
 
 
@@ -89,8 +90,7 @@ def subtract_start(model: nn.Module, layer: Adapted, undo: Undo | None = None) -
         else:
             state.replaced_weights[layer.site.name] = weight
             layer.base.weight = nn.Parameter(residual, requires_grad=False)
-            if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
-                model.config.tie_word_embeddings, state.untied = False, True  # type: ignore[union-attr]
+            state.untied += untie_config(model)
 
 
 def bad_weight(layer: Adapted) -> list[Diagnostic]:

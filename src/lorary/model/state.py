@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,15 @@ class Suspended:
         raise StateError("cannot copy:", [Diagnostic("model", what, "leave the `disabled` block first")])
 
 
+class Holder(Protocol):
+    """An adapter that a model holds under a name."""
+
+    name: str
+
+    def keep(self, model: nn.Module, state: AttachedState) -> None:
+        """Take over the values that the base is about to lose."""
+
+
 @dataclass
 class AttachedState:
     """The record by which everything that attaching or merging did to a model can be undone.
@@ -83,10 +92,10 @@ class AttachedState:
         total: parameters of the base, tied ones counted once.
         replaced_weights: site -> its weight before the start was subtracted: a copy on the CPU, or the parameter itself
             if other layers hold it too and this one got its own.
-        untied: whether attaching cleared the configuration's `tie_word_embeddings`, because a tied layer got a weight
-            of its own that the next `tie_weights` would remove.
+        untied: the configurations whose `tie_word_embeddings` attaching cleared, because a tied layer got a weight of
+            its own that the next `tie_weights` would remove.
         merged: once merged, site -> the replaced layer and its replacement.
-        tied: the tied parameters that a merge replaced by copies.
+        tied: the tied parameters that a merge replaced by copies, and the configurations where it cleared that flag.
         bias_flags: the configuration's bias flags that a merge set.
         suspended: while the model is in `disabled` blocks, the way back.
         context_patch: the context's change to the model.
@@ -96,6 +105,8 @@ class AttachedState:
         restored_from: the folder that the adapter's values were read from last, after it was attached.
         stepped: whether an optimizer has changed the adapter since it was attached.
         rules_ran: whether the method's rules have followed a step; True once their absence has been said.
+        active: `Holder` -> weight, of the held adapters that are attached by name.
+        holder: the one whose parameters the layers have; None for a weighted sum, and without a name.
     """
 
     method: Method
@@ -106,9 +117,9 @@ class AttachedState:
     fingerprint: Fingerprint
     total: int
     replaced_weights: dict[str, Tensor] = field(default_factory=dict)
-    untied: bool = False
+    untied: list[Any] = field(default_factory=list)
     merged: dict[str, Merged] | None = None
-    tied: list[TiedParameter] | None = None
+    tied: tuple[list[TiedParameter], list[Any]] | None = None
     bias_flags: BiasFlags = field(default_factory=BiasFlags)
     suspended: Suspended | None = None
     context_patch: ContextPatch | None = None
@@ -118,6 +129,8 @@ class AttachedState:
     restored_from: Path | None = None
     stepped: bool = False
     rules_ran: bool = False
+    active: dict[Any, float] = field(default_factory=dict)
+    holder: Holder | None = None
 
 
 @dataclass(frozen=True)

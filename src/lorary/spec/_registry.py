@@ -93,7 +93,7 @@ class Preset:
 
 @dataclass(frozen=True)
 class PlanFunction:
-    """A paper's method that is a function of a plan, not a preset: it chooses layers for another method.
+    """A paper's method that is a function, not a preset: of a plan, or of trained adapters.
 
     Args:
         name: its name, such as `lora-drop`.
@@ -115,9 +115,9 @@ class PlanFunction:
     changes: str
     what: str
     say: str
-    section: Mapping[str, Any]
-    answers: frozenset[str]
-    why_not: Callable[[Method], list[Diagnostic]]
+    section: Mapping[str, Any] = field(default_factory=dict)
+    answers: frozenset[str] = frozenset()
+    why_not: Callable[[Method], list[Diagnostic]] = lambda _: []
 
     @property
     def title(self) -> str:

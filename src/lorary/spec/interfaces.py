@@ -9,6 +9,7 @@ axis has a file of its own, `lorary.spec.context`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar, dataclass_transform, runtime_checkable
@@ -77,6 +78,15 @@ class Fused(Protocol):
     def add(self, layer: Layer, y: Tensor, x: Tensor, dropout: float) -> Tensor:
         """y + s * B A dropout(x). May write into y."""
         ...
+
+
+@functools.cache
+def is_fused(cls: type) -> bool:
+    """Whether deltas of a class have a faster path. A class with factors of its own inherits none: it is of others."""
+    if not issubclass(cls, Fused):
+        return False
+    path, factors = (next(c for c in cls.__mro__ if name in vars(c)) for name in ("add", "factors"))
+    return issubclass(path, factors)
 
 
 @runtime_checkable

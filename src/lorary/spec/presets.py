@@ -86,7 +86,7 @@ def preset(
 
 
 def register_plan_function(function: PlanFunction) -> None:
-    """Register a paper's method that is a function of a plan, for the command line, docs and `method`'s errors."""
+    """Register a paper's method that is a function, for the command line, docs and `method`'s errors."""
     FUNCTIONS[function.name] = function
 
 

@@ -14,7 +14,9 @@ from torch import nn
 
 import lorary
 from lorary.adapters import export_peft
+from lorary.adapters.peft import writer
 from lorary.errors import FileError, MethodError
+from tests import tiny
 from tests.adapters import models
 from tests.adapters.models import BASES, Base, adapted, by_peft, close, outputs, same
 from tests.adapters.test_save_load import GROUPED
@@ -254,4 +256,34 @@ def test_what_has_no_low_rank_form_is_refused(tmp_path: Path) -> None:
     adapter = lorary.Adapter.of(glora(LLAMA))
     with pytest.raises(MethodError, match="A is low-rank"):
         export_peft(adapter, tmp_path / "a", model=LLAMA.model())
+    assert not (tmp_path / "a").exists()
+
+
+def test_an_export_that_peft_would_read_otherwise_is_refused_with_the_sites(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The written folder is read as PEFT reads it: here with a planted fault in the fields that name sites."""
+    model = tiny.llama()
+    lorary.attach(model, lorary.plan(model, tiny.LORA, ranks={"*down_proj": 3}))
+    adapter = lorary.Adapter.of(tiny.shaken(model))
+    peft_config = writer.peft_config
+
+    def faulty(*arguments: Any) -> dict[str, Any]:
+        config = peft_config(*arguments)
+        return config | {"target_modules": ["down_proj", "q_proj", "norm"], "rank_pattern": {"down": 3}}
+
+    monkeypatch.setattr(writer, "peft_config", faulty)
+    with pytest.raises(lorary.FileError) as caught:
+        export_peft(adapter, tmp_path / "a", model=tiny.llama())
+    assert {(p.where, p.what) for p in caught.value.problems} == {
+        (
+            "model.layers.0.mlp.gate_proj and 9 more",
+            "the configuration does not name it, and its tensors are left out",
+        ),
+        ("model.layers.0.mlp.down_proj and 1 more", "has the rank 3, and the configuration says 2"),
+        (
+            "model.layers.0.mlp.down_proj and 1 more",
+            "PEFT would compute with the scale 4, and its own is 2.66667",
+        ),
+    }
     assert not (tmp_path / "a").exists()

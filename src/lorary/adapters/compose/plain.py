@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -37,6 +38,7 @@ def plain_lora(
     """
     common: dict[str, Any] = {"storage": storage or Unquantized(), "context": context, "full": tuple(full)}
 
+    @functools.cache  # a method checks itself, which takes longer than the sites' tensors
     def of_rank(r: int) -> Method:
         return Method(LowRank(r), Kaiming(), ConstantScale(1.0), Add(), **common)
 

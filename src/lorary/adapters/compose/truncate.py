@@ -26,12 +26,14 @@ class Truncated(NamedTuple):
         A: [r, in], sqrt(S) V: balanced factors.
         norm: the Frobenius norm of the whole product.
         lost: the Frobenius norm of the omitted part.
+        exact: whether no other factors of that rank are nearer; False after an iteration, which comes close.
     """
 
     B: Tensor
     A: Tensor
     norm: float
     lost: float
+    exact: bool = True
 
     @property
     def error(self) -> float:
@@ -45,6 +47,13 @@ def product_svd(B: Tensor, A: Tensor) -> Singular:
     P, T = torch.linalg.qr(A.double().T)
     U, S, V = torch.linalg.svd(R @ T.T, full_matrices=False)
     return Singular(Q @ U, S, V @ P.T)
+
+
+def product_norm(B: Tensor, A: Tensor) -> float:
+    """||B A|| in the Frobenius norm, in 64 bits."""
+    R = torch.linalg.qr(B.double(), mode="r").R
+    T = torch.linalg.qr(A.double().T, mode="r").R
+    return float((R @ T.T).norm())
 
 
 def truncated_product(B: Tensor, A: Tensor, *, rank: int | None = None, energy: float | None = None) -> Truncated:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from lorary.adapters import native
 from lorary.adapters.adapter import Adapter
+from lorary.adapters.export.plain import without_empty_sites
 from lorary.adapters.low_rank_form import factors_on_base, low_rank_forms
 from lorary.adapters.peft import writer
 from lorary.adapters.peft.config import NAME, config_text
-from lorary.adapters.peft.lora import LORA, encode_factors, is_dora, lora_fields
+from lorary.adapters.peft.folded import folded_form, misread_when_folded
+from lorary.adapters.peft.lora import LORA, MAGNITUDE, encode_factors, is_dora, lora_fields
 from lorary.adapters.peft.reader import WEIGHTS
+from lorary.adapters.readers.peft import misread_export
 from lorary.adapters.save_load import ADAPTER_FILES
 from lorary.adapters.shared_tensors import collect_shared
 from lorary.adapters.tensor_checks import unwritable
@@ -30,10 +33,27 @@ from lorary.layers.rope import PositionsWarning
 from lorary.model.ambient import mode_independent
 
 _ABSORBED = ".kv_b_proj"  # of multi-head latent attention (DeepSeek)
+SERVE = "serve.sh"  # beside the files of an export for an engine
+
+
+class LoraFiles(NamedTuple):
+    """PEFT's two files, before they are written.
+
+    Args:
+        config: the contents of `adapter_config.json`.
+        tensors: those of `adapter_model.safetensors`.
+        scales: site -> its scale, for the comparison with what PEFT reads.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    scales: dict[str, float]
 
 
 @mode_independent
-def export_peft(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.Module | None = None) -> None:
+def export_peft(
+    adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.Module | None = None, folded: bool = False
+) -> None:
     """Write an adapter as a plain PEFT LoRA with the same function, whatever method trained it.
 
     LoRA and DoRA keep their tensors. Every other method is written as the two factors of its update of the unmodified
@@ -46,9 +66,12 @@ def export_peft(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.M
         adapter: the adapter.
         folder: a new folder, or one that holds a PEFT adapter to be replaced.
         model: the base, if at hand, as for `save_adapter`; some methods have no such form without it.
+        folded: write one rank and one scale for all sites and a list of targets, for readers that ignore `use_rslora`,
+            `rank_pattern` and `alpha_pattern`: the same function, with zeros in the tensors.
 
     Raises:
-        FileError: PEFT has no LoRA with this function, with every reason; or the folder cannot be written.
+        FileError: PEFT has no LoRA with this function, or would read the files otherwise, with every reason; or the
+            folder cannot be written.
         MethodError: the method has no low-rank form.
 
     Warns:
@@ -56,23 +79,9 @@ def export_peft(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.M
         AdapterWarning: vLLM ignores some of the adapted layers.
     """
     checked_path(folder, "cannot export an adapter:")
-    problems = writer.base_incompatibilities(adapter, model, LORA)
-    if (Path(folder) / native.NAME).exists():
-        what = f"it holds {native.NAME}: the adapter there would be lost"
-        problems.append(Diagnostic("", what, "export to another folder"))
-    _refuse(folder, problems)
-    shared = collect_shared(adapter)
-    if writer.exact_type(adapter, model, shared) is LORA:
-        config, tensors = writer.exact_files(adapter, model, shared, LORA)
-    else:
-        config, tensors = _as_lora(adapter, model, folder)
-    _refuse(folder, unwritable(tensors, [name for name in tensors if ".lora_" not in name]))
-    needed, rope = sum(t.nbytes for t in tensors.values()), writer.rope_overrides(adapter)
-    with atomic_directory(folder, replace=True, keep=True, drop=ADAPTER_FILES, needed=needed) as temporary:
-        (temporary / NAME).write_text(config_text(config), encoding="utf-8")
-        write_tensors(temporary / WEIGHTS, tensors)
-        if rope:
-            (temporary / writer.BASE_README).write_text(writer.base_text(adapter), encoding="utf-8")
+    files = lora_files(adapter, folder, model, folded)
+    rope = writer.rope_overrides(adapter)
+    write_lora(folder, files, {writer.BASE_README: writer.base_text(adapter)} if rope else {}, model)
     if rope:
         what = f"PEFT's files do not say how positions are divided: load the base with rope_parameters {rope}"
         warnings.warn(f"{what}; {writer.BASE_README} there says how", PositionsWarning, stacklevel=caller_stacklevel())
@@ -84,21 +93,56 @@ def export_peft(adapter: Adapter, folder: str | os.PathLike[str], *, model: nn.M
         )
 
 
+def lora_files(adapter: Adapter, folder: str | os.PathLike[str], model: nn.Module | None, folded: bool) -> LoraFiles:
+    """The LoRA or DoRA that is equivalent to an adapter; the arguments and errors of `export_peft`."""
+    problems = writer.base_incompatibilities(adapter, model, LORA)
+    if (Path(folder) / native.NAME).exists():
+        what = f"it holds {native.NAME}: the adapter there would be lost"
+        problems.append(Diagnostic("", what, "export to another folder"))
+    _refuse(folder, problems)
+    shared = collect_shared(adapter)
+    if writer.exact_type(adapter, model, shared) is LORA:
+        scales = {adapted.site.name: adapted.scale for adapted in adapter.sites}
+        files = LoraFiles(*writer.exact_files(adapter, model, shared, LORA), scales)
+    else:
+        files = _as_lora(adapter, model, folder)
+    if folded:
+        files = LoraFiles(*folded_form(adapter, *files))
+        _refuse(folder, misread_when_folded(without_empty_sites(adapter), model, files.config))
+    # Transformers' `load_adapter` passes over magnitudes without this end; PEFT reads both
+    tensors = {f"{name}.weight" if name.endswith(f".{MAGNITUDE}") else name: t for name, t in files.tensors.items()}
+    _refuse(folder, unwritable(tensors, [name for name in tensors if ".lora_" not in name]))
+    return files._replace(tensors=tensors)
+
+
+def write_lora(
+    folder: str | os.PathLike[str], files: LoraFiles, texts: Mapping[str, str], model: nn.Module | None
+) -> None:
+    """Write PEFT's two files, and text files beside them by their names, in one step.
+
+    Raises:
+        FileError: PEFT would read them otherwise, with every site; or they cannot be written.
+    """
+    needed = sum(t.nbytes for t in files.tensors.values())
+    with atomic_directory(folder, replace=True, keep=True, drop=(*ADAPTER_FILES, SERVE), needed=needed) as temporary:
+        (temporary / NAME).write_text(config_text(files.config), encoding="utf-8")
+        write_tensors(temporary / WEIGHTS, files.tensors)
+        _refuse(folder, misread_export(temporary, files.scales, model))
+        for name, text in texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+
+
 def _refuse(folder: str | os.PathLike[str], problems: list[Diagnostic]) -> None:
     if problems:
         raise FileError(f"cannot export an adapter to {show(os.fspath(folder), most=400)} for PEFT", problems)
 
 
-def _as_lora(
-    adapter: Adapter, model: nn.Module | None, folder: str | os.PathLike[str]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(configuration, tensors) of the LoRA or DoRA that is equivalent to an adapter of another method."""
-    adapter = adapter.compact()
-    left = tuple(a for a in adapter.sites if any(map(min, a.shapes.values())))  # AdaLoRA may leave no rank direction
-    if not left:
+def _as_lora(adapter: Adapter, model: nn.Module | None, folder: str | os.PathLike[str]) -> LoraFiles:
+    """The LoRA or DoRA that is equivalent to an adapter of another method, with its scale in B."""
+    adapter = without_empty_sites(adapter)
+    if not adapter.sites:
         what = "no layer has a direction left, and PEFT's adapters adapt at least one layer"
         _refuse(folder, [Diagnostic("sites", what)])
-    adapter = dataclasses.replace(adapter, sites=left)
     forms = low_rank_forms([a for a in adapter.sites if not is_dora(a)], adapter.tensors, model)
     what = "its output has a gain or a shift, which PEFT's LoRA does not have"
     problems = [Diagnostic(name, what) for name, form in forms.items() if not form.is_plain]
@@ -115,4 +159,5 @@ def _as_lora(
         tensors |= encode_factors(adapted.site, A, B, own.get("m"))
         sizes[name] = (A.shape[0], float(A.shape[0]))
     fields = lora_fields(adapter, sizes, root=False, dora=not forms)
-    return writer.peft_config(adapter, model, LORA, fields), writer.with_prefix(tensors, adapter)
+    config = writer.peft_config(adapter, model, LORA, fields)
+    return LoraFiles(config, writer.with_prefix(tensors, adapter), dict.fromkeys(sizes, 1.0))

@@ -48,7 +48,7 @@ from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite
 from lorary.spec.site import Site
 
-_MAGNITUDE = "lora_magnitude_vector"
+MAGNITUDE = "lora_magnitude_vector"
 _RESIDUAL_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # they change the base
 _UNSUPPORTED_FEATURES = {  # features that change the adapter's function
     "enable_lora": "adapters on parts of a fused weight (files of 2023) are not supported",
@@ -108,7 +108,7 @@ class Lora(PeftType):
     }
     factors = (("lora_embedding_A", "lora_embedding_B"), ("lora_A.weight", "lora_B.weight"))
     refused_leaves = {  # noqa: RUF012
-        _MAGNITUDE: "belongs to DoRA, which the configuration does not name",
+        MAGNITUDE: "belongs to DoRA, which the configuration does not name",
         "lora_B.bias": "is a bias beside B, which is not supported",
         "lora_diag": "belongs to KaSA, which is not supported",
     }
@@ -142,14 +142,14 @@ class Lora(PeftType):
         return lora_fields(adapter, sizes, root=root, dora=is_dora(adapter.sites[0]))
 
     def leaves_of(self, config: PeftConfig) -> Mapping[str, str]:
-        return self.leaves | ({_MAGNITUDE: "m"} if config["use_dora"] else {})
+        return self.leaves | ({MAGNITUDE: "m"} if config["use_dora"] else {})
 
     def layout(self, adapted: AdaptedSite) -> Layout:
         return _layout(adapted.site, _rank(adapted), is_dora(adapted))
 
     def canonical_name(self, name: str) -> str:
         # some programs write it as a module's weight
-        return name.removesuffix(".weight") if name.endswith(f".{_MAGNITUDE}.weight") else name
+        return name.removesuffix(".weight") if name.endswith(f".{MAGNITUDE}.weight") else name
 
     def read_shape(
         self, adapted: AdaptedSite, role: str, shape: tuple[int, ...], found: tuple[int, ...]
@@ -169,7 +169,7 @@ class Lora(PeftType):
         if found[:1] == (1,) and math.prod(found) == site.in_features:
             what = f"has the shape {list(found)}, a magnitude for each input; DoRA as published has one per output"
             fix = f"if they are the outputs' after all, write them as [{site.out_features}]"
-            raise FileError("", [Diagnostic(f"{site.name}.{_MAGNITUDE}", what, fix)])
+            raise FileError("", [Diagnostic(f"{site.name}.{MAGNITUDE}", what, fix)])
         return shape
 
     def encode(self, adapted: AdaptedSite, roles: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -215,14 +215,19 @@ def _alpha(adapted: AdaptedSite, root: bool) -> float:
     return adapted.scale * rank
 
 
+def factor_names(site: Site) -> tuple[str, str]:
+    """The names of A and B of a site, without prefix."""
+    middle, ending = ("embedding_", "") if site.kind == "embedding" else ("", ".weight")
+    return f"{site.name}.lora_{middle}A{ending}", f"{site.name}.lora_{middle}B{ending}"
+
+
 def _layout(site: Site, r: int, dora: bool) -> Layout:
     """role -> (name, shape) of a LoRA of rank r, or a DoRA."""
-    middle, ending = ("embedding_", "") if site.kind == "embedding" else ("", ".weight")
     channels, ones = site.in_features // math.prod(site.kernel_size), (1,) * len(site.kernel_size)
-    shapes = {"A": (r, channels, *site.kernel_size), "B": (site.out_features, r, *ones)}
-    found = {role: (f"{site.name}.lora_{middle}{role}{ending}", shape) for role, shape in shapes.items()}
+    name_A, name_B = factor_names(site)
+    found = {"A": (name_A, (r, channels, *site.kernel_size)), "B": (name_B, (site.out_features, r, *ones))}
     m = (1, site.out_features, *ones) if site.kernel_size else (site.out_features,)
-    return found | ({"m": (f"{site.name}.{_MAGNITUDE}", m)} if dora else {})
+    return found | ({"m": (f"{site.name}.{MAGNITUDE}", m)} if dora else {})
 
 
 def encode_factors(site: Site, A: Tensor, B: Tensor, m: Tensor | None = None) -> dict[str, Tensor]:

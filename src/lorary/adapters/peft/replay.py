@@ -13,19 +13,25 @@ Transformers 5 keeps the experts of a layer in fused parameters. To read adapter
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from lorary.adapters.adapter import Adapter
+from lorary.adapters.peft.config import PeftConfig
 from lorary.adapters.peft.types import PeftType
 from lorary.errors import Diagnostic
+from lorary.files.bounded_regex import Pattern
 from lorary.layers.adapted import unwrapped_modules
+from lorary.layers.kinds import kind_of
 from lorary.layers.transformers_internals import shared_conversion
 
 # The names of the experts' projections by the architecture whose conversion rules a model type shares.
 _EXPERTS = {"mixtral": ("gate", "w1", "w2", "w3"), "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj")}
+_FUSED = (("w1", "w3"), ("gate_proj", "up_proj"))  # names of one fused parameter: PEFT needs both of a pair
+_TAKEN = "PEFT takes it for fused experts of this architecture, and leaves it out"
 
 
 def taken_for_experts(paths: Collection[str], architecture: str, model: nn.Module | None) -> list[str]:
@@ -78,28 +84,71 @@ def misread_sites(
     modules = [path for path in unwrapped_modules(model) if path] if model is not None else sites
     lora = peft_type.name == "LORA"  # the only type whose targets are converted
     experts = taken_for_experts(modules, adapter.base.architecture, model) if lora else []
-    read = _sites_read(fields, modules, {_leaf(path) for path in experts})
-    lost, added = "PEFT takes it for fused experts of this architecture, and leaves it out", "PEFT would adapt it too"
-    problems = [Diagnostic(name, lost) for name in sites if name not in read]
-    problems += [Diagnostic(name, added) for name in sorted(read - set(sites))]
+    targets, by_parameter = fields["target_modules"], fields.get("target_parameters", ())
+    read = _sites_read(partial(_matches, targets), modules, {_leaf(path) for path in experts}, isinstance(targets, str))
+    read |= {path for path in modules if _matches(by_parameter, f"{path}.weight")}
+    problems = [Diagnostic(name, _TAKEN) for name in sites if name not in read]
+    problems += [Diagnostic(name, "PEFT would adapt it too") for name in sorted(read - set(sites))]
     return problems + _renamed(sites, model)
 
 
-def _sites_read(fields: Mapping[str, Any], modules: Collection[str], experts: Collection[str]) -> set[str]:
-    """The modules among these that PEFT adapts.
+def foreign_misreadings(config: PeftConfig, sites: Collection[str], model: nn.Module) -> list[tuple[Diagnostic, bool]]:
+    """The sites of a folder's LoRA that PEFT or Transformers would lose or miss, each with whether they refuse it.
 
     Args:
-        fields: the fields of the configuration that select sites.
+        config: the fields that select sites.
+        sites: the sites with tensors.
+        model: the base.
+    """
+    modules = {path: module for path, module in unwrapped_modules(model).items() if path}
+    experts = {_leaf(path) for path in taken_for_experts(modules, "", model)}
+    by_pattern = isinstance(config["target_modules"], Pattern)
+    own = [name for name in sites if ".experts" not in name]  # PEFT converts those of the experts themselves
+    if config["target_modules"] is None:
+        read = set(modules)
+    else:
+        read = _sites_read(partial(_targets, config), modules, experts, by_pattern)
+    read |= {path for path in modules if config.targets_parameter(path)}
+    endings = {_leaf(path) for path in sites if _targets(config, path)}
+    problems = [
+        (Diagnostic("target_modules", f"PEFT refuses {one} without {other}, its partner in the fused experts"), True)
+        for pair in _FUSED
+        for one, other in (pair, pair[::-1])
+        if one in endings & experts and other in experts - endings
+    ]
+    for name, new in _new_names(own, model).items():
+        if name in modules and new in modules and new != name:
+            problems.append((Diagnostic(name, _moved(new)), False))
+        elif new not in modules:
+            problems.append((Diagnostic(name, "the base has no such module, and its tensors are left out"), False))
+        elif new not in read:
+            lost = "the configuration does not name it, and its tensors are left out"
+            problems.append((Diagnostic(name, _TAKEN if _leaf(new) in experts else lost), False))
+    left = "the configuration names it, and the folder has no tensors for it"
+    missing = [p for p in modules if p in read and p not in sites and kind_of(modules[p]) is not None]
+    return problems + [(Diagnostic(name, left), False) for name in missing if config["target_modules"] is not None]
+
+
+def _targets(config: PeftConfig, path: str) -> bool:
+    return config.targets_module(path) and not config.targets_parameter(path)
+
+
+def _sites_read(
+    named_by: Callable[[str], bool], modules: Collection[str], experts: Collection[str], by_pattern: bool
+) -> set[str]:
+    """The modules among these that PEFT adapts for the sake of `target_modules`.
+
+    Args:
+        named_by: whether `target_modules` names a path.
         modules: paths of modules.
         experts: the last components that PEFT takes for fused experts.
+        by_pattern: whether `target_modules` is a pattern.
     """
-    targets, parameters = fields["target_modules"], fields.get("target_parameters", ())
-    named = {path for path in modules if _matches(targets, path)}
-    if experts and isinstance(targets, str):  # PEFT replaces a pattern by the last components of its matches
+    named = {path for path in modules if named_by(path)}
+    if experts and by_pattern:  # PEFT replaces a pattern by the last components of its matches
         endings = {_leaf(path) for path in named}
         named = {path for path in modules if _leaf(path) in endings}
-    named = {path for path in named if _leaf(path) not in experts}
-    return named | {path for path in modules if _matches(parameters, f"{path}.weight")}
+    return {path for path in named if _leaf(path) not in experts}
 
 
 def _matches(targets: str | Iterable[str], path: str) -> bool:
@@ -111,16 +160,20 @@ def _matches(targets: str | Iterable[str], path: str) -> bool:
 
 def _renamed(sites: Iterable[str], model: nn.Module | None) -> list[Diagnostic]:
     """The sites whose tensors Transformers' rules for old checkpoints rename."""
+    return [Diagnostic(name, _moved(new)) for name, new in _new_names(sites, model).items() if new != name]
+
+
+def _moved(new: str) -> str:
+    return f"Transformers' rules for old checkpoints rename its tensors to those of {new}"
+
+
+def _new_names(sites: Iterable[str], model: nn.Module | None) -> dict[str, str]:
+    """Site -> its name after Transformers' rules for old checkpoints."""
     root = unwrapped_modules(model)[""] if model is not None else None
     if not hasattr(root, "base_model_prefix"):
-        return []
+        return {name: name for name in sites}
     from lorary.layers.transformers_internals import WeightRenaming, get_model_conversion_mapping, rename_source_key
 
     rules = [rule for rule in get_model_conversion_mapping(root) if isinstance(rule, WeightRenaming)]
-    end, problems = ".lora_A.default.weight", []
-    for name in sites:
-        renamed = rename_source_key(name + end, rules, [])[0]
-        if renamed != name + end:
-            what = f"Transformers' rules for old checkpoints rename its tensors to those of {renamed.removesuffix(end)}"
-            problems.append(Diagnostic(name, what))
-    return problems
+    end = ".lora_A.default.weight"
+    return {name: str(rename_source_key(name + end, rules, [])[0]).removesuffix(end) for name in sites}

@@ -79,6 +79,21 @@ def _class_of(architecture: str, model: nn.Module | None) -> type[nn.Module] | N
     return found if isinstance(found, type) and issubclass(found, nn.Module) else None
 
 
+def why_task_misfits(model: nn.Module, task_type: object) -> str:
+    """Why PEFT's class for a task cannot run a base, which takes other arguments than it passes; empty if it can."""
+    task = _TASKS.get(str(task_type or ""))
+    if task is None:
+        return ""
+    parameters = inspect.signature(original_class(unwrapped_modules(model)[""]).forward).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    lacking = [name for name in (*task.inputs, *_OUTPUTS) if name not in parameters]
+    if takes_any or not lacking:
+        lacking = [name for name in task.inputs[:1] if name not in parameters]
+    if not lacking:
+        return ""
+    return f"PEFT's class for {task_type} passes {lacking[0]}, which the base does not take"
+
+
 def _fits(base: type[nn.Module], name: str, task: _Task) -> bool:
     """Whether the base is of this task, and takes the arguments that PEFT passes for it."""
     parameters = inspect.signature(base.forward).parameters

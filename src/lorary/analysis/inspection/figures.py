@@ -11,9 +11,9 @@ from typing import Any
 from lorary.analysis.inspection.intruders import Intruders
 from lorary.analysis.inspection.magnitude_direction import MagnitudeDirection, correlation
 from lorary.analysis.inspection.spectrum import Spectrum
-from lorary.analysis.merge_error import aligned
 from lorary.files.strict_json import finite
 from lorary.layers.module_kinds import module_positions
+from lorary.model.text_table import aligned
 
 _SHOWN = 20  # sites in a printed table
 HEAD = ("site", "shape", "‖ΔW‖/‖W‖", "stable rank", "entropy rank", "rank for 90 %", "intruders", "ΔD")

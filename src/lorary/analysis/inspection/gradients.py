@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorary.analysis.merge_error import aligned
 from lorary.errors import Diagnostic, StateError, TrainingError, deduplicated, not_a
 from lorary.files.strict_json import finite
 from lorary.layers.adapted import Adapted, adapted_layers
 from lorary.model.state import base_parameter, require_attached, require_values
+from lorary.model.text_table import aligned
 from lorary.spec.presets import presets_of
 
 HEAD = ("role", "tensors", "starts at", "gradient", "first step", "with a gradient")

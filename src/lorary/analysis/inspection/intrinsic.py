@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from lorary.analysis.inspection.subspace import SubspaceAdam, layers_of
-from lorary.analysis.merge_error import aligned
 from lorary.errors import Diagnostic, PlanError, TrainingError
 from lorary.files.strict_json import finite
+from lorary.model.text_table import aligned
 
 SHARE = 0.9
 HEAD = ("d", "share of D", "held-out loss", "of full fine-tuning", "lr")

@@ -24,11 +24,8 @@ def intrinsic_svg(found: IntrinsicDimension, title: str = "Loss by the dimension
         axes = figure.add_subplot()
         axes.plot([run.d for run in found.runs], [run.loss for run in found.runs], label="in the subspace", **line(0))
         goal = found.base - SHARE * (found.base - found.full)
-        marks = [
-            ("base", found.base, 1),
-            (f"{SHARE:.0%} of full fine-tuning", goal, 3),
-            ("full fine-tuning", found.full, 2),
-        ]
+        share = f"{SHARE:.0%} of full fine-tuning"
+        marks = [("base", found.base, 1), (share, goal, 3), ("full fine-tuning", found.full, 2)]
         for label, value, i in marks:
             axes.axhline(value, label=label, **line(i, marker=False))
         if found.d90 is not None:

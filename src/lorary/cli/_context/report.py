@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorary.analysis.long_context import Context
-from lorary.analysis.merge_error import aligned
 from lorary.analysis.passkey import DEPTHS, Retrieval
 from lorary.cli._context.plan import HTML, JSON, SVG
 from lorary.cli._context.run import Measurements
 from lorary.cli._table import rich_table
+from lorary.model.text_table import aligned
 
 if TYPE_CHECKING:
     from lorary.analysis.html_report import KeyFigure

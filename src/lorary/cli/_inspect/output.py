@@ -12,10 +12,10 @@ from typing import Any
 from rich.console import Console
 
 from lorary.analysis.html_report import versions
-from lorary.analysis.merge_error import aligned
 from lorary.cli import printable
 from lorary.cli._table import rich_table
 from lorary.files.atomic import atomic_directory
+from lorary.model.text_table import aligned
 
 HTML, JSON = "inspect.html", "inspect.json"
 FILES = (HTML, JSON)

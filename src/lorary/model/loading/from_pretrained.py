@@ -233,18 +233,19 @@ def empty_model(section: ModelSection, model_class: ModelClass) -> PreTrainedMod
     import torch
 
     config, cls = model_class.config, model_class.cls
-    dtype = load_dtype(section, config)
+    dtype, before = load_dtype(section, config), torch.get_default_dtype()
     model: PreTrainedModel
     try:
         with torch.device("meta"):
             if hasattr(cls, "from_config"):  # an Auto class
                 model = cls.from_config(config, dtype=dtype, trust_remote_code=section.trust_remote_code)
             else:
+                torch.set_default_dtype(dtype)  # as `from_pretrained` does: for buffers too
                 model = cls(config)
-                for parameter in model.parameters():
-                    parameter.data = parameter.data.to(dtype)
     except (ValueError, ImportError) as error:
         raise _refused(section, "model", error) from None
+    finally:
+        torch.set_default_dtype(before)
     return model
 
 

@@ -87,7 +87,7 @@ def with_labels_of_head(
     Args:
         cls: of Transformers.
         config: the base's own.
-        shapes: the parameters that the adapter holds -> their shapes.
+        shapes: the parameters and buffers that the adapter holds -> their shapes.
         names: the labels, with `names` and `problem`; None if unknown.
         section: the base, for errors.
     """
@@ -97,7 +97,9 @@ def with_labels_of_head(
         return ModelClass(cls, changed, tuple(shapes))
     for count in dict.fromkeys((int(config.num_labels), *(shape[0] for shape in shapes.values() if shape))):
         changed.num_labels = count
-        there = {name: tuple(p.shape) for name, p in empty_model(section, ModelClass(cls, changed)).named_parameters()}
+        # buffers too: the running statistics of norms that train
+        skeleton = empty_model(section, ModelClass(cls, changed))
+        there = {name: tuple(t.shape) for name, t in skeleton.state_dict().items()}
         if all(there.get(name) == shape for name, shape in shapes.items()):
             break
     return ModelClass(cls, changed, tuple(shapes))

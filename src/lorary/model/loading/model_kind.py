@@ -65,7 +65,7 @@ def own_class(config: Any) -> ModelClass:
 
 
 def with_padding(config: Any, token: int | None = None) -> Any:
-    """A copy that names a padding token: decoders that classify find the last token of a row by it.
+    """A copy that names a padding token, if it is of a text model: decoders that classify find the last token by it.
 
     Args:
         config: of a model.
@@ -73,7 +73,7 @@ def with_padding(config: Any, token: int | None = None) -> Any:
     """
     changed = copy.deepcopy(config)
     for part in {id(c): c for c in (changed, changed.get_text_config())}.values():
-        if getattr(part, "pad_token_id", None) is None:
+        if hasattr(part, "vocab_size") and getattr(part, "pad_token_id", None) is None:
             end = getattr(part, "eos_token_id", None)
             part.pad_token_id = token if token is not None else end if isinstance(end, int) else 0
     return changed

@@ -15,7 +15,7 @@ from lorary.layers.dtensor import distribute_like
 from lorary.model.ambient import mode_independent
 from lorary.model.optim.automatic import AutomaticRules
 from lorary.model.rank_pruning import prune_directions
-from lorary.model.state import require_attached
+from lorary.model.state import AttachedState, require_attached, state_of
 from lorary.spec.interfaces import Rule
 
 
@@ -48,11 +48,12 @@ class Rules:
     states: list[dict[str, Tensor]] = field(init=False, repr=False)
     groups: list[list[Adapted]] = field(init=False, repr=False)
     hooks: AutomaticRules | None = field(default=None, init=False, repr=False)
+    _attached: AttachedState | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self, state: Mapping[str, Tensor] | None) -> None:
-        self.layers = list(adapted_layers(self.model).values())
-        self.rules = tuple(dict.fromkeys(rule for layer in self.layers for rule in layer.method.rules))
-        self.groups = [[layer for layer in self.layers if rule in layer.method.rules] for rule in self.rules]
+        layers = adapted_layers(self.model).values()
+        self.rules = tuple(dict.fromkeys(rule for layer in layers for rule in layer.method.rules))
+        self._find_layers()
         what, fix = "changes the optimizer's state", "lorary.rules(model, steps, optimizer)"
         names = [type(rule).__name__ for rule in self.rules if rule.needs_optimizer and self.optimizer is None]
         if names:
@@ -64,9 +65,17 @@ class Rules:
         else:  # the rules have done their work before the first step
             self.load_state_dict(state)
 
+    def _find_layers(self) -> None:
+        """Find the adapted layers: others hold the same tensors once `switch` has gone to another adapter and back."""
+        self._attached = state_of(self.model)
+        self.layers = list(adapted_layers(self.model).values())
+        self.groups = [[layer for layer in self.layers if rule in layer.method.rules] for rule in self.rules]
+
     @property
     def _each(self) -> Iterator[tuple[Rule, list[Adapted], dict[str, Tensor]]]:
         """Every rule with its layers and its state."""
+        if state_of(self.model) is not self._attached:
+            self._find_layers()
         return zip(self.rules, self.groups, self.states, strict=True)
 
     def _before_step(self) -> None:

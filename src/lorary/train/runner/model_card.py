@@ -7,18 +7,26 @@ card's text names the rest.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult
 
+from lorary.adapters.card import (
+    CLASSIFICATION,
+    GENERATION,
+    components,
+    front_matter,
+    hub_id,
+    made_with,
+    page,
+    public_name,
+    table,
+    usage,
+)
 from lorary.adapters.peft.config import NAME as PEFT_CONFIG
-from lorary.files.home import expanded
-from lorary.model.fingerprint import base_name
 from lorary.model.plan import Plan, human_bytes
-from lorary.spec.placement import by_method
 from lorary.spec.presets import presets_of
 from lorary.train.config.config import Config
 from lorary.train.config.previous_tasks import path_of
@@ -27,7 +35,7 @@ from lorary.train.runner.result import Run
 from lorary.train.trainer.environment import versions
 
 # task -> the Hub's name of what the model does; text generation for all others
-_PIPELINES = {"classification": "text-classification", "reward": "text-classification"}
+_PIPELINES = {"classification": CLASSIFICATION, "reward": CLASSIFICATION}
 # figures of an evaluation on the card, besides the loss
 _SCORES = {
     "accuracy": "accuracy",
@@ -68,34 +76,28 @@ def model_card(name: str, data: CardData) -> str:
         name: of the run.
         data: the facts that it states.
     """
-    base = public_name(data.config.model.id)
-    as_peft = (data.run.adapter / PEFT_CONFIG).is_file()
-    sections = [
-        f"---\n{_metadata(name, data, as_peft).to_yaml()}\n---",
-        f"# {name}",
-        f"An adapter for `{base}`: {data.plan.trainable:,} trained parameters ({data.plan.share:.3%} of the base).",
-        _table("Training", _training(data)),
-        _table("Result", _result(data)),
-        "## Use\n\n" + _usage(base, as_peft, data.config),
-        "Made with " + ", ".join(f"{package} {version}" for package, version in versions().items()) + ".",
-    ]
-    return str(ModelCard("\n\n".join(sections) + "\n"))
-
-
-def _metadata(name: str, data: CardData, as_peft: bool) -> ModelCardData:
-    """The card's front matter."""
     config, results = data.config, _evaluation(data)
-    base = _on_hub(config.model.id)
-    return ModelCardData(
-        model_name=name,
-        library_name="peft" if as_peft else "lorary",
-        pipeline_tag=_PIPELINES.get(config.task, "text-generation"),
-        base_model=base,
-        base_model_relation="adapter" if base else None,
-        datasets=[found for source in paths(config.data.train) if (found := _on_hub(source))] or None,
-        tags=sorted({"lorary", config.task, *method_names(config, data.plan)}),
+    base, as_peft = public_name(config.model.id), (data.run.adapter / PEFT_CONFIG).is_file()
+    head = front_matter(
+        name,
+        hub_id(config.model.id),
+        as_peft=as_peft,
+        tags=(config.task, *method_names(config, data.plan)),
+        pipeline=_PIPELINES.get(config.task, GENERATION),
+        datasets=[found for source in paths(config.data.train) if (found := hub_id(source))] or None,
         metrics=[result.metric_type for result in results] or None,
         eval_results=results or None,
+    )
+    auto = "AutoModelForSequenceClassification" if config.task in _PIPELINES else "AutoModelForCausalLM"
+    labels, outputs = config.data.labels or (), int(config.task in _PIPELINES)
+    return page(
+        name,
+        head,
+        f"An adapter for `{base}`: {data.plan.trainable:,} trained parameters ({data.plan.share:.3%} of the base).",
+        table("Training", _training(data)),
+        table("Result", _result(data)),
+        "## Use\n\n" + usage(base, auto, "adapter", labels, as_peft=as_peft, outputs=outputs),
+        made_with(versions()),
     )
 
 
@@ -109,8 +111,8 @@ def _evaluation(data: CardData) -> list[EvalResult]:
     values |= _scores(held_out[1])
     return [
         EvalResult(
-            task_type=_PIPELINES.get(data.config.task, "text-generation"),
-            dataset_type=_on_hub(sources[0]) or public_name(sources[0]),
+            task_type=_PIPELINES.get(data.config.task, GENERATION),
+            dataset_type=hub_id(sources[0]) or public_name(sources[0]),
             dataset_name=", ".join(public_name(source) for source in sources),
             dataset_split="held out",
             metric_type=metric,
@@ -118,19 +120,6 @@ def _evaluation(data: CardData) -> list[EvalResult]:
         )
         for metric, value in values.items()
     ]
-
-
-def _on_hub(source: str) -> str | None:
-    """The Hub id of a model or data set; None for local and built-in ones, which must not be linked there."""
-    name = source.partition("#")[0]
-    if expanded(name).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        return None
-    return name
-
-
-def public_name(source: str) -> str:
-    """A name that is safe to publish: of a folder or file only its last part."""
-    return source if source.startswith("builtin:") else base_name(source)
 
 
 def _training(data: CardData) -> dict[str, str]:
@@ -142,7 +131,7 @@ def _training(data: CardData) -> dict[str, str]:
     return {
         **task,
         **({"starts from": f"the adapter {public_name(path_of(start))}"} if start else {}),
-        "method": f"{names}: {_components(data.plan)}",
+        "method": f"{names}: {components(data.plan.method, data.plan.sites)}",
         "data": _data(data),
         "examples": f"{streamed}{rows[0]:,}{held_out}"
         + (f"; {data.labelled:.1%} of the tokens are labelled" if data.labelled else ""),
@@ -195,13 +184,6 @@ def _scores(record: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in found.items() if isinstance(value, float) and math.isfinite(value)}
 
 
-def _components(plan: Plan) -> str:
-    """The method's components in one line."""
-    methods = [group[0].method for group in by_method(plan.sites)]
-    texts = [str(one).splitlines()[1:] for one in (methods if len(methods) > 1 else [plan.method])]
-    return " | ".join("; ".join(re.sub(r"  +", " ", row.strip()) for row in rows) for rows in texts)
-
-
 def _result(data: CardData) -> dict[str, str]:
     rows = {}
     if losses := [r for r in data.run.history if r.get("loss") is not None]:
@@ -237,24 +219,3 @@ def _loss(value: float, data: CardData) -> str:
 def _is_perplexity(loss: float, data: CardData) -> bool:
     """Whether exp(loss) is a perplexity: true of a loss per token, not of DPO's."""
     return data.config.task == "sft" and loss < 50
-
-
-def _table(title: str, rows: Mapping[str, str]) -> str:
-    return "\n".join([f"## {title}", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())])
-
-
-def _usage(base: str, as_peft: bool, config: Config) -> str:
-    model = base if not base.startswith("builtin:") else "lorary.builtin.path()"
-    name = model if model != base else f'"{base}"'
-    cls, arguments = "AutoModelForCausalLM", name
-    if config.task in _PIPELINES:
-        labels = dict(enumerate(config.data.labels or ()))
-        cls, arguments = "AutoModelForSequenceClassification", f"{name}, num_labels={len(labels) or 1}"
-        arguments += f", id2label={labels}" if labels else ""
-    code = f"""```python
-import lorary{".builtin" if model != base else ""}
-from transformers import {cls}
-
-model = lorary.load({cls}.from_pretrained({arguments}), "adapter")
-```"""
-    return code + ("\n\nPEFT reads the folder as well." if as_peft else "")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lorary.adapters.adapter import Adapter
+from lorary.adapters.card import public_name
 from lorary.analysis.heatmap import ranks_svg
 from lorary.analysis.html_report import (
     Code,
@@ -38,7 +39,7 @@ from lorary.model.plan import human_bytes
 from lorary.model.rank_pruning import directions_of
 from lorary.train.config.sources import paths
 from lorary.train.runner.folder import CONFIG, REPORT, RunFolder
-from lorary.train.runner.model_card import CardData, evaluations, method_names, public_name
+from lorary.train.runner.model_card import CardData, evaluations, method_names
 from lorary.train.runner.prepare import RunPlan
 from lorary.train.runner.result import Run
 from lorary.train.runner.samples import continuations

@@ -1,0 +1,177 @@
+"""The updates of several adapters by site: products of factors, and dense changes where a join has more than that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from lorary.adapters.adapter import Adapter
+from lorary.adapters.low_rank_form import BaseLayer, factors_on_base
+from lorary.errors import Diagnostic, MethodError
+from lorary.layers.adapted import base_parameters, unwrapped_modules
+from lorary.model.buffers import persistent_buffers
+from lorary.model.checks import layer_mismatches
+from lorary.model.state import base_parameter, state_of
+from lorary.spec.placement import AdaptedSite
+
+_GIVE = "give the base: base=model, or --base"
+_FIX = (
+    "lorary.mix with approximate=True and base=model (--approximate --base) mixes its closest update of low rank, and "
+    "tells the error"
+)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One adapter of a mix.
+
+    Args:
+        name: for errors.
+        adapter: the adapter.
+        weight: its weight.
+    """
+
+    name: str
+    adapter: Adapter
+    weight: float
+
+
+class Update(NamedTuple):
+    """What one adapter adds at one site of the unmodified base.
+
+    Args:
+        weight: of the adapter in the mix.
+        B: [out, R], with the scale in it.
+        A: [R, in].
+        change: for a join with a gain or a shift (DoRA, GLoRA): gives the dense change of the weight [out, in], and
+            that of the bias [out] or None. None where the change is B A.
+    """
+
+    weight: float
+    B: Tensor
+    A: Tensor
+    change: Callable[[], tuple[Tensor, Tensor | None]] | None = None
+
+    def dense(self) -> tuple[Tensor, Tensor | None]:
+        """The change of the weight [out, in] and of the bias [out], in fp32."""
+        return (self.B @ self.A, None) if self.change is None else self.change()
+
+
+def updates_by_site(
+    terms: Sequence[Term], base: nn.Module | None, *, approximate: bool
+) -> tuple[dict[str, list[Update]], list[Diagnostic]]:
+    """site -> the updates of the adapters that have it, and the reasons why some cannot be mixed.
+
+    Args:
+        terms: the adapters, in order.
+        base: the base, for the joins that depend on its weights.
+        approximate: whether dense changes are accepted.
+    """
+    modules = unwrapped_modules(base) if base is not None else {}
+    updates: dict[str, list[Update]] = {}
+    problems = []
+    for term in terms:
+        for adapted in term.adapter.sites:
+            name = adapted.site.name
+            layer = BaseLayer(base, adapted, modules.get(name))
+            update = _update(term, adapted, layer)
+            if update.change is not None and (found := _why_not(term, adapted, layer, approximate=approximate)):
+                problems += found
+            updates.setdefault(name, []).append(update)
+    return updates, problems
+
+
+def _update(term: Term, adapted: AdaptedSite, layer: BaseLayer) -> Update:
+    tensors = term.adapter.tensors[adapted.site.name]
+    factors = factors_on_base(adapted, tensors)
+    try:
+        plain, gain, shift = adapted.join.on_output(tensors, _not_here, _not_here, factors)
+        if gain is None and shift is None:
+            return Update(term.weight, *plain)
+    except MethodError:
+        pass  # it depends on the base, or has no such form
+    return Update(term.weight, *factors, lambda: _dense_change(adapted, tensors, layer))
+
+
+def _not_here() -> NoReturn:
+    raise MethodError("", [])
+
+
+@torch.no_grad()
+def _dense_change(
+    adapted: AdaptedSite, tensors: Mapping[str, Tensor], layer: BaseLayer
+) -> tuple[Tensor, Tensor | None]:
+    """(W' - W, b' - b) of the merged layer, computed in 64 bits."""
+    W, b = layer.weight().double(), layer.bias()
+    B, A = (factor.double() for factor in factors_on_base(adapted, tensors))
+    merged, bias = adapted.join.merged(tensors, W, None if b is None else b.double(), (B, A))
+    shift = None if bias is None or b is None else (bias - b).float()
+    return (merged - W).float(), shift
+
+
+def _why_not(term: Term, adapted: AdaptedSite, layer: BaseLayer, *, approximate: bool) -> list[Diagnostic]:
+    """Why an update that is more than B A cannot be mixed."""
+    name, join = adapted.site.name, type(adapted.join).__name__
+    if not approximate:
+        return [Diagnostic(name, f"{term.name} gives its output a gain or a shift of its own ({join})", _FIX)]
+    if layer.base is None:
+        what = f"{term.name} depends on the base's weight there ({join}), and no base is given"
+        return [Diagnostic(name, what, _GIVE)]
+    if wrong := layer_mismatches(adapted.site, layer.layer):
+        return wrong
+    if adapted.delta.changes_bias and not adapted.site.bias:
+        what = f"{term.name} shifts the output, and the layer has no bias to hold the shift"
+        return [Diagnostic(name, what, "merge it into the base instead")]
+    return []
+
+
+# --- parameters trained in full ---------------------------------------------------------------------------------------
+
+
+class Change(NamedTuple):
+    """How one adapter changes a base parameter.
+
+    Args:
+        weight: of the adapter in the mix.
+        change: trained minus original value, in fp32.
+    """
+
+    weight: float
+    change: Tensor
+
+
+def full_changes(terms: Sequence[Term], base: nn.Module | None) -> tuple[dict[str, list[Change]], list[Diagnostic]]:
+    """base parameter -> how the adapters change it, and the reasons why that is unknown."""
+    changes: dict[str, list[Change]] = {}
+    problems = []
+    shapes = _shapes(base) if base is not None and any(term.adapter.full for term in terms) else {}
+    for term in terms:
+        names = sorted(term.adapter.full)
+        if names and base is None:
+            what = f"{term.name} trains {len(names)} parameters in full, such as {names[0]}: only changes can be mixed"
+            problems.append(Diagnostic("base", what, _GIVE))
+            continue
+        for name in names:
+            value = term.adapter.full[name]
+            if base is None or shapes.get(name) != tuple(value.shape):
+                what = f"is {tuple(value.shape)} in {term.name}, and {shapes.get(name, 'missing')} in the base"
+                problems.append(Diagnostic(name, what, "give the base that it was trained on"))
+                continue
+            changes.setdefault(name, []).append(Change(term.weight, value.float().cpu() - value_before(base, name)))
+    return changes, problems
+
+
+def value_before(base: nn.Module, name: str) -> Tensor:
+    """The value of a base parameter or buffer without the adapter that may be attached, in fp32 on the CPU."""
+    state = state_of(base)
+    saved = state.full.get(name) if state is not None else None
+    return (base_parameter(base, name).detach() if saved is None else saved).float().cpu()
+
+
+def _shapes(base: nn.Module) -> dict[str, tuple[int, ...]]:
+    everything = [*base_parameters(base), *persistent_buffers(unwrapped_modules(base)).items()]
+    return {name: tuple(t.shape) for name, t in everything}

@@ -1,0 +1,1 @@
+"""Adapters written for other programs: one file per form."""

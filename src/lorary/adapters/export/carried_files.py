@@ -1,0 +1,46 @@
+"""The files of a model folder that a merged model keeps: tokenizer, chat template, generation settings, processors."""
+
+from __future__ import annotations
+
+import fnmatch
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from lorary.files.safe_open import open_inside
+from lorary.model.loading.weight_files import INDEX
+
+CHAT_TEMPLATE = "chat_template.jinja"
+_KEPT = (
+    *("*token*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken", CHAT_TEMPLATE, "chat_template.json"),
+    *("generation_config.json", "*processor_config.json", "*.py"),
+    *("LICENSE*", "NOTICE*", "USE_POLICY*"),
+)
+_TEMPLATES = "additional_chat_templates"
+_MOST_BYTES = 2**30
+
+
+def carry_files(source: Path, target: Path) -> None:
+    """Copy those of a model's files that are not its weights and configuration; what the target has already stays.
+
+    Args:
+        source: a resolved model folder.
+        target: the folder of the merged model.
+
+    Raises:
+        FileError: one of them is a link out of its folder, no plain file, or too large.
+    """
+    for name in _found(source):
+        if (target / name).exists() or name == INDEX:
+            continue
+        (target / name).parent.mkdir(exist_ok=True)
+        file, _ = open_inside(source, name, _MOST_BYTES)
+        with file, open(target / name, "xb") as copy:
+            shutil.copyfileobj(file, copy)
+
+
+def _found(source: Path) -> Iterator[str]:
+    for folder, patterns in ((source, _KEPT), (source / _TEMPLATES, ("*.jinja",))):
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if path.is_file() and any(fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns):
+                yield path.relative_to(source).as_posix()

@@ -1,0 +1,79 @@
+"""The architectures whose adapters lorary writes as GGUF: `tests/clients/llama_cpp.py` has run each in llama.cpp.
+
+llama.cpp's converter renames every tensor, which the `gguf` package's own map repeats, and changes some: it reorders
+the rows of q and k where its kernel rotates neighbouring rows instead of the halves of a head. An adapter of a changed
+tensor has to be changed alike; for an architecture whose converter is not known, it would be silently wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from lorary.spec.site import Site
+
+
+class Architecture(NamedTuple):
+    """How llama.cpp knows a model.
+
+    Args:
+        name: its name there, `general.architecture`.
+        reordered: the projections whose rows its converter reorders.
+        head: whether it has an LM head and an embedding of its own, if Transformers' configuration does not tie them.
+    """
+
+    name: str
+    reordered: tuple[str, ...] = ()
+    head: bool = True
+
+
+_QK = ("q_proj", "k_proj")
+_LLAMA = Architecture("llama", _QK)
+
+# `model_type` in Transformers -> the architecture.
+ARCHITECTURES = {
+    "apertus": Architecture("apertus"),
+    "arcee": Architecture("arcee", _QK),
+    "cohere": Architecture("command-r", head=False),
+    "ernie4_5": Architecture("ernie4_5"),
+    "exaone4": Architecture("exaone4"),
+    "gemma": Architecture("gemma", head=False),
+    "gemma2": Architecture("gemma2", head=False),
+    "gemma3_text": Architecture("gemma3", head=False),
+    "glm4": Architecture("glm4"),
+    "gpt2": Architecture("gpt2", head=False),
+    "gpt_bigcode": Architecture("starcoder", head=False),
+    "granite": Architecture("granite", _QK),
+    "hunyuan_v1_dense": Architecture("hunyuan-dense"),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "mixtral": _LLAMA,
+    "nemotron": Architecture("nemotron"),
+    "olmo": Architecture("olmo", _QK),
+    "olmo2": Architecture("olmo2"),
+    "olmo3": Architecture("olmo2"),
+    "phi": Architecture("phi2"),
+    "phi3": Architecture("phi3"),
+    "qwen2": Architecture("qwen2"),
+    "qwen2_moe": Architecture("qwen2moe"),
+    "qwen3": Architecture("qwen3"),
+    "qwen3_moe": Architecture("qwen3moe"),
+    "seed_oss": Architecture("seed_oss"),
+    "smollm3": Architecture("smollm3", _QK),
+    "stablelm": Architecture("stablelm"),
+    "starcoder2": Architecture("starcoder2", head=False),
+}
+
+
+def reorder_rows(B: Tensor, site: Site, architecture: Architecture, config: Any) -> Tensor:
+    """B [out, R] with its rows in the order of llama.cpp's weight.
+
+    Within each head, Transformers rotates row i with row i + half, llama.cpp row 2 i with row 2 i + 1.
+    """
+    leaf = site.name.rpartition(".")[2]
+    if leaf not in architecture.reordered:
+        return B
+    key_value = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    heads = key_value if leaf == "k_proj" else config.num_attention_heads
+    return B.reshape(heads, 2, -1, B.shape[1]).transpose(1, 2).reshape(B.shape)

@@ -1,0 +1,95 @@
+"""What the exports share: the update of every site as B A alone, and the reasons why a program has no place for it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lorary.adapters.adapter import Adapter
+from lorary.adapters.low_rank_form import LowRankForm, low_rank_forms
+from lorary.adapters.peft.lora import is_dora
+from lorary.errors import Diagnostic, MethodError
+from lorary.layers.adapted import unwrapped_modules
+from lorary.model.checks import layer_mismatches
+from lorary.model.fingerprint import Fingerprint
+from lorary.spec.placement import AdaptedSite
+from lorary.spec.site import Site
+
+MERGE = "merge it: `lorary export ADAPTER FOLDER --to merged`"
+
+
+def without_empty_sites(adapter: Adapter) -> Adapter:
+    """The adapter without pruned rank directions, and without the sites that have none left (AdaLoRA)."""
+    adapter = adapter.compact()
+    left = tuple(a for a in adapter.sites if any(map(min, a.shapes.values())))
+    return dataclasses.replace(adapter, sites=left)
+
+
+def plain_factors(
+    adapter: Adapter, base: nn.Module, program: str
+) -> tuple[dict[str, tuple[Tensor, Tensor]], list[Diagnostic]]:
+    """(site -> (B [out, R], A [R, in]) in fp32 with the scale in B, why a program's adapters cannot hold the rest).
+
+    Args:
+        adapter: the adapter; sites without a rank direction are left out.
+        base: the base; one on the meta device has no weights, as some methods need.
+        program: the name of the program, for the messages.
+    """
+    adapter = without_empty_sites(adapter)
+    weights = None if any(p.is_meta for p in base.parameters()) else base
+    forms = _forms(adapter.sites, adapter.tensors, weights)
+    factors, problems = {}, []
+    for adapted in adapter.sites:
+        name = adapted.site.name
+        if (form := forms.get(name)) is not None and form.is_plain:
+            factors[name] = (form.B, form.A)
+        else:
+            title = "DoRA" if is_dora(adapted) else type(adapted.join).__name__
+            what = f"{title} does more than add B A x, and an adapter for {program} does only that"
+            problems.append(Diagnostic(name, what, MERGE))
+    what = f"is trained in full, and an adapter for {program} holds low-rank updates only"
+    problems += [Diagnostic(name, what, MERGE) for name in adapter.full]
+    if not factors and not problems:
+        problems.append(Diagnostic("sites", "no layer has a rank direction left: there is nothing to export"))
+    return factors, problems
+
+
+def _forms(
+    sites: Sequence[AdaptedSite], tensors: Mapping[str, Mapping[str, Tensor]], base: nn.Module | None
+) -> dict[str, LowRankForm]:
+    """The forms of the sites that have one; the gain or shift of the others depends on the base's weight."""
+    try:
+        return low_rank_forms(sites, tensors, base)
+    except MethodError:
+        if len(sites) == 1:
+            return {}
+        return {name: form for site in sites for name, form in _forms([site], tensors, base).items()}
+
+
+def site_problems(adapter: Adapter, base: nn.Module, why_not: Callable[[Site, bool], str]) -> list[Diagnostic]:
+    """Why another program cannot put an adapter on this base: another base, a layer that it lacks or that is tied.
+
+    Args:
+        adapter: the adapter.
+        base: the base, possibly on the meta device.
+        why_not: (site, whether it is the embedding or the LM head) -> why the program does not compute an adapter of
+            it; empty if it does.
+    """
+    problems, modules = adapter.base.disagreements(Fingerprint.of(base)), unwrapped_modules(base)
+    root: Any = modules[""]
+    # a model that is not one of Transformers' has neither
+    heads = [getattr(root, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    for site in (adapted.site for adapted in adapter.sites):
+        layer = modules.get(site.name)
+        head = layer is not None and any(layer is end for end in heads)
+        if wrong := layer_mismatches(site, layer):
+            problems += wrong
+        elif head and root.config.tie_word_embeddings:
+            what = "the embedding and the LM head are one weight, which an adapter elsewhere cannot change in both"
+            problems.append(Diagnostic(site.name, what, MERGE))
+        elif what := why_not(site, head):
+            problems.append(Diagnostic(site.name, what, MERGE))
+    return problems

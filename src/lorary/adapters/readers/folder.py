@@ -1,0 +1,227 @@
+"""An adapter folder as other programs see it: `adapter_config.json` as it stands, and the tensors' names and shapes.
+
+No tensor is read, and nothing is refused that some reader accepts: only files that are damaged or hostile.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lorary.adapters import native
+from lorary.adapters.mlx import WEIGHTS as MLX_WEIGHTS
+from lorary.adapters.mlx import is_mlx
+from lorary.adapters.peft import keys
+from lorary.adapters.peft.config import NAME, PeftConfig
+from lorary.adapters.peft.fields import EXCLUDE, PARAMETERS, RANK, SHARED, Field, TolerableError, by_pattern, field
+from lorary.adapters.peft.reader import MOST_JSON, WEIGHTS, weights_name
+from lorary.errors import Diagnostic, FileError
+from lorary.files.bounded_regex import MOST_SECONDS, Budget
+from lorary.files.safe_open import existing_folder, read_json, subject
+from lorary.files.strict_json import show
+from lorary.files.tensor_file import TensorFile
+from lorary.layers.adapted import unwrapped_modules
+from lorary.model.fingerprint import base_name
+
+FACTORS = ("lora_A.weight", "lora_embedding_A")  # the ends of A's name
+_LEAVES = (*FACTORS, "lora_B.weight", "lora_embedding_B")
+_NUMBER = {
+    "check": lambda value: isinstance(value, int | float) and math.isfinite(value) and type(value) is not bool,
+    "expects": "a number",
+}
+_ANY = Field(lambda value, budget: value)
+_SELECTION = {name: SHARED[name] for name in ("target_modules", "layers_to_transform", "layers_pattern")}
+_READ: dict[str, Field] = {
+    **_SELECTION,
+    "modules_to_save": SHARED["modules_to_save"],
+    "exclude_modules": EXCLUDE,
+    "target_parameters": Field(lambda value, budget: _parameters(value, budget), (), nullable=True),
+    "r": field(RANK, 8),
+    "lora_alpha": field(_NUMBER, 8.0),
+    "rank_pattern": by_pattern(field(RANK)),
+    "alpha_pattern": by_pattern(field(_NUMBER, 8.0)),
+    "use_rslora": _ANY,
+}
+
+
+def _all_linear(name: str, value: Any) -> bool:
+    """Whether a field is PEFT's shorthand for all linear layers: the tensors alone tell which these were."""
+    return name == "target_modules" and isinstance(value, str) and value.lower() == "all-linear"
+
+
+def _parameters(value: Any, budget: Budget) -> tuple[str, ...]:
+    """`target_parameters`, of linear layers or of fused experts."""
+    try:
+        return tuple(PARAMETERS.read(value, budget))
+    except ValueError:
+        return tuple(str(name) for name in value) if isinstance(value, list) else ()
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """An adapter folder as it lies on the disk.
+
+    Args:
+        form: `peft`, `lorary` (only lorary reads it), or `mlx`.
+        config: the contents of `adapter_config.json`; empty in lorary's own form.
+        tensors: short name -> shape.
+        files: the names of all files in it.
+        model: the base, on any device, if at hand.
+        seconds: the time for all its patterns together.
+    """
+
+    form: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, tuple[int, ...]]
+    files: frozenset[str] = frozenset()
+    model: nn.Module | None = None
+    seconds: float = MOST_SECONDS
+
+    @property
+    def peft_type(self) -> str:
+        """The name of the PEFT type, in upper case; empty if the configuration names none."""
+        return str(self.config.get("peft_type") or "").upper()
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether it is, or passes for, an adapter of PEFT's type LORA."""
+        return self.peft_type in ("LORA", "")
+
+    @cached_property
+    def fields(self) -> PeftConfig:
+        """The fields that say where a LoRA is and how it is scaled, with PEFT's defaults.
+
+        Raises:
+            FileError: a field has a value that no program can read.
+        """
+        values, problems = {name: entry.default for name, entry in _READ.items()}, []
+        budget = Budget(self.seconds)
+        for name, entry in _READ.items():
+            try:
+                value = self.config.get(name)
+                if value is not None and not _all_linear(name, value):
+                    values[name] = entry.read(value, budget)
+            except TolerableError as error:
+                values[name] = error.value
+            except ValueError as error:
+                problems.append(Diagnostic(f"{NAME}: {name}", str(error)))
+        if problems:
+            raise FileError("", problems)
+        return PeftConfig("LORA", values)
+
+    @cached_property
+    def sites(self) -> dict[str, tuple[int, ...]]:
+        """The path of every module with a LoRA in the tensor file -> the shape of its A."""
+        found = {keys.site_of(name, FACTORS): shape for name, shape in self.tensors.items()}
+        return {name: shape for name, shape in found.items() if name}
+
+    @cached_property
+    def others(self) -> list[str]:
+        """The names of all tensors that are not LoRA's factors."""
+        return [name for name in self.tensors if keys.site_of(name, _LEAVES) is None]
+
+    @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        """The modules of the base by path; empty without the base."""
+        return {k: v for k, v in unwrapped_modules(self.model).items() if k} if self.model is not None else {}
+
+    def rank_and_alpha(self, path: str) -> tuple[int, float]:
+        """What PEFT computes with at a path: of the first pattern that matches, or the configuration's own.
+
+        Raises:
+            FileError: the patterns take too much work.
+        """
+        if path not in self._ranks_and_alphas:
+            self._ranks_and_alphas[path] = self._rank_and_alpha(path)
+        return self._ranks_and_alphas[path]
+
+    @cached_property
+    def _ranks_and_alphas(self) -> dict[str, tuple[int, float]]:
+        return {}
+
+    def _rank_and_alpha(self, path: str) -> tuple[int, float]:
+        fields = self.fields
+        name = f"{path}.weight" if fields.targets_parameter(path) else path  # as PEFT matches its patterns
+        try:
+            r, alpha = (
+                next((value for pattern, value in fields[patterns] if pattern.fullmatch(name)), fields[usual])
+                for patterns, usual in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+            )
+        except ValueError as error:
+            raise FileError("", [Diagnostic(NAME, str(error))]) from None
+        return r, alpha
+
+    def scale(self, path: str) -> float:
+        """The scale that the configuration means for a site."""
+        r, alpha = self.rank_and_alpha(path)
+        return alpha / (math.sqrt(r) if self.fields["use_rslora"] else r)
+
+
+def read_folder(
+    folder: str | os.PathLike[str], model: nn.Module | None = None, seconds: float = MOST_SECONDS
+) -> AdapterFolder:
+    """The adapter folder at `folder`.
+
+    Args:
+        folder: where it is.
+        model: the base, if at hand.
+        seconds: the time for all its patterns together.
+
+    Raises:
+        FileError: it holds no adapter, or a pickle, or its files are damaged or hostile.
+    """
+    path = existing_folder(folder)
+    try:
+        names = frozenset(entry.name for entry in path.iterdir())
+        if NAME not in names and native.NAME not in names:
+            raise FileError("", [Diagnostic("", f"it holds neither {native.NAME} nor {NAME}")])
+        if NAME not in names:
+            return AdapterFolder("lorary", {}, _shapes(path, _own_name(path)), names, model)
+        config = read_json(path, NAME, MOST_JSON)
+        if not isinstance(config, dict):
+            raise FileError("", [Diagnostic(NAME, f"is {show(config)}, not a JSON object")])
+        mlx = is_mlx(path)
+        found = AdapterFolder(
+            "mlx" if mlx else "peft",
+            config,
+            _shapes(path, MLX_WEIGHTS if mlx else weights_name(path)),
+            names,
+            model,
+            seconds,
+        )
+        _ = found.fields if not mlx else None  # malformed fields are refused here, once
+        return found
+    except FileError as error:
+        raise FileError(f"cannot check {subject(folder)}", error.problems) from error.__cause__
+
+
+def _own_name(path: Path) -> str:
+    """The file with the tensors of an adapter in lorary's own form."""
+    return WEIGHTS if (path / WEIGHTS).exists() else native.TENSORS
+
+
+def _shapes(path: Path, name: str) -> dict[str, tuple[int, ...]]:
+    with TensorFile(path, name) as file:
+        return {keys.short(key): entry.shape for key, entry in file.header.tensors.items()}
+
+
+def base_of(folder: Path) -> str:
+    """The base that an adapter folder names; empty if it names none, or if its files are no JSON."""
+    for name, keys_ in ((native.NAME, ("base", "name")), (NAME, ("base_model_name_or_path",)), (NAME, ("model",))):
+        found: object = None
+        if (folder / name).is_file():
+            with suppress(FileError):
+                found = read_json(folder.resolve(), name, MOST_JSON)
+        for key in keys_:
+            found = found.get(key) if isinstance(found, dict) else None
+        if isinstance(found, str) and found:
+            return base_name(found)
+    return ""

@@ -1,0 +1,1 @@
+"""The verification of a served adapter: log-probabilities of a server, or of an engine here, beside lorary's own."""

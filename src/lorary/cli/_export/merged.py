@@ -1,0 +1,42 @@
+"""--to merged: base and adapter as a plain Transformers checkpoint, written file by file."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+
+from lorary.cli._export import Export
+from lorary.cli._precision import check_precision, merge_precisions
+
+OUTTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}  # of llama.cpp's converter
+
+
+def write(export: Export) -> None:
+    """Write the checkpoint with the class, labels and chat template that the adapter was trained with."""
+    from lorary.adapters import export_merged, load_adapter
+    from lorary.adapters.export.carried_files import CHAT_TEMPLATE
+    from lorary.adapters.label_names import read_label_names
+    from lorary.adapters.resolve import class_of_base, find_base
+    from lorary.model.loading.model_kind import classes
+
+    dtype, onto = export.options.get("dtype", "auto"), export.options.get("onto", "trained")
+    check_precision(f"cannot export {export.adapter}:", dtype, onto)
+    adapter = load_adapter(export.adapter)
+    section, target = merge_precisions(export.adapter, adapter, find_base(export.adapter, export.base), dtype, onto)
+    template = export.adapter / CHAT_TEMPLATE
+    export_merged(
+        adapter,
+        section,
+        export.output,
+        dtype=target,
+        onto=onto,
+        force=export.options.get("force", False),
+        model_class=class_of_base(section, adapter, read_label_names(export.adapter)),
+        chat_template=template if template.is_file() else None,
+    )
+    name = str(target).removeprefix("torch.")
+    print(f"wrote the merged model to {export.output} ({name})", file=sys.stderr)
+    if adapter.base.architecture in classes("CAUSAL_LM"):
+        out = str(export.output)
+        converter = ["python", "convert_hf_to_gguf.py", out, "--outfile", f"{out}.gguf", "--outtype", OUTTYPES[name]]
+        print(f"as GGUF, in a checkout of llama.cpp: {shlex.join(converter)}", file=sys.stderr)

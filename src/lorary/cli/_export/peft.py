@@ -1,0 +1,42 @@
+"""--to peft: a plain LoRA, or a DoRA, in PEFT's two files."""
+
+from __future__ import annotations
+
+import sys
+
+from lorary.cli._export import Export
+from lorary.cli._export.notes import notes
+
+
+def write(export: Export) -> None:
+    """Write PEFT's two files and, where the base is given, compare their function with the adapter's."""
+    import lorary
+    from lorary.adapters import export_peft, load_adapter
+    from lorary.adapters.card import write_card
+    from lorary.adapters.resolve import base_class, find_base
+    from lorary.analysis.merge_check import logits
+    from lorary.cli._comparison_rows import random_rows
+    from lorary.model.loading.from_pretrained import load_model
+
+    folded = export.options.get("folded", False)
+    if export.base is None:
+        value = load_adapter(export.adapter)
+        with notes():
+            export_peft(value, export.output, folded=folded)
+        write_card(export.output, value)
+        return
+    section = find_base(export.adapter, export.base, "float32")
+    model = load_model(section, model_class=base_class(section, export.adapter, load_adapter(export.adapter)))
+    lorary.load(model, export.adapter)
+    (row,) = random_rows(model.config.get_text_config().vocab_size, 1, 64)
+    before = logits(model, row)
+    lorary.detach(model)
+    value = load_adapter(export.adapter, model=model)
+    with notes():
+        export_peft(value, export.output, model=model, folded=folded)
+    write_card(export.output, value)
+    if value.method.context is not None:  # not stored in PEFT's files
+        value.method.context.apply(model).make_permanent()
+    lorary.load(model, export.output)
+    difference = (before - logits(model, row)).abs().max().item()
+    print(f"compared with the adapter: logits differ by at most {difference:.2g} in fp32", file=sys.stderr)

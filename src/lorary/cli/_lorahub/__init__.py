@@ -1,0 +1,1 @@
+"""The steps of `lorary lorahub`: its adapters and examples, and the report."""
