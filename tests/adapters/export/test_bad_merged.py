@@ -94,9 +94,9 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
         "there is neither model.safetensors nor model.safetensors.ind",
     ),
     "no map": (lambda base: index(base, lambda record: {}), f"{INDEX}: holds no `weight_map` of tensor names"),
-    "index that is no JSON": (lambda base: (base / INDEX).write_text("{"), f"of base:\n  - {INDEX}: not JSON: expecting"),
+    "index that is no JSON": (
         lambda base: (base / INDEX).write_text("{"),
-        f"weights of base:\n  - {INDEX}: is not valid",
+        f"weights of base:\n  - {INDEX}: not JSON: expecting",
     ),
     "path out of the folder": (
         lambda base: index(base, lambda record: record["weight_map"].update(x="../../etc/x.safetensors")),
