@@ -17,7 +17,7 @@ from torch import Tensor
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.content_hash import content_hash
 from lorary.adapters.low_rank_form import factors_on_base
-from lorary.adapters.tensor_checks import not_finite
+from lorary.adapters.tensor_checks import adapter_problems
 from lorary.errors import Diagnostic, MethodError, not_a
 from lorary.files.strict_json import finite
 from lorary.model.ambient import mode_independent
@@ -169,7 +169,7 @@ def diff(a: Adapter, b: Adapter) -> AdapterDiff:
         The comparison, site by site.
 
     Raises:
-        MethodError: one of them is not an adapter, or has values that are not finite.
+        MethodError: one of them is not an adapter, or its tensors are incomplete or not finite; every reason.
 
     Example:
         >>> found = lorary.diff(lorary.load_adapter("first"), lorary.load_adapter("second"))
@@ -178,7 +178,8 @@ def diff(a: Adapter, b: Adapter) -> AdapterDiff:
     """
     problems = not_a(Adapter, "an Adapter", a=a, b=b)
     if not problems:
-        problems = [Diagnostic(f"{n}: {p.where}", p.what) for n, x in (("A", a), ("B", b)) for p in _unusable(x)]
+        found = {which: adapter_problems(x.sites, x.tensors, x.full) for which, x in (("A", a), ("B", b))}
+        problems = [Diagnostic(f"{which}: {p.where}", p.what, p.fix) for which, wrong in found.items() for p in wrong]
     if problems:
         raise MethodError("cannot compare these adapters:", problems)
     here, there = ({s.site.name: s for s in adapter.sites} for adapter in (a, b))
@@ -196,11 +197,6 @@ def diff(a: Adapter, b: Adapter) -> AdapterDiff:
         only_full_b=tuple(n for n in b.full if n not in a.full),
         notes=(*_methods(a.method, b.method), *_bases(a.base, b.base)),
     )
-
-
-def _unusable(adapter: Adapter) -> list[Diagnostic]:
-    named = {f"{site}: {role}": t for site, roles in adapter.tensors.items() for role, t in roles.items()}
-    return not_finite(named | dict(adapter.full))
 
 
 def _shape(s: AdaptedSite) -> str:
