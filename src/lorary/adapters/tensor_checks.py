@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from lorary.files.strict_json import named
 from lorary.files.tensor_file import DTYPES, Entry, TensorFile, name_problem
 from lorary.methods.lora import Add
 from lorary.spec.placement import AdaptedSite, shared_shapes, start_name
+
+if TYPE_CHECKING:
+    from lorary.adapters.adapter import Adapter
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]  # role -> (name, shape) of a site's own tensors
 _LARGEST = 1e6  # entries of a trained factor lie below 1e2: a file with larger ones is damaged or hostile
@@ -160,6 +164,12 @@ def _name(dtype: torch.dtype) -> str:
 def unusable_values(tensors: Mapping[str, Tensor], unbounded: Collection[str] = ()) -> list[Diagnostic]:
     """The tensors with values that are not finite, or larger than those of any trained adapter."""
     return not_finite(tensors) + out_of_range({name: t for name, t in tensors.items() if name not in unbounded})
+
+
+def every_tensor(adapter: Adapter) -> dict[str, Tensor]:
+    """`site: role`, or the name of a parameter trained in full -> tensor, for errors."""
+    of_sites = {f"{site}: {role}": t for site, roles in adapter.tensors.items() for role, t in roles.items()}
+    return of_sites | dict(adapter.full)
 
 
 @torch.no_grad()

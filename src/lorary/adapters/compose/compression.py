@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.compose.plain import plain_lora
+from lorary.adapters.compose.plain_lora import plain_lora
 from lorary.adapters.compose.truncate import (
     balanced,
     numerical_rank,
@@ -28,7 +28,7 @@ from lorary.adapters.compose.truncate import (
 from lorary.adapters.content_hash import content_hash
 from lorary.adapters.low_rank_form import factors_on_base, low_rank_forms
 from lorary.adapters.provenance import Parent, Provenance
-from lorary.adapters.tensor_checks import unusable_values
+from lorary.adapters.tensor_checks import every_tensor, unusable_values
 from lorary.errors import Diagnostic, MethodError, deduplicated
 from lorary.kernels.torch_internals import storage_id
 from lorary.model.plan import human_bytes
@@ -219,9 +219,8 @@ class Spectra:
 
 def _incompressible(adapter: Adapter) -> list[Diagnostic]:
     """Why an adapter has no truncation to a plain LoRA of the unmodified base."""
-    named = {f"{site}: {role}": t for site, roles in adapter.tensors.items() for role, t in roles.items()}
     problems = [] if adapter.sites else [Diagnostic("adapter", "adapts no layers, so it has no rank")]
-    problems += unusable_values(named | dict(adapter.full), adapter.full)
+    problems += unusable_values(every_tensor(adapter), adapter.full)
     for s in adapter.sites:
         name = s.site.name
         if s.starts and not s.method.storage.writable:
