@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,9 +14,6 @@ from lorary.files.strict_json import named
 from lorary.files.tensor_file import DTYPES, Entry, TensorFile, name_problem
 from lorary.methods.lora import Add
 from lorary.spec.placement import AdaptedSite, shared_shapes, start_name
-
-if TYPE_CHECKING:
-    from lorary.adapters.adapter import Adapter
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]  # role -> (name, shape) of a site's own tensors
 _LARGEST = 1e6  # entries of a trained factor lie below 1e2: a file with larger ones is damaged or hostile
@@ -166,12 +162,6 @@ def unusable_values(tensors: Mapping[str, Tensor], unbounded: Collection[str] = 
     return not_finite(tensors) + out_of_range({name: t for name, t in tensors.items() if name not in unbounded})
 
 
-def every_tensor(adapter: Adapter) -> dict[str, Tensor]:
-    """`site: role`, or the name of a parameter trained in full -> tensor, for errors."""
-    of_sites = {f"{site}: {role}": t for site, roles in adapter.tensors.items() for role, t in roles.items()}
-    return of_sites | dict(adapter.full)
-
-
 @torch.no_grad()
 def not_finite(tensors: Mapping[str, Tensor]) -> list[Diagnostic]:
     """The tensors that hold NaN or infinity: how many, and where the first is."""
@@ -215,6 +205,16 @@ def tensor_problems(
                 f"{role} is a {t.layout} tensor of {t.dtype}, expected a dense one of floating-point numbers"
             )
     return [Diagnostic(name, what) for what in reasons]
+
+
+def adapter_problems(
+    sites: Iterable[AdaptedSite], tensors: Mapping[str, Mapping[str, Tensor]], full: Mapping[str, Tensor]
+) -> list[Diagnostic]:
+    """The tensors of an adapter in memory that are missing, unexpected, of another shape, unusable, or not finite."""
+    if wrong := [p for s in sites for p in tensor_problems(s.site.name, s.stored, tensors.get(s.site.name, {}))]:
+        return wrong
+    every = {f"{site}: {role}": t for site, roles in tensors.items() for role, t in roles.items()}
+    return not_finite(every | dict(full))
 
 
 def alert_if_zero(

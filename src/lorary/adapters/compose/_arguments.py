@@ -13,7 +13,7 @@ from lorary.adapters.adapter import Adapter
 from lorary.adapters.compose.merging import MERGINGS, ByElement
 from lorary.adapters.compose.truncate import cut_problems
 from lorary.adapters.compose.updates import Term
-from lorary.adapters.tensor_checks import every_tensor, not_finite, tensor_problems
+from lorary.adapters.tensor_checks import adapter_problems
 from lorary.errors import Diagnostic, MethodError, did_you_mean
 from lorary.model.fingerprint import Fingerprint
 from lorary.spec.site import Site
@@ -98,10 +98,7 @@ def tensor_faults(terms: Sequence[Term]) -> list[Diagnostic]:
     """The tensors that are missing, of a wrong shape, or not finite."""
     problems = []
     for term in terms:
-        a = term.adapter
-        wrong = [p for s in a.sites for p in tensor_problems(s.site.name, s.stored, a.tensors.get(s.site.name, {}))]
-        if not wrong:
-            wrong = not_finite(every_tensor(a))
+        wrong = adapter_problems(term.adapter.sites, term.adapter.tensors, term.adapter.full)
         problems += [Diagnostic(f"{term.name}: {p.where}", p.what, p.fix) for p in wrong]
     return problems
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.content_hash import content_hash
 from lorary.adapters.low_rank_form import factors_on_base
-from lorary.adapters.tensor_checks import every_tensor, not_finite
+from lorary.adapters.tensor_checks import adapter_problems
 from lorary.errors import Diagnostic, MethodError, not_a
 from lorary.files.strict_json import finite
 from lorary.model.ambient import mode_independent
@@ -167,7 +167,7 @@ def diff(a: Adapter, b: Adapter) -> AdapterDiff:
         The comparison, site by site.
 
     Raises:
-        MethodError: one of them is not an adapter, or has values that are not finite.
+        MethodError: one of them is not an adapter, or its tensors are incomplete or not finite; every reason.
 
     Example:
         >>> found = lorary.diff(lorary.load_adapter("first"), lorary.load_adapter("second"))
@@ -175,8 +175,9 @@ def diff(a: Adapter, b: Adapter) -> AdapterDiff:
         >>> found.worst[0].cosine
     """
     problems = not_a(Adapter, "an Adapter", a=a, b=b)
-    for name, adapter in (("A", a), ("B", b)) if not problems else ():
-        problems += [Diagnostic(f"{name}: {p.where}", p.what) for p in not_finite(every_tensor(adapter))]
+    if not problems:
+        found = {which: adapter_problems(x.sites, x.tensors, x.full) for which, x in (("A", a), ("B", b))}
+        problems = [Diagnostic(f"{which}: {p.where}", p.what, p.fix) for which, wrong in found.items() for p in wrong]
     if problems:
         raise MethodError("cannot compare these adapters:", problems)
     here, there = ({s.site.name: s for s in adapter.sites} for adapter in (a, b))

@@ -182,7 +182,10 @@ class _Changes:
         if self.problems:  # there will be no adapter: only look for more
             return
         if name not in self.layers:
-            self.full[first] = _narrow(tuned)
+            value = _narrow(tuned)
+            if not torch.equal(self.full.setdefault(first, value), value):
+                what = f"is the same parameter as {first} in the base, and another one in the tuned model"
+                self.problems.append(Diagnostic(name, what))
             return
         self._add_matrix(self.layers[name], size, tuned.sub_(W))
 

@@ -109,7 +109,7 @@ def lorahub(
             the factors, for adapters with the same sites and ranks.
         bounds: the least and the greatest weight; 0 is between them.
         l1: the strength of the penalty.
-        budget: candidates at most, the base included. The paper's 40 suit few adapters: ten for each are better.
+        budget: candidates at most, the base included. The paper has 40; sixteen for each adapter are better.
         seed: of the search. The same seed gives the same weights.
         force: accept adapters of another base, if every tensor fits.
         progress: called after each candidate with (number tried, budget, least objective).

@@ -57,7 +57,7 @@ def _rules(folder: AdapterFolder) -> Iterator[Finding]:
         ]
         if alone:
             what = f"SGLang fuses {name} and needs {' and '.join(beside)} adapted beside it"
-            yield SGLANG.finding(Outcome.REJECTED, first_of(alone), what, merged=False)
+            yield SGLANG.finding(Outcome.REJECTED, first_of(alone), what, merged=True)
 
 
 def _unnamed(folder: AdapterFolder) -> Iterator[Finding]:

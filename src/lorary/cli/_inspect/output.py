@@ -39,4 +39,4 @@ def write_report(folder: Path, record: dict[str, Any], page: str) -> None:
 def json_text(record: dict[str, Any]) -> str:
     """A record with the versions of the packages, as JSON."""
     whole = record | {"versions": versions("lorary", "torch", "transformers")}
-    return json.dumps(whole, indent=2, allow_nan=False, ensure_ascii=False)
+    return json.dumps(whole, indent=2, allow_nan=False)
