@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorary
 from lorary import Adapter
+from lorary.adapters._held import held_by
 from lorary.adapters.compose.mix import mix
-from lorary.adapters.held import held_by
 from lorary.layers.adapted import adapted_layers
 from lorary.model.state import state_of
 from tests import tiny
@@ -92,6 +92,37 @@ def test_on_a_quantised_base() -> None:
         lorary.switch(model, name)
     by_value = lorary.switch(lorary.switch(tiny.seeded("LlamaForCausalLM"), pissa), held["qlora"])
     assert torch.equal(tiny.logits(model), tiny.logits(by_value))
+
+
+def test_a_base_that_was_kept_plain_is_quantised_as_by_value(tmp_path: Any) -> None:
+    """`lorary.load(quantize=False)` leaves a plain base under an adapter of QLoRA; the next switch does not."""
+    first, second = of("qlora", r=2, seed=1), of("qlora", r=2, seed=2)
+    lorary.save_adapter(first, tmp_path)
+    models = [lorary.load(tiny.seeded("LlamaForCausalLM"), tmp_path, quantize=False) for _ in range(2)]
+    lorary.named_adapters(models[0])["second"] = second
+    one, other = (tiny.logits(lorary.switch(*pair)) for pair in zip(models, ["second", second], strict=True))
+    assert torch.equal(one, other)
+    assert torch.equal(one, answer(second))
+
+
+def test_parts_of_fused_and_transposed_layers() -> None:
+    """Adapters at the same layers of a GPT-2, one of them at parts of each, and the embedding."""
+    values = {
+        "parts": made("GPT2LMHeadModel", targets="attention-qv", seed=1),
+        "whole": made("GPT2LMHeadModel", "rslora", targets=["c_attn"], seed=2),
+        "embedding": made("GPT2LMHeadModel", targets=["embedding", "c_attn"], seed=3),
+    }
+    model = tiny.seeded("GPT2LMHeadModel")
+    lorary.named_adapters(model).update(values)
+    for name in ("parts", "whole", "parts", "embedding", "whole"):
+        expected = tiny.logits(lorary.switch(tiny.seeded("GPT2LMHeadModel"), values[name]))
+        assert torch.equal(tiny.logits(lorary.switch(model, name)), expected), name
+    total = lorary.switch(tiny.seeded("GPT2LMHeadModel"), mix(list(values.values()), [1.0, -0.5, 2.0]))
+    lorary.switch(model, {"parts": 1.0, "whole": -0.5, "embedding": 2.0})
+    assert torch.equal(tiny.logits(model), tiny.logits(total))
+    lorary.named_adapters(model).rank = 64
+    lorary.switch(model, {"parts": 1.0, "whole": -0.5, "embedding": 2.0})
+    torch.testing.assert_close(tiny.logits(model), tiny.logits(total), rtol=1e-5, atol=1e-5)
 
 
 def test_a_layer_under_two_paths_and_a_tied_one() -> None:
@@ -713,4 +744,7 @@ def test_transformers_methods_know_the_names(tmp_path: Any) -> None:
     assert list(held) == ["b"]
     with pytest.raises(lorary.StateError, match="'b': is active"):
         model.delete_adapter(["b"])
+    lorary.save_adapter(a, tmp_path / "a")
+    model.load_adapter(tmp_path / "a")  # as a trainer reads the best checkpoint back, in place
+    assert equal(held["b"], a)
     assert model.active_adapters == ["default"]  # the attached one, whatever its name: what trainers ask for

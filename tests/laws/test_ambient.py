@@ -205,6 +205,19 @@ def switch_sum(name: str, folder: Path) -> Call:
     return lambda: lorary.switch(model, new)
 
 
+def switch_by_name(name: str, folder: Path) -> Call:
+    model, new = fresh(), adapter(name)
+
+    def call() -> Any:
+        held = lorary.named_adapters(model)
+        held["a"] = new
+        lorary.switch(model, "a")
+        held["b"] = held["a"]
+        return lorary.switch(model, "b")
+
+    return call
+
+
 def save(name: str, folder: Path) -> Call:
     model = attached(name)
 
@@ -304,6 +317,7 @@ def rules(name: str, folder: Path) -> Call:
 FUNCTIONS: dict[str, Callable[[str, Path], Call]] = {
     **{f.__name__: f for f in (plan, attach, merge, unmerge, disabled, switch, switch_sum, save, load, load_adapter)},
     **{f.__name__: f for f in (export, low_rank, compact, quantize, dequantize, importance, search, merge_check)},
+    "switch_by_name": switch_by_name,
     "rules": rules,
     "detach": on_attached(lorary.detach),
     "adapter": on_attached(lorary.Adapter.of),

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from lorary.adapters._held import HELD, RANK, HeldAdapter, held_by, padded_rank
 from lorary.adapters._names import UnknownNameError, bad_name, unknown_name
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.held import HELD, RANK, HeldAdapter, held_by, padded_rank
 from lorary.adapters.switch import activate, check_base
 from lorary.errors import Diagnostic, FileError, MethodError, StateError
 from lorary.layers.adapted import unwrapped_modules
@@ -19,6 +19,7 @@ from lorary.model.fingerprint import Fingerprint
 from lorary.model.state import require_attached, state_of
 
 
+@mode_independent
 def named_adapters(model: nn.Module, *, force: bool = False) -> NamedAdapters:
     """The adapters that a model holds under names, for `lorary.switch`: a mapping, and the model's own.
 
@@ -75,6 +76,7 @@ class NamedAdapters(MutableMapping[str, Adapter]):
             raise MethodError("invalid rank:", [Diagnostic("rank", what, fix)])
         object.__setattr__(self._model, RANK, rank)
 
+    @mode_independent
     def rename(self, name: str, new: str) -> None:
         """Give an adapter another name; it stays active, and keeps its place."""
         held, mine = held_by(self._model), self._held(name)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter, floating
 from lorary.adapters.compose.mix import stacked
-from lorary.adapters.compose.plain import plain_lora
+from lorary.adapters.compose.plain_lora import plain_lora
 from lorary.errors import MethodError
 from lorary.layers.adapted import Parameters, adapted_layers, unwrapped_modules
 from lorary.layers.dtensor import full_cpu_copy
@@ -219,8 +219,9 @@ def to_attach(
     rank = padded_rank(model)
     if alone is not None and (trainable or rank is None):
         return alone, Chosen(weights, alone)
+    modules = unwrapped_modules(model)
     try:
-        total = _sum(model, weights)
+        total = _sum(model, weights, modules)
     except MethodError:
         if alone is None:
             raise
@@ -230,14 +231,13 @@ def to_attach(
         total = _padded(total, [p for held in held_by(model).values() for p in held.sites], rank)
     elif alone is not None:
         return alone, Chosen(weights, alone)
-    made = HeldAdapter(" + ".join(held.name for held in weights), total, unwrapped_modules(model))
+    made = HeldAdapter(" + ".join(held.name for held in weights), total, modules)
     made.checked = here if all(held.checked == here for held in weights) else None
     return made, Chosen(weights, None)
 
 
-def _sum(model: nn.Module, weights: Mapping[HeldAdapter, float]) -> Adapter:
+def _sum(model: nn.Module, weights: Mapping[HeldAdapter, float], modules: Mapping[str, nn.Module]) -> Adapter:
     """The weighted sum of held adapters, exact by stacking their factors."""
-    modules = unwrapped_modules(model)
     for held in weights:
         for site, params in held.params.items():
             if site in modules:
@@ -247,13 +247,14 @@ def _sum(model: nn.Module, weights: Mapping[HeldAdapter, float]) -> Adapter:
 
 def _padded(total: Adapter, places: Sequence[AdaptedSite], rank: int) -> Adapter:
     """The same LoRA at all of these places and of this rank: the rest of its factors is zero."""
-    sites = {p.site.name: dataclasses.replace(p, share="") for p in [*places, *total.sites]}
+    places = list({p.site.name: p for p in [*places, *total.sites]}.values())
+    sites = [AdaptedSite(dataclasses.replace(p.site, parts=()), p.method) for p in places]
     factors = {}
-    for name, p in sites.items():
-        shapes = LowRank(rank).shapes(dataclasses.replace(p.site, parts=()))
+    for p in sites:
+        name, shapes = p.site.name, LowRank(rank).shapes(p.site)
         padded = {role: torch.zeros(shape) for role, shape in shapes.items()}
         for role, t in total.tensors.get(name, {}).items():
             leading_slice(padded[role], tuple(t.shape)).copy_(t)
         factors[name] = padded["B"], padded["A"]
-    method, adapted, tensors = plain_lora(sites.values(), factors, storage=total.method.storage)
+    method, adapted, tensors = plain_lora(sites, factors, storage=total.method.storage)
     return dataclasses.replace(total, method=method, sites=adapted, tensors=tensors)
