@@ -230,7 +230,8 @@ def outcome(path: Path) -> str:
         ({"target_parameters": ["q_proj.weight"], "alpha_pattern": {r"q_proj\.weight": 8}}, "MMM"),
         ({"new_in_the_year_2030": 0.5}, "MMM"),
         ({"new_in_the_year_2030": None}, "AAA"),
-        ({"peft_type": "OFT"}, "RRR"),
+        ({"peft_type": "OFT", "r": 0}, "RRR"),  # fields of other types have other rules
+        ({"peft_type": "ADALORA", "rank_pattern": {"q_proj.lora_E": [True, False]}}, "RRR"),
     ],
     ids=str,
 )
