@@ -45,6 +45,7 @@ TABLE = {
     "melora, exported": "AAAAAR",
     "vera": "ARRRRR",
     "adalora": "AARRRR",
+    "adalora, pruned": "ARRRRR",
     "longlora, exported": "MMMMMR",
     "convolutions": "AARRRR",
     "embeddings": "AAAAAR",
@@ -164,6 +165,8 @@ def test_every_rule_names_a_feature() -> None:
         ("pissa, saved", "vllm"),
         ("pissa, saved", "peft"),
         ("dora", "transformers"),
+        ("adalora, pruned", "transformers"),
+        ("vera", "transformers"),
     ],
 )
 def test_what_is_to_be_exported_instead_is_accepted(name: str, reader: str, tmp_path: Path) -> None:
