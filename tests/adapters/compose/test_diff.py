@@ -128,7 +128,7 @@ def test_layers_of_other_sizes_are_named() -> None:
     b = lorary.Adapter.of(lorary.attach(other, lorary.plan(other, lorary.method("lora", r=2), ["plain"])))
     found = lorary.diff(a, b)
     assert found.sites == ()
-    assert found.other_shapes == {"plain": "linear 24 x 24 in A, linear 12 x 24 in B"}
+    assert found.other_shapes == {"plain": "linear [24, 24] in A, linear [12, 24] in B"}
 
 
 def test_many_sites_are_folded() -> None:

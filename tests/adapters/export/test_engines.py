@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import lorary
 from lorary.adapters import export_peft
+from lorary.adapters.adapter import without_empty_sites
 from lorary.adapters.export.engines import export_for_engine
-from lorary.adapters.export.plain import without_empty_sites
 from lorary.adapters.readers.check import check
 from lorary.errors import FileError
 from lorary.model.fingerprint import Fingerprint

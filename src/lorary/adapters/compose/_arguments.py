@@ -116,7 +116,7 @@ def disagreements(terms: Sequence[Term], base: nn.Module | None, *, force: bool)
     for term in terms:
         for adapted in term.adapter.sites:
             first, site = seen.setdefault(adapted.site.name, (term, adapted.site))
-            mine, its = _described(site), _described(adapted.site)
+            mine, its = site.matrix, adapted.site.matrix
             if mine != its:
                 problems.append(Diagnostic(site.name, f"is {mine} in {first.name}, and {its} in {term.name}"))
     return problems
@@ -133,10 +133,3 @@ def _other_bases(terms: Sequence[Term], base: nn.Module | None) -> list[Diagnost
         there = f"for {first.name}" if base is None else "in the base given"
         problems += [Diagnostic(term.name, p.what, fix) for p in term.adapter.base.disagreements(compared, there)]
     return problems
-
-
-def _described(site: Site) -> str:
-    """The kind and sizes of a site. GPT-2's transposed layer is the same matrix as a linear one."""
-    kind = "linear" if site.kind == "transposed" else site.kind
-    window = f", kernel {site.kernel_size}, {site.groups} groups" if site.kernel_size else ""
-    return f"{kind} [{site.out_features}, {site.in_features}]{window}"

@@ -23,7 +23,7 @@ from lorary.files.strict_json import finite
 from lorary.model.ambient import mode_independent
 from lorary.model.fingerprint import Fingerprint
 from lorary.model.targets import abbreviated
-from lorary.model.text_table import aligned
+from lorary.model.text_table import aligned, first_rows
 from lorary.spec.interfaces import Factors
 from lorary.spec.method import AXES, Method
 from lorary.spec.placement import AdaptedSite
@@ -116,9 +116,7 @@ class AdapterDiff:
 
     def rows(self, most: int = _SHOWN) -> list[tuple[str, ...]]:
         """Rows of a table with `HEAD`: the `most` sites that differ most."""
-        rows = [s.row() for s in self.worst[:most]]
-        rest = len(self.sites) - len(rows)
-        return [*rows, (f"and {rest:,} more", *[""] * (len(HEAD) - 1))] if rest else rows
+        return first_rows([s.row() for s in self.worst], most)
 
     def lines(self) -> list[str]:
         """Everything beside the table, in sentences."""
@@ -184,8 +182,8 @@ def diff(a: Adapter, b: Adapter) -> AdapterDiff:
         raise MethodError("cannot compare these adapters:", problems)
     here, there = ({s.site.name: s for s in adapter.sites} for adapter in (a, b))
     common = [name for name in here if name in there]
-    alike = [name for name in common if _shape(here[name]) == _shape(there[name])]
-    other = {n: f"{_shape(here[n])} in A, {_shape(there[n])} in B" for n in common if n not in alike}
+    alike = [name for name in common if here[name].site.matrix == there[name].site.matrix]
+    other = {n: f"{here[n].site.matrix} in A, {there[n].site.matrix} in B" for n in common if n not in alike}
     return AdapterDiff(
         identical=content_hash(a) == content_hash(b),
         sites=tuple(_site_diff(here[n], a.tensors[n], there[n], b.tensors[n]) for n in alike),
@@ -197,13 +195,6 @@ def diff(a: Adapter, b: Adapter) -> AdapterDiff:
         only_full_b=tuple(n for n in b.full if n not in a.full),
         notes=(*_methods(a.method, b.method), *_bases(a.base, b.base)),
     )
-
-
-def _shape(s: AdaptedSite) -> str:
-    """The layer's matrix in words; GPT-2's transposed linear layer is the same matrix as a linear one."""
-    kind = "linear" if s.site.kind == "transposed" else s.site.kind
-    groups = f", {s.site.groups} groups" if s.site.groups > 1 else ""
-    return f"{kind} {s.site.out_features} x {s.site.in_features}{groups}"
 
 
 def _site_diff(

@@ -21,7 +21,7 @@ from lorary.adapters.adapter import Adapter
 from lorary.adapters.compose._checkpoints import Checkpoints, opened
 from lorary.adapters.compose.dense import frobenius_norm, truncated_matrix
 from lorary.adapters.compose.extraction import ExtractedSite, Extraction
-from lorary.adapters.compose.plain import plain_lora
+from lorary.adapters.compose.plain_lora import plain_lora
 from lorary.adapters.compose.truncate import cut_problems, relative
 from lorary.adapters.provenance import Parent, Provenance
 from lorary.adapters.tensor_checks import not_finite

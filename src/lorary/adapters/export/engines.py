@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorary.adapters.adapter import Adapter
-from lorary.adapters.export.plain import MERGE, plain_factors, site_problems, without_empty_sites
+from lorary.adapters.adapter import Adapter, without_empty_sites
+from lorary.adapters.export.plain_factors import MERGE, plain_factors, site_problems
 from lorary.adapters.peft.export import SERVE, lora_files, write_lora
 from lorary.adapters.peft.writer import rope_overrides
+from lorary.adapters.readers.vllm import RANKS, serving_rank
 from lorary.errors import Diagnostic, FileError, deduplicated, did_you_mean, not_a
 from lorary.files.safe_open import checked_path
 from lorary.files.strict_json import show
@@ -35,7 +36,6 @@ from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite
 from lorary.spec.site import Site
 
-_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of --max-lora-rank
 _VLLM_HEADS = ("granite", "llama", "mixtral", "qwen3", "qwen3_moe")  # whose classes declare `embedding_modules`
 _SGLANG_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _SGLANG_LAYERS = (
@@ -181,8 +181,8 @@ def _why_not_sglang(site: Site, head: bool, model: Any) -> str:
 
 
 def _vllm(base: str, name: str, path: str, config: dict[str, Any], rope: dict[str, Any]) -> list[str]:
-    rank = next(n for n in _VLLM_RANKS if n >= config["r"])
-    command = ["vllm", "serve", base, "--enable-lora", "--max-loras", "1", "--max-lora-rank", str(rank)]
+    rank = str(serving_rank(config["r"]))
+    command = ["vllm", "serve", base, "--enable-lora", "--max-loras", "1", "--max-lora-rank", rank]
     overrides = ["--hf-overrides", json.dumps({"rope_parameters": rope})] if rope else []
     return [*command, *overrides, "--lora-modules", f"{name}={path}"]
 
@@ -199,6 +199,6 @@ def _sglang(base: str, name: str, path: str, config: dict[str, Any], rope: dict[
 
 
 ENGINES = {
-    "vllm": Engine("vLLM", _VLLM_RANKS[-1], _why_not_vllm, _vllm, scales_rope=True),
+    "vllm": Engine("vLLM", RANKS[-1], _why_not_vllm, _vllm, scales_rope=True),
     "sglang": Engine("SGLang", None, _why_not_sglang, _sglang, scales_rope=False, groups=_SGLANG_GROUPS),
 }

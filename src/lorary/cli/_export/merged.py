@@ -6,7 +6,7 @@ import shlex
 import sys
 
 from lorary.cli._export import Export
-from lorary.cli._export.notes import notes
+from lorary.cli._notes import warnings_as_notes
 from lorary.cli._precision import check_precision, merge_precisions
 
 OUTTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}  # of llama.cpp's converter
@@ -25,7 +25,7 @@ def write(export: Export) -> None:
     adapter = load_adapter(export.adapter)
     section, target = merge_precisions(export.adapter, adapter, find_base(export.adapter, export.base), dtype, onto)
     template = export.adapter / CHAT_TEMPLATE
-    with notes():
+    with warnings_as_notes():
         export_merged(
             adapter,
             section,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.compose.plain import plain_lora
+from lorary.adapters.compose.plain_lora import plain_lora
 from lorary.adapters.compose.truncate import (
     balanced,
     numerical_rank,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import lorary
-from lorary.adapters.compose.compress import Size, Spectra
+from lorary.adapters.compose.compression import Size, Spectra
 from lorary.adapters.content_hash import content_hash
 from lorary.errors import LoraryError, MethodError
 from tests.adapters.test_change_rank import LINEAR, X, base, dense, trained
