@@ -138,7 +138,7 @@ def _tensor_names(scanned: Scan) -> list[str]:
 
 @dataclass
 class _Changes:
-    """What has changed between two checkpoints, collected one parameter at a time.
+    """The changes between two checkpoints, collected one parameter at a time.
 
     Args:
         layers: the name of a weight -> its layer, for all that can be adapted.

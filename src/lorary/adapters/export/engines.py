@@ -1,7 +1,7 @@
-"""vLLM and SGLang: an adapter as the plain LoRA that the engine computes rightly, and the command that serves it.
+"""vLLM and SGLang: an adapter as the plain LoRA that the engine computes correctly, and the command that serves it.
 
 Both read PEFT's two files. vLLM follows the patterns of ranks and alphas in them, SGLang ignores them and `use_rslora`.
-So these files have the folded form of `export_peft`: one rank and one scale at all sites, which both compute rightly.
+So these files have the folded form of `export_peft`: one rank and one scale at all sites, which both compute correctly.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def export_for_engine(
     base: str = "",
     name: str = "",
 ) -> list[str]:
-    """Write an adapter as a PEFT LoRA that an inference engine computes rightly, with the command in `serve.sh`.
+    """Write an adapter as a PEFT LoRA that an inference engine computes correctly, with the command in `serve.sh`.
 
     Args:
         adapter: an adapter of any method whose update is B A alone.

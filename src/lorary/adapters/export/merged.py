@@ -140,7 +140,7 @@ def _precisions(section: ModelSection, dtype: torch.dtype | None) -> tuple[Model
 
 
 def _other_base(adapter: Adapter, here: Fingerprint, force: bool) -> list[Diagnostic]:
-    """How a base differs from the one that an adapter was trained on, if that is no matter of choice."""
+    """The differences from the base that an adapter was trained on, unless they are forced."""
     fix = "name the base that it was trained on, or pass force=True"
     return [] if force else [Diagnostic(p.where, p.what, fix) for p in adapter.base.disagreements(here)]
 
