@@ -198,6 +198,9 @@ def test_its_parents_and_settings_are_recorded_and_saved(tmp_path: Any) -> None:
     assert [(p.name, p.sha256) for p in again.parents] == [(n, content_hash(a)) for n, a in adapters.items()]
     assert tuple(p.weight for p in again.parents) == found.weights
     assert again.settings["l1"] == 0.1
+    unnamed = lorary.lorahub(base(), [*adapters.values()], rows(0), budget=2)
+    assert unnamed.names == ("adapters[0]", "adapters[1]")
+    assert [p.name for p in unnamed.adapter.provenance.parents] == ["", ""]  # type: ignore[union-attr]
     assert again.settings["seed"] == 3
     assert again.settings["loss"] == found.loss == min(c.loss for c in found.candidates if c.weights == found.weights)
 

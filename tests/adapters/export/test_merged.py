@@ -42,7 +42,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], Any, dict[str, Any], torch.dtype | 
     "tied in a part": ("BlipForConditionalGeneration", ("lora",), "all-linear", {}, None),
     "fused experts": ("Qwen3MoeForCausalLM", ("lora",), "all-linear", {}, None),
     "converted names": ("Dinov2ForImageClassification", ("lora",), "all-linear", {"use_swiglu_ffn": True}, None),
-    "convolutions and buffers": ("MobileNetV2ForImageClassification", ("lora",), ["conv"], {}, torch.bfloat16),
+    "convolutions": ("ConvNextForImageClassification", ("lora",), ["conv"], {}, torch.bfloat16),
     "multimodal": ("LlavaForConditionalGeneration", ("vera",), ["q_proj", "v_proj"], {}, None),
     "positions by themselves": ("MarianMTModel", ("lora",), ["q_proj"], {}, None),
     "state space": ("MambaForCausalLM", ("melora",), ["in_proj"], {}, None),

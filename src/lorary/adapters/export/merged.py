@@ -8,7 +8,6 @@ of the result and a few copies of one layer.
 from __future__ import annotations
 
 import os
-import shutil
 import warnings
 from collections.abc import Hashable, Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.export.carried_files import CHAT_TEMPLATE, carry_files
+from lorary.adapters.export.carried_files import CHAT_TEMPLATE, carry_files, copy_file
 from lorary.adapters.export.merged_model import MergedModel, merged_model
 from lorary.adapters.export.merged_weights import MergedWeights
 from lorary.adapters.resolve import class_of_base
@@ -104,7 +103,8 @@ def export_merged(
             _refuse(section, _other_base(adapter, weights.fingerprint(adapter.full), force))  # all has been read now
             _write_config(merged.model, target, written)
             if chat_template is not None:
-                shutil.copyfile(chat_template, written / CHAT_TEMPLATE)
+                template = Path(chat_template)
+                copy_file(template.parent.resolve(), template.name, written / CHAT_TEMPLATE)
             carry_files(files.folder, written)
         _warn_of_unused(weights)
     return target
