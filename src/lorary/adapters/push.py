@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lorary.adapters import card as cards
 from lorary.adapters import native
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.hub import OWN_FILES, TEMPLATE
+from lorary.adapters.hub import CHAT_TEMPLATE, OWN_FILES
 from lorary.adapters.label_names import NAME as LABELS
 from lorary.adapters.peft.writer import BASE_README
 from lorary.adapters.save_load import load_adapter
@@ -28,7 +28,7 @@ from lorary.files.strict_json import show
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
 
-FILES = (*OWN_FILES, LABELS, TEMPLATE, BASE_README, cards.NAME)
+FILES = (*OWN_FILES, LABELS, CHAT_TEMPLATE, BASE_README, cards.NAME)
 _MOST = 2**40  # bytes of one file
 _MOST_CARD = 2**20
 

@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.export.carried_files import CHAT_TEMPLATE, carry_files, copy_file
+from lorary.adapters.export.carried_files import carry_files, copy_file
 from lorary.adapters.export.merged_model import MergedModel, merged_model
 from lorary.adapters.export.merged_weights import MergedWeights
+from lorary.adapters.hub import CHAT_TEMPLATE
 from lorary.adapters.resolve import class_of_base
 from lorary.adapters.switch import base_mismatches
 from lorary.errors import ConfigError, Diagnostic, FileError, StateError, caller_stacklevel, not_a
