@@ -32,6 +32,7 @@ def test_no_weight_at_all_is_drawn_too() -> None:
 def test_the_curve_tells_where_it_began_and_ended() -> None:
     assert "3 candidates: 3.000 with all weights zero, 2.000 at the end" in search_svg(search(3.0, 2.0, 2.5))
     assert "1 candidates" in search_svg(search(3.0))
+    assert ">2.5<" not in search_svg(search(*(3.0 - 0.01 * i for i in range(20)))), "there is no half candidate"
     odd = search_svg(search(3.0, math.nan, 2.9, 1e9, 2.8, 2.7))
     assert "2.700 at the end" in odd
     ticks = [e.text for e in ElementTree.fromstring(odd).iter() if e.tag.endswith("text")]

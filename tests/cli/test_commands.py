@@ -171,7 +171,14 @@ def test_plan_lists_every_mistake(command: Command) -> None:
     ("make", "said"),
     [
         ({}, "model: there is no config.json in it"),
-        ({"adapter_config.json": "{}"}, "model: it is an adapter, not a model"),
+        (
+            {"adapter_config.json": "{}"},
+            "model: it is an adapter, not a model\n      hint: `lorary merge model FOLDER` writes the model",
+        ),
+        (
+            {"run.json": "{}"},
+            "model: it is a run, not a model\n      hint: `lorary merge model FOLDER` writes the model",
+        ),
         ({"config.json": "{"}, "config.json: is not valid JSON"),
         (
             {

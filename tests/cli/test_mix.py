@@ -93,9 +93,10 @@ def test_labels_go_along_and_must_agree(command: Command) -> None:
 BAD: dict[str, tuple[tuple[str, ...], int, str]] = {
     "a word": (("code", "runs/chat", "--weights", "1,x"), 2, "--weights: 'x' is not a number"),
     "twice": (("code", "code"), 2, "code: is named 2 times\n      hint: name it once, with the sum of its weights"),
-    "too few": (("code", "runs/chat", "-w", "1"), 2, "weights: has 1 numbers for 2 adapters"),
+    "too few": (("code", "runs/chat", "-w", "1"), 2, "weights: 1 given for 2 adapters"),
     "not finite": (("code", "runs/chat", "-w", "1,inf"), 2, "weights[1]: is inf, not a finite number"),
     "no adapter": (("code", "model"), 4, "cannot mix model:\n  - model: there is no adapter in it"),
+    "no folder": (("cod", "runs/chat"), 4, "cod: there is no such folder\n      hint: did you mean `code`?"),
     "a way": (("code", "runs/chat", "--how", "dare_ties"), 2, "did you mean `dare-ties`"),
     "density of a sum": (("code", "runs/chat", "--density", "0.5"), 2, "density: has no effect with sum"),
     "rank and energy": (("code", "runs/chat", "--rank", "2", "--energy", "0.5"), 2, "rank or energy: one of them says"),

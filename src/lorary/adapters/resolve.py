@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lorary.adapters.hub import adapter_folder as adapter_folder
 from lorary.adapters.hub import download, is_hub_id
-from lorary.errors import Diagnostic, FileError
+from lorary.errors import Diagnostic, FileError, suggested_path
 from lorary.model.loading.source import ModelClass, ModelSection
 
 if TYPE_CHECKING:
@@ -39,7 +39,10 @@ def find_adapter(name: str, action: str) -> Path:
     """
     folder = adapter_at(name)
     if folder is None:
-        raise FileError(f"cannot {action} {name}:", [Diagnostic(name, "there is no adapter in it")])
+        missing = not Path(name).exists()
+        what = "there is no such folder" if missing else "there is no adapter in it"
+        fix = suggested_path(Path(name), folders=True) if missing else ""
+        raise FileError(f"cannot {action} {name}:", [Diagnostic(name, what, fix)])
     return folder
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from lorary.adapters.compose.lorahub import WeightSearch
 from lorary.analysis.svg import INK, PALETTE, line, style, to_svg
@@ -58,6 +59,7 @@ def search_svg(found: WeightSearch, title: str = "Search") -> str:
         axes.plot(tried, shown, label="a candidate", **line(0) | {"linestyle": "none"})
         axes.plot(tried, least, label="the best so far", drawstyle="steps-post", **line(1, marker=False))
         axes.set(title=title, xlabel="candidate", ylabel="loss + penalty")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()
         known = sorted(value for value in ranks if math.isfinite(value))
         usual = max(known[int(0.8 * (len(known) - 1))], ranks[0])

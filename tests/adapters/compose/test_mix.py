@@ -399,7 +399,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
         {},
         "adapters[0]: is a str, not an Adapter\n      hint: read one with lorary.load_adapter",
     ),
-    "too few weights": (lambda: [adapter("lora")] * 2, {"weights": [1]}, "weights: has 1 numbers for 2 adapters"),
+    "too few weights": (lambda: [adapter("lora")] * 2, {"weights": [1]}, "weights: 1 given for 2 adapters"),
     "NaN": (lambda: [adapter("lora")], {"weights": [float("nan")]}, "weights[0]: is nan, not a finite number"),
     "infinite": (
         lambda: [adapter("lora")] * 2,

@@ -58,7 +58,7 @@ def _weight_problems(weights: Any, count: int) -> list[Diagnostic]:
         if isinstance(w, bool) or not isinstance(w, Real) or not math.isfinite(w)
     ]
     if len(weights) != count:
-        problems.append(Diagnostic("weights", f"has {len(weights)} numbers for {count} adapters"))
+        problems.append(Diagnostic("weights", f"{len(weights)} given for {count} adapters", "one for each adapter"))
     if not problems and not any(weights):
         problems.append(Diagnostic("weights", "are all 0, which leaves the base as it is"))
     return problems

@@ -104,8 +104,11 @@ def check_folder(section: ModelSection) -> None:
         return  # a Hub id
     if not (folder / "config.json").is_file():
         adapter = any((folder / name).is_file() for name in ("adapter_config.json", "lorary.json"))
+        run = (folder / "run.json").is_file()
         what = "it is an adapter, not a model" if adapter else "there is no config.json in it"
-        raise FileError(headline, [Diagnostic(section.id, what)])
+        what = "it is a run, not a model" if run else what
+        fix = f"`lorary merge {section.id} FOLDER` writes the model" if adapter or run else ""
+        raise FileError(headline, [Diagnostic(section.id, what, fix)])
     problems = []
     try:
         written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
