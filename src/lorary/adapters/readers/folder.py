@@ -202,7 +202,8 @@ def read_folder(
             model,
             seconds,
         )
-        _ = found.fields if not mlx else None  # malformed fields are refused here, once
+        if found.is_lora and not mlx:
+            _ = found.fields  # malformed fields are refused here, once
         return found
     except FileError as error:
         raise FileError(f"cannot check {subject(folder)}", error.problems) from error.__cause__
