@@ -248,7 +248,7 @@ def test_numbers_that_are_not_finite_are_refused() -> None:
     roles = {**adapter.tensors[name], "B": torch.full_like(adapter.tensors[name]["B"], float("inf"))}
     spoilt = dataclasses.replace(adapter, tensors={**adapter.tensors, name: roles})
     count = roles["B"].numel()
-    assert f"{name}: B: {count} of {count} values are NaN or infinite, the first at [0, 0]" in bad(spoilt)
+    assert f"'{name}: B': {count} of {count} values are NaN or infinite, the first at [0, 0]" in bad(spoilt)
     empty = tiny.model("LlamaForCausalLM", "meta")
     lorary.attach(empty, lorary.plan(empty, tiny.LORA))
     told = bad(lorary.Adapter.of(empty))
