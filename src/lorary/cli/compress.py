@@ -58,8 +58,11 @@ def compress(
         result = _named(found.adapter, adapter)
         save_adapter(result, written)
         write_card(written, result, name=out.name)
-    print(json.dumps(found.to_dict(), indent=2) if as_json else found)
-    print(f"wrote {out}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        print(found, file=sys.stderr)
+    print(out, file=sys.stderr if as_json else sys.stdout)
 
 
 def _named(adapter: Adapter, parent: str) -> Adapter:

@@ -139,8 +139,9 @@ def _labels(folders: dict[str, Path]) -> LabelNames | None:
 def _report(adapter: Adapter, out: Path, as_json: bool) -> None:
     """The notes and the errors by layer on standard error; the folder, or JSON, on standard output."""
     from lorary.cli._notes import print_notes
+    from lorary.cli._table import print_table
     from lorary.model.rank_pruning import directions_of
-    from lorary.model.text_table import aligned, first_rows
+    from lorary.model.text_table import first_rows
 
     assert adapter.provenance is not None
     settings = adapter.provenance.settings
@@ -153,7 +154,7 @@ def _report(adapter: Adapter, out: Path, as_json: bool) -> None:
     rows = first_rows([(name, str(ranks[name]), f"{error:.2%}") for name, error in errors.items()], _SHOWN)
     if errors:
         rows.append(("together", str(max(ranks.values())), f"{settings['error']:.2%}"))
-        print(*aligned([("layer", "rank", "error / ||dW||"), *rows]), sep="\n", file=sys.stderr)
+        print_table("the layers with the largest errors", ("layer", "rank", "error / ||dW||"), rows, stderr=True)
     else:
         print(f"exact: rank {max(ranks.values(), default=0)}", file=sys.stderr)
     print(out)
