@@ -1,6 +1,6 @@
 """Intruder dimensions of LoRA beside full fine-tuning: the built-in base learns C headers.
 
-    python benchmarks/intruders.py            # three minutes on two cores
+    python benchmarks/intruders.py            # a few minutes
     python benchmarks/intruders.py --small    # two steps of everything, to see that it runs
 
 LoRA of rank 1 and 16 and full fine-tuning from the same base, with the same batches and steps (Shuttleworth et al.

@@ -1,7 +1,7 @@
 """LoRAHub on the built-in base: an unseen mixture of two styles from five examples, beside each adapter and their mean.
 
-    python benchmarks/lorahub.py              # five adapters, three mixtures, three seeds, both forms
-    python benchmarks/lorahub.py --small      # to check the script
+    python benchmarks/lorahub.py --budgets 40 80      # five adapters, three mixtures, three seeds, both forms
+    python benchmarks/lorahub.py --small              # to check the script
 
 Five adapters learn one style each: C headers, prose, docstrings, prose in capitals, code read backwards. A mixture has
 rows of 128 tokens, half of one style and half of another. The weights are searched on five rows; every loss in the

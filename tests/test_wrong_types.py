@@ -64,6 +64,7 @@ MODELS: dict[str, Callable[[Any], Any]] = {
     "Adapter.low_rank": lambda m: adapter().low_rank(m),
     "Fingerprint.of": lorary.Fingerprint.of,
     "MergeCheck.of": lorary.MergeCheck.of,
+    "compress": lambda m: lorary.compress(adapter(), kl=0.1, model=m, rows=[[1], [2]]),
 }
 
 
@@ -87,6 +88,7 @@ def test_what_is_not_a_model(name: str, wrong: Any, tmp_path: Path, monkeypatch:
         lambda path: export_peft(adapter(), path),
         lorary.load_quantized,
         lambda path: lorary.save_quantized(net(), path),
+        lambda path: lorary.extract(path, "tuned", rank=1),
     ],
 )
 def test_what_is_not_a_path(call: Callable[[Any], Any], wrong: Any) -> None:

@@ -20,7 +20,7 @@ _HOMES = {
     "AdapterDiff": "adapters.compose.diff",
     "AdapterInspection": "analysis.inspection.figures",
     "Attachment": "model.state",
-    "Compression": "adapters.compose.compress",
+    "Compression": "adapters.compose.compression",
     "ConfigError": "errors",
     "DataError": "errors",
     "Diagnostic": "errors",
@@ -98,7 +98,7 @@ if TYPE_CHECKING:
     from lorary.adapters.adapter import Adapter as Adapter
     from lorary.adapters.change_rank import RankChange as RankChange
     from lorary.adapters.change_rank import change_rank as change_rank
-    from lorary.adapters.compose.compress import Compression as Compression
+    from lorary.adapters.compose.compression import Compression as Compression
     from lorary.adapters.compose.diff import AdapterDiff as AdapterDiff
     from lorary.adapters.compose.diff import diff as diff
     from lorary.adapters.compose.extract import extract as extract

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorary
 from lorary import Adapter
+from lorary.adapters._held import held_by
 from lorary.adapters.compose.mix import mix
-from lorary.adapters.held import held_by
 from lorary.layers.adapted import adapted_layers
 from lorary.model.state import state_of
 from tests import tiny

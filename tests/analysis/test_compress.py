@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lorary
 from lorary import builtin
-from lorary.adapters.compose.compress import Spectra
+from lorary.adapters.compose.compression import Spectra
 from lorary.analysis.merge_check import MergeCheck
 from lorary.cli._comparison_rows import comparison_rows
 from lorary.errors import DataError, LoraryError, MethodError, StateError

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 import lorary
-from lorary.analysis.heatmap import MOST_COLUMNS, importance_svg, ranks_svg
+from lorary.analysis.heatmap import MOST_COLUMNS, importance_svg, percent, ranks_svg, values_svg
 from lorary.analysis.importance import drop_layers
 from lorary.methods.lora_drop import Importance, Measured
 from tests import tiny
@@ -124,3 +124,28 @@ def test_the_same_numbers_are_the_same_bytes_and_words_are_only_words() -> None:
 def test_no_site_and_one_site_are_pictures_too() -> None:
     assert "0 of 0 directions remain in 0 sites." in " ".join(text for _, _, text in texts(ranks_svg({}, 4)))
     assert ["head", "2"] in lines(ranks_svg({"head": 2}, 4))
+
+
+def test_any_figure_has_its_place_and_its_shade() -> None:
+    values = {"a.0.q": 0.5, "a.1.q": 0.25, "a.2.q": 0.0, "a.3.q": float("nan"), "a.4.q": float("inf")}
+    svg = values_svg(values, "Sizes", "in percent", text=percent)
+    assert lines(svg) == [
+        ["Sizes"],
+        ["0", "1", "2", "3", "4"],
+        ["q", "50", "25", "0.0", "nan", "inf"],
+        ["in percent"],
+    ]
+    found = shades(svg)
+    assert found[1] == pytest.approx(found[0] / 2, rel=0.01)
+    assert found[2:] == [0, 0, 0], "what is not finite has no shade"
+    halved = shades(values_svg(values, "Sizes", "", full_shade=1.0))
+    assert halved[0] == pytest.approx(found[0] / 2, rel=0.01)
+    assert "5 sites; the largest is 50 at a.0.q" in svg
+    assert values_svg({}, "Sizes", "none").startswith("<svg")
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(0, "0.0"), (0.000123, "0.012"), (0.0098, "0.98"), (0.01, "1.0"), (0.099, "9.9"), (1, "100")]
+)
+def test_percents_are_short(share: float, text: str) -> None:
+    assert percent(share) == text

@@ -3,7 +3,17 @@
 import re
 from html.parser import HTMLParser
 
-from lorary.analysis.html_report import Code, KeyFigure, Paragraph, Picture, Section, SideBySide, Table, html_report
+from lorary.analysis.html_report import (
+    Code,
+    KeyFigure,
+    Paragraph,
+    Picture,
+    Pictures,
+    Section,
+    SideBySide,
+    Table,
+    html_report,
+)
 from lorary.analysis.loss_plot import loss_svg
 
 HOSTILE = "<script>alert('x')</script><img src=http://example.com/x onerror=go()> & \"q\""
@@ -44,6 +54,7 @@ def everything_hostile() -> str:
         Table([HOSTILE, "n"], [[HOSTILE, "1"], ["a", HOSTILE]]),
         SideBySide(HOSTILE, [(HOSTILE, HOSTILE), ("b", "")]),
         Picture(loss_svg([{"step": 1, "loss": 2.0}], HOSTILE), HOSTILE),
+        Pictures([Picture(loss_svg([{"step": 1, "loss": 2.0}], HOSTILE), HOSTILE)] * 2),
     ]
     return html_report(HOSTILE, HOSTILE, [KeyFigure(HOSTILE, HOSTILE, HOSTILE)], [Section(HOSTILE, blocks)])
 
@@ -62,7 +73,7 @@ def test_all_text_is_escaped() -> None:
     assert not [name for name, _ in reader.attributes if name.startswith("on")]
     # title, h1, lead, the figure's three, h2, words, code, 3 cells, 2 × prompt, a name, a continuation,
     # the caption and the picture's own title, twice.
-    assert "".join(reader.words).count(HOSTILE) == 19
+    assert "".join(reader.words).count(HOSTILE) == 25
 
 
 def test_nothing_is_fetched() -> None:
@@ -87,3 +98,11 @@ def test_the_page_is_for_light_dark_and_paper() -> None:
     assert "prefers-color-scheme: dark" in html
     assert "@media print" in html
     assert '<html lang="en">' in html
+
+
+def test_small_pictures_stand_in_one_block() -> None:
+    pictures = [Picture(loss_svg([{"step": 1, "loss": 2.0}]), f"the {name}") for name in ("first", "second")]
+    page = html_report("Maps", "", [], [Section("Maps", [Pictures(pictures)])])
+    (block,) = re.findall(r'<div class="pictures">(.*?)</div>', page, re.DOTALL)
+    assert block.count("<figure>") == block.count("<svg") == 2
+    assert re.findall(r"<figcaption>(.*?)</figcaption>", block) == ["the first", "the second"]

@@ -99,3 +99,8 @@ def test_settings_of_matplotlib_come_back() -> None:
     before = dict(matplotlib.rcParams)
     picture()
     assert dict(matplotlib.rcParams) == before
+
+
+def test_no_two_of_many_lines_look_alike_without_their_dashes() -> None:
+    looks = [(line(i)["color"], line(i)["marker"]) for i in range(36)]
+    assert len(set(looks)) == 36

@@ -49,8 +49,8 @@ REFUSED = [
     (("adapter", "--out", "small"), 2, "rank, energy or kl: one of them says how much to keep; given: none"),
     (("adapter", "--rank", "2", "--energy", "0.5", "--out", "small"), 2, "given: rank, energy"),
     (("adapter", "--energy", "0", "--out", "small"), 2, "energy: is 0.0, not a share"),
-    (("adapter", "--rank", "2", "--out", "adapter"), 4, "--out adapter: is not empty"),
-    (("adapter", "--rank", "2", "--out", "file"), 4, "--out file: is a file, and an adapter is a folder"),
+    (("adapter", "--rank", "2", "--out", "adapter"), 4, "the folder is not empty: it holds 'adapter_config.json'"),
+    (("adapter", "--rank", "2", "--out", "file"), 4, "a file of this name is in the way"),
     (("nothing", "--rank", "2", "--out", "small"), 4, "cannot compress nothing"),
     (("adapter", "--kl", "0.1", "--base", "no-model/here/at-all", "--out", "small"), 4, "cannot load the model"),
 ]

@@ -33,7 +33,7 @@ def test_nothing_is_written_where_it_is_refused(command: Command) -> None:
         (("base", "base", "--rank", "2", "--out", "new"), 4, "all parameters are equal in both checkpoints"),
         (("base", "tuned", "--out", "new"), 2, "one of them says how much to keep"),
         (("base", "nothing/at/all", "--rank", "2", "--out", "new"), 4, "there is no such folder"),
-        (("base", "tuned", "--rank", "2", "--out", "tuned"), 4, "--out tuned: is not empty"),
+        (("base", "tuned", "--rank", "2", "--out", "tuned"), 4, "the folder is not empty: it holds 'config.json'"),
         (("base", "tuned", "--rank", "2", "--targets", "q_porj", "--out", "new"), 2, "q_proj"),
     ):
         ran = command("extract", *arguments)

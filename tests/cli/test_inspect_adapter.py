@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lorary
+from lorary.train.runner.folder import CONFIG
 from tests import tiny
 from tests.cli.command import Command
 from tests.train.small import tokenizer
@@ -136,6 +137,10 @@ def test_the_gradients_of_a_first_step(command: Command, base: str) -> None:
         "inspect", "gradients", base, "--data", "data.jsonl", "--set", "method={name: pissa, r: 2}", "--json"
     )
     assert json.loads(pissa.out)["moving"] == ["A", "B"]
+    Path("run").mkdir()
+    config = {"model": base, "data": "data.jsonl", "method": {"name": "vera", "r": 4}}
+    Path("run", CONFIG).write_text(json.dumps(config))  # JSON is YAML
+    assert json.loads(command("inspect", "gradients", "run", "--json").out)["moving"] == ["b"]
 
 
 def test_adalora_is_planned_for_its_whole_run(command: Command, base: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lorary.adapters.held import HeldAdapter, held_by
+from lorary.adapters._held import HeldAdapter, held_by
 from lorary.errors import Diagnostic, FileError, StateError, did_you_mean
 
 _MOST_LETTERS = 200

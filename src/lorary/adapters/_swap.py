@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
-from lorary.adapters.held import Chosen, HeldAdapter, moved
+from lorary.adapters._held import Chosen, HeldAdapter, moved
 from lorary.layers.adapted import Adapted, Kept, Parameters
 from lorary.layers.dtensor import is_sharded
 from lorary.layers.shared_projections import SharedProjections

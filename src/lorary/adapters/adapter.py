@@ -117,6 +117,13 @@ def _copied_start(layer: Adapted) -> dict[str, Tensor]:
     return {role: t.clone() for role, t in layer.start.items()}
 
 
+def without_empty_sites(adapter: Adapter) -> Adapter:
+    """The adapter without pruned rank directions, and without the sites that have none left (AdaLoRA)."""
+    adapter = adapter.compact()
+    left = tuple(a for a in adapter.sites if any(map(min, a.shapes.values())))
+    return dataclasses.replace(adapter, sites=left)
+
+
 def floating(t: Tensor) -> Tensor:
     """A tensor, or the counter of a batch norm as fp32: adapter files hold floating-point numbers alone."""
     return t if t.is_floating_point() else t.float()

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from lorary.adapters._held import RANK, HeldAdapter, held_by, hold, padded_rank
 from lorary.adapters._names import UnknownNameError, bad_name, unknown_name
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.held import RANK, HeldAdapter, held_by, hold, padded_rank
 from lorary.adapters.switch import activate, check_base
 from lorary.errors import Diagnostic, FileError, MethodError, StateError
 from lorary.layers.adapted import unwrapped_modules

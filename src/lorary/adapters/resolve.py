@@ -130,6 +130,24 @@ def _own_class(section: ModelSection, adapter: Adapter, labels: LabelNames | Non
     return with_labels_of_head(found, load_config(section), shapes, labels, section)
 
 
+def load_base(section: ModelSection, folder: Path, adapter: Adapter, *, quantized: bool = True) -> PreTrainedModel:
+    """The base of an adapter, with its weights and in evaluation mode; nothing is attached.
+
+    Args:
+        section: the base.
+        folder: of the adapter, for the names of its labels.
+        adapter: the adapter.
+        quantized: whether it is quantised while it is read, if the adapter's method quantises it.
+
+    Raises:
+        LoraryError: it cannot be loaded.
+    """
+    from lorary.model.loading.from_pretrained import load_model, load_storage
+
+    storage = load_storage(adapter.method, adapter.full, adapter.sites) if quantized else None
+    return load_model(section, storage, model_class=base_class(section, folder, adapter))
+
+
 def load_with_adapter(section: ModelSection, folder: Path | None) -> PreTrainedModel:
     """A causal language model in evaluation mode, with the adapter on it if there is one.
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lorary._deprecated import warn
+from lorary.adapters._held import HeldAdapter, to_attach
 from lorary.adapters._names import held_under, weights_of_names
 from lorary.adapters._swap import swapped
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.compose.mix import stacked
-from lorary.adapters.held import HeldAdapter, to_attach
 from lorary.adapters.save_load import load_adapter, save_adapter
 from lorary.adapters.tensor_checks import tensor_problems
 from lorary.errors import Diagnostic, FileError, StateError, caller_stacklevel, deduplicated

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -205,6 +205,16 @@ def tensor_problems(
                 f"{role} is a {t.layout} tensor of {t.dtype}, expected a dense one of floating-point numbers"
             )
     return [Diagnostic(name, what) for what in reasons]
+
+
+def adapter_problems(
+    sites: Iterable[AdaptedSite], tensors: Mapping[str, Mapping[str, Tensor]], full: Mapping[str, Tensor]
+) -> list[Diagnostic]:
+    """The tensors of an adapter in memory that are missing, unexpected, of another shape, unusable, or not finite."""
+    if wrong := [p for s in sites for p in tensor_problems(s.site.name, s.stored, tensors.get(s.site.name, {}))]:
+        return wrong
+    every = {f"{site}: {role}": t for site, roles in tensors.items() for role, t in roles.items()}
+    return not_finite(every | dict(full))
 
 
 def alert_if_zero(

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.compose.compress import Compression, Divergence, Spectra
+from lorary.adapters.compose.compression import Compression, Divergence, Spectra
 from lorary.adapters.compose.truncate import cut_problems
 from lorary.adapters.switch import switch
 from lorary.analysis.merge_check import MergeCheck, Row

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorary.files.strict_json import finite
-from lorary.model.text_table import aligned
+from lorary.model.text_table import aligned, first_rows
 
 LOSS = 0.05  # of the update: a larger rounding error leads to advice
 _SHOWN = 10  # sites in a printed report
@@ -123,13 +123,10 @@ class MergeError:
         plain = [finite(record) for record in (whole, *sites)]
         return plain[0] | {"advice": list(self.advice), "sites": plain[1:]}
 
-    def rows(self, most: int = _SHOWN) -> list[tuple[str, str, str]]:
+    def rows(self, most: int = _SHOWN) -> list[tuple[str, ...]]:
         """Rows of a table: (site, ||dW|| / ||W||, error), the worst `most` sites, then all together."""
-        shown = [(s.site, f"{s.effect:.2%}", _percent(s.error)) for s in self.worst[:most]]
-        rest = len(self.sites) - len(shown)
-        if rest > 0:
-            shown.append((f"and {rest:,} more", "", ""))
-        return [*shown, ("together", f"{self.effect:.2%}", _percent(self.error))]
+        rows = [(s.site, f"{s.effect:.2%}", _percent(s.error)) for s in self.worst]
+        return [*first_rows(rows, most), ("together", f"{self.effect:.2%}", _percent(self.error))]
 
     @property
     def compared(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +22,11 @@ def ready_model(section: ModelSection, folder: Path | None) -> Any:
 def tokenizer_or_none(section: ModelSection, folder: Path) -> Any:
     """The base's tokenizer with the chat template of the adapter in `folder`, or None if it has none."""
     from lorary.cli._generation import tokenizer_of
+    from lorary.cli._notes import print_notes
     from lorary.errors import FileError
 
     try:
         return tokenizer_of(section, folder)
     except FileError as error:
-        print(f"note: {error.problems[0] if error.problems else error}", file=sys.stderr)
+        print_notes([error.problems[0] if error.problems else error])
         return None

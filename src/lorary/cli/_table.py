@@ -28,14 +28,17 @@ def rich_table(title: str, rows: Sequence[Sequence[str]], head: Sequence[str] = 
     return table
 
 
-def print_table(title: str, rows: Sequence[Sequence[str]], head: Sequence[str]) -> None:
-    """Print a table on standard output: with a frame on a terminal, as plain text elsewhere."""
+def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], lines: Sequence[str] = ()) -> None:
+    """Print a table and lines below it on standard output: with a frame on a terminal, as plain text elsewhere."""
     from rich.console import Console
 
+    from lorary.cli import printable
     from lorary.model.text_table import aligned
 
     console = Console(highlight=False)
     if console.is_terminal:
-        console.print(rich_table(title, rows, head), markup=False)
+        console.print(rich_table(title, [[printable(cell) for cell in row] for row in rows], head), markup=False)
     else:
-        print(*aligned([head, *rows]), sep="\n")
+        print(title, *(printable(line) for line in aligned([head, *rows])), sep="\n")
+    for line in lines:
+        console.print(printable(line), markup=False, soft_wrap=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,6 +33,7 @@ def check(
     """
     from lorary.adapters.readers.check import check as checked
     from lorary.adapters.resolve import find_adapter
+    from lorary.cli._notes import print_notes
 
     folder = find_adapter(adapter, "check")
     names = [name.strip() for entry in readers or () for name in entry.split(",") if name.strip()]
@@ -44,7 +44,7 @@ def check(
     else:
         _show(adapter, verdicts)
         if model is None:
-            print("note: without --base the sites are not compared with the base's modules", file=sys.stderr)
+            print_notes(["without --base the sites are not compared with the base's modules"])
     if not all(verdict.accepted for verdict in verdicts):
         raise typer.Exit(1)
 

@@ -13,12 +13,12 @@ from lorary.cli._options import Base
 
 if TYPE_CHECKING:
     from lorary.adapters.adapter import Adapter
-    from lorary.adapters.compose.compress import Compression
+    from lorary.adapters.compose.compression import Compression
 
 
 def compress(
     adapter: Annotated[str, typer.Argument(help="Adapter folder, run folder that holds one, or Hub id.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the compressed adapter; must be new or empty.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the compressed adapter; must be empty.")],
     rank: Annotated[int | None, typer.Option("--rank", help="The most directions at a layer.")] = None,
     energy: Annotated[
         float | None, typer.Option("--energy", help="The share of the squared norm of the update to keep: 0.99.")
@@ -44,20 +44,20 @@ def compress(
     from lorary.adapters import load_adapter, save_adapter
     from lorary.adapters.card import write_card
     from lorary.adapters.resolve import find_adapter
-    from lorary.cli._output import check_new
+    from lorary.files.atomic import atomic_directory
 
-    check_new(out, "compress")
     folder = find_adapter(adapter, "compress")
     value = load_adapter(folder)
-    if kl is None:
-        from lorary.analysis.compress import compress as compressed
+    with atomic_directory(out) as written:
+        if kl is None:
+            from lorary.analysis.compress import compress as compressed
 
-        found = compressed(value, rank=rank, energy=energy)
-    else:
-        found = _within(Path(adapter), folder, value, base, rows, data, {"rank": rank, "energy": energy, "kl": kl})
-    result = _named(found.adapter, adapter)
-    save_adapter(result, out)
-    write_card(out, result)
+            found = compressed(value, rank=rank, energy=energy)
+        else:
+            found = _within(Path(adapter), folder, value, base, rows, data, {"rank": rank, "energy": energy, "kl": kl})
+        result = _named(found.adapter, adapter)
+        save_adapter(result, written)
+        write_card(written, result, name=out.name)
     print(json.dumps(found.to_dict(), indent=2) if as_json else found)
     print(f"wrote {out}", file=sys.stderr)
 
@@ -79,25 +79,22 @@ def _within(
     path: Path, folder: Path, value: Adapter, base: str | None, most: int, data: str | None, cuts: dict[str, Any]
 ) -> Compression:
     """The compression whose divergence stays below a bound on the rows of the command line."""
-    from lorary.adapters.resolve import base_class, find_base
+    from lorary.adapters.resolve import find_base, load_base
     from lorary.analysis.compress import compress as compressed
     from lorary.cli._comparison_rows import comparison_rows
     from lorary.cli._model import tokenizer_or_none
+    from lorary.cli._notes import print_notes
     from lorary.cli._progress import progress_bar
-    from lorary.model.loading.from_pretrained import load_config, load_model, load_storage
-    from lorary.model.loading.quiet import quiet_progress_bars
+    from lorary.model.loading.from_pretrained import load_config
 
     section = find_base(folder, base)
     compared = comparison_rows(path, tokenizer_or_none(section, folder), load_config(section), most, data)
-    storage = load_storage(value.method, value.full, value.sites)
-    with quiet_progress_bars():
-        model = load_model(section, storage, model_class=base_class(section, folder, value))
+    model = load_base(section, folder, value)
     with progress_bar() as update:
 
         def progress(count: int, divergence: float) -> None:
             update(description=f"{count:,} directions: KL {divergence:.3g}")
 
         found = compressed(value, **cuts, model=model, rows=compared.ids, progress=progress)
-    for note in (*compared.notes, f"compared on {len(compared.ids):,} {compared.source}"):
-        print(f"note: {note}", file=sys.stderr)
+    print_notes([*compared.notes, f"compared on {len(compared.ids):,} {compared.source}"])
     return found

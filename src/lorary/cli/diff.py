@@ -32,4 +32,4 @@ def diff(
         return
     print(f"A: {a}", f"B: {b}", *found.lines(), sep="\n")
     if not found.identical and found.sites:
-        print_table("the sites that differ most", found.rows(sites), HEAD)
+        print_table("the sites that differ most", HEAD, found.rows(sites))

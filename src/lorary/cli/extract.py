@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def extract(
     base: Annotated[str, typer.Argument(metavar="BASE", help="Folder or Hub id of the base, or builtin:base.")],
     tuned: Annotated[str, typer.Argument(metavar="TUNED", help="Folder or Hub id of the fully tuned model.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the adapter; must be new or empty.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the adapter; must be empty.")],
     rank: Annotated[int | None, typer.Option("--rank", help="The most directions at a layer.")] = None,
     energy: Annotated[
         float | None, typer.Option("--energy", help="The share of the squared norm of each change to keep: 0.99.")
@@ -37,18 +37,17 @@ def extract(
     import lorary
     from lorary.adapters import save_adapter
     from lorary.adapters.card import write_card
-    from lorary.cli._output import check_new
     from lorary.cli._progress import progress_bar
+    from lorary.files.atomic import atomic_directory
 
-    check_new(out, "extract an adapter")
-    with progress_bar() as update:
+    with atomic_directory(out) as written, progress_bar() as update:
 
         def progress(done: int, total: int, name: str) -> None:
             update(completed=done, total=total, description=name)
 
         found = lorary.extract(base, tuned, rank=rank, energy=energy, targets=targets or None, progress=progress)
-    save_adapter(found.adapter, out)
-    write_card(out, found.adapter)
+        save_adapter(found.adapter, written)
+        write_card(written, found.adapter, name=out.name)
     _print(found, sites, as_json)
     print(f"wrote {out}", file=sys.stderr)
 
@@ -62,4 +61,4 @@ def _print(found: Extraction, most: int, as_json: bool) -> None:
         return
     print(*found.lines(), sep="\n")
     if found.sites:
-        print_table("the layers with the largest errors", found.rows(most), HEAD)
+        print_table("the layers with the largest errors", HEAD, found.rows(most))

@@ -115,7 +115,7 @@ def intrinsic(
 ) -> None:
     """Measure how few numbers suffice to fine-tune a model on a task: its intrinsic dimension.
 
-    Trains in random subspaces of the parameters, once for each dimension, and in full. A few minutes with the built-in
+    Trains in random subspaces of the parameters, once for each dimension, and in full. Two minutes with the built-in
     model: lorary inspect intrinsic --out report.
     """
     from lorary.cli._inspect.intrinsic import Request, run

@@ -43,14 +43,14 @@ def lorahub(
     from lorary.adapters.compose.gradient_free import require_cma
     from lorary.cli._lorahub.inputs import read_inputs
     from lorary.cli._lorahub.report import write_report
+    from lorary.cli._notes import print_notes
     from lorary.cli._progress import progress_bar
     from lorary.files.atomic import atomic_directory
 
     require_cma()
     with atomic_directory(out) as written:
         given = read_inputs(adapters, examples, base, row_format, max_length, limit)
-        for note in given.notes:
-            print(f"note: {note}", file=sys.stderr)
+        print_notes(given.notes)
         with progress_bar(quiet=quiet) as update:
             found = lorary.lorahub(
                 given.model,
@@ -78,6 +78,7 @@ def _print(found: WeightSearch, rows: int, as_json: bool) -> None:
 
     from lorary.cli import printable
     from lorary.cli._lorahub.report import record
+    from lorary.cli._notes import print_notes
     from lorary.cli._table import rich_table
 
     if as_json:
@@ -89,4 +90,4 @@ def _print(found: WeightSearch, rows: int, as_json: bool) -> None:
     losses = f"loss {found.loss:.4f} on {rows:,} examples, {found.losses[0]:.4f} of the base alone"
     console.print(f"{losses}; {len(found.losses):,} candidates", soft_wrap=True)
     if not any(found.weights):
-        console.print("note: no mixture is better than the base alone: all weights are zero", soft_wrap=True)
+        print_notes(["no mixture is better than the base alone: all weights are zero"])

@@ -52,6 +52,7 @@ def merge(
     from lorary.adapters.resolve import find_adapter, find_base
     from lorary.cli._comparison_rows import comparison_rows
     from lorary.cli._model import tokenizer_or_none
+    from lorary.cli._notes import print_notes
     from lorary.files.atomic import atomic_directory
     from lorary.model.loading.from_pretrained import load_config
     from lorary.model.loading.quiet import quiet_progress_bars
@@ -71,12 +72,8 @@ def merge(
         name = str(target).removeprefix("torch.")
         record = {"dtype": name, "onto": onto, "rows": compared.source} | error.to_dict()
         (written / REPORT).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(
-        *(f"note: {note}" for note in compared.notes),
-        f"wrote the merged model to {output} ({name})",
-        sep="\n",
-        file=sys.stderr,
-    )
+    print_notes(compared.notes)
+    print(f"wrote the merged model to {output} ({name})", file=sys.stderr)
     _print_report(error, f"compared on {len(compared.ids):,} {compared.source}")
     print(output)
 
@@ -86,21 +83,19 @@ def _merged(
 ) -> tuple[PreTrainedModel, MergeError]:
     """The merged model and its report. One model at a time is in memory."""
     import lorary
-    from lorary.adapters.resolve import base_class
+    from lorary.adapters.resolve import load_base
     from lorary.analysis.merge_check import MergeCheck, round_weights
     from lorary.errors import StateError
     from lorary.model.bias_flags import BiasWarning, unserialisable_biases
-    from lorary.model.loading.from_pretrained import load_model, load_storage
     from lorary.model.merge import fold
 
-    kind = base_class(section, folder, adapter)
-    model = load_model(section, load_storage(adapter.method, adapter.full, adapter.sites), model_class=kind)
+    model = load_base(section, folder, adapter)
     lorary.load(model, folder, force=force)
     check = MergeCheck.of(model, rows.ids)
     if onto == "original" and check.quantized:
         del model
         gc.collect()  # models contain reference cycles
-        model = load_model(section, model_class=kind)
+        model = load_base(section, folder, adapter, quantized=False)
         lorary.load(model, folder, force=force, quantize=False)
     sites = check.sites(model, target)
     with warnings.catch_warnings():

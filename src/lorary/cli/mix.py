@@ -113,14 +113,11 @@ def _base(name: str | None, folders: dict[str, Path], adapters: dict[str, Adapte
     """The base of --base, quantised as the adapters had it."""
     if name is None:
         return None
-    from lorary.adapters.resolve import base_class, find_base
-    from lorary.model.loading.from_pretrained import load_model, load_storage
+    from lorary.adapters.resolve import find_base, load_base
 
     holder = max(adapters, key=lambda each: len(adapters[each].full))  # of a new head, if one has it
-    value, section = adapters[holder], find_base(folders[holder], name)
     alike = len({a.method.storage for a in adapters.values()}) == 1
-    storage = load_storage(value.method, value.full, value.sites) if alike else None
-    return load_model(section, storage, model_class=base_class(section, folders[holder], value))
+    return load_base(find_base(folders[holder], name), folders[holder], adapters[holder], quantized=alike)
 
 
 def _labels(folders: dict[str, Path]) -> LabelNames | None:
@@ -141,21 +138,19 @@ def _labels(folders: dict[str, Path]) -> LabelNames | None:
 
 def _report(adapter: Adapter, out: Path, as_json: bool) -> None:
     """The notes and the errors by layer on standard error; the folder, or JSON, on standard output."""
+    from lorary.cli._notes import print_notes
     from lorary.model.rank_pruning import directions_of
-    from lorary.model.text_table import aligned
+    from lorary.model.text_table import aligned, first_rows
 
     assert adapter.provenance is not None
     settings = adapter.provenance.settings
     ranks = {s.site.name: directions_of(s) for s in adapter.sites}
-    for note in adapter.notes:
-        print(f"note: {note}", file=sys.stderr)
+    print_notes(adapter.notes)
     if as_json:
         print(json.dumps(adapter.provenance.record() | {"out": str(out), "ranks": ranks}, indent=2))
         return
     errors = dict(sorted(settings.get("errors", {}).items(), key=lambda each: -each[1]))
-    rows = [(name, str(ranks[name]), f"{error:.2%}") for name, error in list(errors.items())[:_SHOWN]]
-    if len(errors) > _SHOWN:
-        rows.append((f"and {len(errors) - _SHOWN:,} more", "", ""))
+    rows = first_rows([(name, str(ranks[name]), f"{error:.2%}") for name, error in errors.items()], _SHOWN)
     if errors:
         rows.append(("together", str(max(ranks.values())), f"{settings['error']:.2%}"))
         print(*aligned([("layer", "rank", "error / ||dW||"), *rows]), sep="\n", file=sys.stderr)

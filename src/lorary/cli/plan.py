@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,6 +43,8 @@ def plan(
     """
     import gc
 
+    from lorary.cli._notes import print_notes
+
     options = {"method": method, "r": r, "alpha": alpha, "targets": targets, "exclude": exclude, "layers": layers}
     keys = {"method": "name"}
     flags = {f"--{k}": (f"method.{keys.get(k, k)}", value) for k, value in options.items() if value is not None}
@@ -53,8 +54,7 @@ def plan(
     finally:
         gc.enable()
     _show(config, memory, check, alone=not _is_file(model) and "task" not in config.model_fields_set)
-    for note in config.notes:
-        print(f"note: {note}", file=sys.stderr)
+    print_notes(config.notes)
 
 
 def _config(model: str, sets: list[str], flags: Flags) -> Config:

@@ -158,6 +158,12 @@ def may_be_missing(model: nn.Module, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
+def may_be_unused(model: nn.Module, name: str) -> bool:
+    """Whether a class knows a tensor of older checkpoints that it does not need (the frequencies of RoPE)."""
+    patterns = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq"]
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
 def shared_conversion(model_type: str) -> str:
     """The architecture whose conversion rules a model type shares; empty if it has none."""
     mapping = importlib.import_module("transformers.conversion_mapping")

@@ -58,6 +58,13 @@ class Site:
     window = RenamedAttribute("kernel_size")
 
     @property
+    def matrix(self) -> str:
+        """The layer's matrix in words: `linear [64, 32]`. GPT-2's transposed layer is the same as a linear one."""
+        kind = "linear" if self.kind == "transposed" else self.kind
+        window = f", kernel {self.kernel_size}, {self.groups} groups" if self.kernel_size else ""
+        return f"{kind} [{self.out_features}, {self.in_features}]{window}"
+
+    @property
     def rows(self) -> list[int]:
         """The number of output rows of each part, or of the whole weight."""
         return [part.size * part.count for part in self.parts] or [self.out_features]

@@ -14,7 +14,7 @@ from torch import Tensor
 import lorary
 from lorary.adapters.compose.diff import principal_angles
 from lorary.errors import MethodError
-from tests.adapters.test_change_rank import base, dense, trained
+from tests.adapters.test_change_rank import dense, trained
 
 
 def changed(adapter: lorary.Adapter, site: str, role: str, value: Tensor) -> lorary.Adapter:
@@ -128,7 +128,7 @@ def test_layers_of_other_sizes_are_named() -> None:
     b = lorary.Adapter.of(lorary.attach(other, lorary.plan(other, lorary.method("lora", r=2), ["plain"])))
     found = lorary.diff(a, b)
     assert found.sites == ()
-    assert found.other_shapes == {"plain": "linear 24 x 24 in A, linear 12 x 24 in B"}
+    assert found.other_shapes == {"plain": "linear [24, 24] in A, linear [12, 24] in B"}
 
 
 def test_many_sites_are_folded() -> None:
@@ -154,4 +154,8 @@ def test_bad_adapters_are_refused() -> None:
     broken = changed(adapter, "plain", "A", torch.full((4, 24), math.nan))
     with pytest.raises(MethodError, match="B: 'plain: A': 96 of 96 values are NaN or infinite"):
         lorary.diff(adapter, broken)
-    assert base()  # the base is not needed
+    missing = dataclasses.replace(adapter, tensors={"plain": {"A": adapter.tensors["plain"]["A"][:2]}})
+    with pytest.raises(MethodError) as caught:
+        lorary.diff(missing, broken)
+    for sentence in ("A: plain: A is (2, 24), expected (4, 24)", "A: plain: B is missing", "B: 'plain: A': 96 of 96"):
+        assert sentence in str(caught.value)

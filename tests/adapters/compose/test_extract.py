@@ -307,7 +307,7 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], object], tuple[str, ...]]] = {
         (
             "config.json: hidden_act: is 'silu' in the base and 'gelu' in the tuned model",
             "config.json: rms_norm_eps: is 1e-06 in the base and 0.001 in the tuned model",
-            "an adapter changes weights alone",
+            "config.json: an adapter changes weights alone\n      hint: make the settings equal",
         ),
     ),
     "resized vocabulary": (
@@ -318,9 +318,13 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], object], tuple[str, ...]]] = {
             "resize the base's vocabulary in the same way first",
         ),
     ),
+    "every size": (
+        lambda b, t: changed(t, hidden_size=24, intermediate_size=32),
+        ("model.embed_tokens.weight: is (40, 16) in the base and (40, 24) in the tuned model\n  -",),
+    ),
     "fewer layers": (
         lambda b, t: changed(t, num_hidden_layers=1),
-        ("model.layers.1.mlp.up_proj.weight: only the base has this parameter",),
+        ("model.layers.1.self_attn.q_proj.weight: only the base has this parameter",),
     ),
     "missing tensors": (
         lambda b, t: rewritten(t, lambda tensors: [tensors.pop(n) for n in (NORM, "lm_head.weight")]),

@@ -198,8 +198,29 @@ def test_its_parents_and_settings_are_recorded_and_saved(tmp_path: Any) -> None:
     assert [(p.name, p.sha256) for p in again.parents] == [(n, content_hash(a)) for n, a in adapters.items()]
     assert tuple(p.weight for p in again.parents) == found.weights
     assert again.settings["l1"] == 0.1
+    unnamed = lorary.lorahub(base(), [*adapters.values()], rows(0), budget=2)
+    assert unnamed.names == ("adapters[0]", "adapters[1]")
+    assert [p.name for p in unnamed.adapter.provenance.parents] == ["", ""]  # type: ignore[union-attr]
     assert again.settings["seed"] == 3
     assert again.settings["loss"] == found.loss == min(c.loss for c in found.candidates if c.weights == found.weights)
+
+
+def test_adapters_of_a_quantised_base_are_searched_on_it() -> None:
+    """QLoRA: the base stays as it is, and the mixture remembers how its parents' base was stored."""
+    model = base()
+    quantised = []
+    for seed in (1, 2):
+        lorary.attach(model, lorary.plan(model, lorary.method("qlora", r=2)))
+        quantised.append(lorary.Adapter.of(tiny.shaken(model, seed=seed)))
+        lorary.detach(model)
+    before = tiny.frozen_copy(model)
+    found = lorary.lorahub(model, quantised, rows(0), budget=6)
+    assert tiny.same(tiny.frozen_copy(model), before)
+    assert found.adapter.method.storage == quantised[0].method.storage
+    with torch.no_grad():
+        lorary.switch(model, found.adapter)
+        losses = [(model(**one_row(row)).loss.item(), len(row["labels"]) - 2) for row in rows(0)]
+    assert sum(m * n for m, n in losses) / sum(n for _, n in losses) == pytest.approx(found.loss, abs=1e-5)
 
 
 # --- the search -------------------------------------------------------------------------------------------------------
@@ -289,6 +310,12 @@ def test_encoder_decoders_and_plain_modules() -> None:
     lorary.detach(t5)
     found = lorary.lorahub(t5, [one], [{"input_ids": [3, 4, 5], "labels": [7, 1]}, {"input_ids": [6], "labels": [8]}])
     assert len(found.losses) == 40
+    vit = tiny.seeded("ViTForImageClassification")
+    lorary.attach(vit, lorary.plan(vit, lorary.method("lora", r=2), "all-linear"))
+    seen = dataclasses.replace(lorary.Adapter.of(tiny.shaken(vit, 0.05)), full={})  # the base's own head
+    lorary.detach(vit)
+    images = ({"pixel_values": torch.ones(n, 3, 8, 8), "labels": torch.zeros(n, dtype=torch.long)} for n in (1, 3))
+    assert len(lorary.lorahub(vit, [seen], images, budget=5).losses) == 5
     net, x = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.ones(2, 4)
     lorary.attach(net, lorary.plan(net, lorary.method("lora", r=1), "all-linear"))
     two = lorary.Adapter.of(tiny.shaken(net))
@@ -429,7 +456,10 @@ EXAMPLES: list[tuple[Any, str]] = [
     ("data.jsonl", "examples: is a str"),
     (["text"], "example 0: is a str"),
     ([{"input_ids": [1, 2]}], "example 0: has no labels"),
-    ([{"text": "x"}], "example 0: has no input_ids and no labels"),
+    ([{"text": "x"}], "example 0: `text` is no tensor, nor numbers of one.*\n.*\n.*example 0: has no labels"),
+    (torch.ones(2, 3), "examples: is a Tensor"),
+    (7, "examples: is a int"),
+    ([{"input_ids": [], "labels": []}], r"example 0: input_ids are \(0,\) of torch.float32, not a row of token ids"),
     ([{"input_ids": [1, 2], "labels": [-100, -100]}], "batch 0: no token has a label"),
     ([{"input_ids": [1], "labels": [1]}], "batch 0: no token has a label"),
     ([{"input_ids": [1, 2], "labels": [1, 2, 3]}], r"input_ids are \(1, 2\) and labels \(1, 3\)"),

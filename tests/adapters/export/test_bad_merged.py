@@ -43,6 +43,7 @@ def refused(adapter: Adapter, base: Any, folder: Path, **options: Any) -> str:
     with pytest.raises(LoraryError) as caught:
         export_merged(adapter, base, folder / "out", **options)
     assert sorted(p.name for p in folder.iterdir()) in (["base"], [])
+    assert caught.value.headline
     return str(caught.value)
 
 
@@ -93,6 +94,10 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
         "there is neither model.safetensors nor model.safetensors.ind",
     ),
     "no map": (lambda base: index(base, lambda record: {}), f"{INDEX}: holds no `weight_map` of tensor names"),
+    "index that is no JSON": (
+        lambda base: (base / INDEX).write_text("{"),
+        f"weights of base:\n  - {INDEX}: not JSON: expecting",
+    ),
     "path out of the folder": (
         lambda base: index(base, lambda record: record["weight_map"].update(x="../../etc/x.safetensors")),
         "is not the name of a safetensors file in the folder",
@@ -134,6 +139,17 @@ def test_a_link_out_of_the_folder(made: Path, base: Path, tmp_path: Path) -> Non
     file.symlink_to(made / "base" / file.name)
     text = refused(lorary.load_adapter(made / "adapter"), base, tmp_path)
     assert f"{file.name}: is a link that leaves the folder" in text
+
+
+def test_a_chat_template_that_is_another_file(made: Path, tmp_path: Path) -> None:
+    """An adapter from somewhere must not bring a file of this machine into a model that is then shared."""
+    (made / "private").mkdir()
+    (made / "private" / "key").write_text("secret")
+    template = made / "adapter" / "chat_template.jinja"
+    template.symlink_to(made / "private" / "key")
+    text = refused(lorary.load_adapter(made / "adapter"), made / "base", tmp_path, chat_template=template)
+    template.unlink()
+    assert "chat_template.jinja: is a link that leaves the folder" in text
 
 
 def test_every_bad_option_at_once(made: Path, tmp_path: Path) -> None:

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 import lorary
 from lorary.adapters import export_peft
+from lorary.adapters.adapter import without_empty_sites
 from lorary.adapters.export.engines import export_for_engine
-from lorary.adapters.export.plain import without_empty_sites
+from lorary.adapters.readers.check import check
 from lorary.errors import FileError
 from lorary.model.fingerprint import Fingerprint
 from tests import tiny
 from tests.adapters import models
-from tests.adapters.export.test_gguf import longer, of, plain
+from tests.adapters.export.made import MERGED, longer, of, plain
 from tests.adapters.models import BASES, by_peft, close, outputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -72,10 +73,24 @@ def test_any_reader_computes_the_same_update(
     assert (config["rank_pattern"], config["alpha_pattern"], config["bias"]) == ({}, {}, "none")
     assert isinstance(config["target_modules"], list)
     forms, found = without_empty_sites(adapter).low_rank(), naive(tmp_path / "out")
-    assert found.keys() == forms.keys()
     for name, form in forms.items():
         torch.testing.assert_close(found[name], form.B @ form.A)
+    assert not any(found[name].any() for name in found.keys() - forms.keys())
+    assert [v.reasons for v in check(tmp_path / "out", engine, model=LLAMA.model())] == [()]
     close(by_peft(LLAMA, tmp_path / "out"), outputs(made))
+
+
+def test_what_sglang_fuses_is_adapted_together(tmp_path: Path) -> None:
+    """It stops at an adapter of q alone, or of up alone; zeros beside them change nothing."""
+    made = models.adapted(LLAMA, "rslora", targets=["layers.0.self_attn.q_proj", "layers.1.mlp.up_proj"])
+    export_peft(lorary.Adapter.of(made), tmp_path / "peft", folded=True)
+    export_for_engine(lorary.Adapter.of(made), tmp_path / "sglang", "sglang", model=LLAMA.model(), base="org/model")
+    assert [v.accepted for f in ("peft", "sglang") for v in check(tmp_path / f, "sglang")] == [False, True]
+    assert {name.split("layers.")[1] for name in naive(tmp_path / "sglang")} == {
+        *(f"0.self_attn.{p}_proj" for p in "qkv"),
+        *("1.mlp.gate_proj", "1.mlp.up_proj"),
+    }
+    close(by_peft(LLAMA, tmp_path / "sglang"), outputs(made))
 
 
 def test_the_commands(tmp_path: Path) -> None:
@@ -86,7 +101,7 @@ def test_the_commands(tmp_path: Path) -> None:
     ]
     assert export_for_engine(adapter, out, "sglang", model=LLAMA.model(), base="org/model", name="mine") == [
         *("python", "-m", "sglang.launch_server", "--model-path", "org/model", "--enable-lora"),
-        *("--max-lora-rank", "9", "--lora-target-modules", "down_proj", "q_proj", "v_proj"),
+        *("--max-lora-rank", "9", "--lora-target-modules", "down_proj", "k_proj", "q_proj", "v_proj"),
         *("--lora-paths", f"mine={out}"),
     ]
 
@@ -100,11 +115,16 @@ def test_the_saved_command_finds_the_folder_wherever_it_is(tmp_path: Path) -> No
     program.chmod(0o755)
     environment = os.environ | {"PATH": f"{program.parent}:{os.environ['PATH']}"}
     ran = subprocess.run(
-        ["sh", str(out / "serve.sh")], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        ["sh", str(out / "serve.sh"), "--port", "9000"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert ran.stdout.splitlines() == [
         *("serve", "my model", "--enable-lora", "--max-loras", "1", "--max-lora-rank", "8"),
-        *("--lora-modules", f"tuned={out}"),
+        *("--lora-modules", f"tuned={out}", "--port", "9000"),
     ]
 
 
@@ -140,7 +160,6 @@ def deepseek() -> Any:
     return DeepseekV3ForCausalLM(DeepseekV3Config(**DEEPSEEK))
 
 
-MERGED = "\n      hint: merge it: `lorary export ADAPTER FOLDER --to merged`"
 REFUSED: dict[str, tuple[str, Any, Any, dict[str, Any], str]] = {
     "DoRA": (
         "vllm",

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import lorary
-from lorary.adapters import export_merged
+from lorary.adapters import AdapterWarning, export_merged
 from lorary.model.loading.source import ModelSection
 from tests import architectures
 from tests.adapters.export.bases import merged, saved_adapter, saved_base, tensors
@@ -42,8 +42,9 @@ CASES: dict[str, tuple[str, tuple[str, ...], Any, dict[str, Any], torch.dtype | 
     "tied in a part": ("BlipForConditionalGeneration", ("lora",), "all-linear", {}, None),
     "fused experts": ("Qwen3MoeForCausalLM", ("lora",), "all-linear", {}, None),
     "converted names": ("Dinov2ForImageClassification", ("lora",), "all-linear", {"use_swiglu_ffn": True}, None),
-    "convolutions and buffers": ("MobileNetV2ForImageClassification", ("lora",), ["conv"], {}, torch.bfloat16),
+    "convolutions": ("ConvNextForImageClassification", ("lora",), ["conv"], {}, torch.bfloat16),
     "multimodal": ("LlavaForConditionalGeneration", ("vera",), ["q_proj", "v_proj"], {}, None),
+    "positions by themselves": ("MarianMTModel", ("lora",), ["q_proj"], {}, None),
     "state space": ("MambaForCausalLM", ("melora",), ["in_proj"], {}, None),
     "written base": (LLAMA, ("delta-lora",), "attention", {}, None),
 }
@@ -110,6 +111,20 @@ def test_statistics_of_16_bits_and_norms_that_train(tmp_path: Path) -> None:
     assert found["resnet.embedder.embedder.normalization.running_mean"].dtype == torch.bfloat16
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "pad_token_id" not in config  # of text models alone
+
+
+def test_tensors_that_the_model_does_not_have_are_left_out_with_a_note(tmp_path: Path) -> None:
+    """Such as the layers for several tokens at once in DeepSeek-V3's files, which Transformers does not load."""
+    cls: Any = saved_base(LLAMA, tmp_path / "base", "1GB")
+    saved_adapter(cls, tmp_path / "base", tmp_path / "adapter")
+    export_merged(lorary.load_adapter(tmp_path / "adapter"), tmp_path / "base", tmp_path / "expected")
+    file = tmp_path / "base" / "model.safetensors"
+    extra = {f"model.layers.9.{name}.weight": torch.ones(2) for name in "abcd"}
+    save_file(load_file(file) | extra | {"model.rotary_emb.inv_freq": torch.ones(2)}, file, metadata={"format": "pt"})
+    first = ", ".join(sorted(extra)[:3])
+    with pytest.warns(AdapterWarning, match=f"LlamaForCausalLM does not have are left out: {first} and 1"):
+        export_merged(lorary.load_adapter(tmp_path / "adapter"), tmp_path / "base", tmp_path / "out")
+    assert tensors(tmp_path / "out").keys() == tensors(tmp_path / "expected").keys()
 
 
 CODE = """
@@ -227,6 +242,7 @@ def test_what_belongs_to_the_model_is_carried_along(tmp_path: Path) -> None:
     assert (tmp_path / "own" / "chat_template.jinja").read_text() == "own"
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the process that is killed is a copy of this one")
 def test_a_kill_in_the_middle_leaves_nothing_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cls: Any = saved_base(LLAMA, tmp_path / "base")
     saved_adapter(cls, tmp_path / "base", tmp_path / "adapter")

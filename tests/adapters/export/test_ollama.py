@@ -15,7 +15,7 @@ from lorary.builtin import path as builtin_path
 from lorary.errors import FileError
 from lorary.train.data.chat import CHATML
 from tests import tiny
-from tests.adapters.export.test_gguf import longer, plain
+from tests.adapters.export.made import longer, plain
 from tests.adapters.models import BASES
 
 LLAMA = BASES[0]

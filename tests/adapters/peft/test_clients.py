@@ -21,14 +21,13 @@ pytestmark = pytest.mark.filterwarnings(
 )
 ARCHITECTURES = {
     **dict.fromkeys(("LlamaForCausalLM", "Gemma3ForCausalLM", "OPTForCausalLM"), "CAUSAL_LM"),
-    **dict.fromkeys(("GPT2LMHeadModel", "FalconForCausalLM", "BloomForCausalLM", "Phi3ForCausalLM"), "CAUSAL_LM"),
+    **dict.fromkeys(("GPT2LMHeadModel", "FalconForCausalLM", "Phi3ForCausalLM"), "CAUSAL_LM"),
     **dict.fromkeys(("MambaForCausalLM", "GptOssForCausalLM", "Qwen3MoeForCausalLM"), "CAUSAL_LM"),
     **dict.fromkeys(("DeepseekV3ForCausalLM", "Qwen3NextForCausalLM"), "CAUSAL_LM"),  # the experts' names elsewhere
     "BertForSequenceClassification": "SEQ_CLS",
     "T5ForConditionalGeneration": "SEQ_2_SEQ_LM",
     "WhisperForConditionalGeneration": None,  # takes no `input_ids`, which PEFT's class for the task passes
     **dict.fromkeys(("ViTForImageClassification", "ResNetForImageClassification", "CLIPModel"), None),
-    "LlavaForConditionalGeneration": None,
 }
 
 

@@ -22,11 +22,12 @@ IDS = torch.tensor([[1, 5, 7, 5, 2], [3, 9, 0, 4, 28]])
 
 
 class Case(NamedTuple):
-    """A folder's base, made anew at each call, and its logits with the adapter."""
+    """A folder's base, made anew at each call, its logits with the adapter, and the adapted model."""
 
     base: Callable[[], nn.Module]
     inputs: Mapping[str, Tensor]
     logits: Tensor
+    model: Any
 
 
 def logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -47,7 +48,7 @@ def inputs_of(base: nn.Module) -> dict[str, Tensor]:
 def case(base: Callable[[], nn.Module], model: nn.Module) -> Case:
     """The case of an adapted model."""
     inputs = inputs_of(base())
-    return Case(base, inputs, logits(model, inputs))
+    return Case(base, inputs, logits(model, inputs), model)
 
 
 def whisper() -> nn.Module:

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorary
+from lorary.adapters import export_peft
+from lorary.adapters.export.engines import export_for_engine
 from lorary.adapters.readers.check import READERS
 from lorary.adapters.readers.features import FEATURES
 from lorary.adapters.readers.peft import PEFT, TYPES
@@ -150,6 +152,30 @@ def test_every_rule_names_a_feature() -> None:
     for reader in READERS.values():
         assert reader.refuses | reader.ignores <= set(FEATURES)
         assert not reader.refuses & reader.ignores
+
+
+@pytest.mark.parametrize(
+    ("name", "reader"),
+    [
+        ("rslora", "sglang"),
+        ("alphas", "sglang"),
+        ("ranks", "sglang"),
+        ("pissa, saved", "sglang"),
+        ("pissa, saved", "vllm"),
+        ("pissa, saved", "peft"),
+        ("dora", "transformers"),
+    ],
+)
+def test_what_is_to_be_exported_instead_is_accepted(name: str, reader: str, tmp_path: Path) -> None:
+    case = CASES[name](tmp_path / "a")
+    (verdict,) = lorary.check(tmp_path / "a", reader, model=case.base())
+    (fix,) = {reason.fix for reason in verdict.reasons}
+    adapter, to = lorary.load_adapter(tmp_path / "a", model=case.base()), fix.rpartition(" ")[2]
+    if to == "peft":
+        export_peft(adapter, tmp_path / "b", model=case.base())
+    else:
+        export_for_engine(adapter, tmp_path / "b", to, model=case.base(), base="org/base")
+    assert [v.reasons for v in lorary.check(tmp_path / "b", reader, model=case.base())] == [()]
 
 
 # --- the engines' rules -----------------------------------------------------------------------------------------------

@@ -73,7 +73,8 @@ class _Handler(BaseHTTPRequestHandler):
     served: Served
 
     def do_GET(self) -> None:
-        self._answer(lambda: (200, self.served.listed()))
+        version = {"version": "0.1 of the tests"}
+        self._answer(lambda: (200, version if self.path == "/version" else self.served.listed()))
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

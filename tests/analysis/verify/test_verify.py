@@ -244,6 +244,7 @@ def test_the_certificate_is_about_this_adapter_and_goes_with_it(tmp_path: Path) 
     assert record["adapter_sha256"] == content_hash(adapter)
     assert (record["verdict"], record["against"][:17], record["base"]) == ("right", "http://127.0.0.1:", "")
     assert record["probes"]["count"] == len(PROBES)
+    assert record["release"] == "0.1 of the tests"
     assert record["probes"]["log_probabilities"] == found.count
     assert set(record["nats"]) == {"base", "adapter", "effect", "tolerance"}
     (tmp_path / "README.md").write_text("a card")

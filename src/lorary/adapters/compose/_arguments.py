@@ -13,7 +13,7 @@ from lorary.adapters.adapter import Adapter
 from lorary.adapters.compose.merging import MERGINGS, ByElement
 from lorary.adapters.compose.truncate import cut_problems
 from lorary.adapters.compose.updates import Term
-from lorary.adapters.tensor_checks import not_finite, tensor_problems
+from lorary.adapters.tensor_checks import adapter_problems
 from lorary.errors import Diagnostic, MethodError, did_you_mean
 from lorary.model.fingerprint import Fingerprint
 from lorary.spec.site import Site
@@ -98,11 +98,7 @@ def tensor_faults(terms: Sequence[Term]) -> list[Diagnostic]:
     """The tensors that are missing, of a wrong shape, or not finite."""
     problems = []
     for term in terms:
-        a = term.adapter
-        wrong = [p for s in a.sites for p in tensor_problems(s.site.name, s.stored, a.tensors.get(s.site.name, {}))]
-        if not wrong:
-            every = {f"{site}: {role}": t for site, roles in a.tensors.items() for role, t in roles.items()}
-            wrong = not_finite(every | dict(a.full))
+        wrong = adapter_problems(term.adapter.sites, term.adapter.tensors, term.adapter.full)
         problems += [Diagnostic(f"{term.name}: {p.where}", p.what, p.fix) for p in wrong]
     return problems
 
@@ -120,7 +116,7 @@ def disagreements(terms: Sequence[Term], base: nn.Module | None, *, force: bool)
     for term in terms:
         for adapted in term.adapter.sites:
             first, site = seen.setdefault(adapted.site.name, (term, adapted.site))
-            mine, its = _described(site), _described(adapted.site)
+            mine, its = site.matrix, adapted.site.matrix
             if mine != its:
                 problems.append(Diagnostic(site.name, f"is {mine} in {first.name}, and {its} in {term.name}"))
     return problems
@@ -137,10 +133,3 @@ def _other_bases(terms: Sequence[Term], base: nn.Module | None) -> list[Diagnost
         there = f"for {first.name}" if base is None else "in the base given"
         problems += [Diagnostic(term.name, p.what, fix) for p in term.adapter.base.disagreements(compared, there)]
     return problems
-
-
-def _described(site: Site) -> str:
-    """The kind and sizes of a site. GPT-2's transposed layer is the same matrix as a linear one."""
-    kind = "linear" if site.kind == "transposed" else site.kind
-    window = f", kernel {site.kernel_size}, {site.groups} groups" if site.kernel_size else ""
-    return f"{kind} [{site.out_features}, {site.in_features}]{window}"

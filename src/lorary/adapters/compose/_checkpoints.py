@@ -53,20 +53,22 @@ class Checkpoints(NamedTuple):
         differ = [key for key in one if key in other and one[key] != other[key]]
         for key in differ[:_MOST_SETTINGS]:
             what = f"is {show(one[key])} in the base and {show(other[key])} in the tuned model"
-            fix = "an adapter changes weights alone: make the settings equal" if key is differ[-1] else ""
-            yield Diagnostic(f"config.json: {key}", what, fix)
+            yield Diagnostic(f"config.json: {key}", what)
+        if differ:
+            more = f"{len(differ) - _MOST_SETTINGS} more differ, and " if len(differ) > _MOST_SETTINGS else ""
+            yield Diagnostic("config.json", f"{more}an adapter changes weights alone", "make the settings equal")
 
     def _shapes(self) -> Iterator[Diagnostic]:
         one, other = (_shapes(weights) for weights in self)
-        for name in one.keys() & other.keys():
-            if one[name] != other[name]:
+        words = getattr(self.base.model.config.get_text_config(), "vocab_size", None)
+        for name in one | other:
+            if name not in one or name not in other:
+                where = "the base" if name in one else "the tuned model"
+                yield Diagnostic(name, f"only {where} has this parameter")
+            elif one[name] != other[name]:
                 what = f"is {one[name]} in the base and {other[name]} in the tuned model"
-                resized = one[name][1:] == other[name][1:]
-                fix = "resize the base's vocabulary in the same way first" if resized else ""
-                yield Diagnostic(name, what, fix)
-        for name in one.keys() ^ other.keys():
-            where = "the base" if name in one else "the tuned model"
-            yield Diagnostic(name, f"only {where} has this parameter")
+                resized = one[name][:1] == (words,) and one[name][1:] == other[name][1:]
+                yield Diagnostic(name, what, "resize the base's vocabulary in the same way first" if resized else "")
 
     def _files(self) -> Iterator[Diagnostic]:
         """What the files of each checkpoint lack, or hold in another shape than its own model."""
@@ -90,7 +92,7 @@ def _return_freed_memory() -> None:
 
     It keeps blocks below 32 MB, and matrices of many sizes leave holes between them: 200 MB after 200 layers.
     """
-    with suppress(AttributeError, OSError):
+    with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 

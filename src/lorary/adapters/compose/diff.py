@@ -17,13 +17,13 @@ from torch import Tensor
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.content_hash import content_hash
 from lorary.adapters.low_rank_form import factors_on_base
-from lorary.adapters.tensor_checks import not_finite
+from lorary.adapters.tensor_checks import adapter_problems
 from lorary.errors import Diagnostic, MethodError, not_a
 from lorary.files.strict_json import finite
 from lorary.model.ambient import mode_independent
 from lorary.model.fingerprint import Fingerprint
 from lorary.model.targets import abbreviated
-from lorary.model.text_table import aligned
+from lorary.model.text_table import aligned, first_rows
 from lorary.spec.interfaces import Factors
 from lorary.spec.method import AXES, Method
 from lorary.spec.placement import AdaptedSite
@@ -116,9 +116,7 @@ class AdapterDiff:
 
     def rows(self, most: int = _SHOWN) -> list[tuple[str, ...]]:
         """Rows of a table with `HEAD`: the `most` sites that differ most."""
-        rows = [s.row() for s in self.worst[:most]]
-        rest = len(self.sites) - len(rows)
-        return [*rows, (f"and {rest:,} more", *[""] * (len(HEAD) - 1))] if rest else rows
+        return first_rows([s.row() for s in self.worst], most)
 
     def lines(self) -> list[str]:
         """Everything beside the table, in sentences."""
@@ -169,7 +167,7 @@ def diff(a: Adapter, b: Adapter) -> AdapterDiff:
         The comparison, site by site.
 
     Raises:
-        MethodError: one of them is not an adapter, or has values that are not finite.
+        MethodError: one of them is not an adapter, or its tensors are incomplete or not finite; every reason.
 
     Example:
         >>> found = lorary.diff(lorary.load_adapter("first"), lorary.load_adapter("second"))
@@ -178,13 +176,14 @@ def diff(a: Adapter, b: Adapter) -> AdapterDiff:
     """
     problems = not_a(Adapter, "an Adapter", a=a, b=b)
     if not problems:
-        problems = [Diagnostic(f"{n}: {p.where}", p.what) for n, x in (("A", a), ("B", b)) for p in _unusable(x)]
+        found = {which: adapter_problems(x.sites, x.tensors, x.full) for which, x in (("A", a), ("B", b))}
+        problems = [Diagnostic(f"{which}: {p.where}", p.what, p.fix) for which, wrong in found.items() for p in wrong]
     if problems:
         raise MethodError("cannot compare these adapters:", problems)
     here, there = ({s.site.name: s for s in adapter.sites} for adapter in (a, b))
     common = [name for name in here if name in there]
-    alike = [name for name in common if _shape(here[name]) == _shape(there[name])]
-    other = {n: f"{_shape(here[n])} in A, {_shape(there[n])} in B" for n in common if n not in alike}
+    alike = [name for name in common if here[name].site.matrix == there[name].site.matrix]
+    other = {n: f"{here[n].site.matrix} in A, {there[n].site.matrix} in B" for n in common if n not in alike}
     return AdapterDiff(
         identical=content_hash(a) == content_hash(b),
         sites=tuple(_site_diff(here[n], a.tensors[n], there[n], b.tensors[n]) for n in alike),
@@ -196,18 +195,6 @@ def diff(a: Adapter, b: Adapter) -> AdapterDiff:
         only_full_b=tuple(n for n in b.full if n not in a.full),
         notes=(*_methods(a.method, b.method), *_bases(a.base, b.base)),
     )
-
-
-def _unusable(adapter: Adapter) -> list[Diagnostic]:
-    named = {f"{site}: {role}": t for site, roles in adapter.tensors.items() for role, t in roles.items()}
-    return not_finite(named | dict(adapter.full))
-
-
-def _shape(s: AdaptedSite) -> str:
-    """The layer's matrix in words; GPT-2's transposed linear layer is the same matrix as a linear one."""
-    kind = "linear" if s.site.kind == "transposed" else s.site.kind
-    groups = f", {s.site.groups} groups" if s.site.groups > 1 else ""
-    return f"{kind} {s.site.out_features} x {s.site.in_features}{groups}"
 
 
 def _site_diff(

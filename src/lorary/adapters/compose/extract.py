@@ -21,7 +21,7 @@ from lorary.adapters.adapter import Adapter
 from lorary.adapters.compose._checkpoints import Checkpoints, opened
 from lorary.adapters.compose.dense import frobenius_norm, truncated_matrix
 from lorary.adapters.compose.extraction import ExtractedSite, Extraction
-from lorary.adapters.compose.plain import plain_lora
+from lorary.adapters.compose.plain_lora import plain_lora
 from lorary.adapters.compose.truncate import cut_problems, relative
 from lorary.adapters.provenance import Parent, Provenance
 from lorary.adapters.tensor_checks import not_finite
@@ -182,7 +182,10 @@ class _Changes:
         if self.problems:  # there will be no adapter: only look for more
             return
         if name not in self.layers:
-            self.full[first] = _narrow(tuned)
+            value = _narrow(tuned)
+            if not torch.equal(self.full.setdefault(first, value), value):
+                what = f"is the same parameter as {first} in the base, and another one in the tuned model"
+                self.problems.append(Diagnostic(name, what))
             return
         self._add_matrix(self.layers[name], size, tuned.sub_(W))
 

@@ -11,7 +11,7 @@ from lorary.adapters.adapter import Adapter
 from lorary.adapters.compose.truncate import relative
 from lorary.model.plan import human_bytes
 from lorary.model.targets import abbreviated
-from lorary.model.text_table import aligned
+from lorary.model.text_table import aligned, first_rows
 
 _SHOWN = 10  # layers in a printed table
 HEAD = ("site", "rank", "||dW||", "||dW|| / ||W||", "error")
@@ -77,9 +77,7 @@ class Extraction:
 
     def rows(self, most: int = _SHOWN) -> list[tuple[str, ...]]:
         """Rows of a table with `HEAD`: the `most` layers with the largest errors."""
-        rows = [s.row() for s in self.worst[:most]]
-        rest = len(self.sites) - len(rows)
-        return [*rows, (f"and {rest:,} more", *[""] * (len(HEAD) - 1))] if rest else rows
+        return first_rows([s.row() for s in self.worst], most)
 
     def lines(self) -> list[str]:
         """Everything beside the table, in sentences."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ _HEADLINE = "cannot search on these examples:"
 _FIX = 'give rows such as {"input_ids": [...], "labels": [...]}, batches of tensors, or a function of the model'
 
 Batch = dict[str, Tensor]
-Examples = Mapping[str, Any] | Sequence[Mapping[str, Any]] | Callable[[nn.Module], float]
+Examples = Mapping[str, Any] | Iterable[Mapping[str, Any]] | Callable[[nn.Module], float]
 
 
 def loss_on(model: Any, examples: Examples) -> Callable[[], float]:
@@ -72,27 +72,37 @@ def _batches(examples: Any) -> list[Batch]:
     """The examples as batches of tensors; rows are padded, 16 in a batch.
 
     Raises:
-        DataError: they are neither rows nor batches.
+        DataError: they are neither rows nor batches; every problem.
     """
     several = [examples] if isinstance(examples, Mapping) else examples
-    if isinstance(several, str) or not isinstance(several, Sequence):
+    if isinstance(several, str | Tensor) or not isinstance(several, Iterable):
         raise DataError(_HEADLINE, [Diagnostic("examples", f"is a {type(examples).__name__}", _FIX)])
-    problems = [] if several else [Diagnostic("examples", "is empty", _FIX)]
+    found: list[Batch] = []
+    problems: list[Diagnostic] = []
     for i, example in enumerate(several):
         if not isinstance(example, Mapping):
             problems.append(Diagnostic(f"example {i}", f"is a {type(example).__name__}", _FIX))
-        elif missing := [key for key in ("input_ids", "labels") if not len(example.get(key, ()))]:
-            problems.append(Diagnostic(f"example {i}", f"has no {' and no '.join(missing)}", _FIX))
+            continue
+        found.append({})
+        for name, value in example.items():
+            try:
+                found[-1][str(name)] = torch.as_tensor(value)
+            except (TypeError, ValueError, RuntimeError):
+                problems.append(Diagnostic(f"example {i}", f"`{name}` is no tensor, nor numbers of one", _FIX))
+        if "labels" not in example:
+            problems.append(Diagnostic(f"example {i}", "has no labels", _FIX))
+    if not found and not problems:
+        problems.append(Diagnostic("examples", "is empty", _FIX))
     if problems:
         raise DataError(_HEADLINE, problems)
-    if all(torch.as_tensor(example["input_ids"]).ndim == 2 for example in several):
-        return [{name: torch.as_tensor(value) for name, value in example.items()} for example in several]
-    return [_padded(several[i : i + _AT_ONCE]) for i in range(0, len(several), _AT_ONCE)]
+    if not all("input_ids" in one and one["input_ids"].ndim == 1 for one in found):
+        return found
+    return [_padded(found[i : i + _AT_ONCE]) for i in range(0, len(found), _AT_ONCE)]
 
 
-def _padded(rows: Sequence[Mapping[str, Any]]) -> Batch:
+def _padded(rows: Sequence[Batch]) -> Batch:
     """Rows of token ids as one batch, padded on the right: `input_ids`, `attention_mask`, `labels`, [rows, longest]."""
-    ids, labels = ([torch.as_tensor(row[key]) for row in rows] for key in ("input_ids", "labels"))
+    ids, labels = ([row[key] for row in rows] for key in ("input_ids", "labels"))
     problems = [
         Diagnostic(f"example {i}", f"{name} are {tuple(t.shape)} of {t.dtype}, not a row of token ids", _FIX)
         for name, tensors in (("input_ids", ids), ("labels", labels))
@@ -114,7 +124,8 @@ def _labels(model: Any, batch: Batch) -> int:
     if labels.ndim < 2 or labels.is_floating_point():
         return labels.shape[0]
     predicts_next = config is not None and kind_of_model(config) == "decoder"
-    if predicts_next and labels.shape != batch["input_ids"].shape:
-        what = f"input_ids are {tuple(batch['input_ids'].shape)} and labels {tuple(labels.shape)}"
+    ids = batch.get("input_ids", labels)
+    if predicts_next and labels.shape != ids.shape:
+        what = f"input_ids are {tuple(ids.shape)} and labels {tuple(labels.shape)}"
         raise DataError(_HEADLINE, [Diagnostic("examples", what, "give every token a label, -100 for none")])
     return int((labels[:, 1:] if predicts_next else labels).ne(_IGNORED).sum())

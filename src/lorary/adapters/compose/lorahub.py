@@ -109,7 +109,7 @@ def lorahub(
             the factors, for adapters with the same sites and ranks.
         bounds: the least and the greatest weight; 0 is between them.
         l1: the strength of the penalty.
-        budget: candidates at most, the base included. The paper's 40 suit few adapters: ten for each are better.
+        budget: candidates at most, the base included. The paper has 40; sixteen for each adapter are better.
         seed: of the search. The same seed gives the same weights.
         force: accept adapters of another base, if every tensor fits.
         progress: called after each candidate with (number tried, budget, least objective).
@@ -154,16 +154,22 @@ def lorahub(
 
         minimise(objective, len(terms), bounds, budget, seed)
     settings = {"form": form, "bounds": [*bounds], "l1": l1, "budget": budget, "seed": seed}
-    return _result(terms, factors, tried, settings)
+    names = [term.name if isinstance(adapters, Mapping) else "" for term in terms]
+    return _result(terms, names, factors, tried, settings)
 
 
 def _result(
-    terms: Sequence[Term], factors: WeightedFactors, tried: list[Candidate], settings: dict[str, Any]
+    terms: Sequence[Term],
+    names: Sequence[str],
+    factors: WeightedFactors,
+    tried: list[Candidate],
+    settings: dict[str, Any],
 ) -> WeightSearch:
-    """The best candidate as an adapter with its provenance."""
+    """The best candidate as an adapter with its provenance; `names` are those that the parents have outside."""
     best = min(tried, key=Candidate.rank)
     settings |= {"loss": best.loss, "loss of the base": tried[0].loss, "candidates": len(tried)}
-    parents = [Parent(t.name, content_hash(t.adapter), w) for t, w in zip(terms, best.weights, strict=True)]
+    hashes = [content_hash(term.adapter) for term in terms]
+    parents = map(Parent, names, hashes, best.weights)
     adapter = replace(factors.adapter(best.weights), provenance=Provenance("lorahub", tuple(parents), settings))
     return WeightSearch(adapter, tuple(t.name for t in terms), best.weights, best.loss, tuple(tried))
 

@@ -19,7 +19,7 @@ from lorary.adapters.adapter import Adapter
 from lorary.adapters.compose import _arguments
 from lorary.adapters.compose.dense import truncated_matrix
 from lorary.adapters.compose.merging import MERGINGS, ByElement, InSpan, drop, factored_gram
-from lorary.adapters.compose.plain import plain_lora
+from lorary.adapters.compose.plain_lora import plain_lora
 from lorary.adapters.compose.truncate import Truncated, product_norm, relative, truncated_product
 from lorary.adapters.compose.updates import Change, Term, Update, full_changes, updates_by_site, value_before
 from lorary.adapters.content_hash import content_hash

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.compose.plain import plain_lora
+from lorary.adapters.compose.plain_lora import plain_lora
 from lorary.adapters.low_rank_form import LowRankForm
 from lorary.errors import Diagnostic, MethodError
 from lorary.layers.adapted import unwrapped_modules

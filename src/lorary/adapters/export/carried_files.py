@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from lorary.errors import FileError
 from lorary.files.safe_open import open_inside
 from lorary.model.loading.weight_files import INDEX
 
@@ -31,12 +32,28 @@ def carry_files(source: Path, target: Path) -> None:
         FileError: one of them is a link out of its folder, no plain file, or too large.
     """
     for name in _found(source):
-        if (target / name).exists() or name == INDEX:
-            continue
-        (target / name).parent.mkdir(exist_ok=True)
+        if not (target / name).exists() and name != INDEX:
+            (target / name).parent.mkdir(exist_ok=True)
+            copy_file(source, name, target / name)
+
+
+def copy_file(source: Path, name: str, target: Path) -> None:
+    """Copy a plain file of a folder.
+
+    Args:
+        source: a resolved folder.
+        name: of the file in it.
+        target: the copy, a new file.
+
+    Raises:
+        FileError: it is a link out of the folder, no plain file, or too large.
+    """
+    try:
         file, _ = open_inside(source, name, _MOST_BYTES)
-        with file, open(target / name, "xb") as copy:
-            shutil.copyfileobj(file, copy)
+    except FileError as error:
+        raise FileError(f"cannot copy the files of {source.name}:", error.problems) from None
+    with file, open(target, "xb") as copy:
+        shutil.copyfileobj(file, copy)
 
 
 def _found(source: Path) -> Iterator[str]:

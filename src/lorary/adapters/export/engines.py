@@ -7,6 +7,7 @@ So these files have the folded form of `export_peft`: one rank and one scale at 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import re
@@ -16,21 +17,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from lorary.adapters.adapter import Adapter
-from lorary.adapters.export.plain import MERGE, plain_factors, site_problems
+from lorary.adapters.adapter import Adapter, without_empty_sites
+from lorary.adapters.export.plain_factors import MERGE, plain_factors, site_problems
 from lorary.adapters.peft.export import SERVE, lora_files, write_lora
 from lorary.adapters.peft.writer import rope_overrides
+from lorary.adapters.readers.vllm import RANKS, serving_rank
 from lorary.errors import Diagnostic, FileError, deduplicated, did_you_mean, not_a
 from lorary.files.safe_open import checked_path
 from lorary.files.strict_json import show
 from lorary.layers.adapted import unwrapped_modules
+from lorary.layers.kinds import site as site_of
+from lorary.methods.lora import Add, ConstantScale, Kaiming, LowRank
 from lorary.model.ambient import mode_independent
+from lorary.spec.method import Method
+from lorary.spec.placement import AdaptedSite
 from lorary.spec.site import Site
 
-_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of --max-lora-rank
 _VLLM_HEADS = ("granite", "llama", "mixtral", "qwen3", "qwen3_moe")  # whose classes declare `embedding_modules`
+_SGLANG_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _SGLANG_LAYERS = (
     *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     *("qkv_proj", "gate_up_proj", "embed_tokens", "lm_head"),
@@ -49,6 +56,7 @@ class Engine:
         command: (base, name, path, configuration, RoPE parameters) -> the command that serves an adapter, which ends
             with `name=path`.
         scales_rope: whether the command can say which RoPE scaling the base needs.
+        groups: projections that it fuses, of which it takes adapters of all or of none.
     """
 
     title: str
@@ -56,6 +64,7 @@ class Engine:
     why_not: Callable[[Site, bool, Any], str]
     command: Callable[[str, str, str, dict[str, Any], dict[str, Any]], list[str]]
     scales_rope: bool
+    groups: tuple[tuple[str, ...], ...] = ()
 
 
 @mode_independent
@@ -97,12 +106,12 @@ def export_for_engine(
         raise FileError(
             f"cannot export an adapter to {show(path, most=400)} for {target.title}", deduplicated(problems)
         )
-    files = lora_files(adapter, folder, model, folded=True)
+    files = lora_files(_with_whole_groups(adapter, model, target.groups), folder, model, folded=True)
     rope = _rope_parameters(adapter, model)
     *command, last = target.command(base or adapter.base.name, name, path, files.config, rope)
     here = f'{name}="$(cd "$(dirname "$0")" && pwd)"'  # the last argument, wherever the folder is moved
     text = f"#!/bin/sh\n# Serve this folder's adapter with {target.title}, as the model {name}.\n"
-    write_lora(folder, files, {SERVE: f"{text}exec {shlex.join(command)} {here}\n"}, model)
+    write_lora(folder, files, {SERVE: f'{text}exec {shlex.join(command)} {here} "$@"\n'}, model)
     return [*command, last]
 
 
@@ -125,6 +134,23 @@ def _problems(adapter: Adapter, model: nn.Module, target: Engine, base: str, nam
         what = f"{show(name)} cannot name an adapter, which takes letters, digits and `.`, `_`, `-`"
         problems.append(Diagnostic("name", what, "export to a folder with another name"))
     return problems
+
+
+def _with_whole_groups(adapter: Adapter, model: nn.Module, groups: tuple[tuple[str, ...], ...]) -> Adapter:
+    """The adapter with zeros at the projections that are fused with adapted ones and are not adapted themselves."""
+    adapter = without_empty_sites(adapter)
+    modules = unwrapped_modules(model)
+    tensors = {adapted.site.name: adapter.tensors[adapted.site.name] for adapted in adapter.sites}
+    plain = Method(LowRank(1), Kaiming(), ConstantScale(1.0), Add())
+    added = []
+    for adapted in adapter.sites:
+        layer, _, leaf = adapted.site.name.rpartition(".")
+        for name in (f"{layer}.{other}" for group in groups if leaf in group for other in group):
+            if name in modules and name not in tensors:
+                zero = AdaptedSite(site_of(name, modules[name]), plain)
+                added.append(zero)
+                tensors[name] = {role: torch.zeros(zero.shapes[role]) for role in ("A", "B")}
+    return dataclasses.replace(adapter, sites=(*adapter.sites, *added), tensors=tensors)
 
 
 def _rope_parameters(adapter: Adapter, model: nn.Module) -> dict[str, Any]:
@@ -155,8 +181,8 @@ def _why_not_sglang(site: Site, head: bool, model: Any) -> str:
 
 
 def _vllm(base: str, name: str, path: str, config: dict[str, Any], rope: dict[str, Any]) -> list[str]:
-    rank = next(n for n in _VLLM_RANKS if n >= config["r"])
-    command = ["vllm", "serve", base, "--enable-lora", "--max-loras", "1", "--max-lora-rank", str(rank)]
+    rank = str(serving_rank(config["r"]))
+    command = ["vllm", "serve", base, "--enable-lora", "--max-loras", "1", "--max-lora-rank", rank]
     overrides = ["--hf-overrides", json.dumps({"rope_parameters": rope})] if rope else []
     return [*command, *overrides, "--lora-modules", f"{name}={path}"]
 
@@ -173,6 +199,6 @@ def _sglang(base: str, name: str, path: str, config: dict[str, Any], rope: dict[
 
 
 ENGINES = {
-    "vllm": Engine("vLLM", _VLLM_RANKS[-1], _why_not_vllm, _vllm, scales_rope=True),
-    "sglang": Engine("SGLang", None, _why_not_sglang, _sglang, scales_rope=False),
+    "vllm": Engine("vLLM", RANKS[-1], _why_not_vllm, _vllm, scales_rope=True),
+    "sglang": Engine("SGLang", None, _why_not_sglang, _sglang, scales_rope=False, groups=_SGLANG_GROUPS),
 }

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.export.gguf_architectures import ARCHITECTURES, Architecture, reorder_rows
-from lorary.adapters.export.plain import MERGE, plain_factors, site_problems
+from lorary.adapters.export.plain_factors import MERGE, plain_factors, site_problems
 from lorary.adapters.peft.writer import rope_overrides
 from lorary.adapters.tensor_checks import unwritable
 from lorary.errors import Diagnostic, FileError, deduplicated, not_a

@@ -8,7 +8,7 @@ of the result and a few copies of one layer.
 from __future__ import annotations
 
 import os
-import shutil
+import warnings
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.export.carried_files import CHAT_TEMPLATE, carry_files
+from lorary.adapters.export.carried_files import CHAT_TEMPLATE, carry_files, copy_file
 from lorary.adapters.export.merged_model import MergedModel, merged_model
 from lorary.adapters.export.merged_weights import MergedWeights
 from lorary.adapters.resolve import class_of_base
 from lorary.adapters.switch import base_mismatches
-from lorary.errors import ConfigError, Diagnostic, FileError, StateError, not_a
+from lorary.errors import ConfigError, Diagnostic, FileError, StateError, caller_stacklevel, not_a
 from lorary.files.atomic import atomic_directory
+from lorary.files.findings import AdapterWarning
 from lorary.files.safe_open import checked_path
 from lorary.files.syscalls import fault_point
 from lorary.kernels.torch_internals import storage_id
@@ -79,6 +80,9 @@ def export_merged(
         FileError: the base cannot be read, is quantised on disk, or is not the adapter's; the folder cannot be written.
         StateError: the architecture has no checkpoint of the merged model, or weights are not finite; every name.
 
+    Warns:
+        AdapterWarning: the base's files hold tensors that are not in the model, and so not in the result.
+
     Example:
         >>> adapter = lorary.load_adapter("out/adapter")
         >>> export_merged(adapter, "org/model", "merged")
@@ -88,10 +92,7 @@ def export_merged(
     section = base if isinstance(base, ModelSection) else ModelSection.of(checked_path(base, _HEADLINE))
     section, saved, target = _precisions(section, dtype)
     model: Any = empty_model(section, model_class or class_of_base(section, adapter))
-    problems = base_mismatches(model, adapter)
-    problems += [] if force else _other_base(adapter, Fingerprint.of(model))
-    if problems:
-        raise FileError(f"the adapter does not fit {section.id}:", problems)
+    _refuse(section, [*base_mismatches(model, adapter), *_other_base(adapter, Fingerprint.of(model), force)])
     with WeightFiles(model_folder(section)) as files:
         weights = BaseWeights(model, files)
         merged = merged_model(adapter, weights)
@@ -99,13 +100,13 @@ def export_merged(
         values = MergedWeights(adapter, model, weights.read, quantized, target)
         with atomic_directory(folder, needed=files.size * target.itemsize // saved.itemsize) as written:
             _write_weights(merged, weights, values, written)
-            problems = [] if force else _other_base(adapter, weights.fingerprint(adapter.full))
-            if problems:  # all of it has been read now
-                raise FileError(f"the adapter does not fit {section.id}:", problems)
+            _refuse(section, _other_base(adapter, weights.fingerprint(adapter.full), force))  # all has been read now
             _write_config(merged.model, target, written)
             if chat_template is not None:
-                shutil.copyfile(chat_template, written / CHAT_TEMPLATE)
+                template = Path(chat_template)
+                copy_file(template.parent.resolve(), template.name, written / CHAT_TEMPLATE)
             carry_files(files.folder, written)
+        _warn_of_unused(weights)
     return target
 
 
@@ -138,9 +139,15 @@ def _precisions(section: ModelSection, dtype: torch.dtype | None) -> tuple[Model
     return section, saved, target
 
 
-def _other_base(adapter: Adapter, here: Fingerprint) -> list[Diagnostic]:
+def _other_base(adapter: Adapter, here: Fingerprint, force: bool) -> list[Diagnostic]:
+    """How a base differs from the one that an adapter was trained on, if that is no matter of choice."""
     fix = "name the base that it was trained on, or pass force=True"
-    return [Diagnostic(p.where, p.what, fix) for p in adapter.base.disagreements(here)]
+    return [] if force else [Diagnostic(p.where, p.what, fix) for p in adapter.base.disagreements(here)]
+
+
+def _refuse(section: ModelSection, problems: list[Diagnostic]) -> None:
+    if problems:
+        raise FileError(f"the adapter does not fit {section.id}:", problems)
 
 
 def _layers_to_quantize(model: nn.Module, adapter: Adapter) -> list[str]:
@@ -156,14 +163,14 @@ def _write_weights(merged: MergedModel, base: BaseWeights, values: MergedWeights
         StateError: merged weights are not finite; every name.
     """
     places: dict[str, str] = {}
-    total, *_, last = 0, *base.files.files
-    for file in with_progress(list(base.files.files), "merging"):
+    files, total = list(base.files.files), 0
+    for file in with_progress(files, "merging"):
         keys = set(base.files.files[file])
         found = {id(group): group for group in base.groups.values() if group.keys[0] in keys}
         tensors = {key: t for group in found.values() for key, t in _group(group, merged, base, values).items()}
-        if file == last:
+        if file == files[-1]:
             tensors |= as_saved(merged.model, {name: _added(name, merged, base, values) for name in merged.added})
-        if values.problems:
+        if values.problems or not tensors:
             continue  # for the names of all others
         save_file(_apart(tensors), folder / file, metadata={"format": "pt"})
         fault_point("merged.file")
@@ -172,7 +179,7 @@ def _write_weights(merged: MergedModel, base: BaseWeights, values: MergedWeights
         del tensors
     if values.problems:
         raise StateError(_HEADLINE, values.problems)
-    if SINGLE not in base.files.files:
+    if SINGLE not in files:
         write_index(folder, places, total)
 
 
@@ -206,6 +213,13 @@ def _added(name: str, merged: MergedModel, base: BaseWeights, values: MergedWeig
         shape = merged.model.get_parameter(name).shape
         return torch.zeros(shape, dtype=values.dtype)
     return values.value(name)
+
+
+def _warn_of_unused(base: BaseWeights) -> None:
+    if unused := base.unused():
+        more = f" and {len(unused) - 3:,} more" if len(unused) > 3 else ""
+        what = f"tensors of the base that a {type(base.model).__name__} does not have are left out: "
+        warnings.warn(what + ", ".join(unused[:3]) + more, AdapterWarning, stacklevel=caller_stacklevel())
 
 
 def _write_config(model: Any, dtype: torch.dtype, folder: Path) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.export import gguf
 from lorary.adapters.export.ollama_template import chat_format
-from lorary.adapters.export.plain import MERGE
+from lorary.adapters.export.plain_factors import MERGE
 from lorary.adapters.peft.writer import rope_overrides
 from lorary.errors import Diagnostic, FileError
 from lorary.files.safe_open import checked_path

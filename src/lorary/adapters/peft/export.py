@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from lorary.adapters import native
-from lorary.adapters.adapter import Adapter
-from lorary.adapters.export.plain import without_empty_sites
+from lorary.adapters.adapter import Adapter, without_empty_sites
 from lorary.adapters.low_rank_form import factors_on_base, low_rank_forms
 from lorary.adapters.peft import writer
 from lorary.adapters.peft.config import NAME, config_text
-from lorary.adapters.peft.folded import folded_form, misread_when_folded
+from lorary.adapters.peft.folded import folded_form
 from lorary.adapters.peft.lora import LORA, MAGNITUDE, encode_factors, is_dora, lora_fields
 from lorary.adapters.peft.reader import WEIGHTS
+from lorary.adapters.peft.replay import misread_sites
 from lorary.adapters.readers.peft import misread_export
 from lorary.adapters.save_load import ADAPTER_FILES
 from lorary.adapters.shared_tensors import collect_shared
@@ -108,7 +108,8 @@ def lora_files(adapter: Adapter, folder: str | os.PathLike[str], model: nn.Modul
         files = _as_lora(adapter, model, folder)
     if folded:
         files = LoraFiles(*folded_form(adapter, *files))
-        _refuse(folder, misread_when_folded(without_empty_sites(adapter), model, files.config))
+        # a name of one component in the list of targets may end other paths
+        _refuse(folder, misread_sites(without_empty_sites(adapter), model, LORA, files.config))
     # Transformers' `load_adapter` passes over magnitudes without this end; PEFT reads both
     tensors = {f"{name}.weight" if name.endswith(f".{MAGNITUDE}") else name: t for name, t in files.tensors.items()}
     _refuse(folder, unwritable(tensors, [name for name in tensors if ".lora_" not in name]))

@@ -12,13 +12,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.peft import keys
-from lorary.adapters.peft.lora import LORA, factor_names, json_number
-from lorary.adapters.peft.replay import misread_sites
-from lorary.errors import Diagnostic
+from lorary.adapters.peft.lora import factor_names, json_number
 
 
 def folded_form(
@@ -49,11 +47,6 @@ def folded_form(
     targets = config["target_modules"]
     listed = sorted(scales.keys() - by_parameter) if isinstance(targets, str) else targets
     return {**config, **plain, "target_modules": listed}, found, dict.fromkeys(scales, s)
-
-
-def misread_when_folded(adapter: Adapter, model: nn.Module | None, config: Mapping[str, Any]) -> list[Diagnostic]:
-    """Why the list of targets does not mean the adapted sites alone: a name of one component may end others."""
-    return misread_sites(adapter, model, LORA, config)
 
 
 def _padded(factor: Tensor, dim: int, r: int) -> Tensor:

@@ -134,22 +134,27 @@ class AdapterFolder:
         return {k: v for k, v in unwrapped_modules(self.model).items() if k} if self.model is not None else {}
 
     def rank_and_alpha(self, path: str) -> tuple[int, float]:
-        """What PEFT computes with at a path: of the first pattern that matches, or the configuration's own.
+        """The rank and alpha that PEFT computes with at a path.
 
         Raises:
             FileError: the patterns take too much work.
         """
         if path not in self._ranks_and_alphas:
-            self._ranks_and_alphas[path] = self._rank_and_alpha(path)
+            name = f"{path}.weight" if self.fields.targets_parameter(path) else path  # as PEFT matches its patterns
+            self._ranks_and_alphas[path] = self.matched(name)
         return self._ranks_and_alphas[path]
 
     @cached_property
     def _ranks_and_alphas(self) -> dict[str, tuple[int, float]]:
         return {}
 
-    def _rank_and_alpha(self, path: str) -> tuple[int, float]:
+    def matched(self, name: str) -> tuple[int, float]:
+        """The rank and alpha of the first pattern that matches a name, or the configuration's own.
+
+        Raises:
+            FileError: the patterns take too much work.
+        """
         fields = self.fields
-        name = f"{path}.weight" if fields.targets_parameter(path) else path  # as PEFT matches its patterns
         try:
             r, alpha = (
                 next((value for pattern, value in fields[patterns] if pattern.fullmatch(name)), fields[usual])

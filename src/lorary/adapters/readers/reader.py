@@ -160,6 +160,15 @@ def first_of(places: list[str]) -> str:
     return places[0] if len(places) == 1 else f"{places[0]} and {len(places) - 1:,} more"
 
 
+def missing_fields(reader: Reader, folder: AdapterFolder) -> Iterator[Finding]:
+    """The first field that a reader needs and the configuration lacks."""
+    for key in ("r", "lora_alpha", "target_modules"):
+        if key not in folder.config:
+            what = f"is missing, and {reader.title} needs it"
+            yield reader.finding(Outcome.REJECTED, f"{NAME}: {key}", what, merged=False)
+            return
+
+
 def rank_findings(reader: Reader, folder: AdapterFolder, outcome: Outcome) -> Iterator[Finding]:
     """The sites whose tensors have another rank than the configuration says."""
     wrong = {}

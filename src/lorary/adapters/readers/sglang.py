@@ -8,10 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
-from lorary.adapters.peft.config import NAME
 from lorary.adapters.readers.features import FEATURES
 from lorary.adapters.readers.folder import AdapterFolder
-from lorary.adapters.readers.reader import Finding, Outcome, Reader, first_of, is_of_experts
+from lorary.adapters.readers.reader import Finding, Outcome, Reader, first_of, is_of_experts, missing_fields
 
 # A projection that is loaded into a fused one, and those that must be adapted beside it.
 _BESIDE: Mapping[str, tuple[str, ...]] = {
@@ -33,9 +32,7 @@ _ADDED_TOKENS = "added_tokens.json"
 
 
 def _rules(folder: AdapterFolder) -> Iterator[Finding]:
-    missing = [key for key in ("r", "lora_alpha", "target_modules") if key not in folder.config]
-    if missing:
-        yield SGLANG.finding(Outcome.REJECTED, f"{NAME}: {missing[0]}", "is missing, and SGLang needs it", merged=False)
+    yield from missing_fields(SGLANG, folder)
     if _ADDED_TOKENS in folder.files:
         yield SGLANG.finding(Outcome.REJECTED, _ADDED_TOKENS, "SGLang refuses adapters with added tokens", merged=True)
     r = folder.fields["r"]
@@ -60,7 +57,7 @@ def _rules(folder: AdapterFolder) -> Iterator[Finding]:
         ]
         if alone:
             what = f"SGLang fuses {name} and needs {' and '.join(beside)} adapted beside it"
-            yield SGLANG.finding(Outcome.REJECTED, first_of(alone), what, merged=False)
+            yield SGLANG.finding(Outcome.REJECTED, first_of(alone), what, merged=True)
 
 
 def _unnamed(folder: AdapterFolder) -> Iterator[Finding]:

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 
 from lorary.adapters.peft.config import NAME
 from lorary.adapters.readers.folder import AdapterFolder
-from lorary.adapters.readers.reader import Finding, Outcome, Reader, first_of, rank_findings
+from lorary.adapters.readers.reader import Finding, Outcome, Reader, first_of, missing_fields, rank_findings
 from lorary.errors import Diagnostic
 
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of `--max-lora-rank`
 _MOST_RANK = 16  # of `--max-lora-rank` by default
 _HEADS = ("score", "classifier")
 _TABLES = (".embed_tokens.base_layer.weight", "lm_head.base_layer.weight")
@@ -21,17 +22,12 @@ def _scale(folder: AdapterFolder, site: str, rank: int) -> float:
     """As in PEFT, except that patterns are matched with modules, also for `target_parameters`."""
     if not folder.fields.targets_parameter(site):
         return folder.scale(site)
-    r, alpha = (
-        next((value for pattern, value in folder.fields[patterns] if pattern.fullmatch(site)), folder.fields[usual])
-        for patterns, usual in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
-    )
+    r, alpha = folder.matched(site)
     return float(alpha / (r**0.5 if folder.fields["use_rslora"] else r))
 
 
 def _rules(folder: AdapterFolder) -> Iterator[Finding]:
-    missing = [key for key in ("r", "lora_alpha", "target_modules") if key not in folder.config]
-    if missing:
-        yield VLLM.finding(Outcome.REJECTED, f"{NAME}: {missing[0]}", "is missing, and vLLM needs it", merged=False)
+    yield from missing_fields(VLLM, folder)
     yield from rank_findings(VLLM, folder, Outcome.MISCOMPUTED)  # its scale is the configuration's
     saved = [m for m in folder.fields["modules_to_save"] if m not in _HEADS]
     if saved:
@@ -39,17 +35,18 @@ def _rules(folder: AdapterFolder) -> Iterator[Finding]:
         yield VLLM.finding(Outcome.REJECTED, f"{NAME}: modules_to_save: {saved[0]}", what, merged=True)
     if folder.config.get("bias", "none") != "none":
         yield VLLM.finding(Outcome.REJECTED, f"{NAME}: bias", "vLLM refuses trained biases", merged=True)
-    ranks = [folder.fields["r"], *(value for _, value in folder.fields["rank_pattern"])]
-    if max(ranks) > _MOST_RANK:
-        what = f"the rank {max(ranks)} is above {_MOST_RANK}, which vLLM accepts by default"
-        yield Finding(Outcome.REJECTED, Diagnostic(NAME, what, f"start vLLM with --max-lora-rank {_room(max(ranks))}"))
+    most = max([folder.fields["r"], *(value for _, value in folder.fields["rank_pattern"])])
+    if most > _MOST_RANK:
+        what = f"the rank {most} is above {_MOST_RANK}, which vLLM accepts by default"
+        fix = f"start vLLM with --max-lora-rank {serving_rank(most)}"
+        yield Finding(Outcome.REJECTED, Diagnostic(NAME, what, fix))
     if unknown := [n for n in VLLM.unexplained(folder) if not n.endswith(_TABLES) and n.split(".")[-2] not in _HEADS]:
         yield VLLM.finding(Outcome.REJECTED, first_of(unknown), "vLLM knows no such tensor", merged=True)
 
 
-def _room(rank: int) -> int:
-    """The smallest value of `--max-lora-rank` with room for a rank."""
-    return next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)
+def serving_rank(rank: int) -> int:
+    """The smallest value of `--max-lora-rank` for adapters of a rank."""
+    return next((size for size in RANKS if size >= rank), rank)
 
 
 VLLM = Reader(

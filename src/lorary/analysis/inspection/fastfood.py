@@ -55,7 +55,7 @@ class Fastfood:
         padded = F.pad(x, (0, self.block - self.d))
         out = x.new_empty(self.size)
         for rows, signs, gauss in self._blocks(x):
-            mixed = walsh_hadamard(signs * padded)[:, self.permutation] * gauss
+            mixed = walsh_hadamard(signs * padded)[:, self.permutation.to(x.device)] * gauss
             part = out[rows]
             part.copy_(walsh_hadamard(mixed).flatten()[: len(part)])
         return out.mul_(self.scale)
@@ -64,7 +64,7 @@ class Fastfood:
         total = g.new_zeros(self.block)
         for rows, signs, gauss in self._blocks(g):
             part = F.pad(g[rows], (0, signs.numel() - len(g[rows]))).view_as(signs)
-            mixed = (walsh_hadamard(part) * gauss)[:, self.inverse]
+            mixed = (walsh_hadamard(part) * gauss)[:, self.inverse.to(g.device)]
             total += (walsh_hadamard(mixed) * signs).sum(0)
         return total[: self.d] * self.scale
 

@@ -13,7 +13,7 @@ from lorary.analysis.inspection.magnitude_direction import MagnitudeDirection, c
 from lorary.analysis.inspection.spectrum import Spectrum
 from lorary.files.strict_json import finite
 from lorary.layers.module_kinds import module_positions
-from lorary.model.text_table import aligned
+from lorary.model.text_table import aligned, first_rows
 
 _SHOWN = 20  # sites in a printed table
 HEAD = ("site", "shape", "‖ΔW‖/‖W‖", "stable rank", "entropy rank", "rank for 90 %", "intruders", "ΔD")
@@ -185,9 +185,8 @@ class AdapterInspection:
         changes = self.changes(tuned=tuned)
         shapes = {s.site: s.shape for s in self.sites}
         order = sorted(changes, key=lambda site: -_size(changes[site]))
-        shown = [(site, "×".join(map(str, shapes[site])), *_cells(changes[site])) for site in order[:most]]
-        rest = len(order) - len(shown)
-        return [*shown, *([(f"and {rest:,} more", *[""] * (len(HEAD) - 1))] if rest else [])]
+        rows = [(site, "×".join(map(str, shapes[site])), *_cells(changes[site])) for site in order]
+        return first_rows(rows, most)
 
     def __str__(self) -> str:
         return "\n".join([*aligned([HEAD, *self.rows()]), *self.summary(), *(f"note: {note}" for note in self.notes)])

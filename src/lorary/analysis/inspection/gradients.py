@@ -165,7 +165,7 @@ def first_gradients(model: nn.Module, step: Callable[[], object]) -> FirstGradie
     _check_shapes(layers, before)
 
     def measured(p: nn.Parameter, start: Tensor) -> TensorStep:
-        return TensorStep(_norm_of(start), norms.get(p, 0.0), _norm_of(p.detach() - start))
+        return TensorStep(_norm_of(start), norms.get(p, 0.0), _norm_of(p.detach() - start.to(p.device)))
 
     found = {key: measured(p, before[key[0]][key[1]]) for key, p in trained.items()}
     parts = {name: measured(p, full_before[name]) for name, p in full.items()}

@@ -55,10 +55,11 @@ class SubspaceAdam(torch.optim.Optimizer):
         _check(d, free, sum(sizes))
         super().__init__(list(parameters.values()), {"lr": lr})
         self.sizes, self.trained = sizes, list(parameters.values())
-        self.start = [p.detach().to(torch.float32, copy=True) for p in self.trained]
+        self.device = self.trained[0].device  # of the subspace; a model on several devices has parts of it elsewhere
+        self.start = [p.detach().to(self.device, torch.float32, copy=True) for p in self.trained]
         self.projection = projection(free, sum(sizes), seed)
-        self.theta = nn.Parameter(torch.zeros(free))
-        self.lam = nn.Parameter(torch.ones(len(set(self.layers.values()))))
+        self.theta = nn.Parameter(torch.zeros(free, device=self.device))
+        self.lam = nn.Parameter(torch.ones(len(set(self.layers.values())), device=self.device))
         self.inner = inner([self.theta, self.lam] if said else [self.theta], lr=lr)
 
     @torch.no_grad()
@@ -69,7 +70,7 @@ class SubspaceAdam(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         g = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.trained]
-        g = [gi.float().view_as(start) for gi, start in zip(g, self.start, strict=True)]
+        g = [gi.to(self.device, torch.float32).view_as(start) for gi, start in zip(g, self.start, strict=True)]
         if self.layers:
             products = [(v * gi).sum() for v, gi in zip(self._moves(), g, strict=True)]
             index = self._index()
@@ -97,7 +98,7 @@ class SubspaceAdam(torch.optim.Optimizer):
     def _index(self) -> Tensor:
         """The number of each parameter's layer."""
         known = list(dict.fromkeys(self.layers.values()))
-        return torch.tensor([known.index(self.layers[name]) for name in self.names])
+        return torch.tensor([known.index(self.layers[name]) for name in self.names], device=self.device)
 
 
 def layers_of(names: tuple[str, ...]) -> dict[str, str]:

@@ -14,16 +14,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from lorary.adapters.adapter import Adapter
+from lorary.adapters.adapter import Adapter, without_empty_sites
+from lorary.adapters.compose.plain_lora import plain_lora
 from lorary.adapters.low_rank_form import low_rank_forms
 from lorary.adapters.switch import switch
 from lorary.analysis.verify.observed import Observed, distance, our_values
 from lorary.errors import MethodError
 from lorary.layers.adapted import adapted_layers
-from lorary.methods.lora import Add, ConstantScale, Kaiming, LowRank
 from lorary.model.state import base_parameter, eval_mode
-from lorary.spec.method import Method
-from lorary.spec.placement import AdaptedSite
 
 _MOST_EVALUATIONS = 400  # of the model on all probes
 _STEPS = 16  # of the search for a factor
@@ -99,18 +97,13 @@ def trial(
 
 def _plain(adapter: Adapter, model: nn.Module) -> Adapter:
     """The adapter's updates B A as a LoRA with its scale in B."""
-    compact = adapter.compact()
-    sites = [a for a in compact.sites if all(map(min, a.shapes.values()))]
-    forms = low_rank_forms(sites, compact.tensors, model)
-    rank = max((form.A.shape[0] for form in forms.values()), default=1)
-    method = Method(LowRank(rank), Kaiming(), ConstantScale(1.0), Add(), full=tuple(adapter.full))
-    method = method.replace(context=adapter.method.context, storage=adapter.method.storage)
-    placed = tuple(
-        AdaptedSite(replace(a.site, parts=()), method.replace(delta=LowRank(forms[a.site.name].A.shape[0])))
-        for a in sites
-    )
-    tensors = {name: {"A": form.A.contiguous(), "B": form.B.contiguous()} for name, form in forms.items()}
-    return replace(adapter, method=method, sites=placed, tensors=tensors, notes=())
+    compact = without_empty_sites(adapter)
+    untied = [replace(a, share="") for a in compact.sites]  # tied sites may get different factors
+    forms = low_rank_forms(untied, compact.tensors, model)
+    factors = {name: (form.B.contiguous(), form.A.contiguous()) for name, form in forms.items()}
+    own = adapter.method
+    method, sites, tensors = plain_lora(untied, factors, storage=own.storage, context=own.context, full=adapter.full)
+    return replace(adapter, method=method, sites=sites, tensors=tensors, notes=())
 
 
 def is_plain(adapter: Adapter, model: nn.Module) -> bool:

@@ -47,12 +47,21 @@ class Server:
         self, url: str, tokenizer: Any, base_model: str = "", adapter_model: str = "", timeout: float = 60.0
     ) -> None:
         self.url, self.tokenizer, self.timeout = server_address(url), tokenizer, timeout
-        self.name, self.release = self.url, ""
+        self.name = self.url
         self.opener = urllib.request.build_opener(_NoRedirect)
         self.takes_ids, self.echoes = True, True
         names = self._models() if not (base_model and adapter_model) else {}
         self.adapter_model = adapter_model or self._adapter(names, base_model)
         self.base_model = "" if base_model == "none" else base_model or self._base(names)
+        self.release = self._release()
+
+    def _release(self) -> str:
+        """What `/version` says, as vLLM's does; empty for a server without it."""
+        try:
+            found = self._request("/version").get("version")
+        except LoraryError:
+            return ""
+        return found[:100] if isinstance(found, str) else ""
 
     # --- the list of models ---
 
@@ -188,7 +197,6 @@ class Server:
         try:
             request = urllib.request.Request(self.url + path, data=data, headers=headers)
             with self.opener.open(request, timeout=self.timeout) as reply:
-                self.release = self.release or str(reply.headers.get("Server", ""))[:100]
                 raw = self._read(reply, path)
         except urllib.error.HTTPError as error:
             raise self._refused(path, error) from None

@@ -12,6 +12,7 @@ from lorary.analysis.long_context import Context
 from lorary.analysis.passkey import DEPTHS, Retrieval
 from lorary.cli._context.plan import HTML, JSON, SVG
 from lorary.cli._context.run import Measurements
+from lorary.cli._notes import print_notes
 from lorary.cli._table import rich_table
 from lorary.model.text_table import aligned
 
@@ -35,8 +36,7 @@ _KEYS = (
 
 def print_report(measured: Measurements, as_json: bool, out: Path | None) -> None:
     """Print tables or JSON to standard output, and notes to standard error."""
-    for note in measured.notes:
-        print(f"note: {note}", file=sys.stderr)
+    print_notes(measured.notes)
     if as_json:
         print(json.dumps(record(measured), indent=2))
     else:

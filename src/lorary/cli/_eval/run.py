@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import sys
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -15,6 +14,7 @@ from lorary.cli import printable
 from lorary.cli._eval.data import EvalData
 from lorary.cli._eval.models import EvalModel
 from lorary.cli._model import ready_model
+from lorary.cli._notes import print_notes
 from lorary.cli._progress import progress_bar
 from lorary.cli._table import rich_table
 from lorary.model.loading.quiet import quiet_progress_bars
@@ -27,7 +27,7 @@ def run_eval(models: Sequence[EvalModel], data: EvalData, batch_size: int, quiet
     tokenized = [data.rows(model.tokenizer) for model in models]
     if any(rows != tokenized[0] for rows in tokenized[1:]):
         note = "these models tokenize differently: their losses and perplexities per token cannot be compared"
-        print(f"note: {note}", file=sys.stderr)
+        print_notes([note])
     results = []
     with quiet_progress_bars(), progress_bar(sum(map(len, tokenized)), quiet=quiet) as update:
         for model, rows in zip(models, tokenized, strict=True):

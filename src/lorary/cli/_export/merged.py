@@ -6,6 +6,7 @@ import shlex
 import sys
 
 from lorary.cli._export import Export
+from lorary.cli._notes import warnings_as_notes
 from lorary.cli._precision import check_precision, merge_precisions
 
 OUTTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}  # of llama.cpp's converter
@@ -24,16 +25,17 @@ def write(export: Export) -> None:
     adapter = load_adapter(export.adapter)
     section, target = merge_precisions(export.adapter, adapter, find_base(export.adapter, export.base), dtype, onto)
     template = export.adapter / CHAT_TEMPLATE
-    export_merged(
-        adapter,
-        section,
-        export.output,
-        dtype=target,
-        onto=onto,
-        force=export.options.get("force", False),
-        model_class=class_of_base(section, adapter, read_label_names(export.adapter)),
-        chat_template=template if template.is_file() else None,
-    )
+    with warnings_as_notes():
+        export_merged(
+            adapter,
+            section,
+            export.output,
+            dtype=target,
+            onto=onto,
+            force=export.options.get("force", False),
+            model_class=class_of_base(section, adapter, read_label_names(export.adapter)),
+            chat_template=template if template.is_file() else None,
+        )
     name = str(target).removeprefix("torch.")
     print(f"wrote the merged model to {export.output} ({name})", file=sys.stderr)
     if adapter.base.architecture in classes("CAUSAL_LM"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from lorary.cli._export import Export
-from lorary.cli._export.notes import notes
+from lorary.cli._notes import warnings_as_notes
 
 
 def write(export: Export) -> None:
@@ -13,26 +13,25 @@ def write(export: Export) -> None:
     import lorary
     from lorary.adapters import export_peft, load_adapter
     from lorary.adapters.card import write_card
-    from lorary.adapters.resolve import base_class, find_base
+    from lorary.adapters.resolve import find_base, load_base
     from lorary.analysis.merge_check import logits
     from lorary.cli._comparison_rows import random_rows
-    from lorary.model.loading.from_pretrained import load_model
 
     folded = export.options.get("folded", False)
     if export.base is None:
         value = load_adapter(export.adapter)
-        with notes():
+        with warnings_as_notes():
             export_peft(value, export.output, folded=folded)
         write_card(export.output, value)
         return
     section = find_base(export.adapter, export.base, "float32")
-    model = load_model(section, model_class=base_class(section, export.adapter, load_adapter(export.adapter)))
+    model = load_base(section, export.adapter, load_adapter(export.adapter), quantized=False)
     lorary.load(model, export.adapter)
     (row,) = random_rows(model.config.get_text_config().vocab_size, 1, 64)
     before = logits(model, row)
     lorary.detach(model)
     value = load_adapter(export.adapter, model=model)
-    with notes():
+    with warnings_as_notes():
         export_peft(value, export.output, model=model, folded=folded)
     write_card(export.output, value)
     if value.method.context is not None:  # not stored in PEFT's files

@@ -12,11 +12,11 @@ def write(export: Export, engine: str = "vllm") -> None:
 
     from lorary.adapters.card import write_card
     from lorary.adapters.export.engines import export_for_engine
-    from lorary.cli._export.notes import notes
+    from lorary.cli._notes import warnings_as_notes
     from lorary.model.loading.source import location
 
     adapter, model, section = adapter_and_base(export)
-    with notes():
+    with warnings_as_notes():
         command = export_for_engine(adapter, export.output, engine, model=model, base=location(section))
     write_card(export.output, adapter)
     show_command(shlex.join(command))

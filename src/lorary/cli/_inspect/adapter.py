@@ -12,16 +12,18 @@ import torch
 
 import lorary
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.resolve import base_class, find_adapter, find_base, find_model
+from lorary.adapters.resolve import base_class, find_adapter, find_base, find_model, load_base
 from lorary.adapters.save_load import load_adapter
 from lorary.analysis.inspection.adapter import inspect_adapter
 from lorary.analysis.inspection.figures import HEAD, AdapterInspection
 from lorary.analysis.inspection.page import inspection_page
-from lorary.cli._inspect.output import FILES, json_text, print_notes, print_table, report_folder, write_report
+from lorary.cli._inspect.output import FILES, json_text, report_folder, write_report
+from lorary.cli._notes import print_notes
 from lorary.cli._out_folder import folder_problems
 from lorary.cli._progress import progress_bar
+from lorary.cli._table import print_table
 from lorary.errors import ConfigError, Diagnostic
-from lorary.model.loading.from_pretrained import load_config, load_model, load_storage
+from lorary.model.loading.from_pretrained import load_config, load_model
 from lorary.model.loading.quiet import quiet_progress_bars
 from lorary.model.loading.source import ModelSection
 
@@ -100,9 +102,7 @@ def _steps(update: Callable[..., Any]) -> Callable[[str], None]:
 
 def _with_adapter(section: ModelSection, folder: Path, adapter: Adapter) -> Any:
     """The base with the adapter on it, which checks that the two belong together."""
-    storage = load_storage(adapter.method, adapter.full, adapter.sites)
-    model = load_model(section, storage, model_class=base_class(section, folder, adapter))
-    return lorary.load(model, folder)
+    return lorary.load(load_base(section, folder, adapter), folder)
 
 
 def _tuned(name: str, folder: Path, adapter: Adapter) -> Any:

@@ -18,9 +18,9 @@ from lorary.errors import ConfigError, Diagnostic
 from lorary.train.config.config import Config
 from lorary.train.config.load import from_dict, load
 from lorary.train.runner.build import build_trainer
+from lorary.train.runner.folder import CONFIG
 from lorary.train.runner.prepare import RunPlan
 
-CONFIG = "config.yaml"
 _SMALL = {"batch_size": 8, "gradient_accumulation_steps": 1}  # of the built-in model: 0.2 s a step
 
 

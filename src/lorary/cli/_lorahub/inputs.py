@@ -12,11 +12,10 @@ import torch
 
 from lorary.adapters import load_adapter
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.resolve import base_class, find_adapter, find_base
+from lorary.adapters.resolve import base_class, find_adapter, find_base, load_base
 from lorary.errors import ConfigError, DataError, Diagnostic, FileError
 from lorary.layers.rope import max_context
-from lorary.model.loading.from_pretrained import load_config, load_model, load_storage, load_tokenizer
-from lorary.model.loading.quiet import quiet_progress_bars
+from lorary.model.loading.from_pretrained import load_config, load_tokenizer
 from lorary.train.config.data_section import DataSection
 from lorary.train.data.load import load
 from lorary.train.data.tokenize import tokenize
@@ -65,8 +64,7 @@ def read_inputs(
     length = max_length or min(_LONGEST, max_context(config) or _LONGEST)
     rows, notes = _rows(examples, tokenizer, row_format, length, limit)
     alike = all(adapter.method.storage == first.method.storage for adapter in adapters.values())
-    with quiet_progress_bars():
-        model: Any = load_model(section, load_storage(first.method, first.full, first.sites) if alike else None)
+    model: Any = load_base(section, folder, first, quantized=alike)
     return Inputs(model.to("cuda") if torch.cuda.is_available() else model, adapters, rows, notes)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorary.layers.transformers_internals import loaded_dtype, may_be_missing
+from lorary.layers.transformers_internals import loaded_dtype, may_be_missing, may_be_unused
 from lorary.model.fingerprint import Fingerprint, Sample
 from lorary.model.loading.weight_files import WeightFiles
 from lorary.model.loading.weight_names import Group, groups, values
@@ -58,6 +58,12 @@ class BaseWeights:
         """A parameter or buffer in the precision of loading; None if the checkpoint lacks it under all of its names."""
         known = next((n for n in self.sharing(name) if n in self.groups), None)
         return None if known is None else self.load(self.groups[known])[known]
+
+    def unused(self) -> list[str]:
+        """The tensors of the checkpoint that are no parameter or buffer of the model."""
+        used = {key for group in self.groups.values() for key in group.keys}
+        keys = (key for keys in self.files.files.values() for key in keys)
+        return [key for key in keys if key not in used and not may_be_unused(self.model, key)]
 
     def missing(self, given: Collection[str]) -> list[str]:
         """The parameters that the checkpoint lacks, except these."""

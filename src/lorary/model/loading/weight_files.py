@@ -125,7 +125,10 @@ class WeightFiles:
 
     def _index(self) -> dict[str, set[str]]:
         """file -> the tensors that the index places in it."""
-        record = read_json(self.folder, INDEX, _MOST_INDEX)
+        try:
+            record = read_json(self.folder, INDEX, _MOST_INDEX)
+        except FileError as error:
+            raise self._refused(list(error.problems)) from None
         places = record.get("weight_map") if isinstance(record, dict) else None
         if not isinstance(places, dict) or not places or not all(isinstance(f, str) for f in places.values()):
             raise self._refused([Diagnostic(INDEX, "holds no `weight_map` of tensor names to file names")])

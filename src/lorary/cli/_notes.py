@@ -1,16 +1,24 @@
-"""The warnings of an export, as notes."""
+"""Notes on standard error."""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
+def print_notes(notes: Iterable[object]) -> None:
+    """Print each note on standard error."""
+    from lorary.cli import printable
+
+    for note in notes:
+        print(f"note: {printable(str(note))}", file=sys.stderr)
+
+
 @contextmanager
-def notes() -> Iterator[None]:
-    """Print the warnings about an adapter and its export as notes on standard error."""
+def warnings_as_notes() -> Iterator[None]:
+    """Print the warnings about an adapter and its export as notes."""
     from lorary.files.findings import AdapterWarning
     from lorary.layers.rope import PositionsWarning
 
@@ -20,6 +28,6 @@ def notes() -> Iterator[None]:
         yield
     for warning in caught:
         if issubclass(warning.category, (AdapterWarning, PositionsWarning)):
-            print(f"note: {warning.message}", file=sys.stderr)
+            print_notes([warning.message])
         else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

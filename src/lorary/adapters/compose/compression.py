@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.compose.plain import plain_lora
+from lorary.adapters.compose.plain_lora import plain_lora
 from lorary.adapters.compose.truncate import (
     balanced,
     numerical_rank,
@@ -28,7 +28,7 @@ from lorary.adapters.compose.truncate import (
 from lorary.adapters.content_hash import content_hash
 from lorary.adapters.low_rank_form import factors_on_base, low_rank_forms
 from lorary.adapters.provenance import Parent, Provenance
-from lorary.adapters.tensor_checks import unusable_values
+from lorary.adapters.tensor_checks import adapter_problems
 from lorary.errors import Diagnostic, MethodError, deduplicated
 from lorary.kernels.torch_internals import storage_id
 from lorary.model.plan import human_bytes
@@ -126,11 +126,10 @@ class Compression:
         worst = max(self.errors, key=lambda name: self.errors[name])
         left_out = sum(not r for r in self.ranks.values())
         lines = [f"before  {self.before}", f"after   {self.after}"]
-        lines += [f"{left_out:,} of {len(self.errors):,} sites left out: none of their directions is large enough"] * (
-            left_out > 0
-        )
+        if left_out:
+            lines.append(f"{left_out:,} of {len(self.errors):,} sites left out: their directions are all too small")
         off = f"the update is off by {self.error:.2%} in the Frobenius norm"
-        lines += [f"{off}, most at {worst} ({self.errors[worst]:.2%})" if self.errors[worst] else off]
+        lines.append(f"{off}, most at {worst} ({self.errors[worst]:.2%})" if self.errors[worst] else off)
         return "\n".join([*lines, *([str(self.divergence)] if self.divergence else [])])
 
 
@@ -155,14 +154,17 @@ class Spectra:
         """
         if problems := _incompressible(adapter):
             raise MethodError("cannot compress this adapter:", deduplicated(problems))
-        by_set: dict[str, Singular] = {}  # tied sites have one set of tensors
+        svds: dict[str, Singular] = {}
+        shared: dict[str, Singular] = {}  # tied sites have one set of tensors
         for s in adapter.sites:
-            key = s.share or s.site.name
-            if key not in by_set:
-                by_set[key] = _significant(product_svd(*factors_on_base(s, adapter.tensors[s.site.name])))
-        if not any(len(svd.S) for svd in by_set.values()):
+            name = s.site.name
+            svd = shared.get(s.share) or _significant(product_svd(*factors_on_base(s, adapter.tensors[name])))
+            svds[name] = svd
+            if s.share:
+                shared[s.share] = svd
+        if not any(len(svd.S) for svd in svds.values()):
             raise MethodError("cannot compress this adapter:", [Diagnostic("adapter", "its update is zero everywhere")])
-        return Spectra(adapter, {s.site.name: by_set[s.share or s.site.name] for s in adapter.sites})
+        return Spectra(adapter, svds)
 
     @property
     def values(self) -> Tensor:
@@ -219,9 +221,10 @@ class Spectra:
 
 def _incompressible(adapter: Adapter) -> list[Diagnostic]:
     """Why an adapter has no truncation to a plain LoRA of the unmodified base."""
-    named = {f"{site}: {role}": t for site, roles in adapter.tensors.items() for role, t in roles.items()}
-    problems = [] if adapter.sites else [Diagnostic("adapter", "adapts no layers, so it has no rank")]
-    problems += unusable_values(named | dict(adapter.full), adapter.full)
+    if not adapter.sites:
+        return [Diagnostic("adapter", "adapts no layers, so it has no rank")]
+    if problems := adapter_problems(adapter.sites, adapter.tensors, adapter.full):
+        return problems
     for s in adapter.sites:
         name = s.site.name
         if s.starts and not s.method.storage.writable:

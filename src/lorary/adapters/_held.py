@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter, floating
 from lorary.adapters.compose.mix import stacked
-from lorary.adapters.compose.plain import plain_lora
+from lorary.adapters.compose.plain_lora import plain_lora
 from lorary.errors import MethodError
 from lorary.layers.adapted import Parameters, adapted_layers, unwrapped_modules
 from lorary.layers.dtensor import full_cpu_copy

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from lorary.adapters.adapter import Adapter
+from lorary.adapters.adapter import Adapter, without_empty_sites
 from lorary.adapters.low_rank_form import LowRankForm, low_rank_forms
 from lorary.adapters.peft.lora import is_dora
 from lorary.errors import Diagnostic, MethodError
@@ -19,13 +18,6 @@ from lorary.spec.placement import AdaptedSite
 from lorary.spec.site import Site
 
 MERGE = "merge it: `lorary export ADAPTER FOLDER --to merged`"
-
-
-def without_empty_sites(adapter: Adapter) -> Adapter:
-    """The adapter without pruned rank directions, and without the sites that have none left (AdaLoRA)."""
-    adapter = adapter.compact()
-    left = tuple(a for a in adapter.sites if any(map(min, a.shapes.values())))
-    return dataclasses.replace(adapter, sites=left)
 
 
 def plain_factors(
