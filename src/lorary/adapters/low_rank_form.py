@@ -57,17 +57,27 @@ def low_rank_forms(
     modules = unwrapped_modules(base) if base is not None else {}
     for adapted in sites:
         name = adapted.site.name
-        layer = BaseLayer(base, adapted, modules.get(name))
         try:
-            update = factors_on_base(adapted, tensors[name])
-            BA, gain, shift = adapted.join.on_output(tensors[name], layer.weight, layer.bias, update)
+            forms[name] = _form(adapted, tensors[name], BaseLayer(base, adapted, modules.get(name)))
         except MethodError as error:
             problems += [Diagnostic(name, problem.what, problem.fix) for problem in error.problems]
-        else:
-            forms[name] = LowRankForm(*BA, gain, shift)
     if problems:
         raise MethodError("this adapter has no low-rank form:", deduplicated(problems))
     return forms
+
+
+def form_without_base(adapted: AdaptedSite, tensors: Mapping[str, Tensor]) -> LowRankForm | None:
+    """The form of one site, in fp32; None if it has none, or its gain or shift depends on the base's weight."""
+    try:
+        return _form(adapted, tensors, BaseLayer(None, adapted, None))
+    except MethodError:
+        return None
+
+
+def _form(adapted: AdaptedSite, tensors: Mapping[str, Tensor], layer: BaseLayer) -> LowRankForm:
+    update = factors_on_base(adapted, tensors)
+    BA, gain, shift = adapted.join.on_output(tensors, layer.weight, layer.bias, update)
+    return LowRankForm(*BA, gain, shift)
 
 
 def factors_on_base(adapted: AdaptedSite, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -98,7 +98,7 @@ def tensor_faults(terms: Sequence[Term]) -> list[Diagnostic]:
     """The tensors that are missing, of a wrong shape, or not finite."""
     problems = []
     for term in terms:
-        wrong = adapter_problems(term.adapter.sites, term.adapter.tensors, term.adapter.full)
+        wrong = adapter_problems(term.adapter)
         problems += [Diagnostic(f"{term.name}: {p.where}", p.what, p.fix) for p in wrong]
     return problems
 

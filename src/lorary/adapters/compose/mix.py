@@ -21,14 +21,14 @@ from lorary.adapters.compose.dense import truncated_matrix
 from lorary.adapters.compose.merging import MERGINGS, ByElement, InSpan, drop, factored_gram
 from lorary.adapters.compose.plain_lora import plain_lora
 from lorary.adapters.compose.truncate import Truncated, product_norm, relative, truncated_product
-from lorary.adapters.compose.updates import Change, Term, Update, full_changes, updates_by_site, value_before
+from lorary.adapters.compose.updates import Change, Term, Update, full_changes, updates_by_site
 from lorary.adapters.content_hash import content_hash
 from lorary.adapters.provenance import Parent, Provenance
 from lorary.errors import Diagnostic, MethodError, deduplicated, not_a
 from lorary.model.ambient import mode_independent
 from lorary.model.checks import changeable
 from lorary.model.fingerprint import Fingerprint, base_name, frozen_weights
-from lorary.model.state import state_of
+from lorary.model.state import state_of, value_before
 from lorary.spec.interfaces import Unquantized
 from lorary.spec.placement import AdaptedSite
 
@@ -216,7 +216,7 @@ class _Mixture:
             assert self.base is not None  # or the changes were unknown
             change = self._dense(name, [c.change for c in several], [c.weight for c in several])
             saved = [a.full[name].dtype for a in (term.adapter for term in self.terms) if name in a.full]
-            full[name] = (value_before(self.base, name) + change).to(saved[0] if saved else change.dtype)
+            full[name] = (value_before(self.base, name).float().cpu() + change).to(saved[0] if saved else change.dtype)
         return full
 
     def _plain(self, found: Mapping[str, Truncated], full: Mapping[str, Tensor]) -> Adapter:
