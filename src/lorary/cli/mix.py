@@ -29,9 +29,12 @@ def mix(
     how: Annotated[
         str, typer.Option("--how", help="sum, slerp (both exact), ties, dare, dare-ties, magnitude.")
     ] = "sum",
-    rank: Annotated[int | None, typer.Option("--rank", help="Most ranks at a layer; else the sum of them.")] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", help="The most directions at a layer; else the sum of the ranks.")
+    ] = None,
     energy: Annotated[
-        float | None, typer.Option("--energy", help="Instead, the share of each update's squared norm to keep.")
+        float | None,
+        typer.Option("--energy", help="Instead, the share of the squared norm of each update to keep: 0.99."),
     ] = None,
     density: Annotated[
         float | None, typer.Option("--density", help="Share of elements that ties, dare, magnitude keep; else 0.2.")
@@ -44,7 +47,7 @@ def mix(
     ] = False,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Random seed of dare.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Mix adapters of different bases, if they fit.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: weights, ranks, errors.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with weights, ranks and errors.")] = False,
 ) -> None:
     """Mix adapters of any methods into one: a weighted sum, exact, or TIES, DARE and others.
 
