@@ -26,7 +26,7 @@ def check(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what other programs do with an adapter: accepted, rejected, or miscomputed without a word.
+    """Show what other programs do with an adapter: accept it, reject it, or silently miscompute it.
 
     Their reading rules are applied to the folder; nothing is started, and no weights are read. Exits with 0 if all
     accept it, and with 1 otherwise. lorary check out --for vllm --for sglang
