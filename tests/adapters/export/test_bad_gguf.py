@@ -17,6 +17,7 @@ from tests import tiny
 from tests.adapters import models
 from tests.adapters.export.made import MERGED, longer, of, plain
 from tests.adapters.models import BASES
+from tests.files.test_atomic import largest_file
 
 LLAMA, GPT2, BERT, CONV = BASES
 
@@ -143,3 +144,11 @@ def test_a_package_older_than_the_architecture_is_named(tmp_path: Path, monkeypa
     with pytest.raises(FileError, match=r"package `gguf` does not know llama.cpp's llama\n      hint: pip "):
         export_gguf(plain(), tmp_path / "out", model=LLAMA.model())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_full_is_said_and_nothing_is_left(tmp_path: Path) -> None:
+    with largest_file(8192), pytest.raises(FileError) as caught:
+        export_gguf(plain("lora"), tmp_path / "out", model=LLAMA.model)
+    assert str(caught.value).startswith(f"cannot write '{tmp_path / 'out'}'; what was there before is unchanged")
+    assert "hint: free some space" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
