@@ -489,12 +489,12 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "a weight beyond 32 bits": (
         lambda: [adapter("lora"), adapter("pissa")],
         {"weights": [1e39, 1]},
-        "embed: the weighted update there is too large for 32-bit numbers\n      hint: use weights nearer to 1",
+        "embed: the weighted update there is NaN, or too large for 32-bit numbers\n      hint: use weights nearer to 1",
     ),
     "a density beyond 32 bits": (
         lambda: [adapter("lora of rank 5")],
         {"how": "dare", "density": 1e-300},
-        "plain: the weighted update there is too large for 32-bit numbers",
+        "plain: the weighted update there is NaN, or too large for 32-bit numbers",
     ),
     "no direction left": (lambda: [nothing()], {"weights": [2]}, "adapters: change nothing: every update has rank 0"),
 }

@@ -91,6 +91,7 @@ REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
         {},
         "model.layers.1.self_attn.q_proj and 2 more: the model has no such module",
     ),
+    "no adapter": (lambda: "out", LLAMA.model, {}, "adapter: is a str, not an Adapter"),
     "no model": (plain, lambda: "llama", {}, "model: is a str, not a torch.nn.Module"),
     "a tied embedding": (
         lambda: of(tiny.seeded("LlamaForCausalLM", tie_word_embeddings=True), targets=["embed_tokens"]),

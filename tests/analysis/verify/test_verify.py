@@ -424,7 +424,7 @@ def test_an_error_whose_text_is_broken(saved: Path) -> None:
 
         threading.Thread(target=accept, daemon=True).start()
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        with pytest.raises(lorary.LoraryError, match="/v1/models: HTTP 500$"):
+        with pytest.raises(lorary.LoraryError, match=r"/v1/models: HTTP 500$"):
             lorary.verify(saved, url, model=BASE, tokenizer=TOKENIZER, timeout=20)
 
 

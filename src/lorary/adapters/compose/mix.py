@@ -221,7 +221,7 @@ class _Mixture:
             MethodError: a value is infinite, or NaN, which infinities make of each other.
         """
         if not result.isfinite().all():
-            what = "the weighted update there is too large for 32-bit numbers"
+            what = "the weighted update there is NaN, or too large for 32-bit numbers"
             raise MethodError(self.headline, [Diagnostic(name, what, "use weights nearer to 1")])
 
     def _full(self, changes: Mapping[str, Sequence[Change]]) -> dict[str, Tensor]:

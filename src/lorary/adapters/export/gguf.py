@@ -63,7 +63,7 @@ def export_gguf(
     """
     path = checked_path(folder, "cannot export an adapter:")
     headline = f"cannot export an adapter to {show(path, most=400)} as GGUF"
-    problems = not_a(nn.Module, "a torch.nn.Module", model=model)
+    problems = not_a(nn.Module, "a torch.nn.Module", model=model) + not_a(Adapter, "an Adapter", adapter=adapter)
     if dtype not in DTYPES:
         problems.append(Diagnostic("dtype", f"is {show(dtype)}; GGUF's adapters take {', '.join(DTYPES)}"))
     _refuse(headline, problems or _missing_package())

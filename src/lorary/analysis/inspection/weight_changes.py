@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.low_rank_form import BaseLayer, factors_on_base
+from lorary.adapters.tensor_checks import is_computable
 from lorary.errors import Diagnostic, MethodError
 from lorary.layers.adapted import Adapted, unwrapped_modules
 from lorary.layers.kinds import KINDS, kind_of, site
@@ -103,6 +104,8 @@ def _tensor_problems(name: str, tensors: Mapping[str, Tensor]) -> list[Diagnosti
     for role, t in tensors.items():
         if t.is_meta:
             problems.append(Diagnostic(name, f"its tensor {role} is on the meta device and has no values"))
+        elif not is_computable(t):
+            problems.append(Diagnostic(name, f"its tensor {role} is of {t.dtype}, not of floating-point numbers"))
         elif not t.isfinite().all():
             problems.append(Diagnostic(name, f"its tensor {role} holds NaN or infinite numbers"))
     return problems
