@@ -82,10 +82,11 @@ def _form(adapted: AdaptedSite, tensors: Mapping[str, Tensor], layer: BaseLayer)
 
 def factors_on_base(adapted: AdaptedSite, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """(s B [out, R], A [R, in]) of a site in fp32, as an update of the unmodified weight, without its join."""
-    B, A = (factor.float() for factor in adapted.delta.factors(adapted.site, tensors))
+    exact = {role: t.float() for role, t in tensors.items()}  # products of bf16 tensors (VeRA's b B d) would be rounded
+    B, A = adapted.delta.factors(adapted.site, exact)
     if adapted.starts:
-        start = {role: tensors[start_name(role)] for role in adapted.starts}
-        B0, A0 = (factor.float() for factor in adapted.delta.factors(adapted.site, start))
+        start = {role: exact[start_name(role)] for role in adapted.starts}
+        B0, A0 = adapted.delta.factors(adapted.site, start)
         B, A = torch.cat([B, -B0], 1), torch.cat([A, A0])
     return adapted.scale * B, A
 

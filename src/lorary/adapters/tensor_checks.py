@@ -195,6 +195,8 @@ def tensor_problems(
     name: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor]
 ) -> list[Diagnostic]:
     """The tensors of a site that are missing, unexpected, of another shape, or unusable."""
+    if other := {role: type(t).__name__ for role, t in found.items() if not isinstance(t, Tensor)}:
+        return [Diagnostic(name, f"{role} is a {kind}, not a tensor") for role, kind in other.items()]
     shapes = {role: tuple(t.shape) for role, t in found.items()}
     reasons = [
         f"{role} is {shapes.get(role, 'missing')}, expected {expected.get(role, 'no such tensor')}"
@@ -204,11 +206,17 @@ def tensor_problems(
     for role, t in found.items():
         if t.is_meta:
             reasons.append(f"{role} has no values: it is on the meta device")
-        elif t.layout != torch.strided or not t.is_floating_point():
+        elif t.layout != torch.strided or not is_computable(t):
             reasons.append(
-                f"{role} is a {t.layout} tensor of {t.dtype}, expected a dense one of floating-point numbers"
+                f"{role} is a {t.layout} tensor of {t.dtype}, expected a dense one of floating-point numbers, of 16 "
+                "bits or more"
             )
     return [Diagnostic(name, what) for what in reasons]
+
+
+def is_computable(tensor: Tensor) -> bool:
+    """Whether a tensor holds floating-point numbers that PyTorch computes with; those of 8 bits only store values."""
+    return tensor.is_floating_point() and tensor.dtype.itemsize >= 2
 
 
 def adapter_problems(adapter: Adapter) -> list[Diagnostic]:

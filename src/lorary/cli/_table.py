@@ -19,12 +19,14 @@ def rich_table(title: str, rows: Sequence[Sequence[str]], head: Sequence[str] = 
         names: the only left-aligned column of a table with a head.
     """
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", show_header=bool(head))
+    # as texts: brackets in a name are no markup
+    table = Table(title=Text(title, "table.title"), title_justify="left", show_header=bool(head))
     for i, name in enumerate(head or [""] * len(rows[0])):
-        table.add_column(name, justify="right" if head and i != names else "left", overflow="fold")
+        table.add_column(Text(name), justify="right" if head and i != names else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table
 
 
