@@ -345,7 +345,7 @@ def test_what_has_gains_has_no_sum(names: tuple[str, ...]) -> None:
         "  - model.layers.0.self_attn.q_proj and 1 more: adapters[1] gives its output a gain or a shift of its own "
         "(MagnitudeDirection)\n"
         "      hint: lorary.mix with approximate=True and base=model (--approximate --base) mixes its closest "
-        "update of low rank, and tells the error"
+        "update of low rank, and reports the error"
     )
     assert tiny.everything(model) == before
 

@@ -241,11 +241,11 @@ def test_what_could_not_be_loaded_is_not_pushed(
     ("repo", "base", "message"),
     [
         ("mine", None, "the repository: 'mine' has no owner\n      hint: write OWNER/NAME"),
-        ("ann/a/b", None, "the repository: 'ann/a/b' is no id of the Hub: Repo id must be in the form"),
-        ("ann/..", None, "the repository: 'ann/..' is no id of the Hub"),
-        ("https://hub/ann/a", None, "is no id of the Hub"),
-        ("ann/mine", "/data/base", "--base: '/data/base' is no id of the Hub"),
-        ("an n/x", "a--b", "the repository: .*\n.*\n.*--base: 'a--b' is no id of the Hub"),
+        ("ann/a/b", None, "the repository: 'ann/a/b' is not a Hub id: Repo id must be in the form"),
+        ("ann/..", None, "the repository: 'ann/..' is not a Hub id"),
+        ("https://hub/ann/a", None, "is not a Hub id"),
+        ("ann/mine", "/data/base", "--base: '/data/base' is not a Hub id"),
+        ("an n/x", "a--b", "the repository: .*\n.*\n.*--base: 'a--b' is not a Hub id"),
     ],
 )
 def test_ids_that_are_none(repo: str, base: str | None, message: str, tmp_path: Path) -> None:

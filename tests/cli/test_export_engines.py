@@ -39,7 +39,7 @@ def test_vllm_and_sglang(command: Command) -> None:
     ran = command("export", "run", "out", "--to", "vllm", "--base", "model")
     line = "vllm serve model --enable-lora --max-loras 1 --max-lora-rank 8 --lora-modules out=out"
     assert ran == (0, "out\n", f"run it: {line}\n")
-    assert names("out") == ["adapter_config.json", "adapter_model.safetensors", "serve.sh"]
+    assert names("out") == ["README.md", "adapter_config.json", "adapter_model.safetensors", "serve.sh"]
     assert not json.loads(Path("out/adapter_config.json").read_text())["use_rslora"]
     ran = command("export", "run", "out", "--to", "sglang", "--base", "model")
     assert ran.code == 0

@@ -32,14 +32,17 @@ RANK = "_lorary_rank"  # that for the rank to which it pads what it attaches
 
 
 def held_by(model: nn.Module) -> dict[str, HeldAdapter]:
-    """name -> held adapter, in the order in which they came; the model's own dictionary.
+    """name -> held adapter, in the order in which they came. To change it, `hold` another dictionary.
 
     Args:
         model: without wrappers around it.
     """
-    if HELD not in vars(model):
-        object.__setattr__(model, HELD, {})
-    return cast("dict[str, HeldAdapter]", vars(model)[HELD])
+    return cast("dict[str, HeldAdapter]", vars(model).get(HELD, {}))
+
+
+def hold(model: nn.Module, adapters: dict[str, HeldAdapter]) -> None:
+    """Let a model hold these adapters, and no others."""
+    object.__setattr__(model, HELD, adapters)
 
 
 def padded_rank(model: nn.Module) -> int | None:

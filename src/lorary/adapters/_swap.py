@@ -20,7 +20,7 @@ from lorary.spec.placement import AdaptedSite
 
 
 class _Parts(NamedTuple):
-    """What in an adapted layer is its adapter's."""
+    """The parts of an adapted layer that belong to its adapter."""
 
     adapted: AdaptedSite
     params: Parameters

@@ -14,7 +14,7 @@ from lorary.errors import Diagnostic, FileError, suggested_path
 
 _RECORDS = ("lorary.json", "adapter_config.json")
 _TENSORS = ("adapter.safetensors", "adapter_model.safetensors", "adapters.safetensors")
-TEMPLATE = "chat_template.jinja"
+CHAT_TEMPLATE = "chat_template.jinja"  # as Transformers saves it beside a tokenizer
 OWN_FILES = (*_RECORDS, *_TENSORS)
 _FOLDERS = ("", "adapter/")  # of an adapter folder, and of a whole run folder
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -66,7 +66,7 @@ def download(name: str) -> Path | None:
         RepositoryNotFoundError,
     )
 
-    files = [folder + file for folder in _FOLDERS for file in (*OWN_FILES, TEMPLATE)]
+    files = [folder + file for folder in _FOLDERS for file in (*OWN_FILES, CHAT_TEMPLATE)]
     try:
         folder = Path(snapshot_download(name, allow_patterns=files))
     except GatedRepoError:

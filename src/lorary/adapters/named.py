@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lorary.adapters._held import HELD, RANK, HeldAdapter, held_by, padded_rank
+from lorary.adapters._held import RANK, HeldAdapter, held_by, hold, padded_rank
 from lorary.adapters._names import UnknownNameError, bad_name, unknown_name
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.switch import activate, check_base
@@ -86,7 +86,7 @@ class NamedAdapters(MutableMapping[str, Adapter]):
         if problems:
             raise FileError("cannot rename an adapter:", problems)
         renamed = {new if one is mine else one.name: one for one in held.values()}
-        object.__setattr__(self._model, HELD, renamed)
+        hold(self._model, renamed)
         mine.name = new
 
     def __getitem__(self, name: str) -> Adapter:
@@ -96,11 +96,11 @@ class NamedAdapters(MutableMapping[str, Adapter]):
         _hold(self._model, name, adapter, force=self._force)
 
     def __delitem__(self, name: str) -> None:
-        self._held(name)
+        dropped = self._held(name)
         if name in self.active:
             what, fix = "is active: the model computes with it", "lorary.switch(model, None), or to another one, first"
             raise StateError("cannot drop an adapter:", [Diagnostic(repr(name), what, fix)])
-        del held_by(self._model)[name]
+        hold(self._model, {key: one for key, one in held_by(self._model).items() if one is not dropped})
 
     def __iter__(self) -> Iterator[str]:
         return iter(list(held_by(self._model)))
@@ -154,17 +154,18 @@ def _hold(model: nn.Module, name: str, adapter: Adapter, *, force: bool) -> None
     check_base(model, adapter, here, f"the adapter {name!r}", force=force)
     before = held.get(name)
     if state is None or before is None or before not in state.active:
-        held[name] = _checked(name, adapter, model, here)
+        hold(model, held | {name: _checked(name, adapter, model, here)})
         return
     require_attached(model, "replace an active adapter")
     if any(p.requires_grad for params in before.params.values() for p in params.values()):
         what, fix = "is being trained: an optimizer may hold its parameters", f"first lorary.switch(model, {name!r})"
         raise StateError("cannot replace an adapter:", [Diagnostic(repr(name), what, fix)])
-    new = held[name] = _checked(name, adapter, model, here)
+    new = _checked(name, adapter, model, here)
+    hold(model, held | {name: new})
     try:
         activate(model, {new if one is before else one: w for one, w in state.active.items()}, trainable=False)
     except BaseException:
-        held[name] = before
+        hold(model, held)
         raise
 
 

@@ -37,7 +37,7 @@ class Provenance:
     Args:
         how: the operation: "sum", "ties", "lorahub", "compress", "extract", ...
         parents: what it was made from, in the order given.
-        settings: the operation's settings and the error that it told: names to JSON values.
+        settings: the operation's settings and the error that it reported: names to JSON values.
     """
 
     how: str

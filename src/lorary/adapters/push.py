@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lorary.adapters import card as cards
 from lorary.adapters import native
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.hub import OWN_FILES, TEMPLATE
+from lorary.adapters.hub import CHAT_TEMPLATE, OWN_FILES
 from lorary.adapters.label_names import NAME as LABELS
 from lorary.adapters.peft.writer import BASE_README
 from lorary.adapters.save_load import load_adapter
@@ -28,7 +28,7 @@ from lorary.files.strict_json import show
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
 
-FILES = (*OWN_FILES, LABELS, TEMPLATE, BASE_README, cards.NAME)
+FILES = (*OWN_FILES, LABELS, CHAT_TEMPLATE, BASE_README, cards.NAME)
 _MOST = 2**40  # bytes of one file
 _MOST_CARD = 2**20
 
@@ -68,7 +68,7 @@ class Upload:
 
 
 def plan_upload(folder: str | os.PathLike[str], repo: str, *, base: str | None = None) -> Upload:
-    """What pushing an adapter folder would upload. Needs no network.
+    """The contents of an upload, without a network.
 
     Args:
         folder: of the adapter.
@@ -141,7 +141,7 @@ def _operations(what: Upload) -> list[CommitOperationAdd]:
 
 
 def _asked(repo: str, request: Callable[[], Any]) -> Any:
-    """What the Hub answers to a request.
+    """The answer of the Hub to a request.
 
     Raises:
         FileError: it refuses, or cannot be reached.
@@ -183,7 +183,7 @@ def _bad_ids(repo: str, base: str | None) -> list[Diagnostic]:
                 problems.append(Diagnostic(what, f"{show(name)} has no owner", "write OWNER/NAME"))
         except HFValidationError as error:
             reason = str(error).splitlines()[0].rstrip(".")
-            problems.append(Diagnostic(what, f"{show(name)} is no id of the Hub: {reason}", "write OWNER/NAME"))
+            problems.append(Diagnostic(what, f"{show(name)} is not a Hub id: {reason}", "write OWNER/NAME"))
     return problems
 
 
@@ -215,7 +215,7 @@ def _card(folder: Path) -> str:
     """The card in the folder.
 
     Raises:
-        FileError: it is no text, or too large.
+        FileError: it is not text, or too large.
     """
     try:
         return read_bytes(folder, cards.NAME, _MOST_CARD).decode()
@@ -225,7 +225,7 @@ def _card(folder: Path) -> str:
 
 
 def _notes(adapter: Adapter, card: str, *, made: bool) -> list[str]:
-    """What a user should know before an adapter is on the Hub."""
+    """Remarks for the user before an adapter is on the Hub."""
     from huggingface_hub import ModelCard
 
     notes = []

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.compose.compression import Compression, Divergence, Spectra
+from lorary.adapters.compose.compression import HEADLINE, Compression, Divergence, Spectra
 from lorary.adapters.compose.truncate import cut_problems
 from lorary.adapters.switch import switch
 from lorary.analysis.merge_check import MergeCheck, Row
@@ -70,7 +70,7 @@ def compress(
     elif not problems:
         problems += not_a(nn.Module, "a torch.nn.Module, which kl needs", model=model)
     if problems:
-        raise MethodError("cannot compress:", problems)
+        raise MethodError(HEADLINE, problems)
     if kl is not None:
         base, series = _without_adapter(model), _series(rows)
         return _below(Spectra.of(adapter), base, series, kl, progress or (lambda *_: None))
@@ -89,7 +89,7 @@ def _without_adapter(model: Any) -> Any:
     """
     inner = changeable(model, "compress")
     if state_of(inner) is not None:
-        raise StateError("cannot compress:", [Diagnostic("model", "has an adapter attached", "lorary.detach it first")])
+        raise StateError(HEADLINE, [Diagnostic("model", "has an adapter attached", "lorary.detach it first")])
     return inner
 
 
@@ -97,15 +97,15 @@ def _series(rows: Any) -> list[Row]:
     """The rows as a list.
 
     Raises:
-        DataError: they are no series, or fewer than two.
+        DataError: they are not a series, or fewer than two.
     """
     if isinstance(rows, dict | str) or not isinstance(rows, Iterable):
         what = f"is a {type(rows).__name__}, not a series of rows"
-        raise DataError("cannot compress:", [Diagnostic("rows", what, "pass a list of rows: [row, ...]")])
+        raise DataError(HEADLINE, [Diagnostic("rows", what, "pass a list of rows: [row, ...]")])
     series = list(rows)
     if len(series) < 2:
         what = f"kl needs at least 2 rows, one to search with and one to check; given: {len(series)}"
-        raise DataError("cannot compress:", [Diagnostic("rows", what)])
+        raise DataError(HEADLINE, [Diagnostic("rows", what)])
     return series
 
 
@@ -132,8 +132,8 @@ def _below(
         low, high = 0, len(spectra.values)
         best, divergence = measured(high)
         if not divergence <= bound:
-            what = f"all {high:,} directions, only rounded anew, diverge by {divergence:.3g} nats per token already"
-            raise MethodError("cannot compress:", [Diagnostic("kl", f"is {bound:g}, and {what}", "raise the bound")])
+            what = f"all {high:,} directions, only rounded, already diverge by {divergence:.3g} nats per token"
+            raise MethodError(HEADLINE, [Diagnostic("kl", f"is {bound:g}, and {what}", "raise the bound")])
         while high - low > 1:
             middle = (low + high) // 2
             found, reached = measured(middle)
@@ -148,6 +148,6 @@ def _below(
     result = Divergence(bound, divergence, seen.kl, (sum(map(len, search.logits)), seen.tokens))
     record = best.adapter.provenance
     assert record is not None
-    told = dict(record.settings) | {"search": result.search, "check": result.check}
-    adapter = dataclasses.replace(best.adapter, provenance=dataclasses.replace(record, settings=told))
+    reported = dict(record.settings) | {"search": result.search, "check": result.check}
+    adapter = dataclasses.replace(best.adapter, provenance=dataclasses.replace(record, settings=reported))
     return dataclasses.replace(best, adapter=adapter, divergence=result)

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import TextStreamer
 
+from lorary.adapters.hub import CHAT_TEMPLATE
 from lorary.cli import printable
 from lorary.errors import ConfigError, DataError, Diagnostic
 from lorary.layers.rope import max_context, text_config
@@ -18,8 +19,6 @@ from lorary.model.loading.source import ModelSection
 from lorary.train.data.chat import TEMPLATES, render, use_template
 from lorary.train.data.encode import encode_text
 from lorary.train.data.row_formats import Messages, check_text
-
-_TEMPLATE = "chat_template.jinja"  # as Transformers saves it beside a tokenizer
 
 
 @dataclass(frozen=True)
@@ -94,8 +93,8 @@ class Printer(TextStreamer):  # type: ignore[misc]  # Transformers has no types
 def tokenizer_of(section: ModelSection, folder: Path | None, template: str | None = None) -> Any:
     """The base's tokenizer, with the chat template `template`, else the one that the adapter was trained with."""
     tokenizer = load_tokenizer(section)
-    if template is None and folder is not None and (folder / _TEMPLATE).is_file():
-        template = str(folder / _TEMPLATE)
+    if template is None and folder is not None and (folder / CHAT_TEMPLATE).is_file():
+        template = str(folder / CHAT_TEMPLATE)
     use_template(tokenizer, template)
     return tokenizer
 

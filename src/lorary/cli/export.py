@@ -52,7 +52,7 @@ def export(
     so that the whole model is never in memory.
 
     gguf: `adapter.gguf` for llama.cpp, of the architectures whose conversion is known. ollama: that file and a
-    Modelfile. vllm, sglang: a LoRA that the engine computes rightly, and `serve.sh`, the command that serves it.
+    Modelfile. vllm, sglang: a LoRA that the engine computes correctly, and `serve.sh`, the command that serves it.
     """
     from lorary.adapters.resolve import find_adapter
 

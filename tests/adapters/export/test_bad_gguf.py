@@ -108,7 +108,7 @@ REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
         lambda: of(tiny.seeded("CohereForCausalLM", tie_word_embeddings=False), targets=["embed_tokens"]),
         lambda: tiny.seeded("CohereForCausalLM", tie_word_embeddings=False),
         {},
-        "model.embed_tokens: llama.cpp's command-r is not known to adapt its embedding and its LM head rightly"
+        "model.embed_tokens: llama.cpp's command-r is not known to adapt its embedding and its LM head correctly"
         f"{MERGED}",
     ),
 }

@@ -194,6 +194,18 @@ def mlx(folder: Path) -> Case:
     return made
 
 
+def pruned(folder: Path) -> Case:
+    """An AdaLoRA after its allocation: each layer has lost two of its directions."""
+    model = llama()
+    lorary.attach(model, lorary.plan(model, lorary.method("adalora", r=8)))
+    with torch.no_grad():
+        for name, parameter in filled(model).named_parameters():
+            if name.endswith("params.E"):
+                parameter[1:3] = 0
+    lorary.save_adapter(lorary.Adapter.of(model).compact(), folder)
+    return case(llama, model)
+
+
 CASES: dict[str, Callable[[Path], Case]] = {
     "lora": ours("lora"),
     "lora of GPT-2": ours("lora", base=gpt2),
@@ -208,6 +220,7 @@ CASES: dict[str, Callable[[Path], Case]] = {
     "melora, exported": ours("melora", how="export", r=1, n=2),
     "vera": ours("vera", r=4),
     "adalora": ours("adalora", r=8),
+    "adalora, pruned": pruned,
     "longlora, exported": ours("longlora", how="export", r=4, length=4096),
     "convolutions": ours("lora", base=vit, targets=["conv"]),
     "embeddings": ours("lora", targets=["embedding", "attention-qv"]),

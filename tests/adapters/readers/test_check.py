@@ -45,6 +45,7 @@ TABLE = {
     "melora, exported": "AAAAAR",
     "vera": "ARRRRR",
     "adalora": "AARRRR",
+    "adalora, pruned": "ARRRRR",
     "longlora, exported": "MMMMMR",
     "convolutions": "AARRRR",
     "embeddings": "AAAAAR",
@@ -164,6 +165,8 @@ def test_every_rule_names_a_feature() -> None:
         ("pissa, saved", "vllm"),
         ("pissa, saved", "peft"),
         ("dora", "transformers"),
+        ("adalora, pruned", "transformers"),
+        ("vera", "transformers"),
     ],
 )
 def test_what_is_to_be_exported_instead_is_accepted(name: str, reader: str, tmp_path: Path) -> None:
@@ -230,7 +233,8 @@ def outcome(path: Path) -> str:
         ({"target_parameters": ["q_proj.weight"], "alpha_pattern": {r"q_proj\.weight": 8}}, "MMM"),
         ({"new_in_the_year_2030": 0.5}, "MMM"),
         ({"new_in_the_year_2030": None}, "AAA"),
-        ({"peft_type": "OFT"}, "RRR"),
+        ({"peft_type": "OFT", "r": 0}, "RRR"),  # fields of other types have other rules
+        ({"peft_type": "ADALORA", "rank_pattern": {"q_proj.lora_E": [True, False]}}, "RRR"),
     ],
     ids=str,
 )

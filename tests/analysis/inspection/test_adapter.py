@@ -94,7 +94,7 @@ def test_full_fine_tuning_is_inspected_too() -> None:
     assert by_name["lm_head"].adapter.spectrum.norm == pytest.approx(float(change.detach().norm()), rel=1e-5)
     assert found.notes == (
         "5 parameters trained in full are left out, such as model.layers.0.input_layernorm.weight: "
-        "they are no weight matrices",
+        "they are not weight matrices",
     )
 
 

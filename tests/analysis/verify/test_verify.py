@@ -303,7 +303,7 @@ BAD_REPLIES: dict[str, tuple[int, bytes, str]] = {
     "a redirect": (307, b"", "hint: redirects are not followed: give the address that it redirects to"),
     "no JSON": (200, b"<html>", "/v1/completions: its reply is not JSON: "),
     "NaN": (200, b'{"choices": [NaN]}', "/v1/completions: its reply is NaN is not a JSON number"),
-    "a list": (200, b"[]", "/v1/completions: its reply is no JSON object: []"),
+    "a list": (200, b"[]", "/v1/completions: its reply is not a JSON object: []"),
     "no choice": (200, b'{"choices": []}', '/v1/completions: its reply has no choice: {"choices": []}'),
     "no numbers": (
         200,
@@ -356,7 +356,7 @@ def test_models_that_are_not_clear_must_be_named(name: str, saved: Path) -> None
 
 def test_a_list_of_models_that_is_none(saved: Path) -> None:
     served = Served({}, TOKENIZER, reply=lambda path: (200, b'{"data": {"id": 3}}'))
-    assert '/v1/models: its reply is no list of models: {"data": {"id": 3}}' in str(fails(saved, served))
+    assert '/v1/models: its reply is not a list of models: {"data": {"id": 3}}' in str(fails(saved, served))
 
 
 def test_a_model_that_the_server_does_not_have(saved: Path) -> None:
@@ -413,14 +413,14 @@ def test_a_server_that_does_not_answer_in_time(slow: bytes, saved: Path) -> None
 @pytest.mark.parametrize(
     ("against", "sentence"),
     [
-        ("vllm", "'vllm' is no address of a server"),
+        ("vllm", "'vllm' is not the address of a server"),
         ("transfomers", "hint: did you mean `transformers`?"),
-        ("ftp://host", "'ftp://host' is no address of a server"),
-        ("http://", "'http://' is no address of a server"),
-        ("file:///etc/passwd", "is no address of a server"),
+        ("ftp://host", "'ftp://host' is not the address of a server"),
+        ("http://", "'http://' is not the address of a server"),
+        ("file:///etc/passwd", "is not the address of a server"),
         ("http://host:port", "'http://host:port': "),
         ("http://me:word@host", "the address holds a user or a password\n      hint: set LORARY_API_KEY instead"),
-        ("", "'' is no address of a server"),
+        ("", "'' is not the address of a server"),
     ],
 )
 def test_an_address_that_is_none(against: str, sentence: str, saved: Path) -> None:

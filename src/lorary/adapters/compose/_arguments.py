@@ -67,7 +67,7 @@ def _weight_problems(weights: Any, count: int) -> list[Diagnostic]:
 def option_problems(
     terms: Sequence[Term], how: Any, rank: Any, energy: Any, density: Any, seed: Any
 ) -> list[Diagnostic]:
-    """What is wrong with the options of a mix."""
+    """The problems of a mix's options."""
     problems = []
     if not isinstance(how, str) or how not in MERGINGS:
         problems.append(Diagnostic("how", f"{how!r} is not a way to mix", did_you_mean(str(how), MERGINGS)))
@@ -104,7 +104,7 @@ def tensor_faults(terms: Sequence[Term]) -> list[Diagnostic]:
 
 
 def disagreements(terms: Sequence[Term], base: nn.Module | None, *, force: bool) -> list[Diagnostic]:
-    """How the adapters differ in what a sum needs to be equal: their base, context, and layers."""
+    """The differences between adapters that forbid a sum: in their base, context and layers."""
     problems = [] if force else _other_bases(terms, base)
     if base is not None and any(p.is_meta for p in base.parameters()):
         problems.append(Diagnostic("base", "is on the meta device and has no values", "load its weights first"))

@@ -71,7 +71,7 @@ class Checkpoints(NamedTuple):
                 yield Diagnostic(name, what, "resize the base's vocabulary in the same way first" if resized else "")
 
     def _files(self) -> Iterator[Diagnostic]:
-        """What the files of each checkpoint lack, or hold in another shape than its own model."""
+        """The weights that the files of each checkpoint lack, or hold in another shape than its own model."""
         for which, weights in zip(("base", "tuned model"), self, strict=True):
             found = {key for keys in weights.files.files.values() for key in keys}
             known = {key for group in weights.groups.values() for key in group.keys}

@@ -36,6 +36,8 @@ from lorary.spec.interfaces import Factors
 from lorary.spec.placement import unique_tensor_sets
 from lorary.spec.resizable import Resizable, Singular
 
+HEADLINE = "cannot compress this adapter:"
+
 
 class Size(NamedTuple):
     """The size of an adapter.
@@ -153,7 +155,7 @@ class Spectra:
             MethodError: its update is not a product of two factors alone, or not finite; every reason.
         """
         if problems := _incompressible(adapter):
-            raise MethodError("cannot compress this adapter:", deduplicated(problems))
+            raise MethodError(HEADLINE, deduplicated(problems))
         svds: dict[str, Singular] = {}
         shared: dict[str, Singular] = {}  # tied sites have one set of tensors
         for s in adapter.sites:
@@ -163,7 +165,7 @@ class Spectra:
             if s.share:
                 shared[s.share] = svd
         if not any(len(svd.S) for svd in svds.values()):
-            raise MethodError("cannot compress this adapter:", [Diagnostic("adapter", "its update is zero everywhere")])
+            raise MethodError(HEADLINE, [Diagnostic("adapter", "its update is zero everywhere")])
         return Spectra(adapter, svds)
 
     @property

@@ -1,4 +1,4 @@
-"""Truncated SVD of a dense matrix, for updates that are no product of thin factors.
+"""Truncated SVD of a dense matrix, for updates that are not a product of thin factors.
 
 The right singular vectors V of a tall M are the eigenvectors of M^T M, and M V V^T with the first r of them is the best
 approximation of rank r (Eckart and Young 1936). In 64 bits that loses what is below 1e-8 of the largest singular value,

@@ -21,25 +21,22 @@ from lorary.adapters.adapter import Adapter
 from lorary.adapters.compose._checkpoints import Checkpoints, opened
 from lorary.adapters.compose.dense import frobenius_norm, truncated_matrix
 from lorary.adapters.compose.extraction import ExtractedSite, Extraction
-from lorary.adapters.compose.plain_lora import plain_lora
+from lorary.adapters.compose.plain_lora import PLAIN_LORA, plain_lora
 from lorary.adapters.compose.truncate import cut_problems, relative
 from lorary.adapters.provenance import Parent, Provenance
 from lorary.adapters.tensor_checks import not_finite
 from lorary.errors import Diagnostic, FileError, MethodError, PlanError
 from lorary.files.safe_open import checked_path
 from lorary.layers.kinds import KINDS, site
-from lorary.methods.lora import Add, ConstantScale, Kaiming, LowRank
 from lorary.model.ambient import mode_independent
 from lorary.model.fingerprint import base_name
 from lorary.model.scan import Scan, scan
 from lorary.model.targets import resolve
 from lorary.spec.interfaces import Factors
-from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite
 from lorary.spec.site import Site
 
 _HEADLINE = "cannot extract an adapter:"
-_LORA = Method(LowRank(1), Kaiming(), ConstantScale(1.0), Add())
 
 Progress = Callable[[int, int, str], object]
 
@@ -141,7 +138,7 @@ def _tensor_names(scanned: Scan) -> list[str]:
 
 @dataclass
 class _Changes:
-    """What has changed between two checkpoints, collected one parameter at a time.
+    """The changes between two checkpoints, collected one parameter at a time.
 
     Args:
         layers: the name of a weight -> its layer, for all that can be adapted.
@@ -208,7 +205,7 @@ class _Changes:
         if not self.factors and not self.full:
             what = "the layers to adapt are" if self.left_out else "all parameters are"
             raise FileError(_HEADLINE, [Diagnostic("", f"{what} equal in both checkpoints")])
-        placed = [AdaptedSite(layer, _LORA) for layer in self.layers.values()]
+        placed = [AdaptedSite(layer, PLAIN_LORA) for layer in self.layers.values()]
         method, sites, tensors = plain_lora(placed, self.factors, full=self.full)
         error = relative([(s.lost, s.change) for s in self.sites])
         record = dataclasses.replace(record, settings=dict(record.settings) | {"error": error})

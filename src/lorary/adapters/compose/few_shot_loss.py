@@ -119,7 +119,7 @@ def _padded(rows: Sequence[Batch]) -> Batch:
 
 
 def _labels(model: Any, batch: Batch) -> int:
-    """How many labels a batch's loss is the mean of; the first token of a row is not predicted from another."""
+    """The number of labels in the mean of a batch's loss; the first token of a row is not predicted from another."""
     labels, config = batch["labels"], getattr(model, "config", None)
     if labels.ndim < 2 or labels.is_floating_point():
         return labels.shape[0]

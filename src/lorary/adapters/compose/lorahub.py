@@ -130,7 +130,8 @@ def lorahub(
     """
     inner = changeable(model, "search")
     if state_of(inner) is not None:
-        raise StateError("cannot search:", [Diagnostic("model", "something is attached", "lorary.detach it first")])
+        problem = Diagnostic("model", "something is attached", "lorary.detach it first")
+        raise StateError("cannot search for weights:", [problem])
     _check_settings(form, bounds, l1, budget, seed)
     terms = terms_of(adapters, None)
     if problems := tensor_faults(terms) + disagreements(terms, inner, force=force):

@@ -1,7 +1,7 @@
 """mix: one adapter from several, by a weighted sum of their updates or another merging method.
 
 A weighted sum of updates is exact in factors, whatever the methods and ranks: it is [w₁ B₁, w₂ B₂, ...] [A₁; A₂; ...].
-Only what is no such sum is approximated: by a truncated SVD, one layer at a time, whose error is told.
+Everything else is approximated by a truncated SVD, one layer at a time, and its error is reported.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def mix(
         energy: instead, the share of the squared norm of each update to keep.
         density: the share of the elements of each update that ties, magnitude and dare keep; 0.2 by default.
         base: the base. Needed for parameters that were trained in full, and by `approximate`.
-        approximate: accept methods whose update is no product (DoRA, GLoRA): the closest one of low rank is mixed.
+        approximate: accept methods whose update is not a product (DoRA, GLoRA): the closest one of low rank is mixed.
         seed: of the elements that dare drops.
         force: mix adapters of different bases, if every tensor fits.
         progress: called with the number of layers done and of all.
@@ -242,7 +242,7 @@ class _Mixture:
         return dataclasses.replace(known, frozen=frozen_weights(self.base, full) if self.base and plain else "")
 
     def _notes(self) -> tuple[str, ...]:
-        """What is to be known about quantised bases."""
+        """Notes about quantised bases."""
         kinds = {term.name: term.adapter.method.storage for term in self.terms}
         trained = sorted({type(s).__name__ for s in kinds.values() if not s.writable})
         if not trained:

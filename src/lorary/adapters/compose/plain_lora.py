@@ -15,6 +15,8 @@ from lorary.spec.interfaces import Factors, Storage, Unquantized
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite
 
+PLAIN_LORA = Method(LowRank(1), Kaiming(), ConstantScale(1.0), Add())  # its scale is in B; sites have their own ranks
+
 Tensors = dict[str, dict[str, Tensor]]  # site -> role -> tensor
 
 
@@ -40,7 +42,7 @@ def plain_lora(
 
     @functools.cache  # a method checks itself, which takes longer than the sites' tensors
     def of_rank(r: int) -> Method:
-        return Method(LowRank(r), Kaiming(), ConstantScale(1.0), Add(), **common)
+        return PLAIN_LORA.replace(delta=LowRank(r), **common)
 
     added, tensors, shared = [], Tensors(), Tensors()
     for s in sites:

@@ -102,7 +102,7 @@ def relative(pairs: list[tuple[float, float]]) -> float:
 
 
 def cut_problems(**cuts: float | None) -> list[Diagnostic]:
-    """What is wrong with the options of a truncation: exactly one of `rank`, `energy` and others is given.
+    """The problems of the options of a truncation: exactly one of `rank`, `energy` and others is given.
 
     Args:
         cuts: name -> value. `rank` is a whole number, `energy` a share in (0, 1], every other one a number above 0.

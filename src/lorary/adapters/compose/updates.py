@@ -21,7 +21,7 @@ from lorary.spec.placement import AdaptedSite
 _GIVE = "give the base: base=model, or --base"
 _FIX = (
     "lorary.mix with approximate=True and base=model (--approximate --base) mixes its closest update of low rank, and "
-    "tells the error"
+    "reports the error"
 )
 
 
@@ -41,7 +41,7 @@ class Term:
 
 
 class Update(NamedTuple):
-    """What one adapter adds at one site of the unmodified base.
+    """The update of one adapter at one site of the unmodified base.
 
     Args:
         weight: of the adapter in the mix.
@@ -133,7 +133,7 @@ def _why_not(term: Term, adapted: AdaptedSite, layer: BaseLayer, *, approximate:
 
 
 class Change(NamedTuple):
-    """How one adapter changes a base parameter.
+    """The change of a base parameter by one adapter.
 
     Args:
         weight: of the adapter in the mix.

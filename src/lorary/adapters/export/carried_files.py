@@ -7,11 +7,11 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from lorary.adapters.hub import CHAT_TEMPLATE
 from lorary.errors import FileError
 from lorary.files.safe_open import open_inside
 from lorary.model.loading.weight_files import INDEX
 
-CHAT_TEMPLATE = "chat_template.jinja"
 _KEPT = (
     *("*token*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken", CHAT_TEMPLATE, "chat_template.json"),
     *("generation_config.json", "*processor_config.json", "*.py"),

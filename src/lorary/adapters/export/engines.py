@@ -1,7 +1,7 @@
-"""vLLM and SGLang: an adapter as the plain LoRA that the engine computes rightly, and the command that serves it.
+"""vLLM and SGLang: an adapter as the plain LoRA that the engine computes correctly, and the command that serves it.
 
 Both read PEFT's two files. vLLM follows the patterns of ranks and alphas in them, SGLang ignores them and `use_rslora`.
-So these files have the folded form of `export_peft`: one rank and one scale at all sites, which both compute rightly.
+So these files have the folded form of `export_peft`: one rank and one scale at all sites, which both compute correctly.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from lorary.adapters.adapter import Adapter, without_empty_sites
+from lorary.adapters.compose.plain_lora import PLAIN_LORA
 from lorary.adapters.export.plain_factors import MERGE, plain_factors, site_problems
 from lorary.adapters.peft.export import SERVE, lora_files, write_lora
 from lorary.adapters.peft.writer import rope_overrides
@@ -30,9 +31,7 @@ from lorary.files.safe_open import checked_path
 from lorary.files.strict_json import show
 from lorary.layers.adapted import unwrapped_modules
 from lorary.layers.kinds import site as site_of
-from lorary.methods.lora import Add, ConstantScale, Kaiming, LowRank
 from lorary.model.ambient import mode_independent
-from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite
 from lorary.spec.site import Site
 
@@ -77,7 +76,7 @@ def export_for_engine(
     base: str = "",
     name: str = "",
 ) -> list[str]:
-    """Write an adapter as a PEFT LoRA that an inference engine computes rightly, with the command in `serve.sh`.
+    """Write an adapter as a PEFT LoRA that an inference engine computes correctly, with the command in `serve.sh`.
 
     Args:
         adapter: an adapter of any method whose update is B A alone.
@@ -141,13 +140,12 @@ def _with_whole_groups(adapter: Adapter, model: nn.Module, groups: tuple[tuple[s
     adapter = without_empty_sites(adapter)
     modules = unwrapped_modules(model)
     tensors = {adapted.site.name: adapter.tensors[adapted.site.name] for adapted in adapter.sites}
-    plain = Method(LowRank(1), Kaiming(), ConstantScale(1.0), Add())
     added = []
     for adapted in adapter.sites:
         layer, _, leaf = adapted.site.name.rpartition(".")
         for name in (f"{layer}.{other}" for group in groups if leaf in group for other in group):
             if name in modules and name not in tensors:
-                zero = AdaptedSite(site_of(name, modules[name]), plain)
+                zero = AdaptedSite(site_of(name, modules[name]), PLAIN_LORA)
                 added.append(zero)
                 tensors[name] = {role: torch.zeros(zero.shapes[role]) for role in ("A", "B")}
     return dataclasses.replace(adapter, sites=(*adapter.sites, *added), tensors=tensors)

@@ -116,7 +116,7 @@ def _rope_problems(adapter: Adapter) -> list[Diagnostic]:
 
 
 def _architecture(root: Any, headline: str) -> Architecture:
-    """How llama.cpp knows a model.
+    """The architecture of a model in llama.cpp.
 
     Raises:
         FileError: lorary does not know how its converter changes the weights.
@@ -148,7 +148,7 @@ def _why_not(site: Site, head: bool, architecture: Architecture, names: TensorNa
     if names.get_name(site.name) is None or site.kind not in ("linear", "transposed", "embedding"):
         return f"llama.cpp's {architecture.name} has no such weight"
     if head and not architecture.head:
-        return f"llama.cpp's {architecture.name} is not known to adapt its embedding and its LM head rightly"
+        return f"llama.cpp's {architecture.name} is not known to adapt its embedding and its LM head correctly"
     return ""
 
 

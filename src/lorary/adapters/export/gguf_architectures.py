@@ -15,7 +15,7 @@ from lorary.spec.site import Site
 
 
 class Architecture(NamedTuple):
-    """How llama.cpp knows a model.
+    """A model architecture in llama.cpp.
 
     Args:
         name: its name there, `general.architecture`.

@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.export.carried_files import CHAT_TEMPLATE, carry_files, copy_file
+from lorary.adapters.export.carried_files import carry_files, copy_file
 from lorary.adapters.export.merged_model import MergedModel, merged_model
 from lorary.adapters.export.merged_weights import MergedWeights
+from lorary.adapters.hub import CHAT_TEMPLATE
 from lorary.adapters.resolve import class_of_base
 from lorary.adapters.switch import base_mismatches
 from lorary.errors import ConfigError, Diagnostic, FileError, StateError, caller_stacklevel, not_a
@@ -140,7 +141,7 @@ def _precisions(section: ModelSection, dtype: torch.dtype | None) -> tuple[Model
 
 
 def _other_base(adapter: Adapter, here: Fingerprint, force: bool) -> list[Diagnostic]:
-    """How a base differs from the one that an adapter was trained on, if that is no matter of choice."""
+    """The differences from the base that an adapter was trained on, unless they are forced."""
     fix = "name the base that it was trained on, or pass force=True"
     return [] if force else [Diagnostic(p.where, p.what, fix) for p in adapter.base.disagreements(here)]
 

@@ -1,4 +1,4 @@
-"""What the exports share: the update of every site as B A alone, and the reasons why a program has no place for it."""
+"""The update of every site as B A alone, for an export, and the reasons why a program cannot hold it."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def _targets(config: PeftConfig, path: str) -> bool:
 def _sites_read(
     named_by: Callable[[str], bool], modules: Collection[str], experts: Collection[str], by_pattern: bool
 ) -> set[str]:
-    """The modules among these that PEFT adapts for the sake of `target_modules`.
+    """The modules among these that PEFT adapts because of `target_modules`.
 
     Args:
         named_by: whether `target_modules` names a path.

@@ -1,4 +1,4 @@
-"""What the programs that read adapters would do with one."""
+"""The verdicts of the programs that read adapters on one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ READERS: dict[str, Reader] = {r.name: r for r in (PEFT, TRANSFORMERS, VLLM, SGLA
 def check(
     adapter: Adapter | str | os.PathLike[str], *readers: str, model: nn.Module | None = None
 ) -> tuple[Verdict, ...]:
-    """What programs that read adapters would do with one: accept it, reject it, or silently compute something else.
+    """The verdicts of programs that read adapters: they accept one, reject it, or silently compute something else.
 
     Their reading rules are applied to the folder's configuration and to the names and shapes of its tensors; no program
     is started and no tensor is read. A verdict names the release whose rules it applies.

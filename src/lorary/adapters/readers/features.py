@@ -19,7 +19,7 @@ _OFF: tuple[Any, ...] = (None, False, 0, "", "none", [], {})
 
 @dataclass(frozen=True)
 class Feature:
-    """Something that an adapter folder may have.
+    """A feature that an adapter folder may have.
 
     Args:
         noun: in sentences, after "refuses" or "computes without".

@@ -202,7 +202,8 @@ def read_folder(
             model,
             seconds,
         )
-        _ = found.fields if not mlx else None  # malformed fields are refused here, once
+        if found.is_lora and not mlx:
+            _ = found.fields  # malformed fields are refused here, once
         return found
     except FileError as error:
         raise FileError(f"cannot check {subject(folder)}", error.problems) from error.__cause__
@@ -219,7 +220,7 @@ def _shapes(path: Path, name: str) -> dict[str, tuple[int, ...]]:
 
 
 def base_of(folder: Path) -> str:
-    """The base that an adapter folder names; empty if it names none, or if its files are no JSON."""
+    """The base that an adapter folder names; empty if it names none, or if its files are not JSON."""
     for name, keys_ in ((native.NAME, ("base", "name")), (NAME, ("base_model_name_or_path",)), (NAME, ("model",))):
         found: object = None
         if (folder / name).is_file():

@@ -45,7 +45,7 @@ def site_findings(reader: Reader, folder: AdapterFolder) -> Iterator[Finding]:
 
 
 def misread_export(path: Path, scales: Mapping[str, float], model: nn.Module | None) -> list[Diagnostic]:
-    """What PEFT and Transformers would read otherwise than it was meant, in a folder that is about to be kept.
+    """The differences between an exported folder and what PEFT and Transformers would read from it.
 
     Args:
         path: the folder with PEFT's two files.

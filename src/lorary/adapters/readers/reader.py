@@ -18,7 +18,7 @@ from lorary.errors import Diagnostic, deduplicated
 
 
 class Outcome(StrEnum):
-    """What a reader makes of a folder."""
+    """The outcome of reading a folder."""
 
     ACCEPTED = "accepted"
     MISCOMPUTED = "miscomputed"  # read without an error, and computed wrongly
@@ -35,7 +35,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a reader does with an adapter folder.
+    """The verdict of a reader on an adapter folder.
 
     Args:
         reader: its name, as on the command line.
@@ -94,7 +94,7 @@ class Reader:
     form: str = "peft"
 
     def verdict(self, folder: AdapterFolder) -> Verdict:
-        """What it does with a folder.
+        """The verdict on a folder.
 
         Raises:
             FileError: a pattern of the folder takes too much work.

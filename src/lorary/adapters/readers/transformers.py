@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lorary.adapters.peft.config import NAME
 from lorary.adapters.readers.folder import AdapterFolder
 from lorary.adapters.readers.peft import PEFT, RELEASE, site_findings
 from lorary.adapters.readers.reader import Finding, Outcome, Reader, first_of, rank_findings
@@ -21,6 +22,9 @@ _SHARED_STATE = frozenset({"FROD", "PVERA", "TINYLORA", "UNILORA", "VBLORA", "VE
 def _rules(folder: AdapterFolder) -> Iterator[Finding]:
     yield from rank_findings(TRANSFORMERS, folder, Outcome.REJECTED)
     yield from site_findings(TRANSFORMERS, folder)
+    if folder.peft_type == "ADALORA" and folder.config.get("rank_pattern"):
+        what = "Transformers makes every layer of the rank at the start, and refuses those that have lost directions"
+        yield TRANSFORMERS.finding(Outcome.REJECTED, f"{NAME}: rank_pattern", what, merged=False)
     if bare := [name for name in folder.others if name.endswith(".lora_magnitude_vector")]:
         what = "Transformers computes without magnitudes whose names do not end in .weight"
         yield TRANSFORMERS.finding(Outcome.MISCOMPUTED, first_of(bare), what, merged=False)

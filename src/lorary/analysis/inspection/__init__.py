@@ -1,1 +1,1 @@
-"""What a trained adapter has become: spectra, intruder dimensions, magnitude and direction, first gradients."""
+"""Measurements of a trained adapter: spectra, intruder dimensions, magnitude and direction, first gradients."""

@@ -159,7 +159,7 @@ def _notes(adapter: Adapter, base: nn.Module | None, top: int) -> list[str]:
     notes = []
     covered = {f"{s.site.name}.weight" for s in adapter.sites} | {f"{n}.weight" for n in full_matrices(adapter, base)}
     if rest := [name for name in adapter.full if name not in covered]:
-        why = "they are no weight matrices" if base is not None else "their change needs the base"
+        why = "they are not weight matrices" if base is not None else "their change needs the base"
         notes.append(f"{len(rest)} parameters trained in full are left out, such as {rest[0]}: {why}")
     if base is None:
         what = "the size beside the weights, intruder dimensions, and magnitude and direction"

@@ -80,7 +80,7 @@ class SiteInspection:
 
     @property
     def error(self) -> float | None:
-        """How far the adapter's change is from the tuned model's, relative to the latter."""
+        """The distance of the adapter's change from the tuned model's, relative to the latter."""
         return None if self.tuned is None or self.distance is None else _ratio(self.distance, self.tuned.spectrum.norm)
 
     @property
@@ -99,7 +99,7 @@ class SiteInspection:
 
 @dataclass(frozen=True)
 class AdapterInspection:
-    """What an adapter changes. Prints as a table, the largest changes first.
+    """The inspected changes of an adapter. Prints as a table, the largest changes first.
 
     Args:
         method: its presets.

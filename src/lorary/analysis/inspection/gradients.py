@@ -247,7 +247,7 @@ def _check_shapes(layers: Mapping[str, Adapted], before: Mapping[str, Mapping[st
 
 
 def _share(tensors: list[TensorStep]) -> str:
-    """How many of the tensors have a gradient."""
+    """The share of the tensors that have a gradient, in words."""
     count = sum(t.gradient > 0 for t in tensors)
     return "all" if count == len(tensors) else "none" if not count else f"{count} of {len(tensors)}"
 

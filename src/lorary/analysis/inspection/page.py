@@ -97,7 +97,7 @@ def _sections(found: AdapterInspection) -> Iterator[Section]:
 
 
 def _altered(found: AdapterInspection) -> str:
-    """How many numbers a merge changes."""
+    """The share of the numbers that a merge changes, in words."""
     shares = [(f.altered, s.shape) for s in found.sites if (f := s.adapter).altered is not None]
     if not shares:
         return ""

@@ -109,7 +109,7 @@ def _tensor_problems(name: str, tensors: Mapping[str, Tensor]) -> list[Diagnosti
 
 
 def tuned_problems(adapter: Adapter, base: nn.Module | None, tuned: nn.Module | None) -> list[Diagnostic]:
-    """How the layers of a tuned model differ from the adapter's."""
+    """The differences between the layers of a tuned model and the adapter's."""
     if base is None or tuned is None:
         return []
     layers, modules = unwrapped_modules(tuned), unwrapped_modules(base)

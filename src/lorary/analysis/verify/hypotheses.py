@@ -69,7 +69,7 @@ class Trial:
 
     @torch.no_grad()
     def distance(self, factors: Mapping[str, float], *, full: bool = True) -> float:
-        """How far the server is from the adapter with these factors, and with or without its trained parameters."""
+        """The distance of the server from the adapter with these factors, with or without its trained parameters."""
         for name, layer in adapted_layers(self.model).items():
             layer.params["B"].copy_(self.B[name] * factors.get(name, 1.0))
         for name, (before, after) in self.full.items():
@@ -176,7 +176,7 @@ _SCALES: dict[str, _Scale] = {
     "its own divided by alpha": lambda s, alpha, r, usual: alpha and s / alpha,
     "its own squared": lambda s, alpha, r, usual: s * s,
 }
-"""What a program may compute with instead -> (scale, alpha, rank, (alpha, rank) of most sites) -> its scale."""
+"""Another scale that programs compute with -> (scale, alpha, rank, (alpha, rank) of most sites) -> its scale."""
 
 
 def _factor(adapter: Adapter, found: Trial) -> Iterator[Hypothesis]:

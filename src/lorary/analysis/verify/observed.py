@@ -1,4 +1,4 @@
-"""What is observed of a model: the log-probabilities of some tokens after some prefixes of a probe."""
+"""Observations of a model: the log-probabilities of some tokens after some prefixes of a probe."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Observed:
 
 
 class Engine(Protocol):
-    """Something that computes with a base and with an adapter on it.
+    """A program that computes with a base and with an adapter on it.
 
     Attributes:
         name: in the certificate.

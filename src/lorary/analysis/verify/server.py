@@ -72,7 +72,7 @@ class Server:
         if not isinstance(entries, list) or not all(
             isinstance(e, dict) and isinstance(e.get("id"), str) for e in entries
         ):
-            raise self._problem("/v1/models", f"its reply is no list of models: {show(data)}")
+            raise self._problem("/v1/models", f"its reply is not a list of models: {show(data)}")
         return {entry["id"]: entry.get("parent") if isinstance(entry.get("parent"), str) else None for entry in entries}
 
     def _adapter(self, names: dict[str, str | None], base: str) -> str:
@@ -213,7 +213,7 @@ class Server:
         except ValueError as error:
             raise self._problem(path, f"its reply is {error}") from None
         if not isinstance(value, dict):
-            raise self._problem(path, f"its reply is no JSON object: {show(value)}")
+            raise self._problem(path, f"its reply is not a JSON object: {show(value)}")
         return value
 
     def _read(self, reply: Any, path: str) -> bytes:
@@ -271,7 +271,8 @@ def server_address(url: str) -> str:
         raise LoraryError("cannot verify:", [Diagnostic("--against", f"{show(url)}: {error}", fix)]) from None
     if parts.scheme not in ("http", "https") or not host:
         near = did_you_mean(url, ENGINES) if url.isalpha() else fix
-        raise LoraryError("cannot verify:", [Diagnostic("--against", f"{show(url)} is no address of a server", near)])
+        what = f"{show(url)} is not the address of a server"
+        raise LoraryError("cannot verify:", [Diagnostic("--against", what, near)])
     if parts.username or parts.password:
         what = "the address holds a user or a password"
         raise LoraryError("cannot verify:", [Diagnostic("--against", what, f"set {KEYS[0]} instead")])

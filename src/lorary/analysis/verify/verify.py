@@ -35,7 +35,7 @@ _TIMES = 3.0  # the noise of the base, for the tolerance of the adapter
 
 @dataclass(frozen=True)
 class Verification:
-    """What a server, or an engine here, computes with an adapter.
+    """The verdict on a server, or an engine here, and its figures.
 
     Args:
         verdict: right, no-op, wrong scale, partial, wrong base, unclear or other.
@@ -75,7 +75,7 @@ def verify(
     timeout: float = 60.0,
     progress: Callable[[str], object] = lambda text: None,
 ) -> Verification:
-    """Whether a server computes what an adapter says, and what it computes otherwise.
+    """The verification of a served adapter: whether the server computes it, and what it computes instead.
 
     An adapter of a quantised base (QLoRA) is computed on the base as it is given: give the one that is served.
 

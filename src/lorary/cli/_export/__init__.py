@@ -21,7 +21,7 @@ FORMS: dict[str, tuple[str, ...]] = {
 
 
 class Export(NamedTuple):
-    """What a form is asked for.
+    """A request for an export.
 
     Args:
         adapter: the adapter folder.

@@ -15,7 +15,7 @@ OUTTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}  # of llama.
 def write(export: Export) -> None:
     """Write the checkpoint with the class, labels and chat template that the adapter was trained with."""
     from lorary.adapters import export_merged, load_adapter
-    from lorary.adapters.export.carried_files import CHAT_TEMPLATE
+    from lorary.adapters.hub import CHAT_TEMPLATE
     from lorary.adapters.label_names import read_label_names
     from lorary.adapters.resolve import class_of_base, find_base
     from lorary.model.loading.model_kind import classes

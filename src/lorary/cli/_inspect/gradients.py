@@ -77,7 +77,7 @@ def _effect(found: FirstGradients) -> list[str]:
 
 
 def _notes(prepared: RunPlan) -> list[str]:
-    """What else is in the gradients and in the step."""
+    """Notes about other influences on the gradients and the step."""
     t = prepared.config.training
     rules = sorted({type(rule).__name__ for site in prepared.plan.sites for rule in site.method.rules})
     notes = [f"the gradients include the penalties of {', '.join(rules)}, where they have one"] if rules else []

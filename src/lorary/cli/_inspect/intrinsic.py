@@ -126,7 +126,7 @@ def _prepared(config: Config) -> RunPlan:
     prepared = prepare(config)
     held_out = prepared.held_out
     if held_out is None or not held_out.rows:
-        what, fix = "no rows are held out, and the training loss is no measure", "set data.validation_split=0.1"
+        what, fix = "no rows are held out, and the training loss does not measure it", "set data.validation_split=0.1"
         raise ConfigError("cannot measure the intrinsic dimension:", [Diagnostic("data.validation", what, fix)])
     stride = math.ceil(len(held_out.rows) / _MOST_HELD_OUT)
     rows = dataclasses.replace(held_out, rows=held_out.rows[::stride], sources=())

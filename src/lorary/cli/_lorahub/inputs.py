@@ -47,7 +47,7 @@ def read_inputs(
     """The adapters, their base, and the examples in its tokens.
 
     Raises:
-        LoraryError: an adapter, the base or the examples cannot be read, or the base is no language model.
+        LoraryError: an adapter, the base or the examples cannot be read, or the base is not a language model.
     """
     repeated = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     if repeated:
