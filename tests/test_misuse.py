@@ -112,6 +112,8 @@ def test_switch_to_what_is_no_adapter(what: Any) -> None:
     [
         (lambda t: t.int(), "expected a dense one of floating-point numbers"),
         (lambda t: t.to(torch.complex64), "expected a dense one of floating-point numbers"),
+        (lambda t: t.to(torch.float8_e4m3fn), "expected a dense one of floating-point numbers, of 16 bits or more"),
+        (lambda t: t.tolist(), "is a list, not a tensor"),
         (lambda t: t.to_sparse(), "expected a dense one of floating-point numbers"),
         (lambda t: t.to("meta"), "has no values: it is on the meta device"),
     ],

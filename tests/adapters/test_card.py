@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
 from pathlib import Path
@@ -88,7 +89,21 @@ def test_names_from_files_cannot_leave_their_cell(tmp_path: Path) -> None:
     text = card(tmp_path / "x", saved(tmp_path / "x", provenance=hostile))[1]
     assert not re.search(r"^## Injected", text, re.MULTILINE)
     assert "\x1b" not in text
-    assert "| a\\|b'c ## Injected [31m | +1 |  |" in text
+    assert "| a&#124;b&#96;c ## Injected [31m | +1 |  |" in text
+
+
+def test_the_base_s_name_cannot_put_code_or_markup_on_the_card(tmp_path: Path) -> None:
+    name = 'x"); import os; os.system("id")#\n```\n<script>alert(1)</script>\n---\nbase_model: org/evil'
+    value = saved(tmp_path / "x")
+    value = dataclasses.replace(value, base=dataclasses.replace(value.base, name=name))
+    data, text = card(tmp_path / "x", value, name="[a](http://evil)\n# <b>")
+    assert "base_model" not in data
+    assert re.search(r"^# (.*)", text, re.MULTILINE)[1] == "[a]&#40;http://evil) # &#60;b>"  # type: ignore[index]
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    assert [ast.unparse(call.func) for call in calls] == ["lorary.load", "AutoModelForCausalLM.from_pretrained"]
+    assert [a.value for a in calls[1].args if isinstance(a, ast.Constant)] == [name.replace("\n", " ")]
+    assert all(line.count("`") == 2 for line in text.splitlines() if "<script>" in line and "pretrained" not in line)
 
 
 @pytest.mark.parametrize(

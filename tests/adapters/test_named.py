@@ -481,6 +481,12 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[Any, Any], Any]]] = {
     "nothing": (lorary.FileError, "no name is given\n.*None is the base", lambda m, h: lorary.switch(m, {})),
     "NaN": (lorary.FileError, "weight is nan, not a finite", lambda m, h: lorary.switch(m, {"french": math.nan})),
     "infinity": (lorary.FileError, "is -inf, not a finite", lambda m, h: lorary.switch(m, {"french": -math.inf})),
+    "400 digits": (lorary.FileError, "0, not a finite", lambda m, h: lorary.switch(m, {"french": 10**400})),
+    "beyond 32 bits": (
+        lorary.MethodError,
+        "too large for 32-bit numbers",
+        lambda m, h: lorary.switch(m, {"french": 1e39, "legal": 1.0}),
+    ),
     "a weight that is text": (lorary.FileError, "is '1', not a finite", lambda m, h: lorary.switch(m, {"french": "1"})),
     "a weight that is a flag": (lorary.FileError, "is True, not a", lambda m, h: lorary.switch(m, {"french": True})),
     "all at once": (

@@ -288,3 +288,9 @@ def test_a_file_that_changes_after_the_check_is_not_pushed(tmp_path: Path, recei
     with pytest.raises(FileError, match=r"lorary.json: has changed since it was checked\n      hint: push again"):
         upload(what)
     assert received == Received()
+
+
+def test_a_card_whose_metadata_is_no_yaml_is_noted(tmp_path: Path) -> None:
+    adapter(tmp_path / "out")
+    (tmp_path / "out" / "README.md").write_text("---\n: : [\n---\n")
+    assert any("the card's metadata cannot be read" in note for note in plan_upload(tmp_path / "out", "ann/mine").notes)

@@ -96,6 +96,8 @@ BAD: list[tuple[Any, Any, type[LoraryError], str]] = [
     ("text", None, DataError, "rows: is a str, not a series of rows"),
     (7, None, DataError, "rows: is a int, not a series of rows"),
     (None, None, DataError, "rows: is a NoneType, not a series of rows"),
+    ([["a"], [None]], None, DataError, """rows: holds ["a"], not token ids or the keyword arguments of a forward"""),
+    ([[0.5], [1.0]], None, DataError, "rows: holds [0.5], not token ids"),
     ([torch.arange(4)] * 2, "model", MethodError, "model: is a str, not a torch.nn.Module"),
     ([torch.arange(4)] * 2, nn.Sequential(nn.Linear(2, 2)), LoraryError, "does not fit this model"),
 ]

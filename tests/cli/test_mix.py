@@ -50,9 +50,10 @@ def test_a_negative_first_weight_is_no_option(command: Command) -> None:
 def test_a_merge_of_elements_shows_its_errors(command: Command) -> None:
     ran = command("mix", "code", "runs/chat", "--how", "ties", "--density", "0.5", "--rank", "4", "--out", "both")
     assert (ran.code, ran.out) == (0, "both\n")
-    note, head, *rows = ran.err.splitlines()
+    note, title, head, *rows = ran.err.splitlines()
     told: Any = lorary.load_adapter("both").provenance.settings  # type: ignore[union-attr]
     assert note.startswith(f"note: an approximation: the update is off by {told['error']:.2%}")
+    assert title == "the layers with the largest errors"
     assert head.split() == ["layer", "rank", "error", "/", "||dW||"]
     assert len(rows) == 8 + 1
     assert rows[-1].split() == ["together", "4", f"{told['error']:.2%}"]

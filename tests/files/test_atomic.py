@@ -352,3 +352,15 @@ def test_a_replacement_has_the_attributes_of_what_it_replaces(tmp_path: Path, ke
         file.write(b"4")
     assert _attributes(target / "weights") == before[1]
     assert (target / "weights").read_bytes() == b"4"
+
+
+def test_the_error_of_a_full_disk_does_not_name_a_folder_in_the_making(tmp_path: Path) -> None:
+    with (
+        largest_file(8192),
+        pytest.raises(FileError) as caught,
+        atomic_directory(tmp_path / "out") as outer,
+        atomic_directory(outer, replace=True) as inner,
+    ):
+        (inner / "a").write_bytes(b"x" * 100_000)
+    assert caught.value.headline == f"cannot write '{tmp_path}'; what was there before is unchanged"
+    assert list(tmp_path.iterdir()) == []

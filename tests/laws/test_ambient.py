@@ -400,6 +400,15 @@ VALUES = {"ConfigError", "DataError", "Diagnostic", "FileError", "LoraryError", 
 VALUES |= {"StateError", "TrainingError", "Attachment", "EvolutionConfig", "Importance", "LowRankForm", "MergeError"}
 VALUES |= {"Method", "AdaptedSite", "Plan", "Preset", "SearchResult", "Site", "method", "presets", "__version__"}
 VALUES |= {"Adapted", "NF4"}
+VALUES |= {
+    "AdapterDiff",
+    "AdapterInspection",
+    "Compression",
+    "Extraction",
+    "FirstGradients",
+    "IntrinsicDimension",
+    "Verdict",
+}
 # of the other classes
 VALUES |= {"Adapter.load", "Adapter.save"}  # old names, which forward to functions that have it
 VALUES |= {"Fingerprint.remember", "Fingerprint.forget", "Fingerprint.disagreements"}

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 from torch import nn
 
 from lorary.adapters._held import HeldAdapter, held_by
 from lorary.errors import Diagnostic, FileError, StateError, did_you_mean
+from lorary.spec.fields import is_finite
 
 _MOST_LETTERS = 200
 
@@ -69,7 +68,7 @@ def held_under(model: nn.Module, weights: Sequence[tuple[Any, Any]]) -> dict[Hel
             problems.append(Diagnostic(repr(name), "is named twice", "add its weights: {name: 2.0}"))
         else:
             found[held[name]] = weight
-        if not isinstance(weight, Real) or isinstance(weight, bool) or not math.isfinite(weight):
+        if not is_finite(weight):
             problems.append(Diagnostic(repr(name)[:_MOST_LETTERS], f"its weight is {weight!r}, not a finite number"))
     if not weights:
         problems.append(Diagnostic("adapters", "no name is given", "None is the base alone"))

@@ -5,6 +5,7 @@ The metadata names only what is on the Hub, and nothing on a card tells about th
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -70,7 +71,7 @@ def adapter_card(
     auto, pipeline = _task(adapter.base.architecture)
     known = base or adapter.base.name
     head = front_matter(name, hub_id(known, certain=base is not None), as_peft=as_peft, tags=names, pipeline=pipeline)
-    of = f" for `{known}`" if known else ""
+    of = f" for {_code(known)}" if known else ""
     trained = sum(s.trainable for s in unique_tensor_sets(adapter.sites))
     trained += sum(t.numel() for t in adapter.full.values())
     return page(
@@ -92,7 +93,7 @@ def page(name: str, head: ModelCardData, *sections: str) -> str:
     """A card: the front matter, the title, and sections of Markdown."""
     from huggingface_hub import ModelCard
 
-    return str(ModelCard("\n\n".join([f"---\n{head.to_yaml()}\n---", f"# {name}", *sections]) + "\n"))
+    return str(ModelCard("\n\n".join([f"---\n{head.to_yaml()}\n---", f"# {_text(name)}", *sections]) + "\n"))
 
 
 def front_matter(
@@ -162,14 +163,14 @@ def usage(base: str, auto: str, folder: str, labels: Sequence[str] = (), *, as_p
         outputs: of a classifier without names for its labels.
     """
     builtin = base.startswith("builtin:")
-    arguments = "lorary.builtin.path()" if builtin else f'"{base or "the base model"}"'
+    arguments = "lorary.builtin.path()" if builtin else _literal(base or "the base model")
     if labels or outputs:
         arguments += f", num_labels={len(labels) or outputs}" + (f", id2label={dict(enumerate(labels))}" * bool(labels))
     code = f"""```python
 import lorary{".builtin" if builtin else ""}
 from transformers import {auto}
 
-model = lorary.load({auto}.from_pretrained({arguments}), "{folder}")
+model = lorary.load({auto}.from_pretrained({arguments}), {_literal(folder)})
 ```"""
     return code + ("\n\nPEFT reads the folder as well." if as_peft else "")
 
@@ -199,12 +200,12 @@ def _task(architecture: str) -> tuple[str, str | None]:
 
 
 def _method_rows(adapter: Adapter, names: Sequence[str]) -> dict[str, str]:
-    rows = {"method": f"{' + '.join(names)}: {_cell(components(adapter.method, adapter.sites))}"}
+    rows = {"method": f"{' + '.join(names)}: {_text(components(adapter.method, adapter.sites))}"}
     if adapter.full:
-        shown = ", ".join(f"`{_cell(name)}`" for name in sorted(adapter.full)[:3])
+        shown = ", ".join(_code(name) for name in sorted(adapter.full)[:3])
         rows["trained in full"] = shown + (f" and {len(adapter.full) - 3:,} more" if len(adapter.full) > 3 else "")
     if adapter.base.weights:
-        rows["base"] = f"`{_cell(adapter.base.architecture)}`, weights `{adapter.base.weights[-64:][:12]}`"
+        rows["base"] = f"{_code(adapter.base.architecture)}, weights {_code(adapter.base.weights[-64:][:12])}"
     return rows | {"SHA-256": f"`{content_hash(adapter)}`"}
 
 
@@ -214,7 +215,7 @@ def _layers(sites: Sequence[AdaptedSite]) -> str:
     for a in sites:
         key = positions[a.site.name].kind, a.site.out_features, a.site.in_features, a.r, f"{a.scale:g}"
         rows[key] = rows.get(key, 0) + 1
-    lines = [f"| `{_cell(k)}` | {n:,} | {o:,} × {i:,} | {r} | {s} |" for (k, o, i, r, s), n in rows.items()]
+    lines = [f"| {_code(k)} | {n:,} | {o:,} × {i:,} | {r} | {s} |" for (k, o, i, r, s), n in rows.items()]
     head = ["| layer | count | out × in | rank | scale |", "|---|---|---|---|---|"]
     return "\n".join(["## Layers", "", *head, *lines]) if lines else "## Layers\n\nNone has an adapter."
 
@@ -222,26 +223,40 @@ def _layers(sites: Sequence[AdaptedSite]) -> str:
 def _made_from(provenance: Provenance) -> str:
     """How an adapter was made from others, and from which."""
     lines = [
-        f"| {_cell(public_name(p.name)) or i + 1} | {'' if p.weight is None else f'{p.weight:+.4g}'} | "
+        f"| {_text(public_name(p.name)) or i + 1} | {'' if p.weight is None else f'{p.weight:+.4g}'} | "
         f"{f'`{p.sha256}`' if p.sha256 else ''} |"
         for i, p in enumerate(provenance.parents)
     ]
     settings = ", ".join(
-        f"{_cell(key)} {setting_text(value)}"
+        f"{_text(key)} {setting_text(value)}"
         for key, value in provenance.settings.items()
         if isinstance(value, (str, int, float, list))
     )
-    parts = ["## Made from", "", f"By {_cell(provenance.how)}" + (f": {settings}." if settings else ".")]
+    parts = ["## Made from", "", f"By {_text(provenance.how)}" + (f": {settings}." if settings else ".")]
     return "\n".join([*parts, "", "| adapter | weight | SHA-256 |", "|---|---|---|", *lines])
 
 
 def setting_text(value: Any) -> str:
     """A setting of a provenance in words, for a table's cell."""
     if isinstance(value, str):
-        return _cell(value[:_LONGEST])
-    return f"{value:.6g}" if isinstance(value, float) else _cell(show(value, most=_LONGEST))
+        return _text(value[:_LONGEST])
+    return f"{value:.6g}" if isinstance(value, float) else _text(show(value, most=_LONGEST))
 
 
-def _cell(text: str) -> str:
-    """Text that stays within a table's cell: names come from files."""
-    return "".join(c if c.isprintable() else " " for c in text).replace("|", "\\|").replace("`", "'")
+def _text(text: str) -> str:
+    """Text that stays text, in a cell or a title: names come from files, and may hold links, HTML or cells."""
+    return re.sub(r"[<|`]|(?<=\])[(\[]", lambda found: f"&#{ord(found[0])};", _printable(text))
+
+
+def _code(text: str) -> str:
+    """Text as code in a line or a cell."""
+    return f"`{_printable(text).replace('|', chr(92) + '|').replace('`', chr(39))}`"
+
+
+def _literal(text: str) -> str:
+    """Text as a string in Python's code, whatever it holds: readers of a card run it."""
+    return json.dumps(_printable(text), ensure_ascii=False)
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)

@@ -57,25 +57,36 @@ def low_rank_forms(
     modules = unwrapped_modules(base) if base is not None else {}
     for adapted in sites:
         name = adapted.site.name
-        layer = BaseLayer(base, adapted, modules.get(name))
         try:
-            update = factors_on_base(adapted, tensors[name])
-            BA, gain, shift = adapted.join.on_output(tensors[name], layer.weight, layer.bias, update)
+            forms[name] = _form(adapted, tensors[name], BaseLayer(base, adapted, modules.get(name)))
         except MethodError as error:
             problems += [Diagnostic(name, problem.what, problem.fix) for problem in error.problems]
-        else:
-            forms[name] = LowRankForm(*BA, gain, shift)
     if problems:
         raise MethodError("this adapter has no low-rank form:", deduplicated(problems))
     return forms
 
 
+def form_without_base(adapted: AdaptedSite, tensors: Mapping[str, Tensor]) -> LowRankForm | None:
+    """The form of one site, in fp32; None if it has none, or its gain or shift depends on the base's weight."""
+    try:
+        return _form(adapted, tensors, BaseLayer(None, adapted, None))
+    except MethodError:
+        return None
+
+
+def _form(adapted: AdaptedSite, tensors: Mapping[str, Tensor], layer: BaseLayer) -> LowRankForm:
+    update = factors_on_base(adapted, tensors)
+    BA, gain, shift = adapted.join.on_output(tensors, layer.weight, layer.bias, update)
+    return LowRankForm(*BA, gain, shift)
+
+
 def factors_on_base(adapted: AdaptedSite, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """(s B [out, R], A [R, in]) of a site in fp32, as an update of the unmodified weight, without its join."""
-    B, A = (factor.float() for factor in adapted.delta.factors(adapted.site, tensors))
+    exact = {role: t.float() for role, t in tensors.items()}  # products of bf16 tensors (VeRA's b B d) would be rounded
+    B, A = adapted.delta.factors(adapted.site, exact)
     if adapted.starts:
-        start = {role: tensors[start_name(role)] for role in adapted.starts}
-        B0, A0 = (factor.float() for factor in adapted.delta.factors(adapted.site, start))
+        start = {role: exact[start_name(role)] for role in adapted.starts}
+        B0, A0 = adapted.delta.factors(adapted.site, start)
         B, A = torch.cat([B, -B0], 1), torch.cat([A, A0])
     return adapted.scale * B, A
 

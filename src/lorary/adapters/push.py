@@ -227,11 +227,12 @@ def _card(folder: Path) -> str:
 def _notes(adapter: Adapter, card: str, *, made: bool) -> list[str]:
     """Remarks for the user before an adapter is on the Hub."""
     from huggingface_hub import ModelCard
+    from yaml import YAMLError
 
     notes = []
     try:
         named = getattr(ModelCard(card, ignore_metadata_errors=True).data, "base_model", None)
-    except ValueError as error:  # of YAML
+    except (ValueError, YAMLError) as error:
         notes.append(f"the card's metadata cannot be read: {str(error).splitlines()[0]}")
         named = "unknown"
     if not named:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from lorary.files.strict_json import named
 from lorary.files.tensor_file import DTYPES, Entry, TensorFile, name_problem
 from lorary.methods.lora import Add
 from lorary.spec.placement import AdaptedSite, shared_shapes, start_name
+
+if TYPE_CHECKING:
+    from lorary.adapters.adapter import Adapter
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]  # role -> (name, shape) of a site's own tensors
 _LARGEST = 1e6  # entries of a trained factor lie below 1e2: a file with larger ones is damaged or hostile
@@ -191,6 +195,8 @@ def tensor_problems(
     name: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor]
 ) -> list[Diagnostic]:
     """The tensors of a site that are missing, unexpected, of another shape, or unusable."""
+    if other := {role: type(t).__name__ for role, t in found.items() if not isinstance(t, Tensor)}:
+        return [Diagnostic(name, f"{role} is a {kind}, not a tensor") for role, kind in other.items()]
     shapes = {role: tuple(t.shape) for role, t in found.items()}
     reasons = [
         f"{role} is {shapes.get(role, 'missing')}, expected {expected.get(role, 'no such tensor')}"
@@ -200,21 +206,27 @@ def tensor_problems(
     for role, t in found.items():
         if t.is_meta:
             reasons.append(f"{role} has no values: it is on the meta device")
-        elif t.layout != torch.strided or not t.is_floating_point():
+        elif t.layout != torch.strided or not is_computable(t):
             reasons.append(
-                f"{role} is a {t.layout} tensor of {t.dtype}, expected a dense one of floating-point numbers"
+                f"{role} is a {t.layout} tensor of {t.dtype}, expected a dense one of floating-point numbers, of 16 "
+                "bits or more"
             )
     return [Diagnostic(name, what) for what in reasons]
 
 
-def adapter_problems(
-    sites: Iterable[AdaptedSite], tensors: Mapping[str, Mapping[str, Tensor]], full: Mapping[str, Tensor]
-) -> list[Diagnostic]:
+def is_computable(tensor: Tensor) -> bool:
+    """Whether a tensor holds floating-point numbers that PyTorch computes with; those of 8 bits only store values."""
+    return tensor.is_floating_point() and tensor.dtype.itemsize >= 2
+
+
+def adapter_problems(adapter: Adapter) -> list[Diagnostic]:
     """The tensors of an adapter in memory that are missing, unexpected, of another shape, unusable, or not finite."""
-    if wrong := [p for s in sites for p in tensor_problems(s.site.name, s.stored, tensors.get(s.site.name, {}))]:
+    tensors = adapter.tensors
+    sites = ((s.site.name, s.stored) for s in adapter.sites)
+    if wrong := [p for name, stored in sites for p in tensor_problems(name, stored, tensors.get(name, {}))]:
         return wrong
     every = {f"{site}: {role}": t for site, roles in tensors.items() for role, t in roles.items()}
-    return not_finite(every | dict(full))
+    return not_finite(every | dict(adapter.full))
 
 
 def alert_if_zero(

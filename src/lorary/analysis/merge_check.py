@@ -9,6 +9,7 @@ One model at a time is in memory, and one layer at a time is measured.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from lorary.analysis.merge_error import MergeError, SiteMergeError
 from lorary.errors import DataError, Diagnostic, StateError
+from lorary.files.strict_json import show
 from lorary.layers.adapted import Adapted, adapted_layers
 from lorary.layers.quantized_weight import is_quantized
 from lorary.layers.transformers_internals import exact_modules
@@ -132,11 +134,25 @@ def logits(model: nn.Module, row: Row) -> Tensor:
         row: token ids, or the keyword arguments of a forward pass.
     """
     device = next(model.parameters()).device
-    inputs = row if isinstance(row, Mapping) else {"input_ids": torch.as_tensor(row).reshape(1, -1)}
+    inputs = row if isinstance(row, Mapping) else {"input_ids": _token_ids(row)}
     with eval_mode(model), callers_device(model):
         output = model(**{name: t.to(device) if isinstance(t, Tensor) else t for name, t in inputs.items()})
     scores = cast(Tensor, getattr(output, "logits", output))
     return scores.reshape(-1, scores.shape[-1]).float().cpu()
+
+
+def _token_ids(row: Any) -> Tensor:
+    """The token ids of a row [1, positions].
+
+    Raises:
+        DataError: they are no whole numbers.
+    """
+    with suppress(TypeError, ValueError, RuntimeError):
+        ids = torch.as_tensor(row).reshape(1, -1)
+        if ids.numel() and not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
+            return ids
+    what = f"holds {show(row)}, not token ids or the keyword arguments of a forward pass"
+    raise DataError("cannot measure:", [Diagnostic("rows", what)])
 
 
 def round_weights(model: nn.Module, dtype: torch.dtype) -> None:

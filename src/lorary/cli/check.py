@@ -26,7 +26,7 @@ def check(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what other programs do with an adapter: accepted, rejected, or miscomputed without a word.
+    """Show what other programs do with an adapter: accept it, reject it, or silently miscompute it.
 
     Their reading rules are applied to the folder; nothing is started, and no weights are read. Exits with 0 if all
     accept it, and with 1 otherwise. lorary check out --for vllm --for sglang
@@ -66,13 +66,12 @@ def _base(folder: Path, base: str | None) -> nn.Module | None:
 
 def _show(adapter: str, verdicts: tuple[Verdict, ...]) -> None:
     from rich.console import Console
-    from rich.markup import escape
 
     from lorary.cli import printable
     from lorary.cli._table import rich_table
 
     rows = [(v.reader, str(v.outcome), v.release) for v in verdicts]
-    Console().print(rich_table(escape(printable(adapter)), rows))
+    Console().print(rich_table(printable(adapter), rows))
     for verdict in verdicts:
         for reason in verdict.reasons:
             print(f"\n{verdict.reader}: {printable(str(reason))}")

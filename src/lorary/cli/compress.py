@@ -33,13 +33,15 @@ def compress(
     data: Annotated[
         str | None, typer.Option("--data", help="For --kl: rows; else the held-out rows of the run, or built-in.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON, with the rank and error of every layer.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, with the rank and error of every layer.")
+    ] = False,
 ) -> None:
-    """Write a smaller adapter: a plain LoRA with the strongest directions of one of any method, its rank by layer.
+    """Write a smaller adapter: a plain LoRA with the strongest directions of an adapter of any method.
 
     Exactly one of --rank, --energy and --kl. --energy and --kl keep the largest singular values of all layers together;
     --kl finds the smallest adapter whose outputs stay within the bound on half of the rows, and measures it on the
-    others. What was lost is shown and saved in lorary.json.
+    others. The error is shown, and saved in lorary.json.
     """
     from lorary.adapters import load_adapter, save_adapter
     from lorary.adapters.card import write_card
@@ -58,8 +60,11 @@ def compress(
         result = _named(found.adapter, adapter)
         save_adapter(result, written)
         write_card(written, result, name=out.name)
-    print(json.dumps(found.to_dict(), indent=2) if as_json else found)
-    print(f"wrote {out}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        print(found, file=sys.stderr)
+    print(out, file=sys.stderr if as_json else sys.stdout)
 
 
 def _named(adapter: Adapter, parent: str) -> Adapter:

@@ -49,16 +49,17 @@ def extract(
         save_adapter(found.adapter, written)
         write_card(written, found.adapter, name=out.name)
     _print(found, sites, as_json)
-    print(f"wrote {out}", file=sys.stderr)
+    print(out, file=sys.stderr if as_json else sys.stdout)
 
 
 def _print(found: Extraction, most: int, as_json: bool) -> None:
+    """The errors: a table on standard error, or JSON on standard output."""
     from lorary.adapters.compose.extraction import HEAD
     from lorary.cli._table import print_table
 
     if as_json:
         print(json.dumps(found.to_dict(), indent=2))
         return
-    print(*found.lines(), sep="\n")
+    print(*found.lines(), sep="\n", file=sys.stderr)
     if found.sites:
-        print_table("the layers with the largest errors", HEAD, found.rows(most))
+        print_table("the layers with the largest errors", HEAD, found.rows(most), stderr=True)

@@ -68,7 +68,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 
 @inspect.command()
 def adapter(
-    folder: Annotated[str, typer.Argument(help="Adapter folder, run folder that holds one, or Hub id.")],
+    folder: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="Adapter folder, run folder that holds one, or Hub id.")
+    ],
     base: Annotated[
         str | None, typer.Option("--base", help="Base model; without it only the spectra are measured.")
     ] = None,

@@ -74,20 +74,16 @@ def _print(found: WeightSearch, rows: int, as_json: bool) -> None:
     """The weights and losses: a table on standard error, or JSON on standard output."""
     import json
 
-    from rich.console import Console
-
-    from lorary.cli import printable
     from lorary.cli._lorahub.report import record
     from lorary.cli._notes import print_notes
-    from lorary.cli._table import rich_table
+    from lorary.cli._table import print_table
 
     if as_json:
         print(json.dumps(record(found), indent=2))
         return
-    table = [(printable(name), f"{w:+.4f}") for name, w in zip(found.names, found.weights, strict=True)]
-    console = Console(stderr=True, highlight=False)
-    console.print(rich_table("weights found", table, ("adapter", "weight")))
+    table = [(name, f"{w:+.4f}") for name, w in zip(found.names, found.weights, strict=True)]
     losses = f"loss {found.loss:.4f} on {rows:,} examples, {found.losses[0]:.4f} of the base alone"
-    console.print(f"{losses}; {len(found.losses):,} candidates", soft_wrap=True)
+    candidates = f"{len(found.losses):,} candidates"
+    print_table("weights found", ("adapter", "weight"), table, [f"{losses}; {candidates}"], stderr=True)
     if not any(found.weights):
         print_notes(["no mixture is better than the base alone: all weights are zero"])

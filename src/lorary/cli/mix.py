@@ -29,9 +29,12 @@ def mix(
     how: Annotated[
         str, typer.Option("--how", help="sum, slerp (both exact), ties, dare, dare-ties, magnitude.")
     ] = "sum",
-    rank: Annotated[int | None, typer.Option("--rank", help="Most ranks at a layer; else the sum of them.")] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", help="The most directions at a layer; else the sum of the ranks.")
+    ] = None,
     energy: Annotated[
-        float | None, typer.Option("--energy", help="Instead, the share of each update's squared norm to keep.")
+        float | None,
+        typer.Option("--energy", help="Instead, the share of the squared norm of each update to keep: 0.99."),
     ] = None,
     density: Annotated[
         float | None, typer.Option("--density", help="Share of elements that ties, dare, magnitude keep; else 0.2.")
@@ -44,7 +47,7 @@ def mix(
     ] = False,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Random seed of dare.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Mix adapters of different bases, if they fit.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: weights, ranks, errors.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with weights, ranks and errors.")] = False,
 ) -> None:
     """Mix adapters of any methods into one: a weighted sum, exact, or TIES, DARE and others.
 
@@ -139,8 +142,9 @@ def _labels(folders: dict[str, Path]) -> LabelNames | None:
 def _report(adapter: Adapter, out: Path, as_json: bool) -> None:
     """The notes and the errors by layer on standard error; the folder, or JSON, on standard output."""
     from lorary.cli._notes import print_notes
+    from lorary.cli._table import print_table
     from lorary.model.rank_pruning import directions_of
-    from lorary.model.text_table import aligned, first_rows
+    from lorary.model.text_table import first_rows
 
     assert adapter.provenance is not None
     settings = adapter.provenance.settings
@@ -153,7 +157,7 @@ def _report(adapter: Adapter, out: Path, as_json: bool) -> None:
     rows = first_rows([(name, str(ranks[name]), f"{error:.2%}") for name, error in errors.items()], _SHOWN)
     if errors:
         rows.append(("together", str(max(ranks.values())), f"{settings['error']:.2%}"))
-        print(*aligned([("layer", "rank", "error / ||dW||"), *rows]), sep="\n", file=sys.stderr)
+        print_table("the layers with the largest errors", ("layer", "rank", "error / ||dW||"), rows, stderr=True)
     else:
         print(f"exact: rank {max(ranks.values(), default=0)}", file=sys.stderr)
     print(out)

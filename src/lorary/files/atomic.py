@@ -206,6 +206,8 @@ def write_error(path: Path, error: OSError, needed: int | None = None) -> FileEr
         fix = "choose a folder that you may write to"
     elif error.errno in (errno.ENOTDIR, errno.EEXIST):
         fix = "a part of this path is a file, not a folder"
+    # a folder in the making has a name that nobody knows, and is gone now
+    path = next((p.parent for p in (path, *path.parents) if p.name.startswith(TEMPORARY)), path)
     return FileError(f"cannot write {str(path)!r}; what was there before is unchanged", [Diagnostic("", what, fix)])
 
 

@@ -247,6 +247,13 @@ def base_parameter(model: nn.Module, name: str) -> nn.Parameter:
     return cast(nn.Parameter, getattr(module.base if isinstance(module, Adapted) else module, last))
 
 
+def value_before(model: nn.Module, name: str) -> Tensor:
+    """The value of a base parameter or buffer without the adapter that may be attached, which may train it in full."""
+    state = state_of(model)
+    saved = None if state is None else state.full.get(name)
+    return base_parameter(model, name).detach() if saved is None else saved
+
+
 def set_submodules(model: nn.Module, paths: Iterable[str], module: nn.Module) -> None:
     """Put a module at each of these paths."""
     for path in paths:

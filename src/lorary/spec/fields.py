@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, TypeGuard
 
 
@@ -14,6 +16,14 @@ def _is_count(value: object) -> bool:
 
 def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_finite(value: object) -> bool:
+    """Whether a value is a real number, also one of NumPy, that a 64-bit float holds."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(float(value))
+    except OverflowError:  # of a whole number beyond the range
+        return False
 
 
 def _is_positive(value: object) -> bool:

@@ -484,6 +484,18 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"base": base().to("meta")},
         "base: is on the meta device and has no values",
     ),
+    "weights of bytes": (lambda: [adapter("lora")], {"weights": b"1"}, "weights: is b'1', not a sequence of numbers"),
+    "a weight of 400 digits": (lambda: [adapter("lora")], {"weights": [10**400]}, "0, not a finite number"),
+    "a weight beyond 32 bits": (
+        lambda: [adapter("lora"), adapter("pissa")],
+        {"weights": [1e39, 1]},
+        "embed: the weighted update there is NaN, or too large for 32-bit numbers\n      hint: use weights nearer to 1",
+    ),
+    "a density beyond 32 bits": (
+        lambda: [adapter("lora of rank 5")],
+        {"how": "dare", "density": 1e-300},
+        "plain: the weighted update there is NaN, or too large for 32-bit numbers",
+    ),
     "no direction left": (lambda: [nothing()], {"weights": [2]}, "adapters: change nothing: every update has rank 0"),
 }
 
@@ -527,3 +539,14 @@ def test_the_ambient_mode_does_not_matter() -> None:
     assert all(torch.equal(t, plain.tensors[n][k]) for n, roles in mixed.tensors.items() for k, t in roles.items())
     assert not any(t.is_inference() for roles in mixed.tensors.values() for t in roles.values())
     assert output(lorary.switch(base(), mixed)).shape == base()(X).shape
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_factors_of_16_bits_are_multiplied_in_32(name: str) -> None:
+    """As the layers do: VeRA's b B d, AdaLoRA's P E and others are products, and lose nothing to rounding."""
+    value = adapter(name)
+    tensors = {site: {role: t.bfloat16() for role, t in roles.items()} for site, roles in value.tensors.items()}
+    stored = dataclasses.replace(value, tensors=tensors)
+    expected = changes(stored)
+    for site, found in products(lorary.mix([stored], [-0.3])).items():
+        near(found, -0.3 * expected[site])

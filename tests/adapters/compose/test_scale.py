@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ import lorary
 from lorary.adapters.content_hash import content_hash
 from lorary.errors import MethodError
 from tests.adapters import models
-from tests.adapters.compose.models import PLAIN, adapter, base, changes, near, trained
+from tests.adapters.compose.models import PLAIN, adapter, base, changes, near, products, trained
 from tests.laws.cases import made_of
 
 
@@ -71,6 +73,12 @@ BAD: dict[str, tuple[Any, Any, str]] = {
     "a path": (lambda: "out", 2, "adapter: is a str, not an Adapter"),
     "zero": (lambda: adapter("lora"), 0, "factor: is 0, which leaves the base as it is"),
     "NaN": (lambda: adapter("lora"), float("nan"), "factor: is nan, not a finite number"),
+    "400 digits": (lambda: adapter("lora"), 10**400, "0, not a finite number"),
+    "more than 32 bits hold": (
+        lambda: adapter("lora"),
+        1e39,
+        "embed: the weighted update there is NaN, or too large for 32-bit numbers",
+    ),
     "a flag": (lambda: adapter("lora"), True, "factor: is True, not a finite number"),
     "DoRA": (
         lambda: trained(made_of("dora"), ("plain",)),
@@ -88,3 +96,15 @@ def test_what_cannot_be_scaled(case: str) -> None:
         lorary.scale(make(), factor)
     assert str(refusal.value).startswith("cannot scale this adapter:\n  - ")
     assert sentence in str(refusal.value)
+
+
+def test_a_scale_beyond_32_bits_goes_into_the_factors() -> None:
+    value = adapter("lora")
+    tensors = {site: {role: t * 1e-10 for role, t in roles.items()} for site, roles in value.tensors.items()}
+    large = lorary.scale(dataclasses.replace(value, tensors=tensors), 3e38)  # s would be 6e38
+    assert {s.scale for s in large.sites} == {1.0}
+    near(products(large)["plain"], 3e18 * products(lorary.mix([value], [0.5]))["plain"] * 2)
+
+
+def test_numbers_of_numpy_are_factors() -> None:
+    assert lorary.scale(adapter("lora"), np.float32(2)).method == lorary.scale(adapter("lora"), 2).method

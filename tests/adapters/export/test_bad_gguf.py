@@ -17,6 +17,7 @@ from tests import tiny
 from tests.adapters import models
 from tests.adapters.export.made import MERGED, longer, of, plain
 from tests.adapters.models import BASES
+from tests.files.test_atomic import largest_file
 
 LLAMA, GPT2, BERT, CONV = BASES
 
@@ -90,6 +91,7 @@ REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
         {},
         "model.layers.1.self_attn.q_proj and 2 more: the model has no such module",
     ),
+    "no adapter": (lambda: "out", LLAMA.model, {}, "adapter: is a str, not an Adapter"),
     "no model": (plain, lambda: "llama", {}, "model: is a str, not a torch.nn.Module"),
     "a tied embedding": (
         lambda: of(tiny.seeded("LlamaForCausalLM", tie_word_embeddings=True), targets=["embed_tokens"]),
@@ -143,3 +145,11 @@ def test_a_package_older_than_the_architecture_is_named(tmp_path: Path, monkeypa
     with pytest.raises(FileError, match=r"package `gguf` does not know llama.cpp's llama\n      hint: pip "):
         export_gguf(plain(), tmp_path / "out", model=LLAMA.model())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_full_is_said_and_nothing_is_left(tmp_path: Path) -> None:
+    with largest_file(8192), pytest.raises(FileError) as caught:
+        export_gguf(plain("lora"), tmp_path / "out", model=LLAMA.model)
+    assert str(caught.value).startswith(f"cannot write '{tmp_path / 'out'}'; what was there before is unchanged")
+    assert "hint: free some space" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []

@@ -19,6 +19,7 @@ from lorary.adapters import export_merged
 from lorary.adapters.adapter import Adapter
 from lorary.errors import LoraryError
 from tests.adapters.export.bases import saved_adapter, saved_base
+from tests.files.test_atomic import largest_file
 
 LLAMA: Any = "LlamaForCausalLM"
 INDEX = "model.safetensors.index.json"
@@ -213,3 +214,11 @@ def test_a_bias_that_no_checkpoint_of_the_class_has(tmp_path: Path) -> None:
     with pytest.raises(lorary.StateError, match=r"up_proj.bias: Gemma2ForCausalLM has no bias there"):
         export_merged(adapter, tmp_path / "base", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_is_full_is_said_and_nothing_is_left(made: Path, tmp_path: Path) -> None:
+    adapter = lorary.load_adapter(made / "adapter")
+    with largest_file(4096):
+        said = refused(adapter, made / "base", tmp_path)
+    assert said.startswith(f"cannot write '{tmp_path / 'out'}'; what was there before is unchanged")
+    assert "hint: free some space" in said

@@ -287,6 +287,24 @@ def test_refused(engine: str, make: Any, base: Any, options: dict[str, Any], sen
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"adapter": "out"}, "adapter: is a str, not an Adapter"),
+        ({"engine": ["vllm"]}, 'engine: ["vllm"] is not known'),
+        ({"base": 5}, "base: is a int, not a text"),
+        ({"adapter": dataclasses.replace(plain(), tensors={})}, "A is missing, expected (4, "),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_arguments_of_a_wrong_type_are_refused(changed: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"adapter": plain(), "engine": "vllm", "base": "org/base"} | changed
+    with pytest.raises(FileError) as error:
+        export_for_engine(folder=tmp_path / "out", model=LLAMA.model, **arguments)
+    assert sentence in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_unknown_engine_and_no_model_are_named_together(tmp_path: Path) -> None:
     model: Any = "org/model"
     with pytest.raises(FileError) as error:

@@ -361,6 +361,13 @@ def damaged(path: Path, file: str, text: str | bytes) -> Path:
     return path
 
 
+def reshaped(path: Path, shape: tuple[int, ...]) -> Path:
+    file = folder(path) / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {next(name for name in tensors if "q_proj.lora_A" in name): torch.zeros(shape)}, file)
+    return path
+
+
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no folder": (lambda p: p / "a", "there is no such folder"),
     "a file": (lambda p: folder(p / "a") / "adapter_config.json", "it is a file, and an adapter is a folder"),
@@ -418,6 +425,11 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda p: [(folder(p / "a") / "adapter_model.safetensors").unlink(), p / "a"][1],
         "adapter_model.safetensors: is missing",
     ),
+    "a factor of rank 0": (
+        lambda p: reshaped(p / "a", (0, 4)),
+        "model.layers.0.self_attn.q_proj.lora_A.weight: [0, 4] is the shape of no factor",
+    ),
+    "a factor without dimensions": (lambda p: reshaped(p / "a", ()), "lora_A.weight: [] is the shape of no factor"),
     "a link out of it": (
         lambda p: [
             (folder(p / "a") / "adapter_model.safetensors").rename(p / "t"),

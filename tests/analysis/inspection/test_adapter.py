@@ -247,11 +247,12 @@ def test_numbers_that_are_not_finite_are_refused() -> None:
     name = "model.layers.0.self_attn.q_proj"
     roles = {**adapter.tensors[name], "B": torch.full_like(adapter.tensors[name]["B"], float("inf"))}
     spoilt = dataclasses.replace(adapter, tensors={**adapter.tensors, name: roles})
-    assert f"{name}: its tensor B holds NaN or infinite numbers" in bad(spoilt)
+    count = roles["B"].numel()
+    assert f"'{name}: B': {count} of {count} values are NaN or infinite, the first at [0, 0]" in bad(spoilt)
     empty = tiny.model("LlamaForCausalLM", "meta")
     lorary.attach(empty, lorary.plan(empty, tiny.LORA))
     told = bad(lorary.Adapter.of(empty))
-    assert "its tensor A is on the meta device and has no values" in told
+    assert "A has no values: it is on the meta device" in told
 
 
 def test_what_needs_the_base_says_so() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import socket
@@ -321,6 +322,21 @@ BAD_REPLIES: dict[str, tuple[int, bytes, str]] = {
         "its reply has no log-probabilities of tokens",
     ),
     "a huge reply": (200, b" " * (17 * 2**20), "/v1/completions: its reply is of more than 16,777,216 bytes"),
+    "a token that there is not": (
+        200,
+        b'{"choices": [{"logprobs": {"top_logprobs": [{"token_id:99999999": -1}]}}]}',
+        "its reply has no log-probabilities of tokens",
+    ),
+    "a token of many digits": (
+        200,
+        b'{"choices": [{"logprobs": {"top_logprobs": [{"token_id:%s": -1}]}}]}' % (b"9" * 5000),
+        "its reply has no log-probabilities of tokens",
+    ),
+    "a number for a list": (
+        200,
+        b'{"choices": [{"logprobs": {"content": [{"top_logprobs": 5}]}}]}',
+        "its reply has no log-probabilities of tokens",
+    ),
     "control characters": (500, b"\x1b[31mred", r"HTTP 500: '\x1b[31mred'"),
 }
 
@@ -389,9 +405,55 @@ def test_a_refused_connection(saved: Path) -> None:
     assert caught.value.exit_code == 1
 
 
-@pytest.mark.parametrize(
-    "slow", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n"], ids=["silent", "half a reply"]
-)
+BROKEN = b"HTTP/1.1 500 Error\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"
+SLOW = {
+    "silent": b"",
+    "half a reply": b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n",
+    "half an error": b"HTTP/1.1 500 Error\r\nContent-Length: 1000\r\n\r\n",
+}
+
+
+def test_an_error_whose_text_is_broken(saved: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def accept() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(2**16)
+                connection.sendall(BROKEN)
+
+        threading.Thread(target=accept, daemon=True).start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        with pytest.raises(lorary.LoraryError, match=r"/v1/models: HTTP 500$"):
+            lorary.verify(saved, url, model=BASE, tokenizer=TOKENIZER, timeout=20)
+
+
+def test_a_server_that_sends_its_headers_one_by_one(saved: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def accept() -> None:
+            connection, _ = listening.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(b"HTTP/1.1 200 OK\r\n")
+                for i in range(30):  # each of them well within the time
+                    connection.sendall(b"X-%d: a\r\n" % i)
+                    time.sleep(0.1)
+
+        threading.Thread(target=accept, daemon=True).start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        with pytest.raises(lorary.LoraryError, match=r"/v1/models: no reply within 0\.5 s"):
+            lorary.verify(saved, url, model=BASE, tokenizer=TOKENIZER, timeout=0.5)
+
+
+def test_a_long_list_of_models_is_cut(saved: Path) -> None:
+    names = [{"id": f"model {i}"} for i in range(3_000)]
+    served = Served({}, TOKENIZER, reply=lambda path: (200, json.dumps({"data": names}).encode()))
+    error = str(fails(saved, served))
+    assert "'model 19', and 2,980 more" in error
+    assert len(error) < 1_000
+
+
+@pytest.mark.parametrize("slow", SLOW.values(), ids=SLOW)
 def test_a_server_that_does_not_answer_in_time(slow: bytes, saved: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -16,6 +15,7 @@ from lorary.adapters.compose.updates import Term
 from lorary.adapters.tensor_checks import adapter_problems
 from lorary.errors import Diagnostic, MethodError, did_you_mean
 from lorary.model.fingerprint import Fingerprint
+from lorary.spec.fields import is_finite
 from lorary.spec.site import Site
 
 _LOAD = "read one with lorary.load_adapter(path)"
@@ -50,12 +50,10 @@ def terms_of(adapters: Any, weights: Any) -> list[Term]:
 def _weight_problems(weights: Any, count: int) -> list[Diagnostic]:
     if weights is None:
         return []
-    if isinstance(weights, str | Mapping) or not isinstance(weights, Sequence):
+    if isinstance(weights, str | bytes | bytearray | Mapping) or not isinstance(weights, Sequence):
         return [Diagnostic("weights", f"is {weights!r}, not a sequence of numbers, one for each adapter")]
     problems = [
-        Diagnostic(f"weights[{i}]", f"is {w!r}, not a finite number")
-        for i, w in enumerate(weights)
-        if isinstance(w, bool) or not isinstance(w, Real) or not math.isfinite(w)
+        Diagnostic(f"weights[{i}]", f"is {w!r}, not a finite number") for i, w in enumerate(weights) if not is_finite(w)
     ]
     if len(weights) != count:
         problems.append(Diagnostic("weights", f"has {len(weights)} numbers for {count} adapters"))
@@ -98,7 +96,7 @@ def tensor_faults(terms: Sequence[Term]) -> list[Diagnostic]:
     """The tensors that are missing, of a wrong shape, or not finite."""
     problems = []
     for term in terms:
-        wrong = adapter_problems(term.adapter.sites, term.adapter.tensors, term.adapter.full)
+        wrong = adapter_problems(term.adapter)
         problems += [Diagnostic(f"{term.name}: {p.where}", p.what, p.fix) for p in wrong]
     return problems
 

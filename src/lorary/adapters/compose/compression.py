@@ -26,7 +26,7 @@ from lorary.adapters.compose.truncate import (
     relative,
 )
 from lorary.adapters.content_hash import content_hash
-from lorary.adapters.low_rank_form import factors_on_base, low_rank_forms
+from lorary.adapters.low_rank_form import factors_on_base, form_without_base
 from lorary.adapters.provenance import Parent, Provenance
 from lorary.adapters.tensor_checks import adapter_problems
 from lorary.errors import Diagnostic, MethodError, deduplicated
@@ -225,18 +225,15 @@ def _incompressible(adapter: Adapter) -> list[Diagnostic]:
     """Why an adapter has no truncation to a plain LoRA of the unmodified base."""
     if not adapter.sites:
         return [Diagnostic("adapter", "adapts no layers, so it has no rank")]
-    if problems := adapter_problems(adapter.sites, adapter.tensors, adapter.full):
+    if problems := adapter_problems(adapter):
         return problems
     for s in adapter.sites:
         name = s.site.name
         if s.starts and not s.method.storage.writable:
             what = f"{type(s.method.storage).__name__} has quantised the base without the start of {s.init}"
             problems.append(Diagnostic(name, what, "lorary.merge it, and lorary.extract an adapter of the result"))
-        try:
-            plain = low_rank_forms([s], adapter.tensors)[name].is_plain
-        except MethodError:  # it needs the base, or has no such form
-            plain = False
-        if not plain:
+        form = form_without_base(s, adapter.tensors[name])
+        if form is None or not form.is_plain:
             what = f"{s.join} gives the layer a gain or a shift of its own, so its update is not a product of factors"
             fix = "lorary.change_rank keeps the method" if isinstance(s.delta, Resizable) else ""
             problems.append(Diagnostic(name, what, fix))

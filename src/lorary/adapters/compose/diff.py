@@ -176,7 +176,7 @@ def diff(a: Adapter, b: Adapter) -> AdapterDiff:
     """
     problems = not_a(Adapter, "an Adapter", a=a, b=b)
     if not problems:
-        found = {which: adapter_problems(x.sites, x.tensors, x.full) for which, x in (("A", a), ("B", b))}
+        found = {which: adapter_problems(x) for which, x in (("A", a), ("B", b))}
         problems = [Diagnostic(f"{which}: {p.where}", p.what, p.fix) for which, wrong in found.items() for p in wrong]
     if problems:
         raise MethodError("cannot compare these adapters:", problems)

@@ -21,14 +21,14 @@ from lorary.adapters.compose.dense import truncated_matrix
 from lorary.adapters.compose.merging import MERGINGS, ByElement, InSpan, drop, factored_gram
 from lorary.adapters.compose.plain_lora import plain_lora
 from lorary.adapters.compose.truncate import Truncated, product_norm, relative, truncated_product
-from lorary.adapters.compose.updates import Change, Term, Update, full_changes, updates_by_site, value_before
+from lorary.adapters.compose.updates import Change, Term, Update, full_changes, updates_by_site
 from lorary.adapters.content_hash import content_hash
 from lorary.adapters.provenance import Parent, Provenance
 from lorary.errors import Diagnostic, MethodError, deduplicated, not_a
 from lorary.model.ambient import mode_independent
 from lorary.model.checks import changeable
 from lorary.model.fingerprint import Fingerprint, base_name, frozen_weights
-from lorary.model.state import state_of
+from lorary.model.state import state_of, value_before
 from lorary.spec.interfaces import Unquantized
 from lorary.spec.placement import AdaptedSite
 
@@ -107,7 +107,7 @@ def mix(
     if exact and [term.weight for term in terms] == [1]:
         result = terms[0].adapter
     else:
-        result, errors = _Mixture(terms, base, how, settings, progress).adapter("cannot mix these adapters:")
+        result, errors = _Mixture(terms, base, how, settings, progress).adapter()
     return _with_provenance(result, every, isinstance(adapters, Mapping), how, settings, errors)
 
 
@@ -127,7 +127,7 @@ def stacked(
     terms = [term for term in _arguments.terms_of(adapters, weights) if term.weight]
     if problems := _arguments.disagreements(terms, None, force=True):
         raise MethodError("cannot add these adapters:", problems)
-    return _Mixture(terms, model, "sum", {}).adapter("cannot add these adapters:")[0]
+    return _Mixture(terms, model, "sum", {}, headline="cannot add these adapters:").adapter()[0]
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,7 @@ class _Mixture:
         how: the way to merge them.
         settings: the options that were chosen.
         progress: called with the number of layers done and of all.
+        headline: of errors.
     """
 
     terms: Sequence[Term]
@@ -147,19 +148,20 @@ class _Mixture:
     how: str
     settings: Mapping[str, Any]
     progress: Progress | None = None
+    headline: str = "cannot mix these adapters:"
 
     @torch.no_grad()
-    def adapter(self, headline: str) -> tuple[Adapter, dict[str, tuple[float, float]]]:
+    def adapter(self) -> tuple[Adapter, dict[str, tuple[float, float]]]:
         """The mixed adapter, and site -> (norm of the error, norm of the update) where it is not exact.
 
         Raises:
-            MethodError: there is none; every reason, under the headline.
+            MethodError: there is none; every reason.
         """
         approximate = "approximate" in self.settings
         updates, problems = updates_by_site(self.terms, self.base, approximate=approximate)
         changes, unknown = full_changes(self.terms, self.base)
         if problems or unknown:
-            raise MethodError(headline, deduplicated([*problems, *unknown]))
+            raise MethodError(self.headline, deduplicated([*problems, *unknown]))
         found: dict[str, Truncated] = {}
         for i, (name, several) in enumerate(updates.items()):
             if (merged := self._merged(name, several, changes)) is not None:
@@ -167,7 +169,7 @@ class _Mixture:
             if self.progress is not None:
                 self.progress(i + 1, len(updates))
         if not found and not changes:
-            raise MethodError(headline, [Diagnostic("adapters", "change nothing: every update has rank 0")])
+            raise MethodError(self.headline, [Diagnostic("adapters", "change nothing: every update has rank 0")])
         result = self._plain(found, self._full(changes))
         inexact = any(one.lost for one in found.values())
         return result, {name: _error(one) for name, one in found.items()} if inexact else {}
@@ -176,7 +178,7 @@ class _Mixture:
         """The merged update of a site as factors, None if it has rank 0; changes of its bias are added to `changes`."""
         merging = MERGINGS[self.how]
         if isinstance(merging, InSpan) and all(update.change is None for update in several):
-            return self._stacked(merging, several)
+            return self._stacked(name, merging, several)
         dense = []
         for update in several:
             matrix, bias = update.dense()
@@ -189,11 +191,12 @@ class _Mixture:
             rank = max(sum(update.A.shape[0] for update in several), 1)
         return truncated_matrix(matrix, rank=rank, energy=energy)
 
-    def _stacked(self, merging: InSpan, several: Sequence[Update]) -> Truncated | None:
+    def _stacked(self, name: str, merging: InSpan, several: Sequence[Update]) -> Truncated | None:
         """A weighted sum of products: exact, unless it is to have a lower rank."""
         factors = [(update.B, update.A) for update in several]
         c = merging.coefficients([update.weight for update in several], lambda: factored_gram(factors))
         B, A = torch.cat([w * B for w, (B, _) in zip(c, factors, strict=True)], 1), torch.cat([A for _, A in factors])
+        self._check_range(name, B)
         (rank, energy), R = self._cut, A.shape[0]
         if R and (energy is not None or (rank is not None and rank < R)):
             return truncated_product(B, A, rank=rank, energy=energy)
@@ -207,7 +210,19 @@ class _Mixture:
     def _dense(self, name: str, updates: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         """The merged update of a matrix or of a parameter trained in full."""
         seed, density = f"{self.settings.get('seed', 0)}/{name}", self.settings.get("density", 1.0)
-        return MERGINGS[self.how].dense(updates, weights, density, seed)
+        merged = MERGINGS[self.how].dense(updates, weights, density, seed)
+        self._check_range(name, merged)
+        return merged
+
+    def _check_range(self, name: str, result: Tensor) -> None:
+        """Refuse weights that make an update too large for its 32 bits.
+
+        Raises:
+            MethodError: a value is infinite, or NaN, which infinities make of each other.
+        """
+        if not result.isfinite().all():
+            what = "the weighted update there is NaN, or too large for 32-bit numbers"
+            raise MethodError(self.headline, [Diagnostic(name, what, "use weights nearer to 1")])
 
     def _full(self, changes: Mapping[str, Sequence[Change]]) -> dict[str, Tensor]:
         """base parameter -> its value with the merged change, in the adapters' precision."""
@@ -216,7 +231,7 @@ class _Mixture:
             assert self.base is not None  # or the changes were unknown
             change = self._dense(name, [c.change for c in several], [c.weight for c in several])
             saved = [a.full[name].dtype for a in (term.adapter for term in self.terms) if name in a.full]
-            full[name] = (value_before(self.base, name) + change).to(saved[0] if saved else change.dtype)
+            full[name] = (value_before(self.base, name).float().cpu() + change).to(saved[0] if saved else change.dtype)
         return full
 
     def _plain(self, found: Mapping[str, Truncated], full: Mapping[str, Tensor]) -> Adapter:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from numbers import Real
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from lorary.adapters.adapter import Adapter
@@ -16,8 +15,11 @@ from lorary.adapters.provenance import Parent, Provenance
 from lorary.errors import Diagnostic, MethodError, not_a
 from lorary.methods.lora import Add
 from lorary.model.ambient import mode_independent
+from lorary.spec.fields import is_finite
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite
+
+_LARGEST = torch.finfo(torch.float32).max  # layers multiply by s in 32 bits
 
 
 @mode_independent
@@ -39,21 +41,22 @@ def scale(adapter: Adapter, factor: float, *, base: nn.Module | None = None) -> 
         >>> half = lorary.scale(lorary.load_adapter("out/adapter"), 0.5)
     """
     problems = not_a(Adapter, "an Adapter", adapter=adapter)
-    if isinstance(factor, bool) or not isinstance(factor, Real) or not math.isfinite(factor):
+    if not is_finite(factor):
         problems.append(Diagnostic("factor", f"is {factor!r}, not a finite number"))
     elif not factor:
         problems.append(Diagnostic("factor", "is 0, which leaves the base as it is"))
     if problems:
         raise MethodError("cannot scale this adapter:", problems)
+    factor = float(factor)
     try:
         result = mix({"the adapter": adapter}, [factor], base=base)
     except MethodError as error:
         raise MethodError("cannot scale this adapter:", error.problems) from None
-    if factor > 0 and all(_has_scale(s) for s in adapter.sites):
+    if factor > 0 and all(_has_scale(s) and factor * s.scale <= _LARGEST for s in adapter.sites):
         sites = tuple(dataclasses.replace(s, method=_scaled(s.method, factor)) for s in adapter.sites)
         method = _scaled(adapter.method, factor)
         result = dataclasses.replace(adapter, method=method, sites=sites, full=result.full)
-    parent = Parent("", content_hash(adapter), float(factor))
+    parent = Parent("", content_hash(adapter), factor)
     return dataclasses.replace(result, provenance=Provenance("scale", (parent,)))
 
 

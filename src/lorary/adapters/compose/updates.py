@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.low_rank_form import BaseLayer, factors_on_base
-from lorary.errors import Diagnostic, MethodError
+from lorary.adapters.low_rank_form import BaseLayer, factors_on_base, form_without_base
+from lorary.errors import Diagnostic
 from lorary.layers.adapted import base_parameters, unwrapped_modules
 from lorary.model.buffers import persistent_buffers
 from lorary.model.checks import layer_mismatches
-from lorary.model.state import base_parameter, state_of
+from lorary.model.state import value_before
 from lorary.spec.placement import AdaptedSite
 
 _GIVE = "give the base: base=model, or --base"
@@ -87,18 +87,10 @@ def updates_by_site(
 
 def _update(term: Term, adapted: AdaptedSite, layer: BaseLayer) -> Update:
     tensors = term.adapter.tensors[adapted.site.name]
-    factors = factors_on_base(adapted, tensors)
-    try:
-        plain, gain, shift = adapted.join.on_output(tensors, _not_here, _not_here, factors)
-        if gain is None and shift is None:
-            return Update(term.weight, *plain)
-    except MethodError:
-        pass  # it depends on the base, or has no such form
-    return Update(term.weight, *factors, lambda: _dense_change(adapted, tensors, layer))
-
-
-def _not_here() -> NoReturn:
-    raise MethodError("", [])
+    form = form_without_base(adapted, tensors)
+    if form is not None and form.is_plain:
+        return Update(term.weight, form.B, form.A)
+    return Update(term.weight, *factors_on_base(adapted, tensors), lambda: _dense_change(adapted, tensors, layer))
 
 
 @torch.no_grad()
@@ -161,15 +153,9 @@ def full_changes(terms: Sequence[Term], base: nn.Module | None) -> tuple[dict[st
                 what = f"is {tuple(value.shape)} in {term.name}, and {shapes.get(name, 'missing')} in the base"
                 problems.append(Diagnostic(name, what, "give the base that it was trained on"))
                 continue
-            changes.setdefault(name, []).append(Change(term.weight, value.float().cpu() - value_before(base, name)))
+            change = value.float().cpu() - value_before(base, name).float().cpu()
+            changes.setdefault(name, []).append(Change(term.weight, change))
     return changes, problems
-
-
-def value_before(base: nn.Module, name: str) -> Tensor:
-    """The value of a base parameter or buffer without the adapter that may be attached, in fp32 on the CPU."""
-    state = state_of(base)
-    saved = state.full.get(name) if state is not None else None
-    return (base_parameter(base, name).detach() if saved is None else saved).float().cpu()
 
 
 def _shapes(base: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -93,8 +93,9 @@ def export_for_engine(
         FileError: the engine cannot run this adapter, with every reason; or the folder cannot be written.
     """
     path = checked_path(folder, "cannot export an adapter:")
-    problems = not_a(nn.Module, "a torch.nn.Module", model=model)
-    if engine not in ENGINES:
+    problems = not_a(nn.Module, "a torch.nn.Module", model=model) + not_a(Adapter, "an Adapter", adapter=adapter)
+    problems += not_a(str, "a text", base=base, name=name)
+    if not isinstance(engine, str) or engine not in ENGINES:
         problems.append(Diagnostic("engine", f"{show(engine)} is not known", did_you_mean(str(engine), ENGINES)))
     if problems:
         raise FileError(f"cannot export an adapter to {show(path, most=400)}:", problems)

@@ -8,6 +8,7 @@ llama.cpp computes W x + (alpha / R) B A x with the rank R of each tensor. Here 
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,7 +63,7 @@ def export_gguf(
     """
     path = checked_path(folder, "cannot export an adapter:")
     headline = f"cannot export an adapter to {show(path, most=400)} as GGUF"
-    problems = not_a(nn.Module, "a torch.nn.Module", model=model)
+    problems = not_a(nn.Module, "a torch.nn.Module", model=model) + not_a(Adapter, "an Adapter", adapter=adapter)
     if dtype not in DTYPES:
         problems.append(Diagnostic("dtype", f"is {show(dtype)}; GGUF's adapters take {', '.join(DTYPES)}"))
     _refuse(headline, problems or _missing_package())
@@ -177,6 +178,10 @@ def _write(path: Path, architecture: Architecture, alpha: int, tensors: Mapping[
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
+    except OSError as error:
+        if error.errno is None:  # NumPy's, of a write that came to an end too early
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
     finally:
         writer.close()
 

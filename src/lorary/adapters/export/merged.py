@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
@@ -29,6 +28,7 @@ from lorary.files.atomic import atomic_directory
 from lorary.files.findings import AdapterWarning
 from lorary.files.safe_open import checked_path
 from lorary.files.syscalls import fault_point
+from lorary.files.tensor_file import write_tensors
 from lorary.kernels.torch_internals import storage_id
 from lorary.model.ambient import mode_independent
 from lorary.model.fingerprint import Fingerprint
@@ -173,7 +173,7 @@ def _write_weights(merged: MergedModel, base: BaseWeights, values: MergedWeights
             tensors |= as_saved(merged.model, {name: _added(name, merged, base, values) for name in merged.added})
         if values.problems or not tensors:
             continue  # for the names of all others
-        save_file(_apart(tensors), folder / file, metadata={"format": "pt"})
+        write_tensors(folder / file, _apart(tensors))
         fault_point("merged.file")
         places |= dict.fromkeys(tensors, file)
         total += sum(t.nbytes for t in tensors.values())

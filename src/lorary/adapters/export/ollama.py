@@ -13,7 +13,7 @@ from lorary.adapters.export import gguf
 from lorary.adapters.export.ollama_template import chat_format
 from lorary.adapters.export.plain_factors import MERGE
 from lorary.adapters.peft.writer import rope_overrides
-from lorary.errors import Diagnostic, FileError
+from lorary.errors import Diagnostic, FileError, not_a
 from lorary.files.safe_open import checked_path
 from lorary.files.strict_json import show
 
@@ -47,11 +47,11 @@ def export_ollama(
     Raises:
         FileError: llama.cpp or Ollama cannot run this adapter, with every reason; or the folder cannot be written.
     """
-    problems = []
-    if not base_gguf.strip() or any(not c.isprintable() for c in base_gguf):
+    problems = not_a(Adapter, "an Adapter", adapter=adapter)
+    if not isinstance(base_gguf, str) or not base_gguf.strip() or any(not c.isprintable() for c in base_gguf):
         what = f"is {show(base_gguf)}; a Modelfile takes a file or the name of a model there"
         problems.append(Diagnostic("base_gguf", what))
-    if rope_overrides(adapter):
+    if isinstance(adapter, Adapter) and rope_overrides(adapter):
         problems.append(Diagnostic("context", "it needs RoPE scaling, which a Modelfile cannot say", MERGE))
     if problems:
         where = show(checked_path(folder, "cannot export an adapter:"), most=400)

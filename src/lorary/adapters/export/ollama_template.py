@@ -63,7 +63,7 @@ def chat_format(tokenizer: Any) -> tuple[ChatFormat | None, str]:
     if differs:
         return None, "the chat template does more than put fixed texts around each turn"
     texts = "".join([found.default, found.prompt, *map("".join, found.around.values())])
-    if "{{" in texts or '"""' in texts:
+    if "{{" in texts or '"""' in texts or found.go().endswith('"'):  # the quotes around a template end at the first
         return None, "the chat template writes marks of Ollama's own"
     return found, ""
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lorary.adapters.adapter import Adapter, without_empty_sites
 from lorary.adapters.low_rank_form import LowRankForm, low_rank_forms
 from lorary.adapters.peft.lora import is_dora
+from lorary.adapters.tensor_checks import tensor_problems
 from lorary.errors import Diagnostic, MethodError
 from lorary.layers.adapted import unwrapped_modules
 from lorary.model.checks import layer_mismatches
@@ -30,6 +31,8 @@ def plain_factors(
         base: the base; one on the meta device has no weights, as some methods need.
         program: the name of the program, for the messages.
     """
+    if wrong := [p for s in adapter.sites for p in _tensor_problems(s, adapter)]:
+        return {}, wrong
     adapter = without_empty_sites(adapter)
     weights = None if any(p.is_meta for p in base.parameters()) else base
     forms = _forms(adapter.sites, adapter.tensors, weights)
@@ -47,6 +50,11 @@ def plain_factors(
     if not factors and not problems:
         problems.append(Diagnostic("sites", "no layer has a rank direction left: there is nothing to export"))
     return factors, problems
+
+
+def _tensor_problems(adapted: AdaptedSite, adapter: Adapter) -> list[Diagnostic]:
+    name = adapted.site.name
+    return tensor_problems(name, adapted.stored, adapter.tensors.get(name, {}))
 
 
 def _forms(

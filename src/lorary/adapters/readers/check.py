@@ -21,10 +21,12 @@ from lorary.adapters.readers.vllm import VLLM
 from lorary.adapters.save_load import save_adapter
 from lorary.errors import ConfigError, Diagnostic, FileError, did_you_mean, not_a
 from lorary.files.safe_open import checked_path, existing_folder, subject
+from lorary.model.ambient import mode_independent
 
 READERS: dict[str, Reader] = {r.name: r for r in (PEFT, TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP, MLX)}
 
 
+@mode_independent
 def check(
     adapter: Adapter | str | os.PathLike[str], *readers: str, model: nn.Module | None = None
 ) -> tuple[Verdict, ...]:

@@ -26,7 +26,7 @@ from lorary.adapters.peft.reader import MOST_JSON, WEIGHTS, weights_name
 from lorary.errors import Diagnostic, FileError
 from lorary.files.bounded_regex import MOST_SECONDS, Budget
 from lorary.files.safe_open import existing_folder, read_json, subject
-from lorary.files.strict_json import show
+from lorary.files.strict_json import named, show
 from lorary.files.tensor_file import TensorFile
 from lorary.layers.adapted import unwrapped_modules
 from lorary.model.fingerprint import base_name
@@ -202,8 +202,10 @@ def read_folder(
             model,
             seconds,
         )
-        if found.is_lora and not mlx:
-            _ = found.fields  # malformed fields are refused here, once
+        if not mlx:
+            if found.is_lora:
+                _ = found.fields  # malformed fields are refused here, once
+            _refuse_empty(found.tensors)
         return found
     except FileError as error:
         raise FileError(f"cannot check {subject(folder)}", error.problems) from error.__cause__
@@ -217,6 +219,18 @@ def _own_name(path: Path) -> str:
 def _shapes(path: Path, name: str) -> dict[str, tuple[int, ...]]:
     with TensorFile(path, name) as file:
         return {keys.short(key): entry.shape for key, entry in file.header.tensors.items()}
+
+
+def _refuse_empty(tensors: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse factors that no reader can make a matrix of.
+
+    Raises:
+        FileError: one has fewer than two dimensions, or an empty one; every reason.
+    """
+    wrong = {n: s for n, s in tensors.items() if keys.site_of(n, _LEAVES) and (len(s) < 2 or 0 in s)}
+    if wrong:
+        what = "is the shape of no factor"
+        raise FileError("", [Diagnostic(named(name), f"{list(shape)} {what}") for name, shape in wrong.items()])
 
 
 def base_of(folder: Path) -> str:

@@ -21,7 +21,7 @@ from lorary.analysis.inspection.magnitude_direction import magnitude_direction
 from lorary.analysis.inspection.spectrum import Spectrum
 from lorary.analysis.inspection.weight_changes import (
     WeightChange,
-    adapter_problems,
+    change_problems,
     full_matrices,
     tuned_matrix,
     tuned_problems,
@@ -90,7 +90,7 @@ def _check(adapter: Adapter, base: nn.Module | None, tuned: nn.Module | None, to
         for model in (base, tuned):
             if model is not None:
                 require_values(model)
-        problems = adapter_problems(adapter, base) + tuned_problems(adapter, base, tuned)
+        problems = change_problems(adapter, base) + tuned_problems(adapter, base, tuned)
     if problems:
         raise MethodError(_HEADLINE, deduplicated(problems))
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lorary.errors import Diagnostic, StateError, TrainingError, deduplicated, not_a
 from lorary.files.strict_json import finite
 from lorary.layers.adapted import Adapted, adapted_layers
+from lorary.model.ambient import mode_independent
 from lorary.model.state import base_parameter, require_attached, require_values
 from lorary.model.text_table import aligned
 from lorary.spec.presets import presets_of
@@ -136,6 +137,7 @@ class FirstGradients:
         return "\n".join([*aligned([HEAD, *self.rows()]), self.verdict, *(f"note: {note}" for note in self.notes)])
 
 
+@mode_independent
 def first_gradients(model: nn.Module, step: Callable[[], object]) -> FirstGradients:
     """The gradients of the first step by role, and what the step changes. The adapter is as before afterwards.
 

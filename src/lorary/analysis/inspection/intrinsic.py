@@ -20,6 +20,7 @@ from torch import nn
 from lorary.analysis.inspection.subspace import SubspaceAdam, layers_of
 from lorary.errors import Diagnostic, PlanError, TrainingError
 from lorary.files.strict_json import finite
+from lorary.model.ambient import mode_independent
 from lorary.model.text_table import aligned
 
 SHARE = 0.9
@@ -99,6 +100,7 @@ class IntrinsicDimension:
         return "\n".join([*aligned([HEAD, *self.rows()]), self.verdict])
 
 
+@mode_independent
 def intrinsic_dimension(
     model: nn.Module,
     run: Callable[[torch.optim.Optimizer | None], float],

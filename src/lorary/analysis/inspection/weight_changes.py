@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.low_rank_form import BaseLayer, factors_on_base
-from lorary.errors import Diagnostic, MethodError
+from lorary.adapters.low_rank_form import BaseLayer, factors_on_base, form_without_base
+from lorary.adapters.tensor_checks import adapter_problems
+from lorary.errors import Diagnostic
 from lorary.layers.adapted import Adapted, unwrapped_modules
 from lorary.layers.kinds import KINDS, kind_of, site
 from lorary.layers.quantized_weight import is_quantized
 from lorary.layers.wrappers import submodule
 from lorary.model.checks import layer_mismatches
-from lorary.model.state import base_parameter, state_of
+from lorary.model.state import state_of, value_before
 from lorary.spec.interfaces import Factors
 from lorary.spec.placement import AdaptedSite
 
@@ -66,45 +67,32 @@ def weight_changes(adapter: Adapter, base: nn.Module | None) -> Iterator[WeightC
         assert base is not None
         layer = modules[name]
         before, after = (
-            _matrix(layer, t) for t in (base_value(base, f"{name}.weight"), adapter.full[f"{name}.weight"])
+            _matrix(layer, t) for t in (value_before(base, f"{name}.weight"), adapter.full[f"{name}.weight"])
         )
         yield WeightChange(name, None, before, after)
 
 
-def adapter_problems(adapter: Adapter, base: nn.Module | None) -> list[Diagnostic]:
+def change_problems(adapter: Adapter, base: nn.Module | None) -> list[Diagnostic]:
     """Why the changes cannot be computed: the adapter's tensors, or a layer of the base that is missing or differs."""
-    problems: list[Diagnostic] = []
+    if problems := adapter_problems(adapter):
+        return problems
     modules = {} if base is None else unwrapped_modules(base)
     for adapted in adapter.sites:
-        name, tensors = adapted.site.name, adapter.tensors[adapted.site.name]
-        problems += _tensor_problems(name, tensors)
-        if any(t.is_meta for t in tensors.values()):
-            continue
+        name = adapted.site.name
         if base is not None:
             problems += layer_mismatches(adapted.site, modules.get(name))
-        elif _plain_factors(adapted, tensors) is None:
+        elif _plain_factors(adapted, adapter.tensors[name]) is None:
             what = f"{type(adapted.join).__name__} changes its weight by an amount that depends on the weight"
             problems.append(Diagnostic(name, what, "give the base"))
     if base is not None:
         problems += _state_problems(base)
         for name in full_matrices(adapter, base):
-            found, expected = tuple(base_value(base, f"{name}.weight").shape), adapter.full[f"{name}.weight"].shape
+            found, expected = tuple(value_before(base, f"{name}.weight").shape), adapter.full[f"{name}.weight"].shape
             if found != tuple(expected):
                 problems.append(Diagnostic(name, f"its weight is {found}, the adapter's {tuple(expected)}"))
     if not problems and not adapter.sites and not full_matrices(adapter, base):
         fix = "" if base is not None or not adapter.full else "give the base: it trained parameters in full"
         problems.append(Diagnostic("adapter", "changes no weight matrix", fix))
-    return problems
-
-
-def _tensor_problems(name: str, tensors: Mapping[str, Tensor]) -> list[Diagnostic]:
-    """The tensors of a site without values, or with some that are not finite."""
-    problems = []
-    for role, t in tensors.items():
-        if t.is_meta:
-            problems.append(Diagnostic(name, f"its tensor {role} is on the meta device and has no values"))
-        elif not t.isfinite().all():
-            problems.append(Diagnostic(name, f"its tensor {role} holds NaN or infinite numbers"))
     return problems
 
 
@@ -143,13 +131,6 @@ def tuned_matrix(model: nn.Module, name: str) -> Tensor:
     return KINDS[cast(str, kind_of(layer))].matrix(layer).detach().float().cpu()
 
 
-def base_value(model: nn.Module, name: str) -> Tensor:
-    """A parameter of the base, from before an attached adapter trained it in full."""
-    state = state_of(model)
-    saved = None if state is None else state.full.get(name)
-    return base_parameter(model, name).detach() if saved is None else saved
-
-
 def _of_site(
     adapter: Adapter, adapted: AdaptedSite, base: nn.Module | None, modules: Mapping[str, nn.Module]
 ) -> WeightChange:
@@ -179,16 +160,8 @@ def _base_matrix(base: nn.Module, adapted: AdaptedSite, layer: nn.Module) -> Ten
 
 def _plain_factors(adapted: AdaptedSite, tensors: Mapping[str, Tensor]) -> Factors | None:
     """(B, A) with W' = W + B A; None for a change that is not a product, or depends on W."""
-
-    def unknown() -> NoReturn:
-        raise MethodError("", [])
-
-    update = factors_on_base(adapted, tensors)
-    try:
-        factors, gain, _ = adapted.join.on_output(tensors, unknown, unknown, update)
-    except MethodError:
-        return None
-    return None if gain is not None else factors
+    form = form_without_base(adapted, tensors)
+    return None if form is None or form.gain is not None else (form.B, form.A)
 
 
 def _matrix(layer: nn.Module, weight: Tensor) -> Tensor:

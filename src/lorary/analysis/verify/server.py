@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import json
 import os
-import time
+import re
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from functools import cached_property
 from http.client import HTTPException
+from itertools import islice
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from lorary.analysis.verify.deadline import within
 from lorary.analysis.verify.observed import Observed
 from lorary.errors import Diagnostic, LoraryError, did_you_mean
 from lorary.files import strict_json
@@ -25,7 +28,10 @@ from lorary.files.strict_json import show
 
 KEYS = ("LORARY_API_KEY", "OPENAI_API_KEY")  # environment variables, in this order
 _MOST_BYTES = 16 * 2**20
+_MOST_OF_ERROR = 2**12
+_MOST_NAMES = 20  # of models, in a message
 _TOP = 5  # likeliest tokens, which every server gives
+_TOKEN_ID = re.compile("token_id:([0-9]{1,9})")  # as vLLM writes tokens, if it is told to
 _UNSEEN = -100.0  # nats: what servers write for minus infinity
 
 
@@ -78,8 +84,7 @@ class Server:
     def _adapter(self, names: dict[str, str | None], base: str) -> str:
         adapters = [name for name, parent in names.items() if parent] or [n for n in names if n != base and base]
         if len(adapters) != 1:
-            listed = ", ".join(map(show, names)) or "none"
-            what = f"{len(adapters)} of its models are adapters by its own list: {listed}"
+            what = f"{len(adapters)} of its models are adapters by its own list: {_listed(names)}"
             raise self._problem("--adapter-model", what, "name the adapter's model there")
         return adapters[0]
 
@@ -88,8 +93,7 @@ class Server:
         others = [parent] if parent in names and parent else [n for n, p in names.items() if not p]
         others = [name for name in others if name != self.adapter_model]
         if len(others) != 1:
-            listed = ", ".join(map(show, names)) or "none"
-            what = f"the base of {show(self.adapter_model)} is not clear from its list: {listed}"
+            what = f"the base of {show(self.adapter_model)} is not clear from its list: {_listed(names)}"
             raise self._problem(
                 "--base-model", what, "name it, or `none` if the server has no model without the adapter"
             )
@@ -179,8 +183,9 @@ class Server:
     def _token(self, text: Any) -> int | None:
         if not isinstance(text, str):
             return None
-        number = text.removeprefix("token_id:")
-        return int(number) if number != text and number.isdecimal() else self._texts.get(text)
+        number = _TOKEN_ID.fullmatch(text)
+        token = int(number[1]) if number else self._texts.get(text)
+        return token if token is not None and token < len(self.tokenizer) else None
 
     # --- requests ---
 
@@ -196,10 +201,7 @@ class Server:
         data = None if body is None else json.dumps(body).encode()
         try:
             request = urllib.request.Request(self.url + path, data=data, headers=headers)
-            with self.opener.open(request, timeout=self.timeout) as reply:
-                raw = self._read(reply, path)
-        except urllib.error.HTTPError as error:
-            raise self._refused(path, error) from None
+            status, raw = within(self.timeout, lambda: self._exchange(request))
         except TimeoutError:
             raise self._problem(path, f"no reply within {self.timeout:g} s", "raise --timeout") from None
         except (OSError, HTTPException, ValueError) as error:  # URLError is an OSError
@@ -208,6 +210,10 @@ class Server:
                 raise self._problem(path, f"no reply within {self.timeout:g} s", "raise --timeout") from None
             what = f"it cannot be reached: {getattr(reason, 'strerror', None) or reason or type(error).__name__}"
             raise self._problem(path, what, "start the server, and check the address") from None
+        if status != 200:
+            raise self._refused(path, status, raw[:_MOST_OF_ERROR])
+        if len(raw) > _MOST_BYTES:
+            raise self._problem(path, f"its reply is of more than {_MOST_BYTES:,} bytes")
         try:
             value = strict_json.parse(raw, _MOST_BYTES)
         except ValueError as error:
@@ -216,32 +222,29 @@ class Server:
             raise self._problem(path, f"its reply is not a JSON object: {show(value)}")
         return value
 
-    def _read(self, reply: Any, path: str) -> bytes:
-        """The bytes of a reply, bounded in number and time."""
-        chunks, size, end = [], 0, time.monotonic() + self.timeout
-        while chunk := reply.read1(2**16):
-            chunks.append(chunk)
-            size += len(chunk)
-            if size > _MOST_BYTES:
-                raise self._problem(path, f"its reply is of more than {_MOST_BYTES:,} bytes")
-            if time.monotonic() > end:
-                raise TimeoutError
-        return b"".join(chunks)
+    def _exchange(self, request: urllib.request.Request) -> tuple[int, bytes]:
+        """(HTTP status, the first bytes of the reply)."""
+        try:
+            with self.opener.open(request, timeout=self.timeout) as reply:
+                return 200, reply.read(_MOST_BYTES + 1)
+        except urllib.error.HTTPError as error:
+            said = b""
+            with error, suppress(OSError, HTTPException):
+                said = error.read(_MOST_OF_ERROR)
+            return error.code, said
 
-    def _refused(self, path: str, error: urllib.error.HTTPError) -> LoraryError:
+    def _refused(self, path: str, status: int, said: bytes) -> LoraryError:
         """The error of a reply with an HTTP status that is not 200."""
-        with error:
-            said = error.read(2**12)
         text = said.decode("utf-8", "replace").strip()
         fix = ""
-        if error.code in (401, 403):
+        if status in (401, 403):
             fix = f"set {KEYS[0]} to its key" if not any(map(os.environ.get, KEYS)) else "check the key"
-        elif error.code == 404 and path != "/v1/models":
+        elif status == 404 and path != "/v1/models":
             fix = "check --base-model and --adapter-model: `/v1/models` lists the server's names"
-        elif 300 <= error.code < 400:
+        elif 300 <= status < 400:
             fix = "redirects are not followed: give the address that it redirects to"
-        what = f"HTTP {error.code}" + (f": {show(text, most=300)}" if text else "")
-        kind = _RefusedError if error.code in (400, 422, 501) else LoraryError
+        what = f"HTTP {status}" + (f": {show(text, most=300)}" if text else "")
+        kind = _RefusedError if status in (400, 422, 501) else LoraryError
         return kind(f"cannot verify against {show(self.url)}", [Diagnostic(path, what, fix)])
 
     def _problem(self, where: str, what: str, fix: str = "") -> LoraryError:
@@ -296,5 +299,13 @@ def _likeliest(found: dict[str, Any]) -> list[tuple[Any, Any]]:
         return list(top[0].items())
     if isinstance(content, list) and content and isinstance(content[0], dict):
         entries = content[0].get("top_logprobs")
-        return [(e.get("token"), e.get("logprob")) for e in entries or () if isinstance(e, dict)]
+        several = entries if isinstance(entries, list) else []
+        return [(e.get("token"), e.get("logprob")) for e in several if isinstance(e, dict)]
     return []
+
+
+def _listed(names: Collection[str]) -> str:
+    """Names of models, for a message."""
+    shown = [show(name) for name in islice(names, _MOST_NAMES)]
+    more = [f"and {len(names) - _MOST_NAMES:,} more"] if len(names) > _MOST_NAMES else []
+    return ", ".join([*shown, *more]) or "none"

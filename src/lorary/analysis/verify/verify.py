@@ -25,6 +25,7 @@ from lorary.analysis.verify.server import ENGINES, Server
 from lorary.errors import ConfigError, Diagnostic, StateError, not_a
 from lorary.files.atomic import atomic_file
 from lorary.files.safe_open import checked_path, existing_folder
+from lorary.model.ambient import mode_independent
 from lorary.model.state import eval_mode, state_of
 from lorary.spec.interfaces import Unquantized
 
@@ -63,6 +64,7 @@ class Verification:
         return f"{self.verdict}: {self.reason}\n{figures}"
 
 
+@mode_independent
 def verify(
     folder: str | os.PathLike[str],
     against: str,

@@ -17,7 +17,7 @@ from lorary.adapters.save_load import load_adapter
 from lorary.analysis.inspection.adapter import inspect_adapter
 from lorary.analysis.inspection.figures import HEAD, AdapterInspection
 from lorary.analysis.inspection.page import inspection_page
-from lorary.cli._inspect.output import FILES, json_text, report_folder, write_report
+from lorary.cli._inspect.report import FILES, json_text, report_folder, write_report
 from lorary.cli._notes import print_notes
 from lorary.cli._out_folder import folder_problems
 from lorary.cli._progress import progress_bar

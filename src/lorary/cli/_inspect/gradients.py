@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from lorary.analysis.inspection.gradients import HEAD, FirstGradients, first_gradients
 from lorary.analysis.inspection.gradients_page import gradients_page
-from lorary.cli._inspect.output import FILES, json_text, report_folder, write_report
+from lorary.cli._inspect.report import FILES, json_text, report_folder, write_report
 from lorary.cli._inspect.runs import configuration, quiet_training, train, trainer_of
 from lorary.cli._notes import print_notes
 from lorary.cli._out_folder import folder_problems

@@ -15,7 +15,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from lorary.analysis.inspection.intrinsic import HEAD, IntrinsicDimension, intrinsic_dimension
 from lorary.analysis.inspection.intrinsic_page import intrinsic_page
-from lorary.cli._inspect.output import FILES, json_text, report_folder, write_report
+from lorary.cli._inspect.report import FILES, json_text, report_folder, write_report
 from lorary.cli._inspect.runs import configuration, quiet_training, refuse_tasks, train, trainer_of
 from lorary.cli._out_folder import folder_problems
 from lorary.cli._progress import progress_bar

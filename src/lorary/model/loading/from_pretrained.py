@@ -302,6 +302,7 @@ def _load(load: Callable[..., Any], section: ModelSection, what: str, **options:
     Raises:
         FileError: the reason.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     options |= {"revision": section.revision or "main", "trust_remote_code": section.trust_remote_code}
@@ -309,7 +310,7 @@ def _load(load: Callable[..., Any], section: ModelSection, what: str, **options:
         return load(location(section), **options)
     except LoraryError:
         raise
-    except (*_UNREADABLE, SafetensorError) as error:
+    except (*_UNREADABLE, SafetensorError, StrictDataclassError) as error:
         raise _refused(section, what, error) from error
 
 
