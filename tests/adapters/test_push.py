@@ -102,6 +102,15 @@ def test_nothing_is_asked_without_yes(tmp_path: Path, received: Received, comman
     assert "secret" not in ran.err
 
 
+def test_the_card_of_a_run_loads_the_adapter_from_the_hub(tmp_path: Path) -> None:
+    adapter(tmp_path / "out", "lora")
+    code = 'model = lorary.load(AutoModelForCausalLM.from_pretrained("org/base"), "{}")\n'
+    (tmp_path / "out" / "README.md").write_text("# Mine\n" + code.format("adapter"))
+    what = plan_upload(tmp_path / "out", "ann/mine", base="org/base")
+    assert what.card == "# Mine\n" + code.format("ann/mine")
+    assert any(note.endswith("write base_model: OWNER/NAME into the front matter of README.md") for note in what.notes)
+
+
 def test_a_card_of_the_user_s_own_is_kept_and_pushed(tmp_path: Path, received: Received) -> None:
     value = adapter(tmp_path / "out", "glora")
     own = "---\nbase_model: org/base\n---\n# Mine\n"

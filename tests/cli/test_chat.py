@@ -171,7 +171,7 @@ def test_adapters_that_do_not_fit_are_refused(talk: Any) -> None:
     ran = talk([], "one", "base", "--base", "base")
     assert (ran.code, ran.err) == (
         4,
-        "error: cannot chat with base:\n  - base: there is no adapter in it\n",
+        "error: cannot chat with base:\n  - base: there is no adapter in it: it is a whole model\n",
     )
     other = LlamaForCausalLM(LlamaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
     lorary.attach(other, lorary.plan(other, lorary.method("lora", r=2)))

@@ -86,6 +86,22 @@ def test_export_refuses_what_peft_has_not(command: Command) -> None:
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize(
+    ("file", "what"),
+    [
+        ("", "nowhere: there is no such folder\n"),
+        ("run.json", "this run has no adapter yet"),
+        ("config.json", "there is no adapter in it: it is a whole model\n"),
+        ("adapter.gguf", "name the adapter that it was exported from"),
+    ],
+)
+def test_a_folder_without_an_adapter_is_named_for_what_it_is(file: str, what: str, command: Command) -> None:
+    if file:
+        Path("nowhere").mkdir()
+        Path("nowhere", file).write_text("{}")
+    assert what in command("export", "nowhere", "out").err
+
+
 def test_export_names_what_is_wrong(command: Command) -> None:
     Path("empty").mkdir()
     assert command("export", "empty", "out") == (

@@ -175,6 +175,11 @@ model = lorary.load({auto}.from_pretrained({arguments}), {_literal(folder)})
     return code + ("\n\nPEFT reads the folder as well." if as_peft else "")
 
 
+def load_from(repo: str, card: str) -> str:
+    """A run's card whose code loads the adapter from the Hub: the run's own folder is not there."""
+    return re.sub(r'^(model = lorary\.load\(.*, )"adapter"\)$', lambda line: f'{line[1]}"{repo}")', card, flags=re.M)
+
+
 def made_with(versions: Mapping[str, str]) -> str:
     """The last line of a card: the versions of the packages."""
     return "Made with " + ", ".join(f"{package} {version}" for package, version in versions.items()) + "."

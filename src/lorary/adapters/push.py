@@ -87,11 +87,11 @@ def plan_upload(folder: str | os.PathLike[str], repo: str, *, base: str | None =
     listed = _own_files(path)
     sizes = _sizes(path, listed)
     made = cards.NAME not in sizes
-    text = cards.adapter_card(path, adapter, name=repo, base=base) if made else _card(path)
+    text = cards.adapter_card(path, adapter, name=repo, base=base) if made else cards.load_from(repo, _card(path))
     sizes[cards.NAME] = len(text.encode())
     left_out = tuple(sorted(p.name + "/" * p.is_dir() for p in path.iterdir() if p.name not in listed))
     notes = [str(w.message) for w in caught if issubclass(w.category, AdapterWarning)]
-    return Upload(path, repo, sizes, text, made, left_out, (*notes, *_notes(adapter, text)))
+    return Upload(path, repo, sizes, text, made, left_out, (*notes, *_notes(adapter, text, made=made)))
 
 
 def upload(what: Upload, *, public: bool = False, message: str = "") -> str:
@@ -224,7 +224,7 @@ def _card(folder: Path) -> str:
         raise FileError(f"cannot push {show(os.fspath(folder), most=400)}:", [problem]) from None
 
 
-def _notes(adapter: Adapter, card: str) -> list[str]:
+def _notes(adapter: Adapter, card: str, *, made: bool) -> list[str]:
     """Remarks for the user before an adapter is on the Hub."""
     from huggingface_hub import ModelCard
     from yaml import YAMLError
@@ -236,7 +236,10 @@ def _notes(adapter: Adapter, card: str) -> list[str]:
         notes.append(f"the card's metadata cannot be read: {str(error).splitlines()[0]}")
         named = "unknown"
     if not named:
-        notes.append("the card does not name a base on the Hub: pass --base OWNER/NAME, or write base_model into it")
+        fix = (
+            "pass --base OWNER/NAME" if made else f"write base_model: OWNER/NAME into the front matter of {cards.NAME}"
+        )
+        notes.append(f"the card does not name a base on the Hub: {fix}")
     parents = adapter.provenance.parents if adapter.provenance else ()
     if paths := [p.name for p in parents if os.path.isabs(p.name) or PureWindowsPath(p.name).is_absolute()]:
         notes.append(f"{native.NAME} names folders of this machine: {', '.join(map(show, paths[:3]))}")

@@ -10,6 +10,8 @@ from lorary.adapters.hub import download, is_hub_id
 from lorary.errors import Diagnostic, FileError, suggested_path
 from lorary.model.loading.source import ModelClass, ModelSection
 
+RUN_RECORD = "run.json"  # the mark of a run folder
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -39,11 +41,21 @@ def find_adapter(name: str, action: str) -> Path:
     """
     folder = adapter_at(name)
     if folder is None:
-        missing = not Path(name).exists()
-        what = "there is no such folder" if missing else "there is no adapter in it"
-        fix = suggested_path(Path(name), folders=True) if missing else ""
-        raise FileError(f"cannot {action} {name}:", [Diagnostic(name, what, fix)])
+        raise FileError(f"cannot {action} {name}:", [_no_adapter(Path(name))])
     return folder
+
+
+def _no_adapter(path: Path) -> Diagnostic:
+    if not path.exists():
+        return Diagnostic(str(path), "there is no such folder", suggested_path(path, folders=True))
+    if (path / RUN_RECORD).is_file():
+        return Diagnostic(str(path), "this run has no adapter yet", "finish it: lorary train CONFIG --resume")
+    if (path / "config.json").is_file():
+        return Diagnostic(str(path), "there is no adapter in it: it is a whole model")
+    if (path / "adapter.gguf").is_file():
+        fix = "name the adapter that it was exported from"
+        return Diagnostic(str(path), "there is no adapter in it but llama.cpp's `adapter.gguf`", fix)
+    return Diagnostic(str(path), "there is no adapter in it")
 
 
 def find_base(adapter: Path, base: str | None, dtype: str = "auto") -> ModelSection:
