@@ -88,7 +88,7 @@ def test_damaged_weights_are_refused(folder: Path) -> None:
 def test_a_configuration_of_wrong_types_is_refused(folder: Path) -> None:
     file = folder / "config.json"
     file.write_text(file.read_text().replace('"num_hidden_layers": 1', '"num_hidden_layers": "one"'))
-    with pytest.raises(FileError, match="cannot load the model .*\n.*num_hidden_layers"):
+    with pytest.raises(FileError, match=r"cannot load the model .*\n.*num_hidden_layers"):
         load_config(ModelSection.of(str(folder)))
 
 
