@@ -300,7 +300,7 @@ def test_refused(engine: str, make: Any, base: Any, options: dict[str, Any], sen
 def test_arguments_of_a_wrong_type_are_refused(changed: dict[str, Any], sentence: str, tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"adapter": plain(), "engine": "vllm", "base": "org/base"} | changed
     with pytest.raises(FileError) as error:
-        export_for_engine(folder=tmp_path / "out", model=LLAMA.model, **arguments)
+        export_for_engine(folder=tmp_path / "out", model=LLAMA.model(), **arguments)
     assert sentence in str(error.value)
     assert not list(tmp_path.iterdir())
 

@@ -121,7 +121,7 @@ UNTRANSLATED = {
     "no BOS token, where the tokenizer has one": (QWEN, True, "the chat template has no fixed texts around each turn"),
     "an error": ("{{ raise_exception('no') }}", False, "the chat template has no fixed texts around each turn"),
     "a quote at its end": (
-        QWEN.replace("<|im_start|>assistant\\n", '"'),
+        QWEN.replace("<|im_start|>assistant\n", '"'),
         False,
         "the chat template writes marks of Ollama's own",
     ),

@@ -184,6 +184,10 @@ def _write(path: Path, architecture: Architecture, alpha: int, tensors: Mapping[
         raise
     finally:
         writer.close()
+    if path.stat().st_size < sum(
+        tensor.nbytes for tensor in tensors.values()
+    ):  # NumPy does not see it of small tensors
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def _bytes(tensor: Tensor) -> np.ndarray[Any, Any]:
