@@ -60,7 +60,7 @@ def test_the_rooms_are_the_rooms_in_their_order() -> None:
 
 
 def test_the_commands_are_the_commands() -> None:
-    (described,) = re.findall(r"^The commands: ((?:`\w+`,? ?)+)", TEXT, re.MULTILINE)
+    (described,) = re.findall(r"^The commands: ((?:`\w+`,?\s)+)", TEXT, re.MULTILINE)
     assert sorted(re.findall(r"\w+", described)) == sorted(COMMANDS)
 
 

@@ -53,6 +53,15 @@ def trained(*names: str, **options: object) -> torch.Tensor:
         return model(input_ids=IDS).logits
 
 
+def test_the_card_is_that_of_the_exported_adapter(command: Command) -> None:
+    trained("pissa", r=4)
+    assert command("export", "run", "out").code == 0
+    card = Path("out/README.md").read_text()
+    assert json.loads(Path("out/adapter_config.json").read_text())["r"] == 8
+    assert "rank 8" in card
+    assert "pissa" in card.partition("Made from")[2]
+
+
 @pytest.mark.parametrize("names", [("lora",), ("pissa", "rslora"), ("dora",), ("vera",)], ids="+".join)
 def test_export_gives_peft_the_same_logits(names: tuple[str, ...], command: Command) -> None:
     expected = trained(*names, r=4)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorary.cli._export import Export
+from lorary.files.findings import AdapterWarning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,6 +29,24 @@ def adapter_and_base(export: Export) -> tuple[Adapter, PreTrainedModel, ModelSec
     adapter = load_adapter(export.adapter)
     section = find_base(export.adapter, export.base)
     return adapter, skeleton(section, base_class(section, export.adapter, adapter)), section
+
+
+def write_exported_card(folder: Path, adapter: Adapter) -> None:
+    """Write the model card of an export in PEFT's form: of the adapter that is in the folder, made from another one."""
+    import dataclasses
+
+    from lorary.adapters import load_adapter
+    from lorary.adapters.card import write_card
+    from lorary.adapters.content_hash import content_hash
+    from lorary.adapters.provenance import Parent, Provenance
+    from lorary.spec.presets import presets_of
+
+    method = ", ".join(presets_of(adapter.method))
+    made = Provenance("export", (Parent(sha256=content_hash(adapter)),), {"method": method})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AdapterWarning)  # the export has said it
+        written = load_adapter(folder)
+    write_card(folder, dataclasses.replace(written, base=adapter.base, provenance=made))
 
 
 def show_command(command: str) -> None:

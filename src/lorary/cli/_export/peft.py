@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from lorary.cli._export import Export
+from lorary.cli._export.base import write_exported_card
 from lorary.cli._notes import warnings_as_notes
 
 
@@ -12,7 +13,6 @@ def write(export: Export) -> None:
     """Write PEFT's two files and, where the base is given, compare their function with the adapter's."""
     import lorary
     from lorary.adapters import export_peft, load_adapter
-    from lorary.adapters.card import write_card
     from lorary.adapters.resolve import find_base, load_base
     from lorary.analysis.merge_check import logits
     from lorary.cli._comparison_rows import random_rows
@@ -22,7 +22,7 @@ def write(export: Export) -> None:
         value = load_adapter(export.adapter)
         with warnings_as_notes():
             export_peft(value, export.output, folded=folded)
-        write_card(export.output, value)
+        write_exported_card(export.output, value)
         return
     section = find_base(export.adapter, export.base, "float32")
     model = load_base(section, export.adapter, load_adapter(export.adapter), quantized=False)
@@ -33,7 +33,7 @@ def write(export: Export) -> None:
     value = load_adapter(export.adapter, model=model)
     with warnings_as_notes():
         export_peft(value, export.output, model=model, folded=folded)
-    write_card(export.output, value)
+    write_exported_card(export.output, value)
     if value.method.context is not None:  # not stored in PEFT's files
         value.method.context.apply(model).make_permanent()
     lorary.load(model, export.output)
