@@ -58,7 +58,7 @@ def test_the_card_is_that_of_the_exported_adapter(command: Command) -> None:
     assert command("export", "run", "out").code == 0
     card = Path("out/README.md").read_text()
     assert json.loads(Path("out/adapter_config.json").read_text())["r"] == 8
-    assert "rank 8" in card
+    assert "LowRank(r=8)" in card
     assert "pissa" in card.partition("Made from")[2]
 
 
