@@ -12,7 +12,7 @@ from lorary.analysis.weight_search_plot import search_svg, weights_svg
 
 def search(*objectives: float) -> WeightSearch:
     candidates = tuple(Candidate((0.1 * i,), value, value) for i, value in enumerate(objectives))
-    return WeightSearch(lorary.Adapter(lorary.method("bitfit"), (), {}), ("a",), (0.1,), 1.0, candidates)
+    return WeightSearch(lorary.Adapter(lorary.method("bitfit"), (), {}), ("a",), (0.1,), 1.0, candidates, (1.0,))
 
 
 def test_bars_have_their_names_and_numbers() -> None:

@@ -81,9 +81,13 @@ def _print(found: WeightSearch, rows: int, as_json: bool) -> None:
     if as_json:
         print(json.dumps(record(found), indent=2))
         return
-    table = [(name, f"{w:+.4f}") for name, w in zip(found.names, found.weights, strict=True)]
+    rows_of = zip(found.names, found.weights, found.alone, strict=True)
+    table = [(name, f"{w:+.4f}", f"{alone:.4f}") for name, w, alone in rows_of]
     losses = f"loss {found.loss:.4f} on {rows:,} examples, {found.losses[0]:.4f} of the base alone"
     candidates = f"{len(found.losses):,} candidates"
-    print_table("weights found", ("adapter", "weight"), table, [f"{losses}; {candidates}"], stderr=True)
+    print_table("weights found", ("adapter", "weight", "loss alone"), table, [f"{losses}; {candidates}"], stderr=True)
     if not any(found.weights):
         print_notes(["no mixture is better than the base alone: all weights are zero"])
+    elif min(found.alone) <= found.loss:
+        best = found.names[found.alone.index(min(found.alone))]
+        print_notes([f"{best} alone fits the examples no worse than the mixture"])

@@ -226,6 +226,21 @@ def test_adapters_of_a_quantised_base_are_searched_on_it() -> None:
 # --- the search -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("form", ["product", "factor"])
+def test_the_loss_of_each_adapter_alone_is_told(form: str) -> None:
+    adapters, examples = task()
+    found = lorary.lorahub(base(), adapters, examples, form=form, budget=4)
+    for one, alone in zip(adapters.values() if isinstance(adapters, dict) else adapters, found.alone, strict=True):
+        model = lorary.switch(base(), one).eval()
+        losses = []
+        for row in examples:
+            labels = torch.tensor([row["labels"]])
+            with torch.no_grad():
+                mean = model(input_ids=torch.tensor([row["input_ids"]]), labels=labels).loss.item()
+            losses += [mean] * int((labels[:, 1:] != -100).sum())
+        assert alone == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+
+
 def test_a_seed_repeats_it_and_the_model_and_the_global_random_state_stay_as_they_were() -> None:
     adapters, examples = task()
     model = base()

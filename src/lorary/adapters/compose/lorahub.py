@@ -62,6 +62,7 @@ class WeightSearch:
         weights: of the adapters, in their order.
         loss: of the mixture on the examples.
         candidates: everything that was tried, in order; the first is the base alone, with all weights zero.
+        alone: the loss of each adapter alone, with weight 1.
     """
 
     adapter: Adapter
@@ -69,6 +70,7 @@ class WeightSearch:
     weights: tuple[float, ...]
     loss: float
     candidates: tuple[Candidate, ...] = field(repr=False)
+    alone: tuple[float, ...]
 
     @property
     def losses(self) -> tuple[float, ...]:
@@ -77,7 +79,8 @@ class WeightSearch:
 
     def __str__(self) -> str:
         head = f"loss {self.loss:.4f} ({self.losses[0]:.4f} with all weights zero) after {len(self.losses)} candidates"
-        return "\n".join([head, *(f"{w:+.4f}  {name}" for name, w in zip(self.names, self.weights, strict=True))])
+        rows = zip(self.names, self.weights, self.alone, strict=True)
+        return "\n".join([head, *(f"{w:+.4f}  {name} (alone: loss {alone:.4f})" for name, w, alone in rows)])
 
 
 @mode_independent
@@ -154,9 +157,13 @@ def lorahub(
             return tried[-1].objective
 
         minimise(objective, len(terms), bounds, budget, seed)
+        alone = []
+        for i in range(len(terms)):
+            write([float(i == j) for j in range(len(terms))])
+            alone.append(loss())
     settings = {"form": form, "bounds": [*bounds], "l1": l1, "budget": budget, "seed": seed}
     names = [term.name if isinstance(adapters, Mapping) else "" for term in terms]
-    return _result(terms, names, factors, tried, settings)
+    return _result(terms, names, factors, tried, settings, alone)
 
 
 def _result(
@@ -165,6 +172,7 @@ def _result(
     factors: WeightedFactors,
     tried: list[Candidate],
     settings: dict[str, Any],
+    alone: Sequence[float],
 ) -> WeightSearch:
     """The best candidate as an adapter with its provenance; `names` are those that the parents have outside."""
     best = min(tried, key=Candidate.rank)
@@ -172,7 +180,7 @@ def _result(
     hashes = [content_hash(term.adapter) for term in terms]
     parents = map(Parent, names, hashes, best.weights)
     adapter = replace(factors.adapter(best.weights), provenance=Provenance("lorahub", tuple(parents), settings))
-    return WeightSearch(adapter, tuple(t.name for t in terms), best.weights, best.loss, tuple(tried))
+    return WeightSearch(adapter, tuple(t.name for t in terms), best.weights, best.loss, tuple(tried), tuple(alone))
 
 
 @contextmanager

@@ -24,6 +24,7 @@ def record(found: WeightSearch) -> dict[str, Any]:
         "weights": dict(zip(found.names, found.weights, strict=True)),
         "loss": found.loss,
         "loss_of_base": found.losses[0],
+        "alone": dict(zip(found.names, found.alone, strict=True)),
         "tried": candidates,
     }
 
@@ -42,15 +43,19 @@ def page(found: WeightSearch) -> str:
     figures = [
         KeyFigure("Loss", f"{found.loss:.4f}", "of the mixture on the examples"),
         KeyFigure("Base", f"{found.losses[0]:.4f}", "all weights zero"),
+        KeyFigure("Best adapter", f"{min(found.alone):.4f}", "alone, with weight 1"),
         KeyFigure("Candidates", f"{count:,}", "tried without gradients"),
         KeyFigure("Rank", f"{max((a.r for a in found.adapter.sites), default=0):,}", "at most, of a layer"),
     ]
-    parents = [(p.name, f"{p.weight:+.4f}", p.sha256[:16]) for p in provenance.parents]
+    parents = [
+        (p.name, f"{p.weight:+.4f}", f"{alone:.4f}", p.sha256[:16])
+        for p, alone in zip(provenance.parents, found.alone, strict=True)
+    ]
     settings = [(name, setting_text(value)) for name, value in provenance.settings.items()]
     bars = Picture(weights_svg(found.names, found.weights), "A weight below zero takes an adapter's update away.")
     curve = Picture(search_svg(found), f"The objective adds {provenance.settings['l1']:g} times the mean of |w|.")
     sections = [
-        Section("Weights", [bars, Table(("adapter", "weight", "SHA-256"), parents)]),
+        Section("Weights", [bars, Table(("adapter", "weight", "loss alone", "SHA-256"), parents)]),
         Section("Search", [curve]),
         Section("Settings", [Table(("setting", "value"), settings)]),
         versions_section(),
