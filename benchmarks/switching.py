@@ -221,8 +221,7 @@ def main() -> None:
                 f"{what}, MiB", str(count), *(f"{row[what][library] / MiB:.1f}" for library in ("lorary", "PEFT")), "-"
             )
     Console().print(table)
-    arguments.layers = min(arguments.layers, 2)
-    small = llama(arguments)
+    small = llama(argparse.Namespace(**vars(arguments) | {"layers": min(arguments.layers, 2)}))
     ways = {"as they are": None, "padded to rank 32": 32}
     counted = {way: compiled(small, 8, 40, rank) for way, rank in ways.items()}
     Console().print(counted)
