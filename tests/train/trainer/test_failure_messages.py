@@ -162,7 +162,21 @@ def test_a_file_that_may_not_grow_stops_the_run_likewise(tmp_path: Path) -> None
 
 
 def _limit(more: int) -> None:
-    """This process may take so many bytes more than it has."""
+    """This process may take so many bytes more than it has.
+
+    What earlier tests have left free on the heap is occupied first: the allocator would serve large tensors from it.
+    """
+    malloc = ctypes.CDLL(None).malloc
+    malloc.argtypes, malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+    _allow(0)
+    size = 1024 * MIB
+    while size >= MIB:
+        if malloc(size) is None:
+            size //= 2
+    _allow(more)
+
+
+def _allow(more: int) -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more, hard))
@@ -170,13 +184,13 @@ def _limit(more: int) -> None:
 
 @linux
 def test_a_run_without_memory_says_what_would_take_less(words: dict[str, Any], tmp_path: Path) -> None:
-    """The third step needs several times 41 MB for its attention, and 4 are there: the allocator refuses."""
+    """The third step needs several times 41 MB for its attention, and 32 are there: the allocator refuses."""
     text = "hello world " * 2000
     Path("long.jsonl").write_text(f'{{"text": "{text}"}}\n' * 12)
     config = words | {"data": {"train": "long.jsonl", "max_length": 800, "overlong": "truncate"}}
     config = changed(config, "training", eval_steps=None, save_steps=1)
     config |= {"model": {"id": words["model"], "attn_implementation": "eager"}}
-    status, (code, said) = forked(lambda: _command(config, callbacks=[At(2, lambda: _limit(4 * MIB))]))
+    status, (code, said) = forked(lambda: _command(config, callbacks=[At(2, lambda: _limit(32 * MIB))]))
     assert status == 0
     assert code == 1
     lines = said.splitlines()
@@ -203,7 +217,7 @@ def test_an_evaluation_without_memory_names_its_own_batch_size(tmp_path: Path) -
         words = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 64}
         long = type(rows()).from_list([{"input_ids": [5] * 1000, "labels": [5] * 1000}] * 64)
         t = sft(tmp_path, held_out=long, activation_checkpointing=True, **words)
-        t.add_callback(At(2, lambda: _limit(4 * MIB)))
+        t.add_callback(At(2, lambda: _limit(32 * MIB)))
         with pytest.raises(TrainingError) as caught:
             t.train()
         return str(caught.value)
