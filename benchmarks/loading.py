@@ -26,8 +26,8 @@ from cases import MiB, machine, new_table
 WAYS = ("straight", "in full, then packed", "bitsandbytes", "as bitsandbytes saved it")
 
 
-def write(folder: Path, dtype: str, width: int, layers: int) -> None:
-    """A checkpoint with shards of at most 100 MB."""
+def write(folder: Path, dtype: str, width: int, layers: int, shard: str = "100MB") -> None:
+    """A checkpoint of random values in files of at most this size."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -40,7 +40,7 @@ def write(folder: Path, dtype: str, width: int, layers: int) -> None:
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.02, generator=generator)
-    model.save_pretrained(folder, max_shard_size="100MB")
+    model.save_pretrained(folder, max_shard_size=shard)
 
 
 def load(way: str, folder: str, dtype: str) -> Any:

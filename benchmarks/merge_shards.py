@@ -23,29 +23,21 @@ from rich.console import Console
 
 from cases import MiB, machine, new_table
 from loading import resident
+from loading import write as write_base
 
 WAYS = ("file by file", "in memory")
 
 
 def write(folder: Path, width: int, layers: int, shard: str) -> None:
     """A base with files of at most this size, and an adapter on it with random values."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     import lorary
 
-    config = LlamaConfig(
-        vocab_size=32_000, hidden_size=width, intermediate_size=11 * width // 4, num_hidden_layers=layers,
-        num_attention_heads=width // 64, num_key_value_heads=width // 64,
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.02, generator=generator)
-    model.save_pretrained(folder / "base", max_shard_size=shard)
+    write_base(folder / "base", "bfloat16", width, layers, shard)
     model = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
     lorary.attach(model, lorary.plan(model, lorary.method("lora", r=8)))
+    generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data.normal_(0, 0.02, generator=generator)

@@ -43,6 +43,20 @@ def base(model_type: str, folder: Path, **changes: Any) -> Any:
     return model
 
 
+def prepared(base: Path, methods: tuple[str, ...], folder: Path, **options: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """The model in `base`, an adapter of it, which is saved in `folder`, and what a client must compute with both."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import lorary
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    adapted(model, methods, folder, **options)
+    want = expected(model)
+    adapter = lorary.Adapter.of(model)
+    return lorary.detach(model), adapter, want
+
+
 def adapted(model: Any, methods: tuple[str, ...], folder: Path, **options: Any) -> None:
     """Attach an adapter of a method to a model, with numbers in every trained tensor, and save it in `folder`."""
     import torch

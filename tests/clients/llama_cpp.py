@@ -130,18 +130,10 @@ def _adapted(
     options: dict[str, Any],
     dtype: str = "float32",
 ) -> dict[str, Any]:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    import lorary
     from lorary.adapters.export.gguf import export_gguf, rope_arguments
 
-    model = AutoModelForCausalLM.from_pretrained(folder / model_type / "base", dtype=torch.float32)
     here = folder / model_type / title.replace(" ", "-")
-    cases.adapted(model, methods, here / "adapter", **options)
-    want = cases.expected(model)
-    adapter = lorary.Adapter.of(model)
-    lorary.detach(model)
+    model, adapter, want = cases.prepared(folder / model_type / "base", methods, here / "adapter", **options)
     export_gguf(adapter, here / "gguf", model=model, dtype=dtype)
     path = str((here / "gguf" / "adapter.gguf").relative_to(folder))
     rope = rope_arguments(adapter)

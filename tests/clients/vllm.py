@@ -60,18 +60,10 @@ def _cases(folder: Path, model_type: str) -> Iterator[dict[str, Any]]:
 def _adapted(
     folder: Path, model_type: str, title: str, methods: tuple[str, ...], options: dict[str, Any]
 ) -> dict[str, Any]:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    import lorary
     from lorary.adapters.export.engines import export_for_engine
 
-    model = AutoModelForCausalLM.from_pretrained(folder / model_type / "base", dtype=torch.float32)
     here = folder / model_type / title.replace(" ", "-")
-    cases.adapted(model, methods, here / "adapter", **options)
-    want = cases.expected(model)
-    adapter = lorary.Adapter.of(model)
-    lorary.detach(model)
+    model, adapter, want = cases.prepared(folder / model_type / "base", methods, here / "adapter", **options)
     command = export_for_engine(adapter, here / "vllm", "vllm", model=model)
     said = dict(itertools.pairwise(command))
     engine = {"rank": int(said["--max-lora-rank"]), "overrides": said.get("--hf-overrides", "")}

@@ -64,8 +64,8 @@ class NamedAdapters(MutableMapping[str, Adapter]):
     def rank(self) -> int | None:
         """None, or the rank at which a switch to adapters that do not train attaches their sum, padded with zeros.
 
-        Adapters of any methods, ranks and sites then have the same tensors, of which none changes its shape, and a
-        compiled model is not compiled again. A sum of a larger rank, or one that is no LoRA, is attached as it is.
+        Adapters of any methods, ranks and sites then have tensors of the same shapes, and a compiled model is not
+        compiled again. A sum of a larger rank, or one that is not a LoRA, is attached as it is.
         """
         return padded_rank(self._model)
 

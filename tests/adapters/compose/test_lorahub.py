@@ -471,7 +471,7 @@ EXAMPLES: list[tuple[Any, str]] = [
     ("data.jsonl", "examples: is a str"),
     (["text"], "example 0: is a str"),
     ([{"input_ids": [1, 2]}], "example 0: has no labels"),
-    ([{"text": "x"}], "example 0: `text` is no tensor, nor numbers of one.*\n.*\n.*example 0: has no labels"),
+    ([{"text": "x"}], "example 0: `text` is neither a tensor nor a list of numbers.*\n.*\n.*example 0: has no labels"),
     (torch.ones(2, 3), "examples: is a Tensor"),
     (7, "examples: is a int"),
     ([{"input_ids": [], "labels": []}], r"example 0: input_ids are \(0,\) of torch.float32, not a row of token ids"),

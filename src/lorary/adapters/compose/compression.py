@@ -137,7 +137,7 @@ class Compression:
 
 @dataclass(frozen=True)
 class Spectra:
-    """The singular value decompositions of an adapter's updates, of which any truncation is a part.
+    """The singular value decompositions of an adapter's updates, which every truncation shares.
 
     Args:
         adapter: whose they are.

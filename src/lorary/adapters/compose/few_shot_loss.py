@@ -88,7 +88,7 @@ def _batches(examples: Any) -> list[Batch]:
             try:
                 found[-1][str(name)] = torch.as_tensor(value)
             except (TypeError, ValueError, RuntimeError):
-                problems.append(Diagnostic(f"example {i}", f"`{name}` is no tensor, nor numbers of one", _FIX))
+                problems.append(Diagnostic(f"example {i}", f"`{name}` is neither a tensor nor a list of numbers", _FIX))
         if "labels" not in example:
             problems.append(Diagnostic(f"example {i}", "has no labels", _FIX))
     if not found and not problems:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lorary.errors import Diagnostic, LoraryError
 
-_WORST = 1e30  # in the place of a value that is not finite, of which CMA-ES cannot take a mean
+_WORST = 1e30  # replaces NaN and infinity, of which CMA-ES would take the mean
 _SPREAD = 6.0  # the first standard deviation is the width of the bounds over this: they are 3 of them from the middle
 
 

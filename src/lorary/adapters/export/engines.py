@@ -55,7 +55,7 @@ class Engine:
         command: (base, name, path, configuration, RoPE parameters) -> the command that serves an adapter, which ends
             with `name=path`.
         scales_rope: whether the command can say which RoPE scaling the base needs.
-        groups: projections that it fuses, of which it takes adapters of all or of none.
+        groups: fused projections; an adapter must adapt all or none of them.
     """
 
     title: str
