@@ -1,0 +1,1 @@
+"""Serving: thousands of adapters from one base. Knows nothing of `train` and `cli`."""
