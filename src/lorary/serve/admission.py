@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from lorary.errors import Diagnostic, StateError
-from lorary.serve.policy import Decision, Pending, Policy, Snapshot, decide
+from lorary.serve.pending import Pending, Waiting
+from lorary.serve.policy import Decision, Policy, Snapshot, decide
 from lorary.serve.shares import Shares
 
 
@@ -36,12 +37,13 @@ class Admission:
 
     Args:
         policy: the settings.
+        choose: the policy itself.
     """
 
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+    def __init__(self, policy: Policy, choose: Callable[[Snapshot, Policy], Decision] = decide) -> None:
+        self.policy, self._choose = policy, choose
         self.shares = Shares(policy)
-        self.waiting: dict[str, Pending] = {}
+        self.waiting = Waiting()
         self._running: dict[str, _Running] = {}
         self._users: dict[str, int] = {}  # uid -> requests in the batch
         self._since: dict[str, float] = {}
@@ -51,6 +53,10 @@ class Admission:
     def running(self) -> tuple[str, ...]:
         """The ids in the batch, in order of admission."""
         return tuple(self._running)
+
+    @property
+    def _full(self) -> bool:
+        return len(self._running) >= self.policy.max_running
 
     @property
     def in_batch(self) -> Mapping[str, int]:
@@ -63,15 +69,18 @@ class Admission:
         Raises:
             StateError: its id is taken.
         """
-        if request.id in self.waiting or request.id in self._running:
+        if request.id in self._running:
             raise StateError("cannot queue the request:", [Diagnostic(request.id, "the id is taken")])
+        self.waiting.add(request)
         self.shares.enter(request.tenant)
-        self.waiting[request.id] = request
-        self.changed()
+        if self._full:
+            self._until = min(self._until, math.inf if request.deadline is None else request.deadline)
+        else:
+            self.changed()
 
     def remove(self, id: str) -> None:
         """A request has ended, or is cancelled; unknown ids are ignored."""
-        if (request := self.waiting.pop(id, None)) is None:
+        if (request := self.waiting.pop(id)) is None:
             if (running := self._running.pop(id, None)) is None:
                 return
             request = running.request
@@ -109,7 +118,7 @@ class Admission:
         """The policy's decision, carried out on the queue: see `Snapshot` for the arguments."""
         snapshot = Snapshot(
             now,
-            list(self.waiting.values()),
+            self.waiting,
             [running.rest() for running in self._running.values()],
             resident or {},
             sizes or {},
@@ -118,9 +127,10 @@ class Admission:
             self._since,
             pinned,
         )
-        decision = decide(snapshot, self.policy)
+        decision = self._choose(snapshot, self.policy)
         for id in decision.admit:
             request = self.waiting.pop(id)
+            assert request is not None  # the policy admits what waits
             self._running[id] = _Running(request)
             for uid in request.adapters:
                 self._users[uid] = self._users.get(uid, 0) + 1
