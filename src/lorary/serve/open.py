@@ -33,15 +33,12 @@ def open_engine(
         >>> engine = open_engine("builtin:base", {"summaries": "out/"})
         >>> engine.start()
     """
-    from transformers import AutoTokenizer
-
-    from lorary.model.loading.from_pretrained import load_model
+    from lorary.model.loading.from_pretrained import load_model, load_tokenizer
     from lorary.model.loading.source import ModelSection
 
     section = ModelSection.of(base, dtype=dtype)
     model: Any = load_model(section)
-    tokenizer = AutoTokenizer.from_pretrained(str(section.path))
-    engine = engine_of(model, tokenizer, base)
+    engine = engine_of(model, load_tokenizer(section), base)
     for name, folder in (adapters or {}).items():
         engine.load(name, str(folder))
     return engine
