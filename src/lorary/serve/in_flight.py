@@ -7,6 +7,7 @@ import time
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from lorary.serve.policy import Pending
 from lorary.serve.request import Deliver, Event, Finished, FinishReason, Request, Token
 from lorary.serve.runner import Row
 from lorary.serve.sampler import Drawn, Sampler
@@ -37,18 +38,30 @@ class InFlight:
         self._text = TextStream(tokenizer, request.prompt, request.sampling.stop)
 
     @property
-    def uids(self) -> tuple[str, ...]:
-        """The adapters, sorted; empty while one is not loaded."""
-        return tuple(sorted(loan.uid for loan in self.loans))
-
-    @property
     def done(self) -> bool:
         return self._deliver is None
 
     @property
-    def tokens_left(self) -> int:
-        """Tokens to compute and to generate, at most."""
-        return self.limit - self.generated + (0 if self.generated else len(self.request.prompt))
+    def ready(self) -> bool:
+        """Whether its adapters are in memory, or have failed."""
+        return all(loan.ready for loan in self.loans)
+
+    @property
+    def errors(self) -> list[str]:
+        """Why its adapters cannot be used."""
+        return [loan.error for loan in self.loans if loan.error]
+
+    @property
+    def begin_by(self) -> float | None:
+        """The time by which it must have begun."""
+        return None if self.request.deadline is None else self.arrived + self.request.deadline
+
+    @property
+    def pending(self) -> Pending:
+        """The request for the scheduling policy, once it is ready."""
+        request, prompt = self.request, len(self.request.prompt)
+        uids = tuple(sorted({loan.uid for loan in self.loans}))
+        return Pending(request.id, uids, request.tenant, self.arrived, self.begin_by, prompt + self.limit, prompt)
 
     def take(self, drawn: Drawn, ends: Collection[int]) -> None:
         """Accept the next token; `done` afterwards if it is the last.
@@ -81,8 +94,8 @@ class InFlight:
         self._send(Finished(reason, text, prompt, cached, self.generated, error, self._text.stop))
         self._deliver = None
         for loan in self.loans:
+            loan.release()
             loan.end()
-        self.loans.clear()
 
     def _send(self, event: Event) -> None:
         assert self._deliver is not None

@@ -96,7 +96,9 @@ def _sampled(scores: Tensor, samplers: Sequence[Sampler]) -> Tensor:
         scores = scores.masked_fill(torch.arange(scores.shape[-1], device=scores.device) >= most, -torch.inf)
         probabilities = scores.softmax(-1)
         before = probabilities.cumsum(-1) - probabilities  # of the likelier ones: the likeliest is always kept
-        scores = scores.masked_fill(before >= column([one.top_p if one.top_p < 1 else 2.0 for one in settings]), -torch.inf)
+        scores = scores.masked_fill(
+            before >= column([one.top_p if one.top_p < 1 else 2.0 for one in settings]), -torch.inf
+        )
     total = scores.softmax(-1).nan_to_num().cumsum(-1)
     uniform = column([sampler.random.random() for sampler in samplers])
     places = torch.searchsorted(total, uniform * total[:, -1:], right=True)

@@ -6,8 +6,8 @@ import dataclasses
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 from lorary.adapters.save_load import load_adapter
 from lorary.errors import Diagnostic, FileError, did_you_mean
@@ -31,12 +31,20 @@ class Loan(Protocol):
     uid: str
     bytes: int
 
-    def bring(self) -> ServingForm:
-        """Its form with tensors beside the base; they stay there until the loan ends. In the engine's thread only."""
+    def bring(self) -> ServingForm | None:
+        """Its form with tensors beside the base, until `release`; None if there is no room now. In the engine's thread.
+
+        Raises:
+            LoraryError: there will never be room.
+        """
+        ...
+
+    def release(self) -> None:
+        """The batch needs its tensors no longer; nothing happens if they were not brought. In the engine's thread."""
         ...
 
     def end(self) -> None:
-        """Give it back."""
+        """Give it back; `release` comes before."""
         ...
 
 
@@ -68,9 +76,26 @@ class Store(Protocol):
         """All adapters that requests may name, by name."""
         ...
 
+    def memory(self) -> Memory:
+        """What the scheduling policy must know of memory. In the engine's thread."""
+        ...
+
+    def statistics(self) -> dict[str, Any]:
+        """Figures of this moment: see `lorary.serve.statistics`."""
+        ...
+
     def close(self) -> None:
         """End what it does in the background."""
         ...
+
+
+class Memory(NamedTuple):
+    """Memory beside the base, as in `lorary.serve.policy.Snapshot`."""
+
+    free: int = 0
+    resident: Mapping[str, int] = {}
+    sizes: Mapping[str, int] = {}
+    pinned: frozenset[str] = frozenset()
 
 
 class _Lent:
@@ -79,8 +104,11 @@ class _Lent:
     def __init__(self, form: ServingForm) -> None:
         self._form, self.uid, self.bytes = form, form.uid, 0
 
-    def bring(self) -> ServingForm:
+    def bring(self) -> ServingForm | None:
         return self._form
+
+    def release(self) -> None:
+        pass
 
     def end(self) -> None:
         pass
@@ -126,14 +154,21 @@ class AllInMemory:
         with self._lock:
             return sorted(self._cards.values(), key=lambda card: card.name)
 
+    def memory(self) -> Memory:
+        with self._lock:
+            return Memory(sizes={form.uid: 0 for form in self._forms.values()})
+
+    def statistics(self) -> dict[str, Any]:
+        return {}
+
     def close(self) -> None:
         pass
 
 
 def _beside(form: ServingForm, device: Any) -> ServingForm:
     """The form with its tensors on the base's device."""
-    from torch.utils._pytree import tree_map_only  # placeholder until the pool places them
     from torch import Tensor
+    from torch.utils._pytree import tree_map_only  # placeholder until the pool places them
 
     def moved(tree: Any) -> Any:
         return tree_map_only(Tensor, lambda t: t.to(device), tree)
