@@ -55,6 +55,7 @@ def engine_of(model: Any, tokenizer: Any, name: str) -> Engine:
     from lorary.serve.batching import BatchingEngine
     from lorary.serve.continuous import PagedRunner
     from lorary.serve.layers import ServedLayers
+    from lorary.serve.policy import Policy
     from lorary.serve.store import AllInMemory
 
     layers = ServedLayers(model)
@@ -66,6 +67,7 @@ def engine_of(model: Any, tokenizer: Any, name: str) -> Engine:
         runner,
         layers,
         AllInMemory(model),
+        Policy(max_running=runner.most_rows),
         ends={ends} if isinstance(ends, int) else set(ends or ()),
         max_context=max_context(text_config(model)),
     )
