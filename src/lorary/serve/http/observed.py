@@ -37,6 +37,7 @@ class Observed:
 
     Attributes:
         metrics: the instruments.
+        tokens: generated since the start.
         first_tokens: seconds to the first token of the newest requests.
         changed: Unix time at which a request last came, began or ended.
     """
@@ -45,6 +46,7 @@ class Observed:
         self._engine = engine
         self.tokenizer, self.name, self.max_context = engine.tokenizer, engine.name, engine.max_context
         self._in_flight: dict[str, InFlight] = {}
+        self.tokens = 0
         self.first_tokens: deque[float] = deque(maxlen=100)
         self.changed = time.time()
         self.metrics = Metrics(self)
@@ -105,13 +107,17 @@ class Observed:
             else:
                 metrics.between_tokens.observe(now - flight.last)
             flight.last, flight.tokens = now, flight.tokens + 1
-            metrics.new_tokens.inc()
+            self._count(1)
         else:
             self._in_flight.pop(id, None)
             self.changed = time.time()
             metrics.end_to_end.observe(now - flight.arrived)
             metrics.prompt_tokens.inc(event.prompt_tokens)
             # an end-of-sequence token is generated and not delivered
-            metrics.new_tokens.inc(max(0, event.generated_tokens - flight.tokens))
+            self._count(max(0, event.generated_tokens - flight.tokens))
             metrics.finished(event.reason)
         deliver(event)
+
+    def _count(self, tokens: int) -> None:
+        self.tokens += tokens
+        self.metrics.new_tokens.inc(tokens)
