@@ -80,6 +80,9 @@ class Observed:
     def adapters(self) -> list[AdapterCard]:
         return self._engine.adapters()
 
+    def adapter(self, name: str) -> AdapterCard:
+        return self._engine.adapter(name)
+
     def why_dead(self) -> str | None:
         return self._engine.why_dead()
 
