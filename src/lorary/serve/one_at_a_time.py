@@ -14,7 +14,8 @@ from lorary.adapters.compose.mix import mix
 from lorary.adapters.content_hash import content_hash
 from lorary.adapters.save_load import load_adapter
 from lorary.adapters.switch import switch
-from lorary.errors import Diagnostic, FileError, did_you_mean
+from lorary.errors import Diagnostic, FileError, suggestion
+from lorary.files.strict_json import show
 from lorary.layers.rope import max_context, text_config
 from lorary.serve.engine import AdapterCard, BusyError, RequestError, UnknownAdapterError
 from lorary.serve.request import Deliver, Finished, FinishReason, Request, Token
@@ -49,9 +50,7 @@ class OneAtATime:
 
     def submit(self, request: Request, deliver: Deliver) -> None:
         for name in request.adapters:
-            if name not in self._adapters:
-                what = f"no adapter has the name {name!r}"
-                raise UnknownAdapterError("", [Diagnostic("", what, did_you_mean(name, self._adapters))])
+            self.adapter(name)
         if self.max_context is not None and len(request.prompt) >= self.max_context:
             what = f"the prompt has {len(request.prompt)} tokens, and the context is {self.max_context}"
             raise RequestError("", [Diagnostic("prompt", what)])
@@ -74,12 +73,17 @@ class OneAtATime:
         return card
 
     def unload(self, name: str) -> None:
-        if self._adapters.pop(name, None) is None:
-            raise UnknownAdapterError("", [Diagnostic(name, "no adapter has this name")])
-        del self._cards[name]
+        self.adapter(name)
+        del self._cards[name], self._adapters[name]
 
     def adapters(self) -> list[AdapterCard]:
         return sorted(self._cards.values(), key=lambda card: card.name)
+
+    def adapter(self, name: str) -> AdapterCard:
+        if name not in self._cards:
+            what = f"no adapter has the name {show(name)}"
+            raise UnknownAdapterError("", [Diagnostic("", what, suggestion(name, self._cards))])
+        return self._cards[name]
 
     def why_dead(self) -> str | None:
         return None
