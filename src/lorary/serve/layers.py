@@ -109,7 +109,7 @@ class ServedLayers:
         axes = self._axes  # before the first forward is replaced: a copy of the model could not run with it
         path = self._paths[module]
         self._covered[module] = covered = Covered(path, module, axes.get(path) if path in axes else -1)
-        module.forward = forward_of(self, covered)  # type: ignore[method-assign]
+        module.forward = forward_of(self, covered)
 
     def _site_problems(self, path: str, site: SiteForm) -> list[Diagnostic]:
         module = self._modules.get(path)

@@ -47,7 +47,7 @@ class Covered:
         if self.own is None:
             del module.forward
         else:
-            module.forward = self.own  # type: ignore[method-assign]
+            module.forward = self.own
 
 
 def forward_of(served: Served, covered: Covered) -> Forward:
@@ -204,7 +204,8 @@ def _rows_first(x: Tensor, axis: int) -> Tensor:
 
 
 def _rows_back(rows: Tensor, like: Tensor, axis: int) -> Tensor:
-    return rows.unflatten(0, (len(like), -1)).movedim(1, axis)
+    batched: Tensor = rows.unflatten(0, (len(like), -1))
+    return batched.movedim(1, axis)
 
 
 def _rotary(served: Served, covered: Covered, step: Step, y: Any, args: Any, kwargs: Any) -> Any:

@@ -24,8 +24,8 @@ from lorary.serve.serving_form import ServingForm, SiteForm
 
 SOURCE = Path(__file__).with_name("rows.c")
 # sums may be reordered, which vectorises them; infinities and NaN stay what they are
-OPTIONS = ("-O3", "-std=c11", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-fno-trapping-math")
-OPTIONS += ("-fno-signed-zeros", "-fassociative-math")
+_REORDERED = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")
+OPTIONS = ("-O3", "-std=c11", "-fPIC", "-shared", "-pthread", *_REORDERED)
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 SHORT = 16  # rows of a segment at most, for compiled code to be faster than matrix products
 
@@ -67,7 +67,7 @@ class Native:
 
 def structs(pieces: Sequence[Sequence[float]]) -> Any:
     """Pieces (slot, start, stop, weight) as `Native.add_rows` takes them."""
-    return (PieceStruct * len(pieces))(*pieces)
+    return (PieceStruct * len(pieces))(*(PieceStruct(*piece) for piece in pieces))
 
 
 def add_terms(y: Tensor, x: Tensor, form: SiteForm, weight: float = 1.0) -> None:
@@ -114,9 +114,9 @@ def _matches(library: Native, dtype: torch.dtype, transposed: bool) -> bool:
     inp, out, forms = 45, 67, []
     for rank in (5, 3, 0, 17):
         B = numbers(rank, out).T if transposed else numbers(out, rank)
-        vectors = {"d": numbers(rank), "b": numbers(out)} if rank == 3 else {}
-        own = {"gain": numbers(out).float(), "shift": numbers(out) + 1} if rank in (0, 5) else {}
-        forms.append(ServingForm(str(rank), {"layer": SiteForm(A=numbers(rank, inp), B=B, **vectors, **own)}))
+        gain, shift = (numbers(out).float(), numbers(out) + 1) if rank in (0, 5) else (None, None)
+        d, b = (numbers(rank), numbers(out)) if rank == 3 else (None, None)
+        forms.append(ServingForm(str(rank), {"layer": SiteForm(numbers(rank, inp), B, gain, shift, d, b)}))
     table = AdapterTable({"another": dtype, "layer": dtype}, torch.device("cpu"))
     for form in forms:
         table.add(form)
