@@ -10,6 +10,7 @@ from fastapi import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lorary.serve.http.errors import ApiError
+from lorary.serve.http.page import page
 from lorary.serve.http.settings import Settings
 
 OPEN = "/health"
@@ -43,7 +44,9 @@ class Keys:
             if caller is None:
                 headers = {"WWW-Authenticate": "Bearer"}
                 error = ApiError(401, "a valid key is needed: Authorization: Bearer KEY", headers=headers)
-                await error.response()(scope, receive, send)
+                asks_for_page = (scope["method"], scope["path"]) == ("GET", "/")
+                answer = page(401) if asks_for_page else error.response()
+                await answer(scope, receive, send)
                 return
             scope.setdefault("state", {})["caller"] = caller
         await self.app(scope, receive, send)

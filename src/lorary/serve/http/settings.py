@@ -15,7 +15,7 @@ class Settings:
 
     Args:
         keys: key -> the tenant whose key it is. Without any key, the server asks for none.
-        admin_keys: keys that may also load and unload adapters, and see metrics.
+        admin_keys: keys that may also load and unload adapters.
         root: the folder below which adapters may be loaded at run time; None for no loading at all.
         body_bytes: of a request at most.
         body_seconds: for the arrival of a request at most, headers and body.
