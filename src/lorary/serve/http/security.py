@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from fastapi import Request, Response
+from fastapi import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lorary.serve.http.errors import ApiError
+from lorary.serve.http.page import page
 from lorary.serve.http.settings import Settings
 
 OPEN = "/health"
@@ -36,11 +36,9 @@ class Keys:
     Args:
         app: the application.
         settings: with the keys.
-        pages: path -> the page that answers a browser without a key with 401, and asks its reader for one.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, pages: Mapping[str, Callable[[], Response]] = {}) -> None:
-        self.pages = pages
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app, self.guarded, self.local = app, settings.guarded, settings.local
         callers = {key: Caller(tenant) for key, tenant in settings.keys.items()}
         callers |= {key: Caller("admin", admin=True) for key in settings.admin_keys}
@@ -51,8 +49,9 @@ class Keys:
             try:
                 scope.setdefault("state", {})["caller"] = self._caller(scope)
             except ApiError as error:
-                page = self.pages.get(scope["path"]) if error.status == 401 and scope["method"] == "GET" else None
-                await (page() if page else error.response())(scope, receive, send)
+                asks_for_page = (error.status, scope["method"], scope["path"]) == (401, "GET", "/")
+                answer = page(401) if asks_for_page else error.response()
+                await answer(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
