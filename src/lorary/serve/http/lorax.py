@@ -7,20 +7,19 @@ which the last carries the whole text; no `[DONE]` follows.
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator
 from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter
 from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, Response
-from fastapi.routing import APIRoute
 from pydantic import Field
 
 from lorary import __version__
 from lorary.serve.engine import AdapterCard, Engine
 from lorary.serve.http.bodies import Body, Name, check_body, read_json
-from lorary.serve.http.errors import ApiError, api_error
-from lorary.serve.http.generation import start
+from lorary.serve.http.continuation import Continuation, start
+from lorary.serve.http.errors import ApiError, shaped_errors
 from lorary.serve.http.models import adapters_of
 from lorary.serve.http.openai_bodies import Stops, Unsupported
 from lorary.serve.http.prompts import chat_prompt, text_prompt
@@ -94,6 +93,18 @@ class Parameters(Body):
         meant = self.do_sample or self.temperature != 1.0 or self.top_k is not None or self.top_p < 1.0
         return meant and self.temperature > 0
 
+    def sampling(self) -> Sampling:
+        """How tokens are drawn. A draw has a seed in any case: the details report it."""
+        return Sampling(
+            temperature=self.temperature if self.samples else 0.0,
+            top_p=self.top_p,
+            top_k=self.top_k or 0,
+            seed=secrets.randbits(63) if self.seed is None and self.samples else self.seed,
+            stop=self.stop,
+            logprobs=self.return_k_alternatives or 0,
+            ignore_eos=self.ignore_eos_token,
+        )
+
     def adapters(self) -> tuple[str, dict[str, float]]:
         """(the one adapter, or the merged ones with their weights)."""
         merged = self.merged_adapters
@@ -112,45 +123,11 @@ class Generate(Body):
     parameters: Parameters = Parameters()
     stream: bool = False
 
-    # what `start` asks of a body
-    n: ClassVar[int] = 1
-    deadline: ClassVar[None] = None
-    logit_bias: ClassVar[Mapping[str, float]] = {}
 
-    def sampling(self, max_tokens: int, logprobs: int | None, choice: int = 0) -> Sampling:
-        p = self.parameters
-        return Sampling(
-            max_tokens=max_tokens,
-            temperature=p.temperature if p.samples else 0.0,
-            top_p=p.top_p,
-            top_k=p.top_k or 0,
-            seed=secrets.randbits(63) if p.seed is None and p.samples else p.seed,  # the details report it
-            stop=p.stop,
-            logprobs=logprobs,
-            ignore_eos=p.ignore_eos_token,
-        )
-
-
-class LoraxRoute(APIRoute):
-    """A route whose errors have LoRAX's shape."""
-
-    def get_route_handler(self) -> Callable[[HTTPRequest], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def handled(http: HTTPRequest) -> Response:
-            try:
-                return await handle(http)
-            except Exception as error:
-                return error_response(error)
-
-        return handled
-
-
-def error_response(error: Exception) -> Response:
+def error_response(error: ApiError) -> Response:
     """The error in LoRAX's shape."""
-    known = api_error(error)
-    status, _ = _ERRORS.get(known.status, (known.status, ""))
-    return JSONResponse(_error(known), status, known.headers)
+    status, _ = _ERRORS.get(error.status, (error.status, ""))
+    return JSONResponse(_error(error), status, error.headers)
 
 
 def _error(error: ApiError) -> dict[str, str]:
@@ -159,7 +136,7 @@ def _error(error: ApiError) -> dict[str, str]:
 
 def lorax_router(engine: Engine, settings: Settings) -> APIRouter:
     """The routes / (POST), /generate_stream and /info; /generate is in `lorary.serve.http.generate`."""
-    router = APIRouter(route_class=LoraxRoute)
+    router = APIRouter(route_class=shaped_errors(error_response))
 
     @router.post("/")
     async def compatible(http: HTTPRequest) -> Response:
@@ -200,18 +177,16 @@ async def respond(
     p = body.parameters
     name, merged = p.adapters()
 
-    def prompts(cards: list[AdapterCard]) -> list[tuple[int, ...]]:
+    def prompt(cards: list[AdapterCard]) -> tuple[int, ...]:
         if p.apply_chat_template:
-            row = chat_prompt(engine, cards, [{"role": "user", "content": body.inputs}], "inputs")
+            tokens = chat_prompt(engine, cards, [{"role": "user", "content": body.inputs}], "inputs")
         else:
-            row = text_prompt(engine, body.inputs, "inputs")
-        return [row[-p.truncate :] if p.truncate else row]
+            tokens = text_prompt(engine, body.inputs, "inputs")
+        return tokens[-p.truncate :] if p.truncate else tokens
 
     adapters = adapters_of(engine, settings, name or engine.name, merged, "")
-    most = p.max_new_tokens
-    running = await start(
-        engine, settings, http, body, adapters, prompts, most, p.return_k_alternatives or 0, field="max_new_tokens"
-    )
+    one = Continuation(prompt, adapters, p.sampling(), p.max_new_tokens)
+    running = await start(engine, settings, http, [one], "max_new_tokens")
     shape = _Shape(engine.tokenizer, body, running.requests[0].sampling)
     if body.stream if stream is None else stream:
         return EventStream(running, shape.events(running))
@@ -266,10 +241,10 @@ class _Shape:
         rest = finished.text + (finished.stop or "")
         if token is not None and is_held:
             return self._token(token) | {"text": token.text + rest}
-        eos = self.tokenizer.eos_token_id
-        ended = _reason(finished) == "eos_token" or token is None
-        last = self._token(Token(eos if eos is not None else -1, "", 0.0) if ended else token)
-        return last | {"text": rest or (self.tokenizer.eos_token or ""), "special": not rest}
+        if token is None or _reason(finished) == "eos_token":
+            eos = self.tokenizer.eos_token_id
+            token = Token(-1 if eos is None else eos, "", 0.0)
+        return self._token(token) | {"text": rest or (self.tokenizer.eos_token or ""), "special": not rest}
 
     def _text(self, text: str, finished: Finished) -> str:
         prompt = self.body.inputs if self.body.parameters.return_full_text else ""
