@@ -67,6 +67,7 @@ async def _respond(http: Request, running: Running, body: Generation, interface:
 async def _events(running: Running, body: Generation, envelope: Envelope) -> AsyncIterator[str]:
     """The chunks of a stream, in the order in which the tokens come."""
     interface, with_usage = envelope.interface, body.include_usage
+    every_token = any(request.sampling.logprobs is not None for request in running.requests)
 
     def chunk(choice: dict[str, Any]) -> str:
         return sse(envelope.chunk([choice], with_usage=with_usage))
@@ -84,7 +85,7 @@ async def _events(running: Running, body: Generation, envelope: Envelope) -> Asy
                 if event.text:
                     yield chunk(interface.piece(index, event.text, (), None))
                 yield chunk(interface.piece(index, "", (), event.reason))
-            elif event.text or event.logprob is not None:
+            elif event.text or every_token:
                 yield chunk(interface.piece(index, event.text, (event,), None))
     except ApiError as error:  # the status is sent already
         yield errors.event(error)
