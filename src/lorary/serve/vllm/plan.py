@@ -72,7 +72,6 @@ class VllmAdapter:
         source: its folder.
         folder: what vLLM reads: `source`, or its converted form.
         rank: its rank there.
-        method: its method, as printed.
         rope: the base's `rope_parameters` that it needs; empty for the base's own.
     """
 
@@ -80,7 +79,6 @@ class VllmAdapter:
     source: Path
     folder: Path
     rank: int
-    method: str
     rope: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -90,7 +88,7 @@ class VllmAdapter:
 
     def __str__(self) -> str:
         how = "converted to plain LoRA" if self.converted else "read as it is"
-        return f"{self.name}: {self.method}, {how}, rank {self.rank}"
+        return f"{self.name}: {how}, rank {self.rank}"
 
 
 @dataclass(frozen=True)
@@ -210,7 +208,7 @@ def _form(name: str, folder: Path, section: ModelSection, converted: Path) -> Vl
         rank = _rank_of_export(target, model)
     else:
         target = source
-    return VllmAdapter(name, source, target, rank, str(adapter.method), rope)
+    return VllmAdapter(name, source, target, rank, rope)
 
 
 def _own_rank(folder: Path, model: nn.Module) -> int | None:
