@@ -38,15 +38,20 @@ class OneAtATime:
         self._queue: queue.Queue[tuple[Request, Deliver] | None] = queue.Queue(maxsize=256)
         self._cancelled: set[str] = set()
         self._thread: threading.Thread | None = None
+        self._closing = self._ending = False
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def stop(self, drain: float = 0.0) -> None:
-        self._queue.put(None)
+        if self._thread is not None and not self._closing:
+            self._closing = True
+            self._queue.put(None)
+            self._thread.join(drain)
+        self._ending = True
         if self._thread is not None:
-            self._thread.join(drain or None)
+            self._thread.join()
 
     def submit(self, request: Request, deliver: Deliver) -> None:
         for name in request.adapters:
@@ -55,6 +60,8 @@ class OneAtATime:
             what = f"the prompt has {len(request.prompt)} tokens, and the context is {self.max_context}"
             raise RequestError("", [Diagnostic("prompt", what)])
         try:
+            if self._closing:
+                raise BusyError("", [Diagnostic("", "the engine stops", "ask again later")])
             self._queue.put_nowait((request, deliver))
         except queue.Full:
             raise BusyError("", [Diagnostic("", "the queue is full", "ask again later")]) from None
@@ -99,6 +106,9 @@ class OneAtATime:
             except Exception as error:
                 deliver(Finished("error", error=str(error)))
 
+    def _is_cancelled(self, request: Request) -> bool:
+        return self._ending or request.id in self._cancelled
+
     @torch.inference_mode()
     def _generate(self, request: Request, deliver: Deliver) -> Finished:
         adapters = {name: self._adapters[name] for name in request.adapters}
@@ -112,7 +122,7 @@ class OneAtATime:
         generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
         eos, ids, text, cache = self.model.generation_config.eos_token_id, list[int](), "", None
         ends = set() if sampling.ignore_eos else set(eos if isinstance(eos, list) else [eos])
-        while len(ids) < sampling.max_tokens and request.id not in self._cancelled:
+        while len(ids) < sampling.max_tokens and not self._is_cancelled(request):
             out = self.model(torch.tensor([tokens if cache is None else ids[-1:]]), past_key_values=cache)
             cache, logits = out.past_key_values, out.logits[0, -1].float()
             logprobs = logits.log_softmax(-1)
@@ -129,5 +139,5 @@ class OneAtATime:
             pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
             deliver(Token(new, whole[len(text) :], float(logprobs[new]), pairs))
             text = whole
-        reason: FinishReason = "cancelled" if request.id in self._cancelled else "length"
+        reason: FinishReason = "cancelled" if self._is_cancelled(request) else "length"
         return Finished(reason, "", len(tokens), 0, len(ids))

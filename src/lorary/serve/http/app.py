@@ -8,11 +8,17 @@ from lorary import __version__
 from lorary.serve.engine import Engine
 from lorary.serve.http.adapters import adapters_router
 from lorary.serve.http.errors import ApiError, handle_errors, log
+from lorary.serve.http.generate import generate_router
 from lorary.serve.http.limits import Limits, Traffic
+from lorary.serve.http.lorax import lorax_router
+from lorary.serve.http.metrics import metrics_router
 from lorary.serve.http.models import models_router
+from lorary.serve.http.observed import Observed
 from lorary.serve.http.openai import openai_router
+from lorary.serve.http.page import page_router
 from lorary.serve.http.security import Keys
 from lorary.serve.http.settings import Settings
+from lorary.serve.http.sglang import sglang_router
 
 
 def create_app(engine: Engine, settings: Settings | None = None, traffic: Traffic | None = None) -> FastAPI:
@@ -27,11 +33,15 @@ def create_app(engine: Engine, settings: Settings | None = None, traffic: Traffi
         An ASGI application.
     """
     settings, traffic = settings or Settings(), traffic or Traffic()
+    observed = engine = Observed(engine)
     # no pages of its own: they would describe bodies that FastAPI does not see, to callers without a key
     app = FastAPI(title="lorary", version=__version__, openapi_url=None, docs_url=None, redoc_url=None)
     handle_errors(app)
-    for router in (openai_router, models_router, adapters_router):
+    routers = (openai_router, models_router, adapters_router, generate_router, lorax_router, sglang_router)
+    for router in routers:
         app.include_router(router(engine, settings))
+    app.include_router(metrics_router(observed.metrics))
+    app.include_router(page_router(observed))
 
     @app.get("/health")
     def health() -> Response:

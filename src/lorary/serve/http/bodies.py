@@ -41,11 +41,20 @@ async def read_body(request: Request, kind: type[B]) -> B:
     Raises:
         ApiError: it is not JSON, or not a valid body, with every reason.
     """
-    values = await read_json(request)
+    return check_body(await read_json(request), kind)
+
+
+def check_body(values: Mapping[str, Any], kind: type[B]) -> B:
+    """The body with these values.
+
+    Raises:
+        ApiError: it is not a valid one, with every reason.
+    """
+    values = _without_nulls(values, kind)
     problems = _field_problems(values, kind)
     try:
         body = kind.model_validate(values)
-        problems += body.problems()
+        problems += _own_problems(body)
     except ValidationError as error:
         problems += [_problem(dict(complaint)) for complaint in error.errors(include_url=False)]
     if problems:
@@ -61,7 +70,7 @@ def invalid(problems: list[tuple[str, str]]) -> ApiError:
 
 
 async def read_json(request: Request) -> dict[str, Any]:
-    """The JSON object in a body, without its nulls.
+    """The JSON object in a body.
 
     Raises:
         ApiError: the content type is another, or the body is not a JSON object in valid Unicode.
@@ -79,7 +88,20 @@ async def read_json(request: Request) -> dict[str, Any]:
         raise ApiError(400, f"the body is {error}" if data else "the body is empty") from None
     if not isinstance(values, dict):
         raise ApiError(400, f"the body must be a JSON object, not {type(values).__name__}")
-    return {key: value for key, value in values.items() if value is not None}
+    return values
+
+
+def _without_nulls(values: Mapping[str, Any], kind: type[Body]) -> dict[str, Any]:
+    """Values of a body without its nulls and those of the bodies in it."""
+    kept = {key: value for key, value in values.items() if value is not None}
+    inner = {key: found for key, value in kept.items() if isinstance(value, dict) and (found := _inner(kind, key))}
+    return kept | {key: _without_nulls(kept[key], found) for key, found in inner.items()}
+
+
+def _own_problems(body: Body) -> list[tuple[str, str]]:
+    """The problems that a body and those in it find in themselves."""
+    inner = [(key, value) for key, value in body if isinstance(value, Body)]
+    return body.problems() + [(f"{key}.{name}", why) for key, value in inner for name, why in _own_problems(value)]
 
 
 def _field_problems(values: Mapping[str, Any], kind: type[Body]) -> list[tuple[str, str]]:

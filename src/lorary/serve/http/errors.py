@@ -6,12 +6,13 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from lorary.errors import LoraryError
@@ -95,6 +96,28 @@ def _param(error: LoraryError) -> str | None:
 def event(error: ApiError) -> str:
     """The error as a server-sent event, for answers that have begun."""
     return f"data: {json.dumps(error.body())}\n\n"
+
+
+def shaped_errors(render: Callable[[ApiError], Response]) -> type[APIRoute]:
+    """The class of routes whose errors have another shape than OpenAI's.
+
+    Args:
+        render: the answer to an error.
+    """
+
+    class Route(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handle = super().get_route_handler()
+
+            async def handled(request: Request) -> Response:
+                try:
+                    return await handle(request)
+                except Exception as error:
+                    return render(api_error(error))
+
+            return handled
+
+    return Route
 
 
 def handle_errors(app: FastAPI) -> None:

@@ -83,6 +83,10 @@ def _are_ids(value: Any) -> bool:
     return isinstance(value, list) and all(type(i) is int for i in value)
 
 
+Stops = Annotated[tuple[str, ...], PlainValidator(_stops)]
+Prompts = Annotated[list[str | list[int]], PlainValidator(_prompts)]
+
+
 class StreamOptions(Body):
     """What a stream holds beside the answer."""
 
@@ -103,7 +107,7 @@ class Generation(Body):
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Annotated[tuple[str, ...], PlainValidator(_stops)] = ()
+    stop: Stops = ()
     n: Annotated[int, Field(ge=1, le=128)] = 1
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
@@ -127,14 +131,13 @@ class Generation(Body):
         found += [("logit_bias", f"{show(k)} is not a token id") for k in self.logit_bias if not _is_id(k)][:1]
         return found
 
-    def sampling(self, max_tokens: int, logprobs: int | None, choice: int = 0) -> Sampling:
-        """How the choice of this number is drawn: with a seed, each from a seed of its own."""
+    def sampling(self, logprobs: int | None) -> Sampling:
+        """How tokens are drawn."""
         return Sampling(
-            max_tokens=max_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=max(0, self.top_k),
-            seed=None if self.seed is None else (self.seed + choice) % 2**63,
+            seed=self.seed,
             stop=self.stop,
             logprobs=logprobs,
             ignore_eos=self.ignore_eos,
@@ -177,7 +180,7 @@ class CompletionBody(Generation):
         "prompt_embeds": ((), "prompts are texts or token ids"),
     }
 
-    prompt: Annotated[list[str | list[int]], PlainValidator(_prompts)]
+    prompt: Prompts
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=_LOGPROBS)] | None = None
 

@@ -45,6 +45,15 @@ def token_prompt(engine: Engine, ids: Sequence[int], param: str) -> tuple[int, .
     return tuple(ids)
 
 
+def plain_prompt(engine: Engine, prompt: str | list[int], param: str, cards: object = None) -> tuple[int, ...]:
+    """The tokens of a text or of token ids; the adapters change nothing about them.
+
+    Raises:
+        ApiError: as for the two.
+    """
+    return text_prompt(engine, prompt, param) if isinstance(prompt, str) else token_prompt(engine, prompt, param)
+
+
 def chat_prompt(
     engine: Engine, cards: Iterable[AdapterCard], messages: Sequence[Mapping[str, Any]], param: str = "messages"
 ) -> tuple[int, ...]:

@@ -15,7 +15,9 @@ class Settings:
 
     Args:
         keys: key -> the tenant whose key it is. Without any key, the server asks for none.
-        admin_keys: keys that may also load and unload adapters, and see metrics.
+        admin_keys: keys that may also load and unload adapters.
+        local: only this machine reaches the server, without keys: other host names in requests are refused, as a web
+            page sends them whose author lets its name resolve to this machine (DNS rebinding).
         root: the folder below which adapters may be loaded at run time; None for no loading at all.
         body_bytes: of a request at most.
         body_seconds: for the arrival of a request at most, headers and body.
@@ -27,6 +29,7 @@ class Settings:
 
     keys: Mapping[str, str] = field(default_factory=dict)
     admin_keys: frozenset[str] = frozenset()
+    local: bool = False
     root: Path | None = None
     body_bytes: int = 4 * MIB
     body_seconds: float = 30.0
