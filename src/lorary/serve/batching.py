@@ -15,7 +15,6 @@ from torch import Tensor
 from lorary.errors import Diagnostic, LoraryError
 from lorary.serve.admission import Admission
 from lorary.serve.engine import AdapterCard, BusyError, RequestError
-from lorary.serve.form import check_weights
 from lorary.serve.in_flight import InFlight
 from lorary.serve.layers import ServedLayers
 from lorary.serve.policy import Policy
@@ -24,6 +23,7 @@ from lorary.serve.runner import Row, Runner
 from lorary.serve.sampler import Drawn, draw
 from lorary.serve.serving_form import ServingForm
 from lorary.serve.store import Store
+from lorary.serve.weighted import check_weights
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class BatchingEngine:
         runner: Runner,
         layers: ServedLayers,
         store: Store,
-        policy: Policy = Policy(),
+        policy: Policy,
         *,
         ends: Collection[int],
         max_context: int | None,
@@ -262,7 +262,7 @@ class BatchingEngine:
 
     def _join(self, flight: InFlight, forms: Sequence[ServingForm]) -> None:
         request, weights = flight.request, list(flight.request.adapters.values())
-        check_weights(forms, weights)
+        check_weights(dict(zip(request.adapters, forms, strict=True)), request.adapters)
         for form in forms:
             self.layers.cover(form)
         contexts = [form.max_context for form in forms if form.max_context is not None]

@@ -28,6 +28,7 @@ from lorary.serve.attention import NAME, attention_of_each_request
 from lorary.serve.batch import Batch
 from lorary.serve.layers import ServedLayers
 from lorary.serve.runner import Choose, Row
+from lorary.serve.serving_form import ServingForm
 
 logger = logging.getLogger(__name__)
 RELEASES = ((5, 23), (5, 24))
@@ -153,6 +154,9 @@ class PagedRunner:
         self._scheduler.rows = self._rows
         self.most_tokens: int | None = self._cache.num_sectors * self._cache.tokens_per_sector
         self._let_through()
+        if self._cache.use_prefix_sharing and not self._salt_takes():
+            logger.warning("prefixes are not shared: the salt of the prefix cache has no effect in this release")
+            self._cache.use_prefix_sharing = self._cache.allow_block_sharing = False
 
     def _let_through(self) -> None:
         """Put the salt into the cache, our choice in place of the sampler, one row of the head for each request."""
@@ -180,6 +184,21 @@ class PagedRunner:
         cache.search_prefix_match, cache.mark_complete_blocks = search_prefix_match, mark_complete_blocks
         ios.get_model_kwargs = get_model_kwargs
         runner._sample = self._sample
+
+    def _salt_takes(self) -> bool:
+        """Whether a sequence with adapters shares its prefix with those of the same adapters alone."""
+        tokens = (0,) * (self._cache.tokens_per_sector + 1)
+        form = ServingForm("probe", {})
+        rows = [Row("first", tokens, ((form, 1.0),)), Row("base", tokens), Row("same", tokens, ((form, 1.0),))]
+        self._rows.update({row.id: row for row in rows})
+        state = RequestState("first", list(tokens))
+        self._cache.can_store_request_tokens(state, len(tokens))
+        complete = self._cache.count_new_complete_blocks(state, len(tokens))
+        self._cache.mark_complete_blocks(state, complete)
+        found = [self._cache.search_prefix_match(row.id, list(tokens)) for row in rows[1:]]
+        self._cache.reset()
+        self._rows.clear()
+        return not found[0] and bool(found[1])
 
     def add(self, row: Row) -> None:
         state = RequestState(row.id, list(row.prompt), max_new_tokens=None)

@@ -19,8 +19,7 @@ from lorary.layers.shared_projections import leading_slice
 from lorary.serve.serving_form import ServingForm, SiteForm
 
 ALIGNMENT = 16  # bytes, what vector instructions and Triton's loads want
-_OWN = tuple(f for f in SiteForm._fields if f != "shared")
-Place = tuple[str, ...]  # (path of a site, field) or (path of a module, name of its parameter)
+_SHARED = ("A", "B")  # the fields that are slices of shared tensors, where a site has any
 
 
 class Slot(NamedTuple):
@@ -50,7 +49,7 @@ class Flat:
 
     Args:
         buffer: [bytes] uint8.
-        sites: path of a layer -> field of its `SiteForm` -> where it lies. A shared A or B has a shape, and no place.
+        sites: path of a layer -> field of its `SiteForm` -> where it lies; at -1 a slice of a shared tensor.
         overrides: path of a module -> name of its parameter -> where it lies.
         form: the serving form without tensors.
         shared: key -> the flat form of the shared tensors, which its own buffer does not hold.
@@ -102,35 +101,35 @@ class FlatTensors:
 
 
 @torch.inference_mode()
-def flatten(form: ServingForm, dtype: torch.dtype | None = None, *, pin_memory: bool = False) -> Flat:
+def flatten(form: ServingForm, *, pin_memory: bool = False) -> Flat:
     """The flat form of a serving form.
 
     A tensor that stands at several places (tied layers) is stored once.
 
     Args:
-        form: the serving form, on any device.
-        dtype: of the tensors of its sites; None keeps theirs. Overrides keep theirs in any case.
-        pin_memory: whether the buffer is page-locked, for fast copies to a GPU.
+        form: the serving form, on any device, in the dtypes in which its layers compute.
+        pin_memory: whether the buffers are page-locked, for fast copies to a GPU.
     """
     layout = _Layout()
-    sites = {
-        path: {
-            name: layout.add(t, dtype) if not (site.shared and name in "AB") else Slot(-1, tuple(t.shape), t.dtype)
-            for name in _OWN
-            if (t := getattr(site, name)) is not None
-        }
-        for path, site in form.sites.items()
-    }
-    overrides = {path: {n: layout.add(t, None) for n, t in own.items()} for path, own in form.overrides.items()}
-    shared = {key: _flat_tensors(tensors, dtype, pin_memory) for key, tensors in form.shared.items()}
+    sites = {path: _slots(site, layout) for path, site in form.sites.items()}
+    overrides = {path: {name: layout.add(t) for name, t in own.items()} for path, own in form.overrides.items()}
+    shared = {key: _flat_tensors(tensors, pin_memory) for key, tensors in form.shared.items()}
     bare = {path: SiteForm(shared=site.shared) for path, site in form.sites.items()}
     empty = replace(form, sites=bare, overrides={}, shared={})
     return Flat(layout.buffer(pin_memory), sites, overrides, empty, shared)
 
 
-def _flat_tensors(tensors: Mapping[str, Tensor], dtype: torch.dtype | None, pin_memory: bool) -> FlatTensors:
+def _slots(site: SiteForm, layout: _Layout) -> dict[str, Slot]:
+    tensors: dict[str, Tensor] = {name: t for name, t in site._asdict().items() if isinstance(t, Tensor)}
+    return {
+        name: Slot(-1, tuple(t.shape), t.dtype) if site.shared and name in _SHARED else layout.add(t)
+        for name, t in tensors.items()
+    }
+
+
+def _flat_tensors(tensors: Mapping[str, Tensor], pin_memory: bool) -> FlatTensors:
     layout = _Layout()
-    slots = {role: layout.add(t, dtype) for role, t in tensors.items()}
+    slots = {role: layout.add(t) for role, t in tensors.items()}
     return FlatTensors(layout.buffer(pin_memory), slots)
 
 
@@ -141,12 +140,12 @@ class _Layout:
         self._stop = 0
         self._tensors: dict[tuple[Any, ...], tuple[Tensor, Slot]] = {}
 
-    def add(self, t: Tensor, dtype: torch.dtype | None) -> Slot:
+    def add(self, t: Tensor) -> Slot:
         """A place for a tensor."""
-        key = (t.device, t.data_ptr(), tuple(t.shape), t.stride(), t.dtype, dtype)
+        key = (t.device, t.data_ptr(), tuple(t.shape), t.stride(), t.dtype)
         if not t.numel() or key not in self._tensors:
             offset = -(-self._stop // ALIGNMENT) * ALIGNMENT
-            slot = Slot(offset, tuple(t.shape), dtype or t.dtype)
+            slot = Slot(offset, tuple(t.shape), t.dtype)
             self._stop = slot.stop
             self._tensors[key] = t, slot
         return self._tensors[key][1]

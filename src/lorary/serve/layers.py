@@ -100,9 +100,7 @@ class ServedLayers:
                 if path in form.overrides:
                     flat_y[part] = self._overridden(module, form.overrides[path], rows[part])
                 if path in form.sites and kind is not None:
-                    flat_y[part] = with_terms(
-                        KINDS[kind], module, flat_y[part], rows[part], form.sites[path], weight
-                    )
+                    flat_y[part] = with_terms(KINDS[kind], module, flat_y[part], rows[part], form.sites[path], weight)
         return flat_y.view(y.shape)
 
     def _overridden(self, module: nn.Module, parameters: Any, rows: Tensor) -> Any:

@@ -19,6 +19,9 @@ from lorary.serve.request import Sampling
 NOT_FINITE = "the logits are not finite: a weight of the adapter, or of the base, is too large"
 
 
+_BELOW_ONE = 1 - 2**-40  # so that rounding cannot reach the end of the distribution, where tokens may have no weight
+
+
 class Drawn(NamedTuple):
     """A token that was drawn.
 
@@ -91,7 +94,7 @@ def _sampled(scores: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     scores = scores.double() / column([one.temperature for one in settings])
     order: Tensor | None = None
     if any(one.top_k > 0 or one.top_p < 1 for one in settings):
-        scores, order = scores.sort(-1, descending=True, stable=True)
+        scores, order = scores.sort(dim=-1, descending=True, stable=True)
         most = column([one.top_k or scores.shape[-1] for one in settings])
         scores = scores.masked_fill(torch.arange(scores.shape[-1], device=scores.device) >= most, -torch.inf)
         probabilities = scores.softmax(-1)
@@ -100,7 +103,7 @@ def _sampled(scores: Tensor, samplers: Sequence[Sampler]) -> Tensor:
             before >= column([one.top_p if one.top_p < 1 else 2.0 for one in settings]), -torch.inf
         )
     total = scores.softmax(-1).nan_to_num().cumsum(-1)
-    uniform = column([sampler.random.random() for sampler in samplers])
+    uniform = column([sampler.random.random() * _BELOW_ONE for sampler in samplers])
     places = torch.searchsorted(total, uniform * total[:, -1:], right=True)
     places = places.clamp(max=scores.shape[-1] - 1)
     return (places if order is None else order.gather(-1, places))[:, 0]
