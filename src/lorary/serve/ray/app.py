@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +109,7 @@ def application(
         request_router_config=RequestRouterConfig(request_router_class=_ROUTER),
         ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
         health_check_period_s=5,
+        max_constructor_retry_count=2,
         **common,
     )
     front = serve.deployment(
@@ -117,6 +121,42 @@ def application(
         **common,
     )
     return front.bind(engine.bind(open_engine), make_app, describe)
+
+
+@contextmanager
+def started(host: str, port: int) -> Iterator[Cluster]:
+    """Ray Serve at an address of every machine of the cluster that RAY_ADDRESS names, or else of this one."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported unasked
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    serve = ray_serve()
+    import ray
+
+    own = not (ray.is_initialized() or os.environ.get("RAY_ADDRESS"))
+    if not ray.is_initialized():
+        options: dict[str, Any] = {"include_dashboard": False} if own else {}
+        ray.init(address="local" if own else None, log_to_driver=False, logging_level="ERROR", **options)
+    serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "ERROR"})
+    try:
+        yield Cluster(own)
+    finally:
+        if own:
+            serve.shutdown()
+            ray.shutdown()
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The cluster that the application runs on.
+
+    Args:
+        own: whether it was started for it, on this machine, and ends with it.
+    """
+
+    own: bool
+
+    def remove(self, name: str) -> None:
+        """Remove an application, once its requests have ended."""
+        ray_serve().delete(name)
 
 
 def ray_serve() -> Any:
