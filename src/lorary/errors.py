@@ -101,7 +101,7 @@ class LoraryError(Exception):
         super().__init__("\n".join([headline, *(f"  - {line}" for line in folded(self.problems))]))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For other processes: with its problems, which `Exception` alone would lose, and attributes such as `cause`."""
+        """For pickle: with its problems and further attributes, which `Exception` alone would lose."""
         return _unpickled, (type(self), self.args, vars(self))
 
 

@@ -17,8 +17,9 @@ import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lorary.errors import Diagnostic, FileError, LoraryError
-from lorary.serve.engine import AdapterCard, BusyError, RequestError
+from lorary.errors import Diagnostic, FileError, LoraryError, did_you_mean
+from lorary.files.strict_json import show
+from lorary.serve.engine import AdapterCard, BusyError, RequestError, UnknownAdapterError
 from lorary.serve.ray.replica import Answer, Status, affinity
 from lorary.serve.request import Deliver, Event, Finished, Request
 
@@ -87,6 +88,16 @@ class RemoteEngine:
     def adapters(self) -> list[AdapterCard]:
         return merged_cards(state.adapters for state in self._replicas())
 
+    def adapter(self, name: str) -> AdapterCard:
+        cards = {card.name: card for card in self.adapters()}
+        if name not in cards:  # it may be new
+            found = asyncio.run_coroutine_threadsafe(self._adapter(name), self._loop).result(_PATIENCE)
+            if found is None:
+                what = f"no adapter has the name {show(name)}"
+                raise UnknownAdapterError("", [Diagnostic("", what, did_you_mean(name, cards))])
+            cards[name] = found
+        return cards[name]
+
     def why_dead(self) -> str | None:
         states = self._replicas()
         if not states:
@@ -103,7 +114,7 @@ class RemoteEngine:
     async def _serve(self, journey: _Journey) -> None:
         """Send a request to replicas until one has answered it."""
         from ray.exceptions import RayError, RayTaskError
-        from ray.serve.exceptions import RayServeException
+        from ray.serve.exceptions import BackPressureError, RayServeException
 
         why = ""
         try:
@@ -117,6 +128,9 @@ class RemoteEngine:
                     why = "it ended before its answer did"
                 except RayTaskError as error:  # raised by its own code: it would be raised elsewhere, too
                     why = str(error.cause or error)
+                    break
+                except BackPressureError:
+                    why = "the queue is full"
                     break
                 except (RayError, RayServeException) as error:
                     why = type(error).__name__
@@ -155,6 +169,10 @@ class RemoteEngine:
                     self._states = []
                 self._asked = time.monotonic()
             return self._states
+
+    async def _adapter(self, name: str) -> AdapterCard | None:
+        found: AdapterCard | None = await self.handle.adapter.remote(name)
+        return found
 
     async def _ask(self) -> list[Status]:
         found = await self.handle.broadcast("status").results_async(timeout_s=_PATIENCE, return_exceptions=True)

@@ -7,12 +7,11 @@ it comes, so that a replica that starts late, or again, can serve every request.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import AsyncIterator, Callable
 from typing import Any, NamedTuple
 
 from lorary.errors import LoraryError
-from lorary.serve.engine import AdapterCard, Engine
+from lorary.serve.engine import AdapterCard, Engine, UnknownAdapterError
 from lorary.serve.request import Event, Finished, Request
 
 Answer = LoraryError | tuple[Event, ...]  # a refusal, or what has been generated since the last one
@@ -43,10 +42,6 @@ class Replica:
         self.engine = open_engine()
         self.engine.start()
 
-    async def hold(self, adapter: str) -> str:
-        """Note that an adapter is here; Ray Serve's multiplexing then prefers this replica for it."""
-        return adapter
-
     async def generate(self, request: Request) -> AsyncIterator[Answer]:
         """The tokens of a request as they come. The first answer is empty once it is accepted, or the refusal."""
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
@@ -59,8 +54,6 @@ class Replica:
         except LoraryError as error:
             yield error
             return
-        if request.adapters:
-            await self.hold(affinity(request))
         try:
             yield ()
             going = True
@@ -73,10 +66,16 @@ class Replica:
         finally:  # also when the other side has gone
             self.engine.cancel(request.id)
 
+    async def adapter(self, name: str) -> AdapterCard | None:
+        """The adapter of this name; None if there is none."""
+        try:
+            return self.engine.adapter(name)
+        except UnknownAdapterError:
+            return None
+
     async def status(self) -> Status:
         """The replica at this moment."""
-        adapters = [dataclasses.replace(card) for card in self.engine.adapters()]
-        return Status(adapters, dict(self.engine.statistics()), self.engine.why_dead())
+        return Status(self.engine.adapters(), self.engine.statistics(), self.engine.why_dead())
 
     def check_health(self) -> None:
         """Tell Ray Serve to replace this replica if its engine has died."""

@@ -42,8 +42,7 @@ class VllmSettings:
         program: the command that runs vLLM, as in a shell; a path, or a name on the PATH.
         host, port: where it listens.
         key: that requests must bring; empty for none.
-        dtype: of weights and arithmetic; "auto": what lorary would load the base in.
-        max_loras: adapters in one batch; 0 for all, and at most 16.
+        name: under which requests ask for the base; empty for the base as it is given.
         options: options of `vllm serve`, as in a shell; they come last, so that they replace those chosen here.
     """
 
@@ -51,8 +50,7 @@ class VllmSettings:
     host: str = "127.0.0.1"
     port: int = 8000
     key: str = field(default="", repr=False)
-    dtype: str = "auto"
-    max_loras: int = 0
+    name: str = ""
     options: str = ""
 
     @property
@@ -72,7 +70,6 @@ class VllmAdapter:
         source: its folder.
         folder: what vLLM reads: `source`, or its converted form.
         rank: its rank there.
-        method: its method, as printed.
         rope: the base's `rope_parameters` that it needs; empty for the base's own.
     """
 
@@ -80,7 +77,6 @@ class VllmAdapter:
     source: Path
     folder: Path
     rank: int
-    method: str
     rope: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -90,7 +86,7 @@ class VllmAdapter:
 
     def __str__(self) -> str:
         how = "converted to plain LoRA" if self.converted else "read as it is"
-        return f"{self.name}: {self.method}, {how}, rank {self.rank}"
+        return f"{self.name}: {how}, rank {self.rank}"
 
 
 @dataclass(frozen=True)
@@ -99,7 +95,7 @@ class VllmPlan:
 
     Args:
         command: its arguments.
-        environment: variables to add; the key is here, where other users of the machine cannot read it.
+        environment: variables to add: no reports to its makers; the key, which other users could read in arguments.
         adapters: in their order.
         base: the name under which requests ask for the base.
         url: where it will answer.
@@ -143,7 +139,8 @@ def vllm_plan(
         ConfigError: the settings are not acceptable, with every reason.
         FileError: vLLM refuses or miscomputes an adapter; every reason of every adapter.
     """
-    problems = [*_setting_problems(settings), *_name_problems(folders, section.id)]
+    settings = replace(settings, name=settings.name or section.id)
+    problems = [*_setting_problems(settings), *_name_problems(folders, settings.name)]
     if problems:
         raise ConfigError(_HEADLINE, problems)
     forms, problems = list[VllmAdapter](), list[Diagnostic]()
@@ -158,8 +155,8 @@ def vllm_plan(
     if problems:
         raise FileError(_HEADLINE, problems)
     command = tuple(_command(forms, section, settings))
-    environment = {"VLLM_API_KEY": settings.key} if settings.key else {}
-    return VllmPlan(command, environment, tuple(forms), section.id, settings.url, settings.key)
+    environment = {"VLLM_NO_USAGE_STATS": "1"} | ({"VLLM_API_KEY": settings.key} if settings.key else {})
+    return VllmPlan(command, environment, tuple(forms), settings.name, settings.url, settings.key)
 
 
 def _setting_problems(settings: VllmSettings) -> Iterator[Diagnostic]:
@@ -175,8 +172,6 @@ def _setting_problems(settings: VllmSettings) -> Iterator[Diagnostic]:
         yield Diagnostic("--port", f"is {settings.port}, and must be between 1 and 65535")
     if not re.fullmatch(r"[\w.:\[\]-]+", settings.host):
         yield Diagnostic("--host", f"{show(settings.host)} is not the name or address of this machine")
-    if settings.max_loras < 0:
-        yield Diagnostic("--max-loras", f"is {settings.max_loras}, and must not be negative")
 
 
 def _name_problems(folders: Mapping[str, Path], base: str) -> Iterator[Diagnostic]:
@@ -210,7 +205,7 @@ def _form(name: str, folder: Path, section: ModelSection, converted: Path) -> Vl
         rank = _rank_of_export(target, model)
     else:
         target = source
-    return VllmAdapter(name, source, target, rank, str(adapter.method), rope)
+    return VllmAdapter(name, source, target, rank, rope)
 
 
 def _own_rank(folder: Path, model: nn.Module) -> int | None:
@@ -238,20 +233,19 @@ def _mixed_scalings(forms: Sequence[VllmAdapter]) -> Iterator[Diagnostic]:
 
 
 def _command(forms: Sequence[VllmAdapter], section: ModelSection, settings: VllmSettings) -> Iterator[str]:
-    dtype = settings.dtype if settings.dtype != "auto" else section.dtype
-    dtype = str(load_dtype(section.model_copy(update={"dtype": dtype}), load_config(section)))
+    dtype = str(load_dtype(section, load_config(section))).removeprefix("torch.")  # vLLM's own `auto` rounds float32
     yield from (*shlex.split(settings.program), "serve", location(section))
-    yield from ("--served-model-name", section.id, "--dtype", dtype.removeprefix("torch."))
+    yield from ("--served-model-name", settings.name, "--dtype", dtype)
     yield from ("--host", settings.host, "--port", str(settings.port))
     if section.revision:
         yield from ("--revision", section.revision)
     yield "--enable-lora"
     yield from ("--max-lora-rank", str(serving_rank(max(form.rank for form in forms))))
-    yield from ("--max-loras", str(settings.max_loras or min(len(forms), _IN_A_BATCH)))
-    yield from ("--max-cpu-loras", str(max(len(forms), settings.max_loras)))
+    yield from ("--max-loras", str(min(len(forms), _IN_A_BATCH)))
+    yield from ("--max-cpu-loras", str(len(forms)))
     if forms[0].rope:
         yield from ("--hf-overrides", json.dumps({"rope_parameters": forms[0].rope}))
     yield "--lora-modules"
     for form in forms:
-        yield json.dumps({"name": form.name, "path": os.fspath(form.folder), "base_model_name": section.id})
+        yield json.dumps({"name": form.name, "path": os.fspath(form.folder), "base_model_name": settings.name})
     yield from shlex.split(settings.options)

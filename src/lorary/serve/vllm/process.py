@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -38,7 +37,7 @@ class ServerError(LoraryError):
 
 
 class Server:
-    """A running server.
+    """A running server. Set `ready` once it serves: its output is passed on, and a signal ends it, not us.
 
     Args:
         command: its arguments.
@@ -55,9 +54,8 @@ class Server:
             fix = f"install {title}, or name its command, such as --{title.lower()} /path/to/bin/{command[0]}"
             problem = Diagnostic(show(command[0]), "there is no such program", fix)
             raise ConfigError(f"cannot start {title}:", [problem])
-        self.title, self.started = title, time.monotonic()
+        self.title, self.started, self.ready = title, time.monotonic(), False
         self.lines: deque[str] = deque(maxlen=_KEPT_LINES)
-        self._shown = False
         self.process = subprocess.Popen(
             [program, *command[1:]],
             env={**os.environ, **environment},
@@ -75,7 +73,7 @@ class Server:
         for raw in self.process.stdout:
             line = raw.decode("utf-8", "replace").rstrip()[:_MOST_OF_LINE]
             self.lines.append("".join(c if c.isprintable() else " " for c in line))
-            if self._shown:
+            if self.ready:
                 print(self.lines[-1], file=sys.stderr, flush=True)
 
     def wait_until_healthy(
@@ -97,10 +95,6 @@ class Server:
                 self.process.wait(0.25)
         if self.process.poll() is not None:
             raise self._failed(f"it ended, and another server answers at {url}")
-
-    def show_output(self) -> None:
-        """From now on, pass its output on to standard error."""
-        self._shown = True
 
     def _failed(self, what: str) -> ServerError:
         self.stop()
@@ -131,32 +125,21 @@ class Server:
 
 @contextmanager
 def running(command: Sequence[str], environment: Mapping[str, str], title: str) -> Iterator[Server]:
-    """A server that ends with the block, and gets the signals that would end us: SIGINT and SIGTERM."""
+    """A server that ends with the block. SIGINT and SIGTERM go on to it; before it is ready, they end us, too."""
     server = Server(command, environment, title)
-    forwarded = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda got, frame: server.send(got)) for number in forwarded}
+
+    def forward(number: int, frame: object) -> None:
+        server.send(number)
+        if not server.ready:
+            raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield server
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         server.stop()
-
-
-def check_free(host: str, port: int) -> None:
-    """Refuse an address at which another server listens, which would answer in place of ours.
-
-    Raises:
-        ConfigError: it is taken, or is none of this machine.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        what = f"{host}:{port}: {error.strerror or error}"
-        raise ConfigError("cannot serve:", [Diagnostic("--port", what, "choose another --port")]) from None
 
 
 def check_models(url: str, key: str, names: Collection[str], title: str) -> None:

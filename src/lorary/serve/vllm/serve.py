@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lorary.errors import Diagnostic
 from lorary.model.loading.source import ModelSection
+from lorary.serve.address import free_port
 from lorary.serve.vllm.plan import VllmPlan, VllmSettings, vllm_plan
-from lorary.serve.vllm.process import Server, ServerError, check_free, check_models, running
+from lorary.serve.vllm.process import ServerError, check_models, running
 
 _TITLE = "vLLM"
 _START_SECONDS = 1800.0  # of a large model from a slow disk
@@ -42,7 +44,7 @@ def serve_vllm(
         FileError: vLLM refuses or miscomputes an adapter; nothing has been started then.
         ServerError: vLLM did not start, or computes something else than an adapter.
     """
-    check_free(settings.host, settings.port)
+    settings = dataclasses.replace(settings, port=free_port(settings.host, settings.port))
     with tempfile.TemporaryDirectory(prefix="lorary-vllm-") as temporary:
         plan = vllm_plan(folders, section, Path(temporary), settings, progress=progress)
         say(str(plan))
@@ -50,16 +52,15 @@ def serve_vllm(
             server.wait_until_healthy(plan.url, _START_SECONDS, progress)
             check_models(plan.url, plan.key, [plan.base, *folders], _TITLE)
             if verified:
-                verify_plan(plan, section, server, say, progress)
-            say(f"ready: {plan.url}/v1")
-            server.show_output()
+                verify_plan(plan, section, say, progress)
+            say(f"vLLM serves {plan.base} and {len(plan.adapters)} adapters at {plan.url}/v1")
+            server.ready = True
             return server.wait()
 
 
 def verify_plan(
     plan: VllmPlan,
     section: ModelSection,
-    server: Server,
     say: Callable[[str], object],
     progress: Callable[[str], object],
 ) -> None:
