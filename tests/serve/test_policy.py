@@ -290,6 +290,24 @@ def test_bad_input(make: Callable[[], object], error: type[Exception], sentence:
     assert str(caught.value).splitlines()[1:] == [f"  - {sentence}"]
 
 
+def test_what_could_not_begin_waits_in_its_old_place() -> None:
+    admission = Admission(Policy(max_running=2))
+    for id in "abcd":
+        admission.add(Pending(id, ("x",) if id == "c" else (), arrived=0.0))
+    assert admission.decide(0.0, sizes={"x": 1}, free=1).admit == ("a", "b")
+    for id in "ab":
+        admission.remove(id)
+    assert admission.decide(1.0, sizes={"x": 1}, free=1).admit == ("c", "d")
+    admission.put_back(["c", "d"], 1.5)
+    assert [request.id for request in admission.waiting] == ["c", "d"]
+    assert (admission.running, dict(admission.in_batch)) == ((), {})
+    assert not admission.due(1.4)
+    admission.add(Pending("e", arrived=1.4))
+    assert [request.id for request in admission.waiting] == ["c", "d", "e"]
+    assert admission.due(1.5)
+    assert admission.decide(1.5, sizes={"x": 1}, free=1).admit == ("c", "d")
+
+
 def test_an_id_is_queued_once() -> None:
     admission = Admission(POLICY)
     admission.add(Pending("a"))

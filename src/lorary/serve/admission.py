@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lorary.errors import Diagnostic, StateError
@@ -38,6 +38,9 @@ class Admission:
     Args:
         policy: the settings.
         choose: the policy itself.
+
+    Attributes:
+        until: when the policy is worth asking again.
     """
 
     def __init__(self, policy: Policy, choose: Callable[[Snapshot, Policy], Decision] = decide) -> None:
@@ -47,7 +50,7 @@ class Admission:
         self._running: dict[str, _Running] = {}
         self._users: dict[str, int] = {}  # uid -> requests in the batch
         self._since: dict[str, float] = {}
-        self._until = math.inf
+        self.until = math.inf
 
     @property
     def running(self) -> tuple[str, ...]:
@@ -74,22 +77,35 @@ class Admission:
         self.waiting.add(request)
         self.shares.enter(request.tenant)
         if self._full:
-            self._until = min(self._until, math.inf if request.deadline is None else request.deadline)
+            self.until = min(self.until, math.inf if request.deadline is None else request.deadline)
         else:
             self.changed()
 
     def remove(self, id: str) -> None:
         """A request has ended, or is cancelled; unknown ids are ignored."""
-        if (request := self.waiting.pop(id)) is None:
-            if (running := self._running.pop(id, None)) is None:
-                return
-            request = running.request
-            for uid in request.adapters:
-                self._users[uid] -= 1
-                if not self._users[uid]:
-                    del self._users[uid], self._since[uid]
-        self.shares.leave(request.tenant)
-        self.changed()
+        if (request := self.waiting.pop(id) or self._leave_batch(id)) is not None:
+            self.shares.leave(request.tenant)
+            self.changed()
+
+    def put_back(self, ids: Sequence[str], retry: float) -> None:
+        """Requests that were just admitted could not begin: they wait again, before all others, in their order.
+
+        Args:
+            retry: when to ask again although nothing changes.
+        """
+        for id in reversed(ids):
+            if (request := self._leave_batch(id)) is not None:
+                self.waiting.add(request, first=True)
+        self.until = min(self.until, retry)
+
+    def _leave_batch(self, id: str) -> Pending | None:
+        if (running := self._running.pop(id, None)) is None:
+            return None
+        for uid in running.request.adapters:
+            self._users[uid] -= 1
+            if not self._users[uid]:
+                del self._users[uid], self._since[uid]
+        return running.request
 
     def computed(self, id: str, prompt: int = 0, generated: int = 0) -> None:
         """Tokens were computed for a request in the batch."""
@@ -100,11 +116,11 @@ class Admission:
 
     def changed(self) -> None:
         """Ask the policy before the next step: memory became free, say."""
-        self._until = -math.inf
+        self.until = -math.inf
 
     def due(self, now: float) -> bool:
         """Whether the policy could decide anything that it has not."""
-        return bool(self.waiting) and now >= self._until
+        return bool(self.waiting) and now >= self.until
 
     def decide(
         self,
@@ -137,5 +153,5 @@ class Admission:
                 self._since.setdefault(uid, now)
         for id in (*decision.expired, *decision.refused):
             self.remove(id)
-        self._until = decision.until
+        self.until = decision.until
         return decision

@@ -64,12 +64,12 @@ class Waiting:
     """
 
     def __init__(self, requests: Iterable[Pending] = ()) -> None:
-        self._requests: dict[str, Pending] = {}
+        self._requests: OrderedDict[str, Pending] = OrderedDict()
         self._tenants: dict[str, _Queue] = {}
         self._groups: dict[str, dict[tuple[str, ...], _Queue]] = {}  # tenant -> adapters -> its requests for these
         self._several: dict[str, dict[tuple[str, ...], None]] = {}  # tenant -> the groups of more than one adapter
         self._deadlines: list[tuple[float, str]] = []  # sorted
-        self._number = 0
+        self._first, self._last = 0, 0  # numbers
         self.wanted: Counter[str] = Counter()  # uid -> requests that name it
         for request in requests:
             self.add(request)
@@ -88,19 +88,22 @@ class Waiting:
         """tenant -> its oldest request."""
         return {tenant: next(iter(queue.values()))[1] for tenant, queue in self._tenants.items()}
 
-    def add(self, request: Pending) -> None:
-        """One more, after all others.
+    def add(self, request: Pending, *, first: bool = False) -> None:
+        """One more, after all others or before them.
 
         Raises:
             StateError: its id is taken.
         """
         if request.id in self._requests:
             raise StateError("cannot queue the request:", [Diagnostic(request.id, "the id is taken")])
-        self._number += 1
+        self._first, self._last = self._first - first, self._last + (not first)
         self._requests[request.id] = request
         queue = self._tenants.setdefault(request.tenant, OrderedDict())
         group = self._groups.setdefault(request.tenant, {}).setdefault(request.adapters, OrderedDict())
-        queue[request.id] = group[request.id] = (self._number, request)
+        queue[request.id] = group[request.id] = (self._first if first else self._last, request)
+        if first:
+            for order in (self._requests, queue, group):
+                order.move_to_end(request.id, last=False)
         if len(request.adapters) > 1:
             self._several.setdefault(request.tenant, {})[request.adapters] = None
         if request.deadline is not None:

@@ -183,7 +183,7 @@ def _in_turn(waiting: Waiting, tenant: str, batch: _Batch, late: frozenset[str])
     When no adapter can join the batch any more and the first request has been passed over for it, those that follow are
     looked up by the adapters of the batch.
     """
-    passed = 0
+    passed = None  # the number of the first request that was passed over
     for number, request in waiting.in_order(tenant):
         if request.id in late:
             continue
@@ -192,17 +192,21 @@ def _in_turn(waiting: Waiting, tenant: str, batch: _Batch, late: frozenset[str])
             passed = number
             break
 
-    def rest(adapters: tuple[str, ...], group: Iterable[tuple[int, Pending]]) -> Iterator[tuple[int, Pending]]:
-        for item in group:
-            if not batch.closing.isdisjoint(adapters):
-                return
-            if item[0] > passed and item[1].id not in late:
-                yield item
+    if passed is not None:
+        groups = waiting.groups_within(tenant, batch.left)
+        for number, request in heapq.merge(*(_open(batch, adapters, group) for adapters, group in groups)):
+            if number > passed and request.id not in late:
+                yield request
 
-    if not passed:
-        return
-    groups = waiting.groups_within(tenant, batch.left)
-    yield from (request for _, request in heapq.merge(*(rest(adapters, group) for adapters, group in groups)))
+
+def _open(
+    batch: _Batch, adapters: tuple[str, ...], group: Iterable[tuple[int, Pending]]
+) -> Iterator[tuple[int, Pending]]:
+    """A group of requests for as long as none of its adapters is closed."""
+    for item in group:
+        if not batch.closing.isdisjoint(adapters):
+            return
+        yield item
 
 
 class _Batch:
