@@ -14,7 +14,8 @@ from lorary.adapters.compose.mix import mix
 from lorary.adapters.content_hash import content_hash
 from lorary.adapters.save_load import load_adapter
 from lorary.adapters.switch import switch
-from lorary.errors import Diagnostic, FileError, did_you_mean
+from lorary.errors import Diagnostic, FileError, suggestion
+from lorary.files.strict_json import show
 from lorary.layers.rope import max_context, text_config
 from lorary.serve.engine import AdapterCard, BusyError, RequestError, UnknownAdapterError
 from lorary.serve.request import Deliver, Finished, FinishReason, Request, Token
@@ -37,25 +38,30 @@ class OneAtATime:
         self._queue: queue.Queue[tuple[Request, Deliver] | None] = queue.Queue(maxsize=256)
         self._cancelled: set[str] = set()
         self._thread: threading.Thread | None = None
+        self._closing = self._ending = False
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def stop(self, drain: float = 0.0) -> None:
-        self._queue.put(None)
+        if self._thread is not None and not self._closing:
+            self._closing = True
+            self._queue.put(None)
+            self._thread.join(drain)
+        self._ending = True
         if self._thread is not None:
-            self._thread.join(drain or None)
+            self._thread.join()
 
     def submit(self, request: Request, deliver: Deliver) -> None:
         for name in request.adapters:
-            if name not in self._adapters:
-                what = f"no adapter has the name {name!r}"
-                raise UnknownAdapterError("", [Diagnostic("", what, did_you_mean(name, self._adapters))])
+            self.adapter(name)
         if self.max_context is not None and len(request.prompt) >= self.max_context:
             what = f"the prompt has {len(request.prompt)} tokens, and the context is {self.max_context}"
             raise RequestError("", [Diagnostic("prompt", what)])
         try:
+            if self._closing:
+                raise BusyError("", [Diagnostic("", "the engine stops", "ask again later")])
             self._queue.put_nowait((request, deliver))
         except queue.Full:
             raise BusyError("", [Diagnostic("", "the queue is full", "ask again later")]) from None
@@ -74,12 +80,17 @@ class OneAtATime:
         return card
 
     def unload(self, name: str) -> None:
-        if self._adapters.pop(name, None) is None:
-            raise UnknownAdapterError("", [Diagnostic(name, "no adapter has this name")])
-        del self._cards[name]
+        self.adapter(name)
+        del self._cards[name], self._adapters[name]
 
     def adapters(self) -> list[AdapterCard]:
         return sorted(self._cards.values(), key=lambda card: card.name)
+
+    def adapter(self, name: str) -> AdapterCard:
+        if name not in self._cards:
+            what = f"no adapter has the name {show(name)}"
+            raise UnknownAdapterError("", [Diagnostic("", what, suggestion(name, self._cards))])
+        return self._cards[name]
 
     def why_dead(self) -> str | None:
         return None
@@ -95,6 +106,9 @@ class OneAtATime:
             except Exception as error:
                 deliver(Finished("error", error=str(error)))
 
+    def _is_cancelled(self, request: Request) -> bool:
+        return self._ending or request.id in self._cancelled
+
     @torch.inference_mode()
     def _generate(self, request: Request, deliver: Deliver) -> Finished:
         adapters = {name: self._adapters[name] for name in request.adapters}
@@ -108,7 +122,7 @@ class OneAtATime:
         generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
         eos, ids, text, cache = self.model.generation_config.eos_token_id, list[int](), "", None
         ends = set() if sampling.ignore_eos else set(eos if isinstance(eos, list) else [eos])
-        while len(ids) < sampling.max_tokens and request.id not in self._cancelled:
+        while len(ids) < sampling.max_tokens and not self._is_cancelled(request):
             out = self.model(torch.tensor([tokens if cache is None else ids[-1:]]), past_key_values=cache)
             cache, logits = out.past_key_values, out.logits[0, -1].float()
             logprobs = logits.log_softmax(-1)
@@ -125,5 +139,5 @@ class OneAtATime:
             pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
             deliver(Token(new, whole[len(text) :], float(logprobs[new]), pairs))
             text = whole
-        reason: FinishReason = "cancelled" if request.id in self._cancelled else "length"
+        reason: FinishReason = "cancelled" if self._is_cancelled(request) else "length"
         return Finished(reason, "", len(tokens), 0, len(ids))
