@@ -40,6 +40,7 @@ from lorary.serve.serving_form import ServingForm, SiteForm
 from lorary.spec.placement import AdaptedSite
 
 _HEADLINE = "this adapter cannot be served beside others:"
+_NOT_FINITE = "check its training; or serve the base in a precision of more range"
 
 
 @mode_independent
@@ -110,8 +111,11 @@ class _Forming:
         for adapted in self.adapter.sites:
             self.problems += foreign_rows(adapted.site.name)
             self._form_site(adapted, self.modules[adapted.site.name])
-        for path in self.trained.keys() - {adapted.site.name for adapted in self.adapter.sites}:
-            self._form_trained(path, self.modules[path])
+        adapted_paths = {adapted.site.name for adapted in self.adapter.sites}
+        for path in self.trained:
+            if path not in adapted_paths:
+                self._form_trained(path, self.modules[path])
+        self.problems += _not_finite(self.sites, self.overrides)
         if self.problems:
             raise MethodError(_HEADLINE, deduplicated(self.problems))
         ranks = [len(form.A) for form in self.sites.values() if form.A is not None]
@@ -212,6 +216,17 @@ def _bias_change(layer: BaseLayer, gain: Tensor | None) -> Tensor | None:
     b, trained = own.detach().float().cpu(), layer.bias()
     assert trained is not None
     return trained - (b if gain is None else gain * b)
+
+
+def _not_finite(sites: Mapping[str, SiteForm], overrides: Mapping[str, Mapping[str, Tensor]]) -> list[Diagnostic]:
+    """The tensors with values that are not finite, after rounding."""
+    named = [(f"{path}: {role}", t) for path, form in sites.items() for role, t in form._asdict().items()]
+    named += [(f"{path}.{name}", t) for path, own in overrides.items() for name, t in own.items()]
+    return [
+        Diagnostic(where, f"holds NaN, or numbers too large for {str(t.dtype).removeprefix('torch.')}", _NOT_FINITE)
+        for where, t in named
+        if isinstance(t, Tensor) and t.is_floating_point() and not t.isfinite().all()
+    ]
 
 
 def _content_key(tensors: Mapping[str, Tensor]) -> str:
