@@ -29,6 +29,7 @@ from lorary.layers.kinds import KINDS, kind_of
 from lorary.layers.quantized_weight import is_quantized, stored_tensors
 from lorary.layers.shared_projections import leading_slice
 from lorary.layers.wrappers import unwrapped
+from lorary.methods.lora import Add, LowRank
 from lorary.methods.vera import SharedProjectionDelta
 from lorary.model.ambient import mode_independent
 from lorary.model.fingerprint import Fingerprint
@@ -138,6 +139,9 @@ class _Forming:
         if "weight" in layer.values:
             self._merge_site(layer)
             return
+        if type(adapted.delta) is LowRank and type(adapted.join) is Add and not adapted.starts:
+            self.sites[name] = self._low_rank(layer)
+            return
         try:
             found = form_at(adapted, self.adapter.tensors[name], layer)
         except MethodError as error:
@@ -152,6 +156,14 @@ class _Forming:
         if isinstance(adapted.delta, SharedProjectionDelta) and not adapted.site.parts:
             form = self._on_shared(adapted, form, dtype)
         self.sites[name] = form
+
+    def _low_rank(self, layer: BaseLayer) -> SiteForm:
+        """The form of plain LoRA: its A as it is, without a pass through fp32."""
+        adapted, dtype = layer.adapted, compute_dtype(cast(nn.Module, layer.layer), self.base)
+        B, A = adapted.delta.factors(adapted.site, self.adapter.tensors[adapted.site.name])
+        shift = _bias_change(layer, None)
+        B = (adapted.scale * B.float()).to(dtype)
+        return SiteForm(A.to(dtype), B, None, None if shift is None else shift.to(dtype))
 
     def _merge_site(self, layer: BaseLayer) -> None:
         """Give a site a merged weight of its own; a bias that the base lacks becomes a shift."""
