@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
@@ -129,7 +130,8 @@ def _problem(complaint: dict[str, Any]) -> tuple[str, str]:
     where = ".".join(map(str, complaint["loc"]))
     if complaint["type"] == "missing":
         return where, "is missing"
-    what = str(complaint["msg"]).replace("Input should", "must")
+    what = str(complaint["msg"]).replace(" after validation", "")
+    what = re.sub(r"^(Input|String|List|Tuple|Dictionary) should", "must", what)
     if complaint["type"] == "value_error":  # of our own
         return where, what.removeprefix("Value error, ")
     given = "" if isinstance(complaint["input"], dict | list) else f", not {show(complaint['input'], most=40)}"
