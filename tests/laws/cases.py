@@ -20,17 +20,29 @@ from lorary.methods.compatibility import verdict
 from lorary.methods.o_lora import SequentialLoRA
 
 
+class Scale(nn.Module):
+    """A factor, in a module of its own, as the weight of a norm is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
 class Net(nn.Module):
-    """One layer under a name of its own, with norms around it that nothing should touch."""
+    """One layer under a name of its own, with a factor after it that nothing should touch."""
 
     def __init__(self, name: str, layer: nn.Module) -> None:
         super().__init__()
         self.name = name
         setattr(self, name, layer)
-        self.scale = nn.Parameter(torch.ones(()))
+        self.scale = Scale()
 
     def forward(self, x: Tensor) -> Tensor:
-        return getattr(self, self.name)(x) * self.scale
+        y: Tensor = self.scale(getattr(self, self.name)(x))
+        return y
 
 
 @dataclass(frozen=True)

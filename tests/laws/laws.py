@@ -7,15 +7,18 @@ import dataclasses
 import math
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
 import lorary
-from lorary.errors import MethodError
+from lorary.errors import FileError, MethodError
 from lorary.layers.adapted import adapted_layers
 from lorary.layers.kinds import KINDS, kind_of
 from lorary.methods.adalora import SVDDelta
+from lorary.serve.form import serving_form
 
+from ..serve.reference import computing
 from .cases import Case, numbers, seed
 
 
@@ -234,12 +237,28 @@ def low_rank_form_is_forward(case: Case) -> None:
             close(y, layer(x), case.dtype)
 
 
+def served_is_forward(case: Case) -> None:
+    """All rows computed with the serving form are those of the model with the adapter; the base is untouched."""
+    x, model = case.x(), case.finished
+    adapter, base = lorary.Adapter.of(model), case.kept().eval()
+    if case.packed and any(p.init.residual_init for p in case.plan.sites):
+        with pytest.raises(FileError, match="is quantised already"):
+            serving_form(adapter, base)
+        return
+    before = copy.deepcopy(base.state_dict())
+    form = serving_form(adapter, base)
+    with torch.no_grad(), computing(base, form):
+        close(base(x), model(x), case.dtype)
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+
+
 LAWS = [
     nothing_moves_at_step_0,
     merged_is_forward,
     only_what_should_train_trains,
     factors_are_the_delta,
     low_rank_form_is_forward,
+    served_is_forward,
     detach_gives_the_base_back,
     learns,
 ]

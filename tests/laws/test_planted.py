@@ -24,6 +24,7 @@ from lorary.methods.melora import BlockDiagonal
 from lorary.methods.o_lora import SequentialLoRA
 from lorary.methods.pissa import SVDInit
 from lorary.methods.vera import SharedProjectionDelta
+from lorary.serve import form
 from lorary.spec import interfaces
 from lorary.spec.fields import COUNT
 from lorary.spec.interfaces import Delta
@@ -288,6 +289,7 @@ def test_wrong_magnitudes_are_caught() -> None:
     with known(NormOfColumns, ForgetsTheGain, NormOfTheStart):
         caught(laws.merged_is_forward, case(join=NormOfColumns()))
         caught(laws.low_rank_form_is_forward, case(join=ForgetsTheGain()))
+        caught(laws.served_is_forward, case(join=ForgetsTheGain()))
         caught(laws.merged_is_forward, StartedAndTrained(case(join=NormOfTheStart())))
 
 
@@ -403,6 +405,21 @@ def test_a_full_matrix_of_singular_values_is_caught() -> None:
         subject = Case(made_of("adalora").replace(delta=KeepsTheWrongRole(3), rules=()), kind("linear"))
         laws.factors_are_the_delta(subject)
         caught(laws.only_what_should_train_trains, subject)
+
+
+def test_wrong_serving_forms_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bias under the gain, which the shift must take back; the scale twice."""
+    honest = form._folded
+    wrong: dict[str, Any] = {
+        "_bias_change": lambda layer, gain: None,
+        "_folded": lambda found, bias, dtype: honest(found._replace(B=2 * found.B), bias, dtype),
+    }
+    subject = case(join=MagnitudeDirection())
+    for name, fault in wrong.items():
+        with monkeypatch.context() as patched:
+            patched.setattr(form, name, fault)
+            caught(laws.served_is_forward, subject)
+    laws.served_is_forward(subject)
 
 
 def test_the_laws_that_are_broken_are_told_by_name(tmp_path: Path) -> None:

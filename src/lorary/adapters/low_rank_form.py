@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import NamedTuple, cast
 
 import torch
@@ -58,7 +58,7 @@ def low_rank_forms(
     for adapted in sites:
         name = adapted.site.name
         try:
-            forms[name] = _form(adapted, tensors[name], BaseLayer(base, adapted, modules.get(name)))
+            forms[name] = form_at(adapted, tensors[name], BaseLayer(base, adapted, modules.get(name)))
         except MethodError as error:
             problems += [Diagnostic(name, problem.what, problem.fix) for problem in error.problems]
     if problems:
@@ -69,12 +69,17 @@ def low_rank_forms(
 def form_without_base(adapted: AdaptedSite, tensors: Mapping[str, Tensor]) -> LowRankForm | None:
     """The form of one site, in fp32; None if it has none, or its gain or shift depends on the base's weight."""
     try:
-        return _form(adapted, tensors, BaseLayer(None, adapted, None))
+        return form_at(adapted, tensors, BaseLayer(None, adapted, None))
     except MethodError:
         return None
 
 
-def _form(adapted: AdaptedSite, tensors: Mapping[str, Tensor], layer: BaseLayer) -> LowRankForm:
+def form_at(adapted: AdaptedSite, tensors: Mapping[str, Tensor], layer: BaseLayer) -> LowRankForm:
+    """The form of one site, in fp32.
+
+    Raises:
+        MethodError: the join has no such form, or none without the base; the base lacks the layer.
+    """
     update = factors_on_base(adapted, tensors)
     BA, gain, shift = adapted.join.on_output(tensors, layer.weight, layer.bias, update)
     return LowRankForm(*BA, gain, shift)
@@ -92,21 +97,30 @@ def factors_on_base(adapted: AdaptedSite, tensors: Mapping[str, Tensor]) -> tupl
 
 
 class BaseLayer(NamedTuple):
-    """The base's layer at a site, checked when its weight or bias is asked for."""
+    """The base's layer at a site, checked when its weight or bias is asked for.
+
+    Args:
+        base: the base; None if it is not known.
+        adapted: the site.
+        layer: the layer.
+        values: parameter of the layer -> the value to use instead of the base's.
+    """
 
     base: nn.Module | None
     adapted: AdaptedSite
     layer: nn.Module | None
+    values: Mapping[str, Tensor] = MappingProxyType({})
 
     def weight(self) -> Tensor:
         """The unmodified weight [out, in], in fp32 on the CPU."""
         base, layer = self._checked()
-        W = original_weight(base, self.adapted.site.name)
+        W = self.values.get("weight")
+        W = original_weight(base, self.adapted.site.name) if W is None else W
         return KINDS[cast(str, kind_of(layer))].matrix(SimpleNamespace(weight=W)).float().cpu()
 
     def bias(self) -> Tensor | None:
         """The bias [out], in fp32 on the CPU."""
-        b = getattr(self._checked()[1], "bias", None)
+        b = self.values.get("bias", getattr(self._checked()[1], "bias", None))
         return None if b is None else b.detach().float().cpu()
 
     def _checked(self) -> tuple[nn.Module, nn.Module]:

@@ -48,14 +48,14 @@ class SharedTensors(NamedTuple):
 
 def collect_shared(adapter: Adapter) -> SharedTensors:
     """The shared tensors of an adapter."""
-    shared = _collect(adapter.sites, adapter.tensors)
+    shared = whole_tensors(adapter.sites, adapter.tensors)
     if not shared or _sharing(adapter.sites)[0].init.store_shared:
         return SharedTensors(shared)
     again = regenerate(adapter.sites, {role: t.dtype for role, t in shared.items()})
     return SharedTensors(shared, stored=not all(torch.equal(again[role], t) for role, t in shared.items()))
 
 
-def _collect(sites: Sequence[AdaptedSite], tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def whole_tensors(sites: Sequence[AdaptedSite], tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """role -> the shared tensor, put together from each site's leading slice; zero where no site reaches."""
     shared: dict[str, Tensor] = {}
     sizes = shared_shapes(sites)
@@ -85,7 +85,7 @@ def regenerate(sites: Sequence[AdaptedSite], dtypes: Mapping[str, torch.dtype]) 
     """role -> the shared tensor that the seed of their method gives, in these dtypes."""
     shared = {role: torch.zeros(size) for role, size in shared_shapes(sites).items()}
     _sharing(sites)[0].init.share(shared)
-    return _collect(sites, leading_slices(sites, {role: t.to(dtypes[role]) for role, t in shared.items()}))
+    return whole_tensors(sites, leading_slices(sites, {role: t.to(dtypes[role]) for role, t in shared.items()}))
 
 
 def leading_slices(sites: Sequence[AdaptedSite], shared: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

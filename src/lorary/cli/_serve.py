@@ -140,8 +140,12 @@ def opened(start: Start, base: str) -> Engine:
     from lorary.serve.one_at_a_time import OneAtATime
 
     section = ModelSection.of(base, dtype=start.dtype)
-    name = start.name or (base if not Path(base).exists() else Path(base).resolve().name)
-    return OneAtATime(load_model(section), load_tokenizer(section), name)
+    return OneAtATime(load_model(section), load_tokenizer(section), base_name(start, base))
+
+
+def base_name(start: Start, base: str) -> str:
+    """The name of the base in requests."""
+    return start.name or (base if not Path(base).exists() else Path(base).resolve().name)
 
 
 def load_adapters(engine: Engine, folders: dict[str, Path]) -> None:

@@ -46,8 +46,16 @@ def serve(
         float, typer.Option("--drain", min=0, max=86_400, help="Seconds for running requests when it stops.")
     ] = 30.0,
     engine: Annotated[
-        Literal["auto", "one-at-a-time"], typer.Option("--engine", help="What computes; auto: batches.")
+        Literal["auto", "one-at-a-time", "vllm", "ray"],
+        typer.Option("--engine", help="What computes; auto: batches. vllm: a vLLM server; ray: replicas."),
     ] = "auto",
+    replicas: Annotated[int, typer.Option("--replicas", min=1, help="ray: replicas of the engine.")] = 2,
+    vllm: Annotated[str, typer.Option("--vllm", help="vllm: the command that runs it.")] = "vllm",
+    vllm_options: Annotated[str, typer.Option("--vllm-options", help="vllm: further options of `vllm serve`.")] = "",
+    verify: Annotated[
+        bool,
+        typer.Option("--verify/--no-verify", help="vllm: compare each adapter with lorary's before it is ready."),
+    ] = True,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], typer.Option("--dtype", help="dtype of the base.")
     ] = "auto",
@@ -57,16 +65,24 @@ def serve(
 
     lorary serve out/ sql=runs/7/ serves two adapters: a request names one as its `model`. Without arguments it serves
     the built-in base. SIGTERM and Ctrl-C let running requests end; a second one does not.
+
+    With --engine vllm, adapters are converted to what vLLM computes, or refused, and verified once it runs. With
+    --engine ray, replicas on this machine or the cluster of RAY_ADDRESS share the requests.
     """
     from lorary.cli._serve import Start, run
 
     settings = _settings(host, root, key, admin_key, no_keys, max_body, drain)
-    run(
-        Start(tuple(adapters or ()), base, name, root, _bytes("--budget", budget), engine, dtype, template),
-        settings,
-        host,
-        port,
-    )
+    start = Start(tuple(adapters or ()), base, name, root, _bytes("--budget", budget), engine, dtype, template)
+    if engine == "vllm":
+        from lorary.cli._serve_vllm import run_vllm
+
+        run_vllm(start, settings, host, port, vllm, vllm_options, verify)
+    elif engine == "ray":
+        from lorary.cli._serve_ray import run_ray
+
+        run_ray(start, settings, host, port, replicas)
+    else:
+        run(start, settings, host, port)
 
 
 def _settings(

@@ -120,6 +120,33 @@ def _rotary(model: nn.Module, config: Any) -> dict[str, nn.Module]:
     }
 
 
+def _scaled_settings(config: Any, form: str, factor: float) -> dict[str, Any]:
+    """The settings of a configuration with this scaling, where they differ from its own."""
+    known = original_context(config) or 0
+    parameters: dict[str, Any] = copy.deepcopy(dict(config.rope_parameters))
+    parameters.get(_FULL, parameters).update(rope_overrides(form, factor, known))
+    settings: dict[str, Any] = {"rope_parameters": parameters}
+    if form == "yarn":  # Transformers checks the factor against both context lengths
+        settings["max_position_embeddings"] = int(factor * known)
+    return settings
+
+
+def scaled_modules(model: nn.Module, form: str, factor: float) -> dict[str, nn.Module]:
+    """path -> the module of rotary angles with this scaling; the model is not changed.
+
+    Args:
+        model: a model of Transformers.
+        form: one of `FORMS`.
+        factor: the scaling factor.
+    """
+    config = text_config(model)
+    scaled = copy.deepcopy(config)
+    for name, value in _scaled_settings(config, form, factor).items():
+        setattr(scaled, name, value)
+    rotary = _rotary(model, config)
+    return {name: _rebuilt(module, scaled).train(module.training) for name, module in rotary.items()}
+
+
 class ScaledRope:
     """RoPE scaling applied to a model, with its previous configuration and modules for an exact way back.
 
@@ -131,15 +158,11 @@ class ScaledRope:
 
     def __init__(self, model: nn.Module, form: str, factor: float) -> None:
         self.model, self.config = model, text_config(model)
-        known = original_context(self.config) or 0
-        parameters: dict[str, Any] = copy.deepcopy(dict(self.config.rope_parameters))
-        parameters.get(_FULL, parameters).update(rope_overrides(form, factor, known))
-        self.other: dict[str, Any] = {"rope_parameters": parameters}
-        if form == "yarn":  # Transformers checks the factor against both context lengths
-            self.other["max_position_embeddings"] = int(factor * known)
+        self.other = _scaled_settings(self.config, form, factor)
         self._swap_config()
         try:
-            self.modules = {name: _rebuilt(module) for name, module in _rotary(model, self.config).items()}
+            rotary = _rotary(model, self.config)
+            self.modules = {name: _rebuilt(module, self.config) for name, module in rotary.items()}
         except BaseException:
             self._swap_config()
             raise
@@ -165,12 +188,12 @@ class ScaledRope:
             self.modules[name] = current
 
 
-def _rebuilt(module: Any) -> nn.Module:
-    """A module of rotary angles rebuilt from its configuration, on the same device."""
+def _rebuilt(module: Any, config: Any) -> nn.Module:
+    """A module of rotary angles rebuilt from a configuration, on the same device."""
     buffer = next(module.buffers(), None)
     with torch.device("cpu" if buffer is None else buffer.device):
-        rebuilt: nn.Module = type(module)(config=module.config)
-    if rope_type(module.config) == "dynamic":
+        rebuilt: nn.Module = type(module)(config=config)
+    if rope_type(config) == "dynamic":
         rebuilt.register_forward_pre_hook(_reset_cached_length)
     return rebuilt
 

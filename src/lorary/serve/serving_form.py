@@ -22,8 +22,9 @@ class SiteForm(NamedTuple):
     """The form at one site.
 
     Args:
-        A: [R, in], B: [out, R]: the low-rank term, with the scale in B. Both or neither.
-        gain: [out] on the base's output.
+        A: [R, in], B: [out, R]: the low-rank term, with the scale in B, as the layer's kind adds it (a convolution
+            filters with A; a scaled embedding scales the term). Both or neither.
+        gain: [out] on the base's output, in fp32: most gains differ from 1 by less than bfloat16 resolves.
         shift: [out].
         d: [R] between A and B, b: [out] after B: VeRA's vectors, whose A and B are shared (`shared` is set).
         shared: the key of the shared A and B in `ServingForm.shared`, which A and B are leading slices of; "" if own.

@@ -1,0 +1,92 @@
+"""Parameters that an adapter has trained in full, by the module that computes with them."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lorary.errors import Diagnostic
+from lorary.kernels.torch_internals import buffers_of, children_of
+from lorary.layers.adapted import base_parameters
+from lorary.layers.quantized_weight import is_quantized, stored_tensors
+
+ByModule = dict[str, dict[str, Tensor]]  # path of a module -> its parameter -> value
+
+_EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")
+_REPLICA = "merge it into a copy of the base, and serve that"
+
+
+def trained_values(
+    full: Mapping[str, Tensor], base: nn.Module, modules: Mapping[str, nn.Module]
+) -> tuple[ByModule, list[Diagnostic]]:
+    """The values of an adapter's trained parameters, and the reasons why some cannot be used for single rows.
+
+    A tied parameter acts in every module that holds it. Values have the dtype of the base's, and are on the CPU.
+
+    Args:
+        full: base parameter or buffer -> value.
+        base: the base.
+        modules: of the base, by path.
+    """
+    found: ByModule = {}
+    problems = []
+    for name, path, own, held in _places(full, base, modules):
+        problems += _why_not_by_row(name, path, own, modules[path])
+        if held.is_floating_point():  # a batch norm's counter has no effect in evaluation
+            found.setdefault(path, {})[own] = full[name].detach().to("cpu", held.dtype)
+    return found, problems
+
+
+def _places(
+    full: Mapping[str, Tensor], base: nn.Module, modules: Mapping[str, nn.Module]
+) -> Iterator[tuple[str, str, str, Tensor]]:
+    """(name, path of a module that holds it, its name there, its value in the base) of each trained parameter."""
+    if not full:
+        return
+    parameters = list(base_parameters(base))
+    by_name = dict(parameters)
+    holders: dict[int, list[str]] = {}
+    for place, parameter in parameters:
+        holders.setdefault(id(parameter), []).append(place)
+    for name in full:
+        for place in holders[id(by_name[name])] if name in by_name else [name]:
+            path, _, own = place.rpartition(".")
+            held = by_name[name] if name in by_name else buffers_of(modules[path])[own]
+            yield name, path, own, cast(Tensor, held)
+
+
+def _why_not_by_row(name: str, path: str, own: str, module: nn.Module) -> list[Diagnostic]:
+    """Why a module cannot compute some rows with another value of this parameter."""
+    kind = type(module).__name__
+    if any(child is not None for child in children_of(module).values()):
+        what = f"belongs to {kind}, which has layers of its own: its rows cannot be computed apart"
+        return [Diagnostic(name, what, _REPLICA)]
+    if is_quantized(module) and own == "weight":
+        return [Diagnostic(name, "was trained in full, and the base's is quantised", "serve a base that is not")]
+    inputs = inspect.signature(type(module).forward).parameters
+    if len(inputs) > 2:
+        what = f"belongs to {kind}, which has several inputs: {', '.join([*inputs][1:])}"
+        return [Diagnostic(name, what, _REPLICA)]
+    return foreign_rows(path)
+
+
+def foreign_rows(path: str) -> list[Diagnostic]:
+    """Why the rows of a module are not those of the batch."""
+    if _EXPERT.search(path):
+        what = "is in an expert, which gets the rows that a router sends it: whose they are is not known there"
+        return [Diagnostic(path, what, _REPLICA)]
+    return []
+
+
+def compute_dtype(layer: nn.Module, base: nn.Module) -> torch.dtype:
+    """The precision in which a layer computes: that of its weight, or of the base if it is quantised."""
+    dtype = getattr(layer, "dtype", None) if is_quantized(layer) else stored_tensors(layer)[0].dtype
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
+        return dtype
+    wide = (p.dtype for p in base.parameters() if p.is_floating_point() and p.dtype.itemsize > 1)
+    return next(wide, torch.get_default_dtype())
