@@ -130,6 +130,8 @@ def _problem(complaint: dict[str, Any]) -> tuple[str, str]:
     where = ".".join(map(str, complaint["loc"]))
     if complaint["type"] == "missing":
         return where, "is missing"
+    if complaint["type"] == "model_type":
+        return where, "must be a JSON object"
     what = str(complaint["msg"]).replace(" after validation", "")
     what = re.sub(r"^(Input|String|List|Tuple|Dictionary) should", "must", what)
     if complaint["type"] == "value_error":  # of our own
