@@ -54,7 +54,7 @@ class Scripted:
         figures: its statistics.
     """
 
-    name, max_context = "base", 64
+    name, max_context = "base", 256
 
     def __init__(self, events: Sequence[Event] | None = None, tokenizer: Any = None, **figures: Any) -> None:
         self.events, self.tokenizer, self.figures = events, tokenizer, figures

@@ -229,8 +229,8 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "more than the context",
-        {"max_new_tokens": 62},
-        "the prompt has 7 tokens and 62 new ones were asked for, and the context is 64: shorten the prompt or "
+        {"max_new_tokens": 250},
+        "the prompt has 7 tokens and 250 new ones were asked for, and the context is 256: shorten the prompt or "
         "`max_new_tokens`",
     ),
     (
@@ -298,4 +298,4 @@ def test_a_bug_is_answered_in_the_same_shape_and_says_nothing() -> None:
 def test_info() -> None:
     _, client = scripted()
     info = client.get("/info").json()
-    assert (info["model_id"], info["max_total_tokens"], info["max_input_length"]) == ("base", 64, 63)
+    assert (info["model_id"], info["max_total_tokens"], info["max_input_length"]) == ("base", 256, 255)
