@@ -99,14 +99,17 @@ def confined(settings: Settings, path: str) -> Path:
         ApiError: there is no root, the path leaves it, or there is no such folder.
     """
     root = _require_root(settings).resolve()
+    missing = ApiError(404, f"`lora_path`: there is no folder {show(path)} below the root", param="lora_path")
     try:
         folder = (root / path).resolve()
-    except (OSError, RuntimeError, ValueError):
+    except ValueError:  # a null character
         raise ApiError(400, f"`lora_path`: {show(path)} cannot be followed", param="lora_path") from None
+    except (OSError, RuntimeError):  # a loop of links, a name that is too long
+        raise missing from None
     if folder == root or not folder.is_relative_to(root):  # the same answer whether or not something is there
         raise ApiError(403, f"`lora_path`: {show(path)} is not below the root of the adapters", param="lora_path")
     if not folder.is_dir():
-        raise ApiError(404, f"`lora_path`: there is no folder {show(path)} below the root", param="lora_path")
+        raise missing
     return folder
 
 
