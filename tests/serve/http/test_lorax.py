@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,21 +10,18 @@ from fastapi.testclient import TestClient
 
 from lorary import builtin
 from lorary.errors import Diagnostic
-from lorary.serve.engine import BusyError
+from lorary.serve.engine import BusyError, Engine
 from lorary.serve.http.app import create_app
 from lorary.serve.request import Event, Finished, Token
-from tests.serve.http.engines import Scripted, real_engine
+from tests.serve.http.live import BASE
+from tests.serve.http.scripted import Scripted
 
 PROMPT = "def add(a, b):"
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
-    engine = real_engine(tmp_path_factory.mktemp("root"))
-    engine.start()
-    with TestClient(create_app(engine)) as client:
-        yield client
-    engine.stop()
+def client(engine: Engine) -> TestClient:
+    return TestClient(create_app(engine))
 
 
 def scripted(*events: Event) -> tuple[Scripted, TestClient]:
@@ -38,7 +34,7 @@ def post(client: TestClient, path: str, parameters: Any = None, inputs: Any = PR
 
 
 def openai(client: TestClient, n: int = 6, **fields: Any) -> str:
-    body = {"model": "base", "prompt": PROMPT, "max_tokens": n, "temperature": 0} | fields
+    body = {"model": BASE, "prompt": PROMPT, "max_tokens": n, "temperature": 0} | fields
     text: str = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
     return text
 
@@ -54,17 +50,17 @@ def events(answer: Any) -> list[dict[str, Any]]:
 
 def test_an_adapter_answers_as_by_openai_s_route(client: TestClient) -> None:
     answers = set()
-    for name in ("", "one", "two"):
+    for name in ("", "a", "b"):
         answer = post(client, "/generate", {"max_new_tokens": 6, "adapter_id": name})
-        assert answer.json() == {"generated_text": openai(client, model=name or "base")}
+        assert answer.json() == {"generated_text": openai(client, model=name or BASE)}
         answers.add(answer.text)
     assert len(answers) == 3
 
 
 def test_merged_adapters_are_the_weighted_sum(client: TestClient) -> None:
-    merged = {"ids": ["one", "two"], "weights": [0.7, -0.4], "merge_strategy": "linear", "density": 0}
+    merged = {"ids": ["a", "b"], "weights": [0.7, -0.4], "merge_strategy": "linear", "density": 0}
     answer = post(client, "/generate", {"max_new_tokens": 6, "merged_adapters": merged})
-    assert answer.json()["generated_text"] == openai(client, adapters={"one": 0.7, "two": -0.4})
+    assert answer.json()["generated_text"] == openai(client, adapters={"a": 0.7, "b": -0.4})
 
 
 def test_the_details(client: TestClient) -> None:
@@ -99,7 +95,7 @@ def test_a_draw_reports_its_seed_and_can_be_repeated(client: TestClient) -> None
 
 
 def test_a_stream_has_an_event_for_each_token_and_the_text_in_the_last(client: TestClient) -> None:
-    wanted = {"max_new_tokens": 5, "adapter_id": "one", "details": True}
+    wanted = {"max_new_tokens": 5, "adapter_id": "a", "details": True}
     found = events(post(client, "/generate_stream", wanted))
     whole = post(client, "/generate", wanted).json()
     assert [event["token"] for event in found] == whole["details"]["tokens"]
@@ -119,7 +115,7 @@ def test_the_route_of_the_official_client(client: TestClient) -> None:
 
 def test_a_chat_template_and_truncation(client: TestClient) -> None:
     chat = post(client, "/generate", {"max_new_tokens": 4, "apply_chat_template": True}).json()["generated_text"]
-    body = {"model": "base", "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 4, "temperature": 0}
+    body = {"model": BASE, "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 4, "temperature": 0}
     assert chat == client.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
     cut = post(client, "/generate", {"max_new_tokens": 1, "truncate": 2, "details": True}).json()
     assert cut["details"]["prompt_tokens"] == 2
