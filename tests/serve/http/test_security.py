@@ -19,6 +19,7 @@ from lorary.serve.request import Deliver, Request
 from tests.serve.http.live import ADMIN_KEY, BASE, KEY, OTHER_KEY, Live, live
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+LISTED = [BASE, "a", "b", "c"]  # `c` is found below the root
 COMPLETION = {"model": BASE, "prompt": "x", "max_tokens": 1, "temperature": 0}
 
 
@@ -90,7 +91,7 @@ def test_two_authorizations_are_none(keyed: Live) -> None:
 @pytest.mark.parametrize("key", [KEY, OTHER_KEY, ADMIN_KEY])
 def test_a_key_opens(keyed: Live, key: str) -> None:
     assert keyed.post("/v1/completions", COMPLETION, key=key).status == 200
-    assert names(keyed, key) == [BASE, "a", "b"]
+    assert names(keyed, key) == LISTED
 
 
 def test_requests_belong_to_the_tenant_of_their_key(keyed: Live, engine: Engine) -> None:
@@ -113,25 +114,29 @@ def test_requests_belong_to_the_tenant_of_their_key(keyed: Live, engine: Engine)
 def test_users_do_not_load(keyed: Live, path: str, body: Any) -> None:
     answer = keyed.post(path, body)
     assert (answer.status, answer.message) == (403, "this needs an admin's key")
-    assert names(keyed) == [BASE, "a", "b"]
+    assert names(keyed) == LISTED
 
 
 def test_an_admin_loads_and_unloads(keyed: Live, root: Path) -> None:
-    body = {"model": "c", "prompt": "def f(", "max_tokens": 8, "temperature": 0}
+    body = {"model": "spare", "prompt": "def f(", "max_tokens": 8, "temperature": 0}
     assert keyed.post("/v1/completions", body).status == 404
-    answer = keyed.post(LOAD, {"lora_name": "c", "lora_path": "c"}, key=ADMIN_KEY)
-    assert (answer.status, answer.body) == (200, b"Success: LoRA adapter 'c' added successfully.")
+    answer = keyed.post(LOAD, {"lora_name": "spare", "lora_path": "c"}, key=ADMIN_KEY)
+    assert (answer.status, answer.body) == (200, b"Success: LoRA adapter 'spare' added successfully.")
     assert answer.headers["content-type"].startswith("text/plain")
-    assert names(keyed) == [BASE, "a", "b", "c"]
+    assert names(keyed) == [*LISTED, "spare"]
     text = keyed.post("/v1/completions", body).json["choices"][0]["text"]
-    again = {"lora_name": "c", "lora_path": str(root / "a"), "load_inplace": True}  # an absolute path below the root
+    again = {
+        "lora_name": "spare",
+        "lora_path": str(root / "a"),
+        "load_inplace": True,
+    }  # an absolute path below the root
     assert keyed.post(LOAD, again, key=ADMIN_KEY).status == 200
     other = keyed.post("/v1/completions", body).json["choices"][0]["text"]
     assert other == keyed.post("/v1/completions", body | {"model": "a"}).json["choices"][0]["text"] != text
-    answer = keyed.post(UNLOAD, {"lora_name": "c"}, key=ADMIN_KEY)
-    assert (answer.status, answer.body) == (200, b"Success: LoRA adapter 'c' removed successfully.")
+    answer = keyed.post(UNLOAD, {"lora_name": "spare"}, key=ADMIN_KEY)
+    assert (answer.status, answer.body) == (200, b"Success: LoRA adapter 'spare' removed successfully.")
     assert keyed.post("/v1/completions", body).status == 404
-    assert names(keyed) == [BASE, "a", "b"]
+    assert names(keyed) == LISTED
 
 
 @pytest.fixture
@@ -173,7 +178,7 @@ def test_nothing_outside_of_the_root_is_loaded(keyed: Live, root: Path, traps: P
     there = keyed.post(LOAD, {"lora_name": "z", "lora_path": str(outside)}, key=ADMIN_KEY)
     assert missing.status == there.status == 403
     assert missing.message == there.message.replace("secret", "secret-not")  # nobody learns what is there
-    assert names(keyed) == [BASE, "a", "b"]
+    assert names(keyed) == LISTED
 
 
 def test_what_cannot_be_served_is_refused_with_its_reason(keyed: Live, root: Path, traps: Path) -> None:
@@ -187,9 +192,9 @@ def test_what_cannot_be_served_is_refused_with_its_reason(keyed: Live, root: Pat
         "empty": 400, "file": 404, "hostile config": 400, "link": 403, "linked file": 400, "loop": 404, "pickle": 400,
         "pipe": 400, "relative": 403, "truncated": 400,
     }  # fmt: skip
-    assert "a link that leaves the folder" in found["linked file"][1]
+    assert "is a link that leaves" in found["linked file"][1]
     assert "is a named pipe, not a plain file" in found["pipe"][1]
-    assert names(keyed) == [BASE, "a", "b"]
+    assert names(keyed) == LISTED
     keyed.alive()
 
 
