@@ -13,7 +13,7 @@ from lorary.errors import Diagnostic
 from lorary.serve.engine import BusyError, Engine
 from lorary.serve.http.app import create_app
 from lorary.serve.request import Event, Finished, Token
-from tests.serve.http.live import BASE
+from tests.serve.http.live import BASE, Live
 from tests.serve.http.scripted import Scripted
 
 PROMPT = "def add(a, b):"
@@ -111,6 +111,26 @@ def test_the_route_of_the_official_client(client: TestClient) -> None:
     whole = post(client, "/", wanted, stream=False).json()
     assert whole == [post(client, "/generate", wanted).json()]
     assert events(post(client, "/", wanted, stream=True))[-1]["generated_text"] == whole[0]["generated_text"]
+
+
+def test_hugging_face_s_client(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`InferenceClient`, which reads every shape strictly; it asks nobody but the server at this address."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    ask = huggingface_hub.InferenceClient(server.url).text_generation
+    text = ask(PROMPT, adapter_id="b", max_new_tokens=6)
+    assert text == server.post("/v1/completions", {"model": "b", "prompt": PROMPT, "max_tokens": 6, "temperature": 0}).json["choices"][0]["text"]
+    assert "".join(ask(PROMPT, adapter_id="b", max_new_tokens=6, stream=True)) == text
+    *_, last = ask(PROMPT, adapter_id="b", max_new_tokens=6, stream=True, details=True)
+    assert (last.generated_text, last.details.generated_tokens) == (text, 6)
+    drawn = ask(PROMPT, do_sample=True, max_new_tokens=6, details=True)
+    again = ask(PROMPT, do_sample=True, max_new_tokens=6, details=True, seed=drawn.details.seed)
+    assert again == drawn
+    refusal = huggingface_hub.errors.ValidationError
+    with pytest.raises(refusal, match="no adapter has the name 'nope'"):
+        ask(PROMPT, adapter_id="nope")
+    with pytest.raises(refusal, match="only one answer is generated"):
+        list(ask(PROMPT, best_of=2, stream=True))
 
 
 def test_a_chat_template_and_truncation(client: TestClient) -> None:
@@ -252,7 +272,7 @@ def test_refusals(path: str, parameters: dict[str, Any], message: str) -> None:
 def test_an_unknown_adapter_is_not_the_base(path: str) -> None:
     engine, client = scripted(Finished("length"))
     answer = post(client, path, {"adapter_id": "nope"})
-    assert (answer.status_code, answer.json()["error_type"]) == (404, "not_found")
+    assert (answer.status_code, answer.json()["error_type"]) == (404, "validation")
     assert not engine.requests
 
 
