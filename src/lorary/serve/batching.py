@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ class BatchingEngine:
         self._suspects: dict[str, None] = {}  # of a forward pass that failed: computed one by one
         self._drawn: list[tuple[InFlight, Drawn]] = []
         self._ended = deque[float](maxlen=32)  # times
-        self._counts = {"begun": 0, "queue_seconds": 0.0, "prefix_queries": 0, "prefix_hits": 0}
+        self._counts: dict[str, float] = {"begun": 0, "queue_seconds": 0.0, "prefix_queries": 0, "prefix_hits": 0}
         self._thread: threading.Thread | None = None
 
     # --- from any thread ----------------------------------------------------------------------------------------------
@@ -116,13 +117,24 @@ class BatchingEngine:
             self._wake.notify_all()
 
     def load(self, name: str, folder: str, *, replace: bool = False, pinned: bool = False) -> AdapterCard:
-        return self.store.load(name, folder, replace=replace, pinned=pinned)
+        trusted = self._thread is None  # before the start they are its owner's
+        return self.store.load(name, folder, replace=replace, pinned=pinned, trusted=trusted)
 
     def unload(self, name: str) -> None:
-        self.store.unload(name)
+        self.store.registry.unload(name)
 
     def adapters(self) -> list[AdapterCard]:
-        return self.store.cards()
+        with self._wake:
+            running = set(self._admission.running)
+            flights = [(id in running, loan.name) for id, flight in self._flights.items() for loan in flight.loans]
+        counts = Counter(flights)
+        return [
+            replace(card, running=counts[True, card.name], waiting=counts[False, card.name])
+            for card in self.store.registry.cards()
+        ]
+
+    def adapter(self, name: str) -> AdapterCard:
+        return self.store.registry.card(name)
 
     def why_dead(self) -> str | None:
         if self._dead is None and self._thread is not None and not self._thread.is_alive() and not self._closing:
@@ -132,8 +144,12 @@ class BatchingEngine:
     def statistics(self) -> dict[str, Any]:
         with self._wake:
             running = len(self._admission.running)
-            figures = {"running": running, "waiting": len(self._flights) - running, **self._counts}
-        return {**figures, "kv_usage": self.runner.usage(), **self.store.statistics()}
+            figures: dict[str, Any] = {"running": running, "waiting": len(self._flights) - running, **self._counts}
+        figures |= self.store.statistics()
+        budget = len(self.runner.arena.sectors) * self.runner.arena.sector_bytes
+        keys_values = max(self.runner.used_bytes() - int(figures["adapter_bytes"]), 0)
+        usage = keys_values / max(budget - int(figures["adapter_bytes"]), 1)
+        return figures | {"budget_bytes": budget, "kv_bytes": keys_values, "kv_usage": usage}
 
     def _notify(self) -> None:
         with self._wake:
@@ -237,7 +253,8 @@ class BatchingEngine:
         now = time.monotonic()
         if not self._admission.due(now):
             return
-        decision = self._admission.decide(now, **self.store.memory()._asdict())
+        wanted = {uid for request in self._admission.waiting.values() for uid in request.adapters}
+        decision = self._admission.decide(now, **self.store.memory(wanted))
         self._until = min(decision.until, now + 1.0)
         for id in decision.expired:
             self._end(id, "deadline", "it could not begin in time")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,13 +17,16 @@ import transformers
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.cache_allocators import cache_allocator
+from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 from transformers.generation.continuous_batching.requests import RequestState
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
+from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lorary.errors import changed_release, check_overridden
+from lorary.errors import ConfigError, Diagnostic, changed_release, check_overridden
 from lorary.layers.rope import text_config
 from lorary.layers.transformers_internals import attention_of, set_attention
+from lorary.serve.arena import Arena, CacheArena
 from lorary.serve.attention import NAME, attention_of_each_request
 from lorary.serve.batch import Batch
 from lorary.serve.layers import ServedLayers
@@ -107,7 +110,7 @@ class PagedRunner:
     Args:
         model: a causal language model in evaluation mode.
         layers: its layers.
-        pages: of keys and values, for all requests together.
+        budget: bytes of keys, values and adapters.
         page: tokens of a page: prefixes are shared in whole pages.
         most_tokens_of_batch: tokens of a forward pass; longer prompts are computed in parts.
         most_rows: sequences at a time.
@@ -123,7 +126,7 @@ class PagedRunner:
         model: Any,
         layers: ServedLayers,
         *,
-        pages: int,
+        budget: int,
         page: int = 32,
         most_tokens_of_batch: int = 512,
         most_rows: int = 64,
@@ -133,7 +136,7 @@ class PagedRunner:
         self._rows: dict[str, Row] = {}
         config = ContinuousBatchingConfig(
             page_size=page,
-            num_blocks=pages,
+            num_blocks=_pages(model, budget, page),
             max_batch_tokens=most_tokens_of_batch,
             max_requests_per_batch=self.most_rows,
             max_blocks_per_request=0,
@@ -152,7 +155,10 @@ class PagedRunner:
             raise
         self._cache, self._scheduler = self._processor.cache, self._processor.scheduler
         self._scheduler.rows = self._rows
-        self.most_tokens: int | None = self._cache.num_sectors * self._cache.tokens_per_sector
+        self.arena: Arena = CacheArena(self._cache)
+        self.make_room: Callable[[int], bool] = lambda _: False
+        self.kept = max(self._cache.num_sectors // 2, 1)
+        self.most_tokens: int | None = _most_tokens(self._cache, self.kept)
         self._let_through()
         if self._cache.use_prefix_sharing and not self._salt_takes():
             logger.warning("prefixes are not shared: the salt of the prefix cache has no effect in this release")
@@ -162,6 +168,7 @@ class PagedRunner:
         """Put the salt into the cache, our choice in place of the sampler, one row of the head for each request."""
         cache, ios, runner = self._cache, self._processor.inputs_and_outputs, self._processor.model_runner
         search, mark, inputs = cache.search_prefix_match, cache.mark_complete_blocks, ios.get_model_kwargs
+        store = cache.can_store_request_tokens
 
         def search_prefix_match(request_id: str, prompt_ids: list[int]) -> int:
             row = self._rows[request_id]
@@ -174,6 +181,18 @@ class PagedRunner:
             with _salted(self._rows[state.request_id].salt):
                 mark(state, complete_blocks)
 
+        def can_store_request_tokens(state: RequestState, request_len: int, dry_run: bool = False) -> bool:
+            """Adapters that nothing uses give way, then prefixes that nobody has."""
+            if store(state, request_len, dry_run):
+                return True
+            needed = sum(
+                each.needs_new_sectors(state.request_id, state.current_len(), request_len)
+                for each in cache.cache_allocators.values()
+            )
+            self.make_room(needed) or self.arena.reclaim()
+            cache.pool.try_to_free_sectors()
+            return bool(store(state, request_len, dry_run))
+
         def get_model_kwargs(use_padding: bool = False) -> Any:
             kwargs = inputs(use_padding)
             # Transformers packs the rows that get a token, so that with as many tokens as rows a layer could not tell
@@ -182,7 +201,7 @@ class PagedRunner:
             return kwargs
 
         cache.search_prefix_match, cache.mark_complete_blocks = search_prefix_match, mark_complete_blocks
-        ios.get_model_kwargs = get_model_kwargs
+        cache.can_store_request_tokens, ios.get_model_kwargs = can_store_request_tokens, get_model_kwargs
         runner._sample = self._sample
 
     def _salt_takes(self) -> bool:
@@ -241,11 +260,33 @@ class PagedRunner:
             tokens = self._choose(rows, logits)
             output_ids[0, : len(new)] = torch.tensor(tokens, dtype=output_ids.dtype, device=output_ids.device)
 
-    def usage(self) -> float:
-        return 1.0 - float(self._cache.compute_free_capacity())
+    def used_bytes(self) -> int:
+        total = self._cache.num_sectors * self._cache.bytes_per_sector
+        return total - int(self._cache.compute_free_capacity(relative=False)) - self.arena.reclaimable()
 
     def close(self) -> None:
         set_attention(text_config(self.model), self._before)
+
+
+def _pages(model: Any, budget: int, page: int) -> int:
+    """The pages of all layers that fit into a budget."""
+    config = text_config(model)
+    heads, dim = find_num_key_value_heads(config), find_head_dim(config)
+    size = int(2 * config.num_hidden_layers * heads * dim * model.dtype.itemsize * page)
+    if budget < 4 * size:
+        what = f"it is {budget:,} bytes, and keys and values of {page} tokens take {size:,}"
+        raise ConfigError("the budget is too small:", [Diagnostic("budget", what, f"give at least {4 * size:,}")])
+    return budget // size
+
+
+def _most_tokens(cache: Any, sectors: int) -> int:
+    """The longest request that fits into so many sectors."""
+    free = cache.pool.free_sectors
+    cache.pool.free_sectors = free[:sectors]
+    try:
+        return int(infer_max_single_request_tokens(cache))
+    finally:
+        cache.pool.free_sectors = free
 
 
 def _processor(model: Any, config: Any) -> Any:

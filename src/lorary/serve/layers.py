@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lorary.errors import Diagnostic, LoraryError, StateError
+from lorary.errors import Diagnostic, StateError, deduplicated
 from lorary.layers.kinds import KINDS, kind_of
-from lorary.serve.batch import Batch, Segment
-from lorary.serve.ops.reference import with_terms
-from lorary.serve.serving_form import ServingForm
+from lorary.layers.wrappers import unwrapped
+from lorary.model.state import state_of
+from lorary.serve._overrides import compute_dtype
+from lorary.serve.batch import Batch
+from lorary.serve.mixed import Covered, forward_of
+from lorary.serve.ops.table import AdapterTable
+from lorary.serve.serving_form import ServingForm, SiteForm
+from lorary.serve.step import Step
+from lorary.serve.token_axis import token_axes
 
-
-class RowsError(LoraryError):
-    """A layer got a number of rows that the batch says nothing of. It is a fault of the engine, not of a request."""
+_MISSING = "the base has no such module"
 
 
 class ServedLayers:
     """Lets the layers of a base compute with the adapters of a batch.
 
-    A layer that an adapter changes gets a `forward` of its own, which adds the adapters' terms to what its class's
+    A module that an adapter changes gets a `forward` of its own, which adds the adapters' terms to what its class's
     forward computes. The module tree, the weights and the state dict stay as they are.
 
     Args:
-        model: the base, in evaluation mode. One forward pass at a time.
+        model: the base, in evaluation mode, without an adapter. It runs one forward pass at a time.
+
+    Raises:
+        StateError: an adapter is attached to it.
 
     Example:
         >>> served = ServedLayers(model)
@@ -37,96 +45,106 @@ class ServedLayers:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        model = unwrapped(model)
+        if state_of(model) is not None:
+            raise StateError("cannot serve:", [Diagnostic("model", "has an adapter attached", "detach it first")])
+        self._model = model
         self._modules = dict(model.named_modules(remove_duplicate=False))
-        self._originals: dict[nn.Module, Any] = {}
-        self._batch: Batch | None = None
+        rowwise = {path: m for path, m in model.named_modules() if (kind := kind_of(m)) and KINDS[kind].rowwise}
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.table = AdapterTable({path: compute_dtype(m, model) for path, m in rowwise.items()}, device)
+        self._paths = {module: path for path, module in model.named_modules()}
+        self._covered: dict[nn.Module, Covered] = {}
+        self.step: Step | None = None
 
     def cover(self, form: ServingForm) -> None:
-        """Let the modules that a form changes compute mixed batches; those that are covered stay so.
+        """Let the modules that a form changes compute mixed batches. What is covered already stays so.
+
+        Its tensors must stay where they are, on the base's device, as long as it exists.
 
         Raises:
-            StateError: the base lacks a module.
+            StateError: the base lacks a module, or a tensor has another shape or device; every reason.
         """
-        paths = [*form.sites, *form.overrides, *form.rotary]
-        missing = [Diagnostic(path, "the base has no such module") for path in paths if path not in self._modules]
-        if missing:
-            raise StateError("cannot serve the adapter:", missing)
-        for path in paths:
-            module = self._modules[path]
-            if module not in self._originals:
-                self._originals[module] = vars(module).get("forward")
-                module.forward = self._forward(path, module, module.forward)
+        if form in self.table:
+            return
+        problems = [p for path, site in form.sites.items() for p in self._site_problems(path, site)]
+        problems += [p for path, own in form.overrides.items() for p in self._override_problems(path, own)]
+        problems += [
+            Diagnostic(path, "the base has no such module") for path in form.rotary if path not in self._modules
+        ]
+        if problems:
+            raise StateError("cannot serve the adapter:", deduplicated(problems))
+        for path in (*form.sites, *form.overrides, *form.rotary):
+            self._cover(self._modules[path])
+        self.table.add(form)
 
     def remove(self) -> None:
         """Give all modules their own forward back."""
-        for module, original in self._originals.items():
-            if original is None:
-                del module.forward
-            else:
-                module.forward = original
-        self._originals.clear()
+        for module, covered in self._covered.items():
+            covered.restore(module)
+        self._covered.clear()
 
     @contextlib.contextmanager
     def computing(self, batch: Batch) -> Iterator[None]:
-        """A block in which forward passes compute this batch."""
-        before, self._batch = self._batch, None if batch.idle else batch
+        """A block in which forward passes compute this batch, without gradients.
+
+        Raises:
+            StateError: an adapter is not covered, or the segments are not rows in order.
+        """
+        before, step = self.step, None if batch.idle else Step.of_batch(batch, self.table)
+        self.step = step
         try:
-            yield
+            with torch.no_grad():
+                yield
         finally:
-            self._batch = before
+            self.step = before
 
-    def _forward(self, path: str, module: nn.Module, plain: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            y = plain(*args, **kwargs)
-            batch = self._batch
-            return y if batch is None else self._mixed(path, module, batch, y, args, kwargs)
+    @functools.cached_property
+    def _axes(self) -> Mapping[str, int | None]:
+        return token_axes(self._model)
 
-        return forward
+    def _cover(self, module: nn.Module) -> None:
+        if module in self._covered:
+            return
+        axes = self._axes  # before the first forward is replaced: a copy of the model could not run with it
+        path = self._paths[module]
+        self._covered[module] = covered = Covered(path, module, axes.get(path) if path in axes else -1)
+        module.forward = forward_of(self, covered)
 
-    def _mixed(self, path: str, module: nn.Module, batch: Batch, y: Any, args: Any, kwargs: Any) -> Any:
-        x = args[0] if args else next(iter(kwargs.values()))
-        kind = kind_of(module)
-        if isinstance(y, tuple):
-            return self._mixed_rotary(path, batch, y, x, args, kwargs)
-        if kind is None or KINDS[kind].rowwise:
-            rows, flat_y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-        elif kind == "embedding":
-            rows, flat_y = x.reshape(-1), y.reshape(-1, y.shape[-1])
-        else:
-            rows, flat_y = x, y
-        for segment in _segments(path, batch, len(rows)):
-            part = slice(segment.start, segment.stop)
-            for form, weight in segment.adapters:
-                if path in form.overrides:
-                    flat_y[part] = self._overridden(module, form.overrides[path], rows[part])
-                if path in form.sites and kind is not None:
-                    flat_y[part] = with_terms(KINDS[kind], module, flat_y[part], rows[part], form.sites[path], weight)
-        return flat_y.view(y.shape)
+    def _site_problems(self, path: str, site: SiteForm) -> list[Diagnostic]:
+        module = self._modules.get(path)
+        kind = None if module is None else kind_of(module)
+        if kind is None:
+            return [Diagnostic(path, "the base has no such layer")]
+        out, inp = KINDS[kind].size(module)
+        rank = 0 if site.A is None else len(site.A)
+        expected = {"A": (rank, inp), "B": (out, rank), "gain": (out,), "shift": (out,), "d": (rank,), "b": (out,)}
+        shapes = {role: tuple(t.shape) for role in expected if (t := getattr(site, role)) is not None}
+        problems = [
+            Diagnostic(path, f"{role} is {list(shape)}, and the layer takes {list(expected[role])}")
+            for role, shape in shapes.items()
+            if shape != expected[role]
+        ]
+        if ("A" in shapes) != ("B" in shapes):
+            problems.append(Diagnostic(path, "has one of A and B without the other"))
+        device = self.table.tensor.device
+        places = {t.device for t in site[:6] if t is not None}
+        if places - {device}:
+            problems.append(Diagnostic(path, f"its tensors are on {places.pop()}, and the base is on {device}"))
+        return problems
 
-    def _overridden(self, module: nn.Module, parameters: Any, rows: Tensor) -> Any:
-        batch, self._batch = self._batch, None  # the module itself, not again its mixed forward
-        try:
-            return torch.func.functional_call(module, dict(parameters), (rows,))
-        finally:
-            self._batch = batch
-
-    def _mixed_rotary(self, path: str, batch: Batch, y: tuple[Tensor, ...], x: Tensor, args: Any, kwargs: Any) -> Any:
-        ids = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
-        rest = {name: value for name, value in kwargs.items() if name not in ("x", "position_ids")}
-        ids = ids.expand(x.shape[0], -1).reshape(1, -1)
-        parts = [part.expand(x.shape[0], *part.shape[1:]).flatten(0, 1).clone() for part in y]
-        for segment in _segments(path, batch, ids.shape[1]):
-            for form, _ in segment.adapters:
-                if path in form.rotary:
-                    own = form.rotary[path](x, ids[:, segment.start : segment.stop], *args[2:], **rest)
-                    for whole, part in zip(parts, own, strict=True):
-                        whole[segment.start : segment.stop] = part[0]
-        return tuple(part.view(x.shape[0], -1, part.shape[-1]) for part in parts)
-
-
-def _segments(path: str, batch: Batch, rows: int) -> tuple[Segment, ...]:
-    found = batch.tables.get(rows)
-    if found is None:
-        what = f"it got {rows} rows, and the batch has {' or '.join(str(n) for n in sorted(batch.tables))}"
-        raise RowsError("cannot compute the batch:", [Diagnostic(path, what)])
-    return found
+    def _override_problems(self, path: str, own: Mapping[str, Any]) -> list[Diagnostic]:
+        module = self._modules.get(path)
+        if module is None:
+            return [Diagnostic(path, _MISSING)]
+        held = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+        problems = []
+        for name, value in own.items():
+            if name not in held:
+                problems.append(Diagnostic(f"{path}.{name}", "the base has no such parameter"))
+            elif held[name].shape != value.shape:
+                what = f"is {list(value.shape)}, and the base's is {list(held[name].shape)}"
+                problems.append(Diagnostic(f"{path}.{name}", what))
+        if kind_of(module) is None and self._axes.get(path, 0) is None:
+            problems.append(Diagnostic(path, "does not get the tokens along one dimension, so rows cannot differ"))
+        return problems

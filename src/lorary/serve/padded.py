@@ -7,13 +7,14 @@ cache; a few groups take turns. It is slower: groups are not joined, and prefixe
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lorary.serve.arena import Arena, PlainArena
 from lorary.serve.batch import Batch
 from lorary.serve.layers import ServedLayers
 from lorary.serve.runner import Choose, Row
@@ -49,15 +50,21 @@ class PaddedRunner:
     Args:
         model: a causal language model in evaluation mode.
         layers: its layers.
+        budget: bytes for adapters; keys and values come beside.
         most_rows: sequences at a time.
         pads: whether sequences of different lengths may share a group: not every model ignores padding exactly.
     """
 
-    kind = "padded batches"
     most_tokens: int | None = None
+    kept = 0
 
-    def __init__(self, model: Any, layers: ServedLayers, *, most_rows: int = 32, pads: bool = True) -> None:
+    def __init__(
+        self, model: Any, layers: ServedLayers, *, budget: int, most_rows: int = 32, pads: bool = True
+    ) -> None:
         self.model, self.layers, self.most_rows, self.pads = model, layers, most_rows, pads
+        self.kind = "padded batches" if pads else "batches of prompts of equal length"
+        self.arena: Arena = PlainArena(budget, device=model.device)
+        self.make_room: Callable[[int], bool] = lambda _: False
         self.current: list[str] = []
         self._takes = frozenset(inspect.signature(model.forward).parameters)
         self._waiting: dict[str, _Sequence] = {}
@@ -127,8 +134,8 @@ class PaddedRunner:
         inputs = {name: value for name, value in inputs.items() if name in self._takes}
         return torch.tensor(rows, device=self.model.device), {**inputs, **group.cache}
 
-    def usage(self) -> float:
-        return 0.0
+    def used_bytes(self) -> int:
+        return 0
 
     def close(self) -> None:
         pass

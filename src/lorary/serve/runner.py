@@ -9,6 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from lorary.serve.arena import Arena
 from lorary.serve.batch import Weighted
 
 
@@ -53,12 +54,18 @@ class Runner(Protocol):
         most_tokens: of a sequence, prompt and continuation together; None for no limit.
         most_rows: sequences at a time.
         current: the ids of the sequences in the forward pass that is computed, or was computed last.
+        arena: the memory that keys and values share with adapters.
+        kept: sectors of it that adapters never take, so that the longest sequence always finds room.
+        make_room: called when keys and values need sectors: has adapters give way, and says whether they did.
     """
 
     kind: str
     most_tokens: int | None
     most_rows: int
     current: list[str]
+    arena: Arena
+    kept: int
+    make_room: Callable[[int], bool]
 
     def add(self, row: Row) -> None:
         """Hold a sequence from the next forward pass on."""
@@ -81,8 +88,8 @@ class Runner(Protocol):
         """Compute a sequence from its first token again, with those that it has got."""
         ...
 
-    def usage(self) -> float:
-        """The share of the room for keys and values that is in use, 0 to 1."""
+    def used_bytes(self) -> int:
+        """Bytes of the arena in use, by keys and values that are needed and by adapters. From any thread."""
         ...
 
     def close(self) -> None:

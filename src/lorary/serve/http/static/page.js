@@ -252,13 +252,13 @@ function show(status) {
 
 function showBudget({ budget, adapters, kv }) {
   $("budget").hidden = !budget;
-  const parts = [`adapters ${bytes(adapters)}`, `keys and values ${bytes(kv)}`];
+  const parts = [make("span", `adapters ${bytes(adapters)}`, "of-adapters"), make("span", `keys and values ${bytes(kv)}`, "of-kv")];
   if (budget) {
     $("budget-adapters").style.width = `${(100 * adapters) / budget}%`;
     $("budget-kv").style.width = `${(100 * kv) / budget}%`;
-    parts.push(`free ${bytes(Math.max(0, budget - adapters - kv))} of ${bytes(budget)}`);
+    parts.push(make("span", `free ${bytes(Math.max(0, budget - adapters - kv))} of ${bytes(budget)}`, "of-rest"));
   }
-  $("budget-text").textContent = parts.join(" · ");
+  $("budget-text").replaceChildren(...parts);
 }
 
 function showAdapters({ adapters, matching, states, names, version }) {
@@ -283,10 +283,10 @@ function rowOf(card) {
   row.append(
     make("td", card.name),
     make("td", failed && card.error ? `failed: ${card.error}` : card.state, failed ? "failed" : ""),
+    make("td", requests),
     make("td", card.rank ?? "–"),
     make("td", card.bytes ? bytes(card.bytes) : "–"),
     make("td", card.form || "–"),
-    make("td", requests),
   );
   row.firstElementChild.title = card.method;
   return row;
