@@ -29,6 +29,7 @@ from lorary.layers.kinds import KINDS, kind_of
 from lorary.layers.quantized_weight import is_quantized, stored_tensors
 from lorary.layers.shared_projections import leading_slice
 from lorary.layers.wrappers import unwrapped
+from lorary.methods.lora import Add, LowRank
 from lorary.methods.vera import SharedProjectionDelta
 from lorary.model.ambient import mode_independent
 from lorary.model.fingerprint import Fingerprint
@@ -40,6 +41,7 @@ from lorary.serve.serving_form import ServingForm, SiteForm
 from lorary.spec.placement import AdaptedSite
 
 _HEADLINE = "this adapter cannot be served beside others:"
+_NOT_FINITE = "check its training; or serve the base in a precision of more range"
 
 
 @mode_independent
@@ -110,8 +112,11 @@ class _Forming:
         for adapted in self.adapter.sites:
             self.problems += foreign_rows(adapted.site.name)
             self._form_site(adapted, self.modules[adapted.site.name])
-        for path in self.trained.keys() - {adapted.site.name for adapted in self.adapter.sites}:
-            self._form_trained(path, self.modules[path])
+        adapted_paths = {adapted.site.name for adapted in self.adapter.sites}
+        for path in self.trained:
+            if path not in adapted_paths:
+                self._form_trained(path, self.modules[path])
+        self.problems += _not_finite(self.sites, self.overrides)
         if self.problems:
             raise MethodError(_HEADLINE, deduplicated(self.problems))
         ranks = [len(form.A) for form in self.sites.values() if form.A is not None]
@@ -134,6 +139,9 @@ class _Forming:
         if "weight" in layer.values:
             self._merge_site(layer)
             return
+        if type(adapted.delta) is LowRank and type(adapted.join) is Add and not adapted.starts:
+            self.sites[name] = self._low_rank(layer)
+            return
         try:
             found = form_at(adapted, self.adapter.tensors[name], layer)
         except MethodError as error:
@@ -148,6 +156,14 @@ class _Forming:
         if isinstance(adapted.delta, SharedProjectionDelta) and not adapted.site.parts:
             form = self._on_shared(adapted, form, dtype)
         self.sites[name] = form
+
+    def _low_rank(self, layer: BaseLayer) -> SiteForm:
+        """The form of plain LoRA: its A as it is, without a pass through fp32."""
+        adapted, dtype = layer.adapted, compute_dtype(cast(nn.Module, layer.layer), self.base)
+        B, A = adapted.delta.factors(adapted.site, self.adapter.tensors[adapted.site.name])
+        shift = _bias_change(layer, None)
+        B = (adapted.scale * B.float()).to(dtype)
+        return SiteForm(A.to(dtype), B, None, None if shift is None else shift.to(dtype))
 
     def _merge_site(self, layer: BaseLayer) -> None:
         """Give a site a merged weight of its own; a bias that the base lacks becomes a shift."""
@@ -212,6 +228,17 @@ def _bias_change(layer: BaseLayer, gain: Tensor | None) -> Tensor | None:
     b, trained = own.detach().float().cpu(), layer.bias()
     assert trained is not None
     return trained - (b if gain is None else gain * b)
+
+
+def _not_finite(sites: Mapping[str, SiteForm], overrides: Mapping[str, Mapping[str, Tensor]]) -> list[Diagnostic]:
+    """The tensors with values that are not finite, after rounding."""
+    named = [(f"{path}: {role}", t) for path, form in sites.items() for role, t in form._asdict().items()]
+    named += [(f"{path}.{name}", t) for path, own in overrides.items() for name, t in own.items()]
+    return [
+        Diagnostic(where, f"holds NaN, or numbers too large for {str(t.dtype).removeprefix('torch.')}", _NOT_FINITE)
+        for where, t in named
+        if isinstance(t, Tensor) and t.is_floating_point() and not t.isfinite().all()
+    ]
 
 
 def _content_key(tensors: Mapping[str, Tensor]) -> str:

@@ -92,7 +92,7 @@ def _linear(served: Served, covered: Covered, step: Step, y: Tensor, args: Any, 
     dtype = served.table.dtypes[path]
     long: Sequence[Piece] = rows.long
     if rows.short is not None:
-        if x.dtype is dtype and y.dtype is dtype:
+        if x.dtype is dtype and y.dtype is dtype and dtype in cpu.TYPES:
             library: Any = cpu.native()
             library.add_rows(step.table, index, rows.short, x.contiguous(), flat)
         else:

@@ -110,7 +110,7 @@ def _problems(count: int, segments: Sequence[Segment], table: AdapterTable) -> l
     for start, stop, adapters in segments:
         where = f"rows {start} to {stop} of {count}"
         if not (end <= start < stop <= count):
-            problems.append(Diagnostic(where, f"are no rows after row {end}"))
+            problems.append(Diagnostic(where, f"are no rows after {end}"))
         end = stop
         for form, weight in adapters:
             if form not in table:
