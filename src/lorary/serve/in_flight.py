@@ -17,6 +17,12 @@ from lorary.serve.text import TextStream
 logger = logging.getLogger(__name__)
 
 
+def end_tokens(model: Any) -> frozenset[int]:
+    """The end-of-sequence tokens of a model, as its generation configuration names them."""
+    ends = model.generation_config.eos_token_id
+    return frozenset({ends} if isinstance(ends, int) else ends or ())
+
+
 class InFlight:
     """A request in flight.
 
