@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import socket
@@ -17,19 +16,19 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.progress import track
 from safetensors.torch import save_file
-from serve_replay import Answer
-from serve_workload import Call
 
 from cases import ALL_LINEAR, llama
 from lorary.model.loading.from_pretrained import load_model, load_tokenizer
 from lorary.model.loading.source import ModelSection
 from lorary.serve.vllm.process import running
+from serve_replay import Answer
+from serve_workload import Call
 
 SIZE = 0.02  # standard deviation of the adapters' random factors
 
 
 def base_folder(base: str, folder: Path, arguments: Any) -> Path:
-    """The base as a folder that every server reads: the built-in one, or a random Llama, with the built-in tokenizer."""
+    """The base as a folder that every server reads: the built-in one or a random Llama, with the built-in tokenizer."""
     section = ModelSection.of("builtin:base", dtype="float32")
     model = load_model(section) if base == "builtin:base" else llama(arguments)
     model.float().eval().save_pretrained(folder)
@@ -91,7 +90,7 @@ class InPEFT:
         self.model: Any = PeftModel.from_pretrained(load(base), str(adapters[0]), adapter_name="a0")
         for i, adapter in enumerate(adapters[1:], 1):
             self.model.load_adapter(str(adapter), f"a{i}")
-        self.model.eval()
+        self.model.eval().generation_config.update(eos_token_id=None, pad_token_id=0)
 
     def switching(self, calls: Sequence[Call], concurrency: int) -> list[Answer]:
         """One adapter at a time: the oldest request, with those that wait beside it for the same adapter.
@@ -104,7 +103,8 @@ class InPEFT:
             batch = [call for call in window if call.adapter == window[0].adapter]
             self.model.set_adapter(batch[0].adapter)
             answers += self._generate(batch)
-            left = [call for call in left if call not in batch]
+            done = {id(call) for call in batch}
+            left = [call for call in left if id(call) not in done]
         return answers
 
     def mixed(self, calls: Sequence[Call], concurrency: int) -> list[Answer]:
@@ -124,9 +124,6 @@ class InPEFT:
             attention_mask=mask,
             do_sample=False,
             max_new_tokens=most,
-            min_new_tokens=most,
-            eos_token_id=-1,
-            pad_token_id=0,
             **options,
         )
         rows = [row[: call.max_tokens] for call, row in zip(batch, out[:, width:].tolist(), strict=True)]
@@ -193,11 +190,11 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def parity(made: Any, base: Path, adapters: Sequence[Path], answers: Sequence[Answer]) -> float:
+def parity(base: Path, adapters: Sequence[Path], answers: Sequence[Answer]) -> float:
     """The share of greedy answers that equal PEFT's, one request at a time."""
     peft = InPEFT(base, adapters)
     equal = 0
     for answer in answers:
         peft.model.set_adapter(answer.call.adapter)
-        equal += peft._generate([copy.copy(answer.call)])[0].tokens == answer.tokens
+        equal += peft._generate([answer.call])[0].tokens == answer.tokens
     return equal / len(answers)

@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from serve_workload import Call
-
 from lorary.serve.engine import Engine
 from lorary.serve.request import Event, Finished, Request, Sampling, Token
+from serve_workload import Call
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The workload of the serving benchmark: requests with times, adapters and lengths, as JSON lines that any server takes.
+"""The workload of the serving benchmark: requests with times, adapters and lengths, and their file of JSON lines.
 
 S-LoRA's generator (arXiv:2311.03285, its benchmark's own code), with Zipf popularity beside its power law: Gamma
 intervals of a coefficient of variation, adapters by popularity, uniform lengths, and a seed.
