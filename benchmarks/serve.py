@@ -213,7 +213,7 @@ def picture(found: Sequence[Row]) -> str:
             words.append(f"{label}: " + ", ".join(f"{n} {rate:.0f}" for n, rate in points.items()))
         base = statistics.median(turn["tokens_per_second"] for turn in found[0].turns)
         axes.axhline(base, color="#808080", linewidth=0.9, linestyle=":", label="base alone")
-        axes.set(title=title, xlabel="adapters", ylabel="tokens a second", xscale="symlog", ylim=(0, None))
+        axes.set(title=title, xlabel="adapters", ylabel="tokens a second", xscale="log", ylim=(0, None))
         ticks = sorted({row.adapters for row in found} - {0})
         axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
         axes.minorticks_off()
@@ -252,16 +252,16 @@ def report(result: dict[str, Any], found: Sequence[Row]) -> None:
 def options() -> argparse.Namespace:
     made = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     made.add_argument("--quick", action="store_true", help="few adapters, few requests: to check the script")
-    made.add_argument("--full", action="store_true", help="everything (the default)")
+    made.add_argument("--full", action="store_true", help="everything: the default")
     made.add_argument("--base", default="builtin:base", choices=["builtin:base", "random"])
     made.add_argument("--hidden", type=int, default=1024, help="of the random Llama")
     made.add_argument("--layers", type=int, default=10, help="of the random Llama")
-    made.add_argument("--counts", type=int, nargs="+", default=[0, 1, 8, 64, 256, 1000, 2000])
+    made.add_argument("--counts", type=int, nargs="+", help="default: to 2,000, or 256 of the random Llama")
     made.add_argument("--ranks", type=int, nargs="+", default=[16, 8, 4], help="in turn")
     made.add_argument("--mixed", type=int, nargs="*", default=[4, 8, 32], help="adapters of PEFT's mixed batches")
     made.add_argument("--switched", type=int, nargs=1, default=[64], help="adapters that PEFT switches between")
-    made.add_argument("--requests", type=int, default=192, help="of a turn")
-    made.add_argument("--peft-requests", type=int, default=64, help="of a turn of PEFT")
+    made.add_argument("--requests", type=int, help="of a turn: 192, or 64 of the random Llama")
+    made.add_argument("--peft-requests", type=int, help="of a turn of PEFT: a third")
     made.add_argument("--concurrency", type=int, default=32)
     made.add_argument("--repeats", type=int, default=5)
     made.add_argument("--prompt", type=int, nargs=2, default=[8, 96], help="tokens, least and most")
@@ -276,6 +276,10 @@ def options() -> argparse.Namespace:
     made.add_argument("--trace", type=Path, help="write the open loop's requests at n = 64 as JSON lines, and stop")
     made.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "serve.json")
     found = made.parse_args()
+    small = found.base == "builtin:base"
+    found.counts = found.counts or [0, 1, 8, 64, 256, *([1000, 2000] if small else [])]
+    found.requests = found.requests or (192 if small else 64)
+    found.peft_requests = found.peft_requests or found.requests // 3
     if found.quick:
         quick = {"counts": [0, 1, 8, 24], "mixed": [4], "switched": [8], "requests": 24, "peft_requests": 12}
         vars(found).update(quick, repeats=2, concurrency=8, generated=[8, 16], budget=256)

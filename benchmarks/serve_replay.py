@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import statistics
 import threading
@@ -132,7 +133,7 @@ def figures(answers: Sequence[Answer], seconds: float, slo: tuple[float, float])
         for answer in good
     ]
     met = [answer.first <= slo[0] and t <= slo[1] for answer, t in zip(good, each, strict=True)]
-    gaps = [b - a for answer in good for a, b in zip(answer.times, answer.times[1:], strict=False)]
+    gaps = [b - a for answer in good for a, b in itertools.pairwise(answer.times)]
     return {
         "requests_per_second": len(good) / seconds,
         "tokens_per_second": sum(answer.generated for answer in good) / seconds,
