@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from lorary.serve.ops.table import AdapterTable
 from lorary.serve.ops.triton import Items, expand, shrink
 from lorary.serve.serving_form import ServingForm, SiteForm
 
+from ...kernels.for_gpu import compiled
 from .cases import PIECES, adapters, close, expected, slots, table_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU tests/conftest.py asks for the interpreter
@@ -144,3 +147,18 @@ def test_a_model_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
         close(found, model(x))
     served.remove()
     assert torch.equal(found[:, :2], model(x)[:, :2])
+
+
+ARGUMENTS = dict.fromkeys(("table",), "*i64") | dict.fromkeys(("weights", "h"), "*fp32")
+ARGUMENTS |= dict.fromkeys(("chosen", "starts", "lengths", "slots", "counts"), "*i32")
+ARGUMENTS |= dict.fromkeys(("layers", "layer", "inp", "out", "x_row", "y_row", "capacity"), "i32")
+CONSTANTS = {"FIELDS": 10, "MOST": 256, "ROWS": 16, "RANKS": 16, "TILE": 128, "PARTS": 4, "INTERPRETED": False}
+
+
+def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
+    """To machine code, without a GPU: tensor cores are used, and no atomics."""
+    types = ARGUMENTS | {"x": "*bf16", "y": "*bf16"}
+    found = compiled(tmp_path, "lorary.serve.ops.triton", types, {"_shrink": CONSTANTS, "_expand": CONSTANTS})
+    for name, (made, _, _, mma, atomics) in found.items():
+        assert (name, made, atomics) == (name, "True", "0")
+        assert int(mma) > 0
