@@ -18,6 +18,7 @@ _RECORDS = ("lorary.json", "adapter_config.json")
 _LEVEL = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_-])?")
 _MOST_LEVELS, _MOST_CHARACTERS = 3, 200
 _SETTLED = 2 * 10**9  # ns: a folder changed more recently may change again without another time stamp
+_TICK = 2 * 10**7  # ns: file systems count in ticks of 1 to 10 ms
 
 Stamp = tuple[tuple[str, int, int, int], ...]
 
@@ -44,8 +45,15 @@ def stamp(folder: Path) -> Stamp:
             status = os.stat(folder / name)
         except (OSError, ValueError):
             continue
-        found.append((name, status.st_ino, status.st_size, status.st_mtime_ns))
+        found.append((name, status.st_ino, status.st_size, status.st_ctime_ns))
     return tuple(found)
+
+
+def wait_for_a_tick(found: Stamp) -> None:
+    """Let the file system's clock go on if files have just been written: a later write gets another time then."""
+    left = max((changed for *_, changed in found), default=0) + _TICK - time.time_ns()
+    if 0 < left <= _TICK:
+        time.sleep(left / 1e9)
 
 
 class _Listing(NamedTuple):

@@ -20,7 +20,7 @@ from lorary.errors import Diagnostic, FileError, LoraryError
 from lorary.files.safe_open import open_inside, read_bytes
 from lorary.files.strict_json import show
 from lorary.model.fingerprint import Fingerprint
-from lorary.serve.adapter_root import Stamp, stamp
+from lorary.serve.adapter_root import Stamp, stamp, wait_for_a_tick
 from lorary.serve.engine import BusyError
 from lorary.serve.flat import Flat, flatten
 from lorary.serve.form import serving_form
@@ -100,6 +100,7 @@ class Loader:
         try:
             for _ in range(2):
                 before = stamp(folder)
+                wait_for_a_tick(before)
                 flat = self._read(folder, name, within)
                 if stamp(folder) == before:
                     return Loaded(flat, before)

@@ -133,7 +133,7 @@ class Registry:
 
     def cards(self) -> list[AdapterCard]:
         """All adapters that requests may name, by name."""
-        found = {name: str(self.root.folder / name) for name in self.root.names()} if self.root is not None else {}
+        found = {name: f"{self.root.folder}/{name}" for name in self.root.names()} if self.root is not None else {}
         with self._lock:
             hidden = self._unloaded | set(self.reserved)
             cards = {n: AdapterCard(n, folder=folder) for n, folder in found.items() if n not in hidden}
