@@ -9,12 +9,11 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from lorary.adapters.hub import OWN_FILES
+from lorary.adapters.hub import OWN_FILES, RECORDS
 from lorary.errors import Diagnostic, FileError
 from lorary.files.safe_open import checked_path
 from lorary.files.strict_json import show
 
-_RECORDS = ("lorary.json", "adapter_config.json")
 _LEVEL = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_-])?")
 _MOST_LEVELS, _MOST_CHARACTERS = 3, 200
 _SETTLED = 2 * 10**9  # ns: a folder changed more recently may change again without another time stamp
@@ -35,6 +34,11 @@ def invalid_name(name: object) -> str:
             f"{show(name)} is not made of letters, digits, `.`, `_` and `-`, in at most {_MOST_LEVELS} parts with `/`"
         )
     return ""
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter, good or bad."""
+    return any(os.path.isfile(folder / name) for name in RECORDS)
 
 
 def stamp(folder: Path) -> Stamp:
@@ -109,7 +113,7 @@ class AdapterRoot:
             folder = self.confine(name)
         except FileError:
             return None
-        return folder if _is_adapter(folder) else None
+        return folder if is_adapter(folder) else None
 
     def names(self) -> list[str]:
         """The names of all adapters in it. Folders that have not changed are not looked into again."""
@@ -143,10 +147,6 @@ class AdapterRoot:
                 if _LEVEL.fullmatch(entry.name) and entry.is_dir():
                     inside = not entry.is_symlink() or Path(entry.path).resolve().is_relative_to(self.folder)
                     if inside:
-                        (adapters if _is_adapter(Path(entry.path)) else others).append(entry.name)
+                        (adapters if is_adapter(Path(entry.path)) else others).append(entry.name)
         settled = time.time_ns() - changed > _SETTLED
         return _Listing(changed if settled else -1, tuple(adapters), tuple(others))
-
-
-def _is_adapter(folder: Path) -> bool:
-    return any(os.path.isfile(folder / name) for name in _RECORDS)
