@@ -64,6 +64,10 @@ def serve(
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], typer.Option("--dtype", help="dtype of the base.")
     ] = "auto",
+    quantize: Annotated[
+        Literal["auto", "nf4", "no"],
+        typer.Option("--quantize", help="Storage of the base. auto: as all adapters on the command line were trained."),
+    ] = "auto",
     template: Template = None,
 ) -> None:
     """Serve a base and its adapters over HTTP, as OpenAI's interface.
@@ -79,7 +83,18 @@ def serve(
     sizes = _sizes({"--budget": budget, "--max-adapter": max_adapter, "--max-body": max_body})
     settings = _settings(host, root, key, admin_key, no_keys, sizes, drain)
     most = sizes["--max-adapter"] or 0
-    start = Start(tuple(adapters or ()), base, name, settings.root, sizes["--budget"], most, max_rank, dtype, template)
+    start = Start(
+        tuple(adapters or ()),
+        base,
+        name,
+        settings.root,
+        sizes["--budget"],
+        most,
+        max_rank,
+        dtype,
+        quantize,
+        template,
+    )
     if engine == "vllm":
         from lorary.cli._serve_vllm import run_vllm
 

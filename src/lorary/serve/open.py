@@ -23,6 +23,7 @@ from lorary.serve.probe import Probe
 from lorary.serve.registry import Registry
 from lorary.serve.runner import Runner
 from lorary.serve.store import Store
+from lorary.spec.interfaces import Storage
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ def open_engine(
     adapters: Mapping[str, str | PathLike[str]] | None = None,
     *,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    storage: Storage | None = None,
     **options: Any,
 ) -> BatchingEngine:
     """The engine for a base with adapters; it is not started.
@@ -40,6 +42,7 @@ def open_engine(
         base: builtin:base, a model folder or a Hub id.
         adapters: name -> folder.
         dtype: of the base.
+        storage: NF4 quantises the base while it is read.
         options: as of `engine_of`.
 
     Raises:
@@ -53,7 +56,7 @@ def open_engine(
     from lorary.model.loading.source import ModelSection
 
     section = ModelSection.of(base, dtype=dtype)
-    model: Any = load_model(section)
+    model: Any = load_model(section, storage)
     if torch.cuda.is_available():
         model = model.to("cuda")
     engine = engine_of(model, load_tokenizer(section), **{"name": base, **options})
