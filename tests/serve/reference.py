@@ -20,7 +20,8 @@ def computing(model: nn.Module, *adapters: ServingForm | tuple[ServingForm, floa
             form, weight = one if isinstance(one, tuple) else (one, 1.0)
             for path in dict.fromkeys([*form.overrides, *form.sites, *form.rotary]):
                 module = model.get_submodule(path)
-                stack.callback(setattr, module, "forward", module.forward)
+                had = vars(module).get("forward")
+                stack.callback(*((delattr, module, "forward") if had is None else (setattr, module, "forward", had)))
                 module.forward = _forward(module, module.forward, form, path, weight)
         yield
 

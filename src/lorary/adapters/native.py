@@ -18,7 +18,9 @@ keeps one. The ranks of earlier tasks (O-LoRA) follow the new task's there, and 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -112,9 +114,7 @@ def read_native(folder: Path, findings: Findings) -> Adapter:
         size = path.stat().st_size if path.is_file() else -1
         hashed = sha256(path) if size == recorded["size"] else ""
         _check_digest(PEFT_CONFIG, size, hashed, recorded, findings)
-    with TensorFile(folder, WEIGHTS if WEIGHTS in files else TENSORS) as file:
-        _check_digest(file.name, file.size, file.sha256(), files[file.name], findings)
-        findings.raise_refused()
+    with TensorFile(folder, WEIGHTS if WEIGHTS in files else TENSORS) as file, _compared(file, files, findings):
         tensors, full = _tensors(file, sites, method, data, peft_type, findings)
     tensors, inconsistent = shared_tensors.rejoined(sites, tensors)
     findings.fatal += [Diagnostic(f"{file.name}: {problem.where}", problem.what) for problem in inconsistent]
@@ -233,6 +233,21 @@ def _check_digest(name: str, size: int, hashed: str, recorded: Mapping[str, Any]
         if name != TENSORS and size >= 0:
             fix += f"; if PEFT wrote it since, remove {NAME} and the folder is read as PEFT's"
         findings.fatal.append(Diagnostic(name, what, fix))
+
+
+@contextmanager
+def _compared(file: TensorFile, recorded: Mapping[str, Any], findings: Findings) -> Iterator[None]:
+    """Compare a file with its digest while its tensors are read in the block: hashing takes longer than reading."""
+    before = list(findings.fatal), list(findings.tolerable)
+    with ThreadPoolExecutor(1) as beside:
+        hashed = beside.submit(file.sha256)
+        try:
+            yield
+        finally:
+            if recorded[file.name] != {"size": file.size, "sha256": hashed.result()}:
+                findings.fatal, findings.tolerable = before  # what a changed file holds does not matter
+                _check_digest(file.name, file.size, hashed.result(), recorded[file.name], findings)
+            findings.raise_refused()
 
 
 def _tensors(

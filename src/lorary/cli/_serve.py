@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,10 +97,10 @@ def find_adapters(given: Iterable[str]) -> dict[str, Path]:
     unnamed = names_of(folder for name, folder in named if not name)
     pairs = [*((name, folder) for name, folder in named if name), *unnamed.items()]
     found, problems = dict[str, Path](), list[Diagnostic]()
+    for name, count in Counter(name for name, _ in pairs).items():
+        if count > 1:
+            problems.append(Diagnostic(name, f"{count} adapters have this name", "name the others: NAME=FOLDER"))
     for name, folder in pairs:
-        if name in found:
-            problems.append(Diagnostic(name, "two adapters have this name", "name one of them: NAME=FOLDER"))
-            continue
         try:
             found[name] = find_adapter(folder, "serve")
         except FileError as error:

@@ -51,7 +51,8 @@ def existing_folder(path: str | os.PathLike[str]) -> Path:
     """
     headline = f"cannot load {subject(path)}"
     try:
-        recover(path)
+        if not os.path.lexists(path):  # else its neighbours need not be listed: there may be thousands
+            recover(path)
         folder = Path(path).resolve(strict=True)
     except FileNotFoundError:
         parent, name = Path(path).parent, Path(path).name

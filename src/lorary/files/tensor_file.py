@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -40,6 +40,7 @@ MOST_EXTENT = 2**31
 MOST_METADATA = 64 * 2**10  # characters
 _NAME = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?")
 _MOST_REPORTED = 20
+_CHUNK = 2**20
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,12 @@ class TensorFile:
         return {name: self._tensor(entry) for name, entry in sorted(entries.items(), key=lambda i: i[1].start)}
 
     def sha256(self) -> str:
-        """The SHA-256 of the whole file, from the same descriptor as the tensors."""
-        self._file.seek(0)
-        return hashlib.file_digest(cast(Any, self._file), "sha256").hexdigest()
+        """The SHA-256 of the whole file, from the descriptor of the tensors, which may be read at the same time."""
+        total, position = hashlib.sha256(), 0
+        while chunk := os.pread(self._file.fileno(), _CHUNK, position):
+            total.update(chunk)
+            position += len(chunk)
+        return total.hexdigest()
 
     def _tensor(self, entry: Entry) -> Tensor:
         tensor = torch.empty(entry.shape, dtype=DTYPES.get(entry.dtype, torch.int64))

@@ -14,6 +14,7 @@ from lorary.errors import Diagnostic
 from lorary.kernels.torch_internals import buffers_of, children_of
 from lorary.layers.adapted import base_parameters
 from lorary.layers.quantized_weight import is_quantized, stored_tensors
+from lorary.model.reach.bypass import Bypass, bypasses
 
 ByModule = dict[str, dict[str, Tensor]]  # path of a module -> its parameter -> value
 
@@ -35,8 +36,9 @@ def trained_values(
     """
     found: ByModule = {}
     problems = []
+    bypassed = bypasses(modules.values()) if full else {}
     for name, path, own, held in _places(full, base, modules):
-        problems += _why_not_by_row(name, path, own, modules[path])
+        problems += _why_not_by_row(name, path, own, modules[path], bypassed.get(modules[path]))
         if held.is_floating_point():  # a batch norm's counter has no effect in evaluation
             found.setdefault(path, {})[own] = full[name].detach().to("cpu", held.dtype)
     return found, problems
@@ -60,17 +62,20 @@ def _places(
             yield name, path, own, cast(Tensor, held)
 
 
-def _why_not_by_row(name: str, path: str, own: str, module: nn.Module) -> list[Diagnostic]:
+def _why_not_by_row(name: str, path: str, own: str, module: nn.Module, bypass: Bypass | None) -> list[Diagnostic]:
     """Why a module cannot compute some rows with another value of this parameter."""
     kind = type(module).__name__
+    if bypass is not None:
+        what = f"is read by {bypass.reader}, which computes all rows with it and does not call the {kind} for each"
+        return [Diagnostic(name, what, _REPLICA)]
     if any(child is not None for child in children_of(module).values()):
         what = f"belongs to {kind}, which has layers of its own: its rows cannot be computed apart"
         return [Diagnostic(name, what, _REPLICA)]
     if is_quantized(module) and own == "weight":
         return [Diagnostic(name, "was trained in full, and the base's is quantised", "serve a base that is not")]
-    inputs = inspect.signature(type(module).forward).parameters
-    if len(inputs) > 2:
-        what = f"belongs to {kind}, which has several inputs: {', '.join([*inputs][1:])}"
+    _, *inputs = inspect.signature(type(module).forward).parameters
+    if len(inputs) != 1:
+        what = f"belongs to {kind}, whose inputs are {' and '.join(inputs) or 'none'}, and not one tensor of rows"
         return [Diagnostic(name, what, _REPLICA)]
     return foreign_rows(path)
 

@@ -37,7 +37,7 @@ def kind_of_form(
         "RoPE scaling": bool(rotary),
     }
     rest = ", ".join(name for name, there in more.items() if there)
-    return " with ".join(filter(None, (" and ".join(first), rest))) or "nothing"
+    return " with ".join(filter(None, (" and ".join(first), rest))) or "no change"
 
 
 def override_bytes(overrides: Overrides) -> int:

@@ -16,8 +16,10 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.generation.continuous_batching.cache_allocators import cache_allocator
-from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
+from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
+from transformers.generation.continuous_batching.model_runner import ModelRunner, infer_max_single_request_tokens
 from transformers.generation.continuous_batching.requests import RequestState
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
@@ -69,11 +71,23 @@ def _salted(salt: int | None) -> Iterator[None]:
 
 # --- the scheduler ----------------------------------------------------------------------------------------------------
 
-_OVERRIDDEN = {"schedule_batch": ("token_budget", "cache_budget"), "_get_waiting_candidates": ()}
-check_overridden(FIFOScheduler, _OVERRIDDEN, "transformers")
+OVERRIDDEN: dict[type, dict[str, tuple[str, ...]]] = {
+    FIFOScheduler: {"schedule_batch": ("token_budget", "cache_budget"), "_get_waiting_candidates": ()},
+    PagedAttentionCache: {
+        "search_prefix_match": ("request_id", "prompt_ids"),
+        "mark_complete_blocks": ("state", "complete_blocks"),
+        "can_store_request_tokens": ("state", "request_len", "dry_run"),
+    },
+    ContinuousBatchingIOs: {"get_model_kwargs": ("use_padding",)},
+    ModelRunner: {"_sample": ("scores", "output_ids")},
+}
+"""Class of Transformers -> the methods that are replaced here -> their arguments."""
+
+for _cls, _methods in OVERRIDDEN.items():
+    check_overridden(_cls, _methods, "transformers")
 
 
-class _SortedScheduler(FIFOScheduler):  # type: ignore[misc]
+class SortedScheduler(FIFOScheduler):  # type: ignore[misc]
     """Transformers' scheduler, whose batches are sorted by adapter."""
 
     rows: dict[str, Row]
@@ -99,7 +113,7 @@ class _SortedScheduler(FIFOScheduler):  # type: ignore[misc]
         return found if self.only is None else [state for state in found if state.request_id == self.only]
 
 
-SCHEDULER_MAPPING["lorary"] = _SortedScheduler
+SCHEDULER_MAPPING["lorary"] = SortedScheduler
 
 # --- the runner -------------------------------------------------------------------------------------------------------
 
@@ -261,7 +275,7 @@ class PagedRunner:
             output_ids[0, : len(new)] = torch.tensor(tokens, dtype=output_ids.dtype, device=output_ids.device)
 
     def used_bytes(self) -> int:
-        total = self._cache.num_sectors * self._cache.bytes_per_sector
+        total = int(self._cache.num_sectors * self._cache.bytes_per_sector)
         return total - int(self._cache.compute_free_capacity(relative=False)) - self.arena.reclaimable()
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -152,7 +153,10 @@ class _Layout:
 
     def buffer(self, pin_memory: bool) -> Tensor:
         """[bytes] uint8 with the values of all tensors."""
-        buffer = torch.empty(self._stop, dtype=torch.uint8, pin_memory=pin_memory)
+        if pin_memory:
+            buffer = torch.empty(self._stop, dtype=torch.uint8, pin_memory=True)
+        else:  # NumPy asks for huge pages, which are touched for the first time in half the time
+            buffer = torch.from_numpy(numpy.empty(self._stop, numpy.uint8))
         for t, slot in self._tensors.values():
             slot.view(buffer).copy_(t)
         return buffer

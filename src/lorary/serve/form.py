@@ -12,6 +12,7 @@ which the layer computes; only a gain stays in fp32, because most gains differ f
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from typing import cast
 
@@ -29,6 +30,7 @@ from lorary.layers.kinds import KINDS, kind_of
 from lorary.layers.quantized_weight import is_quantized, stored_tensors
 from lorary.layers.shared_projections import leading_slice
 from lorary.layers.wrappers import unwrapped
+from lorary.methods.lora import Add, LowRank
 from lorary.methods.vera import SharedProjectionDelta
 from lorary.model.ambient import mode_independent
 from lorary.model.fingerprint import Fingerprint
@@ -40,6 +42,7 @@ from lorary.serve.serving_form import ServingForm, SiteForm
 from lorary.spec.placement import AdaptedSite
 
 _HEADLINE = "this adapter cannot be served beside others:"
+_NOT_FINITE = "check its training; or serve the base in a precision of more range"
 
 
 @mode_independent
@@ -110,8 +113,11 @@ class _Forming:
         for adapted in self.adapter.sites:
             self.problems += foreign_rows(adapted.site.name)
             self._form_site(adapted, self.modules[adapted.site.name])
-        for path in self.trained.keys() - {adapted.site.name for adapted in self.adapter.sites}:
-            self._form_trained(path, self.modules[path])
+        adapted_paths = {adapted.site.name for adapted in self.adapter.sites}
+        for path in self.trained:
+            if path not in adapted_paths:
+                self._form_trained(path, self.modules[path])
+        self.problems += _not_finite(self.sites, self.overrides)
         if self.problems:
             raise MethodError(_HEADLINE, deduplicated(self.problems))
         ranks = [len(form.A) for form in self.sites.values() if form.A is not None]
@@ -134,8 +140,15 @@ class _Forming:
         if "weight" in layer.values:
             self._merge_site(layer)
             return
+        if type(adapted.delta) is LowRank and type(adapted.join) is Add and not adapted.starts:
+            self.sites[name] = self._low_rank(layer)
+            return
+        on_shared = isinstance(adapted.delta, SharedProjectionDelta) and not adapted.site.parts
         try:
-            found = form_at(adapted, self.adapter.tensors[name], layer)
+            if on_shared and isinstance(adapted.join, Add):  # its product of B, b and d is not needed
+                found = LowRankForm(torch.empty(0, 0), torch.empty(0, 0))
+            else:
+                found = form_at(adapted, self.adapter.tensors[name], layer)
         except MethodError as error:
             if not is_quantized(module):
                 self._merge_site(layer)
@@ -145,9 +158,17 @@ class _Forming:
             return
         dtype = compute_dtype(module, self.base)
         form = _folded(found, _bias_change(layer, found.gain), dtype)
-        if isinstance(adapted.delta, SharedProjectionDelta) and not adapted.site.parts:
+        if on_shared:
             form = self._on_shared(adapted, form, dtype)
         self.sites[name] = form
+
+    def _low_rank(self, layer: BaseLayer) -> SiteForm:
+        """The form of plain LoRA: its A as it is, without a pass through fp32."""
+        adapted, dtype = layer.adapted, compute_dtype(cast(nn.Module, layer.layer), self.base)
+        B, A = adapted.delta.factors(adapted.site, self.adapter.tensors[adapted.site.name])
+        shift = _bias_change(layer, None)
+        B = (adapted.scale * B.float()).to(dtype)
+        return SiteForm(A.to(dtype), B, None, None if shift is None else shift.to(dtype))
 
     def _merge_site(self, layer: BaseLayer) -> None:
         """Give a site a merged weight of its own; a bias that the base lacks becomes a shift."""
@@ -212,6 +233,17 @@ def _bias_change(layer: BaseLayer, gain: Tensor | None) -> Tensor | None:
     b, trained = own.detach().float().cpu(), layer.bias()
     assert trained is not None
     return trained - (b if gain is None else gain * b)
+
+
+def _not_finite(sites: Mapping[str, SiteForm], overrides: Mapping[str, Mapping[str, Tensor]]) -> list[Diagnostic]:
+    """The tensors with values that are not finite, after rounding."""
+    named = [(f"{path}: {role}", t) for path, form in sites.items() for role, t in form._asdict().items()]
+    named += [(f"{path}.{name}", t) for path, own in overrides.items() for name, t in own.items()]
+    return [
+        Diagnostic(where, f"holds NaN, or numbers too large for {str(t.dtype).removeprefix('torch.')}", _NOT_FINITE)
+        for where, t in named
+        if isinstance(t, Tensor) and not (math.isfinite(float(t.sum())) or t.isfinite().all())  # a sum may overflow
+    ]
 
 
 def _content_key(tensors: Mapping[str, Tensor]) -> str:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from lorary.serve.policy import Pending
+from lorary.serve.pending import Pending
 from lorary.serve.request import Deliver, Event, Finished, FinishReason, Request, Token
 from lorary.serve.runner import Row
 from lorary.serve.sampler import Drawn, Sampler
@@ -15,6 +15,12 @@ from lorary.serve.store import Loan
 from lorary.serve.text import TextStream
 
 logger = logging.getLogger(__name__)
+
+
+def end_tokens(model: Any) -> frozenset[int]:
+    """The end-of-sequence tokens of a model, as its generation configuration names them."""
+    ends = model.generation_config.eos_token_id
+    return frozenset({ends} if isinstance(ends, int) else ends or ())
 
 
 class InFlight:

@@ -122,8 +122,10 @@ class Loader:
     def _read(self, folder: Path, name: str, within: Path | None) -> Flat:
         if problems := self._file_problems(folder, within):
             raise FileError("", problems)
-        adapter = load_adapter(folder, model=self.base)
-        form = serving_form(adapter, self.base, uid=folder_digest(folder), here=self._here)
+        with ThreadPoolExecutor(1) as beside:  # hashing takes longer than reading
+            digest = beside.submit(folder_digest, folder)
+            adapter = load_adapter(folder, model=self.base)
+            form = serving_form(adapter, self.base, uid=digest.result(), here=self._here)
         if self.limits.rank is not None and (form.rank or 0) > self.limits.rank:
             what = f"it is served with rank {form.rank}, and this server accepts {self.limits.rank}"
             raise FileError("", [Diagnostic("rank", what, "give it a lower rank: lorary compress")])

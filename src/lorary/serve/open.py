@@ -13,6 +13,7 @@ from lorary.errors import ConfigError, Diagnostic, FileError, LoraryError
 from lorary.layers.rope import max_context, text_config
 from lorary.serve.adapter_root import AdapterRoot
 from lorary.serve.batching import BatchingEngine
+from lorary.serve.in_flight import end_tokens
 from lorary.serve.layers import ServedLayers
 from lorary.serve.loader import Limits, Loader
 from lorary.serve.padded import PaddedRunner
@@ -105,7 +106,6 @@ def engine_of(
     pool = Pool(runner.arena, host_bytes=host_budget or 2 * budget, keep=runner.kept)
     runner.make_room = pool.make_room
     loader = Loader(model, limits=limits, pin_memory=model.device.type == "cuda")
-    ends = model.generation_config.eos_token_id
     return BatchingEngine(
         tokenizer,
         name,
@@ -113,7 +113,7 @@ def engine_of(
         layers,
         Store(Registry(pool, loader, root=found, reserved=[name]), pool),
         policy or Policy(max_running=runner.most_rows),
-        ends={ends} if isinstance(ends, int) else set(ends or ()),
+        ends=end_tokens(model),
         max_context=max_context(text_config(model)),
     )
 

@@ -23,7 +23,7 @@ def scaled_rotary(
     """
     if context is None:
         return {}, None, []
-    if not isinstance(context, LongContext):
+    if type(context) is not LongContext:
         what = f"{type(context).__name__} changes more than RoPE scaling, and other rows of the batch with it"
         return {}, None, [Diagnostic("context", what, "merge it into a copy of the base, and serve that")]
     factor = context.factor or 1.0

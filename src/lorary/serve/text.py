@@ -31,7 +31,7 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stops = tokenizer, tuple(stops)
+        self._decoder, self._stops = tokenizer, tuple(stops)
         self._ids = list(prompt[-_CONTEXT:])
         self._start, self._read = 0, len(self._ids)  # the window that is decoded, and its part that was given out
         self._held = ""
@@ -57,7 +57,7 @@ class TextStream:
         return whole[len(before) :]
 
     def _text(self, ids: list[int]) -> str:
-        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self._decoder.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text)
 
     def _give(self, new: str, at_end: bool) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 
 from lorary.errors import Diagnostic
 from lorary.serve.engine import RequestError
 from lorary.serve.serving_form import ServingForm
+from lorary.spec.fields import is_finite
 
 _FIX = "use it by itself, with weight 1; or serve a sum that `lorary mix` has made"
 
@@ -35,8 +35,7 @@ def check_weights(forms: Mapping[str, ServingForm], weights: Mapping[str, float]
 
 
 def _bad_weight(name: str, weight: object) -> Iterator[Diagnostic]:
-    number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not number or not math.isfinite(float(weight)):  # type: ignore[arg-type]  # it is a number
+    if not is_finite(weight):
         yield Diagnostic(name, f"its weight is {weight!r}, not a finite number")
 
 
@@ -47,6 +46,6 @@ def _why_not_added(name: str, form: ServingForm) -> Iterator[Diagnostic]:
         yield Diagnostic(name, f"scales the base's output at {gains} layers: such changes have no sum", _FIX)
     if form.overrides:
         what = f"has parameters of its own in {len(form.overrides)} modules, such as {next(iter(form.overrides))}"
-        yield Diagnostic(name, f"{what}: they replace the base's, and have no sum", _FIX)
+        yield Diagnostic(name, f"{what}: they replace the base's", _FIX)
     if form.rotary:
         yield Diagnostic(name, "scales RoPE, which has no sum", _FIX)

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, cast
 
 from lorary.errors import Diagnostic, MethodError
@@ -48,17 +49,21 @@ class AdaptedSite:
     method: Method
     share: str = ""
 
+    @cached_property
+    def _adaptation(self) -> Adaptation:
+        return adaptation(self.method)
+
     @property
     def delta(self) -> Delta:
-        return adaptation(self.method).delta
+        return self._adaptation.delta
 
     @property
     def init(self) -> Init:
-        return adaptation(self.method).init
+        return self._adaptation.init
 
     @property
     def join(self) -> Join:
-        return adaptation(self.method).join
+        return self._adaptation.join
 
     @property
     def r(self) -> int:
@@ -73,9 +78,9 @@ class AdaptedSite:
     @property
     def scale(self) -> float:
         """The factor s at this site."""
-        return adaptation(self.method).scale(self.r)
+        return self._adaptation.scale(self.r)
 
-    @property
+    @cached_property
     def shapes(self) -> Shapes:
         """role -> shape of every tensor at this site."""
         return self.delta.shapes(self.site) | self.join.shapes(self.site)

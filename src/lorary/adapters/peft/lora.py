@@ -15,6 +15,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -119,9 +120,7 @@ class Lora(PeftType):
             next((value for ending, value in config[pattern] if name and ending.fullmatch(name)), config[usual])
             for pattern, usual in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
         )
-        scale = AlphaOverSqrtRank(alpha) if config["use_rslora"] else AlphaOverRank(alpha)
-        join = MagnitudeDirection() if config["use_dora"] else Add()
-        return Method(LowRank(r), Kaiming(), scale, join, dropout=config["lora_dropout"])
+        return _method(r, alpha, config["use_rslora"], config["use_dora"], config["lora_dropout"])
 
     def peft_incompatibilities(self, adapter: Adapter, shared: SharedTensors) -> list[str]:
         reasons = {
@@ -195,6 +194,12 @@ class Lora(PeftType):
                 what = f"is not zero outside the blocks of {', '.join(part.name for part in site.parts)}"
                 raise FileError("", [Diagnostic(names["B"], what)])
         return {"A": A, "B": B} | found
+
+
+@lru_cache(maxsize=1024, typed=True)  # every site asks; typed: 8 and 8.0 are written as they were read
+def _method(r: int, alpha: float, root: bool, dora: bool, dropout: float) -> Method:
+    scale = AlphaOverSqrtRank(alpha) if root else AlphaOverRank(alpha)
+    return Method(LowRank(r), Kaiming(), scale, MagnitudeDirection() if dora else Add(), dropout=dropout)
 
 
 def is_dora(adapted: AdaptedSite) -> bool:

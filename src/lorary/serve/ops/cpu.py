@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorary.kernels.native import THREADS, first_that_works, wanted
+from lorary.kernels.native import THREADS, first_that_works, threads, wanted
 from lorary.serve.ops.reference import rows_with_terms
 from lorary.serve.ops.table import AdapterTable
 from lorary.serve.serving_form import ServingForm, SiteForm
@@ -27,6 +27,7 @@ SOURCE = Path(__file__).with_name("rows.c")
 _REORDERED = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")
 OPTIONS = ("-O3", "-std=c11", "-fPIC", "-shared", "-pthread", *_REORDERED)
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_USUAL_RANK = 16  # by which work is shared among threads
 SHORT = 16  # rows of a segment at most, for compiled code to be faster than matrix products
 
 
@@ -61,8 +62,14 @@ class Native:
             x, y: [rows, in] and [rows, out], contiguous, of a dtype in `TYPES` that the adapters' tensors have, too.
         """
         place = (table.data_ptr(), table.shape[1], layer, pieces, len(pieces))
-        shape = (x.shape[1], y.shape[1], TYPES[x.dtype], torch.get_num_threads())
+        width = x.shape[1] + y.shape[1]
+        shape = (x.shape[1], y.shape[1], TYPES[x.dtype], threads(len(x) * width * _USUAL_RANK))
         self._rows(*place, x.data_ptr(), y.data_ptr(), *shape)
+
+
+def takes(x: Tensor, y: Tensor, dtype: torch.dtype) -> bool:
+    """Whether compiled code computes with this input and output, and adapters of this dtype."""
+    return x.dtype is y.dtype is dtype and dtype in TYPES
 
 
 def structs(pieces: Sequence[Sequence[float]]) -> Any:
@@ -120,13 +127,13 @@ def _matches(library: Native, dtype: torch.dtype, transposed: bool) -> bool:
     table = AdapterTable({"another": dtype, "layer": dtype}, torch.device("cpu"))
     for form in forms:
         table.add(form)
-    pieces = [(0, 0, 5, 1.0), (1, 6, 7, 0.5), (3, 6, 7, -2.0), (2, 7, 9, 1.0), (3, 9, 10, 1.0)]
+    pieces = [(0, 0, 5, 0.75), (1, 6, 7, 0.5), (3, 6, 7, -2.0), (2, 7, 9, 1.0), (3, 9, 10, 1.0)]
     x, y = numbers(12, inp), numbers(12, out)
     expected, y0 = y.clone(), y.clone()
     for index, start, stop, weight in pieces:
         part = slice(start, stop)
         expected[part] = rows_with_terms(expected[part], x[part], forms[index].sites["layer"], weight)
-    slots = [table[form].slot or 0 for form in forms]
+    slots = [table.slot(form) or 0 for form in forms]
     library.add_rows(table.tensor, 1, structs([(slots[i], *rest) for i, *rest in pieces]), x, y)
     wrong = (y.float() - expected.float()).abs().max() / expected.float().abs().max()
     alone = torch.equal(y[5], y0[5]) and torch.equal(y[10:], y0[10:])
