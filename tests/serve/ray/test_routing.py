@@ -1,4 +1,4 @@
-"""Consistent hashing with bounded loads: few replicas for an adapter, no hot spots, and little moves when one leaves."""
+"""Consistent hashing with bounded loads: few replicas for an adapter, no hot spots, few moves when one leaves."""
 
 from __future__ import annotations
 

@@ -48,6 +48,7 @@ class RemoteEngine:
         self.retries = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="lorary-remote-engine")
+        self._journeys: dict[str, Journey] = {}
         self._tasks: dict[str, concurrent.futures.Future[None]] = {}
         self._states: list[Status] = []
         self._asked = -math.inf
@@ -62,7 +63,7 @@ class RemoteEngine:
     def stop(self, drain: float = 0.0) -> None:
         self._stopping = True
         concurrent.futures.wait(list(self._tasks.values()), drain)
-        for id in list(self._tasks):
+        for id in list(self._journeys):
             self.cancel(id)
         concurrent.futures.wait(list(self._tasks.values()), _PATIENCE)
         if self._thread.is_alive():
@@ -73,15 +74,14 @@ class RemoteEngine:
         if self._stopping:
             raise BusyError("", [Diagnostic("", "the server stops", "ask again later")])
         accepted = concurrent.futures.Future[None]()
-        journey = Journey(request, deliver, accepted)
-        task = asyncio.run_coroutine_threadsafe(self._serve(journey), self._loop)
-        self._tasks[request.id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(request.id, None))
+        journey = self._journeys[request.id] = Journey(request, deliver, accepted)
+        task = self._tasks[request.id] = asyncio.run_coroutine_threadsafe(self._serve(journey), self._loop)
+        task.add_done_callback(lambda _: (self._tasks.pop(request.id, None), self._journeys.pop(request.id, None)))
         accepted.result()
 
     def cancel(self, id: str) -> None:
-        if (task := self._tasks.get(id)) is not None:
-            task.cancel()
+        if (journey := self._journeys.get(id)) is not None:
+            self._loop.call_soon_threadsafe(journey.cancel)
 
     def load(self, name: str, folder: str, *, replace: bool = False, pinned: bool = False) -> AdapterCard:
         raise FileError("cannot load the adapter:", [Diagnostic(name, "replicas share no state", _SHARED)])
@@ -96,7 +96,11 @@ class RemoteEngine:
     def adapter(self, name: str) -> AdapterCard:
         cards = {card.name: card for card in self.adapters()}
         if name not in cards:  # it may be new
-            found = asyncio.run_coroutine_threadsafe(self._adapter(name), self._loop).result(_PATIENCE)
+            try:
+                found = asyncio.run_coroutine_threadsafe(self._adapter(name), self._loop).result(_PATIENCE)
+            except Exception as error:  # of Ray
+                logger.warning("no replica answers: %r", error)
+                raise BusyError("", [Diagnostic("", "no replica answers", "ask again later")]) from None
             if found is None:
                 what = f"no adapter has the name {show(name)}"
                 raise UnknownAdapterError("", [Diagnostic("", what, did_you_mean(name, cards))])
@@ -123,6 +127,7 @@ class RemoteEngine:
 
         why = ""
         try:
+            journey.start()
             for attempt in range(_ATTEMPTS):
                 if attempt:
                     self.retries += 1
@@ -201,6 +206,24 @@ class Journey:
         self.request, self.deliver, self.accepted = _replayable(request), deliver, accepted
         self.sent: list[int] = []
         self._again = 0  # tokens of this attempt
+        self._task: asyncio.Task[None] | None = None
+        self._cancelled = False
+
+    def start(self) -> None:
+        """Begin, in the task that serves it.
+
+        Raises:
+            CancelledError: it has been cancelled already.
+        """
+        self._task = asyncio.current_task()
+        if self._cancelled:
+            raise asyncio.CancelledError
+
+    def cancel(self) -> None:
+        """End it, in the thread of its task."""
+        self._cancelled = True
+        if self._task is not None:
+            self._task.cancel()
 
     def begin(self) -> Request:
         """The request for the next replica; ids are unique among all processes that send requests to it."""
