@@ -34,7 +34,7 @@ def main() -> None:
 
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     section = ModelSection.of("builtin:base", dtype="float32")
-    presets = {name: ((name,), {}) for name in lorary.presets()}
+    presets = {name.replace("+", "-plus"): ((name,), {}) for name in lorary.presets()}
     wrong, served = 0, list[dict[str, Path]]([{}, {}])
     with tempfile.TemporaryDirectory() as temporary:
         for name, (names, options) in {**presets, **MORE}.items():
@@ -66,7 +66,9 @@ def saved(folder: Path, presets: tuple[str, ...], options: dict[str, Any]) -> Pa
 
     where = {key: options[key] for key in ("ranks", "alphas") if key in options}
     own = {key: value for key, value in options.items() if key not in where}
-    method = lorary.method(*presets, **own).replace(full=())  # LongLoRA's norms: trained in full, and refused
+    method = lorary.method(*presets, **own)
+    if "longlora" in presets:
+        method = method.replace(full=())  # embeddings and norms, which are refused
     model = builtin.load_model()
     lorary.attach(model, lorary.plan(model, method, **where))
     tiny.shaken(model, 0.03)

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from lorary.errors import ConfigError
-from lorary.serve.ray.app import RaySettings, application
+from lorary.serve.ray.app import Cluster, RaySettings, application
 from tests.pages import ROOT
 
 
@@ -22,6 +22,16 @@ def test_settings_are_checked_at_once() -> None:
         "  - cpus: is -1, and must be at least 0\n"
         "  - drain: is nan, and must be at least 0"
     )
+
+
+def test_each_replica_gets_a_gpu_or_an_equal_share_of_the_cores() -> None:
+    assert Cluster(True, 9.0, 0.0).settings(2, 5.0) == RaySettings(2, cpus=4, gpus=0, drain=5.0)
+    assert Cluster(True, 64.0, 8.0).settings(8, 5.0) == RaySettings(8, cpus=8, gpus=1, drain=5.0)
+    assert Cluster(False, 2.0, 0.0).settings(3, 5.0) == RaySettings(3, cpus=1, gpus=0, drain=5.0)
+    with pytest.raises(ConfigError, match=r"--replicas: is 3, and 2 CPUs are there, one for each at least"):
+        Cluster(True, 2.0, 0.0).settings(3, 5.0)
+    with pytest.raises(ConfigError, match=r"--replicas: is 9, and 8 GPUs are there"):
+        Cluster(False, 64.0, 8.0).settings(9, 5.0)
 
 
 @pytest.mark.slow
