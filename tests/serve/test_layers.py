@@ -343,7 +343,7 @@ def test_forms_are_forgotten_and_slots_used_again() -> None:
                 found = model(x, [0])
             A, B = form.sites["body"][:2]
             close(found, model.head(model.body(x) + x @ A.T @ B.T))  # type: ignore[union-attr]
-            seen.add(served.table[form].slot)
+            seen.add(served.table.slot(form))
         del forms, form
     assert len(served.table.tensor) == 8
     assert len(seen) <= 8

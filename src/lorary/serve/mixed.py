@@ -83,18 +83,16 @@ def _owned(covered: Covered, y: Tensor) -> Tensor:
 def _linear(served: Served, covered: Covered, step: Step, y: Tensor, args: Any, kwargs: Any) -> Tensor:
     """[..., in] -> [..., out]: a row for every token."""
     x = _input(args, kwargs)
-    x = x.reshape(-1, x.shape[-1])
-    rows = step.of(covered.path, len(x))
-    flat = _owned(covered, y).reshape(-1, y.shape[-1]).contiguous()
-    _override(served, covered, rows.overriding, flat, x)
-    path = covered.path
-    index = served.table.layers[path]
-    dtype = served.table.dtypes[path]
-    long: Sequence[Piece] = rows.long
-    if rows.short is not None:
-        if x.dtype is dtype and y.dtype is dtype and dtype in cpu.TYPES:
-            library: Any = cpu.native()
-            library.add_rows(step.table, index, rows.short, x.contiguous(), flat)
+    flat, path = _owned(covered, y), covered.path
+    if y.dim() != 2 or not y.is_contiguous():
+        x, flat = x.reshape(-1, x.shape[-1]), flat.reshape(-1, y.shape[-1]).contiguous()
+    rows = step.of(path, len(x))
+    if rows.overriding:
+        _override(served, covered, rows.overriding, flat, x)
+    long = rows.long
+    if rows.short is not None and step.library is not None:
+        if cpu.takes(x, flat, served.table.dtypes[path]):
+            step.library.add_rows(step.table, served.table.layers[path], rows.short, x.contiguous(), flat)
         else:
             long = rows.pieces
     for start, stop, form, weight in long:
@@ -102,8 +100,8 @@ def _linear(served: Served, covered: Covered, step: Step, y: Tensor, args: Any, 
         if site is not None and not site.shared:
             cpu.add_terms(flat[start:stop], x[start:stop], site, weight)
     if rows.shared:
-        _add_shared(covered.path, rows.shared, flat, x)
-    return flat.view(y.shape)
+        _add_shared(path, rows.shared, flat, x)
+    return flat if flat.dim() == y.dim() else flat.view(y.shape)
 
 
 def _embedding(served: Served, covered: Covered, step: Step, y: Tensor, args: Any, kwargs: Any) -> Tensor:

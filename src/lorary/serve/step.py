@@ -53,10 +53,12 @@ class Step:
 
     Args:
         table: [slots, layers, FIELDS] the table of adapters as it was when the pass began.
+        library: the compiled code for short segments; None without any.
         rows: number of rows -> what is to be done.
     """
 
     table: Tensor
+    library: cpu.Native | None
     rows: Mapping[int, Rows]
 
     def of(self, path: str, count: int) -> Rows:
@@ -79,43 +81,41 @@ class Step:
         Raises:
             StateError: its adapters are not covered, have no sum, or its segments are no rows in order.
         """
-        problems = [p for count, segments in batch.tables.items() for p in _problems(count, segments, table)]
+        library = cpu.native() if table.tensor.device.type == "cpu" else None
+        tensor = table.tensor  # before the slots, which a later tensor may not have
+        problems: list[Diagnostic] = []
+        rows = {n: _rows(n, parts, table, library is not None, problems) for n, parts in batch.tables.items()}
         if problems:
             raise StateError("cannot compute the batch:", problems)
-        compiled = cpu.native() if table.tensor.device.type == "cpu" else None
-        tensor = table.tensor  # before the slots, which a later tensor may not have
-        rows = {n: _rows(segments, table, compiled is not None) for n, segments in batch.tables.items()}
-        return Step(tensor, rows)
+        return Step(tensor, library, rows)
 
 
-def _rows(segments: Sequence[Segment], table: AdapterTable, compiled: bool) -> Rows:
-    pieces, short, long = list[Piece](), list[tuple[int, int, int, float]](), list[Piece]()
+def _rows(
+    count: int, segments: Sequence[Segment], table: AdapterTable, compiled: bool, problems: list[Diagnostic]
+) -> Rows:
+    """The pieces of these segments; what is wrong with them is added to `problems`."""
+    pieces, short, long, shared = list[Piece](), list[tuple[int, int, int, float]](), list[Piece](), list[Piece]()
+    end = 0
     for start, stop, adapters in segments:
-        known = [table[form].slot for form, _ in adapters]
-        few = compiled and stop - start <= cpu.SHORT and None not in known
-        for (form, weight), slot in zip(adapters, known, strict=True):
-            piece = Piece(start, stop, form, weight)
+        if not (end <= start < stop <= count):
+            problems.append(Diagnostic(f"rows {start} to {stop} of {count}", f"are no rows after {end}"))
+        end = stop
+        few = compiled and stop - start <= cpu.SHORT
+        for form, weight in adapters:
+            piece, known = Piece(start, stop, form, weight), table.get(form)
+            if known is None:
+                problems.append(Diagnostic(f"rows {start} to {stop}", f"the adapter {form.uid!r} is not covered"))
+                continue
+            if not known.additive and (len(adapters) > 1 or weight != 1):
+                what = f"the adapter {form.uid!r} changes more than it adds, and has no weighted sum"
+                problems.append(Diagnostic(f"rows {start} to {stop}", what))
             pieces.append(piece)
-            if few and slot is not None:
-                short.append((slot, start, stop, weight))
+            if few and known.slot is not None:
+                short.append((known.slot, start, stop, weight))
             else:
                 long.append(piece)
-    shared = tuple(piece for piece in pieces if table[piece.form].shares)
+            if known.shares:
+                shared.append(piece)
     overriding = tuple(piece for piece in pieces if piece.form.overrides)
-    return Rows(tuple(pieces), cpu.structs(short) if short else None, tuple(long), shared, overriding)
-
-
-def _problems(count: int, segments: Sequence[Segment], table: AdapterTable) -> list[Diagnostic]:
-    problems, end = [], 0
-    for start, stop, adapters in segments:
-        where = f"rows {start} to {stop} of {count}"
-        if not (end <= start < stop <= count):
-            problems.append(Diagnostic(where, f"are no rows after {end}"))
-        end = stop
-        for form, weight in adapters:
-            if form not in table:
-                problems.append(Diagnostic(where, f"the adapter {form.uid!r} is not covered", "cover it first"))
-            elif not table[form].additive and (len(adapters) > 1 or weight != 1):
-                what = f"the adapter {form.uid!r} changes more than it adds, and has no weighted sum"
-                problems.append(Diagnostic(where, what))
-    return problems
+    found = cpu.structs(short) if short else None
+    return Rows(tuple(pieces), found, tuple(long), tuple(shared), overriding)

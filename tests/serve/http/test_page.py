@@ -19,7 +19,8 @@ from lorary.serve.http.app import create_app
 from lorary.serve.http.page import STATIC
 from lorary.serve.http.settings import Settings
 from lorary.serve.request import Finished, Token
-from tests.serve.http.engines import Scripted, real_engine, served
+from tests.serve.http.live import BASE, Live, live
+from tests.serve.http.scripted import Scripted
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 KEY = {"Authorization": "Bearer secret"}
@@ -100,15 +101,6 @@ def page(browser: Any) -> Iterator[Any]:
     assert wrong == []
 
 
-@pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    engine = real_engine(tmp_path_factory.mktemp("root"))
-    engine.start()
-    with served(engine) as address:
-        yield address
-    engine.stop()
-
-
 def expect(locator: Any) -> Any:
     from playwright.sync_api import expect
 
@@ -129,15 +121,15 @@ def answers(page: Any) -> list[str]:
     return [side(page, letter).locator(".said.assistant").last.inner_text() for letter in "AB"]
 
 
-def test_two_adapters_answer_side_by_side_as_the_interface_does(page: Any, address: str) -> None:
+def test_two_adapters_answer_side_by_side_as_the_interface_does(page: Any, server: Live) -> None:
     import httpx2 as httpx
 
-    page.goto(address)
+    page.goto(server.url)
     expect(page.locator("#alive")).to_have_text("serving")
-    assert page.title() == "base · lorary"
-    side(page, "A").get_by_label("Adapter", exact=True).fill("one")
+    assert page.title() == f"{BASE} · lorary"
+    side(page, "A").get_by_label("Adapter", exact=True).fill("a")
     side(page, "B").get_by_role("button", name="Add an adapter").click()
-    for i, (name, weight) in enumerate((("one", "0.7"), ("two", "-0.4"))):
+    for i, (name, weight) in enumerate((("a", "-3"), ("b", "4"))):
         side(page, "B").get_by_label("Adapter", exact=True).nth(i).fill(name)
         side(page, "B").get_by_label("Weight").nth(i).fill(weight)
     page.get_by_text("Settings").click()
@@ -145,25 +137,25 @@ def test_two_adapters_answer_side_by_side_as_the_interface_does(page: Any, addre
     send(page, "Add two numbers.")
     shown = answers(page)
     body = {"messages": [{"role": "user", "content": "Add two numbers."}], "max_tokens": 24, "temperature": 0}
-    wanted = [{"model": "one"}, {"model": "base", "adapters": {"one": 0.7, "two": -0.4}}]
-    url = f"{address}/v1/chat/completions"
+    wanted = [{"model": "a"}, {"model": BASE, "adapters": {"a": -3.0, "b": 4.0}}]
+    url = f"{server.url}/v1/chat/completions"
     right = [httpx.post(url, json=body | which).json()["choices"][0]["message"]["content"] for which in wanted]
     assert [text.strip() for text in shown] == [text.strip() for text in right]
     assert shown[0] != shown[1]
     expect(side(page, "A").locator(".facts")).to_contain_text("first after")
     # the pool, and what it has done
     expect(page.locator("#adapters tr")).to_have_count(2)
-    expect(page.locator("#adapters tr").first).to_contain_text("one")
+    expect(page.locator("#adapters tr").first).to_contain_text("a")
     expect(page.locator("#first")).to_contain_text("s")
     expect(page.locator("#counts")).to_have_text("2 ready")
-    page.get_by_label("Find adapters").fill("tw")
+    page.get_by_label("Find adapters").fill("B")
     expect(page.locator("#adapters tr")).to_have_count(1)
 
 
-def test_a_second_turn_and_plain_text(page: Any, address: str) -> None:
+def test_a_second_turn_and_plain_text(page: Any, server: Live) -> None:
     import httpx2 as httpx
 
-    page.goto(address)
+    page.goto(server.url)
     expect(page.locator("#alive")).to_have_text("serving")
     page.get_by_text("Settings").click()
     page.get_by_label("New tokens").fill("6")
@@ -172,30 +164,30 @@ def test_a_second_turn_and_plain_text(page: Any, address: str) -> None:
     for text in ("One.", "Two."):
         send(page, text)
         turns.append({"role": "user", "content": text})
-        body = {"model": "base", "messages": turns, "max_tokens": 6, "temperature": 0}
-        right = httpx.post(f"{address}/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
+        body = {"model": BASE, "messages": turns, "max_tokens": 6, "temperature": 0}
+        right = httpx.post(f"{server.url}/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
         assert [answer.strip() for answer in answers(page)] == [right.strip()] * 2
         turns.append({"role": "assistant", "content": right})
     page.get_by_label("Prompt as").select_option("text")
     send(page, "def add(a, b):")
-    body = {"model": "base", "prompt": "def add(a, b):", "max_tokens": 6, "temperature": 0}
-    right = httpx.post(f"{address}/v1/completions", json=body).json()["choices"][0]["text"]
+    body = {"model": BASE, "prompt": "def add(a, b):", "max_tokens": 6, "temperature": 0}
+    right = httpx.post(f"{server.url}/v1/completions", json=body).json()["choices"][0]["text"]
     assert answers(page)[0].strip() == right.strip()
     page.get_by_role("button", name="Clear side A").click()
     assert side(page, "A").locator(".said").count() == 0
     assert side(page, "B").locator(".said").count() == 6
 
 
-def test_errors_are_shown_and_the_base_does_not_answer_instead(page: Any, address: str) -> None:
-    page.goto(address)
+def test_errors_are_shown_and_the_base_does_not_answer_instead(page: Any, server: Live) -> None:
+    page.goto(server.url)
     expect(page.locator("#alive")).to_have_text("serving")
-    side(page, "A").get_by_label("Adapter", exact=True).fill("onee")
+    side(page, "A").get_by_label("Adapter", exact=True).fill("nope")
     side(page, "B").get_by_role("button", name="Add an adapter").click()
     for i in range(2):
-        side(page, "B").get_by_label("Adapter", exact=True).nth(i).fill("one")
+        side(page, "B").get_by_label("Adapter", exact=True).nth(i).fill("a")
     send(page, "Hello")
-    expect(side(page, "A").locator(".said.error")).to_contain_text("no adapter has the name 'onee'")
-    expect(side(page, "B").locator(".said.error")).to_have_text("one is chosen twice")
+    expect(side(page, "A").locator(".said.error")).to_contain_text("no adapter has the name 'nope'")
+    expect(side(page, "B").locator(".said.error")).to_have_text("a is chosen twice")
     expect(page.locator("#send")).to_be_enabled()
     assert page.locator(".said.assistant").count() == 0
 
@@ -204,8 +196,8 @@ def test_errors_are_shown_and_the_base_does_not_answer_instead(page: Any, addres
 def test_a_side_can_be_stopped(page: Any, how: str) -> None:
     """The engine holds its answers back: the sides stream until they are stopped, and it is told."""
     engine = Scripted(None, builtin.load_tokenizer())
-    with served(engine) as address:
-        page.goto(address)
+    with live(engine) as server:
+        page.goto(server.url)
         expect(page.locator("#alive")).to_have_text("serving")
         send(page, "Hello")
         expect(page.locator("#running")).to_have_text("0")
@@ -242,8 +234,8 @@ def cancelled(engine: Scripted, number: int) -> set[str]:
 
 def test_a_key_is_asked_for_and_kept_for_the_tab(page: Any) -> None:
     engine = Scripted((Token(300, "hello"), Finished("stop", "", 3, 0, 2)), builtin.load_tokenizer())
-    with served(engine, Settings(keys={"secret": "me"}, drain=0.0)) as address:
-        page.goto(address)
+    with live(engine, Settings(keys={"secret": "me"}, drain=0.0)) as server:
+        page.goto(server.url)
         expect(page.get_by_role("dialog")).to_be_visible()
         page.get_by_label("Key", exact=True).fill("wrong")
         page.keyboard.press("Enter")
@@ -262,8 +254,8 @@ def test_a_key_is_asked_for_and_kept_for_the_tab(page: Any) -> None:
 def test_hostile_names_and_answers_stay_text(page: Any) -> None:
     engine = Scripted((Token(300, HOSTILE), Finished("stop", "", 3, 0, 2)), builtin.load_tokenizer())
     engine.cards = [AdapterCard(HOSTILE, state="failed", error=HOSTILE, method=HOSTILE, form=HOSTILE)]
-    with served(engine) as address:
-        page.goto(address)
+    with live(engine) as server:
+        page.goto(server.url)
         expect(page.locator("#adapters td").first).to_have_text(HOSTILE)
         send(page, HOSTILE)
         expect(side(page, "A").locator(".said.assistant")).to_have_text(HOSTILE)
@@ -272,15 +264,15 @@ def test_hostile_names_and_answers_stay_text(page: Any) -> None:
 
 
 @pytest.mark.parametrize("width", [400, 1400])
-def test_nothing_is_wider_than_the_window(page: Any, address: str, width: int) -> None:
+def test_nothing_is_wider_than_the_window(page: Any, server: Live, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 800})
-    page.goto(address)
+    page.goto(server.url)
     expect(page.locator("#alive")).to_have_text("serving")
     assert page.locator("html").evaluate("e => e.scrollWidth") <= width
 
 
-def test_every_control_has_a_name_and_can_be_reached_with_the_keyboard(page: Any, address: str) -> None:
-    page.goto(address)
+def test_every_control_has_a_name_and_can_be_reached_with_the_keyboard(page: Any, server: Live) -> None:
+    page.goto(server.url)
     expect(page.locator("#alive")).to_have_text("serving")
     unnamed = page.locator("body").evaluate(
         """body => [...body.querySelectorAll("button, input, select, textarea")]
@@ -299,7 +291,7 @@ def test_every_control_has_a_name_and_can_be_reached_with_the_keyboard(page: Any
 
 
 def test_a_server_that_went_away_is_told(page: Any, tmp_path: Path) -> None:
-    with served(Scripted((), builtin.load_tokenizer())) as address:
-        page.goto(address)
+    with live(Scripted((), builtin.load_tokenizer())) as server:
+        page.goto(server.url)
         expect(page.locator("#alive")).to_have_text("serving")
     expect(page.locator("#alert")).to_have_text("The server does not answer.", timeout=10_000)

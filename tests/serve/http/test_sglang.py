@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +11,20 @@ import pytest
 from fastapi.testclient import TestClient
 
 from lorary import builtin
+from lorary.serve.engine import Engine
 from lorary.serve.http.app import create_app
 from lorary.serve.http.settings import Settings
 from lorary.serve.request import Event, Finished, Token
-from tests.serve.http.engines import Scripted, real_engine
+from tests.serve.http.live import BASE
+from tests.serve.http.scripted import Scripted
 
 PROMPT = "def add(a, b):"
-GREEDY = {"temperature": 0, "max_new_tokens": 5}
+GREEDY = {"temperature": 0, "max_new_tokens": 12}
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("root")
-
-
-@pytest.fixture(scope="module")
-def client(root: Path) -> Iterator[TestClient]:
-    engine = real_engine(root)
-    engine.start()
-    with TestClient(create_app(engine, Settings(root=root))) as client:
-        yield client
-    engine.stop()
+def client(engine: Engine, root: Path) -> TestClient:
+    return TestClient(create_app(engine, Settings(root=root)))
 
 
 def scripted(*events: Event, **settings: Any) -> tuple[Scripted, TestClient]:
@@ -44,35 +37,35 @@ def generate(client: TestClient, **body: Any) -> Any:
 
 
 def openai(client: TestClient, prompt: Any = PROMPT, **fields: Any) -> str:
-    body = {"model": "base", "prompt": prompt, "max_tokens": 5, "temperature": 0} | fields
+    body = {"model": BASE, "prompt": prompt, "max_tokens": 12, "temperature": 0} | fields
     text: str = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
     return text
 
 
 def test_a_text_with_an_adapter(client: TestClient) -> None:
     ids = builtin.load_tokenizer()(PROMPT)["input_ids"]
-    answer = generate(client, lora_path="one").json()
+    answer = generate(client, lora_path="a").json()
     meta = answer["meta_info"]
-    assert answer["text"] == openai(client, model="one") != openai(client)
+    assert answer["text"] == openai(client, model="a") != openai(client)
     assert builtin.load_tokenizer().decode(answer["output_ids"]) == answer["text"]
     assert meta.pop("e2e_latency") > 0
     assert meta.pop("id")
     assert meta == {
-        "finish_reason": {"type": "length", "length": 5},
+        "finish_reason": {"type": "length", "length": 12},
         "prompt_tokens": len(ids),
-        "completion_tokens": 5,
+        "completion_tokens": 12,
         "cached_tokens": 0,
     }
-    assert generate(client, text=None, input_ids=ids, lora_path="one").json()["text"] == answer["text"]
+    assert generate(client, text=None, input_ids=ids, lora_path="a").json()["text"] == answer["text"]
 
 
 def test_each_prompt_of_a_list_has_its_adapter(client: TestClient) -> None:
     prompts = [PROMPT, "class A:", PROMPT]
-    answers = generate(client, text=prompts, lora_path=["one", None, "two"]).json()
-    expected = [openai(client, p, model=m) for p, m in zip(prompts, ("one", "base", "two"), strict=True)]
+    answers = generate(client, text=prompts, lora_path=["a", None, "b"]).json()
+    expected = [openai(client, p, model=m) for p, m in zip(prompts, ("a", BASE, "b"), strict=True)]
     assert [answer["text"] for answer in answers] == expected
-    same = generate(client, text=prompts, lora_path="two").json()
-    assert [answer["text"] for answer in same] == [openai(client, p, model="two") for p in prompts]
+    same = generate(client, text=prompts, lora_path="b").json()
+    assert [answer["text"] for answer in same] == [openai(client, p, model="b") for p in prompts]
 
 
 def test_several_answers_with_one_seed(client: TestClient) -> None:
@@ -99,10 +92,10 @@ def events(answer: Any) -> list[dict[str, Any]]:
 
 
 def test_a_stream_holds_the_text_so_far(client: TestClient) -> None:
-    whole = generate(client, lora_path="two").json()
-    found = events(generate(client, lora_path="two", stream=True))
+    whole = generate(client, lora_path="b").json()
+    found = events(generate(client, lora_path="b", stream=True))
     texts = [event["text"] for event in found]
-    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:], strict=False))
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
     assert found[-1]["text"] == whole["text"]
     assert found[-1]["output_ids"] == whole["output_ids"]
     assert found[-1]["meta_info"]["finish_reason"] == whole["meta_info"]["finish_reason"]
@@ -223,12 +216,12 @@ def test_refusals(body: dict[str, Any], status: int, message: str) -> None:
 
 
 def test_loading_and_unloading(client: TestClient) -> None:
-    both = {"one": "one", "two": "two"}
-    loaded = client.post("/load_lora_adapter", json={"lora_name": "new", "lora_path": "three", "pinned": True})
+    both = {"a": "a", "b": "b"}
+    loaded = client.post("/load_lora_adapter", json={"lora_name": "new", "lora_path": "c", "pinned": True})
     assert loaded.status_code == 200
-    assert loaded.json() == {"success": True, "error_message": None, "loaded_adapters": both | {"new": "three"}}
+    assert loaded.json() == {"success": True, "error_message": None, "loaded_adapters": both | {"new": "c"}}
     assert generate(client, lora_path="new").json()["text"] == openai(client, model="new")
-    again = client.post("/load_lora_adapter", json={"lora_name": "new", "lora_path": "three"})
+    again = client.post("/load_lora_adapter", json={"lora_name": "new", "lora_path": "c"})
     assert again.status_code == 400
     assert again.json()["success"] is False
     assert again.json()["error_message"].startswith("The lora adapter 'new' has already been loaded.")
@@ -248,7 +241,7 @@ def test_loading_and_unloading(client: TestClient) -> None:
             "`lora_path`: '/etc' is not below the root of the adapters",
         ),
         ("load", {"lora_name": "x", "lora_path": "no"}, 404, "`lora_path`: there is no folder 'no' below the root"),
-        ("load", {"lora_name": "base", "lora_path": "three"}, 400, "'base' is the name of the base"),
+        ("load", {"lora_name": BASE, "lora_path": "c"}, 400, "'builtin:base' is the name of the base"),
         ("unload", {}, 400, "`lora_name`: is missing"),
         ("unload", {"lora_name": "nope"}, 404, "The lora adapter 'nope' cannot be found."),
     ],
@@ -256,7 +249,7 @@ def test_loading_and_unloading(client: TestClient) -> None:
 def test_refused_loads(client: TestClient, path: str, body: dict[str, str], status: int, message: str) -> None:
     answer = client.post(f"/{path}_lora_adapter", json=body)
     assert answer.status_code == status
-    loaded = {"one": "one", "two": "two"}
+    loaded = {"a": "a", "b": "b"}
     assert answer.json() == {"success": False, "error_message": message, "loaded_adapters": loaded}
 
 

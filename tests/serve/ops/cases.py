@@ -53,7 +53,7 @@ def table_of(forms: Sequence[ServingForm], dtype: torch.dtype, device: str) -> A
 def slots(table: AdapterTable, forms: Sequence[ServingForm], pieces: Sequence[Piece]) -> Iterator[Piece]:
     """The pieces with slots instead of adapters."""
     for index, *rest in pieces:
-        slot = table[forms[index]].slot
+        slot = table.slot(forms[index])
         assert slot is not None
         yield (slot, *rest)  # type: ignore[misc]
 

@@ -67,6 +67,11 @@ class Native:
         self._rows(*place, x.data_ptr(), y.data_ptr(), *shape)
 
 
+def takes(x: Tensor, y: Tensor, dtype: torch.dtype) -> bool:
+    """Whether compiled code computes with this input and output, and adapters of this dtype."""
+    return x.dtype is y.dtype is dtype and dtype in TYPES
+
+
 def structs(pieces: Sequence[Sequence[float]]) -> Any:
     """Pieces (slot, start, stop, weight) as `Native.add_rows` takes them."""
     return (PieceStruct * len(pieces))(*(PieceStruct(*piece) for piece in pieces))
@@ -128,7 +133,7 @@ def _matches(library: Native, dtype: torch.dtype, transposed: bool) -> bool:
     for index, start, stop, weight in pieces:
         part = slice(start, stop)
         expected[part] = rows_with_terms(expected[part], x[part], forms[index].sites["layer"], weight)
-    slots = [table[form].slot or 0 for form in forms]
+    slots = [table.slot(form) or 0 for form in forms]
     library.add_rows(table.tensor, 1, structs([(slots[i], *rest) for i, *rest in pieces]), x, y)
     wrong = (y.float() - expected.float()).abs().max() / expected.float().abs().max()
     alone = torch.equal(y[5], y0[5]) and torch.equal(y[10:], y0[10:])

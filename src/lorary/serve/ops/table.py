@@ -50,12 +50,17 @@ class AdapterTable:
         self._free: list[int] = []
         self._lock = threading.Lock()
 
-    def __contains__(self, form: ServingForm) -> bool:
+    def get(self, form: ServingForm) -> Known | None:
+        """What is known of an adapter; None if it is not in the table."""
         found = self._known.get(id(form))
-        return found is not None and found.ref() is form
+        return found if found is not None and found.ref() is form else None
 
-    def __getitem__(self, form: ServingForm) -> Known:
-        return self._known[id(form)]
+    def __contains__(self, form: ServingForm) -> bool:
+        return self.get(form) is not None
+
+    def slot(self, form: ServingForm) -> int | None:
+        """The slot of an adapter that is in the table."""
+        return self._known[id(form)].slot
 
     def add(self, form: ServingForm) -> None:
         """Take an adapter into the table; its shapes must be those of the layers."""
