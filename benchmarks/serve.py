@@ -77,7 +77,9 @@ class Row:
         if self.engine:
             after = self.engine.statistics()
             found |= {name: after[name] - before[name] for name in ("loads", "evictions")}
-            found |= {"adapter_bytes": after["adapter_bytes"], "host_bytes": after["host_bytes"]}
+            asked = sum(bool(answer.call.adapter) for answer in answers)
+            found["hit_rate"] = 1 - found["loads"] / asked if asked else None
+            found |= {name: after[name] for name in ("adapter_bytes", "kv_bytes", "host_bytes")}
         self.turns.append(found | {"resident_bytes": resident()})
         return answers
 
