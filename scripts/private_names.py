@@ -28,6 +28,7 @@ PLACES = {
     "kernels/torch_internals.py": "PyTorch",
     TRANSFORMERS: "Transformers",
     "layers/other_quantizers.py": "bitsandbytes",
+    "serve/continuous.py": "Transformers' continuous batching",
     "train/trainer/trainer_internals.py": "the trainers of Transformers, TRL and accelerate",
 }
 LIBRARIES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "bitsandbytes", "safetensors", "triton")
@@ -86,11 +87,16 @@ def foreign() -> frozenset[str]:
     from torch import nn
 
     from lorary.model.loading.quantized import LoraryQuantizer
+    from lorary.serve.continuous import SortedScheduler
     from lorary.train.trainer.dpo import DPOTrainer
     from lorary.train.trainer.sft import SFTTrainer
 
     names: set[str] = set()
-    for cls in {base for derived in (SFTTrainer, DPOTrainer, LoraryQuantizer, nn.Module) for base in derived.__mro__}:
+    for cls in {
+        base
+        for derived in (SFTTrainer, DPOTrainer, LoraryQuantizer, SortedScheduler, nn.Module)
+        for base in derived.__mro__
+    }:
         if cls.__module__.partition(".")[0] in LIBRARIES:
             names.update(vars(cls), re.findall(r"\bself\.(_\w+)\b *(?::[^=\n]+)?=", inspect.getsource(cls)))
     names.update(vars(nn.Module()))

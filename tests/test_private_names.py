@@ -21,6 +21,7 @@ import lorary
 from lorary.errors import LoraryError, changed_release, check_overridden
 from lorary.kernels import torch_internals
 from lorary.layers import transformers_internals
+from lorary.serve import continuous
 from lorary.train.trainer import trainer_internals
 from lorary.train.trainer.mixin import AdapterTraining
 from tests import pages, tiny
@@ -72,6 +73,8 @@ def test_every_override_of_a_module_is_checked() -> None:
     assert places - set(torch_internals.OVERRIDDEN) == set(transformers_internals.OVERRIDDEN)
     places = {use.name for use in private_names.uses() if use.override and use.file.startswith("train/")}
     assert places == set(trainer_internals.OVERRIDDEN)
+    places = {use.name for use in private_names.uses() if use.override and use.file.startswith("serve/")}
+    assert places == {"_get_waiting_candidates"} < {n for names in continuous.OVERRIDDEN.values() for n in names}
 
 
 def test_modules_and_tensors_answer() -> None:

@@ -100,6 +100,16 @@ class LoraryError(Exception):
         self.problems = tuple(problems)
         super().__init__("\n".join([headline, *(f"  - {line}" for line in folded(self.problems))]))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle: with its problems and further attributes, which `Exception` alone would lose."""
+        return _unpickled, (type(self), self.args, vars(self))
+
+
+def _unpickled(kind: type[LoraryError], arguments: tuple[Any, ...], attributes: dict[str, Any]) -> LoraryError:
+    error = kind.__new__(kind, *arguments)
+    vars(error).update(attributes)
+    return error
+
 
 class MethodError(LoraryError, ValueError):
     """A method with invalid or contradictory components."""

@@ -19,7 +19,7 @@ COMMANDS = (
     *("train", "plan", "init", "methods", "search", "merge"),
     *("mix", "lorahub", "diff", "compress", "extract"),
     *("export", "check", "verify", "push"),
-    *("eval", "chat", "generate", "inspect", "demo", "doctor"),
+    *("eval", "chat", "generate", "serve", "inspect", "demo", "doctor"),
 )
 
 

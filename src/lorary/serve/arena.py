@@ -38,6 +38,10 @@ class Arena(Protocol):
         """Free the sectors that hold only what can be computed again; whether there were any."""
         ...
 
+    def reclaimable(self) -> int:
+        """Bytes that `reclaim` would free, at most."""
+        ...
+
 
 class PlainArena:
     """An arena for adapters alone.
@@ -64,6 +68,9 @@ class PlainArena:
 
     def reclaim(self) -> bool:
         return False
+
+    def reclaimable(self) -> int:
+        return 0
 
 
 class CacheArena:
@@ -99,6 +106,10 @@ class CacheArena:
 
     def reclaim(self) -> bool:
         return bool(self._cache.evict_cached_blocks())
+
+    def reclaimable(self) -> int:
+        allocators = self._cache.cache_allocators.values()
+        return sum(len(each.ledger.cached_blocks) * each.bytes_per_block for each in allocators)
 
     def _reset_requests(self) -> None:
         """The cache frees all sectors; those of adapters stay taken."""

@@ -39,6 +39,7 @@ class AdapterCard:
         running, waiting: its requests.
         error: why it failed.
         created: Unix time of its registration.
+        max_context: the context that its RoPE scaling gives; None for the base's.
     """
 
     name: str
@@ -53,6 +54,7 @@ class AdapterCard:
     waiting: int = 0
     error: str = ""
     created: float = 0.0
+    max_context: int | None = None
 
 
 class Engine(Protocol):
@@ -109,6 +111,14 @@ class Engine(Protocol):
 
     def adapters(self) -> list[AdapterCard]:
         """All adapters that requests may name, by name."""
+        ...
+
+    def adapter(self, name: str) -> AdapterCard:
+        """The adapter of this name: what `adapters` says of it, without the others.
+
+        Raises:
+            UnknownAdapterError: no adapter has this name.
+        """
         ...
 
     def why_dead(self) -> str | None:

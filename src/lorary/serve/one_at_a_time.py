@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,10 +15,13 @@ from lorary.adapters.compose.mix import mix
 from lorary.adapters.content_hash import content_hash
 from lorary.adapters.save_load import load_adapter
 from lorary.adapters.switch import switch
-from lorary.errors import Diagnostic, FileError, did_you_mean
+from lorary.errors import Diagnostic, FileError, suggestion
+from lorary.files.strict_json import show
 from lorary.layers.rope import max_context, text_config
 from lorary.serve.engine import AdapterCard, BusyError, RequestError, UnknownAdapterError
-from lorary.serve.request import Deliver, Finished, FinishReason, Request, Token
+from lorary.serve.in_flight import InFlight, end_tokens
+from lorary.serve.request import Deliver, Request
+from lorary.serve.sampler import draw
 
 
 class OneAtATime:
@@ -27,35 +31,43 @@ class OneAtATime:
         model: the base, in evaluation mode.
         tokenizer: the base's.
         name: of the base.
+        most_waiting: requests that wait at most.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
+    def __init__(self, model: Any, tokenizer: Any, name: str, *, most_waiting: int = 256) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.max_context = max_context(text_config(model))
+        self._ends = end_tokens(model)
         self._adapters: dict[str, Adapter] = {}
+        self._on_model: tuple[tuple[int, float], ...] | None = None
         self._cards: dict[str, AdapterCard] = {}
-        self._queue: queue.Queue[tuple[Request, Deliver] | None] = queue.Queue(maxsize=256)
+        self._queue: queue.Queue[tuple[Request, Deliver] | None] = queue.Queue(maxsize=most_waiting)
         self._cancelled: set[str] = set()
         self._thread: threading.Thread | None = None
+        self._closing = self._ending = False
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def stop(self, drain: float = 0.0) -> None:
-        self._queue.put(None)
+        if self._thread is not None and not self._closing:
+            self._closing = True
+            self._queue.put(None)
+            self._thread.join(drain)
+        self._ending = True
         if self._thread is not None:
-            self._thread.join(drain or None)
+            self._thread.join()
 
     def submit(self, request: Request, deliver: Deliver) -> None:
         for name in request.adapters:
-            if name not in self._adapters:
-                what = f"no adapter has the name {name!r}"
-                raise UnknownAdapterError("", [Diagnostic("", what, did_you_mean(name, self._adapters))])
+            self.adapter(name)
         if self.max_context is not None and len(request.prompt) >= self.max_context:
             what = f"the prompt has {len(request.prompt)} tokens, and the context is {self.max_context}"
             raise RequestError("", [Diagnostic("prompt", what)])
         try:
+            if self._closing:
+                raise BusyError("", [Diagnostic("", "the engine stops", "ask again later")])
             self._queue.put_nowait((request, deliver))
         except queue.Full:
             raise BusyError("", [Diagnostic("", "the queue is full", "ask again later")]) from None
@@ -74,12 +86,17 @@ class OneAtATime:
         return card
 
     def unload(self, name: str) -> None:
-        if self._adapters.pop(name, None) is None:
-            raise UnknownAdapterError("", [Diagnostic(name, "no adapter has this name")])
-        del self._cards[name]
+        self.adapter(name)
+        del self._cards[name], self._adapters[name]
 
     def adapters(self) -> list[AdapterCard]:
         return sorted(self._cards.values(), key=lambda card: card.name)
+
+    def adapter(self, name: str) -> AdapterCard:
+        if name not in self._cards:
+            what = f"no adapter has the name {show(name)}"
+            raise UnknownAdapterError("", [Diagnostic("", what, suggestion(name, self._cards))])
+        return self._cards[name]
 
     def why_dead(self) -> str | None:
         return None
@@ -90,40 +107,37 @@ class OneAtATime:
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
             request, deliver = item
+            flight = InFlight(request, deliver, [], self.tokenizer)
             try:
-                deliver(self._generate(request, deliver))
+                self._generate(flight)
             except Exception as error:
-                deliver(Finished("error", error=str(error)))
+                flight.finish("error", f"{type(error).__name__}: {error}")
 
     @torch.inference_mode()
-    def _generate(self, request: Request, deliver: Deliver) -> Finished:
-        adapters = {name: self._adapters[name] for name in request.adapters}
-        switch(self.model, None)
-        if list(request.adapters.values()) == [1.0]:
-            switch(self.model, next(iter(adapters.values())))
-        elif adapters:
-            switch(self.model, mix(adapters, weights=list(request.adapters.values())))
-        sampling, tokens = request.sampling, list(request.prompt)
-        generator = torch.Generator()
-        generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
-        eos, ids, text, cache = self.model.generation_config.eos_token_id, list[int](), "", None
-        ends = set() if sampling.ignore_eos else set(eos if isinstance(eos, list) else [eos])
-        while len(ids) < sampling.max_tokens and request.id not in self._cancelled:
-            out = self.model(torch.tensor([tokens if cache is None else ids[-1:]]), past_key_values=cache)
-            cache, logits = out.past_key_values, out.logits[0, -1].float()
-            logprobs = logits.log_softmax(-1)
-            if sampling.temperature == 0:
-                new = int(logits.argmax())
-            else:
-                probabilities = (logits / sampling.temperature).softmax(-1)
-                new = int(torch.multinomial(probabilities, 1, generator=generator))
-            ids.append(new)
-            if new in ends:
-                return Finished("stop", "", len(tokens), 0, len(ids))
-            whole = self.tokenizer.decode(ids, skip_special_tokens=True)
-            top = logprobs.topk(sampling.logprobs or 0)
-            pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-            deliver(Token(new, whole[len(text) :], float(logprobs[new]), pairs))
-            text = whole
-        reason: FinishReason = "cancelled" if request.id in self._cancelled else "length"
-        return Finished(reason, "", len(tokens), 0, len(ids))
+    def _generate(self, flight: InFlight) -> None:
+        request = flight.request
+        self._switch(request.adapters)
+        if self.max_context is not None:
+            flight.limit = min(flight.limit, self.max_context - len(request.prompt))
+        new, cache = list(request.prompt), None
+        while not flight.done:
+            if self._ending or request.id in self._cancelled:
+                return flight.finish("cancelled")
+            out = self.model(torch.tensor([new]), past_key_values=cache)
+            cache = out.past_key_values
+            (drawn,) = draw(out.logits[:, -1].float(), [flight.sampler])
+            flight.take(drawn, self._ends)
+            new = [drawn.token]
+
+    def _switch(self, adapters: Mapping[str, float]) -> None:
+        """Put the adapters of a request on the model, unless they are on it."""
+        found = {name: self._adapters[name] for name in adapters}
+        key = tuple((id(adapter), adapters[name]) for name, adapter in found.items())
+        if key == self._on_model:
+            return
+        self._on_model = None
+        if list(adapters.values()) == [1.0]:
+            switch(self.model, next(iter(found.values())))
+        else:
+            switch(self.model, mix(found, weights=list(adapters.values())) if found else None)
+        self._on_model = key

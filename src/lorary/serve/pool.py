@@ -154,6 +154,12 @@ class Pool:
 
     # --- what it holds ------------------------------------------------------------------------------------------------
 
+    @property
+    def pinned(self) -> frozenset[str]:
+        """The uids of adapters that stay wherever they are."""
+        with self._lock:
+            return frozenset(self._host.pinned)
+
     def resident(self, uid: str) -> bool:
         """Whether an adapter lies beside the base."""
         return uid in self._device.residents

@@ -12,11 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from lorary.kernels import native
 from lorary.kernels.nf4 import QuantizedTensor, backend, cpu, dequantize, linear, quantize, reference
 from lorary.kernels.nf4.cpu import OPTIONS, TYPES, Native
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 FEWER = {"plain C": ("-O1",), "AVX2": ("-O1", "-mavx2", "-mfma", "-mf16c"), "AVX-512": ("-O1", "-march=native")}
+
+
+def compiled(*options: str) -> Path:
+    """The library with these options of the compiler."""
+    return native.compile_library((cpu.SOURCE, cpu.HEADER, native.THREADS), options)
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +31,10 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Native]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         able = {"plain C"}
-        able |= {"AVX2"} if {"avx2", "fma", "f16c"} <= cpu.cpu_features() else set()
-        able |= {"AVX-512"} if {"avx512f", "avx512bw"} <= cpu.cpu_features() else set()
+        able |= {"AVX2"} if {"avx2", "fma", "f16c"} <= native.cpu_features() else set()
+        able |= {"AVX-512"} if {"avx512f", "avx512bw"} <= native.cpu_features() else set()
         with ThreadPoolExecutor() as pool:
-            paths = pool.map(lambda name: cpu.compile_library(OPTIONS + FEWER[name]), able)
+            paths = pool.map(lambda name: compiled(*OPTIONS, *FEWER[name]), able)
             made = {name: Native(path) for name, path in zip(able, paths, strict=True)}
     assert {name: library.isa for name, library in made.items()} == {name: name for name in made}
     return made
@@ -102,7 +108,7 @@ def test_every_sort_gives_the_product(dtype: torch.dtype, libraries: dict[str, N
 
 
 def test_threads_change_nothing(libraries: dict[str, Native], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "SHARE", 100)
+    monkeypatch.setattr(native, "SHARE", 100)
     quantized, x = quantize(torch.randn(37, 192)), torch.randn(3, 192)
     library, found = libraries["plain C"], []
     try:
@@ -196,18 +202,18 @@ def test_when_it_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_two_that_compile_at_once(empty: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(lambda _: cpu.compile_library((*OPTIONS, "-O0")), range(2))
+        first, second = pool.map(lambda _: compiled(*OPTIONS, "-O0"), range(2))
     assert first == second
     assert list((empty / "cache" / "lorary").iterdir()) == [first]
     assert Native(first).isa == "plain C"
     seen = first.stat().st_mtime_ns
-    assert cpu.compile_library((*OPTIONS, "-O0")).stat().st_mtime_ns == seen  # and not again
+    assert compiled(*OPTIONS, "-O0").stat().st_mtime_ns == seen  # and not again
 
 
 @pytest.mark.parametrize("damage", ["cut short", "another", "a folder", "others may write"])
 def test_a_damaged_library_is_compiled_again(damage: str, empty: Path) -> None:
     """Loading it could end the process, in the middle of whatever it does."""
-    made = cpu.compile_library((*OPTIONS, "-O0"))
+    made = compiled(*OPTIONS, "-O0")
     content = made.read_bytes()
     if damage == "a folder":
         made.rename(made.with_name("aside"))
@@ -216,7 +222,7 @@ def test_a_damaged_library_is_compiled_again(damage: str, empty: Path) -> None:
         made.chmod(0o777)
     else:
         made.write_bytes(content[:5000] if damage == "cut short" else content[::-1])
-    again = cpu.compile_library((*OPTIONS, "-O0"))
+    again = compiled(*OPTIONS, "-O0")
     assert again.read_bytes() == content
     assert again.stat().st_mode & 0o777 == 0o700
     assert Native(again).isa == "plain C"
@@ -236,9 +242,11 @@ def test_code_that_is_wrong_is_found_out_before_it_is_used(fault: str, tmp_path:
     old, new = FAULTS[fault]
     text = cpu.SOURCE.read_text()
     assert old in text
-    (tmp_path / "nf4.c").write_text(text.replace(old, new))
-    (tmp_path / "simd.h").write_text(cpu.HEADER.read_text())
-    command = ["cc", *OPTIONS, "-O0", "-o", str(tmp_path / "wrong.so"), str(tmp_path / "nf4.c")]
+    (tmp_path / "nf4").mkdir()
+    (tmp_path / "nf4" / "nf4.c").write_text(text.replace(old, new))
+    (tmp_path / "nf4" / "simd.h").write_text(cpu.HEADER.read_text())
+    (tmp_path / "threads.h").write_text(native.THREADS.read_text())
+    command = ["cc", *OPTIONS, "-O0", "-o", str(tmp_path / "wrong.so"), str(tmp_path / "nf4" / "nf4.c")]
     subprocess.run(command, check=True, capture_output=True)
     assert not cpu.matches_reference(Native(tmp_path / "wrong.so"))
 

@@ -35,6 +35,7 @@ from lorary.model.ambient import mode_independent
 from lorary.spec.placement import AdaptedSite
 from lorary.spec.site import Site
 
+NAME_OF_ADAPTER = "[A-Za-z0-9_-][A-Za-z0-9._-]*"  # it stands in `--lora-modules name=path`, and names a folder
 _VLLM_HEADS = ("granite", "llama", "mixtral", "qwen3", "qwen3_moe")  # whose classes declare `embedding_modules`
 _SGLANG_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _SGLANG_LAYERS = (
@@ -101,13 +102,13 @@ def export_for_engine(
         raise FileError(f"cannot export an adapter to {show(path, most=400)}:", problems)
     target = ENGINES[engine]
     name = name or Path(os.path.abspath(path)).name
-    problems = _problems(adapter, model, target, base or adapter.base.name, name)
+    problems = engine_problems(adapter, model, target, base or adapter.base.name, name)
     if problems:
         raise FileError(
             f"cannot export an adapter to {show(path, most=400)} for {target.title}", deduplicated(problems)
         )
     files = lora_files(_with_whole_groups(adapter, model, target.groups), folder, model, folded=True)
-    rope = _rope_parameters(adapter, model)
+    rope = rope_parameters(adapter, model)
     *command, last = target.command(base or adapter.base.name, name, path, files.config, rope)
     here = f'{name}="$(cd "$(dirname "$0")" && pwd)"'  # the last argument, wherever the folder is moved
     text = f"#!/bin/sh\n# Serve this folder's adapter with {target.title}, as the model {name}.\n"
@@ -115,7 +116,7 @@ def export_for_engine(
     return [*command, last]
 
 
-def _problems(adapter: Adapter, model: nn.Module, target: Engine, base: str, name: str) -> list[Diagnostic]:
+def engine_problems(adapter: Adapter, model: nn.Module, target: Engine, base: str, name: str) -> list[Diagnostic]:
     """Why an engine cannot run an adapter."""
     factors, problems = plain_factors(adapter, model, target.title)
     root = unwrapped_modules(model)[""]
@@ -130,7 +131,7 @@ def _problems(adapter: Adapter, model: nn.Module, target: Engine, base: str, nam
         problems.append(Diagnostic("base", "the adapter does not name its base", "give --base MODEL"))
     if base.startswith("-") or not base.isprintable():  # it is an argument of the command
         problems.append(Diagnostic("base", f"{show(base)} is neither a folder nor a Hub id", "give --base MODEL"))
-    if not re.fullmatch(r"[A-Za-z0-9._-]+", name):  # it stands in `--lora-modules name=path`
+    if not re.fullmatch(NAME_OF_ADAPTER, name):
         what = f"{show(name)} cannot name an adapter, which takes letters, digits and `.`, `_`, `-`"
         problems.append(Diagnostic("name", what, "export to a folder with another name"))
     return problems
@@ -152,7 +153,7 @@ def _with_whole_groups(adapter: Adapter, model: nn.Module, groups: tuple[tuple[s
     return dataclasses.replace(adapter, sites=(*adapter.sites, *added), tensors=tensors)
 
 
-def _rope_parameters(adapter: Adapter, model: nn.Module) -> dict[str, Any]:
+def rope_parameters(adapter: Adapter, model: nn.Module) -> dict[str, Any]:
     """The base's whole `rope_parameters` with the adapter's scaling; empty if it needs none."""
     overrides = rope_overrides(adapter)
     if not overrides:

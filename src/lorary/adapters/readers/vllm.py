@@ -6,6 +6,7 @@ Read from `vllm/lora/peft_helper.py`, `lora_model.py`, `utils.py` and `model_man
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from lorary.adapters.peft.config import NAME
 from lorary.adapters.readers.folder import AdapterFolder
@@ -26,7 +27,7 @@ def _scale(folder: AdapterFolder, site: str, rank: int) -> float:
     return float(alpha / (r**0.5 if folder.fields["use_rslora"] else r))
 
 
-def _rules(folder: AdapterFolder) -> Iterator[Finding]:
+def _rules(folder: AdapterFolder, most_rank: int) -> Iterator[Finding]:
     yield from missing_fields(VLLM, folder)
     yield from rank_findings(VLLM, folder, Outcome.MISCOMPUTED)  # its scale is the configuration's
     saved = [m for m in folder.fields["modules_to_save"] if m not in _HEADS]
@@ -35,13 +36,19 @@ def _rules(folder: AdapterFolder) -> Iterator[Finding]:
         yield VLLM.finding(Outcome.REJECTED, f"{NAME}: modules_to_save: {saved[0]}", what, merged=True)
     if folder.config.get("bias", "none") != "none":
         yield VLLM.finding(Outcome.REJECTED, f"{NAME}: bias", "vLLM refuses trained biases", merged=True)
-    most = max([folder.fields["r"], *(value for _, value in folder.fields["rank_pattern"])])
-    if most > _MOST_RANK:
-        what = f"the rank {most} is above {_MOST_RANK}, which vLLM accepts by default"
-        fix = f"start vLLM with --max-lora-rank {serving_rank(most)}"
+    rank = rank_needed(folder)
+    if rank > most_rank:
+        default = " by default" if most_rank == _MOST_RANK else ""
+        what = f"the rank {rank} is above {most_rank}, which vLLM accepts{default}"
+        fix = f"start vLLM with --max-lora-rank {serving_rank(rank)}" if default else ""
         yield Finding(Outcome.REJECTED, Diagnostic(NAME, what, fix))
     if unknown := [n for n in VLLM.unexplained(folder) if not n.endswith(_TABLES) and n.split(".")[-2] not in _HEADS]:
         yield VLLM.finding(Outcome.REJECTED, first_of(unknown), "vLLM knows no such tensor", merged=True)
+
+
+def rank_needed(folder: AdapterFolder) -> int:
+    """The highest rank of a folder's configuration."""
+    return max([int(folder.fields["r"]), *(int(value) for _, value in folder.fields["rank_pattern"])])
 
 
 def serving_rank(rank: int) -> int:
@@ -49,16 +56,21 @@ def serving_rank(rank: int) -> int:
     return next((size for size in RANKS if size >= rank), rank)
 
 
-VLLM = Reader(
-    "vllm",
-    "vLLM",
-    "vLLM 0.32.0",
-    export="vllm",
-    refuses=frozenset(
-        {"dora", "residual", "lora_bias", "tokens", "alora", "replication", "qalora", "bdlora", "convolutions"}
-    ),
-    ignores=frozenset({"absorbed", "arrow", "kasa", "fused_parts", "rope", "unknown"}),
-    types=frozenset({"LORA", ""}),
-    scale=_scale,
-    rules=_rules,
-)
+def vllm_reader(most_rank: int) -> Reader:
+    """vLLM with a value of `--max-lora-rank`."""
+    return Reader(
+        "vllm",
+        "vLLM",
+        "vLLM 0.32.0",
+        export="vllm",
+        refuses=frozenset(
+            {"dora", "residual", "lora_bias", "tokens", "alora", "replication", "qalora", "bdlora", "convolutions"}
+        ),
+        ignores=frozenset({"absorbed", "arrow", "kasa", "fused_parts", "rope", "unknown"}),
+        types=frozenset({"LORA", ""}),
+        scale=_scale,
+        rules=partial(_rules, most_rank=most_rank),
+    )
+
+
+VLLM = vllm_reader(_MOST_RANK)

@@ -44,16 +44,24 @@ class Server:
         base_model: the name of the base there; found in its list of models if empty; `none` if it serves no base.
         adapter_model: the name of the adapter there, likewise.
         timeout: seconds for one request.
+        key: that it asks for; by default that of the environment.
 
     Raises:
         LoraryError: the address is not one of a server, the server does not answer, or its models are not clear.
     """
 
     def __init__(
-        self, url: str, tokenizer: Any, base_model: str = "", adapter_model: str = "", timeout: float = 60.0
+        self,
+        url: str,
+        tokenizer: Any,
+        base_model: str = "",
+        adapter_model: str = "",
+        timeout: float = 60.0,
+        key: str = "",
     ) -> None:
         self.url, self.tokenizer, self.timeout = server_address(url), tokenizer, timeout
         self.name = self.url
+        self.key = key or next((os.environ[name] for name in KEYS if os.environ.get(name)), "")
         self.opener = urllib.request.build_opener(_NoRedirect)
         self.takes_ids, self.echoes = True, True
         names = self._models() if not (base_model and adapter_model) else {}
@@ -196,8 +204,8 @@ class Server:
             LoraryError: the server cannot be reached, refuses the request, or its reply is not acceptable.
         """
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if key := next((os.environ[name] for name in KEYS if os.environ.get(name)), ""):
-            headers["Authorization"] = f"Bearer {key}"
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
         data = None if body is None else json.dumps(body).encode()
         try:
             request = urllib.request.Request(self.url + path, data=data, headers=headers)
@@ -238,7 +246,7 @@ class Server:
         text = said.decode("utf-8", "replace").strip()
         fix = ""
         if status in (401, 403):
-            fix = f"set {KEYS[0]} to its key" if not any(map(os.environ.get, KEYS)) else "check the key"
+            fix = f"set {KEYS[0]} to its key" if not self.key else "check the key"
         elif status == 404 and path != "/v1/models":
             fix = "check --base-model and --adapter-model: `/v1/models` lists the server's names"
         elif 300 <= status < 400:

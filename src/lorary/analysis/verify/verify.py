@@ -75,6 +75,7 @@ def verify(
     adapter_model: str = "",
     tolerance: float | None = None,
     timeout: float = 60.0,
+    key: str = "",
     progress: Callable[[str], object] = lambda text: None,
 ) -> Verification:
     """The verification of a served adapter: whether the server computes it, and what it computes instead.
@@ -96,6 +97,7 @@ def verify(
             default 0.1. The adapter may be three times as far as the base is, at most this; and more in proportion
             if it changes more than 1 nat.
         timeout: seconds for one request.
+        key: of the server; by default LORARY_API_KEY or OPENAI_API_KEY of the environment.
         progress: is told what is being done.
 
     Raises:
@@ -104,7 +106,7 @@ def verify(
         StateError: the model has an adapter already.
         ConfigError: an argument is not acceptable.
     """
-    _check_arguments(model, tolerance, timeout)
+    _check_arguments(model, tolerance, timeout, key)
     path = existing_folder(checked_path(folder, "cannot verify an adapter:"))
     path = adapter_folder(path) or path
     adapter = load_adapter(path, model=model)
@@ -116,7 +118,7 @@ def verify(
     if against in ENGINES:
         engine = Here(against, model, path)
     else:
-        engine = Server(against, tokenizer, base_model, adapter_model, timeout)
+        engine = Server(against, tokenizer, base_model, adapter_model, timeout, key)
     with eval_mode(model):
         found = _compared(adapter, engine, rows, model, tolerance, progress, force=quantized)
     return _certified(path, found, {"adapter_sha256": sha256, "base": adapter.base.name}, engine, rows)
@@ -128,8 +130,8 @@ def _for_any_storage(adapter: Adapter) -> Adapter:
     return replace(adapter, method=adapter.method.replace(storage=Unquantized()), sites=sites)
 
 
-def _check_arguments(model: object, tolerance: object, timeout: object) -> None:
-    problems = not_a(nn.Module, "a torch.nn.Module", model=model)
+def _check_arguments(model: object, tolerance: object, timeout: object, key: object) -> None:
+    problems = not_a(nn.Module, "a torch.nn.Module", model=model) + not_a(str, "a text", key=key)
     for name, value in {"tolerance": tolerance, "timeout": timeout}.items():
         number = isinstance(value, int | float) and type(value) is not bool and 0 < value < float("inf")
         if not number and not (name == "tolerance" and value is None):

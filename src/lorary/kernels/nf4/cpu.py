@@ -1,27 +1,18 @@
-"""Compiled NF4 code for the CPU, built once for this processor with the installed C compiler.
+"""Compiled NF4 code for the CPU.
 
-The first call compiles `nf4.c`, in about a second, into the user's cache folder (`$XDG_CACHE_HOME/lorary` or
-`~/.cache/lorary`); later processes load the library from there. Its file name holds a digest of the source, compiler,
-options and processor, since different machines may share the folder, and a digest of the file itself, since a damaged
-library would kill the process. Without a compiler or a writable folder, or if the library disagrees with the table
-(`reference`), the table is used. `LORARY_NATIVE=0` forces the table.
+Without a compiler, or if the library disagrees with the table (`reference`), the table is used.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lorary.kernels.native import THREADS, first_that_works, threads, wanted
 from lorary.kernels.nf4.reference import (
     CODE,
     DYNAMIC,
@@ -37,7 +28,6 @@ SOURCE, HEADER = Path(__file__).with_name("nf4.c"), Path(__file__).with_name("si
 OPTIONS = ("-O3", "-std=c11", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 WIDE = 4  # added to a 16-bit type: rounded to it, but stored in 32 bits
-SHARE = 2**19  # numbers per thread, at least
 
 
 class _QuantizedStruct(ctypes.Structure):
@@ -73,7 +63,7 @@ class Native:
         """As `reference.quantize_piece`; `codes` is contiguous or a single column."""
         w, codes = w.contiguous(), codes.view(-1)
         addresses = (MIDDLES.data_ptr(), codes.data_ptr(), absmax.data_ptr())
-        self._quantize(w.data_ptr(), w.numel(), block, *addresses, _threads(w.numel()))
+        self._quantize(w.data_ptr(), w.numel(), block, *addresses, threads(w.numel()))
 
     def dequantize(
         self,
@@ -102,14 +92,14 @@ class Native:
     def _write(self, quantized: QuantizedTensor, rows: Tensor | None, start: int, out: Tensor, kind: int) -> None:
         weight, width = ctypes.byref(_addresses(quantized)), matrix_shape(quantized.shape)[1]
         listed, place = None if rows is None else rows.data_ptr(), (out.data_ptr(), out.stride(0))
-        self._dequantize(weight, listed, start, *out.shape, width, *place, kind, _threads(out.numel()))
+        self._dequantize(weight, listed, start, *out.shape, width, *place, kind, threads(out.numel()))
 
     def linear(self, x: Tensor, quantized: QuantizedTensor, dtype: torch.dtype) -> Tensor:
         """float32 [tokens, height]: x·Wᵀ with W rounded to `dtype`; x float32 [tokens, width], contiguous."""
         height, width = quantized.shape
         y = x.new_empty((x.shape[0], height))
-        weight, threads = ctypes.byref(_addresses(quantized)), _threads(height * width)
-        failed = self._linear(weight, x.data_ptr(), y.data_ptr(), x.shape[0], height, width, TYPES[dtype], threads)
+        weight, shares = ctypes.byref(_addresses(quantized)), threads(height * width)
+        failed = self._linear(weight, x.data_ptr(), y.data_ptr(), x.shape[0], height, width, TYPES[dtype], shares)
         if failed:
             raise MemoryError(f"no memory for {x.numel()} numbers")
         return y
@@ -119,10 +109,6 @@ def _addresses(quantized: QuantizedTensor) -> _QuantizedStruct:
     codes, absmax, nested, offset = (None if part is None else part.data_ptr() for part in quantized[:4])
     scales = (absmax, None, None, None) if nested is None or offset is None else (None, absmax, nested, offset)
     return _QuantizedStruct(codes, *scales, CODE.data_ptr(), DYNAMIC.data_ptr(), quantized.block)
-
-
-def _threads(numbers: int) -> int:
-    return max(1, min(torch.get_num_threads(), numbers // SHARE))
 
 
 def is_readable(quantized: QuantizedTensor) -> bool:
@@ -147,87 +133,12 @@ def is_readable(quantized: QuantizedTensor) -> bool:
 
 def native() -> Native | None:
     """The compiled library, built if needed; None if it cannot be built or `LORARY_NATIVE=0`."""
-    return None if os.environ.get("LORARY_NATIVE") == "0" else _load_native()
+    return _load_native() if wanted() else None
 
 
 @lru_cache
 def _load_native() -> Native | None:
-    for options in (("-march=native",), ("-mcpu=native",), ()):
-        try:
-            compiled = Native(compile_library(OPTIONS + options))
-        except (OSError, AttributeError, subprocess.SubprocessError):
-            continue
-        if matches_reference(compiled):
-            return compiled
-    return None
-
-
-def compile_library(options: tuple[str, ...]) -> Path:
-    """The compiled file in the user's cache folder, built if it does not exist.
-
-    Raises:
-        OSError: without a compiler or a folder that only this user can write to.
-        subprocess.SubprocessError: if the compiler fails.
-    """
-    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
-    if compiler is None:
-        raise FileNotFoundError("no C compiler found")
-    source, seen = SOURCE.read_bytes() + HEADER.read_bytes(), os.stat(compiler)
-    identity = (os.path.realpath(compiler), seen.st_size, seen.st_mtime_ns)
-    key = (source, *identity, options, platform.machine(), sorted(cpu_features()))
-    folder = _cache_folder()
-    start = f"nf4-{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}-"
-    if intact := [path for path in sorted(folder.glob(f"{start}*.so")) if _is_intact(path)]:
-        return intact[0]
-    # written under another name first, so that a concurrent process sees all of the file or none
-    handle, name = tempfile.mkstemp(suffix=".so", dir=folder)
-    os.close(handle)
-    try:
-        command = [compiler, *options, "-o", name, str(SOURCE)]
-        subprocess.run(command, check=True, capture_output=True, timeout=120, stdin=subprocess.DEVNULL)
-        os.chmod(name, 0o700)
-        path = folder / f"{start}{_digest(Path(name))}.so"
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-    return path
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
-
-
-def _is_intact(path: Path) -> bool:
-    """Whether the file is undamaged and only this user can write it."""
-    try:
-        return path.is_file() and _only_ours(path) and path.stem.endswith(f"-{_digest(path)}")
-    except OSError:
-        return False
-
-
-def _only_ours(path: Path) -> bool:
-    seen = path.stat()
-    return not hasattr(os, "getuid") or (seen.st_uid == os.getuid() and not seen.st_mode & 0o022)
-
-
-def _cache_folder() -> Path:
-    """The folder for compiled files; only this user may write to it, because its files are executed."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    folder = (Path(base) if os.path.isabs(base) else Path("~").expanduser() / ".cache") / "lorary"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if not _only_ours(folder):
-        raise PermissionError(f"{folder} can be written by others")
-    return folder
-
-
-@lru_cache
-def cpu_features() -> frozenset[str]:
-    """The processor's feature flags from `/proc/cpuinfo`; empty if there is no such file."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(word for line in lines if line.startswith(("flags", "Features")) for word in line.split())
+    return first_that_works(Native, matches_reference, (SOURCE, HEADER, THREADS), OPTIONS)
 
 
 def matches_reference(library: Native) -> bool:

@@ -8,12 +8,12 @@
  */
 #include <float.h>
 #include <math.h>
-#include <pthread.h>
 #include <stdlib.h>
 
+#include "../threads.h"
 #include "simd.h"
 
-enum { NESTED = 256, MOST_THREADS = 64 };
+enum { NESTED = 256 };
 
 typedef struct {
     const uint8_t *codes; /* two a byte, the first in the high nibble */
@@ -26,41 +26,10 @@ typedef struct {
     int64_t block;        /* numbers in a block, even */
 } Quantized;
 
-static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 static inline Wide numbers_of(const Quantized *w, int64_t block) {
     if (w->absmax) return scaled(w->code, w->absmax[block]);
     const float product = w->dynamic[w->coded[block]] * w->nested[block / NESTED];
     return scaled(w->code, product + *w->offset);
-}
-
-/* --- a share of the work for each thread ----------------------------------------------------------------------------- */
-
-typedef struct {
-    void (*work)(const void *job, int64_t first, int64_t last);
-    const void *job;
-    int64_t first, last;
-} Share;
-
-static void *run_share(void *given) {
-    const Share *share = given;
-    share->work(share->job, share->first, share->last);
-    return NULL;
-}
-
-/* Threads live for one call: none is lost in a fork, and none competes with torch's pool. */
-static void split(void (*work)(const void *, int64_t, int64_t), const void *job, int64_t count, int threads) {
-    Share shares[MOST_THREADS];
-    pthread_t ids[MOST_THREADS];
-    int started[MOST_THREADS];
-    const int n = threads < 2 || count < 2 ? 1 : (int)smaller(smaller(threads, MOST_THREADS), count);
-    for (int i = 0; i < n; i++) shares[i] = (Share){work, job, count * i / n, count * (i + 1) / n};
-    for (int i = 1; i < n; i++) started[i] = !pthread_create(&ids[i], NULL, run_share, &shares[i]);
-    run_share(&shares[0]);
-    for (int i = 1; i < n; i++) {
-        if (started[i]) pthread_join(ids[i], NULL);
-        else run_share(&shares[i]);
-    }
 }
 
 /* --- quantising ------------------------------------------------------------------------------------------------------ */

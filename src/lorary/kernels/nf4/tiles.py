@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from lorary.kernels.low_rank import without_autocast
-from lorary.kernels.nf4.cpu import TYPES, cpu_features, is_readable, native
+from lorary.kernels.native import cpu_features
+from lorary.kernels.nf4.cpu import TYPES, is_readable, native
 from lorary.kernels.nf4.reference import (
     AT_ONCE,
     NESTED,

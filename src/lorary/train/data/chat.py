@@ -12,6 +12,7 @@ from typing import Any
 
 from lorary.errors import DataError, Diagnostic, did_you_mean
 from lorary.files.home import expanded
+from lorary.model.loading import prompt_tokens
 from lorary.train.data._messages import Messages
 from lorary.train.data.row_formats import Chat
 
@@ -86,12 +87,12 @@ def render(tokenizer: Any, messages: Messages, tools: Any = None, prompt: bool =
         ValueError: the template refuses these messages, with its own reason, or leaves out their tool calls.
     """
     try:
-        text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
-    except Exception as error:  # a template is a program
+        text = prompt_tokens.render(tokenizer, messages, tools, prompt)
+    except ValueError as error:
         fix = "; data.chat_template: builtin:chatml renders tools" if _uses_tools(messages) else ""
-        raise ValueError(f"the chat template refuses it: {str(error) or type(error).__name__}{fix}") from None
-    _require_calls(str(text), messages)
-    return str(text)
+        raise ValueError(f"{error}{fix}") from None
+    _require_calls(text, messages)
+    return text
 
 
 def _uses_tools(messages: Messages) -> bool:

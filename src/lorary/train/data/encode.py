@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lorary.model.loading.prompt_tokens import encode_text as encode_text
 from lorary.train.data import chat
 from lorary.train.data._messages import Messages
 from lorary.train.data.chat import Masked
@@ -29,19 +30,6 @@ def pair(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], int, 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     """The text of token ids, white space untouched."""
     return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-
-
-def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """The token ids of a text with the tokenizer's own BOS, once, and without the EOS or separator that some append."""
-    ids = list(tokenizer(text)["input_ids"])
-    if not text:  # Transformers gives some tokenizers an EOS alone
-        ids = [i for i in ids if i == tokenizer.bos_token_id]
-    while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
-        del ids[0]  # the text begins with a BOS of its own
-    ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
-    if len(ids) > 1 and ids[-1] in ends and tokenizer(text, add_special_tokens=False)["input_ids"][-1:] != ids[-1:]:
-        ids.pop()  # the tokenizer's own
-    return ids
 
 
 def with_eos(ids: list[int], tokenizer: Any) -> list[int]:

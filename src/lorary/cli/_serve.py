@@ -1,0 +1,191 @@
+"""The start of `lorary serve`: adapters found, the base loaded, the engine started, the server run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lorary.cli import printable
+from lorary.cli._progress import progress_bar
+from lorary.errors import ConfigError, Diagnostic, FileError, LoraryError
+from lorary.serve.http.settings import Settings
+
+if TYPE_CHECKING:
+    from lorary.serve.engine import Engine
+
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the command line asks for.
+
+    Args:
+        adapters: folders, run folders, Hub ids, or NAME=FOLDER.
+        base: of them; None for their own, or the built-in one.
+        name: of the base in requests; None for the base as given.
+        root: the folder of adapters that are loaded by name.
+        budget: bytes of adapters and keys and values; None for the engine's choice.
+        adapter_bytes, rank: of an adapter at most; None for any rank.
+        dtype: of the base.
+        template: chat template of the base.
+    """
+
+    adapters: tuple[str, ...]
+    base: str | None
+    name: str | None
+    root: Path | None
+    budget: int | None
+    adapter_bytes: int
+    rank: int | None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    template: str | None
+
+
+def run(start: Start, settings: Settings, host: str, port: int) -> None:
+    """Serve until a signal; every fault of the command line is found before the base is loaded.
+
+    Raises:
+        LoraryError: an adapter or the base cannot be served, with every reason; or the address is taken.
+    """
+    folders = find_adapters(start.adapters)
+    base = base_of(folders, start.base)
+    from lorary.serve.http.server import bind
+
+    with bind(host, port) as listener:
+        engine = opened(start, base)
+        load_adapters(engine, folders)
+        engine.start()
+        try:
+            _serve(engine, settings, listener)
+        finally:
+            engine.stop()
+
+
+def _serve(engine: Engine, settings: Settings, listener: Any) -> None:
+    from lorary.serve.http.app import create_app
+    from lorary.serve.http.limits import Traffic
+    from lorary.serve.http.server import Server
+
+    traffic = Traffic()
+    app = create_app(engine, settings, traffic)
+    text = welcome(engine, settings, listener.getsockname()[:2])
+
+    def ready() -> None:
+        print(printable(text), flush=True)
+
+    Server(app, settings, traffic, stop=engine.stop, ready=ready).run(sockets=[listener])
+    print("stopped", file=sys.stderr)
+
+
+def find_adapters(given: Iterable[str]) -> dict[str, Path]:
+    """Name -> folder of adapters on the command line.
+
+    Raises:
+        ConfigError: two have one name.
+        FileError: every one that is not there.
+    """
+    from lorary.adapters.resolve import find_adapter
+    from lorary.cli._chat import names_of
+
+    named = [_named(text) for text in given]
+    unnamed = names_of(folder for name, folder in named if not name)
+    pairs = [*((name, folder) for name, folder in named if name), *unnamed.items()]
+    found, problems = dict[str, Path](), list[Diagnostic]()
+    for name, folder in pairs:
+        if name in found:
+            problems.append(Diagnostic(name, "two adapters have this name", "name one of them: NAME=FOLDER"))
+            continue
+        try:
+            found[name] = find_adapter(folder, "serve")
+        except FileError as error:
+            problems += error.problems
+    if problems:
+        raise FileError("cannot serve these adapters:", problems)
+    return found
+
+
+def _named(text: str) -> tuple[str, str]:
+    """(name or "", folder) of NAME=FOLDER or FOLDER, whose path may hold an `=` itself."""
+    name, equals, folder = text.partition("=")
+    return (name, folder) if equals and "/" not in name and not Path(text).exists() else ("", text)
+
+
+def base_of(folders: dict[str, Path], base: str | None) -> str:
+    """The base of adapters: `base`, or their own, or the built-in one.
+
+    Raises:
+        ConfigError: they have several.
+        FileError: one does not name its base.
+    """
+    from lorary.adapters.resolve import find_base
+    from lorary.model.loading.source import BUILTIN
+
+    if base is not None or not folders:
+        return base or BUILTIN[0]
+    bases = {name: find_base(folder, None).id for name, folder in folders.items()}
+    if len(set(bases.values())) > 1:
+        problems = [Diagnostic(name, f"its base is {one}") for name, one in bases.items()]
+        raise ConfigError("these adapters have several bases; serve each from a process of its own:", problems)
+    return next(iter(bases.values()))
+
+
+def opened(start: Start, base: str) -> Engine:
+    """The engine for the base, not started."""
+    from lorary.serve.loader import Limits
+    from lorary.serve.open import open_engine
+    from lorary.train.data.chat import use_template
+
+    limits = Limits(bytes=start.adapter_bytes, rank=start.rank)
+    name = base_name(start, base)
+    engine = open_engine(base, dtype=start.dtype, name=name, root=start.root, budget=start.budget, limits=limits)
+    use_template(engine.tokenizer, start.template)
+    return engine
+
+
+def base_name(start: Start, base: str) -> str:
+    """The name of the base in requests."""
+    return start.name or (base if not Path(base).exists() else Path(base).resolve().name)
+
+
+def load_adapters(engine: Engine, folders: dict[str, Path]) -> None:
+    """Load adapters into the engine, with a bar.
+
+    Raises:
+        FileError: every one that cannot be served.
+    """
+    problems = []
+    with progress_bar(len(folders)) as update:
+        for name, folder in folders.items():
+            update(description=name)
+            try:
+                engine.load(name, str(folder))
+            except LoraryError as error:
+                found = error.problems or [Diagnostic("", error.headline)]
+                problems += [Diagnostic(f"{name}: {p.where}" if p.where else name, p.what, p.fix) for p in found]
+            update(advance=1)
+    if problems:
+        raise FileError("cannot serve these adapters:", problems)
+
+
+def welcome(engine: Engine, settings: Settings, address: tuple[str, int]) -> str:
+    """The text for the terminal: where the server is, its models, and a request to try."""
+    host, port = address
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    url, names = f"http://{host}:{port}", [card.name for card in engine.adapters()]
+    shown = [engine.name, *names[:_SHOWN], *([f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else [])]
+    body = json.dumps({"model": names[0] if names else engine.name, "prompt": "def parse(", "max_tokens": 32})
+    key = " -H 'Authorization: Bearer KEY'" if settings.guarded else ""
+    lines = [f"lorary serves {engine.name} at {url}", f"  models: {', '.join(shown)}"]
+    if not names:
+        lines.append("  no adapters yet: lorary serve FOLDER..., or --root DIR for all that lie in a folder")
+    lines += [
+        f"  try: curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'",
+        f"  page: {url}/",
+        "  Ctrl-C stops it.",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,75 @@
+"""`lorary serve --engine vllm`: the options of the command line as a vLLM server."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import typer
+
+from lorary.cli import printable
+from lorary.cli._progress import progress_bar
+from lorary.cli._serve import Start, base_name, base_of, find_adapters
+from lorary.errors import ConfigError, Diagnostic
+
+if TYPE_CHECKING:
+    from lorary.serve.http.settings import Settings
+
+
+def run_vllm(start: Start, settings: Settings, host: str, port: int, program: str, options: str, verify: bool) -> None:
+    """Serve with vLLM, and exit as it does.
+
+    Args:
+        start: what the command line asks for.
+        settings: of our own server; its keys are used.
+        host, port: where vLLM listens.
+        program: the command that runs vLLM.
+        options: further options of `vllm serve`.
+        verify: whether every adapter is verified.
+
+    Raises:
+        LoraryError: an adapter cannot be served, with every reason; or vLLM does not start.
+    """
+    from lorary.model.loading.source import ModelSection
+    from lorary.serve.vllm.plan import VllmSettings
+    from lorary.serve.vllm.serve import serve_vllm
+
+    _refuse(start, settings)
+    folders = find_adapters(start.adapters)
+    base = base_of(folders, start.base)
+    section = ModelSection.of(base, dtype=start.dtype)
+    chosen = VllmSettings(
+        program=program,
+        host=host,
+        port=port,
+        key=next(iter(settings.keys), ""),
+        name=base_name(start, base),
+        options=options,
+    )
+
+    def say(text: str) -> None:
+        print(printable(text), file=sys.stderr, flush=True)
+
+    with progress_bar() as update:
+        code = serve_vllm(
+            folders, section, chosen, verified=verify, say=say, progress=lambda text: update(description=text)
+        )
+    raise typer.Exit(code)
+
+
+def _refuse(start: Start, settings: Settings) -> None:
+    """Refuse options that vLLM's server does not have.
+
+    Raises:
+        ConfigError: every one that was given.
+    """
+    given: dict[str, tuple[object, str]] = {
+        "--root": (start.root, "name the adapters on the command line"),
+        "--budget": (start.budget, "--vllm-options has vLLM's own, such as --gpu-memory-utilization 0.8"),
+        "--template": (start.template, "--vllm-options '--chat-template FILE'"),
+        "--admin-key": (settings.admin_keys, "adapters are not loaded at run time: leave it out"),
+        "--key": (len(settings.keys) > 1, "vLLM takes one key from us: give one"),
+    }
+    problems = [Diagnostic(name, "is not for --engine vllm", fix) for name, (value, fix) in given.items() if value]
+    if problems:
+        raise ConfigError("cannot serve with vLLM:", problems)

@@ -1,0 +1,104 @@
+"""Attention of each request over its own keys and values, for the flattened batches of continuous batching.
+
+The usual functions build one dense mask for all queries over all keys, so that their work grows with the square of the
+batch. On a CPU a loop over the requests is faster; on a GPU flash attention does the same in one kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+NAME = "lorary_flash_of_each_request"  # "flash" tells Transformers that it needs no mask
+
+
+def attention_of_each_request(
+    module: torch.nn.Module,
+    query: Tensor,  # [1, heads, tokens, dim]
+    key: Tensor,  # [1, kv heads, tokens, dim]
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    cache: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Update the paged cache and attend; an entry of Transformers' table of attention functions.
+
+    Args:
+        module: the attention module.
+        query, key, value: of all requests, one after another.
+        scaling: of the scores; None for 1 / sqrt(dim).
+        sliding_window: keys that a query sees at most, its own included.
+        softcap: of the scores (Gemma 2).
+        s_aux: [heads] attention sinks (GPT-OSS).
+        cache: Transformers' paged cache; it returns the keys and values of all requests with those of earlier tokens.
+        kwargs: the borders of the requests (`cu_seq_lens_q`, `cu_seq_lens_k`), and what the cache needs.
+
+    Returns:
+        [1, tokens, heads, dim], and no weights.
+    """
+    if attention_mask is not None or cache is None:
+        raise ValueError("this attention is for continuous batching, without a mask")
+    key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+    queries, keys = kwargs["cu_seq_lens_q"].tolist(), kwargs["cu_seq_lens_k"].tolist()
+    out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
+    for i in range(len(queries) - 1):
+        q, k = slice(queries[i], queries[i + 1]), slice(keys[i], keys[i + 1])
+        own = (query[:, :, q], key[:, :, k], value[:, :, k])
+        if softcap or s_aux is not None:
+            part = _by_definition(*own, scaling, sliding_window, softcap, s_aux)
+        else:
+            part = _fused(*own, scaling, sliding_window)
+        out[:, q] = part.transpose(1, 2)
+    return out, None
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
+    """Attention of the last tokens of one sequence: [1, heads, m, dim] over [1, kv heads, n, dim]."""
+    heads, m, kv_heads, n = query.shape[1], query.shape[2], key.shape[1], key.shape[2]
+    mask = None if m == 1 and (window is None or n <= window) else _mask(m, n, window, query.device)
+    if m == 1 and mask is None and heads != kv_heads:  # the heads of a group as queries: keys are read once
+        grouped = query.reshape(1, kv_heads, heads // kv_heads, -1)
+        return F.scaled_dot_product_attention(grouped, key, value, scale=scaling).reshape(1, heads, 1, -1)
+    causal = m == n > 1 and (window is None or n <= window)
+    return F.scaled_dot_product_attention(
+        *(query, key, value),
+        attn_mask=None if causal else mask,
+        is_causal=causal,
+        scale=scaling,
+        enable_gqa=heads != kv_heads,
+    )
+
+
+def _by_definition(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """The same with a softcap on the scores, and with sinks: scores of no key, which take part of the weight."""
+    heads, m, n = query.shape[1], query.shape[2], key.shape[2]
+    key, value = (t.repeat_interleave(heads // t.shape[1], 1) for t in (key, value))
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.float().masked_fill(~_mask(m, n, window, query.device), -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float().view(1, heads, 1, 1).expand(1, heads, m, 1)], -1)
+    weights = scores.softmax(-1)[..., :n]
+    return weights.to(value.dtype) @ value
+
+
+def _mask(m: int, n: int, window: int | None, device: torch.device) -> Tensor:
+    """[m, n] the keys that each of the last m of n tokens sees."""
+    distance = torch.arange(n - m, n, device=device)[:, None] - torch.arange(n, device=device)
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)

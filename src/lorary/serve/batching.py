@@ -1,0 +1,348 @@
+"""The engine: requests with their own adapters, computed together."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorary.errors import Diagnostic, LoraryError
+from lorary.serve.admission import Admission
+from lorary.serve.engine import AdapterCard, BusyError, RequestError
+from lorary.serve.in_flight import InFlight
+from lorary.serve.layers import ServedLayers
+from lorary.serve.policy import Policy
+from lorary.serve.request import Deliver, FinishReason, Request
+from lorary.serve.runner import Row, Runner
+from lorary.serve.sampler import Drawn, draw
+from lorary.serve.serving_form import ServingForm
+from lorary.serve.store import Store
+from lorary.serve.weighted import check_weights
+
+logger = logging.getLogger(__name__)
+
+
+class BatchingEngine:
+    """See `lorary.serve.engine.Engine`.
+
+    A request waits outside of the queue while its adapters load, then in the queue until the policy admits it, and is
+    then in the batch until its end.
+
+    Args:
+        tokenizer: of the base.
+        name: of the base.
+        runner: computes the forward passes.
+        layers: of the base.
+        store: holds the adapters.
+        policy: of the queue.
+        ends: the end-of-sequence tokens.
+        max_context: of the base.
+        most_waiting: requests that wait, at most.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        name: str,
+        runner: Runner,
+        layers: ServedLayers,
+        store: Store,
+        policy: Policy,
+        *,
+        ends: Collection[int],
+        max_context: int | None,
+        most_waiting: int = 1024,
+    ) -> None:
+        self.tokenizer, self.name, self.max_context = tokenizer, name, max_context
+        self.runner, self.layers, self.store = runner, layers, store
+        self._ends, self._most_waiting = frozenset(ends), most_waiting
+        self._wake = threading.Condition()  # guards the next five
+        self._flights: dict[str, InFlight] = {}
+        self._loading: dict[str, InFlight] = {}  # those whose adapters are not known to be in memory
+        self._cancelled: set[str] = set()
+        self._closing = False
+        self._dead: str | None = None
+        self._admission = Admission(policy)
+        self._suspects: dict[str, None] = {}  # of a forward pass that failed: computed one by one
+        self._drawn: list[tuple[InFlight, Drawn]] = []
+        self._ended = deque[float](maxlen=32)  # times
+        self._counts: dict[str, float] = {"begun": 0, "queue_seconds": 0.0, "prefix_queries": 0, "prefix_hits": 0}
+        self._thread: threading.Thread | None = None
+
+    # --- from any thread ----------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="lorary-engine", daemon=True)
+        self._thread.start()
+
+    def stop(self, drain: float = 0.0) -> None:
+        with self._wake:
+            self._closing = True
+            self._wake.wait_for(lambda: not self._flights or self._dead, timeout=drain)
+            self._cancelled.update(self._flights)
+            self._wake.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        self.store.close()
+
+    def submit(self, request: Request, deliver: Deliver) -> None:
+        self._check(request)
+        with self._wake:
+            self._require_room(request)
+        loans = []
+        try:
+            for name in request.adapters:
+                loans.append(self.store.borrow(name, self._notify))
+            flight = InFlight(request, deliver, loans, self.tokenizer)
+            with self._wake:
+                self._require_room(request)
+                self._flights[request.id] = self._loading[request.id] = flight
+                self._wake.notify_all()
+        except BaseException:
+            for loan in loans:
+                loan.end()
+            raise
+
+    def cancel(self, id: str) -> None:
+        with self._wake:
+            self._cancelled.add(id)
+            self._wake.notify_all()
+
+    def load(self, name: str, folder: str, *, replace: bool = False, pinned: bool = False) -> AdapterCard:
+        trusted = self._thread is None  # before the start they are its owner's
+        return self.store.load(name, folder, replace=replace, pinned=pinned, trusted=trusted)
+
+    def unload(self, name: str) -> None:
+        self.store.registry.unload(name)
+
+    def adapters(self) -> list[AdapterCard]:
+        with self._wake:
+            running = set(self._admission.running)
+            flights = [(id in running, loan.name) for id, flight in self._flights.items() for loan in flight.loans]
+        counts = Counter(flights)
+        return [
+            replace(card, running=counts[True, card.name], waiting=counts[False, card.name])
+            for card in self.store.registry.cards()
+        ]
+
+    def adapter(self, name: str) -> AdapterCard:
+        return self.store.registry.card(name)
+
+    def why_dead(self) -> str | None:
+        if self._dead is None and self._thread is not None and not self._thread.is_alive() and not self._closing:
+            return "its thread has ended"
+        return self._dead
+
+    def statistics(self) -> dict[str, Any]:
+        with self._wake:
+            running = len(self._admission.running)
+            figures: dict[str, Any] = {"running": running, "waiting": len(self._flights) - running, **self._counts}
+        figures |= self.store.statistics()
+        budget = len(self.runner.arena.sectors) * self.runner.arena.sector_bytes
+        keys_values = max(self.runner.used_bytes() - int(figures["adapter_bytes"]), 0)
+        usage = keys_values / max(budget - int(figures["adapter_bytes"]), 1)
+        return figures | {"budget_bytes": budget, "kv_bytes": keys_values, "kv_usage": usage}
+
+    def _notify(self) -> None:
+        with self._wake:
+            self._wake.notify_all()
+
+    def _check(self, request: Request) -> None:
+        problems, prompt, sampling = [], len(request.prompt), request.sampling
+        most, context = self.runner.most_tokens, self.max_context
+        if not prompt:
+            problems.append(Diagnostic("prompt", "has no token"))
+        if context is not None and prompt >= context:
+            problems.append(Diagnostic("prompt", f"has {prompt} tokens, and the context is {context}", "shorten it"))
+        elif most is not None and prompt >= most:
+            what = f"has {prompt} tokens, and the memory for keys and values holds {most}"
+            problems.append(Diagnostic("prompt", what, "shorten it, or give the engine a larger budget"))
+        if sampling.max_tokens < 1:
+            problems.append(Diagnostic("max_tokens", f"is {sampling.max_tokens}, and must be at least 1"))
+        if "" in sampling.stop:
+            problems.append(Diagnostic("stop", "holds an empty string"))
+        if problems:
+            raise RequestError("cannot serve the request:", problems)
+
+    def _require_room(self, request: Request) -> None:
+        if self._dead is not None or self._closing:
+            raise BusyError("", [Diagnostic("", "the engine stops", "ask again later")])
+        if request.id in self._flights:
+            raise RequestError("cannot serve the request:", [Diagnostic(request.id, "the id is taken")])
+        waiting = len(self._flights) - len(self._admission.running)
+        if waiting >= self._most_waiting:
+            error = BusyError("", [Diagnostic("", f"{waiting} requests wait already", "ask again later")])
+            error.retry_after = self._seconds_until_room()
+            raise error
+
+    def _seconds_until_room(self) -> float:
+        """An estimate by the requests that have ended of late: a tenth of those that wait have to end before."""
+        seconds = time.monotonic() - self._ended[0] if self._ended else 1.0
+        rate = max(len(self._ended), 1) / max(seconds, 0.01)
+        return min(max(self._most_waiting / 10 / rate, 1.0), 60.0)
+
+    # --- in the engine's thread ---------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            with torch.no_grad():
+                while self._turn():
+                    pass
+        except BaseException as error:
+            logger.exception("the engine has died")
+            with self._wake:
+                self._dead = f"{type(error).__name__}: {error}"
+        finally:
+            for id in list(self._flights):
+                self._end(id, "error" if self._dead else "cancelled", self._dead or "")
+            self.layers.remove()
+            self.runner.close()
+
+    def _turn(self) -> bool:
+        """Wait for something to do, and do a little of it; False at the end."""
+        with self._wake:
+            self._wake.wait_for(self._has_work, timeout=self._time_to_wait())
+            cancelled, self._cancelled = self._cancelled, set()
+            loading = list(self._loading.values())
+            if self._closing and not self._flights:
+                return False
+        for id in cancelled:
+            self._end(id, "cancelled")
+        self._enqueue(loading)
+        self._admit()
+        if self._admission.running:
+            self._step()
+        return True
+
+    def _has_work(self) -> bool:
+        ready = any(flight.ready for flight in self._loading.values())
+        return bool(self._admission.running or ready or self._cancelled or self._closing)
+
+    def _time_to_wait(self) -> float | None:
+        times = [flight.begin_by for flight in self._loading.values() if flight.begin_by is not None]
+        if self._admission.waiting:
+            times.append(min(self._admission.until, time.monotonic() + 1.0))
+        return max(min(times) - time.monotonic(), 0.001) if times else None
+
+    def _enqueue(self, loading: Sequence[InFlight]) -> None:
+        """Move the requests whose adapters are in memory into the queue."""
+        now = time.monotonic()
+        for flight in loading:
+            late = flight.begin_by is not None and flight.begin_by <= now
+            if flight.done or not (flight.ready or late):
+                continue
+            if flight.errors:
+                self._end(flight.request.id, "error", "; ".join(flight.errors))
+            elif not flight.ready:
+                self._end(flight.request.id, "deadline", "its adapters were not loaded in time")
+            else:
+                with self._wake:
+                    del self._loading[flight.request.id]
+                self._admission.add(flight.pending)
+
+    def _admit(self) -> None:
+        """Let requests join the batch."""
+        now = time.monotonic()
+        if not self._admission.due(now):
+            return
+        decision = self._admission.decide(now, **self.store.memory(self._admission.waiting.wanted))
+        for id in decision.expired:
+            self._end(id, "deadline", "it could not begin in time")
+        for id, reason in decision.refused.items():
+            self._end(id, "error", reason)
+        for i, id in enumerate(decision.admit):
+            if not self._begin(self._flights[id]):
+                self._admission.put_back(decision.admit[i:], now + 0.1)
+                break
+
+    def _begin(self, flight: InFlight) -> bool:
+        """Compute a request from now on; False if its adapters find no room."""
+        request = flight.request
+        try:
+            forms = [loan.bring() for loan in flight.loans]
+            if None in forms:  # keys and values have taken the room since
+                for loan in flight.loans:
+                    loan.release()
+                return False
+            self._join(flight, [form for form in forms if form is not None])
+        except LoraryError as error:
+            self._end(request.id, "error", str(error))
+        return True
+
+    def _join(self, flight: InFlight, forms: Sequence[ServingForm]) -> None:
+        request, weights = flight.request, list(flight.request.adapters.values())
+        check_weights(dict(zip(request.adapters, forms, strict=True)), request.adapters)
+        for form in forms:
+            self.layers.cover(form)
+        contexts = [form.max_context for form in forms if form.max_context is not None]
+        limits = [limit for limit in (max(contexts, default=self.max_context), self.runner.most_tokens) if limit]
+        flight.limit = min([flight.limit, *(limit - len(request.prompt) for limit in limits)])
+        adapters = sorted(zip(forms, weights, strict=True), key=lambda one: one[0].uid)
+        flight.row = Row(request.id, request.prompt, tuple(adapters))
+        self.runner.add(flight.row)
+        self._counts["begun"] += 1
+        self._counts["queue_seconds"] += time.monotonic() - flight.arrived
+
+    def _step(self) -> None:
+        suspect = next(iter(self._suspects), None)
+        self._drawn = []
+        try:
+            self.runner.step(self._choose, only=suspect)
+        except Exception as error:
+            self._failed(error)
+            return
+        for id in self.runner.current:
+            self._suspects.pop(id, None)
+        for flight, drawn in self._drawn:
+            first = not flight.generated
+            flight.take(drawn, self._ends)
+            self._count(flight, first)
+            if flight.done:
+                self._end(flight.request.id, "stop")
+
+    def _count(self, flight: InFlight, first: bool) -> None:
+        prompt, cached = len(flight.request.prompt), flight.row.cached if flight.row else 0
+        self._admission.computed(flight.request.id, prompt if first else 0, 1)
+        if first:
+            self._counts["prefix_queries"] += prompt
+            self._counts["prefix_hits"] += cached
+
+    def _choose(self, rows: Sequence[Row], logits: Tensor) -> list[int]:
+        flights = [self._flights[row.id] for row in rows]
+        drawn = draw(logits, [flight.sampler for flight in flights])
+        self._drawn = list(zip(flights, drawn, strict=True))
+        return [max(one.token, 0) for one in drawn]
+
+    def _failed(self, error: Exception) -> None:
+        """After a forward pass that raised: compute its requests one by one, so that only a guilty one fails."""
+        logger.error("a forward pass failed", exc_info=error)
+        ids = list(self.runner.current)
+        broken = isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError)
+        if not ids or broken:
+            raise error
+        if len(ids) == 1:
+            self._end(ids[0], "error", f"{type(error).__name__}: {error}")
+            return
+        for id in ids:
+            self.runner.restart(id)
+            self._suspects[id] = None
+
+    def _end(self, id: str, reason: FinishReason, error: str = "") -> None:
+        with self._wake:
+            flight = self._flights.pop(id, None)
+            self._loading.pop(id, None)
+            if flight is None:
+                return
+            self._suspects.pop(id, None)
+            self._admission.remove(id)
+            self._wake.notify_all()
+        self.runner.remove(id)
+        flight.finish(reason, error)
+        self._ended.append(time.monotonic())

@@ -1,0 +1,99 @@
+"""The models of the server, as OpenAI's and vLLM's interfaces list them: the base, and every adapter."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter
+
+from lorary.files.strict_json import show
+from lorary.serve.engine import AdapterCard, Engine
+from lorary.serve.http.errors import ApiError
+from lorary.serve.http.settings import Settings
+
+
+def models_router(engine: Engine, settings: Settings) -> APIRouter:
+    """The routes /v1/models and /v1/models/{id}."""
+    router, started = APIRouter(), int(time.time())
+
+    def of_base() -> dict[str, Any]:
+        return _card(engine.name, started, engine.name, None, engine.max_context)
+
+    def of_adapter(card: AdapterCard) -> dict[str, Any]:
+        root = shown_folder(card.folder, settings)
+        found = _card(card.name, int(card.created), root, engine.name, card.max_context or engine.max_context)
+        keys = ("state", "form", "rank", "bytes", "method", "running", "waiting", "error")
+        return found | {"lorary": {key: getattr(card, key) for key in keys}}
+
+    @router.get("/v1/models")
+    def models() -> dict[str, Any]:
+        return {"object": "list", "data": [of_base(), *map(of_adapter, engine.adapters())]}
+
+    @router.get("/v1/models/{id:path}")
+    def model(id: str) -> dict[str, Any]:
+        return of_base() if id == engine.name else of_adapter(engine.adapter(adapter_name(engine, id)))
+
+    return router
+
+
+def adapter_name(engine: Engine, model: str) -> str:
+    """The name of the adapter that `model` names, as `NAME` or `BASE:NAME`."""
+    return model.removeprefix(f"{engine.name}:")
+
+
+def adapters_of(
+    engine: Engine, settings: Settings, model: str, adapters: dict[str, float], lora_path: str
+) -> dict[str, float]:
+    """The adapters of a request with their weights; empty for the base alone.
+
+    Args:
+        engine: the engine.
+        settings: of the server.
+        model: the base, an adapter, or `BASE:ADAPTER`.
+        adapters: name -> weight, on the base.
+        lora_path: SGLang's name for the field of an adapter's name; "" for none.
+
+    Raises:
+        ApiError: they contradict each other, or an adapter is unknown.
+    """
+    ways = [
+        ("model", {} if model == engine.name else {adapter_name(engine, model): 1.0}),
+        ("adapters", adapters),
+        ("lora_path", {lora_path: 1.0} if lora_path else {}),
+    ]
+    named = {way: names for way, names in ways if names}
+    if len(named) > 1 and len(set(map(str, named.values()))) > 1:
+        fix = f"set `model` to the base, {show(engine.name)}" if "model" in named else "keep one of them"
+        raise ApiError(400, f"{' and '.join(f'`{way}`' for way in named)} name different adapters: {fix}")
+    found = next(iter(named.values()), {})
+    if len(found) > settings.adapters:
+        raise ApiError(400, f"`adapters`: {len(found)} adapters, more than the {settings.adapters} of one request")
+    return found
+
+
+def shown_folder(folder: str, settings: Settings) -> str:
+    """A folder as clients see it: below the root, or its name alone."""
+    path = Path(folder)
+    if settings.root is not None and path.is_relative_to(root := settings.root.resolve()):
+        return str(path.relative_to(root))
+    return path.name
+
+
+def _card(id: str, created: int, root: str, parent: str | None, length: int | None) -> dict[str, Any]:
+    allow = dict.fromkeys(("create_engine", "fine_tuning", "search_indices"), False)
+    allow |= dict.fromkeys(("sampling", "logprobs", "view"), True)
+    permission = {"id": f"modelperm-{id}", "object": "model_permission", "created": created}
+    permission |= {f"allow_{key}": value for key, value in allow.items()}
+    permission |= {"organization": "*", "group": None, "is_blocking": False}
+    return {
+        "id": id,
+        "object": "model",
+        "created": created,
+        "owned_by": "lorary",
+        "root": root,
+        "parent": parent,
+        "max_model_len": length,
+        "permission": [permission],
+    }

@@ -1,0 +1,167 @@
+"""uvicorn around the application: a listener that is bound early, a time limit on connections, a drain on SIGTERM.
+
+The one file that builds on uvicorn's classes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import h11
+import uvicorn
+from fastapi import FastAPI
+from starlette.concurrency import run_in_threadpool
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from lorary.errors import Diagnostic, LoraryError
+from lorary.serve.http.errors import ApiError
+from lorary.serve.http.limits import Traffic
+from lorary.serve.http.settings import Settings
+
+_HEADER_BYTES = 16 * 1024  # of a request at most
+_CONNECTIONS = 2000
+_KEEP_ALIVE = 30  # seconds that a connection without a request stays open
+_CLOSING = 2  # seconds for the last bytes of the answers, after the drain
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at this address, which does not listen yet: whoever asks too early is refused at once.
+
+    Raises:
+        LoraryError: the address is taken, or not one of this machine's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        problem = Diagnostic(f"{host}:{port}", why[0].lower() + why[1:], "choose another with --host and --port")
+        raise LoraryError("cannot listen:", [problem]) from None
+    return listener
+
+
+class Server(uvicorn.Server):
+    """A server that answers SIGTERM and Ctrl-C with a drain: no new requests, the running ones end, then it returns.
+
+    A second signal ends it at once.
+
+    Args:
+        app: the application, made with the same traffic.
+        settings: of the application.
+        traffic: the requests in flight.
+        stop: ends the requests that still run at the end of the drain.
+        ready: called when the server takes requests.
+    """
+
+    def __init__(
+        self,
+        app: FastAPI,
+        settings: Settings,
+        traffic: Traffic,
+        *,
+        stop: Callable[[], Any],
+        ready: Callable[[], Any] = lambda: None,
+    ) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=_protocol(settings.body_seconds),
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                limit_concurrency=_CONNECTIONS,
+                timeout_keep_alive=_KEEP_ALIVE,
+                timeout_graceful_shutdown=_CLOSING,
+                h11_max_incomplete_event_size=_HEADER_BYTES,
+            )
+        )
+        self._traffic, self._drain, self._stop, self._ready = traffic, settings.drain, stop, ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._traffic.draining:
+            self.should_exit = self.force_exit = True
+        self._traffic.drain(self._drain)
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._traffic.drained and not self.should_exit:
+            self.should_exit = True
+            await run_in_threadpool(self._stop)
+        return await super().on_tick(counter)
+
+
+def _protocol(seconds: float) -> type[H11Protocol]:
+    """uvicorn's protocol, which closes connections whose request does not arrive in time: headers and body."""
+
+    class Protocol(H11Protocol):
+        _arrival: asyncio.TimerHandle | None = None
+        _refused = False
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._watch()
+
+        def data_received(self, data: bytes) -> None:
+            if not self._refused:
+                super().data_received(data)
+                self._watch()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            if self.conn.their_state is h11.IDLE:  # uvicorn closes it when nothing comes
+                self._cancel()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._cancel()
+            super().connection_lost(exc)
+
+        def _watch(self) -> None:
+            """Start the clock at the connection or the first byte of a request; stop it at the last byte."""
+            if self._refused:
+                return
+            if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
+                self._cancel()
+            elif self._arrival is None:
+                # the application answers a late body itself; this is for late headers, and for bodies it did not read
+                self._arrival = self.loop.call_later(seconds + 1, self._late)
+
+        def _cancel(self) -> None:
+            if self._arrival is not None:
+                self._arrival.cancel()
+                self._arrival = None
+
+        def _late(self) -> None:
+            if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0] and not self._refused:
+                self.transport.write(_raw(ApiError(408, "the request did not arrive in time")))
+            self.transport.close()
+
+        def send_400_response(self, msg: str) -> None:
+            what = f"this is no valid HTTP request, or its headers have more than {_HEADER_BYTES:,} bytes"
+            self.transport.write(_raw(ApiError(400, what)))
+            self.transport.write_eof()
+            # what still comes is dropped for a while: closed at once, the client would be reset before it has read
+            self._refused = True
+            self._cancel()
+            self._arrival = self.loop.call_later(_CLOSING, self._late)
+
+    return Protocol
+
+
+def _raw(error: ApiError) -> bytes:
+    """The answer to a request that cannot be read."""
+    response = error.response()
+    body = bytes(response.body)
+    head = f"HTTP/1.1 {error.status} Error\r\ncontent-type: application/json\r\nconnection: close\r\n"
+    return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body

@@ -1,0 +1,172 @@
+"""The engine for a base: the base is loaded, and the way to compute it is chosen."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from os import PathLike
+from typing import Any, Literal
+
+import torch
+
+from lorary.errors import ConfigError, Diagnostic, FileError, LoraryError
+from lorary.layers.rope import max_context, text_config
+from lorary.serve.adapter_root import AdapterRoot
+from lorary.serve.batching import BatchingEngine
+from lorary.serve.in_flight import end_tokens
+from lorary.serve.layers import ServedLayers
+from lorary.serve.loader import Limits, Loader
+from lorary.serve.padded import PaddedRunner
+from lorary.serve.policy import Policy
+from lorary.serve.pool import Pool
+from lorary.serve.probe import Probe
+from lorary.serve.registry import Registry
+from lorary.serve.runner import Runner
+from lorary.serve.store import Store
+
+logger = logging.getLogger(__name__)
+
+
+def open_engine(
+    base: str = "builtin:base",
+    adapters: Mapping[str, str | PathLike[str]] | None = None,
+    *,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    **options: Any,
+) -> BatchingEngine:
+    """The engine for a base with adapters; it is not started.
+
+    Args:
+        base: builtin:base, a model folder or a Hub id.
+        adapters: name -> folder.
+        dtype: of the base.
+        options: as of `engine_of`.
+
+    Raises:
+        LoraryError: the base cannot be loaded; or every adapter that cannot be served, with every reason.
+
+    Example:
+        >>> engine = open_engine("builtin:base", {"summaries": "out/"})
+        >>> engine.start()
+    """
+    from lorary.model.loading.from_pretrained import load_model, load_tokenizer
+    from lorary.model.loading.source import ModelSection
+
+    section = ModelSection.of(base, dtype=dtype)
+    model: Any = load_model(section)
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+    engine = engine_of(model, load_tokenizer(section), **{"name": base, **options})
+    problems = []
+    for name, folder in (adapters or {}).items():
+        try:
+            engine.load(name, str(folder))
+        except LoraryError as error:
+            problems += [Diagnostic(f"{name}: {p.where}" if p.where else name, p.what, p.fix) for p in error.problems]
+    if problems:
+        engine.stop()
+        raise FileError("cannot serve these adapters:", problems)
+    return engine
+
+
+def engine_of(
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    *,
+    root: str | PathLike[str] | None = None,
+    budget: int | None = None,
+    host_budget: int | None = None,
+    limits: Limits | None = None,
+    policy: Policy | None = None,
+    **paged: Any,
+) -> BatchingEngine:
+    """The engine for a base in memory; it is not started.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        tokenizer: its tokenizer.
+        name: as requests call it.
+        root: the folder below which adapters are found by name, and to which loading is confined once it has started;
+            None: neither.
+        budget: bytes of adapters, keys and values beside the base; None for a quarter of the free memory, 80 % on a
+            GPU.
+        host_budget: bytes of adapters on the host; None for twice the budget.
+        limits: of an adapter.
+        policy: of the queue.
+        paged: more arguments of `lorary.serve.continuous.PagedRunner`.
+
+    Raises:
+        LoraryError: the root or the budget cannot be used, or no way of computing the model gives its own logits.
+    """
+    found = AdapterRoot(root) if root is not None else None
+    budget = default_budget(model.device) if budget is None else budget
+    layers = ServedLayers(model)
+    runner = choose_runner(model, layers, name, budget, **paged)
+    pool = Pool(runner.arena, host_bytes=host_budget or 2 * budget, keep=runner.kept)
+    runner.make_room = pool.make_room
+    loader = Loader(model, limits=limits, pin_memory=model.device.type == "cuda")
+    return BatchingEngine(
+        tokenizer,
+        name,
+        runner,
+        layers,
+        Store(Registry(pool, loader, root=found, reserved=[name]), pool),
+        policy or Policy(max_running=runner.most_rows),
+        ends=end_tokens(model),
+        max_context=max_context(text_config(model)),
+    )
+
+
+def default_budget(device: torch.device) -> int:
+    """A quarter of the free memory on the host, 80 % on a GPU, in bytes."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * 0.8)
+    import psutil
+
+    return int(psutil.virtual_memory().available / 4)
+
+
+def choose_runner(model: Any, layers: ServedLayers, name: str, budget: int, **paged: Any) -> Runner:
+    """The fastest runner that computes what the model computes; what is not the fastest one is logged.
+
+    Continuous batching refuses some models and computes others wrongly, those with ALiBi, say: a few logits tell.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        layers: its layers.
+        name: of the base, for the log.
+        budget: bytes of adapters, keys and values.
+        paged: more arguments of `PagedRunner`.
+
+    Raises:
+        LoraryError: none does.
+    """
+
+    def paged_runner() -> Runner:
+        from lorary.serve.continuous import PagedRunner
+
+        return PagedRunner(model, layers, budget=budget, **paged)
+
+    probe, reasons = Probe(model), list[str]()
+    ways: dict[str, Callable[[], Runner]] = {
+        "continuous batching": paged_runner,
+        "padded batches": lambda: PaddedRunner(model, layers, budget=budget),
+        "batches of prompts of equal length": lambda: PaddedRunner(model, layers, budget=budget, pads=False),
+    }
+    for way, make in ways.items():
+        try:
+            runner = make()
+            error = probe.error(runner)
+        except ConfigError:
+            raise
+        except Exception as failure:
+            reasons.append(f"{way}: {str(failure).splitlines()[0]}" if str(failure) else f"{way}: {failure!r}")
+            continue
+        if error <= probe.tolerance:
+            if reasons:
+                logger.warning("%s is computed in %s, which is slower (%s)", name, way, "; ".join(reasons))
+            return runner
+        reasons.append(f"{way}: its logits differ by {error:.2g} of the largest")
+        runner.close()
+    raise LoraryError(f"cannot serve {name}:", [Diagnostic("", reason) for reason in reasons])

@@ -1,0 +1,1 @@
+"""Several replicas of the engine as a Ray Serve application."""
