@@ -114,9 +114,7 @@ def names(base: Any, root: Path, count: int) -> dict[str, float]:
         for file in (root / "a0").iterdir():
             (root / f"a{i}" / file.name).hardlink_to(file)
     time.sleep(2.1)  # a root that has just changed is looked through again
-    registry = Registry(
-        Pool(PlainArena(2**24), host_bytes=2**24), Loader(base), root=AdapterRoot(root), recheck=0.0
-    )
+    registry = Registry(Pool(PlainArena(2**24), host_bytes=2**24), Loader(base), root=AdapterRoot(root), recheck=0.0)
     first, _ = timed(registry.cards)
     again, _ = timed(registry.cards)
     lease = registry.lease("a1")

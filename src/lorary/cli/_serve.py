@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lorary.cli import printable
 from lorary.cli._progress import progress_bar
@@ -30,7 +30,7 @@ class Start:
         name: of the base in requests; None for the base as given.
         root: the folder of adapters that are loaded by name.
         budget: bytes of adapters and keys and values; None for the engine's choice.
-        engine: what computes.
+        adapter_bytes, rank: of an adapter at most; None for any rank.
         dtype: of the base.
         template: chat template of the base.
     """
@@ -40,8 +40,9 @@ class Start:
     name: str | None
     root: Path | None
     budget: int | None
-    engine: str
-    dtype: str
+    adapter_bytes: int
+    rank: int | None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
     template: str | None
 
 
@@ -135,12 +136,15 @@ def base_of(folders: dict[str, Path], base: str | None) -> str:
 
 def opened(start: Start, base: str) -> Engine:
     """The engine for the base, not started."""
-    from lorary.model.loading.from_pretrained import load_model, load_tokenizer
-    from lorary.model.loading.source import ModelSection
-    from lorary.serve.one_at_a_time import OneAtATime
+    from lorary.serve.loader import Limits
+    from lorary.serve.open import open_engine
+    from lorary.train.data.chat import use_template
 
-    section = ModelSection.of(base, dtype=start.dtype)
-    return OneAtATime(load_model(section), load_tokenizer(section), base_name(start, base))
+    limits = Limits(bytes=start.adapter_bytes, rank=start.rank)
+    name = base_name(start, base)
+    engine = open_engine(base, dtype=start.dtype, name=name, root=start.root, budget=start.budget, limits=limits)
+    use_template(engine.tokenizer, start.template)
+    return engine
 
 
 def base_name(start: Start, base: str) -> str:

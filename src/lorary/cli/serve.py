@@ -41,14 +41,18 @@ def serve(
         typer.Option("--admin-key", help=f"Key that may load and unload adapters. Also: {ADMIN_KEYS}=KEY,KEY"),
     ] = None,
     no_keys: Annotated[bool, typer.Option("--no-keys", help="Answer everybody, on a public address too.")] = False,
+    max_rank: Annotated[
+        int | None, typer.Option("--max-rank", min=1, help="Rank of an adapter at most, as it is served.")
+    ] = None,
+    max_adapter: Annotated[str, typer.Option("--max-adapter", help="Size of an adapter's files at most.")] = "4GiB",
     max_body: Annotated[str, typer.Option("--max-body", help="Size of a request at most.")] = "4MiB",
     drain: Annotated[
         float, typer.Option("--drain", min=0, max=86_400, help="Seconds for running requests when it stops.")
     ] = 30.0,
     engine: Annotated[
-        Literal["auto", "one-at-a-time", "vllm", "ray"],
-        typer.Option("--engine", help="What computes; auto: batches. vllm: a vLLM server; ray: replicas."),
-    ] = "auto",
+        Literal["own", "vllm", "ray"],
+        typer.Option("--engine", help="What computes: this process, a vLLM server, or replicas under Ray."),
+    ] = "own",
     replicas: Annotated[int, typer.Option("--replicas", min=1, help="ray: replicas of the engine.")] = 2,
     vllm: Annotated[str, typer.Option("--vllm", help="vllm: the command that runs it.")] = "vllm",
     vllm_options: Annotated[str, typer.Option("--vllm-options", help="vllm: further options of `vllm serve`.")] = "",
@@ -72,7 +76,17 @@ def serve(
     from lorary.cli._serve import Start, run
 
     settings = _settings(host, root, key, admin_key, no_keys, max_body, drain)
-    start = Start(tuple(adapters or ()), base, name, root, _bytes("--budget", budget), engine, dtype, template)
+    start = Start(
+        tuple(adapters or ()),
+        base,
+        name,
+        settings.root,
+        _bytes("--budget", budget),
+        _bytes("--max-adapter", max_adapter) or 0,
+        max_rank,
+        dtype,
+        template,
+    )
     if engine == "vllm":
         from lorary.cli._serve_vllm import run_vllm
 

@@ -1,9 +1,9 @@
 """S-LoRA: y = g (W x + b) + s B_i A_i x + c for row i of a batch: each row has an adapter of its own.
 
 The base's product W x is computed for all rows at once, and what each row's adapter adds to it is not merged but
-computed beside it, at the adapter's own rank. Adapters and the attention's keys and values take pages from one pool of memory
-(unified paging), so that thousands of adapters on disk can be served with a few of them beside the base. It is not a
-component of a method but a way to serve trained adapters: `lorary serve`.
+computed beside it, at the adapter's own rank. Adapters and the attention's keys and values take pages from one pool of
+memory (unified paging), so that thousands of adapters on disk can be served with a few of them beside the base. It is
+not a component of a method but a way to serve trained adapters: `lorary serve`.
 
 Sheng et al. 2023, arXiv:2311.03285, sections 4 (batching) and 5 (unified paging).
 

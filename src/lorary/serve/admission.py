@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lorary.errors import Diagnostic, StateError
-from lorary.serve.policy import Decision, Pending, Policy, Snapshot, decide
+from lorary.serve.pending import Pending, Waiting
+from lorary.serve.policy import Decision, Policy, Snapshot, decide
 from lorary.serve.shares import Shares
 
 
@@ -36,21 +37,29 @@ class Admission:
 
     Args:
         policy: the settings.
+        choose: the policy itself.
+
+    Attributes:
+        until: when the policy is worth asking again.
     """
 
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+    def __init__(self, policy: Policy, choose: Callable[[Snapshot, Policy], Decision] = decide) -> None:
+        self.policy, self._choose = policy, choose
         self.shares = Shares(policy)
-        self.waiting: dict[str, Pending] = {}
+        self.waiting = Waiting()
         self._running: dict[str, _Running] = {}
         self._users: dict[str, int] = {}  # uid -> requests in the batch
         self._since: dict[str, float] = {}
-        self._until = math.inf
+        self.until = math.inf
 
     @property
     def running(self) -> tuple[str, ...]:
         """The ids in the batch, in order of admission."""
         return tuple(self._running)
+
+    @property
+    def _full(self) -> bool:
+        return len(self._running) >= self.policy.max_running
 
     @property
     def in_batch(self) -> Mapping[str, int]:
@@ -63,24 +72,40 @@ class Admission:
         Raises:
             StateError: its id is taken.
         """
-        if request.id in self.waiting or request.id in self._running:
+        if request.id in self._running:
             raise StateError("cannot queue the request:", [Diagnostic(request.id, "the id is taken")])
+        self.waiting.add(request)
         self.shares.enter(request.tenant)
-        self.waiting[request.id] = request
-        self.changed()
+        if self._full:
+            self.until = min(self.until, math.inf if request.deadline is None else request.deadline)
+        else:
+            self.changed()
 
     def remove(self, id: str) -> None:
         """A request has ended, or is cancelled; unknown ids are ignored."""
-        if (request := self.waiting.pop(id, None)) is None:
-            if (running := self._running.pop(id, None)) is None:
-                return
-            request = running.request
-            for uid in request.adapters:
-                self._users[uid] -= 1
-                if not self._users[uid]:
-                    del self._users[uid], self._since[uid]
-        self.shares.leave(request.tenant)
-        self.changed()
+        if (request := self.waiting.pop(id) or self._leave_batch(id)) is not None:
+            self.shares.leave(request.tenant)
+            self.changed()
+
+    def put_back(self, ids: Sequence[str], retry: float) -> None:
+        """Requests that were just admitted could not begin: they wait again, before all others, in their order.
+
+        Args:
+            retry: when to ask again although nothing changes.
+        """
+        for id in reversed(ids):
+            if (request := self._leave_batch(id)) is not None:
+                self.waiting.add(request, first=True)
+        self.until = min(self.until, retry)
+
+    def _leave_batch(self, id: str) -> Pending | None:
+        if (running := self._running.pop(id, None)) is None:
+            return None
+        for uid in running.request.adapters:
+            self._users[uid] -= 1
+            if not self._users[uid]:
+                del self._users[uid], self._since[uid]
+        return running.request
 
     def computed(self, id: str, prompt: int = 0, generated: int = 0) -> None:
         """Tokens were computed for a request in the batch."""
@@ -91,11 +116,11 @@ class Admission:
 
     def changed(self) -> None:
         """Ask the policy before the next step: memory became free, say."""
-        self._until = -math.inf
+        self.until = -math.inf
 
     def due(self, now: float) -> bool:
         """Whether the policy could decide anything that it has not."""
-        return bool(self.waiting) and now >= self._until
+        return bool(self.waiting) and now >= self.until
 
     def decide(
         self,
@@ -109,7 +134,7 @@ class Admission:
         """The policy's decision, carried out on the queue: see `Snapshot` for the arguments."""
         snapshot = Snapshot(
             now,
-            list(self.waiting.values()),
+            self.waiting,
             [running.rest() for running in self._running.values()],
             resident or {},
             sizes or {},
@@ -118,14 +143,15 @@ class Admission:
             self._since,
             pinned,
         )
-        decision = decide(snapshot, self.policy)
+        decision = self._choose(snapshot, self.policy)
         for id in decision.admit:
             request = self.waiting.pop(id)
+            assert request is not None  # the policy admits what waits
             self._running[id] = _Running(request)
             for uid in request.adapters:
                 self._users[uid] = self._users.get(uid, 0) + 1
                 self._since.setdefault(uid, now)
         for id in (*decision.expired, *decision.refused):
             self.remove(id)
-        self._until = decision.until
+        self.until = decision.until
         return decision

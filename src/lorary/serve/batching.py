@@ -74,7 +74,6 @@ class BatchingEngine:
         self._closing = False
         self._dead: str | None = None
         self._admission = Admission(policy)
-        self._until = 0.0  # when the policy is worth asking again
         self._steps = Steps(runner, self._flights)
         self._ended = deque[float](maxlen=32)  # times
         self._counts: dict[str, float] = {"begun": 0, "queue_seconds": 0.0, "prefix_queries": 0, "prefix_hits": 0}
@@ -232,7 +231,7 @@ class BatchingEngine:
     def _time_to_wait(self) -> float | None:
         times = [] if (first := self._arrivals.next_deadline) is None else [first]
         if self._admission.waiting:
-            times.append(self._until)
+            times.append(min(self._admission.until, time.monotonic() + 1.0))
         return max(min(times) - time.monotonic(), 0.001) if times else None
 
     def _enqueue(self) -> None:
@@ -249,17 +248,18 @@ class BatchingEngine:
         now = time.monotonic()
         if not self._admission.due(now):
             return
-        wanted = {uid for request in self._admission.waiting.values() for uid in request.adapters}
-        decision = self._admission.decide(now, **self.store.memory(wanted))
-        self._until = min(decision.until, now + 1.0)
+        decision = self._admission.decide(now, **self.store.memory(self._admission.waiting.wanted))
         for id in decision.expired:
             self._end(id, "deadline", "it could not begin in time")
         for id, reason in decision.refused.items():
             self._end(id, "error", reason)
-        for id in decision.admit:
-            self._begin(self._flights[id])
+        for i, id in enumerate(decision.admit):
+            if not self._begin(self._flights[id]):
+                self._admission.put_back(decision.admit[i:], now + 0.1)
+                break
 
-    def _begin(self, flight: InFlight) -> None:
+    def _begin(self, flight: InFlight) -> bool:
+        """Compute a request from now on; False if its adapters find no room."""
         request = flight.request
         try:
             self._check_adapters(flight)
@@ -267,12 +267,11 @@ class BatchingEngine:
             if None in forms:  # keys and values have taken the room since
                 for loan in flight.loans:
                     loan.release()
-                self._admission.remove(request.id)
-                self._admission.add(flight.pending)
-                return
+                return False
             self._join(flight, [form for form in forms if form is not None])
         except LoraryError as error:
             self._end(request.id, "error", str(error))
+        return True
 
     def _join(self, flight: InFlight, forms: Sequence[ServingForm]) -> None:
         request, weights = flight.request, list(flight.request.adapters.values())

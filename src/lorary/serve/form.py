@@ -12,6 +12,7 @@ which the layer computes; only a gain stays in fp32, because most gains differ f
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from typing import cast
 
@@ -142,8 +143,12 @@ class _Forming:
         if type(adapted.delta) is LowRank and type(adapted.join) is Add and not adapted.starts:
             self.sites[name] = self._low_rank(layer)
             return
+        on_shared = isinstance(adapted.delta, SharedProjectionDelta) and not adapted.site.parts
         try:
-            found = form_at(adapted, self.adapter.tensors[name], layer)
+            if on_shared and isinstance(adapted.join, Add):  # its product of B, b and d is not needed
+                found = LowRankForm(torch.empty(0, 0), torch.empty(0, 0))
+            else:
+                found = form_at(adapted, self.adapter.tensors[name], layer)
         except MethodError as error:
             if not is_quantized(module):
                 self._merge_site(layer)
@@ -153,7 +158,7 @@ class _Forming:
             return
         dtype = compute_dtype(module, self.base)
         form = _folded(found, _bias_change(layer, found.gain), dtype)
-        if isinstance(adapted.delta, SharedProjectionDelta) and not adapted.site.parts:
+        if on_shared:
             form = self._on_shared(adapted, form, dtype)
         self.sites[name] = form
 
@@ -237,7 +242,7 @@ def _not_finite(sites: Mapping[str, SiteForm], overrides: Mapping[str, Mapping[s
     return [
         Diagnostic(where, f"holds NaN, or numbers too large for {str(t.dtype).removeprefix('torch.')}", _NOT_FINITE)
         for where, t in named
-        if isinstance(t, Tensor) and t.is_floating_point() and not t.isfinite().all()
+        if isinstance(t, Tensor) and not (math.isfinite(float(t.sum())) or t.isfinite().all())  # a sum may overflow
     ]
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Collection
 from typing import Any
 
-from lorary.serve.policy import Pending
+from lorary.serve.pending import Pending
 from lorary.serve.request import Deliver, Event, Finished, FinishReason, Request, Token
 from lorary.serve.runner import Row
 from lorary.serve.sampler import Drawn, Sampler

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,8 @@ class Loader:
         self._here = Fingerprint.of(base)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="adapter")
         self._waiting = threading.Semaphore(self.limits.waiting)
+        self._counting = threading.Lock()
+        self.count, self.seconds = 0, 0.0  # of the adapters that were read
 
     def request(self, folder: Path, name: str, *, within: Path | None = None) -> Future[Loaded]:
         """Begin to read an adapter; the future has its errors too. See `load`.
@@ -97,11 +100,14 @@ class Loader:
             FileError: it cannot be served, with every reason.
             MethodError: its method cannot be served on this base.
         """
+        begun = time.perf_counter()
         try:
             for _ in range(2):
                 before = stamp(folder)
                 flat = self._read(folder, name, within)
                 if stamp(folder) == before:
+                    with self._counting:
+                        self.count, self.seconds = self.count + 1, self.seconds + time.perf_counter() - begun
                     return Loaded(flat, before)
         except LoraryError as error:  # the reader's headline has the path on this machine
             raise type(error)(_headline(name), error.problems) from error.__cause__

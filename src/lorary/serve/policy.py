@@ -23,7 +23,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lorary.errors import ConfigError, Diagnostic, StateError
-from lorary.serve.engine import RequestError
+from lorary.serve.pending import Pending, Waiting
+
+_MOST_PASSED_OVER = 64  # for want of memory, in one decision: a look at thousands would cost more than it finds
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Policy:
         ]
         if not problems and not self.input_weight + self.output_weight:
             problems = [
-                Diagnostic("input_weight, output_weight", "are both 0: no tenant would ever have had its share")
+                Diagnostic("input_weight, output_weight", "are both 0: every tenant's counter would stay there")
             ]
         if problems:
             raise ConfigError("invalid scheduling policy:", problems)
@@ -76,55 +78,12 @@ class Policy:
 
 
 @dataclass(frozen=True)
-class Pending:
-    """A request that waits, or runs.
-
-    Args:
-        id: the request.
-        adapters: the uids of its adapters, sorted; empty for the base.
-        tenant: whose it is.
-        arrived: seconds on the clock of `Snapshot.now`.
-        deadline: the time by which it must have begun; None for none.
-        tokens: those left to compute and to generate, at most.
-        prompt: those of them that are left to compute, the prompt's.
-    """
-
-    id: str
-    adapters: tuple[str, ...] = ()
-    tenant: str = ""
-    arrived: float = 0.0
-    deadline: float | None = None
-    tokens: int = 0
-    prompt: int = 0
-
-    def __post_init__(self) -> None:
-        if 0 <= self.prompt <= self.tokens and self.arrived == self.arrived and self.deadline == self.deadline:
-            if not self.adapters or list(self.adapters) == sorted(set(self.adapters)):
-                return
-        raise RequestError(f"invalid request {self.id!r}:", _why_invalid(self))
-
-
-def _why_invalid(request: Pending) -> list[Diagnostic]:
-    problems = []
-    if request.tokens < 0:
-        problems.append(Diagnostic("tokens", f"is {request.tokens}, and must not be negative"))
-    if not 0 <= request.prompt <= max(request.tokens, 0):
-        problems.append(Diagnostic("prompt", f"is {request.prompt}, and must be from 0 to tokens, {request.tokens}"))
-    if list(request.adapters) != sorted(set(request.adapters)):
-        problems.append(Diagnostic("adapters", f"are {list(request.adapters)}, and must be sorted, each once"))
-    for name, value in (("arrived", request.arrived), ("deadline", request.deadline)):
-        if value != value:
-            problems.append(Diagnostic(name, "is not a number"))
-    return problems
-
-
-@dataclass(frozen=True)
 class Snapshot:
     """What the policy decides on.
 
     Args:
         now: the clock, in seconds.
-        waiting: the requests whose adapters are in memory, in order of arrival.
+        waiting: the requests whose adapters are in memory.
         running: the requests in the batch.
         resident: uid -> bytes of the adapters beside the base, in use or not, least recently used first.
         sizes: uid -> bytes of every adapter that is waited for.
@@ -136,7 +95,7 @@ class Snapshot:
     """
 
     now: float
-    waiting: Sequence[Pending]
+    waiting: Waiting
     running: Sequence[Pending] = ()
     resident: Mapping[str, int] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
@@ -165,21 +124,19 @@ class Decision:
     until: float = math.inf
 
 
-def why_never(request: Pending, policy: Policy, sizes: Mapping[str, int], pinned: Mapping[str, int]) -> str:
+def why_never(request: Pending, policy: Policy, own: int = 0, pinned: int = 0) -> str:
     """Why a request can never be admitted; empty if it can.
 
     Args:
-        sizes: uid -> bytes of its adapters.
-        pinned: uid -> bytes of what is never evicted.
+        own: bytes of its adapters.
+        pinned: bytes of other adapters that are never evicted.
     """
     reasons = []
     if len(request.adapters) > policy.max_adapters:
         reasons.append(f"it has {len(request.adapters)} adapters, and a batch takes {policy.max_adapters}")
-    others = sum(size for uid, size in pinned.items() if uid not in request.adapters)
-    own = sum(sizes[uid] for uid in request.adapters)
     needed = own + request.tokens * policy.token_bytes
-    if policy.budget is not None and needed > policy.budget - others:
-        beside = f" beside {others:,} of pinned adapters" if others else ""
+    if policy.budget is not None and needed > policy.budget - pinned:
+        beside = f" beside {pinned:,} of pinned adapters" if pinned else ""
         reasons.append(
             f"it needs {needed:,} bytes, {own:,} of them for its adapters, and the budget is {policy.budget:,}{beside}"
         )
@@ -189,51 +146,67 @@ def why_never(request: Pending, policy: Policy, sizes: Mapping[str, int], pinned
 def decide(snapshot: Snapshot, policy: Policy = Policy()) -> Decision:
     """Which waiting requests join the batch, which are too late, and which adapters make room.
 
-    Equal snapshots give equal decisions. The time is that of a few passes over what waits, and O(log tenants) for each
-    request that is admitted.
+    Equal snapshots give equal decisions. Where slots are what is short, the time does not depend on how many requests
+    wait: the index is asked for those that have an adapter of the batch.
 
-    >>> waiting = [Pending("a", ("x",)), Pending("b", ("y",)), Pending("c", ("x",))]
+    >>> waiting = Waiting([Pending("a", ("x",)), Pending("b", ("y",)), Pending("c", ("x",))])
     >>> decide(Snapshot(0, waiting, sizes={"x": 1, "y": 1}, free=2), Policy(max_adapters=1)).admit
     ('a', 'c')
 
     Raises:
         StateError: the snapshot has no size for an adapter.
     """
-    if not snapshot.waiting:
+    waiting, now = snapshot.waiting, snapshot.now
+    if not waiting:
         return Decision()
-    now = snapshot.now
-    expired = tuple(p.id for p in snapshot.waiting if p.deadline is not None and p.deadline <= now)
+    expired, until = waiting.expired(now), waiting.next_deadline(now)
     if len(snapshot.running) >= policy.max_running:
-        return Decision(expired=expired, until=_next(now, (p.deadline for p in snapshot.waiting)))
-    queues: dict[str, list[Pending]] = {}
-    for request in snapshot.waiting:
-        if request.deadline is None or request.deadline > now:
-            queues.setdefault(request.tenant, []).append(request)
+        return Decision(expired=expired, until=until)
     batch = _Batch(snapshot, policy)
-    _fill(batch, queues)
-    times = (
-        t for p in snapshot.waiting if p.id not in batch.admitted for t in (p.deadline, p.arrived + policy.patience)
-    )
-    until = min(_next(now, times), _next(now, (t + policy.patience for t in batch.since.values())))
-    return Decision(tuple(batch.admitted), expired, tuple(batch.evictions()), batch.refused, until)
-
-
-def _next(now: float, times: Iterable[float | None]) -> float:
-    """The first time that is to come."""
-    return min((t for t in times if t is not None and t > now), default=math.inf)
-
-
-def _fill(batch: _Batch, queues: Mapping[str, Sequence[Pending]]) -> None:
-    """Admit in turn: the oldest request that may of the tenant that has had least."""
-    turns = [(batch.counter(tenant), queue[0].arrived, tenant) for tenant, queue in queues.items()]
+    turns = [(batch.counter(tenant), oldest.arrived, tenant) for tenant, oldest in waiting.tenants.items()]
     heapq.heapify(turns)
-    left = {tenant: iter(queue) for tenant, queue in queues.items()}
+    late = frozenset(expired)
+    left = {tenant: _in_turn(waiting, tenant, batch, late) for _, _, tenant in turns}
     while turns and batch.places and not batch.full:
         _, arrived, tenant = turns[0]
         if batch.admit_one(left[tenant]):
             heapq.heapreplace(turns, (batch.counter(tenant), arrived, tenant))
         else:
             heapq.heappop(turns)
+    until = min(until, batch.until) if batch.places else until
+    return Decision(tuple(batch.admitted), expired, tuple(batch.evictions()), batch.refused, until)
+
+
+def _in_turn(waiting: Waiting, tenant: str, batch: _Batch, late: frozenset[str]) -> Iterator[Pending]:
+    """A tenant's requests in order of arrival.
+
+    When no adapter can join the batch any more and the first request has been passed over for it, those that follow are
+    looked up by the adapters of the batch.
+    """
+    passed = None  # the number of the first request that was passed over
+    for number, request in waiting.in_order(tenant):
+        if request.id in late:
+            continue
+        yield request
+        if batch.slots_are_out and request.id not in batch.admitted and request.id not in batch.refused:
+            passed = number
+            break
+
+    if passed is not None:
+        groups = waiting.groups_within(tenant, batch.left)
+        for number, request in heapq.merge(*(_open(batch, adapters, group) for adapters, group in groups)):
+            if number > passed and request.id not in late:
+                yield request
+
+
+def _open(
+    batch: _Batch, adapters: tuple[str, ...], group: Iterable[tuple[int, Pending]]
+) -> Iterator[tuple[int, Pending]]:
+    """A group of requests for as long as none of its adapters is closed."""
+    for item in group:
+        if not batch.closing.isdisjoint(adapters):
+            return
+        yield item
 
 
 class _Batch:
@@ -254,14 +227,20 @@ class _Batch:
         self.admitted: dict[str, None] = {}
         self.refused: dict[str, str] = {}
         self.reserved = self.full = False
+        self.short = 0  # requests that were passed over for want of memory
         self.closing: frozenset[str] = frozenset()
+        self.until = math.inf  # when somebody has waited for long enough, or an adapter may be closed
+
+    @property
+    def slots_are_out(self) -> bool:
+        """Whether no adapter can join the batch any more."""
+        return self.reserved or len(self.left) >= self.policy.max_adapters
 
     def counter(self, tenant: str) -> float:
         return self.counters.get(tenant, 0.0)
 
     def admit_one(self, queue: Iterator[Pending]) -> bool:
         """Admit the first request of a tenant's queue that may be; False if none may."""
-        policy, now = self.policy, self.snapshot.now
         for request in queue:
             lacks = self._lacks(request)
             if not lacks:
@@ -269,11 +248,17 @@ class _Batch:
                 return True
             if reason := self._why_never(request):
                 self.refused[request.id] = reason
-            elif request.arrived + policy.patience <= now:
-                if lacks == "memory":
-                    self.full = True
-                    return False
+                continue
+            overdue = request.arrived + self.policy.patience
+            if overdue > self.snapshot.now:
+                self.until = min(self.until, overdue)
+            if lacks == "memory":
+                self.short += 1
+                self.full = overdue <= self.snapshot.now or self.short > _MOST_PASSED_OVER
+            elif overdue <= self.snapshot.now and not self.reserved:
                 self._reserve(request)
+            if self.full:
+                break
         return False
 
     def evictions(self) -> Iterator[str]:
@@ -281,8 +266,7 @@ class _Batch:
         missing = self.taken - self.snapshot.free
         if missing <= 0:
             return
-        wanted = {uid for request in self.snapshot.waiting for uid in request.adapters}
-        for uid in sorted(self.idle, key=wanted.__contains__):
+        for uid in sorted(self.idle, key=self.snapshot.waiting.wanted.__contains__):
             if missing <= 0:
                 return
             missing -= self.idle[uid]
@@ -332,15 +316,16 @@ class _Batch:
 
     def _reserve(self, request: Pending) -> None:
         """Keep the slots for a request that has waited long enough, and close as many adapters as it lacks."""
-        if self.reserved:
-            return
         self.reserved = True
-        own, oldest = set(request.adapters), self.snapshot.now - self.policy.patience
+        own, patience, now = set(request.adapters), self.policy.patience, self.snapshot.now
         lacks = len(own.difference(self.left)) - (self.policy.max_adapters - len(self.left))
-        others = [uid for uid in self.left if uid not in own and self.since[uid] <= oldest]
-        self.closing = frozenset(heapq.nsmallest(lacks, others, key=lambda uid: (self.left[uid], uid)))
+        others = [uid for uid in self.left if uid not in own]
+        old = [uid for uid in others if self.since[uid] + patience <= now]
+        self.closing = frozenset(heapq.nsmallest(lacks, old, key=lambda uid: (self.left[uid], uid)))
+        if len(old) < lacks:
+            self.until = min([self.until, *(self.since[uid] + patience for uid in others if uid not in old)])
 
     def _why_never(self, request: Pending) -> str:
-        snapshot = self.snapshot
-        pinned = {uid: snapshot.resident.get(uid, 0) for uid in snapshot.pinned}
-        return why_never(request, self.policy, {**snapshot.sizes, **snapshot.resident}, pinned)
+        own = sum(map(self._size, request.adapters))
+        resident, pinned = self.snapshot.resident, self.snapshot.pinned.difference(request.adapters)
+        return why_never(request, self.policy, own, sum(resident.get(uid, 0) for uid in pinned))

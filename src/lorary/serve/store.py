@@ -121,11 +121,12 @@ class Store:
 
     def statistics(self) -> dict[str, Any]:
         """Figures of this moment: see `lorary.serve.statistics`."""
-        figures = self.pool.statistics()
+        figures, loader = self.pool.statistics(), self.registry.loader
         return {
             "adapter_bytes": figures["taken_bytes"],
             "host_bytes": figures["host_bytes"],
-            "loads": figures["host_loads"],
+            "loads": loader.count,
+            "load_seconds": loader.seconds,
             "hits": figures["hits"],
             "evictions": figures["evictions"],
         }

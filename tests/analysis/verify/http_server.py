@@ -69,7 +69,7 @@ class Served:
         return 200, {"object": "text_completion", "choices": [{"index": 0, "text": top[0][0], "logprobs": logprobs}]}
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     served: Served
 
     def do_GET(self) -> None:
@@ -103,7 +103,7 @@ class _Handler(BaseHTTPRequestHandler):
 @contextmanager
 def serving(served: Served) -> Iterator[str]:
     """The address of a server, inside the block."""
-    handler = type("Handler", (_Handler,), {"served": served})
+    handler = type("Handler", (Handler,), {"served": served})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)

@@ -7,12 +7,12 @@ import pytest
 
 from lorary.serve.engine import Engine
 from lorary.serve.http.settings import Settings
-from tests.serve.http.live import Live, live, one_at_a_time, save_adapter
+from tests.serve.http.live import Live, live, save_adapter, started_engine
 
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of adapters: `a` and `b`, and `c`, which is not loaded."""
+    """A folder of adapters: `a` and `b`, which are loaded, and `c`."""
     folder = tmp_path_factory.mktemp("adapters")
     for seed, name in enumerate("abc", start=1):
         save_adapter(folder / name, seed)
@@ -22,7 +22,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def engine(root: Path) -> Iterator[Engine]:
     """An engine with the adapters `a` and `b`."""
-    engine = one_at_a_time({"a": root / "a", "b": root / "b"})
+    engine = started_engine({"a": root / "a", "b": root / "b"}, root)
     yield engine
     engine.stop()
 

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 import lorary
 from lorary.model.loading.from_pretrained import load_model, load_tokenizer
 from lorary.model.loading.source import ModelSection
@@ -22,8 +20,8 @@ from lorary.serve.engine import Engine
 from lorary.serve.http.app import create_app
 from lorary.serve.http.limits import Traffic
 from lorary.serve.http.server import Server, bind
-from lorary.serve.http.settings import Settings
-from lorary.serve.one_at_a_time import OneAtATime
+from lorary.serve.http.settings import MIB, Settings
+from lorary.serve.open import open_engine
 from tests.tiny import shaken
 
 BASE = "builtin:base"
@@ -48,12 +46,9 @@ def save_adapter(folder: Path, seed: int, method: str = "lora", **options: Any) 
     return folder
 
 
-def one_at_a_time(adapters: Mapping[str, Path] = {}) -> Engine:
-    """A started engine."""
-    torch.set_num_threads(1)
-    engine = OneAtATime(base(), tokenizer(), BASE)
-    for name, folder in adapters.items():
-        engine.load(name, str(folder))
+def started_engine(adapters: Mapping[str, Path], root: Path) -> Engine:
+    """An engine on the built-in base, with adapters below a root."""
+    engine = open_engine(BASE, adapters, dtype="float32", root=root, budget=64 * MIB)
     engine.start()
     return engine
 

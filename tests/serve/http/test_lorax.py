@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,21 +10,18 @@ from fastapi.testclient import TestClient
 
 from lorary import builtin
 from lorary.errors import Diagnostic
-from lorary.serve.engine import BusyError
+from lorary.serve.engine import BusyError, Engine
 from lorary.serve.http.app import create_app
 from lorary.serve.request import Event, Finished, Token
-from tests.serve.http.engines import Scripted, real_engine
+from tests.serve.http.live import BASE, Live
+from tests.serve.http.scripted import Scripted
 
 PROMPT = "def add(a, b):"
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
-    engine = real_engine(tmp_path_factory.mktemp("root"))
-    engine.start()
-    with TestClient(create_app(engine)) as client:
-        yield client
-    engine.stop()
+def client(engine: Engine) -> TestClient:
+    return TestClient(create_app(engine))
 
 
 def scripted(*events: Event) -> tuple[Scripted, TestClient]:
@@ -38,7 +34,7 @@ def post(client: TestClient, path: str, parameters: Any = None, inputs: Any = PR
 
 
 def openai(client: TestClient, n: int = 6, **fields: Any) -> str:
-    body = {"model": "base", "prompt": PROMPT, "max_tokens": n, "temperature": 0} | fields
+    body = {"model": BASE, "prompt": PROMPT, "max_tokens": n, "temperature": 0} | fields
     text: str = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
     return text
 
@@ -54,17 +50,17 @@ def events(answer: Any) -> list[dict[str, Any]]:
 
 def test_an_adapter_answers_as_by_openai_s_route(client: TestClient) -> None:
     answers = set()
-    for name in ("", "one", "two"):
+    for name in ("", "a", "b"):
         answer = post(client, "/generate", {"max_new_tokens": 6, "adapter_id": name})
-        assert answer.json() == {"generated_text": openai(client, model=name or "base")}
+        assert answer.json() == {"generated_text": openai(client, model=name or BASE)}
         answers.add(answer.text)
     assert len(answers) == 3
 
 
 def test_merged_adapters_are_the_weighted_sum(client: TestClient) -> None:
-    merged = {"ids": ["one", "two"], "weights": [0.7, -0.4], "merge_strategy": "linear", "density": 0}
+    merged = {"ids": ["a", "b"], "weights": [0.7, -0.4], "merge_strategy": "linear", "density": 0}
     answer = post(client, "/generate", {"max_new_tokens": 6, "merged_adapters": merged})
-    assert answer.json()["generated_text"] == openai(client, adapters={"one": 0.7, "two": -0.4})
+    assert answer.json()["generated_text"] == openai(client, adapters={"a": 0.7, "b": -0.4})
 
 
 def test_the_details(client: TestClient) -> None:
@@ -99,7 +95,7 @@ def test_a_draw_reports_its_seed_and_can_be_repeated(client: TestClient) -> None
 
 
 def test_a_stream_has_an_event_for_each_token_and_the_text_in_the_last(client: TestClient) -> None:
-    wanted = {"max_new_tokens": 5, "adapter_id": "one", "details": True}
+    wanted = {"max_new_tokens": 5, "adapter_id": "a", "details": True}
     found = events(post(client, "/generate_stream", wanted))
     whole = post(client, "/generate", wanted).json()
     assert [event["token"] for event in found] == whole["details"]["tokens"]
@@ -117,9 +113,34 @@ def test_the_route_of_the_official_client(client: TestClient) -> None:
     assert events(post(client, "/", wanted, stream=True))[-1]["generated_text"] == whole[0]["generated_text"]
 
 
+def test_hugging_face_s_client(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`InferenceClient`, which reads every shape strictly; it asks nobody but the server at this address."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    ask = huggingface_hub.InferenceClient(server.url).text_generation
+    text = ask(PROMPT, adapter_id="b", max_new_tokens=6)
+    assert (
+        text
+        == server.post("/v1/completions", {"model": "b", "prompt": PROMPT, "max_tokens": 6, "temperature": 0}).json[
+            "choices"
+        ][0]["text"]
+    )
+    assert "".join(ask(PROMPT, adapter_id="b", max_new_tokens=6, stream=True)) == text
+    *_, last = ask(PROMPT, adapter_id="b", max_new_tokens=6, stream=True, details=True)
+    assert (last.generated_text, last.details.generated_tokens) == (text, 6)
+    drawn = ask(PROMPT, do_sample=True, max_new_tokens=6, details=True)
+    again = ask(PROMPT, do_sample=True, max_new_tokens=6, details=True, seed=drawn.details.seed)
+    assert again == drawn
+    refusal = huggingface_hub.errors.ValidationError
+    with pytest.raises(refusal, match="no adapter has the name 'nope'"):
+        ask(PROMPT, adapter_id="nope")
+    with pytest.raises(refusal, match="only one answer is generated"):
+        list(ask(PROMPT, best_of=2, stream=True))
+
+
 def test_a_chat_template_and_truncation(client: TestClient) -> None:
     chat = post(client, "/generate", {"max_new_tokens": 4, "apply_chat_template": True}).json()["generated_text"]
-    body = {"model": "base", "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 4, "temperature": 0}
+    body = {"model": BASE, "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 4, "temperature": 0}
     assert chat == client.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
     cut = post(client, "/generate", {"max_new_tokens": 1, "truncate": 2, "details": True}).json()
     assert cut["details"]["prompt_tokens"] == 2
@@ -229,8 +250,8 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "more than the context",
-        {"max_new_tokens": 62},
-        "the prompt has 7 tokens and 62 new ones were asked for, and the context is 64: shorten the prompt or "
+        {"max_new_tokens": 250},
+        "the prompt has 7 tokens and 250 new ones were asked for, and the context is 256: shorten the prompt or "
         "`max_new_tokens`",
     ),
     (
@@ -256,7 +277,7 @@ def test_refusals(path: str, parameters: dict[str, Any], message: str) -> None:
 def test_an_unknown_adapter_is_not_the_base(path: str) -> None:
     engine, client = scripted(Finished("length"))
     answer = post(client, path, {"adapter_id": "nope"})
-    assert (answer.status_code, answer.json()["error_type"]) == (404, "not_found")
+    assert (answer.status_code, answer.json()["error_type"]) == (404, "validation")
     assert not engine.requests
 
 
@@ -298,4 +319,4 @@ def test_a_bug_is_answered_in_the_same_shape_and_says_nothing() -> None:
 def test_info() -> None:
     _, client = scripted()
     info = client.get("/info").json()
-    assert (info["model_id"], info["max_total_tokens"], info["max_input_length"]) == ("base", 64, 63)
+    assert (info["model_id"], info["max_total_tokens"], info["max_input_length"]) == ("base", 256, 255)

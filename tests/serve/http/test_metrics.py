@@ -14,7 +14,7 @@ from lorary.serve.engine import AdapterCard, BusyError, RequestError, UnknownAda
 from lorary.serve.http.metrics import adapters_that_fit, metrics_router
 from lorary.serve.http.observed import Observed
 from lorary.serve.request import Event, Finished, Request, Token
-from tests.serve.http.engines import Scripted
+from tests.serve.http.scripted import Scripted
 
 
 def scrape(observed: Observed, accept: str = "") -> dict[str, float]:

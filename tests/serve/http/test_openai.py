@@ -211,7 +211,7 @@ def test_models_are_the_base_and_its_adapters(client: openai.OpenAI, server: Liv
     listed = server.ask("GET", "/v1/models").json
     assert listed["object"] == "list"
     cards = {card["id"]: card for card in listed["data"]}
-    assert list(cards) == [BASE, "a", "b"]
+    assert list(cards) == [BASE, "a", "b", "c"]
     assert (cards[BASE]["root"], cards[BASE]["parent"]) == (BASE, None)
     assert (cards["a"]["root"], cards["a"]["parent"]) == ("a", BASE)
     assert cards["a"]["max_model_len"] == 256

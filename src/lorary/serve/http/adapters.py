@@ -11,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 
 from lorary.errors import LoraryError
 from lorary.files.strict_json import show
+from lorary.serve.adapter_root import invalid_name
 from lorary.serve.engine import Engine, UnknownAdapterError
 from lorary.serve.http.bodies import Body, read_body
 from lorary.serve.http.errors import ApiError, one_line
@@ -70,7 +71,7 @@ def load_adapter(
     """
     folder = confined(settings, path)
     check_name(engine, name)
-    if not replace and _is_loaded(engine, name):
+    if not replace and _is_taken(engine, name, folder):
         what = f"The lora adapter '{name}' has already been loaded. "
         raise ApiError(400, what + "If you want to load the adapter in place, set 'load_inplace' to True.", kind=_USER)
     try:
@@ -99,14 +100,17 @@ def confined(settings: Settings, path: str) -> Path:
         ApiError: there is no root, the path leaves it, or there is no such folder.
     """
     root = _require_root(settings).resolve()
+    missing = ApiError(404, f"`lora_path`: there is no folder {show(path)} below the root", param="lora_path")
     try:
         folder = (root / path).resolve()
-    except (OSError, RuntimeError, ValueError):
+    except ValueError:  # a null character
         raise ApiError(400, f"`lora_path`: {show(path)} cannot be followed", param="lora_path") from None
+    except (OSError, RuntimeError):  # a loop of links, a name that is too long
+        raise missing from None
     if folder == root or not folder.is_relative_to(root):  # the same answer whether or not something is there
         raise ApiError(403, f"`lora_path`: {show(path)} is not below the root of the adapters", param="lora_path")
     if not folder.is_dir():
-        raise ApiError(404, f"`lora_path`: there is no folder {show(path)} below the root", param="lora_path")
+        raise missing
     return folder
 
 
@@ -114,12 +118,11 @@ def check_name(engine: Engine, name: str) -> None:
     """Refuse names that requests could not tell from others.
 
     Raises:
-        ApiError: the name is the base's, or too long, or holds other characters than letters, digits and ._-/.
+        ApiError: the name is the base's, or no adapter can have it.
     """
     if name == engine.name:
         raise ApiError(400, f"{show(name)} is the name of the base", kind=_USER, param="lora_name")
-    if len(name) > 200 or not all(c.isascii() and (c.isalnum() or c in "._-/") for c in name):
-        what = f"{show(name)} is not a name: at most 200 ASCII letters, digits and ._-/"
+    if what := invalid_name(name):
         raise ApiError(400, f"`lora_name`: {what}", kind=_USER, param="lora_name")
 
 
@@ -131,9 +134,10 @@ def _require_root(settings: Settings) -> Path:
     return settings.root
 
 
-def _is_loaded(engine: Engine, name: str) -> bool:
+def _is_taken(engine: Engine, name: str, folder: Path) -> bool:
+    """Whether an adapter of this name is in memory, or is another one: below the root all are known before."""
     try:
-        engine.adapter(name)
+        card = engine.adapter(name)
     except UnknownAdapterError:
         return False
-    return True
+    return card.state not in ("on disk", "failed") or Path(card.folder) != folder

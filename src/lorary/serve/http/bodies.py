@@ -86,7 +86,7 @@ async def read_json(request: Request) -> dict[str, Any]:
     except UnicodeEncodeError:
         raise ApiError(400, "the body holds half of a surrogate pair, which is not Unicode text") from None
     except ValueError as error:
-        raise ApiError(400, f"the body is {error}" if data else "the body is empty") from None
+        raise ApiError(400, f"the body cannot be read: {error}" if data else "the body is empty") from None
     if not isinstance(values, dict):
         raise ApiError(400, f"the body must be a JSON object, not {type(values).__name__}")
     return values
@@ -127,9 +127,11 @@ def _inner(kind: type[Body], key: str) -> type[Body] | None:
 
 
 def _problem(complaint: dict[str, Any]) -> tuple[str, str]:
-    where = ".".join(map(str, complaint["loc"]))
+    where = ".".join(str(part) for part in complaint["loc"] if part not in ("", "[key]"))  # a key of a mapping
     if complaint["type"] == "missing":
         return where, "is missing"
+    if complaint["type"] == "model_type":
+        return where, "must be a JSON object"
     what = str(complaint["msg"]).replace(" after validation", "")
     what = re.sub(r"^(Input|String|List|Tuple|Dictionary) should", "must", what)
     if complaint["type"] == "value_error":  # of our own

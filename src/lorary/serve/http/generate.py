@@ -19,12 +19,12 @@ def generate_router(engine: Engine, settings: Settings) -> APIRouter:
     @router.post("/generate")
     async def generate(http: Request) -> Response:
         values = await read_json(http)
-        if "inputs" in values:
+        if values.get("inputs") is not None:
             try:
                 return await lorax.respond(engine, settings, http, stream=False)
             except Exception as error:
                 return lorax.error_response(api_error(error))
-        if "text" in values or "input_ids" in values:
+        if values.get("text") is not None or values.get("input_ids") is not None:
             return await sglang.respond(engine, settings, http)
         raise ApiError(400, "a prompt is missing: `inputs` as LoRAX and TGI call it, `text` or `input_ids` as SGLang")
 

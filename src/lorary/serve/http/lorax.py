@@ -27,9 +27,14 @@ from lorary.serve.http.running import EventStream, Running, check_finished, coll
 from lorary.serve.http.settings import Settings
 from lorary.serve.request import Finished, Sampling, Token
 
-# Status -> their status and error type.
-_ERRORS = {400: (422, "validation"), 404: (404, "not_found"), 415: (422, "validation"), 429: (429, "overloaded")}
-_ERRORS |= {500: (424, "generation"), 503: (503, "overloaded")}
+# Status -> their status and error type; others keep their status, and are errors of validation.
+_ERRORS = {
+    400: (422, "validation"),
+    415: (422, "validation"),
+    429: (429, "overloaded"),
+    500: (424, "generation"),
+    503: (503, "overloaded"),
+}
 
 
 class MergedAdapters(Body):

@@ -107,25 +107,30 @@ def _protocol(seconds: float) -> type[H11Protocol]:
 
     class Protocol(H11Protocol):
         _arrival: asyncio.TimerHandle | None = None
+        _refused = False
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self._watch()
 
         def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            self._watch()
+            if not self._refused:
+                super().data_received(data)
+                self._watch()
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
-            self._watch()
+            if self.conn.their_state is h11.IDLE:  # uvicorn closes it when nothing comes
+                self._cancel()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._cancel()
             super().connection_lost(exc)
 
         def _watch(self) -> None:
-            """Start the clock at the first byte of a request, or at the connection; stop it at the last byte."""
+            """Start the clock at the connection or the first byte of a request; stop it at the last byte."""
+            if self._refused:
+                return
             if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
                 self._cancel()
             elif self._arrival is None:
@@ -138,14 +143,18 @@ def _protocol(seconds: float) -> type[H11Protocol]:
                 self._arrival = None
 
         def _late(self) -> None:
-            if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+            if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0] and not self._refused:
                 self.transport.write(_raw(ApiError(408, "the request did not arrive in time")))
             self.transport.close()
 
         def send_400_response(self, msg: str) -> None:
             what = f"this is no valid HTTP request, or its headers have more than {_HEADER_BYTES:,} bytes"
             self.transport.write(_raw(ApiError(400, what)))
-            self.transport.close()
+            self.transport.write_eof()
+            # what still comes is dropped for a while: closed at once, the client would be reset before it has read
+            self._refused = True
+            self._cancel()
+            self._arrival = self.loop.call_later(_CLOSING, self._late)
 
     return Protocol
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import Field
+from pydantic import Field, PlainValidator
 from starlette.concurrency import run_in_threadpool
 
 from lorary.serve.engine import Engine
@@ -71,6 +71,28 @@ class SamplingParams(Body):
         )
 
 
+def _texts(value: Any) -> Any:
+    if isinstance(value, str) or (value and _is_list(value, str)):
+        return value
+    raise ValueError("must be a text or a list of texts, and not empty")
+
+
+def _ids(value: Any) -> Any:
+    if value and (_is_list(value, int) or (_is_list(value, list) and all(_is_list(ids, int) for ids in value))):
+        return value
+    raise ValueError("must be token ids or lists of token ids, and not empty")
+
+
+def _names(value: Any) -> Any:
+    if isinstance(value, str) or _is_list(value, str, type(None)):
+        return value
+    raise ValueError("must be the name of an adapter, or a list of one for each prompt, null for the base")
+
+
+def _is_list(value: Any, *kinds: type) -> bool:
+    return isinstance(value, list) and all(type(item) in kinds for item in value)
+
+
 class Generate(Body):
     """The body of SGLang's /generate."""
 
@@ -84,10 +106,10 @@ class Generate(Body):
     } | dict.fromkeys(("image_data", "audio_data", "video_data"), ((), _ONLY_TEXT))
     IGNORED: ClassVar[frozenset[str]] = frozenset({"rid", "log_metrics", "no_logs", "priority", "lora_id"})
 
-    text: str | Annotated[list[str], Field(min_length=1)] | None = None
-    input_ids: Annotated[list[int] | list[list[int]], Field(min_length=1)] | None = None
+    text: Annotated[str | list[str] | None, PlainValidator(_texts)] = None
+    input_ids: Annotated[list[int] | list[list[int]] | None, PlainValidator(_ids)] = None
     sampling_params: SamplingParams = SamplingParams()
-    lora_path: str | list[str | None] = ""
+    lora_path: Annotated[str | list[str | None], PlainValidator(_names)] = ""
     return_logprob: bool = False
     top_logprobs_num: Annotated[int, Field(ge=0, le=20)] = 0
     return_text_in_logprobs: bool = False

@@ -70,11 +70,12 @@ class Server:
     def _read(self) -> None:
         """Keep the last lines of its output, and pass them on once it answers."""
         assert self.process.stdout is not None
-        for raw in self.process.stdout:
-            line = raw.decode("utf-8", "replace").rstrip()[:_MOST_OF_LINE]
-            self.lines.append("".join(c if c.isprintable() else " " for c in line))
-            if self.ready:
-                print(self.lines[-1], file=sys.stderr, flush=True)
+        with self.process.stdout as output:
+            for raw in output:
+                line = raw.decode("utf-8", "replace").rstrip()[:_MOST_OF_LINE]
+                self.lines.append("".join(c if c.isprintable() else " " for c in line))
+                if self.ready:
+                    print(self.lines[-1], file=sys.stderr, flush=True)
 
     def wait_until_healthy(
         self, url: str, seconds: float, progress: Callable[[str], object] = lambda text: None

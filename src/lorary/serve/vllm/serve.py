@@ -53,8 +53,8 @@ def serve_vllm(
             check_models(plan.url, plan.key, [plan.base, *folders], _TITLE)
             if verified:
                 verify_plan(plan, section, say, progress)
-            say(f"vLLM serves {plan.base} and {len(plan.adapters)} adapters at {plan.url}/v1")
             server.ready = True
+            say(f"vLLM serves {plan.base} and {len(plan.adapters)} adapters at {plan.url}/v1")
             return server.wait()
 
 
