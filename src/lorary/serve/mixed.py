@@ -90,9 +90,9 @@ def _linear(served: Served, covered: Covered, step: Step, y: Tensor, args: Any, 
     if rows.overriding:
         _override(served, covered, rows.overriding, flat, x)
     long = rows.long
-    if rows.short is not None and step.library is not None:
-        if cpu.takes(x, flat, served.table.dtypes[path]):
-            step.library.add_rows(step.table, served.table.layers[path], rows.short, x.contiguous(), flat)
+    if rows.short is not None and step.kernels is not None:
+        if x.dtype is flat.dtype is served.table.dtypes[path] and x.dtype in step.kernels.types:
+            step.kernels.add_rows(step.table, served.table.layers[path], rows.short, x.contiguous(), flat)
         else:
             long = rows.pieces
     for start, stop, form, weight in long:
