@@ -42,6 +42,8 @@ class Slot(NamedTuple):
 
     def view(self, buffer: Tensor) -> Tensor:
         """The tensor, without a copy."""
+        if not math.prod(self.shape):  # PyTorch gives no views of other dtypes of nothing
+            return buffer.new_empty(self.shape, dtype=self.dtype)
         return buffer[self.offset : self.stop].view(self.dtype).view(self.shape)
 
 
