@@ -60,7 +60,7 @@ def run_ray(start: Start, settings: Settings, host: str, port: int, replicas: in
 
 def opened_replica(start: Start, base: str, folders: dict[str, Path]) -> Engine:
     """The engine of a replica, in its process."""
-    engine = opened(start, base)
+    engine = opened(start, base, folders)
     load_adapters(engine, folders)
     return engine
 

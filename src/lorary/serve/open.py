@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 
 from lorary.errors import ConfigError, Diagnostic, FileError, LoraryError
-from lorary.layers.nf4 import NF4
 from lorary.layers.rope import max_context, text_config
 from lorary.model.loading.from_pretrained import load_model, load_tokenizer
 from lorary.model.loading.source import ModelSection
@@ -26,6 +25,7 @@ from lorary.serve.probe import Probe
 from lorary.serve.registry import Registry
 from lorary.serve.runner import Runner, Shape
 from lorary.serve.store import Store
+from lorary.spec.interfaces import Storage
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def open_engine(
     *,
     name: str | None = None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    quantize: bool = False,
+    storage: Storage | None = None,
     **options: Any,
 ) -> BatchingEngine:
     """The engine for a base with adapters; it is not started.
@@ -46,8 +46,8 @@ def open_engine(
         adapters: name -> folder.
         name: of the base in requests; None for the base as given.
         dtype: of the base.
-        quantize: to NF4, while the base is read.
-        options: of `engine_of`.
+        storage: NF4 quantises the base while it is read.
+        options: as of `engine_of`.
 
     Raises:
         LoraryError: the base cannot be loaded; or every adapter that cannot be served, with every reason.
@@ -57,7 +57,7 @@ def open_engine(
         >>> engine.start()
     """
     section = ModelSection.of(base, dtype=dtype)
-    model: Any = load_model(section, NF4() if quantize else None)
+    model: Any = load_model(section, storage)
     if torch.cuda.is_available():
         model = model.to("cuda")
     engine = engine_of(model, load_tokenizer(section), name or base, **options)

@@ -24,7 +24,7 @@ def models_router(engine: Engine, settings: Settings) -> APIRouter:
     def of_adapter(card: AdapterCard) -> dict[str, Any]:
         root = shown_folder(card.folder, settings)
         found = _card(card.name, int(card.created), root, engine.name, card.max_context or engine.max_context)
-        keys = ("state", "form", "rank", "bytes", "method", "running", "waiting", "error")
+        keys = ("state", "form", "rank", "bytes", "method", "notes", "running", "waiting", "error")
         return found | {"lorary": {key: getattr(card, key) for key in keys}}
 
     @router.get("/v1/models")

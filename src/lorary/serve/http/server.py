@@ -34,12 +34,15 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         LoraryError: the address is taken, or not one of this machine's.
     """
+    listener = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
+        if listener is not None:
+            listener.close()
         why = getattr(error, "strerror", None) or str(error)
         problem = Diagnostic(f"{host}:{port}", why[0].lower() + why[1:], "choose another with --host and --port")
         raise LoraryError("cannot listen:", [problem]) from None
