@@ -10,7 +10,7 @@ from fastapi import APIRouter
 
 from lorary.files.strict_json import show
 from lorary.serve.engine import AdapterCard, Engine
-from lorary.serve.http.errors import ApiError
+from lorary.serve.http.errors import ApiError, without_folders
 from lorary.serve.http.settings import Settings
 
 
@@ -24,8 +24,9 @@ def models_router(engine: Engine, settings: Settings) -> APIRouter:
     def of_adapter(card: AdapterCard) -> dict[str, Any]:
         root = shown_folder(card.folder, settings)
         found = _card(card.name, int(card.created), root, engine.name, card.max_context or engine.max_context)
-        keys = ("state", "form", "rank", "bytes", "method", "notes", "running", "waiting", "error")
-        return found | {"lorary": {key: getattr(card, key) for key in keys}}
+        error = without_folders(card.error)
+        keys = ("state", "form", "rank", "bytes", "method", "notes", "running", "waiting")
+        return found | {"lorary": {key: getattr(card, key) for key in keys} | {"error": error}}
 
     @router.get("/v1/models")
     def models() -> dict[str, Any]:
