@@ -63,13 +63,16 @@ def test_the_state_of_thousands_of_adapters_is_small() -> None:
     engine = Scripted((), builtin.load_tokenizer(), budget_bytes=1000, adapter_bytes=10, kv_bytes=20)
     engine.cards = [AdapterCard(f"a{i:04}", folder="/srv/secret", bytes=5) for i in range(5000)]
     engine.cards[4000] = AdapterCard("a4000", state="resident", running=2)
+    engine.cards[4001] = AdapterCard("a4001", state="failed", error="/srv/secret/weights are gone")
     client = TestClient(create_app(engine))
     first = client.get("/ui/status").json()
-    assert first["states"] == {"on disk": 4999, "resident": 1}
+    assert first["states"] == {"on disk": 4998, "resident": 1, "failed": 1}
     assert (first["matching"], len(first["adapters"]), len(first["names"])) == (5000, 100, 1000)
     assert first["adapters"][0]["name"] == "a4000"  # the busiest first
     assert first["bytes"] == {"budget": 1000, "adapters": 10, "kv": 20}
+    assert first["adapters"][1]["error"] == "weights are gone"
     assert "secret" not in str(first)
+    assert "/srv" not in client.get("/v1/models").text
     later = client.get("/ui/status", params={"known": first["version"], "find": "A40"}).json()
     assert later["names"] is None
     assert later["matching"] == 100
