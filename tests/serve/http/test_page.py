@@ -197,7 +197,7 @@ def test_errors_are_shown_and_the_base_does_not_answer_instead(page: Any, server
     assert page.locator(".said.assistant").count() == 0
 
 
-@pytest.mark.parametrize("how", ["button", "escape"])
+@pytest.mark.parametrize("how", ["button", "escape", "clear"])
 def test_a_side_can_be_stopped(page: Any, how: str) -> None:
     """The engine holds its answers back: the sides stream until they are stopped, and it is told."""
     engine = Scripted(None, builtin.load_tokenizer())
@@ -215,6 +215,15 @@ def test_a_side_can_be_stopped(page: Any, how: str) -> None:
             page.keyboard.press("Escape")
             expect(side(page, "B").locator(".facts")).to_have_text("stopped")
             assert len(cancelled(engine, 2)) == 2
+        elif how == "clear":
+            for letter in "AB":
+                page.get_by_role("button", name=f"Clear side {letter}").click()
+            assert len(cancelled(engine, 2)) == 2
+            expect(page.locator("#send")).to_be_enabled()
+            assert page.locator(".said").count() == 0
+            send(page, "Again")
+            expect(page.locator("#waiting")).to_have_text("2")
+            assert len({request.prompt for request in engine.requests}) == 2  # nothing of the first turn is left
         else:
             page.get_by_role("button", name="Stop side A").click()
             expect(side(page, "A").locator(".facts")).to_have_text("stopped")
@@ -223,7 +232,8 @@ def test_a_side_can_be_stopped(page: Any, how: str) -> None:
             (other,) = set(engine.delivers) - {stopped}
             engine.delivers[other](Finished("length", " more", 3, 0, 2))
             expect(side(page, "B").locator(".said.assistant")).to_have_text("word more")
-        expect(page.locator("#send")).to_be_enabled()
+        if how != "clear":
+            expect(page.locator("#send")).to_be_enabled()
         expect(page.locator("#alive")).to_have_text("serving")
 
 
