@@ -18,10 +18,14 @@ from typing import Any
 
 import pytest
 
+import lorary
+from lorary.cli._serve import storage_of
 from lorary.cli.serve import _with_tenant
+from lorary.layers.nf4 import NF4
 from tests import pages
 from tests.cli.command import Command
-from tests.serve.http.live import save_adapter
+from tests.serve.http.live import base, save_adapter
+from tests.tiny import shaken
 
 PAGE = pages.ROOT / "docs" / "how-to" / "serve.md"
 BASE = "builtin:base"
@@ -248,3 +252,17 @@ def test_keys_come_from_the_environment_too(command: Command, monkeypatch: pytes
     assert settings.admin_keys == {"key-of-admin"}
     assert not settings.local
     monkeypatch.undo()
+
+
+def test_the_base_is_quantised_as_its_adapters_were_trained(tmp_path: Path) -> None:
+    plain, packed, also = tmp_path / "plain", tmp_path / "packed", tmp_path / "also"
+    save_adapter(plain, 1)
+    model = base()
+    lorary.attach(model, lorary.plan(model, lorary.method("qlora", r=2), ["q_proj"]))
+    lorary.save(shaken(model), packed)
+    shutil.copytree(packed, also)
+    assert storage_of({"a": packed, "b": also}, "auto") == NF4()
+    assert storage_of({"a": packed, "b": plain}, "auto") is None
+    assert storage_of({"b": plain}, "auto") is storage_of({}, "auto") is None
+    assert storage_of({"b": plain}, "nf4") == NF4()
+    assert storage_of({"a": packed}, "no") is None

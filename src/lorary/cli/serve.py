@@ -18,6 +18,7 @@ KEYS, ADMIN_KEYS = "LORARY_KEYS", "LORARY_ADMIN_KEYS"
 
 
 def serve(
+    context: typer.Context,
     adapters: Annotated[
         list[str] | None, typer.Argument(metavar="[ADAPTER]...", help="Adapter or run folder, Hub id, or NAME=FOLDER.")
     ] = None,
@@ -64,6 +65,10 @@ def serve(
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], typer.Option("--dtype", help="dtype of the base.")
     ] = "auto",
+    quantize: Annotated[
+        Literal["auto", "nf4", "no"],
+        typer.Option("--quantize", help="Storage of the base. auto: as all adapters on the command line were trained."),
+    ] = "auto",
     template: Template = None,
 ) -> None:
     """Serve a base and its adapters over HTTP, as OpenAI's interface.
@@ -75,11 +80,24 @@ def serve(
     --engine ray, replicas on this machine or the cluster of RAY_ADDRESS share the requests.
     """
     from lorary.cli._serve import Start, run
+    from lorary.cli._serve_engines import refuse_options
 
+    refuse_options(context, engine)
     sizes = _sizes({"--budget": budget, "--max-adapter": max_adapter, "--max-body": max_body})
     settings = _settings(host, root, key, admin_key, no_keys, sizes, drain)
     most = sizes["--max-adapter"] or 0
-    start = Start(tuple(adapters or ()), base, name, settings.root, sizes["--budget"], most, max_rank, dtype, template)
+    start = Start(
+        tuple(adapters or ()),
+        base,
+        name,
+        settings.root,
+        sizes["--budget"],
+        most,
+        max_rank,
+        dtype,
+        quantize,
+        template,
+    )
     if engine == "vllm":
         from lorary.cli._serve_vllm import run_vllm
 

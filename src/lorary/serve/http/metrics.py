@@ -31,12 +31,14 @@ _GAUGES = {
     "lorary_adapter_bytes": ("adapter_bytes", "Bytes of the adapters beside the base."),
     "lorary_kv_bytes": ("kv_bytes", "Bytes of keys and values."),
     "lorary_host_bytes": ("host_bytes", "Bytes of the adapters in host memory."),
+    "lorary_replicas": ("replicas", "Replicas of the engine."),
 }
 _COUNTERS = {
     "vllm:prefix_cache_queries": ("prefix_queries", "Prompt tokens looked up in the prefix cache."),
     "vllm:prefix_cache_hits": ("prefix_hits", "Prompt tokens found in the prefix cache."),
     "lorary_adapter_hits": ("hits", "Requests whose adapters were in memory."),
     "lorary_adapter_evictions": ("evictions", "Adapters that gave way to others."),
+    "lorary_retries": ("retries", "Requests sent to another replica, since theirs had died."),
 }
 _SUMMARIES = {
     "lorary_adapter_load_seconds": ("loads", "load_seconds", "Loads of adapters from disk."),
@@ -151,7 +153,7 @@ class _Moment(Collector):
                 counter.add_metric([self._source.name], statistics[key])
                 yield counter
         for name, (count, total, text) in _SUMMARIES.items():
-            if count in statistics:
+            if {count, total} <= statistics.keys():
                 summary = SummaryMetricFamily(name, text, labels=["model_name"])
                 summary.add_metric([self._source.name], statistics[count], statistics[total])
                 yield summary

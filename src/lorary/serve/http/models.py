@@ -74,7 +74,7 @@ def adapters_of(
 
 def shown_state(card: AdapterCard) -> dict[str, Any]:
     """An adapter's state as clients see it."""
-    keys = ("state", "form", "rank", "bytes", "method", "running", "waiting")
+    keys = ("state", "form", "rank", "bytes", "method", "notes", "running", "waiting")
     return {key: getattr(card, key) for key in keys} | {"error": without_folders(card.error)}
 
 
