@@ -12,10 +12,10 @@ from pathlib import Path
 
 from lorary.errors import Diagnostic, FileError, suggested_path
 
-_RECORDS = ("lorary.json", "adapter_config.json")
+RECORDS = ("lorary.json", "adapter_config.json")
 _TENSORS = ("adapter.safetensors", "adapter_model.safetensors", "adapters.safetensors")
 CHAT_TEMPLATE = "chat_template.jinja"  # as Transformers saves it beside a tokenizer
-OWN_FILES = (*_RECORDS, *_TENSORS)
+OWN_FILES = (*RECORDS, *_TENSORS)
 _FOLDERS = ("", "adapter/")  # of an adapter folder, and of a whole run folder
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -37,7 +37,7 @@ def local_folder(name: str | os.PathLike[str]) -> str | os.PathLike[str]:
     folder = download(str(name))
     found = None if folder is None else adapter_folder(folder)
     if found is None:
-        what = f"the Hub's repository holds neither {' nor '.join(_RECORDS)}"
+        what = f"the Hub's repository holds neither {' nor '.join(RECORDS)}"
         raise _refused(str(name), what, "this looks like a whole model: load it as the base")
     return found
 
@@ -45,7 +45,7 @@ def local_folder(name: str | os.PathLike[str]) -> str | os.PathLike[str]:
 def adapter_folder(path: Path) -> Path | None:
     """The adapter folder at `path`, or in the run folder `path`; None if there is none."""
     for folder in (path, path / "adapter"):
-        if any((folder / name).is_file() for name in _RECORDS):
+        if any((folder / name).is_file() for name in RECORDS):
             return folder
     return None
 

@@ -33,16 +33,16 @@ def run_ray(start: Start, settings: Settings, host: str, port: int, replicas: in
         LoraryError: an adapter cannot be found, or the replicas do not start, with the reason.
     """
     from lorary.serve.address import free_port
-    from lorary.serve.ray.app import NAME, RaySettings, application, ray_serve, started
+    from lorary.serve.ray.app import NAME, application, ray_serve, started
     from lorary.serve.ray.remote_engine import RemoteEngine
 
     folders = {name: folder.absolute() for name, folder in find_adapters(start.adapters).items()}
     base = base_of(folders, start.base)
     serve, port = ray_serve(), free_port(host, port)
-    chosen = RaySettings(replicas=replicas, drain=settings.drain)
-    describe = partial(described, start, base)
-    app = application(partial(opened_replica, start, base, folders), partial(http_app, settings), describe, chosen)
+    describe, make_app = partial(described, start, base), partial(http_app, settings)
     with started(host, port) as cluster:
+        chosen = cluster.settings(replicas, settings.drain)
+        app = application(partial(opened_replica, start, base, folders), make_app, describe, chosen)
         _note(f"starting {replicas} replicas")
         try:
             serve.run(app, name=NAME, route_prefix="/")

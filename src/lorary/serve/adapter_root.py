@@ -9,15 +9,15 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from lorary.adapters.hub import OWN_FILES
+from lorary.adapters.hub import OWN_FILES, RECORDS
 from lorary.errors import Diagnostic, FileError
 from lorary.files.safe_open import checked_path
 from lorary.files.strict_json import show
 
-_RECORDS = ("lorary.json", "adapter_config.json")
 _LEVEL = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_-])?")
 _MOST_LEVELS, _MOST_CHARACTERS = 3, 200
 _SETTLED = 2 * 10**9  # ns: a folder changed more recently may change again without another time stamp
+_TICK = 2 * 10**7  # ns: file systems count in ticks of 1 to 10 ms
 
 Stamp = tuple[tuple[str, int, int, int], ...]
 
@@ -36,6 +36,11 @@ def invalid_name(name: object) -> str:
     return ""
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter, good or bad."""
+    return any(os.path.isfile(folder / name) for name in RECORDS)
+
+
 def stamp(folder: Path) -> Stamp:
     """What changes when an adapter's files do: name, inode, size and time of each; empty if there are none."""
     found = []
@@ -44,8 +49,15 @@ def stamp(folder: Path) -> Stamp:
             status = os.stat(folder / name)
         except (OSError, ValueError):
             continue
-        found.append((name, status.st_ino, status.st_size, status.st_mtime_ns))
+        found.append((name, status.st_ino, status.st_size, status.st_ctime_ns))
     return tuple(found)
+
+
+def wait_for_a_tick(found: Stamp) -> None:
+    """Let the file system's clock go on if files have just been written: a later write gets another time then."""
+    left = max((changed for *_, changed in found), default=0) + _TICK - time.time_ns()
+    if 0 < left <= _TICK:
+        time.sleep(left / 1e9)
 
 
 class _Listing(NamedTuple):
@@ -101,7 +113,7 @@ class AdapterRoot:
             folder = self.confine(name)
         except FileError:
             return None
-        return folder if _is_adapter(folder) else None
+        return folder if is_adapter(folder) else None
 
     def names(self) -> list[str]:
         """The names of all adapters in it. Folders that have not changed are not looked into again."""
@@ -135,10 +147,6 @@ class AdapterRoot:
                 if _LEVEL.fullmatch(entry.name) and entry.is_dir():
                     inside = not entry.is_symlink() or Path(entry.path).resolve().is_relative_to(self.folder)
                     if inside:
-                        (adapters if _is_adapter(Path(entry.path)) else others).append(entry.name)
+                        (adapters if is_adapter(Path(entry.path)) else others).append(entry.name)
         settled = time.time_ns() - changed > _SETTLED
         return _Listing(changed if settled else -1, tuple(adapters), tuple(others))
-
-
-def _is_adapter(folder: Path) -> bool:
-    return any(os.path.isfile(folder / name) for name in _RECORDS)

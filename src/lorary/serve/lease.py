@@ -48,7 +48,7 @@ class Entry:
 
     Args:
         name: the name.
-        source: its folder as it was given; empty if it was found below the root.
+        source: its folder as it was given; None if it was found below the root.
         trusted: whether the folder comes from the server's owner.
         pinned: whether it stays in memory.
         created: Unix time.
@@ -64,7 +64,7 @@ class Entry:
     """
 
     name: str
-    source: str = ""
+    source: str | None = None
     trusted: bool = False
     pinned: bool = False
     created: float = field(default_factory=time.time)

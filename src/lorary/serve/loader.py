@@ -21,7 +21,7 @@ from lorary.errors import Diagnostic, FileError, LoraryError
 from lorary.files.safe_open import open_inside, read_bytes
 from lorary.files.strict_json import show
 from lorary.model.fingerprint import Fingerprint
-from lorary.serve.adapter_root import Stamp, stamp
+from lorary.serve.adapter_root import Stamp, is_adapter, stamp, wait_for_a_tick
 from lorary.serve.engine import BusyError
 from lorary.serve.flat import Flat, flatten
 from lorary.serve.form import serving_form
@@ -84,7 +84,11 @@ class Loader:
         if not self._waiting.acquire(blocking=False):
             what = f"{self.limits.waiting} adapters wait to be read"
             raise BusyError("no room for the adapter now:", [Diagnostic(name, what, "ask again later")])
-        future = self._threads.submit(self.load, folder, name, within=within)
+        try:
+            future = self._threads.submit(self.load, folder, name, within=within)
+        except RuntimeError:  # closed
+            self._waiting.release()
+            raise BusyError("no room for the adapter now:", [Diagnostic(name, "the server stops")]) from None
         future.add_done_callback(lambda _: self._waiting.release())
         return future
 
@@ -104,6 +108,7 @@ class Loader:
         try:
             for _ in range(2):
                 before = stamp(folder)
+                wait_for_a_tick(before)
                 flat = self._read(folder, name, within)
                 if stamp(folder) == before:
                     with self._counting:
@@ -140,6 +145,8 @@ class Loader:
                 problems.append(Diagnostic(file, "is a link that leaves the server's folder of adapters"))
             elif path.exists():
                 total += os.stat(path).st_size
+        if not problems and not is_adapter(folder):
+            problems.append(Diagnostic("", "there is no adapter in its folder"))
         if total > self.limits.bytes:
             what = f"its files have {total:,} bytes, and this server accepts {self.limits.bytes:,}"
             problems.append(Diagnostic("", what))

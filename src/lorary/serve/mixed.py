@@ -90,9 +90,9 @@ def _linear(served: Served, covered: Covered, step: Step, y: Tensor, args: Any, 
     if rows.overriding:
         _override(served, covered, rows.overriding, flat, x)
     long = rows.long
-    if rows.short is not None and step.library is not None:
-        if cpu.takes(x, flat, served.table.dtypes[path]):
-            step.library.add_rows(step.table, served.table.layers[path], rows.short, x.contiguous(), flat)
+    if rows.short is not None and step.kernels is not None:
+        if x.dtype is flat.dtype is served.table.dtypes[path] and x.dtype in step.kernels.types:
+            step.kernels.add_rows(step.table, served.table.layers[path], rows.short, x.contiguous(), flat)
         else:
             long = rows.pieces
     for start, stop, form, weight in long:
@@ -180,7 +180,8 @@ def _other(served: Served, covered: Covered, step: Step, y: Any, args: Any, kwar
     """A module that is no layer: a rotary embedding, or one with parameters to override."""
     if any(covered.path in piece.form.rotary for rows in step.rows.values() for piece in rows.pieces):
         return _rotary(served, covered, step, y, args, kwargs)
-    if not any(rows.overriding for rows in step.rows.values()):
+    pieces = (piece for rows in step.rows.values() for piece in rows.overriding)
+    if not any(covered.path in piece.form.overrides for piece in pieces):
         return y
     x, axis = _input(args, kwargs), covered.axis
     if axis == -1:  # not known: a row, or a sequence of rows

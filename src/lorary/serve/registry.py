@@ -66,7 +66,7 @@ class Registry:
         with self._lock:
             entry = self._entry(name)
             self._look(entry)
-            if not entry.source and not entry.stamp:  # it was found below the root, and is gone
+            if entry.source is None and not entry.stamp:  # it was found below the root, and is gone
                 self._replace(name, None)
                 raise self._unknown(name)
             if entry.error is not None:
@@ -133,7 +133,7 @@ class Registry:
 
     def cards(self) -> list[AdapterCard]:
         """All adapters that requests may name, by name."""
-        found = {name: str(self.root.folder / name) for name in self.root.names()} if self.root is not None else {}
+        found = {name: f"{self.root.folder}/{name}" for name in self.root.names()} if self.root is not None else {}
         with self._lock:
             hidden = self._unloaded | set(self.reserved)
             cards = {n: AdapterCard(n, folder=folder) for n, folder in found.items() if n not in hidden}
@@ -187,7 +187,7 @@ class Registry:
         if name in self.reserved:
             return [Diagnostic("name", f"{show(name)} is the base's")]
         entry = self._entries.get(name)
-        if entry is not None and entry.source and not replace:
+        if entry is not None and entry.source is not None and not replace:
             return [Diagnostic("name", f"{show(name)} is taken", "unload it first, or replace it")]
         return []
 
@@ -203,7 +203,7 @@ class Registry:
         if self.root is None:
             what, fix = "this server loads no adapters while it runs", "start it with a root for them"
             raise FileError(_HEADLINE, [Diagnostic("", what, fix)])
-        return self.root.confine(entry.source or entry.name)
+        return self.root.confine(entry.name if entry.source is None else entry.source)
 
     def _replace(self, name: str, entry: Entry | None) -> None:
         """Let a name stand for another entry, or for none."""
