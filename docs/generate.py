@@ -17,6 +17,7 @@ import torch
 import typer
 from method_picture import EXAMPLE, method_svg
 from pydantic import BaseModel
+from serving_page import serving_page
 
 import lorary
 from lorary.cli import COMMANDS, app
@@ -229,6 +230,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "../README.md": readme,
     "reference/config.md": config_page,
     "reference/cli.md": cli_page,
+    "reference/serving.md": serving_page,
     "combinations.md": combinations_page,
     "methods/index.md": index_page,
     **{f"methods/{stem(name)}.md": functools.partial(written_page, name) for name in lorary.presets()},

@@ -60,6 +60,11 @@ OPTIONS = {
     "diff": ["--json", "--sites"],
     "compress": ["--base", "--data", "--energy", "--json", "--kl", "--out", "--rank", "--rows"],
     "extract": ["--energy", "--json", "--out", "--rank", "--sites", "--targets"],
+    "serve": [
+        *("--admin-key", "--base", "--budget", "--drain", "--dtype", "--engine", "--host", "--key", "--max-adapter"),
+        *("--max-body", "--max-rank", "--name", "--no-keys", "--port", "--quantize", "--replicas", "--root"),
+        *("--template", "--verify", "--vllm", "--vllm-options"),
+    ],
     "push": ["--base", "--message", "--public", "--yes", "-m", "-y"],
     "inspect adapter": ["--base", "--epsilon", "--json", "--out", "--top", "--tuned"],
     "inspect intrinsic": [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,33 @@ def test_real_architectures(name: str) -> None:
         assert off(served, expected) < 1e-5
 
 
+LONG: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama": ("model.rotary_emb", {}),
+    "Gemma3": ("model.rotary_emb", {"layer_types": ["sliding_attention", "full_attention"]}),
+    "Phi3": ("model.rotary_emb", {}),
+    "Mixtral": ("model.rotary_emb", {"head_dim": 4}),
+}
+
+
+@pytest.mark.parametrize("rope", ["linear", "yarn"])
+@pytest.mark.parametrize("name", LONG)
+def test_a_longer_context(name: str, rope: str) -> None:
+    """Of the rows of the adapter alone: the base has its own angles and configuration afterwards."""
+    path, settings = LONG[name]
+    bases = [tiny.seeded(f"{name}ForCausalLM", max_position_embeddings=64, **settings) for _ in range(2)]
+    method = made_of("longlora", length=256, rope=rope, shifted=False).replace(full=())
+    adapter, base = adapter_of(bases[0], method, ["attention"]), bases[1]
+    config, form = repr(base.config), serving_form(adapter, base)
+    assert list(form.rotary) == [path]
+    assert form.max_context == 256
+    with computing(base, dataclasses.replace(form, rotary={})):
+        short = tiny.logits(base)
+    with computing(base, form):
+        assert off(short, tiny.logits(base)) > 1e-4
+    assert repr(base.config) == config
+    assert gap(base, adapter, form) < 1e-5
+
+
 @pytest.mark.parametrize("names", ["lora", "dora", "vera", "glora", "pissa", "longlora", "lora+bitfit"])
 def test_a_base_in_bf16(names: str) -> None:
     """Logits within 3 %, of which the base's own rounding is most; a gain keeps its digits."""
@@ -323,6 +351,24 @@ def test_an_override_of_a_buffer() -> None:
     assert set(form.overrides["norm"]) == {"weight", "bias", "running_mean", "running_var"}
     with torch.no_grad(), computing(base, form):
         assert off(base(x), model(x)) < 1e-5
+
+
+def test_threads_form_adapters_while_the_base_runs() -> None:
+    """As a server's loader does."""
+    adapters = [adapter_of(qwen(), made_of(name), size=size) for name in ("lora", "dora") for size in (0.1, 0.2)]
+    base = qwen()
+    expected, alone = tiny.logits(base), [serving_form(adapter, base) for adapter in adapters]
+    with ThreadPoolExecutor(4) as pool:
+        forming = [pool.submit(serving_form, adapter, base) for adapter in adapters * 5]
+        while not all(one.done() for one in forming):
+            with torch.inference_mode():
+                assert torch.equal(base(tiny.ids()).logits, expected)
+    for form, one in zip(alone * 5, forming, strict=True):
+        assert one.result().uid == form.uid
+        for path, site in form.sites.items():
+            its = one.result().sites[path]
+            assert torch.equal(site.A, its.A)
+            assert torch.equal(site.B, its.B)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from lorary.serve.one_at_a_time import OneAtATime
 from lorary.serve.open import engine_of
 from lorary.serve.policy import Policy
 from lorary.serve.request import Request, Sampling
-from lorary.serve.runner import Row
+from lorary.serve.runner import Row, Shape
 from tests import tiny
 from tests.laws.cases import made_of
 
@@ -180,7 +180,7 @@ def test_rows_of_the_base_are_the_base_bit_for_bit(folders: dict[str, str]) -> N
     for with_adapter in (False, True):
         model = base()
         layers = ServedLayers(model)
-        runner = PagedRunner(model, layers, budget=2**20, page=4)
+        runner = PagedRunner(model, layers, Shape(2**20, page=4))
         form = serving_form(lorary.load_adapter(folder), model)
         layers.cover(form)
         runner.add(Row("base", prompts[0]))

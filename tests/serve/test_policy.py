@@ -240,6 +240,14 @@ def test_the_least_recently_used_idle_adapters_go_first_and_those_that_are_waite
     assert decision == Decision(("r", "s"), evict=("old", "new", "waited"), until=5.0)
 
 
+def test_a_pinned_adapter_that_is_not_resident_needs_room() -> None:
+    waiting, pinned = Waiting([Pending("a", ("x",), arrived=0.0)]), frozenset({"x"})
+    snapshot = Snapshot(0.0, waiting, resident={"old": 6}, sizes={"x": 5}, free=0, pinned=pinned)
+    assert decide(snapshot) == Decision(("a",), evict=("old",))
+    assert decide(dataclasses.replace(snapshot, resident={"x": 5})) == Decision(("a",))
+    assert decide(dataclasses.replace(snapshot, resident={})).admit == ()
+
+
 def test_nothing_is_asked_again_while_nothing_changes() -> None:
     admission = Admission(Policy(max_running=1, patience=2.0))
     assert not admission.due(0.0)

@@ -116,12 +116,12 @@ class BaseLayer(NamedTuple):
         base, layer = self._checked()
         W = self.values.get("weight")
         W = original_weight(base, self.adapted.site.name) if W is None else W
-        return KINDS[cast(str, kind_of(layer))].matrix(SimpleNamespace(weight=W)).float().cpu()
+        return KINDS[cast(str, kind_of(layer))].matrix(SimpleNamespace(weight=W)).cpu().float()
 
     def bias(self) -> Tensor | None:
         """The bias [out], in fp32 on the CPU."""
         b = self.values.get("bias", getattr(self._checked()[1], "bias", None))
-        return None if b is None else b.detach().float().cpu()
+        return None if b is None else b.detach().cpu().float()
 
     def _checked(self) -> tuple[nn.Module, nn.Module]:
         if self.base is None:

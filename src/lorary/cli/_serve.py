@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from lorary.cli import printable
+from lorary.cli._notes import print_notes
 from lorary.cli._progress import progress_bar
 from lorary.errors import ConfigError, Diagnostic, FileError, LoraryError
 from lorary.serve.http.settings import Settings
 
 if TYPE_CHECKING:
     from lorary.serve.engine import Engine
+    from lorary.spec.interfaces import Storage
 
+A = TypeVar("A")
 _SHOWN = 10
 
 
@@ -32,6 +36,7 @@ class Start:
         budget: bytes of adapters and keys and values; None for the engine's choice.
         adapter_bytes, rank: of an adapter at most; None for any rank.
         dtype: of the base.
+        quantize: "nf4", "no", or "auto": as the adapters were trained, if all agree.
         template: chat template of the base.
     """
 
@@ -43,6 +48,7 @@ class Start:
     adapter_bytes: int
     rank: int | None
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    quantize: str
     template: str | None
 
 
@@ -57,8 +63,9 @@ def run(start: Start, settings: Settings, host: str, port: int) -> None:
     from lorary.serve.http.server import bind
 
     with bind(host, port) as listener:
-        engine = opened(start, base)
+        engine = opened(start, base, folders)
         load_adapters(engine, folders)
+        print_notes(f"{card.name}: {note}" for card in engine.adapters() for note in card.notes)
         engine.start()
         try:
             _serve(engine, settings, listener)
@@ -96,10 +103,10 @@ def find_adapters(given: Iterable[str]) -> dict[str, Path]:
     unnamed = names_of(folder for name, folder in named if not name)
     pairs = [*((name, folder) for name, folder in named if name), *unnamed.items()]
     found, problems = dict[str, Path](), list[Diagnostic]()
+    for name, count in Counter(name for name, _ in pairs).items():
+        if count > 1:
+            problems.append(Diagnostic(name, f"{count} adapters have this name", "name the others: NAME=FOLDER"))
     for name, folder in pairs:
-        if name in found:
-            problems.append(Diagnostic(name, "two adapters have this name", "name one of them: NAME=FOLDER"))
-            continue
         try:
             found[name] = find_adapter(folder, "serve")
         except FileError as error:
@@ -120,29 +127,79 @@ def base_of(folders: dict[str, Path], base: str | None) -> str:
 
     Raises:
         ConfigError: they have several.
-        FileError: one does not name its base.
+        FileError: every one that cannot be read, or does not name its base.
     """
     from lorary.adapters.resolve import find_base
     from lorary.model.loading.source import BUILTIN
 
     if base is not None or not folders:
         return base or BUILTIN[0]
-    bases = {name: find_base(folder, None).id for name, folder in folders.items()}
+    bases = _of_each(folders, lambda _, folder: find_base(folder, None).id)
     if len(set(bases.values())) > 1:
         problems = [Diagnostic(name, f"its base is {one}") for name, one in bases.items()]
         raise ConfigError("these adapters have several bases; serve each from a process of its own:", problems)
     return next(iter(bases.values()))
 
 
-def opened(start: Start, base: str) -> Engine:
-    """The engine for the base, not started."""
+def _of_each(folders: Mapping[str, Path], read: Callable[[str, Path], A]) -> dict[str, A]:
+    """Name -> what `read` returns for the name and the folder.
+
+    Raises:
+        FileError: every adapter for which it raises an error.
+    """
+    found, problems = dict[str, A](), list[Diagnostic]()
+    with progress_bar(len(folders)) as update:
+        for name, folder in folders.items():
+            update(description=name)
+            try:
+                found[name] = read(name, folder)
+            except LoraryError as error:
+                reasons = error.problems or [Diagnostic("", error.headline)]
+                problems += [Diagnostic(f"{name}: {p.where}" if p.where else name, p.what, p.fix) for p in reasons]
+            update(advance=1)
+    if problems:
+        raise FileError("cannot serve these adapters:", problems)
+    return found
+
+
+def storage_of(folders: Mapping[str, Path], quantize: str) -> Storage | None:
+    """The storage of the base: as said, or that in which all adapters were trained; None for plain weights.
+
+    Raises:
+        FileError: every adapter that cannot be read.
+    """
+    from lorary.adapters.save_load import load_adapter
+    from lorary.layers.nf4 import NF4
+    from lorary.model.loading.from_pretrained import load_storage
+
+    if quantize != "auto":
+        return NF4() if quantize == "nf4" else None
+
+    def of(_: str, folder: Path) -> Storage | None:
+        adapter = load_adapter(folder)
+        return load_storage(adapter.method, adapter.full, adapter.sites)
+
+    found = list(_of_each(folders, of).values())
+    same = bool(found) and all(storage == found[0] for storage in found)
+    return found[0] if same and found[0] is not None and not found[0].writable else None
+
+
+def opened(start: Start, base: str, folders: Mapping[str, Path]) -> Engine:
+    """The engine for the base of these adapters, which are not loaded yet; it is not started."""
     from lorary.serve.loader import Limits
     from lorary.serve.open import open_engine
     from lorary.train.data.chat import use_template
 
     limits = Limits(bytes=start.adapter_bytes, rank=start.rank)
-    name = base_name(start, base)
-    engine = open_engine(base, dtype=start.dtype, name=name, root=start.root, budget=start.budget, limits=limits)
+    engine = open_engine(
+        base,
+        dtype=start.dtype,
+        storage=storage_of(folders, start.quantize),
+        name=base_name(start, base),
+        root=start.root,
+        budget=start.budget,
+        limits=limits,
+    )
     use_template(engine.tokenizer, start.template)
     return engine
 
@@ -158,18 +215,7 @@ def load_adapters(engine: Engine, folders: dict[str, Path]) -> None:
     Raises:
         FileError: every one that cannot be served.
     """
-    problems = []
-    with progress_bar(len(folders)) as update:
-        for name, folder in folders.items():
-            update(description=name)
-            try:
-                engine.load(name, str(folder))
-            except LoraryError as error:
-                found = error.problems or [Diagnostic("", error.headline)]
-                problems += [Diagnostic(f"{name}: {p.where}" if p.where else name, p.what, p.fix) for p in found]
-            update(advance=1)
-    if problems:
-        raise FileError("cannot serve these adapters:", problems)
+    _of_each(folders, lambda name, folder: engine.load(name, str(folder)))
 
 
 def welcome(engine: Engine, settings: Settings, address: tuple[str, int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -17,6 +18,7 @@ KEYS, ADMIN_KEYS = "LORARY_KEYS", "LORARY_ADMIN_KEYS"
 
 
 def serve(
+    context: typer.Context,
     adapters: Annotated[
         list[str] | None, typer.Argument(metavar="[ADAPTER]...", help="Adapter or run folder, Hub id, or NAME=FOLDER.")
     ] = None,
@@ -63,6 +65,10 @@ def serve(
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], typer.Option("--dtype", help="dtype of the base.")
     ] = "auto",
+    quantize: Annotated[
+        Literal["auto", "nf4", "no"],
+        typer.Option("--quantize", help="Storage of the base. auto: as all adapters on the command line were trained."),
+    ] = "auto",
     template: Template = None,
 ) -> None:
     """Serve a base and its adapters over HTTP, as OpenAI's interface.
@@ -74,17 +80,22 @@ def serve(
     --engine ray, replicas on this machine or the cluster of RAY_ADDRESS share the requests.
     """
     from lorary.cli._serve import Start, run
+    from lorary.cli._serve_engines import refuse_options
 
-    settings = _settings(host, root, key, admin_key, no_keys, max_body, drain)
+    refuse_options(context, engine)
+    sizes = _sizes({"--budget": budget, "--max-adapter": max_adapter, "--max-body": max_body})
+    settings = _settings(host, root, key, admin_key, no_keys, sizes, drain)
+    most = sizes["--max-adapter"] or 0
     start = Start(
         tuple(adapters or ()),
         base,
         name,
         settings.root,
-        _bytes("--budget", budget),
-        _bytes("--max-adapter", max_adapter) or 0,
+        sizes["--budget"],
+        most,
         max_rank,
         dtype,
+        quantize,
         template,
     )
     if engine == "vllm":
@@ -105,23 +116,21 @@ def _settings(
     key: list[str] | None,
     admin_key: list[str] | None,
     no_keys: bool,
-    max_body: str,
+    sizes: Mapping[str, int | None],
     drain: float,
 ) -> Settings:
     """The settings of the server.
 
     Raises:
-        ConfigError: every option that is wrong.
+        ConfigError: every option that is wrong, one that is no size included.
     """
     from lorary.errors import ConfigError, Diagnostic
     from lorary.files.home import expanded
     from lorary.serve.http.settings import Settings
 
-    problems: list[Diagnostic] = []
-    users, admins = _given(key, KEYS), _given(admin_key, ADMIN_KEYS)
-    keys = dict(_with_tenant(text, number) for number, text in enumerate(users, start=1))
-    problems += _key_problems([*keys], admins)
-    local = _is_local(host)
+    users = [_with_tenant(text, number) for number, text in enumerate(_given(key, KEYS), start=1)]
+    admins, local = _given(admin_key, ADMIN_KEYS), _is_local(host)
+    problems = _key_problems([key for key, _ in users], admins)
     if not local and not (users or admins or no_keys):
         fix = f"give --key, or set {KEYS}; with --no-keys everybody may use it"
         problems.append(Diagnostic("--host", f"{host} can be reached from other machines, and there is no key", fix))
@@ -129,19 +138,16 @@ def _settings(
         problems.append(Diagnostic("--no-keys", "keys are given", "keep one of the two"))
     if root is not None and not expanded(root).is_dir():
         problems.append(Diagnostic("--root", f"there is no folder {root}"))
-    try:
-        most = _bytes("--max-body", max_body)
-    except ConfigError as error:
-        problems += error.problems
-        most = None
+    fix = "write it as 2GiB or 500MiB"
+    problems += [Diagnostic(option, "is not a size of 1 KiB or more", fix) for option, n in sizes.items() if n == 0]
     if problems:
         raise ConfigError("cannot serve:", problems)
     return Settings(
-        keys=keys,
+        keys=dict(users),
         admin_keys=frozenset(admins),
         local=local and not (users or admins),
         root=None if root is None else expanded(root),
-        body_bytes=most or 0,
+        body_bytes=sizes["--max-body"] or 0,
         drain=drain,
     )
 
@@ -169,6 +175,8 @@ def _key_problems(keys: list[str], admins: list[str]) -> list[Diagnostic]:
         if any(not 8 <= len(key) <= 512 or not key.isascii() or not key.isprintable() or " " in key for key in given):
             what = "a key must have 8 to 512 printable ASCII characters without spaces"
             problems.append(Diagnostic(option, what, "python -c 'import secrets; print(secrets.token_urlsafe(24))'"))
+    if len(set(keys)) < len(keys):
+        problems.append(Diagnostic("--key", "two users have the same key", "give each a key of its own"))
     if set(keys) & set(admins):
         problems.append(Diagnostic("--admin-key", "an admin's key is a user's as well", "give two keys"))
     return problems
@@ -183,24 +191,15 @@ def _is_local(host: str) -> bool:
         return host == "localhost"
 
 
-def _bytes(option: str, text: str | None) -> int | None:
-    """A size such as 2GiB.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    if text is None:
-        return None
+def _sizes(options: Mapping[str, str | None]) -> dict[str, int | None]:
+    """The bytes of sizes such as 2GiB; None for none, 0 for what is not a size."""
     from pydantic import ByteSize, TypeAdapter, ValidationError
 
-    from lorary.errors import ConfigError, Diagnostic
-
-    try:
-        size = int(TypeAdapter(ByteSize).validate_python(text))
-    except ValidationError:
-        size = 0
-    if size < 1024:
-        raise ConfigError(
-            "cannot serve:", [Diagnostic(option, f"{text!r} is not a size", "write it as 2GiB or 500MiB")]
-        )
-    return size
+    sizes: dict[str, int | None] = dict.fromkeys(options)
+    for option, text in options.items():
+        try:
+            size = None if text is None else int(TypeAdapter(ByteSize).validate_python(text))
+        except ValidationError:
+            size = 0
+        sizes[option] = size if size is None or size >= 1024 else 0
+    return sizes

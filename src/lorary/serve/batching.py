@@ -6,27 +6,29 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lorary.errors import Diagnostic, LoraryError
 from lorary.serve.admission import Admission
+from lorary.serve.arrivals import Arrivals
 from lorary.serve.engine import AdapterCard, BusyError, RequestError
 from lorary.serve.in_flight import InFlight
 from lorary.serve.layers import ServedLayers
 from lorary.serve.policy import Policy
 from lorary.serve.request import Deliver, FinishReason, Request
+from lorary.serve.request_checks import length_problems, request_problems
 from lorary.serve.runner import Row, Runner
-from lorary.serve.sampler import Drawn, draw
 from lorary.serve.serving_form import ServingForm
+from lorary.serve.steps import Steps
 from lorary.serve.store import Store
 from lorary.serve.weighted import check_weights
 
 logger = logging.getLogger(__name__)
+_HEADLINE = "cannot serve the request:"
 
 
 class BatchingEngine:
@@ -43,6 +45,7 @@ class BatchingEngine:
         store: holds the adapters.
         policy: of the queue.
         ends: the end-of-sequence tokens.
+        vocabulary: tokens of the base.
         max_context: of the base.
         most_waiting: requests that wait, at most.
     """
@@ -57,21 +60,21 @@ class BatchingEngine:
         policy: Policy,
         *,
         ends: Collection[int],
+        vocabulary: int,
         max_context: int | None,
         most_waiting: int = 1024,
     ) -> None:
         self.tokenizer, self.name, self.max_context = tokenizer, name, max_context
         self.runner, self.layers, self.store = runner, layers, store
-        self._ends, self._most_waiting = frozenset(ends), most_waiting
+        self._ends, self._vocabulary, self._most_waiting = frozenset(ends), vocabulary, most_waiting
         self._wake = threading.Condition()  # guards the next five
         self._flights: dict[str, InFlight] = {}
-        self._loading: dict[str, InFlight] = {}  # those whose adapters are not known to be in memory
+        self._arrivals = Arrivals(store, self._notify, policy.patience)
         self._cancelled: set[str] = set()
         self._closing = False
         self._dead: str | None = None
         self._admission = Admission(policy)
-        self._suspects: dict[str, None] = {}  # of a forward pass that failed: computed one by one
-        self._drawn: list[tuple[InFlight, Drawn]] = []
+        self._steps = Steps(runner, self._flights)
         self._ended = deque[float](maxlen=32)  # times
         self._counts: dict[str, float] = {"begun": 0, "queue_seconds": 0.0, "prefix_queries": 0, "prefix_hits": 0}
         self._thread: threading.Thread | None = None
@@ -93,21 +96,22 @@ class BatchingEngine:
         self.store.close()
 
     def submit(self, request: Request, deliver: Deliver) -> None:
-        self._check(request)
+        if problems := list(request_problems(request, self._vocabulary)):
+            raise RequestError(_HEADLINE, problems)
         with self._wake:
             self._require_room(request)
-        loans = []
+        flight = InFlight(request, deliver, self.tokenizer)
         try:
-            for name in request.adapters:
-                loans.append(self.store.borrow(name, self._notify))
-            flight = InFlight(request, deliver, loans, self.tokenizer)
+            self._arrivals.borrow(flight)
+            if flight.ready and not flight.errors:
+                self._check_adapters(flight)
             with self._wake:
                 self._require_room(request)
-                self._flights[request.id] = self._loading[request.id] = flight
+                self._flights[request.id] = flight
+                self._arrivals.add(flight)
                 self._wake.notify_all()
         except BaseException:
-            for loan in loans:
-                loan.end()
+            flight.give_back()
             raise
 
     def cancel(self, id: str) -> None:
@@ -154,31 +158,32 @@ class BatchingEngine:
         with self._wake:
             self._wake.notify_all()
 
-    def _check(self, request: Request) -> None:
-        problems, prompt, sampling = [], len(request.prompt), request.sampling
-        most, context = self.runner.most_tokens, self.max_context
-        if not prompt:
-            problems.append(Diagnostic("prompt", "has no token"))
-        if context is not None and prompt >= context:
-            problems.append(Diagnostic("prompt", f"has {prompt} tokens, and the context is {context}", "shorten it"))
-        elif most is not None and prompt >= most:
-            what = f"has {prompt} tokens, and the memory for keys and values holds {most}"
-            problems.append(Diagnostic("prompt", what, "shorten it, or give the engine a larger budget"))
-        if sampling.max_tokens < 1:
-            problems.append(Diagnostic("max_tokens", f"is {sampling.max_tokens}, and must be at least 1"))
-        if "" in sampling.stop:
-            problems.append(Diagnostic("stop", "holds an empty string"))
-        if problems:
-            raise RequestError("cannot serve the request:", problems)
+    def _check_adapters(self, flight: InFlight) -> None:
+        """Refuse what these adapters cannot do for the request.
+
+        Raises:
+            RequestError: every reason.
+        """
+        request, forms = flight.request, {loan.name: loan.form for loan in flight.loans}
+        check_weights(forms, request.adapters)
+        context = self._context(forms.values())
+        if problems := list(length_problems(request, context, self.runner.most_tokens)):
+            raise RequestError(_HEADLINE, problems)
+
+    def _context(self, forms: Iterable[ServingForm]) -> int | None:
+        """The context with these adapters: one that scales RoPE is alone."""
+        return max((form.max_context for form in forms if form.max_context is not None), default=self.max_context)
 
     def _require_room(self, request: Request) -> None:
         if self._dead is not None or self._closing:
-            raise BusyError("", [Diagnostic("", "the engine stops", "ask again later")])
+            raise BusyError("no new requests:", [Diagnostic("", "the engine stops", "ask again later")])
         if request.id in self._flights:
-            raise RequestError("cannot serve the request:", [Diagnostic(request.id, "the id is taken")])
+            raise RequestError(_HEADLINE, [Diagnostic(request.id, "the id is taken")])
         waiting = len(self._flights) - len(self._admission.running)
         if waiting >= self._most_waiting:
-            error = BusyError("", [Diagnostic("", f"{waiting} requests wait already", "ask again later")])
+            error = BusyError(
+                "the queue is full:", [Diagnostic("", f"{waiting} requests wait already", "ask again later")]
+            )
             error.retry_after = self._seconds_until_room()
             raise error
 
@@ -210,42 +215,33 @@ class BatchingEngine:
         with self._wake:
             self._wake.wait_for(self._has_work, timeout=self._time_to_wait())
             cancelled, self._cancelled = self._cancelled, set()
-            loading = list(self._loading.values())
             if self._closing and not self._flights:
                 return False
         for id in cancelled:
             self._end(id, "cancelled")
-        self._enqueue(loading)
+        self._enqueue()
         self._admit()
         if self._admission.running:
             self._step()
         return True
 
     def _has_work(self) -> bool:
-        ready = any(flight.ready for flight in self._loading.values())
-        return bool(self._admission.running or ready or self._cancelled or self._closing)
+        return bool(self._admission.running or self._arrivals.has_news or self._cancelled or self._closing)
 
     def _time_to_wait(self) -> float | None:
-        times = [flight.begin_by for flight in self._loading.values() if flight.begin_by is not None]
+        times = [] if (first := self._arrivals.next_deadline) is None else [first]
         if self._admission.waiting:
             times.append(min(self._admission.until, time.monotonic() + 1.0))
         return max(min(times) - time.monotonic(), 0.001) if times else None
 
-    def _enqueue(self, loading: Sequence[InFlight]) -> None:
+    def _enqueue(self) -> None:
         """Move the requests whose adapters are in memory into the queue."""
-        now = time.monotonic()
-        for flight in loading:
-            late = flight.begin_by is not None and flight.begin_by <= now
-            if flight.done or not (flight.ready or late):
-                continue
-            if flight.errors:
-                self._end(flight.request.id, "error", "; ".join(flight.errors))
-            elif not flight.ready:
-                self._end(flight.request.id, "deadline", "its adapters were not loaded in time")
-            else:
-                with self._wake:
-                    del self._loading[flight.request.id]
-                self._admission.add(flight.pending)
+        with self._wake:
+            found = self._arrivals.sort(self._flights)
+        for id, (reason, error) in found.ended.items():
+            self._end(id, reason, error)
+        for flight in found.ready:
+            self._admission.add(flight.pending)
 
     def _admit(self) -> None:
         """Let requests join the batch."""
@@ -266,6 +262,7 @@ class BatchingEngine:
         """Compute a request from now on; False if its adapters find no room."""
         request = flight.request
         try:
+            self._check_adapters(flight)
             forms = [loan.bring() for loan in flight.loans]
             if None in forms:  # keys and values have taken the room since
                 for loan in flight.loans:
@@ -278,11 +275,9 @@ class BatchingEngine:
 
     def _join(self, flight: InFlight, forms: Sequence[ServingForm]) -> None:
         request, weights = flight.request, list(flight.request.adapters.values())
-        check_weights(dict(zip(request.adapters, forms, strict=True)), request.adapters)
         for form in forms:
             self.layers.cover(form)
-        contexts = [form.max_context for form in forms if form.max_context is not None]
-        limits = [limit for limit in (max(contexts, default=self.max_context), self.runner.most_tokens) if limit]
+        limits = [limit for limit in (self._context(forms), self.runner.most_tokens) if limit is not None]
         flight.limit = min([flight.limit, *(limit - len(request.prompt) for limit in limits)])
         adapters = sorted(zip(forms, weights, strict=True), key=lambda one: one[0].uid)
         flight.row = Row(request.id, request.prompt, tuple(adapters))
@@ -291,16 +286,10 @@ class BatchingEngine:
         self._counts["queue_seconds"] += time.monotonic() - flight.arrived
 
     def _step(self) -> None:
-        suspect = next(iter(self._suspects), None)
-        self._drawn = []
-        try:
-            self.runner.step(self._choose, only=suspect)
-        except Exception as error:
-            self._failed(error)
-            return
-        for id in self.runner.current:
-            self._suspects.pop(id, None)
-        for flight, drawn in self._drawn:
+        outcome = self._steps.step(self._admission.running)
+        for id, reason in outcome.failed.items():
+            self._end(id, "error", reason)
+        for flight, drawn in outcome.drawn:
             first = not flight.generated
             flight.take(drawn, self._ends)
             self._count(flight, first)
@@ -314,35 +303,16 @@ class BatchingEngine:
             self._counts["prefix_queries"] += prompt
             self._counts["prefix_hits"] += cached
 
-    def _choose(self, rows: Sequence[Row], logits: Tensor) -> list[int]:
-        flights = [self._flights[row.id] for row in rows]
-        drawn = draw(logits, [flight.sampler for flight in flights])
-        self._drawn = list(zip(flights, drawn, strict=True))
-        return [max(one.token, 0) for one in drawn]
-
-    def _failed(self, error: Exception) -> None:
-        """After a forward pass that raised: compute its requests one by one, so that only a guilty one fails."""
-        logger.error("a forward pass failed", exc_info=error)
-        ids = list(self.runner.current)
-        broken = isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError)
-        if not ids or broken:
-            raise error
-        if len(ids) == 1:
-            self._end(ids[0], "error", f"{type(error).__name__}: {error}")
-            return
-        for id in ids:
-            self.runner.restart(id)
-            self._suspects[id] = None
-
     def _end(self, id: str, reason: FinishReason, error: str = "") -> None:
         with self._wake:
             flight = self._flights.pop(id, None)
-            self._loading.pop(id, None)
+            self._arrivals.remove(id)
             if flight is None:
                 return
-            self._suspects.pop(id, None)
             self._admission.remove(id)
             self._wake.notify_all()
         self.runner.remove(id)
         flight.finish(reason, error)
+        with self._wake:
+            self._arrivals.freed()
         self._ended.append(time.monotonic())

@@ -32,17 +32,26 @@ from lorary.serve.arena import Arena, CacheArena
 from lorary.serve.attention import NAME, attention_of_each_request
 from lorary.serve.batch import Batch
 from lorary.serve.layers import ServedLayers
-from lorary.serve.runner import Choose, Row
+from lorary.serve.runner import Choose, Row, Shape
 from lorary.serve.serving_form import ServingForm
 
 logger = logging.getLogger(__name__)
 RELEASES = ((5, 23), (5, 24))
 """The releases of Transformers that this file was written for."""
 
-_release = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-if _release not in RELEASES:
-    known = " and ".join(f"{major}.{minor}" for major, minor in RELEASES)
-    raise changed_release("transformers", f"its continuous batching is known in {known} alone")
+
+def check_release(version: str) -> None:
+    """Refuse releases of Transformers whose continuous batching is not known.
+
+    Raises:
+        LoraryError: it is one.
+    """
+    if tuple(int(part) for part in version.split(".")[:2]) not in RELEASES:
+        known = " and ".join(f"{major}.{minor}" for major, minor in RELEASES)
+        raise changed_release("transformers", f"its continuous batching is known in {known} alone")
+
+
+check_release(transformers.__version__)
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, attention_of_each_request)
 
@@ -124,10 +133,7 @@ class PagedRunner:
     Args:
         model: a causal language model in evaluation mode.
         layers: its layers.
-        budget: bytes of keys, values and adapters.
-        page: tokens of a page: prefixes are shared in whole pages.
-        most_tokens_of_batch: tokens of a forward pass; longer prompts are computed in parts.
-        most_rows: sequences at a time.
+        shape: of its batches.
 
     Raises:
         Exception: continuous batching refuses the model; the reason is Transformers'.
@@ -135,23 +141,14 @@ class PagedRunner:
 
     kind = "continuous batching"
 
-    def __init__(
-        self,
-        model: Any,
-        layers: ServedLayers,
-        *,
-        budget: int,
-        page: int = 32,
-        most_tokens_of_batch: int = 512,
-        most_rows: int = 64,
-    ) -> None:
-        self.model, self.layers, self.most_rows = model, layers, min(most_rows, most_tokens_of_batch)
+    def __init__(self, model: Any, layers: ServedLayers, shape: Shape) -> None:
+        self.model, self.layers, self.most_rows = model, layers, min(shape.rows, shape.tokens)
         self.current: list[str] = []
         self._rows: dict[str, Row] = {}
         config = ContinuousBatchingConfig(
-            page_size=page,
-            num_blocks=_pages(model, budget, page),
-            max_batch_tokens=most_tokens_of_batch,
+            page_size=shape.page,
+            num_blocks=_pages(model, shape),
+            max_batch_tokens=shape.tokens,
             max_requests_per_batch=self.most_rows,
             max_blocks_per_request=0,
             use_cuda_graph=False,
@@ -282,15 +279,15 @@ class PagedRunner:
         set_attention(text_config(self.model), self._before)
 
 
-def _pages(model: Any, budget: int, page: int) -> int:
+def _pages(model: Any, shape: Shape) -> int:
     """The pages of all layers that fit into a budget."""
     config = text_config(model)
     heads, dim = find_num_key_value_heads(config), find_head_dim(config)
-    size = int(2 * config.num_hidden_layers * heads * dim * model.dtype.itemsize * page)
-    if budget < 4 * size:
-        what = f"it is {budget:,} bytes, and keys and values of {page} tokens take {size:,}"
+    size = int(2 * config.num_hidden_layers * heads * dim * model.dtype.itemsize * shape.page)
+    if shape.budget < 4 * size:
+        what = f"it is {shape.budget:,} bytes, and keys and values of {shape.page} tokens take {size:,}"
         raise ConfigError("the budget is too small:", [Diagnostic("budget", what, f"give at least {4 * size:,}")])
-    return budget // size
+    return shape.budget // size
 
 
 def _most_tokens(cache: Any, sectors: int) -> int:

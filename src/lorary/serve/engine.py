@@ -40,6 +40,7 @@ class AdapterCard:
         error: why it failed.
         created: Unix time of its registration.
         max_context: the context that its RoPE scaling gives; None for the base's.
+        notes: what a user should know: an approximation, what its form costs.
     """
 
     name: str
@@ -55,6 +56,7 @@ class AdapterCard:
     error: str = ""
     created: float = 0.0
     max_context: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Engine(Protocol):

@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy
@@ -68,6 +69,11 @@ class Flat:
     def bytes(self) -> int:
         """Bytes of its own buffer."""
         return self.buffer.numel()
+
+    @cached_property
+    def on_host(self) -> ServingForm:
+        """The serving form with tensors in its own buffer."""
+        return self.views(self.buffer)
 
     def views(self, buffer: Tensor, shared: Mapping[str, Mapping[str, Tensor]] | None = None) -> ServingForm:
         """The serving form with tensors that are views of a copy of the buffer.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 from lorary.serve.pending import Pending
 from lorary.serve.request import Deliver, Event, Finished, FinishReason, Request, Token
 from lorary.serve.runner import Row
 from lorary.serve.sampler import Drawn, Sampler
-from lorary.serve.store import Loan
+from lorary.serve.store import Loan, Store
 from lorary.serve.text import TextStream
 
 logger = logging.getLogger(__name__)
@@ -29,12 +29,11 @@ class InFlight:
     Args:
         request: the request.
         deliver: gets its events; nothing after a `Finished`.
-        loans: its adapters, in the order of the request.
         tokenizer: of the base.
     """
 
-    def __init__(self, request: Request, deliver: Deliver, loans: Sequence[Loan], tokenizer: Any) -> None:
-        self.request, self.loans = request, list(loans)
+    def __init__(self, request: Request, deliver: Deliver, tokenizer: Any) -> None:
+        self.request, self.loans = request, list[Loan]()
         self._deliver: Deliver | None = deliver
         self.sampler = Sampler(request.sampling)
         self.arrived = time.monotonic()
@@ -50,7 +49,12 @@ class InFlight:
     @property
     def ready(self) -> bool:
         """Whether its adapters are in memory, or have failed."""
-        return all(loan.ready for loan in self.loans)
+        return len(self.loans) == len(self.request.adapters) and all(loan.ready for loan in self.loans)
+
+    @property
+    def busy(self) -> bool:
+        """Whether the host has no room for one of its adapters now."""
+        return any(loan.busy for loan in self.loans)
 
     @property
     def errors(self) -> list[str]:
@@ -68,6 +72,22 @@ class InFlight:
         request, prompt = self.request, len(self.request.prompt)
         uids = tuple(sorted({loan.uid for loan in self.loans}))
         return Pending(request.id, uids, request.tenant, self.arrived, self.begin_by, prompt + self.limit, prompt)
+
+    def borrow(self, store: Store, when_ready: Callable[[], None]) -> None:
+        """Borrow its adapters, in the order of the request, all or none: see `Store.borrow`."""
+        try:
+            for name in self.request.adapters:
+                self.loans.append(store.borrow(name, when_ready))
+        except BaseException:
+            self.give_back()
+            raise
+
+    def give_back(self) -> None:
+        """Give its adapters back. In the engine's thread once one was brought."""
+        loans, self.loans = self.loans, []
+        for loan in loans:
+            loan.release()
+            loan.end()
 
     def take(self, drawn: Drawn, ends: Collection[int]) -> None:
         """Accept the next token; `done` afterwards if it is the last.
@@ -99,9 +119,7 @@ class InFlight:
         prompt = len(self.request.prompt)
         self._send(Finished(reason, text, prompt, cached, self.generated, error, self._text.stop))
         self._deliver = None
-        for loan in self.loans:
-            loan.release()
-            loan.end()
+        self.give_back()
 
     def _send(self, event: Event) -> None:
         assert self._deliver is not None

@@ -101,4 +101,5 @@ class Entry:
             form.method if form is not None else "",
             error=str(error) if error is not None else "",
             created=self.created,
+            notes=form.notes if form is not None else (),
         )

@@ -107,7 +107,7 @@ class OneAtATime:
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
             request, deliver = item
-            flight = InFlight(request, deliver, [], self.tokenizer)
+            flight = InFlight(request, deliver, self.tokenizer)
             try:
                 self._generate(flight)
             except Exception as error:

@@ -11,6 +11,8 @@ import torch
 
 from lorary.errors import ConfigError, Diagnostic, FileError, LoraryError
 from lorary.layers.rope import max_context, text_config
+from lorary.model.loading.from_pretrained import load_model, load_tokenizer
+from lorary.model.loading.source import ModelSection
 from lorary.serve.adapter_root import AdapterRoot
 from lorary.serve.batching import BatchingEngine
 from lorary.serve.in_flight import end_tokens
@@ -21,8 +23,9 @@ from lorary.serve.policy import Policy
 from lorary.serve.pool import Pool
 from lorary.serve.probe import Probe
 from lorary.serve.registry import Registry
-from lorary.serve.runner import Runner
+from lorary.serve.runner import Runner, Shape
 from lorary.serve.store import Store
+from lorary.spec.interfaces import Storage
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +34,9 @@ def open_engine(
     base: str = "builtin:base",
     adapters: Mapping[str, str | PathLike[str]] | None = None,
     *,
+    name: str | None = None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    storage: Storage | None = None,
     **options: Any,
 ) -> BatchingEngine:
     """The engine for a base with adapters; it is not started.
@@ -39,7 +44,9 @@ def open_engine(
     Args:
         base: builtin:base, a model folder or a Hub id.
         adapters: name -> folder.
+        name: of the base in requests; None for the base as given.
         dtype: of the base.
+        storage: NF4 quantises the base while it is read.
         options: as of `engine_of`.
 
     Raises:
@@ -49,20 +56,18 @@ def open_engine(
         >>> engine = open_engine("builtin:base", {"summaries": "out/"})
         >>> engine.start()
     """
-    from lorary.model.loading.from_pretrained import load_model, load_tokenizer
-    from lorary.model.loading.source import ModelSection
-
     section = ModelSection.of(base, dtype=dtype)
-    model: Any = load_model(section)
+    model: Any = load_model(section, storage)
     if torch.cuda.is_available():
         model = model.to("cuda")
-    engine = engine_of(model, load_tokenizer(section), **{"name": base, **options})
+    engine = engine_of(model, load_tokenizer(section), name or base, **options)
     problems = []
-    for name, folder in (adapters or {}).items():
+    for adapter, folder in (adapters or {}).items():
         try:
-            engine.load(name, str(folder))
+            engine.load(adapter, str(folder))
         except LoraryError as error:
-            problems += [Diagnostic(f"{name}: {p.where}" if p.where else name, p.what, p.fix) for p in error.problems]
+            found = error.problems or [Diagnostic("", error.headline)]
+            problems += [Diagnostic(f"{adapter}: {p.where}" if p.where else adapter, p.what, p.fix) for p in found]
     if problems:
         engine.stop()
         raise FileError("cannot serve these adapters:", problems)
@@ -79,7 +84,9 @@ def engine_of(
     host_budget: int | None = None,
     limits: Limits | None = None,
     policy: Policy | None = None,
-    **paged: Any,
+    most_waiting: int = 1024,
+    most_tokens_of_batch: int | None = None,
+    page: int = 32,
 ) -> BatchingEngine:
     """The engine for a base in memory; it is not started.
 
@@ -94,15 +101,21 @@ def engine_of(
         host_budget: bytes of adapters on the host; None for twice the budget.
         limits: of an adapter.
         policy: of the queue.
-        paged: more arguments of `lorary.serve.continuous.PagedRunner`.
+        most_waiting: requests that wait, at most.
+        most_tokens_of_batch: tokens of a forward pass, at most: longer prompts are computed in parts; None for 512,
+            4,096 on a GPU.
+        page: tokens whose keys and values lie together: beginnings of prompts are shared in whole pages.
 
     Raises:
         LoraryError: the root or the budget cannot be used, or no way of computing the model gives its own logits.
     """
     found = AdapterRoot(root) if root is not None else None
-    budget = default_budget(model.device) if budget is None else budget
+    policy, budget = policy or Policy(), default_budget(model.device) if budget is None else budget
+    if most_tokens_of_batch is None:
+        most_tokens_of_batch = 512 if model.device.type == "cpu" else 4096
     layers = ServedLayers(model)
-    runner = choose_runner(model, layers, name, budget, **paged)
+    shape = Shape(budget, page, most_tokens_of_batch, policy.max_running)
+    runner = choose_runner(model, layers, name, shape)
     pool = Pool(runner.arena, host_bytes=host_budget or 2 * budget, keep=runner.kept)
     runner.make_room = pool.make_room
     loader = Loader(model, limits=limits, pin_memory=model.device.type == "cuda")
@@ -112,9 +125,11 @@ def engine_of(
         runner,
         layers,
         Store(Registry(pool, loader, root=found, reserved=[name]), pool),
-        policy or Policy(max_running=runner.most_rows),
+        policy,
         ends=end_tokens(model),
+        vocabulary=int(text_config(model).vocab_size),
         max_context=max_context(text_config(model)),
+        most_waiting=most_waiting,
     )
 
 
@@ -127,7 +142,7 @@ def default_budget(device: torch.device) -> int:
     return int(psutil.virtual_memory().available / 4)
 
 
-def choose_runner(model: Any, layers: ServedLayers, name: str, budget: int, **paged: Any) -> Runner:
+def choose_runner(model: Any, layers: ServedLayers, name: str, shape: Shape) -> Runner:
     """The fastest runner that computes what the model computes; what is not the fastest one is logged.
 
     Continuous batching refuses some models and computes others wrongly, those with ALiBi, say: a few logits tell.
@@ -136,8 +151,7 @@ def choose_runner(model: Any, layers: ServedLayers, name: str, budget: int, **pa
         model: a causal language model in evaluation mode.
         layers: its layers.
         name: of the base, for the log.
-        budget: bytes of adapters, keys and values.
-        paged: more arguments of `PagedRunner`.
+        shape: of its batches.
 
     Raises:
         LoraryError: none does.
@@ -146,27 +160,35 @@ def choose_runner(model: Any, layers: ServedLayers, name: str, budget: int, **pa
     def paged_runner() -> Runner:
         from lorary.serve.continuous import PagedRunner
 
-        return PagedRunner(model, layers, budget=budget, **paged)
+        return PagedRunner(model, layers, shape)
 
     probe, reasons = Probe(model), list[str]()
     ways: dict[str, Callable[[], Runner]] = {
         "continuous batching": paged_runner,
-        "padded batches": lambda: PaddedRunner(model, layers, budget=budget),
-        "batches of prompts of equal length": lambda: PaddedRunner(model, layers, budget=budget, pads=False),
+        "padded batches": lambda: PaddedRunner(model, layers, shape),
+        "batches of prompts of equal length": lambda: PaddedRunner(model, layers, shape, pads=False),
     }
     for way, make in ways.items():
         try:
             runner = make()
-            error = probe.error(runner)
         except ConfigError:
             raise
         except Exception as failure:
-            reasons.append(f"{way}: {str(failure).splitlines()[0]}" if str(failure) else f"{way}: {failure!r}")
+            reasons.append(f"{way}: {_first_line(failure)}")
             continue
-        if error <= probe.tolerance:
-            if reasons:
-                logger.warning("%s is computed in %s, which is slower (%s)", name, way, "; ".join(reasons))
-            return runner
-        reasons.append(f"{way}: its logits differ by {error:.2g} of the largest")
+        try:
+            error = probe.error(runner)
+        except Exception as failure:
+            reasons.append(f"{way}: {_first_line(failure)}")
+        else:
+            if error <= probe.tolerance:
+                if reasons:
+                    logger.warning("%s is computed in %s, which is slower (%s)", name, way, "; ".join(reasons))
+                return runner
+            reasons.append(f"{way}: its logits differ by {error:.2g} of the largest")
         runner.close()
     raise LoraryError(f"cannot serve {name}:", [Diagnostic("", reason) for reason in reasons])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or repr(error)).splitlines()[0]

@@ -17,7 +17,7 @@ from torch import Tensor
 from lorary.serve.arena import Arena, PlainArena
 from lorary.serve.batch import Batch
 from lorary.serve.layers import ServedLayers
-from lorary.serve.runner import Choose, Row
+from lorary.serve.runner import Choose, Row, Shape
 
 _CACHES = ("past_key_values", "cache_params", "state")  # what models call the cache that they return
 _MOST_GROUPS = 4
@@ -50,20 +50,18 @@ class PaddedRunner:
     Args:
         model: a causal language model in evaluation mode.
         layers: its layers.
-        budget: bytes for adapters; keys and values come beside.
-        most_rows: sequences at a time.
+        shape: its budget is for adapters alone; keys and values come beside. It has no pages, and prompts are computed
+            whole.
         pads: whether sequences of different lengths may share a group: not every model ignores padding exactly.
     """
 
     most_tokens: int | None = None
     kept = 0
 
-    def __init__(
-        self, model: Any, layers: ServedLayers, *, budget: int, most_rows: int = 32, pads: bool = True
-    ) -> None:
-        self.model, self.layers, self.most_rows, self.pads = model, layers, most_rows, pads
+    def __init__(self, model: Any, layers: ServedLayers, shape: Shape, *, pads: bool = True) -> None:
+        self.model, self.layers, self.most_rows, self.pads = model, layers, shape.rows, pads
         self.kind = "padded batches" if pads else "batches of prompts of equal length"
-        self.arena: Arena = PlainArena(budget, device=model.device)
+        self.arena: Arena = PlainArena(shape.budget, device=model.device)
         self.make_room: Callable[[int], bool] = lambda _: False
         self.current: list[str] = []
         self._takes = frozenset(inspect.signature(model.forward).parameters)
@@ -79,9 +77,9 @@ class PaddedRunner:
             group.members = [None if member and member.row.id == id else member for member in group.members]
 
     def restart(self, id: str) -> None:
-        found = [m for group in self._groups for m in group.living if m.row.id == id]
-        self.remove(id)
-        self._waiting.update({member.row.id: member for member in found})
+        for member in [member for group in self._groups for member in group.living if member.row.id == id]:
+            self.remove(id)
+            self._waiting[id] = member
 
     def step(self, choose: Choose, only: str | None = None) -> None:
         self.current = []

@@ -219,8 +219,8 @@ class _Batch:
         for request in snapshot.running:
             self._count(request)
         self.since = {uid: snapshot.since.get(uid, -math.inf) for uid in self.left}
-        pinned = snapshot.pinned
-        self.idle = {uid: n for uid, n in snapshot.resident.items() if uid not in self.left and uid not in pinned}
+        self.staying = snapshot.pinned.intersection(snapshot.resident)
+        self.idle = {u: n for u, n in snapshot.resident.items() if u not in self.left and u not in self.staying}
         self.room = snapshot.free + sum(self.idle.values())  # bytes, if everything idle were evicted
         self.taken = 0  # bytes of keys, values and adapters that were not resident
         self.places = policy.max_running - len(snapshot.running)
@@ -285,7 +285,7 @@ class _Batch:
         """What its admission takes of the room, in which everything idle counts as evicted."""
         own = request.tokens * self.policy.token_bytes
         for uid in request.adapters:
-            if uid not in self.left and uid not in self.snapshot.pinned:
+            if uid not in self.left and uid not in self.staying:
                 own += self._size(uid)
         return own
 
@@ -301,7 +301,7 @@ class _Batch:
         for uid in request.adapters:
             if uid not in self.left:
                 self.since[uid] = self.snapshot.now
-                if self.idle.pop(uid, None) is None and uid not in self.snapshot.pinned:
+                if self.idle.pop(uid, None) is None and uid not in self.staying:
                     self.taken += self._size(uid)
         self._count(request)
         self.places -= 1
@@ -327,5 +327,5 @@ class _Batch:
 
     def _why_never(self, request: Pending) -> str:
         own = sum(map(self._size, request.adapters))
-        resident, pinned = self.snapshot.resident, self.snapshot.pinned.difference(request.adapters)
-        return why_never(request, self.policy, own, sum(resident.get(uid, 0) for uid in pinned))
+        others = sum(self.snapshot.resident[uid] for uid in self.staying.difference(request.adapters))
+        return why_never(request, self.policy, own, others)

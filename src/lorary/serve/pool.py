@@ -169,6 +169,10 @@ class Pool:
         with self._lock:
             return {uid: r.run.size for uid, r in self._device.residents.items() if r.form is not None}
 
+    def form(self, uid: str) -> ServingForm:
+        """The serving form of an adapter on the host, with its tensors there."""
+        return self._host.flats[uid].on_host
+
     def size(self, uid: str) -> int:
         """Bytes that an adapter on the host needs beside the base, with the shared tensors that are not there yet."""
         with self._lock:

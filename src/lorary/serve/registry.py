@@ -170,9 +170,11 @@ class Registry:
         """The entry of a name, made if it is found below the root."""
         if name in self._entries:
             return self._entries[name]
-        if self.root is None or name in self._unloaded or name in self.reserved or self.root.find(name) is None:
+        hidden = self.root is None or name in self._unloaded or name in self.reserved
+        found = None if self.root is None or hidden else self.root.find(name)
+        if found is None:
             raise self._unknown(name)
-        return self._entries.setdefault(name, Entry(name))
+        return self._entries.setdefault(name, Entry(name, folder=found))
 
     def _unknown(self, name: str) -> UnknownAdapterError:
         what = invalid_name(name) or f"no adapter has the name {show(name)}"

@@ -13,6 +13,23 @@ from lorary.serve.arena import Arena
 from lorary.serve.batch import Weighted
 
 
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a runner.
+
+    Args:
+        budget: bytes of adapters, keys and values.
+        page: tokens whose keys and values lie together.
+        tokens: of a forward pass at most; longer prompts are computed in parts.
+        rows: sequences at a time.
+    """
+
+    budget: int
+    page: int = 32
+    tokens: int = 512
+    rows: int = 64
+
+
 @dataclass
 class Row:
     """A sequence in a runner.

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lorary.errors import Diagnostic, LoraryError, StateError
 from lorary.serve.batch import Batch, Segment
-from lorary.serve.ops import cpu
+from lorary.serve.merged import MergedWeights
+from lorary.serve.ops.kernels import Kernels, kernels_for
 from lorary.serve.ops.table import AdapterTable
 from lorary.serve.serving_form import ServingForm
 
@@ -34,7 +35,7 @@ class Rows:
 
     Args:
         pieces: all of it.
-        short: the pieces that compiled code computes, as it takes them; None without any.
+        short: the pieces that kernels compute, as they take them; None without any.
         long: those that matrix products compute.
         shared: those of adapters with shared projections.
         overriding: those of adapters with parameters of their own.
@@ -53,13 +54,15 @@ class Step:
 
     Args:
         table: [slots, layers, FIELDS] the table of adapters as it was when the pass began.
-        library: the compiled code for short segments; None without any.
+        kernels: for short segments; None without any.
         rows: number of rows -> what is to be done.
+        merged: the merged weights of the only adapters; None if layers add terms.
     """
 
     table: Tensor
-    library: cpu.Native | None
+    kernels: Kernels | None
     rows: Mapping[int, Rows]
+    merged: MergedWeights | None = None
 
     def of(self, path: str, count: int) -> Rows:
         """What a layer that got so many rows has to do.
@@ -75,23 +78,28 @@ class Step:
         return found
 
     @staticmethod
-    def of_batch(batch: Batch, table: AdapterTable) -> Step:
+    def of_batch(batch: Batch, table: AdapterTable, merged: MergedWeights | None = None) -> Step:
         """The pass of a batch.
+
+        Args:
+            batch: the batch.
+            table: has its adapters.
+            merged: the merged weights, if there may be any.
 
         Raises:
             StateError: its adapters are not covered, have no sum, or its segments are no rows in order.
         """
-        library = cpu.native() if table.tensor.device.type == "cpu" else None
+        kernels = kernels_for(table.tensor.device)
         tensor = table.tensor  # before the slots, which a later tensor may not have
         problems: list[Diagnostic] = []
-        rows = {n: _rows(n, parts, table, library is not None, problems) for n, parts in batch.tables.items()}
+        rows = {n: _rows(n, parts, table, kernels, problems) for n, parts in batch.tables.items()}
         if problems:
             raise StateError("cannot compute the batch:", problems)
-        return Step(tensor, library, rows)
+        return Step(tensor, kernels, rows, merged.begin(batch) if merged else None)
 
 
 def _rows(
-    count: int, segments: Sequence[Segment], table: AdapterTable, compiled: bool, problems: list[Diagnostic]
+    count: int, segments: Sequence[Segment], table: AdapterTable, kernels: Kernels | None, problems: list[Diagnostic]
 ) -> Rows:
     """The pieces of these segments; what is wrong with them is added to `problems`."""
     pieces, short, long, shared = list[Piece](), list[tuple[int, int, int, float]](), list[Piece](), list[Piece]()
@@ -100,7 +108,7 @@ def _rows(
         if not (end <= start < stop <= count):
             problems.append(Diagnostic(f"rows {start} to {stop} of {count}", f"are no rows after {end}"))
         end = stop
-        few = compiled and stop - start <= cpu.SHORT
+        few = kernels is not None and stop - start <= kernels.short
         for form, weight in adapters:
             piece, known = Piece(start, stop, form, weight), table.get(form)
             if known is None:
@@ -117,5 +125,5 @@ def _rows(
             if known.shares:
                 shared.append(piece)
     overriding = tuple(piece for piece in pieces if piece.form.overrides)
-    found = cpu.structs(short) if short else None
+    found = kernels.prepare(short, count, table.tensor.device) if kernels and short else None
     return Rows(tuple(pieces), found, tuple(long), tuple(shared), overriding)

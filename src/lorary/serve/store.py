@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
-from lorary.serve.engine import AdapterCard
+from lorary.serve.engine import AdapterCard, BusyError
 from lorary.serve.lease import Lease
 from lorary.serve.pool import Pool
 from lorary.serve.registry import Registry
@@ -37,9 +37,20 @@ class Loan:
         return str(future.exception() or "")
 
     @property
+    def busy(self) -> bool:
+        """Whether the host has no room for it now."""
+        future = self._lease.future
+        return future.done() and not future.cancelled() and isinstance(future.exception(), BusyError)
+
+    @property
     def uid(self) -> str:
         """Its content hash; empty before it is ready."""
         return self._lease.uid
+
+    @property
+    def form(self) -> ServingForm:
+        """Its form on the host, once it is ready and has no error."""
+        return self._pool.form(self.uid)
 
     def bring(self) -> ServingForm | None:
         """Its form with tensors beside the base, until `release`; None if there is no room now. In the engine's thread.

@@ -33,7 +33,8 @@ class TextStream:
     def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str] = ()) -> None:
         self._decoder, self._stops = tokenizer, tuple(stops)
         self._ids = list(prompt[-_CONTEXT:])
-        self._start, self._read = 0, len(self._ids)  # the window that is decoded, and its part that was given out
+        self._prompt = len(self._ids)
+        self._start, self._read = 0, self._prompt  # the window that is decoded, and its part that was given out
         self._held = ""
         self.stop: str | None = None
 
@@ -48,7 +49,9 @@ class TextStream:
 
     def _decoded(self, at_end: bool) -> str:
         """The text that the tokens since the last call have completed."""
-        before = self._text(self._ids[self._start : self._read]).rstrip(_BROKEN)
+        before = self._text(self._ids[self._start : self._read])
+        if self._read == self._prompt:  # a character that the prompt began belongs to the text
+            before = before.rstrip(_BROKEN)
         whole = self._text(self._ids[self._start :])
         held = len(self._ids) - self._read
         if not held or (whole.endswith(_BROKEN) and not at_end and held < _MOST_HELD):

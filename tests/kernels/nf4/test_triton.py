@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,8 @@ from lorary.kernels.nf4.reference import QuantizedTensor, dequantize_at, quantiz
 pytest.importorskip("triton")
 
 from lorary.kernels.nf4 import triton
+
+from ..for_gpu import compiled
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU tests/conftest.py asks for the interpreter
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -139,52 +139,21 @@ def test_what_does_not_suit_is_refused() -> None:
 
 # --- for a GPU that is not here ---------------------------------------------------------------------------------------
 
-COMPILE = """
-import re
-import sys
-
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-from lorary.kernels.nf4 import triton as kernels
-
 TYPES = {"codes": "*u8", "absmax": "*u8", "out": "*bf16", "x": "*bf16", "y": "*bf16", "bias": "*bf16"}
 TYPES |= dict.fromkeys(("nested", "offset", "code", "dynamic"), "*fp32")
 TYPES |= dict.fromkeys(("n", "pieces", "height", "across", "share", "tokens"), "i32")
 CONSTANTS = {"NESTED": 256, "HALF": 32, "DOUBLE": True, "BIAS": True, "INTERPRETED": False, "TOKENS": 16}
-for kernel, sizes, fused in (
-    (kernels._dequantize, {"PIECES": 32}, False),
-    (kernels._gemv_one, {"ROWS": 4, "PIECES": 16}, True),
-    (kernels._gemv_few, {"ROWS": 32, "PIECES": 2}, True),
-):
-    known = CONSTANTS | sizes
-    kinds = {name: "constexpr" if name in known else TYPES[name] for name in kernel.arg_names}
-    values = {(at,): known[name] for at, name in enumerate(kernel.arg_names) if name in known}
-    made = triton.compile(
-        ASTSource(kernel, kinds, values), target=GPUTarget("cuda", 80, 32), options={"enable_fp_fusion": fused}
-    )
-    ptx = made.asm["ptx"]
-    counts = [len(re.findall(word, ptx)) for word in ("fma", "ftz", "mma")]
-    print(kernel.__name__, len(made.asm["cubin"]) > 1000, *counts)
-"""
+KERNELS = {
+    "_dequantize": CONSTANTS | {"PIECES": 32, "enable_fp_fusion": False},
+    "_gemv_one": CONSTANTS | {"ROWS": 4, "PIECES": 16, "enable_fp_fusion": True},
+    "_gemv_few": CONSTANTS | {"ROWS": 32, "PIECES": 2, "enable_fp_fusion": True},
+}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton's own compiler for NVIDIA is on Linux alone")
-def test_the_kernels_compile_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
     """To machine code, without a GPU: nothing is contracted in `dequantize`, subnormals stay, tensor cores are used."""
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    (tmp_path / "run").mkdir()
-    file = tmp_path / "run" / "compile.py"
-    file.write_text(COMPILE)
-    # in a new Python: a fork of this one may have imported Triton already, to interpret
-    done = subprocess.run(
-        [sys.executable, str(file)], cwd=tmp_path / "run", capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    found = {name: rest for name, *rest in map(str.split, done.stdout.splitlines())}
-    assert found["_dequantize"] == ["True", "0", "0", "0"]
+    found = compiled(tmp_path, "lorary.kernels.nf4.triton", TYPES, KERNELS)
+    assert found["_dequantize"] == ["True", "0", "0", "0", "0"]
     assert found["_gemv_one"][0] == "True"
     assert found["_gemv_one"][2] == "0"
     assert found["_gemv_few"][0] == "True"

@@ -240,3 +240,14 @@ def test_health_is_the_engines(engine: Engine) -> None:
         scripted.dead = "RuntimeError: /srv/secret"
         answer = server.ask("GET", "/health")
         assert (answer.status, answer.message) == (503, "the engine has stopped; its log says why")
+
+
+def test_an_impossible_token_is_json(engine: Engine) -> None:
+    scripted, nothing = Scripted(engine), float("-inf")
+    scripted.events = [Token(5, "x", nothing, ((5, nothing),)), Finished("stop", prompt_tokens=1, generated_tokens=1)]
+    with live(scripted) as server:  # type: ignore[arg-type]
+        found = server.post("/v1/completions", COMPLETION | {"logprobs": 1}).json["choices"][0]["logprobs"]
+        assert found["token_logprobs"] == list(found["top_logprobs"][0].values()) == [-9999.0]
+        streamed = server.post("/v1/completions", COMPLETION | {"logprobs": 1, "stream": True}).body
+        assert b"-9999.0" in streamed
+        assert b"Infinity" not in streamed

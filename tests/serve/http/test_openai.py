@@ -65,18 +65,18 @@ def test_a_conversation_goes_through_the_chat_template(client: openai.OpenAI) ->
 
 
 def test_an_adapters_own_chat_template_is_used(client: openai.OpenAI, root: Path) -> None:
-    file = root / "a" / "chat_template.jinja"
+    file = root / "c" / "chat_template.jinja"  # an adapter that was not asked for before
     file.write_text(
         "{{ messages[-1]['content'] }}{% if messages|length > 2 %}{{ raise_exception('too many') }}{% endif %}"
     )
     try:
         answer = client.chat.completions.create(
-            model="a", messages=[{"role": "user", "content": PROMPT}], max_tokens=6, temperature=0
+            model="c", messages=[{"role": "user", "content": PROMPT}], max_tokens=6, temperature=0
         )
         assert answer.usage
         assert answer.usage.prompt_tokens == len(tokenizer()(PROMPT, add_special_tokens=False)["input_ids"])
         with pytest.raises(openai.BadRequestError, match="the chat template refuses it: too many"):
-            client.chat.completions.create(model="a", messages=MESSAGES * 3, max_tokens=6)
+            client.chat.completions.create(model="c", messages=MESSAGES * 3, max_tokens=6)
     finally:
         file.unlink()
 
@@ -188,6 +188,18 @@ def test_log_probabilities_in_both_shapes(client: openai.OpenAI) -> None:
     streamed = [t for c in chunks for p in c.choices if p.logprobs for t in p.logprobs.content or []]
     assert [t.token for t in streamed] == [t.token for t in chat.logprobs.content]
     assert client.chat.completions.create(**options).choices[0].logprobs is None
+
+
+def test_a_stop_string_ends_the_text_and_is_no_part_of_it(client: openai.OpenAI) -> None:
+    options: Any = {"model": BASE, "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
+    text = client.completions.create(**options).choices[0].text
+    stop = text[3:6]  # across the borders of tokens
+    answer = client.completions.create(**options, stop=["never", stop])
+    assert answer.choices[0].text == text[: text.index(stop)]
+    assert answer.choices[0].finish_reason == "stop"
+    chunks = list(client.completions.create(**options, stop=stop, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == answer.choices[0].text
+    assert chunks[-1].choices[0].finish_reason == "stop"
 
 
 def test_echo_begins_with_the_prompt(client: openai.OpenAI) -> None:

@@ -102,6 +102,16 @@ CASES: list[tuple[tuple[str, Any], int, str]] = [
     ),
     (text(prompt=["x"] * 129), 400, "129 prompts with `n` = 1: more than the 128 answers of one request"),
     (text(prompt=["x"] * 2, n=100), 400, "2 prompts with `n` = 100: more than the 128 answers of one request"),
+    (
+        text(prompt="x" * 1_000_000),
+        400,
+        "`prompt`: 1,000,000 bytes of text, more than the 256 tokens of the context can hold",
+    ),
+    (
+        chat(messages=[{"role": "user", "content": "x" * 999_972}]),
+        400,
+        "`messages`: 1,000,000 bytes of text, more than the 256 tokens of the context can hold",
+    ),
     # messages
     (chat(messages=[]), 400, "`messages`: is empty"),
     (chat(messages="hi"), 400, "`messages`: must be a valid list, not 'hi'"),

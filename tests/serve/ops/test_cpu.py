@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lorary.kernels import native
 from lorary.serve.ops import cpu
-from lorary.serve.ops.cpu import OPTIONS, TYPES, Native, matches_reference, structs
+from lorary.serve.ops.cpu import OPTIONS, TYPES, Native, matches_reference
 
-from .cases import PIECES, SIZES, adapters, close, expected, slots, table_of
+from .cases import PIECES, SIZES, Piece, adapters, close, expected, slots, table_of
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 
@@ -25,6 +27,11 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> list[Native]:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         several = ((*OPTIONS, "-march=native"), ("-O1", *OPTIONS[1:]))
         return [Native(native.compile_library((cpu.SOURCE, native.THREADS), options)) for options in several]
+
+
+def prepared(pieces: Iterable[Piece]) -> Any:
+    """The pieces as the code takes them."""
+    return Native.prepare(None, list(pieces), 40, torch.device("cpu"))  # type: ignore[arg-type]  # every library's
 
 
 def test_it_is_what_runs_here() -> None:
@@ -50,7 +57,7 @@ def test_compiled_code_is_the_reference(size: tuple[int, int], dtype: torch.dtyp
             idle = sorted(set(range(40)) - {row for _, start, stop, _ in pieces for row in range(start, stop)})
             for library in libraries:
                 y = y0.clone()
-                library.add_rows(table.tensor, 1, structs(list(slots(table, forms, pieces))), x, y)
+                library.add_rows(table.tensor, 1, prepared(slots(table, forms, pieces)), x, y)
                 close(y, wanted)
                 assert torch.equal(y[idle], y0[idle])
 
@@ -75,7 +82,7 @@ def test_infinities_and_nan_are_not_lost(libraries: list[Native]) -> None:
         x[1, 5], x[2, 5] = torch.nan, torch.inf
         for library in libraries:
             found = y.clone()
-            library.add_rows(table.tensor, 1, structs([(2, row, row + 1, 1.0) for row in range(4)]), x, found)
+            library.add_rows(table.tensor, 1, prepared([(2, row, row + 1, 1.0) for row in range(4)]), x, found)
             assert found[1].isnan().all()
             assert not found[2].isfinite().any()
             assert found[[0, 3]].isfinite().all()
@@ -88,7 +95,7 @@ def test_threads_change_nothing(libraries: list[Native], monkeypatch: pytest.Mon
     x, y0 = torch.randn(40, 64), torch.randn(40, 64)
     for pieces in PIECES.values():
         one, several = y0.clone(), y0.clone()
-        given = structs(list(slots(table, forms, pieces)))
+        given = prepared(slots(table, forms, pieces))
         libraries[0].add_rows(table.tensor, 1, given, x, one)
         with monkeypatch.context() as patch:
             patch.setattr(cpu, "threads", lambda _: 7)

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lorary.kernels.nf4.reference import NESTED, QuantizedTensor, tables
+from lorary.kernels.triton_rounding import rounded
 
 MOST = 16  # rows of x: the smallest tile of the tensor cores
 PIECE = 64  # numbers of a row that are read at once; they lie within a block
@@ -131,18 +132,6 @@ def _magnitudes(absmax, nested, offset, dynamic, block, there, NESTED: tl.conste
 
 
 @triton.jit
-def _rounded(numbers, kind: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Round to nearest even; Triton's interpreter would truncate to bfloat16."""
-    if INTERPRETED and kind == tl.bfloat16:
-        bits = numbers.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        numbers = bits.to(tl.uint16).to(kind, bitcast=True)
-    else:
-        numbers = numbers.to(kind)
-    return numbers
-
-
-@triton.jit
 def _dequantize(
     codes, absmax, nested, offset, code, dynamic, out, n, pieces, share,
     NESTED: tl.constexpr, PIECES: tl.constexpr, HALF: tl.constexpr,
@@ -155,7 +144,7 @@ def _dequantize(
     pair = tl.load(codes + byte, mask=2 * byte < n, other=0).to(tl.int32)
     numbers = tl.interleave(tl.load(code + (pair >> 4)) * scale, tl.load(code + (pair & 15)) * scale)
     place = piece[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
-    tl.store(out + place, _rounded(numbers, out.dtype.element_ty, INTERPRETED), mask=place < n)
+    tl.store(out + place, rounded(numbers, out.dtype.element_ty, INTERPRETED), mask=place < n)
 
 
 @triton.jit
@@ -183,7 +172,7 @@ def _gemv_one(
     sums = tl.sum(tl.sum(total, 2), 1)
     if BIAS:
         sums += tl.load(bias + row, mask=row < height, other=0.0).to(tl.float32)
-    tl.store(y + row, _rounded(sums, y.dtype.element_ty, INTERPRETED), mask=row < height)
+    tl.store(y + row, rounded(sums, y.dtype.element_ty, INTERPRETED), mask=row < height)
 
 
 @triton.jit
@@ -205,8 +194,8 @@ def _gemv_few(
         scale = _magnitudes(absmax, nested, offset, dynamic, piece // share, there, NESTED, DOUBLE)[:, :, None]
         pair = tl.load(codes + piece[:, :, None] * HALF + within[None, None, :], mask=there[:, :, None], other=0)
         pair = pair.to(tl.int32)
-        high = _rounded(tl.load(code + (pair >> 4)) * scale, x.dtype.element_ty, INTERPRETED)
-        low = _rounded(tl.load(code + (pair & 15)) * scale, x.dtype.element_ty, INTERPRETED)
+        high = rounded(tl.load(code + (pair >> 4)) * scale, x.dtype.element_ty, INTERPRETED)
+        low = rounded(tl.load(code + (pair & 15)) * scale, x.dtype.element_ty, INTERPRETED)
         place = 2 * (first * HALF + flat)
         known = (token < tokens)[:, None] & (place < 2 * HALF * across)[None, :]
         spot = token[:, None] * (2 * HALF * across) + place[None, :]
@@ -219,5 +208,5 @@ def _gemv_few(
     if BIAS:
         sums += tl.load(bias + row, mask=row < height, other=0.0).to(tl.float32)[None, :]
     where = token[:, None] * height + row[None, :]
-    sums = _rounded(sums, y.dtype.element_ty, INTERPRETED)
+    sums = rounded(sums, y.dtype.element_ty, INTERPRETED)
     tl.store(y + where, sums, mask=(token < tokens)[:, None] & (row < height)[None, :])

@@ -17,7 +17,7 @@ class TokenTexts:
     """The texts of single tokens, as they are in the middle of a text."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._before = tokenizer("a", add_special_tokens=False)["input_ids"][:1]
         self._length = len(self._decode([]))  # some tokenizers drop the space before the first word
 
@@ -25,7 +25,7 @@ class TokenTexts:
         return self._decode([id])[self._length :]
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode([*self._before, *ids], clean_up_tokenization_spaces=False))
+        return str(self.tokenizer.decode([*self._before, *ids], clean_up_tokenization_spaces=False))
 
 
 class Interface(Protocol):
@@ -88,7 +88,7 @@ class Chat:
 
     def _one(self, id: int, logprob: float | None) -> Shape:
         text = self.texts(id)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
 
 
 class Completion:
@@ -122,10 +122,10 @@ class Completion:
         for text in texts:
             offsets.append(self._offsets.get(index, 0))
             self._offsets[index] = offsets[-1] + len(text)
-        top = [{self.texts(id): logprob for id, logprob in reversed(token.top)} for token in tokens]
+        top = [{self.texts(id): _finite(logprob) for id, logprob in reversed(token.top)} for token in tokens]
         return {
             "text_offset": offsets,
-            "token_logprobs": [token.logprob for token in tokens],
+            "token_logprobs": [_finite(token.logprob) for token in tokens],
             "tokens": texts,
             "top_logprobs": top if self.logprobs else None,
         }
@@ -150,6 +150,11 @@ class Envelope:
         """A chunk; with `with_usage` it says that its usage comes later."""
         chunk = {**self._common, "object": self.interface.CHUNK, "choices": choices}
         return chunk | ({"usage": used} if with_usage else {})
+
+
+def _finite(logprob: float | None) -> float | None:
+    """JSON has no infinities: OpenAI writes -9999 for a token that is impossible."""
+    return None if logprob is None else max(logprob, -9999.0)
 
 
 def usage(finished: Sequence[Finished], n: int) -> Shape:

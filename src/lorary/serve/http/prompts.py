@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ def text_prompt(engine: Engine, text: str, param: str) -> tuple[int, ...]:
     """The tokens of a text, encoded as in training.
 
     Raises:
-        ApiError: it is empty, and the tokenizer has no BOS to begin with.
+        ApiError: it is empty, and the tokenizer has no BOS to begin with; or it cannot fit the context.
     """
     tokenizer = engine.tokenizer
+    _require_short(engine, text, param)
     ids = encode_text(tokenizer, text) or [i for i in (tokenizer.bos_token_id,) if i is not None]
     if not ids:
         raise ApiError(400, f"`{param}`: it is empty, and the tokenizer has no BOS", param=param)
@@ -76,10 +78,31 @@ def chat_prompt(
         text = render(engine.tokenizer, messages, prompt=True, template=template)
     except ValueError as error:
         raise ApiError(400, f"`{param}`: {error}", param=param) from None
+    _require_short(engine, text, param)
     ids = engine.tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise ApiError(400, f"`{param}`: the chat template makes an empty prompt of them", param=param)
     return tuple(ids)
+
+
+def _require_short(engine: Engine, text: str, param: str) -> None:
+    """Refuse a text that cannot fit the context, whatever its tokens are: to find them in megabytes takes seconds.
+
+    Raises:
+        ApiError: it is too long.
+    """
+    if engine.max_context is None:
+        return
+    size, most = len(text.encode()), engine.max_context * _longest_token(engine.tokenizer)
+    if size > most:
+        what = f"{size:,} bytes of text, more than the {engine.max_context:,} tokens of the context can hold"
+        raise ApiError(400, f"`{param}`: {what}", param=param)
+
+
+@functools.lru_cache(maxsize=8)
+def _longest_token(tokenizer: Any) -> int:
+    """The bytes of the longest token, as the vocabulary writes it: at least those of its text."""
+    return max((len(token.encode()) for token in tokenizer.get_vocab()), default=1)
 
 
 def _template(card: AdapterCard) -> str | None:

@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from lorary.errors import Diagnostic, LoraryError
+from lorary.errors import Diagnostic, LoraryError, check_overridden
 from lorary.serve.http.errors import ApiError
 from lorary.serve.http.limits import Traffic
 from lorary.serve.http.settings import Settings
@@ -27,6 +27,20 @@ _CONNECTIONS = 2000
 _KEEP_ALIVE = 30  # seconds that a connection without a request stays open
 _CLOSING = 2  # seconds for the last bytes of the answers, after the drain
 
+# Methods of uvicorn that are overridden here -> their arguments.
+OVERRIDDEN: dict[type, dict[str, tuple[str, ...]]] = {
+    uvicorn.Server: {"startup": ("sockets",), "handle_exit": ("sig", "frame"), "on_tick": ("counter",)},
+    H11Protocol: {
+        "connection_made": ("transport",),
+        "data_received": ("data",),
+        "on_response_complete": (),
+        "connection_lost": ("exc",),
+        "send_400_response": ("msg",),
+    },
+}
+for _cls, _methods in OVERRIDDEN.items():
+    check_overridden(_cls, _methods, "uvicorn")
+
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket at this address, which does not listen yet: whoever asks too early is refused at once.
@@ -34,12 +48,15 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         LoraryError: the address is taken, or not one of this machine's.
     """
+    listener = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
+        if listener is not None:
+            listener.close()
         why = getattr(error, "strerror", None) or str(error)
         problem = Diagnostic(f"{host}:{port}", why[0].lower() + why[1:], "choose another with --host and --port")
         raise LoraryError("cannot listen:", [problem]) from None

@@ -45,6 +45,9 @@ class Native:
         AttributeError: if a function is missing.
     """
 
+    types = tuple(TYPES)
+    short = SHORT
+
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
         number, address, flag = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
@@ -52,29 +55,23 @@ class Native:
         self._rows.argtypes = [address, number, number, address, number, address, address, number, number, flag, flag]
         self._rows.restype = None
 
+    def prepare(self, pieces: Sequence[tuple[int, int, int, float]], rows: int, device: torch.device) -> Any:
+        """The pieces (slot, start, stop, weight) of a step, as `add_rows` takes them."""
+        return (PieceStruct * len(pieces))(*(PieceStruct(*piece) for piece in pieces))
+
     def add_rows(self, table: Tensor, layer: int, pieces: Any, x: Tensor, y: Tensor) -> None:
         """Add the terms of one layer to y, in place.
 
         Args:
             table: [slots, layers, FIELDS] of an `AdapterTable`.
             layer: the index of the layer.
-            pieces: an array of `PieceStruct` in order; those of a weighted sum have the same rows.
+            pieces: of `prepare`, in order; those of a weighted sum have the same rows.
             x, y: [rows, in] and [rows, out], contiguous, of a dtype in `TYPES` that the adapters' tensors have, too.
         """
         place = (table.data_ptr(), table.shape[1], layer, pieces, len(pieces))
         width = x.shape[1] + y.shape[1]
         shape = (x.shape[1], y.shape[1], TYPES[x.dtype], threads(len(x) * width * _USUAL_RANK))
         self._rows(*place, x.data_ptr(), y.data_ptr(), *shape)
-
-
-def takes(x: Tensor, y: Tensor, dtype: torch.dtype) -> bool:
-    """Whether compiled code computes with this input and output, and adapters of this dtype."""
-    return x.dtype is y.dtype is dtype and dtype in TYPES
-
-
-def structs(pieces: Sequence[Sequence[float]]) -> Any:
-    """Pieces (slot, start, stop, weight) as `Native.add_rows` takes them."""
-    return (PieceStruct * len(pieces))(*(PieceStruct(*piece) for piece in pieces))
 
 
 def add_terms(y: Tensor, x: Tensor, form: SiteForm, weight: float = 1.0) -> None:
@@ -134,7 +131,8 @@ def _matches(library: Native, dtype: torch.dtype, transposed: bool) -> bool:
         part = slice(start, stop)
         expected[part] = rows_with_terms(expected[part], x[part], forms[index].sites["layer"], weight)
     slots = [table.slot(form) or 0 for form in forms]
-    library.add_rows(table.tensor, 1, structs([(slots[i], *rest) for i, *rest in pieces]), x, y)
+    given = library.prepare([(slots[i], start, stop, w) for i, start, stop, w in pieces], 12, x.device)
+    library.add_rows(table.tensor, 1, given, x, y)
     wrong = (y.float() - expected.float()).abs().max() / expected.float().abs().max()
     alone = torch.equal(y[5], y0[5]) and torch.equal(y[10:], y0[10:])
     return alone and wrong.item() < (1e-5 if dtype is torch.float32 else 1e-2)  # NaN is not below it
