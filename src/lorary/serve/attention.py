@@ -37,15 +37,17 @@ def attention_of_each_request(
         sliding_window: keys that a query sees at most, its own included.
         softcap: of the scores (Gemma 2).
         s_aux: [heads] attention sinks (GPT-OSS).
-        cache: Transformers' paged cache; it returns the keys and values of all requests with those of earlier tokens.
+        cache: Transformers' paged cache, which returns the keys and values of all requests with those of earlier
+            tokens; None if the module has updated it already, as from Transformers 5.24 on.
         kwargs: the borders of the requests (`cu_seq_lens_q`, `cu_seq_lens_k`), and what the cache needs.
 
     Returns:
         [1, tokens, heads, dim], and no weights.
     """
-    if attention_mask is not None or cache is None:
+    if cache is not None:
+        key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+    if attention_mask is not None or not isinstance(kwargs.get("cu_seq_lens_k"), Tensor):
         raise ValueError("this attention is for continuous batching, without a mask")
-    key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
     queries, keys = kwargs["cu_seq_lens_q"].tolist(), kwargs["cu_seq_lens_k"].tolist()
     out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
     for i in range(len(queries) - 1):
