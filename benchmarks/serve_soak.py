@@ -295,8 +295,8 @@ def server(folder: Path, budget: str) -> Iterator[tuple[int, subprocess.Popen[by
         port = free.getsockname()[1]
     folders = sorted((folder / "v0").iterdir())
     command = [sys.executable, "-m", "lorary", "serve", *map(str, folders), "--root", str(folder)]
-    command += ["--port", str(port), "--budget", budget, "--key", USER, "--admin-key", ADMIN]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command += ["--port", str(port), "--budget", budget, "--dtype", "float32", "--key", USER, "--admin-key", ADMIN]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         for _ in range(600):
             with contextlib.suppress(OSError):
@@ -325,7 +325,7 @@ def growth(memory: list[tuple[float, int]]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--budget", default="12MiB")
+    parser.add_argument("--budget", default="24MiB")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "serve_soak.json")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -339,7 +339,7 @@ def main() -> None:
         exit_code = process.returncode
     grown = growth(memory)
     result = {
-        "machine": machine(),
+        "machine": machine(arguments),
         "minutes": arguments.minutes,
         "counts": dict(sorted(soak.counts.items())),
         "faults": soak.faults,

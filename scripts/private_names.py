@@ -92,11 +92,8 @@ def foreign() -> frozenset[str]:
     from lorary.train.trainer.sft import SFTTrainer
 
     names: set[str] = set()
-    for cls in {
-        base
-        for derived in (SFTTrainer, DPOTrainer, LoraryQuantizer, SortedScheduler, nn.Module)
-        for base in derived.__mro__
-    }:
+    ours = (SFTTrainer, DPOTrainer, LoraryQuantizer, SortedScheduler, nn.Module)
+    for cls in {base for derived in ours for base in derived.__mro__}:
         if cls.__module__.partition(".")[0] in LIBRARIES:
             names.update(vars(cls), re.findall(r"\bself\.(_\w+)\b *(?::[^=\n]+)?=", inspect.getsource(cls)))
     names.update(vars(nn.Module()))

@@ -34,7 +34,9 @@ def run_vllm(start: Start, settings: Settings, host: str, port: int, program: st
     from lorary.serve.vllm.plan import VllmSettings
     from lorary.serve.vllm.serve import serve_vllm
 
-    _refuse(start, settings)
+    if len(settings.keys) > 1:
+        what = f"{len(settings.keys)} keys are given, and vLLM takes one from us"
+        raise ConfigError("cannot serve with vLLM:", [Diagnostic("--key", what, "give one")])
     folders = find_adapters(start.adapters)
     base = base_of(folders, start.base)
     section = ModelSection.of(base, dtype=start.dtype)
@@ -55,21 +57,3 @@ def run_vllm(start: Start, settings: Settings, host: str, port: int, program: st
             folders, section, chosen, verified=verify, say=say, progress=lambda text: update(description=text)
         )
     raise typer.Exit(code)
-
-
-def _refuse(start: Start, settings: Settings) -> None:
-    """Refuse options that vLLM's server does not have.
-
-    Raises:
-        ConfigError: every one that was given.
-    """
-    given: dict[str, tuple[object, str]] = {
-        "--root": (start.root, "name the adapters on the command line"),
-        "--budget": (start.budget, "--vllm-options has vLLM's own, such as --gpu-memory-utilization 0.8"),
-        "--template": (start.template, "--vllm-options '--chat-template FILE'"),
-        "--admin-key": (settings.admin_keys, "adapters are not loaded at run time: leave it out"),
-        "--key": (len(settings.keys) > 1, "vLLM takes one key from us: give one"),
-    }
-    problems = [Diagnostic(name, "is not for --engine vllm", fix) for name, (value, fix) in given.items() if value]
-    if problems:
-        raise ConfigError("cannot serve with vLLM:", problems)

@@ -18,6 +18,7 @@ KEYS, ADMIN_KEYS = "LORARY_KEYS", "LORARY_ADMIN_KEYS"
 
 
 def serve(
+    context: typer.Context,
     adapters: Annotated[
         list[str] | None, typer.Argument(metavar="[ADAPTER]...", help="Adapter or run folder, Hub id, or NAME=FOLDER.")
     ] = None,
@@ -79,7 +80,9 @@ def serve(
     --engine ray, replicas on this machine or the cluster of RAY_ADDRESS share the requests.
     """
     from lorary.cli._serve import Start, run
+    from lorary.cli._serve_engines import refuse_options
 
+    refuse_options(context, engine)
     sizes = _sizes({"--budget": budget, "--max-adapter": max_adapter, "--max-body": max_body})
     settings = _settings(host, root, key, admin_key, no_keys, sizes, drain)
     most = sizes["--max-adapter"] or 0

@@ -22,6 +22,7 @@ class Statistics(TypedDict, total=False):
         evictions: adapters that gave way to others.
         prefix_queries, prefix_hits: prompt tokens that were looked up in the prefix cache, and those found.
         begun, queue_seconds: requests that joined the batch, and the seconds that they waited before.
+        replicas, retries: engines behind this one, and requests that were sent to another since theirs had died.
     """
 
     running: int
@@ -39,3 +40,5 @@ class Statistics(TypedDict, total=False):
     prefix_hits: int
     begun: int
     queue_seconds: float
+    replicas: int
+    retries: int

@@ -119,12 +119,8 @@ def test_hugging_face_s_client(server: Live, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     ask = huggingface_hub.InferenceClient(server.url).text_generation
     text = ask(PROMPT, adapter_id="b", max_new_tokens=6)
-    assert (
-        text
-        == server.post("/v1/completions", {"model": "b", "prompt": PROMPT, "max_tokens": 6, "temperature": 0}).json[
-            "choices"
-        ][0]["text"]
-    )
+    body = {"model": "b", "prompt": PROMPT, "max_tokens": 6, "temperature": 0}
+    assert text == server.post("/v1/completions", body).json["choices"][0]["text"]
     assert "".join(ask(PROMPT, adapter_id="b", max_new_tokens=6, stream=True)) == text
     *_, last = ask(PROMPT, adapter_id="b", max_new_tokens=6, stream=True, details=True)
     assert (last.generated_text, last.details.generated_tokens) == (text, 6)

@@ -187,24 +187,42 @@ def test_every_adapter_is_compared_with_its_own(tmp_path: Path) -> None:
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def test_options_that_are_not_vllms(
+def test_options_of_another_engine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    saved(tmp_path / "a", ("lora",), {"r": 4, "targets": ["q_proj"]})
     lorary = Command(monkeypatch, capsys)
-    keys = ("--key", "the-first-key", "--key", "the-second-key", "--admin-key", "the-third-key")
-    ran = lorary("serve", str(tmp_path / "a"), "--engine", "vllm", "--root", str(tmp_path), "--budget", "1GiB", *keys)
-    assert ran.code == 2
-    assert ran.err == (
-        "error: cannot serve with vLLM:\n"
+    others = ("--root", str(tmp_path), "--budget", "1GiB", "--admin-key", "an-admin-key", "--replicas", "2")
+    ran = lorary("serve", "--engine", "vllm", *others, "--max-rank", "8")
+    assert (ran.code, ran.err) == (
+        2,
+        "error: cannot serve:\n"
+        "  - --replicas: is not for --engine vllm\n      hint: leave it out; it is an option of --engine ray\n"
         "  - --root: is not for --engine vllm\n      hint: name the adapters on the command line\n"
         "  - --budget: is not for --engine vllm\n"
         "      hint: --vllm-options has vLLM's own, such as --gpu-memory-utilization 0.8\n"
         "  - --admin-key: is not for --engine vllm\n"
         "      hint: adapters are not loaded at run time: leave it out\n"
-        "  - --key: is not for --engine vllm\n      hint: vLLM takes one key from us: give one\n"
+        "  - --max-rank: is not for --engine vllm\n      hint: leave it out; it is an option of --engine own and ray\n",
     )
-    ran = lorary("serve", str(tmp_path / "a"), "--engine", "vllm", "--port", "0", "--vllm", str(tmp_path / "none"))
+    ran = lorary("serve", "--no-verify", "--replicas", "2")
+    assert (ran.code, ran.err) == (
+        2,
+        "error: cannot serve:\n"
+        "  - --verify: is not for --engine own\n      hint: leave it out; it is an option of --engine vllm\n"
+        "  - --replicas: is not for --engine own\n      hint: leave it out; it is an option of --engine ray\n",
+    )
+
+
+def test_a_vllm_that_is_not_there_and_one_key_too_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved(tmp_path / "a", ("lora",), {"r": 4, "targets": ["q_proj"]})
+    lorary = Command(monkeypatch, capsys)
+    asked = ("serve", str(tmp_path / "a"), "--engine", "vllm", "--port", "0")
+    ran = lorary(*asked, "--vllm", str(tmp_path / "none"))
     assert ran.code == 2
     assert "error: cannot start vLLM:\n  - " in ran.err
     assert "there is no such program\n      hint: install vLLM, or name its command" in ran.err
+    ran = lorary(*asked, "--key", "the-first-key", "--key", "the-second-key")
+    said = "  - --key: 2 keys are given, and vLLM takes one from us\n      hint: give one\n"
+    assert (ran.code, ran.err) == (2, f"error: cannot serve with vLLM:\n{said}")

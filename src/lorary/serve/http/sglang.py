@@ -240,7 +240,8 @@ def sglang_router(engine: Engine, settings: Settings) -> APIRouter:
     """SGLang's routes for adapters; /generate is in `lorary.serve.http.generate`."""
 
     def outcome(error: ApiError | None = None) -> Response:
-        loaded = {card.name: shown_folder(card.folder, settings) for card in engine.adapters()}
+        cards = (card for card in engine.adapters() if card.state != "on disk")
+        loaded = {card.name: shown_folder(card.folder, settings) for card in cards}
         body = {"success": error is None, "error_message": error and error.message, "loaded_adapters": loaded}
         return JSONResponse(body, error.status if error else 200, error.headers if error else None)
 

@@ -137,7 +137,8 @@ def started(host: str, port: int) -> Iterator[Cluster]:
         ray.init(address="local" if own else None, log_to_driver=False, logging_level="ERROR", **options)
     serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "ERROR"})
     try:
-        yield Cluster(own)
+        found = ray.cluster_resources()
+        yield Cluster(own, found.get("CPU", 0.0), found.get("GPU", 0.0))
     finally:
         if own:
             serve.shutdown()
@@ -150,9 +151,25 @@ class Cluster:
 
     Args:
         own: whether it was started for it, on this machine, and ends with it.
+        cpus, gpus: that it has.
     """
 
     own: bool
+    cpus: float
+    gpus: float
+
+    def settings(self, replicas: int, drain: float) -> RaySettings:
+        """The settings for a number of replicas: a GPU for each if there are any, or an equal share of the cores.
+
+        Raises:
+            ConfigError: there are not enough for all.
+        """
+        kind, there = ("GPUs", self.gpus) if self.gpus else ("CPUs", self.cpus)
+        if replicas > there and (self.own or self.gpus):  # a cluster of CPUs may grow
+            what = f"is {replicas}, and {there:.0f} {kind} are there, one for each at least"
+            raise ConfigError("cannot serve with Ray:", [Diagnostic("--replicas", what, f"--replicas {there:.0f}")])
+        cores = self.cpus // replicas if self.own else 1
+        return RaySettings(replicas, cpus=max(1, int(cores)), gpus=1 if self.gpus else 0, drain=drain)
 
     def remove(self, name: str) -> None:
         """Remove an application, once its requests have ended."""

@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import dataclasses
+import logging
+import math
 import secrets
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lorary.errors import Diagnostic, FileError, LoraryError, did_you_mean
@@ -23,10 +25,13 @@ from lorary.serve.engine import AdapterCard, BusyError, RequestError, UnknownAda
 from lorary.serve.ray.replica import Answer, Status, affinity
 from lorary.serve.request import Deliver, Event, Finished, Request
 
+logger = logging.getLogger(__name__)
+
 _ATTEMPTS = 6  # replicas that a request is sent to
 _PAUSE = 0.2  # seconds before the second attempt; doubled before each further one
 _FRESH = 1.0  # seconds for which the replicas' state is not asked for again
 _PATIENCE = 10.0  # seconds for a replica to tell its state
+_SILENCE = 60.0  # seconds without any replica after which a front is of no use
 _SHARED = "put its folder under --root: every replica finds it there"
 
 
@@ -43,12 +48,13 @@ class RemoteEngine:
         self.retries = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="lorary-remote-engine")
+        self._journeys: dict[str, Journey] = {}
         self._tasks: dict[str, concurrent.futures.Future[None]] = {}
         self._states: list[Status] = []
-        self._asked = -_FRESH
+        self._asked = -math.inf
+        self._answered = time.monotonic()
         self._lock = threading.Lock()
         self._stopping = False
-        self._unreachable = ""
 
     def start(self) -> None:
         if not self._thread.is_alive():
@@ -57,7 +63,7 @@ class RemoteEngine:
     def stop(self, drain: float = 0.0) -> None:
         self._stopping = True
         concurrent.futures.wait(list(self._tasks.values()), drain)
-        for id in list(self._tasks):
+        for id in list(self._journeys):
             self.cancel(id)
         concurrent.futures.wait(list(self._tasks.values()), _PATIENCE)
         if self._thread.is_alive():
@@ -68,15 +74,14 @@ class RemoteEngine:
         if self._stopping:
             raise BusyError("", [Diagnostic("", "the server stops", "ask again later")])
         accepted = concurrent.futures.Future[None]()
-        journey = _Journey(request, deliver, accepted)
-        task = asyncio.run_coroutine_threadsafe(self._serve(journey), self._loop)
-        self._tasks[request.id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(request.id, None))
+        journey = self._journeys[request.id] = Journey(request, deliver, accepted)
+        task = self._tasks[request.id] = asyncio.run_coroutine_threadsafe(self._serve(journey), self._loop)
+        task.add_done_callback(lambda _: (self._tasks.pop(request.id, None), self._journeys.pop(request.id, None)))
         accepted.result()
 
     def cancel(self, id: str) -> None:
-        if (task := self._tasks.get(id)) is not None:
-            task.cancel()
+        if (journey := self._journeys.get(id)) is not None:
+            self._loop.call_soon_threadsafe(journey.cancel)
 
     def load(self, name: str, folder: str, *, replace: bool = False, pinned: bool = False) -> AdapterCard:
         raise FileError("cannot load the adapter:", [Diagnostic(name, "replicas share no state", _SHARED)])
@@ -91,7 +96,11 @@ class RemoteEngine:
     def adapter(self, name: str) -> AdapterCard:
         cards = {card.name: card for card in self.adapters()}
         if name not in cards:  # it may be new
-            found = asyncio.run_coroutine_threadsafe(self._adapter(name), self._loop).result(_PATIENCE)
+            try:
+                found = asyncio.run_coroutine_threadsafe(self._adapter(name), self._loop).result(_PATIENCE)
+            except Exception as error:  # of Ray
+                logger.warning("no replica answers: %r", error)
+                raise BusyError("", [Diagnostic("", "no replica answers", "ask again later")]) from None
             if found is None:
                 what = f"no adapter has the name {show(name)}"
                 raise UnknownAdapterError("", [Diagnostic("", what, did_you_mean(name, cards))])
@@ -99,25 +108,26 @@ class RemoteEngine:
         return cards[name]
 
     def why_dead(self) -> str | None:
-        states = self._replicas()
-        if not states:
-            return f"no replica answers: {self._unreachable}"
-        reasons = [state.why_dead for state in states]
-        return None if None in reasons else reasons[0]
+        reasons = [state.why_dead for state in self._replicas()]
+        if (silent := time.monotonic() - self._answered) > _SILENCE:
+            return f"no replica has answered for {silent:.0f} s"
+        return None if not reasons or None in reasons else reasons[0]
 
     def statistics(self) -> dict[str, Any]:
         states = self._replicas()
-        return {**merged_figures([state.statistics for state in states]), "replicas": len(states)}
+        found = {"running": 0, "waiting": 0, **merged_figures([state.statistics for state in states])}
+        return found | {"replicas": len(states), "retries": self.retries}
 
     # --- requests ---
 
-    async def _serve(self, journey: _Journey) -> None:
+    async def _serve(self, journey: Journey) -> None:
         """Send a request to replicas until one has answered it."""
         from ray.exceptions import RayError, RayTaskError
         from ray.serve.exceptions import BackPressureError, RayServeException
 
         why = ""
         try:
+            journey.start()
             for attempt in range(_ATTEMPTS):
                 if attempt:
                     self.retries += 1
@@ -126,8 +136,9 @@ class RemoteEngine:
                     if await self._attempt(journey):
                         return
                     why = "it ended before its answer did"
-                except RayTaskError as error:  # raised by its own code: it would be raised elsewhere, too
-                    why = str(error.cause or error)
+                except RayTaskError:  # raised by its own code: it would be raised elsewhere, too
+                    logger.exception("a replica failed")
+                    why = "it failed, and its log says why"
                     break
                 except BackPressureError:
                     why = "the queue is full"
@@ -137,11 +148,13 @@ class RemoteEngine:
             journey.end(Finished("error", error=f"no replica could serve the request: {why}"))
         except asyncio.CancelledError:
             journey.end(Finished("cancelled", "", len(journey.request.prompt), 0, len(journey.sent)))
-        except Exception as error:
+        except DivergedError as error:
             journey.end(Finished("error", error=str(error)))
-            raise
+        except Exception:
+            logger.exception("a request could not be sent to the replicas")
+            journey.end(Finished("error", error="it could not be sent to a replica"))
 
-    async def _attempt(self, journey: _Journey) -> bool:
+    async def _attempt(self, journey: Journey) -> bool:
         """Whether a replica has answered the request to its end."""
         request = journey.begin()
         options = self.handle.options(stream=True, multiplexed_model_id=affinity(request))
@@ -158,16 +171,17 @@ class RemoteEngine:
     # --- the replicas ---
 
     def _replicas(self) -> list[Status]:
-        """The state of every replica, not older than a second."""
+        """The state of every replica, not older than a second; the last one known while none answers."""
         with self._lock:
             if time.monotonic() - self._asked >= _FRESH:
                 try:
-                    future = asyncio.run_coroutine_threadsafe(self._ask(), self._loop)
-                    self._states = future.result(2 * _PATIENCE)
-                except Exception as error:  # of Ray, which is between two replicas: the last answer stays
-                    self._unreachable = str(error) or type(error).__name__
-                    self._states = []
+                    found = asyncio.run_coroutine_threadsafe(self._ask(), self._loop).result(2 * _PATIENCE)
+                except Exception as error:  # of Ray, which is between two replicas
+                    logger.warning("no replica tells its state: %r", error)
+                    found = []
                 self._asked = time.monotonic()
+                if found:
+                    self._states, self._answered = found, self._asked
             return self._states
 
     async def _adapter(self, name: str) -> AdapterCard | None:
@@ -179,7 +193,7 @@ class RemoteEngine:
         return [state for state in found if isinstance(state, Status)]
 
 
-class _Journey:
+class Journey:
     """A request on its way through replicas, and what its client has of the answer.
 
     Args:
@@ -192,6 +206,24 @@ class _Journey:
         self.request, self.deliver, self.accepted = _replayable(request), deliver, accepted
         self.sent: list[int] = []
         self._again = 0  # tokens of this attempt
+        self._task: asyncio.Task[None] | None = None
+        self._cancelled = False
+
+    def start(self) -> None:
+        """Begin, in the task that serves it.
+
+        Raises:
+            CancelledError: it has been cancelled already.
+        """
+        self._task = asyncio.current_task()
+        if self._cancelled:
+            raise asyncio.CancelledError
+
+    def cancel(self) -> None:
+        """End it, in the thread of its task."""
+        self._cancelled = True
+        if self._task is not None:
+            self._task.cancel()
 
     def begin(self) -> Request:
         """The request for the next replica; ids are unique among all processes that send requests to it."""
@@ -209,13 +241,18 @@ class _Journey:
 
     def _take(self, event: Event) -> bool:
         if isinstance(event, Finished):
+            if event.reason == "cancelled":  # not by the client: the replica stops
+                return False
+            if event.reason in ("stop", "length") and self._again < len(self.sent):
+                raise DivergedError(self._again)
             self.end(event)
             return True
-        if self._again == len(self.sent):
+        if self._again < len(self.sent):  # the client has it
+            if self.sent[self._again] != event.id:
+                raise DivergedError(self._again)
+        else:
             self.sent.append(event.id)
             self.deliver(event)
-        elif self.sent[self._again] != event.id:
-            raise _DivergedError(self._again)
         self._again += 1
         return False
 
@@ -236,7 +273,7 @@ class _Journey:
             self.accepted.set_exception(BusyError("", [Diagnostic("", finished.error, "ask again later")]))
 
 
-class _DivergedError(RequestError):
+class DivergedError(RequestError):
     """Two replicas generate different tokens for one request."""
 
     def __init__(self, at: int) -> None:
@@ -251,6 +288,7 @@ def _replayable(request: Request) -> Request:
     return dataclasses.replace(request, sampling=dataclasses.replace(sampling, seed=secrets.randbits(31)))
 
 
+_SHARES = ("kv_usage",)
 _STATES = ("failed", "on disk", "draining", "loading", "ready", "resident")  # from the least to the most useful
 
 
@@ -268,17 +306,8 @@ def merged_cards(replicas: Iterable[Iterable[AdapterCard]]) -> list[AdapterCard]
     return [found[name] for name in sorted(found)]
 
 
-def merged_figures(replicas: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Figures of all replicas: numbers are added, mappings merged likewise; of other values the first is kept."""
-    found: dict[str, Any] = {}
-    for figures in replicas:
-        for name, value in figures.items():
-            found[name] = value if name not in found else _sum(found[name], value)
-    return found
-
-
-def _sum(a: Any, b: Any) -> Any:
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return merged_figures([a, b])
-    numbers = all(isinstance(value, int | float) and type(value) is not bool for value in (a, b))
-    return a + b if numbers else a
+def merged_figures(replicas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The figures of `lorary.serve.statistics` of all replicas: sums, and the mean of shares."""
+    names = dict.fromkeys(name for figures in replicas for name in figures)
+    found = {name: [figures[name] for figures in replicas if name in figures] for name in names}
+    return {name: sum(values) / (len(values) if name in _SHARES else 1) for name, values in found.items()}
