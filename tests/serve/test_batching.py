@@ -402,7 +402,10 @@ def test_a_request_that_the_memory_cannot_hold_is_refused() -> None:
     made = engine(budget=40_000)
     with pytest.raises(RequestError, match=r"prompt: has 80 tokens, and the memory for keys and values holds \d+"):
         submitted(made, Request((1,) * 80))
+    model = made.runner.model  # type: ignore[attr-defined]
+    assert model.config._attn_implementation != "sdpa"
     made.stop()
+    assert model.config._attn_implementation == "sdpa", "an engine that was never started leaves the model, too"
 
 
 def test_adapters_that_cannot_be_added_end_with_the_reason(running: BatchingEngine) -> None:
