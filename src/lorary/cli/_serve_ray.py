@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import threading
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from lorary.serve.http.settings import Settings
 
 _SHOWN_LINES = 12
+_RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception)\b")  # the last line of a traceback
 
 
 def run_ray(start: Start, settings: Settings, host: str, port: int, replicas: int) -> None:
@@ -83,10 +85,12 @@ def described(start: Start, base: str) -> tuple[Any, str, int | None]:
 
 
 def _failed(status: Any, error: Exception) -> LoraryError:
-    """The error of replicas that did not start, with the end of what they said."""
-    said = [deployment.message for deployment in status.deployments.values()] if status is not None else []
-    lines = [line for text in said or [str(error)] for line in text.strip().splitlines() if line.strip()]
-    return LoraryError("the replicas did not start:", [Diagnostic("", line) for line in lines[-_SHOWN_LINES:]])
+    """The error of replicas that did not start: what they raised, without the way there."""
+    said = "\n".join(deployment.message for deployment in status.deployments.values()) if status is not None else ""
+    lines = (said or str(error)).strip().splitlines()
+    raised = [i for i, line in enumerate(lines) if _RAISED.match(line)]
+    shown = [line.strip().removeprefix("- ") for line in lines[raised[-1] if raised else 0 :] if line.strip()]
+    return LoraryError("the replicas did not start:", [Diagnostic("", line) for line in shown[:_SHOWN_LINES]])
 
 
 def _wait_for_signal() -> None:
