@@ -77,9 +77,9 @@ class PaddedRunner:
             group.members = [None if member and member.row.id == id else member for member in group.members]
 
     def restart(self, id: str) -> None:
-        found = [m for group in self._groups for m in group.living if m.row.id == id]
-        self.remove(id)
-        self._waiting.update({member.row.id: member for member in found})
+        for member in [member for group in self._groups for member in group.living if member.row.id == id]:
+            self.remove(id)
+            self._waiting[id] = member
 
     def step(self, choose: Choose, only: str | None = None) -> None:
         self.current = []
