@@ -49,7 +49,7 @@ def run_ray(start: Start, settings: Settings, host: str, port: int, replicas: in
         try:
             serve.run(app, name=NAME, route_prefix="/")
         except RuntimeError as error:
-            raise _failed(serve.status().applications.get(NAME), error) from None
+            raise failed_start(serve.status().applications.get(NAME), error) from None
         engine = RemoteEngine(serve.get_deployment_handle("Engine", app_name=NAME), *describe())
         engine.start()
         print(printable(welcome(engine, settings, (host, port))), flush=True)
@@ -84,7 +84,7 @@ def described(start: Start, base: str) -> tuple[Any, str, int | None]:
     return load_tokenizer(section), base_name(start, base), max_context(load_config(section).get_text_config())
 
 
-def _failed(status: Any, error: Exception) -> LoraryError:
+def failed_start(status: Any, error: Exception) -> LoraryError:
     """The error of replicas that did not start: what they raised, without the way there."""
     said = "\n".join(deployment.message for deployment in status.deployments.values()) if status is not None else ""
     lines = (said or str(error)).strip().splitlines()
