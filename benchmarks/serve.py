@@ -230,9 +230,7 @@ def report(result: dict[str, Any], found: Sequence[Row]) -> None:
         cells = [middle(lambda t: t["tokens_per_second"]), middle(lambda t: t["ttft_ms"]["p50"])]
         cells += [middle(lambda t: t["ttft_ms"]["p99"]), middle(lambda t: t["tpot_ms"]["p50"])]
         counts = [sum(t.get(what, 0) for t in turns) for what in ("loads", "failed")]
-        table.add_row(
-            name, *(f"{cell:,.1f}" if cell else "-" for cell in cells), str(loads), str(sum(t["failed"] for t in turns))
-        )
+        table.add_row(name, *(f"{cell:,.1f}" if cell else "-" for cell in cells), *map(str, counts))
 
     for row in found:
         add(row.key, row.turns)
