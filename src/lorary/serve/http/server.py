@@ -63,6 +63,16 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def free_port(host: str, port: int) -> int:
+    """The port for a server that another program starts, any free one for 0. One that is taken would answer for it.
+
+    Raises:
+        LoraryError: as `bind`.
+    """
+    with bind(host, port) as listener:
+        return int(listener.getsockname()[1])
+
+
 class Server(uvicorn.Server):
     """A server that answers SIGTERM and Ctrl-C with a drain: no new requests, the running ones end, then it returns.
 
