@@ -167,6 +167,41 @@ def test_every_kind_of_layer() -> None:
         close(found[part], alone(base, adapter, x[part]))
 
 
+def test_modules_that_only_other_adapters_change() -> None:
+    """A rotary embedding is covered for one adapter, and norms for another, which is alone in the batch."""
+    base, made = seeded("LlamaForCausalLM"), of_every_method("LlamaForCausalLM")
+    served, ids = ServedLayers(base), torch.randint(40, (1, 5))
+    for preset in ("longlora", "full", "lora"):
+        served.cover(made[preset][1])
+    found = {}
+    for preset in ("full", "lora", "longlora"):
+        with served.computing(Batch.of([(((made[preset][1], 1.0),), 5, 5)])):
+            found[preset] = base(ids).logits
+    served.remove()
+    for preset, y in found.items():
+        with noted(preset):
+            close(y, alone(base, made[preset][0], ids))
+
+
+LAYER_TYPES = {"layer_types": ["sliding_attention", "full_attention"]}
+
+
+@pytest.mark.parametrize(("kind", "changes"), [("Gemma3ForCausalLM", LAYER_TYPES), ("Phi3ForCausalLM", {})])
+def test_longer_contexts(kind: str, changes: dict[str, Any]) -> None:
+    """Gemma has rotary angles for each type of its layers."""
+    base = seeded(kind, **changes)
+    long, plain = (
+        adapter_of(seeded(kind, **changes), base, preset, targets=["attention"], r=3, **options)
+        for preset, options in (("longlora", {"length": 1_000_000, "shifted": False}), ("lora", {}))
+    )
+    assert long[1].rotary
+    ids = torch.randint(40, (3, 7))
+    found = together(base, [((long[1], 1.0),), (), ((plain[1], 1.0),)], ids, 7)
+    assert torch.equal(found[1], alone(base, None, ids)[1])
+    for row, (adapter, _) in ((0, long), (2, plain)):
+        close(found[row], alone(base, adapter, ids[row : row + 1])[0])
+
+
 @pytest.mark.parametrize("kind", ["Qwen3ForCausalLM", "Gemma3ForCausalLM"])
 def test_norms_within_attention(kind: str) -> None:
     """One gets tokens before heads, the other heads before tokens; there are as many heads as tokens."""
@@ -339,6 +374,20 @@ def test_forwards_of_other_libraries_stay() -> None:
     assert torch.equal(kept, held)
     served.remove()
     assert model.head.forward is before
+
+
+def test_forms_with_the_same_uid_are_not_taken_for_each_other() -> None:
+    """An adapter that was loaded twice: comparing its tensors would be an error."""
+    model, x = Head().eval(), torch.randn(1, 2, 8)
+    served = ServedLayers(model)
+    forms = [random_form(model, "body") for _ in range(2)]
+    for form in forms:
+        served.cover(form)
+    with served.computing(Batch.of([(((form, 1.0),), 1, 1) for form in forms])):
+        found = model(x, [0, 1])
+    for row, form in enumerate(forms):
+        with served.computing(Batch.of([(((form, 1.0),), 1, 1)])):
+            close(found[:, row], model(x[:, row : row + 1], [0])[:, 0])
 
 
 def test_forms_are_forgotten_and_slots_used_again() -> None:

@@ -106,6 +106,12 @@ def _changes(path: str, adapters: Weighted) -> bool:
     return any(path in form.sites for form, _ in adapters) and not any(path in form.overrides for form, _ in adapters)
 
 
+def spare_bytes(model: nn.Module) -> int:
+    """Bytes of a second copy of all weights of a model that can be merged."""
+    layers = [layer for layer in model.modules() if why_not_merged(layer) is None]
+    return sum(p.numel() * p.itemsize for layer in layers for p in layer.parameters(recurse=False))
+
+
 def why_not_merged(layer: nn.Module) -> str | None:
     """Why a layer's weight cannot be merged beside it; None if it can."""
     kind = kind_of(layer)

@@ -18,6 +18,7 @@ from lorary.serve.batching import BatchingEngine
 from lorary.serve.in_flight import end_tokens
 from lorary.serve.layers import ServedLayers
 from lorary.serve.loader import Limits, Loader
+from lorary.serve.merged import spare_bytes
 from lorary.serve.padded import PaddedRunner
 from lorary.serve.policy import Policy
 from lorary.serve.pool import Pool
@@ -28,6 +29,8 @@ from lorary.serve.store import Store
 from lorary.spec.interfaces import Storage
 
 logger = logging.getLogger(__name__)
+
+_SHARE_OF_MERGED = 1 / 8  # of the budget, at most, for a copy of the base's weights
 
 
 def open_engine(
@@ -97,7 +100,8 @@ def engine_of(
         root: the folder below which adapters are found by name, and to which loading is confined once it has started;
             None: neither.
         budget: bytes of adapters, keys and values beside the base; None for a quarter of the free memory, 80 % on a
-            GPU.
+            GPU. If a second copy of the base's linear weights takes little of it, an adapter that has all batches to
+            itself for long is merged into one.
         host_budget: bytes of adapters on the host; None for twice the budget.
         limits: of an adapter.
         policy: of the queue.
@@ -113,8 +117,10 @@ def engine_of(
     policy, budget = policy or Policy(), default_budget(model.device) if budget is None else budget
     if most_tokens_of_batch is None:
         most_tokens_of_batch = 512 if model.device.type == "cpu" else 4096
-    layers = ServedLayers(model)
-    shape = Shape(budget, page, most_tokens_of_batch, policy.max_running)
+    spare = spare_bytes(model)
+    merged = spare if spare <= budget * _SHARE_OF_MERGED else 0
+    layers = ServedLayers(model, merged_budget=merged)
+    shape = Shape(budget - merged, page, most_tokens_of_batch, policy.max_running)
     runner = choose_runner(model, layers, name, shape)
     pool = Pool(runner.arena, host_bytes=host_budget or 2 * budget, keep=runner.kept)
     runner.make_room = pool.make_room

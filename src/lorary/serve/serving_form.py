@@ -39,9 +39,9 @@ class SiteForm(NamedTuple):
     shared: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ServingForm:
-    """The serving form of an adapter.
+    """The serving form of an adapter. Two are equal if they are the same: tensors cannot be compared as wholes.
 
     Args:
         uid: content hash of the adapter: equal bytes give an equal uid; it salts the prefix cache.

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lorary.kernels.native import THREADS, first_that_works, threads, wanted
@@ -28,7 +29,7 @@ _REORDERED = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fa
 OPTIONS = ("-O3", "-std=c11", "-fPIC", "-shared", "-pthread", *_REORDERED)
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _USUAL_RANK = 16  # by which work is shared among threads
-SHORT = 16  # rows of a segment at most, for compiled code to be faster than matrix products
+SHORT = 8  # rows of a segment at most, for compiled code to be faster than matrix products
 
 
 class PieceStruct(ctypes.Structure):
@@ -76,22 +77,21 @@ class Native:
 
 def add_terms(y: Tensor, x: Tensor, form: SiteForm, weight: float = 1.0) -> None:
     """Add the terms of one adapter to y [rows, out], for x [rows, in], in place and by matrix products."""
-    A, B, gain, shift, d, b = form[:6]
+    A, B, gain, shift, d, b, _ = form
     if gain is not None:
         y.mul_(gain)
     if A is not None and B is not None:
-        h = x @ A.T.to(x.dtype)
-        add_expanded(y, h if d is None else h.mul_(d), B, b, weight)
+        h = F.linear(x, A if A.dtype is x.dtype else A.to(x.dtype))  # [rows, R]
+        if d is not None:
+            h.mul_(d)
+        if b is not None:
+            y.add_(F.linear(h, B.to(h.dtype)).mul_(b), alpha=weight)
+        elif B.dtype is h.dtype is y.dtype:
+            y.addmm_(h, B.t(), alpha=weight)
+        else:
+            y.addmm_(h.to(y.dtype), B.t().to(y.dtype), alpha=weight)
     if shift is not None:
         y.add_(shift, alpha=weight)
-
-
-def add_expanded(y: Tensor, h: Tensor, B: Tensor, b: Tensor | None, weight: float) -> None:
-    """y += weight * b * (h B^T) in place, for h [rows, R]."""
-    if b is None:
-        y.addmm_(h.to(y.dtype), B.T.to(y.dtype), alpha=weight)
-    else:
-        y.add_((h @ B.T.to(h.dtype)).mul_(b), alpha=weight)
 
 
 def native() -> Native | None:
