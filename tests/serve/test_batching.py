@@ -138,9 +138,10 @@ def test_cancelled_requests_end_running_or_waiting(adapters: dict[str, str]) -> 
     made = engine(slow(base()), policy=Policy(max_running=1))
     made.start()
     sampling = Sampling(max_tokens=100, temperature=0.0)
-    first, second = (submitted(made, Request(PROMPT, sampling=sampling, id=id)) for id in ("first", "second"))
-    third = submitted(made, Request(PROMPT, sampling=GREEDY))
+    first = submitted(made, Request(PROMPT, sampling=sampling, id="first"))
     wait_for(lambda: first.tokens)
+    second = submitted(made, Request(PROMPT, sampling=sampling, id="second"))
+    third = submitted(made, Request(PROMPT, sampling=GREEDY))
     for id in ("second", "first", "unknown"):
         made.cancel(id)
     assert (first.end.reason, second.end.reason, third.end.reason) == ("cancelled", "cancelled", "length")
@@ -300,10 +301,10 @@ def test_requests_in_flight_keep_their_adapter(adapters: dict[str, str], tmp_pat
 def test_cards_count_requests(adapters: dict[str, str]) -> None:
     made = engine(slow(base()), policy=Policy(max_running=1), root=Path(adapters["a"]).parent)
     made.start()
-    long = Sampling(max_tokens=60, temperature=0.0)
+    long = Sampling(max_tokens=100, temperature=0.0)
     first = submitted(made, Request(PROMPT, {"a": 1.0}, long))
-    submitted(made, Request(PROMPT, {"b": 1.0}, long))
     wait_for(lambda: first.tokens)
+    submitted(made, Request(PROMPT, {"b": 1.0}, long))
     cards = {card.name: card for card in made.adapters()}
     assert (cards["a"].running, cards["a"].waiting, cards["a"].state) == (1, 0, "resident")
     assert (cards["b"].running, cards["b"].waiting) == (0, 1)
