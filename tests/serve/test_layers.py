@@ -42,6 +42,16 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return bool(request.param == "compiled")
 
 
+def seeded(name: str, **changes: Any) -> Any:
+    """A tiny base whose biases are not zero, as after pretraining: a zero would hide what is done to it."""
+    base = tiny.seeded(name, **changes)
+    with torch.no_grad():
+        for path, parameter in base.named_parameters():
+            if path.endswith("bias"):
+                parameter.normal_(std=0.1)
+    return base
+
+
 def adapter_of(model: Any, base: Any, *names: str, targets: Any = "all-linear", seed: int = 3, **options: Any) -> Made:
     """A trained adapter of these presets on a model of its own, and its form on the base."""
     method = lorary.method(*names, **options)
@@ -115,11 +125,11 @@ MODELS = {"LlamaForCausalLM": {"bitfit"}, "GPT2LMHeadModel": {"longlora"}}
 @functools.cache
 def of_every_method(name: str) -> dict[str, Made]:
     """preset -> a trained adapter, of all that leave the base as it is."""
-    base, made, refused = tiny.seeded(name), {}, set()
+    base, made, refused = seeded(name), {}, set()
     for preset in presets().keys() - {"qlora"}:
         targets, options = SETTINGS.get(preset, (EMBEDDINGS, {"r": 7}))
         try:
-            made[preset] = adapter_of(tiny.seeded(name), base, preset, targets=targets, seed=len(preset), **options)
+            made[preset] = adapter_of(seeded(name), base, preset, targets=targets, seed=len(preset), **options)
         except LoraryError:
             refused.add(preset)
     assert refused == MODELS[name]
@@ -129,7 +139,7 @@ def of_every_method(name: str) -> dict[str, Made]:
 @LENGTHS
 @pytest.mark.parametrize("name", MODELS)
 def test_every_method_in_one_batch(name: str, length: int) -> None:
-    base, made = tiny.seeded(name), of_every_method(name)
+    base, made = seeded(name), of_every_method(name)
     ids = torch.randint(40, (len(made) + 2, length))
     adapters: list[Weighted] = [(), *[((form, 1.0),) for _, form in made.values()], ()]
     # without positions, GPT-2 asks for the embeddings of one sequence, whose rows are those of no request
@@ -160,8 +170,8 @@ def test_every_kind_of_layer() -> None:
 @pytest.mark.parametrize("kind", ["Qwen3ForCausalLM", "Gemma3ForCausalLM"])
 def test_norms_within_attention(kind: str) -> None:
     """One gets tokens before heads, the other heads before tokens; there are as many heads as tokens."""
-    base = tiny.seeded(kind, tie_word_embeddings=False)
-    adapter, form = adapter_of(tiny.seeded(kind, tie_word_embeddings=False), base, "full", targets=None)
+    base = seeded(kind, tie_word_embeddings=False)
+    adapter, form = adapter_of(seeded(kind, tie_word_embeddings=False), base, "full", targets=None)
     assert any("q_norm" in path for path in form.overrides)
     ids = torch.randint(40, (3, 4))
     found = together(base, [(), ((form, 1.0),), ()], ids, 4)
@@ -172,7 +182,7 @@ def test_norms_within_attention(kind: str) -> None:
 @LENGTHS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_sixteen_bits(dtype: torch.dtype, length: int) -> None:
-    base = tiny.seeded("LlamaForCausalLM").to(dtype)
+    base = seeded("LlamaForCausalLM").to(dtype)
     made = [adapter_of(copy.deepcopy(base), base, preset, r=5) for preset in ("lora", "dora", "vera")]
     ids = torch.randint(40, (4, length))
     found = together(base, [(), *[((form, 1.0),) for _, form in made]], ids, length)
@@ -184,7 +194,7 @@ def test_sixteen_bits(dtype: torch.dtype, length: int) -> None:
 @LENGTHS
 def test_quantised_bases(length: int) -> None:
     """The term is added to what the quantised layer computes."""
-    base = tiny.seeded("LlamaForCausalLM")
+    base = seeded("LlamaForCausalLM")
     model = copy.deepcopy(base)
     lorary.attach(base, lorary.plan(base, lorary.method("qlora", r=2), "all-linear"))
     lorary.detach(base)  # it stays quantised
@@ -203,7 +213,7 @@ def test_quantised_bases(length: int) -> None:
 
 @LENGTHS
 def test_weighted_sums(length: int) -> None:
-    base = tiny.seeded("LlamaForCausalLM")
+    base = seeded("LlamaForCausalLM")
     weights = {"lora": 0.7, "vera": -0.4, "multilora": 0.5}
     made = {preset: adapter_of(copy.deepcopy(base), base, preset, r=5) for preset in (*weights, "rslora")}
     ids = torch.randint(40, (3, length))
@@ -303,7 +313,7 @@ def test_a_step_within_a_step() -> None:
 
 def test_the_model_stays_as_it_is() -> None:
     """No module, parameter or hook more; and after `remove`, not even a forward."""
-    base = tiny.seeded("LlamaForCausalLM")
+    base = seeded("LlamaForCausalLM")
     before, state = tiny.everything(base), tiny.frozen_copy(base)
     keys = [name for name, _ in base.named_modules()]
     served = ServedLayers(base)

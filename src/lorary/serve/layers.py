@@ -16,6 +16,7 @@ from lorary.layers.wrappers import unwrapped
 from lorary.model.state import state_of
 from lorary.serve._overrides import compute_dtype
 from lorary.serve.batch import Batch
+from lorary.serve.merged import MergedWeights
 from lorary.serve.mixed import Covered, forward_of
 from lorary.serve.ops.table import AdapterTable
 from lorary.serve.serving_form import ServingForm, SiteForm
@@ -33,6 +34,9 @@ class ServedLayers:
 
     Args:
         model: the base, in evaluation mode, without an adapter. It runs one forward pass at a time.
+        merged_budget: bytes for a second copy of weights, merged with adapters that have had all batches to themselves
+            for long, so that they cost nothing; 0 for none.
+        merge_after: how many forward passes that is.
 
     Raises:
         StateError: an adapter is attached to it.
@@ -44,7 +48,7 @@ class ServedLayers:
         ...     model(input_ids)
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, merged_budget: int = 0, merge_after: int = 64) -> None:
         model = unwrapped(model)
         if state_of(model) is not None:
             raise StateError("cannot serve:", [Diagnostic("model", "has an adapter attached", "detach it first")])
@@ -54,6 +58,7 @@ class ServedLayers:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.table = AdapterTable({path: compute_dtype(m, model) for path, m in rowwise.items()}, device)
         self._paths = {module: path for path, module in model.named_modules()}
+        self.merged = MergedWeights(rowwise, merged_budget, merge_after) if merged_budget else None
         self._covered: dict[nn.Module, Covered] = {}
         self.step: Step | None = None
 
@@ -83,6 +88,8 @@ class ServedLayers:
         for module, covered in self._covered.items():
             covered.restore(module)
         self._covered.clear()
+        if self.merged is not None:
+            self.merged.clear()
 
     @contextlib.contextmanager
     def computing(self, batch: Batch) -> Iterator[None]:
@@ -91,7 +98,7 @@ class ServedLayers:
         Raises:
             StateError: an adapter is not covered, or the segments are not rows in order.
         """
-        before, step = self.step, None if batch.idle else Step.of_batch(batch, self.table)
+        before, step = self.step, None if batch.idle else Step.of_batch(batch, self.table, self.merged)
         self.step = step
         try:
             with torch.no_grad():

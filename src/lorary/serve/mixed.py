@@ -7,10 +7,12 @@ from itertools import pairwise
 from typing import Any, Protocol, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorary.errors import Diagnostic
 from lorary.layers.kinds import KINDS, kind_of
+from lorary.serve.merged import MergedWeights, Pair
 from lorary.serve.ops import cpu
 from lorary.serve.ops.reference import with_terms
 from lorary.serve.ops.table import AdapterTable
@@ -55,8 +57,12 @@ def forward_of(served: Served, covered: Covered) -> Forward:
     plain, compute = covered.plain, _compute(covered)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        y, step = plain(*args, **kwargs), served.step
-        return y if step is None else compute(served, covered, step, y, args, kwargs)
+        step = served.step
+        if step is None:
+            return plain(*args, **kwargs)
+        if step.merged is not None and (pair := _merged(covered.path, step, step.merged, args, kwargs)) is not None:
+            return F.linear(_input(args, kwargs), *pair)
+        return compute(served, covered, step, plain(*args, **kwargs), args, kwargs)
 
     return forward
 
@@ -75,6 +81,15 @@ def _input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 def _owned(covered: Covered, y: Tensor) -> Tensor:
     """The output in memory that may be overwritten: a forward of another library may return what it keeps."""
     return y if covered.own is None else y.clone()
+
+
+def _merged(path: str, step: Step, merged: MergedWeights, args: Any, kwargs: Any) -> Pair | None:
+    """The merged weight and bias of a linear layer of which all rows have the same adapters."""
+    if path not in merged:
+        return None
+    x = _input(args, kwargs)
+    rows = step.of(path, x.numel() // x.shape[-1])
+    return merged.of(path, rows.pieces)
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------
@@ -180,9 +195,8 @@ def _other(served: Served, covered: Covered, step: Step, y: Any, args: Any, kwar
     """A module that is no layer: a rotary embedding, or one with parameters to override."""
     if any(covered.path in piece.form.rotary for rows in step.rows.values() for piece in rows.pieces):
         return _rotary(served, covered, step, y, args, kwargs)
-    pieces = (piece for rows in step.rows.values() for piece in rows.overriding)
-    if not any(covered.path in piece.form.overrides for piece in pieces):
-        return y
+    if not any(covered.path in piece.form.overrides for rows in step.rows.values() for piece in rows.overriding):
+        return y  # another adapter covers it, for other batches
     x, axis = _input(args, kwargs), covered.axis
     if axis == -1:  # not known: a row, or a sequence of rows
         axis = x.dim() - 2 if x.dim() in (2, 3) else None

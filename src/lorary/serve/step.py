@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lorary.errors import Diagnostic, LoraryError, StateError
 from lorary.serve.batch import Batch, Segment
+from lorary.serve.merged import MergedWeights
 from lorary.serve.ops.kernels import Kernels, kernels_for
 from lorary.serve.ops.table import AdapterTable
 from lorary.serve.serving_form import ServingForm
@@ -55,11 +56,13 @@ class Step:
         table: [slots, layers, FIELDS] the table of adapters as it was when the pass began.
         kernels: for short segments; None without any.
         rows: number of rows -> what is to be done.
+        merged: the merged weights of the only adapters; None if layers add terms.
     """
 
     table: Tensor
     kernels: Kernels | None
     rows: Mapping[int, Rows]
+    merged: MergedWeights | None = None
 
     def of(self, path: str, count: int) -> Rows:
         """What a layer that got so many rows has to do.
@@ -75,8 +78,13 @@ class Step:
         return found
 
     @staticmethod
-    def of_batch(batch: Batch, table: AdapterTable) -> Step:
+    def of_batch(batch: Batch, table: AdapterTable, merged: MergedWeights | None = None) -> Step:
         """The pass of a batch.
+
+        Args:
+            batch: the batch.
+            table: has its adapters.
+            merged: the merged weights, if there may be any.
 
         Raises:
             StateError: its adapters are not covered, have no sum, or its segments are no rows in order.
@@ -87,7 +95,7 @@ class Step:
         rows = {n: _rows(n, parts, table, kernels, problems) for n, parts in batch.tables.items()}
         if problems:
             raise StateError("cannot compute the batch:", problems)
-        return Step(tensor, kernels, rows)
+        return Step(tensor, kernels, rows, merged.begin(batch) if merged else None)
 
 
 def _rows(

@@ -123,6 +123,7 @@ class Items:
         pinned = device.type == "cuda"
         self._here = torch.zeros(5, capacity, dtype=torch.int32, pin_memory=pinned)
         self._there = torch.zeros(5, capacity, dtype=torch.int32, device=device)
+        self._copied = torch.cuda.Event() if pinned else None
         self.starts, self.lengths, self.slots, self.counts = self._there[:4]
         self.weights = self._there[4].view(torch.float32)
 
@@ -135,12 +136,16 @@ class Items:
         found = list(_items(pieces))
         if len(found) > self.capacity:
             raise ValueError(f"{len(found)} items, and the capacity is {self.capacity}")
+        if self._copied is not None:
+            self._copied.synchronize()  # the last step's copy, which ended long ago as a rule
         self._here.zero_()
         if found:
             starts, lengths, slots, counts, weights = zip(*found, strict=True)
             self._here[:4, : len(found)] = torch.tensor([starts, lengths, slots, counts], dtype=torch.int32)
             self._here[4, : len(found)] = torch.tensor(weights, dtype=torch.float32).view(torch.int32)
         self._there.copy_(self._here, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
 
 
 def _items(pieces: Sequence[Piece]) -> Iterator[tuple[int, int, int, int, float]]:
