@@ -138,6 +138,7 @@ class Panel {
     const abort = (this.abort = new AbortController());
     const messages = [...this.messages, { role: "user", content: prompt }];
     this.say("user", prompt);
+    this.facts.textContent = "";
     this.log.setAttribute("aria-busy", "true"); // a screen reader reads the answer once, when it is whole
     this.stopButton.disabled = false;
     const answer = this.say("assistant", "");
