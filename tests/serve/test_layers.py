@@ -575,3 +575,24 @@ def test_faults_are_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, name, wrong)
     with pytest.raises(AssertionError):
         test_every_method_in_one_batch("LlamaForCausalLM", 19)
+
+
+def test_the_base_keeps_its_parameters_while_rows_have_others() -> None:
+    """Other threads read them meanwhile, to form the next adapter."""
+    base, ids = seeded("LlamaForCausalLM"), torch.arange(6)[None]
+    before = dict(base.named_parameters(remove_duplicate=False))
+    form = ServingForm(
+        "trained in full", {}, {"model.norm": {"weight": torch.full_like(before["model.norm.weight"], 2)}}
+    )
+    served, seen = ServedLayers(base), list[bool]()
+
+    def look(*_: Any) -> None:
+        now = dict(base.named_parameters(remove_duplicate=False))
+        seen.append(now.keys() == before.keys() and all(now[name] is before[name] for name in before))
+
+    base.model.norm.register_forward_pre_hook(look)
+    served.cover(form)
+    with torch.no_grad(), served.computing(Batch.of([(((form, 1.0),), 6, 6)])):
+        doubled = base(ids).logits
+    assert seen == [True, True]  # the base's rows, and those of the adapter
+    assert not torch.allclose(doubled, base(ids).logits)

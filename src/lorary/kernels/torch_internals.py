@@ -5,9 +5,10 @@ A name that a release may lack has a fallback; the others raise an error that na
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -74,6 +75,17 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
     """A module's children by name; the dictionary itself."""
     return module._modules
+
+
+def with_parameters(module: nn.Module, own: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a module with other parameters or buffers, which shares the rest, but for a forward of its own."""
+    twin = copy.copy(module)
+    held = vars(twin)
+    held.pop("forward", None)
+    held["_parameters"], held["_buffers"] = dict(module._parameters), dict(module._buffers)
+    for name, value in own.items():
+        held["_parameters" if name in module._parameters else "_buffers"][name] = value
+    return twin
 
 
 def not_saved_buffers_of(module: nn.Module) -> set[str]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorary.errors import Diagnostic
+from lorary.kernels.torch_internals import with_parameters
 from lorary.layers.kinds import KINDS, kind_of
 from lorary.serve.merged import MergedWeights, Pair
 from lorary.serve.ops import cpu
@@ -103,7 +104,7 @@ def _linear(served: Served, covered: Covered, step: Step, y: Tensor, args: Any, 
         x, flat = x.reshape(-1, x.shape[-1]), flat.reshape(-1, y.shape[-1]).contiguous()
     rows = step.of(path, len(x))
     if rows.overriding:
-        _override(served, covered, rows.overriding, flat, x)
+        _override(covered, rows.overriding, flat, x)
     long = rows.long
     if rows.short is not None and step.kernels is not None:
         if x.dtype is flat.dtype is served.table.dtypes[path] and x.dtype in step.kernels.types:
@@ -122,19 +123,19 @@ def _linear(served: Served, covered: Covered, step: Step, y: Tensor, args: Any, 
 def _embedding(served: Served, covered: Covered, step: Step, y: Tensor, args: Any, kwargs: Any) -> Tensor:
     x = _input(args, kwargs).reshape(-1)
     flat = _owned(covered, y).reshape(-1, y.shape[-1])
-    _by_definition(served, covered, step.of(covered.path, len(x)), flat, x)
+    _by_definition(covered, step.of(covered.path, len(x)), flat, x)
     return flat.view(y.shape)
 
 
 def _convolution(served: Served, covered: Covered, step: Step, y: Tensor, args: Any, kwargs: Any) -> Tensor:
     x = _input(args, kwargs)
     y = _owned(covered, y)
-    _by_definition(served, covered, step.of(covered.path, len(x)), y, x)
+    _by_definition(covered, step.of(covered.path, len(x)), y, x)
     return y
 
 
-def _by_definition(served: Served, covered: Covered, rows: Rows, y: Tensor, x: Tensor) -> None:
-    _override(served, covered, rows.overriding, y, x)
+def _by_definition(covered: Covered, rows: Rows, y: Tensor, x: Tensor) -> None:
+    _override(covered, rows.overriding, y, x)
     kind = KINDS[str(covered.kind)]
     for start, stop, form, weight in rows.pieces:
         site = form.sites.get(covered.path)
@@ -142,20 +143,15 @@ def _by_definition(served: Served, covered: Covered, rows: Rows, y: Tensor, x: T
             y[start:stop] = with_terms(kind, covered.module, y[start:stop], x[start:stop], site, weight)
 
 
-def _override(served: Served, covered: Covered, pieces: Sequence[Piece], y: Tensor, x: Tensor) -> None:
-    """Compute the rows of adapters with parameters of their own."""
+def _override(covered: Covered, pieces: Sequence[Piece], y: Tensor, x: Tensor) -> None:
+    """Compute the rows of adapters with parameters of their own.
+
+    They are put into a copy of the module: adapters load in other threads, which read the base's parameters meanwhile.
+    """
     for start, stop, form, _ in pieces:
         own = form.overrides.get(covered.path)
         if own is not None:
-            y[start:stop] = _with_own(served, covered.module, own, x[start:stop])
-
-
-def _with_own(served: Served, module: nn.Module, own: Mapping[str, Tensor], x: Tensor) -> Any:
-    step, served.step = served.step, None  # its forward computes no batch, but these parameters
-    try:
-        return torch.func.functional_call(module, dict(own), (x,))
-    finally:
-        served.step = step
+            y[start:stop] = with_parameters(covered.module, own)(x[start:stop])
 
 
 def _add_shared(path: str, pieces: Sequence[Piece], y: Tensor, x: Tensor) -> None:
@@ -207,7 +203,7 @@ def _other(served: Served, covered: Covered, step: Step, y: Any, args: Any, kwar
     y = _owned(covered, y)
     rows_x, rows_y = _rows_first(x, axis), _rows_first(y, axis)
     rows = step.of(covered.path, len(rows_x))
-    _override(served, covered, rows.overriding, rows_y, rows_x)
+    _override(covered, rows.overriding, rows_y, rows_x)
     return y if rows_y.data_ptr() == y.data_ptr() else _rows_back(rows_y, y, axis)
 
 
